@@ -1,0 +1,1 @@
+"""lctrain: long-context training for PyTorch Lightning."""
