@@ -1,0 +1,86 @@
+# make train | test | lint | bench | clean
+#
+# `train` and `test` create .venv with the pinned packages of constraints.txt when it is missing or
+# when the pins changed. Settings, as `make train PYTHON=python3.12 ARGS="trainer.max_steps=20"`:
+#   PYTHON       the interpreter, Python 3.10 to 3.13
+#   VENV         the environment's folder; `VENV=` (empty) uses PYTHON with the packages it has
+#   ARGS         Hydra overrides for `train`, options for `bench`
+#   PYTEST_ARGS  options for pytest, e.g. `PYTEST_ARGS="tests/data -x"`
+#   PIP_ARGS     options for pip, e.g. another package index
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+PYTEST_ARGS ?= -n 2
+PIP_ARGS ?=
+OLDEST_TRITON := 3.6.0
+NEWEST_TRITON := 3.9.0
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+SETUP := system-python
+TRITONS :=
+else
+PY := $(VENV)/bin/python
+SETUP := $(VENV)/.installed
+TRITONS := $(VENV)/triton-$(OLDEST_TRITON) $(VENV)/triton-$(NEWEST_TRITON)
+endif
+
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: train test lint bench clean system-python check-python
+
+train: $(SETUP)
+	$(PY) -m lctrain.train $(ARGS)
+
+test: lint $(TRITONS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(SETUP)
+	@if [ -z "$(strip $(VENV))" ] && ! $(PY) -c 'import mypy, ruff' 2>/dev/null; then \
+	  echo "Not linted: $(PYTHON) has no ruff or mypy."; \
+	else \
+	  set -ex; \
+	  $(PY) -m ruff check .; \
+	  $(PY) -m ruff format --check .; \
+	  $(PY) tests/house/typecheck.py; \
+	fi
+
+bench: $(SETUP)
+	$(PY) -m lctrain.kernels.bench $(ARGS)
+
+clean:
+	rm -rf .venv build dist lctrain.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+check-python:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "lctrain needs Python 3.10 to 3.13; '$(PYTHON)' was not found." \
+	    "Name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "lctrain needs Python 3.10 to 3.13, got $$($(PYTHON) --version 2>&1)." \
+	    "Name another: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+
+ifeq ($(strip $(VENV)),)
+# The interpreter's own packages (a GPU machine set up by someone else): only lctrain is installed.
+system-python: check-python
+	@cd / && $(PYTHON) -c 'import lctrain.kernels' 2>/dev/null || \
+	  $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation $(PIP_ARGS) -e "$(CURDIR)"
+else
+$(SETUP): constraints.txt pyproject.toml | check-python
+	@echo "Installing the pinned packages into $(VENV)"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { \
+	  echo "$(PYTHON) could not create $(VENV). Install its venv module (Debian: python3-venv)" >&2; \
+	  rm -rf $(VENV); exit 1; }
+	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt \
+	  setuptools wheel
+	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt \
+	  --no-build-isolation -e ".[dev]"
+	@touch $@
+
+# The two ends of the supported Triton range, for the ahead-of-time compilation tests.
+$(VENV)/triton-%: $(SETUP)
+	@rm -rf $@
+	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --no-compile \
+	  --target $@.part triton==$*
+	@rm -rf $@ && mv $@.part $@ && touch $@
+endif
