@@ -1,0 +1,18 @@
+"""lctrain.kernels: attention and its companions on packed documents, usable without the rest of lctrain."""
+
+from lctrain.kernels.backend import select_backend
+from lctrain.kernels.merge import merge_attn_states
+from lctrain.kernels.padding import pad_input, unpad_input
+from lctrain.kernels.schedule import TileSchedule, make_schedule
+from lctrain.kernels.varlen import flash_attn_func, flash_attn_varlen_func
+
+__all__ = [
+    "TileSchedule",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "make_schedule",
+    "merge_attn_states",
+    "pad_input",
+    "select_backend",
+    "unpad_input",
+]

@@ -1,0 +1,62 @@
+"""Which implementation serves a call: chosen explicitly, never a silent fallback."""
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+BACKENDS = ("auto", "triton", "pytorch")
+
+
+@functools.cache
+def triton_installed() -> bool:
+    """Tells whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Tells whether TRITON_INTERPRET=1 makes Triton kernels run on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def select_backend(
+    device: torch.device | str, dtype: torch.dtype = torch.bfloat16, backend: str = "auto"
+) -> str:
+    """Returns the implementation that serves tensors of this device and dtype.
+
+    Args:
+        device: Where q, k and v live.
+        dtype: Their dtype.
+        backend: "auto" or the name of an implementation.
+
+    Returns:
+        "triton" or "pytorch".
+
+    Raises:
+        ValueError: if the name is unknown, or the named implementation cannot serve these tensors.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
+    device = torch.device(device)
+    supported = dtype in (torch.float16, torch.bfloat16, torch.float32)
+    if backend == "auto":
+        on_gpu = device.type == "cuda"  # ROCm devices carry this name too
+        return "triton" if on_gpu and triton_installed() and supported else "pytorch"
+    if backend == "triton":
+        if not triton_installed():
+            raise ValueError(
+                "backend='triton' needs the package triton, which is not installed. "
+                "Install it, or pass backend='pytorch'."
+            )
+        if device.type != "cuda" and not interpreting():
+            raise ValueError(
+                f"backend='triton' needs tensors on a GPU, got {device.type}. Move them, pass backend='auto', "
+                "or set TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter."
+            )
+        if not supported:
+            raise ValueError(
+                f"backend='triton' takes float16, bfloat16 or float32, got {dtype}. "
+                "Cast the tensors, or pass backend='pytorch'."
+            )
+    return backend

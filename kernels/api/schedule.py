@@ -1,0 +1,146 @@
+"""The tile schedule: which 128-row tiles of which document the kernels visit, longest first.
+
+Built once per batch, from lengths that are known on the CPU, and reused by every layer and by every recomputation.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+SCHEDULE_ROWS = 128
+
+
+class TileSchedule(NamedTuple):
+    """Tiles of SCHEDULE_ROWS rows, ordered by the work of a causal mask, longest first.
+
+    Attributes:
+        q_tiles: [n, 2] int32, (document, block of SCHEDULE_ROWS queries inside it). Document -1 is an empty slot.
+        k_tiles: [m, 2] int32, the same for keys.
+        total_q: Packed queries that the documents cover; -1 if known on the device only.
+        total_k: Packed keys, likewise.
+    """
+
+    q_tiles: Tensor
+    k_tiles: Tensor
+    total_q: int
+    total_k: int
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "TileSchedule":
+        """Returns the schedule with its tensors on `device`."""
+        return self._replace(
+            q_tiles=self.q_tiles.to(device, non_blocking=non_blocking),
+            k_tiles=self.k_tiles.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> "TileSchedule":
+        """Returns the schedule with its tensors in pinned host memory."""
+        return self._replace(q_tiles=self.q_tiles.pin_memory(), k_tiles=self.k_tiles.pin_memory())
+
+
+def make_schedule(lengths_q: Sequence[int], lengths_k: Sequence[int] | None = None) -> TileSchedule:
+    """Builds the schedule of a pack on the CPU.
+
+    Args:
+        lengths_q: Queries of each document, N values >= 0.
+        lengths_k: Keys of each document; default lengths_q.
+
+    Returns:
+        The schedule, with CPU tensors; move it with `.to(device)`.
+
+    Raises:
+        ValueError: if the two sequences differ in length or hold a negative value.
+    """
+    queries = torch.tensor(list(lengths_q), dtype=torch.int64)
+    keys = queries if lengths_k is None else torch.tensor(list(lengths_k), dtype=torch.int64)
+    if queries.shape != keys.shape:
+        raise ValueError(
+            f"lengths_k must have one entry per document ({len(queries)}), got {len(keys)}. "
+            "Pass the lengths of the same documents in the same order."
+        )
+    if bool((queries < 0).any()) or bool((keys < 0).any()):
+        raise ValueError(
+            "lengths must be >= 0, got a negative one. Pass differences of cu_seqlens."
+        )
+    return TileSchedule(
+        _tiles(queries, _query_work(queries, keys), int(_blocks(queries).sum())),
+        _tiles(keys, _key_work(queries, keys), int(_blocks(keys).sum())),
+        int(queries.sum()),
+        int(keys.sum()),
+    )
+
+
+def device_schedule(cu_q: Tensor, cu_k: Tensor, total_q: int, total_k: int) -> TileSchedule:
+    """Builds the schedule on the device of cu_q, without a synchronisation, once per (cu_q, cu_k).
+
+    The number of tiles is not known on the CPU, so the lists have the length of their upper bound; unused slots hold
+    document -1. A pack that does not end at total_q (total_k) stops the program with a device-side assertion.
+
+    Args:
+        cu_q: [N + 1] int32.
+        cu_k: [N + 1] int32.
+        total_q: Rows of q.
+        total_k: Rows of k.
+    """
+    per_k = _device_schedules.setdefault(cu_q, WeakTensorKeyDictionary())
+    key = (cu_q._version, cu_k._version, total_q, total_k)
+    known = per_k.get(cu_k)
+    if known is None or known[0] != key:
+        known = (key, _build_on_device(cu_q, cu_k, total_q, total_k))
+        per_k[cu_k] = known
+    return known[1]
+
+
+_device_schedules: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _build_on_device(cu_q: Tensor, cu_k: Tensor, total_q: int, total_k: int) -> TileSchedule:
+    for name, cu, total in (("cu_seqlens_q", cu_q, total_q), ("cu_seqlens_k", cu_k, total_k)):
+        valid = (cu[0] == 0) & (cu[-1] == total) & (cu.diff() >= 0).all()
+        torch._assert_async(
+            valid, f"{name} must start at 0, not decrease and end at the {total} packed tokens."
+        )
+    documents = cu_q.numel() - 1
+    queries, keys = cu_q.diff().long(), cu_k.diff().long()
+    return TileSchedule(
+        _tiles(queries, _query_work(queries, keys), total_q // SCHEDULE_ROWS + documents),
+        _tiles(keys, _key_work(queries, keys), total_k // SCHEDULE_ROWS + documents),
+        -1,
+        -1,
+    )
+
+
+def _blocks(lengths: Tensor) -> Tensor:
+    return (lengths + SCHEDULE_ROWS - 1) // SCHEDULE_ROWS
+
+
+def _query_work(queries: Tensor, keys: Tensor):
+    """Keys that the last query of a block sees under a causal mask."""
+    return lambda document, block: torch.minimum(
+        (block + 1) * SCHEDULE_ROWS + (keys - queries)[document], keys[document]
+    )
+
+
+def _key_work(queries: Tensor, keys: Tensor):
+    """Queries that see the first key of a block under a causal mask."""
+    return lambda document, block: torch.minimum(
+        queries[document], keys[document] - block * SCHEDULE_ROWS
+    )
+
+
+def _tiles(lengths: Tensor, work, slots: int) -> Tensor:
+    """[slots, 2] int32 (document, block), sorted by falling work; empty slots last, document -1."""
+    if len(lengths) == 0:
+        return lengths.new_empty((0, 2), dtype=torch.int32)
+    counts = _blocks(lengths)
+    ends = counts.cumsum(0)
+    slot = torch.arange(slots, device=lengths.device)
+    document = torch.searchsorted(ends, slot, right=True)
+    used = document < len(lengths)
+    document = document.clamp(max=len(lengths) - 1)
+    block = slot - (ends - counts)[document]
+    amount = torch.where(used, work(document, block), torch.iinfo(torch.int64).min)
+    tiles = torch.stack([torch.where(used, document, -1), block], dim=1).to(torch.int32)
+    return tiles[torch.argsort(amount, descending=True, stable=True)].contiguous()

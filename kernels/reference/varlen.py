@@ -1,0 +1,250 @@
+"""Varlen attention in plain PyTorch: the CPU path.
+
+Documents are taken one by one and queries in chunks, so memory grows with the length of a document, not with its
+square, and nothing of another document can reach a result. The backward recomputes the weights from lse, as the
+kernels do (attention.md, section 1). Arithmetic is float32, or float64 for float64 inputs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from lctrain.kernels.reference.attention import visible_mask
+from lctrain.kernels.reference.philox import dropout_keep, keep_scale
+from torch import Tensor
+
+_CHUNK_ELEMENTS = 1 << 22  # logits held at once, over all heads
+_ROW_GROUP = 16  # chunks start at a multiple of the dropout mask's row groups
+
+
+@dataclass(frozen=True)
+class VarlenOptions:
+    """What shapes the logits and weights, in the units of attention.md; windows are negative where unbounded."""
+
+    softmax_scale: float
+    window_left: int = -1
+    window_right: int = -1
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A run of queries of one document and the keys that any of them sees."""
+
+    document: int
+    rows: Tensor  # [M] int64, positions in the document
+    columns: Tensor  # [N] int64
+    query: slice  # of the pack
+    key: slice
+    length_q: int
+    length_k: int
+
+
+def _chunks(
+    cu_q: list[int], cu_k: list[int], heads: int, options: VarlenOptions
+) -> Iterator[_Chunk]:
+    for document in range(len(cu_q) - 1):
+        length_q = cu_q[document + 1] - cu_q[document]
+        length_k = cu_k[document + 1] - cu_k[document]
+        step = max(1, _CHUNK_ELEMENTS // max(1, heads * length_k) // _ROW_GROUP) * _ROW_GROUP
+        for start in range(0, length_q, step):
+            stop = min(start + step, length_q)
+            low, high = 0, length_k
+            if options.window_left >= 0:
+                low = min(length_k, max(0, start + length_k - length_q - options.window_left))
+            if options.window_right >= 0:
+                high = stop + length_k - length_q + options.window_right
+                high = max(low, min(length_k, high))
+            yield _Chunk(
+                document,
+                torch.arange(start, stop),
+                torch.arange(low, high),
+                slice(cu_q[document] + start, cu_q[document] + stop),
+                slice(cu_k[document] + low, cu_k[document] + high),
+                length_q,
+                length_k,
+            )
+
+
+class _Operands:
+    """q, k, v in arithmetic precision, heads first, and what a chunk needs of the optional arguments."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        options: VarlenOptions,
+        alibi_slopes: Tensor | None,
+        dropout_seed: Tensor | None,
+        document_ids: Tensor | None,
+    ) -> None:
+        self.dtype = torch.promote_types(q.dtype, torch.float32)
+        self.heads, self.heads_k = q.shape[1], k.shape[1]
+        self.group = self.heads // self.heads_k
+        self.q, self.k, self.v = (x.to(self.dtype).transpose(0, 1) for x in (q, k, v))
+        self.options, self.alibi_slopes = options, alibi_slopes
+        self.dropout_seed, self.document_ids = dropout_seed, document_ids
+
+    def grouped(self, x: Tensor, chunk: _Chunk) -> Tensor:
+        """[H, T, D] -> the chunk's queries as [Hk, group * M, D]."""
+        rows = x[:, chunk.query]
+        return rows.reshape(self.heads_k, -1, rows.shape[-1])
+
+    def logits(self, chunk: _Chunk) -> tuple[Tensor, Tensor | None]:
+        """Returns masked logits [H, M, N] and, with a softcap, d(logit)/d(uncapped logit)."""
+        options = self.options
+        scores = torch.matmul(self.grouped(self.q, chunk), self.k[:, chunk.key].transpose(1, 2))
+        scores = scores.view(self.heads, len(chunk.rows), -1) * options.softmax_scale
+        slope = None
+        if options.softcap > 0:
+            bounded = torch.tanh(scores / options.softcap)
+            scores, slope = options.softcap * bounded, 1 - bounded * bounded
+        if self.alibi_slopes is not None:
+            slopes = self.alibi_slopes
+            slopes = slopes[chunk.document] if slopes.dim() == 2 else slopes
+            offset = chunk.length_k - chunk.length_q
+            distance = (chunk.rows[:, None] + offset - chunk.columns[None, :]).abs()
+            scores = scores - slopes.to(self.dtype)[:, None, None] * distance
+        mask = visible_mask(
+            chunk.length_q,
+            chunk.length_k,
+            options.window_left,
+            options.window_right,
+            rows=chunk.rows,
+            columns=chunk.columns,
+        )
+        return scores.masked_fill(~mask, float("-inf")), slope
+
+    def dropout(self, chunk: _Chunk) -> Tensor | None:
+        """Returns the multiplier Z [H, M, N] (0 or 1 / keep), or None without dropout."""
+        if self.options.dropout_p == 0:
+            return None
+        assert self.dropout_seed is not None
+        ids = self.document_ids
+        document_id = chunk.document if ids is None else int(ids[chunk.document])
+        keep = dropout_keep(
+            self.dropout_seed,
+            document_id,
+            torch.arange(self.heads),
+            chunk.rows,
+            chunk.columns,
+            self.options.dropout_p,
+        )
+        return keep.to(self.dtype) * keep_scale(self.options.dropout_p)
+
+
+def varlen_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    options: VarlenOptions,
+    *,
+    alibi_slopes: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    document_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Forward of packed attention.
+
+    Args:
+        q: [T, H, D], any floating dtype, on the CPU.
+        k: [Tk, Hk, D].
+        v: [Tk, Hk, Dv].
+        cu_seqlens_q: [N + 1] int32.
+        cu_seqlens_k: [N + 1] int32.
+        options: Scale, window, softcap, dropout.
+        alibi_slopes: [H] or [N, H].
+        learnable_sink: [H].
+        dropout_seed: One int64 element; needed with dropout.
+        document_ids: [N] int32, default the index in the pack.
+
+    Returns:
+        out [T, H, Dv] in q's dtype, lse [H, T] float32 (float64 for float64 inputs), natural logarithm.
+    """
+    x = _Operands(q, k, v, options, alibi_slopes, dropout_seed, document_ids)
+    out = q.new_zeros(q.shape[0], x.heads, v.shape[-1])
+    lse = torch.full((x.heads, q.shape[0]), float("-inf"), dtype=x.dtype)
+    for chunk in _chunks(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), x.heads, options):
+        logits, _ = x.logits(chunk)
+        if learnable_sink is not None:
+            sink = learnable_sink.to(x.dtype)[:, None, None].expand(-1, len(chunk.rows), 1)
+            logits_and_sink = torch.cat([logits, sink], dim=-1)
+        else:
+            logits_and_sink = logits
+        if logits_and_sink.shape[-1] == 0:
+            continue
+        chunk_lse = torch.logsumexp(logits_and_sink, dim=-1)
+        lse[:, chunk.query] = chunk_lse
+        if logits.shape[-1] == 0:
+            continue
+        weights = _weights(logits, chunk_lse)
+        multiplier = x.dropout(chunk)
+        if multiplier is not None:
+            weights = weights * multiplier
+        rows = torch.matmul(weights.view(x.heads_k, -1, weights.shape[-1]), x.v[:, chunk.key]).view(
+            x.heads, len(chunk.rows), -1
+        )
+        out[chunk.query] = rows.transpose(0, 1).to(q.dtype)
+    return out, lse
+
+
+def varlen_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    options: VarlenOptions,
+    *,
+    alibi_slopes: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    document_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Backward of varlen_forward; arguments as there.
+
+    Returns:
+        dq [T, H, D], dk [Tk, Hk, D], dv [Tk, Hk, Dv] in the inputs' dtypes, and delta [H, T], which is
+        rowsum(dout * out) - dlse.
+    """
+    x = _Operands(q, k, v, options, alibi_slopes, dropout_seed, document_ids)
+    grad_out = dout.to(x.dtype).transpose(0, 1)
+    delta = (grad_out * out.to(x.dtype).transpose(0, 1)).sum(-1)
+    if dlse is not None:
+        delta = delta - dlse
+    dq, dk, dv = torch.zeros_like(x.q), torch.zeros_like(x.k), torch.zeros_like(x.v)
+    for chunk in _chunks(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), x.heads, options):
+        if len(chunk.columns) == 0:
+            continue
+        logits, slope = x.logits(chunk)
+        p = _weights(logits, lse[:, chunk.query])
+        multiplier = x.dropout(chunk)
+        dropped = p if multiplier is None else p * multiplier
+        do = x.grouped(grad_out, chunk)
+        dv[:, chunk.key] += torch.matmul(
+            dropped.view(x.heads_k, -1, p.shape[-1]).transpose(1, 2), do
+        )
+        dp = torch.matmul(do, x.v[:, chunk.key].transpose(1, 2)).view_as(p)
+        if multiplier is not None:
+            dp = dp * multiplier
+        ds = p * (dp - delta[:, chunk.query, None])
+        if slope is not None:
+            ds = ds * slope
+        ds = (ds * options.softmax_scale).view(x.heads_k, -1, p.shape[-1])
+        dq[:, chunk.query] = torch.matmul(ds, x.k[:, chunk.key]).view(x.heads, len(chunk.rows), -1)
+        dk[:, chunk.key] += torch.matmul(ds.transpose(1, 2), x.grouped(x.q, chunk))
+    grads = (grad.transpose(0, 1).to(like.dtype) for grad, like in ((dq, q), (dk, k), (dv, v)))
+    dq, dk, dv = (grad.contiguous() for grad in grads)
+    return dq, dk, dv, delta
+
+
+def _weights(logits: Tensor, lse: Tensor) -> Tensor:
+    """exp(logits - lse), zero in rows that see nothing (lse = -inf)."""
+    return torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
