@@ -1,8 +1,8 @@
-"""Runs mypy on lctrain as the packages of pyproject.toml map it: `python tests/house/typecheck.py`.
+"""Runs mypy on lctrain as pyproject.toml maps it: `python tests/house/typecheck.py`.
 
-`lctrain.kernels` lives in `kernels/api`, `lctrain.configs` in `configs`: no type checker can see that
-from the folders, and none reads setuptools' editable hooks. So this lays out a folder of links in the
-shape of the installed package, checks that, and prints the real paths.
+`lctrain.kernels` lives in `kernels/api`, `lctrain.configs` in `configs`: no type checker can see
+that from the folders, and none reads setuptools' editable hooks. So this lays out a folder of links
+in the shape of the installed package, checks that, and prints the real paths.
 """
 
 import shutil

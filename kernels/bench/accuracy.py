@@ -1,0 +1,98 @@
+"""The one rule for numerical error: at most twice that of plain PyTorch at the same precision.
+
+Both errors are taken against a float64 reference. The tests assert it (`tests/numerics.py`) and
+`lctrain-bench --check` reports no kernel that breaks it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+MAX_RATIO = 2.0
+
+
+@dataclass(frozen=True)
+class ErrorRatio:
+    """Errors against float64, as norms and as largest entries; a ratio of 2 or less passes.
+
+    Attributes:
+        actual_norm: ||actual - reference|| / ||reference||.
+        plain_norm: the same for plain PyTorch at the same precision.
+        norm: actual_norm over plain_norm, after one rounding unit is allowed for.
+        maximum: the like ratio of the largest absolute errors.
+    """
+
+    actual_norm: float
+    plain_norm: float
+    norm: float
+    maximum: float
+
+    @property
+    def passes(self) -> bool:
+        """True where both ratios keep the rule; a NaN does not."""
+        return self.norm <= MAX_RATIO and self.maximum <= MAX_RATIO
+
+
+def error_ratio(actual: torch.Tensor, plain: torch.Tensor, reference: torch.Tensor) -> ErrorRatio:
+    """Compares the error of `actual` with that of plain PyTorch.
+
+    Plain PyTorch may be exact by luck (a softmax over one key). So its error counts as at least
+    one float32 rounding of the norm, since the kernels keep their state in float32; in the
+    largest entry, also as the rounding to its own dtype (half a unit).
+
+    Args:
+        actual: what is judged, any shape and floating dtype.
+        plain: the same quantity from plain PyTorch at the same precision.
+        reference: the same quantity in float64.
+
+    Returns:
+        The two errors and their ratios. Infinities must sit in the same places with the same
+        signs, else the ratios are infinite; everything else is compared where the reference is
+        finite.
+
+    Raises:
+        ValueError: if shapes differ, the reference is not float64, or plain PyTorch is not finite
+            where the reference is, which would let anything pass.
+    """
+    if not actual.shape == plain.shape == reference.shape:
+        raise ValueError(
+            f"actual, plain and reference must have one shape, got {tuple(actual.shape)}, "
+            f"{tuple(plain.shape)} and {tuple(reference.shape)}. Compare like with like."
+        )
+    if reference.dtype != torch.float64:
+        raise ValueError(
+            f"reference must be float64, got {reference.dtype}. Compute it from float64 inputs."
+        )
+    reference = reference.detach()
+    actual64, plain64 = (t.detach().to(reference.device, torch.float64) for t in (actual, plain))
+    finite = reference.isfinite()
+    if not torch.equal(actual64[~finite], reference[~finite]):
+        return ErrorRatio(float("inf"), 0.0, float("inf"), float("inf"))
+    reference, actual64, plain64 = reference[finite], actual64[finite], plain64[finite]
+    if not plain64.isfinite().all():
+        raise ValueError(
+            "plain must be finite wherever reference is, got an infinity or NaN. "
+            "Scale the inputs so that plain PyTorch does not overflow."
+        )
+    if reference.numel() == 0:
+        return ErrorRatio(0.0, 0.0, 0.0, 0.0)
+
+    actual_error, plain_error = (actual64 - reference).abs(), (plain64 - reference).abs()
+    scale = reference.norm().item()
+    eps = torch.finfo(actual.dtype).eps
+    state_eps = min(eps, torch.finfo(torch.float32).eps)
+    norm_floor = state_eps * scale
+    maximum_floor = max(eps / 2, state_eps) * reference.abs().max().item()
+    return ErrorRatio(
+        actual_norm=_divide(actual_error.norm().item(), scale),
+        plain_norm=_divide(plain_error.norm().item(), scale),
+        norm=_divide(actual_error.norm().item(), max(plain_error.norm().item(), norm_floor)),
+        maximum=_divide(actual_error.max().item(), max(plain_error.max().item(), maximum_floor)),
+    )
+
+
+def _divide(numerator: float, denominator: float) -> float:
+    """numerator / denominator, where nothing over nothing is nothing."""
+    if denominator == 0.0:
+        return 0.0 if numerator == 0.0 else float("inf")
+    return numerator / denominator

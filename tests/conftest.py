@@ -1,0 +1,62 @@
+"""What every test shares: seeds, the device, tiny models, and skips for GPU tests.
+
+Without a GPU the Triton kernels run under Triton's interpreter, which reads its switch when a
+kernel is defined: the variable must be set before anything imports triton.
+"""
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+def pytest_collection_modifyitems(items):
+    if HAS_GPU:
+        return
+    skip = pytest.mark.skip(reason="needs a GPU")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """The same random numbers in every test, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture
+def make_llama():
+    """Returns a factory of tiny random Llamas in float32 and eval mode: make_llama(**config)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(*, seed: int = 0, attn_implementation: str = "sdpa", **overrides) -> LlamaForCausalLM:
+        settings = {
+            "vocab_size": 97,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 256,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        } | overrides
+        torch.manual_seed(seed)
+        config = LlamaConfig(**settings, attn_implementation=attn_implementation)
+        return LlamaForCausalLM(config).eval()
+
+    return make
