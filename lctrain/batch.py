@@ -1,0 +1,322 @@
+"""PackedBatch: the one noun that travels from the collator to the kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lctrain.kernels import TileSchedule
+
+IGNORE_INDEX = -100
+MIN_TOKENS = 2  # one token has no target
+
+IntegerSequence = Tensor | np.ndarray | Sequence[int]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """Documents laid end to end in one row, without padding.
+
+    Build it with `from_documents` or `from_packed`: they validate on the CPU, nothing later does.
+    T is the number of packed tokens, N the number of documents.
+
+    Attributes:
+        input_ids: [1, T] int64.
+        labels: [1, T] int64, already shifted: labels[0, t] is the target of position t, and
+            -100 where there is none (always at the end of a document).
+        position_ids: [1, T] int64, counted from 0 in every document.
+        cu_seqlens: [N + 1] int32, where documents start, then T.
+        max_seqlen: Length of the longest document, a Python int.
+        document_ids: [N] int32, the dropout key of each document.
+        num_tokens: T.
+        lengths: Lengths of the N documents, kept on the CPU.
+        num_valid_tokens: Number of labels that are not -100, a Python int.
+        schedule: Tile schedule of the attention kernels, built once per batch.
+        names: Where each document comes from, for error messages.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    document_ids: Tensor
+    num_tokens: int
+    lengths: tuple[int, ...]
+    num_valid_tokens: int
+    schedule: TileSchedule | None = None
+    names: tuple[str, ...] | None = None
+
+    @classmethod
+    def from_documents(
+        cls,
+        documents: Sequence[IntegerSequence],
+        document_ids: IntegerSequence | None = None,
+        names: Sequence[str] | None = None,
+        max_tokens: int | None = None,
+        labels: Sequence[IntegerSequence] | None = None,
+    ) -> PackedBatch:
+        """Packs documents in the order given.
+
+        Args:
+            documents: N one-dimensional integer sequences, none of them empty.
+            document_ids: N dropout keys; default 0..N-1.
+            names: N names for error messages.
+            max_tokens: Upper bound of the packed length.
+            labels: For each document a sequence aligned with its tokens as in transformers
+                (not shifted; -100 is not scored); default the documents themselves.
+
+        Returns:
+            The batch, on the CPU.
+
+        Raises:
+            ValueError: if there is no document or an empty one, or as in `from_packed`.
+            TypeError: if tokens are not integers.
+        """
+        if len(documents) == 0:
+            raise ValueError("documents must hold at least one document, got none. Skip this row.")
+        rows = [_integers(f"documents[{i}]", tokens) for i, tokens in enumerate(documents)]
+        lengths = [len(row) for row in rows]
+        if 0 in lengths:
+            where = lengths.index(0)
+            name = names[where] if names is not None and where < len(names) else str(where)
+            raise ValueError(
+                f"documents must hold at least one token each, got an empty one ({name}). Drop it."
+            )
+        if labels is not None:
+            _check_label_lengths(labels, lengths)
+            labels_T = torch.cat([_integers(f"labels[{i}]", row) for i, row in enumerate(labels)])
+        return cls.from_packed(
+            torch.cat(rows),
+            torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32),
+            document_ids=document_ids,
+            names=names,
+            max_tokens=max_tokens,
+            labels=None if labels is None else labels_T,
+        )
+
+    @classmethod
+    def from_packed(
+        cls,
+        input_ids: IntegerSequence,
+        cu_seqlens: Tensor,
+        document_ids: IntegerSequence | None = None,
+        names: Sequence[str] | None = None,
+        max_tokens: int | None = None,
+        labels: IntegerSequence | None = None,
+    ) -> PackedBatch:
+        """Wraps tokens that are already laid end to end.
+
+        Args:
+            input_ids: [T] integers, T >= 1.
+            cu_seqlens: [N + 1] int32 on the CPU: starts at 0, does not decrease, ends at T.
+            document_ids: [N] dropout keys; default 0..N-1.
+            names: N names for error messages.
+            max_tokens: Upper bound of T.
+            labels: [T] integers aligned with the tokens as in transformers (not shifted; -100 is
+                not scored); default input_ids.
+
+        Returns:
+            The batch, on the CPU, with its tile schedule.
+
+        Raises:
+            ValueError: if a length, a boundary or an identifier does not fit; the message names it.
+            TypeError: if a sequence does not hold integers, or cu_seqlens is not int32.
+        """
+        from lctrain.kernels import make_schedule
+
+        tokens_T = _integers("input_ids", input_ids)
+        num_tokens = len(tokens_T)
+        check_max_tokens(max_tokens, num_tokens)
+        check_cu_seqlens(cu_seqlens, num_tokens)
+        lengths = cu_seqlens.diff()
+        targets_T = tokens_T if labels is None else _integers("labels", labels)
+        if len(targets_T) != num_tokens:
+            raise ValueError(
+                f"labels must have as many entries as input_ids ({num_tokens}), got "
+                f"{len(targets_T)}. Align them token by token, unshifted."
+            )
+        ids_N = _document_ids(document_ids, len(lengths))
+        if names is not None and len(names) != len(lengths):
+            raise ValueError(
+                f"names must have one entry per document ({len(lengths)}), got {len(names)}. "
+                "Pass None if documents have no names."
+            )
+        shifted_T = _shift(targets_T, cu_seqlens)
+        starts_T = torch.repeat_interleave(cu_seqlens[:-1].long(), lengths.long())
+        lengths_list = lengths.tolist()
+        return cls(
+            input_ids=tokens_T[None],
+            labels=shifted_T[None],
+            position_ids=(torch.arange(num_tokens) - starts_T)[None],
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max(lengths_list),
+            document_ids=ids_N,
+            num_tokens=num_tokens,
+            lengths=tuple(lengths_list),
+            num_valid_tokens=int((shifted_T != IGNORE_INDEX).sum()),
+            schedule=make_schedule(lengths_list),
+            names=None if names is None else tuple(names),
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """Returns the batch with its tensors on `device`; lengths stay on the CPU."""
+        return self._apply(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedBatch:
+        """Returns the batch with its tensors in pinned host memory."""
+        return self._apply(lambda value: value.pin_memory())
+
+    def without_targets(self) -> PackedBatch:
+        """Returns the batch with every label -100: it runs, and weighs nothing."""
+        labels = torch.full_like(self.labels, IGNORE_INDEX)
+        return dataclasses.replace(self, labels=labels, num_valid_tokens=0)
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """Returns the keywords for `model(**kwargs)`, under the names that transformers uses."""
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "cu_seq_lens_q": self.cu_seqlens,
+            "cu_seq_lens_k": self.cu_seqlens,
+            "max_length_q": self.max_seqlen,
+            "max_length_k": self.max_seqlen,
+            "document_ids": self.document_ids,
+            "schedule": self.schedule,
+            "use_cache": False,
+        }
+
+    def __repr__(self) -> str:
+        return (
+            f"PackedBatch({len(self.lengths)} documents, {self.num_tokens} tokens, longest "
+            f"{self.max_seqlen}, on {self.input_ids.device})"
+        )
+
+    def _apply(self, function: Any) -> PackedBatch:
+        changes = {
+            field.name: function(value)
+            for field in dataclasses.fields(self)
+            if hasattr(value := getattr(self, field.name), "pin_memory")  # tensors, the schedule
+        }
+        return dataclasses.replace(self, **changes)
+
+
+def check_max_tokens(max_tokens: int | None, num_tokens: int = 0) -> None:
+    """Raises ValueError if a row of `max_tokens` has no target, or cannot hold `num_tokens`."""
+    if max_tokens is None:
+        return
+    if max_tokens < MIN_TOKENS:
+        raise ValueError(
+            f"max_tokens must be at least {MIN_TOKENS}, got {max_tokens}. A token needs a next one "
+            "to predict; raise max_tokens."
+        )
+    if num_tokens > max_tokens:
+        raise ValueError(
+            f"a pack must hold at most max_tokens = {max_tokens} tokens, got {num_tokens}. "
+            "Split the documents over several packs, or raise max_tokens."
+        )
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
+    """Raises if cu_seqlens is not [N + 1] int32 on the CPU, rising from 0 to `num_tokens`."""
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
+        got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"cu_seqlens must be an int32 tensor, got {got}. Call .to(torch.int32).")
+    if cu_seqlens.device.type != "cpu":
+        raise ValueError(
+            f"cu_seqlens must be on the CPU, got {cu_seqlens.device}. Build the batch on the "
+            "CPU and move it with .to(device)."
+        )
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+        raise ValueError(
+            f"cu_seqlens must have shape [documents + 1], got {tuple(cu_seqlens.shape)}. "
+            "Pass the cumulative lengths with a leading 0."
+        )
+    if int(cu_seqlens[0]) != 0:
+        raise ValueError(f"cu_seqlens must start at 0, got {int(cu_seqlens[0])}. Prepend a 0.")
+    if bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError("cu_seqlens must not decrease. Pass cumulative lengths, not lengths.")
+    if int(cu_seqlens[-1]) != num_tokens:
+        raise ValueError(
+            f"cu_seqlens must end at the number of packed tokens ({num_tokens}), got "
+            f"{int(cu_seqlens[-1])}. Every token belongs to a document."
+        )
+    if num_tokens == 0:
+        raise ValueError("input_ids must hold at least one token, got none. Skip this row.")
+
+
+def _integers(name: str, values: IntegerSequence) -> Tensor:
+    """[T] int64 on the CPU."""
+    if isinstance(values, np.ndarray) and not values.flags.writeable:
+        values = values.copy()  # torch warns about views of read-only memory
+    tensor = torch.as_tensor(values)
+    if tensor.numel() == 0:
+        tensor = tensor.long()
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integers, got {tensor.dtype}. Pass token ids.")
+    if tensor.dim() == 2 and tensor.shape[0] == 1:
+        tensor = tensor[0]
+    if tensor.dim() != 1:
+        raise ValueError(f"{name} must have one dimension, got shape {tuple(tensor.shape)}.")
+    return tensor.to("cpu", torch.int64)
+
+
+def _document_ids(document_ids: IntegerSequence | None, documents: int) -> Tensor:
+    """[N] int32, default 0..N-1."""
+    if document_ids is None:
+        return torch.arange(documents, dtype=torch.int32)
+    ids_N = _integers("document_ids", document_ids)
+    if len(ids_N) != documents:
+        raise ValueError(
+            f"document_ids must have one entry per document ({documents}), got {len(ids_N)}."
+        )
+    if int(ids_N.min()) < 0 or int(ids_N.max()) >= 2**31:
+        raise ValueError("document_ids must be in [0, 2^31), got one outside. Number them anew.")
+    return ids_N.to(torch.int32)
+
+
+def _check_label_lengths(labels: Sequence[IntegerSequence], lengths: list[int]) -> None:
+    if len(labels) != len(lengths):
+        raise ValueError(
+            f"labels must have one entry per document ({len(lengths)}), got {len(labels)}."
+        )
+    for i, (row, length) in enumerate(zip(labels, lengths, strict=True)):
+        if len(row) != length:
+            raise ValueError(
+                f"labels[{i}] must be as long as its document ({length}), got {len(row)}. "
+                "Align them token by token, unshifted."
+            )
+
+
+def _shift(targets_T: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Moves each target to the position that predicts it; -100 at the end of every document."""
+    shifted_T = torch.full_like(targets_T, IGNORE_INDEX)
+    shifted_T[:-1] = targets_T[1:]
+    ends = cu_seqlens[1:][cu_seqlens.diff() > 0].long() - 1
+    shifted_T[ends] = IGNORE_INDEX
+    return shifted_T
+
+
+def _set_unchanged(batch: PackedBatch, name: str, value: Any) -> None:
+    """Frozen, but accepts the value that is already there.
+
+    Lightning's convert_input (precision "bf16-true", FSDP) writes every field of a dataclass back.
+    """
+    if name not in batch.__dict__ or not _same(batch.__dict__[name], value):
+        raise dataclasses.FrozenInstanceError(f"cannot assign to field {name!r}")
+
+
+def _same(old: Any, new: Any) -> bool:
+    if isinstance(old, tuple) and isinstance(new, tuple):
+        return len(old) == len(new) and all(map(_same, old, new))
+    return old is new or (not isinstance(old, Tensor) and type(old) is type(new) and old == new)
+
+
+PackedBatch.__setattr__ = _set_unchanged  # type: ignore[assignment, method-assign]
