@@ -1,0 +1,275 @@
+"""Packing: documents to rows of at most max_tokens, by length only.
+
+Best-fit decreasing within a window of documents: the longest piece first, each into the fullest row
+that still holds it. Rows are kept in buckets by the room that is left, and all pieces of one length
+are placed at once, so the time does not depend on the number of open rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from lctrain.batch import check_max_tokens
+
+Overlong = Literal["split", "truncate", "drop"]
+
+_WORD_BITS = 1024
+
+
+@dataclass(frozen=True)
+class PackingReport:
+    """What packing did, in counts.
+
+    Attributes:
+        rows: Rows made.
+        max_tokens: Capacity of a row.
+        documents: Documents that are in the rows, wholly or in part.
+        pieces: Parts that the documents became; equal to documents unless some were split.
+        tokens: Tokens in the rows.
+        split: Documents longer than max_tokens that were split.
+        truncated: Documents that lost their end.
+        truncated_tokens: Tokens lost that way.
+        dropped: Documents longer than max_tokens that were dropped.
+        dropped_tokens: Tokens lost that way.
+        dropped_empty: Documents without text.
+        dropped_undecodable: Files that are not text in UTF-8.
+    """
+
+    rows: int
+    max_tokens: int
+    documents: int
+    pieces: int
+    tokens: int
+    split: int = 0
+    truncated: int = 0
+    truncated_tokens: int = 0
+    dropped: int = 0
+    dropped_tokens: int = 0
+    dropped_empty: int = 0
+    dropped_undecodable: int = 0
+
+    @property
+    def fill(self) -> float:
+        """Tokens in the rows over what the rows could hold."""
+        return self.tokens / (self.rows * self.max_tokens) if self.rows else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rows:,} rows of {self.max_tokens:,}: {self.tokens:,} tokens of "
+            f"{self.documents:,} documents, fill {self.fill:.4f}; {self.split:,} split, "
+            f"{self.truncated:,} truncated (-{self.truncated_tokens:,} tokens), "
+            f"{self.dropped:,} dropped (-{self.dropped_tokens:,} tokens), "
+            f"{self.dropped_empty:,} empty, {self.dropped_undecodable:,} not decodable"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class PackingPlan:
+    """Which piece of which document lies in which row. P pieces, R rows.
+
+    A piece's index here is its dropout key: it depends on the documents, `max_tokens` and
+    `overlong`, not on the window, the shuffle or the number of ranks.
+
+    Attributes:
+        documents: [P] int64, the document of a piece; rising.
+        starts: [P] int64, its first token in the document.
+        lengths: [P] int64.
+        row_offsets: [R + 1] int64, row r holds row_pieces[row_offsets[r]:row_offsets[r + 1]].
+        row_pieces: [P] int64, pieces ordered by row; longest first in a row.
+        report: The counts.
+    """
+
+    documents: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    row_offsets: np.ndarray
+    row_pieces: np.ndarray
+    report: PackingReport
+
+    def __len__(self) -> int:
+        return len(self.row_offsets) - 1
+
+    def row(self, index: int) -> np.ndarray:
+        """Pieces of one row: [n] int64."""
+        return self.row_pieces[self.row_offsets[index] : self.row_offsets[index + 1]]
+
+    def costs(self) -> np.ndarray:
+        """Attention work of every row, the sum of its squared piece lengths: [R] float64."""
+        squares = self.lengths[self.row_pieces].astype(np.float64) ** 2
+        return np.add.reduceat(squares, self.row_offsets[:-1]) if len(self) else squares
+
+
+def pack(
+    lengths: np.ndarray,
+    max_tokens: int,
+    *,
+    overlong: Overlong = "split",
+    window: int = 100_000,
+    dropped_empty: int = 0,
+    dropped_undecodable: int = 0,
+) -> PackingPlan:
+    """Packs documents into rows of at most `max_tokens`.
+
+    Args:
+        lengths: [N] integers, tokens of each document, all >= 1.
+        max_tokens: Capacity of a row, >= 2.
+        overlong: What happens to a longer document: "split" into pieces of max_tokens and a rest,
+            "truncate" to its first max_tokens, or "drop".
+        window: Documents packed at a time; a row never mixes windows.
+        dropped_empty: Count of empty documents to carry into the report.
+        dropped_undecodable: Count of unreadable files to carry into the report.
+
+    Returns:
+        The plan, with its report.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+    check_max_tokens(max_tokens)
+    if overlong not in get_args(Overlong):
+        raise ValueError(
+            f"overlong must be one of {', '.join(get_args(Overlong))}, got {overlong!r}."
+        )
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}. Use the default, 100000.")
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if len(lengths) and lengths.min() < 1:
+        raise ValueError("lengths must be at least 1, got a smaller one. Drop empty documents.")
+
+    documents, starts, pieces = _cut(lengths, max_tokens, overlong)
+    row_of_piece = np.empty(len(pieces), dtype=np.int64)
+    rows = 0
+    ends = np.searchsorted(documents, np.arange(window, len(lengths) + window, window))
+    begin = 0
+    for end in ends.tolist():
+        rows += _best_fit_decreasing(pieces[begin:end], max_tokens, row_of_piece[begin:end], rows)
+        begin = end
+    # by row, then longest first
+    row_pieces = np.lexsort((-pieces, row_of_piece))
+    row_offsets = np.concatenate([[0], np.cumsum(np.bincount(row_of_piece, minlength=rows))])
+
+    excess = lengths > max_tokens
+    over, over_tokens = int(excess.sum()), int(lengths[excess].sum())
+    report = PackingReport(
+        rows=rows,
+        max_tokens=max_tokens,
+        documents=len(lengths) - (over if overlong == "drop" else 0),
+        pieces=len(pieces),
+        tokens=int(pieces.sum()),
+        split=over if overlong == "split" else 0,
+        truncated=over if overlong == "truncate" else 0,
+        truncated_tokens=over_tokens - over * max_tokens if overlong == "truncate" else 0,
+        dropped=over if overlong == "drop" else 0,
+        dropped_tokens=over_tokens if overlong == "drop" else 0,
+        dropped_empty=dropped_empty,
+        dropped_undecodable=dropped_undecodable,
+    )
+    return PackingPlan(documents, starts, pieces, row_offsets, row_pieces, report)
+
+
+def _cut(
+    lengths: np.ndarray, max_tokens: int, overlong: Overlong
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Documents to pieces of at most max_tokens: (document, start, length), [P] int64 each."""
+    documents = np.arange(len(lengths))
+    if overlong == "drop":
+        documents = documents[lengths <= max_tokens]
+    if overlong != "split":
+        kept = np.minimum(lengths[documents], max_tokens)
+        return documents, np.zeros_like(documents), kept
+    counts = -(-lengths // max_tokens)
+    firsts = np.cumsum(counts) - counts
+    documents = np.repeat(documents, counts)
+    starts = (np.arange(len(documents)) - np.repeat(firsts, counts)) * max_tokens
+    return documents, starts, np.minimum(lengths[documents] - starts, max_tokens)
+
+
+def _best_fit_decreasing(
+    lengths: np.ndarray, capacity: int, row_of_piece: np.ndarray, first_row: int
+) -> int:
+    """Writes the row of every piece into `row_of_piece`; returns the number of rows opened."""
+    order = np.argsort(-lengths, kind="stable")
+    distinct, counts = np.unique(lengths, return_counts=True)
+    rows_by_room: dict[int, list[int]] = {}
+    rooms = _SortedRooms(capacity)
+    assigned: list[int] = []  # row of each piece, in falling order of length
+    next_row = first_row
+
+    def put_back(room: int, rows: list[int]) -> None:
+        if room == 0:
+            return
+        if room in rows_by_room:
+            rows_by_room[room].extend(rows)
+        else:
+            rows_by_room[room] = rows
+            rooms.add(room)
+
+    for length, count in zip(distinct[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        while count:
+            room = rooms.smallest_from(length)
+            if room is None:  # open as many rows as the rest of this length needs
+                room = capacity
+                needed = -(-count // (capacity // length))
+                candidates = list(range(next_row, next_row + needed))
+                next_row += needed
+            else:
+                candidates = rows_by_room.pop(room)
+                rooms.remove(room)
+            # The fullest row takes pieces until it cannot hold another, then the next one.
+            per_row = room // length
+            full = min(len(candidates), count // per_row)
+            filled, others = candidates[:full], candidates[full:]
+            if per_row == 1:
+                assigned.extend(filled)
+            else:
+                for row in filled:
+                    assigned.extend([row] * per_row)
+            if filled:
+                put_back(room - per_row * length, filled)
+            count -= full * per_row
+            if count and others:  # fewer pieces left than the next row could take
+                row = others.pop()
+                assigned.extend([row] * count)
+                put_back(room - count * length, [row])
+                count = 0
+            if others:
+                put_back(room, others)
+    row_of_piece[order] = assigned
+    return next_row - first_row
+
+
+class _SortedRooms:
+    """A set of integers up to `largest` that finds its smallest member >= x in constant time."""
+
+    def __init__(self, largest: int) -> None:
+        self._words = [0] * (largest // _WORD_BITS + 1)
+        self._occupied = 0  # bit w: word w is not empty
+
+    def add(self, value: int) -> None:
+        word, bit = divmod(value, _WORD_BITS)
+        self._words[word] |= 1 << bit
+        self._occupied |= 1 << word
+
+    def remove(self, value: int) -> None:
+        word, bit = divmod(value, _WORD_BITS)
+        self._words[word] &= ~(1 << bit)
+        if not self._words[word]:
+            self._occupied &= ~(1 << word)
+
+    def smallest_from(self, value: int) -> int | None:
+        word, bit = divmod(value, _WORD_BITS)
+        rest = self._words[word] >> bit
+        if rest:
+            return value + _lowest_bit(rest)
+        later = self._occupied >> (word + 1)
+        if not later:
+            return None
+        word += 1 + _lowest_bit(later)
+        return word * _WORD_BITS + _lowest_bit(self._words[word])
+
+
+def _lowest_bit(value: int) -> int:
+    return (value & -value).bit_length() - 1

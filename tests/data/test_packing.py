@@ -1,0 +1,157 @@
+"""Packing: every token once, best fit decreasing, the counts, the speed that issue 2 asks for."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lctrain.data.packing import pack
+
+
+def log_normal(count: int, seed: int = 0, mean: float = 6.5, sigma: float = 1.2) -> np.ndarray:
+    lengths = np.random.default_rng(seed).lognormal(mean, sigma, count)
+    return np.maximum(lengths, 1).astype(np.int64)
+
+
+def naive_best_fit_decreasing(lengths: list[int], capacity: int) -> list[int]:
+    """Room left in each row, by the definition of the algorithm."""
+    rooms: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [(room, row) for row, room in enumerate(rooms) if room >= length]
+        if fitting:
+            rooms[min(fitting)[1]] -= length
+        else:
+            rooms.append(capacity - length)
+    return rooms
+
+
+def tokens_of(plan, lengths: np.ndarray) -> list[np.ndarray]:
+    """How often every token of every document occurs in the rows."""
+    seen = [np.zeros(length, dtype=np.int64) for length in lengths]
+    for row in range(len(plan)):
+        for piece in plan.row(row):
+            start = plan.starts[piece]
+            seen[plan.documents[piece]][start : start + plan.lengths[piece]] += 1
+    return seen
+
+
+@pytest.mark.parametrize("capacity", [2, 7, 100, 1024, 1025, 5000])
+def test_equals_the_definition_of_best_fit_decreasing(capacity):
+    lengths = np.minimum(log_normal(400, mean=4), capacity)
+    plan = pack(lengths, capacity)
+    rooms = [capacity - int(plan.lengths[plan.row(r)].sum()) for r in range(len(plan))]
+    assert sorted(rooms) == sorted(naive_best_fit_decreasing(lengths.tolist(), capacity))
+
+
+@pytest.mark.parametrize("window", [1, 50, 100_000])
+def test_split_keeps_every_token_once(window):
+    lengths = log_normal(300)
+    plan = pack(lengths, 512, window=window)
+    assert all((count == 1).all() for count in tokens_of(plan, lengths))
+    assert max(plan.lengths[plan.row(r)].sum() for r in range(len(plan))) <= 512
+    assert plan.report.tokens == lengths.sum()
+    assert plan.report.split == (lengths > 512).sum()
+    assert plan.report.documents == 300
+    assert plan.report.pieces == len(plan.lengths) == np.ceil(lengths / 512).sum()
+    assert plan.report.truncated == plan.report.dropped == 0
+
+
+def test_truncate_keeps_the_beginning_and_counts_the_rest():
+    lengths = np.array([3, 10, 5, 8])
+    plan = pack(lengths, 5, overlong="truncate")
+    seen = tokens_of(plan, lengths)
+    assert [int(count.sum()) for count in seen] == [3, 5, 5, 5]
+    assert all((count[:5] == 1).all() for count in seen)
+    report = plan.report
+    assert (report.truncated, report.truncated_tokens, report.documents) == (2, 8, 4)
+
+
+def test_drop_leaves_out_whole_documents_and_counts_them():
+    lengths = np.array([3, 10, 5, 8])
+    plan = pack(lengths, 5, overlong="drop")
+    assert [int(count.sum()) for count in tokens_of(plan, lengths)] == [3, 0, 5, 0]
+    report = plan.report
+    assert (report.dropped, report.dropped_tokens, report.documents) == (2, 18, 2)
+    assert report.tokens == 8
+
+
+def test_windows_are_not_mixed():
+    plan = pack(log_normal(100), 512, window=30)
+    for row in range(len(plan)):
+        assert len(set(plan.documents[plan.row(row)] // 30)) == 1
+
+
+def test_piece_ids_do_not_depend_on_the_window():
+    lengths = log_normal(200)
+    small, large = pack(lengths, 512, window=10), pack(lengths, 512)
+    assert np.array_equal(small.documents, large.documents)
+    assert np.array_equal(small.starts, large.starts)
+
+
+def test_costs_are_sums_of_squares():
+    plan = pack(np.array([4, 3, 3, 2]), 5)
+    expected = [float((plan.lengths[plan.row(r)] ** 2).sum()) for r in range(len(plan))]
+    assert plan.costs().tolist() == expected
+
+
+def test_fill_of_the_report_and_its_text():
+    report = pack(np.array([4, 4]), 5, dropped_empty=3, dropped_undecodable=1).report
+    assert report.fill == 0.8
+    assert "fill 0.8000" in str(report)
+    assert "3 empty, 1 not decodable" in str(report)
+
+
+def test_no_documents_make_no_rows():
+    plan = pack(np.array([], dtype=np.int64), 8)
+    assert len(plan) == 0
+    assert plan.report.fill == 0.0
+    assert len(plan.costs()) == 0
+
+
+@pytest.mark.parametrize("capacity", [4096, 32768])
+def test_fill_on_log_normal_lengths(capacity):
+    assert pack(log_normal(20_000), capacity).report.fill >= 0.99
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"max_tokens": 1}, "max_tokens must be at least 2, got 1"),
+        ({"max_tokens": 8, "overlong": "cut"}, "overlong must be one of split, truncate, drop"),
+        ({"max_tokens": 8, "window": 0}, "window must be at least 1, got 0"),
+    ],
+    ids=["max_tokens", "overlong", "window"],
+)
+def test_bad_settings_are_an_error(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        pack(np.array([1, 2]), **keywords)
+
+
+def test_empty_document_is_an_error():
+    with pytest.raises(ValueError, match="lengths must be at least 1"):
+        pack(np.array([1, 0]), 8)
+
+
+MEASURE = """
+import json, resource, time
+import numpy as np
+from lctrain.data.packing import pack
+lengths = np.random.default_rng(0).lognormal(7.5, 1.5, 1_000_000).clip(1).astype(np.int64)
+start = time.process_time()
+plan = pack(lengths, 32768)
+seconds = time.process_time() - start
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"seconds": seconds, "bytes": peak, "fill": plan.report.fill}))
+"""
+
+
+def test_a_million_documents_in_five_seconds_and_one_gibibyte():
+    output = subprocess.run(
+        [sys.executable, "-c", MEASURE], check=True, capture_output=True, text=True
+    )
+    measured = json.loads(output.stdout)
+    assert measured["seconds"] < 5
+    assert measured["bytes"] < 2**30
+    assert measured["fill"] > 0.99
