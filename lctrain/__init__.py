@@ -1,1 +1,51 @@
-"""lctrain: long-context training for PyTorch Lightning."""
+"""lctrain: long-context training for PyTorch Lightning.
+
+    import lctrain
+
+    handle = lctrain.patch_model(model, attention="flash")
+
+Names load on first use, so that `import lctrain` and `lctrain.kernels` pull in neither Lightning
+nor Triton.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lctrain import kernels
+    from lctrain.attention import AttentionSpec
+    from lctrain.batch import PackedBatch
+    from lctrain.data import PackedDataModule
+    from lctrain.models import PatchHandle, patch_model
+    from lctrain.module import LongContextModule
+
+__all__ = [
+    "AttentionSpec",
+    "LongContextModule",
+    "PackedBatch",
+    "PackedDataModule",
+    "PatchHandle",
+    "kernels",
+    "patch_model",
+]
+
+_HOMES = {
+    "AttentionSpec": "lctrain.attention",
+    "LongContextModule": "lctrain.module",
+    "PackedBatch": "lctrain.batch",
+    "PackedDataModule": "lctrain.data",
+    "PatchHandle": "lctrain.models",
+    "patch_model": "lctrain.models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "kernels":
+        return import_module("lctrain.kernels")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'lctrain' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,162 @@
+"""The layout of the packages: who may import whom, and what a folder may hold.
+
+Every module has a level; it imports from lower levels and from its own package only. The walk is
+over the syntax tree, so imports inside functions count too.
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.house.typecheck import ROOT, package_folders
+
+# Longest matching prefix decides. A package's modules share its level and see each other.
+LEVELS = {
+    "lctrain.kernels.reference": 0,
+    "lctrain.kernels.tile": 0,
+    "lctrain.kernels.attention": 1,
+    "lctrain.kernels.fused": 1,
+    "lctrain.kernels.hopper": 1,
+    "lctrain.kernels": 2,
+    "lctrain.kernels.bench": 3,
+    "lctrain.batch": 3,
+    "lctrain.data": 4,
+    "lctrain.attention": 4,
+    "lctrain.models": 5,
+    "lctrain.loss": 6,
+    "lctrain.eval": 7,
+    "lctrain.module": 7,
+    "lctrain.callbacks": 8,
+    "lctrain.config": 9,
+    "lctrain.train": 10,
+    "lctrain.evaluate": 10,
+}
+EXPORTS_ONLY = {"lctrain", "lctrain.configs", "lctrain.recipes"}
+FRAMEWORKS = {
+    "datasets",
+    "hydra",
+    "lightning",
+    "omegaconf",
+    "pytorch_lightning",
+    "transformers",
+    "wandb",
+}
+
+
+def source_files() -> dict[str, Path]:
+    """Maps the dotted name of every module that ships to its file."""
+    files = {}
+    for package, folder in package_folders().items():
+        for path in sorted(folder.glob("*.py")):
+            files[package if path.stem == "__init__" else f"{package}.{path.stem}"] = path
+    return files
+
+
+SOURCES = source_files()
+
+
+def home(module: str) -> str | None:
+    """The entry of LEVELS that `module` belongs to, or None outside of them."""
+    while module and module not in LEVELS:
+        module = module.rpartition(".")[0]
+    return module or None
+
+
+def imported_modules(module: str, path: Path) -> set[str]:
+    """Dotted names of everything that the file imports, relative imports resolved."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")
+                base = ".".join([*parents[: len(parents) + 1 - node.level], *filter(None, [base])])
+            submodules = {f"{base}.{alias.name}" for alias in node.names}
+            names |= {name if name in SOURCES else base for name in submodules}
+    return names
+
+
+def top(name: str) -> str:
+    return name.partition(".")[0]
+
+
+@pytest.mark.parametrize("module", sorted(set(SOURCES) - EXPORTS_ONLY))
+def test_imports_run_downwards(module):
+    mine = home(module)
+    assert mine is not None, f"{module} has no level in LEVELS: decide where it belongs"
+    for name in imported_modules(module, SOURCES[module]):
+        if top(name) != "lctrain" or name == "lctrain":
+            assert name != "lctrain", f"{module} imports lctrain itself: import the module you need"
+            continue
+        theirs = home(name)
+        assert theirs is not None, f"{module} imports {name}, which has no level"
+        assert theirs == mine or LEVELS[theirs] < LEVELS[mine], (
+            f"{module} imports {name}: level {LEVELS[theirs]} from level {LEVELS[mine]}"
+        )
+
+
+@pytest.mark.parametrize("module", sorted(m for m in SOURCES if m.startswith("lctrain.kernels")))
+def test_kernels_stand_alone(module):
+    names = imported_modules(module, SOURCES[module])
+    assert not {top(name) for name in names} & FRAMEWORKS
+    outside = {n for n in names if top(n) == "lctrain" and not n.startswith("lctrain.kernels")}
+    assert not outside, f"{module} imports {outside}"
+
+
+@pytest.mark.parametrize("module", sorted(m for m in SOURCES if "lctrain.kernels" not in m))
+def test_only_kernels_import_triton(module):
+    assert "triton" not in {top(name) for name in imported_modules(module, SOURCES[module])}
+
+
+@pytest.mark.parametrize(
+    "module", sorted(m for m in SOURCES if m.startswith("lctrain.kernels.reference"))
+)
+def test_reference_imports_torch_only(module):
+    allowed = {"torch", "lctrain", *sys.stdlib_module_names}
+    names = imported_modules(module, SOURCES[module])
+    assert {top(name) for name in names} <= allowed
+    assert all(n.startswith("lctrain.kernels.reference") for n in names if top(n) == "lctrain")
+
+
+@pytest.mark.parametrize(
+    "module",
+    sorted(m for m in SOURCES if home(m) and LEVELS[home(m)] <= 1 and ".reference" not in m),
+)
+def test_no_kernel_imports_the_reference(module):
+    names = imported_modules(module, SOURCES[module])
+    assert not [name for name in names if name.startswith("lctrain.kernels.reference")]
+
+
+@pytest.mark.parametrize("module", sorted(m for m, p in SOURCES.items() if p.stem == "__init__"))
+def test_init_files_only_export(module):
+    functions = {"__getattr__", "__dir__"} if module == "lctrain" else set()
+    for node in ast.walk(ast.parse(SOURCES[module].read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert node.name in functions, f"{module} defines {node.name}"
+        assert not isinstance(node, ast.ClassDef), f"{module} defines a class"
+
+
+def test_the_kernels_folder_is_no_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists(), (
+        "kernels/__init__.py would shadow the package `kernels` that transformers imports"
+    )
+
+
+def test_files_name_the_thing():
+    vague = {"utils", "util", "helpers", "common", "misc"}
+    assert not [str(path) for path in SOURCES.values() if path.stem in vague]
+
+
+def test_every_package_on_disk_is_listed():
+    listed = set(package_folders().values())
+    found = {
+        path.parent
+        for top_folder in ("lctrain", "kernels", "configs", "recipes")
+        for path in (ROOT / top_folder).rglob("*.py")
+    }
+    assert found == listed

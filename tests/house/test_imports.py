@@ -1,0 +1,90 @@
+"""`import lctrain` is light, and works where Triton is not installed."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import lctrain
+from tests.house.test_architecture import SOURCES
+
+WITHOUT_TRITON = """
+import sys
+
+class WithoutTriton:
+    '''Sees everything that `finder` sees, except triton: a machine where it is not installed.'''
+
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            return None
+        return self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = [WithoutTriton(finder) for finder in sys.meta_path]
+"""
+
+
+def run_python(code: str, cwd) -> str:
+    """Runs the code in a fresh interpreter away from the checkout and returns what it prints."""
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=cwd, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_is_light(tmp_path):
+    heavy = ["lightning", "datasets", "triton", "matplotlib", "wandb"]
+    code = f"import sys, lctrain; print([m for m in {heavy} if m in sys.modules])"
+    assert run_python(code, tmp_path).strip() == "[]"
+
+
+def test_kernels_alone_load_no_framework(tmp_path):
+    heavy = ["lightning", "datasets", "transformers", "hydra", "triton"]
+    code = f"import sys, lctrain.kernels; print([m for m in {heavy} if m in sys.modules])"
+    assert run_python(code, tmp_path).strip() == "[]"
+
+
+def test_everything_outside_the_kernels_imports_without_triton(tmp_path):
+    kernels = {"tile", "attention", "hopper", "fused", "bench"}
+    modules = [m for m in SOURCES if not any(m.startswith(f"lctrain.kernels.{k}") for k in kernels)]
+    code = f"""
+import importlib
+for module in {modules}:
+    importlib.import_module(module)
+assert "triton" not in sys.modules
+print("imported")
+"""
+    assert run_python(WITHOUT_TRITON + code, tmp_path).strip() == "imported"
+
+
+def test_attention_runs_without_triton(tmp_path):
+    code = """
+import torch
+from lctrain.kernels import flash_attn_varlen_func
+
+q = torch.randn(10, 4, 8, requires_grad=True)
+k = v = torch.randn(10, 2, 8)
+boundaries = torch.tensor([0, 3, 10], dtype=torch.int32)
+out = flash_attn_varlen_func(q, k, v, boundaries, boundaries, 7, 7, causal=True)
+out.sum().backward()
+print(tuple(out.shape), q.grad.isfinite().all().item())
+"""
+    assert run_python(WITHOUT_TRITON + code, tmp_path).strip() == "(10, 4, 8) True"
+
+
+@pytest.mark.parametrize("name", lctrain.__all__)
+def test_every_export_exists(name):
+    assert getattr(lctrain, name) is not None
+    assert name in dir(lctrain)
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'flash'"):
+        _ = lctrain.flash

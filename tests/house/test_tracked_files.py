@@ -1,0 +1,33 @@
+"""What the repository may hold."""
+
+import re
+import subprocess
+
+import pytest
+
+from tests.house.typecheck import ROOT
+
+HOME_OF_SOMEONE = re.compile(rb"(?<![\w./])/(?:work|root|home|Users)/\w")
+
+
+def tracked_files() -> list[str]:
+    result = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    return [name for name in result.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+FILES = tracked_files()
+
+
+@pytest.mark.skipif(not FILES, reason="not a git checkout")
+def test_no_file_names_a_path_of_one_machine():
+    named = {
+        name: match.group().decode()
+        for name in FILES
+        if (match := HOME_OF_SOMEONE.search((ROOT / name).read_bytes()))
+    }
+    assert not named
+
+
+@pytest.mark.skipif(not FILES, reason="not a git checkout")
+def test_no_large_file():
+    assert not [name for name in FILES if (ROOT / name).stat().st_size > 1_000_000]
