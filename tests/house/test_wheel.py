@@ -1,0 +1,97 @@
+"""The wheel: built, installed in a clean environment, and used from another folder.
+
+Nothing is downloaded: the clean environment finds the dependencies of this one on its path, but not
+lctrain, whose editable hooks Python reads only in a real site folder.
+"""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.house.typecheck import ROOT, package_folders
+
+SHIPPED = ["lctrain", "kernels", "configs", "recipes", "pyproject.toml", "README.md", "LICENSE"]
+
+
+def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    source = tmp_path_factory.mktemp("source")
+    for name in SHIPPED:
+        if (ROOT / name).is_dir():
+            ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+            shutil.copytree(ROOT / name, source / name, ignore=ignore)
+        else:
+            shutil.copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    result = run(*pip, "--no-index", "--wheel-dir", "dist", ".", cwd=source)
+    assert result.returncode == 0, result.stderr
+    (built,) = (source / "dist").glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def clean_bin(wheel, tmp_path_factory) -> Path:
+    """The folder of executables of a new environment that holds the wheel."""
+    environment = tmp_path_factory.mktemp("clean") / "venv"
+    result = run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    folder = environment / ("Scripts" if sys.platform == "win32" else "bin")
+    pip = [sys.executable, "-m", "pip", "--python", folder / "python", "install", "--quiet"]
+    result = run(*pip, "--no-deps", "--no-index", wheel, cwd=environment)
+    assert result.returncode == 0, result.stderr
+    (site_packages,) = environment.glob("lib/python*/site-packages")
+    (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder
+
+
+def test_wheel_holds_every_source_file(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    missing = []
+    for package, folder in package_folders().items():
+        wanted = [*folder.glob("*.py"), *folder.glob("py.typed")]
+        if package in ("lctrain.configs", "lctrain.recipes"):
+            wanted += folder.rglob("*.yaml")
+        inside = package.replace(".", "/")
+        missing += [p for p in wanted if f"{inside}/{p.relative_to(folder)}" not in names]
+    assert not missing
+
+
+def test_wheel_holds_nothing_beside_lctrain(wheel):
+    tops = {name.partition("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"lctrain"}
+
+
+def test_installed_package_is_used_from_another_folder(clean_bin, tmp_path):
+    code = """
+import importlib.resources as resources
+import torch
+import lctrain
+from lctrain.kernels import flash_attn_varlen_func
+
+q = torch.randn(6, 2, 8)
+cu = torch.tensor([0, 2, 6], dtype=torch.int32)
+assert flash_attn_varlen_func(q, q, q, cu, cu, 4, 4, causal=True).shape == (6, 2, 8)
+assert (resources.files("lctrain.configs") / "train.yaml").is_file()
+assert list((resources.files("lctrain.recipes") / "experiment").iterdir())
+assert lctrain.patch_model
+print(lctrain.__file__)
+"""
+    result = run(clean_bin / "python", "-c", code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert Path(result.stdout.strip()).is_relative_to(clean_bin.parent)
+
+
+@pytest.mark.parametrize("script", ["lctrain-train", "lctrain-eval", "lctrain-bench"])
+def test_console_scripts_say_what_they_take(clean_bin, tmp_path, script):
+    result = run(clean_bin / script, "--help", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert script in result.stdout
