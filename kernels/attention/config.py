@@ -1,0 +1,171 @@
+"""Tile configurations: one table, (operation, architecture, head dim) -> frozen dataclass.
+
+A configuration depends on nothing that changes from batch to batch (no lengths, no token counts), so a document's bits do
+not depend on the pack it travels in. kernels/bench/NOTES.md holds the measurements that the numbers come from.
+"""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lctrain.kernels.attention.launch import padded_head_dim
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How a kernel cuts its work.
+
+    Attributes:
+        block_m: Query rows of a tile; PACK heads times positions.
+        block_n: Keys of a tile.
+        num_warps: Warps of a program.
+        num_stages: Depth of the load pipeline.
+        pack: Query heads of one key/value head that share a tile (1 in kernels that own keys). A tile of two heads has
+            half the positions, so the masked part of the diagonal is half as large, at the same reuse of keys.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    pack: int = 1
+
+    @property
+    def positions(self) -> int:
+        """Query positions of a tile."""
+        return self.block_m // self.pack
+
+
+# (operation, architecture) -> {padded head dim: configuration}; head dims up to the key use it.
+_HOPPER = {
+    "varlen_fwd": {
+        64: TileConfig(128, 128, 4, 3, pack=2),
+        128: TileConfig(128, 64, 4, 3, pack=2),
+        256: TileConfig(128, 64, 8, 2, pack=2),
+    },
+    "varlen_dq": {
+        64: TileConfig(128, 64, 4, 3, pack=2),
+        128: TileConfig(128, 64, 8, 2, pack=2),
+        256: TileConfig(64, 32, 4, 2, pack=1),
+    },
+    "varlen_dkv": {
+        64: TileConfig(64, 128, 8, 3),
+        128: TileConfig(64, 128, 8, 2),
+        256: TileConfig(32, 64, 8, 1),
+    },
+}
+_AMPERE = {
+    "varlen_fwd": {
+        64: TileConfig(128, 64, 4, 3, pack=2),
+        128: TileConfig(128, 32, 4, 3, pack=2),
+        256: TileConfig(64, 32, 4, 2, pack=1),
+    },
+    "varlen_dq": {
+        64: TileConfig(64, 64, 4, 2, pack=1),
+        128: TileConfig(64, 64, 8, 2, pack=1),
+        256: TileConfig(64, 32, 8, 1, pack=1),
+    },
+    "varlen_dkv": {
+        64: TileConfig(64, 64, 4, 2),
+        128: TileConfig(32, 64, 4, 2),
+        256: TileConfig(32, 32, 4, 1),
+    },
+}
+_CDNA = {
+    "varlen_fwd": {
+        64: TileConfig(128, 64, 4, 1, pack=1),
+        128: TileConfig(128, 64, 4, 1, pack=1),
+        256: TileConfig(64, 32, 4, 1, pack=1),
+    },
+    "varlen_dq": {
+        64: TileConfig(64, 64, 4, 1, pack=1),
+        128: TileConfig(64, 64, 4, 1, pack=1),
+        256: TileConfig(64, 32, 4, 1, pack=1),
+    },
+    "varlen_dkv": {
+        64: TileConfig(64, 64, 4, 1),
+        128: TileConfig(64, 64, 4, 1),
+        256: TileConfig(32, 32, 4, 1),
+    },
+}
+# Products of float32 run on the scalar units, in registers: small tiles.
+_FLOAT32 = {
+    "varlen_fwd": {64: TileConfig(32, 32, 4, 1), 256: TileConfig(16, 32, 4, 1)},
+    "varlen_dq": {64: TileConfig(32, 32, 4, 1), 256: TileConfig(16, 32, 4, 1)},
+    "varlen_dkv": {64: TileConfig(32, 32, 4, 1), 256: TileConfig(16, 32, 4, 1)},
+}
+# The interpreter walks programs in Python: small tiles, so that tiny documents still cross them.
+_INTERPRETER = {
+    "varlen_fwd": {256: TileConfig(32, 32, 4, 1, pack=2)},
+    "varlen_dq": {256: TileConfig(32, 32, 4, 1, pack=2)},
+    "varlen_dkv": {256: TileConfig(16, 32, 4, 1)},
+}
+TABLES = {
+    "sm_80": _AMPERE,
+    "sm_90": _HOPPER,
+    "sm_100": _HOPPER,
+    "gfx942": _CDNA,
+    "gfx950": _CDNA,
+    "float32": _FLOAT32,
+    "interpreter": _INTERPRETER,
+}
+OPERATIONS = tuple(_HOPPER)
+
+
+def table_config(table: str, operation: str, head_dim: int, group: int) -> TileConfig:
+    """Looks a configuration up.
+
+    Args:
+        table: A key of TABLES.
+        operation: "varlen_fwd", "varlen_dq" or "varlen_dkv".
+        head_dim: D, 1 to 256.
+        group: Query heads per key/value head; bounds how many heads can share a tile.
+    """
+    sizes = TABLES[table][operation]
+    config = sizes[min(size for size in sizes if size >= min(padded_head_dim(head_dim), 256))]
+    return replace(config, pack=math.gcd(config.pack, group))
+
+
+def tile_config(operation: str, q: Tensor, group: int, has_dropout: bool) -> TileConfig:
+    """Returns the configuration for these tensors; never reads their values."""
+    if q.device.type != "cuda":
+        table = "interpreter"
+    elif q.dtype == torch.float32:
+        table = "float32"
+    else:
+        table = _device_table(q.device.index)
+    override = _OVERRIDES.get(operation)
+    if override is not None:
+        return replace(override, pack=math.gcd(override.pack, group))
+    return table_config(table, operation, q.shape[2], group)
+
+
+_OVERRIDES: dict[str, TileConfig] = {}
+
+
+class override_configs:
+    """Context manager that forces configurations by operation; for tuning and for tests."""
+
+    def __init__(self, **configs: TileConfig) -> None:
+        self._configs = configs
+
+    def __enter__(self) -> None:
+        self._saved = dict(_OVERRIDES)
+        _OVERRIDES.update(self._configs)
+
+    def __exit__(self, *_: object) -> None:
+        _OVERRIDES.clear()
+        _OVERRIDES.update(self._saved)
+
+
+@functools.cache
+def _device_table(index: int | None) -> str:
+    properties = torch.cuda.get_device_properties(index or 0)
+    if torch.version.hip:
+        return "gfx950" if "gfx95" in properties.gcnArchName else "gfx942"
+    if properties.major >= 10:
+        return "sm_100"
+    return "sm_90" if properties.major == 9 else "sm_80"

@@ -1,0 +1,578 @@
+"""Backward of varlen attention in portable Triton: one kernel owns queries (dq), one owns keys (dk, dv).
+
+Nothing is added across programs, so the result has the same bits in every run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lctrain.kernels.attention.config import tile_config
+from lctrain.kernels.attention.launch import (
+    RUNTIME_INTEGERS,
+    alibi_strides,
+    dot_precision,
+    dropout_arguments,
+    padded_head_dim,
+    window_arguments,
+)
+from lctrain.kernels.schedule import SCHEDULE_ROWS
+from lctrain.kernels.tile.dropout import keep_mask, load_key
+from lctrain.kernels.tile.logits import LOG2_E, logits, logits_multiplier, softcap_slope
+from lctrain.kernels.tile.mask import key_range, load_window, query_range, visible
+from lctrain.kernels.tile.memory import load_rows, store_rows
+from lctrain.kernels.tile.seqlen import document_bounds, locate_program
+
+_LOG2_E = tl.constexpr(LOG2_E)
+
+
+@triton.jit(do_not_specialize=RUNTIME_INTEGERS)
+def varlen_dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    dout_ptr,
+    lse_ptr,
+    dlse_ptr,
+    dq_ptr,
+    delta_ptr,
+    lse2_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    tiles_ptr,
+    window_ptr,
+    alibi_ptr,
+    seed_ptr,
+    document_ids_ptr,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_ot,
+    stride_oh,
+    stride_dot,
+    stride_doh,
+    stride_dqt,
+    stride_dqh,
+    stride_alibi,
+    num_tiles,
+    total_q,
+    window_left,
+    window_right,
+    scale,
+    softcap,
+    threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    PACK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dq of a tile; also writes what the dk, dv kernel reads per query.
+
+    Grid: as varlen_fwd_kernel. q, out, dout, dq [T, H, D]; k, v [Tk, Hk, D]; lse, dlse [H, T] float32;
+    delta = rowsum(dout * out) - dlse and lse2 = lse in base 2 (+inf where nothing was seen), [H, T].
+    """
+    POSITIONS: tl.constexpr = BLOCK_M // PACK
+    head_kv, head_group, document, first = locate_program(
+        tiles_ptr, num_tiles, POSITIONS, GROUP // PACK
+    )
+    if document < 0:
+        return
+    begin_q, length_q = document_bounds(cu_q_ptr, document)
+    begin_k, length_k = document_bounds(cu_k_ptr, document)
+    if first >= length_q:
+        return
+    shift = length_k - length_q
+    left, right = load_window(window_ptr, window_left, window_right)
+    low, full, high = key_range(
+        first, POSITIONS, shift, length_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
+    )
+
+    local_m = tl.arange(0, BLOCK_M)
+    local_n = tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_D)
+    local_query = local_m % POSITIONS
+    query = first + local_query
+    inside = query < length_q
+    head = head_kv * GROUP + head_group * PACK + local_m // POSITIONS
+    head = tl.where(inside, head, 0)
+    token = begin_q + query
+    row_do = token * stride_dot + head * stride_doh
+    do = load_rows(
+        dout_ptr + row_do[:, None] + columns[None, :],
+        query,
+        length_q,
+        columns,
+        HEAD_DIM,
+        BLOCK_D,
+        True,
+    )
+    row_o = token * stride_ot + head * stride_oh
+    o = load_rows(
+        out_ptr + row_o[:, None] + columns[None, :],
+        query,
+        length_q,
+        columns,
+        HEAD_DIM,
+        BLOCK_D,
+        True,
+    )
+    row_lse = head.to(tl.int64) * total_q + token
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + row_lse, mask=inside, other=0.0)
+    lse = tl.load(lse_ptr + row_lse, mask=inside, other=float("inf"))
+    # A row that saw nothing has no weights: 2^(x - inf) = 0.
+    lse2 = tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)
+    tl.store(delta_ptr + row_lse, delta, mask=inside)
+    tl.store(lse2_ptr + row_lse, lse2, mask=inside)
+
+    row_q = token * stride_qt + head * stride_qh
+    q = load_rows(
+        q_ptr + row_q[:, None] + columns[None, :], query, length_q, columns, HEAD_DIM, BLOCK_D, True
+    )
+    k_base = k_ptr + begin_k * stride_kt + head_kv.to(tl.int64) * stride_kh
+    v_base = v_ptr + begin_k * stride_vt + head_kv.to(tl.int64) * stride_vh
+    tile_k = local_n[:, None] * stride_kt + columns[None, :]
+    tile_v = local_n[:, None] * stride_vt + columns[None, :]
+    slope = 0.0
+    if HAS_ALIBI:
+        slope = tl.load(alibi_ptr + document * stride_alibi + head)[:, None]
+    key_0 = 0
+    key_1 = 0
+    document_key = 0
+    if HAS_DROPOUT:
+        key_0, key_1, document_key = load_key(seed_ptr, document_ids_ptr, document)
+    multiplier = logits_multiplier(scale, HAS_SOFTCAP, HAS_ALIBI)
+
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for masked in tl.static_range(2):
+        for n in tl.range(full if masked else low, high if masked else full, BLOCK_N):
+            n = tl.multiple_of(n, BLOCK_N)
+            key = n + local_n
+            k = load_rows(
+                k_base + n.to(tl.int64) * stride_kt + tile_k,
+                key,
+                length_k,
+                columns,
+                HEAD_DIM,
+                BLOCK_D,
+                masked,
+            )
+            v = load_rows(
+                v_base + n.to(tl.int64) * stride_vt + tile_v,
+                key,
+                length_k,
+                columns,
+                HEAD_DIM,
+                BLOCK_D,
+                masked,
+            )
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            x = logits(
+                s,
+                query[:, None],
+                key[None, :],
+                shift,
+                scale,
+                softcap,
+                slope,
+                HAS_SOFTCAP,
+                HAS_ALIBI,
+            )
+            if masked:
+                mask = visible(
+                    query[:, None], key[None, :], shift, length_k, left, right, HAS_LEFT, HAS_RIGHT
+                )
+                x = tl.where(mask, x, float("-inf"))
+            p = tl.exp2(x * multiplier - lse2[:, None])
+            if HAS_DROPOUT:
+                keep = keep_mask(
+                    key_0,
+                    key_1,
+                    document_key,
+                    head[:, None].to(tl.uint32),
+                    first,
+                    local_query[:, None],
+                    n,
+                    local_n[None, :],
+                    threshold,
+                )
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+            ds = p * (dp - delta[:, None])
+            if HAS_SOFTCAP:
+                ds = ds * softcap_slope(s, scale, softcap)
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    row_dq = token * stride_dqt + head * stride_dqh
+    store_rows(
+        dq_ptr + row_dq[:, None] + columns[None, :],
+        dq * scale,
+        query,
+        length_q,
+        columns,
+        HEAD_DIM,
+        BLOCK_D,
+    )
+
+
+@triton.jit(do_not_specialize=RUNTIME_INTEGERS)
+def varlen_dkv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    lse2_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    tiles_ptr,
+    window_ptr,
+    alibi_ptr,
+    seed_ptr,
+    document_ids_ptr,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_dot,
+    stride_doh,
+    stride_dkt,
+    stride_dkh,
+    stride_alibi,
+    num_tiles,
+    total_q,
+    window_left,
+    window_right,
+    scale,
+    softcap,
+    threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dk and dv of BLOCK_N keys of one key/value head; walks its GROUP query heads in one loop.
+
+    Grid: (key/value heads * tiles * SCHEDULE_ROWS / BLOCK_N,). Tiles are transposed, keys by queries,
+    so that the weights reach dv and dk as they lie in registers. dk and dv [Tk, Hk, D], contiguous alike.
+    """
+    head_kv, _, document, first = locate_program(tiles_ptr, num_tiles, BLOCK_N, 1)
+    if document < 0:
+        return
+    begin_q, length_q = document_bounds(cu_q_ptr, document)
+    begin_k, length_k = document_bounds(cu_k_ptr, document)
+    if first >= length_k:
+        return
+    shift = length_k - length_q
+    left, right = load_window(window_ptr, window_left, window_right)
+    low, high = query_range(
+        first, BLOCK_N, shift, length_q, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M
+    )
+
+    local_m = tl.arange(0, BLOCK_M)
+    local_n = tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_D)
+    key = first + local_n
+    token_k = begin_k + key
+    k = load_rows(
+        k_ptr
+        + head_kv.to(tl.int64) * stride_kh
+        + (token_k * stride_kt)[:, None]
+        + columns[None, :],
+        key,
+        length_k,
+        columns,
+        HEAD_DIM,
+        BLOCK_D,
+        True,
+    )
+    v = load_rows(
+        v_ptr
+        + head_kv.to(tl.int64) * stride_vh
+        + (token_k * stride_vt)[:, None]
+        + columns[None, :],
+        key,
+        length_k,
+        columns,
+        HEAD_DIM,
+        BLOCK_D,
+        True,
+    )
+    tile_q = local_m[:, None] * stride_qt + columns[None, :]
+    tile_do = local_m[:, None] * stride_dot + columns[None, :]
+    key_0 = 0
+    key_1 = 0
+    document_key = 0
+    if HAS_DROPOUT:
+        key_0, key_1, document_key = load_key(seed_ptr, document_ids_ptr, document)
+    multiplier = logits_multiplier(scale, HAS_SOFTCAP, HAS_ALIBI)
+
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    blocks = tl.cdiv(tl.maximum(high - low, 0), BLOCK_M)
+    for step in tl.range(0, blocks * GROUP):
+        head = head_kv * GROUP + step // blocks
+        start = low + (step % blocks) * BLOCK_M
+        start = tl.multiple_of(start, BLOCK_M)
+        query = start + local_m
+        row = begin_q + start
+        q = load_rows(
+            q_ptr + row * stride_qt + head.to(tl.int64) * stride_qh + tile_q,
+            query,
+            length_q,
+            columns,
+            HEAD_DIM,
+            BLOCK_D,
+            True,
+        )
+        row_lse = head.to(tl.int64) * total_q + row
+        lse2 = tl.load(lse2_ptr + row_lse + local_m, mask=query < length_q, other=float("inf"))
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        slope = 0.0
+        if HAS_ALIBI:
+            slope = tl.load(alibi_ptr + document * stride_alibi + head)
+        x = logits(
+            s,
+            query[None, :],
+            key[:, None],
+            shift,
+            scale,
+            softcap,
+            slope,
+            HAS_SOFTCAP,
+            HAS_ALIBI,
+        )
+        mask = visible(
+            query[None, :], key[:, None], shift, length_k, left, right, HAS_LEFT, HAS_RIGHT
+        )
+        x = tl.where(mask, x, float("-inf"))
+        p = tl.exp2(x * multiplier - lse2[None, :])
+        do = load_rows(
+            dout_ptr + row * stride_dot + head.to(tl.int64) * stride_doh + tile_do,
+            query,
+            length_q,
+            columns,
+            HEAD_DIM,
+            BLOCK_D,
+            True,
+        )
+        delta = tl.load(delta_ptr + row_lse + local_m, mask=query < length_q, other=0.0)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        dropped = p
+        if HAS_DROPOUT:
+            keep = keep_mask(
+                key_0,
+                key_1,
+                document_key,
+                head.to(tl.uint32),
+                start,
+                local_m[None, :],
+                first,
+                local_n[:, None],
+                threshold,
+            )
+            dropped = tl.where(keep, p, 0.0)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+        dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
+        if HAS_SOFTCAP:
+            ds = ds * softcap_slope(s, scale, softcap)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    row_dk = (token_k * stride_dkt + head_kv.to(tl.int64) * stride_dkh)[:, None] + columns[None, :]
+    store_rows(dk_ptr + row_dk, dk * scale, key, length_k, columns, HEAD_DIM, BLOCK_D)
+    store_rows(dv_ptr + row_dk, dv * keep_scale, key, length_k, columns, HEAD_DIM, BLOCK_D)
+
+
+def varlen_bwd(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    q_tiles: Tensor,
+    k_tiles: Tensor,
+    *,
+    softmax_scale: float,
+    window: tuple[int, int] | Tensor,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    document_ids: Tensor | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launches the two backward kernels; arguments as varlen_fwd.
+
+    Args:
+        dout: [T, H, D], any strides.
+        dlse: [H, T] float32 or None.
+        q: [T, H, D].
+        k: [Tk, Hk, D].
+        v: [Tk, Hk, D].
+        out: [T, H, D].
+        lse: [H, T] float32.
+        cu_seqlens_q: [N + 1] int32.
+        cu_seqlens_k: [N + 1] int32.
+        q_tiles: [n, 2] int32.
+        k_tiles: [m, 2] int32.
+        softmax_scale: Positive factor of q.k.
+        window: (left, right), -1 unbounded, or an int32 tensor [2].
+        softcap: c; 0 turns it off.
+        alibi_slopes: [H] or [N, H] float32.
+        dropout_p: In [0, 1).
+        dropout_seed: [1] int64.
+        document_ids: [N] int32.
+        deterministic: Without effect: these kernels always are.
+
+    Returns:
+        dq [T, H, D], dk and dv [Tk, Hk, D], contiguous, and delta [H, T] float32.
+    """
+    total_q, heads, head_dim = q.shape
+    heads_kv = k.shape[1]
+    group = heads // heads_kv
+    dout = dout if dout.stride(2) == 1 else dout.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    dq = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
+    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    delta = torch.empty((heads, total_q), dtype=torch.float32, device=q.device)
+    lse2 = torch.empty_like(delta)
+    window_ptr, left, right, has_left, has_right = window_arguments(window)
+    threshold, scale_kept = dropout_arguments(dropout_p)
+    block_d = padded_head_dim(head_dim)
+    flags = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": block_d,
+        "GROUP": group,
+        "HAS_LEFT": has_left,
+        "HAS_RIGHT": has_right,
+        "HAS_SOFTCAP": softcap > 0,
+        "HAS_ALIBI": alibi_slopes is not None,
+        "HAS_DROPOUT": dropout_p > 0,
+        "PRECISION": dot_precision(q),
+    }
+    config = tile_config("varlen_dq", q, group, dropout_p > 0)
+    parts = SCHEDULE_ROWS // config.positions * (group // config.pack)
+    grid = (heads_kv * q_tiles.shape[0] * parts,)
+    if grid[0] > 0:
+        varlen_dq_kernel[grid](
+            q,
+            k,
+            v,
+            out,
+            dout,
+            lse,
+            dlse,
+            dq,
+            delta,
+            lse2,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            q_tiles,
+            window_ptr,
+            alibi_slopes,
+            dropout_seed,
+            document_ids,
+            q.stride(0),
+            q.stride(1),
+            k.stride(0),
+            k.stride(1),
+            v.stride(0),
+            v.stride(1),
+            out.stride(0),
+            out.stride(1),
+            dout.stride(0),
+            dout.stride(1),
+            dq.stride(0),
+            dq.stride(1),
+            alibi_strides(alibi_slopes),
+            q_tiles.shape[0],
+            total_q,
+            left,
+            right,
+            softmax_scale,
+            softcap,
+            threshold,
+            scale_kept,
+            PACK=config.pack,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            **flags,
+        )
+    config = tile_config("varlen_dkv", q, group, dropout_p > 0)
+    grid = (heads_kv * k_tiles.shape[0] * (SCHEDULE_ROWS // config.block_n),)
+    if grid[0] > 0:
+        varlen_dkv_kernel[grid](
+            q,
+            k,
+            v,
+            dout,
+            lse2,
+            delta,
+            dk,
+            dv,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            k_tiles,
+            window_ptr,
+            alibi_slopes,
+            dropout_seed,
+            document_ids,
+            q.stride(0),
+            q.stride(1),
+            k.stride(0),
+            k.stride(1),
+            v.stride(0),
+            v.stride(1),
+            dout.stride(0),
+            dout.stride(1),
+            dk.stride(0),
+            dk.stride(1),
+            alibi_strides(alibi_slopes),
+            k_tiles.shape[0],
+            total_q,
+            left,
+            right,
+            softmax_scale,
+            softcap,
+            threshold,
+            scale_kept,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            **flags,
+        )
+    return dq, dk, dv, delta

@@ -1,0 +1,72 @@
+"""The dropout mask on a tile: Philox-4x32-7, eight weights per draw; reference/philox.py is the definition."""
+
+import triton
+import triton.language as tl
+
+_MULTIPLIER_0 = tl.constexpr(0xD2511F53)
+_MULTIPLIER_1 = tl.constexpr(0xCD9E8D57)
+_WEYL_0 = tl.constexpr(0x9E3779B9)
+_WEYL_1 = tl.constexpr(0xBB67AE85)
+_ROUNDS = tl.constexpr(7)
+
+
+@triton.jit
+def load_key(seed_ptr, document_ids_ptr, document):
+    """Returns (seed low, seed high, document id) as uint32."""
+    seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
+    if document_ids_ptr is not None:
+        document = tl.load(document_ids_ptr + document)
+    low = (seed & 0xFFFFFFFF).to(tl.uint32)
+    high = (seed >> 32).to(tl.uint32)
+    return low, high, document.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def keep_mask(
+    key_0,
+    key_1,
+    document,
+    head,
+    first_query,
+    query,
+    first_key,
+    key,
+    threshold,
+):
+    """Returns the mask of a tile, True where the weight is kept.
+
+    Counters stay as narrow as their inputs for as long as they can: two of the seven rounds cost a
+    row and a column, not a tile. Bits are taken from the positions inside the tile, which the
+    compiler knows per register, so the choice of word and half costs nothing.
+
+    Args:
+        key_0: Low half of the seed, uint32.
+        key_1: High half of the seed, uint32.
+        document: Document id, uint32.
+        head: Query head, uint32, scalar or broadcastable.
+        first_query: Multiple of 16; position of the tile's first query in the document.
+        query: Positions inside the tile, int32, broadcastable ([M, 1] or [1, M]).
+        first_key: Multiple of 32; position of the tile's first key.
+        key: Positions inside the tile, int32, broadcastable.
+        threshold: Draws below it are dropped, of 65,536.
+    """
+    c0 = ((query >> 4) * 8 + (query & 7) + first_query // 2).to(tl.uint32)
+    c1 = ((key >> 5) * 8 + (key & 7) + first_key // 4).to(tl.uint32)
+    c2 = head
+    c3 = document
+    for _ in tl.static_range(_ROUNDS):
+        product_0 = c0.to(tl.uint64) * _MULTIPLIER_0
+        product_1 = c2.to(tl.uint64) * _MULTIPLIER_1
+        next_0 = (product_1 >> 32).to(tl.uint32) ^ c1 ^ key_0
+        next_2 = (product_0 >> 32).to(tl.uint32) ^ c3 ^ key_1
+        c0 = next_0
+        c1 = product_1.to(tl.uint32)
+        c2 = next_2
+        c3 = product_0.to(tl.uint32)
+        key_0 = key_0 + _WEYL_0
+        key_1 = key_1 + _WEYL_1
+    late_query = (query & 8) != 0
+    late_key = (key & 16) != 0
+    word = tl.where(late_query, tl.where(late_key, c3, c2), tl.where(late_key, c1, c0))
+    draw = tl.where((key & 8) != 0, word >> 16, word & 0xFFFF)
+    return draw >= threshold
