@@ -1,1 +1,7 @@
+"""The loss as (sum, count), without the logits of all tokens at once."""
 
+from lctrain.loss.causal_lm import causal_lm_loss, token_losses
+from lctrain.loss.evaluation_mode import evaluation_mode
+from lctrain.loss.output_head import OutputHead, find_output_head
+
+__all__ = ["OutputHead", "causal_lm_loss", "evaluation_mode", "find_output_head", "token_losses"]

@@ -1,0 +1,107 @@
+"""The loss of a causal language model on packed documents, as a sum and a count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from lctrain.batch import IGNORE_INDEX, PackedBatch
+from lctrain.kernels.linear_cross_entropy import linear_cross_entropy
+from lctrain.loss.output_head import find_output_head
+
+PROBE_LENGTHS = (5, 3)
+
+
+def causal_lm_loss(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy of the next tokens of a packed batch, and how many there are.
+
+    The base model computes hidden states and `linear_cross_entropy` does the rest, so that the
+    [T, V] logits never exist. This holds where the model's head is verified to be the same function
+    (once per model, on a few tokens: see `find_output_head`); other models compute their
+    logits, and a warning says so. Dividing the sum is left to the caller, who knows how many tokens
+    the other batches and ranks hold.
+
+    Args:
+        model: a transformers causal LM, patched by `lctrain.patch_model` if the batch holds more
+            than one document. Inside DDP, call this in the wrapped module's forward.
+        batch: T packed tokens on the model's device; `labels` are already shifted.
+
+    Returns:
+        The summed loss, float32 0-dim (float64 for a float64 model), and the number of labels that
+        are not -100, int64 0-dim on the batch's device. No device is synchronised, apart from
+        the first call for a model.
+
+    Raises:
+        ValueError: if `model` is a DistributedDataParallel wrapper.
+    """
+    token_loss = _loss(
+        model, batch.model_kwargs(), None, batch.labels.flatten(), "sum", packed=True
+    )
+    return token_loss, (batch.labels != IGNORE_INDEX).sum()
+
+
+def token_losses(
+    model: nn.Module, model_kwargs: Mapping[str, Any], positions: Tensor, targets: Tensor
+) -> Tensor:
+    """Cross-entropy of chosen positions of a forward pass; no other position meets the vocabulary.
+
+    Args:
+        model: as in `causal_lm_loss`.
+        model_kwargs: of a forward pass over `input_ids` [B, S].
+        positions: [n] int64, positions in the flattened [B * S] tokens.
+        targets: [n] int64, the token that follows each of them.
+
+    Returns:
+        [n] float32 (float64 for a float64 model).
+    """
+    packed = "cu_seq_lens_q" in model_kwargs
+    return _loss(model, model_kwargs, positions, targets, "none", packed=packed)
+
+
+def _loss(
+    model: nn.Module,
+    model_kwargs: Mapping[str, Any],
+    positions: Tensor | None,
+    targets: Tensor,
+    reduction: str,
+    *,
+    packed: bool,
+) -> Tensor:
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError(
+            "model must be the module itself, got a DistributedDataParallel wrapper, whose "
+            "gradient reduction would be bypassed. Wrap a module whose forward computes the loss, "
+            "as a LightningModule is, or pass model.module for evaluation."
+        )
+    head = find_output_head(model, _probe(targets.device, packed))
+    if head is None:
+        logits = model(**model_kwargs)["logits"].flatten(0, 1)
+        logits = logits if positions is None else logits[positions]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return functional.cross_entropy(
+            logits, targets, ignore_index=IGNORE_INDEX, reduction=reduction
+        )
+    hidden = head.decoder(**model_kwargs)[0].flatten(0, 1)
+    loss, _ = linear_cross_entropy(
+        hidden if positions is None else hidden[positions],
+        head.projection.weight,
+        targets,
+        bias=head.projection.bias,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        reduction=reduction,
+    )
+    return loss
+
+
+def _probe(device: torch.device, packed: bool) -> dict[str, Any]:
+    """Arguments of a forward pass over a few tokens, of the kind that the model gets later."""
+    documents = [torch.arange(length) % 2 for length in PROBE_LENGTHS]
+    if packed:
+        return PackedBatch.from_documents(documents).to(device).model_kwargs()
+    return {"input_ids": documents[0][None].to(device), "use_cache": False}

@@ -1,0 +1,212 @@
+"""The last step of a causal language model, from hidden states to logits, found and verified.
+
+`linear_cross_entropy` may replace a model's own logits only where both are the same function. That
+is not read from a list of architectures: the model runs once on a few tokens, and what passes
+between its decoder, its output embedding and its logits is compared with what we would compute.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+
+from lctrain.loss.evaluation_mode import evaluation_mode
+
+# Far beyond the usual soft caps (30 to 50), so that one cannot hide in rounding errors.
+PROBE_LOGIT_SCALE = 100.0
+
+
+class UnverifiedHeadError(Exception):
+    """The model's logits are not what `OutputHead` would compute; the message says why."""
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """How a model computes its logits from the hidden states of its decoder.
+
+    Attributes:
+        decoder: the model without its output embedding; `last_hidden_state` [B, S, E].
+        projection: the output embedding, weight [V, E] and perhaps bias [V].
+        softcap: `final_logit_softcapping`, or 0.
+        logit_scale: factor of the logits.
+    """
+
+    decoder: nn.Module
+    projection: nn.Linear
+    softcap: float
+    logit_scale: float
+
+    def finish(self, projected: Tensor) -> Tensor:
+        """The logits for the output of `projection`, any shape."""
+        logits = projected * self.logit_scale
+        if self.softcap > 0.0:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+
+_Signature = tuple[Any, ...]
+_verified: WeakKeyDictionary[nn.Module, tuple[_Signature, OutputHead | None]] = WeakKeyDictionary()
+
+
+def find_output_head(model: nn.Module, probe: Mapping[str, Any]) -> OutputHead | None:
+    """The verified head of `model`, or None, with one warning, where it has to compute its logits.
+
+    The answer is kept for each model, and looked for again when its output embedding is replaced
+    or its configuration of the logits changes.
+
+    Args:
+        model: a transformers causal LM, also compiled or with PEFT's adapters.
+        probe: keyword arguments of a forward pass over a few tokens.
+    """
+    inner = _without_wrappers(model)
+    signature = _signature(inner)
+    if model not in _verified or _verified[model][0] != signature:
+        try:
+            head: OutputHead | None = _verify(model, inner, probe)
+        except UnverifiedHeadError as error:
+            head = None
+            warnings.warn(
+                f"{type(inner).__name__} computes all of its logits at once, which takes memory "
+                f"for tokens x vocabulary numbers: {error}.",
+                stacklevel=3,
+            )
+        _warn_of_what_is_skipped(model, inner)
+        _verified[model] = (signature, head)
+    return _verified[model][1]
+
+
+def _without_wrappers(model: nn.Module) -> Any:
+    """The transformers model inside torch.compile's and PEFT's wrappers."""
+    if isinstance(model, OptimizedModule):
+        model = model._orig_mod
+    base: Any = getattr(model, "get_base_model", None)
+    return model if base is None else base()
+
+
+def _signature(inner: Any) -> _Signature:
+    projection = _output_embeddings(inner)
+    weight = getattr(projection, "weight", None)
+    return (
+        id(projection),
+        getattr(weight, "dtype", None),
+        getattr(projection, "bias", None) is None,
+        *_config_of_logits(inner),
+    )
+
+
+def _output_embeddings(inner: Any) -> Any:
+    find = getattr(inner, "get_output_embeddings", None)
+    return None if find is None else find()
+
+
+def _config_of_logits(inner: Any) -> tuple[float, float]:
+    """Soft cap and scale under the names that transformers' configurations use."""
+    config: Any = getattr(inner, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+
+    def number(name: str) -> float | None:
+        value = getattr(config, name, None)
+        return float(value) if isinstance(value, int | float) else None
+
+    scale = number("logit_scale") or number("lm_head_multiplier") or 1.0
+    return number("final_logit_softcapping") or 0.0, scale / (number("logits_scaling") or 1.0)
+
+
+def _verify(model: nn.Module, inner: Any, probe: Mapping[str, Any]) -> OutputHead:
+    """Runs the model on `probe` and compares each step of its head with ours."""
+    decoder = getattr(inner, "base_model", inner)
+    projection = _output_embeddings(inner)
+    if decoder is inner:
+        raise UnverifiedHeadError("it has no base model apart from its head")
+    _check_projection(projection)
+    head = OutputHead(decoder, projection, *_config_of_logits(inner))
+    seen: dict[str, Tensor] = {}
+
+    def watch_decoder(module: nn.Module, args: Any, output: Any) -> None:
+        seen["hidden"] = output[0]
+
+    def replace_projected(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        seen["projection_input"] = args[0]
+        generator = torch.Generator().manual_seed(0)
+        values = torch.randn(output.shape, generator=generator) * PROBE_LOGIT_SCALE
+        seen["projected"] = values.to(output.device, output.dtype)
+        return seen["projected"].clone()
+
+    # Eager, or a compiled model would skip the hooks or keep them.
+    with evaluation_mode(model), torch.compiler.set_stance("force_eager"):
+        alone = decoder(**probe)[0]
+        handles = [
+            decoder.register_forward_hook(watch_decoder),
+            projection.register_forward_hook(replace_projected),
+        ]
+        try:
+            logits = model(**probe)["logits"]
+        finally:
+            for handle in handles:
+                handle.remove()
+    if len(seen) < 3:
+        raise UnverifiedHeadError(
+            "its forward calls neither base_model nor get_output_embeddings()"
+        )
+    if not _same(alone, seen["hidden"]):
+        raise UnverifiedHeadError("its base model gives other hidden states when called alone")
+    if not _same(seen["hidden"], seen["projection_input"]):
+        raise UnverifiedHeadError("it changes the hidden states before the output embedding")
+    if not _equal_to_rounding(logits, seen["projected"], head):
+        raise UnverifiedHeadError(
+            "it changes the logits in a way that its configuration does not name"
+        )
+    if isinstance(model, OptimizedModule):
+        head = OutputHead(model.dynamo_ctx(decoder), projection, head.softcap, head.logit_scale)
+    return head
+
+
+def _check_projection(projection: Any) -> None:
+    if type(projection) is not nn.Linear:
+        raise UnverifiedHeadError(
+            f"its output embedding is a {type(projection).__name__}, not a torch.nn.Linear"
+        )
+    if projection._forward_hooks or projection._forward_pre_hooks or "forward" in vars(projection):
+        raise UnverifiedHeadError("its output embedding has hooks, which have to run")
+    if type(projection.weight) is not nn.Parameter:
+        raise UnverifiedHeadError(
+            f"the weight of its output embedding is a {type(projection.weight).__name__}"
+        )
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and torch.equal(first, second)
+
+
+def _equal_to_rounding(logits: Tensor, projected: Tensor, head: OutputHead) -> bool:
+    """Whether `logits` are at most twice as far from float64 as our formula in the same dtype."""
+    if logits.shape != projected.shape:
+        return False
+    exact = head.finish(projected.double())
+    ours = head.finish(projected).double()
+    rounding = torch.finfo(projected.dtype).eps / 2 * exact.abs().max()
+    allowed = 2 * torch.maximum((ours - exact).abs().max(), rounding)
+    return bool((logits.double() - exact).abs().max() <= allowed)
+
+
+def _warn_of_what_is_skipped(model: nn.Module, inner: Any) -> None:
+    if getattr(getattr(inner, "config", None), "output_router_logits", False):
+        warnings.warn(
+            "output_router_logits is on, but the router's auxiliary loss is not added to the loss "
+            "of the tokens. Set config.output_router_logits=False.",
+            stacklevel=4,
+        )
+    if inner._compiled_call_impl is not None:
+        warnings.warn(
+            "model.compile() has no effect on the loss, which calls the base model directly. "
+            "Use torch.compile(model), or model.base_model.compile().",
+            stacklevel=4,
+        )

@@ -1,0 +1,58 @@
+import pytest
+import torch
+import transformers
+
+from lctrain.batch import PackedBatch
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+ARCHITECTURES = {
+    "llama": ("Llama", {}),
+    "tied": ("Llama", {"tie_word_embeddings": True}),
+    "gemma2-softcap": ("Gemma2", {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}),
+    "granite-logits-scaling": ("Granite", {"logits_scaling": 3.0}),
+    "cohere-logit-scale": ("Cohere", {"logit_scale": 0.25}),
+    "phi-head-with-bias": ("Phi", {}),
+    "gpt2": ("GPT2", NO_DROPOUT),
+    "mixtral-experts": ("Mixtral", {"num_local_experts": 4, "experts_implementation": "eager"}),
+}
+
+
+def build(name: str, sizes: dict):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    if head.bias is not None:
+        torch.nn.init.normal_(head.bias)
+    return model
+
+
+@pytest.fixture
+def make_model():
+    """Returns a factory of tiny random causal LMs, training: make_model(architecture, **config)."""
+
+    def make(architecture: str = "llama", **overrides):
+        name, changes = ARCHITECTURES[architecture]
+        return build(name, {**SIZES, **changes, **overrides}).train()
+
+    return make
+
+
+@pytest.fixture
+def one_document() -> PackedBatch:
+    """30 tokens of one document: what a model without a patched attention reads correctly too."""
+    generator = torch.Generator().manual_seed(0)
+    return PackedBatch.from_documents([torch.randint(97, (30,), generator=generator)])

@@ -1,0 +1,343 @@
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import lctrain
+from lctrain.batch import PackedBatch
+from lctrain.loss import causal_lm_loss, find_output_head, token_losses
+from tests.loss.conftest import ARCHITECTURES
+from tests.numerics import assert_error_at_most_twice
+
+
+def full_logits_loss(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
+    logits = model(**batch.model_kwargs()).logits[0]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return functional.cross_entropy(logits, batch.labels[0], reduction="sum")
+
+
+def loss_and_grads(function, model, batch) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss = function(model, batch)
+    loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **grads}
+
+
+def our_loss(model, batch) -> torch.Tensor:
+    return causal_lm_loss(model, batch)[0]
+
+
+@pytest.fixture
+def no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.mark.usefixtures("no_warning")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_equals_the_full_logits_with_every_gradient(architecture, make_model, one_document) -> None:
+    model = make_model(architecture)
+    ours = loss_and_grads(our_loss, model, one_document)
+    plain = loss_and_grads(full_logits_loss, model, one_document)
+    exact = loss_and_grads(full_logits_loss, copy.deepcopy(model).double(), one_document)
+    assert ours["loss"].dtype == torch.float32
+    assert ours.keys() == plain.keys()
+    for name in exact:
+        assert_error_at_most_twice(ours[name], plain[name], exact[name], name)
+
+
+def test_counts_valid_tokens(make_model) -> None:
+    batch = PackedBatch.from_documents([[5, 6, 7]])
+    _, count = causal_lm_loss(make_model(), batch)
+    assert count.dtype == torch.int64
+    assert count.item() == 2 == batch.num_valid_tokens
+
+
+def test_batch_without_targets_has_loss_zero_and_zero_gradients(make_model, one_document) -> None:
+    model = make_model()
+    loss, count = causal_lm_loss(model, one_document.without_targets())
+    loss.backward()
+    assert (loss.item(), count.item()) == (0.0, 0)
+    assert all(not p.grad.any() for p in model.parameters())
+
+
+def test_packed_documents_equal_separate_documents(make_model) -> None:
+    documents = [torch.randint(97, (length,)) for length in (20, 2, 33)]
+    model = make_model().double()
+    with lctrain.patch_model(model, attention="flash"):
+        packed = loss_and_grads(our_loss, model, PackedBatch.from_documents(documents))
+        rows = [
+            loss_and_grads(our_loss, model, PackedBatch.from_documents([document]))
+            for document in documents
+        ]
+    for name, value in packed.items():
+        torch.testing.assert_close(value, sum(row[name] for row in rows), msg=name)
+
+
+@pytest.mark.usefixtures("no_warning")
+@pytest.mark.parametrize("tied", ["llama", "tied"])
+def test_first_loss_under_autocast_reaches_every_parameter(tied, make_model, one_document) -> None:
+    """The check of the head casts weights without a gradient, which autocast must not remember."""
+    model = make_model(tied)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = causal_lm_loss(model, one_document)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    ours = {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+    assert all(grad is not None for grad in ours.values())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = loss_and_grads(full_logits_loss, copy.deepcopy(model), one_document)
+    exact = loss_and_grads(full_logits_loss, copy.deepcopy(model).double(), one_document)
+    for name in exact:
+        assert_error_at_most_twice(ours[name], plain[name], exact[name], name)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_does_not_change_the_gradients(
+    use_reentrant, make_model, one_document
+) -> None:
+    model = make_model()
+    expected = loss_and_grads(our_loss, model, one_document)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    for name, value in loss_and_grads(our_loss, model, one_document).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_the_head_is_checked_without_drawing_random_numbers(make_model, one_document) -> None:
+    torch.manual_seed(1)
+    model = make_model("gpt2", resid_pdrop=0.1)
+    state = torch.get_rng_state()
+    find_output_head(model, one_document.model_kwargs())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in model.modules())
+
+
+def test_modules_that_were_in_evaluation_mode_stay_there(make_model, one_document) -> None:
+    model = make_model()
+    model.model.layers[0].eval()
+    causal_lm_loss(model, one_document)
+    assert model.training
+    assert not model.model.layers[0].training
+    assert not model.model.layers[0].mlp.training
+    assert model.model.layers[1].training
+
+
+class ScaledHead(nn.Linear):
+    """An output embedding that is not what its weight says."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(hidden)
+
+
+def halve_input(module, args):
+    return (args[0] / 2,)
+
+
+def shift_logits(module, args, output):
+    output.logits = output.logits + torch.arange(output.logits.shape[-1])
+    return output
+
+
+def cap_logits(module, args, output):
+    output.logits = 50 * torch.tanh(output.logits / 50)
+    return output
+
+
+def replace_head(model) -> None:
+    model.lm_head = ScaledHead(32, 97, bias=False)
+
+
+ALTERATIONS = {
+    "subclass": (replace_head, "is a ScaledHead"),
+    "head-hook": (lambda m: m.lm_head.register_forward_pre_hook(halve_input), "has hooks"),
+    "logits": (lambda m: m.register_forward_hook(shift_logits), "changes the logits"),
+    "softcap": (lambda m: m.register_forward_hook(cap_logits), "changes the logits"),
+    "config": (lambda m: setattr(m.config, "logit_scale", 2.0), "changes the logits"),
+}
+
+
+@pytest.mark.parametrize(("alter", "reason"), ALTERATIONS.values(), ids=ALTERATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_other_heads_fall_back_to_full_logits_with_one_warning(
+    alter, reason, dtype, make_model, one_document
+) -> None:
+    model = make_model()
+    alter(model)
+    model.to(dtype)
+    with pytest.warns(UserWarning, match=reason):
+        ours = loss_and_grads(our_loss, model, one_document)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        causal_lm_loss(model, one_document)
+    for name, value in loss_and_grads(full_logits_loss, model, one_document).items():
+        assert torch.equal(value, ours[name]), name
+
+
+def test_hidden_states_scaled_before_the_head_fall_back(make_model, one_document) -> None:
+    model = make_model()
+    forward = model.forward
+
+    def scaled_forward(**kwargs):
+        hidden = model.model(**kwargs).last_hidden_state
+        return {"logits": model.lm_head(hidden / 3)}
+
+    model.forward = scaled_forward
+    with pytest.warns(UserWarning, match="changes the hidden states"):
+        causal_lm_loss(model, one_document)
+    model.forward = forward
+
+
+def test_base_model_that_differs_when_called_alone_falls_back(make_model, one_document) -> None:
+    model = make_model()
+    forward = model.forward
+
+    def embedding_forward(input_ids, **kwargs):
+        return forward(inputs_embeds=2 * model.model.embed_tokens(input_ids), **kwargs)
+
+    model.forward = embedding_forward
+    with pytest.warns(UserWarning, match="other hidden states when called alone"):
+        causal_lm_loss(model, one_document)
+
+
+def test_a_new_output_embedding_is_checked_again(make_model, one_document) -> None:
+    model = make_model()
+    causal_lm_loss(model, one_document)
+    model.resize_token_embeddings(120)
+    before = causal_lm_loss(model, one_document)[0]
+    torch.testing.assert_close(before, full_logits_loss(model, one_document))
+    replace_head(model)
+    with pytest.warns(UserWarning, match="is a ScaledHead"):
+        after = causal_lm_loss(model, one_document)[0]
+    torch.testing.assert_close(after, full_logits_loss(model, one_document))
+
+
+def test_zero_initialised_head_is_verified_too(make_model, one_document) -> None:
+    """With a weight of zeros every cap and scale gives the same logits, until it is trained."""
+    model = make_model()
+    nn.init.zeros_(model.lm_head.weight)
+    model.register_forward_hook(cap_logits)
+    with pytest.warns(UserWarning, match="changes the logits"):
+        causal_lm_loss(model, one_document)
+
+
+@pytest.mark.usefixtures("no_warning")
+def test_compiled_model_runs_its_decoder_compiled(make_model, one_document) -> None:
+    model = make_model()
+    calls = []
+
+    def backend(graph, inputs):
+        calls.append(len(inputs))
+        return graph.forward
+
+    expected = loss_and_grads(our_loss, model, one_document)
+    compiled = torch.compile(model, backend=backend)
+    assert not calls
+    loss, _ = causal_lm_loss(compiled, one_document)
+    assert calls
+    torch.testing.assert_close(loss.detach(), expected["loss"])
+
+
+def test_model_compiled_in_place_gets_a_warning(make_model, one_document) -> None:
+    model = make_model()
+    model.compile(backend="eager")
+    with pytest.warns(UserWarning, match=r"base_model\.compile\(\)"):
+        causal_lm_loss(model, one_document)
+
+
+def test_router_loss_that_is_not_added_gets_a_warning(make_model, one_document) -> None:
+    model = make_model("mixtral-experts")
+    model.config.output_router_logits = True
+    with pytest.warns(UserWarning, match="router's auxiliary loss"):
+        causal_lm_loss(model, one_document)
+
+
+def test_distributed_wrapper_is_an_error(make_model, one_document, tmp_path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        model = nn.parallel.DistributedDataParallel(make_model())
+        with pytest.raises(
+            ValueError, match=r"got a DistributedDataParallel wrapper.*model\.module"
+        ):
+            causal_lm_loss(model, one_document)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class LossModule(nn.Module):
+    """Computes the loss in its forward, as Lightning's training_step does under DDP."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        return causal_lm_loss(self.model, batch)[0]
+
+
+def test_under_ddp_the_gradients_are_those_of_the_plain_model(
+    make_model, one_document, tmp_path
+) -> None:
+    model = make_model("tied")
+    expected = loss_and_grads(our_loss, model, one_document)
+    model.zero_grad()
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(LossModule(model))
+        for _ in range(2):
+            model.zero_grad()
+            wrapped(one_document).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi-head-with-bias", "gemma2-softcap"])
+def test_token_losses_of_chosen_positions(architecture, make_model, one_document) -> None:
+    model = make_model(architecture).eval()
+    positions = torch.tensor([0, 7, 28])
+    targets = torch.tensor([3, 96, 0])
+    logits = model(**one_document.model_kwargs()).logits[0, positions]
+    expected = functional.cross_entropy(logits, targets, reduction="none")
+    losses = token_losses(model, one_document.model_kwargs(), positions, targets)
+    torch.testing.assert_close(losses, expected)
+    replaced = token_losses(
+        model, {"input_ids": one_document.input_ids, "use_cache": False}, positions, targets
+    )
+    torch.testing.assert_close(replaced, expected)
+
+
+def test_token_losses_in_the_fallback(make_model, one_document) -> None:
+    model = make_model().eval()
+    replace_head(model)
+    positions = torch.tensor([4, 2])
+    targets = torch.tensor([3, 96])
+    with pytest.warns(UserWarning, match="is a ScaledHead"):
+        losses = token_losses(model, one_document.model_kwargs(), positions, targets)
+    logits = model(**one_document.model_kwargs()).logits[0, positions]
+    expected = functional.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(losses, expected)
+
+
+@pytest.mark.gpu
+def test_no_synchronisation_after_the_first_batch(make_model, one_document) -> None:
+    model = make_model().to("cuda", torch.bfloat16)
+    batch = one_document.to("cuda")
+    with lctrain.patch_model(model, attention="flash"):
+        loss_and_grads(our_loss, model, batch)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss_and_grads(our_loss, model, batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
