@@ -11,6 +11,8 @@ nor Triton.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lctrain.attention.import_hook import register_with_transformers
+
 if TYPE_CHECKING:
     from lctrain import kernels
     from lctrain.attention import AttentionSpec
@@ -37,6 +39,9 @@ _HOMES = {
     "PatchHandle": "lctrain.models",
     "patch_model": "lctrain.models",
 }
+
+
+register_with_transformers()  # makes attn_implementation="lctrain_flash" known, now or later
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,204 @@
+"""Boundaries: where documents begin and end, found once per forward pass, in one of four ways.
+
+A pack says it itself (`from_cu_seqlens`); padded rows say it by their mask (`from_padding`); packed
+rows without a pack's metadata by position ids that restart (`find_segments`, `from_segments`);
+plain rows are a document each (`from_rows`). Padding and restarts are values on the device: to read
+them costs one synchronisation on a GPU, which is why a pack's way is the one for training.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PACK_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+class Boundaries(NamedTuple):
+    """The documents of rows [B, S], as `lctrain.kernels.flash_attn_varlen_func` takes them.
+
+    Attributes:
+        cu_seqlens_q: [N + 1] int32, from 0 to the number of real queries.
+        cu_seqlens_k: [N + 1] int32, from 0 to the number of real keys.
+        max_seqlen_q: Longest document in queries.
+        max_seqlen_k: Longest document in keys.
+        queries: (B, S) of the query rows that this describes.
+        keys: (B, S) of the key rows.
+        indices_q: [T] int64, the real queries among the B * S flattened ones; None if all are real.
+        indices_k: Likewise for keys.
+        document_ids: [N] int32, the documents' part of the dropout key; None is their index.
+        schedule: `lctrain.kernels.TileSchedule`, or None.
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+    indices_q: Tensor | None = None
+    indices_k: Tensor | None = None
+    document_ids: Tensor | None = None
+    schedule: Any = None
+
+
+def is_packed(arguments: dict[str, Any]) -> bool:
+    """Tells whether any of a pack's arguments is given."""
+    return any(arguments.get(name) is not None for name in PACK_ARGUMENTS)
+
+
+def from_cu_seqlens(
+    arguments: dict[str, Any], queries: tuple[int, int], keys: tuple[int, int]
+) -> Boundaries:
+    """Reads the boundaries that a pack brings along; no tensor is read on a device.
+
+    Args:
+        arguments: `PackedBatch.model_kwargs()`, or what transformers' flattening collator gives.
+        queries: (B, S) of the query rows.
+        keys: (B, S) of the key rows.
+
+    Raises:
+        ValueError: if an argument is missing, max_length is not an int, or there are several rows.
+    """
+    missing = [name for name in PACK_ARGUMENTS if arguments.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"packed inputs must bring {', '.join(PACK_ARGUMENTS)}, got no {', '.join(missing)}. "
+            "Pass PackedBatch.model_kwargs()."
+        )
+    if queries[0] != 1:
+        raise ValueError(
+            f"packed inputs must be one row [1, T], got {queries[0]} rows. Concatenate the "
+            "documents of all rows into one row, as PackedBatch.from_documents does."
+        )
+    return Boundaries(
+        arguments["cu_seq_lens_q"],
+        arguments["cu_seq_lens_k"],
+        _length("max_length_q", arguments["max_length_q"]),
+        _length("max_length_k", arguments["max_length_k"]),
+        queries,
+        keys,
+        document_ids=arguments.get("document_ids"),
+        schedule=arguments.get("schedule"),
+    )
+
+
+def from_rows(batch: int, queries: int, keys: int, device: torch.device) -> Boundaries:
+    """Makes every row one document; where queries < keys, the queries are the row's last ones."""
+    cu_seqlens_q = _row_boundaries(batch, queries, device)
+    cu_seqlens_k = cu_seqlens_q if keys == queries else _row_boundaries(batch, keys, device)
+    return Boundaries(cu_seqlens_q, cu_seqlens_k, queries, keys, (batch, queries), (batch, keys))
+
+
+@torch.compiler.disable
+def from_padding(mask: Tensor, queries: int, *, drop_queries: bool = True) -> Boundaries:
+    """Makes the real tokens of every row one document.
+
+    Args:
+        mask: [B, S] bool, True at real keys.
+        queries: Queries per row; the last ones of the row, if they are fewer than keys.
+        drop_queries: Leave out the queries that stand at padding; their output is zero. Otherwise
+            they see the row's real keys, as in transformers' own attention.
+    """
+    batch, keys = mask.shape
+    kept_k = mask.flatten().nonzero().flatten()
+    lengths_k = mask.sum(1)
+    if drop_queries and queries == keys:
+        kept_q, lengths_q = kept_k, lengths_k
+    else:
+        queried = mask[:, keys - queries :] if drop_queries else mask.new_ones((batch, queries))
+        kept_q, lengths_q = queried.flatten().nonzero().flatten(), queried.sum(1)
+    return _from_lengths(
+        lengths_q, lengths_k, kept_q, kept_k, queries=(batch, queries), keys=(batch, keys)
+    )
+
+
+@torch.compiler.disable
+def from_segments(segments: Tensor) -> Boundaries:
+    """Makes every run of one number a document.
+
+    Args:
+        segments: [B, S] integers; 0 at padding, else the number of the token's document in its row.
+    """
+    rows = (segments.shape[0], segments.shape[1])
+    row = torch.arange(rows[0], device=segments.device)[:, None]
+    keys = (segments + row * (rows[1] + 1)).flatten()
+    kept = segments.flatten().nonzero().flatten()
+    lengths = keys[kept].unique_consecutive(return_counts=True)[1]
+    return _from_lengths(lengths, lengths, kept, kept, queries=rows, keys=rows)
+
+
+@torch.compiler.disable
+def find_segments(position_ids: Tensor, mask: Tensor | None = None) -> Tensor | None:
+    """Numbers the documents of each row: one ends where the next position is not one higher.
+
+    The rule is that of transformers' masks, so that both see the same documents.
+
+    Args:
+        position_ids: [B, S] integers.
+        mask: [B, S] bool, True at real tokens; default all.
+
+    Returns:
+        [B, S] int64, 0 at padding, else 1, 2, ...; None if no row holds more than one document.
+    """
+    begins = F.pad(position_ids.diff(dim=-1) != 1, (1, 0), value=False)
+    segments = begins.cumsum(-1) + 1
+    if mask is None:
+        return segments if bool(begins.any()) else None
+    # Positions at padding mean nothing: a row is packed if two real tokens lie in two segments.
+    highest = segments.masked_fill(~mask, 0).amax(-1)
+    lowest = segments.masked_fill(~mask, segments.shape[1] + 1).amin(-1)
+    if not bool((highest > lowest).any()):
+        return None
+    return segments.masked_fill(~mask, 0)
+
+
+def _length(name: str, value: Any) -> int:
+    if isinstance(value, Tensor) and value.device.type == "cpu" and value.numel() == 1:
+        return int(value)
+    if isinstance(value, Tensor):
+        raise ValueError(
+            f"{name} must be a Python int, got a tensor on {value.device}. Compute it from the "
+            "lengths on the CPU: reading it from the device would stall every layer."
+        )
+    return value
+
+
+def _from_lengths(
+    lengths_q: Tensor,
+    lengths_k: Tensor,
+    kept_q: Tensor,
+    kept_k: Tensor,
+    *,
+    queries: tuple[int, int],
+    keys: tuple[int, int],
+) -> Boundaries:
+    cu_seqlens_q = _cumulative(lengths_q)
+    return Boundaries(
+        cu_seqlens_q,
+        cu_seqlens_q if lengths_k is lengths_q else _cumulative(lengths_k),
+        int(lengths_q.max()) if lengths_q.numel() else 0,
+        int(lengths_k.max()) if lengths_k.numel() else 0,
+        queries,
+        keys,
+        None if kept_q.numel() == queries[0] * queries[1] else kept_q,
+        None if kept_k.numel() == keys[0] * keys[1] else kept_k,
+    )
+
+
+def _cumulative(lengths: Tensor) -> Tensor:
+    return F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def _row_boundaries(batch: int, length: int, device: torch.device) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+    return _known_row_boundaries(batch, length, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _known_row_boundaries(batch: int, length: int, device: torch.device) -> Tensor:
+    """One tensor per shape: the kernels build a tile schedule once per boundary tensor."""
+    return torch.arange(batch + 1, dtype=torch.int32, device=device) * length

@@ -1,0 +1,90 @@
+"""The mask function of lctrain_flash: what transformers calls before the first layer."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+UNPATCH = (
+    "Call unpatch() on the handle of patch_model first, or load the model with another "
+    "attn_implementation."
+)
+
+
+def flash_attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **_: object,
+) -> Tensor | None:
+    """Passes on what the layers need to find the boundaries; never a mask of all pairs.
+
+    Args:
+        batch_size: Rows B.
+        q_length: Queries per row.
+        kv_length: Keys per row, Sk.
+        q_offset: Position of the first query; a tensor for caches of fixed size.
+        kv_offset: Position of the first key.
+        mask_function: transformers' predicate (batch, head, query, key) -> visible.
+        attention_mask: [B, tokens] bool, True at real tokens.
+        allow_is_causal_skip: True if the mask is causal and nothing else.
+        allow_is_bidirectional_skip: True if the mask is all-visible and nothing else.
+        use_vmap: True if the model adds a mask of its own.
+        device: Where the layers run.
+
+    Returns:
+        None for rows that are a document each; [B, Sk] bool for padded rows; [B, S] int64 numbers
+        of the documents, from 1, for packed rows.
+
+    Raises:
+        ValueError: for masks that cannot be expressed by boundaries, and for caches of fixed size.
+    """
+    plain = allow_is_causal_skip or allow_is_bidirectional_skip
+    if use_vmap or (attention_mask is not None and not plain and not isinstance(q_offset, Tensor)):
+        raise ValueError(
+            "the mask must be causal or full, with windows, padding or packing, got one that the "
+            f"model extends by a pattern of its own (prefix, image or block mask). {UNPATCH}"
+        )
+    fixed_size = isinstance(q_offset, Tensor) or (
+        attention_mask is None
+        and allow_is_causal_skip
+        and q_offset + q_length != kv_offset + kv_length
+    )
+    if fixed_size:
+        raise ValueError(
+            "the key/value cache must hold exactly the tokens seen so far, got one of fixed size. "
+            f"Use a DynamicCache. {UNPATCH}"
+        )
+    if attention_mask is not None:
+        return attention_mask[:, -kv_length:]
+    if plain or mask_function is None:
+        return None
+    return _packed_segments(mask_function, batch_size, q_length, device)
+
+
+def _packed_segments(
+    mask_function: Callable, batch_size: int, length: int, device: torch.device | str
+) -> Tensor:
+    """[B, S]: a token that does not see its predecessor begins a document."""
+    batch = torch.arange(batch_size, device=device)[:, None]
+    head = torch.zeros((), dtype=torch.int64, device=device)
+    token = torch.arange(length, device=device)[None]
+    sees_predecessor = mask_function(batch, head, token[:, 1:], token[:, :-1])
+    sees_successor = mask_function(batch, head, token[:, :-1], token[:, 1:])
+    if not torch.compiler.is_compiling() and bool(sees_successor.any()):
+        raise ValueError(
+            "the mask must be causal in packed rows, got one that sees the future (an image or "
+            f"block mask). {UNPATCH}"
+        )
+    sees_predecessor = sees_predecessor.expand(batch_size, length - 1)
+    return F.pad((~sees_predecessor).cumsum(-1), (1, 0)) + 1

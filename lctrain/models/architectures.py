@@ -1,0 +1,165 @@
+"""Which transformers models can be patched, read off their classes, and why others cannot."""
+
+import inspect
+import re
+from collections.abc import Iterator
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import nn
+
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+_MIXER = re.compile(
+    r"Mamba|SSM|Rwkv|RWKV|Recurrent|DeltaNet|LinearAttention|LightningAttention|ShortConv|Retention"
+    r"|xLSTM|MLSTM|Hyena|SsdMixer"
+)
+
+
+def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the layers, by name, that call attention through transformers' AttentionInterface."""
+    return {name: module for name, module in model.named_modules() if _uses_interface(module)}
+
+
+def require_supported(model: Any) -> None:
+    """Raises a ValueError that says what to do, unless packed documents stay apart in this model.
+
+    Raises:
+        ValueError: if `model` is a wrapper or no transformers model, is an encoder-decoder or has
+            several modalities, or mixes tokens by anything else than attention over causal, full
+            or sliding windows called through the AttentionInterface.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(_not_a_model(model))
+    name, config = type(model).__name__, model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"model must be a causal language model or an encoder, got the encoder-decoder {name}. "
+            "Patch its encoder alone: patch_model(model.get_encoder())."
+        )
+    parts = sorted(key for key in config.sub_configs if getattr(config, key, None) is not None)
+    if parts:
+        raise ValueError(
+            f"model must be text only, got {name} with {', '.join(parts)}. Patch its language "
+            "model alone, for example patch_model(model.get_decoder())."
+        )
+    layers = attention_layers(model)
+    _require_interface(model, layers)
+    _require_attention_only(model, layers)
+    _require_keyword_arguments(model)
+    if getattr(config, "output_attentions", False):
+        raise ValueError(
+            "output_attentions must be False, got True in the model's config: the kernels never "
+            "form the weights. Set config.output_attentions = False."
+        )
+
+
+def _not_a_model(model: Any) -> str:
+    kind = type(model).__name__
+    advice = {
+        "OptimizedModule": "Patch the model before torch.compile.",
+        "DistributedDataParallel": "Patch the model before wrapping it, or pass wrapper.module.",
+        "FullyShardedDataParallel": "Patch the model before wrapping it, or pass wrapper.module.",
+    }.get(kind, "Pass the transformers model itself, not what wraps it.")
+    return f"model must be a transformers PreTrainedModel, got {kind}. {advice}"
+
+
+def _require_interface(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    name = type(model).__name__
+    reaches = [module for layer in layers.values() for module in layer.modules()]
+    foreign = sorted(
+        {
+            type(module).__name__
+            for module in model.modules()
+            if re.search(r"Attention|Attn", type(module).__name__)
+            and any(isinstance(child, nn.Linear) for child in module.children())
+            and module not in reaches
+            and not any(child in layers.values() for child in module.modules())
+        }
+    )
+    if not layers or foreign:
+        raise ValueError(
+            f"model must call attention through transformers' AttentionInterface, got {name}, "
+            f"which does not{' in ' + ', '.join(foreign) if foreign else ''}. Train it with "
+            "attn_implementation='sdpa' and one document per row, or choose a model of a supported "
+            "family such as Llama, Qwen3, Mistral, Gemma2 or Phi3."
+        )
+    if not model._supports_flash_attn:
+        raise ValueError(
+            f"model must have masks that are causal or full, with windows, padding or packing, got "
+            f"{name}, for which transformers says otherwise (_supports_flash_attn is False). Train "
+            "it with attn_implementation='sdpa' and one document per row."
+        )
+    for layer in layers.values() if _has_windows(model) else ():
+        if not any("sliding_window" in _strings(code) for code in _methods(type(layer))):
+            raise ValueError(
+                "layers must hand their sliding window to the attention function, got "
+                f"{type(layer).__name__}, which leaves it to a 4-D mask. Set the config's "
+                "layer_types to 'full_attention' if full attention is what you want."
+            )
+
+
+def _require_attention_only(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    found = set(getattr(model.config, "layer_types", None) or ()) - _LAYER_TYPES
+    within = [module for layer in layers.values() for module in layer.modules()]
+    for module in model.modules():
+        kind = type(module).__name__
+        if _MIXER.search(kind) or (isinstance(module, nn.Conv1d) and module not in within):
+            found.add(kind)
+    if found:
+        raise ValueError(
+            f"model must mix tokens by full or sliding-window attention only, got "
+            f"{type(model).__name__} with {', '.join(sorted(found))}, through which packed "
+            "documents would leak into one another. Train it unpatched, with one document per row."
+        )
+
+
+def _require_keyword_arguments(model: nn.Module) -> None:
+    parameters = inspect.signature(type(model).forward).parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        raise ValueError(
+            f"model must pass keyword arguments on to its attention, got {type(model).__name__}, "
+            "whose forward takes no **kwargs: document boundaries cannot reach the layers. Update "
+            "the model's code to the signature of transformers 5."
+        )
+
+
+def _has_windows(model: nn.Module) -> bool:
+    layer_types = getattr(model.config, "layer_types", None)
+    if layer_types is not None:
+        return "sliding_attention" in layer_types
+    return getattr(model.config, "sliding_window", None) is not None and any(
+        name.startswith("create_sliding_window")
+        for module in model.modules()
+        for code in _methods(type(module))
+        for name in code.co_names
+    )
+
+
+def _uses_interface(module: nn.Module) -> bool:
+    return any(_INTERFACE in code.co_names for code in _methods(type(module)))
+
+
+def _methods(cls: type) -> Iterator[CodeType]:
+    for base in cls.__mro__:
+        if base.__module__.startswith(("torch.nn", "transformers.modeling_utils")):
+            continue  # PreTrainedModel names the interface too, and calls no attention
+        for member in vars(base).values():
+            function = inspect.unwrap(member) if callable(member) else member
+            if isinstance(function, FunctionType):
+                yield function.__code__
+
+
+def _strings(code: CodeType) -> Iterator[str]:
+    """Every string constant of a function: names of keyword arguments are among them."""
+    pending = list(code.co_consts)
+    while pending:
+        constant = pending.pop()
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, tuple):
+            pending.extend(constant)
+        elif isinstance(constant, CodeType):
+            pending.extend(constant.co_consts)

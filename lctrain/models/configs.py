@@ -1,0 +1,39 @@
+"""ConfigSwap: gives a patched model configs of its own, and later the old ones back."""
+
+import copy
+from typing import Any
+
+from torch import nn
+
+_IMPLEMENTATION = "_attn_implementation_internal"
+
+
+class ConfigSwap:
+    """Replaces every config in a model by a shallow copy that names another attention.
+
+    transformers reads the attention's name from the config, which models may share: writing into it
+    would patch, and later unpatch, models that nobody asked for.
+    """
+
+    def __init__(self, model: nn.Module, implementation: str) -> None:
+        from transformers import PreTrainedConfig
+
+        self._pairs: dict[int, tuple[Any, Any]] = {}
+        self._places: list[tuple[nn.Module, str, Any]] = []
+        for module in model.modules():
+            for name, value in list(vars(module).items()):
+                if isinstance(value, PreTrainedConfig):
+                    old, new = self._pairs.setdefault(id(value), (value, copy.copy(value)))
+                    setattr(new, _IMPLEMENTATION, implementation)
+                    setattr(module, name, new)
+                    self._places.append((module, name, old))
+
+    def restore(self) -> None:
+        """Puts the old configs back, with what else was written to the copies in the meantime."""
+        for old, new in self._pairs.values():
+            implementation = getattr(old, _IMPLEMENTATION)
+            vars(old).clear()
+            vars(old).update(vars(new))
+            setattr(old, _IMPLEMENTATION, implementation)
+        for module, name, old in self._places:
+            setattr(module, name, old)

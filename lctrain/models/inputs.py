@@ -1,0 +1,153 @@
+"""The input hook of a patched model: finds the boundaries once, before the first layer."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lctrain.attention.boundaries import (
+    Boundaries,
+    find_segments,
+    from_cu_seqlens,
+    from_padding,
+    from_rows,
+    from_segments,
+    is_packed,
+)
+from lctrain.attention.forward import BOUNDARIES_ARGUMENT
+
+
+class InputHook:
+    """A forward pre-hook (with_kwargs=True) of every transformers model inside a patched one.
+
+    It reads the inputs, refuses what cannot be honoured, and adds the Boundaries as one more
+    keyword argument, which transformers carries to the attention function. The cache is off in
+    training and for packs: transformers fills one by default, and a cache does not know documents.
+    The hook of an inner model leaves alone what an outer one has prepared.
+    """
+
+    def __init__(self, model: nn.Module, implementation: str) -> None:
+        self.implementation = implementation
+        parameters = inspect.signature(type(model).forward).parameters.values()
+        self.names = tuple(
+            parameter.name
+            for parameter in parameters
+            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.name != "self"
+        )
+
+    def __call__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Returns the arguments to call the model with, or None to leave them."""
+        if BOUNDARIES_ARGUMENT in kwargs or len(args) > len(self.names):
+            return None
+        inputs = dict(zip(self.names, args, strict=False)) | kwargs
+        tokens = inputs.get("input_ids")
+        tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+        if not isinstance(tokens, Tensor):
+            return None  # the model has its own words for this
+        self._refuse(model, inputs)
+        self._turn_cache_off(model, inputs)
+        mask = inputs.get("attention_mask")
+        if _filled(inputs.get("past_key_values")) or (mask is not None and not _is_padding(mask)):
+            return (), inputs  # the attention function judges caches and ready-made masks
+        boundaries = find_boundaries(inputs, tokens.shape[0], tokens.shape[1], tokens.device)
+        if mask is None and "attention_mask" in self.names:
+            # "No padding", said aloud: otherwise transformers reads the position ids on the device.
+            inputs["attention_mask"] = torch.ones(
+                tokens.shape[:2], dtype=torch.int64, device=tokens.device
+            )
+        inputs[BOUNDARIES_ARGUMENT] = boundaries
+        return (), inputs
+
+    def _refuse(self, model: Any, inputs: dict[str, Any]) -> None:
+        now = model.config._attn_implementation
+        if now != self.implementation:
+            raise ValueError(
+                f"the patched model's attention must be {self.implementation}, got {now}: it was "
+                "changed under the patch. Call unpatch() before set_attn_implementation()."
+            )
+        if inputs.get("output_attentions"):
+            raise ValueError(
+                "output_attentions must be False, got True: the kernels never form the weights. "
+                "Call unpatch() and load the model with attn_implementation='eager' to see them."
+            )
+        if inputs.get("encoder_hidden_states") is not None:
+            raise ValueError(
+                "encoder_hidden_states must be None, got a tensor: cross-attention is not patched. "
+                "Call unpatch() first."
+            )
+
+    def _turn_cache_off(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        packed = is_packed(inputs)
+        if packed and (inputs.get("use_cache") or inputs.get("past_key_values") is not None):
+            raise ValueError(
+                "use_cache must be False for packed inputs, got a key/value cache: it would hold "
+                "the keys of all documents as one. Generate from one document per row."
+            )
+        if (
+            "use_cache" in self.names
+            and inputs.get("use_cache") is None
+            and inputs.get("past_key_values") is None
+            and (packed or model.training)
+        ):
+            inputs["use_cache"] = False
+
+
+def find_boundaries(
+    inputs: dict[str, Any], batch: int, tokens: int, device: torch.device
+) -> Boundaries:
+    """Returns the documents of rows [batch, tokens], from whatever says where they are.
+
+    Args:
+        inputs: The model's arguments: a pack's own, `attention_mask` [B, S], `position_ids` [B, S].
+        batch: B.
+        tokens: S.
+        device: Of the inputs.
+
+    Raises:
+        ValueError: if the arguments contradict one another.
+    """
+    rows = (batch, tokens)
+    mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
+    if is_packed(inputs):
+        if mask is not None:
+            raise ValueError(
+                "attention_mask must be None for packed inputs, got both a padding mask and "
+                "cu_seq_lens. Drop the mask: a pack holds no padding."
+            )
+        return from_cu_seqlens(inputs, rows, rows)
+    if mask is not None:
+        if tuple(mask.shape) != rows:
+            raise ValueError(
+                f"attention_mask must have the inputs' shape {list(rows)}, got "
+                f"{list(mask.shape)}. Pass one value per token."
+            )
+        mask = mask.to(device=device, dtype=torch.bool)
+    if position_ids is not None:
+        if position_ids.dim() != 2:
+            raise ValueError(
+                f"position_ids must be [batch, tokens], got {list(position_ids.shape)}. Pass "
+                "cu_seq_lens_q/k and max_length_q/k to say where documents end."
+            )
+        segments = find_segments(position_ids.expand(batch, -1), mask)
+        if segments is not None:
+            if inputs.get("use_cache") or inputs.get("past_key_values") is not None:
+                raise ValueError(
+                    "position_ids must not restart while a key/value cache is filled, got several "
+                    "documents in one row. Pass use_cache=False."
+                )
+            inputs["use_cache"] = False
+            return from_segments(segments)
+    if mask is not None:
+        return from_padding(mask, tokens)
+    return from_rows(batch, tokens, tokens, device)
+
+
+def _filled(cache: Any) -> bool:
+    return cache is not None and cache.get_seq_length() > 0
+
+
+def _is_padding(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.dim() == 2

@@ -1,0 +1,144 @@
+"""patch_model: swaps a transformers model's attention for lctrain's, and back."""
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from lctrain.attention.forward import SPEC_ATTRIBUTE
+from lctrain.attention.registration import register
+from lctrain.attention.spec import ATTENTION_NAMES, AttentionSpec
+from lctrain.models.architectures import attention_layers, require_supported
+from lctrain.models.configs import ConfigSwap
+from lctrain.models.inputs import InputHook
+
+OPTIONS = ("dropout", "deterministic", "backend")
+_PATCHED = "_lctrain_patched"
+
+
+def patch_model(model: nn.Module, attention: str = "flash", **options: Any) -> "PatchHandle":
+    """Swaps the attention of a transformers model for lctrain's kernels, in place.
+
+    Packed documents (`model(**PackedBatch.model_kwargs())`) then stay apart exactly. Rows with or
+    without padding work as before. Nothing of the model's code or weights is touched, so that
+    checkpoints, torch.compile, activation checkpointing and DDP do not notice.
+
+    Args:
+        model: A causal language model or encoder that uses AttentionInterface. Patch it before
+            torch.compile and before wrapping it.
+        attention: "flash".
+        **options: Fields of AttentionSpec: `dropout` (probability, training mode only; default: as
+            the model's config says), `deterministic`, `backend`.
+
+    Returns:
+        A handle that lists what was swapped and undoes it; also a context manager.
+
+    Raises:
+        ValueError: if the model or an option cannot be honoured; the message says what to do.
+    """
+    unknown = sorted(set(options) - set(OPTIONS))
+    if unknown:
+        raise ValueError(
+            f"options must be among {', '.join(OPTIONS)}, got {', '.join(unknown)}. Check the "
+            f"spelling; attention={attention!r} has no other option."
+        )
+    spec = AttentionSpec(kind=attention, **options)
+    require_supported(model)
+    if any(hasattr(module, _PATCHED) for module in model.modules()):
+        raise ValueError(
+            "model must not be patched, got one that is. Call unpatch() on its handle first."
+        )
+    serving_backend(model, spec)
+    register()
+    return PatchHandle(model, spec)
+
+
+def serving_backend(model: nn.Module, spec: AttentionSpec) -> str:
+    """Returns which kernels will serve the model where it is now.
+
+    Raises:
+        ValueError: if the backend that the spec names cannot.
+    """
+    from lctrain.kernels import select_backend
+
+    weight = next(model.parameters(), None)
+    device, dtype = torch.device("cpu"), torch.float32
+    if weight is not None and weight.device.type != "meta":
+        device, dtype = weight.device, weight.dtype
+    if spec.backend != "auto" and device.type == "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda")  # a model is often patched before it is moved
+    return select_backend(device, dtype, spec.backend)
+
+
+class PatchHandle:
+    """What patch_model swapped in one model, and the way back.
+
+    Attributes:
+        model: The patched model.
+        spec: The options that its layers carry.
+        layers: The swapped attention layers by name.
+        active: False after unpatch().
+    """
+
+    def __init__(self, model: Any, spec: AttentionSpec) -> None:
+        from transformers import PreTrainedModel
+
+        self.model = model
+        self.spec = spec
+        self.layers = attention_layers(model)
+        self.active = True
+        self.previous = str(model.config._attn_implementation)
+        self._configs = ConfigSwap(model, spec.implementation)
+        for layer in self.layers.values():
+            setattr(layer, SPEC_ATTRIBUTE, spec)
+        self._hooks = [
+            module.register_forward_pre_hook(
+                InputHook(module, spec.implementation), with_kwargs=True
+            )
+            for module in model.modules()
+            if isinstance(module, PreTrainedModel)
+        ]
+        setattr(model, _PATCHED, True)
+
+    def unpatch(self) -> None:
+        """Gives the model back as it was, outputs bit-equal. Harmless if done before."""
+        if not self.active:
+            return
+        self.active = False
+        for hook in self._hooks:
+            hook.remove()
+        for layer in self.layers.values():
+            delattr(layer, SPEC_ATTRIBUTE)
+        self._configs.restore()
+        delattr(self.model, _PATCHED)
+
+    def __enter__(self) -> "PatchHandle":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.unpatch()
+
+    def __repr__(self) -> str:
+        state = "active" if self.active else "unpatched"
+        backend = serving_backend(self.model, self.spec) if self.active else "none"
+        options = ", ".join(f"{name}={self._option(name)}" for name in OPTIONS)
+        names = "\n".join(
+            f"    {name}: {type(layer).__name__}" for name, layer in self.layers.items()
+        )
+        return (
+            f"PatchHandle({type(self.model).__name__}, {state})\n"
+            f"  attention: {self.previous} -> {ATTENTION_NAMES[self.spec.kind]}\n"
+            f"  options: {options}\n"
+            f"  kernels: {backend}\n"
+            f"  layers ({len(self.layers)}):\n{names}"
+        )
+
+    def _option(self, name: str) -> str:
+        value = getattr(self.spec, name)
+        return "as in the config" if value is None else repr(value)
