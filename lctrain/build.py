@@ -1,0 +1,189 @@
+"""From the dataclasses of a run to its objects: model, callbacks, loggers, trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+
+from lctrain.callbacks import AtomicCheckpointIO
+from lctrain.config import ModelConfig, PretrainedModelConfig, ScratchModelConfig, TrainerConfig
+
+
+def build_model(config: ModelConfig, vocab_size: int) -> nn.Module:
+    """Builds a transformers causal LM in float32.
+
+    Args:
+        config: From scratch or pretrained.
+        vocab_size: Of the tokenizer.
+
+    Returns:
+        The model, in training mode.
+
+    Raises:
+        ValueError: if the family or a key of its configuration is unknown, or the model has fewer
+            embeddings than the tokenizer has tokens.
+    """
+    if isinstance(config, ScratchModelConfig):
+        model = _from_scratch(config, vocab_size)
+    elif isinstance(config, PretrainedModelConfig):
+        model = _pretrained(config)
+    else:
+        raise ValueError(
+            f"model must be a ScratchModelConfig or a PretrainedModelConfig, got "
+            f"{type(config).__name__}. Choose model=llama_5m or model=hf, or build on one of them."
+        )
+    known = model.get_input_embeddings().num_embeddings
+    if known < vocab_size:
+        raise ValueError(
+            f"model must have at least the tokenizer's {vocab_size} embeddings, got {known}. Use the "
+            "model's own tokenizer (data.tokenizer) or leave model.config.vocab_size out."
+        )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def _from_scratch(config: ScratchModelConfig, vocab_size: int) -> Any:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    if config.model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"model.model_type must be a family of transformers, got {config.model_type!r}. Use for "
+            "example llama, qwen3, mistral or gemma2."
+        )
+    config_class = CONFIG_MAPPING[config.model_type]
+    known = vars(config_class())
+    for key in config.config:
+        if key not in known:
+            raise ValueError(
+                f"model.config.{key} must be an argument of {config_class.__name__}, which has none "
+                "of that name. Check the spelling."
+            )
+    settings = {"vocab_size": vocab_size, **config.config}
+    try:
+        model_config = config_class(**settings)
+    except (TypeError, ValueError) as error:  # transformers validates types and combinations
+        raise ValueError(f"model.config must fit {config_class.__name__}: {error}") from error
+    return AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+
+
+def _pretrained(config: PretrainedModelConfig) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        config.name_or_path,
+        revision=config.revision or "main",
+        trust_remote_code=config.trust_remote_code,
+        dtype=torch.float32,
+    )
+
+
+def model_factory(config: ModelConfig) -> Callable[[pl.LightningDataModule], nn.Module]:
+    """Returns the function that LongContextModule calls once the tokenizer is there."""
+
+    def build(datamodule: pl.LightningDataModule) -> nn.Module:
+        return build_model(config, datamodule.vocab_size)
+
+    return build
+
+
+def instantiate_all(group: str, configs: Mapping[str, Any]) -> dict[str, Any]:
+    """Builds every component of a group that is not switched off.
+
+    Args:
+        group: Name for error messages.
+        configs: By name, a dataclass or dictionary with `_target_`, or None for off.
+
+    Returns:
+        The objects by name, in the same order.
+
+    Raises:
+        ValueError: if an entry has no `_target_`.
+    """
+    from hydra.utils import instantiate
+
+    built = {}
+    for name, config in configs.items():
+        if config is None:
+            continue
+        target = (
+            config.get("_target_")
+            if isinstance(config, Mapping)
+            else getattr(config, "_target_", None)
+        )
+        if target is None:
+            raise ValueError(
+                f"{group}.{name} must have a _target_, got {config!r}. Give the class to build, or "
+                f"set {group}.{name}=null."
+            )
+        built[name] = instantiate(config, _convert_="object")
+    return built
+
+
+def build_trainer(
+    config: TrainerConfig,
+    callbacks: list[pl.Callback],
+    loggers: list[Any],
+    root_dir: str,
+) -> pl.Trainer:
+    """Builds Lightning's Trainer.
+
+    Args:
+        config: Hardware and length of the run.
+        callbacks: All of them, the progress bar included.
+        loggers: Where metrics go.
+        root_dir: Folder of the run.
+
+    Raises:
+        ValueError: if the run has no end.
+    """
+    if config.max_steps < 0 and config.max_epochs < 0:
+        raise ValueError(
+            "trainer.max_steps or trainer.max_epochs must be set, got neither. A run needs an end."
+        )
+    has_bar = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks)
+    if not config.enable_progress_bar:
+        callbacks = [c for c in callbacks if not isinstance(c, pl.callbacks.ProgressBar)]
+    batches = config.accumulate_grad_batches
+    every = config.validate_every_n_steps
+    return pl.Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=config.strategy,
+        precision=resolve_precision(config),  # type: ignore[arg-type]
+        max_steps=config.max_steps,
+        max_epochs=config.max_epochs,
+        accumulate_grad_batches=batches,
+        gradient_clip_val=config.gradient_clip_val,
+        log_every_n_steps=config.log_every_n_steps,
+        val_check_interval=None if every is None else every * batches,
+        check_val_every_n_epoch=NEVER if every is None else None,
+        limit_val_batches=config.limit_val_batches,
+        num_sanity_val_steps=0,
+        deterministic=config.deterministic,
+        enable_progress_bar=config.enable_progress_bar and has_bar,
+        enable_model_summary=False,
+        enable_checkpointing=any(isinstance(c, pl.callbacks.Checkpoint) for c in callbacks),
+        inference_mode=False,  # buffers made during validation must be usable in training
+        use_distributed_sampler=False,  # PackedDataModule gives every rank its packs
+        plugins=[AtomicCheckpointIO()],
+        callbacks=callbacks,
+        logger=loggers or False,
+        default_root_dir=root_dir,
+    )
+
+
+NEVER = 10**9  # epochs between two validations that Lightning would start by itself
+
+
+def resolve_precision(config: TrainerConfig) -> str:
+    """bf16-mixed on a GPU that has it, else 32-true, where the config says "auto"."""
+    if config.precision != "auto":
+        return config.precision
+    on_gpu = config.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"

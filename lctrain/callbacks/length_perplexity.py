@@ -1,0 +1,70 @@
+"""LengthPerplexity: perplexity by context length while the model trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from lctrain.eval import longest_documents, perplexity_by_length
+
+
+class LengthPerplexity(pl.Callback):
+    """Measures held-out perplexity at several context lengths every n optimizer steps.
+
+    Rank 0 measures while the others wait. Nothing that training depends on changes: the model is
+    put back into its mode, and dropout is seeded by step.
+
+    Args:
+        lengths: Context lengths in tokens.
+        every_n_steps: Optimizer steps between two measurements.
+        max_tokens: Tokens per forward pass.
+        documents: Number of held-out documents, the longest first.
+
+    Raises:
+        ValueError: if `every_n_steps` is below 1.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], every_n_steps: int, max_tokens: int, documents: int = 16
+    ) -> None:
+        if every_n_steps < 1:
+            raise ValueError(
+                f"every_n_steps must be at least 1, got {every_n_steps}. Set "
+                "callbacks.length_perplexity=null to switch the callback off."
+            )
+        self.lengths = tuple(lengths)
+        self.every_n_steps = every_n_steps
+        self.max_tokens = max_tokens
+        self.documents = documents
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Measures and logs `val/perplexity_<length>` if the step is one of the n-th."""
+        stepped = not trainer.fit_loop._should_accumulate()
+        if not stepped or trainer.global_step % self.every_n_steps != 0:
+            return
+        if trainer.is_global_zero:
+            metrics = self._measure(trainer, pl_module)
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=trainer.global_step - 1)
+        trainer.strategy.barrier("LengthPerplexity")
+
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
+        documents = longest_documents(trainer.datamodule.held_out_documents(), self.documents)
+        modes = {module: module.training for module in pl_module.modules()}
+        with trainer.precision_plugin.forward_context():
+            table = perplexity_by_length(
+                pl_module.model, documents, self.lengths, max_tokens=self.max_tokens
+            )
+        for module, training in modes.items():
+            module.training = training
+        return {f"val/perplexity_{row.length}": row.perplexity for row in table.rows}

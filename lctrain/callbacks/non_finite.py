@@ -1,0 +1,129 @@
+"""NonFiniteLossGuard: a NaN or infinite loss stops the run and spares the last good checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lctrain.batch import PackedBatch
+from lctrain.cadence import at_log_step
+from lctrain.callbacks.checkpoint import StepCheckpoint
+
+SHOWN_DOCUMENTS = 8
+
+
+class NonFiniteLossError(RuntimeError):
+    """The training loss, or a weight, became NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """One micro-batch since the last look: its loss (0-dim, on the device) and its documents."""
+
+    index: int
+    value: Tensor
+    names: tuple[str, ...] | None
+    document_ids: Tensor  # [N] int32
+
+    def describe(self) -> str:
+        """Names the documents, at most SHOWN_DOCUMENTS of them."""
+        names = self.names or tuple(f"id {i}" for i in self.document_ids.tolist())
+        more = len(names) - SHOWN_DOCUMENTS
+        shown = ", ".join(names[:SHOWN_DOCUMENTS]) + (f" and {more} more" if more > 0 else "")
+        return f"{float(self.value)} in micro-batch {self.index}, documents: {shown}"
+
+
+class NonFiniteLossGuard(pl.Callback):
+    """Stops the run at a loss that is not finite and names the documents of its batch.
+
+    The losses stay on the device until a logging step or a checkpoint, where the device is waited
+    for anyway. Nothing that is not finite reaches a checkpoint: saving raises first, also when the
+    losses were finite and an overflow in the backward pass spoilt the weights.
+    """
+
+    def __init__(self) -> None:
+        self._pending: list[_Loss] = []
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: PackedBatch,
+        batch_idx: int,
+    ) -> None:
+        """Keeps the loss; looks at what was kept if this is a logging step.
+
+        Raises:
+            NonFiniteLossError: if a loss since the last look was not finite, on any rank.
+        """
+        index = trainer.fit_loop.epoch_loop.total_batch_idx
+        loss = outputs["loss"].detach()
+        self._pending.append(_Loss(index, loss, batch.names, batch.document_ids))
+        if at_log_step(trainer):
+            self._check_losses(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Looks at the losses and the weights before anything is written.
+
+        Raises:
+            NonFiniteLossError: if one of them is not finite.
+        """
+        self._check_losses(trainer)
+        finite = [value.isfinite().all() for value in pl_module.parameters()]
+        if finite and not bool(torch.stack(finite).all()):
+            names = [name for name, value in pl_module.named_parameters() if not _finite(value)]
+            raise NonFiniteLossError(
+                f"weights became NaN or infinite at step {trainer.global_step} with finite losses "
+                f"({', '.join(names[:SHOWN_DOCUMENTS])}). {_remedy(trainer)}"
+            )
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Looks at the losses after the last logging step.
+
+        Raises:
+            NonFiniteLossError: if one of them is not finite.
+        """
+        self._check_losses(trainer)
+
+    def _check_losses(self, trainer: pl.Trainer) -> None:
+        """Raises on all ranks if a pending loss of any rank is not finite; waits for the device."""
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        finite = torch.stack([loss.value for loss in pending]).isfinite()
+        all_finite = finite.all()
+        if trainer.world_size > 1:
+            flag = all_finite.int()
+            dist.all_reduce(flag, dist.ReduceOp.MIN)
+            all_finite = flag.bool()
+        if bool(all_finite):
+            return
+        first = next((loss for loss, ok in zip(pending, finite.tolist(), strict=True) if not ok), None)
+        found = None if first is None else (first.index, trainer.global_rank, first.describe())
+        ranks: list[tuple[int, int, str] | None] = [found]
+        if trainer.world_size > 1:
+            ranks = [None] * trainer.world_size
+            dist.all_gather_object(ranks, found)
+        _, rank, description = min(entry for entry in ranks if entry is not None)
+        where = f" on rank {rank}" if trainer.world_size > 1 else ""
+        raise NonFiniteLossError(f"training loss became {description}{where}. {_remedy(trainer)}")
+
+
+def _finite(value: Tensor) -> bool:
+    return bool(value.isfinite().all())
+
+
+def _remedy(trainer: pl.Trainer) -> str:
+    """What is left, and what to try."""
+    checkpoints = [c for c in trainer.callbacks if isinstance(c, StepCheckpoint)]
+    kept = [str(c.last_path) for c in checkpoints if c.last_path.is_file()]
+    last = f"The last good checkpoint is {kept[0]}." if kept else "There is no checkpoint yet."
+    return f"{last} Look at these documents, or lower the learning rate or clip the gradients."

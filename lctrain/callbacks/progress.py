@@ -1,0 +1,126 @@
+"""TokenProgressBar: one bar over the optimizer steps of the whole run."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ProgressBar
+from tqdm import tqdm
+
+from lctrain.cadence import at_log_step
+from lctrain.callbacks.throughput import ThroughputMonitor
+
+
+class TokenProgressBar(ProgressBar):
+    """Shows optimizer steps, loss and real tokens per second.
+
+    Loss and speed are refreshed at the logging cadence: the bar never waits for the device between.
+
+    Args:
+        refresh_rate: Optimizer steps between two refreshes; 0 hides the bar.
+    """
+
+    def __init__(self, refresh_rate: int = 1) -> None:
+        super().__init__()
+        self._refresh_rate = refresh_rate
+        self._enabled = refresh_rate > 0
+        self._bar: Any = None
+        self._validation_bar: Any = None
+
+    def disable(self) -> None:
+        """Hides the bar; Lightning calls this on all ranks but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Shows the bar."""
+        self._enabled = self._refresh_rate > 0
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Prints above the bar."""
+        tqdm.write(kwargs.pop("sep", " ").join(map(str, args)))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Opens the bar at the step that the run starts or resumes from."""
+        total = trainer.estimated_stepping_batches
+        self._bar = self._open(
+            "training", None if total == float("inf") else int(total), trainer.global_step
+        )
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Advances by the optimizer steps taken."""
+        if self._bar.disable:
+            return
+        if at_log_step(trainer):
+            self._bar.set_postfix_str(_postfix(trainer, pl_module), refresh=False)
+        if trainer.global_step >= self._bar.n + self._refresh_rate:
+            self._bar.update(trainer.global_step - self._bar.n)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Closes the bar."""
+        self._bar.update(trainer.global_step - self._bar.n)
+        self._bar.close()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Closes the bar, so that the error is readable."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Opens a bar over the held-out packs."""
+        packs = sum(trainer.num_val_batches)
+        total = None if packs == float("inf") else int(packs)
+        self._validation_bar = self._open("held-out loss", total, 0, leave=False, unit="pack")
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Advances by one pack."""
+        self._validation_bar.update(1)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Closes the bar."""
+        self._validation_bar.close()
+
+    def _open(
+        self, title: str, total: int | None, initial: int, leave: bool = True, unit: str = "step"
+    ) -> Any:
+        """A bar that is quiet in a log file and lively in a terminal."""
+        return tqdm(
+            desc=title,
+            total=total,
+            initial=initial,
+            unit=unit,
+            leave=leave,
+            dynamic_ncols=True,
+            disable=not self._enabled,
+            mininterval=0.2 if sys.stderr.isatty() else 10.0,
+        )
+
+
+def _postfix(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+    """Loss and speed of the newest interval."""
+    parts = []
+    loss = getattr(pl_module, "last_loss", None)
+    if loss is not None:
+        parts.append(f"loss {float(loss):.3f}")
+    for callback in trainer.callbacks:
+        if isinstance(callback, ThroughputMonitor) and callback.latest.seconds > 0:
+            parts.append(f"{callback.latest.tokens_per_second:,.0f} tokens/s")
+    return ", ".join(parts)

@@ -1,0 +1,378 @@
+"""The schemas of every Hydra config group: frozen dataclasses, converted once at the entry point.
+
+A key that a schema does not have, or a value of the wrong type, is an error that names it.
+`register_schemas` puts them into Hydra's ConfigStore as `<group>/<name>_schema`; the YAML files in
+`configs/` build on them and fill in values. Library code receives the dataclasses, never a
+DictConfig.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar, Union
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+Schema = TypeVar("Schema")
+
+MISSING: Any = "???"  # OmegaConf's mark of a mandatory value
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What every model has. Choose `ScratchModelConfig` or `PretrainedModelConfig`.
+
+    Attributes:
+        gradient_checkpointing: Recompute activations in the backward pass.
+    """
+
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class ScratchModelConfig(ModelConfig):
+    """A transformers causal LM with random weights.
+
+    Attributes:
+        model_type: Name of the family in transformers, such as "llama" or "qwen3".
+        config: Arguments of its configuration class. `vocab_size` is taken from the tokenizer
+            unless it is given here.
+    """
+
+    model_type: str = MISSING
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PretrainedModelConfig(ModelConfig):
+    """A transformers causal LM with trained weights.
+
+    Attributes:
+        name_or_path: Name on the Hugging Face hub, or a folder.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run model code from the hub.
+    """
+
+    name_or_path: str = MISSING
+    revision: Union[str, None] = None  # noqa: UP007 (OmegaConf on Python 3.10)
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How the model's attention is patched.
+
+    Attributes:
+        name: First argument of `lctrain.patch_model` after the model.
+        dropout: Attention dropout in training; None takes the model's own.
+    """
+
+    name: str = "flash"
+    dropout: Union[float, None] = None  # noqa: UP007
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of `lctrain.patch_model`."""
+        return {} if self.dropout is None else {"dropout": self.dropout}
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning-rate schedule.
+
+    Attributes:
+        learning_rate: Peak learning rate.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        eps: Added to the denominator.
+        weight_decay: Decoupled decay of the matrices; vectors do not decay.
+        schedule: cosine, linear, constant or warmup_stable_decay.
+        warmup_steps: Optimizer steps of linear warmup; None takes warmup_fraction.
+        warmup_fraction: Share of the run that warms up.
+        decay_fraction: Share of the run after warmup that decays (warmup_stable_decay only).
+        min_learning_rate_ratio: Last over peak learning rate.
+    """
+
+    learning_rate: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    schedule: str = "cosine"
+    warmup_steps: Union[int, None] = None  # noqa: UP007
+    warmup_fraction: float = 0.1
+    decay_fraction: float = 0.2
+    min_learning_rate_ratio: float = 0.1
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The part of Lightning's Trainer that a run sets.
+
+    Attributes:
+        accelerator: auto, cpu or gpu.
+        devices: Number of devices, or "auto".
+        num_nodes: Number of machines.
+        strategy: auto, ddp, ...
+        precision: auto (bf16-mixed on a GPU, else 32-true), 32-true, bf16-mixed or bf16-true.
+        max_steps: Optimizer steps; -1 for no limit.
+        max_epochs: Passes over the data; -1 for no limit.
+        accumulate_grad_batches: Packs per rank and optimizer step.
+        gradient_clip_val: Largest gradient norm; None does not clip.
+        log_every_n_steps: Optimizer steps between two rows of metrics.
+        validate_every_n_steps: Optimizer steps between two held-out losses during training; None
+            measures it before the first and after the last step only.
+        limit_val_batches: Held-out packs per rank and validation; None for all.
+        deterministic: Ask torch for deterministic algorithms.
+        enable_progress_bar: Show it.
+    """
+
+    accelerator: str = "auto"
+    devices: Union[int, str] = 1  # noqa: UP007
+    num_nodes: int = 1
+    strategy: str = "auto"
+    precision: str = "auto"
+    max_steps: int = -1
+    max_epochs: int = -1
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: Union[float, None] = 1.0  # noqa: UP007
+    log_every_n_steps: int = 10
+    validate_every_n_steps: Union[int, None] = None  # noqa: UP007
+    limit_val_batches: Union[int, None] = None  # noqa: UP007
+    deterministic: bool = False
+    enable_progress_bar: bool = True
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """`lctrain.callbacks.StepCheckpoint`."""
+
+    _target_: str = "lctrain.callbacks.StepCheckpoint"
+    directory: str = MISSING
+    every_n_steps: int = 100
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class ThroughputConfig:
+    """`lctrain.callbacks.ThroughputMonitor`."""
+
+    _target_: str = "lctrain.callbacks.ThroughputMonitor"
+    max_tokens: Union[int, None] = None  # noqa: UP007
+
+
+@dataclass(frozen=True)
+class IsolationConfig:
+    """`lctrain.callbacks.IsolationCheck`."""
+
+    _target_: str = "lctrain.callbacks.IsolationCheck"
+
+
+@dataclass(frozen=True)
+class NonFiniteGuardConfig:
+    """`lctrain.callbacks.NonFiniteLossGuard`."""
+
+    _target_: str = "lctrain.callbacks.NonFiniteLossGuard"
+
+
+@dataclass(frozen=True)
+class LengthPerplexityConfig:
+    """`lctrain.callbacks.LengthPerplexity`."""
+
+    _target_: str = "lctrain.callbacks.LengthPerplexity"
+    lengths: list[int] = field(default_factory=lambda: [256, 1024, 4096])
+    every_n_steps: int = 500
+    max_tokens: int = MISSING
+    documents: int = 16
+
+
+@dataclass(frozen=True)
+class ProgressBarConfig:
+    """`lctrain.callbacks.TokenProgressBar`."""
+
+    _target_: str = "lctrain.callbacks.TokenProgressBar"
+    refresh_rate: int = 1
+
+
+@dataclass(frozen=True)
+class CsvLoggerConfig:
+    """`lctrain.loggers.MetricsCSV`: metrics.csv in the run's folder."""
+
+    _target_: str = "lctrain.loggers.MetricsCSV"
+    save_dir: str = MISSING
+
+
+@dataclass(frozen=True)
+class WandbLoggerConfig:
+    """Weights and Biases; offline by default, without a key or network.
+
+    Attributes:
+        save_dir: Folder of the run's files.
+        project: Project name.
+        name: Name of the run.
+        offline: Keep everything on this machine; `wandb sync` sends it later.
+    """
+
+    _target_: str = "lctrain.loggers.wandb_logger"
+    save_dir: str = MISSING
+    project: str = "lctrain"
+    name: Union[str, None] = None  # noqa: UP007
+    offline: bool = True
+
+
+@dataclass(frozen=True)
+class PathsConfig:
+    """Where a run writes.
+
+    Attributes:
+        root: Folder of all runs.
+        runs_dir: Folder of the runs of this name; `ckpt_path=last` looks for the newest there.
+        output_dir: Folder of this run.
+    """
+
+    root: str = "outputs"
+    runs_dir: str = MISSING
+    output_dir: str = MISSING
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Perplexity by context length at the end of the run.
+
+    Attributes:
+        enabled: Whether to evaluate.
+        lengths: Context lengths in tokens.
+        documents: Number of held-out documents, the longest first; None for all.
+        max_tokens: Tokens per forward pass.
+    """
+
+    enabled: bool = True
+    lengths: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048, 4096])
+    documents: Union[int, None] = 16  # noqa: UP007
+    max_tokens: int = MISSING
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that `lctrain-train` does.
+
+    Attributes:
+        name: Of the run; part of its folder.
+        seed: Of the initialisation, dropout and the order of the data.
+        data: What is read, and how it is packed.
+        model: What is trained.
+        attention: How its attention is patched; None leaves it as transformers has it.
+        optim: Optimizer and schedule.
+        trainer: Hardware, length of the run, accumulation.
+        callbacks: By name, each with a `_target_`; null switches one off.
+        logger: By name, each with a `_target_`.
+        paths: Where the run writes.
+        evaluation: Perplexity by length at the end.
+        ckpt_path: Checkpoint to resume from: a path, or "last" for the newest of this name.
+        export: Whether to write the trained model for transformers.
+    """
+
+    name: str = "default"
+    seed: int = 0
+    data: Any = MISSING
+    model: ModelConfig = MISSING
+    attention: Union[AttentionConfig, None] = None  # noqa: UP007
+    optim: OptimConfig = MISSING
+    trainer: TrainerConfig = MISSING
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
+    paths: PathsConfig = MISSING
+    evaluation: EvaluationConfig = MISSING
+    ckpt_path: Union[str, None] = None  # noqa: UP007
+    export: bool = True
+
+
+_SCHEMAS: dict[str, type] = {
+    "model/scratch": ScratchModelConfig,
+    "model/pretrained": PretrainedModelConfig,
+    "attention/attention": AttentionConfig,
+    "optim/adamw": OptimConfig,
+    "trainer/trainer": TrainerConfig,
+    "callbacks/checkpoint": CheckpointConfig,
+    "callbacks/throughput": ThroughputConfig,
+    "callbacks/isolation": IsolationConfig,
+    "callbacks/non_finite": NonFiniteGuardConfig,
+    "callbacks/length_perplexity": LengthPerplexityConfig,
+    "callbacks/progress_bar": ProgressBarConfig,
+    "logger/csv": CsvLoggerConfig,
+    "logger/wandb": WandbLoggerConfig,
+    "paths/paths": PathsConfig,
+    "evaluation/evaluation": EvaluationConfig,
+    "train": TrainConfig,
+}
+
+
+def register_schemas() -> None:
+    """Puts every schema of training into Hydra's ConfigStore. Idempotent."""
+    for name, schema in _SCHEMAS.items():
+        store_schema(name, schema)
+
+
+def store_schema(name: str, schema: type) -> None:
+    """Puts one dataclass into Hydra's ConfigStore as `<name>_schema`.
+
+    OmegaConf marks nodes of frozen dataclasses read-only, and Hydra could then not apply YAML files
+    and overrides: the mark is taken off here and the result becomes frozen in `to_dataclass`.
+
+    Args:
+        name: "group/name", or "name" for the schema of a primary config.
+        schema: A dataclass.
+    """
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    node = OmegaConf.structured(schema)
+    _allow_overrides(node)
+    group, _, leaf = name.rpartition("/")
+    ConfigStore.instance().store(group=group or None, name=f"{leaf}_schema", node=node)
+
+
+def to_dataclass(config: DictConfig, schema: type[Schema]) -> Schema:
+    """Converts Hydra's config into the dataclass it was made from, with everything resolved.
+
+    Args:
+        config: What Hydra composed on top of a stored schema.
+        schema: The dataclass of the root.
+
+    Returns:
+        The dataclass; nothing below it is an OmegaConf container.
+
+    Raises:
+        ValueError: if a mandatory value is missing, a key is unknown or a type does not fit; the
+            message names the key.
+    """
+    from dataclasses import FrozenInstanceError
+
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        result = OmegaConf.to_object(config)
+    except FrozenInstanceError as error:  # a key appended with + to a schema without it
+        raise ValueError(f"unknown config key: {error}. Leave it out.") from error
+    except OmegaConfBaseException as error:
+        raise ValueError(f"config value {error.full_key!r}: {error.msg}") from error
+    if not isinstance(result, schema):
+        raise ValueError(
+            f"config must be built on {schema.__name__}, got {type(result).__name__}. List its schema "
+            "in the defaults."
+        )
+    return result
+
+
+def _allow_overrides(node: DictConfig) -> None:
+    """Takes the read-only flag of frozen dataclasses off a node and its children."""
+    from omegaconf import DictConfig
+
+    node._set_flag("readonly", None)
+    if node._is_none() or node._is_missing():
+        return
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig):
+            _allow_overrides(child)

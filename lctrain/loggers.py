@@ -1,0 +1,128 @@
+"""Loggers: a CSV file that survives a resumed run, and Weights and Biases without a network."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class MetricsCSV(Logger):
+    """Writes `<save_dir>/metrics.csv`, one row per logging step, flushed at once.
+
+    A run that resumes in the same folder continues the file: rows of the interrupted run from the
+    first newly logged step on are replaced, so that the file reads like one run.
+
+    Args:
+        save_dir: Folder of the run.
+    """
+
+    def __init__(self, save_dir: str) -> None:
+        super().__init__()
+        self._save_dir = save_dir
+        self._columns: list[str] = []
+        self._started = False
+
+    @property
+    def name(self) -> str:
+        """Constant: the folder is the run's own."""
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        """Constant: the folder is the run's own."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """Folder of the run."""
+        return self._save_dir
+
+    @property
+    def path(self) -> Path:
+        """Of the CSV file."""
+        return Path(self._save_dir) / "metrics.csv"
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the resolved config is saved beside the file."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Appends one row.
+
+        Args:
+            metrics: Values by name; tensors are 0-dim.
+            step: Optimizer step, counted from 0.
+        """
+        row: dict[str, Any] = {"step": step}
+        row.update({key: float(value) for key, value in metrics.items()})
+        earlier: list[dict[str, Any]] = []
+        if not self._started:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            earlier = [old for old in _read_rows(self.path) if int(old["step"]) < (step or 0)]
+        elif not row.keys() <= set(self._columns):
+            earlier = _read_rows(self.path)
+        if earlier or not self._started or not row.keys() <= set(self._columns):
+            names = {key for old in [*earlier, row] for key in old}
+            self._columns = ["step", *sorted(names - {"step"})]
+            self._rewrite(earlier)
+        self._started = True
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self._columns).writerow(row)
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        """Replaces the file by a header and rows, at once."""
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self.path)
+
+
+def wandb_logger(
+    save_dir: str, project: str = "lctrain", name: str | None = None, offline: bool = True
+) -> Logger:
+    """Builds Lightning's WandbLogger; offline it needs neither a key nor a network.
+
+    Args:
+        save_dir: Folder of the run's files.
+        project: Project name.
+        name: Name of the run.
+        offline: Keep everything on this machine; `wandb sync` sends it later.
+    """
+    from lightning.pytorch.loggers import WandbLogger
+
+    Path(save_dir).mkdir(parents=True, exist_ok=True)
+    return WandbLogger(save_dir=save_dir, project=project, name=name, offline=offline)
+
+
+def log_evaluation(logger: Logger, rows: list[dict[str, Any]], plot: Path | None) -> None:
+    """Sends the table of perplexity by length and its plot to a logger that can show them.
+
+    Args:
+        logger: Any of Lightning's; without `log_table` and `log_image` nothing happens.
+        rows: One dictionary per context length.
+        plot: PNG file.
+    """
+    if rows and hasattr(logger, "log_table"):
+        columns = list(rows[0])
+        logger.log_table(
+            "perplexity_by_length", columns=columns, data=[list(row.values()) for row in rows]
+        )
+    if plot is not None and hasattr(logger, "log_image"):
+        logger.log_image("perplexity_by_length_plot", images=[str(plot)])
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The complete rows of a CSV file; a last row that a kill cut short is left out."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if None not in row.values() and str(row.get("step", "")).isdigit()]

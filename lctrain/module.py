@@ -1,0 +1,252 @@
+"""LongContextModule: trains any causal LM on packed batches, every token with the same weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+
+from lctrain.batch import PackedBatch
+from lctrain.config import AttentionConfig, OptimConfig
+from lctrain.loss import causal_lm_loss
+from lctrain.models import patch_model
+from lctrain.optim import build_optimizer, build_scheduler
+
+ModelFactory = Callable[[pl.LightningDataModule], nn.Module]
+
+STATE_KEY = "lctrain"  # in the checkpoint
+
+
+class LongContextModule(pl.LightningModule):
+    """A causal LM, its packed loss, its optimizer and its schedule.
+
+    The loss of an optimizer step is (sum of the token losses) / (number of valid tokens), over all
+    micro-batches of the accumulation window and over all ranks. To that end every micro-batch
+    back-propagates its loss *sum*; when the window closes, the gradients are multiplied once by
+    1 / (tokens of the window), before any hook, the clipping or the optimizer sees them. The token
+    counts live on the CPU, and one small all-reduce per window joins the ranks: no host sync.
+
+    Dropout is reproducible across interruptions: torch's generators are seeded before every
+    micro-batch from (seed, rank, index of the micro-batch), so a resumed run draws the same masks,
+    whatever else has drawn random numbers in between.
+
+    Args:
+        model: A causal LM, or a function that builds one from the trainer's data module, called on
+            every rank once the data are ready (a vocabulary size may depend on them).
+        optim: Optimizer and schedule.
+        attention: How to patch the model's attention; None leaves the model as it is. A model that
+            is already patched is left as it is too.
+        seed: Seeds the model's initialisation and dropout.
+
+    Attributes:
+        model: The causal LM; None until the trainer has built it, if `model` is a function.
+        first_loss: Training loss of the first optimizer step, 0-dim float64 tensor, or None.
+        last_loss: The same of the newest closed window.
+        gradient_norm: Norm before clipping, 0-dim float32 tensor; None without clipping.
+        window_closed: True if the newest micro-batch closed its accumulation window.
+        held_out_losses: [(optimizer step, held-out loss)] of every validation so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | ModelFactory,
+        optim: OptimConfig | None = None,
+        attention: AttentionConfig | None = AttentionConfig(),  # noqa: B008 (frozen)
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model: nn.Module | None = model if isinstance(model, nn.Module) else None
+        self._factory: ModelFactory | None = None if isinstance(model, nn.Module) else model
+        self.optim = OptimConfig() if optim is None else optim
+        self.attention = attention
+        self.seed = seed
+        self.patch_handle: Any = None
+        self.first_loss: Tensor | None = None
+        self.last_loss: Tensor | None = None
+        self.gradient_norm: Tensor | None = None
+        self.window_closed = True
+        self.held_out_losses: list[tuple[int, float]] = []
+        self._window_sum: Tensor | None = None
+        self._window_tokens = 0
+        self._held_out_sum: Tensor | None = None
+        self._held_out_tokens = 0
+
+    def setup(self, stage: str) -> None:
+        """Refuses precisions in which a sum over a long pack overflows."""
+        if str(self.trainer.precision).startswith(("16", "transformer-engine-float16")):
+            raise ValueError(
+                f"trainer.precision must be 32-true, bf16-mixed or bf16-true, got "
+                f"{self.trainer.precision!r}. A loss summed over a long pack overflows float16; use "
+                "bf16-mixed."
+            )
+
+    def configure_model(self) -> None:
+        """Builds the model if a function was given, and patches its attention, once."""
+        if self.model is None:
+            assert self._factory is not None
+            torch.manual_seed(self.seed)
+            self.model = self._factory(self.trainer.datamodule)
+        if self.patch_handle is None and self.attention is not None and not is_patched(self.model):
+            self.patch_handle = patch_model(
+                self.model, attention=self.attention.name, **self.attention.options()
+            )
+        self.model.train()
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW with decay groups and the schedule, stepped once per optimizer step."""
+        total_steps = self.trainer.estimated_stepping_batches
+        if total_steps == float("inf"):
+            raise ValueError(
+                "trainer.max_steps must be set for a stream of unknown length, got none. The "
+                "learning-rate schedule needs the length of the run."
+            )
+        assert self.model is not None
+        optimizer = build_optimizer(self.model, self.optim)
+        scheduler = build_scheduler(optimizer, self.optim, int(total_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def transfer_batch_to_device(
+        self, batch: PackedBatch, device: torch.device, dataloader_idx: int
+    ) -> PackedBatch:
+        """Moves the batch without waiting for the copy."""
+        return batch.to(device, non_blocking=True)
+
+    def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Seeds dropout from (seed, rank, micro-batch): see the class."""
+        index = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        torch.manual_seed(_mix(self.seed, self.global_rank, index))
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        """Returns the summed loss of one micro-batch, 0-dim float32."""
+        loss_sum, _ = causal_lm_loss(self.model, batch)
+        if self._window_sum is None:
+            self._window_sum = torch.zeros((), dtype=torch.float64, device=loss_sum.device)
+            self._window_tokens = 0
+        self._window_sum += loss_sum.detach()
+        self._window_tokens += batch.num_valid_tokens
+        self.window_closed = False
+        return loss_sum
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Back-propagates the sum; divides by the window's tokens when the window closes."""
+        loss.backward(*args, **kwargs)
+        if not self.trainer.fit_loop._should_accumulate():
+            self._close_window()
+
+    def _close_window(self) -> None:
+        """Scales the gradients by 1 / (valid tokens of the window on all ranks)."""
+        assert self._window_sum is not None
+        tokens = self._window_sum.new_full((), float(self._window_tokens))
+        totals = torch.stack([self._window_sum, tokens])  # [2] float64: loss sum, tokens
+        if self.trainer.world_size > 1:
+            dist.all_reduce(totals)
+        loss_sum, tokens = totals[0], totals[1].clamp(min=1.0)
+        # Lightning has divided by the number of micro-batches, DDP by the number of ranks.
+        averaged = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        for group in _by_device_and_dtype(gradients):
+            factor_dtype = torch.promote_types(group[0].dtype, torch.float32)
+            torch._foreach_mul_(group, (averaged / tokens).to(factor_dtype))
+        self.last_loss = loss_sum / tokens
+        if self.first_loss is None:
+            self.first_loss = self.last_loss
+        self._window_sum = None
+        self.window_closed = True
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips like Lightning, keeps the norm, and also clips for fused optimizers."""
+        if gradient_clip_val is None or gradient_clip_val <= 0:
+            return
+        if gradient_clip_algorithm == "value":
+            nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+        else:
+            self.gradient_norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+    def on_train_batch_end(self, outputs: Any, batch: PackedBatch, batch_idx: int) -> None:
+        """Logs the loss of the window, the norm and the learning rate, at the logging cadence."""
+        if not self.at_log_step:
+            return
+        assert self.last_loss is not None
+        self.log("train/loss", self.last_loss.float())
+        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+        if self.gradient_norm is not None:
+            self.log("train/gradient_norm", self.gradient_norm)
+
+    @property
+    def at_log_step(self) -> bool:
+        """True after an optimizer step whose metrics Lightning sends to the loggers."""
+        return self.window_closed and self.global_step % self.trainer.log_every_n_steps == 0
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts a new held-out sum."""
+        self._held_out_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._held_out_tokens = 0
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Adds one held-out pack."""
+        assert self._held_out_sum is not None
+        loss_sum, _ = causal_lm_loss(self.model, batch)
+        self._held_out_sum += loss_sum
+        self._held_out_tokens += batch.num_valid_tokens
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs held-out loss and perplexity: one mean over the tokens of all ranks."""
+        assert self._held_out_sum is not None
+        tokens = self._held_out_sum.new_full((), float(self._held_out_tokens))
+        totals = torch.stack([self._held_out_sum, tokens])
+        if self.trainer.world_size > 1:
+            dist.all_reduce(totals)
+        loss = totals[0] / totals[1].clamp(min=1.0)
+        self.log("val/loss", loss.float(), batch_size=1, prog_bar=True)
+        self.log("val/perplexity", loss.exp().float(), batch_size=1)
+        if not self.trainer.sanity_checking:
+            self.held_out_losses.append((self.global_step, loss.item()))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps what the closing report says about the beginning of the run."""
+        checkpoint[STATE_KEY] = {
+            "first_loss": None if self.first_loss is None else self.first_loss.item(),
+            "held_out_losses": list(self.held_out_losses),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores what `on_save_checkpoint` kept."""
+        state = checkpoint.get(STATE_KEY)
+        if state is None:
+            return
+        if state["first_loss"] is not None:
+            self.first_loss = torch.tensor(state["first_loss"], dtype=torch.float64)
+        self.held_out_losses = [tuple(pair) for pair in state["held_out_losses"]]
+
+
+def is_patched(model: nn.Module) -> bool:
+    """True if the model's attention is one of lctrain's."""
+    config = getattr(model, "config", None)
+    return str(getattr(config, "_attn_implementation", "")).startswith("lctrain_")
+
+
+def _mix(seed: int, rank: int, index: int) -> int:
+    """A seed in [0, 2^63) from three counters (splitmix64 finalizer)."""
+    mask = 2**64 - 1
+    value = (seed * 0x9E3779B97F4A7C15 + rank * 0xD1B54A32D192ED03 + index) & mask
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+    return (value ^ (value >> 31)) >> 1
+
+
+def _by_device_and_dtype(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """Groups tensors so that each group can take one fused operation."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return list(groups.values())

@@ -1,0 +1,109 @@
+"""What a run prints at its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+from lctrain.callbacks import StepCheckpoint, ThroughputMonitor
+from lctrain.callbacks.throughput import peak_memory_gib
+from lctrain.loggers import MetricsCSV
+from lctrain.module import LongContextModule
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """The outcome of one run.
+
+    Attributes:
+        steps: Optimizer steps taken in all, those before a resume included.
+        first_loss: Training loss of the first step.
+        last_loss: Training loss of the last step; None if this process took no step.
+        held_out_first: Held-out loss before the first step.
+        held_out_last: Held-out loss after the last one.
+        tokens_per_second: Real tokens of all ranks, without the first logging interval.
+        peak_memory_gib: Of this process on the CPU, of the device on a GPU.
+        fill: Real tokens over row capacity of the whole training split.
+        packing: Counts of the training split, documents cut or dropped among them.
+        perplexities: [(context length, perplexity)].
+        paths: What was written, by name.
+    """
+
+    steps: int
+    first_loss: float | None
+    last_loss: float | None
+    held_out_first: float | None
+    held_out_last: float | None
+    tokens_per_second: float | None
+    peak_memory_gib: float
+    fill: float
+    packing: str
+    perplexities: tuple[tuple[int, float], ...]
+    paths: dict[str, Path]
+
+    def __str__(self) -> str:
+        lines = [
+            f"steps            {self.steps:,}",
+            f"training loss    {_change(self.first_loss, self.last_loss)}",
+            f"held-out loss    {_change(self.held_out_first, self.held_out_last)}",
+            f"speed            {_number(self.tokens_per_second, ',.0f')} real tokens/s",
+            f"peak memory      {self.peak_memory_gib:.2f} GiB",
+            f"fill             {self.fill:.4f}",
+            f"packing          {self.packing}",
+        ]
+        if self.perplexities:
+            cells = ", ".join(f"{length:,}: {value:.1f}" for length, value in self.perplexities)
+            lines.append(f"perplexity by length  {cells}")
+        lines += [f"{name:<16} {path}" for name, path in self.paths.items()]
+        return "\n".join(lines)
+
+
+def summarize(
+    trainer: pl.Trainer,
+    module: LongContextModule,
+    perplexities: tuple[tuple[int, float], ...],
+    paths: dict[str, Path],
+) -> RunReport:
+    """Collects the report from the objects of a finished run.
+
+    Args:
+        trainer: After `fit`.
+        module: After `fit`.
+        perplexities: [(context length, perplexity)] of the closing evaluation.
+        paths: What was written besides checkpoint and metrics, by name.
+    """
+    found = dict(paths)
+    speed = None
+    for callback in trainer.callbacks:
+        if isinstance(callback, StepCheckpoint) and callback.last_path.exists():
+            found["checkpoint"] = callback.last_path
+        if isinstance(callback, ThroughputMonitor) and callback.total.seconds > 0:
+            speed = callback.steady.tokens_per_second
+    for logger in trainer.loggers:
+        if isinstance(logger, MetricsCSV) and logger.path.exists():
+            found["metrics"] = logger.path
+    held_out = [loss for _, loss in module.held_out_losses]
+    packing = trainer.datamodule.packing_report
+    return RunReport(
+        steps=trainer.global_step,
+        first_loss=None if module.first_loss is None else float(module.first_loss),
+        last_loss=None if module.last_loss is None else float(module.last_loss),
+        held_out_first=held_out[0] if held_out else None,
+        held_out_last=held_out[-1] if held_out else None,
+        tokens_per_second=speed,
+        peak_memory_gib=peak_memory_gib(trainer.strategy.root_device),
+        fill=packing.fill,
+        packing=str(packing),
+        perplexities=perplexities,
+        paths=found,
+    )
+
+
+def _change(first: float | None, last: float | None) -> str:
+    return f"{_number(first, '.4f')} -> {_number(last, '.4f')}"
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)

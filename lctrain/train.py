@@ -1,0 +1,151 @@
+"""`lctrain-train`: trains a causal LM on packed documents, from a Hydra config."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+
+from lctrain.config import TrainConfig, register_schemas, to_dataclass
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from omegaconf import DictConfig
+
+    from lctrain.module import LongContextModule
+    from lctrain.report import RunReport
+
+log = logging.getLogger(__name__)
+
+
+def train(config: TrainConfig) -> RunReport:
+    """Runs one training from beginning to end.
+
+    Args:
+        config: Everything, as plain dataclasses.
+
+    Returns:
+        What was reached and where it was written.
+
+    Raises:
+        ValueError: if the configuration, the data or the checkpoint does not fit; before training.
+        NonFiniteLossError: if the loss became NaN or infinite.
+        IsolationError: if documents of a pack mix.
+    """
+    import lightning.pytorch as pl
+
+    from lctrain.build import build_trainer, instantiate_all, model_factory
+    from lctrain.callbacks.checkpoint import check_writable, find_checkpoint
+    from lctrain.data import build_datamodule
+    from lctrain.module import LongContextModule
+    from lctrain.report import summarize
+
+    output_dir = Path(config.paths.output_dir).absolute()
+    check_writable(output_dir)
+    checkpoint = find_checkpoint(config.ckpt_path, output_dir, Path(config.paths.runs_dir))
+    pl.seed_everything(config.seed, verbose=False)
+
+    datamodule = build_datamodule(config.data)
+    module = LongContextModule(
+        model_factory(config.model), config.optim, config.attention, seed=config.seed
+    )
+    callbacks = instantiate_all("callbacks", config.callbacks)
+    loggers = instantiate_all("logger", config.logger)
+    trainer = build_trainer(
+        config.trainer, list(callbacks.values()), list(loggers.values()), str(output_dir)
+    )
+
+    if checkpoint is None:
+        trainer.validate(module, datamodule, verbose=False)
+    trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=False)
+    trainer.validate(module, datamodule, verbose=False)
+
+    perplexities: tuple[tuple[int, float], ...] = ()
+    paths: dict[str, Path] = {}
+    if trainer.is_global_zero:
+        if config.evaluation.enabled:
+            perplexities, paths = evaluate_by_length(config, trainer, module, output_dir)
+        if config.export:
+            paths["model"] = export_model(module, datamodule.tokenizer, output_dir / "model")
+    trainer.strategy.barrier("lctrain-train")
+    report = summarize(trainer, module, perplexities, paths)
+    if trainer.is_global_zero:
+        print(report, flush=True)
+    return report
+
+
+def evaluate_by_length(
+    config: TrainConfig, trainer: pl.Trainer, module: LongContextModule, output_dir: Path
+) -> tuple[tuple[tuple[int, float], ...], dict[str, Path]]:
+    """Measures held-out perplexity by context length and writes table and plot.
+
+    Args:
+        config: Lengths and number of documents.
+        trainer: After `fit`.
+        module: With the trained model.
+        output_dir: Folder of the run.
+
+    Returns:
+        [(context length, perplexity)] and the files by name.
+    """
+    from lctrain.eval import longest_documents, perplexity_by_length
+    from lctrain.loggers import log_evaluation
+
+    evaluation = config.evaluation
+    documents = longest_documents(
+        trainer.datamodule.held_out_documents(), evaluation.documents
+    )
+    device = trainer.strategy.root_device
+    module.to(device)
+    with trainer.precision_plugin.forward_context():
+        table = perplexity_by_length(
+            module.model,
+            documents,
+            evaluation.lengths,
+            max_tokens=evaluation.max_tokens,
+            device=device,
+        )
+    paths = table.save(output_dir / "perplexity")
+    return tuple((row.length, row.perplexity) for row in table.rows), paths
+
+
+def export_model(module: LongContextModule, tokenizer: Any, folder: Path) -> Path:
+    """Writes model and tokenizer so that plain transformers loads them.
+
+    Args:
+        module: With the trained model; its attention is unpatched.
+        tokenizer: Of the run.
+        folder: Is made.
+
+    Returns:
+        The folder.
+    """
+    if module.patch_handle is not None:
+        module.patch_handle.unpatch()
+        module.patch_handle = None
+    module.model.cpu().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+register_schemas()
+
+
+@hydra.main(version_base="1.3", config_path="pkg://lctrain.configs", config_name="train")
+def main(config: DictConfig) -> None:
+    """Entry point of the console script."""
+    from omegaconf import OmegaConf
+
+    plain = to_dataclass(config, TrainConfig)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        folder = Path(plain.paths.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(config, folder / "config.yaml", resolve=True)
+    train(plain)
+
+
+if __name__ == "__main__":
+    main()
