@@ -1,0 +1,99 @@
+"""What a run of the benchmark leaves behind: one JSON file, checked when it is read."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+STATUSES = ("ok", "unsupported", "error", "failed_check")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One peer on one workload.
+
+    Attributes:
+        workload: name of the workload.
+        peer: name of the peer.
+        status: "ok", "unsupported", "error" or "failed_check"; only "ok" has figures.
+        reason: why the status is not "ok".
+        forward_ms: median milliseconds.
+        backward_ms: median milliseconds.
+        forward_tflops: TFLOP/s of the FLOPs that the workload counts.
+        backward_tflops: likewise.
+        peak_bytes: memory of forward and backward beyond the inputs.
+        error_ratios: what `--check` found, per tensor: error over that of plain PyTorch.
+    """
+
+    workload: str
+    peer: str
+    status: str
+    reason: str | None = None
+    forward_ms: float | None = None
+    backward_ms: float | None = None
+    forward_tflops: float | None = None
+    backward_tflops: float | None = None
+    peak_bytes: int | None = None
+    error_ratios: dict[str, float] | None = None
+
+
+@dataclass
+class BenchmarkRecord:
+    """A run: where, when, with what, and the results.
+
+    Attributes:
+        device: name of the GPU.
+        date: UTC, ISO 8601.
+        versions: version of torch, triton and every peer.
+        settings: dtype, repetitions, milliseconds per timing.
+        workloads: per name, what it consists of.
+        results: one per peer and workload.
+    """
+
+    device: str
+    date: str
+    versions: dict[str, str]
+    settings: dict[str, Any]
+    workloads: dict[str, dict[str, Any]] = field(default_factory=dict)
+    results: list[Result] = field(default_factory=list)
+
+    def find(self, workload: str, peer: str) -> Result | None:
+        """The result with figures, None if there is none."""
+        for result in self.results:
+            if (result.workload, result.peer, result.status) == (workload, peer, "ok"):
+                return result
+        return None
+
+    def save(self, path: Path) -> None:
+        """Writes the JSON file and the folders above it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "BenchmarkRecord":
+        """Reads a file that `save` wrote.
+
+        Raises:
+            ValueError: if the file is not such a record.
+        """
+        remedy = "Run lctrain-bench again to write a new one."
+        try:
+            values = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} must be JSON, got: {error}. {remedy}") from error
+        schema = values.pop("schema", None) if isinstance(values, dict) else None
+        if schema != SCHEMA:
+            raise ValueError(f"{path} must have schema {SCHEMA}, got {schema}. {remedy}")
+        expected = {f.name for f in fields(cls)}
+        if set(values) != expected:
+            wrong = sorted(set(values) ^ expected)
+            raise ValueError(f"{path} must have the fields of schema {SCHEMA}: {wrong}. {remedy}")
+        try:
+            values["results"] = [Result(**result) for result in values["results"]]
+        except TypeError as error:
+            raise ValueError(f"{path} has a result with wrong fields: {error}. {remedy}") from error
+        statuses = {result.status for result in values["results"]} - set(STATUSES)
+        if statuses:
+            raise ValueError(f"{path} has unknown statuses {sorted(statuses)}. {remedy}")
+        return cls(**values)
