@@ -97,7 +97,7 @@ def varlen_dq_kernel(
         return
     shift = length_k - length_q
     left, right = load_window(window_ptr, window_left, window_right)
-    low, full, high = key_range(
+    low, clear_low, clear_high, high = key_range(
         first, POSITIONS, shift, length_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
     )
 
@@ -159,64 +159,67 @@ def varlen_dq_kernel(
     multiplier = logits_multiplier(scale, HAS_SOFTCAP, HAS_ALIBI)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for masked in tl.static_range(2):
-        for n in tl.range(full if masked else low, high if masked else full, BLOCK_N):
-            n = tl.multiple_of(n, BLOCK_N)
-            key = n + local_n
-            k = load_rows(
-                k_base + n.to(tl.int64) * stride_kt + tile_k,
-                key,
-                length_k,
-                columns,
-                HEAD_DIM,
-                BLOCK_D,
-                masked,
+    # Pointers advance by addition: computed from n, they make ptxas serialise the products.
+    k_tile = k_base + tl.cast(low, tl.int64) * stride_kt
+    v_tile = v_base + tl.cast(low, tl.int64) * stride_vt
+    for n in tl.range(low, high, BLOCK_N):
+        key = n + local_n
+        k = load_rows(
+            k_tile + tile_k,
+            key,
+            length_k,
+            columns,
+            HEAD_DIM,
+            BLOCK_D,
+            True,
+        )
+        v = load_rows(
+            v_tile + tile_v,
+            key,
+            length_k,
+            columns,
+            HEAD_DIM,
+            BLOCK_D,
+            True,
+        )
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        x = logits(
+            s,
+            query[:, None],
+            key[None, :],
+            shift,
+            scale,
+            softcap,
+            slope,
+            HAS_SOFTCAP,
+            HAS_ALIBI,
+        )
+        if (n < clear_low) | (n >= clear_high):
+            mask = visible(
+                query[:, None], key[None, :], shift, length_k, left, right, HAS_LEFT, HAS_RIGHT
             )
-            v = load_rows(
-                v_base + n.to(tl.int64) * stride_vt + tile_v,
-                key,
-                length_k,
-                columns,
-                HEAD_DIM,
-                BLOCK_D,
-                masked,
+            x = tl.where(mask, x, float("-inf"))
+        p = tl.exp2(x * multiplier - lse2[:, None])
+        if HAS_DROPOUT:
+            keep = keep_mask(
+                key_0,
+                key_1,
+                document_key,
+                head[:, None].to(tl.uint32),
+                first,
+                local_query[:, None],
+                n,
+                local_n[None, :],
+                threshold,
             )
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            x = logits(
-                s,
-                query[:, None],
-                key[None, :],
-                shift,
-                scale,
-                softcap,
-                slope,
-                HAS_SOFTCAP,
-                HAS_ALIBI,
-            )
-            if masked:
-                mask = visible(
-                    query[:, None], key[None, :], shift, length_k, left, right, HAS_LEFT, HAS_RIGHT
-                )
-                x = tl.where(mask, x, float("-inf"))
-            p = tl.exp2(x * multiplier - lse2[:, None])
-            if HAS_DROPOUT:
-                keep = keep_mask(
-                    key_0,
-                    key_1,
-                    document_key,
-                    head[:, None].to(tl.uint32),
-                    first,
-                    local_query[:, None],
-                    n,
-                    local_n[None, :],
-                    threshold,
-                )
-                dp = tl.where(keep, dp * keep_scale, 0.0)
-            ds = p * (dp - delta[:, None])
-            if HAS_SOFTCAP:
-                ds = ds * softcap_slope(s, scale, softcap)
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+        ds = p * (dp - delta[:, None])
+        if HAS_SOFTCAP:
+            ds = ds * softcap_slope(s, scale, softcap)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        k_tile += BLOCK_N * stride_kt
+        v_tile += BLOCK_N * stride_vt
     row_dq = token * stride_dqt + head * stride_dqh
     store_rows(
         dq_ptr + row_dq[:, None] + columns[None, :],
@@ -291,8 +294,8 @@ def varlen_dkv_kernel(
         return
     shift = length_k - length_q
     left, right = load_window(window_ptr, window_left, window_right)
-    low, high = query_range(
-        first, BLOCK_N, shift, length_q, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M
+    low, clear_low, clear_high, high = query_range(
+        first, BLOCK_N, shift, length_q, length_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M
     )
 
     local_m = tl.arange(0, BLOCK_M)
@@ -335,23 +338,19 @@ def varlen_dkv_kernel(
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    # One loop over the heads of the group and their queries, so that the load pipeline never drains.
     blocks = tl.cdiv(tl.maximum(high - low, 0), BLOCK_M)
-    for step in tl.range(0, blocks * GROUP):
-        head = head_kv * GROUP + step // blocks
-        start = low + (step % blocks) * BLOCK_M
-        start = tl.multiple_of(start, BLOCK_M)
+    head = head_kv * GROUP
+    start = low
+    q_tile = q_ptr + (begin_q + low) * stride_qt + head.to(tl.int64) * stride_qh
+    do_tile = dout_ptr + (begin_q + low) * stride_dot + head.to(tl.int64) * stride_doh
+    row_lse = head.to(tl.int64) * total_q + begin_q + low
+    rewind = (1 - blocks) * BLOCK_M
+    rewind_q = tl.cast(rewind, tl.int64) * stride_qt + stride_qh
+    rewind_do = tl.cast(rewind, tl.int64) * stride_dot + stride_doh
+    for _ in tl.range(0, blocks * GROUP):
         query = start + local_m
-        row = begin_q + start
-        q = load_rows(
-            q_ptr + row * stride_qt + head.to(tl.int64) * stride_qh + tile_q,
-            query,
-            length_q,
-            columns,
-            HEAD_DIM,
-            BLOCK_D,
-            True,
-        )
-        row_lse = head.to(tl.int64) * total_q + row
+        q = load_rows(q_tile + tile_q, query, length_q, columns, HEAD_DIM, BLOCK_D, True)
         lse2 = tl.load(lse2_ptr + row_lse + local_m, mask=query < length_q, other=float("inf"))
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         slope = 0.0
@@ -368,13 +367,14 @@ def varlen_dkv_kernel(
             HAS_SOFTCAP,
             HAS_ALIBI,
         )
-        mask = visible(
-            query[None, :], key[:, None], shift, length_k, left, right, HAS_LEFT, HAS_RIGHT
-        )
-        x = tl.where(mask, x, float("-inf"))
+        if (start < clear_low) | (start >= clear_high):
+            mask = visible(
+                query[None, :], key[:, None], shift, length_k, left, right, HAS_LEFT, HAS_RIGHT
+            )
+            x = tl.where(mask, x, float("-inf"))
         p = tl.exp2(x * multiplier - lse2[None, :])
         do = load_rows(
-            dout_ptr + row * stride_dot + head.to(tl.int64) * stride_doh + tile_do,
+            do_tile + tile_do,
             query,
             length_q,
             columns,
@@ -404,6 +404,12 @@ def varlen_dkv_kernel(
         if HAS_SOFTCAP:
             ds = ds * softcap_slope(s, scale, softcap)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        last = start + BLOCK_M >= high
+        start = tl.where(last, low, start + BLOCK_M)
+        head = tl.where(last, head + 1, head)
+        q_tile += tl.where(last, rewind_q, tl.cast(BLOCK_M * stride_qt, tl.int64))
+        do_tile += tl.where(last, rewind_do, tl.cast(BLOCK_M * stride_dot, tl.int64))
+        row_lse += tl.where(last, rewind + total_q, BLOCK_M)
     row_dk = (token_k * stride_dkt + head_kv.to(tl.int64) * stride_dkh)[:, None] + columns[None, :]
     store_rows(dk_ptr + row_dk, dk * scale, key, length_k, columns, HEAD_DIM, BLOCK_D)
     store_rows(dv_ptr + row_dk, dv * keep_scale, key, length_k, columns, HEAD_DIM, BLOCK_D)

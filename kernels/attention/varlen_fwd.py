@@ -88,7 +88,7 @@ def varlen_fwd_kernel(
         return
     shift = length_k - length_q
     left, right = load_window(window_ptr, window_left, window_right)
-    low, full, high = key_range(
+    low, clear_low, clear_high, high = key_range(
         first, POSITIONS, shift, length_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
     )
 
@@ -121,61 +121,64 @@ def varlen_fwd_kernel(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for masked in tl.static_range(2):
-        for n in tl.range(full if masked else low, high if masked else full, BLOCK_N):
-            n = tl.multiple_of(n, BLOCK_N)
-            key = n + local_n
-            k = load_rows(
-                k_base + n.to(tl.int64) * stride_kt + tile_k,
-                key,
-                length_k,
-                columns,
-                HEAD_DIM,
-                BLOCK_D,
-                masked,
+    # Pointers advance by addition: computed from n, they make ptxas serialise the products.
+    k_tile = k_base + tl.cast(low, tl.int64) * stride_kt
+    v_tile = v_base + tl.cast(low, tl.int64) * stride_vt
+    for n in tl.range(low, high, BLOCK_N):
+        key = n + local_n
+        k = load_rows(
+            k_tile + tile_k,
+            key,
+            length_k,
+            columns,
+            HEAD_DIM,
+            BLOCK_D,
+            True,
+        )
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        x = logits(
+            s,
+            query[:, None],
+            key[None, :],
+            shift,
+            scale,
+            softcap,
+            slope,
+            HAS_SOFTCAP,
+            HAS_ALIBI,
+        )
+        if (n < clear_low) | (n >= clear_high):
+            mask = visible(
+                query[:, None], key[None, :], shift, length_k, left, right, HAS_LEFT, HAS_RIGHT
             )
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            x = logits(
-                s,
-                query[:, None],
-                key[None, :],
-                shift,
-                scale,
-                softcap,
-                slope,
-                HAS_SOFTCAP,
-                HAS_ALIBI,
+            x = tl.where(mask, x, float("-inf"))
+        p, alpha, m, l = softmax_step(x, multiplier, m, l)
+        acc = acc * alpha[:, None]
+        if HAS_DROPOUT:
+            keep = keep_mask(
+                key_0,
+                key_1,
+                document_key,
+                head[:, None].to(tl.uint32),
+                first,
+                local_query[:, None],
+                n,
+                local_n[None, :],
+                threshold,
             )
-            if masked:
-                mask = visible(
-                    query[:, None], key[None, :], shift, length_k, left, right, HAS_LEFT, HAS_RIGHT
-                )
-                x = tl.where(mask, x, float("-inf"))
-            p, alpha, m, l = softmax_step(x, multiplier, m, l)
-            acc = acc * alpha[:, None]
-            if HAS_DROPOUT:
-                keep = keep_mask(
-                    key_0,
-                    key_1,
-                    document_key,
-                    head[:, None].to(tl.uint32),
-                    first,
-                    local_query[:, None],
-                    n,
-                    local_n[None, :],
-                    threshold,
-                )
-                p = tl.where(keep, p, 0.0)
-            v = load_rows(
-                v_base + n.to(tl.int64) * stride_vt + tile_v,
-                key,
-                length_k,
-                columns,
-                HEAD_DIM,
-                BLOCK_D,
-                masked,
-            )
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+            p = tl.where(keep, p, 0.0)
+        v = load_rows(
+            v_tile + tile_v,
+            key,
+            length_k,
+            columns,
+            HEAD_DIM,
+            BLOCK_D,
+            True,
+        )
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        k_tile += BLOCK_N * stride_kt
+        v_tile += BLOCK_N * stride_vt
     if HAS_SINK:
         acc, m, l = add_sink(acc, m, l, tl.load(sink_ptr + head).to(tl.float32) * _LOG2_E)
     out, lse = finish(acc, m, l, keep_scale)

@@ -33,22 +33,23 @@ def key_range(
     HAS_RIGHT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Returns (low, full, high) of the keys that queries [first, first + positions) see.
+    """Returns (low, clear_low, clear_high, high) of the keys that queries [first, first + positions) see.
 
-    Tiles start at multiples of BLOCK_N. Those in [low, full) are visible to every query, those in
-    [full, high) need a mask; with a left bound all of them do.
+    Tiles start at multiples of BLOCK_N, from low to high; those in [clear_low, clear_high) are visible
+    to every query and need no mask.
     """
     high = length_k
-    full = length_k // BLOCK_N * BLOCK_N
+    clear_high = length_k // BLOCK_N * BLOCK_N
     if HAS_RIGHT:
         high = tl.minimum(high, tl.maximum(first + positions + shift + right, 0))
         clear = tl.maximum(first + shift + right + 1, 0) // BLOCK_N * BLOCK_N
-        full = tl.minimum(full, clear)
+        clear_high = tl.minimum(clear_high, clear)
     low = 0
+    clear_low = 0
     if HAS_LEFT:
         low = tl.minimum(tl.maximum(first + shift - left, 0), length_k) // BLOCK_N * BLOCK_N
-        full = low
-    return low, full, high
+        clear_low = tl.maximum(first + positions - 1 + shift - left, 0)
+    return low, clear_low, clear_high, high
 
 
 @triton.jit
@@ -57,20 +58,32 @@ def query_range(
     keys,
     shift,
     length_q,
+    length_k,
     left,
     right,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Returns (low, high) of the queries that see any of the keys [first, first + keys)."""
+    """Returns (low, clear_low, clear_high, high) of the queries that see any key of [first, first + keys).
+
+    Tiles start at multiples of BLOCK_M, from low to high; those in [clear_low, clear_high) see every key
+    and need no mask. Queries beyond length_q count as clear: their weights vanish by lse.
+    """
     low = 0
+    clear_low = 0
     if HAS_RIGHT:
         low = tl.minimum(tl.maximum(first - shift - right, 0), length_q) // BLOCK_M * BLOCK_M
+        clear_low = tl.maximum(first + keys - 1 - shift - right, 0)
     high = length_q
+    clear_high = length_q
     if HAS_LEFT:
         high = tl.minimum(high, tl.maximum(first + keys - shift + left, 0))
-    return low, high
+        clear = tl.maximum(first - shift + left + 1, 0) // BLOCK_M * BLOCK_M
+        clear_high = tl.minimum(clear_high, clear)
+    # Keys beyond the document must stay at -inf: 2^(0 - lse) may overflow.
+    clear_high = tl.where(first + keys > length_k, 0, clear_high)
+    return low, clear_low, clear_high, high
 
 
 @triton.jit
