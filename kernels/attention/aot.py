@@ -106,9 +106,8 @@ def kernel_variant(
             signature[name] = "i32"
             if name not in RUNTIME_INTEGERS:
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     label = f"{operation}-D{head_dim}-{features}-{dtype}-{config.block_m}x{config.block_n}"
-    return KernelVariant(label, kernel, signature, values, attributes, options)
+    return KernelVariant(label, kernel, signature, values, attributes, config.options)
 
 
 def kernel_variants(

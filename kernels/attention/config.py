@@ -25,6 +25,7 @@ class TileConfig:
         num_stages: Depth of the load pipeline.
         pack: Query heads of one key/value head that share a tile (1 in kernels that own keys). A tile of two heads has
             half the positions, so the masked part of the diagonal is half as large, at the same reuse of keys.
+        max_registers: Bound of registers per thread, where more programs per multiprocessor pay.
     """
 
     block_m: int
@@ -32,6 +33,15 @@ class TileConfig:
     num_warps: int
     num_stages: int
     pack: int = 1
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The compiler's options."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
+        return options
 
     @property
     def positions(self) -> int:

@@ -533,8 +533,7 @@ def varlen_bwd(
             PACK=config.pack,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **config.options,
             **flags,
         )
     config = tile_config("varlen_dkv", q, group, dropout_p > 0)
@@ -577,8 +576,7 @@ def varlen_bwd(
             scale_kept,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **config.options,
             **flags,
         )
     return dq, dk, dv, delta

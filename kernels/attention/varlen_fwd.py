@@ -290,7 +290,6 @@ def varlen_fwd(
         HAS_SINK=learnable_sink is not None,
         HAS_DROPOUT=dropout_p > 0,
         PRECISION=dot_precision(q),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
     return out, lse

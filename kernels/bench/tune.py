@@ -1,0 +1,190 @@
+"""Times tile configurations of one kernel against each other: python -m lctrain.kernels.bench.tune --help.
+
+Candidates are compiled side by side first (one process per core), then timed one by one on one GPU. A candidate that does not
+compile, does not fit or gives another result than the table's configuration is reported and left out.
+"""
+
+import argparse
+import itertools
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from triton.testing import do_bench
+
+from lctrain.kernels import make_schedule
+from lctrain.kernels.attention.config import TileConfig, override_configs
+from lctrain.kernels.attention.varlen_bwd import varlen_bwd
+from lctrain.kernels.attention.varlen_fwd import varlen_fwd
+from lctrain.kernels.bench.workloads import WORKLOADS, Workload
+
+_FORWARD = {
+    64: "128,128,8,2,1 128,64,8,3,1 128,64,8,2,1 128,64,4,3,1 128,64,4,2,1 64,64,4,3,1 64,128,4,2,1 128,128,4,2,1 "
+    "128,64,8,2,1,128 128,128,8,2,1,128 64,64,4,2,1,128 64,64,4,2,1,168 128,32,4,3,1",
+    128: "128,64,8,2,2 128,64,8,3,2 128,64,8,3,1 128,64,8,3,4 128,128,8,2,2 128,128,8,2,1 128,128,8,2,4 64,64,4,2,1 "
+    "64,64,4,2,2 64,64,4,3,2 64,128,4,2,1 128,32,4,3,2 64,64,4,2,1,168 64,32,4,3,1,168 128,64,8,2,2,128",
+}
+_DQ = {
+    64: "128,64,4,3,1 128,64,8,3,1 128,64,8,2,1 64,64,4,3,1 64,64,4,2,1,168 128,128,8,2,1 64,128,4,2,1 128,64,8,2,1,128",
+    128: "128,64,8,2,2 128,64,8,2,1 128,64,8,2,4 128,32,8,3,2 128,128,8,1,2 64,64,4,2,1 64,64,4,2,2 64,32,4,3,1 "
+    "64,32,4,2,1,168 128,32,8,2,2,128",
+}
+_DKV = {
+    64: "64,128,8,3 64,128,8,2 64,64,4,3 64,64,4,2 128,128,8,2 128,64,4,2 64,64,4,2,1,168 32,64,4,3 64,128,8,2,1,128",
+    128: "64,128,8,2 32,128,8,3 32,128,8,2 64,64,4,2 32,64,4,3 32,64,4,2 128,128,8,1 64,64,8,2",
+}
+_CANDIDATES = {"varlen_fwd": _FORWARD, "varlen_dq": _DQ, "varlen_dkv": _DKV}
+
+
+def parse_config(text: str) -> TileConfig:
+    """Reads block_m,block_n,num_warps,num_stages[,pack[,max_registers]]."""
+    return TileConfig(*(int(part) for part in text.split(",")))
+
+
+class _Case:
+    """The tensors of a workload and the call that runs one operation on them."""
+
+    def __init__(self, workload: Workload, dropout_p: float) -> None:
+        generator = torch.Generator("cuda").manual_seed(0)
+
+        def draw(heads: int) -> torch.Tensor:
+            shape = (workload.tokens, heads, workload.head_dim)
+            return torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator)
+
+        self.q, self.dout = draw(workload.heads), draw(workload.heads)
+        self.k, self.v = draw(workload.heads_kv), draw(workload.heads_kv)
+        lengths = torch.tensor((0, *workload.lengths))
+        self.cu = lengths.cumsum(0).to(device="cuda", dtype=torch.int32)
+        self.schedule = make_schedule(workload.lengths).to("cuda")
+        self.options = {
+            "softmax_scale": workload.head_dim**-0.5,
+            "window": (-1, 0),
+            "softcap": 0.0,
+            "alibi_slopes": None,
+            "dropout_p": dropout_p,
+            "dropout_seed": torch.full((1,), 7, device="cuda") if dropout_p else None,
+            "document_ids": None,
+        }
+        self.out, self.lse = self.forward()
+
+    def forward(self) -> tuple[torch.Tensor, ...]:
+        return varlen_fwd(
+            self.q,
+            self.k,
+            self.v,
+            self.cu,
+            self.cu,
+            self.schedule.q_tiles,
+            learnable_sink=None,
+            **self.options,
+        )
+
+    def backward(self) -> tuple[torch.Tensor, ...]:
+        return varlen_bwd(
+            self.dout,
+            None,
+            self.q,
+            self.k,
+            self.v,
+            self.out,
+            self.lse,
+            self.cu,
+            self.cu,
+            self.schedule.q_tiles,
+            self.schedule.k_tiles,
+            deterministic=False,
+            **self.options,
+        )
+
+
+def _precompile(job: tuple[str, str, Workload, float]) -> None:
+    operation, candidate, workload, dropout_p = job
+    tiny = Workload("tiny", (300, 20), workload.heads, workload.heads_kv, workload.head_dim)
+    try:
+        with override_configs(**{operation: parse_config(candidate)}):
+            case = _Case(tiny, dropout_p)
+            if operation != "varlen_fwd":
+                case.backward()
+        torch.cuda.synchronize()
+    except Exception as error:  # reported again, with its message, when it is timed
+        print(f"precompile {operation} {candidate}: {type(error).__name__}", flush=True)
+
+
+def time_candidates(
+    workload: Workload, operation: str, candidates: list[str], dropout_p: float
+) -> list[dict]:
+    """Times each candidate on one workload; other kernels of the backward keep the table's configuration.
+
+    Args:
+        workload: What to time.
+        operation: "varlen_fwd", "varlen_dq" or "varlen_dkv".
+        candidates: Texts for parse_config.
+        dropout_p: Dropout probability.
+
+    Returns:
+        A row per candidate: workload, operation, config, ms (None where it failed), error or None.
+    """
+    case = _Case(workload, dropout_p)
+    run = case.forward if operation == "varlen_fwd" else case.backward
+    expected = [x.float() for x in run()]
+    rows = []
+    for candidate in candidates:
+        row = {"workload": workload.name, "operation": operation, "config": candidate}
+        row |= {"dropout_p": dropout_p, "ms": None, "error": None}
+        try:
+            with override_configs(**{operation: parse_config(candidate)}):
+                pairs = zip(run(), expected, strict=True)
+                difference = max(float((a.float() - b).norm() / b.norm()) for a, b in pairs)
+                if not difference < 1e-2:
+                    raise ValueError(f"result differs from the table's by {difference:.1e}")
+                row["ms"] = do_bench(run, warmup=20, rep=80, return_mode="median")
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {error}"[:120]
+        rows.append(row)
+        flops = workload.forward_flops if operation == "varlen_fwd" else workload.backward_flops
+        speed = (
+            f"{row['ms']:8.3f} ms {flops / row['ms'] / 1e9:6.1f} TF" if row["ms"] else row["error"]
+        )
+        print(f"{workload.name:12} {operation:10} p={dropout_p} {candidate:22} {speed}", flush=True)
+    return rows
+
+
+def main() -> None:
+    """Command line: --operations, --workloads, --dropout, --candidates, --output."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--operations", default="varlen_fwd,varlen_dq,varlen_dkv")
+    parser.add_argument("--workloads", default="1x32k,mix32k,1x32k_d64,mix32k_d64")
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--candidates", help="space-separated, instead of the built-in list")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    workloads = [WORKLOADS[name] for name in arguments.workloads.split(",")]
+    operations = arguments.operations.split(",")
+
+    def candidates(operation: str, workload: Workload) -> list[str]:
+        text = arguments.candidates or _CANDIDATES[operation][workload.head_dim]
+        return text.split()
+
+    by_shape = {(w.heads, w.heads_kv, w.head_dim): w for w in workloads}.values()
+    jobs = [
+        (operation, candidate, workload, arguments.dropout)
+        for operation, workload in itertools.product(operations, by_shape)
+        for candidate in candidates(operation, workload)
+    ]
+    workers = min(12, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        list(pool.map(_precompile, jobs))
+    rows = []
+    for operation, workload in itertools.product(operations, workloads):
+        rows += time_candidates(
+            workload, operation, candidates(operation, workload), arguments.dropout
+        )
+    if arguments.output:
+        arguments.output.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
