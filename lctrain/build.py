@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,7 +11,25 @@ import torch
 from torch import nn
 
 from lctrain.callbacks import AtomicCheckpointIO
-from lctrain.config import ModelConfig, PretrainedModelConfig, ScratchModelConfig, TrainerConfig
+from lctrain.config import (
+    DataConfig,
+    ModelConfig,
+    PretrainedModelConfig,
+    ScratchModelConfig,
+    TrainerConfig,
+)
+from lctrain.data import PackedDataModule
+from lctrain.schemas import source_of
+
+
+def build_datamodule(config: DataConfig) -> PackedDataModule:
+    """Builds the data module; nothing is read yet.
+
+    Raises:
+        ValueError: if there is no source or a setting is out of range.
+    """
+    settings = {field.name: getattr(config, field.name) for field in fields(DataConfig)}
+    return PackedDataModule(source_of(config), **settings)
 
 
 def build_model(config: ModelConfig, vocab_size: int) -> nn.Module:
@@ -39,8 +58,8 @@ def build_model(config: ModelConfig, vocab_size: int) -> nn.Module:
     known = model.get_input_embeddings().num_embeddings
     if known < vocab_size:
         raise ValueError(
-            f"model must have at least the tokenizer's {vocab_size} embeddings, got {known}. Use the "
-            "model's own tokenizer (data.tokenizer) or leave model.config.vocab_size out."
+            f"model must have at least the tokenizer's {vocab_size} embeddings, got {known}. Use "
+            "the model's own tokenizer (data.tokenizer) or leave model.config.vocab_size out."
         )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -52,16 +71,16 @@ def _from_scratch(config: ScratchModelConfig, vocab_size: int) -> Any:
 
     if config.model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"model.model_type must be a family of transformers, got {config.model_type!r}. Use for "
-            "example llama, qwen3, mistral or gemma2."
+            f"model.model_type must be a family of transformers, got {config.model_type!r}. Use "
+            "for example llama, qwen3, mistral or gemma2."
         )
     config_class = CONFIG_MAPPING[config.model_type]
     known = vars(config_class())
     for key in config.config:
         if key not in known:
             raise ValueError(
-                f"model.config.{key} must be an argument of {config_class.__name__}, which has none "
-                "of that name. Check the spelling."
+                f"model.config.{key} must be an argument of {config_class.__name__}, which has "
+                "none of that name. Check the spelling."
             )
     settings = {"vocab_size": vocab_size, **config.config}
     try:
@@ -152,7 +171,7 @@ def build_trainer(
     every = config.validate_every_n_steps
     return pl.Trainer(
         accelerator=config.accelerator,
-        devices=config.devices,
+        devices=int(config.devices) if config.devices.isdigit() else config.devices,
         num_nodes=config.num_nodes,
         strategy=config.strategy,
         precision=resolve_precision(config),  # type: ignore[arg-type]

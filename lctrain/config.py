@@ -1,7 +1,7 @@
 """The schemas of every Hydra config group: frozen dataclasses, converted once at the entry point.
 
 A key that a schema does not have, or a value of the wrong type, is an error that names it.
-`register_schemas` puts them into Hydra's ConfigStore as `<group>/<name>_schema`; the YAML files in
+`lctrain.schemas` puts them into Hydra's ConfigStore as `<group>/<name>_schema`; the YAML files in
 `configs/` build on them and fill in values. Library code receives the dataclasses, never a
 DictConfig.
 """
@@ -9,7 +9,7 @@ DictConfig.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar, Union
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -17,6 +17,37 @@ if TYPE_CHECKING:
 Schema = TypeVar("Schema")
 
 MISSING: Any = "???"  # OmegaConf's mark of a mandatory value
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How documents are tokenized and packed: see `lctrain.data.PackedDataModule`.
+
+    What is read is added by the classes in `lctrain.schemas`, one for every source.
+
+    Attributes:
+        tokenizer: Name or path; None trains a byte-level BPE on the training split, once.
+        vocab_size: Of the tokenizer, if it is trained.
+        max_tokens: Capacity of a row.
+        overlong: split, truncate or drop longer documents.
+        packing_window: Documents packed at a time.
+        held_out_fraction: Share of the documents to hold out.
+        num_workers: Processes that build batches.
+        num_proc: Processes that tokenize; None for one, in which fast tokenizers use all cores.
+        seed: Of the shuffle.
+        cache_dir: Where documents, tokens and the tokenizer are kept.
+    """
+
+    tokenizer: str | None = None
+    vocab_size: int = 8192
+    max_tokens: int = 4096
+    overlong: str = "split"
+    packing_window: int = 100_000
+    held_out_fraction: float = 0.05
+    num_workers: int = 0
+    num_proc: int | None = None
+    seed: int = 0
+    cache_dir: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +86,7 @@ class PretrainedModelConfig(ModelConfig):
     """
 
     name_or_path: str = MISSING
-    revision: Union[str, None] = None  # noqa: UP007 (OmegaConf on Python 3.10)
+    revision: str | None = None
     trust_remote_code: bool = False
 
 
@@ -69,7 +100,7 @@ class AttentionConfig:
     """
 
     name: str = "flash"
-    dropout: Union[float, None] = None  # noqa: UP007
+    dropout: float | None = None
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of `lctrain.patch_model`."""
@@ -99,7 +130,7 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     schedule: str = "cosine"
-    warmup_steps: Union[int, None] = None  # noqa: UP007
+    warmup_steps: int | None = None
     warmup_fraction: float = 0.1
     decay_fraction: float = 0.2
     min_learning_rate_ratio: float = 0.1
@@ -111,7 +142,7 @@ class TrainerConfig:
 
     Attributes:
         accelerator: auto, cpu or gpu.
-        devices: Number of devices, or "auto".
+        devices: Number of devices, their numbers with commas (0,2), or auto.
         num_nodes: Number of machines.
         strategy: auto, ddp, ...
         precision: auto (bf16-mixed on a GPU, else 32-true), 32-true, bf16-mixed or bf16-true.
@@ -128,17 +159,17 @@ class TrainerConfig:
     """
 
     accelerator: str = "auto"
-    devices: Union[int, str] = 1  # noqa: UP007
+    devices: str = "1"
     num_nodes: int = 1
     strategy: str = "auto"
     precision: str = "auto"
     max_steps: int = -1
     max_epochs: int = -1
     accumulate_grad_batches: int = 1
-    gradient_clip_val: Union[float, None] = 1.0  # noqa: UP007
+    gradient_clip_val: float | None = 1.0
     log_every_n_steps: int = 10
-    validate_every_n_steps: Union[int, None] = None  # noqa: UP007
-    limit_val_batches: Union[int, None] = None  # noqa: UP007
+    validate_every_n_steps: int | None = None
+    limit_val_batches: int | None = None
     deterministic: bool = False
     enable_progress_bar: bool = True
 
@@ -158,7 +189,7 @@ class ThroughputConfig:
     """`lctrain.callbacks.ThroughputMonitor`."""
 
     _target_: str = "lctrain.callbacks.ThroughputMonitor"
-    max_tokens: Union[int, None] = None  # noqa: UP007
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -216,7 +247,7 @@ class WandbLoggerConfig:
     _target_: str = "lctrain.loggers.wandb_logger"
     save_dir: str = MISSING
     project: str = "lctrain"
-    name: Union[str, None] = None  # noqa: UP007
+    name: str | None = None
     offline: bool = True
 
 
@@ -248,7 +279,7 @@ class EvaluationConfig:
 
     enabled: bool = True
     lengths: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048, 4096])
-    documents: Union[int, None] = 16  # noqa: UP007
+    documents: int | None = 16
     max_tokens: int = MISSING
 
 
@@ -274,46 +305,20 @@ class TrainConfig:
 
     name: str = "default"
     seed: int = 0
-    data: Any = MISSING
+    data: DataConfig = MISSING
     model: ModelConfig = MISSING
-    attention: Union[AttentionConfig, None] = None  # noqa: UP007
+    attention: AttentionConfig | None = None
     optim: OptimConfig = MISSING
     trainer: TrainerConfig = MISSING
     callbacks: dict[str, Any] = field(default_factory=dict)
     logger: dict[str, Any] = field(default_factory=dict)
     paths: PathsConfig = MISSING
     evaluation: EvaluationConfig = MISSING
-    ckpt_path: Union[str, None] = None  # noqa: UP007
+    ckpt_path: str | None = None
     export: bool = True
 
 
-_SCHEMAS: dict[str, type] = {
-    "model/scratch": ScratchModelConfig,
-    "model/pretrained": PretrainedModelConfig,
-    "attention/attention": AttentionConfig,
-    "optim/adamw": OptimConfig,
-    "trainer/trainer": TrainerConfig,
-    "callbacks/checkpoint": CheckpointConfig,
-    "callbacks/throughput": ThroughputConfig,
-    "callbacks/isolation": IsolationConfig,
-    "callbacks/non_finite": NonFiniteGuardConfig,
-    "callbacks/length_perplexity": LengthPerplexityConfig,
-    "callbacks/progress_bar": ProgressBarConfig,
-    "logger/csv": CsvLoggerConfig,
-    "logger/wandb": WandbLoggerConfig,
-    "paths/paths": PathsConfig,
-    "evaluation/evaluation": EvaluationConfig,
-    "train": TrainConfig,
-}
-
-
-def register_schemas() -> None:
-    """Puts every schema of training into Hydra's ConfigStore. Idempotent."""
-    for name, schema in _SCHEMAS.items():
-        store_schema(name, schema)
-
-
-def store_schema(name: str, schema: type) -> None:
+def store_schema(name: str, schema: Any) -> None:
     """Puts one dataclass into Hydra's ConfigStore as `<name>_schema`.
 
     OmegaConf marks nodes of frozen dataclasses read-only, and Hydra could then not apply YAML files
@@ -359,8 +364,8 @@ def to_dataclass(config: DictConfig, schema: type[Schema]) -> Schema:
         raise ValueError(f"config value {error.full_key!r}: {error.msg}") from error
     if not isinstance(result, schema):
         raise ValueError(
-            f"config must be built on {schema.__name__}, got {type(result).__name__}. List its schema "
-            "in the defaults."
+            f"config must be built on {schema.__name__}, got {type(result).__name__}. List its "
+            "schema in the defaults."
         )
     return result
 

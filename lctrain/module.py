@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from lctrain.batch import PackedBatch
+from lctrain.cadence import at_log_step
 from lctrain.config import AttentionConfig, OptimConfig
 from lctrain.loss import causal_lm_loss
 from lctrain.models import patch_model
@@ -48,7 +49,6 @@ class LongContextModule(pl.LightningModule):
         first_loss: Training loss of the first optimizer step, 0-dim float64 tensor, or None.
         last_loss: The same of the newest closed window.
         gradient_norm: Norm before clipping, 0-dim float32 tensor; None without clipping.
-        window_closed: True if the newest micro-batch closed its accumulation window.
         held_out_losses: [(optimizer step, held-out loss)] of every validation so far.
     """
 
@@ -69,10 +69,10 @@ class LongContextModule(pl.LightningModule):
         self.first_loss: Tensor | None = None
         self.last_loss: Tensor | None = None
         self.gradient_norm: Tensor | None = None
-        self.window_closed = True
         self.held_out_losses: list[tuple[int, float]] = []
         self._window_sum: Tensor | None = None
         self._window_tokens = 0
+        self._learning_rate = 0.0
         self._held_out_sum: Tensor | None = None
         self._held_out_tokens = 0
 
@@ -81,8 +81,8 @@ class LongContextModule(pl.LightningModule):
         if str(self.trainer.precision).startswith(("16", "transformer-engine-float16")):
             raise ValueError(
                 f"trainer.precision must be 32-true, bf16-mixed or bf16-true, got "
-                f"{self.trainer.precision!r}. A loss summed over a long pack overflows float16; use "
-                "bf16-mixed."
+                f"{self.trainer.precision!r}. A loss summed over a long pack overflows float16; "
+                "use bf16-mixed."
             )
 
     def configure_model(self) -> None:
@@ -108,13 +108,10 @@ class LongContextModule(pl.LightningModule):
         assert self.model is not None
         optimizer = build_optimizer(self.model, self.optim)
         scheduler = build_scheduler(optimizer, self.optim, int(total_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def transfer_batch_to_device(
-        self, batch: PackedBatch, device: torch.device, dataloader_idx: int
-    ) -> PackedBatch:
-        """Moves the batch without waiting for the copy."""
-        return batch.to(device, non_blocking=True)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
         """Seeds dropout from (seed, rank, micro-batch): see the class."""
@@ -129,7 +126,6 @@ class LongContextModule(pl.LightningModule):
             self._window_tokens = 0
         self._window_sum += loss_sum.detach()
         self._window_tokens += batch.num_valid_tokens
-        self.window_closed = False
         return loss_sum
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -156,7 +152,6 @@ class LongContextModule(pl.LightningModule):
         if self.first_loss is None:
             self.first_loss = self.last_loss
         self._window_sum = None
-        self.window_closed = True
 
     def configure_gradient_clipping(
         self,
@@ -165,6 +160,7 @@ class LongContextModule(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clips like Lightning, keeps the norm, and also clips for fused optimizers."""
+        self._learning_rate = optimizer.param_groups[0]["lr"]
         if gradient_clip_val is None or gradient_clip_val <= 0:
             return
         if gradient_clip_algorithm == "value":
@@ -174,18 +170,13 @@ class LongContextModule(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: PackedBatch, batch_idx: int) -> None:
         """Logs the loss of the window, the norm and the learning rate, at the logging cadence."""
-        if not self.at_log_step:
+        if not at_log_step(self.trainer):
             return
         assert self.last_loss is not None
         self.log("train/loss", self.last_loss.float())
-        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+        self.log("train/learning_rate", self._learning_rate)
         if self.gradient_norm is not None:
             self.log("train/gradient_norm", self.gradient_norm)
-
-    @property
-    def at_log_step(self) -> bool:
-        """True after an optimizer step whose metrics Lightning sends to the loggers."""
-        return self.window_closed and self.global_step % self.trainer.log_every_n_steps == 0
 
     def on_validation_epoch_start(self) -> None:
         """Starts a new held-out sum."""

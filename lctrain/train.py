@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 
-from lctrain.config import TrainConfig, register_schemas, to_dataclass
+from lctrain.config import TrainConfig, to_dataclass
+from lctrain.schemas import register_schemas
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -37,9 +38,8 @@ def train(config: TrainConfig) -> RunReport:
     """
     import lightning.pytorch as pl
 
-    from lctrain.build import build_trainer, instantiate_all, model_factory
+    from lctrain.build import build_datamodule, build_trainer, instantiate_all, model_factory
     from lctrain.callbacks.checkpoint import check_writable, find_checkpoint
-    from lctrain.data import build_datamodule
     from lctrain.module import LongContextModule
     from lctrain.report import summarize
 
@@ -92,12 +92,9 @@ def evaluate_by_length(
         [(context length, perplexity)] and the files by name.
     """
     from lctrain.eval import longest_documents, perplexity_by_length
-    from lctrain.loggers import log_evaluation
 
     evaluation = config.evaluation
-    documents = longest_documents(
-        trainer.datamodule.held_out_documents(), evaluation.documents
-    )
+    documents = longest_documents(trainer.datamodule.held_out_documents(), evaluation.documents)
     device = trainer.strategy.root_device
     module.to(device)
     with trainer.precision_plugin.forward_context():

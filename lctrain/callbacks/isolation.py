@@ -91,8 +91,9 @@ def check_isolation(model: nn.Module, batch: PackedBatch) -> None:
     largest = (before.float() - after.float())[positions].abs().max()
     raise IsolationError(
         f"documents of a pack mix: changing document {_name(batch, chosen)} (tokens {start} to "
-        f"{end - 1}) changed the outputs of {len(positions)} tokens of other documents, the first in "
-        f"{_name(batch, _document_of(batch, first))} at token {first}, by up to {float(largest):.3g}. "
+        f"{end - 1}) changed the outputs of {len(positions)} tokens of other documents by up to "
+        f"{float(largest):.3g}, the first in {_name(batch, _document_of(batch, first))} at token "
+        f"{first}. "
         "The model's attention ignores the document boundaries: patch it with "
         "lctrain.patch_model(model) (attention=flash), and keep use_cache off."
     )
@@ -125,7 +126,11 @@ def _halves(batch: PackedBatch) -> PackedBatch:
     tokens = batch.input_ids[0].cpu()
     middle = len(tokens) // 2
     halves = [tokens[:middle], tokens[middle:]]
-    names = None if batch.names is None else [f"{batch.names[0]} ({half})" for half in ("1st half", "2nd half")]
+    names = (
+        None
+        if batch.names is None
+        else [f"{batch.names[0]} ({half})" for half in ("1st half", "2nd half")]
+    )
     return PackedBatch.from_documents(halves, names=names).to(batch.input_ids.device)
 
 

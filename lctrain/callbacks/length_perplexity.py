@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 
 from lctrain.eval import longest_documents, perplexity_by_length
 

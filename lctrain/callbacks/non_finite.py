@@ -106,7 +106,9 @@ class NonFiniteLossGuard(pl.Callback):
             all_finite = flag.bool()
         if bool(all_finite):
             return
-        first = next((loss for loss, ok in zip(pending, finite.tolist(), strict=True) if not ok), None)
+        first = next(
+            (loss for loss, ok in zip(pending, finite.tolist(), strict=True) if not ok), None
+        )
         found = None if first is None else (first.index, trainer.global_rank, first.describe())
         ranks: list[tuple[int, int, str] | None] = [found]
         if trainer.world_size > 1:

@@ -80,7 +80,7 @@ class ThroughputMonitor(pl.Callback):
 
     @property
     def steady(self) -> Throughput:
-        """Everything but the first interval, in which kernels compile, unless it is the only one."""
+        """Without the first interval, in which kernels compile, unless it is the only one."""
         if self._first is None or self._first == self.total:
             return self.total
         return self.total - self._first
@@ -134,9 +134,9 @@ class ThroughputMonitor(pl.Callback):
         """Joins the ranks' counts; waits for the device."""
         seconds = self._clock.lap(pl_module.device)
         capacity = float(self._rows * self.max_tokens) if self.max_tokens else 0.0
-        counts = torch.tensor(
-            [float(self._tokens), capacity, self._flops], dtype=torch.float64
-        ).to(pl_module.device)
+        counts = torch.tensor([float(self._tokens), capacity, self._flops], dtype=torch.float64).to(
+            pl_module.device
+        )
         if trainer.world_size > 1:
             dist.all_reduce(counts)
         self.latest = Throughput(*counts.tolist(), seconds=seconds)

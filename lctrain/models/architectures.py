@@ -1,6 +1,8 @@
 """Which transformers models can be patched, read off their classes, and why others cannot."""
 
+import dis
 import inspect
+import itertools
 import re
 from collections.abc import Iterator
 from types import CodeType, FunctionType
@@ -34,21 +36,27 @@ def require_supported(model: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(_not_a_model(model))
     name, config = type(model).__name__, model.config
+    if model.main_input_name != "input_ids":
+        raise ValueError(
+            f"model must read input_ids, got {name}, which reads {model.main_input_name}. Patch a "
+            "language model."
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"model must be a causal language model or an encoder, got the encoder-decoder {name}. "
             "Patch its encoder alone: patch_model(model.get_encoder())."
         )
+    layers = attention_layers(model)
+    _require_attention_only(model, layers)
+    _require_interface(model, layers)
     parts = sorted(key for key in config.sub_configs if getattr(config, key, None) is not None)
     if parts:
         raise ValueError(
             f"model must be text only, got {name} with {', '.join(parts)}. Patch its language "
             "model alone, for example patch_model(model.get_decoder())."
         )
-    layers = attention_layers(model)
-    _require_interface(model, layers)
-    _require_attention_only(model, layers)
-    _require_keyword_arguments(model)
+    _require_windows(model, layers)
+    _require_keyword_arguments(model, layers)
     if getattr(config, "output_attentions", False):
         raise ValueError(
             "output_attentions must be False, got True in the model's config: the kernels never "
@@ -92,6 +100,9 @@ def _require_interface(model: nn.Module, layers: dict[str, nn.Module]) -> None:
             f"{name}, for which transformers says otherwise (_supports_flash_attn is False). Train "
             "it with attn_implementation='sdpa' and one document per row."
         )
+
+
+def _require_windows(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     for layer in layers.values() if _has_windows(model) else ():
         if not any("sliding_window" in _strings(code) for code in _methods(type(layer))):
             raise ValueError(
@@ -116,14 +127,30 @@ def _require_attention_only(model: nn.Module, layers: dict[str, nn.Module]) -> N
         )
 
 
-def _require_keyword_arguments(model: nn.Module) -> None:
-    parameters = inspect.signature(type(model).forward).parameters.values()
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        raise ValueError(
-            f"model must pass keyword arguments on to its attention, got {type(model).__name__}, "
-            "whose forward takes no **kwargs: document boundaries cannot reach the layers. Update "
-            "the model's code to the signature of transformers 5."
+def _require_keyword_arguments(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    names = {prefix for name in layers for prefix in itertools.accumulate(name.split("."), _dotted)}
+    on_the_way = {model, *(model.get_submodule(name) for name in names)}
+    for module in on_the_way:
+        if type(module).__module__.startswith("torch.nn"):
+            continue
+        parameters = inspect.signature(type(module).forward).parameters.values()
+        accepts = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        hands_on = any(
+            instruction.opname == "CALL_FUNCTION_EX"
+            for code in _methods(type(module))
+            for instruction in dis.get_instructions(code)
         )
+        if not (accepts and hands_on):
+            raise ValueError(
+                f"model must pass keyword arguments on to its attention, got "
+                f"{type(model).__name__}, whose {type(module).__name__} drops them: document "
+                "boundaries cannot reach the layers. Train it unpatched, with one document per "
+                "row, or add **kwargs to that class."
+            )
+
+
+def _dotted(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}"
 
 
 def _has_windows(model: nn.Module) -> bool:
@@ -135,6 +162,15 @@ def _has_windows(model: nn.Module) -> bool:
         for module in model.modules()
         for code in _methods(type(module))
         for name in code.co_names
+    )
+
+
+def counts_positions_itself(model: nn.Module) -> bool:
+    """Tells whether a model's positions begin at padding_idx + 1, as in RoBERTa and its kin."""
+    return any(
+        "create_position_ids_from_input_ids" in code.co_names
+        for module in model.modules()
+        for code in _methods(type(module))
     )
 
 

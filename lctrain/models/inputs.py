@@ -16,6 +16,7 @@ from lctrain.attention.boundaries import (
     is_packed,
 )
 from lctrain.attention.forward import BOUNDARIES_ARGUMENT
+from lctrain.models.architectures import counts_positions_itself
 
 
 class InputHook:
@@ -29,6 +30,7 @@ class InputHook:
 
     def __init__(self, model: nn.Module, implementation: str) -> None:
         self.implementation = implementation
+        self.positions_from_padding = counts_positions_itself(model)
         parameters = inspect.signature(type(model).forward).parameters.values()
         self.names = tuple(
             parameter.name
@@ -48,6 +50,8 @@ class InputHook:
         if not isinstance(tokens, Tensor):
             return None  # the model has its own words for this
         self._refuse(model, inputs)
+        if is_packed(inputs):
+            self._give_positions(model, inputs, tokens)
         self._turn_cache_off(model, inputs)
         mask = inputs.get("attention_mask")
         if _filled(inputs.get("past_key_values")) or (mask is not None and not _is_padding(mask)):
@@ -78,6 +82,17 @@ class InputHook:
                 "encoder_hidden_states must be None, got a tensor: cross-attention is not patched. "
                 "Call unpatch() first."
             )
+
+    def _give_positions(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> None:
+        if "position_ids" not in self.names or self.positions_from_padding:
+            raise ValueError(
+                "packed inputs must go to a model whose positions restart at 0 per document, got "
+                f"{type(model).__name__}, which counts them itself. Pass padded rows with an "
+                "attention_mask."
+            )
+        boundaries = inputs.get("cu_seq_lens_q")
+        if inputs.get("position_ids") is None and boundaries is not None:
+            inputs["position_ids"] = _restarting_positions(boundaries, tokens.shape[1])
 
     def _turn_cache_off(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         packed = is_packed(inputs)
@@ -143,6 +158,13 @@ def find_boundaries(
     if mask is not None:
         return from_padding(mask, tokens)
     return from_rows(batch, tokens, tokens, device)
+
+
+def _restarting_positions(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """[1, T] int64 positions that restart at 0 per document; reads nothing on the device."""
+    lengths = cu_seqlens.diff()
+    starts = torch.repeat_interleave(cu_seqlens[:-1], lengths, output_size=tokens)
+    return (torch.arange(tokens, device=cu_seqlens.device) - starts)[None]
 
 
 def _filled(cache: Any) -> bool:

@@ -1,0 +1,81 @@
+"""Registers the schemas of `lctrain.config` and the sources of `lctrain.data` with Hydra."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from lctrain import config
+from lctrain.config import DataConfig, store_schema
+from lctrain.data import HubSource, JsonlSource, ParquetSource, Source, StdlibSource, TextSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class StdlibData(DataConfig, StdlibSource):
+    """data=stdlib"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextData(DataConfig, TextSource):
+    """data=text"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonlData(DataConfig, JsonlSource):
+    """data=jsonl"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetData(DataConfig, ParquetSource):
+    """data=parquet"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubData(DataConfig, HubSource):
+    """data=hub"""
+
+
+def source_of(data: DataConfig) -> Source:
+    """The source that a data config describes, without the rest.
+
+    Raises:
+        ValueError: if the config has none, or a value of the source does not fit.
+    """
+    for base in type(data).__mro__:
+        if issubclass(base, Source) and not issubclass(base, DataConfig):
+            return base(**{field.name: getattr(data, field.name) for field in fields(base)})
+    raise ValueError(
+        f"data must name a source, got {type(data).__name__}. Choose data=stdlib, text, jsonl, "
+        "parquet or hub."
+    )
+
+
+SCHEMAS: dict[str, Any] = {
+    "data/stdlib": StdlibData,
+    "data/text": TextData,
+    "data/jsonl": JsonlData,
+    "data/parquet": ParquetData,
+    "data/hub": HubData,
+    "model/scratch": config.ScratchModelConfig,
+    "model/pretrained": config.PretrainedModelConfig,
+    "attention/attention": config.AttentionConfig,
+    "optim/adamw": config.OptimConfig,
+    "trainer/trainer": config.TrainerConfig,
+    "callbacks/checkpoint": config.CheckpointConfig,
+    "callbacks/throughput": config.ThroughputConfig,
+    "callbacks/isolation": config.IsolationConfig,
+    "callbacks/non_finite": config.NonFiniteGuardConfig,
+    "callbacks/length_perplexity": config.LengthPerplexityConfig,
+    "callbacks/progress_bar": config.ProgressBarConfig,
+    "logger/csv": config.CsvLoggerConfig,
+    "logger/wandb": config.WandbLoggerConfig,
+    "paths/paths": config.PathsConfig,
+    "evaluation/evaluation": config.EvaluationConfig,
+    "train": config.TrainConfig,
+}
+
+
+def register_schemas() -> None:
+    """Puts every schema of training and its groups into Hydra's ConfigStore. Idempotent."""
+    for name, schema in SCHEMAS.items():
+        store_schema(name, schema)

@@ -1,0 +1,214 @@
+"""LongContextModule: every token weighs the same, whatever the packs, windows and clipping."""
+
+import copy
+
+import pytest
+import torch
+
+from lctrain.config import AttentionConfig, OptimConfig
+from lctrain.module import LongContextModule, is_patched
+from lctrain.optim import build_optimizer
+from tests.training import loader, make_batch, make_trainer
+
+SGD_LIKE = OptimConfig(learning_rate=1e-2, schedule="constant", warmup_fraction=0.0)
+UNEVEN = [make_batch([5, 9], 0), make_batch([40], 1), make_batch([2, 3, 4], 2)]
+MORE = [make_batch([17, 30], 3), make_batch([6], 4)]
+
+
+class RecordingModule(LongContextModule):
+    """Keeps the gradients that the optimizer sees, and the losses.
+
+    Plain gradient descent: Adam's first step is the sign of the gradient, which turns a rounding of
+    a gradient near zero into a whole step.
+    """
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+    def on_before_optimizer_step(self, optimizer):
+        if not hasattr(self, "seen"):
+            self.seen, self.losses = [], []
+        self.seen.append([p.grad.clone() for p in self.parameters()])
+        self.losses.append(float(self.last_loss))
+
+
+def one_batch(batches):
+    """All documents of several packs in one."""
+    from lctrain.batch import PackedBatch
+
+    documents = [
+        batch.input_ids[0, int(start) : int(end)]
+        for batch in batches
+        for start, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True)
+    ]
+    return PackedBatch.from_documents(documents)
+
+
+def fit(tmp_path, model, batches, **settings):
+    module = RecordingModule(copy.deepcopy(model), SGD_LIKE)
+    make_trainer(tmp_path, **settings).fit(module, loader(batches))
+    return module
+
+
+def assert_same(mine, theirs):
+    """Gradients of every step equal within 1e-6."""
+    assert len(mine) == len(theirs)
+    for a, b in zip(mine, theirs, strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert float((x - y).abs().max()) <= 1e-6
+
+
+def test_accumulated_gradients_equal_one_big_batch(tmp_path, make_llama):
+    model = make_llama()
+    accumulated = fit(tmp_path, model, UNEVEN, accumulate_grad_batches=3)
+    whole = fit(tmp_path, model, [one_batch(UNEVEN)])
+    assert_same(accumulated.seen, whole.seen)
+    assert accumulated.losses == pytest.approx(whole.losses, abs=1e-6)
+    for a, b in zip(accumulated.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_last_incomplete_window_of_an_epoch_is_exact(tmp_path, make_llama):
+    model = make_llama()
+    accumulated = fit(tmp_path, model, UNEVEN + MORE, accumulate_grad_batches=3)
+    whole = fit(tmp_path, model, [one_batch(UNEVEN), one_batch(MORE)])
+    assert accumulated.losses == pytest.approx(whole.losses, abs=1e-6)
+    assert_same(accumulated.seen, whole.seen)
+
+
+def test_loss_is_the_models_own_on_each_document(tmp_path, make_llama):
+    model = make_llama()
+    module = fit(tmp_path, model, UNEVEN, accumulate_grad_batches=3)
+    total = tokens = 0
+    for batch in UNEVEN:
+        for start, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
+            ids = batch.input_ids[:, int(start) : int(end)]
+            total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+            tokens += ids.shape[1] - 1
+    assert module.losses[0] == pytest.approx(total / tokens, abs=1e-6)
+
+
+def test_clipping_sees_the_exact_gradients(tmp_path, make_llama):
+    """The norm is that of one big batch, so clipping scales by the same factor."""
+    model = make_llama()
+    limit = 0.05
+    accumulated = fit(tmp_path, model, UNEVEN, accumulate_grad_batches=3, gradient_clip_val=limit)
+    whole = fit(tmp_path, model, [one_batch(UNEVEN)], gradient_clip_val=limit)
+    assert float(whole.gradient_norm) > limit
+    assert float(accumulated.gradient_norm) == pytest.approx(float(whole.gradient_norm), rel=1e-6)
+    for a, b in zip(accumulated.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_clipping_works_under_bf16_mixed(tmp_path, make_llama):
+    """Lightning refuses to clip for fused optimizers under mixed precision; the module does not."""
+    module = fit(
+        tmp_path,
+        make_llama(),
+        UNEVEN,
+        precision="bf16-mixed",
+        gradient_clip_val=0.05,
+        accumulate_grad_batches=2,
+    )
+    reference = fit(tmp_path, make_llama(), UNEVEN, accumulate_grad_batches=2)
+    assert module.losses == pytest.approx(reference.losses, rel=1e-2)
+    assert all(p.dtype == torch.float32 for p in module.parameters())
+
+
+def test_a_window_without_targets_changes_nothing_but_decay(tmp_path, make_llama):
+    module = fit(tmp_path, make_llama(), [make_batch([1, 1])])
+    assert module.losses == [0.0]
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in module.seen[0])
+
+
+def test_validation_is_one_mean_over_tokens(tmp_path, make_llama):
+    model = make_llama()
+    module = LongContextModule(model, SGD_LIKE)
+    trainer = make_trainer(tmp_path)
+    trainer.validate(module, loader(UNEVEN), verbose=False)
+    apart = float(trainer.callback_metrics["val/loss"])
+    trainer.validate(module, loader([one_batch(UNEVEN)]), verbose=False)
+    assert apart == pytest.approx(float(trainer.callback_metrics["val/loss"]), abs=1e-6)
+    assert [step for step, _ in module.held_out_losses] == [0, 0]
+
+
+def test_model_is_built_from_the_data_module_once_the_data_are_ready(tmp_path, make_llama):
+    import lightning.pytorch as pl
+
+    class Data(pl.LightningDataModule):
+        def setup(self, stage):
+            self.vocab_size = 97
+
+        def train_dataloader(self):
+            return loader(UNEVEN)
+
+    module = LongContextModule(lambda data: make_llama(vocab_size=data.vocab_size), SGD_LIKE)
+    make_trainer(tmp_path, max_steps=1).fit(module, datamodule=Data())
+    assert module.model.config.vocab_size == 97
+    assert is_patched(module.model)
+
+
+def test_attention_none_leaves_the_model_alone(tmp_path, make_llama):
+    model = make_llama()
+    module = LongContextModule(model, SGD_LIKE, attention=None)
+    make_trainer(tmp_path, max_steps=1).fit(module, loader([make_batch([12])]))
+    assert module.patch_handle is None
+    assert not is_patched(model)
+
+
+def test_a_patched_model_is_left_as_it_is(tmp_path, make_llama):
+    from lctrain.models import patch_model
+
+    model = make_llama()
+    handle = patch_model(model)
+    module = LongContextModule(model, SGD_LIKE)
+    make_trainer(tmp_path, max_steps=1).fit(module, loader(UNEVEN))
+    assert module.patch_handle is None
+    assert handle.active
+
+
+def test_float16_is_refused(tmp_path, make_llama):
+    trainer = make_trainer(tmp_path)
+    module = LongContextModule(make_llama(), SGD_LIKE)
+    module._trainer = trainer
+    trainer.strategy.precision_plugin.precision = "16-mixed"
+    with pytest.raises(ValueError, match=r"precision must be 32-true.*use bf16-mixed"):
+        trainer.fit(module, loader(UNEVEN))
+
+
+def test_dropout_depends_on_seed_and_position_only(tmp_path, make_llama):
+    """Random numbers drawn elsewhere, as by a validation, do not reach the training steps."""
+
+    class Disturbed(RecordingModule):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            super().on_train_batch_end(outputs, batch, batch_idx)
+            torch.rand(3)
+
+    losses = []
+    for kind in (RecordingModule, Disturbed):
+        module = kind(make_llama(), SGD_LIKE, attention=AttentionConfig(dropout=0.5), seed=3)
+        make_trainer(tmp_path).fit(module, loader(UNEVEN))
+        losses.append(module.losses)
+    assert losses[0] == losses[1]
+    other = RecordingModule(make_llama(), SGD_LIKE, attention=AttentionConfig(dropout=0.5), seed=4)
+    make_trainer(tmp_path).fit(other, loader(UNEVEN))
+    assert other.losses != losses[0]
+
+
+def test_metrics_reach_the_trainer(tmp_path, make_llama):
+    trainer = make_trainer(tmp_path, gradient_clip_val=1.0)
+    module = LongContextModule(make_llama(), SGD_LIKE)
+    trainer.fit(module, loader(UNEVEN))
+    logged = trainer.callback_metrics
+    assert float(logged["train/loss"]) == pytest.approx(float(module.last_loss), rel=1e-6)
+    assert {"train/learning_rate", "train/gradient_norm"} <= set(logged)
+
+
+def test_vectors_do_not_decay(make_llama):
+    model = make_llama(tie_word_embeddings=True)
+    optimizer = build_optimizer(model, OptimConfig(weight_decay=0.3))
+    decays = {
+        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
+    for parameter in model.parameters():
+        assert decays[id(parameter)] == (0.3 if parameter.dim() >= 2 else 0.0)

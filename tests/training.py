@@ -1,0 +1,57 @@
+"""Tiny packs, loaders and trainers for the tests of the Lightning side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning.pytorch as pl
+import torch
+
+from lctrain.batch import PackedBatch
+
+VOCABULARY = 97
+
+
+def make_batch(lengths: Sequence[int], seed: int = 0) -> PackedBatch:
+    """A pack of random documents."""
+    generator = torch.Generator().manual_seed(seed)
+    documents = [torch.randint(3, VOCABULARY, (length,), generator=generator) for length in lengths]
+    names = [f"document-{seed}-{i}" for i in range(len(lengths))]
+    return PackedBatch.from_documents(documents, names=names)
+
+
+class Packs(torch.utils.data.Dataset):
+    """A list of packs as a dataset."""
+
+    def __init__(self, batches: Sequence[PackedBatch]) -> None:
+        self.batches = list(batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> PackedBatch:
+        return self.batches[index]
+
+
+def loader(batches: Sequence[PackedBatch]) -> torch.utils.data.DataLoader:
+    """Yields the packs in order."""
+    return torch.utils.data.DataLoader(Packs(batches), batch_size=None)
+
+
+def make_trainer(tmp_path, callbacks=(), **settings) -> pl.Trainer:
+    """A quiet CPU trainer."""
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+        "inference_mode": False,
+        "default_root_dir": tmp_path,
+    }
+    return pl.Trainer(callbacks=list(callbacks), **(defaults | settings))
