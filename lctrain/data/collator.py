@@ -1,0 +1,83 @@
+"""From tokenized documents to PackedBatch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lctrain.batch import PackedBatch, check_max_tokens
+from lctrain.data.documents import TokenStore
+from lctrain.data.packing import PackingPlan
+
+
+@dataclass(frozen=True)
+class PackCollator:
+    """Makes one PackedBatch of the documents of one row; a `collate_fn` for any DataLoader.
+
+    A document is a mapping with "input_ids" and optionally "labels" (aligned with the tokens as in
+    transformers, not shifted), "document_id" (the dropout key) and "name".
+
+    Attributes:
+        max_tokens: Upper bound of the packed length, >= 2; None for no bound.
+    """
+
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        check_max_tokens(self.max_tokens)
+
+    def __call__(self, documents: Sequence[Mapping[str, Any]]) -> PackedBatch:
+        """Packs the documents in their order. Raises ValueError as PackedBatch.from_documents."""
+        return PackedBatch.from_documents(
+            [document["input_ids"] for document in documents],
+            document_ids=_all_or_none(documents, "document_id"),
+            names=_all_or_none(documents, "name"),
+            labels=_all_or_none(documents, "labels"),
+            max_tokens=self.max_tokens,
+        )
+
+
+def _all_or_none(documents: Sequence[Mapping[str, Any]], field: str) -> list[Any] | None:
+    having = sum(field in document for document in documents)
+    if having not in (0, len(documents)):
+        raise ValueError(
+            f"{field!r} must be in all documents of a row or in none, got {having} of "
+            f"{len(documents)}. Add it to the others."
+        )
+    return [document[field] for document in documents] if having else None
+
+
+class PackedRows(torch.utils.data.Dataset[PackedBatch]):
+    """The rows of a packing plan as a map-style dataset.
+
+    Row ~r (that is -r - 1) is row r without targets: it fills up a step in which a rank has no row
+    of its own, and weighs nothing.
+    """
+
+    def __init__(self, store: TokenStore, plan: PackingPlan) -> None:
+        """Wraps tokenized documents and the plan that packs them."""
+        self.store = store
+        self.plan = plan
+        self.collate = PackCollator(plan.report.max_tokens)
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, index: int) -> PackedBatch:
+        row = index if index >= 0 else ~index
+        if row >= len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        batch = self.collate([self._document(int(piece)) for piece in self.plan.row(row)])
+        return batch if index >= 0 else batch.without_targets()
+
+    def _document(self, piece: int) -> dict[str, Any]:
+        document = int(self.plan.documents[piece])
+        start, length = int(self.plan.starts[piece]), int(self.plan.lengths[piece])
+        name = self.store.names[document]
+        if length < self.store.lengths[document]:
+            name = f"{name}[{start}:{start + length}]"
+        tokens = self.store.tokens(document, start, length)
+        return {"input_ids": tokens, "document_id": piece, "name": name}

@@ -1,0 +1,278 @@
+"""PackedDataModule: documents in, packed batches out, resumable to the batch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lctrain.batch import PackedBatch
+from lctrain.data.documents import TokenizedDocument
+from lctrain.data.loader import PackLoader, RowStream
+from lctrain.data.order import epoch_order
+from lctrain.data.packing import Overlong, PackingReport
+from lctrain.data.prepare import (
+    Preparation,
+    PreparedData,
+    check_same_settings,
+    fingerprint_settings,
+)
+from lctrain.data.sources import Source, StdlibSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class PackedDataModule(LightningDataModule):
+    """Loads, splits, tokenizes and packs documents, and feeds them to every rank."""
+
+    def __init__(
+        self,
+        source: Source | None = None,
+        tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
+        *,
+        max_tokens: int = 4096,
+        overlong: Overlong = "split",
+        packing_window: int = 100_000,
+        held_out_fraction: float = 0.05,
+        vocab_size: int = 8192,
+        num_workers: int = 0,
+        num_proc: int | None = None,
+        seed: int = 0,
+        cache_dir: str | os.PathLike[str] | None = None,
+        pin_memory: bool | None = None,
+    ) -> None:
+        """Checks the settings; nothing is read before `prepare_data` or `setup`.
+
+        Args:
+            source: Where documents come from; default the Python standard library.
+            tokenizer: Name or path of a tokenizer of transformers, or one; None trains a byte-level
+                BPE on the training split, once.
+            max_tokens: Tokens of a row, >= 2.
+            overlong: "split", "truncate" or "drop" documents that are longer.
+            packing_window: Documents packed at a time.
+            held_out_fraction: Share of the documents to hold out, in [0, 1), unless the source has
+                held-out data of its own.
+            vocab_size: Size of the tokenizer, if it is trained.
+            num_workers: Worker processes that build batches.
+            num_proc: Processes that tokenize; None: one, in which fast tokenizers use all cores.
+            seed: Seed of the shuffle.
+            cache_dir: Where documents, tokens and the tokenizer are kept; default
+                $LCTRAIN_CACHE, else $XDG_CACHE_HOME/lctrain, else ~/.cache/lctrain.
+            pin_memory: Copy batches to pinned memory; default: if there is a GPU.
+
+        Raises:
+            ValueError: if a setting is out of range.
+        """
+        super().__init__()
+        for name, value in (("num_workers", num_workers), ("seed", seed)):
+            if value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}. Raise it.")
+        self.preparation = Preparation(
+            source=StdlibSource() if source is None else source,
+            tokenizer=tokenizer,
+            max_tokens=max_tokens,
+            overlong=overlong,
+            packing_window=packing_window,
+            held_out_fraction=held_out_fraction,
+            vocab_size=vocab_size,
+            num_proc=num_proc,
+            cache_dir=_default_cache_dir() if cache_dir is None else Path(cache_dir),
+        )
+        self.seed = seed
+        self.num_workers = num_workers
+        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self._prepared: PreparedData | None = None
+        self._train_loader: PackLoader | None = None
+        self._restored: dict[str, Any] = {}
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a row."""
+        return self.preparation.max_tokens
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, after `setup()`."""
+        return self._ready.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens of the tokenizer, after `setup()`."""
+        return len(self.tokenizer)
+
+    @property
+    def packing_report(self) -> PackingReport:
+        """Counts of the training rows, after `setup()`."""
+        return self._ready.train_rows.plan.report
+
+    @property
+    def held_out_report(self) -> PackingReport:
+        """Counts of the held-out rows, after `setup()`."""
+        return self._ready.held_out_rows.plan.report
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the sequence of batches, after `setup()`; the same in a resumed run."""
+        return self._ready.settings | {"seed": self.seed, "world_size": self._world_size}
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the training data and of what decides its rows, after `setup()`."""
+        return fingerprint_settings(self._ready.settings)
+
+    def prepare_data(self) -> None:
+        """Fills the cache, in one process of a node."""
+        self.preparation.run()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads the cache and packs, in every process.
+
+        Raises:
+            ValueError: if the data cannot be read, holds no text, or fills no row.
+        """
+        if self._prepared is None:
+            self._prepared = self.preparation.run()
+            if self._restored:
+                check_same_settings(self.settings, self._restored["settings"])
+
+    def train_dataloader(self) -> PackLoader:
+        """The endless stream of this rank's training batches; `len` is the steps of an epoch.
+
+        Raises:
+            ValueError: if there are fewer rows than ranks.
+        """
+        rows, world_size, rank, seed = (
+            self._ready.train_rows,
+            self._world_size,
+            self._rank,
+            self.seed,
+        )
+        steps = len(rows) // world_size
+        if steps == 0:
+            raise ValueError(
+                f"data must fill at least one row for each of {world_size} ranks, got {len(rows)} "
+                "rows. Use more data, fewer ranks, or a smaller max_tokens."
+            )
+        costs = rows.plan.costs()
+
+        def epoch_rows(epoch: int) -> np.ndarray:
+            return epoch_order(costs, world_size, seed, epoch)[:, rank]
+
+        self._train_loader = PackLoader(
+            rows,
+            RowStream(epoch_rows, steps, endless=True),
+            steps,
+            self._position,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+        )
+        return self._train_loader
+
+    def val_dataloader(self) -> PackLoader | list[Any]:
+        """Held-out rows in their order; every rank has the same number of steps.
+
+        A rank without a row of its own in the last step repeats one without targets, so that sums
+        over tokens stay exact. Without held-out documents it is an empty list.
+        """
+        rows, world_size, rank = self._ready.held_out_rows, self._world_size, self._rank
+        if len(rows) == 0:
+            return []
+        steps = -(-len(rows) // world_size)
+        numbers = np.arange(steps) * world_size + rank
+        numbers = np.where(numbers < len(rows), numbers, ~0)
+        return PackLoader(
+            rows,
+            RowStream(lambda epoch: numbers, steps, endless=False),
+            steps,
+            lambda: 0,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+        )
+
+    def held_out_documents(self) -> list[TokenizedDocument]:
+        """The held-out documents, whole."""
+        store = self._ready.held_out_rows.store
+        return [
+            TokenizedDocument(store.names[i], store.tokens(i).astype(np.int64), i)
+            for i in range(len(store))
+        ]
+
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> PackedBatch:
+        """Moves a batch without waiting for the copy, which pinned memory allows."""
+        if isinstance(batch, PackedBatch):
+            return batch.to(device, non_blocking=self.pin_memory)
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Settings, and the number of batches that training on each rank has finished."""
+        if self._prepared is None:
+            return {}
+        return {"settings": self.settings, "batches": self._finished_batches()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues after the batches of a checkpoint.
+
+        Raises:
+            ValueError: if this run's data or packing settings differ; the message names them.
+        """
+        if self.trainer is not None and self._progress is None:
+            return  # a model may be validated on any data
+        self._restored = state_dict
+        if self._train_loader is not None:
+            self._train_loader.consumed = state_dict["batches"]
+        if self._prepared is not None:
+            check_same_settings(self.settings, state_dict["settings"])
+
+    @property
+    def _ready(self) -> PreparedData:
+        if self._prepared is None:
+            raise RuntimeError("setup() must run first: nothing is read before it. Call it.")
+        return self._prepared
+
+    @property
+    def _world_size(self) -> int:
+        return 1 if self.trainer is None else self.trainer.world_size
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self.trainer is None else self.trainer.global_rank
+
+    @property
+    def _progress(self) -> Any:
+        """Lightning's own counts of training batches inside `Trainer.fit`, else None."""
+        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return None
+        return self.trainer.fit_loop.epoch_loop.batch_progress
+
+    def _position(self) -> int:
+        """The batch that a new iterator starts with."""
+        if self._progress is not None and getattr(self.trainer, "overfit_batches", 0) > 0:
+            return self._progress.current.processed  # the same batches in every epoch
+        return self._finished_batches()
+
+    def _finished_batches(self) -> int:
+        """Batches that training has finished.
+
+        Inside `Trainer.fit` that is Lightning's own count, which it saves and restores with every
+        checkpoint. It is asked when the first batch is fetched, not when the loader is made:
+        `estimated_stepping_batches` makes the loader before Lightning has restored its counts.
+        """
+        if self._progress is not None:
+            return self._progress.total.processed
+        if self._train_loader is not None:
+            return self._train_loader.consumed
+        return self._restored.get("batches", 0)
+
+
+def _default_cache_dir() -> Path:
+    if folder := os.environ.get("LCTRAIN_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lctrain"

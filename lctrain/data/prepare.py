@@ -1,0 +1,166 @@
+"""From a source to packed rows: everything that happens once, before the first batch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from lctrain.batch import check_max_tokens
+from lctrain.data.collator import PackedRows
+from lctrain.data.documents import Documents, TokenStore, read_documents
+from lctrain.data.packing import Overlong, pack
+from lctrain.data.sources import Source
+from lctrain.data.tokenizer import (
+    check_end_token,
+    fingerprint_tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
+from lctrain.data.tokenizing import tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """How documents become rows. The fields are those of PackedDataModule."""
+
+    source: Source
+    tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None
+    max_tokens: int
+    overlong: Overlong
+    packing_window: int
+    held_out_fraction: float
+    vocab_size: int
+    num_proc: int | None
+    cache_dir: Path
+
+    def __post_init__(self) -> None:
+        check_max_tokens(self.max_tokens)
+        if self.overlong not in get_args(Overlong):
+            raise ValueError(
+                f"overlong must be one of {', '.join(get_args(Overlong))}, got {self.overlong!r}."
+            )
+        if not 0 <= self.held_out_fraction < 1:
+            raise ValueError(
+                f"held_out_fraction must be in [0, 1), got {self.held_out_fraction}. It is a share "
+                "of the documents; 0 holds none out."
+            )
+        if self.packing_window < 1:
+            raise ValueError(
+                f"packing_window must be at least 1, got {self.packing_window}. Raise it."
+            )
+
+    def run(self) -> PreparedData:
+        """Reads, splits, tokenizes and packs, from the cache as far as it goes.
+
+        Raises:
+            ValueError: if the data cannot be read, holds no text, or fills no row.
+        """
+        tokenizer = self._given_tokenizer()
+        train, held_out = self._documents()
+        if tokenizer is None:
+            tokenizer = train_tokenizer(train, self.vocab_size, self.cache_dir)
+        train_rows = self._pack(train, tokenizer)
+        if len(train_rows) == 0:
+            raise ValueError(
+                f"data must fill at least one row, got none: {train_rows.plan.report}. Use more "
+                "data, a larger max_tokens, or overlong=split."
+            )
+        settings = {
+            "source": repr(self.source),
+            "training_documents": train.fingerprint,
+            "held_out_fraction": self.held_out_fraction,
+            "tokenizer": fingerprint_tokenizer(tokenizer),
+            "max_tokens": self.max_tokens,
+            "overlong": self.overlong,
+            "packing_window": self.packing_window,
+        }
+        return PreparedData(tokenizer, train_rows, self._pack(held_out, tokenizer), settings)
+
+    def _given_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        given = self.tokenizer
+        if given is None:
+            return None
+        if isinstance(given, (str, os.PathLike)):
+            return load_tokenizer(os.fspath(given))
+        check_end_token(given, type(given).__name__)
+        return given
+
+    def _documents(self) -> tuple[Documents, Documents]:
+        label = type(self.source).__name__
+        train = read_documents(self.source.load(self.cache_dir), label)
+        set_aside = self.source.load_held_out(self.cache_dir)
+        if set_aside is None:
+            train, held_out = train.split(self.held_out_fraction)
+        else:
+            held_out = read_documents(set_aside, f"{label}.held_out")
+        if len(train) == 0:
+            raise ValueError(
+                f"data must hold at least one document with text, got none from {self.source} "
+                f"({train.dropped_empty} empty). Check the files and the field."
+            )
+        return train, held_out
+
+    def _pack(self, documents: Documents, tokenizer: PreTrainedTokenizerBase) -> PackedRows:
+        store: TokenStore = tokenize(documents, tokenizer, self.cache_dir, self.num_proc)
+        plan = pack(
+            store.lengths,
+            self.max_tokens,
+            overlong=self.overlong,
+            window=self.packing_window,
+            dropped_empty=documents.dropped_empty,
+            dropped_undecodable=documents.dropped_undecodable,
+        )
+        return PackedRows(store, plan)
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedData:
+    """Packed rows, ready to be read.
+
+    Attributes:
+        tokenizer: The tokenizer of transformers.
+        train_rows: The training rows.
+        held_out_rows: The held-out rows; none if nothing is held out.
+        settings: What decides the rows, as plain values.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    train_rows: PackedRows
+    held_out_rows: PackedRows
+    settings: dict[str, Any]
+
+
+def fingerprint_settings(settings: dict[str, Any]) -> str:
+    """Returns a hash of settings."""
+    text = json.dumps(_compared(settings), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_same_settings(now: dict[str, Any], then: dict[str, Any]) -> None:
+    """Raises ValueError naming what differs between this run and the checkpoint it resumes."""
+    compared_now, compared_then = _compared(now), _compared(then)
+    changes = [
+        f"{name} was {compared_then.get(name)!r}, is {compared_now.get(name)!r}"
+        for name in compared_now | compared_then
+        if compared_now.get(name) != compared_then.get(name)
+    ]
+    if not changes:
+        return
+    if now.get("training_documents") != then.get("training_documents"):
+        changes.append(f"source was {then.get('source')}, is {now.get('source')}")
+    raise ValueError(
+        "a resumed run must have the data and packing settings of its checkpoint, got others: "
+        f"{'; '.join(changes)}. Restore them, or start a new run without ckpt_path."
+    )
+
+
+def _compared(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without the source's description: files may move; the hash of their texts is compared."""
+    return {name: value for name, value in settings.items() if name != "source"}
