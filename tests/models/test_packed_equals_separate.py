@@ -1,0 +1,126 @@
+"""A pack gives what its documents give one by one: outputs and every parameter's gradient."""
+
+import copy
+
+import pytest
+import torch
+
+from lctrain.models import patch_model
+from tests.models.families import (
+    FAMILIES,
+    gradients,
+    make_documents,
+    make_model,
+    packed_outputs,
+    separate_outputs,
+)
+from tests.numerics import assert_error_at_most_twice
+
+
+@pytest.fixture
+def float64_stays_float64(monkeypatch):
+    """transformers computes norms and eager softmax in float32 even where a model is float64."""
+    softmax, to, to_float = torch.nn.functional.softmax, torch.Tensor.to, torch.Tensor.float
+
+    def wide_softmax(states, dim=None, dtype=None, **kwargs):
+        dtype = torch.float64 if states.dtype == torch.float64 else dtype
+        return softmax(states, dim=dim, dtype=dtype, **kwargs)
+
+    def wide_to(tensor, *args, **kwargs):
+        stays = tensor.dtype == torch.float64 and torch.float32 in args
+        return tensor if stays else to(tensor, *args, **kwargs)
+
+    def wide_float(tensor):
+        return tensor if tensor.dtype == torch.float64 else to_float(tensor)
+
+    monkeypatch.setattr(torch.nn.functional, "softmax", wide_softmax)
+    monkeypatch.setattr(torch.Tensor, "to", wide_to)
+    monkeypatch.setattr(torch.Tensor, "float", wide_float)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("float64_stays_float64")
+def test_outputs_and_all_gradients(family):
+    model, documents = make_model(family), make_documents()
+    exact = copy.deepcopy(model).double()
+    reference, reference_grads = gradients(exact, lambda: separate_outputs(exact, documents))
+    plain, plain_grads = gradients(model, lambda: separate_outputs(model, documents))
+    with patch_model(model):
+        packed, packed_grads = gradients(model, lambda: packed_outputs(model, documents))
+    with patch_model(exact):
+        exactly, exact_grads = gradients(exact, lambda: packed_outputs(exact, documents))
+
+    assert_error_at_most_twice(packed, plain, reference, "outputs")
+    torch.testing.assert_close(exactly, reference)
+    assert packed_grads.keys() == plain_grads.keys() == exact_grads.keys() != set()
+    for name, reference_grad in reference_grads.items():
+        torch.testing.assert_close(exact_grads[name], reference_grad, msg=lambda m, n=name: n + m)
+    every = sorted(reference_grads)
+    assert_error_at_most_twice(
+        *(
+            torch.cat([grads[name].flatten() for name in every])
+            for grads in (packed_grads, plain_grads, reference_grads)
+        ),
+        "gradients",
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_position_ids_alone_keep_documents_apart(family):
+    model, documents = make_model(family), make_documents()
+    positions = torch.cat([torch.arange(len(tokens)) for tokens in documents])[None]
+    with patch_model(model), torch.no_grad():
+        expected = packed_outputs(model, documents)
+        absent = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"))
+        by_positions = packed_outputs(
+            model, documents, **absent, position_ids=positions, use_cache=None
+        )
+    assert torch.equal(by_positions, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_boundaries_alone_give_the_positions(family):
+    model, documents = make_model(family), make_documents()
+    with patch_model(model), torch.no_grad():
+        expected = packed_outputs(model, documents)
+        assert torch.equal(packed_outputs(model, documents, position_ids=None), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "modernbert"])
+def test_changing_one_document_keeps_every_bit_of_the_others(family):
+    model, documents = make_model(family), make_documents()
+    changed = [tokens.clone() for tokens in documents]
+    changed[2] = 3 + (changed[2] + 1 - 3) % (61 - 3)
+    edges = torch.tensor([len(tokens) for tokens in documents]).cumsum(0).tolist()
+    others = [*range(edges[1]), *range(edges[2], edges[3])]
+    with patch_model(model):
+        before = _outputs_and_input_gradients(model, documents)
+        after = _outputs_and_input_gradients(model, changed)
+    for name in before:
+        assert torch.equal(before[name][others], after[name][others]), name
+    inside = slice(edges[1], edges[2])
+    assert not torch.equal(before["outputs"][inside], after["outputs"][inside])
+
+
+def _outputs_and_input_gradients(model, documents):
+    embeddings = model.get_input_embeddings()(torch.cat(documents)[None]).detach()
+    embeddings.requires_grad_()
+    out = packed_outputs(model, documents, input_ids=None, inputs_embeds=embeddings)
+    out.square().sum().backward()
+    return {"outputs": out.detach(), "gradients": embeddings.grad[0]}
+
+
+def test_padding_after_packed_rows_is_dropped():
+    model, documents = make_model("llama"), make_documents()
+    tokens, padding = torch.cat(documents), 5
+    positions = torch.cat([torch.arange(len(document)) for document in documents])
+    input_ids = torch.nn.functional.pad(tokens, (0, padding))[None]
+    mask = torch.arange(input_ids.shape[1])[None] < len(tokens)
+    with patch_model(model), torch.no_grad():
+        logits = model(
+            input_ids,
+            attention_mask=mask.long(),
+            position_ids=torch.nn.functional.pad(positions, (0, padding))[None],
+        ).logits
+        expected = packed_outputs(model, documents)
+    assert torch.equal(logits[0, : len(tokens)], expected)
