@@ -75,9 +75,9 @@ def find_output_head(model: nn.Module, probe: Mapping[str, Any]) -> OutputHead |
             warnings.warn(
                 f"{type(inner).__name__} computes all of its logits at once, which takes memory "
                 f"for tokens x vocabulary numbers: {error}.",
-                stacklevel=3,
+                stacklevel=4,
             )
-        _warn_of_what_is_skipped(model, inner)
+        _warn_of_what_is_skipped(inner, head)
         _verified[model] = (signature, head)
     return _verified[model][1]
 
@@ -122,16 +122,13 @@ def _config_of_logits(inner: Any) -> tuple[float, float]:
 
 def _verify(model: nn.Module, inner: Any, probe: Mapping[str, Any]) -> OutputHead:
     """Runs the model on `probe` and compares each step of its head with ours."""
-    decoder = getattr(inner, "base_model", inner)
     projection = _output_embeddings(inner)
-    if decoder is inner:
-        raise UnverifiedHeadError("it has no base model apart from its head")
     _check_projection(projection)
-    head = OutputHead(decoder, projection, *_config_of_logits(inner))
     seen: dict[str, Tensor] = {}
+    hidden_of: dict[nn.Module, Tensor] = {}
 
     def watch_decoder(module: nn.Module, args: Any, output: Any) -> None:
-        seen["hidden"] = output[0]
+        hidden_of[module] = output[0]
 
     def replace_projected(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         seen["projection_input"] = args[0]
@@ -142,23 +139,22 @@ def _verify(model: nn.Module, inner: Any, probe: Mapping[str, Any]) -> OutputHea
 
     # Eager, or a compiled model would skip the hooks or keep them.
     with evaluation_mode(model), torch.compiler.set_stance("force_eager"):
-        alone = decoder(**probe)[0]
-        handles = [
-            decoder.register_forward_hook(watch_decoder),
-            projection.register_forward_hook(replace_projected),
-        ]
+        handles = [projection.register_forward_hook(replace_projected)]
+        handles += [part.register_forward_hook(watch_decoder) for part in _decoders(inner)]
         try:
             logits = model(**probe)["logits"]
         finally:
             for handle in handles:
                 handle.remove()
-    if len(seen) < 3:
-        raise UnverifiedHeadError(
-            "its forward calls neither base_model nor get_output_embeddings()"
-        )
-    if not _same(alone, seen["hidden"]):
+        # Of nested parts, the outermost that the model's forward calls finishes last.
+        decoder = next(reversed(hidden_of), None)
+        if decoder is None or not seen:
+            raise UnverifiedHeadError("its forward does not call its base model and its head")
+        alone = decoder(**probe)[0]
+    head = OutputHead(decoder, projection, *_config_of_logits(inner))
+    if not _same(alone, hidden_of[decoder]):
         raise UnverifiedHeadError("its base model gives other hidden states when called alone")
-    if not _same(seen["hidden"], seen["projection_input"]):
+    if not _same(alone, seen["projection_input"]):
         raise UnverifiedHeadError("it changes the hidden states before the output embedding")
     if not _equal_to_rounding(logits, seen["projected"], head):
         raise UnverifiedHeadError(
@@ -167,6 +163,13 @@ def _verify(model: nn.Module, inner: Any, probe: Mapping[str, Any]) -> OutputHea
     if isinstance(model, OptimizedModule):
         head = OutputHead(model.dynamo_ctx(decoder), projection, head.softcap, head.logit_scale)
     return head
+
+
+def _decoders(inner: Any) -> list[nn.Module]:
+    """Parts of the model that may compute its hidden states: some call past their base model."""
+    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
+    parts = dict.fromkeys([getattr(inner, "base_model", None), decoder])
+    return [part for part in parts if part is not None and part is not inner]
 
 
 def _check_projection(projection: Any) -> None:
@@ -197,16 +200,16 @@ def _equal_to_rounding(logits: Tensor, projected: Tensor, head: OutputHead) -> b
     return bool((logits.double() - exact).abs().max() <= allowed)
 
 
-def _warn_of_what_is_skipped(model: nn.Module, inner: Any) -> None:
+def _warn_of_what_is_skipped(inner: Any, head: OutputHead | None) -> None:
     if getattr(getattr(inner, "config", None), "output_router_logits", False):
         warnings.warn(
             "output_router_logits is on, but the router's auxiliary loss is not added to the loss "
             "of the tokens. Set config.output_router_logits=False.",
-            stacklevel=4,
+            stacklevel=5,
         )
-    if inner._compiled_call_impl is not None:
+    if head is not None and inner._compiled_call_impl is not None:
         warnings.warn(
             "model.compile() has no effect on the loss, which calls the base model directly. "
             "Use torch.compile(model), or model.base_model.compile().",
-            stacklevel=4,
+            stacklevel=5,
         )

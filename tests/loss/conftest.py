@@ -17,7 +17,7 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "dropout": 0.0}
 ARCHITECTURES = {
     "llama": ("Llama", {}),
     "tied": ("Llama", {"tie_word_embeddings": True}),
@@ -26,6 +26,7 @@ ARCHITECTURES = {
     "cohere-logit-scale": ("Cohere", {"logit_scale": 0.25}),
     "phi-head-with-bias": ("Phi", {}),
     "gpt2": ("GPT2", NO_DROPOUT),
+    "opt-calls-past-its-base-model": ("OPT", {**NO_DROPOUT, "ffn_dim": 48}),
     "mixtral-experts": ("Mixtral", {"num_local_experts": 4, "experts_implementation": "eager"}),
 }
 

@@ -1,0 +1,179 @@
+"""Perplexity by context length: how much a model gains from more context, on the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+from lctrain.eval.limits import check_model
+from lctrain.eval.ratio import token_mean
+from lctrain.eval.runner import score_windows
+from lctrain.eval.table import PerplexityRow, PerplexityTable
+from lctrain.eval.windows import Windows, cut_windows
+
+if TYPE_CHECKING:
+    from lctrain.data import TokenizedDocument
+
+MIN_LENGTH = 2
+
+
+def perplexity_by_length(
+    model: nn.Module,
+    documents: Sequence[TokenizedDocument],
+    lengths: Sequence[int],
+    *,
+    max_tokens: int,
+    device: torch.device | str | None = None,
+    overlap: float = 0.5,
+    min_context: int = 1,
+    progress: bool = False,
+    name: str = "",
+) -> PerplexityTable:
+    """Measures the perplexity of held-out documents with contexts of different lengths.
+
+    At every length the same tokens are scored, each once: all tokens of every document but its
+    first `min_context`. What changes is how much of its document a token sees. Documents are cut
+    into windows of at most `length` tokens that overlap (see `cut_windows`): a token sees more than
+    `overlap * length` and at most `length` tokens before it, or, where its document begins less far
+    back, all of them. So documents that are shorter than a length are not left out; they are
+    scored with all the context that they have, and `mean_context` says how much that is. To look
+    only at tokens for which every length is filled, set `min_context` to the longest one.
+
+    No window crosses a document. The mean is over tokens, and its standard error over documents
+    (see `token_mean`).
+
+    Args:
+        model: a causal LM; packs are used where `lctrain.patch_model` has patched it (see
+            `score_windows`). Its training mode is restored. Precision is the model's dtype,
+            or that of the caller's torch.autocast.
+        documents: tokenized documents; those of up to `min_context` tokens are not scored.
+        lengths: context lengths in tokens, each at least 2; sorted, without duplicates.
+        max_tokens: most tokens in a forward pass.
+        device: where the model is; default: where its first parameter is.
+        overlap: share of a window that is only context, in [0, 1). 0.5 runs each token through the
+            model twice; more is nearer to a full context for all, and takes longer.
+        min_context: score tokens that have at least this many predecessors.
+        progress: show a progress bar.
+        name: of the model, for the title of the plot.
+
+    Returns:
+        A table, one row per length; `str(table)` is readable, `table.save(folder)` writes files.
+
+    Raises:
+        ValueError: if a length or option is out of range, nothing can be scored, or the model
+            cannot take these tokens or lengths.
+    """
+    lengths = check_lengths(lengths, max_tokens)
+    _check_options(overlap, min_context)
+    tokens, counts = _scorable(documents, min_context)
+    sizes = [len(ids) for ids in tokens]
+    longest = max(sizes) - 1
+    check_model(model, tokens, min(lengths[-1], longest))
+    device = next(model.parameters()).device if device is None else torch.device(device)
+
+    # All lengths beyond the longest document are alike: one run serves them.
+    distinct = sorted({min(length, longest) for length in lengths})
+    windows = {
+        length: cut_windows(sizes, length, overlap=overlap, min_context=min_context)
+        for length in distinct
+    }
+    sums = {length: np.zeros(len(tokens)) for length in distinct}
+    total = int(counts.sum()) * len(distinct)
+    with tqdm(total=total, desc="Perplexity", unit="token", disable=not progress) as bar:
+        for length in distinct:
+            for scored in score_windows(
+                model, tokens, windows[length], max_tokens=max_tokens, device=device
+            ):
+                sums[length] += np.bincount(scored.documents, scored.losses, len(tokens))
+                bar.update(len(scored.losses))
+    shortest = sums[distinct[0]]
+    rows = []
+    for length in lengths:
+        run = min(length, longest)
+        rows.append(_row(length, sums[run], shortest, counts, windows[run]))
+    return PerplexityTable(tuple(rows), name=name, overlap=overlap, min_context=min_context)
+
+
+def longest_documents(
+    documents: Sequence[TokenizedDocument], count: int | None
+) -> list[TokenizedDocument]:
+    """The `count` longest documents (None: all), the longest first; of equal ones the earlier."""
+    if count is not None and count < 1:
+        raise ValueError(f"documents must be at least 1, got {count}. Use null for all of them.")
+    return sorted(documents, key=lambda document: -len(document.input_ids))[:count]
+
+
+def check_lengths(lengths: Sequence[int], max_tokens: int) -> tuple[int, ...]:
+    """Returns the lengths sorted and without duplicates.
+
+    Raises:
+        ValueError: if there is none, one is below 2 or no integer, or a batch cannot hold one.
+    """
+    if not lengths:
+        raise ValueError("lengths must name at least one context length, got none. Try [1024].")
+    for length in lengths:
+        if isinstance(length, bool) or not isinstance(length, int | np.integer):
+            raise ValueError(f"lengths must be integers, got {length!r}. Give tokens, as in 4096.")
+        if length < MIN_LENGTH:
+            raise ValueError(
+                f"lengths must be at least {MIN_LENGTH}, got {length}. Leave it out: one token is "
+                "no context."
+            )
+    if max(lengths) > max_tokens:
+        raise ValueError(
+            f"lengths must be at most max_tokens = {max_tokens}, got {max(lengths)}. Raise "
+            "max_tokens, which bounds the tokens of a forward pass, or leave that length out."
+        )
+    return tuple(sorted({int(length) for length in lengths}))
+
+
+def _check_options(overlap: float, min_context: int) -> None:
+    if not 0.0 <= overlap < 1.0:
+        raise ValueError(f"overlap must be in [0, 1), got {overlap}. Try 0.5.")
+    if min_context < 1:
+        raise ValueError(
+            f"min_context must be at least 1, got {min_context}. The first token of a document has "
+            "nothing to be predicted from."
+        )
+
+
+def _scorable(
+    documents: Sequence[TokenizedDocument], min_context: int
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Token ids of the documents that have something to score, and how many tokens each."""
+    tokens = [np.asarray(document.input_ids, dtype=np.int64) for document in documents]
+    kept = [ids for ids in tokens if len(ids) > min_context]
+    if not kept:
+        longest = f", the longest of {max(map(len, tokens))} tokens" if tokens else ""
+        raise ValueError(
+            f"documents must hold one of more than {min_context} tokens, got {len(tokens)}{longest}"
+            ". Hold out more or longer documents, or lower min_context."
+        )
+    return kept, np.array([len(ids) - min_context for ids in kept], dtype=np.int64)
+
+
+def _row(
+    length: int, sums: np.ndarray, shortest: np.ndarray, counts: np.ndarray, windows: Windows
+) -> PerplexityRow:
+    loss, stderr = token_mean(sums, counts)
+    gain, gain_stderr = token_mean(shortest - sums, counts)
+    with np.errstate(over="ignore"):
+        perplexity, low, high = np.exp([loss, loss - stderr, loss + stderr]).tolist()
+    return PerplexityRow(
+        length=length,
+        perplexity=perplexity,
+        perplexity_low=low,
+        perplexity_high=high,
+        loss=loss,
+        stderr=stderr,
+        gain=gain,
+        gain_stderr=gain_stderr,
+        mean_context=windows.mean_context(),
+        documents=len(counts),
+        tokens=int(counts.sum()),
+    )

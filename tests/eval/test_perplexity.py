@@ -1,0 +1,250 @@
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import lctrain
+from lctrain.data import TokenizedDocument
+from lctrain.eval import longest_documents, perplexity_by_length
+from tests.eval.conftest import VOCABULARY
+
+LENGTHS = [2, 8, 13, 64]
+
+
+@pytest.fixture(params=["packs", "rows"])
+def model(request, make_llama):
+    """A model that reads packs because it is patched, or rows because it is not; float64."""
+    llama = make_llama().double()
+    nn.init.normal_(llama.lm_head.weight)  # far from uniform
+    if request.param == "rows":
+        yield llama
+    else:
+        with lctrain.patch_model(llama, attention="flash"):
+            yield llama
+
+
+def slow_losses(model, ids: np.ndarray, length: int) -> list[float]:
+    """Each token of one document predicted by a forward pass of its own."""
+    losses = []
+    stride = max(1, round(length * 0.5))
+    for target in range(1, len(ids)):
+        if target <= length:
+            start = 0
+        else:
+            blocks = math.ceil((target - length) / stride)  # later windows score a stride each
+            stop = min(length + blocks * stride, len(ids) - 1)
+            start = stop - length
+        context = torch.from_numpy(ids[start:target])[None]
+        with torch.no_grad():
+            logits = model(input_ids=context, use_cache=False).logits[0, -1]
+        losses.append(-logits.log_softmax(-1)[ids[target]].item())
+    return losses
+
+
+def test_equals_a_slow_direct_computation(model, documents) -> None:
+    table = perplexity_by_length(model, documents, LENGTHS, max_tokens=64)
+    for row, length in zip(table.rows, LENGTHS, strict=True):
+        losses = [slow_losses(model, document.input_ids, length) for document in documents]
+        losses = [part for part in losses if part]
+        tokens = np.concatenate(losses)
+        assert (row.length, row.tokens, row.documents) == (length, len(tokens), 3)
+        assert row.loss == pytest.approx(tokens.mean(), rel=1e-12)
+        assert row.perplexity == pytest.approx(math.exp(tokens.mean()), rel=1e-12)
+        residuals = [sum(part) - tokens.mean() * len(part) for part in losses]
+        error = math.sqrt(3 / 2 * sum(r * r for r in residuals)) / len(tokens)
+        assert row.stderr == pytest.approx(error, rel=1e-9)
+        assert row.perplexity_low == pytest.approx(math.exp(row.loss - error))
+        assert row.perplexity_high == pytest.approx(math.exp(row.loss + error))
+        assert row.gain == pytest.approx(table.rows[0].loss - row.loss)
+
+
+def test_uniform_model_has_the_perplexity_of_its_vocabulary(model, documents) -> None:
+    nn.init.zeros_(model.lm_head.weight)
+    for row in perplexity_by_length(model, documents, LENGTHS, max_tokens=64).rows:
+        assert row.perplexity == pytest.approx(VOCABULARY, rel=1e-12)
+        assert row.stderr == pytest.approx(0.0, abs=1e-12)
+        assert row.gain == pytest.approx(0.0, abs=1e-12)
+
+
+class LooksBack(nn.Module):
+    """Predicts the token of `distance` positions ago, if it sees it, with probability 0.9.
+
+    Otherwise it is uniform, so its perplexity at every context length is known.
+    """
+
+    def __init__(self, distance: int):
+        super().__init__()
+        self.distance = distance
+        self.embedding = nn.Embedding(VOCABULARY, 1)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embedding
+
+    def forward(self, input_ids, **kwargs) -> dict[str, torch.Tensor]:
+        probabilities = torch.full((*input_ids.shape, VOCABULARY), 1 / VOCABULARY).double()
+        seen = nn.functional.one_hot(input_ids, VOCABULARY)[:, : -self.distance + 1]
+        probabilities[:, self.distance - 1 :] = 0.9 * seen + 0.1 / VOCABULARY
+        return {"logits": probabilities.log()}
+
+
+def test_model_that_needs_a_certain_context_gains_when_it_gets_it() -> None:
+    distance, size = 12, 300
+    ids = np.random.default_rng(0).integers(VOCABULARY, size=distance)
+    document = TokenizedDocument("periodic", np.tile(ids, size // distance), 0)
+    with pytest.warns(UserWarning, match="computes all of its logits at once"):
+        table = perplexity_by_length(
+            LooksBack(distance),
+            [document],
+            [11, 24, 400],
+            max_tokens=400,
+            min_context=distance,
+        )
+    short, enough, long = (row.perplexity for row in table.rows)
+    assert short == pytest.approx(VOCABULARY)
+    assert enough == pytest.approx(1 / (0.9 + 0.1 / VOCABULARY))
+    assert long == pytest.approx(enough)
+
+
+@pytest.mark.parametrize("max_tokens", [13, 100, 10_000])
+def test_batch_size_does_not_matter(max_tokens, model, documents) -> None:
+    expected = perplexity_by_length(model, documents, [5, 13], max_tokens=60)
+    table = perplexity_by_length(model, documents, [5, 13], max_tokens=max_tokens)
+    for row, other in zip(table.rows, expected.rows, strict=True):
+        assert dataclasses.asdict(row) == pytest.approx(dataclasses.asdict(other), rel=1e-10)
+
+
+def test_order_of_documents_and_of_lengths_does_not_matter(model, documents) -> None:
+    expected = perplexity_by_length(model, documents, [5, 13], max_tokens=60)
+    table = perplexity_by_length(model, documents[::-1], [13, 5, 5], max_tokens=60)
+    for row, other in zip(table.rows, expected.rows, strict=True):
+        assert dataclasses.asdict(row) == pytest.approx(dataclasses.asdict(other), rel=1e-10)
+
+
+def test_documents_do_not_see_one_another(model, documents) -> None:
+    together = perplexity_by_length(model, documents, [5, 60], max_tokens=120)
+    alone = [perplexity_by_length(model, [d], [5, 60], max_tokens=120) for d in documents[:3]]
+    for index, row in enumerate(together.rows):
+        parts = [table.rows[index] for table in alone]
+        assert row.tokens == sum(part.tokens for part in parts)
+        expected = sum(part.loss * part.tokens for part in parts) / row.tokens
+        assert row.loss == pytest.approx(expected, rel=1e-12)
+
+
+def test_lengths_beyond_every_document_give_the_same_row(model, documents) -> None:
+    at_end, beyond = perplexity_by_length(model, documents, [44, 500], max_tokens=500).rows
+    assert dataclasses.replace(beyond, length=44) == at_end
+
+
+def test_documents_shorter_than_the_shortest_length(model) -> None:
+    documents = [TokenizedDocument("pair", np.array([3, 4]), 0)]
+    first, second = perplexity_by_length(model, documents, [8, 16], max_tokens=16).rows
+    assert (first.tokens, first.mean_context, first.gain) == (1, 1.0, 0.0)
+    assert (second.tokens, second.mean_context, second.gain) == (1, 1.0, 0.0)
+    assert second.loss == first.loss
+
+
+def test_min_context_scores_the_same_late_tokens_at_every_length(model, documents) -> None:
+    table = perplexity_by_length(model, documents, [4, 20], max_tokens=60, min_context=20)
+    ids = documents[0].input_ids
+    assert [row.tokens for row in table.rows] == [25, 25]
+    assert [row.documents for row in table.rows] == [1, 1]
+    expected = slow_losses(model, ids, 20)[19:]
+    assert table.rows[1].loss == pytest.approx(np.mean(expected), rel=1e-12)
+    assert math.isnan(table.rows[1].stderr)
+
+
+def test_model_keeps_its_mode_and_dropout_is_off(make_llama, documents) -> None:
+    model = make_llama(attention_dropout=0.5)
+    expected = perplexity_by_length(model, documents, [8], max_tokens=60)
+    model.train()
+    model.model.layers[0].eval()
+    with lctrain.patch_model(model, attention="flash"):
+        table = perplexity_by_length(model, documents, [8], max_tokens=60)
+    assert table.rows[0].loss == pytest.approx(expected.rows[0].loss, rel=1e-6)
+    assert model.training
+    assert not model.model.layers[0].training
+    assert model.model.layers[1].self_attn.training
+
+
+def test_recurrent_model_without_attention(documents) -> None:
+    """Mamba cannot read packs; rows that are padded on the right suit every causal model."""
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, state_size=4, num_hidden_layers=1, use_cache=False
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    table = perplexity_by_length(model, documents, [8], max_tokens=64)
+    losses = [slow_losses(model, document.input_ids, 8) for document in documents]
+    assert table.rows[0].loss == pytest.approx(np.mean(np.concatenate(losses)), rel=1e-5)
+
+
+def test_longest_documents_first(documents) -> None:
+    sizes = [len(d.input_ids) for d in longest_documents(documents, 3)]
+    assert sizes == [45, 17, 2]
+    assert len(longest_documents(documents, None)) == 4
+    with pytest.raises(ValueError, match="documents must be at least 1, got 0"):
+        longest_documents(documents, 0)
+
+
+def test_progress_bar_counts_scored_tokens(make_llama, documents, capsys) -> None:
+    perplexity_by_length(make_llama(), documents, [8, 64], max_tokens=64, progress=True)
+    assert "122/122" in capsys.readouterr().err
+
+
+BAD_CALLS = {
+    "no-length": ({"lengths": []}, "lengths must name at least one"),
+    "length-1": ({"lengths": [8, 1]}, "lengths must be at least 2, got 1"),
+    "length-text": ({"lengths": ["8"]}, "lengths must be integers, got '8'"),
+    "length-fraction": ({"lengths": [8.5]}, "lengths must be integers, got 8.5"),
+    "length-too-long": ({"lengths": [8, 65]}, "at most max_tokens = 64, got 65. Raise"),
+    "overlap": ({"overlap": 1.0}, r"overlap must be in \[0, 1\), got 1.0"),
+    "min-context": ({"min_context": 0}, "min_context must be at least 1, got 0"),
+    "short-documents": ({"min_context": 50}, "more than 50 tokens, got 4, the longest of 45"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
+def test_bad_input_is_an_error_that_names_it(change, message, make_llama, documents) -> None:
+    arguments = {"lengths": [8], "max_tokens": 64, **change}
+    lengths = arguments.pop("lengths")
+    with pytest.raises(ValueError, match=message):
+        perplexity_by_length(make_llama(), documents, lengths, **arguments)
+
+
+def test_no_documents_is_an_error(make_llama) -> None:
+    with pytest.raises(ValueError, match=r"more than 1 tokens, got 0. Hold out"):
+        perplexity_by_length(make_llama(), [], [8], max_tokens=64)
+
+
+def test_tokens_of_another_tokenizer_are_an_error(make_llama, documents) -> None:
+    with pytest.raises(ValueError, match="below the model's vocabulary of 50, got 96"):
+        perplexity_by_length(make_llama(vocab_size=50), documents, [8], max_tokens=64)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("GPT2", {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}),
+        (
+            "OPT",
+            {
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "ffn_dim": 16,
+                "word_embed_proj_dim": 16,
+                "max_position_embeddings": 32,
+            },
+        ),
+    ],
+)
+def test_learned_positions_bound_the_length(name, sizes, documents) -> None:
+    config = getattr(transformers, f"{name}Config")(vocab_size=VOCABULARY, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert perplexity_by_length(model, documents, [32], max_tokens=64).rows[0].perplexity > 1
+    with pytest.raises(ValueError, match=r"at most 32, the number of positions .* got 40"):
+        perplexity_by_length(model, documents, [40], max_tokens=64)
