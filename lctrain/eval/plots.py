@@ -7,72 +7,119 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from lctrain.eval.table import PerplexityTable
 
 INK = "#1f2933"
 MUTED = "#616e7c"
 LINE = "#0b6e99"
+LINEAR_SPAN = 10
+MANY_LENGTHS = 8
 
 
 def plot_perplexity(table: PerplexityTable, path: Path) -> None:
-    """Draws perplexity against context length, with a band of one standard error over documents.
+    """Draws perplexity against context length, with one standard error over documents.
+
+    The scale of perplexities is logarithmic where they span more than a factor of ten.
 
     Args:
-        table: at least one row; rows whose perplexity is not finite leave a gap.
+        table: at least one row; a perplexity that is not finite leaves a gap.
         path: PNG file to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import FuncFormatter
 
     figure = Figure(figsize=(7.2, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     lengths = [row.length for row in table.rows]
-    axes.fill_between(
-        lengths,
-        [row.perplexity_low for row in table.rows],
-        [row.perplexity_high for row in table.rows],
-        color=LINE,
-        alpha=0.18,
-        linewidth=0,
-        label="± one standard error over documents",
-    )
-    axes.plot(lengths, [row.perplexity for row in table.rows], color=LINE, marker="o", linewidth=2)
+    perplexities = [_finite(row.perplexity) for row in table.rows]
+    axes.plot(lengths, perplexities, color=LINE, marker="o", linewidth=2)
+    _draw_errors(axes, table, lengths, perplexities)
+    _scale_lengths(axes, lengths)
+    axes.set_xlabel("Context length (tokens, at most)", color=INK)
+    axes.set_ylabel("Perplexity", color=INK)
+    shown = [value for value in perplexities if not math.isnan(value)]
+    if shown and max(shown) > LINEAR_SPAN * min(shown):
+        axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
+    axes.margins(x=0.06, y=0.18)
+    _label_points(axes, lengths, perplexities)
+    _write_titles(axes, table)
+    axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=MUTED, which="both")
+    figure.savefig(path)
+
+
+def _draw_errors(
+    axes: Axes, table: PerplexityTable, lengths: list[int], perplexities: list[float]
+) -> None:
+    """A band between the points; a bar where there is one point only."""
+    if table.rows[0].documents < 2:
+        return
+    label = "± one standard error over documents"
+    low = [_finite(row.perplexity_low) for row in table.rows]
+    high = [_finite(row.perplexity_high) for row in table.rows]
+    if len(lengths) > 1:
+        axes.fill_between(lengths, low, high, color=LINE, alpha=0.18, linewidth=0, label=label)
+    else:
+        errors = [[perplexities[0] - low[0]], [high[0] - perplexities[0]]]
+        axes.errorbar(lengths, perplexities, errors, color=LINE, capsize=4, label=label)
+    axes.legend(frameon=False, fontsize=8, labelcolor=MUTED)
+
+
+def _scale_lengths(axes: Axes, lengths: list[int]) -> None:
+    from matplotlib.ticker import NullLocator
+
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.xaxis.set_minor_locator(NullLocator())
-    if len(lengths) > 8:
+    if len(lengths) > MANY_LENGTHS:
         axes.tick_params(axis="x", labelrotation=45)
-    axes.margins(x=0.06, y=0.18)
-    axes.set_xlabel("Context length (tokens, at most)", color=INK)
-    axes.set_ylabel("Perplexity", color=INK)
-    for row in table.rows:
-        if math.isfinite(row.perplexity):
-            axes.annotate(
-                f"{row.perplexity:,.4g}",
-                (row.length, row.perplexity),
-                xytext=(0, 9),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-                color=INK,
-            )
+
+
+def _label_points(axes: Axes, lengths: list[int], perplexities: list[float]) -> None:
+    from matplotlib.patheffects import withStroke
+
+    for length, perplexity in zip(lengths, perplexities, strict=True):
+        if math.isnan(perplexity):
+            continue
+        digits = max(0, 3 - math.floor(math.log10(perplexity)))
+        axes.annotate(
+            f"{perplexity:,.{min(digits, 3)}f}",
+            (length, perplexity),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            color=INK,
+            path_effects=[withStroke(linewidth=2.5, foreground="white", alpha=0.8)],
+        )
+
+
+def _write_titles(axes: Axes, table: PerplexityTable) -> None:
     title = "Perplexity by context length" + (f": {table.name}" if table.name else "")
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=22)
     row = table.rows[0]
     axes.text(
         0,
         1.03,
-        f"{row.tokens:,} held-out tokens of {row.documents:,} documents, the same at every length",
+        f"{count(row.tokens, 'held-out token')} of {count(row.documents, 'document')}, "
+        "the same at every length",
         transform=axes.transAxes,
         fontsize=9,
         color=MUTED,
     )
-    axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=MUTED)
-    if row.documents > 1:
-        axes.legend(frameon=False, fontsize=8, labelcolor=MUTED)
-    figure.savefig(path)
+
+
+def count(number: int, noun: str) -> str:
+    """The number with its noun, such as "1 document" or "2,000 documents"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else math.nan

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lctrain.eval.plots import count, plot_perplexity
+
 FILE_STEM = "perplexity_by_length"
 
 
@@ -76,8 +78,6 @@ class PerplexityTable:
         Returns:
             The paths by "csv", "json" and "png".
         """
-        from lctrain.eval.plots import plot_perplexity
-
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         paths = {kind: folder / f"{FILE_STEM}.{kind}" for kind in ("csv", "json", "png")}
@@ -99,7 +99,7 @@ class PerplexityTable:
         head = self.rows[0]
         lines = [
             f"Perplexity by context length{f' of {self.name}' if self.name else ''}: "
-            f"{_count(head.tokens, 'token')} of {_count(head.documents, 'document')}, "
+            f"{count(head.tokens, 'token')} of {count(head.documents, 'document')}, "
             "the same at every length",
             f"{'length':>10}{'mean context':>14}{'perplexity':>20}{'loss':>18}{'gain':>20}",
         ]
@@ -119,10 +119,6 @@ class PerplexityTable:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _with_error(value: float, error: float, digits: int) -> str:
