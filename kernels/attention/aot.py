@@ -85,7 +85,7 @@ def kernel_variant(
         "HAS_ALIBI": everything,
         "HAS_SINK": everything,
         "HAS_DROPOUT": dropout,
-        "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+        "PRECISION": "ieee",
     }
     kernel = KERNELS[operation]
     signature: dict[str, str] = {}

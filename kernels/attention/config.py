@@ -38,7 +38,11 @@ class TileConfig:
     @property
     def options(self) -> dict[str, int]:
         """The compiler's options."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,  # Triton 3.10 flips the default
+        }
         if self.max_registers is not None:
             options["maxnreg"] = self.max_registers
         return options
