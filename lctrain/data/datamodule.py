@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lctrain.batch import PackedBatch
 from lctrain.data.documents import TokenizedDocument
-from lctrain.data.loader import PackLoader, RowStream
+from lctrain.data.loader import Cursor, PackLoader, RowStream
 from lctrain.data.order import epoch_order
 from lctrain.data.packing import Overlong, PackingReport
 from lctrain.data.prepare import (
@@ -88,8 +88,8 @@ class PackedDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self._prepared: PreparedData | None = None
-        self._train_loader: PackLoader | None = None
-        self._restored: dict[str, Any] = {}
+        self._cursor = Cursor()
+        self._restored_settings: dict[str, Any] = {}
 
     @property
     def max_tokens(self) -> int:
@@ -138,11 +138,13 @@ class PackedDataModule(LightningDataModule):
         """
         if self._prepared is None:
             self._prepared = self.preparation.run()
-            if self._restored:
-                check_same_settings(self.settings, self._restored["settings"])
+            if self._restored_settings:
+                check_same_settings(self.settings, self._restored_settings)
 
     def train_dataloader(self) -> PackLoader:
         """The endless stream of this rank's training batches; `len` is the steps of an epoch.
+
+        Outside of `Trainer.fit` an iterator goes on where the last one stopped.
 
         Raises:
             ValueError: if there are fewer rows than ranks.
@@ -164,15 +166,15 @@ class PackedDataModule(LightningDataModule):
         def epoch_rows(epoch: int) -> np.ndarray:
             return epoch_order(costs, world_size, seed, epoch)[:, rank]
 
-        self._train_loader = PackLoader(
+        return PackLoader(
             rows,
             RowStream(epoch_rows, steps, endless=True),
             steps,
             self._position,
+            self._cursor,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
         )
-        return self._train_loader
 
     def val_dataloader(self) -> PackLoader | list[Any]:
         """Held-out rows in their order; every rank has the same number of steps.
@@ -225,11 +227,10 @@ class PackedDataModule(LightningDataModule):
         """
         if self.trainer is not None and self._progress is None:
             return  # a model may be validated on any data
-        self._restored = state_dict
-        if self._train_loader is not None:
-            self._train_loader.consumed = state_dict["batches"]
+        self._cursor.batches = state_dict["batches"]
+        self._restored_settings = state_dict["settings"]
         if self._prepared is not None:
-            check_same_settings(self.settings, state_dict["settings"])
+            check_same_settings(self.settings, self._restored_settings)
 
     @property
     def _ready(self) -> PreparedData:
@@ -267,9 +268,7 @@ class PackedDataModule(LightningDataModule):
         """
         if self._progress is not None:
             return self._progress.total.processed
-        if self._train_loader is not None:
-            return self._train_loader.consumed
-        return self._restored.get("batches", 0)
+        return self._cursor.batches
 
 
 def _default_cache_dir() -> Path:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -41,6 +42,17 @@ class RowStream(Sampler[int]):
             yield int(self._epoch_rows(epoch)[step])
 
 
+@dataclass
+class Cursor:
+    """Number of the batch after the last one that any iterator has given out.
+
+    It is an object of its own, so that loader and data module do not refer to each other: Python
+    would collect such a circle only after the workers' queues, and then wait for each worker.
+    """
+
+    batches: int = 0
+
+
 class PackLoader:
     """Yields one PackedBatch per step; `len` is the number of steps of an epoch.
 
@@ -54,6 +66,7 @@ class PackLoader:
         stream: RowStream,
         steps: int,
         position: Callable[[], int],
+        cursor: Cursor | None = None,
         *,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -65,10 +78,11 @@ class PackLoader:
             stream: Which row comes when.
             steps: Steps of an epoch.
             position: Called once per iterator: the batch it starts with.
+            cursor: Set to the batch after each one given out.
             num_workers: Worker processes.
             pin_memory: Copy batches to pinned memory.
         """
-        self.consumed = 0  # where the last iterator stands
+        self._cursor = Cursor() if cursor is None else cursor
         self._stream = stream
         self._steps = steps
         self._position = position
@@ -91,7 +105,7 @@ class PackLoader:
         """One epoch's number of batches, from `position()` on."""
         first = self._position()
         for number in range(first, first + self._steps):
-            self.consumed = number + 1
+            self._cursor.batches = number + 1
             yield self._batch(number)
 
     def state_dict(self) -> dict[str, Any]:

@@ -64,7 +64,10 @@ def _similar(
 
 
 def _balance(steps: np.ndarray, costs: np.ndarray) -> np.ndarray:
-    """Gives the rows of each step, heaviest first, to the ranks that have done least."""
+    """Gives the rows of each step, heaviest first, to the ranks that have done least.
+
+    So the totals of two ranks never differ by more than two rows of one step do.
+    """
     done = np.zeros(steps.shape[1])
     balanced = np.empty_like(steps)
     for step, rows in enumerate(steps):

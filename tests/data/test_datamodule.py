@@ -1,0 +1,291 @@
+"""PackedDataModule: settings, what it offers after setup, and its errors."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from transformers import PreTrainedTokenizerFast
+
+from lctrain.data import JsonlSource, PackedDataModule, TextSource
+
+
+def as_rank(data: PackedDataModule, rank: int, world_size: int) -> PackedDataModule:
+    """Attaches what the data module asks a trainer for outside of fit."""
+    data.trainer = SimpleNamespace(
+        world_size=world_size, global_rank=rank, state=SimpleNamespace(fn=TrainerFn.VALIDATING)
+    )
+    return data
+
+
+def batches(loader) -> list[tuple[int, ...]]:
+    return [tuple(batch.document_ids.tolist()) for batch in loader]
+
+
+@pytest.fixture
+def data(make_data) -> PackedDataModule:
+    module = make_data()
+    module.setup()
+    return module
+
+
+def test_offers_tokenizer_report_and_fingerprint(data):
+    assert data.vocab_size == len(data.tokenizer) == 300
+    report = data.packing_report
+    assert report.documents + data.held_out_report.documents == 60
+    assert report.rows == len(data.train_dataloader())
+    assert report.fill > 0.9
+    assert len(data.fingerprint) == 16
+
+
+def test_an_epoch_holds_every_piece_once_and_the_next_in_another_order(data):
+    loader = data.train_dataloader()
+    first, second = batches(loader), batches(loader)
+    assert sorted(first) == sorted(second)
+    assert first != second
+    pieces = [piece for row in first for piece in row]
+    assert sorted(pieces) == list(range(data.packing_report.pieces))
+
+
+def test_batches_are_valid_packs(data):
+    for batch in data.train_dataloader():
+        assert batch.num_tokens <= 256
+        assert batch.cu_seqlens[-1] == batch.num_tokens
+        ends = batch.cu_seqlens[1:].long() - 1
+        assert bool((batch.labels[0, ends] == -100).all())
+
+
+def test_the_same_seed_gives_the_same_batches_and_another_seed_others(make_data):
+    def first_epoch(seed: int) -> list[tuple[int, ...]]:
+        module = make_data(seed=seed)
+        module.setup()
+        return batches(module.train_dataloader())
+
+    assert first_epoch(1) == first_epoch(1) != first_epoch(2)
+
+
+def test_workers_change_nothing(make_data, data):
+    module = make_data(num_workers=2)
+    module.setup()
+    assert batches(module.train_dataloader()) == batches(data.train_dataloader())
+
+
+def test_loading_draws_nothing_from_the_global_random_numbers(data):
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    batches(data.train_dataloader())
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_looking_at_a_batch_outside_of_fit_and_state_without_a_trainer(make_data, data):
+    loader = data.train_dataloader()
+    epoch = batches(loader)
+    restored = make_data()
+    restored.setup()
+    loader = restored.train_dataloader()
+    for _, seen in zip(range(4), loader, strict=False):
+        assert tuple(seen.document_ids.tolist()) in epoch
+    state = json.loads(json.dumps(restored.state_dict()))  # plain values
+    assert state["batches"] == 4
+    resumed = make_data()
+    resumed.load_state_dict(state)
+    resumed.setup()
+    assert batches(resumed.train_dataloader())[: len(epoch) - 4] == epoch[4:]
+
+
+def test_held_out_documents_are_whole_and_not_in_training(data):
+    documents = data.held_out_documents()
+    assert len(documents) == data.held_out_report.documents >= 1
+    assert [document.document_id for document in documents] == list(range(len(documents)))
+    for document in documents:
+        assert document.input_ids.dtype == np.int64
+        assert document.input_ids[-1] == data.tokenizer.eos_token_id
+    training = {n.split("[")[0] for batch in data.train_dataloader() for n in batch.names}
+    assert not training & {document.name for document in documents}
+
+
+def test_held_out_batches_come_in_order_every_time(data):
+    loader = data.val_dataloader()
+    first = batches(loader)
+    assert first == batches(loader)
+    assert sum(len(row) for row in first) == data.held_out_report.pieces
+
+
+def test_without_held_out_documents_there_is_no_validation(make_data):
+    module = make_data(held_out_fraction=0.0)
+    module.setup()
+    assert module.val_dataloader() == []
+    assert module.held_out_documents() == []
+
+
+def test_held_out_files_of_the_source_are_used(make_data, corpus):
+    source = TextSource(files=f"{corpus}/[0-4]*.txt", held_out_files=f"{corpus}/5*.txt")
+    module = make_data(source=source)
+    module.setup()
+    assert len(module.held_out_documents()) == 10
+    assert module.packing_report.documents == 50
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_an_epoch_without_overlap(make_data, world_size):
+    modules = [as_rank(make_data(), rank, world_size) for rank in range(world_size)]
+    for module in modules:
+        module.setup()
+    epochs = [batches(module.train_dataloader()) for module in modules]
+    steps = modules[0].packing_report.rows // world_size
+    assert [len(epoch) for epoch in epochs] == [steps] * world_size
+    pieces = [piece for epoch in epochs for row in epoch for piece in row]
+    assert len(pieces) == len(set(pieces))
+
+
+def test_ranks_take_equally_many_held_out_steps_and_every_target_once(make_data):
+    modules = [as_rank(make_data(held_out_fraction=0.3), rank, 3) for rank in range(3)]
+    targets, steps = 0, set()
+    for module in modules:
+        module.setup()
+        loader = list(module.val_dataloader())
+        targets += sum(batch.num_valid_tokens for batch in loader)
+        steps.add(len(loader))
+    report = modules[0].held_out_report
+    assert report.rows % 3 != 0
+    assert steps == {-(-report.rows // 3)}
+    assert targets == report.tokens - report.pieces
+
+
+def test_fewer_rows_than_ranks_is_an_error(make_data):
+    module = as_rank(make_data(), 0, 1000)
+    module.setup()
+    with pytest.raises(ValueError, match=r"each of 1000 ranks, got \d+ rows\. Use more data"):
+        module.train_dataloader()
+
+
+def test_empty_documents_are_dropped_and_counted(make_data, tmp_path):
+    texts = ["first text", "", "  ", "second text", "third text"]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    module = make_data(source=JsonlSource(files=str(tmp_path / "a.jsonl")), held_out_fraction=0.0)
+    module.setup()
+    assert module.packing_report.documents == 3
+    assert module.packing_report.dropped_empty == 2
+
+
+def test_data_without_text_is_an_error(make_data, tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    module = make_data(source=TextSource(files=str(tmp_path / "a.txt")))
+    with pytest.raises(
+        ValueError, match=r"at least one document with text, got none .*\(1 empty\)"
+    ):
+        module.setup()
+
+
+def test_dropping_every_document_is_an_error(make_data):
+    module = make_data(max_tokens=2, overlong="drop")
+    with pytest.raises(ValueError, match=r"at least one row, got none: .*overlong=split"):
+        module.setup()
+
+
+def test_a_tokenizer_object_is_used_and_must_have_an_end_token(make_data, data):
+    module = make_data(tokenizer=data.tokenizer)
+    module.setup()
+    assert module.fingerprint == data.fingerprint
+    bare = PreTrainedTokenizerFast(tokenizer_object=data.tokenizer.backend_tokenizer)
+    with pytest.raises(ValueError, match="tokenizer must have an end token"):
+        make_data(tokenizer=bare).setup()
+
+
+def test_a_tokenizer_path_is_used(make_data, data, tmp_path):
+    data.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    module = make_data(tokenizer=str(tmp_path / "tokenizer"))
+    module.setup()
+    assert module.fingerprint == data.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_tokens": 1}, "max_tokens must be at least 2, got 1"),
+        ({"overlong": "cut"}, "overlong must be one of split, truncate, drop, got 'cut'"),
+        ({"held_out_fraction": 1.0}, r"held_out_fraction must be in \[0, 1\), got 1.0"),
+        ({"packing_window": 0}, "packing_window must be at least 1, got 0"),
+        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_settings_are_an_error_before_anything_is_read(make_data, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_data(**settings)
+
+
+def test_asking_for_batches_before_setup_is_an_error(make_data):
+    with pytest.raises(RuntimeError, match=r"setup\(\) must run first"):
+        make_data().train_dataloader()
+    assert make_data().state_dict() == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"max_tokens": 128}, ["max_tokens was 256, is 128"]),
+        ({"overlong": "drop", "seed": 7}, ["overlong was 'split', is 'drop'", "seed was 0, is 7"]),
+        ({"packing_window": 10}, ["packing_window was 100000, is 10"]),
+        ({"vocab_size": 310}, ["tokenizer was"]),
+        (
+            {"held_out_fraction": 0.4},
+            ["held_out_fraction was 0.05, is 0.4", "training_documents was", "tokenizer was"],
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_resuming_with_other_settings_is_an_error_that_names_them(make_data, data, settings, names):
+    other = make_data(**settings)
+    other.setup()
+    with pytest.raises(ValueError, match="a resumed run must have the data and packing") as error:
+        other.load_state_dict(data.state_dict())
+    assert all(name in str(error.value) for name in names)
+    message = str(error.value).partition("; source was")[0]
+    assert message.count(" was ") == len(names)
+
+
+def test_resuming_with_other_settings_is_noticed_at_setup_too(make_data, data):
+    other = make_data(max_tokens=128)
+    other.load_state_dict(data.state_dict())
+    with pytest.raises(ValueError, match="max_tokens was 256, is 128"):
+        other.setup()
+
+
+def test_resuming_with_other_documents_names_both_sources(make_data, data, corpus):
+    other = make_data(source=TextSource(files=f"{corpus}/[0-3]*.txt"))
+    other.setup()
+    with pytest.raises(ValueError, match=r"source was TextSource\(.*\), is TextSource\(.*0-3"):
+        other.load_state_dict(data.state_dict())
+
+
+def test_resuming_with_moved_files_is_fine(make_data, data, corpus, tmp_path):
+    for path in corpus.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    moved = make_data(source=TextSource(files=f"{tmp_path}/*.txt"))
+    moved.setup()
+    moved.load_state_dict(data.state_dict())
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("LCTRAIN_CACHE", str(tmp_path / "own"))
+    assert PackedDataModule().preparation.cache_dir == tmp_path / "own"
+    monkeypatch.delenv("LCTRAIN_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert PackedDataModule().preparation.cache_dir == tmp_path / "lctrain"
+
+
+@pytest.mark.gpu
+def test_pinned_batches_arrive_on_the_device(make_data):
+    module = make_data(pin_memory=True, num_workers=1)
+    module.setup()
+    batch = next(iter(module.train_dataloader()))
+    assert batch.input_ids.is_pinned()
+    assert batch.schedule.q_tiles.is_pinned()
+    moved = module.transfer_batch_to_device(batch, torch.device("cuda"), 0)
+    assert moved.labels.is_cuda
+    assert torch.equal(moved.labels.cpu(), batch.labels)

@@ -1,0 +1,91 @@
+"""Documents: the stable split, the counts, and reading tokens out of the cache."""
+
+import pickle
+
+import numpy as np
+import pytest
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+
+from lctrain.data.documents import TokenStore, read_documents
+
+TEXTS = [f"text {number}" for number in range(400)]
+
+
+def documents(texts):
+    return read_documents(Dataset.from_dict({"text": texts}), "table")
+
+
+def test_empty_texts_and_nulls_of_a_table_are_dropped_and_counted():
+    read = documents(["a", "", " \n", None, "b"])
+    assert list(read.names) == ["table:0", "table:4"]
+    assert read.texts["text"][:] == ["a", "b"]
+    assert (read.dropped_empty, read.dropped_undecodable) == (3, 0)
+
+
+def test_null_of_a_file_is_undecodable():
+    read = read_documents(Dataset.from_dict({"text": ["a", None], "name": ["f", "g"]}), "files")
+    assert list(read.names) == ["f"]
+    assert (read.dropped_empty, read.dropped_undecodable) == (0, 1)
+
+
+def test_no_documents():
+    read = documents([])
+    assert len(read) == 0
+    assert [len(part) for part in read.split(0.5)] == [0, 0]
+
+
+def test_split_is_a_partition_near_the_fraction():
+    train, held_out = documents(TEXTS).split(0.2)
+    assert len(train) + len(held_out) == 400
+    assert not set(train.texts["text"]) & set(held_out.texts["text"])
+    assert 50 < len(held_out) < 110
+
+
+def test_split_does_not_depend_on_order_or_on_other_documents():
+    whole = set(documents(TEXTS).split(0.2)[1].texts["text"])
+    part = set(documents(TEXTS[100:][::-1]).split(0.2)[1].texts["text"])
+    assert part == whole & set(TEXTS[100:])
+
+
+def test_copies_of_a_text_are_never_on_both_sides():
+    train, held_out = documents(TEXTS + TEXTS).split(0.3)
+    assert not set(train.texts["text"]) & set(held_out.texts["text"])
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.999999999])
+def test_neither_side_is_empty(fraction):
+    train, held_out = documents(["a", "b"]).split(fraction)
+    assert (len(train), len(held_out)) == (1, 1)
+
+
+def test_fraction_zero_holds_nothing_out():
+    assert len(documents(TEXTS).split(0.0)[1]) == 0
+
+
+def test_fingerprint_follows_texts_and_their_order():
+    assert documents(["a", "b"]).fingerprint == documents(["a", "", "b"]).fingerprint
+    assert documents(["a", "b"]).fingerprint != documents(["b", "a"]).fingerprint
+
+
+@pytest.fixture
+def store() -> TokenStore:
+    """Five documents in two Arrow chunks."""
+    features = Features({"input_ids": List(Value("int32"))})
+    first = Dataset.from_dict({"input_ids": [[1, 2, 3], [4]]}, features=features)
+    second = Dataset.from_dict({"input_ids": [[5, 6], [7, 8, 9, 10], [11]]}, features=features)
+    return TokenStore(concatenate_datasets([first, second]), list("abcde"))
+
+
+def test_token_store_reads_slices_across_chunks(store):
+    assert store.lengths.tolist() == [3, 1, 2, 4, 1]
+    rows = [store.tokens(i).tolist() for i in range(5)]
+    assert rows == [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10], [11]]
+    assert store.tokens(3, 1, 2).tolist() == [8, 9]
+    assert store.tokens(2, 1).tolist() == [6]
+    assert store.tokens(0).dtype == np.int32
+
+
+def test_token_store_pickles_for_spawned_workers(store):
+    copy = pickle.loads(pickle.dumps(store))
+    assert copy.tokens(3).tolist() == [7, 8, 9, 10]
+    assert copy.names == store.names
