@@ -56,9 +56,7 @@ def flash_attention_mask(
             f"model extends by a pattern of its own (prefix, image or block mask). {UNPATCH}"
         )
     fixed_size = isinstance(q_offset, Tensor) or (
-        attention_mask is None
-        and allow_is_causal_skip
-        and q_offset + q_length != kv_offset + kv_length
+        allow_is_causal_skip and q_offset + q_length != kv_offset + kv_length
     )
     if fixed_size:
         raise ValueError(

@@ -46,15 +46,16 @@ def require_supported(model: Any) -> None:
             f"model must be a causal language model or an encoder, got the encoder-decoder {name}. "
             "Patch its encoder alone: patch_model(model.get_encoder())."
         )
+    inner = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    parts = sorted({type(module).__name__ for module in inner if module.config is not config})
+    if parts:
+        raise ValueError(
+            f"model must be one text model, got {name} with {', '.join(parts)}. Patch its language "
+            "model alone, for example patch_model(model.get_decoder())."
+        )
     layers = attention_layers(model)
     _require_attention_only(model, layers)
     _require_interface(model, layers)
-    parts = sorted(key for key in config.sub_configs if getattr(config, key, None) is not None)
-    if parts:
-        raise ValueError(
-            f"model must be text only, got {name} with {', '.join(parts)}. Patch its language "
-            "model alone, for example patch_model(model.get_decoder())."
-        )
     _require_windows(model, layers)
     _require_keyword_arguments(model, layers)
     if getattr(config, "output_attentions", False):
@@ -117,7 +118,8 @@ def _require_attention_only(model: nn.Module, layers: dict[str, nn.Module]) -> N
     within = [module for layer in layers.values() for module in layer.modules()]
     for module in model.modules():
         kind = type(module).__name__
-        if _MIXER.search(kind) or (isinstance(module, nn.Conv1d) and module not in within):
+        mixes = _MIXER.search(kind) and not re.search(r"Norm|Mlp|MLP|Model$|For[A-Z]", kind)
+        if mixes or (isinstance(module, nn.Conv1d) and module not in within):
             found.add(kind)
     if found:
         raise ValueError(

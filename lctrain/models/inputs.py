@@ -54,8 +54,9 @@ class InputHook:
             self._give_positions(model, inputs, tokens)
         self._turn_cache_off(model, inputs)
         mask = inputs.get("attention_mask")
-        if _filled(inputs.get("past_key_values")) or (mask is not None and not _is_padding(mask)):
-            return (), inputs  # the attention function judges caches and ready-made masks
+        if _filled(inputs.get("past_key_values")):
+            _refuse_restart(inputs, tokens.shape[1])
+            return (), inputs  # the attention function knows how many keys there are
         boundaries = find_boundaries(inputs, tokens.shape[0], tokens.shape[1], tokens.device)
         if mask is None and "attention_mask" in self.names:
             # "No padding", said aloud: otherwise transformers reads the position ids on the device.
@@ -134,6 +135,12 @@ def find_boundaries(
             )
         return from_cu_seqlens(inputs, rows, rows)
     if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"attention_mask must be [batch, tokens], got {shape}. Describe documents by "
+                "cu_seq_lens_q/k and padding by a 2-D mask, or call unpatch() first."
+            )
         if tuple(mask.shape) != rows:
             raise ValueError(
                 f"attention_mask must have the inputs' shape {list(rows)}, got "
@@ -171,5 +178,15 @@ def _filled(cache: Any) -> bool:
     return cache is not None and cache.get_seq_length() > 0
 
 
-def _is_padding(mask: Any) -> bool:
-    return isinstance(mask, Tensor) and mask.dim() == 2
+def _refuse_restart(inputs: dict[str, Any], tokens: int) -> None:
+    position_ids, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+    if position_ids is None or position_ids.dim() != 2 or tokens == 1:
+        return
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        mask = mask[:, -tokens:].to(device=position_ids.device, dtype=torch.bool)
+        position_ids = position_ids.expand(mask.shape[0], -1)
+    if find_segments(position_ids, mask if isinstance(mask, Tensor) else None) is not None:
+        raise ValueError(
+            "position_ids must not restart on top of a filled key/value cache, got several "
+            "documents in one row. Pass use_cache=False and no past_key_values."
+        )

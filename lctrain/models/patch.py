@@ -14,7 +14,6 @@ from lctrain.models.configs import ConfigSwap
 from lctrain.models.inputs import InputHook
 
 OPTIONS = ("dropout", "deterministic", "backend")
-_PATCHED = "_lctrain_patched"
 
 
 def patch_model(model: nn.Module, attention: str = "flash", **options: Any) -> "PatchHandle":
@@ -44,11 +43,11 @@ def patch_model(model: nn.Module, attention: str = "flash", **options: Any) -> "
             f"spelling; attention={attention!r} has no other option."
         )
     spec = AttentionSpec(kind=attention, **options)
-    require_supported(model)
-    if any(hasattr(module, _PATCHED) for module in model.modules()):
+    if isinstance(model, nn.Module) and _hooks(model):
         raise ValueError(
             "model must not be patched, got one that is. Call unpatch() on its handle first."
         )
+    require_supported(model)
     serving_backend(model, spec)
     register()
     return PatchHandle(model, spec)
@@ -69,6 +68,11 @@ def serving_backend(model: nn.Module, spec: AttentionSpec) -> str:
     if spec.backend != "auto" and device.type == "cpu" and torch.cuda.is_available():
         device = torch.device("cuda")  # a model is often patched before it is moved
     return select_backend(device, dtype, spec.backend)
+
+
+def _hooks(model: nn.Module) -> list[InputHook]:
+    found = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return [hook for hook in found if isinstance(hook, InputHook)]
 
 
 class PatchHandle:
@@ -99,7 +103,6 @@ class PatchHandle:
             for module in model.modules()
             if isinstance(module, PreTrainedModel)
         ]
-        setattr(model, _PATCHED, True)
 
     def unpatch(self) -> None:
         """Gives the model back as it was, outputs bit-equal. Harmless if done before."""
@@ -111,7 +114,6 @@ class PatchHandle:
         for layer in self.layers.values():
             delattr(layer, SPEC_ATTRIBUTE)
         self._configs.restore()
-        delattr(self.model, _PATCHED)
 
     def __enter__(self) -> "PatchHandle":
         return self

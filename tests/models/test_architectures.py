@@ -1,0 +1,100 @@
+"""Models that cannot be patched are refused before training, with the reason and a remedy."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from lctrain.models import patch_model
+from tests.models.families import make_model
+
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("FalconForCausalLM", {}, "AttentionInterface, got FalconForCausalLM.*in FalconAttention"),
+        ("BloomForCausalLM", {"n_layer": 2, "n_head": 4}, "AttentionInterface, got Bloom"),
+        ("MambaForCausalLM", {}, "full or sliding-window attention only, got Mamba.*MambaMixer"),
+        (
+            "Qwen3NextForCausalLM",
+            {"layer_types": ["linear_attention", "full_attention"]},
+            "attention only, got Qwen3Next.*linear_attention.*leak into one another",
+        ),
+        (
+            "Lfm2ForCausalLM",
+            {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2},
+            "attention only, got Lfm2ForCausalLM with Conv1d, Lfm2ShortConv, conv",
+        ),
+        (
+            "Llama4ForCausalLM",
+            {"num_key_value_heads": 2, "intermediate_size": 48, "intermediate_size_mlp": 48},
+            "attention only, got Llama4ForCausalLM with chunked_attention",
+        ),
+        (
+            "Qwen2MoeForCausalLM",
+            {"use_sliding_window": True, "sliding_window": 4, "num_key_value_heads": 2},
+            "hand their sliding window to the attention function, got Qwen2MoeAttention",
+        ),
+        ("StableLmForCausalLM", {}, "StableLmDecoderLayer drops them"),
+        ("T5ForConditionalGeneration", {}, "got the encoder-decoder T5.*get_encoder"),
+        ("ViTModel", {"image_size": 8, "patch_size": 4}, "must read input_ids, got ViTModel"),
+    ],
+)
+def test_refused(name, config, message):
+    model_class = getattr(transformers, name)
+    try:
+        settings = model_class.config_class(**(SMALL | config))
+    except TypeError:
+        settings = model_class.config_class()
+    with torch.device("meta"):
+        model = model_class(settings)
+    with pytest.raises(ValueError, match=message):
+        patch_model(model)
+
+
+def test_several_modalities_are_refused_and_their_language_model_is_not():
+    text = transformers.Qwen2Config(
+        **SMALL, intermediate_size=48, num_key_value_heads=2, layer_types=["full_attention"] * 2
+    )
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision)
+    with torch.device("meta"):
+        model = transformers.LlavaForConditionalGeneration(config)
+    with pytest.raises(ValueError, match=r"got Llava.* with Qwen2Model, SiglipVisionModel"):
+        patch_model(model)
+    handle = patch_model(model.get_decoder())
+    assert list(handle.layers) == ["layers.0.self_attn", "layers.1.self_attn"]
+
+
+def test_not_a_transformers_model():
+    with pytest.raises(ValueError, match="must be a transformers PreTrainedModel, got Linear"):
+        patch_model(nn.Linear(2, 2))
+
+
+def test_output_attentions_in_the_config():
+    model = make_model("llama", attn_implementation="eager", output_attentions=True)
+    with pytest.raises(ValueError, match="output_attentions must be False, got True in the model"):
+        patch_model(model)
+
+
+def test_an_attention_that_drops_keyword_arguments_is_noticed():
+    model = make_model("llama")
+    layer = model.model.layers[0]
+    with patch_model(model), pytest.raises(ValueError, match="must be reached through the patched"):
+        layer.self_attn(
+            torch.randn(1, 4, 32),
+            position_embeddings=(torch.ones(1, 4, 8), torch.zeros(1, 4, 8)),
+            attention_mask=None,
+        )

@@ -1,0 +1,117 @@
+"""Autocast, torch.compile and DDP of a patched model, with gradients."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from lctrain.batch import PackedBatch
+from lctrain.models import patch_model
+from tests.models.families import (
+    FAMILIES,
+    gradients,
+    make_documents,
+    make_model,
+    packed_outputs,
+    separate_outputs,
+)
+from tests.numerics import assert_error_at_most_twice
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_autocast(family):
+    model, documents = make_model(family), make_documents()
+    exact = make_model(family).double()
+    with torch.no_grad():
+        reference = separate_outputs(exact, documents)
+        with torch.autocast("cpu", torch.bfloat16):
+            plain = separate_outputs(model, documents)
+    with patch_model(model), torch.autocast("cpu", torch.bfloat16):
+        packed, grads = gradients(model, lambda: packed_outputs(model, documents))
+    assert packed.dtype == plain.dtype
+    assert_error_at_most_twice(packed, plain, reference, "outputs")
+    assert all(grad.isfinite().all() and grad.dtype == torch.float32 for grad in grads.values())
+
+
+def test_autocast_casts_to_the_dtype_of_the_values(monkeypatch):
+    import lctrain.kernels as kernels
+
+    seen = []
+    attend = kernels.flash_attn_varlen_func
+
+    def record(q, k, v, *args, **kwargs):
+        seen.append({q.dtype, k.dtype, v.dtype})
+        return attend(q, k, v, *args, **kwargs)
+
+    monkeypatch.setattr(kernels, "flash_attn_varlen_func", record)
+    with patch_model(make_model("llama")) as handle, torch.autocast("cpu", torch.bfloat16):
+        packed_outputs(handle.model, make_documents())
+    assert seen == [{torch.bfloat16}] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_compile_in_one_graph_for_any_packing(family):
+    model = make_model(family).train()
+    shapes = ((6, 1, 11), (9, 5), (4, 8, 3, 2), (12, 7))
+    packings = [make_documents(lengths, seed) for seed, lengths in enumerate(shapes)]
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with patch_model(model):
+        expected = [gradients(model, lambda d=d: packed_outputs(model, d)) for d in packings]
+        compiled = torch.compile(model, backend=count, fullgraph=True)
+        for documents, (out, grads) in zip(packings, expected, strict=True):
+            found, found_grads = gradients(model, lambda d=documents: packed_outputs(compiled, d))
+            torch.testing.assert_close(found, out)
+            for name, grad in grads.items():
+                torch.testing.assert_close(found_grads[name], grad)
+    assert len(graphs) <= 2  # one for the first shapes, one for all others
+
+
+@pytest.mark.slow
+def test_compiled_with_inductor_and_padding():
+    model = make_model("llama")
+    rows = torch.stack(make_documents([9, 9]))
+    mask = torch.ones_like(rows)
+    mask[1, 6:] = 0
+    torch._dynamo.reset()
+    with patch_model(model), torch.no_grad():
+        expected = model(rows, attention_mask=mask).logits
+        compiled = torch.compile(model)(rows, attention_mask=mask).logits
+        packed = packed_outputs(torch.compile(model), [rows[0], rows[1, :6]])
+    torch.testing.assert_close(compiled, expected)
+    torch.testing.assert_close(packed, expected[mask.bool()])
+
+
+def _ddp_worker(rank, folder):
+    torch.manual_seed(0)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    model = make_model("llama").train()
+    patch_model(model)
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    documents = make_documents()
+    arguments = PackedBatch.from_documents(documents[2 * rank : 2 * rank + 2]).model_kwargs()
+    parallel(**arguments).logits.square().sum().backward()
+    if rank == 0:
+        torch.save({n: p.grad for n, p in model.named_parameters()}, os.path.join(folder, "grads"))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ddp_gives_the_mean_of_the_gradients(tmp_path):
+    mp.spawn(_ddp_worker, args=(str(tmp_path),), nprocs=2)
+    found = torch.load(tmp_path / "grads")
+    model = make_model("llama").train()
+    with patch_model(model):
+        (packed_outputs(model, make_documents()).square().sum() / 2).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad)
