@@ -1,0 +1,106 @@
+"""Trains a toy model and writes down what every step saw; run as a script, or imported by tests.
+
+The script can kill itself with SIGKILL at a batch, on every rank.
+"""
+
+import argparse
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lctrain.data import PackedDataModule, TextSource
+
+
+class Recorder(LightningModule):
+    """One weight; every step appends "rank epoch documents loss-bits" to a file."""
+
+    def __init__(self, record: Path, reads_estimate: bool = True, dies_at: int | None = None):
+        super().__init__()
+        self.record = record
+        self.reads_estimate = reads_estimate
+        self.dies_at = dies_at
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = (self.weight * batch.input_ids.float().mean() / 300 - 0.1).square()
+        documents = ",".join(map(str, batch.document_ids.tolist()))
+        with self.record.open("a") as file:
+            file.write(f"{self.global_rank} {self.current_epoch} {documents} {loss.item().hex()}\n")
+        if self.dies_at is not None and self.trainer.fit_loop.total_batch_idx == self.dies_at:
+            self.die()
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing; it is there so that validation runs."""
+
+    def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        if not self.reads_estimate:
+            return optimizer
+        steps = self.trainer.estimated_stepping_batches  # makes the loader, before it is restored
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, int(steps))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+def make_trainer(checkpoints: Path, **settings: Any) -> Trainer:
+    """A silent CPU trainer that keeps its last checkpoint."""
+    every = settings.pop("checkpoint_every", 4)
+    saving = {"every_n_epochs": 1} if every == "epoch" else {"every_n_train_steps": every}
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 3,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    callback = ModelCheckpoint(checkpoints, save_last=True, save_top_k=1, **saving)
+    return Trainer(**(defaults | settings), callbacks=[callback])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains two epochs; see the flags."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--corpus", required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--dies-at", type=int)
+    parser.add_argument("--resume", action="store_true")
+    arguments = parser.parse_args(argv)
+
+    data = PackedDataModule(
+        TextSource(files=f"{arguments.corpus}/*.txt"),
+        max_tokens=256,
+        vocab_size=300,
+        num_workers=arguments.workers,
+        cache_dir=arguments.folder.parent / "cache",
+    )
+    trainer = make_trainer(
+        arguments.folder / "checkpoints",
+        devices=arguments.devices,
+        strategy="ddp" if arguments.devices > 1 else "auto",
+        accumulate_grad_batches=2,
+        max_epochs=2,
+    )
+    rank = os.environ.get("LOCAL_RANK", "0")
+    model = Recorder(arguments.folder / f"rank{rank}.txt", dies_at=arguments.dies_at)
+    last = arguments.folder / "checkpoints" / "last.ckpt"
+    trainer.fit(model, data, ckpt_path=last if arguments.resume else None)
+
+
+if __name__ == "__main__":
+    main()
