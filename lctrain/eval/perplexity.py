@@ -44,8 +44,9 @@ def perplexity_by_length(
     scored with all the context that they have, and `mean_context` says how much that is. To look
     only at tokens for which every length is filled, set `min_context` to the longest one.
 
-    No window crosses a document. The mean is over tokens, and its standard error over documents
-    (see `token_mean`).
+    No window crosses a document. Special tokens are tokens of their document: where a tokenizer
+    puts a begin token first, only the first window of a document has it. The mean is over tokens,
+    and its standard error over documents (see `token_mean`).
 
     Args:
         model: a causal LM; packs are used where `lctrain.patch_model` has patched it (see

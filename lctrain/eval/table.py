@@ -122,5 +122,5 @@ def _finite(value: float) -> float | None:
 
 
 def _with_error(value: float, error: float, digits: int) -> str:
-    text = f"{value:,.{digits}f}"
+    text = f"{round(value, digits) + 0.0:,.{digits}f}"  # + 0.0: no -0.0000
     return text if math.isnan(error) else f"{text} ±{error:,.{digits}f}"

@@ -1,0 +1,68 @@
+"""Documents to evaluate on, tokenized without the training split beside them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lctrain.data import TokenizedDocument
+from lctrain.data.documents import Documents, read_documents
+from lctrain.data.tokenizer import load_tokenizer
+from lctrain.data.tokenizing import tokenize
+
+if TYPE_CHECKING:
+    from lctrain.data.prepare import Preparation
+
+SPLITS = ("held_out", "all")
+
+
+def evaluation_documents(preparation: Preparation, split: str) -> list[TokenizedDocument]:
+    """Reads and tokenizes documents, from the data module's cache as far as it goes.
+
+    Args:
+        preparation: of a PackedDataModule, whose tokenizer is a name or path.
+        split: "held_out" for the documents that training on this data holds out; "all" for every
+            document, of data that the model was not trained on.
+
+    Raises:
+        ValueError: if there is no such document, no tokenizer, or the data cannot be read.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}.")
+    if preparation.tokenizer is None:
+        raise ValueError(
+            "data.tokenizer must name the model's tokenizer, got none. Leave it out to take the "
+            "one that is stored with the model."
+        )
+    try:
+        tokenizer = load_tokenizer(str(preparation.tokenizer))
+    except OSError as error:
+        raise ValueError(
+            f"data.tokenizer must be a folder or a name on the Hugging Face hub, got "
+            f"{preparation.tokenizer}, which cannot be loaded: {error}"
+        ) from error
+    documents = _read(preparation, split)
+    if len(documents) == 0:
+        raise ValueError(
+            "data must hold out at least one document with text, got none from "
+            f"{preparation.source}. Raise data.held_out_fraction, use more data, or evaluate on "
+            "all of it with split=all."
+        )
+    store = tokenize(documents, tokenizer, preparation.cache_dir, preparation.num_proc)
+    return [
+        TokenizedDocument(store.names[index], store.tokens(index).astype(np.int64), index)
+        for index in range(len(store))
+    ]
+
+
+def _read(preparation: Preparation, split: str) -> Documents:
+    """The same documents, under the same names, as the data module's."""
+    source = preparation.source
+    label = type(source).__name__
+    if split == "held_out":
+        set_aside = source.load_held_out(preparation.cache_dir)
+        if set_aside is not None:
+            return read_documents(set_aside, f"{label}.held_out")
+    documents = read_documents(source.load(preparation.cache_dir), label)
+    return documents if split == "all" else documents.split(preparation.held_out_fraction)[1]

@@ -1,0 +1,281 @@
+import csv
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from lctrain import PackedDataModule
+from lctrain.config import AttentionConfig, PathsConfig, PretrainedModelConfig
+from lctrain.data import TextSource, TokenizedDocument
+from lctrain.eval import perplexity_by_length
+from lctrain.eval.documents import evaluation_documents
+from lctrain.evaluate import EvalConfig, evaluate, load_model, main, name_the_model, pick_device
+from lctrain.schemas import TextData
+
+TEXTS = ["It was the best of times. " * 8, "Call me Ishmael.", "In a hole in the ground. " * 3]
+
+
+def save_model(folder: Path, config: transformers.PretrainedConfig) -> Path:
+    """A random causal LM over bytes, with its tokenizer."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*letters, "<end>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    config = transformers.LlamaConfig(
+        vocab_size=257,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    return save_model(tmp_path_factory.mktemp("llama"), config)
+
+
+@pytest.fixture(scope="module")
+def mamba_folder(tmp_path_factory) -> Path:
+    config = transformers.MambaConfig(
+        vocab_size=257, hidden_size=16, state_size=4, num_hidden_layers=1
+    )
+    return save_model(tmp_path_factory.mktemp("mamba"), config)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for index, text in enumerate(TEXTS):
+        (folder / f"{index}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def make_config(model_folder, texts, tmp_path):
+    """Returns a factory of configs that evaluate the Llama on all texts: make_config(**changes)."""
+
+    def make(folder: Path = model_folder, data: dict | None = None, **changes) -> EvalConfig:
+        settings = {
+            "files": (f"{texts}/*.txt",),
+            "tokenizer": str(folder),
+            "cache_dir": str(tmp_path / "cache"),
+        }
+        values = {
+            "model": PretrainedModelConfig(name_or_path=str(folder)),
+            "data": TextData(**{**settings, **(data or {})}),
+            "attention": AttentionConfig(),
+            "paths": PathsConfig(output_dir=str(tmp_path / "out")),
+            "split": "all",
+            "lengths": [8, 64],
+            "device": "cpu",
+        }
+        return EvalConfig(**{**values, **changes})
+
+    return make
+
+
+@pytest.fixture
+def run_main(model_folder, texts, tmp_path, monkeypatch):
+    """Returns a function that calls the console script's entry point: run_main(*overrides)."""
+
+    def run(*overrides: str) -> None:
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+        arguments = [
+            "data=text",
+            f"data.files=[{texts}/*.txt]",
+            f"data.cache_dir={tmp_path}/cache",
+            f"paths.root={tmp_path}/outputs",
+            "device=cpu",
+            *overrides,
+        ]
+        monkeypatch.setattr(sys, "argv", ["lctrain-eval", *arguments])
+        main()
+
+    return run
+
+
+def direct_table(model_folder: Path, lengths: list[int]):
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    documents = [
+        TokenizedDocument(
+            str(index), tokenizer(text + "<end>", return_tensors="np").input_ids[0], 0
+        )
+        for index, text in enumerate(TEXTS)
+    ]
+    return perplexity_by_length(model, documents, lengths, max_tokens=1000)
+
+
+def test_command_line_evaluates_and_writes(run_main, model_folder, tmp_path, capsys) -> None:
+    run_main(f"model={model_folder}", "split=all", "lengths=[8,64]", "name=mine")
+    (folder,) = (tmp_path / "outputs" / "mine").iterdir()
+    files = {path.name for path in folder.iterdir()}
+    assert files >= {
+        "config.yaml",
+        "metrics.csv",
+        "perplexity_by_length.csv",
+        "perplexity_by_length.json",
+        "perplexity_by_length.png",
+    }
+    rows = json.loads((folder / "perplexity_by_length.json").read_text())["rows"]
+    for row, expected in zip(rows, direct_table(model_folder, [8, 64]).rows, strict=True):
+        assert (row["length"], row["tokens"]) == (expected.length, expected.tokens)
+        assert row["perplexity"] == pytest.approx(expected.perplexity, rel=1e-5)
+        assert row["stderr"] == pytest.approx(expected.stderr, rel=1e-3)
+    with (folder / "metrics.csv").open() as file:
+        metrics = next(csv.DictReader(file))
+    assert float(metrics["perplexity_64"]) == pytest.approx(rows[1]["perplexity"])
+    assert f"name_or_path: {model_folder}" in (folder / "config.yaml").read_text()
+    printed = capsys.readouterr().out
+    assert "Perplexity by context length" in printed
+    assert str(folder / "perplexity_by_length.png") in printed
+
+
+def test_patched_and_unpatched_models_agree(make_config) -> None:
+    packed, _ = evaluate(make_config())
+    padded, _ = evaluate(make_config(attention=None))
+    for row, other in zip(packed.rows, padded.rows, strict=True):
+        assert row.loss == pytest.approx(other.loss, rel=1e-6)
+
+
+def test_attention_none_on_the_command_line(run_main, model_folder, capsys) -> None:
+    run_main(f"model={model_folder}", "split=all", "lengths=[8]", "attention=none")
+    assert "Perplexity by context length" in capsys.readouterr().out
+
+
+def test_model_that_cannot_be_patched_is_evaluated_with_a_warning(
+    make_config, mamba_folder, caplog
+) -> None:
+    table, _ = evaluate(make_config(mamba_folder, lengths=[8]))
+    assert "as it is, on padded rows" in caplog.text
+    assert table.rows[0].tokens == sum(len(text) for text in TEXTS)
+
+
+def test_attention_that_changes_the_result_is_never_left_out(make_config) -> None:
+    with pytest.raises(ValueError, match="attention"):
+        evaluate(make_config(attention=AttentionConfig(name="no_such_attention")))
+
+
+def test_held_out_documents_are_those_of_training(
+    make_config, texts, model_folder, tmp_path
+) -> None:
+    settings = {"tokenizer": str(model_folder), "held_out_fraction": 0.5, "cache_dir": tmp_path}
+    module = PackedDataModule(TextSource(files=(f"{texts}/*.txt",)), **settings)
+    module.setup()
+    expected = module.held_out_documents()
+    documents = evaluation_documents(module.preparation, "held_out")
+    assert 0 < len(documents) == len(expected) < len(TEXTS)
+    for document, other in zip(documents, expected, strict=True):
+        assert (document.name, document.document_id) == (other.name, other.document_id)
+        assert document.input_ids.tolist() == other.input_ids.tolist()
+
+
+def test_documents_that_were_set_aside(texts, model_folder, tmp_path) -> None:
+    source = TextSource(files=(f"{texts}/0.txt",), held_out_files=(f"{texts}/1.txt",))
+    module = PackedDataModule(source, str(model_folder), cache_dir=tmp_path)
+    (document,) = evaluation_documents(module.preparation, "held_out")
+    assert document.name.endswith("1.txt")
+    assert len(document.input_ids) == len(TEXTS[1]) + 1
+
+
+def test_only_the_longest_documents(make_config) -> None:
+    table, _ = evaluate(make_config(documents=1))
+    assert table.rows[0].tokens == len(TEXTS[0])
+
+
+def test_loggers_get_metrics_table_and_plot(make_config, monkeypatch) -> None:
+    calls = {}
+    logger = SimpleNamespace(
+        log_metrics=lambda metrics, step: calls.update(metrics=metrics),
+        log_table=lambda key, columns, data: calls.update(columns=columns, data=data),
+        log_image=lambda key, images: calls.update(images=images),
+        finalize=lambda status: calls.update(status=status),
+    )
+    monkeypatch.setattr("lctrain.build.instantiate_all", lambda group, configs: {"mine": logger})
+    table, paths = evaluate(make_config())
+    assert calls["metrics"] == {f"perplexity_{row.length}": row.perplexity for row in table.rows}
+    assert calls["columns"][:2] == ["length", "perplexity"]
+    assert len(calls["data"]) == 2
+    assert calls["images"] == [str(paths["png"])]
+    assert calls["status"] == "success"
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_dtype_of_the_weights(dtype, model_folder) -> None:
+    model = load_model(PretrainedModelConfig(name_or_path=str(model_folder)), dtype)
+    assert model.dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    assert not model.training
+
+
+def test_model_is_short_for_its_name() -> None:
+    arguments = ["model=a/b", "data=text", "model.revision=main", "--multirun", "name=model=x"]
+    assert name_the_model(arguments) == ["model.name_or_path=a/b", *arguments[1:]]
+
+
+def test_device_is_found() -> None:
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert pick_device("auto").type == expected
+    assert pick_device("cpu") == torch.device("cpu")
+
+
+BAD_SETTINGS = {
+    "length": ({"lengths": [1]}, "lengths must be at least 2, got 1"),
+    "no-length": ({"lengths": []}, "lengths must name at least one"),
+    "max-tokens": ({"max_tokens": 32}, "lengths must be at most max_tokens = 32, got 64"),
+    "split": ({"split": "test"}, "split must be one of held_out, all, got 'test'"),
+    "dtype": ({"dtype": "int8"}, "dtype must be one of auto, .* got 'int8'"),
+    "device": ({"device": "abacus"}, "device must be one that this machine has, got 'abacus'"),
+    "documents": ({"documents": 0}, "documents must be at least 1, got 0"),
+    "tokenizer": ({"data": {"tokenizer": None}}, r"data\.tokenizer must name the model's"),
+    "no-tokenizer": ({"data": {"tokenizer": "./none"}}, r"data\.tokenizer must be a folder or"),
+    "no-file": ({"data": {"files": ("no/such/*.txt",)}}, "no/such"),
+    "nothing-held-out": (
+        {"split": "held_out", "data": {"held_out_fraction": 0.0}},
+        r"data must hold out at least one document .* split=all",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_SETTINGS.values(), ids=BAD_SETTINGS)
+def test_bad_setting_is_an_error_that_names_it(change, message, make_config) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(make_config(**change))
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./model", "a/b/c"])
+def test_folder_that_does_not_exist_is_an_error(name, make_config) -> None:
+    with pytest.raises(ValueError, match=f"got {name}, which does not exist"):
+        evaluate(make_config(model=PretrainedModelConfig(name_or_path=name)))
+
+
+def test_folder_without_a_model_is_an_error(tmp_path) -> None:
+    with pytest.raises(ValueError, match="which cannot be loaded"):
+        load_model(PretrainedModelConfig(name_or_path=str(tmp_path)))
+
+
+def test_command_line_without_a_model_is_an_error(run_main) -> None:
+    with pytest.raises(ValueError, match="model must be given, got none"):
+        run_main()
+
+
+@pytest.mark.parametrize("override", ["lenghts=[8]", "lengths=[eight]", "data.no_such_key=1"])
+def test_unknown_key_or_wrong_type_is_an_error_that_names_it(override, run_main) -> None:
+    from hydra.errors import ConfigCompositionException
+
+    with pytest.raises(ConfigCompositionException) as caught:
+        run_main("model=x", override)
+    key = override.split("=")[0].split(".")[-1]
+    assert key in f"{caught.value} {caught.value.__cause__}"
