@@ -182,7 +182,7 @@ def _uses_interface(module: nn.Module) -> bool:
 
 def _methods(cls: type) -> Iterator[CodeType]:
     for base in cls.__mro__:
-        if base.__module__.startswith(("torch.nn", "transformers.modeling_utils")):
+        if base.__module__.startswith(("torch.nn", "transformers.modeling_")):
             continue  # PreTrainedModel names the interface too, and calls no attention
         for member in vars(base).values():
             function = inspect.unwrap(member) if callable(member) else member

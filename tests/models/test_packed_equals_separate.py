@@ -31,7 +31,8 @@ def float64_stays_float64(monkeypatch):
         return tensor if stays else to(tensor, *args, **kwargs)
 
     def wide_float(tensor):
-        return tensor if tensor.dtype == torch.float64 else to_float(tensor)
+        stays = tensor.dtype == torch.float64 and tensor.requires_grad  # not rotary frequencies
+        return tensor if stays else to_float(tensor)
 
     monkeypatch.setattr(torch.nn.functional, "softmax", wide_softmax)
     monkeypatch.setattr(torch.Tensor, "to", wide_to)

@@ -116,12 +116,13 @@ def test_the_inner_model_may_be_called_by_itself():
 
 def test_repr_lists_what_was_swapped():
     model = make_model("gemma2")
+    before = model.config._attn_implementation
     handle = patch_model(model, dropout=0.25)
     text = repr(handle)
     for expected in (
         "Gemma2ForCausalLM",
         "active",
-        "eager -> lctrain_flash",
+        f"{before} -> lctrain_flash",
         "dropout=0.25",
         "deterministic=False",
         "backend='auto'",

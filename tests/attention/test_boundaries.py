@@ -1,0 +1,121 @@
+"""Boundaries: from a pack, rows, padding and restarting positions."""
+
+import pytest
+import torch
+
+from lctrain.attention.boundaries import (
+    find_segments,
+    from_cu_seqlens,
+    from_padding,
+    from_rows,
+    from_segments,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_from_rows():
+    found = from_rows(3, 4, 4, CPU)
+    assert found.cu_seqlens_q.tolist() == found.cu_seqlens_k.tolist() == [0, 4, 8, 12]
+    assert found.cu_seqlens_q.dtype == torch.int32
+    assert (found.max_seqlen_q, found.max_seqlen_k) == (4, 4)
+    assert found.indices_q is found.indices_k is None
+    assert from_rows(3, 4, 4, CPU).cu_seqlens_q is found.cu_seqlens_q  # one schedule for all layers
+
+
+def test_from_rows_with_more_keys_than_queries():
+    found = from_rows(2, 1, 5, CPU)
+    assert found.cu_seqlens_q.tolist() == [0, 1, 2]
+    assert found.cu_seqlens_k.tolist() == [0, 5, 10]
+    assert (found.queries, found.keys) == ((2, 1), (2, 5))
+
+
+def test_from_padding():
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]]).bool()
+    found = from_padding(mask, 4)
+    assert found.cu_seqlens_q.tolist() == [0, 2, 5, 5]  # an empty row is a document of length 0
+    assert found.indices_q.tolist() == found.indices_k.tolist() == [2, 3, 4, 5, 6]
+    assert (found.max_seqlen_q, found.max_seqlen_k) == (3, 3)
+
+
+def test_from_padding_of_nothing():
+    assert from_padding(torch.ones(2, 3).bool(), 3).indices_q is None
+
+
+def test_from_padding_with_more_keys_than_queries():
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]).bool()
+    found = from_padding(mask, 2)
+    assert found.cu_seqlens_q.tolist() == [0, 2, 4]
+    assert found.cu_seqlens_k.tolist() == [0, 3, 7]
+    assert found.indices_q is None
+    assert found.indices_k.tolist() == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_from_padding_keeping_queries():
+    mask = torch.tensor([[1, 0, 0], [1, 1, 1]]).bool()
+    found = from_padding(mask, 3, drop_queries=False)
+    assert found.cu_seqlens_q.tolist() == [0, 3, 6]
+    assert found.cu_seqlens_k.tolist() == [0, 1, 4]
+
+
+@pytest.mark.parametrize(
+    ("positions", "mask", "expected"),
+    [
+        ([[0, 1, 2, 3]], None, None),
+        ([[5, 6, 7, 8]], None, None),
+        ([[0, 1, 0, 1], [0, 1, 2, 3]], None, [[1, 1, 2, 2], [1, 1, 1, 1]]),
+        ([[0, 0, 0, 1]], None, [[1, 2, 3, 3]]),
+        ([[0, 1, 7, 8]], None, [[1, 1, 2, 2]]),  # a jump ahead is another document, too
+        ([[1, 1, 0, 1]], [[0, 0, 1, 1]], None),  # positions at padding mean nothing
+        ([[0, 1, 2, 2]], [[1, 1, 1, 0]], None),
+        ([[0, 1, 0, 1, 0]], [[1, 1, 1, 1, 0]], [[1, 1, 2, 2, 0]]),
+    ],
+)
+def test_find_segments(positions, mask, expected):
+    mask = None if mask is None else torch.tensor(mask).bool()
+    found = find_segments(torch.tensor(positions), mask)
+    assert (None if found is None else found.tolist()) == expected
+
+
+def test_from_segments():
+    found = from_segments(torch.tensor([[1, 1, 2, 0], [0, 1, 1, 1]]))
+    assert found.cu_seqlens_q.tolist() == [0, 2, 3, 6]
+    assert found.indices_q.tolist() == [0, 1, 2, 5, 6, 7]
+    assert (found.max_seqlen_q, found.queries) == (3, (2, 4))
+
+
+def pack(**changes):
+    edges = torch.tensor([0, 3, 5], dtype=torch.int32)
+    return {
+        "cu_seq_lens_q": edges,
+        "cu_seq_lens_k": edges,
+        "max_length_q": 3,
+        "max_length_k": torch.tensor(3),
+        "document_ids": torch.tensor([7, 8], dtype=torch.int32),
+    } | changes
+
+
+def test_from_cu_seqlens():
+    arguments = pack()
+    found = from_cu_seqlens(arguments, (1, 5), (1, 5))
+    assert found.cu_seqlens_q is arguments["cu_seq_lens_q"]
+    assert (found.max_seqlen_q, found.max_seqlen_k) == (3, 3)
+    assert type(found.max_seqlen_k) is int
+    assert found.document_ids.tolist() == [7, 8]
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "message"),
+    [
+        ({"max_length_q": None}, (1, 5), "must bring cu_seq_lens_q, .*, got no max_length_q"),
+        ({}, (2, 5), r"packed inputs must be one row \[1, T\], got 2 rows. Concatenate"),
+        (
+            {"max_length_k": torch.tensor(3, device="meta")},
+            (1, 5),
+            "max_length_k must be a Python int, got a tensor on meta",
+        ),
+    ],
+)
+def test_from_cu_seqlens_refuses(changes, rows, message):
+    with pytest.raises(ValueError, match=message):
+        from_cu_seqlens(pack(**changes), rows, rows)

@@ -1,0 +1,89 @@
+"""The mask function against transformers' own masks of all pairs."""
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.masking_utils import (
+    causal_mask_function,
+    create_bidirectional_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
+
+from lctrain.attention.mask import flash_attention_mask
+from lctrain.attention.registration import register
+
+POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
+
+
+@pytest.fixture
+def mask_of():
+    """Returns make(create, **inputs): what transformers builds, with our name and with SDPA's."""
+    register()
+
+    def make(create, attention, **inputs):
+        config = LlamaConfig(attn_implementation=attention, sliding_window=3)
+        embeddings = torch.zeros(2, 6, 4)
+        arguments = {"attention_mask": None, "past_key_values": None} | inputs
+        return create(config=config, inputs_embeds=embeddings, **arguments)
+
+    return make
+
+
+@pytest.mark.parametrize("create", [create_causal_mask, create_sliding_window_causal_mask])
+def test_packed_rows_give_the_numbers_of_their_documents(mask_of, create):
+    segments = mask_of(create, "lctrain_flash", position_ids=POSITIONS)
+    assert segments.tolist() == [[1, 1, 1, 2, 2, 3], [1] * 6]
+    visible = mask_of(create, "sdpa", position_ids=POSITIONS)[:, 0]
+    assert not (visible & (segments[:, :, None] != segments[:, None, :])).any()
+
+
+@pytest.mark.parametrize(
+    "create", [create_causal_mask, create_sliding_window_causal_mask, create_bidirectional_mask]
+)
+def test_plain_rows_need_no_mask_and_padding_is_passed_on(mask_of, create):
+    positions = {} if create is create_bidirectional_mask else {"position_ids": POSITIONS[1:]}
+    assert mask_of(create, "lctrain_flash", **positions) is None
+    padding = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    found = mask_of(create, "lctrain_flash", attention_mask=padding)
+    assert found.dtype == torch.bool
+    assert torch.equal(found, padding.bool())
+
+
+@pytest.mark.parametrize("attention_mask", [None, torch.ones(2, 6)])
+def test_patterns_of_the_model_s_own_are_refused(mask_of, attention_mask):
+    def everything(batch, head, query, key):
+        return query >= 0
+
+    with pytest.raises(ValueError, match=r"pattern of its own.*Call unpatch\(\)"):
+        mask_of(
+            create_causal_mask,
+            "lctrain_flash",
+            attention_mask=attention_mask,
+            or_mask_function=everything,
+        )
+
+
+@pytest.mark.parametrize("attention_mask", [None, torch.ones(2, 6)])
+def test_blocks_that_see_the_future_are_refused(mask_of, attention_mask):
+    with pytest.raises(ValueError, match=r"pattern of its own|sees the future"):
+        mask_of(
+            create_causal_mask,
+            "lctrain_flash",
+            attention_mask=attention_mask,
+            block_sequence_ids=torch.tensor([[-1, 0, 0, -1, 1, 1]] * 2),
+        )
+
+
+@pytest.mark.parametrize("q_offset", [0, torch.tensor(0)])
+@pytest.mark.parametrize("attention_mask", [None, torch.ones(1, 5).bool()])
+def test_caches_of_fixed_size_are_refused(q_offset, attention_mask):
+    with pytest.raises(ValueError, match=r"got one of fixed size. Use a DynamicCache"):
+        flash_attention_mask(
+            1,
+            5,
+            8,
+            q_offset,
+            mask_function=causal_mask_function,
+            attention_mask=attention_mask,
+        )
