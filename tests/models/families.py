@@ -28,7 +28,13 @@ _FAMILIES: dict[str, tuple[str, dict]] = {
     "mistral": ("Mistral", {"sliding_window": 4}),
     "gemma2": (
         "Gemma2",
-        {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 16, "hidden_act": "silu"},
+        {
+            "head_dim": 8,
+            "sliding_window": 4,
+            "query_pre_attn_scalar": 16,
+            "attn_logit_softcapping": 2.0,
+            "attn_implementation": "eager",  # SDPA of older versions leaves the softcap out
+        },
     ),
     "phi3": ("Phi3", {"sliding_window": 5}),
     "gpt_oss": (
