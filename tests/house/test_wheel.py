@@ -90,8 +90,15 @@ print(lctrain.__file__)
     assert Path(result.stdout.strip()).is_relative_to(clean_bin.parent)
 
 
-@pytest.mark.parametrize("script", ["lctrain-train", "lctrain-eval", "lctrain-bench"])
-def test_console_scripts_say_what_they_take(clean_bin, tmp_path, script):
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("lctrain-train", "== Configuration groups =="),
+        ("lctrain-eval", "== Configuration groups =="),
+        ("lctrain-bench", "usage: lctrain-bench"),
+    ],
+)
+def test_console_scripts_say_what_they_take(clean_bin, tmp_path, script, words):
     result = run(clean_bin / script, "--help", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert script in result.stdout
+    assert words in result.stdout
