@@ -1,6 +1,7 @@
-"""lctrain.kernels: attention and its companions on packed documents, usable without the rest of lctrain."""
+"""lctrain.kernels: attention and its companions on packed documents, usable on their own."""
 
 from lctrain.kernels.backend import select_backend
+from lctrain.kernels.linear_cross_entropy import linear_cross_entropy
 from lctrain.kernels.merge import merge_attn_states
 from lctrain.kernels.padding import pad_input, unpad_input
 from lctrain.kernels.schedule import TileSchedule, make_schedule
@@ -10,6 +11,7 @@ __all__ = [
     "TileSchedule",
     "flash_attn_func",
     "flash_attn_varlen_func",
+    "linear_cross_entropy",
     "make_schedule",
     "merge_attn_states",
     "pad_input",

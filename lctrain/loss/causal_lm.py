@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from lctrain.batch import IGNORE_INDEX, PackedBatch
-from lctrain.kernels.linear_cross_entropy import linear_cross_entropy
+from lctrain.kernels import linear_cross_entropy
 from lctrain.loss.output_head import find_output_head
 
 PROBE_LENGTHS = (5, 3)
