@@ -60,7 +60,7 @@ class LongContextModule(pl.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.model: nn.Module | None = model if isinstance(model, nn.Module) else None
+        self.model: Any = model if isinstance(model, nn.Module) else None
         self._factory: ModelFactory | None = None if isinstance(model, nn.Module) else model
         self.optim = OptimConfig() if optim is None else optim
         self.attention = attention
@@ -105,7 +105,6 @@ class LongContextModule(pl.LightningModule):
                 "trainer.max_steps must be set for a stream of unknown length, got none. The "
                 "learning-rate schedule needs the length of the run."
             )
-        assert self.model is not None
         optimizer = build_optimizer(self.model, self.optim)
         scheduler = build_scheduler(optimizer, self.optim, int(total_steps))
         return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from importlib import resources
 from typing import Any
 
 from lctrain import config
@@ -76,6 +77,27 @@ SCHEMAS: dict[str, Any] = {
 
 
 def register_schemas() -> None:
-    """Puts every schema of training and its groups into Hydra's ConfigStore. Idempotent."""
+    """Puts every schema, and the recipes, into Hydra's ConfigStore. Idempotent."""
     for name, schema in SCHEMAS.items():
         store_schema(name, schema)
+    register_recipes()
+
+
+def register_recipes() -> None:
+    """Makes `experiment=` find the recipes.
+
+    Their first line is the command that runs them; in files that Hydra reads itself, that place
+    belongs to its package directive. Recipes in folders of your own work as Hydra documents it:
+    first line `# @package _global_`, and hydra.searchpath=[file:///my/recipes].
+    """
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    for file in (resources.files("lctrain.recipes") / "experiment").iterdir():
+        if file.name.endswith(".yaml"):
+            ConfigStore.instance().store(
+                group="experiment",
+                name=file.name.removesuffix(".yaml"),
+                node=OmegaConf.create(file.read_text()),
+                package="_global_",
+            )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
 
-from lctrain.config import TrainConfig, to_dataclass
+from lctrain.config import EvaluationConfig, TrainConfig, to_dataclass
 from lctrain.schemas import register_schemas
 
 if TYPE_CHECKING:
@@ -40,26 +41,29 @@ def train(config: TrainConfig) -> RunReport:
 
     from lctrain.build import build_datamodule, build_trainer, instantiate_all, model_factory
     from lctrain.callbacks.checkpoint import check_writable, find_checkpoint
+    from lctrain.eval import check_lengths
     from lctrain.module import LongContextModule
     from lctrain.report import summarize
 
     output_dir = Path(config.paths.output_dir).absolute()
     check_writable(output_dir)
-    checkpoint = find_checkpoint(config.ckpt_path, output_dir, Path(config.paths.runs_dir))
+    if config.evaluation.enabled:
+        check_lengths(config.evaluation.lengths, config.evaluation.max_tokens)
     pl.seed_everything(config.seed, verbose=False)
 
     datamodule = build_datamodule(config.data)
     module = LongContextModule(
         model_factory(config.model), config.optim, config.attention, seed=config.seed
     )
-    callbacks = instantiate_all("callbacks", config.callbacks)
-    loggers = instantiate_all("logger", config.logger)
-    trainer = build_trainer(
-        config.trainer, list(callbacks.values()), list(loggers.values()), str(output_dir)
-    )
+    callbacks = list(instantiate_all("callbacks", config.callbacks).values())
+    loggers = list(instantiate_all("logger", config.logger).values())
+    trainer = build_trainer(config.trainer, callbacks, loggers, str(output_dir))
+    checkpoint = find_checkpoint(config.ckpt_path, callbacks, Path(config.paths.runs_dir))
 
     if checkpoint is None:
         trainer.validate(module, datamodule, verbose=False)
+    else:
+        log.info("Resuming from %s", checkpoint)
     trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=False)
     trainer.validate(module, datamodule, verbose=False)
 
@@ -67,7 +71,7 @@ def train(config: TrainConfig) -> RunReport:
     paths: dict[str, Path] = {}
     if trainer.is_global_zero:
         if config.evaluation.enabled:
-            perplexities, paths = evaluate_by_length(config, trainer, module, output_dir)
+            perplexities, paths = evaluate_by_length(config.evaluation, trainer, module, output_dir)
         if config.export:
             paths["model"] = export_model(module, datamodule.tokenizer, output_dir / "model")
     trainer.strategy.barrier("lctrain-train")
@@ -78,9 +82,9 @@ def train(config: TrainConfig) -> RunReport:
 
 
 def evaluate_by_length(
-    config: TrainConfig, trainer: pl.Trainer, module: LongContextModule, output_dir: Path
+    config: EvaluationConfig, trainer: pl.Trainer, module: LongContextModule, output_dir: Path
 ) -> tuple[tuple[tuple[int, float], ...], dict[str, Path]]:
-    """Measures held-out perplexity by context length and writes table and plot.
+    """Measures held-out perplexity by context length; writes, plots and logs it.
 
     Args:
         config: Lengths and number of documents.
@@ -92,20 +96,25 @@ def evaluate_by_length(
         [(context length, perplexity)] and the files by name.
     """
     from lctrain.eval import longest_documents, perplexity_by_length
+    from lctrain.loggers import log_evaluation
 
-    evaluation = config.evaluation
-    documents = longest_documents(trainer.datamodule.held_out_documents(), evaluation.documents)
-    device = trainer.strategy.root_device
-    module.to(device)
+    documents = longest_documents(trainer.datamodule.held_out_documents(), config.documents)
+    if not documents:
+        log.warning("No perplexity by length: data.held_out_fraction holds out no document.")
+        return (), {}
+    module.to(trainer.strategy.root_device)
     with trainer.precision_plugin.forward_context():
         table = perplexity_by_length(
             module.model,
             documents,
-            evaluation.lengths,
-            max_tokens=evaluation.max_tokens,
-            device=device,
+            config.lengths,
+            max_tokens=config.max_tokens,
+            progress=trainer.progress_bar_callback is not None,
         )
-    paths = table.save(output_dir / "perplexity")
+    files = table.save(output_dir / "perplexity")
+    for logger in trainer.loggers:
+        log_evaluation(logger, table.as_dicts(), files["png"])
+    paths = {"perplexity table": files["csv"], "perplexity plot": files["png"]}
     return tuple((row.length, row.perplexity) for row in table.rows), paths
 
 
@@ -128,6 +137,13 @@ def export_model(module: LongContextModule, tokenizer: Any, folder: Path) -> Pat
     return folder
 
 
+def quiet_lightning() -> None:
+    """Leaves out what Lightning says about itself, and a deprecation inside of it."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+
+
 register_schemas()
 
 
@@ -136,6 +152,7 @@ def main(config: DictConfig) -> None:
     """Entry point of the console script."""
     from omegaconf import OmegaConf
 
+    quiet_lightning()
     plain = to_dataclass(config, TrainConfig)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         folder = Path(plain.paths.output_dir)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +131,15 @@ def check_writable(directory: Path) -> None:
         ) from error
 
 
-def find_checkpoint(ckpt_path: str | None, output_dir: Path, runs_dir: Path) -> Path | None:
+def find_checkpoint(
+    ckpt_path: str | None, callbacks: Sequence[pl.Callback], runs_dir: Path
+) -> Path | None:
     """Resolves `ckpt_path` of a run.
 
     Args:
         ckpt_path: None, a path, or "last".
-        output_dir: Folder of this run: "last" is looked for here first (`checkpoints/last.ckpt`).
+        callbacks: "last" is looked for in the directory of their StepCheckpoint first: a run that
+            is started again in the same folder.
         runs_dir: Folder of earlier runs of the same name: then the newest of theirs.
 
     Returns:
@@ -147,20 +150,20 @@ def find_checkpoint(ckpt_path: str | None, output_dir: Path, runs_dir: Path) -> 
     """
     if ckpt_path is None:
         return None
-    if ckpt_path != LAST.removesuffix(".ckpt"):
+    if ckpt_path != "last":
         if not Path(ckpt_path).is_file():
             raise ValueError(
-                f"ckpt_path must be a checkpoint file or 'last', got {ckpt_path!r}, which is not "
+                f"ckpt_path must be a checkpoint file or last, got {ckpt_path!r}, which is not "
                 "there. Leave it out to start afresh."
             )
         return Path(ckpt_path).absolute()
-    own = output_dir / "checkpoints" / LAST
-    if own.is_file():
-        return own.resolve()
-    others = [path for path in runs_dir.glob(f"**/checkpoints/{LAST}") if path.is_file()]
-    if not others:
+    own = [c.last_path for c in callbacks if isinstance(c, StepCheckpoint)]
+    candidates = [path for path in own if path.is_file()]
+    if not candidates:
+        candidates = [path for path in runs_dir.glob(f"**/checkpoints/{LAST}") if path.is_file()]
+    if not candidates:
         raise ValueError(
-            f"ckpt_path=last needs an earlier checkpoint, got none in {own.parent} or below "
-            f"{runs_dir}. Leave ckpt_path out to start afresh, or give the path of a checkpoint."
+            f"ckpt_path=last needs an earlier checkpoint, got none below {runs_dir.absolute()}. "
+            "Leave ckpt_path out to start afresh, or give the path of a checkpoint."
         )
-    return max(others, key=lambda path: path.stat().st_mtime).resolve()
+    return max(candidates, key=lambda path: path.stat().st_mtime).resolve()

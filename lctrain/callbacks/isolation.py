@@ -46,6 +46,7 @@ class IsolationCheck(pl.Callback):
         if self._checked:
             return
         self._checked = True
+        assert isinstance(pl_module.model, nn.Module)
         with trainer.precision_plugin.forward_context():
             check_isolation(pl_module.model, batch)
 

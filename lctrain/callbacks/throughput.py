@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from lctrain.batch import PackedBatch
 from lctrain.cadence import at_log_step
@@ -87,6 +88,7 @@ class ThroughputMonitor(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reads the sizes of the model and the name of the device."""
+        assert isinstance(pl_module.model, nn.Module)
         self._counter = FlopCounter.of(pl_module.model)
         if pl_module.device.type == "cuda":
             self._peak = peak_flops(torch.cuda.get_device_name(pl_module.device))
@@ -139,7 +141,8 @@ class ThroughputMonitor(pl.Callback):
         )
         if trainer.world_size > 1:
             dist.all_reduce(counts)
-        self.latest = Throughput(*counts.tolist(), seconds=seconds)
+        tokens, capacity, flops = counts.tolist()
+        self.latest = Throughput(tokens, capacity, flops, seconds)
         self.total = self.total + self.latest
         if self._first is None:
             self._first = self.latest
