@@ -6,7 +6,7 @@ lctrain-bench --check --workloads 1x32k,mix32k --peers lctrain,fa2
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from lctrain.kernels.bench.run import new_record, run_workloads
 from lctrain.kernels.bench.workloads import WORKLOADS
 
 
-def names_of(known: dict, what: str):
+def names_of(known: Mapping[str, object], what: str) -> Callable[[str], list[str]]:
     """An argparse type: comma-separated names, each of them known."""
 
     def parse(text: str) -> list[str]:

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,9 +94,17 @@ def flash_attention_2(inputs: AttentionInputs) -> Call:
     from torch.nn.attention.varlen import varlen_attn
 
     parameters = inspect.signature(varlen_attn).parameters
-    causal = {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
-    grouped = {"enable_gqa": True} if "enable_gqa" in parameters else {}
-    return lambda: varlen_attn(q, k, v, cu, cu, longest, longest, **causal, **grouped)
+    options: dict[str, Any] = {"window_size": (-1, 0)}
+    if "is_causal" in parameters:  # its older name
+        options = {"is_causal": True}
+    if "enable_gqa" in parameters:
+        options["enable_gqa"] = True
+
+    def call() -> torch.Tensor:
+        out = varlen_attn(q, k, v, cu, cu, longest, longest, **options)
+        return out[0] if isinstance(out, tuple) else out
+
+    return call
 
 
 def flash_attention_4(inputs: AttentionInputs) -> Call:
@@ -133,7 +142,9 @@ def flex_attention(inputs: AttentionInputs) -> Call:
     lengths = torch.tensor(inputs.workload.lengths, device=inputs.q.device)
     document = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
 
-    def same_document_and_causal(batch, head, query, key):
+    def same_document_and_causal(
+        batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
         return (document[query] == document[key]) & (query >= key)
 
     tokens = inputs.workload.tokens

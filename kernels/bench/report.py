@@ -6,7 +6,7 @@ writes the README's table anew from the results, by default the newest file of e
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lctrain.kernels.bench.peers import OURS, PEERS
@@ -94,7 +94,7 @@ def markdown_tables(record: BenchmarkRecord) -> str:
     return text + _table(workloads, rivals, memory)
 
 
-def _table(workloads: Sequence[str], names: Sequence[str], cell) -> str:
+def _table(workloads: Sequence[str], names: Sequence[str], cell: Callable[[str, str], str]) -> str:
     """A markdown table, one row per peer; workloads without any figure are left out."""
     shown = [w for w in workloads if any(cell(name, w) != "-" for name in names)]
     rows = [

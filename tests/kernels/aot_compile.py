@@ -1,4 +1,4 @@
-"""Compiles kernels for a GPU that need not be there: `python aot_compile.py sm_90 causal,all`.
+"""Compiles kernels for a GPU that need not be there: `aot_compile.py sm_90 causal,all 64,128`.
 
 Prints one JSON object per variant. Runs in a process of its own: without TRITON_INTERPRET, and
 with whichever Triton comes first on PYTHONPATH.
@@ -71,9 +71,11 @@ def compile_variant(target: str, variant: KernelVariant) -> dict:
     }
 
 
-def compile_variants(target: str, features: Sequence[str]) -> Iterator[dict]:
+def compile_variants(
+    target: str, features: Sequence[str], head_dims: Sequence[int]
+) -> Iterator[dict]:
     """Yields what `compile_variant` found, or the error, for every variant for one GPU."""
-    for variant in kernel_variants(target, features=tuple(features)):
+    for variant in kernel_variants(target, tuple(head_dims), tuple(features)):
         line = {"name": variant.name, "triton": triton.__version__}
         try:
             yield line | compile_variant(target, variant)
@@ -82,5 +84,7 @@ def compile_variants(target: str, features: Sequence[str]) -> Iterator[dict]:
 
 
 if __name__ == "__main__":
-    for line in compile_variants(sys.argv[1], sys.argv[2].split(",")):
+    TARGET, FEATURES = sys.argv[1], sys.argv[2].split(",")
+    HEAD_DIMS = [int(size) for size in sys.argv[3].split(",")]
+    for line in compile_variants(TARGET, FEATURES, HEAD_DIMS):
         print(json.dumps(line), flush=True)

@@ -52,12 +52,14 @@ def compile_all(version: str, target: str) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if folder is not None:
         environment["PYTHONPATH"] = str(folder)
-    # The plain kernel and the one with every feature; what has been measured, in between too.
-    everything = (version, target) == (VERSIONS[-1], "sm_90")
-    features = "causal,full,dropout,softcap_dropout,all" if everything else "causal,all"
+    # Every configuration, as the plain kernel and with every feature; where kernels are measured,
+    # what lies between them too.
+    features, head_dims = "causal,all", "64,128,256"
+    if (version, target) == (VERSIONS[-1], "sm_90"):
+        features, head_dims = "causal,full,dropout,softcap_dropout,all", "64,96,128,256"
     script = ROOT / "tests" / "kernels" / "aot_compile.py"
     result = subprocess.run(
-        [sys.executable, script, target, features],
+        [sys.executable, script, target, features, head_dims],
         env=environment,
         capture_output=True,
         text=True,
