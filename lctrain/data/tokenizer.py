@@ -79,7 +79,7 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         parts += [
             sorted(tokenizer.get_vocab().items()),
-            sorted(tokenizer.init_kwargs.items(), key=str),
+            sorted(tokenizer.special_tokens_map.items()),
         ]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 

@@ -256,6 +256,13 @@ def test_resuming_with_other_settings_is_noticed_at_setup_too(make_data, data):
         other.setup()
 
 
+def test_resuming_on_another_number_of_ranks_is_an_error(make_data, data):
+    other = make_data()
+    other.load_state_dict(data.state_dict())
+    with pytest.raises(ValueError, match="others: world_size was 1, is 2"):
+        as_rank(other, 0, 2).setup()
+
+
 def test_resuming_with_other_documents_names_both_sources(make_data, data, corpus):
     other = make_data(source=TextSource(files=f"{corpus}/[0-3]*.txt"))
     other.setup()

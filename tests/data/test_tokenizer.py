@@ -2,7 +2,7 @@
 
 import pytest
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from lctrain.data.documents import read_documents
 from lctrain.data.tokenizer import (
@@ -103,6 +103,15 @@ def test_special_tokens_of_the_tokenizer_are_kept(documents, tokenizer, tmp_path
     tokens = tokenize(documents, marked, tmp_path).tokens(0).tolist()
     assert tokens[0] == tokens[-1] == marked.eos_token_id
     assert tokens.count(marked.eos_token_id) == 2
+
+
+def test_a_tokenizer_in_python_that_adds_its_own_end_token(documents, tmp_path):
+    tokenizer = ByT5Tokenizer()
+    tokens = tokenize(documents, tokenizer, tmp_path).tokens(0).tolist()
+    assert tokens.count(tokenizer.eos_token_id) == 1
+    assert tokens[-1] == tokenizer.eos_token_id
+    assert fingerprint_tokenizer(tokenizer) == fingerprint_tokenizer(ByT5Tokenizer())
+    assert fingerprint_tokenizer(tokenizer) != fingerprint_tokenizer(ByT5Tokenizer(extra_ids=3))
 
 
 def test_tokens_come_from_the_cache_the_second_time(documents, tokenizer, tmp_path, monkeypatch):
