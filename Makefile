@@ -10,7 +10,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadgroup
 PIP_ARGS ?=
 OLDEST_TRITON := 3.6.0
 NEWEST_TRITON := 3.9.0

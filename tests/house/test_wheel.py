@@ -15,6 +15,7 @@ import pytest
 
 from tests.house.typecheck import ROOT, package_folders
 
+pytestmark = pytest.mark.xdist_group("wheel")  # one process builds it
 SHIPPED = ["lctrain", "kernels", "configs", "recipes", "pyproject.toml", "README.md", "LICENSE"]
 
 
