@@ -84,6 +84,8 @@ def device_schedule(cu_q: Tensor, cu_k: Tensor, total_q: int, total_k: int) -> T
         total_q: Rows of q.
         total_k: Rows of k.
     """
+    if cu_q.is_inference() or cu_k.is_inference():
+        return _build_on_device(cu_q, cu_k, total_q, total_k)  # no version shows their changes
     per_k = _device_schedules.setdefault(cu_q, WeakTensorKeyDictionary())
     key = (cu_q._version, cu_k._version, total_q, total_k)
     known = per_k.get(cu_k)

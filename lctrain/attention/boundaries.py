@@ -4,6 +4,9 @@ A pack says it itself (`from_cu_seqlens`); padded rows say it by their mask (`fr
 rows without a pack's metadata by position ids that restart (`find_segments`, `from_segments`);
 plain rows are a document each (`from_rows`). Padding and restarts are values on the device: to read
 them costs one synchronisation on a GPU, which is why a pack's way is the one for training.
+
+Boundaries outlive a forward pass, in caches here and in the kernels: they are never tensors of
+inference mode, which a later training step could not save.
 """
 
 import functools
@@ -93,6 +96,7 @@ def from_rows(batch: int, queries: int, keys: int, device: torch.device) -> Boun
 
 
 @torch.compiler.disable
+@torch.inference_mode(mode=False)
 def from_padding(mask: Tensor, queries: int, *, drop_queries: bool = True) -> Boundaries:
     """Makes the real tokens of every row one document.
 
@@ -116,6 +120,7 @@ def from_padding(mask: Tensor, queries: int, *, drop_queries: bool = True) -> Bo
 
 
 @torch.compiler.disable
+@torch.inference_mode(mode=False)
 def from_segments(segments: Tensor) -> Boundaries:
     """Makes every run of one number a document.
 
@@ -131,6 +136,7 @@ def from_segments(segments: Tensor) -> Boundaries:
 
 
 @torch.compiler.disable
+@torch.inference_mode(mode=False)
 def find_segments(position_ids: Tensor, mask: Tensor | None = None) -> Tensor | None:
     """Numbers the documents of each row: one ends where the next position is not one higher.
 
@@ -199,6 +205,7 @@ def _row_boundaries(batch: int, length: int, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(mode=False)
 def _known_row_boundaries(batch: int, length: int, device: torch.device) -> Tensor:
     """One tensor per shape: the kernels build a tile schedule once per boundary tensor."""
     return torch.arange(batch + 1, dtype=torch.int32, device=device) * length

@@ -196,6 +196,8 @@ def _remember(
     tensor: Any, find: Callable[..., Boundaries | None], *options: Any
 ) -> Boundaries | None:
     """find(tensor, *options), once per forward: all layers of a model are given the same tensor."""
+    if tensor.is_inference():
+        return find(tensor, *options)  # has no version by which to notice a change in place
     known = getattr(tensor, "_lctrain_known", {})
     key = (tensor._version, *options)
     if key not in known:

@@ -181,3 +181,27 @@ def test_models_that_count_positions_from_padding_take_no_packs(name):
         with pytest.raises(ValueError, match="positions restart at 0 per document, got"):
             packed_outputs(model, make_documents())
         assert outputs(model, input_ids=make_documents([5])[0][None]).isfinite().all()
+
+
+@pytest.mark.parametrize("by_name", [False, True], ids=["patched", "by_name"])
+@pytest.mark.parametrize("kind", ["rows", "padding", "positions"])
+def test_validation_in_inference_mode_leaves_training_alone(by_name, kind):
+    """Lightning validates in inference mode first: nothing of it may be kept for training."""
+    model, rows = make_model("llama"), torch.stack(make_documents([9, 9]))
+    mask = torch.ones_like(rows)
+    mask[0, 6:] = 0
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5]])
+    extra = {"rows": {}, "padding": {"attention_mask": mask}, "positions": {}}[kind]
+    if kind == "positions":
+        extra = {"position_ids": positions}
+    if by_name:
+        model.set_attn_implementation("lctrain_flash")
+    else:
+        patch_model(model)
+    with torch.inference_mode():
+        expected = outputs(model, input_ids=rows, **extra).clone()
+        fresh = {name: tensor.clone() for name, tensor in extra.items()}
+        assert torch.equal(outputs(model, input_ids=rows.clone(), **fresh), expected)
+    found = outputs(model, input_ids=rows, **extra)
+    found.sum().backward()
+    assert torch.equal(found, expected)
