@@ -1,4 +1,10 @@
-"""Registers lctrain_flash with transformers, so that from_pretrained knows the name too."""
+"""Registers lctrain_flash with transformers, so that from_pretrained knows the name too.
+
+A model loaded by name keeps documents apart as a patched one does, layer by layer and without
+patch_model's checks of the architecture. One thing only the input hook of patch_model can see:
+transformers hands the position ids of bidirectional encoders to no layer and no mask, so an encoder
+loaded by name needs `cu_seq_lens_q/k` and `max_length_q/k` for packs, or padded rows.
+"""
 
 import functools
 from typing import Any

@@ -47,7 +47,7 @@ class InputHook:
         inputs = dict(zip(self.names, args, strict=False)) | kwargs
         tokens = inputs.get("input_ids")
         tokens = inputs.get("inputs_embeds") if tokens is None else tokens
-        if not isinstance(tokens, Tensor):
+        if not isinstance(tokens, Tensor) or tokens.dim() < 2:
             return None  # the model has its own words for this
         self._refuse(model, inputs)
         if is_packed(inputs):

@@ -128,7 +128,7 @@ class PatchHandle:
 
     def __repr__(self) -> str:
         state = "active" if self.active else "unpatched"
-        backend = serving_backend(self.model, self.spec) if self.active else "none"
+        backend = self._backend() if self.active else "none"
         options = ", ".join(f"{name}={self._option(name)}" for name in OPTIONS)
         names = "\n".join(
             f"    {name}: {type(layer).__name__}" for name, layer in self.layers.items()
@@ -140,6 +140,12 @@ class PatchHandle:
             f"  kernels: {backend}\n"
             f"  layers ({len(self.layers)}):\n{names}"
         )
+
+    def _backend(self) -> str:
+        try:
+            return serving_backend(self.model, self.spec)
+        except ValueError as error:  # the model has moved since; the next forward raises this
+            return f"none: {error}"
 
     def _option(self, name: str) -> str:
         value = getattr(self.spec, name)

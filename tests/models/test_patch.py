@@ -135,6 +135,18 @@ def test_repr_lists_what_was_swapped():
     assert "unpatched" in repr(handle)
 
 
+def test_repr_of_a_model_that_its_backend_cannot_serve(monkeypatch):
+    import lctrain.kernels as kernels
+
+    handle = patch_model(make_model("llama"), backend="pytorch")
+
+    def refuse(*_):
+        raise ValueError("backend must fit")
+
+    monkeypatch.setattr(kernels, "select_backend", refuse)
+    assert "kernels: none: backend must fit" in repr(handle)
+
+
 def test_every_layer_carries_the_spec():
     handle = patch_model(make_model("llama"), dropout=0.1, deterministic=True, backend="pytorch")
     specs = {layer.lctrain_attention_spec for layer in handle.layers.values()}
