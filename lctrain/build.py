@@ -67,6 +67,7 @@ def build_model(config: ModelConfig, vocab_size: int) -> nn.Module:
 
 
 def _from_scratch(config: ScratchModelConfig, vocab_size: int) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     if config.model_type not in CONFIG_MAPPING:
@@ -85,7 +86,7 @@ def _from_scratch(config: ScratchModelConfig, vocab_size: int) -> Any:
     settings = {"vocab_size": vocab_size, **config.config}
     try:
         model_config = config_class(**settings)
-    except (TypeError, ValueError) as error:  # transformers validates types and combinations
+    except (StrictDataclassError, TypeError, ValueError) as error:
         raise ValueError(f"model.config must fit {config_class.__name__}: {error}") from error
     return AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
 

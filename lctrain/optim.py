@@ -63,7 +63,7 @@ def build_scheduler(
         A scheduler to be stepped after every optimizer step.
 
     Raises:
-        ValueError: if the schedule is unknown or the warmup does not fit into the run.
+        ValueError: if the schedule is unknown or a share or the warmup is out of range.
     """
     return LambdaLR(optimizer, learning_rate_factor(config, total_steps))
 
@@ -76,7 +76,7 @@ def learning_rate_factor(config: OptimConfig, total_steps: int) -> Callable[[int
         total_steps: Optimizer steps of the whole run.
 
     Raises:
-        ValueError: if the schedule is unknown or the warmup does not fit into the run.
+        ValueError: if the schedule is unknown or a share or the warmup is out of range.
     """
     if config.schedule not in SCHEDULES:
         raise ValueError(
@@ -86,6 +86,11 @@ def learning_rate_factor(config: OptimConfig, total_steps: int) -> Callable[[int
         raise ValueError(
             f"optim.warmup_fraction must be in [0, 1), got {config.warmup_fraction}. "
             "It is the share of the steps that warm up."
+        )
+    if not 0.0 < config.decay_fraction <= 1.0:
+        raise ValueError(
+            f"optim.decay_fraction must be in (0, 1], got {config.decay_fraction}. It is the share "
+            "of the steps after the warmup that decay."
         )
     warmup = config.warmup_steps
     if warmup is None:

@@ -1,0 +1,44 @@
+"""LengthPerplexity: measures while training, and changes nothing of it."""
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+
+from lctrain.callbacks import LengthPerplexity
+from lctrain.config import OptimConfig
+from lctrain.data import TokenizedDocument
+from lctrain.loggers import MetricsCSV
+from lctrain.module import LongContextModule
+from tests.training import loader, make_batch, make_trainer
+
+PACKS = [make_batch([12, 5], i) for i in range(4)]
+
+
+class Data(pl.LightningDataModule):
+    def train_dataloader(self):
+        return loader(PACKS)
+
+    def held_out_documents(self):
+        rng = np.random.default_rng(0)
+        return [TokenizedDocument(str(i), rng.integers(3, 97, 40 + i), i) for i in range(3)]
+
+
+def test_logs_perplexities_and_leaves_training_alone(tmp_path, make_llama):
+    losses, loggers = [], []
+    for callbacks in ([], [LengthPerplexity([8, 32], every_n_steps=2, max_tokens=64)]):
+        logger = MetricsCSV(str(tmp_path / str(len(callbacks))))
+        module = LongContextModule(make_llama(attention_dropout=0.2), OptimConfig())
+        make_trainer(tmp_path, callbacks, logger=logger).fit(module, datamodule=Data())
+        losses.append(float(module.last_loss))
+        loggers.append(logger)
+        assert all(part.training for part in module.model.modules())
+    assert losses[0] == losses[1]
+    rows = loggers[1].path.read_text().splitlines()
+    column = rows[0].split(",").index("val/perplexity_8")
+    measured = [row.split(",") for row in rows[1:] if row.split(",")[column]]
+    assert [row[0] for row in measured] == ["1", "3"]
+
+
+def test_interval_below_one():
+    with pytest.raises(ValueError, match="every_n_steps must be at least 1, got 0"):
+        LengthPerplexity([8], every_n_steps=0, max_tokens=8)

@@ -1,0 +1,94 @@
+"""NonFiniteLossGuard: stops, spares the last good checkpoint, names the documents."""
+
+import pytest
+import torch
+
+from lctrain.batch import PackedBatch
+from lctrain.callbacks import NonFiniteLossError, NonFiniteLossGuard, StepCheckpoint
+from lctrain.config import OptimConfig
+from lctrain.module import LongContextModule
+from tests.training import loader, make_batch, make_trainer
+
+PACKS = [make_batch([12, 5], i) for i in range(8)]
+
+
+class PoisonedModule(LongContextModule):
+    """Loss of one batch is not finite."""
+
+    def __init__(self, model, at, value):
+        super().__init__(model, OptimConfig())
+        self.at, self.value = at, value
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * self.value if batch_idx == self.at else loss
+
+
+class PoisonedGradient(LongContextModule):
+    """Loss is finite, a gradient is not."""
+
+    def backward(self, loss, *args, **kwargs):
+        super().backward(loss, *args, **kwargs)
+        if self.global_step == 3:
+            next(self.parameters()).grad.fill_(float("inf"))
+
+
+def run(tmp_path, module, every=2, **settings):
+    checkpoint = StepCheckpoint(tmp_path / "c", every_n_steps=every)
+    trainer = make_trainer(
+        tmp_path, [NonFiniteLossGuard(), checkpoint], enable_checkpointing=True, **settings
+    )
+    trainer.fit(module, loader(PACKS))
+
+
+def all_finite(path):
+    state = torch.load(path, weights_only=False)["state_dict"]
+    return all(bool(value.isfinite().all()) for value in state.values())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("log_every", [1, 50])
+def test_stops_and_names_the_documents(tmp_path, make_llama, value, log_every):
+    module = PoisonedModule(make_llama(), 4, value)
+    with pytest.raises(NonFiniteLossError) as error:
+        run(tmp_path, module, log_every_n_steps=log_every)
+    message = str(error.value)
+    assert "micro-batch 4, documents: document-4-0, document-4-1" in message
+    last = tmp_path / "c" / "last.ckpt"
+    assert f"last good checkpoint is {last}" in message
+    assert last.resolve().name == "step-00000004.ckpt"
+    assert all_finite(last)
+    assert not list((tmp_path / "c").glob("*.tmp"))
+
+
+def test_the_step_that_saves_is_looked_at_first(tmp_path, make_llama):
+    """Loss goes bad in the very step whose checkpoint is due, between two logging steps."""
+    with pytest.raises(NonFiniteLossError, match="micro-batch 3"):
+        run(tmp_path, PoisonedModule(make_llama(), 3, float("nan")), log_every_n_steps=50)
+    assert [path.name for path in (tmp_path / "c").glob("step-*")] == ["step-00000002.ckpt"]
+
+
+def test_weights_that_overflow_are_not_saved(tmp_path, make_llama):
+    module = PoisonedGradient(make_llama(), OptimConfig())
+    with pytest.raises(NonFiniteLossError, match=r"weights became NaN or infinite at step 4"):
+        run(tmp_path, module, log_every_n_steps=50)
+    last = tmp_path / "c" / "last.ckpt"
+    assert last.resolve().name == "step-00000002.ckpt"
+    assert all_finite(last)
+
+
+def test_at_the_end_without_checkpoints(tmp_path, make_llama):
+    trainer = make_trainer(tmp_path, [NonFiniteLossGuard()], log_every_n_steps=50)
+    with pytest.raises(NonFiniteLossError, match="There is no checkpoint yet"):
+        trainer.fit(PoisonedModule(make_llama(), 7, float("nan")), loader(PACKS))
+
+
+def test_documents_without_names_are_named_by_their_id(tmp_path, make_llama):
+    batch = PackedBatch.from_documents([torch.arange(20)] * 12, document_ids=range(100, 112))
+    trainer = make_trainer(tmp_path, [NonFiniteLossGuard()])
+    with pytest.raises(NonFiniteLossError, match=r"documents: id 100, .*id 107 and 4 more"):
+        trainer.fit(PoisonedModule(make_llama(), 0, float("nan")), loader([batch]))
+
+
+def test_a_good_run_passes(tmp_path, make_llama):
+    run(tmp_path, LongContextModule(make_llama(), OptimConfig()))

@@ -1,0 +1,58 @@
+"""TokenProgressBar: optimizer steps of the whole run, refreshed without waiting for the device."""
+
+import pytest
+
+from lctrain.callbacks import ThroughputMonitor, TokenProgressBar
+from lctrain.config import OptimConfig
+from lctrain.module import LongContextModule
+from tests.training import loader, make_batch, make_trainer
+
+PACKS = [make_batch([12, 5], i) for i in range(6)]
+
+
+def fit(tmp_path, make_llama, capsys, bar, **settings):
+    trainer = make_trainer(
+        tmp_path, [ThroughputMonitor(), bar], enable_progress_bar=True, **settings
+    )
+    module = LongContextModule(make_llama(), OptimConfig())
+    trainer.fit(module, loader(PACKS), loader(PACKS[:2]))
+    return capsys.readouterr().err
+
+
+def test_shows_steps_loss_and_speed(tmp_path, make_llama, capsys):
+    text = fit(tmp_path, make_llama, capsys, TokenProgressBar(), accumulate_grad_batches=2)
+    assert "training: 100%" in text
+    assert "3/3" in text
+    assert "loss " in text
+    assert "tokens/s" in text
+
+
+def test_total_is_that_of_the_run_not_of_the_epoch(tmp_path, make_llama, capsys):
+    text = fit(tmp_path, make_llama, capsys, TokenProgressBar(), max_epochs=-1, max_steps=9)
+    assert "9/9" in text
+
+
+def test_rate_zero_and_disable_hide_it(tmp_path, make_llama, capsys):
+    assert "training" not in fit(tmp_path, make_llama, capsys, TokenProgressBar(refresh_rate=0))
+    bar = TokenProgressBar()
+    bar.disable()
+    assert bar._open("x", 1, 0).disable
+    bar.enable()
+    assert not bar._open("x", 1, 0).disable
+
+
+def test_error_closes_the_bar(tmp_path, make_llama, capsys):
+    class Failing(LongContextModule):
+        def training_step(self, batch, batch_idx):
+            raise OSError("broken")
+
+    bar = TokenProgressBar()
+    trainer = make_trainer(tmp_path, [bar], enable_progress_bar=True)
+    with pytest.raises(OSError, match="broken"):
+        trainer.fit(Failing(make_llama(), OptimConfig()), loader(PACKS))
+    assert bar._bar.disable
+
+
+def test_print_goes_above_the_bar(capsys):
+    TokenProgressBar().print("a", 1)
+    assert capsys.readouterr().out == "a 1\n"

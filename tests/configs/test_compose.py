@@ -1,0 +1,227 @@
+"""Every config composes, converts to plain dataclasses and builds its objects."""
+
+import dataclasses
+import itertools
+from importlib import resources
+
+import lightning.pytorch as pl
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.errors import ConfigCompositionException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from lctrain.build import (
+    build_datamodule,
+    build_model,
+    build_trainer,
+    instantiate_all,
+    resolve_precision,
+)
+from lctrain.config import TrainConfig, TrainerConfig, to_dataclass
+from lctrain.optim import learning_rate_factor
+from lctrain.schemas import register_schemas
+
+GROUPS = ("attention", "callbacks", "data", "debug", "evaluation", "logger", "model", "optim")
+NEEDED = {
+    "data=text": ["data.files=[x.txt]"],
+    "data=jsonl": ["data.files=[x.jsonl]"],
+    "data=parquet": ["data.files=[x.parquet]"],
+    "data=hub": ["data.dataset=owner/name"],
+    "model=hf": ["model.name_or_path=owner/name"],
+}
+
+
+def choices():
+    """group=option for every YAML file that ships."""
+    for group in (*GROUPS, "paths", "trainer"):
+        for file in (resources.files("lctrain.configs") / group).iterdir():
+            if file.name.endswith(".yaml"):
+                yield f"{group}={file.name.removesuffix('.yaml')}"
+    for file in (resources.files("lctrain.recipes") / "experiment").iterdir():
+        yield f"experiment={file.name.removesuffix('.yaml')}"
+
+
+CHOICES = sorted(choices())
+
+
+def composed(*overrides, output_dir="out") -> DictConfig:
+    register_schemas()
+    with initialize_config_module("lctrain.configs", version_base="1.3"):
+        return compose("train", [f"paths.output_dir={output_dir}", *overrides])
+
+
+def load(*overrides, **kwargs) -> TrainConfig:
+    return to_dataclass(composed(*overrides, **kwargs), TrainConfig)
+
+
+def no_omegaconf(value) -> bool:
+    """Whether nothing in the tree is an OmegaConf container."""
+    if isinstance(value, (DictConfig, ListConfig)):
+        return False
+    if dataclasses.is_dataclass(value):
+        return all(no_omegaconf(getattr(value, f.name)) for f in dataclasses.fields(value))
+    if isinstance(value, dict):
+        return all(map(no_omegaconf, itertools.chain(value.keys(), value.values())))
+    return not isinstance(value, (list, tuple)) or all(map(no_omegaconf, value))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_config_composes_and_builds(choice, tmp_path):
+    config = load(choice, *NEEDED.get(choice, []), output_dir=tmp_path)
+    assert no_omegaconf(config)
+    datamodule = build_datamodule(config.data)
+    assert datamodule.max_tokens == config.data.max_tokens
+    callbacks = instantiate_all("callbacks", config.callbacks)
+    loggers = instantiate_all("logger", config.logger)
+    trainer_config = dataclasses.replace(config.trainer, accelerator="cpu", devices="1")
+    trainer = build_trainer(
+        trainer_config, list(callbacks.values()), list(loggers.values()), str(tmp_path)
+    )
+    assert trainer.max_steps == config.trainer.max_steps
+    assert learning_rate_factor(config.optim, 1000)(999) <= 1.0
+
+
+@pytest.mark.parametrize("name", ["llama_5m", "tiny"])
+def test_models_build(name):
+    config = load(f"model={name}")
+    model = build_model(config.model, 8192)
+    assert model.training
+    assert model.config.vocab_size == 8192
+    if name == "llama_5m":
+        assert 4.5e6 < sum(p.numel() for p in model.parameters()) < 5.5e6
+
+
+def test_the_recipe_has_about_100_million_parameters():
+    import torch
+
+    config = load("experiment=llama_100m_32k")
+    with torch.device("meta"):
+        model = build_model(config.model, config.data.vocab_size)
+    assert 0.95e8 < sum(p.numel() for p in model.parameters()) < 1.05e8
+    assert config.data.max_tokens == 32768
+
+
+def test_gradient_checkpointing_is_switched_on():
+    config = load("model=tiny", "model.gradient_checkpointing=true")
+    assert build_model(config.model, 300).is_gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("nam=x", "nam"),
+        ("optim.lr=1e-3", "optim.lr"),
+        ("data.max_token=5", "data.max_token"),
+        ("data.files=[x]", "data.files"),
+        ("trainer.max_step=5", "trainer.max_step"),
+        ("callbacks.throughput.tokens=5", "callbacks.throughput.tokens"),
+        ("callbacks.throughputs.max_tokens=5", "callbacks.throughputs"),
+        ("logger.csv.dir=x", "logger.csv.dir"),
+        ("paths.out=x", "paths.out"),
+        ("evaluation.length=[1]", "evaluation.length"),
+        ("attention.kind=flash", "attention.kind"),
+        ("model.hidden_size=32", "model.hidden_size"),
+    ],
+)
+def test_unknown_keys_are_named(override, named):
+    with pytest.raises(ConfigCompositionException, match=f"Could not override '{named}"):
+        composed(override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optim.learning_rate=fast",
+        "data.max_tokens=4k",
+        "trainer.max_steps=1.5",
+        "trainer.deterministic=perhaps",
+        "callbacks.checkpoint.every_n_steps=often",
+        "evaluation.lengths=[a]",
+        "seed=x",
+    ],
+)
+def test_wrong_types_are_named(override):
+    key, value = override.split("=")
+    with pytest.raises(ConfigCompositionException) as error:
+        composed(override)
+    assert key in str(error.value)
+    assert value.strip("[]") in str(error.value.__cause__)
+
+
+def test_keys_appended_to_a_schema_are_named():
+    with pytest.raises(ValueError, match=r"unknown config key: .*'speed'"):
+        load("+optim.speed=3")
+
+
+def test_missing_values_are_named():
+    with pytest.raises(ValueError, match=r"'model.name_or_path'.*Missing mandatory value"):
+        load("model=hf")
+
+
+def test_unknown_choice_lists_what_there_is():
+    with pytest.raises(Exception, match="llama_100m_32k"):
+        composed("experiment=none_such")
+
+
+def test_null_switches_a_callback_off():
+    callbacks = instantiate_all("callbacks", load("callbacks.isolation=null").callbacks)
+    assert "isolation" not in callbacks
+    assert "throughput" in callbacks
+
+
+def test_a_callback_of_ones_own():
+    config = load("+callbacks.mine={_target_: lightning.pytorch.callbacks.LambdaCallback}")
+    assert isinstance(instantiate_all("callbacks", config.callbacks)["mine"], pl.Callback)
+
+
+def test_an_entry_without_target():
+    with pytest.raises(ValueError, match=r"callbacks.mine must have a _target_"):
+        instantiate_all("callbacks", load("+callbacks.mine={rate: 1}").callbacks)
+
+
+def test_unknown_model_family():
+    config = load("model.model_type=lama")
+    with pytest.raises(
+        ValueError, match=r"must be a family of transformers, got 'lama'"
+    ):
+        build_model(config.model, 300)
+
+
+def test_unknown_model_argument():
+    config = load("+model.config.hidden=3")
+    with pytest.raises(ValueError, match=r"model.config.hidden must be an argument of LlamaConfig"):
+        build_model(config.model, 300)
+
+
+def test_wrong_model_argument_type():
+    config = load("model.config.hidden_size=wide")
+    with pytest.raises(ValueError, match=r"(?s)model.config must fit LlamaConfig.*hidden_size"):
+        build_model(config.model, 300)
+
+
+def test_model_smaller_than_the_tokenizer():
+    config = load("model=tiny", "+model.config.vocab_size=64")
+    with pytest.raises(ValueError, match=r"at least the tokenizer's 300 embeddings, got 64"):
+        build_model(config.model, 300)
+
+
+def test_a_run_without_end(tmp_path):
+    with pytest.raises(ValueError, match=r"max_steps or trainer.max_epochs must be set"):
+        build_trainer(TrainerConfig(), [], [], str(tmp_path))
+
+
+def test_precision(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert resolve_precision(TrainerConfig()) == "bf16-mixed"
+    assert resolve_precision(TrainerConfig(accelerator="cpu")) == "32-true"
+    assert resolve_precision(TrainerConfig(precision="bf16-true")) == "bf16-true"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_precision(TrainerConfig()) == "32-true"
+
+
+def test_composed_config_is_yaml(tmp_path):
+    text = OmegaConf.to_yaml(composed("paths.root=/r"), resolve=True)
+    assert "runs_dir: /r/default" in text

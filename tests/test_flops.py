@@ -1,0 +1,86 @@
+"""Model FLOPs and the table of peaks."""
+
+import pytest
+import torch
+
+from lctrain.flops import FlopCounter, peak_flops, visible_pairs
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 8, 50])
+@pytest.mark.parametrize("length", [1, 2, 8, 13])
+def test_visible_pairs_by_counting(length, window):
+    counted = sum(
+        1 for i in range(length) for j in range(i + 1) if window is None or i - j < window
+    )
+    assert visible_pairs(length, window) == counted
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_dense_part_is_six_per_weight_of_the_matrix_products(make_llama, tied):
+    """Counted by torch on one token, where attention is negligible but exact: 4 * H * D a layer."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = make_llama(tie_word_embeddings=tied, attn_implementation="eager")
+    with FlopCounterMode(display=False) as torch_counter, torch.no_grad():
+        model(torch.tensor([[5]]), use_cache=False)
+    counted = FlopCounter.of(model).step_flops([1])
+    assert counted == 3 * torch_counter.get_total_flops()
+
+
+def test_attention_part_counts_the_causal_half(make_llama):
+    counter = FlopCounter.of(make_llama())
+    dense = 6 * counter.matrix_parameters * 10
+    pairs = 10 * 11 / 2
+    assert counter.step_flops([10]) - dense == 2 * 12 * 4 * 8 * pairs  # layers, heads, head_dim
+    assert counter.step_flops([4, 6]) < counter.step_flops([10])
+
+
+def test_sliding_layers_see_their_window():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=4,
+    )
+    assert FlopCounter.of(Gemma2ForCausalLM(config)).windows == (4, None)
+
+
+def test_experts_count_by_the_share_that_a_token_uses():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    def matrices(experts):
+        config = MixtralConfig(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=experts,
+            num_experts_per_tok=2,
+        )
+        return FlopCounter.of(MixtralForCausalLM(config)).matrix_parameters
+
+    assert matrices(8) - matrices(4) == 16 * 4  # only the router grows
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989.5e12),
+        ("NVIDIA H100 PCIe", 756.5e12),
+        ("NVIDIA H200", 989.5e12),
+        ("NVIDIA B200", 2.25e15),
+        ("AMD Instinct MI300X", 1307.4e12),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_peaks(name, peak):
+    assert peak_flops(name) == peak

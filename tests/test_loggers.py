@@ -1,0 +1,45 @@
+"""MetricsCSV: one file per run, also over an interruption."""
+
+import csv
+
+import torch
+
+from lctrain.loggers import MetricsCSV
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_columns_may_come_later(tmp_path):
+    logger = MetricsCSV(str(tmp_path / "run"))
+    logger.log_metrics({"loss": torch.tensor(2.0)}, 0)
+    logger.log_metrics({"speed": 3.0, "loss": 1.5}, 1)
+    logger.log_metrics({"loss": 1.0}, 2)
+    assert rows(logger.path) == [
+        {"step": "0", "loss": "2.0", "speed": ""},
+        {"step": "1", "loss": "1.5", "speed": "3.0"},
+        {"step": "2", "loss": "1.0", "speed": ""},
+    ]
+
+
+def test_a_resumed_run_continues_the_file(tmp_path):
+    """Killed in the middle of the row of step 4; resumed from the checkpoint after step 2."""
+    first = MetricsCSV(str(tmp_path))
+    for step in range(4):
+        first.log_metrics({"loss": float(step), "speed": 9.0}, step)
+    with first.path.open("a") as file:
+        file.write("4,4")
+    second = MetricsCSV(str(tmp_path))
+    second.log_metrics({"loss": 20.0}, 2)
+    second.log_metrics({"loss": 30.0}, 3)
+    assert [row["loss"] for row in rows(second.path)] == ["0.0", "1.0", "20.0", "30.0"]
+    assert [row["speed"] for row in rows(second.path)] == ["9.0", "9.0", "", ""]
+
+
+def test_nothing_is_lost_before_the_first_row(tmp_path):
+    MetricsCSV(str(tmp_path)).log_metrics({"loss": 1.0}, 0)
+    again = MetricsCSV(str(tmp_path))
+    again.log_hyperparams({"a": 1})
+    assert len(rows(again.path)) == 1
