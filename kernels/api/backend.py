@@ -51,8 +51,9 @@ def select_backend(
             )
         if device.type != "cuda" and not interpreting():
             raise ValueError(
-                f"backend='triton' needs tensors on a GPU, got {device.type}. Move them, pass backend='auto', "
-                "or set TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter."
+                f"backend='triton' needs tensors on a GPU, got {device.type}. Move them, pass "
+                "backend='auto', or set TRITON_INTERPRET=1 before the first import to run the "
+                "kernels in Triton's interpreter."
             )
         if not supported:
             raise ValueError(

@@ -1,15 +1,16 @@
-"""Argument checks of the public attention functions: user errors become messages that name the remedy.
+"""Argument checks of the public attention functions: each message names the remedy.
 
-Everything here reads shapes, dtypes and Python values. Values of tensors are read on CPU tensors only, so that no check
-synchronises with a device.
+Everything here reads shapes, dtypes and Python values. Values of tensors are read on CPU tensors
+only, so that no check synchronises with a device.
 """
 
 import math
 from collections.abc import Sequence
 
 import torch
-from lctrain.kernels.schedule import TileSchedule
 from torch import Tensor
+
+from lctrain.kernels.schedule import TileSchedule
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
@@ -23,11 +24,13 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         if tensor.dim() != 3:
             raise ValueError(
                 f"{name} must have shape [tokens, heads, head_dim], got {tuple(tensor.shape)}. "
-                "Pack the documents along the first dimension, or call flash_attn_func for [B, S, H, D]."
+                "Pack the documents along the first dimension, or call flash_attn_func for [B, "
+                "S, H, D]."
             )
         if tensor.dtype not in _FLOATS:
             raise TypeError(
-                f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}. Cast it."
+                f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}. Cast "
+                "it."
             )
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(
@@ -36,13 +39,15 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
     if not q.device == k.device == v.device:
         raise ValueError(
-            f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}. Move them."
+            f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}. Move "
+            "them."
         )
     if k.shape != v.shape:
         raise ValueError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}.")
     if q.shape[2] != k.shape[2]:
         raise ValueError(
-            f"q and k must have one head dim, got {q.shape[2]} and {k.shape[2]}. Check the layout [T, H, D]."
+            f"q and k must have one head dim, got {q.shape[2]} and {k.shape[2]}. Check the "
+            "layout [T, H, D]."
         )
     if not 1 <= q.shape[2] <= MAX_HEAD_DIM:
         raise ValueError(f"head_dim must be between 1 and {MAX_HEAD_DIM}, got {q.shape[2]}.")
@@ -53,7 +58,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, device: torch.device) -> None:
-    """[N + 1] int32 on q's device, from 0 to total, not decreasing (values read on CPU tensors only)."""
+    """[N + 1] int32 on q's device, from 0 to total, not decreasing (values: CPU tensors only)."""
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(cu_seqlens).__name__}.")
     if cu_seqlens.dtype != torch.int32:
@@ -105,7 +110,8 @@ def check_schedule(
         if expected != total:
             raise ValueError(
                 f"{name} must hold the {expected} tokens that schedule was built for, got {total}. "
-                "Build the schedule from the lengths of this pack, and drop tokens beyond the last document."
+                "Build the schedule from the lengths of this pack, and drop tokens beyond the "
+                "last document."
             )
 
 
@@ -123,7 +129,8 @@ def check_dropout(dropout_p: float, dropout_seed: object) -> None:
         not isinstance(dropout_seed, int) or not -(2**63) <= dropout_seed < 2**63
     ):
         raise TypeError(
-            f"dropout_seed must be an int64 value or a tensor of one int64 element, got {dropout_seed!r}."
+            "dropout_seed must be an int64 value or a tensor of one int64 element, got "
+            f"{dropout_seed!r}."
         )
 
 
@@ -137,7 +144,8 @@ def check_window(window_size: Sequence[int] | Tensor, device: torch.device) -> N
             )
         if window_size.device != device:
             raise ValueError(
-                f"window_size must be on q's device ({device}), got {window_size.device}. Move it with .to()."
+                f"window_size must be on q's device ({device}), got {window_size.device}. Move "
+                "it with .to()."
             )
     elif len(window_size) != 2 or not all(isinstance(w, (int, torch.SymInt)) for w in window_size):
         raise TypeError(
@@ -188,7 +196,7 @@ def check_optional_tensors(
 
 def check_softcap_and_scale(softcap: float, softmax_scale: float | None) -> None:
     """softcap >= 0 and finite; scale finite."""
-    if softcap < 0 or not math.isfinite(softcap):
+    if softcap < 0 or not softcap < math.inf:
         raise ValueError(f"softcap must be finite and >= 0 (0 turns it off), got {softcap}.")
     if softmax_scale is not None and not math.isfinite(softmax_scale):
         raise ValueError(f"softmax_scale must be finite, got {softmax_scale}.")

@@ -11,7 +11,8 @@ def merge_attn_states(
 
     Args:
         out_a: [T, H, D], normalised output over the first set.
-        lse_a: [H, T] float32, natural logarithm of its softmax denominator; -inf where a query saw nothing.
+        lse_a: [H, T] float32, natural logarithm of its softmax denominator; -inf where a query saw
+            nothing.
         out_b: [T, H, D], over the second set.
         lse_b: [H, T] float32.
 
@@ -25,7 +26,8 @@ def merge_attn_states(
     if out_a.shape != out_b.shape or not tuple(lse_a.shape) == tuple(lse_b.shape) == expected:
         raise ValueError(
             "merge_attn_states needs outputs of one shape [T, H, D] and lse of shape [H, T], got "
-            f"{tuple(out_a.shape)}, {tuple(lse_a.shape)}, {tuple(out_b.shape)}, {tuple(lse_b.shape)}."
+            f"{tuple(out_a.shape)}, {tuple(lse_a.shape)}, {tuple(out_b.shape)}, "
+            f"{tuple(lse_b.shape)}."
         )
     # The result does not depend on the shift, so it carries no gradient.
     shift = torch.maximum(lse_a, lse_b).detach()

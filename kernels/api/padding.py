@@ -1,4 +1,4 @@
-"""unpad_input and pad_input: between padded rows [B, S, ...] and packed tokens [T, ...], as in FlashAttention."""
+"""unpad_input and pad_input, as in FlashAttention: rows [B, S, ...], packed tokens [T, ...]."""
 
 import torch
 from torch import Tensor
@@ -14,20 +14,21 @@ def unpad_input(
 ) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
     """Drops padding.
 
-    How many tokens remain is data: it is read from the mask. With a mask on the CPU, or with `num_tokens` and
-    `max_seqlen` given, no synchronisation happens; with a mask on a GPU and neither, one does.
+    How many tokens remain is data: it is read from the mask. With a mask on the CPU, or with
+    `num_tokens` and `max_seqlen` given, no synchronisation happens; with a mask on a GPU and
+    neither, one does.
 
     Args:
         hidden_states: [B, S, ...].
         attention_mask: [B, S] bool or int, 1 where a token is real.
-        unused_mask: [B, S], 1 where memory is allocated and not used; such tokens are kept in the output and not counted
-            in the last element.
+        unused_mask: [B, S], 1 where memory is allocated and not used; such tokens are kept in the
+            output and not counted in the last element.
         num_tokens: Number of ones in both masks together, if known.
         max_seqlen: Largest number of ones in a row, if known.
 
     Returns:
-        Packed tokens [T, ...], indices [T] int64 into the flattened rows, cu_seqlens [B + 1] int32, the longest length
-        (int), and the real lengths [B] int32.
+        Packed tokens [T, ...], indices [T] int64 into the flattened rows, cu_seqlens [B + 1] int32,
+        the longest length (int), and the real lengths [B] int32.
 
     Raises:
         ValueError: if the mask does not have the first two dimensions of hidden_states.

@@ -1,9 +1,10 @@
 """The tile schedule: which 128-row tiles of which document the kernels visit, longest first.
 
-Built once per batch, from lengths that are known on the CPU, and reused by every layer and by every recomputation.
+Built once per batch, from lengths that are known on the CPU, and reused by every layer and by every
+recomputation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,13 +12,15 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 SCHEDULE_ROWS = 128
+Work = Callable[[Tensor, Tensor], Tensor]  # (document, block) of each tile -> its work
 
 
 class TileSchedule(NamedTuple):
     """Tiles of SCHEDULE_ROWS rows, ordered by the work of a causal mask, longest first.
 
     Attributes:
-        q_tiles: [n, 2] int32, (document, block of SCHEDULE_ROWS queries inside it). Document -1 is an empty slot.
+        q_tiles: [n, 2] int32, (document, block of SCHEDULE_ROWS queries inside it). Document -1 is
+            an empty slot.
         k_tiles: [m, 2] int32, the same for keys.
         total_q: Packed queries that the documents cover; -1 if known on the device only.
         total_k: Packed keys, likewise.
@@ -75,8 +78,9 @@ def make_schedule(lengths_q: Sequence[int], lengths_k: Sequence[int] | None = No
 def device_schedule(cu_q: Tensor, cu_k: Tensor, total_q: int, total_k: int) -> TileSchedule:
     """Builds the schedule on the device of cu_q, without a synchronisation, once per (cu_q, cu_k).
 
-    The number of tiles is not known on the CPU, so the lists have the length of their upper bound; unused slots hold
-    document -1. A pack that does not end at total_q (total_k) stops the program with a device-side assertion.
+    The number of tiles is not known on the CPU, so the lists have the length of their upper bound;
+    unused slots hold document -1. A pack that does not end at total_q (total_k) stops the program
+    with a device-side assertion.
 
     Args:
         cu_q: [N + 1] int32.
@@ -118,21 +122,21 @@ def _blocks(lengths: Tensor) -> Tensor:
     return (lengths + SCHEDULE_ROWS - 1) // SCHEDULE_ROWS
 
 
-def _query_work(queries: Tensor, keys: Tensor):
+def _query_work(queries: Tensor, keys: Tensor) -> Work:
     """Keys that the last query of a block sees under a causal mask."""
     return lambda document, block: torch.minimum(
         (block + 1) * SCHEDULE_ROWS + (keys - queries)[document], keys[document]
     )
 
 
-def _key_work(queries: Tensor, keys: Tensor):
+def _key_work(queries: Tensor, keys: Tensor) -> Work:
     """Queries that see the first key of a block under a causal mask."""
     return lambda document, block: torch.minimum(
         queries[document], keys[document] - block * SCHEDULE_ROWS
     )
 
 
-def _tiles(lengths: Tensor, work, slots: int) -> Tensor:
+def _tiles(lengths: Tensor, work: Work, slots: int) -> Tensor:
     """[slots, 2] int32 (document, block), sorted by falling work; empty slots last, document -1."""
     if len(lengths) == 0:
         return lengths.new_empty((0, 2), dtype=torch.int32)

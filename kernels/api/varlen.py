@@ -1,15 +1,16 @@
-"""flash_attn_varlen_func and flash_attn_func: FlashAttention-2's signatures on lctrain's kernels."""
+"""flash_attn_varlen_func and flash_attn_func: FlashAttention-2's signatures, lctrain's kernels."""
 
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from lctrain.kernels import checks
 from lctrain.kernels import varlen_ops as _varlen_ops  # noqa: F401  (registers the operators)
 from lctrain.kernels.backend import select_backend
 from lctrain.kernels.reference.attention import dense_attention
 from lctrain.kernels.schedule import TileSchedule
-from torch import Tensor
 
 
 def flash_attn_varlen_func(
@@ -39,37 +40,45 @@ def flash_attn_varlen_func(
 ) -> Tensor | tuple[Tensor, ...]:
     """Attention over packed documents; the positional part means what it means in FlashAttention-2.
 
-    Masks are aligned at the bottom right: query i of a document of Lq queries and Lk keys stands at key i + Lk - Lq. A
-    query that sees no key has out = 0, lse = -inf and zero gradients. Documents of length zero are legal.
+    Masks are aligned at the bottom right: query i of a document of Lq queries and Lk keys stands at
+    key i + Lk - Lq. A query that sees no key has out = 0, lse = -inf and zero gradients. Documents
+    of length zero are legal.
 
     Args:
-        q: [T, H, D] float16, bfloat16 or float32 (float64 on the PyTorch path); any strides with last stride 1.
+        q: [T, H, D] float16, bfloat16 or float32 (float64 on the PyTorch path); any strides with
+            last stride 1.
         k: [Tk, Hk, D]; query head h reads head h // (H / Hk).
         v: [Tk, Hk, D].
         cu_seqlens_q: [N + 1] int32, cumulative query lengths from 0 to T.
         cu_seqlens_k: [N + 1] int32, cumulative key lengths from 0 to Tk.
-        max_seqlen_q: Longest query length, a Python int. Kept for the signature: the kernels read cu_seqlens.
+        max_seqlen_q: Longest query length, a Python int. Kept for the signature: the kernels read
+            cu_seqlens.
         max_seqlen_k: Longest key length, likewise.
         dropout_p: Probability of dropping a weight, applied exactly as round(p * 65536) / 65536.
         softmax_scale: Factor of q.k; default D^-0.5.
         causal: Query i sees keys up to its own position.
-        window_size: (left, right) keys around the own position, -1 unbounded; two ints or an int32 device tensor [2].
+        window_size: (left, right) keys around the own position, -1 unbounded; two ints or an int32
+            device tensor [2].
         softcap: c > 0 replaces a logit x by c tanh(x / c).
-        alibi_slopes: [H] or [N, H] float32; adds -slope * |i + Lk - Lq - j|. No gradient, as in FlashAttention-2.
+        alibi_slopes: [H] or [N, H] float32; adds -slope * |i + Lk - Lq - j|. No gradient, as in
+            FlashAttention-2.
         deterministic: The backward gives the same bits in every run.
-        return_attn_probs: Return (out, lse, weights [N, H, max_seqlen_q, max_seqlen_k]); dropped weights are negative.
-            For debugging: it forms the whole matrix and reads the lengths.
+        return_attn_probs: Return (out, lse, weights [N, H, max_seqlen_q, max_seqlen_k]); dropped
+            weights are negative. For debugging: it forms the whole matrix and reads the lengths.
         block_table: Paged key/value caches; not supported.
         return_lse: Return (out, lse).
         learnable_sink: [H], a logit that takes part in every softmax of its head; has a gradient.
-        dropout_seed: An int or one int64 element on q's device. Default: drawn from torch's generator of that device.
-        document_ids: [N] int32, the documents' part of the dropout key. Default: the index in the pack.
-        schedule: From make_schedule, on q's device. Default: built on the device, once per cu_seqlens tensor.
+        dropout_seed: An int or one int64 element on q's device. Default: drawn from torch's
+            generator of that device.
+        document_ids: [N] int32, the documents' part of the dropout key. Default: the index in the
+            pack.
+        schedule: From make_schedule, on q's device. Default: built on the device, once per
+            cu_seqlens tensor.
         backend: "auto", "triton" or "pytorch". A named one never falls back.
 
     Returns:
-        out [T, H, D] in q's dtype; with return_lse also lse [H, T] float32, natural logarithm, before dropout,
-        differentiable.
+        out [T, H, D] in q's dtype; with return_lse also lse [H, T] float32, natural logarithm,
+        before dropout, differentiable.
 
     Raises:
         TypeError: if an argument has the wrong type or dtype.
@@ -167,7 +176,7 @@ def flash_attn_func(
     document_ids: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
-    """Attention over a batch of rows of equal length; each row is a document of flash_attn_varlen_func.
+    """Attention over rows of equal length; each is a document of flash_attn_varlen_func.
 
     Args:
         q: [B, S, H, D].
@@ -285,7 +294,7 @@ def _attention_probabilities(
     dropout_seed: Tensor | None,
     document_ids: Tensor | None,
 ) -> Tensor:
-    """[N, H, max_seqlen_q, max_seqlen_k] in q's dtype, dropped weights negative, zero beyond each document."""
+    """[N, H, max_seqlen_q, max_seqlen_k] in q's dtype, dropped weights negative, zero outside."""
     documents = cu_seqlens_q.shape[0] - 1
     result = q.new_zeros((documents, q.shape[1], *shape))
     begin_q, begin_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()

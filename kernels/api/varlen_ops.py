@@ -1,14 +1,17 @@
-"""lctrain::varlen_forward and lctrain::varlen_backward: the custom operators behind the public functions.
+"""lctrain::varlen_forward and varlen_backward: the operators behind the public functions.
 
-As operators of torch.library they have fake implementations (torch.compile, meta tensors), autograd, and FLOP formulas,
-and selective activation checkpointing can name them in a policy.
+As operators of torch.library they have fake implementations (torch.compile, meta tensors),
+autograd, and FLOP formulas, and selective activation checkpointing can name them in a policy.
 """
 
+from typing import Any
+
 import torch
-from lctrain.kernels.reference import varlen as reference
-from lctrain.kernels.schedule import TileSchedule, device_schedule
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+from lctrain.kernels.reference import varlen as reference
+from lctrain.kernels.schedule import TileSchedule, device_schedule
 
 
 @torch.library.custom_op("lctrain::varlen_forward", mutates_args=())
@@ -33,7 +36,7 @@ def varlen_forward(
     deterministic: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Returns out [T, H, D] and lse [H, T]; arguments as flash_attn_varlen_func, defaults resolved."""
+    """Returns out [T, H, D] and lse [H, T]; arguments as the public function resolved them."""
     if backend == "pytorch":
         options = _reference_options(
             softmax_scale, window_left, window_right, window, softcap, dropout_p
@@ -72,7 +75,7 @@ def varlen_forward(
 
 
 @varlen_forward.register_fake
-def _(q, k, v, *_):
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
     return (
         q.new_empty((q.shape[0], q.shape[1], v.shape[2])),
@@ -152,7 +155,16 @@ def varlen_backward(
 
 
 @varlen_backward.register_fake
-def _(dout, dlse, q, k, v, out, lse, *_):
+def _(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(q, memory_format=torch.contiguous_format),
         torch.empty_like(k, memory_format=torch.contiguous_format),
@@ -161,7 +173,7 @@ def _(dout, dlse, q, k, v, out, lse, *_):
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     (q, k, v, cu_q, cu_k, q_tiles, k_tiles, scale, left, right, window, softcap, alibi, sink, p) = (
         inputs[:15]
     )
@@ -174,7 +186,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.scalars = (scale, left, right, softcap, p, deterministic, backend)
 
 
-def _backward(ctx, dout: Tensor | None, dlse: Tensor | None):
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, cu_q, cu_k, q_tiles, k_tiles, window, alibi, sink, seed, document_ids = (
         ctx.saved_tensors
     )
@@ -206,7 +218,8 @@ def _backward(ctx, dout: Tensor | None, dlse: Tensor | None):
     )
     dsink = None
     if sink is not None and ctx.needs_input_grad[13]:
-        # The sink has a weight and no value, so its dP is 0 and dS = -p * delta; rows that see nothing have delta = 0.
+        # The sink has a weight and no value, so its dP is 0 and dS = -p * delta; rows that see
+        # nothing have delta = 0.
         weight = torch.exp(sink.to(lse.dtype)[:, None] - lse)
         dsink = -(weight * delta).sum(1).to(sink.dtype)
     return (dq, dk, dv, *[None] * 10, dsink, *[None] * 5)
@@ -262,7 +275,9 @@ def visible_pairs(
     return pairs
 
 
-def _pairs(cu_q: Tensor, cu_k: Tensor, left: int, right: int, window: Tensor | None, q, k) -> int:
+def _pairs(
+    cu_q: Tensor, cu_k: Tensor, left: int, right: int, window: Tensor | None, q: Tensor, k: Tensor
+) -> int:
     if cu_q.is_meta or isinstance(cu_q, torch._subclasses.FakeTensor):
         documents = max(1, cu_q.shape[0] - 1)  # lengths unknown: as if all were equal
         per_document = (q.shape[0] // documents) * (k.shape[0] // documents) * documents
@@ -274,7 +289,19 @@ def _pairs(cu_q: Tensor, cu_k: Tensor, left: int, right: int, window: Tensor | N
 
 @register_flop_formula(torch.ops.lctrain.varlen_forward, get_raw=True)
 def varlen_forward_flops(
-    q, k, v, cu_q, cu_k, q_tiles, k_tiles, scale, left, right, window, *args, out_val=None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    q_tiles: Tensor | None,
+    k_tiles: Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    window: Tensor | None,
+    *args: Any,
+    out_val: Any = None,
 ) -> int:
     """Two matrix products over the visible pairs."""
     return 2 * _pairs(cu_q, cu_k, left, right, window, q, k) * q.shape[1] * 2 * q.shape[2]
@@ -282,23 +309,23 @@ def varlen_forward_flops(
 
 @register_flop_formula(torch.ops.lctrain.varlen_backward, get_raw=True)
 def varlen_backward_flops(
-    dout,
-    dlse,
-    q,
-    k,
-    v,
-    out,
-    lse,
-    cu_q,
-    cu_k,
-    q_tiles,
-    k_tiles,
-    scale,
-    left,
-    right,
-    window,
-    *args,
-    out_val=None,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    q_tiles: Tensor | None,
+    k_tiles: Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    window: Tensor | None,
+    *args: Any,
+    out_val: Any = None,
 ) -> int:
     """Five matrix products over the visible pairs, however the kernel computes them."""
     return 5 * _pairs(cu_q, cu_k, left, right, window, q, k) * q.shape[1] * 2 * q.shape[2]

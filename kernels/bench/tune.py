@@ -1,7 +1,8 @@
-"""Times tile configurations of one kernel against each other: python -m lctrain.kernels.bench.tune --help.
+"""Times tile configurations against each other: python -m lctrain.kernels.bench.tune --help.
 
-Candidates are compiled side by side first (one process per core), then timed one by one on one GPU. A candidate that does not
-compile, does not fit or gives another result than the table's configuration is reported and left out.
+Candidates are compiled side by side first (one process per core), then timed one by one on one GPU.
+A candidate that does not compile, does not fit or gives another result than the table's
+configuration is reported and left out.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from triton.testing import do_bench
@@ -22,18 +24,24 @@ from lctrain.kernels.attention.varlen_fwd import varlen_fwd
 from lctrain.kernels.bench.workloads import WORKLOADS, Workload
 
 _FORWARD = {
-    64: "128,128,8,2,1 128,64,8,3,1 128,64,8,2,1 128,64,4,3,1 128,64,4,2,1 64,64,4,3,1 64,128,4,2,1 128,128,4,2,1 "
+    64: "128,128,8,2,1 128,64,8,3,1 128,64,8,2,1 128,64,4,3,1 128,64,4,2,1 64,64,4,3,1 "
+    "64,128,4,2,1 128,128,4,2,1 "
     "128,64,8,2,1,128 128,128,8,2,1,128 64,64,4,2,1,128 64,64,4,2,1,168 128,32,4,3,1",
-    128: "128,64,8,2,2 128,64,8,3,2 128,64,8,3,1 128,64,8,3,4 128,128,8,2,2 128,128,8,2,1 128,128,8,2,4 64,64,4,2,1 "
-    "64,64,4,2,2 64,64,4,3,2 64,128,4,2,1 128,32,4,3,2 64,64,4,2,1,168 64,32,4,3,1,168 128,64,8,2,2,128",
+    128: "128,64,8,2,2 128,64,8,3,2 128,64,8,3,1 128,64,8,3,4 128,128,8,2,2 128,128,8,2,1 "
+    "128,128,8,2,4 64,64,4,2,1 "
+    "64,64,4,2,2 64,64,4,3,2 64,128,4,2,1 128,32,4,3,2 64,64,4,2,1,168 64,32,4,3,1,168 "
+    "128,64,8,2,2,128",
 }
 _DQ = {
-    64: "128,64,4,3,1 128,64,8,3,1 128,64,8,2,1 64,64,4,3,1 64,64,4,2,1,168 128,128,8,2,1 64,128,4,2,1 128,64,8,2,1,128",
-    128: "128,64,8,2,2 128,64,8,2,1 128,64,8,2,4 128,32,8,3,2 128,128,8,1,2 64,64,4,2,1 64,64,4,2,2 64,32,4,3,1 "
+    64: "128,64,4,3,1 128,64,8,3,1 128,64,8,2,1 64,64,4,3,1 64,64,4,2,1,168 128,128,8,2,1 "
+    "64,128,4,2,1 128,64,8,2,1,128",
+    128: "128,64,8,2,2 128,64,8,2,1 128,64,8,2,4 128,32,8,3,2 128,128,8,1,2 64,64,4,2,1 "
+    "64,64,4,2,2 64,32,4,3,1 "
     "64,32,4,2,1,168 128,32,8,2,2,128",
 }
 _DKV = {
-    64: "64,128,8,3 64,128,8,2 64,64,4,3 64,64,4,2 128,128,8,2 128,64,4,2 64,64,4,2,1,168 32,64,4,3 64,128,8,2,1,128",
+    64: "64,128,8,3 64,128,8,2 64,64,4,3 64,64,4,2 128,128,8,2 128,64,4,2 64,64,4,2,1,168 "
+    "32,64,4,3 64,128,8,2,1,128",
     128: "64,128,8,2 32,128,8,3 32,128,8,2 64,64,4,2 32,64,4,3 32,64,4,2 128,128,8,1 64,64,8,2",
 }
 _CANDIDATES = {"varlen_fwd": _FORWARD, "varlen_dq": _DQ, "varlen_dkv": _DKV}
@@ -116,7 +124,7 @@ def _precompile(job: tuple[str, str, Workload, float]) -> None:
 def time_candidates(
     workload: Workload, operation: str, candidates: list[str], dropout_p: float
 ) -> list[dict]:
-    """Times each candidate on one workload; other kernels of the backward keep the table's configuration.
+    """Times each candidate on one workload; the backward's other kernels stay as in the table.
 
     Args:
         workload: What to time.
@@ -132,7 +140,8 @@ def time_candidates(
     expected = [x.float() for x in run()]
     rows = []
     for candidate in candidates:
-        row = {"workload": workload.name, "operation": operation, "config": candidate}
+        row: dict[str, Any] = {"workload": workload.name, "operation": operation}
+        row["config"] = candidate
         row |= {"dropout_p": dropout_p, "ms": None, "error": None}
         try:
             with override_configs(**{operation: parse_config(candidate)}):

@@ -1,8 +1,9 @@
 """Attention of one document, written down as its definition: the oracle of the tests."""
 
 import torch
-from lctrain.kernels.reference.philox import dropout_keep, keep_scale
 from torch import Tensor
+
+from lctrain.kernels.reference.philox import dropout_keep, keep_scale
 
 
 def visible_mask(
@@ -14,7 +15,8 @@ def visible_mask(
     rows: Tensor | None = None,
     columns: Tensor | None = None,
 ) -> Tensor:
-    """Returns [M, N] bool, True where query i sees key j, aligned at the bottom right as in FlashAttention-2.
+    """Returns [M, N] bool, True where query i sees key j, aligned at the bottom right as in
+    FlashAttention-2.
 
     Args:
         length_q: Queries of the document.
@@ -52,8 +54,8 @@ def dense_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One document, one dense softmax, every gradient by autograd.
 
-    The products run in the dtype of q, the softmax in at least float32, so that in bf16 this is what plain PyTorch
-    computes and in float64 it is the oracle.
+    The products run in the dtype of q, the softmax in at least float32, so that in bf16 this is
+    what plain PyTorch computes and in float64 it is the oracle.
 
     Args:
         q: [Lq, H, D].
@@ -69,7 +71,8 @@ def dense_attention(
         document_id: Key of the mask.
 
     Returns:
-        out [Lq, H, Dv] in q's dtype, lse [H, Lq] and the signed weights [H, Lq, Lk] (dropped ones negative).
+        out [Lq, H, Dv] in q's dtype, lse [H, Lq] and the signed weights [H, Lq, Lk] (dropped ones
+        negative).
     """
     length_q, heads, head_dim = q.shape
     length_k, heads_k, _ = k.shape

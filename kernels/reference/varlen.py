@@ -1,17 +1,19 @@
 """Varlen attention in plain PyTorch: the CPU path.
 
-Documents are taken one by one and queries in chunks, so memory grows with the length of a document, not with its
-square, and nothing of another document can reach a result. The backward recomputes the weights from lse, as the
-kernels do (attention.md, section 1). Arithmetic is float32, or float64 for float64 inputs.
+Documents are taken one by one and queries in chunks, so memory grows with the length of a document,
+not with its square, and nothing of another document can reach a result. The backward recomputes the
+weights from lse, as the kernels do (attention.md, section 1). Arithmetic is float32, or float64 for
+float64 inputs.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from lctrain.kernels.reference.attention import visible_mask
 from lctrain.kernels.reference.philox import dropout_keep, keep_scale
-from torch import Tensor
 
 _CHUNK_ELEMENTS = 1 << 22  # logits held at once, over all heads
 _ROW_GROUP = 16  # chunks start at a multiple of the dropout mask's row groups
@@ -19,7 +21,7 @@ _ROW_GROUP = 16  # chunks start at a multiple of the dropout mask's row groups
 
 @dataclass(frozen=True)
 class VarlenOptions:
-    """What shapes the logits and weights, in the units of attention.md; windows are negative where unbounded."""
+    """What shapes the logits and weights; windows are negative where unbounded."""
 
     softmax_scale: float
     window_left: int = -1
@@ -68,7 +70,7 @@ def _chunks(
 
 
 class _Operands:
-    """q, k, v in arithmetic precision, heads first, and what a chunk needs of the optional arguments."""
+    """q, k, v in arithmetic precision, heads first, and what a chunk needs beside them."""
 
     def __init__(
         self,
@@ -163,7 +165,8 @@ def varlen_forward(
         document_ids: [N] int32, default the index in the pack.
 
     Returns:
-        out [T, H, Dv] in q's dtype, lse [H, T] float32 (float64 for float64 inputs), natural logarithm.
+        out [T, H, Dv] in q's dtype, lse [H, T] float32 (float64 for float64 inputs), natural
+        logarithm.
     """
     x = _Operands(q, k, v, options, alibi_slopes, dropout_seed, document_ids)
     out = q.new_zeros(q.shape[0], x.heads, v.shape[-1])
@@ -211,8 +214,8 @@ def varlen_backward(
     """Backward of varlen_forward; arguments as there.
 
     Returns:
-        dq [T, H, D], dk [Tk, Hk, D], dv [Tk, Hk, Dv] in the inputs' dtypes, and delta [H, T], which is
-        rowsum(dout * out) - dlse.
+        dq [T, H, D], dk [Tk, Hk, D], dv [Tk, Hk, Dv] in the inputs' dtypes, and delta [H, T], which
+        is rowsum(dout * out) - dlse.
     """
     x = _Operands(q, k, v, options, alibi_slopes, dropout_seed, document_ids)
     grad_out = dout.to(x.dtype).transpose(0, 1)
