@@ -195,8 +195,11 @@ def check_optional_tensors(
 
 
 def check_softcap_and_scale(softcap: float, softmax_scale: float | None) -> None:
-    """softcap >= 0 and finite; scale finite."""
+    """softcap >= 0 and finite; scale > 0 and finite."""
     if softcap < 0 or not softcap < math.inf:
         raise ValueError(f"softcap must be finite and >= 0 (0 turns it off), got {softcap}.")
-    if softmax_scale is not None and not math.isfinite(softmax_scale):
-        raise ValueError(f"softmax_scale must be finite, got {softmax_scale}.")
+    if softmax_scale is not None and not 0 < softmax_scale < math.inf:
+        raise ValueError(
+            f"softmax_scale must be finite and > 0, got {softmax_scale}. "
+            "Fold the sign of a negative scale into q."
+        )

@@ -1,7 +1,8 @@
 """Every kernel and configuration as input for ahead-of-time compilation, without a GPU.
 
-`triton.compile(ASTSource(fn=v.kernel, signature=v.signature, constexprs=v.constants, attrs=v.attributes),
-target=..., options=v.options)` compiles a variant as the launchers do for aligned tensors.
+`triton.compile(ASTSource(fn=v.kernel, signature=v.signature, constexprs=v.constants,
+attrs=v.attributes), target=..., options=v.options)` compiles a variant as the launchers do for
+aligned tensors.
 """
 
 import math
@@ -24,7 +25,7 @@ FEATURES = ("causal", "full", "dropout", "softcap_dropout", "all")
 
 _POINTERS = {
     **dict.fromkeys(("cu_q", "cu_k", "tiles", "window", "document_ids"), "*i32"),
-    **dict.fromkeys(("lse", "dlse", "lse2", "delta", "alibi", "sink"), "*fp32"),
+    **dict.fromkeys(("lse", "dlse", "stats", "alibi", "sink"), "*fp32"),
     "seed": "*i64",
 }
 _FLOATS = ("scale", "softcap", "keep_scale")
@@ -57,7 +58,8 @@ def kernel_variant(
         operation: A key of KERNELS.
         config: Its tile configuration.
         head_dim: D.
-        features: One of FEATURES; "all" adds windows from device memory, softcap, ALiBi, sinks and dropout.
+        features: One of FEATURES; "all" adds windows from device memory, softcap, ALiBi, sinks and
+            dropout.
         dtype: Triton's name of the tensors' dtype.
         group: Query heads per key/value head.
     """

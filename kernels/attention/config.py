@@ -1,7 +1,8 @@
 """Tile configurations: one table, (operation, architecture, head dim) -> frozen dataclass.
 
-A configuration depends on nothing that changes from batch to batch (no lengths, no token counts), so a document's bits do
-not depend on the pack it travels in. kernels/bench/NOTES.md holds the measurements that the numbers come from.
+A configuration depends on nothing that changes from batch to batch (no lengths, no token counts),
+so a document's bits do not depend on the pack it travels in. kernels/bench/NOTES.md holds the
+measurements that the numbers come from.
 """
 
 import functools
@@ -23,8 +24,9 @@ class TileConfig:
         block_n: Keys of a tile.
         num_warps: Warps of a program.
         num_stages: Depth of the load pipeline.
-        pack: Query heads of one key/value head that share a tile (1 in kernels that own keys). A tile of two heads has
-            half the positions, so the masked part of the diagonal is half as large, at the same reuse of keys.
+        pack: Query heads of one key/value head that share a tile (1 in kernels that own keys). A
+            tile of two heads has half the positions, so the masked part of the diagonal is half as
+            large, at the same reuse of keys.
         max_registers: Bound of registers per thread, where more programs per multiprocessor pay.
     """
 
@@ -56,17 +58,17 @@ class TileConfig:
 # (operation, architecture) -> {padded head dim: configuration}; head dims up to the key use it.
 _HOPPER = {
     "varlen_fwd": {
-        64: TileConfig(128, 128, 4, 3, pack=2),
-        128: TileConfig(128, 64, 4, 3, pack=2),
+        64: TileConfig(64, 64, 4, 3, pack=2),
+        128: TileConfig(128, 64, 8, 3, pack=2),
         256: TileConfig(128, 64, 8, 2, pack=2),
     },
     "varlen_dq": {
-        64: TileConfig(128, 64, 4, 3, pack=2),
-        128: TileConfig(128, 64, 8, 2, pack=2),
-        256: TileConfig(64, 32, 4, 2, pack=1),
+        64: TileConfig(64, 64, 4, 3, pack=2),
+        128: TileConfig(64, 64, 4, 2, pack=2),
+        256: TileConfig(64, 32, 4, 2, pack=2),
     },
     "varlen_dkv": {
-        64: TileConfig(64, 128, 8, 3),
+        64: TileConfig(64, 64, 4, 3),
         128: TileConfig(64, 128, 8, 2),
         256: TileConfig(32, 64, 8, 1),
     },

@@ -1,6 +1,5 @@
 """From the arguments of the public functions to the arguments of the kernels."""
 
-import torch
 import triton
 from torch import Tensor
 
@@ -43,8 +42,8 @@ def window_arguments(
 
 def dropout_arguments(dropout_p: float) -> tuple[int, float]:
     """Returns (threshold of 65,536, 1 / keep probability that is applied); reference/philox.py."""
-    threshold = round(dropout_p * 65536)
-    return threshold, 65536 / (65536 - threshold) if threshold < 65536 else 0.0
+    threshold = min(round(dropout_p * 65536), 65535)
+    return threshold, 65536 / (65536 - threshold)
 
 
 def alibi_strides(alibi_slopes: Tensor | None) -> int:

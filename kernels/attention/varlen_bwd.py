@@ -1,4 +1,5 @@
-"""Backward of varlen attention in portable Triton: one kernel owns queries (dq), one owns keys (dk, dv).
+"""Backward of varlen attention in portable Triton: one kernel owns queries (dq), one owns keys (dk,
+dv).
 
 Nothing is added across programs, so the result has the same bits in every run.
 """
@@ -20,7 +21,7 @@ from lctrain.kernels.attention.launch import (
 from lctrain.kernels.schedule import SCHEDULE_ROWS
 from lctrain.kernels.tile.dropout import keep_mask, load_key
 from lctrain.kernels.tile.logits import LOG2_E, logits, logits_multiplier, softcap_slope
-from lctrain.kernels.tile.mask import key_range, load_window, query_range, visible
+from lctrain.kernels.tile.mask import key_ranges, load_window, query_ranges, visible
 from lctrain.kernels.tile.memory import load_rows, store_rows
 from lctrain.kernels.tile.seqlen import document_bounds, locate_program
 
@@ -37,8 +38,7 @@ def varlen_dq_kernel(
     lse_ptr,
     dlse_ptr,
     dq_ptr,
-    delta_ptr,
-    lse2_ptr,
+    stats_ptr,
     cu_q_ptr,
     cu_k_ptr,
     tiles_ptr,
@@ -82,8 +82,10 @@ def varlen_dq_kernel(
 ):
     """dq of a tile; also writes what the dk, dv kernel reads per query.
 
-    Grid: as varlen_fwd_kernel. q, out, dout, dq [T, H, D]; k, v [Tk, Hk, D]; lse, dlse [H, T] float32;
-    delta = rowsum(dout * out) - dlse and lse2 = lse in base 2 (+inf where nothing was seen), [H, T].
+    Grid: as varlen_fwd_kernel. q, out, dout, dq [T, H, D]; k, v [Tk, Hk, D]; lse, dlse [H, T]
+        float32.
+    stats [H, T, 4] float32: lse in base 2 (+inf where nothing was seen), delta =
+    rowsum(dout * out) - dlse, delta / keep_scale, one unused.
     """
     POSITIONS: tl.constexpr = BLOCK_M // PACK
     head_kv, head_group, document, first = locate_program(
@@ -97,7 +99,7 @@ def varlen_dq_kernel(
         return
     shift = length_k - length_q
     left, right = load_window(window_ptr, window_left, window_right)
-    low, clear_low, clear_high, high = key_range(
+    low, clear_low, clear_high, high = key_ranges(
         first, POSITIONS, shift, length_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
     )
 
@@ -107,8 +109,8 @@ def varlen_dq_kernel(
     local_query = local_m % POSITIONS
     query = first + local_query
     inside = query < length_q
-    head = head_kv * GROUP + head_group * PACK + local_m // POSITIONS
-    head = tl.where(inside, head, 0)
+    tile_head = head_kv * GROUP + head_group * PACK + local_m // POSITIONS
+    head = tl.where(inside, tile_head, 0)
     token = begin_q + query
     row_do = token * stride_dot + head * stride_doh
     do = load_rows(
@@ -137,8 +139,12 @@ def varlen_dq_kernel(
     lse = tl.load(lse_ptr + row_lse, mask=inside, other=float("inf"))
     # A row that saw nothing has no weights: 2^(x - inf) = 0.
     lse2 = tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)
-    tl.store(delta_ptr + row_lse, delta, mask=inside)
-    tl.store(lse2_ptr + row_lse, lse2, mask=inside)
+    tl.store(stats_ptr + row_lse * 4, lse2, mask=inside)
+    tl.store(stats_ptr + row_lse * 4 + 1, delta, mask=inside)
+    # Dropout: ds / keep_scale = (Z / keep_scale) p dp - p delta / keep_scale; the factor goes into
+    # dq and dk.
+    delta = delta / keep_scale
+    tl.store(stats_ptr + row_lse * 4 + 2, delta, mask=inside)
 
     row_q = token * stride_qt + head * stride_qh
     q = load_rows(
@@ -159,71 +165,85 @@ def varlen_dq_kernel(
     multiplier = logits_multiplier(scale, HAS_SOFTCAP, HAS_ALIBI)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # Pointers advance by addition: computed from n, they make ptxas serialise the products.
-    k_tile = k_base + tl.cast(low, tl.int64) * stride_kt
-    v_tile = v_base + tl.cast(low, tl.int64) * stride_vt
-    for n in tl.range(low, high, BLOCK_N):
-        key = n + local_n
-        k = load_rows(
-            k_tile + tile_k,
-            key,
-            length_k,
-            columns,
-            HEAD_DIM,
-            BLOCK_D,
-            True,
-        )
-        v = load_rows(
-            v_tile + tile_v,
-            key,
-            length_k,
-            columns,
-            HEAD_DIM,
-            BLOCK_D,
-            True,
-        )
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        x = logits(
-            s,
-            query[:, None],
-            key[None, :],
-            shift,
-            scale,
-            softcap,
-            slope,
-            HAS_SOFTCAP,
-            HAS_ALIBI,
-        )
-        if (n < clear_low) | (n >= clear_high):
-            mask = visible(
-                query[:, None], key[None, :], shift, length_k, left, right, HAS_LEFT, HAS_RIGHT
-            )
-            x = tl.where(mask, x, float("-inf"))
-        p = tl.exp2(x * multiplier - lse2[:, None])
-        if HAS_DROPOUT:
-            keep = keep_mask(
-                key_0,
-                key_1,
-                document_key,
-                head[:, None].to(tl.uint32),
-                first,
-                local_query[:, None],
-                n,
-                local_n[None, :],
-                threshold,
-            )
-            dp = tl.where(keep, dp * keep_scale, 0.0)
-        ds = p * (dp - delta[:, None])
-        if HAS_SOFTCAP:
-            ds = ds * softcap_slope(s, scale, softcap)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-        k_tile += BLOCK_N * stride_kt
-        v_tile += BLOCK_N * stride_vt
+    # Ranges: a left bound's tiles, tiles without a mask, the diagonal's.
+    for part in tl.static_range(0 if HAS_LEFT else 1, 3):
+        begin = low if part == 0 else (clear_low if part == 1 else clear_high)
+        end = clear_low if part == 0 else (clear_high if part == 1 else high)
+        # The branch keeps the accumulator of an empty range out of the loop's pipeline of products,
+        # and pointers advance by addition; without either ptxas may serialise the products (C7515).
+        if begin < end:
+            k_tile = k_base + tl.cast(begin, tl.int64) * stride_kt
+            v_tile = v_base + tl.cast(begin, tl.int64) * stride_vt
+            for n in tl.range(begin, end, BLOCK_N):
+                key = n + local_n
+                k = load_rows(
+                    k_tile + tile_k,
+                    key,
+                    length_k,
+                    columns,
+                    HEAD_DIM,
+                    BLOCK_D,
+                    part != 1,
+                )
+                v = load_rows(
+                    v_tile + tile_v,
+                    key,
+                    length_k,
+                    columns,
+                    HEAD_DIM,
+                    BLOCK_D,
+                    part != 1,
+                )
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+                x = logits(
+                    s,
+                    query[:, None],
+                    key[None, :],
+                    shift,
+                    scale,
+                    softcap,
+                    slope,
+                    HAS_SOFTCAP,
+                    HAS_ALIBI,
+                )
+                if part != 1:
+                    mask = visible(
+                        query[:, None],
+                        key[None, :],
+                        shift,
+                        length_k,
+                        left,
+                        right,
+                        HAS_LEFT,
+                        HAS_RIGHT,
+                    )
+                    x = tl.where(mask, x, float("-inf"))
+                p = tl.exp2(x * multiplier - lse2[:, None])
+                if HAS_DROPOUT:
+                    keep = keep_mask(
+                        key_0,
+                        key_1,
+                        document_key,
+                        tile_head[:, None].to(tl.uint32),
+                        first,
+                        local_query[:, None],
+                        n,
+                        local_n[None, :],
+                        threshold,
+                    )
+                    ds = tl.where(keep, p, 0.0) * dp - p * delta[:, None]
+                else:
+                    ds = p * (dp - delta[:, None])
+                if HAS_SOFTCAP:
+                    ds = ds * softcap_slope(s, scale, softcap)
+                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+                k_tile += BLOCK_N * stride_kt
+                v_tile += BLOCK_N * stride_vt
     row_dq = token * stride_dqt + head * stride_dqh
     store_rows(
         dq_ptr + row_dq[:, None] + columns[None, :],
-        dq * scale,
+        dq * (scale * keep_scale),
         query,
         length_q,
         columns,
@@ -238,8 +258,7 @@ def varlen_dkv_kernel(
     k_ptr,
     v_ptr,
     dout_ptr,
-    lse2_ptr,
-    delta_ptr,
+    stats_ptr,
     dk_ptr,
     dv_ptr,
     cu_q_ptr,
@@ -282,8 +301,10 @@ def varlen_dkv_kernel(
 ):
     """dk and dv of BLOCK_N keys of one key/value head; walks its GROUP query heads in one loop.
 
-    Grid: (key/value heads * tiles * SCHEDULE_ROWS / BLOCK_N,). Tiles are transposed, keys by queries,
-    so that the weights reach dv and dk as they lie in registers. dk and dv [Tk, Hk, D], contiguous alike.
+    Grid: (key/value heads * tiles * SCHEDULE_ROWS / BLOCK_N,). Tiles are transposed, keys by
+        queries,
+    so that the weights reach dv and dk as they lie in registers. dk and dv [Tk, Hk, D], contiguous
+    alike.
     """
     head_kv, _, document, first = locate_program(tiles_ptr, num_tiles, BLOCK_N, 1)
     if document < 0:
@@ -294,7 +315,7 @@ def varlen_dkv_kernel(
         return
     shift = length_k - length_q
     left, right = load_window(window_ptr, window_left, window_right)
-    low, clear_low, clear_high, high = query_range(
+    low, clear_low, clear_high, high = query_ranges(
         first, BLOCK_N, shift, length_q, length_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M
     )
 
@@ -329,6 +350,7 @@ def varlen_dkv_kernel(
     )
     tile_q = local_m[:, None] * stride_qt + columns[None, :]
     tile_do = local_m[:, None] * stride_dot + columns[None, :]
+    tile_stats = local_m[:, None] * 4 + tl.arange(0, 4)[None, :]
     key_0 = 0
     key_1 = 0
     document_key = 0
@@ -338,20 +360,27 @@ def varlen_dkv_kernel(
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    # One loop over the heads of the group and their queries, so that the load pipeline never drains.
-    blocks = tl.cdiv(tl.maximum(high - low, 0), BLOCK_M)
+    # One loop over the heads of the group and their queries: its load pipeline never drains.
+    blocks = tl.cdiv(high - low, BLOCK_M)
     head = head_kv * GROUP
     start = low
-    q_tile = q_ptr + (begin_q + low) * stride_qt + head.to(tl.int64) * stride_qh
-    do_tile = dout_ptr + (begin_q + low) * stride_dot + head.to(tl.int64) * stride_doh
-    row_lse = head.to(tl.int64) * total_q + begin_q + low
-    rewind = (1 - blocks) * BLOCK_M
-    rewind_q = tl.cast(rewind, tl.int64) * stride_qt + stride_qh
-    rewind_do = tl.cast(rewind, tl.int64) * stride_dot + stride_doh
-    for _ in tl.range(0, blocks * GROUP):
+    token = begin_q + low
+    q_tile = q_ptr + token * stride_qt + head.to(tl.int64) * stride_qh
+    do_tile = dout_ptr + token * stride_dot + head.to(tl.int64) * stride_doh
+    stats_tile = stats_ptr + (head.to(tl.int64) * total_q + token) * 4
+    rewind = tl.cast((1 - blocks) * BLOCK_M, tl.int64)
+    # At least one step, on a tile that is all masked where nothing is visible: an accumulator that
+    # skips the loop makes ptxas serialise the products (C7515).
+    steps = tl.maximum(blocks * GROUP, 1)
+    tl.assume(steps > 0)
+    for _ in tl.range(0, steps):
         query = start + local_m
         q = load_rows(q_tile + tile_q, query, length_q, columns, HEAD_DIM, BLOCK_D, True)
-        lse2 = tl.load(lse2_ptr + row_lse + local_m, mask=query < length_q, other=float("inf"))
+        # Four numbers per query make the tile large enough to be fetched once, not once per
+        # thread.
+        stats = tl.load(stats_tile + tile_stats, mask=(query < length_q)[:, None], other=0.0)
+        even, _ = tl.split(tl.reshape(stats, [BLOCK_M, 2, 2]))
+        lse2, delta = tl.split(even)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         slope = 0.0
         if HAS_ALIBI:
@@ -372,17 +401,11 @@ def varlen_dkv_kernel(
                 query[None, :], key[:, None], shift, length_k, left, right, HAS_LEFT, HAS_RIGHT
             )
             x = tl.where(mask, x, float("-inf"))
+        if HAS_ALIBI:
+            # A negative slope would grow without bound on queries beyond the document.
+            x = tl.where((query < length_q)[None, :], x, float("-inf"))
         p = tl.exp2(x * multiplier - lse2[None, :])
-        do = load_rows(
-            do_tile + tile_do,
-            query,
-            length_q,
-            columns,
-            HEAD_DIM,
-            BLOCK_D,
-            True,
-        )
-        delta = tl.load(delta_ptr + row_lse + local_m, mask=query < length_q, other=0.0)
+        do = load_rows(do_tile + tile_do, query, length_q, columns, HEAD_DIM, BLOCK_D, True)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         dropped = p
         if HAS_DROPOUT:
@@ -398,20 +421,22 @@ def varlen_dkv_kernel(
                 threshold,
             )
             dropped = tl.where(keep, p, 0.0)
-            dp = tl.where(keep, dp * keep_scale, 0.0)
         dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
-        ds = p * (dp - delta[None, :])
+        ds = dropped * dp - p * delta[None, :] if HAS_DROPOUT else p * (dp - delta[None, :])
         if HAS_SOFTCAP:
             ds = ds * softcap_slope(s, scale, softcap)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
         last = start + BLOCK_M >= high
         start = tl.where(last, low, start + BLOCK_M)
         head = tl.where(last, head + 1, head)
-        q_tile += tl.where(last, rewind_q, tl.cast(BLOCK_M * stride_qt, tl.int64))
-        do_tile += tl.where(last, rewind_do, tl.cast(BLOCK_M * stride_dot, tl.int64))
-        row_lse += tl.where(last, rewind + total_q, BLOCK_M)
+        step = tl.where(last, rewind, BLOCK_M)
+        q_tile += step * stride_qt + tl.where(last, stride_qh, 0)
+        do_tile += step * stride_dot + tl.where(last, stride_doh, 0)
+        stats_tile += (step + tl.where(last, total_q, 0)) * 4
     row_dk = (token_k * stride_dkt + head_kv.to(tl.int64) * stride_dkh)[:, None] + columns[None, :]
-    store_rows(dk_ptr + row_dk, dk * scale, key, length_k, columns, HEAD_DIM, BLOCK_D)
+    store_rows(
+        dk_ptr + row_dk, dk * (scale * keep_scale), key, length_k, columns, HEAD_DIM, BLOCK_D
+    )
     store_rows(dv_ptr + row_dk, dv * keep_scale, key, length_k, columns, HEAD_DIM, BLOCK_D)
 
 
@@ -471,8 +496,7 @@ def varlen_bwd(
     dq = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    delta = torch.empty((heads, total_q), dtype=torch.float32, device=q.device)
-    lse2 = torch.empty_like(delta)
+    stats = torch.empty((heads, total_q, 4), dtype=torch.float32, device=q.device)
     window_ptr, left, right, has_left, has_right = window_arguments(window)
     threshold, scale_kept = dropout_arguments(dropout_p)
     block_d = padded_head_dim(head_dim)
@@ -500,8 +524,7 @@ def varlen_bwd(
             lse,
             dlse,
             dq,
-            delta,
-            lse2,
+            stats,
             cu_seqlens_q,
             cu_seqlens_k,
             q_tiles,
@@ -544,8 +567,7 @@ def varlen_bwd(
             k,
             v,
             dout,
-            lse2,
-            delta,
+            stats,
             dk,
             dv,
             cu_seqlens_q,
@@ -579,4 +601,4 @@ def varlen_bwd(
             **config.options,
             **flags,
         )
-    return dq, dk, dv, delta
+    return dq, dk, dv, stats[..., 1]

@@ -17,7 +17,7 @@ from lctrain.kernels.attention.launch import (
 from lctrain.kernels.schedule import SCHEDULE_ROWS
 from lctrain.kernels.tile.dropout import keep_mask, load_key
 from lctrain.kernels.tile.logits import LOG2_E, logits, logits_multiplier
-from lctrain.kernels.tile.mask import key_range, load_window, visible
+from lctrain.kernels.tile.mask import key_ranges, load_window, visible
 from lctrain.kernels.tile.memory import load_rows, store_rows
 from lctrain.kernels.tile.seqlen import document_bounds, locate_program
 from lctrain.kernels.tile.softmax import add_sink, finish, softmax_step
@@ -71,7 +71,8 @@ def varlen_fwd_kernel(
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: PACK query heads of one key/value head times BLOCK_M / PACK queries of a document.
+    """One program: PACK query heads of one key/value head times BLOCK_M / PACK queries of a
+    document.
 
     Grid: (key/value heads * tiles * SCHEDULE_ROWS * PACK / BLOCK_M * GROUP / PACK,).
     q [T, H, D], k and v [Tk, Hk, D], out [T, H, D], lse [H, T] float32.
@@ -88,7 +89,7 @@ def varlen_fwd_kernel(
         return
     shift = length_k - length_q
     left, right = load_window(window_ptr, window_left, window_right)
-    low, clear_low, clear_high, high = key_range(
+    low, clear_low, clear_high, high = key_ranges(
         first, POSITIONS, shift, length_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
     )
 
@@ -97,8 +98,8 @@ def varlen_fwd_kernel(
     columns = tl.arange(0, BLOCK_D)
     local_query = local_m % POSITIONS
     query = first + local_query
-    head = head_kv * GROUP + head_group * PACK + local_m // POSITIONS
-    head = tl.where(query < length_q, head, 0)
+    tile_head = head_kv * GROUP + head_group * PACK + local_m // POSITIONS
+    head = tl.where(query < length_q, tile_head, 0)
     row_q = (begin_q + query) * stride_qt + head * stride_qh
     q = load_rows(
         q_ptr + row_q[:, None] + columns[None, :], query, length_q, columns, HEAD_DIM, BLOCK_D, True
@@ -121,64 +122,77 @@ def varlen_fwd_kernel(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # Pointers advance by addition: computed from n, they make ptxas serialise the products.
-    k_tile = k_base + tl.cast(low, tl.int64) * stride_kt
-    v_tile = v_base + tl.cast(low, tl.int64) * stride_vt
-    for n in tl.range(low, high, BLOCK_N):
-        key = n + local_n
-        k = load_rows(
-            k_tile + tile_k,
-            key,
-            length_k,
-            columns,
-            HEAD_DIM,
-            BLOCK_D,
-            True,
-        )
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        x = logits(
-            s,
-            query[:, None],
-            key[None, :],
-            shift,
-            scale,
-            softcap,
-            slope,
-            HAS_SOFTCAP,
-            HAS_ALIBI,
-        )
-        if (n < clear_low) | (n >= clear_high):
-            mask = visible(
-                query[:, None], key[None, :], shift, length_k, left, right, HAS_LEFT, HAS_RIGHT
-            )
-            x = tl.where(mask, x, float("-inf"))
-        p, alpha, m, l = softmax_step(x, multiplier, m, l)
-        acc = acc * alpha[:, None]
-        if HAS_DROPOUT:
-            keep = keep_mask(
-                key_0,
-                key_1,
-                document_key,
-                head[:, None].to(tl.uint32),
-                first,
-                local_query[:, None],
-                n,
-                local_n[None, :],
-                threshold,
-            )
-            p = tl.where(keep, p, 0.0)
-        v = load_rows(
-            v_tile + tile_v,
-            key,
-            length_k,
-            columns,
-            HEAD_DIM,
-            BLOCK_D,
-            True,
-        )
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-        k_tile += BLOCK_N * stride_kt
-        v_tile += BLOCK_N * stride_vt
+    # Ranges: a left bound's tiles, tiles without a mask, the diagonal's.
+    for part in tl.static_range(0 if HAS_LEFT else 1, 3):
+        begin = low if part == 0 else (clear_low if part == 1 else clear_high)
+        end = clear_low if part == 0 else (clear_high if part == 1 else high)
+        # The branch keeps the accumulator of an empty range out of the loop's pipeline of products,
+        # and pointers advance by addition; without either ptxas may serialise the products (C7515).
+        if begin < end:
+            k_tile = k_base + tl.cast(begin, tl.int64) * stride_kt
+            v_tile = v_base + tl.cast(begin, tl.int64) * stride_vt
+            for n in tl.range(begin, end, BLOCK_N):
+                key = n + local_n
+                k = load_rows(
+                    k_tile + tile_k,
+                    key,
+                    length_k,
+                    columns,
+                    HEAD_DIM,
+                    BLOCK_D,
+                    part != 1,
+                )
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                x = logits(
+                    s,
+                    query[:, None],
+                    key[None, :],
+                    shift,
+                    scale,
+                    softcap,
+                    slope,
+                    HAS_SOFTCAP,
+                    HAS_ALIBI,
+                )
+                if part != 1:
+                    mask = visible(
+                        query[:, None],
+                        key[None, :],
+                        shift,
+                        length_k,
+                        left,
+                        right,
+                        HAS_LEFT,
+                        HAS_RIGHT,
+                    )
+                    x = tl.where(mask, x, float("-inf"))
+                p, alpha, m, l = softmax_step(x, multiplier, m, l)
+                acc = acc * alpha[:, None]
+                if HAS_DROPOUT:
+                    keep = keep_mask(
+                        key_0,
+                        key_1,
+                        document_key,
+                        tile_head[:, None].to(tl.uint32),
+                        first,
+                        local_query[:, None],
+                        n,
+                        local_n[None, :],
+                        threshold,
+                    )
+                    p = tl.where(keep, p, 0.0)
+                v = load_rows(
+                    v_tile + tile_v,
+                    key,
+                    length_k,
+                    columns,
+                    HEAD_DIM,
+                    BLOCK_D,
+                    part != 1,
+                )
+                acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+                k_tile += BLOCK_N * stride_kt
+                v_tile += BLOCK_N * stride_vt
     if HAS_SINK:
         acc, m, l = add_sink(acc, m, l, tl.load(sink_ptr + head).to(tl.float32) * _LOG2_E)
     out, lse = finish(acc, m, l, keep_scale)

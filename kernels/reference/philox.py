@@ -1,13 +1,13 @@
 """The dropout mask of lctrain, defined in PyTorch: a pure function of (seed, document, head, i, j).
 
-Philox-4x32 with seven rounds (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) yields
-128 bits per counter. Each attention weight takes 16 of them, so one draw serves the eight weights
-``i in {i0, i0 + 8}``, ``j in {j0, j0 + 8, j0 + 16, j0 + 24}``. Those share one thread of the accumulator layout of
-NVIDIA's matrix instructions, which lets the kernels use every bit without moving any; the definition itself knows
-nothing of tiles.
+Philox-4x32 with seven rounds (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC
+2011) yields 128 bits per counter. Each attention weight takes 16 of them, so one draw serves the
+eight weights ``i in {i0, i0 + 8}``, ``j in {j0, j0 + 8, j0 + 16, j0 + 24}``. Those share one thread
+of the accumulator layout of NVIDIA's matrix instructions, which lets the kernels use every bit
+without moving any; the definition itself knows nothing of tiles.
 
-    counter = (16-row group of i, 32-column group of j, head, document)    key = (seed low, seed high)
-    word    = 2 * bit3(i) + bit4(j)                                        half = bit3(j)
+    counter = (32-column group of j, 16-row group of i, head, document)    key = (seed low, seed
+    high) word    = 2 * bit3(i) + bit4(j)                                        half = bit3(j)
     keep    = 16 bits >= threshold,  threshold = round(p * 65536)
 """
 
@@ -21,14 +21,16 @@ _MASK = 0xFFFFFFFF
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """Returns how many of the 65,536 values of a 16-bit draw drop a weight: ``round(p * 65536)``."""
-    return round(dropout_p * 65536)
+    """Returns how many of the 65,536 values of a draw drop a weight: ``round(p * 65536)``.
+
+    At most 65,535, so that no p below 1 drops everything.
+    """
+    return min(round(dropout_p * 65536), 65535)
 
 
 def keep_scale(dropout_p: float) -> float:
     """Returns 1 / (keep probability that is really applied), which makes dropout unbiased."""
-    threshold = dropout_threshold(dropout_p)
-    return 65536 / (65536 - threshold) if threshold < 65536 else 0.0
+    return 65536 / (65536 - dropout_threshold(dropout_p))
 
 
 def philox(counters: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> list[Tensor]:
@@ -68,7 +70,8 @@ def dropout_keep(
 
     Args:
         seed: 64-bit seed, an int or an int64 tensor of one element.
-        document_id: Identity of the document, the part of the key that makes the mask independent of the pack.
+        document_id: Identity of the document, the part of the key that makes the mask independent
+            of the pack.
         heads: [H] int64, query head indices.
         rows: [M] int64, query positions inside the document.
         columns: [N] int64, key positions inside the document.
@@ -85,8 +88,8 @@ def dropout_keep(
     )
     words = philox(
         (
-            row_groups[None, :, None],
             column_groups[None, None, :],
+            row_groups[None, :, None],
             heads[:, None, None],
             torch.tensor(document_id, dtype=torch.int64, device=device) & _MASK,
         ),

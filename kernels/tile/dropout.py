@@ -1,4 +1,5 @@
-"""The dropout mask on a tile: Philox-4x32-7, eight weights per draw; reference/philox.py is the definition."""
+"""The dropout mask on a tile: Philox-4x32-7, eight weights per draw; reference/philox.py is the
+definition."""
 
 import triton
 import triton.language as tl
@@ -50,23 +51,23 @@ def keep_mask(
         key: Positions inside the tile, int32, broadcastable.
         threshold: Draws below it are dropped, of 65,536.
     """
-    c0 = ((query >> 4) * 8 + (query & 7) + first_query // 2).to(tl.uint32)
-    c1 = ((key >> 5) * 8 + (key & 7) + first_key // 4).to(tl.uint32)
+    c1 = ((query >> 4) * 8 + (query & 7) + first_query // 2).to(tl.uint32)
+    c0 = ((key >> 5) * 8 + (key & 7) + first_key // 4).to(tl.uint32)
     c2 = head
     c3 = document
     for _ in tl.static_range(_ROUNDS):
+        # Widening products: their two halves are one instruction, umulhi and a product are two.
         product_0 = c0.to(tl.uint64) * _MULTIPLIER_0
         product_1 = c2.to(tl.uint64) * _MULTIPLIER_1
-        next_0 = (product_1 >> 32).to(tl.uint32) ^ c1 ^ key_0
-        next_2 = (product_0 >> 32).to(tl.uint32) ^ c3 ^ key_1
-        c0 = next_0
+        c0 = (product_1 >> 32).to(tl.uint32) ^ c1 ^ key_0
+        c2 = (product_0 >> 32).to(tl.uint32) ^ c3 ^ key_1
         c1 = product_1.to(tl.uint32)
-        c2 = next_2
         c3 = product_0.to(tl.uint32)
         key_0 = key_0 + _WEYL_0
         key_1 = key_1 + _WEYL_1
     late_query = (query & 8) != 0
     late_key = (key & 16) != 0
     word = tl.where(late_query, tl.where(late_key, c3, c2), tl.where(late_key, c1, c0))
-    draw = tl.where((key & 8) != 0, word >> 16, word & 0xFFFF)
-    return draw >= threshold
+    # The 16 bits are compared at the top of the word, where the upper half already lies.
+    draw = tl.where((key & 8) != 0, word, word << 16)
+    return draw >= threshold.to(tl.uint32) << 16

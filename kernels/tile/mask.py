@@ -22,7 +22,7 @@ def load_window(window_ptr, left, right):
 
 
 @triton.jit
-def key_range(
+def key_ranges(
     first,
     positions,
     shift,
@@ -33,10 +33,11 @@ def key_range(
     HAS_RIGHT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Returns (low, clear_low, clear_high, high) of the keys that queries [first, first + positions) see.
+    """Returns (low, clear_low, clear_high, high) for queries [first, first + positions).
 
-    Tiles start at multiples of BLOCK_N, from low to high; those in [clear_low, clear_high) are visible
-    to every query and need no mask.
+    Tiles of keys start at multiples of BLOCK_N. Those in [clear_low, clear_high) are visible to
+    every query; those in [low, clear_low), empty without a left bound, and [clear_high, high) need
+    a mask.
     """
     high = length_k
     clear_high = length_k // BLOCK_N * BLOCK_N
@@ -48,12 +49,14 @@ def key_range(
     clear_low = 0
     if HAS_LEFT:
         low = tl.minimum(tl.maximum(first + shift - left, 0), length_k) // BLOCK_N * BLOCK_N
-        clear_low = tl.maximum(first + positions - 1 + shift - left, 0)
+        clear = tl.maximum(first + positions - 1 + shift - left, 0)
+        clear_low = tl.minimum(tl.cdiv(clear, BLOCK_N) * BLOCK_N, high)
+        clear_high = tl.maximum(clear_high, clear_low)
     return low, clear_low, clear_high, high
 
 
 @triton.jit
-def query_range(
+def query_ranges(
     first,
     keys,
     shift,
@@ -65,24 +68,25 @@ def query_range(
     HAS_RIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Returns (low, clear_low, clear_high, high) of the queries that see any key of [first, first + keys).
+    """Returns (low, clear_low, clear_high, high) for keys [first, first + keys).
 
-    Tiles start at multiples of BLOCK_M, from low to high; those in [clear_low, clear_high) see every key
-    and need no mask. Queries beyond length_q count as clear: their weights vanish by lse.
+    Tiles of queries start at multiples of BLOCK_M. Those in [clear_low, clear_high) see every key;
+    those in [low, clear_low) and [clear_high, high), empty without a left bound, need a mask.
+    Queries beyond length_q count as clear (they are zero), keys beyond length_k do not: 2^(0 - lse)
+    may overflow.
     """
     low = 0
     clear_low = 0
     if HAS_RIGHT:
         low = tl.minimum(tl.maximum(first - shift - right, 0), length_q) // BLOCK_M * BLOCK_M
-        clear_low = tl.maximum(first + keys - 1 - shift - right, 0)
+        clear_low = tl.cdiv(tl.maximum(first + keys - 1 - shift - right, 0), BLOCK_M) * BLOCK_M
     high = length_q
     clear_high = length_q
     if HAS_LEFT:
-        high = tl.minimum(high, tl.maximum(first + keys - shift + left, 0))
-        clear = tl.maximum(first - shift + left + 1, 0) // BLOCK_M * BLOCK_M
-        clear_high = tl.minimum(clear_high, clear)
-    # Keys beyond the document must stay at -inf: 2^(0 - lse) may overflow.
-    clear_high = tl.where(first + keys > length_k, 0, clear_high)
+        high = tl.minimum(high, tl.maximum(first + keys - shift + left, low))
+        clear_high = tl.maximum(first - shift + left + 1, 0) // BLOCK_M * BLOCK_M
+    clear_low = tl.where(first + keys > length_k, high, tl.minimum(clear_low, high))
+    clear_high = tl.maximum(tl.minimum(clear_high, high), clear_low)
     return low, clear_low, clear_high, high
 
 
