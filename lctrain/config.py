@@ -361,7 +361,10 @@ def to_dataclass(config: DictConfig, schema: type[Schema]) -> Schema:
     except FrozenInstanceError as error:  # a key appended with + to a schema without it
         raise ValueError(f"unknown config key: {error}. Leave it out.") from error
     except OmegaConfBaseException as error:
-        raise ValueError(f"config value {error.full_key!r}: {error.msg}") from error
+        reason = str(error.msg).splitlines()[0]
+        raise ValueError(
+            f"config value {error.full_key} does not fit: {reason}. Set {error.full_key}=..."
+        ) from error
     if not isinstance(result, schema):
         raise ValueError(
             f"config must be built on {schema.__name__}, got {type(result).__name__}. List its "

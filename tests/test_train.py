@@ -1,0 +1,310 @@
+"""lctrain-train from the config to the files it leaves, alive, killed and resumed."""
+
+import csv
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+
+from lctrain.config import TrainConfig, to_dataclass
+from lctrain.train import main, train
+from tests.configs.test_compose import composed
+
+ROOT = Path(__file__).parents[1]
+WORDS = ("def", "return", "class", "self", "None", "for", "in", "while", "yield", "lambda")
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Thirty small files of words."""
+    folder = tmp_path_factory.mktemp("corpus")
+    numbers = random.Random(0)
+    for i in range(30):
+        words = numbers.choices(WORDS, k=numbers.randrange(20, 400))
+        (folder / f"{i}.txt").write_text(f"{i} " + " ".join(words))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(corpus, tmp_path_factory):
+    """Overrides for a run of seconds: a tiny model on packs of 128 tokens."""
+    return [
+        "data=text",
+        f"data.files=[{corpus}/*.txt]",
+        f"data.cache_dir={tmp_path_factory.mktemp('cache')}",
+        "data.max_tokens=128",
+        "data.vocab_size=300",
+        "data.held_out_fraction=0.2",
+        "model=tiny",
+        "trainer.accelerator=cpu",
+        "trainer.max_steps=6",
+        "trainer.log_every_n_steps=1",
+        "trainer.enable_progress_bar=false",
+        "callbacks.checkpoint.every_n_steps=4",
+        "evaluation.lengths=[16,64]",
+        "evaluation.documents=3",
+    ]
+
+
+def config(*overrides, output_dir) -> TrainConfig:
+    plain = [f"paths.root={Path(output_dir).parent}", *overrides]
+    return to_dataclass(composed(*plain, output_dir=output_dir), TrainConfig)
+
+
+def run_command(overrides, folder, check=True):
+    """The command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "lctrain.train", *overrides, f"hydra.run.dir={folder}"],
+        cwd=folder.parent,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=check,
+        timeout=300,
+    )
+
+
+def rows(folder):
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def train_losses(folder):
+    """{step: loss} as the decimal strings of the file."""
+    return {row["step"]: row["train/loss"] for row in rows(folder) if row["train/loss"]}
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
+
+
+def assert_same_run(one, other):
+    """Losses and trained weights are equal in every bit."""
+    assert train_losses(one) == train_losses(other)
+    mine, theirs = weights(one), weights(other)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """A finished run: (report, folder, what it printed)."""
+    import contextlib
+    import io
+
+    folder = tmp_path_factory.mktemp("runs") / "1"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        report = train(config(*tiny, "optim.learning_rate=0.01", output_dir=folder))
+    return report, folder, printed.getvalue()
+
+
+def test_report_says_what_happened_and_where_it_is(finished):
+    report, folder, printed = finished
+    assert str(report) in printed
+    assert report.steps == 6
+    assert report.last_loss < report.first_loss
+    assert report.held_out_last < report.held_out_first
+    assert report.tokens_per_second > 0
+    assert 0.5 < report.fill <= 1.0
+    assert [length for length, _ in report.perplexities] == [16, 64]
+    assert {"checkpoint", "metrics", "model", "perplexity plot", "perplexity table"} <= set(
+        report.paths
+    )
+    for path in report.paths.values():
+        assert path.exists()
+        assert path.is_relative_to(folder)
+        assert str(path) in printed
+    assert report.paths["perplexity plot"].read_bytes().startswith(b"\x89PNG")
+    for line in ("training loss", "held-out loss", "real tokens/s", "fill", "dropped", "split"):
+        assert line in printed
+
+
+def test_metrics_file(finished):
+    _, folder, _ = finished
+    held_out = [row["step"] for row in rows(folder) if row["val/loss"]]
+    assert held_out == ["0", "6"]
+    last = next(row for row in rows(folder) if row["step"] == "5")
+    for name in ("train/loss", "train/learning_rate", "train/gradient_norm", "throughput/fill"):
+        assert float(last[name]) > 0
+    assert float(last["throughput/tokens_per_second"]) > 0
+    assert float(last["memory/peak_gib"]) > 0
+
+
+def test_plain_transformers_loads_the_export_with_the_same_logits(finished):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lctrain.batch import PackedBatch
+    from lctrain.models import patch_model
+
+    report, folder, _ = finished
+    exported = AutoModelForCausalLM.from_pretrained(report.paths["model"])
+    tokenizer = AutoTokenizer.from_pretrained(report.paths["model"])
+    trained = {name.removeprefix("model."): value for name, value in weights(folder).items()}
+    for name, value in exported.state_dict().items():
+        assert torch.equal(value, trained[name])
+    documents = [torch.tensor(tokenizer("def return class").input_ids), torch.arange(9)]
+    alone = [exported(input_ids=ids[None]).logits[0] for ids in documents]
+    with patch_model(exported), torch.no_grad():
+        packed = exported(**PackedBatch.from_documents(documents).model_kwargs()).logits[0]
+    torch.testing.assert_close(packed, torch.cat(alone).detach(), rtol=1e-5, atol=1e-5)
+    assert "lctrain" not in (report.paths["model"] / "config.json").read_text()
+
+
+def test_resume_goes_on_for_longer(finished, tiny, tmp_path):
+    """In a new folder, from the newest run of that name; the beginning is remembered."""
+    first, folder, _ = finished
+    report = train(
+        config(
+            *tiny,
+            "trainer.max_steps=8",
+            f"paths.runs_dir={folder.parent}",
+            "ckpt_path=last",
+            "evaluation.enabled=false",
+            "export=false",
+            output_dir=tmp_path / "2",
+        )
+    )
+    assert report.steps == 8
+    assert report.first_loss == pytest.approx(first.first_loss)
+    assert report.held_out_first == pytest.approx(first.held_out_first)
+    assert list(train_losses(tmp_path / "2")) == ["6", "7"]
+    assert "model" not in report.paths
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [("data.max_tokens=96", "max_tokens"), ("data.overlong=drop", "overlong")],
+)
+def test_resume_with_other_data_settings(finished, tiny, tmp_path, override, named):
+    checkpoint = finished[1] / "checkpoints" / "last.ckpt"
+    with pytest.raises(ValueError, match=named):
+        train(config(*tiny, override, f"ckpt_path={checkpoint}", output_dir=tmp_path / "2"))
+    assert not (tmp_path / "2" / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ckpt_path=last", "ckpt_path=last needs an earlier checkpoint"),
+        ("ckpt_path=none.ckpt", "must be a checkpoint file or last"),
+        ("evaluation.lengths=[4096]", "lengths must be at most max_tokens"),
+        ("trainer.max_steps=-1", "must be set, got neither"),
+        ("data.files=[/no/such/*.txt]", "/no/such"),
+        ("attention.name=flesh", "flesh"),
+        ("optim.schedule=step", "optim.schedule must be one of"),
+        ("model.model_type=lama", "must be a family of transformers"),
+    ],
+)
+def test_bad_input_is_named_before_training(tiny, tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        train(config(*tiny, override, output_dir=tmp_path / "1"))
+
+
+def test_folder_that_cannot_be_written(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="checkpoint directory must be writable"):
+        train(config(*tiny, output_dir=tmp_path / "file" / "1"))
+
+
+KILLED = [
+    "trainer.max_steps=14",  # several epochs
+    "trainer.accumulate_grad_batches=2",
+    "data.num_workers=2",
+    "attention.dropout=0.2",
+    "evaluation.enabled=false",
+    "export=false",
+]
+
+
+def test_killed_run_resumes_bit_equal(tiny, tmp_path):
+    """SIGKILL two steps after a checkpoint, in the middle of an epoch; again in the same folder."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(config(*tiny, *KILLED, output_dir=whole))
+    kill = "+callbacks.kill={_target_: tests.training.KillAt, step: 10}"
+    result = run_command([*tiny, *KILLED, kill], killed, check=False)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert (killed / "checkpoints" / "last.ckpt").resolve().name == "step-00000008.ckpt"
+    assert len(train_losses(killed)) >= 9
+    train(config(*tiny, *KILLED, "ckpt_path=last", output_dir=killed))
+    assert_same_run(whole, killed)
+    assert len(train_losses(killed)) == 14
+
+
+def test_killed_ddp_run_resumes_bit_equal(tiny, tmp_path):
+    """Two processes, gloo; both are killed."""
+    ddp = [*tiny, *KILLED, "trainer.strategy=ddp", "trainer.devices=2", "trainer.max_steps=9"]
+    ddp += ["data.num_workers=0", "callbacks.checkpoint.every_n_steps=3"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run_command(ddp, whole)
+    kill = "+callbacks.kill={_target_: tests.training.KillAt, step: 5}"
+    assert run_command([*ddp, kill], killed, check=False).returncode != 0
+    assert (killed / "checkpoints" / "last.ckpt").resolve().name == "step-00000003.ckpt"
+    run_command([*ddp, "ckpt_path=last"], killed)
+    assert_same_run(whole, killed)
+
+
+def test_multirun_and_saved_config(tiny, tmp_path, monkeypatch):
+    """Two runs from the command line; each has its folder with the resolved config."""
+    short = ["trainer.max_steps=1", "evaluation.enabled=false", "export=false"]
+    sweep = [f"hydra.sweep.dir={tmp_path}/sweep", "seed=3,4", "name=two", "--multirun"]
+    monkeypatch.setattr(sys, "argv", ["lctrain-train", *tiny, *short, *sweep])
+    main()
+    for number, seed in (("0", 3), ("1", 4)):
+        text = (tmp_path / "sweep" / number / "config.yaml").read_text()
+        assert f"\nseed: {seed}\n" in text
+        assert f"\n  seed: {seed}\n" in text  # data.seed, resolved
+        assert "${" not in text
+        assert (tmp_path / "sweep" / number / "metrics.csv").exists()
+
+
+def test_first_line_of_every_recipe_runs(tiny, tmp_path):
+    recipes = [*(resources.files("lctrain.recipes") / "experiment").iterdir()]
+    assert recipes
+    for recipe in recipes:
+        words = shlex.split(recipe.read_text().splitlines()[0].removeprefix("#"))
+        assert words[0] == "lctrain-train"
+        assert f"experiment={recipe.name.removesuffix('.yaml')}" in words
+        small = ["trainer.max_steps=2", "data.num_workers=0", "model.config.hidden_size=48"]
+        small += ["model.config.num_hidden_layers=1", "trainer.limit_val_batches=1"]
+        small += ["trainer.validate_every_n_steps=1"]
+        data = [word for word in tiny if word.startswith(("data", "evaluation", "trainer.acc"))]
+        report = train(config(*words[1:], *data, *small, output_dir=tmp_path / recipe.name))
+        assert report.steps == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_offline(tiny, tmp_path, monkeypatch):
+    """Without a key or a network: scalars, the table and the plot are on disk."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    report = train(config(*tiny, "logger=wandb", "trainer.max_steps=2", output_dir=tmp_path / "1"))
+    import wandb
+
+    wandb.finish()
+    folder = next((tmp_path / "1" / "wandb").glob("offline-run-*"))
+    recorded = b"".join(path.read_bytes() for path in folder.glob("*.wandb"))
+    for name in (
+        "train/loss",
+        "throughput/tokens_per_second",
+        "throughput/fill",
+        "memory/peak_gib",
+        "perplexity_by_length",
+        "perplexity_by_length_plot",
+    ):
+        assert name.encode() in recorded, name
+    table = next((folder / "files" / "media" / "table").glob("*.json")).read_text()
+    assert f"{report.perplexities[0][1]:.6g}"[:5] in table
+    images = folder / "files" / "media" / "images"
+    assert next(images.glob("*.png")).read_bytes().startswith(b"\x89PNG")
+    assert report.paths["metrics"].exists()
