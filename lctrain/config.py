@@ -274,12 +274,14 @@ class EvaluationConfig:
         enabled: Whether to evaluate.
         lengths: Context lengths in tokens.
         documents: Number of held-out documents, the longest first; None for all.
+        document_tokens: Tokens of each document, from its beginning; None for all.
         max_tokens: Tokens per forward pass.
     """
 
     enabled: bool = True
     lengths: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048, 4096])
     documents: int | None = 16
+    document_tokens: int | None = None
     max_tokens: int = MISSING
 
 

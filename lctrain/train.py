@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +103,11 @@ def evaluate_by_length(
     if not documents:
         log.warning("No perplexity by length: data.held_out_fraction holds out no document.")
         return (), {}
+    if config.document_tokens is not None:
+        documents = [
+            replace(document, input_ids=document.input_ids[: config.document_tokens])
+            for document in documents
+        ]
     module.to(trainer.strategy.root_device)
     with trainer.precision_plugin.forward_context():
         table = perplexity_by_length(

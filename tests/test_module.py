@@ -1,6 +1,10 @@
 """LongContextModule: every token weighs the same, whatever the packs, windows and clipping."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -212,3 +216,31 @@ def test_vectors_do_not_decay(make_llama):
     }
     for parameter in model.parameters():
         assert decays[id(parameter)] == (0.3 if parameter.dim() >= 2 else 0.0)
+
+
+def test_two_ranks_equal_one_big_batch(tmp_path):
+    """DDP with gloo, unequal packs on the ranks, accumulation, an incomplete window, clipping."""
+    from tests import train_two_ranks as ranks
+
+    out = tmp_path / "out.pt"
+    subprocess.run(
+        [sys.executable, "-m", "tests.train_two_ranks", str(out)],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    result = torch.load(out)
+    windows = [
+        one_batch([batch for rank in (0, 1) for batch in ranks.batches(rank)[begin:end]])
+        for begin, end in ((0, 2), (2, 3))
+    ]
+    module = ranks.Recorder(ranks.make_model())
+    module.train_dataloader = lambda: loader(windows)
+    make_trainer(tmp_path, gradient_clip_val=ranks.CLIP).fit(module)
+    for mine, theirs in zip(result["records"], module.records, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-6)
+    assert module.records[0][1] > ranks.CLIP
+    for name, weight in module.model.state_dict().items():
+        torch.testing.assert_close(result["weights"][name], weight, rtol=0, atol=1e-6)

@@ -52,6 +52,7 @@ def tiny(corpus, tmp_path_factory):
         "callbacks.checkpoint.every_n_steps=4",
         "evaluation.lengths=[16,64]",
         "evaluation.documents=3",
+        "evaluation.document_tokens=200",
     ]
 
 
