@@ -1,6 +1,5 @@
 """Which implementation serves a call: chosen explicitly, never a silent fallback."""
 
-import functools
 import importlib.util
 import os
 
@@ -9,10 +8,7 @@ import torch
 BACKENDS = ("auto", "triton", "pytorch")
 
 
-@functools.cache
-def triton_installed() -> bool:
-    """Tells whether Triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:
@@ -42,9 +38,9 @@ def select_backend(
     supported = dtype in (torch.float16, torch.bfloat16, torch.float32)
     if backend == "auto":
         on_gpu = device.type == "cuda"  # ROCm devices carry this name too
-        return "triton" if on_gpu and triton_installed() and supported else "pytorch"
+        return "triton" if on_gpu and TRITON_INSTALLED and supported else "pytorch"
     if backend == "triton":
-        if not triton_installed():
+        if not TRITON_INSTALLED:
             raise ValueError(
                 "backend='triton' needs the package triton, which is not installed. "
                 "Install it, or pass backend='pytorch'."

@@ -140,11 +140,11 @@ def varlen_dq_kernel(
     # A row that saw nothing has no weights: 2^(x - inf) = 0.
     lse2 = tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)
     tl.store(stats_ptr + row_lse * 4, lse2, mask=inside)
-    tl.store(stats_ptr + row_lse * 4 + 1, delta, mask=inside)
+    tl.store(stats_ptr + row_lse * 4 + 2, delta, mask=inside)
     # Dropout: ds / keep_scale = (Z / keep_scale) p dp - p delta / keep_scale; the factor goes into
     # dq and dk.
     delta = delta / keep_scale
-    tl.store(stats_ptr + row_lse * 4 + 2, delta, mask=inside)
+    tl.store(stats_ptr + row_lse * 4 + 1, delta, mask=inside)
 
     row_q = token * stride_qt + head * stride_qh
     q = load_rows(
@@ -379,8 +379,9 @@ def varlen_dkv_kernel(
         # Four numbers per query make the tile large enough to be fetched once, not once per
         # thread.
         stats = tl.load(stats_tile + tile_stats, mask=(query < length_q)[:, None], other=0.0)
-        even, _ = tl.split(tl.reshape(stats, [BLOCK_M, 2, 2]))
-        lse2, delta = tl.split(even)
+        even, odd = tl.split(tl.reshape(stats, [BLOCK_M, 2, 2]))
+        lse2, _ = tl.split(even)
+        delta, _ = tl.split(odd)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         slope = 0.0
         if HAS_ALIBI:
@@ -601,4 +602,4 @@ def varlen_bwd(
             **config.options,
             **flags,
         )
-    return dq, dk, dv, stats[..., 1]
+    return dq, dk, dv, stats[..., 2]
