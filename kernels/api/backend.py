@@ -51,6 +51,10 @@ def select_backend(
                 "backend='auto', or set TRITON_INTERPRET=1 before the first import to run the "
                 "kernels in Triton's interpreter."
             )
+        if device.type != "cuda" and dtype == torch.bfloat16:
+            raise ValueError(
+                "Triton's interpreter does not multiply bfloat16. Use float16 or float32 there."
+            )
         if not supported:
             raise ValueError(
                 f"backend='triton' takes float16, bfloat16 or float32, got {dtype}. "

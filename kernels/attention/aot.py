@@ -127,5 +127,7 @@ def kernel_variants(
     for operation in OPERATIONS:
         for head_dim in head_dims:
             for feature in features:
-                config = table_config(table, operation, head_dim, 4)
+                config = table_config(
+                    table, operation, head_dim, 4, feature == "all" or "dropout" in feature
+                )
                 yield kernel_variant(operation, config, head_dim, features=feature)

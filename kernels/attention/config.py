@@ -55,22 +55,26 @@ class TileConfig:
         return self.block_m // self.pack
 
 
-# (operation, architecture) -> {padded head dim: configuration}; head dims up to the key use it.
+# Operation -> {padded head dim: configuration}; head dims up to the key use it. An entry
+# "<operation>_dropout" replaces single sizes where dropout is on.
 _HOPPER = {
     "varlen_fwd": {
         64: TileConfig(64, 64, 4, 3, pack=2),
         128: TileConfig(128, 64, 8, 3, pack=2),
-        256: TileConfig(128, 64, 8, 2, pack=2),
+        256: TileConfig(128, 64, 8, 2, pack=4),
     },
     "varlen_dq": {
         64: TileConfig(64, 64, 4, 3, pack=2),
         128: TileConfig(64, 64, 4, 2, pack=2),
-        256: TileConfig(64, 32, 4, 2, pack=2),
+        256: TileConfig(128, 32, 8, 2, pack=2),
+    },
+    "varlen_dq_dropout": {
+        128: TileConfig(128, 64, 8, 2, pack=4),
     },
     "varlen_dkv": {
         64: TileConfig(64, 64, 4, 3),
         128: TileConfig(64, 128, 8, 2),
-        256: TileConfig(32, 64, 8, 1),
+        256: TileConfig(32, 64, 8, 2),
     },
 }
 _AMPERE = {
@@ -128,10 +132,12 @@ TABLES = {
     "float32": _FLOAT32,
     "interpreter": _INTERPRETER,
 }
-OPERATIONS = tuple(_HOPPER)
+OPERATIONS = ("varlen_fwd", "varlen_dq", "varlen_dkv")
 
 
-def table_config(table: str, operation: str, head_dim: int, group: int) -> TileConfig:
+def table_config(
+    table: str, operation: str, head_dim: int, group: int, has_dropout: bool = False
+) -> TileConfig:
     """Looks a configuration up.
 
     Args:
@@ -139,8 +145,11 @@ def table_config(table: str, operation: str, head_dim: int, group: int) -> TileC
         operation: "varlen_fwd", "varlen_dq" or "varlen_dkv".
         head_dim: D, 1 to 256.
         group: Query heads per key/value head; bounds how many heads can share a tile.
+        has_dropout: Whether the kernel draws dropout masks.
     """
     sizes = TABLES[table][operation]
+    if has_dropout:
+        sizes = {**sizes, **TABLES[table].get(f"{operation}_dropout", {})}
     config = sizes[min(size for size in sizes if size >= min(padded_head_dim(head_dim), 256))]
     return replace(config, pack=math.gcd(config.pack, group))
 
@@ -156,7 +165,7 @@ def tile_config(operation: str, q: Tensor, group: int, has_dropout: bool) -> Til
     override = _OVERRIDES.get(operation)
     if override is not None:
         return replace(override, pack=math.gcd(override.pack, group))
-    return table_config(table, operation, q.shape[2], group)
+    return table_config(table, operation, q.shape[2], group, has_dropout)
 
 
 _OVERRIDES: dict[str, TileConfig] = {}
