@@ -119,7 +119,6 @@ def varlen_backward(
             q,
             k,
             v,
-            out,
             lse,
             cu_seqlens_q,
             cu_seqlens_k,

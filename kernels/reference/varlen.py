@@ -2,7 +2,7 @@
 
 Documents are taken one by one and queries in chunks, so memory grows with the length of a document,
 not with its square, and nothing of another document can reach a result. The backward recomputes the
-weights from lse, as the kernels do (attention.md, section 1). Arithmetic is float32, or float64 for
+weights, as the kernels do (attention.md, section 1). Arithmetic is float32, or float64 for
 float64 inputs.
 """
 
@@ -201,7 +201,6 @@ def varlen_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
     lse: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
@@ -219,9 +218,7 @@ def varlen_backward(
     """
     x = _Operands(q, k, v, options, alibi_slopes, dropout_seed, document_ids)
     grad_out = dout.to(x.dtype).transpose(0, 1)
-    delta = (grad_out * out.to(x.dtype).transpose(0, 1)).sum(-1)
-    if dlse is not None:
-        delta = delta - dlse
+    delta = torch.zeros_like(lse) if dlse is None else -dlse
     dq, dk, dv = torch.zeros_like(x.q), torch.zeros_like(x.k), torch.zeros_like(x.v)
     for chunk in _chunks(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), x.heads, options):
         if len(chunk.columns) == 0:
@@ -237,6 +234,8 @@ def varlen_backward(
         dp = torch.matmul(do, x.v[:, chunk.key].transpose(1, 2)).view_as(p)
         if multiplier is not None:
             dp = dp * multiplier
+        # rowsum(dout * out) from the weights themselves: exact where one weight is 1.
+        delta[:, chunk.query] += (p * dp).sum(-1)
         ds = p * (dp - delta[:, chunk.query, None])
         if slope is not None:
             ds = ds * slope
@@ -249,5 +248,12 @@ def varlen_backward(
 
 
 def _weights(logits: Tensor, lse: Tensor) -> Tensor:
-    """exp(logits - lse), zero in rows that see nothing (lse = -inf)."""
-    return torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+    """exp(logits - lse), zero in rows that see nothing (lse = -inf).
+
+    Computed as a softmax, because the rounding of a large lse would be an error of every weight.
+    The other factor is the share that a sink leaves; 1 without one.
+    """
+    own = torch.logsumexp(logits, dim=-1)
+    blind = own == float("-inf")
+    share = torch.exp(own - lse.masked_fill(blind, 0.0))
+    return torch.softmax(logits.masked_fill(blind[..., None], 0.0), dim=-1) * share[..., None]

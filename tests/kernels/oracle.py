@@ -1,0 +1,288 @@
+"""One call of the public function, and the same documents one by one in dense PyTorch.
+
+A test describes a call as a `Case`, builds its `Inputs`, runs `attention` on any backend and hands
+the result to `assert_matches_oracle`, which holds it to twice the error of plain PyTorch.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from lctrain.kernels import flash_attn_varlen_func
+from lctrain.kernels.reference.attention import dense_attention
+from tests.numerics import assert_error_at_most_twice
+
+DROPOUT_SEED = -0x1234_5678_9ABC_DEF0  # negative, and both halves of the key in use
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call on packed documents; defaults are attention over everything, without features.
+
+    Attributes:
+        documents: (queries, keys) of each document.
+        heads: Query heads.
+        heads_k: Key/value heads.
+        head_dim: D.
+        dtype: Of q, k and v.
+        causal: As in the public function, like all that follow up to dropout_p.
+        window: (left, right).
+        window_on_device: Pass the window as a tensor of two.
+        softcap: 0 turns it off.
+        alibi: "heads" for slopes [H], "documents" for [N, H].
+        sink: Pass a learnable sink.
+        dropout_p: Passed with DROPOUT_SEED.
+        magnitude: Standard deviation of q and k; logits grow with its square.
+        fused_qkv: q, k and v are strided views of one tensor.
+        dout_order: How the gradient of out lies in memory: a permutation of "thd".
+    """
+
+    documents: tuple[tuple[int, int], ...]
+    heads: int = 4
+    heads_k: int = 2
+    head_dim: int = 16
+    dtype: torch.dtype = torch.float16
+    causal: bool = False
+    window: tuple[int, int] = (-1, -1)
+    window_on_device: bool = False
+    softcap: float = 0.0
+    alibi: str = ""
+    sink: bool = False
+    dropout_p: float = 0.0
+    magnitude: float = 1.0
+    fused_qkv: bool = False
+    dout_order: str = "thd"
+
+
+def equal_lengths(*lengths: int) -> tuple[tuple[int, int], ...]:
+    """Documents with as many queries as keys."""
+    return tuple((length, length) for length in lengths)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tensors of a case: q, dout [T, H, D]; k, v [Tk, Hk, D]; dlse [H, T]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    dlse: Tensor
+    slopes: Tensor | None
+    sink: Tensor | None
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+
+
+@dataclass(frozen=True)
+class Result:
+    """Outputs and gradients; dsink is None without a sink."""
+
+    out: Tensor
+    lse: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dsink: Tensor | None
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields (name, tensor) of what is there."""
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            if tensor is not None:
+                yield field.name, tensor
+
+    def document(self, inputs: Inputs, index: int) -> "Result":
+        """The rows of one document; no dsink, which belongs to all."""
+        queries = slice(*inputs.cu_seqlens_q[index : index + 2].tolist())
+        keys = slice(*inputs.cu_seqlens_k[index : index + 2].tolist())
+        return Result(
+            self.out[queries],
+            self.lse[:, queries],
+            self.dq[queries],
+            self.dk[keys],
+            self.dv[keys],
+            None,
+        )
+
+
+def cumulative(lengths: Sequence[int], device: torch.device | str) -> Tensor:
+    """[N + 1] int32 on `device`."""
+    lengths = torch.tensor([0, *lengths], dtype=torch.int64)
+    return lengths.cumsum(0).to(torch.int32).to(device)
+
+
+def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
+    """Random inputs, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    total_q = sum(queries for queries, _ in case.documents)
+    total_k = sum(keys for _, keys in case.documents)
+    heads, heads_k, head_dim = case.heads, case.heads_k, case.head_dim
+    if case.fused_qkv:
+        fused = normal(total_q, heads + 2 * heads_k, head_dim).to(device, case.dtype)
+        q, k, v = fused.split([heads, heads_k, heads_k], dim=1)
+    else:
+        q = (normal(total_q, heads, head_dim) * case.magnitude).to(device, case.dtype)
+        k = (normal(total_k, heads_k, head_dim) * case.magnitude).to(device, case.dtype)
+        v = normal(total_k, heads_k, head_dim).to(device, case.dtype)
+    sizes = {"t": total_q, "h": heads, "d": head_dim}
+    stored = normal(*(sizes[axis] for axis in case.dout_order)).to(device, case.dtype)
+    dout = stored.permute(*(case.dout_order.index(axis) for axis in "thd"))
+    slopes = None
+    if case.alibi:
+        shape = (heads,) if case.alibi == "heads" else (len(case.documents), heads)
+        slopes = (torch.rand(*shape, generator=generator) * 0.5).to(device)
+    return Inputs(
+        q=q,
+        k=k,
+        v=v,
+        dout=dout,
+        dlse=normal(heads, total_q).to(device),
+        slopes=slopes,
+        sink=normal(heads).to(device) if case.sink else None,
+        cu_seqlens_q=cumulative([queries for queries, _ in case.documents], device),
+        cu_seqlens_k=cumulative([keys for _, keys in case.documents], device),
+    )
+
+
+def attention(case: Case, inputs: Inputs, **options: object) -> Result:
+    """Forward and backward of flash_attn_varlen_func; options override arguments of the call."""
+    q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+    sink = None if inputs.sink is None else inputs.sink.detach().requires_grad_()
+    window = case.window
+    if case.window_on_device:
+        window = torch.tensor(window, dtype=torch.int32, device=q.device)
+    arguments = {
+        "dropout_p": case.dropout_p,
+        "causal": case.causal,
+        "window_size": window,
+        "softcap": case.softcap,
+        "alibi_slopes": inputs.slopes,
+        "learnable_sink": sink,
+        "dropout_seed": DROPOUT_SEED if case.dropout_p else None,
+    } | options
+    out, lse = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        inputs.cu_seqlens_q,
+        inputs.cu_seqlens_k,
+        max((queries for queries, _ in case.documents), default=0),
+        max((keys for _, keys in case.documents), default=0),
+        return_lse=True,
+        **arguments,
+    )
+    leaves = [q, k, v] if sink is None else [q, k, v, sink]
+    dlse = inputs.dlse.to(lse.dtype)
+    dq, dk, dv, *dsink = torch.autograd.grad([out, lse], leaves, [inputs.dout, dlse])
+    return Result(out.detach(), lse.detach(), dq, dk, dv, dsink[0] if dsink else None)
+
+
+def dense(
+    case: Case,
+    inputs: Inputs,
+    dtype: torch.dtype,
+    *,
+    chunk: int | None = None,
+    sample: Sequence[int] | None = None,
+) -> Result:
+    """The same in dense PyTorch, document by document, every product in `dtype`.
+
+    Args:
+        case: The call.
+        inputs: Its tensors, which are cast to `dtype`.
+        dtype: float64 for the reference, the case's own for plain PyTorch.
+        sample: Documents to compute; the rows of others stay zero.
+        chunk: Queries at a time, for documents whose logits do not fit. Needs a causal case
+            without dropout: a chunk is then a document of its own, aligned at the bottom right.
+    """
+    state = torch.promote_types(dtype, torch.float32)
+    # With chunks, the gradients of keys are sums: in the state's precision.
+    kept = dtype if chunk is None else state
+    out = torch.zeros_like(inputs.q, dtype=dtype)
+    lse = torch.zeros_like(inputs.dlse, dtype=state)
+    dq, dk, dv = (torch.zeros_like(x, dtype=kept) for x in (inputs.q, inputs.k, inputs.v))
+    dsink = None if inputs.sink is None else torch.zeros_like(inputs.sink, dtype=state)
+    begin_q, begin_k = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
+    for index in range(len(case.documents)) if sample is None else sample:
+        length_q, length_k = case.documents[index]
+        slopes = inputs.slopes
+        if slopes is not None and slopes.dim() == 2:
+            slopes = slopes[index]
+        step = length_q if chunk is None else chunk
+        for start in range(0, length_q, max(1, step)):
+            stop = min(length_q, start + step)
+            rows = slice(begin_q[index] + start, begin_q[index] + stop)
+            seen = length_k if chunk is None else max(0, length_k - length_q + stop)
+            keys = slice(begin_k[index], begin_k[index] + seen)
+            q, k, v = (
+                x.detach().to(dtype).requires_grad_()
+                for x in (inputs.q[rows], inputs.k[keys], inputs.v[keys])
+            )
+            sink = None if inputs.sink is None else inputs.sink.detach().to(state).requires_grad_()
+            results = dense_attention(
+                q,
+                k,
+                v,
+                window=(case.window[0], 0 if case.causal else case.window[1]),
+                softcap=case.softcap,
+                alibi_slopes=slopes,
+                learnable_sink=sink,
+                dropout_p=case.dropout_p,
+                dropout_seed=DROPOUT_SEED,
+                document_id=index,
+            )[:2]
+            out[rows], lse[:, rows] = (x.detach() for x in results)
+            cotangents = (inputs.dout[rows].to(dtype), inputs.dlse[:, rows].to(state))
+            for result, cotangent in zip(results, cotangents, strict=True):
+                if result.requires_grad:  # without a key or a sink it is a constant
+                    result.backward(cotangent, retain_graph=True)
+            for total, leaf in ((dq[rows], q), (dk[keys], k), (dv[keys], v), (dsink, sink)):
+                if leaf is not None and leaf.grad is not None:
+                    total += leaf.grad
+    return Result(out, lse, dq, dk, dv, dsink)
+
+
+def assert_matches_oracle(
+    actual: Result,
+    case: Case,
+    inputs: Inputs,
+    *,
+    chunk: int | None = None,
+    sample: Sequence[int] | None = None,
+) -> None:
+    """Holds every output and gradient to twice the error of plain PyTorch, against float64.
+
+    Args:
+        actual: What `attention` returned.
+        case: Its case.
+        inputs: Its inputs.
+        chunk: As in `dense`.
+        sample: Documents to compare, without dsink; default all.
+    """
+    plain = dense(case, inputs, inputs.q.dtype, chunk=chunk, sample=sample)
+    exact = dense(case, inputs, torch.float64, chunk=chunk, sample=sample)
+    if sample is not None:
+        actual, plain, exact = (_gather(x, inputs, sample) for x in (actual, plain, exact))
+    expected, precise = dict(plain.items()), dict(exact.items())
+    for name, tensor in actual.items():
+        assert_error_at_most_twice(tensor, expected[name], precise[name], name)
+
+
+def _gather(result: Result, inputs: Inputs, sample: Sequence[int]) -> Result:
+    """The rows of some documents, one after the other."""
+    parts = [result.document(inputs, index) for index in sample]
+    return Result(
+        torch.cat([part.out for part in parts]),
+        torch.cat([part.lse for part in parts], dim=1),
+        torch.cat([part.dq for part in parts]),
+        torch.cat([part.dk for part in parts]),
+        torch.cat([part.dv for part in parts]),
+        None,
+    )

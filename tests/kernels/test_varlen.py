@@ -1,0 +1,247 @@
+"""Varlen attention against float64, on tiny packs: every feature, forward and all gradients.
+
+Without a GPU the Triton kernels run under the interpreter, whose tiles are small enough for these
+documents to cross them; test_varlen_gpu.py is the grid for a GPU. The same cases hold the PyTorch
+path.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lctrain.kernels import flash_attn_func, flash_attn_varlen_func
+from tests.kernels.oracle import (
+    DROPOUT_SEED,
+    Case,
+    assert_matches_oracle,
+    attention,
+    dense,
+    equal_lengths,
+    make_inputs,
+)
+
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+needs_interpreter = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="kernels run on the GPU here: test_varlen_gpu.py"
+)
+
+LONGER_KEYS = ((5, 37), (33, 40), (1, 20))
+LONGER_QUERIES = ((37, 5), (20, 0), (0, 9), (16, 16))  # early queries see nothing if causal
+CASES = {
+    "causal": Case(equal_lengths(33, 0, 1, 20), causal=True),
+    "full-float32-mha": Case(
+        equal_lengths(18, 31), heads=2, head_dim=40, dtype=torch.float32, dout_order="htd"
+    ),
+    "longer_keys-causal-mqa": Case(LONGER_KEYS, heads=3, heads_k=1, head_dim=24, causal=True),
+    "longer_queries-causal": Case(LONGER_QUERIES, head_dim=24, causal=True),
+    "longer_queries-full": Case(LONGER_QUERIES, dout_order="tdh"),
+    "window": Case(((40, 40), (12, 30)), window=(9, 3), head_dim=20),
+    "window_left-causal": Case(equal_lengths(39, 17), window=(7, -1), causal=True),
+    "window_left-blind": Case(((4, 40), (40, 8)), window=(3, -1), heads=2, heads_k=1),
+    "window_right": Case(LONGER_KEYS, window=(-1, 4), heads=2),
+    "window_on_device-dropout": Case(
+        ((37, 30), (9, 25)), window=(8, 0), window_on_device=True, dropout_p=0.2
+    ),
+    "softcap-causal": Case(equal_lengths(35, 6), softcap=2.0, causal=True, magnitude=2.0),
+    "alibi_heads-causal": Case(equal_lengths(40, 3), alibi="heads", causal=True),
+    "alibi_documents-full": Case(((17, 33), (35, 12)), alibi="documents", heads=2, heads_k=1),
+    "sink-causal-blind": Case(LONGER_QUERIES, sink=True, causal=True, heads=8, heads_k=4),
+    "dropout-causal": Case(equal_lengths(33, 21), dropout_p=0.1, causal=True, head_dim=20),
+    "dropout-softcap-gqa4": Case(((40, 20), (3, 35)), heads_k=1, dropout_p=0.3, softcap=3.0),
+    "everything": Case(
+        equal_lengths(38, 0, 1, 19),
+        head_dim=40,
+        causal=True,
+        window=(11, -1),
+        window_on_device=True,
+        softcap=4.0,
+        alibi="documents",
+        sink=True,
+        dropout_p=0.15,
+        fused_qkv=True,
+        dout_order="htd",
+    ),
+    "fused_qkv": Case(equal_lengths(20, 35), fused_qkv=True, dout_order="tdh", head_dim=24),
+}
+by_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+@needs_interpreter
+@by_case
+def test_triton_matches_float64(case):
+    inputs = make_inputs(case)
+    assert_matches_oracle(attention(case, inputs, backend="triton"), case, inputs)
+
+
+@by_case
+def test_pytorch_path_matches_float64(case):
+    case = dataclasses.replace(case, dtype=torch.bfloat16)
+    inputs = make_inputs(case)
+    assert_matches_oracle(attention(case, inputs, backend="auto"), case, inputs)
+
+
+@by_case
+def test_pytorch_path_is_the_definition(case):
+    """In float64 the two agree to rounding."""
+    case = dataclasses.replace(case, dtype=torch.float64)
+    inputs = make_inputs(case)
+    expected = dict(dense(case, inputs, torch.float64).items())
+    for name, tensor in attention(case, inputs, backend="pytorch").items():
+        torch.testing.assert_close(tensor, expected[name].to(tensor.dtype), msg=name)
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "everything"])
+def test_pytorch_path_in_float32(name):
+    case = dataclasses.replace(CASES[name], dtype=torch.float32)
+    inputs = make_inputs(case)
+    assert_matches_oracle(attention(case, inputs, backend="pytorch"), case, inputs)
+
+
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=needs_interpreter), "pytorch"])
+def test_logits_up_to_ten_thousand(backend):
+    """In half precision: in float32 the rounding of lse itself, |lse| eps, bounds the backward."""
+    case = Case(equal_lengths(34, 10), magnitude=40.0, causal=True)
+    inputs = make_inputs(case)
+    logits = torch.einsum("ihd,jhd->hij", inputs.q.float(), inputs.k.float().repeat(1, 2, 1)) / 4
+    assert 5e3 < logits.abs().max() < 2e4
+    assert_matches_oracle(attention(case, inputs, backend=backend), case, inputs)
+
+
+def backends(device: torch.device) -> list[str]:
+    """What can serve float16 tensors of this device."""
+    return ["triton"] if device.type == "cuda" else ["triton", "pytorch"]
+
+
+def test_blind_rows_are_zero_with_zero_gradients(device):
+    case = Case(((40, 6), (9, 0)), causal=True)
+    inputs = make_inputs(case, device)
+    for backend in backends(device):
+        result = attention(case, inputs, backend=backend)
+        blind = torch.zeros(49, dtype=torch.bool, device=device)
+        blind[:34] = blind[40:] = True
+        assert (result.out[blind] == 0).all()
+        assert (result.lse[:, blind] == -torch.inf).all()
+        assert (result.dq[blind] == 0).all()
+        for name, tensor in result.items():
+            assert not tensor.isnan().any(), name
+        assert result.lse[:, ~blind].isfinite().all()
+
+
+def test_packs_without_tokens(device):
+    for documents in ((), ((0, 0), (0, 0))):
+        case = Case(documents, causal=True, sink=True)
+        inputs = make_inputs(case, device)
+        for backend in backends(device):
+            result = attention(case, inputs, backend=backend)
+            assert result.out.shape == (0, 4, 16)
+            assert result.lse.shape == (4, 0)
+            assert result.dk.shape == (0, 2, 16)
+            assert (result.dsink == 0).all()
+
+
+def test_queries_without_keys_and_keys_without_queries(device):
+    for documents in (((5, 0),), ((0, 5),)):
+        case = Case(documents)
+        inputs = make_inputs(case, device)
+        for backend in backends(device):
+            result = attention(case, inputs, backend=backend)
+            assert (result.out == 0).all()
+            assert (result.lse == -torch.inf).all()
+            for grad in (result.dq, result.dk, result.dv):
+                assert (grad == 0).all()
+
+
+def test_softmax_scale_is_the_factor_of_the_logits(device):
+    """A scale of s is a query that is s * sqrt(D) times as long: exact for a power of two."""
+    case = Case(equal_lengths(20), causal=True)
+    inputs = make_inputs(case, device)
+    longer = dataclasses.replace(inputs, q=inputs.q * 2)
+    for backend in backends(device):
+        scaled = attention(case, inputs, softmax_scale=2 * 16**-0.5, backend=backend)
+        expected = attention(case, longer, backend=backend)
+        assert torch.equal(scaled.out, expected.out)
+        assert torch.equal(scaled.lse, expected.lse)
+        assert torch.equal(scaled.dk, expected.dk)
+        assert torch.equal(scaled.dq, expected.dq * 2)
+
+
+def test_strided_views_are_used_without_a_copy(device):
+    inputs = make_inputs(Case(equal_lengths(9), fused_qkv=True), device)
+    q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+    saved = []
+
+    def pack(tensor):
+        saved.append((tensor.data_ptr(), tensor.stride()))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        flash_attn_varlen_func(q, k, v, inputs.cu_seqlens_q, inputs.cu_seqlens_k, 9, 9)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        assert not tensor.is_contiguous()
+        assert (tensor.data_ptr(), tensor.stride()) in saved, f"{name} was copied"
+
+
+def test_a_last_stride_other_than_one_is_accepted(device):
+    case = Case(equal_lengths(12, 7), causal=True)
+    inputs = make_inputs(case, device)
+    columns_first = {
+        name: getattr(inputs, name).permute(2, 0, 1).contiguous().permute(1, 2, 0)
+        for name in ("q", "k", "v")
+    }
+    assert columns_first["q"].stride(2) != 1
+    for backend in backends(device):
+        expected = attention(case, inputs, backend=backend)
+        actual = attention(case, dataclasses.replace(inputs, **columns_first), backend=backend)
+        for name, tensor in expected.items():
+            assert torch.equal(getattr(actual, name), tensor), name
+
+
+def test_flash_attn_func_is_varlen_on_rows(device):
+    """[B, S, H, D] of equal lengths, with fewer queries than keys, slopes, sinks and dropout."""
+    case = Case(((6, 9),) * 3, causal=True, dropout_p=0.2, alibi="documents", sink=True)
+    inputs = make_inputs(case, device)
+    for backend in backends(device):
+        expected = attention(case, inputs, backend=backend)
+        q = inputs.q.unflatten(0, (3, 6)).requires_grad_()
+        k, v = (x.unflatten(0, (3, 9)).requires_grad_() for x in (inputs.k, inputs.v))
+        out, lse = flash_attn_func(
+            q,
+            k,
+            v,
+            0.2,
+            causal=True,
+            alibi_slopes=inputs.slopes,
+            learnable_sink=inputs.sink,
+            dropout_seed=DROPOUT_SEED,
+            return_lse=True,
+            backend=backend,
+        )
+        dlse = inputs.dlse.unflatten(1, (3, 6)).transpose(0, 1)
+        grads = torch.autograd.grad([out, lse], [q, k, v], [inputs.dout.view_as(out), dlse])
+        assert torch.equal(out.flatten(0, 1), expected.out)
+        assert torch.equal(lse.transpose(0, 1).flatten(1), expected.lse)
+        for grad, name in zip(grads, ("dq", "dk", "dv"), strict=True):
+            assert torch.equal(grad.flatten(0, 1), getattr(expected, name)), name
+
+
+def test_returns_follow_the_flags(device):
+    inputs = make_inputs(Case(equal_lengths(4, 3)), device)
+    call = (inputs.q, inputs.k, inputs.v, inputs.cu_seqlens_q, inputs.cu_seqlens_k, 4, 4)
+    out = flash_attn_varlen_func(*call)
+    assert isinstance(out, torch.Tensor)
+    pair = flash_attn_varlen_func(*call, return_lse=True)
+    assert torch.equal(pair[0], out)
+    assert pair[1].dtype == torch.float32
+    assert len(flash_attn_varlen_func(*call, return_attn_probs=True)) == 3
+    rows = flash_attn_func(inputs.q[None], inputs.k[None], inputs.v[None])
+    assert rows.shape == (1, 7, 4, 16)
+
+
+def test_more_documents_than_a_tile_has_rows(device):
+    case = Case(equal_lengths(*[1] * 40), heads=1, heads_k=1)
+    inputs = make_inputs(case, device)
+    for backend in backends(device):
+        result = attention(case, inputs, backend=backend)
+        assert torch.equal(result.out, inputs.v)
+        assert torch.equal(result.dv, inputs.dout)
