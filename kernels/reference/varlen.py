@@ -1,9 +1,10 @@
 """Varlen attention in plain PyTorch: the CPU path.
 
-Documents are taken one by one and queries in chunks, so memory grows with the length of a document,
-not with its square, and nothing of another document can reach a result. The backward recomputes the
-weights, as the kernels do (attention.md, section 1). Arithmetic is float32, or float64 for
-float64 inputs.
+It also serves other devices where it is asked for by name; there it reads cu_seqlens, which
+synchronises. Documents are taken one by one and queries in chunks, so memory grows with the length
+of a document, not with its square, and nothing of another document can reach a result. The backward
+recomputes the weights, as the kernels do. Arithmetic is float32, or
+float64 for float64 inputs.
 """
 
 from collections.abc import Iterator
@@ -44,7 +45,11 @@ class _Chunk:
 
 
 def _chunks(
-    cu_q: list[int], cu_k: list[int], heads: int, options: VarlenOptions
+    cu_q: list[int],
+    cu_k: list[int],
+    heads: int,
+    options: VarlenOptions,
+    device: torch.device,
 ) -> Iterator[_Chunk]:
     for document in range(len(cu_q) - 1):
         length_q = cu_q[document + 1] - cu_q[document]
@@ -60,8 +65,8 @@ def _chunks(
                 high = max(low, min(length_k, high))
             yield _Chunk(
                 document,
-                torch.arange(start, stop),
-                torch.arange(low, high),
+                torch.arange(start, stop, device=device),
+                torch.arange(low, high, device=device),
                 slice(cu_q[document] + start, cu_q[document] + stop),
                 slice(cu_k[document] + low, cu_k[document] + high),
                 length_q,
@@ -129,7 +134,7 @@ class _Operands:
         keep = dropout_keep(
             self.dropout_seed,
             document_id,
-            torch.arange(self.heads),
+            torch.arange(self.heads, device=chunk.rows.device),
             chunk.rows,
             chunk.columns,
             self.options.dropout_p,
@@ -153,7 +158,7 @@ def varlen_forward(
     """Forward of packed attention.
 
     Args:
-        q: [T, H, D], any floating dtype, on the CPU.
+        q: [T, H, D], any floating dtype.
         k: [Tk, Hk, D].
         v: [Tk, Hk, Dv].
         cu_seqlens_q: [N + 1] int32.
@@ -170,8 +175,8 @@ def varlen_forward(
     """
     x = _Operands(q, k, v, options, alibi_slopes, dropout_seed, document_ids)
     out = q.new_zeros(q.shape[0], x.heads, v.shape[-1])
-    lse = torch.full((x.heads, q.shape[0]), float("-inf"), dtype=x.dtype)
-    for chunk in _chunks(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), x.heads, options):
+    lse = torch.full((x.heads, q.shape[0]), float("-inf"), dtype=x.dtype, device=q.device)
+    for chunk in _chunks(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), x.heads, options, q.device):
         logits, _ = x.logits(chunk)
         if learnable_sink is not None:
             sink = learnable_sink.to(x.dtype)[:, None, None].expand(-1, len(chunk.rows), 1)
@@ -220,7 +225,7 @@ def varlen_backward(
     grad_out = dout.to(x.dtype).transpose(0, 1)
     delta = torch.zeros_like(lse) if dlse is None else -dlse
     dq, dk, dv = torch.zeros_like(x.q), torch.zeros_like(x.k), torch.zeros_like(x.v)
-    for chunk in _chunks(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), x.heads, options):
+    for chunk in _chunks(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), x.heads, options, q.device):
         if len(chunk.columns) == 0:
             continue
         logits, slope = x.logits(chunk)
