@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lctrain.kernels import flash_attn_func, flash_attn_varlen_func
+from tests.kernels.cases import TINY_CASES
 from tests.kernels.oracle import (
     DROPOUT_SEED,
     Case,
@@ -26,45 +27,7 @@ needs_interpreter = pytest.mark.skipif(
     torch.cuda.is_available(), reason="kernels run on the GPU here: test_varlen_gpu.py"
 )
 
-LONGER_KEYS = ((5, 37), (33, 40), (1, 20))
-LONGER_QUERIES = ((37, 5), (20, 0), (0, 9), (16, 16))  # early queries see nothing if causal
-CASES = {
-    "causal": Case(equal_lengths(33, 0, 1, 20), causal=True),
-    "full-float32-mha": Case(
-        equal_lengths(18, 31), heads=2, head_dim=40, dtype=torch.float32, dout_order="htd"
-    ),
-    "longer_keys-causal-mqa": Case(LONGER_KEYS, heads=3, heads_k=1, head_dim=24, causal=True),
-    "longer_queries-causal": Case(LONGER_QUERIES, head_dim=24, causal=True),
-    "longer_queries-full": Case(LONGER_QUERIES, dout_order="tdh"),
-    "window": Case(((40, 40), (12, 30)), window=(9, 3), head_dim=20),
-    "window_left-causal": Case(equal_lengths(39, 17), window=(7, -1), causal=True),
-    "window_left-blind": Case(((4, 40), (40, 8)), window=(3, -1), heads=2, heads_k=1),
-    "window_right": Case(LONGER_KEYS, window=(-1, 4), heads=2),
-    "window_on_device-dropout": Case(
-        ((37, 30), (9, 25)), window=(8, 0), window_on_device=True, dropout_p=0.2
-    ),
-    "softcap-causal": Case(equal_lengths(35, 6), softcap=2.0, causal=True, magnitude=2.0),
-    "alibi_heads-causal": Case(equal_lengths(40, 3), alibi="heads", causal=True),
-    "alibi_documents-full": Case(((17, 33), (35, 12)), alibi="documents", heads=2, heads_k=1),
-    "sink-causal-blind": Case(LONGER_QUERIES, sink=True, causal=True, heads=8, heads_k=4),
-    "dropout-causal": Case(equal_lengths(33, 21), dropout_p=0.1, causal=True, head_dim=20),
-    "dropout-softcap-gqa4": Case(((40, 20), (3, 35)), heads_k=1, dropout_p=0.3, softcap=3.0),
-    "everything": Case(
-        equal_lengths(38, 0, 1, 19),
-        head_dim=40,
-        causal=True,
-        window=(11, -1),
-        window_on_device=True,
-        softcap=4.0,
-        alibi="documents",
-        sink=True,
-        dropout_p=0.15,
-        fused_qkv=True,
-        dout_order="htd",
-    ),
-    "fused_qkv": Case(equal_lengths(20, 35), fused_qkv=True, dout_order="tdh", head_dim=24),
-}
-by_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+by_case = pytest.mark.parametrize("case", TINY_CASES.values(), ids=TINY_CASES.keys())
 
 
 @needs_interpreter
@@ -93,7 +56,7 @@ def test_pytorch_path_is_the_definition(case):
 
 @pytest.mark.parametrize("name", ["causal", "window", "everything"])
 def test_pytorch_path_in_float32(name):
-    case = dataclasses.replace(CASES[name], dtype=torch.float32)
+    case = dataclasses.replace(TINY_CASES[name], dtype=torch.float32)
     inputs = make_inputs(case)
     assert_matches_oracle(attention(case, inputs, backend="pytorch"), case, inputs)
 

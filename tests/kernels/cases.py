@@ -1,0 +1,110 @@
+"""The grids of the kernel tests: tiny cases for the interpreter and the CPU, broad ones for a GPU.
+
+Each distinct combination of flags, head dim, group and dtype compiles three kernels on a GPU, so
+both grids cover pairs of features, not their product, and other GPU tests reuse these combinations.
+"""
+
+import dataclasses
+
+import torch
+
+from tests.kernels.oracle import Case, equal_lengths
+
+LONGER_KEYS = ((5, 37), (33, 40), (1, 20))
+LONGER_QUERIES = ((37, 5), (20, 0), (0, 9), (16, 16))  # early queries see nothing if causal
+TINY_CASES = {
+    "causal": Case(equal_lengths(33, 0, 1, 20), causal=True),
+    "full-float32-mha": Case(
+        equal_lengths(18, 31), heads=2, head_dim=40, dtype=torch.float32, dout_order="htd"
+    ),
+    "longer_keys-causal-mqa": Case(LONGER_KEYS, heads=3, heads_k=1, head_dim=24, causal=True),
+    "longer_queries-causal": Case(LONGER_QUERIES, head_dim=24, causal=True),
+    "longer_queries-full": Case(LONGER_QUERIES, dout_order="tdh"),
+    "window": Case(((40, 40), (12, 30)), window=(9, 3), head_dim=20),
+    "window_left-causal": Case(equal_lengths(39, 17), window=(7, -1), causal=True),
+    "window_left-blind": Case(((4, 40), (40, 8)), window=(3, -1), heads=2, heads_k=1),
+    "window_right": Case(LONGER_KEYS, window=(-1, 4), heads=2),
+    "window_on_device-dropout": Case(
+        ((37, 30), (9, 25)), window=(8, 0), window_on_device=True, dropout_p=0.2
+    ),
+    "softcap-causal": Case(equal_lengths(35, 6), softcap=2.0, causal=True, magnitude=2.0),
+    "alibi_heads-causal": Case(equal_lengths(40, 3), alibi="heads", causal=True),
+    "alibi_documents-full": Case(((17, 33), (35, 12)), alibi="documents", heads=2, heads_k=1),
+    "sink-causal-blind": Case(LONGER_QUERIES, sink=True, causal=True, heads=8, heads_k=4),
+    "dropout-causal": Case(equal_lengths(33, 21), dropout_p=0.1, causal=True, head_dim=20),
+    "dropout-softcap-gqa4": Case(((40, 20), (3, 35)), heads_k=1, dropout_p=0.3, softcap=3.0),
+    "everything": Case(
+        equal_lengths(38, 0, 1, 19),
+        head_dim=40,
+        causal=True,
+        window=(11, -1),
+        window_on_device=True,
+        softcap=4.0,
+        alibi="documents",
+        sink=True,
+        dropout_p=0.15,
+        fused_qkv=True,
+        dout_order="htd",
+    ),
+    "fused_qkv": Case(equal_lengths(20, 35), fused_qkv=True, dout_order="tdh", head_dim=24),
+}
+
+LENGTHS = equal_lengths(0, 1, 63, 64, 65, 127, 129, 300)
+UNEQUAL = ((64, 129), (129, 64), (1, 127), (65, 0), (0, 63), (127, 127), (300, 20), (20, 300))
+BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
+
+GPU_PLAIN = Case(LENGTHS, heads=4, heads_k=2, head_dim=64, dtype=BFLOAT16, causal=True)
+GPU_CASES = {
+    "D64-causal": GPU_PLAIN,
+    "D64-causal-unequal": dataclasses.replace(GPU_PLAIN, documents=UNEQUAL),
+    "D64-causal-large_logits": dataclasses.replace(GPU_PLAIN, magnitude=45.0),
+    "D64-causal-fused_qkv": dataclasses.replace(GPU_PLAIN, fused_qkv=True, dout_order="htd"),
+    "D64-causal-dropout": dataclasses.replace(GPU_PLAIN, dropout_p=0.1),
+    "D64-full-unequal-g1": Case(UNEQUAL, heads_k=4, head_dim=64, dtype=BFLOAT16, dout_order="tdh"),
+    "D64-window_left-causal": dataclasses.replace(GPU_PLAIN, window=(50, -1), documents=UNEQUAL),
+    "D64-window_right": dataclasses.replace(GPU_PLAIN, causal=False, window=(-1, 37)),
+    "D128-causal-g4": Case(LENGTHS, heads_k=1, head_dim=128, dtype=BFLOAT16, causal=True),
+    "D128-full-dropout-g4-float16": Case(
+        UNEQUAL, heads_k=1, head_dim=128, dtype=FLOAT16, dropout_p=0.3
+    ),
+    "D128-window-sink-causal": Case(
+        UNEQUAL, head_dim=128, dtype=BFLOAT16, causal=True, window=(70, -1), sink=True
+    ),
+    "D128-everything-g8": Case(
+        UNEQUAL,
+        heads=16,
+        head_dim=128,
+        dtype=BFLOAT16,
+        causal=True,
+        window=(100, -1),
+        window_on_device=True,
+        softcap=20.0,
+        alibi="documents",
+        sink=True,
+        dropout_p=0.15,
+        dout_order="htd",
+    ),
+    "D80-causal-dropout-g8": Case(
+        LENGTHS, heads=8, heads_k=1, head_dim=80, dtype=BFLOAT16, causal=True, dropout_p=0.5
+    ),
+    "D96-window-g1": Case(LENGTHS, heads_k=4, head_dim=96, dtype=BFLOAT16, window=(66, 12)),
+    "D96-softcap-causal": Case(
+        LENGTHS, head_dim=96, dtype=BFLOAT16, causal=True, softcap=3.0, magnitude=2.0
+    ),
+    "D256-causal-g4": Case(LENGTHS, heads_k=1, head_dim=256, dtype=BFLOAT16, causal=True),
+    "D256-dropout-softcap-g1": Case(
+        UNEQUAL, heads_k=4, head_dim=256, dtype=BFLOAT16, dropout_p=0.1, softcap=5.0
+    ),
+    "D20-causal-alibi-float16": Case(
+        LENGTHS, head_dim=20, dtype=FLOAT16, causal=True, alibi="heads", sink=True
+    ),
+    "D40-full-dropout": Case(LENGTHS, head_dim=40, dtype=BFLOAT16, dropout_p=0.1),
+    "D8-causal-g3": Case(LENGTHS, heads=3, heads_k=1, head_dim=8, dtype=BFLOAT16, causal=True),
+    "D200-causal-fused_qkv": Case(
+        LENGTHS, head_dim=200, dtype=FLOAT16, causal=True, fused_qkv=True
+    ),
+    "D64-causal-float32": dataclasses.replace(GPU_PLAIN, dtype=FLOAT32),
+    "D72-window-dropout-float32": Case(
+        UNEQUAL, head_dim=72, dtype=FLOAT32, window=(40, 40), dropout_p=0.2
+    ),
+}
