@@ -97,14 +97,19 @@ class AttentionConfig:
     Attributes:
         name: First argument of `lctrain.patch_model` after the model.
         dropout: Attention dropout in training; None takes the model's own.
+        deterministic: Ask for a backward that gives the same bits in every run.
+        backend: Which kernels serve, as in `lctrain.kernels`; a named one never falls back.
     """
 
     name: str = "flash"
     dropout: float | None = None
+    deterministic: bool = False
+    backend: str = "auto"
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of `lctrain.patch_model`."""
-        return {} if self.dropout is None else {"dropout": self.dropout}
+        options = {"deterministic": self.deterministic, "backend": self.backend}
+        return options if self.dropout is None else {**options, "dropout": self.dropout}
 
 
 @dataclass(frozen=True)
