@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lctrain.kernels import flash_attn_func, flash_attn_varlen_func
-from tests.kernels.cases import TINY_CASES
+from tests.kernels.cases import GPU_PLAIN, TINY_CASES
 from tests.kernels.oracle import (
     DROPOUT_SEED,
     Case,
@@ -27,6 +27,7 @@ needs_interpreter = pytest.mark.skipif(
     torch.cuda.is_available(), reason="kernels run on the GPU here: test_varlen_gpu.py"
 )
 
+BASE = GPU_PLAIN if torch.cuda.is_available() else Case((), causal=True)  # compiled once
 by_case = pytest.mark.parametrize("case", TINY_CASES.values(), ids=TINY_CASES.keys())
 
 
@@ -77,7 +78,7 @@ def backends(device: torch.device) -> list[str]:
 
 
 def test_blind_rows_are_zero_with_zero_gradients(device):
-    case = Case(((40, 6), (9, 0)), causal=True)
+    case = dataclasses.replace(BASE, documents=((40, 6), (9, 0)))
     inputs = make_inputs(case, device)
     for backend in backends(device):
         result = attention(case, inputs, backend=backend)
@@ -93,19 +94,19 @@ def test_blind_rows_are_zero_with_zero_gradients(device):
 
 def test_packs_without_tokens(device):
     for documents in ((), ((0, 0), (0, 0))):
-        case = Case(documents, causal=True, sink=True)
+        case = dataclasses.replace(BASE, documents=documents, sink=True)
         inputs = make_inputs(case, device)
         for backend in backends(device):
             result = attention(case, inputs, backend=backend)
-            assert result.out.shape == (0, 4, 16)
+            assert result.out.shape == inputs.q.shape
             assert result.lse.shape == (4, 0)
-            assert result.dk.shape == (0, 2, 16)
+            assert result.dk.shape == inputs.k.shape
             assert (result.dsink == 0).all()
 
 
 def test_queries_without_keys_and_keys_without_queries(device):
     for documents in (((5, 0),), ((0, 5),)):
-        case = Case(documents)
+        case = dataclasses.replace(BASE, documents=documents)
         inputs = make_inputs(case, device)
         for backend in backends(device):
             result = attention(case, inputs, backend=backend)
@@ -115,13 +116,23 @@ def test_queries_without_keys_and_keys_without_queries(device):
                 assert (grad == 0).all()
 
 
+def test_more_documents_than_a_tile_has_rows(device):
+    """Documents of one token: out is its value."""
+    case = dataclasses.replace(BASE, documents=equal_lengths(*[1] * 40), heads=2, heads_k=1)
+    inputs = make_inputs(case, device)
+    for backend in backends(device):
+        result = attention(case, inputs, backend=backend)
+        assert torch.equal(result.out, inputs.v.expand(-1, 2, -1))
+        assert_matches_oracle(result, case, inputs)
+
+
 def test_softmax_scale_is_the_factor_of_the_logits(device):
-    """A scale of s is a query that is s * sqrt(D) times as long: exact for a power of two."""
-    case = Case(equal_lengths(20), causal=True)
+    """Twice the scale is a query that is twice as long, exactly."""
+    case = dataclasses.replace(BASE, documents=equal_lengths(20))
     inputs = make_inputs(case, device)
     longer = dataclasses.replace(inputs, q=inputs.q * 2)
     for backend in backends(device):
-        scaled = attention(case, inputs, softmax_scale=2 * 16**-0.5, backend=backend)
+        scaled = attention(case, inputs, softmax_scale=2 * case.head_dim**-0.5, backend=backend)
         expected = attention(case, longer, backend=backend)
         assert torch.equal(scaled.out, expected.out)
         assert torch.equal(scaled.lse, expected.lse)
@@ -130,7 +141,8 @@ def test_softmax_scale_is_the_factor_of_the_logits(device):
 
 
 def test_strided_views_are_used_without_a_copy(device):
-    inputs = make_inputs(Case(equal_lengths(9), fused_qkv=True), device)
+    case = dataclasses.replace(BASE, documents=equal_lengths(9), fused_qkv=True)
+    inputs = make_inputs(case, device)
     q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
     saved = []
 
@@ -139,14 +151,14 @@ def test_strided_views_are_used_without_a_copy(device):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        flash_attn_varlen_func(q, k, v, inputs.cu_seqlens_q, inputs.cu_seqlens_k, 9, 9)
+        flash_attn_varlen_func(q, k, v, inputs.cu_seqlens_q, inputs.cu_seqlens_k, 9, 9, causal=True)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         assert not tensor.is_contiguous()
         assert (tensor.data_ptr(), tensor.stride()) in saved, f"{name} was copied"
 
 
 def test_a_last_stride_other_than_one_is_accepted(device):
-    case = Case(equal_lengths(12, 7), causal=True)
+    case = dataclasses.replace(BASE, documents=equal_lengths(12, 7))
     inputs = make_inputs(case, device)
     columns_first = {
         name: getattr(inputs, name).permute(2, 0, 1).contiguous().permute(1, 2, 0)
@@ -160,51 +172,40 @@ def test_a_last_stride_other_than_one_is_accepted(device):
             assert torch.equal(getattr(actual, name), tensor), name
 
 
-def test_flash_attn_func_is_varlen_on_rows(device):
+def test_flash_attn_func_is_varlen_on_rows():
     """[B, S, H, D] of equal lengths, with fewer queries than keys, slopes, sinks and dropout."""
     case = Case(((6, 9),) * 3, causal=True, dropout_p=0.2, alibi="documents", sink=True)
-    inputs = make_inputs(case, device)
-    for backend in backends(device):
-        expected = attention(case, inputs, backend=backend)
-        q = inputs.q.unflatten(0, (3, 6)).requires_grad_()
-        k, v = (x.unflatten(0, (3, 9)).requires_grad_() for x in (inputs.k, inputs.v))
-        out, lse = flash_attn_func(
-            q,
-            k,
-            v,
-            0.2,
-            causal=True,
-            alibi_slopes=inputs.slopes,
-            learnable_sink=inputs.sink,
-            dropout_seed=DROPOUT_SEED,
-            return_lse=True,
-            backend=backend,
-        )
-        dlse = inputs.dlse.unflatten(1, (3, 6)).transpose(0, 1)
-        grads = torch.autograd.grad([out, lse], [q, k, v], [inputs.dout.view_as(out), dlse])
-        assert torch.equal(out.flatten(0, 1), expected.out)
-        assert torch.equal(lse.transpose(0, 1).flatten(1), expected.lse)
-        for grad, name in zip(grads, ("dq", "dk", "dv"), strict=True):
-            assert torch.equal(grad.flatten(0, 1), getattr(expected, name)), name
+    inputs = make_inputs(case)
+    expected = attention(case, inputs)
+    q = inputs.q.unflatten(0, (3, 6)).requires_grad_()
+    k, v = (x.unflatten(0, (3, 9)).requires_grad_() for x in (inputs.k, inputs.v))
+    out, lse = flash_attn_func(
+        q,
+        k,
+        v,
+        0.2,
+        causal=True,
+        alibi_slopes=inputs.slopes,
+        learnable_sink=inputs.sink,
+        dropout_seed=DROPOUT_SEED,
+        return_lse=True,
+    )
+    dlse = inputs.dlse.unflatten(1, (3, 6)).transpose(0, 1)
+    grads = torch.autograd.grad([out, lse], [q, k, v], [inputs.dout.view_as(out), dlse])
+    assert torch.equal(out.flatten(0, 1), expected.out)
+    assert torch.equal(lse.transpose(0, 1).flatten(1), expected.lse)
+    for grad, name in zip(grads, ("dq", "dk", "dv"), strict=True):
+        assert torch.equal(grad.flatten(0, 1), getattr(expected, name)), name
 
 
 def test_returns_follow_the_flags(device):
-    inputs = make_inputs(Case(equal_lengths(4, 3)), device)
+    inputs = make_inputs(dataclasses.replace(BASE, documents=equal_lengths(4, 3)), device)
     call = (inputs.q, inputs.k, inputs.v, inputs.cu_seqlens_q, inputs.cu_seqlens_k, 4, 4)
-    out = flash_attn_varlen_func(*call)
+    out = flash_attn_varlen_func(*call, causal=True)
     assert isinstance(out, torch.Tensor)
-    pair = flash_attn_varlen_func(*call, return_lse=True)
+    pair = flash_attn_varlen_func(*call, causal=True, return_lse=True)
     assert torch.equal(pair[0], out)
     assert pair[1].dtype == torch.float32
-    assert len(flash_attn_varlen_func(*call, return_attn_probs=True)) == 3
-    rows = flash_attn_func(inputs.q[None], inputs.k[None], inputs.v[None])
-    assert rows.shape == (1, 7, 4, 16)
-
-
-def test_more_documents_than_a_tile_has_rows(device):
-    case = Case(equal_lengths(*[1] * 40), heads=1, heads_k=1)
-    inputs = make_inputs(case, device)
-    for backend in backends(device):
-        result = attention(case, inputs, backend=backend)
-        assert torch.equal(result.out, inputs.v)
-        assert torch.equal(result.dv, inputs.dout)
+    assert len(flash_attn_varlen_func(*call, causal=True, return_attn_probs=True)) == 3
+    rows = flash_attn_func(inputs.q[None], inputs.k[None], inputs.v[None], causal=True)
+    assert rows.shape == (1, *inputs.q.shape)

@@ -23,6 +23,14 @@ def test_matches_float64(case, device):
     assert_matches_oracle(attention(case, inputs, backend="triton"), case, inputs)
 
 
+@pytest.mark.parametrize("name", ["D64-causal-unequal", "D128-everything-g8"])
+def test_the_pytorch_path_on_a_gpu(name, device):
+    """Where it is named; "auto" takes Triton."""
+    case = GPU_CASES[name]
+    inputs = make_inputs(case, device)
+    assert_matches_oracle(attention(case, inputs, backend="pytorch"), case, inputs)
+
+
 def test_large_logits_are_large(device):
     inputs = make_inputs(GPU_CASES["D64-causal-large_logits"], device)
     logits = inputs.q[:300, 0].float() @ inputs.k[:300, 0].float().T / 8
