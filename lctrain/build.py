@@ -62,8 +62,15 @@ def build_model(config: ModelConfig, vocab_size: int) -> nn.Module:
             "the model's own tokenizer (data.tokenizer) or leave model.config.vocab_size out."
         )
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
     return model.train()
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Switches activation checkpointing on, under the name that this transformers gives it."""
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _from_scratch(config: ScratchModelConfig, vocab_size: int) -> Any:

@@ -87,7 +87,7 @@ def test_loss_is_the_models_own_on_each_document(tmp_path, make_llama):
     for batch in UNEVEN:
         for start, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
             ids = batch.input_ids[:, int(start) : int(end)]
-            total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+            total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
             tokens += ids.shape[1] - 1
     assert module.losses[0] == pytest.approx(total / tokens, abs=1e-6)
 

@@ -103,7 +103,8 @@ def test_the_recipe_has_about_100_million_parameters():
 
 def test_gradient_checkpointing_is_switched_on():
     config = load("model=tiny", "model.gradient_checkpointing=true")
-    assert build_model(config.model, 300).is_gradient_checkpointing
+    model = build_model(config.model, 300)
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
 
 
 @pytest.mark.parametrize(
@@ -181,9 +182,7 @@ def test_an_entry_without_target():
 
 def test_unknown_model_family():
     config = load("model.model_type=lama")
-    with pytest.raises(
-        ValueError, match=r"must be a family of transformers, got 'lama'"
-    ):
+    with pytest.raises(ValueError, match=r"must be a family of transformers, got 'lama'"):
         build_model(config.model, 300)
 
 
