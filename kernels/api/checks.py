@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from lctrain.kernels.schedule import TileSchedule
 
@@ -73,6 +74,8 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, device: torch.de
             f"{name} must be on q's device ({device}), got {cu_seqlens.device}. Move it with .to()."
         )
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if isinstance(cu_seqlens, FakeTensor):
         return
     if int(cu_seqlens[0]) != 0:
         raise ValueError(f"{name} must start at 0, got {int(cu_seqlens[0])}. Prepend a 0.")
@@ -147,7 +150,11 @@ def check_window(window_size: Sequence[int] | Tensor, device: torch.device) -> N
                 f"window_size must be on q's device ({device}), got {window_size.device}. Move "
                 "it with .to()."
             )
-    elif len(window_size) != 2 or not all(isinstance(w, (int, torch.SymInt)) for w in window_size):
+    elif (
+        not isinstance(window_size, Sequence)
+        or len(window_size) != 2
+        or not all(isinstance(side, (int, torch.SymInt)) for side in window_size)
+    ):
         raise TypeError(
             f"window_size must be (left, right) ints, -1 for unbounded, got {window_size!r}."
         )
@@ -162,6 +169,14 @@ def check_optional_tensors(
     document_ids: Tensor | None,
 ) -> None:
     """Shapes, dtypes and device of the optional tensors."""
+    optional = {
+        "alibi_slopes": alibi_slopes,
+        "learnable_sink": learnable_sink,
+        "document_ids": document_ids,
+    }
+    for name, tensor in optional.items():
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
     if alibi_slopes is not None:
         if tuple(alibi_slopes.shape) not in ((heads,), (documents, heads)):
             raise ValueError(
@@ -183,11 +198,7 @@ def check_optional_tensors(
             )
         if document_ids.dtype != torch.int32:
             raise TypeError(f"document_ids must be int32, got {document_ids.dtype}. Cast it.")
-    for name, tensor in (
-        ("alibi_slopes", alibi_slopes),
-        ("learnable_sink", learnable_sink),
-        ("document_ids", document_ids),
-    ):
+    for name, tensor in optional.items():
         if tensor is not None and tensor.device != device:
             raise ValueError(
                 f"{name} must be on q's device ({device}), got {tensor.device}. Move it with .to()."
