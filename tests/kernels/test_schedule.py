@@ -99,6 +99,7 @@ def test_the_device_schedule_is_built_once_per_pack(device, monkeypatch):
 
 
 def test_a_device_schedule_lives_as_long_as_its_pack(device):
+    gc.collect()
     before = len(schedule_module._device_schedules)
     cu_seqlens = cumulative([5, 200], device)
     device_schedule(cu_seqlens, cu_seqlens, 205, 205)

@@ -1,0 +1,226 @@
+"""What a GPU must see: no synchronisation, no recompilation, linear memory, offsets past 2^31."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from lctrain.kernels import flash_attn_varlen_func, make_schedule, unpad_input
+from lctrain.kernels.bench.inputs import make_inputs
+from lctrain.kernels.bench.peers import flash_attention_2
+from lctrain.kernels.bench.workloads import Workload
+from tests.kernels.oracle import cumulative
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def no_synchronisation(device):
+    """Returns a context manager in which a synchronisation with the device is an error."""
+
+    class Guard:
+        def __enter__(self) -> None:
+            torch.cuda.synchronize(device)
+            torch.cuda.set_sync_debug_mode("error")
+
+        def __exit__(self, *_: object) -> None:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return Guard
+
+
+def random_qkv(lengths, device, *, heads=4, heads_k=2, head_dim=64):
+    """bf16 leaves q, k, v of a pack."""
+    total = sum(lengths)
+    return [
+        torch.randn(total, n, head_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
+        for n in (heads, heads_k, heads_k)
+    ]
+
+
+def train_step(q, k, v, cu_seqlens, longest, **options) -> None:
+    """Forward and backward, as a layer of a causal model runs them."""
+    out = flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True, **options
+    )
+    torch.autograd.backward(out, torch.ones_like(out))
+
+
+OPTIONS = {
+    "plain": {},
+    "dropout": {"dropout_p": 0.1},
+    "dropout-seed": {"dropout_p": 0.1, "dropout_seed": 3},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("scheduled", [False, True], ids=["", "schedule"])
+def test_no_synchronisation(options, scheduled, device, no_synchronisation):
+    def step(lengths):
+        """Only the batch itself comes from the CPU, as a training loop sends it: pinned."""
+        cu = cumulative(lengths, "cpu").pin_memory().to(device, non_blocking=True)
+        schedule = None
+        if scheduled:
+            schedule = make_schedule(lengths).pin_memory().to(device, non_blocking=True)
+        train_step(*random_qkv(lengths, device), cu, max(lengths), schedule=schedule, **options)
+
+    step([70, 3, 200])  # compiles
+    with no_synchronisation():
+        step([70, 3, 200])
+        step([5, 0, 129, 64])
+
+
+def test_windows_on_the_device_do_not_synchronise(device, no_synchronisation):
+    window = torch.tensor([50, -1], dtype=torch.int32, device=device)
+    cu, qkv = cumulative([70, 200], device), random_qkv([70, 200], device)
+    train_step(*qkv, cu, 200, window_size=window)
+    with no_synchronisation():
+        train_step(*qkv, cu, 200, window_size=window)
+
+
+def test_unpadding_with_known_counts_does_not_synchronise(device, no_synchronisation):
+    rows = torch.randn(3, 8, 4, device=device)
+    mask = torch.arange(8, device=device) < torch.tensor([[8], [3], [5]], device=device)
+    with no_synchronisation():
+        tokens, *_ = unpad_input(rows, mask, num_tokens=16, max_seqlen=8)
+    assert tokens.shape == (16, 4)
+
+
+def compiled_kernels() -> int:
+    """Specialisations in the caches of the attention kernels."""
+    from lctrain.kernels.attention.aot import KERNELS
+
+    return sum(
+        len(caches[0]) for kernel in KERNELS.values() for caches in kernel.device_caches.values()
+    )
+
+
+@pytest.mark.parametrize("scheduled", [False, True], ids=["", "schedule"])
+def test_no_recompilation_over_fifty_packings(scheduled, device):
+    """Lengths, documents, tokens, rates and windows change; the compiled kernels do not."""
+    generator = torch.Generator().manual_seed(0)
+    counts = []
+    for packing in range(51):
+        documents = int(torch.randint(1, 40, (1,), generator=generator))
+        lengths = torch.randint(0, 150, (documents,), generator=generator).tolist()
+        lengths[0] += 1 + packing % 17  # totals of every residue modulo 16
+        train_step(
+            *random_qkv(lengths, device),
+            cumulative(lengths, device),
+            max(lengths),
+            schedule=make_schedule(lengths).to(device) if scheduled else None,
+            dropout_p=0.05 + 0.001 * packing,
+            window_size=(20 + packing, -1),
+            document_ids=torch.arange(documents, dtype=torch.int32, device=device),
+        )
+        counts.append(compiled_kernels())
+    assert len(set(counts)) == 1, f"compiled during these packings: {counts}"
+
+
+def peak_bytes(call, leaves, grad_out) -> int:
+    """Peak of forward and backward above what was there before, after a first run."""
+    for _ in range(2):
+        for leaf in leaves:
+            leaf.grad = None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call().backward(grad_out)
+        torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def our_call(inputs):
+    q, k, v = inputs.leaves
+    cu, longest = inputs.cu_seqlens, inputs.max_seqlen
+    return lambda: flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
+
+
+def test_memory_is_linear_and_that_of_torch(device):
+    """At 128k tokens at most 1.1 times torch's varlen_attn, and twice what 64k tokens take."""
+    pytest.importorskip("torch.nn.attention.varlen")
+    peaks = {}
+    for documents in (4, 8):
+        workload = Workload("memory", (16 * 1024,) * documents, 32, 8, 128)
+        inputs = make_inputs(workload, device)
+        peaks[workload.tokens] = peak_bytes(our_call(inputs), inputs.leaves, inputs.grad_out)
+    theirs = peak_bytes(flash_attention_2(inputs), inputs.leaves, inputs.grad_out)
+    assert peaks[128 * 1024] <= 1.1 * theirs
+    allocation_granularity = 1 << 21
+    assert peaks[128 * 1024] <= 2 * peaks[64 * 1024] + allocation_granularity
+
+
+def test_deterministic_needs_no_scratch(device):
+    """The same bytes as without it, and no more than O(T H D)."""
+    inputs = make_inputs(Workload("memory", (4096,) * 4, 32, 8, 128), device)
+    q, k, v = inputs.leaves
+    cu, longest = inputs.cu_seqlens, inputs.max_seqlen
+
+    def deterministic():
+        return flash_attn_varlen_func(
+            q, k, v, cu, cu, longest, longest, causal=True, deterministic=True
+        )
+
+    peak = peak_bytes(deterministic, inputs.leaves, inputs.grad_out)
+    assert peak == peak_bytes(our_call(inputs), inputs.leaves, inputs.grad_out)
+    results = 2 * q.nbytes + k.nbytes + v.nbytes  # out, dq, dk, dv
+    statistics = 5 * 4 * q.shape[0] * q.shape[1]  # lse and at most four numbers per row and head
+    granularity = 16 << 21
+    assert peak <= results + statistics + granularity
+
+
+def test_offsets_past_two_to_the_31(device):
+    """q, k, v, out and every gradient have 2.4e9 elements; the last document has its own bits."""
+    needed = 60e9
+    if torch.cuda.mem_get_info(device)[0] < needed:
+        torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info(device)[0] < needed:
+        pytest.skip("needs 60 GB of free device memory")
+    lengths = [1500] * 399 + [1200, 300]
+    heads, head_dim, total = 32, 128, sum(lengths)
+    assert total * heads * head_dim > 2**31
+    q, k, v = random_qkv(lengths, device, heads=heads, heads_k=heads, head_dim=head_dim)
+    dout = torch.randn(total, heads, head_dim, device=device, dtype=torch.bfloat16)
+    out = flash_attn_varlen_func(
+        q, k, v, *[cumulative(lengths, device)] * 2, 1500, 1500, causal=True
+    )
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    for rows in (slice(0, 1500), slice(total - 1500, total - 300), slice(total - 300, total)):
+        own = [x[rows].detach().clone().requires_grad_() for x in (q, k, v)]
+        length = len(own[0])
+        cu = cumulative([length], device)
+        alone = flash_attn_varlen_func(*own, cu, cu, length, length, causal=True)
+        expected = torch.autograd.grad(alone, own, dout[rows].clone())
+        assert torch.equal(out[rows], alone)
+        for name, grad, other in zip(("dq", "dk", "dv"), grads, expected, strict=True):
+            assert torch.equal(grad[rows], other), name
+
+
+def test_tokens_beyond_the_last_document_are_refused_before_the_launch(device):
+    """The schedule keeps the CPU's totals, so nothing is read from the device."""
+    q, k, v = random_qkv([70, 10], device)
+    cu = cumulative([70], device)
+    schedule = make_schedule([70]).to(device)
+    with pytest.raises(ValueError, match=r"q must hold the 70 tokens .* got 80.*beyond the last"):
+        flash_attn_varlen_func(q, k, v, cu, cu, 70, 70, schedule=schedule)
+
+
+def test_tokens_beyond_the_last_document_stop_the_program_without_a_schedule():
+    """A device-side assertion ends a process, so another one runs it."""
+    program = """
+        import torch
+        from lctrain.kernels import flash_attn_varlen_func
+        q, k = (torch.randn(80, n, 64, device="cuda", dtype=torch.bfloat16) for n in (4, 2))
+        cu = torch.tensor([0, 70], device="cuda", dtype=torch.int32)
+        flash_attn_varlen_func(q, k, k, cu, cu, 70, 70, causal=True)
+        torch.cuda.synchronize()
+        print("survived")
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True
+    )
+    assert result.returncode != 0
+    assert "survived" not in result.stdout
+    assert "assert" in result.stderr
