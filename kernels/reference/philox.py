@@ -95,9 +95,9 @@ def dropout_keep(
         ),
         (seed & _MASK, (seed >> 32) & _MASK),
     )
-    words = torch.stack(words)  # [4, H, row groups, column groups]
+    stacked = torch.stack(words)  # [4, H, row groups, column groups]
     word = 2 * ((rows >> 3) & 1)[:, None] + ((columns >> 4) & 1)[None, :]
     half = ((columns >> 3) & 1)[None, :]
     head_index = torch.arange(len(heads), device=device)[:, None, None]
-    draws = words[word, head_index, row_index[:, None], column_index[None, :]]
+    draws = stacked[word, head_index, row_index[:, None], column_index[None, :]]
     return ((draws >> (16 * half)) & 0xFFFF) >= dropout_threshold(dropout_p)
