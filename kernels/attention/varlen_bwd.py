@@ -21,7 +21,7 @@ from lctrain.kernels.attention.launch import (
 from lctrain.kernels.schedule import SCHEDULE_ROWS
 from lctrain.kernels.tile.dropout import keep_mask, load_key
 from lctrain.kernels.tile.logits import LOG2_E, logits, logits_multiplier, softcap_slope
-from lctrain.kernels.tile.mask import key_ranges, load_window, query_ranges, visible
+from lctrain.kernels.tile.mask import key_ranges, load_window, mask_logits, query_range
 from lctrain.kernels.tile.memory import load_rows, store_rows
 from lctrain.kernels.tile.seqlen import document_bounds, locate_program
 
@@ -163,6 +163,8 @@ def varlen_dq_kernel(
     if HAS_DROPOUT:
         key_0, key_1, document_key = load_key(seed_ptr, document_ids_ptr, document)
     multiplier = logits_multiplier(scale, HAS_SOFTCAP, HAS_ALIBI)
+    first_seen = query + shift - left
+    last_seen = tl.minimum(query + shift + right, length_k - 1)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # Ranges: a left bound's tiles, tiles without a mask, the diagonal's.
@@ -208,17 +210,9 @@ def varlen_dq_kernel(
                     HAS_ALIBI,
                 )
                 if part != 1:
-                    mask = visible(
-                        query[:, None],
-                        key[None, :],
-                        shift,
-                        length_k,
-                        left,
-                        right,
-                        HAS_LEFT,
-                        HAS_RIGHT,
+                    x = mask_logits(
+                        x, local_n[None, :], first_seen - n, last_seen - n, HAS_LEFT, True
                     )
-                    x = tl.where(mask, x, float("-inf"))
                 p = tl.exp2(x * multiplier - lse2[:, None])
                 if HAS_DROPOUT:
                     keep = keep_mask(
@@ -315,8 +309,8 @@ def varlen_dkv_kernel(
         return
     shift = length_k - length_q
     left, right = load_window(window_ptr, window_left, window_right)
-    low, clear_low, clear_high, high = query_ranges(
-        first, BLOCK_N, shift, length_q, length_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M
+    low, high = query_range(
+        first, BLOCK_N, shift, length_q, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M
     )
 
     local_m = tl.arange(0, BLOCK_M)
@@ -357,6 +351,8 @@ def varlen_dkv_kernel(
     if HAS_DROPOUT:
         key_0, key_1, document_key = load_key(seed_ptr, document_ids_ptr, document)
     multiplier = logits_multiplier(scale, HAS_SOFTCAP, HAS_ALIBI)
+    first_seen = key - shift - right
+    last_seen = key - shift + left
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -397,11 +393,11 @@ def varlen_dkv_kernel(
             HAS_SOFTCAP,
             HAS_ALIBI,
         )
-        if (start < clear_low) | (start >= clear_high):
-            mask = visible(
-                query[None, :], key[:, None], shift, length_k, left, right, HAS_LEFT, HAS_RIGHT
-            )
-            x = tl.where(mask, x, float("-inf"))
+        # Always applied: LLVM flattens a branch around it into more instructions than it saves.
+        # Keys beyond the document need none, since nothing leaves their rows.
+        x = mask_logits(
+            x, local_m[None, :], first_seen - start, last_seen - start, HAS_RIGHT, HAS_LEFT
+        )
         if HAS_ALIBI:
             # A negative slope would grow without bound on queries beyond the document.
             x = tl.where((query < length_q)[None, :], x, float("-inf"))

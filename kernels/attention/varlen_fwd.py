@@ -17,7 +17,7 @@ from lctrain.kernels.attention.launch import (
 from lctrain.kernels.schedule import SCHEDULE_ROWS
 from lctrain.kernels.tile.dropout import keep_mask, load_key
 from lctrain.kernels.tile.logits import LOG2_E, logits, logits_multiplier
-from lctrain.kernels.tile.mask import key_ranges, load_window, visible
+from lctrain.kernels.tile.mask import key_ranges, load_window, mask_logits
 from lctrain.kernels.tile.memory import load_rows, store_rows
 from lctrain.kernels.tile.seqlen import document_bounds, locate_program
 from lctrain.kernels.tile.softmax import add_sink, finish, softmax_step
@@ -118,6 +118,8 @@ def varlen_fwd_kernel(
     if HAS_DROPOUT:
         key_0, key_1, document_key = load_key(seed_ptr, document_ids_ptr, document)
     multiplier = logits_multiplier(scale, HAS_SOFTCAP, HAS_ALIBI)
+    first_seen = query + shift - left
+    last_seen = tl.minimum(query + shift + right, length_k - 1)
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
@@ -155,17 +157,9 @@ def varlen_fwd_kernel(
                     HAS_ALIBI,
                 )
                 if part != 1:
-                    mask = visible(
-                        query[:, None],
-                        key[None, :],
-                        shift,
-                        length_k,
-                        left,
-                        right,
-                        HAS_LEFT,
-                        HAS_RIGHT,
+                    x = mask_logits(
+                        x, local_n[None, :], first_seen - n, last_seen - n, HAS_LEFT, True
                     )
-                    x = tl.where(mask, x, float("-inf"))
                 p, alpha, m, l = softmax_step(x, multiplier, m, l)
                 acc = acc * alpha[:, None]
                 if HAS_DROPOUT:

@@ -56,48 +56,46 @@ def key_ranges(
 
 
 @triton.jit
-def query_ranges(
+def query_range(
     first,
     keys,
     shift,
     length_q,
-    length_k,
     left,
     right,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Returns (low, clear_low, clear_high, high) for keys [first, first + keys).
+    """Returns (low, high) of the queries that see any of the keys [first, first + keys).
 
-    Tiles of queries start at multiples of BLOCK_M. Those in [clear_low, clear_high) see every key;
-    those in [low, clear_low) and [clear_high, high), empty without a left bound, need a mask.
-    Queries beyond length_q count as clear (they are zero), keys beyond length_k do not: 2^(0 - lse)
-    may overflow.
+    Tiles of queries start at multiples of BLOCK_M; low is one, and low <= high.
     """
     low = 0
-    clear_low = 0
     if HAS_RIGHT:
         low = tl.minimum(tl.maximum(first - shift - right, 0), length_q) // BLOCK_M * BLOCK_M
-        clear_low = tl.cdiv(tl.maximum(first + keys - 1 - shift - right, 0), BLOCK_M) * BLOCK_M
     high = length_q
-    clear_high = length_q
     if HAS_LEFT:
-        high = tl.minimum(high, tl.maximum(first + keys - shift + left, low))
-        clear_high = tl.maximum(first - shift + left + 1, 0) // BLOCK_M * BLOCK_M
-    clear_low = tl.where(first + keys > length_k, high, tl.minimum(clear_low, high))
-    clear_high = tl.maximum(tl.minimum(clear_high, high), clear_low)
-    return low, clear_low, clear_high, high
+        high = tl.maximum(tl.minimum(high, first + keys - shift + left), low)
+    return low, high
 
 
 @triton.jit
-def visible(
-    query, key, shift, length_k, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
-):
-    """Broadcasts positions to the mask of a tile; True where the query sees the key."""
-    mask = key < length_k
-    if HAS_RIGHT:
-        mask = mask & (key - query <= shift + right)
-    if HAS_LEFT:
-        mask = mask & (key - query >= shift - left)
-    return mask
+def mask_logits(x, local, first_seen, last_seen, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr):
+    """Sets x to -inf outside [first_seen, last_seen].
+
+    Bounds per row against positions inside the tile cost one comparison and one select an element.
+
+    Args:
+        x: [M, N] logits.
+        local: [1, N], positions inside the tile.
+        first_seen: [M], first position that a row sees, relative to the tile.
+        last_seen: [M], last position that a row sees, relative to the tile.
+        HAS_FIRST: Whether first_seen bounds.
+        HAS_LAST: Whether last_seen bounds.
+    """
+    if HAS_FIRST:
+        x = tl.where(local >= first_seen[:, None], x, float("-inf"))
+    if HAS_LAST:
+        x = tl.where(local <= last_seen[:, None], x, float("-inf"))
+    return x
