@@ -218,7 +218,7 @@ class LengthPerplexityConfig:
     _target_: str = "lctrain.callbacks.LengthPerplexity"
     lengths: list[int] = field(default_factory=lambda: [256, 1024, 4096])
     every_n_steps: int = 500
-    max_tokens: int = MISSING
+    max_tokens: int | None = None
     documents: int = 16
 
 
@@ -280,14 +280,14 @@ class EvaluationConfig:
         lengths: Context lengths in tokens.
         documents: Number of held-out documents, the longest first; None for all.
         document_tokens: Tokens of each document, from its beginning; None for all.
-        max_tokens: Tokens per forward pass.
+        max_tokens: Tokens per forward pass; None takes the longest length.
     """
 
     enabled: bool = True
     lengths: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048, 4096])
     documents: int | None = 16
     document_tokens: int | None = None
-    max_tokens: int = MISSING
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)

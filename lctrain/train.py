@@ -48,11 +48,11 @@ def train(config: TrainConfig) -> RunReport:
 
     output_dir = Path(config.paths.output_dir).absolute()
     check_writable(output_dir)
-    if config.evaluation.enabled:
-        check_lengths(config.evaluation.lengths, config.evaluation.max_tokens)
     pl.seed_everything(config.seed, verbose=False)
 
     datamodule = build_datamodule(config.data)
+    if config.evaluation.enabled:
+        check_lengths(config.evaluation.lengths, forward_tokens(config.evaluation))
     module = LongContextModule(
         model_factory(config.model), config.optim, config.attention, seed=config.seed
     )
@@ -114,7 +114,7 @@ def evaluate_by_length(
             module.model,
             documents,
             config.lengths,
-            max_tokens=config.max_tokens,
+            max_tokens=forward_tokens(config),
             progress=trainer.progress_bar_callback is not None,
         )
     files = table.save(output_dir / "perplexity")
@@ -122,6 +122,11 @@ def evaluate_by_length(
         log_evaluation(logger, table.as_dicts(), files["png"])
     paths = {"perplexity table": files["csv"], "perplexity plot": files["png"]}
     return tuple((row.length, row.perplexity) for row in table.rows), paths
+
+
+def forward_tokens(config: EvaluationConfig) -> int:
+    """Tokens per forward pass of the evaluation."""
+    return max([2, *config.lengths]) if config.max_tokens is None else config.max_tokens
 
 
 def export_model(module: LongContextModule, tokenizer: Any, folder: Path) -> Path:

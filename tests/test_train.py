@@ -198,7 +198,9 @@ def test_resume_with_other_data_settings(finished, tiny, tmp_path, override, nam
     [
         ("ckpt_path=last", "ckpt_path=last needs an earlier checkpoint"),
         ("ckpt_path=none.ckpt", "must be a checkpoint file or last"),
-        ("evaluation.lengths=[4096]", "lengths must be at most max_tokens"),
+        ("evaluation.lengths=[1]", "lengths must be at least 2, got 1"),
+        ("evaluation.max_tokens=32", "lengths must be at most max_tokens"),
+        ("data.max_tokens=1", "max_tokens must be at least 2, got 1"),
         ("trainer.max_steps=-1", "must be set, got neither"),
         ("data.files=[/no/such/*.txt]", "/no/such"),
         ("attention.name=flesh", "flesh"),

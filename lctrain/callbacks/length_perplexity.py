@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lctrain.eval import longest_documents, perplexity_by_length
+from lctrain.eval import check_lengths, longest_documents, perplexity_by_length
 
 
 class LengthPerplexity(pl.Callback):
@@ -19,24 +19,28 @@ class LengthPerplexity(pl.Callback):
     Args:
         lengths: Context lengths in tokens.
         every_n_steps: Optimizer steps between two measurements.
-        max_tokens: Tokens per forward pass.
+        max_tokens: Tokens per forward pass; None takes the longest length.
         documents: Number of held-out documents, the longest first.
 
     Raises:
-        ValueError: if `every_n_steps` is below 1.
+        ValueError: if `every_n_steps` is below 1 or a length is out of range.
     """
 
     def __init__(
-        self, lengths: Sequence[int], every_n_steps: int, max_tokens: int, documents: int = 16
+        self,
+        lengths: Sequence[int],
+        every_n_steps: int,
+        max_tokens: int | None = None,
+        documents: int = 16,
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(
                 f"every_n_steps must be at least 1, got {every_n_steps}. Set "
                 "callbacks.length_perplexity=null to switch the callback off."
             )
-        self.lengths = tuple(lengths)
+        self.max_tokens = max([2, *lengths]) if max_tokens is None else max_tokens
+        self.lengths = check_lengths(lengths, self.max_tokens)
         self.every_n_steps = every_n_steps
-        self.max_tokens = max_tokens
         self.documents = documents
 
     def on_train_batch_end(

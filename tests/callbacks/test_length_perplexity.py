@@ -25,7 +25,7 @@ class Data(pl.LightningDataModule):
 
 def test_logs_perplexities_and_leaves_training_alone(tmp_path, make_llama):
     losses, loggers = [], []
-    for callbacks in ([], [LengthPerplexity([8, 32], every_n_steps=2, max_tokens=64)]):
+    for callbacks in ([], [LengthPerplexity([8, 32], every_n_steps=2)]):
         logger = MetricsCSV(str(tmp_path / str(len(callbacks))))
         module = LongContextModule(make_llama(attention_dropout=0.2), OptimConfig())
         make_trainer(tmp_path, callbacks, logger=logger).fit(module, datamodule=Data())
@@ -37,6 +37,11 @@ def test_logs_perplexities_and_leaves_training_alone(tmp_path, make_llama):
     column = rows[0].split(",").index("val/perplexity_8")
     measured = [row.split(",") for row in rows[1:] if row.split(",")[column]]
     assert [row[0] for row in measured] == ["1", "3"]
+
+
+def test_lengths_are_checked_before_training():
+    with pytest.raises(ValueError, match="lengths must be at most max_tokens = 8, got 16"):
+        LengthPerplexity([16], every_n_steps=1, max_tokens=8)
 
 
 def test_interval_below_one():
