@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def _loss(
             "gradient reduction would be bypassed. Wrap a module whose forward computes the loss, "
             "as a LightningModule is, or pass model.module for evaluation."
         )
-    head = find_output_head(model, _probe(targets.device, packed))
+    head = find_output_head(model, partial(_probe, targets.device, packed))
     if head is None:
         logits = model(**model_kwargs)["logits"].flatten(0, 1)
         logits = logits if positions is None else logits[positions]

@@ -8,7 +8,7 @@ between its decoder, its output embedding and its logits is compared with what w
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -55,7 +55,9 @@ _Signature = tuple[Any, ...]
 _verified: WeakKeyDictionary[nn.Module, tuple[_Signature, OutputHead | None]] = WeakKeyDictionary()
 
 
-def find_output_head(model: nn.Module, probe: Mapping[str, Any]) -> OutputHead | None:
+def find_output_head(
+    model: nn.Module, make_probe: Callable[[], Mapping[str, Any]]
+) -> OutputHead | None:
     """The verified head of `model`, or None, with one warning, where it has to compute its logits.
 
     The answer is kept for each model, and looked for again when its output embedding is replaced
@@ -63,13 +65,14 @@ def find_output_head(model: nn.Module, probe: Mapping[str, Any]) -> OutputHead |
 
     Args:
         model: a transformers causal LM, also compiled or with PEFT's adapters.
-        probe: keyword arguments of a forward pass over a few tokens.
+        make_probe: gives the keyword arguments of a forward pass over a few tokens; called only
+            where the head has to be verified, since its copies to a device synchronise.
     """
     inner = _without_wrappers(model)
     signature = _signature(inner)
     if model not in _verified or _verified[model][0] != signature:
         try:
-            head: OutputHead | None = _verify(model, inner, probe)
+            head: OutputHead | None = _verify(model, inner, make_probe())
         except UnverifiedHeadError as error:
             head = None
             warnings.warn(

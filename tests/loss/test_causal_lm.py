@@ -8,7 +8,7 @@ from torch.nn import functional
 
 import lctrain
 from lctrain.batch import PackedBatch
-from lctrain.loss import causal_lm_loss, find_output_head, token_losses
+from lctrain.loss import causal_lm, causal_lm_loss, find_output_head, token_losses
 from tests.loss.conftest import ARCHITECTURES
 from tests.numerics import assert_error_at_most_twice
 
@@ -113,9 +113,20 @@ def test_the_head_is_checked_without_drawing_random_numbers(make_model, one_docu
     torch.manual_seed(1)
     model = make_model("gpt2", resid_pdrop=0.1)
     state = torch.get_rng_state()
-    find_output_head(model, one_document.model_kwargs())
+    find_output_head(model, one_document.model_kwargs)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(module.training for module in model.modules())
+
+
+def test_the_probe_is_built_once_for_a_model(make_model, one_document, monkeypatch) -> None:
+    """Building it copies to the device, which a GPU would wait for in every step."""
+    built = []
+    probe = causal_lm._probe
+    monkeypatch.setattr(causal_lm, "_probe", lambda *args: built.append(args) or probe(*args))
+    model = make_model()
+    for _ in range(3):
+        causal_lm_loss(model, one_document)
+    assert len(built) == 1
 
 
 def test_modules_that_were_in_evaluation_mode_stay_there(make_model, one_document) -> None:
