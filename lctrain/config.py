@@ -289,6 +289,18 @@ class EvaluationConfig:
     document_tokens: int | None = None
     max_tokens: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.documents is not None and self.documents < 1:
+            raise ValueError(
+                f"evaluation.documents must be at least 1, got {self.documents}. Use null for all "
+                "of them, or evaluation.enabled=false for no evaluation."
+            )
+        if self.document_tokens is not None and self.document_tokens < 2:
+            raise ValueError(
+                f"evaluation.document_tokens must be at least 2, got {self.document_tokens}. One "
+                "token leaves nothing to predict; use null for whole documents."
+            )
+
 
 @dataclass(frozen=True)
 class TrainConfig:

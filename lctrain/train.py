@@ -71,10 +71,11 @@ def train(config: TrainConfig) -> RunReport:
     perplexities: tuple[tuple[int, float], ...] = ()
     paths: dict[str, Path] = {}
     if trainer.is_global_zero:
-        if config.evaluation.enabled:
-            perplexities, paths = evaluate_by_length(config.evaluation, trainer, module, output_dir)
-        if config.export:
+        if config.export:  # first: whatever happens in the evaluation, the model is there
             paths["model"] = export_model(module, datamodule.tokenizer, output_dir / "model")
+        if config.evaluation.enabled:
+            perplexities, files = evaluate_by_length(config.evaluation, trainer, module, output_dir)
+            paths.update(files)
     trainer.strategy.barrier("lctrain-train")
     report = summarize(trainer, module, perplexities, paths)
     if trainer.is_global_zero:
@@ -100,8 +101,10 @@ def evaluate_by_length(
     from lctrain.loggers import log_evaluation
 
     documents = longest_documents(trainer.datamodule.held_out_documents(), config.documents)
-    if not documents:
-        log.warning("No perplexity by length: data.held_out_fraction holds out no document.")
+    if not documents or len(documents[0].input_ids) < 2:
+        log.warning(
+            "No perplexity by length: data.held_out_fraction holds out no document of two tokens."
+        )
         return (), {}
     if config.document_tokens is not None:
         documents = [
@@ -133,7 +136,7 @@ def export_model(module: LongContextModule, tokenizer: Any, folder: Path) -> Pat
     """Writes model and tokenizer so that plain transformers loads them.
 
     Args:
-        module: With the trained model; its attention is unpatched.
+        module: With the trained model; its attention is unpatched for as long as this takes.
         tokenizer: Of the run.
         folder: Is made.
 
@@ -145,6 +148,7 @@ def export_model(module: LongContextModule, tokenizer: Any, folder: Path) -> Pat
         module.patch_handle = None
     module.model.cpu().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    module.configure_model()
     return folder
 
 

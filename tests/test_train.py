@@ -200,6 +200,8 @@ def test_resume_with_other_data_settings(finished, tiny, tmp_path, override, nam
         ("ckpt_path=none.ckpt", "must be a checkpoint file or last"),
         ("evaluation.lengths=[1]", "lengths must be at least 2, got 1"),
         ("evaluation.max_tokens=32", "lengths must be at most max_tokens"),
+        ("evaluation.documents=0", "evaluation.documents must be at least 1, got 0"),
+        ("evaluation.document_tokens=1", "evaluation.document_tokens must be at least 2, got 1"),
         ("data.max_tokens=1", "max_tokens must be at least 2, got 1"),
         ("trainer.max_steps=-1", "must be set, got neither"),
         ("data.files=[/no/such/*.txt]", "/no/such"),
@@ -211,6 +213,16 @@ def test_resume_with_other_data_settings(finished, tiny, tmp_path, override, nam
 def test_bad_input_is_named_before_training(tiny, tmp_path, override, message):
     with pytest.raises(ValueError, match=message):
         train(config(*tiny, override, output_dir=tmp_path / "1"))
+
+
+def test_a_failing_evaluation_does_not_lose_the_export(tiny, tmp_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("the evaluation failed")
+
+    monkeypatch.setattr("lctrain.train.evaluate_by_length", fail)
+    with pytest.raises(RuntimeError, match="the evaluation failed"):
+        train(config(*tiny, "trainer.max_steps=1", output_dir=tmp_path / "1"))
+    assert (tmp_path / "1" / "model" / "model.safetensors").exists()
 
 
 def test_folder_that_cannot_be_written(tiny, tmp_path):
