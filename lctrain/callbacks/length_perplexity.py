@@ -13,8 +13,8 @@ from lctrain.eval import check_lengths, longest_documents, perplexity_by_length
 class LengthPerplexity(pl.Callback):
     """Measures held-out perplexity at several context lengths every n optimizer steps.
 
-    Rank 0 measures while the others wait. Nothing that training depends on changes: the model is
-    put back into its mode, and dropout is seeded by step.
+    Rank 0 measures while the others wait. Nothing that training depends on changes: every module
+    gets its mode back, also after an error, and dropout is seeded by step.
 
     Args:
         lengths: Context lengths in tokens.
@@ -23,7 +23,8 @@ class LengthPerplexity(pl.Callback):
         documents: Number of held-out documents, the longest first.
 
     Raises:
-        ValueError: if `every_n_steps` is below 1 or a length is out of range.
+        ValueError: if `every_n_steps` or `documents` is below 1 or a length is out of range; in
+            `on_fit_start`, if nothing is held out.
     """
 
     def __init__(
@@ -38,10 +39,29 @@ class LengthPerplexity(pl.Callback):
                 f"every_n_steps must be at least 1, got {every_n_steps}. Set "
                 "callbacks.length_perplexity=null to switch the callback off."
             )
+        if documents < 1:
+            raise ValueError(
+                f"documents must be at least 1, got {documents}. Set "
+                "callbacks.length_perplexity=null to switch the callback off."
+            )
         self.max_tokens = max([2, *lengths]) if max_tokens is None else max_tokens
         self.lengths = check_lengths(lengths, self.max_tokens)
         self.every_n_steps = every_n_steps
         self.documents = documents
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Fails before training if there is nothing to measure.
+
+        Raises:
+            ValueError: if no held-out document has two tokens.
+        """
+        documents = trainer.datamodule.held_out_documents()
+        if all(len(document.input_ids) < 2 for document in documents):
+            raise ValueError(
+                "data must hold out a document of at least two tokens for LengthPerplexity, got "
+                f"{len(documents)} held-out documents. Raise data.held_out_fraction, or set "
+                "callbacks.length_perplexity=null."
+            )
 
     def on_train_batch_end(
         self,
@@ -63,11 +83,8 @@ class LengthPerplexity(pl.Callback):
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         documents = longest_documents(trainer.datamodule.held_out_documents(), self.documents)
-        modes = {module: module.training for module in pl_module.modules()}
         with trainer.precision_plugin.forward_context():
             table = perplexity_by_length(
                 pl_module.model, documents, self.lengths, max_tokens=self.max_tokens
             )
-        for module, training in modes.items():
-            module.training = training
         return {f"val/perplexity_{row.length}": row.perplexity for row in table.rows}

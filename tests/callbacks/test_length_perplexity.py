@@ -8,6 +8,7 @@ from lctrain.callbacks import LengthPerplexity
 from lctrain.config import OptimConfig
 from lctrain.data import TokenizedDocument
 from lctrain.loggers import MetricsCSV
+from lctrain.loss import causal_lm
 from lctrain.module import LongContextModule
 from tests.training import loader, make_batch, make_trainer
 
@@ -15,12 +16,19 @@ PACKS = [make_batch([12, 5], i) for i in range(4)]
 
 
 class Data(pl.LightningDataModule):
+    def __init__(self, lengths=(40, 41, 42)):
+        super().__init__()
+        self.lengths = lengths
+
     def train_dataloader(self):
         return loader(PACKS)
 
     def held_out_documents(self):
         rng = np.random.default_rng(0)
-        return [TokenizedDocument(str(i), rng.integers(3, 97, 40 + i), i) for i in range(3)]
+        return [
+            TokenizedDocument(str(i), rng.integers(3, 97, length), i)
+            for i, length in enumerate(self.lengths)
+        ]
 
 
 def test_logs_perplexities_and_leaves_training_alone(tmp_path, make_llama):
@@ -42,6 +50,37 @@ def test_logs_perplexities_and_leaves_training_alone(tmp_path, make_llama):
 def test_lengths_are_checked_before_training():
     with pytest.raises(ValueError, match="lengths must be at most max_tokens = 8, got 16"):
         LengthPerplexity([16], every_n_steps=1, max_tokens=8)
+
+
+@pytest.mark.parametrize("lengths", [(), (1, 1)], ids=["no-document", "one-token-each"])
+def test_nothing_held_out_is_an_error_before_training(tmp_path, make_llama, lengths):
+    trainer = make_trainer(tmp_path, [LengthPerplexity([8], every_n_steps=2)])
+    module = LongContextModule(make_llama(), OptimConfig())
+    with pytest.raises(ValueError, match=r"data must hold out .* Raise data.held_out_fraction"):
+        trainer.fit(module, datamodule=Data(lengths))
+    assert trainer.global_step == 0
+
+
+def test_an_error_leaves_every_module_in_its_mode(tmp_path, make_llama, monkeypatch):
+    """A caller that catches it may go on training."""
+    model = make_llama()
+    losses = causal_lm.linear_cross_entropy
+
+    def fail(*args, **kwargs):
+        if not model.training:
+            raise RuntimeError("out of memory")
+        return losses(*args, **kwargs)
+
+    monkeypatch.setattr(causal_lm, "linear_cross_entropy", fail)
+    trainer = make_trainer(tmp_path, [LengthPerplexity([8], every_n_steps=2)])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.fit(LongContextModule(model, OptimConfig()), datamodule=Data())
+    assert all(part.training for part in model.modules())
+
+
+def test_documents_below_one():
+    with pytest.raises(ValueError, match="documents must be at least 1, got 0"):
+        LengthPerplexity([8], every_n_steps=1, documents=0)
 
 
 def test_interval_below_one():
