@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import warnings
 
 import torch
 
@@ -9,6 +10,25 @@ BACKENDS = ("auto", "triton", "pytorch")
 
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+_warned: set[torch.dtype] = set()
+
+
+def _warn_of_slow_path(dtype: torch.dtype) -> None:
+    """Says once per dtype why a GPU runs the PyTorch path."""
+    if torch.compiler.is_compiling() or dtype in _warned:
+        return
+    _warned.add(dtype)
+    cause = f"the Triton kernels keep lse in float32, too coarse for {dtype}"
+    remedy = "Use bfloat16 or float16 (precision=bf16-mixed), or name backend='triton'."
+    if not TRITON_INSTALLED:
+        cause, remedy = "Triton is not installed", "Install the package triton."
+    warnings.warn(
+        f"Attention on this GPU runs on the PyTorch path, which is slow and synchronises: {cause}. "
+        f"{remedy}",
+        stacklevel=3,
+    )
 
 
 def interpreting() -> bool:
@@ -37,8 +57,12 @@ def select_backend(
     device = torch.device(device)
     supported = dtype in (torch.float16, torch.bfloat16, torch.float32)
     if backend == "auto":
-        on_gpu = device.type == "cuda"  # ROCm devices carry this name too
-        return "triton" if on_gpu and TRITON_INSTALLED and supported else "pytorch"
+        if device.type != "cuda":  # ROCm devices carry this name too
+            return "pytorch"
+        if TRITON_INSTALLED and dtype in (torch.float16, torch.bfloat16):
+            return "triton"
+        _warn_of_slow_path(dtype)
+        return "pytorch"
     if backend == "triton":
         if not TRITON_INSTALLED:
             raise ValueError(

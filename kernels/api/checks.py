@@ -98,13 +98,18 @@ def check_max_seqlen(name: str, value: object) -> None:
 
 
 def check_schedule(
-    schedule: TileSchedule, total_q: int, total_k: int, device: torch.device
+    schedule: TileSchedule, documents: int, total_q: int, total_k: int, device: torch.device
 ) -> None:
-    """Built for these token counts, on q's device."""
+    """Built for as many documents and tokens, on q's device."""
     if schedule.q_tiles.device != device:
         raise ValueError(
             f"schedule must be on q's device ({device}), got {schedule.q_tiles.device}. "
             "Call schedule.to(device)."
+        )
+    if schedule.documents != documents:
+        raise ValueError(
+            f"cu_seqlens must describe the {schedule.documents} documents that schedule was built "
+            f"for, got {documents}. Build the schedule from the lengths of this pack."
         )
     for name, expected, total in (
         ("q", schedule.total_q, total_q),

@@ -24,12 +24,14 @@ class TileSchedule(NamedTuple):
         k_tiles: [m, 2] int32, the same for keys.
         total_q: Packed queries that the documents cover; -1 if known on the device only.
         total_k: Packed keys, likewise.
+        documents: N.
     """
 
     q_tiles: Tensor
     k_tiles: Tensor
     total_q: int
     total_k: int
+    documents: int
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TileSchedule":
         """Returns the schedule with its tensors on `device`."""
@@ -72,6 +74,7 @@ def make_schedule(lengths_q: Sequence[int], lengths_k: Sequence[int] | None = No
         _tiles(keys, _key_work(queries, keys), int(_blocks(keys).sum())),
         int(queries.sum()),
         int(keys.sum()),
+        len(queries),
     )
 
 
@@ -115,6 +118,7 @@ def _build_on_device(cu_q: Tensor, cu_k: Tensor, total_q: int, total_k: int) -> 
         _tiles(keys, _key_work(queries, keys), total_k // SCHEDULE_ROWS + documents),
         -1,
         -1,
+        documents,
     )
 
 

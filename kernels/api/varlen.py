@@ -102,7 +102,7 @@ def flash_attn_varlen_func(
         documents, q.shape[1], q.device, alibi_slopes, learnable_sink, document_ids
     )
     if schedule is not None:
-        checks.check_schedule(schedule, q.shape[0], k.shape[0], q.device)
+        checks.check_schedule(schedule, documents, q.shape[0], k.shape[0], q.device)
     if block_table is not None:
         raise ValueError(
             "block_table (paged key/value cache) is not supported. "
@@ -215,8 +215,8 @@ def flash_attn_func(
             f"q, k and v must have one batch size, got {q.shape[0]}, {k.shape[0]} and {v.shape[0]}."
         )
     batch, length_q, length_k = q.shape[0], q.shape[1], k.shape[1]
-    cu_q = torch.arange(batch + 1, device=q.device, dtype=torch.int32) * length_q
-    cu_k = torch.arange(batch + 1, device=q.device, dtype=torch.int32) * length_k
+    cu_q = _row_boundaries(batch, length_q, q.device)
+    cu_k = cu_q if length_q == length_k else _row_boundaries(batch, length_k, q.device)
     result = flash_attn_varlen_func(
         q.flatten(0, 1),
         k.flatten(0, 1),
@@ -246,6 +246,22 @@ def flash_attn_func(
     return (out, lse) if return_lse else out
 
 
+def _row_boundaries(batch: int, length: int, device: torch.device) -> Tensor:
+    """cu_seqlens of equal rows: one tensor per shape, so that its device schedule is built once."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return torch.arange(batch + 1, device=device, dtype=torch.int32) * length
+    key = (batch, length, device)
+    if key not in _ROW_BOUNDARIES:
+        if len(_ROW_BOUNDARIES) >= _ROW_BOUNDARIES_KEPT:
+            _ROW_BOUNDARIES.pop(next(iter(_ROW_BOUNDARIES)))
+        _ROW_BOUNDARIES[key] = torch.arange(batch + 1, device=device, dtype=torch.int32) * length
+    return _ROW_BOUNDARIES[key]
+
+
+_ROW_BOUNDARIES: dict[tuple[int, int, torch.device], Tensor] = {}
+_ROW_BOUNDARIES_KEPT = 64
+
+
 def _resolve_window(
     window_size: Sequence[int] | Tensor, causal: bool
 ) -> tuple[Tensor | None, int, int]:
@@ -267,6 +283,11 @@ def _resolve_seed(
         # Drawn here, so that activation checkpointing, which restores the generator, replays it.
         return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
     if isinstance(dropout_seed, Tensor):
+        if dropout_seed.device != device:
+            raise ValueError(
+                f"dropout_seed must be on q's device ({device}), got {dropout_seed.device}. "
+                "Move it with .to(), or pass an int."
+            )
         return dropout_seed.reshape(1)
     return torch.full((1,), dropout_seed, dtype=torch.int64, device=device)
 
@@ -304,18 +325,19 @@ def _attention_probabilities(
         slopes = alibi_slopes
         if slopes is not None and slopes.dim() == 2:
             slopes = slopes[document]
-        _, _, signed = dense_attention(
-            q[rows].detach().float(),
-            k[columns].detach().float(),
-            v[columns].detach().float(),
-            softmax_scale=softmax_scale,
-            window=window,
-            softcap=softcap,
-            alibi_slopes=slopes,
-            learnable_sink=learnable_sink,
-            dropout_p=dropout_p,
-            dropout_seed=0 if dropout_seed is None else dropout_seed,
-            document_id=document if document_ids is None else int(document_ids[document]),
-        )
+        with torch.autocast(q.device.type, enabled=False):
+            _, _, signed = dense_attention(
+                q[rows].detach().float(),
+                k[columns].detach().float(),
+                v[columns].detach().float(),
+                softmax_scale=softmax_scale,
+                window=window,
+                softcap=softcap,
+                alibi_slopes=slopes,
+                learnable_sink=learnable_sink,
+                dropout_p=dropout_p,
+                dropout_seed=0 if dropout_seed is None else dropout_seed,
+                document_id=document if document_ids is None else int(document_ids[document]),
+            )
         result[document, :, : signed.shape[1], : signed.shape[2]] = signed.to(q.dtype)
     return result

@@ -41,18 +41,19 @@ def varlen_forward(
         options = _reference_options(
             softmax_scale, window_left, window_right, window, softcap, dropout_p
         )
-        return reference.varlen_forward(
-            q,
-            k,
-            v,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            options,
-            alibi_slopes=alibi_slopes,
-            learnable_sink=learnable_sink,
-            dropout_seed=dropout_seed,
-            document_ids=document_ids,
-        )
+        with torch.autocast(q.device.type, enabled=False):
+            return reference.varlen_forward(
+                q,
+                k,
+                v,
+                cu_seqlens_q,
+                cu_seqlens_k,
+                options,
+                alibi_slopes=alibi_slopes,
+                learnable_sink=learnable_sink,
+                dropout_seed=dropout_seed,
+                document_ids=document_ids,
+            )
     from lctrain.kernels.attention.varlen_fwd import varlen_fwd
 
     schedule = _schedule(q_tiles, k_tiles, cu_seqlens_q, cu_seqlens_k, q, k)
@@ -113,20 +114,21 @@ def varlen_backward(
         options = _reference_options(
             softmax_scale, window_left, window_right, window, softcap, dropout_p
         )
-        return reference.varlen_backward(
-            dout,
-            dlse,
-            q,
-            k,
-            v,
-            lse,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            options,
-            alibi_slopes=alibi_slopes,
-            dropout_seed=dropout_seed,
-            document_ids=document_ids,
-        )
+        with torch.autocast(q.device.type, enabled=False):
+            return reference.varlen_backward(
+                dout,
+                dlse,
+                q,
+                k,
+                v,
+                lse,
+                cu_seqlens_q,
+                cu_seqlens_k,
+                options,
+                alibi_slopes=alibi_slopes,
+                dropout_seed=dropout_seed,
+                document_ids=document_ids,
+            )
     from lctrain.kernels.attention.varlen_bwd import varlen_bwd
 
     schedule = _schedule(q_tiles, k_tiles, cu_seqlens_q, cu_seqlens_k, q, k)
@@ -217,9 +219,8 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
     )
     dsink = None
     if sink is not None and ctx.needs_input_grad[13]:
-        # The sink has a weight and no value, so its dP is 0 and dS = -p * delta; rows that see
-        # nothing have delta = 0.
-        weight = torch.exp(sink.to(lse.dtype)[:, None] - lse)
+        # The sink has a weight and no value, so its dP is 0 and dS = -p * delta.
+        weight = torch.exp(sink.to(lse.dtype)[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)
         dsink = -(weight * delta).sum(1).to(sink.dtype)
     return (dq, dk, dv, *[None] * 10, dsink, *[None] * 5)
 
@@ -249,7 +250,7 @@ def _schedule(
     k: Tensor,
 ) -> TileSchedule:
     if q_tiles is not None and k_tiles is not None:
-        return TileSchedule(q_tiles, k_tiles, q.shape[0], k.shape[0])
+        return TileSchedule(q_tiles, k_tiles, q.shape[0], k.shape[0], cu_seqlens_q.shape[0] - 1)
     return device_schedule(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0])
 
 

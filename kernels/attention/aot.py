@@ -25,7 +25,7 @@ FEATURES = ("causal", "full", "dropout", "softcap_dropout", "all")
 
 _POINTERS = {
     **dict.fromkeys(("cu_q", "cu_k", "tiles", "window", "document_ids"), "*i32"),
-    **dict.fromkeys(("lse", "dlse", "stats", "alibi", "sink"), "*fp32"),
+    **dict.fromkeys(("lse", "dlse", "delta", "stats", "alibi", "sink"), "*fp32"),
     "seed": "*i64",
 }
 _FLOATS = ("scale", "softcap", "keep_scale")
@@ -41,6 +41,7 @@ class KernelVariant:
     constants: dict[tuple[int, ...], object]
     attributes: dict[tuple[int, ...], list]
     options: dict[str, int]
+    spill_free: bool
 
 
 def kernel_variant(
@@ -108,8 +109,9 @@ def kernel_variant(
             signature[name] = "i32"
             if name not in RUNTIME_INTEGERS:
                 attributes[(index,)] = [["tt.divisibility", 16]]
+    spill_free = config.spill_free and features == "causal"
     label = f"{operation}-D{head_dim}-{features}-{dtype}-{config.block_m}x{config.block_n}"
-    return KernelVariant(label, kernel, signature, values, attributes, config.options)
+    return KernelVariant(label, kernel, signature, values, attributes, config.options, spill_free)
 
 
 def kernel_variants(
@@ -117,17 +119,21 @@ def kernel_variants(
     head_dims: tuple[int, ...] = (64, 96, 128, 256),
     features: tuple[str, ...] = FEATURES,
 ) -> Iterator[KernelVariant]:
-    """Yields every variant of one table of config.TABLES, bf16.
+    """Yields every configuration of one table of config.TABLES in bf16, and float32's table.
 
     Args:
         table: "sm_80", "sm_90", "sm_100", "gfx942" or "gfx950".
-        head_dims: Head dims to compile.
-        features: Subset of FEATURES.
+        head_dims: Head dims to compile; float32 takes the first.
+        features: Subset of FEATURES. Where dropout has a configuration of its own, the plain
+            causal kernel is compiled whether it is among them or not.
     """
     for operation in OPERATIONS:
         for head_dim in head_dims:
-            for feature in features:
-                config = table_config(
-                    table, operation, head_dim, 4, feature == "all" or "dropout" in feature
-                )
+            plain = table_config(table, operation, head_dim, 4)
+            drop = table_config(table, operation, head_dim, 4, has_dropout=True)
+            wanted = features if plain == drop else (*features, "causal")
+            for feature in dict.fromkeys(wanted):
+                config = drop if feature == "all" or "dropout" in feature else plain
                 yield kernel_variant(operation, config, head_dim, features=feature)
+        config = table_config("float32", operation, head_dims[0], 4)
+        yield kernel_variant(operation, config, head_dims[0], dtype="fp32")

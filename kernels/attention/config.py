@@ -27,6 +27,7 @@ class TileConfig:
         pack: Query heads of one key/value head that share a tile (1 in kernels that own keys). A
             tile of two heads has half the positions, so the masked part of the diagonal is half as
             large, at the same reuse of keys.
+        spill_free: Promise that the plain causal kernel keeps everything in registers; tested.
         max_registers: Bound of registers per thread, where more programs per multiprocessor pay.
     """
 
@@ -36,6 +37,7 @@ class TileConfig:
     num_stages: int
     pack: int = 1
     max_registers: int | None = None
+    spill_free: bool = False
 
     @property
     def options(self) -> dict[str, int]:
@@ -59,20 +61,20 @@ class TileConfig:
 # "<operation>_dropout" replaces single sizes where dropout is on.
 _HOPPER = {
     "varlen_fwd": {
-        64: TileConfig(64, 64, 4, 3, pack=2),
-        128: TileConfig(128, 64, 8, 3, pack=2),
+        64: TileConfig(64, 64, 4, 3, pack=2, spill_free=True),
+        128: TileConfig(128, 64, 8, 3, pack=2, spill_free=True),
         256: TileConfig(128, 64, 8, 2, pack=4),
     },
     "varlen_dq": {
-        64: TileConfig(64, 64, 4, 3, pack=2),
-        128: TileConfig(64, 64, 4, 2, pack=2),
-        256: TileConfig(128, 32, 8, 2, pack=2),
+        64: TileConfig(64, 64, 4, 3, pack=2, spill_free=True),
+        128: TileConfig(64, 64, 4, 2, pack=2, spill_free=True),
+        256: TileConfig(128, 32, 8, 2, pack=2, spill_free=True),
     },
     "varlen_dq_dropout": {
         128: TileConfig(128, 64, 8, 2, pack=4),
     },
     "varlen_dkv": {
-        64: TileConfig(64, 64, 4, 3),
+        64: TileConfig(64, 64, 4, 3, spill_free=True),
         128: TileConfig(64, 128, 8, 2),
         256: TileConfig(32, 64, 8, 2),
     },

@@ -9,25 +9,20 @@ from lctrain.kernels.tile.mask import UNBOUNDED
 RUNTIME_INTEGERS = [
     "num_tiles",
     "total_q",
-    "total_k",
     "window_left",
     "window_right",
     "threshold",
     "stride_alibi",
 ]
 
+# float32 products are exact; half-precision inputs have one precision, whatever it is called
+# (gfx950 does not know "tf32", also where it would not matter).
+DOT_PRECISION = "ieee"
+
 
 def padded_head_dim(head_dim: int) -> int:
     """Returns the power of two that holds the head dim; matrix instructions need at least 16."""
     return max(16, triton.next_power_of_2(head_dim))
-
-
-def dot_precision(x: Tensor) -> str:
-    """float32 products are exact; half-precision inputs have one precision, whatever it is called.
-
-    gfx950 does not know "tf32", also where it would not matter.
-    """
-    return "ieee"
 
 
 def window_arguments(

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lctrain.kernels.attention.config import tile_config
 from lctrain.kernels.attention.launch import (
+    DOT_PRECISION,
     RUNTIME_INTEGERS,
     alibi_strides,
-    dot_precision,
     dropout_arguments,
     padded_head_dim,
     window_arguments,
@@ -38,6 +38,7 @@ def varlen_dq_kernel(
     lse_ptr,
     dlse_ptr,
     dq_ptr,
+    delta_ptr,
     stats_ptr,
     cu_q_ptr,
     cu_k_ptr,
@@ -82,10 +83,9 @@ def varlen_dq_kernel(
 ):
     """dq of a tile; also writes what the dk, dv kernel reads per query.
 
-    Grid: as varlen_fwd_kernel. q, out, dout, dq [T, H, D]; k, v [Tk, Hk, D]; lse, dlse [H, T]
-        float32.
-    stats [H, T, 4] float32: lse in base 2 (+inf where nothing was seen), delta =
-    rowsum(dout * out) - dlse, delta / keep_scale, one unused.
+    Grid: as varlen_fwd_kernel. q, out, dout, dq [T, H, D]; k, v [Tk, Hk, D]; lse, dlse and
+    delta = rowsum(dout * out) - dlse [H, T] float32. stats [H, T, 4] float32: lse in base 2 (+inf
+    where nothing was seen), delta / keep_scale, two unused.
     """
     POSITIONS: tl.constexpr = BLOCK_M // PACK
     head_kv, head_group, document, first = locate_program(
@@ -110,7 +110,7 @@ def varlen_dq_kernel(
     query = first + local_query
     inside = query < length_q
     tile_head = head_kv * GROUP + head_group * PACK + local_m // POSITIONS
-    head = tl.where(inside, tile_head, 0)
+    head = tl.where(inside, tile_head, 0).to(tl.int64)
     token = begin_q + query
     row_do = token * stride_dot + head * stride_doh
     do = load_rows(
@@ -132,7 +132,7 @@ def varlen_dq_kernel(
         BLOCK_D,
         True,
     )
-    row_lse = head.to(tl.int64) * total_q + token
+    row_lse = head * total_q + token
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + row_lse, mask=inside, other=0.0)
@@ -140,7 +140,7 @@ def varlen_dq_kernel(
     # A row that saw nothing has no weights: 2^(x - inf) = 0.
     lse2 = tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)
     tl.store(stats_ptr + row_lse * 4, lse2, mask=inside)
-    tl.store(stats_ptr + row_lse * 4 + 2, delta, mask=inside)
+    tl.store(delta_ptr + row_lse, delta, mask=inside)
     # Dropout: ds / keep_scale = (Z / keep_scale) p dp - p delta / keep_scale; the factor goes into
     # dq and dk.
     delta = delta / keep_scale
@@ -293,12 +293,11 @@ def varlen_dkv_kernel(
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dk and dv of BLOCK_N keys of one key/value head; walks its GROUP query heads in one loop.
+    """dk and dv of BLOCK_N keys of one key/value head, over all query heads of its group.
 
     Grid: (key/value heads * tiles * SCHEDULE_ROWS / BLOCK_N,). Tiles are transposed, keys by
-        queries,
-    so that the weights reach dv and dk as they lie in registers. dk and dv [Tk, Hk, D], contiguous
-    alike.
+    queries, so that the weights reach dv and dk as they lie in registers. dk and dv [Tk, Hk, D] of
+    one layout; stats as varlen_dq_kernel writes them.
     """
     head_kv, _, document, first = locate_program(tiles_ptr, num_tiles, BLOCK_N, 1)
     if document < 0:
@@ -493,6 +492,7 @@ def varlen_bwd(
     dq = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    delta = torch.empty((heads, total_q), dtype=torch.float32, device=q.device)
     stats = torch.empty((heads, total_q, 4), dtype=torch.float32, device=q.device)
     window_ptr, left, right, has_left, has_right = window_arguments(window)
     threshold, scale_kept = dropout_arguments(dropout_p)
@@ -506,7 +506,7 @@ def varlen_bwd(
         "HAS_SOFTCAP": softcap > 0,
         "HAS_ALIBI": alibi_slopes is not None,
         "HAS_DROPOUT": dropout_p > 0,
-        "PRECISION": dot_precision(q),
+        "PRECISION": DOT_PRECISION,
     }
     config = tile_config("varlen_dq", q, group, dropout_p > 0)
     parts = SCHEDULE_ROWS // config.positions * (group // config.pack)
@@ -521,6 +521,7 @@ def varlen_bwd(
             lse,
             dlse,
             dq,
+            delta,
             stats,
             cu_seqlens_q,
             cu_seqlens_k,
@@ -598,4 +599,4 @@ def varlen_bwd(
             **config.options,
             **flags,
         )
-    return dq, dk, dv, stats[..., 2]
+    return dq, dk, dv, delta

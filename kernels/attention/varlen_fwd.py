@@ -7,9 +7,9 @@ from torch import Tensor
 
 from lctrain.kernels.attention.config import tile_config
 from lctrain.kernels.attention.launch import (
+    DOT_PRECISION,
     RUNTIME_INTEGERS,
     alibi_strides,
-    dot_precision,
     dropout_arguments,
     padded_head_dim,
     window_arguments,
@@ -99,7 +99,7 @@ def varlen_fwd_kernel(
     local_query = local_m % POSITIONS
     query = first + local_query
     tile_head = head_kv * GROUP + head_group * PACK + local_m // POSITIONS
-    head = tl.where(query < length_q, tile_head, 0)
+    head = tl.where(query < length_q, tile_head, 0).to(tl.int64)
     row_q = (begin_q + query) * stride_qt + head * stride_qh
     q = load_rows(
         q_ptr + row_q[:, None] + columns[None, :], query, length_q, columns, HEAD_DIM, BLOCK_D, True
@@ -200,7 +200,7 @@ def varlen_fwd_kernel(
         HEAD_DIM,
         BLOCK_D,
     )
-    row_lse = head.to(tl.int64) * total_q + begin_q + query
+    row_lse = head * total_q + begin_q + query
     tl.store(lse_ptr + row_lse, lse, mask=query < length_q)
 
 
@@ -297,7 +297,7 @@ def varlen_fwd(
         HAS_ALIBI=alibi_slopes is not None,
         HAS_SINK=learnable_sink is not None,
         HAS_DROPOUT=dropout_p > 0,
-        PRECISION=dot_precision(q),
+        PRECISION=DOT_PRECISION,
         **config.options,
     )
     return out, lse

@@ -3,8 +3,8 @@
 It also serves other devices where it is asked for by name; there it reads cu_seqlens, which
 synchronises. Documents are taken one by one and queries in chunks, so memory grows with the length
 of a document, not with its square, and nothing of another document can reach a result. The backward
-recomputes the weights, as the kernels do. Arithmetic is float32, or
-float64 for float64 inputs.
+recomputes the weights, as the kernels do. Arithmetic is float32, or float64 for float64 inputs;
+callers turn autocast off.
 """
 
 from collections.abc import Iterator

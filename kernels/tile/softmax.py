@@ -30,10 +30,11 @@ def softmax_step(x, multiplier, m, l):
 
 @triton.jit
 def add_sink(acc, m, l, sink):
-    """Lets a logit without a value (base 2) take part in the softmax."""
+    """Lets a logit without a value (base 2, may be -inf) take part in the softmax."""
     m_new = tl.maximum(m, sink)
-    alpha = tl.exp2(m - m_new)
-    return acc * alpha[:, None], m_new, l * alpha + tl.exp2(sink - m_new)
+    base = tl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = tl.exp2(m - base)
+    return acc * alpha[:, None], m_new, l * alpha + tl.exp2(sink - base)
 
 
 @triton.jit

@@ -31,6 +31,10 @@ MATRIX_INSTRUCTIONS = {
 }
 
 
+# ptxas' notes that it runs asynchronous products one by one, or has no registers for them.
+SERIALISED = re.compile(r"C751[0-9]")
+
+
 def gpu_target(name: str) -> GPUTarget:
     """The compiler's name for "sm_90" or "gfx942"."""
     if name.startswith("sm_"):
@@ -65,7 +69,8 @@ def compile_variant(target: str, variant: KernelVariant) -> dict:
     return {
         "matrix_instructions": len(re.findall(MATRIX_INSTRUCTIONS[target], assembly)),
         "spill_bytes": spill_bytes(target, compiled, log.getvalue()),
-        "spill_free": getattr(variant, "spill_free", False),
+        "spill_free": variant.spill_free,
+        "serialised": bool(SERIALISED.search(log.getvalue())),
         "shared_bytes": compiled.metadata.shared,
         "seconds": round(time.perf_counter() - start, 2),
     }

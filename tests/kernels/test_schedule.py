@@ -77,7 +77,7 @@ def test_the_device_builds_the_same_order(queries, keys, device):
 def test_lengths_of_keys_default_to_those_of_queries():
     one, two = make_schedule([5, 300]), make_schedule((5, 300), (5, 300))
     assert all(torch.equal(a, b) for a, b in zip(one[:2], two[:2], strict=True))
-    assert one[2:] == two[2:] == (305, 305)
+    assert one[2:] == two[2:] == (305, 305, 2)
 
 
 def test_the_device_schedule_is_built_once_per_pack(device, monkeypatch):
