@@ -124,4 +124,5 @@ def test_padding_after_packed_rows_is_dropped():
             position_ids=torch.nn.functional.pad(positions, (0, padding))[None],
         ).logits
         expected = packed_outputs(model, documents)
-    assert torch.equal(logits[0, : len(tokens)], expected)
+    # Not bit by bit: the linear layers see five more rows and may block their products differently.
+    torch.testing.assert_close(logits[0, : len(tokens)], expected)
