@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 Schema = TypeVar("Schema")
 
 MISSING: Any = "???"  # OmegaConf's mark of a mandatory value
+STRATEGIES = (
+    "auto",
+    "single_device",
+    "ddp",
+    "ddp_find_unused_parameters_false",
+    "ddp_find_unused_parameters_true",
+)
 
 
 @dataclass(frozen=True)
@@ -149,7 +156,8 @@ class TrainerConfig:
         accelerator: auto, cpu or gpu.
         devices: Number of devices, their numbers with commas (0,2), or auto.
         num_nodes: Number of machines.
-        strategy: auto, ddp, ...
+        strategy: auto, single_device, ddp or one of its variants about unused parameters. The loss
+            of a window relies on gradients that every rank holds whole.
         precision: auto (bf16-mixed on a GPU, else 32-true), 32-true, bf16-mixed or bf16-true.
         max_steps: Optimizer steps; -1 for no limit.
         max_epochs: Passes over the data; -1 for no limit.
@@ -177,6 +185,14 @@ class TrainerConfig:
     limit_val_batches: int | None = None
     deterministic: bool = False
     enable_progress_bar: bool = True
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ValueError(
+                f"trainer.strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}. "
+                "Where parameters are sharded, the loss and the clipping of a window would be "
+                "wrong: use ddp, and model.gradient_checkpointing=true if memory is short."
+            )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.errors import ConfigCompositionException
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lctrain.build import (
@@ -17,7 +18,7 @@ from lctrain.build import (
     instantiate_all,
     resolve_precision,
 )
-from lctrain.config import TrainConfig, TrainerConfig, to_dataclass
+from lctrain.config import STRATEGIES, TrainConfig, TrainerConfig, to_dataclass
 from lctrain.optim import learning_rate_factor
 from lctrain.schemas import register_schemas
 
@@ -147,6 +148,19 @@ def test_wrong_types_are_named(override):
         composed(override)
     assert key in str(error.value)
     assert value.strip("[]") in str(error.value.__cause__)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_2", "ddp_spawn", "dpp"])
+def test_strategies_that_would_train_wrongly(strategy):
+    with pytest.raises(ValueError, match=rf"trainer.strategy must be .* got '{strategy}'.*use ddp"):
+        load(f"trainer.strategy={strategy}")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_strategies_that_lightning_builds(strategy, tmp_path):
+    config = load("trainer=cpu", f"trainer.strategy={strategy}")
+    trainer = build_trainer(config.trainer, [], [], str(tmp_path))
+    assert isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
 
 
 def test_keys_appended_to_a_schema_are_named():
