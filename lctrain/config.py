@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Schema = TypeVar("Schema")
 
 MISSING: Any = "???"  # OmegaConf's mark of a mandatory value
+SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 STRATEGIES = (
     "auto",
     "single_device",
@@ -147,6 +148,50 @@ class OptimConfig:
     decay_fraction: float = 0.2
     min_learning_rate_ratio: float = 0.1
 
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"optim.schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}. "
+                "Check the spelling."
+            )
+        _require(
+            self.learning_rate > 0.0,
+            f"optim.learning_rate must be above 0, got {self.learning_rate}. Try 1e-3.",
+        )
+        for name in ("beta1", "beta2"):
+            beta = getattr(self, name)
+            _require(
+                0.0 <= beta < 1.0,
+                f"optim.{name} must be in [0, 1), got {beta}. It is the share of a moment that a "
+                "step keeps.",
+            )
+        for name in ("eps", "weight_decay"):
+            value = getattr(self, name)
+            _require(
+                value >= 0.0,
+                f"optim.{name} must be at least 0, got {value}. Leave it out or use 0.",
+            )
+        _require(
+            0.0 <= self.warmup_fraction < 1.0,
+            f"optim.warmup_fraction must be in [0, 1), got {self.warmup_fraction}. It is the share "
+            "of the steps that warm up.",
+        )
+        _require(
+            self.warmup_steps is None or self.warmup_steps >= 0,
+            f"optim.warmup_steps must be at least 0, got {self.warmup_steps}. Use null for a share "
+            "of the run, optim.warmup_fraction.",
+        )
+        _require(
+            0.0 < self.decay_fraction <= 1.0,
+            f"optim.decay_fraction must be in (0, 1], got {self.decay_fraction}. It is the share "
+            "of the steps after the warmup that decay.",
+        )
+        _require(
+            0.0 <= self.min_learning_rate_ratio <= 1.0,
+            f"optim.min_learning_rate_ratio must be in [0, 1], got {self.min_learning_rate_ratio}. "
+            "It is the last learning rate over the peak.",
+        )
+
 
 @dataclass(frozen=True)
 class TrainerConfig:
@@ -193,6 +238,23 @@ class TrainerConfig:
                 "Where parameters are sharded, the loss and the clipping of a window would be "
                 "wrong: use ddp, and model.gradient_checkpointing=true if memory is short."
             )
+        remedies = {
+            "num_nodes": "One machine is 1.",
+            "accumulate_grad_batches": "1 takes an optimizer step after every pack.",
+            "log_every_n_steps": "Set logger={} to log nothing.",
+            "validate_every_n_steps": "Use null to validate before and after training only.",
+        }
+        for name, remedy in remedies.items():
+            value = getattr(self, name)
+            _require(
+                value is None or value >= 1,
+                f"trainer.{name} must be at least 1, got {value}. {remedy}",
+            )
+        _require(
+            self.gradient_clip_val is None or self.gradient_clip_val >= 0.0,
+            f"trainer.gradient_clip_val must be at least 0, got {self.gradient_clip_val}. Use null "
+            "for no clipping.",
+        )
 
 
 @dataclass(frozen=True)
@@ -351,6 +413,11 @@ class TrainConfig:
     evaluation: EvaluationConfig = MISSING
     ckpt_path: str | None = None
     export: bool = True
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
 
 
 def store_schema(name: str, schema: Any) -> None:

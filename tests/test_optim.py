@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lctrain.config import OptimConfig
-from lctrain.optim import SCHEDULES, build_optimizer, build_scheduler, learning_rate_factor
+from lctrain.config import SCHEDULES, OptimConfig
+from lctrain.optim import build_optimizer, build_scheduler, learning_rate_factor
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -36,18 +36,32 @@ def test_fraction_of_the_run_warms_up():
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("setting", "message"),
     [
-        (OptimConfig(schedule="step"), r"optim.schedule must be one of cosine, .* got 'step'"),
-        (OptimConfig(warmup_steps=30), r"optim.warmup_steps must be between 0 and the 20 steps"),
-        (OptimConfig(warmup_steps=-1), r"optim.warmup_steps must be between 0"),
-        (OptimConfig(warmup_fraction=1.0), r"optim.warmup_fraction must be in \[0, 1\), got 1.0"),
-        (OptimConfig(decay_fraction=0.0), r"optim.decay_fraction must be in \(0, 1\], got 0.0"),
+        ({"schedule": "step"}, r"schedule must be one of cosine, .* got 'step'. Check"),
+        ({"warmup_steps": -1}, r"warmup_steps must be at least 0, got -1. Use null"),
+        ({"warmup_fraction": 1.0}, r"warmup_fraction must be in \[0, 1\), got 1.0. It is"),
+        ({"decay_fraction": 0.0}, r"decay_fraction must be in \(0, 1\], got 0.0. It is"),
+        ({"learning_rate": 0.0}, r"learning_rate must be above 0, got 0.0. Try"),
+        ({"learning_rate": float("nan")}, r"learning_rate must be above 0, got nan. Try"),
+        ({"min_learning_rate_ratio": 1.5}, r"ratio must be in \[0, 1\], got 1.5. It is"),
+        ({"min_learning_rate_ratio": -0.1}, r"ratio must be in \[0, 1\], got -0.1. It is"),
+        ({"beta1": 1.0}, r"beta1 must be in \[0, 1\), got 1.0. It is"),
+        ({"beta2": -0.5}, r"beta2 must be in \[0, 1\), got -0.5. It is"),
+        ({"eps": -1e-8}, r"eps must be at least 0, got -1e-08. Leave"),
+        ({"weight_decay": -1.0}, r"weight_decay must be at least 0, got -1.0. Leave"),
     ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_errors(config, message):
+def test_errors(setting, message):
+    with pytest.raises(ValueError, match=rf"optim\.\w*{message}"):
+        OptimConfig(**setting)
+
+
+def test_warmup_longer_than_the_run():
+    message = "optim.warmup_steps must be at most the 20 steps of the run, got 30. Shorten"
     with pytest.raises(ValueError, match=message):
-        learning_rate_factor(config, 20)
+        learning_rate_factor(OptimConfig(warmup_steps=30), 20)
 
 
 def test_nothing_to_train():

@@ -131,7 +131,8 @@ def pack(
     check_max_tokens(max_tokens)
     if overlong not in get_args(Overlong):
         raise ValueError(
-            f"overlong must be one of {', '.join(get_args(Overlong))}, got {overlong!r}."
+            f"overlong must be one of {', '.join(get_args(Overlong))}, got {overlong!r}. "
+            "split loses no token."
         )
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}. Use the default, 100000.")

@@ -44,7 +44,8 @@ class Preparation:
         check_max_tokens(self.max_tokens)
         if self.overlong not in get_args(Overlong):
             raise ValueError(
-                f"overlong must be one of {', '.join(get_args(Overlong))}, got {self.overlong!r}."
+                f"overlong must be one of {', '.join(get_args(Overlong))}, got {self.overlong!r}. "
+                "split loses no token."
             )
         if not 0 <= self.held_out_fraction < 1:
             raise ValueError(
@@ -54,6 +55,11 @@ class Preparation:
         if self.packing_window < 1:
             raise ValueError(
                 f"packing_window must be at least 1, got {self.packing_window}. Raise it."
+            )
+        if self.num_proc is not None and self.num_proc < 1:
+            raise ValueError(
+                f"num_proc must be at least 1, got {self.num_proc}. Use None (null) for one "
+                "process, in which fast tokenizers use all cores."
             )
 
     def run(self) -> PreparedData:
