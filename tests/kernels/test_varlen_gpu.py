@@ -19,8 +19,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_filled_memory")]
 
 @pytest.mark.parametrize("case", GPU_CASES.values(), ids=GPU_CASES.keys())
 def test_matches_float64(case, device):
+    """float32 takes the PyTorch path, since a float32 lse is too coarse for its gradients."""
     inputs = make_inputs(case, device)
-    assert_matches_oracle(attention(case, inputs, backend="triton"), case, inputs)
+    backend = "auto" if case.dtype == torch.float32 else "triton"
+    assert select_backend(device, case.dtype) == ("pytorch" if backend == "auto" else "triton")
+    assert_matches_oracle(attention(case, inputs, backend=backend), case, inputs)
 
 
 @pytest.mark.parametrize("name", ["D64-causal-unequal", "D128-everything-g8"])
