@@ -45,8 +45,8 @@ def flash_attn_varlen_func(
     of length zero are legal.
 
     Args:
-        q: [T, H, D] float16, bfloat16 or float32 (float64 on the PyTorch path); any strides with
-            last stride 1.
+        q: [T, H, D] float16 or bfloat16, any strides with last stride 1. float32 and float64 are
+            served by the PyTorch path.
         k: [Tk, Hk, D]; query head h reads head h // (H / Hk).
         v: [Tk, Hk, D].
         cu_seqlens_q: [N + 1] int32, cumulative query lengths from 0 to T.
