@@ -46,7 +46,10 @@ _CANDIDATES = {"varlen_fwd": _FORWARD, "varlen_dq": _DQ, "varlen_dkv": _DKV}
 
 def parse_config(text: str) -> TileConfig:
     """Reads block_m,block_n,num_warps,num_stages[,pack[,max_registers]]."""
-    return TileConfig(*(int(part) for part in text.split(",")))
+    block_m, block_n, num_warps, num_stages, *rest = (int(part) for part in text.split(","))
+    pack = rest[0] if rest else 1
+    max_registers = rest[1] if len(rest) > 1 else None
+    return TileConfig(block_m, block_n, num_warps, num_stages, pack, max_registers)
 
 
 class _Case:
