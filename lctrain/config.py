@@ -209,8 +209,10 @@ class TrainerConfig:
         accumulate_grad_batches: Packs per rank and optimizer step.
         gradient_clip_val: Largest gradient norm; None does not clip.
         log_every_n_steps: Optimizer steps between two rows of metrics.
-        validate_every_n_steps: Optimizer steps between two held-out losses during training; None
-            measures it before the first and after the last step only.
+        validate_every_n_steps: Optimizer steps between two held-out losses during training,
+            counted in packs: validate_every_n_steps * accumulate_grad_batches of each rank. Where
+            an epoch ends with a shorter window, the later validations come inside a window; they
+            do not change it. None validates before the first and after the last step only.
         limit_val_batches: Held-out packs per rank and validation; None for all.
         deterministic: Ask torch for deterministic algorithms.
         enable_progress_bar: Show it.
@@ -241,7 +243,7 @@ class TrainerConfig:
         remedies = {
             "num_nodes": "One machine is 1.",
             "accumulate_grad_batches": "1 takes an optimizer step after every pack.",
-            "log_every_n_steps": "Set logger={} to log nothing.",
+            "log_every_n_steps": "A large number logs little.",
             "validate_every_n_steps": "Use null to validate before and after training only.",
         }
         for name, remedy in remedies.items():

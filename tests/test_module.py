@@ -80,6 +80,26 @@ def test_last_incomplete_window_of_an_epoch_is_exact(tmp_path, make_llama):
     assert_same(accumulated.seen, whole.seen)
 
 
+def test_validation_inside_a_window_does_not_change_it(tmp_path, make_llama):
+    """After every pack, with windows of three: gradients and losses keep every bit."""
+    runs = []
+    for interval in (1, None):
+        module = RecordingModule(make_llama(attention_dropout=0.3), SGD_LIKE)
+        trainer = make_trainer(
+            tmp_path,
+            accumulate_grad_batches=3,
+            val_check_interval=interval,
+            check_val_every_n_epoch=None if interval else 10,
+        )
+        trainer.fit(module, loader(UNEVEN + MORE), loader(MORE))
+        runs.append(module)
+    assert [step for step, _ in runs[0].held_out_losses] == [0, 0, 1, 1, 2]
+    assert not runs[1].held_out_losses
+    assert runs[0].losses == runs[1].losses
+    for mine, theirs in zip(runs[0].seen, runs[1].seen, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
 def test_loss_is_the_models_own_on_each_document(tmp_path, make_llama):
     model = make_llama()
     module = fit(tmp_path, model, UNEVEN, accumulate_grad_batches=3)
