@@ -138,6 +138,7 @@ def our_call(inputs):
     return lambda: flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
 
 
+@pytest.mark.xdist_group("gpu_memory")
 def test_memory_is_linear_and_that_of_torch(device):
     """At 128k tokens at most 1.1 times torch's varlen_attn, and twice what 64k tokens take."""
     pytest.importorskip("torch.nn.attention.varlen")
@@ -152,6 +153,7 @@ def test_memory_is_linear_and_that_of_torch(device):
     assert peaks[128 * 1024] <= 2 * peaks[64 * 1024] + allocation_granularity
 
 
+@pytest.mark.xdist_group("gpu_memory")
 def test_deterministic_needs_no_scratch(device):
     """The same bytes as without it, and no more than O(T H D)."""
     inputs = make_inputs(Workload("memory", (4096,) * 4, 32, 8, 128), device)
@@ -171,6 +173,7 @@ def test_deterministic_needs_no_scratch(device):
     assert peak <= results + statistics + granularity
 
 
+@pytest.mark.xdist_group("gpu_memory")
 @pytest.mark.parametrize("head_major", [False, True], ids=["tokens-heads", "heads-tokens"])
 def test_offsets_past_two_to_the_31(device, head_major):
     """q, k, v, out and every gradient have 2.4e9 elements; the last document has its own bits."""
