@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
@@ -203,17 +205,25 @@ class LongContextModule(pl.LightningModule):
             self.held_out_losses.append((self.global_step, loss.item()))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps what the closing report says about the beginning of the run."""
+        """Keeps the optimizer's options and what the report says about the run's beginning."""
         checkpoint[STATE_KEY] = {
+            "optim": asdict(self.optim),
             "first_loss": None if self.first_loss is None else self.first_loss.item(),
             "held_out_losses": list(self.held_out_losses),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores what `on_save_checkpoint` kept."""
+        """Restores what `on_save_checkpoint` kept.
+
+        Raises:
+            ValueError: if training resumes with other optimizer options, which the restored
+                optimizer would ignore; the message names them.
+        """
         state = checkpoint.get(STATE_KEY)
         if state is None:
             return
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            check_same_options(self.optim, state.get("optim", {}))
         if state["first_loss"] is not None:
             self.first_loss = torch.tensor(state["first_loss"], dtype=torch.float64)
         self.held_out_losses = [tuple(pair) for pair in state["held_out_losses"]]
@@ -223,6 +233,26 @@ def is_patched(model: nn.Module) -> bool:
     """True if the model's attention is one of lctrain's."""
     config = getattr(model, "config", None)
     return str(getattr(config, "_attn_implementation", "")).startswith("lctrain_")
+
+
+def check_same_options(now: OptimConfig, then: Mapping[str, Any]) -> None:
+    """Raises ValueError naming the optimizer options that a resumed run has changed.
+
+    Args:
+        now: Of this run.
+        then: Of the checkpoint, by name; options that it does not know are not compared.
+    """
+    values = asdict(now)
+    changes = [
+        f"optim.{name} was {value!r}, is {values[name]!r}"
+        for name, value in then.items()
+        if name in values and values[name] != value
+    ]
+    if changes:
+        raise ValueError(
+            "a resumed run must have the optimizer options of its checkpoint, got others: "
+            f"{'; '.join(changes)}. Restore them, or start a new run without ckpt_path."
+        )
 
 
 def _mix(seed: int, rank: int, index: int) -> int:

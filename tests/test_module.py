@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,21 @@ def test_dropout_depends_on_seed_and_position_only(tmp_path, make_llama):
     other = RecordingModule(make_llama(), SGD_LIKE, attention=AttentionConfig(dropout=0.5), seed=4)
     make_trainer(tmp_path).fit(other, loader(UNEVEN))
     assert other.losses != losses[0]
+
+
+def test_a_changed_optimizer_is_an_error_at_resume_only(tmp_path, make_llama):
+    """The restored optimizer would ignore the change; a validation has no optimizer."""
+    path = tmp_path / "x.ckpt"
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(LongContextModule(make_llama(), SGD_LIKE), loader(UNEVEN))
+    trainer.save_checkpoint(path)
+    changed = LongContextModule(make_llama(), replace(SGD_LIKE, weight_decay=0.2, beta2=0.9))
+    names = r"optim.beta2 was 0.95, is 0.9; optim.weight_decay was 0.1, is 0.2\. Restore them"
+    with pytest.raises(ValueError, match=names):
+        make_trainer(tmp_path).fit(changed, loader(UNEVEN), ckpt_path=path, weights_only=False)
+    make_trainer(tmp_path).validate(
+        changed, loader(UNEVEN), ckpt_path=path, verbose=False, weights_only=False
+    )
 
 
 def test_metrics_reach_the_trainer(tmp_path, make_llama):

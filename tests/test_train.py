@@ -105,8 +105,11 @@ def finished(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "1"
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        report = train(config(*tiny, "optim.learning_rate=0.01", output_dir=folder))
+        report = train(config(*tiny, FINISHED, output_dir=folder))
     return report, folder, printed.getvalue()
+
+
+FINISHED = "optim.learning_rate=0.01"  # of the run above
 
 
 def test_report_says_what_happened_and_where_it_is(finished):
@@ -167,6 +170,7 @@ def test_resume_goes_on_for_longer(finished, tiny, tmp_path):
     report = train(
         config(
             *tiny,
+            FINISHED,
             "trainer.max_steps=8",
             f"paths.runs_dir={folder.parent}",
             "ckpt_path=last",
@@ -184,12 +188,18 @@ def test_resume_goes_on_for_longer(finished, tiny, tmp_path):
 
 @pytest.mark.parametrize(
     ("override", "named"),
-    [("data.max_tokens=96", "max_tokens"), ("data.overlong=drop", "overlong")],
+    [
+        ("data.max_tokens=96", "max_tokens was 128, is 96"),
+        ("data.overlong=drop", "overlong was 'split', is 'drop'"),
+        ("optim.learning_rate=0.02", "optim.learning_rate was 0.01, is 0.02.*without ckpt_path"),
+    ],
 )
-def test_resume_with_other_data_settings(finished, tiny, tmp_path, override, named):
+def test_resume_with_other_settings(finished, tiny, tmp_path, override, named):
     checkpoint = finished[1] / "checkpoints" / "last.ckpt"
     with pytest.raises(ValueError, match=named):
-        train(config(*tiny, override, f"ckpt_path={checkpoint}", output_dir=tmp_path / "2"))
+        train(
+            config(*tiny, FINISHED, override, f"ckpt_path={checkpoint}", output_dir=tmp_path / "2")
+        )
     assert not (tmp_path / "2" / "metrics.csv").exists()
 
 
