@@ -22,7 +22,9 @@ class IsolationCheck(pl.Callback):
 
     It runs before the first training step, on the batch of that step, without gradients or dropout,
     and leaves the random generators, the training mode of every module and the order of the batches
-    as they were. A batch of one document is checked as its two halves.
+    as they were. A batch of one document is checked as its two halves. Compared are the logits, or,
+    where they would have more than 2^28 elements, the last hidden states from which they are
+    computed token by token.
 
     Raises:
         IsolationError: if any other document's outputs change in any bit.
@@ -61,11 +63,12 @@ def check_isolation(model: nn.Module, batch: PackedBatch) -> None:
     Raises:
         IsolationError: if an output outside the changed document differs in any bit.
     """
-    if len(batch.lengths) < 2:
+    if len(_with_tokens(batch)) < 2:
         if batch.num_tokens < 2:
             return
         batch = _halves(batch)
-    chosen = (len(batch.lengths) - 1) // 2  # never the last: a causal leak runs forwards
+    documents = _with_tokens(batch)
+    chosen = documents[(len(documents) - 1) // 2]  # never the last: a causal leak runs forwards
     start = sum(batch.lengths[:chosen])
     end = start + batch.lengths[chosen]
     devices = [batch.input_ids.device] if batch.input_ids.is_cuda else []
@@ -122,15 +125,21 @@ def _vocabulary(model: nn.Module, batch: PackedBatch) -> int:
     return int(batch.input_ids.max()) + 1 if size is None else int(size)
 
 
+def _with_tokens(batch: PackedBatch) -> list[int]:
+    """Indices of the documents that are not empty."""
+    return [index for index, length in enumerate(batch.lengths) if length > 0]
+
+
 def _halves(batch: PackedBatch) -> PackedBatch:
-    """One document as two."""
+    """The one document that has tokens as two."""
     tokens = batch.input_ids[0].cpu()
     middle = len(tokens) // 2
+    only = _with_tokens(batch)[0]
     halves = [tokens[:middle], tokens[middle:]]
     names = (
         None
         if batch.names is None
-        else [f"{batch.names[0]} ({half})" for half in ("1st half", "2nd half")]
+        else [f"{batch.names[only]} ({half})" for half in ("1st half", "2nd half")]
     )
     return PackedBatch.from_documents(halves, names=names).to(batch.input_ids.device)
 

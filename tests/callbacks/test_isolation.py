@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lctrain.batch import PackedBatch
 from lctrain.callbacks import IsolationCheck, IsolationError
 from lctrain.callbacks.isolation import check_isolation
 from lctrain.config import OptimConfig
@@ -64,6 +65,15 @@ def test_one_document_is_checked_as_two_halves(patched):
     check_isolation(patched, make_batch([1], 3))
     with pytest.raises(IsolationError, match=r"document-3-0 \(2nd half\)\) at token 25"):
         check_isolation(leak(patched), make_batch([50], 3))
+
+
+@pytest.mark.parametrize("lengths", [(20, 0, 30), (0, 50), (50, 0), (0, 0, 25, 25)], ids=str)
+def test_empty_documents_are_never_the_one_that_changes(patched, lengths):
+    ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    batch = PackedBatch.from_packed(torch.arange(50) + 3, ends)
+    check_isolation(patched, batch)
+    with pytest.raises(IsolationError, match="documents of a pack mix"):
+        check_isolation(leak(patched), batch)
 
 
 def test_a_model_that_ignores_its_input_proves_nothing(patched):
