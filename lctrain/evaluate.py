@@ -90,7 +90,7 @@ def evaluate(config: EvalConfig) -> tuple[PerplexityTable, dict[str, Path]]:
     from lctrain.build import build_datamodule, instantiate_all
     from lctrain.eval import check_lengths, longest_documents, perplexity_by_length
     from lctrain.eval.documents import evaluation_documents
-    from lctrain.loggers import log_evaluation
+    from lctrain.loggers import closing, log_evaluation
 
     max_tokens = config.max_tokens
     if max_tokens is None:
@@ -99,27 +99,29 @@ def evaluate(config: EvalConfig) -> tuple[PerplexityTable, dict[str, Path]]:
     device = pick_device(config.device)
     check_model_name(config.model.name_or_path)
     loggers = instantiate_all("logger", config.logger)
-    documents = longest_documents(
-        evaluation_documents(build_datamodule(config.data).preparation, config.split),
-        config.documents,
-    )
-    model = load_model(config.model, config.dtype)
-    patch(model, config.attention)
-    table = perplexity_by_length(
-        model.to(device),
-        documents,
-        config.lengths,
-        max_tokens=max_tokens,
-        overlap=config.overlap,
-        min_context=config.min_context,
-        progress=True,
-        name=Path(config.model.name_or_path).name,
-    )
-    paths = table.save(config.paths.output_dir)
-    for logger in loggers.values():
-        logger.log_metrics({f"perplexity_{row.length}": row.perplexity for row in table.rows}, 0)
-        log_evaluation(logger, table.as_dicts(), paths["png"])
-        logger.finalize("success")
+    with closing([*loggers.values()]):
+        documents = longest_documents(
+            evaluation_documents(build_datamodule(config.data).preparation, config.split),
+            config.documents,
+        )
+        model = load_model(config.model, config.dtype)
+        patch(model, config.attention)
+        table = perplexity_by_length(
+            model.to(device),
+            documents,
+            config.lengths,
+            max_tokens=max_tokens,
+            overlap=config.overlap,
+            min_context=config.min_context,
+            progress=True,
+            name=Path(config.model.name_or_path).name,
+        )
+        paths = table.save(config.paths.output_dir)
+        for logger in loggers.values():
+            metrics = {f"perplexity_{row.length}": row.perplexity for row in table.rows}
+            logger.log_metrics(metrics, 0)
+            log_evaluation(logger, table.as_dicts(), paths["png"])
+            logger.finalize("success")
     return table, paths
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 
@@ -96,10 +98,28 @@ def wandb_logger(
         name: Name of the run.
         offline: Keep everything on this machine; `wandb sync` sends it later.
     """
-    from lightning.pytorch.loggers import WandbLogger
-
     Path(save_dir).mkdir(parents=True, exist_ok=True)
     return WandbLogger(save_dir=save_dir, project=project, name=name, offline=offline)
+
+
+@contextmanager
+def closing(loggers: Sequence[Any]) -> Iterator[None]:
+    """Ends the run of Weights and Biases with the block, also after an error.
+
+    Otherwise the next job of a --multirun, in the same process, would go on with it.
+
+    Args:
+        loggers: Those of the run; only WandbLogger is touched.
+    """
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        if any(isinstance(logger, WandbLogger) for logger in loggers):
+            import wandb
+
+            wandb.finish(exit_code=int(failed))
 
 
 def log_evaluation(logger: Logger, rows: list[dict[str, Any]], plot: Path | None) -> None:

@@ -43,6 +43,7 @@ def train(config: TrainConfig) -> RunReport:
     from lctrain.build import build_datamodule, build_trainer, instantiate_all, model_factory
     from lctrain.callbacks.checkpoint import check_writable, find_checkpoint
     from lctrain.eval import check_lengths
+    from lctrain.loggers import closing
     from lctrain.module import LongContextModule
     from lctrain.report import summarize
 
@@ -61,26 +62,39 @@ def train(config: TrainConfig) -> RunReport:
     trainer = build_trainer(config.trainer, callbacks, loggers, str(output_dir))
     checkpoint = find_checkpoint(config.ckpt_path, callbacks, Path(config.paths.runs_dir))
 
-    if checkpoint is None:
+    with closing(loggers):
+        if checkpoint is None:
+            trainer.validate(module, datamodule, verbose=False)
+        else:
+            log.info("Resuming from %s", checkpoint)
+        trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=False)
         trainer.validate(module, datamodule, verbose=False)
-    else:
-        log.info("Resuming from %s", checkpoint)
-    trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=False)
-    trainer.validate(module, datamodule, verbose=False)
-
-    perplexities: tuple[tuple[int, float], ...] = ()
-    paths: dict[str, Path] = {}
-    if trainer.is_global_zero:
-        if config.export:  # first: whatever happens in the evaluation, the model is there
-            paths["model"] = export_model(module, datamodule.tokenizer, output_dir / "model")
-        if config.evaluation.enabled:
-            perplexities, files = evaluate_by_length(config.evaluation, trainer, module, output_dir)
-            paths.update(files)
-    trainer.strategy.barrier("lctrain-train")
+        paths, perplexities = export_and_evaluate(config, trainer, module, output_dir)
     report = summarize(trainer, module, perplexities, paths)
     if trainer.is_global_zero:
         print(report, flush=True)
     return report
+
+
+def export_and_evaluate(
+    config: TrainConfig, trainer: pl.Trainer, module: LongContextModule, output_dir: Path
+) -> tuple[dict[str, Path], tuple[tuple[int, float], ...]]:
+    """Writes the trained model and its perplexities, on rank 0; the others wait.
+
+    Returns:
+        The files by name and [(context length, perplexity)].
+    """
+    perplexities: tuple[tuple[int, float], ...] = ()
+    paths: dict[str, Path] = {}
+    if trainer.is_global_zero:
+        if config.export:  # first: whatever happens in the evaluation, the model is there
+            tokenizer = trainer.datamodule.tokenizer
+            paths["model"] = export_model(module, tokenizer, output_dir / "model")
+        if config.evaluation.enabled:
+            perplexities, files = evaluate_by_length(config.evaluation, trainer, module, output_dir)
+            paths.update(files)
+    trainer.strategy.barrier("lctrain-train")
+    return paths, perplexities
 
 
 def evaluate_by_length(

@@ -1,10 +1,12 @@
 """MetricsCSV: one file per run, also over an interruption."""
 
 import csv
+from contextlib import nullcontext
 
+import pytest
 import torch
 
-from lctrain.loggers import MetricsCSV
+from lctrain.loggers import MetricsCSV, closing, wandb_logger
 
 
 def rows(path):
@@ -43,3 +45,19 @@ def test_nothing_is_lost_before_the_first_row(tmp_path):
     again = MetricsCSV(str(tmp_path))
     again.log_hyperparams({"a": 1})
     assert len(rows(again.path)) == 1
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["finished", "failed"])
+def test_the_wandb_run_ends_with_its_job(tmp_path, monkeypatch, fails):
+    import wandb
+
+    def job(logger):
+        with closing([MetricsCSV(str(tmp_path)), logger]):
+            assert logger.experiment is wandb.run
+            if fails:
+                raise RuntimeError("stopped")
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with pytest.raises(RuntimeError, match="stopped") if fails else nullcontext():
+        job(wandb_logger(str(tmp_path)))
+    assert wandb.run is None

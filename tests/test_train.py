@@ -314,9 +314,6 @@ def test_wandb_offline(tiny, tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
     report = train(config(*tiny, "logger=wandb", "trainer.max_steps=2", output_dir=tmp_path / "1"))
-    import wandb
-
-    wandb.finish()
     folder = next((tmp_path / "1" / "wandb").glob("offline-run-*"))
     recorded = b"".join(path.read_bytes() for path in folder.glob("*.wandb"))
     for name in (
@@ -333,3 +330,14 @@ def test_wandb_offline(tiny, tmp_path, monkeypatch):
     images = folder / "files" / "media" / "images"
     assert next(images.glob("*.png")).read_bytes().startswith(b"\x89PNG")
     assert report.paths["metrics"].exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_job_of_a_multirun_is_a_wandb_run(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    short = ["trainer.max_steps=1", "trainer.limit_val_batches=1", "evaluation.enabled=false"]
+    sweep = [f"hydra.sweep.dir={tmp_path}/sweep", "seed=3,4", "export=false", "--multirun"]
+    monkeypatch.setattr(sys, "argv", ["lctrain-train", *tiny, *short, "logger=wandb", *sweep])
+    main()
+    runs = [[*(tmp_path / "sweep" / job / "wandb").glob("offline-run-*")] for job in ("0", "1")]
+    assert [len(found) for found in runs] == [1, 1]
