@@ -19,6 +19,7 @@ from lctrain.config import (
     TrainerConfig,
 )
 from lctrain.data import PackedDataModule
+from lctrain.models.pretrained import load_pretrained
 from lctrain.schemas import source_of
 
 
@@ -43,13 +44,13 @@ def build_model(config: ModelConfig, vocab_size: int) -> nn.Module:
         The model, in training mode.
 
     Raises:
-        ValueError: if the family or a key of its configuration is unknown, or the model has fewer
-            embeddings than the tokenizer has tokens.
+        ValueError: if the family, a key of its configuration or the pretrained model is unknown, or
+            the model has fewer embeddings than the tokenizer has tokens.
     """
     if isinstance(config, ScratchModelConfig):
         model = _from_scratch(config, vocab_size)
     elif isinstance(config, PretrainedModelConfig):
-        model = _pretrained(config)
+        model = load_pretrained(config, "float32")
     else:
         raise ValueError(
             f"model must be a ScratchModelConfig or a PretrainedModelConfig, got "
@@ -96,17 +97,6 @@ def _from_scratch(config: ScratchModelConfig, vocab_size: int) -> Any:
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise ValueError(f"model.config must fit {config_class.__name__}: {error}") from error
     return AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
-
-
-def _pretrained(config: PretrainedModelConfig) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(
-        config.name_or_path,
-        revision=config.revision or "main",
-        trust_remote_code=config.trust_remote_code,
-        dtype=torch.float32,
-    )
 
 
 def model_factory(config: ModelConfig) -> Callable[[pl.LightningDataModule], nn.Module]:

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 MIN_MAX_TOKENS = 8192  # of a forward pass, where nothing else is said
 
 
@@ -91,11 +90,14 @@ def evaluate(config: EvalConfig) -> tuple[PerplexityTable, dict[str, Path]]:
     from lctrain.eval import check_lengths, longest_documents, perplexity_by_length
     from lctrain.eval.documents import evaluation_documents
     from lctrain.loggers import closing, log_evaluation
+    from lctrain.models.pretrained import check_dtype, check_model_name, load_pretrained
 
     max_tokens = config.max_tokens
     if max_tokens is None:
         max_tokens = max([MIN_MAX_TOKENS, *config.lengths])
     check_lengths(config.lengths, max_tokens)
+    longest_documents((), config.documents)  # raises for a number that cannot be
+    check_dtype(config.dtype)
     device = pick_device(config.device)
     check_model_name(config.model.name_or_path)
     loggers = instantiate_all("logger", config.logger)
@@ -104,7 +106,7 @@ def evaluate(config: EvalConfig) -> tuple[PerplexityTable, dict[str, Path]]:
             evaluation_documents(build_datamodule(config.data).preparation, config.split),
             config.documents,
         )
-        model = load_model(config.model, config.dtype)
+        model = load_pretrained(config.model, config.dtype)
         patch(model, config.attention)
         table = perplexity_by_length(
             model.to(device),
@@ -123,44 +125,6 @@ def evaluate(config: EvalConfig) -> tuple[PerplexityTable, dict[str, Path]]:
             log_evaluation(logger, table.as_dicts(), paths["png"])
             logger.finalize("success")
     return table, paths
-
-
-def load_model(config: PretrainedModelConfig, dtype: str = "auto") -> Any:
-    """Loads a causal LM in evaluation mode.
-
-    Raises:
-        ValueError: if there is no such model, it is no causal LM, or the dtype is unknown.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-    check_model_name(config.name_or_path)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.name_or_path,
-            revision=config.revision or "main",
-            trust_remote_code=config.trust_remote_code,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            "model must be a folder or a name on the Hugging Face hub, got "
-            f"{config.name_or_path}, which cannot be loaded: {error}"
-        ) from error
-    return model.eval()
-
-
-def check_model_name(name: str) -> None:
-    """Raises ValueError if the name is a path, and no such folder exists."""
-    # A name on the hub is `name` or `owner/name`.
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
-    if is_path and not Path(name).is_dir():
-        raise ValueError(
-            f"model must be a folder or a name on the Hugging Face hub, got {name}, which does not "
-            "exist. lctrain-train writes the folder `model` into that of its run."
-        )
 
 
 def patch(model: Any, attention: AttentionConfig | None) -> None:

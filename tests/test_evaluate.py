@@ -14,7 +14,8 @@ from lctrain.config import AttentionConfig, PathsConfig, PretrainedModelConfig
 from lctrain.data import TextSource, TokenizedDocument
 from lctrain.eval import perplexity_by_length
 from lctrain.eval.documents import evaluation_documents
-from lctrain.evaluate import EvalConfig, evaluate, load_model, main, name_the_model, pick_device
+from lctrain.evaluate import EvalConfig, evaluate, main, name_the_model, pick_device
+from lctrain.models.pretrained import load_pretrained
 from lctrain.schemas import TextData
 
 TEXTS = ["It was the best of times. " * 8, "Call me Ishmael.", "In a hole in the ground. " * 3]
@@ -215,7 +216,7 @@ def test_loggers_get_metrics_table_and_plot(make_config, monkeypatch) -> None:
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
 def test_dtype_of_the_weights(dtype, model_folder) -> None:
-    model = load_model(PretrainedModelConfig(name_or_path=str(model_folder)), dtype)
+    model = load_pretrained(PretrainedModelConfig(name_or_path=str(model_folder)), dtype)
     assert model.dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
     assert not model.training
 
@@ -263,7 +264,7 @@ def test_folder_that_does_not_exist_is_an_error(name, make_config) -> None:
 
 def test_folder_without_a_model_is_an_error(tmp_path) -> None:
     with pytest.raises(ValueError, match="which cannot be loaded"):
-        load_model(PretrainedModelConfig(name_or_path=str(tmp_path)))
+        load_pretrained(PretrainedModelConfig(name_or_path=str(tmp_path)))
 
 
 def test_command_line_without_a_model_is_an_error(run_main) -> None:

@@ -212,6 +212,19 @@ def test_wrong_model_argument_type():
         build_model(config.model, 300)
 
 
+def test_pretrained_model_that_does_not_exist():
+    config = load("model=hf", "model.name_or_path=/no/such")
+    message = "model must be a folder or a name on the Hugging Face hub, got /no/such, which does"
+    with pytest.raises(ValueError, match=message):
+        build_model(config.model, 300)
+
+
+def test_folder_without_a_pretrained_model(tmp_path):
+    config = load("model=hf", f"model.name_or_path={tmp_path}")
+    with pytest.raises(ValueError, match=f"got {tmp_path}, which cannot be loaded"):
+        build_model(config.model, 300)
+
+
 def test_model_smaller_than_the_tokenizer():
     config = load("model=tiny", "+model.config.vocab_size=64")
     with pytest.raises(ValueError, match=r"at least the tokenizer's 300 embeddings, got 64"):

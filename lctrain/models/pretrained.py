@@ -1,0 +1,88 @@
+"""Causal LMs of the Hugging Face hub or a folder, with errors that name the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lctrain.config import PretrainedModelConfig
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_pretrained(config: PretrainedModelConfig, dtype: str = "auto") -> Any:
+    """Loads a causal LM in evaluation mode.
+
+    Args:
+        config: Which one.
+        dtype: Of the weights: auto (as they are stored), float32, bfloat16 or float16.
+
+    Raises:
+        ValueError: if there is no such model, it is no causal LM, or the dtype is unknown.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_dtype(dtype)
+    with _naming(config):
+        model = AutoModelForCausalLM.from_pretrained(
+            config.name_or_path,
+            revision=config.revision or "main",
+            trust_remote_code=config.trust_remote_code,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        )
+    return model.eval()
+
+
+def load_architecture(config: PretrainedModelConfig) -> Any:
+    """Builds the same model without its weights, on the current device.
+
+    Raises:
+        ValueError: if there is no such model, or it is no causal LM.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _naming(config):
+        architecture = AutoConfig.from_pretrained(
+            config.name_or_path,
+            revision=config.revision or "main",
+            trust_remote_code=config.trust_remote_code,
+        )
+        return AutoModelForCausalLM.from_config(
+            architecture, trust_remote_code=config.trust_remote_code
+        )
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises ValueError unless the dtype is one of DTYPES."""
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}. auto takes what is stored."
+        )
+
+
+def check_model_name(name: str) -> None:
+    """Raises ValueError if the name is a path, and no such folder exists."""
+    # A name on the hub is `name` or `owner/name`.
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    if is_path and not Path(name).is_dir():
+        raise ValueError(
+            f"model must be a folder or a name on the Hugging Face hub, got {name}, which does not "
+            "exist. lctrain-train writes the folder `model` into that of its run."
+        )
+
+
+@contextmanager
+def _naming(config: PretrainedModelConfig) -> Iterator[None]:
+    """Turns what transformers raises into an error that names the model."""
+    check_model_name(config.name_or_path)
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            "model must be a folder or a name on the Hugging Face hub, got "
+            f"{config.name_or_path}, which cannot be loaded: {error}"
+        ) from error
