@@ -10,8 +10,10 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from lctrain.attention import AttentionSpec
 from lctrain.callbacks import AtomicCheckpointIO
 from lctrain.config import (
+    AttentionConfig,
     DataConfig,
     ModelConfig,
     PretrainedModelConfig,
@@ -19,7 +21,8 @@ from lctrain.config import (
     TrainerConfig,
 )
 from lctrain.data import PackedDataModule
-from lctrain.models.pretrained import load_pretrained
+from lctrain.models import patch_model
+from lctrain.models.pretrained import load_architecture, load_pretrained
 from lctrain.schemas import source_of
 
 
@@ -52,10 +55,7 @@ def build_model(config: ModelConfig, vocab_size: int) -> nn.Module:
     elif isinstance(config, PretrainedModelConfig):
         model = load_pretrained(config, "float32")
     else:
-        raise ValueError(
-            f"model must be a ScratchModelConfig or a PretrainedModelConfig, got "
-            f"{type(config).__name__}. Choose model=llama_5m or model=hf, or build on one of them."
-        )
+        raise _no_model_config(config)
     known = model.get_input_embeddings().num_embeddings
     if known < vocab_size:
         raise ValueError(
@@ -65,6 +65,39 @@ def build_model(config: ModelConfig, vocab_size: int) -> nn.Module:
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     return model.train()
+
+
+def check_model(config: ModelConfig, attention: AttentionConfig | None) -> None:
+    """Builds and patches the model without memory for its weights: what fails, fails here.
+
+    Args:
+        config: From scratch or pretrained; weights are not read.
+        attention: How it is going to be patched; None for not at all.
+
+    Raises:
+        ValueError: as in `build_model`, apart from the tokenizer's size, or in `patch_model`.
+    """
+    if attention is not None:
+        AttentionSpec(kind=attention.name, **attention.options())
+    with torch.device("meta"):
+        if isinstance(config, ScratchModelConfig):
+            model = _from_scratch(config, LARGE_VOCABULARY)
+        elif isinstance(config, PretrainedModelConfig):
+            model = load_architecture(config)
+        else:
+            raise _no_model_config(config)
+    if attention is not None:
+        patch_model(model, attention=attention.name, **attention.options())
+
+
+LARGE_VOCABULARY = 2**20  # takes no memory, and holds the special tokens of any configuration
+
+
+def _no_model_config(config: Any) -> ValueError:
+    return ValueError(
+        f"model must be a ScratchModelConfig or a PretrainedModelConfig, got "
+        f"{type(config).__name__}. Choose model=llama_5m or model=hf, or build on one of them."
+    )
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -34,30 +34,44 @@ def train(config: TrainConfig) -> RunReport:
         What was reached and where it was written.
 
     Raises:
-        ValueError: if the configuration, the data or the checkpoint does not fit; before training.
+        ValueError: if the configuration, the data or the checkpoint does not fit: before training,
+            and before the data are read wherever they have no part in it.
         NonFiniteLossError: if the loss became NaN or infinite.
         IsolationError: if documents of a pack mix.
     """
     import lightning.pytorch as pl
 
-    from lctrain.build import build_datamodule, build_trainer, instantiate_all, model_factory
-    from lctrain.callbacks.checkpoint import check_writable, find_checkpoint
+    from lctrain.build import (
+        build_datamodule,
+        build_trainer,
+        check_model,
+        instantiate_all,
+        model_factory,
+    )
+    from lctrain.callbacks.checkpoint import StepCheckpoint, check_writable, find_checkpoint
     from lctrain.eval import check_lengths
     from lctrain.loggers import closing
     from lctrain.module import LongContextModule
+    from lctrain.optim import learning_rate_factor
     from lctrain.report import summarize
 
     output_dir = Path(config.paths.output_dir).absolute()
     check_writable(output_dir)
+    if config.evaluation.enabled:
+        check_lengths(config.evaluation.lengths, forward_tokens(config.evaluation))
+    if config.trainer.max_steps > 0:
+        learning_rate_factor(config.optim, config.trainer.max_steps)  # raises for a long warmup
+    check_model(config.model, config.attention)
     pl.seed_everything(config.seed, verbose=False)
 
     datamodule = build_datamodule(config.data)
-    if config.evaluation.enabled:
-        check_lengths(config.evaluation.lengths, forward_tokens(config.evaluation))
     module = LongContextModule(
         model_factory(config.model), config.optim, config.attention, seed=config.seed
     )
     callbacks = list(instantiate_all("callbacks", config.callbacks).values())
+    for callback in callbacks:
+        if isinstance(callback, StepCheckpoint):
+            check_writable(callback.directory)
     loggers = list(instantiate_all("logger", config.logger).values())
     trainer = build_trainer(config.trainer, callbacks, loggers, str(output_dir))
     checkpoint = find_checkpoint(config.ckpt_path, callbacks, Path(config.paths.runs_dir))

@@ -7,13 +7,21 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
 import pytest
 import torch
 
-from lctrain.config import TrainConfig, to_dataclass
+from lctrain.config import (
+    ModelConfig,
+    PretrainedModelConfig,
+    ScratchModelConfig,
+    TrainConfig,
+    to_dataclass,
+)
+from lctrain.data.prepare import Preparation
 from lctrain.train import main, train
 from tests.configs.test_compose import composed
 
@@ -223,6 +231,48 @@ def test_resume_with_other_settings(finished, tiny, tmp_path, override, named):
 def test_bad_input_is_named_before_training(tiny, tmp_path, override, message):
     with pytest.raises(ValueError, match=message):
         train(config(*tiny, override, output_dir=tmp_path / "1"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.model_type=lama", "must be a family of transformers, got 'lama'"),
+        ("+model.config.hidden=3", "model.config.hidden must be an argument of LlamaConfig"),
+        ("attention.name=flesh", "attention must be one of .* got 'flesh'"),
+        ("attention.backend=cutlass", "backend must be"),
+        ("attention.dropout=1.5", "dropout must be in"),
+        ("optim.schedule=step", "optim.schedule must be one of"),
+        ("optim.warmup_steps=30", "optim.warmup_steps must be at most the 6 steps"),
+        ("trainer.strategy=fsdp", "trainer.strategy must be one of"),
+        ("callbacks.checkpoint.directory=FILE/c", "checkpoint directory must be writable"),
+        ("ckpt_path=none.ckpt", "must be a checkpoint file or last"),
+        ("evaluation.documents=0", "evaluation.documents must be at least 1"),
+    ],
+)
+def test_bad_input_is_named_before_data_are_read(tiny, tmp_path, monkeypatch, override, message):
+    def read(self):
+        raise AssertionError("the data was read")
+
+    monkeypatch.setattr(Preparation, "run", read)
+    (tmp_path / "file").write_text("")
+    override = override.replace("FILE", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match=message):
+        train(config(*tiny, override, output_dir=tmp_path / "1"))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (ScratchModelConfig(model_type="mamba"), "attention only, got MambaForCausalLM"),
+        (PretrainedModelConfig(name_or_path="/no/such"), "got /no/such, which does not exist"),
+        (ModelConfig(), "model must be a ScratchModelConfig or a PretrainedModelConfig"),
+    ],
+    ids=["unpatchable", "no-folder", "no-model"],
+)
+def test_models_are_checked_before_data_are_read(tiny, tmp_path, model, message):
+    plain = config(*tiny, "data.files=[/no/such/*.txt]", output_dir=tmp_path / "1")
+    with pytest.raises(ValueError, match=message):
+        train(replace(plain, model=model))
 
 
 def test_a_failing_evaluation_does_not_lose_the_export(tiny, tmp_path, monkeypatch):

@@ -15,10 +15,19 @@ from lctrain.build import (
     build_datamodule,
     build_model,
     build_trainer,
+    check_model,
     instantiate_all,
     resolve_precision,
 )
-from lctrain.config import STRATEGIES, TrainConfig, TrainerConfig, to_dataclass
+from lctrain.config import (
+    STRATEGIES,
+    AttentionConfig,
+    PretrainedModelConfig,
+    ScratchModelConfig,
+    TrainConfig,
+    TrainerConfig,
+    to_dataclass,
+)
 from lctrain.optim import learning_rate_factor
 from lctrain.schemas import register_schemas
 
@@ -210,6 +219,20 @@ def test_wrong_model_argument_type():
     config = load("model.config.hidden_size=wide")
     with pytest.raises(ValueError, match=r"(?s)model.config must fit LlamaConfig.*hidden_size"):
         build_model(config.model, 300)
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "mixtral", "gpt2"]
+)
+def test_full_sized_models_are_checked_without_memory(family):
+    """With special tokens far beyond a small tokenizer's vocabulary, as phi3 has them."""
+    check_model(ScratchModelConfig(model_type=family), AttentionConfig())
+
+
+def test_pretrained_models_are_checked_without_their_weights(tmp_path):
+    model = build_model(load("model=tiny").model, 300)
+    model.config.save_pretrained(tmp_path)
+    check_model(PretrainedModelConfig(name_or_path=str(tmp_path)), AttentionConfig())
 
 
 def test_pretrained_model_that_does_not_exist():
