@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from lctrain.attention import is_patched
 from lctrain.batch import PackedBatch
 from lctrain.cadence import at_log_step
 from lctrain.config import AttentionConfig, OptimConfig
@@ -227,12 +228,6 @@ class LongContextModule(pl.LightningModule):
         if state["first_loss"] is not None:
             self.first_loss = torch.tensor(state["first_loss"], dtype=torch.float64)
         self.held_out_losses = [tuple(pair) for pair in state["held_out_losses"]]
-
-
-def is_patched(model: nn.Module) -> bool:
-    """True if the model's attention is one of lctrain's."""
-    config = getattr(model, "config", None)
-    return str(getattr(config, "_attn_implementation", "")).startswith("lctrain_")
 
 
 def check_same_options(now: OptimConfig, then: Mapping[str, Any]) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lctrain.attention import is_patched
 from lctrain.config import AttentionConfig, OptimConfig
-from lctrain.module import LongContextModule, is_patched
+from lctrain.module import LongContextModule
 from lctrain.optim import build_optimizer
 from tests.training import loader, make_batch, make_trainer
 

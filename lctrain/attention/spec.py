@@ -1,9 +1,16 @@
 """AttentionSpec: what a patched model's attention layers do, fixed when the model is patched."""
 
 from dataclasses import dataclass
+from typing import Any
 
 ATTENTION_NAMES = {"flash": "lctrain_flash"}
 """attention= of patch_model -> the name registered with transformers."""
+
+
+def is_patched(model: Any) -> bool:
+    """Whether a model's attention is one of lctrain's, so that packed documents stay apart."""
+    config = getattr(model, "config", None)
+    return getattr(config, "_attn_implementation", None) in ATTENTION_NAMES.values()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lctrain.attention import is_patched
 from lctrain.batch import PackedBatch
 from lctrain.data.packing import pack
 from lctrain.eval.windows import Windows
@@ -55,7 +56,7 @@ def score_windows(
     Yields:
         The scored tokens of one batch; all batches together hold every scored position once.
     """
-    packed = uses_packs(model)
+    packed = is_patched(model)
     batches = _packs(windows, max_tokens) if packed else _rows(windows, max_tokens)
     for batch in batches:
         parts = [
@@ -82,12 +83,6 @@ def score_windows(
             positions=np.concatenate(chosen),
             losses=losses.double().cpu().numpy(),
         )
-
-
-def uses_packs(model: Any) -> bool:
-    """Whether packed documents stay apart in this model: its attention is one of lctrain's."""
-    config = getattr(model, "config", None)
-    return str(getattr(config, "_attn_implementation", None)).startswith("lctrain_")
 
 
 def _packs(windows: Windows, max_tokens: int) -> Iterator[np.ndarray]:

@@ -4,8 +4,10 @@ import dataclasses
 import pickle
 
 import pytest
+from torch import nn
 
-from lctrain.attention import ATTENTION_NAMES, AttentionSpec
+from lctrain.attention import ATTENTION_NAMES, AttentionSpec, is_patched
+from lctrain.models import patch_model
 
 
 def test_defaults_and_name():
@@ -13,6 +15,15 @@ def test_defaults_and_name():
     assert spec == AttentionSpec(kind="flash", dropout=None, deterministic=False, backend="auto")
     assert spec.implementation == ATTENTION_NAMES["flash"] == "lctrain_flash"
     assert pickle.loads(pickle.dumps(spec)) == spec
+
+
+def test_is_patched_asks_the_model(make_llama):
+    model = make_llama()
+    assert not is_patched(model)
+    with patch_model(model):
+        assert is_patched(model)
+    assert not is_patched(model)
+    assert not is_patched(nn.Linear(1, 1))
 
 
 def test_frozen():
