@@ -60,10 +60,14 @@ class PackingReport:
         return (
             f"{self.rows:,} rows of {self.max_tokens:,}: {self.tokens:,} tokens of "
             f"{self.documents:,} documents, fill {self.fill:.4f}; {self.split:,} split, "
-            f"{self.truncated:,} truncated (-{self.truncated_tokens:,} tokens), "
-            f"{self.dropped:,} dropped (-{self.dropped_tokens:,} tokens), "
+            f"{self.truncated:,} truncated{_lost(self.truncated_tokens)}, "
+            f"{self.dropped:,} dropped{_lost(self.dropped_tokens)}, "
             f"{self.dropped_empty:,} empty, {self.dropped_undecodable:,} not decodable"
         )
+
+
+def _lost(tokens: int) -> str:
+    return f" ({tokens:,} tokens lost)" if tokens else ""
 
 
 @dataclass(frozen=True, eq=False)

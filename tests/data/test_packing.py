@@ -100,7 +100,18 @@ def test_fill_of_the_report_and_its_text():
     report = pack(np.array([4, 4]), 5, dropped_empty=3, dropped_undecodable=1).report
     assert report.fill == 0.8
     assert "fill 0.8000" in str(report)
-    assert "3 empty, 1 not decodable" in str(report)
+    assert "0 split, 0 truncated, 0 dropped, 3 empty, 1 not decodable" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("overlong", "text"),
+    [
+        ("truncate", "0 split, 1 truncated (1,495 tokens lost), 0 dropped, 0 empty"),
+        ("drop", "0 split, 0 truncated, 1 dropped (1,500 tokens lost), 0 empty"),
+    ],
+)
+def test_lost_tokens_are_in_the_text(overlong, text):
+    assert text in str(pack(np.array([1500, 4]), 5, overlong=overlong).report)
 
 
 def test_no_documents_make_no_rows():
