@@ -27,6 +27,9 @@ class RunReport:
         peak_memory_gib: Of this process on the CPU, of the device on a GPU.
         fill: Real tokens over row capacity of the whole training split.
         packing: Counts of the training split, documents cut or dropped among them.
+        held_out_packing: Counts of the held-out split.
+        imbalance: Attention work of the heaviest rank of every step over that of the mean, as in
+            `lctrain.data.order`; None with one rank.
         perplexities: [(context length, perplexity)].
         paths: What was written, by name.
     """
@@ -40,6 +43,8 @@ class RunReport:
     peak_memory_gib: float
     fill: float
     packing: str
+    held_out_packing: str
+    imbalance: float | None
     perplexities: tuple[tuple[int, float], ...]
     paths: dict[str, Path]
 
@@ -52,7 +57,10 @@ class RunReport:
             f"peak memory      {self.peak_memory_gib:.2f} GiB",
             f"fill             {self.fill:.4f}",
             f"packing          {self.packing}",
+            f"held-out packing {self.held_out_packing}",
         ]
+        if self.imbalance is not None:
+            lines.append(f"imbalance        {self.imbalance:.3f} heaviest rank / mean attention")
         if self.perplexities:
             cells = ", ".join(f"{length:,}: {value:.1f}" for length, value in self.perplexities)
             lines.append(f"perplexity by length  {cells}")
@@ -85,7 +93,8 @@ def summarize(
         if isinstance(logger, MetricsCSV) and logger.path.exists():
             found["metrics"] = logger.path
     held_out = [loss for _, loss in module.held_out_losses]
-    packing = trainer.datamodule.packing_report
+    data = trainer.datamodule
+    packing = data.packing_report
     return RunReport(
         steps=trainer.global_step,
         first_loss=None if module.first_loss is None else float(module.first_loss),
@@ -96,6 +105,8 @@ def summarize(
         peak_memory_gib=peak_memory_gib(trainer.strategy.root_device),
         fill=packing.fill,
         packing=str(packing),
+        held_out_packing=str(data.held_out_report),
+        imbalance=data.imbalance if trainer.world_size > 1 else None,
         perplexities=perplexities,
         paths=found,
     )

@@ -128,6 +128,9 @@ def test_report_says_what_happened_and_where_it_is(finished):
     assert report.held_out_last < report.held_out_first
     assert report.tokens_per_second > 0
     assert 0.5 < report.fill <= 1.0
+    assert report.imbalance is None
+    assert f"held-out packing {report.held_out_packing}\n" in printed
+    assert report.held_out_packing != report.packing
     assert [length for length, _ in report.perplexities] == [16, 64]
     assert {"checkpoint", "metrics", "model", "perplexity plot", "perplexity table"} <= set(
         report.paths
@@ -320,7 +323,8 @@ def test_killed_ddp_run_resumes_bit_equal(tiny, tmp_path):
     ddp = [*tiny, *KILLED, "trainer.strategy=ddp", "trainer.devices=2", "trainer.max_steps=9"]
     ddp += ["data.num_workers=0", "callbacks.checkpoint.every_n_steps=3"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run_command(ddp, whole)
+    printed = run_command(ddp, whole).stdout
+    assert 1.0 <= float(printed.partition("\nimbalance ")[2].split()[0]) < 2.0
     kill = "+callbacks.kill={_target_: tests.training.KillAt, step: 5}"
     assert run_command([*ddp, kill], killed, check=False).returncode != 0
     assert (killed / "checkpoints" / "last.ckpt").resolve().name == "step-00000003.ckpt"

@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lctrain.batch import PackedBatch
 from lctrain.data.documents import TokenizedDocument
 from lctrain.data.loader import Cursor, PackLoader, RowStream
-from lctrain.data.order import epoch_order
+from lctrain.data.order import epoch_order, imbalance
 from lctrain.data.packing import Overlong, PackingReport
 from lctrain.data.prepare import (
     Preparation,
@@ -115,6 +115,12 @@ class PackedDataModule(LightningDataModule):
     def held_out_report(self) -> PackingReport:
         """Counts of the held-out rows, after `setup()`."""
         return self._ready.held_out_rows.plan.report
+
+    @property
+    def imbalance(self) -> float:
+        """Attention work of the ranks that wait, in the first epoch, after `setup()`: see order."""
+        costs = self._ready.train_rows.plan.costs()
+        return imbalance(epoch_order(costs, self._world_size, self.seed, epoch=0), costs)
 
     @property
     def settings(self) -> dict[str, Any]:
