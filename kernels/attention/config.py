@@ -74,7 +74,7 @@ _HOPPER = {
         128: TileConfig(128, 64, 8, 2, pack=4),
     },
     "varlen_dkv": {
-        64: TileConfig(64, 64, 4, 3, spill_free=True),
+        64: TileConfig(64, 64, 4, 3),
         128: TileConfig(64, 128, 8, 2),
         256: TileConfig(32, 64, 8, 2),
     },
