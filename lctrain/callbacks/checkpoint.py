@@ -13,6 +13,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 LAST = "last.ckpt"
+UNFINISHED = ".tmp"  # suffix of a checkpoint that is being written
 
 
 class StepCheckpoint(Checkpoint):
@@ -46,9 +47,11 @@ class StepCheckpoint(Checkpoint):
         return self.directory / LAST
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Fails before training if the directory cannot be written."""
+        """Fails if the directory cannot be written; deletes what a killed run left half written."""
         if trainer.is_global_zero:
             check_writable(self.directory)
+            for unfinished in self.directory.glob(f"step-*.ckpt{UNFINISHED}"):
+                unfinished.unlink(missing_ok=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Does not save anew what was just resumed from."""
@@ -99,7 +102,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Writes `checkpoint` to `path` at once."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(target.name + ".tmp")
+        temporary = target.with_name(target.name + UNFINISHED)
         with temporary.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()

@@ -88,6 +88,17 @@ def test_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
     assert plugin.load_checkpoint(path) == {"step": 1}
 
 
+def test_next_start_deletes_what_a_killed_write_left(tmp_path, make_llama):
+    """As after a SIGKILL: no handler runs, the temporary file stays."""
+    folder = tmp_path / "c"
+    fit(tmp_path, make_llama, StepCheckpoint(folder, every_n_steps=2), max_steps=2, max_epochs=-1)
+    (folder / "step-00000004.ckpt.tmp").write_bytes(b"half a checkpoint")
+    (folder / "mine.tmp").write_text("")
+    fit(tmp_path, make_llama, StepCheckpoint(folder, every_n_steps=2), max_steps=2, max_epochs=-1)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["last.ckpt", "mine.tmp", "step-00000002.ckpt"]
+
+
 def test_find_checkpoint(tmp_path):
     runs = tmp_path / "runs"
     own = StepCheckpoint(runs / "3" / "checkpoints")
