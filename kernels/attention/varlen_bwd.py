@@ -21,7 +21,7 @@ from lctrain.kernels.attention.launch import (
 from lctrain.kernels.schedule import SCHEDULE_ROWS
 from lctrain.kernels.tile.dropout import keep_mask, load_key
 from lctrain.kernels.tile.logits import LOG2_E, logits, logits_multiplier, softcap_slope
-from lctrain.kernels.tile.mask import key_ranges, load_window, mask_logits, query_range
+from lctrain.kernels.tile.mask import key_ranges, load_window, mask_logits, query_ranges
 from lctrain.kernels.tile.memory import load_rows, store_rows
 from lctrain.kernels.tile.seqlen import document_bounds, locate_program
 
@@ -308,8 +308,8 @@ def varlen_dkv_kernel(
         return
     shift = length_k - length_q
     left, right = load_window(window_ptr, window_left, window_right)
-    low, high = query_range(
-        first, BLOCK_N, shift, length_q, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M
+    low, clear_low, clear_high, high = query_ranges(
+        first, BLOCK_N, shift, length_q, length_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M
     )
 
     local_m = tl.arange(0, BLOCK_M)
@@ -350,8 +350,6 @@ def varlen_dkv_kernel(
     if HAS_DROPOUT:
         key_0, key_1, document_key = load_key(seed_ptr, document_ids_ptr, document)
     multiplier = logits_multiplier(scale, HAS_SOFTCAP, HAS_ALIBI)
-    first_seen = key - shift - right
-    last_seen = key - shift + left
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -392,11 +390,15 @@ def varlen_dkv_kernel(
             HAS_SOFTCAP,
             HAS_ALIBI,
         )
-        # Always applied: LLVM flattens a branch around it into more instructions than it saves.
-        # Keys beyond the document need none, since nothing leaves their rows.
-        x = mask_logits(
-            x, local_m[None, :], first_seen - start, last_seen - start, HAS_RIGHT, HAS_LEFT
-        )
+        # LLVM turns this branch into selects, which take more instructions than masking every tile
+        # and are still the faster kernel (bench/NOTES.md).
+        if (start < clear_low) | (start >= clear_high):
+            seen = key[:, None] < length_k
+            if HAS_RIGHT:
+                seen = seen & (key[:, None] - query[None, :] <= shift + right)
+            if HAS_LEFT:
+                seen = seen & (key[:, None] - query[None, :] >= shift - left)
+            x = tl.where(seen, x, float("-inf"))
         if HAS_ALIBI:
             # A negative slope would grow without bound on queries beyond the document.
             x = tl.where((query < length_q)[None, :], x, float("-inf"))

@@ -56,28 +56,38 @@ def key_ranges(
 
 
 @triton.jit
-def query_range(
+def query_ranges(
     first,
     keys,
     shift,
     length_q,
+    length_k,
     left,
     right,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Returns (low, high) of the queries that see any of the keys [first, first + keys).
+    """Returns (low, clear_low, clear_high, high) for keys [first, first + keys).
 
-    Tiles of queries start at multiples of BLOCK_M; low is one, and low <= high.
+    Tiles of queries start at multiples of BLOCK_M. Those in [clear_low, clear_high) see every key;
+    those in [low, clear_low) and [clear_high, high), empty without a left bound, need a mask.
+    Queries beyond length_q count as clear (they are zero), keys beyond length_k do not: 2^(0 - lse)
+    may overflow.
     """
     low = 0
+    clear_low = 0
     if HAS_RIGHT:
         low = tl.minimum(tl.maximum(first - shift - right, 0), length_q) // BLOCK_M * BLOCK_M
+        clear_low = tl.cdiv(tl.maximum(first + keys - 1 - shift - right, 0), BLOCK_M) * BLOCK_M
     high = length_q
+    clear_high = length_q
     if HAS_LEFT:
-        high = tl.maximum(tl.minimum(high, first + keys - shift + left), low)
-    return low, high
+        high = tl.minimum(high, tl.maximum(first + keys - shift + left, low))
+        clear_high = tl.maximum(first - shift + left + 1, 0) // BLOCK_M * BLOCK_M
+    clear_low = tl.where(first + keys > length_k, high, tl.minimum(clear_low, high))
+    clear_high = tl.maximum(tl.minimum(clear_high, high), clear_low)
+    return low, clear_low, clear_high, high
 
 
 @triton.jit
