@@ -24,7 +24,8 @@ def test_dense_part_is_six_per_weight_of_the_matrix_products(make_llama, tied):
     with FlopCounterMode(display=False) as torch_counter, torch.no_grad():
         model(torch.tensor([[5]]), use_cache=False)
     counted = FlopCounter.of(model).step_flops([1])
-    assert counted == 3 * torch_counter.get_total_flops()
+    # Some versions of transformers form the rotary angles by a tiny product.
+    assert counted == pytest.approx(3 * torch_counter.get_total_flops(), rel=1e-3)
 
 
 def test_attention_part_counts_the_causal_half(make_llama):

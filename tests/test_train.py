@@ -26,6 +26,7 @@ from lctrain.train import main, train
 from tests.configs.test_compose import composed
 
 ROOT = Path(__file__).parents[1]
+PYTHONPATH = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 WORDS = ("def", "return", "class", "self", "None", "for", "in", "while", "yield", "lambda")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -74,7 +75,7 @@ def run_command(overrides, folder, check=True):
     return subprocess.run(
         [sys.executable, "-m", "lctrain.train", *overrides, f"hydra.run.dir={folder}"],
         cwd=folder.parent,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=check,

@@ -176,7 +176,8 @@ def train(corpus, folder: Path, *flags: str, own_process: bool, dies: bool = Fal
     flags = ("--corpus", str(corpus), "--folder", str(folder), *flags)
     if not own_process:
         return main(flags)
-    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THREADS": "1"}
+    folders = filter(None, (str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH")))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *flags],
         env=environment,
