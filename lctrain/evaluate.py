@@ -102,11 +102,12 @@ def evaluate(config: EvalConfig) -> tuple[PerplexityTable, dict[str, Path]]:
     check_model_name(config.model.name_or_path)
     loggers = instantiate_all("logger", config.logger)
     with closing([*loggers.values()]):
+        # First, since the tokenizer has the model's name, and an error should blame the model.
+        model = load_pretrained(config.model, config.dtype)
         documents = longest_documents(
             evaluation_documents(build_datamodule(config.data).preparation, config.split),
             config.documents,
         )
-        model = load_pretrained(config.model, config.dtype)
         patch(model, config.attention)
         table = perplexity_by_length(
             model.to(device),

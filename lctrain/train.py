@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SIGTERM_STATUS = 128 + signal.SIGTERM
+"""What a shell reports of a process that SIGTERM ended."""
+
 
 def train(config: TrainConfig) -> RunReport:
     """Runs one training from beginning to end.
@@ -38,8 +43,10 @@ def train(config: TrainConfig) -> RunReport:
             and before the data are read wherever they have no part in it.
         NonFiniteLossError: if the loss became NaN or infinite.
         IsolationError: if documents of a pack mix.
+        SystemExit: with status 143 if SIGTERM stopped the run.
     """
     import lightning.pytorch as pl
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from lctrain.build import (
         build_datamodule,
@@ -77,12 +84,23 @@ def train(config: TrainConfig) -> RunReport:
     checkpoint = find_checkpoint(config.ckpt_path, callbacks, Path(config.paths.runs_dir))
 
     with closing(loggers):
-        if checkpoint is None:
+        try:
+            if checkpoint is None:
+                trainer.validate(module, datamodule, verbose=False)
+            else:
+                log.info("Resuming from %s", checkpoint)
+            trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=False)
             trainer.validate(module, datamodule, verbose=False)
-        else:
-            log.info("Resuming from %s", checkpoint)
-        trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=False)
-        trainer.validate(module, datamodule, verbose=False)
+        except SIGTERMException as stop:
+            # Lightning ends the process with status 0, which a job script takes for success.
+            print(
+                f"Stopped by SIGTERM at step {trainer.global_step}. The same command with "
+                "ckpt_path=last goes on from the last checkpoint, if one was written by then "
+                "(callbacks.checkpoint.every_n_steps).",
+                file=sys.stderr,
+                flush=True,
+            )
+            raise SystemExit(SIGTERM_STATUS) from stop
         paths, perplexities = export_and_evaluate(config, trainer, module, output_dir)
     report = summarize(trainer, module, perplexities, paths)
     if trainer.is_global_zero:

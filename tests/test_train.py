@@ -319,6 +319,16 @@ def test_killed_run_resumes_bit_equal(tiny, tmp_path):
     assert len(train_losses(killed)) == 14
 
 
+def test_sigterm_is_no_success(tiny, tmp_path):
+    """As a scheduler stops a job: the status says so, the message how to go on."""
+    stop = f"+callbacks.stop={{_target_: tests.training.KillAt, step: 5, number: {signal.SIGTERM}}}"
+    result = run_command([*tiny, stop], tmp_path / "stopped", check=False)
+    assert result.returncode == 128 + signal.SIGTERM, result.stderr
+    assert "Stopped by SIGTERM at step 5" in result.stderr
+    assert "ckpt_path=last" in result.stderr
+    assert (tmp_path / "stopped" / "checkpoints" / "last.ckpt").exists()
+
+
 def test_killed_ddp_run_resumes_bit_equal(tiny, tmp_path):
     """Two processes, gloo; both are killed."""
     ddp = [*tiny, *KILLED, "trainer.strategy=ddp", "trainer.devices=2", "trainer.max_steps=9"]
