@@ -7,6 +7,7 @@ gives documents that the user set aside, or None.
 
 from __future__ import annotations
 
+import abc
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ _NOT_STANDARD = {"site-packages", "dist-packages", "__pycache__"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class Source(abc.ABC):
     """What all sources share.
 
     Attributes:
@@ -40,9 +41,9 @@ class Source:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}. Use null for no limit.")
 
+    @abc.abstractmethod
     def load(self, cache_dir: Path) -> Dataset:
         """Returns a dataset with columns "text" (None: not decodable) and perhaps "name"."""
-        raise NotImplementedError
 
     def load_held_out(self, cache_dir: Path) -> Dataset | None:
         """Returns documents set aside by the user, or None to split off some of `load()`."""
@@ -104,8 +105,9 @@ class FileSource(Source):
             return None
         return self._read(match_files(self.held_out_files), cache_dir)
 
+    @abc.abstractmethod
     def _read(self, paths: list[Path], cache_dir: Path) -> Dataset:
-        raise NotImplementedError
+        """Returns what the files hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
