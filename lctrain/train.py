@@ -213,7 +213,10 @@ def main(config: DictConfig) -> None:
     """Entry point of the console script."""
     from omegaconf import OmegaConf
 
+    from lctrain.process_group import leave_at_exit
+
     quiet_lightning()
+    leave_at_exit()
     plain = to_dataclass(config, TrainConfig)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         folder = Path(plain.paths.output_dir)

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lctrain.config import OptimConfig
 from lctrain.module import LongContextModule
+from lctrain.process_group import leave_at_exit
 from tests.training import loader, make_batch, make_trainer
 
 LENGTHS = [[[5, 9], [2, 3, 4], [31]], [[40], [17, 30], [6]]]  # by rank and micro-batch
@@ -74,4 +75,5 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    leave_at_exit()
     main(Path(sys.argv[1]))

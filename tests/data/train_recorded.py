@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lctrain.data import PackedDataModule, TextSource
+from lctrain.process_group import leave_at_exit
 
 
 class Recorder(LightningModule):
@@ -103,4 +104,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    leave_at_exit()
     main()

@@ -30,6 +30,7 @@ LEVELS = {
     "lctrain.data": 4,
     "lctrain.loggers": 4,
     "lctrain.optim": 4,
+    "lctrain.process_group": 4,
     "lctrain.models": 5,
     "lctrain.schemas": 5,
     "lctrain.loss": 6,

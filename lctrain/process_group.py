@@ -1,0 +1,24 @@
+"""The end of a process that was a rank."""
+
+import atexit
+import time
+
+import torch.distributed
+
+
+def leave_at_exit() -> None:
+    """Leaves a gloo process group before the interpreter ends.
+
+    Its thread would otherwise go on while Python is taken down, which now and then aborts a process
+    that has done all its work (torch 2.13). Lightning does the same for NCCL.
+    """
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if torch.distributed.get_backend() == "gloo":
+        # Asleep, this thread lets gloo's have the interpreter lock, to drop its last work.
+        time.sleep(0.1)
+        torch.distributed.destroy_process_group()
