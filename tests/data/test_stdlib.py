@@ -19,10 +19,9 @@ def test_fill_is_99_percent_and_ranks_are_balanced(stdlib_cache, max_tokens):
     data = PackedDataModule(max_tokens=max_tokens, cache_dir=stdlib_cache)
     data.setup()
     report = data.packing_report
-    # But for the last row, which may be nearly empty: some builds ship a small standard library.
-    assert report.tokens / ((report.rows - 1) * report.max_tokens) >= 0.99
+    assert report.fill >= 0.99
     assert report.truncated == report.dropped == 0
-    assert len(data.held_out_documents()) > 10
+    assert len(data.held_out_documents()) > 20
     costs = data.train_dataloader()._dataloader.dataset.plan.costs()
     for world_size in (2, 8):
         order = epoch_order(costs, world_size, seed=0, epoch=0)
