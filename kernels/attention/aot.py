@@ -13,7 +13,8 @@ import triton
 
 from lctrain.kernels.attention.config import OPERATIONS, TileConfig, table_config
 from lctrain.kernels.attention.launch import RUNTIME_INTEGERS, padded_head_dim
-from lctrain.kernels.attention.varlen_bwd import varlen_dkv_kernel, varlen_dq_kernel
+from lctrain.kernels.attention.varlen_dkv import varlen_dkv_kernel
+from lctrain.kernels.attention.varlen_dq import varlen_dq_kernel
 from lctrain.kernels.attention.varlen_fwd import varlen_fwd_kernel
 
 KERNELS = {
