@@ -88,6 +88,68 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, device: torch.de
         )
 
 
+def check_documents(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, total_k: int, device: torch.device
+) -> None:
+    """Both boundaries are valid and describe as many documents."""
+    check_cu_seqlens("cu_seqlens", cu_seqlens_q, total_q, device)
+    check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, total_k, device)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            "cu_seqlens and cu_seqlens_k must describe the same documents, got "
+            f"{cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}."
+        )
+
+
+def check_dual_chunk(
+    chunk_size: int,
+    local_size: int,
+    inv_freq: Tensor,
+    logit_scale: Tensor | None,
+    head_dim: int,
+    documents: int,
+    device: torch.device,
+) -> None:
+    """0 <= local_size < chunk_size; inv_freq [D/2] and logit_scale [N], float32 on q's device."""
+    for name, value in (("chunk_size", chunk_size), ("local_size", local_size)):
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(
+                f"{name} must be a Python int, got {type(value).__name__}. Pass a number of tokens."
+            )
+    if not 0 <= local_size < chunk_size:
+        raise ValueError(
+            f"local_size must be at least 0 and below chunk_size ({chunk_size}), got {local_size}. "
+            "Chunks hold chunk_size - local_size tokens; an eighth of the trained window is usual."
+        )
+    if head_dim % 2:
+        raise ValueError(
+            f"head_dim must be even, got {head_dim}: RoPE rotates pairs of columns. Use "
+            "flash_attn_varlen_func for models without RoPE."
+        )
+    tensors = {"inv_freq": (inv_freq, head_dim // 2), "logit_scale": (logit_scale, documents)}
+    for name, (tensor, size) in tensors.items():
+        if tensor is None and name == "logit_scale":
+            continue
+        if not isinstance(tensor, Tensor) or tensor.dtype != torch.float32:
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a float32 tensor, got {got}. Call .float().")
+        if tuple(tensor.shape) != (size,):
+            raise ValueError(
+                f"{name} must have shape [{size}] "
+                f"({'head_dim / 2' if name == 'inv_freq' else 'one per document'}), got "
+                f"{tuple(tensor.shape)}. "
+                + (
+                    "Partial rotary embeddings are not supported."
+                    if name == "inv_freq"
+                    else "Give every document of the pack a factor."
+                )
+            )
+        if tensor.device != device:
+            raise ValueError(
+                f"{name} must be on q's device ({device}), got {tensor.device}. Move it with .to()."
+            )
+
+
 def check_max_seqlen(name: str, value: object) -> None:
     """A Python int; a device tensor would force a synchronisation."""
     if isinstance(value, Tensor) or not isinstance(value, (int, torch.SymInt)):

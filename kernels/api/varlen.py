@@ -11,6 +11,7 @@ from lctrain.kernels import varlen_ops as _varlen_ops  # noqa: F401  (registers 
 from lctrain.kernels.backend import select_backend
 from lctrain.kernels.reference.attention import dense_attention
 from lctrain.kernels.schedule import TileSchedule
+from lctrain.kernels.seed import resolve_seed
 
 
 def flash_attn_varlen_func(
@@ -112,7 +113,7 @@ def flash_attn_varlen_func(
     head_dim = q.shape[2]
     scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
     window, left, right = _resolve_window(window_size, causal)
-    seed = _resolve_seed(dropout_p, dropout_seed, q.device)
+    seed = resolve_seed(dropout_p, dropout_seed, q.device)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     padded = _pad_head_dim(q), _pad_head_dim(k), _pad_head_dim(v)
     out, lse = torch.ops.lctrain.varlen_forward(
@@ -272,24 +273,6 @@ def _resolve_window(
         return window_size, -1, -1
     left, right = window_size
     return None, left if left >= 0 else -1, 0 if causal else (right if right >= 0 else -1)
-
-
-def _resolve_seed(
-    dropout_p: float, dropout_seed: int | Tensor | None, device: torch.device
-) -> Tensor | None:
-    if dropout_p == 0:
-        return None
-    if dropout_seed is None:
-        # Drawn here, so that activation checkpointing, which restores the generator, replays it.
-        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
-    if isinstance(dropout_seed, Tensor):
-        if dropout_seed.device != device:
-            raise ValueError(
-                f"dropout_seed must be on q's device ({device}), got {dropout_seed.device}. "
-                "Move it with .to(), or pass an int."
-            )
-        return dropout_seed.reshape(1)
-    return torch.full((1,), dropout_seed, dtype=torch.int64, device=device)
 
 
 def _pad_head_dim(x: Tensor) -> Tensor:

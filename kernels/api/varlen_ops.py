@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lctrain.kernels.reference import varlen as reference
-from lctrain.kernels.schedule import TileSchedule, device_schedule
+from lctrain.kernels.schedule import complete_schedule
 
 
 @torch.library.custom_op("lctrain::varlen_forward", mutates_args=())
@@ -56,7 +56,9 @@ def varlen_forward(
             )
     from lctrain.kernels.attention.varlen_fwd import varlen_fwd
 
-    schedule = _schedule(q_tiles, k_tiles, cu_seqlens_q, cu_seqlens_k, q, k)
+    schedule = complete_schedule(
+        q_tiles, k_tiles, cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0]
+    )
     return varlen_fwd(
         q,
         k,
@@ -131,7 +133,9 @@ def varlen_backward(
             )
     from lctrain.kernels.attention.varlen_bwd import varlen_bwd
 
-    schedule = _schedule(q_tiles, k_tiles, cu_seqlens_q, cu_seqlens_k, q, k)
+    schedule = complete_schedule(
+        q_tiles, k_tiles, cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0]
+    )
     return varlen_bwd(
         dout,
         dlse,
@@ -241,19 +245,6 @@ def _reference_options(
     return reference.VarlenOptions(softmax_scale, window_left, window_right, softcap, dropout_p)
 
 
-def _schedule(
-    q_tiles: Tensor | None,
-    k_tiles: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    q: Tensor,
-    k: Tensor,
-) -> TileSchedule:
-    if q_tiles is not None and k_tiles is not None:
-        return TileSchedule(q_tiles, k_tiles, q.shape[0], k.shape[0], cu_seqlens_q.shape[0] - 1)
-    return device_schedule(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0])
-
-
 def visible_pairs(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, window_left: int, window_right: int
 ) -> int:
@@ -285,6 +276,11 @@ def _pairs(
     if window is not None:
         left, right = window.tolist()
     return visible_pairs(cu_q, cu_k, left, right)
+
+
+def causal_pairs(cu_q: Tensor, cu_k: Tensor, q: Tensor, k: Tensor) -> int:
+    """The visible pairs of causal attention; of meta tensors as if all documents were equal."""
+    return _pairs(cu_q, cu_k, -1, 0, None, q, k)
 
 
 @register_flop_formula(torch.ops.lctrain.varlen_forward, get_raw=True)

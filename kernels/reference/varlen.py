@@ -1,10 +1,13 @@
-"""Varlen attention in plain PyTorch: the CPU path.
+"""Packed attention in plain PyTorch: the CPU path.
 
 It also serves other devices where it is asked for by name; there it reads cu_seqlens, which
 synchronises. Documents are taken one by one and queries in chunks, so memory grows with the length
 of a document, not with its square, and nothing of another document can reach a result. The backward
 recomputes the weights, as the kernels do. Arithmetic is float32, or float64 for float64 inputs;
 callers turn autocast off.
+
+`Operands` says what a logit is; `attend` and `attend_backward` are the softmax around it, which
+other attentions share (dual_chunk.py).
 """
 
 from collections.abc import Iterator
@@ -32,7 +35,7 @@ class VarlenOptions:
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class Chunk:
     """A run of queries of one document and the keys that any of them sees."""
 
     document: int
@@ -44,26 +47,22 @@ class _Chunk:
     length_k: int
 
 
-def _chunks(
-    cu_q: list[int],
-    cu_k: list[int],
-    heads: int,
-    options: VarlenOptions,
-    device: torch.device,
-) -> Iterator[_Chunk]:
+def _visit(
+    cu_q: list[int], cu_k: list[int], operands: "Operands", device: torch.device
+) -> Iterator[Chunk]:
+    """Yields every document's queries in runs, each with the keys that any of them sees."""
+    options = operands.options
     for document in range(len(cu_q) - 1):
         length_q = cu_q[document + 1] - cu_q[document]
         length_k = cu_k[document + 1] - cu_k[document]
-        step = max(1, _CHUNK_ELEMENTS // max(1, heads * length_k) // _ROW_GROUP) * _ROW_GROUP
-        for start in range(0, length_q, step):
-            stop = min(start + step, length_q)
+        for start, stop in operands.runs(length_q, length_k):
             low, high = 0, length_k
             if options.window_left >= 0:
                 low = min(length_k, max(0, start + length_k - length_q - options.window_left))
             if options.window_right >= 0:
                 high = stop + length_k - length_q + options.window_right
                 high = max(low, min(length_k, high))
-            yield _Chunk(
+            yield Chunk(
                 document,
                 torch.arange(start, stop, device=device),
                 torch.arange(low, high, device=device),
@@ -74,7 +73,7 @@ def _chunks(
             )
 
 
-class _Operands:
+class Operands:
     """q, k, v in arithmetic precision, heads first, and what a chunk needs beside them."""
 
     def __init__(
@@ -83,9 +82,9 @@ class _Operands:
         k: Tensor,
         v: Tensor,
         options: VarlenOptions,
-        alibi_slopes: Tensor | None,
-        dropout_seed: Tensor | None,
-        document_ids: Tensor | None,
+        alibi_slopes: Tensor | None = None,
+        dropout_seed: Tensor | None = None,
+        document_ids: Tensor | None = None,
     ) -> None:
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.heads, self.heads_k = q.shape[1], k.shape[1]
@@ -94,12 +93,18 @@ class _Operands:
         self.options, self.alibi_slopes = options, alibi_slopes
         self.dropout_seed, self.document_ids = dropout_seed, document_ids
 
-    def grouped(self, x: Tensor, chunk: _Chunk) -> Tensor:
+    def runs(self, length_q: int, length_k: int) -> Iterator[tuple[int, int]]:
+        """Yields (start, stop) of the queries that are taken at once."""
+        step = max(1, _CHUNK_ELEMENTS // max(1, self.heads * length_k) // _ROW_GROUP) * _ROW_GROUP
+        for start in range(0, length_q, step):
+            yield start, min(start + step, length_q)
+
+    def grouped(self, x: Tensor, chunk: Chunk) -> Tensor:
         """[H, T, D] -> the chunk's queries as [Hk, group * M, D]."""
         rows = x[:, chunk.query]
         return rows.reshape(self.heads_k, -1, rows.shape[-1])
 
-    def logits(self, chunk: _Chunk) -> tuple[Tensor, Tensor | None]:
+    def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
         """Returns masked logits [H, M, N] and, with a softcap, d(logit)/d(uncapped logit)."""
         options = self.options
         scores = torch.matmul(self.grouped(self.q, chunk), self.k[:, chunk.key].transpose(1, 2))
@@ -124,7 +129,14 @@ class _Operands:
         )
         return scores.masked_fill(~mask, float("-inf")), slope
 
-    def dropout(self, chunk: _Chunk) -> Tensor | None:
+    def add_gradients(self, chunk: Chunk, ds: Tensor, dq: Tensor, dk: Tensor) -> None:
+        """Adds what the logits' gradient ds [H, M, N] gives dq [H, T, D] and dk [Hk, Tk, D]."""
+        ds = (ds * self.options.softmax_scale).view(self.heads_k, -1, ds.shape[-1])
+        rows = torch.matmul(ds, self.k[:, chunk.key])
+        dq[:, chunk.query] = rows.view(self.heads, len(chunk.rows), -1)
+        dk[:, chunk.key] += torch.matmul(ds.transpose(1, 2), self.grouped(self.q, chunk))
+
+    def dropout(self, chunk: Chunk) -> Tensor | None:
         """Returns the multiplier Z [H, M, N] (0 or 1 / keep), or None without dropout."""
         if self.options.dropout_p == 0:
             return None
@@ -173,31 +185,8 @@ def varlen_forward(
         out [T, H, Dv] in q's dtype, lse [H, T] float32 (float64 for float64 inputs), natural
         logarithm.
     """
-    x = _Operands(q, k, v, options, alibi_slopes, dropout_seed, document_ids)
-    out = q.new_zeros(q.shape[0], x.heads, v.shape[-1])
-    lse = torch.full((x.heads, q.shape[0]), float("-inf"), dtype=x.dtype, device=q.device)
-    for chunk in _chunks(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), x.heads, options, q.device):
-        logits, _ = x.logits(chunk)
-        if learnable_sink is not None:
-            sink = learnable_sink.to(x.dtype)[:, None, None].expand(-1, len(chunk.rows), 1)
-            logits_and_sink = torch.cat([logits, sink], dim=-1)
-        else:
-            logits_and_sink = logits
-        if logits_and_sink.shape[-1] == 0:
-            continue
-        chunk_lse = torch.logsumexp(logits_and_sink, dim=-1)
-        lse[:, chunk.query] = chunk_lse
-        if logits.shape[-1] == 0:
-            continue
-        weights = _weights(logits, chunk_lse)
-        multiplier = x.dropout(chunk)
-        if multiplier is not None:
-            weights = weights * multiplier
-        rows = torch.matmul(weights.view(x.heads_k, -1, weights.shape[-1]), x.v[:, chunk.key]).view(
-            x.heads, len(chunk.rows), -1
-        )
-        out[chunk.query] = rows.transpose(0, 1).to(q.dtype)
-    return out, lse
+    operands = Operands(q, k, v, options, alibi_slopes, dropout_seed, document_ids)
+    return attend(operands, cu_seqlens_q, cu_seqlens_k, q.dtype, learnable_sink)
 
 
 def varlen_backward(
@@ -218,14 +207,62 @@ def varlen_backward(
     """Backward of varlen_forward; arguments as there.
 
     Returns:
-        dq [T, H, D], dk [Tk, Hk, D], dv [Tk, Hk, Dv] in the inputs' dtypes, and delta [H, T], which
+        dq [T, H, D], dk [Tk, Hk, D], dv [Tk, Hk, Dv] in the inputs' dtype, and delta [H, T], which
         is rowsum(dout * out) - dlse.
     """
-    x = _Operands(q, k, v, options, alibi_slopes, dropout_seed, document_ids)
+    operands = Operands(q, k, v, options, alibi_slopes, dropout_seed, document_ids)
+    return attend_backward(operands, dout, dlse, lse, cu_seqlens_q, cu_seqlens_k, q.dtype)
+
+
+def attend(
+    x: Operands,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    dtype: torch.dtype,
+    learnable_sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One softmax over the logits of `x`; returns out [T, H, Dv] in `dtype` and lse [H, T]."""
+    tokens, device = x.q.shape[1], x.q.device
+    out = torch.zeros((tokens, x.heads, x.v.shape[-1]), dtype=dtype, device=device)
+    lse = torch.full((x.heads, tokens), float("-inf"), dtype=x.dtype, device=device)
+    for chunk in _visit(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), x, device):
+        logits, _ = x.logits(chunk)
+        if learnable_sink is not None:
+            sink = learnable_sink.to(x.dtype)[:, None, None].expand(-1, len(chunk.rows), 1)
+            logits_and_sink = torch.cat([logits, sink], dim=-1)
+        else:
+            logits_and_sink = logits
+        if logits_and_sink.shape[-1] == 0:
+            continue
+        chunk_lse = torch.logsumexp(logits_and_sink, dim=-1)
+        lse[:, chunk.query] = chunk_lse
+        if logits.shape[-1] == 0:
+            continue
+        weights = _weights(logits, chunk_lse)
+        multiplier = x.dropout(chunk)
+        if multiplier is not None:
+            weights = weights * multiplier
+        rows = torch.matmul(weights.view(x.heads_k, -1, weights.shape[-1]), x.v[:, chunk.key]).view(
+            x.heads, len(chunk.rows), -1
+        )
+        out[chunk.query] = rows.transpose(0, 1).to(dtype)
+    return out, lse
+
+
+def attend_backward(
+    x: Operands,
+    dout: Tensor,
+    dlse: Tensor | None,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Backward of `attend`; returns dq, dk, dv in `dtype` and delta [H, T] in the state's."""
     grad_out = dout.to(x.dtype).transpose(0, 1)
     delta = torch.zeros_like(lse) if dlse is None else -dlse
     dq, dk, dv = torch.zeros_like(x.q), torch.zeros_like(x.k), torch.zeros_like(x.v)
-    for chunk in _chunks(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), x.heads, options, q.device):
+    for chunk in _visit(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), x, x.q.device):
         if len(chunk.columns) == 0:
             continue
         logits, slope = x.logits(chunk)
@@ -242,13 +279,8 @@ def varlen_backward(
         # rowsum(dout * out) from the weights themselves: exact where one weight is 1.
         delta[:, chunk.query] += (p * dp).sum(-1)
         ds = p * (dp - delta[:, chunk.query, None])
-        if slope is not None:
-            ds = ds * slope
-        ds = (ds * options.softmax_scale).view(x.heads_k, -1, p.shape[-1])
-        dq[:, chunk.query] = torch.matmul(ds, x.k[:, chunk.key]).view(x.heads, len(chunk.rows), -1)
-        dk[:, chunk.key] += torch.matmul(ds.transpose(1, 2), x.grouped(x.q, chunk))
-    grads = (grad.transpose(0, 1).to(like.dtype) for grad, like in ((dq, q), (dk, k), (dv, v)))
-    dq, dk, dv = (grad.contiguous() for grad in grads)
+        x.add_gradients(chunk, ds if slope is None else ds * slope, dq, dk)
+    dq, dk, dv = (grad.transpose(0, 1).to(dtype).contiguous() for grad in (dq, dk, dv))
     return dq, dk, dv, delta
 
 
