@@ -17,21 +17,25 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
 
 
+def check_floating(name: str, tensor: Tensor) -> None:
+    """A tensor of a dtype that attention computes in."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+    if tensor.dtype not in _FLOATS:
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}. Cast it."
+        )
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """q [T, H, D], k and v [Tk, Hk, D], one dtype, one device, H a multiple of Hk, D <= 256."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+        check_floating(name, tensor)
         if tensor.dim() != 3:
             raise ValueError(
                 f"{name} must have shape [tokens, heads, head_dim], got {tuple(tensor.shape)}. "
                 "Pack the documents along the first dimension, or call flash_attn_func for [B, "
                 "S, H, D]."
-            )
-        if tensor.dtype not in _FLOATS:
-            raise TypeError(
-                f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}. Cast "
-                "it."
             )
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(

@@ -72,3 +72,10 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
     """
     rows = hidden_states.new_zeros((batch * seqlen, *hidden_states.shape[1:]))
     return rows.index_copy(0, indices, hidden_states).unflatten(0, (batch, seqlen))
+
+
+def pad_head_dim(x: Tensor) -> Tensor:
+    """Pads the last of [T, H, D] to a multiple of 8 (16-byte rows); guarantees last stride 1."""
+    if x.shape[2] % 8:
+        return torch.nn.functional.pad(x, (0, -x.shape[2] % 8))
+    return x if x.stride(2) == 1 else x.contiguous()

@@ -3,15 +3,16 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lctrain.kernels import checks
 from lctrain.kernels import varlen_ops as _varlen_ops  # noqa: F401  (registers the operators)
 from lctrain.kernels.backend import select_backend
+from lctrain.kernels.padding import pad_head_dim
 from lctrain.kernels.reference.attention import dense_attention
 from lctrain.kernels.schedule import TileSchedule
 from lctrain.kernels.seed import resolve_seed
+from lctrain.kernels.window import resolve_window
 
 
 def flash_attn_varlen_func(
@@ -112,10 +113,10 @@ def flash_attn_varlen_func(
     backend = select_backend(q.device, q.dtype, backend)
     head_dim = q.shape[2]
     scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
-    window, left, right = _resolve_window(window_size, causal)
+    window, left, right = resolve_window(window_size, causal)
     seed = resolve_seed(dropout_p, dropout_seed, q.device)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    padded = _pad_head_dim(q), _pad_head_dim(k), _pad_head_dim(v)
+    padded = pad_head_dim(q), pad_head_dim(k), pad_head_dim(v)
     out, lse = torch.ops.lctrain.varlen_forward(
         *padded,
         cu_seqlens_q,
@@ -261,25 +262,6 @@ def _row_boundaries(batch: int, length: int, device: torch.device) -> Tensor:
 
 _ROW_BOUNDARIES: dict[tuple[int, int, torch.device], Tensor] = {}
 _ROW_BOUNDARIES_KEPT = 64
-
-
-def _resolve_window(
-    window_size: Sequence[int] | Tensor, causal: bool
-) -> tuple[Tensor | None, int, int]:
-    """Returns (device tensor or None, left, right); causal is right = 0."""
-    if isinstance(window_size, Tensor):
-        if causal:
-            window_size = torch.cat([window_size[:1], window_size.new_zeros(1)])
-        return window_size, -1, -1
-    left, right = window_size
-    return None, left if left >= 0 else -1, 0 if causal else (right if right >= 0 else -1)
-
-
-def _pad_head_dim(x: Tensor) -> Tensor:
-    """Pads D to a multiple of 8 (16-byte rows) and guarantees last stride 1."""
-    if x.shape[2] % 8:
-        return F.pad(x, (0, -x.shape[2] % 8))
-    return x if x.stride(2) == 1 else x.contiguous()
 
 
 def _attention_probabilities(

@@ -38,7 +38,7 @@ def varlen_forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns out [T, H, D] and lse [H, T]; arguments as the public function resolved them."""
     if backend == "pytorch":
-        options = _reference_options(
+        options = reference_options(
             softmax_scale, window_left, window_right, window, softcap, dropout_p
         )
         with torch.autocast(q.device.type, enabled=False):
@@ -113,7 +113,7 @@ def varlen_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns dq, dk, dv in the shapes of q, k, v and delta [H, T] = rowsum(dout * out) - dlse."""
     if backend == "pytorch":
-        options = _reference_options(
+        options = reference_options(
             softmax_scale, window_left, window_right, window, softcap, dropout_p
         )
         with torch.autocast(q.device.type, enabled=False):
@@ -232,7 +232,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
 varlen_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _reference_options(
+def reference_options(
     softmax_scale: float,
     window_left: int,
     window_right: int,
@@ -240,6 +240,7 @@ def _reference_options(
     softcap: float,
     dropout_p: float,
 ) -> reference.VarlenOptions:
+    """Options of the PyTorch path; a window on a device is read."""
     if window is not None:
         window_left, window_right = window.tolist()
     return reference.VarlenOptions(softmax_scale, window_left, window_right, softcap, dropout_p)
@@ -266,9 +267,10 @@ def visible_pairs(
     return pairs
 
 
-def _pairs(
+def attended_pairs(
     cu_q: Tensor, cu_k: Tensor, left: int, right: int, window: Tensor | None, q: Tensor, k: Tensor
 ) -> int:
+    """The visible pairs under a window; of meta tensors as if all documents were equal."""
     if cu_q.is_meta or isinstance(cu_q, torch._subclasses.FakeTensor):
         documents = max(1, cu_q.shape[0] - 1)  # lengths unknown: as if all were equal
         per_document = (q.shape[0] // documents) * (k.shape[0] // documents) * documents
@@ -280,7 +282,7 @@ def _pairs(
 
 def causal_pairs(cu_q: Tensor, cu_k: Tensor, q: Tensor, k: Tensor) -> int:
     """The visible pairs of causal attention; of meta tensors as if all documents were equal."""
-    return _pairs(cu_q, cu_k, -1, 0, None, q, k)
+    return attended_pairs(cu_q, cu_k, -1, 0, None, q, k)
 
 
 @register_flop_formula(torch.ops.lctrain.varlen_forward, get_raw=True)
@@ -300,7 +302,7 @@ def varlen_forward_flops(
     out_val: Any = None,
 ) -> int:
     """Two matrix products over the visible pairs."""
-    return 2 * _pairs(cu_q, cu_k, left, right, window, q, k) * q.shape[1] * 2 * q.shape[2]
+    return 2 * attended_pairs(cu_q, cu_k, left, right, window, q, k) * q.shape[1] * 2 * q.shape[2]
 
 
 @register_flop_formula(torch.ops.lctrain.varlen_backward, get_raw=True)
@@ -324,4 +326,4 @@ def varlen_backward_flops(
     out_val: Any = None,
 ) -> int:
     """Five matrix products over the visible pairs, however the kernel computes them."""
-    return 5 * _pairs(cu_q, cu_k, left, right, window, q, k) * q.shape[1] * 2 * q.shape[2]
+    return 5 * attended_pairs(cu_q, cu_k, left, right, window, q, k) * q.shape[1] * 2 * q.shape[2]

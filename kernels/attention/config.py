@@ -58,7 +58,9 @@ class TileConfig:
 
 
 # Operation -> {padded head dim: configuration}; head dims up to the key use it. An entry
-# "<operation>_dropout" replaces single sizes where dropout is on.
+# "<operation>_dropout" replaces single sizes where dropout is on. Differential attention
+# ("diff_...") goes by the sum of its two padded head dims: 192 is keys of 64 with values of 128,
+# 256 is both of 128.
 _HOPPER = {
     "varlen_fwd": {
         64: TileConfig(64, 64, 4, 3, pack=2, spill_free=True),
@@ -78,6 +80,24 @@ _HOPPER = {
         128: TileConfig(64, 128, 8, 2),
         256: TileConfig(32, 64, 8, 2),
     },
+    "diff_fwd": {
+        128: TileConfig(64, 64, 4, 3),
+        192: TileConfig(64, 64, 4, 2),
+        256: TileConfig(64, 64, 4, 2, pack=2),
+        384: TileConfig(64, 32, 8, 2, pack=2),
+    },
+    "diff_dq": {
+        128: TileConfig(64, 64, 4, 2),
+        192: TileConfig(64, 64, 4, 2),
+        256: TileConfig(64, 32, 4, 2, pack=2),
+        384: TileConfig(64, 32, 8, 2, pack=2),
+    },
+    "diff_dkv": {
+        128: TileConfig(32, 64, 4, 2),
+        192: TileConfig(32, 64, 4, 2),
+        256: TileConfig(32, 128, 8, 2),
+        384: TileConfig(32, 64, 8, 2),
+    },
 }
 _AMPERE = {
     "varlen_fwd": {
@@ -94,6 +114,21 @@ _AMPERE = {
         64: TileConfig(64, 64, 4, 2),
         128: TileConfig(32, 64, 4, 2),
         256: TileConfig(32, 32, 4, 1),
+    },
+    "diff_fwd": {
+        128: TileConfig(64, 64, 4, 2),
+        256: TileConfig(64, 32, 4, 2),
+        384: TileConfig(32, 32, 4, 2),
+    },
+    "diff_dq": {
+        128: TileConfig(64, 32, 4, 2),
+        256: TileConfig(64, 32, 8, 1),
+        384: TileConfig(32, 32, 4, 1),
+    },
+    "diff_dkv": {
+        128: TileConfig(32, 64, 4, 1),
+        256: TileConfig(32, 32, 4, 1),
+        384: TileConfig(16, 32, 4, 1),
     },
 }
 _CDNA = {
@@ -112,18 +147,36 @@ _CDNA = {
         128: TileConfig(64, 64, 4, 1),
         256: TileConfig(32, 32, 4, 1),
     },
+    "diff_fwd": {
+        256: TileConfig(64, 32, 4, 1),
+        384: TileConfig(32, 32, 4, 1),
+    },
+    "diff_dq": {
+        256: TileConfig(64, 32, 4, 1),
+        384: TileConfig(32, 32, 4, 1),
+    },
+    "diff_dkv": {
+        256: TileConfig(32, 32, 4, 1),
+        384: TileConfig(16, 32, 4, 1),
+    },
 }
 # Products of float32 run on the scalar units, in registers: small tiles.
 _FLOAT32 = {
     "varlen_fwd": {64: TileConfig(32, 32, 4, 1), 256: TileConfig(16, 32, 4, 1)},
     "varlen_dq": {64: TileConfig(32, 32, 4, 1), 256: TileConfig(16, 32, 4, 1)},
     "varlen_dkv": {64: TileConfig(32, 32, 4, 1), 256: TileConfig(16, 32, 4, 1)},
+    "diff_fwd": {192: TileConfig(32, 32, 4, 1), 384: TileConfig(16, 32, 4, 1)},
+    "diff_dq": {192: TileConfig(32, 32, 4, 1), 384: TileConfig(16, 32, 4, 1)},
+    "diff_dkv": {192: TileConfig(16, 32, 4, 1), 384: TileConfig(16, 16, 4, 1)},
 }
 # The interpreter walks programs in Python: small tiles, so that tiny documents still cross them.
 _INTERPRETER = {
     "varlen_fwd": {256: TileConfig(32, 32, 4, 1, pack=2)},
     "varlen_dq": {256: TileConfig(32, 32, 4, 1, pack=2)},
     "varlen_dkv": {256: TileConfig(16, 32, 4, 1)},
+    "diff_fwd": {384: TileConfig(32, 32, 4, 1, pack=2)},
+    "diff_dq": {384: TileConfig(32, 32, 4, 1, pack=2)},
+    "diff_dkv": {384: TileConfig(16, 32, 4, 1)},
 }
 TABLES = {
     "sm_80": _AMPERE,
@@ -138,7 +191,12 @@ OPERATIONS = ("varlen_fwd", "varlen_dq", "varlen_dkv")
 
 
 def table_config(
-    table: str, operation: str, head_dim: int, group: int, has_dropout: bool = False
+    table: str,
+    operation: str,
+    head_dim: int,
+    group: int,
+    has_dropout: bool = False,
+    value_dim: int | None = None,
 ) -> TileConfig:
     """Looks a configuration up.
 
@@ -148,15 +206,21 @@ def table_config(
         head_dim: D, 1 to 256.
         group: Query heads per key/value head; bounds how many heads can share a tile.
         has_dropout: Whether the kernel draws dropout masks.
+        value_dim: Of the operations of differential attention, whose tables go by both head dims.
     """
+    width = padded_head_dim(head_dim)
+    if value_dim is not None:
+        width += padded_head_dim(value_dim)
     sizes = TABLES[table][operation]
     if has_dropout:
         sizes = {**sizes, **TABLES[table].get(f"{operation}_dropout", {})}
-    config = sizes[min(size for size in sizes if size >= min(padded_head_dim(head_dim), 256))]
+    config = sizes[min(size for size in sizes if size >= min(width, max(sizes)))]
     return replace(config, pack=math.gcd(config.pack, group))
 
 
-def tile_config(operation: str, q: Tensor, group: int, has_dropout: bool) -> TileConfig:
+def tile_config(
+    operation: str, q: Tensor, group: int, has_dropout: bool, value_dim: int | None = None
+) -> TileConfig:
     """Returns the configuration for these tensors; never reads their values."""
     if q.device.type != "cuda":
         table = "interpreter"
@@ -167,7 +231,7 @@ def tile_config(operation: str, q: Tensor, group: int, has_dropout: bool) -> Til
     override = _OVERRIDES.get(operation)
     if override is not None:
         return replace(override, pack=math.gcd(override.pack, group))
-    return table_config(table, operation, q.shape[2], group, has_dropout)
+    return table_config(table, operation, q.shape[2], group, has_dropout, value_dim)
 
 
 _OVERRIDES: dict[str, TileConfig] = {}
