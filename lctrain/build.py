@@ -207,6 +207,7 @@ def build_trainer(
         strategy=config.strategy,
         precision=resolve_precision(config),  # type: ignore[arg-type]
         max_steps=config.max_steps,
+        max_time=config.max_time,
         max_epochs=config.max_epochs,
         accumulate_grad_batches=batches,
         gradient_clip_val=config.gradient_clip_val,

@@ -37,9 +37,11 @@ class DataConfig:
         tokenizer: Name or path; None trains a byte-level BPE on the training split, once.
         vocab_size: Of the tokenizer, if it is trained.
         max_tokens: Capacity of a row.
+        max_document_tokens: Tokens of a document in a row; None for max_tokens.
         overlong: split, truncate or drop longer documents.
         packing_window: Documents packed at a time.
         held_out_fraction: Share of the documents to hold out.
+        passkey_fraction: Share of every training row that teaches retrieval.
         num_workers: Processes that build batches.
         num_proc: Processes that tokenize; None for one, in which fast tokenizers use all cores.
         seed: Of the shuffle.
@@ -49,9 +51,11 @@ class DataConfig:
     tokenizer: str | None = None
     vocab_size: int = 8192
     max_tokens: int = 4096
+    max_document_tokens: int | None = None
     overlong: str = "split"
     packing_window: int = 100_000
     held_out_fraction: float = 0.05
+    passkey_fraction: float = 0.0
     num_workers: int = 0
     num_proc: int | None = None
     seed: int = 0
@@ -205,6 +209,8 @@ class TrainerConfig:
             of a window relies on gradients that every rank holds whole.
         precision: auto (bf16-mixed on a GPU, else 32-true), 32-true, bf16-mixed or bf16-true.
         max_steps: Optimizer steps; -1 for no limit.
+        max_time: Stops training after this much time, as days:hours:minutes:seconds; None for no
+            limit. The learning rate is scheduled by `max_steps` all the same.
         max_epochs: Passes over the data; -1 for no limit.
         accumulate_grad_batches: Packs per rank and optimizer step.
         gradient_clip_val: Largest gradient norm; None does not clip.
@@ -224,6 +230,7 @@ class TrainerConfig:
     strategy: str = "auto"
     precision: str = "auto"
     max_steps: int = -1
+    max_time: str | None = None
     max_epochs: int = -1
     accumulate_grad_batches: int = 1
     gradient_clip_val: float | None = 1.0

@@ -8,12 +8,25 @@ from typing import Any
 
 from lctrain import config
 from lctrain.config import DataConfig, store_schema
-from lctrain.data import HubSource, JsonlSource, ParquetSource, Source, StdlibSource, TextSource
+from lctrain.data import (
+    HubSource,
+    JsonlSource,
+    PackagesSource,
+    ParquetSource,
+    Source,
+    StdlibSource,
+    TextSource,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StdlibData(DataConfig, StdlibSource):
     """data=stdlib"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackagesData(DataConfig, PackagesSource):
+    """data=packages"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +59,14 @@ def source_of(data: DataConfig) -> Source:
         if issubclass(base, Source) and not issubclass(base, DataConfig):
             return base(**{field.name: getattr(data, field.name) for field in fields(base)})
     raise ValueError(
-        f"data must name a source, got {type(data).__name__}. Choose data=stdlib, text, jsonl, "
-        "parquet or hub."
+        f"data must name a source, got {type(data).__name__}. Choose data=stdlib, packages, "
+        "text, jsonl, parquet or hub."
     )
 
 
 SCHEMAS: dict[str, Any] = {
     "data/stdlib": StdlibData,
+    "data/packages": PackagesData,
     "data/text": TextData,
     "data/jsonl": JsonlData,
     "data/parquet": ParquetData,

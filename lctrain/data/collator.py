@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lctrain.batch import PackedBatch, check_max_tokens
-from lctrain.data.documents import TokenStore
+from lctrain.data.documents import StoredTokens
 from lctrain.data.packing import PackingPlan
 
 
@@ -57,7 +57,7 @@ class PackedRows(torch.utils.data.Dataset[PackedBatch]):
     of its own, and weighs nothing.
     """
 
-    def __init__(self, store: TokenStore, plan: PackingPlan) -> None:
+    def __init__(self, store: StoredTokens, plan: PackingPlan) -> None:
         """Wraps tokenized documents and the plan that packs them."""
         self.store = store
         self.plan = plan

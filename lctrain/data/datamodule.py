@@ -37,9 +37,11 @@ class PackedDataModule(LightningDataModule):
         tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
         *,
         max_tokens: int = 4096,
+        max_document_tokens: int | None = None,
         overlong: Overlong = "split",
         packing_window: int = 100_000,
         held_out_fraction: float = 0.05,
+        passkey_fraction: float = 0.0,
         vocab_size: int = 8192,
         num_workers: int = 0,
         num_proc: int | None = None,
@@ -54,10 +56,15 @@ class PackedDataModule(LightningDataModule):
             tokenizer: Name or path of a tokenizer of transformers, or one; None trains a byte-level
                 BPE on the training split, once.
             max_tokens: Tokens of a row, >= 2.
-            overlong: "split", "truncate" or "drop" documents that are longer.
+            max_document_tokens: Tokens of a document in a row, in [2, max_tokens]; None for
+                max_tokens. Training on a short window then needs no short rows.
+            overlong: "split", "truncate" or "drop" documents that are longer than that.
             packing_window: Documents packed at a time.
             held_out_fraction: Share of the documents to hold out, in [0, 1), unless the source has
                 held-out data of its own.
+            passkey_fraction: Share of the tokens of every training row, in [0, 1), that teaches
+                retrieval: documents with a passkey, up to the longest document (see
+                lctrain.data.passkey). There are none among the held-out rows.
             vocab_size: Size of the tokenizer, if it is trained.
             num_workers: Worker processes that build batches.
             num_proc: Processes that tokenize; None: one, in which fast tokenizers use all cores.
@@ -77,9 +84,11 @@ class PackedDataModule(LightningDataModule):
             source=StdlibSource() if source is None else source,
             tokenizer=tokenizer,
             max_tokens=max_tokens,
+            max_document_tokens=max_document_tokens,
             overlong=overlong,
             packing_window=packing_window,
             held_out_fraction=held_out_fraction,
+            passkey_fraction=passkey_fraction,
             vocab_size=vocab_size,
             num_proc=num_proc,
             cache_dir=_default_cache_dir() if cache_dir is None else Path(cache_dir),

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -130,6 +130,19 @@ def _digest(text: str) -> int:
     """64 bits of a hash of the text, as a signed integer for Arrow."""
     hashed = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(hashed, "little", signed=True)
+
+
+class StoredTokens(Protocol):
+    """What a TokenStore, or anything in its place, has: see there."""
+
+    lengths: np.ndarray
+    names: Sequence[str]
+
+    def __len__(self) -> int: ...
+
+    def tokens(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
+        """Returns tokens [start, start + length) of a document: [length] integers."""
+        ...
 
 
 class TokenStore:

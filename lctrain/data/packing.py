@@ -26,16 +26,18 @@ class PackingReport:
     Attributes:
         rows: Rows made.
         max_tokens: Capacity of a row.
-        documents: Documents that are in the rows, wholly or in part.
+        documents: Documents that are in the rows, wholly or in part, those with a passkey included.
         pieces: Parts that the documents became; equal to documents unless some were split.
         tokens: Tokens in the rows.
-        split: Documents longer than max_tokens that were split.
+        split: Documents longer than the limit of a document that were split.
         truncated: Documents that lost their end.
         truncated_tokens: Tokens lost that way.
-        dropped: Documents longer than max_tokens that were dropped.
+        dropped: Documents longer than the limit of a document that were dropped.
         dropped_tokens: Tokens lost that way.
         dropped_empty: Documents without text.
         dropped_undecodable: Files that are not text in UTF-8.
+        passkeys: Documents that were generated with a passkey.
+        passkey_tokens: Their tokens.
     """
 
     rows: int
@@ -50,6 +52,8 @@ class PackingReport:
     dropped_tokens: int = 0
     dropped_empty: int = 0
     dropped_undecodable: int = 0
+    passkeys: int = 0
+    passkey_tokens: int = 0
 
     @property
     def fill(self) -> float:
@@ -63,7 +67,13 @@ class PackingReport:
             f"{self.truncated:,} truncated{_lost(self.truncated_tokens)}, "
             f"{self.dropped:,} dropped{_lost(self.dropped_tokens)}, "
             f"{self.dropped_empty:,} empty, {self.dropped_undecodable:,} not decodable"
+            f"{self._passkeys()}"
         )
+
+    def _passkeys(self) -> str:
+        if not self.passkeys:
+            return ""
+        return f"; {self.passkeys:,} with a passkey ({self.passkey_tokens:,} tokens)"
 
 
 def _lost(tokens: int) -> str:
@@ -74,15 +84,15 @@ def _lost(tokens: int) -> str:
 class PackingPlan:
     """Which piece of which document lies in which row. P pieces, R rows.
 
-    A piece's index here is its dropout key: it depends on the documents, `max_tokens` and
-    `overlong`, not on the window, the shuffle or the number of ranks.
+    A piece's index here is its dropout key: it depends on the documents, the limits of a document
+    and a row, and `overlong`, not on the window, the shuffle or the number of ranks.
 
     Attributes:
         documents: [P] int64, the document of a piece; rising.
         starts: [P] int64, its first token in the document.
         lengths: [P] int64.
         row_offsets: [R + 1] int64, row r holds row_pieces[row_offsets[r]:row_offsets[r + 1]].
-        row_pieces: [P] int64, pieces ordered by row; longest first in a row.
+        row_pieces: [P] int64, pieces ordered by row; longest first in a row, passkeys at its end.
         report: The counts.
     """
 
@@ -110,6 +120,7 @@ def pack(
     lengths: np.ndarray,
     max_tokens: int,
     *,
+    max_document_tokens: int | None = None,
     overlong: Overlong = "split",
     window: int = 100_000,
     dropped_empty: int = 0,
@@ -120,8 +131,9 @@ def pack(
     Args:
         lengths: [N] integers, tokens of each document, all >= 1.
         max_tokens: Capacity of a row, >= 2.
-        overlong: What happens to a longer document: "split" into pieces of max_tokens and a rest,
-            "truncate" to its first max_tokens, or "drop".
+        max_document_tokens: Limit of a document, in [2, max_tokens]; None for max_tokens.
+        overlong: What happens to a longer document: "split" into pieces of the limit and a rest,
+            "truncate" to that many first tokens, or "drop".
         window: Documents packed at a time; a row never mixes windows.
         dropped_empty: Count of empty documents to carry into the report.
         dropped_undecodable: Count of unreadable files to carry into the report.
@@ -133,6 +145,7 @@ def pack(
         ValueError: if an argument is out of range.
     """
     check_max_tokens(max_tokens)
+    limit = document_limit(max_document_tokens, max_tokens)
     if overlong not in get_args(Overlong):
         raise ValueError(
             f"overlong must be one of {', '.join(get_args(Overlong))}, got {overlong!r}. "
@@ -144,7 +157,7 @@ def pack(
     if len(lengths) and lengths.min() < 1:
         raise ValueError("lengths must be at least 1, got a smaller one. Drop empty documents.")
 
-    documents, starts, pieces = _cut(lengths, max_tokens, overlong)
+    documents, starts, pieces = _cut(lengths, limit, overlong)
     row_of_piece = np.empty(len(pieces), dtype=np.int64)
     rows = 0
     ends = np.searchsorted(documents, np.arange(window, len(lengths) + window, window))
@@ -156,7 +169,7 @@ def pack(
     row_pieces = np.lexsort((-pieces, row_of_piece))
     row_offsets = np.concatenate([[0], np.cumsum(np.bincount(row_of_piece, minlength=rows))])
 
-    excess = lengths > max_tokens
+    excess = lengths > limit
     over, over_tokens = int(excess.sum()), int(lengths[excess].sum())
     report = PackingReport(
         rows=rows,
@@ -166,7 +179,7 @@ def pack(
         tokens=int(pieces.sum()),
         split=over if overlong == "split" else 0,
         truncated=over if overlong == "truncate" else 0,
-        truncated_tokens=over_tokens - over * max_tokens if overlong == "truncate" else 0,
+        truncated_tokens=over_tokens - over * limit if overlong == "truncate" else 0,
         dropped=over if overlong == "drop" else 0,
         dropped_tokens=over_tokens if overlong == "drop" else 0,
         dropped_empty=dropped_empty,
@@ -175,21 +188,37 @@ def pack(
     return PackingPlan(documents, starts, pieces, row_offsets, row_pieces, report)
 
 
+def document_limit(max_document_tokens: int | None, max_tokens: int) -> int:
+    """Returns the most tokens of a document.
+
+    Raises:
+        ValueError: if it is below 2, or a row cannot hold it.
+    """
+    if max_document_tokens is None:
+        return max_tokens
+    if not 2 <= max_document_tokens <= max_tokens:
+        raise ValueError(
+            f"max_document_tokens must be in [2, max_tokens = {max_tokens}], got "
+            f"{max_document_tokens}. Use null for documents as long as a row."
+        )
+    return max_document_tokens
+
+
 def _cut(
-    lengths: np.ndarray, max_tokens: int, overlong: Overlong
+    lengths: np.ndarray, limit: int, overlong: Overlong
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Documents to pieces of at most max_tokens: (document, start, length), [P] int64 each."""
+    """Documents to pieces of at most `limit` tokens: (document, start, length), [P] int64 each."""
     documents = np.arange(len(lengths))
     if overlong == "drop":
-        documents = documents[lengths <= max_tokens]
+        documents = documents[lengths <= limit]
     if overlong != "split":
-        kept = np.minimum(lengths[documents], max_tokens)
+        kept = np.minimum(lengths[documents], limit)
         return documents, np.zeros_like(documents), kept
-    counts = -(-lengths // max_tokens)
+    counts = -(-lengths // limit)
     firsts = np.cumsum(counts) - counts
     documents = np.repeat(documents, counts)
-    starts = (np.arange(len(documents)) - np.repeat(firsts, counts)) * max_tokens
-    return documents, starts, np.minimum(lengths[documents] - starts, max_tokens)
+    starts = (np.arange(len(documents)) - np.repeat(firsts, counts)) * limit
+    return documents, starts, np.minimum(lengths[documents] - starts, limit)
 
 
 def _best_fit_decreasing(

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any, get_args
 from lctrain.batch import check_max_tokens
 from lctrain.data.collator import PackedRows
 from lctrain.data.documents import Documents, TokenStore, read_documents
-from lctrain.data.packing import Overlong, pack
+from lctrain.data.packing import Overlong, PackingPlan, document_limit, pack
+from lctrain.data.passkey import PasskeyFormat
+from lctrain.data.passkey_rows import (
+    SHORTEST,
+    JoinedStore,
+    PasskeyStore,
+    add_passkeys,
+    passkey_lengths,
+)
 from lctrain.data.sources import Source
 from lctrain.data.tokenizer import (
     check_end_token,
@@ -33,15 +41,18 @@ class Preparation:
     source: Source
     tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None
     max_tokens: int
+    max_document_tokens: int | None
     overlong: Overlong
     packing_window: int
     held_out_fraction: float
+    passkey_fraction: float
     vocab_size: int
     num_proc: int | None
     cache_dir: Path
 
     def __post_init__(self) -> None:
         check_max_tokens(self.max_tokens)
+        document_limit(self.max_document_tokens, self.max_tokens)
         if self.overlong not in get_args(Overlong):
             raise ValueError(
                 f"overlong must be one of {', '.join(get_args(Overlong))}, got {self.overlong!r}. "
@@ -51,6 +62,11 @@ class Preparation:
             raise ValueError(
                 f"held_out_fraction must be in [0, 1), got {self.held_out_fraction}. It is a share "
                 "of the documents; 0 holds none out."
+            )
+        if not 0 <= self.passkey_fraction < 1:
+            raise ValueError(
+                f"passkey_fraction must be in [0, 1), got {self.passkey_fraction}. It is a share "
+                "of the tokens of every training row; 0 adds none."
             )
         if self.packing_window < 1:
             raise ValueError(
@@ -72,7 +88,7 @@ class Preparation:
         train, held_out = self._documents()
         if tokenizer is None:
             tokenizer = train_tokenizer(train, self.vocab_size, self.cache_dir)
-        train_rows = self._pack(train, tokenizer)
+        train_rows = self._pack(train, tokenizer, self.passkey_fraction)
         if len(train_rows) == 0:
             raise ValueError(
                 f"data must fill at least one row, got none: {train_rows.plan.report}. Use more "
@@ -87,6 +103,11 @@ class Preparation:
             "overlong": self.overlong,
             "packing_window": self.packing_window,
         }
+        # Only if they are set: a checkpoint from before they existed still fits.
+        if self.max_document_tokens is not None:
+            settings["max_document_tokens"] = self.max_document_tokens
+        if self.passkey_fraction:
+            settings["passkey_fraction"] = self.passkey_fraction
         return PreparedData(tokenizer, train_rows, self._pack(held_out, tokenizer), settings)
 
     def _given_tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -113,17 +134,44 @@ class Preparation:
             )
         return train, held_out
 
-    def _pack(self, documents: Documents, tokenizer: PreTrainedTokenizerBase) -> PackedRows:
+    def _pack(
+        self,
+        documents: Documents,
+        tokenizer: PreTrainedTokenizerBase,
+        passkey_fraction: float = 0.0,
+    ) -> PackedRows:
         store: TokenStore = tokenize(documents, tokenizer, self.cache_dir, self.num_proc)
+        passkey_tokens = round(self.max_tokens * passkey_fraction)
+        limit = document_limit(self.max_document_tokens, self.max_tokens)
+        capacity = self.max_tokens - passkey_tokens
+        check_max_tokens(capacity)
         plan = pack(
             store.lengths,
-            self.max_tokens,
+            capacity,
+            max_document_tokens=min(limit, capacity),
             overlong=self.overlong,
             window=self.packing_window,
             dropped_empty=documents.dropped_empty,
             dropped_undecodable=documents.dropped_undecodable,
         )
-        return PackedRows(store, plan)
+        if passkey_tokens == 0 or len(plan) == 0:
+            return PackedRows(store, plan)
+        return self._add_passkeys(store, plan, PasskeyFormat.of(tokenizer), passkey_tokens)
+
+    def _add_passkeys(
+        self, store: TokenStore, plan: PackingPlan, format: PasskeyFormat, tokens: int
+    ) -> PackedRows:
+        shortest = max(SHORTEST, format.shortest)
+        longest = min(tokens, document_limit(self.max_document_tokens, self.max_tokens))
+        if longest < shortest:
+            raise ValueError(
+                f"passkey_fraction and max_document_tokens must leave room for documents of "
+                f"{shortest} tokens, the shortest with a passkey, got {longest}. Raise them, or "
+                "set passkey_fraction=0."
+            )
+        lengths, row_offsets = passkey_lengths(len(plan), tokens, shortest, longest)
+        mixed = add_passkeys(plan, len(store), lengths, row_offsets, self.max_tokens)
+        return PackedRows(JoinedStore(store, PasskeyStore(format, lengths, store)), mixed)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,8 @@ from lctrain.data.readers import describe_files, match_files, read_jsonl, read_t
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_NOT_STANDARD = {"site-packages", "dist-packages", "__pycache__"}
+_NO_SOURCES = frozenset({"__pycache__"})
+NOT_STANDARD = _NO_SOURCES | {"site-packages", "dist-packages"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +60,8 @@ class StdlibSource(Source):
 
     def load(self, cache_dir: Path) -> Dataset:
         """See Source. Files that are not UTF-8 are skipped and counted."""
-        root = Path(sysconfig.get_paths()["stdlib"])
-        paths = sorted(
-            path
-            for path in root.rglob("*.py")
-            if path.is_file() and not _NOT_STANDARD & set(path.relative_to(root).parts)
-        )
+        root = standard_library()
+        paths = python_files(root, without=NOT_STANDARD)
         if not paths:
             raise ValueError(
                 f"the standard library must have .py files, got none under {root}. "
@@ -162,6 +159,20 @@ class ParquetSource(FileSource):
             cache_dir=str(cache_dir / "datasets"),
         )
         return text_column(dataset, self.field)
+
+
+def standard_library() -> Path:
+    """The folder of the running interpreter's standard library."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def python_files(root: Path, without: Set[str] = _NO_SOURCES) -> list[Path]:
+    """The .py files below a folder, sorted, without those below folders of some names."""
+    return sorted(
+        path
+        for path in root.rglob("*.py")
+        if path.is_file() and without.isdisjoint(path.relative_to(root).parts)
+    )
 
 
 def generate(reader: Any, cache_dir: Path, **arguments: Any) -> Dataset:

@@ -209,6 +209,8 @@ def test_a_tokenizer_path_is_used(make_data, data, tmp_path):
         ({"overlong": "cut"}, "overlong must be one of split, truncate, drop, got 'cut'. split"),
         ({"held_out_fraction": 1.0}, r"held_out_fraction must be in \[0, 1\), got 1.0"),
         ({"packing_window": 0}, "packing_window must be at least 1, got 0"),
+        ({"passkey_fraction": 1.0}, r"passkey_fraction must be in \[0, 1\), got 1.0"),
+        ({"max_document_tokens": 300}, r"max_document_tokens must be in \[2, max_tokens = 256\]"),
         ({"num_proc": 0}, r"num_proc must be at least 1, got 0. Use None \(null\)"),
         ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
         ({"seed": -1}, "seed must be at least 0, got -1"),

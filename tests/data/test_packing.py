@@ -77,6 +77,18 @@ def test_drop_leaves_out_whole_documents_and_counts_them():
     assert report.tokens == 8
 
 
+@pytest.mark.parametrize(
+    ("overlong", "pieces"),
+    [("split", [4, 4, 1, 3]), ("truncate", [4, 3]), ("drop", [3])],
+)
+def test_documents_may_be_shorter_than_rows(overlong, pieces):
+    plan = pack(np.array([9, 3]), 16, max_document_tokens=4, overlong=overlong)
+    assert plan.lengths.tolist() == pieces
+    assert len(plan) == 1
+    lost = plan.report.truncated_tokens + plan.report.dropped_tokens
+    assert plan.report.tokens + lost == 12
+
+
 def test_windows_are_not_mixed():
     plan = pack(log_normal(100), 512, window=30)
     for row in range(len(plan)):
@@ -132,8 +144,10 @@ def test_fill_on_log_normal_lengths(capacity):
         ({"max_tokens": 1}, "max_tokens must be at least 2, got 1"),
         ({"max_tokens": 8, "overlong": "cut"}, "overlong must be one of split, truncate, drop"),
         ({"max_tokens": 8, "window": 0}, "window must be at least 1, got 0"),
+        ({"max_tokens": 8, "max_document_tokens": 9}, r"in \[2, max_tokens = 8\], got 9. Use null"),
+        ({"max_tokens": 8, "max_document_tokens": 1}, r"in \[2, max_tokens = 8\], got 1. Use null"),
     ],
-    ids=["max_tokens", "overlong", "window"],
+    ids=["max_tokens", "overlong", "window", "long-documents", "short-documents"],
 )
 def test_bad_settings_are_an_error(keywords, message):
     with pytest.raises(ValueError, match=message):

@@ -72,6 +72,11 @@ def test_resume_is_bit_equal(run, tmp_path, dies_at, num_workers, reads_estimate
     assert len({line.split()[1] for line in whole}) == 3
 
 
+def test_resume_with_passkeys_in_short_documents(run, tmp_path):
+    data = {"max_tokens": 512, "max_document_tokens": 200, "passkey_fraction": 0.4}
+    check_resume(run, tmp_path, dies_at=30, data=data | {"num_workers": 1})
+
+
 @pytest.mark.parametrize(
     ("accumulate", "max_steps"), [(2, -1), (5, 12)], ids=["two-until-epochs", "five-until-steps"]
 )

@@ -1,0 +1,93 @@
+"""Documents from the installed Python packages: hundreds of megabytes of text on most machines."""
+
+from __future__ import annotations
+
+import hashlib
+import site
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lctrain.data.limits import choose_by_hash
+from lctrain.data.readers import File, Row, describe_files, read_text
+from lctrain.data.sources import (
+    NOT_STANDARD,
+    Source,
+    generate,
+    python_files,
+    standard_library,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackagesSource(Source):
+    """The Python files of the packages that are installed for the running interpreter.
+
+    Of files with the same text, the first is used. With a limit, the files are chosen by a hash of
+    their path, so that they stay a mixture. Upgrading a package changes the data.
+
+    Attributes:
+        with_stdlib: Also the files of the standard library.
+        min_file_bytes: Leave shorter files out.
+        max_file_bytes: Leave longer files out: tables and generated code, for the most part.
+    """
+
+    with_stdlib: bool = True
+    min_file_bytes: int = 1
+    max_file_bytes: int = 500_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.min_file_bytes <= self.max_file_bytes:
+            raise ValueError(
+                f"min_file_bytes must be in [0, max_file_bytes = {self.max_file_bytes}], got "
+                f"{self.min_file_bytes}. Between the two there must be room for a file."
+            )
+
+    def load(self, cache_dir: Path) -> Dataset:
+        """See Source. Files that are not UTF-8 are skipped and counted."""
+        named: dict[str, Path] = {}
+        roots = package_folders()
+        for root in roots:
+            for path in python_files(root):
+                named.setdefault(path.relative_to(root).as_posix(), path)
+        if self.with_stdlib:
+            root = standard_library()
+            for path in python_files(root, without=NOT_STANDARD):
+                named.setdefault(f"stdlib/{path.relative_to(root).as_posix()}", path)
+        names = sorted(named)
+        files = tuple(
+            file
+            for file in describe_files([named[name] for name in names], names)
+            if self.min_file_bytes <= file[2] <= self.max_file_bytes
+        )
+        if not files:
+            raise ValueError(
+                f"the installed packages must have .py files of {self.min_file_bytes} to "
+                f"{self.max_file_bytes} bytes, got none under {', '.join(map(str, roots))}. Change "
+                "these limits, or use another data source, for example data=stdlib."
+            )
+        files = choose_by_hash(files, self.max_documents, self.max_bytes)
+        return generate(read_distinct, cache_dir, files=files)
+
+
+def package_folders() -> list[Path]:
+    """The folders that hold installed packages, existing ones only, without repeats."""
+    paths = sysconfig.get_paths()
+    folders = [paths["purelib"], paths["platlib"], *site.getsitepackages()]
+    return [folder for folder in map(Path, dict.fromkeys(folders)) if folder.is_dir()]
+
+
+def read_distinct(files: tuple[File, ...]) -> Iterator[Row]:
+    """As `read_text`, without files whose text was there before."""
+    seen: set[bytes] = set()
+    for row in read_text(files, skip_undecodable=True):
+        digest = hashlib.blake2b((row["text"] or "").encode(), digest_size=16).digest()
+        if digest not in seen or row["text"] is None:
+            seen.add(digest)
+            yield row

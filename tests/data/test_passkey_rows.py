@@ -1,0 +1,119 @@
+"""Rows with a share of passkey documents: the share, the lengths, and the same ones every time."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from lctrain.data.packing import pack
+from lctrain.data.passkey import PasskeyFormat
+from lctrain.data.passkey_rows import add_passkeys, passkey_lengths
+
+SETTINGS = {"max_tokens": 1024, "max_document_tokens": 300, "passkey_fraction": 0.5}
+
+
+@pytest.fixture
+def data(make_data):
+    module = make_data(**SETTINGS)
+    module.setup()
+    return module
+
+
+def test_lengths_fill_each_row_and_stay_in_range():
+    lengths, row_offsets = passkey_lengths(50, 1000, 64, 400)
+    rows = np.split(lengths, row_offsets[1:-1])
+    assert len(rows) == 50
+    assert all(1000 - 64 < row.sum() <= 1000 for row in rows)
+    assert lengths.min() >= 64
+    assert lengths.max() <= 400
+    assert 0.3 < (lengths < 160).mean() < 0.7  # log-uniform: half are below sqrt(64 * 400)
+    assert (passkey_lengths(10, 1000, 64, 400)[0] == lengths[: row_offsets[10]]).all()
+
+
+def test_passkeys_lie_at_the_end_of_their_rows():
+    plan = pack(np.array([5, 4, 3, 3, 2]), 8)
+    row_offsets = np.array([0, 1, 1, 3])
+    mixed = add_passkeys(plan, 5, np.array([70, 80, 90]), row_offsets, 99)
+    for row in range(len(plan)):
+        text = plan.row(row)
+        assert mixed.row(row)[: len(text)].tolist() == text.tolist()
+    passkeys = [mixed.lengths[mixed.row(row)[len(plan.row(row)) :]] for row in range(len(plan))]
+    assert np.concatenate(passkeys).tolist() == [70, 80, 90]
+    assert mixed.documents[-3:].tolist() == [5, 6, 7]
+    assert mixed.report.tokens == 17 + 240
+    assert mixed.report.passkeys == 3
+    assert "3 with a passkey (240 tokens)" in str(mixed.report)
+    assert mixed.costs().sum() == plan.costs().sum() + 70**2 + 80**2 + 90**2
+
+
+def test_every_row_has_its_share_and_text_in_short_documents(data):
+    report = data.packing_report
+    assert report.max_tokens == 1024
+    rows = data._ready.train_rows
+    for row in range(len(rows)):
+        batch = rows[row]
+        passkeys = [name.startswith("passkey:") for name in batch.names]
+        assert batch.num_tokens <= 1024
+        assert batch.max_seqlen <= 300
+        lengths = batch.cu_seqlens.diff().numpy()
+        assert 512 - 80 < lengths[passkeys].sum() <= 512
+        assert len(set(batch.document_ids.tolist())) == len(batch.names)
+    assert not any("passkey" in name for name in data._ready.held_out_rows.store.names)
+    assert data.held_out_report.passkeys == 0
+
+
+def test_documents_are_passkeys_over_training_text(data):
+    format = PasskeyFormat.of(data.tokenizer)
+    store = data._ready.train_rows.store
+    documents = [n for n, name in enumerate(store.names) if name.startswith("passkey:")]
+    keys = set()
+    for document in documents:
+        ids = store.tokens(document)
+        assert len(ids) == store.lengths[document]
+        assert ids[-1] == data.tokenizer.eos_token_id
+        text = data.tokenizer.decode(ids)
+        key = text.rpartition("# The pass key is")[2].removesuffix(data.tokenizer.eos_token)
+        assert text.count("# The pass key is" + key) == 2
+        keys.add(key)
+    assert len(keys) > 0.9 * len(documents)
+    assert min(store.lengths[documents]) >= format.shortest
+
+
+def test_the_same_rows_in_another_process_and_another_run(make_data, data):
+    copied = pickle.loads(pickle.dumps(data._ready.train_rows))
+    other = make_data(**SETTINGS)
+    other.setup()
+    for row in range(len(copied)):
+        batch = data._ready.train_rows[row]
+        assert batch.input_ids.equal(copied[row].input_ids)
+        assert batch.input_ids.equal(other._ready.train_rows[row].input_ids)
+
+
+def test_a_part_of_a_document(data):
+    store = data._ready.train_rows.store
+    last = len(store) - 1
+    assert store.tokens(last, 3, 10).tolist() == store.tokens(last)[3:13].tolist()
+    assert store.tokens(0, 3, 10).tolist() == store.tokens(0)[3:13].tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed"),
+    [
+        ({"passkey_fraction": 0.25}, "passkey_fraction was 0.5, is 0.25"),
+        ({"passkey_fraction": 0.0}, "passkey_fraction was 0.5, is None"),
+        ({"max_document_tokens": 200}, "max_document_tokens was 300, is 200"),
+        ({"max_document_tokens": None}, "max_document_tokens was 300, is None"),
+    ],
+)
+def test_resuming_with_other_settings_is_an_error(make_data, data, settings, changed):
+    other = make_data(**(SETTINGS | settings))
+    other.setup()
+    with pytest.raises(ValueError, match=changed):
+        other.load_state_dict(data.state_dict())
+
+
+def test_no_room_for_a_passkey_is_an_error(make_data):
+    with pytest.raises(ValueError, match=r"must leave room for documents of \d+ tokens.*got 51"):
+        make_data(max_tokens=1024, passkey_fraction=0.05).setup()
+    with pytest.raises(ValueError, match=r"must leave room .* got 50. Raise them"):
+        make_data(max_tokens=1024, passkey_fraction=0.5, max_document_tokens=50).setup()
