@@ -41,7 +41,8 @@ _HOMES = {
 }
 
 
-register_with_transformers()  # makes attn_implementation="lctrain_flash" known, now or later
+# Makes attn_implementation="lctrain_flash" and the others known, now or later.
+register_with_transformers("lctrain.models.registration")
 
 
 def __getattr__(name: str) -> Any:

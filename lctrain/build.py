@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from lctrain.attention import AttentionSpec
+from lctrain.attention import make_spec
 from lctrain.callbacks import AtomicCheckpointIO
 from lctrain.config import (
     AttentionConfig,
@@ -78,7 +78,7 @@ def check_model(config: ModelConfig, attention: AttentionConfig | None) -> None:
         ValueError: as in `build_model`, apart from the tokenizer's size, or in `patch_model`.
     """
     if attention is not None:
-        AttentionSpec(kind=attention.name, **attention.options())
+        make_spec(attention.name, **attention.options())
     with torch.device("meta"):
         if isinstance(config, ScratchModelConfig):
             model = _from_scratch(config, LARGE_VOCABULARY)

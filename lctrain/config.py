@@ -8,7 +8,7 @@ DictConfig.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -111,17 +111,29 @@ class AttentionConfig:
         dropout: Attention dropout in training; None takes the model's own.
         deterministic: Ask for a backward that gives the same bits in every run.
         backend: Which kernels serve, as in `lctrain.kernels`; a named one never falls back.
+        chunk_size: Of dual_chunk, like all below, as in `lctrain.attention.DualChunkSpec`; None
+            takes its default.
+        local_size: Of dual_chunk.
+        scale: Of dual_chunk, none or yarn.
+        scale_coefficient: Of dual_chunk.
+        window: Of dual_chunk.
     """
 
     name: str = "flash"
     dropout: float | None = None
     deterministic: bool = False
     backend: str = "auto"
+    chunk_size: int | None = None
+    local_size: int | None = None
+    scale: str | None = None
+    scale_coefficient: float | None = None
+    window: int | None = None
 
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of `lctrain.patch_model`."""
-        options = {"deterministic": self.deterministic, "backend": self.backend}
-        return options if self.dropout is None else {**options, "dropout": self.dropout}
+        """The keyword arguments of `lctrain.patch_model`: what is set, also for another kind."""
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        del options["name"]
+        return {name: value for name, value in options.items() if value is not None}
 
 
 @dataclass(frozen=True)

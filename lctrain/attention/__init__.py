@@ -1,6 +1,21 @@
-"""Attention of lctrain inside transformers: its spec, its names, and their registration."""
+"""Attention of lctrain inside transformers: its specs, its names, and their registration."""
 
 from lctrain.attention.import_hook import register_with_transformers
-from lctrain.attention.spec import ATTENTION_NAMES, AttentionSpec, is_patched
+from lctrain.attention.spec import (
+    ATTENTION_NAMES,
+    AttentionSpec,
+    DualChunkSpec,
+    FlashSpec,
+    is_patched,
+    make_spec,
+)
 
-__all__ = ["ATTENTION_NAMES", "AttentionSpec", "is_patched", "register_with_transformers"]
+__all__ = [
+    "ATTENTION_NAMES",
+    "AttentionSpec",
+    "DualChunkSpec",
+    "FlashSpec",
+    "is_patched",
+    "make_spec",
+    "register_with_transformers",
+]

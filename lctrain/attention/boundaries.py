@@ -161,6 +161,26 @@ def find_segments(position_ids: Tensor, mask: Tensor | None = None) -> Tensor | 
     return segments.masked_fill(~mask, 0)
 
 
+def find_positions(boundaries: Boundaries) -> Tensor:
+    """Counts every query's place in its document: the keys before it. Reads nothing on the device.
+
+    Returns:
+        [B, S] int64, 0 at padding.
+    """
+    total = boundaries.queries[0] * boundaries.queries[1]
+    real = boundaries.indices_q
+    cu_seqlens, device = boundaries.cu_seqlens_q, boundaries.cu_seqlens_q.device
+    tokens = torch.arange(total if real is None else real.shape[0], device=device)
+    document = torch.searchsorted(cu_seqlens[1:], tokens.to(torch.int32), right=True)
+    positions = tokens - cu_seqlens[document]
+    if boundaries.cu_seqlens_k is not cu_seqlens:
+        cached = boundaries.cu_seqlens_k.diff() - cu_seqlens.diff()
+        positions = positions + cached[document]
+    if real is not None:
+        positions = positions.new_zeros(total).index_copy(0, real, positions)
+    return positions.view(boundaries.queries)
+
+
 def _length(name: str, value: Any) -> int:
     if isinstance(value, Tensor) and value.device.type == "cpu" and value.numel() == 1:
         return int(value)

@@ -1,4 +1,4 @@
-"""The attention function of lctrain_flash: what transformers' layers call instead of SDPA."""
+"""What the attention functions share: transformers' layers call them instead of SDPA."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -17,7 +17,6 @@ from lctrain.attention.boundaries import (
     is_packed,
 )
 from lctrain.attention.mask import UNPATCH
-from lctrain.attention.spec import AttentionSpec
 
 SPEC_ATTRIBUTE = "lctrain_attention_spec"
 BOUNDARIES_ARGUMENT = "lctrain_boundaries"
@@ -35,87 +34,8 @@ _REFUSED = {
 _HARMLESS = frozenset({"num_items_in_batch", "inputs_embeds", "hidden_states", "labels"})
 
 
-def flash_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    is_causal: bool | None = None,
-    s_aux: Tensor | None = None,
-    deterministic: bool | None = None,
-    lctrain_boundaries: Boundaries | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attends within documents, on lctrain's kernels.
-
-    Args:
-        module: The attention layer; `is_causal` and the AttentionSpec are read from it.
-        query: [B, H, S, D].
-        key: [B, Hk, Sk, D]; under autocast float32 like query, while value is low precision.
-        value: [B, Hk, Sk, Dv].
-        attention_mask: What flash_attention_mask returned.
-        dropout: Probability of dropping a weight, 0.0 in eval mode; AttentionSpec.dropout wins.
-        scaling: Factor of q.k; default D^-0.5.
-        sliding_window: Keys that a query sees to its left, itself among them; bidirectional layers
-            see as many to the right.
-        softcap: c > 0 replaces a logit x by c tanh(x / c).
-        is_causal: Default: the module's own.
-        s_aux: [H], attention sinks: one more logit in every softmax of its head.
-        deterministic: Same bits in every run; AttentionSpec.deterministic wins if set.
-        lctrain_boundaries: From the input hook of patch_model.
-        **kwargs: `cu_seq_lens_q/k`, `max_length_q/k`, `document_ids`, `schedule`, `position_ids`,
-            and what the model passes along for others.
-
-    Returns:
-        [B, S, H, Dv], zero at padding, and None in place of attention weights.
-
-    Raises:
-        ValueError: for every argument that the kernels cannot honour.
-    """
-    _refuse_unknown(kwargs)
-    spec = getattr(module, SPEC_ATTRIBUTE, None)
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    queries, keys = (query.shape[0], query.shape[2]), (key.shape[0], key.shape[2])
-    if lctrain_boundaries is None:
-        if spec is not None and queries == keys:
-            raise ValueError(
-                f"{type(module).__name__} must be reached through the patched model, got a call "
-                "that lost the document boundaries on the way. Call the model itself, not its "
-                f"layers; if you did, this architecture drops keyword arguments. {UNPATCH}"
-            )
-        drop = causal or sliding_window is not None
-        lctrain_boundaries = _find_boundaries(attention_mask, kwargs, queries, keys, drop, query)
-    if lctrain_boundaries.queries != queries or lctrain_boundaries.keys != keys:
-        raise ValueError(
-            f"queries and keys must have the {lctrain_boundaries.queries} rows and tokens of the "
-            f"model's input, got {queries} and {keys} in {type(module).__name__}. {UNPATCH}"
-        )
-    spec = spec if spec is not None else AttentionSpec()
-    if spec.dropout is not None:
-        dropout = spec.dropout if module.training else 0.0
-    out = _attend(
-        query,
-        key,
-        value,
-        lctrain_boundaries,
-        dropout_p=dropout,
-        softmax_scale=scaling,
-        causal=causal,
-        window_size=_window(sliding_window, causal),
-        softcap=softcap or 0.0,
-        deterministic=spec.deterministic or bool(deterministic),
-        learnable_sink=s_aux,
-        backend=spec.backend,
-    )
-    return out, None
-
-
-def _refuse_unknown(kwargs: dict[str, Any]) -> None:
+def refuse_unknown(kwargs: dict[str, Any]) -> None:
+    """Raises a ValueError for every argument of a layer that the kernels cannot honour."""
     if kwargs.get("output_attentions"):
         raise ValueError(
             "output_attentions must be False, got True: the kernels never form the weights. "
@@ -133,7 +53,27 @@ def _refuse_unknown(kwargs: dict[str, Any]) -> None:
             )
 
 
-def _find_boundaries(
+def lost_boundaries(module: nn.Module) -> ValueError:
+    """The error of a layer that was reached without its model's input hook."""
+    return ValueError(
+        f"{type(module).__name__} must be reached through the patched model, got a call that lost "
+        "the document boundaries on the way. Call the model itself, not its layers; if you did, "
+        f"this architecture drops keyword arguments. {UNPATCH}"
+    )
+
+
+def require_rows(
+    module: nn.Module, boundaries: Boundaries, queries: tuple[int, int], keys: tuple[int, int]
+) -> None:
+    """Raises a ValueError unless the layer has the (B, S) rows that the boundaries describe."""
+    if boundaries.queries != queries or boundaries.keys != keys:
+        raise ValueError(
+            f"queries and keys must have the {boundaries.queries} rows and tokens of the model's "
+            f"input, got {queries} and {keys} in {type(module).__name__}. {UNPATCH}"
+        )
+
+
+def find_boundaries(
     mask: Tensor | None,
     kwargs: dict[str, Any],
     queries: tuple[int, int],
@@ -206,39 +146,31 @@ def _remember(
     return known[key]
 
 
-def _window(sliding_window: int | None, causal: bool) -> tuple[int, int]:
-    if sliding_window is None:
-        return (-1, -1)
-    return (sliding_window - 1, 0 if causal else sliding_window - 1)
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, boundaries: Boundaries, **options: Any
+def attend(
+    kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, boundaries: Boundaries
 ) -> Tensor:
-    """[B, H, S, D] -> [B, S, H, Dv]: drop padding, flatten, call the kernels, put padding back."""
-    from lctrain.kernels import flash_attn_varlen_func
+    """Drops padding, flattens, calls the kernel, puts padding back.
 
-    head_dim, value_dim = query.shape[-1], value.shape[-1]
-    if options["softmax_scale"] is None:
-        options["softmax_scale"] = head_dim**-0.5
+    Args:
+        kernel: (q [T, H, D], k [Tk, Hk, D], v [Tk, Hk, D]) -> [T, H, D].
+        query: [B, H, S, D].
+        key: [B, Hk, Sk, D].
+        value: [B, Hk, Sk, Dv].
+        boundaries: Of the documents.
+
+    Returns:
+        [B, S, H, Dv] in the dtype of `value`, that of autocast where it is on; zero at padding.
+    """
+    value_dim = value.shape[-1]
     dtype = _compute_dtype(value)
-    width = max(head_dim, value_dim)  # multi-head latent attention: Dv differs from D
+    width = max(query.shape[-1], value_dim)  # multi-head latent attention: Dv differs from D
     q = _tokens(query, boundaries.indices_q, dtype, width)
     k = _tokens(key, boundaries.indices_k, dtype, width)
     v = _tokens(value, boundaries.indices_k, dtype, width)
-    attended = flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        boundaries.cu_seqlens_q,
-        boundaries.cu_seqlens_k,
-        boundaries.max_seqlen_q,
-        boundaries.max_seqlen_k,
-        document_ids=boundaries.document_ids,
-        schedule=boundaries.schedule,
-        **options,
-    )
-    out = cast(Tensor, attended)[..., :value_dim]
+    out = kernel(q, k, v)[..., :value_dim]
     if boundaries.indices_q is not None:
         rows = out.new_zeros((boundaries.queries[0] * boundaries.queries[1], *out.shape[1:]))
         out = rows.index_copy(0, boundaries.indices_q, out)

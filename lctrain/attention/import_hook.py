@@ -2,8 +2,10 @@
 
 transformers takes seconds to import, and `lctrain.kernels` is promised to work without it. Yet
 `import lctrain` must be enough for `from_pretrained(..., attn_implementation="lctrain_flash")`.
+What registers is named by its module, since it is built on this package.
 """
 
+import importlib
 import importlib.util
 import sys
 from importlib.abc import MetaPathFinder
@@ -14,16 +16,23 @@ from typing import Any
 _TARGET = "transformers.modeling_utils"
 
 
-def register_with_transformers() -> None:
-    """Registers now if transformers' models are imported, else as soon as they are."""
+def register_with_transformers(registration: str) -> None:
+    """Registers now if transformers' models are imported, else as soon as they are.
+
+    Args:
+        registration: Module whose `register()` does it.
+    """
     if _TARGET in sys.modules:
-        _register()
+        _register(registration)
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+        sys.meta_path.insert(0, _Finder(registration))
 
 
 class _Finder(MetaPathFinder):
     """Finds nothing itself: lets the others find transformers.modeling_utils, and follows it up."""
+
+    def __init__(self, registration: str) -> None:
+        self.registration = registration
 
     def find_spec(
         self, fullname: str, path: Any = None, target: ModuleType | None = None
@@ -38,13 +47,11 @@ class _Finder(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            _register()
+            _register(self.registration)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def _register() -> None:
-    from lctrain.attention.registration import register
-
-    register()
+def _register(registration: str) -> None:
+    importlib.import_module(registration).register()

@@ -1,4 +1,4 @@
-"""The mask function of lctrain_flash: what transformers calls before the first layer."""
+"""The mask function of lctrain's attention: what transformers calls before the first layer."""
 
 from collections.abc import Callable
 

@@ -1,21 +1,17 @@
 """AttentionSpec: what a patched model's attention layers do, fixed when the model is patched."""
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
 
-ATTENTION_NAMES = {"flash": "lctrain_flash"}
-"""attention= of patch_model -> the name registered with transformers."""
-
-
-def is_patched(model: Any) -> bool:
-    """Whether a model's attention is one of lctrain's, so that packed documents stay apart."""
-    config = getattr(model, "config", None)
-    return getattr(config, "_attn_implementation", None) in ATTENTION_NAMES.values()
+SCALES = ("none", "yarn")
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """The options of one patched model; every attention layer carries the same one.
+    """The options of one patched model; every attention layer carries the same ones.
+
+    There is a subclass for every kind of attention, with the options that only it has.
 
     Attributes:
         kind: Which attention, a key of ATTENTION_NAMES.
@@ -25,19 +21,14 @@ class AttentionSpec:
         backend: Which kernels serve, as in `lctrain.kernels`; a named one never falls back.
     """
 
-    kind: str = "flash"
+    kind: ClassVar[str]
+
     dropout: float | None = None
     deterministic: bool = False
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.kind not in ATTENTION_NAMES:
-            raise ValueError(
-                f"attention must be one of {', '.join(map(repr, ATTENTION_NAMES))}, "
-                f"got {self.kind!r}. Name one that this version has."
-            )
-        number = isinstance(self.dropout, (int, float)) and not isinstance(self.dropout, bool)
-        if self.dropout is not None and not (number and 0.0 <= self.dropout < 1.0):
+        if self.dropout is not None and not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ValueError(
                 f"dropout must be in [0, 1), or None for the model config's own, "
                 f"got {self.dropout!r}. Pass 0.0 to turn it off."
@@ -56,3 +47,124 @@ class AttentionSpec:
     def implementation(self) -> str:
         """The name under which transformers knows this attention."""
         return ATTENTION_NAMES[self.kind]
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of `make_spec` that give this spec."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class FlashSpec(AttentionSpec):
+    """Plain attention: full or sliding windows, causal or not."""
+
+    kind: ClassVar[str] = "flash"
+
+
+@dataclass(frozen=True)
+class DualChunkSpec(AttentionSpec):
+    """Dual chunk attention: causal, without relative positions beyond those of training.
+
+    Its kernels give the same bits in every run; `deterministic` changes nothing.
+
+    Attributes:
+        chunk_size: S, the largest relative position used. None: as the model's config says, else
+            `window` - 1, with which texts of up to `window` tokens are read as before.
+        local_size: L, how far relative positions stay exact across a chunk's boundary; chunks hold
+            S - L tokens. None: as the model's config says, else (S + 1) // 8.
+        scale: "none", or "yarn": the logits of a document of n > `window` keys are multiplied by
+            (`scale_coefficient` * ln(n / window) + 1)^2. With a key/value cache n is the length so
+            far, so that a text read in pieces is scaled by less than the same text read at once.
+        scale_coefficient: Of "yarn"; 0.1 in YaRN and Qwen2.5-1M, 0.05 in ChunkLlama.
+        window: Tokens that the model was trained on at a time. None: as its config says.
+    """
+
+    kind: ClassVar[str] = "dual_chunk"
+
+    chunk_size: int | None = None
+    local_size: int | None = None
+    scale: str = "none"
+    scale_coefficient: float = 0.1
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("chunk_size", 1), ("local_size", 0), ("window", 2)):
+            value = getattr(self, name)
+            integer = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (integer and value >= least):
+                raise ValueError(
+                    f"{name} must be an int of at least {least}, got {value!r}. Pass a number of "
+                    "tokens, or None to follow the model's trained window."
+                )
+        sized = self.chunk_size is not None and self.local_size is not None
+        if sized and self.chunk <= 0:
+            raise ValueError(
+                f"local_size must be below chunk_size ({self.chunk_size}), got {self.local_size}. "
+                "Chunks hold chunk_size - local_size tokens; an eighth of the window is usual."
+            )
+        if self.scale not in SCALES:
+            raise ValueError(
+                f"scale must be one of {', '.join(map(repr, SCALES))}, got {self.scale!r}. 'none' "
+                "leaves the logits as they are."
+            )
+        coefficient = self.scale_coefficient
+        if not (_is_number(coefficient) and math.isfinite(coefficient) and coefficient >= 0):
+            raise ValueError(
+                f"scale_coefficient must be a number of at least 0, got {coefficient!r}. 0.1 is "
+                "that of YaRN; scale='none' turns it off."
+            )
+
+    @property
+    def chunk(self) -> int:
+        """c, the tokens of a chunk, once both sizes are known."""
+        assert self.chunk_size is not None
+        assert self.local_size is not None
+        return self.chunk_size - self.local_size
+
+
+_SPECS: dict[str, type[AttentionSpec]] = {spec.kind: spec for spec in (FlashSpec, DualChunkSpec)}
+ATTENTION_NAMES = {kind: f"lctrain_{kind}" for kind in _SPECS}
+"""attention= of patch_model -> the name registered with transformers."""
+
+
+def make_spec(kind: str = "flash", **options: Any) -> AttentionSpec:
+    """Builds the spec of one kind of attention.
+
+    Args:
+        kind: A key of ATTENTION_NAMES.
+        **options: Fields of its spec.
+
+    Raises:
+        ValueError: if the kind is unknown, or an option is unknown, another kind's, or wrong.
+    """
+    if kind not in _SPECS:
+        raise ValueError(
+            f"attention must be one of {', '.join(map(repr, _SPECS))}, got {kind!r}. Name one "
+            "that this version has."
+        )
+    known = _option_names(kind)
+    for name in sorted(set(options) - set(known)):
+        others = [repr(other) for other in _SPECS if name in _option_names(other)]
+        raise ValueError(
+            f"options of attention={kind!r} must be among {', '.join(known)}, got {name}. "
+            + (
+                f"It belongs to attention={' or '.join(others)}."
+                if others
+                else "Check the spelling."
+            )
+        )
+    return _SPECS[kind](**options)
+
+
+def is_patched(model: Any) -> bool:
+    """Whether a model's attention is one of lctrain's, so that packed documents stay apart."""
+    config = getattr(model, "config", None)
+    return getattr(config, "_attn_implementation", None) in ATTENTION_NAMES.values()
+
+
+def _option_names(kind: str) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(_SPECS[kind]))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -176,6 +176,13 @@ def counts_positions_itself(model: nn.Module) -> bool:
     )
 
 
+def reads_argument(module: nn.Module, name: str) -> bool:
+    """Tells whether a module's own code names an argument, in a signature or as a key of kwargs."""
+    return any(
+        name in code.co_varnames or name in _strings(code) for code in _methods(type(module))
+    )
+
+
 def _uses_interface(module: nn.Module) -> bool:
     return any(_INTERFACE in code.co_names for code in _methods(type(module)))
 

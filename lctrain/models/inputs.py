@@ -16,6 +16,7 @@ from lctrain.attention.boundaries import (
     is_packed,
 )
 from lctrain.attention.forward import BOUNDARIES_ARGUMENT
+from lctrain.attention.spec import AttentionSpec
 from lctrain.models.architectures import counts_positions_itself
 
 
@@ -28,8 +29,8 @@ class InputHook:
     The hook of an inner model leaves alone what an outer one has prepared.
     """
 
-    def __init__(self, model: nn.Module, implementation: str) -> None:
-        self.implementation = implementation
+    def __init__(self, model: nn.Module, spec: AttentionSpec) -> None:
+        self.implementation = spec.implementation
         self.positions_from_padding = counts_positions_itself(model)
         parameters = inspect.signature(type(model).forward).parameters.values()
         self.names = tuple(

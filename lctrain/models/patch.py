@@ -7,13 +7,12 @@ import torch
 from torch import nn
 
 from lctrain.attention.forward import SPEC_ATTRIBUTE
-from lctrain.attention.registration import register
-from lctrain.attention.spec import ATTENTION_NAMES, AttentionSpec
+from lctrain.attention.spec import AttentionSpec, make_spec
 from lctrain.models.architectures import attention_layers, require_supported
 from lctrain.models.configs import ConfigSwap
 from lctrain.models.inputs import InputHook
-
-OPTIONS = ("dropout", "deterministic", "backend")
+from lctrain.models.kinds import KINDS
+from lctrain.models.registration import register
 
 
 def patch_model(model: nn.Module, attention: str = "flash", **options: Any) -> "PatchHandle":
@@ -26,9 +25,13 @@ def patch_model(model: nn.Module, attention: str = "flash", **options: Any) -> "
     Args:
         model: A causal language model or encoder that uses AttentionInterface. Patch it before
             torch.compile and before wrapping it.
-        attention: "flash".
-        **options: Fields of AttentionSpec: `dropout` (probability, training mode only; default: as
-            the model's config says), `deterministic`, `backend`.
+        attention: "flash", or "dual_chunk" for texts beyond the trained window of a causal model
+            with rotary embeddings.
+        **options: Of every attention: `dropout` (probability, training mode only; default: as the
+            model's config says), `deterministic`, `backend`. Of "dual_chunk" also `chunk_size`,
+            `local_size`, `scale`, `scale_coefficient` and `window`: see DualChunkSpec. Its defaults
+            follow `dual_chunk_attention_config` in the model's config, where there is one, else
+            `max_position_embeddings`: texts of up to so many tokens are read as before.
 
     Returns:
         A handle that lists what was swapped and undoes it; also a context manager.
@@ -36,13 +39,7 @@ def patch_model(model: nn.Module, attention: str = "flash", **options: Any) -> "
     Raises:
         ValueError: if the model or an option cannot be honoured; the message says what to do.
     """
-    unknown = sorted(set(options) - set(OPTIONS))
-    if unknown:
-        raise ValueError(
-            f"options must be among {', '.join(OPTIONS)}, got {', '.join(unknown)}. Check the "
-            f"spelling; attention={attention!r} has no other option."
-        )
-    spec = AttentionSpec(kind=attention, **options)
+    spec = make_spec(attention, **options)
     if isinstance(model, nn.Module) and _hooks(model):
         raise ValueError(
             "model must not be patched, got one that is. Call unpatch() on its handle first."
@@ -50,6 +47,7 @@ def patch_model(model: nn.Module, attention: str = "flash", **options: Any) -> "
     require_supported(model)
     serving_backend(model, spec)
     register()
+    spec = KINDS[spec.kind].fit(model, spec)
     return PatchHandle(model, spec)
 
 
@@ -93,15 +91,18 @@ class PatchHandle:
         self.layers = attention_layers(model)
         self.active = True
         self.previous = str(model.config._attn_implementation)
+        make_hook = KINDS[spec.kind].hook
+        hooks = [
+            (module, make_hook(module, spec))
+            for module in model.modules()
+            if isinstance(module, PreTrainedModel)
+        ]
         self._configs = ConfigSwap(model, spec.implementation)
+        self._specs = [(layer, vars(layer).get(SPEC_ATTRIBUTE)) for layer in self.layers.values()]
         for layer in self.layers.values():
             setattr(layer, SPEC_ATTRIBUTE, spec)
         self._hooks = [
-            module.register_forward_pre_hook(
-                InputHook(module, spec.implementation), with_kwargs=True
-            )
-            for module in model.modules()
-            if isinstance(module, PreTrainedModel)
+            module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks
         ]
 
     def unpatch(self) -> None:
@@ -111,8 +112,10 @@ class PatchHandle:
         self.active = False
         for hook in self._hooks:
             hook.remove()
-        for layer in self.layers.values():
+        for layer, spec in self._specs:  # a model that was loaded by name has one of its own
             delattr(layer, SPEC_ATTRIBUTE)
+            if spec is not None:
+                setattr(layer, SPEC_ATTRIBUTE, spec)
         self._configs.restore()
 
     def __enter__(self) -> "PatchHandle":
@@ -129,13 +132,16 @@ class PatchHandle:
     def __repr__(self) -> str:
         state = "active" if self.active else "unpatched"
         backend = self._backend() if self.active else "none"
-        options = ", ".join(f"{name}={self._option(name)}" for name in OPTIONS)
+        options = ", ".join(
+            f"{name}={'as in the config' if value is None else repr(value)}"
+            for name, value in self.spec.options().items()
+        )
         names = "\n".join(
             f"    {name}: {type(layer).__name__}" for name, layer in self.layers.items()
         )
         return (
             f"PatchHandle({type(self.model).__name__}, {state})\n"
-            f"  attention: {self.previous} -> {ATTENTION_NAMES[self.spec.kind]}\n"
+            f"  attention: {self.previous} -> {self.spec.implementation}\n"
             f"  options: {options}\n"
             f"  kernels: {backend}\n"
             f"  layers ({len(self.layers)}):\n{names}"
@@ -146,7 +152,3 @@ class PatchHandle:
             return serving_backend(self.model, self.spec)
         except ValueError as error:  # the model has moved since; the next forward raises this
             return f"none: {error}"
-
-    def _option(self, name: str) -> str:
-        value = getattr(self.spec, name)
-        return "as in the config" if value is None else repr(value)

@@ -11,7 +11,7 @@ from transformers.masking_utils import (
 )
 
 from lctrain.attention.mask import flash_attention_mask
-from lctrain.attention.registration import register
+from lctrain.models.registration import register
 
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
 

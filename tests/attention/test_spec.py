@@ -1,4 +1,4 @@
-"""AttentionSpec: frozen, and every wrong value refused with what to do."""
+"""The specs: frozen, each with its own options, and every wrong value refused with what to do."""
 
 import dataclasses
 import pickle
@@ -6,42 +6,90 @@ import pickle
 import pytest
 from torch import nn
 
-from lctrain.attention import ATTENTION_NAMES, AttentionSpec, is_patched
+from lctrain.attention import ATTENTION_NAMES, DualChunkSpec, FlashSpec, is_patched, make_spec
 from lctrain.models import patch_model
 
 
-def test_defaults_and_name():
-    spec = AttentionSpec()
-    assert spec == AttentionSpec(kind="flash", dropout=None, deterministic=False, backend="auto")
-    assert spec.implementation == ATTENTION_NAMES["flash"] == "lctrain_flash"
+def test_defaults_and_names():
+    assert make_spec() == FlashSpec(dropout=None, deterministic=False, backend="auto")
+    assert make_spec("dual_chunk") == DualChunkSpec(
+        chunk_size=None, local_size=None, scale="none", scale_coefficient=0.1, window=None
+    )
+    assert ATTENTION_NAMES == {"flash": "lctrain_flash", "dual_chunk": "lctrain_dual_chunk"}
+
+
+@pytest.mark.parametrize("kind", ATTENTION_NAMES)
+def test_every_kind(kind):
+    spec = make_spec(kind, dropout=0.25)
+    assert spec.kind == kind
+    assert spec.implementation == ATTENTION_NAMES[kind]
+    assert make_spec(kind, **spec.options()) == spec
     assert pickle.loads(pickle.dumps(spec)) == spec
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        spec.dropout = 0.5
 
 
-def test_is_patched_asks_the_model(make_llama):
+@pytest.mark.parametrize("kind", ATTENTION_NAMES)
+def test_is_patched_asks_the_model(make_llama, kind):
     model = make_llama()
     assert not is_patched(model)
-    with patch_model(model):
+    with patch_model(model, attention=kind):
         assert is_patched(model)
     assert not is_patched(model)
     assert not is_patched(nn.Linear(1, 1))
 
 
-def test_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        AttentionSpec().dropout = 0.5
-
-
+@pytest.mark.parametrize("kind", ATTENTION_NAMES)
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"kind": "differential"}, "attention must be one of 'flash', got 'differential'"),
         ({"dropout": -0.1}, r"dropout must be in \[0, 1\).*got -0.1. Pass 0.0"),
         ({"dropout": True}, r"dropout must be in \[0, 1\).*got True"),
         ({"dropout": "0.1"}, r"dropout must be in \[0, 1\).*got '0.1'"),
         ({"deterministic": None}, "deterministic must be True or False, got None"),
         ({"backend": None}, "backend must be the name of a backend, got None"),
+        ({"dropuot": 0.1}, "options of attention='KIND' must be among .*, got dropuot. Check the"),
     ],
 )
-def test_wrong_values(values, message):
+def test_wrong_values(kind, values, message):
+    with pytest.raises(ValueError, match=message.replace("KIND", kind)):
+        make_spec(kind, **values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"chunk_size": 0}, "chunk_size must be an int of at least 1, got 0. Pass a number of tok"),
+        ({"chunk_size": 64.0}, "chunk_size must be an int of at least 1, got 64.0"),
+        ({"chunk_size": True}, "chunk_size must be an int of at least 1, got True"),
+        ({"local_size": -1}, "local_size must be an int of at least 0, got -1"),
+        ({"window": 1}, "window must be an int of at least 2, got 1"),
+        (
+            {"chunk_size": 8, "local_size": 8},
+            r"local_size must be below chunk_size \(8\), got 8. Chunks hold chunk_size - local",
+        ),
+        ({"scale": "linear"}, "scale must be one of 'none', 'yarn', got 'linear'. 'none' leaves"),
+        ({"scale": None}, "scale must be one of 'none', 'yarn', got None"),
+        ({"scale_coefficient": -0.1}, "scale_coefficient must be a number of at least 0, got -0.1"),
+        ({"scale_coefficient": float("nan")}, "scale_coefficient must be a number .*got nan"),
+        ({"scale_coefficient": "0.1"}, "scale_coefficient must be a number .*got '0.1'"),
+    ],
+)
+def test_wrong_values_of_dual_chunk(values, message):
     with pytest.raises(ValueError, match=message):
-        AttentionSpec(**values)
+        make_spec("dual_chunk", **values)
+
+
+def test_unknown_kind():
+    message = "attention must be one of 'flash', 'dual_chunk', got 'ring'. Name one that"
+    with pytest.raises(ValueError, match=message):
+        make_spec("ring")
+
+
+@pytest.mark.parametrize(
+    "name", ["chunk_size", "local_size", "scale", "scale_coefficient", "window"]
+)
+def test_options_of_another_kind(name):
+    message = f"must be among dropout, .*, got {name}. It belongs to attention='dual_chunk'."
+    with pytest.raises(ValueError, match=message):
+        make_spec("flash", **{name: None})

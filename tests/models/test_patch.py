@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lctrain.attention import AttentionSpec
+from lctrain.attention import FlashSpec
 from lctrain.models import patch_model
 from tests.models.families import FAMILIES, make_documents, make_model, outputs, packed_outputs
 
@@ -150,15 +150,23 @@ def test_repr_of_a_model_that_its_backend_cannot_serve(monkeypatch):
 def test_every_layer_carries_the_spec():
     handle = patch_model(make_model("llama"), dropout=0.1, deterministic=True, backend="pytorch")
     specs = {layer.lctrain_attention_spec for layer in handle.layers.values()}
-    assert specs == {AttentionSpec("flash", 0.1, True, "pytorch")}
+    assert specs == {FlashSpec(0.1, True, "pytorch")}
     assert len(handle.layers) == 2
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attention": "dual_chunk"}, "attention must be one of 'flash', got 'dual_chunk'"),
-        ({"dropuot": 0.1}, "options must be among dropout, deterministic, backend, got dropuot"),
+        ({"attention": "ring"}, "attention must be one of 'flash', 'dual_chunk', got 'ring'"),
+        (
+            {"dropuot": 0.1},
+            "options of attention='flash' must be among dropout, deterministic, backend, got "
+            "dropuot. Check the spelling",
+        ),
+        (
+            {"chunk_size": 16},
+            r"options of attention='flash' must be .* got chunk_size. It belongs to .*'dual_chunk'",
+        ),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), or None .* got 1.0"),
         ({"deterministic": 1}, "deterministic must be True or False, got 1"),
         ({"backend": "cuda"}, "backend must be one of .* got 'cuda'"),

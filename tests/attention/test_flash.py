@@ -1,10 +1,10 @@
-"""The attention function on its own: every argument honoured or refused."""
+"""The attention function of lctrain_flash on its own: every argument honoured or refused."""
 
 import pytest
 import torch
 from torch import nn
 
-from lctrain.attention.forward import flash_attention_forward
+from lctrain.attention.flash import flash_attention_forward
 
 B, H, HK, S, D = 2, 4, 2, 7, 8
 

@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import lctrain  # noqa: F401  (registers)
-from lctrain.attention.registration import register
+from lctrain.models.registration import register
 from tests.models.families import (
     CAUSAL,
     FAMILIES,

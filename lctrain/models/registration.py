@@ -1,29 +1,39 @@
-"""Registers lctrain_flash with transformers, so that from_pretrained knows the name too.
+"""Registers lctrain's attention with transformers, so that from_pretrained knows the names too.
 
-A model loaded by name keeps documents apart as a patched one does, layer by layer and without
-patch_model's checks of the architecture. One thing only the input hook of patch_model can see:
-transformers hands the position ids of bidirectional encoders to no layer and no mask, so an encoder
-loaded by name needs `cu_seq_lens_q/k` and `max_length_q/k` for packs, or padded rows.
+A model loaded as lctrain_flash keeps documents apart as a patched one does, layer by layer and
+without patch_model's checks of the architecture. One thing only the input hook of patch_model can
+see: transformers hands the position ids of bidirectional encoders to no layer and no mask, so an
+encoder loaded by name needs `cu_seq_lens_q/k` and `max_length_q/k` for packs, or padded rows.
+
+Dual chunk attention needs the input hook: a model loaded as lctrain_dual_chunk gets a `LateHook`.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
-from lctrain.attention.forward import flash_attention_forward
+from lctrain.attention.dual_chunk import dual_chunk_attention_forward
+from lctrain.attention.flash import flash_attention_forward
 from lctrain.attention.mask import flash_attention_mask
 from lctrain.attention.spec import ATTENTION_NAMES
+from lctrain.models.late_hook import attach_late_hook
 
 _MARK = "_lctrain_knows_its_names"
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "flash": flash_attention_forward,
+    "dual_chunk": dual_chunk_attention_forward,
+}
+_NEED_A_HOOK = frozenset({ATTENTION_NAMES["dual_chunk"]})
 
 
 def register() -> None:
-    """Registers attention and mask function. Imports transformers; harmless if done before."""
+    """Registers attention and mask functions. Imports transformers; harmless if done before."""
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
-    name = ATTENTION_NAMES["flash"]
-    AttentionInterface.register(name, flash_attention_forward)
-    AttentionMaskInterface.register(name, flash_attention_mask)
+    for kind, function in _FUNCTIONS.items():
+        AttentionInterface.register(ATTENTION_NAMES[kind], function)
+        AttentionMaskInterface.register(ATTENTION_NAMES[kind], flash_attention_mask)
     _accept_names(PreTrainedModel)
 
 
@@ -49,6 +59,8 @@ def _accept_names(model_class: Any) -> None:
                 f"{type(self).__name__} is not one (_supports_flash_attn is False). Load it with "
                 "attn_implementation='sdpa' or 'eager'."
             )
+        if attn_implementation in _NEED_A_HOOK:
+            attach_late_hook(self, attn_implementation)
         return attn_implementation
 
     setattr(check, _MARK, True)

@@ -1,0 +1,161 @@
+"""Dual chunk attention in transformers' layers: its function, and what its input hook prepares.
+
+The model rotates queries and keys by RoPE at each token's place in its document modulo c, the
+length of a chunk (c = chunk_size - local_size). The kernel rotates queries on from there; cached
+keys need nothing else. A layer cannot do that by itself: positions are chosen before the first one.
+"""
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from lctrain.attention.boundaries import Boundaries, find_positions
+from lctrain.attention.forward import (
+    SPEC_ATTRIBUTE,
+    attend,
+    lost_boundaries,
+    refuse_unknown,
+    require_rows,
+)
+from lctrain.attention.spec import DualChunkSpec
+
+DUAL_CHUNK_ARGUMENT = "lctrain_dual_chunk"
+
+
+class DualChunkInputs(NamedTuple):
+    """What all layers of a model share in one forward pass.
+
+    Attributes:
+        rotary: The model's rotary embedding: its `inv_freq` [D / 2] rotated queries and keys. Some
+            change it in their forward, which is why it is read by the layers and not before.
+        logit_scale: [N] float32, the factor of each document's logits; None for no factor.
+    """
+
+    rotary: nn.Module
+    logit_scale: Tensor | None
+
+
+def dual_chunk_positions(spec: DualChunkSpec, boundaries: Boundaries) -> Tensor:
+    """Returns [B, S] int64: where RoPE must rotate each token. Reads nothing on the device."""
+    return find_positions(boundaries) % spec.chunk
+
+
+def dual_chunk_logit_scale(spec: DualChunkSpec, boundaries: Boundaries) -> Tensor | None:
+    """Returns [N] float32, (a ln(n / window) + 1)^2 where n > window and 1 elsewhere, or None.
+
+    n counts the document's keys, those in a cache among them. Reads nothing on the device.
+    """
+    if spec.scale == "none":
+        return None
+    assert spec.window is not None
+    lengths = boundaries.cu_seqlens_k.diff().float()
+    growth = (lengths / spec.window).clamp(min=1.0).log()
+    return (spec.scale_coefficient * growth + 1.0).square()
+
+
+def dual_chunk_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
+    lctrain_boundaries: Boundaries | None = None,
+    lctrain_dual_chunk: DualChunkInputs | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attends causally within documents, at relative positions of at most chunk_size.
+
+    Args:
+        module: The attention layer, which carries a DualChunkSpec.
+        query: [B, H, S, D], rotated at `dual_chunk_positions`.
+        key: [B, Hk, Sk, D], rotated likewise; those of a cache come first.
+        value: [B, Hk, Sk, D].
+        attention_mask: Not read: the boundaries say it.
+        dropout: Probability of dropping a weight, 0.0 in eval mode; DualChunkSpec.dropout wins.
+        scaling: Factor of q.k; default D^-0.5.
+        sliding_window: Must be None.
+        softcap: Must be None or 0.
+        is_causal: Must be True; default: the module's own.
+        s_aux: Must be None.
+        lctrain_boundaries: From the input hook.
+        lctrain_dual_chunk: From the input hook.
+        **kwargs: What the model passes along for others.
+
+    Returns:
+        [B, S, H, D], zero at padding, and None in place of attention weights.
+
+    Raises:
+        ValueError: for every argument that the kernels cannot honour, and for layers that were
+            reached without the input hook.
+    """
+    from lctrain.kernels import dual_chunk_attn_varlen_func
+
+    refuse_unknown(kwargs)
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    refuse_for_dual_chunk(
+        module, causal=causal, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux
+    )
+    spec = getattr(module, SPEC_ATTRIBUTE, None)
+    if lctrain_boundaries is None or lctrain_dual_chunk is None or spec is None:
+        raise lost_boundaries(module)
+    queries, keys = (query.shape[0], query.shape[2]), (key.shape[0], key.shape[2])
+    require_rows(module, lctrain_boundaries, queries, keys)
+    if spec.dropout is not None:
+        dropout = spec.dropout if module.training else 0.0
+    inv_freq = cast(Tensor, lctrain_dual_chunk.rotary.inv_freq)
+    logit_scale = lctrain_dual_chunk.logit_scale
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = dual_chunk_attn_varlen_func(
+            q,
+            k,
+            v,
+            lctrain_boundaries.cu_seqlens_q,
+            lctrain_boundaries.max_seqlen_q,
+            inv_freq=inv_freq.to(device=q.device, dtype=torch.float32),
+            chunk_size=spec.chunk_size,
+            local_size=spec.local_size,
+            logit_scale=None if logit_scale is None else logit_scale.to(q.device),
+            dropout_p=dropout,
+            softmax_scale=scale,
+            document_ids=lctrain_boundaries.document_ids,
+            schedule=lctrain_boundaries.schedule,
+            backend=spec.backend,
+            cu_seqlens_k=lctrain_boundaries.cu_seqlens_k,
+            max_seqlen_k=lctrain_boundaries.max_seqlen_k,
+        )
+        return cast(Tensor, out)
+
+    return attend(kernel, query, key, value, lctrain_boundaries), None
+
+
+def refuse_for_dual_chunk(
+    layer: nn.Module,
+    *,
+    causal: bool,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> None:
+    """Raises a ValueError if a layer asks its attention function for what these kernels lack."""
+    found = {
+        "a sliding window": sliding_window is not None,
+        "softcapped logits": bool(softcap),
+        "attention sinks": s_aux is not None,
+        "attention to the future": not causal,
+    }
+    for meaning, wanted in found.items():
+        if wanted:
+            raise ValueError(
+                f"layers must attend causally to all keys for dual chunk attention, got {meaning} "
+                f"in {type(layer).__name__}. Patch the model with attention='flash', which has "
+                "that, or take it out of the model's config."
+            )

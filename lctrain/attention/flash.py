@@ -1,0 +1,105 @@
+"""The attention function of lctrain_flash."""
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from lctrain.attention.boundaries import Boundaries
+from lctrain.attention.forward import (
+    SPEC_ATTRIBUTE,
+    attend,
+    find_boundaries,
+    lost_boundaries,
+    refuse_unknown,
+    require_rows,
+)
+from lctrain.attention.spec import FlashSpec
+
+
+def flash_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
+    deterministic: bool | None = None,
+    lctrain_boundaries: Boundaries | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attends within documents, on lctrain's kernels.
+
+    Args:
+        module: The attention layer; `is_causal` and the AttentionSpec are read from it.
+        query: [B, H, S, D].
+        key: [B, Hk, Sk, D]; under autocast float32 like query, while value is low precision.
+        value: [B, Hk, Sk, Dv].
+        attention_mask: What flash_attention_mask returned.
+        dropout: Probability of dropping a weight, 0.0 in eval mode; AttentionSpec.dropout wins.
+        scaling: Factor of q.k; default D^-0.5.
+        sliding_window: Keys that a query sees to its left, itself among them; bidirectional layers
+            see as many to the right.
+        softcap: c > 0 replaces a logit x by c tanh(x / c).
+        is_causal: Default: the module's own.
+        s_aux: [H], attention sinks: one more logit in every softmax of its head.
+        deterministic: Same bits in every run; AttentionSpec.deterministic wins if set.
+        lctrain_boundaries: From the input hook of patch_model.
+        **kwargs: `cu_seq_lens_q/k`, `max_length_q/k`, `document_ids`, `schedule`, `position_ids`,
+            and what the model passes along for others.
+
+    Returns:
+        [B, S, H, Dv], zero at padding, and None in place of attention weights.
+
+    Raises:
+        ValueError: for every argument that the kernels cannot honour.
+    """
+    from lctrain.kernels import flash_attn_varlen_func
+
+    refuse_unknown(kwargs)
+    spec = getattr(module, SPEC_ATTRIBUTE, None)
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    queries, keys = (query.shape[0], query.shape[2]), (key.shape[0], key.shape[2])
+    if lctrain_boundaries is None:
+        if spec is not None and queries == keys:
+            raise lost_boundaries(module)
+        drop = causal or sliding_window is not None
+        lctrain_boundaries = find_boundaries(attention_mask, kwargs, queries, keys, drop, query)
+    require_rows(module, lctrain_boundaries, queries, keys)
+    spec = spec if spec is not None else FlashSpec()
+    if spec.dropout is not None:
+        dropout = spec.dropout if module.training else 0.0
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            lctrain_boundaries.cu_seqlens_q,
+            lctrain_boundaries.cu_seqlens_k,
+            lctrain_boundaries.max_seqlen_q,
+            lctrain_boundaries.max_seqlen_k,
+            dropout_p=dropout,
+            softmax_scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            causal=causal,
+            window_size=_window(sliding_window, causal),
+            softcap=softcap or 0.0,
+            deterministic=spec.deterministic or bool(deterministic),
+            learnable_sink=s_aux,
+            document_ids=lctrain_boundaries.document_ids,
+            schedule=lctrain_boundaries.schedule,
+            backend=spec.backend,
+        )
+        return cast(Tensor, out)
+
+    return attend(kernel, query, key, value, lctrain_boundaries), None
+
+
+def _window(sliding_window: int | None, causal: bool) -> tuple[int, int]:
+    if sliding_window is None:
+        return (-1, -1)
+    return (sliding_window - 1, 0 if causal else sliding_window - 1)

@@ -1,0 +1,161 @@
+"""Dual chunk attention in a model: options that follow its trained window, and its input hook."""
+
+import dataclasses
+import inspect
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lctrain.attention.boundaries import Boundaries, from_padding, from_rows
+from lctrain.attention.dual_chunk import (
+    DUAL_CHUNK_ARGUMENT,
+    DualChunkInputs,
+    dual_chunk_logit_scale,
+    dual_chunk_positions,
+    refuse_for_dual_chunk,
+)
+from lctrain.attention.forward import BOUNDARIES_ARGUMENT
+from lctrain.attention.spec import DualChunkSpec
+from lctrain.models.inputs import InputHook
+from lctrain.models.rotary import find_rotary, probe_layers, require_half_split
+
+
+def fit_dual_chunk(model: Any, spec: DualChunkSpec) -> DualChunkSpec:
+    """Checks that a model can have dual chunk attention, and fills in what follows its window.
+
+    The trained window is, in this order: `spec.window`; `original_max_position_embeddings` of the
+    config's `dual_chunk_attention_config` (vLLM's name, found in Qwen2.5-1M); the config's
+    `max_position_embeddings`, also where rotary embeddings are scaled: it is what the model as
+    configured was trained for.
+
+    Args:
+        model: Supported by lctrain's flash attention.
+        spec: What the user asked for.
+
+    Returns:
+        The spec without None in `chunk_size`, `local_size` and `window`.
+
+    Raises:
+        ValueError: if the model has no rotary embeddings of Llama's kind, has layers that attend
+            otherwise than causally to all keys, or does not say its window.
+    """
+    spec = follow_window(model.config, spec)
+    rotary = find_rotary(model)
+    for probe in probe_layers(model, rotary):
+        arguments = probe.arguments
+        causal = arguments.get("is_causal")
+        refuse_for_dual_chunk(
+            probe.layer,
+            causal=getattr(probe.layer, "is_causal", True) if causal is None else causal,
+            sliding_window=arguments.get("sliding_window"),
+            softcap=arguments.get("softcap"),
+            s_aux=arguments.get("s_aux"),
+        )
+        require_half_split(probe)
+    _require_fixed_frequencies(rotary, spec)
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
+        raise ValueError(
+            f"model must take position_ids for dual chunk attention, got {type(model).__name__}, "
+            "which counts them itself. Patch it with attention='flash'."
+        )
+    return spec
+
+
+def follow_window(config: Any, spec: DualChunkSpec) -> DualChunkSpec:
+    """Fills in window, chunk_size and local_size from a model's config: see fit_dual_chunk.
+
+    Warns if relative positions beyond the window would be used.
+    """
+    published = getattr(config, "dual_chunk_attention_config", None) or {}
+    window = spec.window or published.get("original_max_position_embeddings")
+    window = window or getattr(config, "max_position_embeddings", None)
+    if window is None:
+        raise ValueError(
+            f"window must be given for {type(config).__name__}, which does not say what the model "
+            "was trained on (max_position_embeddings). Pass window= to patch_model."
+        )
+    chunk_size, local_size = spec.chunk_size, spec.local_size
+    if chunk_size is None:
+        chunk_size = published.get("chunk_size", window - 1)
+        local_size = published.get("local_size") if local_size is None else local_size
+    if local_size is None:
+        local_size = (chunk_size + 1) // 8
+    if chunk_size > window:
+        warnings.warn(
+            f"chunk_size should be below the trained window of {window} tokens, got {chunk_size}: "
+            f"relative positions from {window} to {chunk_size} occur, which the model has never "
+            "seen, and long texts are read the worse for it. Leave chunk_size out, or pass window= "
+            "if the model was trained on longer texts than its config says.",
+            stacklevel=4,
+        )
+    return dataclasses.replace(spec, window=window, chunk_size=chunk_size, local_size=local_size)
+
+
+def _require_fixed_frequencies(rotary: Any, spec: DualChunkSpec) -> None:
+    """Refuses frequencies that follow the highest position, which is taken modulo the chunk."""
+    kind = getattr(rotary, "rope_type", "default")
+    trained = getattr(rotary, "original_max_seq_len", spec.chunk)
+    if kind == "longrope":
+        raise ValueError(
+            "rope_type must not be 'longrope' for dual chunk attention: its frequencies follow the "
+            "highest position, which is taken modulo the chunk. Set the config's "
+            "rope_parameters to {'rope_type': 'default', ...} or another type."
+        )
+    if "dynamic" in kind and spec.chunk > trained:
+        raise ValueError(
+            f"chunks must hold at most the {trained} tokens from which on rope_type 'dynamic' "
+            f"changes its frequencies, got {spec.chunk} (chunk_size - local_size). Choose a "
+            "smaller chunk_size."
+        )
+
+
+class DualChunkHook(InputHook):
+    """An InputHook that also rewrites positions, and prepares what the layers share.
+
+    Boundaries are found from the user's position ids. What the model gets instead are the tokens'
+    places in their documents, those in a cache counted, modulo the chunk: for RoPE only differences
+    count, so that nothing is lost if a user's positions began elsewhere.
+    """
+
+    def __init__(self, model: Any, spec: DualChunkSpec) -> None:
+        super().__init__(model, spec)
+        self.spec = spec
+        self.rotary = find_rotary(model)
+
+    def __call__(
+        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Returns the arguments to call the model with, or None to leave them."""
+        prepared = super().__call__(model, args, kwargs)
+        if prepared is None:
+            return None
+        _, inputs = prepared
+        boundaries = inputs.get(BOUNDARIES_ARGUMENT)
+        if boundaries is None:
+            boundaries = inputs[BOUNDARIES_ARGUMENT] = _continued_boundaries(inputs)
+        inputs["position_ids"] = dual_chunk_positions(self.spec, boundaries)
+        inputs[DUAL_CHUNK_ARGUMENT] = DualChunkInputs(
+            self.rotary, dual_chunk_logit_scale(self.spec, boundaries)
+        )
+        return (), inputs
+
+
+def _continued_boundaries(inputs: dict[str, Any]) -> Boundaries:
+    """The boundaries of rows that continue those in a cache; every row is a document."""
+    tokens = inputs.get("input_ids")
+    tokens = inputs["inputs_embeds"] if tokens is None else tokens
+    rows, queries = tokens.shape[:2]
+    keys = int(inputs["past_key_values"].get_seq_length()) + queries
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return from_rows(rows, queries, keys, tokens.device)
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < keys:
+        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"attention_mask must be [batch, tokens] and cover the {keys} keys in the cache and "
+            f"the input, got {shape}. Pass one value per token, those in the cache included."
+        )
+    real = mask[:, -keys:].to(device=tokens.device, dtype=torch.bool)
+    return from_padding(real, queries)
