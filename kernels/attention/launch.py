@@ -13,6 +13,9 @@ RUNTIME_INTEGERS = [
     "window_right",
     "threshold",
     "stride_alibi",
+    "chunk_length",
+    "near",
+    "far_position",
 ]
 
 # float32 products are exact; half-precision inputs have one precision, whatever it is called

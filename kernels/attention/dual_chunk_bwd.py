@@ -1,0 +1,186 @@
+"""Backward of dual chunk attention: rotates queries and keys, then launches the two kernels.
+
+Nothing is added across programs, so the result has the same bits in every run.
+"""
+
+import torch
+from torch import Tensor
+
+from lctrain.kernels.attention.config import tile_config
+from lctrain.kernels.attention.dual_chunk_dkv import dual_chunk_dkv_kernel
+from lctrain.kernels.attention.dual_chunk_dq import dual_chunk_dq_kernel
+from lctrain.kernels.attention.dual_chunk_rotate import dual_chunk_rotate
+from lctrain.kernels.attention.launch import DOT_PRECISION, dropout_arguments, padded_head_dim
+from lctrain.kernels.schedule import SCHEDULE_ROWS
+
+
+def dual_chunk_bwd(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    q_tiles: Tensor,
+    k_tiles: Tensor,
+    *,
+    inv_freq: Tensor,
+    logit_scale: Tensor | None,
+    chunk_length: int,
+    near: int,
+    far_position: int,
+    softmax_scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    document_ids: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches the backward kernels; arguments as dual_chunk_fwd.
+
+    Scratch: queries at the far position [T, H, D] and keys rotated by -c [Tk, Hk, D].
+
+    Args:
+        dout: [T, H, D], any strides.
+        dlse: [H, T] float32 or None.
+        q: [T, H, D].
+        k: [Tk, Hk, D].
+        v: [Tk, Hk, D].
+        out: [T, H, D].
+        lse: [H, T] float32.
+        cu_seqlens_q: [N + 1] int32.
+        cu_seqlens_k: [N + 1] int32.
+        q_tiles: [n, 2] int32.
+        k_tiles: [m, 2] int32.
+        inv_freq: [D/2] float32.
+        logit_scale: [N] float32.
+        chunk_length: c.
+        near: As in dual_chunk_fwd.
+        far_position: Likewise.
+        softmax_scale: Positive factor of q.k.
+        dropout_p: In [0, 1).
+        dropout_seed: [1] int64.
+        document_ids: [N] int32.
+
+    Returns:
+        dq [T, H, D], dk and dv [Tk, Hk, D], contiguous.
+    """
+    total_q, heads, head_dim = q.shape
+    heads_kv = k.shape[1]
+    group = heads // heads_kv
+    dout = dout if dout.stride(2) == 1 else dout.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    geometry = {"chunk_length": chunk_length, "far_position": far_position, "inv_freq": inv_freq}
+    q_far = dual_chunk_rotate(q, cu_seqlens_q, cu_seqlens_k, q_tiles, is_query=True, **geometry)
+    k_near = dual_chunk_rotate(k, cu_seqlens_k, cu_seqlens_k, k_tiles, is_query=False, **geometry)
+    dq = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
+    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    stats = torch.empty((heads, total_q, 4), dtype=torch.float32, device=q.device)
+    threshold, scale_kept = dropout_arguments(dropout_p)
+    flags = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": padded_head_dim(head_dim),
+        "GROUP": group,
+        "HAS_DROPOUT": dropout_p > 0,
+        "PRECISION": DOT_PRECISION,
+    }
+    config = tile_config("dual_chunk_dq", q, group, dropout_p > 0)
+    parts = SCHEDULE_ROWS // config.positions * (group // config.pack)
+    grid = (heads_kv * q_tiles.shape[0] * parts,)
+    if grid[0] > 0:
+        dual_chunk_dq_kernel[grid](
+            q,
+            q_far,
+            k,
+            k_near,
+            v,
+            out,
+            dout,
+            lse,
+            dlse,
+            dq,
+            stats,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            q_tiles,
+            inv_freq,
+            logit_scale,
+            dropout_seed,
+            document_ids,
+            q.stride(0),
+            q.stride(1),
+            k.stride(0),
+            k.stride(1),
+            k_near.stride(0),
+            k_near.stride(1),
+            v.stride(0),
+            v.stride(1),
+            out.stride(0),
+            out.stride(1),
+            dout.stride(0),
+            dout.stride(1),
+            dq.stride(0),
+            dq.stride(1),
+            q_tiles.shape[0],
+            total_q,
+            chunk_length,
+            near,
+            far_position,
+            softmax_scale,
+            threshold,
+            scale_kept,
+            PACK=config.pack,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            **config.options,
+            **flags,
+        )
+    config = tile_config("dual_chunk_dkv", q, group, dropout_p > 0)
+    grid = (heads_kv * k_tiles.shape[0] * (SCHEDULE_ROWS // config.block_n),)
+    if grid[0] > 0:
+        dual_chunk_dkv_kernel[grid](
+            q,
+            q_far,
+            k,
+            k_near,
+            v,
+            dout,
+            stats,
+            dk,
+            dv,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            k_tiles,
+            inv_freq,
+            logit_scale,
+            dropout_seed,
+            document_ids,
+            q.stride(0),
+            q.stride(1),
+            q_far.stride(0),
+            q_far.stride(1),
+            k.stride(0),
+            k.stride(1),
+            k_near.stride(0),
+            k_near.stride(1),
+            v.stride(0),
+            v.stride(1),
+            dout.stride(0),
+            dout.stride(1),
+            dk.stride(0),
+            dk.stride(1),
+            k_tiles.shape[0],
+            total_q,
+            chunk_length,
+            near,
+            softmax_scale,
+            threshold,
+            scale_kept,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            **config.options,
+            **flags,
+        )
+    return dq, dk, dv

@@ -1,0 +1,83 @@
+"""RoPE on tiles, in Llama's half-split layout: column d is rotated together with column d + D/2.
+
+A tile of padded width BLOCK_D holds the first halves of its rows in the first half of its columns
+(`pair_columns`), so that partners stay BLOCK_D / 2 apart.
+
+Angles are counted in turns, with the frequency as a sum of two float32: whole turns of any position
+that fits float32 (16,777,216) cancel exactly, and what is left goes into two short polynomials. No
+call into a device library, so every GPU rotates alike.
+"""
+
+import triton
+import triton.language as tl
+
+_TURNS = tl.constexpr(0.15915493667125702)  # 1 / (2 pi) as two float32
+_TURNS_REST = tl.constexpr(6.420638243994045e-09)
+_TWO_PI = tl.constexpr(6.283185307179586)
+
+
+@triton.jit
+def load_frequencies(inv_freq_ptr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Returns inv_freq / (2 pi) [BLOCK_D / 2] as a sum of two float32, turns per position."""
+    index = tl.arange(0, BLOCK_D // 2)
+    inv_freq = tl.load(inv_freq_ptr + index, mask=index < HEAD_DIM // 2, other=0.0)
+    high = inv_freq * _TURNS
+    rest = tl.fma(inv_freq, _TURNS, -high)
+    return high, tl.fma(inv_freq, _TURNS_REST, rest)
+
+
+@triton.jit
+def cos_sin(delta, high, rest):
+    """Returns cos and sin of delta positions, to about 1e-7.
+
+    Args:
+        delta: float32 that holds integers, broadcastable to the result.
+        high: Turns per position, as load_frequencies gives them, broadcastable.
+        rest: Likewise.
+    """
+    whole = tl.floor(delta * high + 0.5)
+    turns = tl.fma(delta, high, -whole)  # one rounding, of a value below 1
+    turns = tl.fma(delta, rest, turns)
+    quarter = tl.floor(turns * 4.0 + 0.5)
+    x = (turns - quarter * 0.25) * _TWO_PI  # at most pi / 4
+    square = x * x
+    sin = ((-1.9515295891e-4 * square + 8.3321608736e-3) * square - 1.6666654611e-1) * square
+    sin = sin * x + x
+    cos = (2.443315711809948e-5 * square - 1.388731625493765e-3) * square + 4.166664568298827e-2
+    cos = cos * square * square - 0.5 * square + 1.0
+    index = quarter.to(tl.int32)
+    odd = (index & 1) != 0
+    new_cos = tl.where(odd, sin, cos)
+    new_sin = tl.where(odd, cos, sin)
+    new_cos = tl.where(((index + 1) & 2) != 0, -new_cos, new_cos)
+    new_sin = tl.where((index & 2) != 0, -new_sin, new_sin)
+    return new_cos, new_sin
+
+
+@triton.jit
+def pair_columns(HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Returns, for each column of a tile, the column in memory; HEAD_DIM where there is none."""
+    columns = tl.arange(0, BLOCK_D)
+    if BLOCK_D == HEAD_DIM:
+        return columns
+    else:
+        within = columns % (BLOCK_D // 2)
+        column = tl.where(columns < BLOCK_D // 2, within, within + HEAD_DIM // 2)
+        return tl.where(within < HEAD_DIM // 2, column, HEAD_DIM)
+
+
+@triton.jit
+def rotate(x, cos, sin, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rotates a tile x [ROWS, BLOCK_D]; the result is float32.
+
+    Args:
+        x: Columns as pair_columns orders them.
+        cos: Of the angles, broadcastable to [ROWS, BLOCK_D / 2].
+        sin: Likewise.
+        ROWS: Rows of x.
+        BLOCK_D: Columns of x.
+    """
+    pairs = tl.permute(tl.reshape(x.to(tl.float32), [ROWS, 2, BLOCK_D // 2]), (0, 2, 1))
+    low, high = tl.split(pairs)
+    pairs = tl.join(low * cos - high * sin, high * cos + low * sin)
+    return tl.reshape(tl.permute(pairs, (0, 2, 1)), [ROWS, BLOCK_D])
