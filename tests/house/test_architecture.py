@@ -41,6 +41,7 @@ LEVELS = {
     "lctrain.report": 9,
     "lctrain.train": 10,
     "lctrain.evaluate": 10,
+    "lctrain.recipes": 11,
 }
 EXPORTS_ONLY = {"lctrain", "lctrain.configs", "lctrain.recipes"}
 FRAMEWORKS = {

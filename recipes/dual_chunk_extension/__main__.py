@@ -1,0 +1,38 @@
+"""python -m lctrain.recipes.dual_chunk_extension: see the README beside this file."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from lctrain.recipes.dual_chunk_extension.scale import SCALES
+from lctrain.recipes.dual_chunk_extension.stages import Experiment, train_short
+
+STAGES = {"train": train_short}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the stages that are asked for, in their order."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lctrain.recipes.dual_chunk_extension",
+        description="Trains on a short window, and reads far beyond it with dual chunk attention.",
+    )
+    parser.add_argument("--output", type=Path, default=Path("outputs/dual_chunk_extension"))
+    parser.add_argument("--scale", choices=SCALES, default="full")
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all of them"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", help="Hydra overrides of the training runs, after --"
+    )
+    chosen = parser.parse_args(arguments)
+    experiment = Experiment(chosen.output.absolute(), SCALES[chosen.scale], tuple(chosen.overrides))
+    for name, stage in STAGES.items():
+        if name in chosen.stages:
+            print(f"== {name}", flush=True)
+            stage(experiment)
+
+
+if __name__ == "__main__":
+    main()
