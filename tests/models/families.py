@@ -63,6 +63,7 @@ _FAMILIES: dict[str, tuple[str, dict]] = {
     "modernbert": ("ModernBert", {"local_attention": 4, "global_attn_every_n_layers": 2}),
 }
 FAMILIES = tuple(_FAMILIES)
+ROTARY = ("llama", "qwen2", "qwen3", "mistral")  # those that dual chunk attention is tested with
 CAUSAL = tuple(name for name in FAMILIES if name not in ("bert", "modernbert"))
 
 
@@ -81,6 +82,22 @@ def make_model(family: str, **overrides: object) -> nn.Module:
                 0.1 * torch.randn_like(parameter)
             )
     return model
+
+
+def make_rotary_model(family: str, **overrides: object) -> nn.Module:
+    """Returns make_model(...) of a family of ROTARY, with full attention in every layer."""
+    return make_model(family, **({"sliding_window": None} | overrides))
+
+
+def padded(documents: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:
+    """Returns input_ids and attention_mask [B, S], padded at the left or the right."""
+    width = max(len(tokens) for tokens in documents)
+    rows, mask = torch.zeros((len(documents), width), dtype=torch.int64), []
+    for row, tokens in zip(rows, documents, strict=True):
+        start = 0 if side == "right" else width - len(tokens)
+        row[start : start + len(tokens)] = tokens
+        mask.append([int(start <= i < start + len(tokens)) for i in range(width)])
+    return rows, torch.tensor(mask)
 
 
 def make_documents(lengths: Sequence[int] = LENGTHS, seed: int = 1) -> list[Tensor]:

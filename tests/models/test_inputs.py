@@ -12,18 +12,8 @@ from tests.models.families import (
     make_model,
     outputs,
     packed_outputs,
+    padded,
 )
-
-
-def padded(documents, side):
-    """Returns input_ids and attention_mask [B, S]."""
-    width = max(len(tokens) for tokens in documents)
-    rows, mask = torch.zeros((len(documents), width), dtype=torch.int64), []
-    for row, tokens in zip(rows, documents, strict=True):
-        start = 0 if side == "right" else width - len(tokens)
-        row[start : start + len(tokens)] = tokens
-        mask.append([int(start <= i < start + len(tokens)) for i in range(width)])
-    return rows, torch.tensor(mask)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
