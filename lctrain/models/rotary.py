@@ -61,7 +61,7 @@ def probe_layers(model: Any, rotary: nn.Module) -> Iterator[Probe]:
     """Runs one attention layer of each sort; layers that differ in weights alone are of one sort.
 
     Raises:
-        ValueError: if a layer cannot be run by itself.
+        ValueError: if a layer cannot be run by itself, or reads positions itself.
     """
     from transformers.modeling_utils import AttentionInterface
 
@@ -76,6 +76,11 @@ def probe_layers(model: Any, rotary: nn.Module) -> Iterator[Probe]:
         )
         sorts.setdefault((type(layer), frozenset(settings)), layer)
     for layer in sorts.values():
+        if reads_argument(layer, "position_ids"):
+            raise ValueError(
+                "layers must use positions for rotary embeddings only, got "
+                f"{type(layer).__name__}, which reads position_ids itself. {_REMEDY}"
+            )
         try:
             yield _probe(model, layer, rotary)
         except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
@@ -91,11 +96,6 @@ def require_half_split(probe: Probe) -> None:
     Then rotating its queries further is the same as moving them to other positions.
     """
     name = type(probe.layer).__name__
-    if reads_argument(probe.layer, "position_ids"):
-        raise ValueError(
-            "layers must use positions for rotary embeddings only, got "
-            f"{name}, which reads position_ids for more (a scale by position). {_REMEDY}"
-        )
     for still, rotated in zip(probe.still, probe.rotated, strict=True):
         width, head_dim = 2 * probe.angles.shape[-1], still.shape[-1]
         if width != head_dim:
