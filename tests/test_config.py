@@ -10,6 +10,13 @@ def test_attention_options_are_those_of_patch_model():
     options = AttentionConfig(dropout=0.0, backend="triton", deterministic=True).options()
     assert options == {"dropout": 0.0, "backend": "triton", "deterministic": True}
     assert "dropout" not in AttentionConfig().options()
+    options = AttentionConfig(name="dual_chunk", chunk_size=8, scale="yarn").options()
+    assert options == {
+        "backend": "auto",
+        "deterministic": False,
+        "chunk_size": 8,
+        "scale": "yarn",
+    }
 
 
 def test_root_must_be_the_schema():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lctrain.attention.boundaries import (
+    find_positions,
     find_segments,
     from_cu_seqlens,
     from_padding,
@@ -75,6 +76,29 @@ def test_find_segments(positions, mask, expected):
     mask = None if mask is None else torch.tensor(mask).bool()
     found = find_segments(torch.tensor(positions), mask)
     assert (None if found is None else found.tolist()) == expected
+
+
+def test_positions_of_rows_packs_and_padding():
+    assert find_positions(from_rows(2, 3, 3, CPU)).tolist() == [[0, 1, 2]] * 2
+    segments = torch.tensor([[1, 1, 2, 0], [0, 1, 1, 1]])
+    assert find_positions(from_segments(segments)).tolist() == [[0, 1, 0, 0], [0, 0, 1, 2]]
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]]).bool()
+    assert find_positions(from_padding(mask, 4)).tolist() == [[0, 0, 0, 1], [0, 1, 2, 0], [0] * 4]
+
+
+def test_positions_of_a_pack_with_empty_documents():
+    edges = torch.tensor([0, 0, 2, 2, 5, 5], dtype=torch.int32)
+    pack = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), edges)
+    pack |= dict.fromkeys(("max_length_q", "max_length_k"), 3)
+    found = find_positions(from_cu_seqlens(pack, (1, 5), (1, 5)))
+    assert found.tolist() == [[0, 1, 0, 1, 2]]
+    assert found.dtype == torch.int64
+
+
+def test_positions_go_on_after_cached_keys():
+    assert find_positions(from_rows(2, 2, 5, CPU)).tolist() == [[3, 4]] * 2
+    mask = torch.tensor([[0, 0, 0, 1, 1], [1, 1, 0, 1, 1], [1, 1, 1, 1, 0]]).bool()
+    assert find_positions(from_padding(mask, 2)).tolist() == [[0, 1], [2, 3], [3, 0]]
 
 
 def test_from_segments():

@@ -11,6 +11,7 @@ from hydra.errors import ConfigCompositionException
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from lctrain.attention import DualChunkSpec, FlashSpec, make_spec
 from lctrain.build import (
     build_datamodule,
     build_model,
@@ -227,6 +228,37 @@ def test_wrong_model_argument_type():
 def test_full_sized_models_are_checked_without_memory(family):
     """With special tokens far beyond a small tokenizer's vocabulary, as phi3 has them."""
     check_model(ScratchModelConfig(model_type=family), AttentionConfig())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mixtral"])
+def test_full_sized_models_are_checked_for_dual_chunk_attention(family):
+    check_model(ScratchModelConfig(model_type=family), load("attention=dual_chunk").attention)
+
+
+def test_a_full_sized_model_that_cannot_have_dual_chunk_attention():
+    config = load("attention=dual_chunk")
+    with pytest.raises(ValueError, match="got a sliding window in MistralAttention"):
+        check_model(ScratchModelConfig(model_type="mistral"), config.attention)
+
+
+def test_options_reach_the_spec_of_their_kind():
+    options = ["chunk_size=95", "local_size=8", "scale=yarn", "scale_coefficient=0.05", "window=96"]
+    overrides = [f"attention.{option}" for option in options]
+    attention = load("attention=dual_chunk", *overrides).attention
+    spec = make_spec(attention.name, **attention.options())
+    assert spec == DualChunkSpec(
+        chunk_size=95, local_size=8, scale="yarn", scale_coefficient=0.05, window=96
+    )
+    flash = load("attention=flash", "attention.dropout=0.1").attention
+    assert make_spec(flash.name, **flash.options()) == FlashSpec(dropout=0.1)
+
+
+@pytest.mark.parametrize("option", ["chunk_size", "local_size", "scale_coefficient", "window"])
+def test_options_of_another_kind_are_named(option):
+    config = load("attention=flash", f"attention.{option}=64")
+    message = f"got {option}. It belongs to attention='dual_chunk'"
+    with pytest.raises(ValueError, match=message):
+        check_model(config.model, config.attention)
 
 
 def test_pretrained_models_are_checked_without_their_weights(tmp_path):

@@ -9,9 +9,11 @@ from lctrain.batch import PackedBatch
 from lctrain.models import patch_model
 from tests.models.families import (
     CAUSAL,
+    ROTARY,
     gradients,
     make_documents,
     make_model,
+    make_rotary_model,
     packed_outputs,
     separate_outputs,
 )
@@ -66,6 +68,59 @@ def test_a_training_step_never_waits_for_the_device(checkpointing):
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+DUAL_CHUNK = {"attention": "dual_chunk", "chunk_size": 95, "local_size": 12, "window": 96}
+
+
+@pytest.mark.parametrize("family", ROTARY)
+def test_dual_chunk_attention_in_bfloat16(family):
+    """On the kernels, against the PyTorch path; chunks of 83 tokens, no multiple of a tile."""
+    model = make_rotary_model(family, max_position_embeddings=512).bfloat16()
+    exact = copy.deepcopy(model).double()
+    documents = make_documents(LENGTHS)
+    found = []
+    with torch.no_grad():
+        with patch_model(exact, **DUAL_CHUNK):
+            reference = packed_outputs(exact, documents)
+        model.cuda()
+        for backend in ("auto", "pytorch"):
+            with patch_model(model, **DUAL_CHUNK, backend=backend) as handle:
+                found.append(packed_on_gpu(model, documents).cpu())
+                assert ("kernels: pytorch" in repr(handle)) == (backend == "pytorch")
+    assert_error_at_most_twice(*found, reference, "outputs")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_training_step_with_dual_chunk_attention_never_waits_for_the_device(checkpointing):
+    model = make_rotary_model("llama", max_position_embeddings=512).cuda().train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = PackedBatch.from_documents(make_documents(LENGTHS)).to("cuda")
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16):
+            logits = model(**batch.model_kwargs()).logits
+            torch.nn.functional.cross_entropy(logits[0], batch.labels[0]).backward()
+
+    with patch_model(model, **DUAL_CHUNK, scale="yarn", dropout=0.1):
+        step()  # compiles the kernels, which may wait
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_generate_with_dual_chunk_attention():
+    model = make_rotary_model("llama", max_position_embeddings=512).cuda().bfloat16()
+    prompt = make_documents([90])[0][None].cuda()
+    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
+    with patch_model(model, **DUAL_CHUNK), torch.no_grad():
+        result = model.generate(prompt, **options, output_logits=True, return_dict_in_generate=True)
+        whole = model(result.sequences).logits[0, 89:-1].float()
+    steps = torch.cat(result.logits).float()
+    assert (steps - whole).norm() < 0.03 * whole.norm()
 
 
 def test_compiled_with_inductor():
