@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from lctrain.attention.boundaries import Boundaries, find_positions
 from lctrain.attention.forward import (
-    SPEC_ATTRIBUTE,
     attend,
     lost_boundaries,
     refuse_unknown,
     require_rows,
+    spec_of,
 )
 from lctrain.attention.spec import DualChunkSpec
 
@@ -102,9 +102,12 @@ def dual_chunk_attention_forward(
     refuse_for_dual_chunk(
         module, causal=causal, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux
     )
-    spec = getattr(module, SPEC_ATTRIBUTE, None)
+    spec = spec_of(module, DualChunkSpec)
     if lctrain_boundaries is None or lctrain_dual_chunk is None or spec is None:
         raise lost_boundaries(module)
+    chunk_size, local_size = spec.chunk_size, spec.local_size
+    assert chunk_size is not None
+    assert local_size is not None
     queries, keys = (query.shape[0], query.shape[2]), (key.shape[0], key.shape[2])
     require_rows(module, lctrain_boundaries, queries, keys)
     if spec.dropout is not None:
@@ -121,8 +124,8 @@ def dual_chunk_attention_forward(
             lctrain_boundaries.cu_seqlens_q,
             lctrain_boundaries.max_seqlen_q,
             inv_freq=inv_freq.to(device=q.device, dtype=torch.float32),
-            chunk_size=spec.chunk_size,
-            local_size=spec.local_size,
+            chunk_size=chunk_size,
+            local_size=local_size,
             logit_scale=None if logit_scale is None else logit_scale.to(q.device),
             dropout_p=dropout,
             softmax_scale=scale,

@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 from lctrain.attention.boundaries import Boundaries
 from lctrain.attention.forward import (
-    SPEC_ATTRIBUTE,
     attend,
     find_boundaries,
     lost_boundaries,
     refuse_unknown,
     require_rows,
+    spec_of,
 )
 from lctrain.attention.spec import FlashSpec
 
@@ -61,7 +61,7 @@ def flash_attention_forward(
     from lctrain.kernels import flash_attn_varlen_func
 
     refuse_unknown(kwargs)
-    spec = getattr(module, SPEC_ATTRIBUTE, None)
+    spec = spec_of(module, FlashSpec)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     queries, keys = (query.shape[0], query.shape[2]), (key.shape[0], key.shape[2])
     if lctrain_boundaries is None:

@@ -1,7 +1,7 @@
 """What the attention functions share: transformers' layers call them instead of SDPA."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from lctrain.attention.boundaries import (
     is_packed,
 )
 from lctrain.attention.mask import UNPATCH
+from lctrain.attention.spec import AttentionSpec
 
 SPEC_ATTRIBUTE = "lctrain_attention_spec"
 BOUNDARIES_ARGUMENT = "lctrain_boundaries"
@@ -32,6 +33,18 @@ _REFUSED = {
     "cache": "a paged key/value cache (continuous batching)",
 }
 _HARMLESS = frozenset({"num_items_in_batch", "inputs_embeds", "hidden_states", "labels"})
+
+
+Spec = TypeVar("Spec", bound=AttentionSpec)
+
+
+def spec_of(module: nn.Module, kind: type[Spec]) -> Spec | None:
+    """Returns the spec that a layer carries, None if it has none of this kind.
+
+    A model that was loaded by name keeps its layers' specs when it is given another attention.
+    """
+    spec = getattr(module, SPEC_ATTRIBUTE, None)
+    return spec if isinstance(spec, kind) else None
 
 
 def refuse_unknown(kwargs: dict[str, Any]) -> None:

@@ -234,6 +234,8 @@ def test_set_attn_implementation_there_and_back():
     assert not torch.equal(found, plain)
     model.set_attn_implementation("sdpa")
     assert torch.equal(separate_outputs(model, documents), plain)
+    model.set_attn_implementation("lctrain_flash")
+    torch.testing.assert_close(separate_outputs(model, documents), plain)
     model.set_attn_implementation("lctrain_dual_chunk")
     assert torch.equal(separate_outputs(model, documents), found)
     with patch_model(make_rotary_model("llama"), attention="dual_chunk") as handle:

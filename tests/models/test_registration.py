@@ -127,8 +127,9 @@ def test_registering_twice_changes_nothing():
 def test_importing_lctrain_is_enough(code, tmp_path):
     check = """
         from transformers.masking_utils import AttentionMaskInterface
-        assert "lctrain_flash" in AttentionInterface().keys()
-        assert "lctrain_flash" in AttentionMaskInterface().keys()
+        for name in ("lctrain_flash", "lctrain_dual_chunk"):
+            assert name in AttentionInterface().keys()
+            assert name in AttentionMaskInterface().keys()
         import importlib.machinery, sys
         import transformers.modeling_utils as module
         assert isinstance(module.__spec__.loader, importlib.machinery.SourceFileLoader)
