@@ -2,13 +2,15 @@
 
 Training and evaluation use the same ones. A document is put together from token ids, never from a
 string that is tokenized as a whole: where the answer lies does not depend on how a tokenizer merges
-neighbours. The key is five different digits, each with a space before it, so that with a usual
-tokenizer each is one token that nothing merges with; what precedes the answer is word for word what
-precedes the key.
+neighbours. The key is different words of the tokenizer's own vocabulary in random order, each one
+token. There are many of them, so that a model which cannot look the key up pays dearly for it: from
+keys of digits, small models learn to guess among ten before they learn to look. What precedes the
+answer is word for word what precedes the key.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,7 +24,10 @@ STATEMENT = "\n# The pass key is"
 REMINDER = ". Remember it.\n"
 QUESTION = "\n# What is the pass key?\n# The pass key is"
 DIGITS = tuple(f" {digit}" for digit in range(10))
-KEY_DIGITS = 5
+KEY_WORDS = 4
+MOST_WORDS = 2048
+_FEWEST_WORDS = 64
+_WHOLE_WORD = re.compile(r"[Ġ▁][a-z]{3,}")  # a letter of GPT-2 or SentencePiece stands for a space
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,13 +38,13 @@ class Passkey:
         input_ids: [n] int64; without an end token it ends with the answer.
         answer_start: Where the answer begins in `input_ids`.
         answer_tokens: Its length.
-        digits: The key.
+        key: Its words, as numbers of `PasskeyFormat.words`.
     """
 
     input_ids: np.ndarray
     answer_start: int
     answer_tokens: int
-    digits: tuple[int, ...]
+    key: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +56,7 @@ class PasskeyFormat:
         statement: What precedes the key.
         reminder: What follows it.
         question: What precedes the answer.
-        digits: The ten digits that keys are made of.
+        words: What keys are made of.
         end: The end token.
     """
 
@@ -59,7 +64,7 @@ class PasskeyFormat:
     statement: np.ndarray
     reminder: np.ndarray
     question: np.ndarray
-    digits: tuple[np.ndarray, ...]
+    words: tuple[np.ndarray, ...]
     end: np.ndarray
 
     @classmethod
@@ -87,16 +92,29 @@ class PasskeyFormat:
             statement=ids(STATEMENT),
             reminder=ids(REMINDER),
             question=ids(QUESTION),
-            digits=tuple(ids(digit) for digit in DIGITS),
+            words=_words(tokenizer) or tuple(ids(digit) for digit in DIGITS),
             end=np.array([tokenizer.eos_token_id], dtype=np.int64),
         )
 
     @property
     def shortest(self) -> int:
         """Tokens of the longest document without filler, the end token included."""
+        return self._fixed + 2 * KEY_WORDS * self._longest_word
+
+    @property
+    def _fixed(self) -> int:
+        """Tokens of a document without key and filler, the end token included."""
         fixed = (self.begin, self.statement, self.reminder, self.question, self.end)
-        key = sum(sorted(map(len, self.digits))[-KEY_DIGITS:])
-        return sum(map(len, fixed)) + 2 * key
+        return sum(map(len, fixed))
+
+    @property
+    def _longest_word(self) -> int:
+        return max(map(len, self.words))
+
+    def most_words(self, tokens: int) -> int:
+        """Words of a key that leave as much room for the filler as the key takes twice over."""
+        room = (tokens - self._fixed) // (4 * self._longest_word)
+        return max(KEY_WORDS, min(room, len(self.words)))
 
     def make(
         self,
@@ -106,19 +124,21 @@ class PasskeyFormat:
         filler: Filler,
         *,
         with_end: bool,
+        key_words: int = KEY_WORDS,
     ) -> Passkey:
         """Makes a document with a new key.
 
         Args:
-            random: Chooses key and filler, in this order; not the same at two depths only if the
-                caller's generator is not.
+            random: Chooses key and filler, in this order; in the same state it chooses the same at
+                every depth.
             tokens: Of the document, exactly; at least `shortest`.
             depth: Share of the filler that precedes the key, in [0, 1].
             filler: Where the other text comes from.
             with_end: Close the document with the end token.
+            key_words: Words of the key.
         """
-        chosen = random.permutation(len(self.digits))[:KEY_DIGITS]
-        key = np.concatenate([self.digits[digit] for digit in chosen])
+        chosen = random.permutation(len(self.words))[:key_words]
+        key = np.concatenate([self.words[word] for word in chosen])
         end = self.end if with_end else self.end[:0]
         parts = [self.begin, self.statement, key, self.reminder, self.question, key, end]
         text = filler.take(random, tokens - sum(map(len, parts)))
@@ -127,6 +147,19 @@ class PasskeyFormat:
         ids = np.concatenate([*before, text[place:], self.question, key, end])
         start = len(ids) - len(end) - len(key)
         return Passkey(ids, start, len(key), tuple(chosen.tolist()))
+
+
+def _words(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, ...]:
+    """The words that are one token each, in the order of their tokens; none if there are few."""
+    found = []
+    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        if not _WHOLE_WORD.fullmatch(token):
+            continue
+        if tokenizer(" " + token[1:], add_special_tokens=False)["input_ids"] == [index]:
+            found.append(np.array([index], dtype=np.int64))
+        if len(found) == MOST_WORDS:
+            break
+    return tuple(found) if len(found) >= _FEWEST_WORDS else ()
 
 
 def _unknown(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> bool:

@@ -15,9 +15,10 @@ import numpy as np
 
 from lctrain.data.documents import StoredTokens
 from lctrain.data.packing import PackingPlan
-from lctrain.data.passkey import Filler, PasskeyFormat
+from lctrain.data.passkey import KEY_WORDS, Filler, PasskeyFormat
 
 SHORTEST = 64  # tokens; shorter ones would teach to look a few lines back only
+LONGEST_KEY = 32  # words; a long key teaches the same in more of a document's tokens
 _LENGTHS, _DOCUMENTS = 1, 2  # what a seed is for
 
 
@@ -97,7 +98,10 @@ class PasskeyStore:
     """
 
     def __init__(self, format: PasskeyFormat, lengths: np.ndarray, text: StoredTokens) -> None:
-        """Hides keys in `text`, at a depth that is uniform."""
+        """Hides keys in `text`, at a depth that is uniform.
+
+        Keys have a log-uniform number of words, from that of the evaluation to LONGEST_KEY.
+        """
         self.lengths = lengths
         self.names: Sequence[str] = [f"passkey:{number}" for number in range(len(lengths))]
         self._format = format
@@ -110,9 +114,12 @@ class PasskeyStore:
     def tokens(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
         """Returns tokens [start, start + length) of a document: [length] int64."""
         random = np.random.default_rng([_DOCUMENTS, document])
+        tokens = int(self.lengths[document])
+        most = min(self._format.most_words(tokens), LONGEST_KEY)
+        key_words = round(KEY_WORDS * (most / KEY_WORDS) ** random.random())
         depth = float(random.random())
         whole = self._format.make(
-            random, int(self.lengths[document]), depth, self._filler, with_end=True
+            random, tokens, depth, self._filler, with_end=True, key_words=key_words
         ).input_ids
         return whole[start : None if length is None else start + length]
 

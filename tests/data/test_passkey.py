@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lctrain.data.passkey import KEY_DIGITS, Filler, PasskeyFormat
+from lctrain.data.passkey import KEY_WORDS, Filler, PasskeyFormat
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_key_and_answer_are_where_they_should_be(data, format, depth, with_end):
     filler = Filler.of([np.full(50, data.tokenizer("x")["input_ids"][0])])
     made = format.make(np.random.default_rng(0), 400, depth, filler, with_end=with_end)
     assert len(made.input_ids) == 400
-    key = "".join(f" {digit}" for digit in made.digits)
+    key = data.tokenizer.decode(np.concatenate([format.words[word] for word in made.key]))
     text = data.tokenizer.decode(made.input_ids)
     before, rest = text.split("\n# The pass key is" + key + ". Remember it.\n")
     after, end = rest.split("\n# What is the pass key?\n# The pass key is" + key)
@@ -43,20 +43,43 @@ def test_key_and_answer_are_where_they_should_be(data, format, depth, with_end):
     assert data.tokenizer.decode(answer) == key
 
 
-def test_keys_are_different_digits_and_depend_on_the_generator(format, filler):
+def test_keys_are_different_words_and_depend_on_the_generator(format, filler):
     random = np.random.default_rng(0)
-    keys = [format.make(random, 300, 0.5, filler, with_end=True).digits for _ in range(50)]
-    assert all(len(set(key)) == KEY_DIGITS for key in keys)
+    keys = [format.make(random, 300, 0.5, filler, with_end=True).key for _ in range(50)]
+    assert all(len(set(key)) == len(key) == KEY_WORDS for key in keys)
     assert len(set(keys)) > 45
     again = format.make(np.random.default_rng(0), 300, 0.5, filler, with_end=True)
-    assert again.digits == keys[0]
+    assert again.key == keys[0]
+
+
+def test_keys_are_whole_words_of_the_vocabulary_where_it_has_enough(make_data, data, format):
+    assert [data.tokenizer.decode(word) for word in format.words] == [f" {n}" for n in range(10)]
+    words = [f" {a}{b}{c}" for a in "bcdfg" for b in "aeiou" for c in "klmn"]
+    vocabulary = dict.fromkeys([*pre_tokenizers.ByteLevel.alphabet(), "<end>"])
+    merges = []
+    for word in words:
+        pieces = ["Ġ", *word[1:]]
+        for end in range(2, 5):
+            merge = ("".join(pieces[: end - 1]), pieces[end - 1])
+            if "".join(merge) not in vocabulary:
+                vocabulary["".join(merge)] = None
+                merges.append(merge)
+    numbers = {token: number for number, token in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.BPE(vocab=numbers, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    format = PasskeyFormat.of(
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    )
+    assert [tokenizer.decode(word.tolist()) for word in format.words] == words
+    assert all(len(word) == 1 for word in format.words)
 
 
 def test_shortest_is_a_document_without_filler(format, filler):
     made = format.make(np.random.default_rng(0), format.shortest, 0.5, filler, with_end=True)
     assert len(made.input_ids) == format.shortest
     assert not set(made.input_ids.tolist()) & {10, 11, 12, 20, 21, 22, 23} - set(
-        np.concatenate([format.statement, format.question, format.reminder, *format.digits])
+        np.concatenate([format.statement, format.question, format.reminder, *format.words])
     )
 
 

@@ -76,6 +76,7 @@ def test_documents_are_passkeys_over_training_text(data):
         assert text.count("# The pass key is" + key) == 2
         keys.add(key)
     assert len(keys) > 0.9 * len(documents)
+    assert {len(key.split()) for key in keys} > {4, 5, 6}
     assert min(store.lengths[documents]) >= format.shortest
 
 
