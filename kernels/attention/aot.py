@@ -11,7 +11,20 @@ from dataclasses import dataclass
 
 import triton
 
-from lctrain.kernels.attention.config import OPERATIONS, TileConfig, table_config
+from lctrain.kernels.attention.config import (
+    DIFFERENTIAL_OPERATIONS,
+    DUAL_CHUNK_OPERATIONS,
+    OPERATIONS,
+    TileConfig,
+    table_config,
+)
+from lctrain.kernels.attention.differential_dkv import differential_dkv_kernel
+from lctrain.kernels.attention.differential_dq import differential_dq_kernel
+from lctrain.kernels.attention.differential_fwd import differential_fwd_kernel
+from lctrain.kernels.attention.dual_chunk_dkv import dual_chunk_dkv_kernel
+from lctrain.kernels.attention.dual_chunk_dq import dual_chunk_dq_kernel
+from lctrain.kernels.attention.dual_chunk_fwd import dual_chunk_fwd_kernel
+from lctrain.kernels.attention.dual_chunk_rotate import ROTATE_CONFIG, dual_chunk_rotate_kernel
 from lctrain.kernels.attention.launch import RUNTIME_INTEGERS, padded_head_dim
 from lctrain.kernels.attention.varlen_dkv import varlen_dkv_kernel
 from lctrain.kernels.attention.varlen_dq import varlen_dq_kernel
@@ -21,12 +34,30 @@ KERNELS = {
     "varlen_fwd": varlen_fwd_kernel,
     "varlen_dq": varlen_dq_kernel,
     "varlen_dkv": varlen_dkv_kernel,
+    "dual_chunk_fwd": dual_chunk_fwd_kernel,
+    "dual_chunk_dq": dual_chunk_dq_kernel,
+    "dual_chunk_dkv": dual_chunk_dkv_kernel,
+    "dual_chunk_rotate": dual_chunk_rotate_kernel,
+    "diff_fwd": differential_fwd_kernel,
+    "diff_dq": differential_dq_kernel,
+    "diff_dkv": differential_dkv_kernel,
 }
+# (D, value dim, whether both branches read one k) of differential attention: its versions 1 and 2,
+# and what else its tables have entries for.
+DIFFERENTIAL_SHAPES = (
+    (64, 128, False),
+    (128, 128, True),
+    (64, 64, False),
+    (128, 128, False),
+    (128, 256, False),
+)
 FEATURES = ("causal", "full", "dropout", "softcap_dropout", "all")
 
 _POINTERS = {
-    **dict.fromkeys(("cu_q", "cu_k", "tiles", "window", "document_ids"), "*i32"),
+    **dict.fromkeys(("inv_freq", "logit_scale"), "*fp32"),
+    **dict.fromkeys(("cu_q", "cu_k", "cu_x", "tiles", "window", "document_ids"), "*i32"),
     **dict.fromkeys(("lse", "dlse", "delta", "stats", "alibi", "sink"), "*fp32"),
+    **dict.fromkeys(("lam", "dlam", "lse1", "lse2", "dlse1", "dlse2"), "*fp32"),
     "seed": "*i64",
 }
 _FLOATS = ("scale", "softcap", "keep_scale")
@@ -53,6 +84,8 @@ def kernel_variant(
     features: str = "causal",
     dtype: str = "bf16",
     group: int = 4,
+    value_dim: int | None = None,
+    shared_k: bool = False,
 ) -> KernelVariant:
     """Describes one compilation.
 
@@ -64,7 +97,10 @@ def kernel_variant(
             dropout.
         dtype: Triton's name of the tensors' dtype.
         group: Query heads per key/value head.
+        value_dim: Of differential attention; default D.
+        shared_k: Of differential attention: both branches read one k, and lam is per token.
     """
+    value_dim = head_dim if value_dim is None else value_dim
     everything = features == "all"
     dropout = everything or "dropout" in features
     softcap = everything or "softcap" in features
@@ -72,13 +108,22 @@ def kernel_variant(
         "window": everything,
         "alibi": everything,
         "sink": everything,
+        "logit_scale": everything,
         "dlse": everything,
+        "dlse1": everything,
+        "dlse2": everything,
+        "k2": not shared_k,
+        "dk2": not shared_k,
         "document_ids": dropout,
         "seed": dropout,
     }
     constants: dict[str, object] = {
         "HEAD_DIM": head_dim,
         "BLOCK_D": padded_head_dim(head_dim),
+        "VALUE_DIM": value_dim,
+        "BLOCK_DV": padded_head_dim(value_dim),
+        "SHARED_K": shared_k,
+        "STATS": 8 if shared_k else 4,
         "GROUP": group,
         "PACK": math.gcd(config.pack, group),
         "BLOCK_M": config.block_m,
@@ -89,6 +134,7 @@ def kernel_variant(
         "HAS_ALIBI": everything,
         "HAS_SINK": everything,
         "HAS_DROPOUT": dropout,
+        "IS_QUERY": True,
         "PRECISION": "ieee",
     }
     kernel = KERNELS[operation]
@@ -111,7 +157,8 @@ def kernel_variant(
             if name not in RUNTIME_INTEGERS:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     spill_free = config.spill_free and features == "causal"
-    label = f"{operation}-D{head_dim}-{features}-{dtype}-{config.block_m}x{config.block_n}"
+    size = f"D{head_dim}" if value_dim == head_dim else f"D{head_dim}v{value_dim}"
+    label = f"{operation}-{size}-{features}-{dtype}-{config.block_m}x{config.block_n}"
     return KernelVariant(label, kernel, signature, values, attributes, config.options, spill_free)
 
 
@@ -138,3 +185,50 @@ def kernel_variants(
                 yield kernel_variant(operation, config, head_dim, features=feature)
         config = table_config("float32", operation, head_dims[0], 4)
         yield kernel_variant(operation, config, head_dims[0], dtype="fp32")
+    yield from _dual_chunk_variants(table, head_dims, features)
+    yield from _differential_variants(table, head_dims, features)
+
+
+def _dual_chunk_variants(
+    table: str, head_dims: tuple[int, ...], features: tuple[str, ...]
+) -> Iterator[KernelVariant]:
+    """As kernel_variants; of the features dual chunk attention has dropout, and logit_scale."""
+    for head_dim in head_dims:
+        for operation in DUAL_CHUNK_OPERATIONS:
+            for feature in features:
+                if feature in ("causal", "dropout", "all"):
+                    drop = feature != "causal"
+                    config = table_config(table, operation, head_dim, 4, has_dropout=drop)
+                    yield kernel_variant(operation, config, head_dim, features=feature)
+        yield kernel_variant("dual_chunk_rotate", ROTATE_CONFIG, head_dim)
+
+
+def _differential_variants(
+    table: str, head_dims: tuple[int, ...], features: tuple[str, ...]
+) -> Iterator[KernelVariant]:
+    """As kernel_variants; all shapes but version 1's are compiled as plain causal kernels."""
+    for operation in DIFFERENTIAL_OPERATIONS:
+        for shape in DIFFERENTIAL_SHAPES:
+            head_dim, value_dim, shared_k = shape
+            group = 2 if shared_k else 1
+            if head_dim not in head_dims:
+                continue
+            wanted = (*features, "causal") if shape == DIFFERENTIAL_SHAPES[0] else ("causal",)
+            for feature in dict.fromkeys(wanted):
+                if feature == "softcap_dropout":
+                    continue
+                dropout = feature in ("all", "dropout")
+                config = table_config(
+                    table, operation, head_dim, group, dropout, value_dim, shared_k
+                )
+                yield kernel_variant(
+                    operation,
+                    config,
+                    head_dim,
+                    features=feature,
+                    group=group,
+                    value_dim=value_dim,
+                    shared_k=shared_k,
+                )
+        config = table_config("float32", operation, 32, 1, value_dim=32)
+        yield kernel_variant(operation, config, 32, dtype="fp32", group=1)

@@ -60,7 +60,7 @@ class TileConfig:
 # Operation -> {padded head dim: configuration}; head dims up to the key use it. An entry
 # "<operation>_dropout" replaces single sizes where dropout is on. Differential attention
 # ("diff_...") goes by the sum of its two padded head dims: 192 is keys of 64 with values of 128,
-# 256 is both of 128.
+# 256 is both of 128. There "<operation>_shared" replaces sizes where both branches read one k.
 _HOPPER = {
     "varlen_fwd": {
         64: TileConfig(64, 64, 4, 3, pack=2, spill_free=True),
@@ -83,21 +83,25 @@ _HOPPER = {
     "dual_chunk_fwd": {
         64: TileConfig(64, 64, 4, 3, pack=2),
         128: TileConfig(128, 64, 8, 3, pack=2),
-        256: TileConfig(128, 64, 8, 2, pack=4),
+        256: TileConfig(64, 64, 8, 2, pack=2),
     },
     "dual_chunk_dq": {
         64: TileConfig(64, 64, 4, 3, pack=2),
         128: TileConfig(128, 64, 8, 2, pack=4),
-        256: TileConfig(128, 32, 8, 2, pack=2),
+        256: TileConfig(64, 32, 8, 2, pack=2),
     },
     "dual_chunk_dkv": {
         64: TileConfig(64, 64, 4, 3),
         128: TileConfig(64, 128, 8, 2),
-        256: TileConfig(32, 64, 8, 2),
+        256: TileConfig(32, 64, 8, 1),
+    },
+    "dual_chunk_dkv_dropout": {
+        64: TileConfig(64, 64, 8, 2),
+        128: TileConfig(64, 64, 8, 2),
     },
     "diff_fwd": {
         128: TileConfig(64, 64, 4, 3, pack=2, spill_free=True),
-        192: TileConfig(128, 64, 8, 3, pack=2, spill_free=True),
+        192: TileConfig(128, 64, 8, 3, pack=2),
         256: TileConfig(128, 64, 8, 3, pack=2),
         384: TileConfig(64, 32, 8, 2, pack=2),
     },
@@ -108,11 +112,20 @@ _HOPPER = {
         384: TileConfig(64, 32, 8, 2, pack=2),
     },
     "diff_dkv": {
-        128: TileConfig(32, 128, 8, 2),
+        128: TileConfig(32, 64, 4, 2, spill_free=True),
         192: TileConfig(32, 128, 8, 2),
-        256: TileConfig(32, 128, 8, 2),
+        256: TileConfig(32, 64, 8, 2),
         384: TileConfig(32, 64, 8, 2),
     },
+    "diff_dkv_shared": {
+        256: TileConfig(32, 128, 8, 2),
+    },
+}
+# Accumulators of more than 512 columns of tensor memory compile to a trap: half as many keys.
+_BLACKWELL = {
+    **_HOPPER,
+    "diff_dkv": {**_HOPPER["diff_dkv"], 256: TileConfig(32, 64, 4, 2)},
+    "diff_dkv_shared": {256: TileConfig(32, 64, 4, 2)},
 }
 _AMPERE = {
     "varlen_fwd": {
@@ -232,13 +245,15 @@ _INTERPRETER = {
 TABLES = {
     "sm_80": _AMPERE,
     "sm_90": _HOPPER,
-    "sm_100": _HOPPER,
+    "sm_100": _BLACKWELL,
     "gfx942": _CDNA,
     "gfx950": _CDNA,
     "float32": _FLOAT32,
     "interpreter": _INTERPRETER,
 }
 OPERATIONS = ("varlen_fwd", "varlen_dq", "varlen_dkv")
+DUAL_CHUNK_OPERATIONS = ("dual_chunk_fwd", "dual_chunk_dq", "dual_chunk_dkv")
+DIFFERENTIAL_OPERATIONS = ("diff_fwd", "diff_dq", "diff_dkv")
 
 
 def table_config(
@@ -248,6 +263,7 @@ def table_config(
     group: int,
     has_dropout: bool = False,
     value_dim: int | None = None,
+    shared_k: bool = False,
 ) -> TileConfig:
     """Looks a configuration up.
 
@@ -258,19 +274,26 @@ def table_config(
         group: Query heads per key/value head; bounds how many heads can share a tile.
         has_dropout: Whether the kernel draws dropout masks.
         value_dim: Of the operations of differential attention, whose tables go by both head dims.
+        shared_k: Whether both branches of differential attention read one k.
     """
     width = padded_head_dim(head_dim)
     if value_dim is not None:
         width += padded_head_dim(value_dim)
     sizes = TABLES[table][operation]
-    if has_dropout:
-        sizes = {**sizes, **TABLES[table].get(f"{operation}_dropout", {})}
+    for suffix, applies in (("shared", shared_k), ("dropout", has_dropout)):
+        if applies:
+            sizes = {**sizes, **TABLES[table].get(f"{operation}_{suffix}", {})}
     config = sizes[min(size for size in sizes if size >= min(width, max(sizes)))]
     return replace(config, pack=math.gcd(config.pack, group))
 
 
 def tile_config(
-    operation: str, q: Tensor, group: int, has_dropout: bool, value_dim: int | None = None
+    operation: str,
+    q: Tensor,
+    group: int,
+    has_dropout: bool,
+    value_dim: int | None = None,
+    shared_k: bool = False,
 ) -> TileConfig:
     """Returns the configuration for these tensors; never reads their values."""
     if q.device.type != "cuda":
@@ -282,7 +305,7 @@ def tile_config(
     override = _OVERRIDES.get(operation)
     if override is not None:
         return replace(override, pack=math.gcd(override.pack, group))
-    return table_config(table, operation, q.shape[2], group, has_dropout, value_dim)
+    return table_config(table, operation, q.shape[2], group, has_dropout, value_dim, shared_k)
 
 
 _OVERRIDES: dict[str, TileConfig] = {}

@@ -114,7 +114,7 @@ def differential_bwd(
         *v.stride()[:2],
     )
     numbers = (total_q, left, right, softmax_scale, threshold, scale_kept)
-    config = tile_config("diff_dq", q1, group, dropout_p > 0, value_dim)
+    config = tile_config("diff_dq", q1, group, dropout_p > 0, value_dim, k2 is None)
     parts = SCHEDULE_ROWS // config.positions * (group // config.pack)
     grid = (heads_kv * q_tiles.shape[0] * parts,)
     if grid[0] > 0:
@@ -155,7 +155,7 @@ def differential_bwd(
             **config.options,
             **flags,
         )
-    config = tile_config("diff_dkv", q1, group, dropout_p > 0, value_dim)
+    config = tile_config("diff_dkv", q1, group, dropout_p > 0, value_dim, k2 is None)
     grid = (heads_kv * k_tiles.shape[0] * (SCHEDULE_ROWS // config.block_n),)
     if grid[0] > 0:
         differential_dkv_kernel[grid](

@@ -149,6 +149,7 @@ def differential_dkv_kernel(
     do_tile = dout_ptr + token * stride_dot + head.to(tl.int64) * stride_doh
     stats_tile = stats_ptr + (head.to(tl.int64) * total_q + token) * STATS
     lam_head = lam_ptr + head.to(tl.int64) * stride_lh
+    lam_only = tl.load(lam_head)
     rewind = tl.cast((1 - blocks) * BLOCK_M, tl.int64)
     # At least one step, on a tile that is all masked where nothing is visible: an accumulator that
     # skips the loop makes ptxas serialise the products (C7515).
@@ -174,7 +175,7 @@ def differential_dkv_kernel(
             even, odd = tl.split(tl.reshape(stats, [BLOCK_M, 2, 2]))
             lse1, lse2 = tl.split(even)
             e1, e2 = tl.split(odd)
-            lam = tl.load(lam_head)
+            lam = lam_only if GROUP == 1 else tl.load(lam_head)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         x1 = tl.dot(k1, tl.trans(q1), input_precision=PRECISION)
         x2 = tl.dot(k2, tl.trans(q2), input_precision=PRECISION)
@@ -227,15 +228,22 @@ def differential_dkv_kernel(
             dk1 = tl.dot(ds2.to(q2.dtype), q2, dk1, input_precision=PRECISION)
         else:
             dk2 = tl.dot(ds2.to(q2.dtype), q2, dk2, input_precision=PRECISION)
-        last = start + BLOCK_M >= high
-        start = tl.where(last, low, start + BLOCK_M)
-        head = tl.where(last, head + 1, head)
-        step = tl.where(last, rewind, BLOCK_M)
-        q1_tile += step * stride_q1t + tl.where(last, stride_q1h, 0)
-        q2_tile += step * stride_q2t + tl.where(last, stride_q2h, 0)
-        do_tile += step * stride_dot + tl.where(last, stride_doh, 0)
-        stats_tile += (step + tl.where(last, total_q, 0)) * STATS
-        lam_head += tl.where(last, stride_lh, 0)
+        if GROUP == 1:
+            start += BLOCK_M
+            q1_tile += BLOCK_M * stride_q1t
+            q2_tile += BLOCK_M * stride_q2t
+            do_tile += BLOCK_M * stride_dot
+            stats_tile += BLOCK_M * STATS
+        else:
+            last = start + BLOCK_M >= high
+            start = tl.where(last, low, start + BLOCK_M)
+            head = tl.where(last, head + 1, head)
+            step = tl.where(last, rewind, BLOCK_M)
+            q1_tile += step * stride_q1t + tl.where(last, stride_q1h, 0)
+            q2_tile += step * stride_q2t + tl.where(last, stride_q2h, 0)
+            do_tile += step * stride_dot + tl.where(last, stride_doh, 0)
+            stats_tile += (step + tl.where(last, total_q, 0)) * STATS
+            lam_head += tl.where(last, stride_lh, 0)
     row_dk = (token_k * stride_dkt + own_head * stride_dkh)[:, None] + columns[None, :]
     row_dv = (token_k * stride_dvt + own_head * stride_dvh)[:, None] + value_columns[None, :]
     factor = scale * keep_scale

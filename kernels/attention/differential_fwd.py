@@ -281,7 +281,7 @@ def differential_fwd(
     lse1 = torch.empty((heads, total_q), dtype=torch.float32, device=q1.device)
     lse2 = torch.empty_like(lse1)
     group = heads // heads_kv
-    config = tile_config("diff_fwd", q1, group, dropout_p > 0, value_dim)
+    config = tile_config("diff_fwd", q1, group, dropout_p > 0, value_dim, k2 is None)
     window_ptr, left, right, has_left, has_right = window_arguments(window)
     threshold, scale_kept = dropout_arguments(dropout_p)
     parts = SCHEDULE_ROWS // config.positions * (group // config.pack)
