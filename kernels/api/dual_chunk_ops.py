@@ -60,6 +60,7 @@ def dual_chunk_forward(
         cu_seqlens_q,
         cu_seqlens_k,
         schedule.q_tiles,
+        schedule.k_tiles,
         inv_freq=inv_freq,
         logit_scale=logit_scale,
         chunk_length=geometry.length,

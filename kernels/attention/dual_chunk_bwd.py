@@ -3,6 +3,8 @@
 Nothing is added across programs, so the result has the same bits in every run.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -71,9 +73,11 @@ def dual_chunk_bwd(
     group = heads // heads_kv
     dout = dout if dout.stride(2) == 1 else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    geometry = {"chunk_length": chunk_length, "far_position": far_position, "inv_freq": inv_freq}
-    q_far = dual_chunk_rotate(q, cu_seqlens_q, cu_seqlens_k, q_tiles, is_query=True, **geometry)
-    k_near = dual_chunk_rotate(k, cu_seqlens_k, cu_seqlens_k, k_tiles, is_query=False, **geometry)
+    rotate = partial(
+        dual_chunk_rotate, inv_freq=inv_freq, chunk_length=chunk_length, far_position=far_position
+    )
+    q_far = rotate(q, cu_seqlens_q, cu_seqlens_k, q_tiles, is_query=True)
+    k_near = rotate(k, cu_seqlens_k, cu_seqlens_k, k_tiles, is_query=False)
     dq = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)

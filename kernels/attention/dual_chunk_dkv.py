@@ -70,8 +70,8 @@ def dual_chunk_dkv_kernel(
 
     Grid: (key/value heads * tiles * SCHEDULE_ROWS / BLOCK_N,). Tiles are transposed, keys by
     queries, so that the weights reach dv and dk as they lie in registers. dk and dv [Tk, Hk, D] of
-    one layout; q_far [T, H, D] and k_near [Tk, Hk, D] contiguous; stats as dual_chunk_dq_kernel writes
-    them.
+    one layout; q_far [T, H, D] and k_near [Tk, Hk, D] as dual_chunk_rotate writes them, stats as
+    dual_chunk_dq_kernel does.
     """
     head_kv, _, document, first = locate_program(tiles_ptr, num_tiles, BLOCK_N, 1)
     if document < 0:
@@ -185,10 +185,7 @@ def dual_chunk_dkv_kernel(
                     )
                     dropped = tl.where(keep, p, 0.0)
                 dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
-                if HAS_DROPOUT:
-                    ds = dropped * dp - p * delta[None, :]
-                else:
-                    ds = p * (dp - delta[None, :])
+                ds = dropped * dp - p * delta[None, :] if HAS_DROPOUT else p * (dp - delta[None, :])
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
                 is_last = start + BLOCK_M >= high
                 start = tl.where(is_last, begin, start + BLOCK_M)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from lctrain.kernels.attention.launch import RUNTIME_INTEGERS
-from lctrain.kernels.tile.chunks import FAR, NEAR, keys_of_query, keys_of_tile, query_delta
+from lctrain.kernels.tile.chunks import FAR, NEAR, far_delta, keys_of_query, keys_of_tile
 from lctrain.kernels.tile.dropout import keep_mask, load_key
 from lctrain.kernels.tile.logits import LOG2_E
 from lctrain.kernels.tile.mask import mask_logits
@@ -205,7 +205,7 @@ def dual_chunk_dq_kernel(
                 k_tile += BLOCK_N * stride_k
                 v_tile += BLOCK_N * stride_vt
             if way == FAR:
-                moved = query_delta(position, FAR, chunk_length, far_position)
+                moved = far_delta(position, chunk_length, far_position)
                 cos, sin = cos_sin(moved[:, None], turns[None, :], turns_rest[None, :])
                 dq = rotate(dq, cos, -sin, BLOCK_M, BLOCK_D)
     store_rows(

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lctrain.kernels.attention.config import tile_config
+from lctrain.kernels.attention.dual_chunk_rotate import dual_chunk_rotate
 from lctrain.kernels.attention.launch import (
     DOT_PRECISION,
     RUNTIME_INTEGERS,
@@ -13,7 +14,7 @@ from lctrain.kernels.attention.launch import (
     padded_head_dim,
 )
 from lctrain.kernels.schedule import SCHEDULE_ROWS
-from lctrain.kernels.tile.chunks import OWN, keys_of_query, keys_of_tile, query_delta
+from lctrain.kernels.tile.chunks import FAR, NEAR, far_delta, keys_of_query, keys_of_tile
 from lctrain.kernels.tile.dropout import keep_mask, load_key
 from lctrain.kernels.tile.logits import LOG2_E
 from lctrain.kernels.tile.mask import mask_logits
@@ -29,6 +30,7 @@ _LOG2_E = tl.constexpr(LOG2_E)
 def dual_chunk_fwd_kernel(
     q_ptr,
     k_ptr,
+    k_near_ptr,
     v_ptr,
     out_ptr,
     lse_ptr,
@@ -43,6 +45,8 @@ def dual_chunk_fwd_kernel(
     stride_qh,
     stride_kt,
     stride_kh,
+    stride_nt,
+    stride_nh,
     stride_vt,
     stride_vh,
     stride_ot,
@@ -67,11 +71,12 @@ def dual_chunk_fwd_kernel(
     """One program: PACK query heads of one key/value head times BLOCK_M / PACK queries of a
     document.
 
-    Its queries are rotated anew for each of the three ways in which they meet keys (tile/chunks.py);
-    one softmax runs over all.
+    One softmax runs over the three ways of tile/chunks.py, each with its own q and k: FAR with
+    queries rotated to the far position, NEAR with keys rotated by -c, OWN with both as they are.
 
-    Grid: as varlen_fwd_kernel. q [T, H, D], k and v [Tk, Hk, D], out [T, H, D], lse [H, T] float32,
-    inv_freq [D/2] and logit_scale [N] float32.
+    Grid: as varlen_fwd_kernel. q [T, H, D], k and v [Tk, Hk, D], k_near [Tk, Hk, D] as
+    dual_chunk_rotate writes it, out [T, H, D], lse [H, T] float32, inv_freq [D/2] and logit_scale
+    [N] float32.
     """
     POSITIONS: tl.constexpr = BLOCK_M // PACK
     head_kv, head_group, document, first = locate_program(
@@ -95,9 +100,9 @@ def dual_chunk_fwd_kernel(
     tile_head = head_kv * GROUP + head_group * PACK + local_m // POSITIONS
     head = tl.where(query < length_q, tile_head, 0).to(tl.int64)
     row_q = (begin_q + query) * stride_qt + head * stride_qh
-    k_base = k_ptr + begin_k * stride_kt + head_kv.to(tl.int64) * stride_kh
+    k_own = k_ptr + begin_k * stride_kt + head_kv.to(tl.int64) * stride_kh
+    k_near = k_near_ptr + begin_k * stride_nt + head_kv.to(tl.int64) * stride_nh
     v_base = v_ptr + begin_k * stride_vt + head_kv.to(tl.int64) * stride_vh
-    tile_k = local_n[:, None] * stride_kt + pairs[None, :]
     tile_v = local_n[:, None] * stride_vt + columns[None, :]
     turns, turns_rest = load_frequencies(inv_freq_ptr, HEAD_DIM, BLOCK_D)
     key_0 = 0
@@ -127,11 +132,14 @@ def dual_chunk_fwd_kernel(
                 BLOCK_D,
                 True,
             )
-            if way != OWN:
-                delta = query_delta(position, way, chunk_length, far_position)
+            if way == FAR:
+                delta = far_delta(position, chunk_length, far_position)
                 cos, sin = cos_sin(delta[:, None], turns[None, :], turns_rest[None, :])
                 q = rotate(q, cos, sin, BLOCK_M, BLOCK_D).to(q.dtype)
             first_seen, last_seen = keys_of_query(position, way, chunk_length, near)
+            stride_k = tl.where(way == NEAR, stride_nt, stride_kt)
+            k_base = tl.where(way == NEAR, k_near, k_own)
+            tile_k = local_n[:, None] * stride_k + pairs[None, :]
             # Tiles without a mask, then those with one.
             for part in tl.static_range(0, 2):
                 begin = low if part == 0 else clear
@@ -140,7 +148,7 @@ def dual_chunk_fwd_kernel(
                 # products, and pointers advance by addition; without either ptxas may serialise
                 # the products (C7515).
                 if begin < end:
-                    k_tile = k_base + tl.cast(begin, tl.int64) * stride_kt
+                    k_tile = k_base + tl.cast(begin, tl.int64) * stride_k
                     v_tile = v_base + tl.cast(begin, tl.int64) * stride_vt
                     for n in tl.range(begin, end, BLOCK_N):
                         key = n + local_n
@@ -171,7 +179,7 @@ def dual_chunk_fwd_kernel(
                             v_tile + tile_v, key, length_k, columns, HEAD_DIM, BLOCK_D, part == 1
                         )
                         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-                        k_tile += BLOCK_N * stride_kt
+                        k_tile += BLOCK_N * stride_k
                         v_tile += BLOCK_N * stride_vt
     out, lse = finish(acc, m, l, keep_scale)
     row_o = (begin_q + query) * stride_ot + head * stride_oh
@@ -195,6 +203,7 @@ def dual_chunk_fwd(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     q_tiles: Tensor,
+    k_tiles: Tensor,
     *,
     inv_freq: Tensor,
     logit_scale: Tensor | None,
@@ -206,7 +215,7 @@ def dual_chunk_fwd(
     dropout_seed: Tensor | None,
     document_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Launches dual_chunk_fwd_kernel.
+    """Launches dual_chunk_fwd_kernel; scratch: keys rotated by -c [Tk, Hk, D].
 
     Args:
         q: [T, H, D] float16, bfloat16 or float32, last stride 1.
@@ -215,6 +224,7 @@ def dual_chunk_fwd(
         cu_seqlens_q: [N + 1] int32.
         cu_seqlens_k: [N + 1] int32.
         q_tiles: [n, 2] int32 from a TileSchedule.
+        k_tiles: [m, 2] int32, likewise.
         inv_freq: [D/2] float32.
         logit_scale: [N] float32.
         chunk_length: c.
@@ -239,9 +249,20 @@ def dual_chunk_fwd(
     grid = (heads_kv * q_tiles.shape[0] * parts,)
     if grid[0] == 0:
         return out, lse
+    k_near = dual_chunk_rotate(
+        k,
+        cu_seqlens_k,
+        cu_seqlens_k,
+        k_tiles,
+        inv_freq=inv_freq,
+        chunk_length=chunk_length,
+        far_position=far_position,
+        is_query=False,
+    )
     dual_chunk_fwd_kernel[grid](
         q,
         k,
+        k_near,
         v,
         out,
         lse,
@@ -256,6 +277,8 @@ def dual_chunk_fwd(
         q.stride(1),
         k.stride(0),
         k.stride(1),
+        k_near.stride(0),
+        k_near.stride(1),
         v.stride(0),
         v.stride(1),
         out.stride(0),

@@ -5,12 +5,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lctrain.kernels.attention.config import TileConfig
 from lctrain.kernels.attention.launch import RUNTIME_INTEGERS, padded_head_dim
 from lctrain.kernels.schedule import SCHEDULE_ROWS
-from lctrain.kernels.tile.chunks import FAR, query_delta
+from lctrain.kernels.tile.chunks import far_delta
 from lctrain.kernels.tile.memory import load_rows, store_rows
 from lctrain.kernels.tile.rotary import cos_sin, load_frequencies, pair_columns, rotate
 from lctrain.kernels.tile.seqlen import document_bounds, locate_program
+
+# Bound by memory: any tile that fills the machine will do.
+ROTATE_CONFIG = TileConfig(block_m=32, block_n=0, num_warps=4, num_stages=1)
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
@@ -61,7 +65,7 @@ def dual_chunk_rotate_kernel(
         True,
     )
     if IS_QUERY:
-        delta = query_delta(row + length_k - length, FAR, chunk_length, far_position)
+        delta = far_delta(row + length_k - length, chunk_length, far_position)
     else:
         delta = tl.zeros([BLOCK_M], tl.float32) - chunk_length
     turns, turns_rest = load_frequencies(inv_freq_ptr, HEAD_DIM, BLOCK_D)
@@ -105,8 +109,7 @@ def dual_chunk_rotate(
     """
     tokens, heads, head_dim = x.shape
     rotated = torch.empty((tokens, heads, head_dim), dtype=x.dtype, device=x.device)
-    block = 32
-    grid = (heads * tiles.shape[0] * (SCHEDULE_ROWS // block),)
+    grid = (heads * tiles.shape[0] * (SCHEDULE_ROWS // ROTATE_CONFIG.block_m),)
     if grid[0] > 0:
         dual_chunk_rotate_kernel[grid](
             x,
@@ -124,9 +127,8 @@ def dual_chunk_rotate(
             far_position,
             HEAD_DIM=head_dim,
             BLOCK_D=padded_head_dim(head_dim),
-            BLOCK_M=block,
+            BLOCK_M=ROTATE_CONFIG.block_m,
             IS_QUERY=is_query,
-            num_warps=4,
-            enable_fp_fusion=True,  # Triton 3.10 flips the default
+            **ROTATE_CONFIG.options,
         )
     return rotated

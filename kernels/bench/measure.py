@@ -21,11 +21,13 @@ class Timing:
         forward_ms: median milliseconds of a forward without a graph.
         backward_ms: median milliseconds of a backward through one graph.
         peak_bytes: most memory that a forward and backward held beyond its inputs; None on a CPU.
+        forward_peak_bytes: most memory that a forward without a graph held, likewise.
     """
 
     forward_ms: float
     backward_ms: float
     peak_bytes: int | None
+    forward_peak_bytes: int | None = None
 
 
 def gpu_timer(milliseconds: int) -> Timer:
@@ -50,12 +52,17 @@ def measure(peer: Peer, inputs: AttentionInputs, timer: Timer, repetitions: int 
         UnsupportedWorkload: if the peer cannot serve the workload.
     """
     call = peer.prepare(inputs)
-    peak_bytes = _peak_bytes(call, inputs)
-    out = call()
+
+    def step() -> None:
+        torch.autograd.grad(call(), inputs.leaves, inputs.grad_out)
 
     def forward() -> None:
         with torch.no_grad():
             call()
+
+    peak_bytes = _peak_bytes(step, inputs.q.device)
+    forward_peak_bytes = _peak_bytes(forward, inputs.q.device)
+    out = call()
 
     def backward() -> None:
         torch.autograd.grad(out, inputs.leaves, inputs.grad_out, retain_graph=True)
@@ -65,16 +72,12 @@ def measure(peer: Peer, inputs: AttentionInputs, timer: Timer, repetitions: int 
         forward_ms=median(forward_ms for forward_ms, _ in times),
         backward_ms=median(backward_ms for _, backward_ms in times),
         peak_bytes=peak_bytes,
+        forward_peak_bytes=forward_peak_bytes,
     )
 
 
-def _peak_bytes(call: Callable[[], torch.Tensor], inputs: AttentionInputs) -> int | None:
-    """Bytes beyond the inputs at the height of a forward and backward that was compiled before."""
-    device = inputs.q.device
-
-    def step() -> None:
-        torch.autograd.grad(call(), inputs.leaves, inputs.grad_out)
-
+def _peak_bytes(step: Callable[[], None], device: torch.device) -> int | None:
+    """Bytes beyond the inputs at the height of a step that was compiled before."""
     step()
     if device.type != "cuda":
         return None

@@ -23,6 +23,7 @@ class Result:
         forward_tflops: TFLOP/s of the FLOPs that the workload counts.
         backward_tflops: likewise.
         peak_bytes: memory of forward and backward beyond the inputs.
+        forward_peak_bytes: that of a forward without a graph.
         error_ratios: what `--check` found, per tensor: error over that of plain PyTorch.
     """
 
@@ -35,6 +36,7 @@ class Result:
     forward_tflops: float | None = None
     backward_tflops: float | None = None
     peak_bytes: int | None = None
+    forward_peak_bytes: int | None = None
     error_ratios: dict[str, float] | None = None
 
 

@@ -115,6 +115,7 @@ def _time(
         forward_tflops=workload.forward_flops / timing.forward_ms / 1e9,
         backward_tflops=workload.backward_flops / timing.backward_ms / 1e9,
         peak_bytes=timing.peak_bytes,
+        forward_peak_bytes=timing.forward_peak_bytes,
         error_ratios=error_ratios,
     )
 

@@ -19,9 +19,13 @@ from triton.testing import do_bench
 
 from lctrain.kernels import make_schedule
 from lctrain.kernels.attention.config import TileConfig, override_configs
+from lctrain.kernels.attention.dual_chunk_bwd import dual_chunk_bwd
+from lctrain.kernels.attention.dual_chunk_fwd import dual_chunk_fwd
 from lctrain.kernels.attention.varlen_bwd import varlen_bwd
 from lctrain.kernels.attention.varlen_fwd import varlen_fwd
+from lctrain.kernels.bench.dual_chunk import CHUNK_SIZE, LOCAL_SIZE, frequencies
 from lctrain.kernels.bench.workloads import WORKLOADS, Workload
+from lctrain.kernels.reference.dual_chunk import DualChunkGeometry
 
 _FORWARD = {
     64: "64,64,4,3,2 128,64,4,3,2 128,64,8,3,2,128 128,128,8,2,2,128 64,64,4,2,2,128",
@@ -41,7 +45,32 @@ _DKV = {
     128: "64,128,8,2 64,128,8,3 32,128,8,2 64,64,4,2 32,64,4,2",
     256: "32,64,8,1 32,64,8,2 64,64,8,1 32,64,4,1 32,128,8,1 16,64,4,2",
 }
-_CANDIDATES = {"varlen_fwd": _FORWARD, "varlen_dq": _DQ, "varlen_dkv": _DKV}
+_DUAL_CHUNK_FORWARD = {
+    64: "64,64,4,3,2 128,64,4,3,2 64,64,4,2,2 128,64,8,3,2",
+    96: "128,64,8,3,2 128,64,8,2,2",
+    128: "128,64,8,3,2 128,64,8,3,4 128,64,8,2,2 64,64,4,3,2 128,32,8,3,2",
+    256: "64,64,8,2,2 64,64,8,2,4 64,32,8,2,2",
+}
+_DUAL_CHUNK_DQ = {
+    64: "64,64,4,3,2 64,64,4,2,2 128,64,8,2,2",
+    96: "128,64,8,2,4 128,32,8,3,4",
+    128: "128,64,8,2,4 128,64,8,2,2 64,64,4,2,2 128,32,8,3,4 64,32,4,3,2",
+    256: "64,32,8,2,2 64,32,8,2,4 64,64,8,1,4",
+}
+_DUAL_CHUNK_DKV = {
+    64: "64,64,4,3 64,64,4,2 64,64,8,2 32,64,4,3",
+    96: "64,128,8,2 32,128,8,2",
+    128: "64,128,8,2 64,64,8,2 32,128,8,2 32,64,4,2",
+    256: "32,64,8,1 32,64,8,2",
+}
+_CANDIDATES = {
+    "varlen_fwd": _FORWARD,
+    "varlen_dq": _DQ,
+    "varlen_dkv": _DKV,
+    "dual_chunk_fwd": _DUAL_CHUNK_FORWARD,
+    "dual_chunk_dq": _DUAL_CHUNK_DQ,
+    "dual_chunk_dkv": _DUAL_CHUNK_DKV,
+}
 
 
 def parse_config(text: str) -> TileConfig:
@@ -55,7 +84,7 @@ def parse_config(text: str) -> TileConfig:
 class _Case:
     """The tensors of a workload and the call that runs one operation on them."""
 
-    def __init__(self, workload: Workload, dropout_p: float) -> None:
+    def __init__(self, workload: Workload, dropout_p: float, dual_chunk: bool) -> None:
         generator = torch.Generator("cuda").manual_seed(0)
 
         def draw(heads: int) -> torch.Tensor:
@@ -69,43 +98,38 @@ class _Case:
         self.schedule = make_schedule(workload.lengths).to("cuda")
         self.options = {
             "softmax_scale": workload.head_dim**-0.5,
-            "window": (-1, 0),
-            "softcap": 0.0,
-            "alibi_slopes": None,
             "dropout_p": dropout_p,
             "dropout_seed": torch.full((1,), 7, device="cuda") if dropout_p else None,
             "document_ids": None,
         }
+        self.dual_chunk = dual_chunk
+        if dual_chunk:
+            geometry = DualChunkGeometry(CHUNK_SIZE, LOCAL_SIZE)
+            self.options |= {
+                "inv_freq": frequencies(workload.head_dim, self.q.device),
+                "logit_scale": None,
+                "chunk_length": geometry.length,
+                "near": geometry.near,
+                "far_position": geometry.far_position,
+            }
+        else:
+            self.options |= {"window": (-1, 0), "softcap": 0.0, "alibi_slopes": None}
         self.out, self.lse = self.forward()
 
     def forward(self) -> tuple[torch.Tensor, ...]:
-        return varlen_fwd(
-            self.q,
-            self.k,
-            self.v,
-            self.cu,
-            self.cu,
-            self.schedule.q_tiles,
-            learnable_sink=None,
-            **self.options,
-        )
+        operands = (self.q, self.k, self.v, self.cu, self.cu)
+        if self.dual_chunk:
+            return dual_chunk_fwd(
+                *operands, self.schedule.q_tiles, self.schedule.k_tiles, **self.options
+            )
+        return varlen_fwd(*operands, self.schedule.q_tiles, learnable_sink=None, **self.options)
 
     def backward(self) -> tuple[torch.Tensor, ...]:
-        return varlen_bwd(
-            self.dout,
-            None,
-            self.q,
-            self.k,
-            self.v,
-            self.out,
-            self.lse,
-            self.cu,
-            self.cu,
-            self.schedule.q_tiles,
-            self.schedule.k_tiles,
-            deterministic=False,
-            **self.options,
-        )
+        tiles = (self.schedule.q_tiles, self.schedule.k_tiles)
+        operands = (self.dout, None, self.q, self.k, self.v, self.out, self.lse, self.cu, self.cu)
+        if self.dual_chunk:
+            return dual_chunk_bwd(*operands, *tiles, **self.options)
+        return varlen_bwd(*operands, *tiles, deterministic=False, **self.options)
 
 
 def _precompile(job: tuple[str, str, Workload, float]) -> None:
@@ -113,8 +137,8 @@ def _precompile(job: tuple[str, str, Workload, float]) -> None:
     tiny = Workload("tiny", (300, 20), workload.heads, workload.heads_kv, workload.head_dim)
     try:
         with override_configs(**{operation: parse_config(candidate)}):
-            case = _Case(tiny, dropout_p)
-            if operation != "varlen_fwd":
+            case = _Case(tiny, dropout_p, operation.startswith("dual_chunk"))
+            if not operation.endswith("_fwd"):
                 case.backward()
         torch.cuda.synchronize()
     except Exception as error:  # reported again, with its message, when it is timed
@@ -128,15 +152,16 @@ def time_candidates(
 
     Args:
         workload: What to time.
-        operation: "varlen_fwd", "varlen_dq" or "varlen_dkv".
+        operation: A key of the candidates, such as "varlen_fwd".
         candidates: Texts for parse_config.
         dropout_p: Dropout probability.
 
     Returns:
         A row per candidate: workload, operation, config, ms (None where it failed), error or None.
     """
-    case = _Case(workload, dropout_p)
-    run = case.forward if operation == "varlen_fwd" else case.backward
+    case = _Case(workload, dropout_p, operation.startswith("dual_chunk"))
+    forward = operation.endswith("_fwd")
+    run = case.forward if forward else case.backward
     expected = [x.float() for x in run()]
     rows = []
     for candidate in candidates:
@@ -153,11 +178,11 @@ def time_candidates(
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {error}"[:120]
         rows.append(row)
-        flops = workload.forward_flops if operation == "varlen_fwd" else workload.backward_flops
+        flops = workload.forward_flops if forward else workload.backward_flops
         speed = (
             f"{row['ms']:8.3f} ms {flops / row['ms'] / 1e9:6.1f} TF" if row["ms"] else row["error"]
         )
-        print(f"{workload.name:12} {operation:10} p={dropout_p} {candidate:22} {speed}", flush=True)
+        print(f"{workload.name:12} {operation:14} p={dropout_p} {candidate:22} {speed}", flush=True)
     return rows
 
 

@@ -94,7 +94,6 @@ def queries_of_tile(first, last, way, c, near, length_k):
 
 
 @triton.jit
-def query_delta(position, way, c, far_position):
-    """How far the query at `position` is rotated to meet keys in one way, float32."""
-    far = far_position - (position - own_begin(position, c))
-    return tl.where(way == FAR, far, tl.where(way == NEAR, c, 0)).to(tl.float32)
+def far_delta(position, c, far_position):
+    """How far the query at `position` is rotated to stand at the far position, float32."""
+    return (far_position - (position - own_begin(position, c))).to(tl.float32)

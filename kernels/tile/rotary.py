@@ -4,8 +4,10 @@ A tile of padded width BLOCK_D holds the first halves of its rows in the first h
 (`pair_columns`), so that partners stay BLOCK_D / 2 apart.
 
 Angles are counted in turns, with the frequency as a sum of two float32: whole turns of any position
-that fits float32 (16,777,216) cancel exactly, and what is left goes into two short polynomials. No
-call into a device library, so every GPU rotates alike.
+that fits float32 (16,777,216) cancel exactly, and what is left goes into two short polynomials.
+
+Every step that could be fused is: a rotated tile has the same bits in whichever kernel it is made,
+and so have the logits, which the backward must meet again to within the rounding of an exponent.
 """
 
 import triton
@@ -39,12 +41,14 @@ def cos_sin(delta, high, rest):
     turns = tl.fma(delta, high, -whole)  # one rounding, of a value below 1
     turns = tl.fma(delta, rest, turns)
     quarter = tl.floor(turns * 4.0 + 0.5)
-    x = (turns - quarter * 0.25) * _TWO_PI  # at most pi / 4
+    x = tl.fma(quarter, -0.25, turns) * _TWO_PI  # at most pi / 4
     square = x * x
-    sin = ((-1.9515295891e-4 * square + 8.3321608736e-3) * square - 1.6666654611e-1) * square
-    sin = sin * x + x
-    cos = (2.443315711809948e-5 * square - 1.388731625493765e-3) * square + 4.166664568298827e-2
-    cos = cos * square * square - 0.5 * square + 1.0
+    sin = tl.fma(square, -1.9515295891e-4, 8.3321608736e-3)
+    sin = tl.fma(sin, square, -1.6666654611e-1)
+    sin = tl.fma(sin * square, x, x)
+    cos = tl.fma(square, 2.443315711809948e-5, -1.388731625493765e-3)
+    cos = tl.fma(cos, square, 4.166664568298827e-2)
+    cos = tl.fma(cos * square, square, tl.fma(square, -0.5, 1.0))
     index = quarter.to(tl.int32)
     odd = (index & 1) != 0
     new_cos = tl.where(odd, sin, cos)
@@ -79,5 +83,5 @@ def rotate(x, cos, sin, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """
     pairs = tl.permute(tl.reshape(x.to(tl.float32), [ROWS, 2, BLOCK_D // 2]), (0, 2, 1))
     low, high = tl.split(pairs)
-    pairs = tl.join(low * cos - high * sin, high * cos + low * sin)
+    pairs = tl.join(tl.fma(low, cos, -(high * sin)), tl.fma(high, cos, low * sin))
     return tl.reshape(tl.permute(pairs, (0, 2, 1)), [ROWS, BLOCK_D])

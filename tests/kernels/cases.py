@@ -49,6 +49,30 @@ TINY_CASES = {
     "fused_qkv": Case(equal_lengths(20, 35), fused_qkv=True, dout_order="tdh", head_dim=24),
 }
 
+# Chunks of 16 to 23 tokens, none a multiple of the interpreter's tiles of 16 and 32.
+TINY_DUAL_CHUNK_CASES = {
+    "boundaries": Case(equal_lengths(23, 24, 31, 32, 0, 1), chunks=(30, 7)),  # c, c+1, S+1, S+2
+    "many_chunks": Case(equal_lengths(97, 45), chunks=(30, 7), head_dim=24, dout_order="htd"),
+    "local_size_0": Case(equal_lengths(61), chunks=(19, 0), heads=2, heads_k=1),
+    "local_size_close": Case(equal_lengths(70), chunks=(90, 73), heads=3, heads_k=1),
+    "chunks_smaller_than_tiles": Case(equal_lengths(50, 7), chunks=(4, 1), head_dim=20),
+    "longer_keys": Case(((5, 77), (33, 60), (1, 40), (1, 3)), chunks=(30, 7)),
+    "longer_queries": Case(((50, 30), (4, 0)), chunks=(19, 3)),
+    "dropout": Case(equal_lengths(80, 30), chunks=(30, 7), dropout_p=0.2, heads_k=4),
+    "logit_scale-fused_qkv": Case(
+        equal_lengths(60, 33), chunks=(21, 5), logit_scale=True, fused_qkv=True, dout_order="tdh"
+    ),
+    "everything": Case(
+        ((41, 63), (38, 38), (0, 5), (2, 2)),
+        chunks=(24, 6),
+        heads_k=1,
+        head_dim=40,
+        logit_scale=True,
+        dropout_p=0.15,
+    ),
+    "large_logits": Case(equal_lengths(55), chunks=(24, 6), magnitude=40.0),
+}
+
 LENGTHS = equal_lengths(0, 1, 63, 64, 65, 127, 129, 300)
 UNEQUAL = ((64, 129), (129, 64), (1, 127), (65, 0), (0, 63), (127, 127), (300, 20), (20, 300))
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
@@ -107,4 +131,64 @@ GPU_CASES = {
     "D72-window-dropout-float32": Case(
         UNEQUAL, head_dim=72, dtype=FLOAT32, window=(40, 40), dropout_p=0.2
     ),
+}
+
+DUAL_CHUNK_LENGTHS = equal_lengths(0, 1, 147, 148, 201, 202, 127, 129, 640, 1000)
+GPU_DUAL_CHUNK_PLAIN = Case(
+    DUAL_CHUNK_LENGTHS, heads=4, heads_k=2, head_dim=64, dtype=BFLOAT16, chunks=(200, 53)
+)
+GPU_DUAL_CHUNK_CASES = {
+    "D64": GPU_DUAL_CHUNK_PLAIN,
+    "D64-unequal": dataclasses.replace(
+        GPU_DUAL_CHUNK_PLAIN, documents=((64, 529), (529, 64), (1, 700), (65, 0), (300, 640))
+    ),
+    "D64-large_logits": dataclasses.replace(GPU_DUAL_CHUNK_PLAIN, magnitude=45.0),
+    "D64-local_size_0": dataclasses.replace(GPU_DUAL_CHUNK_PLAIN, chunks=(147, 0)),
+    "D64-local_size_close": dataclasses.replace(GPU_DUAL_CHUNK_PLAIN, chunks=(700, 611)),
+    "D64-chunks_smaller_than_tiles": dataclasses.replace(GPU_DUAL_CHUNK_PLAIN, chunks=(40, 11)),
+    "D64-dropout-scale-fused_qkv": dataclasses.replace(
+        GPU_DUAL_CHUNK_PLAIN,
+        dropout_p=0.1,
+        logit_scale=True,
+        fused_qkv=True,
+        dout_order="htd",
+    ),
+    "D128-g4": Case(DUAL_CHUNK_LENGTHS, heads_k=1, head_dim=128, dtype=BFLOAT16, chunks=(200, 53)),
+    "D128-dropout-g4-float16": Case(
+        DUAL_CHUNK_LENGTHS,
+        heads_k=1,
+        head_dim=128,
+        dtype=FLOAT16,
+        chunks=(300, 31),
+        dropout_p=0.3,
+        dout_order="tdh",
+    ),
+    "D128-window_of_4096": Case(
+        equal_lengths(4095, 4096, 4097, 9000, 300),
+        heads=2,
+        heads_k=1,
+        head_dim=128,
+        dtype=BFLOAT16,
+        chunks=(4095, 512),
+    ),
+    "D96-g1": Case(DUAL_CHUNK_LENGTHS, heads_k=4, head_dim=96, dtype=BFLOAT16, chunks=(200, 53)),
+    "D256-g4-scale": Case(
+        DUAL_CHUNK_LENGTHS,
+        heads_k=1,
+        head_dim=256,
+        dtype=BFLOAT16,
+        chunks=(200, 53),
+        logit_scale=True,
+    ),
+    "D256-dropout-g8": Case(
+        DUAL_CHUNK_LENGTHS,
+        heads=8,
+        heads_k=1,
+        head_dim=256,
+        dtype=BFLOAT16,
+        chunks=(200, 53),
+        dropout_p=0.1,
+    ),
+    "D20-float16": Case(DUAL_CHUNK_LENGTHS, head_dim=20, dtype=FLOAT16, chunks=(200, 53)),
+    "D64-float32": dataclasses.replace(GPU_DUAL_CHUNK_PLAIN, dtype=FLOAT32),
 }

@@ -10,8 +10,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from lctrain.kernels import flash_attn_varlen_func
+from lctrain.kernels import dual_chunk_attn_varlen_func, flash_attn_varlen_func
 from lctrain.kernels.reference.attention import dense_attention
+from lctrain.kernels.reference.dual_chunk import dense_dual_chunk_attention
 from tests.numerics import assert_error_at_most_twice
 
 DROPOUT_SEED = -0x1234_5678_9ABC_DEF0  # negative, and both halves of the key in use
@@ -37,6 +38,9 @@ class Case:
         magnitude: Standard deviation of q and k; logits grow with its square.
         fused_qkv: q, k and v are strided views of one tensor.
         dout_order: How the gradient of out lies in memory: a permutation of "thd".
+        chunks: (chunk_size, local_size) of dual chunk attention, which is causal and has dropout
+            and logit_scale only; None for flash_attn_varlen_func.
+        logit_scale: Pass a factor per document; dual chunk attention only.
     """
 
     documents: tuple[tuple[int, int], ...]
@@ -54,6 +58,8 @@ class Case:
     magnitude: float = 1.0
     fused_qkv: bool = False
     dout_order: str = "thd"
+    chunks: tuple[int, int] | None = None
+    logit_scale: bool = False
 
 
 def equal_lengths(*lengths: int) -> tuple[tuple[int, int], ...]:
@@ -74,6 +80,7 @@ class Inputs:
     sink: Tensor | None
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
+    logit_scale: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -148,13 +155,27 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
         sink=normal(heads).to(device) if case.sink else None,
         cu_seqlens_q=cumulative([queries for queries, _ in case.documents], device),
         cu_seqlens_k=cumulative([keys for _, keys in case.documents], device),
+        logit_scale=0.8 + torch.rand(len(case.documents), generator=generator).to(device)
+        if case.logit_scale
+        else None,
     )
 
 
+def frequencies(case: Case, device: torch.device | str) -> Tensor:
+    """[D/2] float32, RoPE's of base 10,000."""
+    columns = torch.arange(0, case.head_dim, 2, dtype=torch.float64)
+    return (10_000 ** -(columns / case.head_dim)).float().to(device)
+
+
 def attention(case: Case, inputs: Inputs, **options: object) -> Result:
-    """Forward and backward of flash_attn_varlen_func; options override arguments of the call."""
+    """Forward and backward of the case's function; options override arguments of the call."""
     q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
     sink = None if inputs.sink is None else inputs.sink.detach().requires_grad_()
+    dlse = inputs.dlse
+    if case.chunks is not None:
+        out, lse = _dual_chunk(case, inputs, (q, k, v), options)
+        grads = torch.autograd.grad([out, lse], [q, k, v], [inputs.dout, dlse.to(lse.dtype)])
+        return Result(out.detach(), lse.detach(), *grads, None)
     window = case.window
     if case.window_on_device:
         window = torch.tensor(window, dtype=torch.int32, device=q.device)
@@ -179,9 +200,31 @@ def attention(case: Case, inputs: Inputs, **options: object) -> Result:
         **arguments,
     )
     leaves = [q, k, v] if sink is None else [q, k, v, sink]
-    dlse = inputs.dlse.to(lse.dtype)
-    dq, dk, dv, *dsink = torch.autograd.grad([out, lse], leaves, [inputs.dout, dlse])
+    dq, dk, dv, *dsink = torch.autograd.grad([out, lse], leaves, [inputs.dout, dlse.to(lse.dtype)])
     return Result(out.detach(), lse.detach(), dq, dk, dv, dsink[0] if dsink else None)
+
+
+def _dual_chunk(
+    case: Case, inputs: Inputs, leaves: tuple[Tensor, ...], options: dict[str, object]
+) -> tuple[Tensor, Tensor]:
+    same = inputs.cu_seqlens_q.tolist() == inputs.cu_seqlens_k.tolist()
+    arguments = {
+        "inv_freq": frequencies(case, inputs.q.device),
+        "chunk_size": case.chunks[0],
+        "local_size": case.chunks[1],
+        "logit_scale": inputs.logit_scale,
+        "dropout_p": case.dropout_p,
+        "dropout_seed": DROPOUT_SEED if case.dropout_p else None,
+        "cu_seqlens_k": None if same else inputs.cu_seqlens_k,
+        "max_seqlen_k": max((keys for _, keys in case.documents), default=0),
+    } | options
+    return dual_chunk_attn_varlen_func(
+        *leaves,
+        inputs.cu_seqlens_q,
+        max((queries for queries, _ in case.documents), default=0),
+        return_lse=True,
+        **arguments,
+    )
 
 
 def dense(
@@ -226,18 +269,34 @@ def dense(
                 for x in (inputs.q[rows], inputs.k[keys], inputs.v[keys])
             )
             sink = None if inputs.sink is None else inputs.sink.detach().to(state).requires_grad_()
-            results = dense_attention(
-                q,
-                k,
-                v,
-                window=(case.window[0], 0 if case.causal else case.window[1]),
-                softcap=case.softcap,
-                alibi_slopes=slopes,
-                learnable_sink=sink,
-                dropout_p=case.dropout_p,
-                dropout_seed=DROPOUT_SEED,
-                document_id=index,
-            )[:2]
+            dropout = {
+                "dropout_p": case.dropout_p,
+                "dropout_seed": DROPOUT_SEED,
+                "document_id": index,
+            }
+            if case.chunks is not None:
+                factor = inputs.logit_scale
+                results = dense_dual_chunk_attention(
+                    q,
+                    k,
+                    v,
+                    inv_freq=frequencies(case, q.device),
+                    chunk_size=case.chunks[0],
+                    local_size=case.chunks[1],
+                    logit_scale=1.0 if factor is None else float(factor[index]),
+                    **dropout,
+                )
+            else:
+                results = dense_attention(
+                    q,
+                    k,
+                    v,
+                    window=(case.window[0], 0 if case.causal else case.window[1]),
+                    softcap=case.softcap,
+                    alibi_slopes=slopes,
+                    learnable_sink=sink,
+                    **dropout,
+                )[:2]
             out[rows], lse[:, rows] = (x.detach() for x in results)
             cotangents = (inputs.dout[rows].to(dtype), inputs.dlse[:, rows].to(state))
             for result, cotangent in zip(results, cotangents, strict=True):

@@ -1,0 +1,229 @@
+"""Dual chunk attention against its definition in float64, on the CPU: interpreter and PyTorch."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lctrain.kernels import flash_attn_varlen_func, make_schedule
+from lctrain.kernels.reference.dual_chunk import dense_dual_chunk_attention, rotate
+from tests.kernels.cases import GPU_DUAL_CHUNK_PLAIN, TINY_DUAL_CHUNK_CASES
+from tests.kernels.oracle import (
+    Case,
+    assert_matches_oracle,
+    attention,
+    dense,
+    equal_lengths,
+    frequencies,
+    make_inputs,
+)
+from tests.numerics import assert_error_at_most_twice
+
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+needs_interpreter = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="kernels run on the GPU here: test_dual_chunk_gpu.py"
+)
+by_case = pytest.mark.parametrize(
+    "case", TINY_DUAL_CHUNK_CASES.values(), ids=TINY_DUAL_CHUNK_CASES.keys()
+)
+BASE = GPU_DUAL_CHUNK_PLAIN if torch.cuda.is_available() else TINY_DUAL_CHUNK_CASES["boundaries"]
+
+
+def backends(device: torch.device) -> list[str]:
+    """What can serve half precision on this device."""
+    return ["triton"] if device.type == "cuda" else ["triton", "pytorch"]
+
+
+@needs_interpreter
+@by_case
+def test_triton_matches_float64(case):
+    inputs = make_inputs(case)
+    assert_matches_oracle(attention(case, inputs, backend="triton"), case, inputs)
+
+
+@by_case
+def test_pytorch_path_matches_float64(case):
+    case = dataclasses.replace(case, dtype=torch.bfloat16)
+    inputs = make_inputs(case)
+    assert_matches_oracle(attention(case, inputs, backend="auto"), case, inputs)
+
+
+@by_case
+def test_pytorch_path_is_the_definition(case):
+    """In float64 the two agree to rounding."""
+    case = dataclasses.replace(case, dtype=torch.float64)
+    inputs = make_inputs(case)
+    expected = dict(dense(case, inputs, torch.float64).items())
+    for name, tensor in attention(case, inputs, backend="pytorch").items():
+        torch.testing.assert_close(tensor, expected[name].to(tensor.dtype), msg=name)
+
+
+@pytest.mark.parametrize(("chunk_size", "local_size"), [(20, 5), (20, 0), (20, 17), (7, 3)])
+def test_the_definition_is_attention_over_bounded_relative_positions(chunk_size, local_size):
+    """Pair by pair: rotates each query to where the table of the paper puts it."""
+    case = Case(equal_lengths(60), dtype=torch.float64, chunks=(chunk_size, local_size), heads_k=4)
+    inputs, c = make_inputs(case), chunk_size - local_size
+    position = torch.arange(60)
+    q, k = inputs.q.transpose(0, 1), inputs.k.transpose(0, 1)
+    inv_freq = frequencies(case, "cpu")
+    at_place = [rotate(x, position % c, inv_freq).transpose(0, 1) for x in (q, k)]
+    out, lse = dense_dual_chunk_attention(
+        *at_place, inputs.v, inv_freq=inv_freq, chunk_size=chunk_size, local_size=local_size
+    )
+    logits = torch.full((4, 60, 60), float("-inf"), dtype=torch.float64)
+    largest = 0
+    for i in range(60):
+        for j in range(i + 1):
+            distance = i // c - j // c
+            stands = (i % c, min(i % c + c, chunk_size), min(2 * c - 1, chunk_size))
+            relative = stands[min(distance, 2)] - j % c
+            largest = max(largest, relative)
+            turned = rotate(q[:, i : i + 1], torch.tensor([relative]), inv_freq)[:, 0]
+            logits[:, i, j] = (turned * k[:, j]).sum(-1) / 4
+    assert largest == min(chunk_size, 2 * c - 1)
+    torch.testing.assert_close(lse, torch.logsumexp(logits, -1))
+    expected = torch.einsum("hij,jhd->ihd", torch.softmax(logits, -1), inputs.v)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize(("length", "equal"), [(24, True), (31, True), (32, False)])
+def test_documents_of_up_to_chunk_size_plus_one_tokens_are_plain_attention(length, equal):
+    """In float64; the first row that differs is S + 1."""
+    case = Case(equal_lengths(length), dtype=torch.float64, chunks=(30, 7))
+    inputs, inv_freq = make_inputs(case), frequencies(case, "cpu")
+    position = torch.arange(length)
+    turned = [
+        [rotate(x.transpose(0, 1), places, inv_freq).transpose(0, 1) for x in (inputs.q, inputs.k)]
+        for places in (position, position % 23)
+    ]
+    cu = inputs.cu_seqlens_q
+    plain = flash_attn_varlen_func(*turned[0], inputs.v, cu, cu, length, length, causal=True)
+    own = attention(case, dataclasses.replace(inputs, q=turned[1][0], k=turned[1][1])).out
+    torch.testing.assert_close(own[:31], plain[:31])
+    assert equal or (own[31] - plain[31]).abs().max() > 1e-4
+
+
+def test_one_chunk_has_the_bits_of_causal_attention(device):
+    """At equal tiles, which both kernels have under the interpreter and at D = 64 on a GPU."""
+    case = dataclasses.replace(BASE, documents=equal_lengths(20, 17, 1), chunks=(30, 7))
+    inputs = make_inputs(case, device)
+    for backend in backends(device):
+        own = attention(case, inputs, backend=backend)
+        plain = attention(
+            dataclasses.replace(case, chunks=None, causal=True), inputs, backend=backend
+        )
+        assert torch.equal(own.out, plain.out)
+        assert torch.equal(own.lse, plain.lse)
+        assert torch.equal(own.dk, plain.dk)
+        assert torch.equal(own.dv, plain.dv)
+
+
+def test_logit_scale_is_a_factor_of_the_logits(device):
+    """Twice the factor is a query that is twice as long, exactly (but for tiny float16 numbers)."""
+    case = dataclasses.replace(BASE, documents=equal_lengths(40), chunks=(19, 3))
+    if device.type == "cpu":
+        case = dataclasses.replace(case, dtype=torch.float32)
+    inputs = make_inputs(case, device)
+    twice = torch.full((1,), 2.0, device=device)
+    for backend in backends(device):
+        scaled = attention(case, inputs, logit_scale=twice, backend=backend)
+        longer = attention(case, dataclasses.replace(inputs, q=inputs.q * 2), backend=backend)
+        assert torch.equal(scaled.out, longer.out)
+        assert torch.equal(scaled.lse, longer.lse)
+        assert torch.equal(scaled.dk, longer.dk)
+        assert torch.equal(scaled.dq, longer.dq * 2)
+
+
+def test_a_filled_cache_gives_the_rows_of_one_full_pass(device):
+    """The last queries of a document, however many, across chunks: the bits of their rows."""
+    case = dataclasses.replace(BASE, documents=equal_lengths(90), chunks=(30, 7))
+    inputs = make_inputs(case, device)
+    for backend in backends(device):
+        full = attention(case, inputs, backend=backend)
+        for count in (1, 40):
+            piece = dataclasses.replace(case, documents=((count, 90),))
+            part = dataclasses.replace(
+                inputs,
+                q=inputs.q[-count:],
+                dout=inputs.dout[-count:],
+                dlse=inputs.dlse[:, -count:],
+                cu_seqlens_q=inputs.cu_seqlens_q.clamp(max=count),
+            )
+            result = attention(piece, part, backend=backend)
+            plain = dense(piece, part, inputs.q.dtype)
+            exact = dense(piece, part, torch.float64)
+            assert_error_at_most_twice(result.out, plain.out, exact.out, "out")
+            torch.testing.assert_close(result.lse, full.lse[:, -count:])
+
+
+def test_a_schedule_changes_no_bit(device):
+    case = dataclasses.replace(BASE, documents=equal_lengths(40, 0, 5))
+    inputs = make_inputs(case, device)
+    own = attention(case, inputs, backend="triton")
+    schedule = make_schedule([40, 0, 5]).to(device)
+    given = dict(attention(case, inputs, schedule=schedule, backend="triton").items())
+    for name, tensor in own.items():
+        assert torch.equal(tensor, given[name]), name
+
+
+def test_packs_without_tokens(device):
+    for documents in ((), ((0, 0), (0, 0)), ((3, 0),), ((0, 40),)):
+        case = dataclasses.replace(BASE, documents=documents)
+        inputs = make_inputs(case, device)
+        for backend in backends(device):
+            result = attention(case, inputs, backend=backend)
+            assert (result.out == 0).all()
+            assert (result.lse == -torch.inf).all()
+            for grad in (result.dq, result.dk, result.dv):
+                assert (grad == 0).all()
+
+
+def test_published_merge_has_other_gradients_and_the_same_output():
+    """Why the one softmax: detached merge weights leave out and dv as they are, dq and dk not."""
+    case = Case(equal_lengths(90), dtype=torch.float64, chunks=(30, 7), heads_k=4)
+    inputs = make_inputs(case)
+    exact = dense(case, inputs, torch.float64)
+    q, k, v = (x.clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+    out = merged_by_detached_weights(q, k, v, case)
+    dq, dk, dv = torch.autograd.grad(out, [q, k, v], inputs.dout)
+    exact_q, exact_k, exact_v = (x.clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+    reference = dense_dual_chunk_attention(
+        exact_q,
+        exact_k,
+        exact_v,
+        inv_freq=frequencies(case, "cpu"),
+        chunk_size=30,
+        local_size=7,
+    )[0]
+    right_q, right_k, right_v = torch.autograd.grad(
+        reference, [exact_q, exact_k, exact_v], inputs.dout
+    )
+    torch.testing.assert_close(out, exact.out)
+    torch.testing.assert_close(dv, right_v)
+    assert (dq - right_q).norm() > 0.02 * right_q.norm()
+    assert (dk - right_k).norm() > 0.02 * right_k.norm()
+
+
+def merged_by_detached_weights(q, k, v, case):
+    """Own chunk, chunk before, earlier ones: three softmaxes, merged by detached lse weights."""
+    length, c = len(q), case.chunks[0] - case.chunks[1]
+    position = torch.arange(length)
+    place, chunk = position % c, position // c
+    inv_freq = frequencies(case, "cpu")
+    far = min(2 * c - 1, case.chunks[0])
+    stands = (place, (place + c).clamp(max=case.chunks[0]), torch.full_like(place, far))
+    outs, lses = [], []
+    for way, stand in enumerate(stands):
+        turned = rotate(q.transpose(0, 1), stand - place, inv_freq)
+        logits = torch.einsum("hid,jhd->hij", turned, k) / q.shape[-1] ** 0.5
+        distance = chunk[:, None] - chunk[None, :]
+        seen = (distance == way) if way < 2 else (distance >= 2)
+        seen = seen & (position[:, None] >= position[None, :])
+        blind = ~seen.any(-1)
+        logits = logits.masked_fill(~seen, float("-inf"))
+        lses.append(torch.logsumexp(logits, -1).detach())
+        weights = torch.softmax(logits.masked_fill(blind[:, None], 0.0), -1)
+        weights = weights.masked_fill(blind[:, None], 0.0)
+        outs.append(torch.einsum("hij,jhd->ihd", weights, v))
+    shares = torch.softmax(torch.stack(lses), 0)  # [3, H, T]
+    return sum(share.T[..., None] * out for share, out in zip(shares, outs, strict=True))
