@@ -98,7 +98,7 @@ def diff_attn_varlen_func(
     head_dim, value_dim = q1.shape[2], v.shape[2]
     window, left, right = resolve_window(window_size, causal)
     state = torch.promote_types(q1.dtype, torch.float32)
-    out, _, lse1, lse2 = torch.ops.lctrain.differential_forward(
+    out, _, _, lse1, lse2 = torch.ops.lctrain.differential_forward(
         pad_head_dim(q1),
         pad_head_dim(q2),
         pad_head_dim(k1),

@@ -33,10 +33,10 @@ def differential_forward(
     dropout_seed: Tensor | None,
     document_ids: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns out, out2 = A2 v [T, H, Dv], lse1 and lse2 [H, T]; lam [T, H], k2 None if it is k1.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns out, out1 = A1 v, out2 = A2 v [T, H, Dv], lse1 and lse2 [H, T].
 
-    The other arguments are as the public function resolved them.
+    lam is [T, H], k2 is None if it is k1; other arguments are as the public function resolved them.
     """
     if backend == "pytorch":
         with torch.autocast(q1.device.type, enabled=False):
@@ -79,10 +79,11 @@ def differential_forward(
 @differential_forward.register_fake
 def _(
     q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor | None, v: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     lse_dtype = torch.promote_types(q1.dtype, torch.float32)
     shape, lse_shape = (q1.shape[0], q1.shape[1], v.shape[2]), (q1.shape[1], q1.shape[0])
     return (
+        q1.new_empty(shape),
         q1.new_empty(shape),
         q1.new_empty(shape),
         q1.new_empty(lse_shape, dtype=lse_dtype),
@@ -101,7 +102,7 @@ def differential_backward(
     k2: Tensor | None,
     v: Tensor,
     lam: Tensor,
-    out: Tensor,
+    out1: Tensor,
     out2: Tensor,
     lse1: Tensor,
     lse2: Tensor,
@@ -158,7 +159,7 @@ def differential_backward(
         k2,
         v,
         lam,
-        out,
+        out1,
         out2,
         lse1,
         lse2,
@@ -185,7 +186,7 @@ def _(
     k2: Tensor | None,
     v: Tensor,
     lam: Tensor,
-    out: Tensor,
+    out1: Tensor,
     out2: Tensor,
     lse1: Tensor,
     *_: Any,
@@ -201,28 +202,30 @@ def _(
 
 
 def _setup_context(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 ) -> None:
     tensors, scale, left, right, window, p = inputs[:10], *inputs[10:15]
     seed, document_ids, backend = inputs[15:]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, window, seed, document_ids, *output)
+    ctx.save_for_backward(*tensors, window, seed, document_ids, *output[1:])
     ctx.scalars = (scale, left, right, p, backend)
 
 
 def _backward(
     ctx: Any,
     dout: Tensor | None,
+    dout1: Tensor | None,
     dout2: Tensor | None,
     dlse1: Tensor | None,
     dlse2: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    assert dout2 is None, "out2 is kept for the backward only"
+    assert dout1 is None, "out1 and out2 are kept for the backward only"
+    assert dout2 is None, "out1 and out2 are kept for the backward only"
     q1, q2, k1, k2, v, lam, *metadata = ctx.saved_tensors
-    *metadata, window, seed, document_ids, out, out2, lse1, lse2 = metadata
+    *metadata, window, seed, document_ids, out1, out2, lse1, lse2 = metadata
     scale, left, right, p, backend = ctx.scalars
     dq1, dq2, dk1, dk2, dv, dlam = torch.ops.lctrain.differential_backward(
-        torch.zeros_like(out) if dout is None else dout,
+        torch.zeros_like(out1) if dout is None else dout,
         dlse1,
         dlse2,
         q1,
@@ -231,7 +234,7 @@ def _backward(
         k2,
         v,
         lam,
-        out,
+        out1,
         out2,
         lse1,
         lse2,
@@ -296,7 +299,7 @@ def differential_backward_flops(
     k2: Tensor | None,
     v: Tensor,
     lam: Tensor,
-    out: Tensor,
+    out1: Tensor,
     out2: Tensor,
     lse1: Tensor,
     lse2: Tensor,

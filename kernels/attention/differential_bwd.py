@@ -28,7 +28,7 @@ def differential_bwd(
     k2: Tensor | None,
     v: Tensor,
     lam: Tensor,
-    out: Tensor,
+    out1: Tensor,
     out2: Tensor,
     lse1: Tensor,
     lse2: Tensor,
@@ -55,7 +55,7 @@ def differential_bwd(
         k2: [Tk, Hk, D]; None if both branches read k1.
         v: [Tk, Hk, Dv].
         lam: [T, H] float32, any strides; stride 0 along T spares the kernels a number per query.
-        out: [T, H, Dv] contiguous.
+        out1: [T, H, Dv] contiguous.
         out2: [T, H, Dv] contiguous.
         lse1: [H, T] float32.
         lse2: [H, T] float32.
@@ -125,7 +125,7 @@ def differential_bwd(
             k2,
             v,
             lam,
-            out,
+            out1,
             out2,
             dout,
             lse1,
@@ -144,7 +144,7 @@ def differential_bwd(
             document_ids,
             *inputs_strides,
             *lam.stride(),
-            *out.stride()[:2],
+            *out1.stride()[:2],
             *dout.stride()[:2],
             *dq1.stride()[:2],
             q_tiles.shape[0],

@@ -21,7 +21,7 @@ def differential_dq_kernel(
     k2_ptr,
     v_ptr,
     lam_ptr,
-    out_ptr,
+    out1_ptr,
     out2_ptr,
     dout_ptr,
     lse1_ptr,
@@ -125,13 +125,13 @@ def differential_dq_kernel(
         True,
     )
     row_o = (token * stride_ot + head * stride_oh)[:, None] + value_columns[None, :]
-    o = load_rows(out_ptr + row_o, query, length_q, value_columns, VALUE_DIM, BLOCK_DV, True)
+    o1 = load_rows(out1_ptr + row_o, query, length_q, value_columns, VALUE_DIM, BLOCK_DV, True)
     o2 = load_rows(out2_ptr + row_o, query, length_q, value_columns, VALUE_DIM, BLOCK_DV, True)
     lam = tl.load(lam_ptr + token * stride_lt + head * stride_lh, mask=inside, other=0.0)
     row_lse = head * total_q + token
     d2 = tl.sum(o2.to(tl.float32) * do.to(tl.float32), 1)
     e2 = lam * d2
-    e1 = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1) + e2
+    e1 = tl.sum(o1.to(tl.float32) * do.to(tl.float32), 1)
     if dlse1_ptr is not None:
         e1 -= tl.load(dlse1_ptr + row_lse, mask=inside, other=0.0)
     if dlse2_ptr is not None:

@@ -31,6 +31,7 @@ def differential_fwd_kernel(
     v_ptr,
     lam_ptr,
     out_ptr,
+    out1_ptr,
     out2_ptr,
     lse1_ptr,
     lse2_ptr,
@@ -79,7 +80,8 @@ def differential_fwd_kernel(
 
     Grid: (key/value heads * tiles * SCHEDULE_ROWS * PACK / BLOCK_M * GROUP / PACK,).
     q1, q2 [T, H, D]; k1, k2 [Tk, Hk, D], only k1 with SHARED_K; v [Tk, Hk, Dv]; lam [T, H] float32,
-    any strides; out and out2 = A2 v [T, H, Dv] of one layout; lse1, lse2 [H, T] float32.
+    any strides; out, out1 = A1 v and out2 = A2 v [T, H, Dv] of one layout; lse1, lse2 [H, T]
+    float32.
     """
     POSITIONS: tl.constexpr = BLOCK_M // PACK
     head_kv, head_group, document, first = locate_program(
@@ -230,6 +232,7 @@ def differential_fwd_kernel(
         VALUE_DIM,
         BLOCK_DV,
     )
+    store_rows(out1_ptr + row_o, out1, query, length_q, value_columns, VALUE_DIM, BLOCK_DV)
     store_rows(out2_ptr + row_o, out2, query, length_q, value_columns, VALUE_DIM, BLOCK_DV)
     row_lse = head * total_q + token
     tl.store(lse1_ptr + row_lse, lse1, mask=inside)
@@ -252,7 +255,7 @@ def differential_fwd(
     dropout_p: float,
     dropout_seed: Tensor | None,
     document_ids: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launches differential_fwd_kernel.
 
     Args:
@@ -272,12 +275,12 @@ def differential_fwd(
         document_ids: [N] int32.
 
     Returns:
-        out and out2 = A2 v [T, H, Dv] in q1's dtype, lse1 and lse2 [H, T] float32.
+        out, out1 = A1 v and out2 = A2 v [T, H, Dv] in q1's dtype, lse1 and lse2 [H, T] float32.
     """
     total_q, heads, head_dim = q1.shape
     heads_kv, value_dim = v.shape[1:]
     out = torch.empty((total_q, heads, value_dim), dtype=q1.dtype, device=q1.device)
-    out2 = torch.empty_like(out)
+    out1, out2 = torch.empty_like(out), torch.empty_like(out)
     lse1 = torch.empty((heads, total_q), dtype=torch.float32, device=q1.device)
     lse2 = torch.empty_like(lse1)
     group = heads // heads_kv
@@ -287,7 +290,7 @@ def differential_fwd(
     parts = SCHEDULE_ROWS // config.positions * (group // config.pack)
     grid = (heads_kv * q_tiles.shape[0] * parts,)
     if grid[0] == 0:
-        return out, out2, lse1, lse2
+        return out, out1, out2, lse1, lse2
     differential_fwd_kernel[grid](
         q1,
         q2,
@@ -296,6 +299,7 @@ def differential_fwd(
         v,
         lam,
         out,
+        out1,
         out2,
         lse1,
         lse2,
@@ -334,4 +338,4 @@ def differential_fwd(
         PRECISION=DOT_PRECISION,
         **config.options,
     )
-    return out, out2, lse1, lse2
+    return out, out1, out2, lse1, lse2

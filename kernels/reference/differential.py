@@ -27,6 +27,11 @@ def _branches_as_heads(
     return interleave_heads(q1, q2), k, v.repeat_interleave(2 * group, 1)
 
 
+def _own(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy: an operator's results may not share memory, not even if empty."""
+    return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
 def dense_differential(
     q1: Tensor,
     q2: Tensor,
@@ -84,7 +89,7 @@ def differential_forward(
     *,
     dropout_seed: Tensor | None = None,
     document_ids: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Forward over packed documents, in chunks of queries (reference/varlen.py).
 
     Args:
@@ -101,8 +106,8 @@ def differential_forward(
         document_ids: [N] int32, default the index in the pack.
 
     Returns:
-        out and out2 = A2 v [T, H, Dv] in q1's dtype, lse1 and lse2 [H, T] float32 (float64 for
-        float64 inputs).
+        out, out1 = A1 v and out2 = A2 v [T, H, Dv] in q1's dtype, lse1 and lse2 [H, T] float32
+        (float64 for float64 inputs).
     """
     state = torch.promote_types(q1.dtype, torch.float32)
     operands = (x.to(state) for x in (q1, q2, k1, k1 if k2 is None else k2, v))
@@ -114,13 +119,14 @@ def differential_forward(
         dropout_seed=dropout_seed,
         document_ids=document_ids,
     )
-    out2 = both[:, 1::2]
-    out = both[:, 0::2] - lam.to(state)[..., None] * out2
+    out1, out2 = both[:, 0::2], both[:, 1::2]
+    out = out1 - lam.to(state)[..., None] * out2
     return (
-        out.to(q1.dtype),
-        out2.to(q1.dtype).contiguous(),
-        lse[0::2].contiguous(),
-        lse[1::2].contiguous(),
+        _own(out, q1.dtype),
+        _own(out1, q1.dtype),
+        _own(out2, q1.dtype),
+        _own(lse[0::2], state),
+        _own(lse[1::2], state),
     )
 
 
@@ -173,7 +179,7 @@ def differential_backward(
     if k2 is None:
         dk1, dk2 = dk1 + dk2, dk2.new_empty(0)
     dv = dv.unflatten(1, (heads_k, -1)).sum(2)
-    grads = (x.to(q1.dtype).contiguous() for x in (dq[:, 0::2], dq[:, 1::2], dk1, dk2, dv))
+    dlam = -(grad * out2.to(state)).sum(-1).t()
+    grads = (_own(x, q1.dtype) for x in (dq[:, 0::2], dq[:, 1::2], dk1, dk2, dv))
     dq1, dq2, dk1, dk2, dv = grads
-    dlam = -(grad * out2.to(state)).sum(-1).t().contiguous()
-    return dq1, dq2, dk1, dk2, dv, dlam
+    return dq1, dq2, dk1, dk2, dv, _own(dlam, state)
