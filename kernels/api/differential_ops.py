@@ -207,6 +207,7 @@ def _setup_context(
     tensors, scale, left, right, window, p = inputs[:10], *inputs[10:15]
     seed, document_ids, backend = inputs[15:]
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:3])  # out1 and out2 are kept for the backward
     ctx.save_for_backward(*tensors, window, seed, document_ids, *output[1:])
     ctx.scalars = (scale, left, right, p, backend)
 
@@ -214,13 +215,11 @@ def _setup_context(
 def _backward(
     ctx: Any,
     dout: Tensor | None,
-    dout1: Tensor | None,
-    dout2: Tensor | None,
+    _dout1: Tensor | None,
+    _dout2: Tensor | None,
     dlse1: Tensor | None,
     dlse2: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    assert dout1 is None, "out1 and out2 are kept for the backward only"
-    assert dout2 is None, "out1 and out2 are kept for the backward only"
     q1, q2, k1, k2, v, lam, *metadata = ctx.saved_tensors
     *metadata, window, seed, document_ids, out1, out2, lse1, lse2 = metadata
     scale, left, right, p, backend = ctx.scalars

@@ -73,12 +73,22 @@ class _Case:
         )
 
     def backward(self) -> tuple[Tensor, ...]:
+        q1, q2, k1, k2, v, lam = self.operands
+        out1, out2, lse1, lse2 = self.saved
         grads = differential_bwd(
             self.dout,
             None,
             None,
-            *self.operands,
-            *self.saved,
+            q1,
+            q2,
+            k1,
+            k2,
+            v,
+            lam,
+            out1,
+            out2,
+            lse1,
+            lse2,
             self.cu,
             self.cu,
             self.schedule.q_tiles,

@@ -17,7 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
+from tests.kernels import differential_oracle as differential
 from tests.kernels.cases import GPU_CASES
+from tests.kernels.differential_cases import GPU_CASES as DIFFERENTIAL_CASES
 from tests.kernels.oracle import attention, make_inputs
 
 DOCUMENTS = ((70, 70), (0, 0), (1, 1), (33, 130), (65, 20), (5, 0), (0, 7))
@@ -29,16 +31,24 @@ NAMES = (
     "D256-dropout-softcap-g1",
     "D64-causal-float32",
 )
+DIFFERENTIAL_NAMES = ("v1-dropout", "v1-tokens-full", "v2-window_on_device", "D96v192", "D20v40")
 
 
 def main() -> int:
     """Forward and backward of each configuration."""
+    results = {}
     for name in NAMES:
         case = dataclasses.replace(GPU_CASES[name], documents=DOCUMENTS, fused_qkv=False)
-        result = attention(case, make_inputs(case, "cuda"), backend="triton")
-        torch.cuda.synchronize()
+        results[name] = attention(case, make_inputs(case, "cuda"), backend="triton")
+    for name in DIFFERENTIAL_NAMES:
+        pair = dataclasses.replace(DIFFERENTIAL_CASES[name], documents=DOCUMENTS, views="")
+        inputs = differential.make_inputs(pair, "cuda")
+        results[f"differential {name}"] = differential.attention(pair, inputs, backend="triton")
+    torch.cuda.synchronize()
+    for name, result in results.items():
         for part, tensor in result.items():
-            if part != "lse" and not tensor.isfinite().all():  # blind rows have lse = -inf
+            # Blind rows have lse = -inf.
+            if not part.startswith("lse") and not tensor.isfinite().all():
                 print(f"{name}: {part} is not finite")
                 return 1
         print(f"{name}: ran")
