@@ -2,13 +2,19 @@
 
     lctrain-eval model=<folder or hub name> data=text 'data.files=[books/*.txt]' split=all \
         lengths=[1024,8192]
+
+With methods, the same for several ways to read beyond the trained window:
+
+    lctrain-eval model=<folder or hub name> methods=[plain,linear,ntk,yarn,dual_chunk] \
+        lengths=[1024,4096,16384] tasks=[perplexity,passkey]
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +34,32 @@ if TYPE_CHECKING:
     import torch
     from omegaconf import DictConfig
 
-    from lctrain.eval import PerplexityTable
+    from lctrain.data import TokenizedDocument
+    from lctrain.eval import Extension, MethodComparison, PasskeyTable, PerplexityTable
 
 log = logging.getLogger(__name__)
 
 MIN_MAX_TOKENS = 8192  # of a forward pass, where nothing else is said
+TASKS = ("perplexity", "passkey")
+
+
+@dataclass(frozen=True)
+class PasskeyConfig:
+    """How keys are hidden: see `lctrain.eval.passkey_retrieval`.
+
+    Attributes:
+        lengths: Tokens of the texts; None for the lengths of the evaluation.
+        methods: None for the methods of the evaluation.
+        depths: Share of the text before the key.
+        keys_per_cell: Keys of each length and depth.
+        seed: Of keys and text.
+    """
+
+    lengths: list[int] | None = None
+    methods: list[str] | None = None
+    depths: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    keys_per_cell: int = 20
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,15 +72,25 @@ class EvalConfig:
             `model.name_or_path=x`.
         data: What is read, as in training; its tokenizer is the model's own.
         attention: How the model's attention is patched; None leaves it as it is. The numbers are
-            the same, up to rounding.
+            the same, up to rounding, unless it is dual chunk attention. With methods, its options
+            are those of the methods that use it, and the others use flash.
         logger: By name, each with a `_target_`.
         paths: Where the evaluation writes.
         split: "held_out" for what training on this data holds out; "all" for every document.
+        tasks: perplexity, passkey, or both.
+        methods: Ways to read beyond the window, to compare: see `lctrain.eval.extension`. With
+            none, the model is evaluated as it is.
+        window: Tokens that the model was trained on; None for what its config says.
         documents: Number of documents, the longest first; None for all.
+        document_tokens: Tokens of each document, from its beginning; None for all.
         lengths: Context lengths in tokens.
         max_tokens: Tokens in a forward pass; None takes the longest length, but at least 8,192.
-        overlap: Share of a window that is only context.
-        min_context: Score tokens that have at least this many predecessors.
+        overlap: Share of a window that is only context; not used with methods.
+        stride: Positions that a window scores at every length; None for a share of each length,
+            with methods for half the shortest length.
+        min_context: Score tokens that have at least this many predecessors; None for all of them,
+            with methods for those for which every length is filled.
+        passkey: How keys are hidden.
         dtype: Of the weights: auto (as they are stored), float32, bfloat16 or float16.
         device: auto, cpu, cuda, cuda:1, ...
     """
@@ -65,37 +102,63 @@ class EvalConfig:
     logger: dict[str, Any] = field(default_factory=dict)
     paths: PathsConfig = MISSING
     split: str = "held_out"
+    tasks: list[str] = field(default_factory=lambda: ["perplexity"])
+    methods: list[str] = field(default_factory=list)
+    window: int | None = None
     documents: int | None = 16
+    document_tokens: int | None = None
     lengths: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048, 4096])
     max_tokens: int | None = None
     overlap: float = 0.5
-    min_context: int = 1
+    stride: int | None = None
+    min_context: int | None = None
+    passkey: PasskeyConfig = field(default_factory=PasskeyConfig)
     dtype: str = "auto"
     device: str = "auto"
 
 
-def evaluate(config: EvalConfig) -> tuple[PerplexityTable, dict[str, Path]]:
-    """Measures perplexity by context length and writes table and plot.
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        perplexity: By length, or by method and length; None if it was not a task.
+        passkey: By method, length and depth; None if it was not a task.
+        paths: The files, as "csv" for instance, or "passkey csv".
+    """
+
+    perplexity: PerplexityTable | MethodComparison | None
+    passkey: PasskeyTable | None
+    paths: dict[str, Path]
+
+    def __str__(self) -> str:
+        tables = [str(table) for table in (self.perplexity, self.passkey) if table is not None]
+        return "\n\n".join(tables)
+
+
+def evaluate(config: EvalConfig) -> Evaluation:
+    """Measures perplexity by context length, finds passkeys, and writes tables and plots.
 
     Args:
         config: Everything, as plain dataclasses.
 
     Returns:
-        The table, and the files by "csv", "json" and "png".
+        The tables and the files.
 
     Raises:
         ValueError: if the configuration, the data or the model does not fit.
     """
     from lctrain.build import build_datamodule, instantiate_all
-    from lctrain.eval import check_lengths, longest_documents, perplexity_by_length
+    from lctrain.eval import check_lengths, check_methods, longest_documents, trained_window
     from lctrain.eval.documents import evaluation_documents
-    from lctrain.loggers import closing, log_evaluation
+    from lctrain.loggers import closing
     from lctrain.models.pretrained import check_dtype, check_model_name, load_pretrained
 
-    max_tokens = config.max_tokens
-    if max_tokens is None:
-        max_tokens = max([MIN_MAX_TOKENS, *config.lengths])
+    max_tokens = forward_tokens(config)
     check_lengths(config.lengths, max_tokens)
+    check_tasks(config.tasks)
+    methods = check_methods(config.methods)
+    check_methods(config.passkey.methods or ())
     longest_documents((), config.documents)  # raises for a number that cannot be
     check_dtype(config.dtype)
     device = pick_device(config.device)
@@ -104,28 +167,172 @@ def evaluate(config: EvalConfig) -> tuple[PerplexityTable, dict[str, Path]]:
     with closing([*loggers.values()]):
         # First, since the tokenizer has the model's name, and an error should blame the model.
         model = load_pretrained(config.model, config.dtype)
-        documents = longest_documents(
-            evaluation_documents(build_datamodule(config.data).preparation, config.split),
-            config.documents,
-        )
-        patch(model, config.attention)
-        table = perplexity_by_length(
-            model.to(device),
-            documents,
+        documents = evaluation_documents(build_datamodule(config.data).preparation, config.split)
+        model.to(device)
+        perplexity: PerplexityTable | MethodComparison | None = None
+        passkey = None
+        paths: dict[str, Path] = {}
+        if "passkey" in config.tasks:  # first: it leaves the model as it was
+            chosen = config.passkey.methods or methods or [method_of(config.attention)]
+            window = trained_window(model, config.window)
+            passkey = find_passkeys(
+                config, model, documents, make_extensions(chosen, window, config.attention)
+            )
+            files = passkey.save(config.paths.output_dir)
+            paths |= {f"passkey {kind}": path for kind, path in files.items()}
+        if "perplexity" in config.tasks:
+            perplexity = measure_perplexity(config, model, documents, methods)
+            paths |= perplexity.save(config.paths.output_dir)
+        for logger in loggers.values():
+            log_tables(logger, perplexity, passkey, paths)
+            logger.finalize("success")
+    return Evaluation(perplexity, passkey, paths)
+
+
+def measure_perplexity(
+    config: EvalConfig,
+    model: Any,
+    documents: Sequence[TokenizedDocument],
+    methods: Sequence[str],
+) -> PerplexityTable | MethodComparison:
+    """Perplexity by length of the model as it is, or of every method."""
+    from lctrain.eval import (
+        compare_methods,
+        longest_documents,
+        perplexity_by_length,
+        trained_window,
+    )
+
+    chosen = longest_documents(documents, config.documents)
+    if config.document_tokens is not None:
+        chosen = [
+            replace(document, input_ids=document.input_ids[: config.document_tokens])
+            for document in chosen
+        ]
+    name = Path(config.model.name_or_path).name
+    if methods:
+        window = trained_window(model, config.window)
+        return compare_methods(
+            model,
+            chosen,
             config.lengths,
-            max_tokens=max_tokens,
-            overlap=config.overlap,
+            make_extensions(methods, window, config.attention),
+            max_tokens=forward_tokens(config),
+            stride=config.stride,
             min_context=config.min_context,
             progress=True,
-            name=Path(config.model.name_or_path).name,
+            name=name,
         )
-        paths = table.save(config.paths.output_dir)
-        for logger in loggers.values():
-            metrics = {f"perplexity_{row.length}": row.perplexity for row in table.rows}
-            logger.log_metrics(metrics, 0)
-            log_evaluation(logger, table.as_dicts(), paths["png"])
-            logger.finalize("success")
-    return table, paths
+    patch(model, config.attention)
+    return perplexity_by_length(
+        model,
+        chosen,
+        config.lengths,
+        max_tokens=forward_tokens(config),
+        overlap=config.overlap,
+        stride=config.stride,
+        min_context=1 if config.min_context is None else config.min_context,
+        progress=True,
+        name=name,
+    )
+
+
+def find_passkeys(
+    config: EvalConfig,
+    model: Any,
+    documents: Sequence[TokenizedDocument],
+    extensions: Sequence[Extension],
+) -> PasskeyTable:
+    """Passkeys hidden in the documents, for every method."""
+    from lctrain.data.passkey import PasskeyFormat
+    from lctrain.data.tokenizer import load_tokenizer
+    from lctrain.eval import passkey_retrieval
+
+    options = config.passkey
+    return passkey_retrieval(
+        model,
+        PasskeyFormat.of(load_tokenizer(str(config.data.tokenizer))),
+        [document.input_ids for document in documents],
+        options.lengths or config.lengths,
+        extensions,
+        max_tokens=forward_tokens(config),
+        depths=options.depths,
+        keys_per_cell=options.keys_per_cell,
+        seed=options.seed,
+        progress=True,
+        name=Path(config.model.name_or_path).name,
+    )
+
+
+def make_extensions(
+    methods: Sequence[str], window: int, attention: AttentionConfig | None
+) -> list[Extension]:
+    """The methods, each with the options of the attention that it uses.
+
+    Options that only dual chunk attention has go to it alone.
+    """
+    from lctrain.eval import Extension
+
+    attention = attention or AttentionConfig()
+    shared = AttentionConfig(
+        dropout=attention.dropout, deterministic=attention.deterministic, backend=attention.backend
+    ).options()
+    return [
+        Extension(method, window, attention.options() if method == "dual_chunk" else shared)
+        for method in methods
+    ]
+
+
+def method_of(attention: AttentionConfig | None) -> str:
+    """The method that an attention stands for by itself."""
+    return "dual_chunk" if attention is not None and attention.name == "dual_chunk" else "plain"
+
+
+def log_tables(
+    logger: Any,
+    perplexity: PerplexityTable | MethodComparison | None,
+    passkey: PasskeyTable | None,
+    paths: dict[str, Path],
+) -> None:
+    """Gives the numbers, and table and plot of the perplexities, to one logger."""
+    from lctrain.eval import MethodComparison
+    from lctrain.loggers import log_evaluation
+
+    metrics: dict[str, float] = {}
+    if isinstance(perplexity, MethodComparison):
+        metrics |= {
+            f"perplexity_{method}_{row.length}": row.perplexity
+            for method, table in perplexity.tables.items()
+            for row in table.rows
+        }
+    elif perplexity is not None:
+        metrics |= {f"perplexity_{row.length}": row.perplexity for row in perplexity.rows}
+    if passkey is not None:
+        for method in passkey.found:
+            means = passkey.accuracy(method).mean(axis=1)
+            metrics |= {
+                f"passkey_{method}_{length}": float(mean)
+                for length, mean in zip(passkey.lengths, means, strict=True)
+            }
+    logger.log_metrics(metrics, 0)
+    if perplexity is not None:
+        log_evaluation(logger, perplexity.as_dicts(), paths["png"])
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raises ValueError unless there are tasks, each one of TASKS."""
+    if not tasks or not set(tasks) <= set(TASKS):
+        raise ValueError(
+            f"tasks must be some of {', '.join(TASKS)}, got {list(tasks)}. The default is "
+            "[perplexity]."
+        )
+
+
+def forward_tokens(config: EvalConfig) -> int:
+    """Most tokens in a forward pass."""
+    if config.max_tokens is not None:
+        return config.max_tokens
+    return max([MIN_MAX_TOKENS, *config.lengths, *(config.passkey.lengths or ())])
 
 
 def patch(model: Any, attention: AttentionConfig | None) -> None:
@@ -194,10 +401,11 @@ def run(config: DictConfig) -> None:
     folder = Path(plain.paths.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(config, folder / "config.yaml", resolve=True)
-    table, paths = evaluate(plain)
-    print(table)
-    for kind, path in paths.items():
-        print(f"{kind:<5} {path}")
+    evaluation = evaluate(plain)
+    print(evaluation)
+    width = max(map(len, evaluation.paths), default=0)
+    for kind, path in evaluation.paths.items():
+        print(f"{kind:<{width}} {path}")
 
 
 def main() -> None:

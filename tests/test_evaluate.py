@@ -146,8 +146,8 @@ def test_command_line_evaluates_and_writes(run_main, model_folder, tmp_path, cap
 
 
 def test_patched_and_unpatched_models_agree(make_config) -> None:
-    packed, _ = evaluate(make_config())
-    padded, _ = evaluate(make_config(attention=None))
+    packed = evaluate(make_config()).perplexity
+    padded = evaluate(make_config(attention=None)).perplexity
     for row, other in zip(packed.rows, padded.rows, strict=True):
         assert row.loss == pytest.approx(other.loss, rel=1e-6)
 
@@ -160,7 +160,7 @@ def test_attention_none_on_the_command_line(run_main, model_folder, capsys) -> N
 def test_model_that_cannot_be_patched_is_evaluated_with_a_warning(
     make_config, mamba_folder, caplog
 ) -> None:
-    table, _ = evaluate(make_config(mamba_folder, lengths=[8]))
+    table = evaluate(make_config(mamba_folder, lengths=[8])).perplexity
     assert "as it is, on padded rows" in caplog.text
     assert table.rows[0].tokens == sum(len(text) for text in TEXTS)
 
@@ -193,7 +193,7 @@ def test_documents_that_were_set_aside(texts, model_folder, tmp_path) -> None:
 
 
 def test_only_the_longest_documents(make_config) -> None:
-    table, _ = evaluate(make_config(documents=1))
+    table = evaluate(make_config(documents=1)).perplexity
     assert table.rows[0].tokens == len(TEXTS[0])
 
 
@@ -206,7 +206,8 @@ def test_loggers_get_metrics_table_and_plot(make_config, monkeypatch) -> None:
         finalize=lambda status: calls.update(status=status),
     )
     monkeypatch.setattr("lctrain.build.instantiate_all", lambda group, configs: {"mine": logger})
-    table, paths = evaluate(make_config())
+    evaluation = evaluate(make_config())
+    table, paths = evaluation.perplexity, evaluation.paths
     assert calls["metrics"] == {f"perplexity_{row.length}": row.perplexity for row in table.rows}
     assert calls["columns"][:2] == ["length", "perplexity"]
     assert len(calls["data"]) == 2

@@ -1,22 +1,33 @@
 """How well a model uses long contexts."""
 
+from lctrain.eval.comparison import MethodComparison, compare_methods
+from lctrain.eval.extension import METHODS, Extension, check_methods, trained_window
 from lctrain.eval.perplexity import check_lengths, longest_documents, perplexity_by_length
 from lctrain.eval.plots import plot_perplexity
 from lctrain.eval.ratio import token_mean
+from lctrain.eval.retrieval import PasskeyTable, passkey_retrieval
 from lctrain.eval.runner import ScoredTokens, score_windows
 from lctrain.eval.table import PerplexityRow, PerplexityTable
 from lctrain.eval.windows import Windows, cut_windows
 
 __all__ = [
+    "METHODS",
+    "Extension",
+    "MethodComparison",
+    "PasskeyTable",
     "PerplexityRow",
     "PerplexityTable",
     "ScoredTokens",
     "Windows",
     "check_lengths",
+    "check_methods",
+    "compare_methods",
     "cut_windows",
     "longest_documents",
+    "passkey_retrieval",
     "perplexity_by_length",
     "plot_perplexity",
     "score_windows",
     "token_mean",
+    "trained_window",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from lctrain.eval.extension import Extension
 from lctrain.eval.limits import check_model
 from lctrain.eval.ratio import token_mean
 from lctrain.eval.runner import score_windows
@@ -30,7 +32,9 @@ def perplexity_by_length(
     max_tokens: int,
     device: torch.device | str | None = None,
     overlap: float = 0.5,
+    stride: int | None = None,
     min_context: int = 1,
+    extension: Extension | None = None,
     progress: bool = False,
     name: str = "",
 ) -> PerplexityTable:
@@ -58,7 +62,14 @@ def perplexity_by_length(
         device: where the model is; default: where its first parameter is.
         overlap: share of a window that is only context, in [0, 1). 0.5 runs each token through the
             model twice; more is nearer to a full context for all, and takes longer.
-        min_context: score tokens that have at least this many predecessors.
+        stride: positions that each window but the first of a document scores, at every length
+            the same number; None for `(1 - overlap) * length`. It must be at most the shortest
+            length.
+        min_context: score tokens that have at least this many predecessors. Above the longest
+            length minus `stride`, every scored token sees more than `length - stride` tokens at
+            every length: then a length of n means that positions up to n are read.
+        extension: how the model is fitted to each length; None leaves it as it is. Its attention
+            must be in place: see `Extension.patched`.
         progress: show a progress bar.
         name: of the model, for the title of the plot.
 
@@ -70,7 +81,7 @@ def perplexity_by_length(
             cannot take these tokens or lengths.
     """
     lengths = check_lengths(lengths, max_tokens)
-    _check_options(overlap, min_context)
+    _check_options(overlap, min_context, stride, lengths[0])
     tokens, counts = _scorable(documents, min_context)
     sizes = [len(ids) for ids in tokens]
     longest = max(sizes) - 1
@@ -78,26 +89,33 @@ def perplexity_by_length(
     device = next(model.parameters()).device if device is None else torch.device(device)
 
     # All lengths beyond the longest document are alike: one run serves them.
-    distinct = sorted({min(length, longest) for length in lengths})
+    runs = {length: min(length, longest) if extension is None else length for length in lengths}
+    distinct = sorted(set(runs.values()))
     windows = {
-        length: cut_windows(sizes, length, overlap=overlap, min_context=min_context)
+        length: cut_windows(sizes, length, overlap=overlap, stride=stride, min_context=min_context)
         for length in distinct
     }
     sums = {length: np.zeros(len(tokens)) for length in distinct}
     total = int(counts.sum()) * len(distinct)
     with tqdm(total=total, desc="Perplexity", unit="token", disable=not progress) as bar:
         for length in distinct:
-            for scored in score_windows(
-                model, tokens, windows[length], max_tokens=max_tokens, device=device
-            ):
-                sums[length] += np.bincount(scored.documents, scored.losses, len(tokens))
-                bar.update(len(scored.losses))
+            fitted = nullcontext() if extension is None else extension.at(model, length)
+            with fitted:
+                for scored in score_windows(
+                    model,
+                    tokens,
+                    windows[length],
+                    max_tokens=max_tokens,
+                    device=device,
+                    segment=None if extension is None else extension.segment,
+                ):
+                    sums[length] += np.bincount(scored.documents, scored.losses, len(tokens))
+                    bar.update(len(scored.losses))
     shortest = sums[distinct[0]]
-    rows = []
-    for length in lengths:
-        run = min(length, longest)
-        rows.append(_row(length, sums[run], shortest, counts, windows[run]))
-    return PerplexityTable(tuple(rows), name=name, overlap=overlap, min_context=min_context)
+    rows = tuple(
+        _row(length, sums[run], shortest, counts, windows[run]) for length, run in runs.items()
+    )
+    return PerplexityTable(rows, name=name, overlap=overlap, min_context=min_context, stride=stride)
 
 
 def longest_documents(
@@ -133,13 +151,18 @@ def check_lengths(lengths: Sequence[int], max_tokens: int) -> tuple[int, ...]:
     return tuple(sorted({int(length) for length in lengths}))
 
 
-def _check_options(overlap: float, min_context: int) -> None:
+def _check_options(overlap: float, min_context: int, stride: int | None, shortest: int) -> None:
     if not 0.0 <= overlap < 1.0:
         raise ValueError(f"overlap must be in [0, 1), got {overlap}. Try 0.5.")
     if min_context < 1:
         raise ValueError(
             f"min_context must be at least 1, got {min_context}. The first token of a document has "
             "nothing to be predicted from."
+        )
+    if stride is not None and not 1 <= stride <= shortest:
+        raise ValueError(
+            f"stride must be in [1, shortest length = {shortest}], got {stride}. Use null for a "
+            "share of each length."
         )
 
 

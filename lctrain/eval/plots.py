@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from lctrain.eval.table import PerplexityTable
 
@@ -27,18 +28,15 @@ def plot_perplexity(table: PerplexityTable, path: Path) -> None:
         table: at least one row; a perplexity that is not finite leaves a gap.
         path: PNG file to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
-    figure = Figure(figsize=(7.2, 4.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure()
     axes = figure.add_subplot()
     lengths = [row.length for row in table.rows]
     perplexities = [_finite(row.perplexity) for row in table.rows]
     axes.plot(lengths, perplexities, color=LINE, marker="o", linewidth=2)
     _draw_errors(axes, table, lengths, perplexities)
-    _scale_lengths(axes, lengths)
+    scale_lengths(axes, lengths)
     axes.set_xlabel("Context length (tokens, at most)", color=INK)
     axes.set_ylabel("Perplexity", color=INK)
     shown = [value for value in perplexities if not math.isnan(value)]
@@ -47,12 +45,24 @@ def plot_perplexity(table: PerplexityTable, path: Path) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
     axes.margins(x=0.06, y=0.18)
     _label_points(axes, lengths, perplexities)
-    _write_titles(axes, table)
-    axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=MUTED, which="both")
+    row = table.rows[0]
+    style_axes(
+        axes,
+        "Perplexity by context length" + (f": {table.name}" if table.name else ""),
+        f"{count(row.tokens, 'held-out token')} of {count(row.documents, 'document')}, "
+        "the same at every length",
+    )
     figure.savefig(path)
+
+
+def new_figure(width: float = 7.2, height: float = 4.5) -> Figure:
+    """An empty figure that needs no display; inches, 150 dots each."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _draw_errors(
@@ -72,7 +82,8 @@ def _draw_errors(
     axes.legend(frameon=False, fontsize=8, labelcolor=MUTED)
 
 
-def _scale_lengths(axes: Axes, lengths: list[int]) -> None:
+def scale_lengths(axes: Axes, lengths: list[int]) -> None:
+    """Makes the horizontal axis logarithmic, with a tick at every length."""
     from matplotlib.ticker import NullLocator
 
     axes.set_xscale("log", base=2)
@@ -101,19 +112,14 @@ def _label_points(axes: Axes, lengths: list[int], perplexities: list[float]) -> 
         )
 
 
-def _write_titles(axes: Axes, table: PerplexityTable) -> None:
-    title = "Perplexity by context length" + (f": {table.name}" if table.name else "")
+def style_axes(axes: Axes, title: str, subtitle: str) -> None:
+    """Writes the titles and takes away what is not needed."""
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=22)
-    row = table.rows[0]
-    axes.text(
-        0,
-        1.03,
-        f"{count(row.tokens, 'held-out token')} of {count(row.documents, 'document')}, "
-        "the same at every length",
-        transform=axes.transAxes,
-        fontsize=9,
-        color=MUTED,
-    )
+    axes.text(0, 1.03, subtitle, transform=axes.transAxes, fontsize=9, color=MUTED)
+    axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=MUTED, which="both")
 
 
 def count(number: int, noun: str) -> str:

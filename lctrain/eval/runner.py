@@ -39,6 +39,7 @@ def score_windows(
     *,
     max_tokens: int,
     device: torch.device,
+    segment: int | None = None,
 ) -> Iterator[ScoredTokens]:
     """Scores windows batch by batch, each batch of at most `max_tokens` tokens.
 
@@ -52,18 +53,26 @@ def score_windows(
         windows: what to score; none is longer than `max_tokens`.
         max_tokens: most tokens in a batch.
         device: where the model is.
+        segment: cut windows into parts of so many tokens that do not see one another; None for
+            whole windows. Only packs can be cut.
 
     Yields:
         The scored tokens of one batch; all batches together hold every scored position once.
     """
     packed = is_patched(model)
+    if segment is not None and not packed:
+        raise ValueError(
+            f"segment must be None for a model on padded rows, got {segment}. Patch its attention: "
+            "lctrain.patch_model(model)."
+        )
     batches = _packs(windows, max_tokens) if packed else _rows(windows, max_tokens)
     for batch in batches:
         parts = [
             documents[windows.documents[w]][windows.starts[w] : windows.stops[w]] for w in batch
         ]
         width = 0 if packed else max(map(len, parts))
-        kwargs = _packed_kwargs(parts, device) if packed else _row_kwargs(parts, width, device)
+        pieces = cut(parts, segment)
+        kwargs = packed_kwargs(pieces, device) if packed else row_kwargs(parts, width, device)
         # where each window begins in the flattened tokens of the batch
         lengths = [len(part) for part in parts]
         offsets = np.arange(len(parts)) * width if width else np.cumsum([0, *lengths[:-1]])
@@ -101,11 +110,22 @@ def _rows(windows: Windows, max_tokens: int) -> Iterator[np.ndarray]:
         begin += rows
 
 
-def _packed_kwargs(parts: list[np.ndarray], device: torch.device) -> dict[str, Any]:
+def cut(parts: Sequence[np.ndarray], segment: int | None) -> list[np.ndarray]:
+    """Cuts token ids, [n] each, into pieces of at most `segment` tokens; None leaves them whole."""
+    if segment is None:
+        return list(parts)
+    return [
+        part[start : start + segment] for part in parts for start in range(0, len(part), segment)
+    ]
+
+
+def packed_kwargs(parts: Sequence[np.ndarray], device: torch.device) -> dict[str, Any]:
+    """Arguments of a forward pass over documents in one pack."""
     return PackedBatch.from_documents(parts).to(device).model_kwargs()
 
 
-def _row_kwargs(parts: list[np.ndarray], width: int, device: torch.device) -> dict[str, Any]:
+def row_kwargs(parts: Sequence[np.ndarray], width: int, device: torch.device) -> dict[str, Any]:
+    """Arguments of a forward pass over documents in rows of `width`, padded on the right."""
     rows = np.zeros((len(parts), width), dtype=np.int64)
     for row, part in zip(rows, parts, strict=True):
         row[: len(part)] = part

@@ -58,12 +58,14 @@ class PerplexityTable:
         name: what was evaluated, for the title of the plot.
         overlap: share of a window that was only context.
         min_context: scored tokens had at least this many predecessors.
+        stride: positions that a window scored at every length; None for a share of each length.
     """
 
     rows: tuple[PerplexityRow, ...]
     name: str = ""
     overlap: float = 0.5
     min_context: int = 1
+    stride: int | None = None
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """One dictionary per length, with the attributes of PerplexityRow."""
@@ -81,14 +83,19 @@ class PerplexityTable:
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         paths = {kind: folder / f"{FILE_STEM}.{kind}" for kind in ("csv", "json", "png")}
-        rows = [{key: _finite(value) for key, value in row.items()} for row in self.as_dicts()]
+        rows = [{key: finite(value) for key, value in row.items()} for row in self.as_dicts()]
         with paths["csv"].open("w", newline="") as file:
             writer = csv.DictWriter(
                 file, [field.name for field in dataclasses.fields(PerplexityRow)]
             )
             writer.writeheader()
             writer.writerows(rows)
-        settings = {"name": self.name, "overlap": self.overlap, "min_context": self.min_context}
+        settings = {
+            "name": self.name,
+            "overlap": self.overlap,
+            "stride": self.stride,
+            "min_context": self.min_context,
+        }
         paths["json"].write_text(
             json.dumps({**settings, "rows": rows}, indent=2, allow_nan=False) + "\n"
         )
@@ -117,7 +124,7 @@ class PerplexityTable:
         return "\n".join(lines)
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 

@@ -49,7 +49,12 @@ class Windows:
 
 
 def cut_windows(
-    lengths: Sequence[int], length: int, *, overlap: float = 0.5, min_context: int = 1
+    lengths: Sequence[int],
+    length: int,
+    *,
+    overlap: float = 0.5,
+    stride: int | None = None,
+    min_context: int = 1,
 ) -> Windows:
     """Slides a window over each document so that every position is scored exactly once.
 
@@ -63,10 +68,14 @@ def cut_windows(
         lengths: tokens of each document.
         length: most tokens in a window.
         overlap: share of a window that is only context, in [0, 1).
+        stride: positions that a later window scores, in [1, length]; None for
+            `(1 - overlap) * length`. With one that is the same at every length, and `min_context`
+            above the longest length minus it, each scored position sees more than `length -
+            stride` tokens at every length.
         min_context: score only positions that have at least this many tokens in their document
             up to and including themselves.
     """
-    stride = max(1, round(length * (1.0 - overlap)))
+    stride = max(1, round(length * (1.0 - overlap))) if stride is None else stride
     positions = np.maximum(np.asarray(lengths, dtype=np.int64) - 1, 0)
     counts = np.where(positions > 0, 1 - (-np.maximum(positions - length, 0) // stride), 0)
     documents = np.repeat(np.arange(len(positions)), counts)

@@ -79,7 +79,7 @@ def _loss(
             "gradient reduction would be bypassed. Wrap a module whose forward computes the loss, "
             "as a LightningModule is, or pass model.module for evaluation."
         )
-    head = find_output_head(model, partial(_probe, targets.device, packed))
+    head = find_output_head(model, partial(probe, targets.device, packed))
     if head is None:
         logits = model(**model_kwargs)["logits"].flatten(0, 1)
         logits = logits if positions is None else logits[positions]
@@ -100,7 +100,7 @@ def _loss(
     return loss
 
 
-def _probe(device: torch.device, packed: bool) -> dict[str, Any]:
+def probe(device: torch.device, packed: bool) -> dict[str, Any]:
     """Arguments of a forward pass over a few tokens, of the kind that the model gets later."""
     documents = [torch.arange(length) % 2 for length in PROBE_LENGTHS]
     if packed:

@@ -122,8 +122,8 @@ def test_the_head_is_checked_without_drawing_random_numbers(make_model, one_docu
 def test_the_probe_is_built_once_for_a_model(make_model, one_document, monkeypatch) -> None:
     """Building it copies to the device, which a GPU would wait for in every step."""
     built = []
-    probe = causal_lm._probe
-    monkeypatch.setattr(causal_lm, "_probe", lambda *args: built.append(args) or probe(*args))
+    probe = causal_lm.probe
+    monkeypatch.setattr(causal_lm, "probe", lambda *args: built.append(args) or probe(*args))
     model = make_model()
     for _ in range(3):
         causal_lm_loss(model, one_document)

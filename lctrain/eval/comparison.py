@@ -1,0 +1,179 @@
+"""Perplexity by context length for several methods of reading beyond the window, on one model."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lctrain.eval.comparison_plot import plot_comparison
+from lctrain.eval.extension import Extension
+from lctrain.eval.perplexity import check_lengths, perplexity_by_length
+from lctrain.eval.plots import count
+from lctrain.eval.table import PerplexityRow, PerplexityTable, finite
+
+if TYPE_CHECKING:
+    from lctrain.data import TokenizedDocument
+
+FILE_STEM = "perplexity_by_method"
+
+
+@dataclass(frozen=True)
+class MethodComparison:
+    """Perplexity of the same tokens, by method and context length.
+
+    Attributes:
+        tables: By method, each with a row per length.
+        window: Tokens that the model was trained on.
+        name: What was evaluated.
+    """
+
+    tables: Mapping[str, PerplexityTable]
+    window: int
+    name: str = ""
+
+    def ratio(self, method: str, row: PerplexityRow) -> float:
+        """A perplexity over the same method's at the longest length up to the window; else NaN."""
+        within = [r for r in self.tables[method].rows if r.length <= self.window]
+        return row.perplexity / within[-1].perplexity if within else math.nan
+
+    def as_dicts(self) -> list[dict[str, Any]]:
+        """One dictionary per method and length: PerplexityRow, the method and the ratio."""
+        return [
+            {
+                "method": method,
+                **dataclasses.asdict(row),
+                "ratio_to_window": self.ratio(method, row),
+            }
+            for method, table in self.tables.items()
+            for row in table.rows
+        ]
+
+    def save(self, output_dir: str | Path) -> dict[str, Path]:
+        """Writes perplexity_by_method.csv, .json and .png; see PerplexityTable.save.
+
+        Returns:
+            The paths by "csv", "json" and "png".
+        """
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = {kind: folder / f"{FILE_STEM}.{kind}" for kind in ("csv", "json", "png")}
+        rows = [
+            {key: value if isinstance(value, str) else finite(value) for key, value in row.items()}
+            for row in self.as_dicts()
+        ]
+        with paths["csv"].open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        table = next(iter(self.tables.values()))
+        settings = {
+            "name": self.name,
+            "window": self.window,
+            "stride": table.stride,
+            "min_context": table.min_context,
+        }
+        paths["json"].write_text(
+            json.dumps({**settings, "rows": rows}, indent=2, allow_nan=False) + "\n"
+        )
+        plot_comparison(self, paths["png"])
+        return paths
+
+    def __str__(self) -> str:
+        first = next(iter(self.tables.values()))
+        head = first.rows[0]
+        widths = {method: max(20, len(method) + 2) for method in self.tables}
+        lines = [
+            f"Perplexity by context length and method{f' of {self.name}' if self.name else ''}: "
+            f"{count(head.tokens, 'token')} of {count(head.documents, 'document')}, the same in "
+            f"every cell; window {self.window:,}",
+            f"{'length':>10}" + "".join(f"{m:>{width}}" for m, width in widths.items()),
+        ]
+        for index, row in enumerate(first.rows):
+            cells = [
+                f"{self._cell(method, table.rows[index]):>{widths[method]}}"
+                for method, table in self.tables.items()
+            ]
+            lines.append(f"{row.length:>10,}" + "".join(cells))
+        lines.append(
+            "in brackets: over the same method's perplexity at the window; standard errors over "
+            "documents are in the files"
+        )
+        return "\n".join(lines)
+
+    def _cell(self, method: str, row: PerplexityRow) -> str:
+        ratio = self.ratio(method, row)
+        text = f"{row.perplexity:,.2f}" if row.perplexity < 1e6 else f"{row.perplexity:.1e}"
+        if math.isnan(ratio):
+            return text
+        return f"{text} ({ratio:.3f})" if ratio < 1e4 else f"{text} ({ratio:.0e})"
+
+
+def compare_methods(
+    model: nn.Module,
+    documents: Sequence[TokenizedDocument],
+    lengths: Sequence[int],
+    extensions: Sequence[Extension],
+    *,
+    max_tokens: int,
+    device: torch.device | str | None = None,
+    stride: int | None = None,
+    min_context: int | None = None,
+    progress: bool = False,
+    name: str = "",
+) -> MethodComparison:
+    """Measures the perplexity of the same tokens, at every length and with every method.
+
+    Which tokens, and what they see, decides whether a failure beyond the window shows. By default
+    only tokens are scored for which every length is filled: of each document those from place
+    `max(lengths) - stride` on, in windows that score `stride` tokens each, so that at a length of
+    n every scored token has more than n - stride and at most n tokens before it. Scoring from the
+    beginning of a document on would mix in tokens that have not left the window.
+
+    Args:
+        model: A causal LM without a patch; it is left as it was.
+        documents: Tokenized documents; those too short to fill the longest length are left out.
+        lengths: Context lengths in tokens.
+        extensions: The methods, all of one window.
+        max_tokens: Most tokens in a forward pass.
+        device: Where the model is; default: where its first parameter is.
+        stride: Positions that a window scores; None for half the shortest length.
+        min_context: Score tokens that have at least this many predecessors; None for those for
+            which every length is filled.
+        progress: Show a progress bar.
+        name: Of the model.
+
+    Returns:
+        The comparison; `str()` of it is readable, `save(folder)` writes files.
+
+    Raises:
+        ValueError: as in `perplexity_by_length`, or if the model cannot have a method.
+    """
+    lengths = check_lengths(lengths, max_tokens)
+    stride = max(1, lengths[0] // 2) if stride is None else stride
+    if min_context is None:
+        min_context = max(1, lengths[-1] - stride + 1)
+    tables = {}
+    for extension in extensions:
+        with extension.patched(model):
+            tables[extension.method] = perplexity_by_length(
+                model,
+                documents,
+                lengths,
+                max_tokens=max_tokens,
+                device=device,
+                stride=stride,
+                min_context=min_context,
+                extension=extension,
+                progress=progress,
+                name=extension.method,
+            )
+    return MethodComparison(tables, extensions[0].window, name)

@@ -1,0 +1,79 @@
+"""Plot of a MethodComparison: perplexity against context length, a line per method."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lctrain.eval.plots import INK, LINEAR_SPAN, MUTED, count, new_figure, scale_lengths, style_axes
+
+if TYPE_CHECKING:
+    from lctrain.eval.comparison import MethodComparison
+
+# Colours that remain apart for colour-blind readers (Okabe and Ito).
+COLOURS = {
+    "plain": "#616e7c",
+    "linear": "#e69f00",
+    "ntk": "#009e73",
+    "yarn": "#cc79a7",
+    "dual_chunk": "#0b6e99",
+    "intra_chunk": "#d55e00",
+}
+MARKERS = {"plain": "s", "linear": "^", "ntk": "v", "yarn": "D", "dual_chunk": "o"}
+TALLEST = 1e6  # perplexities beyond it say no more than this one, and would flatten the others
+
+
+def plot_comparison(comparison: MethodComparison, path: Path) -> None:
+    """Draws one line per method, with one standard error over documents, and the window.
+
+    The scale of perplexities is logarithmic where they span more than a factor of ten.
+
+    Args:
+        comparison: At least one method; a perplexity that is not finite leaves a gap.
+        path: PNG file to write.
+    """
+    from matplotlib.ticker import FuncFormatter
+
+    figure = new_figure()
+    axes = figure.add_subplot()
+    shown: list[float] = []
+    lengths: list[int] = []
+    for method, table in comparison.tables.items():
+        lengths = [row.length for row in table.rows]
+        values = [_shown(row.perplexity) for row in table.rows]
+        shown += [value for value in values if not math.isnan(value)]
+        colour = COLOURS.get(method, INK)
+        axes.plot(
+            lengths,
+            values,
+            label=method,
+            color=colour,
+            marker=MARKERS.get(method, "x"),
+            linewidth=2.5 if method == "dual_chunk" else 1.5,
+            zorder=3 if method == "dual_chunk" else 2,
+        )
+        low = [_shown(row.perplexity_low) for row in table.rows]
+        high = [_shown(row.perplexity_high) for row in table.rows]
+        axes.fill_between(lengths, low, high, color=colour, alpha=0.12, linewidth=0)
+    axes.axvline(comparison.window, color=MUTED, linewidth=1, linestyle=":")
+    scale_lengths(axes, lengths)
+    axes.set_xlabel("Context length (tokens, filled)", color=INK)
+    axes.set_ylabel("Perplexity", color=INK)
+    if shown and max(shown) > LINEAR_SPAN * min(shown):
+        axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
+    row = next(iter(comparison.tables.values())).rows[0]
+    of_model = f": {comparison.name}" if comparison.name else ""
+    style_axes(
+        axes,
+        f"Reading beyond the window{of_model}",
+        f"{count(row.tokens, 'held-out token')} of {count(row.documents, 'document')}, the same "
+        f"everywhere; dotted: the trained window, {comparison.window:,} tokens",
+    )
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    figure.savefig(path)
+
+
+def _shown(value: float) -> float:
+    return min(value, TALLEST) if math.isfinite(value) else math.nan

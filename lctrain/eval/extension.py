@@ -1,0 +1,182 @@
+"""Ways to read beyond the trained window without training, applied to one model and taken back.
+
+`plain` is the model as it is. `linear` (position interpolation, arXiv 2306.15595), `ntk` (NTK-aware
+scaling: the base grows to theta * f^(D / (D - 2)), fixed for each length) and `yarn` (arXiv
+2309.00071, with its attention factor) change the rotary embedding by a factor f = length / window;
+transformers' own classes compute it. `dual_chunk` is lctrain's attention. `intra_chunk` is what
+remains of it when each chunk sees only itself: documents are cut at multiples of the window.
+At lengths up to the window all of them are `plain`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lctrain.models import patch_model
+from lctrain.models.rotary import find_rotary
+
+log = logging.getLogger(__name__)
+
+ROPE_METHODS = ("linear", "ntk", "yarn")
+METHODS = ("plain", *ROPE_METHODS, "dual_chunk", "intra_chunk")
+
+
+@dataclass(frozen=True)
+class Extension:
+    """One method, for a model with a window.
+
+    Attributes:
+        method: One of METHODS.
+        window: Tokens that the model was trained on.
+        options: Of `lctrain.patch_model`, for the attention that the method uses.
+    """
+
+    method: str
+    window: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_methods([self.method])
+        if self.window < 2:
+            raise ValueError(
+                f"window must be at least 2, got {self.window}. It is the number of tokens that "
+                "the model was trained on."
+            )
+
+    @property
+    def segment(self) -> int | None:
+        """Tokens after which a document is cut; None for not at all."""
+        return self.window if self.method == "intra_chunk" else None
+
+    def factor(self, length: int) -> float:
+        """How many times the window a text of `length` tokens is, at least 1."""
+        return max(1.0, length / self.window)
+
+    @contextmanager
+    def patched(self, model: nn.Module) -> Iterator[None]:
+        """Gives the model the attention of this method, and takes it away again.
+
+        A model that flash attention does not support is left as it is, with a warning: it is
+        evaluated on padded rows, more slowly.
+
+        Raises:
+            ValueError: if the model cannot have this method; the message says why.
+        """
+        if self.method in ROPE_METHODS:
+            check_rotary(model, self.method)
+        try:
+            if self.method == "dual_chunk":
+                handle = patch_model(model, "dual_chunk", **{"window": self.window, **self.options})
+            else:
+                handle = patch_model(model, "flash", **self.options)
+        except ValueError as error:
+            if self.method in ("dual_chunk", "intra_chunk"):
+                raise
+            log.warning("Evaluating the model as it is, on padded rows instead of packs: %s", error)
+            yield
+            return
+        with handle:
+            yield
+
+    @contextmanager
+    def at(self, model: nn.Module, length: int) -> Iterator[None]:
+        """Fits the model to texts of `length` tokens; its outputs after that are bit-equal."""
+        factor = self.factor(length)
+        if self.method not in ROPE_METHODS or factor == 1.0:
+            yield
+            return
+        rotary: Any = check_rotary(model, self.method)
+        scaled = type(rotary)(config=_scaled_config(rotary, self.method, factor, self.window))
+        before = rotary.inv_freq, rotary.attention_scaling
+        rotary.inv_freq = scaled.inv_freq.to(before[0].device, before[0].dtype)
+        rotary.attention_scaling = scaled.attention_scaling
+        try:
+            yield
+        finally:
+            rotary.inv_freq, rotary.attention_scaling = before
+
+
+def check_methods(methods: Sequence[str]) -> tuple[str, ...]:
+    """Returns the methods without duplicates.
+
+    Raises:
+        ValueError: for one that does not exist.
+    """
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(
+                f"methods must be among {', '.join(METHODS)}, got {method!r}. Check the spelling."
+            )
+    return tuple(dict.fromkeys(methods))
+
+
+def trained_window(model: Any, window: int | None) -> int:
+    """The number of tokens that a model was trained on.
+
+    Args:
+        model: A transformers causal LM.
+        window: What the user says; None for `max_position_embeddings` of its config.
+
+    Raises:
+        ValueError: if the config does not say it.
+    """
+    if window is None:
+        window = getattr(model.config, "max_position_embeddings", None)
+    if window is None:
+        raise ValueError(
+            f"window must be given for {type(model).__name__}, whose config does not say on how "
+            "many tokens it was trained (max_position_embeddings). Set window=..."
+        )
+    if window < 2:
+        raise ValueError(
+            f"window must be at least 2, got {window}. It is the number of tokens that the model "
+            "was trained on."
+        )
+    return window
+
+
+def check_rotary(model: nn.Module, method: str) -> nn.Module:
+    """Returns the one rotary embedding of a model.
+
+    Raises:
+        ValueError: if it has none, several, or one that is scaled already.
+    """
+    try:
+        rotary: Any = find_rotary(model)
+    except ValueError as error:
+        raise ValueError(
+            f"methods must not name {method} for {type(model).__name__}, which has not one rotary "
+            "embedding (RoPE) for all layers. Leave it out."
+        ) from error
+    kind = getattr(rotary, "rope_type", None)
+    if kind != "default" or not hasattr(rotary, "attention_scaling"):
+        raise ValueError(
+            f"methods must not name {method} for {type(model).__name__}, whose rotary embeddings "
+            f"are of the type {kind!r} already. Compare plain and dual_chunk, or set its config's "
+            "rope_parameters to the default type."
+        )
+    return rotary
+
+
+def _scaled_config(rotary: Any, method: str, factor: float, window: int) -> Any:
+    """The configuration of a rotary embedding for texts of `factor` windows."""
+    config = copy.deepcopy(rotary.config)
+    parameters = dict(config.rope_parameters)
+    if method == "ntk":
+        width = 2 * rotary.inv_freq.numel()
+        parameters["rope_theta"] *= factor ** (width / (width - 2))
+    else:
+        parameters |= {"rope_type": method, "factor": factor}
+    if method == "yarn":
+        parameters["original_max_position_embeddings"] = window
+        if hasattr(config, "original_max_position_embeddings"):  # Phi-3: it would take precedence
+            config.original_max_position_embeddings = window
+    config.rope_parameters = parameters
+    return config

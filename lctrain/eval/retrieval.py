@@ -1,0 +1,229 @@
+"""Passkey retrieval: does a model find a key hidden at some depth of a text of some length?"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+from lctrain.attention import is_patched
+from lctrain.data.passkey import Filler, Passkey, PasskeyFormat
+from lctrain.eval.extension import Extension
+from lctrain.eval.limits import check_model
+from lctrain.eval.perplexity import check_lengths
+from lctrain.eval.plots import count
+from lctrain.eval.retrieval_plot import plot_retrieval
+from lctrain.eval.runner import cut, packed_kwargs, row_kwargs
+from lctrain.loss import evaluation_mode
+from lctrain.loss.predictions import greedy_tokens
+
+FILE_STEM = "passkey_retrieval"
+DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class PasskeyTable:
+    """How many keys were found, by method, length and depth.
+
+    Attributes:
+        found: By method, [lengths, depths] int64.
+        lengths: Tokens of the texts, question and answer included.
+        depths: Share of the other text that precedes the key.
+        keys: Number of keys in each cell.
+        window: Tokens that the model was trained on.
+        name: What was evaluated.
+    """
+
+    found: Mapping[str, np.ndarray]
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+    keys: int
+    window: int
+    name: str = ""
+
+    def accuracy(self, method: str) -> np.ndarray:
+        """Share of the keys that were found: [lengths, depths] float64."""
+        return self.found[method] / self.keys
+
+    def as_dicts(self) -> list[dict[str, Any]]:
+        """One dictionary per method, length and depth."""
+        return [
+            {
+                "method": method,
+                "length": length,
+                "depth": depth,
+                "found": int(found[i, j]),
+                "keys": self.keys,
+                "accuracy": int(found[i, j]) / self.keys,
+            }
+            for method, found in self.found.items()
+            for i, length in enumerate(self.lengths)
+            for j, depth in enumerate(self.depths)
+        ]
+
+    def save(self, output_dir: str | Path) -> dict[str, Path]:
+        """Writes passkey_retrieval.csv, .json and .png.
+
+        Returns:
+            The paths by "csv", "json" and "png".
+        """
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = {kind: folder / f"{FILE_STEM}.{kind}" for kind in ("csv", "json", "png")}
+        rows = self.as_dicts()
+        with paths["csv"].open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        settings = {"name": self.name, "window": self.window, "keys_per_cell": self.keys}
+        paths["json"].write_text(json.dumps({**settings, "rows": rows}, indent=2) + "\n")
+        plot_retrieval(self, paths["png"])
+        return paths
+
+    def __str__(self) -> str:
+        lines = [
+            f"Passkeys found{f' by {self.name}' if self.name else ''}: "
+            f"{count(self.keys, 'key')} in each cell, window {self.window:,}; depth is the share "
+            "of the text before the key"
+        ]
+        for method in self.found:
+            accuracy = self.accuracy(method)
+            lines.append(f"{method:<12}" + "".join(f"{n:>9,}" for n in self.lengths))
+            for j, depth in enumerate(self.depths):
+                cells = "".join(f"{value:>9.0%}" for value in accuracy[:, j])
+                lines.append(f"  {f'depth {depth:.2f}':<10}" + cells)
+            lines.append(f"  {'mean':<10}" + "".join(f"{v:>9.0%}" for v in accuracy.mean(axis=1)))
+        return "\n".join(lines)
+
+
+def passkey_retrieval(
+    model: nn.Module,
+    format: PasskeyFormat,
+    documents: Sequence[np.ndarray],
+    lengths: Sequence[int],
+    extensions: Sequence[Extension],
+    *,
+    max_tokens: int,
+    depths: Sequence[float] = DEPTHS,
+    keys_per_cell: int = 20,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    name: str = "",
+) -> PasskeyTable:
+    """Hides keys in real text and counts how many the model gives back, word for word.
+
+    A key is found if greedy decoding after the question gives all of its tokens. That is read off
+    one forward pass over text, question and answer: the likeliest next token must be right at every
+    token of the answer. Keys and text of a cell depend on the seed, the length and the number of
+    the key, so that every method sees the same, and every depth the same key in the same text.
+
+    Args:
+        model: A causal LM without a patch; it is left as it was.
+        format: Made for the model's tokenizer.
+        documents: Token ids to hide keys in, [n] integers each; none that the model was trained on.
+        lengths: Tokens of the texts, question and answer included.
+        extensions: The methods, all of one window.
+        max_tokens: Most tokens in a forward pass.
+        depths: Share of the other text that precedes the key, each in [0, 1].
+        keys_per_cell: Keys of each length and depth.
+        seed: Of keys and text.
+        device: Where the model is; default: where its first parameter is.
+        progress: Show a progress bar.
+        name: Of the model.
+
+    Returns:
+        The table; `str()` of it is readable, `save(folder)` writes files.
+
+    Raises:
+        ValueError: if an option is out of range, a length cannot hold the prompt, or the model
+            cannot have a method.
+    """
+    lengths = check_lengths(lengths, max_tokens)
+    depths = _check_options(depths, keys_per_cell, seed)
+    if lengths[0] < format.shortest:
+        raise ValueError(
+            f"passkey lengths must be at least {format.shortest}, the tokens of key, question and "
+            f"answer, got {lengths[0]}. Leave it out."
+        )
+    filler = Filler.of(documents, len(format.begin))
+    device = next(model.parameters()).device if device is None else torch.device(device)
+    example = format.make(np.random.default_rng(0), format.shortest, 0.0, filler, with_end=False)
+    check_model(model, [example.input_ids, *map(np.asarray, documents)], lengths[-1])
+    found = {e.method: np.zeros((len(lengths), len(depths)), np.int64) for e in extensions}
+    total = len(extensions) * len(lengths) * len(depths) * keys_per_cell
+    with tqdm(total=total, desc="Passkeys", unit="key", disable=not progress) as bar:
+        for extension in extensions:
+            with extension.patched(model):
+                for i, length in enumerate(lengths):
+                    cells = [(j, key) for j in range(len(depths)) for key in range(keys_per_cell)]
+                    with extension.at(model, length):
+                        for batch in _batches(cells, max(1, max_tokens // length)):
+                            made = [
+                                format.make(
+                                    np.random.default_rng([seed, length, key]),
+                                    length,
+                                    depths[j],
+                                    filler,
+                                    with_end=False,
+                                )
+                                for j, key in batch
+                            ]
+                            right = _answered(model, made, extension.segment, device)
+                            for (j, _), one in zip(batch, right, strict=True):
+                                found[extension.method][i, j] += one
+                            bar.update(len(batch))
+    return PasskeyTable(found, lengths, depths, keys_per_cell, extensions[0].window, name)
+
+
+def _check_options(depths: Sequence[float], keys: int, seed: int) -> tuple[float, ...]:
+    if not depths:
+        raise ValueError("depths must name at least one, got none. Try [0.0,0.5,1.0].")
+    for depth in depths:
+        if not 0.0 <= depth <= 1.0:
+            raise ValueError(
+                f"depths must be in [0, 1], got {depth}. It is the share of the text before the "
+                "key."
+            )
+    if keys < 1:
+        raise ValueError(f"keys_per_cell must be at least 1, got {keys}. Try 20.")
+    if seed < 0:
+        raise ValueError(f"passkey seed must be at least 0, got {seed}. Raise it.")
+    return tuple(sorted(set(depths)))
+
+
+def _batches(cells: Sequence[tuple[int, int]], size: int) -> Iterator[Sequence[tuple[int, int]]]:
+    for start in range(0, len(cells), size):
+        yield cells[start : start + size]
+
+
+def _answered(
+    model: nn.Module, made: Sequence[Passkey], segment: int | None, device: torch.device
+) -> list[bool]:
+    """Whether each document's answer is what greedy decoding gives."""
+    inputs = [passkey.input_ids[:-1] for passkey in made]  # nothing is asked after the last token
+    if is_patched(model):
+        kwargs = packed_kwargs(cut(inputs, segment), device)
+    else:
+        kwargs = row_kwargs(inputs, len(inputs[0]), device)
+    offsets = np.cumsum([0, *map(len, inputs)])[:-1]  # all are of one length: no padding
+    before = [
+        offset + np.arange(p.answer_start, p.answer_start + p.answer_tokens) - 1
+        for offset, p in zip(offsets, made, strict=True)
+    ]
+    places = torch.from_numpy(np.concatenate(before)).to(device)
+    with evaluation_mode(model):
+        predicted = greedy_tokens(model, kwargs, places).cpu().numpy()
+    splits = np.cumsum([len(part) for part in before])[:-1]
+    return [
+        bool((tokens == passkey.input_ids[passkey.answer_start :]).all())
+        for tokens, passkey in zip(np.split(predicted, splits), made, strict=True)
+    ]
