@@ -6,10 +6,21 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from lctrain.recipes.dual_chunk_extension.continuation import continue_training
+from lctrain.recipes.dual_chunk_extension.experiment import Experiment
 from lctrain.recipes.dual_chunk_extension.scale import SCALES
-from lctrain.recipes.dual_chunk_extension.stages import Experiment, train_short
+from lctrain.recipes.dual_chunk_extension.stages import (
+    find_passkeys,
+    measure_perplexity,
+    train_short,
+)
 
-STAGES = {"train": train_short}
+STAGES = {
+    "train": train_short,
+    "perplexity": measure_perplexity,
+    "passkey": find_passkeys,
+    "continue": continue_training,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all of them"
     )
     parser.add_argument(
-        "overrides", nargs="*", help="Hydra overrides of the training runs, after --"
+        "overrides", nargs="*", help="Hydra overrides of the first training run, after --"
     )
     chosen = parser.parse_args(arguments)
     experiment = Experiment(chosen.output.absolute(), SCALES[chosen.scale], tuple(chosen.overrides))

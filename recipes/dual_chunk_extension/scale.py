@@ -4,28 +4,78 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+RATIOS = (1, 2, 4, 8, 16)
+TRAIN_RATIO = 8  # of the continued training
+
 
 @dataclass(frozen=True)
 class Scale:
     """What differs between the sizes.
 
     Attributes:
-        window: Tokens of the longest training document, W.
+        window: Tokens of the longest document in training, W.
+        documents: Held-out documents for the perplexities, the longest first.
+        keys_per_cell: Passkeys of each length and depth.
+        depths: Share of the text before the key.
+        max_tokens: In a forward pass of the evaluations.
+        continued: Overrides of the continued training.
         train: Overrides of the experiment `dual_chunk_extension`.
     """
 
     window: int
+    documents: int
+    keys_per_cell: int
+    depths: tuple[float, ...]
+    max_tokens: int
+    continued: tuple[str, ...]
     train: tuple[str, ...] = ()
+
+    @property
+    def lengths(self) -> list[int]:
+        """1 to 16 windows."""
+        return [ratio * self.window for ratio in RATIOS]
+
+    @property
+    def stride(self) -> int:
+        """Positions that a window of the perplexities scores."""
+        return self.window // 2
+
+    @property
+    def document_tokens(self) -> int:
+        """Of each document: five windows that score, and one token to predict."""
+        return self.lengths[-1] + 4 * self.stride + 1
 
 
 SCALES = {
-    "full": Scale(window=1024),
+    "full": Scale(
+        window=1024,
+        documents=40,
+        keys_per_cell=20,
+        depths=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
+        max_tokens=131072,
+        continued=(
+            "data.max_tokens=32768",
+            "trainer.max_steps=150",
+            "trainer.limit_val_batches=24",
+            "optim.learning_rate=2e-4",
+        ),
+    ),
     "tiny": Scale(
         window=128,
+        documents=4,
+        keys_per_cell=1,
+        depths=(0.0, 1.0),
+        max_tokens=4096,
+        continued=(
+            "data.max_tokens=2048",
+            "trainer.max_steps=2",
+            "trainer.limit_val_batches=1",
+            "optim.learning_rate=2e-4",
+        ),
         train=(
             "model=tiny",
             "model.config.max_position_embeddings=128",
-            "data.max_bytes=600000",
+            "data.max_bytes=1500000",
             "data.with_stdlib=false",
             "data.vocab_size=512",
             "data.max_tokens=1024",
@@ -33,15 +83,12 @@ SCALES = {
             "data.held_out_fraction=0.3",
             "data.num_workers=0",
             "data.num_proc=1",
-            "optim.warmup_steps=1",
+            "optim.warmup_fraction=0.25",
             "trainer.max_steps=4",
             "trainer.limit_val_batches=2",
             "trainer.log_every_n_steps=1",
             "trainer.enable_progress_bar=false",
-            "evaluation.lengths=[32,128]",
-            "evaluation.documents=4",
-            "evaluation.document_tokens=256",
-            "evaluation.max_tokens=1024",
+            "evaluation.enabled=false",
         ),
     ),
 }

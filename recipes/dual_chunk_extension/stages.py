@@ -1,56 +1,22 @@
-"""The stages of the experiment: each reads the model that the first one left, and writes files."""
+"""Stages 1 to 3: training on the short window, perplexities beyond it, passkeys beyond it."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lctrain.config import TrainConfig, to_dataclass
-from lctrain.recipes.dual_chunk_extension.scale import Scale
-from lctrain.report import RunReport
-from lctrain.schemas import register_schemas
-from lctrain.train import quiet_lightning, train
+from lctrain.config import AttentionConfig, PathsConfig, PretrainedModelConfig
+from lctrain.eval import METHODS
+from lctrain.evaluate import EvalConfig, PasskeyConfig, evaluate
+from lctrain.recipes.dual_chunk_extension.experiment import Experiment, run_training
 
 SHARD = "14MB"
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """Where it is, how large, and what the user changes.
-
-    Attributes:
-        output: Folder of everything that it writes.
-        scale: Sizes of the whole experiment.
-        overrides: Hydra overrides of both training runs.
-    """
-
-    output: Path
-    scale: Scale
-    overrides: tuple[str, ...] = ()
-
-    @property
-    def model(self) -> Path:
-        """Folder of the model trained on the short window, in half precision."""
-        return self.output / "model"
-
-    def save(self, name: str, content: Any) -> Path:
-        """Writes a JSON file into the output folder."""
-        self.output.mkdir(parents=True, exist_ok=True)
-        path = self.output / f"{name}.json"
-        path.write_text(json.dumps(content, indent=2) + "\n")
-        return path
-
-
-def train_short(experiment: Experiment) -> RunReport:
-    """Stage 1: trains on the short window, and stores the model in half precision."""
-    folder = experiment.output / "train"
-    report = run_training(
-        ["experiment=dual_chunk_extension", *experiment.scale.train, *experiment.overrides], folder
-    )
-    store_half(folder / "model", experiment.model)
+def train_short(experiment: Experiment) -> None:
+    """Trains on the short window, and stores the model in half precision."""
+    report = run_training(experiment.short_training(), experiment.output / "train")
+    store_half(experiment.output / "train" / "model", experiment.model)
     experiment.save(
         "train",
         {
@@ -62,23 +28,38 @@ def train_short(experiment: Experiment) -> RunReport:
             "perplexities": dict(report.perplexities),
         },
     )
-    return report
 
 
-def run_training(overrides: Sequence[str], folder: Path) -> RunReport:
-    """Trains as `lctrain-train <overrides>` does, in this process."""
-    quiet_lightning()
-    return train(compose_training(overrides, folder))
+def measure_perplexity(experiment: Experiment) -> None:
+    """Perplexity of long held-out documents at 1 to 16 windows, with every method."""
+    print(run_evaluation(experiment, "perplexity"), flush=True)
 
 
-def compose_training(overrides: Sequence[str], folder: Path) -> TrainConfig:
-    """The configuration of `lctrain-train <overrides>`, writing into `folder`."""
-    from hydra import compose, initialize_config_module
+def find_passkeys(experiment: Experiment) -> None:
+    """Passkeys at 1 to 16 windows, with every method."""
+    print(run_evaluation(experiment, "passkey"), flush=True)
 
-    register_schemas()
-    with initialize_config_module("lctrain.configs", version_base="1.3"):
-        config = compose("train", [f"paths.output_dir={folder}", *overrides])
-    return to_dataclass(config, TrainConfig)
+
+def run_evaluation(experiment: Experiment, task: str) -> Any:
+    """Runs one task of `lctrain-eval` on the trained model; it writes into a folder of its name."""
+    scale = experiment.scale
+    return evaluate(
+        EvalConfig(
+            model=PretrainedModelConfig(name_or_path=str(experiment.model)),
+            data=experiment.data(),
+            attention=AttentionConfig(),
+            paths=PathsConfig(output_dir=str(experiment.output / task)),
+            tasks=[task],
+            methods=list(METHODS),
+            window=scale.window,
+            documents=scale.documents,
+            document_tokens=scale.document_tokens,
+            lengths=scale.lengths,
+            max_tokens=max(scale.max_tokens, scale.lengths[-1]),
+            stride=scale.stride,
+            passkey=PasskeyConfig(depths=list(scale.depths), keys_per_cell=scale.keys_per_cell),
+        )
+    )
 
 
 def store_half(source: Path, target: Path) -> None:

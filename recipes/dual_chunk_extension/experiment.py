@@ -1,0 +1,72 @@
+"""What all stages share: folders, sizes, and the configuration of the first training run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lctrain.config import DataConfig, TrainConfig, to_dataclass
+from lctrain.recipes.dual_chunk_extension.scale import Scale
+from lctrain.report import RunReport
+from lctrain.schemas import register_schemas
+from lctrain.train import quiet_lightning, train
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Where it is, how large, and what the user changes.
+
+    Attributes:
+        output: Folder of everything that it writes.
+        scale: Sizes of the whole experiment.
+        overrides: Hydra overrides of the first training run.
+    """
+
+    output: Path
+    scale: Scale
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def model(self) -> Path:
+        """Folder of the model trained on the short window, in half precision."""
+        return self.output / "model"
+
+    def short_training(self) -> list[str]:
+        """Overrides of the first training run."""
+        return ["experiment=dual_chunk_extension", *self.scale.train, *self.overrides]
+
+    def data(self) -> DataConfig:
+        """The same documents as in training, for the trained model's tokenizer."""
+        if not self.model.is_dir():
+            raise ValueError(
+                f"output must hold the trained model, got {self.output} without the folder "
+                "`model`. Run the stage train first, or copy that folder there."
+            )
+        config = compose_training(self.short_training(), self.output / "train")
+        return replace(config.data, tokenizer=str(self.model))
+
+    def save(self, name: str, content: Any) -> Path:
+        """Writes a JSON file into the output folder."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        path = self.output / f"{name}.json"
+        path.write_text(json.dumps(content, indent=2) + "\n")
+        return path
+
+
+def run_training(overrides: Sequence[str], folder: Path) -> RunReport:
+    """Trains as `lctrain-train <overrides>` does, in this process."""
+    quiet_lightning()
+    return train(compose_training(overrides, folder))
+
+
+def compose_training(overrides: Sequence[str], folder: Path) -> TrainConfig:
+    """The configuration of `lctrain-train <overrides>`, writing into `folder`."""
+    from hydra import compose, initialize_config_module
+
+    register_schemas()
+    with initialize_config_module("lctrain.configs", version_base="1.3"):
+        config = compose("train", [f"paths.output_dir={folder}", *overrides])
+    return to_dataclass(config, TrainConfig)
