@@ -111,6 +111,9 @@ _HOPPER = {
         256: TileConfig(128, 32, 8, 2, pack=2, spill_free=True),
         384: TileConfig(64, 32, 8, 2, pack=2),
     },
+    "diff_dq_dropout": {
+        192: TileConfig(128, 64, 8, 2, pack=2),
+    },
     "diff_dkv": {
         128: TileConfig(32, 64, 4, 2, spill_free=True),
         192: TileConfig(32, 128, 8, 2),
