@@ -1,9 +1,7 @@
-"""Backward of dual chunk attention: rotates queries and keys, then launches the two kernels.
+"""Backward of dual chunk attention: rotates queries and keys, then launches the other kernels.
 
 Nothing is added across programs, so the result has the same bits in every run.
 """
-
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +9,7 @@ from torch import Tensor
 from lctrain.kernels.attention.config import tile_config
 from lctrain.kernels.attention.dual_chunk_dkv import dual_chunk_dkv_kernel
 from lctrain.kernels.attention.dual_chunk_dq import dual_chunk_dq_kernel
-from lctrain.kernels.attention.dual_chunk_rotate import dual_chunk_rotate
+from lctrain.kernels.attention.dual_chunk_rotate import dual_chunk_rotate, rotated_keys
 from lctrain.kernels.attention.launch import DOT_PRECISION, dropout_arguments, padded_head_dim
 from lctrain.kernels.schedule import SCHEDULE_ROWS
 
@@ -41,7 +39,7 @@ def dual_chunk_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches the backward kernels; arguments as dual_chunk_fwd.
 
-    Scratch: queries at the far position [T, H, D] and keys rotated by -c [Tk, Hk, D].
+    Scratch: keys rotated by -c [Tk, Hk, D], and four float32 per query and head.
 
     Args:
         dout: [T, H, D], any strides.
@@ -73,16 +71,33 @@ def dual_chunk_bwd(
     group = heads // heads_kv
     dout = dout if dout.stride(2) == 1 else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    rotate = partial(
-        dual_chunk_rotate, inv_freq=inv_freq, chunk_length=chunk_length, far_position=far_position
-    )
-    q_far = rotate(q, cu_seqlens_q, cu_seqlens_k, q_tiles, is_query=True)
-    k_near = rotate(k, cu_seqlens_k, cu_seqlens_k, k_tiles, is_query=False)
+    geometry = {
+        "inv_freq": inv_freq,
+        "chunk_length": chunk_length,
+        "far_position": far_position,
+    }
+    threshold, scale_kept = dropout_arguments(dropout_p)
+    k_near = rotated_keys(k, cu_seqlens_k, k_tiles, **geometry)
+    stats = torch.empty((heads, total_q, 4), dtype=torch.float32, device=q.device)
+    # Holds the queries at the far position until the kernels of dq have read them.
     dq = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
+    dual_chunk_rotate(
+        q,
+        dq,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        q_tiles,
+        is_query=True,
+        out=out,
+        dout=dout,
+        lse=lse,
+        dlse=dlse,
+        stats=stats,
+        scale_kept=scale_kept,
+        **geometry,
+    )
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    stats = torch.empty((heads, total_q, 4), dtype=torch.float32, device=q.device)
-    threshold, scale_kept = dropout_arguments(dropout_p)
     flags = {
         "HEAD_DIM": head_dim,
         "BLOCK_D": padded_head_dim(head_dim),
@@ -90,63 +105,12 @@ def dual_chunk_bwd(
         "HAS_DROPOUT": dropout_p > 0,
         "PRECISION": DOT_PRECISION,
     }
-    config = tile_config("dual_chunk_dq", q, group, dropout_p > 0)
-    parts = SCHEDULE_ROWS // config.positions * (group // config.pack)
-    grid = (heads_kv * q_tiles.shape[0] * parts,)
-    if grid[0] > 0:
-        dual_chunk_dq_kernel[grid](
-            q,
-            q_far,
-            k,
-            k_near,
-            v,
-            out,
-            dout,
-            lse,
-            dlse,
-            dq,
-            stats,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            q_tiles,
-            inv_freq,
-            logit_scale,
-            dropout_seed,
-            document_ids,
-            q.stride(0),
-            q.stride(1),
-            k.stride(0),
-            k.stride(1),
-            k_near.stride(0),
-            k_near.stride(1),
-            v.stride(0),
-            v.stride(1),
-            out.stride(0),
-            out.stride(1),
-            dout.stride(0),
-            dout.stride(1),
-            dq.stride(0),
-            dq.stride(1),
-            q_tiles.shape[0],
-            total_q,
-            chunk_length,
-            near,
-            far_position,
-            softmax_scale,
-            threshold,
-            scale_kept,
-            PACK=config.pack,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            **config.options,
-            **flags,
-        )
     config = tile_config("dual_chunk_dkv", q, group, dropout_p > 0)
     grid = (heads_kv * k_tiles.shape[0] * (SCHEDULE_ROWS // config.block_n),)
     if grid[0] > 0:
         dual_chunk_dkv_kernel[grid](
             q,
-            q_far,
+            dq,
             k,
             k_near,
             v,
@@ -163,8 +127,8 @@ def dual_chunk_bwd(
             document_ids,
             q.stride(0),
             q.stride(1),
-            q_far.stride(0),
-            q_far.stride(1),
+            dq.stride(0),
+            dq.stride(1),
             k.stride(0),
             k.stride(1),
             k_near.stride(0),
@@ -184,6 +148,52 @@ def dual_chunk_bwd(
             scale_kept,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
+            **config.options,
+            **flags,
+        )
+    config = tile_config("dual_chunk_dq", q, group, dropout_p > 0)
+    parts = SCHEDULE_ROWS // config.positions * (group // config.pack)
+    grid = (heads_kv * q_tiles.shape[0] * parts,)
+    for is_far in (True, False) if grid[0] > 0 else ():
+        dual_chunk_dq_kernel[grid](
+            q,
+            k,
+            k_near,
+            v,
+            dout,
+            stats,
+            dq,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            q_tiles,
+            inv_freq,
+            logit_scale,
+            dropout_seed,
+            document_ids,
+            q.stride(0),
+            q.stride(1),
+            k.stride(0),
+            k.stride(1),
+            k_near.stride(0),
+            k_near.stride(1),
+            v.stride(0),
+            v.stride(1),
+            dout.stride(0),
+            dout.stride(1),
+            dq.stride(0),
+            dq.stride(1),
+            q_tiles.shape[0],
+            total_q,
+            chunk_length,
+            near,
+            far_position,
+            softmax_scale,
+            threshold,
+            scale_kept,
+            PACK=config.pack,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            IS_FAR=is_far,
             **config.options,
             **flags,
         )

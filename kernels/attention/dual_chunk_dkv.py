@@ -9,7 +9,14 @@ from lctrain.kernels.tile.dropout import keep_mask, load_key
 from lctrain.kernels.tile.logits import LOG2_E
 from lctrain.kernels.tile.mask import mask_logits
 from lctrain.kernels.tile.memory import load_rows, store_rows
-from lctrain.kernels.tile.rotary import cos_sin, load_frequencies, pair_columns, rotate
+from lctrain.kernels.tile.rotary import (
+    cos_sin,
+    load_frequencies,
+    load_pairs,
+    pair_columns,
+    rotate,
+    store_pairs,
+)
 from lctrain.kernels.tile.seqlen import document_bounds, locate_program
 
 _LOG2_E = tl.constexpr(LOG2_E)
@@ -70,8 +77,7 @@ def dual_chunk_dkv_kernel(
 
     Grid: (key/value heads * tiles * SCHEDULE_ROWS / BLOCK_N,). Tiles are transposed, keys by
     queries, so that the weights reach dv and dk as they lie in registers. dk and dv [Tk, Hk, D] of
-    one layout; q_far [T, H, D] and k_near [Tk, Hk, D] as dual_chunk_rotate writes them, stats as
-    dual_chunk_dq_kernel does.
+    one layout; q_far [T, H, D], k_near [Tk, Hk, D] and stats as dual_chunk_rotate writes them.
     """
     head_kv, _, document, first = locate_program(tiles_ptr, num_tiles, BLOCK_N, 1)
     if document < 0:
@@ -93,10 +99,6 @@ def dual_chunk_dkv_kernel(
     v = load_rows(v_ptr + row_v + columns[None, :], key, length_k, columns, HEAD_DIM, BLOCK_D, True)
     tile_do = local_m[:, None] * stride_dot + columns[None, :]
     tile_stats = local_m[:, None] * 4 + tl.arange(0, 4)[None, :]
-    turns, turns_rest = load_frequencies(inv_freq_ptr, HEAD_DIM, BLOCK_D)
-    cos, sin = cos_sin(
-        tl.cast(chunk_length, tl.float32), turns[None, :], turns_rest[None, :]
-    )  # [1, BLOCK_D / 2]
     key_0 = 0
     key_1 = 0
     document_key = 0
@@ -127,11 +129,10 @@ def dual_chunk_dkv_kernel(
             clear_high -= shift
             row_k = token_k * tl.where(way == NEAR, stride_nt, stride_kt)
             row_k += head_kv.to(tl.int64) * tl.where(way == NEAR, stride_nh, stride_kh)
-            k = load_rows(
+            k = load_pairs(
                 tl.where(way == NEAR, k_near_ptr, k_ptr) + row_k[:, None] + pairs[None, :],
                 key,
                 length_k,
-                pairs,
                 HEAD_DIM,
                 BLOCK_D,
                 True,
@@ -153,7 +154,7 @@ def dual_chunk_dkv_kernel(
             rewind = tl.cast((1 - blocks) * BLOCK_M, tl.int64)
             for _ in tl.range(0, GROUP * blocks):
                 query = start + local_m
-                q = load_rows(q_tile + tile_q, query, length_q, pairs, HEAD_DIM, BLOCK_D, True)
+                q = load_pairs(q_tile + tile_q, query, length_q, HEAD_DIM, BLOCK_D, True)
                 # As one small tile: as two vectors every thread would fetch its copies itself.
                 stats = tl.load(
                     stats_tile + tile_stats, mask=(query < length_q)[:, None], other=0.0
@@ -195,11 +196,12 @@ def dual_chunk_dkv_kernel(
                 do_tile += advance * stride_dot + tl.where(is_last, stride_doh, 0)
                 stats_tile += (advance + tl.where(is_last, total_q, 0)) * 4
             if way == NEAR:
+                turns, turns_rest = load_frequencies(inv_freq_ptr, HEAD_DIM, BLOCK_D)
+                moved = tl.cast(chunk_length, tl.float32)
+                cos, sin = cos_sin(moved, turns[None, :], turns_rest[None, :])
                 dk = rotate(dk, cos, sin, BLOCK_N, BLOCK_D)
     row_dk = (token_k * stride_dkt + head_kv.to(tl.int64) * stride_dkh)[:, None]
-    store_rows(
-        dk_ptr + row_dk + pairs[None, :], dk * dk_scale, key, length_k, pairs, HEAD_DIM, BLOCK_D
-    )
+    store_pairs(dk_ptr + row_dk + pairs[None, :], dk * dk_scale, key, length_k, HEAD_DIM, BLOCK_D)
     store_rows(
         dv_ptr + row_dk + columns[None, :],
         dv * keep_scale,

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lctrain.kernels.attention.config import tile_config
-from lctrain.kernels.attention.dual_chunk_rotate import dual_chunk_rotate
+from lctrain.kernels.attention.dual_chunk_rotate import dual_chunk_rotate, rotated_keys
 from lctrain.kernels.attention.launch import (
     DOT_PRECISION,
     RUNTIME_INTEGERS,
@@ -14,12 +14,12 @@ from lctrain.kernels.attention.launch import (
     padded_head_dim,
 )
 from lctrain.kernels.schedule import SCHEDULE_ROWS
-from lctrain.kernels.tile.chunks import FAR, NEAR, far_delta, keys_of_query, keys_of_tile
+from lctrain.kernels.tile.chunks import FAR, NEAR, keys_of_query, keys_of_tile
 from lctrain.kernels.tile.dropout import keep_mask, load_key
 from lctrain.kernels.tile.logits import LOG2_E
 from lctrain.kernels.tile.mask import mask_logits
 from lctrain.kernels.tile.memory import load_rows, store_rows
-from lctrain.kernels.tile.rotary import cos_sin, load_frequencies, pair_columns, rotate
+from lctrain.kernels.tile.rotary import load_pairs, pair_columns
 from lctrain.kernels.tile.seqlen import document_bounds, locate_program
 from lctrain.kernels.tile.softmax import finish, softmax_step
 
@@ -37,7 +37,6 @@ def dual_chunk_fwd_kernel(
     cu_q_ptr,
     cu_k_ptr,
     tiles_ptr,
-    inv_freq_ptr,
     logit_scale_ptr,
     seed_ptr,
     document_ids_ptr,
@@ -55,7 +54,6 @@ def dual_chunk_fwd_kernel(
     total_q,
     chunk_length,
     near,
-    far_position,
     scale,
     threshold,
     keep_scale,
@@ -72,11 +70,12 @@ def dual_chunk_fwd_kernel(
     document.
 
     One softmax runs over the three ways of tile/chunks.py, each with its own q and k: FAR with
-    queries rotated to the far position, NEAR with keys rotated by -c, OWN with both as they are.
+    queries at the far position, NEAR with keys rotated by -c, OWN with both as they are.
 
     Grid: as varlen_fwd_kernel. q [T, H, D], k and v [Tk, Hk, D], k_near [Tk, Hk, D] as
-    dual_chunk_rotate writes it, out [T, H, D], lse [H, T] float32, inv_freq [D/2] and logit_scale
-    [N] float32.
+    dual_chunk_rotate writes it, out [T, H, D], lse [H, T] float32, logit_scale [N] float32. out
+    holds the queries at the far position when the kernel begins: each program reads its own rows
+    before it writes them.
     """
     POSITIONS: tl.constexpr = BLOCK_M // PACK
     head_kv, head_group, document, first = locate_program(
@@ -100,11 +99,11 @@ def dual_chunk_fwd_kernel(
     tile_head = head_kv * GROUP + head_group * PACK + local_m // POSITIONS
     head = tl.where(query < length_q, tile_head, 0).to(tl.int64)
     row_q = (begin_q + query) * stride_qt + head * stride_qh
+    row_o = (begin_q + query) * stride_ot + head * stride_oh
     k_own = k_ptr + begin_k * stride_kt + head_kv.to(tl.int64) * stride_kh
     k_near = k_near_ptr + begin_k * stride_nt + head_kv.to(tl.int64) * stride_nh
     v_base = v_ptr + begin_k * stride_vt + head_kv.to(tl.int64) * stride_vh
     tile_v = local_n[:, None] * stride_vt + columns[None, :]
-    turns, turns_rest = load_frequencies(inv_freq_ptr, HEAD_DIM, BLOCK_D)
     key_0 = 0
     key_1 = 0
     document_key = 0
@@ -123,19 +122,11 @@ def dual_chunk_fwd_kernel(
             first + shift, last, way, chunk_length, near, BLOCK_N, HAS_DROPOUT
         )
         if low < high:
-            q = load_rows(
-                q_ptr + row_q[:, None] + pairs[None, :],
-                query,
-                length_q,
-                pairs,
-                HEAD_DIM,
-                BLOCK_D,
-                True,
+            q_from = tl.where(way == FAR, out_ptr, q_ptr)
+            row = tl.where(way == FAR, row_o, row_q)
+            q = load_pairs(
+                q_from + row[:, None] + pairs[None, :], query, length_q, HEAD_DIM, BLOCK_D, True
             )
-            if way == FAR:
-                delta = far_delta(position, chunk_length, far_position)
-                cos, sin = cos_sin(delta[:, None], turns[None, :], turns_rest[None, :])
-                q = rotate(q, cos, sin, BLOCK_M, BLOCK_D).to(q.dtype)
             first_seen, last_seen = keys_of_query(position, way, chunk_length, near)
             stride_k = tl.where(way == NEAR, stride_nt, stride_kt)
             k_base = tl.where(way == NEAR, k_near, k_own)
@@ -152,9 +143,7 @@ def dual_chunk_fwd_kernel(
                     v_tile = v_base + tl.cast(begin, tl.int64) * stride_vt
                     for n in tl.range(begin, end, BLOCK_N):
                         key = n + local_n
-                        k = load_rows(
-                            k_tile + tile_k, key, length_k, pairs, HEAD_DIM, BLOCK_D, part == 1
-                        )
+                        k = load_pairs(k_tile + tile_k, key, length_k, HEAD_DIM, BLOCK_D, part == 1)
                         x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
                         if part == 1:
                             x = mask_logits(
@@ -182,7 +171,6 @@ def dual_chunk_fwd_kernel(
                         k_tile += BLOCK_N * stride_k
                         v_tile += BLOCK_N * stride_vt
     out, lse = finish(acc, m, l, keep_scale)
-    row_o = (begin_q + query) * stride_ot + head * stride_oh
     store_rows(
         out_ptr + row_o[:, None] + columns[None, :],
         out,
@@ -249,16 +237,13 @@ def dual_chunk_fwd(
     grid = (heads_kv * q_tiles.shape[0] * parts,)
     if grid[0] == 0:
         return out, lse
-    k_near = dual_chunk_rotate(
-        k,
-        cu_seqlens_k,
-        cu_seqlens_k,
-        k_tiles,
-        inv_freq=inv_freq,
-        chunk_length=chunk_length,
-        far_position=far_position,
-        is_query=False,
-    )
+    geometry = {
+        "inv_freq": inv_freq,
+        "chunk_length": chunk_length,
+        "far_position": far_position,
+    }
+    k_near = rotated_keys(k, cu_seqlens_k, k_tiles, **geometry)
+    dual_chunk_rotate(q, out, cu_seqlens_q, cu_seqlens_k, q_tiles, is_query=True, **geometry)
     dual_chunk_fwd_kernel[grid](
         q,
         k,
@@ -269,7 +254,6 @@ def dual_chunk_fwd(
         cu_seqlens_q,
         cu_seqlens_k,
         q_tiles,
-        inv_freq,
         logit_scale,
         dropout_seed,
         document_ids,
@@ -287,7 +271,6 @@ def dual_chunk_fwd(
         total_q,
         chunk_length,
         near,
-        far_position,
         softmax_scale,
         threshold,
         scale_kept,

@@ -213,7 +213,8 @@ def _turned(
     far = geometry.far_position - place
     near = torch.full_like(place, geometry.length)
     delta = torch.where(place < geometry.near, near, far) if way == 1 else far
-    turned = rotate(q.transpose(0, 1).float(), delta, inv_freq)
+    state = torch.promote_types(q.dtype, torch.float32)
+    turned = rotate(q.transpose(0, 1).to(state), delta, inv_freq)
     return turned.transpose(0, 1).to(q.dtype)
 
 

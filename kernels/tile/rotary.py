@@ -60,14 +60,45 @@ def cos_sin(delta, high, rest):
 
 @triton.jit
 def pair_columns(HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Returns, for each column of a tile, the column in memory; HEAD_DIM where there is none."""
+    """Returns, for each column of a tile, the column in memory; see load_pairs for padding."""
     columns = tl.arange(0, BLOCK_D)
     if BLOCK_D == HEAD_DIM:
         return columns
     else:
-        within = columns % (BLOCK_D // 2)
-        column = tl.where(columns < BLOCK_D // 2, within, within + HEAD_DIM // 2)
-        return tl.where(within < HEAD_DIM // 2, column, HEAD_DIM)
+        HALF: tl.constexpr = BLOCK_D // 2
+        return columns % HALF + (columns // HALF) * (HEAD_DIM // 2)
+
+
+@triton.jit
+def _inside(rows, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDED: tl.constexpr):
+    inside = (tl.arange(0, BLOCK_D) % (BLOCK_D // 2) < HEAD_DIM // 2)[None, :]
+    if BOUNDED:
+        inside = inside & (rows < length)[:, None]
+    return inside
+
+
+@triton.jit
+def load_pairs(
+    ptrs, rows, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDED: tl.constexpr
+):
+    """As load_rows, for columns in the order of pair_columns; zero in the padding of each half."""
+    if BLOCK_D == HEAD_DIM:
+        if BOUNDED:
+            return tl.load(ptrs, mask=(rows < length)[:, None], other=0.0)
+        else:
+            return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=_inside(rows, length, HEAD_DIM, BLOCK_D, BOUNDED), other=0.0)
+
+
+@triton.jit
+def store_pairs(ptrs, values, rows, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """As store_rows, for columns in the order of pair_columns."""
+    if BLOCK_D == HEAD_DIM:
+        tl.store(ptrs, values.to(ptrs.dtype.element_ty), mask=(rows < length)[:, None])
+    else:
+        inside = _inside(rows, length, HEAD_DIM, BLOCK_D, True)
+        tl.store(ptrs, values.to(ptrs.dtype.element_ty), mask=inside)
 
 
 @triton.jit

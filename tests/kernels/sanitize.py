@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from tests.kernels import differential_oracle as differential
-from tests.kernels.cases import GPU_CASES
+from tests.kernels.cases import GPU_CASES, GPU_DUAL_CHUNK_CASES
 from tests.kernels.differential_cases import GPU_CASES as DIFFERENTIAL_CASES
 from tests.kernels.oracle import attention, make_inputs
 
@@ -31,6 +31,7 @@ NAMES = (
     "D256-dropout-softcap-g1",
     "D64-causal-float32",
 )
+DUAL_CHUNK_NAMES = ("D64", "D64-dropout-scale-fused_qkv", "D128-g4", "D256-g4-scale", "D20-float16")
 DIFFERENTIAL_NAMES = ("v1-dropout", "v1-tokens-full", "v2-window_on_device", "D96v192", "D20v40")
 
 
@@ -40,6 +41,11 @@ def main() -> int:
     for name in NAMES:
         case = dataclasses.replace(GPU_CASES[name], documents=DOCUMENTS, fused_qkv=False)
         results[name] = attention(case, make_inputs(case, "cuda"), backend="triton")
+    for name in DUAL_CHUNK_NAMES:
+        case = dataclasses.replace(
+            GPU_DUAL_CHUNK_CASES[name], documents=DOCUMENTS, fused_qkv=False, chunks=(31, 6)
+        )
+        results[f"dual chunk {name}"] = attention(case, make_inputs(case, "cuda"), backend="triton")
     for name in DIFFERENTIAL_NAMES:
         pair = dataclasses.replace(DIFFERENTIAL_CASES[name], documents=DOCUMENTS, views="")
         inputs = differential.make_inputs(pair, "cuda")

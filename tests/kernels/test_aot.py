@@ -78,7 +78,8 @@ def test_every_kernel_compiles_to_matrix_instructions(version, target):
     errors = {report["name"]: report["error"] for report in reports if "error" in report}
     assert not errors
     halves = [report for report in reports if "-fp32-" not in report["name"]]
-    scalar = [report["name"] for report in halves if report["matrix_instructions"] == 0]
+    products = [report for report in halves if not report["name"].startswith("dual_chunk_rotate")]
+    scalar = [report["name"] for report in products if report["matrix_instructions"] == 0]
     assert not scalar, "these multiply without matrix instructions"
     limit = SHARED_LIMITS[target]
     large = {r["name"]: r["shared_bytes"] for r in reports if r["shared_bytes"] > limit}

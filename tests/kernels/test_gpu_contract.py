@@ -7,11 +7,16 @@ import textwrap
 import pytest
 import torch
 
-from lctrain.kernels import flash_attn_varlen_func, make_schedule, unpad_input
+from lctrain.kernels import (
+    dual_chunk_attn_varlen_func,
+    flash_attn_varlen_func,
+    make_schedule,
+    unpad_input,
+)
 from lctrain.kernels.bench.inputs import make_inputs
 from lctrain.kernels.bench.peers import flash_attention_2
 from lctrain.kernels.bench.workloads import Workload
-from tests.kernels.oracle import cumulative
+from tests.kernels.oracle import Case, cumulative, frequencies
 
 pytestmark = pytest.mark.gpu
 
@@ -40,11 +45,26 @@ def random_qkv(lengths, device, *, heads=4, heads_k=2, head_dim=64):
     ]
 
 
-def train_step(q, k, v, cu_seqlens, longest, **options) -> None:
+def train_step(q, k, v, cu_seqlens, longest, chunks=None, **options) -> None:
     """Forward and backward, as a layer of a causal model runs them."""
-    out = flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True, **options
-    )
+    if chunks is None:
+        out = flash_attn_varlen_func(
+            q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True, **options
+        )
+    else:
+        out = dual_chunk_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens,
+            longest,
+            inv_freq=frequencies(Case((), head_dim=q.shape[2]), "cpu")
+            .pin_memory()
+            .to(q.device, non_blocking=True),
+            chunk_size=chunks[0],
+            local_size=chunks[1],
+            **options,
+        )
     torch.autograd.backward(out, torch.ones_like(out))
 
 
@@ -52,6 +72,8 @@ OPTIONS = {
     "plain": {},
     "dropout": {"dropout_p": 0.1},
     "dropout-seed": {"dropout_p": 0.1, "dropout_seed": 3},
+    "dual_chunk": {"chunks": (60, 11)},
+    "dual_chunk-dropout": {"chunks": (60, 11), "dropout_p": 0.1},
 }
 
 
@@ -97,22 +119,26 @@ def compiled_kernels() -> int:
     )
 
 
+@pytest.mark.parametrize("dual_chunk", [False, True], ids=["flash", "dual_chunk"])
 @pytest.mark.parametrize("scheduled", [False, True], ids=["", "schedule"])
-def test_no_recompilation_over_fifty_packings(scheduled, device):
-    """Lengths, documents, tokens, rates and windows change; the compiled kernels do not."""
+def test_no_recompilation_over_fifty_packings(scheduled, dual_chunk, device):
+    """Lengths, documents, tokens, rates, windows and chunks change; the compiled kernels do not."""
     generator = torch.Generator().manual_seed(0)
     counts = []
     for packing in range(51):
         documents = int(torch.randint(1, 40, (1,), generator=generator))
         lengths = torch.randint(0, 150, (documents,), generator=generator).tolist()
         lengths[0] += 1 + packing % 17  # totals of every residue modulo 16
+        options = {"window_size": (20 + packing, -1)}
+        if dual_chunk:
+            options = {"chunks": (16 + 8 * packing, packing % 16)}
         train_step(
             *random_qkv(lengths, device),
             cumulative(lengths, device),
             max(lengths),
             schedule=make_schedule(lengths).to(device) if scheduled else None,
             dropout_p=0.05 + 0.001 * packing,
-            window_size=(20 + packing, -1),
+            **options,
             document_ids=torch.arange(documents, dtype=torch.int32, device=device),
         )
         counts.append(compiled_kernels())
@@ -202,6 +228,42 @@ def test_offsets_past_two_to_the_31(device, head_major):
         assert torch.equal(out[rows], alone)
         for name, grad, other in zip(("dq", "dk", "dv"), grads, expected, strict=True):
             assert torch.equal(grad[rows], other), name
+
+
+@pytest.mark.xdist_group("gpu_memory")
+def test_dual_chunk_attention_with_offsets_past_two_to_the_31(device):
+    """q, out and dq have 2.4e9 elements; the last document has its own bits."""
+    needed = 60e9
+    if torch.cuda.mem_get_info(device)[0] < needed:
+        torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info(device)[0] < needed:
+        pytest.skip("needs 60 GB of free device memory")
+    lengths = [3000] * 199 + [2700, 300]
+    heads, total = 32, sum(lengths)
+    assert total * heads * 128 > 2**31
+    q, dout = (
+        torch.randn(total, heads, 128, device=device, dtype=torch.bfloat16) for _ in range(2)
+    )
+    k, v = (torch.randn(total, 8, 128, device=device, dtype=torch.bfloat16) for _ in range(2))
+    inv_freq = frequencies(Case((), head_dim=128), device)
+
+    def run(rows, lengths):
+        leaves = [x[rows].detach().requires_grad_() for x in (q, k, v)]
+        out = dual_chunk_attn_varlen_func(
+            *leaves,
+            cumulative(lengths, device),
+            max(lengths),
+            inv_freq=inv_freq,
+            chunk_size=1000,
+            local_size=128,
+        )
+        return out.detach(), *torch.autograd.grad(out, leaves, dout[rows])
+
+    everything = run(slice(0, total), lengths)
+    for rows in (slice(0, 3000), slice(total - 3000, total - 300), slice(total - 300, total)):
+        alone = run(rows, [rows.stop - rows.start])
+        for name, whole, own in zip(("out", "dq", "dk", "dv"), everything, alone, strict=True):
+            assert torch.equal(whole[rows], own), name
 
 
 def test_tokens_beyond_the_last_document_are_refused_before_the_launch(device):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lctrain.kernels import make_schedule
-from tests.kernels.cases import GPU_CASES, TINY_CASES
+from tests.kernels.cases import GPU_CASES, GPU_DUAL_CHUNK_CASES, TINY_CASES
 from tests.kernels.oracle import (
     Case,
     Inputs,
@@ -27,6 +27,12 @@ if torch.cuda.is_available():
         GPU_CASES["D64-causal-dropout"], documents=equal_lengths(150, 0, 64, 400, 1, 129)
     )
     EVERYTHING = GPU_CASES["D128-everything-g8"]
+    DUAL_CHUNK = dataclasses.replace(
+        GPU_DUAL_CHUNK_CASES["D64-dropout-scale-fused_qkv"],
+        documents=CAUSAL.documents,
+        logit_scale=False,
+        fused_qkv=False,
+    )
 else:
     CAUSAL = Case(equal_lengths(19, 0, 34, 5), heads=2, heads_k=1, causal=True, dropout_p=0.2)
     EVERYTHING = dataclasses.replace(
@@ -36,6 +42,8 @@ else:
         heads_k=1,
         fused_qkv=False,
     )
+    DUAL_CHUNK = dataclasses.replace(CAUSAL, chunks=(14, 3), causal=False)
+PACKED = pytest.mark.parametrize("case", [CAUSAL, DUAL_CHUNK], ids=["causal", "dual_chunk"])
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
@@ -98,7 +106,9 @@ def unchanged(case: Case, device: torch.device, backend: str) -> Result:
     return attention(case, make_inputs(case, device), backend=backend)
 
 
-@pytest.mark.parametrize("case", [CAUSAL, EVERYTHING], ids=["causal-dropout", "everything"])
+@pytest.mark.parametrize(
+    "case", [CAUSAL, EVERYTHING, DUAL_CHUNK], ids=["causal-dropout", "everything", "dual_chunk"]
+)
 @by_change
 def test_changing_one_document_leaves_the_others(case, change, device):
     """A sink is shared, so its own gradient is not compared."""
@@ -115,20 +125,21 @@ def test_changing_one_document_leaves_the_others(case, change, device):
                     assert_same_bits(*own, f"document {index}")
 
 
-def test_packed_equals_separate_in_any_order(device):
+@PACKED
+def test_packed_equals_separate_in_any_order(case, device):
     """Each pack gives each of its documents the bits that the full pack gives it."""
-    inputs = make_inputs(CAUSAL, device)
-    everyone = range(len(CAUSAL.documents))
+    inputs = make_inputs(case, device)
+    everyone = range(len(case.documents))
     together = attention(
-        CAUSAL, inputs, backend="triton", document_ids=identities(*everyone, device=device)
+        case, inputs, backend="triton", document_ids=identities(*everyone, device=device)
     )
     packs = [[0], [2], [3], [3, 2, 0]]
     if device.type == "cuda":
         packs += [[4], [5], [5, 4, 3, 2, 1, 0], [3, 3, 0, 5, 5, 2, 1, 4]]
     for pack in packs:
-        case, part = select(inputs, CAUSAL, pack)
+        selected, part = select(inputs, case, pack)
         ids = identities(*pack, device=device)
-        result = attention(case, part, backend="triton", document_ids=ids)
+        result = attention(selected, part, backend="triton", document_ids=ids)
         for place, index in enumerate(pack):
             assert_same_bits(
                 result.document(part, place),
@@ -146,10 +157,12 @@ def test_options_that_change_no_bit(device):
 
 
 @pytest.mark.gpu
-def test_two_hundred_and_fifty_repeats(device):
-    case = dataclasses.replace(CAUSAL, documents=equal_lengths(*range(1, 400, 17), 2048, 700))
+@PACKED
+def test_two_hundred_and_fifty_repeats(case, device):
+    case = dataclasses.replace(case, documents=equal_lengths(*range(1, 400, 17), 2048, 700))
     inputs = make_inputs(case, device)
-    first = attention(case, inputs, deterministic=True)
+    options = {} if case.chunks else {"deterministic": True}  # dual chunk attention always is
+    first = attention(case, inputs, **options)
     for repeat in range(249):
-        again = attention(case, inputs, deterministic=True)
+        again = attention(case, inputs, **options)
         assert_same_bits(again, first, f"repeat {repeat}")
