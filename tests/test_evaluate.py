@@ -14,7 +14,14 @@ from lctrain.config import AttentionConfig, PathsConfig, PretrainedModelConfig
 from lctrain.data import TextSource, TokenizedDocument
 from lctrain.eval import perplexity_by_length
 from lctrain.eval.documents import evaluation_documents
-from lctrain.evaluate import EvalConfig, evaluate, main, name_the_model, pick_device
+from lctrain.evaluate import (
+    EvalConfig,
+    PasskeyConfig,
+    evaluate,
+    main,
+    name_the_model,
+    pick_device,
+)
 from lctrain.models.pretrained import load_pretrained
 from lctrain.schemas import TextData
 
@@ -281,3 +288,109 @@ def test_unknown_key_or_wrong_type_is_an_error_that_names_it(override, run_main)
         run_main("model=x", override)
     key = override.split("=")[0].split(".")[-1]
     assert key in f"{caught.value} {caught.value.__cause__}"
+
+
+@pytest.fixture(scope="module")
+def small_window_folder(tmp_path_factory) -> Path:
+    config = transformers.LlamaConfig(
+        vocab_size=257,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+    )
+    return save_model(tmp_path_factory.mktemp("llama"), config)
+
+
+def test_command_line_compares_methods_and_finds_passkeys(
+    run_main, small_window_folder, tmp_path, capsys
+) -> None:
+    run_main(
+        f"model={small_window_folder}",
+        "split=all",
+        "name=mine",
+        "methods=[plain,linear,ntk,yarn,dual_chunk]",
+        "lengths=[16,64]",
+        "tasks=[perplexity,passkey]",
+        "passkey.lengths=[160,256]",
+        "passkey.methods=[plain,intra_chunk]",
+        "passkey.depths=[0,1]",
+        "passkey.keys_per_cell=2",
+    )
+    (folder,) = (tmp_path / "outputs" / "mine").iterdir()
+    content = json.loads((folder / "perplexity_by_method.json").read_text())
+    assert content["window"] == 16
+    assert [(row["method"], row["length"]) for row in content["rows"]] == [
+        (method, length)
+        for method in ("plain", "linear", "ntk", "yarn", "dual_chunk")
+        for length in (16, 64)
+    ]
+    passkeys = json.loads((folder / "passkey_retrieval.json").read_text())
+    assert {row["method"] for row in passkeys["rows"]} == {"plain", "intra_chunk"}
+    assert {row["length"] for row in passkeys["rows"]} == {160, 256}
+    with (folder / "metrics.csv").open() as file:
+        metrics = next(csv.DictReader(file))
+    assert float(metrics["perplexity_yarn_64"]) == content["rows"][7]["perplexity"]
+    assert float(metrics["passkey_plain_256"]) == 0.0
+    printed = capsys.readouterr().out
+    assert "Perplexity by context length and method" in printed
+    assert "Passkeys found by" in printed
+    for name in ("perplexity_by_method.png", "passkey_retrieval.png"):
+        assert str(folder / name) in printed
+
+
+def test_the_attention_options_are_those_of_the_methods(make_config, small_window_folder) -> None:
+    dual_chunk = AttentionConfig(name="dual_chunk", chunk_size=7, local_size=1)
+    settings = {"methods": ["plain", "dual_chunk"], "lengths": [16, 64], "attention": dual_chunk}
+    narrow = evaluate(make_config(small_window_folder, **settings)).perplexity
+    settings["attention"] = None
+    wide = evaluate(make_config(small_window_folder, **settings)).perplexity
+    losses = [
+        {name: [row.loss for row in table.rows] for name, table in comparison.tables.items()}
+        for comparison in (narrow, wide)
+    ]
+    assert losses[0]["plain"] == losses[1]["plain"]
+    assert losses[0]["dual_chunk"] != losses[1]["dual_chunk"]
+
+
+def test_a_window_of_ones_own(make_config, small_window_folder) -> None:
+    settings = {"methods": ["linear"], "lengths": [16, 64]}
+    comparison = evaluate(make_config(small_window_folder, window=64, **settings)).perplexity
+    assert comparison.window == 64
+    plain = evaluate(make_config(small_window_folder, **settings | {"methods": ["plain"]}))
+    rows = zip(comparison.tables["linear"].rows, plain.perplexity.tables["plain"].rows, strict=True)
+    assert all(ours.loss == theirs.loss for ours, theirs in rows)
+
+
+@pytest.mark.parametrize("attention", [None, AttentionConfig(name="dual_chunk")])
+def test_passkeys_of_the_model_as_it_is(make_config, small_window_folder, attention) -> None:
+    evaluation = evaluate(
+        make_config(small_window_folder, tasks=["passkey"], lengths=[200], attention=attention)
+    )
+    assert evaluation.perplexity is None
+    assert list(evaluation.passkey.found) == ["plain" if attention is None else "dual_chunk"]
+    assert set(evaluation.paths) == {"passkey csv", "passkey json", "passkey png"}
+
+
+def test_documents_can_be_cut(make_config) -> None:
+    table = evaluate(make_config(document_tokens=50)).perplexity
+    assert table.rows[0].tokens == sum(min(len(text), 49) for text in TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": []}, r"tasks must be some of perplexity, passkey, got \[\]"),
+        ({"tasks": ["needle"]}, r"tasks must be some of perplexity, passkey, got \['needle'\]"),
+        ({"methods": ["pose"]}, "methods must be among plain, .* got 'pose'"),
+        (
+            {"passkey": PasskeyConfig(methods=["pose"])},
+            "methods must be among plain, .* got 'pose'",
+        ),
+        ({"methods": ["plain"], "window": 1}, "window must be at least 2, got 1"),
+    ],
+)
+def test_bad_tasks_and_methods_are_an_error(make_config, change, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(make_config(**change))

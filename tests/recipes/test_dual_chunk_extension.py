@@ -1,0 +1,74 @@
+"""The recipe beyond the window, from training to the last plot, at its tiny scale."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lctrain import kernels
+from lctrain.recipes.dual_chunk_extension.__main__ import main
+from lctrain.recipes.dual_chunk_extension.continuation import _smooth
+from lctrain.recipes.dual_chunk_extension.experiment import Experiment
+from lctrain.recipes.dual_chunk_extension.published import published_gradient
+from lctrain.recipes.dual_chunk_extension.scale import SCALES
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_whole_experiment_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("LCTRAIN_CACHE", str(tmp_path / "cache"))
+    main(["--scale", "tiny", "--output", str(tmp_path / "out")])
+    out = tmp_path / "out"
+    assert json.loads((out / "train.json").read_text())["steps"] == 4
+    perplexity = json.loads((out / "perplexity" / "perplexity_by_method.json").read_text())
+    assert perplexity["window"] == 128
+    assert {row["length"] for row in perplexity["rows"]} == {128, 256, 512, 1024, 2048}
+    assert len({row["method"] for row in perplexity["rows"]}) == 6
+    passkey = json.loads((out / "passkey" / "passkey_retrieval.json").read_text())
+    assert len(passkey["rows"]) == 6 * 5 * 2
+    continuation = json.loads((out / "continuation.json").read_text())
+    assert continuation["ratio_at_step_0"] == pytest.approx(1.0, abs=0.02)
+    runs = continuation["runs"]
+    assert runs["exact"]["train"][0] == pytest.approx(runs["published"]["train"][0], rel=1e-4)
+    with (out / "continuation.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 2
+    for plot in ("continuation", "perplexity/perplexity_by_method", "passkey/passkey_retrieval"):
+        assert (out / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_model_folder_is_needed_by_the_later_stages(tmp_path):
+    with pytest.raises(ValueError, match=r"without the folder `model`. Run the stage train first"):
+        Experiment(tmp_path, SCALES["tiny"]).data()
+
+
+def test_the_published_gradient_is_in_place_inside_only():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(40, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    cu = torch.tensor([0, 10, 40], dtype=torch.int32)
+    options = {"inv_freq": torch.tensor([1.0, 0.5, 0.2, 0.1]), "chunk_size": 7, "local_size": 2}
+    exact = kernels.dual_chunk_attn_varlen_func
+
+    def output_and_gradient():
+        out = kernels.dual_chunk_attn_varlen_func(q, k, v, cu, 30, **options, softmax_scale=0.4)
+        return out.detach(), torch.autograd.grad(out.square().sum(), q)[0]
+
+    out, gradient = output_and_gradient()
+    with published_gradient():
+        published, other = output_and_gradient()
+    assert kernels.dual_chunk_attn_varlen_func is exact
+    torch.testing.assert_close(published, out, atol=1e-6, rtol=1e-5)  # float32 angles
+    assert not torch.allclose(other, gradient, rtol=1e-2)
+
+
+def test_smoothing_begins_at_the_first_value():
+    assert _smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
+    assert _smooth([3.0, 1.0])[1] < 3.0
+
+
+def test_the_readme_names_the_command():
+    readme = (ROOT / "recipes" / "dual_chunk_extension" / "README.md").read_text()
+    assert "python -m lctrain.recipes.dual_chunk_extension" in readme
