@@ -7,13 +7,14 @@ the held-out text is scored first as in training, cut at the window, and then in
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lctrain.build import build_datamodule
 from lctrain.config import DataConfig
@@ -24,7 +25,10 @@ from lctrain.recipes.dual_chunk_extension.experiment import Experiment, run_trai
 from lctrain.recipes.dual_chunk_extension.published import published_gradient
 from lctrain.recipes.dual_chunk_extension.scale import TRAIN_RATIO
 
-GRADIENTS = {"exact": nullcontext, "published": published_gradient}
+GRADIENTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "exact": nullcontext,
+    "published": published_gradient,
+}
 COLOURS = {"exact": "#0b6e99", "published": "#d55e00"}
 
 
@@ -67,7 +71,8 @@ def held_out_loss(model_folder: Path, data: DataConfig, limit: int, attention: s
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).to(device)
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model.to(device)
     module = build_datamodule(replace(data, max_document_tokens=limit, num_workers=0))
     module.setup()
     total, tokens = 0.0, 0

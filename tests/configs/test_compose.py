@@ -112,6 +112,23 @@ def test_the_recipe_has_about_100_million_parameters():
     assert config.data.max_tokens == 32768
 
 
+def test_the_model_of_the_recipe_beyond_the_window_fits_60_mb_in_half_precision():
+    import torch
+
+    config = load("experiment=dual_chunk_extension")
+    with torch.device("meta"):
+        model = build_model(config.model, config.data.vocab_size)
+    assert 2.5e7 < sum(p.numel() for p in model.parameters()) < 3e7
+    assert config.data.max_document_tokens == model.config.max_position_embeddings == 1024
+
+
+def test_a_run_may_end_by_time(tmp_path):
+    config = load("trainer=cpu", "trainer.max_time='00:00:01:30'")
+    trainer = build_trainer(config.trainer, [], [], str(tmp_path))
+    (timer,) = [c for c in trainer.callbacks if isinstance(c, pl.callbacks.Timer)]
+    assert timer.time_remaining() == 90
+
+
 def test_gradient_checkpointing_is_switched_on():
     config = load("model=tiny", "model.gradient_checkpointing=true")
     model = build_model(config.model, 300)
