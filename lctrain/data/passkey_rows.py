@@ -18,7 +18,7 @@ from lctrain.data.packing import PackingPlan
 from lctrain.data.passkey import KEY_WORDS, Filler, PasskeyFormat
 
 SHORTEST = 64  # tokens; shorter ones would teach to look a few lines back only
-LONGEST_KEY = 32  # words; a long key teaches the same in more of a document's tokens
+LONGEST_KEY = 128  # words; a long key teaches the same in more of a document's tokens
 _LENGTHS, _DOCUMENTS = 1, 2  # what a seed is for
 
 
