@@ -25,7 +25,8 @@ REMINDER = ". Remember it.\n"
 QUESTION = "\n# What is the pass key?\n# The pass key is"
 DIGITS = tuple(f" {digit}" for digit in range(10))
 KEY_WORDS = 4
-MOST_WORDS = 2048
+MOST_WORDS = 1024
+_COMMON_WORDS = 4096  # the first of the vocabulary
 _FEWEST_WORDS = 64
 _WHOLE_WORD = re.compile(r"[Ġ▁][a-z]{3,}")  # a letter of GPT-2 or SentencePiece stands for a space
 
@@ -150,16 +151,19 @@ class PasskeyFormat:
 
 
 def _words(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, ...]:
-    """The words that are one token each, in the order of their tokens; none if there are few."""
+    """Words that are one token each, in the order of their tokens; none if there are few.
+
+    Of the common ones those that are least so: others would occur all over the text.
+    """
     found = []
     for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         if not _WHOLE_WORD.fullmatch(token):
             continue
         if tokenizer(" " + token[1:], add_special_tokens=False)["input_ids"] == [index]:
             found.append(np.array([index], dtype=np.int64))
-        if len(found) == MOST_WORDS:
+        if len(found) == _COMMON_WORDS:
             break
-    return tuple(found) if len(found) >= _FEWEST_WORDS else ()
+    return tuple(found[-MOST_WORDS:]) if len(found) >= _FEWEST_WORDS else ()
 
 
 def _unknown(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> bool:
