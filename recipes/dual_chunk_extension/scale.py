@@ -82,7 +82,6 @@ SCALES = {
             "data.max_document_tokens=128",
             "data.held_out_fraction=0.3",
             "data.num_workers=0",
-            "data.num_proc=1",
             "optim.warmup_fraction=0.25",
             "trainer.max_steps=4",
             "trainer.limit_val_batches=2",
