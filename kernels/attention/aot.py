@@ -5,6 +5,7 @@ attrs=v.attributes), target=..., options=v.options)` compiles a variant as the l
 aligned tensors.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ def kernel_variant(
     group: int = 4,
     value_dim: int | None = None,
     shared_k: bool = False,
+    is_share: bool = False,
 ) -> KernelVariant:
     """Describes one compilation.
 
@@ -99,6 +101,8 @@ def kernel_variant(
         group: Query heads per key/value head.
         value_dim: Of differential attention; default D.
         shared_k: Of differential attention: both branches read one k, and lam is per token.
+        is_share: Of dual chunk attention: the launch whose result the other one adds to; of its
+            rotation: that of keys.
     """
     value_dim = head_dim if value_dim is None else value_dim
     everything = features == "all"
@@ -112,6 +116,9 @@ def kernel_variant(
         "dlse": everything,
         "dlse1": everything,
         "dlse2": everything,
+        **dict.fromkeys(
+            ("out", "dout", "lse", "stats"), operation != "dual_chunk_rotate" or not is_share
+        ),
         "k2": not shared_k,
         "dk2": not shared_k,
         "document_ids": dropout,
@@ -134,7 +141,9 @@ def kernel_variant(
         "HAS_ALIBI": everything,
         "HAS_SINK": everything,
         "HAS_DROPOUT": dropout,
-        "IS_QUERY": True,
+        "IS_QUERY": not is_share,
+        "IS_FAR": is_share,
+        "IS_NEAR": is_share,
         "PRECISION": "ieee",
     }
     kernel = KERNELS[operation]
@@ -158,6 +167,7 @@ def kernel_variant(
                 attributes[(index,)] = [["tt.divisibility", 16]]
     spill_free = config.spill_free and features == "causal"
     size = f"D{head_dim}" if value_dim == head_dim else f"D{head_dim}v{value_dim}"
+    size += "-share" if is_share else ""
     label = f"{operation}-{size}-{features}-{dtype}-{config.block_m}x{config.block_n}"
     return KernelVariant(label, kernel, signature, values, attributes, config.options, spill_free)
 
@@ -195,12 +205,16 @@ def _dual_chunk_variants(
     """As kernel_variants; of the features dual chunk attention has dropout, and logit_scale."""
     for head_dim in head_dims:
         for operation in DUAL_CHUNK_OPERATIONS:
-            for feature in features:
+            shares = (False,) if operation == "dual_chunk_fwd" else (False, True)
+            for feature, is_share in itertools.product(features, shares):
                 if feature in ("causal", "dropout", "all"):
                     drop = feature != "causal"
                     config = table_config(table, operation, head_dim, 4, has_dropout=drop)
-                    yield kernel_variant(operation, config, head_dim, features=feature)
-        yield kernel_variant("dual_chunk_rotate", ROTATE_CONFIG, head_dim)
+                    yield kernel_variant(
+                        operation, config, head_dim, features=feature, is_share=is_share
+                    )
+        for is_share in (False, True):
+            yield kernel_variant("dual_chunk_rotate", ROTATE_CONFIG, head_dim, is_share=is_share)
 
 
 def _differential_variants(

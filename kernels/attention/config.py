@@ -81,13 +81,13 @@ _HOPPER = {
         256: TileConfig(32, 64, 8, 2),
     },
     "dual_chunk_fwd": {
-        64: TileConfig(64, 64, 4, 3, pack=2),
-        128: TileConfig(128, 64, 8, 3, pack=2),
+        64: TileConfig(128, 64, 4, 3, pack=2),
+        128: TileConfig(128, 64, 8, 3, pack=4),
         256: TileConfig(64, 64, 8, 2, pack=2),
     },
     "dual_chunk_dq": {
         64: TileConfig(64, 64, 4, 3, pack=2),
-        128: TileConfig(128, 64, 8, 2, pack=4),
+        128: TileConfig(128, 64, 8, 2, pack=2),
         256: TileConfig(64, 32, 8, 2, pack=2),
     },
     "dual_chunk_dkv": {
@@ -96,8 +96,7 @@ _HOPPER = {
         256: TileConfig(32, 64, 8, 1),
     },
     "dual_chunk_dkv_dropout": {
-        64: TileConfig(64, 64, 8, 2),
-        128: TileConfig(64, 64, 8, 2),
+        128: TileConfig(32, 64, 4, 2),
     },
     "diff_fwd": {
         128: TileConfig(64, 64, 4, 3, pack=2, spill_free=True),

@@ -74,6 +74,7 @@ def dual_chunk_bwd(
     geometry = {
         "inv_freq": inv_freq,
         "chunk_length": chunk_length,
+        "near": near,
         "far_position": far_position,
     }
     threshold, scale_kept = dropout_arguments(dropout_p)
@@ -107,7 +108,7 @@ def dual_chunk_bwd(
     }
     config = tile_config("dual_chunk_dkv", q, group, dropout_p > 0)
     grid = (heads_kv * k_tiles.shape[0] * (SCHEDULE_ROWS // config.block_n),)
-    if grid[0] > 0:
+    for is_near in (True, False) if grid[0] > 0 else ():
         dual_chunk_dkv_kernel[grid](
             q,
             dq,
@@ -148,6 +149,7 @@ def dual_chunk_bwd(
             scale_kept,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
+            IS_NEAR=is_near,
             **config.options,
             **flags,
         )

@@ -4,10 +4,9 @@ import triton
 import triton.language as tl
 
 from lctrain.kernels.attention.launch import RUNTIME_INTEGERS
-from lctrain.kernels.tile.chunks import FAR, NEAR, queries_of_key, queries_of_tile
+from lctrain.kernels.tile.chunks import FAR, NEAR, OWN, own_begin, queries_of_key, queries_of_tile
 from lctrain.kernels.tile.dropout import keep_mask, load_key
 from lctrain.kernels.tile.logits import LOG2_E
-from lctrain.kernels.tile.mask import mask_logits
 from lctrain.kernels.tile.memory import load_rows, store_rows
 from lctrain.kernels.tile.rotary import (
     cos_sin,
@@ -66,14 +65,15 @@ def dual_chunk_dkv_kernel(
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    IS_NEAR: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dk and dv of BLOCK_N keys of one key/value head, over all query heads of its group.
 
-    Queries meet them in three ways, each a pass over the queries that do so (tile/chunks.py): NEAR
-    with keys rotated by -c, after which dk is rotated back by c; OWN as they are; FAR with queries
-    at the far position.
+    In two launches over the ways of tile/chunks.py. IS_NEAR: keys rotated by -c against the queries
+    that meet them so; dk is rotated back by c. Otherwise: keys as they are, against queries as they
+    are (OWN) and at the far position (FAR); the near share, which dk and dv hold, is added.
 
     Grid: (key/value heads * tiles * SCHEDULE_ROWS / BLOCK_N,). Tiles are transposed, keys by
     queries, so that the weights reach dv and dk as they lie in registers. dk and dv [Tk, Hk, D] of
@@ -88,6 +88,10 @@ def dual_chunk_dkv_kernel(
         return
     shift = length_k - length_q
     last = tl.minimum(first + BLOCK_N, length_k) - 1
+    # Some key has a near query if the first one has, whose chunk ends first.
+    has_near = (near > 0) & (own_begin(first, chunk_length) + chunk_length < length_k)
+    if IS_NEAR and not has_near:
+        return
 
     local_m = tl.arange(0, BLOCK_M)
     local_n = tl.arange(0, BLOCK_N)
@@ -95,6 +99,11 @@ def dual_chunk_dkv_kernel(
     pairs = pair_columns(HEAD_DIM, BLOCK_D)
     key = first + local_n
     token_k = begin_k + key
+    if IS_NEAR:
+        k_rows = k_near_ptr + (token_k * stride_nt + head_kv.to(tl.int64) * stride_nh)[:, None]
+    else:
+        k_rows = k_ptr + (token_k * stride_kt + head_kv.to(tl.int64) * stride_kh)[:, None]
+    k = load_pairs(k_rows + pairs[None, :], key, length_k, HEAD_DIM, BLOCK_D, True)
     row_v = (token_k * stride_vt + head_kv.to(tl.int64) * stride_vh)[:, None]
     v = load_rows(v_ptr + row_v + columns[None, :], key, length_k, columns, HEAD_DIM, BLOCK_D, True)
     tile_do = local_m[:, None] * stride_dot + columns[None, :]
@@ -113,8 +122,8 @@ def dual_chunk_dkv_kernel(
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for step in tl.range(0, 3):
-        way = (step + NEAR) % 3  # NEAR, OWN, FAR
+    for step in tl.range(0, 1 if IS_NEAR else 2):
+        way = NEAR if IS_NEAR else OWN - step * (OWN - FAR)
         low, clear_low, clear_high, high = queries_of_tile(
             first, last, way, chunk_length, near, length_k
         )
@@ -125,18 +134,9 @@ def dual_chunk_dkv_kernel(
             # In queries; keys beyond the document are seen by none.
             first_seen -= shift
             last_seen = tl.where(key < length_k, last_seen - shift, -1)
+            seen = tl.maximum(last_seen - first_seen + 1, 0).to(tl.uint32)
             clear_low = tl.where(first + BLOCK_N > length_k, high, clear_low - shift)
             clear_high -= shift
-            row_k = token_k * tl.where(way == NEAR, stride_nt, stride_kt)
-            row_k += head_kv.to(tl.int64) * tl.where(way == NEAR, stride_nh, stride_kh)
-            k = load_pairs(
-                tl.where(way == NEAR, k_near_ptr, k_ptr) + row_k[:, None] + pairs[None, :],
-                key,
-                length_k,
-                HEAD_DIM,
-                BLOCK_D,
-                True,
-            )
             stride_t = tl.where(way == FAR, stride_ft, stride_qt)
             stride_h = tl.where(way == FAR, stride_fh, stride_qh)
             # One loop over the heads of the group and their queries: its load pipeline never
@@ -163,11 +163,10 @@ def dual_chunk_dkv_kernel(
                 lse2, _ = tl.split(even)
                 delta, _ = tl.split(odd)
                 x = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-                # LLVM turns this branch into selects; see varlen_dkv_kernel.
                 if (start < clear_low) | (start + BLOCK_M > clear_high):
-                    x = mask_logits(
-                        x, local_m[None, :], first_seen - start, last_seen - start, True, True
-                    )
+                    # One unsigned comparison for both bounds.
+                    offset = (local_m[None, :] - (first_seen - start)[:, None]).to(tl.uint32)
+                    x = tl.where(offset < seen[:, None], x, float("-inf"))
                 p = tl.exp2(x * multiplier - lse2[None, :])
                 do = load_rows(do_tile + tile_do, query, length_q, columns, HEAD_DIM, BLOCK_D, True)
                 dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
@@ -195,19 +194,18 @@ def dual_chunk_dkv_kernel(
                 q_tile += advance * stride_t + tl.where(is_last, stride_h, 0)
                 do_tile += advance * stride_dot + tl.where(is_last, stride_doh, 0)
                 stats_tile += (advance + tl.where(is_last, total_q, 0)) * 4
-            if way == NEAR:
-                turns, turns_rest = load_frequencies(inv_freq_ptr, HEAD_DIM, BLOCK_D)
-                moved = tl.cast(chunk_length, tl.float32)
-                cos, sin = cos_sin(moved, turns[None, :], turns_rest[None, :])
-                dk = rotate(dk, cos, sin, BLOCK_N, BLOCK_D)
     row_dk = (token_k * stride_dkt + head_kv.to(tl.int64) * stride_dkh)[:, None]
-    store_pairs(dk_ptr + row_dk + pairs[None, :], dk * dk_scale, key, length_k, HEAD_DIM, BLOCK_D)
-    store_rows(
-        dv_ptr + row_dk + columns[None, :],
-        dv * keep_scale,
-        key,
-        length_k,
-        columns,
-        HEAD_DIM,
-        BLOCK_D,
-    )
+    dk_rows = dk_ptr + row_dk + pairs[None, :]
+    dv_rows = dv_ptr + row_dk + columns[None, :]
+    dk = dk * dk_scale
+    dv = dv * keep_scale
+    if IS_NEAR:
+        turns, turns_rest = load_frequencies(inv_freq_ptr, HEAD_DIM, BLOCK_D)
+        moved = tl.cast(chunk_length, tl.float32)
+        cos, sin = cos_sin(moved, turns[None, :], turns_rest[None, :])  # [1, BLOCK_D / 2]
+        dk = rotate(dk, cos, sin, BLOCK_N, BLOCK_D)
+    elif has_near:
+        dk += load_pairs(dk_rows, key, length_k, HEAD_DIM, BLOCK_D, True).to(tl.float32)
+        dv += load_rows(dv_rows, key, length_k, columns, HEAD_DIM, BLOCK_D, True).to(tl.float32)
+    store_pairs(dk_rows, dk, key, length_k, HEAD_DIM, BLOCK_D)
+    store_rows(dv_rows, dv, key, length_k, columns, HEAD_DIM, BLOCK_D)

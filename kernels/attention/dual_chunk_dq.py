@@ -118,16 +118,14 @@ def dual_chunk_dq_kernel(
     row_lse = head * total_q + token
     lse2 = tl.load(stats_ptr + row_lse * 4, mask=inside, other=float("inf"))
     delta = tl.load(stats_ptr + row_lse * 4 + 1, mask=inside, other=0.0)
-    row_q = token * stride_qt + head * stride_qh
-    row_dq = token * stride_dqt + head * stride_dqh
     k_own = k_ptr + begin_k * stride_kt + head_kv.to(tl.int64) * stride_kh
     k_near = k_near_ptr + begin_k * stride_nt + head_kv.to(tl.int64) * stride_nh
     v_base = v_ptr + begin_k * stride_vt + head_kv.to(tl.int64) * stride_vh
     tile_v = local_n[:, None] * stride_vt + columns[None, :]
     if IS_FAR:
-        q_rows = dq_ptr + row_dq[:, None] + pairs[None, :]
+        q_rows = dq_ptr + (token * stride_dqt + head * stride_dqh)[:, None] + pairs[None, :]
     else:
-        q_rows = q_ptr + row_q[:, None] + pairs[None, :]
+        q_rows = q_ptr + (token * stride_qt + head * stride_qh)[:, None] + pairs[None, :]
     q = load_pairs(q_rows, query, length_q, HEAD_DIM, BLOCK_D, True)
     key_0 = 0
     key_1 = 0
@@ -190,7 +188,7 @@ def dual_chunk_dq_kernel(
                     k_tile += BLOCK_N * stride_k
                     v_tile += BLOCK_N * stride_vt
     dq = dq * dq_scale
-    dq_rows = dq_ptr + row_dq[:, None] + pairs[None, :]
+    dq_rows = dq_ptr + (token * stride_dqt + head * stride_dqh)[:, None] + pairs[None, :]
     if IS_FAR:
         turns, turns_rest = load_frequencies(inv_freq_ptr, HEAD_DIM, BLOCK_D)
         moved = far_delta(position, chunk_length, far_position)

@@ -98,8 +98,7 @@ def dual_chunk_fwd_kernel(
     query = first + local_query
     tile_head = head_kv * GROUP + head_group * PACK + local_m // POSITIONS
     head = tl.where(query < length_q, tile_head, 0).to(tl.int64)
-    row_q = (begin_q + query) * stride_qt + head * stride_qh
-    row_o = (begin_q + query) * stride_ot + head * stride_oh
+    token = begin_q + query
     k_own = k_ptr + begin_k * stride_kt + head_kv.to(tl.int64) * stride_kh
     k_near = k_near_ptr + begin_k * stride_nt + head_kv.to(tl.int64) * stride_nh
     v_base = v_ptr + begin_k * stride_vt + head_kv.to(tl.int64) * stride_vh
@@ -122,10 +121,17 @@ def dual_chunk_fwd_kernel(
             first + shift, last, way, chunk_length, near, BLOCK_N, HAS_DROPOUT
         )
         if low < high:
-            q_from = tl.where(way == FAR, out_ptr, q_ptr)
-            row = tl.where(way == FAR, row_o, row_q)
+            # Strides that depend on the way keep LLVM from holding both rows of pointers in
+            # registers throughout the loops.
+            row = token * tl.where(way == FAR, stride_ot, stride_qt)
+            row += head * tl.where(way == FAR, stride_oh, stride_qh)
             q = load_pairs(
-                q_from + row[:, None] + pairs[None, :], query, length_q, HEAD_DIM, BLOCK_D, True
+                tl.where(way == FAR, out_ptr, q_ptr) + row[:, None] + pairs[None, :],
+                query,
+                length_q,
+                HEAD_DIM,
+                BLOCK_D,
+                True,
             )
             first_seen, last_seen = keys_of_query(position, way, chunk_length, near)
             stride_k = tl.where(way == NEAR, stride_nt, stride_kt)
@@ -171,6 +177,7 @@ def dual_chunk_fwd_kernel(
                         k_tile += BLOCK_N * stride_k
                         v_tile += BLOCK_N * stride_vt
     out, lse = finish(acc, m, l, keep_scale)
+    row_o = token * stride_ot + head * stride_oh
     store_rows(
         out_ptr + row_o[:, None] + columns[None, :],
         out,
@@ -180,7 +187,7 @@ def dual_chunk_fwd_kernel(
         HEAD_DIM,
         BLOCK_D,
     )
-    row_lse = head * total_q + begin_q + query
+    row_lse = head * total_q + token
     tl.store(lse_ptr + row_lse, lse, mask=query < length_q)
 
 
@@ -240,6 +247,7 @@ def dual_chunk_fwd(
     geometry = {
         "inv_freq": inv_freq,
         "chunk_length": chunk_length,
+        "near": near,
         "far_position": far_position,
     }
     k_near = rotated_keys(k, cu_seqlens_k, k_tiles, **geometry)

@@ -8,7 +8,7 @@ from torch import Tensor
 from lctrain.kernels.attention.config import TileConfig
 from lctrain.kernels.attention.launch import RUNTIME_INTEGERS, padded_head_dim
 from lctrain.kernels.schedule import SCHEDULE_ROWS
-from lctrain.kernels.tile.chunks import far_delta
+from lctrain.kernels.tile.chunks import far_delta, far_end
 from lctrain.kernels.tile.logits import LOG2_E
 from lctrain.kernels.tile.memory import load_rows
 from lctrain.kernels.tile.rotary import (
@@ -51,6 +51,7 @@ def dual_chunk_rotate_kernel(
     num_tiles,
     total_q,
     chunk_length,
+    near,
     far_position,
     keep_scale,
     HEAD_DIM: tl.constexpr,
@@ -60,9 +61,9 @@ def dual_chunk_rotate_kernel(
 ):
     """Queries at the far position, or keys rotated back by a chunk, of one tile and head.
 
-    A query rotated by c meets a key as the query itself meets the key rotated by -c. Documents of
-    one chunk are left out: nobody reads theirs. Where stats_ptr is given, which the backward does
-    for queries, it also writes what the other kernels read per query.
+    A query rotated by c meets a key as the query itself meets the key rotated by -c. Where
+    stats_ptr is given, which the backward does for queries, it also writes what the other kernels
+    read per query.
 
     Grid: (heads * tiles * SCHEDULE_ROWS / BLOCK_M,). x, rotated, out, dout [T, H, D]; lse, dlse [H,
     T] float32. stats [H, T, 4] float32: lse in base 2 (+inf where nothing was seen), delta /
@@ -96,7 +97,12 @@ def dual_chunk_rotate_kernel(
         # Dropout: ds / keep_scale = (Z / keep_scale) p dp - p delta / keep_scale; the factor goes
         # into dq and dk.
         tl.store(stats_ptr + row_lse * 4 + 1, delta / keep_scale, mask=inside)
+    # Documents of one chunk need neither. Queries before the first one with far keys are left out;
+    # keys are not, since a tile of near keys may reach into the next chunk.
+    last = tl.minimum(first + BLOCK_M, length) - 1
     if length_k <= chunk_length:
+        return
+    if IS_QUERY and far_end(last + length_k - length, chunk_length, near) <= 0:
         return
     pairs = pair_columns(HEAD_DIM, BLOCK_D)
     x_rows = x_ptr + (token * stride_xt + head * stride_xh)[:, None] + pairs[None, :]
@@ -120,6 +126,7 @@ def dual_chunk_rotate(
     *,
     inv_freq: Tensor,
     chunk_length: int,
+    near: int,
     far_position: int,
     is_query: bool,
     out: Tensor | None = None,
@@ -133,12 +140,13 @@ def dual_chunk_rotate(
 
     Args:
         x: [T, H, D] queries or keys, last stride 1.
-        rotated: [T, H, D], gets the result; rows of documents of at most c keys are left alone.
+        rotated: [T, H, D], gets the result; rows that nobody meets this way are left alone.
         cu_seqlens_x: [N + 1] int32, the documents of x.
         cu_seqlens_k: [N + 1] int32.
         tiles: [n, 2] int32 of x's rows, from a TileSchedule.
         inv_freq: [D/2] float32.
         chunk_length: c.
+        near: As in tile/chunks.py.
         far_position: Where queries are rotated to.
         is_query: Rotate to the far position; otherwise back by c.
         out: [T, H, D], given together with the next ones: the statistics of queries.
@@ -177,6 +185,7 @@ def dual_chunk_rotate(
             tiles.shape[0],
             tokens,
             chunk_length,
+            near,
             far_position,
             scale_kept,
             HEAD_DIM=head_dim,
@@ -195,6 +204,7 @@ def rotated_keys(
     *,
     inv_freq: Tensor,
     chunk_length: int,
+    near: int,
     far_position: int,
 ) -> Tensor:
     """Returns keys rotated by -c, [Tk, Hk, D] contiguous; arguments as dual_chunk_rotate."""
@@ -206,6 +216,7 @@ def rotated_keys(
         k_tiles,
         inv_freq=inv_freq,
         chunk_length=chunk_length,
+        near=near,
         far_position=far_position,
         is_query=False,
     )
