@@ -106,8 +106,8 @@ _HOPPER = {
     },
     "diff_dq": {
         128: TileConfig(64, 64, 4, 2, pack=2, spill_free=True),
-        192: TileConfig(64, 64, 4, 2, pack=2, spill_free=True),
-        256: TileConfig(128, 32, 8, 2, pack=2, spill_free=True),
+        192: TileConfig(64, 32, 4, 3, pack=2),
+        256: TileConfig(128, 32, 8, 3, pack=2),
         384: TileConfig(64, 32, 8, 2, pack=2),
     },
     "diff_dq_dropout": {
@@ -115,12 +115,12 @@ _HOPPER = {
     },
     "diff_dkv": {
         128: TileConfig(32, 64, 4, 2, spill_free=True),
-        192: TileConfig(32, 128, 8, 2),
+        192: TileConfig(32, 64, 4, 3),
         256: TileConfig(32, 64, 8, 2),
         384: TileConfig(32, 64, 8, 2),
     },
     "diff_dkv_shared": {
-        256: TileConfig(32, 128, 8, 2),
+        256: TileConfig(32, 128, 8, 3),
     },
 }
 # Accumulators of more than 512 columns of tensor memory compile to a trap: half as many keys.
