@@ -4,6 +4,7 @@ from lctrain.attention.import_hook import register_with_transformers
 from lctrain.attention.spec import (
     ATTENTION_NAMES,
     AttentionSpec,
+    DifferentialSpec,
     DualChunkSpec,
     FlashSpec,
     is_patched,
@@ -13,6 +14,7 @@ from lctrain.attention.spec import (
 __all__ = [
     "ATTENTION_NAMES",
     "AttentionSpec",
+    "DifferentialSpec",
     "DualChunkSpec",
     "FlashSpec",
     "is_patched",

@@ -13,31 +13,39 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_TARGET = "transformers.modeling_utils"
+_TARGETS = {
+    "transformers.modeling_utils": "register",
+    "transformers.models.auto.configuration_auto": "register_families_on_demand",
+}
+"""Module of transformers -> the function to call once it is imported."""
 
 
 def register_with_transformers(registration: str) -> None:
-    """Registers now if transformers' models are imported, else as soon as they are.
+    """Registers what belongs to transformers' modules: now, or as soon as they are imported.
 
     Args:
-        registration: Module whose `register()` does it.
+        registration: Module that has the functions of _TARGETS.
     """
-    if _TARGET in sys.modules:
-        _register(registration)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder(registration))
+    waiting = {finder.target for finder in sys.meta_path if isinstance(finder, _Finder)}
+    for target, function in _TARGETS.items():
+        if target in sys.modules:
+            _register(registration, function)
+        elif target not in waiting:
+            sys.meta_path.insert(0, _Finder(target, registration, function))
 
 
 class _Finder(MetaPathFinder):
-    """Finds nothing itself: lets the others find transformers.modeling_utils, and follows it up."""
+    """Finds nothing itself: lets the others find its target, and follows it up."""
 
-    def __init__(self, registration: str) -> None:
+    def __init__(self, target: str, registration: str, function: str) -> None:
+        self.target = target
         self.registration = registration
+        self.function = function
 
     def find_spec(
         self, fullname: str, path: Any = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _TARGET:
+        if fullname != self.target:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -47,11 +55,11 @@ class _Finder(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            _register(self.registration)
+            _register(self.registration, self.function)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def _register(registration: str) -> None:
-    importlib.import_module(registration).register()
+def _register(registration: str, function: str) -> None:
+    getattr(importlib.import_module(registration), function)()

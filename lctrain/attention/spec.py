@@ -122,7 +122,20 @@ class DualChunkSpec(AttentionSpec):
         return self.chunk_size - self.local_size
 
 
-_SPECS: dict[str, type[AttentionSpec]] = {spec.kind: spec for spec in (FlashSpec, DualChunkSpec)}
+@dataclass(frozen=True)
+class DifferentialSpec(AttentionSpec):
+    """Differential attention, both branches of a pair in one launch, for models that have it.
+
+    Its kernels give the same bits in every run; `deterministic` changes nothing. Dropout draws a
+    mask for each branch.
+    """
+
+    kind: ClassVar[str] = "differential"
+
+
+_SPECS: dict[str, type[AttentionSpec]] = {
+    spec.kind: spec for spec in (FlashSpec, DualChunkSpec, DifferentialSpec)
+}
 ATTENTION_NAMES = {kind: f"lctrain_{kind}" for kind in _SPECS}
 """attention= of patch_model -> the name registered with transformers."""
 

@@ -3,9 +3,24 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from lctrain.attention.spec import AttentionSpec
+from lctrain.models.differential_fit import (
+    fit_differential,
+    fuse_layers,
+    refuse_differential_layers,
+)
 from lctrain.models.dual_chunk import DualChunkHook, fit_dual_chunk
 from lctrain.models.inputs import InputHook
+
+
+def _nothing() -> None:
+    pass
+
+
+def _keep(layers: dict[str, nn.Module]) -> Callable[[], None]:
+    return _nothing
 
 
 class Kind(NamedTuple):
@@ -15,17 +30,26 @@ class Kind(NamedTuple):
         fit: (model, spec) -> the spec with what it leaves to the model filled in. Raises a
             ValueError that says what to do if the model cannot have this attention.
         hook: (model, fitted spec) -> the input hook of a transformers model, or of one inside.
+        swap: (attention layers by name) -> what undoes it. Changes layers that no attention
+            function can serve.
     """
 
     fit: Callable[[Any, Any], AttentionSpec]
     hook: Callable[[Any, Any], InputHook]
+    swap: Callable[[dict[str, nn.Module]], Callable[[], None]] = _keep
 
 
 def _unchanged(model: Any, spec: AttentionSpec) -> AttentionSpec:
     return spec
 
 
+def _fit_dual_chunk(model: Any, spec: Any) -> AttentionSpec:
+    refuse_differential_layers(model)
+    return fit_dual_chunk(model, spec)
+
+
 KINDS = {
     "flash": Kind(_unchanged, InputHook),
-    "dual_chunk": Kind(fit_dual_chunk, DualChunkHook),
+    "dual_chunk": Kind(_fit_dual_chunk, DualChunkHook),
+    "differential": Kind(fit_differential, InputHook, fuse_layers),
 }

@@ -41,8 +41,10 @@ class LateHook:
         kind = next(kind for kind, name in ATTENTION_NAMES.items() if name == self.implementation)
         require_supported(model)
         spec = KINDS[kind].fit(model, make_spec(kind))
-        for layer in attention_layers(model).values():
+        layers = attention_layers(model)
+        for layer in layers.values():
             setattr(layer, SPEC_ATTRIBUTE, spec)
+        KINDS[kind].swap(layers)
         return KINDS[kind].hook(model, spec)
 
 

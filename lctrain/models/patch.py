@@ -25,8 +25,9 @@ def patch_model(model: nn.Module, attention: str = "flash", **options: Any) -> "
     Args:
         model: A causal language model or encoder that uses AttentionInterface. Patch it before
             torch.compile and before wrapping it.
-        attention: "flash", or "dual_chunk" for texts beyond the trained window of a causal model
-            with rotary embeddings.
+        attention: "flash"; "dual_chunk" for texts beyond the trained window of a causal model with
+            rotary embeddings; "differential" for a DiffLlama, or for what
+            `lctrain.models.differential.to_differential` returns.
         **options: Of every attention: `dropout` (probability, training mode only; default: as the
             model's config says), `deterministic`, `backend`. Of "dual_chunk" also `chunk_size`,
             `local_size`, `scale`, `scale_coefficient` and `window`: see DualChunkSpec. Its defaults
@@ -101,6 +102,7 @@ class PatchHandle:
         self._specs = [(layer, vars(layer).get(SPEC_ATTRIBUTE)) for layer in self.layers.values()]
         for layer in self.layers.values():
             setattr(layer, SPEC_ATTRIBUTE, spec)
+        self._swap_back = KINDS[spec.kind].swap(self.layers)
         self._hooks = [
             module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks
         ]
@@ -112,6 +114,7 @@ class PatchHandle:
         self.active = False
         for hook in self._hooks:
             hook.remove()
+        self._swap_back()
         for layer, spec in self._specs:  # a model that was loaded by name has one of its own
             delattr(layer, SPEC_ATTRIBUTE)
             if spec is not None:

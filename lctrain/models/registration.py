@@ -6,12 +6,17 @@ see: transformers hands the position ids of bidirectional encoders to no layer a
 encoder loaded by name needs `cu_seq_lens_q/k` and `max_length_q/k` for packs, or padded rows.
 
 Dual chunk attention needs the input hook: a model loaded as lctrain_dual_chunk gets a `LateHook`.
+So does one loaded as lctrain_differential, whose layers are swapped then.
+
+Models that `to_differential` returns have families of their own, which AutoConfig and
+AutoModelForCausalLM are told of here.
 """
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
+from lctrain.attention.differential import differential_attention_forward
 from lctrain.attention.dual_chunk import dual_chunk_attention_forward
 from lctrain.attention.flash import flash_attention_forward
 from lctrain.attention.mask import flash_attention_mask
@@ -22,8 +27,9 @@ _MARK = "_lctrain_knows_its_names"
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "flash": flash_attention_forward,
     "dual_chunk": dual_chunk_attention_forward,
+    "differential": differential_attention_forward,
 }
-_NEED_A_HOOK = frozenset({ATTENTION_NAMES["dual_chunk"]})
+_NEED_A_HOOK = frozenset({ATTENTION_NAMES["dual_chunk"], ATTENTION_NAMES["differential"]})
 
 
 def register() -> None:
@@ -35,6 +41,38 @@ def register() -> None:
         AttentionInterface.register(ATTENTION_NAMES[kind], function)
         AttentionMaskInterface.register(ATTENTION_NAMES[kind], flash_attention_mask)
     _accept_names(PreTrainedModel)
+
+
+def register_families_on_demand() -> None:
+    """Has AutoConfig.from_pretrained register the differential families when it is first called.
+
+    Not at once: their classes derive from transformers' own, which cannot be imported yet while
+    AutoConfig's module, or whatever module imported that, is being imported.
+    """
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    original = vars(AutoConfig)["from_pretrained"]
+
+    @functools.wraps(original.__func__)
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if vars(AutoConfig)["from_pretrained"] is wrapper:
+            AutoConfig.from_pretrained = original  # type: ignore[method-assign]
+        register_families()
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    wrapper = classmethod(from_pretrained)
+    AutoConfig.from_pretrained = wrapper  # type: ignore[method-assign, assignment]
+
+
+def register_families() -> None:
+    """Tells AutoConfig and AutoModelForCausalLM of the differential families. Harmless if done."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lctrain.models.differential_v2 import MODELS
+
+    for model in MODELS.values():
+        AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
+        AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
 
 
 def _accept_names(model_class: Any) -> None:

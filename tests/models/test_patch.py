@@ -157,7 +157,7 @@ def test_every_layer_carries_the_spec():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attention": "ring"}, "attention must be one of 'flash', 'dual_chunk', got 'ring'"),
+        ({"attention": "ring"}, "one of 'flash', 'dual_chunk', 'differential', got 'ring'"),
         (
             {"dropuot": 0.1},
             "options of attention='flash' must be among dropout, deterministic, backend, got "

@@ -127,7 +127,7 @@ def test_registering_twice_changes_nothing():
 def test_importing_lctrain_is_enough(code, tmp_path):
     check = """
         from transformers.masking_utils import AttentionMaskInterface
-        for name in ("lctrain_flash", "lctrain_dual_chunk"):
+        for name in ("lctrain_flash", "lctrain_dual_chunk", "lctrain_differential"):
             assert name in AttentionInterface().keys()
             assert name in AttentionMaskInterface().keys()
         import importlib.machinery, sys

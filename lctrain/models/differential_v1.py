@@ -1,0 +1,66 @@
+"""Version 1 of differential attention in transformers' DiffLlama: one launch instead of two.
+
+Imports transformers; `lctrain.models` reaches it lazily.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.diffllama.modeling_diffllama import (
+    DiffLlamaAttention,
+    apply_rotary_pos_emb,
+)
+
+from lctrain.attention.differential import differential_attention_forward
+from lctrain.attention.spec import ATTENTION_NAMES
+
+
+class FusedDiffLlamaAttention(DiffLlamaAttention):
+    """What a patched DiffLlama's layers are: DiffLlamaAttention with another forward.
+
+    transformers' own calls attention once per half of the values and cannot be served by an
+    attention function. Weights and state are those of the class above: a layer becomes this one,
+    and what it was again, by its `__class__`.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As DiffLlamaAttention.forward; hidden_states [B, S, E] -> [B, S, E]."""
+        if self.config._attn_implementation != ATTENTION_NAMES["differential"]:
+            return super().forward(  # the attention was set to something else meanwhile
+                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+            )
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        out, _ = differential_attention_forward(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            lctrain_lambda=self._lambda(query.dtype),
+            lctrain_halves=True,
+            **kwargs,
+        )
+        out = (1 - self.lambda_init) * self.groupnorm(out)
+        return self.o_proj(out.flatten(2)), None
+
+    def _lambda(self, dtype: torch.dtype) -> Tensor:
+        """Lambda, a scalar of float32 at least: the kernel need not round it as transformers."""
+        first = torch.sum(self.lambda_q1 * self.lambda_k1, dim=-1, dtype=torch.float32).exp()
+        second = torch.sum(self.lambda_q2 * self.lambda_k2, dim=-1, dtype=torch.float32).exp()
+        state = torch.promote_types(dtype, torch.float32)
+        return first.to(state) - second.to(state) + self.lambda_init
