@@ -1,0 +1,186 @@
+"""Differential models: made of plain ones, and from one order of heads to the other.
+
+`lctrain.patch_model(model, attention="differential")` is what runs them on lctrain's kernels.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+ORDERS = ("transformers", "unilm")
+_INITIAL_LAMBDA = 0.5  # sigmoid(0)
+Weights = TypeVar("Weights", nn.Module, dict[str, Tensor])
+
+
+def to_differential(model: Any, version: int = 2) -> Any:
+    """Returns a differential model (version 2) that computes what a plain model computes.
+
+    Every query head becomes a pair of them that shares its key and value head, and every layer gets
+    the projection of its lambdas:
+
+    - both query heads of a pair are copies of the old one, so that A1 = A2 = A;
+    - the projection of lambda is zero, so that lambda = sigmoid(0) = 1/2 in every token, and a pair
+      gives (1 - 1/2) A v, which the output projection, twice the old one, undoes.
+
+    These are powers of two: in exact arithmetic the function is the old one, in practice it differs
+    by the rounding of the attention, in any dtype. Nothing is at rest, unlike with a lambda near 0:
+    the branches of a pair get gradients of opposite sign, G and -G / 2, and part in the first step,
+    and so does the gradient of lambda not vanish.
+
+    The result has a model_type of its own, such as "lctrain_llama_diff". `save_pretrained` writes
+    it and `from_pretrained` of AutoModelForCausalLM reads it, where lctrain has been imported.
+
+    Args:
+        model: A LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM that is
+            not patched. It is left as it is; the result has copies of its weights.
+        version: 2. Version 1 has values of another shape, and a norm that no plain model has.
+
+    Returns:
+        The new model, on the device, in the dtype and in the mode (training or not) of the old one.
+
+    Raises:
+        ValueError: if the version is not 2, or the model is of another class, patched, quantized,
+            or on the meta device.
+    """
+    from transformers.initialization import no_init_weights
+
+    from lctrain.models.differential_configs import differential_config
+    from lctrain.models.differential_v2 import MODELS
+
+    if version != 2:
+        raise ValueError(
+            f"version must be 2, got {version!r}. A model of version 1 is trained from scratch: "
+            "model=diff_llama, or transformers' DiffLlamaForCausalLM."
+        )
+    _require_plain(model)
+    config = differential_config(model.config)
+    with no_init_weights():
+        result = MODELS[model.config.model_type](config)
+    pairs = model.config.num_attention_heads
+    state = {name: _differential(name, x, pairs) for name, x in model.state_dict().items()}
+    for name, weight in result.state_dict().items():
+        if name.endswith("lambda_proj.weight"):
+            state[name] = weight.new_zeros(weight.shape)
+    result = result.to(device=model.device, dtype=model.dtype)
+    result.load_state_dict(state)
+    result.generation_config = copy.deepcopy(model.generation_config)
+    return result.train(model.training)
+
+
+def _require_plain(model: Any) -> None:
+    from lctrain.attention.spec import is_patched
+    from lctrain.models.differential_v2 import MODELS
+
+    plain = {family.__mro__[2]: name for name, family in MODELS.items()}
+    if type(model) not in plain:
+        names = ", ".join(sorted(kind.__name__ for kind in plain))
+        raise ValueError(
+            f"model must be one of {names}, got {type(model).__name__}. Only these have a "
+            "differential form; one that is differential already needs no conversion."
+        )
+    if is_patched(model):
+        raise ValueError(
+            "model must not be patched, got one that is. Call unpatch() on its handle first, and "
+            "patch the result with attention='differential'."
+        )
+    weights = list(model.parameters())
+    if any(weight.is_meta for weight in weights):
+        raise ValueError(
+            "model must have its weights in memory, got weights on the meta device. Load it "
+            "without device_map='meta', or build the differential model of its config."
+        )
+    if not all(weight.is_floating_point() for weight in weights):
+        raise ValueError(
+            "model must have floating-point weights, got a quantized one. Convert it first, and "
+            "quantize the result."
+        )
+
+
+def _differential(name: str, weight: Tensor, pairs: int) -> Tensor:
+    """A weight of a plain model -> that of version 2."""
+    if name.endswith((".self_attn.q_proj.weight", ".self_attn.q_proj.bias")):
+        return weight.unflatten(0, (pairs, -1)).repeat_interleave(2, 0).flatten(0, 1)
+    if name.endswith(".self_attn.o_proj.weight"):
+        return weight / (1 - _INITIAL_LAMBDA)
+    return weight
+
+
+def convert_head_order(weights: Weights, *, source: str, target: str) -> Weights:
+    """Reorders the heads of a version 1 model, between transformers' DiffLlama and unilm.
+
+    With H query and K key/value heads of D, transformers pairs query heads h and h + H / 2, and key
+    and value heads g and g + K / 2; unilm (its flash files) pairs neighbours, 2 h and 2 h + 1. What
+    differs are the rows of `q_proj`, `k_proj` and `v_proj`. The output projection does not: in both
+    its columns go pair by pair, 2 D each.
+
+    Names stay, and so does the order of columns inside a head: unilm rotates neighbouring columns
+    (interleaved RoPE), transformers the halves of a head.
+
+    Args:
+        weights: A state dict, or a model, whose layers have `lambda_q1` [D] beside the projections.
+        source: The order that `weights` has, "transformers" or "unilm".
+        target: The order to bring it to.
+
+    Returns:
+        A new state dict, with copies of what was reordered; or the same model, changed in place.
+
+    Raises:
+        ValueError: if an order is unknown, there is no differential layer, or the heads do not
+            pair.
+    """
+    for name, order in (("source", source), ("target", target)):
+        if order not in ORDERS:
+            raise ValueError(
+                f"{name} must be one of {', '.join(map(repr, ORDERS))}, got {order!r}. "
+                "'transformers' pairs heads h and h + H / 2, 'unilm' 2 h and 2 h + 1."
+            )
+    if isinstance(weights, nn.Module):
+        state = weights.state_dict()
+        weights.load_state_dict(convert_head_order(state, source=source, target=target))
+        return weights
+    layers = {
+        name.removesuffix("lambda_q1"): len(vector)
+        for name, vector in weights.items()
+        if name.endswith("lambda_q1")
+    }
+    if not layers:
+        raise ValueError(
+            "weights must hold layers of differential attention (version 1), got none with "
+            "lambda_q1. Pass the state dict of a whole model."
+        )
+    reorder = {
+        ("transformers", "unilm"): _halves_to_neighbours,
+        ("unilm", "transformers"): _neighbours_to_halves,
+    }.get((source, target))
+    if reorder is None:
+        return dict(weights)
+    return {name: _reordered(name, x, layers, reorder) for name, x in weights.items()}
+
+
+def _reordered(
+    name: str, weight: Tensor, layers: dict[str, int], reorder: Callable[[Tensor], Tensor]
+) -> Tensor:
+    module = name.rpartition(".")[0]
+    before, dot, projection = module.rpartition(".")
+    layer = before + dot
+    if layer not in layers or projection not in ("q_proj", "k_proj", "v_proj"):
+        return weight
+    head_dim = layers[layer]
+    if weight.shape[0] % (2 * head_dim):
+        raise ValueError(
+            f"{name} must have an even number of heads of {head_dim}, got {weight.shape[0]} rows. "
+            "Every head is one of a pair."
+        )
+    return reorder(weight.unflatten(0, (-1, head_dim))).flatten(0, 1)
+
+
+def _halves_to_neighbours(heads: Tensor) -> Tensor:
+    """[H, D, ...]: heads 0, H / 2, 1, H / 2 + 1, ..."""
+    return heads.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def _neighbours_to_halves(heads: Tensor) -> Tensor:
+    """[H, D, ...]: heads 0, 2, ..., 1, 3, ..."""
+    return heads.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
