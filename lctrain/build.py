@@ -111,6 +111,9 @@ def _from_scratch(config: ScratchModelConfig, vocab_size: int) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+    from lctrain.models.differential_configs import differential_config
+    from lctrain.models.registration import register_families
+
     if config.model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"model.model_type must be a family of transformers, got {config.model_type!r}. Use "
@@ -129,6 +132,9 @@ def _from_scratch(config: ScratchModelConfig, vocab_size: int) -> Any:
         model_config = config_class(**settings)
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise ValueError(f"model.config must fit {config_class.__name__}: {error}") from error
+    if config.differential == 2:
+        register_families()
+        model_config = differential_config(model_config)
     return AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
 
 

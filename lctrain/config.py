@@ -81,10 +81,21 @@ class ScratchModelConfig(ModelConfig):
         model_type: Name of the family in transformers, such as "llama" or "qwen3".
         config: Arguments of its configuration class. `vocab_size` is taken from the tokenizer
             unless it is given here.
+        differential: 2 makes every head a pair of differential attention, version 2, as
+            `lctrain.models.differential.to_differential` does: num_attention_heads is doubled.
+            Version 1 is a family, model_type "diffllama".
     """
 
     model_type: str = MISSING
     config: dict[str, Any] = field(default_factory=dict)
+    differential: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(
+            self.differential in (None, 2),
+            f"model.differential must be 2 or null, got {self.differential}. Version 1 is "
+            "model=diff_llama.",
+        )
 
 
 @dataclass(frozen=True)
