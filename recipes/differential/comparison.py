@@ -1,0 +1,122 @@
+"""The table over all runs: means and standard errors over seeds, as text and as files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lctrain.recipes.differential.comparison_plot import plot_comparison
+from lctrain.recipes.differential.experiment import Experiment
+from lctrain.recipes.differential.variant import VARIANTS
+
+COLUMNS = ("held_out_loss", "tokens_per_second", "largest_logit", "peak_memory_gib")
+
+
+def collect_runs(experiment: Experiment) -> None:
+    """Reads the records of all runs, prints the table, writes differential.json, .csv and .png."""
+    runs = read_runs(experiment)
+    summary = summarize(runs)
+    experiment.save("differential", {"summary": summary, "runs": runs})
+    write_runs(experiment, runs)
+    plot_comparison(runs, experiment.output / "differential.png")
+    print(as_text(summary))
+
+
+def read_runs(experiment: Experiment) -> list[dict[str, Any]]:
+    """What was measured of every run, in the order of variants, then seeds.
+
+    Raises:
+        ValueError: if one is missing.
+    """
+    paths = {run: experiment.record(*run) for run in experiment.runs}
+    missing = [path.stem for path in paths.values() if not path.is_file()]
+    if missing:
+        raise ValueError(
+            f"output must hold every run, got {experiment.output} without {', '.join(missing)}. "
+            "Run the stage train for them, or leave them out with --variants and --seeds."
+        )
+    records = [json.loads(path.read_text()) for path in paths.values()]
+    return sorted(records, key=lambda run: experiment.variants.index(run["variant"]))
+
+
+def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Per variant the mean and the standard error over seeds of everything that is compared.
+
+    `held_out_loss_difference` is that to the plain model with the same seed, and so the same
+    batches: what the seeds share cancels.
+    """
+    by_variant: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        by_variant.setdefault(run["variant"], []).append(run)
+    plain = {run["seed"]: run["held_out_loss"] for run in by_variant.get("plain", [])}
+    summary: dict[str, dict[str, Any]] = {}
+    for name, group in by_variant.items():
+        row: dict[str, Any] = {
+            "runs": len(group),
+            "parameters": group[0]["parameters"],
+            **{column: over_seeds([run[column] for run in group]) for column in COLUMNS},
+            "passkeys": {
+                length: over_seeds([run["passkeys"][length] for run in group])
+                for length in group[0]["passkeys"]
+            },
+        }
+        if name != "plain" and plain.keys() >= {run["seed"] for run in group}:
+            row["held_out_loss_difference"] = over_seeds(
+                [run["held_out_loss"] - plain[run["seed"]] for run in group]
+            )
+        summary[name] = row
+    return summary
+
+
+def over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, standard error of the mean (None for one seed) and the values."""
+    mean = sum(values) / len(values)
+    error = None
+    if len(values) > 1:
+        variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+        error = math.sqrt(variance / len(values))
+    return {"mean": mean, "standard_error": error, "values": list(values)}
+
+
+def write_runs(experiment: Experiment, runs: Sequence[dict[str, Any]]) -> None:
+    """One row per run."""
+    names = ["variant", "seed", "parameters", "steps", *COLUMNS]
+    lengths = list(runs[0]["passkeys"])
+    with (experiment.output / "differential.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*names, *(f"passkeys_{length}" for length in lengths)])
+        for run in runs:
+            found = [run["passkeys"][length] for length in lengths]
+            writer.writerow([*(run[name] for name in names), *found])
+
+
+def as_text(summary: dict[str, dict[str, Any]]) -> str:
+    """Lines for the terminal."""
+    longest = list(next(iter(summary.values()))["passkeys"])[-1]
+    lines = [
+        f"{'':<28}{'parameters':>12}{'held-out loss':>18}{'minus plain':>18}{'tokens/s':>20}"
+        f"{'largest logit':>16}{f'keys at {int(longest):,}':>16}"
+    ]
+    for name, row in summary.items():
+        difference = row.get("held_out_loss_difference")
+        lines.append(
+            f"{VARIANTS[name].title:<28}{row['parameters']:>12,}"
+            f"{_with_error(row['held_out_loss'], '.4f'):>18}"
+            f"{_with_error(difference, '+.4f') if difference else '-':>18}"
+            f"{_with_error(row['tokens_per_second'], ',.0f'):>20}"
+            f"{_with_error(row['largest_logit'], '.1f'):>16}"
+            f"{_with_error(row['passkeys'][longest], '.0%'):>16}"
+        )
+    seeds = max(row["runs"] for row in summary.values())
+    lines.append(f"± one standard error over {seeds} seeds" if seeds > 1 else "one seed")
+    return "\n".join(lines)
+
+
+def _with_error(cell: dict[str, Any], form: str) -> str:
+    text = format(cell["mean"], form)
+    if cell["standard_error"] is None:
+        return text
+    return f"{text} ±{format(cell['standard_error'], form.removeprefix('+'))}"

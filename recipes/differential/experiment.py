@@ -1,0 +1,78 @@
+"""What all stages share: folders, sizes, and which runs there are."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lctrain.config import TrainConfig
+from lctrain.recipes.differential.scale import Scale
+from lctrain.recipes.differential.variant import VARIANTS, Variant
+from lctrain.recipes.dual_chunk_extension.experiment import compose_training
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Where it is, how large, what is compared, and what the user changes.
+
+    Attributes:
+        output: Folder of everything that it writes.
+        scale: Sizes of the whole experiment.
+        variants: Names of the models.
+        seeds: Each model is trained once with each.
+        share: (i, n): train only every n-th run, from the i-th on; n processes train all of them.
+        keep_models: Whether trained models stay on the disk.
+        overrides: Hydra overrides of every training run.
+    """
+
+    output: Path
+    scale: Scale
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    share: tuple[int, int] = (0, 1)
+    keep_models: bool = False
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def runs(self) -> list[tuple[Variant, int]]:
+        """Every model with every seed; a process that trains a share has some of each model."""
+        return [(VARIANTS[name], seed) for seed in self.seeds for name in self.variants]
+
+    @property
+    def shared_runs(self) -> list[tuple[Variant, int]]:
+        """Those that this process trains."""
+        first, step = self.share
+        return self.runs[first::step]
+
+    def folder(self, variant: Variant, seed: int) -> Path:
+        """Of one run."""
+        return self.output / "runs" / f"{variant.name}_{seed}"
+
+    def record(self, variant: Variant, seed: int) -> Path:
+        """File with what was measured of one run."""
+        return self.folder(variant, seed).with_suffix(".json")
+
+    def compose(self, variant: Variant, seed: int) -> TrainConfig:
+        """Configuration of one run."""
+        overrides = [
+            "experiment=differential",
+            *variant.overrides,
+            *self.scale.train,
+            *self.scale.of_variant.get(variant.name, ()),
+            f"seed={seed}",
+            *self.overrides,
+        ]
+        return compose_training(overrides, self.folder(variant, seed))
+
+    def save(self, name: str, content: Any) -> Path:
+        """Writes a JSON file into the output folder."""
+        return write_json(self.output / f"{name}.json", content)
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Writes a JSON file and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    return path

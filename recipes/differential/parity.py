@@ -1,0 +1,157 @@
+"""Does one launch train like two calls? The same model, seed and rows, with each of them.
+
+The yardstick is what two ways to make the two calls differ by: transformers' own with SDPA, and
+transformers' own with eager attention.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lctrain.build import build_datamodule, build_model
+from lctrain.data import PackedDataModule
+from lctrain.models import patch_model
+from lctrain.recipes.differential.experiment import Experiment
+from lctrain.recipes.differential.variant import VARIANTS
+
+LEARNING_RATE = 1e-3
+ONE_LAUNCH, TWO_CALLS, YARDSTICK = "one launch", "two calls, sdpa", "two calls, eager"
+
+
+def compare_kernels(experiment: Experiment) -> None:
+    """Trains V1 in three ways from the same start, and writes parity.json and .csv.
+
+    On a GPU twice: in float32, and with bfloat16 as in training.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = experiment.compose(VARIANTS["v1"], experiment.seeds[0])
+    precisions = ["float32", "bfloat16"] if device.type == "cuda" else ["float32"]
+    scale = experiment.scale
+    datamodule = build_datamodule(config.data)
+    datamodule.setup()
+    batches = equal_rows(datamodule, scale.parity_steps, scale.parity_rows, scale.window)
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, datamodule.vocab_size)
+    curves = {}
+    for precision in precisions:
+        for name in WAYS:
+            copied = copy.deepcopy(model).to(device)
+            curves[precision, name] = train_rows(copied, batches, name, precision)
+    differences = {
+        precision: {
+            name: largest_difference(curves[precision, name], curves[precision, TWO_CALLS])
+            for name in (ONE_LAUNCH, YARDSTICK)
+        }
+        for precision in precisions
+    }
+    experiment.save(
+        "parity",
+        {
+            "steps": scale.parity_steps,
+            "rows": scale.parity_rows,
+            "row_tokens": scale.window,
+            "learning_rate": LEARNING_RATE,
+            "largest_difference_to_two_calls_with_sdpa": differences,
+            "loss": {
+                precision: {n: curve for (p, n), curve in curves.items() if p == precision}
+                for precision in precisions
+            },
+        },
+    )
+    write_curves(experiment.output / "parity.csv", curves)
+    for precision, found in differences.items():
+        for name, difference in found.items():
+            print(f"{precision}: largest difference of the loss, {name}: {difference:.2e}")
+
+
+def equal_rows(datamodule: PackedDataModule, steps: int, rows: int, tokens: int) -> list[Tensor]:
+    """Cuts the training packs into rows that no call has to know documents for.
+
+    Args:
+        datamodule: After `setup`.
+        steps: How many steps to cut for.
+        rows: Of every step.
+        tokens: Of every row.
+
+    Returns:
+        For each step [rows, tokens] int64.
+    """
+    needed = steps * rows * tokens
+    packs: list[Tensor] = []
+    for batch in datamodule.train_dataloader():  # endless
+        packs.append(batch.input_ids[0])
+        if sum(map(len, packs)) >= needed:
+            break
+    return list(torch.cat(packs)[:needed].view(steps, rows, tokens))
+
+
+def train_rows(model: Any, batches: Sequence[Tensor], way: str, precision: str) -> list[float]:
+    """Trains a model on rows.
+
+    Args:
+        model: A DiffLlama that is not patched.
+        batches: [rows, tokens] int64 of every step.
+        way: One of WAYS.
+        precision: "float32", or "bfloat16" for the products.
+
+    Returns:
+        The loss of every step, before its update.
+    """
+    device = model.device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    losses = []
+    with WAYS[way](model):
+        for rows in batches:
+            rows = rows.to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                loss = model(input_ids=rows, labels=rows, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.item())
+    return losses
+
+
+def _one_launch(model: Any) -> AbstractContextManager[Any]:
+    # By name: "auto" leaves float32 to PyTorch, and the kernels are what is compared.
+    backend = "triton" if model.device.type == "cuda" else "auto"
+    return patch_model(model, "differential", backend=backend)
+
+
+def _sdpa(model: Any) -> AbstractContextManager[Any]:
+    model.set_attn_implementation("sdpa")
+    return nullcontext()
+
+
+def _eager(model: Any) -> AbstractContextManager[Any]:
+    model.set_attn_implementation("eager")
+    return nullcontext()
+
+
+WAYS: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {
+    ONE_LAUNCH: _one_launch,
+    TWO_CALLS: _sdpa,
+    YARDSTICK: _eager,
+}
+
+
+def largest_difference(first: Sequence[float], second: Sequence[float]) -> float:
+    """Of two curves, step by step."""
+    return max(abs(a - b) for a, b in zip(first, second, strict=True))
+
+
+def write_curves(path: Path, curves: dict[tuple[str, str], list[float]]) -> None:
+    """One row per step, one column per precision and way."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", *(f"{precision}, {name}" for precision, name in curves)])
+        for step, losses in enumerate(zip(*curves.values(), strict=True)):
+            writer.writerow([step, *losses])

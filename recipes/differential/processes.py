@@ -1,0 +1,43 @@
+"""Trains the runs of an experiment on several GPUs: one process each, with a share of the runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+MODULE = "lctrain.recipes.differential"
+
+
+def visible_devices(environment: dict[str, str], count: int) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES has to be for each of `count` GPUs."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[:count] if visible else [str(index) for index in range(count)]
+
+
+def train_in_processes(arguments: Sequence[str], devices: Sequence[str]) -> None:
+    """Starts the recipe's stage `train` once for each device, and waits for all of them.
+
+    Args:
+        arguments: Of the recipe, without its stages and share; overrides may follow a "--".
+        devices: CUDA_VISIBLE_DEVICES of each process.
+
+    Raises:
+        RuntimeError: if one of them failed; what it printed says why.
+    """
+    started = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", MODULE, "--stages", "train"),
+                *("--share", f"{index}/{len(devices)}"),
+                *arguments,
+            ],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": device},
+        )
+        for index, device in enumerate(devices)
+    ]
+    statuses = [process.wait() for process in started]
+    failed = [str(index) for index, status in enumerate(statuses) if status != 0]
+    if failed:
+        raise RuntimeError(f"processes that failed: {', '.join(failed)} of {len(devices)}")

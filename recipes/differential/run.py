@@ -1,0 +1,103 @@
+"""One run: trains a model, and measures what the table compares."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lctrain.build import build_datamodule
+from lctrain.config import PretrainedModelConfig, TrainConfig
+from lctrain.data.passkey import PasskeyFormat
+from lctrain.eval import Extension, longest_documents, passkey_retrieval
+from lctrain.models import patch_model
+from lctrain.models.pretrained import load_pretrained
+from lctrain.recipes.differential.experiment import Experiment, write_json
+from lctrain.recipes.differential.largest_logit import largest_logit
+from lctrain.recipes.differential.scale import Scale
+from lctrain.recipes.differential.variant import Variant
+from lctrain.train import quiet_lightning, train
+
+
+class AsItIs(Extension):
+    """Reads with the attention that the model has already."""
+
+    @contextmanager
+    def patched(self, model: nn.Module) -> Iterator[None]:
+        """See Extension."""
+        yield
+
+
+def prepare_data(experiment: Experiment) -> None:
+    """Tokenizes once; every run finds the tokens in the cache."""
+    variant, seed = experiment.runs[0]
+    module = build_datamodule(experiment.compose(variant, seed).data)
+    module.prepare_data()
+    module.setup()
+    print(f"training rows: {module.packing_report}\nheld-out rows: {module.held_out_report}")
+
+
+def train_runs(experiment: Experiment) -> None:
+    """Trains every run of this process's share, and writes one JSON file for each."""
+    quiet_lightning()
+    for variant, seed in experiment.shared_runs:
+        config = experiment.compose(variant, seed)
+        report = train(config)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        folder = Path(config.paths.output_dir) / "model"
+        content = {
+            "variant": variant.name,
+            "seed": seed,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+            "steps": report.steps,
+            "training_loss": [report.first_loss, report.last_loss],
+            "held_out_loss": report.held_out_last,
+            "tokens_per_second": report.tokens_per_second,
+            "peak_memory_gib": report.peak_memory_gib,
+            "packing": report.packing,
+            "held_out_packing": report.held_out_packing,
+            **measure(variant, folder, config, experiment.scale, device),
+        }
+        write_json(experiment.record(variant, seed), content)
+        if not experiment.keep_models:
+            shutil.rmtree(folder)
+
+
+def measure(
+    variant: Variant, folder: Path, config: TrainConfig, scale: Scale, device: torch.device
+) -> dict[str, Any]:
+    """Parameters, largest attention logit and passkeys of a trained model, read from its folder."""
+    model = load_pretrained(PretrainedModelConfig(name_or_path=str(folder)), "float32")
+    datamodule = build_datamodule(config.data)
+    datamodule.setup()
+    held_out = datamodule.held_out_documents()
+    longest = longest_documents(held_out, scale.logit_documents)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    with patch_model(model, variant.attention), autocast:  # as in training
+        model.to(device)
+        logits = largest_logit(
+            model, [document.input_ids[: scale.window] for document in longest], device
+        )
+        passkeys = passkey_retrieval(
+            model,
+            PasskeyFormat.of(datamodule.tokenizer),
+            [document.input_ids for document in held_out],
+            scale.lengths,
+            [AsItIs("plain", scale.window)],
+            max_tokens=scale.max_tokens,
+            depths=scale.depths,
+            keys_per_cell=scale.keys_per_cell,
+            device=device,
+        )
+    accuracy = passkeys.accuracy("plain").mean(axis=1).tolist()
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "largest_logit": max(logits.values()),
+        "largest_logit_by_layer": list(logits.values()),
+        "passkeys": dict(zip(map(str, passkeys.lengths), accuracy, strict=True)),
+    }

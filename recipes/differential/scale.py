@@ -1,0 +1,84 @@
+"""Sizes of the experiment: the one for a GPU, and one that runs the same code in a minute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What differs between the sizes.
+
+    Attributes:
+        window: Tokens of the longest document in training.
+        lengths: Of the texts with a passkey, the window last.
+        keys_per_cell: Passkeys of each length and depth.
+        depths: Share of the text before the key.
+        logit_documents: Held-out documents in which the largest logit is looked for.
+        max_tokens: In a forward pass of the evaluations.
+        parity_rows: Rows of `window` tokens in a step of the comparison of kernels.
+        parity_steps: Steps of it.
+        train: Overrides of the experiment `differential`.
+        of_variant: More of them for one variant: V2 has twice the query heads, and its
+            feed-forward layers pay for them.
+    """
+
+    window: int
+    lengths: tuple[int, ...]
+    keys_per_cell: int
+    depths: tuple[float, ...]
+    logit_documents: int
+    max_tokens: int
+    parity_rows: int
+    parity_steps: int
+    train: tuple[str, ...] = ()
+    of_variant: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+SCALES = {
+    "full": Scale(
+        window=2048,
+        lengths=(256, 512, 1024, 2048),
+        keys_per_cell=20,
+        depths=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
+        logit_documents=16,
+        max_tokens=32768,
+        parity_rows=4,
+        parity_steps=40,
+        train=("trainer.enable_progress_bar=false",),
+        of_variant={"v2": ("model.config.intermediate_size=896",)},
+    ),
+    "tiny": Scale(
+        window=128,
+        lengths=(96, 128),
+        keys_per_cell=1,
+        depths=(0.0, 1.0),
+        logit_documents=2,
+        max_tokens=1024,
+        parity_rows=2,
+        parity_steps=6,
+        train=(
+            "model.config.hidden_size=64",
+            "model.config.intermediate_size=85",
+            "model.config.num_hidden_layers=2",
+            "model.config.num_attention_heads=2",
+            "model.config.num_key_value_heads=2",
+            "model.config.head_dim=32",
+            "model.config.max_position_embeddings=128",
+            "data.max_bytes=400000",
+            "data.with_stdlib=false",
+            "data.vocab_size=512",
+            "data.max_tokens=1024",
+            "data.max_document_tokens=128",
+            "data.held_out_fraction=0.3",
+            "data.num_workers=0",
+            "optim.warmup_fraction=0.25",
+            "trainer.max_steps=3",
+            "trainer.limit_val_batches=2",
+            "trainer.log_every_n_steps=1",
+            "trainer.enable_progress_bar=false",
+        ),
+        of_variant={"v2": ("model.config.intermediate_size=64",)},
+    ),
+}

@@ -1,0 +1,83 @@
+"""The models whose training step is timed: plain, V1 and V2 of one shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama, and what makes V2 of it as large.
+
+    Attributes:
+        layers: Decoder layers.
+        hidden_size: Width.
+        heads: Query heads of 64, in V1 the branches of half as many pairs.
+        heads_kv: Key/value heads.
+        intermediate_size: Of the feed-forward layers.
+        v2_intermediate_size: The same in V2, whose query projections are twice as large.
+        vocab_size: Tokens of the vocabulary.
+        max_tokens: Positions.
+    """
+
+    layers: int
+    hidden_size: int
+    heads: int
+    heads_kv: int
+    intermediate_size: int
+    v2_intermediate_size: int
+    vocab_size: int
+    max_tokens: int = 131072
+
+
+SHAPES = {
+    "1b": Shape(16, 2048, 32, 8, 8192, 7552, 128256),  # Llama-3.2-1B
+    "tiny": Shape(2, 128, 2, 2, 85, 43, 512),
+}
+
+
+def build_step_model(
+    shape: Shape, version: int, implementation: str, device: torch.device, dtype: torch.dtype
+) -> Any:
+    """Builds a model with random weights, in training mode.
+
+    Args:
+        shape: Its sizes.
+        version: 0 is the plain Llama, 1 is DiffLlama, 2 is that Llama made differential.
+        implementation: transformers' name of the attention, before any patch.
+        device: Where it is built.
+        dtype: Of its weights.
+    """
+    from transformers import AutoModelForCausalLM, DiffLlamaConfig, LlamaConfig
+
+    from lctrain.models.differential_configs import differential_config
+    from lctrain.models.registration import register_families
+
+    settings: dict[str, Any] = {
+        "num_hidden_layers": shape.layers,
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.heads_kv,
+        "head_dim": shape.hidden_size // shape.heads,
+        "intermediate_size": shape.v2_intermediate_size
+        if version == 2
+        else shape.intermediate_size,
+        "vocab_size": shape.vocab_size,
+        "max_position_embeddings": shape.max_tokens,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "tie_word_embeddings": True,
+        "use_cache": False,
+    }
+    config: Any = DiffLlamaConfig(**settings) if version == 1 else LlamaConfig(**settings)
+    if version == 2:
+        register_families()
+        config = differential_config(config)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=implementation
+        )
+    return model.train()

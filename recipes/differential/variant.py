@@ -1,0 +1,42 @@
+"""The models that are compared, as diffs of `experiment=differential`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kind of model.
+
+    Attributes:
+        name: In tables and file names.
+        title: For people.
+        attention: Of `lctrain.patch_model`.
+        overrides: Hydra overrides that make the plain model this one.
+    """
+
+    name: str
+    title: str
+    attention: str
+    overrides: tuple[str, ...]
+
+
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        Variant("plain", "plain Llama", "flash", ()),
+        Variant(
+            "v1",
+            "Differential Transformer",
+            "differential",
+            ("model=diff_llama", "attention=differential"),
+        ),
+        Variant(
+            "v2",
+            "Differential Transformer V2",
+            "differential",
+            ("model=llama_diff_v2", "attention=differential"),
+        ),
+    )
+}

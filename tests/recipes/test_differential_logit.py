@@ -1,0 +1,99 @@
+"""The largest attention logit, against what the attention function of each layer is given."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lctrain.models import patch_model
+from lctrain.recipes.differential import largest_logit as subject
+from lctrain.recipes.differential.largest_logit import largest_logit, recording
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.5,
+}
+DOCUMENTS = [np.arange(n) * 7 % 50 for n in (5, 23, 40)]
+
+
+def models():
+    torch.manual_seed(0)
+    return {
+        "plain": LlamaForCausalLM(LlamaConfig(**SIZES)),
+        "v1": DiffLlamaForCausalLM(DiffLlamaConfig(**SIZES)),
+    }
+
+
+def seen_by_the_attention_function(model):
+    """The same number from the queries and keys that transformers hands to its attention."""
+    largest = {}
+
+    def spy(module, query, key, value, attention_mask, scaling, **kwargs):
+        keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        logits = scaling * query.double() @ keys.double().transpose(2, 3)
+        found = logits.tril().abs().max().item()
+        largest[module.layer_idx] = max(largest.get(module.layer_idx, 0.0), found)
+        return eager(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+    eager = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS.register("spy", spy)
+    model.set_attn_implementation("spy")
+    with torch.no_grad():
+        for document in DOCUMENTS:
+            model.eval()(input_ids=torch.from_numpy(document)[None], use_cache=False)
+    model.set_attn_implementation("sdpa")
+    return list(largest.values())
+
+
+@pytest.mark.parametrize("kind", ["plain", "v1"])
+@pytest.mark.parametrize("patched", [False, True])
+def test_it_is_what_the_softmax_is_given(kind, patched, monkeypatch):
+    monkeypatch.setattr(subject, "CHUNK", 16)
+    model = models()[kind]
+    expected = seen_by_the_attention_function(model)
+    handle = patch_model(model) if patched else None
+    found = largest_logit(model, DOCUMENTS, "cpu")
+    if handle is not None:
+        handle.unpatch()
+    assert list(found) == [f"model.layers.{layer}.self_attn" for layer in range(2)]
+    assert list(found.values()) == pytest.approx(expected, rel=1e-5)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_large_key_is_found():
+    model = models()["plain"]
+    before = largest_logit(model, DOCUMENTS, "cpu")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight *= 3.0
+    after = largest_logit(model, DOCUMENTS, "cpu")
+    first, second = before
+    assert after[first] == before[first]
+    assert after[second] == pytest.approx(3.0 * before[second], rel=1e-5)
+
+
+def test_rows_come_one_at_a_time():
+    model = models()["plain"]
+    with (
+        recording(model, {}),
+        pytest.raises(ValueError, match=r"rows must be one at a time, got 2. Call the model once"),
+    ):
+        model(input_ids=torch.zeros(2, 4, dtype=torch.int64))
+
+
+def test_other_attention_is_refused():
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=50))
+    with pytest.raises(ValueError, match=r"must have attention layers with q_proj and k_proj, got"):
+        largest_logit(model, DOCUMENTS, "cpu")
