@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 ORDERS = ("transformers", "unilm")
@@ -38,14 +39,13 @@ def to_differential(model: Any, version: int = 2) -> Any:
         version: 2. Version 1 has values of another shape, and a norm that no plain model has.
 
     Returns:
-        The new model, on the device, in the dtype and in the mode (training or not) of the old one.
+        The new model, with weights of the old one's devices and dtypes, in its mode (training or
+        not).
 
     Raises:
         ValueError: if the version is not 2, or the model is of another class, patched, quantized,
             or on the meta device.
     """
-    from transformers.initialization import no_init_weights
-
     from lctrain.models.differential_configs import differential_config
     from lctrain.models.differential_v2 import MODELS
 
@@ -56,17 +56,31 @@ def to_differential(model: Any, version: int = 2) -> Any:
         )
     _require_plain(model)
     config = differential_config(model.config)
-    with no_init_weights():
+    with torch.device("meta"):
         result = MODELS[model.config.model_type](config)
-    pairs = model.config.num_attention_heads
-    state = {name: _differential(name, x, pairs) for name, x in model.state_dict().items()}
-    for name, weight in result.state_dict().items():
-        if name.endswith("lambda_proj.weight"):
-            state[name] = weight.new_zeros(weight.shape)
-    result = result.to(device=model.device, dtype=model.dtype)
-    result.load_state_dict(state)
+    result.load_state_dict(_differential_state(model), assign=True)
+    for name, buffer in model.named_buffers():  # rotary frequencies are in no state dict
+        owner, _, leaf = name.rpartition(".")
+        setattr(result.get_submodule(owner), leaf, buffer.clone())
+    result.tie_weights()
     result.generation_config = copy.deepcopy(model.generation_config)
     return result.train(model.training)
+
+
+def _differential_state(model: Any) -> dict[str, Tensor]:
+    """The state dict of version 2, of copies; every weight in the dtype and place of the old."""
+    pairs, state = model.config.num_attention_heads, {}
+    for name, weight in model.state_dict().items():
+        if name.endswith((".self_attn.q_proj.weight", ".self_attn.q_proj.bias")):
+            state[name] = weight.unflatten(0, (pairs, -1)).repeat_interleave(2, 0).flatten(0, 1)
+        elif name.endswith(".self_attn.o_proj.weight"):
+            state[name] = weight / (1 - _INITIAL_LAMBDA)
+        else:
+            state[name] = weight.clone()
+        if name.endswith(".self_attn.q_proj.weight"):
+            projection = name.replace("q_proj", "lambda_proj")
+            state[projection] = weight.new_zeros(pairs, weight.shape[1])
+    return state
 
 
 def _require_plain(model: Any) -> None:
@@ -96,15 +110,6 @@ def _require_plain(model: Any) -> None:
             "model must have floating-point weights, got a quantized one. Convert it first, and "
             "quantize the result."
         )
-
-
-def _differential(name: str, weight: Tensor, pairs: int) -> Tensor:
-    """A weight of a plain model -> that of version 2."""
-    if name.endswith((".self_attn.q_proj.weight", ".self_attn.q_proj.bias")):
-        return weight.unflatten(0, (pairs, -1)).repeat_interleave(2, 0).flatten(0, 1)
-    if name.endswith(".self_attn.o_proj.weight"):
-        return weight / (1 - _INITIAL_LAMBDA)
-    return weight
 
 
 def convert_head_order(weights: Weights, *, source: str, target: str) -> Weights:
