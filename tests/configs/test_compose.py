@@ -102,6 +102,47 @@ def test_models_build(name):
         assert 4.5e6 < sum(p.numel() for p in model.parameters()) < 5.5e6
 
 
+def number_of_parameters(*overrides):
+    import torch
+
+    config = load(*overrides)
+    check_model(config.model, config.attention)
+    with torch.device("meta"):
+        model = build_model(config.model, 8192)
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_differential_models_build_with_as_many_parameters_as_the_plain_one():
+    plain = number_of_parameters("model=llama_5m")
+    lambdas = 4 * 4 * 64  # layers, vectors, head dim
+    assert number_of_parameters("model=diff_llama", "attention=differential") == plain + lambdas
+    second = ("model=llama_diff_v2", "attention=differential")
+    queries = 4 * (256 * 256 + 256 * 4)  # layers, the second queries, the projection of lambda
+    assert number_of_parameters(*second) == plain + queries
+    narrower = number_of_parameters(*second, "model.config.intermediate_size=616")
+    assert abs(narrower - plain) < 1e-3 * plain
+
+
+def test_version_2_of_other_families():
+    config = load("model=llama_diff_v2", "model.model_type=qwen3")
+    assert type(build_model(config.model, 300)).__name__ == "Qwen3DifferentialForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("model=llama_diff_v2", "model.differential=1"), "must be 2 or null, got 1. .*diff_llama"),
+        (("model=llama_diff_v2", "model.model_type=gemma2"), "one of the families llama.*got gemm"),
+        (("model=llama_5m", "attention=differential"), "differential attention layers .*got Llama"),
+        (("model=diff_llama", "attention=dual_chunk"), "must not be differential for .*dual_chunk"),
+        (("model=llama_diff_v2", "attention=dual_chunk"), "must not be differential for attention"),
+    ],
+)
+def test_differential_configs_that_do_not_fit(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        number_of_parameters(*overrides)
+
+
 def test_the_recipe_has_about_100_million_parameters():
     import torch
 

@@ -7,6 +7,7 @@ import torch
 
 from lctrain.batch import PackedBatch
 from lctrain.models import patch_model
+from tests.models.differential_families import DIFFERENTIAL, make_differential
 from tests.models.families import (
     CAUSAL,
     ROTARY,
@@ -136,3 +137,62 @@ def test_compiled_with_inductor():
             found, grads = gradients(model, lambda d=documents: packed_on_gpu(compiled, d))
             assert_error_at_most_twice(found.cpu(), plain.cpu(), reference, "outputs")
             assert all(grad.isfinite().all() for grad in grads.values())
+
+
+@pytest.mark.parametrize("family", DIFFERENTIAL)
+def test_differential_attention_in_bfloat16(family):
+    """Outputs and gradients on the kernels, against the unpatched model's, document by document."""
+    model = make_differential(family, max_position_embeddings=512).bfloat16()
+    exact, documents = copy.deepcopy(model).double(), make_documents(LENGTHS)
+    reference, reference_grads = gradients(exact, lambda: separate_outputs(exact, documents))
+    model.cuda()
+    on_gpu = [tokens.cuda() for tokens in documents]
+    plain, plain_grads = gradients(model, lambda: separate_outputs(model, on_gpu))
+    with patch_model(model, attention="differential") as handle:
+        found, grads = gradients(model, lambda: packed_on_gpu(model, documents))
+        assert "kernels: triton" in repr(handle)
+    assert_error_at_most_twice(found.cpu(), plain.cpu(), reference, "outputs")
+    assert grads.keys() == reference_grads.keys()
+    assert_error_at_most_twice(
+        *(
+            torch.cat([of[name].cpu().flatten() for name in sorted(reference_grads)])
+            for of in (grads, plain_grads, reference_grads)
+        ),
+        "gradients",
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["diffllama", "llama"])
+def test_a_training_step_with_differential_attention_never_waits_for_the_device(
+    family, checkpointing
+):
+    model = make_differential(family, max_position_embeddings=512).cuda().train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = PackedBatch.from_documents(make_documents(LENGTHS)).to("cuda")
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16):
+            logits = model(**batch.model_kwargs()).logits
+            torch.nn.functional.cross_entropy(logits[0], batch.labels[0]).backward()
+
+    with patch_model(model, attention="differential", dropout=0.1):
+        step()  # compiles the kernels, which may wait
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("family", ["diffllama", "llama"])
+def test_generate_with_differential_attention(family):
+    model = make_differential(family, max_position_embeddings=512).cuda().bfloat16()
+    prompt = make_documents([90])[0][None].cuda()
+    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
+    with patch_model(model, attention="differential"), torch.no_grad():
+        result = model.generate(prompt, **options, output_logits=True, return_dict_in_generate=True)
+        whole = model(result.sequences).logits[0, 89:-1].float()
+    steps = torch.cat(result.logits).float()
+    assert (steps - whole).norm() < 0.03 * whole.norm()
