@@ -176,6 +176,23 @@ def test_plain_transformers_loads_the_export_with_the_same_logits(finished):
     assert "lctrain" not in (report.paths["model"] / "config.json").read_text()
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [("model=tiny", "model.model_type=diffllama"), ("model=tiny", "model.differential=2")],
+    ids=["version_1", "version_2"],
+)
+def test_differential_models_train_and_their_exports_load(overrides, tiny, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "1"
+    report = train(config(*tiny, *overrides, "attention=differential", output_dir=folder))
+    exported = AutoModelForCausalLM.from_pretrained(report.paths["model"])
+    trained = {name.removeprefix("model."): value for name, value in weights(folder).items()}
+    assert all(torch.equal(value, trained[name]) for name, value in exported.state_dict().items())
+    assert any("lambda" in name for name in trained)
+    assert len(report.perplexities) == 2
+
+
 def test_resume_goes_on_for_longer(finished, tiny, tmp_path):
     """In a new folder, from the newest run of that name; the beginning is remembered."""
     first, folder, _ = finished
