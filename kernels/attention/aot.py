@@ -209,7 +209,9 @@ def _dual_chunk_variants(
             for feature, is_share in itertools.product(features, shares):
                 if feature in ("causal", "dropout", "all"):
                     drop = feature != "causal"
-                    config = table_config(table, operation, head_dim, 4, has_dropout=drop)
+                    config = table_config(
+                        table, operation, head_dim, 4, has_dropout=drop, is_share=is_share
+                    )
                     yield kernel_variant(
                         operation, config, head_dim, features=feature, is_share=is_share
                     )

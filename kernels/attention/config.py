@@ -61,6 +61,7 @@ class TileConfig:
 # "<operation>_dropout" replaces single sizes where dropout is on. Differential attention
 # ("diff_...") goes by the sum of its two padded head dims: 192 is keys of 64 with values of 128,
 # 256 is both of 128. There "<operation>_shared" replaces sizes where both branches read one k.
+# "<operation>_share" is the launch of dual chunk attention whose result another one adds to.
 _HOPPER = {
     "varlen_fwd": {
         64: TileConfig(64, 64, 4, 3, pack=2, spill_free=True),
@@ -87,7 +88,7 @@ _HOPPER = {
     },
     "dual_chunk_dq": {
         64: TileConfig(64, 64, 4, 3, pack=2),
-        128: TileConfig(128, 64, 8, 2, pack=2),
+        128: TileConfig(64, 64, 4, 2, pack=2),
         256: TileConfig(64, 32, 8, 2, pack=2),
     },
     "dual_chunk_dkv": {
@@ -96,6 +97,9 @@ _HOPPER = {
         256: TileConfig(32, 64, 8, 1),
     },
     "dual_chunk_dkv_dropout": {
+        128: TileConfig(32, 64, 4, 2),
+    },
+    "dual_chunk_dkv_share": {
         128: TileConfig(32, 64, 4, 2),
     },
     "diff_fwd": {
@@ -266,6 +270,7 @@ def table_config(
     has_dropout: bool = False,
     value_dim: int | None = None,
     shared_k: bool = False,
+    is_share: bool = False,
 ) -> TileConfig:
     """Looks a configuration up.
 
@@ -277,12 +282,14 @@ def table_config(
         has_dropout: Whether the kernel draws dropout masks.
         value_dim: Of the operations of differential attention, whose tables go by both head dims.
         shared_k: Whether both branches of differential attention read one k.
+        is_share: Whether another launch adds to the result; dual chunk attention only.
     """
     width = padded_head_dim(head_dim)
     if value_dim is not None:
         width += padded_head_dim(value_dim)
     sizes = TABLES[table][operation]
-    for suffix, applies in (("shared", shared_k), ("dropout", has_dropout)):
+    suffixes = {"shared": shared_k, "dropout": has_dropout, "share": is_share}
+    for suffix, applies in suffixes.items():
         if applies:
             sizes = {**sizes, **TABLES[table].get(f"{operation}_{suffix}", {})}
     config = sizes[min(size for size in sizes if size >= min(width, max(sizes)))]
@@ -296,6 +303,7 @@ def tile_config(
     has_dropout: bool,
     value_dim: int | None = None,
     shared_k: bool = False,
+    is_share: bool = False,
 ) -> TileConfig:
     """Returns the configuration for these tensors; never reads their values."""
     if q.device.type != "cuda":
@@ -304,10 +312,12 @@ def tile_config(
         table = "float32"
     else:
         table = _device_table(q.device.index)
-    override = _OVERRIDES.get(operation)
+    override = _OVERRIDES.get(f"{operation}_share" if is_share else operation)
     if override is not None:
         return replace(override, pack=math.gcd(override.pack, group))
-    return table_config(table, operation, q.shape[2], group, has_dropout, value_dim, shared_k)
+    return table_config(
+        table, operation, q.shape[2], group, has_dropout, value_dim, shared_k, is_share
+    )
 
 
 _OVERRIDES: dict[str, TileConfig] = {}

@@ -106,9 +106,11 @@ def dual_chunk_bwd(
         "HAS_DROPOUT": dropout_p > 0,
         "PRECISION": DOT_PRECISION,
     }
-    config = tile_config("dual_chunk_dkv", q, group, dropout_p > 0)
-    grid = (heads_kv * k_tiles.shape[0] * (SCHEDULE_ROWS // config.block_n),)
-    for is_near in (True, False) if grid[0] > 0 else ():
+    for is_near in (True, False):
+        config = tile_config("dual_chunk_dkv", q, group, dropout_p > 0, is_share=is_near)
+        grid = (heads_kv * k_tiles.shape[0] * (SCHEDULE_ROWS // config.block_n),)
+        if grid[0] == 0:
+            continue
         dual_chunk_dkv_kernel[grid](
             q,
             dq,
@@ -153,10 +155,12 @@ def dual_chunk_bwd(
             **config.options,
             **flags,
         )
-    config = tile_config("dual_chunk_dq", q, group, dropout_p > 0)
-    parts = SCHEDULE_ROWS // config.positions * (group // config.pack)
-    grid = (heads_kv * q_tiles.shape[0] * parts,)
-    for is_far in (True, False) if grid[0] > 0 else ():
+    for is_far in (True, False):
+        config = tile_config("dual_chunk_dq", q, group, dropout_p > 0, is_share=is_far)
+        parts = SCHEDULE_ROWS // config.positions * (group // config.pack)
+        grid = (heads_kv * q_tiles.shape[0] * parts,)
+        if grid[0] == 0:
+            continue
         dual_chunk_dq_kernel[grid](
             q,
             k,

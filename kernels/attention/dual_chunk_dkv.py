@@ -7,6 +7,7 @@ from lctrain.kernels.attention.launch import RUNTIME_INTEGERS
 from lctrain.kernels.tile.chunks import FAR, NEAR, OWN, own_begin, queries_of_key, queries_of_tile
 from lctrain.kernels.tile.dropout import keep_mask, load_key
 from lctrain.kernels.tile.logits import LOG2_E
+from lctrain.kernels.tile.mask import mask_logits
 from lctrain.kernels.tile.memory import load_rows, store_rows
 from lctrain.kernels.tile.rotary import (
     cos_sin,
@@ -88,9 +89,9 @@ def dual_chunk_dkv_kernel(
         return
     shift = length_k - length_q
     last = tl.minimum(first + BLOCK_N, length_k) - 1
-    # Some key has a near query if the first one has, whose chunk ends first.
-    has_near = (near > 0) & (own_begin(first, chunk_length) + chunk_length < length_k)
-    if IS_NEAR and not has_near:
+    # Keys of all chunks but the document's last one have near queries.
+    near_end = tl.where(near > 0, own_begin(length_k - 1, chunk_length), 0)
+    if IS_NEAR and first >= near_end:
         return
 
     local_m = tl.arange(0, BLOCK_M)
@@ -134,7 +135,6 @@ def dual_chunk_dkv_kernel(
             # In queries; keys beyond the document are seen by none.
             first_seen -= shift
             last_seen = tl.where(key < length_k, last_seen - shift, -1)
-            seen = tl.maximum(last_seen - first_seen + 1, 0).to(tl.uint32)
             clear_low = tl.where(first + BLOCK_N > length_k, high, clear_low - shift)
             clear_high -= shift
             stride_t = tl.where(way == FAR, stride_ft, stride_qt)
@@ -164,9 +164,9 @@ def dual_chunk_dkv_kernel(
                 delta, _ = tl.split(odd)
                 x = tl.dot(k, tl.trans(q), input_precision=PRECISION)
                 if (start < clear_low) | (start + BLOCK_M > clear_high):
-                    # One unsigned comparison for both bounds.
-                    offset = (local_m[None, :] - (first_seen - start)[:, None]).to(tl.uint32)
-                    x = tl.where(offset < seen[:, None], x, float("-inf"))
+                    x = mask_logits(
+                        x, local_m[None, :], first_seen - start, last_seen - start, True, True
+                    )
                 p = tl.exp2(x * multiplier - lse2[None, :])
                 do = load_rows(do_tile + tile_do, query, length_q, columns, HEAD_DIM, BLOCK_D, True)
                 dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
@@ -204,8 +204,8 @@ def dual_chunk_dkv_kernel(
         moved = tl.cast(chunk_length, tl.float32)
         cos, sin = cos_sin(moved, turns[None, :], turns_rest[None, :])  # [1, BLOCK_D / 2]
         dk = rotate(dk, cos, sin, BLOCK_N, BLOCK_D)
-    elif has_near:
-        dk += load_pairs(dk_rows, key, length_k, HEAD_DIM, BLOCK_D, True).to(tl.float32)
-        dv += load_rows(dv_rows, key, length_k, columns, HEAD_DIM, BLOCK_D, True).to(tl.float32)
+    elif first < near_end:
+        dk += load_pairs(dk_rows, key, near_end, HEAD_DIM, BLOCK_D, True).to(tl.float32)
+        dv += load_rows(dv_rows, key, near_end, columns, HEAD_DIM, BLOCK_D, True).to(tl.float32)
     store_pairs(dk_rows, dk, key, length_k, HEAD_DIM, BLOCK_D)
     store_rows(dv_rows, dv, key, length_k, columns, HEAD_DIM, BLOCK_D)

@@ -140,7 +140,8 @@ def dual_chunk_dq_kernel(
         dq_scale *= factor
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for way in tl.range(0 if IS_FAR else 1, 1 if IS_FAR else 3):
+    # Unrolled, so that the strides of k are no state of the loops.
+    for way in tl.static_range(0 if IS_FAR else 1, 1 if IS_FAR else 3):
         low, clear, high = keys_of_tile(
             first + shift, last, way, chunk_length, near, BLOCK_N, HAS_DROPOUT
         )
@@ -195,5 +196,6 @@ def dual_chunk_dq_kernel(
         cos, sin = cos_sin(moved[:, None], turns[None, :], turns_rest[None, :])
         dq = rotate(dq, cos, -sin, BLOCK_M, BLOCK_D)
     elif has_far:
-        dq += load_pairs(dq_rows, query, length_q, HEAD_DIM, BLOCK_D, True).to(tl.float32)
+        met_far = tl.where(far_end(position, chunk_length, near) > 0, query, length_q)
+        dq += load_pairs(dq_rows, met_far, length_q, HEAD_DIM, BLOCK_D, True).to(tl.float32)
     store_pairs(dq_rows, dq, query, length_q, HEAD_DIM, BLOCK_D)
