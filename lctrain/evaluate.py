@@ -271,14 +271,14 @@ def make_extensions(
 
     Options that only dual chunk attention has go to it alone.
     """
-    from lctrain.eval import Extension
+    from lctrain.eval import DUAL_CHUNK_METHODS, Extension
 
     attention = attention or AttentionConfig()
     shared = AttentionConfig(
         dropout=attention.dropout, deterministic=attention.deterministic, backend=attention.backend
     ).options()
     return [
-        Extension(method, window, attention.options() if method == "dual_chunk" else shared)
+        Extension(method, window, attention.options() if method in DUAL_CHUNK_METHODS else shared)
         for method in methods
     ]
 

@@ -1,7 +1,13 @@
 """How well a model uses long contexts."""
 
 from lctrain.eval.comparison import MethodComparison, compare_methods
-from lctrain.eval.extension import METHODS, Extension, check_methods, trained_window
+from lctrain.eval.extension import (
+    DUAL_CHUNK_METHODS,
+    METHODS,
+    Extension,
+    check_methods,
+    trained_window,
+)
 from lctrain.eval.perplexity import check_lengths, longest_documents, perplexity_by_length
 from lctrain.eval.plots import plot_perplexity
 from lctrain.eval.ratio import token_mean
@@ -11,6 +17,7 @@ from lctrain.eval.table import PerplexityRow, PerplexityTable
 from lctrain.eval.windows import Windows, cut_windows
 
 __all__ = [
+    "DUAL_CHUNK_METHODS",
     "METHODS",
     "Extension",
     "MethodComparison",

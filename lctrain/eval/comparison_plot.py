@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lctrain.eval.extension import DUAL_CHUNK_METHODS
 from lctrain.eval.plots import INK, LINEAR_SPAN, MUTED, count, new_figure, scale_lengths, style_axes
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ COLOURS = {
     "ntk": "#009e73",
     "yarn": "#cc79a7",
     "dual_chunk": "#0b6e99",
+    "dual_chunk_yarn": "#56b4e9",
     "intra_chunk": "#d55e00",
 }
 MARKERS = {"plain": "s", "linear": "^", "ntk": "v", "yarn": "D", "dual_chunk": "o"}
@@ -50,8 +52,8 @@ def plot_comparison(comparison: MethodComparison, path: Path) -> None:
             label=method,
             color=colour,
             marker=MARKERS.get(method, "x"),
-            linewidth=2.5 if method == "dual_chunk" else 1.5,
-            zorder=3 if method == "dual_chunk" else 2,
+            linewidth=2.5 if method in DUAL_CHUNK_METHODS else 1.5,
+            zorder=3 if method in DUAL_CHUNK_METHODS else 2,
         )
         low = [_shown(row.perplexity_low) for row in table.rows]
         high = [_shown(row.perplexity_high) for row in table.rows]

@@ -3,9 +3,10 @@
 `plain` is the model as it is. `linear` (position interpolation, arXiv 2306.15595), `ntk` (NTK-aware
 scaling: the base grows to theta * f^(D / (D - 2)), fixed for each length) and `yarn` (arXiv
 2309.00071, with its attention factor) change the rotary embedding by a factor f = length / window;
-transformers' own classes compute it. `dual_chunk` is lctrain's attention. `intra_chunk` is what
-remains of it when each chunk sees only itself: documents are cut at multiples of the window.
-At lengths up to the window all of them are `plain`.
+transformers' own classes compute it. `dual_chunk` is lctrain's attention, `dual_chunk_yarn` the
+same with sharper logits in texts beyond the window (`scale="yarn"`). `intra_chunk` is what remains
+of it when each chunk sees only itself: documents are cut at multiples of the window. At lengths up
+to the window all of them are `plain`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from lctrain.models.rotary import find_rotary
 log = logging.getLogger(__name__)
 
 ROPE_METHODS = ("linear", "ntk", "yarn")
-METHODS = ("plain", *ROPE_METHODS, "dual_chunk", "intra_chunk")
+DUAL_CHUNK_METHODS = ("dual_chunk", "dual_chunk_yarn")
+METHODS = ("plain", *ROPE_METHODS, *DUAL_CHUNK_METHODS, "intra_chunk")
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,15 @@ class Extension:
         if self.method in ROPE_METHODS:
             check_rotary(model, self.method)
         try:
-            if self.method == "dual_chunk":
-                handle = patch_model(model, "dual_chunk", **{"window": self.window, **self.options})
+            if self.method in DUAL_CHUNK_METHODS:
+                options = {"window": self.window, **self.options}
+                if self.method == "dual_chunk_yarn":
+                    options["scale"] = "yarn"
+                handle = patch_model(model, "dual_chunk", **options)
             else:
                 handle = patch_model(model, "flash", **self.options)
         except ValueError as error:
-            if self.method in ("dual_chunk", "intra_chunk"):
+            if self.method in (*DUAL_CHUNK_METHODS, "intra_chunk"):
                 raise
             log.warning("Evaluating the model as it is, on padded rows instead of packs: %s", error)
             yield

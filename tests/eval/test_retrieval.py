@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lctrain.data.passkey import Filler, PasskeyFormat
-from lctrain.eval import Extension, passkey_retrieval, retrieval
+from lctrain.eval import METHODS, Extension, passkey_retrieval, retrieval
 
 WINDOW = 64
 LENGTHS = [64, 128]
@@ -94,7 +94,7 @@ def test_a_random_model_finds_none_and_is_left_as_it_was(make_llama, format, doc
     model = make_llama(max_position_embeddings=WINDOW)
     ids = torch.arange(90)[None]
     before = model(input_ids=ids).logits
-    methods = ["plain", "linear", "ntk", "yarn", "dual_chunk", "intra_chunk"]
+    methods = list(METHODS)
     table = run(model, format, documents, methods)
     assert list(table.found) == methods
     assert all(found.sum() == 0 for found in table.found.values())
