@@ -80,4 +80,4 @@ def build_step_model(
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=implementation
         )
-    return model.train()
+    return model.to(device).train()  # at once, should transformers build elsewhere
