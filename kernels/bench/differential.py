@@ -228,6 +228,11 @@ CONTENDERS: dict[str, Callable[[DifferentialInputs], Call]] = {
     "lctrain_calls": lambda inputs: separate_calls(inputs, our_attention(inputs)),
     "fa4_calls": lambda inputs: separate_calls(inputs, flash_attention_4(inputs)),
 }
+TITLES = {
+    OURS: "lctrain, one launch",
+    "lctrain_calls": "lctrain, separate calls",
+    "fa4_calls": "FlashAttention-4, separate calls",
+}
 
 
 def measure(
@@ -398,6 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     peers = [PEERS["fa4"]] if "fa4_calls" in contenders else []
     record = new_record(peers, device, options.repetitions, options.milliseconds)
+    record.settings["titles"] = {name: TITLES[name] for name in contenders}
     timer = gpu_timer(options.milliseconds)
     for name in options.workloads:
         workload = DIFFERENTIAL_WORKLOADS[name]

@@ -176,6 +176,7 @@ def main() -> None:
             print(f"left out {peer.name}: {reason}", flush=True)
     record = new_record(peers, device, arguments.repetitions, arguments.milliseconds)
     record.settings |= {"chunk_size": CHUNK_SIZE, "local_size": LOCAL_SIZE}
+    record.settings["titles"] = {peer.name: peer.title for peer in peers}
     for workload in {w.head_dim: w for w in workloads}.values():
         ratios = check_dual_chunk(workload, device)
         text = {name: round(max(r.norm, r.maximum), 3) for name, r in ratios.items()}

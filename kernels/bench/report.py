@@ -2,11 +2,12 @@
 
     python -m lctrain.kernels.bench.report README.md [RESULT.json ...]
 
-writes the README's table anew from the results, by default the newest file of each device.
+writes the README's table anew from the results, by default the newest file of each device, and
+those of dual chunk and differential attention from the folders of their names.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lctrain.kernels.bench.peers import OURS, PEERS
@@ -17,6 +18,8 @@ RESULTS = Path(__file__).parent / "results"
 BEGIN = "<!-- benchmark tables: begin (python -m lctrain.kernels.bench.report README.md) -->"
 END = "<!-- benchmark tables: end -->"
 NOTHING_MEASURED = "No measurement has been recorded yet.\n"
+# Sections of the README beside the main one, each with a folder of results.
+SECTIONS = ("dual_chunk", "differential")
 
 
 def terminal_table(record: BenchmarkRecord, workload: str) -> str:
@@ -94,14 +97,58 @@ def markdown_tables(record: BenchmarkRecord) -> str:
     return text + _table(workloads, rivals, memory)
 
 
-def _table(workloads: Sequence[str], names: Sequence[str], cell: Callable[[str, str], str]) -> str:
+def time_tables(record: BenchmarkRecord) -> str:
+    """The tables of a run that names its peers itself (settings["titles"]), the first one ours."""
+    titles = record.settings["titles"]
+    ours, *others = titles
+    workloads = list(record.workloads)
+    versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+
+    def time(name: str, workload: str) -> str:
+        result = record.find(workload, name)
+        if result is None:
+            return "-"
+        return f"{result.forward_ms:.2f} / {result.backward_ms:.2f}"
+
+    def ratio(name: str, workload: str) -> str:
+        mine, peer = record.find(workload, ours), record.find(workload, name)
+        if mine is None or peer is None:
+            return "-"
+        return "{:.2f} / {:.2f}".format(*speedups(mine, peer))
+
+    def memory(name: str, workload: str) -> str:
+        result = record.find(workload, name)
+        if result is None or result.peak_bytes is None or result.forward_peak_bytes is None:
+            return "-"
+        return f"{result.forward_peak_bytes / 2**30:.2f} / {result.peak_bytes / 2**30:.2f}"
+
+    text = (
+        f"One {record.device}, {record.date[:10]}, {record.settings['dtype']}, one process, "
+        f"medians; {versions}.\n\nMilliseconds, forward / backward:\n\n"
+    )
+    text += _table(workloads, list(titles), time, titles)
+    text += f"\nHow many times faster {titles[ours]} is, forward / backward:\n\n"
+    text += _table(workloads, others, ratio, titles)
+    if any(memory(name, w) != "-" for name in titles for w in workloads):
+        text += "\nPeak memory beyond the inputs, GiB, forward / forward and backward:\n\n"
+        text += _table(workloads, list(titles), memory, titles)
+    return text
+
+
+def _table(
+    workloads: Sequence[str],
+    names: Sequence[str],
+    cell: Callable[[str, str], str],
+    titles: Mapping[str, str] | None = None,
+) -> str:
     """A markdown table, one row per peer; workloads without any figure are left out."""
+    titles = {name: peer.title for name, peer in PEERS.items()} if titles is None else titles
     shown = [w for w in workloads if any(cell(name, w) != "-" for name in names)]
     rows = [
         "| | " + " | ".join(shown) + " |",
         "|---|" + "---|" * len(shown),
         *(
-            f"| {PEERS[name].title} | " + " | ".join(cell(name, w) for w in shown) + " |"
+            f"| {titles[name]} | " + " | ".join(cell(name, w) for w in shown) + " |"
             for name in names
         ),
     ]
@@ -123,12 +170,27 @@ def readme_with_tables(readme: str, results: Sequence[Path]) -> str:
     Raises:
         ValueError: if the text lacks the markers.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README must hold the lines {BEGIN!r} and {END!r}. Add them.")
     tables = [markdown_tables(BenchmarkRecord.load(path)) for path in results]
-    return f"{before}{BEGIN}\n\n{(chr(10).join(tables) or NOTHING_MEASURED)}\n{END}{after}"
+    return _between(readme, BEGIN, END, tables)
+
+
+def readme_with_sections(readme: str, folder: Path = RESULTS) -> str:
+    """Returns the README's text with the tables of SECTIONS written anew, where it has them."""
+    for section in SECTIONS:
+        begin, end = (f"<!-- {section} tables: {edge} -->" for edge in ("begin", "end"))
+        if begin in readme:
+            results = newest_results(folder / section)
+            tables = [time_tables(BenchmarkRecord.load(path)) for path in results]
+            readme = _between(readme, begin, end, tables)
+    return readme
+
+
+def _between(readme: str, begin: str, end: str, tables: Sequence[str]) -> str:
+    before, has_begin, rest = readme.partition(begin)
+    _, has_end, after = rest.partition(end)
+    if not has_begin or not has_end:
+        raise ValueError(f"README must hold the lines {begin!r} and {end!r}. Add them.")
+    return f"{before}{begin}\n\n{(chr(10).join(tables) or NOTHING_MEASURED)}\n{end}{after}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = options.results or newest_results()
     text = options.readme.read_text()
     try:
-        options.readme.write_text(readme_with_tables(text, results))
+        options.readme.write_text(readme_with_sections(readme_with_tables(text, results)))
     except ValueError as error:
         parser.error(str(error))
     return 0

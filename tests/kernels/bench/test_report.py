@@ -69,8 +69,29 @@ def test_the_command_refuses_a_readme_without_markers(tmp_path, capsys):
     assert re.search("must hold the lines", capsys.readouterr().err)
 
 
+def test_sections_of_other_attentions_come_from_their_folders(record, tmp_path):
+    """Peers and their titles are those of the record; the first one is compared with the others."""
+    record.workloads = {"1x32k": {}}
+    record.settings["titles"] = {"lctrain": "in one launch", "fa2": "in two"}
+    record.results[0] = dataclasses.replace(record.results[0], forward_peak_bytes=2**29)
+    (tmp_path / "dual_chunk").mkdir()
+    record.save(tmp_path / "dual_chunk" / "run.json")
+    begin, end = "<!-- dual_chunk tables: begin -->", "<!-- dual_chunk tables: end -->"
+    text = report.readme_with_sections(f"top\n{begin}\nold\n{end}\nbottom", tmp_path)
+    assert text.startswith(f"top\n{begin}\n\nOne GPU X, 2026-11-23, bfloat16")
+    assert "| in one launch | 2.00 / 5.00 |" in text
+    assert "How many times faster in one launch is" in text
+    assert "| in two | 1.50 / 1.20 |" in text
+    assert "| in one launch | 0.50 / 1.00 |" in text
+    assert "old" not in text
+    assert report.readme_with_sections("no sections", tmp_path) == "no sections"
+    with pytest.raises(ValueError, match="must hold the lines"):
+        report.readme_with_sections(begin, tmp_path)
+
+
 def test_the_readme_of_this_repository_is_up_to_date():
     readme = (ROOT / "README.md").read_text()
-    assert report.readme_with_tables(readme, report.newest_results()) == readme, (
+    written = report.readme_with_tables(readme, report.newest_results())
+    assert report.readme_with_sections(written) == readme, (
         "run: python -m lctrain.kernels.bench.report README.md"
     )
