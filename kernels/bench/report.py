@@ -170,8 +170,7 @@ def readme_with_tables(readme: str, results: Sequence[Path]) -> str:
     Raises:
         ValueError: if the text lacks the markers.
     """
-    tables = [markdown_tables(BenchmarkRecord.load(path)) for path in results]
-    return _between(readme, BEGIN, END, tables)
+    return _between(readme, BEGIN, END, results, markdown_tables)
 
 
 def readme_with_sections(readme: str, folder: Path = RESULTS) -> str:
@@ -179,17 +178,22 @@ def readme_with_sections(readme: str, folder: Path = RESULTS) -> str:
     for section in SECTIONS:
         begin, end = (f"<!-- {section} tables: {edge} -->" for edge in ("begin", "end"))
         if begin in readme:
-            results = newest_results(folder / section)
-            tables = [time_tables(BenchmarkRecord.load(path)) for path in results]
-            readme = _between(readme, begin, end, tables)
+            readme = _between(readme, begin, end, newest_results(folder / section), time_tables)
     return readme
 
 
-def _between(readme: str, begin: str, end: str, tables: Sequence[str]) -> str:
+def _between(
+    readme: str,
+    begin: str,
+    end: str,
+    results: Sequence[Path],
+    render: Callable[[BenchmarkRecord], str],
+) -> str:
     before, has_begin, rest = readme.partition(begin)
     _, has_end, after = rest.partition(end)
     if not has_begin or not has_end:
         raise ValueError(f"README must hold the lines {begin!r} and {end!r}. Add them.")
+    tables = [render(BenchmarkRecord.load(path)) for path in results]
     return f"{before}{begin}\n\n{(chr(10).join(tables) or NOTHING_MEASURED)}\n{end}{after}"
 
 
