@@ -18,6 +18,7 @@ from lctrain.attention.dual_chunk import (
 )
 from lctrain.attention.forward import BOUNDARIES_ARGUMENT
 from lctrain.attention.spec import DualChunkSpec
+from lctrain.models.differential_fit import refuse_differential_layers
 from lctrain.models.inputs import InputHook
 from lctrain.models.rotary import find_rotary, probe_layers, require_half_split
 
@@ -38,9 +39,10 @@ def fit_dual_chunk(model: Any, spec: DualChunkSpec) -> DualChunkSpec:
         The spec without None in `chunk_size`, `local_size` and `window`.
 
     Raises:
-        ValueError: if the model has no rotary embeddings of Llama's kind, has layers that attend
-            otherwise than causally to all keys, or does not say its window.
+        ValueError: if the model has no rotary embeddings of Llama's kind, has layers that are
+            differential or attend otherwise than causally to all keys, or does not say its window.
     """
+    refuse_differential_layers(model)
     spec = follow_window(model.config, spec)
     rotary = find_rotary(model)
     for probe in probe_layers(model, rotary):

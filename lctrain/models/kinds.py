@@ -6,11 +6,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lctrain.attention.spec import AttentionSpec
-from lctrain.models.differential_fit import (
-    fit_differential,
-    fuse_layers,
-    refuse_differential_layers,
-)
+from lctrain.models.differential_fit import fit_differential, fuse_layers
 from lctrain.models.dual_chunk import DualChunkHook, fit_dual_chunk
 from lctrain.models.inputs import InputHook
 
@@ -43,13 +39,8 @@ def _unchanged(model: Any, spec: AttentionSpec) -> AttentionSpec:
     return spec
 
 
-def _fit_dual_chunk(model: Any, spec: Any) -> AttentionSpec:
-    refuse_differential_layers(model)
-    return fit_dual_chunk(model, spec)
-
-
 KINDS = {
     "flash": Kind(_unchanged, InputHook),
-    "dual_chunk": Kind(_fit_dual_chunk, DualChunkHook),
+    "dual_chunk": Kind(fit_dual_chunk, DualChunkHook),
     "differential": Kind(fit_differential, InputHook, fuse_layers),
 }
