@@ -48,6 +48,7 @@ def to_differential(model: Any, version: int = 2) -> Any:
     """
     from lctrain.models.differential_configs import differential_config
     from lctrain.models.differential_v2 import MODELS
+    from lctrain.models.registration import register_families
 
     if version != 2:
         raise ValueError(
@@ -55,6 +56,7 @@ def to_differential(model: Any, version: int = 2) -> Any:
             "model=diff_llama, or transformers' DiffLlamaForCausalLM."
         )
     _require_plain(model)
+    register_families()
     config = differential_config(model.config)
     with torch.device("meta"):
         result = MODELS[model.config.model_type](config)
