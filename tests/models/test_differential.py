@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lctrain.attention import is_patched
 from lctrain.models import patch_model
 from tests.models.differential_families import DIFFERENTIAL, FEW, V1, V2, make_differential
 from tests.models.families import (
@@ -172,6 +173,16 @@ def test_dropout_of_the_config_and_the_option_that_wins():
     assert not torch.equal(found[0], found[2])
 
 
+def test_dropout_is_that_of_one_attention_over_all_heads_of_version_2():
+    """Branch b of pair h draws the mask of query head 2 h + b."""
+    model, documents, found = make_differential("llama").train(), make_documents(), []
+    for attention in ("differential", "flash"):
+        torch.manual_seed(5)
+        with patch_model(model, attention=attention, dropout=0.3):
+            found.append(packed_outputs(model, documents))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("family", FEW)
 def test_branches_draw_their_own_masks(family, monkeypatch):
     """Equal branches and lambda 1 cancel, unless their masks differ."""
@@ -223,9 +234,11 @@ def test_unpatch_gives_back_every_bit(family, attention):
     before, names = outputs(model, input_ids=rows), list(model.state_dict())
     classes = [type(module) for module in model.modules()]
     with patch_model(model, attention=attention) as handle:
+        assert is_patched(model)
         assert f"sdpa -> lctrain_{attention}" in repr(handle)
         torch.testing.assert_close(outputs(model, input_ids=rows), before)
         assert list(model.state_dict()) == names
+    assert not is_patched(model)
     assert torch.equal(outputs(model, input_ids=rows), before)
     assert [type(module) for module in model.modules()] == classes
 
