@@ -3,6 +3,8 @@
 Nothing is added across programs, so the result has the same bits in every run.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -71,7 +73,7 @@ def dual_chunk_bwd(
     group = heads // heads_kv
     dout = dout if dout.stride(2) == 1 else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    geometry = {
+    geometry: dict[str, Any] = {
         "inv_freq": inv_freq,
         "chunk_length": chunk_length,
         "near": near,

@@ -1,5 +1,7 @@
 """Forward of dual chunk attention in portable Triton."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -244,7 +246,7 @@ def dual_chunk_fwd(
     grid = (heads_kv * q_tiles.shape[0] * parts,)
     if grid[0] == 0:
         return out, lse
-    geometry = {
+    geometry: dict[str, Any] = {
         "inv_freq": inv_freq,
         "chunk_length": chunk_length,
         "near": near,

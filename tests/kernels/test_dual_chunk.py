@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lctrain.kernels import flash_attn_varlen_func, make_schedule
+from lctrain.kernels.attention.config import TileConfig, override_configs
 from lctrain.kernels.reference.dual_chunk import dense_dual_chunk_attention, rotate
 from tests.kernels.cases import GPU_DUAL_CHUNK_PLAIN, TINY_DUAL_CHUNK_CASES
 from tests.kernels.oracle import (
@@ -167,6 +168,25 @@ def test_a_schedule_changes_no_bit(device):
     given = dict(attention(case, inputs, schedule=schedule, backend="triton").items())
     for name, tensor in own.items():
         assert torch.equal(tensor, given[name]), name
+
+
+@needs_interpreter
+@pytest.mark.parametrize("share", [16, 64], ids=["smaller", "larger"])
+def test_a_launch_adds_what_one_with_other_tiles_has_written(share):
+    """dq and dk, dv come from two launches each; rows that the first one left alone are not read."""
+    case = dataclasses.replace(
+        TINY_DUAL_CHUNK_CASES["many_chunks"], documents=equal_lengths(97, 24)
+    )
+    inputs = make_inputs(case)
+    tiles = {
+        "dual_chunk_dq": TileConfig(32, 32, 4, 1, pack=2),
+        "dual_chunk_dq_share": TileConfig(share, 32, 4, 1, pack=1),
+        "dual_chunk_dkv": TileConfig(16, 32, 4, 1),
+        "dual_chunk_dkv_share": TileConfig(16, share, 4, 1),
+    }
+    with override_configs(**tiles):
+        result = attention(case, inputs, backend="triton")
+    assert_matches_oracle(result, case, inputs)
 
 
 def test_packs_without_tokens(device):
