@@ -4,11 +4,13 @@
 
 It is compared with the plain Llama of equal parameters on lctrain's portable kernels, with the two
 calls per layer that DiffLlama makes of lctrain's own plain attention, and with transformers' own
-DiffLlama, which knows no packs. That gets the same documents in rows of similar length, padded on
-the right (being causal, they need no mask), or one row of all documents with a mask that
-transformers makes of the positions. All of them have lctrain's fused linear cross-entropy, the same
-random tokens and bfloat16 weights, with and without full activation checkpointing. Times are
-medians over steps, between two synchronisations with the device.
+DiffLlama, which knows no packs. "As it comes" that gets the same documents in batches of rows, in
+their order, padded, with a mask and with its own loss. The others all have lctrain's fused linear
+cross-entropy: transformers' own then gets rows of similar length, padded on the right (being
+causal, they need no mask), or one row of all documents with a mask that it makes of the positions.
+
+All have the same random tokens and bfloat16 weights, with and without full activation
+checkpointing. Times are medians over steps, between two synchronisations with the device.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lctrain.batch import PackedBatch
+from lctrain.batch import IGNORE_INDEX, PackedBatch
 from lctrain.build import enable_checkpointing
 from lctrain.eval.runner import row_kwargs
 from lctrain.kernels.bench.__main__ import names_of, positive
@@ -52,8 +54,8 @@ class Contender:
         name: In the results.
         version: 0 is the plain Llama, 1 is DiffLlama, 2 is V2.
         attention: Of `lctrain.patch_model`; None leaves the model as transformers has it.
-        inputs: "pack"; "rows", of similar length, padded; or "positions": one row, whose position
-            ids begin anew at every document.
+        inputs: "pack"; "rows" of similar length, padded; "positions": one row, whose position ids
+            begin anew at every document; or "batches" of padded rows, with a mask and labels.
         implementation: transformers' own attention.
     """
 
@@ -71,6 +73,7 @@ CONTENDERS = {
         Contender(OURS, 1, "differential"),
         Contender("v1_two_calls", 1, "flash"),
         Contender("v2", 2, "differential"),
+        Contender("transformers_as_it_comes", 1, None, "batches"),
         Contender("transformers_rows", 1, None, "rows"),
         Contender("transformers_positions", 1, None, "positions"),
         Contender("transformers_eager_rows", 1, None, "rows", "eager"),
@@ -205,6 +208,15 @@ def make_step(inputs: str, model: Any, documents: Sequence[np.ndarray]) -> tuple
             (loss / targets).backward()
 
         return pack_step, batch.num_tokens
+    if inputs == "batches":
+        batches = list(padded_batches(documents, device))
+
+        def batch_step() -> None:
+            model.zero_grad(set_to_none=True)
+            for kwargs, count in batches:
+                (model(**kwargs).loss * (count / targets)).backward()
+
+        return batch_step, sum(kwargs["input_ids"].numel() for kwargs, _ in batches)
     if inputs == "positions":
         kwargs = {
             "input_ids": batch.input_ids,
@@ -212,7 +224,7 @@ def make_step(inputs: str, model: Any, documents: Sequence[np.ndarray]) -> tuple
             "use_cache": False,
         }
         labels = batch.labels.flatten()
-        places = (labels >= 0).nonzero().flatten()
+        places = (labels != IGNORE_INDEX).nonzero().flatten()
         parts = [(kwargs, places, labels[places])]
         padded = batch.num_tokens
     else:
@@ -227,6 +239,31 @@ def make_step(inputs: str, model: Any, documents: Sequence[np.ndarray]) -> tuple
             (loss / targets).backward()
 
     return step, padded
+
+
+def padded_batches(
+    documents: Sequence[np.ndarray], device: torch.device
+) -> Iterator[tuple[dict[str, Any], int]]:
+    """As a data loader makes them: documents in their order, padded to the longest of the batch.
+
+    The batches have as many documents as would fill the tokens of all of them, were each as long as
+    the longest.
+
+    Yields:
+        Arguments of the model, and how many targets its loss is the mean of.
+    """
+    rows = max(1, sum(map(len, documents)) // max(map(len, documents)))
+    for start in range(0, len(documents), rows):
+        batch = documents[start : start + rows]
+        kwargs = row_kwargs(batch, max(map(len, batch)), device)
+        mask = torch.zeros_like(kwargs["input_ids"])
+        for row, document in zip(mask, batch, strict=True):
+            row[: len(document)] = 1
+        kwargs |= {
+            "attention_mask": mask,
+            "labels": kwargs["input_ids"].masked_fill(mask == 0, IGNORE_INDEX),
+        }
+        yield kwargs, sum(len(document) - 1 for document in batch)
 
 
 def similar_rows(
