@@ -173,7 +173,7 @@ def test_a_schedule_changes_no_bit(device):
 @needs_interpreter
 @pytest.mark.parametrize("share", [16, 64], ids=["smaller", "larger"])
 def test_a_launch_adds_what_one_with_other_tiles_has_written(share):
-    """dq and dk, dv come from two launches each; rows that the first one left alone are not read."""
+    """dq and dk, dv come from two launches each; rows that the first left alone are not read."""
     case = dataclasses.replace(
         TINY_DUAL_CHUNK_CASES["many_chunks"], documents=equal_lengths(97, 24)
     )
