@@ -71,7 +71,7 @@ def plot_comparison(comparison: MethodComparison, path: Path) -> None:
         axes,
         f"Reading beyond the window{of_model}",
         f"{count(row.tokens, 'held-out token')} of {count(row.documents, 'document')}, the same "
-        f"everywhere; dotted: the trained window, {comparison.window:,} tokens",
+        f"everywhere; trained on {comparison.window:,} (dotted)",
     )
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     figure.savefig(path)
