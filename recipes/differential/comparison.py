@@ -12,7 +12,7 @@ from lctrain.recipes.differential.comparison_plot import plot_comparison
 from lctrain.recipes.differential.experiment import Experiment
 from lctrain.recipes.differential.variant import VARIANTS
 
-COLUMNS = ("held_out_loss", "tokens_per_second", "largest_logit", "peak_memory_gib")
+COLUMNS = ("held_out_loss", "tokens_per_second", "largest_logit", "key_loss", "peak_memory_gib")
 
 
 def collect_runs(experiment: Experiment) -> None:
@@ -57,6 +57,7 @@ def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         row: dict[str, Any] = {
             "runs": len(group),
             "parameters": group[0]["parameters"],
+            "key_loss_of_guessing": group[0]["key_loss_of_guessing"],
             **{column: over_seeds([run[column] for run in group]) for column in COLUMNS},
             "passkeys": {
                 length: over_seeds([run["passkeys"][length] for run in group])
@@ -98,7 +99,7 @@ def as_text(summary: dict[str, dict[str, Any]]) -> str:
     longest = list(next(iter(summary.values()))["passkeys"])[-1]
     lines = [
         f"{'':<28}{'parameters':>12}{'held-out loss':>18}{'minus plain':>18}{'tokens/s':>20}"
-        f"{'largest logit':>16}{f'keys at {int(longest):,}':>16}"
+        f"{'largest logit':>16}{f'keys at {int(longest):,}':>16}{'loss of keys':>16}"
     ]
     for name, row in summary.items():
         difference = row.get("held_out_loss_difference")
@@ -109,9 +110,12 @@ def as_text(summary: dict[str, dict[str, Any]]) -> str:
             f"{_with_error(row['tokens_per_second'], ',.0f'):>20}"
             f"{_with_error(row['largest_logit'], '.1f'):>16}"
             f"{_with_error(row['passkeys'][longest], '.0%'):>16}"
+            f"{_with_error(row['key_loss'], '.2f'):>16}"
         )
     seeds = max(row["runs"] for row in summary.values())
     lines.append(f"± one standard error over {seeds} seeds" if seeds > 1 else "one seed")
+    guessing = next(iter(summary.values()))["key_loss_of_guessing"]
+    lines[-1] += f"; the loss of guessing keys among their words is {guessing:.2f}"
     return "\n".join(lines)
 
 

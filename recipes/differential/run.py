@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from lctrain.eval import Extension, longest_documents, passkey_retrieval
 from lctrain.models import patch_model
 from lctrain.models.pretrained import load_pretrained
 from lctrain.recipes.differential.experiment import Experiment, write_json
+from lctrain.recipes.differential.key_loss import passkey_loss
 from lctrain.recipes.differential.largest_logit import largest_logit
 from lctrain.recipes.differential.scale import Scale
 from lctrain.recipes.differential.variant import Variant
@@ -77,6 +79,8 @@ def measure(
     datamodule.setup()
     held_out = datamodule.held_out_documents()
     longest = longest_documents(held_out, scale.logit_documents)
+    texts = [document.input_ids for document in held_out]
+    format = PasskeyFormat.of(datamodule.tokenizer)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     with patch_model(model, variant.attention), autocast:  # as in training
         model.to(device)
@@ -85,8 +89,8 @@ def measure(
         )
         passkeys = passkey_retrieval(
             model,
-            PasskeyFormat.of(datamodule.tokenizer),
-            [document.input_ids for document in held_out],
+            format,
+            texts,
             scale.lengths,
             [AsItIs("plain", scale.window)],
             max_tokens=scale.max_tokens,
@@ -94,10 +98,22 @@ def measure(
             keys_per_cell=scale.keys_per_cell,
             device=device,
         )
+        key_loss = passkey_loss(
+            model,
+            format,
+            texts,
+            scale.window,
+            scale.depths,
+            scale.keys_per_cell,
+            max_tokens=scale.max_tokens,
+            device=device,
+        )
     accuracy = passkeys.accuracy("plain").mean(axis=1).tolist()
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "largest_logit": max(logits.values()),
         "largest_logit_by_layer": list(logits.values()),
+        "key_loss": key_loss,
+        "key_loss_of_guessing": math.log(len(format.words)),
         "passkeys": dict(zip(map(str, passkeys.lengths), accuracy, strict=True)),
     }

@@ -33,6 +33,7 @@ def test_the_whole_experiment_runs(tmp_path, monkeypatch):
         assert math.isfinite(run["held_out_loss"])
         assert run["largest_logit"] == max(run["largest_logit_by_layer"]) > 0
         assert len(run["largest_logit_by_layer"]) == 2
+        assert 0 < run["key_loss"] < 10
         assert run["passkeys"].keys() == {"96", "128"}
         assert not (out / "runs" / f"{run['variant']}_{run['seed']}" / "model").exists()
     packings = {(run["packing"], run["held_out_packing"]) for run in content["runs"]}
@@ -103,6 +104,8 @@ def _record(variant, seed, loss):
         "held_out_loss": loss,
         "tokens_per_second": 5.0,
         "largest_logit": 2.0,
+        "key_loss": 3.0,
+        "key_loss_of_guessing": 6.93,
         "peak_memory_gib": 1.0,
         "passkeys": {"64": 0.5, "128": 0.25},
     }
@@ -120,6 +123,7 @@ def test_differences_are_of_the_same_seed():
     assert "+0.1000 ±0.0000" in text
     assert "keys at 128" in text
     assert "over 2 seeds" in text
+    assert "guessing keys among their words is 6.93" in text
 
 
 def test_one_seed_has_no_standard_error():

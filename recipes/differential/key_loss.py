@@ -1,0 +1,67 @@
+"""How well a model predicts passkeys: a score that tells models apart before any finds one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from lctrain.data.passkey import Filler, PasskeyFormat
+from lctrain.eval.runner import packed_kwargs
+from lctrain.loss import evaluation_mode, token_losses
+
+
+def passkey_loss(
+    model: Any,
+    format: PasskeyFormat,
+    documents: Sequence[np.ndarray],
+    length: int,
+    depths: Sequence[float],
+    keys: int,
+    *,
+    max_tokens: int,
+    device: torch.device | str,
+) -> float:
+    """Mean loss of the tokens of the answer, in nats, over depths and keys.
+
+    The keys and texts are those of `lctrain.eval.passkey_retrieval` with its default seed. Who
+    knows what keys are made of, and does not look, gets log(len(format.words)) per word.
+
+    Args:
+        model: A patched causal LM.
+        format: Made for the model's tokenizer.
+        documents: Token ids to hide keys in, [n] integers each.
+        length: Tokens of the texts.
+        depths: Share of the other text that precedes the key.
+        keys: Keys of each depth.
+        max_tokens: Most tokens in a forward pass.
+        device: Where the model is.
+    """
+    filler = Filler.of(documents, len(format.begin))
+    made = [
+        format.make(np.random.default_rng([0, length, key]), length, depth, filler, with_end=False)
+        for depth in depths
+        for key in range(keys)
+    ]
+    size = max(1, max_tokens // length)
+    losses = []
+    for start in range(0, len(made), size):
+        batch = made[start : start + size]
+        inputs = [passkey.input_ids[:-1] for passkey in batch]
+        places, answers = [], []
+        for row, passkey in enumerate(batch):
+            first = row * (length - 1) + passkey.answer_start - 1  # before the answer
+            places.append(first + np.arange(passkey.answer_tokens))
+            answers.append(passkey.input_ids[passkey.answer_start :])
+        with evaluation_mode(model):
+            losses.append(
+                token_losses(
+                    model,
+                    packed_kwargs(inputs, torch.device(device)),
+                    torch.from_numpy(np.concatenate(places)).to(device),
+                    torch.from_numpy(np.concatenate(answers)).to(device),
+                )
+            )
+    return torch.cat(losses).double().mean().item()
