@@ -117,12 +117,18 @@ def rotated(states: Tensor, width: int, position_embeddings: tuple[Tensor, Tenso
 
 
 def largest_product(queries: Tensor, keys: Tensor) -> float:
-    """The largest |q.k| over causal pairs: [H, S, D], [Hk, S, D] -> float."""
+    """The largest |q.k| over causal pairs, also under autocast in the dtype of the arguments.
+
+    Args:
+        queries: [H, S, D].
+        keys: [Hk, S, D].
+    """
     keys = keys.repeat_interleave(queries.shape[0] // keys.shape[0], dim=0)
     tokens = queries.shape[1]
     largest = queries.new_zeros(())
     for start in range(0, tokens, CHUNK):
         stop = min(start + CHUNK, tokens)
-        products = queries[:, start:stop] @ keys[:, :stop].transpose(1, 2)  # [H, CHUNK, stop]
+        with torch.autocast(queries.device.type, enabled=False):
+            products = queries[:, start:stop] @ keys[:, :stop].transpose(1, 2)  # [H, CHUNK, stop]
         largest = torch.maximum(largest, products.tril(start).abs().max())
     return largest.item()

@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lctrain.models import patch_model
 from lctrain.recipes.differential import largest_logit as subject
-from lctrain.recipes.differential.largest_logit import largest_logit, recording
+from lctrain.recipes.differential.largest_logit import largest_logit, largest_product, recording
 
 SIZES = {
     "vocab_size": 50,
@@ -82,6 +82,14 @@ def test_a_large_key_is_found():
     first, second = before
     assert after[first] == before[first]
     assert after[second] == pytest.approx(3.0 * before[second], rel=1e-5)
+
+
+def test_products_are_not_rounded_under_autocast():
+    torch.manual_seed(0)
+    queries, keys = torch.randn(4, 20, 8), torch.randn(2, 20, 8)
+    expected = largest_product(queries, keys)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert largest_product(queries, keys) == expected
 
 
 def test_rows_come_one_at_a_time():
