@@ -202,21 +202,26 @@ def kernel_variants(
 def _dual_chunk_variants(
     table: str, head_dims: tuple[int, ...], features: tuple[str, ...]
 ) -> Iterator[KernelVariant]:
-    """As kernel_variants; of the features dual chunk attention has dropout, and logit_scale."""
+    """As kernel_variants; of the features dual chunk attention has dropout, and logit_scale.
+
+    The plain kernels, whose products must not be serialised, are those of sm_90; the launches whose
+    result another one adds to, those of one head dim.
+    """
+    wanted = [name for name in ("causal", "dropout", "all") if name in features]
+    if "all" in wanted and table != "sm_90":
+        wanted = ["all"]
     for head_dim in head_dims:
-        for operation in DUAL_CHUNK_OPERATIONS:
-            shares = (False,) if operation == "dual_chunk_fwd" else (False, True)
-            for feature, is_share in itertools.product(features, shares):
-                if feature in ("causal", "dropout", "all"):
-                    drop = feature != "causal"
-                    config = table_config(
-                        table, operation, head_dim, 4, has_dropout=drop, is_share=is_share
-                    )
-                    yield kernel_variant(
-                        operation, config, head_dim, features=feature, is_share=is_share
-                    )
-        for is_share in (False, True):
-            yield kernel_variant("dual_chunk_rotate", ROTATE_CONFIG, head_dim, is_share=is_share)
+        for operation, feature in itertools.product(DUAL_CHUNK_OPERATIONS, wanted):
+            drop = feature != "causal"
+            one_launch = operation == "dual_chunk_fwd" or head_dim != 128
+            for is_share in (False,) if one_launch else (False, True):
+                config = table_config(
+                    table, operation, head_dim, 4, has_dropout=drop, is_share=is_share
+                )
+                yield kernel_variant(
+                    operation, config, head_dim, features=feature, is_share=is_share
+                )
+        yield kernel_variant("dual_chunk_rotate", ROTATE_CONFIG, head_dim, is_share=head_dim == 128)
 
 
 def _differential_variants(
