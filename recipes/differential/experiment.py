@@ -71,6 +71,11 @@ class Experiment:
         return write_json(self.output / f"{name}.json", content)
 
 
+def trained_window(config: TrainConfig) -> int:
+    """Tokens of the longest document in training."""
+    return config.data.max_document_tokens or config.data.max_tokens
+
+
 def write_json(path: Path, content: Any) -> Path:
     """Writes a JSON file and the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)

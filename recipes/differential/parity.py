@@ -19,7 +19,7 @@ from torch import Tensor
 from lctrain.build import build_datamodule, build_model
 from lctrain.data import PackedDataModule
 from lctrain.models import patch_model
-from lctrain.recipes.differential.experiment import Experiment
+from lctrain.recipes.differential.experiment import Experiment, trained_window
 from lctrain.recipes.differential.variant import VARIANTS
 
 LEARNING_RATE = 1e-3
@@ -37,7 +37,8 @@ def compare_kernels(experiment: Experiment) -> None:
     scale = experiment.scale
     datamodule = build_datamodule(config.data)
     datamodule.setup()
-    batches = equal_rows(datamodule, scale.parity_steps, scale.parity_rows, scale.window)
+    window = trained_window(config)
+    batches = equal_rows(datamodule, scale.parity_steps, scale.parity_rows, window)
     torch.manual_seed(config.seed)
     model = build_model(config.model, datamodule.vocab_size)
     curves = {}
@@ -57,7 +58,7 @@ def compare_kernels(experiment: Experiment) -> None:
         {
             "steps": scale.parity_steps,
             "rows": scale.parity_rows,
-            "row_tokens": scale.window,
+            "row_tokens": window,
             "learning_rate": LEARNING_RATE,
             "largest_difference_to_two_calls_with_sdpa": differences,
             "loss": {

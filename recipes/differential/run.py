@@ -18,7 +18,7 @@ from lctrain.data.passkey import PasskeyFormat
 from lctrain.eval import Extension, longest_documents, passkey_retrieval
 from lctrain.models import patch_model
 from lctrain.models.pretrained import load_pretrained
-from lctrain.recipes.differential.experiment import Experiment, write_json
+from lctrain.recipes.differential.experiment import Experiment, trained_window, write_json
 from lctrain.recipes.differential.key_loss import passkey_loss
 from lctrain.recipes.differential.largest_logit import largest_logit
 from lctrain.recipes.differential.scale import Scale
@@ -77,6 +77,7 @@ def measure(
     model = load_pretrained(PretrainedModelConfig(name_or_path=str(folder)), "float32")
     datamodule = build_datamodule(config.data)
     datamodule.setup()
+    window = trained_window(config)
     held_out = datamodule.held_out_documents()
     longest = longest_documents(held_out, scale.logit_documents)
     texts = [document.input_ids for document in held_out]
@@ -84,15 +85,13 @@ def measure(
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     with patch_model(model, variant.attention), autocast:  # as in training
         model.to(device)
-        logits = largest_logit(
-            model, [document.input_ids[: scale.window] for document in longest], device
-        )
+        logits = largest_logit(model, [document.input_ids[:window] for document in longest], device)
         passkeys = passkey_retrieval(
             model,
             format,
             texts,
-            scale.lengths,
-            [AsItIs("plain", scale.window)],
+            [round(share * window) for share in scale.shares],
+            [AsItIs("plain", window)],
             max_tokens=scale.max_tokens,
             depths=scale.depths,
             keys_per_cell=scale.keys_per_cell,
@@ -102,7 +101,7 @@ def measure(
             model,
             format,
             texts,
-            scale.window,
+            window,
             scale.depths,
             scale.keys_per_cell,
             max_tokens=scale.max_tokens,

@@ -11,21 +11,19 @@ class Scale:
     """What differs between the sizes.
 
     Attributes:
-        window: Tokens of the longest document in training.
-        lengths: Of the texts with a passkey, the window last.
+        shares: Lengths of the texts with a passkey, as shares of the window, which comes last.
         keys_per_cell: Passkeys of each length and depth.
         depths: Share of the text before the key.
         logit_documents: Held-out documents in which the largest logit is looked for.
         max_tokens: In a forward pass of the evaluations.
-        parity_rows: Rows of `window` tokens in a step of the comparison of kernels.
+        parity_rows: Rows, each as long as the window, in a step of the comparison of kernels.
         parity_steps: Steps of it.
         train: Overrides of the experiment `differential`.
         of_variant: More of them for one variant: V2 has twice the query heads, and its
             feed-forward layers pay for them.
     """
 
-    window: int
-    lengths: tuple[int, ...]
+    shares: tuple[float, ...]
     keys_per_cell: int
     depths: tuple[float, ...]
     logit_documents: int
@@ -38,8 +36,7 @@ class Scale:
 
 SCALES = {
     "full": Scale(
-        window=2048,
-        lengths=(256, 512, 1024, 2048),
+        shares=(0.125, 0.25, 0.5, 1.0),
         keys_per_cell=20,
         depths=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
         logit_documents=16,
@@ -50,8 +47,7 @@ SCALES = {
         of_variant={"v2": ("model.config.intermediate_size=896",)},
     ),
     "tiny": Scale(
-        window=128,
-        lengths=(96, 128),
+        shares=(0.5, 1.0),
         keys_per_cell=1,
         depths=(0.0, 1.0),
         logit_documents=2,
@@ -65,12 +61,12 @@ SCALES = {
             "model.config.num_attention_heads=2",
             "model.config.num_key_value_heads=2",
             "model.config.head_dim=32",
-            "model.config.max_position_embeddings=128",
+            "model.config.max_position_embeddings=256",
             "data.max_bytes=400000",
             "data.with_stdlib=false",
             "data.vocab_size=512",
             "data.max_tokens=1024",
-            "data.max_document_tokens=128",
+            "data.max_document_tokens=256",
             "data.held_out_fraction=0.3",
             "data.num_workers=0",
             "optim.warmup_fraction=0.25",

@@ -13,7 +13,7 @@ from lctrain.build import build_model
 from lctrain.recipes.differential import processes
 from lctrain.recipes.differential.__main__ import main, share
 from lctrain.recipes.differential.comparison import as_text, over_seeds, read_runs, summarize
-from lctrain.recipes.differential.experiment import Experiment
+from lctrain.recipes.differential.experiment import Experiment, trained_window
 from lctrain.recipes.differential.scale import SCALES
 from lctrain.recipes.differential.variant import VARIANTS
 
@@ -34,7 +34,7 @@ def test_the_whole_experiment_runs(tmp_path, monkeypatch):
         assert run["largest_logit"] == max(run["largest_logit_by_layer"]) > 0
         assert len(run["largest_logit_by_layer"]) == 2
         assert 0 < run["key_loss"] < 10
-        assert run["passkeys"].keys() == {"96", "128"}
+        assert run["passkeys"].keys() == {"128", "256"}
         assert not (out / "runs" / f"{run['variant']}_{run['seed']}" / "model").exists()
     packings = {(run["packing"], run["held_out_packing"]) for run in content["runs"]}
     assert len(packings) == 1  # equal data
@@ -70,7 +70,8 @@ def test_the_data_do_not_depend_on_the_variant(tmp_path):
     configs = {name: experiment.compose(variant, 1) for name, variant in VARIANTS.items()}
     assert configs["plain"].data == configs["v1"].data == configs["v2"].data
     assert configs["plain"].data.seed == configs["plain"].seed == 1
-    assert configs["plain"].data.max_document_tokens == SCALES["full"].window
+    window = configs["plain"].model.config["max_position_embeddings"]
+    assert trained_window(configs["plain"]) == window == 2048
     assert configs["plain"].trainer == configs["v1"].trainer == configs["v2"].trainer
     assert configs["plain"].optim == configs["v1"].optim == configs["v2"].optim
 
