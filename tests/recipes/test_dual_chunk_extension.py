@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lctrain import kernels
+from lctrain.eval import METHODS
 from lctrain.recipes.dual_chunk_extension.__main__ import main
 from lctrain.recipes.dual_chunk_extension.continuation import _smooth
 from lctrain.recipes.dual_chunk_extension.experiment import Experiment
@@ -27,9 +28,9 @@ def test_the_whole_experiment_runs(tmp_path, monkeypatch):
     perplexity = json.loads((out / "perplexity" / "perplexity_by_method.json").read_text())
     assert perplexity["window"] == 128
     assert {row["length"] for row in perplexity["rows"]} == {128, 256, 512, 1024, 2048}
-    assert len({row["method"] for row in perplexity["rows"]}) == 6
+    assert {row["method"] for row in perplexity["rows"]} == set(METHODS)
     passkey = json.loads((out / "passkey" / "passkey_retrieval.json").read_text())
-    assert len(passkey["rows"]) == 6 * 5 * 2
+    assert len(passkey["rows"]) == len(METHODS) * 5 * 2
     continuation = json.loads((out / "continuation.json").read_text())
     assert continuation["ratio_at_step_0"] == pytest.approx(1.0, abs=0.02)
     runs = continuation["runs"]
