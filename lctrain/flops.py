@@ -36,18 +36,19 @@ class FlopCounter:
     """FLOPs of one training step of a decoder (forward, and twice that backward).
 
     Six per token and matrix weight (the embedding look-up is free, the output projection is not),
-    and per attention layer 12 * heads * head_dim for every visible (query, key) pair: QK^T and PV
+    and per attention layer 12 * attention_width for every visible (query, key) pair: QK^T and PV
     are two FLOPs each per element, times three. What activation checkpointing computes again is not
     counted.
 
     Attributes:
         matrix_parameters: Weights that multiply every token.
-        attention_width: heads * head_dim.
+        attention_width: Mean over keys and values of heads * their width; heads * head_dim, where
+            both are as wide.
         windows: For each layer, the number of keys that a query sees; None for all before it.
     """
 
     matrix_parameters: float
-    attention_width: int
+    attention_width: float
     windows: tuple[int | None, ...]
 
     @classmethod
@@ -67,7 +68,7 @@ class FlopCounter:
         )
         return cls(
             matrix_parameters=_matrix_parameters(model, config),
-            attention_width=heads * head_dim,
+            attention_width=heads * (head_dim + _value_dim(config, head_dim)) / 2,
             windows=tuple(_window(config, layer) for layer in range(layers)),
         )
 
@@ -84,6 +85,11 @@ class FlopCounter:
             for window, count in _counts(self.windows).items()
         )
         return dense + 12.0 * self.attention_width * pairs
+
+
+def _value_dim(config: Any, head_dim: int) -> int:
+    """Columns of the values that a query head weighs: differential heads of version 1 weigh two."""
+    return 2 * head_dim if getattr(config, "model_type", None) == "diffllama" else head_dim
 
 
 def visible_pairs(length: int, window: int | None) -> int:

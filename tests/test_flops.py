@@ -54,6 +54,25 @@ def test_sliding_layers_see_their_window():
     assert FlopCounter.of(Gemma2ForCausalLM(config)).windows == (4, None)
 
 
+def test_differential_heads_weigh_values_of_twice_their_width():
+    """Six units per pair of heads, where transformers' two calls compute eight."""
+    from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
+
+    config = DiffLlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    counter = FlopCounter.of(DiffLlamaForCausalLM(config))
+    dense = 6 * counter.matrix_parameters * 10
+    pairs = 10 * 11 / 2
+    forward = 2 * 4 * (2 * 8 + 2 * 16) * pairs  # layers, heads, keys of 8 and values of 16
+    assert counter.step_flops([10]) - dense == 3 * forward
+
+
 def test_experts_count_by_the_share_that_a_token_uses():
     from transformers import MixtralConfig, MixtralForCausalLM
 
