@@ -152,6 +152,17 @@ def check_dual_chunk(
             raise ValueError(
                 f"{name} must be on q's device ({device}), got {tensor.device}. Move it with .to()."
             )
+        if tensor.requires_grad:
+            raise ValueError(
+                f"{name} must not require a gradient, which it does not get. Pass {name}.detach()."
+            )
+    if logit_scale is None or device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if not isinstance(logit_scale, FakeTensor) and not bool((logit_scale > 0).all()):
+        raise ValueError(
+            f"logit_scale must be positive, got {float(logit_scale.min())}. A factor of 1 changes "
+            "nothing."
+        )
 
 
 def check_max_seqlen(name: str, value: object) -> None:

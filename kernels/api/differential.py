@@ -8,6 +8,7 @@ from torch import Tensor
 from lctrain.kernels import checks, checks_differential
 from lctrain.kernels import differential_ops as _differential_ops  # noqa: F401  (the operators)
 from lctrain.kernels.backend import select_backend
+from lctrain.kernels.layout import unit_stride
 from lctrain.kernels.padding import pad_head_dim
 from lctrain.kernels.schedule import TileSchedule
 from lctrain.kernels.seed import resolve_seed
@@ -97,6 +98,7 @@ def diff_attn_varlen_func(
     backend = select_backend(q1.device, q1.dtype, backend)
     head_dim, value_dim = q1.shape[2], v.shape[2]
     window, left, right = resolve_window(window_size, causal)
+    cu_q, cu_k, window, document_ids = unit_stride(cu_seqlens, cu_k, window, document_ids)
     state = torch.promote_types(q1.dtype, torch.float32)
     out, _, _, lse1, lse2 = torch.ops.lctrain.differential_forward(
         pad_head_dim(q1),
@@ -106,7 +108,7 @@ def diff_attn_varlen_func(
         pad_head_dim(v),
         # A view: where lam is not per token, its stride along T is 0, and autograd sums.
         lam.to(state).expand(q1.shape[0], q1.shape[1]),
-        cu_seqlens,
+        cu_q,
         cu_k,
         None if schedule is None else schedule.q_tiles,
         None if schedule is None else schedule.k_tiles,

@@ -6,6 +6,7 @@ from torch import Tensor
 from lctrain.kernels import checks
 from lctrain.kernels import dual_chunk_ops as _dual_chunk_ops  # noqa: F401  (registers operators)
 from lctrain.kernels.backend import select_backend
+from lctrain.kernels.layout import unit_stride
 from lctrain.kernels.schedule import TileSchedule
 from lctrain.kernels.seed import resolve_seed
 
@@ -55,7 +56,8 @@ def dual_chunk_attn_varlen_func(
             radians per position.
         chunk_size: S, at most the trained window minus one.
         local_size: L, 0 <= L < S: how far positions stay exact across a chunk's boundary.
-        logit_scale: [N] float32, a factor of the logits of each document; no gradient.
+        logit_scale: [N] float32, a positive factor of the logits of each document; has no gradient,
+            and must not ask for one.
         dropout_p: Probability of dropping a weight, applied exactly as round(p * 65536) / 65536.
         softmax_scale: Factor of q.k; default D^-0.5.
         return_lse: Return (out, lse).
@@ -95,11 +97,14 @@ def dual_chunk_attn_varlen_func(
         checks.check_schedule(schedule, documents, q.shape[0], k.shape[0], q.device)
     backend = select_backend(q.device, q.dtype, backend)
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    cu_q, cu_k, inv_freq, logit_scale, document_ids = unit_stride(
+        cu_seqlens, cu_k, inv_freq, logit_scale, document_ids
+    )
     out, lse = torch.ops.lctrain.dual_chunk_forward(
         q,
         k,
         v,
-        cu_seqlens,
+        cu_q,
         cu_k,
         None if schedule is None else schedule.q_tiles,
         None if schedule is None else schedule.k_tiles,

@@ -8,6 +8,7 @@ from torch import Tensor
 from lctrain.kernels import checks
 from lctrain.kernels import varlen_ops as _varlen_ops  # noqa: F401  (registers the operators)
 from lctrain.kernels.backend import select_backend
+from lctrain.kernels.layout import unit_stride
 from lctrain.kernels.padding import pad_head_dim
 from lctrain.kernels.reference.attention import dense_attention
 from lctrain.kernels.schedule import TileSchedule
@@ -116,6 +117,9 @@ def flash_attn_varlen_func(
     window, left, right = resolve_window(window_size, causal)
     seed = resolve_seed(dropout_p, dropout_seed, q.device)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    cu_seqlens_q, cu_seqlens_k, window, alibi_slopes, learnable_sink, document_ids = unit_stride(
+        cu_seqlens_q, cu_seqlens_k, window, alibi_slopes, learnable_sink, document_ids
+    )
     padded = pad_head_dim(q), pad_head_dim(k), pad_head_dim(v)
     out, lse = torch.ops.lctrain.varlen_forward(
         *padded,

@@ -221,7 +221,17 @@ def _dual_chunk_variants(
                 yield kernel_variant(
                     operation, config, head_dim, features=feature, is_share=is_share
                 )
-        yield kernel_variant("dual_chunk_rotate", ROTATE_CONFIG, head_dim, is_share=head_dim == 128)
+        share = head_dim == 128
+        yield kernel_variant(
+            "dual_chunk_rotate",
+            ROTATE_CONFIG,
+            head_dim,
+            features="causal" if share else "all",
+            is_share=share,
+        )
+    for operation in DUAL_CHUNK_OPERATIONS:
+        config = table_config("float32", operation, head_dims[0], 4)
+        yield kernel_variant(operation, config, head_dims[0], dtype="fp32")
 
 
 def _differential_variants(

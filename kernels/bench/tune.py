@@ -69,7 +69,9 @@ _CANDIDATES = {
     "varlen_dkv": _DKV,
     "dual_chunk_fwd": _DUAL_CHUNK_FORWARD,
     "dual_chunk_dq": _DUAL_CHUNK_DQ,
+    "dual_chunk_dq_share": _DUAL_CHUNK_DQ,
     "dual_chunk_dkv": _DUAL_CHUNK_DKV,
+    "dual_chunk_dkv_share": _DUAL_CHUNK_DKV,
 }
 
 

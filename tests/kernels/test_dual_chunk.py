@@ -118,6 +118,7 @@ def test_one_chunk_has_the_bits_of_causal_attention(dropout_p, device):
         )
         assert torch.equal(own.out, plain.out)
         assert torch.equal(own.lse, plain.lse)
+        assert torch.equal(own.dq, plain.dq)
         assert torch.equal(own.dk, plain.dk)
         assert torch.equal(own.dv, plain.dv)
 
@@ -139,7 +140,7 @@ def test_logit_scale_is_a_factor_of_the_logits(device):
 
 
 def test_a_filled_cache_gives_the_rows_of_one_full_pass(device):
-    """The last queries of a document, however many, across chunks: the bits of their rows."""
+    """The last queries of a document, however many, across chunks, as their rows of the whole."""
     case = dataclasses.replace(BASE, documents=equal_lengths(90), chunks=(30, 7))
     inputs = make_inputs(case, device)
     for backend in backends(device):
@@ -157,7 +158,10 @@ def test_a_filled_cache_gives_the_rows_of_one_full_pass(device):
             plain = dense(piece, part, inputs.q.dtype)
             exact = dense(piece, part, torch.float64)
             assert_error_at_most_twice(result.out, plain.out, exact.out, "out")
+            assert_error_at_most_twice(full.out[-count:], plain.out, exact.out, "out of the whole")
             torch.testing.assert_close(result.lse, full.lse[:, -count:])
+            assert_error_at_most_twice(result.dq, plain.dq, exact.dq, "dq")
+            torch.testing.assert_close(result.dq, full.dq[-count:])
 
 
 def test_a_schedule_changes_no_bit(device):
@@ -187,6 +191,26 @@ def test_a_launch_adds_what_one_with_other_tiles_has_written(share):
     with override_configs(**tiles):
         result = attention(case, inputs, backend="triton")
     assert_matches_oracle(result, case, inputs)
+
+
+def test_vectors_of_any_stride_are_read_right(device):
+    """One factor for all documents by expand(), and slices of longer vectors."""
+    case = dataclasses.replace(BASE, documents=equal_lengths(40, 17, 5), dropout_p=0.2)
+    inputs = make_inputs(case, device)
+    inv_freq = frequencies(case, device)
+    identities = torch.tensor([7, 9, 11], dtype=torch.int32, device=device)
+    every_other = {
+        "inv_freq": torch.stack([inv_freq, inv_freq + 1], 1)[:, 0],
+        "document_ids": torch.stack([identities, identities + 1], 1)[:, 0],
+        "logit_scale": torch.tensor([1.5], device=device).expand(3),
+    }
+    same = {name: vector.clone() for name, vector in every_other.items()}
+    same["logit_scale"] = torch.full((3,), 1.5, device=device)
+    for backend in backends(device):
+        strided = attention(case, inputs, backend=backend, **every_other)
+        expected = dict(attention(case, inputs, backend=backend, **same).items())
+        for name, tensor in strided.items():
+            assert torch.equal(tensor, expected[name]), name
 
 
 def test_packs_without_tokens(device):

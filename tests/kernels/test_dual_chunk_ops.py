@@ -140,6 +140,16 @@ BAD = {
         ValueError,
         r"logit_scale must have shape \[2\] \(one per document\), got \(3,\). Give every document",
     ),
+    "logit_scale-negative": (
+        {"logit_scale": torch.tensor([1.0, -1.0])},
+        ValueError,
+        r"logit_scale must be positive, got -1.0",
+    ),
+    "logit_scale-gradient": (
+        {"logit_scale": torch.ones(2, requires_grad=True)},
+        ValueError,
+        r"logit_scale must not require a gradient.*Pass logit_scale.detach\(\)",
+    ),
     "logit_scale-list": (
         {"logit_scale": [1.0, 1.0]},
         TypeError,
