@@ -22,6 +22,7 @@ from torch import nn
 
 from lctrain.models import patch_model
 from lctrain.models.rotary import find_rotary
+from lctrain.models.window import configured_window
 
 log = logging.getLogger(__name__)
 
@@ -127,13 +128,13 @@ def trained_window(model: Any, window: int | None) -> int:
 
     Args:
         model: A transformers causal LM.
-        window: What the user says; None for `max_position_embeddings` of its config.
+        window: What the user says; None for what its config says, as dual chunk attention reads it.
 
     Raises:
         ValueError: if the config does not say it.
     """
     if window is None:
-        window = getattr(model.config, "max_position_embeddings", None)
+        window = configured_window(model.config)
     if window is None:
         raise ValueError(
             f"window must be given for {type(model).__name__}, whose config does not say on how "

@@ -21,15 +21,13 @@ from lctrain.attention.spec import DualChunkSpec
 from lctrain.models.differential_fit import refuse_differential_layers
 from lctrain.models.inputs import InputHook
 from lctrain.models.rotary import find_rotary, probe_layers, require_half_split
+from lctrain.models.window import configured_window
 
 
 def fit_dual_chunk(model: Any, spec: DualChunkSpec) -> DualChunkSpec:
     """Checks that a model can have dual chunk attention, and fills in what follows its window.
 
-    The trained window is, in this order: `spec.window`; `original_max_position_embeddings` of the
-    config's `dual_chunk_attention_config` (vLLM's name, found in Qwen2.5-1M); the config's
-    `max_position_embeddings`, also where rotary embeddings are scaled: it is what the model as
-    configured was trained for.
+    The trained window is `spec.window`, else what `lctrain.models.window.configured_window` finds.
 
     Args:
         model: Supported by lctrain's flash attention.
@@ -71,8 +69,7 @@ def follow_window(config: Any, spec: DualChunkSpec) -> DualChunkSpec:
     Warns if relative positions beyond the window would be used.
     """
     published = getattr(config, "dual_chunk_attention_config", None) or {}
-    window = spec.window or published.get("original_max_position_embeddings")
-    window = window or getattr(config, "max_position_embeddings", None)
+    window = spec.window or configured_window(config)
     if window is None:
         raise ValueError(
             f"window must be given for {type(config).__name__}, which does not say what the model "

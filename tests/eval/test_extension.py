@@ -9,6 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lctrain.attention import is_patched
 from lctrain.eval import METHODS, Extension, check_methods, trained_window
+from lctrain.models import patch_model
 
 WINDOW = 16
 ROTARY = ("linear", "ntk", "yarn")
@@ -107,6 +108,16 @@ def test_the_window_may_be_another_than_the_configs(model):
         torch.testing.assert_close(model.model.rotary_emb.inv_freq, before / 2)
     assert trained_window(model, None) == WINDOW
     assert trained_window(model, 32) == 32
+
+
+def test_the_window_of_a_published_config_is_the_one_that_dual_chunk_attention_takes(make_llama):
+    """Qwen2.5-1M states its trained window beside what dual chunk attention makes of it."""
+    published = {"chunk_size": 16, "local_size": 2, "original_max_position_embeddings": WINDOW}
+    model = make_llama(max_position_embeddings=62, dual_chunk_attention_config=published)
+    assert trained_window(model, None) == WINDOW
+    assert trained_window(model, 32) == 32
+    with patch_model(model, "dual_chunk") as handle:
+        assert handle.spec.window == WINDOW
 
 
 def test_options_reach_the_attention(model):
