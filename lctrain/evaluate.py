@@ -80,7 +80,8 @@ class EvalConfig:
         tasks: perplexity, passkey, or both.
         methods: Ways to read beyond the window, to compare: see `lctrain.eval.extension`. With
             none, the model is evaluated as it is.
-        window: Tokens that the model was trained on; None for what its config says.
+        window: Tokens that the model was trained on; None for what its config says. For dual chunk
+            attention, `attention.window` wins.
         documents: Number of documents, the longest first; None for all.
         document_tokens: Tokens of each document, from its beginning; None for all.
         lengths: Context lengths in tokens.
@@ -223,7 +224,7 @@ def measure_perplexity(
             progress=True,
             name=name,
         )
-    patch(model, config.attention)
+    patch(model, config.attention, config.window)
     return perplexity_by_length(
         model,
         chosen,
@@ -335,8 +336,10 @@ def forward_tokens(config: EvalConfig) -> int:
     return max([MIN_MAX_TOKENS, *config.lengths, *(config.passkey.lengths or ())])
 
 
-def patch(model: Any, attention: AttentionConfig | None) -> None:
+def patch(model: Any, attention: AttentionConfig | None, window: int | None) -> None:
     """Patches the model's attention, so that its documents are packed.
+
+    The window is that of dual chunk attention, unless its options name one.
 
     A model that plain flash attention does not support is left as it is, with a warning: its
     numbers do not depend on it, only the speed does. Any other attention is what one measures.
@@ -345,8 +348,11 @@ def patch(model: Any, attention: AttentionConfig | None) -> None:
 
     if attention is None:
         return
+    options = attention.options()
+    if attention.name == "dual_chunk" and window is not None:
+        options = {"window": window, **options}
     try:
-        patch_model(model, attention=attention.name, **attention.options())
+        patch_model(model, attention=attention.name, **options)
     except ValueError as error:
         if attention.name != "flash":
             raise

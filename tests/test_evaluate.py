@@ -9,6 +9,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import lctrain.models
 from lctrain import PackedDataModule
 from lctrain.config import AttentionConfig, PathsConfig, PretrainedModelConfig
 from lctrain.data import TextSource, TokenizedDocument
@@ -361,6 +362,25 @@ def test_a_window_of_ones_own(make_config, small_window_folder) -> None:
     plain = evaluate(make_config(small_window_folder, **settings | {"methods": ["plain"]}))
     rows = zip(comparison.tables["linear"].rows, plain.perplexity.tables["plain"].rows, strict=True)
     assert all(ours.loss == theirs.loss for ours, theirs in rows)
+
+
+@pytest.mark.parametrize(
+    ("window", "options", "expected"),
+    [(None, {}, 16), (64, {}, 64), (64, {"window": 32}, 32)],
+    ids=["config", "evaluation", "attention"],
+)
+def test_the_window_of_dual_chunk_attention_without_methods(
+    make_config, small_window_folder, monkeypatch, window, options, expected
+) -> None:
+    patched = []
+
+    def patch_model(model, **options):
+        patched.append(lctrain.models.patch.patch_model(model, **options).spec)
+
+    monkeypatch.setattr(lctrain.models, "patch_model", patch_model)
+    attention = AttentionConfig(name="dual_chunk", **options)
+    evaluate(make_config(small_window_folder, attention=attention, window=window, lengths=[8]))
+    assert [(spec.window, spec.chunk_size) for spec in patched] == [(expected, expected - 1)]
 
 
 @pytest.mark.parametrize("attention", [None, AttentionConfig(name="dual_chunk")])
