@@ -36,7 +36,7 @@ def flash_attention_mask(
         q_offset: Position of the first query; a tensor for caches of fixed size.
         kv_offset: Position of the first key.
         mask_function: transformers' predicate (batch, head, query, key) -> visible.
-        attention_mask: [B, tokens] bool, True at real tokens.
+        attention_mask: [B, tokens] bool, True at real tokens; of the row from its beginning.
         allow_is_causal_skip: True if the mask is causal and nothing else.
         allow_is_bidirectional_skip: True if the mask is all-visible and nothing else.
         use_vmap: True if the model adds a mask of its own.
@@ -64,7 +64,8 @@ def flash_attention_mask(
             f"Use a DynamicCache. {UNPATCH}"
         )
     if attention_mask is not None:
-        return attention_mask[:, -kv_length:]
+        # A layer of a sliding window may hold the last keys only; a mask may go on behind them.
+        return attention_mask[:, kv_offset : kv_offset + kv_length]
     if plain or mask_function is None:
         return None
     return _packed_segments(mask_function, batch_size, q_length, device)

@@ -156,5 +156,6 @@ def _continued_boundaries(inputs: dict[str, Any]) -> Boundaries:
             f"attention_mask must be [batch, tokens] and cover the {keys} keys in the cache and "
             f"the input, got {shape}. Pass one value per token, those in the cache included."
         )
-    real = mask[:, -keys:].to(device=tokens.device, dtype=torch.bool)
+    # As in transformers' masks: column i is token i of the row, also if the mask goes on from there.
+    real = mask[:, :keys].to(device=tokens.device, dtype=torch.bool)
     return from_padding(real, queries)

@@ -184,7 +184,10 @@ def _refuse_restart(inputs: dict[str, Any], tokens: int) -> None:
     if position_ids is None or position_ids.dim() != 2 or tokens == 1:
         return
     if isinstance(mask, Tensor) and mask.dim() == 2:
-        mask = mask[:, -tokens:].to(device=position_ids.device, dtype=torch.bool)
+        seen = int(inputs["past_key_values"].get_seq_length())
+        if mask.shape[1] < seen + tokens:
+            return  # the attention function, or the hook of dual chunk attention, refuses it
+        mask = mask[:, seen : seen + tokens].to(device=position_ids.device, dtype=torch.bool)
         position_ids = position_ids.expand(mask.shape[0], -1)
     if find_segments(position_ids, mask if isinstance(mask, Tensor) else None) is not None:
         raise ValueError(

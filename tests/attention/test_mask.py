@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import DynamicCache, LlamaConfig
 from transformers.masking_utils import (
     causal_mask_function,
     create_bidirectional_mask,
@@ -48,6 +48,26 @@ def test_plain_rows_need_no_mask_and_padding_is_passed_on(mask_of, create):
     found = mask_of(create, "lctrain_flash", attention_mask=padding)
     assert found.dtype == torch.bool
     assert torch.equal(found, padding.bool())
+
+
+@pytest.mark.parametrize("seen", [2, 7])
+@pytest.mark.parametrize("beyond", [0, 3])
+@pytest.mark.parametrize("create", [create_causal_mask, create_sliding_window_causal_mask])
+def test_padding_is_that_of_the_keys_which_a_cache_holds(mask_of, create, seen, beyond):
+    """Also of a sliding layer, which forgets its first keys, and of a mask that goes on."""
+    padding = torch.ones(2, seen + 6 + beyond, dtype=torch.int64)
+    padding[0, : seen + 1] = padding[1, -1 - beyond] = 0
+    padding[1, seen + 6 :] = 0
+
+    def make(attention):
+        sliding = create is create_sliding_window_causal_mask
+        cache = DynamicCache(config=LlamaConfig(sliding_window=3) if sliding else None)
+        keys = torch.zeros(2, 1, seen, 4)
+        cache.update(keys, keys, 0)
+        return mask_of(create, attention, attention_mask=padding, past_key_values=cache)
+
+    visible = make("sdpa")
+    assert torch.equal(make("lctrain_flash"), visible[:, 0].any(-2))
 
 
 @pytest.mark.parametrize("attention_mask", [None, torch.ones(2, 6)])

@@ -188,6 +188,19 @@ def test_prefill_in_pieces_that_straddle_chunks(family):
     torch.testing.assert_close(torch.cat(found, 1)[real], expected[real])
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_mask_may_be_that_of_the_whole_text_from_the_second_piece_on(side):
+    model, documents = make_rotary_model("llama"), make_documents([40, 29])
+    input_ids, mask = padded(documents, side)
+    with patch_model(model, **SMALL), torch.no_grad():
+        expected = model(input_ids, attention_mask=mask, use_cache=False).logits
+        first = {"input_ids": input_ids[:, :22], "attention_mask": mask[:, :22]}
+        cache = model(**first, use_cache=True).past_key_values
+        found = model(input_ids[:, 22:33], attention_mask=mask, past_key_values=cache).logits
+    real = mask[:, 22:33].bool()
+    torch.testing.assert_close(found[real], expected[:, 22:33][real])
+
+
 def test_pieces_without_a_mask_and_with_positions():
     model, rows = make_rotary_model("llama"), torch.stack(make_documents([40, 40]))
     with patch_model(model, **SMALL), torch.no_grad():

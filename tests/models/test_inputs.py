@@ -66,6 +66,31 @@ def test_a_filled_cache_continues_the_rows():
         torch.testing.assert_close(model(rows[:, 6:], past_key_values=cache).logits, expected)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_mask_may_go_on_behind_the_keys_of_a_cache(family):
+    """Columns are tokens of the row from its beginning, as in transformers' masks."""
+    model = make_model(family)
+    input_ids, mask = padded(make_documents([5, 9]), "left")
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with patch_model(model), torch.no_grad():
+        expected = model(input_ids, attention_mask=mask, position_ids=positions).logits
+        first = {"attention_mask": mask[:, :2], "position_ids": positions[:, :2]}
+        cache = model(input_ids[:, :2], **first, use_cache=True).past_key_values
+        rest = {"attention_mask": mask, "position_ids": positions[:, 2:7]}
+        found = model(input_ids[:, 2:7], **rest, past_key_values=cache).logits
+    real = mask[:, 2:7].bool()
+    torch.testing.assert_close(found[real], expected[:, 2:7][real])
+
+
+def test_a_mask_that_ends_before_the_keys_of_a_cache_is_refused():
+    model, rows = make_model("llama"), make_documents([9])[0][None]
+    with patch_model(model), torch.no_grad():
+        cache = model(rows[:, :4], use_cache=True).past_key_values
+        rest = {"attention_mask": torch.ones(1, 5), "position_ids": torch.arange(4, 9)[None]}
+        with pytest.raises(ValueError, match=r"must cover the 9 keys, got 5"):
+            model(rows[:, 4:], **rest, past_key_values=cache)
+
+
 def test_the_cache_is_off_in_training_and_for_packs():
     model, documents = make_model("llama"), make_documents()
     rows = make_documents([9])[0][None]
