@@ -121,7 +121,9 @@ class DualChunkHook(InputHook):
     def __init__(self, model: Any, spec: DualChunkSpec) -> None:
         super().__init__(model, spec)
         self.spec = spec
-        self.rotary = find_rotary(model)
+        rotary = find_rotary(model)
+        # By name: who replaces the model's rotary embedding means the new one.
+        self.rotary = next(name for name, module in model.named_modules() if module is rotary)
 
     def __call__(
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -136,7 +138,7 @@ class DualChunkHook(InputHook):
             boundaries = inputs[BOUNDARIES_ARGUMENT] = _continued_boundaries(inputs)
         inputs["position_ids"] = dual_chunk_positions(self.spec, boundaries)
         inputs[DUAL_CHUNK_ARGUMENT] = DualChunkInputs(
-            self.rotary, dual_chunk_logit_scale(self.spec, boundaries)
+            model.get_submodule(self.rotary), dual_chunk_logit_scale(self.spec, boundaries)
         )
         return (), inputs
 
@@ -156,6 +158,6 @@ def _continued_boundaries(inputs: dict[str, Any]) -> Boundaries:
             f"attention_mask must be [batch, tokens] and cover the {keys} keys in the cache and "
             f"the input, got {shape}. Pass one value per token, those in the cache included."
         )
-    # As in transformers' masks: column i is token i of the row, also if the mask goes on from there.
+    # As in transformers: column i is token i of the row, also where the mask goes on from there.
     real = mask[:, :keys].to(device=tokens.device, dtype=torch.bool)
     return from_padding(real, queries)

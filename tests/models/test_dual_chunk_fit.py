@@ -145,6 +145,21 @@ def test_copies_and_pickles_have_their_own_rotary_embeddings(tmp_path):
         assert not torch.equal(packed_outputs(model, documents), expected)
 
 
+@pytest.mark.parametrize("by_name", [False, True], ids=["patched", "by_name"])
+def test_rotary_embeddings_that_are_replaced_after_patching(by_name):
+    model, other = (make_rotary_model("llama", rope_theta=theta) for theta in (1e4, 1e2))
+    documents = make_documents([80, 9])
+    for either in (model, other):
+        if by_name:
+            either.set_attn_implementation("lctrain_dual_chunk")
+        else:
+            patch_model(either, attention="dual_chunk")
+    expected = packed_outputs(other, documents)
+    assert not torch.equal(packed_outputs(model, documents), expected)
+    model.model.rotary_emb = other.model.rotary_emb
+    assert torch.equal(packed_outputs(model, documents), expected)
+
+
 def test_the_inner_model_may_be_called_by_itself():
     model, documents = make_rotary_model("llama"), make_documents([80, 9])
     with patch_model(model, attention="dual_chunk"):
