@@ -37,7 +37,7 @@ class DataConfig:
         tokenizer: Name or path; None trains a byte-level BPE on the training split, once.
         vocab_size: Of the tokenizer, if it is trained.
         max_tokens: Capacity of a row.
-        max_document_tokens: Tokens of a document in a row; None for max_tokens.
+        max_document_tokens: Tokens of a document in a row; None for all that a row has room for.
         overlong: split, truncate or drop longer documents.
         packing_window: Documents packed at a time.
         held_out_fraction: Share of the documents to hold out.

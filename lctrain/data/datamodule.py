@@ -56,8 +56,9 @@ class PackedDataModule(LightningDataModule):
             tokenizer: Name or path of a tokenizer of transformers, or one; None trains a byte-level
                 BPE on the training split, once.
             max_tokens: Tokens of a row, >= 2.
-            max_document_tokens: Tokens of a document in a row, in [2, max_tokens]; None for
-                max_tokens. Training on a short window then needs no short rows.
+            max_document_tokens: Tokens of a document in a row, at least 2 and at most what passkeys
+                leave of max_tokens; None for all of that. Training on a short window then needs no
+                short rows.
             overlong: "split", "truncate" or "drop" documents that are longer than that.
             packing_window: Documents packed at a time.
             held_out_fraction: Share of the documents to hold out, in [0, 1), unless the source has

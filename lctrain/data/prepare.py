@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from lctrain.batch import check_max_tokens
+from lctrain.batch import MIN_TOKENS, check_max_tokens
 from lctrain.data.collator import PackedRows
 from lctrain.data.documents import Documents, TokenStore, read_documents
 from lctrain.data.packing import Overlong, PackingPlan, document_limit, pack
@@ -68,6 +68,7 @@ class Preparation:
                 f"passkey_fraction must be in [0, 1), got {self.passkey_fraction}. It is a share "
                 "of the tokens of every training row; 0 adds none."
             )
+        self._check_room_for_text()
         if self.packing_window < 1:
             raise ValueError(
                 f"packing_window must be at least 1, got {self.packing_window}. Raise it."
@@ -77,6 +78,26 @@ class Preparation:
                 f"num_proc must be at least 1, got {self.num_proc}. Use None (null) for one "
                 "process, in which fast tokenizers use all cores."
             )
+
+    def _check_room_for_text(self) -> None:
+        """Raises unless documents of the wanted length fit beside the passkeys of a row."""
+        room = self.max_tokens - self._passkey_tokens(self.passkey_fraction)
+        share = f"passkey_fraction = {self.passkey_fraction}"
+        if room < MIN_TOKENS:
+            raise ValueError(
+                f"passkey_fraction must leave at least {MIN_TOKENS} of max_tokens = "
+                f"{self.max_tokens} for text, got {self.passkey_fraction}, which leaves {room}. "
+                "Lower it."
+            )
+        if self.max_document_tokens is not None and self.max_document_tokens > room:
+            raise ValueError(
+                f"max_document_tokens must be at most {room}, what {share} leaves of max_tokens = "
+                f"{self.max_tokens} for text, got {self.max_document_tokens}. Lower "
+                "passkey_fraction, raise max_tokens, or use null for documents as long as the room."
+            )
+
+    def _passkey_tokens(self, passkey_fraction: float) -> int:
+        return round(self.max_tokens * passkey_fraction)
 
     def run(self) -> PreparedData:
         """Reads, splits, tokenizes and packs, from the cache as far as it goes.
@@ -141,20 +162,17 @@ class Preparation:
         passkey_fraction: float = 0.0,
     ) -> PackedRows:
         store: TokenStore = tokenize(documents, tokenizer, self.cache_dir, self.num_proc)
-        passkey_tokens = round(self.max_tokens * passkey_fraction)
-        limit = document_limit(self.max_document_tokens, self.max_tokens)
-        capacity = self.max_tokens - passkey_tokens
-        check_max_tokens(capacity)
+        passkey_tokens = self._passkey_tokens(passkey_fraction)
         plan = pack(
             store.lengths,
-            capacity,
-            max_document_tokens=min(limit, capacity),
+            self.max_tokens - passkey_tokens,
+            max_document_tokens=self.max_document_tokens,
             overlong=self.overlong,
             window=self.packing_window,
             dropped_empty=documents.dropped_empty,
             dropped_undecodable=documents.dropped_undecodable,
         )
-        if passkey_tokens == 0 or len(plan) == 0:
+        if passkey_fraction == 0 or len(plan) == 0:
             return PackedRows(store, plan)
         return self._add_passkeys(store, plan, PasskeyFormat.of(tokenizer), passkey_tokens)
 

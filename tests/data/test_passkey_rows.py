@@ -118,3 +118,27 @@ def test_no_room_for_a_passkey_is_an_error(make_data):
         make_data(max_tokens=1024, passkey_fraction=0.05).setup()
     with pytest.raises(ValueError, match=r"must leave room .* got 50. Raise them"):
         make_data(max_tokens=1024, passkey_fraction=0.5, max_document_tokens=50).setup()
+    with pytest.raises(ValueError, match=r"must leave room .* got 0. Raise them"):
+        make_data(max_tokens=1024, passkey_fraction=0.0004).setup()
+
+
+def test_documents_that_do_not_fit_beside_the_passkeys_are_an_error(make_data):
+    settings = {"max_tokens": 512, "passkey_fraction": 0.5}
+    message = (
+        r"max_document_tokens must be at most 256, what passkey_fraction = 0.5 leaves of "
+        r"max_tokens = 512 for text, got 257. Lower passkey_fraction, raise max_tokens"
+    )
+    with pytest.raises(ValueError, match=message):
+        make_data(**settings, max_document_tokens=257)
+    for limit in (256, None):
+        data = make_data(**settings, max_document_tokens=limit)
+        data.setup()
+        rows = data._ready.train_rows
+        text = [name.startswith("passkey:") for name in rows.store.names].index(True)
+        assert max(rows.plan.lengths[rows.plan.documents < text]) == 256
+
+
+@pytest.mark.parametrize("fraction", [0.999, 1 - 1e-9])
+def test_no_room_for_text_is_an_error_that_names_the_passkeys(make_data, fraction):
+    with pytest.raises(ValueError, match=r"passkey_fraction must leave at least 2 of max_tokens"):
+        make_data(max_tokens=1024, passkey_fraction=fraction)
