@@ -20,6 +20,11 @@ from lctrain.data.passkey import KEY_WORDS, Filler, PasskeyFormat
 SHORTEST = 64  # tokens; shorter ones would teach to look a few lines back only
 LONGEST_KEY = 128  # words; a long key teaches the same in more of a document's tokens
 _LENGTHS, _DOCUMENTS = 1, 2  # what a seed is for
+_TRAINING = 1  # a branch of its own: NumPy pads seeds by zeros, so [2, n] is also [2, n, 0]
+
+
+def _stream(purpose: int, number: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence([purpose, number], spawn_key=(_TRAINING,)))
 
 
 def passkey_lengths(
@@ -42,7 +47,7 @@ def passkey_lengths(
     lengths: list[int] = []
     row_offsets = [0]
     for row in range(rows):
-        random = np.random.default_rng([_LENGTHS, row])
+        random = _stream(_LENGTHS, row)
         room = tokens
         while room >= shortest:
             drawn = shortest * (longest / shortest) ** random.random()
@@ -113,7 +118,7 @@ class PasskeyStore:
 
     def tokens(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
         """Returns tokens [start, start + length) of a document: [length] int64."""
-        random = np.random.default_rng([_DOCUMENTS, document])
+        random = _stream(_DOCUMENTS, document)
         tokens = int(self.lengths[document])
         most = min(self._format.most_words(tokens), LONGEST_KEY)
         key_words = round(KEY_WORDS * (most / KEY_WORDS) ** random.random())

@@ -7,7 +7,7 @@ import pytest
 
 from lctrain.data.packing import pack
 from lctrain.data.passkey import PasskeyFormat
-from lctrain.data.passkey_rows import add_passkeys, passkey_lengths
+from lctrain.data.passkey_rows import _stream, add_passkeys, passkey_lengths
 
 SETTINGS = {"max_tokens": 1024, "max_document_tokens": 300, "passkey_fraction": 0.5}
 
@@ -88,6 +88,23 @@ def test_the_same_rows_in_another_process_and_another_run(make_data, data):
         batch = data._ready.train_rows[row]
         assert batch.input_ids.equal(copied[row].input_ids)
         assert batch.input_ids.equal(other._ready.train_rows[row].input_ids)
+
+
+def test_no_stream_of_training_is_one_of_the_evaluation():
+    """NumPy pads seeds by zeros: [2, 64] is [2, 64, 0], key 0 of length 64 with seed 2."""
+
+    def states(generators):
+        return {generator.bit_generator.state["state"]["state"] for generator in generators}
+
+    training = states(_stream(purpose, number) for purpose in (1, 2) for number in range(200))
+    evaluation = states(
+        np.random.default_rng([seed, length, key])
+        for seed in range(4)
+        for length in range(64, 128)
+        for key in range(3)
+    )
+    assert len(training) == 400
+    assert not training & evaluation
 
 
 def test_a_part_of_a_document(data):
