@@ -10,12 +10,16 @@ from torch import Tensor
 
 from lctrain import kernels
 
+# Of dropout; of speed; of keys beside those of the queries.
+_WITHOUT_EFFECT = ("dropout_seed", "document_ids", "schedule", "max_seqlen_k")
+
 
 @contextmanager
 def published_gradient() -> Iterator[None]:
     """Replaces the kernel under `attention=dual_chunk` by the published formulation.
 
     Its output is the same, its gradient is not: see `lctrain.kernels.bench.published_dual_chunk`.
+    Calls that ask for what it does not have raise a ValueError.
     """
     exact = kernels.dual_chunk_attn_varlen_func
     kernels.dual_chunk_attn_varlen_func = _published
@@ -26,13 +30,46 @@ def published_gradient() -> Iterator[None]:
 
 
 def _published(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    inv_freq: Tensor,
+    chunk_size: int,
+    local_size: int,
+    softmax_scale: float | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
+    """The public function's call; what changes no number without dropout or a cache is not read."""
     from lctrain.kernels.bench.published_dual_chunk import published_dual_chunk_attn
 
-    assert not options.get("dropout_p"), "the published formulation has no dropout"
-    assert options.get("logit_scale") is None, "nor a factor of the logits"
-    names = ("inv_freq", "chunk_size", "local_size", "softmax_scale")
+    same = cu_seqlens_k is None or cu_seqlens_k is cu_seqlens or cu_seqlens_k.equal(cu_seqlens)
+    wanted = {
+        "dropout_p": bool(options.pop("dropout_p", 0.0)),
+        "logit_scale": options.pop("logit_scale", None) is not None,
+        "return_lse": options.pop("return_lse", False),
+        "backend": options.pop("backend", "auto") != "auto",
+        "cu_seqlens_k": not same,
+    }
+    for name in _WITHOUT_EFFECT:
+        options.pop(name, None)
+    found = [*(name for name, is_wanted in wanted.items() if is_wanted), *options]
+    if found:
+        raise ValueError(
+            f"{found[0]} must be left out for the published gradient, which does not have it. "
+            "Train with the exact one, attention=dual_chunk."
+        )
     return published_dual_chunk_attn(
-        q, k, v, cu_seqlens, max_seqlen, **{name: options[name] for name in names}
+        q,
+        k,
+        v,
+        cu_seqlens,
+        max_seqlen,
+        inv_freq=inv_freq,
+        chunk_size=chunk_size,
+        local_size=local_size,
+        softmax_scale=softmax_scale,
     )

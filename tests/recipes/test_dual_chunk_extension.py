@@ -65,6 +65,30 @@ def test_the_published_gradient_is_in_place_inside_only():
     assert not torch.allclose(other, gradient, rtol=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dropout_p", 0.1),
+        ("logit_scale", torch.ones(2)),
+        ("return_lse", True),
+        ("backend", "triton"),
+        ("cu_seqlens_k", torch.tensor([0, 11, 40], dtype=torch.int32)),
+        ("window_size", (3, 0)),
+    ],
+)
+def test_what_the_published_gradient_cannot_honour_is_refused(name, value):
+    q, k, v = (torch.randn(40, 2, 8) for _ in range(3))
+    cu = torch.tensor([0, 10, 40], dtype=torch.int32)
+    options = {"inv_freq": torch.tensor([1.0, 0.5, 0.2, 0.1]), "chunk_size": 7, "local_size": 2}
+    harmless = {"document_ids": torch.tensor([5, 6], dtype=torch.int32), "cu_seqlens_k": cu.clone()}
+    with published_gradient():
+        out = kernels.dual_chunk_attn_varlen_func(q, k, v, cu, 30, **options)
+        again = kernels.dual_chunk_attn_varlen_func(q, k, v, cu, 30, **options, **harmless)
+        assert torch.equal(out, again)
+        with pytest.raises(ValueError, match=f"{name} must be left out for the published gradient"):
+            kernels.dual_chunk_attn_varlen_func(q, k, v, cu, 30, **options, **{name: value})
+
+
 def test_smoothing_begins_at_the_first_value():
     assert _smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
     assert _smooth([3.0, 1.0])[1] < 3.0
