@@ -41,6 +41,18 @@ def test_output_and_dv_are_exact_and_the_other_gradients_are_not(call_per_chunk)
     torch.testing.assert_close(dq[one_chunk], exact.dq[one_chunk])
 
 
+@pytest.mark.parametrize("documents", [(), (0,), (0, 0)], ids=["none", "one", "two"])
+@pytest.mark.parametrize("call_per_chunk", [False, True], ids=["packed", "per_chunk"])
+def test_packs_without_tokens(call_per_chunk, documents):
+    case = dataclasses.replace(CASE, documents=equal_lengths(*documents))
+    inputs = make_inputs(case)
+    expected = inputs.q, inputs.q, inputs.k, inputs.v
+    for tensor, like in zip(
+        published(case, inputs, call_per_chunk=call_per_chunk), expected, strict=True
+    ):
+        assert tensor.shape == like.shape
+
+
 def test_both_ways_to_call_give_the_same():
     inputs = make_inputs(CASE)
     for packed, per_chunk in zip(
