@@ -69,8 +69,10 @@ class DualChunkSpec(AttentionSpec):
     Attributes:
         chunk_size: S, the largest relative position used. None: as the model's config says, else
             `window` - 1, with which texts of up to `window` tokens are read as before.
-        local_size: L, how far relative positions stay exact across a chunk's boundary; chunks hold
-            S - L tokens. None: as the model's config says, else (S + 1) // 8.
+        local_size: L, in tokens, at least 0 and below S; chunks hold S - L tokens. Across a chunk's
+            boundary, keys up to L tokens back (at most a chunk) keep their exact relative
+            positions; those farther back may get smaller ones. None: as the model's config says
+            where `chunk_size` is None too, else (S + 1) // 8, an eighth of the window.
         scale: "none", or "yarn": the logits of a document of n > `window` keys are multiplied by
             (`scale_coefficient` * ln(n / window) + 1)^2. With a key/value cache n is the length so
             far, so that a text read in pieces is scaled by less than the same text read at once.

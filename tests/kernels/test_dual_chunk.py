@@ -79,6 +79,7 @@ def test_the_definition_is_attention_over_bounded_relative_positions(chunk_size,
             stands = (i % c, min(i % c + c, chunk_size), min(2 * c - 1, chunk_size))
             relative = stands[min(distance, 2)] - j % c
             largest = max(largest, relative)
+            assert relative == i - j or i - j > min(local_size, c)
             turned = rotate(q[:, i : i + 1], torch.tensor([relative]), inv_freq)[:, 0]
             logits[:, i, j] = (turned * k[:, j]).sum(-1) / 4
     assert largest == min(chunk_size, 2 * c - 1)
