@@ -172,6 +172,40 @@ def test_a_last_stride_other_than_one_is_accepted(device):
             assert torch.equal(getattr(actual, name), tensor), name
 
 
+@pytest.mark.parametrize("alibi", ["heads", "documents"])
+def test_small_tensors_of_any_stride_are_read_right(device, alibi):
+    """Slices of tensors that hold other numbers between theirs."""
+    case = dataclasses.replace(
+        BASE,
+        documents=((20, 20), (9, 17), (5, 5)),
+        causal=False,
+        alibi=alibi,
+        sink=True,
+        dropout_p=0.2,
+    )
+    inputs = make_inputs(case, device)
+    identities = torch.tensor([7, 9, 11], dtype=torch.int32, device=device)
+    window = torch.tensor([6, 0], dtype=torch.int32, device=device)
+
+    def sliced(x):
+        return torch.stack([x, x + 1], -1)[..., 0]
+
+    strided_inputs = dataclasses.replace(
+        inputs,
+        slopes=sliced(inputs.slopes),
+        sink=sliced(inputs.sink),
+        cu_seqlens_q=sliced(inputs.cu_seqlens_q),
+        cu_seqlens_k=sliced(inputs.cu_seqlens_k),
+    )
+    strided_options = {"document_ids": sliced(identities), "window_size": sliced(window)}
+    options = {"document_ids": identities, "window_size": window}
+    for backend in backends(device):
+        expected = attention(case, inputs, backend=backend, **options)
+        actual = dict(attention(case, strided_inputs, backend=backend, **strided_options).items())
+        for name, tensor in expected.items():
+            assert torch.equal(actual[name], tensor), name
+
+
 def test_flash_attn_func_is_varlen_on_rows():
     """[B, S, H, D] of equal lengths, with fewer queries than keys, slopes, sinks and dropout."""
     case = Case(((6, 9),) * 3, causal=True, dropout_p=0.2, alibi="documents", sink=True)
