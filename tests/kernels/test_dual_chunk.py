@@ -59,6 +59,16 @@ def test_pytorch_path_is_the_definition(case):
         torch.testing.assert_close(tensor, expected[name].to(tensor.dtype), msg=name)
 
 
+@by_case
+def test_the_definition_of_some_queries_at_a_time(case):
+    """With every gradient: how long documents are held to it."""
+    case = dataclasses.replace(case, dtype=torch.float64, dropout_p=0.0)
+    inputs = make_inputs(case)
+    whole = dict(dense(case, inputs, torch.float64).items())
+    for name, tensor in dense(case, inputs, torch.float64, chunk=13).items():
+        torch.testing.assert_close(tensor, whole[name], msg=name)
+
+
 @pytest.mark.parametrize(("chunk_size", "local_size"), [(20, 5), (20, 0), (20, 17), (7, 3)])
 def test_the_definition_is_attention_over_bounded_relative_positions(chunk_size, local_size):
     """Pair by pair: rotates each query to where the table of the paper puts it."""

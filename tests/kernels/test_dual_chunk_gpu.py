@@ -5,16 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from lctrain.kernels.reference.dual_chunk import dense_dual_chunk_attention
 from tests.kernels.cases import GPU_DUAL_CHUNK_CASES, GPU_DUAL_CHUNK_PLAIN
 from tests.kernels.oracle import (
     assert_matches_oracle,
     attention,
     equal_lengths,
-    frequencies,
     make_inputs,
 )
-from tests.numerics import assert_error_at_most_twice
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_filled_memory")]
 
@@ -45,7 +42,6 @@ def test_five_hundred_documents(device):
 
 
 def test_a_hundred_thousand_tokens_beside_a_hundred_documents_of_twenty(device):
-    """The short ones whole, of the long one the last rows of its output."""
     lengths = [20] * 50 + [100_000] + [20] * 50
     case = dataclasses.replace(
         GPU_DUAL_CHUNK_PLAIN,
@@ -58,15 +54,4 @@ def test_a_hundred_thousand_tokens_beside_a_hundred_documents_of_twenty(device):
     result = attention(case, inputs)
     short = [index for index, length in enumerate(lengths) if length == 20]
     assert_matches_oracle(result, case, inputs, sample=short)
-    rows = slice(1000 + 99_500, 1000 + 100_000)
-    document = slice(1000, 1000 + 100_000)
-    dense = [
-        dense_dual_chunk_attention(
-            *(x.to(dtype) for x in (inputs.q[rows], inputs.k[document], inputs.v[document])),
-            inv_freq=frequencies(case, device),
-            chunk_size=4095,
-            local_size=512,
-        )[0]
-        for dtype in (inputs.q.dtype, torch.float64)
-    ]
-    assert_error_at_most_twice(result.out[rows], *dense, "out")
+    assert_matches_oracle(result, case, inputs, chunk=512, sample=[50])  # the long one
