@@ -162,14 +162,17 @@ def ours(inputs: DifferentialInputs) -> Call:
 
 
 def our_attention(inputs: DifferentialInputs) -> Attention:
-    """Our own plain attention."""
+    """Our own plain attention, in the portable kernels as diff_attn_varlen_func is."""
     lengths = inputs.workload.lengths
     schedule = make_schedule(lengths).to(inputs.v.device)
     cu, longest = inputs.cu_seqlens, max(lengths)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = flash_attn_varlen_func(
-            q, k, v, cu, cu, longest, longest, causal=True, schedule=schedule
+            *(q, k, v, cu, cu, longest, longest),
+            causal=True,
+            schedule=schedule,
+            backend="triton",
         )
         assert isinstance(out, Tensor)
         return out
