@@ -166,13 +166,14 @@ def our_attention(inputs: DifferentialInputs) -> Attention:
     lengths = inputs.workload.lengths
     schedule = make_schedule(lengths).to(inputs.v.device)
     cu, longest = inputs.cu_seqlens, max(lengths)
+    backend = "triton" if inputs.v.is_cuda else "auto"
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = flash_attn_varlen_func(
             *(q, k, v, cu, cu, longest, longest),
             causal=True,
             schedule=schedule,
-            backend="triton",
+            backend=backend,
         )
         assert isinstance(out, Tensor)
         return out
