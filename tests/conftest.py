@@ -17,12 +17,15 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 
 def pytest_collection_modifyitems(items):
-    if HAS_GPU:
-        return
-    skip = pytest.mark.skip(reason="needs a GPU")
+    missing = {}
+    if not HAS_GPU:
+        missing["gpu"] = pytest.mark.skip(reason="needs a GPU")
+    elif torch.version.hip is not None or torch.cuda.get_device_capability()[0] != 9:
+        missing["hopper"] = pytest.mark.skip(reason="needs a Hopper GPU")
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+        for marker, skip in missing.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import warnings
 
 import torch
 
-BACKENDS = ("auto", "triton", "pytorch")
+BACKENDS = ("auto", "hopper", "triton", "pytorch")
 
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -36,8 +36,21 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def hopper_serves(device: torch.device) -> bool:
+    """Tells whether the kernels for Hopper GPUs run on a device."""
+    if device.type != "cuda" or not TRITON_INSTALLED:
+        return False
+    from lctrain.kernels.hopper.support import available
+
+    return available(device)
+
+
 def select_backend(
-    device: torch.device | str, dtype: torch.dtype = torch.bfloat16, backend: str = "auto"
+    device: torch.device | str,
+    dtype: torch.dtype = torch.bfloat16,
+    backend: str = "auto",
+    *,
+    has_hopper: bool = True,
 ) -> str:
     """Returns the implementation that serves tensors of this device and dtype.
 
@@ -45,9 +58,11 @@ def select_backend(
         device: Where q, k and v live.
         dtype: Their dtype.
         backend: "auto" or the name of an implementation.
+        has_hopper: Whether there are Hopper kernels of what is asked for: of flash_attn_*, yes.
 
     Returns:
-        "triton" or "pytorch".
+        "hopper", "triton" or "pytorch". "hopper" is for calls that its kernels can serve: see
+        `lctrain.kernels.hopper.support`; "auto" sends the others to "triton".
 
     Raises:
         ValueError: if the name is unknown, or the named implementation cannot serve these tensors.
@@ -60,9 +75,24 @@ def select_backend(
         if device.type != "cuda":  # ROCm devices carry this name too
             return "pytorch"
         if TRITON_INSTALLED and dtype in (torch.float16, torch.bfloat16):
-            return "triton"
+            return "hopper" if has_hopper and hopper_serves(device) else "triton"
         _warn_of_slow_path(dtype)
         return "pytorch"
+    if backend == "hopper":
+        if not has_hopper:
+            raise ValueError(
+                "backend='hopper' has no kernels for this attention. Pass backend='auto'."
+            )
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"backend='hopper' takes float16 or bfloat16, got {dtype}. "
+                "Cast the tensors, or pass backend='auto'."
+            )
+        if not hopper_serves(device):
+            raise ValueError(
+                f"backend='hopper' needs tensors on a Hopper GPU (compute capability 9.0) and a "
+                f"Triton that it knows, got a tensor on {device}. Pass backend='auto'."
+            )
     if backend == "triton":
         if not TRITON_INSTALLED:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The tile schedule: which 128-row tiles of which document the kernels visit, longest first.
+"""The tile schedule: which 128-row tiles of which document the kernels visit, and in which order.
 
 Built once per batch, from lengths that are known on the CPU, and reused by every layer and by every
 recomputation.
@@ -16,12 +16,12 @@ Work = Callable[[Tensor, Tensor], Tensor]  # (document, block) of each tile -> i
 
 
 class TileSchedule(NamedTuple):
-    """Tiles of SCHEDULE_ROWS rows, ordered by the work of a causal mask, longest first.
+    """Tiles of SCHEDULE_ROWS rows, in the order in which programs take them.
 
     Attributes:
         q_tiles: [n, 2] int32, (document, block of SCHEDULE_ROWS queries inside it). Document -1 is
-            an empty slot.
-        k_tiles: [m, 2] int32, the same for keys.
+            an empty slot. Ordered by the work of a causal mask, longest first.
+        k_tiles: [m, 2] int32, the same for keys. Document by document, longest first.
         total_q: Packed queries that the documents cover; -1 if known on the device only.
         total_k: Packed keys, likewise.
         documents: N.
@@ -71,7 +71,7 @@ def make_schedule(lengths_q: Sequence[int], lengths_k: Sequence[int] | None = No
         )
     return TileSchedule(
         _tiles(queries, _query_work(queries, keys), int(_blocks(queries).sum())),
-        _tiles(keys, _key_work(queries, keys), int(_blocks(keys).sum())),
+        _tiles(keys, _key_order(queries), int(_blocks(keys).sum())),
         int(queries.sum()),
         int(keys.sum()),
         len(queries),
@@ -129,7 +129,7 @@ def _build_on_device(cu_q: Tensor, cu_k: Tensor, total_q: int, total_k: int) -> 
     queries, keys = cu_q.diff().long(), cu_k.diff().long()
     return TileSchedule(
         _tiles(queries, _query_work(queries, keys), total_q // SCHEDULE_ROWS + documents),
-        _tiles(keys, _key_work(queries, keys), total_k // SCHEDULE_ROWS + documents),
+        _tiles(keys, _key_order(queries), total_k // SCHEDULE_ROWS + documents),
         -1,
         -1,
         documents,
@@ -147,15 +147,17 @@ def _query_work(queries: Tensor, keys: Tensor) -> Work:
     )
 
 
-def _key_work(queries: Tensor, keys: Tensor) -> Work:
-    """Queries that see the first key of a block under a causal mask."""
-    return lambda document, block: torch.minimum(
-        queries[document], keys[document] - block * SCHEDULE_ROWS
-    )
+def _key_order(queries: Tensor) -> Work:
+    """Keeps the tiles of a document together, in order.
+
+    They add to the same rows of dq in the Hopper kernels, and all read the same queries: done side
+    by side they find them in L2. Under a causal mask the first tile of a document has most work.
+    """
+    return lambda document, block: queries[document]
 
 
 def _tiles(lengths: Tensor, work: Work, slots: int) -> Tensor:
-    """[slots, 2] int32 (document, block), sorted by falling work; empty slots last, document -1."""
+    """[slots, 2] int32 (document, block) by falling work, equals in order; empty slots -1, last."""
     if len(lengths) == 0:
         return lengths.new_empty((0, 2), dtype=torch.int32)
     counts = _blocks(lengths)

@@ -77,7 +77,9 @@ def flash_attn_varlen_func(
             pack.
         schedule: From make_schedule, on q's device. Default: built on the device, once per
             cu_seqlens tensor.
-        backend: "auto", "triton" or "pytorch". A named one never falls back.
+        backend: "auto", "hopper", "triton" or "pytorch". A named one never falls back; "auto" takes
+            "hopper" on a Hopper GPU, except for what its kernels cannot do
+            (`lctrain.kernels.hopper.support`).
 
     Returns:
         out [T, H, D] in q's dtype; with return_lse also lse [H, T] float32, natural logarithm,
@@ -111,6 +113,7 @@ def flash_attn_varlen_func(
             "block_table (paged key/value cache) is not supported. "
             "Gather the pages into contiguous k and v before the call."
         )
+    named = backend
     backend = select_backend(q.device, q.dtype, backend)
     head_dim = q.shape[2]
     scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
@@ -121,6 +124,8 @@ def flash_attn_varlen_func(
         cu_seqlens_q, cu_seqlens_k, window, alibi_slopes, learnable_sink, document_ids
     )
     padded = pad_head_dim(q), pad_head_dim(k), pad_head_dim(v)
+    if named == "hopper":
+        _require_hopper(*padded, alibi_slopes, deterministic)
     out, lse = torch.ops.lctrain.varlen_forward(
         *padded,
         cu_seqlens_q,
@@ -200,7 +205,7 @@ def flash_attn_func(
         learnable_sink: [H].
         dropout_seed: An int or one int64 element.
         document_ids: [B] int32; default the row.
-        backend: "auto", "triton" or "pytorch".
+        backend: As in flash_attn_varlen_func.
 
     Returns:
         out [B, S, H, D]; lse is [B, H, S] float32.
@@ -250,6 +255,22 @@ def flash_attn_func(
     if return_attn_probs:
         return out, lse, result[2]
     return (out, lse) if return_lse else out
+
+
+def _require_hopper(
+    q: Tensor, k: Tensor, v: Tensor, alibi_slopes: Tensor | None, deterministic: bool
+) -> None:
+    """Refuses what the Hopper kernels cannot do, where they are named."""
+    from lctrain.kernels.hopper.support import BACKWARD_LIMITS, FORWARD_LIMITS, Call, refusal
+
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    call = Call(q, k, v, alibi=alibi_slopes is not None, deterministic=deterministic)
+    reason = refusal(call, BACKWARD_LIMITS if trained else FORWARD_LIMITS)
+    if reason is not None:
+        raise ValueError(
+            f"backend='hopper' does not serve {reason}. Pass backend='auto', which takes the "
+            "portable kernels for that, or backend='triton'."
+        )
 
 
 def _row_boundaries(batch: int, length: int, device: torch.device) -> Tensor:

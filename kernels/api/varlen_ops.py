@@ -54,11 +54,31 @@ def varlen_forward(
                 dropout_seed=dropout_seed,
                 document_ids=document_ids,
             )
-    from lctrain.kernels.attention.varlen_fwd import varlen_fwd
-
     schedule = complete_schedule(
         q_tiles, k_tiles, cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0]
     )
+    if backend == "hopper":
+        from lctrain.kernels.hopper import support, varlen
+
+        call = support.Call(q, k, v, alibi=alibi_slopes is not None)
+        if support.refusal(call, support.FORWARD_LIMITS) is None:
+            return varlen.varlen_fwd(
+                q,
+                k,
+                v,
+                cu_seqlens_q,
+                cu_seqlens_k,
+                schedule.q_tiles,
+                softmax_scale=softmax_scale,
+                window=(window_left, window_right) if window is None else window,
+                softcap=softcap,
+                learnable_sink=learnable_sink,
+                dropout_p=dropout_p,
+                dropout_seed=dropout_seed,
+                document_ids=document_ids,
+            )
+    from lctrain.kernels.attention.varlen_fwd import varlen_fwd
+
     return varlen_fwd(
         q,
         k,
@@ -131,11 +151,34 @@ def varlen_backward(
                 dropout_seed=dropout_seed,
                 document_ids=document_ids,
             )
-    from lctrain.kernels.attention.varlen_bwd import varlen_bwd
-
     schedule = complete_schedule(
         q_tiles, k_tiles, cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0]
     )
+    if backend == "hopper":
+        from lctrain.kernels.hopper import support, varlen
+
+        call = support.Call(q, k, v, dout, alibi_slopes is not None, deterministic)
+        if support.refusal(call, support.BACKWARD_LIMITS) is None:
+            return varlen.varlen_bwd(
+                dout,
+                dlse,
+                q,
+                k,
+                v,
+                out,
+                lse,
+                cu_seqlens_q,
+                cu_seqlens_k,
+                schedule.k_tiles,
+                softmax_scale=softmax_scale,
+                window=(window_left, window_right) if window is None else window,
+                softcap=softcap,
+                dropout_p=dropout_p,
+                dropout_seed=dropout_seed,
+                document_ids=document_ids,
+            )
+    from lctrain.kernels.attention.varlen_bwd import varlen_bwd
+
     return varlen_bwd(
         dout,
         dlse,

@@ -26,10 +26,10 @@ from lctrain.kernels.attention.dual_chunk_dkv import dual_chunk_dkv_kernel
 from lctrain.kernels.attention.dual_chunk_dq import dual_chunk_dq_kernel
 from lctrain.kernels.attention.dual_chunk_fwd import dual_chunk_fwd_kernel
 from lctrain.kernels.attention.dual_chunk_rotate import ROTATE_CONFIG, dual_chunk_rotate_kernel
-from lctrain.kernels.attention.launch import RUNTIME_INTEGERS, padded_head_dim
 from lctrain.kernels.attention.varlen_dkv import varlen_dkv_kernel
 from lctrain.kernels.attention.varlen_dq import varlen_dq_kernel
 from lctrain.kernels.attention.varlen_fwd import varlen_fwd_kernel
+from lctrain.kernels.tile.arguments import RUNTIME_INTEGERS, padded_head_dim
 
 KERNELS = {
     "varlen_fwd": varlen_fwd_kernel,

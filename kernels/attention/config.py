@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lctrain.kernels.attention.launch import padded_head_dim
+from lctrain.kernels.tile.arguments import padded_head_dim
 
 
 @dataclass(frozen=True)

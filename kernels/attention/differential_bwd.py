@@ -9,13 +9,13 @@ from torch import Tensor
 from lctrain.kernels.attention.config import tile_config
 from lctrain.kernels.attention.differential_dkv import differential_dkv_kernel
 from lctrain.kernels.attention.differential_dq import differential_dq_kernel
-from lctrain.kernels.attention.launch import (
+from lctrain.kernels.schedule import SCHEDULE_ROWS
+from lctrain.kernels.tile.arguments import (
     DOT_PRECISION,
     dropout_arguments,
     padded_head_dim,
     window_arguments,
 )
-from lctrain.kernels.schedule import SCHEDULE_ROWS
 
 
 def differential_bwd(

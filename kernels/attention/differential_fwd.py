@@ -6,14 +6,14 @@ import triton.language as tl
 from torch import Tensor
 
 from lctrain.kernels.attention.config import tile_config
-from lctrain.kernels.attention.launch import (
+from lctrain.kernels.schedule import SCHEDULE_ROWS
+from lctrain.kernels.tile.arguments import (
     DOT_PRECISION,
     RUNTIME_INTEGERS,
     dropout_arguments,
     padded_head_dim,
     window_arguments,
 )
-from lctrain.kernels.schedule import SCHEDULE_ROWS
 from lctrain.kernels.tile.dropout import keep_mask, load_key
 from lctrain.kernels.tile.logits import logits_multiplier
 from lctrain.kernels.tile.mask import key_ranges, load_window, mask_logits

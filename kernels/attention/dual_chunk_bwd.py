@@ -12,8 +12,8 @@ from lctrain.kernels.attention.config import tile_config
 from lctrain.kernels.attention.dual_chunk_dkv import dual_chunk_dkv_kernel
 from lctrain.kernels.attention.dual_chunk_dq import dual_chunk_dq_kernel
 from lctrain.kernels.attention.dual_chunk_rotate import dual_chunk_rotate, rotated_keys
-from lctrain.kernels.attention.launch import DOT_PRECISION, dropout_arguments, padded_head_dim
 from lctrain.kernels.schedule import SCHEDULE_ROWS
+from lctrain.kernels.tile.arguments import DOT_PRECISION, dropout_arguments, padded_head_dim
 
 
 def dual_chunk_bwd(

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lctrain.kernels.attention.launch import RUNTIME_INTEGERS
+from lctrain.kernels.tile.arguments import RUNTIME_INTEGERS
 from lctrain.kernels.tile.chunks import NEAR, far_delta, far_end, keys_of_query, keys_of_tile
 from lctrain.kernels.tile.dropout import keep_mask, load_key
 from lctrain.kernels.tile.logits import LOG2_E

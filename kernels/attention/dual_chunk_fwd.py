@@ -9,13 +9,13 @@ from torch import Tensor
 
 from lctrain.kernels.attention.config import tile_config
 from lctrain.kernels.attention.dual_chunk_rotate import dual_chunk_rotate, rotated_keys
-from lctrain.kernels.attention.launch import (
+from lctrain.kernels.schedule import SCHEDULE_ROWS
+from lctrain.kernels.tile.arguments import (
     DOT_PRECISION,
     RUNTIME_INTEGERS,
     dropout_arguments,
     padded_head_dim,
 )
-from lctrain.kernels.schedule import SCHEDULE_ROWS
 from lctrain.kernels.tile.chunks import FAR, NEAR, keys_of_query, keys_of_tile
 from lctrain.kernels.tile.dropout import keep_mask, load_key
 from lctrain.kernels.tile.logits import LOG2_E

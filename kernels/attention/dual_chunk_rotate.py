@@ -6,8 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lctrain.kernels.attention.config import TileConfig
-from lctrain.kernels.attention.launch import RUNTIME_INTEGERS, padded_head_dim
 from lctrain.kernels.schedule import SCHEDULE_ROWS
+from lctrain.kernels.tile.arguments import RUNTIME_INTEGERS, padded_head_dim
 from lctrain.kernels.tile.chunks import far_delta, far_end
 from lctrain.kernels.tile.logits import LOG2_E
 from lctrain.kernels.tile.memory import load_rows

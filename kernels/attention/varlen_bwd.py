@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from lctrain.kernels.attention.config import tile_config
-from lctrain.kernels.attention.launch import (
+from lctrain.kernels.attention.varlen_dkv import varlen_dkv_kernel
+from lctrain.kernels.attention.varlen_dq import varlen_dq_kernel
+from lctrain.kernels.schedule import SCHEDULE_ROWS
+from lctrain.kernels.tile.arguments import (
     DOT_PRECISION,
     alibi_strides,
     dropout_arguments,
     padded_head_dim,
     window_arguments,
 )
-from lctrain.kernels.attention.varlen_dkv import varlen_dkv_kernel
-from lctrain.kernels.attention.varlen_dq import varlen_dq_kernel
-from lctrain.kernels.schedule import SCHEDULE_ROWS
 
 
 def varlen_bwd(

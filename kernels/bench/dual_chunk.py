@@ -96,7 +96,7 @@ def _without_dropout(prepare: Callable[[AttentionInputs], Call]) -> Callable[...
     return checked
 
 
-CAUSAL = replace(PEERS["lctrain"], name="causal", title="lctrain, causal")
+CAUSAL = replace(PEERS["portable"], name="causal", title="lctrain, causal")
 DUAL_CHUNK_PEERS = (
     Peer("dual_chunk", "lctrain, dual chunk", "lctrain.kernels", "lctrain", lctrain_dual_chunk),
     CAUSAL,

@@ -65,7 +65,7 @@ def _refuse_dropout(inputs: AttentionInputs) -> None:
         raise UnsupportedWorkload("has no dropout")
 
 
-def lctrain(inputs: AttentionInputs) -> Call:
+def lctrain(inputs: AttentionInputs, backend: str = "auto") -> Call:
     """Ours, with the schedule of the batch."""
     q, k, v = inputs.leaves
     cu, longest = inputs.cu_seqlens, inputs.max_seqlen
@@ -74,12 +74,20 @@ def lctrain(inputs: AttentionInputs) -> Call:
 
     def call() -> torch.Tensor:
         out = flash_attn_varlen_func(
-            q, k, v, cu, cu, longest, longest, dropout_p, causal=True, schedule=schedule
+            *(q, k, v, cu, cu, longest, longest, dropout_p),
+            causal=True,
+            schedule=schedule,
+            backend=backend,
         )
         assert isinstance(out, torch.Tensor)
         return out
 
     return call
+
+
+def lctrain_portable(inputs: AttentionInputs) -> Call:
+    """Our portable kernels, also where there are faster ones for the GPU."""
+    return lctrain(inputs, backend="triton")
 
 
 def flash_attention_2(inputs: AttentionInputs) -> Call:
@@ -193,6 +201,7 @@ def cudnn(inputs: AttentionInputs) -> Call:
 OURS = "lctrain"
 _ALL = (
     Peer(OURS, "lctrain", "lctrain.kernels", "lctrain", lctrain),
+    Peer("portable", "lctrain, portable", "lctrain.kernels", "lctrain", lctrain_portable),
     Peer(
         "fa2", "FlashAttention-2 in torch", "torch.nn.attention.varlen", "torch", flash_attention_2
     ),

@@ -66,7 +66,7 @@ def serving_backend(model: nn.Module, spec: AttentionSpec) -> str:
         device, dtype = weight.device, weight.dtype
     if spec.backend != "auto" and device.type == "cpu" and torch.cuda.is_available():
         device = torch.device("cuda")  # a model is often patched before it is moved
-    return select_backend(device, dtype, spec.backend)
+    return select_backend(device, dtype, spec.backend, has_hopper=spec.kind == "flash")
 
 
 def _hooks(model: nn.Module) -> list[InputHook]:
@@ -152,6 +152,13 @@ class PatchHandle:
 
     def _backend(self) -> str:
         try:
-            return serving_backend(self.model, self.spec)
+            backend = serving_backend(self.model, self.spec)
         except ValueError as error:  # the model has moved since; the next forward raises this
             return f"none: {error}"
+        if backend != "hopper":
+            return backend
+        from lctrain.kernels.hopper.support import serves
+
+        dtype = next(self.model.parameters()).dtype
+        dims = {getattr(layer, "head_dim", 64) for layer in self.layers.values()}
+        return "; ".join(sorted({serves(d, dtype, self.spec.deterministic) for d in dims}))

@@ -245,7 +245,7 @@ CASES = {
     "backend": (
         {"backend": "cuda"},
         ValueError,
-        "backend must be one of auto, triton, pytorch, got 'cuda'",
+        "backend must be one of auto, hopper, triton, pytorch, got 'cuda'",
     ),
 }
 

@@ -22,6 +22,13 @@ from tests.kernels.oracle import Case, cumulative, frequencies
 pytestmark = pytest.mark.gpu
 
 
+@pytest.fixture(autouse=True)
+def leave_memory_to_others():
+    """What a large test leaves in the allocator's cache is out of reach for other workers."""
+    yield
+    torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def no_synchronisation(device):
     """Returns a context manager in which a synchronisation with the device is an error."""
@@ -182,7 +189,7 @@ def test_memory_is_linear_and_that_of_torch(device):
 
 @pytest.mark.xdist_group("gpu_memory")
 def test_deterministic_needs_no_scratch(device):
-    """The same bytes as without it, and no more than O(T H D)."""
+    """No more bytes than without it, and no more than O(T H D)."""
     inputs = make_inputs(Workload("memory", (4096,) * 4, 32, 8, 128), device)
     q, k, v = inputs.leaves
     cu, longest = inputs.cu_seqlens, inputs.max_seqlen
@@ -193,7 +200,7 @@ def test_deterministic_needs_no_scratch(device):
         )
 
     peak = peak_bytes(deterministic, inputs.leaves, inputs.grad_out)
-    assert peak == peak_bytes(our_call(inputs), inputs.leaves, inputs.grad_out)
+    assert peak <= peak_bytes(our_call(inputs), inputs.leaves, inputs.grad_out)
     results = 2 * q.nbytes + k.nbytes + v.nbytes  # out, dq, dk, dv
     statistics = 6 * 4 * q.shape[0] * q.shape[1]  # lse, delta and four numbers per row and head
     granularity = 16 << 21

@@ -40,7 +40,8 @@ def test_packed_equals_separate_in_bfloat16(family):
         plain = separate_outputs(model, on_gpu)
         with patch_model(model) as handle:
             packed = packed_on_gpu(model, documents)
-            assert "kernels: triton" in repr(handle)
+            kernels = repr(handle).split("kernels: ")[1]
+            assert kernels.startswith(("hopper", "triton"))
     assert_error_at_most_twice(packed, plain, reference, "outputs")
 
 

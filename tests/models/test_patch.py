@@ -140,7 +140,7 @@ def test_repr_of_a_model_that_its_backend_cannot_serve(monkeypatch):
 
     handle = patch_model(make_model("llama"), backend="pytorch")
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise ValueError("backend must fit")
 
     monkeypatch.setattr(kernels, "select_backend", refuse)

@@ -1,0 +1,69 @@
+"""Device helpers: those of lctrain.kernels.tile, compiled as Gluon, and what only Hopper needs.
+
+`gluon.jit(helper.fn)` compiles the source of a helper again, with layouts. So there is one
+definition of the dropout mask, of windows and of logits for all kernels.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from lctrain.kernels.tile import dropout, mask
+from lctrain.kernels.tile import logits as logits_tile
+
+keep_mask = gluon.jit(dropout.keep_mask.fn)
+load_key = gluon.jit(dropout.load_key.fn)
+load_window = gluon.jit(mask.load_window.fn)
+tanh = gluon.jit(logits_tile.tanh.fn)
+
+
+@gluon.jit
+def scalar(buffer, warps: gl.constexpr):
+    """Reads the only element of a [1] buffer in shared memory."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [warps], [0])
+    return gl.max(buffer.load(layout), 0)
+
+
+@gluon.jit
+def key_blocks(
+    first,
+    positions,
+    shift,
+    length_k,
+    left,
+    right,
+    HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):
+    """Blocks [low, high) of keys that queries [first, first + positions) of a document see."""
+    end = length_k
+    if HAS_RIGHT:
+        end = gl.minimum(end, gl.maximum(first + positions + shift + right, 0))
+    high = (end + BLOCK_N - 1) // BLOCK_N
+    low = 0
+    if HAS_LEFT:
+        low = gl.minimum(gl.maximum(first + shift - left, 0) // BLOCK_N, high)
+    return low, high
+
+
+@gluon.jit
+def query_blocks(
+    first,
+    keys,
+    shift,
+    length_q,
+    left,
+    right,
+    HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+):
+    """Blocks [low, high) of queries that see keys [first, first + keys) of a document."""
+    end = length_q
+    if HAS_LEFT:
+        end = gl.minimum(end, gl.maximum(first + keys - shift + left, 0))
+    high = (end + BLOCK_M - 1) // BLOCK_M
+    low = 0
+    if HAS_RIGHT:
+        low = gl.minimum(gl.maximum(first - shift - right, 0) // BLOCK_M, high)
+    return low, high

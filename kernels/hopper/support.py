@@ -1,0 +1,136 @@
+"""What the Hopper kernels cannot do, in one table; such calls go to the portable kernels."""
+
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+from torch import Tensor
+
+# Gluon is experimental: a Triton outside this range may have changed what compat.py adapts.
+OLDEST_TRITON, NEWEST_TRITON = (3, 6), (3, 9)
+MAX_ROWS = 1 << 30  # of a descriptor's row dimension
+
+
+@dataclass(frozen=True)
+class Call:
+    """What decides about a call of varlen attention.
+
+    Attributes:
+        q: [T, H, D].
+        k: [Tk, Hk, D].
+        v: [Tk, Hk, D].
+        dout: Gradient of out, in the backward.
+        alibi: Slopes are given.
+        deterministic: dq must have the same bits in every run.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor | None = None
+    alibi: bool = False
+    deterministic: bool = False
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that the copy engine reads."""
+        return tuple(x for x in (self.q, self.k, self.v, self.dout) if x is not None)
+
+
+def _unaligned(tensor: Tensor) -> bool:
+    """The copy engine wants 16-byte strides, all positive, and a 16-byte base."""
+    if tensor.numel() == 0:
+        return False
+    size = tensor.element_size()
+    strides = tensor.stride()[:-1]
+    return (
+        any(stride * size % 16 or stride <= 0 for stride in strides) or tensor.data_ptr() % 16 != 0
+    )
+
+
+_Limit = tuple[str, Callable[[Call], bool]]
+FORWARD_LIMITS: tuple[_Limit, ...] = (
+    ("dtypes other than float16 and bfloat16", lambda c: c.q.element_size() != 2),
+    ("head dims above 256", lambda c: c.q.shape[2] > 256),
+    ("values of another head dim", lambda c: c.v.shape[2] != c.q.shape[2]),
+    ("packs without keys", lambda c: c.k.shape[0] == 0),
+    ("ALiBi slopes", lambda c: c.alibi),
+    ("more than 2^30 tokens", lambda c: max(c.q.shape[0], c.k.shape[0]) > MAX_ROWS),
+    ("strides or addresses that are no multiples of 16 bytes",
+     lambda c: any(_unaligned(x) for x in (c.q, c.k, c.v))),
+)  # fmt: skip
+BACKWARD_LIMITS: tuple[_Limit, ...] = (
+    *FORWARD_LIMITS,
+    ("the backward of head dims above 128", lambda c: c.q.shape[2] > 128),
+    ("a deterministic backward", lambda c: c.deterministic),
+    ("a gradient of out whose strides are no multiples of 16 bytes",
+     lambda c: c.dout is not None and c.dout.stride(2) == 1 and _unaligned(c.dout)),
+)  # fmt: skip
+
+
+def refusal(call: Call, limits: tuple[_Limit, ...]) -> str | None:
+    """Returns what a call asks of the Hopper kernels that they cannot do, None if nothing."""
+    return next((name for name, exceeds in limits if exceeds(call)), None)
+
+
+def serves(head_dim: int, dtype: torch.dtype, deterministic: bool) -> str:
+    """Says in words which passes the Hopper kernels serve of a model, and who the others.
+
+    Args:
+        head_dim: D, of queries, keys and values.
+        dtype: Of all three.
+        deterministic: As in flash_attn_varlen_func.
+    """
+    x = torch.empty(1, 1, head_dim, dtype=dtype, device="meta")
+    call = Call(x, x, x, deterministic=deterministic)
+    forward, backward = refusal(call, FORWARD_LIMITS), refusal(call, BACKWARD_LIMITS)
+    if forward is not None:
+        return f"triton (not hopper: {forward})"
+    return "hopper" if backward is None else f"hopper, and triton for {backward}"
+
+
+def _installed_triton() -> tuple[int, int] | None:
+    """(major, minor) of Triton."""
+    try:
+        found = re.match(r"(\d+)\.(\d+)", metadata.version("triton"))
+    except metadata.PackageNotFoundError:
+        return None
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def knows_triton(version: tuple[int, int] | None) -> bool:
+    """Tells whether compat.py knows a Triton; warns if it does not."""
+    if version is None:
+        return False
+    if OLDEST_TRITON <= version <= NEWEST_TRITON:
+        return True
+    oldest, newest, found = (".".join(map(str, v)) for v in (OLDEST_TRITON, NEWEST_TRITON, version))
+    warnings.warn(
+        f"lctrain's Hopper kernels know Triton {oldest} to {newest}, not {found}: attention takes "
+        "the portable kernels, which are slower on a Hopper GPU. Install one of those versions.",
+        stacklevel=2,
+    )
+    return False
+
+
+def _hopper_devices() -> frozenset[int]:
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return frozenset()
+    devices = range(torch.cuda.device_count())
+    return frozenset(i for i in devices if torch.cuda.get_device_capability(i)[0] == 9)
+
+
+# Read once, on the first call with a GPU: torch.compile cannot trace how they are found out.
+_DEVICES = _hopper_devices()
+_KNOWN_TRITON = bool(_DEVICES) and knows_triton(_installed_triton())
+
+
+def available(device: torch.device) -> bool:
+    """Tells whether the Hopper kernels run on a device."""
+    if device.type != "cuda" or not _KNOWN_TRITON:
+        return False
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return index in _DEVICES

@@ -1,0 +1,267 @@
+"""Launches the Hopper kernels of varlen attention."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lctrain.kernels.hopper.config import (
+    BACKWARD,
+    BLOCK_N_BACKWARD,
+    CONSUMER_REGISTERS,
+    CONSUMERS,
+    FORWARD,
+    pack_heads,
+)
+from lctrain.kernels.hopper.launch import multiprocessors, padded_columns, ragged_descriptor
+from lctrain.kernels.hopper.varlen_bwd_kernel import varlen_bwd_hopper_kernel
+from lctrain.kernels.hopper.varlen_fwd_kernel import varlen_fwd_hopper_kernel
+from lctrain.kernels.schedule import SCHEDULE_ROWS
+from lctrain.kernels.tile.arguments import dropout_arguments, window_arguments
+from lctrain.kernels.tile.logits import LOG2_E
+
+_LOG2_E = tl.constexpr(LOG2_E)
+
+
+def varlen_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    q_tiles: Tensor,
+    *,
+    softmax_scale: float,
+    window: tuple[int, int] | Tensor,
+    softcap: float,
+    learnable_sink: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    document_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Launches varlen_fwd_hopper_kernel; arguments and results as the portable varlen_fwd.
+
+    Raises nothing of its own: support.py says beforehand what these kernels cannot do.
+    """
+    total_q, heads, head_dim = q.shape
+    group = heads // k.shape[1]
+    out = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((heads, total_q), dtype=torch.float32, device=q.device)
+    pack = pack_heads(group)
+    positions = CONSUMERS * 64 // pack
+    items = q_tiles.shape[0] * (SCHEDULE_ROWS // positions) * (heads // pack)
+    if items == 0:
+        return out, lse
+    columns = padded_columns(head_dim)
+    tile = FORWARD[columns]
+    run = min(64, positions)
+    window_ptr, left, right, has_left, has_right = window_arguments(window)
+    threshold, scale_kept = dropout_arguments(dropout_p)
+    varlen_fwd_hopper_kernel[(min(items, multiprocessors(q.device)),)](
+        ragged_descriptor(q, run, 64),
+        ragged_descriptor(k, tile.block_n, columns),
+        ragged_descriptor(v, tile.block_n, columns),
+        ragged_descriptor(out, run, 64),
+        lse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        q_tiles,
+        torch.zeros(1, dtype=torch.int32, device=q.device),
+        window_ptr,
+        learnable_sink,
+        dropout_seed,
+        document_ids,
+        items,
+        total_q,
+        left,
+        right,
+        softmax_scale,
+        softcap,
+        threshold,
+        scale_kept,
+        GROUP=group,
+        HEADS=heads,
+        PACK=pack,
+        CONSUMERS=CONSUMERS,
+        BLOCK_N=tile.block_n,
+        BLOCK_D=columns,
+        Q_STAGES=tile.q_stages,
+        STAGES=tile.stages,
+        HAS_LEFT=has_left,
+        HAS_RIGHT=has_right,
+        HAS_SOFTCAP=softcap > 0,
+        HAS_SINK=learnable_sink is not None,
+        HAS_DROPOUT=dropout_p > 0,
+        num_warps=4,
+        maxnreg=CONSUMER_REGISTERS,
+    )
+    return out, lse
+
+
+@triton.jit(do_not_specialize=["total_q"])
+def _prepare_kernel(
+    out_ptr,
+    dout_ptr,
+    lse_ptr,
+    dlse_ptr,
+    dq_ptr,
+    delta_ptr,
+    lse2_ptr,
+    kept_delta_ptr,
+    stride_ot,
+    stride_oh,
+    stride_dot,
+    stride_doh,
+    total_q,
+    keep_scale,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """delta = rowsum(dout * out) - dlse, lse in base 2, and a zeroed float32 dq.
+
+    Grid: (blocks of ROWS tokens, heads).
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1)
+    column = tl.arange(0, BLOCK_D)
+    inside = row < total_q
+    mask = inside[:, None] & (column < HEAD_DIM)[None, :]
+    token = row.to(tl.int64)
+    out = tl.load(
+        out_ptr + token[:, None] * stride_ot + head * stride_oh + column[None, :], mask, 0.0
+    )
+    dout = tl.load(
+        dout_ptr + token[:, None] * stride_dot + head * stride_doh + column[None, :], mask, 0.0
+    )
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    place = head.to(tl.int64) * total_q + token
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + place, inside, 0.0)
+    lse = tl.load(lse_ptr + place, inside, 0.0)
+    # A row that saw nothing has no weights: 2^(x - inf) = 0.
+    lse2 = tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)
+    tl.store(delta_ptr + place, delta, inside)
+    tl.store(lse2_ptr + place, lse2, inside)
+    if kept_delta_ptr is not None:
+        tl.store(kept_delta_ptr + place, delta / keep_scale, inside)
+    dq = (token * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
+    tl.store(dq_ptr + dq, tl.zeros([ROWS, BLOCK_D], tl.float32), mask)
+
+
+@triton.jit
+def _scale_kernel(sum_ptr, dq_ptr, elements, scale, BLOCK: tl.constexpr):
+    """dq = scale * sum, in dq's dtype. Grid: blocks of BLOCK elements."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < elements
+    value = tl.load(sum_ptr + place, mask) * scale
+    tl.store(dq_ptr + place, value.to(dq_ptr.dtype.element_ty), mask)
+
+
+def varlen_bwd(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    k_tiles: Tensor,
+    *,
+    softmax_scale: float,
+    window: tuple[int, int] | Tensor,
+    softcap: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    document_ids: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launches the backward; arguments and results as the portable varlen_bwd.
+
+    dq is added up in float32 in the order in which programs come, so its last bits differ from run
+    to run; dk and dv do not.
+    """
+    total_q, heads, head_dim = q.shape
+    heads_kv = k.shape[1]
+    dout = dout if dout.stride(2) == 1 else dout.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    dq = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
+    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    stats = torch.empty((3, heads, total_q), dtype=torch.float32, device=q.device)
+    delta, lse2, kept_delta = stats
+    threshold, scale_kept = dropout_arguments(dropout_p)
+    columns = padded_columns(head_dim)
+    dq_sum = torch.empty((total_q, heads, head_dim), dtype=torch.float32, device=q.device)
+    if total_q == 0:
+        return dq, dk.zero_(), dv.zero_(), delta
+    rows = 64
+    _prepare_kernel[(triton.cdiv(total_q, rows), heads)](
+        out,
+        dout,
+        lse,
+        dlse,
+        dq_sum,
+        delta,
+        lse2,
+        kept_delta if dropout_p > 0 else None,
+        out.stride(0),
+        out.stride(1),
+        dout.stride(0),
+        dout.stride(1),
+        total_q,
+        scale_kept,
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        BLOCK_D=columns,
+        ROWS=rows,
+        num_warps=8,
+    )
+    window_ptr, left, right, has_left, has_right = window_arguments(window)
+    tile = BACKWARD[columns]
+    varlen_bwd_hopper_kernel[(heads_kv, k_tiles.shape[0])](
+        ragged_descriptor(q, tile.block_m, columns),
+        ragged_descriptor(dout, tile.block_m, columns),
+        ragged_descriptor(k, BLOCK_N_BACKWARD // 2, columns),
+        ragged_descriptor(v, BLOCK_N_BACKWARD // 2, columns),
+        ragged_descriptor(dq_sum, tile.block_m, columns // 2),
+        lse2,
+        kept_delta if dropout_p > 0 else delta,
+        dk,
+        dv,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        k_tiles,
+        window_ptr,
+        dropout_seed,
+        document_ids,
+        dk.stride(0),
+        dk.stride(1),
+        k_tiles.shape[0],
+        total_q,
+        left,
+        right,
+        softmax_scale,
+        softcap,
+        threshold,
+        scale_kept,
+        GROUP=heads // heads_kv,
+        HEAD_DIM=head_dim,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=BLOCK_N_BACKWARD,
+        BLOCK_D=columns,
+        STAGES=tile.stages,
+        HAS_LEFT=has_left,
+        HAS_RIGHT=has_right,
+        HAS_SOFTCAP=softcap > 0,
+        HAS_DROPOUT=dropout_p > 0,
+        num_warps=4,
+        maxnreg=CONSUMER_REGISTERS,
+    )
+    block = 8192
+    _scale_kernel[(triton.cdiv(dq.numel(), block),)](
+        dq_sum, dq, dq.numel(), softmax_scale * scale_kept, BLOCK=block, num_warps=8
+    )
+    return dq, dk, dv, delta

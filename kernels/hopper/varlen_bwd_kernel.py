@@ -1,0 +1,405 @@
+"""Backward of varlen attention for Hopper, in Gluon: five products, dq added in float32 by TMA."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from lctrain.kernels.hopper.compat import (
+    copy_arrive,
+    copy_async,
+    reinterpret,
+    tma_add,
+    tma_load,
+    tma_store_wait,
+)
+from lctrain.kernels.hopper.step import keep_mask, load_key, load_window, query_blocks, tanh
+from lctrain.kernels.tile.logits import LOG2_E
+
+_LOG2_E = gl.constexpr(LOG2_E)
+_RAGGED = gl.constexpr(1 << 30)
+
+
+@gluon.jit
+def _load(
+    q_desc,
+    do_desc,
+    k_desc,
+    v_desc,
+    shared,
+    stats,
+    tile,
+    GROUP: gl.constexpr,
+    SHAPE: gl.constexpr,
+):
+    """Loads a tile's keys and values, then the queries of every head of its group."""
+    k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings = shared
+    q_ready, q_empty, do_ready, do_empty = rings
+    lse_ptr, delta_ptr, total_q = stats
+    head_kv, begin_q, length_q, begin_k, length_k, first, low, high = tile
+    BLOCK_M: gl.constexpr = SHAPE[0]
+    BLOCK_N: gl.constexpr = SHAPE[1]
+    BLOCK_D: gl.constexpr = SHAPE[2]
+    STAGES: gl.constexpr = SHAPE[3]
+    HALF: gl.constexpr = BLOCK_N // 2
+    dtype: gl.constexpr = q_desc.dtype
+    mbarrier.expect(kv_ready, 2 * BLOCK_N * BLOCK_D * 2)
+    for half in gl.static_range(2):
+        row = _RAGGED - length_k + first + half * HALF
+        tma_load(
+            k_desc,
+            [_RAGGED, begin_k + length_k, row, head_kv, 0],
+            kv_ready,
+            reinterpret(k_bufs.index(half), dtype, [1, 1, HALF, 1, BLOCK_D], k_desc.layout),
+        )
+        tma_load(
+            v_desc,
+            [_RAGGED, begin_k + length_k, row, head_kv, 0],
+            kv_ready,
+            reinterpret(v_bufs.index(half), dtype, [1, 1, HALF, 1, BLOCK_D], v_desc.layout),
+        )
+    lanes: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
+    local = gl.arange(0, BLOCK_M, lanes)
+    head = head_kv * GROUP
+    block = low
+    for step in range(GROUP * (high - low)):
+        place = step % STAGES
+        phase = ((step // STAGES) & 1) ^ 1
+        query = block * BLOCK_M + local
+        vector = head.to(gl.int64) * total_q + begin_q + query
+        row = _RAGGED - length_q + block * BLOCK_M
+        mbarrier.wait(q_empty.index(place), phase)
+        copy_async(lse_bufs.index(place), lse_ptr + vector, mask=query < length_q)
+        copy_arrive(q_ready.index(place))
+        mbarrier.expect(q_ready.index(place), BLOCK_M * BLOCK_D * 2)
+        tma_load(
+            q_desc,
+            [_RAGGED, begin_q + length_q, row, head, 0],
+            q_ready.index(place),
+            reinterpret(q_bufs.index(place), dtype, [1, 1, BLOCK_M, 1, BLOCK_D], q_desc.layout),
+        )
+        mbarrier.wait(do_empty.index(place), phase)
+        copy_async(delta_bufs.index(place), delta_ptr + vector, mask=query < length_q)
+        copy_arrive(do_ready.index(place))
+        mbarrier.expect(do_ready.index(place), BLOCK_M * BLOCK_D * 2)
+        tma_load(
+            do_desc,
+            [_RAGGED, begin_q + length_q, row, head, 0],
+            do_ready.index(place),
+            reinterpret(do_bufs.index(place), dtype, [1, 1, BLOCK_M, 1, BLOCK_D], do_desc.layout),
+        )
+        block += 1
+        head = gl.where(block == high, head + 1, head)
+        block = gl.where(block == high, low, block)
+
+
+@gluon.jit
+def _add_dq(dq_desc, dq_shared, tile, GROUP: gl.constexpr, SHAPE: gl.constexpr):
+    """Adds the halves of dq that the warpgroups leave in shared memory to the float32 buffer."""
+    dq_bufs, dq_ready, dq_empty = dq_shared
+    head_kv, begin_q, length_q, _, _, _, low, high = tile
+    BLOCK_M: gl.constexpr = SHAPE[0]
+    COLUMNS: gl.constexpr = SHAPE[2] // 2
+    head = head_kv * GROUP
+    block = low
+    for step in range(GROUP * (high - low)):
+        row = _RAGGED - length_q + block * BLOCK_M
+        for half in gl.static_range(2):
+            mbarrier.wait(dq_ready.index(half), step & 1)
+            tma_add(
+                dq_desc,
+                [_RAGGED, begin_q + length_q, row, head, half * COLUMNS],
+                reinterpret(
+                    dq_bufs.index(half), gl.float32, [1, 1, BLOCK_M, 1, COLUMNS], dq_desc.layout
+                ),
+            )
+        tma_store_wait(1)
+        mbarrier.arrive(dq_empty.index(0), count=1)
+        tma_store_wait(0)
+        mbarrier.arrive(dq_empty.index(1), count=1)
+        block += 1
+        head = gl.where(block == high, head + 1, head)
+        block = gl.where(block == high, low, block)
+
+
+@gluon.jit
+def _compute(
+    inputs,
+    GROUP: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    SHAPE: gl.constexpr,
+    FLAGS: gl.constexpr,
+    HALF_INDEX: gl.constexpr,
+):
+    """One warpgroup: half of the tile's keys, and half of the columns of dq."""
+    shared, dq_shared, ds_shared, results, tile, window, random, numbers = inputs
+    k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings = shared
+    q_ready, q_empty, do_ready, do_empty = rings
+    dq_bufs, dq_ready, dq_empty = dq_shared
+    ds_bufs, ds_full = ds_shared
+    dk_ptr, dv_ptr, stride_t, stride_h = results
+    head_kv, _, length_q, begin_k, length_k, first, low, high = tile
+    left, right = window
+    seed_ptr, document_ids_ptr, document, threshold = random
+    scale, softcap, keep_scale = numbers
+    BLOCK_M: gl.constexpr = SHAPE[0]
+    BLOCK_N: gl.constexpr = SHAPE[1]
+    BLOCK_D: gl.constexpr = SHAPE[2]
+    STAGES: gl.constexpr = SHAPE[3]
+    HAS_LEFT: gl.constexpr = FLAGS[0]
+    HAS_RIGHT: gl.constexpr = FLAGS[1]
+    HAS_SOFTCAP: gl.constexpr = FLAGS[2]
+    HAS_DROPOUT: gl.constexpr = FLAGS[3]
+    HALF: gl.constexpr = BLOCK_N // 2
+    COLUMNS: gl.constexpr = BLOCK_D // 2
+    dtype: gl.constexpr = k_bufs.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    column_s: gl.constexpr = gl.SliceLayout(0, s_layout)
+
+    first_key = first + HALF_INDEX * HALF
+    local_key = gl.arange(0, HALF, gl.SliceLayout(1, s_layout))
+    local_query = gl.arange(0, BLOCK_M, column_s)
+    shift = length_k - length_q
+    multiplier = scale * _LOG2_E
+    if HAS_SOFTCAP:
+        multiplier = 1.0
+    key_0 = 0
+    key_1 = 0
+    document_key = 0
+    if HAS_DROPOUT:
+        key_0, key_1, document_key = load_key(seed_ptr, document_ids_ptr, document)
+    dk = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
+    dv = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
+    zero_s = gl.zeros([HALF, BLOCK_M], gl.float32, s_layout)
+    zero_q = gl.zeros([BLOCK_M, COLUMNS], gl.float32, dq_layout)
+    k = k_bufs.index(HALF_INDEX)
+    v = v_bufs.index(HALF_INDEX)
+    head = head_kv * GROUP
+    block = low
+    mbarrier.wait(kv_ready, 0)
+    for step in range(GROUP * (high - low)):
+        place = step % STAGES
+        phase = (step // STAGES) & 1
+        query = block * BLOCK_M
+        mbarrier.wait(q_ready.index(place), phase)
+        s_token = warpgroup_mma(
+            k, q_bufs.index(place).permute((1, 0)), zero_s, use_acc=False, is_async=True
+        )
+        mbarrier.wait(do_ready.index(place), phase)
+        dp_token = warpgroup_mma(
+            v, do_bufs.index(place).permute((1, 0)), zero_s, use_acc=False, is_async=True
+        )
+        lse = lse_bufs.index(place).load(column_s)
+        s = warpgroup_mma_wait(1, deps=[s_token])
+        if HAS_SOFTCAP:
+            bounded = tanh(s * (scale / softcap))
+            s = bounded * (softcap * _LOG2_E)
+        # Keys beyond the document's end are zero, and 2^(0 - lse) may overflow.
+        masked = first_key + HALF > length_k
+        if HAS_RIGHT:
+            masked = masked | (first_key + HALF - 1 > query + shift + right)
+        if HAS_LEFT:
+            masked = masked | (first_key < query + BLOCK_M - 1 + shift - left)
+        if masked:
+            position = query + shift + local_query[None, :]
+            key = first_key + local_key[:, None]
+            seen = key < length_k
+            if HAS_RIGHT:
+                seen = seen & (key <= position + right)
+            if HAS_LEFT:
+                seen = seen & (key >= position - left)
+            s = gl.where(seen, s, float("-inf"))
+        p = gl.exp2(s * multiplier - lse[None, :])
+        if HAS_DROPOUT:
+            keep = keep_mask(
+                key_0,
+                key_1,
+                document_key,
+                head.to(gl.uint32),
+                query,
+                local_query[None, :],
+                first_key,
+                local_key[:, None],
+                threshold,
+            )
+            kept = gl.convert_layout(gl.where(keep, p, 0.0).to(dtype), p_layout)
+        else:
+            kept = gl.convert_layout(p.to(dtype), p_layout)
+        delta = delta_bufs.index(place).load(column_s)
+        dp = warpgroup_mma_wait(0, deps=[dp_token])
+        dv_token = warpgroup_mma(kept, do_bufs.index(place), dv, is_async=True)
+        if HAS_DROPOUT:
+            dp = gl.where(keep, dp, 0.0)
+        ds = p * (dp - delta[None, :])
+        if HAS_SOFTCAP:
+            ds = ds * (1.0 - bounded * bounded)
+        ds = ds.to(dtype)
+        ds_operand = gl.convert_layout(ds, p_layout)
+        # Two buffers: a half that is written now was read two steps ago, before both warpgroups
+        # met at ds_full.
+        buffer = (step & 1) * 2
+        ds_bufs.index(buffer + HALF_INDEX).store(ds)
+        fence_async_shared()
+        mbarrier.arrive(ds_full, count=1)
+        mbarrier.wait(ds_full, step & 1)
+        dq_token = warpgroup_mma(
+            ds_bufs.index(buffer).permute((1, 0)),
+            k_bufs.index(0).slice(HALF_INDEX * COLUMNS, COLUMNS, dim=1),
+            zero_q,
+            use_acc=False,
+            is_async=True,
+        )
+        dq_token = warpgroup_mma(
+            ds_bufs.index(buffer + 1).permute((1, 0)),
+            k_bufs.index(1).slice(HALF_INDEX * COLUMNS, COLUMNS, dim=1),
+            dq_token,
+            is_async=True,
+        )
+        dk_token = warpgroup_mma(ds_operand, q_bufs.index(place), dk, is_async=True)
+        dv = warpgroup_mma_wait(3, deps=[dv_token])
+        mbarrier.arrive(do_empty.index(place), count=1)
+        dq = warpgroup_mma_wait(1, deps=[dq_token])
+        mbarrier.wait(dq_empty.index(HALF_INDEX), (step & 1) ^ 1)
+        dq_bufs.index(HALF_INDEX).store(dq)
+        fence_async_shared()
+        mbarrier.arrive(dq_ready.index(HALF_INDEX), count=1)
+        dk = warpgroup_mma_wait(0, deps=[dk_token])
+        mbarrier.arrive(q_empty.index(place), count=1)
+        block += 1
+        head = gl.where(block == high, head + 1, head)
+        block = gl.where(block == high, low, block)
+    key = first_key + gl.arange(0, HALF, gl.SliceLayout(1, o_layout))
+    column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, o_layout))
+    offset = (begin_k + key).to(gl.int64) * stride_t + head_kv * stride_h
+    inside = (key < length_k)[:, None] & (column < HEAD_DIM)[None, :]
+    place_out = offset[:, None] + column[None, :]
+    gl.store(dv_ptr + place_out, (dv * keep_scale).to(dtype), mask=inside)
+    gl.store(dk_ptr + place_out, (dk * (scale * keep_scale)).to(dtype), mask=inside)
+
+
+@gluon.jit(do_not_specialize=["num_tiles", "total_q", "window_left", "window_right", "threshold"])
+def varlen_bwd_hopper_kernel(
+    q_desc,
+    do_desc,
+    k_desc,
+    v_desc,
+    dq_desc,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    tiles_ptr,
+    window_ptr,
+    seed_ptr,
+    document_ids_ptr,
+    stride_t,
+    stride_h,
+    num_tiles,
+    total_q,
+    window_left,
+    window_right,
+    scale,
+    softcap,
+    threshold,
+    keep_scale,
+    GROUP: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr,
+    HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
+    HAS_DROPOUT: gl.constexpr,
+):
+    """One program: BLOCK_N keys of one key/value head, with all queries of its group that see them.
+
+    Grid: (key/value heads, tiles). lse and delta [H, T] float32: base 2, +inf where nothing was
+    seen, and delta / keep_scale. dq_desc describes a zeroed float32 [T, H, D].
+    """
+    dtype: gl.constexpr = q_desc.dtype
+    HALF: gl.constexpr = BLOCK_N // 2
+    head_kv = gl.program_id(0)
+    slot = gl.program_id(1)
+    document = gl.load(tiles_ptr + 2 * slot)
+    first = gl.load(tiles_ptr + 2 * slot + 1) * BLOCK_N
+    known = gl.maximum(document, 0)
+    begin_q = gl.load(cu_q_ptr + known)
+    length_q = gl.load(cu_q_ptr + known + 1) - begin_q
+    begin_k = gl.load(cu_k_ptr + known)
+    length_k = gl.load(cu_k_ptr + known + 1) - begin_k
+    left, right = load_window(window_ptr, window_left, window_right)
+    low, high = query_blocks(
+        first, BLOCK_N, length_k - length_q, length_q, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M
+    )
+    # An empty slot of the schedule: no queries, and no keys to store.
+    high = gl.where(document < 0, low, high)
+    length_k = gl.where(document < 0, 0, length_k)
+
+    word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    n_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, BLOCK_D], dtype)
+    m_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], dtype)
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, BLOCK_M], dtype)
+    dq_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(
+        [BLOCK_M, BLOCK_D // 2], gl.float32
+    )
+    k_bufs = gl.allocate_shared_memory(dtype, [2, HALF, BLOCK_D], n_layout)
+    v_bufs = gl.allocate_shared_memory(dtype, [2, HALF, BLOCK_D], n_layout)
+    q_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], m_layout)
+    do_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], m_layout)
+    ds_bufs = gl.allocate_shared_memory(dtype, [4, HALF, BLOCK_M], ds_layout)
+    dq_bufs = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M, BLOCK_D // 2], dq_layout)
+    lse_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], word)
+    delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], word)
+    kv_ready = gl.allocate_shared_memory(gl.int64, [1], bar)
+    q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    do_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    ds_full = gl.allocate_shared_memory(gl.int64, [1], bar)
+    dq_ready = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    dq_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    mbarrier.init(kv_ready, count=1)
+    mbarrier.init(ds_full, count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(dq_ready.index(i), count=1)
+        mbarrier.init(dq_empty.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_ready.index(i), count=1)
+        mbarrier.init(do_ready.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=2)
+        mbarrier.init(do_empty.index(i), count=2)
+    rings = (q_ready, q_empty, do_ready, do_empty)
+    shared = (k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings)
+    dq_shared = (dq_bufs, dq_ready, dq_empty)
+    ds_shared = (ds_bufs, ds_full)
+    tile = (head_kv, begin_q, length_q, begin_k, length_k, first, low, high)
+    results = (dk_ptr, dv_ptr, stride_t, stride_h)
+    window = (left, right)
+    random = (seed_ptr, document_ids_ptr, document, threshold)
+    numbers = (scale, softcap, keep_scale)
+    stats = (lse_ptr, delta_ptr, total_q)
+    SHAPE: gl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, STAGES)
+    FLAGS: gl.constexpr = (HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT)
+    inputs = (shared, dq_shared, ds_shared, results, tile, window, random, numbers)
+    gl.warp_specialize(
+        [
+            (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 0)),
+            (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 1)),
+            (_load, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, GROUP, SHAPE)),
+            (_add_dq, (dq_desc, dq_shared, tile, GROUP, SHAPE)),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
+    )

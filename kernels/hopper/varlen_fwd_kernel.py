@@ -1,0 +1,547 @@
+"""Forward of varlen attention for Hopper, in Gluon: TMA, wgmma, warp specialisation, persistent."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from lctrain.kernels.hopper.compat import (
+    partition_barrier,
+    reinterpret,
+    tma_load,
+    tma_store,
+    tma_store_wait,
+)
+from lctrain.kernels.hopper.step import (
+    keep_mask,
+    key_blocks,
+    load_key,
+    load_window,
+    scalar,
+    tanh,
+)
+from lctrain.kernels.tile.logits import LN_2, LOG2_E
+
+_LOG2_E = gl.constexpr(LOG2_E)
+_LN_2 = gl.constexpr(LN_2)
+_RAGGED = gl.constexpr(1 << 30)
+_CHUNK = gl.constexpr(64)  # columns of a 128-byte swizzle
+_FIELDS = gl.constexpr(9)  # of a tile: see _schedule
+_AHEAD = gl.constexpr(2)  # tiles that are fetched before they are needed
+
+
+@gluon.jit
+def _schedule(
+    info,
+    info_ready,
+    info_empty,
+    packs,
+    window,
+    HEADS: gl.constexpr,
+    TILE: gl.constexpr,
+    FLAGS: gl.constexpr,
+):
+    """Fetches tiles from the list of all, ahead of those that work on them.
+
+    A tile is eight numbers in shared memory; document -1 says that no work is left.
+    """
+    cu_q_ptr, cu_k_ptr, tiles_ptr, counter_ptr, num_items = packs
+    window_ptr, window_left, window_right = window
+    PACK: gl.constexpr = TILE[0]
+    CONSUMERS: gl.constexpr = TILE[1]
+    BLOCK_N: gl.constexpr = TILE[2]
+    HAS_LEFT: gl.constexpr = FLAGS[0]
+    HAS_RIGHT: gl.constexpr = FLAGS[1]
+    POSITIONS: gl.constexpr = CONSUMERS * 64 // PACK
+    HEAD_GROUPS: gl.constexpr = HEADS // PACK
+    PARTS: gl.constexpr = 128 // POSITIONS
+    lane: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    left, right = load_window(window_ptr, window_left, window_right)
+    item = gl.program_id(0)
+    served = 0
+    while item < num_items:
+        following = gl.atomic_add(counter_ptr, 1) + gl.num_programs(0)
+        slot = item // (PARTS * HEAD_GROUPS)
+        rest = item % (PARTS * HEAD_GROUPS)
+        part = PARTS - 1 - rest // HEAD_GROUPS
+        head = (rest % HEAD_GROUPS) * PACK
+        document = gl.load(tiles_ptr + 2 * slot)
+        first = gl.load(tiles_ptr + 2 * slot + 1) * 128 + part * POSITIONS
+        known = gl.maximum(document, 0)
+        begin_q = gl.load(cu_q_ptr + known)
+        end_q = gl.load(cu_q_ptr + known + 1)
+        begin_k = gl.load(cu_k_ptr + known)
+        end_k = gl.load(cu_k_ptr + known + 1)
+        length_q = end_q - begin_q
+        length_k = end_k - begin_k
+        if (document >= 0) & (first < length_q):
+            low, high = key_blocks(
+                first,
+                POSITIONS,
+                length_k - length_q,
+                length_k,
+                left,
+                right,
+                HAS_LEFT,
+                HAS_RIGHT,
+                BLOCK_N,
+            )
+            stage = served % _AHEAD
+            mbarrier.wait(info_empty.index(stage), ((served // _AHEAD) & 1) ^ 1)
+            values = (document, end_q, length_q, end_k, length_k, first, head, low, high)
+            for field in gl.static_range(9):
+                info.index(stage * _FIELDS + field).store(
+                    gl.full([1], values[field], gl.int32, lane)
+                )
+            mbarrier.arrive(info_ready.index(stage), count=1)
+            served += 1
+        item = following
+    stage = served % _AHEAD
+    mbarrier.wait(info_empty.index(stage), ((served // _AHEAD) & 1) ^ 1)
+    info.index(stage * _FIELDS).store(gl.full([1], -1, gl.int32, lane))
+    mbarrier.arrive(info_ready.index(stage), count=1)
+
+
+@gluon.jit
+def _load(
+    q_desc,
+    k_desc,
+    v_desc,
+    shared,
+    GROUP: gl.constexpr,
+    TILE: gl.constexpr,
+):
+    """Loads tile after tile, as far ahead as the buffers allow."""
+    q_bufs, k_bufs, v_bufs, info, info_bars, q_bars, k_bars, v_bars = shared
+    info_ready, info_empty = info_bars
+    q_ready, q_empty = q_bars
+    k_ready, k_empty = k_bars
+    v_ready, v_empty = v_bars
+    PACK: gl.constexpr = TILE[0]
+    CONSUMERS: gl.constexpr = TILE[1]
+    BLOCK_N: gl.constexpr = TILE[2]
+    BLOCK_D: gl.constexpr = TILE[3]
+    Q_STAGES: gl.constexpr = TILE[4]
+    STAGES: gl.constexpr = TILE[5]
+    ROWS: gl.constexpr = CONSUMERS * 64
+    POSITIONS: gl.constexpr = ROWS // PACK
+    RUN: gl.constexpr = POSITIONS if POSITIONS < 64 else 64
+    COLUMNS: gl.constexpr = BLOCK_D // _CHUNK
+    dtype: gl.constexpr = q_desc.dtype
+    BYTES: gl.constexpr = dtype.primitive_bitwidth // 8
+    rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([RUN, _CHUNK], dtype)
+    served = 0
+    ring = 0
+    mbarrier.wait(info_ready.index(0), 0)
+    document = scalar(info.index(0), 1)
+    while document >= 0:
+        place = served % _AHEAD * _FIELDS
+        end_q = scalar(info.index(place + 1), 1)
+        length_q = scalar(info.index(place + 2), 1)
+        end_k = scalar(info.index(place + 3), 1)
+        length_k = scalar(info.index(place + 4), 1)
+        first = scalar(info.index(place + 5), 1)
+        head = scalar(info.index(place + 6), 1)
+        low = scalar(info.index(place + 7), 1)
+        high = scalar(info.index(place + 8), 1)
+        mbarrier.arrive(info_empty.index(served % _AHEAD), count=1)
+        stage = served % Q_STAGES
+        mbarrier.wait(q_empty.index(stage), ((served // Q_STAGES) & 1) ^ 1)
+        mbarrier.expect(q_ready.index(stage), ROWS * BLOCK_D * BYTES)
+        for consumer in gl.static_range(CONSUMERS):
+            chunks = reinterpret(
+                q_bufs.index(stage * CONSUMERS + consumer),
+                dtype,
+                [COLUMNS * (64 // RUN), RUN, _CHUNK],
+                rows_layout,
+            )
+            for column in gl.static_range(COLUMNS):
+                for run in gl.static_range(64 // RUN):
+                    index = consumer * (64 // RUN) + run
+                    tma_load(
+                        q_desc,
+                        [
+                            _RAGGED,
+                            end_q,
+                            _RAGGED - length_q + first + index % (POSITIONS // RUN) * RUN,
+                            head + index // (POSITIONS // RUN),
+                            column * _CHUNK,
+                        ],
+                        q_ready.index(stage),
+                        reinterpret(
+                            chunks.index(column * (64 // RUN) + run),
+                            dtype,
+                            [1, 1, RUN, 1, _CHUNK],
+                            q_desc.layout,
+                        ),
+                    )
+        head_kv = head // GROUP
+        for block in range(high - low):
+            place_kv = ring % STAGES
+            phase = ((ring // STAGES) & 1) ^ 1
+            row = _RAGGED - length_k + (high - 1 - block) * BLOCK_N
+            mbarrier.wait(k_empty.index(place_kv), phase)
+            mbarrier.expect(k_ready.index(place_kv), BLOCK_N * BLOCK_D * BYTES)
+            tma_load(
+                k_desc,
+                [_RAGGED, end_k, row, head_kv, 0],
+                k_ready.index(place_kv),
+                reinterpret(
+                    k_bufs.index(place_kv), dtype, [1, 1, BLOCK_N, 1, BLOCK_D], k_desc.layout
+                ),
+            )
+            mbarrier.wait(v_empty.index(place_kv), phase)
+            mbarrier.expect(v_ready.index(place_kv), BLOCK_N * BLOCK_D * BYTES)
+            tma_load(
+                v_desc,
+                [_RAGGED, end_k, row, head_kv, 0],
+                v_ready.index(place_kv),
+                reinterpret(
+                    v_bufs.index(place_kv), dtype, [1, 1, BLOCK_N, 1, BLOCK_D], v_desc.layout
+                ),
+            )
+            ring += 1
+        served += 1
+        mbarrier.wait(info_ready.index(served % _AHEAD), (served // _AHEAD) & 1)
+        document = scalar(info.index(served % _AHEAD * _FIELDS), 1)
+
+
+@gluon.jit
+def _weights(
+    s,
+    m,
+    l,
+    block,
+    rows,
+    visible,
+    random,
+    scale,
+    softcap,
+    s_layout: gl.constexpr,
+    dtype: gl.constexpr,
+    FLAGS: gl.constexpr,
+):
+    """One block of the online softmax: (p in dtype, alpha, m, l); s [64, BLOCK_N] = q.k."""
+    BLOCK_N: gl.constexpr = s.shape[1]
+    HAS_LEFT: gl.constexpr = FLAGS[0]
+    HAS_SOFTCAP: gl.constexpr = FLAGS[2]
+    HAS_DROPOUT: gl.constexpr = FLAGS[4]
+    first, local_query, tile_head = rows
+    shift, length_k, left, right, clear_low, clear_high = visible
+    key_0, key_1, document_key, threshold = random
+    query = first + local_query
+    local_key = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
+    key = block * BLOCK_N
+    multiplier = scale * _LOG2_E
+    if HAS_SOFTCAP:
+        s = tanh(s * (scale / softcap)) * (softcap * _LOG2_E)
+        multiplier = 1.0
+    if (key + BLOCK_N > clear_high) | (key < clear_low):
+        last = gl.minimum(query + shift + right, length_k - 1) - key
+        s = gl.where(local_key[None, :] <= last[:, None], s, float("-inf"))
+        if HAS_LEFT:
+            s = gl.where(
+                local_key[None, :] >= (query + shift - left - key)[:, None], s, float("-inf")
+            )
+    m_new = gl.maximum(m, gl.max(s, 1) * multiplier)
+    base = gl.where(m_new == float("-inf"), 0.0, m_new)
+    p = gl.exp2(s * multiplier - base[:, None])
+    alpha = gl.exp2(m - base)
+    l = l * alpha + gl.sum(p, 1)
+    if HAS_DROPOUT:
+        keep = keep_mask(
+            key_0,
+            key_1,
+            document_key,
+            tile_head[:, None].to(gl.uint32),
+            first,
+            local_query[:, None],
+            key,
+            local_key[None, :],
+            threshold,
+        )
+        p = gl.where(keep, p, 0.0)
+    return p.to(dtype), alpha, m_new, l
+
+
+@gluon.jit
+def _consume(
+    out_desc,
+    shared,
+    window,
+    pointers,
+    numbers,
+    TILE: gl.constexpr,
+    FLAGS: gl.constexpr,
+    CONSUMER: gl.constexpr,
+):
+    """One warpgroup: 64 rows of every tile."""
+    q_bufs, k_bufs, v_bufs, info, info_bars, q_bars, k_bars, v_bars = shared
+    info_ready, info_empty = info_bars
+    q_ready, q_empty = q_bars
+    k_ready, k_empty = k_bars
+    v_ready, v_empty = v_bars
+    window_ptr, window_left, window_right = window
+    lse_ptr, sink_ptr, seed_ptr, document_ids_ptr = pointers
+    total_q, scale, softcap, threshold, keep_scale = numbers
+    PACK: gl.constexpr = TILE[0]
+    CONSUMERS: gl.constexpr = TILE[1]
+    BLOCK_N: gl.constexpr = TILE[2]
+    BLOCK_D: gl.constexpr = TILE[3]
+    Q_STAGES: gl.constexpr = TILE[4]
+    STAGES: gl.constexpr = TILE[5]
+    HAS_LEFT: gl.constexpr = FLAGS[0]
+    HAS_RIGHT: gl.constexpr = FLAGS[1]
+    HAS_SINK: gl.constexpr = FLAGS[3]
+    HAS_DROPOUT: gl.constexpr = FLAGS[4]
+    POSITIONS: gl.constexpr = CONSUMERS * 64 // PACK
+    RUN: gl.constexpr = POSITIONS if POSITIONS < 64 else 64
+    COLUMNS: gl.constexpr = BLOCK_D // _CHUNK
+    FIRST_RUN: gl.constexpr = CONSUMER * (64 // RUN)
+    dtype: gl.constexpr = out_desc.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([RUN, _CHUNK], dtype)
+    row_s: gl.constexpr = gl.SliceLayout(1, s_layout)
+    row_o: gl.constexpr = gl.SliceLayout(1, o_layout)
+
+    left, right = load_window(window_ptr, window_left, window_right)
+    local = gl.arange(0, 64, row_s)
+    start: gl.constexpr = FIRST_RUN % (POSITIONS // RUN) * RUN  # of this warpgroup in the tile
+    zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
+    served = 0
+    ring = 0
+    mbarrier.wait(info_ready.index(0), 0)
+    document = scalar(info.index(0), 4)
+    while document >= 0:
+        fields = served % _AHEAD * _FIELDS
+        end_q = scalar(info.index(fields + 1), 4)
+        length_q = scalar(info.index(fields + 2), 4)
+        length_k = scalar(info.index(fields + 4), 4)
+        first = scalar(info.index(fields + 5), 4) + start
+        head = scalar(info.index(fields + 6), 4) + FIRST_RUN // (POSITIONS // RUN)
+        low = scalar(info.index(fields + 7), 4)
+        high = scalar(info.index(fields + 8), 4)
+        mbarrier.arrive(info_empty.index(served % _AHEAD), count=1)
+        stage = served % Q_STAGES
+        shift = length_k - length_q
+        local_query = local % RUN
+        query = first + local_query
+        tile_head = head + local // RUN
+        clear_high = length_k
+        if HAS_RIGHT:
+            clear_high = gl.minimum(length_k, first + shift + right + 1)
+        clear_low = 0
+        if HAS_LEFT:
+            clear_low = first + RUN - 1 + shift - left
+        key_0 = 0
+        key_1 = 0
+        document_key = 0
+        if HAS_DROPOUT:
+            key_0, key_1, document_key = load_key(seed_ptr, document_ids_ptr, document)
+        rows = (first, local_query, tile_head)
+        visible = (shift, length_k, left, right, clear_low, clear_high)
+        random = (key_0, key_1, document_key, threshold)
+        m = gl.full([64], float("-inf"), gl.float32, row_s)
+        l = gl.zeros([64], gl.float32, row_s)
+        acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
+        q = q_bufs.index(stage * CONSUMERS + CONSUMER)
+        mbarrier.wait(q_ready.index(stage), (served // Q_STAGES) & 1)
+        if high > low:
+            place = ring % STAGES
+            mbarrier.wait(k_ready.index(place), (ring // STAGES) & 1)
+            s_token = warpgroup_mma(
+                q, k_bufs.index(place).permute((1, 0)), zero, use_acc=False, is_async=True
+            )
+            s = warpgroup_mma_wait(0, deps=[s_token])
+            mbarrier.arrive(k_empty.index(place), count=1)
+            p, alpha, m, l = _weights(
+                s, m, l, high - 1, rows, visible, random, scale, softcap, s_layout, dtype, FLAGS
+            )
+            if Q_STAGES > 1:
+                # By now the last tile's result has left its place.
+                tma_store_wait(0)
+                mbarrier.arrive(q_empty.index((served + 1) % Q_STAGES), count=1, pred=served > 0)
+            p = gl.convert_layout(p, p_layout)
+            mbarrier.wait(v_ready.index(place), (ring // STAGES) & 1)
+            for block in range(1, high - low):
+                before = place
+                ring += 1
+                place = ring % STAGES
+                mbarrier.wait(k_ready.index(place), (ring // STAGES) & 1)
+                s_token = warpgroup_mma(
+                    q, k_bufs.index(place).permute((1, 0)), zero, use_acc=False, is_async=True
+                )
+                acc_token = warpgroup_mma(p, v_bufs.index(before), acc, is_async=True)
+                s = warpgroup_mma_wait(1, deps=[s_token])
+                mbarrier.arrive(k_empty.index(place), count=1)
+                p_next, alpha, m, l = _weights(
+                    s,
+                    m,
+                    l,
+                    high - 1 - block,
+                    rows,
+                    visible,
+                    random,
+                    scale,
+                    softcap,
+                    s_layout,
+                    dtype,
+                    FLAGS,
+                )
+                # The branch of this wait keeps ptxas from moving the next one above the weights.
+                mbarrier.wait(v_ready.index(place), (ring // STAGES) & 1)
+                acc = warpgroup_mma_wait(0, deps=[acc_token])
+                mbarrier.arrive(v_empty.index(before), count=1)
+                p = gl.convert_layout(p_next, p_layout)
+                acc = acc * gl.convert_layout(alpha, row_o)[:, None]
+            acc_token = warpgroup_mma(p, v_bufs.index(place), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[acc_token])
+            mbarrier.arrive(v_empty.index(place), count=1)
+            ring += 1
+        else:
+            if Q_STAGES > 1:
+                tma_store_wait(0)
+                mbarrier.arrive(q_empty.index((served + 1) % Q_STAGES), count=1, pred=served > 0)
+        if HAS_SINK:
+            sink = gl.load(sink_ptr + tile_head).to(gl.float32) * _LOG2_E
+            m_new = gl.maximum(m, sink)
+            base = gl.where(m_new == float("-inf"), 0.0, m_new)
+            alpha = gl.exp2(m - base)
+            l = l * alpha + gl.exp2(sink - base)
+            acc = acc * gl.convert_layout(alpha, row_o)[:, None]
+            m = m_new
+        empty = l == 0.0
+        whole = gl.where(empty, 1.0, l)
+        inverse = gl.convert_layout(keep_scale / whole, row_o)
+        lse = gl.where(empty, float("-inf"), (m + gl.log2(whole)) * _LN_2)
+        row = tile_head.to(gl.int64) * total_q + end_q - length_q + query
+        gl.store(lse_ptr + row, lse, mask=query < length_q)
+        # The queries' place in shared memory takes the result.
+        q.store((acc * inverse[:, None]).to(dtype))
+        fence_async_shared()
+        partition_barrier()
+        chunks = reinterpret(q, dtype, [COLUMNS * (64 // RUN), RUN, _CHUNK], rows_layout)
+        for column in gl.static_range(COLUMNS):
+            for run in gl.static_range(64 // RUN):
+                tma_store(
+                    out_desc,
+                    [
+                        _RAGGED,
+                        end_q,
+                        _RAGGED - length_q + first,
+                        head + run,
+                        column * _CHUNK,
+                    ],
+                    reinterpret(
+                        chunks.index(column * (64 // RUN) + run),
+                        dtype,
+                        [1, 1, RUN, 1, _CHUNK],
+                        out_desc.layout,
+                    ),
+                )
+        if Q_STAGES == 1:
+            tma_store_wait(0)
+            mbarrier.arrive(q_empty.index(stage), count=1)
+        served += 1
+        mbarrier.wait(info_ready.index(served % _AHEAD), (served // _AHEAD) & 1)
+        document = scalar(info.index(served % _AHEAD * _FIELDS), 4)
+    tma_store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["num_items", "total_q", "window_left", "window_right", "threshold"])
+def varlen_fwd_hopper_kernel(
+    q_desc,
+    k_desc,
+    v_desc,
+    out_desc,
+    lse_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    tiles_ptr,
+    counter_ptr,
+    window_ptr,
+    sink_ptr,
+    seed_ptr,
+    document_ids_ptr,
+    num_items,
+    total_q,
+    window_left,
+    window_right,
+    scale,
+    softcap,
+    threshold,
+    keep_scale,
+    GROUP: gl.constexpr,
+    HEADS: gl.constexpr,
+    PACK: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    Q_STAGES: gl.constexpr,
+    STAGES: gl.constexpr,
+    HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
+    HAS_SINK: gl.constexpr,
+    HAS_DROPOUT: gl.constexpr,
+):
+    """A persistent program per multiprocessor: warpgroups of 64 rows, a loader and a scheduler.
+
+    A tile is CONSUMERS * 64 rows: PACK query heads of one key/value head times positions. Grid: at
+    most one program per multiprocessor. counter is a zeroed int32.
+    """
+    dtype: gl.constexpr = q_desc.dtype
+    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
+    kv_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], dtype)
+    word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    q_bufs = gl.allocate_shared_memory(dtype, [Q_STAGES * CONSUMERS, 64, BLOCK_D], q_layout)
+    k_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], kv_layout)
+    v_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], kv_layout)
+    info = gl.allocate_shared_memory(gl.int32, [_AHEAD * _FIELDS, 1], word)
+    info_ready = gl.allocate_shared_memory(gl.int64, [_AHEAD, 1], bar)
+    info_empty = gl.allocate_shared_memory(gl.int64, [_AHEAD, 1], bar)
+    q_ready = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bar)
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bar)
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    for i in gl.static_range(_AHEAD):
+        mbarrier.init(info_ready.index(i), count=1)
+        mbarrier.init(info_empty.index(i), count=CONSUMERS + 1)
+    for i in gl.static_range(Q_STAGES):
+        mbarrier.init(q_ready.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=CONSUMERS)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=CONSUMERS)
+        mbarrier.init(v_ready.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=CONSUMERS)
+    info_bars = (info_ready, info_empty)
+    q_bars = (q_ready, q_empty)
+    k_bars = (k_ready, k_empty)
+    v_bars = (v_ready, v_empty)
+    shared = (q_bufs, k_bufs, v_bufs, info, info_bars, q_bars, k_bars, v_bars)
+    packs = (cu_q_ptr, cu_k_ptr, tiles_ptr, counter_ptr, num_items)
+    window = (window_ptr, window_left, window_right)
+    pointers = (lse_ptr, sink_ptr, seed_ptr, document_ids_ptr)
+    numbers = (total_q, scale, softcap, threshold, keep_scale)
+    TILE: gl.constexpr = (PACK, CONSUMERS, BLOCK_N, BLOCK_D, Q_STAGES, STAGES)
+    FLAGS: gl.constexpr = (HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_SINK, HAS_DROPOUT)
+    gl.warp_specialize(
+        [
+            (_consume, (out_desc, shared, window, pointers, numbers, TILE, FLAGS, 0)),
+            (_consume, (out_desc, shared, window, pointers, numbers, TILE, FLAGS, 1)),
+            (_load, (q_desc, k_desc, v_desc, shared, GROUP, TILE)),
+            (_schedule, (info, info_ready, info_empty, packs, window, HEADS, TILE, FLAGS)),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
+    )
