@@ -8,9 +8,6 @@ aligned tensors.
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-
-import triton
 
 from lctrain.kernels.attention.config import (
     DIFFERENTIAL_OPERATIONS,
@@ -29,7 +26,8 @@ from lctrain.kernels.attention.dual_chunk_rotate import ROTATE_CONFIG, dual_chun
 from lctrain.kernels.attention.varlen_dkv import varlen_dkv_kernel
 from lctrain.kernels.attention.varlen_dq import varlen_dq_kernel
 from lctrain.kernels.attention.varlen_fwd import varlen_fwd_kernel
-from lctrain.kernels.tile.arguments import RUNTIME_INTEGERS, padded_head_dim
+from lctrain.kernels.tile.arguments import padded_head_dim
+from lctrain.kernels.tile.variant import KernelVariant, describe_variant
 
 KERNELS = {
     "varlen_fwd": varlen_fwd_kernel,
@@ -62,19 +60,6 @@ _POINTERS = {
     "seed": "*i64",
 }
 _FLOATS = ("scale", "softcap", "keep_scale")
-
-
-@dataclass(frozen=True)
-class KernelVariant:
-    """One compilation: the arguments of ASTSource and the compiler's options."""
-
-    name: str
-    kernel: triton.JITFunction
-    signature: dict[str, str]
-    constants: dict[tuple[int, ...], object]
-    attributes: dict[tuple[int, ...], list]
-    options: dict[str, int]
-    spill_free: bool
 
 
 def kernel_variant(
@@ -147,29 +132,18 @@ def kernel_variant(
         "PRECISION": "ieee",
     }
     kernel = KERNELS[operation]
-    signature: dict[str, str] = {}
-    values: dict[tuple[int, ...], object] = {}
-    attributes: dict[tuple[int, ...], list] = {}
-    for index, name in enumerate(kernel.arg_names):
+    types: dict[str, str | None] = {}
+    for name in kernel.arg_names:
         stem = name.removesuffix("_ptr")
-        if name in constants:
-            signature[name], values[(index,)] = "constexpr", constants[name]
-        elif name.endswith("_ptr") and not present.get(stem, True):
-            signature[name], values[(index,)] = "constexpr", None
-        elif name.endswith("_ptr"):
-            signature[name] = _POINTERS.get(stem, f"*{dtype}")
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif name in _FLOATS:
-            signature[name] = "fp32"
+        if not name.endswith("_ptr"):
+            types[name] = "fp32" if name in _FLOATS else "i32"
         else:
-            signature[name] = "i32"
-            if name not in RUNTIME_INTEGERS:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+            types[name] = _POINTERS.get(stem, f"*{dtype}") if present.get(stem, True) else None
     spill_free = config.spill_free and features == "causal"
     size = f"D{head_dim}" if value_dim == head_dim else f"D{head_dim}v{value_dim}"
     size += "-share" if is_share else ""
     label = f"{operation}-{size}-{features}-{dtype}-{config.block_m}x{config.block_n}"
-    return KernelVariant(label, kernel, signature, values, attributes, config.options, spill_free)
+    return describe_variant(label, kernel, types, constants, config.options, spill_free)
 
 
 def kernel_variants(
