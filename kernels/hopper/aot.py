@@ -1,0 +1,164 @@
+"""Every Hopper kernel and tile as input for ahead-of-time compilation, without a GPU.
+
+`triton.compile(GluonASTSource(fn=v.kernel, signature=v.signature, constexprs=v.constants,
+attrs=v.attributes), target=GPUTarget("cuda", 90, 32), options=v.options)` compiles a variant as the
+launchers do for aligned tensors. The tests hold the two together.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from triton.runtime.jit import mangle_type
+
+from lctrain.kernels.hopper.config import (
+    BACKWARD,
+    BLOCK_N_BACKWARD,
+    CONSUMER_REGISTERS,
+    CONSUMERS,
+    FORWARD,
+    pack_heads,
+)
+from lctrain.kernels.hopper.launch import padded_columns, ragged_descriptor
+from lctrain.kernels.hopper.support import BACKWARD_LIMITS, Call, refusal
+from lctrain.kernels.hopper.varlen_bwd_kernel import varlen_bwd_hopper_kernel
+from lctrain.kernels.hopper.varlen_fwd_kernel import varlen_fwd_hopper_kernel
+from lctrain.kernels.tile.variant import KernelVariant, describe_variant
+
+FEATURES = ("causal", "full", "dropout", "all")
+HEADS_KV = 8
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # Triton 3.10 flips the default of fusion
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_TYPES = {
+    **dict.fromkeys(("lse_ptr", "delta_ptr", "sink_ptr", "scale", "softcap", "keep_scale"), "fp32"),
+    **dict.fromkeys(("cu_q_ptr", "cu_k_ptr", "tiles_ptr", "counter_ptr", "window_ptr"), "i32"),
+    **dict.fromkeys(("num_items", "num_tiles", "total_q", "window_left", "window_right"), "i32"),
+    **dict.fromkeys(("document_ids_ptr", "threshold", "stride_t", "stride_h"), "i32"),
+    "seed_ptr": "i64",
+}
+
+
+def forward_variant(
+    head_dim: int, *, features: str = "causal", dtype: str = "bf16", group: int = 4
+) -> KernelVariant:
+    """Describes one compilation of varlen_fwd_hopper_kernel.
+
+    Args:
+        head_dim: D.
+        features: One of FEATURES; "all" adds windows from device memory, softcap, sinks and
+            dropout.
+        dtype: Triton's name of the tensors' dtype.
+        group: Query heads per key/value head.
+    """
+    columns, pack = padded_columns(head_dim), pack_heads(group)
+    tile = FORWARD[columns]
+    rows = _descriptor(dtype, min(64, CONSUMERS * 64 // pack), 64)
+    keys = _descriptor(dtype, tile.block_n, columns)
+    constants = {
+        "GROUP": group,
+        "HEADS": HEADS_KV * group,
+        "PACK": pack,
+        "CONSUMERS": CONSUMERS,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_D": columns,
+        "Q_STAGES": tile.q_stages,
+        "STAGES": tile.stages,
+        **_flags(features),
+        "HAS_SINK": features == "all",
+    }
+    types = _types(features, dtype, q_desc=rows, out_desc=rows, k_desc=keys, v_desc=keys)
+    options = OPTIONS | {"maxnreg": CONSUMER_REGISTERS}
+    size = f"{CONSUMERS * 64}x{tile.block_n}"
+    label = f"hopper_fwd-D{head_dim}-g{group}-{features}-{dtype}-{size}"
+    spill_free = features == "causal" and columns <= 128
+    return describe_variant(label, varlen_fwd_hopper_kernel, types, constants, options, spill_free)
+
+
+def backward_variant(
+    head_dim: int, *, features: str = "causal", dtype: str = "bf16", group: int = 4
+) -> KernelVariant:
+    """As forward_variant, of varlen_bwd_hopper_kernel; sinks are not its business."""
+    columns = padded_columns(head_dim)
+    tile = BACKWARD[columns]
+    queries = _descriptor(dtype, tile.block_m, columns)
+    keys = _descriptor(dtype, BLOCK_N_BACKWARD // 2, columns)
+    dq = _descriptor("fp32", tile.block_m, columns // 2)
+    constants = {
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": BLOCK_N_BACKWARD,
+        "BLOCK_D": columns,
+        "STAGES": tile.stages,
+        **_flags(features),
+    }
+    types = _types(
+        features, dtype, q_desc=queries, do_desc=queries, k_desc=keys, v_desc=keys, dq_desc=dq
+    )
+    options = OPTIONS | {"maxnreg": CONSUMER_REGISTERS}
+    size = f"{tile.block_m}x{BLOCK_N_BACKWARD}"
+    label = f"hopper_bwd-D{head_dim}-g{group}-{features}-{dtype}-{size}"
+    return describe_variant(label, varlen_bwd_hopper_kernel, types, constants, options, False)
+
+
+def kernel_variants(
+    head_dims: tuple[int, ...] = (64, 96, 128, 256),
+    features: tuple[str, ...] = FEATURES,
+    groups: tuple[int, ...] = (1, 2, 4),
+) -> Iterator[KernelVariant]:
+    """Yields every tile of config.py in bf16, and each plain causal kernel once in fp16.
+
+    Args:
+        head_dims: Head dims to compile; the backward of those that support.py has served.
+        features: Subset of FEATURES.
+        groups: Query heads per key/value head. The forward packs them; to the backward they are
+            the length of a loop, so it takes the last.
+    """
+    for head_dim in head_dims:
+        x = torch.empty((1, 1, head_dim), dtype=torch.bfloat16, device="meta")
+        columns = padded_columns(head_dim)
+        # The forward does not know the head dim, only the columns that hold it.
+        if head_dim == columns or columns not in head_dims:
+            for group, name in itertools.product(groups, features):
+                yield forward_variant(head_dim, features=name, group=group)
+        if refusal(Call(x, x, x), BACKWARD_LIMITS) is None:
+            for name in features:
+                yield backward_variant(head_dim, features=name, group=groups[-1])
+    if "causal" in features:
+        for describe in (forward_variant, backward_variant):
+            yield describe(head_dims[0], dtype="fp16", group=groups[-1])
+
+
+def _descriptor(dtype: str, rows: int, columns: int) -> str:
+    """Triton's name of the type of ragged_descriptor's result."""
+    rows_of_heads = torch.empty((1, 1, columns), dtype=_DTYPES[dtype])
+    return mangle_type(ragged_descriptor(rows_of_heads, rows, columns))
+
+
+def _has_dropout(features: str) -> bool:
+    return features in ("dropout", "all")
+
+
+def _flags(features: str) -> dict[str, object]:
+    """The constexprs that both kernels have."""
+    everything = features == "all"
+    return {
+        "HAS_LEFT": everything,
+        "HAS_RIGHT": features != "full",
+        "HAS_SOFTCAP": everything,
+        "HAS_DROPOUT": _has_dropout(features),
+    }
+
+
+def _types(features: str, dtype: str, **descriptors: str) -> dict[str, str | None]:
+    """Triton's names of the types of all arguments of both kernels."""
+    types: dict[str, str | None] = {
+        name: f"*{kind}" if name.endswith("_ptr") else kind for name, kind in _TYPES.items()
+    }
+    types |= dict.fromkeys(("dk_ptr", "dv_ptr"), f"*{dtype}")
+    if features != "all":
+        types |= dict.fromkeys(("window_ptr", "sink_ptr"))
+    if not _has_dropout(features):
+        types |= dict.fromkeys(("seed_ptr", "document_ids_ptr"))
+    return types | descriptors

@@ -1,0 +1,113 @@
+"""The Hopper kernels compile without a GPU, as they are launched, on both ends of Triton."""
+
+import pytest
+import torch
+from triton.runtime.jit import mangle_type
+
+from lctrain.kernels import make_schedule
+from lctrain.kernels.hopper import aot, varlen
+from tests.kernels.aot_process import VERSIONS, compile_all
+
+SHARED_LIMIT = 232_448  # bytes that a program on sm_90 may ask for
+# Features -> group sizes: the forward packs up to four heads. The newest Triton leaves two out.
+SELECTIONS = {"causal": ("1,2,4", "1,4"), "all": ("4", "4")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("features", SELECTIONS)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_compiles_to_what_the_hardware_has(version, features):
+    groups = SELECTIONS[features][VERSIONS.index(version)]
+    reports = compile_all(version, "hopper", features, "64,128,256", groups)
+    scalar = [report["name"] for report in reports if report["matrix_instructions"] == 0]
+    assert not scalar, "these multiply without matrix instructions"
+    copying = [report["name"] for report in reports if report["tma_loads"] == 0]
+    assert not copying, "these load without the copy engine"
+    large = {r["name"]: r["shared_bytes"] for r in reports if r["shared_bytes"] > SHARED_LIMIT}
+    assert not large, f"these need more than the {SHARED_LIMIT} bytes of shared memory of sm_90"
+    plain = [report for report in reports if "-causal-" in report["name"]]
+    serialised = [report["name"] for report in plain if report["serialised"]]
+    assert not serialised, "ptxas runs the matrix instructions of these one by one"
+    promised = [report for report in plain if report["spill_free"]]
+    assert promised or not plain, "the forward promises kernels without spills"
+    for report in promised:
+        assert len(report["loop_spills"]) >= 2, f"{report['name']}: where are its loops?"
+    spilling = {r["name"]: r["loop_spills"] for r in promised if any(r["loop_spills"])}
+    assert not spilling, "the loops of these spill registers"
+    if version == VERSIONS[0]:  # the newest stores a few arguments away when a program begins
+        spilling = {r["name"]: r["spill_bytes"] for r in promised if r["spill_bytes"]}
+        assert not spilling, "these spill registers"
+
+
+class Launches:
+    """Stands for a kernel, and keeps what it is launched with."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *args, **options):
+        names = self.kernel.arg_names
+        self.arguments = dict(zip(names, args, strict=False))
+        self.arguments |= {name: options.pop(name) for name in names if name in options}
+        self.options = options
+
+    def assert_described_by(self, variant):
+        """Holds the types, constants and options of a variant against the launch."""
+        constants = {
+            name: variant.constants[(i,)]
+            for i, name in enumerate(variant.signature)
+            if (i,) in variant.constants
+        }
+        assert list(self.arguments) == list(variant.signature)
+        assert {name: self.arguments[name] for name in constants} == constants
+        types = {
+            name: mangle_type(x) for name, x in self.arguments.items() if name not in constants
+        }
+        assert types == {name: variant.signature[name] for name in types}
+        assert self.options.items() <= variant.options.items()
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Keeps all kernels of the launchers from being run: name -> Launches."""
+    monkeypatch.setattr(varlen, "multiprocessors", lambda device: 132)
+    replaced = {}
+    for name in [name for name in vars(varlen) if name.endswith("_kernel")]:
+        replaced[name] = Launches(getattr(varlen, name))
+        monkeypatch.setattr(varlen, name, replaced[name])
+    return replaced
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("group", [1, 2, 4, 6])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("features", aot.FEATURES)
+def test_variants_are_what_is_launched(features, head_dim, group, dtype, launches):
+    everything, dropout = features == "all", features in ("all", "dropout")
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    schedule = make_schedule([200, 100])
+    tokens, heads = 300, aot.HEADS_KV * group
+    q = torch.zeros(tokens, heads, head_dim, dtype=kind)
+    k = torch.zeros(tokens, aot.HEADS_KV, head_dim, dtype=kind)
+    cu = torch.tensor([0, 200, 300], dtype=torch.int32)
+    window = {"full": (-1, -1), "all": torch.tensor([64, 0], dtype=torch.int32)}
+    options = {
+        "softmax_scale": 0.1,
+        "window": window.get(features, (-1, 0)),
+        "softcap": 20.0 if everything else 0.0,
+        "dropout_p": 0.1 if dropout else 0.0,
+        "dropout_seed": torch.tensor([7]) if dropout else None,
+        "document_ids": torch.arange(2, dtype=torch.int32) if dropout else None,
+    }
+    sink = torch.zeros(heads) if everything else None
+    out, lse = varlen.varlen_fwd(q, k, k, cu, cu, schedule.q_tiles, learnable_sink=sink, **options)
+    variant = aot.forward_variant(head_dim, features=features, dtype=dtype, group=group)
+    launches["varlen_fwd_hopper_kernel"].assert_described_by(variant)
+    if head_dim > 128:
+        return  # the portable kernels have this backward
+    varlen.varlen_bwd(q, None, q, k, k, out, lse, cu, cu, schedule.k_tiles, **options)
+    variant = aot.backward_variant(head_dim, features=features, dtype=dtype, group=group)
+    launches["varlen_bwd_hopper_kernel"].assert_described_by(variant)
