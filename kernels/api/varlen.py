@@ -125,7 +125,7 @@ def flash_attn_varlen_func(
     )
     padded = pad_head_dim(q), pad_head_dim(k), pad_head_dim(v)
     if named == "hopper":
-        _require_hopper(*padded, alibi_slopes, deterministic)
+        _require_hopper(*padded, alibi_slopes, deterministic, dropout_p > 0)
     out, lse = torch.ops.lctrain.varlen_forward(
         *padded,
         cu_seqlens_q,
@@ -258,13 +258,18 @@ def flash_attn_func(
 
 
 def _require_hopper(
-    q: Tensor, k: Tensor, v: Tensor, alibi_slopes: Tensor | None, deterministic: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    dropout: bool,
 ) -> None:
     """Refuses what the Hopper kernels cannot do, where they are named."""
     from lctrain.kernels.hopper.support import BACKWARD_LIMITS, FORWARD_LIMITS, Call, refusal
 
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    call = Call(q, k, v, alibi=alibi_slopes is not None, deterministic=deterministic)
+    call = Call(q, k, v, None, alibi_slopes is not None, deterministic, dropout)
     reason = refusal(call, BACKWARD_LIMITS if trained else FORWARD_LIMITS)
     if reason is not None:
         raise ValueError(

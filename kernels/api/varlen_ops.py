@@ -157,7 +157,7 @@ def varlen_backward(
     if backend == "hopper":
         from lctrain.kernels.hopper import support, varlen
 
-        call = support.Call(q, k, v, dout, alibi_slopes is not None, deterministic)
+        call = support.Call(q, k, v, dout, alibi_slopes is not None, deterministic, dropout_p > 0)
         if support.refusal(call, support.BACKWARD_LIMITS) is None:
             return varlen.varlen_bwd(
                 dout,

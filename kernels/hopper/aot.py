@@ -12,11 +12,10 @@ import torch
 from triton.runtime.jit import mangle_type
 
 from lctrain.kernels.hopper.config import (
-    BACKWARD,
+    BACKWARD_REGISTERS,
     BLOCK_N_BACKWARD,
-    CONSUMER_REGISTERS,
-    CONSUMERS,
-    FORWARD,
+    backward_tile,
+    forward_tile,
     pack_heads,
 )
 from lctrain.kernels.hopper.launch import padded_columns, ragged_descriptor
@@ -52,14 +51,14 @@ def forward_variant(
         group: Query heads per key/value head.
     """
     columns, pack = padded_columns(head_dim), pack_heads(group)
-    tile = FORWARD[columns]
-    rows = _descriptor(dtype, min(64, CONSUMERS * 64 // pack), 64)
+    tile = forward_tile(columns, pack, _has_dropout(features))
+    rows = _descriptor(dtype, min(64, tile.consumers * 64 // pack), 64)
     keys = _descriptor(dtype, tile.block_n, columns)
     constants = {
         "GROUP": group,
         "HEADS": HEADS_KV * group,
         "PACK": pack,
-        "CONSUMERS": CONSUMERS,
+        "CONSUMERS": tile.consumers,
         "BLOCK_N": tile.block_n,
         "BLOCK_D": columns,
         "Q_STAGES": tile.q_stages,
@@ -68,10 +67,11 @@ def forward_variant(
         "HAS_SINK": features == "all",
     }
     types = _types(features, dtype, q_desc=rows, out_desc=rows, k_desc=keys, v_desc=keys)
-    options = OPTIONS | {"maxnreg": CONSUMER_REGISTERS}
-    size = f"{CONSUMERS * 64}x{tile.block_n}"
+    options = OPTIONS | {"maxnreg": tile.registers}
+    size = f"{tile.consumers * 64}x{tile.block_n}"
     label = f"hopper_fwd-D{head_dim}-g{group}-{features}-{dtype}-{size}"
-    spill_free = features == "causal" and columns <= 128
+    # Three warpgroups have 160 registers a thread, two have 240.
+    spill_free = features == "causal" and columns <= 128 and tile.consumers == 2
     return describe_variant(label, varlen_fwd_hopper_kernel, types, constants, options, spill_free)
 
 
@@ -80,7 +80,7 @@ def backward_variant(
 ) -> KernelVariant:
     """As forward_variant, of varlen_bwd_hopper_kernel; sinks are not its business."""
     columns = padded_columns(head_dim)
-    tile = BACKWARD[columns]
+    tile = backward_tile(columns)
     queries = _descriptor(dtype, tile.block_m, columns)
     keys = _descriptor(dtype, BLOCK_N_BACKWARD // 2, columns)
     dq = _descriptor("fp32", tile.block_m, columns // 2)
@@ -96,7 +96,7 @@ def backward_variant(
     types = _types(
         features, dtype, q_desc=queries, do_desc=queries, k_desc=keys, v_desc=keys, dq_desc=dq
     )
-    options = OPTIONS | {"maxnreg": CONSUMER_REGISTERS}
+    options = OPTIONS | {"maxnreg": BACKWARD_REGISTERS}
     size = f"{tile.block_m}x{BLOCK_N_BACKWARD}"
     label = f"hopper_bwd-D{head_dim}-g{group}-{features}-{dtype}-{size}"
     return describe_variant(label, varlen_bwd_hopper_kernel, types, constants, options, False)

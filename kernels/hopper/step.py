@@ -10,10 +10,27 @@ from triton.experimental.gluon import language as gl
 from lctrain.kernels.tile import dropout, mask
 from lctrain.kernels.tile import logits as logits_tile
 
-keep_mask = gluon.jit(dropout.keep_mask.fn)
+draw_words = gluon.jit(dropout.draw_words.fn)
+kept = gluon.jit(dropout.kept.fn)
 load_key = gluon.jit(dropout.load_key.fn)
 load_window = gluon.jit(mask.load_window.fn)
 tanh = gluon.jit(logits_tile.tanh.fn)
+
+
+@gluon.jit
+def rounded(x, dtype: gl.constexpr):
+    """Rounds float32 to half precision, two values an instruction.
+
+    Left to itself, the compiler selects after rounding, and then has halves to put together.
+    """
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.float16, is_pure=True, pack=2
+        )
 
 
 @gluon.jit

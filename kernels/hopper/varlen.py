@@ -6,11 +6,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lctrain.kernels.hopper.config import (
-    BACKWARD,
+    BACKWARD_REGISTERS,
     BLOCK_N_BACKWARD,
-    CONSUMER_REGISTERS,
-    CONSUMERS,
-    FORWARD,
+    backward_tile,
+    forward_tile,
     pack_heads,
 )
 from lctrain.kernels.hopper.launch import multiprocessors, padded_columns, ragged_descriptor
@@ -48,12 +47,13 @@ def varlen_fwd(
     out = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, total_q), dtype=torch.float32, device=q.device)
     pack = pack_heads(group)
-    positions = CONSUMERS * 64 // pack
-    items = q_tiles.shape[0] * (SCHEDULE_ROWS // positions) * (heads // pack)
+    columns = padded_columns(head_dim)
+    tile = forward_tile(columns, pack, dropout_p > 0)
+    positions = tile.consumers * 64 // pack
+    parts = max(1, SCHEDULE_ROWS // positions)
+    items = q_tiles.shape[0] * parts * (heads // pack)
     if items == 0:
         return out, lse
-    columns = padded_columns(head_dim)
-    tile = FORWARD[columns]
     run = min(64, positions)
     window_ptr, left, right, has_left, has_right = window_arguments(window)
     threshold, scale_kept = dropout_arguments(dropout_p)
@@ -82,7 +82,7 @@ def varlen_fwd(
         GROUP=group,
         HEADS=heads,
         PACK=pack,
-        CONSUMERS=CONSUMERS,
+        CONSUMERS=tile.consumers,
         BLOCK_N=tile.block_n,
         BLOCK_D=columns,
         Q_STAGES=tile.q_stages,
@@ -93,7 +93,8 @@ def varlen_fwd(
         HAS_SINK=learnable_sink is not None,
         HAS_DROPOUT=dropout_p > 0,
         num_warps=4,
-        maxnreg=CONSUMER_REGISTERS,
+        maxnreg=tile.registers,
+        enable_fp_fusion=True,
     )
     return out, lse
 
@@ -218,9 +219,10 @@ def varlen_bwd(
         BLOCK_D=columns,
         ROWS=rows,
         num_warps=8,
+        enable_fp_fusion=True,
     )
     window_ptr, left, right, has_left, has_right = window_arguments(window)
-    tile = BACKWARD[columns]
+    tile = backward_tile(columns)
     varlen_bwd_hopper_kernel[(heads_kv, k_tiles.shape[0])](
         ragged_descriptor(q, tile.block_m, columns),
         ragged_descriptor(dout, tile.block_m, columns),
@@ -258,10 +260,17 @@ def varlen_bwd(
         HAS_SOFTCAP=softcap > 0,
         HAS_DROPOUT=dropout_p > 0,
         num_warps=4,
-        maxnreg=CONSUMER_REGISTERS,
+        maxnreg=BACKWARD_REGISTERS,
+        enable_fp_fusion=True,
     )
     block = 8192
     _scale_kernel[(triton.cdiv(dq.numel(), block),)](
-        dq_sum, dq, dq.numel(), softmax_scale * scale_kept, BLOCK=block, num_warps=8
+        dq_sum,
+        dq,
+        dq.numel(),
+        softmax_scale * scale_kept,
+        BLOCK=block,
+        num_warps=8,
+        enable_fp_fusion=True,
     )
     return dq, dk, dv, delta

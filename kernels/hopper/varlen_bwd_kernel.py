@@ -17,7 +17,15 @@ from lctrain.kernels.hopper.compat import (
     tma_load,
     tma_store_wait,
 )
-from lctrain.kernels.hopper.step import keep_mask, load_key, load_window, query_blocks, tanh
+from lctrain.kernels.hopper.step import (
+    draw_words,
+    kept,
+    load_key,
+    load_window,
+    query_blocks,
+    rounded,
+    tanh,
+)
 from lctrain.kernels.tile.logits import LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
@@ -166,7 +174,10 @@ def _compute(
     first_key = first + HALF_INDEX * HALF
     local_key = gl.arange(0, HALF, gl.SliceLayout(1, s_layout))
     local_query = gl.arange(0, BLOCK_M, column_s)
-    shift = length_k - length_q
+    # Bounds of what is seen, relative to this warpgroup's first key.
+    keys_here = length_k - first_key
+    reach = keys_here - length_q + right
+    past = keys_here - length_q - left
     multiplier = scale * _LOG2_E
     if HAS_SOFTCAP:
         multiplier = 1.0
@@ -197,28 +208,8 @@ def _compute(
             v, do_bufs.index(place).permute((1, 0)), zero_s, use_acc=False, is_async=True
         )
         lse = lse_bufs.index(place).load(column_s)
-        s = warpgroup_mma_wait(1, deps=[s_token])
-        if HAS_SOFTCAP:
-            bounded = tanh(s * (scale / softcap))
-            s = bounded * (softcap * _LOG2_E)
-        # Keys beyond the document's end are zero, and 2^(0 - lse) may overflow.
-        masked = first_key + HALF > length_k
-        if HAS_RIGHT:
-            masked = masked | (first_key + HALF - 1 > query + shift + right)
-        if HAS_LEFT:
-            masked = masked | (first_key < query + BLOCK_M - 1 + shift - left)
-        if masked:
-            position = query + shift + local_query[None, :]
-            key = first_key + local_key[:, None]
-            seen = key < length_k
-            if HAS_RIGHT:
-                seen = seen & (key <= position + right)
-            if HAS_LEFT:
-                seen = seen & (key >= position - left)
-            s = gl.where(seen, s, float("-inf"))
-        p = gl.exp2(s * multiplier - lse[None, :])
         if HAS_DROPOUT:
-            keep = keep_mask(
+            words = draw_words(
                 key_0,
                 key_1,
                 document_key,
@@ -227,14 +218,35 @@ def _compute(
                 local_query[None, :],
                 first_key,
                 local_key[:, None],
-                threshold,
             )
-            kept = gl.convert_layout(gl.where(keep, p, 0.0).to(dtype), p_layout)
+        s = warpgroup_mma_wait(1, deps=[s_token])
+        if HAS_SOFTCAP:
+            bounded = tanh(s * (scale / softcap))
+            s = bounded * (softcap * _LOG2_E)
+        # Keys beyond the document's end are zero, and 2^(0 - lse) may overflow.
+        masked = keys_here < HALF
+        if HAS_RIGHT:
+            masked = masked | (query + reach < HALF - 1)
+        if HAS_LEFT:
+            masked = masked | (query + BLOCK_M - 1 + past > 0)
+        if masked:
+            seen = local_key[:, None] < keys_here
+            if HAS_RIGHT:
+                seen = seen & (local_key[:, None] <= (local_query + (query + reach))[None, :])
+            if HAS_LEFT:
+                seen = seen & (local_key[:, None] >= (local_query + (query + past))[None, :])
+            s = gl.where(seen, s, float("-inf"))
+        p = gl.exp2(s * multiplier - lse[None, :])
+        if HAS_DROPOUT:
+            keep = kept(words, local_key[:, None], threshold)
+            p_operand = gl.convert_layout(rounded(gl.where(keep, p, 0.0), dtype), p_layout)
         else:
-            kept = gl.convert_layout(p.to(dtype), p_layout)
+            p_operand = gl.convert_layout(p.to(dtype), p_layout)
         delta = delta_bufs.index(place).load(column_s)
+        # A wait that is over long since: ptxas does not move the next one above its branch.
+        mbarrier.wait(kv_ready, 0)
         dp = warpgroup_mma_wait(0, deps=[dp_token])
-        dv_token = warpgroup_mma(kept, do_bufs.index(place), dv, is_async=True)
+        dv_token = warpgroup_mma(p_operand, do_bufs.index(place), dv, is_async=True)
         if HAS_DROPOUT:
             dp = gl.where(keep, dp, 0.0)
         ds = p * (dp - delta[None, :])

@@ -17,10 +17,12 @@ from lctrain.kernels.hopper.compat import (
     tma_store_wait,
 )
 from lctrain.kernels.hopper.step import (
-    keep_mask,
+    draw_words,
+    kept,
     key_blocks,
     load_key,
     load_window,
+    rounded,
     scalar,
     tanh,
 )
@@ -37,8 +39,7 @@ _AHEAD = gl.constexpr(2)  # tiles that are fetched before they are needed
 @gluon.jit
 def _schedule(
     info,
-    info_ready,
-    info_empty,
+    info_bars,
     packs,
     window,
     HEADS: gl.constexpr,
@@ -47,8 +48,9 @@ def _schedule(
 ):
     """Fetches tiles from the list of all, ahead of those that work on them.
 
-    A tile is eight numbers in shared memory; document -1 says that no work is left.
+    A tile is nine numbers in shared memory; document -1 says that no work is left.
     """
+    info_ready, info_empty = info_bars
     cu_q_ptr, cu_k_ptr, tiles_ptr, counter_ptr, num_items = packs
     window_ptr, window_left, window_right = window
     PACK: gl.constexpr = TILE[0]
@@ -58,7 +60,7 @@ def _schedule(
     HAS_RIGHT: gl.constexpr = FLAGS[1]
     POSITIONS: gl.constexpr = CONSUMERS * 64 // PACK
     HEAD_GROUPS: gl.constexpr = HEADS // PACK
-    PARTS: gl.constexpr = 128 // POSITIONS
+    PARTS: gl.constexpr = 128 // POSITIONS if POSITIONS <= 128 else 1
     lane: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     left, right = load_window(window_ptr, window_left, window_right)
     item = gl.program_id(0)
@@ -70,7 +72,13 @@ def _schedule(
         part = PARTS - 1 - rest // HEAD_GROUPS
         head = (rest % HEAD_GROUPS) * PACK
         document = gl.load(tiles_ptr + 2 * slot)
-        first = gl.load(tiles_ptr + 2 * slot + 1) * 128 + part * POSITIONS
+        block = gl.load(tiles_ptr + 2 * slot + 1)
+        if POSITIONS == 192:
+            # Three blocks of 128 are two tiles of 192: the third one is not needed.
+            first = block // 3 * 384 + block % 3 * 192
+            document = gl.where(block % 3 == 2, -1, document)
+        else:
+            first = block * 128 + part * POSITIONS
         known = gl.maximum(document, 0)
         begin_q = gl.load(cu_q_ptr + known)
         end_q = gl.load(cu_q_ptr + known + 1)
@@ -108,14 +116,13 @@ def _schedule(
 
 @gluon.jit
 def _load(
-    q_desc,
-    k_desc,
-    v_desc,
+    sources,
     shared,
     GROUP: gl.constexpr,
     TILE: gl.constexpr,
 ):
     """Loads tile after tile, as far ahead as the buffers allow."""
+    q_desc, k_desc, v_desc = sources
     q_bufs, k_bufs, v_bufs, info, info_bars, q_bars, k_bars, v_bars = shared
     info_ready, info_empty = info_bars
     q_ready, q_empty = q_bars
@@ -211,6 +218,26 @@ def _load(
 
 
 @gluon.jit
+def _words(random, block, BLOCK_N: gl.constexpr, s_layout: gl.constexpr, HAS_DROPOUT: gl.constexpr):
+    """Random bits for a block of weights. They need no scores, so they are drawn meanwhile."""
+    words = 0
+    if HAS_DROPOUT:
+        key_0, key_1, document_key, head, first, local_query = random
+        local_key = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
+        words = draw_words(
+            key_0,
+            key_1,
+            document_key,
+            head[:, None].to(gl.uint32),
+            first,
+            local_query[:, None],
+            block * BLOCK_N,
+            local_key[None, :],
+        )
+    return words
+
+
+@gluon.jit
 def _weights(
     s,
     m,
@@ -218,7 +245,8 @@ def _weights(
     block,
     rows,
     visible,
-    random,
+    words,
+    threshold,
     scale,
     softcap,
     s_layout: gl.constexpr,
@@ -230,9 +258,8 @@ def _weights(
     HAS_LEFT: gl.constexpr = FLAGS[0]
     HAS_SOFTCAP: gl.constexpr = FLAGS[2]
     HAS_DROPOUT: gl.constexpr = FLAGS[4]
-    first, local_query, tile_head = rows
+    first, local_query = rows
     shift, length_k, left, right, clear_low, clear_high = visible
-    key_0, key_1, document_key, threshold = random
     query = first + local_query
     local_key = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
     key = block * BLOCK_N
@@ -253,33 +280,19 @@ def _weights(
     alpha = gl.exp2(m - base)
     l = l * alpha + gl.sum(p, 1)
     if HAS_DROPOUT:
-        keep = keep_mask(
-            key_0,
-            key_1,
-            document_key,
-            tile_head[:, None].to(gl.uint32),
-            first,
-            local_query[:, None],
-            key,
-            local_key[None, :],
-            threshold,
-        )
-        p = gl.where(keep, p, 0.0)
+        p = rounded(gl.where(kept(words, local_key[None, :], threshold), p, 0.0), dtype)
     return p.to(dtype), alpha, m_new, l
 
 
 @gluon.jit
 def _consume(
-    out_desc,
-    shared,
-    window,
-    pointers,
-    numbers,
+    common,
     TILE: gl.constexpr,
     FLAGS: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):
     """One warpgroup: 64 rows of every tile."""
+    out_desc, shared, window, pointers, numbers = common
     q_bufs, k_bufs, v_bufs, info, info_bars, q_bars, k_bars, v_bars = shared
     info_ready, info_empty = info_bars
     q_ready, q_empty = q_bars
@@ -333,6 +346,19 @@ def _consume(
         local_query = local % RUN
         query = first + local_query
         tile_head = head + local // RUN
+        if HAS_RIGHT and POSITIONS > RUN:
+            # Blocks that only later rows of the tile see.
+            seen = gl.minimum(gl.maximum(first + RUN + shift + right, 0), length_k)
+            own = gl.maximum((seen + BLOCK_N - 1) // BLOCK_N, low)
+            for _ in range(high - own):
+                place = ring % STAGES
+                phase = (ring // STAGES) & 1
+                mbarrier.wait(k_ready.index(place), phase)
+                mbarrier.arrive(k_empty.index(place), count=1)
+                mbarrier.wait(v_ready.index(place), phase)
+                mbarrier.arrive(v_empty.index(place), count=1)
+                ring += 1
+            high = own
         clear_high = length_k
         if HAS_RIGHT:
             clear_high = gl.minimum(length_k, first + shift + right + 1)
@@ -344,9 +370,9 @@ def _consume(
         document_key = 0
         if HAS_DROPOUT:
             key_0, key_1, document_key = load_key(seed_ptr, document_ids_ptr, document)
-        rows = (first, local_query, tile_head)
+        rows = (first, local_query)
         visible = (shift, length_k, left, right, clear_low, clear_high)
-        random = (key_0, key_1, document_key, threshold)
+        random = (key_0, key_1, document_key, tile_head, first, local_query)
         m = gl.full([64], float("-inf"), gl.float32, row_s)
         l = gl.zeros([64], gl.float32, row_s)
         acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
@@ -358,10 +384,23 @@ def _consume(
             s_token = warpgroup_mma(
                 q, k_bufs.index(place).permute((1, 0)), zero, use_acc=False, is_async=True
             )
+            words = _words(random, high - 1, BLOCK_N, s_layout, HAS_DROPOUT)
             s = warpgroup_mma_wait(0, deps=[s_token])
             mbarrier.arrive(k_empty.index(place), count=1)
             p, alpha, m, l = _weights(
-                s, m, l, high - 1, rows, visible, random, scale, softcap, s_layout, dtype, FLAGS
+                s,
+                m,
+                l,
+                high - 1,
+                rows,
+                visible,
+                words,
+                threshold,
+                scale,
+                softcap,
+                s_layout,
+                dtype,
+                FLAGS,
             )
             if Q_STAGES > 1:
                 # By now the last tile's result has left its place.
@@ -378,6 +417,7 @@ def _consume(
                     q, k_bufs.index(place).permute((1, 0)), zero, use_acc=False, is_async=True
                 )
                 acc_token = warpgroup_mma(p, v_bufs.index(before), acc, is_async=True)
+                words = _words(random, high - 1 - block, BLOCK_N, s_layout, HAS_DROPOUT)
                 s = warpgroup_mma_wait(1, deps=[s_token])
                 mbarrier.arrive(k_empty.index(place), count=1)
                 p_next, alpha, m, l = _weights(
@@ -387,7 +427,8 @@ def _consume(
                     high - 1 - block,
                     rows,
                     visible,
-                    random,
+                    words,
+                    threshold,
                     scale,
                     softcap,
                     s_layout,
@@ -535,13 +576,28 @@ def varlen_fwd_hopper_kernel(
     numbers = (total_q, scale, softcap, threshold, keep_scale)
     TILE: gl.constexpr = (PACK, CONSUMERS, BLOCK_N, BLOCK_D, Q_STAGES, STAGES)
     FLAGS: gl.constexpr = (HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_SINK, HAS_DROPOUT)
-    gl.warp_specialize(
-        [
-            (_consume, (out_desc, shared, window, pointers, numbers, TILE, FLAGS, 0)),
-            (_consume, (out_desc, shared, window, pointers, numbers, TILE, FLAGS, 1)),
-            (_load, (q_desc, k_desc, v_desc, shared, GROUP, TILE)),
-            (_schedule, (info, info_ready, info_empty, packs, window, HEADS, TILE, FLAGS)),
-        ],
-        [4, 1, 1],
-        [240, 24, 24],
-    )
+    sources = (q_desc, k_desc, v_desc)
+    common = (out_desc, shared, window, pointers, numbers)
+    if CONSUMERS == 3:
+        gl.warp_specialize(
+            [
+                (_consume, (common, TILE, FLAGS, 0)),
+                (_consume, (common, TILE, FLAGS, 1)),
+                (_consume, (common, TILE, FLAGS, 2)),
+                (_load, (sources, shared, GROUP, TILE)),
+                (_schedule, (info, info_bars, packs, window, HEADS, TILE, FLAGS)),
+            ],
+            [4, 4, 1, 1],
+            [160, 160, 24, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (common, TILE, FLAGS, 0)),
+                (_consume, (common, TILE, FLAGS, 1)),
+                (_load, (sources, shared, GROUP, TILE)),
+                (_schedule, (info, info_bars, packs, window, HEADS, TILE, FLAGS)),
+            ],
+            [4, 1, 1],
+            [240, 24, 24],
+        )

@@ -23,22 +23,12 @@ def load_key(seed_ptr, document_ids_ptr, document):
 
 
 @triton.jit
-def keep_mask(
-    key_0,
-    key_1,
-    document,
-    head,
-    first_query,
-    query,
-    first_key,
-    key,
-    threshold,
-):
-    """Returns the mask of a tile, True where the weight is kept.
+def draw_words(key_0, key_1, document, head, first_query, query, first_key, key):
+    """Returns 32 random bits for every weight of a tile; two weights share them, see keep_mask.
 
     Counters stay as narrow as their inputs for as long as they can: two of the seven rounds cost a
     row and a column, not a tile. Bits are taken from the positions inside the tile, which the
-    compiler knows per register, so the choice of word and half costs nothing.
+    compiler knows per register, so the choice of the word costs nothing.
 
     Args:
         key_0: Low half of the seed, uint32.
@@ -49,7 +39,6 @@ def keep_mask(
         query: Positions inside the tile, int32, broadcastable ([M, 1] or [1, M]).
         first_key: Multiple of 32; position of the tile's first key.
         key: Positions inside the tile, int32, broadcastable.
-        threshold: Draws below it are dropped, of 65,536.
     """
     c1 = ((query >> 4) * 8 + (query & 7) + first_query // 2).to(tl.uint32)
     c0 = ((key >> 5) * 8 + (key & 7) + first_key // 4).to(tl.uint32)
@@ -67,7 +56,25 @@ def keep_mask(
         key_1 = key_1 + _WEYL_1
     late_query = (query & 8) != 0
     late_key = (key & 16) != 0
-    word = tl.where(late_query, tl.where(late_key, c3, c2), tl.where(late_key, c1, c0))
-    # The 16 bits are compared at the top of the word, where the upper half already lies.
+    return tl.where(late_query, tl.where(late_key, c3, c2), tl.where(late_key, c1, c0))
+
+
+@triton.jit
+def kept(word, key, threshold):
+    """Returns True where a weight is kept: its 16 bits of the word are not below the threshold.
+
+    Args:
+        word: From draw_words.
+        key: As there.
+        threshold: Of 65,536.
+    """
+    # The bits are compared at the top of the word, where the upper half already lies.
     draw = tl.where((key & 8) != 0, word, word << 16)
     return draw >= threshold.to(tl.uint32) << 16
+
+
+@triton.jit
+def keep_mask(key_0, key_1, document, head, first_query, query, first_key, key, threshold):
+    """Returns the mask of a tile, True where the weight is kept; arguments as in draw_words."""
+    word = draw_words(key_0, key_1, document, head, first_query, query, first_key, key)
+    return kept(word, key, threshold)

@@ -49,7 +49,7 @@ def test_documents_of_many_tiles(case, device):
     assert_matches_oracle(attention(case, inputs), case, inputs)
 
 
-@pytest.mark.parametrize("name", ["D128-causal-g4", "D64-causal-dropout", "D96-window-g1"])
+@pytest.mark.parametrize("name", ["D128-causal-g4", "D64-causal", "D96-window-g1"])
 def test_named(name, device):
     case = GPU_CASES[name]
     inputs = make_inputs(case, device)
@@ -61,6 +61,7 @@ def test_named(name, device):
     [
         ("D128-everything-g8", "ALiBi"),
         ("D256-causal-g4", "above 128"),
+        ("D64-causal-dropout", "backward of dropout"),
     ],
 )
 def test_a_named_backend_refuses_what_it_cannot_do(name, reason, device):
@@ -71,23 +72,22 @@ def test_a_named_backend_refuses_what_it_cannot_do(name, reason, device):
 
 @pytest.mark.parametrize("heads", [(4, 1), (2, 2)], ids=["g4", "g1"])
 def test_drops_the_same_weights_as_the_portable_kernels(heads, device):
-    """With uniform weights and unit vectors for values, out and dv show the mask."""
+    """With uniform weights and unit vectors for values, out shows the mask."""
     lengths = (128, 77, 1, 128)
     cu = cumulative(lengths, device)
     q = torch.zeros(sum(lengths), heads[0], 128, device=device, dtype=torch.bfloat16)
     k = torch.zeros(sum(lengths), heads[1], 128, device=device, dtype=torch.bfloat16)
     eye = torch.cat([torch.eye(128, device=device, dtype=torch.bfloat16)[:n] for n in lengths])
-    masks = {}
+    v = eye[:, None].expand(-1, heads[1], -1).contiguous()
+    kept = {}
     for backend in ("hopper", "triton"):
-        v = eye[:, None].expand(-1, heads[1], -1).contiguous().requires_grad_()
         out = flash_attn_varlen_func(
             q, k, v, cu, cu, 128, 128, 0.3, causal=True, dropout_seed=77, backend=backend
         )
-        out.backward(eye[:, None].expand_as(out))
-        masks[backend] = out != 0, v.grad
-    assert 0.2 < 1 - masks["triton"][0].sum() / (out.shape[1] * 2 * 128 * 129 / 2 + 3004) < 0.4
-    assert torch.equal(masks["hopper"][0], masks["triton"][0])
-    assert torch.equal(masks["hopper"][1] != 0, masks["triton"][1] != 0)
+        kept[backend] = out != 0
+    visible = heads[0] * sum(n * (n + 1) // 2 for n in lengths)
+    assert 0.65 < kept["triton"].sum().item() / visible < 0.75
+    assert torch.equal(kept["hopper"], kept["triton"])
 
 
 @pytest.mark.parametrize("name", ["D128-causal-g4", "D64-dropout-window-g1", "D256-causal-g4"])

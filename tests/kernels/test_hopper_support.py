@@ -44,9 +44,10 @@ def test_neither_pass_is_served(options, reason):
     [
         ({"head_dim": 256}, "above 128"),
         ({"deterministic": True}, "deterministic"),
+        ({"dropout": True}, "backward of dropout"),
         ({"dout": torch.zeros(10, 4, 132, dtype=torch.bfloat16)[..., :128]}, "gradient of out"),
     ],
-    ids=["D256", "deterministic", "dout"],
+    ids=["D256", "deterministic", "dropout", "dout"],
 )
 def test_only_the_forward_is_served(options, reason):
     assert refusal(call(**options), FORWARD_LIMITS) is None
