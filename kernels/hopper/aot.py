@@ -12,8 +12,9 @@ import torch
 from triton.runtime.jit import mangle_type
 
 from lctrain.kernels.hopper.config import (
-    BACKWARD_REGISTERS,
     BLOCK_N_BACKWARD,
+    CONSUMERS,
+    REGISTERS,
     backward_tile,
     forward_tile,
     pack_heads,
@@ -51,14 +52,14 @@ def forward_variant(
         group: Query heads per key/value head.
     """
     columns, pack = padded_columns(head_dim), pack_heads(group)
-    tile = forward_tile(columns, pack, _has_dropout(features))
-    rows = _descriptor(dtype, min(64, tile.consumers * 64 // pack), 64)
+    tile = forward_tile(columns)
+    rows = _descriptor(dtype, min(64, CONSUMERS * 64 // pack), 64)
     keys = _descriptor(dtype, tile.block_n, columns)
     constants = {
         "GROUP": group,
         "HEADS": HEADS_KV * group,
         "PACK": pack,
-        "CONSUMERS": tile.consumers,
+        "CONSUMERS": CONSUMERS,
         "BLOCK_N": tile.block_n,
         "BLOCK_D": columns,
         "Q_STAGES": tile.q_stages,
@@ -67,11 +68,10 @@ def forward_variant(
         "HAS_SINK": features == "all",
     }
     types = _types(features, dtype, q_desc=rows, out_desc=rows, k_desc=keys, v_desc=keys)
-    options = OPTIONS | {"maxnreg": tile.registers}
-    size = f"{tile.consumers * 64}x{tile.block_n}"
+    options = OPTIONS | {"maxnreg": REGISTERS}
+    size = f"{CONSUMERS * 64}x{tile.block_n}"
     label = f"hopper_fwd-D{head_dim}-g{group}-{features}-{dtype}-{size}"
-    # Three warpgroups have 160 registers a thread, two have 240.
-    spill_free = features == "causal" and columns <= 128 and tile.consumers == 2
+    spill_free = features == "causal" and columns <= 128
     return describe_variant(label, varlen_fwd_hopper_kernel, types, constants, options, spill_free)
 
 
@@ -96,7 +96,7 @@ def backward_variant(
     types = _types(
         features, dtype, q_desc=queries, do_desc=queries, k_desc=keys, v_desc=keys, dq_desc=dq
     )
-    options = OPTIONS | {"maxnreg": BACKWARD_REGISTERS}
+    options = OPTIONS | {"maxnreg": REGISTERS}
     size = f"{tile.block_m}x{BLOCK_N_BACKWARD}"
     label = f"hopper_bwd-D{head_dim}-g{group}-{features}-{dtype}-{size}"
     return describe_variant(label, varlen_bwd_hopper_kernel, types, constants, options, False)

@@ -10,18 +10,11 @@ class ForwardTile(NamedTuple):
         block_n: Keys of a block.
         stages: Blocks of keys, and of values, in shared memory.
         q_stages: Tiles of queries in shared memory.
-        consumers: Warpgroups, of 64 rows each: 2, or 3 where one head fills a tile.
     """
 
     block_n: int
     stages: int
     q_stages: int
-    consumers: int = 2
-
-    @property
-    def registers(self) -> int:
-        """Of each thread at entry; warp specialisation shares them out anew."""
-        return 168 if self.consumers == 2 else 128
 
 
 class BackwardTile(NamedTuple):
@@ -39,7 +32,8 @@ class BackwardTile(NamedTuple):
 # By the columns of a tile: head dims up to them.
 _FORWARD = {64: ForwardTile(128, 3, 2), 128: ForwardTile(128, 2, 2), 256: ForwardTile(64, 2, 1)}
 _BACKWARD = {64: BackwardTile(64, 3), 128: BackwardTile(64, 2)}
-BACKWARD_REGISTERS = 168
+CONSUMERS = 2  # warpgroups of a forward, of 64 rows each
+REGISTERS = 168  # of each thread at entry; warp specialisation shares them out anew
 BLOCK_N_BACKWARD = 128  # a block of the schedule
 
 
@@ -52,10 +46,9 @@ def pack_heads(group: int) -> int:
     return next(heads for heads in (4, 2, 1) if group % heads == 0)
 
 
-def forward_tile(columns: int, pack: int, dropout: bool) -> ForwardTile:
-    """Returns the tile of a forward; dropout has no registers for a third warpgroup."""
-    tile = _FORWARD[columns]
-    return tile._replace(consumers=2) if pack > 1 or dropout else tile
+def forward_tile(columns: int) -> ForwardTile:
+    """Returns the tile of a forward."""
+    return _FORWARD[columns]
 
 
 def backward_tile(columns: int) -> BackwardTile:

@@ -36,11 +36,6 @@ class Call:
     deterministic: bool = False
     dropout: bool = False
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All that the copy engine reads."""
-        return tuple(x for x in (self.q, self.k, self.v, self.dout) if x is not None)
-
 
 def _unaligned(tensor: Tensor) -> bool:
     """The copy engine wants 16-byte strides, all positive, and a 16-byte base."""
@@ -67,7 +62,8 @@ FORWARD_LIMITS: tuple[_Limit, ...] = (
 BACKWARD_LIMITS: tuple[_Limit, ...] = (
     *FORWARD_LIMITS,
     ("the backward of head dims above 128", lambda c: c.q.shape[2] > 128),
-    # The random bits leave too few registers: 0.8x the speed of the portable kernels on an H100.
+    # The kernel has it, but the random bits leave too few registers: 0.8x the speed of the portable
+    # kernels on an H100 (bench/NOTES.md).
     ("the backward of dropout", lambda c: c.dropout),
     ("a deterministic backward", lambda c: c.deterministic),
     ("a gradient of out whose strides are no multiples of 16 bytes",

@@ -6,8 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lctrain.kernels.hopper.config import (
-    BACKWARD_REGISTERS,
     BLOCK_N_BACKWARD,
+    CONSUMERS,
+    REGISTERS,
     backward_tile,
     forward_tile,
     pack_heads,
@@ -48,10 +49,9 @@ def varlen_fwd(
     lse = torch.empty((heads, total_q), dtype=torch.float32, device=q.device)
     pack = pack_heads(group)
     columns = padded_columns(head_dim)
-    tile = forward_tile(columns, pack, dropout_p > 0)
-    positions = tile.consumers * 64 // pack
-    parts = max(1, SCHEDULE_ROWS // positions)
-    items = q_tiles.shape[0] * parts * (heads // pack)
+    tile = forward_tile(columns)
+    positions = CONSUMERS * 64 // pack
+    items = q_tiles.shape[0] * (SCHEDULE_ROWS // positions) * (heads // pack)
     if items == 0:
         return out, lse
     run = min(64, positions)
@@ -82,7 +82,7 @@ def varlen_fwd(
         GROUP=group,
         HEADS=heads,
         PACK=pack,
-        CONSUMERS=tile.consumers,
+        CONSUMERS=CONSUMERS,
         BLOCK_N=tile.block_n,
         BLOCK_D=columns,
         Q_STAGES=tile.q_stages,
@@ -93,7 +93,7 @@ def varlen_fwd(
         HAS_SINK=learnable_sink is not None,
         HAS_DROPOUT=dropout_p > 0,
         num_warps=4,
-        maxnreg=tile.registers,
+        maxnreg=REGISTERS,
         enable_fp_fusion=True,
     )
     return out, lse
@@ -260,7 +260,7 @@ def varlen_bwd(
         HAS_SOFTCAP=softcap > 0,
         HAS_DROPOUT=dropout_p > 0,
         num_warps=4,
-        maxnreg=BACKWARD_REGISTERS,
+        maxnreg=REGISTERS,
         enable_fp_fusion=True,
     )
     block = 8192

@@ -60,7 +60,7 @@ def _schedule(
     HAS_RIGHT: gl.constexpr = FLAGS[1]
     POSITIONS: gl.constexpr = CONSUMERS * 64 // PACK
     HEAD_GROUPS: gl.constexpr = HEADS // PACK
-    PARTS: gl.constexpr = 128 // POSITIONS if POSITIONS <= 128 else 1
+    PARTS: gl.constexpr = 128 // POSITIONS
     lane: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     left, right = load_window(window_ptr, window_left, window_right)
     item = gl.program_id(0)
@@ -72,13 +72,7 @@ def _schedule(
         part = PARTS - 1 - rest // HEAD_GROUPS
         head = (rest % HEAD_GROUPS) * PACK
         document = gl.load(tiles_ptr + 2 * slot)
-        block = gl.load(tiles_ptr + 2 * slot + 1)
-        if POSITIONS == 192:
-            # Three blocks of 128 are two tiles of 192: the third one is not needed.
-            first = block // 3 * 384 + block % 3 * 192
-            document = gl.where(block % 3 == 2, -1, document)
-        else:
-            first = block * 128 + part * POSITIONS
+        first = gl.load(tiles_ptr + 2 * slot + 1) * 128 + part * POSITIONS
         known = gl.maximum(document, 0)
         begin_q = gl.load(cu_q_ptr + known)
         end_q = gl.load(cu_q_ptr + known + 1)
@@ -578,26 +572,13 @@ def varlen_fwd_hopper_kernel(
     FLAGS: gl.constexpr = (HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_SINK, HAS_DROPOUT)
     sources = (q_desc, k_desc, v_desc)
     common = (out_desc, shared, window, pointers, numbers)
-    if CONSUMERS == 3:
-        gl.warp_specialize(
-            [
-                (_consume, (common, TILE, FLAGS, 0)),
-                (_consume, (common, TILE, FLAGS, 1)),
-                (_consume, (common, TILE, FLAGS, 2)),
-                (_load, (sources, shared, GROUP, TILE)),
-                (_schedule, (info, info_bars, packs, window, HEADS, TILE, FLAGS)),
-            ],
-            [4, 4, 1, 1],
-            [160, 160, 24, 24],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_consume, (common, TILE, FLAGS, 0)),
-                (_consume, (common, TILE, FLAGS, 1)),
-                (_load, (sources, shared, GROUP, TILE)),
-                (_schedule, (info, info_bars, packs, window, HEADS, TILE, FLAGS)),
-            ],
-            [4, 1, 1],
-            [240, 24, 24],
-        )
+    gl.warp_specialize(
+        [
+            (_consume, (common, TILE, FLAGS, 0)),
+            (_consume, (common, TILE, FLAGS, 1)),
+            (_load, (sources, shared, GROUP, TILE)),
+            (_schedule, (info, info_bars, packs, window, HEADS, TILE, FLAGS)),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
+    )

@@ -41,13 +41,14 @@ def test_large_logits_are_large(device):
 
 
 def test_auto_is_the_backend_that_it_names(device):
+    """The same bits; of dq only where it is not added up in the order in which programs come."""
     inputs = make_inputs(GPU_PLAIN, device)
     backend = select_backend(device, torch.bfloat16)
-    named = dict(attention(GPU_PLAIN, inputs, backend=backend, deterministic=False).items())
-    named.pop("dq")  # added in any order on a Hopper GPU
+    named = dict(attention(GPU_PLAIN, inputs, backend=backend).items())
     auto = dict(attention(GPU_PLAIN, inputs, backend="auto").items())
     for name, tensor in named.items():
-        assert torch.equal(tensor, auto[name]), name
+        if backend == "triton" or name != "dq":
+            assert torch.equal(tensor, auto[name]), name
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["plain", "dropout"])
