@@ -117,7 +117,11 @@ CASES = {
         ValueError,
         "must hold the 6 tokens that schedule was built for, got 7",
     ),
-    "backend": ({"backend": "cuda"}, ValueError, "backend must be one of auto, triton, pytorch"),
+    "backend": (
+        {"backend": "cuda"},
+        ValueError,
+        "backend must be one of auto, hopper, triton, pytorch, got 'cuda'",
+    ),
 }
 
 
