@@ -16,96 +16,15 @@ from lctrain.kernels.hopper.compat import (
     tma_store,
     tma_store_wait,
 )
-from lctrain.kernels.hopper.step import (
-    draw_words,
-    kept,
-    key_blocks,
-    load_key,
-    load_window,
-    rounded,
-    scalar,
-    tanh,
-)
+from lctrain.kernels.hopper.softmax import block_weights, block_words
+from lctrain.kernels.hopper.step import load_key, load_window, scalar
+from lctrain.kernels.hopper.tile_list import TILE_FIELDS, TILES_AHEAD, fetch_tiles
 from lctrain.kernels.tile.logits import LN_2, LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
 _LN_2 = gl.constexpr(LN_2)
 _RAGGED = gl.constexpr(1 << 30)
 _CHUNK = gl.constexpr(64)  # columns of a 128-byte swizzle
-_FIELDS = gl.constexpr(9)  # of a tile: see _schedule
-_AHEAD = gl.constexpr(2)  # tiles that are fetched before they are needed
-
-
-@gluon.jit
-def _schedule(
-    info,
-    info_bars,
-    packs,
-    window,
-    HEADS: gl.constexpr,
-    TILE: gl.constexpr,
-    FLAGS: gl.constexpr,
-):
-    """Fetches tiles from the list of all, ahead of those that work on them.
-
-    A tile is nine numbers in shared memory; document -1 says that no work is left.
-    """
-    info_ready, info_empty = info_bars
-    cu_q_ptr, cu_k_ptr, tiles_ptr, counter_ptr, num_items = packs
-    window_ptr, window_left, window_right = window
-    PACK: gl.constexpr = TILE[0]
-    CONSUMERS: gl.constexpr = TILE[1]
-    BLOCK_N: gl.constexpr = TILE[2]
-    HAS_LEFT: gl.constexpr = FLAGS[0]
-    HAS_RIGHT: gl.constexpr = FLAGS[1]
-    POSITIONS: gl.constexpr = CONSUMERS * 64 // PACK
-    HEAD_GROUPS: gl.constexpr = HEADS // PACK
-    PARTS: gl.constexpr = 128 // POSITIONS
-    lane: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    left, right = load_window(window_ptr, window_left, window_right)
-    item = gl.program_id(0)
-    served = 0
-    while item < num_items:
-        following = gl.atomic_add(counter_ptr, 1) + gl.num_programs(0)
-        slot = item // (PARTS * HEAD_GROUPS)
-        rest = item % (PARTS * HEAD_GROUPS)
-        part = PARTS - 1 - rest // HEAD_GROUPS
-        head = (rest % HEAD_GROUPS) * PACK
-        document = gl.load(tiles_ptr + 2 * slot)
-        first = gl.load(tiles_ptr + 2 * slot + 1) * 128 + part * POSITIONS
-        known = gl.maximum(document, 0)
-        begin_q = gl.load(cu_q_ptr + known)
-        end_q = gl.load(cu_q_ptr + known + 1)
-        begin_k = gl.load(cu_k_ptr + known)
-        end_k = gl.load(cu_k_ptr + known + 1)
-        length_q = end_q - begin_q
-        length_k = end_k - begin_k
-        if (document >= 0) & (first < length_q):
-            low, high = key_blocks(
-                first,
-                POSITIONS,
-                length_k - length_q,
-                length_k,
-                left,
-                right,
-                HAS_LEFT,
-                HAS_RIGHT,
-                BLOCK_N,
-            )
-            stage = served % _AHEAD
-            mbarrier.wait(info_empty.index(stage), ((served // _AHEAD) & 1) ^ 1)
-            values = (document, end_q, length_q, end_k, length_k, first, head, low, high)
-            for field in gl.static_range(9):
-                info.index(stage * _FIELDS + field).store(
-                    gl.full([1], values[field], gl.int32, lane)
-                )
-            mbarrier.arrive(info_ready.index(stage), count=1)
-            served += 1
-        item = following
-    stage = served % _AHEAD
-    mbarrier.wait(info_empty.index(stage), ((served // _AHEAD) & 1) ^ 1)
-    info.index(stage * _FIELDS).store(gl.full([1], -1, gl.int32, lane))
-    mbarrier.arrive(info_ready.index(stage), count=1)
 
 
 @gluon.jit
@@ -140,7 +59,7 @@ def _load(
     mbarrier.wait(info_ready.index(0), 0)
     document = scalar(info.index(0), 1)
     while document >= 0:
-        place = served % _AHEAD * _FIELDS
+        place = served % TILES_AHEAD * TILE_FIELDS
         end_q = scalar(info.index(place + 1), 1)
         length_q = scalar(info.index(place + 2), 1)
         end_k = scalar(info.index(place + 3), 1)
@@ -149,7 +68,7 @@ def _load(
         head = scalar(info.index(place + 6), 1)
         low = scalar(info.index(place + 7), 1)
         high = scalar(info.index(place + 8), 1)
-        mbarrier.arrive(info_empty.index(served % _AHEAD), count=1)
+        mbarrier.arrive(info_empty.index(served % TILES_AHEAD), count=1)
         stage = served % Q_STAGES
         mbarrier.wait(q_empty.index(stage), ((served // Q_STAGES) & 1) ^ 1)
         mbarrier.expect(q_ready.index(stage), ROWS * BLOCK_D * BYTES)
@@ -207,75 +126,8 @@ def _load(
             )
             ring += 1
         served += 1
-        mbarrier.wait(info_ready.index(served % _AHEAD), (served // _AHEAD) & 1)
-        document = scalar(info.index(served % _AHEAD * _FIELDS), 1)
-
-
-@gluon.jit
-def _words(random, block, BLOCK_N: gl.constexpr, s_layout: gl.constexpr, HAS_DROPOUT: gl.constexpr):
-    """Random bits for a block of weights. They need no scores, so they are drawn meanwhile."""
-    words = 0
-    if HAS_DROPOUT:
-        key_0, key_1, document_key, head, first, local_query = random
-        local_key = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
-        words = draw_words(
-            key_0,
-            key_1,
-            document_key,
-            head[:, None].to(gl.uint32),
-            first,
-            local_query[:, None],
-            block * BLOCK_N,
-            local_key[None, :],
-        )
-    return words
-
-
-@gluon.jit
-def _weights(
-    s,
-    m,
-    l,
-    block,
-    rows,
-    visible,
-    words,
-    threshold,
-    scale,
-    softcap,
-    s_layout: gl.constexpr,
-    dtype: gl.constexpr,
-    FLAGS: gl.constexpr,
-):
-    """One block of the online softmax: (p in dtype, alpha, m, l); s [64, BLOCK_N] = q.k."""
-    BLOCK_N: gl.constexpr = s.shape[1]
-    HAS_LEFT: gl.constexpr = FLAGS[0]
-    HAS_SOFTCAP: gl.constexpr = FLAGS[2]
-    HAS_DROPOUT: gl.constexpr = FLAGS[4]
-    first, local_query = rows
-    shift, length_k, left, right, clear_low, clear_high = visible
-    query = first + local_query
-    local_key = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
-    key = block * BLOCK_N
-    multiplier = scale * _LOG2_E
-    if HAS_SOFTCAP:
-        s = tanh(s * (scale / softcap)) * (softcap * _LOG2_E)
-        multiplier = 1.0
-    if (key + BLOCK_N > clear_high) | (key < clear_low):
-        last = gl.minimum(query + shift + right, length_k - 1) - key
-        s = gl.where(local_key[None, :] <= last[:, None], s, float("-inf"))
-        if HAS_LEFT:
-            s = gl.where(
-                local_key[None, :] >= (query + shift - left - key)[:, None], s, float("-inf")
-            )
-    m_new = gl.maximum(m, gl.max(s, 1) * multiplier)
-    base = gl.where(m_new == float("-inf"), 0.0, m_new)
-    p = gl.exp2(s * multiplier - base[:, None])
-    alpha = gl.exp2(m - base)
-    l = l * alpha + gl.sum(p, 1)
-    if HAS_DROPOUT:
-        p = rounded(gl.where(kept(words, local_key[None, :], threshold), p, 0.0), dtype)
-    return p.to(dtype), alpha, m_new, l
+        mbarrier.wait(info_ready.index(served % TILES_AHEAD), (served // TILES_AHEAD) & 1)
+        document = scalar(info.index(served % TILES_AHEAD * TILE_FIELDS), 1)
 
 
 @gluon.jit
@@ -326,7 +178,7 @@ def _consume(
     mbarrier.wait(info_ready.index(0), 0)
     document = scalar(info.index(0), 4)
     while document >= 0:
-        fields = served % _AHEAD * _FIELDS
+        fields = served % TILES_AHEAD * TILE_FIELDS
         end_q = scalar(info.index(fields + 1), 4)
         length_q = scalar(info.index(fields + 2), 4)
         length_k = scalar(info.index(fields + 4), 4)
@@ -334,7 +186,7 @@ def _consume(
         head = scalar(info.index(fields + 6), 4) + FIRST_RUN // (POSITIONS // RUN)
         low = scalar(info.index(fields + 7), 4)
         high = scalar(info.index(fields + 8), 4)
-        mbarrier.arrive(info_empty.index(served % _AHEAD), count=1)
+        mbarrier.arrive(info_empty.index(served % TILES_AHEAD), count=1)
         stage = served % Q_STAGES
         shift = length_k - length_q
         local_query = local % RUN
@@ -378,10 +230,10 @@ def _consume(
             s_token = warpgroup_mma(
                 q, k_bufs.index(place).permute((1, 0)), zero, use_acc=False, is_async=True
             )
-            words = _words(random, high - 1, BLOCK_N, s_layout, HAS_DROPOUT)
+            words = block_words(random, high - 1, BLOCK_N, s_layout, HAS_DROPOUT)
             s = warpgroup_mma_wait(0, deps=[s_token])
             mbarrier.arrive(k_empty.index(place), count=1)
-            p, alpha, m, l = _weights(
+            p, alpha, m, l = block_weights(
                 s,
                 m,
                 l,
@@ -411,10 +263,10 @@ def _consume(
                     q, k_bufs.index(place).permute((1, 0)), zero, use_acc=False, is_async=True
                 )
                 acc_token = warpgroup_mma(p, v_bufs.index(before), acc, is_async=True)
-                words = _words(random, high - 1 - block, BLOCK_N, s_layout, HAS_DROPOUT)
+                words = block_words(random, high - 1 - block, BLOCK_N, s_layout, HAS_DROPOUT)
                 s = warpgroup_mma_wait(1, deps=[s_token])
                 mbarrier.arrive(k_empty.index(place), count=1)
-                p_next, alpha, m, l = _weights(
+                p_next, alpha, m, l = block_weights(
                     s,
                     m,
                     l,
@@ -484,8 +336,8 @@ def _consume(
             tma_store_wait(0)
             mbarrier.arrive(q_empty.index(stage), count=1)
         served += 1
-        mbarrier.wait(info_ready.index(served % _AHEAD), (served // _AHEAD) & 1)
-        document = scalar(info.index(served % _AHEAD * _FIELDS), 4)
+        mbarrier.wait(info_ready.index(served % TILES_AHEAD), (served // TILES_AHEAD) & 1)
+        document = scalar(info.index(served % TILES_AHEAD * TILE_FIELDS), 4)
     tma_store_wait(0)
 
 
@@ -539,16 +391,16 @@ def varlen_fwd_hopper_kernel(
     q_bufs = gl.allocate_shared_memory(dtype, [Q_STAGES * CONSUMERS, 64, BLOCK_D], q_layout)
     k_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], kv_layout)
     v_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], kv_layout)
-    info = gl.allocate_shared_memory(gl.int32, [_AHEAD * _FIELDS, 1], word)
-    info_ready = gl.allocate_shared_memory(gl.int64, [_AHEAD, 1], bar)
-    info_empty = gl.allocate_shared_memory(gl.int64, [_AHEAD, 1], bar)
+    info = gl.allocate_shared_memory(gl.int32, [TILES_AHEAD * TILE_FIELDS, 1], word)
+    info_ready = gl.allocate_shared_memory(gl.int64, [TILES_AHEAD, 1], bar)
+    info_empty = gl.allocate_shared_memory(gl.int64, [TILES_AHEAD, 1], bar)
     q_ready = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bar)
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bar)
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    for i in gl.static_range(_AHEAD):
+    for i in gl.static_range(TILES_AHEAD):
         mbarrier.init(info_ready.index(i), count=1)
         mbarrier.init(info_empty.index(i), count=CONSUMERS + 1)
     for i in gl.static_range(Q_STAGES):
@@ -577,7 +429,7 @@ def varlen_fwd_hopper_kernel(
             (_consume, (common, TILE, FLAGS, 0)),
             (_consume, (common, TILE, FLAGS, 1)),
             (_load, (sources, shared, GROUP, TILE)),
-            (_schedule, (info, info_bars, packs, window, HEADS, TILE, FLAGS)),
+            (fetch_tiles, (info, info_bars, packs, window, HEADS, TILE, FLAGS)),
         ],
         [4, 1, 1],
         [240, 24, 24],

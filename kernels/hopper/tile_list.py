@@ -1,0 +1,82 @@
+"""The warp that hands out tiles of queries, for the persistent forward kernels."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from lctrain.kernels.hopper.step import key_blocks, load_window
+
+TILE_FIELDS = gl.constexpr(9)  # of a tile: see fetch_tiles
+TILES_AHEAD = gl.constexpr(2)  # tiles that are fetched before they are needed
+
+
+@gluon.jit
+def fetch_tiles(
+    info,
+    info_bars,
+    packs,
+    window,
+    HEADS: gl.constexpr,
+    TILE: gl.constexpr,
+    FLAGS: gl.constexpr,
+):
+    """Fetches tiles from the list of all, ahead of those that work on them.
+
+    A tile is nine numbers in shared memory; document -1 says that no work is left.
+    """
+    info_ready, info_empty = info_bars
+    cu_q_ptr, cu_k_ptr, tiles_ptr, counter_ptr, num_items = packs
+    window_ptr, window_left, window_right = window
+    PACK: gl.constexpr = TILE[0]
+    CONSUMERS: gl.constexpr = TILE[1]
+    BLOCK_N: gl.constexpr = TILE[2]
+    HAS_LEFT: gl.constexpr = FLAGS[0]
+    HAS_RIGHT: gl.constexpr = FLAGS[1]
+    POSITIONS: gl.constexpr = CONSUMERS * 64 // PACK
+    HEAD_GROUPS: gl.constexpr = HEADS // PACK
+    PARTS: gl.constexpr = 128 // POSITIONS
+    lane: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    left, right = load_window(window_ptr, window_left, window_right)
+    item = gl.program_id(0)
+    served = 0
+    while item < num_items:
+        following = gl.atomic_add(counter_ptr, 1) + gl.num_programs(0)
+        slot = item // (PARTS * HEAD_GROUPS)
+        rest = item % (PARTS * HEAD_GROUPS)
+        part = PARTS - 1 - rest // HEAD_GROUPS
+        head = (rest % HEAD_GROUPS) * PACK
+        document = gl.load(tiles_ptr + 2 * slot)
+        first = gl.load(tiles_ptr + 2 * slot + 1) * 128 + part * POSITIONS
+        known = gl.maximum(document, 0)
+        begin_q = gl.load(cu_q_ptr + known)
+        end_q = gl.load(cu_q_ptr + known + 1)
+        begin_k = gl.load(cu_k_ptr + known)
+        end_k = gl.load(cu_k_ptr + known + 1)
+        length_q = end_q - begin_q
+        length_k = end_k - begin_k
+        if (document >= 0) & (first < length_q):
+            low, high = key_blocks(
+                first,
+                POSITIONS,
+                length_k - length_q,
+                length_k,
+                left,
+                right,
+                HAS_LEFT,
+                HAS_RIGHT,
+                BLOCK_N,
+            )
+            stage = served % TILES_AHEAD
+            mbarrier.wait(info_empty.index(stage), ((served // TILES_AHEAD) & 1) ^ 1)
+            values = (document, end_q, length_q, end_k, length_k, first, head, low, high)
+            for field in gl.static_range(9):
+                info.index(stage * TILE_FIELDS + field).store(
+                    gl.full([1], values[field], gl.int32, lane)
+                )
+            mbarrier.arrive(info_ready.index(stage), count=1)
+            served += 1
+        item = following
+    stage = served % TILES_AHEAD
+    mbarrier.wait(info_empty.index(stage), ((served // TILES_AHEAD) & 1) ^ 1)
+    info.index(stage * TILE_FIELDS).store(gl.full([1], -1, gl.int32, lane))
+    mbarrier.arrive(info_ready.index(stage), count=1)
