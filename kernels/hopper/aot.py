@@ -16,9 +16,11 @@ from lctrain.kernels.hopper.config import (
     CONSUMERS,
     REGISTERS,
     backward_tile,
+    dual_chunk_forward_tile,
     forward_tile,
     pack_heads,
 )
+from lctrain.kernels.hopper.dual_chunk_fwd_kernel import dual_chunk_fwd_hopper_kernel
 from lctrain.kernels.hopper.launch import padded_columns, ragged_descriptor
 from lctrain.kernels.hopper.support import BACKWARD_LIMITS, Call, refusal
 from lctrain.kernels.hopper.varlen_bwd_kernel import varlen_bwd_hopper_kernel
@@ -102,6 +104,35 @@ def backward_variant(
     return describe_variant(label, varlen_bwd_hopper_kernel, types, constants, options, False)
 
 
+def dual_chunk_forward_variant(
+    head_dim: int, *, features: str = "causal", dtype: str = "bf16", group: int = 4
+) -> KernelVariant:
+    """As forward_variant, of dual_chunk_fwd_hopper_kernel; "all" adds logit_scale to dropout."""
+    columns, pack = padded_columns(head_dim), pack_heads(group)
+    tile = dual_chunk_forward_tile(columns)
+    rows = _descriptor(dtype, min(64, CONSUMERS * 64 // pack), 64)
+    keys = _descriptor(dtype, tile.block_n, columns)
+    constants = {
+        "GROUP": group,
+        "HEADS": HEADS_KV * group,
+        "PACK": pack,
+        "CONSUMERS": CONSUMERS,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_D": columns,
+        "Q_STAGES": tile.q_stages,
+        "STAGES": tile.stages,
+        "HAS_DROPOUT": _has_dropout(features),
+    }
+    types = _types(
+        features, dtype, q_desc=rows, out_desc=rows, k_desc=keys, k_near_desc=keys, v_desc=keys
+    ) | _dual_chunk_types(features)
+    options = OPTIONS | {"maxnreg": REGISTERS}
+    size = f"{CONSUMERS * 64}x{tile.block_n}"
+    label = f"hopper_dual_chunk_fwd-D{head_dim}-g{group}-{features}-{dtype}-{size}"
+    kernel = dual_chunk_fwd_hopper_kernel
+    return describe_variant(label, kernel, types, constants, options, features == "causal")
+
+
 def kernel_variants(
     head_dims: tuple[int, ...] = (64, 96, 128, 256),
     features: tuple[str, ...] = FEATURES,
@@ -162,3 +193,9 @@ def _types(features: str, dtype: str, **descriptors: str) -> dict[str, str | Non
     if not _has_dropout(features):
         types |= dict.fromkeys(("seed_ptr", "document_ids_ptr"))
     return types | descriptors
+
+
+def _dual_chunk_types(features: str) -> dict[str, str | None]:
+    """Triton's names of the types of what only the kernels of dual chunk attention take."""
+    logit_scale = "*fp32" if features == "all" else None
+    return dict.fromkeys(("chunk_length", "near"), "i32") | {"logit_scale_ptr": logit_scale}

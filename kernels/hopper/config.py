@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class ForwardTile(NamedTuple):
-    """Of varlen_fwd_hopper_kernel.
+    """Of varlen_fwd_hopper_kernel and dual_chunk_fwd_hopper_kernel.
 
     Attributes:
         block_n: Keys of a block.
@@ -32,6 +32,8 @@ class BackwardTile(NamedTuple):
 # By the columns of a tile: head dims up to them.
 _FORWARD = {64: ForwardTile(128, 3, 2), 128: ForwardTile(128, 2, 2), 256: ForwardTile(64, 2, 1)}
 _BACKWARD = {64: BackwardTile(64, 3), 128: BackwardTile(64, 2)}
+# A tile of dual chunk attention holds its queries twice; the third place is for the next tile.
+_DUAL_CHUNK_FORWARD = {64: ForwardTile(128, 3, 3), 128: ForwardTile(128, 2, 3)}
 CONSUMERS = 2  # warpgroups of a forward, of 64 rows each
 REGISTERS = 168  # of each thread at entry; warp specialisation shares them out anew
 BLOCK_N_BACKWARD = 128  # a block of the schedule
@@ -54,3 +56,8 @@ def forward_tile(columns: int) -> ForwardTile:
 def backward_tile(columns: int) -> BackwardTile:
     """Returns the tile of a backward."""
     return _BACKWARD[columns]
+
+
+def dual_chunk_forward_tile(columns: int) -> ForwardTile:
+    """Returns the tile of a forward of dual chunk attention."""
+    return _DUAL_CHUNK_FORWARD[columns]

@@ -14,6 +14,14 @@ def block_words(
     random, block, BLOCK_N: gl.constexpr, s_layout: gl.constexpr, HAS_DROPOUT: gl.constexpr
 ):
     """Random bits for a block of weights. They need no scores, so they are drawn meanwhile."""
+    return key_words(random, block * BLOCK_N, BLOCK_N, s_layout, HAS_DROPOUT)
+
+
+@gluon.jit
+def key_words(
+    random, key, BLOCK_N: gl.constexpr, s_layout: gl.constexpr, HAS_DROPOUT: gl.constexpr
+):
+    """As block_words, of a block that starts at `key`, a multiple of 32."""
     words = 0
     if HAS_DROPOUT:
         key_0, key_1, document_key, head, first, local_query = random
@@ -25,7 +33,7 @@ def block_words(
             head[:, None].to(gl.uint32),
             first,
             local_query[:, None],
-            block * BLOCK_N,
+            key,
             local_key[None, :],
         )
     return words
@@ -68,11 +76,28 @@ def block_weights(
             s = gl.where(
                 local_key[None, :] >= (query + shift - left - key)[:, None], s, float("-inf")
             )
+    return masked_weights(s, m, l, words, threshold, multiplier, s_layout, dtype, HAS_DROPOUT)
+
+
+@gluon.jit
+def masked_weights(
+    s,
+    m,
+    l,
+    words,
+    threshold,
+    multiplier,
+    s_layout: gl.constexpr,
+    dtype: gl.constexpr,
+    HAS_DROPOUT: gl.constexpr,
+):
+    """As block_weights, of s that is -inf where nothing is seen; the exponent is s * multiplier."""
     m_new = gl.maximum(m, gl.max(s, 1) * multiplier)
     base = gl.where(m_new == float("-inf"), 0.0, m_new)
     p = gl.exp2(s * multiplier - base[:, None])
     alpha = gl.exp2(m - base)
     l = l * alpha + gl.sum(p, 1)
     if HAS_DROPOUT:
+        local_key = gl.arange(0, s.shape[1], gl.SliceLayout(0, s_layout))
         p = rounded(gl.where(kept(words, local_key[None, :], threshold), p, 0.0), dtype)
     return p.to(dtype), alpha, m_new, l

@@ -7,7 +7,7 @@ definition of the dropout mask, of windows and of logits for all kernels.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from lctrain.kernels.tile import dropout, mask
+from lctrain.kernels.tile import chunks, dropout, mask
 from lctrain.kernels.tile import logits as logits_tile
 
 draw_words = gluon.jit(dropout.draw_words.fn)
@@ -15,6 +15,11 @@ kept = gluon.jit(dropout.kept.fn)
 load_key = gluon.jit(dropout.load_key.fn)
 load_window = gluon.jit(mask.load_window.fn)
 tanh = gluon.jit(logits_tile.tanh.fn)
+keys_of_query = gluon.jit(chunks.keys_of_query.fn)
+keys_of_tile = gluon.jit(chunks.keys_of_tile.fn)
+own_begin = gluon.jit(chunks.own_begin.fn)
+queries_of_key = gluon.jit(chunks.queries_of_key.fn)
+queries_of_tile = gluon.jit(chunks.queries_of_tile.fn)
 
 
 @gluon.jit
