@@ -74,12 +74,10 @@ class EmulatedKernel:
         bound = {n: x if n in constants else _argument(x) for n, x in bound.items()}
         function = functools.partial(_emulated(self.kernel), **bound)
         machine = Machine(self.seed)
-        places = list(itertools.product(*map(range, grid)))
-        machine.random.shuffle(places)
         padded = grid + (1,) * (3 - len(grid))
-        for begin in range(0, len(places), _AT_ONCE):
-            some = places[begin : begin + _AT_ONCE]
-            machine.run([(Program((*place, 0, 0), padded), function) for place in some])
+        # As the hardware does: the first axis runs fastest, and a program starts when one ends.
+        places = itertools.product(*map(range, reversed(padded)))
+        machine.run((Program(place[::-1], padded) for place in places), function, _AT_ONCE)
 
 
 def emulate(monkeypatch: Any, module: types.ModuleType, seed: int = 0) -> None:

@@ -2,7 +2,7 @@
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -65,7 +65,7 @@ class Operation:
 class Thread:
     """One warpgroup, or one warp, of a program."""
 
-    def __init__(self, machine: "Machine", program: Program, function: Callable[[], None]):
+    def __init__(self, machine: "Machine", program: Program, function: Callable[[], object]):
         self.machine = machine
         self.program = program
         self.function = function
@@ -111,10 +111,16 @@ class Machine:
         self.error: BaseException | None = None
         self.finished = threading.Semaphore(0)
 
-    def run(self, functions: list[tuple[Program, Callable[[], None]]]) -> None:
-        """Runs these, and what they start, to the end."""
-        for program, function in functions:
-            self.start(program, function)
+    def run(self, programs: Iterator[Program], function: Callable[[], None], at_once: int) -> None:
+        """Runs a function in every program; the next one starts when one of `at_once` ends."""
+
+        def start_next() -> None:
+            program = next(programs, None)
+            if program is not None:
+                self.start(program, lambda: (function(), start_next()))
+
+        for _ in range(at_once):
+            start_next()
         self.next_turn()
         self.finished.acquire()
         if self.error is not None:
@@ -122,7 +128,7 @@ class Machine:
         while self.engine:
             self.copy()
 
-    def start(self, program: Program, function: Callable[[], None]) -> Thread:
+    def start(self, program: Program, function: Callable[[], object]) -> Thread:
         thread = Thread(self, program, function)
         self.threads.append(thread)
         thread.native.start()

@@ -57,9 +57,9 @@ class Buffer:
     def slice(self, start: Any, length: int, dim: int = 0) -> "Buffer":
         """Columns of a tile."""
         start = int(as_value(start))
-        assert self.panels and len(self.shape) == 2 and dim == 1, "only columns of a tile"
-        assert start >= 0
-        assert start + length <= self.shape[1]
+        assert self.panels, "only columns of a tile"
+        assert (len(self.shape), dim) == (2, 1), "only columns of a tile"
+        assert 0 <= start <= self.shape[1] - length
         width = self.array.shape[-1]
         if length % width == 0 and start % width == 0:
             part = self.array[start // width : (start + length) // width]
