@@ -1,0 +1,223 @@
+"""Warpgroups as threads that take turns, mbarriers, and engines that work in their own time."""
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+_ENGINE = 0.2  # probability that a pending copy happens when a thread looks at a barrier
+_SWITCH = 0.3  # that another thread goes on
+_EARLY = 0.5  # that a product reads its operands when it is issued, not when it is waited for
+
+
+class Deadlock(RuntimeError):
+    """Every thread waits for a barrier that nothing can complete."""
+
+
+class Barrier:
+    """An mbarrier: arrivals and bytes that a phase waits for."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.pending = 0
+        self.bytes = 0
+        self.phase = 0
+
+    def init(self, count: int) -> None:
+        assert self.count == 0, "initialised twice"
+        self.count = self.pending = count
+
+    def change(self, arrivals: int = 0, expected: int = 0) -> None:
+        """Arrives and expects bytes, or, negative, adds an arrival and completes bytes."""
+        assert self.count > 0, "not initialised"
+        self.pending -= arrivals
+        self.bytes += expected
+        assert self.pending >= 0, "more arrivals than the barrier counts"
+        if self.pending == 0 and self.bytes == 0:
+            self.pending = self.count
+            self.phase ^= 1
+
+
+class Program:
+    """What the threads of one program share."""
+
+    def __init__(self, index: tuple[int, ...], grid: tuple[int, ...]):
+        self.index = index
+        self.grid = grid
+        # Generic writes to shared memory that their thread has not fenced: (thread, first, last).
+        self.unfenced: list[tuple[Any, int, int]] = []
+
+
+class Operation:
+    """Something that an engine does once, at the latest when somebody waits for it."""
+
+    def __init__(self, function: Callable[[], None]):
+        self.function: Callable[[], None] | None = function
+
+    def run(self) -> None:
+        function, self.function = self.function, None
+        if function is not None:
+            function()
+
+
+class Thread:
+    """One warpgroup, or one warp, of a program."""
+
+    def __init__(self, machine: "Machine", program: Program, function: Callable[[], object]):
+        self.machine = machine
+        self.program = program
+        self.function = function
+        self.turn = threading.Semaphore(0)
+        self.done = False
+        self.waits_for: Callable[[], bool] | None = None
+        self.products: list[Callable[[], None]] = []  # oldest first, as all of these
+        self.stores: list[Operation] = []
+        self.small_copies: list[Callable[[], None]] = []
+        self.native = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        self.turn.acquire()
+        _LOCAL.thread = self
+        try:
+            if self.machine.error is None:
+                self.function()
+                assert not self.stores, "ended before its copies from shared memory did"
+                assert not self.products, "ended before its products did"
+        except BaseException as error:  # reported by the thread that launched
+            self.machine.error = self.machine.error or error
+        self.done = True
+        self.machine.next_turn()
+
+    def finish_products(self, left: int) -> None:
+        """Waits until at most `left` products are pending; they run in order."""
+        while len(self.products) > left:
+            self.products.pop(0)()
+
+    def finish_stores(self, left: int) -> None:
+        """Likewise for copies from shared memory."""
+        while len(self.stores) > left:
+            self.stores.pop(0).run()
+
+
+class Machine:
+    """Runs the threads of some programs, one at a time, in the order of a seed."""
+
+    def __init__(self, seed: int):
+        self.random = random.Random(seed)
+        self.threads: list[Thread] = []
+        self.engine: list[Operation] = []
+        self.error: BaseException | None = None
+        self.finished = threading.Semaphore(0)
+
+    def run(self, programs: Iterator[Program], function: Callable[[], None], at_once: int) -> None:
+        """Runs a function in every program; the next one starts when one of `at_once` ends."""
+
+        def start_next() -> None:
+            program = next(programs, None)
+            if program is not None:
+                self.start(program, lambda: (function(), start_next()))
+
+        for _ in range(at_once):
+            start_next()
+        self.next_turn()
+        self.finished.acquire()
+        if self.error is not None:
+            raise self.error
+        while self.engine:
+            self.copy()
+
+    def start(self, program: Program, function: Callable[[], object]) -> Thread:
+        thread = Thread(self, program, function)
+        self.threads.append(thread)
+        thread.native.start()
+        return thread
+
+    def _ready(self) -> list[Thread]:
+        return [
+            thread
+            for thread in self.threads
+            if not thread.done and (thread.waits_for is None or thread.waits_for())
+        ]
+
+    def next_turn(self) -> None:
+        """Lets some thread that can go on do so."""
+        self.threads = [thread for thread in self.threads if not thread.done]
+        if self.error is not None:
+            for thread in self.threads:
+                thread.waits_for = None
+        try:
+            ready = self._ready()
+            while not ready and self.engine:
+                self.copy()
+                ready = self._ready()
+        except BaseException as error:
+            self.error = self.error or error
+            ready = self.threads
+        if ready:
+            self.random.choice(ready).turn.release()
+        elif self.threads:
+            self.error = Deadlock(f"{len(self.threads)} threads wait and no copy is pending")
+            self.next_turn()
+        else:
+            self.finished.release()
+
+    def copy(self) -> None:
+        """Carries out one pending copy."""
+        self.engine.pop(self.random.randrange(len(self.engine))).run()
+
+    def post(self, function: Callable[[], None]) -> Operation:
+        """Leaves something to the engines."""
+        operation = Operation(function)
+        self.engine.append(operation)
+        return operation
+
+    def look(self, until: Callable[[], bool] | None = None) -> None:
+        """Where a thread looks around: copies may happen and others may go on."""
+        if self.engine and self.random.random() < _ENGINE:
+            self.copy()
+        if (until is None or until()) and self.random.random() >= _SWITCH:
+            return
+        thread = current()
+        thread.waits_for = until
+        self.next_turn()
+        thread.turn.acquire()
+        thread.waits_for = None
+        if self.error is not None:
+            raise self.error
+
+
+_LOCAL = threading.local()
+
+
+def current() -> Thread:
+    """The thread that is running."""
+    return _LOCAL.thread
+
+
+def note_write(first: int, last: int) -> None:
+    """Notes a generic write to shared memory, which the engines have yet to be shown."""
+    current().program.unfenced.append((current(), first, last))
+
+
+def fence() -> None:
+    """Shows this thread's writes to the engines."""
+    program = current().program
+    program.unfenced = [entry for entry in program.unfenced if entry[0] is not current()]
+
+
+def require_fenced(first: int, last: int) -> None:
+    """Fails if an engine would read what a thread wrote without a fence."""
+    for _, begin, end in current().program.unfenced:
+        assert last <= begin or end <= first, "an engine reads a write that no fence showed"
+
+
+def issue_product(product: Callable[[], np.ndarray]) -> list[np.ndarray]:
+    """Starts an asynchronous product; the list holds its result once it is done."""
+    thread = current()
+    result: list[np.ndarray] = []
+    thread.products.append(lambda: result.append(product()))
+    if thread.machine.random.random() < _EARLY:
+        thread.finish_products(0)
+    return result

@@ -1,0 +1,320 @@
+"""What kernels find under `gl`, `tl`, `mbarrier` and the names of compat.py."""
+
+import math
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from triton import language as tl
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+
+from lctrain.kernels.hopper import compat
+from tests.kernels.gluon_emulator.machine import Barrier, current, fence, issue_product
+from tests.kernels.gluon_emulator.memory import Buffer, Descriptor, Pointer
+from tests.kernels.gluon_emulator.values import Value, as_value, elementwise, storage
+
+_ROUNDINGS = {
+    "cvt.rn.bf16x2.f32 $0, $2, $1;": "bf16",
+    "cvt.rn.f16x2.f32 $0, $2, $1;": "fp16",
+}
+
+
+class BarrierArray:
+    """mbarriers; an array of one stands for its barrier."""
+
+    def __init__(self, barriers: list[Barrier]):
+        self.barriers = barriers
+
+    def index(self, i: Any) -> "BarrierArray":
+        return BarrierArray([self.barriers[int(as_value(i))]])
+
+    @property
+    def only(self) -> Barrier:
+        assert len(self.barriers) == 1
+        return self.barriers[0]
+
+
+def allocate_shared_memory(
+    dtype: tl.dtype, shape: list, layout: Any, value: Any = None
+) -> Buffer | BarrierArray:
+    if isinstance(layout, hopper.mbarrier.MBarrierLayout):
+        return BarrierArray([Barrier() for _ in range(math.prod(shape[:-1]))])
+    fill = np.nan if dtype.is_floating() else -(1 << 30)
+    flat = np.full(math.prod(shape), fill, storage(dtype))
+    buffer = Buffer.view(flat, shape, dtype, layout)
+    if value is not None:
+        buffer.store(value)
+    return buffer
+
+
+def where(condition: Any, x: Any, y: Any) -> Value:
+    if not isinstance(x, Value) and isinstance(y, Value):
+        x = y.like(x)
+    x = as_value(x)
+    y = x.like(y)
+    dtype = x.dtype if x.dtype == y.dtype else (x + y).dtype
+    chosen = np.where(as_value(condition).array, x.to(dtype).array, y.to(dtype).array)
+    return Value(chosen, dtype)
+
+
+def arange(start: int, end: int, layout: Any = None) -> Value:
+    return Value(np.arange(start, end), tl.int32)
+
+
+def full(shape: Any, value: Any, dtype: tl.dtype, layout: Any = None) -> Value:
+    filled = np.broadcast_to(as_value(value).to(dtype).array, [int(size) for size in shape])
+    return Value(filled.copy(), dtype)
+
+
+def zeros(shape: Any, dtype: tl.dtype, layout: Any = None) -> Value:
+    return full(shape, 0, dtype)
+
+
+def load(pointer: Pointer, mask: Any = None, other: Any = None, **_: Any) -> Value:
+    return pointer.load(mask, other)
+
+
+def store(pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> None:
+    pointer.store(value, mask)
+
+
+def atomic_add(pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> Value:
+    current().machine.look()
+    before = pointer.load(mask)
+    pointer.store(before + value, mask)
+    return before
+
+
+def inline_asm_elementwise(
+    asm: str, constraints: str, args: list, dtype: tl.dtype, is_pure: bool, pack: int
+) -> Value:
+    assert _ROUNDINGS[asm] == dtype.name
+    return args[0].to(dtype)
+
+
+def split(x: Value) -> tuple[Value, Value]:
+    return Value(x.array[..., 0], x.dtype), Value(x.array[..., 1], x.dtype)
+
+
+def join(x: Value, y: Value) -> Value:
+    return Value(np.stack((x.array, y.array), axis=-1), x.dtype)
+
+
+def permute(x: Value, order: Any) -> Value:
+    return Value(x.array.transpose(order), x.dtype)
+
+
+def reshape(x: Value, shape: Any) -> Value:
+    return Value(x.array.reshape([int(size) for size in shape]), x.dtype)
+
+
+def warp_specialize(partitions: list, warps: list, registers: list) -> None:
+    assert len(partitions) == len(warps) + 1 == len(registers) + 1 or len(partitions) == 1
+    parent = current()
+    threads = [
+        parent.machine.start(parent.program, lambda f=function, a=arguments: f(*a))
+        for function, arguments in partitions
+    ]
+    parent.machine.look(lambda: all(thread.done for thread in threads))
+
+
+def program_id(axis: int) -> Value:
+    return Value(current().program.index[axis], tl.int32)
+
+
+def num_programs(axis: int) -> Value:
+    return Value(current().program.grid[axis], tl.int32)
+
+
+def _reduction(function: Callable) -> Callable:
+    return lambda x, axis: Value(function(x.array, axis=axis), x.dtype)
+
+
+def _binary(function: Callable) -> Callable:
+    return lambda x, y: as_value(x).apply(y, function)
+
+
+def _check(condition: Any, message: str = "") -> None:
+    assert condition, message
+
+
+LANGUAGE = types.SimpleNamespace(
+    **{
+        name: getattr(gl, name)
+        for name in dir(gl)
+        if isinstance(getattr(gl, name), tl.dtype) or name.endswith("Layout")
+    },
+    abs=elementwise(np.abs),
+    allocate_shared_memory=allocate_shared_memory,
+    arange=arange,
+    atomic_add=atomic_add,
+    cast=lambda x, dtype, bitcast=False: as_value(x).to(dtype, bitcast),
+    cdiv=lambda x, y: (x + (y - 1)) // y,
+    constexpr=lambda x: x,
+    convert_layout=lambda x, layout: x,
+    cos=elementwise(np.cos),
+    exp2=elementwise(np.exp2),
+    floor=elementwise(np.floor),
+    full=full,
+    inline_asm_elementwise=inline_asm_elementwise,
+    join=join,
+    load=load,
+    log2=elementwise(np.log2),
+    max=_reduction(np.max),
+    maximum=_binary(np.fmax),
+    min=_reduction(np.min),
+    minimum=_binary(np.fmin),
+    num_programs=num_programs,
+    permute=permute,
+    program_id=program_id,
+    reshape=reshape,
+    sin=elementwise(np.sin),
+    split=split,
+    static_assert=_check,
+    static_range=range,
+    store=store,
+    sum=_reduction(np.sum),
+    warp_specialize=warp_specialize,
+    where=where,
+    zeros=zeros,
+)
+
+
+def _init(barrier: BarrierArray, count: int) -> None:
+    barrier.only.init(count)
+
+
+def _expect(barrier: BarrierArray, bytes: Any, pred: Any = True) -> None:
+    if pred:
+        barrier.only.change(arrivals=1, expected=int(as_value(bytes)))
+    current().machine.look()
+
+
+def _arrive(barrier: BarrierArray, *, count: int = 1, pred: Any = True) -> None:
+    if pred:
+        barrier.only.change(arrivals=count)
+    current().machine.look()
+
+
+def _wait(barrier: BarrierArray, phase: Any, pred: Any = True, deps: Any = ()) -> None:
+    parity = int(as_value(phase))
+    assert parity in (0, 1)
+    if pred:
+        current().machine.look(lambda: barrier.only.phase != parity)
+
+
+MBARRIER = types.SimpleNamespace(
+    MBarrierLayout=hopper.mbarrier.MBarrierLayout,
+    init=_init,
+    expect=_expect,
+    arrive=_arrive,
+    wait=_wait,
+)
+
+
+def _tma_load(
+    desc: Descriptor, coord: list, barrier: BarrierArray, result: Buffer, pred: Any = True
+) -> None:
+    assert result.shape == desc.block
+
+    def copy() -> None:
+        result.write(desc.load(coord))
+        barrier.only.change(expected=-desc.bytes)
+
+    if pred:
+        current().machine.post(copy)
+    current().machine.look()
+
+
+def _tma_out(add: bool) -> Callable:
+    def copy_out(desc: Descriptor, coord: list, src: Buffer) -> None:
+        assert src.shape == desc.block
+        src.show()
+        copy = current().machine.post(lambda: desc.store(coord, src.read(), add))
+        current().stores.append(copy)
+        current().machine.look()
+
+    return copy_out
+
+
+def _copy_async(smem: Buffer, pointer: Pointer, mask: Any = None) -> None:
+    """Elements that the mask leaves out become zero."""
+    current().small_copies.append(lambda: smem.write(pointer.load(mask, 0).array))
+
+
+def _copy_arrive(barrier: BarrierArray, increment_count: bool = True) -> None:
+    copies, current().small_copies = current().small_copies, []
+    if increment_count:
+        barrier.only.change(arrivals=-1)
+
+    def arrive() -> None:
+        for copy in copies:
+            copy()
+        barrier.only.change(arrivals=1)
+
+    current().machine.post(arrive)
+
+
+class Product:
+    """The accumulator of a product that may not have been computed yet."""
+
+    def __init__(self, pending: list, shape: tuple[int, ...]):
+        self.pending = pending
+        self.shape = shape
+
+    def value(self) -> Value:
+        return Value(self.pending[0], tl.float32)
+
+
+def _warpgroup_mma(
+    a: Any, b: Buffer, acc: Any, *, use_acc: Any = True, is_async: bool = False, **_: Any
+) -> Any:
+    for operand in (a, b):
+        if isinstance(operand, Buffer):
+            operand.show()
+    assert a.dtype == b.dtype
+    shape = (a.shape[0], b.shape[1])
+    assert a.shape[1] == b.shape[0]
+    assert acc.shape == shape
+
+    def product() -> np.ndarray:
+        left, right = (x.read() if isinstance(x, Buffer) else x.array for x in (a, b))
+        with np.errstate(all="ignore"):
+            result = left.astype(np.float32) @ right.astype(np.float32)
+        if use_acc:
+            result = result + (acc.value() if isinstance(acc, Product) else acc).array
+        return result
+
+    pending = Product(issue_product(product), shape)
+    return pending if is_async else _warpgroup_mma_wait(0, [pending])
+
+
+def _warpgroup_mma_wait(num_outstanding: int = 0, deps: Any = ()) -> Any:
+    current().finish_products(num_outstanding)
+    values = tuple(x.value() if isinstance(x, Product) else x for x in deps)
+    return values[0] if len(values) == 1 else values
+
+
+def _tma_store_wait(pendings: int) -> None:
+    current().finish_stores(pendings)
+
+
+# Functions of Gluon as kernels import them, and what stands for them.
+REPLACED: dict[Any, Any] = {
+    hopper.fence_async_shared: lambda cluster=False: fence(),
+    hopper.warpgroup_mma: _warpgroup_mma,
+    hopper.warpgroup_mma_wait: _warpgroup_mma_wait,
+    compat.copy_arrive: _copy_arrive,
+    compat.copy_async: _copy_async,
+    compat.partition_barrier: lambda: None,
+    compat.reinterpret: Buffer.reinterpret,
+    compat.tma_add: _tma_out(add=True),
+    compat.tma_load: _tma_load,
+    compat.tma_store: _tma_out(add=False),
+    compat.tma_store_wait: _tma_store_wait,
+    hopper.mbarrier: MBARRIER,
+    gl: LANGUAGE,
+    tl: LANGUAGE,
+}

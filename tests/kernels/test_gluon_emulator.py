@@ -1,0 +1,140 @@
+"""The emulator finds what it is there for: kernels with a fence, a wait or an arrival missing."""
+
+import pytest
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from lctrain.kernels.hopper.compat import reinterpret, tma_load, tma_store, tma_store_wait
+from lctrain.kernels.hopper.launch import ragged_descriptor
+from tests.kernels.gluon_emulator import EmulatedKernel
+from tests.kernels.gluon_emulator.machine import Barrier, Deadlock
+
+SEEDS = range(12)
+
+
+@gluon.jit
+def _send(x_desc, shared, TILES: gl.constexpr, ARRIVE: gl.constexpr):
+    buffers, ready, empty = shared
+    for tile in range(TILES):
+        place = tile % 2
+        mbarrier.wait(empty.index(place), ((tile // 2) & 1) ^ 1)
+        if ARRIVE:
+            mbarrier.expect(ready.index(place), 64 * 64 * 2)
+        tma_load(
+            x_desc,
+            [1 << 30, TILES * 64, (1 << 30) - TILES * 64 + tile * 64, 0, 0],
+            ready.index(place),
+            reinterpret(buffers.index(place), gl.float16, [1, 1, 64, 1, 64], x_desc.layout),
+        )
+
+
+@gluon.jit
+def _square(y_desc, shared, TILES: gl.constexpr, WAIT: gl.constexpr, FENCE: gl.constexpr):
+    buffers, ready, empty = shared
+    result = gl.allocate_shared_memory(gl.float16, [1, 1, 64, 1, 64], y_desc.layout)
+    plain: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.float16)
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    zero = gl.zeros([64, 64], gl.float32, layout)
+    for tile in range(TILES):
+        place = tile % 2
+        mbarrier.wait(ready.index(place), (tile // 2) & 1)
+        x = buffers.index(place)
+        token = warpgroup_mma(x, x, zero, use_acc=False, is_async=True)
+        if WAIT:
+            y = warpgroup_mma_wait(0, deps=[token])
+            mbarrier.arrive(empty.index(place), count=1)
+        else:
+            mbarrier.arrive(empty.index(place), count=1)
+            mbarrier.wait(empty.index(place), (tile // 2) & 1)
+            y = warpgroup_mma_wait(0, deps=[token])
+        tma_store_wait(0)
+        reinterpret(result, gl.float16, [64, 64], plain).store(y.to(gl.float16))
+        if FENCE:
+            fence_async_shared()
+        tma_store(y_desc, [1 << 30, TILES * 64, (1 << 30) - TILES * 64 + tile * 64, 0, 0], result)
+    tma_store_wait(0)
+
+
+@gluon.jit
+def squares_kernel(
+    x_desc,
+    y_desc,
+    TILES: gl.constexpr,
+    ARRIVE: gl.constexpr,
+    WAIT: gl.constexpr,
+    FENCE: gl.constexpr,
+):
+    """y = x x for each of TILES tiles, by a loader and a warpgroup."""
+    tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.float16)
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    buffers = gl.allocate_shared_memory(gl.float16, [2, 64, 64], tile)
+    ready = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    for i in gl.static_range(2):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    shared = (buffers, ready, empty)
+    gl.warp_specialize(
+        [(_square, (y_desc, shared, TILES, WAIT, FENCE)), (_send, (x_desc, shared, TILES, ARRIVE))],
+        [1],
+        [24],
+    )
+
+
+def squares(seed, tiles=5, **flaws):
+    """(computed, expected), both [tiles * 64, 1, 64] float16."""
+    x = torch.randn(tiles * 64, 1, 64, generator=torch.Generator().manual_seed(0)).half()
+    y = torch.full_like(x, torch.nan)
+    flags = {"ARRIVE": True, "WAIT": True, "FENCE": True} | flaws
+    kernel = EmulatedKernel(squares_kernel, seed)
+    kernel[(1,)](ragged_descriptor(x, 64, 64), ragged_descriptor(y, 64, 64), tiles, **flags)
+    blocks = x.view(tiles, 64, 64).float()
+    return y, (blocks @ blocks).half().view_as(y)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_sound_kernel_computes(seed):
+    torch.testing.assert_close(*squares(seed))
+
+
+def test_a_release_before_the_wait_is_seen():
+    """A tile that may be overwritten while its product runs: wrong in some order."""
+    assert any(not torch.allclose(*squares(seed, WAIT=False), atol=0.1) for seed in SEEDS)
+
+
+def test_a_missing_fence_is_an_error():
+    with pytest.raises(AssertionError, match="no fence"):
+        squares(0, FENCE=False)
+
+
+def test_a_barrier_that_never_completes_is_an_error():
+    with pytest.raises((Deadlock, AssertionError)):
+        squares(0, ARRIVE=False)
+
+
+def test_addresses_outside_a_tensor_are_an_error():
+    x = torch.zeros(64, 1, 64, dtype=torch.float16)
+    described = ragged_descriptor(x, 64, 64)
+    described.shape[2] = 1 << 31  # no longer stops at the document's end
+    kernel = EmulatedKernel(squares_kernel)
+    with pytest.raises(IndexError, match="address"):
+        kernel[(1,)](described, described, 2, ARRIVE=True, WAIT=True, FENCE=True)
+
+
+def test_barriers_count():
+    barrier = Barrier()
+    barrier.init(2)
+    barrier.change(arrivals=1, expected=128)
+    barrier.change(arrivals=1)
+    assert barrier.phase == 0  # the bytes are missing
+    barrier.change(expected=-128)
+    assert barrier.phase == 1
+    with pytest.raises(AssertionError, match="more arrivals"):
+        barrier.change(arrivals=3)

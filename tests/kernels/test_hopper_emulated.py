@@ -1,0 +1,125 @@
+"""The Hopper kernels of varlen attention on a CPU, emulated: float64, dropout, isolation.
+
+Documents are long enough for several tiles. test_hopper_gpu.py has the same on the hardware.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lctrain.kernels import make_schedule
+from lctrain.kernels.hopper import support, varlen
+from tests.kernels.gluon_emulator import emulate
+from tests.kernels.oracle import (
+    Case,
+    assert_matches_oracle,
+    attention,
+    dense,
+    equal_lengths,
+    make_inputs,
+)
+from tests.numerics import assert_error_at_most_twice
+
+pytestmark = [
+    pytest.mark.usefixtures("nan_filled_memory"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="test_hopper_gpu.py has a GPU"),
+]
+
+BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
+LENGTHS = equal_lengths(150, 0, 1, 70)
+UNEQUAL = ((70, 300), (130, 40), (1, 129), (65, 0), (0, 63))
+PLAIN = Case(LENGTHS, 4, 2, 64, BFLOAT16, causal=True)
+CASES = {
+    "D64-causal-g2": PLAIN,
+    "D64-causal-unequal": dataclasses.replace(PLAIN, documents=UNEQUAL),
+    "D64-full-unequal-g1-float16": Case(UNEQUAL, 2, 2, 64, FLOAT16, dout_order="tdh"),
+    "D64-window-g4": Case(LENGTHS, 4, 1, 64, BFLOAT16, window=(40, 30)),
+    "D64-window_left-causal-unequal": Case(UNEQUAL, 2, 1, 64, BFLOAT16, True, (50, -1)),
+    "D64-window_right": Case(LENGTHS, 2, 2, 64, BFLOAT16, window=(-1, 37)),
+    "D64-large_logits": dataclasses.replace(PLAIN, magnitude=30.0),
+    "D64-dropout-g4": Case(UNEQUAL, 4, 1, 64, FLOAT16, dropout_p=0.3),
+    "D128-causal-g8": Case(LENGTHS, 8, 1, 128, BFLOAT16, causal=True, fused_qkv=True),
+    "D128-causal-g3": Case(LENGTHS, 3, 1, 128, BFLOAT16, causal=True, dout_order="htd"),
+    "D96-softcap-sink-causal": Case(
+        LENGTHS, 4, 2, 96, BFLOAT16, causal=True, softcap=3.0, sink=True
+    ),
+    "D40-full": Case(equal_lengths(131, 20), 2, 2, 40, FLOAT16),
+    "D128-everything": Case(
+        UNEQUAL,
+        4,
+        1,
+        128,
+        BFLOAT16,
+        causal=True,
+        window=(100, -1),
+        window_on_device=True,
+        softcap=20.0,
+        sink=True,
+        dropout_p=0.15,
+        dout_order="htd",
+    ),
+}
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """backend="hopper" on this CPU, with all that the kernels have, also what others do faster."""
+    limits = [row for row in support.BACKWARD_LIMITS if row[0] != "the backward of dropout"]
+    assert len(limits) == len(support.BACKWARD_LIMITS) - 1
+    monkeypatch.setattr(support, "BACKWARD_LIMITS", tuple(limits))
+    emulate(monkeypatch, varlen)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_matches_float64(case, hopper):
+    inputs = make_inputs(case)
+    assert_matches_oracle(attention(case, inputs, backend="hopper"), case, inputs)
+
+
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_whatever_the_order_of_warps_and_engines(seed, monkeypatch):
+    """Products and copies as early or as late as their waits allow, other threads in between."""
+    emulate(monkeypatch, varlen, seed)
+    case = Case(equal_lengths(150, 70), 2, 1, 64, BFLOAT16, causal=True)
+    inputs = make_inputs(case)
+    assert_matches_oracle(attention(case, inputs, backend="hopper"), case, inputs)
+
+
+def test_forward_of_head_dim_256(hopper):
+    case = Case(equal_lengths(140, 3), 2, 1, 256, BFLOAT16, causal=True)
+    inputs = make_inputs(case)
+    out, lse = varlen.varlen_fwd(
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        inputs.cu_seqlens_q,
+        inputs.cu_seqlens_k,
+        make_schedule([140, 3]).q_tiles,
+        softmax_scale=1 / 16,
+        window=(-1, 0),
+        softcap=0.0,
+        learnable_sink=None,
+        dropout_p=0.0,
+        dropout_seed=None,
+        document_ids=None,
+    )
+    exact, plain = (dense(case, inputs, dtype) for dtype in (torch.float64, case.dtype))
+    assert_error_at_most_twice(out, plain.out, exact.out, "out")
+    assert_error_at_most_twice(lse, plain.lse, exact.lse, "lse")
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2], ids=["plain", "dropout"])
+def test_a_document_keeps_its_bits_whatever_its_neighbours(dropout_p, hopper):
+    """out, lse, dk and dv; dq is added in the order in which programs come."""
+    case = dataclasses.replace(PLAIN, documents=equal_lengths(100, 140, 30), dropout_p=dropout_p)
+    inputs = make_inputs(case)
+    before = dict(attention(case, inputs, backend="hopper").items())
+    for tensor in (inputs.q, inputs.k, inputs.v):
+        tensor[:100] = torch.nan
+        tensor[240:] = torch.inf
+    after = dict(attention(case, inputs, backend="hopper").items())
+    assert torch.equal(before["lse"][:, 100:240], after["lse"][:, 100:240])
+    for part in ("out", "dk", "dv"):
+        assert torch.equal(before[part][100:240], after[part][100:240]), part
+    assert after["dq"][100:240].isfinite().all()
