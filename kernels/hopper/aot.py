@@ -20,6 +20,7 @@ from lctrain.kernels.hopper.config import (
     forward_tile,
     pack_heads,
 )
+from lctrain.kernels.hopper.dual_chunk_bwd_kernel import dual_chunk_bwd_hopper_kernel
 from lctrain.kernels.hopper.dual_chunk_fwd_kernel import dual_chunk_fwd_hopper_kernel
 from lctrain.kernels.hopper.launch import padded_columns, ragged_descriptor
 from lctrain.kernels.hopper.support import BACKWARD_LIMITS, Call, refusal
@@ -133,6 +134,44 @@ def dual_chunk_forward_variant(
     return describe_variant(label, kernel, types, constants, options, features == "causal")
 
 
+def dual_chunk_backward_variant(
+    head_dim: int,
+    *,
+    features: str = "causal",
+    dtype: str = "bf16",
+    group: int = 4,
+    is_near: bool = False,
+) -> KernelVariant:
+    """As backward_variant, of one launch of dual_chunk_bwd_hopper_kernel, which has no dropout."""
+    columns = padded_columns(head_dim)
+    tile = backward_tile(columns)
+    queries = _descriptor(dtype, tile.block_m, columns)
+    keys = _descriptor(dtype, BLOCK_N_BACKWARD // 2, columns)
+    dq = _descriptor("fp32", tile.block_m, columns // 2)
+    constants = {
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": BLOCK_N_BACKWARD,
+        "BLOCK_D": columns,
+        "STAGES": tile.stages,
+        "IS_NEAR": is_near,
+    }
+    descriptors = dict.fromkeys(("q_desc", "q_far_desc", "do_desc"), queries)
+    descriptors |= dict.fromkeys(("k_desc", "v_desc"), keys)
+    types = _types(features, dtype, dq_desc=dq, **descriptors) | _dual_chunk_types(features)
+    shares = dict.fromkeys(("dk_near_ptr", "dv_near_ptr"), None if is_near else "*fp32")
+    types |= shares
+    if is_near:
+        types |= dict.fromkeys(("dk_ptr", "dv_ptr"), "*fp32")
+    options = OPTIONS | {"maxnreg": REGISTERS}
+    way = "near" if is_near else "own_far"
+    size = f"{tile.block_m}x{BLOCK_N_BACKWARD}"
+    label = f"hopper_dual_chunk_bwd_{way}-D{head_dim}-g{group}-{features}-{dtype}-{size}"
+    kernel = dual_chunk_bwd_hopper_kernel
+    return describe_variant(label, kernel, types, constants, options, False)
+
+
 def kernel_variants(
     head_dims: tuple[int, ...] = (64, 96, 128, 256),
     features: tuple[str, ...] = FEATURES,
@@ -198,4 +237,8 @@ def _types(features: str, dtype: str, **descriptors: str) -> dict[str, str | Non
 def _dual_chunk_types(features: str) -> dict[str, str | None]:
     """Triton's names of the types of what only the kernels of dual chunk attention take."""
     logit_scale = "*fp32" if features == "all" else None
-    return dict.fromkeys(("chunk_length", "near"), "i32") | {"logit_scale_ptr": logit_scale}
+    return {
+        **dict.fromkeys(("chunk_length", "near"), "i32"),
+        "logit_scale_ptr": logit_scale,
+        "stats_ptr": "*fp32",
+    }

@@ -217,9 +217,9 @@ def _weights(
     if key >= gl.where(block < near_block, far_clear, clear):
         way = gl.where(block < near_block, FAR, gl.where(block < own_block, NEAR, OWN))
         first_seen, last_seen = keys_of_query(position, way, chunk_length, near)
-        local_key = gl.arange(0, s.shape[1], gl.SliceLayout(0, s_layout))
-        s = gl.where(local_key[None, :] >= (first_seen - key)[:, None], s, float("-inf"))
-        s = gl.where(local_key[None, :] <= (last_seen - key)[:, None], s, float("-inf"))
+        keys = key + gl.arange(0, s.shape[1], gl.SliceLayout(0, s_layout))
+        s = gl.where(keys[None, :] >= first_seen[:, None], s, float("-inf"))
+        s = gl.where(keys[None, :] <= last_seen[:, None], s, float("-inf"))
     return masked_weights(s, m, l, words, threshold, multiplier, s_layout, dtype, HAS_DROPOUT)
 
 

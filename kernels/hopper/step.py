@@ -4,6 +4,9 @@
 definition of the dropout mask, of windows and of logits for all kernels.
 """
 
+from types import FunctionType
+from typing import Any
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -15,11 +18,23 @@ kept = gluon.jit(dropout.kept.fn)
 load_key = gluon.jit(dropout.load_key.fn)
 load_window = gluon.jit(mask.load_window.fn)
 tanh = gluon.jit(logits_tile.tanh.fn)
-keys_of_query = gluon.jit(chunks.keys_of_query.fn)
-keys_of_tile = gluon.jit(chunks.keys_of_tile.fn)
+
+
+def _with(helper: Any, **callees: Any) -> Any:
+    """As gluon.jit(helper.fn), of a helper that calls others by these names."""
+    source = helper.fn
+    names = source.__globals__ | callees
+    return gluon.jit(FunctionType(source.__code__, names, source.__name__, source.__defaults__))
+
+
 own_begin = gluon.jit(chunks.own_begin.fn)
-queries_of_key = gluon.jit(chunks.queries_of_key.fn)
-queries_of_tile = gluon.jit(chunks.queries_of_tile.fn)
+far_end = _with(chunks.far_end, own_begin=own_begin)
+keys_of_query = _with(chunks.keys_of_query, own_begin=own_begin, far_end=far_end)
+keys_of_tile = _with(
+    chunks.keys_of_tile, own_begin=own_begin, far_end=far_end, keys_of_query=keys_of_query
+)
+queries_of_key = _with(chunks.queries_of_key, own_begin=own_begin)
+queries_of_tile = _with(chunks.queries_of_tile, queries_of_key=queries_of_key)
 
 
 @gluon.jit

@@ -1,0 +1,442 @@
+"""Backward of dual chunk attention for Hopper, in Gluon: varlen's, over one or two ways of meeting.
+
+In two launches over the ways of tile/chunks.py: NEAR, of keys rotated by -c; then OWN and FAR, of
+keys as they are, in one loop over blocks of queries, as they are and at the far position.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from lctrain.kernels.hopper.compat import (
+    copy_arrive,
+    copy_async,
+    reinterpret,
+    tma_add,
+    tma_load,
+    tma_store_wait,
+)
+from lctrain.kernels.hopper.step import own_begin, queries_of_tile
+from lctrain.kernels.tile.chunks import FAR, NEAR, OWN
+from lctrain.kernels.tile.logits import LOG2_E
+
+_LOG2_E = gl.constexpr(LOG2_E)
+_RAGGED = gl.constexpr(1 << 30)
+
+
+@gluon.jit
+def _blocks_of_way(first, last, way, geometry, length_q, length_k, BLOCK_M: gl.constexpr):
+    """Returns (first query, blocks) of the queries that meet keys first to last in one way."""
+    chunk_length, near = geometry
+    low, _, _, high = queries_of_tile(first, last, way, chunk_length, near, length_k)
+    shift = length_k - length_q
+    low = gl.maximum(low - shift, 0)
+    high = gl.minimum(high - shift, length_q)
+    return low, (gl.maximum(high - low, 0) + BLOCK_M - 1) // BLOCK_M
+
+
+@gluon.jit
+def _first_query(block, blocks, BLOCK_M: gl.constexpr):
+    """The first query of a block; those from far_block on meet the keys at the far position."""
+    far_block, _, first_shift, far_shift = blocks
+    return block * BLOCK_M + gl.where(block < far_block, first_shift, far_shift)
+
+
+@gluon.jit
+def _clear_blocks(
+    first_key,
+    keys: gl.constexpr,
+    tile,
+    geometry,
+    IS_NEAR: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+):
+    """Returns (begin, end, again): in blocks [begin, end) and from `again` on, all see all keys."""
+    _, _, length_q, _, end, length_k, _, blocks = tile
+    chunk_length, near = geometry
+    far_block, all_blocks, first_shift, far_shift = blocks
+    WAY: gl.constexpr = NEAR if IS_NEAR else OWN
+    shift = length_k - length_q
+    last_key = gl.minimum(first_key + keys, end) - 1
+    _, low, high, _ = queries_of_tile(first_key, last_key, WAY, chunk_length, near, length_k)
+    begin = gl.maximum(low - shift - first_shift + BLOCK_M - 1, 0) // BLOCK_M
+    clear_end = gl.minimum(gl.maximum(high - shift - first_shift, 0) // BLOCK_M, far_block)
+    again = all_blocks
+    if not IS_NEAR:
+        _, low, _, _ = queries_of_tile(first_key, last_key, FAR, chunk_length, near, length_k)
+        again = gl.maximum(low - shift - far_shift + BLOCK_M - 1, 0) // BLOCK_M
+    begin = gl.where(first_key + keys > end, all_blocks, begin)
+    return begin, clear_end, gl.maximum(again, far_block)
+
+
+@gluon.jit
+def _load(
+    sources,
+    shared,
+    stats,
+    tile,
+    GROUP: gl.constexpr,
+    SHAPE: gl.constexpr,
+):
+    """Loads a tile's keys and values, then the queries of every head of its group."""
+    q_desc, q_far_desc, do_desc, k_desc, v_desc = sources
+    k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings = shared
+    q_ready, q_empty, do_ready, do_empty = rings
+    stats_ptr, total_q = stats
+    head_kv, begin_q, length_q, begin_k, end, _, first, blocks = tile
+    far_block, all_blocks, _, _ = blocks
+    BLOCK_M: gl.constexpr = SHAPE[0]
+    BLOCK_N: gl.constexpr = SHAPE[1]
+    BLOCK_D: gl.constexpr = SHAPE[2]
+    STAGES: gl.constexpr = SHAPE[3]
+    HALF: gl.constexpr = BLOCK_N // 2
+    dtype: gl.constexpr = q_desc.dtype
+    mbarrier.expect(kv_ready, 2 * BLOCK_N * BLOCK_D * 2)
+    for half in gl.static_range(2):
+        row = _RAGGED - end + first + half * HALF
+        tma_load(
+            k_desc,
+            [_RAGGED, begin_k + end, row, head_kv, 0],
+            kv_ready,
+            reinterpret(k_bufs.index(half), dtype, [1, 1, HALF, 1, BLOCK_D], k_desc.layout),
+        )
+        tma_load(
+            v_desc,
+            [_RAGGED, begin_k + end, row, head_kv, 0],
+            kv_ready,
+            reinterpret(v_bufs.index(half), dtype, [1, 1, HALF, 1, BLOCK_D], v_desc.layout),
+        )
+    lanes: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
+    local = gl.arange(0, BLOCK_M, lanes)
+    head = head_kv * GROUP
+    block = 0
+    for step in range(GROUP * all_blocks):
+        place = step % STAGES
+        phase = ((step // STAGES) & 1) ^ 1
+        first_query = _first_query(block, blocks, BLOCK_M)
+        query = first_query + local
+        vector = (head.to(gl.int64) * total_q + begin_q + query) * 4
+        row = _RAGGED - length_q + first_query
+        mbarrier.wait(q_empty.index(place), phase)
+        copy_async(lse_bufs.index(place), stats_ptr + vector, mask=query < length_q)
+        copy_arrive(q_ready.index(place))
+        mbarrier.expect(q_ready.index(place), BLOCK_M * BLOCK_D * 2)
+        q_place = reinterpret(
+            q_bufs.index(place), dtype, [1, 1, BLOCK_M, 1, BLOCK_D], q_desc.layout
+        )
+        # One of the two. A branch here costs the warpgroups registers: ptxas then takes their loops
+        # for divergent.
+        coordinate = [_RAGGED, begin_q + length_q, row, head, 0]
+        is_far = block >= far_block
+        tma_load(q_desc, coordinate, q_ready.index(place), q_place, pred=block < far_block)
+        tma_load(q_far_desc, coordinate, q_ready.index(place), q_place, pred=is_far)
+        mbarrier.wait(do_empty.index(place), phase)
+        copy_async(delta_bufs.index(place), stats_ptr + vector + 1, mask=query < length_q)
+        copy_arrive(do_ready.index(place))
+        mbarrier.expect(do_ready.index(place), BLOCK_M * BLOCK_D * 2)
+        tma_load(
+            do_desc,
+            [_RAGGED, begin_q + length_q, row, head, 0],
+            do_ready.index(place),
+            reinterpret(do_bufs.index(place), dtype, [1, 1, BLOCK_M, 1, BLOCK_D], do_desc.layout),
+        )
+        block += 1
+        head = gl.where(block == all_blocks, head + 1, head)
+        block = gl.where(block == all_blocks, 0, block)
+
+
+@gluon.jit
+def _add_dq(dq_desc, dq_shared, total_q, tile, GROUP: gl.constexpr, SHAPE: gl.constexpr):
+    """Adds the halves of dq that the warpgroups leave in shared memory to the float32 buffers."""
+    dq_bufs, dq_ready, dq_empty = dq_shared
+    head_kv, begin_q, length_q, _, _, _, _, blocks = tile
+    far_block, all_blocks, _, _ = blocks
+    BLOCK_M: gl.constexpr = SHAPE[0]
+    COLUMNS: gl.constexpr = SHAPE[2] // 2
+    head = head_kv * GROUP
+    block = 0
+    for step in range(GROUP * all_blocks):
+        row = _RAGGED - length_q + _first_query(block, blocks, BLOCK_M)
+        # The second buffer follows the first.
+        end = begin_q + length_q + gl.where(block < far_block, 0, total_q)
+        for half in gl.static_range(2):
+            mbarrier.wait(dq_ready.index(half), step & 1)
+            dq_half = reinterpret(
+                dq_bufs.index(half), gl.float32, [1, 1, BLOCK_M, 1, COLUMNS], dq_desc.layout
+            )
+            tma_add(dq_desc, [_RAGGED, end, row, head, half * COLUMNS], dq_half)
+        tma_store_wait(1)
+        mbarrier.arrive(dq_empty.index(0), count=1)
+        tma_store_wait(0)
+        mbarrier.arrive(dq_empty.index(1), count=1)
+        block += 1
+        head = gl.where(block == all_blocks, head + 1, head)
+        block = gl.where(block == all_blocks, 0, block)
+
+
+@gluon.jit
+def _compute(
+    inputs,
+    GROUP: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    SHAPE: gl.constexpr,
+    IS_NEAR: gl.constexpr,
+    HALF_INDEX: gl.constexpr,
+):
+    """One warpgroup: half of the tile's keys, and half of the columns of dq."""
+    shared, dq_shared, ds_shared, results, tile, geometry, near_end, scale = inputs
+    k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings = shared
+    q_ready, q_empty, do_ready, do_empty = rings
+    dq_bufs, dq_ready, dq_empty = dq_shared
+    ds_bufs, ds_full = ds_shared
+    dk_ptr, dv_ptr, dk_near_ptr, dv_near_ptr, stride_t, stride_h = results
+    head_kv, _, length_q, begin_k, end, length_k, first, blocks = tile
+    far_block, all_blocks, _, _ = blocks
+    chunk_length, near = geometry
+    BLOCK_M: gl.constexpr = SHAPE[0]
+    BLOCK_N: gl.constexpr = SHAPE[1]
+    BLOCK_D: gl.constexpr = SHAPE[2]
+    STAGES: gl.constexpr = SHAPE[3]
+    HALF: gl.constexpr = BLOCK_N // 2
+    COLUMNS: gl.constexpr = BLOCK_D // 2
+    dtype: gl.constexpr = k_bufs.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    column_s: gl.constexpr = gl.SliceLayout(0, s_layout)
+
+    first_key = first + HALF_INDEX * HALF
+    local_key = gl.arange(0, HALF, gl.SliceLayout(1, s_layout))
+    local_query = gl.arange(0, BLOCK_M, column_s)
+    # In queries: where the first key stands, and the end of each key's chunk.
+    shift = length_k - length_q
+    diagonal = first_key - shift
+    chunk_end = own_begin(first_key + local_key, chunk_length) + chunk_length - shift
+    keys_here = end - first_key
+    clear = _clear_blocks(first_key, HALF, tile, geometry, IS_NEAR, BLOCK_M)
+    clear_first, clear_end, clear_again = clear
+    multiplier = scale * _LOG2_E
+    dk = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
+    dv = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
+    zero_s = gl.zeros([HALF, BLOCK_M], gl.float32, s_layout)
+    zero_q = gl.zeros([BLOCK_M, COLUMNS], gl.float32, dq_layout)
+    k = k_bufs.index(HALF_INDEX)
+    v = v_bufs.index(HALF_INDEX)
+    block = 0
+    mbarrier.wait(kv_ready, 0)
+    for step in range(GROUP * all_blocks):
+        place = step % STAGES
+        phase = (step // STAGES) & 1
+        mbarrier.wait(q_ready.index(place), phase)
+        s_token = warpgroup_mma(
+            k, q_bufs.index(place).permute((1, 0)), zero_s, use_acc=False, is_async=True
+        )
+        mbarrier.wait(do_ready.index(place), phase)
+        dp_token = warpgroup_mma(
+            v, do_bufs.index(place).permute((1, 0)), zero_s, use_acc=False, is_async=True
+        )
+        lse = lse_bufs.index(place).load(column_s)
+        s = warpgroup_mma_wait(1, deps=[s_token])
+        # Keys beyond the end are zero, and 2^(0 - lse) may overflow.
+        if (block < clear_first) | ((block >= clear_end) & (block < clear_again)):
+            query = local_query + _first_query(block, blocks, BLOCK_M)
+            if IS_NEAR:
+                first_seen = chunk_end
+                seen_end = chunk_end + near
+            else:
+                first_seen = gl.where(block < far_block, local_key + diagonal, chunk_end + near)
+                seen_end = gl.where(block < far_block, chunk_end, length_q)
+            first_seen = gl.where(local_key < keys_here, first_seen, length_q)
+            s = gl.where(query[None, :] >= first_seen[:, None], s, float("-inf"))
+            s = gl.where(query[None, :] < seen_end[:, None], s, float("-inf"))
+        p = gl.exp2(s * multiplier - lse[None, :])
+        p_operand = gl.convert_layout(p.to(dtype), p_layout)
+        delta = delta_bufs.index(place).load(column_s)
+        # A wait that is over long since: ptxas does not move the next one above its branch.
+        mbarrier.wait(kv_ready, 0)
+        dp = warpgroup_mma_wait(0, deps=[dp_token])
+        dv_token = warpgroup_mma(p_operand, do_bufs.index(place), dv, is_async=True)
+        ds = (p * (dp - delta[None, :])).to(dtype)
+        ds_operand = gl.convert_layout(ds, p_layout)
+        # Two buffers: a half that is written now was read two steps ago, before both warpgroups
+        # met at ds_full.
+        buffer = (step & 1) * 2
+        ds_bufs.index(buffer + HALF_INDEX).store(ds)
+        fence_async_shared()
+        mbarrier.arrive(ds_full, count=1)
+        mbarrier.wait(ds_full, step & 1)
+        dq_token = warpgroup_mma(
+            ds_bufs.index(buffer).permute((1, 0)),
+            k_bufs.index(0).slice(HALF_INDEX * COLUMNS, COLUMNS, dim=1),
+            zero_q,
+            use_acc=False,
+            is_async=True,
+        )
+        dq_token = warpgroup_mma(
+            ds_bufs.index(buffer + 1).permute((1, 0)),
+            k_bufs.index(1).slice(HALF_INDEX * COLUMNS, COLUMNS, dim=1),
+            dq_token,
+            is_async=True,
+        )
+        dk_token = warpgroup_mma(ds_operand, q_bufs.index(place), dk, is_async=True)
+        dv = warpgroup_mma_wait(3, deps=[dv_token])
+        mbarrier.arrive(do_empty.index(place), count=1)
+        dq = warpgroup_mma_wait(1, deps=[dq_token])
+        mbarrier.wait(dq_empty.index(HALF_INDEX), (step & 1) ^ 1)
+        dq_bufs.index(HALF_INDEX).store(dq)
+        fence_async_shared()
+        mbarrier.arrive(dq_ready.index(HALF_INDEX), count=1)
+        dk = warpgroup_mma_wait(0, deps=[dk_token])
+        mbarrier.arrive(q_empty.index(place), count=1)
+        block += 1
+        block = gl.where(block == all_blocks, 0, block)
+    key = first_key + gl.arange(0, HALF, gl.SliceLayout(1, o_layout))
+    column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, o_layout))
+    offset = (begin_k + key).to(gl.int64) * stride_t + head_kv * stride_h
+    inside = (key < end)[:, None] & (column < HEAD_DIM)[None, :]
+    place_out = offset[:, None] + column[None, :]
+    if not IS_NEAR:
+        if first_key < near_end:
+            shared_keys = (key < near_end)[:, None] & (column < HEAD_DIM)[None, :]
+            dv += gl.load(dv_near_ptr + place_out, mask=shared_keys, other=0.0)
+            dk += gl.load(dk_near_ptr + place_out, mask=shared_keys, other=0.0)
+        dk = dk * scale
+    gl.store(dv_ptr + place_out, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+    gl.store(dk_ptr + place_out, dk.to(dk_ptr.dtype.element_ty), mask=inside)
+
+
+@gluon.jit(do_not_specialize=["num_tiles", "total_q", "chunk_length", "near"])
+def dual_chunk_bwd_hopper_kernel(
+    q_desc,
+    q_far_desc,
+    do_desc,
+    k_desc,
+    v_desc,
+    dq_desc,
+    stats_ptr,
+    dk_ptr,
+    dv_ptr,
+    dk_near_ptr,
+    dv_near_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    tiles_ptr,
+    logit_scale_ptr,
+    stride_t,
+    stride_h,
+    num_tiles,
+    total_q,
+    chunk_length,
+    near,
+    scale,
+    GROUP: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr,
+    IS_NEAR: gl.constexpr,
+):
+    """One program: BLOCK_N keys of one key/value head, with all queries of its group that meet
+    them.
+
+    IS_NEAR: k are keys rotated by -c; dk and dv are float32 and get the NEAR shares, dk unscaled
+    and in the frame of the rotated keys. Otherwise OWN and FAR; dk_near and dv_near [Tk, Hk, D]
+    float32, strides of dk, hold what that launch left, dk turned to where the keys stand.
+
+    Grid: (key/value heads, tiles). stats [H, T, 4] float32 as dual_chunk_rotate writes them. dq_desc
+    describes a zeroed float32 [2 T, H, D]: dq of OWN and NEAR, and of FAR in the frame of the
+    queries at the far position.
+    """
+    dtype: gl.constexpr = q_desc.dtype
+    HALF: gl.constexpr = BLOCK_N // 2
+    head_kv = gl.program_id(0)
+    slot = gl.program_id(1)
+    document = gl.load(tiles_ptr + 2 * slot)
+    first = gl.load(tiles_ptr + 2 * slot + 1) * BLOCK_N
+    known = gl.maximum(document, 0)
+    begin_q = gl.load(cu_q_ptr + known)
+    length_q = gl.load(cu_q_ptr + known + 1) - begin_q
+    begin_k = gl.load(cu_k_ptr + known)
+    length_k = gl.load(cu_k_ptr + known + 1) - begin_k
+    if logit_scale_ptr is not None:
+        scale *= gl.load(logit_scale_ptr + known)
+    geometry = (chunk_length, near)
+    # Keys of all chunks but the document's last one have near queries.
+    near_end = gl.where(near > 0, own_begin(length_k - 1, chunk_length), 0)
+    # An empty slot of the schedule: no queries, and no keys to store.
+    end = gl.where(document < 0, 0, near_end if IS_NEAR else length_k)
+    last = gl.minimum(first + BLOCK_N, end) - 1
+    if IS_NEAR:
+        low, far_block = _blocks_of_way(first, last, NEAR, geometry, length_q, length_k, BLOCK_M)
+        far_low = 0
+        all_blocks = far_block
+    else:
+        low, far_block = _blocks_of_way(first, last, OWN, geometry, length_q, length_k, BLOCK_M)
+        far_low, far_blocks = _blocks_of_way(
+            first, last, FAR, geometry, length_q, length_k, BLOCK_M
+        )
+        all_blocks = far_block + far_blocks
+    all_blocks = gl.where(first < end, all_blocks, 0)
+    blocks = (far_block, all_blocks, low, far_low - far_block * BLOCK_M)
+
+    word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    n_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, BLOCK_D], dtype)
+    m_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], dtype)
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, BLOCK_M], dtype)
+    dq_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(
+        [BLOCK_M, BLOCK_D // 2], gl.float32
+    )
+    k_bufs = gl.allocate_shared_memory(dtype, [2, HALF, BLOCK_D], n_layout)
+    v_bufs = gl.allocate_shared_memory(dtype, [2, HALF, BLOCK_D], n_layout)
+    q_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], m_layout)
+    do_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], m_layout)
+    ds_bufs = gl.allocate_shared_memory(dtype, [4, HALF, BLOCK_M], ds_layout)
+    dq_bufs = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M, BLOCK_D // 2], dq_layout)
+    lse_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], word)
+    delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], word)
+    kv_ready = gl.allocate_shared_memory(gl.int64, [1], bar)
+    q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    do_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    ds_full = gl.allocate_shared_memory(gl.int64, [1], bar)
+    dq_ready = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    dq_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    mbarrier.init(kv_ready, count=1)
+    mbarrier.init(ds_full, count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(dq_ready.index(i), count=1)
+        mbarrier.init(dq_empty.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_ready.index(i), count=1)
+        mbarrier.init(do_ready.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=2)
+        mbarrier.init(do_empty.index(i), count=2)
+    rings = (q_ready, q_empty, do_ready, do_empty)
+    shared = (k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings)
+    dq_shared = (dq_bufs, dq_ready, dq_empty)
+    ds_shared = (ds_bufs, ds_full)
+    tile = (head_kv, begin_q, length_q, begin_k, end, length_k, first, blocks)
+    results = (dk_ptr, dv_ptr, dk_near_ptr, dv_near_ptr, stride_t, stride_h)
+    SHAPE: gl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, STAGES)
+    sources = (q_desc, q_far_desc, do_desc, k_desc, v_desc)
+    stats = (stats_ptr, total_q)
+    inputs = (shared, dq_shared, ds_shared, results, tile, geometry, near_end, scale)
+    gl.warp_specialize(
+        [
+            (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, IS_NEAR, 0)),
+            (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, IS_NEAR, 1)),
+            (_load, (sources, shared, stats, tile, GROUP, SHAPE)),
+            (_add_dq, (dq_desc, dq_shared, total_q, tile, GROUP, SHAPE)),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
+    )
