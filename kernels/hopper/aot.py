@@ -25,7 +25,7 @@ from lctrain.kernels.hopper.varlen_bwd_kernel import varlen_bwd_hopper_kernel
 from lctrain.kernels.hopper.varlen_fwd_kernel import varlen_fwd_hopper_kernel
 from lctrain.kernels.tile.variant import KernelVariant, describe_variant
 
-FEATURES = ("causal", "full", "dropout", "all")
+FEATURES = ("causal", "full", "dropout", "deterministic", "all")
 HEADS_KV = 8
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # Triton 3.10 flips the default of fusion
 
@@ -35,6 +35,7 @@ _TYPES = {
     **dict.fromkeys(("cu_q_ptr", "cu_k_ptr", "tiles_ptr", "counter_ptr", "window_ptr"), "i32"),
     **dict.fromkeys(("num_items", "num_tiles", "total_q", "window_left", "window_right"), "i32"),
     **dict.fromkeys(("document_ids_ptr", "threshold", "stride_t", "stride_h"), "i32"),
+    **dict.fromkeys(("turns_ptr", "turns_per_head"), "i32"),
     "seed_ptr": "i64",
 }
 
@@ -47,7 +48,7 @@ def forward_variant(
     Args:
         head_dim: D.
         features: One of FEATURES; "all" adds windows from device memory, softcap, sinks and
-            dropout.
+            dropout; "deterministic" differs in the backward.
         dtype: Triton's name of the tensors' dtype.
         group: Query heads per key/value head.
     """
@@ -120,7 +121,8 @@ def kernel_variants(
         columns = padded_columns(head_dim)
         # The forward does not know the head dim, only the columns that hold it.
         if head_dim == columns or columns not in head_dims:
-            for group, name in itertools.product(groups, features):
+            forwards = [name for name in features if name != "deterministic"]
+            for group, name in itertools.product(groups, forwards):
                 yield forward_variant(head_dim, features=name, group=group)
         if refusal(Call(x, x, x), BACKWARD_LIMITS) is None:
             for name in features:
@@ -159,6 +161,8 @@ def _types(features: str, dtype: str, **descriptors: str) -> dict[str, str | Non
     types |= dict.fromkeys(("dk_ptr", "dv_ptr"), f"*{dtype}")
     if features != "all":
         types |= dict.fromkeys(("window_ptr", "sink_ptr"))
+    if features not in ("deterministic", "all"):
+        types["turns_ptr"] = None
     if not _has_dropout(features):
         types |= dict.fromkeys(("seed_ptr", "document_ids_ptr"))
     return types | descriptors

@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from lctrain.kernels.hopper.compat import (
     copy_arrive,
     copy_async,
+    partition_barrier,
     reinterpret,
     tma_add,
     tma_load,
@@ -25,6 +26,7 @@ from lctrain.kernels.hopper.step import (
     query_blocks,
     rounded,
     tanh,
+    wait_written,
 )
 from lctrain.kernels.tile.logits import LOG2_E
 
@@ -106,16 +108,30 @@ def _load(
 
 
 @gluon.jit
-def _add_dq(dq_desc, dq_shared, tile, GROUP: gl.constexpr, SHAPE: gl.constexpr):
-    """Adds the halves of dq that the warpgroups leave in shared memory to the float32 buffer."""
+def _add_dq(dq_desc, dq_shared, order, tile, window, GROUP: gl.constexpr, SHAPE: gl.constexpr):
+    """Adds the halves of dq that the warpgroups leave in shared memory to the float32 buffer.
+
+    With turns, the tiles of a document add to a block of queries in the order of their keys.
+    """
     dq_bufs, dq_ready, dq_empty = dq_shared
-    head_kv, begin_q, length_q, _, _, _, low, high = tile
+    turns_ptr, turns_per_head, document = order
+    head_kv, begin_q, length_q, _, length_k, first, low, high = tile
+    left, _ = window
     BLOCK_M: gl.constexpr = SHAPE[0]
+    BLOCK_N: gl.constexpr = SHAPE[1]
     COLUMNS: gl.constexpr = SHAPE[2] // 2
     head = head_kv * GROUP
     block = low
+    # Numbers of blocks in the pack: no two documents share one.
+    begin_block = begin_q // BLOCK_M + document
     for step in range(GROUP * (high - low)):
         row = _RAGGED - length_q + block * BLOCK_M
+        if turns_ptr is not None:
+            turn = turns_ptr + head * turns_per_head + begin_block + block
+            first_tile = gl.maximum(block * BLOCK_M + length_k - length_q - left, 0) // BLOCK_N
+            added = gl.atomic_add(turn, 0, sem="acquire")
+            while added < first // BLOCK_N - first_tile:
+                added = gl.atomic_add(turn, 0, sem="acquire")
         for half in gl.static_range(2):
             mbarrier.wait(dq_ready.index(half), step & 1)
             tma_add(
@@ -129,6 +145,10 @@ def _add_dq(dq_desc, dq_shared, tile, GROUP: gl.constexpr, SHAPE: gl.constexpr):
         mbarrier.arrive(dq_empty.index(0), count=1)
         tma_store_wait(0)
         mbarrier.arrive(dq_empty.index(1), count=1)
+        if turns_ptr is not None:
+            wait_written()
+            partition_barrier()
+            gl.atomic_add(turn, 1, sem="release")
         block += 1
         head = gl.where(block == high, head + 1, head)
         block = gl.where(block == high, low, block)
@@ -296,7 +316,16 @@ def _compute(
     gl.store(dk_ptr + place_out, (dk * (scale * keep_scale)).to(dtype), mask=inside)
 
 
-@gluon.jit(do_not_specialize=["num_tiles", "total_q", "window_left", "window_right", "threshold"])
+@gluon.jit(
+    do_not_specialize=[
+        "turns_per_head",
+        "num_tiles",
+        "total_q",
+        "window_left",
+        "window_right",
+        "threshold",
+    ]
+)
 def varlen_bwd_hopper_kernel(
     q_desc,
     do_desc,
@@ -313,6 +342,8 @@ def varlen_bwd_hopper_kernel(
     window_ptr,
     seed_ptr,
     document_ids_ptr,
+    turns_ptr,
+    turns_per_head,
     stride_t,
     stride_h,
     num_tiles,
@@ -337,7 +368,8 @@ def varlen_bwd_hopper_kernel(
     """One program: BLOCK_N keys of one key/value head, with all queries of its group that see them.
 
     Grid: (key/value heads, tiles). lse and delta [H, T] float32: base 2, +inf where nothing was
-    seen, and delta / keep_scale. dq_desc describes a zeroed float32 [T, H, D].
+    seen, and delta / keep_scale. dq_desc describes a zeroed float32 [T, H, D]. turns is a zeroed
+    int32 [H, blocks of queries], or None if the order of additions does not matter.
     """
     dtype: gl.constexpr = q_desc.dtype
     HALF: gl.constexpr = BLOCK_N // 2
@@ -402,6 +434,7 @@ def varlen_bwd_hopper_kernel(
     random = (seed_ptr, document_ids_ptr, document, threshold)
     numbers = (scale, softcap, keep_scale)
     stats = (lse_ptr, delta_ptr, total_q)
+    order = (turns_ptr, turns_per_head, document)
     SHAPE: gl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, STAGES)
     FLAGS: gl.constexpr = (HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT)
     inputs = (shared, dq_shared, ds_shared, results, tile, window, random, numbers)
@@ -410,7 +443,7 @@ def varlen_bwd_hopper_kernel(
             (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 0)),
             (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 1)),
             (_load, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, GROUP, SHAPE)),
-            (_add_dq, (dq_desc, dq_shared, tile, GROUP, SHAPE)),
+            (_add_dq, (dq_desc, dq_shared, order, tile, window, GROUP, SHAPE)),
         ],
         [4, 1, 1],
         [240, 24, 24],
