@@ -92,6 +92,7 @@ def backward_variant(
         "BLOCK_N": BLOCK_N_BACKWARD,
         "BLOCK_D": columns,
         "STAGES": tile.stages,
+        "DEFER_DQ": tile.defer_dq,
         **_flags(features),
     }
     types = _types(

@@ -23,10 +23,12 @@ class BackwardTile(NamedTuple):
     Attributes:
         block_m: Queries of a block.
         stages: Blocks of queries in shared memory.
+        defer_dq: Multiply dq of a step in the next one.
     """
 
     block_m: int
     stages: int
+    defer_dq: bool = False
 
 
 # By the columns of a tile: head dims up to them.

@@ -262,6 +262,7 @@ def varlen_bwd(
         BLOCK_N=BLOCK_N_BACKWARD,
         BLOCK_D=columns,
         STAGES=tile.stages,
+        DEFER_DQ=tile.defer_dq,
         HAS_LEFT=has_left,
         HAS_RIGHT=has_right,
         HAS_SOFTCAP=softcap > 0,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lctrain.kernels import make_schedule
-from lctrain.kernels.hopper import support, varlen
+from lctrain.kernels.hopper import config, support, varlen
 from tests.kernels.gluon_emulator import emulate
 from tests.kernels.oracle import (
     Case,
@@ -76,6 +76,20 @@ def hopper(monkeypatch):
 def test_matches_float64(case, hopper):
     inputs = make_inputs(case)
     assert_matches_oracle(attention(case, inputs, backend="hopper"), case, inputs)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", ["D64-causal-unequal", "D128-causal-g3"])
+def test_dq_left_to_the_next_step(name, seed, hopper, monkeypatch):
+    """A form of the backward that no tile takes yet (bench/NOTES.md)."""
+    emulate(monkeypatch, varlen, seed)
+    columns = CASES[name].head_dim
+    tile = config.backward_tile(columns)._replace(defer_dq=True)
+    monkeypatch.setitem(config._BACKWARD, columns, tile)
+    inputs = make_inputs(CASES[name])
+    for deterministic in (False, True):
+        result = attention(CASES[name], inputs, backend="hopper", deterministic=deterministic)
+        assert_matches_oracle(result, CASES[name], inputs)
 
 
 @pytest.mark.parametrize("seed", range(1, 6))
