@@ -1,5 +1,7 @@
 """Tiles of the Hopper kernels. As for the portable ones, nothing here depends on lengths."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 
@@ -50,9 +52,27 @@ def pack_heads(group: int) -> int:
 
 def forward_tile(columns: int) -> ForwardTile:
     """Returns the tile of a forward."""
-    return _FORWARD[columns]
+    return _forward_override or _FORWARD[columns]
 
 
 def backward_tile(columns: int) -> BackwardTile:
     """Returns the tile of a backward."""
-    return _BACKWARD[columns]
+    return _backward_override or _BACKWARD[columns]
+
+
+@contextlib.contextmanager
+def override_tiles(
+    forward: ForwardTile | None = None, backward: BackwardTile | None = None
+) -> Iterator[None]:
+    """Forces tiles, for tuning and for tests."""
+    global _forward_override, _backward_override
+    saved = _forward_override, _backward_override
+    _forward_override, _backward_override = forward, backward
+    try:
+        yield
+    finally:
+        _forward_override, _backward_override = saved
+
+
+_forward_override: ForwardTile | None = None
+_backward_override: BackwardTile | None = None
