@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lctrain.kernels import checks
 from lctrain.kernels import dual_chunk_ops as _dual_chunk_ops  # noqa: F401  (registers operators)
-from lctrain.kernels.backend import select_backend
+from lctrain.kernels.backend import DUAL_CHUNK_HOPPER_IN_AUTO, select_backend
 from lctrain.kernels.layout import unit_stride
 from lctrain.kernels.schedule import TileSchedule
 from lctrain.kernels.seed import resolve_seed
@@ -67,7 +67,8 @@ def dual_chunk_attn_varlen_func(
             pack.
         schedule: From make_schedule, on q's device. Default: built on the device, once per
             cu_seqlens tensor.
-        backend: "auto", "triton" or "pytorch". A named one never falls back.
+        backend: "auto", "hopper", "triton" or "pytorch". A named one never falls back; "hopper" is
+            for what its kernels can do (`lctrain.kernels.hopper.support`).
         cu_seqlens_k: [N + 1] int32, where keys are more than queries (a filled cache): queries are
             then the last ones of their document. Default cu_seqlens.
         max_seqlen_k: Most keys of a document; default max_seqlen.
@@ -95,11 +96,15 @@ def dual_chunk_attn_varlen_func(
     )
     if schedule is not None:
         checks.check_schedule(schedule, documents, q.shape[0], k.shape[0], q.device)
-    backend = select_backend(q.device, q.dtype, backend, has_hopper=False)
+    named = backend
+    has_hopper = named == "hopper" or DUAL_CHUNK_HOPPER_IN_AUTO
+    backend = select_backend(q.device, q.dtype, named, has_hopper=has_hopper)
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     cu_q, cu_k, inv_freq, logit_scale, document_ids = unit_stride(
         cu_seqlens, cu_k, inv_freq, logit_scale, document_ids
     )
+    if named == "hopper":
+        _require_hopper(q, k, v, dropout_p > 0)
     out, lse = torch.ops.lctrain.dual_chunk_forward(
         q,
         k,
@@ -119,3 +124,19 @@ def dual_chunk_attn_varlen_func(
         backend,
     )
     return (out, lse) if return_lse else out
+
+
+def _require_hopper(q: Tensor, k: Tensor, v: Tensor, dropout: bool) -> None:
+    """Refuses what the Hopper kernels cannot do, where they are named."""
+    from lctrain.kernels.hopper import support
+
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    call = support.Call(q, k, v, deterministic=deterministic, dropout=dropout)
+    forward, both = support.DUAL_CHUNK_FORWARD_LIMITS, support.DUAL_CHUNK_BACKWARD_LIMITS
+    reason = support.refusal(call, both if trained else forward)
+    if reason is not None:
+        raise ValueError(
+            f"backend='hopper' does not serve {reason}. Pass backend='auto', which takes the "
+            "portable kernels for that, or backend='triton'."
+        )

@@ -176,6 +176,7 @@ def varlen_backward(
                 dropout_p=dropout_p,
                 dropout_seed=dropout_seed,
                 document_ids=document_ids,
+                deterministic=deterministic,
             )
     from lctrain.kernels.attention.varlen_bwd import varlen_bwd
 

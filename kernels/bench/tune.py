@@ -6,6 +6,7 @@ configuration is reported and left out.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -25,6 +26,8 @@ from lctrain.kernels.attention.varlen_bwd import varlen_bwd
 from lctrain.kernels.attention.varlen_fwd import varlen_fwd
 from lctrain.kernels.bench.dual_chunk import CHUNK_SIZE, LOCAL_SIZE, frequencies
 from lctrain.kernels.bench.workloads import WORKLOADS, Workload
+from lctrain.kernels.hopper import varlen as hopper
+from lctrain.kernels.hopper.config import BackwardTile, ForwardTile, override_tiles
 from lctrain.kernels.reference.dual_chunk import DualChunkGeometry
 
 _FORWARD = {
@@ -63,6 +66,15 @@ _DUAL_CHUNK_DKV = {
     128: "64,128,8,2 64,64,8,2 32,128,8,2 32,64,4,2",
     256: "32,64,8,1 32,64,8,2",
 }
+# Block of keys, stages of keys and values, stages of queries.
+_HOPPER_FORWARD = {
+    64: "128,3,2 128,2,2 128,4,2 64,4,2",
+    96: "128,2,2 64,4,2",
+    128: "128,2,2 64,4,2 64,3,2",
+    256: "64,2,1 32,4,1",
+}
+# Block of queries, stages, whether dq is left to the next step.
+_HOPPER_BACKWARD = {64: "64,3,0 64,3,1 64,2,1 64,4,1 128,2,1", 96: "64,2,0", 128: "64,2,0"}
 _CANDIDATES = {
     "varlen_fwd": _FORWARD,
     "varlen_dq": _DQ,
@@ -72,6 +84,8 @@ _CANDIDATES = {
     "dual_chunk_dq_share": _DUAL_CHUNK_DQ,
     "dual_chunk_dkv": _DUAL_CHUNK_DKV,
     "dual_chunk_dkv_share": _DUAL_CHUNK_DKV,
+    "hopper_fwd": _HOPPER_FORWARD,
+    "hopper_bwd": _HOPPER_BACKWARD,
 }
 
 
@@ -83,10 +97,20 @@ def parse_config(text: str) -> TileConfig:
     return TileConfig(block_m, block_n, num_warps, num_stages, pack, max_registers)
 
 
-class _Case:
-    """The tensors of a workload and the call that runs one operation on them."""
+def override(operation: str, candidate: str) -> contextlib.AbstractContextManager[None]:
+    """Forces the configuration of an operation."""
+    if not operation.startswith("hopper"):
+        return override_configs(**{operation: parse_config(candidate)})
+    first, second, third = (int(part) for part in candidate.split(","))
+    if operation == "hopper_fwd":
+        return override_tiles(forward=ForwardTile(first, second, third))
+    return override_tiles(backward=BackwardTile(first, second, bool(third)))
 
-    def __init__(self, workload: Workload, dropout_p: float, dual_chunk: bool) -> None:
+
+class _Case:
+    """The tensors of a workload and the calls of the operation's kernels on them."""
+
+    def __init__(self, workload: Workload, dropout_p: float, operation: str) -> None:
         generator = torch.Generator("cuda").manual_seed(0)
 
         def draw(heads: int) -> torch.Tensor:
@@ -104,8 +128,9 @@ class _Case:
             "dropout_seed": torch.full((1,), 7, device="cuda") if dropout_p else None,
             "document_ids": None,
         }
-        self.dual_chunk = dual_chunk
-        if dual_chunk:
+        self.dual_chunk = operation.startswith("dual_chunk")
+        self.hopper = operation.startswith("hopper")
+        if self.dual_chunk:
             geometry = DualChunkGeometry(CHUNK_SIZE, LOCAL_SIZE)
             self.options |= {
                 "inv_freq": frequencies(workload.head_dim, self.q.device),
@@ -115,7 +140,9 @@ class _Case:
                 "far_position": geometry.far_position,
             }
         else:
-            self.options |= {"window": (-1, 0), "softcap": 0.0, "alibi_slopes": None}
+            self.options |= {"window": (-1, 0), "softcap": 0.0}
+            if not self.hopper:
+                self.options["alibi_slopes"] = None
         self.out, self.lse = self.forward()
 
     def forward(self) -> tuple[torch.Tensor, ...]:
@@ -124,13 +151,16 @@ class _Case:
             return dual_chunk_fwd(
                 *operands, self.schedule.q_tiles, self.schedule.k_tiles, **self.options
             )
-        return varlen_fwd(*operands, self.schedule.q_tiles, learnable_sink=None, **self.options)
+        launch = hopper.varlen_fwd if self.hopper else varlen_fwd
+        return launch(*operands, self.schedule.q_tiles, learnable_sink=None, **self.options)
 
     def backward(self) -> tuple[torch.Tensor, ...]:
         tiles = (self.schedule.q_tiles, self.schedule.k_tiles)
         operands = (self.dout, None, self.q, self.k, self.v, self.out, self.lse, self.cu, self.cu)
         if self.dual_chunk:
             return dual_chunk_bwd(*operands, *tiles, **self.options)
+        if self.hopper:
+            return hopper.varlen_bwd(*operands, tiles[1], deterministic=False, **self.options)
         return varlen_bwd(*operands, *tiles, deterministic=False, **self.options)
 
 
@@ -138,8 +168,8 @@ def _precompile(job: tuple[str, str, Workload, float]) -> None:
     operation, candidate, workload, dropout_p = job
     tiny = Workload("tiny", (300, 20), workload.heads, workload.heads_kv, workload.head_dim)
     try:
-        with override_configs(**{operation: parse_config(candidate)}):
-            case = _Case(tiny, dropout_p, operation.startswith("dual_chunk"))
+        with override(operation, candidate):
+            case = _Case(tiny, dropout_p, operation)
             if not operation.endswith("_fwd"):
                 case.backward()
         torch.cuda.synchronize()
@@ -161,7 +191,7 @@ def time_candidates(
     Returns:
         A row per candidate: workload, operation, config, ms (None where it failed), error or None.
     """
-    case = _Case(workload, dropout_p, operation.startswith("dual_chunk"))
+    case = _Case(workload, dropout_p, operation)
     forward = operation.endswith("_fwd")
     run = case.forward if forward else case.backward
     expected = [x.float() for x in run()]
@@ -171,7 +201,7 @@ def time_candidates(
         row["config"] = candidate
         row |= {"dropout_p": dropout_p, "ms": None, "error": None}
         try:
-            with override_configs(**{operation: parse_config(candidate)}):
+            with override(operation, candidate):
                 pairs = zip(run(), expected, strict=True)
                 difference = max(float((a.float() - b).norm() / b.norm()) for a, b in pairs)
                 if not difference < 1e-2:

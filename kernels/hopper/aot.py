@@ -16,6 +16,7 @@ from lctrain.kernels.hopper.config import (
     CONSUMERS,
     REGISTERS,
     backward_tile,
+    dual_chunk_backward_tile,
     dual_chunk_forward_tile,
     forward_tile,
     pack_heads,
@@ -28,7 +29,7 @@ from lctrain.kernels.hopper.varlen_bwd_kernel import varlen_bwd_hopper_kernel
 from lctrain.kernels.hopper.varlen_fwd_kernel import varlen_fwd_hopper_kernel
 from lctrain.kernels.tile.variant import KernelVariant, describe_variant
 
-FEATURES = ("causal", "full", "dropout", "all")
+FEATURES = ("causal", "full", "dropout", "deterministic", "all")
 HEADS_KV = 8
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # Triton 3.10 flips the default of fusion
 
@@ -38,6 +39,7 @@ _TYPES = {
     **dict.fromkeys(("cu_q_ptr", "cu_k_ptr", "tiles_ptr", "counter_ptr", "window_ptr"), "i32"),
     **dict.fromkeys(("num_items", "num_tiles", "total_q", "window_left", "window_right"), "i32"),
     **dict.fromkeys(("document_ids_ptr", "threshold", "stride_t", "stride_h"), "i32"),
+    **dict.fromkeys(("turns_ptr", "turns_per_head"), "i32"),
     "seed_ptr": "i64",
 }
 
@@ -50,7 +52,7 @@ def forward_variant(
     Args:
         head_dim: D.
         features: One of FEATURES; "all" adds windows from device memory, softcap, sinks and
-            dropout.
+            dropout; "deterministic" differs in the backward.
         dtype: Triton's name of the tensors' dtype.
         group: Query heads per key/value head.
     """
@@ -94,6 +96,7 @@ def backward_variant(
         "BLOCK_N": BLOCK_N_BACKWARD,
         "BLOCK_D": columns,
         "STAGES": tile.stages,
+        "DEFER_DQ": tile.defer_dq,
         **_flags(features),
     }
     types = _types(
@@ -144,7 +147,7 @@ def dual_chunk_backward_variant(
 ) -> KernelVariant:
     """As backward_variant, of one launch of dual_chunk_bwd_hopper_kernel, which has no dropout."""
     columns = padded_columns(head_dim)
-    tile = backward_tile(columns)
+    tile = dual_chunk_backward_tile(columns)
     queries = _descriptor(dtype, tile.block_m, columns)
     keys = _descriptor(dtype, BLOCK_N_BACKWARD // 2, columns)
     dq = _descriptor("fp32", tile.block_m, columns // 2)
@@ -190,7 +193,8 @@ def kernel_variants(
         columns = padded_columns(head_dim)
         # The forward does not know the head dim, only the columns that hold it.
         if head_dim == columns or columns not in head_dims:
-            for group, name in itertools.product(groups, features):
+            forwards = [name for name in features if name != "deterministic"]
+            for group, name in itertools.product(groups, forwards):
                 yield forward_variant(head_dim, features=name, group=group)
         if refusal(Call(x, x, x), BACKWARD_LIMITS) is None:
             for name in features:
@@ -229,6 +233,8 @@ def _types(features: str, dtype: str, **descriptors: str) -> dict[str, str | Non
     types |= dict.fromkeys(("dk_ptr", "dv_ptr"), f"*{dtype}")
     if features != "all":
         types |= dict.fromkeys(("window_ptr", "sink_ptr"))
+    if features not in ("deterministic", "all"):
+        types["turns_ptr"] = None
     if not _has_dropout(features):
         types |= dict.fromkeys(("seed_ptr", "document_ids_ptr"))
     return types | descriptors

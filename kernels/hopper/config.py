@@ -1,5 +1,7 @@
 """Tiles of the Hopper kernels. As for the portable ones, nothing here depends on lengths."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 
@@ -18,15 +20,17 @@ class ForwardTile(NamedTuple):
 
 
 class BackwardTile(NamedTuple):
-    """Of varlen_bwd_hopper_kernel.
+    """Of varlen_bwd_hopper_kernel and dual_chunk_bwd_hopper_kernel.
 
     Attributes:
         block_m: Queries of a block.
         stages: Blocks of queries in shared memory.
+        defer_dq: Multiply dq of a step in the next one; varlen attention only.
     """
 
     block_m: int
     stages: int
+    defer_dq: bool = False
 
 
 # By the columns of a tile: head dims up to them.
@@ -34,6 +38,7 @@ _FORWARD = {64: ForwardTile(128, 3, 2), 128: ForwardTile(128, 2, 2), 256: Forwar
 _BACKWARD = {64: BackwardTile(64, 3), 128: BackwardTile(64, 2)}
 # A tile of dual chunk attention holds its queries twice; the third place is for the next tile.
 _DUAL_CHUNK_FORWARD = {64: ForwardTile(128, 3, 3), 128: ForwardTile(128, 2, 3)}
+_DUAL_CHUNK_BACKWARD = {64: BackwardTile(64, 3), 128: BackwardTile(64, 2)}
 CONSUMERS = 2  # warpgroups of a forward, of 64 rows each
 REGISTERS = 168  # of each thread at entry; warp specialisation shares them out anew
 BLOCK_N_BACKWARD = 128  # a block of the schedule
@@ -50,14 +55,37 @@ def pack_heads(group: int) -> int:
 
 def forward_tile(columns: int) -> ForwardTile:
     """Returns the tile of a forward."""
-    return _FORWARD[columns]
+    return _forward_override or _FORWARD[columns]
 
 
 def backward_tile(columns: int) -> BackwardTile:
     """Returns the tile of a backward."""
-    return _BACKWARD[columns]
+    return _backward_override or _BACKWARD[columns]
 
 
 def dual_chunk_forward_tile(columns: int) -> ForwardTile:
     """Returns the tile of a forward of dual chunk attention."""
     return _DUAL_CHUNK_FORWARD[columns]
+
+
+def dual_chunk_backward_tile(columns: int) -> BackwardTile:
+    """Returns the tile of both launches of a backward of dual chunk attention."""
+    return _DUAL_CHUNK_BACKWARD[columns]
+
+
+@contextlib.contextmanager
+def override_tiles(
+    forward: ForwardTile | None = None, backward: BackwardTile | None = None
+) -> Iterator[None]:
+    """Forces tiles, for tuning and for tests."""
+    global _forward_override, _backward_override
+    saved = _forward_override, _backward_override
+    _forward_override, _backward_override = forward, backward
+    try:
+        yield
+    finally:
+        _forward_override, _backward_override = saved
+
+
+_forward_override: ForwardTile | None = None
+_backward_override: BackwardTile | None = None

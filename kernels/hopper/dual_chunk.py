@@ -12,7 +12,7 @@ from lctrain.kernels.hopper.config import (
     BLOCK_N_BACKWARD,
     CONSUMERS,
     REGISTERS,
-    backward_tile,
+    dual_chunk_backward_tile,
     dual_chunk_forward_tile,
     pack_heads,
 )
@@ -262,7 +262,7 @@ def dual_chunk_bwd(
     sums = torch.zeros((2 * total_q, heads, head_dim), dtype=torch.float32, device=q.device)
     dk_near, dv_near = torch.empty((2, *k.shape), dtype=torch.float32, device=k.device)
     columns = padded_columns(head_dim)
-    tile = backward_tile(columns)
+    tile = dual_chunk_backward_tile(columns)
     rows = TURN_ROWS
     shape = {"HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim), "BLOCK_M": rows}
     for is_near in (True, False):

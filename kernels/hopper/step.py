@@ -54,6 +54,23 @@ def rounded(x, dtype: gl.constexpr):
 
 
 @gluon.jit
+def wait_written():
+    """Waits until this warp's copies out of shared memory are in global memory.
+
+    Gluon's own wait is over when they have read shared memory.
+    """
+    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; mov.b32 $0, $1;",
+        "=r,r",
+        [lane],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def scalar(buffer, warps: gl.constexpr):
     """Reads the only element of a [1] buffer in shared memory."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [warps], [0])

@@ -69,6 +69,16 @@ BACKWARD_LIMITS: tuple[_Limit, ...] = (
     ("a gradient of out whose strides are no multiples of 16 bytes",
      lambda c: c.dout is not None and c.dout.stride(2) == 1 and _unaligned(c.dout)),
 )  # fmt: skip
+# Two tiles of queries and one of the next do not fit beside keys and values.
+_WIDE_CHUNKS: _Limit = (
+    "dual chunk attention of head dims above 128",
+    lambda c: c.q.shape[2] > 128,
+)
+DUAL_CHUNK_FORWARD_LIMITS: tuple[_Limit, ...] = (*FORWARD_LIMITS, _WIDE_CHUNKS)
+DUAL_CHUNK_BACKWARD_LIMITS: tuple[_Limit, ...] = (
+    *DUAL_CHUNK_FORWARD_LIMITS,
+    *BACKWARD_LIMITS[len(FORWARD_LIMITS) :],
+)
 
 
 def refusal(call: Call, limits: tuple[_Limit, ...]) -> str | None:

@@ -178,11 +178,12 @@ def varlen_bwd(
     dropout_p: float,
     dropout_seed: Tensor | None,
     document_ids: Tensor | None,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launches the backward; arguments and results as the portable varlen_bwd.
 
-    dq is added up in float32 in the order in which programs come, so its last bits differ from run
-    to run; dk and dv do not.
+    dq is added up in float32. Unless `deterministic`, that happens in the order in which programs
+    come, so its last bits differ from run to run; those of dk and dv do not.
     """
     total_q, heads, head_dim = q.shape
     heads_kv = k.shape[1]
@@ -223,6 +224,10 @@ def varlen_bwd(
     )
     window_ptr, left, right, has_left, has_right = window_arguments(window)
     tile = backward_tile(columns)
+    turns_per_head = total_q // tile.block_m + cu_seqlens_q.shape[0]
+    turns = None
+    if deterministic:
+        turns = torch.zeros((heads, turns_per_head), dtype=torch.int32, device=q.device)
     varlen_bwd_hopper_kernel[(heads_kv, k_tiles.shape[0])](
         ragged_descriptor(q, tile.block_m, columns),
         ragged_descriptor(dout, tile.block_m, columns),
@@ -239,6 +244,8 @@ def varlen_bwd(
         window_ptr,
         dropout_seed,
         document_ids,
+        turns,
+        turns_per_head,
         dk.stride(0),
         dk.stride(1),
         k_tiles.shape[0],
@@ -255,6 +262,7 @@ def varlen_bwd(
         BLOCK_N=BLOCK_N_BACKWARD,
         BLOCK_D=columns,
         STAGES=tile.stages,
+        DEFER_DQ=tile.defer_dq,
         HAS_LEFT=has_left,
         HAS_RIGHT=has_right,
         HAS_SOFTCAP=softcap > 0,

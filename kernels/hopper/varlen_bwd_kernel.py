@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from lctrain.kernels.hopper.compat import (
     copy_arrive,
     copy_async,
+    partition_barrier,
     reinterpret,
     tma_add,
     tma_load,
@@ -25,6 +26,7 @@ from lctrain.kernels.hopper.step import (
     query_blocks,
     rounded,
     tanh,
+    wait_written,
 )
 from lctrain.kernels.tile.logits import LOG2_E
 
@@ -106,18 +108,37 @@ def _load(
 
 
 @gluon.jit
-def _add_dq(dq_desc, dq_shared, tile, GROUP: gl.constexpr, SHAPE: gl.constexpr):
-    """Adds the halves of dq that the warpgroups leave in shared memory to the float32 buffer."""
+def _add_dq(dq_desc, dq_shared, order, tile, window, GROUP: gl.constexpr, SHAPE: gl.constexpr):
+    """Adds the halves of dq that the warpgroups leave in shared memory to the float32 buffer.
+
+    With turns, the tiles of a document add to a block of queries in the order of their keys.
+    """
     dq_bufs, dq_ready, dq_empty = dq_shared
-    head_kv, begin_q, length_q, _, _, _, low, high = tile
+    turns_ptr, turns_per_head, document = order
+    head_kv, begin_q, length_q, _, length_k, first, low, high = tile
+    left, _ = window
     BLOCK_M: gl.constexpr = SHAPE[0]
+    BLOCK_N: gl.constexpr = SHAPE[1]
     COLUMNS: gl.constexpr = SHAPE[2] // 2
+    BEFORE: gl.constexpr = 1 if SHAPE[4] else 0  # dq of nothing, from the first step
     head = head_kv * GROUP
     block = low
+    if BEFORE > 0 and high > low:
+        for half in gl.static_range(2):
+            mbarrier.wait(dq_ready.index(half), 0)
+            mbarrier.arrive(dq_empty.index(half), count=1)
+    # Numbers of blocks in the pack: no two documents share one.
+    begin_block = begin_q // BLOCK_M + document
     for step in range(GROUP * (high - low)):
         row = _RAGGED - length_q + block * BLOCK_M
+        if turns_ptr is not None:
+            turn = turns_ptr + head * turns_per_head + begin_block + block
+            first_tile = gl.maximum(block * BLOCK_M + length_k - length_q - left, 0) // BLOCK_N
+            added = gl.atomic_add(turn, 0, sem="acquire")
+            while added < first // BLOCK_N - first_tile:
+                added = gl.atomic_add(turn, 0, sem="acquire")
         for half in gl.static_range(2):
-            mbarrier.wait(dq_ready.index(half), step & 1)
+            mbarrier.wait(dq_ready.index(half), (step + BEFORE) & 1)
             tma_add(
                 dq_desc,
                 [_RAGGED, begin_q + length_q, row, head, half * COLUMNS],
@@ -129,9 +150,42 @@ def _add_dq(dq_desc, dq_shared, tile, GROUP: gl.constexpr, SHAPE: gl.constexpr):
         mbarrier.arrive(dq_empty.index(0), count=1)
         tma_store_wait(0)
         mbarrier.arrive(dq_empty.index(1), count=1)
+        if turns_ptr is not None:
+            wait_written()
+            partition_barrier()
+            gl.atomic_add(turn, 1, sem="release")
         block += 1
         head = gl.where(block == high, head + 1, head)
         block = gl.where(block == high, low, block)
+
+
+@gluon.jit
+def _multiply_dq(ds_bufs, k_bufs, buffer, zero_q, HALF_INDEX: gl.constexpr):
+    """Starts this warpgroup's columns of a step's dq: both halves of the keys."""
+    COLUMNS: gl.constexpr = zero_q.shape[1]
+    token = warpgroup_mma(
+        ds_bufs.index(buffer * 2).permute((1, 0)),
+        k_bufs.index(0).slice(HALF_INDEX * COLUMNS, COLUMNS, dim=1),
+        zero_q,
+        use_acc=False,
+        is_async=True,
+    )
+    return warpgroup_mma(
+        ds_bufs.index(buffer * 2 + 1).permute((1, 0)),
+        k_bufs.index(1).slice(HALF_INDEX * COLUMNS, COLUMNS, dim=1),
+        token,
+        is_async=True,
+    )
+
+
+@gluon.jit
+def _put_dq(dq, dq_shared, turn, HALF_INDEX: gl.constexpr):
+    """Leaves this warpgroup's columns of dq to the warp that adds them."""
+    dq_bufs, dq_ready, dq_empty = dq_shared
+    mbarrier.wait(dq_empty.index(HALF_INDEX), (turn & 1) ^ 1)
+    dq_bufs.index(HALF_INDEX).store(dq)
+    fence_async_shared()
+    mbarrier.arrive(dq_ready.index(HALF_INDEX), count=1)
 
 
 @gluon.jit
@@ -143,11 +197,14 @@ def _compute(
     FLAGS: gl.constexpr,
     HALF_INDEX: gl.constexpr,
 ):
-    """One warpgroup: half of the tile's keys, and half of the columns of dq."""
+    """One warpgroup: half of the tile's keys, and half of the columns of dq.
+
+    A step multiplies its own dq, for which it waits for the other half of dS, or, with DEFER_DQ,
+    that of the step before, whose halves have long been there.
+    """
     shared, dq_shared, ds_shared, results, tile, window, random, numbers = inputs
     k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings = shared
     q_ready, q_empty, do_ready, do_empty = rings
-    dq_bufs, dq_ready, dq_empty = dq_shared
     ds_bufs, ds_full = ds_shared
     dk_ptr, dv_ptr, stride_t, stride_h = results
     head_kv, _, length_q, begin_k, length_k, first, low, high = tile
@@ -158,6 +215,7 @@ def _compute(
     BLOCK_N: gl.constexpr = SHAPE[1]
     BLOCK_D: gl.constexpr = SHAPE[2]
     STAGES: gl.constexpr = SHAPE[3]
+    DEFER_DQ: gl.constexpr = SHAPE[4]
     HAS_LEFT: gl.constexpr = FLAGS[0]
     HAS_RIGHT: gl.constexpr = FLAGS[1]
     HAS_SOFTCAP: gl.constexpr = FLAGS[2]
@@ -194,6 +252,11 @@ def _compute(
     v = v_bufs.index(HALF_INDEX)
     head = head_kv * GROUP
     block = low
+    if DEFER_DQ:
+        # What the first step multiplies, as if a step before it had left nothing.
+        ds_bufs.index(HALF_INDEX).store(gl.zeros([HALF, BLOCK_M], dtype, s_layout))
+        fence_async_shared()
+        mbarrier.arrive(ds_full.index(0), count=1)
     mbarrier.wait(kv_ready, 0)
     for step in range(GROUP * (high - low)):
         place = step % STAGES
@@ -207,6 +270,9 @@ def _compute(
         dp_token = warpgroup_mma(
             v, do_bufs.index(place).permute((1, 0)), zero_s, use_acc=False, is_async=True
         )
+        if DEFER_DQ:
+            mbarrier.wait(ds_full.index(step & 1), (step // 2) & 1)
+            dq_token = _multiply_dq(ds_bufs, k_bufs, step & 1, zero_q, HALF_INDEX)
         lse = lse_bufs.index(place).load(column_s)
         if HAS_DROPOUT:
             words = draw_words(
@@ -219,7 +285,7 @@ def _compute(
                 first_key,
                 local_key[:, None],
             )
-        s = warpgroup_mma_wait(1, deps=[s_token])
+        s = warpgroup_mma_wait(3 if DEFER_DQ else 1, deps=[s_token])
         if HAS_SOFTCAP:
             bounded = tanh(s * (scale / softcap))
             s = bounded * (softcap * _LOG2_E)
@@ -245,7 +311,7 @@ def _compute(
         delta = delta_bufs.index(place).load(column_s)
         # A wait that is over long since: ptxas does not move the next one above its branch.
         mbarrier.wait(kv_ready, 0)
-        dp = warpgroup_mma_wait(0, deps=[dp_token])
+        dp = warpgroup_mma_wait(2 if DEFER_DQ else 0, deps=[dp_token])
         dv_token = warpgroup_mma(p_operand, do_bufs.index(place), dv, is_async=True)
         if HAS_DROPOUT:
             dp = gl.where(keep, dp, 0.0)
@@ -256,37 +322,40 @@ def _compute(
         ds_operand = gl.convert_layout(ds, p_layout)
         # Two buffers: a half that is written now was read two steps ago, before both warpgroups
         # met at ds_full.
-        buffer = (step & 1) * 2
-        ds_bufs.index(buffer + HALF_INDEX).store(ds)
-        fence_async_shared()
-        mbarrier.arrive(ds_full, count=1)
-        mbarrier.wait(ds_full, step & 1)
-        dq_token = warpgroup_mma(
-            ds_bufs.index(buffer).permute((1, 0)),
-            k_bufs.index(0).slice(HALF_INDEX * COLUMNS, COLUMNS, dim=1),
-            zero_q,
-            use_acc=False,
-            is_async=True,
-        )
-        dq_token = warpgroup_mma(
-            ds_bufs.index(buffer + 1).permute((1, 0)),
-            k_bufs.index(1).slice(HALF_INDEX * COLUMNS, COLUMNS, dim=1),
-            dq_token,
-            is_async=True,
-        )
+        if DEFER_DQ:
+            dq = warpgroup_mma_wait(1, deps=[dq_token])
+            buffer = (step + 1) & 1
+            ds_bufs.index(buffer * 2 + HALF_INDEX).store(ds)
+            fence_async_shared()
+            mbarrier.arrive(ds_full.index(buffer), count=1)
+        else:
+            buffer = step & 1
+            ds_bufs.index(buffer * 2 + HALF_INDEX).store(ds)
+            fence_async_shared()
+            mbarrier.arrive(ds_full.index(0), count=1)
+            mbarrier.wait(ds_full.index(0), step & 1)
+            dq_token = _multiply_dq(ds_bufs, k_bufs, buffer, zero_q, HALF_INDEX)
         dk_token = warpgroup_mma(ds_operand, q_bufs.index(place), dk, is_async=True)
-        dv = warpgroup_mma_wait(3, deps=[dv_token])
-        mbarrier.arrive(do_empty.index(place), count=1)
-        dq = warpgroup_mma_wait(1, deps=[dq_token])
-        mbarrier.wait(dq_empty.index(HALF_INDEX), (step & 1) ^ 1)
-        dq_bufs.index(HALF_INDEX).store(dq)
-        fence_async_shared()
-        mbarrier.arrive(dq_ready.index(HALF_INDEX), count=1)
+        if DEFER_DQ:
+            _put_dq(dq, dq_shared, step, HALF_INDEX)
+            dv = warpgroup_mma_wait(1, deps=[dv_token])
+            mbarrier.arrive(do_empty.index(place), count=1)
+        else:
+            dv = warpgroup_mma_wait(3, deps=[dv_token])
+            mbarrier.arrive(do_empty.index(place), count=1)
+            dq = warpgroup_mma_wait(1, deps=[dq_token])
+            _put_dq(dq, dq_shared, step, HALF_INDEX)
         dk = warpgroup_mma_wait(0, deps=[dk_token])
         mbarrier.arrive(q_empty.index(place), count=1)
         block += 1
         head = gl.where(block == high, head + 1, head)
         block = gl.where(block == high, low, block)
+    if DEFER_DQ and high > low:
+        steps = GROUP * (high - low)
+        mbarrier.wait(ds_full.index(steps & 1), (steps // 2) & 1)
+        dq_token = _multiply_dq(ds_bufs, k_bufs, steps & 1, zero_q, HALF_INDEX)
+        dq = warpgroup_mma_wait(0, deps=[dq_token])
+        _put_dq(dq, dq_shared, steps, HALF_INDEX)
     key = first_key + gl.arange(0, HALF, gl.SliceLayout(1, o_layout))
     column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, o_layout))
     offset = (begin_k + key).to(gl.int64) * stride_t + head_kv * stride_h
@@ -296,7 +365,16 @@ def _compute(
     gl.store(dk_ptr + place_out, (dk * (scale * keep_scale)).to(dtype), mask=inside)
 
 
-@gluon.jit(do_not_specialize=["num_tiles", "total_q", "window_left", "window_right", "threshold"])
+@gluon.jit(
+    do_not_specialize=[
+        "turns_per_head",
+        "num_tiles",
+        "total_q",
+        "window_left",
+        "window_right",
+        "threshold",
+    ]
+)
 def varlen_bwd_hopper_kernel(
     q_desc,
     do_desc,
@@ -313,6 +391,8 @@ def varlen_bwd_hopper_kernel(
     window_ptr,
     seed_ptr,
     document_ids_ptr,
+    turns_ptr,
+    turns_per_head,
     stride_t,
     stride_h,
     num_tiles,
@@ -329,6 +409,7 @@ def varlen_bwd_hopper_kernel(
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr,
+    DEFER_DQ: gl.constexpr,
     HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
@@ -337,7 +418,8 @@ def varlen_bwd_hopper_kernel(
     """One program: BLOCK_N keys of one key/value head, with all queries of its group that see them.
 
     Grid: (key/value heads, tiles). lse and delta [H, T] float32: base 2, +inf where nothing was
-    seen, and delta / keep_scale. dq_desc describes a zeroed float32 [T, H, D].
+    seen, and delta / keep_scale. dq_desc describes a zeroed float32 [T, H, D]. turns is a zeroed
+    int32 [H, blocks of queries], or None if the order of additions does not matter.
     """
     dtype: gl.constexpr = q_desc.dtype
     HALF: gl.constexpr = BLOCK_N // 2
@@ -379,12 +461,12 @@ def varlen_bwd_hopper_kernel(
     q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     do_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    ds_full = gl.allocate_shared_memory(gl.int64, [1], bar)
+    ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     dq_ready = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     dq_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     mbarrier.init(kv_ready, count=1)
-    mbarrier.init(ds_full, count=2)
     for i in gl.static_range(2):
+        mbarrier.init(ds_full.index(i), count=2)
         mbarrier.init(dq_ready.index(i), count=1)
         mbarrier.init(dq_empty.index(i), count=1)
     for i in gl.static_range(STAGES):
@@ -402,7 +484,8 @@ def varlen_bwd_hopper_kernel(
     random = (seed_ptr, document_ids_ptr, document, threshold)
     numbers = (scale, softcap, keep_scale)
     stats = (lse_ptr, delta_ptr, total_q)
-    SHAPE: gl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, STAGES)
+    order = (turns_ptr, turns_per_head, document)
+    SHAPE: gl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, STAGES, DEFER_DQ)
     FLAGS: gl.constexpr = (HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT)
     inputs = (shared, dq_shared, ds_shared, results, tile, window, random, numbers)
     gl.warp_specialize(
@@ -410,7 +493,7 @@ def varlen_bwd_hopper_kernel(
             (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 0)),
             (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 1)),
             (_load, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, GROUP, SHAPE)),
-            (_add_dq, (dq_desc, dq_shared, tile, GROUP, SHAPE)),
+            (_add_dq, (dq_desc, dq_shared, order, tile, window, GROUP, SHAPE)),
         ],
         [4, 1, 1],
         [240, 24, 24],

@@ -1,4 +1,4 @@
-"""Runs every kernel once on tiny packs, for NVIDIA's sanitizer:
+"""Runs every kernel once on tiny packs, on a Hopper GPU those for it too, for NVIDIA's sanitizer:
 
     compute-sanitizer --tool memcheck python tests/kernels/sanitize.py
     compute-sanitizer --tool racecheck python tests/kernels/sanitize.py
@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
+from lctrain.kernels import select_backend
 from tests.kernels import differential_oracle as differential
 from tests.kernels.cases import GPU_CASES, GPU_DUAL_CHUNK_CASES
 from tests.kernels.differential_cases import GPU_CASES as DIFFERENTIAL_CASES
@@ -40,7 +41,10 @@ def main() -> int:
     results = {}
     for name in NAMES:
         case = dataclasses.replace(GPU_CASES[name], documents=DOCUMENTS, fused_qkv=False)
-        results[name] = attention(case, make_inputs(case, "cuda"), backend="triton")
+        inputs = make_inputs(case, "cuda")
+        results[name] = attention(case, inputs, backend="triton")
+        if select_backend("cuda", case.dtype) == "hopper":
+            results[f"hopper {name}"] = attention(case, inputs, backend="auto")
     for name in DUAL_CHUNK_NAMES:
         case = dataclasses.replace(
             GPU_DUAL_CHUNK_CASES[name], documents=DOCUMENTS, fused_qkv=False, chunks=(31, 6)

@@ -108,6 +108,7 @@ def test_variants_are_what_is_launched(features, head_dim, group, dtype, launche
     launches["varlen_fwd_hopper_kernel"].assert_described_by(variant)
     if head_dim > 128:
         return  # the portable kernels have this backward
+    options["deterministic"] = features in ("deterministic", "all")
     varlen.varlen_bwd(q, None, q, k, k, out, lse, cu, cu, schedule.k_tiles, **options)
     variant = aot.backward_variant(head_dim, features=features, dtype=dtype, group=group)
     launches["varlen_bwd_hopper_kernel"].assert_described_by(variant)

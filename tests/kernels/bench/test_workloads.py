@@ -12,6 +12,13 @@ def test_mix32k_is_the_published_mix():
     assert sum(lengths) == 32_768
 
 
+def test_mix32k_tail_has_a_heavy_tail():
+    lengths = WORKLOADS["mix32k_tail"].lengths
+    assert max(lengths) == 9430
+    assert sum(length < 200 for length in lengths) == 24
+    assert len(lengths) == 49
+
+
 @pytest.mark.parametrize("name", sorted(WORKLOADS))
 def test_every_workload_fills_its_name(name):
     workload = WORKLOADS[name]

@@ -89,6 +89,8 @@ def emulate(monkeypatch: Any, module: types.ModuleType, seed: int = 0) -> None:
         seed: Of the order in which threads and engines go on.
     """
     for name, value in list(vars(module).items()):
+        if isinstance(value, EmulatedKernel):
+            value = value.kernel
         if hasattr(value, "is_gluon") and value.is_gluon():
             monkeypatch.setattr(module, name, EmulatedKernel(value, seed))
     monkeypatch.setattr(module, "multiprocessors", lambda device: _AT_ONCE)

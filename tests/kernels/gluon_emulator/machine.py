@@ -9,6 +9,7 @@ import numpy as np
 
 _ENGINE = 0.2  # probability that a pending copy happens when a thread looks at a barrier
 _SWITCH = 0.3  # that another thread goes on
+_PACES = (1, 10, 100)  # how often a thread is chosen, against others
 _EARLY = 0.5  # that a product reads its operands when it is issued, not when it is waited for
 
 
@@ -65,15 +66,19 @@ class Operation:
 class Thread:
     """One warpgroup, or one warp, of a program."""
 
-    def __init__(self, machine: "Machine", program: Program, function: Callable[[], object]):
+    def __init__(
+        self, machine: "Machine", program: Program, function: Callable[[], object], pace: float
+    ):
         self.machine = machine
+        self.pace = pace
         self.program = program
         self.function = function
         self.turn = threading.Semaphore(0)
         self.done = False
         self.waits_for: Callable[[], bool] | None = None
         self.products: list[Callable[[], None]] = []  # oldest first, as all of these
-        self.stores: list[Operation] = []
+        self.reads: list[Operation] = []  # of copies from shared memory, and their writes
+        self.writes: list[Operation] = []
         self.small_copies: list[Callable[[], None]] = []
         self.native = threading.Thread(target=self._run, daemon=True)
 
@@ -83,7 +88,7 @@ class Thread:
         try:
             if self.machine.error is None:
                 self.function()
-                assert not self.stores, "ended before its copies from shared memory did"
+                assert not self.reads, "ended before its copies from shared memory did"
                 assert not self.products, "ended before its products did"
         except BaseException as error:  # reported by the thread that launched
             self.machine.error = self.machine.error or error
@@ -95,10 +100,15 @@ class Thread:
         while len(self.products) > left:
             self.products.pop(0)()
 
-    def finish_stores(self, left: int) -> None:
-        """Likewise for copies from shared memory."""
-        while len(self.stores) > left:
-            self.stores.pop(0).run()
+    def finish_reads(self, left: int) -> None:
+        """Likewise for what copies out of shared memory read."""
+        while len(self.reads) > left:
+            self.reads.pop(0).run()
+
+    def finish_writes(self, left: int) -> None:
+        """Likewise for what they write."""
+        while len(self.writes) > left:
+            self.writes.pop(0).run()
 
 
 class Machine:
@@ -129,7 +139,7 @@ class Machine:
             self.copy()
 
     def start(self, program: Program, function: Callable[[], object]) -> Thread:
-        thread = Thread(self, program, function)
+        thread = Thread(self, program, function, self.random.choice(_PACES))
         self.threads.append(thread)
         thread.native.start()
         return thread
@@ -156,7 +166,8 @@ class Machine:
             self.error = self.error or error
             ready = self.threads
         if ready:
-            self.random.choice(ready).turn.release()
+            paces = [thread.pace for thread in ready]
+            self.random.choices(ready, paces)[0].turn.release()
         elif self.threads:
             self.error = Deadlock(f"{len(self.threads)} threads wait and no copy is pending")
             self.next_turn()

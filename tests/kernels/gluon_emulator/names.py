@@ -1,6 +1,7 @@
 """What kernels find under `gl`, `tl`, `mbarrier` and the names of compat.py."""
 
 import math
+import re
 import types
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
 from lctrain.kernels.hopper import compat
-from tests.kernels.gluon_emulator.machine import Barrier, current, fence, issue_product
+from tests.kernels.gluon_emulator.machine import (
+    Barrier,
+    Operation,
+    current,
+    fence,
+    issue_product,
+)
 from tests.kernels.gluon_emulator.memory import Buffer, Descriptor, Pointer
 from tests.kernels.gluon_emulator.values import Value, as_value, elementwise, storage
 
@@ -90,6 +97,10 @@ def atomic_add(pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> Valu
 def inline_asm_elementwise(
     asm: str, constraints: str, args: list, dtype: tl.dtype, is_pure: bool, pack: int
 ) -> Value:
+    wait = re.match(r"cp\.async\.bulk\.wait_group (\d+);", asm)
+    if wait:
+        current().finish_writes(int(wait[1]))
+        return args[0]
     assert _ROUNDINGS[asm] == dtype.name
     return args[0].to(dtype)
 
@@ -232,8 +243,15 @@ def _tma_out(add: bool) -> Callable:
     def copy_out(desc: Descriptor, coord: list, src: Buffer) -> None:
         assert src.shape == desc.block
         src.show()
-        copy = current().machine.post(lambda: desc.store(coord, src.read(), add))
-        current().stores.append(copy)
+        tile: list[np.ndarray] = []
+        read = Operation(lambda: tile.append(src.read()))
+
+        def write() -> None:
+            read.run()
+            desc.store(coord, tile[0], add)
+
+        current().reads.append(read)
+        current().writes.append(current().machine.post(write))
         current().machine.look()
 
     return copy_out
@@ -298,7 +316,7 @@ def _warpgroup_mma_wait(num_outstanding: int = 0, deps: Any = ()) -> Any:
 
 
 def _tma_store_wait(pendings: int) -> None:
-    current().finish_stores(pendings)
+    current().finish_reads(pendings)
 
 
 # Functions of Gluon as kernels import them, and what stands for them.
