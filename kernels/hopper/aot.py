@@ -24,12 +24,18 @@ from lctrain.kernels.hopper.config import (
 from lctrain.kernels.hopper.dual_chunk_bwd_kernel import dual_chunk_bwd_hopper_kernel
 from lctrain.kernels.hopper.dual_chunk_fwd_kernel import dual_chunk_fwd_hopper_kernel
 from lctrain.kernels.hopper.launch import padded_columns, ragged_descriptor
-from lctrain.kernels.hopper.support import BACKWARD_LIMITS, Call, refusal
+from lctrain.kernels.hopper.support import (
+    BACKWARD_LIMITS,
+    DUAL_CHUNK_BACKWARD_LIMITS,
+    Call,
+    refusal,
+)
 from lctrain.kernels.hopper.varlen_bwd_kernel import varlen_bwd_hopper_kernel
 from lctrain.kernels.hopper.varlen_fwd_kernel import varlen_fwd_hopper_kernel
 from lctrain.kernels.tile.variant import KernelVariant, describe_variant
 
 FEATURES = ("causal", "full", "dropout", "deterministic", "all")
+DUAL_CHUNK_FEATURES = ("causal", "dropout", "all")
 HEADS_KV = 8
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # Triton 3.10 flips the default of fusion
 
@@ -199,9 +205,25 @@ def kernel_variants(
         if refusal(Call(x, x, x), BACKWARD_LIMITS) is None:
             for name in features:
                 yield backward_variant(head_dim, features=name, group=groups[-1])
+        if refusal(Call(x, x, x), DUAL_CHUNK_BACKWARD_LIMITS) is None:
+            yield from _dual_chunk_variants(head_dim, features, groups, head_dim == columns)
     if "causal" in features:
         for describe in (forward_variant, backward_variant):
             yield describe(head_dims[0], dtype="fp16", group=groups[-1])
+
+
+def _dual_chunk_variants(
+    head_dim: int, features: tuple[str, ...], groups: tuple[int, ...], fills_columns: bool
+) -> Iterator[KernelVariant]:
+    """Those of dual chunk attention with one head dim."""
+    if fills_columns:
+        for group, name in itertools.product(groups, DUAL_CHUNK_FEATURES):
+            if name in features:
+                yield dual_chunk_forward_variant(head_dim, features=name, group=group)
+    for is_near, name in itertools.product((True, False), DUAL_CHUNK_FEATURES):
+        if name in features and name != "dropout":
+            group = groups[-1]
+            yield dual_chunk_backward_variant(head_dim, features=name, group=group, is_near=is_near)
 
 
 def _descriptor(dtype: str, rows: int, columns: int) -> str:

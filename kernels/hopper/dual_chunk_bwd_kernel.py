@@ -350,9 +350,9 @@ def dual_chunk_bwd_hopper_kernel(
     and in the frame of the rotated keys. Otherwise OWN and FAR; dk_near and dv_near [Tk, Hk, D]
     float32, strides of dk, hold what that launch left, dk turned to where the keys stand.
 
-    Grid: (key/value heads, tiles). stats [H, T, 4] float32 as dual_chunk_rotate writes them. dq_desc
-    describes a zeroed float32 [2 T, H, D]: dq of OWN and NEAR, and of FAR in the frame of the
-    queries at the far position.
+    Grid: (key/value heads, tiles). stats [H, T, 4] float32 as dual_chunk_rotate writes them.
+    dq_desc describes a zeroed float32 [2 T, H, D]: dq of OWN and NEAR, then that of FAR, in the
+    frame of the queries at the far position.
     """
     dtype: gl.constexpr = q_desc.dtype
     HALF: gl.constexpr = BLOCK_N // 2

@@ -69,16 +69,18 @@ BACKWARD_LIMITS: tuple[_Limit, ...] = (
     ("a gradient of out whose strides are no multiples of 16 bytes",
      lambda c: c.dout is not None and c.dout.stride(2) == 1 and _unaligned(c.dout)),
 )  # fmt: skip
-# Two tiles of queries and one of the next do not fit beside keys and values.
-_WIDE_CHUNKS: _Limit = (
-    "dual chunk attention of head dims above 128",
-    lambda c: c.q.shape[2] > 128,
-)
-DUAL_CHUNK_FORWARD_LIMITS: tuple[_Limit, ...] = (*FORWARD_LIMITS, _WIDE_CHUNKS)
+DUAL_CHUNK_FORWARD_LIMITS: tuple[_Limit, ...] = (
+    # Two tiles of queries and one of the next do not fit beside keys and values.
+    ("dual chunk attention of head dims above 128", lambda c: c.q.shape[2] > 128),
+    *FORWARD_LIMITS,
+)  # fmt: skip
 DUAL_CHUNK_BACKWARD_LIMITS: tuple[_Limit, ...] = (
     *DUAL_CHUNK_FORWARD_LIMITS,
-    *BACKWARD_LIMITS[len(FORWARD_LIMITS) :],
-)
+    ("the backward of dropout", lambda c: c.dropout),
+    ("a deterministic backward", lambda c: c.deterministic),
+    ("a gradient of out whose strides are no multiples of 16 bytes",
+     lambda c: c.dout is not None and c.dout.stride(2) == 1 and _unaligned(c.dout)),
+)  # fmt: skip
 
 
 def refusal(call: Call, limits: tuple[_Limit, ...]) -> str | None:
@@ -86,17 +88,21 @@ def refusal(call: Call, limits: tuple[_Limit, ...]) -> str | None:
     return next((name for name, exceeds in limits if exceeds(call)), None)
 
 
-def serves(head_dim: int, dtype: torch.dtype, deterministic: bool) -> str:
+def serves(head_dim: int, dtype: torch.dtype, deterministic: bool, dual_chunk: bool = False) -> str:
     """Says in words which passes the Hopper kernels serve of a model, and who the others.
 
     Args:
         head_dim: D, of queries, keys and values.
         dtype: Of all three.
         deterministic: As in flash_attn_varlen_func.
+        dual_chunk: The model's attention is dual chunk attention.
     """
     x = torch.empty(1, 1, head_dim, dtype=dtype, device="meta")
     call = Call(x, x, x, deterministic=deterministic)
-    forward, backward = refusal(call, FORWARD_LIMITS), refusal(call, BACKWARD_LIMITS)
+    limits = (FORWARD_LIMITS, BACKWARD_LIMITS)
+    if dual_chunk:
+        limits = (DUAL_CHUNK_FORWARD_LIMITS, DUAL_CHUNK_BACKWARD_LIMITS)
+    forward, backward = (refusal(call, rows) for rows in limits)
     if forward is not None:
         return f"triton (not hopper: {forward})"
     return "hopper" if backward is None else f"hopper, and triton for {backward}"

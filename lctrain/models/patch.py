@@ -59,6 +59,7 @@ def serving_backend(model: nn.Module, spec: AttentionSpec) -> str:
         ValueError: if the backend that the spec names cannot.
     """
     from lctrain.kernels import select_backend
+    from lctrain.kernels.backend import DUAL_CHUNK_HOPPER_IN_AUTO
 
     weight = next(model.parameters(), None)
     device, dtype = torch.device("cpu"), torch.float32
@@ -66,7 +67,10 @@ def serving_backend(model: nn.Module, spec: AttentionSpec) -> str:
         device, dtype = weight.device, weight.dtype
     if spec.backend != "auto" and device.type == "cpu" and torch.cuda.is_available():
         device = torch.device("cuda")  # a model is often patched before it is moved
-    return select_backend(device, dtype, spec.backend, has_hopper=spec.kind == "flash")
+    has_hopper = spec.kind == "flash" or (
+        spec.kind == "dual_chunk" and (spec.backend == "hopper" or DUAL_CHUNK_HOPPER_IN_AUTO)
+    )
+    return select_backend(device, dtype, spec.backend, has_hopper=has_hopper)
 
 
 def _hooks(model: nn.Module) -> list[InputHook]:
@@ -161,4 +165,6 @@ class PatchHandle:
 
         dtype = next(self.model.parameters()).dtype
         dims = {getattr(layer, "head_dim", 64) for layer in self.layers.values()}
-        return "; ".join(sorted({serves(d, dtype, self.spec.deterministic) for d in dims}))
+        dual_chunk = self.spec.kind == "dual_chunk"
+        deterministic = self.spec.deterministic and not dual_chunk
+        return "; ".join(sorted({serves(d, dtype, deterministic, dual_chunk) for d in dims}))

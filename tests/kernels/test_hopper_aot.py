@@ -5,7 +5,7 @@ import torch
 from triton.runtime.jit import mangle_type
 
 from lctrain.kernels import make_schedule
-from lctrain.kernels.hopper import aot, varlen
+from lctrain.kernels.hopper import aot, dual_chunk, varlen
 from tests.kernels.aot_process import VERSIONS, compile_all
 
 SHARED_LIMIT = 232_448  # bytes that a program on sm_90 may ask for
@@ -112,3 +112,80 @@ def test_variants_are_what_is_launched(features, head_dim, group, dtype, launche
     varlen.varlen_bwd(q, None, q, k, k, out, lse, cu, cu, schedule.k_tiles, **options)
     variant = aot.backward_variant(head_dim, features=features, dtype=dtype, group=group)
     launches["varlen_bwd_hopper_kernel"].assert_described_by(variant)
+
+
+@pytest.fixture
+def dual_chunk_launches(monkeypatch):
+    """As launches, of dual chunk attention; its kernels that only rotate are left out."""
+    monkeypatch.setattr(dual_chunk, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(dual_chunk, "dual_chunk_rotate", lambda *_, **__: None)
+    monkeypatch.setattr(dual_chunk, "rotated_keys", lambda k, *_, **__: torch.empty_like(k))
+    replaced = {}
+    for name in [name for name in vars(dual_chunk) if name.endswith("_kernel")]:
+        replaced[name] = Launches(getattr(dual_chunk, name))
+        monkeypatch.setattr(dual_chunk, name, replaced[name])
+    return replaced
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("group", [1, 2, 4, 6])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("features", aot.DUAL_CHUNK_FEATURES)
+def test_variants_of_dual_chunk_attention_are_what_is_launched(
+    features, head_dim, group, dtype, dual_chunk_launches, monkeypatch
+):
+    dropout = features in ("all", "dropout")
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    schedule = make_schedule([200, 100])
+    q = torch.zeros(300, aot.HEADS_KV * group, head_dim, dtype=kind)
+    k = torch.zeros(300, aot.HEADS_KV, head_dim, dtype=kind)
+    cu = torch.tensor([0, 200, 300], dtype=torch.int32)
+    options = {
+        "inv_freq": torch.zeros(head_dim // 2),
+        "logit_scale": torch.ones(2) if features == "all" else None,
+        "chunk_length": 33,
+        "near": 7,
+        "far_position": 40,
+        "softmax_scale": 0.1,
+    }
+    out, lse = dual_chunk.dual_chunk_fwd(
+        q,
+        k,
+        k,
+        cu,
+        cu,
+        schedule.q_tiles,
+        schedule.k_tiles,
+        dropout_p=0.1 if dropout else 0.0,
+        dropout_seed=torch.tensor([7]) if dropout else None,
+        document_ids=torch.arange(2, dtype=torch.int32) if dropout else None,
+        **options,
+    )
+    variant = aot.dual_chunk_forward_variant(head_dim, features=features, dtype=dtype, group=group)
+    dual_chunk_launches["dual_chunk_fwd_hopper_kernel"].assert_described_by(variant)
+    if features == "dropout":
+        return  # the portable kernels have this backward
+    kept = {}
+    for is_near in (True, False):
+        kept[is_near] = Launches(dual_chunk.dual_chunk_bwd_hopper_kernel.kernel)
+    rest = iter(kept.values())
+    monkeypatch.setattr(dual_chunk, "dual_chunk_bwd_hopper_kernel", EachLaunch(rest))
+    dual_chunk.dual_chunk_bwd(
+        q, None, q, k, k, out, lse, cu, cu, schedule.q_tiles, schedule.k_tiles, **options
+    )
+    for is_near, launched in kept.items():
+        launched.assert_described_by(
+            aot.dual_chunk_backward_variant(
+                head_dim, features=features, dtype=dtype, group=group, is_near=is_near
+            )
+        )
+
+
+class EachLaunch:
+    """Stands for a kernel that is launched several times: a Launches for each."""
+
+    def __init__(self, launches):
+        self.launches = launches
+
+    def __getitem__(self, grid):
+        return next(self.launches)

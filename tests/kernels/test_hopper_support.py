@@ -62,6 +62,43 @@ def test_views_of_a_fused_projection_are_served():
     assert "16 bytes" in refusal(Call(q[:1].expand(10, -1, -1), k, v), FORWARD_LIMITS)
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dtype": torch.float32}, "dtypes other than"),
+        ({"head_dim": 136}, "dual chunk attention of head dims above 128"),
+        ({"keys": 0}, "without keys"),
+        ({"head_dim": 20}, "multiples of 16 bytes"),
+    ],
+    ids=["float32", "D136", "no_keys", "D20"],
+)
+def test_neither_pass_of_dual_chunk_attention_is_served(options, reason):
+    assert reason in refusal(call(**options), support.DUAL_CHUNK_FORWARD_LIMITS)
+    assert reason in refusal(call(**options), support.DUAL_CHUNK_BACKWARD_LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, None),
+        ({"deterministic": True}, "a deterministic backward"),
+        ({"dropout": True}, "the backward of dropout"),
+        ({"dout": torch.zeros(10, 4, 132, dtype=torch.bfloat16)[..., :128]},
+         "a gradient of out whose strides are no multiples of 16 bytes"),
+    ],
+    ids=["plain", "deterministic", "dropout", "dout"],
+)  # fmt: skip
+def test_the_forward_of_dual_chunk_attention_is_served(options, reason):
+    assert refusal(call(**options), support.DUAL_CHUNK_FORWARD_LIMITS) is None
+    assert refusal(call(**options), support.DUAL_CHUNK_BACKWARD_LIMITS) == reason
+
+
+def test_what_a_model_of_dual_chunk_attention_is_told():
+    assert support.serves(128, torch.bfloat16, False, dual_chunk=True) == "hopper"
+    told = support.serves(256, torch.bfloat16, False, dual_chunk=True)
+    assert told == "triton (not hopper: dual chunk attention of head dims above 128)"
+
+
 def test_what_a_model_is_told():
     assert support.serves(128, torch.bfloat16, deterministic=False) == "hopper"
     told = support.serves(256, torch.bfloat16, deterministic=False)

@@ -1,0 +1,142 @@
+"""The Hopper kernels of dual chunk attention on a CPU, emulated: float64, dropout, isolation.
+
+In float16: the kernels that rotate run in Triton's interpreter, which rounds to bfloat16 towards
+zero. test_hopper_gpu.py has bfloat16, on the hardware.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lctrain.kernels import dual_chunk as api
+from lctrain.kernels.hopper import dual_chunk
+from tests.kernels.gluon_emulator import emulate
+from tests.kernels.oracle import (
+    DROPOUT_SEED,
+    Case,
+    assert_matches_oracle,
+    attention,
+    dense,
+    equal_lengths,
+    frequencies,
+    make_inputs,
+)
+from tests.numerics import assert_error_at_most_twice
+
+pytestmark = [
+    pytest.mark.usefixtures("nan_filled_memory"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="test_hopper_gpu.py has a GPU"),
+]
+
+# Chunks of 147 tokens: c, c + 1, S + 1, S + 2, none, one, and three chunks.
+PLAIN = Case(equal_lengths(147, 148, 201, 202, 0, 1, 330), 2, 1, 64, chunks=(200, 53))
+UNEQUAL = ((64, 329), (229, 64), (1, 400), (65, 0), (100, 240))
+CASES = {
+    "D64-g2": PLAIN,
+    "D64-unequal": dataclasses.replace(PLAIN, documents=UNEQUAL),
+    "D64-many_chunks": Case(equal_lengths(390, 45), 1, 1, 64, chunks=(70, 22), dout_order="htd"),
+    "D64-chunks_smaller_than_tiles": Case(equal_lengths(150, 77), 2, 1, 64, chunks=(40, 11)),
+    "D64-chunks_of_three": Case(equal_lengths(70, 7), 1, 1, 64, chunks=(4, 1)),
+    "D64-local_size_0": Case(equal_lengths(300, 20), 2, 2, 64, chunks=(147, 0)),
+    "D64-local_size_close": Case(equal_lengths(280), 2, 1, 64, chunks=(200, 150)),
+    "D64-large_logits": dataclasses.replace(PLAIN, magnitude=30.0),
+    "D128-g4": Case(equal_lengths(20, 203), 4, 1, 128, chunks=(100, 30), dout_order="tdh"),
+    "D128-scale-fused_qkv": Case(
+        equal_lengths(90, 160), 2, 2, 128, chunks=(60, 11), logit_scale=True, fused_qkv=True
+    ),
+    "D96-g3": Case(equal_lengths(130), 3, 1, 96, chunks=(60, 11)),
+    "D40": Case(equal_lengths(131, 20), 2, 2, 40, chunks=(60, 11)),
+}
+DROPOUT_CASES = {
+    "D64-g4": Case(UNEQUAL, 4, 1, 64, chunks=(100, 30), dropout_p=0.3, logit_scale=True),
+    "D128-g1": Case(equal_lengths(60, 210), 1, 1, 128, chunks=(77, 30), dropout_p=0.2),
+}
+
+
+def forward(case, inputs, backend="hopper"):
+    """(out, lse) without gradients."""
+    options = {"dropout_p": case.dropout_p, "dropout_seed": DROPOUT_SEED}
+    with torch.no_grad():
+        return api.dual_chunk_attn_varlen_func(
+            inputs.q,
+            inputs.k,
+            inputs.v,
+            inputs.cu_seqlens_q,
+            max(queries for queries, _ in case.documents),
+            inv_freq=frequencies(case, "cpu"),
+            chunk_size=case.chunks[0],
+            local_size=case.chunks[1],
+            logit_scale=inputs.logit_scale,
+            cu_seqlens_k=inputs.cu_seqlens_k,
+            max_seqlen_k=max(keys for _, keys in case.documents),
+            return_lse=True,
+            backend=backend,
+            **(options if case.dropout_p else {}),
+        )
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """backend="hopper" on this CPU."""
+    emulate(monkeypatch, dual_chunk)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_matches_float64(case, hopper):
+    inputs = make_inputs(case)
+    assert_matches_oracle(attention(case, inputs, backend="hopper"), case, inputs)
+
+
+@pytest.mark.parametrize("case", DROPOUT_CASES.values(), ids=DROPOUT_CASES.keys())
+def test_forward_of_dropout(case, hopper):
+    inputs = make_inputs(case)
+    out, lse = forward(case, inputs)
+    exact, plain = (dense(case, inputs, dtype) for dtype in (torch.float64, case.dtype))
+    assert_error_at_most_twice(out, plain.out, exact.out, "out")
+    assert_error_at_most_twice(lse, plain.lse, exact.lse, "lse")
+
+
+def test_a_named_backend_refuses_what_it_cannot_do(hopper):
+    case = DROPOUT_CASES["D128-g1"]
+    with pytest.raises(ValueError, match="does not serve the backward of dropout"):
+        attention(case, make_inputs(case), backend="hopper")
+    case = Case(equal_lengths(3), 1, 1, 256, chunks=(200, 53))
+    with pytest.raises(ValueError, match="dual chunk attention of head dims above 128"):
+        forward(case, make_inputs(case))
+
+
+@pytest.mark.parametrize(("named", "expected"), [("auto", False), ("hopper", True)])
+def test_auto_leaves_it_to_the_portable_kernels(named, expected, monkeypatch):
+    """Until a GPU has run these kernels."""
+
+    def select_backend(*_, has_hopper):
+        raise InterruptedError(has_hopper)
+
+    monkeypatch.setattr(api, "select_backend", select_backend)
+    with pytest.raises(InterruptedError, match=str(expected)):
+        forward(PLAIN, make_inputs(PLAIN), backend=named)
+
+
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_whatever_the_order_of_warps_and_engines(seed, monkeypatch):
+    """Products and copies as early or as late as their waits allow, other threads in between."""
+    emulate(monkeypatch, dual_chunk, seed)
+    case = Case(equal_lengths(150, 70), 2, 1, 64, chunks=(60, 11))
+    inputs = make_inputs(case)
+    assert_matches_oracle(attention(case, inputs, backend="hopper"), case, inputs)
+
+
+def test_a_document_keeps_its_bits_whatever_its_neighbours(hopper):
+    """out, lse, dk and dv; dq is added in the order in which programs come."""
+    case = dataclasses.replace(PLAIN, documents=equal_lengths(100, 240, 30), chunks=(90, 20))
+    inputs = make_inputs(case)
+    before = dict(attention(case, inputs, backend="hopper").items())
+    for tensor in (inputs.q, inputs.k, inputs.v):
+        tensor[:100] = torch.nan
+        tensor[340:] = torch.inf
+    after = dict(attention(case, inputs, backend="hopper").items())
+    assert torch.equal(before["lse"][:, 100:340], after["lse"][:, 100:340])
+    for part in ("out", "dk", "dv"):
+        assert torch.equal(before[part][100:340], after[part][100:340]), part
+    assert after["dq"][100:340].isfinite().all()
