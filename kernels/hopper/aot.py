@@ -27,6 +27,7 @@ from lctrain.kernels.tile.variant import KernelVariant, describe_variant
 
 FEATURES = ("causal", "full", "dropout", "deterministic", "all")
 HEADS_KV = 8
+_DETERMINISTIC = ("deterministic", "all")
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # Triton 3.10 flips the default of fusion
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -93,6 +94,7 @@ def backward_variant(
         "BLOCK_D": columns,
         "STAGES": tile.stages,
         "DEFER_DQ": tile.defer_dq,
+        "DETERMINISTIC": features in _DETERMINISTIC,
         **_flags(features),
     }
     types = _types(
@@ -162,7 +164,7 @@ def _types(features: str, dtype: str, **descriptors: str) -> dict[str, str | Non
     types |= dict.fromkeys(("dk_ptr", "dv_ptr"), f"*{dtype}")
     if features != "all":
         types |= dict.fromkeys(("window_ptr", "sink_ptr"))
-    if features not in ("deterministic", "all"):
+    if features not in _DETERMINISTIC:
         types["turns_ptr"] = None
     if not _has_dropout(features):
         types |= dict.fromkeys(("seed_ptr", "document_ids_ptr"))

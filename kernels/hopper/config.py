@@ -26,11 +26,14 @@ class BackwardTile(NamedTuple):
         block_m: Queries of a block.
         stages: Blocks of queries in shared memory.
         defer_dq: Multiply dq of a step in the next one.
+        ordered: Let the first tile of keys store dq and the others wait for it, instead of adding
+            to zeros. A deterministic backward does so in any case.
     """
 
     block_m: int
     stages: int
     defer_dq: bool = False
+    ordered: bool = False
 
 
 # By the columns of a tile: head dims up to them.

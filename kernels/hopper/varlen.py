@@ -120,7 +120,7 @@ def _prepare_kernel(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """delta = rowsum(dout * out) - dlse, lse in base 2, and a zeroed float32 dq.
+    """delta = rowsum(dout * out) - dlse, lse in base 2, and, where given, a zeroed float32 dq.
 
     Grid: (blocks of ROWS tokens, heads).
     """
@@ -147,16 +147,37 @@ def _prepare_kernel(
     tl.store(lse2_ptr + place, lse2, inside)
     if kept_delta_ptr is not None:
         tl.store(kept_delta_ptr + place, delta / keep_scale, inside)
-    dq = (token * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
-    tl.store(dq_ptr + dq, tl.zeros([ROWS, BLOCK_D], tl.float32), mask)
+    if dq_ptr is not None:
+        dq = (token * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
+        tl.store(dq_ptr + dq, tl.zeros([ROWS, BLOCK_D], tl.float32), mask)
 
 
-@triton.jit
-def _scale_kernel(sum_ptr, dq_ptr, elements, scale, BLOCK: tl.constexpr):
-    """dq = scale * sum, in dq's dtype. Grid: blocks of BLOCK elements."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = place < elements
-    value = tl.load(sum_ptr + place, mask) * scale
+@triton.jit(do_not_specialize=["total_q"])
+def _scale_kernel(
+    sum_ptr,
+    dq_ptr,
+    lse2_ptr,
+    total_q,
+    scale,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """dq = scale * sum, in dq's dtype; 0 for rows that saw nothing, whose sum may be anything.
+
+    Grid: (blocks of ROWS tokens, heads).
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1)
+    column = tl.arange(0, BLOCK_D)
+    inside = row < total_q
+    mask = inside[:, None] & (column < HEAD_DIM)[None, :]
+    token = row.to(tl.int64)
+    lse2 = tl.load(lse2_ptr + head.to(tl.int64) * total_q + token, inside, 0.0)
+    place = (token * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
+    value = tl.load(sum_ptr + place, mask, 0.0) * scale
+    value = tl.where((lse2 == float("inf"))[:, None], 0.0, value)
     tl.store(dq_ptr + place, value.to(dq_ptr.dtype.element_ty), mask)
 
 
@@ -199,13 +220,15 @@ def varlen_bwd(
     dq_sum = torch.empty((total_q, heads, head_dim), dtype=torch.float32, device=q.device)
     if total_q == 0:
         return dq, dk.zero_(), dv.zero_(), delta
+    tile = backward_tile(columns)
+    ordered = tile.ordered or deterministic
     rows = 64
     _prepare_kernel[(triton.cdiv(total_q, rows), heads)](
         out,
         dout,
         lse,
         dlse,
-        dq_sum,
+        None if ordered else dq_sum,
         delta,
         lse2,
         kept_delta if dropout_p > 0 else None,
@@ -223,10 +246,9 @@ def varlen_bwd(
         enable_fp_fusion=True,
     )
     window_ptr, left, right, has_left, has_right = window_arguments(window)
-    tile = backward_tile(columns)
     turns_per_head = total_q // tile.block_m + cu_seqlens_q.shape[0]
     turns = None
-    if deterministic:
+    if ordered:
         turns = torch.zeros((heads, turns_per_head), dtype=torch.int32, device=q.device)
     varlen_bwd_hopper_kernel[(heads_kv, k_tiles.shape[0])](
         ragged_descriptor(q, tile.block_m, columns),
@@ -263,6 +285,7 @@ def varlen_bwd(
         BLOCK_D=columns,
         STAGES=tile.stages,
         DEFER_DQ=tile.defer_dq,
+        DETERMINISTIC=deterministic,
         HAS_LEFT=has_left,
         HAS_RIGHT=has_right,
         HAS_SOFTCAP=softcap > 0,
@@ -271,13 +294,16 @@ def varlen_bwd(
         maxnreg=REGISTERS,
         enable_fp_fusion=True,
     )
-    block = 8192
-    _scale_kernel[(triton.cdiv(dq.numel(), block),)](
+    _scale_kernel[(triton.cdiv(total_q, rows), heads)](
         dq_sum,
         dq,
-        dq.numel(),
+        lse2,
+        total_q,
         softmax_scale * scale_kept,
-        BLOCK=block,
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        BLOCK_D=columns,
+        ROWS=rows,
         num_warps=8,
         enable_fp_fusion=True,
     )

@@ -16,6 +16,7 @@ from lctrain.kernels.hopper.compat import (
     reinterpret,
     tma_add,
     tma_load,
+    tma_store,
     tma_store_wait,
 )
 from lctrain.kernels.hopper.step import (
@@ -32,6 +33,31 @@ from lctrain.kernels.tile.logits import LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
 _RAGGED = gl.constexpr(1 << 30)
+
+
+@gluon.jit
+def _first_block(low, high, ORDERED: gl.constexpr):
+    """The block of queries that a tile of keys begins with."""
+    block = low
+    if ORDERED:
+        block = high - 1
+    return block
+
+
+@gluon.jit
+def _next_block(head, block, head_kv, low, high, GROUP: gl.constexpr, ORDERED: gl.constexpr):
+    """The (head, block) after this one: blocks upwards for head after head, or, ORDERED, all heads
+    of block after block, from the last one down, which tiles of keys then begin side by side."""
+    if ORDERED:
+        head += 1
+        end = (head_kv + 1) * GROUP
+        block = gl.where(head == end, block - 1, block)
+        head = gl.where(head == end, head_kv * GROUP, head)
+    else:
+        block += 1
+        head = gl.where(block == high, head + 1, head)
+        block = gl.where(block == high, low, block)
+    return head, block
 
 
 @gluon.jit
@@ -55,6 +81,7 @@ def _load(
     BLOCK_N: gl.constexpr = SHAPE[1]
     BLOCK_D: gl.constexpr = SHAPE[2]
     STAGES: gl.constexpr = SHAPE[3]
+    ORDERED: gl.constexpr = SHAPE[5]
     HALF: gl.constexpr = BLOCK_N // 2
     dtype: gl.constexpr = q_desc.dtype
     mbarrier.expect(kv_ready, 2 * BLOCK_N * BLOCK_D * 2)
@@ -75,7 +102,7 @@ def _load(
     lanes: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
     local = gl.arange(0, BLOCK_M, lanes)
     head = head_kv * GROUP
-    block = low
+    block = _first_block(low, high, ORDERED)
     for step in range(GROUP * (high - low)):
         place = step % STAGES
         phase = ((step // STAGES) & 1) ^ 1
@@ -102,27 +129,37 @@ def _load(
             do_ready.index(place),
             reinterpret(do_bufs.index(place), dtype, [1, 1, BLOCK_M, 1, BLOCK_D], do_desc.layout),
         )
-        block += 1
-        head = gl.where(block == high, head + 1, head)
-        block = gl.where(block == high, low, block)
+        head, block = _next_block(head, block, head_kv, low, high, GROUP, ORDERED)
 
 
 @gluon.jit
-def _add_dq(dq_desc, dq_shared, order, tile, window, GROUP: gl.constexpr, SHAPE: gl.constexpr):
+def _add_dq(
+    dq_desc,
+    dq_shared,
+    turns,
+    tile,
+    window,
+    GROUP: gl.constexpr,
+    SHAPE: gl.constexpr,
+    DETERMINISTIC: gl.constexpr,
+):
     """Adds the halves of dq that the warpgroups leave in shared memory to the float32 buffer.
 
-    With turns, the tiles of a document add to a block of queries in the order of their keys.
+    ORDERED: the first tile of keys that sees a block of queries stores its share, and the others
+    add to it, in the order of their keys if DETERMINISTIC. turns counts the shares of a block that
+    have reached global memory, those that somebody may wait for.
     """
     dq_bufs, dq_ready, dq_empty = dq_shared
-    turns_ptr, turns_per_head, document = order
+    turns_ptr, turns_per_head, document = turns
     head_kv, begin_q, length_q, _, length_k, first, low, high = tile
     left, _ = window
     BLOCK_M: gl.constexpr = SHAPE[0]
     BLOCK_N: gl.constexpr = SHAPE[1]
     COLUMNS: gl.constexpr = SHAPE[2] // 2
     BEFORE: gl.constexpr = 1 if SHAPE[4] else 0  # dq of nothing, from the first step
+    ORDERED: gl.constexpr = SHAPE[5]
     head = head_kv * GROUP
-    block = low
+    block = _first_block(low, high, ORDERED)
     if BEFORE > 0 and high > low:
         for half in gl.static_range(2):
             mbarrier.wait(dq_ready.index(half), 0)
@@ -131,32 +168,36 @@ def _add_dq(dq_desc, dq_shared, order, tile, window, GROUP: gl.constexpr, SHAPE:
     begin_block = begin_q // BLOCK_M + document
     for step in range(GROUP * (high - low)):
         row = _RAGGED - length_q + block * BLOCK_M
-        if turns_ptr is not None:
+        earlier = 1  # tiles of keys that see the block
+        if ORDERED:
+            seen = gl.maximum(block * BLOCK_M + length_k - length_q - left, 0)
+            earlier = (first - seen // BLOCK_N * BLOCK_N) // BLOCK_N
+            awaited = earlier
+            if not DETERMINISTIC:
+                awaited = gl.minimum(earlier, 1)
             turn = turns_ptr + head * turns_per_head + begin_block + block
-            first_tile = gl.maximum(block * BLOCK_M + length_k - length_q - left, 0) // BLOCK_N
-            added = gl.atomic_add(turn, 0, sem="acquire")
-            while added < first // BLOCK_N - first_tile:
-                added = gl.atomic_add(turn, 0, sem="acquire")
+            there = gl.atomic_add(turn, 0, sem="acquire")
+            while there < awaited:
+                there = gl.atomic_add(turn, 0, sem="acquire")
         for half in gl.static_range(2):
             mbarrier.wait(dq_ready.index(half), (step + BEFORE) & 1)
-            tma_add(
-                dq_desc,
-                [_RAGGED, begin_q + length_q, row, head, half * COLUMNS],
-                reinterpret(
-                    dq_bufs.index(half), gl.float32, [1, 1, BLOCK_M, 1, COLUMNS], dq_desc.layout
-                ),
+            place = [_RAGGED, begin_q + length_q, row, head, half * COLUMNS]
+            share = reinterpret(
+                dq_bufs.index(half), gl.float32, [1, 1, BLOCK_M, 1, COLUMNS], dq_desc.layout
             )
+            if earlier == 0:
+                tma_store(dq_desc, place, share)
+            else:
+                tma_add(dq_desc, place, share)
         tma_store_wait(1)
         mbarrier.arrive(dq_empty.index(0), count=1)
         tma_store_wait(0)
         mbarrier.arrive(dq_empty.index(1), count=1)
-        if turns_ptr is not None:
+        if ORDERED and (DETERMINISTIC or earlier == 0):
             wait_written()
             partition_barrier()
             gl.atomic_add(turn, 1, sem="release")
-        block += 1
-        head = gl.where(block == high, head + 1, head)
-        block = gl.where(block == high, low, block)
+        head, block = _next_block(head, block, head_kv, low, high, GROUP, ORDERED)
 
 
 @gluon.jit
@@ -216,6 +257,7 @@ def _compute(
     BLOCK_D: gl.constexpr = SHAPE[2]
     STAGES: gl.constexpr = SHAPE[3]
     DEFER_DQ: gl.constexpr = SHAPE[4]
+    ORDERED: gl.constexpr = SHAPE[5]
     HAS_LEFT: gl.constexpr = FLAGS[0]
     HAS_RIGHT: gl.constexpr = FLAGS[1]
     HAS_SOFTCAP: gl.constexpr = FLAGS[2]
@@ -251,7 +293,7 @@ def _compute(
     k = k_bufs.index(HALF_INDEX)
     v = v_bufs.index(HALF_INDEX)
     head = head_kv * GROUP
-    block = low
+    block = _first_block(low, high, ORDERED)
     if DEFER_DQ:
         # What the first step multiplies, as if a step before it had left nothing.
         ds_bufs.index(HALF_INDEX).store(gl.zeros([HALF, BLOCK_M], dtype, s_layout))
@@ -347,9 +389,7 @@ def _compute(
             _put_dq(dq, dq_shared, step, HALF_INDEX)
         dk = warpgroup_mma_wait(0, deps=[dk_token])
         mbarrier.arrive(q_empty.index(place), count=1)
-        block += 1
-        head = gl.where(block == high, head + 1, head)
-        block = gl.where(block == high, low, block)
+        head, block = _next_block(head, block, head_kv, low, high, GROUP, ORDERED)
     if DEFER_DQ and high > low:
         steps = GROUP * (high - low)
         mbarrier.wait(ds_full.index(steps & 1), (steps // 2) & 1)
@@ -410,6 +450,7 @@ def varlen_bwd_hopper_kernel(
     BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr,
     DEFER_DQ: gl.constexpr,
+    DETERMINISTIC: gl.constexpr,
     HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
@@ -418,20 +459,30 @@ def varlen_bwd_hopper_kernel(
     """One program: BLOCK_N keys of one key/value head, with all queries of its group that see them.
 
     Grid: (key/value heads, tiles). lse and delta [H, T] float32: base 2, +inf where nothing was
-    seen, and delta / keep_scale. dq_desc describes a zeroed float32 [T, H, D]. turns is a zeroed
-    int32 [H, blocks of queries], or None if the order of additions does not matter.
+    seen, and delta / keep_scale. dq_desc describes a float32 [T, H, D]. turns is a zeroed int32
+    [H, blocks of queries]; without it, dq must be zeroed. With it, rows of dq that see no key stay
+    unwritten, and programs of a document must start in order: they wait for earlier ones.
     """
     dtype: gl.constexpr = q_desc.dtype
     HALF: gl.constexpr = BLOCK_N // 2
+    ORDERED: gl.constexpr = turns_ptr is not None
     head_kv = gl.program_id(0)
     slot = gl.program_id(1)
     document = gl.load(tiles_ptr + 2 * slot)
-    first = gl.load(tiles_ptr + 2 * slot + 1) * BLOCK_N
+    tile_k = gl.load(tiles_ptr + 2 * slot + 1)
     known = gl.maximum(document, 0)
     begin_q = gl.load(cu_q_ptr + known)
     length_q = gl.load(cu_q_ptr + known + 1) - begin_q
     begin_k = gl.load(cu_k_ptr + known)
     length_k = gl.load(cu_k_ptr + known + 1) - begin_k
+    if ORDERED:
+        # All tiles of a head of a document, then the next head: they share queries in L2.
+        tiles = (length_k + BLOCK_N - 1) // BLOCK_N
+        nth = tile_k * gl.num_programs(0) + head_kv
+        inside = tiles > 0
+        head_kv = gl.where(inside, nth // gl.maximum(tiles, 1), head_kv)
+        tile_k = gl.where(inside, nth % gl.maximum(tiles, 1), tile_k)
+    first = tile_k * BLOCK_N
     left, right = load_window(window_ptr, window_left, window_right)
     low, high = query_blocks(
         first, BLOCK_N, length_k - length_q, length_q, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M
@@ -484,8 +535,8 @@ def varlen_bwd_hopper_kernel(
     random = (seed_ptr, document_ids_ptr, document, threshold)
     numbers = (scale, softcap, keep_scale)
     stats = (lse_ptr, delta_ptr, total_q)
-    order = (turns_ptr, turns_per_head, document)
-    SHAPE: gl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, STAGES, DEFER_DQ)
+    turns = (turns_ptr, turns_per_head, document)
+    SHAPE: gl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, STAGES, DEFER_DQ, ORDERED)
     FLAGS: gl.constexpr = (HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT)
     inputs = (shared, dq_shared, ds_shared, results, tile, window, random, numbers)
     gl.warp_specialize(
@@ -493,7 +544,7 @@ def varlen_bwd_hopper_kernel(
             (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 0)),
             (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 1)),
             (_load, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, GROUP, SHAPE)),
-            (_add_dq, (dq_desc, dq_shared, order, tile, window, GROUP, SHAPE)),
+            (_add_dq, (dq_desc, dq_shared, turns, tile, window, GROUP, SHAPE, DETERMINISTIC)),
         ],
         [4, 1, 1],
         [240, 24, 24],

@@ -78,12 +78,13 @@ def test_matches_float64(case, hopper):
     assert_matches_oracle(attention(case, inputs, backend="hopper"), case, inputs)
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("name", ["D64-causal-unequal", "D128-causal-g3"])
-def test_dq_left_to_the_next_step(name, seed, hopper, monkeypatch):
-    """A form of the backward for the tuner to try: no tile takes it yet (bench/NOTES.md)."""
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ["D64-causal-unequal", "D64-window-g4", "D128-causal-g3"])
+@pytest.mark.parametrize("form", [{"defer_dq": True}, {"ordered": True}], ids="-".join)
+def test_forms_for_the_tuner(name, seed, form, hopper, monkeypatch):
+    """Of the backward; no tile takes them yet (bench/NOTES.md)."""
     emulate(monkeypatch, varlen, seed)
-    tile = config.backward_tile(CASES[name].head_dim)._replace(defer_dq=True)
+    tile = config.backward_tile(CASES[name].head_dim)._replace(**form)
     inputs = make_inputs(CASES[name])
     for deterministic in (False, True):
         with config.override_tiles(backward=tile):
