@@ -32,10 +32,13 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # Triton 3.10 flips the de
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _TYPES = {
-    **dict.fromkeys(("lse_ptr", "delta_ptr", "sink_ptr", "scale", "softcap", "keep_scale"), "fp32"),
+    **dict.fromkeys(
+        ("lse_ptr", "delta_ptr", "sum_ptr", "sink_ptr", "scale", "softcap", "keep_scale"), "fp32"
+    ),
     **dict.fromkeys(("cu_q_ptr", "cu_k_ptr", "tiles_ptr", "counter_ptr", "window_ptr"), "i32"),
     **dict.fromkeys(("num_items", "num_tiles", "total_q", "window_left", "window_right"), "i32"),
     **dict.fromkeys(("document_ids_ptr", "threshold", "stride_t", "stride_h"), "i32"),
+    **dict.fromkeys(("stride_dqt", "stride_dqh"), "i32"),
     **dict.fromkeys(("turns_ptr", "turns_per_head"), "i32"),
     "seed_ptr": "i64",
 }
@@ -161,11 +164,11 @@ def _types(features: str, dtype: str, **descriptors: str) -> dict[str, str | Non
     types: dict[str, str | None] = {
         name: f"*{kind}" if name.endswith("_ptr") else kind for name, kind in _TYPES.items()
     }
-    types |= dict.fromkeys(("dk_ptr", "dv_ptr"), f"*{dtype}")
+    types |= dict.fromkeys(("dk_ptr", "dv_ptr", "dq_ptr"), f"*{dtype}")
     if features != "all":
         types |= dict.fromkeys(("window_ptr", "sink_ptr"))
     if features not in _DETERMINISTIC:
-        types["turns_ptr"] = None
+        types |= dict.fromkeys(("turns_ptr", "sum_ptr", "dq_ptr"))
     if not _has_dropout(features):
         types |= dict.fromkeys(("seed_ptr", "document_ids_ptr"))
     return types | descriptors

@@ -26,8 +26,9 @@ class BackwardTile(NamedTuple):
         block_m: Queries of a block.
         stages: Blocks of queries in shared memory.
         defer_dq: Multiply dq of a step in the next one.
-        ordered: Let the first tile of keys store dq and the others wait for it, instead of adding
-            to zeros. A deterministic backward does so in any case.
+        ordered: Let the first tile of keys store its share of dq, the others add to it and the
+            last one round it, instead of adding to zeros and rounding in a kernel of its own. A
+            deterministic backward does so in any case.
     """
 
     block_m: int

@@ -105,6 +105,7 @@ def _prepare_kernel(
     dout_ptr,
     lse_ptr,
     dlse_ptr,
+    sum_ptr,
     dq_ptr,
     delta_ptr,
     lse2_ptr,
@@ -120,7 +121,9 @@ def _prepare_kernel(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """delta = rowsum(dout * out) - dlse, lse in base 2, and, where given, a zeroed float32 dq.
+    """delta = rowsum(dout * out) - dlse, lse in base 2, and a zeroed float32 sum for dq.
+
+    Without sum: zeros in dq for the rows that saw nothing.
 
     Grid: (blocks of ROWS tokens, heads).
     """
@@ -147,37 +150,21 @@ def _prepare_kernel(
     tl.store(lse2_ptr + place, lse2, inside)
     if kept_delta_ptr is not None:
         tl.store(kept_delta_ptr + place, delta / keep_scale, inside)
-    if dq_ptr is not None:
-        dq = (token * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
-        tl.store(dq_ptr + dq, tl.zeros([ROWS, BLOCK_D], tl.float32), mask)
+    place_dq = (token * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
+    zero = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    if sum_ptr is not None:
+        tl.store(sum_ptr + place_dq, zero, mask)
+    else:
+        blind = (lse == float("-inf"))[:, None]
+        tl.store(dq_ptr + place_dq, zero.to(dq_ptr.dtype.element_ty), mask & blind)
 
 
-@triton.jit(do_not_specialize=["total_q"])
-def _scale_kernel(
-    sum_ptr,
-    dq_ptr,
-    lse2_ptr,
-    total_q,
-    scale,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """dq = scale * sum, in dq's dtype; 0 for rows that saw nothing, whose sum may be anything.
-
-    Grid: (blocks of ROWS tokens, heads).
-    """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    head = tl.program_id(1)
-    column = tl.arange(0, BLOCK_D)
-    inside = row < total_q
-    mask = inside[:, None] & (column < HEAD_DIM)[None, :]
-    token = row.to(tl.int64)
-    lse2 = tl.load(lse2_ptr + head.to(tl.int64) * total_q + token, inside, 0.0)
-    place = (token * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
-    value = tl.load(sum_ptr + place, mask, 0.0) * scale
-    value = tl.where((lse2 == float("inf"))[:, None], 0.0, value)
+@triton.jit
+def _scale_kernel(sum_ptr, dq_ptr, elements, scale, BLOCK: tl.constexpr):
+    """dq = scale * sum, in dq's dtype. Grid: blocks of BLOCK elements."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < elements
+    value = tl.load(sum_ptr + place, mask) * scale
     tl.store(dq_ptr + place, value.to(dq_ptr.dtype.element_ty), mask)
 
 
@@ -229,6 +216,7 @@ def varlen_bwd(
         lse,
         dlse,
         None if ordered else dq_sum,
+        dq,
         delta,
         lse2,
         kept_delta if dropout_p > 0 else None,
@@ -260,6 +248,8 @@ def varlen_bwd(
         kept_delta if dropout_p > 0 else delta,
         dk,
         dv,
+        dq_sum if ordered else None,
+        dq if ordered else None,
         cu_seqlens_q,
         cu_seqlens_k,
         k_tiles,
@@ -270,6 +260,8 @@ def varlen_bwd(
         turns_per_head,
         dk.stride(0),
         dk.stride(1),
+        dq.stride(0),
+        dq.stride(1),
         k_tiles.shape[0],
         total_q,
         left,
@@ -294,17 +286,15 @@ def varlen_bwd(
         maxnreg=REGISTERS,
         enable_fp_fusion=True,
     )
-    _scale_kernel[(triton.cdiv(total_q, rows), heads)](
-        dq_sum,
-        dq,
-        lse2,
-        total_q,
-        softmax_scale * scale_kept,
-        HEADS=heads,
-        HEAD_DIM=head_dim,
-        BLOCK_D=columns,
-        ROWS=rows,
-        num_warps=8,
-        enable_fp_fusion=True,
-    )
+    if not ordered:
+        block = 8192
+        _scale_kernel[(triton.cdiv(dq.numel(), block),)](
+            dq_sum,
+            dq,
+            dq.numel(),
+            softmax_scale * scale_kept,
+            BLOCK=block,
+            num_warps=8,
+            enable_fp_fusion=True,
+        )
     return dq, dk, dv, delta
