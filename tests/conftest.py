@@ -26,6 +26,8 @@ def pytest_collection_modifyitems(items):
         for marker, skip in missing.items():
             if item.get_closest_marker(marker):
                 item.add_marker(skip)
+    # The long tests first: short ones fill what is left, so no worker waits for the other.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)

@@ -346,6 +346,7 @@ def test_sigterm_is_no_success(tiny, tmp_path):
     assert (tmp_path / "stopped" / "checkpoints" / "last.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_killed_ddp_run_resumes_bit_equal(tiny, tmp_path):
     """Two processes, gloo; both are killed."""
     ddp = [*tiny, *KILLED, "trainer.strategy=ddp", "trainer.devices=2", "trainer.max_steps=9"]

@@ -43,9 +43,9 @@ KERNELS = {
 }
 # (D, value dim, whether both branches read one k) of differential attention: its versions 1 and 2,
 # and what else its tables have entries for.
+DIFFERENTIAL_VERSIONS = ((64, 128, False), (128, 128, True))
 DIFFERENTIAL_SHAPES = (
-    (64, 128, False),
-    (128, 128, True),
+    *DIFFERENTIAL_VERSIONS,
     (64, 64, False),
     (128, 128, False),
     (128, 256, False),
@@ -156,8 +156,9 @@ def kernel_variants(
     Args:
         table: "sm_80", "sm_90", "sm_100", "gfx942" or "gfx950".
         head_dims: Head dims to compile; float32 takes the first.
-        features: Subset of FEATURES. Where dropout has a configuration of its own, the plain
-            causal kernel is compiled whether it is among them or not.
+        features: Subset of FEATURES. float32's table, and shapes of differential attention that no
+            version has, are plain causal kernels: they need "causal". Where dropout has a
+            configuration of its own, the plain kernel is compiled whether it is among them or not.
     """
     for operation in OPERATIONS:
         for head_dim in head_dims:
@@ -167,8 +168,9 @@ def kernel_variants(
             for feature in dict.fromkeys(wanted):
                 config = drop if feature == "all" or "dropout" in feature else plain
                 yield kernel_variant(operation, config, head_dim, features=feature)
-        config = table_config("float32", operation, head_dims[0], 4)
-        yield kernel_variant(operation, config, head_dims[0], dtype="fp32")
+        if "causal" in features:
+            config = table_config("float32", operation, head_dims[0], 4)
+            yield kernel_variant(operation, config, head_dims[0], dtype="fp32")
     yield from _dual_chunk_variants(table, head_dims, features)
     yield from _differential_variants(table, head_dims, features)
 
@@ -178,13 +180,13 @@ def _dual_chunk_variants(
 ) -> Iterator[KernelVariant]:
     """As kernel_variants; of the features dual chunk attention has dropout, and logit_scale.
 
-    The plain kernels, whose products must not be serialised, are those of sm_90; the launches whose
-    result another one adds to, those of one head dim.
+    The launches whose result another one adds to are those of one head dim; so are, but for sm_90,
+    the plain kernels where they are all that is wanted.
     """
     wanted = [name for name in ("causal", "dropout", "all") if name in features]
-    if "all" in wanted and table != "sm_90":
-        wanted = ["all"]
     for head_dim in head_dims:
+        if wanted == ["causal"] and table != "sm_90" and head_dim != 128:
+            continue
         for operation, feature in itertools.product(DUAL_CHUNK_OPERATIONS, wanted):
             drop = feature != "causal"
             one_launch = operation == "dual_chunk_fwd" or head_dim != 128
@@ -203,6 +205,8 @@ def _dual_chunk_variants(
             features="causal" if share else "all",
             is_share=share,
         )
+    if "causal" not in features:
+        return
     for operation in DUAL_CHUNK_OPERATIONS:
         config = table_config("float32", operation, head_dims[0], 4)
         yield kernel_variant(operation, config, head_dims[0], dtype="fp32")
@@ -212,14 +216,14 @@ def _differential_variants(
     table: str, head_dims: tuple[int, ...], features: tuple[str, ...]
 ) -> Iterator[KernelVariant]:
     """As kernel_variants; all shapes but version 1's are compiled as plain causal kernels."""
+    plain = "causal" in features
     for operation in DIFFERENTIAL_OPERATIONS:
-        for shape in DIFFERENTIAL_SHAPES:
+        for shape in DIFFERENTIAL_SHAPES if plain else DIFFERENTIAL_VERSIONS:
             head_dim, value_dim, shared_k = shape
             group = 2 if shared_k else 1
             if head_dim not in head_dims:
                 continue
-            wanted = (*features, "causal") if shape == DIFFERENTIAL_SHAPES[0] else ("causal",)
-            for feature in dict.fromkeys(wanted):
+            for feature in features if shape == DIFFERENTIAL_VERSIONS[0] else ("causal",):
                 if feature == "softcap_dropout":
                     continue
                 dropout = feature in ("all", "dropout")
@@ -235,5 +239,6 @@ def _differential_variants(
                     value_dim=value_dim,
                     shared_k=shared_k,
                 )
-        config = table_config("float32", operation, 32, 1, value_dim=32)
-        yield kernel_variant(operation, config, 32, dtype="fp32", group=1)
+        if plain:
+            config = table_config("float32", operation, 32, 1, value_dim=32)
+            yield kernel_variant(operation, config, 32, dtype="fp32", group=1)

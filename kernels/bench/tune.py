@@ -73,8 +73,12 @@ _HOPPER_FORWARD = {
     128: "128,2,2 64,4,2 64,3,2",
     256: "64,2,1 32,4,1",
 }
-# Block of queries, stages, whether dq is left to the next step.
-_HOPPER_BACKWARD = {64: "64,3,0 64,3,1 64,2,1 64,4,1 128,2,1", 96: "64,2,0", 128: "64,2,0"}
+# Block of queries, stages, whether dq is left to the next step, whether it is stored first.
+_HOPPER_BACKWARD = {
+    64: "64,3,0,0 64,3,1,0 64,3,0,1 64,3,1,1 64,2,1,0 64,4,1,0 128,2,1,0",
+    96: "64,2,0,0 64,2,0,1",
+    128: "64,2,0,0 64,2,0,1",
+}
 _CANDIDATES = {
     "varlen_fwd": _FORWARD,
     "varlen_dq": _DQ,
@@ -101,10 +105,10 @@ def override(operation: str, candidate: str) -> contextlib.AbstractContextManage
     """Forces the configuration of an operation."""
     if not operation.startswith("hopper"):
         return override_configs(**{operation: parse_config(candidate)})
-    first, second, third = (int(part) for part in candidate.split(","))
+    first, second, *rest = (int(part) for part in candidate.split(","))
     if operation == "hopper_fwd":
-        return override_tiles(forward=ForwardTile(first, second, third))
-    return override_tiles(backward=BackwardTile(first, second, bool(third)))
+        return override_tiles(forward=ForwardTile(first, second, rest[0]))
+    return override_tiles(backward=BackwardTile(first, second, *map(bool, rest)))
 
 
 class _Case:

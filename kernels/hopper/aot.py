@@ -37,14 +37,18 @@ from lctrain.kernels.tile.variant import KernelVariant, describe_variant
 FEATURES = ("causal", "full", "dropout", "deterministic", "all")
 DUAL_CHUNK_FEATURES = ("causal", "dropout", "all")
 HEADS_KV = 8
+_DETERMINISTIC = ("deterministic", "all")
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # Triton 3.10 flips the default of fusion
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _TYPES = {
-    **dict.fromkeys(("lse_ptr", "delta_ptr", "sink_ptr", "scale", "softcap", "keep_scale"), "fp32"),
+    **dict.fromkeys(
+        ("lse_ptr", "delta_ptr", "sum_ptr", "sink_ptr", "scale", "softcap", "keep_scale"), "fp32"
+    ),
     **dict.fromkeys(("cu_q_ptr", "cu_k_ptr", "tiles_ptr", "counter_ptr", "window_ptr"), "i32"),
     **dict.fromkeys(("num_items", "num_tiles", "total_q", "window_left", "window_right"), "i32"),
     **dict.fromkeys(("document_ids_ptr", "threshold", "stride_t", "stride_h"), "i32"),
+    **dict.fromkeys(("stride_dqt", "stride_dqh"), "i32"),
     **dict.fromkeys(("turns_ptr", "turns_per_head"), "i32"),
     "seed_ptr": "i64",
 }
@@ -103,6 +107,7 @@ def backward_variant(
         "BLOCK_D": columns,
         "STAGES": tile.stages,
         "DEFER_DQ": tile.defer_dq,
+        "DETERMINISTIC": features in _DETERMINISTIC,
         **_flags(features),
     }
     types = _types(
@@ -252,11 +257,11 @@ def _types(features: str, dtype: str, **descriptors: str) -> dict[str, str | Non
     types: dict[str, str | None] = {
         name: f"*{kind}" if name.endswith("_ptr") else kind for name, kind in _TYPES.items()
     }
-    types |= dict.fromkeys(("dk_ptr", "dv_ptr"), f"*{dtype}")
+    types |= dict.fromkeys(("dk_ptr", "dv_ptr", "dq_ptr"), f"*{dtype}")
     if features != "all":
         types |= dict.fromkeys(("window_ptr", "sink_ptr"))
-    if features not in ("deterministic", "all"):
-        types["turns_ptr"] = None
+    if features not in _DETERMINISTIC:
+        types |= dict.fromkeys(("turns_ptr", "sum_ptr", "dq_ptr"))
     if not _has_dropout(features):
         types |= dict.fromkeys(("seed_ptr", "document_ids_ptr"))
     return types | descriptors

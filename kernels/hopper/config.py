@@ -20,17 +20,21 @@ class ForwardTile(NamedTuple):
 
 
 class BackwardTile(NamedTuple):
-    """Of varlen_bwd_hopper_kernel and dual_chunk_bwd_hopper_kernel.
+    """Of varlen_bwd_hopper_kernel, and of dual_chunk_bwd_hopper_kernel but for the last two.
 
     Attributes:
         block_m: Queries of a block.
         stages: Blocks of queries in shared memory.
-        defer_dq: Multiply dq of a step in the next one; varlen attention only.
+        defer_dq: Multiply dq of a step in the next one.
+        ordered: Let the first tile of keys store its share of dq, the others add to it and the
+            last one round it, instead of adding to zeros and rounding in a kernel of its own. A
+            deterministic backward does so in any case.
     """
 
     block_m: int
     stages: int
     defer_dq: bool = False
+    ordered: bool = False
 
 
 # By the columns of a tile: head dims up to them.

@@ -105,6 +105,7 @@ def _prepare_kernel(
     dout_ptr,
     lse_ptr,
     dlse_ptr,
+    sum_ptr,
     dq_ptr,
     delta_ptr,
     lse2_ptr,
@@ -120,7 +121,9 @@ def _prepare_kernel(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """delta = rowsum(dout * out) - dlse, lse in base 2, and a zeroed float32 dq.
+    """delta = rowsum(dout * out) - dlse, lse in base 2, and a zeroed float32 sum for dq.
+
+    Without sum: zeros in dq for the rows that saw nothing.
 
     Grid: (blocks of ROWS tokens, heads).
     """
@@ -147,8 +150,13 @@ def _prepare_kernel(
     tl.store(lse2_ptr + place, lse2, inside)
     if kept_delta_ptr is not None:
         tl.store(kept_delta_ptr + place, delta / keep_scale, inside)
-    dq = (token * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
-    tl.store(dq_ptr + dq, tl.zeros([ROWS, BLOCK_D], tl.float32), mask)
+    place_dq = (token * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
+    zero = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    if sum_ptr is not None:
+        tl.store(sum_ptr + place_dq, zero, mask)
+    else:
+        blind = (lse == float("-inf"))[:, None]
+        tl.store(dq_ptr + place_dq, zero.to(dq_ptr.dtype.element_ty), mask & blind)
 
 
 @triton.jit
@@ -199,13 +207,16 @@ def varlen_bwd(
     dq_sum = torch.empty((total_q, heads, head_dim), dtype=torch.float32, device=q.device)
     if total_q == 0:
         return dq, dk.zero_(), dv.zero_(), delta
+    tile = backward_tile(columns)
+    ordered = tile.ordered or deterministic
     rows = 64
     _prepare_kernel[(triton.cdiv(total_q, rows), heads)](
         out,
         dout,
         lse,
         dlse,
-        dq_sum,
+        None if ordered else dq_sum,
+        dq,
         delta,
         lse2,
         kept_delta if dropout_p > 0 else None,
@@ -223,10 +234,9 @@ def varlen_bwd(
         enable_fp_fusion=True,
     )
     window_ptr, left, right, has_left, has_right = window_arguments(window)
-    tile = backward_tile(columns)
     turns_per_head = total_q // tile.block_m + cu_seqlens_q.shape[0]
     turns = None
-    if deterministic:
+    if ordered:
         turns = torch.zeros((heads, turns_per_head), dtype=torch.int32, device=q.device)
     varlen_bwd_hopper_kernel[(heads_kv, k_tiles.shape[0])](
         ragged_descriptor(q, tile.block_m, columns),
@@ -238,6 +248,8 @@ def varlen_bwd(
         kept_delta if dropout_p > 0 else delta,
         dk,
         dv,
+        dq_sum if ordered else None,
+        dq if ordered else None,
         cu_seqlens_q,
         cu_seqlens_k,
         k_tiles,
@@ -248,6 +260,8 @@ def varlen_bwd(
         turns_per_head,
         dk.stride(0),
         dk.stride(1),
+        dq.stride(0),
+        dq.stride(1),
         k_tiles.shape[0],
         total_q,
         left,
@@ -263,6 +277,7 @@ def varlen_bwd(
         BLOCK_D=columns,
         STAGES=tile.stages,
         DEFER_DQ=tile.defer_dq,
+        DETERMINISTIC=deterministic,
         HAS_LEFT=has_left,
         HAS_RIGHT=has_right,
         HAS_SOFTCAP=softcap > 0,
@@ -271,14 +286,15 @@ def varlen_bwd(
         maxnreg=REGISTERS,
         enable_fp_fusion=True,
     )
-    block = 8192
-    _scale_kernel[(triton.cdiv(dq.numel(), block),)](
-        dq_sum,
-        dq,
-        dq.numel(),
-        softmax_scale * scale_kept,
-        BLOCK=block,
-        num_warps=8,
-        enable_fp_fusion=True,
-    )
+    if not ordered:
+        block = 8192
+        _scale_kernel[(triton.cdiv(dq.numel(), block),)](
+            dq_sum,
+            dq,
+            dq.numel(),
+            softmax_scale * scale_kept,
+            BLOCK=block,
+            num_warps=8,
+            enable_fp_fusion=True,
+        )
     return dq, dk, dv, delta

@@ -16,6 +16,7 @@ from lctrain.kernels.hopper.compat import (
     reinterpret,
     tma_add,
     tma_load,
+    tma_store,
     tma_store_wait,
 )
 from lctrain.kernels.hopper.step import (
@@ -32,6 +33,64 @@ from lctrain.kernels.tile.logits import LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
 _RAGGED = gl.constexpr(1 << 30)
+
+
+@gluon.jit
+def _locate(packs, window, SHAPE: gl.constexpr, FLAGS: gl.constexpr):
+    """(document, tile) of this program; an empty slot of the schedule has document 0, no queries
+    and no keys."""
+    cu_q_ptr, cu_k_ptr, tiles_ptr = packs
+    left, right = window
+    BLOCK_M: gl.constexpr = SHAPE[0]
+    BLOCK_N: gl.constexpr = SHAPE[1]
+    ORDERED: gl.constexpr = SHAPE[5]
+    head_kv = gl.program_id(0)
+    slot = gl.program_id(1)
+    document = gl.load(tiles_ptr + 2 * slot)
+    block_k = gl.load(tiles_ptr + 2 * slot + 1)
+    known = gl.maximum(document, 0)
+    begin_q = gl.load(cu_q_ptr + known)
+    length_q = gl.load(cu_q_ptr + known + 1) - begin_q
+    begin_k = gl.load(cu_k_ptr + known)
+    length_k = gl.load(cu_k_ptr + known + 1) - begin_k
+    if ORDERED:
+        # All tiles of a head of a document, then the next head: they share queries in L2.
+        nth = block_k * gl.num_programs(0) + head_kv
+        blocks = gl.maximum((length_k + BLOCK_N - 1) // BLOCK_N, 1)
+        head_kv = nth // blocks
+        block_k = nth % blocks
+    first = block_k * BLOCK_N
+    low, high = query_blocks(
+        first, BLOCK_N, length_k - length_q, length_q, left, right, FLAGS[0], FLAGS[1], BLOCK_M
+    )
+    high = gl.where(document < 0, low, high)
+    length_k = gl.where(document < 0, 0, length_k)
+    return known, (head_kv, begin_q, length_q, begin_k, length_k, first, low, high)
+
+
+@gluon.jit
+def _first_block(low, high, ORDERED: gl.constexpr):
+    """The block of queries that a tile of keys begins with."""
+    block = low
+    if ORDERED:
+        block = high - 1
+    return block
+
+
+@gluon.jit
+def _next_block(head, block, head_kv, low, high, GROUP: gl.constexpr, ORDERED: gl.constexpr):
+    """The (head, block) after this one: blocks upwards for head after head, or, ORDERED, all heads
+    of block after block, from the last one down, which tiles of keys then begin side by side."""
+    if ORDERED:
+        head += 1
+        end = (head_kv + 1) * GROUP
+        block = gl.where(head == end, block - 1, block)
+        head = gl.where(head == end, head_kv * GROUP, head)
+    else:
+        block += 1
+        head = gl.where(block == high, head + 1, head)
+        block = gl.where(block == high, low, block)
+    return head, block
 
 
 @gluon.jit
@@ -55,6 +114,7 @@ def _load(
     BLOCK_N: gl.constexpr = SHAPE[1]
     BLOCK_D: gl.constexpr = SHAPE[2]
     STAGES: gl.constexpr = SHAPE[3]
+    ORDERED: gl.constexpr = SHAPE[5]
     HALF: gl.constexpr = BLOCK_N // 2
     dtype: gl.constexpr = q_desc.dtype
     mbarrier.expect(kv_ready, 2 * BLOCK_N * BLOCK_D * 2)
@@ -75,7 +135,7 @@ def _load(
     lanes: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
     local = gl.arange(0, BLOCK_M, lanes)
     head = head_kv * GROUP
-    block = low
+    block = _first_block(low, high, ORDERED)
     for step in range(GROUP * (high - low)):
         place = step % STAGES
         phase = ((step // STAGES) & 1) ^ 1
@@ -102,61 +162,93 @@ def _load(
             do_ready.index(place),
             reinterpret(do_bufs.index(place), dtype, [1, 1, BLOCK_M, 1, BLOCK_D], do_desc.layout),
         )
-        block += 1
-        head = gl.where(block == high, head + 1, head)
-        block = gl.where(block == high, low, block)
+        head, block = _next_block(head, block, head_kv, low, high, GROUP, ORDERED)
 
 
 @gluon.jit
-def _add_dq(dq_desc, dq_shared, order, tile, window, GROUP: gl.constexpr, SHAPE: gl.constexpr):
-    """Adds the halves of dq that the warpgroups leave in shared memory to the float32 buffer.
-
-    With turns, the tiles of a document add to a block of queries in the order of their keys.
-    """
-    dq_bufs, dq_ready, dq_empty = dq_shared
-    turns_ptr, turns_per_head, document = order
-    head_kv, begin_q, length_q, _, length_k, first, low, high = tile
+def _earlier_tiles(block, tile, window, SHAPE: gl.constexpr):
+    """How many tiles of keys before this one see a block of queries."""
+    _, _, length_q, _, length_k, first, _, _ = tile
     left, _ = window
     BLOCK_M: gl.constexpr = SHAPE[0]
     BLOCK_N: gl.constexpr = SHAPE[1]
+    seen = gl.maximum(block * BLOCK_M + length_k - length_q - left, 0)
+    return first // BLOCK_N - seen // BLOCK_N
+
+
+@gluon.jit
+def _turn(turns, head, block, begin_q, BLOCK_M: gl.constexpr):
+    """Where the shares of a block of dq are counted. Blocks of two documents share no number."""
+    turns_ptr, turns_per_head, document = turns
+    return turns_ptr + head * turns_per_head + begin_q // BLOCK_M + document + block
+
+
+@gluon.jit
+def _await_shares(turn, count):
+    """Waits until `count` shares of a block of dq are in global memory."""
+    there = gl.atomic_add(turn, 0, sem="acquire")
+    while there < count:
+        there = gl.atomic_add(turn, 0, sem="acquire")
+
+
+@gluon.jit
+def _add_dq(
+    dq_desc,
+    dq_shared,
+    turns,
+    tile,
+    window,
+    GROUP: gl.constexpr,
+    SHAPE: gl.constexpr,
+    DETERMINISTIC: gl.constexpr,
+):
+    """Adds the halves of dq that the warpgroups leave in shared memory to the float32 buffer.
+
+    ORDERED: the first tile of keys that sees a block of queries stores its share, and the others
+    add to it, in the order of their keys if DETERMINISTIC. turns counts the shares of a block that
+    have reached global memory.
+    """
+    dq_bufs, dq_ready, dq_empty = dq_shared
+    head_kv, begin_q, length_q, _, _, _, low, high = tile
+    BLOCK_M: gl.constexpr = SHAPE[0]
     COLUMNS: gl.constexpr = SHAPE[2] // 2
     BEFORE: gl.constexpr = 1 if SHAPE[4] else 0  # dq of nothing, from the first step
+    ORDERED: gl.constexpr = SHAPE[5]
     head = head_kv * GROUP
-    block = low
+    block = _first_block(low, high, ORDERED)
     if BEFORE > 0 and high > low:
         for half in gl.static_range(2):
             mbarrier.wait(dq_ready.index(half), 0)
             mbarrier.arrive(dq_empty.index(half), count=1)
-    # Numbers of blocks in the pack: no two documents share one.
-    begin_block = begin_q // BLOCK_M + document
     for step in range(GROUP * (high - low)):
         row = _RAGGED - length_q + block * BLOCK_M
-        if turns_ptr is not None:
-            turn = turns_ptr + head * turns_per_head + begin_block + block
-            first_tile = gl.maximum(block * BLOCK_M + length_k - length_q - left, 0) // BLOCK_N
-            added = gl.atomic_add(turn, 0, sem="acquire")
-            while added < first // BLOCK_N - first_tile:
-                added = gl.atomic_add(turn, 0, sem="acquire")
+        earlier = 1  # tiles of keys that see the block
+        if ORDERED:
+            earlier = _earlier_tiles(block, tile, window, SHAPE)
+            awaited = earlier
+            if not DETERMINISTIC:
+                awaited = gl.minimum(earlier, 1)
+            turn = _turn(turns, head, block, begin_q, BLOCK_M)
+            _await_shares(turn, awaited)
         for half in gl.static_range(2):
             mbarrier.wait(dq_ready.index(half), (step + BEFORE) & 1)
-            tma_add(
-                dq_desc,
-                [_RAGGED, begin_q + length_q, row, head, half * COLUMNS],
-                reinterpret(
-                    dq_bufs.index(half), gl.float32, [1, 1, BLOCK_M, 1, COLUMNS], dq_desc.layout
-                ),
+            place = [_RAGGED, begin_q + length_q, row, head, half * COLUMNS]
+            share = reinterpret(
+                dq_bufs.index(half), gl.float32, [1, 1, BLOCK_M, 1, COLUMNS], dq_desc.layout
             )
+            if earlier == 0:
+                tma_store(dq_desc, place, share)
+            else:
+                tma_add(dq_desc, place, share)
         tma_store_wait(1)
         mbarrier.arrive(dq_empty.index(0), count=1)
         tma_store_wait(0)
         mbarrier.arrive(dq_empty.index(1), count=1)
-        if turns_ptr is not None:
+        if ORDERED:
             wait_written()
             partition_barrier()
             gl.atomic_add(turn, 1, sem="release")
-        block += 1
-        head = gl.where(block == high, head + 1, head)
-        block = gl.where(block == high, low, block)
+        head, block = _next_block(head, block, head_kv, low, high, GROUP, ORDERED)
 
 
 @gluon.jit
@@ -189,6 +281,56 @@ def _put_dq(dq, dq_shared, turn, HALF_INDEX: gl.constexpr):
 
 
 @gluon.jit
+def _finish_dq(
+    dq,
+    turns,
+    tile,
+    window,
+    scale,
+    GROUP: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    SHAPE: gl.constexpr,
+    FLAGS: gl.constexpr,
+):
+    """Scales and rounds the blocks of dq that no later tile of keys sees."""
+    sum_ptr, dq_ptr, stride_t, stride_h = dq
+    head_kv, begin_q, length_q, _, length_k, first, low, high = tile
+    left, right = window
+    BLOCK_M: gl.constexpr = SHAPE[0]
+    BLOCK_N: gl.constexpr = SHAPE[1]
+    BLOCK_D: gl.constexpr = SHAPE[2]
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // BLOCK_D, BLOCK_D // 4], [4, 1], [1, 0])
+    end = high
+    if first + BLOCK_N < length_k:
+        end, _ = query_blocks(
+            first + BLOCK_N,
+            BLOCK_N,
+            length_k - length_q,
+            length_q,
+            left,
+            right,
+            FLAGS[0],
+            FLAGS[1],
+            BLOCK_M,
+        )
+        end = gl.minimum(end, high)
+    row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
+    column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, layout))
+    for item in range(GROUP * (end - low)):
+        head = head_kv * GROUP + item % GROUP
+        block = end - 1 - item // GROUP
+        turn = _turn(turns, head, block, begin_q, BLOCK_M)
+        _await_shares(turn, _earlier_tiles(block, tile, window, SHAPE) + 1)
+        query = block * BLOCK_M + row
+        place = (begin_q + query).to(gl.int64) * stride_t + head * stride_h
+        place = place[:, None] + column[None, :]
+        inside = (query < length_q)[:, None] & (column < HEAD_DIM)[None, :]
+        # Not through L1, which does not know of the additions.
+        whole = gl.load(sum_ptr + place, mask=inside, other=0.0, cache_modifier=".cg")
+        gl.store(dq_ptr + place, (whole * scale).to(dq_ptr.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
 def _compute(
     inputs,
     GROUP: gl.constexpr,
@@ -216,6 +358,7 @@ def _compute(
     BLOCK_D: gl.constexpr = SHAPE[2]
     STAGES: gl.constexpr = SHAPE[3]
     DEFER_DQ: gl.constexpr = SHAPE[4]
+    ORDERED: gl.constexpr = SHAPE[5]
     HAS_LEFT: gl.constexpr = FLAGS[0]
     HAS_RIGHT: gl.constexpr = FLAGS[1]
     HAS_SOFTCAP: gl.constexpr = FLAGS[2]
@@ -251,7 +394,7 @@ def _compute(
     k = k_bufs.index(HALF_INDEX)
     v = v_bufs.index(HALF_INDEX)
     head = head_kv * GROUP
-    block = low
+    block = _first_block(low, high, ORDERED)
     if DEFER_DQ:
         # What the first step multiplies, as if a step before it had left nothing.
         ds_bufs.index(HALF_INDEX).store(gl.zeros([HALF, BLOCK_M], dtype, s_layout))
@@ -347,9 +490,7 @@ def _compute(
             _put_dq(dq, dq_shared, step, HALF_INDEX)
         dk = warpgroup_mma_wait(0, deps=[dk_token])
         mbarrier.arrive(q_empty.index(place), count=1)
-        block += 1
-        head = gl.where(block == high, head + 1, head)
-        block = gl.where(block == high, low, block)
+        head, block = _next_block(head, block, head_kv, low, high, GROUP, ORDERED)
     if DEFER_DQ and high > low:
         steps = GROUP * (high - low)
         mbarrier.wait(ds_full.index(steps & 1), (steps // 2) & 1)
@@ -385,6 +526,8 @@ def varlen_bwd_hopper_kernel(
     delta_ptr,
     dk_ptr,
     dv_ptr,
+    sum_ptr,
+    dq_ptr,
     cu_q_ptr,
     cu_k_ptr,
     tiles_ptr,
@@ -395,6 +538,8 @@ def varlen_bwd_hopper_kernel(
     turns_per_head,
     stride_t,
     stride_h,
+    stride_dqt,
+    stride_dqh,
     num_tiles,
     total_q,
     window_left,
@@ -410,6 +555,7 @@ def varlen_bwd_hopper_kernel(
     BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr,
     DEFER_DQ: gl.constexpr,
+    DETERMINISTIC: gl.constexpr,
     HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
@@ -418,27 +564,18 @@ def varlen_bwd_hopper_kernel(
     """One program: BLOCK_N keys of one key/value head, with all queries of its group that see them.
 
     Grid: (key/value heads, tiles). lse and delta [H, T] float32: base 2, +inf where nothing was
-    seen, and delta / keep_scale. dq_desc describes a zeroed float32 [T, H, D]. turns is a zeroed
-    int32 [H, blocks of queries], or None if the order of additions does not matter.
+    seen, and delta / keep_scale. dq_desc describes sum, a float32 [T, H, D], zeroed. Or, with
+    turns, a zeroed int32 [H, blocks of queries], it need not be: dq, of its layout, is written, but
+    for rows that see no key. Programs must then start in order, since they wait for earlier ones.
     """
     dtype: gl.constexpr = q_desc.dtype
     HALF: gl.constexpr = BLOCK_N // 2
-    head_kv = gl.program_id(0)
-    slot = gl.program_id(1)
-    document = gl.load(tiles_ptr + 2 * slot)
-    first = gl.load(tiles_ptr + 2 * slot + 1) * BLOCK_N
-    known = gl.maximum(document, 0)
-    begin_q = gl.load(cu_q_ptr + known)
-    length_q = gl.load(cu_q_ptr + known + 1) - begin_q
-    begin_k = gl.load(cu_k_ptr + known)
-    length_k = gl.load(cu_k_ptr + known + 1) - begin_k
-    left, right = load_window(window_ptr, window_left, window_right)
-    low, high = query_blocks(
-        first, BLOCK_N, length_k - length_q, length_q, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M
-    )
-    # An empty slot of the schedule: no queries, and no keys to store.
-    high = gl.where(document < 0, low, high)
-    length_k = gl.where(document < 0, 0, length_k)
+    ORDERED: gl.constexpr = turns_ptr is not None
+    SHAPE: gl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, STAGES, DEFER_DQ, ORDERED)
+    FLAGS: gl.constexpr = (HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT)
+    packs = (cu_q_ptr, cu_k_ptr, tiles_ptr)
+    window = load_window(window_ptr, window_left, window_right)
+    document, tile = _locate(packs, window, SHAPE, FLAGS)
 
     word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     bar: gl.constexpr = mbarrier.MBarrierLayout()
@@ -478,23 +615,34 @@ def varlen_bwd_hopper_kernel(
     shared = (k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings)
     dq_shared = (dq_bufs, dq_ready, dq_empty)
     ds_shared = (ds_bufs, ds_full)
-    tile = (head_kv, begin_q, length_q, begin_k, length_k, first, low, high)
     results = (dk_ptr, dv_ptr, stride_t, stride_h)
-    window = (left, right)
     random = (seed_ptr, document_ids_ptr, document, threshold)
     numbers = (scale, softcap, keep_scale)
     stats = (lse_ptr, delta_ptr, total_q)
-    order = (turns_ptr, turns_per_head, document)
-    SHAPE: gl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, STAGES, DEFER_DQ)
-    FLAGS: gl.constexpr = (HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT)
+    turns = (turns_ptr, turns_per_head, document)
     inputs = (shared, dq_shared, ds_shared, results, tile, window, random, numbers)
     gl.warp_specialize(
         [
             (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 0)),
             (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 1)),
             (_load, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, GROUP, SHAPE)),
-            (_add_dq, (dq_desc, dq_shared, order, tile, window, GROUP, SHAPE)),
+            (_add_dq, (dq_desc, dq_shared, turns, tile, window, GROUP, SHAPE, DETERMINISTIC)),
         ],
         [4, 1, 1],
         [240, 24, 24],
     )
+    if ORDERED:
+        # Found anew, so that nothing of it takes registers of the loops.
+        window = load_window(window_ptr, window_left, window_right)
+        document, tile = _locate(packs, window, SHAPE, FLAGS)
+        _finish_dq(
+            (sum_ptr, dq_ptr, stride_dqt, stride_dqh),
+            (turns_ptr, turns_per_head, document),
+            tile,
+            window,
+            scale * keep_scale,
+            GROUP,
+            HEAD_DIM,
+            SHAPE,
+            FLAGS,
+        )

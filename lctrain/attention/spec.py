@@ -64,7 +64,7 @@ class FlashSpec(AttentionSpec):
 class DualChunkSpec(AttentionSpec):
     """Dual chunk attention: causal, without relative positions beyond those of training.
 
-    Its kernels give the same bits in every run; `deterministic` changes nothing.
+    Its portable kernels give the same bits in every run; `deterministic` changes nothing.
 
     Attributes:
         chunk_size: S, the largest relative position used. None: as the model's config says, else

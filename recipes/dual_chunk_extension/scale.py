@@ -62,7 +62,7 @@ SCALES = {
     ),
     "tiny": Scale(
         window=128,
-        documents=4,
+        documents=2,
         keys_per_cell=1,
         depths=(0.0, 1.0),
         max_tokens=4096,
@@ -75,7 +75,8 @@ SCALES = {
         train=(
             "model=tiny",
             "model.config.max_position_embeddings=128",
-            "data.max_bytes=1500000",
+            "data.max_bytes=500000",
+            "data.max_file_bytes=50000",
             "data.with_stdlib=false",
             "data.vocab_size=512",
             "data.max_tokens=1024",

@@ -33,6 +33,7 @@ NAMES = (
     "D64-causal-float32",
 )
 DUAL_CHUNK_NAMES = ("D64", "D64-dropout-scale-fused_qkv", "D128-g4", "D256-g4-scale", "D20-float16")
+HOPPER_DUAL_CHUNK_NAMES = ("D64", "D128-g4")
 DIFFERENTIAL_NAMES = ("v1-dropout", "v1-tokens-full", "v2-window_on_device", "D96v192", "D20v40")
 
 
@@ -49,7 +50,10 @@ def main() -> int:
         case = dataclasses.replace(
             GPU_DUAL_CHUNK_CASES[name], documents=DOCUMENTS, fused_qkv=False, chunks=(31, 6)
         )
-        results[f"dual chunk {name}"] = attention(case, make_inputs(case, "cuda"), backend="triton")
+        inputs = make_inputs(case, "cuda")
+        results[f"dual chunk {name}"] = attention(case, inputs, backend="triton")
+        if name in HOPPER_DUAL_CHUNK_NAMES and select_backend("cuda", case.dtype) == "hopper":
+            results[f"hopper dual chunk {name}"] = attention(case, inputs, backend="hopper")
     for name in DIFFERENTIAL_NAMES:
         pair = dataclasses.replace(DIFFERENTIAL_CASES[name], documents=DOCUMENTS, views="")
         inputs = differential.make_inputs(pair, "cuda")

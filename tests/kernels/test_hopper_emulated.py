@@ -78,12 +78,13 @@ def test_matches_float64(case, hopper):
     assert_matches_oracle(attention(case, inputs, backend="hopper"), case, inputs)
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("name", ["D64-causal-unequal", "D128-causal-g3"])
-def test_dq_left_to_the_next_step(name, seed, hopper, monkeypatch):
-    """A form of the backward for the tuner to try: no tile takes it yet (bench/NOTES.md)."""
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ["D64-causal-unequal", "D64-window-g4", "D128-causal-g3"])
+@pytest.mark.parametrize("form", [{"defer_dq": True}, {"ordered": True}], ids="-".join)
+def test_forms_for_the_tuner(name, seed, form, hopper, monkeypatch):
+    """Of the backward; no tile takes them yet (bench/NOTES.md)."""
     emulate(monkeypatch, varlen, seed)
-    tile = config.backward_tile(CASES[name].head_dim)._replace(defer_dq=True)
+    tile = config.backward_tile(CASES[name].head_dim)._replace(**form)
     inputs = make_inputs(CASES[name])
     for deterministic in (False, True):
         with config.override_tiles(backward=tile):
@@ -115,30 +116,29 @@ def test_deterministic_gradients_whatever_the_order(window, documents, group, ho
     case = Case(documents, group, 1, 64, BFLOAT16, window=window)
     inputs = make_inputs(case)
     sums = float32_sums(monkeypatch)
-    for deterministic in (True, False):
+    tile = config.backward_tile(64)
+    for deterministic, ordered in ((True, False), (False, False), (False, True)):
         sums.clear()
         for seed in range(5):
             emulate(monkeypatch, varlen, seed)
-            result = attention(case, inputs, backend="hopper", deterministic=deterministic)
+            with config.override_tiles(backward=tile._replace(ordered=ordered)):
+                result = attention(case, inputs, backend="hopper", deterministic=deterministic)
         equal = [torch.equal(found, sums[0]) for found in sums]
         assert all(equal) == deterministic
-    assert_matches_oracle(result, case, inputs)
+        assert_matches_oracle(result, case, inputs)
 
 
 def float32_sums(monkeypatch):
     """A list that grows by dq in float32, of which rounding would hide the order of additions."""
-    kernel = varlen._scale_kernel
     sums = []
+    describe = varlen.ragged_descriptor
 
-    class Recorder:
-        def __getitem__(self, grid):
-            def launch(dq_sum, *args, **options):
-                sums.append(dq_sum.clone())
-                kernel[grid](dq_sum, *args, **options)
+    def described(tensor, rows, columns):
+        if tensor.dtype == torch.float32:
+            sums.append(tensor)
+        return describe(tensor, rows, columns)
 
-            return launch
-
-    monkeypatch.setattr(varlen, "_scale_kernel", Recorder())
+    monkeypatch.setattr(varlen, "ragged_descriptor", described)
     return sums
 
 
