@@ -1,8 +1,9 @@
 """Times dual chunk attention: python -m lctrain.kernels.bench.dual_chunk --out FILE.
 
-Beside the portable kernels, on the same tensors in one process: those for Hopper, our causal kernels
-of both kinds, which compute as many products, and the published formulation on FlashAttention-4 and on FlashAttention-2 in PyTorch. Before any
-figure, output and gradients are held to twice the error of plain PyTorch against float64.
+The portable kernels and those for Hopper, and beside them, on the same tensors in one process: our
+causal kernels, which compute as many products, and the published formulation on FlashAttention-4
+and on FlashAttention-2 in PyTorch. Before any figure, output and gradients are held to twice the
+error of plain PyTorch against float64.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from lctrain.kernels import dual_chunk_attn_varlen_func, make_schedule
+from lctrain.kernels.backend import hopper_serves
 from lctrain.kernels.bench import published_dual_chunk as published
 from lctrain.kernels.bench.accuracy import ErrorRatio, error_ratio
 from lctrain.kernels.bench.check import scale_down
@@ -130,12 +132,15 @@ DUAL_CHUNK_PEERS = (
 )
 
 
-def check_dual_chunk(workload: Workload, device: torch.device) -> dict[str, ErrorRatio]:
+def check_dual_chunk(
+    workload: Workload, device: torch.device, backend: str = "triton"
+) -> dict[str, ErrorRatio]:
     """Compares out, dq, dk and dv with float64 and plain PyTorch, on shorter documents and chunks.
 
     Args:
         workload: Its shape is judged.
         device: Where the kernel runs.
+        backend: Which kernels.
     """
     short = replace(scale_down(workload), dropout_p=0.0)
     inputs = make_inputs(short, device)
@@ -145,7 +150,7 @@ def check_dual_chunk(workload: Workload, device: torch.device) -> dict[str, Erro
         "local_size": max(short.lengths) // 32,
     }
     out = dual_chunk_attn_varlen_func(
-        *inputs.leaves, inputs.cu_seqlens, inputs.max_seqlen, **options
+        *inputs.leaves, inputs.cu_seqlens, inputs.max_seqlen, **options, backend=backend
     )
     assert isinstance(out, torch.Tensor)
     ours = (out.detach(), *torch.autograd.grad(out, inputs.leaves, inputs.grad_out))
@@ -191,12 +196,14 @@ def main() -> None:
     record.settings |= {"chunk_size": CHUNK_SIZE, "local_size": LOCAL_SIZE}
     record.settings["titles"] = {peer.name: peer.title for peer in peers}
     for workload in {w.head_dim: w for w in workloads}.values():
-        ratios = check_dual_chunk(workload, device)
-        text = {name: round(max(r.norm, r.maximum), 3) for name, r in ratios.items()}
-        print(f"error ratios at D = {workload.head_dim}: {text}", flush=True)
-        record.settings[f"error_ratios_d{workload.head_dim}"] = text
-        if not all(ratio.passes for ratio in ratios.values()):
-            raise SystemExit("error above twice that of plain PyTorch: no figures")
+        has_hopper = hopper_serves(device) and workload.head_dim <= 128
+        for backend in ("triton", "hopper") if has_hopper else ("triton",):
+            ratios = check_dual_chunk(workload, device, backend)
+            text = {name: round(max(r.norm, r.maximum), 3) for name, r in ratios.items()}
+            print(f"{backend}: error ratios at D = {workload.head_dim}: {text}", flush=True)
+            record.settings[f"error_ratios_d{workload.head_dim}_{backend}"] = text
+            if not all(ratio.passes for ratio in ratios.values()):
+                raise SystemExit("error above twice that of plain PyTorch: no figures")
     timer = gpu_timer(arguments.milliseconds)
     for name in run_workloads(
         record, workloads, peers, device, timer, repetitions=arguments.repetitions
