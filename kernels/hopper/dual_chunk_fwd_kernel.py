@@ -7,29 +7,22 @@ queries at the far position, NEAR with keys rotated by -c, OWN with both as they
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from lctrain.kernels.hopper.compat import (
-    partition_barrier,
-    reinterpret,
-    tma_load,
-    tma_store,
-    tma_store_wait,
-)
+from lctrain.kernels.hopper.compat import tma_store_wait
 from lctrain.kernels.hopper.softmax import key_words, masked_weights
 from lctrain.kernels.hopper.step import keys_of_query, keys_of_tile, load_key, scalar
-from lctrain.kernels.hopper.tile_list import TILE_FIELDS, TILES_AHEAD, fetch_tiles
+from lctrain.kernels.hopper.tile_list import TILE_FIELDS, TILES_AHEAD, fetch_tiles, read_tile
+from lctrain.kernels.hopper.tile_rows import allocate, load_keys, load_queries, store_rows
 from lctrain.kernels.tile.chunks import FAR, NEAR, OWN
 from lctrain.kernels.tile.logits import LN_2, LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
 _LN_2 = gl.constexpr(LN_2)
 _RAGGED = gl.constexpr(1 << 30)
-_CHUNK = gl.constexpr(64)  # columns of a 128-byte swizzle
 
 
 @gluon.jit
@@ -61,50 +54,6 @@ def _first_key(block, counts, shifts, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def _load_queries(desc, q_bufs, q_ready, slot, place, TILE: gl.constexpr):
-    """Loads the rows of a tile into a slot, in runs of positions of one head."""
-    end_q, length_q, first, head = place
-    PACK: gl.constexpr = TILE[0]
-    CONSUMERS: gl.constexpr = TILE[1]
-    BLOCK_D: gl.constexpr = TILE[3]
-    ROWS: gl.constexpr = CONSUMERS * 64
-    POSITIONS: gl.constexpr = ROWS // PACK
-    RUN: gl.constexpr = POSITIONS if POSITIONS < 64 else 64
-    COLUMNS: gl.constexpr = BLOCK_D // _CHUNK
-    dtype: gl.constexpr = desc.dtype
-    BYTES: gl.constexpr = dtype.primitive_bitwidth // 8
-    rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([RUN, _CHUNK], dtype)
-    mbarrier.expect(q_ready.index(slot), ROWS * BLOCK_D * BYTES)
-    for consumer in gl.static_range(CONSUMERS):
-        chunks = reinterpret(
-            q_bufs.index(slot * CONSUMERS + consumer),
-            dtype,
-            [COLUMNS * (64 // RUN), RUN, _CHUNK],
-            rows_layout,
-        )
-        for column in gl.static_range(COLUMNS):
-            for run in gl.static_range(64 // RUN):
-                index = consumer * (64 // RUN) + run
-                tma_load(
-                    desc,
-                    [
-                        _RAGGED,
-                        end_q,
-                        _RAGGED - length_q + first + index % (POSITIONS // RUN) * RUN,
-                        head + index // (POSITIONS // RUN),
-                        column * _CHUNK,
-                    ],
-                    q_ready.index(slot),
-                    reinterpret(
-                        chunks.index(column * (64 // RUN) + run),
-                        dtype,
-                        [1, 1, RUN, 1, _CHUNK],
-                        desc.layout,
-                    ),
-                )
-
-
-@gluon.jit
 def _load(
     sources,
     shared,
@@ -124,25 +73,16 @@ def _load(
     PACK: gl.constexpr = TILE[0]
     CONSUMERS: gl.constexpr = TILE[1]
     BLOCK_N: gl.constexpr = TILE[2]
-    BLOCK_D: gl.constexpr = TILE[3]
     Q_STAGES: gl.constexpr = TILE[4]
     STAGES: gl.constexpr = TILE[5]
     POSITIONS: gl.constexpr = CONSUMERS * 64 // PACK
-    dtype: gl.constexpr = q_desc.dtype
-    BYTES: gl.constexpr = dtype.primitive_bitwidth // 8
     served = 0
     loaded = 0  # rows of queries: one or two per tile
     ring = 0
     mbarrier.wait(info_ready.index(0), 0)
     document = scalar(info.index(0), 1)
     while document >= 0:
-        fields = served % TILES_AHEAD * TILE_FIELDS
-        end_q = scalar(info.index(fields + 1), 1)
-        length_q = scalar(info.index(fields + 2), 1)
-        end_k = scalar(info.index(fields + 3), 1)
-        length_k = scalar(info.index(fields + 4), 1)
-        first = scalar(info.index(fields + 5), 1)
-        head = scalar(info.index(fields + 6), 1)
+        end_q, length_q, end_k, length_k, first, head, _, _ = read_tile(info, served, 1)
         mbarrier.arrive(info_empty.index(served % TILES_AHEAD), count=1)
         shift = length_k - length_q
         last = gl.minimum(first + POSITIONS, length_q) - 1 + shift
@@ -155,36 +95,25 @@ def _load(
             # out holds the queries at the far position until the tile's result takes their place.
             slot = loaded % Q_STAGES
             mbarrier.wait(q_empty.index(slot), ((loaded // Q_STAGES) & 1) ^ 1)
-            _load_queries(out_desc, q_bufs, q_ready, slot, place_q, TILE)
+            load_queries(out_desc, q_bufs, q_ready, slot, place_q, TILE)
             loaded += 1
         slot = loaded % Q_STAGES
         mbarrier.wait(q_empty.index(slot), ((loaded // Q_STAGES) & 1) ^ 1)
-        _load_queries(q_desc, q_bufs, q_ready, slot, place_q, TILE)
+        load_queries(q_desc, q_bufs, q_ready, slot, place_q, TILE)
         loaded += 1
         head_kv = head // GROUP
         for block in range(blocks):
             place = ring % STAGES
             phase = ((ring // STAGES) & 1) ^ 1
             row = _RAGGED - length_k + _first_key(block, counts, shifts, BLOCK_N)
+            keys = (end_k, row, head_kv)
             mbarrier.wait(k_empty.index(place), phase)
-            mbarrier.expect(k_ready.index(place), BLOCK_N * BLOCK_D * BYTES)
-            k_place = reinterpret(
-                k_bufs.index(place), dtype, [1, 1, BLOCK_N, 1, BLOCK_D], k_desc.layout
-            )
             if (block >= near_block) & (block < own_block):
-                tma_load(
-                    k_near_desc, [_RAGGED, end_k, row, head_kv, 0], k_ready.index(place), k_place
-                )
+                load_keys(k_near_desc, k_bufs.index(place), k_ready.index(place), keys)
             else:
-                tma_load(k_desc, [_RAGGED, end_k, row, head_kv, 0], k_ready.index(place), k_place)
+                load_keys(k_desc, k_bufs.index(place), k_ready.index(place), keys)
             mbarrier.wait(v_empty.index(place), phase)
-            mbarrier.expect(v_ready.index(place), BLOCK_N * BLOCK_D * BYTES)
-            tma_load(
-                v_desc,
-                [_RAGGED, end_k, row, head_kv, 0],
-                v_ready.index(place),
-                reinterpret(v_bufs.index(place), dtype, [1, 1, BLOCK_N, 1, BLOCK_D], v_desc.layout),
-            )
+            load_keys(v_desc, v_bufs.index(place), v_ready.index(place), keys)
             ring += 1
         served += 1
         mbarrier.wait(info_ready.index(served % TILES_AHEAD), (served // TILES_AHEAD) & 1)
@@ -246,13 +175,11 @@ def _consume(
     STAGES: gl.constexpr = TILE[5]
     POSITIONS: gl.constexpr = CONSUMERS * 64 // PACK
     RUN: gl.constexpr = POSITIONS if POSITIONS < 64 else 64
-    COLUMNS: gl.constexpr = BLOCK_D // _CHUNK
     FIRST_RUN: gl.constexpr = CONSUMER * (64 // RUN)
     dtype: gl.constexpr = out_desc.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([RUN, _CHUNK], dtype)
     row_s: gl.constexpr = gl.SliceLayout(1, s_layout)
     row_o: gl.constexpr = gl.SliceLayout(1, o_layout)
 
@@ -267,12 +194,8 @@ def _consume(
     mbarrier.wait(info_ready.index(0), 0)
     document = scalar(info.index(0), 4)
     while document >= 0:
-        fields = served % TILES_AHEAD * TILE_FIELDS
-        end_q = scalar(info.index(fields + 1), 4)
-        length_q = scalar(info.index(fields + 2), 4)
-        length_k = scalar(info.index(fields + 4), 4)
-        tile_first = scalar(info.index(fields + 5), 4)
-        head = scalar(info.index(fields + 6), 4) + FIRST_RUN // (POSITIONS // RUN)
+        end_q, length_q, _, length_k, tile_first, head, _, _ = read_tile(info, served, 4)
+        head += FIRST_RUN // (POSITIONS // RUN)
         mbarrier.arrive(info_empty.index(served % TILES_AHEAD), count=1)
         shift = length_k - length_q
         last = gl.minimum(tile_first + POSITIONS, length_q) - 1 + shift
@@ -398,27 +321,7 @@ def _consume(
         # The queries' place in shared memory takes the result.
         q = q_bufs.index(slot * CONSUMERS + CONSUMER)
         q.store((acc * inverse[:, None]).to(dtype))
-        fence_async_shared()
-        partition_barrier()
-        chunks = reinterpret(q, dtype, [COLUMNS * (64 // RUN), RUN, _CHUNK], rows_layout)
-        for column in gl.static_range(COLUMNS):
-            for run in gl.static_range(64 // RUN):
-                tma_store(
-                    out_desc,
-                    [
-                        _RAGGED,
-                        end_q,
-                        _RAGGED - length_q + first,
-                        head + run,
-                        column * _CHUNK,
-                    ],
-                    reinterpret(
-                        chunks.index(column * (64 // RUN) + run),
-                        dtype,
-                        [1, 1, RUN, 1, _CHUNK],
-                        out_desc.layout,
-                    ),
-                )
+        store_rows(out_desc, q, (end_q, length_q, first, head), RUN)
         result = slot
         served += 1
         mbarrier.wait(info_ready.index(served % TILES_AHEAD), (served // TILES_AHEAD) & 1)
@@ -466,43 +369,13 @@ def dual_chunk_fwd_hopper_kernel(
     both rows of a tile, and one of the next.
     """
     dtype: gl.constexpr = q_desc.dtype
-    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
-    kv_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], dtype)
-    word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    bar: gl.constexpr = mbarrier.MBarrierLayout()
-    q_bufs = gl.allocate_shared_memory(dtype, [Q_STAGES * CONSUMERS, 64, BLOCK_D], q_layout)
-    k_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], kv_layout)
-    v_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], kv_layout)
-    info = gl.allocate_shared_memory(gl.int32, [TILES_AHEAD * TILE_FIELDS, 1], word)
-    info_ready = gl.allocate_shared_memory(gl.int64, [TILES_AHEAD, 1], bar)
-    info_empty = gl.allocate_shared_memory(gl.int64, [TILES_AHEAD, 1], bar)
-    q_ready = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bar)
-    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bar)
-    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    for i in gl.static_range(TILES_AHEAD):
-        mbarrier.init(info_ready.index(i), count=1)
-        mbarrier.init(info_empty.index(i), count=CONSUMERS + 1)
-    for i in gl.static_range(Q_STAGES):
-        mbarrier.init(q_ready.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=CONSUMERS)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=CONSUMERS)
-        mbarrier.init(v_ready.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=CONSUMERS)
-    info_bars = (info_ready, info_empty)
-    q_bars = (q_ready, q_empty)
-    k_bars = (k_ready, k_empty)
-    v_bars = (v_ready, v_empty)
-    shared = (q_bufs, k_bufs, v_bufs, info, info_bars, q_bars, k_bars, v_bars)
+    TILE: gl.constexpr = (PACK, CONSUMERS, BLOCK_N, BLOCK_D, Q_STAGES, STAGES)
+    shared = allocate(dtype, TILE)
+    _, _, _, info, info_bars, _, _, _ = shared
     packs = (cu_q_ptr, cu_k_ptr, tiles_ptr, counter_ptr, num_items)
     geometry = (chunk_length, near)
     pointers = (lse_ptr, logit_scale_ptr, seed_ptr, document_ids_ptr)
     numbers = (total_q, scale, threshold, keep_scale)
-    TILE: gl.constexpr = (PACK, CONSUMERS, BLOCK_N, BLOCK_D, Q_STAGES, STAGES)
     CAUSAL: gl.constexpr = (False, True)  # HAS_LEFT, HAS_RIGHT of fetch_tiles
     sources = (q_desc, out_desc, k_desc, k_near_desc, v_desc)
     common = (out_desc, shared, geometry, pointers, numbers)

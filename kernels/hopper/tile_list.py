@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from lctrain.kernels.hopper.step import key_blocks, load_window
+from lctrain.kernels.hopper.step import key_blocks, load_window, scalar
 
 TILE_FIELDS = gl.constexpr(9)  # of a tile: see fetch_tiles
 TILES_AHEAD = gl.constexpr(2)  # tiles that are fetched before they are needed
@@ -80,3 +80,18 @@ def fetch_tiles(
     mbarrier.wait(info_empty.index(stage), ((served // TILES_AHEAD) & 1) ^ 1)
     info.index(stage * TILE_FIELDS).store(gl.full([1], -1, gl.int32, lane))
     mbarrier.arrive(info_ready.index(stage), count=1)
+
+
+@gluon.jit
+def read_tile(info, served, WARPS: gl.constexpr):
+    """(end_q, length_q, end_k, length_k, first, head, low, high) of a tile that is ready."""
+    fields = served % TILES_AHEAD * TILE_FIELDS
+    end_q = scalar(info.index(fields + 1), WARPS)
+    length_q = scalar(info.index(fields + 2), WARPS)
+    end_k = scalar(info.index(fields + 3), WARPS)
+    length_k = scalar(info.index(fields + 4), WARPS)
+    first = scalar(info.index(fields + 5), WARPS)
+    head = scalar(info.index(fields + 6), WARPS)
+    low = scalar(info.index(fields + 7), WARPS)
+    high = scalar(info.index(fields + 8), WARPS)
+    return end_q, length_q, end_k, length_k, first, head, low, high

@@ -159,7 +159,7 @@ def _prepare_kernel(
         tl.store(dq_ptr + place_dq, zero.to(dq_ptr.dtype.element_ty), mask & blind)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["elements"])
 def _scale_kernel(sum_ptr, dq_ptr, elements, scale, BLOCK: tl.constexpr):
     """dq = scale * sum, in dq's dtype. Grid: blocks of BLOCK elements."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -200,8 +200,9 @@ def varlen_bwd(
     dq = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    stats = torch.empty((3, heads, total_q), dtype=torch.float32, device=q.device)
-    delta, lse2, kept_delta = stats
+    # Each for itself: the address of a row of one tensor would be aligned for some lengths only.
+    delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
+    kept_delta = torch.empty_like(lse) if dropout_p > 0 else None
     threshold, scale_kept = dropout_arguments(dropout_p)
     columns = padded_columns(head_dim)
     dq_sum = torch.empty((total_q, heads, head_dim), dtype=torch.float32, device=q.device)
@@ -219,7 +220,7 @@ def varlen_bwd(
         dq,
         delta,
         lse2,
-        kept_delta if dropout_p > 0 else None,
+        kept_delta,
         out.stride(0),
         out.stride(1),
         dout.stride(0),
@@ -245,7 +246,7 @@ def varlen_bwd(
         ragged_descriptor(v, BLOCK_N_BACKWARD // 2, columns),
         ragged_descriptor(dq_sum, tile.block_m, columns // 2),
         lse2,
-        kept_delta if dropout_p > 0 else delta,
+        delta if kept_delta is None else kept_delta,
         dk,
         dv,
         dq_sum if ordered else None,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lctrain.kernels import make_schedule
-from lctrain.kernels.hopper import config, support, varlen
+from lctrain.kernels.hopper import config, varlen
 from tests.kernels.gluon_emulator import emulate
 from tests.kernels.oracle import (
     Case,
@@ -63,12 +63,8 @@ CASES = {
 
 
 @pytest.fixture
-def hopper(monkeypatch):
-    """backend="hopper" on this CPU, with all that the kernels have, also what others do faster."""
-    left_out = ("the backward of dropout", "a deterministic backward")
-    limits = [row for row in support.BACKWARD_LIMITS if row[0] not in left_out]
-    assert len(limits) == len(support.BACKWARD_LIMITS) - len(left_out)
-    monkeypatch.setattr(support, "BACKWARD_LIMITS", tuple(limits))
+def hopper(monkeypatch, whole_hopper_backward):
+    """backend="hopper" on this CPU, with all that the kernels have."""
     emulate(monkeypatch, varlen)
 
 

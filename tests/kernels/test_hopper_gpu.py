@@ -10,6 +10,7 @@ from lctrain.kernels import (
     flash_attn_varlen_func,
     select_backend,
 )
+from lctrain.kernels.hopper import config
 from tests.kernels.cases import GPU_CASES, GPU_DUAL_CHUNK_CASES, GPU_PLAIN
 from tests.kernels.oracle import (
     DROPOUT_SEED,
@@ -120,12 +121,33 @@ def test_a_document_keeps_its_bits_whatever_its_neighbours(name, device):
             assert after[part][begin:end].isfinite().all()
 
 
-def test_deterministic_gradients_keep_their_bits(device):
-    case = LONG_CASES["D128-causal-g4"]
+@pytest.mark.parametrize("form", [{}, {"defer_dq": True}, {"ordered": True}], ids=str)
+@pytest.mark.parametrize("name", LONG_CASES)
+def test_forms_of_the_backward_that_no_tile_takes_yet(name, form, device, whole_hopper_backward):
+    case = LONG_CASES[name]
+    if case.head_dim > 128:
+        pytest.skip("the portable kernels have this backward")
     inputs = make_inputs(case, device)
-    first = dict(attention(case, inputs, deterministic=True).items())
+    tile = config.backward_tile(case.head_dim)._replace(**form)
+    with config.override_tiles(backward=tile):
+        result = attention(case, inputs, backend="hopper")
+    assert_matches_oracle(result, case, inputs)
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["auto", "hopper"])
+@pytest.mark.parametrize("name", ["D128-causal-g4", "D64-dropout-window-g1", "D128-full-g1"])
+def test_deterministic_gradients_keep_their_bits(name, named, device, request):
+    """The portable kernels' and, for now only by name, those of the ordered backward."""
+    if named:
+        request.getfixturevalue("whole_hopper_backward")
+    options = {"deterministic": True, "backend": "hopper" if named else "auto"}
+    case = LONG_CASES[name]
+    inputs = make_inputs(case, device)
+    result = attention(case, inputs, **options)
+    assert_matches_oracle(result, case, inputs)
+    first = dict(result.items())
     for _ in range(20):
-        for part, tensor in attention(case, inputs, deterministic=True).items():
+        for part, tensor in attention(case, inputs, **options).items():
             assert torch.equal(tensor, first[part]), part
 
 
