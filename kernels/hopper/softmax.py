@@ -70,12 +70,14 @@ def block_weights(
         s = tanh(s * (scale / softcap)) * (softcap * _LOG2_E)
         multiplier = 1.0
     if (key + BLOCK_N > clear_high) | (key < clear_low):
-        last = gl.minimum(query + shift + right, length_k - 1) - key
-        s = gl.where(local_key[None, :] <= last[:, None], s, float("-inf"))
+        # Positions inside the block cost fewer instructions, those in the document fewer registers,
+        # which random bits need.
+        start = 0 if HAS_DROPOUT else key
+        keys = local_key + key if HAS_DROPOUT else local_key
+        last = gl.minimum(query + shift + right, length_k - 1) - start
+        s = gl.where(keys[None, :] <= last[:, None], s, float("-inf"))
         if HAS_LEFT:
-            s = gl.where(
-                local_key[None, :] >= (query + shift - left - key)[:, None], s, float("-inf")
-            )
+            s = gl.where(keys[None, :] >= (query + shift - left - start)[:, None], s, float("-inf"))
     return masked_weights(s, m, l, words, threshold, multiplier, s_layout, dtype, HAS_DROPOUT)
 
 
