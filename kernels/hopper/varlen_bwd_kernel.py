@@ -409,10 +409,11 @@ def _compute(
         s_token = warpgroup_mma(
             k, q_bufs.index(place).permute((1, 0)), zero_s, use_acc=False, is_async=True
         )
-        mbarrier.wait(do_ready.index(place), phase)
-        dp_token = warpgroup_mma(
-            v, do_bufs.index(place).permute((1, 0)), zero_s, use_acc=False, is_async=True
-        )
+        if not HAS_DROPOUT:
+            mbarrier.wait(do_ready.index(place), phase)
+            dp_token = warpgroup_mma(
+                v, do_bufs.index(place).permute((1, 0)), zero_s, use_acc=False, is_async=True
+            )
         if DEFER_DQ:
             mbarrier.wait(ds_full.index(step & 1), (step // 2) & 1)
             dq_token = _multiply_dq(ds_bufs, k_bufs, step & 1, zero_q, HALF_INDEX)
@@ -428,7 +429,7 @@ def _compute(
                 first_key,
                 local_key[:, None],
             )
-        s = warpgroup_mma_wait(3 if DEFER_DQ else 1, deps=[s_token])
+        s = warpgroup_mma_wait(2 * DEFER_DQ + 1 - HAS_DROPOUT, deps=[s_token])
         if HAS_SOFTCAP:
             bounded = tanh(s * (scale / softcap))
             s = bounded * (softcap * _LOG2_E)
@@ -447,18 +448,25 @@ def _compute(
             s = gl.where(seen, s, float("-inf"))
         p = gl.exp2(s * multiplier - lse[None, :])
         if HAS_DROPOUT:
-            keep = kept(words, local_key[:, None], threshold)
-            p_operand = gl.convert_layout(rounded(gl.where(keep, p, 0.0), dtype), p_layout)
+            # Whether a weight is kept goes into its sign; dp waits until the random bits are gone.
+            p = gl.where(kept(words, local_key[:, None], threshold), p, -p)
+            p_operand = gl.convert_layout(rounded(gl.maximum(p, 0.0), dtype), p_layout)
+            mbarrier.wait(do_ready.index(place), phase)
+            dp_token = warpgroup_mma(
+                v, do_bufs.index(place).permute((1, 0)), zero_s, use_acc=False, is_async=True
+            )
+            dv_token = warpgroup_mma(p_operand, do_bufs.index(place), dv, is_async=True)
+            delta = delta_bufs.index(place).load(column_s)
+            dp = warpgroup_mma_wait(1, deps=[dp_token])
+            ds = gl.abs(p) * (gl.where(p > 0.0, dp, 0.0) - delta[None, :])
         else:
             p_operand = gl.convert_layout(p.to(dtype), p_layout)
-        delta = delta_bufs.index(place).load(column_s)
-        # A wait that is over long since: ptxas does not move the next one above its branch.
-        mbarrier.wait(kv_ready, 0)
-        dp = warpgroup_mma_wait(2 if DEFER_DQ else 0, deps=[dp_token])
-        dv_token = warpgroup_mma(p_operand, do_bufs.index(place), dv, is_async=True)
-        if HAS_DROPOUT:
-            dp = gl.where(keep, dp, 0.0)
-        ds = p * (dp - delta[None, :])
+            delta = delta_bufs.index(place).load(column_s)
+            # A wait that is over long since: ptxas does not move the next one above its branch.
+            mbarrier.wait(kv_ready, 0)
+            dp = warpgroup_mma_wait(2 * DEFER_DQ, deps=[dp_token])
+            dv_token = warpgroup_mma(p_operand, do_bufs.index(place), dv, is_async=True)
+            ds = p * (dp - delta[None, :])
         if HAS_SOFTCAP:
             ds = ds * (1.0 - bounded * bounded)
         ds = ds.to(dtype)
