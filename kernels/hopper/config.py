@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class ForwardTile(NamedTuple):
-    """Of varlen_fwd_hopper_kernel and dual_chunk_fwd_hopper_kernel.
+    """Of the forward kernels.
 
     Attributes:
         block_n: Keys of a block.
@@ -20,7 +20,7 @@ class ForwardTile(NamedTuple):
 
 
 class BackwardTile(NamedTuple):
-    """Of varlen_bwd_hopper_kernel, and of dual_chunk_bwd_hopper_kernel but for the last two.
+    """Of varlen_bwd_hopper_kernel, and of the other backward kernels but for the last two.
 
     Attributes:
         block_m: Queries of a block.
@@ -43,6 +43,23 @@ _BACKWARD = {64: BackwardTile(64, 3), 128: BackwardTile(64, 2)}
 # A tile of dual chunk attention holds its queries twice; the third place is for the next tile.
 _DUAL_CHUNK_FORWARD = {64: ForwardTile(128, 3, 3), 128: ForwardTile(128, 2, 3)}
 _DUAL_CHUNK_BACKWARD = {64: BackwardTile(64, 3), 128: BackwardTile(64, 2)}
+# By the columns of q and k, those of v, and whether both branches read one k.
+_DIFFERENTIAL_FORWARD = {
+    (64, 64, False): ForwardTile(64, 4, 2),
+    (64, 64, True): ForwardTile(64, 4, 2),
+    (64, 128, False): ForwardTile(64, 3, 2),
+    (64, 128, True): ForwardTile(64, 4, 2),
+    (128, 128, False): ForwardTile(64, 2, 1),
+    (128, 128, True): ForwardTile(64, 2, 2),
+}
+DIFFERENTIAL_COLUMNS = tuple(_DIFFERENTIAL_FORWARD)
+_DIFFERENTIAL_BACKWARD = {
+    (64, 64, False): BackwardTile(64, 3),
+    (64, 64, True): BackwardTile(64, 3),
+    (64, 128, False): BackwardTile(64, 2),
+    (64, 128, True): BackwardTile(64, 2),
+    (128, 128, True): BackwardTile(64, 2),
+}
 CONSUMERS = 2  # warpgroups of a forward, of 64 rows each
 REGISTERS = 168  # of each thread at entry; warp specialisation shares them out anew
 BLOCK_N_BACKWARD = 128  # a block of the schedule
@@ -75,6 +92,16 @@ def dual_chunk_forward_tile(columns: int) -> ForwardTile:
 def dual_chunk_backward_tile(columns: int) -> BackwardTile:
     """Returns the tile of both launches of a backward of dual chunk attention."""
     return _DUAL_CHUNK_BACKWARD[columns]
+
+
+def differential_forward_tile(columns: int, value_columns: int, shared_k: bool) -> ForwardTile:
+    """Returns the tile of a forward of differential attention."""
+    return _DIFFERENTIAL_FORWARD[columns, value_columns, shared_k]
+
+
+def differential_backward_tile(columns: int, value_columns: int, shared_k: bool) -> BackwardTile:
+    """Returns the tile of a backward of differential attention."""
+    return _DIFFERENTIAL_BACKWARD[columns, value_columns, shared_k]
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,37 @@ class Call:
     dropout: bool = False
 
 
+@dataclass(frozen=True)
+class DifferentialCall:
+    """What decides about a call of differential attention.
+
+    Attributes:
+        q1: [T, H, D].
+        q2: [T, H, D].
+        k1: [Tk, Hk, D].
+        k2: [Tk, Hk, D]; None if both branches read k1.
+        v: [Tk, Hk, Dv].
+        dout: Gradient of out, in the backward.
+        deterministic: dq1 and dq2 must have the same bits in every run.
+        dropout: Weights are dropped.
+    """
+
+    q1: Tensor
+    q2: Tensor
+    k1: Tensor
+    k2: Tensor | None
+    v: Tensor
+    dout: Tensor | None = None
+    deterministic: bool = False
+    dropout: bool = False
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """q1, q2, k1, v, and k2 if it is another k."""
+        inputs = (self.q1, self.q2, self.k1, self.v)
+        return inputs if self.k2 is None else (*inputs, self.k2)
+
+
 def _unaligned(tensor: Tensor) -> bool:
     """The copy engine wants 16-byte strides, all positive, and a 16-byte base."""
     if tensor.numel() == 0:
@@ -48,6 +80,7 @@ def _unaligned(tensor: Tensor) -> bool:
     )
 
 
+_Call = TypeVar("_Call", Call, DifferentialCall)
 _Limit = tuple[str, Callable[[Call], bool]]
 FORWARD_LIMITS: tuple[_Limit, ...] = (
     ("dtypes other than float16 and bfloat16", lambda c: c.q.element_size() != 2),
@@ -81,9 +114,28 @@ DUAL_CHUNK_BACKWARD_LIMITS: tuple[_Limit, ...] = (
     ("a gradient of out whose strides are no multiples of 16 bytes",
      lambda c: c.dout is not None and c.dout.stride(2) == 1 and _unaligned(c.dout)),
 )  # fmt: skip
+_DifferentialLimit = tuple[str, Callable[[DifferentialCall], bool]]
+DIFFERENTIAL_FORWARD_LIMITS: tuple[_DifferentialLimit, ...] = (
+    ("dtypes other than float16 and bfloat16", lambda c: c.q1.element_size() != 2),
+    ("values of head dims above 128", lambda c: c.v.shape[2] > 128),
+    ("packs without keys", lambda c: c.k1.shape[0] == 0),
+    ("more than 2^30 tokens", lambda c: max(c.q1.shape[0], c.k1.shape[0]) > MAX_ROWS),
+    ("strides or addresses that are no multiples of 16 bytes",
+     lambda c: any(_unaligned(x) for x in c.inputs)),
+)  # fmt: skip
+DIFFERENTIAL_BACKWARD_LIMITS: tuple[_DifferentialLimit, ...] = (
+    *DIFFERENTIAL_FORWARD_LIMITS,
+    # Three accumulators of 64 by 128 leave no registers for the weights.
+    ("the backward of head dims above 64 with a k per branch",
+     lambda c: c.q1.shape[2] > 64 and c.k2 is not None),
+    ("the backward of dropout", lambda c: c.dropout),
+    ("a deterministic backward", lambda c: c.deterministic),
+    ("a gradient of out whose strides are no multiples of 16 bytes",
+     lambda c: c.dout is not None and c.dout.stride(2) == 1 and _unaligned(c.dout)),
+)  # fmt: skip
 
 
-def refusal(call: Call, limits: tuple[_Limit, ...]) -> str | None:
+def refusal(call: _Call, limits: tuple[tuple[str, Callable[[_Call], bool]], ...]) -> str | None:
     """Returns what a call asks of the Hopper kernels that they cannot do, None if nothing."""
     return next((name for name, exceeds in limits if exceeds(call)), None)
 

@@ -59,7 +59,16 @@ def allocate(dtype: gl.constexpr, TILE: gl.constexpr):
 
 
 @gluon.jit
-def load_queries(desc, q_bufs, q_ready, stage, place, TILE: gl.constexpr):
+def load_queries(
+    desc,
+    q_bufs,
+    q_ready,
+    stage,
+    place,
+    TILE: gl.constexpr,
+    BRANCH: gl.constexpr = 0,
+    BRANCHES: gl.constexpr = 1,
+):
     """Loads the rows of a tile: runs of positions of one head after the other.
 
     Args:
@@ -69,6 +78,8 @@ def load_queries(desc, q_bufs, q_ready, stage, place, TILE: gl.constexpr):
         stage: Where to.
         place: (end and length of the document, the tile's first query, its first head).
         TILE: As in allocate.
+        BRANCH: Which 64 rows of a buffer.
+        BRANCHES: Times 64 rows that a buffer has; each load is an arrival at q_ready.
     """
     end_q, length_q, first, head = place
     PACK: gl.constexpr = TILE[0]
@@ -86,7 +97,7 @@ def load_queries(desc, q_bufs, q_ready, stage, place, TILE: gl.constexpr):
         chunks = reinterpret(
             q_bufs.index(stage * CONSUMERS + consumer),
             dtype,
-            [COLUMNS * (64 // RUN), RUN, _CHUNK],
+            [BRANCHES * COLUMNS * (64 // RUN), RUN, _CHUNK],
             rows_layout,
         )
         for column in gl.static_range(COLUMNS):
@@ -103,7 +114,7 @@ def load_queries(desc, q_bufs, q_ready, stage, place, TILE: gl.constexpr):
                     ],
                     q_ready.index(stage),
                     reinterpret(
-                        chunks.index(column * (64 // RUN) + run),
+                        chunks.index((BRANCH * COLUMNS + column) * (64 // RUN) + run),
                         dtype,
                         [1, 1, RUN, 1, _CHUNK],
                         desc.layout,

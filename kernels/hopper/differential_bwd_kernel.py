@@ -1,0 +1,466 @@
+"""Backward of differential attention for Hopper, in Gluon: dP and dV once for both branches."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from lctrain.kernels.hopper.compat import (
+    copy_arrive,
+    copy_async,
+    partition_barrier,
+    reinterpret,
+    tma_add,
+    tma_load,
+    tma_store_wait,
+)
+from lctrain.kernels.hopper.step import load_window, query_blocks
+from lctrain.kernels.tile.logits import LOG2_E
+
+_LOG2_E = gl.constexpr(LOG2_E)
+_RAGGED = gl.constexpr(1 << 30)
+_COLUMNS = gl.constexpr(64)  # of dq that a warpgroup puts away at once
+
+
+@gluon.jit
+def _load(
+    sources,
+    shared,
+    stats,
+    tile,
+    GROUP: gl.constexpr,
+    SHAPE: gl.constexpr,
+):
+    """Loads a tile's keys and values, then the queries of every head of its group."""
+    q_descs, do_desc, k_descs, v_desc = sources
+    k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings = shared
+    q_ready, q_empty, do_ready, do_empty = rings
+    stats_ptr, total_q, stats_size = stats
+    head_kv, begin_q, length_q, begin_k, length_k, first, low, high = tile
+    BLOCK_M: gl.constexpr = SHAPE[0]
+    BLOCK_N: gl.constexpr = SHAPE[1]
+    BLOCK_D: gl.constexpr = SHAPE[2]
+    BLOCK_DV: gl.constexpr = SHAPE[3]
+    STAGES: gl.constexpr = SHAPE[4]
+    KEYS: gl.constexpr = SHAPE[5]
+    HALF: gl.constexpr = BLOCK_N // 2
+    dtype: gl.constexpr = v_desc.dtype
+    mbarrier.expect(kv_ready, BLOCK_N * (KEYS * BLOCK_D + BLOCK_DV) * 2)
+    for half in gl.static_range(2):
+        row = _RAGGED - length_k + first + half * HALF
+        for branch in gl.static_range(KEYS):
+            tma_load(
+                k_descs[branch],
+                [_RAGGED, begin_k + length_k, row, head_kv, 0],
+                kv_ready,
+                reinterpret(
+                    k_bufs.index(2 * branch + half),
+                    dtype,
+                    [1, 1, HALF, 1, BLOCK_D],
+                    k_descs[0].layout,
+                ),
+            )
+        tma_load(
+            v_desc,
+            [_RAGGED, begin_k + length_k, row, head_kv, 0],
+            kv_ready,
+            reinterpret(v_bufs.index(half), dtype, [1, 1, HALF, 1, BLOCK_DV], v_desc.layout),
+        )
+    lanes: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
+    local = gl.arange(0, BLOCK_M, lanes)
+    head = head_kv * GROUP
+    block = low
+    for step in range(GROUP * (high - low)):
+        place = step % STAGES
+        phase = ((step // STAGES) & 1) ^ 1
+        query = block * BLOCK_M + local
+        vector = stats_ptr + head.to(gl.int64) * total_q + begin_q + query
+        row = _RAGGED - length_q + block * BLOCK_M
+        mbarrier.wait(q_empty.index(place), phase)
+        for branch in gl.static_range(2):
+            copy_async(
+                lse_bufs.index(2 * place + branch),
+                vector + branch * stats_size,
+                mask=query < length_q,
+            )
+        copy_arrive(q_ready.index(place))
+        mbarrier.expect(q_ready.index(place), 2 * BLOCK_M * BLOCK_D * 2)
+        for branch in gl.static_range(2):
+            tma_load(
+                q_descs[branch],
+                [_RAGGED, begin_q + length_q, row, head, 0],
+                q_ready.index(place),
+                reinterpret(
+                    q_bufs.index(2 * place + branch),
+                    dtype,
+                    [1, 1, BLOCK_M, 1, BLOCK_D],
+                    q_descs[0].layout,
+                ),
+            )
+        mbarrier.wait(do_empty.index(place), phase)
+        for branch in gl.static_range(2):
+            copy_async(
+                delta_bufs.index(2 * place + branch),
+                vector + (2 + branch) * stats_size,
+                mask=query < length_q,
+            )
+        copy_arrive(do_ready.index(place))
+        mbarrier.expect(do_ready.index(place), BLOCK_M * BLOCK_DV * 2)
+        tma_load(
+            do_desc,
+            [_RAGGED, begin_q + length_q, row, head, 0],
+            do_ready.index(place),
+            reinterpret(do_bufs.index(place), dtype, [1, 1, BLOCK_M, 1, BLOCK_DV], do_desc.layout),
+        )
+        block += 1
+        head = gl.where(block == high, head + 1, head)
+        block = gl.where(block == high, low, block)
+
+
+@gluon.jit
+def _add_dq(dq_descs, dq_shared, tile, GROUP: gl.constexpr, SHAPE: gl.constexpr):
+    """Adds dq1 and dq2, 64 columns at a time, to the float32 buffers."""
+    dq_bufs, dq_ready, dq_empty = dq_shared
+    head_kv, begin_q, length_q, _, _, _, low, high = tile
+    BLOCK_M: gl.constexpr = SHAPE[0]
+    ROUNDS: gl.constexpr = SHAPE[2] // _COLUMNS
+    head = head_kv * GROUP
+    block = low
+    for step in range(GROUP * (high - low)):
+        row = _RAGGED - length_q + block * BLOCK_M
+        for part in gl.static_range(ROUNDS):
+            for branch in gl.static_range(2):
+                mbarrier.wait(dq_ready.index(branch), (step * ROUNDS + part) & 1)
+                tma_add(
+                    dq_descs[branch],
+                    [_RAGGED, begin_q + length_q, row, head, part * _COLUMNS],
+                    reinterpret(
+                        dq_bufs.index(branch),
+                        gl.float32,
+                        [1, 1, BLOCK_M, 1, _COLUMNS],
+                        dq_descs[0].layout,
+                    ),
+                )
+            tma_store_wait(1)
+            mbarrier.arrive(dq_empty.index(0), count=1)
+            tma_store_wait(0)
+            mbarrier.arrive(dq_empty.index(1), count=1)
+        block += 1
+        head = gl.where(block == high, head + 1, head)
+        block = gl.where(block == high, low, block)
+
+
+@gluon.jit
+def _weights(
+    s,
+    lse,
+    query,
+    bounds,
+    multiplier,
+    BLOCK_M: gl.constexpr,
+    s_layout: gl.constexpr,
+    FLAGS: gl.constexpr,
+):
+    """p [keys, queries] of one branch, from its products and its base-2 lse."""
+    HALF: gl.constexpr = s.shape[0]
+    HAS_LEFT: gl.constexpr = FLAGS[0]
+    HAS_RIGHT: gl.constexpr = FLAGS[1]
+    keys_here, reach, past = bounds
+    # Keys beyond the document's end are zero, and 2^(0 - lse) may overflow.
+    masked = keys_here < HALF
+    if HAS_RIGHT:
+        masked = masked | (query + reach < HALF - 1)
+    if HAS_LEFT:
+        masked = masked | (query + BLOCK_M - 1 + past > 0)
+    if masked:
+        local_key = gl.arange(0, HALF, gl.SliceLayout(1, s_layout))
+        local_query = gl.arange(0, BLOCK_M, gl.SliceLayout(0, s_layout))
+        if HAS_RIGHT:
+            last = gl.minimum(local_query + (query + reach), keys_here - 1)
+            s = gl.where(local_key[:, None] <= last[None, :], s, float("-inf"))
+        else:
+            s = gl.where(local_key[:, None] < keys_here, s, float("-inf"))
+        if HAS_LEFT:
+            first = local_query + (query + past)
+            s = gl.where(local_key[:, None] >= first[None, :], s, float("-inf"))
+    return gl.exp2(s * multiplier - lse[None, :])
+
+
+@gluon.jit
+def _compute(
+    inputs,
+    GROUP: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    SHAPE: gl.constexpr,
+    FLAGS: gl.constexpr,
+    HALF_INDEX: gl.constexpr,
+):
+    """One warpgroup: half of the tile's keys, and all of dq of one branch."""
+    shared, dq_shared, ds_shared, results, tile, window, scale = inputs
+    k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings = shared
+    q_ready, q_empty, do_ready, do_empty = rings
+    dq_bufs, dq_ready, dq_empty = dq_shared
+    ds_bufs, ds_full, ds_empty = ds_shared
+    dk1_ptr, dk2_ptr, dv_ptr, stride_kt, stride_kh, stride_vt, stride_vh = results
+    head_kv, _, length_q, begin_k, length_k, first, low, high = tile
+    left, right = window
+    BLOCK_M: gl.constexpr = SHAPE[0]
+    BLOCK_N: gl.constexpr = SHAPE[1]
+    BLOCK_D: gl.constexpr = SHAPE[2]
+    BLOCK_DV: gl.constexpr = SHAPE[3]
+    STAGES: gl.constexpr = SHAPE[4]
+    KEYS: gl.constexpr = SHAPE[5]
+    HALF: gl.constexpr = BLOCK_N // 2
+    ROUNDS: gl.constexpr = BLOCK_D // _COLUMNS
+    OWN_K: gl.constexpr = 2 * (KEYS - 1) * HALF_INDEX  # of the branch whose dq is computed here
+    dtype: gl.constexpr = v_bufs.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    k_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    v_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    ds_layout: gl.constexpr = gl.DotOperandLayout(0, k_layout, 2)
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, v_layout, 2)
+    column_s: gl.constexpr = gl.SliceLayout(0, s_layout)
+
+    first_key = first + HALF_INDEX * HALF
+    # Bounds of what is seen, relative to this warpgroup's first key.
+    keys_here = length_k - first_key
+    bounds = (keys_here, keys_here - length_q + right, keys_here - length_q - left)
+    multiplier = scale * _LOG2_E
+    dk1 = gl.zeros([HALF, BLOCK_D], gl.float32, k_layout)
+    dk2 = gl.zeros([HALF, BLOCK_D], gl.float32, k_layout)
+    dv = gl.zeros([HALF, BLOCK_DV], gl.float32, v_layout)
+    zero_s = gl.zeros([HALF, BLOCK_M], gl.float32, s_layout)
+    zero_q = gl.zeros([BLOCK_M, BLOCK_D], gl.float32, dq_layout)
+    k1 = k_bufs.index(HALF_INDEX)
+    k2 = k_bufs.index(2 * (KEYS - 1) + HALF_INDEX)
+    v = v_bufs.index(HALF_INDEX)
+    head = head_kv * GROUP
+    block = low
+    mbarrier.wait(kv_ready, 0)
+    for step in range(GROUP * (high - low)):
+        place = step % STAGES
+        phase = (step // STAGES) & 1
+        query = block * BLOCK_M
+        q1 = q_bufs.index(2 * place)
+        q2 = q_bufs.index(2 * place + 1)
+        do = do_bufs.index(place)
+        mbarrier.wait(q_ready.index(place), phase)
+        s1_token = warpgroup_mma(k1, q1.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+        mbarrier.wait(do_ready.index(place), phase)
+        dp_token = warpgroup_mma(v, do.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+        s1 = warpgroup_mma_wait(1, deps=[s1_token])
+        lse = lse_bufs.index(2 * place).load(column_s)
+        p1 = _weights(s1, lse, query, bounds, multiplier, BLOCK_M, s_layout, FLAGS)
+        # Both warpgroups have read the last step's ds.
+        mbarrier.wait(ds_empty, (step & 1) ^ 1)
+        # There is no room for both weights in registers: these wait where ds2 will lie. Stored
+        # before dp is waited for, they are computed before, too.
+        ds_bufs.index(2 + HALF_INDEX).store(p1.to(dtype))
+        dp = warpgroup_mma_wait(0, deps=[dp_token])
+        e1 = delta_bufs.index(2 * place).load(column_s)
+        ds1 = (p1 * (dp - e1[None, :])).to(dtype)
+        ds_bufs.index(HALF_INDEX).store(ds1)
+        fence_async_shared()
+        partition_barrier()
+        s2_token = warpgroup_mma(k2, q2.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+        dk1_token = warpgroup_mma(ds_bufs.index(HALF_INDEX), q1, dk1, is_async=True)
+        s2 = warpgroup_mma_wait(1, deps=[s2_token])
+        lse = lse_bufs.index(2 * place + 1).load(column_s)
+        p2 = _weights(s2, lse, query, bounds, multiplier, BLOCK_M, s_layout, FLAGS)
+        e2 = delta_bufs.index(2 * place + 1).load(column_s)
+        sign = e2.to(gl.int32, bitcast=True) << 31
+        p2 = (p2.to(gl.int32, bitcast=True) ^ sign[None, :]).to(gl.float32, bitcast=True)
+        ds2 = (p2 * (e2[None, :] - dp)).to(dtype)
+        p1 = ds_bufs.index(2 + HALF_INDEX).load(s_layout).to(gl.float32)
+        p = (p1 - p2).to(dtype)
+        ds_bufs.index(2 + HALF_INDEX).store(ds2)
+        fence_async_shared()
+        mbarrier.arrive(ds_full, count=1)
+        dv_token = warpgroup_mma(gl.convert_layout(p, p_layout), do, dv, is_async=True)
+        dk1 = warpgroup_mma_wait(1, deps=[dk1_token])
+        mbarrier.wait(ds_full, step & 1)
+        dq_token = warpgroup_mma(
+            ds_bufs.index(2 * HALF_INDEX).permute((1, 0)),
+            k_bufs.index(OWN_K),
+            zero_q,
+            use_acc=False,
+            is_async=True,
+        )
+        dq_token = warpgroup_mma(
+            ds_bufs.index(2 * HALF_INDEX + 1).permute((1, 0)),
+            k_bufs.index(OWN_K + 1),
+            dq_token,
+            is_async=True,
+        )
+        if KEYS == 1:
+            dk1_token = warpgroup_mma(ds_bufs.index(2 + HALF_INDEX), q2, dk1, is_async=True)
+        else:
+            dk2_token = warpgroup_mma(gl.convert_layout(ds2, ds_layout), q2, dk2, is_async=True)
+        dv = warpgroup_mma_wait(3, deps=[dv_token])
+        mbarrier.arrive(do_empty.index(place), count=1)
+        dq = warpgroup_mma_wait(1, deps=[dq_token])
+        mbarrier.wait(dq_empty.index(HALF_INDEX), ((step * ROUNDS) & 1) ^ 1)
+        if ROUNDS == 2:
+            # The buffer holds 64 columns.
+            dq, dq_late = gl.split(gl.permute(gl.reshape(dq, [BLOCK_M, 2, _COLUMNS]), (0, 2, 1)))
+        dq_bufs.index(HALF_INDEX).store(dq)
+        fence_async_shared()
+        mbarrier.arrive(dq_ready.index(HALF_INDEX), count=1)
+        if KEYS == 1:
+            dk1 = warpgroup_mma_wait(0, deps=[dk1_token])
+        else:
+            dk2 = warpgroup_mma_wait(0, deps=[dk2_token])
+        mbarrier.arrive(q_empty.index(place), count=1)
+        mbarrier.arrive(ds_empty, count=1)
+        if ROUNDS == 2:
+            mbarrier.wait(dq_empty.index(HALF_INDEX), 0)
+            dq_bufs.index(HALF_INDEX).store(dq_late)
+            fence_async_shared()
+            mbarrier.arrive(dq_ready.index(HALF_INDEX), count=1)
+        block += 1
+        head = gl.where(block == high, head + 1, head)
+        block = gl.where(block == high, low, block)
+    key_v = first_key + gl.arange(0, HALF, gl.SliceLayout(1, v_layout))
+    column_v = gl.arange(0, BLOCK_DV, gl.SliceLayout(0, v_layout))
+    row_v = (begin_k + key_v).to(gl.int64) * stride_vt + head_kv * stride_vh
+    inside_v = (key_v < length_k)[:, None] & (column_v < VALUE_DIM)[None, :]
+    gl.store(dv_ptr + row_v[:, None] + column_v[None, :], dv.to(dtype), mask=inside_v)
+    key = first_key + gl.arange(0, HALF, gl.SliceLayout(1, k_layout))
+    column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, k_layout))
+    row_k = (begin_k + key).to(gl.int64) * stride_kt + head_kv * stride_kh
+    inside = (key < length_k)[:, None] & (column < HEAD_DIM)[None, :]
+    place_k = row_k[:, None] + column[None, :]
+    gl.store(dk1_ptr + place_k, (dk1 * scale).to(dtype), mask=inside)
+    if KEYS == 2:
+        gl.store(dk2_ptr + place_k, (dk2 * scale).to(dtype), mask=inside)
+
+
+@gluon.jit(do_not_specialize=["num_tiles", "total_q", "window_left", "window_right"])
+def differential_bwd_hopper_kernel(
+    q1_desc,
+    q2_desc,
+    do_desc,
+    k1_desc,
+    k2_desc,
+    v_desc,
+    dq1_desc,
+    dq2_desc,
+    stats_ptr,
+    dk1_ptr,
+    dk2_ptr,
+    dv_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    tiles_ptr,
+    window_ptr,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    num_tiles,
+    total_q,
+    window_left,
+    window_right,
+    scale,
+    GROUP: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    BLOCK_DV: gl.constexpr,
+    STAGES: gl.constexpr,
+    SHARED_K: gl.constexpr,
+    HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
+):
+    """One program: BLOCK_N keys of one key/value head, with all queries of its group that see them.
+
+    Grid: (key/value heads, tiles). stats [4, H, T] float32: lse1 and lse2 in base 2, +inf where
+    nothing was seen, e1 and e2; lse2 less log2 |lam|, and the last bit of e2 is the sign of lam. So
+    p2 here is lam A2, and ds1 = p1 (dp - e1), ds2 = p2 (e2 - dp). dq1_desc and dq2_desc describe
+    zeroed float32 [T, H, D]. k2_desc and dk2 are None with SHARED_K: dk1 is then the sum.
+    """
+    dtype: gl.constexpr = v_desc.dtype
+    HALF: gl.constexpr = BLOCK_N // 2
+    KEYS: gl.constexpr = 1 if SHARED_K else 2
+    head_kv = gl.program_id(0)
+    slot = gl.program_id(1)
+    document = gl.load(tiles_ptr + 2 * slot)
+    first = gl.load(tiles_ptr + 2 * slot + 1) * BLOCK_N
+    known = gl.maximum(document, 0)
+    begin_q = gl.load(cu_q_ptr + known)
+    length_q = gl.load(cu_q_ptr + known + 1) - begin_q
+    begin_k = gl.load(cu_k_ptr + known)
+    length_k = gl.load(cu_k_ptr + known + 1) - begin_k
+    left, right = load_window(window_ptr, window_left, window_right)
+    low, high = query_blocks(
+        first, BLOCK_N, length_k - length_q, length_q, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M
+    )
+    # An empty slot of the schedule: no queries, and no keys to store.
+    high = gl.where(document < 0, low, high)
+    length_k = gl.where(document < 0, 0, length_k)
+
+    word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, BLOCK_D], dtype)
+    v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, BLOCK_DV], dtype)
+    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], dtype)
+    do_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_DV], dtype)
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, BLOCK_M], dtype)
+    dq_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, _COLUMNS], gl.float32)
+    k_bufs = gl.allocate_shared_memory(dtype, [2 * KEYS, HALF, BLOCK_D], k_layout)
+    v_bufs = gl.allocate_shared_memory(dtype, [2, HALF, BLOCK_DV], v_layout)
+    q_bufs = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_M, BLOCK_D], q_layout)
+    do_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_DV], do_layout)
+    ds_bufs = gl.allocate_shared_memory(dtype, [4, HALF, BLOCK_M], ds_layout)
+    dq_bufs = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M, _COLUMNS], dq_layout)
+    lse_bufs = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK_M], word)
+    delta_bufs = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK_M], word)
+    kv_ready = gl.allocate_shared_memory(gl.int64, [1], bar)
+    q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    do_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    ds_full = gl.allocate_shared_memory(gl.int64, [1], bar)
+    ds_empty = gl.allocate_shared_memory(gl.int64, [1], bar)
+    dq_ready = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    dq_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    mbarrier.init(kv_ready, count=1)
+    mbarrier.init(ds_full, count=2)
+    mbarrier.init(ds_empty, count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(dq_ready.index(i), count=1)
+        mbarrier.init(dq_empty.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_ready.index(i), count=1)
+        mbarrier.init(do_ready.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=2)
+        mbarrier.init(do_empty.index(i), count=2)
+    rings = (q_ready, q_empty, do_ready, do_empty)
+    shared = (k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings)
+    dq_shared = (dq_bufs, dq_ready, dq_empty)
+    ds_shared = (ds_bufs, ds_full, ds_empty)
+    tile = (head_kv, begin_q, length_q, begin_k, length_k, first, low, high)
+    results = (dk1_ptr, dk2_ptr, dv_ptr, stride_kt, stride_kh, stride_vt, stride_vh)
+    stats = (stats_ptr, total_q, gl.num_programs(0).to(gl.int64) * GROUP * total_q)
+    SHAPE: gl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, KEYS)
+    FLAGS: gl.constexpr = (HAS_LEFT, HAS_RIGHT)
+    sources = ((q1_desc, q2_desc), do_desc, (k1_desc, k2_desc), v_desc)
+    inputs = (shared, dq_shared, ds_shared, results, tile, (left, right), scale)
+    gl.warp_specialize(
+        [
+            (_compute, (inputs, GROUP, HEAD_DIM, VALUE_DIM, SHAPE, FLAGS, 0)),
+            (_compute, (inputs, GROUP, HEAD_DIM, VALUE_DIM, SHAPE, FLAGS, 1)),
+            (_load, (sources, shared, stats, tile, GROUP, SHAPE)),
+            (_add_dq, ((dq1_desc, dq2_desc), dq_shared, tile, GROUP, SHAPE)),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
+    )
