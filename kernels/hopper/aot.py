@@ -14,20 +14,27 @@ from triton.runtime.jit import mangle_type
 from lctrain.kernels.hopper.config import (
     BLOCK_N_BACKWARD,
     CONSUMERS,
+    DIFFERENTIAL_COLUMNS,
     REGISTERS,
     backward_tile,
+    differential_backward_tile,
+    differential_forward_tile,
     dual_chunk_backward_tile,
     dual_chunk_forward_tile,
     forward_tile,
     pack_heads,
 )
+from lctrain.kernels.hopper.differential_bwd_kernel import differential_bwd_hopper_kernel
+from lctrain.kernels.hopper.differential_fwd_kernel import differential_fwd_hopper_kernel
 from lctrain.kernels.hopper.dual_chunk_bwd_kernel import dual_chunk_bwd_hopper_kernel
 from lctrain.kernels.hopper.dual_chunk_fwd_kernel import dual_chunk_fwd_hopper_kernel
 from lctrain.kernels.hopper.launch import padded_columns, ragged_descriptor
 from lctrain.kernels.hopper.support import (
     BACKWARD_LIMITS,
+    DIFFERENTIAL_BACKWARD_LIMITS,
     DUAL_CHUNK_BACKWARD_LIMITS,
     Call,
+    DifferentialCall,
     refusal,
 )
 from lctrain.kernels.hopper.varlen_bwd_kernel import varlen_bwd_hopper_kernel
@@ -37,6 +44,7 @@ from lctrain.kernels.tile.variant import KernelVariant, describe_variant
 FEATURES = ("causal", "full", "dropout", "deterministic", "all")
 DUAL_CHUNK_FEATURES = ("causal", "dropout", "all")
 HEADS_KV = 8
+DIFFERENTIAL_PUBLISHED = ((64, 128, False), (128, 128, True))  # D, Dv, one k
 _DETERMINISTIC = ("deterministic", "all")
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # Triton 3.10 flips the default of fusion
 
@@ -48,6 +56,9 @@ _TYPES = {
     **dict.fromkeys(("cu_q_ptr", "cu_k_ptr", "tiles_ptr", "counter_ptr", "window_ptr"), "i32"),
     **dict.fromkeys(("num_items", "num_tiles", "total_q", "window_left", "window_right"), "i32"),
     **dict.fromkeys(("document_ids_ptr", "threshold", "stride_t", "stride_h"), "i32"),
+    **dict.fromkeys(("lam_ptr", "lse1_ptr", "lse2_ptr", "stats_ptr"), "fp32"),
+    **dict.fromkeys(("stride_lt", "stride_lh"), "i32"),
+    **dict.fromkeys(("stride_kt", "stride_kh", "stride_vt", "stride_vh"), "i32"),
     **dict.fromkeys(("stride_dqt", "stride_dqh"), "i32"),
     **dict.fromkeys(("turns_ptr", "turns_per_head"), "i32"),
     "seed_ptr": "i64",
@@ -186,6 +197,107 @@ def dual_chunk_backward_variant(
     return describe_variant(label, kernel, types, constants, options, False)
 
 
+def differential_forward_variant(
+    head_dim: int,
+    value_dim: int,
+    shared_k: bool,
+    *,
+    features: str = "causal",
+    dtype: str = "bf16",
+    group: int = 4,
+) -> KernelVariant:
+    """As forward_variant, of differential_fwd_hopper_kernel, which has no softcap and no sinks.
+
+    Args:
+        head_dim: D.
+        value_dim: Dv.
+        shared_k: Both branches read one k.
+        features: As in forward_variant, like all that follow.
+        dtype: Of the tensors.
+        group: Query heads per key/value head.
+    """
+    columns, value_columns = padded_columns(head_dim), padded_columns(value_dim)
+    pack = pack_heads(group)
+    tile = differential_forward_tile(columns, value_columns, shared_k)
+    rows = _descriptor(dtype, min(64, CONSUMERS * 64 // pack), 64)
+    keys = _descriptor(dtype, tile.block_n, columns)
+    values = _descriptor(dtype, tile.block_n, value_columns)
+    constants = {
+        "GROUP": group,
+        "HEADS": HEADS_KV * group,
+        "PACK": pack,
+        "CONSUMERS": CONSUMERS,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_D": columns,
+        "BLOCK_DV": value_columns,
+        "Q_STAGES": tile.q_stages,
+        "STAGES": tile.stages,
+        "SHARED_K": shared_k,
+        **_flags(features),
+    }
+    types = _types(
+        features,
+        dtype,
+        **dict.fromkeys(("q1_desc", "q2_desc", "out_desc", "out1_desc", "out2_desc"), rows),
+        k1_desc=keys,
+        k2_desc=None if shared_k else keys,
+        v_desc=values,
+    )
+    options = OPTIONS | {"maxnreg": REGISTERS}
+    dims = f"D{head_dim}v{value_dim}-{'one_k' if shared_k else 'two_k'}"
+    label = f"hopper_diff_fwd-{dims}-g{group}-{features}-{dtype}-{CONSUMERS * 64}x{tile.block_n}"
+    kernel = differential_fwd_hopper_kernel
+    # Values of 128 columns leave no room for all arguments; the loop at D = 64 is without spills.
+    spill_free = features == "causal" and value_columns == 64
+    return describe_variant(label, kernel, types, constants, options, spill_free)
+
+
+def differential_backward_variant(
+    head_dim: int,
+    value_dim: int,
+    shared_k: bool,
+    *,
+    features: str = "causal",
+    dtype: str = "bf16",
+    group: int = 4,
+) -> KernelVariant:
+    """As differential_forward_variant, of differential_bwd_hopper_kernel, without dropout."""
+    columns, value_columns = padded_columns(head_dim), padded_columns(value_dim)
+    tile = differential_backward_tile(columns, value_columns, shared_k)
+    queries = _descriptor(dtype, tile.block_m, columns)
+    keys = _descriptor(dtype, BLOCK_N_BACKWARD // 2, columns)
+    dq = _descriptor("fp32", tile.block_m, 64)
+    constants = {
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "VALUE_DIM": value_dim,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": BLOCK_N_BACKWARD,
+        "BLOCK_D": columns,
+        "BLOCK_DV": value_columns,
+        "STAGES": tile.stages,
+        "SHARED_K": shared_k,
+        **_flags(features),
+    }
+    types = _types(
+        features,
+        dtype,
+        **dict.fromkeys(("q1_desc", "q2_desc"), queries),
+        do_desc=_descriptor(dtype, tile.block_m, value_columns),
+        k1_desc=keys,
+        k2_desc=None if shared_k else keys,
+        v_desc=_descriptor(dtype, BLOCK_N_BACKWARD // 2, value_columns),
+        **dict.fromkeys(("dq1_desc", "dq2_desc"), dq),
+    )
+    types |= {"dk1_ptr": f"*{dtype}", "dk2_ptr": None if shared_k else f"*{dtype}"}
+    options = OPTIONS | {"maxnreg": REGISTERS}
+    dims = f"D{head_dim}v{value_dim}-{'one_k' if shared_k else 'two_k'}"
+    size = f"{tile.block_m}x{BLOCK_N_BACKWARD}"
+    label = f"hopper_diff_bwd-{dims}-g{group}-{features}-{dtype}-{size}"
+    kernel = differential_bwd_hopper_kernel
+    return describe_variant(label, kernel, types, constants, options, False)
+
+
 def kernel_variants(
     head_dims: tuple[int, ...] = (64, 96, 128, 256),
     features: tuple[str, ...] = FEATURES,
@@ -195,7 +307,8 @@ def kernel_variants(
 
     Args:
         head_dims: Head dims to compile; the backward of those that support.py has served.
-        features: Subset of FEATURES.
+        features: Subset of FEATURES. Without "full", differential attention is that of its two
+            published versions.
         groups: Query heads per key/value head. The forward packs them; to the backward they are
             the length of a loop, so it takes the last.
     """
@@ -215,6 +328,27 @@ def kernel_variants(
     if "causal" in features:
         for describe in (forward_variant, backward_variant):
             yield describe(head_dims[0], dtype="fp16", group=groups[-1])
+    yield from _differential_variants(head_dims, features, groups[-1])
+
+
+def _differential_variants(
+    head_dims: tuple[int, ...], features: tuple[str, ...], group: int
+) -> Iterator[KernelVariant]:
+    """Those of differential attention."""
+    for dims in DIFFERENTIAL_COLUMNS if "full" in features else DIFFERENTIAL_PUBLISHED:
+        head_dim, value_dim, shared_k = dims
+        if not {head_dim, value_dim} <= set(head_dims):
+            continue
+        k = torch.empty((1, 1, head_dim), dtype=torch.bfloat16, device="meta")
+        v = torch.empty((1, 1, value_dim), dtype=torch.bfloat16, device="meta")
+        call = DifferentialCall(k, k, k, None if shared_k else k, v)
+        for name in features:
+            if name != "deterministic":
+                yield differential_forward_variant(*dims, features=name, group=group)
+            if name in ("causal", "full", "all") and (
+                refusal(call, DIFFERENTIAL_BACKWARD_LIMITS) is None
+            ):
+                yield differential_backward_variant(*dims, features=name, group=group)
 
 
 def _dual_chunk_variants(
@@ -252,7 +386,7 @@ def _flags(features: str) -> dict[str, object]:
     }
 
 
-def _types(features: str, dtype: str, **descriptors: str) -> dict[str, str | None]:
+def _types(features: str, dtype: str, **descriptors: str | None) -> dict[str, str | None]:
     """Triton's names of the types of all arguments of both kernels."""
     types: dict[str, str | None] = {
         name: f"*{kind}" if name.endswith("_ptr") else kind for name, kind in _TYPES.items()

@@ -5,7 +5,8 @@ import torch
 from triton.runtime.jit import mangle_type
 
 from lctrain.kernels import make_schedule
-from lctrain.kernels.hopper import aot, dual_chunk, varlen
+from lctrain.kernels.hopper import aot, differential, dual_chunk, varlen
+from lctrain.kernels.hopper.config import DIFFERENTIAL_COLUMNS
 from tests.kernels.aot_process import VERSIONS, compile_all
 
 SHARED_LIMIT = 232_448  # bytes that a program on sm_90 may ask for
@@ -32,7 +33,8 @@ def test_compiles_to_what_the_hardware_has(version, features):
     assert promised or not plain, "the forward promises kernels without spills"
     for report in promised:
         assert len(report["loop_spills"]) >= 2, f"{report['name']}: where are its loops?"
-    spilling = {r["name"]: r["loop_spills"] for r in promised if any(r["loop_spills"])}
+    looping = [*promised, *(r for r in plain if r["name"].startswith("hopper_diff_fwd-D64"))]
+    spilling = {r["name"]: r["loop_spills"] for r in looping if any(r["loop_spills"])}
     assert not spilling, "the loops of these spill registers"
     if version == VERSIONS[0]:  # the newest stores a few arguments away when a program begins
         spilling = {r["name"]: r["spill_bytes"] for r in promised if r["spill_bytes"]}
@@ -72,12 +74,17 @@ class Launches:
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Keeps all kernels of the launchers from being run: name -> Launches."""
-    monkeypatch.setattr(varlen, "multiprocessors", lambda device: 132)
+    """Keeps all kernels of varlen attention from being run: name -> Launches."""
+    return launches_of(varlen, monkeypatch)
+
+
+def launches_of(module, monkeypatch):
+    """The same for any module of launchers."""
+    monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     replaced = {}
-    for name in [name for name in vars(varlen) if name.endswith("_kernel")]:
-        replaced[name] = Launches(getattr(varlen, name))
-        monkeypatch.setattr(varlen, name, replaced[name])
+    for name in [name for name in vars(module) if name.endswith("_kernel")]:
+        replaced[name] = Launches(getattr(module, name))
+        monkeypatch.setattr(module, name, replaced[name])
     return replaced
 
 
@@ -189,3 +196,44 @@ class EachLaunch:
 
     def __getitem__(self, grid):
         return next(self.launches)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("group", [1, 2, 6])
+@pytest.mark.parametrize("dims", DIFFERENTIAL_COLUMNS, ids="D{0[0]}v{0[1]}-{0[2]}".format)
+@pytest.mark.parametrize("features", [name for name in aot.FEATURES if name != "deterministic"])
+def test_differential_variants_are_what_is_launched(features, dims, group, dtype, monkeypatch):
+    launches = launches_of(differential, monkeypatch)
+    head_dim, value_dim, shared_k = dims
+    dropout = features in ("all", "dropout")
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    schedule = make_schedule([200, 100])
+    tokens, heads = 300, aot.HEADS_KV * group
+    q = torch.zeros(tokens, heads, head_dim, dtype=kind)
+    k = torch.zeros(tokens, aot.HEADS_KV, head_dim, dtype=kind)
+    v = torch.zeros(tokens, aot.HEADS_KV, value_dim, dtype=kind)
+    lam = torch.zeros(()).expand(tokens, heads)
+    operands = (q, q, k, None if shared_k else k, v, lam)
+    cu = torch.tensor([0, 200, 300], dtype=torch.int32)
+    window = {"full": (-1, -1), "all": torch.tensor([64, 0], dtype=torch.int32)}
+    options = {"softmax_scale": 0.1, "window": window.get(features, (-1, 0))}
+    out, *results = differential.differential_fwd(
+        *operands,
+        cu,
+        cu,
+        schedule.q_tiles,
+        dropout_p=0.1 if dropout else 0.0,
+        dropout_seed=torch.tensor([7]) if dropout else None,
+        document_ids=torch.arange(2, dtype=torch.int32) if dropout else None,
+        **options,
+    )
+    described = {"features": features, "dtype": dtype, "group": group}
+    variant = aot.differential_forward_variant(*dims, **described)
+    launches["differential_fwd_hopper_kernel"].assert_described_by(variant)
+    if features == "dropout" or (head_dim == 128 and not shared_k):
+        return  # the portable kernels have this backward
+    differential.differential_bwd(
+        out, None, None, *operands, *results, cu, cu, schedule.k_tiles, **options
+    )
+    variant = aot.differential_backward_variant(*dims, **described)
+    launches["differential_bwd_hopper_kernel"].assert_described_by(variant)
