@@ -11,7 +11,9 @@ BACKENDS = ("auto", "hopper", "triton", "pytorch")
 # Whether "auto" takes the Hopper kernels of dual chunk attention. No GPU has run them: until one
 # has, and has found them faster, they serve those who name them.
 DUAL_CHUNK_HOPPER_IN_AUTO = False
-
+# Whether "auto" takes the Hopper kernels of differential attention. Emulated they are exact, but no
+# GPU has run them: until one has, and has found them faster, they serve those who name them.
+DIFFERENTIAL_HOPPER_IN_AUTO = False
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lctrain.kernels import checks, checks_differential
 from lctrain.kernels import differential_ops as _differential_ops  # noqa: F401  (the operators)
-from lctrain.kernels.backend import select_backend
+from lctrain.kernels.backend import DIFFERENTIAL_HOPPER_IN_AUTO, select_backend
 from lctrain.kernels.layout import unit_stride
 from lctrain.kernels.padding import pad_head_dim
 from lctrain.kernels.schedule import TileSchedule
@@ -68,7 +68,8 @@ def diff_attn_varlen_func(
             pack.
         schedule: From make_schedule, on q1's device. Default: built on the device, once per
             cu_seqlens tensor.
-        backend: "auto", "triton" or "pytorch". A named one never falls back.
+        backend: "auto", "hopper", "triton" or "pytorch". A named one never falls back; "hopper" is
+            for what its kernels can do (`lctrain.kernels.hopper.support`).
         cu_seqlens_k: [N + 1] int32, where keys are more than queries (a filled cache): queries are
             then the last ones of their document. Default cu_seqlens.
         max_seqlen_k: Most keys of a document; default max_seqlen.
@@ -95,17 +96,24 @@ def diff_attn_varlen_func(
     checks.check_optional_tensors(documents, q1.shape[1], q1.device, None, None, document_ids)
     if schedule is not None:
         checks.check_schedule(schedule, documents, q1.shape[0], k1.shape[0], q1.device)
-    backend = select_backend(q1.device, q1.dtype, backend, has_hopper=False)
+    named = backend
+    has_hopper = named == "hopper" or DIFFERENTIAL_HOPPER_IN_AUTO
+    backend = select_backend(q1.device, q1.dtype, backend, has_hopper=has_hopper)
     head_dim, value_dim = q1.shape[2], v.shape[2]
     window, left, right = resolve_window(window_size, causal)
     cu_q, cu_k, window, document_ids = unit_stride(cu_seqlens, cu_k, window, document_ids)
     state = torch.promote_types(q1.dtype, torch.float32)
-    out, _, _, lse1, lse2 = torch.ops.lctrain.differential_forward(
+    branches = (
         pad_head_dim(q1),
         pad_head_dim(q2),
         pad_head_dim(k1),
         None if k2 is k1 else pad_head_dim(k2),
         pad_head_dim(v),
+    )
+    if named == "hopper":
+        _require_hopper(*branches, dropout_p > 0)
+    out, _, _, lse1, lse2 = torch.ops.lctrain.differential_forward(
+        *branches,
         # A view: where lam is not per token, its stride along T is 0, and autograd sums.
         lam.to(state).expand(q1.shape[0], q1.shape[1]),
         cu_q,
@@ -124,3 +132,22 @@ def diff_attn_varlen_func(
     if out.shape[2] != value_dim:
         out = out[..., :value_dim]
     return (out, lse1, lse2) if return_lse else out
+
+
+def _require_hopper(
+    q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor | None, v: Tensor, dropout: bool
+) -> None:
+    """Refuses what the Hopper kernels cannot do, where they are named."""
+    from lctrain.kernels.hopper import support
+
+    inputs = (q1, q2, k1, v) if k2 is None else (q1, q2, k1, v, k2)
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    call = support.DifferentialCall(q1, q2, k1, k2, v, None, deterministic, dropout)
+    forward, both = support.DIFFERENTIAL_FORWARD_LIMITS, support.DIFFERENTIAL_BACKWARD_LIMITS
+    reason = support.refusal(call, both if trained else forward)
+    if reason is not None:
+        raise ValueError(
+            f"backend='hopper' does not serve {reason}. Pass backend='auto', which takes the "
+            "portable kernels for that, or backend='triton'."
+        )

@@ -35,6 +35,7 @@ NAMES = (
 DUAL_CHUNK_NAMES = ("D64", "D64-dropout-scale-fused_qkv", "D128-g4", "D256-g4-scale", "D20-float16")
 HOPPER_DUAL_CHUNK_NAMES = ("D64", "D128-g4")
 DIFFERENTIAL_NAMES = ("v1-dropout", "v1-tokens-full", "v2-window_on_device", "D96v192", "D20v40")
+HOPPER_DIFFERENTIAL_NAMES = ("v1-tokens-full", "v2-window_on_device", "D20v40")
 
 
 def main() -> int:
@@ -58,6 +59,9 @@ def main() -> int:
         pair = dataclasses.replace(DIFFERENTIAL_CASES[name], documents=DOCUMENTS, views="")
         inputs = differential.make_inputs(pair, "cuda")
         results[f"differential {name}"] = differential.attention(pair, inputs, backend="triton")
+        if name in HOPPER_DIFFERENTIAL_NAMES and select_backend("cuda", pair.dtype) == "hopper":
+            result = differential.attention(pair, inputs, backend="hopper")
+            results[f"hopper differential {name}"] = result
     torch.cuda.synchronize()
     for name, result in results.items():
         for part, tensor in result.items():
