@@ -21,6 +21,7 @@ import torch._functorch.config
 from torch import Tensor
 
 from lctrain.kernels import diff_attn_varlen_func, flash_attn_varlen_func, make_schedule
+from lctrain.kernels.backend import BACKENDS
 from lctrain.kernels.bench.__main__ import names_of, positive
 from lctrain.kernels.bench.accuracy import ErrorRatio, error_ratio
 from lctrain.kernels.bench.check import scale_down
@@ -43,10 +44,12 @@ class DifferentialWorkload(Workload):
     Attributes:
         value_dim: Dv.
         version: 1 has a k per branch and one lambda, 2 one k and a lambda per token and head.
+        backend: Of ours.
     """
 
     value_dim: int = 128
     version: int = 1
+    backend: str = "auto"
 
     @property
     def forward_flops(self) -> int:
@@ -154,6 +157,7 @@ def ours(inputs: DifferentialInputs) -> Call:
             inputs.cu_seqlens,
             longest,
             schedule=schedule,
+            backend=inputs.workload.backend,
         )
         assert isinstance(out, Tensor)
         return [out]
@@ -282,7 +286,9 @@ def check(workload: DifferentialWorkload, device: torch.device | str) -> dict[st
         a, b, k, v, lam, *rest = leaves
         other = rest[0] if rest else k
         out = diff_attn_varlen_func(
-            a, b, k, other, v, lam, inputs.cu_seqlens, max(lengths), schedule=schedule
+            *(a, b, k, other, v, lam, inputs.cu_seqlens, max(lengths)),
+            schedule=schedule,
+            backend=workload.backend,
         )
         assert isinstance(out, Tensor)
         return out
@@ -393,6 +399,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--contenders", type=names_of(CONTENDERS, "contenders"), default=list(CONTENDERS)
     )
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="of ours")
     parser.add_argument("--repetitions", type=positive, default=3)
     parser.add_argument("--milliseconds", type=positive, default=200)
     options = parser.parse_args(arguments)
@@ -410,7 +417,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record.settings["titles"] = {name: TITLES[name] for name in contenders}
     timer = gpu_timer(options.milliseconds)
     for name in options.workloads:
-        workload = DIFFERENTIAL_WORKLOADS[name]
+        workload = replace(DIFFERENTIAL_WORKLOADS[name], backend=options.backend)
         run_workload(record, workload, contenders, device, timer, options.repetitions)
         print(describe(record, name), flush=True)
         record.save(options.out)

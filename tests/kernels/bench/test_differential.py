@@ -84,6 +84,13 @@ def test_a_contender_that_breaks_leaves_the_others(monkeypatch):
     assert results[0].reason == "RuntimeError: out of luck"
 
 
+def test_ours_runs_on_the_backend_that_is_named():
+    workload = dataclasses.replace(TINY[1], backend="hopper")
+    for run in (lambda: bench.check(workload, CPU), bench.ours(bench.make_inputs(workload, CPU))):
+        with pytest.raises(ValueError, match="needs tensors on a Hopper GPU"):
+            run()
+
+
 def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.main(["--out", str(tmp_path / "run.json")]) == 2
