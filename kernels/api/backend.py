@@ -7,13 +7,9 @@ import warnings
 import torch
 
 BACKENDS = ("auto", "hopper", "triton", "pytorch")
-
-# Whether "auto" takes the Hopper kernels of dual chunk attention. No GPU has run them: until one
-# has, and has found them faster, they serve those who name them.
-DUAL_CHUNK_HOPPER_IN_AUTO = False
-# Whether "auto" takes the Hopper kernels of differential attention. Emulated they are exact, but no
-# GPU has run them: until one has, and has found them faster, they serve those who name them.
-DIFFERENTIAL_HOPPER_IN_AUTO = False
+# Attentions whose Hopper kernels "auto" takes. Those of "dual_chunk" and "differential" hold under
+# emulation, but no GPU has run them: until one has, they serve those who name them.
+HOPPER_IN_AUTO = frozenset({"flash"})
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -56,7 +52,7 @@ def select_backend(
     dtype: torch.dtype = torch.bfloat16,
     backend: str = "auto",
     *,
-    has_hopper: bool = True,
+    attention: str = "flash",
 ) -> str:
     """Returns the implementation that serves tensors of this device and dtype.
 
@@ -64,7 +60,7 @@ def select_backend(
         device: Where q, k and v live.
         dtype: Their dtype.
         backend: "auto" or the name of an implementation.
-        has_hopper: Whether there are Hopper kernels of what is asked for: of flash_attn_*, yes.
+        attention: "flash", "dual_chunk" or "differential".
 
     Returns:
         "hopper", "triton" or "pytorch". "hopper" is for calls that its kernels can serve: see
@@ -81,14 +77,10 @@ def select_backend(
         if device.type != "cuda":  # ROCm devices carry this name too
             return "pytorch"
         if TRITON_INSTALLED and dtype in (torch.float16, torch.bfloat16):
-            return "hopper" if has_hopper and hopper_serves(device) else "triton"
+            return "hopper" if attention in HOPPER_IN_AUTO and hopper_serves(device) else "triton"
         _warn_of_slow_path(dtype)
         return "pytorch"
     if backend == "hopper":
-        if not has_hopper:
-            raise ValueError(
-                "backend='hopper' has no kernels for this attention. Pass backend='auto'."
-            )
         if dtype not in (torch.float16, torch.bfloat16):
             raise ValueError(
                 f"backend='hopper' takes float16 or bfloat16, got {dtype}. "

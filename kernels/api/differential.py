@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lctrain.kernels import checks, checks_differential
 from lctrain.kernels import differential_ops as _differential_ops  # noqa: F401  (the operators)
-from lctrain.kernels.backend import DIFFERENTIAL_HOPPER_IN_AUTO, select_backend
+from lctrain.kernels.backend import select_backend
 from lctrain.kernels.layout import unit_stride
 from lctrain.kernels.padding import pad_head_dim
 from lctrain.kernels.schedule import TileSchedule
@@ -97,8 +97,7 @@ def diff_attn_varlen_func(
     if schedule is not None:
         checks.check_schedule(schedule, documents, q1.shape[0], k1.shape[0], q1.device)
     named = backend
-    has_hopper = named == "hopper" or DIFFERENTIAL_HOPPER_IN_AUTO
-    backend = select_backend(q1.device, q1.dtype, backend, has_hopper=has_hopper)
+    backend = select_backend(q1.device, q1.dtype, named, attention="differential")
     head_dim, value_dim = q1.shape[2], v.shape[2]
     window, left, right = resolve_window(window_size, causal)
     cu_q, cu_k, window, document_ids = unit_stride(cu_seqlens, cu_k, window, document_ids)

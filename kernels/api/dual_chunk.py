@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lctrain.kernels import checks
 from lctrain.kernels import dual_chunk_ops as _dual_chunk_ops  # noqa: F401  (registers operators)
-from lctrain.kernels.backend import DUAL_CHUNK_HOPPER_IN_AUTO, select_backend
+from lctrain.kernels.backend import select_backend
 from lctrain.kernels.layout import unit_stride
 from lctrain.kernels.schedule import TileSchedule
 from lctrain.kernels.seed import resolve_seed
@@ -97,8 +97,7 @@ def dual_chunk_attn_varlen_func(
     if schedule is not None:
         checks.check_schedule(schedule, documents, q.shape[0], k.shape[0], q.device)
     named = backend
-    has_hopper = named == "hopper" or DUAL_CHUNK_HOPPER_IN_AUTO
-    backend = select_backend(q.device, q.dtype, named, has_hopper=has_hopper)
+    backend = select_backend(q.device, q.dtype, named, attention="dual_chunk")
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     cu_q, cu_k, inv_freq, logit_scale, document_ids = unit_stride(
         cu_seqlens, cu_k, inv_freq, logit_scale, document_ids

@@ -159,11 +159,23 @@ def _prepare_kernel(
         tl.store(dq_ptr + place_dq, zero.to(dq_ptr.dtype.element_ty), mask & blind)
 
 
-@triton.jit(do_not_specialize=["elements"])
-def _scale_kernel(sum_ptr, dq_ptr, elements, scale, BLOCK: tl.constexpr):
-    """dq = scale * sum, in dq's dtype. Grid: blocks of BLOCK elements."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = place < elements
+@triton.jit(do_not_specialize=["total_q"])
+def _scale_kernel(
+    sum_ptr,
+    dq_ptr,
+    total_q,
+    scale,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """dq = scale * sum, in dq's dtype. Grid: (blocks of ROWS tokens, heads)."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_D)
+    mask = (row < total_q)[:, None] & (column < HEAD_DIM)[None, :]
+    first = (row.to(tl.int64) * HEADS + tl.program_id(1)) * HEAD_DIM
+    place = first[:, None] + column[None, :]
     value = tl.load(sum_ptr + place, mask) * scale
     tl.store(dq_ptr + place, value.to(dq_ptr.dtype.element_ty), mask)
 
@@ -288,13 +300,15 @@ def varlen_bwd(
         enable_fp_fusion=True,
     )
     if not ordered:
-        block = 8192
-        _scale_kernel[(triton.cdiv(dq.numel(), block),)](
+        _scale_kernel[(triton.cdiv(total_q, rows), heads)](
             dq_sum,
             dq,
-            dq.numel(),
+            total_q,
             softmax_scale * scale_kept,
-            BLOCK=block,
+            HEADS=heads,
+            HEAD_DIM=head_dim,
+            BLOCK_D=columns,
+            ROWS=rows,
             num_warps=8,
             enable_fp_fusion=True,
         )

@@ -10,6 +10,7 @@ from lctrain.attention.forward import SPEC_ATTRIBUTE
 from lctrain.attention.spec import AttentionSpec, make_spec
 from lctrain.models.architectures import attention_layers, require_supported
 from lctrain.models.configs import ConfigSwap
+from lctrain.models.differential_v1 import FusedDiffLlamaAttention
 from lctrain.models.inputs import InputHook
 from lctrain.models.kinds import KINDS
 from lctrain.models.registration import register
@@ -59,7 +60,6 @@ def serving_backend(model: nn.Module, spec: AttentionSpec) -> str:
         ValueError: if the backend that the spec names cannot.
     """
     from lctrain.kernels import select_backend
-    from lctrain.kernels.backend import DUAL_CHUNK_HOPPER_IN_AUTO
 
     weight = next(model.parameters(), None)
     device, dtype = torch.device("cpu"), torch.float32
@@ -67,10 +67,7 @@ def serving_backend(model: nn.Module, spec: AttentionSpec) -> str:
         device, dtype = weight.device, weight.dtype
     if spec.backend != "auto" and device.type == "cpu" and torch.cuda.is_available():
         device = torch.device("cuda")  # a model is often patched before it is moved
-    has_hopper = spec.kind == "flash" or (
-        spec.kind == "dual_chunk" and (spec.backend == "hopper" or DUAL_CHUNK_HOPPER_IN_AUTO)
-    )
-    return select_backend(device, dtype, spec.backend, has_hopper=has_hopper)
+    return select_backend(device, dtype, spec.backend, attention=spec.kind)
 
 
 def _hooks(model: nn.Module) -> list[InputHook]:
@@ -164,7 +161,21 @@ class PatchHandle:
         from lctrain.kernels.hopper.support import serves
 
         dtype = next(self.model.parameters()).dtype
-        dims = {getattr(layer, "head_dim", 64) for layer in self.layers.values()}
-        dual_chunk = self.spec.kind == "dual_chunk"
-        deterministic = self.spec.deterministic and not dual_chunk
-        return "; ".join(sorted({serves(d, dtype, deterministic, dual_chunk) for d in dims}))
+        # Dual chunk and differential attention have torch's switch only.
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        deterministic |= self.spec.kind == "flash" and self.spec.deterministic
+        told = set()
+        for layer in self.layers.values():
+            head_dim = getattr(layer, "head_dim", 64)
+            version_1 = isinstance(layer, FusedDiffLlamaAttention)  # a k per branch, wide values
+            told.add(
+                serves(
+                    self.spec.kind,
+                    head_dim,
+                    dtype,
+                    deterministic=deterministic,
+                    value_dim=2 * head_dim if version_1 else head_dim,
+                    shared_k=not version_1,
+                )
+            )
+        return "; ".join(sorted(told))

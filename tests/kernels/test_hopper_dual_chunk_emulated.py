@@ -106,16 +106,13 @@ def test_a_named_backend_refuses_what_it_cannot_do(hopper):
         forward(case, make_inputs(case))
 
 
-@pytest.mark.parametrize(("named", "expected"), [("auto", False), ("hopper", True)])
-def test_auto_leaves_it_to_the_portable_kernels(named, expected, monkeypatch):
-    """Until a GPU has run these kernels."""
-
-    def select_backend(*_, has_hopper):
-        raise InterruptedError(has_hopper)
+def test_it_asks_for_its_own_kernels(monkeypatch):
+    def select_backend(*arguments, attention):
+        raise InterruptedError(f"{arguments[2]} {attention}")
 
     monkeypatch.setattr(api, "select_backend", select_backend)
-    with pytest.raises(InterruptedError, match=str(expected)):
-        forward(PLAIN, make_inputs(PLAIN), backend=named)
+    with pytest.raises(InterruptedError, match="hopper dual_chunk"):
+        forward(PLAIN, make_inputs(PLAIN), backend="hopper")
 
 
 @pytest.mark.parametrize("seed", range(1, 6))

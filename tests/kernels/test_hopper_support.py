@@ -1,6 +1,7 @@
 """What goes to the Hopper kernels and what to the portable ones, decided without a GPU."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -104,16 +105,28 @@ def test_the_forward_of_dual_chunk_attention_is_served(options, reason):
 
 
 def test_what_a_model_of_dual_chunk_attention_is_told():
-    assert support.serves(128, torch.bfloat16, False, dual_chunk=True) == "hopper"
-    told = support.serves(256, torch.bfloat16, False, dual_chunk=True)
+    assert support.serves("dual_chunk", 128, torch.bfloat16) == "hopper"
+    told = support.serves("dual_chunk", 256, torch.bfloat16)
     assert told == "triton (not hopper: dual chunk attention of head dims above 128)"
 
 
 def test_what_a_model_is_told():
-    assert support.serves(128, torch.bfloat16, deterministic=False) == "hopper"
-    told = support.serves(256, torch.bfloat16, deterministic=False)
+    assert support.serves("flash", 128, torch.bfloat16) == "hopper"
+    told = support.serves("flash", 256, torch.bfloat16)
     assert told == "hopper, and triton for the backward of head dims above 128"
-    assert support.serves(320, torch.bfloat16, False) == "triton (not hopper: head dims above 256)"
+    told = support.serves("flash", 320, torch.bfloat16)
+    assert told == "triton (not hopper: head dims above 256)"
+    told = support.serves("flash", 128, torch.bfloat16, deterministic=True)
+    assert told == "hopper, and triton for a deterministic backward"
+
+
+def test_what_a_differential_model_is_told():
+    serves = functools.partial(support.serves, "differential", dtype=torch.bfloat16)
+    assert serves(64, value_dim=128) == "hopper"
+    assert serves(128, shared_k=True) == "hopper"
+    told = serves(128)
+    assert told == "hopper, and triton for the backward of head dims above 64 with a k per branch"
+    assert serves(128, value_dim=256) == "triton (not hopper: values of head dims above 128)"
 
 
 def test_a_triton_that_is_not_known_is_said_once_to_be(recwarn):
@@ -133,22 +146,24 @@ def test_a_device_that_is_no_hopper_gpu(monkeypatch):
     assert not support.available(torch.device("cuda", 0))
     assert support.available(torch.device("cuda", 1))
     assert select_backend("cuda:1") == "hopper"
-    assert select_backend("cuda:1", has_hopper=False) == select_backend("cuda:0") == "triton"
+    assert select_backend("cuda:0") == "triton"
+    for attention in ("dual_chunk", "differential"):
+        assert select_backend("cuda:1", attention=attention) == "triton"
+        assert select_backend("cuda:1", backend="hopper", attention=attention) == "hopper"
     monkeypatch.setattr(support, "_KNOWN_TRITON", False)
     assert select_backend("cuda:1") == "triton"
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "has_hopper", "message"),
+    ("device", "dtype", "message"),
     [
-        ("cpu", torch.bfloat16, True, "needs tensors on a Hopper GPU"),
-        ("cuda:0", torch.float32, True, "takes float16 or bfloat16, got torch.float32"),
-        ("cuda:0", torch.bfloat16, False, "has no kernels for this attention"),
+        ("cpu", torch.bfloat16, "needs tensors on a Hopper GPU"),
+        ("cuda:0", torch.float32, "takes float16 or bfloat16, got torch.float32"),
     ],
 )
-def test_naming_it_where_it_cannot_serve(device, dtype, has_hopper, message):
+def test_naming_it_where_it_cannot_serve(device, dtype, message):
     with pytest.raises(ValueError, match=message):
-        select_backend(device, dtype, "hopper", has_hopper=has_hopper)
+        select_backend(device, dtype, "hopper")
 
 
 def differential_call(
@@ -229,23 +244,13 @@ def test_differential_attention_refuses_by_name(options, reason, monkeypatch):
         diff_attn_varlen_func(*arguments, backend="hopper", **options)
 
 
-@pytest.mark.parametrize(
-    ("named", "in_auto", "expected"),
-    [("auto", False, False), ("auto", True, True), ("hopper", False, True)],
-)
-def test_who_gets_the_hopper_kernels_of_differential_attention(
-    named, in_auto, expected, monkeypatch
-):
-    asked = []
-
-    def select(device, dtype, name, *, has_hopper):
-        asked.append(has_hopper)
-        return "pytorch"
+def test_differential_attention_asks_for_its_own_kernels(monkeypatch):
+    def select(*arguments, attention):
+        raise InterruptedError(f"{arguments[2]} {attention}")
 
     monkeypatch.setattr(differential, "select_backend", select)
-    monkeypatch.setattr(differential, "DIFFERENTIAL_HOPPER_IN_AUTO", in_auto)
     call = differential_call()
     cu = torch.tensor([0, 10], dtype=torch.int32)
-    lam = torch.tensor(0.5)
-    diff_attn_varlen_func(call.q1, call.q2, call.k1, call.k2, call.v, lam, cu, 10, backend=named)
-    assert asked == [expected]
+    arguments = (call.q1, call.q2, call.k1, call.k2, call.v, torch.tensor(0.5), cu, 10)
+    with pytest.raises(InterruptedError, match="hopper differential"):
+        diff_attn_varlen_func(*arguments, backend="hopper")
