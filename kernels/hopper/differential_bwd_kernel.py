@@ -16,9 +16,18 @@ from lctrain.kernels.hopper.compat import (
     reinterpret,
     tma_add,
     tma_load,
-    tma_store_wait,
 )
 from lctrain.kernels.hopper.step import load_window, query_blocks
+from lctrain.kernels.hopper.tile_keys import (
+    allocate_dq,
+    allocate_rings,
+    dq_block,
+    give_back_dq,
+    load_halves,
+    put_dq,
+    read_slot,
+)
+from lctrain.kernels.hopper.tile_rows import load_block
 from lctrain.kernels.tile.logits import LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
@@ -47,29 +56,12 @@ def _load(
     BLOCK_DV: gl.constexpr = SHAPE[3]
     STAGES: gl.constexpr = SHAPE[4]
     KEYS: gl.constexpr = SHAPE[5]
-    HALF: gl.constexpr = BLOCK_N // 2
     dtype: gl.constexpr = v_desc.dtype
     mbarrier.expect(kv_ready, BLOCK_N * (KEYS * BLOCK_D + BLOCK_DV) * 2)
-    for half in gl.static_range(2):
-        row = _RAGGED - length_k + first + half * HALF
-        for branch in gl.static_range(KEYS):
-            tma_load(
-                k_descs[branch],
-                [_RAGGED, begin_k + length_k, row, head_kv, 0],
-                kv_ready,
-                reinterpret(
-                    k_bufs.index(2 * branch + half),
-                    dtype,
-                    [1, 1, HALF, 1, BLOCK_D],
-                    k_descs[0].layout,
-                ),
-            )
-        tma_load(
-            v_desc,
-            [_RAGGED, begin_k + length_k, row, head_kv, 0],
-            kv_ready,
-            reinterpret(v_bufs.index(half), dtype, [1, 1, HALF, 1, BLOCK_DV], v_desc.layout),
-        )
+    keys = (begin_k + length_k, _RAGGED - length_k + first, head_kv)
+    for branch in gl.static_range(KEYS):
+        load_halves(k_descs[branch], k_bufs, 2 * branch, kv_ready, keys)
+    load_halves(v_desc, v_bufs, 0, kv_ready, keys)
     lanes: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
     local = gl.arange(0, BLOCK_M, lanes)
     head = head_kv * GROUP
@@ -109,13 +101,8 @@ def _load(
                 mask=query < length_q,
             )
         copy_arrive(do_ready.index(place))
-        mbarrier.expect(do_ready.index(place), BLOCK_M * BLOCK_DV * 2)
-        tma_load(
-            do_desc,
-            [_RAGGED, begin_q + length_q, row, head, 0],
-            do_ready.index(place),
-            reinterpret(do_bufs.index(place), dtype, [1, 1, BLOCK_M, 1, BLOCK_DV], do_desc.layout),
-        )
+        queries = (begin_q + length_q, row, head)
+        load_block(do_desc, do_bufs.index(place), do_ready.index(place), queries)
         block += 1
         head = gl.where(block == high, head + 1, head)
         block = gl.where(block == high, low, block)
@@ -124,7 +111,7 @@ def _load(
 @gluon.jit
 def _add_dq(dq_descs, dq_shared, tile, GROUP: gl.constexpr, SHAPE: gl.constexpr):
     """Adds dq1 and dq2, 64 columns at a time, to the float32 buffers."""
-    dq_bufs, dq_ready, dq_empty = dq_shared
+    _, dq_ready, _ = dq_shared
     head_kv, begin_q, length_q, _, _, _, low, high = tile
     BLOCK_M: gl.constexpr = SHAPE[0]
     ROUNDS: gl.constexpr = SHAPE[2] // _COLUMNS
@@ -138,17 +125,9 @@ def _add_dq(dq_descs, dq_shared, tile, GROUP: gl.constexpr, SHAPE: gl.constexpr)
                 tma_add(
                     dq_descs[branch],
                     [_RAGGED, begin_q + length_q, row, head, part * _COLUMNS],
-                    reinterpret(
-                        dq_bufs.index(branch),
-                        gl.float32,
-                        [1, 1, BLOCK_M, 1, _COLUMNS],
-                        dq_descs[0].layout,
-                    ),
+                    dq_block(dq_shared, branch, dq_descs[0]),
                 )
-            tma_store_wait(1)
-            mbarrier.arrive(dq_empty.index(0), count=1)
-            tma_store_wait(0)
-            mbarrier.arrive(dq_empty.index(1), count=1)
+            give_back_dq(dq_shared)
         block += 1
         head = gl.where(block == high, head + 1, head)
         block = gl.where(block == high, low, block)
@@ -204,7 +183,6 @@ def _compute(
     shared, dq_shared, ds_shared, results, tile, window, scale = inputs
     k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings = shared
     q_ready, q_empty, do_ready, do_empty = rings
-    dq_bufs, dq_ready, dq_empty = dq_shared
     ds_bufs, ds_full, ds_empty = ds_shared
     dk1_ptr, dk2_ptr, dv_ptr, stride_kt, stride_kh, stride_vt, stride_vh = results
     head_kv, _, length_q, begin_k, length_k, first, low, high = tile
@@ -305,13 +283,10 @@ def _compute(
         dv = warpgroup_mma_wait(3, deps=[dv_token])
         mbarrier.arrive(do_empty.index(place), count=1)
         dq = warpgroup_mma_wait(1, deps=[dq_token])
-        mbarrier.wait(dq_empty.index(HALF_INDEX), ((step * ROUNDS) & 1) ^ 1)
         if ROUNDS == 2:
             # The buffer holds 64 columns.
             dq, dq_late = gl.split(gl.permute(gl.reshape(dq, [BLOCK_M, 2, _COLUMNS]), (0, 2, 1)))
-        dq_bufs.index(HALF_INDEX).store(dq)
-        fence_async_shared()
-        mbarrier.arrive(dq_ready.index(HALF_INDEX), count=1)
+        put_dq(dq, dq_shared, step * ROUNDS, HALF_INDEX)
         if KEYS == 1:
             dk1 = warpgroup_mma_wait(0, deps=[dk1_token])
         else:
@@ -319,10 +294,7 @@ def _compute(
         mbarrier.arrive(q_empty.index(place), count=1)
         mbarrier.arrive(ds_empty, count=1)
         if ROUNDS == 2:
-            mbarrier.wait(dq_empty.index(HALF_INDEX), 0)
-            dq_bufs.index(HALF_INDEX).store(dq_late)
-            fence_async_shared()
-            mbarrier.arrive(dq_ready.index(HALF_INDEX), count=1)
+            put_dq(dq_late, dq_shared, step * ROUNDS + 1, HALF_INDEX)
         block += 1
         head = gl.where(block == high, head + 1, head)
         block = gl.where(block == high, low, block)
@@ -391,14 +363,9 @@ def differential_bwd_hopper_kernel(
     HALF: gl.constexpr = BLOCK_N // 2
     KEYS: gl.constexpr = 1 if SHARED_K else 2
     head_kv = gl.program_id(0)
-    slot = gl.program_id(1)
-    document = gl.load(tiles_ptr + 2 * slot)
-    first = gl.load(tiles_ptr + 2 * slot + 1) * BLOCK_N
-    known = gl.maximum(document, 0)
-    begin_q = gl.load(cu_q_ptr + known)
-    length_q = gl.load(cu_q_ptr + known + 1) - begin_q
-    begin_k = gl.load(cu_k_ptr + known)
-    length_k = gl.load(cu_k_ptr + known + 1) - begin_k
+    packs = (cu_q_ptr, cu_k_ptr, tiles_ptr)
+    document, tile_k, begin_q, length_q, begin_k, length_k = read_slot(packs, gl.program_id(1))
+    first = tile_k * BLOCK_N
     left, right = load_window(window_ptr, window_left, window_right)
     low, high = query_blocks(
         first, BLOCK_N, length_k - length_q, length_q, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M
@@ -414,38 +381,22 @@ def differential_bwd_hopper_kernel(
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], dtype)
     do_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_DV], dtype)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, BLOCK_M], dtype)
-    dq_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, _COLUMNS], gl.float32)
     k_bufs = gl.allocate_shared_memory(dtype, [2 * KEYS, HALF, BLOCK_D], k_layout)
     v_bufs = gl.allocate_shared_memory(dtype, [2, HALF, BLOCK_DV], v_layout)
     q_bufs = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_M, BLOCK_D], q_layout)
     do_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_DV], do_layout)
     ds_bufs = gl.allocate_shared_memory(dtype, [4, HALF, BLOCK_M], ds_layout)
-    dq_bufs = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M, _COLUMNS], dq_layout)
+    dq_shared = allocate_dq(BLOCK_M, _COLUMNS)
     lse_bufs = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK_M], word)
     delta_bufs = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK_M], word)
     kv_ready = gl.allocate_shared_memory(gl.int64, [1], bar)
-    q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    do_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    rings = allocate_rings(STAGES)
     ds_full = gl.allocate_shared_memory(gl.int64, [1], bar)
     ds_empty = gl.allocate_shared_memory(gl.int64, [1], bar)
-    dq_ready = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
-    dq_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     mbarrier.init(kv_ready, count=1)
     mbarrier.init(ds_full, count=2)
     mbarrier.init(ds_empty, count=2)
-    for i in gl.static_range(2):
-        mbarrier.init(dq_ready.index(i), count=1)
-        mbarrier.init(dq_empty.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(q_ready.index(i), count=1)
-        mbarrier.init(do_ready.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=2)
-        mbarrier.init(do_empty.index(i), count=2)
-    rings = (q_ready, q_empty, do_ready, do_empty)
     shared = (k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings)
-    dq_shared = (dq_bufs, dq_ready, dq_empty)
     ds_shared = (ds_bufs, ds_full, ds_empty)
     tile = (head_kv, begin_q, length_q, begin_k, length_k, first, low, high)
     results = (dk1_ptr, dk2_ptr, dv_ptr, stride_kt, stride_kh, stride_vt, stride_vh)

@@ -12,7 +12,7 @@ from lctrain.kernels.hopper.compat import reinterpret, tma_store_wait
 from lctrain.kernels.hopper.softmax import block_weights, block_words
 from lctrain.kernels.hopper.step import load_key, load_window, scalar
 from lctrain.kernels.hopper.tile_list import TILE_FIELDS, TILES_AHEAD, fetch_tiles, read_tile
-from lctrain.kernels.hopper.tile_rows import load_keys, load_queries, store_rows
+from lctrain.kernels.hopper.tile_rows import load_block, load_queries, store_rows
 from lctrain.kernels.tile.logits import LN_2
 
 _LN_2 = gl.constexpr(LN_2)
@@ -58,9 +58,9 @@ def _load(
             mbarrier.wait(k_empty.index(place), phase)
             for branch in gl.static_range(KEYS):
                 k_buf = k_bufs.index(place * KEYS + branch)
-                load_keys(k_descs[branch], k_buf, k_ready.index(place), keys)
+                load_block(k_descs[branch], k_buf, k_ready.index(place), keys)
             mbarrier.wait(v_empty.index(place), phase)
-            load_keys(v_desc, v_bufs.index(place), v_ready.index(place), keys)
+            load_block(v_desc, v_bufs.index(place), v_ready.index(place), keys)
             ring += 1
         served += 1
         mbarrier.wait(info_ready.index(served % TILES_AHEAD), (served // TILES_AHEAD) & 1)

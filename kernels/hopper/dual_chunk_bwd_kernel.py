@@ -19,9 +19,19 @@ from lctrain.kernels.hopper.compat import (
     reinterpret,
     tma_add,
     tma_load,
-    tma_store_wait,
 )
 from lctrain.kernels.hopper.step import own_begin, queries_of_tile
+from lctrain.kernels.hopper.tile_keys import (
+    allocate_dq,
+    allocate_rings,
+    dq_block,
+    give_back_dq,
+    load_halves,
+    multiply_dq,
+    put_dq,
+    read_slot,
+)
+from lctrain.kernels.hopper.tile_rows import load_block
 from lctrain.kernels.tile.chunks import FAR, NEAR, OWN
 from lctrain.kernels.tile.logits import LOG2_E
 
@@ -94,23 +104,11 @@ def _load(
     BLOCK_N: gl.constexpr = SHAPE[1]
     BLOCK_D: gl.constexpr = SHAPE[2]
     STAGES: gl.constexpr = SHAPE[3]
-    HALF: gl.constexpr = BLOCK_N // 2
     dtype: gl.constexpr = q_desc.dtype
+    keys = (begin_k + end, _RAGGED - end + first, head_kv)
     mbarrier.expect(kv_ready, 2 * BLOCK_N * BLOCK_D * 2)
-    for half in gl.static_range(2):
-        row = _RAGGED - end + first + half * HALF
-        tma_load(
-            k_desc,
-            [_RAGGED, begin_k + end, row, head_kv, 0],
-            kv_ready,
-            reinterpret(k_bufs.index(half), dtype, [1, 1, HALF, 1, BLOCK_D], k_desc.layout),
-        )
-        tma_load(
-            v_desc,
-            [_RAGGED, begin_k + end, row, head_kv, 0],
-            kv_ready,
-            reinterpret(v_bufs.index(half), dtype, [1, 1, HALF, 1, BLOCK_D], v_desc.layout),
-        )
+    load_halves(k_desc, k_bufs, 0, kv_ready, keys)
+    load_halves(v_desc, v_bufs, 0, kv_ready, keys)
     lanes: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
     local = gl.arange(0, BLOCK_M, lanes)
     head = head_kv * GROUP
@@ -138,13 +136,8 @@ def _load(
         mbarrier.wait(do_empty.index(place), phase)
         copy_async(delta_bufs.index(place), stats_ptr + vector + 1, mask=query < length_q)
         copy_arrive(do_ready.index(place))
-        mbarrier.expect(do_ready.index(place), BLOCK_M * BLOCK_D * 2)
-        tma_load(
-            do_desc,
-            [_RAGGED, begin_q + length_q, row, head, 0],
-            do_ready.index(place),
-            reinterpret(do_bufs.index(place), dtype, [1, 1, BLOCK_M, 1, BLOCK_D], do_desc.layout),
-        )
+        queries = (begin_q + length_q, row, head)
+        load_block(do_desc, do_bufs.index(place), do_ready.index(place), queries)
         block += 1
         head = gl.where(block == all_blocks, head + 1, head)
         block = gl.where(block == all_blocks, 0, block)
@@ -153,7 +146,7 @@ def _load(
 @gluon.jit
 def _add_dq(dq_desc, dq_shared, total_q, tile, GROUP: gl.constexpr, SHAPE: gl.constexpr):
     """Adds the halves of dq that the warpgroups leave in shared memory to the float32 buffers."""
-    dq_bufs, dq_ready, dq_empty = dq_shared
+    _, dq_ready, _ = dq_shared
     head_kv, begin_q, length_q, _, _, _, _, blocks = tile
     far_block, all_blocks, _, _ = blocks
     BLOCK_M: gl.constexpr = SHAPE[0]
@@ -166,14 +159,9 @@ def _add_dq(dq_desc, dq_shared, total_q, tile, GROUP: gl.constexpr, SHAPE: gl.co
         end = begin_q + length_q + gl.where(block < far_block, 0, total_q)
         for half in gl.static_range(2):
             mbarrier.wait(dq_ready.index(half), step & 1)
-            dq_half = reinterpret(
-                dq_bufs.index(half), gl.float32, [1, 1, BLOCK_M, 1, COLUMNS], dq_desc.layout
-            )
+            dq_half = dq_block(dq_shared, half, dq_desc)
             tma_add(dq_desc, [_RAGGED, end, row, head, half * COLUMNS], dq_half)
-        tma_store_wait(1)
-        mbarrier.arrive(dq_empty.index(0), count=1)
-        tma_store_wait(0)
-        mbarrier.arrive(dq_empty.index(1), count=1)
+        give_back_dq(dq_shared)
         block += 1
         head = gl.where(block == all_blocks, head + 1, head)
         block = gl.where(block == all_blocks, 0, block)
@@ -192,7 +180,6 @@ def _compute(
     shared, dq_shared, ds_shared, results, tile, geometry, near_end, scale = inputs
     k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings = shared
     q_ready, q_empty, do_ready, do_empty = rings
-    dq_bufs, dq_ready, dq_empty = dq_shared
     ds_bufs, ds_full = ds_shared
     dk_ptr, dv_ptr, dk_near_ptr, dv_near_ptr, stride_t, stride_h = results
     head_kv, _, length_q, begin_k, end, length_k, first, blocks = tile
@@ -266,32 +253,17 @@ def _compute(
         ds_operand = gl.convert_layout(ds, p_layout)
         # Two buffers: a half that is written now was read two steps ago, before both warpgroups
         # met at ds_full.
-        buffer = (step & 1) * 2
-        ds_bufs.index(buffer + HALF_INDEX).store(ds)
+        buffer = step & 1
+        ds_bufs.index(buffer * 2 + HALF_INDEX).store(ds)
         fence_async_shared()
         mbarrier.arrive(ds_full, count=1)
         mbarrier.wait(ds_full, step & 1)
-        dq_token = warpgroup_mma(
-            ds_bufs.index(buffer).permute((1, 0)),
-            k_bufs.index(0).slice(HALF_INDEX * COLUMNS, COLUMNS, dim=1),
-            zero_q,
-            use_acc=False,
-            is_async=True,
-        )
-        dq_token = warpgroup_mma(
-            ds_bufs.index(buffer + 1).permute((1, 0)),
-            k_bufs.index(1).slice(HALF_INDEX * COLUMNS, COLUMNS, dim=1),
-            dq_token,
-            is_async=True,
-        )
+        dq_token = multiply_dq(ds_bufs, k_bufs, buffer, zero_q, HALF_INDEX)
         dk_token = warpgroup_mma(ds_operand, q_bufs.index(place), dk, is_async=True)
         dv = warpgroup_mma_wait(3, deps=[dv_token])
         mbarrier.arrive(do_empty.index(place), count=1)
         dq = warpgroup_mma_wait(1, deps=[dq_token])
-        mbarrier.wait(dq_empty.index(HALF_INDEX), (step & 1) ^ 1)
-        dq_bufs.index(HALF_INDEX).store(dq)
-        fence_async_shared()
-        mbarrier.arrive(dq_ready.index(HALF_INDEX), count=1)
+        put_dq(dq, dq_shared, step, HALF_INDEX)
         dk = warpgroup_mma_wait(0, deps=[dk_token])
         mbarrier.arrive(q_empty.index(place), count=1)
         block += 1
@@ -357,16 +329,11 @@ def dual_chunk_bwd_hopper_kernel(
     dtype: gl.constexpr = q_desc.dtype
     HALF: gl.constexpr = BLOCK_N // 2
     head_kv = gl.program_id(0)
-    slot = gl.program_id(1)
-    document = gl.load(tiles_ptr + 2 * slot)
-    first = gl.load(tiles_ptr + 2 * slot + 1) * BLOCK_N
-    known = gl.maximum(document, 0)
-    begin_q = gl.load(cu_q_ptr + known)
-    length_q = gl.load(cu_q_ptr + known + 1) - begin_q
-    begin_k = gl.load(cu_k_ptr + known)
-    length_k = gl.load(cu_k_ptr + known + 1) - begin_k
+    packs = (cu_q_ptr, cu_k_ptr, tiles_ptr)
+    document, tile_k, begin_q, length_q, begin_k, length_k = read_slot(packs, gl.program_id(1))
+    first = tile_k * BLOCK_N
     if logit_scale_ptr is not None:
-        scale *= gl.load(logit_scale_ptr + known)
+        scale *= gl.load(logit_scale_ptr + gl.maximum(document, 0))
     geometry = (chunk_length, near)
     # Keys of all chunks but the document's last one have near queries.
     near_end = gl.where(near > 0, own_begin(length_k - 1, chunk_length), 0)
@@ -391,38 +358,20 @@ def dual_chunk_bwd_hopper_kernel(
     n_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, BLOCK_D], dtype)
     m_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], dtype)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, BLOCK_M], dtype)
-    dq_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(
-        [BLOCK_M, BLOCK_D // 2], gl.float32
-    )
     k_bufs = gl.allocate_shared_memory(dtype, [2, HALF, BLOCK_D], n_layout)
     v_bufs = gl.allocate_shared_memory(dtype, [2, HALF, BLOCK_D], n_layout)
     q_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], m_layout)
     do_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], m_layout)
     ds_bufs = gl.allocate_shared_memory(dtype, [4, HALF, BLOCK_M], ds_layout)
-    dq_bufs = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M, BLOCK_D // 2], dq_layout)
+    dq_shared = allocate_dq(BLOCK_M, BLOCK_D // 2)
     lse_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], word)
     delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], word)
     kv_ready = gl.allocate_shared_memory(gl.int64, [1], bar)
-    q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    do_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    rings = allocate_rings(STAGES)
     ds_full = gl.allocate_shared_memory(gl.int64, [1], bar)
-    dq_ready = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
-    dq_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     mbarrier.init(kv_ready, count=1)
     mbarrier.init(ds_full, count=2)
-    for i in gl.static_range(2):
-        mbarrier.init(dq_ready.index(i), count=1)
-        mbarrier.init(dq_empty.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(q_ready.index(i), count=1)
-        mbarrier.init(do_ready.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=2)
-        mbarrier.init(do_empty.index(i), count=2)
-    rings = (q_ready, q_empty, do_ready, do_empty)
     shared = (k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings)
-    dq_shared = (dq_bufs, dq_ready, dq_empty)
     ds_shared = (ds_bufs, ds_full)
     tile = (head_kv, begin_q, length_q, begin_k, end, length_k, first, blocks)
     results = (dk_ptr, dv_ptr, dk_near_ptr, dv_near_ptr, stride_t, stride_h)

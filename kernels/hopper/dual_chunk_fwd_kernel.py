@@ -16,7 +16,7 @@ from lctrain.kernels.hopper.compat import tma_store_wait
 from lctrain.kernels.hopper.softmax import key_words, masked_weights
 from lctrain.kernels.hopper.step import keys_of_query, keys_of_tile, load_key, scalar
 from lctrain.kernels.hopper.tile_list import TILE_FIELDS, TILES_AHEAD, fetch_tiles, read_tile
-from lctrain.kernels.hopper.tile_rows import allocate, load_keys, load_queries, store_rows
+from lctrain.kernels.hopper.tile_rows import allocate, load_block, load_queries, store_rows
 from lctrain.kernels.tile.chunks import FAR, NEAR, OWN
 from lctrain.kernels.tile.logits import LN_2, LOG2_E
 
@@ -109,11 +109,11 @@ def _load(
             keys = (end_k, row, head_kv)
             mbarrier.wait(k_empty.index(place), phase)
             if (block >= near_block) & (block < own_block):
-                load_keys(k_near_desc, k_bufs.index(place), k_ready.index(place), keys)
+                load_block(k_near_desc, k_bufs.index(place), k_ready.index(place), keys)
             else:
-                load_keys(k_desc, k_bufs.index(place), k_ready.index(place), keys)
+                load_block(k_desc, k_bufs.index(place), k_ready.index(place), keys)
             mbarrier.wait(v_empty.index(place), phase)
-            load_keys(v_desc, v_bufs.index(place), v_ready.index(place), keys)
+            load_block(v_desc, v_bufs.index(place), v_ready.index(place), keys)
             ring += 1
         served += 1
         mbarrier.wait(info_ready.index(served % TILES_AHEAD), (served // TILES_AHEAD) & 1)

@@ -123,19 +123,26 @@ def load_queries(
 
 
 @gluon.jit
-def load_keys(desc, buffer, ready, place):
-    """Loads a block of keys or values; place is (end of the document, row coordinate, head)."""
-    end_k, row, head_kv = place
+def load_block(desc, buffer, ready, place):
+    """Loads a block of rows of one head, and arrives.
+
+    Args:
+        desc: Of [T, H, D], in blocks of the buffer's shape.
+        buffer: [rows, columns].
+        ready: The barrier.
+        place: (end of the document, row coordinate, head).
+    """
+    end, row, head = place
     dtype: gl.constexpr = desc.dtype
     BYTES: gl.constexpr = dtype.primitive_bitwidth // 8
-    BLOCK_N: gl.constexpr = buffer.shape[0]
+    ROWS: gl.constexpr = buffer.shape[0]
     BLOCK_D: gl.constexpr = buffer.shape[1]
-    mbarrier.expect(ready, BLOCK_N * BLOCK_D * BYTES)
+    mbarrier.expect(ready, ROWS * BLOCK_D * BYTES)
     tma_load(
         desc,
-        [_RAGGED, end_k, row, head_kv, 0],
+        [_RAGGED, end, row, head, 0],
         ready,
-        reinterpret(buffer, dtype, [1, 1, BLOCK_N, 1, BLOCK_D], desc.layout),
+        reinterpret(buffer, dtype, [1, 1, ROWS, 1, BLOCK_D], desc.layout),
     )
 
 

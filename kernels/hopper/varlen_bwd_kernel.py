@@ -13,11 +13,8 @@ from lctrain.kernels.hopper.compat import (
     copy_arrive,
     copy_async,
     partition_barrier,
-    reinterpret,
     tma_add,
-    tma_load,
     tma_store,
-    tma_store_wait,
 )
 from lctrain.kernels.hopper.step import (
     draw_words,
@@ -29,6 +26,17 @@ from lctrain.kernels.hopper.step import (
     tanh,
     wait_written,
 )
+from lctrain.kernels.hopper.tile_keys import (
+    allocate_dq,
+    allocate_rings,
+    dq_block,
+    give_back_dq,
+    load_halves,
+    multiply_dq,
+    put_dq,
+    read_slot,
+)
+from lctrain.kernels.hopper.tile_rows import load_block
 from lctrain.kernels.tile.logits import LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
@@ -37,35 +45,27 @@ _RAGGED = gl.constexpr(1 << 30)
 
 @gluon.jit
 def _locate(packs, window, SHAPE: gl.constexpr, FLAGS: gl.constexpr):
-    """(document, tile) of this program; an empty slot of the schedule has document 0, no queries
-    and no keys."""
-    cu_q_ptr, cu_k_ptr, tiles_ptr = packs
+    """(document, tile) of this program; of an empty slot document 0, no queries and no keys."""
     left, right = window
     BLOCK_M: gl.constexpr = SHAPE[0]
     BLOCK_N: gl.constexpr = SHAPE[1]
     ORDERED: gl.constexpr = SHAPE[5]
     head_kv = gl.program_id(0)
-    slot = gl.program_id(1)
-    document = gl.load(tiles_ptr + 2 * slot)
-    block_k = gl.load(tiles_ptr + 2 * slot + 1)
-    known = gl.maximum(document, 0)
-    begin_q = gl.load(cu_q_ptr + known)
-    length_q = gl.load(cu_q_ptr + known + 1) - begin_q
-    begin_k = gl.load(cu_k_ptr + known)
-    length_k = gl.load(cu_k_ptr + known + 1) - begin_k
+    document, tile_k, begin_q, length_q, begin_k, length_k = read_slot(packs, gl.program_id(1))
     if ORDERED:
         # All tiles of a head of a document, then the next head: they share queries in L2.
-        nth = block_k * gl.num_programs(0) + head_kv
-        blocks = gl.maximum((length_k + BLOCK_N - 1) // BLOCK_N, 1)
-        head_kv = nth // blocks
-        block_k = nth % blocks
-    first = block_k * BLOCK_N
+        nth = tile_k * gl.num_programs(0) + head_kv
+        tiles = gl.maximum((length_k + BLOCK_N - 1) // BLOCK_N, 1)
+        head_kv = nth // tiles
+        tile_k = nth % tiles
+    first = tile_k * BLOCK_N
     low, high = query_blocks(
         first, BLOCK_N, length_k - length_q, length_q, left, right, FLAGS[0], FLAGS[1], BLOCK_M
     )
     high = gl.where(document < 0, low, high)
     length_k = gl.where(document < 0, 0, length_k)
-    return known, (head_kv, begin_q, length_q, begin_k, length_k, first, low, high)
+    tile = (head_kv, begin_q, length_q, begin_k, length_k, first, low, high)
+    return gl.maximum(document, 0), tile
 
 
 @gluon.jit
@@ -115,23 +115,10 @@ def _load(
     BLOCK_D: gl.constexpr = SHAPE[2]
     STAGES: gl.constexpr = SHAPE[3]
     ORDERED: gl.constexpr = SHAPE[5]
-    HALF: gl.constexpr = BLOCK_N // 2
-    dtype: gl.constexpr = q_desc.dtype
+    keys = (begin_k + length_k, _RAGGED - length_k + first, head_kv)
     mbarrier.expect(kv_ready, 2 * BLOCK_N * BLOCK_D * 2)
-    for half in gl.static_range(2):
-        row = _RAGGED - length_k + first + half * HALF
-        tma_load(
-            k_desc,
-            [_RAGGED, begin_k + length_k, row, head_kv, 0],
-            kv_ready,
-            reinterpret(k_bufs.index(half), dtype, [1, 1, HALF, 1, BLOCK_D], k_desc.layout),
-        )
-        tma_load(
-            v_desc,
-            [_RAGGED, begin_k + length_k, row, head_kv, 0],
-            kv_ready,
-            reinterpret(v_bufs.index(half), dtype, [1, 1, HALF, 1, BLOCK_D], v_desc.layout),
-        )
+    load_halves(k_desc, k_bufs, 0, kv_ready, keys)
+    load_halves(v_desc, v_bufs, 0, kv_ready, keys)
     lanes: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
     local = gl.arange(0, BLOCK_M, lanes)
     head = head_kv * GROUP
@@ -141,27 +128,15 @@ def _load(
         phase = ((step // STAGES) & 1) ^ 1
         query = block * BLOCK_M + local
         vector = head.to(gl.int64) * total_q + begin_q + query
-        row = _RAGGED - length_q + block * BLOCK_M
+        queries = (begin_q + length_q, _RAGGED - length_q + block * BLOCK_M, head)
         mbarrier.wait(q_empty.index(place), phase)
         copy_async(lse_bufs.index(place), lse_ptr + vector, mask=query < length_q)
         copy_arrive(q_ready.index(place))
-        mbarrier.expect(q_ready.index(place), BLOCK_M * BLOCK_D * 2)
-        tma_load(
-            q_desc,
-            [_RAGGED, begin_q + length_q, row, head, 0],
-            q_ready.index(place),
-            reinterpret(q_bufs.index(place), dtype, [1, 1, BLOCK_M, 1, BLOCK_D], q_desc.layout),
-        )
+        load_block(q_desc, q_bufs.index(place), q_ready.index(place), queries)
         mbarrier.wait(do_empty.index(place), phase)
         copy_async(delta_bufs.index(place), delta_ptr + vector, mask=query < length_q)
         copy_arrive(do_ready.index(place))
-        mbarrier.expect(do_ready.index(place), BLOCK_M * BLOCK_D * 2)
-        tma_load(
-            do_desc,
-            [_RAGGED, begin_q + length_q, row, head, 0],
-            do_ready.index(place),
-            reinterpret(do_bufs.index(place), dtype, [1, 1, BLOCK_M, 1, BLOCK_D], do_desc.layout),
-        )
+        load_block(do_desc, do_bufs.index(place), do_ready.index(place), queries)
         head, block = _next_block(head, block, head_kv, low, high, GROUP, ORDERED)
 
 
@@ -208,7 +183,7 @@ def _add_dq(
     add to it, in the order of their keys if DETERMINISTIC. turns counts the shares of a block that
     have reached global memory.
     """
-    dq_bufs, dq_ready, dq_empty = dq_shared
+    _, dq_ready, dq_empty = dq_shared
     head_kv, begin_q, length_q, _, _, _, low, high = tile
     BLOCK_M: gl.constexpr = SHAPE[0]
     COLUMNS: gl.constexpr = SHAPE[2] // 2
@@ -233,51 +208,17 @@ def _add_dq(
         for half in gl.static_range(2):
             mbarrier.wait(dq_ready.index(half), (step + BEFORE) & 1)
             place = [_RAGGED, begin_q + length_q, row, head, half * COLUMNS]
-            share = reinterpret(
-                dq_bufs.index(half), gl.float32, [1, 1, BLOCK_M, 1, COLUMNS], dq_desc.layout
-            )
+            share = dq_block(dq_shared, half, dq_desc)
             if earlier == 0:
                 tma_store(dq_desc, place, share)
             else:
                 tma_add(dq_desc, place, share)
-        tma_store_wait(1)
-        mbarrier.arrive(dq_empty.index(0), count=1)
-        tma_store_wait(0)
-        mbarrier.arrive(dq_empty.index(1), count=1)
+        give_back_dq(dq_shared)
         if ORDERED:
             wait_written()
             partition_barrier()
             gl.atomic_add(turn, 1, sem="release")
         head, block = _next_block(head, block, head_kv, low, high, GROUP, ORDERED)
-
-
-@gluon.jit
-def _multiply_dq(ds_bufs, k_bufs, buffer, zero_q, HALF_INDEX: gl.constexpr):
-    """Starts this warpgroup's columns of a step's dq: both halves of the keys."""
-    COLUMNS: gl.constexpr = zero_q.shape[1]
-    token = warpgroup_mma(
-        ds_bufs.index(buffer * 2).permute((1, 0)),
-        k_bufs.index(0).slice(HALF_INDEX * COLUMNS, COLUMNS, dim=1),
-        zero_q,
-        use_acc=False,
-        is_async=True,
-    )
-    return warpgroup_mma(
-        ds_bufs.index(buffer * 2 + 1).permute((1, 0)),
-        k_bufs.index(1).slice(HALF_INDEX * COLUMNS, COLUMNS, dim=1),
-        token,
-        is_async=True,
-    )
-
-
-@gluon.jit
-def _put_dq(dq, dq_shared, turn, HALF_INDEX: gl.constexpr):
-    """Leaves this warpgroup's columns of dq to the warp that adds them."""
-    dq_bufs, dq_ready, dq_empty = dq_shared
-    mbarrier.wait(dq_empty.index(HALF_INDEX), (turn & 1) ^ 1)
-    dq_bufs.index(HALF_INDEX).store(dq)
-    fence_async_shared()
-    mbarrier.arrive(dq_ready.index(HALF_INDEX), count=1)
 
 
 @gluon.jit
@@ -416,7 +357,7 @@ def _compute(
             )
         if DEFER_DQ:
             mbarrier.wait(ds_full.index(step & 1), (step // 2) & 1)
-            dq_token = _multiply_dq(ds_bufs, k_bufs, step & 1, zero_q, HALF_INDEX)
+            dq_token = multiply_dq(ds_bufs, k_bufs, step & 1, zero_q, HALF_INDEX)
         lse = lse_bufs.index(place).load(column_s)
         if HAS_DROPOUT:
             words = draw_words(
@@ -485,26 +426,26 @@ def _compute(
             fence_async_shared()
             mbarrier.arrive(ds_full.index(0), count=1)
             mbarrier.wait(ds_full.index(0), step & 1)
-            dq_token = _multiply_dq(ds_bufs, k_bufs, buffer, zero_q, HALF_INDEX)
+            dq_token = multiply_dq(ds_bufs, k_bufs, buffer, zero_q, HALF_INDEX)
         dk_token = warpgroup_mma(ds_operand, q_bufs.index(place), dk, is_async=True)
         if DEFER_DQ:
-            _put_dq(dq, dq_shared, step, HALF_INDEX)
+            put_dq(dq, dq_shared, step, HALF_INDEX)
             dv = warpgroup_mma_wait(1, deps=[dv_token])
             mbarrier.arrive(do_empty.index(place), count=1)
         else:
             dv = warpgroup_mma_wait(3, deps=[dv_token])
             mbarrier.arrive(do_empty.index(place), count=1)
             dq = warpgroup_mma_wait(1, deps=[dq_token])
-            _put_dq(dq, dq_shared, step, HALF_INDEX)
+            put_dq(dq, dq_shared, step, HALF_INDEX)
         dk = warpgroup_mma_wait(0, deps=[dk_token])
         mbarrier.arrive(q_empty.index(place), count=1)
         head, block = _next_block(head, block, head_kv, low, high, GROUP, ORDERED)
     if DEFER_DQ and high > low:
         steps = GROUP * (high - low)
         mbarrier.wait(ds_full.index(steps & 1), (steps // 2) & 1)
-        dq_token = _multiply_dq(ds_bufs, k_bufs, steps & 1, zero_q, HALF_INDEX)
+        dq_token = multiply_dq(ds_bufs, k_bufs, steps & 1, zero_q, HALF_INDEX)
         dq = warpgroup_mma_wait(0, deps=[dq_token])
-        _put_dq(dq, dq_shared, steps, HALF_INDEX)
+        put_dq(dq, dq_shared, steps, HALF_INDEX)
     key = first_key + gl.arange(0, HALF, gl.SliceLayout(1, o_layout))
     column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, o_layout))
     offset = (begin_k + key).to(gl.int64) * stride_t + head_kv * stride_h
@@ -590,38 +531,21 @@ def varlen_bwd_hopper_kernel(
     n_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, BLOCK_D], dtype)
     m_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], dtype)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, BLOCK_M], dtype)
-    dq_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(
-        [BLOCK_M, BLOCK_D // 2], gl.float32
-    )
     k_bufs = gl.allocate_shared_memory(dtype, [2, HALF, BLOCK_D], n_layout)
     v_bufs = gl.allocate_shared_memory(dtype, [2, HALF, BLOCK_D], n_layout)
     q_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], m_layout)
     do_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], m_layout)
     ds_bufs = gl.allocate_shared_memory(dtype, [4, HALF, BLOCK_M], ds_layout)
-    dq_bufs = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M, BLOCK_D // 2], dq_layout)
+    dq_shared = allocate_dq(BLOCK_M, BLOCK_D // 2)
     lse_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], word)
     delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], word)
     kv_ready = gl.allocate_shared_memory(gl.int64, [1], bar)
-    q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    do_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    rings = allocate_rings(STAGES)
     ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
-    dq_ready = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
-    dq_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     mbarrier.init(kv_ready, count=1)
     for i in gl.static_range(2):
         mbarrier.init(ds_full.index(i), count=2)
-        mbarrier.init(dq_ready.index(i), count=1)
-        mbarrier.init(dq_empty.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(q_ready.index(i), count=1)
-        mbarrier.init(do_ready.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=2)
-        mbarrier.init(do_empty.index(i), count=2)
-    rings = (q_ready, q_empty, do_ready, do_empty)
     shared = (k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings)
-    dq_shared = (dq_bufs, dq_ready, dq_empty)
     ds_shared = (ds_bufs, ds_full)
     results = (dk_ptr, dv_ptr, stride_t, stride_h)
     random = (seed_ptr, document_ids_ptr, document, threshold)

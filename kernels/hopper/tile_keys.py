@@ -1,0 +1,134 @@
+"""Parts of the backward kernels: where a tile of keys lies, its shared memory, and dq's way out."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+)
+
+from lctrain.kernels.hopper.compat import reinterpret, tma_load, tma_store_wait
+
+_RAGGED = gl.constexpr(1 << 30)
+
+
+@gluon.jit
+def read_slot(packs, slot):
+    """(document, tile of keys, begin_q, length_q, begin_k, length_k) of a slot of the schedule.
+
+    An empty slot has document -1, and the lengths of document 0.
+    """
+    cu_q_ptr, cu_k_ptr, tiles_ptr = packs
+    document = gl.load(tiles_ptr + 2 * slot)
+    tile_k = gl.load(tiles_ptr + 2 * slot + 1)
+    known = gl.maximum(document, 0)
+    begin_q = gl.load(cu_q_ptr + known)
+    length_q = gl.load(cu_q_ptr + known + 1) - begin_q
+    begin_k = gl.load(cu_k_ptr + known)
+    length_k = gl.load(cu_k_ptr + known + 1) - begin_k
+    return document, tile_k, begin_q, length_q, begin_k, length_k
+
+
+@gluon.jit
+def allocate_rings(STAGES: gl.constexpr):
+    """Barriers of the blocks of queries: (q_ready, q_empty, do_ready, do_empty)."""
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    do_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_ready.index(i), count=1)
+        mbarrier.init(do_ready.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=2)
+        mbarrier.init(do_empty.index(i), count=2)
+    return q_ready, q_empty, do_ready, do_empty
+
+
+@gluon.jit
+def allocate_dq(BLOCK_M: gl.constexpr, COLUMNS: gl.constexpr):
+    """Two float32 buffers for the adder, and their barriers: (dq_bufs, dq_ready, dq_empty)."""
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, COLUMNS], gl.float32)
+    dq_bufs = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M, COLUMNS], layout)
+    dq_ready = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    dq_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    for i in gl.static_range(2):
+        mbarrier.init(dq_ready.index(i), count=1)
+        mbarrier.init(dq_empty.index(i), count=1)
+    return dq_bufs, dq_ready, dq_empty
+
+
+@gluon.jit
+def load_halves(desc, buffers, FIRST: gl.constexpr, ready, place):
+    """Loads both warpgroups' halves of a tile of keys or values, and leaves it to others to arrive.
+
+    Args:
+        desc: Of [Tk, Hk, D], in blocks of a half's shape.
+        buffers: [.., rows, columns].
+        FIRST: Where the first half goes; the second follows.
+        ready: The barrier.
+        place: (end of the document, row coordinate, head).
+    """
+    end, row, head_kv = place
+    dtype: gl.constexpr = desc.dtype
+    HALF: gl.constexpr = buffers.shape[1]
+    BLOCK_D: gl.constexpr = buffers.shape[2]
+    for half in gl.static_range(2):
+        tma_load(
+            desc,
+            [_RAGGED, end, row + half * HALF, head_kv, 0],
+            ready,
+            reinterpret(buffers.index(FIRST + half), dtype, [1, 1, HALF, 1, BLOCK_D], desc.layout),
+        )
+
+
+@gluon.jit
+def multiply_dq(ds_bufs, k_bufs, buffer, zero_q, HALF_INDEX: gl.constexpr):
+    """Starts this warpgroup's columns of a step's dq: both halves of the keys."""
+    COLUMNS: gl.constexpr = zero_q.shape[1]
+    token = warpgroup_mma(
+        ds_bufs.index(buffer * 2).permute((1, 0)),
+        k_bufs.index(0).slice(HALF_INDEX * COLUMNS, COLUMNS, dim=1),
+        zero_q,
+        use_acc=False,
+        is_async=True,
+    )
+    return warpgroup_mma(
+        ds_bufs.index(buffer * 2 + 1).permute((1, 0)),
+        k_bufs.index(1).slice(HALF_INDEX * COLUMNS, COLUMNS, dim=1),
+        token,
+        is_async=True,
+    )
+
+
+@gluon.jit
+def put_dq(dq, dq_shared, turn, HALF_INDEX: gl.constexpr):
+    """Leaves this warpgroup's part of dq to the adder, for its turn-th time."""
+    dq_bufs, dq_ready, dq_empty = dq_shared
+    mbarrier.wait(dq_empty.index(HALF_INDEX), (turn & 1) ^ 1)
+    dq_bufs.index(HALF_INDEX).store(dq)
+    fence_async_shared()
+    mbarrier.arrive(dq_ready.index(HALF_INDEX), count=1)
+
+
+@gluon.jit
+def dq_block(dq_shared, INDEX: gl.constexpr, dq_desc):
+    """A buffer of dq, of the shape that its descriptor copies."""
+    dq_bufs, _, _ = dq_shared
+    BLOCK_M: gl.constexpr = dq_bufs.shape[1]
+    COLUMNS: gl.constexpr = dq_bufs.shape[2]
+    return reinterpret(
+        dq_bufs.index(INDEX), gl.float32, [1, 1, BLOCK_M, 1, COLUMNS], dq_desc.layout
+    )
+
+
+@gluon.jit
+def give_back_dq(dq_shared):
+    """Gives both buffers of dq back, each when the adder's copy has read it."""
+    _, _, dq_empty = dq_shared
+    tma_store_wait(1)
+    mbarrier.arrive(dq_empty.index(0), count=1)
+    tma_store_wait(0)
+    mbarrier.arrive(dq_empty.index(1), count=1)
