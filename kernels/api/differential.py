@@ -110,7 +110,12 @@ def diff_attn_varlen_func(
         pad_head_dim(v),
     )
     if named == "hopper":
-        _require_hopper(*branches, dropout_p > 0)
+        from lctrain.kernels.hopper import support
+
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        call = support.DifferentialCall(*branches, None, deterministic, dropout_p > 0)
+        limits = support.DIFFERENTIAL_FORWARD_LIMITS, support.DIFFERENTIAL_BACKWARD_LIMITS
+        support.require(call, *limits, call.inputs)
     out, _, _, lse1, lse2 = torch.ops.lctrain.differential_forward(
         *branches,
         # A view: where lam is not per token, its stride along T is 0, and autograd sums.
@@ -131,22 +136,3 @@ def diff_attn_varlen_func(
     if out.shape[2] != value_dim:
         out = out[..., :value_dim]
     return (out, lse1, lse2) if return_lse else out
-
-
-def _require_hopper(
-    q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor | None, v: Tensor, dropout: bool
-) -> None:
-    """Refuses what the Hopper kernels cannot do, where they are named."""
-    from lctrain.kernels.hopper import support
-
-    inputs = (q1, q2, k1, v) if k2 is None else (q1, q2, k1, v, k2)
-    trained = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    call = support.DifferentialCall(q1, q2, k1, k2, v, None, deterministic, dropout)
-    forward, both = support.DIFFERENTIAL_FORWARD_LIMITS, support.DIFFERENTIAL_BACKWARD_LIMITS
-    reason = support.refusal(call, both if trained else forward)
-    if reason is not None:
-        raise ValueError(
-            f"backend='hopper' does not serve {reason}. Pass backend='auto', which takes the "
-            "portable kernels for that, or backend='triton'."
-        )

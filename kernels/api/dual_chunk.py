@@ -103,7 +103,12 @@ def dual_chunk_attn_varlen_func(
         cu_seqlens, cu_k, inv_freq, logit_scale, document_ids
     )
     if named == "hopper":
-        _require_hopper(q, k, v, dropout_p > 0)
+        from lctrain.kernels.hopper import support
+
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        call = support.Call(q, k, v, deterministic=deterministic, dropout=dropout_p > 0)
+        limits = support.DUAL_CHUNK_FORWARD_LIMITS, support.DUAL_CHUNK_BACKWARD_LIMITS
+        support.require(call, *limits, (q, k, v))
     out, lse = torch.ops.lctrain.dual_chunk_forward(
         q,
         k,
@@ -123,19 +128,3 @@ def dual_chunk_attn_varlen_func(
         backend,
     )
     return (out, lse) if return_lse else out
-
-
-def _require_hopper(q: Tensor, k: Tensor, v: Tensor, dropout: bool) -> None:
-    """Refuses what the Hopper kernels cannot do, where they are named."""
-    from lctrain.kernels.hopper import support
-
-    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    call = support.Call(q, k, v, deterministic=deterministic, dropout=dropout)
-    forward, both = support.DUAL_CHUNK_FORWARD_LIMITS, support.DUAL_CHUNK_BACKWARD_LIMITS
-    reason = support.refusal(call, both if trained else forward)
-    if reason is not None:
-        raise ValueError(
-            f"backend='hopper' does not serve {reason}. Pass backend='auto', which takes the "
-            "portable kernels for that, or backend='triton'."
-        )

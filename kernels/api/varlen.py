@@ -125,7 +125,10 @@ def flash_attn_varlen_func(
     )
     padded = pad_head_dim(q), pad_head_dim(k), pad_head_dim(v)
     if named == "hopper":
-        _require_hopper(*padded, alibi_slopes, deterministic, dropout_p > 0)
+        from lctrain.kernels.hopper import support
+
+        call = support.Call(*padded, None, alibi_slopes is not None, deterministic, dropout_p > 0)
+        support.require(call, support.FORWARD_LIMITS, support.BACKWARD_LIMITS, padded)
     out, lse = torch.ops.lctrain.varlen_forward(
         *padded,
         cu_seqlens_q,
@@ -255,27 +258,6 @@ def flash_attn_func(
     if return_attn_probs:
         return out, lse, result[2]
     return (out, lse) if return_lse else out
-
-
-def _require_hopper(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alibi_slopes: Tensor | None,
-    deterministic: bool,
-    dropout: bool,
-) -> None:
-    """Refuses what the Hopper kernels cannot do, where they are named."""
-    from lctrain.kernels.hopper.support import BACKWARD_LIMITS, FORWARD_LIMITS, Call, refusal
-
-    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    call = Call(q, k, v, None, alibi_slopes is not None, deterministic, dropout)
-    reason = refusal(call, BACKWARD_LIMITS if trained else FORWARD_LIMITS)
-    if reason is not None:
-        raise ValueError(
-            f"backend='hopper' does not serve {reason}. Pass backend='auto', which takes the "
-            "portable kernels for that, or backend='triton'."
-        )
 
 
 def _row_boundaries(batch: int, length: int, device: torch.device) -> Tensor:

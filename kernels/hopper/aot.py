@@ -22,6 +22,7 @@ from lctrain.kernels.hopper.config import (
     dual_chunk_backward_tile,
     dual_chunk_forward_tile,
     forward_tile,
+    override_tiles,
     pack_heads,
 )
 from lctrain.kernels.hopper.differential_bwd_kernel import differential_bwd_hopper_kernel
@@ -45,7 +46,6 @@ FEATURES = ("causal", "full", "dropout", "deterministic", "all")
 DUAL_CHUNK_FEATURES = ("causal", "dropout", "all")
 HEADS_KV = 8
 DIFFERENTIAL_PUBLISHED = ((64, 128, False), (128, 128, True))  # D, Dv, one k
-_DETERMINISTIC = ("deterministic", "all")
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # Triton 3.10 flips the default of fusion
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -107,26 +107,31 @@ def backward_variant(
     """As forward_variant, of varlen_bwd_hopper_kernel; sinks are not its business."""
     columns = padded_columns(head_dim)
     tile = backward_tile(columns)
+    deterministic = features == "deterministic"
     queries = _descriptor(dtype, tile.block_m, columns)
     keys = _descriptor(dtype, BLOCK_N_BACKWARD // 2, columns)
     dq = _descriptor("fp32", tile.block_m, columns // 2)
     constants = {
         "GROUP": group,
+        "HEADS_KV": HEADS_KV,
         "HEAD_DIM": head_dim,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": BLOCK_N_BACKWARD,
         "BLOCK_D": columns,
         "STAGES": tile.stages,
         "DEFER_DQ": tile.defer_dq,
-        "DETERMINISTIC": features in _DETERMINISTIC,
+        "DETERMINISTIC": deterministic,
         **_flags(features),
     }
     types = _types(
         features, dtype, q_desc=queries, do_desc=queries, k_desc=keys, v_desc=keys, dq_desc=dq
     )
+    if not (deterministic or tile.ordered):
+        types |= dict.fromkeys(("turns_ptr", "sum_ptr", "dq_ptr"))
     options = OPTIONS | {"maxnreg": REGISTERS}
     size = f"{tile.block_m}x{BLOCK_N_BACKWARD}"
-    label = f"hopper_bwd-D{head_dim}-g{group}-{features}-{dtype}-{size}"
+    form = "_deferred" * tile.defer_dq + "_ordered" * tile.ordered
+    label = f"hopper_bwd{form}-D{head_dim}-g{group}-{features}-{dtype}-{size}"
     return describe_variant(label, varlen_bwd_hopper_kernel, types, constants, options, False)
 
 
@@ -175,6 +180,7 @@ def dual_chunk_backward_variant(
     dq = _descriptor("fp32", tile.block_m, columns // 2)
     constants = {
         "GROUP": group,
+        "HEADS_KV": HEADS_KV,
         "HEAD_DIM": head_dim,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": BLOCK_N_BACKWARD,
@@ -269,6 +275,7 @@ def differential_backward_variant(
     dq = _descriptor("fp32", tile.block_m, 64)
     constants = {
         "GROUP": group,
+        "HEADS_KV": HEADS_KV,
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
         "BLOCK_M": tile.block_m,
@@ -323,12 +330,26 @@ def kernel_variants(
         if refusal(Call(x, x, x), BACKWARD_LIMITS) is None:
             for name in features:
                 yield backward_variant(head_dim, features=name, group=groups[-1])
+            if "deterministic" in features:
+                yield from _forms_to_tune(head_dim, groups[-1])
         if refusal(Call(x, x, x), DUAL_CHUNK_BACKWARD_LIMITS) is None:
             yield from _dual_chunk_variants(head_dim, features, groups, head_dim == columns)
     if "causal" in features:
         for describe in (forward_variant, backward_variant):
             yield describe(head_dims[0], dtype="fp16", group=groups[-1])
     yield from _differential_variants(head_dims, features, groups[-1])
+
+
+def _forms_to_tune(head_dim: int, group: int) -> Iterator[KernelVariant]:
+    """The backward in the forms that a tile may have and none has yet."""
+    tile = backward_tile(padded_columns(head_dim))
+    forms = [tile._replace(ordered=True)]
+    if head_dim <= 64:  # above, ptxas serialises the deferred form (bench/NOTES.md)
+        forms += [tile._replace(defer_dq=True), tile._replace(defer_dq=True, ordered=True)]
+    for form in forms:
+        with override_tiles(backward=form):
+            variant = backward_variant(head_dim, group=group)
+        yield variant
 
 
 def _differential_variants(
@@ -394,8 +415,6 @@ def _types(features: str, dtype: str, **descriptors: str | None) -> dict[str, st
     types |= dict.fromkeys(("dk_ptr", "dv_ptr", "dq_ptr"), f"*{dtype}")
     if features != "all":
         types |= dict.fromkeys(("window_ptr", "sink_ptr"))
-    if features not in _DETERMINISTIC:
-        types |= dict.fromkeys(("turns_ptr", "sum_ptr", "dq_ptr"))
     if not _has_dropout(features):
         types |= dict.fromkeys(("seed_ptr", "document_ids_ptr"))
     return types | descriptors

@@ -280,7 +280,7 @@ def differential_bwd(
     )
     window_ptr, left, right, has_left, has_right = window_arguments(window)
     tile = differential_backward_tile(columns, value_columns, k2 is None)
-    differential_bwd_hopper_kernel[(heads_kv, k_tiles.shape[0])](
+    differential_bwd_hopper_kernel[(heads_kv * k_tiles.shape[0],)](
         ragged_descriptor(q1, tile.block_m, columns),
         ragged_descriptor(q2, tile.block_m, columns),
         ragged_descriptor(dout, tile.block_m, value_columns),
@@ -305,6 +305,7 @@ def differential_bwd(
         right,
         softmax_scale,
         GROUP=heads // heads_kv,
+        HEADS_KV=heads_kv,
         HEAD_DIM=head_dim,
         VALUE_DIM=value_dim,
         BLOCK_M=tile.block_m,

@@ -341,6 +341,7 @@ def differential_bwd_hopper_kernel(
     window_right,
     scale,
     GROUP: gl.constexpr,
+    HEADS_KV: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     VALUE_DIM: gl.constexpr,
     BLOCK_M: gl.constexpr,
@@ -354,7 +355,7 @@ def differential_bwd_hopper_kernel(
 ):
     """One program: BLOCK_N keys of one key/value head, with all queries of its group that see them.
 
-    Grid: (key/value heads, tiles). stats [4, H, T] float32: lse1 and lse2 in base 2, +inf where
+    Grid: (tiles * key/value heads,). stats [4, H, T] float32: lse1 and lse2 in base 2, +inf where
     nothing was seen, e1 and e2; lse2 less log2 |lam|, and the last bit of e2 is the sign of lam. So
     p2 here is lam A2, and ds1 = p1 (dp - e1), ds2 = p2 (e2 - dp). dq1_desc and dq2_desc describe
     zeroed float32 [T, H, D]. k2_desc and dk2 are None with SHARED_K: dk1 is then the sum.
@@ -362,9 +363,8 @@ def differential_bwd_hopper_kernel(
     dtype: gl.constexpr = v_desc.dtype
     HALF: gl.constexpr = BLOCK_N // 2
     KEYS: gl.constexpr = 1 if SHARED_K else 2
-    head_kv = gl.program_id(0)
     packs = (cu_q_ptr, cu_k_ptr, tiles_ptr)
-    document, tile_k, begin_q, length_q, begin_k, length_k = read_slot(packs, gl.program_id(1))
+    head_kv, document, tile_k, begin_q, length_q, begin_k, length_k = read_slot(packs, HEADS_KV)
     first = tile_k * BLOCK_N
     left, right = load_window(window_ptr, window_left, window_right)
     low, high = query_blocks(
@@ -400,7 +400,7 @@ def differential_bwd_hopper_kernel(
     ds_shared = (ds_bufs, ds_full, ds_empty)
     tile = (head_kv, begin_q, length_q, begin_k, length_k, first, low, high)
     results = (dk1_ptr, dk2_ptr, dv_ptr, stride_kt, stride_kh, stride_vt, stride_vh)
-    stats = (stats_ptr, total_q, gl.num_programs(0).to(gl.int64) * GROUP * total_q)
+    stats = (stats_ptr, total_q, total_q.to(gl.int64) * (HEADS_KV * GROUP))
     SHAPE: gl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, KEYS)
     FLAGS: gl.constexpr = (HAS_LEFT, HAS_RIGHT)
     sources = ((q1_desc, q2_desc), do_desc, (k1_desc, k2_desc), v_desc)

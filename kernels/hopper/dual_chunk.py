@@ -266,7 +266,7 @@ def dual_chunk_bwd(
     rows = TURN_ROWS
     shape = {"HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim), "BLOCK_M": rows}
     for is_near in (True, False):
-        dual_chunk_bwd_hopper_kernel[(heads_kv, k_tiles.shape[0])](
+        dual_chunk_bwd_hopper_kernel[(heads_kv * k_tiles.shape[0],)](
             ragged_descriptor(q, tile.block_m, columns),
             ragged_descriptor(dq, tile.block_m, columns),
             ragged_descriptor(dout, tile.block_m, columns),
@@ -290,6 +290,7 @@ def dual_chunk_bwd(
             near,
             softmax_scale,
             GROUP=heads // heads_kv,
+            HEADS_KV=heads_kv,
             HEAD_DIM=head_dim,
             BLOCK_M=tile.block_m,
             BLOCK_N=BLOCK_N_BACKWARD,

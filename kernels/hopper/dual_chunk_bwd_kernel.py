@@ -308,6 +308,7 @@ def dual_chunk_bwd_hopper_kernel(
     near,
     scale,
     GROUP: gl.constexpr,
+    HEADS_KV: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -322,15 +323,14 @@ def dual_chunk_bwd_hopper_kernel(
     and in the frame of the rotated keys. Otherwise OWN and FAR; dk_near and dv_near [Tk, Hk, D]
     float32, strides of dk, hold what that launch left, dk turned to where the keys stand.
 
-    Grid: (key/value heads, tiles). stats [H, T, 4] float32 as dual_chunk_rotate writes them.
+    Grid: (tiles * key/value heads,). stats [H, T, 4] float32 as dual_chunk_rotate writes them.
     dq_desc describes a zeroed float32 [2 T, H, D]: dq of OWN and NEAR, then that of FAR, in the
     frame of the queries at the far position.
     """
     dtype: gl.constexpr = q_desc.dtype
     HALF: gl.constexpr = BLOCK_N // 2
-    head_kv = gl.program_id(0)
     packs = (cu_q_ptr, cu_k_ptr, tiles_ptr)
-    document, tile_k, begin_q, length_q, begin_k, length_k = read_slot(packs, gl.program_id(1))
+    head_kv, document, tile_k, begin_q, length_q, begin_k, length_k = read_slot(packs, HEADS_KV)
     first = tile_k * BLOCK_N
     if logit_scale_ptr is not None:
         scale *= gl.load(logit_scale_ptr + gl.maximum(document, 0))

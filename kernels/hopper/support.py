@@ -2,10 +2,10 @@
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ MAX_ROWS = 1 << 30  # of a descriptor's row dimension
 
 @dataclass(frozen=True)
 class Call:
-    """What decides about a call of varlen attention.
+    """What decides about a call of varlen or dual chunk attention.
 
     Attributes:
         q: [T, H, D].
@@ -92,16 +92,19 @@ FORWARD_LIMITS: tuple[_Limit, ...] = (
     ("strides or addresses that are no multiples of 16 bytes",
      lambda c: any(_unaligned(x) for x in (c.q, c.k, c.v))),
 )  # fmt: skip
-BACKWARD_LIMITS: tuple[_Limit, ...] = (
-    *FORWARD_LIMITS,
-    ("the backward of head dims above 128", lambda c: c.q.shape[2] > 128),
-    # The kernel has it, but the random bits leave too few registers: 0.8x the speed of the portable
-    # kernels on an H100 (bench/NOTES.md).
+_ONLY_BACKWARD: tuple[tuple[str, Callable[[Any], bool]], ...] = (
+    # Varlen's kernel has both. The first was slower than the portable kernels before its random
+    # bits spilled less (0.8x on an H100, bench/NOTES.md); the second has not run on a GPU yet.
     ("the backward of dropout", lambda c: c.dropout),
     ("a deterministic backward", lambda c: c.deterministic),
     ("a gradient of out whose strides are no multiples of 16 bytes",
      lambda c: c.dout is not None and c.dout.stride(2) == 1 and _unaligned(c.dout)),
 )  # fmt: skip
+BACKWARD_LIMITS: tuple[_Limit, ...] = (
+    *FORWARD_LIMITS,
+    ("the backward of head dims above 128", lambda c: c.q.shape[2] > 128),
+    *_ONLY_BACKWARD,
+)
 DUAL_CHUNK_FORWARD_LIMITS: tuple[_Limit, ...] = (
     # Two tiles of queries and one of the next do not fit beside keys and values.
     ("dual chunk attention of head dims above 128", lambda c: c.q.shape[2] > 128),
@@ -109,11 +112,10 @@ DUAL_CHUNK_FORWARD_LIMITS: tuple[_Limit, ...] = (
 )  # fmt: skip
 DUAL_CHUNK_BACKWARD_LIMITS: tuple[_Limit, ...] = (
     *DUAL_CHUNK_FORWARD_LIMITS,
-    ("the backward of dropout", lambda c: c.dropout),
-    ("a deterministic backward", lambda c: c.deterministic),
-    ("a gradient of out whose strides are no multiples of 16 bytes",
-     lambda c: c.dout is not None and c.dout.stride(2) == 1 and _unaligned(c.dout)),
-)  # fmt: skip
+    # Its two buffers of dq are one to the copy engine.
+    ("the backward of more than 2^29 tokens", lambda c: c.q.shape[0] > MAX_ROWS // 2),
+    *_ONLY_BACKWARD,
+)
 _DifferentialLimit = tuple[str, Callable[[DifferentialCall], bool]]
 DIFFERENTIAL_FORWARD_LIMITS: tuple[_DifferentialLimit, ...] = (
     ("dtypes other than float16 and bfloat16", lambda c: c.q1.element_size() != 2),
@@ -128,16 +130,39 @@ DIFFERENTIAL_BACKWARD_LIMITS: tuple[_DifferentialLimit, ...] = (
     # Three accumulators of 64 by 128 leave no registers for the weights.
     ("the backward of head dims above 64 with a k per branch",
      lambda c: c.q1.shape[2] > 64 and c.k2 is not None),
-    ("the backward of dropout", lambda c: c.dropout),
-    ("a deterministic backward", lambda c: c.deterministic),
-    ("a gradient of out whose strides are no multiples of 16 bytes",
-     lambda c: c.dout is not None and c.dout.stride(2) == 1 and _unaligned(c.dout)),
+    *_ONLY_BACKWARD,
 )  # fmt: skip
 
 
 def refusal(call: _Call, limits: tuple[tuple[str, Callable[[_Call], bool]], ...]) -> str | None:
     """Returns what a call asks of the Hopper kernels that they cannot do, None if nothing."""
     return next((name for name, exceeds in limits if exceeds(call)), None)
+
+
+def require(
+    call: _Call,
+    forward: tuple[tuple[str, Callable[[_Call], bool]], ...],
+    backward: tuple[tuple[str, Callable[[_Call], bool]], ...],
+    trained: Iterable[Tensor],
+) -> None:
+    """Refuses what the Hopper kernels cannot do, where they are named.
+
+    Args:
+        call: What is asked for.
+        forward: Limits of the forward.
+        backward: Limits of both passes, which count if a gradient will be asked for.
+        trained: Tensors that may need one.
+
+    Raises:
+        ValueError: if there is such a limit.
+    """
+    needs_backward = torch.is_grad_enabled() and any(x.requires_grad for x in trained)
+    reason = refusal(call, backward if needs_backward else forward)
+    if reason is not None:
+        raise ValueError(
+            f"backend='hopper' does not serve {reason}. Pass backend='auto', which takes the "
+            "portable kernels for that, or backend='triton'."
+        )
 
 
 def serves(

@@ -123,7 +123,7 @@ def _prepare_kernel(
 ):
     """delta = rowsum(dout * out) - dlse, lse in base 2, and a zeroed float32 sum for dq.
 
-    Without sum: zeros in dq for the rows that saw nothing.
+    Without sum: zeros in dq for the rows that saw nothing, among those whose out is zero.
 
     Grid: (blocks of ROWS tokens, heads).
     """
@@ -155,7 +155,8 @@ def _prepare_kernel(
     if sum_ptr is not None:
         tl.store(sum_ptr + place_dq, zero, mask)
     else:
-        blind = (lse == float("-inf"))[:, None]
+        # Their out is zero; lse would not tell: with a sink it is the sink.
+        blind = (tl.max(tl.abs(out.to(tl.float32)), 1) == 0.0)[:, None]
         tl.store(dq_ptr + place_dq, zero.to(dq_ptr.dtype.element_ty), mask & blind)
 
 
@@ -251,7 +252,7 @@ def varlen_bwd(
     turns = None
     if ordered:
         turns = torch.zeros((heads, turns_per_head), dtype=torch.int32, device=q.device)
-    varlen_bwd_hopper_kernel[(heads_kv, k_tiles.shape[0])](
+    varlen_bwd_hopper_kernel[(heads_kv * k_tiles.shape[0],)](
         ragged_descriptor(q, tile.block_m, columns),
         ragged_descriptor(dout, tile.block_m, columns),
         ragged_descriptor(k, BLOCK_N_BACKWARD // 2, columns),
@@ -284,6 +285,7 @@ def varlen_bwd(
         threshold,
         scale_kept,
         GROUP=heads // heads_kv,
+        HEADS_KV=heads_kv,
         HEAD_DIM=head_dim,
         BLOCK_M=tile.block_m,
         BLOCK_N=BLOCK_N_BACKWARD,

@@ -44,17 +44,16 @@ _RAGGED = gl.constexpr(1 << 30)
 
 
 @gluon.jit
-def _locate(packs, window, SHAPE: gl.constexpr, FLAGS: gl.constexpr):
+def _locate(packs, window, HEADS_KV: gl.constexpr, SHAPE: gl.constexpr, FLAGS: gl.constexpr):
     """(document, tile) of this program; of an empty slot document 0, no queries and no keys."""
     left, right = window
     BLOCK_M: gl.constexpr = SHAPE[0]
     BLOCK_N: gl.constexpr = SHAPE[1]
     ORDERED: gl.constexpr = SHAPE[5]
-    head_kv = gl.program_id(0)
-    document, tile_k, begin_q, length_q, begin_k, length_k = read_slot(packs, gl.program_id(1))
+    head_kv, document, tile_k, begin_q, length_q, begin_k, length_k = read_slot(packs, HEADS_KV)
     if ORDERED:
         # All tiles of a head of a document, then the next head: they share queries in L2.
-        nth = tile_k * gl.num_programs(0) + head_kv
+        nth = tile_k * HEADS_KV + head_kv
         tiles = gl.maximum((length_k + BLOCK_N - 1) // BLOCK_N, 1)
         head_kv = nth // tiles
         tile_k = nth % tiles
@@ -391,7 +390,7 @@ def _compute(
         if HAS_DROPOUT:
             # Whether a weight is kept goes into its sign; dp waits until the random bits are gone.
             p = gl.where(kept(words, local_key[:, None], threshold), p, -p)
-            p_operand = gl.convert_layout(rounded(gl.maximum(p, 0.0), dtype), p_layout)
+            p_operand = gl.convert_layout(rounded(gl.where(p < 0.0, 0.0, p), dtype), p_layout)
             mbarrier.wait(do_ready.index(place), phase)
             dp_token = warpgroup_mma(
                 v, do_bufs.index(place).permute((1, 0)), zero_s, use_acc=False, is_async=True
@@ -498,6 +497,7 @@ def varlen_bwd_hopper_kernel(
     threshold,
     keep_scale,
     GROUP: gl.constexpr,
+    HEADS_KV: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -512,7 +512,7 @@ def varlen_bwd_hopper_kernel(
 ):
     """One program: BLOCK_N keys of one key/value head, with all queries of its group that see them.
 
-    Grid: (key/value heads, tiles). lse and delta [H, T] float32: base 2, +inf where nothing was
+    Grid: (tiles * key/value heads,). lse and delta [H, T] float32: base 2, +inf where nothing was
     seen, and delta / keep_scale. dq_desc describes sum, a float32 [T, H, D], zeroed. Or, with
     turns, a zeroed int32 [H, blocks of queries], it need not be: dq, of its layout, is written, but
     for rows that see no key. Programs must then start in order, since they wait for earlier ones.
@@ -524,7 +524,7 @@ def varlen_bwd_hopper_kernel(
     FLAGS: gl.constexpr = (HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT)
     packs = (cu_q_ptr, cu_k_ptr, tiles_ptr)
     window = load_window(window_ptr, window_left, window_right)
-    document, tile = _locate(packs, window, SHAPE, FLAGS)
+    document, tile = _locate(packs, window, HEADS_KV, SHAPE, FLAGS)
 
     word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     bar: gl.constexpr = mbarrier.MBarrierLayout()
@@ -566,7 +566,7 @@ def varlen_bwd_hopper_kernel(
     if ORDERED:
         # Found anew, so that nothing of it takes registers of the loops.
         window = load_window(window_ptr, window_left, window_right)
-        document, tile = _locate(packs, window, SHAPE, FLAGS)
+        document, tile = _locate(packs, window, HEADS_KV, SHAPE, FLAGS)
         _finish_dq(
             (sum_ptr, dq_ptr, stride_dqt, stride_dqh),
             (turns_ptr, turns_per_head, document),

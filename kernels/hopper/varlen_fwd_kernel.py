@@ -114,6 +114,7 @@ def _consume(
         head += FIRST_RUN // (POSITIONS // RUN)
         mbarrier.arrive(info_empty.index(served % TILES_AHEAD), count=1)
         stage = served % Q_STAGES
+        last = (served + Q_STAGES - 1) % Q_STAGES
         shift = length_k - length_q
         local_query = local % RUN
         query = first + local_query
@@ -177,7 +178,7 @@ def _consume(
             if Q_STAGES > 1:
                 # By now the last tile's result has left its place.
                 tma_store_wait(0)
-                mbarrier.arrive(q_empty.index((served + 1) % Q_STAGES), count=1, pred=served > 0)
+                mbarrier.arrive(q_empty.index(last), count=1, pred=served > 0)
             p = gl.convert_layout(p, p_layout)
             mbarrier.wait(v_ready.index(place), (ring // STAGES) & 1)
             for block in range(1, high - low):
@@ -220,7 +221,7 @@ def _consume(
         else:
             if Q_STAGES > 1:
                 tma_store_wait(0)
-                mbarrier.arrive(q_empty.index((served + 1) % Q_STAGES), count=1, pred=served > 0)
+                mbarrier.arrive(q_empty.index(last), count=1, pred=served > 0)
         if HAS_SINK:
             sink = gl.load(sink_ptr + tile_head).to(gl.float32) * _LOG2_E
             m_new = gl.maximum(m, sink)

@@ -42,6 +42,12 @@ class AttentionSpec:
                 f"backend must be the name of a backend, got {self.backend!r}. "
                 "Pass 'auto' to let the device decide."
             )
+        if self.deterministic and self.backend == "hopper" and self.kind != "flash":
+            raise ValueError(
+                f"backend='hopper' cannot be deterministic for attention={self.kind!r}: its "
+                "programs add to the same gradients. Pass backend='triton', whose gradients have "
+                "the same bits in every run."
+            )
 
     @property
     def implementation(self) -> str:
@@ -64,7 +70,8 @@ class FlashSpec(AttentionSpec):
 class DualChunkSpec(AttentionSpec):
     """Dual chunk attention: causal, without relative positions beyond those of training.
 
-    Its portable kernels give the same bits in every run; `deterministic` changes nothing.
+    Its portable kernels give the same bits in every run. Those for Hopper, which serve who names
+    them, do not: `deterministic` with them is an error.
 
     Attributes:
         chunk_size: S, the largest relative position used. None: as the model's config says, else
@@ -128,8 +135,8 @@ class DualChunkSpec(AttentionSpec):
 class DifferentialSpec(AttentionSpec):
     """Differential attention, both branches of a pair in one launch, for models that have it.
 
-    Its kernels give the same bits in every run; `deterministic` changes nothing. Dropout draws a
-    mask for each branch.
+    Its portable kernels give the same bits in every run. Those for Hopper, which serve who names
+    them, do not: `deterministic` with them is an error. Dropout draws a mask for each branch.
     """
 
     kind: ClassVar[str] = "differential"

@@ -7,13 +7,18 @@ import torch
 @pytest.fixture
 def nan_filled_memory(monkeypatch):
     """Fills what torch.empty returns with NaN, so that a row that no kernel writes is seen."""
-    empty = torch.empty
+    empty, empty_like = torch.empty, torch.empty_like
 
     def nan_filled(*args, **kwargs):
         tensor = empty(*args, **kwargs)
         return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
+    def nan_filled_like(tensor, **kwargs):
+        filled = empty_like(tensor, **kwargs)
+        return filled.fill_(float("nan")) if filled.is_floating_point() else filled
+
     monkeypatch.setattr(torch, "empty", nan_filled)
+    monkeypatch.setattr(torch, "empty_like", nan_filled_like)
 
 
 @pytest.fixture

@@ -119,6 +119,25 @@ def test_a_barrier_that_never_completes_is_an_error():
         squares(0, ARRIVE=False)
 
 
+@gluon.jit
+def poll_kernel(counter_ptr, COUNT: gl.constexpr):
+    """Program 0 waits for COUNT others."""
+    if gl.program_id(0) == 0:
+        there = gl.atomic_add(counter_ptr, 0, sem="acquire")
+        while there < COUNT:
+            there = gl.atomic_add(counter_ptr, 0, sem="acquire")
+    else:
+        gl.atomic_add(counter_ptr, 1, sem="release")
+
+
+def test_polling_what_nobody_will_change_is_an_error():
+    counter = torch.zeros(1, dtype=torch.int32)
+    EmulatedKernel(poll_kernel)[(3,)](counter, COUNT=2)
+    assert counter.item() == 2
+    with pytest.raises(Deadlock):
+        EmulatedKernel(poll_kernel)[(3,)](counter, COUNT=5)
+
+
 def test_addresses_outside_a_tensor_are_an_error():
     x = torch.zeros(64, 1, 64, dtype=torch.float16)
     described = ragged_descriptor(x, 64, 64)

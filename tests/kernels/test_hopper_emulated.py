@@ -30,6 +30,11 @@ BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
 LENGTHS = equal_lengths(150, 0, 1, 70)
 UNEQUAL = ((70, 300), (130, 40), (1, 129), (65, 0), (0, 63))
 PLAIN = Case(LENGTHS, 4, 2, 64, BFLOAT16, causal=True)
+# With a sink, rows that see no key have an lse; whole blocks of them are nobody's.
+BLIND = {
+    "longer_queries": Case(((200, 60),), 2, 1, 64, BFLOAT16, causal=True, sink=True),
+    "no_keys": Case(((65, 0), (70, 70)), 2, 1, 64, BFLOAT16, causal=True, sink=True),
+}
 CASES = {
     "D64-causal-g2": PLAIN,
     "D64-causal-unequal": dataclasses.replace(PLAIN, documents=UNEQUAL),
@@ -86,6 +91,27 @@ def test_forms_for_the_tuner(name, seed, form, hopper, monkeypatch):
         with config.override_tiles(backward=tile):
             result = attention(CASES[name], inputs, backend="hopper", deterministic=deterministic)
         assert_matches_oracle(result, CASES[name], inputs)
+
+
+@pytest.mark.parametrize("case", BLIND.values(), ids=BLIND.keys())
+@pytest.mark.parametrize("deterministic", [False, True], ids=["ordered", "deterministic"])
+def test_blocks_that_see_no_key_have_no_gradient(deterministic, case, hopper):
+    inputs = make_inputs(case)
+    with config.override_tiles(backward=config.backward_tile(64)._replace(ordered=True)):
+        result = attention(case, inputs, backend="hopper", deterministic=deterministic)
+    assert_matches_oracle(result, case, inputs)
+    assert (result.dq[:65] == 0).all()
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_queries_of_several_tiles_ahead(stages, seed, monkeypatch):
+    emulate(monkeypatch, varlen, seed)
+    case = Case(equal_lengths(150, 100, 60), 2, 1, 64, BFLOAT16, causal=True)
+    inputs = make_inputs(case)
+    with config.override_tiles(forward=config.forward_tile(64)._replace(q_stages=stages)):
+        result = attention(case, inputs, backend="hopper")
+    assert_matches_oracle(result, case, inputs)
 
 
 @pytest.mark.parametrize("seed", range(1, 6))

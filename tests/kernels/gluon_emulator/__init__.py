@@ -3,12 +3,15 @@
 Triton's interpreter has no Gluon. Here `values` holds tensors, `memory` shared and global memory,
 `machine` the threads, barriers and asynchronous engines, `names` what kernels call `gl`.
 
-What it holds: the numbers of a kernel, its barriers (a deadlock is an error), and its ordering: an
-asynchronous copy or product happens at a random moment between its start and the wait that
-promises its end, in the order of a seed. Shared memory starts as NaN; addresses outside a tensor
-and generic writes that no fence has shown to the engines are errors. What it does not: layouts,
-registers, time. Those are the compiler's (test_hopper_aot.py) and the hardware's
-(test_hopper_gpu.py).
+What it holds: the numbers of a kernel, its barriers (a deadlock is an error, and so is polling
+what nobody will change), and its ordering: an asynchronous copy or product happens at a random
+moment between its start and the wait that promises its end, in the order of a seed. Shared memory
+starts as NaN; addresses outside a tensor and generic writes that no fence has shown to the engines
+are errors.
+
+What it does not: layouts, registers and time; barriers inside a warpgroup, whose threads are one
+here; the order in which global memory shows what others wrote (acquire, release). Those are the
+compiler's (test_hopper_aot.py) and the hardware's (test_hopper_gpu.py).
 """
 
 from tests.kernels.gluon_emulator.launch import EmulatedKernel, emulate

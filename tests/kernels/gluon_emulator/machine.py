@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 
-_ENGINE = 0.2  # probability that a pending copy happens when a thread looks at a barrier
-_SWITCH = 0.3  # that another thread goes on
+# Probabilities, of which a seed chooses one each.
+_ENGINE = (0.2, 0.9)  # that a pending copy happens when a thread looks at a barrier
+_SWITCH = (0.3, 0.8)  # that another thread goes on
+_EARLY = (0.0, 0.5)  # that a product reads its operands when it is issued, not when waited for
 _PACES = (1, 10, 100)  # how often a thread is chosen, against others
-_EARLY = 0.5  # that a product reads its operands when it is issued, not when it is waited for
 
 
 class Deadlock(RuntimeError):
-    """Every thread waits for a barrier that nothing can complete."""
+    """Every thread waits for a barrier, or polls an address, that nothing can change any more."""
 
 
 class Barrier:
@@ -80,6 +81,7 @@ class Thread:
         self.reads: list[Operation] = []  # of copies from shared memory, and their writes
         self.writes: list[Operation] = []
         self.small_copies: list[Callable[[], None]] = []
+        self.polled: tuple[object, int] | None = None  # an address, and the machine's writes then
         self.native = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
@@ -116,6 +118,10 @@ class Machine:
 
     def __init__(self, seed: int):
         self.random = random.Random(seed)
+        self.engine_pace = self.random.choice(_ENGINE)
+        self.switching = self.random.choice(_SWITCH)
+        self.early = self.random.choice(_EARLY)
+        self.writes = 0  # to global memory, by which a thread that polls may get on
         self.threads: list[Thread] = []
         self.engine: list[Operation] = []
         self.error: BaseException | None = None
@@ -177,6 +183,7 @@ class Machine:
     def copy(self) -> None:
         """Carries out one pending copy."""
         self.engine.pop(self.random.randrange(len(self.engine))).run()
+        self.writes += 1
 
     def post(self, function: Callable[[], None]) -> Operation:
         """Leaves something to the engines."""
@@ -186,9 +193,9 @@ class Machine:
 
     def look(self, until: Callable[[], bool] | None = None) -> None:
         """Where a thread looks around: copies may happen and others may go on."""
-        if self.engine and self.random.random() < _ENGINE:
+        if self.engine and self.random.random() < self.engine_pace:
             self.copy()
-        if (until is None or until()) and self.random.random() >= _SWITCH:
+        if (until is None or until()) and self.random.random() >= self.switching:
             return
         thread = current()
         thread.waits_for = until
@@ -229,6 +236,6 @@ def issue_product(product: Callable[[], np.ndarray]) -> list[np.ndarray]:
     thread = current()
     result: list[np.ndarray] = []
     thread.products.append(lambda: result.append(product()))
-    if thread.machine.random.random() < _EARLY:
+    if thread.machine.random.random() < thread.machine.early:
         thread.finish_products(0)
     return result

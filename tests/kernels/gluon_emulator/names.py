@@ -85,13 +85,26 @@ def load(pointer: Pointer, mask: Any = None, other: Any = None, **_: Any) -> Val
 
 def store(pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> None:
     pointer.store(value, mask)
+    current().machine.writes += 1
 
 
 def atomic_add(pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> Value:
-    current().machine.look()
-    before = pointer.load(mask)
-    pointer.store(before + value, mask)
-    return before
+    """Adding zero polls: again at one address, it waits until somebody has written something."""
+    thread, machine = current(), current().machine
+    polls = not isinstance(value, Value) and value == 0
+    address = (id(pointer.memory), int(pointer.place)) if polls else None
+    before = thread.polled
+    if polls and before is not None and before[0] == address:
+        seen = before[1]
+        machine.look(lambda: machine.writes != seen)
+    else:
+        machine.look()
+    thread.polled = (address, machine.writes) if polls else None
+    found = pointer.load(mask)
+    if not polls:
+        pointer.store(found + value, mask)
+        machine.writes += 1
+    return found
 
 
 def inline_asm_elementwise(
