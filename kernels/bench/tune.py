@@ -75,7 +75,7 @@ _HOPPER_FORWARD = {
 }
 # Block of queries, stages, whether dq is left to the next step, whether it is stored first.
 _HOPPER_BACKWARD = {
-    64: "64,3,0,0 64,3,1,0 64,3,0,1 64,3,1,1 64,2,1,0 64,4,1,0 128,2,1,0",
+    64: "64,3,0,0 64,3,1,0 64,3,0,1 64,3,1,1 64,2,1,0 64,4,1,0",
     96: "64,2,0,0 64,2,0,1",
     128: "64,2,0,0 64,2,0,1",
 }

@@ -68,6 +68,14 @@ def test_wrong_values(kind, values, message):
         make_spec(kind, **values)
 
 
+def test_hopper_kernels_that_are_named_and_cannot_be_deterministic():
+    for kind in ("dual_chunk", "differential"):
+        with pytest.raises(ValueError, match=f"deterministic for attention='{kind}'.*'triton'"):
+            make_spec(kind, deterministic=True, backend="hopper")
+        assert make_spec(kind, deterministic=True).deterministic
+    assert make_spec("flash", deterministic=True, backend="hopper").deterministic
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

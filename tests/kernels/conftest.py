@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.kernels.held_back import without_held_back
+
 
 @pytest.fixture
 def nan_filled_memory(monkeypatch):
@@ -26,7 +28,5 @@ def whole_hopper_backward(monkeypatch):
     """Lets backend="hopper" take also what the table leaves to the portable kernels for now."""
     from lctrain.kernels.hopper import support
 
-    left_out = ("the backward of dropout", "a deterministic backward")
-    limits = [row for row in support.BACKWARD_LIMITS if row[0] not in left_out]
-    assert len(limits) == len(support.BACKWARD_LIMITS) - len(left_out)
-    monkeypatch.setattr(support, "BACKWARD_LIMITS", tuple(limits))
+    limits = without_held_back(support.BACKWARD_LIMITS)
+    monkeypatch.setattr(support, "BACKWARD_LIMITS", limits)

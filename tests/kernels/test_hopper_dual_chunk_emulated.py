@@ -124,6 +124,17 @@ def test_whatever_the_order_of_warps_and_engines(seed, monkeypatch):
     assert_matches_oracle(attention(case, inputs, backend="hopper"), case, inputs)
 
 
+@pytest.mark.parametrize("seed", [0, 2, 4, 5])
+def test_queries_at_the_far_position_stay_while_they_are_needed(seed, monkeypatch):
+    """These seeds fail if their place is given back a product too early."""
+    emulate(monkeypatch, dual_chunk, seed)
+    case = Case(equal_lengths(700), 4, 1, 64, chunks=(70, 10))
+    inputs = make_inputs(case)
+    out, _ = forward(case, inputs)
+    exact, plain = (dense(case, inputs, dtype) for dtype in (torch.float64, case.dtype))
+    assert_error_at_most_twice(out, plain.out, exact.out, "out")
+
+
 def test_a_document_keeps_its_bits_whatever_its_neighbours(hopper):
     """out, lse, dk and dv; dq is added in the order in which programs come."""
     case = dataclasses.replace(PLAIN, documents=equal_lengths(100, 240, 30), chunks=(90, 20))
