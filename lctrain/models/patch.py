@@ -10,7 +10,6 @@ from lctrain.attention.forward import SPEC_ATTRIBUTE
 from lctrain.attention.spec import AttentionSpec, make_spec
 from lctrain.models.architectures import attention_layers, require_supported
 from lctrain.models.configs import ConfigSwap
-from lctrain.models.differential_v1 import FusedDiffLlamaAttention
 from lctrain.models.inputs import InputHook
 from lctrain.models.kinds import KINDS
 from lctrain.models.registration import register
@@ -159,6 +158,7 @@ class PatchHandle:
         if backend != "hopper":
             return backend
         from lctrain.kernels.hopper.support import serves
+        from lctrain.models.differential_v1 import FusedDiffLlamaAttention  # needs DiffLlama
 
         dtype = next(self.model.parameters()).dtype
         # Dual chunk and differential attention have torch's switch only.

@@ -79,7 +79,7 @@ def test_matches_float64(case, hopper):
     assert_matches_oracle(attention(case, inputs, backend="hopper"), case, inputs)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", ["D64-causal-unequal", "D64-window-g4", "D128-causal-g3"])
 @pytest.mark.parametrize("form", [{"defer_dq": True}, {"ordered": True}], ids="-".join)
 def test_forms_for_the_tuner(name, seed, form, hopper, monkeypatch):
@@ -141,7 +141,7 @@ def test_deterministic_gradients_whatever_the_order(window, documents, group, ho
     tile = config.backward_tile(64)
     for deterministic, ordered in ((True, False), (False, False), (False, True)):
         sums.clear()
-        for seed in range(5):
+        for seed in range(4):
             emulate(monkeypatch, varlen, seed)
             with config.override_tiles(backward=tile._replace(ordered=ordered)):
                 result = attention(case, inputs, backend="hopper", deterministic=deterministic)
