@@ -56,29 +56,14 @@ def differential_forward(
     schedule = complete_schedule(
         q_tiles, k_tiles, cu_seqlens_q, cu_seqlens_k, q1.shape[0], k1.shape[0]
     )
+    from lctrain.kernels.attention.differential_fwd import differential_fwd
+
     if backend == "hopper":
         from lctrain.kernels.hopper import differential, support
 
         call = support.DifferentialCall(q1, q2, k1, k2, v)
         if support.refusal(call, support.DIFFERENTIAL_FORWARD_LIMITS) is None:
-            return differential.differential_fwd(
-                q1,
-                q2,
-                k1,
-                k2,
-                v,
-                lam,
-                cu_seqlens_q,
-                cu_seqlens_k,
-                schedule.q_tiles,
-                softmax_scale=softmax_scale,
-                window=(window_left, window_right) if window is None else window,
-                dropout_p=dropout_p,
-                dropout_seed=dropout_seed,
-                document_ids=document_ids,
-            )
-    from lctrain.kernels.attention.differential_fwd import differential_fwd
-
+            differential_fwd = differential.differential_fwd
     return differential_fwd(
         q1,
         q2,
@@ -168,6 +153,12 @@ def differential_backward(
     schedule = complete_schedule(
         q_tiles, k_tiles, cu_seqlens_q, cu_seqlens_k, q1.shape[0], k1.shape[0]
     )
+    operands = (dout, dlse1, dlse2, q1, q2, k1, k2, v, lam, out1, out2, lse1, lse2)
+    boundaries = (cu_seqlens_q, cu_seqlens_k)
+    options: dict[str, Any] = {
+        "softmax_scale": softmax_scale,
+        "window": (window_left, window_right) if window is None else window,
+    }
     if backend == "hopper":
         from lctrain.kernels.hopper import differential, support
 
@@ -175,50 +166,19 @@ def differential_backward(
         call = support.DifferentialCall(q1, q2, k1, k2, v, dout, deterministic, dropout_p > 0)
         if support.refusal(call, support.DIFFERENTIAL_BACKWARD_LIMITS) is None:
             return differential.differential_bwd(
-                dout,
-                dlse1,
-                dlse2,
-                q1,
-                q2,
-                k1,
-                k2,
-                v,
-                lam,
-                out1,
-                out2,
-                lse1,
-                lse2,
-                cu_seqlens_q,
-                cu_seqlens_k,
-                schedule.k_tiles,
-                softmax_scale=softmax_scale,
-                window=(window_left, window_right) if window is None else window,
+                *operands, *boundaries, schedule.k_tiles, **options
             )
     from lctrain.kernels.attention.differential_bwd import differential_bwd
 
     return differential_bwd(
-        dout,
-        dlse1,
-        dlse2,
-        q1,
-        q2,
-        k1,
-        k2,
-        v,
-        lam,
-        out1,
-        out2,
-        lse1,
-        lse2,
-        cu_seqlens_q,
-        cu_seqlens_k,
+        *operands,
+        *boundaries,
         schedule.q_tiles,
         schedule.k_tiles,
-        softmax_scale=softmax_scale,
-        window=(window_left, window_right) if window is None else window,
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
         document_ids=document_ids,
+        **options,
     )
 
 

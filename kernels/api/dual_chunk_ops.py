@@ -51,30 +51,13 @@ def dual_chunk_forward(
     schedule = complete_schedule(
         q_tiles, k_tiles, cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0]
     )
+    from lctrain.kernels.attention.dual_chunk_fwd import dual_chunk_fwd
+
     if backend == "hopper":
         from lctrain.kernels.hopper import dual_chunk, support
 
         if support.refusal(support.Call(q, k, v), support.DUAL_CHUNK_FORWARD_LIMITS) is None:
-            return dual_chunk.dual_chunk_fwd(
-                q,
-                k,
-                v,
-                cu_seqlens_q,
-                cu_seqlens_k,
-                schedule.q_tiles,
-                schedule.k_tiles,
-                inv_freq=inv_freq,
-                logit_scale=logit_scale,
-                chunk_length=geometry.length,
-                near=geometry.near,
-                far_position=geometry.far_position,
-                softmax_scale=softmax_scale,
-                dropout_p=dropout_p,
-                dropout_seed=dropout_seed,
-                document_ids=document_ids,
-            )
-    from lctrain.kernels.attention.dual_chunk_fwd import dual_chunk_fwd
-
+            dual_chunk_fwd = dual_chunk.dual_chunk_fwd
     return dual_chunk_fwd(
         q,
         k,
@@ -150,6 +133,15 @@ def dual_chunk_backward(
     schedule = complete_schedule(
         q_tiles, k_tiles, cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0]
     )
+    operands = (dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
+    options: dict[str, Any] = {
+        "inv_freq": inv_freq,
+        "logit_scale": logit_scale,
+        "chunk_length": geometry.length,
+        "near": geometry.near,
+        "far_position": geometry.far_position,
+        "softmax_scale": softmax_scale,
+    }
     if backend == "hopper":
         from lctrain.kernels.hopper import dual_chunk, support
 
@@ -157,47 +149,18 @@ def dual_chunk_backward(
         call = support.Call(q, k, v, dout, deterministic=deterministic, dropout=dropout_p > 0)
         if support.refusal(call, support.DUAL_CHUNK_BACKWARD_LIMITS) is None:
             return dual_chunk.dual_chunk_bwd(
-                dout,
-                dlse,
-                q,
-                k,
-                v,
-                out,
-                lse,
-                cu_seqlens_q,
-                cu_seqlens_k,
-                schedule.q_tiles,
-                schedule.k_tiles,
-                inv_freq=inv_freq,
-                logit_scale=logit_scale,
-                chunk_length=geometry.length,
-                near=geometry.near,
-                far_position=geometry.far_position,
-                softmax_scale=softmax_scale,
+                *operands, schedule.q_tiles, schedule.k_tiles, **options
             )
     from lctrain.kernels.attention.dual_chunk_bwd import dual_chunk_bwd
 
     return dual_chunk_bwd(
-        dout,
-        dlse,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        cu_seqlens_q,
-        cu_seqlens_k,
+        *operands,
         schedule.q_tiles,
         schedule.k_tiles,
-        inv_freq=inv_freq,
-        logit_scale=logit_scale,
-        chunk_length=geometry.length,
-        near=geometry.near,
-        far_position=geometry.far_position,
-        softmax_scale=softmax_scale,
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
         document_ids=document_ids,
+        **options,
     )
 
 

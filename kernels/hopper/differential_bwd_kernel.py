@@ -24,6 +24,7 @@ from lctrain.kernels.hopper.tile_keys import (
     dq_block,
     give_back_dq,
     load_halves,
+    next_block,
     put_dq,
     read_slot,
 )
@@ -103,9 +104,7 @@ def _load(
         copy_arrive(do_ready.index(place))
         queries = (begin_q + length_q, row, head)
         load_block(do_desc, do_bufs.index(place), do_ready.index(place), queries)
-        block += 1
-        head = gl.where(block == high, head + 1, head)
-        block = gl.where(block == high, low, block)
+        head, block = next_block(head, block, head_kv, low, high, GROUP, False)
 
 
 @gluon.jit
@@ -128,9 +127,7 @@ def _add_dq(dq_descs, dq_shared, tile, GROUP: gl.constexpr, SHAPE: gl.constexpr)
                     dq_block(dq_shared, branch, dq_descs[0]),
                 )
             give_back_dq(dq_shared)
-        block += 1
-        head = gl.where(block == high, head + 1, head)
-        block = gl.where(block == high, low, block)
+        head, block = next_block(head, block, head_kv, low, high, GROUP, False)
 
 
 @gluon.jit
@@ -295,9 +292,7 @@ def _compute(
         mbarrier.arrive(ds_empty, count=1)
         if ROUNDS == 2:
             put_dq(dq_late, dq_shared, step * ROUNDS + 1, HALF_INDEX)
-        block += 1
-        head = gl.where(block == high, head + 1, head)
-        block = gl.where(block == high, low, block)
+        head, block = next_block(head, block, head_kv, low, high, GROUP, False)
     key_v = first_key + gl.arange(0, HALF, gl.SliceLayout(1, v_layout))
     column_v = gl.arange(0, BLOCK_DV, gl.SliceLayout(0, v_layout))
     row_v = (begin_k + key_v).to(gl.int64) * stride_vt + head_kv * stride_vh

@@ -35,6 +35,31 @@ def read_slot(packs, HEADS_KV: gl.constexpr):
 
 
 @gluon.jit
+def first_block(low, high, ORDERED: gl.constexpr):
+    """The block of queries that a tile of keys begins with."""
+    block = low
+    if ORDERED:
+        block = high - 1
+    return block
+
+
+@gluon.jit
+def next_block(head, block, head_kv, low, high, GROUP: gl.constexpr, ORDERED: gl.constexpr):
+    """The (head, block) after this one: blocks upwards for head after head, or, ORDERED, all heads
+    of block after block, from the last one down, which tiles of keys then begin side by side."""
+    if ORDERED:
+        head += 1
+        end = (head_kv + 1) * GROUP
+        block = gl.where(head == end, block - 1, block)
+        head = gl.where(head == end, head_kv * GROUP, head)
+    else:
+        block += 1
+        head = gl.where(block == high, head + 1, head)
+        block = gl.where(block == high, low, block)
+    return head, block
+
+
+@gluon.jit
 def allocate_rings(STAGES: gl.constexpr):
     """Barriers of the blocks of queries: (q_ready, q_empty, do_ready, do_empty)."""
     bar: gl.constexpr = mbarrier.MBarrierLayout()

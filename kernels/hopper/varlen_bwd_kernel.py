@@ -12,9 +12,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from lctrain.kernels.hopper.compat import (
     copy_arrive,
     copy_async,
-    partition_barrier,
-    tma_add,
-    tma_store,
 )
 from lctrain.kernels.hopper.step import (
     draw_words,
@@ -24,19 +21,19 @@ from lctrain.kernels.hopper.step import (
     query_blocks,
     rounded,
     tanh,
-    wait_written,
 )
 from lctrain.kernels.hopper.tile_keys import (
     allocate_dq,
     allocate_rings,
-    dq_block,
-    give_back_dq,
+    first_block,
     load_halves,
     multiply_dq,
+    next_block,
     put_dq,
     read_slot,
 )
 from lctrain.kernels.hopper.tile_rows import load_block
+from lctrain.kernels.hopper.varlen_bwd_dq import add_dq, finish_dq
 from lctrain.kernels.tile.logits import LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
@@ -68,31 +65,6 @@ def _locate(packs, window, HEADS_KV: gl.constexpr, SHAPE: gl.constexpr, FLAGS: g
 
 
 @gluon.jit
-def _first_block(low, high, ORDERED: gl.constexpr):
-    """The block of queries that a tile of keys begins with."""
-    block = low
-    if ORDERED:
-        block = high - 1
-    return block
-
-
-@gluon.jit
-def _next_block(head, block, head_kv, low, high, GROUP: gl.constexpr, ORDERED: gl.constexpr):
-    """The (head, block) after this one: blocks upwards for head after head, or, ORDERED, all heads
-    of block after block, from the last one down, which tiles of keys then begin side by side."""
-    if ORDERED:
-        head += 1
-        end = (head_kv + 1) * GROUP
-        block = gl.where(head == end, block - 1, block)
-        head = gl.where(head == end, head_kv * GROUP, head)
-    else:
-        block += 1
-        head = gl.where(block == high, head + 1, head)
-        block = gl.where(block == high, low, block)
-    return head, block
-
-
-@gluon.jit
 def _load(
     q_desc,
     do_desc,
@@ -121,7 +93,7 @@ def _load(
     lanes: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
     local = gl.arange(0, BLOCK_M, lanes)
     head = head_kv * GROUP
-    block = _first_block(low, high, ORDERED)
+    block = first_block(low, high, ORDERED)
     for step in range(GROUP * (high - low)):
         place = step % STAGES
         phase = ((step // STAGES) & 1) ^ 1
@@ -136,138 +108,7 @@ def _load(
         copy_async(delta_bufs.index(place), delta_ptr + vector, mask=query < length_q)
         copy_arrive(do_ready.index(place))
         load_block(do_desc, do_bufs.index(place), do_ready.index(place), queries)
-        head, block = _next_block(head, block, head_kv, low, high, GROUP, ORDERED)
-
-
-@gluon.jit
-def _earlier_tiles(block, tile, window, SHAPE: gl.constexpr):
-    """How many tiles of keys before this one see a block of queries."""
-    _, _, length_q, _, length_k, first, _, _ = tile
-    left, _ = window
-    BLOCK_M: gl.constexpr = SHAPE[0]
-    BLOCK_N: gl.constexpr = SHAPE[1]
-    seen = gl.maximum(block * BLOCK_M + length_k - length_q - left, 0)
-    return first // BLOCK_N - seen // BLOCK_N
-
-
-@gluon.jit
-def _turn(turns, head, block, begin_q, BLOCK_M: gl.constexpr):
-    """Where the shares of a block of dq are counted. Blocks of two documents share no number."""
-    turns_ptr, turns_per_head, document = turns
-    return turns_ptr + head * turns_per_head + begin_q // BLOCK_M + document + block
-
-
-@gluon.jit
-def _await_shares(turn, count):
-    """Waits until `count` shares of a block of dq are in global memory."""
-    there = gl.atomic_add(turn, 0, sem="acquire")
-    while there < count:
-        there = gl.atomic_add(turn, 0, sem="acquire")
-
-
-@gluon.jit
-def _add_dq(
-    dq_desc,
-    dq_shared,
-    turns,
-    tile,
-    window,
-    GROUP: gl.constexpr,
-    SHAPE: gl.constexpr,
-    DETERMINISTIC: gl.constexpr,
-):
-    """Adds the halves of dq that the warpgroups leave in shared memory to the float32 buffer.
-
-    ORDERED: the first tile of keys that sees a block of queries stores its share, and the others
-    add to it, in the order of their keys if DETERMINISTIC. turns counts the shares of a block that
-    have reached global memory.
-    """
-    _, dq_ready, dq_empty = dq_shared
-    head_kv, begin_q, length_q, _, _, _, low, high = tile
-    BLOCK_M: gl.constexpr = SHAPE[0]
-    COLUMNS: gl.constexpr = SHAPE[2] // 2
-    BEFORE: gl.constexpr = 1 if SHAPE[4] else 0  # dq of nothing, from the first step
-    ORDERED: gl.constexpr = SHAPE[5]
-    head = head_kv * GROUP
-    block = _first_block(low, high, ORDERED)
-    if BEFORE > 0 and high > low:
-        for half in gl.static_range(2):
-            mbarrier.wait(dq_ready.index(half), 0)
-            mbarrier.arrive(dq_empty.index(half), count=1)
-    for step in range(GROUP * (high - low)):
-        row = _RAGGED - length_q + block * BLOCK_M
-        earlier = 1  # tiles of keys that see the block
-        if ORDERED:
-            earlier = _earlier_tiles(block, tile, window, SHAPE)
-            awaited = earlier
-            if not DETERMINISTIC:
-                awaited = gl.minimum(earlier, 1)
-            turn = _turn(turns, head, block, begin_q, BLOCK_M)
-            _await_shares(turn, awaited)
-        for half in gl.static_range(2):
-            mbarrier.wait(dq_ready.index(half), (step + BEFORE) & 1)
-            place = [_RAGGED, begin_q + length_q, row, head, half * COLUMNS]
-            share = dq_block(dq_shared, half, dq_desc)
-            if earlier == 0:
-                tma_store(dq_desc, place, share)
-            else:
-                tma_add(dq_desc, place, share)
-        give_back_dq(dq_shared)
-        if ORDERED:
-            wait_written()
-            partition_barrier()
-            gl.atomic_add(turn, 1, sem="release")
-        head, block = _next_block(head, block, head_kv, low, high, GROUP, ORDERED)
-
-
-@gluon.jit
-def _finish_dq(
-    dq,
-    turns,
-    tile,
-    window,
-    scale,
-    GROUP: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    SHAPE: gl.constexpr,
-    FLAGS: gl.constexpr,
-):
-    """Scales and rounds the blocks of dq that no later tile of keys sees."""
-    sum_ptr, dq_ptr, stride_t, stride_h = dq
-    head_kv, begin_q, length_q, _, length_k, first, low, high = tile
-    left, right = window
-    BLOCK_M: gl.constexpr = SHAPE[0]
-    BLOCK_N: gl.constexpr = SHAPE[1]
-    BLOCK_D: gl.constexpr = SHAPE[2]
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // BLOCK_D, BLOCK_D // 4], [4, 1], [1, 0])
-    end = high
-    if first + BLOCK_N < length_k:
-        end, _ = query_blocks(
-            first + BLOCK_N,
-            BLOCK_N,
-            length_k - length_q,
-            length_q,
-            left,
-            right,
-            FLAGS[0],
-            FLAGS[1],
-            BLOCK_M,
-        )
-        end = gl.minimum(end, high)
-    row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
-    column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, layout))
-    for item in range(GROUP * (end - low)):
-        head = head_kv * GROUP + item % GROUP
-        block = end - 1 - item // GROUP
-        turn = _turn(turns, head, block, begin_q, BLOCK_M)
-        _await_shares(turn, _earlier_tiles(block, tile, window, SHAPE) + 1)
-        query = block * BLOCK_M + row
-        place = (begin_q + query).to(gl.int64) * stride_t + head * stride_h
-        place = place[:, None] + column[None, :]
-        inside = (query < length_q)[:, None] & (column < HEAD_DIM)[None, :]
-        # Not through L1, which does not know of the additions.
-        whole = gl.load(sum_ptr + place, mask=inside, other=0.0, cache_modifier=".cg")
-        gl.store(dq_ptr + place, (whole * scale).to(dq_ptr.dtype.element_ty), mask=inside)
+        head, block = next_block(head, block, head_kv, low, high, GROUP, ORDERED)
 
 
 @gluon.jit
@@ -334,7 +175,7 @@ def _compute(
     k = k_bufs.index(HALF_INDEX)
     v = v_bufs.index(HALF_INDEX)
     head = head_kv * GROUP
-    block = _first_block(low, high, ORDERED)
+    block = first_block(low, high, ORDERED)
     if DEFER_DQ:
         # What the first step multiplies, as if a step before it had left nothing.
         ds_bufs.index(HALF_INDEX).store(gl.zeros([HALF, BLOCK_M], dtype, s_layout))
@@ -438,7 +279,7 @@ def _compute(
             put_dq(dq, dq_shared, step, HALF_INDEX)
         dk = warpgroup_mma_wait(0, deps=[dk_token])
         mbarrier.arrive(q_empty.index(place), count=1)
-        head, block = _next_block(head, block, head_kv, low, high, GROUP, ORDERED)
+        head, block = next_block(head, block, head_kv, low, high, GROUP, ORDERED)
     if DEFER_DQ and high > low:
         steps = GROUP * (high - low)
         mbarrier.wait(ds_full.index(steps & 1), (steps // 2) & 1)
@@ -558,7 +399,7 @@ def varlen_bwd_hopper_kernel(
             (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 0)),
             (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 1)),
             (_load, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, GROUP, SHAPE)),
-            (_add_dq, (dq_desc, dq_shared, turns, tile, window, GROUP, SHAPE, DETERMINISTIC)),
+            (add_dq, (dq_desc, dq_shared, turns, tile, window, GROUP, SHAPE, DETERMINISTIC)),
         ],
         [4, 1, 1],
         [240, 24, 24],
@@ -567,7 +408,7 @@ def varlen_bwd_hopper_kernel(
         # Found anew, so that nothing of it takes registers of the loops.
         window = load_window(window_ptr, window_left, window_right)
         document, tile = _locate(packs, window, HEADS_KV, SHAPE, FLAGS)
-        _finish_dq(
+        finish_dq(
             (sum_ptr, dq_ptr, stride_dqt, stride_dqh),
             (turns_ptr, turns_per_head, document),
             tile,

@@ -30,3 +30,18 @@ def whole_hopper_backward(monkeypatch):
 
     limits = without_held_back(support.BACKWARD_LIMITS)
     monkeypatch.setattr(support, "BACKWARD_LIMITS", limits)
+
+
+@pytest.fixture
+def no_synchronisation(device):
+    """Returns a context manager in which a synchronisation with the device is an error."""
+
+    class Guard:
+        def __enter__(self) -> None:
+            torch.cuda.synchronize(device)
+            torch.cuda.set_sync_debug_mode("error")
+
+        def __exit__(self, *_: object) -> None:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return Guard

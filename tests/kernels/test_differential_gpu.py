@@ -9,7 +9,6 @@ from lctrain.kernels import diff_attn_varlen_func, make_schedule, select_backend
 from tests.kernels.differential_cases import GPU_CASES, V1, V2
 from tests.kernels.differential_oracle import assert_matches_oracle, attention, make_inputs
 from tests.kernels.oracle import cumulative, equal_lengths
-from tests.kernels.test_gpu_contract import no_synchronisation  # noqa: F401  (a fixture)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_filled_memory")]
 by_version = pytest.mark.parametrize("case", [V1, V2], ids=["v1", "v2"])
@@ -73,7 +72,7 @@ def leaves_of(case, total, device):
 
 @by_version
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["plain", "dropout"])
-def test_no_synchronisation(case, dropout_p, device, no_synchronisation):  # noqa: F811
+def test_no_synchronisation(case, dropout_p, device, no_synchronisation):
     def step(lengths):
         cu = cumulative(lengths, "cpu").pin_memory().to(device, non_blocking=True)
         schedule = make_schedule(lengths).pin_memory().to(device, non_blocking=True)

@@ -29,21 +29,6 @@ def leave_memory_to_others():
     torch.cuda.empty_cache()
 
 
-@pytest.fixture
-def no_synchronisation(device):
-    """Returns a context manager in which a synchronisation with the device is an error."""
-
-    class Guard:
-        def __enter__(self) -> None:
-            torch.cuda.synchronize(device)
-            torch.cuda.set_sync_debug_mode("error")
-
-        def __exit__(self, *_: object) -> None:
-            torch.cuda.set_sync_debug_mode("default")
-
-    return Guard
-
-
 def random_qkv(lengths, device, *, heads=4, heads_k=2, head_dim=64):
     """bf16 leaves q, k, v of a pack."""
     total = sum(lengths)

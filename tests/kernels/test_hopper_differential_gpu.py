@@ -11,7 +11,6 @@ from tests.kernels.differential_cases import GPU_CASES, V1, V2
 from tests.kernels.differential_oracle import assert_matches_oracle, attention, make_inputs
 from tests.kernels.oracle import DROPOUT_SEED, cumulative, equal_lengths
 from tests.kernels.test_differential_gpu import leaves_of
-from tests.kernels.test_gpu_contract import no_synchronisation  # noqa: F401  (a fixture)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.hopper, pytest.mark.usefixtures("nan_filled_memory")]
 
@@ -122,7 +121,7 @@ def compiled_kernels() -> int:
 
 
 @by_version
-def test_no_synchronisation_and_no_recompilation(case, device, no_synchronisation):  # noqa: F811
+def test_no_synchronisation_and_no_recompilation(case, device, no_synchronisation):
     def step(lengths):
         cu = cumulative(lengths, "cpu").pin_memory().to(device, non_blocking=True)
         schedule = make_schedule(lengths).pin_memory().to(device, non_blocking=True)

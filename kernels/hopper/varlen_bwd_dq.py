@@ -1,0 +1,142 @@
+"""dq of the Hopper backward of varlen attention: who adds when, and who rounds."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from lctrain.kernels.hopper.compat import partition_barrier, tma_add, tma_store
+from lctrain.kernels.hopper.step import query_blocks, wait_written
+from lctrain.kernels.hopper.tile_keys import dq_block, first_block, give_back_dq, next_block
+
+_RAGGED = gl.constexpr(1 << 30)
+
+
+@gluon.jit
+def _earlier_tiles(block, tile, window, SHAPE: gl.constexpr):
+    """How many tiles of keys before this one see a block of queries."""
+    _, _, length_q, _, length_k, first, _, _ = tile
+    left, _ = window
+    BLOCK_M: gl.constexpr = SHAPE[0]
+    BLOCK_N: gl.constexpr = SHAPE[1]
+    seen = gl.maximum(block * BLOCK_M + length_k - length_q - left, 0)
+    return first // BLOCK_N - seen // BLOCK_N
+
+
+@gluon.jit
+def _turn(turns, head, block, begin_q, BLOCK_M: gl.constexpr):
+    """Where the shares of a block of dq are counted. Blocks of two documents share no number."""
+    turns_ptr, turns_per_head, document = turns
+    return turns_ptr + head * turns_per_head + begin_q // BLOCK_M + document + block
+
+
+@gluon.jit
+def _await_shares(turn, count):
+    """Waits until `count` shares of a block of dq are in global memory."""
+    there = gl.atomic_add(turn, 0, sem="acquire")
+    while there < count:
+        there = gl.atomic_add(turn, 0, sem="acquire")
+
+
+@gluon.jit
+def add_dq(
+    dq_desc,
+    dq_shared,
+    turns,
+    tile,
+    window,
+    GROUP: gl.constexpr,
+    SHAPE: gl.constexpr,
+    DETERMINISTIC: gl.constexpr,
+):
+    """Adds the halves of dq that the warpgroups leave in shared memory to the float32 buffer.
+
+    ORDERED: the first tile of keys that sees a block of queries stores its share, and the others
+    add to it, in the order of their keys if DETERMINISTIC. turns counts the shares of a block that
+    have reached global memory.
+    """
+    _, dq_ready, dq_empty = dq_shared
+    head_kv, begin_q, length_q, _, _, _, low, high = tile
+    BLOCK_M: gl.constexpr = SHAPE[0]
+    COLUMNS: gl.constexpr = SHAPE[2] // 2
+    BEFORE: gl.constexpr = 1 if SHAPE[4] else 0  # dq of nothing, from the first step
+    ORDERED: gl.constexpr = SHAPE[5]
+    head = head_kv * GROUP
+    block = first_block(low, high, ORDERED)
+    if BEFORE > 0 and high > low:
+        for half in gl.static_range(2):
+            mbarrier.wait(dq_ready.index(half), 0)
+            mbarrier.arrive(dq_empty.index(half), count=1)
+    for step in range(GROUP * (high - low)):
+        row = _RAGGED - length_q + block * BLOCK_M
+        earlier = 1  # tiles of keys that see the block
+        if ORDERED:
+            earlier = _earlier_tiles(block, tile, window, SHAPE)
+            awaited = earlier
+            if not DETERMINISTIC:
+                awaited = gl.minimum(earlier, 1)
+            turn = _turn(turns, head, block, begin_q, BLOCK_M)
+            _await_shares(turn, awaited)
+        for half in gl.static_range(2):
+            mbarrier.wait(dq_ready.index(half), (step + BEFORE) & 1)
+            place = [_RAGGED, begin_q + length_q, row, head, half * COLUMNS]
+            share = dq_block(dq_shared, half, dq_desc)
+            if earlier == 0:
+                tma_store(dq_desc, place, share)
+            else:
+                tma_add(dq_desc, place, share)
+        give_back_dq(dq_shared)
+        if ORDERED:
+            wait_written()
+            partition_barrier()
+            gl.atomic_add(turn, 1, sem="release")
+        head, block = next_block(head, block, head_kv, low, high, GROUP, ORDERED)
+
+
+@gluon.jit
+def finish_dq(
+    dq,
+    turns,
+    tile,
+    window,
+    scale,
+    GROUP: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    SHAPE: gl.constexpr,
+    FLAGS: gl.constexpr,
+):
+    """Scales and rounds the blocks of dq that no later tile of keys sees."""
+    sum_ptr, dq_ptr, stride_t, stride_h = dq
+    head_kv, begin_q, length_q, _, length_k, first, low, high = tile
+    left, right = window
+    BLOCK_M: gl.constexpr = SHAPE[0]
+    BLOCK_N: gl.constexpr = SHAPE[1]
+    BLOCK_D: gl.constexpr = SHAPE[2]
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // BLOCK_D, BLOCK_D // 4], [4, 1], [1, 0])
+    end = high
+    if first + BLOCK_N < length_k:
+        end, _ = query_blocks(
+            first + BLOCK_N,
+            BLOCK_N,
+            length_k - length_q,
+            length_q,
+            left,
+            right,
+            FLAGS[0],
+            FLAGS[1],
+            BLOCK_M,
+        )
+        end = gl.minimum(end, high)
+    row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
+    column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, layout))
+    for item in range(GROUP * (end - low)):
+        head = head_kv * GROUP + item % GROUP
+        block = end - 1 - item // GROUP
+        turn = _turn(turns, head, block, begin_q, BLOCK_M)
+        _await_shares(turn, _earlier_tiles(block, tile, window, SHAPE) + 1)
+        query = block * BLOCK_M + row
+        place = (begin_q + query).to(gl.int64) * stride_t + head * stride_h
+        place = place[:, None] + column[None, :]
+        inside = (query < length_q)[:, None] & (column < HEAD_DIM)[None, :]
+        # Not through L1, which does not know of the additions.
+        whole = gl.load(sum_ptr + place, mask=inside, other=0.0, cache_modifier=".cg")
+        gl.store(dq_ptr + place, (whole * scale).to(dq_ptr.dtype.element_ty), mask=inside)

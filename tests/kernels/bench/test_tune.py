@@ -1,0 +1,43 @@
+"""What the tuner offers is what the tables can hold."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from lctrain.kernels.attention.config import _OVERRIDES
+from lctrain.kernels.bench import tune
+from lctrain.kernels.hopper.config import backward_tile, forward_tile
+
+OFFERED = [
+    (operation, head_dim, candidate)
+    for operation, by_head_dim in tune._CANDIDATES.items()
+    for head_dim, candidates in by_head_dim.items()
+    for candidate in candidates.split()
+]
+
+
+@pytest.mark.parametrize(("operation", "head_dim", "candidate"), OFFERED)
+def test_a_candidate_is_forced_and_given_up(operation, head_dim, candidate):
+    columns = max(64, 128 if head_dim == 96 else head_dim)
+    numbers = [int(part) for part in candidate.split(",")]
+    look = {
+        "hopper_fwd": lambda: forward_tile(columns),
+        "hopper_bwd": lambda: backward_tile(columns),
+    }.get(operation, lambda: _OVERRIDES.get(operation))
+    before = look()
+    with tune.override(operation, candidate):
+        found = look()
+        if operation.startswith("hopper"):
+            assert list(map(int, found)) == numbers
+        else:
+            assert [found.block_m, found.block_n, found.num_warps] == numbers[:3]
+    assert look() == before
+
+
+@pytest.mark.parametrize(
+    ("operation", "tile"), [("hopper_fwd", forward_tile), ("hopper_bwd", backward_tile)]
+)
+def test_the_tile_in_use_is_offered(operation, tile):
+    for columns in (64, 128):
+        used = ",".join(str(int(number)) for number in tile(columns))
+        assert used in tune._CANDIDATES[operation][columns].split()
