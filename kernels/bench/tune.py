@@ -73,11 +73,13 @@ _HOPPER_FORWARD = {
     128: "128,2,2 64,4,2 64,3,2",
     256: "64,2,1 32,4,1",
 }
-# Block of queries, stages, whether dq is left to the next step, whether it is stored first.
+# Block of queries, stages, whether dq is left to the next step, whether it is stored first, whether
+# it is added from registers.
 _HOPPER_BACKWARD = {
-    64: "64,3,0,0 64,3,1,0 64,3,0,1 64,3,1,1 64,2,1,0 64,4,1,0",
-    96: "64,2,0,0 64,2,0,1",
-    128: "64,2,0,0 64,2,0,1",
+    64: "64,3,0,0,0 64,3,1,0,0 64,3,0,1,0 64,3,1,1,0 64,2,1,0,0 64,4,1,0,0 "
+    "64,3,0,0,1 64,4,0,0,1 64,3,1,0,1 64,4,1,0,1",
+    96: "64,2,0,0,0 64,2,0,1,0 64,2,0,0,1 64,3,0,0,1 64,4,0,0,1",
+    128: "64,2,0,0,0 64,2,0,1,0 64,2,0,0,1 64,3,0,0,1 64,4,0,0,1",
 }
 _CANDIDATES = {
     "varlen_fwd": _FORWARD,

@@ -60,7 +60,7 @@ _TYPES = {
     **dict.fromkeys(("stride_lt", "stride_lh"), "i32"),
     **dict.fromkeys(("stride_kt", "stride_kh", "stride_vt", "stride_vh"), "i32"),
     **dict.fromkeys(("stride_dqt", "stride_dqh"), "i32"),
-    **dict.fromkeys(("turns_ptr", "turns_per_head"), "i32"),
+    **dict.fromkeys(("turns_ptr", "per_head"), "i32"),
     "seed_ptr": "i64",
 }
 
@@ -108,6 +108,8 @@ def backward_variant(
     columns = padded_columns(head_dim)
     tile = backward_tile(columns)
     deterministic = features == "deterministic"
+    ordered = tile.ordered or deterministic
+    from_registers = tile.reduce_from_registers and not ordered
     queries = _descriptor(dtype, tile.block_m, columns)
     keys = _descriptor(dtype, BLOCK_N_BACKWARD // 2, columns)
     dq = _descriptor("fp32", tile.block_m, columns // 2)
@@ -123,14 +125,15 @@ def backward_variant(
         "DETERMINISTIC": deterministic,
         **_flags(features),
     }
-    types = _types(
-        features, dtype, q_desc=queries, do_desc=queries, k_desc=keys, v_desc=keys, dq_desc=dq
-    )
-    if not (deterministic or tile.ordered):
-        types |= dict.fromkeys(("turns_ptr", "sum_ptr", "dq_ptr"))
+    types = _types(features, dtype, q_desc=queries, do_desc=queries, k_desc=keys, v_desc=keys)
+    types["dq_desc"] = None if from_registers else dq
+    if not ordered:
+        types |= dict.fromkeys(("turns_ptr", "dq_ptr"))
+        if not from_registers:
+            types["sum_ptr"] = None
     options = OPTIONS | {"maxnreg": REGISTERS}
     size = f"{tile.block_m}x{BLOCK_N_BACKWARD}"
-    form = "_deferred" * tile.defer_dq + "_ordered" * tile.ordered
+    form = "_deferred" * tile.defer_dq + "_ordered" * tile.ordered + "_reducing" * from_registers
     label = f"hopper_bwd{form}-D{head_dim}-g{group}-{features}-{dtype}-{size}"
     return describe_variant(label, varlen_bwd_hopper_kernel, types, constants, options, False)
 
@@ -343,9 +346,11 @@ def kernel_variants(
 def _forms_to_tune(head_dim: int, group: int) -> Iterator[KernelVariant]:
     """The backward in the forms that a tile may have and none has yet."""
     tile = backward_tile(padded_columns(head_dim))
-    forms = [tile._replace(ordered=True)]
+    forms = [tile._replace(ordered=True), tile._replace(reduce_from_registers=True)]
     if head_dim <= 64:  # above, ptxas serialises the deferred form (bench/NOTES.md)
-        forms += [tile._replace(defer_dq=True), tile._replace(defer_dq=True, ordered=True)]
+        forms += [form._replace(defer_dq=True) for form in (tile, *forms)]
+    else:
+        forms.append(tile._replace(stages=4, reduce_from_registers=True))
     for form in forms:
         with override_tiles(backward=form):
             variant = backward_variant(head_dim, group=group)

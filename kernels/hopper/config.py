@@ -29,12 +29,16 @@ class BackwardTile(NamedTuple):
         ordered: Let the first tile of keys store its share of dq, the others add to it and the
             last one round it, instead of adding to zeros and rounding in a kernel of its own. A
             deterministic backward does so in any case.
+        reduce_from_registers: Let the warpgroups that multiply dq add it to global memory, instead
+            of a warp that takes it from shared memory. Of varlen_bwd_hopper_kernel alone, and not
+            of its ordered form.
     """
 
     block_m: int
     stages: int
     defer_dq: bool = False
     ordered: bool = False
+    reduce_from_registers: bool = False
 
 
 # By the columns of a tile: head dims up to them.

@@ -71,6 +71,23 @@ def wait_written():
 
 
 @gluon.jit
+def add_four(pointers, left, x0, x1, x2, x3):
+    """Adds x0 to x3 to four float32 in global memory from each address on, where left > 0.
+
+    Addresses are multiples of 16 bytes. Nothing waits for an addition before the kernel ends.
+    """
+    gl.inline_asm_elementwise(
+        "{ .reg .pred some; setp.gt.s32 some, $2, 0; "
+        "@some red.relaxed.gpu.global.add.v4.f32 [$1], {$3, $4, $5, $6}; mov.b32 $0, 0; }",
+        "=r,l,r,f,f,f,f",
+        [pointers.to(gl.int64), left, x0, x1, x2, x3],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def scalar(buffer, warps: gl.constexpr):
     """Reads the only element of a [1] buffer in shared memory."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [warps], [0])

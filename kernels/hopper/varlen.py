@@ -123,7 +123,8 @@ def _prepare_kernel(
 ):
     """delta = rowsum(dout * out) - dlse, lse in base 2, and a zeroed float32 sum for dq.
 
-    Without sum: zeros in dq for the rows that saw nothing, among those whose out is zero.
+    Without sum, but with dq: zeros in dq for the rows that saw nothing, among those whose out is
+    zero.
 
     Grid: (blocks of ROWS tokens, heads).
     """
@@ -154,7 +155,7 @@ def _prepare_kernel(
     zero = tl.zeros([ROWS, BLOCK_D], tl.float32)
     if sum_ptr is not None:
         tl.store(sum_ptr + place_dq, zero, mask)
-    else:
+    elif dq_ptr is not None:
         # Their out is zero; lse would not tell: with a sink it is the sink.
         blind = (tl.max(tl.abs(out.to(tl.float32)), 1) == 0.0)[:, None]
         tl.store(dq_ptr + place_dq, zero.to(dq_ptr.dtype.element_ty), mask & blind)
@@ -179,6 +180,52 @@ def _scale_kernel(
     place = first[:, None] + column[None, :]
     value = tl.load(sum_ptr + place, mask) * scale
     tl.store(dq_ptr + place, value.to(dq_ptr.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["documents", "rounds", "slabs_per_head"])
+def _scale_slabs_kernel(
+    sum_ptr,
+    dq_ptr,
+    cu_q_ptr,
+    documents,
+    rounds,
+    slabs_per_head,
+    scale,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SLABS: tl.constexpr,
+):
+    """As _scale_kernel, of a sum as first_slab has it. Grid: (blocks of SLABS slabs, heads).
+
+    The document of a slab is found among all in `rounds` halvings.
+    """
+    first = tl.program_id(0) * SLABS
+    head = tl.program_id(1)
+    slab = first + tl.arange(0, SLABS)[:, None]
+    item = tl.arange(0, 16 * BLOCK_D)[None, :]
+    place = (head.to(tl.int64) * slabs_per_head + slab) * (16 * HEAD_DIM) + item
+    mask = (slab < slabs_per_head) & (item < 16 * HEAD_DIM)
+    value = tl.load(sum_ptr + place, mask, 0.0) * scale
+    # Of eight columns: row % 8, column // 2, row // 8, column % 2.
+    value = tl.reshape(value, (SLABS, BLOCK_D // 8, 8, 4, 2, 2))
+    value = tl.reshape(tl.permute(value, (0, 4, 2, 1, 3, 5)), (SLABS * 16, BLOCK_D))
+    row = tl.arange(0, SLABS * 16)
+    slab_of_row = first + row // 16
+    document = tl.zeros([SLABS * 16], tl.int32)
+    beyond = document + documents
+    for _ in range(rounds):
+        middle = (document + beyond) // 2
+        later = tl.load(cu_q_ptr + middle) // 16 + middle > slab_of_row
+        document = tl.where(later, document, middle)
+        beyond = tl.where(later, middle, beyond)
+    begin = tl.load(cu_q_ptr + document)
+    token = begin + (slab_of_row - begin // 16 - document) * 16 + row % 16
+    inside = token < tl.load(cu_q_ptr + document + 1)
+    column = tl.arange(0, BLOCK_D)
+    place_dq = (token.to(tl.int64) * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
+    mask_dq = inside[:, None] & (column < HEAD_DIM)[None, :]
+    tl.store(dq_ptr + place_dq, value.to(dq_ptr.dtype.element_ty), mask_dq)
 
 
 def varlen_bwd(
@@ -218,19 +265,27 @@ def varlen_bwd(
     kept_delta = torch.empty_like(lse) if dropout_p > 0 else None
     threshold, scale_kept = dropout_arguments(dropout_p)
     columns = padded_columns(head_dim)
-    dq_sum = torch.empty((total_q, heads, head_dim), dtype=torch.float32, device=q.device)
     if total_q == 0:
         return dq, dk.zero_(), dv.zero_(), delta
     tile = backward_tile(columns)
     ordered = tile.ordered or deterministic
+    from_registers = tile.reduce_from_registers and not ordered
+    documents = cu_seqlens_q.shape[0] - 1
     rows = 64
+    if from_registers:
+        per_head = total_q // 16 + documents  # slabs
+        shape = (heads, per_head, 16 * head_dim)
+        dq_sum = torch.zeros(shape, dtype=torch.float32, device=q.device)
+    else:
+        per_head = total_q // tile.block_m + documents  # turns
+        dq_sum = torch.empty((total_q, heads, head_dim), dtype=torch.float32, device=q.device)
     _prepare_kernel[(triton.cdiv(total_q, rows), heads)](
         out,
         dout,
         lse,
         dlse,
-        None if ordered else dq_sum,
-        dq,
+        None if ordered or from_registers else dq_sum,
+        None if from_registers else dq,
         delta,
         lse2,
         kept_delta,
@@ -248,21 +303,20 @@ def varlen_bwd(
         enable_fp_fusion=True,
     )
     window_ptr, left, right, has_left, has_right = window_arguments(window)
-    turns_per_head = total_q // tile.block_m + cu_seqlens_q.shape[0]
     turns = None
     if ordered:
-        turns = torch.zeros((heads, turns_per_head), dtype=torch.int32, device=q.device)
+        turns = torch.zeros((heads, per_head), dtype=torch.int32, device=q.device)
     varlen_bwd_hopper_kernel[(heads_kv * k_tiles.shape[0],)](
         ragged_descriptor(q, tile.block_m, columns),
         ragged_descriptor(dout, tile.block_m, columns),
         ragged_descriptor(k, BLOCK_N_BACKWARD // 2, columns),
         ragged_descriptor(v, BLOCK_N_BACKWARD // 2, columns),
-        ragged_descriptor(dq_sum, tile.block_m, columns // 2),
+        None if from_registers else ragged_descriptor(dq_sum, tile.block_m, columns // 2),
         lse2,
         delta if kept_delta is None else kept_delta,
         dk,
         dv,
-        dq_sum if ordered else None,
+        dq_sum if ordered or from_registers else None,
         dq if ordered else None,
         cu_seqlens_q,
         cu_seqlens_k,
@@ -271,7 +325,7 @@ def varlen_bwd(
         dropout_seed,
         document_ids,
         turns,
-        turns_per_head,
+        per_head,
         dk.stride(0),
         dk.stride(1),
         dq.stride(0),
@@ -301,7 +355,23 @@ def varlen_bwd(
         maxnreg=REGISTERS,
         enable_fp_fusion=True,
     )
-    if not ordered:
+    if from_registers:
+        _scale_slabs_kernel[(triton.cdiv(per_head * 16, rows), heads)](
+            dq_sum,
+            dq,
+            cu_seqlens_q,
+            documents,
+            documents.bit_length(),
+            per_head,
+            softmax_scale * scale_kept,
+            HEADS=heads,
+            HEAD_DIM=head_dim,
+            BLOCK_D=columns,
+            SLABS=rows // 16,
+            num_warps=8,
+            enable_fp_fusion=True,
+        )
+    elif not ordered:
         _scale_kernel[(triton.cdiv(total_q, rows), heads)](
             dq_sum,
             dq,

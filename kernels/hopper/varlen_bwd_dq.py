@@ -1,11 +1,11 @@
-"""dq of the Hopper backward of varlen attention: who adds when, and who rounds."""
+"""dq of the Hopper backward of varlen attention: who adds when and how, and who rounds."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from lctrain.kernels.hopper.compat import partition_barrier, tma_add, tma_store
-from lctrain.kernels.hopper.step import query_blocks, wait_written
+from lctrain.kernels.hopper.step import add_four, query_blocks, wait_written
 from lctrain.kernels.hopper.tile_keys import dq_block, first_block, give_back_dq, next_block
 
 _RAGGED = gl.constexpr(1 << 30)
@@ -90,6 +90,66 @@ def add_dq(
             partition_barrier()
             gl.atomic_add(turn, 1, sem="release")
         head, block = next_block(head, block, head_kv, low, high, GROUP, ORDERED)
+
+
+@gluon.jit
+def first_slab(
+    sum_ptr,
+    slabs_per_head,
+    tile,
+    document,
+    GROUP: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+):
+    """Where reduce_dq begins, and the slabs from one head's last block on to the next one's first.
+
+    The buffer is [heads, slabs, D / 8, 32, 4] float32. A slab is 16 queries of one document; blocks
+    of two documents share none. Eight columns of it are what a warp has of them: in each thread two
+    columns of two rows.
+    """
+    head_kv, begin_q, _, _, _, _, low, high = tile
+    SLABS: gl.constexpr = BLOCK_M // 16  # of a block
+    slab = (head_kv * GROUP).to(gl.int64) * slabs_per_head
+    slab += begin_q // 16 + document + low * SLABS
+    return sum_ptr + slab * (16 * HEAD_DIM), slabs_per_head - (high - low) * SLABS
+
+
+@gluon.jit
+def reduce_dq(dq, dq_ptr, rows, HALF_INDEX: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Adds a warpgroup's columns of a block of dq to the float32 buffer, out of its registers.
+
+    An instruction of a warp adds to 512 bytes without gaps.
+
+    Args:
+        dq: [BLOCK_M, COLUMNS], half of the columns.
+        dq_ptr: The block's first slab, as in first_slab.
+        rows: Of the document, from the block's first on.
+        HALF_INDEX: Which half.
+        HEAD_DIM: Columns beyond are padding.
+    """
+    BLOCKS: gl.constexpr = dq.shape[0] // 64
+    EIGHTS: gl.constexpr = dq.shape[1] // 8
+    ITEMS: gl.constexpr = BLOCKS * EIGHTS
+    fours: gl.constexpr = gl.BlockedLayout(
+        [1, ITEMS, 2, 2], [32, 1, 1, 1], [4, 1, 1, 1], [3, 2, 1, 0]
+    )
+    layout: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, fours))
+    # Row 64 * block + 16 * warp + 8 * below + lane // 4, column 8 * eight + 2 * (lane % 4) + odd:
+    # threads first, then what each of them has. Nothing moves.
+    parts = gl.reshape(dq, [BLOCKS, 4, 2, 8, EIGHTS, 4, 2])
+    parts = gl.reshape(gl.permute(parts, (1, 3, 5, 0, 4, 2, 6)), [128, ITEMS, 2, 2])
+    even, odd = gl.split(gl.convert_layout(parts, fours, assert_trivial=True))
+    x0, x2 = gl.split(even)
+    x1, x3 = gl.split(odd)
+    thread = gl.arange(0, 128, gl.SliceLayout(1, layout))
+    item = gl.arange(0, ITEMS, gl.SliceLayout(0, layout))
+    eight = HALF_INDEX * EIGHTS + item % EIGHTS
+    to = dq_ptr + (thread // 32 * (16 * HEAD_DIM) + thread % 32 * 4)
+    to = to[:, None] + (item // EIGHTS * (64 * HEAD_DIM) + eight * 128)[None, :]
+    left = (rows - thread // 32 * 16)[:, None] - (item // EIGHTS * 64)[None, :]
+    left = gl.where((eight * 8 < HEAD_DIM)[None, :], left, 0)
+    add_four(to, left, x0, x1, x2, x3)
 
 
 @gluon.jit

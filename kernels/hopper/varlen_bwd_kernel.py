@@ -1,4 +1,4 @@
-"""Backward of varlen attention for Hopper, in Gluon: five products, dq added in float32 by TMA."""
+"""Backward of varlen attention for Hopper, in Gluon: five products, dq added up in float32."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -33,7 +33,7 @@ from lctrain.kernels.hopper.tile_keys import (
     read_slot,
 )
 from lctrain.kernels.hopper.tile_rows import load_block
-from lctrain.kernels.hopper.varlen_bwd_dq import add_dq, finish_dq
+from lctrain.kernels.hopper.varlen_bwd_dq import add_dq, finish_dq, first_slab, reduce_dq
 from lctrain.kernels.tile.logits import LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
@@ -125,7 +125,7 @@ def _compute(
     A step multiplies its own dq, for which it waits for the other half of dS, or, with DEFER_DQ,
     that of the step before, whose halves have long been there.
     """
-    shared, dq_shared, ds_shared, results, tile, window, random, numbers = inputs
+    shared, dq_out, ds_shared, results, tile, window, random, numbers = inputs
     k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings = shared
     q_ready, q_empty, do_ready, do_empty = rings
     ds_bufs, ds_full = ds_shared
@@ -140,6 +140,7 @@ def _compute(
     STAGES: gl.constexpr = SHAPE[3]
     DEFER_DQ: gl.constexpr = SHAPE[4]
     ORDERED: gl.constexpr = SHAPE[5]
+    FROM_REGISTERS: gl.constexpr = SHAPE[6]
     HAS_LEFT: gl.constexpr = FLAGS[0]
     HAS_RIGHT: gl.constexpr = FLAGS[1]
     HAS_SOFTCAP: gl.constexpr = FLAGS[2]
@@ -176,6 +177,9 @@ def _compute(
     v = v_bufs.index(HALF_INDEX)
     head = head_kv * GROUP
     block = first_block(low, high, ORDERED)
+    if FROM_REGISTERS:
+        slab_ptr, jump = dq_out
+        before_ptr, before_rows = slab_ptr, 0  # of the step before: at first no row
     if DEFER_DQ:
         # What the first step multiplies, as if a step before it had left nothing.
         ds_bufs.index(HALF_INDEX).store(gl.zeros([HALF, BLOCK_M], dtype, s_layout))
@@ -269,23 +273,36 @@ def _compute(
             dq_token = multiply_dq(ds_bufs, k_bufs, buffer, zero_q, HALF_INDEX)
         dk_token = warpgroup_mma(ds_operand, q_bufs.index(place), dk, is_async=True)
         if DEFER_DQ:
-            put_dq(dq, dq_shared, step, HALF_INDEX)
+            if FROM_REGISTERS:
+                reduce_dq(dq, before_ptr, before_rows, HALF_INDEX, HEAD_DIM)
+                before_ptr, before_rows = slab_ptr, length_q - query
+            else:
+                put_dq(dq, dq_out, step, HALF_INDEX)
             dv = warpgroup_mma_wait(1, deps=[dv_token])
             mbarrier.arrive(do_empty.index(place), count=1)
         else:
             dv = warpgroup_mma_wait(3, deps=[dv_token])
             mbarrier.arrive(do_empty.index(place), count=1)
             dq = warpgroup_mma_wait(1, deps=[dq_token])
-            put_dq(dq, dq_shared, step, HALF_INDEX)
+            if FROM_REGISTERS:
+                reduce_dq(dq, slab_ptr, length_q - query, HALF_INDEX, HEAD_DIM)
+            else:
+                put_dq(dq, dq_out, step, HALF_INDEX)
         dk = warpgroup_mma_wait(0, deps=[dk_token])
         mbarrier.arrive(q_empty.index(place), count=1)
+        if FROM_REGISTERS:
+            slabs = BLOCK_M // 16 + gl.where(block + 1 == high, jump, 0)
+            slab_ptr += slabs.to(gl.int64) * (16 * HEAD_DIM)
         head, block = next_block(head, block, head_kv, low, high, GROUP, ORDERED)
     if DEFER_DQ and high > low:
         steps = GROUP * (high - low)
         mbarrier.wait(ds_full.index(steps & 1), (steps // 2) & 1)
         dq_token = multiply_dq(ds_bufs, k_bufs, steps & 1, zero_q, HALF_INDEX)
         dq = warpgroup_mma_wait(0, deps=[dq_token])
-        put_dq(dq, dq_shared, steps, HALF_INDEX)
+        if FROM_REGISTERS:
+            reduce_dq(dq, before_ptr, before_rows, HALF_INDEX, HEAD_DIM)
+        else:
+            put_dq(dq, dq_out, steps, HALF_INDEX)
     key = first_key + gl.arange(0, HALF, gl.SliceLayout(1, o_layout))
     column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, o_layout))
     offset = (begin_k + key).to(gl.int64) * stride_t + head_kv * stride_h
@@ -297,7 +314,7 @@ def _compute(
 
 @gluon.jit(
     do_not_specialize=[
-        "turns_per_head",
+        "per_head",
         "num_tiles",
         "total_q",
         "window_left",
@@ -324,7 +341,7 @@ def varlen_bwd_hopper_kernel(
     seed_ptr,
     document_ids_ptr,
     turns_ptr,
-    turns_per_head,
+    per_head,
     stride_t,
     stride_h,
     stride_dqt,
@@ -357,11 +374,13 @@ def varlen_bwd_hopper_kernel(
     seen, and delta / keep_scale. dq_desc describes sum, a float32 [T, H, D], zeroed. Or, with
     turns, a zeroed int32 [H, blocks of queries], it need not be: dq, of its layout, is written, but
     for rows that see no key. Programs must then start in order, since they wait for earlier ones.
+    Without dq_desc, sum is as first_slab has it, zeroed. per_head: turns, or slabs, of a head.
     """
     dtype: gl.constexpr = q_desc.dtype
     HALF: gl.constexpr = BLOCK_N // 2
     ORDERED: gl.constexpr = turns_ptr is not None
-    SHAPE: gl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, STAGES, DEFER_DQ, ORDERED)
+    FROM_REGISTERS: gl.constexpr = dq_desc is None
+    SHAPE: gl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, STAGES, DEFER_DQ, ORDERED, FROM_REGISTERS)
     FLAGS: gl.constexpr = (HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT)
     packs = (cu_q_ptr, cu_k_ptr, tiles_ptr)
     window = load_window(window_ptr, window_left, window_right)
@@ -377,7 +396,10 @@ def varlen_bwd_hopper_kernel(
     q_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], m_layout)
     do_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], m_layout)
     ds_bufs = gl.allocate_shared_memory(dtype, [4, HALF, BLOCK_M], ds_layout)
-    dq_shared = allocate_dq(BLOCK_M, BLOCK_D // 2)
+    if FROM_REGISTERS:
+        dq_out = first_slab(sum_ptr, per_head, tile, document, GROUP, HEAD_DIM, BLOCK_M)
+    else:
+        dq_out = allocate_dq(BLOCK_M, BLOCK_D // 2)
     lse_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], word)
     delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], word)
     kv_ready = gl.allocate_shared_memory(gl.int64, [1], bar)
@@ -392,25 +414,36 @@ def varlen_bwd_hopper_kernel(
     random = (seed_ptr, document_ids_ptr, document, threshold)
     numbers = (scale, softcap, keep_scale)
     stats = (lse_ptr, delta_ptr, total_q)
-    turns = (turns_ptr, turns_per_head, document)
-    inputs = (shared, dq_shared, ds_shared, results, tile, window, random, numbers)
-    gl.warp_specialize(
-        [
-            (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 0)),
-            (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 1)),
-            (_load, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, GROUP, SHAPE)),
-            (add_dq, (dq_desc, dq_shared, turns, tile, window, GROUP, SHAPE, DETERMINISTIC)),
-        ],
-        [4, 1, 1],
-        [240, 24, 24],
-    )
+    turns = (turns_ptr, per_head, document)
+    inputs = (shared, dq_out, ds_shared, results, tile, window, random, numbers)
+    if FROM_REGISTERS:
+        gl.warp_specialize(
+            [
+                (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 0)),
+                (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 1)),
+                (_load, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, GROUP, SHAPE)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 0)),
+                (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 1)),
+                (_load, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, GROUP, SHAPE)),
+                (add_dq, (dq_desc, dq_out, turns, tile, window, GROUP, SHAPE, DETERMINISTIC)),
+            ],
+            [4, 1, 1],
+            [240, 24, 24],
+        )
     if ORDERED:
         # Found anew, so that nothing of it takes registers of the loops.
         window = load_window(window_ptr, window_left, window_right)
         document, tile = _locate(packs, window, HEADS_KV, SHAPE, FLAGS)
         finish_dq(
             (sum_ptr, dq_ptr, stride_dqt, stride_dqh),
-            (turns_ptr, turns_per_head, document),
+            (turns_ptr, per_head, document),
             tile,
             window,
             scale * keep_scale,

@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from lctrain.kernels.hopper.compat import reinterpret, tma_load, tma_store, tma_store_wait
 from lctrain.kernels.hopper.launch import ragged_descriptor
+from lctrain.kernels.hopper.step import add_four
 from tests.kernels.gluon_emulator import EmulatedKernel
 from tests.kernels.gluon_emulator.machine import Barrier, Deadlock
 
@@ -145,6 +146,31 @@ def test_addresses_outside_a_tensor_are_an_error():
     kernel = EmulatedKernel(squares_kernel)
     with pytest.raises(IndexError, match="address"):
         kernel[(1,)](described, described, 2, ARRIVE=True, WAIT=True, FENCE=True)
+
+
+@gluon.jit
+def add_kernel(x_ptr, step, COUNT: gl.constexpr):
+    """Adds 0, 1, 2 and 3 from each of COUNT addresses on, but for the first."""
+    item = gl.arange(0, COUNT, gl.BlockedLayout([1], [32], [4], [0]))
+    x = gl.zeros([COUNT], gl.float32, gl.BlockedLayout([1], [32], [4], [0]))
+    add_four(x_ptr + item * step, item, x, x + 1.0, x + 2.0, x + 3.0)
+
+
+def test_additions_of_four_values():
+    x = torch.ones(128 * 4)
+    EmulatedKernel(add_kernel)[(2,)](x, 4, COUNT=128)
+    assert x[:4].tolist() == [1, 1, 1, 1]
+    assert x[4:].view(127, 4).tolist() == [[1, 3, 5, 7]] * 127
+
+
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [(8, (IndexError, "address")), (2, (AssertionError, "16 bytes")), (0, (AssertionError, "two"))],
+)
+def test_additions_to_wrong_addresses_are_errors(step, error):
+    kind, message = error
+    with pytest.raises(kind, match=message):
+        EmulatedKernel(add_kernel)[(1,)](torch.zeros(128 * 4), step, COUNT=128)
 
 
 def test_barriers_count():

@@ -6,7 +6,8 @@ from triton.runtime.jit import mangle_type
 
 from lctrain.kernels import make_schedule
 from lctrain.kernels.hopper import aot, differential, dual_chunk, varlen
-from lctrain.kernels.hopper.config import DIFFERENTIAL_COLUMNS
+from lctrain.kernels.hopper.config import DIFFERENTIAL_COLUMNS, backward_tile, override_tiles
+from lctrain.kernels.hopper.launch import padded_columns
 from tests.kernels.aot_process import VERSIONS, compile_all
 
 SHARED_LIMIT = 232_448  # bytes that a program on sm_90 may ask for
@@ -123,6 +124,14 @@ def test_variants_are_what_is_launched(features, head_dim, group, dtype, launche
     varlen.varlen_bwd(q, None, q, k, k, out, lse, cu, cu, schedule.k_tiles, **options)
     variant = aot.backward_variant(head_dim, features=features, dtype=dtype, group=group)
     launches["varlen_bwd_hopper_kernel"].assert_described_by(variant)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("features", ["causal", "deterministic", "all"])
+def test_variants_that_reduce_from_registers_are_what_is_launched(features, head_dim, launches):
+    tile = backward_tile(padded_columns(head_dim))._replace(reduce_from_registers=True)
+    with override_tiles(backward=tile):
+        test_variants_are_what_is_launched(features, head_dim, 2, "bf16", launches)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import torch
 
 from lctrain.kernels import make_schedule
 from lctrain.kernels.hopper import config, varlen
+from lctrain.kernels.hopper.launch import padded_columns
 from tests.kernels.gluon_emulator import emulate
 from tests.kernels.oracle import (
     Case,
@@ -81,7 +82,16 @@ def test_matches_float64(case, hopper):
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", ["D64-causal-unequal", "D64-window-g4", "D128-causal-g3"])
-@pytest.mark.parametrize("form", [{"defer_dq": True}, {"ordered": True}], ids="-".join)
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"defer_dq": True},
+        {"ordered": True},
+        {"reduce_from_registers": True},
+        {"reduce_from_registers": True, "defer_dq": True},
+    ],
+    ids="-".join,
+)
 def test_forms_for_the_tuner(name, seed, form, hopper, monkeypatch):
     """Of the backward; no tile takes them yet (bench/NOTES.md)."""
     emulate(monkeypatch, varlen, seed)
@@ -90,6 +100,27 @@ def test_forms_for_the_tuner(name, seed, form, hopper, monkeypatch):
     for deterministic in (False, True):
         with config.override_tiles(backward=tile):
             result = attention(CASES[name], inputs, backend="hopper", deterministic=deterministic)
+        assert_matches_oracle(result, CASES[name], inputs)
+
+
+@pytest.mark.parametrize("case", [*CASES.values(), *BLIND.values()], ids=[*CASES, *BLIND])
+def test_dq_added_from_registers(case, hopper):
+    inputs = make_inputs(case)
+    tile = config.backward_tile(padded_columns(case.head_dim))._replace(reduce_from_registers=True)
+    with config.override_tiles(backward=tile):
+        result = attention(case, inputs, backend="hopper")
+    assert_matches_oracle(result, case, inputs)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", ["D64-causal-unequal", "D64-window-g4", "D64-dropout-g4"])
+def test_dq_added_from_registers_in_blocks_of_128(name, seed, monkeypatch, hopper):
+    emulate(monkeypatch, varlen, seed)
+    inputs = make_inputs(CASES[name])
+    for defer_dq in (False, True):
+        tile = config.BackwardTile(128, 2, defer_dq=defer_dq, reduce_from_registers=True)
+        with config.override_tiles(backward=tile):
+            result = attention(CASES[name], inputs, backend="hopper")
         assert_matches_oracle(result, CASES[name], inputs)
 
 
@@ -187,9 +218,15 @@ def test_forward_of_head_dim_256(hopper):
     assert_error_at_most_twice(lse, plain.lse, exact.lse, "lse")
 
 
+@pytest.mark.parametrize("form", [{}, {"reduce_from_registers": True}], ids="-".join)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2], ids=["plain", "dropout"])
-def test_a_document_keeps_its_bits_whatever_its_neighbours(dropout_p, hopper):
+def test_a_document_keeps_its_bits_whatever_its_neighbours(dropout_p, form, hopper):
     """out, lse, dk and dv; dq is added in the order in which programs come."""
+    with config.override_tiles(backward=config.backward_tile(64)._replace(**form)):
+        assert_isolated(dropout_p)
+
+
+def assert_isolated(dropout_p):
     case = dataclasses.replace(PLAIN, documents=equal_lengths(100, 140, 30), dropout_p=dropout_p)
     inputs = make_inputs(case)
     before = dict(attention(case, inputs, backend="hopper").items())

@@ -121,7 +121,9 @@ def test_a_document_keeps_its_bits_whatever_its_neighbours(name, device):
             assert after[part][begin:end].isfinite().all()
 
 
-@pytest.mark.parametrize("form", [{}, {"defer_dq": True}, {"ordered": True}], ids=str)
+@pytest.mark.parametrize(
+    "form", [{}, {"defer_dq": True}, {"ordered": True}, {"reduce_from_registers": True}], ids=str
+)
 @pytest.mark.parametrize("name", [name for name in LONG_CASES if not name.startswith("D256")])
 def test_forms_of_the_backward_that_no_tile_takes_yet(name, form, device, whole_hopper_backward):
     case = LONG_CASES[name]

@@ -50,7 +50,7 @@ def _emulated(kernel: Any) -> types.FunctionType:
 
 def _argument(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return Pointer.to(value)
+        return Pointer.of(value)
     if isinstance(value, TensorDescriptor):
         return Descriptor(value)
     return None if value is None else as_value(value)

@@ -124,6 +124,7 @@ class GlobalMemory:
         self.is_bfloat16 = tensor.dtype == torch.bfloat16
         self.flat = (whole.view(torch.int16) if self.is_bfloat16 else whole).numpy()
         self.begin = tensor.storage_offset()
+        self.address = whole.data_ptr()
 
     def load(self, place: np.ndarray) -> np.ndarray:
         self._check(place)
@@ -158,9 +159,14 @@ class Pointer:
         self.dtype = PointerType(memory.dtype)
 
     @classmethod
-    def to(cls, tensor: torch.Tensor) -> "Pointer":
+    def of(cls, tensor: torch.Tensor) -> "Pointer":
         memory = GlobalMemory(tensor)
         return cls(memory, Value(memory.begin, tl.int64))
+
+    def to(self, dtype: tl.dtype) -> "Pointer":
+        """Itself as a number, which assembly takes."""
+        assert dtype == tl.int64
+        return self
 
     def __add__(self, offset: Any) -> "Pointer":
         return Pointer(self.memory, self.place + as_value(offset))
