@@ -102,17 +102,16 @@ def first_slab(
     HEAD_DIM: gl.constexpr,
     BLOCK_M: gl.constexpr,
 ):
-    """Where reduce_dq begins, and the slabs from one head's last block on to the next one's first.
+    """Where reduce_dq begins, for the tile's first head and block of queries.
 
     The buffer is [heads, slabs, D / 8, 32, 4] float32. A slab is 16 queries of one document; blocks
     of two documents share none. Eight columns of it are what a warp has of them: in each thread two
     columns of two rows.
     """
-    head_kv, begin_q, _, _, _, _, low, high = tile
-    SLABS: gl.constexpr = BLOCK_M // 16  # of a block
+    head_kv, begin_q, _, _, _, _, low, _ = tile
     slab = (head_kv * GROUP).to(gl.int64) * slabs_per_head
-    slab += begin_q // 16 + document + low * SLABS
-    return sum_ptr + slab * (16 * HEAD_DIM), slabs_per_head - (high - low) * SLABS
+    slab += begin_q // 16 + document + low * (BLOCK_M // 16)
+    return sum_ptr + slab * (16 * HEAD_DIM)
 
 
 @gluon.jit

@@ -178,7 +178,7 @@ def _compute(
     head = head_kv * GROUP
     block = first_block(low, high, ORDERED)
     if FROM_REGISTERS:
-        slab_ptr, jump = dq_out
+        slab_ptr, slabs_per_head = dq_out
         before_ptr, before_rows = slab_ptr, 0  # of the step before: at first no row
     if DEFER_DQ:
         # What the first step multiplies, as if a step before it had left nothing.
@@ -290,10 +290,12 @@ def _compute(
                 put_dq(dq, dq_out, step, HALF_INDEX)
         dk = warpgroup_mma_wait(0, deps=[dk_token])
         mbarrier.arrive(q_empty.index(place), count=1)
-        if FROM_REGISTERS:
-            slabs = BLOCK_M // 16 + gl.where(block + 1 == high, jump, 0)
-            slab_ptr += slabs.to(gl.int64) * (16 * HEAD_DIM)
+        last_block = block
         head, block = next_block(head, block, head_kv, low, high, GROUP, ORDERED)
+        if FROM_REGISTERS:
+            slabs = (block - last_block) * (BLOCK_M // 16)
+            slabs += gl.where(block <= last_block, slabs_per_head, 0)  # another head
+            slab_ptr += slabs.to(gl.int64) * (16 * HEAD_DIM)
     if DEFER_DQ and high > low:
         steps = GROUP * (high - low)
         mbarrier.wait(ds_full.index(steps & 1), (steps // 2) & 1)
@@ -397,7 +399,8 @@ def varlen_bwd_hopper_kernel(
     do_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], m_layout)
     ds_bufs = gl.allocate_shared_memory(dtype, [4, HALF, BLOCK_M], ds_layout)
     if FROM_REGISTERS:
-        dq_out = first_slab(sum_ptr, per_head, tile, document, GROUP, HEAD_DIM, BLOCK_M)
+        slab_ptr = first_slab(sum_ptr, per_head, tile, document, GROUP, HEAD_DIM, BLOCK_M)
+        dq_out = (slab_ptr, per_head)
     else:
         dq_out = allocate_dq(BLOCK_M, BLOCK_D // 2)
     lse_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], word)
