@@ -90,13 +90,15 @@ def forward_variant(
         "BLOCK_D": columns,
         "Q_STAGES": tile.q_stages,
         "STAGES": tile.stages,
+        "TAKE_TURNS": tile.take_turns,
         **_flags(features),
         "HAS_SINK": features == "all",
     }
     types = _types(features, dtype, q_desc=rows, out_desc=rows, k_desc=keys, v_desc=keys)
     options = OPTIONS | {"maxnreg": REGISTERS}
     size = f"{CONSUMERS * 64}x{tile.block_n}"
-    label = f"hopper_fwd-D{head_dim}-g{group}-{features}-{dtype}-{size}"
+    form = "_turns" * tile.take_turns
+    label = f"hopper_fwd{form}-D{head_dim}-g{group}-{features}-{dtype}-{size}"
     spill_free = features == "causal" and columns <= 128
     return describe_variant(label, varlen_fwd_hopper_kernel, types, constants, options, spill_free)
 
@@ -327,6 +329,10 @@ def kernel_variants(
             forwards = [name for name in features if name != "deterministic"]
             for group, name in itertools.product(groups, forwards):
                 yield forward_variant(head_dim, features=name, group=group)
+            if "causal" in features:
+                with override_tiles(forward=forward_tile(columns)._replace(take_turns=True)):
+                    variants = [forward_variant(head_dim, group=group) for group in groups]
+                yield from variants
         if refusal(Call(x, x, x), BACKWARD_LIMITS) is None:
             for name in features:
                 yield backward_variant(head_dim, features=name, group=groups[-1])

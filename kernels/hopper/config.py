@@ -12,11 +12,13 @@ class ForwardTile(NamedTuple):
         block_n: Keys of a block.
         stages: Blocks of keys, and of values, in shared memory.
         q_stages: Tiles of queries in shared memory.
+        take_turns: Let warpgroups issue their products in turn. Of varlen_fwd_hopper_kernel.
     """
 
     block_n: int
     stages: int
     q_stages: int
+    take_turns: bool = False
 
 
 class BackwardTile(NamedTuple):

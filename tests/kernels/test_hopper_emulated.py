@@ -10,6 +10,7 @@ import torch
 
 from lctrain.kernels import make_schedule
 from lctrain.kernels.hopper import config, varlen
+from lctrain.kernels.hopper.launch import padded_columns
 from tests.kernels.gluon_emulator import emulate
 from tests.kernels.oracle import (
     Case,
@@ -91,6 +92,18 @@ def test_forms_for_the_tuner(name, seed, form, hopper, monkeypatch):
         with config.override_tiles(backward=tile):
             result = attention(CASES[name], inputs, backend="hopper", deterministic=deterministic)
         assert_matches_oracle(result, CASES[name], inputs)
+
+
+@pytest.mark.parametrize("block_n", [64, 128])
+@pytest.mark.parametrize("case", [*CASES.values(), *BLIND.values()], ids=[*CASES, *BLIND])
+def test_forward_in_turns(case, block_n, hopper, monkeypatch):
+    """Blocks of 64 keys give warpgroups unequal numbers of blocks."""
+    emulate(monkeypatch, varlen, seed=block_n)
+    tile = config.forward_tile(padded_columns(case.head_dim))
+    inputs = make_inputs(case)
+    with config.override_tiles(forward=tile._replace(block_n=block_n, take_turns=True)):
+        result = attention(case, inputs, backend="hopper")
+    assert_matches_oracle(result, case, inputs)
 
 
 @pytest.mark.parametrize("case", BLIND.values(), ids=BLIND.keys())

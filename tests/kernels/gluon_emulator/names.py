@@ -114,6 +114,13 @@ def inline_asm_elementwise(
     if wait:
         current().finish_writes(int(wait[1]))
         return args[0]
+    named = re.match(r"bar\.(sync|arrive) (\d+), (\d+);", asm)
+    if named:
+        barrier = current().program.named[int(named[2])]
+        now = barrier.come(args[0].array.size, int(named[3]))
+        waits = named[1] == "sync"
+        current().machine.look((lambda: barrier.rounds != now) if waits else None)
+        return args[0]
     assert _ROUNDINGS[asm] == dtype.name
     return args[0].to(dtype)
 
@@ -142,6 +149,9 @@ def warp_specialize(partitions: list, warps: list, registers: list) -> None:
         for function, arguments in partitions
     ]
     parent.machine.look(lambda: all(thread.done for thread in threads))
+    assert not any(barrier.came for barrier in parent.program.named), (
+        "an arrival at a barrier is left over"
+    )
 
 
 def program_id(axis: int) -> Value:
