@@ -188,6 +188,7 @@ def _consume(
                 s_layout,
                 dtype,
                 FLAGS,
+                CONSUMERS > 2,
             )
             if Q_STAGES > 1:
                 # By now the last tile's result has left its place.
@@ -225,6 +226,7 @@ def _consume(
                     s_layout,
                     dtype,
                     FLAGS,
+                    CONSUMERS > 2,
                 )
                 # The branch of this wait keeps ptxas from moving the next one above the weights.
                 mbarrier.wait(v_ready.index(place), (ring // STAGES) & 1)
@@ -308,8 +310,8 @@ def varlen_fwd_hopper_kernel(
 ):
     """A persistent program per multiprocessor: warpgroups of 64 rows, a loader and a scheduler.
 
-    A tile is CONSUMERS * 64 rows: PACK query heads of one key/value head times positions. Grid: at
-    most one program per multiprocessor. counter is a zeroed int32.
+    A tile is CONSUMERS * 64 rows: PACK query heads of one key/value head times positions; PACK is
+    1 where CONSUMERS is 3. Grid: at most one program per multiprocessor. counter is a zeroed int32.
     """
     dtype: gl.constexpr = q_desc.dtype
     TILE: gl.constexpr = (PACK, CONSUMERS, BLOCK_N, BLOCK_D, Q_STAGES, STAGES, TAKE_TURNS)
@@ -322,13 +324,26 @@ def varlen_fwd_hopper_kernel(
     FLAGS: gl.constexpr = (HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_SINK, HAS_DROPOUT)
     sources = (q_desc, k_desc, v_desc)
     common = (out_desc, shared, window, pointers, numbers)
-    gl.warp_specialize(
-        [
-            (_consume, (common, TILE, FLAGS, 0)),
-            (_consume, (common, TILE, FLAGS, 1)),
-            (_load, (sources, shared, GROUP, TILE)),
-            (fetch_tiles, (info, info_bars, packs, window, HEADS, TILE, FLAGS)),
-        ],
-        [4, 1, 1],
-        [240, 24, 24],
-    )
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (common, TILE, FLAGS, 0)),
+                (_consume, (common, TILE, FLAGS, 1)),
+                (_load, (sources, shared, GROUP, TILE)),
+                (fetch_tiles, (info, info_bars, packs, window, HEADS, TILE, FLAGS)),
+            ],
+            [4, 1, 1],
+            [240, 24, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (common, TILE, FLAGS, 0)),
+                (_consume, (common, TILE, FLAGS, 1)),
+                (_consume, (common, TILE, FLAGS, 2)),
+                (_load, (sources, shared, GROUP, TILE)),
+                (fetch_tiles, (info, info_bars, packs, window, HEADS, TILE, FLAGS)),
+            ],
+            [4, 4, 1, 1],
+            [160, 160, 24, 24],
+        )

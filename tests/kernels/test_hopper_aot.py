@@ -6,7 +6,7 @@ from triton.runtime.jit import mangle_type
 
 from lctrain.kernels import make_schedule
 from lctrain.kernels.hopper import aot, differential, dual_chunk, varlen
-from lctrain.kernels.hopper.config import DIFFERENTIAL_COLUMNS
+from lctrain.kernels.hopper.config import DIFFERENTIAL_COLUMNS, forward_tile, override_tiles
 from tests.kernels.aot_process import VERSIONS, compile_all
 
 SHARED_LIMIT = 232_448  # bytes that a program on sm_90 may ask for
@@ -125,6 +125,17 @@ def test_variants_are_what_is_launched(features, head_dim, group, dtype, launche
     varlen.varlen_bwd(q, None, q, k, k, out, lse, cu, cu, schedule.k_tiles, **options)
     variant = aot.backward_variant(head_dim, features=features, dtype=dtype, group=group)
     launches["varlen_bwd_hopper_kernel"].assert_described_by(variant)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("features", ["causal", "dropout"])
+def test_forms_to_tune_are_what_is_launched(features, group, launches):
+    """Three warpgroups where they can be: one head in a tile, no random bits."""
+    tile = forward_tile(64)._replace(take_turns=True, consumers=3)
+    with override_tiles(forward=tile):
+        test_variants_are_what_is_launched(features, 64, group, "bf16", launches)
+    consumers = launches["varlen_fwd_hopper_kernel"].arguments["CONSUMERS"]
+    assert consumers == (3 if (features, group) == ("causal", 1) else 2)
 
 
 @pytest.fixture
