@@ -66,12 +66,13 @@ _DUAL_CHUNK_DKV = {
     128: "64,128,8,2 64,64,8,2 32,128,8,2 32,64,4,2",
     256: "32,64,8,1 32,64,8,2",
 }
-# Block of keys, stages of keys and values, stages of queries.
+# Block of keys, stages of keys and values, stages of queries, whether products take turns,
+# warpgroups.
 _HOPPER_FORWARD = {
-    64: "128,3,2 128,2,2 128,4,2 64,4,2",
-    96: "128,2,2 64,4,2",
-    128: "128,2,2 64,4,2 64,3,2",
-    256: "64,2,1 32,4,1",
+    64: "128,3,2,0,2 128,3,2,1,2 128,4,2,1,2 64,4,2,1,2 128,3,2,0,3 128,3,2,1,3 64,4,2,1,3",
+    96: "128,2,2,0,2 128,2,2,1,2 64,4,2,1,2",
+    128: "128,2,2,0,2 128,2,2,1,2 64,4,2,1,2",
+    256: "64,2,1,0,2 64,2,1,1,2",
 }
 # Block of queries, stages, whether dq is left to the next step, whether it is stored first, whether
 # it is added from registers.
@@ -109,7 +110,9 @@ def override(operation: str, candidate: str) -> contextlib.AbstractContextManage
         return override_configs(**{operation: parse_config(candidate)})
     first, second, *rest = (int(part) for part in candidate.split(","))
     if operation == "hopper_fwd":
-        return override_tiles(forward=ForwardTile(first, second, rest[0]))
+        q_stages, take_turns, consumers = rest
+        tile = ForwardTile(first, second, q_stages, bool(take_turns), consumers)
+        return override_tiles(forward=tile)
     return override_tiles(backward=BackwardTile(first, second, *map(bool, rest)))
 
 

@@ -21,9 +21,11 @@ from lctrain.kernels.hopper.config import (
     differential_forward_tile,
     dual_chunk_backward_tile,
     dual_chunk_forward_tile,
+    entry_registers,
     forward_tile,
     override_tiles,
     pack_heads,
+    warpgroups,
 )
 from lctrain.kernels.hopper.differential_bwd_kernel import differential_bwd_hopper_kernel
 from lctrain.kernels.hopper.differential_fwd_kernel import differential_fwd_hopper_kernel
@@ -79,24 +81,27 @@ def forward_variant(
     """
     columns, pack = padded_columns(head_dim), pack_heads(group)
     tile = forward_tile(columns)
-    rows = _descriptor(dtype, min(64, CONSUMERS * 64 // pack), 64)
+    consumers = warpgroups(tile, pack, _has_dropout(features))
+    rows = _descriptor(dtype, min(64, consumers * 64 // pack), 64)
     keys = _descriptor(dtype, tile.block_n, columns)
     constants = {
         "GROUP": group,
         "HEADS": HEADS_KV * group,
         "PACK": pack,
-        "CONSUMERS": CONSUMERS,
+        "CONSUMERS": consumers,
         "BLOCK_N": tile.block_n,
         "BLOCK_D": columns,
         "Q_STAGES": tile.q_stages,
         "STAGES": tile.stages,
+        "TAKE_TURNS": tile.take_turns,
         **_flags(features),
         "HAS_SINK": features == "all",
     }
     types = _types(features, dtype, q_desc=rows, out_desc=rows, k_desc=keys, v_desc=keys)
-    options = OPTIONS | {"maxnreg": REGISTERS}
-    size = f"{CONSUMERS * 64}x{tile.block_n}"
-    label = f"hopper_fwd-D{head_dim}-g{group}-{features}-{dtype}-{size}"
+    options = OPTIONS | {"maxnreg": entry_registers(consumers)}
+    size = f"{consumers * 64}x{tile.block_n}"
+    form = "_turns" * tile.take_turns
+    label = f"hopper_fwd{form}-D{head_dim}-g{group}-{features}-{dtype}-{size}"
     spill_free = features == "causal" and columns <= 128
     return describe_variant(label, varlen_fwd_hopper_kernel, types, constants, options, spill_free)
 
@@ -330,6 +335,8 @@ def kernel_variants(
             forwards = [name for name in features if name != "deterministic"]
             for group, name in itertools.product(groups, forwards):
                 yield forward_variant(head_dim, features=name, group=group)
+            if "causal" in features:
+                yield from _forwards_to_tune(head_dim, groups)
         if refusal(Call(x, x, x), BACKWARD_LIMITS) is None:
             for name in features:
                 yield backward_variant(head_dim, features=name, group=groups[-1])
@@ -341,6 +348,19 @@ def kernel_variants(
         for describe in (forward_variant, backward_variant):
             yield describe(head_dims[0], dtype="fp16", group=groups[-1])
     yield from _differential_variants(head_dims, features, groups[-1])
+
+
+def _forwards_to_tune(head_dim: int, groups: tuple[int, ...]) -> Iterator[KernelVariant]:
+    """The forward in the forms that a tile may have and none has yet."""
+    tile = forward_tile(padded_columns(head_dim))
+    for group in groups:
+        forms = [tile._replace(take_turns=True)]
+        if head_dim <= 64 and pack_heads(group) == 1:
+            forms += [tile._replace(take_turns=turns, consumers=3) for turns in (False, True)]
+        for form in forms:
+            with override_tiles(forward=form):
+                variant = forward_variant(head_dim, group=group)
+            yield variant
 
 
 def _forms_to_tune(head_dim: int, group: int) -> Iterator[KernelVariant]:

@@ -4,6 +4,10 @@ import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
+CONSUMERS = 2  # warpgroups of a forward, of 64 rows each
+REGISTERS = 168  # of each thread at entry; warp specialisation shares them out anew
+REGISTERS_OF_THREE = 128  # the same, where a forward has three warpgroups
+
 
 class ForwardTile(NamedTuple):
     """Of the forward kernels.
@@ -12,11 +16,15 @@ class ForwardTile(NamedTuple):
         block_n: Keys of a block.
         stages: Blocks of keys, and of values, in shared memory.
         q_stages: Tiles of queries in shared memory.
+        take_turns: Let warpgroups issue their products in turn, in varlen_fwd_hopper_kernel.
+        consumers: Warpgroups, of 64 rows each, in varlen_fwd_hopper_kernel: see warpgroups.
     """
 
     block_n: int
     stages: int
     q_stages: int
+    take_turns: bool = False
+    consumers: int = CONSUMERS
 
 
 class BackwardTile(NamedTuple):
@@ -64,8 +72,6 @@ _DIFFERENTIAL_BACKWARD = {
     (64, 128, True): BackwardTile(64, 2),
     (128, 128, True): BackwardTile(64, 2),
 }
-CONSUMERS = 2  # warpgroups of a forward, of 64 rows each
-REGISTERS = 168  # of each thread at entry; warp specialisation shares them out anew
 BLOCK_N_BACKWARD = 128  # a block of the schedule
 
 
@@ -81,6 +87,19 @@ def pack_heads(group: int) -> int:
 def forward_tile(columns: int) -> ForwardTile:
     """Returns the tile of a forward."""
     return _forward_override or _FORWARD[columns]
+
+
+def warpgroups(tile: ForwardTile, pack: int, has_dropout: bool) -> int:
+    """Of varlen_fwd_hopper_kernel. More than two have no registers for random bits.
+
+    Nor do rows of several heads divide among them.
+    """
+    return CONSUMERS if pack > 1 or has_dropout else tile.consumers
+
+
+def entry_registers(consumers: int) -> int:
+    """As REGISTERS, of a forward with that many warpgroups."""
+    return REGISTERS if consumers == CONSUMERS else REGISTERS_OF_THREE
 
 
 def backward_tile(columns: int) -> BackwardTile:

@@ -54,12 +54,14 @@ def block_weights(
     s_layout: gl.constexpr,
     dtype: gl.constexpr,
     FLAGS: gl.constexpr,
+    FEW_REGISTERS: gl.constexpr = False,
 ):
     """One block of the online softmax: (p in dtype, alpha, m, l); s [64, BLOCK_N] = q.k."""
     BLOCK_N: gl.constexpr = s.shape[1]
     HAS_LEFT: gl.constexpr = FLAGS[0]
     HAS_SOFTCAP: gl.constexpr = FLAGS[2]
     HAS_DROPOUT: gl.constexpr = FLAGS[4]
+    IN_DOCUMENT: gl.constexpr = HAS_DROPOUT or FEW_REGISTERS
     first, local_query = rows
     shift, length_k, left, right, clear_low, clear_high = visible
     query = first + local_query
@@ -72,8 +74,8 @@ def block_weights(
     if (key + BLOCK_N > clear_high) | (key < clear_low):
         # Positions inside the block cost fewer instructions, those in the document fewer registers,
         # which random bits need.
-        start = 0 if HAS_DROPOUT else key
-        keys = local_key + key if HAS_DROPOUT else local_key
+        start = 0 if IN_DOCUMENT else key
+        keys = local_key + key if IN_DOCUMENT else local_key
         last = gl.minimum(query + shift + right, length_k - 1) - start
         s = gl.where(keys[None, :] <= last[:, None], s, float("-inf"))
         if HAS_LEFT:

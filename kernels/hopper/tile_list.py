@@ -34,7 +34,7 @@ def fetch_tiles(
     HAS_RIGHT: gl.constexpr = FLAGS[1]
     POSITIONS: gl.constexpr = CONSUMERS * 64 // PACK
     HEAD_GROUPS: gl.constexpr = HEADS // PACK
-    PARTS: gl.constexpr = 128 // POSITIONS
+    PARTS: gl.constexpr = (127 + POSITIONS) // POSITIONS
     lane: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     left, right = load_window(window_ptr, window_left, window_right)
     item = gl.program_id(0)
@@ -46,7 +46,7 @@ def fetch_tiles(
         part = PARTS - 1 - rest // HEAD_GROUPS
         head = (rest % HEAD_GROUPS) * PACK
         document = gl.load(tiles_ptr + 2 * slot)
-        first = gl.load(tiles_ptr + 2 * slot + 1) * 128 + part * POSITIONS
+        block = gl.load(tiles_ptr + 2 * slot + 1)
         known = gl.maximum(document, 0)
         begin_q = gl.load(cu_q_ptr + known)
         end_q = gl.load(cu_q_ptr + known + 1)
@@ -54,7 +54,12 @@ def fetch_tiles(
         end_k = gl.load(cu_k_ptr + known + 1)
         length_q = end_q - begin_q
         length_k = end_k - begin_k
-        if (document >= 0) & (first < length_q):
+        first = block * 128 + part * POSITIONS
+        if POSITIONS > 128:
+            # A document has fewer tiles than are listed; the last of the list, its first, are none.
+            listed = gl.cdiv(length_q, 128)
+            first = (block - listed + gl.cdiv(length_q, POSITIONS)) * POSITIONS
+        if (document >= 0) & (first >= 0) & (first < length_q):
             low, high = key_blocks(
                 first,
                 POSITIONS,

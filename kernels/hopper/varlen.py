@@ -7,11 +7,12 @@ from torch import Tensor
 
 from lctrain.kernels.hopper.config import (
     BLOCK_N_BACKWARD,
-    CONSUMERS,
     REGISTERS,
     backward_tile,
+    entry_registers,
     forward_tile,
     pack_heads,
+    warpgroups,
 )
 from lctrain.kernels.hopper.launch import multiprocessors, padded_columns, ragged_descriptor
 from lctrain.kernels.hopper.varlen_bwd_kernel import varlen_bwd_hopper_kernel
@@ -50,8 +51,9 @@ def varlen_fwd(
     pack = pack_heads(group)
     columns = padded_columns(head_dim)
     tile = forward_tile(columns)
-    positions = CONSUMERS * 64 // pack
-    items = q_tiles.shape[0] * (SCHEDULE_ROWS // positions) * (heads // pack)
+    consumers = warpgroups(tile, pack, dropout_p > 0)
+    positions = consumers * 64 // pack
+    items = q_tiles.shape[0] * triton.cdiv(SCHEDULE_ROWS, positions) * (heads // pack)
     if items == 0:
         return out, lse
     run = min(64, positions)
@@ -82,18 +84,19 @@ def varlen_fwd(
         GROUP=group,
         HEADS=heads,
         PACK=pack,
-        CONSUMERS=CONSUMERS,
+        CONSUMERS=consumers,
         BLOCK_N=tile.block_n,
         BLOCK_D=columns,
         Q_STAGES=tile.q_stages,
         STAGES=tile.stages,
+        TAKE_TURNS=tile.take_turns,
         HAS_LEFT=has_left,
         HAS_RIGHT=has_right,
         HAS_SOFTCAP=softcap > 0,
         HAS_SINK=learnable_sink is not None,
         HAS_DROPOUT=dropout_p > 0,
         num_warps=4,
-        maxnreg=REGISTERS,
+        maxnreg=entry_registers(consumers),
         enable_fp_fusion=True,
     )
     return out, lse

@@ -13,6 +13,7 @@ from lctrain.kernels.hopper.softmax import block_weights, block_words
 from lctrain.kernels.hopper.step import load_key, load_window, scalar
 from lctrain.kernels.hopper.tile_list import TILE_FIELDS, TILES_AHEAD, fetch_tiles, read_tile
 from lctrain.kernels.hopper.tile_rows import allocate, load_block, load_queries, store_rows
+from lctrain.kernels.hopper.turns import close_turns, open_turns, pass_turn, take_turn
 from lctrain.kernels.tile.logits import LN_2, LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
@@ -70,7 +71,10 @@ def _consume(
     FLAGS: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):
-    """One warpgroup: 64 rows of every tile."""
+    """One warpgroup: 64 rows of every tile.
+
+    With TAKE_TURNS it takes a turn for every block of a tile, also for those that it skips.
+    """
     out_desc, shared, window, pointers, numbers = common
     q_bufs, k_bufs, v_bufs, info, info_bars, q_bars, k_bars, v_bars = shared
     info_ready, info_empty = info_bars
@@ -86,6 +90,7 @@ def _consume(
     BLOCK_D: gl.constexpr = TILE[3]
     Q_STAGES: gl.constexpr = TILE[4]
     STAGES: gl.constexpr = TILE[5]
+    TAKE_TURNS: gl.constexpr = TILE[6]
     HAS_LEFT: gl.constexpr = FLAGS[0]
     HAS_RIGHT: gl.constexpr = FLAGS[1]
     HAS_SINK: gl.constexpr = FLAGS[3]
@@ -106,6 +111,8 @@ def _consume(
     zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
     served = 0
     ring = 0
+    if TAKE_TURNS:
+        open_turns(CONSUMER, CONSUMERS)
     mbarrier.wait(info_ready.index(0), 0)
     document = scalar(info.index(0), 4)
     while document >= 0:
@@ -124,6 +131,9 @@ def _consume(
             seen = gl.minimum(gl.maximum(first + RUN + shift + right, 0), length_k)
             own = gl.maximum((seen + BLOCK_N - 1) // BLOCK_N, low)
             for _ in range(high - own):
+                if TAKE_TURNS:
+                    take_turn(CONSUMER)
+                    pass_turn(CONSUMER, CONSUMERS)
                 place = ring % STAGES
                 phase = (ring // STAGES) & 1
                 mbarrier.wait(k_ready.index(place), phase)
@@ -154,9 +164,13 @@ def _consume(
         if high > low:
             place = ring % STAGES
             mbarrier.wait(k_ready.index(place), (ring // STAGES) & 1)
+            if TAKE_TURNS:
+                take_turn(CONSUMER)
             s_token = warpgroup_mma(
                 q, k_bufs.index(place).permute((1, 0)), zero, use_acc=False, is_async=True
             )
+            if TAKE_TURNS:
+                pass_turn(CONSUMER, CONSUMERS)
             words = block_words(random, high - 1, BLOCK_N, s_layout, HAS_DROPOUT)
             s = warpgroup_mma_wait(0, deps=[s_token])
             mbarrier.arrive(k_empty.index(place), count=1)
@@ -174,6 +188,7 @@ def _consume(
                 s_layout,
                 dtype,
                 FLAGS,
+                CONSUMERS > 2,
             )
             if Q_STAGES > 1:
                 # By now the last tile's result has left its place.
@@ -186,10 +201,14 @@ def _consume(
                 ring += 1
                 place = ring % STAGES
                 mbarrier.wait(k_ready.index(place), (ring // STAGES) & 1)
+                if TAKE_TURNS:
+                    take_turn(CONSUMER)
                 s_token = warpgroup_mma(
                     q, k_bufs.index(place).permute((1, 0)), zero, use_acc=False, is_async=True
                 )
                 acc_token = warpgroup_mma(p, v_bufs.index(before), acc, is_async=True)
+                if TAKE_TURNS:
+                    pass_turn(CONSUMER, CONSUMERS)
                 words = block_words(random, high - 1 - block, BLOCK_N, s_layout, HAS_DROPOUT)
                 s = warpgroup_mma_wait(1, deps=[s_token])
                 mbarrier.arrive(k_empty.index(place), count=1)
@@ -207,6 +226,7 @@ def _consume(
                     s_layout,
                     dtype,
                     FLAGS,
+                    CONSUMERS > 2,
                 )
                 # The branch of this wait keeps ptxas from moving the next one above the weights.
                 mbarrier.wait(v_ready.index(place), (ring // STAGES) & 1)
@@ -245,6 +265,8 @@ def _consume(
         served += 1
         mbarrier.wait(info_ready.index(served % TILES_AHEAD), (served // TILES_AHEAD) & 1)
         document = scalar(info.index(served % TILES_AHEAD * TILE_FIELDS), 4)
+    if TAKE_TURNS:
+        close_turns(CONSUMER)
     tma_store_wait(0)
 
 
@@ -279,6 +301,7 @@ def varlen_fwd_hopper_kernel(
     BLOCK_D: gl.constexpr,
     Q_STAGES: gl.constexpr,
     STAGES: gl.constexpr,
+    TAKE_TURNS: gl.constexpr,
     HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
@@ -287,11 +310,11 @@ def varlen_fwd_hopper_kernel(
 ):
     """A persistent program per multiprocessor: warpgroups of 64 rows, a loader and a scheduler.
 
-    A tile is CONSUMERS * 64 rows: PACK query heads of one key/value head times positions. Grid: at
-    most one program per multiprocessor. counter is a zeroed int32.
+    A tile is CONSUMERS * 64 rows: PACK query heads of one key/value head times positions; PACK is
+    1 where CONSUMERS is 3. Grid: at most one program per multiprocessor. counter is a zeroed int32.
     """
     dtype: gl.constexpr = q_desc.dtype
-    TILE: gl.constexpr = (PACK, CONSUMERS, BLOCK_N, BLOCK_D, Q_STAGES, STAGES)
+    TILE: gl.constexpr = (PACK, CONSUMERS, BLOCK_N, BLOCK_D, Q_STAGES, STAGES, TAKE_TURNS)
     shared = allocate(dtype, TILE)
     _, _, _, info, info_bars, _, _, _ = shared
     packs = (cu_q_ptr, cu_k_ptr, tiles_ptr, counter_ptr, num_items)
@@ -301,13 +324,26 @@ def varlen_fwd_hopper_kernel(
     FLAGS: gl.constexpr = (HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_SINK, HAS_DROPOUT)
     sources = (q_desc, k_desc, v_desc)
     common = (out_desc, shared, window, pointers, numbers)
-    gl.warp_specialize(
-        [
-            (_consume, (common, TILE, FLAGS, 0)),
-            (_consume, (common, TILE, FLAGS, 1)),
-            (_load, (sources, shared, GROUP, TILE)),
-            (fetch_tiles, (info, info_bars, packs, window, HEADS, TILE, FLAGS)),
-        ],
-        [4, 1, 1],
-        [240, 24, 24],
-    )
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (common, TILE, FLAGS, 0)),
+                (_consume, (common, TILE, FLAGS, 1)),
+                (_load, (sources, shared, GROUP, TILE)),
+                (fetch_tiles, (info, info_bars, packs, window, HEADS, TILE, FLAGS)),
+            ],
+            [4, 1, 1],
+            [240, 24, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (common, TILE, FLAGS, 0)),
+                (_consume, (common, TILE, FLAGS, 1)),
+                (_consume, (common, TILE, FLAGS, 2)),
+                (_load, (sources, shared, GROUP, TILE)),
+                (fetch_tiles, (info, info_bars, packs, window, HEADS, TILE, FLAGS)),
+            ],
+            [4, 4, 1, 1],
+            [160, 160, 24, 24],
+        )

@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from lctrain.kernels.hopper.compat import reinterpret, tma_load, tma_store, tma_store_wait
 from lctrain.kernels.hopper.launch import ragged_descriptor
 from lctrain.kernels.hopper.step import add_four
+from lctrain.kernels.hopper.turns import close_turns, open_turns, pass_turn, take_turn
 from tests.kernels.gluon_emulator import EmulatedKernel
 from tests.kernels.gluon_emulator.machine import Barrier, Deadlock
 
@@ -183,3 +184,72 @@ def test_barriers_count():
     assert barrier.phase == 1
     with pytest.raises(AssertionError, match="more arrivals"):
         barrier.change(arrivals=3)
+
+
+@gluon.jit
+def _write_in_turn(pointers, WARPGROUP: gl.constexpr, TURNS: gl.constexpr, STEPS: gl.constexpr):
+    """Appends the warpgroup's number to a list in each of its turns."""
+    counter_ptr, list_ptr = pointers
+    if STEPS[0]:
+        open_turns(WARPGROUP, 3)
+    for _ in range(TURNS):
+        if STEPS[1]:
+            take_turn(WARPGROUP)
+        place = gl.atomic_add(counter_ptr, 1)
+        gl.store(list_ptr + place, WARPGROUP)
+        pass_turn(WARPGROUP, 3)
+    if STEPS[2]:
+        close_turns(WARPGROUP)
+
+
+@gluon.jit
+def turns_kernel(
+    counter_ptr,
+    list_ptr,
+    TURNS: gl.constexpr,
+    LAST_TURNS: gl.constexpr,
+    OPEN: gl.constexpr,
+    TAKE: gl.constexpr,
+    CLOSE: gl.constexpr,
+):
+    """Three warpgroups that take turns; the last one LAST_TURNS of them."""
+    pointers = (counter_ptr, list_ptr)
+    STEPS: gl.constexpr = (OPEN, TAKE, CLOSE)
+    gl.warp_specialize(
+        [
+            (_write_in_turn, (pointers, 0, TURNS, STEPS)),
+            (_write_in_turn, (pointers, 1, TURNS, STEPS)),
+            (_write_in_turn, (pointers, 2, LAST_TURNS, STEPS)),
+        ],
+        [4, 4],
+        [24, 24],
+    )
+
+
+def turns(seed, last_turns=4, **flaws):
+    """The warpgroups' numbers in the order of their turns."""
+    counter, found = torch.zeros(1, dtype=torch.int32), torch.full((12,), -1, dtype=torch.int32)
+    flags = {"OPEN": True, "TAKE": True, "CLOSE": True} | flaws
+    EmulatedKernel(turns_kernel, seed)[(1,)](counter, found, 4, last_turns, **flags)
+    return found.tolist()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_warpgroups_take_turns(seed):
+    assert turns(seed) == [0, 1, 2] * 4
+
+
+@pytest.mark.parametrize(
+    ("flaw", "message"),
+    [
+        ({"OPEN": False}, "threads wait"),
+        ({"last_turns": 3}, "threads wait"),
+        ({"last_turns": 5}, "threads wait"),
+        ({"CLOSE": False}, "left over"),
+        ({"TAKE": False}, "twice|left over|threads wait"),
+    ],
+)
+def test_turns_that_do_not_match_are_an_error(flaw, message):
+    for seed in SEEDS:
+        with pytest.raises((Deadlock, AssertionError), match=message):
+            turns(seed, **flaw)

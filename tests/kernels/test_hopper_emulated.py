@@ -124,6 +124,42 @@ def test_dq_added_from_registers_in_blocks_of_128(name, seed, monkeypatch, hoppe
         assert_matches_oracle(result, CASES[name], inputs)
 
 
+@pytest.mark.parametrize("block_n", [64, 128])
+@pytest.mark.parametrize("case", [*CASES.values(), *BLIND.values()], ids=[*CASES, *BLIND])
+def test_forward_in_turns(case, block_n, hopper, monkeypatch):
+    """Blocks of 64 keys give warpgroups unequal numbers of blocks."""
+    emulate(monkeypatch, varlen, seed=block_n)
+    tile = config.forward_tile(padded_columns(case.head_dim))
+    inputs = make_inputs(case)
+    with config.override_tiles(forward=tile._replace(block_n=block_n, take_turns=True)):
+        result = attention(case, inputs, backend="hopper")
+    assert_matches_oracle(result, case, inputs)
+
+
+THREE = {
+    "causal": Case(equal_lengths(450, 0, 1, 192, 193, 130), 2, 2, 64, BFLOAT16, causal=True),
+    "unequal-causal-sink": Case(
+        ((200, 500), (400, 100), (1, 129), (65, 0), (385, 385)), 2, 2, 64, FLOAT16, True, sink=True
+    ),
+    "window-softcap": Case(equal_lengths(400, 70), 1, 1, 64, BFLOAT16, window=(100, 30), softcap=3),
+    "full": Case(((300, 70), (130, 200)), 3, 3, 40, BFLOAT16),
+    "two-for-g2": PLAIN,
+    "two-for-dropout": Case(UNEQUAL, 1, 1, 64, FLOAT16, causal=True, dropout_p=0.3),
+}
+
+
+@pytest.mark.parametrize("take_turns", [False, True])
+@pytest.mark.parametrize("block_n", [64, 128])
+@pytest.mark.parametrize("case", THREE.values(), ids=THREE.keys())
+def test_forward_with_three_warpgroups(case, block_n, take_turns, hopper, monkeypatch):
+    emulate(monkeypatch, varlen, seed=block_n + take_turns)
+    form = {"block_n": block_n, "take_turns": take_turns, "consumers": 3}
+    inputs = make_inputs(case)
+    with config.override_tiles(forward=config.forward_tile(64)._replace(**form)):
+        result = attention(case, inputs, backend="hopper")
+    assert_matches_oracle(result, case, inputs)
+
+
 @pytest.mark.parametrize("case", BLIND.values(), ids=BLIND.keys())
 @pytest.mark.parametrize("deterministic", [False, True], ids=["ordered", "deterministic"])
 def test_blocks_that_see_no_key_have_no_gradient(deterministic, case, hopper):

@@ -42,6 +42,27 @@ class Barrier:
             self.phase ^= 1
 
 
+class NamedBarrier:
+    """A barrier of the hardware: warpgroups that came to it, until its threads are complete."""
+
+    def __init__(self) -> None:
+        self.came: list[Thread] = []
+        self.threads = 0
+        self.rounds = 0
+
+    def come(self, threads: int, count: int) -> int:
+        """Counts the current warpgroup's threads; returns in which round."""
+        now = self.rounds
+        assert current() not in self.came, "a warpgroup comes twice to a barrier"
+        self.came.append(current())
+        self.threads += threads
+        assert self.threads <= count, "more threads than the barrier counts"
+        if self.threads == count:
+            self.came, self.threads = [], 0
+            self.rounds += 1
+        return now
+
+
 class Program:
     """What the threads of one program share."""
 
@@ -50,6 +71,7 @@ class Program:
         self.grid = grid
         # Generic writes to shared memory that their thread has not fenced: (thread, first, last).
         self.unfenced: list[tuple[Any, int, int]] = []
+        self.named = [NamedBarrier() for _ in range(16)]
 
 
 class Operation:

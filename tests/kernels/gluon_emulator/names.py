@@ -116,6 +116,13 @@ def inline_asm_elementwise(
         return args[0]
     if "red.relaxed.gpu.global.add.v4.f32 [$1], {$3, $4, $5, $6}" in asm:
         return _add_four(*args)
+    named = re.match(r"bar\.(sync|arrive) (\d+), (\d+);", asm)
+    if named:
+        barrier = current().program.named[int(named[2])]
+        now = barrier.come(args[0].array.size, int(named[3]))
+        waits = named[1] == "sync"
+        current().machine.look((lambda: barrier.rounds != now) if waits else None)
+        return args[0]
     assert _ROUNDINGS[asm] == dtype.name
     return args[0].to(dtype)
 
@@ -159,6 +166,9 @@ def warp_specialize(partitions: list, warps: list, registers: list) -> None:
         for function, arguments in partitions
     ]
     parent.machine.look(lambda: all(thread.done for thread in threads))
+    assert not any(barrier.came for barrier in parent.program.named), (
+        "an arrival at a barrier is left over"
+    )
 
 
 def program_id(axis: int) -> Value:
