@@ -17,7 +17,7 @@ from lctrain.kernels.hopper.compat import (
     tma_add,
     tma_load,
 )
-from lctrain.kernels.hopper.step import load_window, query_blocks
+from lctrain.kernels.hopper.step import held, load_window, query_blocks
 from lctrain.kernels.hopper.tile_keys import (
     allocate_dq,
     allocate_rings,
@@ -197,7 +197,10 @@ def _compute(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     k_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     v_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
-    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    TURNED: gl.constexpr = BLOCK_D == 64  # see multiply_dq
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [4, 1], [16, BLOCK_M if TURNED else BLOCK_D, 16]
+    )
     ds_layout: gl.constexpr = gl.DotOperandLayout(0, k_layout, 2)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, v_layout, 2)
     column_s: gl.constexpr = gl.SliceLayout(0, s_layout)
@@ -211,10 +214,7 @@ def _compute(
     dk2 = gl.zeros([HALF, BLOCK_D], gl.float32, k_layout)
     dv = gl.zeros([HALF, BLOCK_DV], gl.float32, v_layout)
     zero_s = gl.zeros([HALF, BLOCK_M], gl.float32, s_layout)
-    zero_q = gl.zeros([BLOCK_M, BLOCK_D], gl.float32, dq_layout)
-    k1 = k_bufs.index(HALF_INDEX)
-    k2 = k_bufs.index(2 * (KEYS - 1) + HALF_INDEX)
-    v = v_bufs.index(HALF_INDEX)
+    zero_q = gl.zeros([BLOCK_D, BLOCK_M] if TURNED else [BLOCK_M, BLOCK_D], gl.float32, dq_layout)
     head = head_kv * GROUP
     block = low
     mbarrier.wait(kv_ready, 0)
@@ -222,6 +222,10 @@ def _compute(
         place = step % STAGES
         phase = (step // STAGES) & 1
         query = block * BLOCK_M
+        never = block < low
+        k1 = held(k_bufs, HALF_INDEX, never)
+        k2 = held(k_bufs, 2 * (KEYS - 1) + HALF_INDEX, never)
+        v = held(v_bufs, HALF_INDEX, never)
         q1 = q_bufs.index(2 * place)
         q2 = q_bufs.index(2 * place + 1)
         do = do_bufs.index(place)
@@ -244,7 +248,8 @@ def _compute(
         fence_async_shared()
         partition_barrier()
         s2_token = warpgroup_mma(k2, q2.permute((1, 0)), zero_s, use_acc=False, is_async=True)
-        dk1_token = warpgroup_mma(ds_bufs.index(HALF_INDEX), q1, dk1, is_async=True)
+        ds1_buf = held(ds_bufs, HALF_INDEX, never)
+        dk1_token = warpgroup_mma(ds1_buf, q1, dk1, is_async=True)
         s2 = warpgroup_mma_wait(1, deps=[s2_token])
         lse = lse_bufs.index(2 * place + 1).load(column_s)
         p2 = _weights(s2, lse, query, bounds, multiplier, BLOCK_M, s_layout, FLAGS)
@@ -260,21 +265,21 @@ def _compute(
         dv_token = warpgroup_mma(gl.convert_layout(p, p_layout), do, dv, is_async=True)
         dk1 = warpgroup_mma_wait(1, deps=[dk1_token])
         mbarrier.wait(ds_full, step & 1)
-        dq_token = warpgroup_mma(
-            ds_bufs.index(2 * HALF_INDEX).permute((1, 0)),
-            k_bufs.index(OWN_K),
-            zero_q,
-            use_acc=False,
-            is_async=True,
-        )
-        dq_token = warpgroup_mma(
-            ds_bufs.index(2 * HALF_INDEX + 1).permute((1, 0)),
-            k_bufs.index(OWN_K + 1),
-            dq_token,
-            is_async=True,
-        )
+        dq_token = zero_q
+        for half in gl.static_range(2):
+            ds = held(ds_bufs, 2 * HALF_INDEX + half, never)
+            k = held(k_bufs, OWN_K + half, never)
+            if TURNED:
+                dq_token = warpgroup_mma(
+                    k.permute((1, 0)), ds, dq_token, use_acc=half > 0, is_async=True
+                )
+            else:
+                dq_token = warpgroup_mma(
+                    ds.permute((1, 0)), k, dq_token, use_acc=half > 0, is_async=True
+                )
         if KEYS == 1:
-            dk1_token = warpgroup_mma(ds_bufs.index(2 + HALF_INDEX), q2, dk1, is_async=True)
+            ds2_buf = held(ds_bufs, 2 + HALF_INDEX, never)
+            dk1_token = warpgroup_mma(ds2_buf, q2, dk1, is_async=True)
         else:
             dk2_token = warpgroup_mma(gl.convert_layout(ds2, ds_layout), q2, dk2, is_async=True)
         dv = warpgroup_mma_wait(3, deps=[dv_token])
@@ -283,7 +288,7 @@ def _compute(
         if ROUNDS == 2:
             # The buffer holds 64 columns.
             dq, dq_late = gl.split(gl.permute(gl.reshape(dq, [BLOCK_M, 2, _COLUMNS]), (0, 2, 1)))
-        put_dq(dq, dq_shared, step * ROUNDS, HALF_INDEX)
+        put_dq(dq, dq_shared, step * ROUNDS, HALF_INDEX, TURNED)
         if KEYS == 1:
             dk1 = warpgroup_mma_wait(0, deps=[dk1_token])
         else:
@@ -291,7 +296,7 @@ def _compute(
         mbarrier.arrive(q_empty.index(place), count=1)
         mbarrier.arrive(ds_empty, count=1)
         if ROUNDS == 2:
-            put_dq(dq_late, dq_shared, step * ROUNDS + 1, HALF_INDEX)
+            put_dq(dq_late, dq_shared, step * ROUNDS + 1, HALF_INDEX, TURNED)
         head, block = next_block(head, block, head_kv, low, high, GROUP, False)
     key_v = first_key + gl.arange(0, HALF, gl.SliceLayout(1, v_layout))
     column_v = gl.arange(0, BLOCK_DV, gl.SliceLayout(0, v_layout))

@@ -20,7 +20,7 @@ from lctrain.kernels.hopper.compat import (
     tma_add,
     tma_load,
 )
-from lctrain.kernels.hopper.step import own_begin, queries_of_tile
+from lctrain.kernels.hopper.step import held, own_begin, queries_of_tile
 from lctrain.kernels.hopper.tile_keys import (
     allocate_dq,
     allocate_rings,
@@ -194,44 +194,55 @@ def _compute(
     dtype: gl.constexpr = k_bufs.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
-    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    TURNED: gl.constexpr = COLUMNS == 64
+    DQ_ROWS: gl.constexpr = COLUMNS if TURNED else BLOCK_M
+    DQ_COLUMNS: gl.constexpr = BLOCK_M if TURNED else COLUMNS
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_COLUMNS, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     column_s: gl.constexpr = gl.SliceLayout(0, s_layout)
 
     first_key = first + HALF_INDEX * HALF
     local_key = gl.arange(0, HALF, gl.SliceLayout(1, s_layout))
     local_query = gl.arange(0, BLOCK_M, column_s)
-    # In queries: where the first key stands, and the end of each key's chunk.
     shift = length_k - length_q
-    diagonal = first_key - shift
-    chunk_end = own_begin(first_key + local_key, chunk_length) + chunk_length - shift
-    keys_here = end - first_key
     clear = _clear_blocks(first_key, HALF, tile, geometry, IS_NEAR, BLOCK_M)
     clear_first, clear_end, clear_again = clear
     multiplier = scale * _LOG2_E
     dk = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
     dv = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
     zero_s = gl.zeros([HALF, BLOCK_M], gl.float32, s_layout)
-    zero_q = gl.zeros([BLOCK_M, COLUMNS], gl.float32, dq_layout)
-    k = k_bufs.index(HALF_INDEX)
-    v = v_bufs.index(HALF_INDEX)
+    zero_q = gl.zeros([DQ_ROWS, DQ_COLUMNS], gl.float32, dq_layout)
     block = 0
     mbarrier.wait(kv_ready, 0)
     for step in range(GROUP * all_blocks):
         place = step % STAGES
         phase = (step // STAGES) & 1
+        never = block > all_blocks
         mbarrier.wait(q_ready.index(place), phase)
         s_token = warpgroup_mma(
-            k, q_bufs.index(place).permute((1, 0)), zero_s, use_acc=False, is_async=True
+            held(k_bufs, HALF_INDEX, never),
+            q_bufs.index(place).permute((1, 0)),
+            zero_s,
+            use_acc=False,
+            is_async=True,
         )
         mbarrier.wait(do_ready.index(place), phase)
         dp_token = warpgroup_mma(
-            v, do_bufs.index(place).permute((1, 0)), zero_s, use_acc=False, is_async=True
+            held(v_bufs, HALF_INDEX, never),
+            do_bufs.index(place).permute((1, 0)),
+            zero_s,
+            use_acc=False,
+            is_async=True,
         )
         lse = lse_bufs.index(place).load(column_s)
         s = warpgroup_mma_wait(1, deps=[s_token])
         # Keys beyond the end are zero, and 2^(0 - lse) may overflow.
         if (block < clear_first) | ((block >= clear_end) & (block < clear_again)):
+            # In queries: where the first key stands, and the end of each key's chunk. Computed here,
+            # since before the loop they would take registers.
+            key = first_key + gl.where(never, 1, 0)
+            diagonal = key - shift
+            chunk_end = own_begin(key + local_key, chunk_length) + chunk_length - shift
             query = local_query + _first_query(block, blocks, BLOCK_M)
             if IS_NEAR:
                 first_seen = chunk_end
@@ -239,17 +250,19 @@ def _compute(
             else:
                 first_seen = gl.where(block < far_block, local_key + diagonal, chunk_end + near)
                 seen_end = gl.where(block < far_block, chunk_end, length_q)
-            first_seen = gl.where(local_key < keys_here, first_seen, length_q)
+            first_seen = gl.where(local_key < end - key, first_seen, length_q)
             s = gl.where(query[None, :] >= first_seen[:, None], s, float("-inf"))
             s = gl.where(query[None, :] < seen_end[:, None], s, float("-inf"))
         p = gl.exp2(s * multiplier - lse[None, :])
-        p_operand = gl.convert_layout(p.to(dtype), p_layout)
+        # Until dp is there, the weights are kept as the product takes them: half the registers.
+        p = p.to(dtype)
+        p_operand = gl.convert_layout(p, p_layout)
         delta = delta_bufs.index(place).load(column_s)
         # A wait that is over long since: ptxas does not move the next one above its branch.
         mbarrier.wait(kv_ready, 0)
         dp = warpgroup_mma_wait(0, deps=[dp_token])
         dv_token = warpgroup_mma(p_operand, do_bufs.index(place), dv, is_async=True)
-        ds = (p * (dp - delta[None, :])).to(dtype)
+        ds = (p.to(gl.float32) * (dp - delta[None, :])).to(dtype)
         ds_operand = gl.convert_layout(ds, p_layout)
         # Two buffers: a half that is written now was read two steps ago, before both warpgroups
         # met at ds_full.
@@ -258,12 +271,12 @@ def _compute(
         fence_async_shared()
         mbarrier.arrive(ds_full, count=1)
         mbarrier.wait(ds_full, step & 1)
-        dq_token = multiply_dq(ds_bufs, k_bufs, buffer, zero_q, HALF_INDEX)
+        dq_token = multiply_dq(ds_bufs, k_bufs, buffer, zero_q, HALF_INDEX, TURNED)
         dk_token = warpgroup_mma(ds_operand, q_bufs.index(place), dk, is_async=True)
         dv = warpgroup_mma_wait(3, deps=[dv_token])
         mbarrier.arrive(do_empty.index(place), count=1)
         dq = warpgroup_mma_wait(1, deps=[dq_token])
-        put_dq(dq, dq_shared, step, HALF_INDEX)
+        put_dq(dq, dq_shared, step, HALF_INDEX, TURNED)
         dk = warpgroup_mma_wait(0, deps=[dk_token])
         mbarrier.arrive(q_empty.index(place), count=1)
         block += 1

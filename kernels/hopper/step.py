@@ -38,6 +38,22 @@ queries_of_tile = _with(chunks.queries_of_tile, queries_of_key=queries_of_key)
 
 
 @gluon.jit
+def held(buffers, index, never):
+    """buffers.index(index), for a product in a loop in which the buffer stays the same.
+
+    Left alone, what describes the buffer to the product is computed before the loop. There are more
+    such numbers than uniform registers; ptxas keeps the others in local memory, and each read waits
+    behind all that products read from shared memory.
+
+    Args:
+        buffers: In shared memory.
+        index: Of one of them.
+        never: A condition that no step of the loop meets, which the compiler cannot know.
+    """
+    return buffers.index(index + gl.where(never, 1, 0))
+
+
+@gluon.jit
 def rounded(x, dtype: gl.constexpr):
     """Rounds float32 to half precision, two values an instruction.
 

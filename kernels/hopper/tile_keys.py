@@ -114,30 +114,33 @@ def load_halves(desc, buffers, FIRST: gl.constexpr, ready, place):
 
 
 @gluon.jit
-def multiply_dq(ds_bufs, k_bufs, buffer, zero_q, HALF_INDEX: gl.constexpr):
-    """Starts this warpgroup's columns of a step's dq: both halves of the keys."""
-    COLUMNS: gl.constexpr = zero_q.shape[1]
-    token = warpgroup_mma(
-        ds_bufs.index(buffer * 2).permute((1, 0)),
-        k_bufs.index(0).slice(HALF_INDEX * COLUMNS, COLUMNS, dim=1),
-        zero_q,
-        use_acc=False,
-        is_async=True,
-    )
-    return warpgroup_mma(
-        ds_bufs.index(buffer * 2 + 1).permute((1, 0)),
-        k_bufs.index(1).slice(HALF_INDEX * COLUMNS, COLUMNS, dim=1),
-        token,
-        is_async=True,
-    )
+def multiply_dq(ds_bufs, k_bufs, buffer, zero_q, HALF_INDEX: gl.constexpr, TURNED: gl.constexpr):
+    """Starts this warpgroup's columns of a step's dq: both halves of the keys.
+
+    TURNED: as columns by queries, which has as many rows as a product takes, 64. Then put_dq stores
+    without bank conflicts.
+    """
+    token = zero_q
+    COLUMNS: gl.constexpr = zero_q.shape[0] if TURNED else zero_q.shape[1]
+    for half in gl.static_range(2):
+        ds = ds_bufs.index(buffer * 2 + half)
+        k = k_bufs.index(half).slice(HALF_INDEX * COLUMNS, COLUMNS, dim=1)
+        if TURNED:
+            token = warpgroup_mma(k.permute((1, 0)), ds, token, use_acc=half > 0, is_async=True)
+        else:
+            token = warpgroup_mma(ds.permute((1, 0)), k, token, use_acc=half > 0, is_async=True)
+    return token
 
 
 @gluon.jit
-def put_dq(dq, dq_shared, turn, HALF_INDEX: gl.constexpr):
+def put_dq(dq, dq_shared, turn, HALF_INDEX: gl.constexpr, TURNED: gl.constexpr):
     """Leaves this warpgroup's part of dq to the adder, for its turn-th time."""
     dq_bufs, dq_ready, dq_empty = dq_shared
     mbarrier.wait(dq_empty.index(HALF_INDEX), (turn & 1) ^ 1)
-    dq_bufs.index(HALF_INDEX).store(dq)
+    if TURNED:
+        dq_bufs.index(HALF_INDEX).permute((1, 0)).store(dq)
+    else:
+        dq_bufs.index(HALF_INDEX).store(dq)
     fence_async_shared()
     mbarrier.arrive(dq_ready.index(HALF_INDEX), count=1)
 

@@ -15,6 +15,7 @@ from lctrain.kernels.hopper.compat import (
 )
 from lctrain.kernels.hopper.step import (
     draw_words,
+    held,
     kept,
     load_key,
     load_window,
@@ -150,7 +151,10 @@ def _compute(
     dtype: gl.constexpr = k_bufs.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
-    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    TURNED: gl.constexpr = COLUMNS == 64 and not FROM_REGISTERS
+    DQ_ROWS: gl.constexpr = COLUMNS if TURNED else BLOCK_M
+    DQ_COLUMNS: gl.constexpr = BLOCK_M if TURNED else COLUMNS
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_COLUMNS, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     column_s: gl.constexpr = gl.SliceLayout(0, s_layout)
 
@@ -172,9 +176,7 @@ def _compute(
     dk = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
     dv = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
     zero_s = gl.zeros([HALF, BLOCK_M], gl.float32, s_layout)
-    zero_q = gl.zeros([BLOCK_M, COLUMNS], gl.float32, dq_layout)
-    k = k_bufs.index(HALF_INDEX)
-    v = v_bufs.index(HALF_INDEX)
+    zero_q = gl.zeros([DQ_ROWS, DQ_COLUMNS], gl.float32, dq_layout)
     head = head_kv * GROUP
     block = first_block(low, high, ORDERED)
     if FROM_REGISTERS:
@@ -190,18 +192,27 @@ def _compute(
         place = step % STAGES
         phase = (step // STAGES) & 1
         query = block * BLOCK_M
+        never = block < low
         mbarrier.wait(q_ready.index(place), phase)
         s_token = warpgroup_mma(
-            k, q_bufs.index(place).permute((1, 0)), zero_s, use_acc=False, is_async=True
+            held(k_bufs, HALF_INDEX, never),
+            q_bufs.index(place).permute((1, 0)),
+            zero_s,
+            use_acc=False,
+            is_async=True,
         )
         if not HAS_DROPOUT:
             mbarrier.wait(do_ready.index(place), phase)
             dp_token = warpgroup_mma(
-                v, do_bufs.index(place).permute((1, 0)), zero_s, use_acc=False, is_async=True
+                held(v_bufs, HALF_INDEX, never),
+                do_bufs.index(place).permute((1, 0)),
+                zero_s,
+                use_acc=False,
+                is_async=True,
             )
         if DEFER_DQ:
             mbarrier.wait(ds_full.index(step & 1), (step // 2) & 1)
-            dq_token = multiply_dq(ds_bufs, k_bufs, step & 1, zero_q, HALF_INDEX)
+            dq_token = multiply_dq(ds_bufs, k_bufs, step & 1, zero_q, HALF_INDEX, TURNED)
         lse = lse_bufs.index(place).load(column_s)
         if HAS_DROPOUT:
             words = draw_words(
@@ -234,24 +245,31 @@ def _compute(
         p = gl.exp2(s * multiplier - lse[None, :])
         if HAS_DROPOUT:
             # Whether a weight is kept goes into its sign; dp waits until the random bits are gone.
-            p = gl.where(kept(words, local_key[:, None], threshold), p, -p)
-            p_operand = gl.convert_layout(rounded(gl.where(p < 0.0, 0.0, p), dtype), p_layout)
+            p = rounded(gl.where(kept(words, local_key[:, None], threshold), p, -p), dtype)
+            p_operand = gl.convert_layout(gl.where(p < 0.0, gl.zeros_like(p), p), p_layout)
             mbarrier.wait(do_ready.index(place), phase)
             dp_token = warpgroup_mma(
-                v, do_bufs.index(place).permute((1, 0)), zero_s, use_acc=False, is_async=True
+                held(v_bufs, HALF_INDEX, never),
+                do_bufs.index(place).permute((1, 0)),
+                zero_s,
+                use_acc=False,
+                is_async=True,
             )
             dv_token = warpgroup_mma(p_operand, do_bufs.index(place), dv, is_async=True)
             delta = delta_bufs.index(place).load(column_s)
             dp = warpgroup_mma_wait(1, deps=[dp_token])
+            p = p.to(gl.float32)
             ds = gl.abs(p) * (gl.where(p > 0.0, dp, 0.0) - delta[None, :])
         else:
-            p_operand = gl.convert_layout(p.to(dtype), p_layout)
+            # Until dp is there, the weights are kept as the product takes them: half the registers.
+            p = p.to(dtype)
+            p_operand = gl.convert_layout(p, p_layout)
             delta = delta_bufs.index(place).load(column_s)
             # A wait that is over long since: ptxas does not move the next one above its branch.
             mbarrier.wait(kv_ready, 0)
             dp = warpgroup_mma_wait(2 * DEFER_DQ, deps=[dp_token])
             dv_token = warpgroup_mma(p_operand, do_bufs.index(place), dv, is_async=True)
-            ds = p * (dp - delta[None, :])
+            ds = p.to(gl.float32) * (dp - delta[None, :])
         if HAS_SOFTCAP:
             ds = ds * (1.0 - bounded * bounded)
         ds = ds.to(dtype)
@@ -270,14 +288,14 @@ def _compute(
             fence_async_shared()
             mbarrier.arrive(ds_full.index(0), count=1)
             mbarrier.wait(ds_full.index(0), step & 1)
-            dq_token = multiply_dq(ds_bufs, k_bufs, buffer, zero_q, HALF_INDEX)
+            dq_token = multiply_dq(ds_bufs, k_bufs, buffer, zero_q, HALF_INDEX, TURNED)
         dk_token = warpgroup_mma(ds_operand, q_bufs.index(place), dk, is_async=True)
         if DEFER_DQ:
             if FROM_REGISTERS:
                 reduce_dq(dq, before_ptr, before_rows, HALF_INDEX, HEAD_DIM)
                 before_ptr, before_rows = slab_ptr, length_q - query
             else:
-                put_dq(dq, dq_out, step, HALF_INDEX)
+                put_dq(dq, dq_out, step, HALF_INDEX, TURNED)
             dv = warpgroup_mma_wait(1, deps=[dv_token])
             mbarrier.arrive(do_empty.index(place), count=1)
         else:
@@ -287,7 +305,7 @@ def _compute(
             if FROM_REGISTERS:
                 reduce_dq(dq, slab_ptr, length_q - query, HALF_INDEX, HEAD_DIM)
             else:
-                put_dq(dq, dq_out, step, HALF_INDEX)
+                put_dq(dq, dq_out, step, HALF_INDEX, TURNED)
         dk = warpgroup_mma_wait(0, deps=[dk_token])
         mbarrier.arrive(q_empty.index(place), count=1)
         last_block = block
@@ -299,12 +317,12 @@ def _compute(
     if DEFER_DQ and high > low:
         steps = GROUP * (high - low)
         mbarrier.wait(ds_full.index(steps & 1), (steps // 2) & 1)
-        dq_token = multiply_dq(ds_bufs, k_bufs, steps & 1, zero_q, HALF_INDEX)
+        dq_token = multiply_dq(ds_bufs, k_bufs, steps & 1, zero_q, HALF_INDEX, TURNED)
         dq = warpgroup_mma_wait(0, deps=[dq_token])
         if FROM_REGISTERS:
             reduce_dq(dq, before_ptr, before_rows, HALF_INDEX, HEAD_DIM)
         else:
-            put_dq(dq, dq_out, steps, HALF_INDEX)
+            put_dq(dq, dq_out, steps, HALF_INDEX, TURNED)
     key = first_key + gl.arange(0, HALF, gl.SliceLayout(1, o_layout))
     column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, o_layout))
     offset = (begin_k + key).to(gl.int64) * stride_t + head_kv * stride_h

@@ -90,7 +90,7 @@ class Buffer:
         return array.reshape(self.shape).copy()
 
     def write(self, array: np.ndarray) -> None:
-        assert not self.transposed
+        array = array.T if self.transposed else array
         assert array.size == self.array.size, f"{array.shape} into {self.shape}"
         if self.panels:
             panels, rows, width = self.array.shape

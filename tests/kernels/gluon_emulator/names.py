@@ -79,6 +79,10 @@ def zeros(shape: Any, dtype: tl.dtype, layout: Any = None) -> Value:
     return full(shape, 0, dtype)
 
 
+def zeros_like(x: Value) -> Value:
+    return zeros(x.shape, x.dtype)
+
+
 def load(pointer: Pointer, mask: Any = None, other: Any = None, **_: Any) -> Value:
     return pointer.load(mask, other)
 
@@ -230,6 +234,7 @@ LANGUAGE = types.SimpleNamespace(
     warp_specialize=warp_specialize,
     where=where,
     zeros=zeros,
+    zeros_like=zeros_like,
 )
 
 
