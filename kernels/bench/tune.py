@@ -66,21 +66,18 @@ _DUAL_CHUNK_DKV = {
     128: "64,128,8,2 64,64,8,2 32,128,8,2 32,64,4,2",
     256: "32,64,8,1 32,64,8,2",
 }
-# Block of keys, stages of keys and values, stages of queries, whether products take turns,
-# warpgroups.
+# Block of keys, stages of keys and values, stages of queries, warpgroups.
 _HOPPER_FORWARD = {
-    64: "128,3,2,0,2 128,3,2,1,2 128,3,2,0,3 128,3,2,1,3 128,4,2,1,3 64,4,2,1,3",
-    96: "128,2,2,0,2 128,2,2,1,2 64,4,2,1,2",
-    128: "128,2,2,0,2 128,2,2,1,2 64,4,2,1,2",
-    256: "64,2,1,0,2 64,2,1,1,2",
+    64: "64,4,2,3 128,3,2,3 128,3,2,2 64,4,2,2",
+    96: "128,2,2,2 64,4,2,2",
+    128: "128,2,2,2 64,4,2,2",
+    256: "64,2,1,2",
 }
-# Block of queries, stages, whether dq is left to the next step, whether it is stored first, whether
-# it is added from registers.
+# Block of queries, stages, whether dq is added from registers.
 _HOPPER_BACKWARD = {
-    64: "64,3,0,0,0 64,3,1,0,0 64,3,0,1,0 64,3,1,1,0 64,2,1,0,0 64,4,1,0,0 "
-    "64,3,0,0,1 64,4,0,0,1 64,3,1,0,1 64,4,1,0,1",
-    96: "64,2,0,0,0 64,2,0,1,0 64,2,0,0,1 64,4,0,0,1",
-    128: "64,2,0,0,0 64,2,0,1,0 64,2,0,0,1 64,4,0,0,1",
+    64: "64,4,1 64,3,1 64,4,0 64,3,0",
+    96: "64,2,0 64,4,1",
+    128: "64,2,0 64,4,1",
 }
 _CANDIDATES = {
     "varlen_fwd": _FORWARD,
@@ -110,9 +107,7 @@ def override(operation: str, candidate: str) -> contextlib.AbstractContextManage
         return override_configs(**{operation: parse_config(candidate)})
     first, second, *rest = (int(part) for part in candidate.split(","))
     if operation == "hopper_fwd":
-        q_stages, take_turns, consumers = rest
-        tile = ForwardTile(first, second, q_stages, bool(take_turns), consumers)
-        return override_tiles(forward=tile)
+        return override_tiles(forward=ForwardTile(first, second, *rest))
     return override_tiles(backward=BackwardTile(first, second, *map(bool, rest)))
 
 

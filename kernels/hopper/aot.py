@@ -23,9 +23,7 @@ from lctrain.kernels.hopper.config import (
     dual_chunk_forward_tile,
     entry_registers,
     forward_tile,
-    override_tiles,
     pack_heads,
-    warpgroups,
 )
 from lctrain.kernels.hopper.differential_bwd_kernel import differential_bwd_hopper_kernel
 from lctrain.kernels.hopper.differential_fwd_kernel import differential_fwd_hopper_kernel
@@ -80,28 +78,25 @@ def forward_variant(
         group: Query heads per key/value head.
     """
     columns, pack = padded_columns(head_dim), pack_heads(group)
-    tile = forward_tile(columns)
-    consumers = warpgroups(tile, pack, _has_dropout(features))
-    rows = _descriptor(dtype, min(64, consumers * 64 // pack), 64)
+    tile = forward_tile(columns, pack, _has_dropout(features))
+    rows = _descriptor(dtype, min(64, tile.consumers * 64 // pack), 64)
     keys = _descriptor(dtype, tile.block_n, columns)
     constants = {
         "GROUP": group,
         "HEADS": HEADS_KV * group,
         "PACK": pack,
-        "CONSUMERS": consumers,
+        "CONSUMERS": tile.consumers,
         "BLOCK_N": tile.block_n,
         "BLOCK_D": columns,
         "Q_STAGES": tile.q_stages,
         "STAGES": tile.stages,
-        "TAKE_TURNS": tile.take_turns,
         **_flags(features),
         "HAS_SINK": features == "all",
     }
     types = _types(features, dtype, q_desc=rows, out_desc=rows, k_desc=keys, v_desc=keys)
-    options = OPTIONS | {"maxnreg": entry_registers(consumers)}
-    size = f"{consumers * 64}x{tile.block_n}"
-    form = "_turns" * tile.take_turns
-    label = f"hopper_fwd{form}-D{head_dim}-g{group}-{features}-{dtype}-{size}"
+    options = OPTIONS | {"maxnreg": entry_registers(tile.consumers)}
+    size = f"{tile.consumers * 64}x{tile.block_n}"
+    label = f"hopper_fwd-D{head_dim}-g{group}-{features}-{dtype}-{size}"
     spill_free = features == "causal" and columns <= 128
     return describe_variant(label, varlen_fwd_hopper_kernel, types, constants, options, spill_free)
 
@@ -113,8 +108,7 @@ def backward_variant(
     columns = padded_columns(head_dim)
     tile = backward_tile(columns)
     deterministic = features == "deterministic"
-    ordered = tile.ordered or deterministic
-    from_registers = tile.reduce_from_registers and not ordered
+    from_registers = tile.reduce_from_registers and not deterministic
     queries = _descriptor(dtype, tile.block_m, columns)
     keys = _descriptor(dtype, BLOCK_N_BACKWARD // 2, columns)
     dq = _descriptor("fp32", tile.block_m, columns // 2)
@@ -126,20 +120,16 @@ def backward_variant(
         "BLOCK_N": BLOCK_N_BACKWARD,
         "BLOCK_D": columns,
         "STAGES": tile.stages,
-        "DEFER_DQ": tile.defer_dq,
         "DETERMINISTIC": deterministic,
         **_flags(features),
     }
     types = _types(features, dtype, q_desc=queries, do_desc=queries, k_desc=keys, v_desc=keys)
-    types["dq_desc"] = None if from_registers else dq
-    if not ordered:
-        types |= dict.fromkeys(("turns_ptr", "dq_ptr"))
-        if not from_registers:
-            types["sum_ptr"] = None
+    types["dq_desc"] = dq
+    if from_registers:
+        types |= dict.fromkeys(("dq_desc", "turns_ptr", "dq_ptr"))
     options = OPTIONS | {"maxnreg": REGISTERS}
     size = f"{tile.block_m}x{BLOCK_N_BACKWARD}"
-    form = "_deferred" * tile.defer_dq + "_ordered" * tile.ordered + "_reducing" * from_registers
-    label = f"hopper_bwd{form}-D{head_dim}-g{group}-{features}-{dtype}-{size}"
+    label = f"hopper_bwd-D{head_dim}-g{group}-{features}-{dtype}-{size}"
     return describe_variant(label, varlen_bwd_hopper_kernel, types, constants, options, False)
 
 
@@ -335,46 +325,15 @@ def kernel_variants(
             forwards = [name for name in features if name != "deterministic"]
             for group, name in itertools.product(groups, forwards):
                 yield forward_variant(head_dim, features=name, group=group)
-            if "causal" in features:
-                yield from _forwards_to_tune(head_dim, groups)
         if refusal(Call(x, x, x), BACKWARD_LIMITS) is None:
             for name in features:
                 yield backward_variant(head_dim, features=name, group=groups[-1])
-            if "deterministic" in features:
-                yield from _forms_to_tune(head_dim, groups[-1])
         if refusal(Call(x, x, x), DUAL_CHUNK_BACKWARD_LIMITS) is None:
             yield from _dual_chunk_variants(head_dim, features, groups, head_dim == columns)
     if "causal" in features:
         for describe in (forward_variant, backward_variant):
             yield describe(head_dims[0], dtype="fp16", group=groups[-1])
     yield from _differential_variants(head_dims, features, groups[-1])
-
-
-def _forwards_to_tune(head_dim: int, groups: tuple[int, ...]) -> Iterator[KernelVariant]:
-    """The forward in the forms that a tile may have and none has yet."""
-    tile = forward_tile(padded_columns(head_dim))
-    for group in groups:
-        forms = [tile._replace(take_turns=True)]
-        if head_dim <= 64 and pack_heads(group) == 1:
-            forms += [tile._replace(take_turns=turns, consumers=3) for turns in (False, True)]
-        for form in forms:
-            with override_tiles(forward=form):
-                variant = forward_variant(head_dim, group=group)
-            yield variant
-
-
-def _forms_to_tune(head_dim: int, group: int) -> Iterator[KernelVariant]:
-    """The backward in the forms that a tile may have and none has yet."""
-    tile = backward_tile(padded_columns(head_dim))
-    forms = [tile._replace(ordered=True), tile._replace(reduce_from_registers=True)]
-    if head_dim <= 64:  # above, ptxas serialises the deferred form (bench/NOTES.md)
-        forms += [form._replace(defer_dq=True) for form in (tile, *forms)]
-    else:
-        forms.append(tile._replace(stages=4, reduce_from_registers=True))
-    for form in forms:
-        with override_tiles(backward=form):
-            variant = backward_variant(head_dim, group=group)
-        yield variant
 
 
 def _differential_variants(

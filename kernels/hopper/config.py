@@ -16,42 +16,35 @@ class ForwardTile(NamedTuple):
         block_n: Keys of a block.
         stages: Blocks of keys, and of values, in shared memory.
         q_stages: Tiles of queries in shared memory.
-        take_turns: Let warpgroups issue their products in turn, in varlen_fwd_hopper_kernel.
-        consumers: Warpgroups, of 64 rows each, in varlen_fwd_hopper_kernel: see warpgroups.
+        consumers: Warpgroups of 64 rows each; other than two in varlen_fwd_hopper_kernel alone.
     """
 
     block_n: int
     stages: int
     q_stages: int
-    take_turns: bool = False
     consumers: int = CONSUMERS
 
 
 class BackwardTile(NamedTuple):
-    """Of varlen_bwd_hopper_kernel, and of the other backward kernels but for the last two.
+    """Of the backward kernels.
 
     Attributes:
         block_m: Queries of a block.
-        stages: Blocks of queries in shared memory.
-        defer_dq: Multiply dq of a step in the next one.
-        ordered: Let the first tile of keys store its share of dq, the others add to it and the
-            last one round it, instead of adding to zeros and rounding in a kernel of its own. A
-            deterministic backward does so in any case.
+        stages: Blocks of queries in shared memory, at most signals.MOST_STAGES.
         reduce_from_registers: Let the warpgroups that multiply dq add it to global memory, instead
-            of a warp that takes it from shared memory. Of varlen_bwd_hopper_kernel alone, and not
-            of its ordered form.
+            of a warp that takes it from shared memory. Of varlen_bwd_hopper_kernel alone; a
+            deterministic backward does not.
     """
 
     block_m: int
     stages: int
-    defer_dq: bool = False
-    ordered: bool = False
     reduce_from_registers: bool = False
 
 
 # By the columns of a tile: head dims up to them.
 _FORWARD = {64: ForwardTile(128, 3, 2), 128: ForwardTile(128, 2, 2), 256: ForwardTile(64, 2, 1)}
-_BACKWARD = {64: BackwardTile(64, 3), 128: BackwardTile(64, 2)}
+_FORWARD_OF_ONE_HEAD = {64: ForwardTile(64, 4, 2, consumers=3)}
+_BACKWARD = {64: BackwardTile(64, 4, reduce_from_registers=True), 128: BackwardTile(64, 2)}
 # A tile of dual chunk attention holds its queries twice; the third place is for the next tile.
 _DUAL_CHUNK_FORWARD = {64: ForwardTile(128, 3, 3), 128: ForwardTile(128, 2, 3)}
 _DUAL_CHUNK_BACKWARD = {64: BackwardTile(64, 3), 128: BackwardTile(64, 2)}
@@ -84,17 +77,16 @@ def pack_heads(group: int) -> int:
     return next(heads for heads in (4, 2, 1) if group % heads == 0)
 
 
-def forward_tile(columns: int) -> ForwardTile:
-    """Returns the tile of a forward."""
-    return _forward_override or _FORWARD[columns]
+def forward_tile(columns: int, pack: int, has_dropout: bool) -> ForwardTile:
+    """Returns the tile of a forward.
 
-
-def warpgroups(tile: ForwardTile, pack: int, has_dropout: bool) -> int:
-    """Of varlen_fwd_hopper_kernel. More than two have no registers for random bits.
-
-    Nor do rows of several heads divide among them.
+    Rows of several heads do not divide among three warpgroups, which have no registers for random
+    bits either.
     """
-    return CONSUMERS if pack > 1 or has_dropout else tile.consumers
+    free = pack == 1 and not has_dropout
+    table = _FORWARD | _FORWARD_OF_ONE_HEAD if free else _FORWARD
+    tile = _forward_override or table[columns]
+    return tile if free else tile._replace(consumers=CONSUMERS)
 
 
 def entry_registers(consumers: int) -> int:

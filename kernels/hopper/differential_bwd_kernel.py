@@ -17,16 +17,29 @@ from lctrain.kernels.hopper.compat import (
     tma_add,
     tma_load,
 )
+from lctrain.kernels.hopper.signals import (
+    BOTH,
+    DO_EMPTY,
+    DS_FULL,
+    DS_READ,
+    Q_EMPTY,
+    await_signal,
+    signal,
+)
 from lctrain.kernels.hopper.step import held, load_window, query_blocks
 from lctrain.kernels.hopper.tile_keys import (
     allocate_dq,
     allocate_rings,
-    dq_block,
+    await_place,
+    give_back,
     give_back_dq,
     load_halves,
     next_block,
     put_dq,
     read_slot,
+    settle_dq,
+    settle_places,
+    take_dq,
 )
 from lctrain.kernels.hopper.tile_rows import load_block
 from lctrain.kernels.tile.logits import LOG2_E
@@ -48,7 +61,7 @@ def _load(
     """Loads a tile's keys and values, then the queries of every head of its group."""
     q_descs, do_desc, k_descs, v_desc = sources
     k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings = shared
-    q_ready, q_empty, do_ready, do_empty = rings
+    q_ready, do_ready = rings
     stats_ptr, total_q, stats_size = stats
     head_kv, begin_q, length_q, begin_k, length_k, first, low, high = tile
     BLOCK_M: gl.constexpr = SHAPE[0]
@@ -67,13 +80,13 @@ def _load(
     local = gl.arange(0, BLOCK_M, lanes)
     head = head_kv * GROUP
     block = low
-    for step in range(GROUP * (high - low)):
+    steps = GROUP * (high - low)
+    for step in range(steps):
         place = step % STAGES
-        phase = ((step // STAGES) & 1) ^ 1
         query = block * BLOCK_M + local
         vector = stats_ptr + head.to(gl.int64) * total_q + begin_q + query
         row = _RAGGED - length_q + block * BLOCK_M
-        mbarrier.wait(q_empty.index(place), phase)
+        await_place(Q_EMPTY, step, STAGES)
         for branch in gl.static_range(2):
             copy_async(
                 lse_bufs.index(2 * place + branch),
@@ -94,7 +107,7 @@ def _load(
                     q_descs[0].layout,
                 ),
             )
-        mbarrier.wait(do_empty.index(place), phase)
+        await_place(DO_EMPTY, step, STAGES)
         for branch in gl.static_range(2):
             copy_async(
                 delta_bufs.index(2 * place + branch),
@@ -105,28 +118,27 @@ def _load(
         queries = (begin_q + length_q, row, head)
         load_block(do_desc, do_bufs.index(place), do_ready.index(place), queries)
         head, block = next_block(head, block, head_kv, low, high, GROUP, False)
+    settle_places(steps, STAGES)
 
 
 @gluon.jit
-def _add_dq(dq_descs, dq_shared, tile, GROUP: gl.constexpr, SHAPE: gl.constexpr):
+def _add_dq(dq_descs, dq_bufs, tile, GROUP: gl.constexpr, SHAPE: gl.constexpr):
     """Adds dq1 and dq2, 64 columns at a time, to the float32 buffers."""
-    _, dq_ready, _ = dq_shared
     head_kv, begin_q, length_q, _, _, _, low, high = tile
     BLOCK_M: gl.constexpr = SHAPE[0]
     ROUNDS: gl.constexpr = SHAPE[2] // _COLUMNS
     head = head_kv * GROUP
     block = low
-    for step in range(GROUP * (high - low)):
+    for _ in range(GROUP * (high - low)):
         row = _RAGGED - length_q + block * BLOCK_M
         for part in gl.static_range(ROUNDS):
             for branch in gl.static_range(2):
-                mbarrier.wait(dq_ready.index(branch), (step * ROUNDS + part) & 1)
                 tma_add(
                     dq_descs[branch],
                     [_RAGGED, begin_q + length_q, row, head, part * _COLUMNS],
-                    dq_block(dq_shared, branch, dq_descs[0]),
+                    take_dq(dq_bufs, branch, dq_descs[0]),
                 )
-            give_back_dq(dq_shared)
+            give_back_dq()
         head, block = next_block(head, block, head_kv, low, high, GROUP, False)
 
 
@@ -177,10 +189,9 @@ def _compute(
     HALF_INDEX: gl.constexpr,
 ):
     """One warpgroup: half of the tile's keys, and all of dq of one branch."""
-    shared, dq_shared, ds_shared, results, tile, window, scale = inputs
+    shared, dq_bufs, ds_bufs, results, tile, window, scale = inputs
     k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings = shared
-    q_ready, q_empty, do_ready, do_empty = rings
-    ds_bufs, ds_full, ds_empty = ds_shared
+    q_ready, do_ready = rings
     dk1_ptr, dk2_ptr, dv_ptr, stride_kt, stride_kh, stride_vt, stride_vh = results
     head_kv, _, length_q, begin_k, length_k, first, low, high = tile
     left, right = window
@@ -192,6 +203,8 @@ def _compute(
     KEYS: gl.constexpr = SHAPE[5]
     HALF: gl.constexpr = BLOCK_N // 2
     ROUNDS: gl.constexpr = BLOCK_D // _COLUMNS
+    OWN_READ: gl.constexpr = DS_READ + 4 * HALF_INDEX
+    OTHER_READ: gl.constexpr = DS_READ + 4 - 4 * HALF_INDEX
     OWN_K: gl.constexpr = 2 * (KEYS - 1) * HALF_INDEX  # of the branch whose dq is computed here
     dtype: gl.constexpr = v_bufs.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -217,8 +230,9 @@ def _compute(
     zero_q = gl.zeros([BLOCK_D, BLOCK_M] if TURNED else [BLOCK_M, BLOCK_D], gl.float32, dq_layout)
     head = head_kv * GROUP
     block = low
+    steps = GROUP * (high - low)
     mbarrier.wait(kv_ready, 0)
-    for step in range(GROUP * (high - low)):
+    for step in range(steps):
         place = step % STAGES
         phase = (step // STAGES) & 1
         query = block * BLOCK_M
@@ -236,8 +250,8 @@ def _compute(
         s1 = warpgroup_mma_wait(1, deps=[s1_token])
         lse = lse_bufs.index(2 * place).load(column_s)
         p1 = _weights(s1, lse, query, bounds, multiplier, BLOCK_M, s_layout, FLAGS)
-        # Both warpgroups have read the last step's ds.
-        mbarrier.wait(ds_empty, (step & 1) ^ 1)
+        # The other warpgroup has read the last step's ds, too.
+        await_signal(OTHER_READ, BOTH, 4, gl.where(step > 0, 1, 0))
         # There is no room for both weights in registers: these wait where ds2 will lie. Stored
         # before dp is waited for, they are computed before, too.
         ds_bufs.index(2 + HALF_INDEX).store(p1.to(dtype))
@@ -261,10 +275,9 @@ def _compute(
         p = (p1 - p2).to(dtype)
         ds_bufs.index(2 + HALF_INDEX).store(ds2)
         fence_async_shared()
-        mbarrier.arrive(ds_full, count=1)
         dv_token = warpgroup_mma(gl.convert_layout(p, p_layout), do, dv, is_async=True)
         dk1 = warpgroup_mma_wait(1, deps=[dk1_token])
-        mbarrier.wait(ds_full, step & 1)
+        await_signal(DS_FULL, BOTH, 4)
         dq_token = zero_q
         for half in gl.static_range(2):
             ds = held(ds_bufs, 2 * HALF_INDEX + half, never)
@@ -283,21 +296,23 @@ def _compute(
         else:
             dk2_token = warpgroup_mma(gl.convert_layout(ds2, ds_layout), q2, dk2, is_async=True)
         dv = warpgroup_mma_wait(3, deps=[dv_token])
-        mbarrier.arrive(do_empty.index(place), count=1)
+        give_back(DO_EMPTY, place)
         dq = warpgroup_mma_wait(1, deps=[dq_token])
         if ROUNDS == 2:
             # The buffer holds 64 columns.
             dq, dq_late = gl.split(gl.permute(gl.reshape(dq, [BLOCK_M, 2, _COLUMNS]), (0, 2, 1)))
-        put_dq(dq, dq_shared, step * ROUNDS, HALF_INDEX, TURNED)
+        put_dq(dq, dq_bufs, step * ROUNDS, HALF_INDEX, TURNED)
         if KEYS == 1:
             dk1 = warpgroup_mma_wait(0, deps=[dk1_token])
         else:
             dk2 = warpgroup_mma_wait(0, deps=[dk2_token])
-        mbarrier.arrive(q_empty.index(place), count=1)
-        mbarrier.arrive(ds_empty, count=1)
+        give_back(Q_EMPTY, place)
+        signal(OWN_READ, BOTH, 4)
         if ROUNDS == 2:
-            put_dq(dq_late, dq_shared, step * ROUNDS + 1, HALF_INDEX, TURNED)
+            put_dq(dq_late, dq_bufs, step * ROUNDS + 1, HALF_INDEX, TURNED)
         head, block = next_block(head, block, head_kv, low, high, GROUP, False)
+    await_signal(OTHER_READ, BOTH, 4, gl.where(steps > 0, 1, 0))
+    settle_dq(steps, HALF_INDEX)
     key_v = first_key + gl.arange(0, HALF, gl.SliceLayout(1, v_layout))
     column_v = gl.arange(0, BLOCK_DV, gl.SliceLayout(0, v_layout))
     row_v = (begin_k + key_v).to(gl.int64) * stride_vt + head_kv * stride_vh
@@ -386,31 +401,26 @@ def differential_bwd_hopper_kernel(
     q_bufs = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_M, BLOCK_D], q_layout)
     do_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_DV], do_layout)
     ds_bufs = gl.allocate_shared_memory(dtype, [4, HALF, BLOCK_M], ds_layout)
-    dq_shared = allocate_dq(BLOCK_M, _COLUMNS)
+    dq_bufs = allocate_dq(BLOCK_M, _COLUMNS)
     lse_bufs = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK_M], word)
     delta_bufs = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK_M], word)
     kv_ready = gl.allocate_shared_memory(gl.int64, [1], bar)
     rings = allocate_rings(STAGES)
-    ds_full = gl.allocate_shared_memory(gl.int64, [1], bar)
-    ds_empty = gl.allocate_shared_memory(gl.int64, [1], bar)
     mbarrier.init(kv_ready, count=1)
-    mbarrier.init(ds_full, count=2)
-    mbarrier.init(ds_empty, count=2)
     shared = (k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings)
-    ds_shared = (ds_bufs, ds_full, ds_empty)
     tile = (head_kv, begin_q, length_q, begin_k, length_k, first, low, high)
     results = (dk1_ptr, dk2_ptr, dv_ptr, stride_kt, stride_kh, stride_vt, stride_vh)
     stats = (stats_ptr, total_q, total_q.to(gl.int64) * (HEADS_KV * GROUP))
     SHAPE: gl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, KEYS)
     FLAGS: gl.constexpr = (HAS_LEFT, HAS_RIGHT)
     sources = ((q1_desc, q2_desc), do_desc, (k1_desc, k2_desc), v_desc)
-    inputs = (shared, dq_shared, ds_shared, results, tile, (left, right), scale)
+    inputs = (shared, dq_bufs, ds_bufs, results, tile, (left, right), scale)
     gl.warp_specialize(
         [
             (_compute, (inputs, GROUP, HEAD_DIM, VALUE_DIM, SHAPE, FLAGS, 0)),
             (_compute, (inputs, GROUP, HEAD_DIM, VALUE_DIM, SHAPE, FLAGS, 1)),
             (_load, (sources, shared, stats, tile, GROUP, SHAPE)),
-            (_add_dq, ((dq1_desc, dq2_desc), dq_shared, tile, GROUP, SHAPE)),
+            (_add_dq, ((dq1_desc, dq2_desc), dq_bufs, tile, GROUP, SHAPE)),
         ],
         [4, 1, 1],
         [240, 24, 24],

@@ -20,16 +20,21 @@ from lctrain.kernels.hopper.compat import (
     tma_add,
     tma_load,
 )
+from lctrain.kernels.hopper.signals import BOTH, DO_EMPTY, DS_FULL, Q_EMPTY, await_signal
 from lctrain.kernels.hopper.step import held, own_begin, queries_of_tile
 from lctrain.kernels.hopper.tile_keys import (
     allocate_dq,
     allocate_rings,
-    dq_block,
+    await_place,
+    give_back,
     give_back_dq,
     load_halves,
     multiply_dq,
     put_dq,
     read_slot,
+    settle_dq,
+    settle_places,
+    take_dq,
 )
 from lctrain.kernels.hopper.tile_rows import load_block
 from lctrain.kernels.tile.chunks import FAR, NEAR, OWN
@@ -96,7 +101,7 @@ def _load(
     """Loads a tile's keys and values, then the queries of every head of its group."""
     q_desc, q_far_desc, do_desc, k_desc, v_desc = sources
     k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings = shared
-    q_ready, q_empty, do_ready, do_empty = rings
+    q_ready, do_ready = rings
     stats_ptr, total_q = stats
     head_kv, begin_q, length_q, begin_k, end, _, first, blocks = tile
     far_block, all_blocks, _, _ = blocks
@@ -113,14 +118,14 @@ def _load(
     local = gl.arange(0, BLOCK_M, lanes)
     head = head_kv * GROUP
     block = 0
-    for step in range(GROUP * all_blocks):
+    steps = GROUP * all_blocks
+    for step in range(steps):
         place = step % STAGES
-        phase = ((step // STAGES) & 1) ^ 1
         first_query = _first_query(block, blocks, BLOCK_M)
         query = first_query + local
         vector = (head.to(gl.int64) * total_q + begin_q + query) * 4
         row = _RAGGED - length_q + first_query
-        mbarrier.wait(q_empty.index(place), phase)
+        await_place(Q_EMPTY, step, STAGES)
         copy_async(lse_bufs.index(place), stats_ptr + vector, mask=query < length_q)
         copy_arrive(q_ready.index(place))
         mbarrier.expect(q_ready.index(place), BLOCK_M * BLOCK_D * 2)
@@ -133,7 +138,7 @@ def _load(
         is_far = block >= far_block
         tma_load(q_desc, coordinate, q_ready.index(place), q_place, pred=block < far_block)
         tma_load(q_far_desc, coordinate, q_ready.index(place), q_place, pred=is_far)
-        mbarrier.wait(do_empty.index(place), phase)
+        await_place(DO_EMPTY, step, STAGES)
         copy_async(delta_bufs.index(place), stats_ptr + vector + 1, mask=query < length_q)
         copy_arrive(do_ready.index(place))
         queries = (begin_q + length_q, row, head)
@@ -141,27 +146,26 @@ def _load(
         block += 1
         head = gl.where(block == all_blocks, head + 1, head)
         block = gl.where(block == all_blocks, 0, block)
+    settle_places(steps, STAGES)
 
 
 @gluon.jit
-def _add_dq(dq_desc, dq_shared, total_q, tile, GROUP: gl.constexpr, SHAPE: gl.constexpr):
+def _add_dq(dq_desc, dq_bufs, total_q, tile, GROUP: gl.constexpr, SHAPE: gl.constexpr):
     """Adds the halves of dq that the warpgroups leave in shared memory to the float32 buffers."""
-    _, dq_ready, _ = dq_shared
     head_kv, begin_q, length_q, _, _, _, _, blocks = tile
     far_block, all_blocks, _, _ = blocks
     BLOCK_M: gl.constexpr = SHAPE[0]
     COLUMNS: gl.constexpr = SHAPE[2] // 2
     head = head_kv * GROUP
     block = 0
-    for step in range(GROUP * all_blocks):
+    for _ in range(GROUP * all_blocks):
         row = _RAGGED - length_q + _first_query(block, blocks, BLOCK_M)
         # The second buffer follows the first.
         end = begin_q + length_q + gl.where(block < far_block, 0, total_q)
         for half in gl.static_range(2):
-            mbarrier.wait(dq_ready.index(half), step & 1)
-            dq_half = dq_block(dq_shared, half, dq_desc)
+            dq_half = take_dq(dq_bufs, half, dq_desc)
             tma_add(dq_desc, [_RAGGED, end, row, head, half * COLUMNS], dq_half)
-        give_back_dq(dq_shared)
+        give_back_dq()
         block += 1
         head = gl.where(block == all_blocks, head + 1, head)
         block = gl.where(block == all_blocks, 0, block)
@@ -177,10 +181,9 @@ def _compute(
     HALF_INDEX: gl.constexpr,
 ):
     """One warpgroup: half of the tile's keys, and half of the columns of dq."""
-    shared, dq_shared, ds_shared, results, tile, geometry, near_end, scale = inputs
+    shared, dq_bufs, ds_bufs, results, tile, geometry, near_end, scale = inputs
     k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings = shared
-    q_ready, q_empty, do_ready, do_empty = rings
-    ds_bufs, ds_full = ds_shared
+    q_ready, do_ready = rings
     dk_ptr, dv_ptr, dk_near_ptr, dv_near_ptr, stride_t, stride_h = results
     head_kv, _, length_q, begin_k, end, length_k, first, blocks = tile
     far_block, all_blocks, _, _ = blocks
@@ -213,8 +216,9 @@ def _compute(
     zero_s = gl.zeros([HALF, BLOCK_M], gl.float32, s_layout)
     zero_q = gl.zeros([DQ_ROWS, DQ_COLUMNS], gl.float32, dq_layout)
     block = 0
+    steps = GROUP * all_blocks
     mbarrier.wait(kv_ready, 0)
-    for step in range(GROUP * all_blocks):
+    for step in range(steps):
         place = step % STAGES
         phase = (step // STAGES) & 1
         never = block > all_blocks
@@ -238,7 +242,7 @@ def _compute(
         s = warpgroup_mma_wait(1, deps=[s_token])
         # Keys beyond the end are zero, and 2^(0 - lse) may overflow.
         if (block < clear_first) | ((block >= clear_end) & (block < clear_again)):
-            # In queries: where the first key stands, and the end of each key's chunk. Computed here,
+            # In queries: where the first key stands, and the end of each key's chunk. Found here,
             # since before the loop they would take registers.
             key = first_key + gl.where(never, 1, 0)
             diagonal = key - shift
@@ -258,29 +262,29 @@ def _compute(
         p = p.to(dtype)
         p_operand = gl.convert_layout(p, p_layout)
         delta = delta_bufs.index(place).load(column_s)
-        # A wait that is over long since: ptxas does not move the next one above its branch.
-        mbarrier.wait(kv_ready, 0)
+        # A wait that never comes to be: ptxas does not move the next one above it.
+        await_signal(DS_FULL, BOTH, 4, gl.where(never, 1, 0))
         dp = warpgroup_mma_wait(0, deps=[dp_token])
         dv_token = warpgroup_mma(p_operand, do_bufs.index(place), dv, is_async=True)
         ds = (p.to(gl.float32) * (dp - delta[None, :])).to(dtype)
         ds_operand = gl.convert_layout(ds, p_layout)
         # Two buffers: a half that is written now was read two steps ago, before both warpgroups
-        # met at ds_full.
+        # met at DS_FULL.
         buffer = step & 1
         ds_bufs.index(buffer * 2 + HALF_INDEX).store(ds)
         fence_async_shared()
-        mbarrier.arrive(ds_full, count=1)
-        mbarrier.wait(ds_full, step & 1)
+        await_signal(DS_FULL, BOTH, 4)
         dq_token = multiply_dq(ds_bufs, k_bufs, buffer, zero_q, HALF_INDEX, TURNED)
         dk_token = warpgroup_mma(ds_operand, q_bufs.index(place), dk, is_async=True)
         dv = warpgroup_mma_wait(3, deps=[dv_token])
-        mbarrier.arrive(do_empty.index(place), count=1)
+        give_back(DO_EMPTY, place)
         dq = warpgroup_mma_wait(1, deps=[dq_token])
-        put_dq(dq, dq_shared, step, HALF_INDEX, TURNED)
+        put_dq(dq, dq_bufs, step, HALF_INDEX, TURNED)
         dk = warpgroup_mma_wait(0, deps=[dk_token])
-        mbarrier.arrive(q_empty.index(place), count=1)
+        give_back(Q_EMPTY, place)
         block += 1
         block = gl.where(block == all_blocks, 0, block)
+    settle_dq(steps, HALF_INDEX)
     key = first_key + gl.arange(0, HALF, gl.SliceLayout(1, o_layout))
     column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, o_layout))
     offset = (begin_k + key).to(gl.int64) * stride_t + head_kv * stride_h
@@ -376,28 +380,25 @@ def dual_chunk_bwd_hopper_kernel(
     q_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], m_layout)
     do_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], m_layout)
     ds_bufs = gl.allocate_shared_memory(dtype, [4, HALF, BLOCK_M], ds_layout)
-    dq_shared = allocate_dq(BLOCK_M, BLOCK_D // 2)
+    dq_bufs = allocate_dq(BLOCK_M, BLOCK_D // 2)
     lse_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], word)
     delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], word)
     kv_ready = gl.allocate_shared_memory(gl.int64, [1], bar)
     rings = allocate_rings(STAGES)
-    ds_full = gl.allocate_shared_memory(gl.int64, [1], bar)
     mbarrier.init(kv_ready, count=1)
-    mbarrier.init(ds_full, count=2)
     shared = (k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings)
-    ds_shared = (ds_bufs, ds_full)
     tile = (head_kv, begin_q, length_q, begin_k, end, length_k, first, blocks)
     results = (dk_ptr, dv_ptr, dk_near_ptr, dv_near_ptr, stride_t, stride_h)
     SHAPE: gl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, STAGES)
     sources = (q_desc, q_far_desc, do_desc, k_desc, v_desc)
     stats = (stats_ptr, total_q)
-    inputs = (shared, dq_shared, ds_shared, results, tile, geometry, near_end, scale)
+    inputs = (shared, dq_bufs, ds_bufs, results, tile, geometry, near_end, scale)
     gl.warp_specialize(
         [
             (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, IS_NEAR, 0)),
             (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, IS_NEAR, 1)),
             (_load, (sources, shared, stats, tile, GROUP, SHAPE)),
-            (_add_dq, (dq_desc, dq_shared, total_q, tile, GROUP, SHAPE)),
+            (_add_dq, (dq_desc, dq_bufs, total_q, tile, GROUP, SHAPE)),
         ],
         [4, 1, 1],
         [240, 24, 24],

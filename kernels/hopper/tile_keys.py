@@ -9,6 +9,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from lctrain.kernels.hopper.compat import reinterpret, tma_load, tma_store_wait
+from lctrain.kernels.hopper.signals import (
+    ADDER_AND_ONE,
+    DO_EMPTY,
+    DQ_EMPTY,
+    DQ_READY,
+    LOADER_AND_BOTH,
+    Q_EMPTY,
+    await_signal,
+    signal,
+)
 
 _RAGGED = gl.constexpr(1 << 30)
 
@@ -35,19 +45,10 @@ def read_slot(packs, HEADS_KV: gl.constexpr):
 
 
 @gluon.jit
-def first_block(low, high, ORDERED: gl.constexpr):
-    """The block of queries that a tile of keys begins with."""
-    block = low
-    if ORDERED:
-        block = high - 1
-    return block
-
-
-@gluon.jit
-def next_block(head, block, head_kv, low, high, GROUP: gl.constexpr, ORDERED: gl.constexpr):
-    """The (head, block) after this one: blocks upwards for head after head, or, ORDERED, all heads
+def next_block(head, block, head_kv, low, high, GROUP: gl.constexpr, DOWNWARDS: gl.constexpr):
+    """(head, block) after this one: blocks upwards for head after head, or, DOWNWARDS, all heads
     of block after block, from the last one down, which tiles of keys then begin side by side."""
-    if ORDERED:
+    if DOWNWARDS:
         head += 1
         end = (head_kv + 1) * GROUP
         block = gl.where(head == end, block - 1, block)
@@ -61,32 +62,43 @@ def next_block(head, block, head_kv, low, high, GROUP: gl.constexpr, ORDERED: gl
 
 @gluon.jit
 def allocate_rings(STAGES: gl.constexpr):
-    """Barriers of the blocks of queries: (q_ready, q_empty, do_ready, do_empty)."""
+    """Barriers at which blocks of queries arrive: (q_ready, do_ready)."""
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     do_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_ready.index(i), count=1)
         mbarrier.init(do_ready.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=2)
-        mbarrier.init(do_empty.index(i), count=2)
-    return q_ready, q_empty, do_ready, do_empty
+    return q_ready, do_ready
+
+
+@gluon.jit
+def await_place(EMPTY: gl.constexpr, step, STAGES: gl.constexpr):
+    """Lets the loader wait until a step's place is empty. EMPTY: Q_EMPTY or DO_EMPTY."""
+    wanted = gl.where(step >= STAGES, 1, 0)
+    await_signal(EMPTY + step % STAGES, LOADER_AND_BOTH, 1, wanted)
+
+
+@gluon.jit
+def give_back(EMPTY: gl.constexpr, place):
+    """Tells the loader that this warpgroup has read a place."""
+    signal(EMPTY + place, LOADER_AND_BOTH, 4)
+
+
+@gluon.jit
+def settle_places(steps, STAGES: gl.constexpr):
+    """Lets the loader take in the last signals, for which it has no use any more."""
+    for place in gl.static_range(STAGES):
+        wanted = gl.where(steps > place, 1, 0)
+        await_signal(Q_EMPTY + place, LOADER_AND_BOTH, 1, wanted)
+        await_signal(DO_EMPTY + place, LOADER_AND_BOTH, 1, wanted)
 
 
 @gluon.jit
 def allocate_dq(BLOCK_M: gl.constexpr, COLUMNS: gl.constexpr):
-    """Two float32 buffers for the adder, and their barriers: (dq_bufs, dq_ready, dq_empty)."""
-    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    """Two float32 buffers, from which the adder takes what the warpgroups leave."""
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, COLUMNS], gl.float32)
-    dq_bufs = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M, COLUMNS], layout)
-    dq_ready = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
-    dq_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
-    for i in gl.static_range(2):
-        mbarrier.init(dq_ready.index(i), count=1)
-        mbarrier.init(dq_empty.index(i), count=1)
-    return dq_bufs, dq_ready, dq_empty
+    return gl.allocate_shared_memory(gl.float32, [2, BLOCK_M, COLUMNS], layout)
 
 
 @gluon.jit
@@ -133,22 +145,27 @@ def multiply_dq(ds_bufs, k_bufs, buffer, zero_q, HALF_INDEX: gl.constexpr, TURNE
 
 
 @gluon.jit
-def put_dq(dq, dq_shared, turn, HALF_INDEX: gl.constexpr, TURNED: gl.constexpr):
+def put_dq(dq, dq_bufs, turn, HALF_INDEX: gl.constexpr, TURNED: gl.constexpr):
     """Leaves this warpgroup's part of dq to the adder, for its turn-th time."""
-    dq_bufs, dq_ready, dq_empty = dq_shared
-    mbarrier.wait(dq_empty.index(HALF_INDEX), (turn & 1) ^ 1)
+    await_signal(DQ_EMPTY + HALF_INDEX, ADDER_AND_ONE, 4, gl.where(turn > 0, 1, 0))
     if TURNED:
         dq_bufs.index(HALF_INDEX).permute((1, 0)).store(dq)
     else:
         dq_bufs.index(HALF_INDEX).store(dq)
     fence_async_shared()
-    mbarrier.arrive(dq_ready.index(HALF_INDEX), count=1)
+    signal(DQ_READY + HALF_INDEX, ADDER_AND_ONE, 4)
 
 
 @gluon.jit
-def dq_block(dq_shared, INDEX: gl.constexpr, dq_desc):
-    """A buffer of dq, of the shape that its descriptor copies."""
-    dq_bufs, _, _ = dq_shared
+def settle_dq(turns, HALF_INDEX: gl.constexpr):
+    """Waits until the adder has read what put_dq left last."""
+    await_signal(DQ_EMPTY + HALF_INDEX, ADDER_AND_ONE, 4, gl.where(turns > 0, 1, 0))
+
+
+@gluon.jit
+def take_dq(dq_bufs, INDEX: gl.constexpr, dq_desc):
+    """Lets the adder wait for a buffer of dq. Returns it, of the shape that its descriptor has."""
+    await_signal(DQ_READY + INDEX, ADDER_AND_ONE, 1)
     BLOCK_M: gl.constexpr = dq_bufs.shape[1]
     COLUMNS: gl.constexpr = dq_bufs.shape[2]
     return reinterpret(
@@ -157,10 +174,9 @@ def dq_block(dq_shared, INDEX: gl.constexpr, dq_desc):
 
 
 @gluon.jit
-def give_back_dq(dq_shared):
+def give_back_dq():
     """Gives both buffers of dq back, each when the adder's copy has read it."""
-    _, _, dq_empty = dq_shared
     tma_store_wait(1)
-    mbarrier.arrive(dq_empty.index(0), count=1)
+    signal(DQ_EMPTY, ADDER_AND_ONE, 1)
     tma_store_wait(0)
-    mbarrier.arrive(dq_empty.index(1), count=1)
+    signal(DQ_EMPTY + 1, ADDER_AND_ONE, 1)

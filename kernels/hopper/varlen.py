@@ -12,7 +12,6 @@ from lctrain.kernels.hopper.config import (
     entry_registers,
     forward_tile,
     pack_heads,
-    warpgroups,
 )
 from lctrain.kernels.hopper.launch import multiprocessors, padded_columns, ragged_descriptor
 from lctrain.kernels.hopper.varlen_bwd_kernel import varlen_bwd_hopper_kernel
@@ -50,9 +49,8 @@ def varlen_fwd(
     lse = torch.empty((heads, total_q), dtype=torch.float32, device=q.device)
     pack = pack_heads(group)
     columns = padded_columns(head_dim)
-    tile = forward_tile(columns)
-    consumers = warpgroups(tile, pack, dropout_p > 0)
-    positions = consumers * 64 // pack
+    tile = forward_tile(columns, pack, dropout_p > 0)
+    positions = tile.consumers * 64 // pack
     items = q_tiles.shape[0] * triton.cdiv(SCHEDULE_ROWS, positions) * (heads // pack)
     if items == 0:
         return out, lse
@@ -84,19 +82,18 @@ def varlen_fwd(
         GROUP=group,
         HEADS=heads,
         PACK=pack,
-        CONSUMERS=consumers,
+        CONSUMERS=tile.consumers,
         BLOCK_N=tile.block_n,
         BLOCK_D=columns,
         Q_STAGES=tile.q_stages,
         STAGES=tile.stages,
-        TAKE_TURNS=tile.take_turns,
         HAS_LEFT=has_left,
         HAS_RIGHT=has_right,
         HAS_SOFTCAP=softcap > 0,
         HAS_SINK=learnable_sink is not None,
         HAS_DROPOUT=dropout_p > 0,
         num_warps=4,
-        maxnreg=entry_registers(consumers),
+        maxnreg=entry_registers(tile.consumers),
         enable_fp_fusion=True,
     )
     return out, lse
@@ -108,7 +105,6 @@ def _prepare_kernel(
     dout_ptr,
     lse_ptr,
     dlse_ptr,
-    sum_ptr,
     dq_ptr,
     delta_ptr,
     lse2_ptr,
@@ -124,10 +120,9 @@ def _prepare_kernel(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """delta = rowsum(dout * out) - dlse, lse in base 2, and a zeroed float32 sum for dq.
+    """delta = rowsum(dout * out) - dlse, and lse in base 2.
 
-    Without sum, but with dq: zeros in dq for the rows that saw nothing, among those whose out is
-    zero.
+    With dq: zeros in dq for the rows that saw nothing, among those whose out is zero.
 
     Grid: (blocks of ROWS tokens, heads).
     """
@@ -154,39 +149,16 @@ def _prepare_kernel(
     tl.store(lse2_ptr + place, lse2, inside)
     if kept_delta_ptr is not None:
         tl.store(kept_delta_ptr + place, delta / keep_scale, inside)
-    place_dq = (token * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
-    zero = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    if sum_ptr is not None:
-        tl.store(sum_ptr + place_dq, zero, mask)
-    elif dq_ptr is not None:
+    if dq_ptr is not None:
         # Their out is zero; lse would not tell: with a sink it is the sink.
         blind = (tl.max(tl.abs(out.to(tl.float32)), 1) == 0.0)[:, None]
-        tl.store(dq_ptr + place_dq, zero.to(dq_ptr.dtype.element_ty), mask & blind)
-
-
-@triton.jit(do_not_specialize=["total_q"])
-def _scale_kernel(
-    sum_ptr,
-    dq_ptr,
-    total_q,
-    scale,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """dq = scale * sum, in dq's dtype. Grid: (blocks of ROWS tokens, heads)."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK_D)
-    mask = (row < total_q)[:, None] & (column < HEAD_DIM)[None, :]
-    first = (row.to(tl.int64) * HEADS + tl.program_id(1)) * HEAD_DIM
-    place = first[:, None] + column[None, :]
-    value = tl.load(sum_ptr + place, mask) * scale
-    tl.store(dq_ptr + place, value.to(dq_ptr.dtype.element_ty), mask)
+        place_dq = (token * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
+        zero = tl.zeros([ROWS, BLOCK_D], dq_ptr.dtype.element_ty)
+        tl.store(dq_ptr + place_dq, zero, mask & blind)
 
 
 @triton.jit(do_not_specialize=["documents", "rounds", "slabs_per_head"])
-def _scale_slabs_kernel(
+def _scale_kernel(
     sum_ptr,
     dq_ptr,
     cu_q_ptr,
@@ -199,9 +171,10 @@ def _scale_slabs_kernel(
     BLOCK_D: tl.constexpr,
     SLABS: tl.constexpr,
 ):
-    """As _scale_kernel, of a sum as first_slab has it. Grid: (blocks of SLABS slabs, heads).
+    """dq = scale * sum, in dq's dtype, of a sum as first_slab has it.
 
-    The document of a slab is found among all in `rounds` halvings.
+    The document of a slab is found among all in `rounds` halvings. Grid: (blocks of SLABS slabs,
+    heads).
     """
     first = tl.program_id(0) * SLABS
     head = tl.program_id(1)
@@ -271,23 +244,23 @@ def varlen_bwd(
     if total_q == 0:
         return dq, dk.zero_(), dv.zero_(), delta
     tile = backward_tile(columns)
-    ordered = tile.ordered or deterministic
-    from_registers = tile.reduce_from_registers and not ordered
+    from_registers = tile.reduce_from_registers and not deterministic
     documents = cu_seqlens_q.shape[0] - 1
     rows = 64
     if from_registers:
         per_head = total_q // 16 + documents  # slabs
         shape = (heads, per_head, 16 * head_dim)
         dq_sum = torch.zeros(shape, dtype=torch.float32, device=q.device)
+        turns = None
     else:
         per_head = total_q // tile.block_m + documents  # turns
+        turns = torch.zeros((heads, per_head), dtype=torch.int32, device=q.device)
         dq_sum = torch.empty((total_q, heads, head_dim), dtype=torch.float32, device=q.device)
     _prepare_kernel[(triton.cdiv(total_q, rows), heads)](
         out,
         dout,
         lse,
         dlse,
-        None if ordered or from_registers else dq_sum,
         None if from_registers else dq,
         delta,
         lse2,
@@ -306,9 +279,6 @@ def varlen_bwd(
         enable_fp_fusion=True,
     )
     window_ptr, left, right, has_left, has_right = window_arguments(window)
-    turns = None
-    if ordered:
-        turns = torch.zeros((heads, per_head), dtype=torch.int32, device=q.device)
     varlen_bwd_hopper_kernel[(heads_kv * k_tiles.shape[0],)](
         ragged_descriptor(q, tile.block_m, columns),
         ragged_descriptor(dout, tile.block_m, columns),
@@ -319,8 +289,8 @@ def varlen_bwd(
         delta if kept_delta is None else kept_delta,
         dk,
         dv,
-        dq_sum if ordered or from_registers else None,
-        dq if ordered else None,
+        dq_sum,
+        None if from_registers else dq,
         cu_seqlens_q,
         cu_seqlens_k,
         k_tiles,
@@ -348,7 +318,6 @@ def varlen_bwd(
         BLOCK_N=BLOCK_N_BACKWARD,
         BLOCK_D=columns,
         STAGES=tile.stages,
-        DEFER_DQ=tile.defer_dq,
         DETERMINISTIC=deterministic,
         HAS_LEFT=has_left,
         HAS_RIGHT=has_right,
@@ -359,7 +328,7 @@ def varlen_bwd(
         enable_fp_fusion=True,
     )
     if from_registers:
-        _scale_slabs_kernel[(triton.cdiv(per_head * 16, rows), heads)](
+        _scale_kernel[(triton.cdiv(per_head * 16, rows), heads)](
             dq_sum,
             dq,
             cu_seqlens_q,
@@ -371,19 +340,6 @@ def varlen_bwd(
             HEAD_DIM=head_dim,
             BLOCK_D=columns,
             SLABS=rows // 16,
-            num_warps=8,
-            enable_fp_fusion=True,
-        )
-    elif not ordered:
-        _scale_kernel[(triton.cdiv(total_q, rows), heads)](
-            dq_sum,
-            dq,
-            total_q,
-            softmax_scale * scale_kept,
-            HEADS=heads,
-            HEAD_DIM=head_dim,
-            BLOCK_D=columns,
-            ROWS=rows,
             num_warps=8,
             enable_fp_fusion=True,
         )

@@ -2,11 +2,10 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from lctrain.kernels.hopper.compat import partition_barrier, tma_add, tma_store
 from lctrain.kernels.hopper.step import add_four, query_blocks, wait_written
-from lctrain.kernels.hopper.tile_keys import dq_block, first_block, give_back_dq, next_block
+from lctrain.kernels.hopper.tile_keys import give_back_dq, next_block, take_dq
 
 _RAGGED = gl.constexpr(1 << 30)
 
@@ -40,7 +39,7 @@ def _await_shares(turn, count):
 @gluon.jit
 def add_dq(
     dq_desc,
-    dq_shared,
+    dq_bufs,
     turns,
     tile,
     window,
@@ -50,46 +49,35 @@ def add_dq(
 ):
     """Adds the halves of dq that the warpgroups leave in shared memory to the float32 buffer.
 
-    ORDERED: the first tile of keys that sees a block of queries stores its share, and the others
-    add to it, in the order of their keys if DETERMINISTIC. turns counts the shares of a block that
-    have reached global memory.
+    The first tile of keys that sees a block of queries stores its share, and the others add to it,
+    in the order of their keys if DETERMINISTIC. turns counts the shares of a block that have
+    reached global memory.
     """
-    _, dq_ready, dq_empty = dq_shared
     head_kv, begin_q, length_q, _, _, _, low, high = tile
     BLOCK_M: gl.constexpr = SHAPE[0]
     COLUMNS: gl.constexpr = SHAPE[2] // 2
-    BEFORE: gl.constexpr = 1 if SHAPE[4] else 0  # dq of nothing, from the first step
-    ORDERED: gl.constexpr = SHAPE[5]
     head = head_kv * GROUP
-    block = first_block(low, high, ORDERED)
-    if BEFORE > 0 and high > low:
-        for half in gl.static_range(2):
-            mbarrier.wait(dq_ready.index(half), 0)
-            mbarrier.arrive(dq_empty.index(half), count=1)
-    for step in range(GROUP * (high - low)):
+    block = high - 1
+    for _ in range(GROUP * (high - low)):
         row = _RAGGED - length_q + block * BLOCK_M
-        earlier = 1  # tiles of keys that see the block
-        if ORDERED:
-            earlier = _earlier_tiles(block, tile, window, SHAPE)
-            awaited = earlier
-            if not DETERMINISTIC:
-                awaited = gl.minimum(earlier, 1)
-            turn = _turn(turns, head, block, begin_q, BLOCK_M)
-            _await_shares(turn, awaited)
+        earlier = _earlier_tiles(block, tile, window, SHAPE)
+        awaited = earlier
+        if not DETERMINISTIC:
+            awaited = gl.minimum(earlier, 1)
+        turn = _turn(turns, head, block, begin_q, BLOCK_M)
+        _await_shares(turn, awaited)
         for half in gl.static_range(2):
-            mbarrier.wait(dq_ready.index(half), (step + BEFORE) & 1)
             place = [_RAGGED, begin_q + length_q, row, head, half * COLUMNS]
-            share = dq_block(dq_shared, half, dq_desc)
+            share = take_dq(dq_bufs, half, dq_desc)
             if earlier == 0:
                 tma_store(dq_desc, place, share)
             else:
                 tma_add(dq_desc, place, share)
-        give_back_dq(dq_shared)
-        if ORDERED:
-            wait_written()
-            partition_barrier()
-            gl.atomic_add(turn, 1, sem="release")
-        head, block = next_block(head, block, head_kv, low, high, GROUP, ORDERED)
+        give_back_dq()
+        wait_written()
+        partition_barrier()
+        gl.atomic_add(turn, 1, sem="release")
+        head, block = next_block(head, block, head_kv, low, high, GROUP, True)
 
 
 @gluon.jit
@@ -108,9 +96,9 @@ def first_slab(
     of two documents share none. Eight columns of it are what a warp has of them: in each thread two
     columns of two rows.
     """
-    head_kv, begin_q, _, _, _, _, low, _ = tile
+    head_kv, begin_q, _, _, _, _, _, high = tile
     slab = (head_kv * GROUP).to(gl.int64) * slabs_per_head
-    slab += begin_q // 16 + document + low * (BLOCK_M // 16)
+    slab += begin_q // 16 + document + (high - 1) * (BLOCK_M // 16)
     return sum_ptr + slab * (16 * HEAD_DIM)
 
 

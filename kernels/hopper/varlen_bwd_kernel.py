@@ -13,6 +13,7 @@ from lctrain.kernels.hopper.compat import (
     copy_arrive,
     copy_async,
 )
+from lctrain.kernels.hopper.signals import BOTH, DO_EMPTY, DS_FULL, Q_EMPTY, await_signal
 from lctrain.kernels.hopper.step import (
     draw_words,
     held,
@@ -26,12 +27,15 @@ from lctrain.kernels.hopper.step import (
 from lctrain.kernels.hopper.tile_keys import (
     allocate_dq,
     allocate_rings,
-    first_block,
+    await_place,
+    give_back,
     load_halves,
     multiply_dq,
     next_block,
     put_dq,
     read_slot,
+    settle_dq,
+    settle_places,
 )
 from lctrain.kernels.hopper.tile_rows import load_block
 from lctrain.kernels.hopper.varlen_bwd_dq import add_dq, finish_dq, first_slab, reduce_dq
@@ -47,14 +51,12 @@ def _locate(packs, window, HEADS_KV: gl.constexpr, SHAPE: gl.constexpr, FLAGS: g
     left, right = window
     BLOCK_M: gl.constexpr = SHAPE[0]
     BLOCK_N: gl.constexpr = SHAPE[1]
-    ORDERED: gl.constexpr = SHAPE[5]
     head_kv, document, tile_k, begin_q, length_q, begin_k, length_k = read_slot(packs, HEADS_KV)
-    if ORDERED:
-        # All tiles of a head of a document, then the next head: they share queries in L2.
-        nth = tile_k * HEADS_KV + head_kv
-        tiles = gl.maximum((length_k + BLOCK_N - 1) // BLOCK_N, 1)
-        head_kv = nth // tiles
-        tile_k = nth % tiles
+    # All tiles of a head of a document, then the next head: they share queries in L2.
+    nth = tile_k * HEADS_KV + head_kv
+    tiles = gl.maximum((length_k + BLOCK_N - 1) // BLOCK_N, 1)
+    head_kv = nth // tiles
+    tile_k = nth % tiles
     first = tile_k * BLOCK_N
     low, high = query_blocks(
         first, BLOCK_N, length_k - length_q, length_q, left, right, FLAGS[0], FLAGS[1], BLOCK_M
@@ -79,14 +81,13 @@ def _load(
 ):
     """Loads a tile's keys and values, then the queries of every head of its group."""
     k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings = shared
-    q_ready, q_empty, do_ready, do_empty = rings
+    q_ready, do_ready = rings
     lse_ptr, delta_ptr, total_q = stats
     head_kv, begin_q, length_q, begin_k, length_k, first, low, high = tile
     BLOCK_M: gl.constexpr = SHAPE[0]
     BLOCK_N: gl.constexpr = SHAPE[1]
     BLOCK_D: gl.constexpr = SHAPE[2]
     STAGES: gl.constexpr = SHAPE[3]
-    ORDERED: gl.constexpr = SHAPE[5]
     keys = (begin_k + length_k, _RAGGED - length_k + first, head_kv)
     mbarrier.expect(kv_ready, 2 * BLOCK_N * BLOCK_D * 2)
     load_halves(k_desc, k_bufs, 0, kv_ready, keys)
@@ -94,22 +95,23 @@ def _load(
     lanes: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
     local = gl.arange(0, BLOCK_M, lanes)
     head = head_kv * GROUP
-    block = first_block(low, high, ORDERED)
-    for step in range(GROUP * (high - low)):
+    block = high - 1
+    steps = GROUP * (high - low)
+    for step in range(steps):
         place = step % STAGES
-        phase = ((step // STAGES) & 1) ^ 1
         query = block * BLOCK_M + local
         vector = head.to(gl.int64) * total_q + begin_q + query
         queries = (begin_q + length_q, _RAGGED - length_q + block * BLOCK_M, head)
-        mbarrier.wait(q_empty.index(place), phase)
+        await_place(Q_EMPTY, step, STAGES)
         copy_async(lse_bufs.index(place), lse_ptr + vector, mask=query < length_q)
         copy_arrive(q_ready.index(place))
         load_block(q_desc, q_bufs.index(place), q_ready.index(place), queries)
-        mbarrier.wait(do_empty.index(place), phase)
+        await_place(DO_EMPTY, step, STAGES)
         copy_async(delta_bufs.index(place), delta_ptr + vector, mask=query < length_q)
         copy_arrive(do_ready.index(place))
         load_block(do_desc, do_bufs.index(place), do_ready.index(place), queries)
-        head, block = next_block(head, block, head_kv, low, high, GROUP, ORDERED)
+        head, block = next_block(head, block, head_kv, low, high, GROUP, True)
+    settle_places(steps, STAGES)
 
 
 @gluon.jit
@@ -121,15 +123,10 @@ def _compute(
     FLAGS: gl.constexpr,
     HALF_INDEX: gl.constexpr,
 ):
-    """One warpgroup: half of the tile's keys, and half of the columns of dq.
-
-    A step multiplies its own dq, for which it waits for the other half of dS, or, with DEFER_DQ,
-    that of the step before, whose halves have long been there.
-    """
-    shared, dq_out, ds_shared, results, tile, window, random, numbers = inputs
+    """One warpgroup: half of the tile's keys, and half of the columns of dq."""
+    shared, dq_out, ds_bufs, results, tile, window, random, numbers = inputs
     k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings = shared
-    q_ready, q_empty, do_ready, do_empty = rings
-    ds_bufs, ds_full = ds_shared
+    q_ready, do_ready = rings
     dk_ptr, dv_ptr, stride_t, stride_h = results
     head_kv, _, length_q, begin_k, length_k, first, low, high = tile
     left, right = window
@@ -139,9 +136,7 @@ def _compute(
     BLOCK_N: gl.constexpr = SHAPE[1]
     BLOCK_D: gl.constexpr = SHAPE[2]
     STAGES: gl.constexpr = SHAPE[3]
-    DEFER_DQ: gl.constexpr = SHAPE[4]
-    ORDERED: gl.constexpr = SHAPE[5]
-    FROM_REGISTERS: gl.constexpr = SHAPE[6]
+    FROM_REGISTERS: gl.constexpr = SHAPE[4]
     HAS_LEFT: gl.constexpr = FLAGS[0]
     HAS_RIGHT: gl.constexpr = FLAGS[1]
     HAS_SOFTCAP: gl.constexpr = FLAGS[2]
@@ -178,17 +173,12 @@ def _compute(
     zero_s = gl.zeros([HALF, BLOCK_M], gl.float32, s_layout)
     zero_q = gl.zeros([DQ_ROWS, DQ_COLUMNS], gl.float32, dq_layout)
     head = head_kv * GROUP
-    block = first_block(low, high, ORDERED)
+    block = high - 1
+    steps = GROUP * (high - low)
     if FROM_REGISTERS:
         slab_ptr, slabs_per_head = dq_out
-        before_ptr, before_rows = slab_ptr, 0  # of the step before: at first no row
-    if DEFER_DQ:
-        # What the first step multiplies, as if a step before it had left nothing.
-        ds_bufs.index(HALF_INDEX).store(gl.zeros([HALF, BLOCK_M], dtype, s_layout))
-        fence_async_shared()
-        mbarrier.arrive(ds_full.index(0), count=1)
     mbarrier.wait(kv_ready, 0)
-    for step in range(GROUP * (high - low)):
+    for step in range(steps):
         place = step % STAGES
         phase = (step // STAGES) & 1
         query = block * BLOCK_M
@@ -210,9 +200,6 @@ def _compute(
                 use_acc=False,
                 is_async=True,
             )
-        if DEFER_DQ:
-            mbarrier.wait(ds_full.index(step & 1), (step // 2) & 1)
-            dq_token = multiply_dq(ds_bufs, k_bufs, step & 1, zero_q, HALF_INDEX, TURNED)
         lse = lse_bufs.index(place).load(column_s)
         if HAS_DROPOUT:
             words = draw_words(
@@ -225,7 +212,7 @@ def _compute(
                 first_key,
                 local_key[:, None],
             )
-        s = warpgroup_mma_wait(2 * DEFER_DQ + 1 - HAS_DROPOUT, deps=[s_token])
+        s = warpgroup_mma_wait(1 - HAS_DROPOUT, deps=[s_token])
         if HAS_SOFTCAP:
             bounded = tanh(s * (scale / softcap))
             s = bounded * (softcap * _LOG2_E)
@@ -265,9 +252,9 @@ def _compute(
             p = p.to(dtype)
             p_operand = gl.convert_layout(p, p_layout)
             delta = delta_bufs.index(place).load(column_s)
-            # A wait that is over long since: ptxas does not move the next one above its branch.
-            mbarrier.wait(kv_ready, 0)
-            dp = warpgroup_mma_wait(2 * DEFER_DQ, deps=[dp_token])
+            # A wait that never comes to be: ptxas does not move the next one above it.
+            await_signal(DS_FULL, BOTH, 4, gl.where(never, 1, 0))
+            dp = warpgroup_mma_wait(0, deps=[dp_token])
             dv_token = warpgroup_mma(p_operand, do_bufs.index(place), dv, is_async=True)
             ds = p.to(gl.float32) * (dp - delta[None, :])
         if HAS_SOFTCAP:
@@ -275,54 +262,30 @@ def _compute(
         ds = ds.to(dtype)
         ds_operand = gl.convert_layout(ds, p_layout)
         # Two buffers: a half that is written now was read two steps ago, before both warpgroups
-        # met at ds_full.
-        if DEFER_DQ:
-            dq = warpgroup_mma_wait(1, deps=[dq_token])
-            buffer = (step + 1) & 1
-            ds_bufs.index(buffer * 2 + HALF_INDEX).store(ds)
-            fence_async_shared()
-            mbarrier.arrive(ds_full.index(buffer), count=1)
-        else:
-            buffer = step & 1
-            ds_bufs.index(buffer * 2 + HALF_INDEX).store(ds)
-            fence_async_shared()
-            mbarrier.arrive(ds_full.index(0), count=1)
-            mbarrier.wait(ds_full.index(0), step & 1)
-            dq_token = multiply_dq(ds_bufs, k_bufs, buffer, zero_q, HALF_INDEX, TURNED)
+        # met at DS_FULL.
+        buffer = step & 1
+        ds_bufs.index(buffer * 2 + HALF_INDEX).store(ds)
+        fence_async_shared()
+        await_signal(DS_FULL, BOTH, 4)
+        dq_token = multiply_dq(ds_bufs, k_bufs, buffer, zero_q, HALF_INDEX, TURNED)
         dk_token = warpgroup_mma(ds_operand, q_bufs.index(place), dk, is_async=True)
-        if DEFER_DQ:
-            if FROM_REGISTERS:
-                reduce_dq(dq, before_ptr, before_rows, HALF_INDEX, HEAD_DIM)
-                before_ptr, before_rows = slab_ptr, length_q - query
-            else:
-                put_dq(dq, dq_out, step, HALF_INDEX, TURNED)
-            dv = warpgroup_mma_wait(1, deps=[dv_token])
-            mbarrier.arrive(do_empty.index(place), count=1)
+        dv = warpgroup_mma_wait(3, deps=[dv_token])
+        give_back(DO_EMPTY, place)
+        dq = warpgroup_mma_wait(1, deps=[dq_token])
+        if FROM_REGISTERS:
+            reduce_dq(dq, slab_ptr, length_q - query, HALF_INDEX, HEAD_DIM)
         else:
-            dv = warpgroup_mma_wait(3, deps=[dv_token])
-            mbarrier.arrive(do_empty.index(place), count=1)
-            dq = warpgroup_mma_wait(1, deps=[dq_token])
-            if FROM_REGISTERS:
-                reduce_dq(dq, slab_ptr, length_q - query, HALF_INDEX, HEAD_DIM)
-            else:
-                put_dq(dq, dq_out, step, HALF_INDEX, TURNED)
+            put_dq(dq, dq_out, step, HALF_INDEX, TURNED)
         dk = warpgroup_mma_wait(0, deps=[dk_token])
-        mbarrier.arrive(q_empty.index(place), count=1)
+        give_back(Q_EMPTY, place)
         last_block = block
-        head, block = next_block(head, block, head_kv, low, high, GROUP, ORDERED)
+        head, block = next_block(head, block, head_kv, low, high, GROUP, True)
         if FROM_REGISTERS:
             slabs = (block - last_block) * (BLOCK_M // 16)
-            slabs += gl.where(block <= last_block, slabs_per_head, 0)  # another head
+            slabs += gl.where(block == last_block, slabs_per_head, (1 - GROUP) * slabs_per_head)
             slab_ptr += slabs.to(gl.int64) * (16 * HEAD_DIM)
-    if DEFER_DQ and high > low:
-        steps = GROUP * (high - low)
-        mbarrier.wait(ds_full.index(steps & 1), (steps // 2) & 1)
-        dq_token = multiply_dq(ds_bufs, k_bufs, steps & 1, zero_q, HALF_INDEX, TURNED)
-        dq = warpgroup_mma_wait(0, deps=[dq_token])
-        if FROM_REGISTERS:
-            reduce_dq(dq, before_ptr, before_rows, HALF_INDEX, HEAD_DIM)
-        else:
-            put_dq(dq, dq_out, steps, HALF_INDEX, TURNED)
+    if not FROM_REGISTERS:
+        settle_dq(steps, HALF_INDEX)
     key = first_key + gl.arange(0, HALF, gl.SliceLayout(1, o_layout))
     column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, o_layout))
     offset = (begin_k + key).to(gl.int64) * stride_t + head_kv * stride_h
@@ -381,7 +344,6 @@ def varlen_bwd_hopper_kernel(
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr,
-    DEFER_DQ: gl.constexpr,
     DETERMINISTIC: gl.constexpr,
     HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr,
@@ -391,16 +353,15 @@ def varlen_bwd_hopper_kernel(
     """One program: BLOCK_N keys of one key/value head, with all queries of its group that see them.
 
     Grid: (tiles * key/value heads,). lse and delta [H, T] float32: base 2, +inf where nothing was
-    seen, and delta / keep_scale. dq_desc describes sum, a float32 [T, H, D], zeroed. Or, with
-    turns, a zeroed int32 [H, blocks of queries], it need not be: dq, of its layout, is written, but
-    for rows that see no key. Programs must then start in order, since they wait for earlier ones.
-    Without dq_desc, sum is as first_slab has it, zeroed. per_head: turns, or slabs, of a head.
+    seen, and delta / keep_scale. dq_desc describes sum, a float32 [T, H, D]; dq, of its layout, is
+    written, but for rows that see no key; turns is a zeroed int32 [H, blocks of queries]. Programs
+    must start in order, since they wait for earlier ones. Without dq_desc, sum is as first_slab has
+    it, zeroed, and there are neither turns nor dq. per_head: turns, or slabs, of a head.
     """
     dtype: gl.constexpr = q_desc.dtype
     HALF: gl.constexpr = BLOCK_N // 2
-    ORDERED: gl.constexpr = turns_ptr is not None
     FROM_REGISTERS: gl.constexpr = dq_desc is None
-    SHAPE: gl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, STAGES, DEFER_DQ, ORDERED, FROM_REGISTERS)
+    SHAPE: gl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, STAGES, FROM_REGISTERS)
     FLAGS: gl.constexpr = (HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT)
     packs = (cu_q_ptr, cu_k_ptr, tiles_ptr)
     window = load_window(window_ptr, window_left, window_right)
@@ -425,18 +386,14 @@ def varlen_bwd_hopper_kernel(
     delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], word)
     kv_ready = gl.allocate_shared_memory(gl.int64, [1], bar)
     rings = allocate_rings(STAGES)
-    ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     mbarrier.init(kv_ready, count=1)
-    for i in gl.static_range(2):
-        mbarrier.init(ds_full.index(i), count=2)
     shared = (k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings)
-    ds_shared = (ds_bufs, ds_full)
     results = (dk_ptr, dv_ptr, stride_t, stride_h)
     random = (seed_ptr, document_ids_ptr, document, threshold)
     numbers = (scale, softcap, keep_scale)
     stats = (lse_ptr, delta_ptr, total_q)
     turns = (turns_ptr, per_head, document)
-    inputs = (shared, dq_out, ds_shared, results, tile, window, random, numbers)
+    inputs = (shared, dq_out, ds_bufs, results, tile, window, random, numbers)
     if FROM_REGISTERS:
         gl.warp_specialize(
             [
@@ -458,7 +415,7 @@ def varlen_bwd_hopper_kernel(
             [4, 1, 1],
             [240, 24, 24],
         )
-    if ORDERED:
+    if not FROM_REGISTERS:
         # Found anew, so that nothing of it takes registers of the loops.
         window = load_window(window_ptr, window_left, window_right)
         document, tile = _locate(packs, window, HEADS_KV, SHAPE, FLAGS)

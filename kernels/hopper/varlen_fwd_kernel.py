@@ -13,7 +13,6 @@ from lctrain.kernels.hopper.softmax import block_weights, block_words
 from lctrain.kernels.hopper.step import load_key, load_window, scalar
 from lctrain.kernels.hopper.tile_list import TILE_FIELDS, TILES_AHEAD, fetch_tiles, read_tile
 from lctrain.kernels.hopper.tile_rows import allocate, load_block, load_queries, store_rows
-from lctrain.kernels.hopper.turns import close_turns, open_turns, pass_turn, take_turn
 from lctrain.kernels.tile.logits import LN_2, LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
@@ -71,10 +70,7 @@ def _consume(
     FLAGS: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):
-    """One warpgroup: 64 rows of every tile.
-
-    With TAKE_TURNS it takes a turn for every block of a tile, also for those that it skips.
-    """
+    """One warpgroup: 64 rows of every tile."""
     out_desc, shared, window, pointers, numbers = common
     q_bufs, k_bufs, v_bufs, info, info_bars, q_bars, k_bars, v_bars = shared
     info_ready, info_empty = info_bars
@@ -90,7 +86,6 @@ def _consume(
     BLOCK_D: gl.constexpr = TILE[3]
     Q_STAGES: gl.constexpr = TILE[4]
     STAGES: gl.constexpr = TILE[5]
-    TAKE_TURNS: gl.constexpr = TILE[6]
     HAS_LEFT: gl.constexpr = FLAGS[0]
     HAS_RIGHT: gl.constexpr = FLAGS[1]
     HAS_SINK: gl.constexpr = FLAGS[3]
@@ -111,8 +106,6 @@ def _consume(
     zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
     served = 0
     ring = 0
-    if TAKE_TURNS:
-        open_turns(CONSUMER, CONSUMERS)
     mbarrier.wait(info_ready.index(0), 0)
     document = scalar(info.index(0), 4)
     while document >= 0:
@@ -131,9 +124,6 @@ def _consume(
             seen = gl.minimum(gl.maximum(first + RUN + shift + right, 0), length_k)
             own = gl.maximum((seen + BLOCK_N - 1) // BLOCK_N, low)
             for _ in range(high - own):
-                if TAKE_TURNS:
-                    take_turn(CONSUMER)
-                    pass_turn(CONSUMER, CONSUMERS)
                 place = ring % STAGES
                 phase = (ring // STAGES) & 1
                 mbarrier.wait(k_ready.index(place), phase)
@@ -164,13 +154,9 @@ def _consume(
         if high > low:
             place = ring % STAGES
             mbarrier.wait(k_ready.index(place), (ring // STAGES) & 1)
-            if TAKE_TURNS:
-                take_turn(CONSUMER)
             s_token = warpgroup_mma(
                 q, k_bufs.index(place).permute((1, 0)), zero, use_acc=False, is_async=True
             )
-            if TAKE_TURNS:
-                pass_turn(CONSUMER, CONSUMERS)
             words = block_words(random, high - 1, BLOCK_N, s_layout, HAS_DROPOUT)
             s = warpgroup_mma_wait(0, deps=[s_token])
             mbarrier.arrive(k_empty.index(place), count=1)
@@ -201,14 +187,10 @@ def _consume(
                 ring += 1
                 place = ring % STAGES
                 mbarrier.wait(k_ready.index(place), (ring // STAGES) & 1)
-                if TAKE_TURNS:
-                    take_turn(CONSUMER)
                 s_token = warpgroup_mma(
                     q, k_bufs.index(place).permute((1, 0)), zero, use_acc=False, is_async=True
                 )
                 acc_token = warpgroup_mma(p, v_bufs.index(before), acc, is_async=True)
-                if TAKE_TURNS:
-                    pass_turn(CONSUMER, CONSUMERS)
                 words = block_words(random, high - 1 - block, BLOCK_N, s_layout, HAS_DROPOUT)
                 s = warpgroup_mma_wait(1, deps=[s_token])
                 mbarrier.arrive(k_empty.index(place), count=1)
@@ -265,8 +247,6 @@ def _consume(
         served += 1
         mbarrier.wait(info_ready.index(served % TILES_AHEAD), (served // TILES_AHEAD) & 1)
         document = scalar(info.index(served % TILES_AHEAD * TILE_FIELDS), 4)
-    if TAKE_TURNS:
-        close_turns(CONSUMER)
     tma_store_wait(0)
 
 
@@ -301,7 +281,6 @@ def varlen_fwd_hopper_kernel(
     BLOCK_D: gl.constexpr,
     Q_STAGES: gl.constexpr,
     STAGES: gl.constexpr,
-    TAKE_TURNS: gl.constexpr,
     HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
@@ -314,7 +293,7 @@ def varlen_fwd_hopper_kernel(
     1 where CONSUMERS is 3. Grid: at most one program per multiprocessor. counter is a zeroed int32.
     """
     dtype: gl.constexpr = q_desc.dtype
-    TILE: gl.constexpr = (PACK, CONSUMERS, BLOCK_N, BLOCK_D, Q_STAGES, STAGES, TAKE_TURNS)
+    TILE: gl.constexpr = (PACK, CONSUMERS, BLOCK_N, BLOCK_D, Q_STAGES, STAGES)
     shared = allocate(dtype, TILE)
     _, _, _, info, info_bars, _, _, _ = shared
     packs = (cu_q_ptr, cu_k_ptr, tiles_ptr, counter_ptr, num_items)

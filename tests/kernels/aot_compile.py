@@ -67,10 +67,11 @@ def spill_bytes(target: str, compiled: triton.compiler.CompiledKernel, log: str)
     return 4 * sum(int(count) for count in counts)
 
 
-def product_loops(compiled: triton.compiler.CompiledKernel) -> list[list[str]]:
-    """The machine instructions of each innermost loop of wgmma's products, names first.
+def loop_spills(compiled: triton.compiler.CompiledKernel) -> list[int]:
+    """Reads and writes of spilled registers inside each innermost loop of wgmma's products.
 
-    A kernel whose warps are specialised has a loop per warpgroup.
+    A kernel whose warps are specialised has a loop per warpgroup. What is spilled outside of it
+    costs a few cycles per tile; what is spilled inside is paid for with every block of keys.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -86,35 +87,17 @@ def product_loops(compiled: triton.compiler.CompiledKernel) -> list[list[str]]:
         target = re.search(r"0x([0-9a-f]+)", operands)
         # Branches back without a condition return from a wait that took long.
         if name.startswith("BRA") and predicate and target and int(target[1], 16) < end:
-            begin = int(target[1], 16)
-            inside = [what + rest.rstrip() for at, _, what, rest in code if begin <= at <= end]
+            inside = [what for at, _, what, _ in code if int(target[1], 16) <= at <= end]
             if any(what.startswith("HGMMA") for what in inside):
-                loops.append((begin, end, inside))
+                loops.append((int(target[1], 16), end, inside))
     return [
-        inside
+        sum(what.startswith(("LDL", "STL")) for what in inside)
         for begin, end, inside in loops
         if not any(
             begin <= first and last <= end and (first, last) != (begin, end)
             for first, last, _ in loops
         )
     ]
-
-
-def loop_spills(loop: list[str]) -> int:
-    """Reads and writes of spilled registers in a loop.
-
-    What is spilled outside of it costs a few cycles per tile; what is spilled inside is paid for
-    with every block of keys.
-    """
-    return sum(line.startswith(("LDL", "STL")) for line in loop)
-
-
-def in_turn(loop: list[str]) -> bool:
-    """Whether a loop issues all its products between the wait for a turn and its passing on."""
-    products = [i for i, line in enumerate(loop) if line.startswith("HGMMA")]
-    begins = [i for i, line in enumerate(loop) if re.match(r"BAR\.SYNC.*, 0x100$", line)]
-    ends = [i for i, line in enumerate(loop) if line.startswith("BAR.ARV")]
-    return len(begins) == len(ends) == 1 and begins[0] < products[0] < products[-1] < ends[0]
 
 
 def compile_variant(target: str, variant: KernelVariant) -> dict:
@@ -130,11 +113,7 @@ def compile_variant(target: str, variant: KernelVariant) -> dict:
     with contextlib.redirect_stdout(log):
         compiled = triton.compile(source, target=gpu_target(target), options=variant.options)
     assembly = compiled.asm["ptx" if is_nvidia(target) else "amdgcn"]
-    extra = {}
-    if target == "hopper":
-        loops = product_loops(compiled)
-        extra["loop_spills"] = [loop_spills(loop) for loop in loops]
-        extra["in_turn"] = [in_turn(loop) for loop in loops]
+    extra = {"loop_spills": loop_spills(compiled)} if target == "hopper" else {}
     return {
         "matrix_instructions": len(re.findall(MATRIX_INSTRUCTIONS[target], assembly)),
         "tma_loads": len(TMA_LOADS.findall(assembly)),

@@ -13,8 +13,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from lctrain.kernels.hopper.compat import reinterpret, tma_load, tma_store, tma_store_wait
 from lctrain.kernels.hopper.launch import ragged_descriptor
+from lctrain.kernels.hopper.signals import await_signal, signal
 from lctrain.kernels.hopper.step import add_four
-from lctrain.kernels.hopper.turns import close_turns, open_turns, pass_turn, take_turn
 from tests.kernels.gluon_emulator import EmulatedKernel
 from tests.kernels.gluon_emulator.machine import Barrier, Deadlock
 
@@ -188,18 +188,18 @@ def test_barriers_count():
 
 @gluon.jit
 def _write_in_turn(pointers, WARPGROUP: gl.constexpr, TURNS: gl.constexpr, STEPS: gl.constexpr):
-    """Appends the warpgroup's number to a list in each of its turns."""
+    """Appends the warpgroup's number to a list in each of its turns, which signals pass on."""
     counter_ptr, list_ptr = pointers
-    if STEPS[0]:
-        open_turns(WARPGROUP, 3)
+    if STEPS[0] and WARPGROUP == 2:
+        signal(15, 256, 4)
     for _ in range(TURNS):
         if STEPS[1]:
-            take_turn(WARPGROUP)
+            await_signal(15 - WARPGROUP, 256, 4)
         place = gl.atomic_add(counter_ptr, 1)
         gl.store(list_ptr + place, WARPGROUP)
-        pass_turn(WARPGROUP, 3)
+        signal(15 - (WARPGROUP + 1) % 3, 256, 4)
     if STEPS[2]:
-        close_turns(WARPGROUP)
+        await_signal(15, 256, 4, gl.where(WARPGROUP == 0, 1, 0))
 
 
 @gluon.jit
@@ -235,7 +235,7 @@ def turns(seed, last_turns=4, **flaws):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_warpgroups_take_turns(seed):
+def test_signals_pass_on_turns(seed):
     assert turns(seed) == [0, 1, 2] * 4
 
 
@@ -249,7 +249,7 @@ def test_warpgroups_take_turns(seed):
         ({"TAKE": False}, "twice|left over|threads wait"),
     ],
 )
-def test_turns_that_do_not_match_are_an_error(flaw, message):
+def test_signals_without_their_wait_are_an_error(flaw, message):
     for seed in SEEDS:
         with pytest.raises((Deadlock, AssertionError), match=message):
             turns(seed, **flaw)

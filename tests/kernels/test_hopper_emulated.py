@@ -10,7 +10,6 @@ import torch
 
 from lctrain.kernels import make_schedule
 from lctrain.kernels.hopper import config, varlen
-from lctrain.kernels.hopper.launch import padded_columns
 from tests.kernels.gluon_emulator import emulate
 from tests.kernels.oracle import (
     Case,
@@ -80,60 +79,30 @@ def test_matches_float64(case, hopper):
     assert_matches_oracle(attention(case, inputs, backend="hopper"), case, inputs)
 
 
+OTHER_FORMS = {
+    64: config.BackwardTile(64, 3),
+    128: config.BackwardTile(64, 4, reduce_from_registers=True),
+}
+
+
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("name", ["D64-causal-unequal", "D64-window-g4", "D128-causal-g3"])
 @pytest.mark.parametrize(
-    "form",
-    [
-        {"defer_dq": True},
-        {"ordered": True},
-        {"reduce_from_registers": True},
-        {"reduce_from_registers": True, "defer_dq": True},
-    ],
-    ids="-".join,
+    "name", ["D64-causal-unequal", "D64-window-g4", "D128-causal-g3", "D64-dropout-g4"]
 )
-def test_forms_for_the_tuner(name, seed, form, hopper, monkeypatch):
-    """Of the backward; no tile takes them yet (bench/NOTES.md)."""
-    emulate(monkeypatch, varlen, seed)
-    tile = config.backward_tile(CASES[name].head_dim)._replace(**form)
-    inputs = make_inputs(CASES[name])
-    for deterministic in (False, True):
-        with config.override_tiles(backward=tile):
-            result = attention(CASES[name], inputs, backend="hopper", deterministic=deterministic)
-        assert_matches_oracle(result, CASES[name], inputs)
-
-
-@pytest.mark.parametrize("case", [*CASES.values(), *BLIND.values()], ids=[*CASES, *BLIND])
-def test_dq_added_from_registers(case, hopper):
-    inputs = make_inputs(case)
-    tile = config.backward_tile(padded_columns(case.head_dim))._replace(reduce_from_registers=True)
-    with config.override_tiles(backward=tile):
-        result = attention(case, inputs, backend="hopper")
-    assert_matches_oracle(result, case, inputs)
-
-
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("name", ["D64-causal-unequal", "D64-window-g4", "D64-dropout-g4"])
-def test_dq_added_from_registers_in_blocks_of_128(name, seed, monkeypatch, hopper):
+def test_forms_for_the_tuner(name, seed, hopper, monkeypatch):
+    """Of the backward, that the table has for another head dim."""
     emulate(monkeypatch, varlen, seed)
     inputs = make_inputs(CASES[name])
-    for defer_dq in (False, True):
-        tile = config.BackwardTile(128, 2, defer_dq=defer_dq, reduce_from_registers=True)
-        with config.override_tiles(backward=tile):
-            result = attention(CASES[name], inputs, backend="hopper")
-        assert_matches_oracle(result, CASES[name], inputs)
+    with config.override_tiles(backward=OTHER_FORMS[CASES[name].head_dim]):
+        result = attention(CASES[name], inputs, backend="hopper")
+    assert_matches_oracle(result, CASES[name], inputs)
 
 
-@pytest.mark.parametrize("block_n", [64, 128])
-@pytest.mark.parametrize("case", [*CASES.values(), *BLIND.values()], ids=[*CASES, *BLIND])
-def test_forward_in_turns(case, block_n, hopper, monkeypatch):
-    """Blocks of 64 keys give warpgroups unequal numbers of blocks."""
-    emulate(monkeypatch, varlen, seed=block_n)
-    tile = config.forward_tile(padded_columns(case.head_dim))
-    inputs = make_inputs(case)
-    with config.override_tiles(forward=tile._replace(block_n=block_n, take_turns=True)):
-        result = attention(case, inputs, backend="hopper")
-    assert_matches_oracle(result, case, inputs)
+@pytest.mark.parametrize("name", ["D64-causal-unequal", "D64-window-g4", "D128-causal-g3"])
+def test_deterministic_backward(name, hopper):
+    inputs = make_inputs(CASES[name])
+    result = attention(CASES[name], inputs, backend="hopper", deterministic=True)
+    assert_matches_oracle(result, CASES[name], inputs)
 
 
 THREE = {
@@ -148,14 +117,12 @@ THREE = {
 }
 
 
-@pytest.mark.parametrize("take_turns", [False, True])
 @pytest.mark.parametrize("block_n", [64, 128])
 @pytest.mark.parametrize("case", THREE.values(), ids=THREE.keys())
-def test_forward_with_three_warpgroups(case, block_n, take_turns, hopper, monkeypatch):
-    emulate(monkeypatch, varlen, seed=block_n + take_turns)
-    form = {"block_n": block_n, "take_turns": take_turns, "consumers": 3}
+def test_forward_with_three_warpgroups(case, block_n, hopper, monkeypatch):
+    emulate(monkeypatch, varlen, seed=block_n)
     inputs = make_inputs(case)
-    with config.override_tiles(forward=config.forward_tile(64)._replace(**form)):
+    with config.override_tiles(forward=config.ForwardTile(block_n, 3, 2, consumers=3)):
         result = attention(case, inputs, backend="hopper")
     assert_matches_oracle(result, case, inputs)
 
@@ -164,7 +131,7 @@ def test_forward_with_three_warpgroups(case, block_n, take_turns, hopper, monkey
 @pytest.mark.parametrize("deterministic", [False, True], ids=["ordered", "deterministic"])
 def test_blocks_that_see_no_key_have_no_gradient(deterministic, case, hopper):
     inputs = make_inputs(case)
-    with config.override_tiles(backward=config.backward_tile(64)._replace(ordered=True)):
+    with config.override_tiles(backward=config.BackwardTile(64, 3)):
         result = attention(case, inputs, backend="hopper", deterministic=deterministic)
     assert_matches_oracle(result, case, inputs)
     assert (result.dq[:65] == 0).all()
@@ -176,7 +143,7 @@ def test_queries_of_several_tiles_ahead(stages, seed, monkeypatch):
     emulate(monkeypatch, varlen, seed)
     case = Case(equal_lengths(150, 100, 60), 2, 1, 64, BFLOAT16, causal=True)
     inputs = make_inputs(case)
-    with config.override_tiles(forward=config.forward_tile(64)._replace(q_stages=stages)):
+    with config.override_tiles(forward=config.forward_tile(64, 2, False)._replace(q_stages=stages)):
         result = attention(case, inputs, backend="hopper")
     assert_matches_oracle(result, case, inputs)
 
@@ -205,12 +172,11 @@ def test_deterministic_gradients_whatever_the_order(window, documents, group, ho
     case = Case(documents, group, 1, 64, BFLOAT16, window=window)
     inputs = make_inputs(case)
     sums = float32_sums(monkeypatch)
-    tile = config.backward_tile(64)
-    for deterministic, ordered in ((True, False), (False, False), (False, True)):
+    for deterministic in (True, False):
         sums.clear()
         for seed in range(4):
             emulate(monkeypatch, varlen, seed)
-            with config.override_tiles(backward=tile._replace(ordered=ordered)):
+            with config.override_tiles(backward=config.BackwardTile(64, 3)):
                 result = attention(case, inputs, backend="hopper", deterministic=deterministic)
         equal = [torch.equal(found, sums[0]) for found in sums]
         assert all(equal) == deterministic
@@ -254,11 +220,11 @@ def test_forward_of_head_dim_256(hopper):
     assert_error_at_most_twice(lse, plain.lse, exact.lse, "lse")
 
 
-@pytest.mark.parametrize("form", [{}, {"reduce_from_registers": True}], ids="-".join)
+@pytest.mark.parametrize("from_registers", [False, True], ids=["adder", "registers"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2], ids=["plain", "dropout"])
-def test_a_document_keeps_its_bits_whatever_its_neighbours(dropout_p, form, hopper):
+def test_a_document_keeps_its_bits_whatever_its_neighbours(dropout_p, from_registers, hopper):
     """out, lse, dk and dv; dq is added in the order in which programs come."""
-    with config.override_tiles(backward=config.backward_tile(64)._replace(**form)):
+    with config.override_tiles(backward=config.BackwardTile(64, 3, from_registers)):
         assert_isolated(dropout_p)
 
 

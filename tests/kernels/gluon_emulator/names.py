@@ -120,15 +120,23 @@ def inline_asm_elementwise(
         return args[0]
     if "red.relaxed.gpu.global.add.v4.f32 [$1], {$3, $4, $5, $6}" in asm:
         return _add_four(*args)
-    named = re.match(r"bar\.(sync|arrive) (\d+), (\d+);", asm)
+    named = re.search(r"@go bar\.(sync|arrive) \$1, \$2;", asm)
     if named:
-        barrier = current().program.named[int(named[2])]
-        now = barrier.come(args[0].array.size, int(named[3]))
-        waits = named[1] == "sync"
-        current().machine.look((lambda: barrier.rounds != now) if waits else None)
+        number, threads, wanted = (only_value(x) for x in args)
+        if wanted:
+            barrier = current().program.named[number]
+            now = barrier.come(args[0].array.size, threads)
+            waits = named[1] == "sync"
+            current().machine.look((lambda: barrier.rounds != now) if waits else None)
         return args[0]
     assert _ROUNDINGS[asm] == dtype.name
     return args[0].to(dtype)
+
+
+def only_value(x: Value) -> int:
+    """Of a tensor that has the same everywhere."""
+    assert (x.array == x.array.flat[0]).all()
+    return int(x.array.flat[0])
 
 
 def _add_four(pointers: Pointer, left: Value, *values: Value) -> Value:

@@ -1,0 +1,64 @@
+"""Signals between the warps of a program, by the hardware's 16 named barriers.
+
+An mbarrier operation of Gluon first brings all four warps of a warpgroup together. These do not:
+each thread signals when it gets there, and only those who wait are held up. What the copy engine
+completes has to be an mbarrier.
+
+A barrier counts threads that signal and threads that wait, and begins anew when all have come. So
+every signal needs its wait: a loop that signals once more than it is waited for ends with `settle`
+or with a last wait.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+# Triton itself takes 0 to 2 for two warpgroups and single warps beside them.
+DS_FULL = gl.constexpr(3)  # both halves of dS are in shared memory
+DQ_EMPTY = gl.constexpr(4)  # and 5: the adder has read a half of dq
+DQ_READY = gl.constexpr(6)  # and 7: a half of dq is there for the adder
+DO_EMPTY = gl.constexpr(8)  # to 11: both warpgroups have read a block of dout
+Q_EMPTY = gl.constexpr(12)  # to 15: the same of queries
+DS_READ = gl.constexpr(11)  # and 15, if there are three stages: a warpgroup has read dS
+MOST_STAGES = 4  # of queries and dout
+# Threads that a barrier counts: of two warpgroups, and of the single warps beside them.
+BOTH = gl.constexpr(256)
+LOADER_AND_BOTH = gl.constexpr(32 + 256)
+ADDER_AND_ONE = gl.constexpr(32 + 128)
+
+
+@gluon.jit
+def _execute(INSTRUCTION: gl.constexpr, barrier, threads, wanted, WARPS: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    ASSEMBLY: gl.constexpr = (
+        "{ .reg .pred go; setp.ne.s32 go, $3, 0; @go " + INSTRUCTION + " $1, $2; mov.b32 $0, $1; }"
+    )
+    gl.inline_asm_elementwise(
+        ASSEMBLY,
+        "=r,r,r,r",
+        [
+            gl.full([32 * WARPS], barrier, gl.int32, layout),
+            gl.full([32 * WARPS], threads, gl.int32, layout),
+            gl.full([32 * WARPS], wanted, gl.int32, layout),
+        ],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def signal(barrier, threads, WARPS: gl.constexpr):
+    """Counts this partition's threads, and goes on.
+
+    Args:
+        barrier: Which, 3 to 15.
+        threads: How many the barrier waits for, of all that signal or wait.
+        WARPS: Of this partition.
+    """
+    _execute("bar.arrive", barrier, threads, 1, WARPS)
+
+
+@gluon.jit
+def await_signal(barrier, threads, WARPS: gl.constexpr, wanted=1):
+    """Counts this partition's threads, and waits until all have come; nothing unless `wanted`."""
+    _execute("bar.sync", barrier, threads, wanted, WARPS)
