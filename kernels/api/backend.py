@@ -7,9 +7,6 @@ import warnings
 import torch
 
 BACKENDS = ("auto", "hopper", "triton", "pytorch")
-# Attentions whose Hopper kernels "auto" takes. Those of "dual_chunk" and "differential" hold under
-# emulation, but no GPU has run them: until one has, they serve those who name them.
-HOPPER_IN_AUTO = frozenset({"flash", "differential"})
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -51,8 +48,6 @@ def select_backend(
     device: torch.device | str,
     dtype: torch.dtype = torch.bfloat16,
     backend: str = "auto",
-    *,
-    attention: str = "flash",
 ) -> str:
     """Returns the implementation that serves tensors of this device and dtype.
 
@@ -60,7 +55,6 @@ def select_backend(
         device: Where q, k and v live.
         dtype: Their dtype.
         backend: "auto" or the name of an implementation.
-        attention: "flash", "dual_chunk" or "differential".
 
     Returns:
         "hopper", "triton" or "pytorch". "hopper" is for calls that its kernels can serve: see
@@ -77,7 +71,7 @@ def select_backend(
         if device.type != "cuda":  # ROCm devices carry this name too
             return "pytorch"
         if TRITON_INSTALLED and dtype in (torch.float16, torch.bfloat16):
-            return "hopper" if attention in HOPPER_IN_AUTO and hopper_serves(device) else "triton"
+            return "hopper" if hopper_serves(device) else "triton"
         _warn_of_slow_path(dtype)
         return "pytorch"
     if backend == "hopper":

@@ -97,7 +97,7 @@ def diff_attn_varlen_func(
     if schedule is not None:
         checks.check_schedule(schedule, documents, q1.shape[0], k1.shape[0], q1.device)
     named = backend
-    backend = select_backend(q1.device, q1.dtype, named, attention="differential")
+    backend = select_backend(q1.device, q1.dtype, named)
     head_dim, value_dim = q1.shape[2], v.shape[2]
     window, left, right = resolve_window(window_size, causal)
     cu_q, cu_k, window, document_ids = unit_stride(cu_seqlens, cu_k, window, document_ids)

@@ -22,23 +22,24 @@ from lctrain.kernels.hopper.signals import (
     DO_EMPTY,
     DS_FULL,
     DS_READ,
+    LOADER_AND_BOTH,
     Q_EMPTY,
+    await_place,
     await_signal,
+    give_place,
+    settle_places,
     signal,
 )
 from lctrain.kernels.hopper.step import held, load_window, query_blocks
 from lctrain.kernels.hopper.tile_keys import (
     allocate_dq,
     allocate_rings,
-    await_place,
-    give_back,
     give_back_dq,
     load_halves,
     next_block,
     put_dq,
     read_slot,
     settle_dq,
-    settle_places,
     take_dq,
 )
 from lctrain.kernels.hopper.tile_rows import load_block
@@ -86,7 +87,7 @@ def _load(
         query = block * BLOCK_M + local
         vector = stats_ptr + head.to(gl.int64) * total_q + begin_q + query
         row = _RAGGED - length_q + block * BLOCK_M
-        await_place(Q_EMPTY, step, STAGES)
+        await_place(Q_EMPTY, step, STAGES, LOADER_AND_BOTH)
         for branch in gl.static_range(2):
             copy_async(
                 lse_bufs.index(2 * place + branch),
@@ -107,7 +108,7 @@ def _load(
                     q_descs[0].layout,
                 ),
             )
-        await_place(DO_EMPTY, step, STAGES)
+        await_place(DO_EMPTY, step, STAGES, LOADER_AND_BOTH)
         for branch in gl.static_range(2):
             copy_async(
                 delta_bufs.index(2 * place + branch),
@@ -118,7 +119,8 @@ def _load(
         queries = (begin_q + length_q, row, head)
         load_block(do_desc, do_bufs.index(place), do_ready.index(place), queries)
         head, block = next_block(head, block, head_kv, low, high, GROUP, False)
-    settle_places(steps, STAGES)
+    settle_places(Q_EMPTY, steps, STAGES, LOADER_AND_BOTH)
+    settle_places(DO_EMPTY, steps, STAGES, LOADER_AND_BOTH)
 
 
 @gluon.jit
@@ -296,7 +298,7 @@ def _compute(
         else:
             dk2_token = warpgroup_mma(gl.convert_layout(ds2, ds_layout), q2, dk2, is_async=True)
         dv = warpgroup_mma_wait(3, deps=[dv_token])
-        give_back(DO_EMPTY, place)
+        give_place(DO_EMPTY, place, LOADER_AND_BOTH)
         dq = warpgroup_mma_wait(1, deps=[dq_token])
         if ROUNDS == 2:
             # The buffer holds 64 columns.
@@ -306,7 +308,7 @@ def _compute(
             dk1 = warpgroup_mma_wait(0, deps=[dk1_token])
         else:
             dk2 = warpgroup_mma_wait(0, deps=[dk2_token])
-        give_back(Q_EMPTY, place)
+        give_place(Q_EMPTY, place, LOADER_AND_BOTH)
         signal(OWN_READ, BOTH, 4)
         if ROUNDS == 2:
             put_dq(dq_late, dq_bufs, step * ROUNDS + 1, HALF_INDEX, TURNED)

@@ -9,6 +9,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from lctrain.kernels.hopper.compat import reinterpret, tma_store_wait
+from lctrain.kernels.hopper.signals import (
+    K_EMPTY,
+    V_EMPTY,
+    await_place,
+    give_place,
+    settle_places,
+)
 from lctrain.kernels.hopper.softmax import block_weights, block_words
 from lctrain.kernels.hopper.step import load_key, load_window, scalar
 from lctrain.kernels.hopper.tile_list import TILE_FIELDS, TILES_AHEAD, fetch_tiles, read_tile
@@ -28,14 +35,13 @@ def _load(
 ):
     """Loads tile after tile, as far ahead as the buffers allow."""
     q_descs, k_descs, v_desc = sources
-    q_bufs, k_bufs, v_bufs, _, info, info_bars, q_bars, k_bars, v_bars = shared
+    q_bufs, k_bufs, v_bufs, _, info, info_bars, q_bars, k_ready, v_ready = shared
     info_ready, info_empty = info_bars
     q_ready, q_empty = q_bars
-    k_ready, k_empty = k_bars
-    v_ready, v_empty = v_bars
     BLOCK_N: gl.constexpr = TILE[2]
     Q_STAGES: gl.constexpr = TILE[4]
     STAGES: gl.constexpr = TILE[5]
+    THREADS: gl.constexpr = 32 + 128 * TILE[1]  # of the loader and all warpgroups
     KEYS: gl.constexpr = TILE[7]
     served = 0
     ring = 0
@@ -52,19 +58,20 @@ def _load(
         head_kv = head // GROUP
         for block in range(high - low):
             place = ring % STAGES
-            phase = ((ring // STAGES) & 1) ^ 1
             row = _RAGGED - length_k + (high - 1 - block) * BLOCK_N
             keys = (end_k, row, head_kv)
-            mbarrier.wait(k_empty.index(place), phase)
+            await_place(K_EMPTY, ring, STAGES, THREADS)
             for branch in gl.static_range(KEYS):
                 k_buf = k_bufs.index(place * KEYS + branch)
                 load_block(k_descs[branch], k_buf, k_ready.index(place), keys)
-            mbarrier.wait(v_empty.index(place), phase)
+            await_place(V_EMPTY, ring, STAGES, THREADS)
             load_block(v_desc, v_bufs.index(place), v_ready.index(place), keys)
             ring += 1
         served += 1
         mbarrier.wait(info_ready.index(served % TILES_AHEAD), (served // TILES_AHEAD) & 1)
         document = scalar(info.index(served % TILES_AHEAD * TILE_FIELDS), 1)
+    settle_places(K_EMPTY, ring, STAGES, THREADS)
+    settle_places(V_EMPTY, ring, STAGES, THREADS)
 
 
 @gluon.jit
@@ -86,11 +93,9 @@ def _consume(
     """One warpgroup: both branches of 64 rows of every tile."""
     out_descs, shared, window, pointers, lam_strides, numbers = common
     out_desc, out1_desc, out2_desc = out_descs
-    q_bufs, k_bufs, v_bufs, out_bufs, info, info_bars, q_bars, k_bars, v_bars = shared
+    q_bufs, k_bufs, v_bufs, out_bufs, info, info_bars, q_bars, k_ready, v_ready = shared
     info_ready, info_empty = info_bars
     q_ready, q_empty = q_bars
-    k_ready, k_empty = k_bars
-    v_ready, v_empty = v_bars
     window_ptr, window_left, window_right = window
     lam_ptr, lse1_ptr, lse2_ptr, seed_ptr, document_ids_ptr = pointers
     stride_lt, stride_lh = lam_strides
@@ -101,6 +106,7 @@ def _consume(
     BLOCK_D: gl.constexpr = TILE[3]
     Q_STAGES: gl.constexpr = TILE[4]
     STAGES: gl.constexpr = TILE[5]
+    THREADS: gl.constexpr = 32 + 128 * TILE[1]  # of the loader and all warpgroups
     BLOCK_DV: gl.constexpr = TILE[6]
     KEYS: gl.constexpr = TILE[7]
     HAS_LEFT: gl.constexpr = FLAGS[0]
@@ -145,9 +151,9 @@ def _consume(
                 place = ring % STAGES
                 phase = (ring // STAGES) & 1
                 mbarrier.wait(k_ready.index(place), phase)
-                mbarrier.arrive(k_empty.index(place), count=1)
+                give_place(K_EMPTY, place, THREADS)
                 mbarrier.wait(v_ready.index(place), phase)
-                mbarrier.arrive(v_empty.index(place), count=1)
+                give_place(V_EMPTY, place, THREADS)
                 ring += 1
             high = own
         clear_high = length_k
@@ -217,7 +223,7 @@ def _consume(
             acc1_token = warpgroup_mma(p1, v_bufs.index(place), acc1, is_async=True)
             words = block_words(random2, high - 1, BLOCK_N, s_layout, HAS_DROPOUT)
             s2 = warpgroup_mma_wait(1, deps=[s2_token])
-            mbarrier.arrive(k_empty.index(place), count=1)
+            give_place(K_EMPTY, place, THREADS)
             p, alpha, m2, l2 = block_weights(
                 s2,
                 m2,
@@ -271,7 +277,7 @@ def _consume(
                 )
                 mbarrier.wait(v_ready.index(place), phase)
                 acc2 = warpgroup_mma_wait(0, deps=[acc2_token])
-                mbarrier.arrive(v_empty.index(before), count=1)
+                give_place(V_EMPTY, before, THREADS)
                 p1 = gl.convert_layout(p, p_layout)
                 acc1 = acc1 * gl.convert_layout(alpha, row_o)[:, None]
                 # Then the second branch, while these values meet the first.
@@ -285,7 +291,7 @@ def _consume(
                 acc1_token = warpgroup_mma(p1, v_bufs.index(place), acc1, is_async=True)
                 words = block_words(random2, high - 1 - block, BLOCK_N, s_layout, HAS_DROPOUT)
                 s2 = warpgroup_mma_wait(1, deps=[s2_token])
-                mbarrier.arrive(k_empty.index(place), count=1)
+                give_place(K_EMPTY, place, THREADS)
                 p, alpha, m2, l2 = block_weights(
                     s2,
                     m2,
@@ -307,7 +313,7 @@ def _consume(
                 acc2 = acc2 * gl.convert_layout(alpha, row_o)[:, None]
             acc2_token = warpgroup_mma(p2, v_bufs.index(place), acc2, is_async=True)
             acc2 = warpgroup_mma_wait(0, deps=[acc2_token])
-            mbarrier.arrive(v_empty.index(place), count=1)
+            give_place(V_EMPTY, place, THREADS)
             ring += 1
         else:
             if Q_STAGES > 1:
@@ -423,9 +429,7 @@ def differential_fwd_hopper_kernel(
     q_ready = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bar)
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bar)
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     for i in gl.static_range(TILES_AHEAD):
         mbarrier.init(info_ready.index(i), count=1)
         mbarrier.init(info_empty.index(i), count=CONSUMERS + 1)
@@ -434,14 +438,10 @@ def differential_fwd_hopper_kernel(
         mbarrier.init(q_empty.index(i), count=CONSUMERS)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_ready.index(i), count=KEYS)
-        mbarrier.init(k_empty.index(i), count=CONSUMERS)
         mbarrier.init(v_ready.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=CONSUMERS)
     info_bars = (info_ready, info_empty)
     q_bars = (q_ready, q_empty)
-    k_bars = (k_ready, k_empty)
-    v_bars = (v_ready, v_empty)
-    shared = (q_bufs, k_bufs, v_bufs, out_bufs, info, info_bars, q_bars, k_bars, v_bars)
+    shared = (q_bufs, k_bufs, v_bufs, out_bufs, info, info_bars, q_bars, k_ready, v_ready)
     packs = (cu_q_ptr, cu_k_ptr, tiles_ptr, counter_ptr, num_items)
     window = (window_ptr, window_left, window_right)
     pointers = (lam_ptr, lse1_ptr, lse2_ptr, seed_ptr, document_ids_ptr)

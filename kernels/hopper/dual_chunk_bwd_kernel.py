@@ -20,20 +20,27 @@ from lctrain.kernels.hopper.compat import (
     tma_add,
     tma_load,
 )
-from lctrain.kernels.hopper.signals import BOTH, DO_EMPTY, DS_FULL, Q_EMPTY, await_signal
+from lctrain.kernels.hopper.signals import (
+    BOTH,
+    DO_EMPTY,
+    DS_FULL,
+    LOADER_AND_BOTH,
+    Q_EMPTY,
+    await_place,
+    await_signal,
+    give_place,
+    settle_places,
+)
 from lctrain.kernels.hopper.step import held, own_begin, queries_of_tile
 from lctrain.kernels.hopper.tile_keys import (
     allocate_dq,
     allocate_rings,
-    await_place,
-    give_back,
     give_back_dq,
     load_halves,
     multiply_dq,
     put_dq,
     read_slot,
     settle_dq,
-    settle_places,
     take_dq,
 )
 from lctrain.kernels.hopper.tile_rows import load_block
@@ -125,7 +132,7 @@ def _load(
         query = first_query + local
         vector = (head.to(gl.int64) * total_q + begin_q + query) * 4
         row = _RAGGED - length_q + first_query
-        await_place(Q_EMPTY, step, STAGES)
+        await_place(Q_EMPTY, step, STAGES, LOADER_AND_BOTH)
         copy_async(lse_bufs.index(place), stats_ptr + vector, mask=query < length_q)
         copy_arrive(q_ready.index(place))
         mbarrier.expect(q_ready.index(place), BLOCK_M * BLOCK_D * 2)
@@ -138,7 +145,7 @@ def _load(
         is_far = block >= far_block
         tma_load(q_desc, coordinate, q_ready.index(place), q_place, pred=block < far_block)
         tma_load(q_far_desc, coordinate, q_ready.index(place), q_place, pred=is_far)
-        await_place(DO_EMPTY, step, STAGES)
+        await_place(DO_EMPTY, step, STAGES, LOADER_AND_BOTH)
         copy_async(delta_bufs.index(place), stats_ptr + vector + 1, mask=query < length_q)
         copy_arrive(do_ready.index(place))
         queries = (begin_q + length_q, row, head)
@@ -146,7 +153,8 @@ def _load(
         block += 1
         head = gl.where(block == all_blocks, head + 1, head)
         block = gl.where(block == all_blocks, 0, block)
-    settle_places(steps, STAGES)
+    settle_places(Q_EMPTY, steps, STAGES, LOADER_AND_BOTH)
+    settle_places(DO_EMPTY, steps, STAGES, LOADER_AND_BOTH)
 
 
 @gluon.jit
@@ -277,11 +285,11 @@ def _compute(
         dq_token = multiply_dq(ds_bufs, k_bufs, buffer, zero_q, HALF_INDEX, TURNED)
         dk_token = warpgroup_mma(ds_operand, q_bufs.index(place), dk, is_async=True)
         dv = warpgroup_mma_wait(3, deps=[dv_token])
-        give_back(DO_EMPTY, place)
+        give_place(DO_EMPTY, place, LOADER_AND_BOTH)
         dq = warpgroup_mma_wait(1, deps=[dq_token])
         put_dq(dq, dq_bufs, step, HALF_INDEX, TURNED)
         dk = warpgroup_mma_wait(0, deps=[dk_token])
-        give_back(Q_EMPTY, place)
+        give_place(Q_EMPTY, place, LOADER_AND_BOTH)
         block += 1
         block = gl.where(block == all_blocks, 0, block)
     settle_dq(steps, HALF_INDEX)

@@ -13,6 +13,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from lctrain.kernels.hopper.compat import tma_store_wait
+from lctrain.kernels.hopper.signals import (
+    K_EMPTY,
+    V_EMPTY,
+    await_place,
+    give_place,
+    settle_places,
+)
 from lctrain.kernels.hopper.softmax import key_words, masked_weights
 from lctrain.kernels.hopper.step import keys_of_query, keys_of_tile, load_key, scalar
 from lctrain.kernels.hopper.tile_list import TILE_FIELDS, TILES_AHEAD, fetch_tiles, read_tile
@@ -64,17 +71,16 @@ def _load(
 ):
     """Loads tile after tile, as far ahead as the buffers allow."""
     q_desc, out_desc, k_desc, k_near_desc, v_desc = sources
-    q_bufs, k_bufs, v_bufs, info, info_bars, q_bars, k_bars, v_bars = shared
+    q_bufs, k_bufs, v_bufs, info, info_bars, q_bars, k_ready, v_ready = shared
     info_ready, info_empty = info_bars
     q_ready, q_empty = q_bars
-    k_ready, k_empty = k_bars
-    v_ready, v_empty = v_bars
     chunk_length, near = geometry
     PACK: gl.constexpr = TILE[0]
     CONSUMERS: gl.constexpr = TILE[1]
     BLOCK_N: gl.constexpr = TILE[2]
     Q_STAGES: gl.constexpr = TILE[4]
     STAGES: gl.constexpr = TILE[5]
+    THREADS: gl.constexpr = 32 + 128 * TILE[1]  # of the loader and all warpgroups
     POSITIONS: gl.constexpr = CONSUMERS * 64 // PACK
     served = 0
     loaded = 0  # rows of queries: one or two per tile
@@ -104,20 +110,21 @@ def _load(
         head_kv = head // GROUP
         for block in range(blocks):
             place = ring % STAGES
-            phase = ((ring // STAGES) & 1) ^ 1
             row = _RAGGED - length_k + _first_key(block, counts, shifts, BLOCK_N)
             keys = (end_k, row, head_kv)
-            mbarrier.wait(k_empty.index(place), phase)
+            await_place(K_EMPTY, ring, STAGES, THREADS)
             if (block >= near_block) & (block < own_block):
                 load_block(k_near_desc, k_bufs.index(place), k_ready.index(place), keys)
             else:
                 load_block(k_desc, k_bufs.index(place), k_ready.index(place), keys)
-            mbarrier.wait(v_empty.index(place), phase)
+            await_place(V_EMPTY, ring, STAGES, THREADS)
             load_block(v_desc, v_bufs.index(place), v_ready.index(place), keys)
             ring += 1
         served += 1
         mbarrier.wait(info_ready.index(served % TILES_AHEAD), (served // TILES_AHEAD) & 1)
         document = scalar(info.index(served % TILES_AHEAD * TILE_FIELDS), 1)
+    settle_places(K_EMPTY, ring, STAGES, THREADS)
+    settle_places(V_EMPTY, ring, STAGES, THREADS)
 
 
 @gluon.jit
@@ -159,11 +166,9 @@ def _consume(
 ):
     """One warpgroup: 64 rows of every tile."""
     out_desc, shared, geometry, pointers, numbers = common
-    q_bufs, k_bufs, v_bufs, info, info_bars, q_bars, k_bars, v_bars = shared
+    q_bufs, k_bufs, v_bufs, info, info_bars, q_bars, k_ready, v_ready = shared
     info_ready, info_empty = info_bars
     q_ready, q_empty = q_bars
-    k_ready, k_empty = k_bars
-    v_ready, v_empty = v_bars
     chunk_length, near = geometry
     lse_ptr, logit_scale_ptr, seed_ptr, document_ids_ptr = pointers
     total_q, scale, threshold, keep_scale = numbers
@@ -173,6 +178,7 @@ def _consume(
     BLOCK_D: gl.constexpr = TILE[3]
     Q_STAGES: gl.constexpr = TILE[4]
     STAGES: gl.constexpr = TILE[5]
+    THREADS: gl.constexpr = 32 + 128 * TILE[1]  # of the loader and all warpgroups
     POSITIONS: gl.constexpr = CONSUMERS * 64 // PACK
     RUN: gl.constexpr = POSITIONS if POSITIONS < 64 else 64
     FIRST_RUN: gl.constexpr = CONSUMER * (64 // RUN)
@@ -241,7 +247,7 @@ def _consume(
             key = _first_key(0, counts, shifts, BLOCK_N)
             words = key_words(random, key, BLOCK_N, s_layout, HAS_DROPOUT)
             s = warpgroup_mma_wait(0, deps=[s_token])
-            mbarrier.arrive(k_empty.index(place), count=1)
+            give_place(K_EMPTY, place, THREADS)
             p, alpha, m, l = _weights(
                 s,
                 m,
@@ -280,7 +286,7 @@ def _consume(
                 key = _first_key(block, counts, shifts, BLOCK_N)
                 words = key_words(random, key, BLOCK_N, s_layout, HAS_DROPOUT)
                 s = warpgroup_mma_wait(1, deps=[s_token])
-                mbarrier.arrive(k_empty.index(place), count=1)
+                give_place(K_EMPTY, place, THREADS)
                 if block == near_block:
                     # The last product with the queries at the far position is over.
                     mbarrier.arrive(q_empty.index(far_slot), count=1)
@@ -302,12 +308,12 @@ def _consume(
                 # The branch of this wait keeps ptxas from moving the next one above the weights.
                 mbarrier.wait(v_ready.index(place), (ring // STAGES) & 1)
                 acc = warpgroup_mma_wait(0, deps=[acc_token])
-                mbarrier.arrive(v_empty.index(before), count=1)
+                give_place(V_EMPTY, before, THREADS)
                 p = gl.convert_layout(p_next, p_layout)
                 acc = acc * gl.convert_layout(alpha, row_o)[:, None]
             acc_token = warpgroup_mma(p, v_bufs.index(place), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc_token])
-            mbarrier.arrive(v_empty.index(place), count=1)
+            give_place(V_EMPTY, place, THREADS)
             ring += 1
         else:
             tma_store_wait(0)

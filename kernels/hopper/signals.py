@@ -5,21 +5,23 @@ each thread signals when it gets there, and only those who wait are held up. Wha
 completes has to be an mbarrier.
 
 A barrier counts threads that signal and threads that wait, and begins anew when all have come. So
-every signal needs its wait: a loop that signals once more than it is waited for ends with `settle`
-or with a last wait.
+every signal needs its wait: where a loop signals more often than it waits, the rest is settled
+after it.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-# Triton itself takes 0 to 2 for two warpgroups and single warps beside them.
+# Triton itself takes 0 to 2 for two warpgroups and single warps beside them, 3 with a third.
 DS_FULL = gl.constexpr(3)  # both halves of dS are in shared memory
 DQ_EMPTY = gl.constexpr(4)  # and 5: the adder has read a half of dq
 DQ_READY = gl.constexpr(6)  # and 7: a half of dq is there for the adder
 DO_EMPTY = gl.constexpr(8)  # to 11: both warpgroups have read a block of dout
 Q_EMPTY = gl.constexpr(12)  # to 15: the same of queries
 DS_READ = gl.constexpr(11)  # and 15, if there are three stages: a warpgroup has read dS
-MOST_STAGES = 4  # of queries and dout
+V_EMPTY = DO_EMPTY  # of a forward: all warpgroups have read a block of values
+K_EMPTY = Q_EMPTY  # the same of keys
+MOST_STAGES = 4  # of what a loader brings
 # Threads that a barrier counts: of two warpgroups, and of the single warps beside them.
 BOTH = gl.constexpr(256)
 LOADER_AND_BOTH = gl.constexpr(32 + 256)
@@ -62,3 +64,29 @@ def signal(barrier, threads, WARPS: gl.constexpr):
 def await_signal(barrier, threads, WARPS: gl.constexpr, wanted=1):
     """Counts this partition's threads, and waits until all have come; nothing unless `wanted`."""
     _execute("bar.sync", barrier, threads, wanted, WARPS)
+
+
+@gluon.jit
+def await_place(EMPTY: gl.constexpr, turn, STAGES: gl.constexpr, THREADS: gl.constexpr):
+    """Lets a loader wait until the place of its turn-th block is empty.
+
+    Args:
+        EMPTY: K_EMPTY, V_EMPTY, Q_EMPTY or DO_EMPTY.
+        turn: From 0.
+        STAGES: Places, at most MOST_STAGES.
+        THREADS: Of the loader and of all warpgroups that read.
+    """
+    await_signal(EMPTY + turn % STAGES, THREADS, 1, gl.where(turn >= STAGES, 1, 0))
+
+
+@gluon.jit
+def give_place(EMPTY: gl.constexpr, place, THREADS: gl.constexpr):
+    """Tells the loader that this warpgroup has read a place."""
+    signal(EMPTY + place, THREADS, 4)
+
+
+@gluon.jit
+def settle_places(EMPTY: gl.constexpr, turns, STAGES: gl.constexpr, THREADS: gl.constexpr):
+    """Lets the loader take in the last signals, for which it has no use any more."""
+    for place in gl.static_range(STAGES):
+        await_signal(EMPTY + place, THREADS, 1, gl.where(turns > place, 1, 0))

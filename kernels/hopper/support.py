@@ -92,18 +92,19 @@ FORWARD_LIMITS: tuple[_Limit, ...] = (
     ("strides or addresses that are no multiples of 16 bytes",
      lambda c: any(_unaligned(x) for x in (c.q, c.k, c.v))),
 )  # fmt: skip
-_ONLY_BACKWARD: tuple[tuple[str, Callable[[Any], bool]], ...] = (
-    # Varlen's kernel has both. The first was slower than the portable kernels before its random
-    # bits spilled less (0.8x on an H100, bench/NOTES.md); the second has not run on a GPU yet.
+_DOUT: tuple[str, Callable[[Any], bool]] = (
+    "a gradient of out whose strides are no multiples of 16 bytes",
+    lambda c: c.dout is not None and c.dout.stride(2) == 1 and _unaligned(c.dout),
+)
+# Only varlen's kernels have these.
+_ONLY_VARLEN: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ("the backward of dropout", lambda c: c.dropout),
     ("a deterministic backward", lambda c: c.deterministic),
-    ("a gradient of out whose strides are no multiples of 16 bytes",
-     lambda c: c.dout is not None and c.dout.stride(2) == 1 and _unaligned(c.dout)),
-)  # fmt: skip
+)
 BACKWARD_LIMITS: tuple[_Limit, ...] = (
     *FORWARD_LIMITS,
     ("the backward of head dims above 128", lambda c: c.q.shape[2] > 128),
-    *_ONLY_BACKWARD,
+    _DOUT,
 )
 DUAL_CHUNK_FORWARD_LIMITS: tuple[_Limit, ...] = (
     # Two tiles of queries and one of the next do not fit beside keys and values.
@@ -114,7 +115,8 @@ DUAL_CHUNK_BACKWARD_LIMITS: tuple[_Limit, ...] = (
     *DUAL_CHUNK_FORWARD_LIMITS,
     # Its two buffers of dq are one to the copy engine.
     ("the backward of more than 2^29 tokens", lambda c: c.q.shape[0] > MAX_ROWS // 2),
-    *_ONLY_BACKWARD,
+    *_ONLY_VARLEN,
+    _DOUT,
 )
 _DifferentialLimit = tuple[str, Callable[[DifferentialCall], bool]]
 DIFFERENTIAL_FORWARD_LIMITS: tuple[_DifferentialLimit, ...] = (
@@ -130,7 +132,8 @@ DIFFERENTIAL_BACKWARD_LIMITS: tuple[_DifferentialLimit, ...] = (
     # Three accumulators of 64 by 128 leave no registers for the weights.
     ("the backward of head dims above 64 with a k per branch",
      lambda c: c.q1.shape[2] > 64 and c.k2 is not None),
-    *_ONLY_BACKWARD,
+    *_ONLY_VARLEN,
+    _DOUT,
 )  # fmt: skip
 
 

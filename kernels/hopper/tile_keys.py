@@ -11,11 +11,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from lctrain.kernels.hopper.compat import reinterpret, tma_load, tma_store_wait
 from lctrain.kernels.hopper.signals import (
     ADDER_AND_ONE,
-    DO_EMPTY,
     DQ_EMPTY,
     DQ_READY,
-    LOADER_AND_BOTH,
-    Q_EMPTY,
     await_signal,
     signal,
 )
@@ -70,28 +67,6 @@ def allocate_rings(STAGES: gl.constexpr):
         mbarrier.init(q_ready.index(i), count=1)
         mbarrier.init(do_ready.index(i), count=1)
     return q_ready, do_ready
-
-
-@gluon.jit
-def await_place(EMPTY: gl.constexpr, step, STAGES: gl.constexpr):
-    """Lets the loader wait until a step's place is empty. EMPTY: Q_EMPTY or DO_EMPTY."""
-    wanted = gl.where(step >= STAGES, 1, 0)
-    await_signal(EMPTY + step % STAGES, LOADER_AND_BOTH, 1, wanted)
-
-
-@gluon.jit
-def give_back(EMPTY: gl.constexpr, place):
-    """Tells the loader that this warpgroup has read a place."""
-    signal(EMPTY + place, LOADER_AND_BOTH, 4)
-
-
-@gluon.jit
-def settle_places(steps, STAGES: gl.constexpr):
-    """Lets the loader take in the last signals, for which it has no use any more."""
-    for place in gl.static_range(STAGES):
-        wanted = gl.where(steps > place, 1, 0)
-        await_signal(Q_EMPTY + place, LOADER_AND_BOTH, 1, wanted)
-        await_signal(DO_EMPTY + place, LOADER_AND_BOTH, 1, wanted)
 
 
 @gluon.jit

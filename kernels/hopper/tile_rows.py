@@ -13,7 +13,9 @@ _CHUNK = gl.constexpr(64)  # columns of a 128-byte swizzle
 
 @gluon.jit
 def allocate(dtype: gl.constexpr, TILE: gl.constexpr):
-    """Buffers of queries, keys, values and tiles, and their barriers: (ready, empty) of each.
+    """Buffers of queries, keys, values and tiles, and their barriers.
+
+    Of queries and tiles (ready, empty); of keys and values ready, since signals say what is empty.
 
     Args:
         dtype: Of queries, keys and values.
@@ -37,9 +39,7 @@ def allocate(dtype: gl.constexpr, TILE: gl.constexpr):
     q_ready = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bar)
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bar)
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     for i in gl.static_range(TILES_AHEAD):
         mbarrier.init(info_ready.index(i), count=1)
         mbarrier.init(info_empty.index(i), count=CONSUMERS + 1)
@@ -48,14 +48,10 @@ def allocate(dtype: gl.constexpr, TILE: gl.constexpr):
         mbarrier.init(q_empty.index(i), count=CONSUMERS)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_ready.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=CONSUMERS)
         mbarrier.init(v_ready.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=CONSUMERS)
     info_bars = (info_ready, info_empty)
     q_bars = (q_ready, q_empty)
-    k_bars = (k_ready, k_empty)
-    v_bars = (v_ready, v_empty)
-    return q_bufs, k_bufs, v_bufs, info, info_bars, q_bars, k_bars, v_bars
+    return q_bufs, k_bufs, v_bufs, info, info_bars, q_bars, k_ready, v_ready
 
 
 @gluon.jit

@@ -13,7 +13,17 @@ from lctrain.kernels.hopper.compat import (
     copy_arrive,
     copy_async,
 )
-from lctrain.kernels.hopper.signals import BOTH, DO_EMPTY, DS_FULL, Q_EMPTY, await_signal
+from lctrain.kernels.hopper.signals import (
+    BOTH,
+    DO_EMPTY,
+    DS_FULL,
+    LOADER_AND_BOTH,
+    Q_EMPTY,
+    await_place,
+    await_signal,
+    give_place,
+    settle_places,
+)
 from lctrain.kernels.hopper.step import (
     draw_words,
     held,
@@ -27,15 +37,12 @@ from lctrain.kernels.hopper.step import (
 from lctrain.kernels.hopper.tile_keys import (
     allocate_dq,
     allocate_rings,
-    await_place,
-    give_back,
     load_halves,
     multiply_dq,
     next_block,
     put_dq,
     read_slot,
     settle_dq,
-    settle_places,
 )
 from lctrain.kernels.hopper.tile_rows import load_block
 from lctrain.kernels.hopper.varlen_bwd_dq import add_dq, finish_dq, first_slab, reduce_dq
@@ -102,16 +109,17 @@ def _load(
         query = block * BLOCK_M + local
         vector = head.to(gl.int64) * total_q + begin_q + query
         queries = (begin_q + length_q, _RAGGED - length_q + block * BLOCK_M, head)
-        await_place(Q_EMPTY, step, STAGES)
+        await_place(Q_EMPTY, step, STAGES, LOADER_AND_BOTH)
         copy_async(lse_bufs.index(place), lse_ptr + vector, mask=query < length_q)
         copy_arrive(q_ready.index(place))
         load_block(q_desc, q_bufs.index(place), q_ready.index(place), queries)
-        await_place(DO_EMPTY, step, STAGES)
+        await_place(DO_EMPTY, step, STAGES, LOADER_AND_BOTH)
         copy_async(delta_bufs.index(place), delta_ptr + vector, mask=query < length_q)
         copy_arrive(do_ready.index(place))
         load_block(do_desc, do_bufs.index(place), do_ready.index(place), queries)
         head, block = next_block(head, block, head_kv, low, high, GROUP, True)
-    settle_places(steps, STAGES)
+    settle_places(Q_EMPTY, steps, STAGES, LOADER_AND_BOTH)
+    settle_places(DO_EMPTY, steps, STAGES, LOADER_AND_BOTH)
 
 
 @gluon.jit
@@ -270,14 +278,14 @@ def _compute(
         dq_token = multiply_dq(ds_bufs, k_bufs, buffer, zero_q, HALF_INDEX, TURNED)
         dk_token = warpgroup_mma(ds_operand, q_bufs.index(place), dk, is_async=True)
         dv = warpgroup_mma_wait(3, deps=[dv_token])
-        give_back(DO_EMPTY, place)
+        give_place(DO_EMPTY, place, LOADER_AND_BOTH)
         dq = warpgroup_mma_wait(1, deps=[dq_token])
         if FROM_REGISTERS:
             reduce_dq(dq, slab_ptr, length_q - query, HALF_INDEX, HEAD_DIM)
         else:
             put_dq(dq, dq_out, step, HALF_INDEX, TURNED)
         dk = warpgroup_mma_wait(0, deps=[dk_token])
-        give_back(Q_EMPTY, place)
+        give_place(Q_EMPTY, place, LOADER_AND_BOTH)
         last_block = block
         head, block = next_block(head, block, head_kv, low, high, GROUP, True)
         if FROM_REGISTERS:

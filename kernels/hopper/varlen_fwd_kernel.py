@@ -9,6 +9,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from lctrain.kernels.hopper.compat import tma_store_wait
+from lctrain.kernels.hopper.signals import (
+    K_EMPTY,
+    V_EMPTY,
+    await_place,
+    give_place,
+    settle_places,
+)
 from lctrain.kernels.hopper.softmax import block_weights, block_words
 from lctrain.kernels.hopper.step import load_key, load_window, scalar
 from lctrain.kernels.hopper.tile_list import TILE_FIELDS, TILES_AHEAD, fetch_tiles, read_tile
@@ -29,14 +36,13 @@ def _load(
 ):
     """Loads tile after tile, as far ahead as the buffers allow."""
     q_desc, k_desc, v_desc = sources
-    q_bufs, k_bufs, v_bufs, info, info_bars, q_bars, k_bars, v_bars = shared
+    q_bufs, k_bufs, v_bufs, info, info_bars, q_bars, k_ready, v_ready = shared
     info_ready, info_empty = info_bars
     q_ready, q_empty = q_bars
-    k_ready, k_empty = k_bars
-    v_ready, v_empty = v_bars
     BLOCK_N: gl.constexpr = TILE[2]
     Q_STAGES: gl.constexpr = TILE[4]
     STAGES: gl.constexpr = TILE[5]
+    THREADS: gl.constexpr = 32 + 128 * TILE[1]  # of the loader and all warpgroups
     served = 0
     ring = 0
     mbarrier.wait(info_ready.index(0), 0)
@@ -50,17 +56,18 @@ def _load(
         head_kv = head // GROUP
         for block in range(high - low):
             place = ring % STAGES
-            phase = ((ring // STAGES) & 1) ^ 1
             row = _RAGGED - length_k + (high - 1 - block) * BLOCK_N
             keys = (end_k, row, head_kv)
-            mbarrier.wait(k_empty.index(place), phase)
+            await_place(K_EMPTY, ring, STAGES, THREADS)
             load_block(k_desc, k_bufs.index(place), k_ready.index(place), keys)
-            mbarrier.wait(v_empty.index(place), phase)
+            await_place(V_EMPTY, ring, STAGES, THREADS)
             load_block(v_desc, v_bufs.index(place), v_ready.index(place), keys)
             ring += 1
         served += 1
         mbarrier.wait(info_ready.index(served % TILES_AHEAD), (served // TILES_AHEAD) & 1)
         document = scalar(info.index(served % TILES_AHEAD * TILE_FIELDS), 1)
+    settle_places(K_EMPTY, ring, STAGES, THREADS)
+    settle_places(V_EMPTY, ring, STAGES, THREADS)
 
 
 @gluon.jit
@@ -72,11 +79,9 @@ def _consume(
 ):
     """One warpgroup: 64 rows of every tile."""
     out_desc, shared, window, pointers, numbers = common
-    q_bufs, k_bufs, v_bufs, info, info_bars, q_bars, k_bars, v_bars = shared
+    q_bufs, k_bufs, v_bufs, info, info_bars, q_bars, k_ready, v_ready = shared
     info_ready, info_empty = info_bars
     q_ready, q_empty = q_bars
-    k_ready, k_empty = k_bars
-    v_ready, v_empty = v_bars
     window_ptr, window_left, window_right = window
     lse_ptr, sink_ptr, seed_ptr, document_ids_ptr = pointers
     total_q, scale, softcap, threshold, keep_scale = numbers
@@ -86,6 +91,7 @@ def _consume(
     BLOCK_D: gl.constexpr = TILE[3]
     Q_STAGES: gl.constexpr = TILE[4]
     STAGES: gl.constexpr = TILE[5]
+    THREADS: gl.constexpr = 32 + 128 * TILE[1]  # of the loader and all warpgroups
     HAS_LEFT: gl.constexpr = FLAGS[0]
     HAS_RIGHT: gl.constexpr = FLAGS[1]
     HAS_SINK: gl.constexpr = FLAGS[3]
@@ -127,9 +133,9 @@ def _consume(
                 place = ring % STAGES
                 phase = (ring // STAGES) & 1
                 mbarrier.wait(k_ready.index(place), phase)
-                mbarrier.arrive(k_empty.index(place), count=1)
+                give_place(K_EMPTY, place, THREADS)
                 mbarrier.wait(v_ready.index(place), phase)
-                mbarrier.arrive(v_empty.index(place), count=1)
+                give_place(V_EMPTY, place, THREADS)
                 ring += 1
             high = own
         clear_high = length_k
@@ -159,7 +165,7 @@ def _consume(
             )
             words = block_words(random, high - 1, BLOCK_N, s_layout, HAS_DROPOUT)
             s = warpgroup_mma_wait(0, deps=[s_token])
-            mbarrier.arrive(k_empty.index(place), count=1)
+            give_place(K_EMPTY, place, THREADS)
             p, alpha, m, l = block_weights(
                 s,
                 m,
@@ -193,7 +199,7 @@ def _consume(
                 acc_token = warpgroup_mma(p, v_bufs.index(before), acc, is_async=True)
                 words = block_words(random, high - 1 - block, BLOCK_N, s_layout, HAS_DROPOUT)
                 s = warpgroup_mma_wait(1, deps=[s_token])
-                mbarrier.arrive(k_empty.index(place), count=1)
+                give_place(K_EMPTY, place, THREADS)
                 p_next, alpha, m, l = block_weights(
                     s,
                     m,
@@ -213,12 +219,12 @@ def _consume(
                 # The branch of this wait keeps ptxas from moving the next one above the weights.
                 mbarrier.wait(v_ready.index(place), (ring // STAGES) & 1)
                 acc = warpgroup_mma_wait(0, deps=[acc_token])
-                mbarrier.arrive(v_empty.index(before), count=1)
+                give_place(V_EMPTY, before, THREADS)
                 p = gl.convert_layout(p_next, p_layout)
                 acc = acc * gl.convert_layout(alpha, row_o)[:, None]
             acc_token = warpgroup_mma(p, v_bufs.index(place), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc_token])
-            mbarrier.arrive(v_empty.index(place), count=1)
+            give_place(V_EMPTY, place, THREADS)
             ring += 1
         else:
             if Q_STAGES > 1:

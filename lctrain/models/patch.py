@@ -66,7 +66,7 @@ def serving_backend(model: nn.Module, spec: AttentionSpec) -> str:
         device, dtype = weight.device, weight.dtype
     if spec.backend != "auto" and device.type == "cpu" and torch.cuda.is_available():
         device = torch.device("cuda")  # a model is often patched before it is moved
-    return select_backend(device, dtype, spec.backend, attention=spec.kind)
+    return select_backend(device, dtype, spec.backend)
 
 
 def _hooks(model: nn.Module) -> list[InputHook]:

@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from tests.kernels.held_back import without_held_back
-
 
 @pytest.fixture
 def nan_filled_memory(monkeypatch):
@@ -21,15 +19,6 @@ def nan_filled_memory(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", nan_filled)
     monkeypatch.setattr(torch, "empty_like", nan_filled_like)
-
-
-@pytest.fixture
-def whole_hopper_backward(monkeypatch):
-    """Lets backend="hopper" take also what the table leaves to the portable kernels for now."""
-    from lctrain.kernels.hopper import support
-
-    limits = without_held_back(support.BACKWARD_LIMITS)
-    monkeypatch.setattr(support, "BACKWARD_LIMITS", limits)
 
 
 @pytest.fixture

@@ -18,11 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from lctrain.kernels import select_backend
-from lctrain.kernels.hopper import support
 from tests.kernels import differential_oracle as differential
 from tests.kernels.cases import GPU_CASES, GPU_DUAL_CHUNK_CASES
 from tests.kernels.differential_cases import GPU_CASES as DIFFERENTIAL_CASES
-from tests.kernels.held_back import without_held_back
 from tests.kernels.oracle import attention, make_inputs
 
 DOCUMENTS = ((70, 70), (0, 0), (1, 1), (33, 130), (65, 20), (5, 0), (0, 7))
@@ -42,7 +40,6 @@ HOPPER_DIFFERENTIAL_NAMES = ("v1-tokens-full", "v2-window_on_device", "D20v40")
 
 def main() -> int:
     """Forward and backward of each configuration."""
-    support.BACKWARD_LIMITS = without_held_back(support.BACKWARD_LIMITS)
     results = {}
     for name in NAMES:
         case = dataclasses.replace(GPU_CASES[name], documents=DOCUMENTS, fused_qkv=False)

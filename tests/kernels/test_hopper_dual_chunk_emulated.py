@@ -106,15 +106,6 @@ def test_a_named_backend_refuses_what_it_cannot_do(hopper):
         forward(case, make_inputs(case))
 
 
-def test_it_asks_for_its_own_kernels(monkeypatch):
-    def select_backend(*arguments, attention):
-        raise InterruptedError(f"{arguments[2]} {attention}")
-
-    monkeypatch.setattr(api, "select_backend", select_backend)
-    with pytest.raises(InterruptedError, match="hopper dual_chunk"):
-        forward(PLAIN, make_inputs(PLAIN), backend="hopper")
-
-
 @pytest.mark.parametrize("seed", range(1, 6))
 def test_whatever_the_order_of_warps_and_engines(seed, monkeypatch):
     """Products and copies as early or as late as their waits allow, other threads in between."""

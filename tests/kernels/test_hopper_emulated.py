@@ -68,8 +68,8 @@ CASES = {
 
 
 @pytest.fixture
-def hopper(monkeypatch, whole_hopper_backward):
-    """backend="hopper" on this CPU, with all that the kernels have."""
+def hopper(monkeypatch):
+    """backend="hopper" on this CPU."""
     emulate(monkeypatch, varlen)
 
 

@@ -124,7 +124,7 @@ def test_a_document_keeps_its_bits_whatever_its_neighbours(name, device):
 
 @pytest.mark.parametrize("from_registers", [False, True], ids=["adder", "registers"])
 @pytest.mark.parametrize("name", [name for name in LONG_CASES if not name.startswith("D256")])
-def test_both_ways_of_adding_dq(name, from_registers, device, whole_hopper_backward):
+def test_both_ways_of_adding_dq(name, from_registers, device):
     """The table has one of them for a head dim, the tuner both."""
     case = LONG_CASES[name]
     inputs = make_inputs(case, device)
@@ -134,13 +134,9 @@ def test_both_ways_of_adding_dq(name, from_registers, device, whole_hopper_backw
     assert_matches_oracle(result, case, inputs)
 
 
-@pytest.mark.parametrize("named", [False, True], ids=["auto", "hopper"])
 @pytest.mark.parametrize("name", ["D128-causal-g4", "D64-dropout-window-g1", "D128-full-g1"])
-def test_deterministic_gradients_keep_their_bits(name, named, device, request):
-    """The portable kernels' and, for now only by name, those of the ordered backward."""
-    if named:
-        request.getfixturevalue("whole_hopper_backward")
-    options = {"deterministic": True, "backend": "hopper" if named else "auto"}
+def test_deterministic_gradients_keep_their_bits(name, device):
+    options = {"deterministic": True, "backend": "hopper"}
     case = LONG_CASES[name]
     inputs = make_inputs(case, device)
     result = attention(case, inputs, **options)

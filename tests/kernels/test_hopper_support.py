@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 
-from lctrain.kernels import backend, diff_attn_varlen_func, differential, select_backend
+from lctrain.kernels import backend, diff_attn_varlen_func, select_backend
 from lctrain.kernels.hopper import support
 from lctrain.kernels.hopper.support import (
     BACKWARD_LIMITS,
@@ -28,9 +28,10 @@ def call(head_dim=128, dtype=torch.bfloat16, value_dim=None, keys=10, **options)
 
 @pytest.mark.parametrize("head_dim", [8, 64, 80, 96, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_both_passes_are_served(head_dim, dtype):
-    assert refusal(call(head_dim, dtype), FORWARD_LIMITS) is None
-    assert refusal(call(head_dim, dtype), BACKWARD_LIMITS) is None
+@pytest.mark.parametrize("options", [{}, {"deterministic": True, "dropout": True}], ids=len)
+def test_both_passes_are_served(options, head_dim, dtype):
+    assert refusal(call(head_dim, dtype, **options), FORWARD_LIMITS) is None
+    assert refusal(call(head_dim, dtype, **options), BACKWARD_LIMITS) is None
 
 
 @pytest.mark.parametrize(
@@ -54,11 +55,9 @@ def test_neither_pass_is_served(options, reason):
     ("options", "reason"),
     [
         ({"head_dim": 256}, "above 128"),
-        ({"deterministic": True}, "deterministic"),
-        ({"dropout": True}, "backward of dropout"),
         ({"dout": torch.zeros(10, 4, 132, dtype=torch.bfloat16)[..., :128]}, "gradient of out"),
     ],
-    ids=["D256", "deterministic", "dropout", "dout"],
+    ids=["D256", "dout"],
 )
 def test_only_the_forward_is_served(options, reason):
     assert refusal(call(**options), FORWARD_LIMITS) is None
@@ -116,7 +115,8 @@ def test_what_a_model_is_told():
     assert told == "hopper, and triton for the backward of head dims above 128"
     told = support.serves("flash", 320, torch.bfloat16)
     assert told == "triton (not hopper: head dims above 256)"
-    told = support.serves("flash", 128, torch.bfloat16, deterministic=True)
+    assert support.serves("flash", 128, torch.bfloat16, deterministic=True) == "hopper"
+    told = support.serves("dual_chunk", 128, torch.bfloat16, deterministic=True)
     assert told == "hopper, and triton for a deterministic backward"
 
 
@@ -147,9 +147,6 @@ def test_a_device_that_is_no_hopper_gpu(monkeypatch):
     assert support.available(torch.device("cuda", 1))
     assert select_backend("cuda:1") == "hopper"
     assert select_backend("cuda:0") == "triton"
-    for attention in ("dual_chunk", "differential"):
-        assert select_backend("cuda:1", attention=attention) == "triton"
-        assert select_backend("cuda:1", backend="hopper", attention=attention) == "hopper"
     monkeypatch.setattr(support, "_KNOWN_TRITON", False)
     assert select_backend("cuda:1") == "triton"
 
@@ -242,15 +239,3 @@ def test_differential_attention_refuses_by_name(options, reason, monkeypatch):
     arguments = (q, call.q2, call.k1, call.k2, call.v, torch.tensor(0.5), cu, 10)
     with pytest.raises(ValueError, match=reason):
         diff_attn_varlen_func(*arguments, backend="hopper", **options)
-
-
-def test_differential_attention_asks_for_its_own_kernels(monkeypatch):
-    def select(*arguments, attention):
-        raise InterruptedError(f"{arguments[2]} {attention}")
-
-    monkeypatch.setattr(differential, "select_backend", select)
-    call = differential_call()
-    cu = torch.tensor([0, 10], dtype=torch.int32)
-    arguments = (call.q1, call.q2, call.k1, call.k2, call.v, torch.tensor(0.5), cu, 10)
-    with pytest.raises(InterruptedError, match="hopper differential"):
-        diff_attn_varlen_func(*arguments, backend="hopper")

@@ -21,7 +21,7 @@ def test_a_candidate_is_forced_and_given_up(operation, head_dim, candidate):
     columns = max(64, 128 if head_dim == 96 else head_dim)
     numbers = [int(part) for part in candidate.split(",")]
     look = {
-        "hopper_fwd": lambda: forward_tile(columns),
+        "hopper_fwd": lambda: forward_tile(columns, 1, False),
         "hopper_bwd": lambda: backward_tile(columns),
     }.get(operation, lambda: _OVERRIDES.get(operation))
     before = look()
@@ -34,10 +34,9 @@ def test_a_candidate_is_forced_and_given_up(operation, head_dim, candidate):
     assert look() == before
 
 
-@pytest.mark.parametrize(
-    ("operation", "tile"), [("hopper_fwd", forward_tile), ("hopper_bwd", backward_tile)]
-)
-def test_the_tile_in_use_is_offered(operation, tile):
-    for columns in (64, 128):
-        used = ",".join(str(int(number)) for number in tile(columns))
-        assert used in tune._CANDIDATES[operation][columns].split()
+@pytest.mark.parametrize("columns", [64, 128])
+def test_the_tiles_in_use_are_offered(columns):
+    used = [("hopper_fwd", forward_tile(columns, pack, False)) for pack in (1, 4)]
+    for operation, tile in [*used, ("hopper_bwd", backward_tile(columns))]:
+        candidate = ",".join(str(int(number)) for number in tile)
+        assert candidate in tune._CANDIDATES[operation][columns].split()
