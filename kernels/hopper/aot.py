@@ -106,12 +106,12 @@ def backward_variant(
 ) -> KernelVariant:
     """As forward_variant, of varlen_bwd_hopper_kernel; sinks are not its business."""
     columns = padded_columns(head_dim)
-    tile = backward_tile(columns)
     deterministic = features == "deterministic"
-    from_registers = tile.reduce_from_registers and not deterministic
-    queries = _descriptor(dtype, tile.block_m, columns)
+    needs_more = _has_dropout(features) or features == "all"
+    tile = backward_tile(columns, needs_more, deterministic)
+    queries = _descriptor(dtype, 64, columns)
     keys = _descriptor(dtype, BLOCK_N_BACKWARD // 2, columns)
-    dq = _descriptor("fp32", tile.block_m, columns // 2)
+    dq = _descriptor("fp32", 64, columns // 2)
     constants = {
         "GROUP": group,
         "HEADS_KV": HEADS_KV,
@@ -125,7 +125,7 @@ def backward_variant(
     }
     types = _types(features, dtype, q_desc=queries, do_desc=queries, k_desc=keys, v_desc=keys)
     types["dq_desc"] = dq
-    if from_registers:
+    if tile.reduce_from_registers:
         types |= dict.fromkeys(("dq_desc", "turns_ptr", "dq_ptr"))
     options = OPTIONS | {"maxnreg": REGISTERS}
     size = f"{tile.block_m}x{BLOCK_N_BACKWARD}"

@@ -35,7 +35,8 @@ from lctrain.kernels.hopper.tile_keys import (
     allocate_dq,
     allocate_rings,
     give_back_dq,
-    load_halves,
+    keys_weights,
+    load_rows,
     next_block,
     put_dq,
     read_slot,
@@ -75,8 +76,8 @@ def _load(
     mbarrier.expect(kv_ready, BLOCK_N * (KEYS * BLOCK_D + BLOCK_DV) * 2)
     keys = (begin_k + length_k, _RAGGED - length_k + first, head_kv)
     for branch in gl.static_range(KEYS):
-        load_halves(k_descs[branch], k_bufs, 2 * branch, kv_ready, keys)
-    load_halves(v_desc, v_bufs, 0, kv_ready, keys)
+        load_rows(k_descs[branch], k_bufs, 2 * branch, kv_ready, keys)
+    load_rows(v_desc, v_bufs, 0, kv_ready, keys)
     lanes: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
     local = gl.arange(0, BLOCK_M, lanes)
     head = head_kv * GROUP
@@ -142,42 +143,6 @@ def _add_dq(dq_descs, dq_bufs, tile, GROUP: gl.constexpr, SHAPE: gl.constexpr):
                 )
             give_back_dq()
         head, block = next_block(head, block, head_kv, low, high, GROUP, False)
-
-
-@gluon.jit
-def _weights(
-    s,
-    lse,
-    query,
-    bounds,
-    multiplier,
-    BLOCK_M: gl.constexpr,
-    s_layout: gl.constexpr,
-    FLAGS: gl.constexpr,
-):
-    """p [keys, queries] of one branch, from its products and its base-2 lse."""
-    HALF: gl.constexpr = s.shape[0]
-    HAS_LEFT: gl.constexpr = FLAGS[0]
-    HAS_RIGHT: gl.constexpr = FLAGS[1]
-    keys_here, reach, past = bounds
-    # Keys beyond the document's end are zero, and 2^(0 - lse) may overflow.
-    masked = keys_here < HALF
-    if HAS_RIGHT:
-        masked = masked | (query + reach < HALF - 1)
-    if HAS_LEFT:
-        masked = masked | (query + BLOCK_M - 1 + past > 0)
-    if masked:
-        local_key = gl.arange(0, HALF, gl.SliceLayout(1, s_layout))
-        local_query = gl.arange(0, BLOCK_M, gl.SliceLayout(0, s_layout))
-        if HAS_RIGHT:
-            last = gl.minimum(local_query + (query + reach), keys_here - 1)
-            s = gl.where(local_key[:, None] <= last[None, :], s, float("-inf"))
-        else:
-            s = gl.where(local_key[:, None] < keys_here, s, float("-inf"))
-        if HAS_LEFT:
-            first = local_query + (query + past)
-            s = gl.where(local_key[:, None] >= first[None, :], s, float("-inf"))
-    return gl.exp2(s * multiplier - lse[None, :])
 
 
 @gluon.jit
@@ -251,7 +216,7 @@ def _compute(
         dp_token = warpgroup_mma(v, do.permute((1, 0)), zero_s, use_acc=False, is_async=True)
         s1 = warpgroup_mma_wait(1, deps=[s1_token])
         lse = lse_bufs.index(2 * place).load(column_s)
-        p1 = _weights(s1, lse, query, bounds, multiplier, BLOCK_M, s_layout, FLAGS)
+        p1 = keys_weights(s1, lse, query, bounds, multiplier, BLOCK_M, s_layout, FLAGS)
         # The other warpgroup has read the last step's ds, too.
         await_signal(OTHER_READ, BOTH, 4, gl.where(step > 0, 1, 0))
         # There is no room for both weights in registers: these wait where ds2 will lie. Stored
@@ -268,7 +233,7 @@ def _compute(
         dk1_token = warpgroup_mma(ds1_buf, q1, dk1, is_async=True)
         s2 = warpgroup_mma_wait(1, deps=[s2_token])
         lse = lse_bufs.index(2 * place + 1).load(column_s)
-        p2 = _weights(s2, lse, query, bounds, multiplier, BLOCK_M, s_layout, FLAGS)
+        p2 = keys_weights(s2, lse, query, bounds, multiplier, BLOCK_M, s_layout, FLAGS)
         e2 = delta_bufs.index(2 * place + 1).load(column_s)
         sign = e2.to(gl.int32, bitcast=True) << 31
         p2 = (p2.to(gl.int32, bitcast=True) ^ sign[None, :]).to(gl.float32, bitcast=True)

@@ -36,7 +36,7 @@ from lctrain.kernels.hopper.tile_keys import (
     allocate_dq,
     allocate_rings,
     give_back_dq,
-    load_halves,
+    load_rows,
     multiply_dq,
     put_dq,
     read_slot,
@@ -119,8 +119,8 @@ def _load(
     dtype: gl.constexpr = q_desc.dtype
     keys = (begin_k + end, _RAGGED - end + first, head_kv)
     mbarrier.expect(kv_ready, 2 * BLOCK_N * BLOCK_D * 2)
-    load_halves(k_desc, k_bufs, 0, kv_ready, keys)
-    load_halves(v_desc, v_bufs, 0, kv_ready, keys)
+    load_rows(k_desc, k_bufs, 0, kv_ready, keys)
+    load_rows(v_desc, v_bufs, 0, kv_ready, keys)
     lanes: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
     local = gl.arange(0, BLOCK_M, lanes)
     head = head_kv * GROUP

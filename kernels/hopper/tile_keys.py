@@ -77,27 +77,75 @@ def allocate_dq(BLOCK_M: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def load_halves(desc, buffers, FIRST: gl.constexpr, ready, place):
-    """Loads both warpgroups' halves of a tile of keys or values, and leaves it to others to arrive.
+def load_rows(desc, buffers, first, ready, place, COUNT: gl.constexpr = 2):
+    """Loads blocks of rows, one below the other, and leaves it to others to arrive.
 
     Args:
-        desc: Of [Tk, Hk, D], in blocks of a half's shape.
+        desc: Of [T, H, D], in blocks of a buffer's shape.
         buffers: [.., rows, columns].
-        FIRST: Where the first half goes; the second follows.
+        first: Where the first block goes; the others follow.
         ready: The barrier.
         place: (end of the document, row coordinate, head).
+        COUNT: Blocks; two are the halves of a tile of keys.
     """
-    end, row, head_kv = place
+    end, row, head = place
     dtype: gl.constexpr = desc.dtype
-    HALF: gl.constexpr = buffers.shape[1]
-    BLOCK_D: gl.constexpr = buffers.shape[2]
-    for half in gl.static_range(2):
+    ROWS: gl.constexpr = buffers.shape[1]
+    COLUMNS: gl.constexpr = buffers.shape[2]
+    for i in gl.static_range(COUNT):
         tma_load(
             desc,
-            [_RAGGED, end, row + half * HALF, head_kv, 0],
+            [_RAGGED, end, row + i * ROWS, head, 0],
             ready,
-            reinterpret(buffers.index(FIRST + half), dtype, [1, 1, HALF, 1, BLOCK_D], desc.layout),
+            reinterpret(buffers.index(first + i), dtype, [1, 1, ROWS, 1, COLUMNS], desc.layout),
         )
+
+
+@gluon.jit
+def keys_weights(
+    s,
+    lse,
+    query,
+    bounds,
+    multiplier,
+    BLOCK_M: gl.constexpr,
+    s_layout: gl.constexpr,
+    FLAGS: gl.constexpr,
+):
+    """p [keys, queries], from the products and the base-2 lse of a block of queries.
+
+    Args:
+        s: [keys, queries], in s_layout.
+        lse: [queries].
+        query: The first one.
+        bounds: Relative to the first key: the document's end, and what query 0 sees last and first.
+        multiplier: Of s, in base 2.
+        BLOCK_M: Queries.
+        s_layout: Of s.
+        FLAGS: (HAS_LEFT, HAS_RIGHT, ..).
+    """
+    HALF: gl.constexpr = s.shape[0]
+    HAS_LEFT: gl.constexpr = FLAGS[0]
+    HAS_RIGHT: gl.constexpr = FLAGS[1]
+    keys_here, reach, past = bounds
+    # Keys beyond the document's end are zero, and 2^(0 - lse) may overflow.
+    masked = keys_here < HALF
+    if HAS_RIGHT:
+        masked = masked | (query + reach < HALF - 1)
+    if HAS_LEFT:
+        masked = masked | (query + BLOCK_M - 1 + past > 0)
+    if masked:
+        local_key = gl.arange(0, HALF, gl.SliceLayout(1, s_layout))
+        local_query = gl.arange(0, BLOCK_M, gl.SliceLayout(0, s_layout))
+        if HAS_RIGHT:
+            last = gl.minimum(local_query + (query + reach), keys_here - 1)
+            s = gl.where(local_key[:, None] <= last[None, :], s, float("-inf"))
+        else:
+            s = gl.where(local_key[:, None] < keys_here, s, float("-inf"))
+        if HAS_LEFT:
+            first = local_query + (query + past)
+            s = gl.where(local_key[:, None] >= first[None, :], s, float("-inf"))
+    return gl.exp2(s * multiplier - lse[None, :])
 
 
 @gluon.jit

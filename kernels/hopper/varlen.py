@@ -243,11 +243,10 @@ def varlen_bwd(
     columns = padded_columns(head_dim)
     if total_q == 0:
         return dq, dk.zero_(), dv.zero_(), delta
-    tile = backward_tile(columns)
-    from_registers = tile.reduce_from_registers and not deterministic
+    tile = backward_tile(columns, dropout_p > 0 or softcap > 0, deterministic)
     documents = cu_seqlens_q.shape[0] - 1
     rows = 64
-    if from_registers:
+    if tile.reduce_from_registers:
         per_head = total_q // 16 + documents  # slabs
         shape = (heads, per_head, 16 * head_dim)
         dq_sum = torch.zeros(shape, dtype=torch.float32, device=q.device)
@@ -261,7 +260,7 @@ def varlen_bwd(
         dout,
         lse,
         dlse,
-        None if from_registers else dq,
+        None if tile.reduce_from_registers else dq,
         delta,
         lse2,
         kept_delta,
@@ -280,17 +279,17 @@ def varlen_bwd(
     )
     window_ptr, left, right, has_left, has_right = window_arguments(window)
     varlen_bwd_hopper_kernel[(heads_kv * k_tiles.shape[0],)](
-        ragged_descriptor(q, tile.block_m, columns),
-        ragged_descriptor(dout, tile.block_m, columns),
+        ragged_descriptor(q, 64, columns),
+        ragged_descriptor(dout, 64, columns),
         ragged_descriptor(k, BLOCK_N_BACKWARD // 2, columns),
         ragged_descriptor(v, BLOCK_N_BACKWARD // 2, columns),
-        None if from_registers else ragged_descriptor(dq_sum, tile.block_m, columns // 2),
+        None if tile.reduce_from_registers else ragged_descriptor(dq_sum, 64, columns // 2),
         lse2,
         delta if kept_delta is None else kept_delta,
         dk,
         dv,
         dq_sum,
-        None if from_registers else dq,
+        None if tile.reduce_from_registers else dq,
         cu_seqlens_q,
         cu_seqlens_k,
         k_tiles,
@@ -327,7 +326,7 @@ def varlen_bwd(
         maxnreg=REGISTERS,
         enable_fp_fusion=True,
     )
-    if from_registers:
+    if tile.reduce_from_registers:
         _scale_kernel[(triton.cdiv(per_head * 16, rows), heads)](
             dq_sum,
             dq,

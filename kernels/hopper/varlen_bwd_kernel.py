@@ -37,15 +37,15 @@ from lctrain.kernels.hopper.step import (
 from lctrain.kernels.hopper.tile_keys import (
     allocate_dq,
     allocate_rings,
-    load_halves,
+    load_rows,
     multiply_dq,
     next_block,
     put_dq,
     read_slot,
     settle_dq,
 )
-from lctrain.kernels.hopper.tile_rows import load_block
 from lctrain.kernels.hopper.varlen_bwd_dq import add_dq, finish_dq, first_slab, reduce_dq
+from lctrain.kernels.hopper.varlen_bwd_wide import compute_wide
 from lctrain.kernels.tile.logits import LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
@@ -97,26 +97,35 @@ def _load(
     STAGES: gl.constexpr = SHAPE[3]
     keys = (begin_k + length_k, _RAGGED - length_k + first, head_kv)
     mbarrier.expect(kv_ready, 2 * BLOCK_N * BLOCK_D * 2)
-    load_halves(k_desc, k_bufs, 0, kv_ready, keys)
-    load_halves(v_desc, v_bufs, 0, kv_ready, keys)
-    lanes: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
-    local = gl.arange(0, BLOCK_M, lanes)
+    load_rows(k_desc, k_bufs, 0, kv_ready, keys)
+    load_rows(v_desc, v_bufs, 0, kv_ready, keys)
+    ROWS: gl.constexpr = q_bufs.shape[1]
+    BLOCKS: gl.constexpr = BLOCK_M // ROWS
+    lanes: gl.constexpr = gl.BlockedLayout([ROWS // 32], [32], [1], [0])
+    local = gl.arange(0, ROWS, lanes)
     head = head_kv * GROUP
     block = high - 1
     steps = GROUP * (high - low)
     for step in range(steps):
         place = step % STAGES
-        query = block * BLOCK_M + local
-        vector = head.to(gl.int64) * total_q + begin_q + query
-        queries = (begin_q + length_q, _RAGGED - length_q + block * BLOCK_M, head)
+        first_query = block * BLOCK_M
+        vector = head.to(gl.int64) * total_q + begin_q + first_query + local
+        left_here = length_q - first_query
+        queries = (begin_q + length_q, _RAGGED - left_here, head)
         await_place(Q_EMPTY, step, STAGES, LOADER_AND_BOTH)
-        copy_async(lse_bufs.index(place), lse_ptr + vector, mask=query < length_q)
+        for i in gl.static_range(BLOCKS):
+            lse = lse_bufs.index(place * BLOCKS + i)
+            copy_async(lse, lse_ptr + vector + i * ROWS, mask=local + i * ROWS < left_here)
         copy_arrive(q_ready.index(place))
-        load_block(q_desc, q_bufs.index(place), q_ready.index(place), queries)
+        mbarrier.expect(q_ready.index(place), BLOCK_M * BLOCK_D * 2)
+        load_rows(q_desc, q_bufs, place * BLOCKS, q_ready.index(place), queries, BLOCKS)
         await_place(DO_EMPTY, step, STAGES, LOADER_AND_BOTH)
-        copy_async(delta_bufs.index(place), delta_ptr + vector, mask=query < length_q)
+        for i in gl.static_range(BLOCKS):
+            delta = delta_bufs.index(place * BLOCKS + i)
+            copy_async(delta, delta_ptr + vector + i * ROWS, mask=local + i * ROWS < left_here)
         copy_arrive(do_ready.index(place))
-        load_block(do_desc, do_bufs.index(place), do_ready.index(place), queries)
+        mbarrier.expect(do_ready.index(place), BLOCK_M * BLOCK_D * 2)
+        load_rows(do_desc, do_bufs, place * BLOCKS, do_ready.index(place), queries, BLOCKS)
         head, block = next_block(head, block, head_kv, low, high, GROUP, True)
     settle_places(Q_EMPTY, steps, STAGES, LOADER_AND_BOTH)
     settle_places(DO_EMPTY, steps, STAGES, LOADER_AND_BOTH)
@@ -364,10 +373,12 @@ def varlen_bwd_hopper_kernel(
     seen, and delta / keep_scale. dq_desc describes sum, a float32 [T, H, D]; dq, of its layout, is
     written, but for rows that see no key; turns is a zeroed int32 [H, blocks of queries]. Programs
     must start in order, since they wait for earlier ones. Without dq_desc, sum is as first_slab has
-    it, zeroed, and there are neither turns nor dq. per_head: turns, or slabs, of a head.
+    it, zeroed, and there are neither turns nor dq. per_head: turns, or slabs, of a head. BLOCK_M is
+    64, or, without dq_desc, dropout and softcap, 128.
     """
     dtype: gl.constexpr = q_desc.dtype
     HALF: gl.constexpr = BLOCK_N // 2
+    BLOCKS: gl.constexpr = BLOCK_M // 64
     FROM_REGISTERS: gl.constexpr = dq_desc is None
     SHAPE: gl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, STAGES, FROM_REGISTERS)
     FLAGS: gl.constexpr = (HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT)
@@ -378,20 +389,20 @@ def varlen_bwd_hopper_kernel(
     word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     n_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, BLOCK_D], dtype)
-    m_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], dtype)
-    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, BLOCK_M], dtype)
+    m_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, 64], dtype)
     k_bufs = gl.allocate_shared_memory(dtype, [2, HALF, BLOCK_D], n_layout)
     v_bufs = gl.allocate_shared_memory(dtype, [2, HALF, BLOCK_D], n_layout)
-    q_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], m_layout)
-    do_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], m_layout)
-    ds_bufs = gl.allocate_shared_memory(dtype, [4, HALF, BLOCK_M], ds_layout)
+    q_bufs = gl.allocate_shared_memory(dtype, [STAGES * BLOCKS, 64, BLOCK_D], m_layout)
+    do_bufs = gl.allocate_shared_memory(dtype, [STAGES * BLOCKS, 64, BLOCK_D], m_layout)
+    ds_bufs = gl.allocate_shared_memory(dtype, [4 * BLOCKS, HALF, 64], ds_layout)
     if FROM_REGISTERS:
         slab_ptr = first_slab(sum_ptr, per_head, tile, document, GROUP, HEAD_DIM, BLOCK_M)
         dq_out = (slab_ptr, per_head)
     else:
         dq_out = allocate_dq(BLOCK_M, BLOCK_D // 2)
-    lse_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], word)
-    delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], word)
+    lse_bufs = gl.allocate_shared_memory(gl.float32, [STAGES * BLOCKS, 64], word)
+    delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES * BLOCKS, 64], word)
     kv_ready = gl.allocate_shared_memory(gl.int64, [1], bar)
     rings = allocate_rings(STAGES)
     mbarrier.init(kv_ready, count=1)
@@ -402,12 +413,24 @@ def varlen_bwd_hopper_kernel(
     stats = (lse_ptr, delta_ptr, total_q)
     turns = (turns_ptr, per_head, document)
     inputs = (shared, dq_out, ds_bufs, results, tile, window, random, numbers)
-    if FROM_REGISTERS:
+    loads = (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, GROUP, SHAPE)
+    if BLOCKS == 2:
+        slabs = (shared, dq_out, ds_bufs, results, tile, window, (scale, keep_scale))
+        gl.warp_specialize(
+            [
+                (compute_wide, (slabs, GROUP, HEAD_DIM, SHAPE, FLAGS, 0)),
+                (compute_wide, (slabs, GROUP, HEAD_DIM, SHAPE, FLAGS, 1)),
+                (_load, loads),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    elif FROM_REGISTERS:
         gl.warp_specialize(
             [
                 (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 0)),
                 (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 1)),
-                (_load, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, GROUP, SHAPE)),
+                (_load, loads),
             ],
             [4, 1],
             [240, 24],
@@ -417,7 +440,7 @@ def varlen_bwd_hopper_kernel(
             [
                 (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 0)),
                 (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 1)),
-                (_load, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, GROUP, SHAPE)),
+                (_load, loads),
                 (add_dq, (dq_desc, dq_out, turns, tile, window, GROUP, SHAPE, DETERMINISTIC)),
             ],
             [4, 1, 1],

@@ -79,21 +79,19 @@ def test_matches_float64(case, hopper):
     assert_matches_oracle(attention(case, inputs, backend="hopper"), case, inputs)
 
 
-OTHER_FORMS = {
-    64: config.BackwardTile(64, 3),
-    128: config.BackwardTile(64, 4, reduce_from_registers=True),
-}
+FORMS = (config.BackwardTile(64, 3), config.BackwardTile(64, 4, reduce_from_registers=True))
 
 
 @pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("form", FORMS, ids=["adder", "registers"])
 @pytest.mark.parametrize(
     "name", ["D64-causal-unequal", "D64-window-g4", "D128-causal-g3", "D64-dropout-g4"]
 )
-def test_forms_for_the_tuner(name, seed, hopper, monkeypatch):
-    """Of the backward, that the table has for another head dim."""
+def test_forms_for_the_tuner(name, form, seed, hopper, monkeypatch):
+    """Of the backward, whichever of them the table has for a head dim."""
     emulate(monkeypatch, varlen, seed)
     inputs = make_inputs(CASES[name])
-    with config.override_tiles(backward=OTHER_FORMS[CASES[name].head_dim]):
+    with config.override_tiles(backward=form):
         result = attention(CASES[name], inputs, backend="hopper")
     assert_matches_oracle(result, CASES[name], inputs)
 

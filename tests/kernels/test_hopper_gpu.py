@@ -11,7 +11,6 @@ from lctrain.kernels import (
     select_backend,
 )
 from lctrain.kernels.hopper import config
-from lctrain.kernels.hopper.launch import padded_columns
 from tests.kernels.cases import GPU_CASES, GPU_DUAL_CHUNK_CASES, GPU_PLAIN
 from tests.kernels.oracle import (
     DROPOUT_SEED,
@@ -128,8 +127,8 @@ def test_both_ways_of_adding_dq(name, from_registers, device):
     """The table has one of them for a head dim, the tuner both."""
     case = LONG_CASES[name]
     inputs = make_inputs(case, device)
-    tile = config.backward_tile(padded_columns(case.head_dim))
-    with config.override_tiles(backward=tile._replace(reduce_from_registers=from_registers)):
+    tile = config.BackwardTile(64, 2, reduce_from_registers=from_registers)
+    with config.override_tiles(backward=tile):
         result = attention(case, inputs, backend="hopper")
     assert_matches_oracle(result, case, inputs)
 
