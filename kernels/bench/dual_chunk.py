@@ -51,7 +51,7 @@ def frequencies(head_dim: int, device: torch.device) -> torch.Tensor:
     return (10_000 ** -(columns / head_dim)).float().to(device)
 
 
-def lctrain_dual_chunk(inputs: AttentionInputs, backend: str = "triton") -> Call:
+def lctrain_dual_chunk(inputs: AttentionInputs, backend: str = "auto") -> Call:
     """Ours, with the schedule of the batch."""
     schedule = make_schedule(inputs.workload.lengths).to(inputs.q.device)
     inv_freq = frequencies(inputs.workload.head_dim, inputs.q.device)
@@ -99,22 +99,17 @@ def _without_dropout(prepare: Callable[[AttentionInputs], Call]) -> Callable[...
     return checked
 
 
-# "auto" does not take these yet; the causal kernels beside them are what it takes.
-HOPPER_PEERS = (
-    Peer(
-        "dual_chunk_hopper",
-        "lctrain, dual chunk, Hopper",
-        "lctrain.kernels",
-        "lctrain",
-        _without_dropout(partial(lctrain_dual_chunk, backend="hopper")),
-    ),
-    replace(PEERS["lctrain"], name="causal_hopper", title="lctrain, causal, Hopper"),
-)
-CAUSAL = replace(PEERS["portable"], name="causal", title="lctrain, causal")
 DUAL_CHUNK_PEERS = (
     Peer("dual_chunk", "lctrain, dual chunk", "lctrain.kernels", "lctrain", lctrain_dual_chunk),
-    CAUSAL,
-    *HOPPER_PEERS,
+    replace(PEERS["lctrain"], name="causal", title="lctrain, causal"),
+    Peer(
+        "dual_chunk_portable",
+        "lctrain, dual chunk, portable",
+        "lctrain.kernels",
+        "lctrain",
+        partial(lctrain_dual_chunk, backend="triton"),
+    ),
+    replace(PEERS["portable"], name="causal_portable", title="lctrain, causal, portable"),
     Peer(
         "published_fa4",
         "published, on FlashAttention-4",

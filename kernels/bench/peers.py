@@ -65,7 +65,7 @@ def _refuse_dropout(inputs: AttentionInputs) -> None:
         raise UnsupportedWorkload("has no dropout")
 
 
-def lctrain(inputs: AttentionInputs, backend: str = "auto") -> Call:
+def lctrain(inputs: AttentionInputs, backend: str = "auto", *, deterministic: bool = False) -> Call:
     """Ours, with the schedule of the batch."""
     q, k, v = inputs.leaves
     cu, longest = inputs.cu_seqlens, inputs.max_seqlen
@@ -76,6 +76,7 @@ def lctrain(inputs: AttentionInputs, backend: str = "auto") -> Call:
         out = flash_attn_varlen_func(
             *(q, k, v, cu, cu, longest, longest, dropout_p),
             causal=True,
+            deterministic=deterministic,
             schedule=schedule,
             backend=backend,
         )
@@ -83,6 +84,11 @@ def lctrain(inputs: AttentionInputs, backend: str = "auto") -> Call:
         return out
 
     return call
+
+
+def lctrain_deterministic(inputs: AttentionInputs) -> Call:
+    """Ours, with gradients that have the same bits in every run."""
+    return lctrain(inputs, deterministic=True)
 
 
 def lctrain_portable(inputs: AttentionInputs) -> Call:
@@ -202,6 +208,13 @@ OURS = "lctrain"
 _ALL = (
     Peer(OURS, "lctrain", "lctrain.kernels", "lctrain", lctrain),
     Peer("portable", "lctrain, portable", "lctrain.kernels", "lctrain", lctrain_portable),
+    Peer(
+        "deterministic",
+        "lctrain, deterministic",
+        "lctrain.kernels",
+        "lctrain",
+        lctrain_deterministic,
+    ),
     Peer(
         "fa2", "FlashAttention-2 in torch", "torch.nn.attention.varlen", "torch", flash_attention_2
     ),
