@@ -2,7 +2,7 @@
 
     python -m lctrain.recipes.differential.step --out step.json [--workloads mix32k,1x32k]
 
-It is compared with the plain Llama of equal parameters on lctrain's portable kernels, with the two
+It is compared with the plain Llama of equal parameters on lctrain's kernels, with the two
 calls per layer that DiffLlama makes of lctrain's own plain attention, and with transformers' own
 DiffLlama, which knows no packs. "As it comes" that gets the same documents in batches of rows, in
 their order, padded, with a mask and with its own loss. The others all have lctrain's fused linear
