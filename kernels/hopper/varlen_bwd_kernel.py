@@ -101,6 +101,7 @@ def _load(
     load_rows(v_desc, v_bufs, 0, kv_ready, keys)
     ROWS: gl.constexpr = q_bufs.shape[1]
     BLOCKS: gl.constexpr = BLOCK_M // ROWS
+    BYTES: gl.constexpr = BLOCK_M * BLOCK_D * 2
     lanes: gl.constexpr = gl.BlockedLayout([ROWS // 32], [32], [1], [0])
     local = gl.arange(0, ROWS, lanes)
     head = head_kv * GROUP
@@ -117,14 +118,14 @@ def _load(
             lse = lse_bufs.index(place * BLOCKS + i)
             copy_async(lse, lse_ptr + vector + i * ROWS, mask=local + i * ROWS < left_here)
         copy_arrive(q_ready.index(place))
-        mbarrier.expect(q_ready.index(place), BLOCK_M * BLOCK_D * 2)
+        mbarrier.expect(q_ready.index(place), BYTES)
         load_rows(q_desc, q_bufs, place * BLOCKS, q_ready.index(place), queries, BLOCKS)
         await_place(DO_EMPTY, step, STAGES, LOADER_AND_BOTH)
         for i in gl.static_range(BLOCKS):
             delta = delta_bufs.index(place * BLOCKS + i)
             copy_async(delta, delta_ptr + vector + i * ROWS, mask=local + i * ROWS < left_here)
         copy_arrive(do_ready.index(place))
-        mbarrier.expect(do_ready.index(place), BLOCK_M * BLOCK_D * 2)
+        mbarrier.expect(do_ready.index(place), BYTES)
         load_rows(do_desc, do_bufs, place * BLOCKS, do_ready.index(place), queries, BLOCKS)
         head, block = next_block(head, block, head_kv, low, high, GROUP, True)
     settle_places(Q_EMPTY, steps, STAGES, LOADER_AND_BOTH)
@@ -413,14 +414,13 @@ def varlen_bwd_hopper_kernel(
     stats = (lse_ptr, delta_ptr, total_q)
     turns = (turns_ptr, per_head, document)
     inputs = (shared, dq_out, ds_bufs, results, tile, window, random, numbers)
-    loads = (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, GROUP, SHAPE)
     if BLOCKS == 2:
         slabs = (shared, dq_out, ds_bufs, results, tile, window, (scale, keep_scale))
         gl.warp_specialize(
             [
                 (compute_wide, (slabs, GROUP, HEAD_DIM, SHAPE, FLAGS, 0)),
                 (compute_wide, (slabs, GROUP, HEAD_DIM, SHAPE, FLAGS, 1)),
-                (_load, loads),
+                (_load, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, GROUP, SHAPE)),
             ],
             [4, 1],
             [240, 24],
@@ -430,7 +430,7 @@ def varlen_bwd_hopper_kernel(
             [
                 (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 0)),
                 (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 1)),
-                (_load, loads),
+                (_load, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, GROUP, SHAPE)),
             ],
             [4, 1],
             [240, 24],
@@ -440,7 +440,7 @@ def varlen_bwd_hopper_kernel(
             [
                 (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 0)),
                 (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 1)),
-                (_load, loads),
+                (_load, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, GROUP, SHAPE)),
                 (add_dq, (dq_desc, dq_out, turns, tile, window, GROUP, SHAPE, DETERMINISTIC)),
             ],
             [4, 1, 1],
