@@ -70,7 +70,6 @@ def test_named(name, device):
     [
         ("D128-everything-g8", "ALiBi"),
         ("D256-causal-g4", "above 128"),
-        ("D64-causal-dropout", "backward of dropout"),
     ],
 )
 def test_a_named_backend_refuses_what_it_cannot_do(name, reason, device):
