@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lctrain.attention.boundaries import Boundaries
 from lctrain.attention.forward import (
     attend,
+    backend_of,
     find_boundaries,
     lost_boundaries,
     refuse_unknown,
@@ -115,7 +116,7 @@ def differential_attention_forward(
             window_size=_window(sliding_window, causal),
             document_ids=lctrain_boundaries.document_ids,
             schedule=lctrain_boundaries.schedule,
-            backend=spec.backend,
+            backend=backend_of(spec, q.device, q.dtype),
             cu_seqlens_k=lctrain_boundaries.cu_seqlens_k,
             max_seqlen_k=lctrain_boundaries.max_seqlen_k,
         )

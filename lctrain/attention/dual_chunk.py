@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lctrain.attention.boundaries import Boundaries, find_positions
 from lctrain.attention.forward import (
     attend,
+    backend_of,
     lost_boundaries,
     refuse_unknown,
     require_rows,
@@ -131,7 +132,7 @@ def dual_chunk_attention_forward(
             softmax_scale=scale,
             document_ids=lctrain_boundaries.document_ids,
             schedule=lctrain_boundaries.schedule,
-            backend=spec.backend,
+            backend=backend_of(spec, q.device, q.dtype),
             cu_seqlens_k=lctrain_boundaries.cu_seqlens_k,
             max_seqlen_k=lctrain_boundaries.max_seqlen_k,
         )

@@ -47,6 +47,19 @@ def spec_of(module: nn.Module, kind: type[Spec]) -> Spec | None:
     return spec if isinstance(spec, kind) else None
 
 
+def backend_of(spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> str:
+    """Returns the backend to name to the kernels for tensors of this device and dtype.
+
+    The spec's own; but "auto" with `deterministic` is "triton" where it would take Hopper kernels
+    that do not give the same bits in every run: those of all attentions but "flash".
+    """
+    from lctrain.kernels import select_backend
+
+    if spec.kind == "flash" or spec.backend != "auto" or not spec.deterministic:
+        return spec.backend
+    return "triton" if select_backend(device, dtype) == "hopper" else "auto"
+
+
 def refuse_unknown(kwargs: dict[str, Any]) -> None:
     """Raises a ValueError for every argument of a layer that the kernels cannot honour."""
     if kwargs.get("output_attentions"):

@@ -70,8 +70,8 @@ class FlashSpec(AttentionSpec):
 class DualChunkSpec(AttentionSpec):
     """Dual chunk attention: causal, without relative positions beyond those of training.
 
-    Its portable kernels give the same bits in every run. Those for Hopper, which serve who names
-    them, do not: `deterministic` with them is an error.
+    Its portable kernels give the same bits in every run, those for Hopper do not: `deterministic`
+    takes the portable ones, and is an error with backend="hopper".
 
     Attributes:
         chunk_size: S, the largest relative position used. None: as the model's config says, else
@@ -135,8 +135,9 @@ class DualChunkSpec(AttentionSpec):
 class DifferentialSpec(AttentionSpec):
     """Differential attention, both branches of a pair in one launch, for models that have it.
 
-    Its portable kernels give the same bits in every run. Those for Hopper, which serve who names
-    them, do not: `deterministic` with them is an error. Dropout draws a mask for each branch.
+    Its portable kernels give the same bits in every run, those for Hopper do not: `deterministic`
+    takes the portable ones, and is an error with backend="hopper". Dropout draws a mask for each
+    branch.
     """
 
     kind: ClassVar[str] = "differential"

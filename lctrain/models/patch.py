@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lctrain.attention.forward import SPEC_ATTRIBUTE
+from lctrain.attention.forward import SPEC_ATTRIBUTE, backend_of
 from lctrain.attention.spec import AttentionSpec, make_spec
 from lctrain.models.architectures import attention_layers, require_supported
 from lctrain.models.configs import ConfigSwap
@@ -66,7 +66,7 @@ def serving_backend(model: nn.Module, spec: AttentionSpec) -> str:
         device, dtype = weight.device, weight.dtype
     if spec.backend != "auto" and device.type == "cpu" and torch.cuda.is_available():
         device = torch.device("cuda")  # a model is often patched before it is moved
-    return select_backend(device, dtype, spec.backend)
+    return select_backend(device, dtype, backend_of(spec, device, dtype))
 
 
 def _hooks(model: nn.Module) -> list[InputHook]:
@@ -161,9 +161,7 @@ class PatchHandle:
         from lctrain.models.differential_v1 import FusedDiffLlamaAttention  # needs DiffLlama
 
         dtype = next(self.model.parameters()).dtype
-        # Dual chunk and differential attention have torch's switch only.
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        deterministic |= self.spec.kind == "flash" and self.spec.deterministic
+        deterministic = torch.are_deterministic_algorithms_enabled() or self.spec.deterministic
         told = set()
         for layer in self.layers.values():
             head_dim = getattr(layer, "head_dim", 64)

@@ -4,6 +4,7 @@ import dataclasses
 import pickle
 
 import pytest
+import torch
 from torch import nn
 
 from lctrain.attention import (
@@ -14,6 +15,8 @@ from lctrain.attention import (
     is_patched,
     make_spec,
 )
+from lctrain.attention.forward import backend_of
+from lctrain.kernels import backend
 from lctrain.models import patch_model
 
 
@@ -74,6 +77,21 @@ def test_hopper_kernels_that_are_named_and_cannot_be_deterministic():
             make_spec(kind, deterministic=True, backend="hopper")
         assert make_spec(kind, deterministic=True).deterministic
     assert make_spec("flash", deterministic=True, backend="hopper").deterministic
+
+
+@pytest.mark.parametrize("kind", ["dual_chunk", "differential"])
+def test_deterministic_attention_takes_no_hopper_kernels_that_are_not(kind, monkeypatch):
+    monkeypatch.setattr(backend, "TRITON_INSTALLED", True)
+    where = torch.device("cuda"), torch.bfloat16
+    for serves in (True, False):
+        monkeypatch.setattr(backend, "hopper_serves", lambda device, serves=serves: serves)
+        assert backend_of(make_spec(kind), *where) == "auto"
+        assert backend_of(make_spec("flash", deterministic=True), *where) == "auto"
+        found = backend_of(make_spec(kind, deterministic=True), *where)
+        assert found == ("triton" if serves else "auto")
+    named = make_spec(kind, deterministic=True, backend="pytorch")
+    assert backend_of(named, *where) == "pytorch"
+    assert backend_of(make_spec(kind, deterministic=True), torch.device("cpu"), where[1]) == "auto"
 
 
 @pytest.mark.parametrize(

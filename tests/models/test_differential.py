@@ -227,6 +227,22 @@ def test_the_kernel_is_given_views(family, monkeypatch):
         assert lam.shape == (() if family in V1 else (25, q1.shape[1]))
 
 
+def test_deterministic_layers_name_the_portable_kernels_on_hopper(monkeypatch):
+    import lctrain.kernels as kernels
+
+    def attend(*_, backend, **__):
+        raise InterruptedError(backend)
+
+    monkeypatch.setattr(kernels, "diff_attn_varlen_func", attend)
+    monkeypatch.setattr(kernels, "select_backend", lambda *_: "hopper")
+    for deterministic, name in ((False, "auto"), (True, "triton")):
+        handle = patch_model(
+            make_differential(FEW[0]), **DIFFERENTIALLY, deterministic=deterministic
+        )
+        with handle, pytest.raises(InterruptedError, match=name):
+            packed_outputs(handle.model, make_documents())
+
+
 @pytest.mark.parametrize("family", FEW)
 @pytest.mark.parametrize("attention", ["differential", "flash"])
 def test_unpatch_gives_back_every_bit(family, attention):

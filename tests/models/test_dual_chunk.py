@@ -292,6 +292,20 @@ def test_dropout_in_training_only_and_replayed_by_checkpointing():
             assert all(torch.equal(again_grads[name], grad) for name, grad in grads.items())
 
 
+def test_deterministic_layers_name_the_portable_kernels_on_hopper(monkeypatch):
+    import lctrain.kernels as kernels
+
+    def attend(*_, backend, **__):
+        raise InterruptedError(backend)
+
+    monkeypatch.setattr(kernels, "dual_chunk_attn_varlen_func", attend)
+    monkeypatch.setattr(kernels, "select_backend", lambda *_: "hopper")
+    for deterministic, name in ((False, "auto"), (True, "triton")):
+        handle = patch_model(make_rotary_model("llama"), **SMALL, deterministic=deterministic)
+        with handle, pytest.raises(InterruptedError, match=name):
+            packed_outputs(handle.model, make_documents(LENGTHS))
+
+
 @pytest.mark.parametrize("family", ROTARY)
 def test_autocast(family):
     model, documents = make_rotary_model(family), make_documents([40, 12])
