@@ -68,8 +68,9 @@ def diff_attn_varlen_func(
             pack.
         schedule: From make_schedule, on q1's device. Default: built on the device, once per
             cu_seqlens tensor.
-        backend: "auto", "hopper", "triton" or "pytorch". A named one never falls back; "hopper" is
-            for what its kernels can do (`lctrain.kernels.hopper.support`).
+        backend: "auto", "hopper", "triton" or "pytorch". A named one never falls back; "auto" takes
+            "hopper" on a Hopper GPU, except for what its kernels cannot do
+            (`lctrain.kernels.hopper.support`).
         cu_seqlens_k: [N + 1] int32, where keys are more than queries (a filled cache): queries are
             then the last ones of their document. Default cu_seqlens.
         max_seqlen_k: Most keys of a document; default max_seqlen.
