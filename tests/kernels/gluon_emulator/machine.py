@@ -48,12 +48,15 @@ class NamedBarrier:
     def __init__(self) -> None:
         self.came: list[Thread] = []
         self.threads = 0
+        self.count = 0
         self.rounds = 0
 
     def come(self, threads: int, count: int) -> int:
         """Counts the current warpgroup's threads; returns in which round."""
         now = self.rounds
         assert current() not in self.came, "a warpgroup comes twice to a barrier"
+        assert not self.came or count == self.count, "warpgroups differ in what a barrier counts"
+        self.count = count
         self.came.append(current())
         self.threads += threads
         assert self.threads <= count, "more threads than the barrier counts"
