@@ -6,7 +6,13 @@ pytest.importorskip("triton")
 
 from lctrain.kernels.attention.config import _OVERRIDES
 from lctrain.kernels.bench import tune
-from lctrain.kernels.hopper.config import backward_tile, forward_tile
+from lctrain.kernels.hopper import signals
+from lctrain.kernels.hopper.config import (
+    DIFFERENTIAL_COLUMNS,
+    backward_tile,
+    differential_backward_tile,
+    forward_tile,
+)
 
 OFFERED = [
     (operation, head_dim, candidate)
@@ -32,6 +38,17 @@ def test_a_candidate_is_forced_and_given_up(operation, head_dim, candidate):
         else:
             assert [found.block_m, found.block_n, found.num_warps] == numbers[:3]
     assert look() == before
+
+
+def test_every_stage_has_a_signal():
+    for operation in ("hopper_fwd", "hopper_bwd"):
+        for candidates in tune._CANDIDATES[operation].values():
+            for candidate in candidates.split():
+                assert int(candidate.split(",")[1]) <= signals.MOST_STAGES, candidate
+    # The fourth place's signals say there that dS has been read.
+    for dims in DIFFERENTIAL_COLUMNS:
+        if dims != (128, 128, False):
+            assert differential_backward_tile(*dims).stages < signals.MOST_STAGES
 
 
 @pytest.mark.parametrize("columns", [64, 128])
