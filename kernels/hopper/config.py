@@ -29,7 +29,8 @@ class BackwardTile(NamedTuple):
     """Of the backward kernels.
 
     Attributes:
-        block_m: Queries of a block: 64, or in varlen_bwd_hopper_kernel 128.
+        block_m: Queries of a block: 64, or in varlen_bwd_hopper_kernel 128, which needs
+            reduce_from_registers and head dims up to 64.
         stages: Blocks of queries in shared memory, at most signals.MOST_STAGES.
         reduce_from_registers: Let the warpgroups that multiply dq add it to global memory, instead
             of a warp that takes it from shared memory. Of varlen_bwd_hopper_kernel alone; a

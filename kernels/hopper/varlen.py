@@ -227,7 +227,9 @@ def varlen_bwd(
     """Launches the backward; arguments and results as the portable varlen_bwd.
 
     dq is added up in float32. Unless `deterministic`, that happens in the order in which programs
-    come, so its last bits differ from run to run; those of dk and dv do not.
+    come, so its last bits differ from run to run; those of dk and dv do not. Scratch: dq in
+    float32, with at most 16 rows more per document where it is added from registers, and two or
+    three numbers per query and head.
     """
     total_q, heads, head_dim = q.shape
     heads_kv = k.shape[1]
