@@ -38,6 +38,7 @@ from lctrain.kernels.hopper.tile_keys import (
     keys_weights,
     load_rows,
     next_block,
+    place_keys,
     put_dq,
     read_slot,
     settle_dq,
@@ -280,16 +281,12 @@ def _compute(
         head, block = next_block(head, block, head_kv, low, high, GROUP, False)
     await_signal(OTHER_READ, BOTH, 4, gl.where(steps > 0, 1, 0))
     settle_dq(steps, HALF_INDEX)
-    key_v = first_key + gl.arange(0, HALF, gl.SliceLayout(1, v_layout))
-    column_v = gl.arange(0, BLOCK_DV, gl.SliceLayout(0, v_layout))
-    row_v = (begin_k + key_v).to(gl.int64) * stride_vt + head_kv * stride_vh
-    inside_v = (key_v < length_k)[:, None] & (column_v < VALUE_DIM)[None, :]
-    gl.store(dv_ptr + row_v[:, None] + column_v[None, :], dv.to(dtype), mask=inside_v)
-    key = first_key + gl.arange(0, HALF, gl.SliceLayout(1, k_layout))
-    column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, k_layout))
-    row_k = (begin_k + key).to(gl.int64) * stride_kt + head_kv * stride_kh
-    inside = (key < length_k)[:, None] & (column < HEAD_DIM)[None, :]
-    place_k = row_k[:, None] + column[None, :]
+    keys = (first_key, length_k, begin_k, head_kv)
+    place_v, inside_v = place_keys(
+        keys, (stride_vt, stride_vh), VALUE_DIM, v_layout, (HALF, BLOCK_DV)
+    )
+    gl.store(dv_ptr + place_v, dv.to(dtype), mask=inside_v)
+    place_k, inside = place_keys(keys, (stride_kt, stride_kh), HEAD_DIM, k_layout, (HALF, BLOCK_D))
     gl.store(dk1_ptr + place_k, (dk1 * scale).to(dtype), mask=inside)
     if KEYS == 2:
         gl.store(dk2_ptr + place_k, (dk2 * scale).to(dtype), mask=inside)

@@ -38,6 +38,7 @@ from lctrain.kernels.hopper.tile_keys import (
     give_back_dq,
     load_rows,
     multiply_dq,
+    place_keys,
     put_dq,
     read_slot,
     settle_dq,
@@ -293,16 +294,16 @@ def _compute(
         block += 1
         block = gl.where(block == all_blocks, 0, block)
     settle_dq(steps, HALF_INDEX)
-    key = first_key + gl.arange(0, HALF, gl.SliceLayout(1, o_layout))
-    column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, o_layout))
-    offset = (begin_k + key).to(gl.int64) * stride_t + head_kv * stride_h
-    inside = (key < end)[:, None] & (column < HEAD_DIM)[None, :]
-    place_out = offset[:, None] + column[None, :]
+    strides = (stride_t, stride_h)
+    OUT: gl.constexpr = (HALF, BLOCK_D)
+    keys = (first_key, end, begin_k, head_kv)
+    place_out, inside = place_keys(keys, strides, HEAD_DIM, o_layout, OUT)
     if not IS_NEAR:
         if first_key < near_end:
-            shared_keys = (key < near_end)[:, None] & (column < HEAD_DIM)[None, :]
-            dv += gl.load(dv_near_ptr + place_out, mask=shared_keys, other=0.0)
-            dk += gl.load(dk_near_ptr + place_out, mask=shared_keys, other=0.0)
+            near_rows = (first_key, near_end, begin_k, head_kv)
+            place_near, near_keys = place_keys(near_rows, strides, HEAD_DIM, o_layout, OUT)
+            dv += gl.load(dv_near_ptr + place_near, mask=near_keys, other=0.0)
+            dk += gl.load(dk_near_ptr + place_near, mask=near_keys, other=0.0)
         dk = dk * scale
     gl.store(dv_ptr + place_out, dv.to(dv_ptr.dtype.element_ty), mask=inside)
     gl.store(dk_ptr + place_out, dk.to(dk_ptr.dtype.element_ty), mask=inside)

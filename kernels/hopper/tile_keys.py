@@ -149,6 +149,26 @@ def keys_weights(
 
 
 @gluon.jit
+def place_keys(keys, strides, WIDTH: gl.constexpr, layout: gl.constexpr, SHAPE: gl.constexpr):
+    """Where a warpgroup's rows of dk or dv go: (offsets, mask).
+
+    Args:
+        keys: (first key, end and begin of the document, head).
+        strides: Of tokens and heads.
+        WIDTH: Columns that there are; those of SHAPE beyond are padding.
+        layout: Of the rows.
+        SHAPE: (keys, columns).
+    """
+    first_key, length_k, begin_k, head_kv = keys
+    stride_t, stride_h = strides
+    key = first_key + gl.arange(0, SHAPE[0], gl.SliceLayout(1, layout))
+    column = gl.arange(0, SHAPE[1], gl.SliceLayout(0, layout))
+    offset = (begin_k + key).to(gl.int64) * stride_t + head_kv * stride_h
+    inside = (key < length_k)[:, None] & (column < WIDTH)[None, :]
+    return offset[:, None] + column[None, :], inside
+
+
+@gluon.jit
 def multiply_dq(ds_bufs, k_bufs, buffer, zero_q, HALF_INDEX: gl.constexpr, TURNED: gl.constexpr):
     """Starts this warpgroup's columns of a step's dq: both halves of the keys.
 

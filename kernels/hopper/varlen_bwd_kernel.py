@@ -40,6 +40,7 @@ from lctrain.kernels.hopper.tile_keys import (
     load_rows,
     multiply_dq,
     next_block,
+    place_keys,
     put_dq,
     read_slot,
     settle_dq,
@@ -304,11 +305,8 @@ def _compute(
             slab_ptr += slabs.to(gl.int64) * (16 * HEAD_DIM)
     if not FROM_REGISTERS:
         settle_dq(steps, HALF_INDEX)
-    key = first_key + gl.arange(0, HALF, gl.SliceLayout(1, o_layout))
-    column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, o_layout))
-    offset = (begin_k + key).to(gl.int64) * stride_t + head_kv * stride_h
-    inside = (key < length_k)[:, None] & (column < HEAD_DIM)[None, :]
-    place_out = offset[:, None] + column[None, :]
+    keys = (first_key, length_k, begin_k, head_kv)
+    place_out, inside = place_keys(keys, (stride_t, stride_h), HEAD_DIM, o_layout, (HALF, BLOCK_D))
     gl.store(dv_ptr + place_out, (dv * keep_scale).to(dtype), mask=inside)
     gl.store(dk_ptr + place_out, (dk * (scale * keep_scale)).to(dtype), mask=inside)
 

@@ -22,7 +22,7 @@ from lctrain.kernels.hopper.signals import (
     give_place,
 )
 from lctrain.kernels.hopper.step import held
-from lctrain.kernels.hopper.tile_keys import keys_weights, next_block
+from lctrain.kernels.hopper.tile_keys import keys_weights, next_block, place_keys
 from lctrain.kernels.hopper.varlen_bwd_dq import reduce_dq
 from lctrain.kernels.tile.logits import LOG2_E
 
@@ -136,10 +136,7 @@ def compute_wide(
         further = gl.where(block == last_block, slabs_per_head, (1 - GROUP) * slabs_per_head)
         further += (block - last_block) * SLABS
         slab_ptr += further.to(gl.int64) * (16 * HEAD_DIM)
-    key = first_key + gl.arange(0, HALF, gl.SliceLayout(1, o_layout))
-    column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, o_layout))
-    offset = (begin_k + key).to(gl.int64) * stride_t + head_kv * stride_h
-    inside = (key < length_k)[:, None] & (column < HEAD_DIM)[None, :]
-    place_out = offset[:, None] + column[None, :]
+    keys = (first_key, length_k, begin_k, head_kv)
+    place_out, inside = place_keys(keys, (stride_t, stride_h), HEAD_DIM, o_layout, (HALF, BLOCK_D))
     gl.store(dv_ptr + place_out, (dv * keep_scale).to(dtype), mask=inside)
     gl.store(dk_ptr + place_out, (dk * (scale * keep_scale)).to(dtype), mask=inside)
