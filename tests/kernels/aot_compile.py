@@ -39,6 +39,8 @@ MATRIX_INSTRUCTIONS = {
 TMA_LOADS = re.compile(r"\bcp\.async\.bulk\.tensor\.\d+d\.shared")
 # ptxas' notes that it runs asynchronous products one by one, or has no registers for them.
 SERIALISED = re.compile(r"C751[0-9]")
+# Named barriers by number, as Triton writes them; those of signals.py are in registers.
+BARRIERS = re.compile(r"\bbar(?:rier)?(?:\.cta)?\.(?:sync|arrive|red)\S*\s+(\d+)")
 # Address, predicate, name and operands of a machine instruction.
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/ +(@\S+ +)?([A-Z][A-Z0-9_.]*)([^;]*);")
 
@@ -113,7 +115,10 @@ def compile_variant(target: str, variant: KernelVariant) -> dict:
     with contextlib.redirect_stdout(log):
         compiled = triton.compile(source, target=gpu_target(target), options=variant.options)
     assembly = compiled.asm["ptx" if is_nvidia(target) else "amdgcn"]
-    extra = {"loop_spills": loop_spills(compiled)} if target == "hopper" else {}
+    extra = {}
+    if target == "hopper":
+        barriers = sorted({int(number) for number in BARRIERS.findall(assembly)})
+        extra = {"loop_spills": loop_spills(compiled), "barriers": barriers}
     return {
         "matrix_instructions": len(re.findall(MATRIX_INSTRUCTIONS[target], assembly)),
         "tma_loads": len(TMA_LOADS.findall(assembly)),

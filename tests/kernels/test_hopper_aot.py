@@ -5,7 +5,7 @@ import torch
 from triton.runtime.jit import mangle_type
 
 from lctrain.kernels import make_schedule
-from lctrain.kernels.hopper import aot, differential, dual_chunk, varlen
+from lctrain.kernels.hopper import aot, differential, dual_chunk, signals, varlen
 from lctrain.kernels.hopper.config import DIFFERENTIAL_COLUMNS
 from tests.kernels.aot_process import VERSIONS, compile_all
 
@@ -30,6 +30,10 @@ def test_compiles_to_what_the_hardware_has(version, features):
     assert not copying, "these load without the copy engine"
     large = {r["name"]: r["shared_bytes"] for r in reports if r["shared_bytes"] > SHARED_LIMIT}
     assert not large, f"these need more than the {SHARED_LIMIT} bytes of shared memory of sm_90"
+    for report in reports:
+        free = signals.V_EMPTY.value if "_fwd-" in report["name"] else signals.DS_FULL.value
+        assert 0 in report["barriers"], "every kernel brings its first warpgroup together"
+        assert max(report["barriers"]) < free, f"{report['name']}: Triton takes our barriers"
     plain = [report for report in reports if "-causal-" in report["name"]]
     serialised = [report["name"] for report in plain if report["serialised"]]
     assert not serialised, "ptxas runs the matrix instructions of these one by one"
