@@ -48,6 +48,8 @@ def select_backend(
     device: torch.device | str,
     dtype: torch.dtype = torch.bfloat16,
     backend: str = "auto",
+    *,
+    warn: bool = True,
 ) -> str:
     """Returns the implementation that serves tensors of this device and dtype.
 
@@ -55,6 +57,7 @@ def select_backend(
         device: Where q, k and v live.
         dtype: Their dtype.
         backend: "auto" or the name of an implementation.
+        warn: Say once if a GPU will run the slow path.
 
     Returns:
         "hopper", "triton" or "pytorch". "hopper" is for calls that its kernels can serve: see
@@ -72,7 +75,8 @@ def select_backend(
             return "pytorch"
         if TRITON_INSTALLED and dtype in (torch.float16, torch.bfloat16):
             return "hopper" if hopper_serves(device) else "triton"
-        _warn_of_slow_path(dtype)
+        if warn:
+            _warn_of_slow_path(dtype)
         return "pytorch"
     if backend == "hopper":
         if dtype not in (torch.float16, torch.bfloat16):

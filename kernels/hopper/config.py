@@ -96,15 +96,15 @@ def entry_registers(consumers: int) -> int:
     return REGISTERS if consumers == CONSUMERS else REGISTERS_OF_THREE
 
 
-def backward_tile(columns: int, needs_more: bool, deterministic: bool) -> BackwardTile:
+def backward_tile(columns: int, drops_or_caps: bool, deterministic: bool) -> BackwardTile:
     """Returns the tile of a backward.
 
     Args:
         columns: Of a tile.
-        needs_more: Dropout or softcap, for which blocks of 128 queries have no registers.
+        drops_or_caps: Dropout or softcap, for which blocks of 128 queries have no registers.
         deterministic: Whether dq must have the same bits in every run.
     """
-    plain = not (needs_more or deterministic)
+    plain = not (drops_or_caps or deterministic)
     table = _BACKWARD | _BACKWARD_WIDE if plain else _BACKWARD
     tile = _backward_override or table[columns]
     if plain:

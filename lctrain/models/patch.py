@@ -53,7 +53,9 @@ def patch_model(model: nn.Module, attention: str = "flash", **options: Any) -> "
 
 
 def serving_backend(model: nn.Module, spec: AttentionSpec) -> str:
-    """Returns which kernels will serve the model where it is now.
+    """Returns which kernels will serve the model where it is now, in autocast's dtype if it is on.
+
+    Weights in float32 warn of nothing: under autocast the calls are in another dtype.
 
     Raises:
         ValueError: if the backend that the spec names cannot.
@@ -66,7 +68,9 @@ def serving_backend(model: nn.Module, spec: AttentionSpec) -> str:
         device, dtype = weight.device, weight.dtype
     if spec.backend != "auto" and device.type == "cpu" and torch.cuda.is_available():
         device = torch.device("cuda")  # a model is often patched before it is moved
-    return select_backend(device, dtype, backend_of(spec, device, dtype))
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    return select_backend(device, dtype, backend_of(spec, device, dtype), warn=False)
 
 
 def _hooks(model: nn.Module) -> list[InputHook]:

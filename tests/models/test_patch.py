@@ -1,13 +1,16 @@
 """patch_model and its handle: options, what repr says, and the way back."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from lctrain.attention import FlashSpec
+from lctrain.kernels import backend
 from lctrain.models import patch_model
+from lctrain.models.patch import serving_backend
 from tests.models.families import FAMILIES, make_documents, make_model, outputs, packed_outputs
 
 
@@ -145,6 +148,19 @@ def test_repr_of_a_model_that_its_backend_cannot_serve(monkeypatch):
 
     monkeypatch.setattr(kernels, "select_backend", refuse)
     assert "kernels: none: backend must fit" in repr(handle)
+
+
+def test_float32_weights_warn_of_no_slow_path(recwarn, monkeypatch):
+    """Mixed precision keeps them in float32, and calls attention in bfloat16."""
+    monkeypatch.setattr(backend, "_warned", set())
+    weight = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    model = SimpleNamespace(parameters=lambda: iter([weight]))
+    assert serving_backend(model, FlashSpec()) == "pytorch"
+    assert not recwarn
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: device_type == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device_type: torch.bfloat16)
+    monkeypatch.setattr(backend, "hopper_serves", lambda device: False)
+    assert serving_backend(model, FlashSpec()) == "triton"
 
 
 def test_every_layer_carries_the_spec():
