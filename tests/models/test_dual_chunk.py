@@ -299,7 +299,7 @@ def test_deterministic_layers_name_the_portable_kernels_on_hopper(monkeypatch):
         raise InterruptedError(backend)
 
     monkeypatch.setattr(kernels, "dual_chunk_attn_varlen_func", attend)
-    monkeypatch.setattr(kernels, "select_backend", lambda *_: "hopper")
+    monkeypatch.setattr(kernels, "select_backend", lambda *_, **__: "hopper")
     for deterministic, name in ((False, "auto"), (True, "triton")):
         handle = patch_model(make_rotary_model("llama"), **SMALL, deterministic=deterministic)
         with handle, pytest.raises(InterruptedError, match=name):
