@@ -36,6 +36,19 @@ keys_of_tile = _with(
 queries_of_key = _with(chunks.queries_of_key, own_begin=own_begin)
 queries_of_tile = _with(chunks.queries_of_tile, queries_of_key=queries_of_key)
 
+_WAITS = gl.constexpr(
+    tuple(f"cp.async.bulk.wait_group {later}; mov.b32 $0, $1;" for later in range(3))
+)
+_PAIRS = range(16)  # of halves that a thread has of 64 x 64
+_FINISHED = gl.constexpr(
+    "{ .reg .pred go; .reg .b32 x; mov.b32 x, 0; "
+    + " ".join(f"xor.b32 x, x, ${16 + pair};" for pair in _PAIRS)
+    + " setp.ne.s32 go, $32, 0; setp.eq.and.b32 go, x, 1, go; @go bar.sync 3, 256; "
+    + " ".join(f"mov.b32 ${pair}, ${16 + pair};" for pair in _PAIRS)
+    + " }"
+)
+_FINISHED_CONSTRAINTS = gl.constexpr(",".join(["=r"] * 16 + ["r"] * 48))
+
 
 @gluon.jit
 def held(buffers, index, never):
@@ -70,20 +83,37 @@ def rounded(x, dtype: gl.constexpr):
 
 
 @gluon.jit
-def wait_written():
-    """Waits until this warp's copies out of shared memory are in global memory.
+def finished(p, never):
+    """p, all of which is there before the next wait for products.
+
+    Left alone, ptxas moves such a wait above the exponentials that were to run meanwhile. Here a
+    barrier that never comes to be depends on all of a thread's values, and the wait stays below it.
+
+    Args:
+        p: [64, 64] in half precision, of a warpgroup.
+        never: A condition that is never met, which the compiler cannot know.
+    """
+    return gl.inline_asm_elementwise(
+        _FINISHED,
+        _FINISHED_CONSTRAINTS,
+        [p, gl.where(never, 1, 0)],
+        dtype=p.dtype,
+        is_pure=False,
+        pack=32,
+    )
+
+
+@gluon.jit
+def wait_written(LATER: gl.constexpr):
+    """Waits until this warp's copies out of shared memory, but for the last, are in global memory.
 
     Gluon's own wait is over when they have read shared memory.
+
+    Args:
+        LATER: Copies that may be on their way still, at most two.
     """
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
-    gl.inline_asm_elementwise(
-        "cp.async.bulk.wait_group 0; mov.b32 $0, $1;",
-        "=r,r",
-        [lane],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    gl.inline_asm_elementwise(_WAITS[LATER], "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

@@ -137,14 +137,16 @@ def keys_weights(
     if masked:
         local_key = gl.arange(0, HALF, gl.SliceLayout(1, s_layout))
         local_query = gl.arange(0, BLOCK_M, gl.SliceLayout(0, s_layout))
+        # Bits 1 and 2 tell a thread's columns from another's: the rest of a column is a constant.
+        column = (local_query & ~6)[None, :]
+        ahead = local_key[:, None] - (local_query & 6)[None, :] - query
+        known = (local_key < keys_here)[:, None]
         if HAS_RIGHT:
-            last = gl.minimum(local_query + (query + reach), keys_here - 1)
-            s = gl.where(local_key[:, None] <= last[None, :], s, float("-inf"))
+            s = gl.where(gl.where(known, ahead - reach, BLOCK_M) <= column, s, float("-inf"))
         else:
-            s = gl.where(local_key[:, None] < keys_here, s, float("-inf"))
+            s = gl.where(known, s, float("-inf"))
         if HAS_LEFT:
-            first = local_query + (query + past)
-            s = gl.where(local_key[:, None] >= first[None, :], s, float("-inf"))
+            s = gl.where(ahead - past >= column, s, float("-inf"))
     return gl.exp2(s * multiplier - lse[None, :])
 
 

@@ -8,6 +8,8 @@ from lctrain.kernels.hopper.step import add_four, query_blocks, wait_written
 from lctrain.kernels.hopper.tile_keys import give_back_dq, next_block, take_dq
 
 _RAGGED = gl.constexpr(1 << 30)
+import os
+_SEM = gl.constexpr(os.environ.get("LCT_SEM", "release"))
 
 
 @gluon.jit
@@ -58,14 +60,18 @@ def add_dq(
     COLUMNS: gl.constexpr = SHAPE[2] // 2
     head = head_kv * GROUP
     block = high - 1
-    for _ in range(GROUP * (high - low)):
-        row = _RAGGED - length_q + block * BLOCK_M
+    steps = GROUP * (high - low)
+    turn = _turn(turns, head, block, begin_q, BLOCK_M)
+    last_turn = turn
+    there = 0
+    for step in range(steps):
         earlier = _earlier_tiles(block, tile, window, SHAPE)
         awaited = earlier
         if not DETERMINISTIC:
             awaited = gl.minimum(earlier, 1)
-        turn = _turn(turns, head, block, begin_q, BLOCK_M)
-        _await_shares(turn, awaited)
+        if there < awaited:
+            _await_shares(turn, awaited)
+        row = _RAGGED - length_q + block * BLOCK_M
         for half in gl.static_range(2):
             place = [_RAGGED, begin_q + length_q, row, head, half * COLUMNS]
             share = take_dq(dq_bufs, half, dq_desc)
@@ -74,10 +80,19 @@ def add_dq(
             else:
                 tma_add(dq_desc, place, share)
         give_back_dq()
-        wait_written()
+        # The share of the step before has arrived meanwhile, this one's has not.
+        wait_written(2)
         partition_barrier()
-        gl.atomic_add(turn, 1, sem="release")
+        gl.atomic_add(last_turn, gl.where(step > 0, 1, 0), sem=_SEM)
+        last_turn = turn
         head, block = next_block(head, block, head_kv, low, high, GROUP, True)
+        turn = _turn(turns, head, block, begin_q, BLOCK_M)
+        # Looked at ahead, so that nothing waits for the answer.
+        there = gl.load(turn, mask=step < steps - 1, other=0, volatile=True)
+    if steps > 0:
+        wait_written(0)
+        partition_barrier()
+        gl.atomic_add(last_turn, 1, sem=_SEM)
 
 
 @gluon.jit

@@ -26,6 +26,7 @@ from lctrain.kernels.hopper.signals import (
 )
 from lctrain.kernels.hopper.step import (
     draw_words,
+    finished,
     held,
     kept,
     load_key,
@@ -37,6 +38,7 @@ from lctrain.kernels.hopper.step import (
 from lctrain.kernels.hopper.tile_keys import (
     allocate_dq,
     allocate_rings,
+    keys_weights,
     load_rows,
     multiply_dq,
     next_block,
@@ -134,6 +136,137 @@ def _load(
 
 
 @gluon.jit
+def _start(shared, of_keys, of_queries, place, zero, never, HALF_INDEX: gl.constexpr):
+    """Starts S (k and q) or dP (v and dout) of the block of queries in `place`."""
+    return warpgroup_mma(
+        held(of_keys, HALF_INDEX, never),
+        of_queries.index(place).permute((1, 0)),
+        zero,
+        use_acc=False,
+        is_async=True,
+    )
+
+
+@gluon.jit
+def _draw(random, head, query, first_key, s_layout: gl.constexpr, HAS_DROPOUT: gl.constexpr):
+    """Random bits of a block of weights. They need no scores, so they are drawn meanwhile."""
+    words = 0
+    if HAS_DROPOUT:
+        key_0, key_1, document_key, _ = random
+        words = draw_words(
+            key_0,
+            key_1,
+            document_key,
+            head.to(gl.uint32),
+            query,
+            gl.arange(0, 64, gl.SliceLayout(0, s_layout))[None, :],
+            first_key,
+            gl.arange(0, 64, gl.SliceLayout(1, s_layout))[:, None],
+        )
+    return words
+
+
+@gluon.jit
+def _weigh(
+    s,
+    words,
+    lse,
+    query,
+    bounds,
+    random,
+    numbers,
+    never,
+    dtype: gl.constexpr,
+    s_layout: gl.constexpr,
+    FLAGS: gl.constexpr,
+):
+    """(p, p times softcap's slope), both [keys, queries] in half precision.
+
+    Whether a weight is kept is its sign, in both. Without softcap they are the same.
+    """
+    scale, softcap, _ = numbers
+    HAS_SOFTCAP: gl.constexpr = FLAGS[2]
+    HAS_DROPOUT: gl.constexpr = FLAGS[3]
+    multiplier = scale * _LOG2_E
+    if HAS_SOFTCAP:
+        bounded = tanh(s * (scale / softcap))
+        s = bounded * (softcap * _LOG2_E)
+        multiplier = 1.0
+    p = keys_weights(s, lse, query, bounds, multiplier, 64, s_layout, FLAGS)
+    if HAS_DROPOUT:
+        local_key = gl.arange(0, 64, gl.SliceLayout(1, s_layout))
+        p = gl.where(kept(words, local_key[:, None], random[3]), p, -p)
+    if HAS_SOFTCAP:
+        weights = rounded(p * (1.0 - bounded * bounded), dtype)
+        return finished(rounded(p, dtype), never), weights
+    else:
+        p = finished(rounded(p, dtype), never)
+        return p, p
+
+
+@gluon.jit
+def _spend(
+    shared,
+    ds_bufs,
+    step,
+    p,
+    dp,
+    weights,
+    sums,
+    zeros,
+    never,
+    SHAPE: gl.constexpr,
+    FLAGS: gl.constexpr,
+    LAYOUTS: gl.constexpr,
+    HALF_INDEX: gl.constexpr,
+    TURNED: gl.constexpr,
+):
+    """Starts all that takes a step's p: the products of (dq, dk, dv).
+
+    dp is there already, but with dropout, where it waits until the random bits are gone.
+    """
+    k_bufs, v_bufs, q_bufs, do_bufs, _, delta_bufs, _, rings = shared
+    _, do_ready = rings
+    dk, dv = sums
+    zero_s, zero_q = zeros
+    STAGES: gl.constexpr = SHAPE[3]
+    HAS_DROPOUT: gl.constexpr = FLAGS[3]
+    LATE: gl.constexpr = HAS_DROPOUT or FLAGS[2]
+    dtype: gl.constexpr = k_bufs.dtype
+    s_layout: gl.constexpr = LAYOUTS[0]
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, LAYOUTS[1], 2)
+    place = step % STAGES
+    seen = p
+    if HAS_DROPOUT:
+        seen = gl.where(p < 0.0, gl.zeros_like(p), p)
+    if LATE:
+        mbarrier.wait(do_ready.index(place), (step // STAGES) & 1)
+        dp = _start(shared, v_bufs, do_bufs, place, zero_s, never, HALF_INDEX)
+    delta = delta_bufs.index(place).load(gl.SliceLayout(0, s_layout))
+    dv = warpgroup_mma(
+        gl.convert_layout(seen, p_layout), do_bufs.index(place), dv, is_async=True
+    )
+    weights = weights.to(gl.float32)
+    if LATE:
+        dp = warpgroup_mma_wait(1, deps=[dp])
+    if HAS_DROPOUT:
+        dp = gl.where(weights > 0.0, dp, 0.0)
+        weights = gl.abs(weights)
+    ds = weights * (dp - delta[None, :])
+    ds = ds.to(dtype)
+    ds_operand = gl.convert_layout(ds, p_layout)
+    # Two buffers: a half that is written now was read two steps ago, before both warpgroups met at
+    # DS_FULL.
+    buffer = step & 1
+    ds_bufs.index(buffer * 2 + HALF_INDEX).store(ds)
+    fence_async_shared()
+    await_signal(DS_FULL, BOTH, 4)
+    dq = multiply_dq(ds_bufs, k_bufs, buffer, zero_q, HALF_INDEX, TURNED)
+    dk = warpgroup_mma(ds_operand, q_bufs.index(place), dk, is_async=True)
+    return dq, dk, dv
+
+
+@gluon.jit
 def _compute(
     inputs,
     GROUP: gl.constexpr,
@@ -142,24 +275,26 @@ def _compute(
     FLAGS: gl.constexpr,
     HALF_INDEX: gl.constexpr,
 ):
-    """One warpgroup: half of the tile's keys, and half of the columns of dq."""
+    """One warpgroup: half of the tile's keys, and half of the columns of dq.
+
+    The next step begins before a step ends, so that products always have company: S runs with dK,
+    while dq leaves, and dP while the weights are found.
+    """
     shared, dq_out, ds_bufs, results, tile, window, random, numbers = inputs
-    k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings = shared
+    k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, _, kv_ready, rings = shared
     q_ready, do_ready = rings
     dk_ptr, dv_ptr, stride_t, stride_h = results
     head_kv, _, length_q, begin_k, length_k, first, low, high = tile
     left, right = window
     seed_ptr, document_ids_ptr, document, threshold = random
-    scale, softcap, keep_scale = numbers
+    scale, _, keep_scale = numbers
     BLOCK_M: gl.constexpr = SHAPE[0]
     BLOCK_N: gl.constexpr = SHAPE[1]
     BLOCK_D: gl.constexpr = SHAPE[2]
     STAGES: gl.constexpr = SHAPE[3]
     FROM_REGISTERS: gl.constexpr = SHAPE[4]
-    HAS_LEFT: gl.constexpr = FLAGS[0]
-    HAS_RIGHT: gl.constexpr = FLAGS[1]
-    HAS_SOFTCAP: gl.constexpr = FLAGS[2]
     HAS_DROPOUT: gl.constexpr = FLAGS[3]
+    LATE: gl.constexpr = HAS_DROPOUT or FLAGS[2]
     HALF: gl.constexpr = BLOCK_N // 2
     COLUMNS: gl.constexpr = BLOCK_D // 2
     dtype: gl.constexpr = k_bufs.dtype
@@ -169,140 +304,122 @@ def _compute(
     DQ_ROWS: gl.constexpr = COLUMNS if TURNED else BLOCK_M
     DQ_COLUMNS: gl.constexpr = BLOCK_M if TURNED else COLUMNS
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_COLUMNS, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     column_s: gl.constexpr = gl.SliceLayout(0, s_layout)
 
     first_key = first + HALF_INDEX * HALF
-    local_key = gl.arange(0, HALF, gl.SliceLayout(1, s_layout))
-    local_query = gl.arange(0, BLOCK_M, column_s)
     # Bounds of what is seen, relative to this warpgroup's first key.
     keys_here = length_k - first_key
-    reach = keys_here - length_q + right
-    past = keys_here - length_q - left
-    multiplier = scale * _LOG2_E
-    if HAS_SOFTCAP:
-        multiplier = 1.0
+    bounds = (keys_here, keys_here - length_q + right, keys_here - length_q - left)
     key_0 = 0
     key_1 = 0
     document_key = 0
     if HAS_DROPOUT:
         key_0, key_1, document_key = load_key(seed_ptr, document_ids_ptr, document)
+    random = (key_0, key_1, document_key, threshold)
     dk = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
     dv = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
     zero_s = gl.zeros([HALF, BLOCK_M], gl.float32, s_layout)
     zero_q = gl.zeros([DQ_ROWS, DQ_COLUMNS], gl.float32, dq_layout)
+    zeros = (zero_s, zero_q)
     head = head_kv * GROUP
     block = high - 1
     steps = GROUP * (high - low)
     if FROM_REGISTERS:
         slab_ptr, slabs_per_head = dq_out
     mbarrier.wait(kv_ready, 0)
-    for step in range(steps):
-        place = step % STAGES
-        phase = (step // STAGES) & 1
-        query = block * BLOCK_M
+    if steps > 0:
         never = block < low
-        mbarrier.wait(q_ready.index(place), phase)
-        s_token = warpgroup_mma(
-            held(k_bufs, HALF_INDEX, never),
-            q_bufs.index(place).permute((1, 0)),
-            zero_s,
-            use_acc=False,
-            is_async=True,
+        query = block * BLOCK_M
+        mbarrier.wait(q_ready.index(0), 0)
+        s_token = _start(shared, k_bufs, q_bufs, 0, zero_s, never, HALF_INDEX)
+        dp = zero_s
+        if not LATE:
+            mbarrier.wait(do_ready.index(0), 0)
+            dp = _start(shared, v_bufs, do_bufs, 0, zero_s, never, HALF_INDEX)
+        lse = lse_bufs.index(0).load(column_s)
+        words = _draw(random, head, query, first_key, s_layout, HAS_DROPOUT)
+        s = warpgroup_mma_wait(1 - LATE, deps=[s_token])
+        p, weights = _weigh(
+            s, words, lse, query, bounds, random, numbers, never, dtype, s_layout, FLAGS
         )
-        if not HAS_DROPOUT:
-            mbarrier.wait(do_ready.index(place), phase)
-            dp_token = warpgroup_mma(
-                held(v_bufs, HALF_INDEX, never),
-                do_bufs.index(place).permute((1, 0)),
-                zero_s,
-                use_acc=False,
-                is_async=True,
+        if not LATE:
+            dp = warpgroup_mma_wait(0, deps=[dp])
+        for step in range(steps - 1):
+            never = block < low
+            dq_token, dk_token, dv_token = _spend(
+                shared,
+                ds_bufs,
+                step,
+                p,
+                dp,
+                weights,
+                (dk, dv),
+                zeros,
+                never,
+                SHAPE,
+                FLAGS,
+                (s_layout, o_layout),
+                HALF_INDEX,
+                TURNED,
             )
-        lse = lse_bufs.index(place).load(column_s)
-        if HAS_DROPOUT:
-            words = draw_words(
-                key_0,
-                key_1,
-                document_key,
-                head.to(gl.uint32),
-                query,
-                local_query[None, :],
-                first_key,
-                local_key[:, None],
+            dv = warpgroup_mma_wait(2, deps=[dv_token])
+            give_place(DO_EMPTY, step % STAGES, LOADER_AND_BOTH)
+            rows_left = length_q - block * BLOCK_M
+            last_block = block
+            head, block = next_block(head, block, head_kv, low, high, GROUP, True)
+            query = block * BLOCK_M
+            place = (step + 1) % STAGES
+            phase = ((step + 1) // STAGES) & 1
+            mbarrier.wait(q_ready.index(place), phase)
+            s_token = _start(shared, k_bufs, q_bufs, place, zero_s, never, HALF_INDEX)
+            dq = warpgroup_mma_wait(2, deps=[dq_token])
+            if FROM_REGISTERS:
+                reduce_dq(dq, slab_ptr, rows_left, HALF_INDEX, HEAD_DIM)
+                slabs = (block - last_block) * (BLOCK_M // 16)
+                slabs += gl.where(block == last_block, slabs_per_head, (1 - GROUP) * slabs_per_head)
+                slab_ptr += slabs.to(gl.int64) * (16 * HEAD_DIM)
+            else:
+                put_dq(dq, dq_out, step, HALF_INDEX, TURNED)
+            if LATE:
+                dk = warpgroup_mma_wait(1, deps=[dk_token])
+            else:
+                mbarrier.wait(do_ready.index(place), phase)
+                dp = _start(shared, v_bufs, do_bufs, place, zero_s, never, HALF_INDEX)
+                dk = dk_token
+            lse = lse_bufs.index(place).load(column_s)
+            words = _draw(random, head, query, first_key, s_layout, HAS_DROPOUT)
+            dk, s = warpgroup_mma_wait(1 - LATE, deps=[dk, s_token])
+            give_place(Q_EMPTY, step % STAGES, LOADER_AND_BOTH)
+            p, weights = _weigh(
+                s, words, lse, query, bounds, random, numbers, never, dtype, s_layout, FLAGS
             )
-        s = warpgroup_mma_wait(1 - HAS_DROPOUT, deps=[s_token])
-        if HAS_SOFTCAP:
-            bounded = tanh(s * (scale / softcap))
-            s = bounded * (softcap * _LOG2_E)
-        # Keys beyond the document's end are zero, and 2^(0 - lse) may overflow.
-        masked = keys_here < HALF
-        if HAS_RIGHT:
-            masked = masked | (query + reach < HALF - 1)
-        if HAS_LEFT:
-            masked = masked | (query + BLOCK_M - 1 + past > 0)
-        if masked:
-            seen = local_key[:, None] < keys_here
-            if HAS_RIGHT:
-                seen = seen & (local_key[:, None] <= (local_query + (query + reach))[None, :])
-            if HAS_LEFT:
-                seen = seen & (local_key[:, None] >= (local_query + (query + past))[None, :])
-            s = gl.where(seen, s, float("-inf"))
-        p = gl.exp2(s * multiplier - lse[None, :])
-        if HAS_DROPOUT:
-            # Whether a weight is kept goes into its sign; dp waits until the random bits are gone.
-            p = rounded(gl.where(kept(words, local_key[:, None], threshold), p, -p), dtype)
-            p_operand = gl.convert_layout(gl.where(p < 0.0, gl.zeros_like(p), p), p_layout)
-            mbarrier.wait(do_ready.index(place), phase)
-            dp_token = warpgroup_mma(
-                held(v_bufs, HALF_INDEX, never),
-                do_bufs.index(place).permute((1, 0)),
-                zero_s,
-                use_acc=False,
-                is_async=True,
-            )
-            dv_token = warpgroup_mma(p_operand, do_bufs.index(place), dv, is_async=True)
-            delta = delta_bufs.index(place).load(column_s)
-            dp = warpgroup_mma_wait(1, deps=[dp_token])
-            p = p.to(gl.float32)
-            ds = gl.abs(p) * (gl.where(p > 0.0, dp, 0.0) - delta[None, :])
-        else:
-            # Until dp is there, the weights are kept as the product takes them: half the registers.
-            p = p.to(dtype)
-            p_operand = gl.convert_layout(p, p_layout)
-            delta = delta_bufs.index(place).load(column_s)
-            # A wait that never comes to be: ptxas does not move the next one above it.
-            await_signal(DS_FULL, BOTH, 4, gl.where(never, 1, 0))
-            dp = warpgroup_mma_wait(0, deps=[dp_token])
-            dv_token = warpgroup_mma(p_operand, do_bufs.index(place), dv, is_async=True)
-            ds = p.to(gl.float32) * (dp - delta[None, :])
-        if HAS_SOFTCAP:
-            ds = ds * (1.0 - bounded * bounded)
-        ds = ds.to(dtype)
-        ds_operand = gl.convert_layout(ds, p_layout)
-        # Two buffers: a half that is written now was read two steps ago, before both warpgroups
-        # met at DS_FULL.
-        buffer = step & 1
-        ds_bufs.index(buffer * 2 + HALF_INDEX).store(ds)
-        fence_async_shared()
-        await_signal(DS_FULL, BOTH, 4)
-        dq_token = multiply_dq(ds_bufs, k_bufs, buffer, zero_q, HALF_INDEX, TURNED)
-        dk_token = warpgroup_mma(ds_operand, q_bufs.index(place), dk, is_async=True)
-        dv = warpgroup_mma_wait(3, deps=[dv_token])
-        give_place(DO_EMPTY, place, LOADER_AND_BOTH)
-        dq = warpgroup_mma_wait(1, deps=[dq_token])
+            if not LATE:
+                dp = warpgroup_mma_wait(0, deps=[dp])
+        step = steps - 1
+        dq_token, dk_token, dv_token = _spend(
+            shared,
+            ds_bufs,
+            step,
+            p,
+            dp,
+            weights,
+            (dk, dv),
+            zeros,
+            never,
+            SHAPE,
+            FLAGS,
+            (s_layout, o_layout),
+            HALF_INDEX,
+            TURNED,
+        )
+        dq, dv = warpgroup_mma_wait(1, deps=[dq_token, dv_token])
+        give_place(DO_EMPTY, step % STAGES, LOADER_AND_BOTH)
         if FROM_REGISTERS:
-            reduce_dq(dq, slab_ptr, length_q - query, HALF_INDEX, HEAD_DIM)
+            reduce_dq(dq, slab_ptr, length_q - block * BLOCK_M, HALF_INDEX, HEAD_DIM)
         else:
             put_dq(dq, dq_out, step, HALF_INDEX, TURNED)
         dk = warpgroup_mma_wait(0, deps=[dk_token])
-        give_place(Q_EMPTY, place, LOADER_AND_BOTH)
-        last_block = block
-        head, block = next_block(head, block, head_kv, low, high, GROUP, True)
-        if FROM_REGISTERS:
-            slabs = (block - last_block) * (BLOCK_M // 16)
-            slabs += gl.where(block == last_block, slabs_per_head, (1 - GROUP) * slabs_per_head)
-            slab_ptr += slabs.to(gl.int64) * (16 * HEAD_DIM)
+        give_place(Q_EMPTY, step % STAGES, LOADER_AND_BOTH)
     if not FROM_REGISTERS:
         settle_dq(steps, HALF_INDEX)
     keys = (first_key, length_k, begin_k, head_kv)
