@@ -82,7 +82,7 @@ def _load(
     lanes: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
     local = gl.arange(0, BLOCK_M, lanes)
     head = head_kv * GROUP
-    block = low
+    block = high - 1
     steps = GROUP * (high - low)
     for step in range(steps):
         place = step % STAGES
@@ -120,7 +120,7 @@ def _load(
         copy_arrive(do_ready.index(place))
         queries = (begin_q + length_q, row, head)
         load_block(do_desc, do_bufs.index(place), do_ready.index(place), queries)
-        head, block = next_block(head, block, head_kv, low, high, GROUP, False)
+        head, block = next_block(head, block, head_kv, low, high, GROUP, True)
     settle_places(Q_EMPTY, steps, STAGES, LOADER_AND_BOTH)
     settle_places(DO_EMPTY, steps, STAGES, LOADER_AND_BOTH)
 
@@ -132,7 +132,7 @@ def _add_dq(dq_descs, dq_bufs, tile, GROUP: gl.constexpr, SHAPE: gl.constexpr):
     BLOCK_M: gl.constexpr = SHAPE[0]
     ROUNDS: gl.constexpr = SHAPE[2] // _COLUMNS
     head = head_kv * GROUP
-    block = low
+    block = high - 1
     for _ in range(GROUP * (high - low)):
         row = _RAGGED - length_q + block * BLOCK_M
         for part in gl.static_range(ROUNDS):
@@ -143,7 +143,7 @@ def _add_dq(dq_descs, dq_bufs, tile, GROUP: gl.constexpr, SHAPE: gl.constexpr):
                     take_dq(dq_bufs, branch, dq_descs[0]),
                 )
             give_back_dq()
-        head, block = next_block(head, block, head_kv, low, high, GROUP, False)
+        head, block = next_block(head, block, head_kv, low, high, GROUP, True)
 
 
 @gluon.jit
@@ -196,13 +196,12 @@ def _compute(
     dv = gl.zeros([HALF, BLOCK_DV], gl.float32, v_layout)
     zero_s = gl.zeros([HALF, BLOCK_M], gl.float32, s_layout)
     zero_q = gl.zeros([BLOCK_D, BLOCK_M] if TURNED else [BLOCK_M, BLOCK_D], gl.float32, dq_layout)
-    head = head_kv * GROUP
-    block = low
     steps = GROUP * (high - low)
     mbarrier.wait(kv_ready, 0)
     for step in range(steps):
         place = step % STAGES
         phase = (step // STAGES) & 1
+        block = high - 1 - step // GROUP  # as next_block has it
         query = block * BLOCK_M
         never = block < low
         k1 = held(k_bufs, HALF_INDEX, never)
@@ -278,7 +277,6 @@ def _compute(
         signal(OWN_READ, BOTH, 4)
         if ROUNDS == 2:
             put_dq(dq_late, dq_bufs, step * ROUNDS + 1, HALF_INDEX, TURNED)
-        head, block = next_block(head, block, head_kv, low, high, GROUP, False)
     await_signal(OTHER_READ, BOTH, 4, gl.where(steps > 0, 1, 0))
     settle_dq(steps, HALF_INDEX)
     keys = (first_key, length_k, begin_k, head_kv)
@@ -343,8 +341,8 @@ def differential_bwd_hopper_kernel(
     HALF: gl.constexpr = BLOCK_N // 2
     KEYS: gl.constexpr = 1 if SHARED_K else 2
     packs = (cu_q_ptr, cu_k_ptr, tiles_ptr)
-    head_kv, document, tile_k, begin_q, length_q, begin_k, length_k = read_slot(packs, HEADS_KV)
-    first = tile_k * BLOCK_N
+    slot = read_slot(packs, HEADS_KV, BLOCK_N)
+    head_kv, document, first, begin_q, length_q, begin_k, length_k = slot
     left, right = load_window(window_ptr, window_left, window_right)
     low, high = query_blocks(
         first, BLOCK_N, length_k - length_q, length_q, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M

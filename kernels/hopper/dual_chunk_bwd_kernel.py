@@ -38,6 +38,7 @@ from lctrain.kernels.hopper.tile_keys import (
     give_back_dq,
     load_rows,
     multiply_dq,
+    next_block,
     place_keys,
     put_dq,
     read_slot,
@@ -125,7 +126,7 @@ def _load(
     lanes: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
     local = gl.arange(0, BLOCK_M, lanes)
     head = head_kv * GROUP
-    block = 0
+    block = all_blocks - 1
     steps = GROUP * all_blocks
     for step in range(steps):
         place = step % STAGES
@@ -151,9 +152,7 @@ def _load(
         copy_arrive(do_ready.index(place))
         queries = (begin_q + length_q, row, head)
         load_block(do_desc, do_bufs.index(place), do_ready.index(place), queries)
-        block += 1
-        head = gl.where(block == all_blocks, head + 1, head)
-        block = gl.where(block == all_blocks, 0, block)
+        head, block = next_block(head, block, head_kv, 0, all_blocks, GROUP, True)
     settle_places(Q_EMPTY, steps, STAGES, LOADER_AND_BOTH)
     settle_places(DO_EMPTY, steps, STAGES, LOADER_AND_BOTH)
 
@@ -166,7 +165,7 @@ def _add_dq(dq_desc, dq_bufs, total_q, tile, GROUP: gl.constexpr, SHAPE: gl.cons
     BLOCK_M: gl.constexpr = SHAPE[0]
     COLUMNS: gl.constexpr = SHAPE[2] // 2
     head = head_kv * GROUP
-    block = 0
+    block = all_blocks - 1
     for _ in range(GROUP * all_blocks):
         row = _RAGGED - length_q + _first_query(block, blocks, BLOCK_M)
         # The second buffer follows the first.
@@ -175,9 +174,7 @@ def _add_dq(dq_desc, dq_bufs, total_q, tile, GROUP: gl.constexpr, SHAPE: gl.cons
             dq_half = take_dq(dq_bufs, half, dq_desc)
             tma_add(dq_desc, [_RAGGED, end, row, head, half * COLUMNS], dq_half)
         give_back_dq()
-        block += 1
-        head = gl.where(block == all_blocks, head + 1, head)
-        block = gl.where(block == all_blocks, 0, block)
+        head, block = next_block(head, block, head_kv, 0, all_blocks, GROUP, True)
 
 
 @gluon.jit
@@ -224,13 +221,13 @@ def _compute(
     dv = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
     zero_s = gl.zeros([HALF, BLOCK_M], gl.float32, s_layout)
     zero_q = gl.zeros([DQ_ROWS, DQ_COLUMNS], gl.float32, dq_layout)
-    block = 0
     steps = GROUP * all_blocks
     mbarrier.wait(kv_ready, 0)
     for step in range(steps):
         place = step % STAGES
         phase = (step // STAGES) & 1
-        never = block > all_blocks
+        block = all_blocks - 1 - step // GROUP  # as next_block has it
+        never = block < 0
         mbarrier.wait(q_ready.index(place), phase)
         s_token = warpgroup_mma(
             held(k_bufs, HALF_INDEX, never),
@@ -291,8 +288,6 @@ def _compute(
         put_dq(dq, dq_bufs, step, HALF_INDEX, TURNED)
         dk = warpgroup_mma_wait(0, deps=[dk_token])
         give_place(Q_EMPTY, place, LOADER_AND_BOTH)
-        block += 1
-        block = gl.where(block == all_blocks, 0, block)
     settle_dq(steps, HALF_INDEX)
     strides = (stride_t, stride_h)
     OUT: gl.constexpr = (HALF, BLOCK_D)
@@ -356,8 +351,8 @@ def dual_chunk_bwd_hopper_kernel(
     dtype: gl.constexpr = q_desc.dtype
     HALF: gl.constexpr = BLOCK_N // 2
     packs = (cu_q_ptr, cu_k_ptr, tiles_ptr)
-    head_kv, document, tile_k, begin_q, length_q, begin_k, length_k = read_slot(packs, HEADS_KV)
-    first = tile_k * BLOCK_N
+    slot = read_slot(packs, HEADS_KV, BLOCK_N)
+    head_kv, document, first, begin_q, length_q, begin_k, length_k = slot
     if logit_scale_ptr is not None:
         scale *= gl.load(logit_scale_ptr + gl.maximum(document, 0))
     geometry = (chunk_length, near)

@@ -21,15 +21,15 @@ _RAGGED = gl.constexpr(1 << 30)
 
 
 @gluon.jit
-def read_slot(packs, HEADS_KV: gl.constexpr):
-    """(head, document, tile of keys, begin_q, length_q, begin_k, length_k) of this program.
+def read_slot(packs, HEADS_KV: gl.constexpr, BLOCK_N: gl.constexpr):
+    """(head, document, first key, begin_q, length_q, begin_k, length_k) of this program.
 
-    All heads of a slot of the schedule, then the next slot. In one dimension: a grid's others end
-    at 65,535. An empty slot has document -1, and the lengths of document 0.
+    The slots of a document are neighbours: all tiles of one of its heads, then the next head, since
+    they share queries in L2. In one dimension: a grid's others end at 65,535. An empty slot has
+    document -1, and the lengths of document 0.
     """
     cu_q_ptr, cu_k_ptr, tiles_ptr = packs
     program = gl.program_id(0)
-    head_kv = program % HEADS_KV
     slot = program // HEADS_KV
     document = gl.load(tiles_ptr + 2 * slot)
     tile_k = gl.load(tiles_ptr + 2 * slot + 1)
@@ -38,7 +38,10 @@ def read_slot(packs, HEADS_KV: gl.constexpr):
     length_q = gl.load(cu_q_ptr + known + 1) - begin_q
     begin_k = gl.load(cu_k_ptr + known)
     length_k = gl.load(cu_k_ptr + known + 1) - begin_k
-    return head_kv, document, tile_k, begin_q, length_q, begin_k, length_k
+    nth = tile_k * HEADS_KV + program % HEADS_KV
+    tiles = gl.maximum((length_k + BLOCK_N - 1) // BLOCK_N, 1)
+    first = nth % tiles * BLOCK_N
+    return nth // tiles, document, first, begin_q, length_q, begin_k, length_k
 
 
 @gluon.jit

@@ -61,13 +61,8 @@ def _locate(packs, window, HEADS_KV: gl.constexpr, SHAPE: gl.constexpr, FLAGS: g
     left, right = window
     BLOCK_M: gl.constexpr = SHAPE[0]
     BLOCK_N: gl.constexpr = SHAPE[1]
-    head_kv, document, tile_k, begin_q, length_q, begin_k, length_k = read_slot(packs, HEADS_KV)
-    # All tiles of a head of a document, then the next head: they share queries in L2.
-    nth = tile_k * HEADS_KV + head_kv
-    tiles = gl.maximum((length_k + BLOCK_N - 1) // BLOCK_N, 1)
-    head_kv = nth // tiles
-    tile_k = nth % tiles
-    first = tile_k * BLOCK_N
+    slot = read_slot(packs, HEADS_KV, BLOCK_N)
+    head_kv, document, first, begin_q, length_q, begin_k, length_k = slot
     low, high = query_blocks(
         first, BLOCK_N, length_k - length_q, length_q, left, right, FLAGS[0], FLAGS[1], BLOCK_M
     )
