@@ -20,7 +20,13 @@ from lctrain.kernels.hopper.signals import (
     give_place,
     settle_places,
 )
-from lctrain.kernels.hopper.softmax import key_words, masked_weights
+from lctrain.kernels.hopper.softmax import (
+    key_words,
+    masked_weights,
+    nothing_seen,
+    scaled,
+    whole_rows,
+)
 from lctrain.kernels.hopper.step import keys_of_query, keys_of_tile, load_key, scalar
 from lctrain.kernels.hopper.tile_list import TILE_FIELDS, TILES_AHEAD, fetch_tiles, read_tile
 from lctrain.kernels.hopper.tile_rows import allocate, load_block, load_queries, store_rows
@@ -223,8 +229,7 @@ def _consume(
         if HAS_DROPOUT:
             key_0, key_1, document_key = load_key(seed_ptr, document_ids_ptr, document)
         random = (key_0, key_1, document_key, tile_head, first, local_query)
-        m = gl.full([64], float("-inf"), gl.float32, row_s)
-        l = gl.zeros([64], gl.float32, row_s)
+        m, l = nothing_seen(BLOCK_N)
         acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
         # Queries at the far position come first, where the tile has far keys.
         far_slot = loaded % Q_STAGES
@@ -310,7 +315,7 @@ def _consume(
                 acc = warpgroup_mma_wait(0, deps=[acc_token])
                 give_place(V_EMPTY, before, THREADS)
                 p = gl.convert_layout(p_next, p_layout)
-                acc = acc * gl.convert_layout(alpha, row_o)[:, None]
+                acc = scaled(acc, alpha, o_layout)
             acc_token = warpgroup_mma(p, v_bufs.index(place), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc_token])
             give_place(V_EMPTY, place, THREADS)
@@ -318,6 +323,7 @@ def _consume(
         else:
             tma_store_wait(0)
             mbarrier.arrive(q_empty.index(result), count=1, pred=served > 0)
+        m, l = whole_rows(m, l, row_s)
         empty = l == 0.0
         whole = gl.where(empty, 1.0, l)
         inverse = gl.convert_layout(keep_scale / whole, row_o)

@@ -16,7 +16,13 @@ from lctrain.kernels.hopper.signals import (
     give_place,
     settle_places,
 )
-from lctrain.kernels.hopper.softmax import block_weights, block_words
+from lctrain.kernels.hopper.softmax import (
+    block_weights,
+    block_words,
+    nothing_seen,
+    scaled,
+    whole_rows,
+)
 from lctrain.kernels.hopper.step import load_key, load_window, scalar
 from lctrain.kernels.hopper.tile_list import TILE_FIELDS, TILES_AHEAD, fetch_tiles, read_tile
 from lctrain.kernels.hopper.tile_rows import allocate, load_block, load_queries, store_rows
@@ -152,8 +158,7 @@ def _consume(
         rows = (first, local_query)
         visible = (shift, length_k, left, right, clear_low, clear_high)
         random = (key_0, key_1, document_key, tile_head, first, local_query)
-        m = gl.full([64], float("-inf"), gl.float32, row_s)
-        l = gl.zeros([64], gl.float32, row_s)
+        m, l = nothing_seen(BLOCK_N)
         acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
         q = q_bufs.index(stage * CONSUMERS + CONSUMER)
         mbarrier.wait(q_ready.index(stage), (served // Q_STAGES) & 1)
@@ -221,7 +226,7 @@ def _consume(
                 acc = warpgroup_mma_wait(0, deps=[acc_token])
                 give_place(V_EMPTY, before, THREADS)
                 p = gl.convert_layout(p_next, p_layout)
-                acc = acc * gl.convert_layout(alpha, row_o)[:, None]
+                acc = scaled(acc, alpha, o_layout)
             acc_token = warpgroup_mma(p, v_bufs.index(place), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc_token])
             give_place(V_EMPTY, place, THREADS)
@@ -230,12 +235,12 @@ def _consume(
             if Q_STAGES > 1:
                 tma_store_wait(0)
                 mbarrier.arrive(q_empty.index(last), count=1, pred=served > 0)
+        m, l = whole_rows(m, l, row_s)
         if HAS_SINK:
             sink = gl.load(sink_ptr + tile_head).to(gl.float32) * _LOG2_E
             m_new = gl.maximum(m, sink)
-            base = gl.where(m_new == float("-inf"), 0.0, m_new)
-            alpha = gl.exp2(m - base)
-            l = l * alpha + gl.exp2(sink - base)
+            alpha = gl.exp2(m - m_new)
+            l = l * alpha + gl.exp2(sink - m_new)
             acc = acc * gl.convert_layout(alpha, row_o)[:, None]
             m = m_new
         empty = l == 0.0
