@@ -14,6 +14,7 @@ from lctrain.kernels.hopper.signals import (
     V_EMPTY,
     await_place,
     give_place,
+    next_place,
     settle_places,
 )
 from lctrain.kernels.hopper.softmax import (
@@ -137,7 +138,8 @@ def _consume(
     start: gl.constexpr = FIRST_RUN % (POSITIONS // RUN) * RUN  # of this warpgroup in the tile
     zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
     served = 0
-    ring = 0
+    place = 0
+    phase = 0
     mbarrier.wait(info_ready.index(0), 0)
     document = scalar(info.index(0), 4)
     while document >= 0:
@@ -155,13 +157,11 @@ def _consume(
             seen = gl.minimum(gl.maximum(first + RUN + shift + right, 0), length_k)
             own = gl.maximum((seen + BLOCK_N - 1) // BLOCK_N, low)
             for _ in range(high - own):
-                place = ring % STAGES
-                phase = (ring // STAGES) & 1
                 mbarrier.wait(k_ready.index(place), phase)
                 give_place(K_EMPTY, place, THREADS)
                 mbarrier.wait(v_ready.index(place), phase)
                 give_place(V_EMPTY, place, THREADS)
-                ring += 1
+                place, phase = next_place(place, phase, STAGES)
             high = own
         clear_high = length_k
         if HAS_RIGHT:
@@ -186,8 +186,7 @@ def _consume(
         q = reinterpret(queries, dtype, [2, 64, BLOCK_D], q_layout)
         mbarrier.wait(q_ready.index(stage), (served // Q_STAGES) & 1)
         if high > low:
-            place = ring % STAGES
-            mbarrier.wait(k_ready.index(place), (ring // STAGES) & 1)
+            mbarrier.wait(k_ready.index(place), phase)
             s1_token = warpgroup_mma(
                 q.index(0),
                 k_bufs.index(place * KEYS).permute((1, 0)),
@@ -217,7 +216,7 @@ def _consume(
                 # By now the last tile's results have left their places.
                 tma_store_wait(0)
                 mbarrier.arrive(q_empty.index((served + 1) % Q_STAGES), count=1, pred=served > 0)
-            mbarrier.wait(v_ready.index(place), (ring // STAGES) & 1)
+            mbarrier.wait(v_ready.index(place), phase)
             s2_token = warpgroup_mma(
                 q.index(1),
                 k_bufs.index(place * KEYS + KEYS - 1).permute((1, 0)),
@@ -245,15 +244,13 @@ def _consume(
                 FLAGS,
             )
             # A wait that is over long since: ptxas does not move the next one above its branch.
-            mbarrier.wait(v_ready.index(place), (ring // STAGES) & 1)
+            mbarrier.wait(v_ready.index(place), phase)
             acc1 = warpgroup_mma_wait(0, deps=[acc1_token])
             p2 = gl.convert_layout(p, p_layout)
             for block in range(1, high - low):
                 # The first branch of a block, while the values before it meet the second branch.
                 before = place
-                ring += 1
-                place = ring % STAGES
-                phase = (ring // STAGES) & 1
+                place, phase = next_place(place, phase, STAGES)
                 mbarrier.wait(k_ready.index(place), phase)
                 s1_token = warpgroup_mma(
                     q.index(0),
@@ -319,7 +316,7 @@ def _consume(
             acc2_token = warpgroup_mma(p2, v_bufs.index(place), acc2, is_async=True)
             acc2 = warpgroup_mma_wait(0, deps=[acc2_token])
             give_place(V_EMPTY, place, THREADS)
-            ring += 1
+            place, phase = next_place(place, phase, STAGES)
         else:
             if Q_STAGES > 1:
                 tma_store_wait(0)

@@ -14,6 +14,7 @@ from lctrain.kernels.hopper.signals import (
     V_EMPTY,
     await_place,
     give_place,
+    next_place,
     settle_places,
 )
 from lctrain.kernels.hopper.softmax import (
@@ -117,7 +118,8 @@ def _consume(
     start: gl.constexpr = FIRST_RUN % (POSITIONS // RUN) * RUN  # of this warpgroup in the tile
     zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
     served = 0
-    ring = 0
+    place = 0
+    phase = 0
     mbarrier.wait(info_ready.index(0), 0)
     document = scalar(info.index(0), 4)
     while document >= 0:
@@ -136,13 +138,11 @@ def _consume(
             seen = gl.minimum(gl.maximum(first + RUN + shift + right, 0), length_k)
             own = gl.maximum((seen + BLOCK_N - 1) // BLOCK_N, low)
             for _ in range(high - own):
-                place = ring % STAGES
-                phase = (ring // STAGES) & 1
                 mbarrier.wait(k_ready.index(place), phase)
                 give_place(K_EMPTY, place, THREADS)
                 mbarrier.wait(v_ready.index(place), phase)
                 give_place(V_EMPTY, place, THREADS)
-                ring += 1
+                place, phase = next_place(place, phase, STAGES)
             high = own
         clear_high = length_k
         if HAS_RIGHT:
@@ -163,8 +163,7 @@ def _consume(
         q = q_bufs.index(stage * CONSUMERS + CONSUMER)
         mbarrier.wait(q_ready.index(stage), (served // Q_STAGES) & 1)
         if high > low:
-            place = ring % STAGES
-            mbarrier.wait(k_ready.index(place), (ring // STAGES) & 1)
+            mbarrier.wait(k_ready.index(place), phase)
             s_token = warpgroup_mma(
                 q, k_bufs.index(place).permute((1, 0)), zero, use_acc=False, is_async=True
             )
@@ -192,12 +191,11 @@ def _consume(
                 tma_store_wait(0)
                 mbarrier.arrive(q_empty.index(last), count=1, pred=served > 0)
             p = gl.convert_layout(p, p_layout)
-            mbarrier.wait(v_ready.index(place), (ring // STAGES) & 1)
+            mbarrier.wait(v_ready.index(place), phase)
             for block in range(1, high - low):
                 before = place
-                ring += 1
-                place = ring % STAGES
-                mbarrier.wait(k_ready.index(place), (ring // STAGES) & 1)
+                place, phase = next_place(place, phase, STAGES)
+                mbarrier.wait(k_ready.index(place), phase)
                 s_token = warpgroup_mma(
                     q, k_bufs.index(place).permute((1, 0)), zero, use_acc=False, is_async=True
                 )
@@ -222,7 +220,7 @@ def _consume(
                     CONSUMERS > 2,
                 )
                 # The branch of this wait keeps ptxas from moving the next one above the weights.
-                mbarrier.wait(v_ready.index(place), (ring // STAGES) & 1)
+                mbarrier.wait(v_ready.index(place), phase)
                 acc = warpgroup_mma_wait(0, deps=[acc_token])
                 give_place(V_EMPTY, before, THREADS)
                 p = gl.convert_layout(p_next, p_layout)
@@ -230,7 +228,7 @@ def _consume(
             acc_token = warpgroup_mma(p, v_bufs.index(place), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc_token])
             give_place(V_EMPTY, place, THREADS)
-            ring += 1
+            place, phase = next_place(place, phase, STAGES)
         else:
             if Q_STAGES > 1:
                 tma_store_wait(0)
