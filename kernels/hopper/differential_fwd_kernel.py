@@ -14,9 +14,16 @@ from lctrain.kernels.hopper.signals import (
     V_EMPTY,
     await_place,
     give_place,
+    next_place,
     settle_places,
 )
-from lctrain.kernels.hopper.softmax import block_weights, block_words
+from lctrain.kernels.hopper.softmax import (
+    block_weights,
+    block_words,
+    nothing_seen,
+    scaled,
+    whole_rows,
+)
 from lctrain.kernels.hopper.step import load_key, load_window, scalar
 from lctrain.kernels.hopper.tile_list import TILE_FIELDS, TILES_AHEAD, fetch_tiles, read_tile
 from lctrain.kernels.hopper.tile_rows import load_block, load_queries, store_rows
@@ -75,8 +82,9 @@ def _load(
 
 
 @gluon.jit
-def _finish(m, l, keep_scale, row_o: gl.constexpr):
+def _finish(m, l, keep_scale, row_s: gl.constexpr, row_o: gl.constexpr):
     """Of one branch: (the factor of its sum, lse)."""
+    m, l = whole_rows(m, l, row_s)
     empty = l == 0.0
     whole = gl.where(empty, 1.0, l)
     lse = gl.where(empty, float("-inf"), (m + gl.log2(whole)) * _LN_2)
@@ -130,7 +138,8 @@ def _consume(
     start: gl.constexpr = FIRST_RUN % (POSITIONS // RUN) * RUN  # of this warpgroup in the tile
     zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
     served = 0
-    ring = 0
+    place = 0
+    phase = 0
     mbarrier.wait(info_ready.index(0), 0)
     document = scalar(info.index(0), 4)
     while document >= 0:
@@ -148,13 +157,11 @@ def _consume(
             seen = gl.minimum(gl.maximum(first + RUN + shift + right, 0), length_k)
             own = gl.maximum((seen + BLOCK_N - 1) // BLOCK_N, low)
             for _ in range(high - own):
-                place = ring % STAGES
-                phase = (ring // STAGES) & 1
                 mbarrier.wait(k_ready.index(place), phase)
                 give_place(K_EMPTY, place, THREADS)
                 mbarrier.wait(v_ready.index(place), phase)
                 give_place(V_EMPTY, place, THREADS)
-                ring += 1
+                place, phase = next_place(place, phase, STAGES)
             high = own
         clear_high = length_k
         if HAS_RIGHT:
@@ -171,18 +178,15 @@ def _consume(
         visible = (shift, length_k, left, right, clear_low, clear_high)
         random1 = (key_0, key_1, document_key, 2 * tile_head, first, local_query)
         random2 = (key_0, key_1, document_key, 2 * tile_head + 1, first, local_query)
-        m1 = gl.full([64], float("-inf"), gl.float32, row_s)
-        m2 = gl.full([64], float("-inf"), gl.float32, row_s)
-        l1 = gl.zeros([64], gl.float32, row_s)
-        l2 = gl.zeros([64], gl.float32, row_s)
+        m1, l1 = nothing_seen(BLOCK_N)
+        m2, l2 = nothing_seen(BLOCK_N)
         acc1 = gl.zeros([64, BLOCK_DV], gl.float32, o_layout)
         acc2 = gl.zeros([64, BLOCK_DV], gl.float32, o_layout)
         queries = q_bufs.index(stage * CONSUMERS + CONSUMER)
         q = reinterpret(queries, dtype, [2, 64, BLOCK_D], q_layout)
         mbarrier.wait(q_ready.index(stage), (served // Q_STAGES) & 1)
         if high > low:
-            place = ring % STAGES
-            mbarrier.wait(k_ready.index(place), (ring // STAGES) & 1)
+            mbarrier.wait(k_ready.index(place), phase)
             s1_token = warpgroup_mma(
                 q.index(0),
                 k_bufs.index(place * KEYS).permute((1, 0)),
@@ -212,7 +216,7 @@ def _consume(
                 # By now the last tile's results have left their places.
                 tma_store_wait(0)
                 mbarrier.arrive(q_empty.index((served + 1) % Q_STAGES), count=1, pred=served > 0)
-            mbarrier.wait(v_ready.index(place), (ring // STAGES) & 1)
+            mbarrier.wait(v_ready.index(place), phase)
             s2_token = warpgroup_mma(
                 q.index(1),
                 k_bufs.index(place * KEYS + KEYS - 1).permute((1, 0)),
@@ -240,15 +244,13 @@ def _consume(
                 FLAGS,
             )
             # A wait that is over long since: ptxas does not move the next one above its branch.
-            mbarrier.wait(v_ready.index(place), (ring // STAGES) & 1)
+            mbarrier.wait(v_ready.index(place), phase)
             acc1 = warpgroup_mma_wait(0, deps=[acc1_token])
             p2 = gl.convert_layout(p, p_layout)
             for block in range(1, high - low):
                 # The first branch of a block, while the values before it meet the second branch.
                 before = place
-                ring += 1
-                place = ring % STAGES
-                phase = (ring // STAGES) & 1
+                place, phase = next_place(place, phase, STAGES)
                 mbarrier.wait(k_ready.index(place), phase)
                 s1_token = warpgroup_mma(
                     q.index(0),
@@ -279,7 +281,7 @@ def _consume(
                 acc2 = warpgroup_mma_wait(0, deps=[acc2_token])
                 give_place(V_EMPTY, before, THREADS)
                 p1 = gl.convert_layout(p, p_layout)
-                acc1 = acc1 * gl.convert_layout(alpha, row_o)[:, None]
+                acc1 = scaled(acc1, alpha, o_layout)
                 # Then the second branch, while these values meet the first.
                 s2_token = warpgroup_mma(
                     q.index(1),
@@ -310,17 +312,17 @@ def _consume(
                 mbarrier.wait(v_ready.index(place), phase)
                 acc1 = warpgroup_mma_wait(0, deps=[acc1_token])
                 p2 = gl.convert_layout(p, p_layout)
-                acc2 = acc2 * gl.convert_layout(alpha, row_o)[:, None]
+                acc2 = scaled(acc2, alpha, o_layout)
             acc2_token = warpgroup_mma(p2, v_bufs.index(place), acc2, is_async=True)
             acc2 = warpgroup_mma_wait(0, deps=[acc2_token])
             give_place(V_EMPTY, place, THREADS)
-            ring += 1
+            place, phase = next_place(place, phase, STAGES)
         else:
             if Q_STAGES > 1:
                 tma_store_wait(0)
                 mbarrier.arrive(q_empty.index((served + 1) % Q_STAGES), count=1, pred=served > 0)
-        inverse1, lse1 = _finish(m1, l1, keep_scale, row_o)
-        inverse2, lse2 = _finish(m2, l2, keep_scale, row_o)
+        inverse1, lse1 = _finish(m1, l1, keep_scale, row_s, row_o)
+        inverse2, lse2 = _finish(m2, l2, keep_scale, row_s, row_o)
         inside = query < length_q
         token = (end_q - length_q + query).to(gl.int64)
         row = tile_head.to(gl.int64) * total_q + token

@@ -18,9 +18,16 @@ from lctrain.kernels.hopper.signals import (
     V_EMPTY,
     await_place,
     give_place,
+    next_place,
     settle_places,
 )
-from lctrain.kernels.hopper.softmax import key_words, masked_weights
+from lctrain.kernels.hopper.softmax import (
+    key_words,
+    masked_weights,
+    nothing_seen,
+    scaled,
+    whole_rows,
+)
 from lctrain.kernels.hopper.step import keys_of_query, keys_of_tile, load_key, scalar
 from lctrain.kernels.hopper.tile_list import TILE_FIELDS, TILES_AHEAD, fetch_tiles, read_tile
 from lctrain.kernels.hopper.tile_rows import allocate, load_block, load_queries, store_rows
@@ -196,7 +203,8 @@ def _consume(
     served = 0
     loaded = 0
     result = 0  # where the last tile's result lies
-    ring = 0
+    place = 0
+    phase = 0
     mbarrier.wait(info_ready.index(0), 0)
     document = scalar(info.index(0), 4)
     while document >= 0:
@@ -223,8 +231,7 @@ def _consume(
         if HAS_DROPOUT:
             key_0, key_1, document_key = load_key(seed_ptr, document_ids_ptr, document)
         random = (key_0, key_1, document_key, tile_head, first, local_query)
-        m = gl.full([64], float("-inf"), gl.float32, row_s)
-        l = gl.zeros([64], gl.float32, row_s)
+        m, l = nothing_seen(BLOCK_N)
         acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
         # Queries at the far position come first, where the tile has far keys.
         far_slot = loaded % Q_STAGES
@@ -235,8 +242,7 @@ def _consume(
         mbarrier.wait(q_ready.index(slot), (loaded // Q_STAGES) & 1)
         loaded += 1
         if blocks > 0:
-            place = ring % STAGES
-            mbarrier.wait(k_ready.index(place), (ring // STAGES) & 1)
+            mbarrier.wait(k_ready.index(place), phase)
             s_token = warpgroup_mma(
                 q_bufs.index(far_slot * CONSUMERS + CONSUMER),
                 k_bufs.index(place).permute((1, 0)),
@@ -267,12 +273,11 @@ def _consume(
             tma_store_wait(0)
             mbarrier.arrive(q_empty.index(result), count=1, pred=served > 0)
             p = gl.convert_layout(p, p_layout)
-            mbarrier.wait(v_ready.index(place), (ring // STAGES) & 1)
+            mbarrier.wait(v_ready.index(place), phase)
             for block in range(1, blocks):
                 before = place
-                ring += 1
-                place = ring % STAGES
-                mbarrier.wait(k_ready.index(place), (ring // STAGES) & 1)
+                place, phase = next_place(place, phase, STAGES)
+                mbarrier.wait(k_ready.index(place), phase)
                 s_token = warpgroup_mma(
                     q_bufs.index(
                         gl.where(block < near_block, far_slot, slot) * CONSUMERS + CONSUMER
@@ -306,18 +311,19 @@ def _consume(
                     HAS_DROPOUT,
                 )
                 # The branch of this wait keeps ptxas from moving the next one above the weights.
-                mbarrier.wait(v_ready.index(place), (ring // STAGES) & 1)
+                mbarrier.wait(v_ready.index(place), phase)
                 acc = warpgroup_mma_wait(0, deps=[acc_token])
                 give_place(V_EMPTY, before, THREADS)
                 p = gl.convert_layout(p_next, p_layout)
-                acc = acc * gl.convert_layout(alpha, row_o)[:, None]
+                acc = scaled(acc, alpha, o_layout)
             acc_token = warpgroup_mma(p, v_bufs.index(place), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc_token])
             give_place(V_EMPTY, place, THREADS)
-            ring += 1
+            place, phase = next_place(place, phase, STAGES)
         else:
             tma_store_wait(0)
             mbarrier.arrive(q_empty.index(result), count=1, pred=served > 0)
+        m, l = whole_rows(m, l, row_s)
         empty = l == 0.0
         whole = gl.where(empty, 1.0, l)
         inverse = gl.convert_layout(keep_scale / whole, row_o)

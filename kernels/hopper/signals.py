@@ -90,3 +90,10 @@ def settle_places(EMPTY: gl.constexpr, turns, STAGES: gl.constexpr, THREADS: gl.
     """Lets the loader take in the last signals, for which it has no use any more."""
     for place in gl.static_range(STAGES):
         await_signal(EMPTY + place, THREADS, 1, gl.where(turns > place, 1, 0))
+
+
+@gluon.jit
+def next_place(place, phase, STAGES: gl.constexpr):
+    """The place of the next block, and the phase of its barrier."""
+    last = place == STAGES - 1
+    return gl.where(last, 0, place + 1), gl.where(last, phase ^ 1, phase)

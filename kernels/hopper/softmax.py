@@ -1,4 +1,12 @@
-"""One block of the online softmax, and the random bits that drop its weights."""
+"""One block of the online softmax, and the random bits that drop its weights.
+
+A row of a product lies in four lanes. Each of them keeps what the softmax knows of the row: the
+number m that exponents refer to, which is the same in all four, and its own share of the sum l. So
+both are [64, 4]. m is at most 8 (in base 2) below the largest logit so far: only a row whose block
+exceeds it by more takes a new one, and only then is what was added up scaled. Half precision has no
+fewer bits for weights up to 2^8. In most blocks no row of a warp does, and its lanes exchange
+nothing.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -7,6 +15,137 @@ from lctrain.kernels.hopper.step import draw_words, kept, rounded, tanh
 from lctrain.kernels.tile.logits import LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
+# m of a row that has seen nothing: below all logits, and finite, so that -inf - m is -inf.
+UNSEEN = gl.constexpr(-3.4028234663852886e38)
+
+# Of two rows in one lane: m ($0, $1), factors of what was added up ($2, $3) and l times them ($4,
+# $5), from the same before ($6 to $9), the lane's largest s ($10, $11) and the multiplier ($12).
+RAISE = gl.constexpr(
+    """{
+    .reg .pred far, first, second;
+    .reg .f32 over0, over1, x0, x1;
+    mov.f32 $2, 0f3F800000;
+    mov.f32 $3, 0f3F800000;
+    neg.f32 x0, $0;
+    neg.f32 x1, $1;
+    fma.rn.f32 over0, $10, $12, x0;
+    fma.rn.f32 over1, $11, $12, x1;
+    setp.gt.f32 far, over0, 0f41000000;
+    setp.gt.or.f32 far, over1, 0f41000000, far;
+    vote.sync.any.pred far, far, 0xffffffff;
+    @!far bra DONE;
+    shfl.sync.bfly.b32 over0, $10, 1, 31, 0xffffffff;
+    shfl.sync.bfly.b32 over1, $11, 1, 31, 0xffffffff;
+    max.f32 x0, $10, over0;
+    max.f32 x1, $11, over1;
+    shfl.sync.bfly.b32 over0, x0, 2, 31, 0xffffffff;
+    shfl.sync.bfly.b32 over1, x1, 2, 31, 0xffffffff;
+    max.f32 x0, x0, over0;
+    max.f32 x1, x1, over1;
+    neg.f32 over0, $0;
+    neg.f32 over1, $1;
+    fma.rn.f32 over0, x0, $12, over0;
+    fma.rn.f32 over1, x1, $12, over1;
+    setp.gt.f32 first, over0, 0f41000000;
+    setp.gt.f32 second, over1, 0f41000000;
+    mul.rn.f32 x0, x0, $12;
+    mul.rn.f32 x1, x1, $12;
+    selp.f32 x0, x0, $0, first;
+    selp.f32 x1, x1, $1, second;
+    sub.rn.f32 over0, $0, x0;
+    sub.rn.f32 over1, $1, x1;
+    ex2.approx.ftz.f32 $2, over0;
+    ex2.approx.ftz.f32 $3, over1;
+    mul.rn.f32 $4, $4, $2;
+    mul.rn.f32 $5, $5, $3;
+    mov.f32 $0, x0;
+    mov.f32 $1, x1;
+    DONE:
+    }"""
+)
+
+
+@gluon.constexpr_function
+def quads_layout(columns):
+    """Of split_rows' result, of a product with that many columns."""
+    registers = [[0, 0, 0, 1], [8, 0, 0, 0]]
+    registers += [[0, 1 << i, 0, 0] for i in range((columns // 8).bit_length() - 1)]
+    lanes = [[0, 0, 1, 0], [0, 0, 2, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]]
+    warps = [[16, 0, 0, 0], [32, 0, 0, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [64, columns // 8, 4, 2])
+
+
+@gluon.constexpr_function
+def lanes_layout(columns):
+    """Of numbers of rows in each of their lanes, [64, 4], beside a product."""
+    return gl.SliceLayout(1, gl.SliceLayout(3, quads_layout(columns)))
+
+
+@gluon.constexpr_function
+def scale_assembly(elements):
+    """Multiplies the registers of two rows, two of one after two of the other, unless by 1.
+
+    Operands: results, the same registers as factors, and a factor for each.
+    """
+    lines = [
+        ".reg .pred some;",
+        f"setp.neu.f32 some, ${2 * elements}, 0f3F800000;",
+        f"setp.neu.or.f32 some, ${2 * elements + 2}, 0f3F800000, some;",
+        "vote.sync.any.pred some, some, 0xffffffff;",
+        "@!some bra DONE;",
+        *(f"mul.rn.f32 ${i}, ${i}, ${2 * elements + i % 4};" for i in range(elements)),
+        "DONE:",
+    ]
+    return "{" + " ".join(lines) + "}"
+
+
+@gluon.constexpr_function
+def scale_constraints(elements):
+    """Of scale_assembly."""
+    tied = [str(i) for i in range(elements)]
+    return ",".join(["=f"] * elements + tied + ["f"] * elements)
+
+
+@gluon.jit
+def split_rows(x):
+    """A product [64, N] as [64, N // 8, 4, 2]: the third is which lane of four has it."""
+    COLUMNS: gl.constexpr = x.shape[1]
+    return gl.convert_layout(
+        gl.reshape(x, [64, COLUMNS // 8, 4, 2]), quads_layout(COLUMNS), assert_trivial=True
+    )
+
+
+@gluon.jit
+def nothing_seen(BLOCK_N: gl.constexpr):
+    """m and l of rows before their first block."""
+    layout: gl.constexpr = lanes_layout(BLOCK_N)
+    return gl.full([64, 4], UNSEEN, gl.float32, layout), gl.zeros([64, 4], gl.float32, layout)
+
+
+@gluon.jit
+def whole_rows(m, l, row_layout: gl.constexpr):
+    """m and l of rows [64] after their last block."""
+    return (
+        gl.convert_layout(gl.max(m, 1), row_layout, assert_trivial=True),
+        gl.convert_layout(gl.sum(l, 1), row_layout, assert_trivial=True),
+    )
+
+
+@gluon.jit
+def scaled(acc, alpha, o_layout: gl.constexpr):
+    """acc [64, D] times alpha [64, 4], of masked_weights."""
+    COLUMNS: gl.constexpr = acc.shape[1]
+    ELEMENTS: gl.constexpr = COLUMNS // 2
+    factor = gl.convert_layout(alpha, lanes_layout(COLUMNS), assert_trivial=True)
+    acc = gl.inline_asm_elementwise(
+        scale_assembly(ELEMENTS),
+        scale_constraints(ELEMENTS),
+        [split_rows(acc), factor[:, None, :, None]],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=ELEMENTS,
+    )
+    return gl.convert_layout(gl.reshape(acc, [64, COLUMNS]), o_layout, assert_trivial=True)
 
 
 @gluon.jit
@@ -56,7 +195,10 @@ def block_weights(
     FLAGS: gl.constexpr,
     FEW_REGISTERS: gl.constexpr = False,
 ):
-    """One block of the online softmax: (p in dtype, alpha, m, l); s [64, BLOCK_N] = q.k."""
+    """One block of the online softmax: (p in dtype, alpha, m, l); s [64, BLOCK_N] = q.k.
+
+    alpha is what `scaled` takes; m and l begin as nothing_seen has them and end in whole_rows.
+    """
     BLOCK_N: gl.constexpr = s.shape[1]
     HAS_LEFT: gl.constexpr = FLAGS[0]
     HAS_SOFTCAP: gl.constexpr = FLAGS[2]
@@ -96,12 +238,20 @@ def masked_weights(
     HAS_DROPOUT: gl.constexpr,
 ):
     """As block_weights, of s that is -inf where nothing is seen; the exponent is s * multiplier."""
-    m_new = gl.maximum(m, gl.max(s, 1) * multiplier)
-    base = gl.where(m_new == float("-inf"), 0.0, m_new)
-    p = gl.exp2(s * multiplier - base[:, None])
-    alpha = gl.exp2(m - base)
-    l = l * alpha + gl.sum(p, 1)
+    x = split_rows(s)
+    largest = gl.max(gl.max(x, 3), 1)
+    m, alpha, l = gl.inline_asm_elementwise(
+        RAISE,
+        "=&f,=&f,=&f,=&f,=&f,=&f,0,1,4,5,f,f,f,f",
+        [m, l, largest, multiplier],
+        dtype=(gl.float32, gl.float32, gl.float32),
+        is_pure=True,
+        pack=2,
+    )
+    x = gl.exp2(x * multiplier - m[:, None, :, None])
+    l += gl.sum(gl.sum(x, 3), 1)
+    p = gl.convert_layout(gl.reshape(x, s.shape), s_layout, assert_trivial=True)
     if HAS_DROPOUT:
         local_key = gl.arange(0, s.shape[1], gl.SliceLayout(0, s_layout))
         p = rounded(gl.where(kept(words, local_key[None, :], threshold), p, 0.0), dtype)
-    return p.to(dtype), alpha, m_new, l
+    return p.to(dtype), alpha, m, l

@@ -14,9 +14,16 @@ from lctrain.kernels.hopper.signals import (
     V_EMPTY,
     await_place,
     give_place,
+    next_place,
     settle_places,
 )
-from lctrain.kernels.hopper.softmax import block_weights, block_words
+from lctrain.kernels.hopper.softmax import (
+    block_weights,
+    block_words,
+    nothing_seen,
+    scaled,
+    whole_rows,
+)
 from lctrain.kernels.hopper.step import load_key, load_window, scalar
 from lctrain.kernels.hopper.tile_list import TILE_FIELDS, TILES_AHEAD, fetch_tiles, read_tile
 from lctrain.kernels.hopper.tile_rows import allocate, load_block, load_queries, store_rows
@@ -111,7 +118,8 @@ def _consume(
     start: gl.constexpr = FIRST_RUN % (POSITIONS // RUN) * RUN  # of this warpgroup in the tile
     zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
     served = 0
-    ring = 0
+    place = 0
+    phase = 0
     mbarrier.wait(info_ready.index(0), 0)
     document = scalar(info.index(0), 4)
     while document >= 0:
@@ -130,13 +138,11 @@ def _consume(
             seen = gl.minimum(gl.maximum(first + RUN + shift + right, 0), length_k)
             own = gl.maximum((seen + BLOCK_N - 1) // BLOCK_N, low)
             for _ in range(high - own):
-                place = ring % STAGES
-                phase = (ring // STAGES) & 1
                 mbarrier.wait(k_ready.index(place), phase)
                 give_place(K_EMPTY, place, THREADS)
                 mbarrier.wait(v_ready.index(place), phase)
                 give_place(V_EMPTY, place, THREADS)
-                ring += 1
+                place, phase = next_place(place, phase, STAGES)
             high = own
         clear_high = length_k
         if HAS_RIGHT:
@@ -152,14 +158,12 @@ def _consume(
         rows = (first, local_query)
         visible = (shift, length_k, left, right, clear_low, clear_high)
         random = (key_0, key_1, document_key, tile_head, first, local_query)
-        m = gl.full([64], float("-inf"), gl.float32, row_s)
-        l = gl.zeros([64], gl.float32, row_s)
+        m, l = nothing_seen(BLOCK_N)
         acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
         q = q_bufs.index(stage * CONSUMERS + CONSUMER)
         mbarrier.wait(q_ready.index(stage), (served // Q_STAGES) & 1)
         if high > low:
-            place = ring % STAGES
-            mbarrier.wait(k_ready.index(place), (ring // STAGES) & 1)
+            mbarrier.wait(k_ready.index(place), phase)
             s_token = warpgroup_mma(
                 q, k_bufs.index(place).permute((1, 0)), zero, use_acc=False, is_async=True
             )
@@ -187,12 +191,11 @@ def _consume(
                 tma_store_wait(0)
                 mbarrier.arrive(q_empty.index(last), count=1, pred=served > 0)
             p = gl.convert_layout(p, p_layout)
-            mbarrier.wait(v_ready.index(place), (ring // STAGES) & 1)
+            mbarrier.wait(v_ready.index(place), phase)
             for block in range(1, high - low):
                 before = place
-                ring += 1
-                place = ring % STAGES
-                mbarrier.wait(k_ready.index(place), (ring // STAGES) & 1)
+                place, phase = next_place(place, phase, STAGES)
+                mbarrier.wait(k_ready.index(place), phase)
                 s_token = warpgroup_mma(
                     q, k_bufs.index(place).permute((1, 0)), zero, use_acc=False, is_async=True
                 )
@@ -217,25 +220,25 @@ def _consume(
                     CONSUMERS > 2,
                 )
                 # The branch of this wait keeps ptxas from moving the next one above the weights.
-                mbarrier.wait(v_ready.index(place), (ring // STAGES) & 1)
+                mbarrier.wait(v_ready.index(place), phase)
                 acc = warpgroup_mma_wait(0, deps=[acc_token])
                 give_place(V_EMPTY, before, THREADS)
                 p = gl.convert_layout(p_next, p_layout)
-                acc = acc * gl.convert_layout(alpha, row_o)[:, None]
+                acc = scaled(acc, alpha, o_layout)
             acc_token = warpgroup_mma(p, v_bufs.index(place), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc_token])
             give_place(V_EMPTY, place, THREADS)
-            ring += 1
+            place, phase = next_place(place, phase, STAGES)
         else:
             if Q_STAGES > 1:
                 tma_store_wait(0)
                 mbarrier.arrive(q_empty.index(last), count=1, pred=served > 0)
+        m, l = whole_rows(m, l, row_s)
         if HAS_SINK:
             sink = gl.load(sink_ptr + tile_head).to(gl.float32) * _LOG2_E
             m_new = gl.maximum(m, sink)
-            base = gl.where(m_new == float("-inf"), 0.0, m_new)
-            alpha = gl.exp2(m - base)
-            l = l * alpha + gl.exp2(sink - base)
+            alpha = gl.exp2(m - m_new)
+            l = l * alpha + gl.exp2(sink - m_new)
             acc = acc * gl.convert_layout(alpha, row_o)[:, None]
             m = m_new
         empty = l == 0.0

@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
 from lctrain.kernels.hopper import compat
+from lctrain.kernels.hopper.softmax import RAISE
 from tests.kernels.gluon_emulator.machine import (
     Barrier,
     Operation,
@@ -112,8 +113,8 @@ def atomic_add(pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> Valu
 
 
 def inline_asm_elementwise(
-    asm: str, constraints: str, args: list, dtype: tl.dtype, is_pure: bool, pack: int
-) -> Value:
+    asm: str, constraints: str, args: list, dtype: Any, is_pure: bool, pack: int
+) -> Any:
     wait = re.match(r"cp\.async\.bulk\.wait_group (\d+);", asm)
     if wait:
         current().finish_writes(int(wait[1]))
@@ -123,6 +124,12 @@ def inline_asm_elementwise(
     if "@go bar.sync 3, 256;" in asm:
         assert not args[1].array.any(), "a barrier that never comes to be"
         return args[0]
+    if asm == RAISE.value:
+        return _raise_maximum(*args)
+    if "mul.rn.f32 $0, $0, " in asm:
+        x, factor = args
+        assert asm.count("mul") == pack == 4 * x.shape[1]  # all that a thread has
+        return x * factor
     named = re.search(r"@go bar\.(sync|arrive) \$1, \$2;", asm)
     if named:
         number, threads, wanted = (only_value(x) for x in args)
@@ -140,6 +147,15 @@ def only_value(x: Value) -> int:
     """Of a tensor that has the same everywhere."""
     assert (x.array == x.array.flat[0]).all()
     return int(x.array.flat[0])
+
+
+def _raise_maximum(m: Value, total: Value, largest: Value, multiplier: Any) -> tuple[Value, ...]:
+    """softmax.RAISE, of all quads."""
+    with np.errstate(all="ignore"):
+        top = np.fmax.reduce(largest.array, axis=1, keepdims=True) * as_value(multiplier).array
+        raised = np.where(top - m.array > 8, top, m.array).astype(np.float32)
+        alpha = np.exp2(m.array - raised)
+        return tuple(Value(x, tl.float32) for x in (raised, alpha, total.array * alpha))
 
 
 def _add_four(pointers: Pointer, left: Value, *values: Value) -> Value:
