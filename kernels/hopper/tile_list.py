@@ -6,6 +6,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from lctrain.kernels.hopper.step import key_blocks, load_window, scalar
 
+import os
+_FLAT = gl.constexpr(os.environ.get("LCT_FLAT", "1") == "1")
 TILE_FIELDS = gl.constexpr(9)  # of a tile: see fetch_tiles
 TILES_AHEAD = gl.constexpr(2)  # tiles that are fetched before they are needed
 
@@ -37,14 +39,22 @@ def fetch_tiles(
     PARTS: gl.constexpr = (127 + POSITIONS) // POSITIONS
     lane: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     left, right = load_window(window_ptr, window_left, window_right)
+    # Documents of like lengths are served head by head, so that keys and values stay in L2. With
+    # one that is much longer than the others, a late head's part of it would have no company.
+    slots = num_items // (PARTS * HEAD_GROUPS)
+    most = gl.load(tiles_ptr + 1) + 1
+    usual = gl.load(tiles_ptr + slots // 2 * 2 + 1) + 1
+    groups = gl.where((4 * usual >= most) & _FLAT, 1, HEAD_GROUPS)
     item = gl.program_id(0)
     served = 0
     while item < num_items:
         following = gl.atomic_add(counter_ptr, 1) + gl.num_programs(0)
-        slot = item // (PARTS * HEAD_GROUPS)
-        rest = item % (PARTS * HEAD_GROUPS)
-        part = PARTS - 1 - rest // HEAD_GROUPS
-        head = (rest % HEAD_GROUPS) * PACK
+        section = item // (slots * PARTS * groups)
+        rest = item % (slots * PARTS * groups)
+        slot = rest // (PARTS * groups)
+        rest = rest % (PARTS * groups)
+        part = PARTS - 1 - rest // groups
+        head = (section * groups + rest % groups) * PACK
         document = gl.load(tiles_ptr + 2 * slot)
         block = gl.load(tiles_ptr + 2 * slot + 1)
         known = gl.maximum(document, 0)

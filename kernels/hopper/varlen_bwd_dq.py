@@ -62,7 +62,8 @@ def add_dq(
     block = high - 1
     steps = GROUP * (high - low)
     turn = _turn(turns, head, block, begin_q, BLOCK_M)
-    last_turn = turn
+    # Not `= turn`: Triton carries no name through a loop that there begins as another and becomes it.
+    last_turn = _turn(turns, head, block, begin_q, BLOCK_M)
     there = 0
     for step in range(steps):
         earlier = _earlier_tiles(block, tile, window, SHAPE)
