@@ -11,7 +11,7 @@ nothing.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from lctrain.kernels.hopper.step import draw_words, kept, rounded, tanh
+from lctrain.kernels.hopper.step import draw_words, kept_or_zero, opaque, rounded, tanh
 from lctrain.kernels.tile.logits import LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
@@ -223,6 +223,7 @@ def key_words(
             key,
             local_key[None, :],
         )
+        words = opaque(words)
     return words
 
 
@@ -316,5 +317,5 @@ def masked_weights(
     p = gl.convert_layout(gl.reshape(x, s.shape), s_layout, assert_trivial=True)
     if HAS_DROPOUT:
         local_key = gl.arange(0, s.shape[1], gl.SliceLayout(0, s_layout))
-        p = rounded(gl.where(kept(words, local_key[None, :], threshold), p, 0.0), dtype)
+        p = rounded(kept_or_zero(p, words, local_key[None, :], threshold), dtype)
     return p.to(dtype), alpha, m, l

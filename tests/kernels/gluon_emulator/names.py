@@ -124,6 +124,10 @@ def inline_asm_elementwise(
         return _add_four(*args)
     if asm == RAISE.value:
         return _raise_maximum(*args)
+    if asm == "mov.b32 $0, $1;":
+        return args[0]
+    if "setp.ge.u32 kept, $2, $3; selp.f32 $0, $1, 0f00000000, kept;" in asm:
+        return where(args[1] >= args[2], args[0], 0.0)
     if asm in _WEIGHTS:
         assert pack == 32
         return _weights(_WEIGHTS[asm], *args)
