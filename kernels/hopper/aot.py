@@ -90,6 +90,7 @@ def forward_variant(
         "BLOCK_D": columns,
         "Q_STAGES": tile.q_stages,
         "STAGES": tile.stages,
+        "FMA_KEYS": tile.fma_keys,
         **_flags(features),
         "HAS_SINK": features == "all",
     }

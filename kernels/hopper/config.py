@@ -17,12 +17,15 @@ class ForwardTile(NamedTuple):
         stages: Blocks of keys, and of values, in shared memory.
         q_stages: Tiles of queries in shared memory.
         consumers: Warpgroups of 64 rows each; other than two in varlen_fwd_hopper_kernel alone.
+        fma_keys: Of 64 keys, how many have their weights from a polynomial instead of MUFU, which
+            gives 16 exponentials in a cycle; a multiple of 8, in varlen_fwd_hopper_kernel alone.
     """
 
     block_n: int
     stages: int
     q_stages: int
     consumers: int = CONSUMERS
+    fma_keys: int = 0
 
 
 class BackwardTile(NamedTuple):

@@ -14,7 +14,7 @@ from lctrain.kernels.tile import chunks, dropout, mask
 from lctrain.kernels.tile import logits as logits_tile
 
 draw_words = gluon.jit(dropout.draw_words.fn)
-kept = gluon.jit(dropout.kept.fn)
+top_bits = gluon.jit(dropout.top_bits.fn)
 load_key = gluon.jit(dropout.load_key.fn)
 load_window = gluon.jit(mask.load_window.fn)
 tanh = gluon.jit(logits_tile.tanh.fn)
@@ -27,6 +27,7 @@ def _with(helper: Any, **callees: Any) -> Any:
     return gluon.jit(FunctionType(source.__code__, names, source.__name__, source.__defaults__))
 
 
+kept = _with(dropout.kept, top_bits=top_bits)
 own_begin = gluon.jit(chunks.own_begin.fn)
 far_end = _with(chunks.far_end, own_begin=own_begin)
 keys_of_query = _with(chunks.keys_of_query, own_begin=own_begin, far_end=far_end)
@@ -64,6 +65,30 @@ def held(buffers, index, never):
         never: A condition that no step of the loop meets, which the compiler cannot know.
     """
     return buffers.index(index + gl.where(never, 1, 0))
+
+
+@gluon.jit
+def opaque(words):
+    """Words of 32 bits as they are, of which LLVM does not know where they come from.
+
+    It would compute the lower half of each word, which is shifted up, once more for itself.
+    """
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [words], dtype=gl.uint32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def kept_or_zero(p, word, key, threshold):
+    """p where `kept` says so, else 0, of words from `opaque`; LLVM would gather its answers."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred kept; setp.ge.u32 kept, $2, $3; selp.f32 $0, $1, 0f00000000, kept; }",
+        "=f,f,r,r",
+        [p, top_bits(word, key), threshold.to(gl.uint32) << 16],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @gluon.jit

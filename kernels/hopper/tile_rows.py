@@ -19,7 +19,7 @@ def allocate(dtype: gl.constexpr, TILE: gl.constexpr):
 
     Args:
         dtype: Of queries, keys and values.
-        TILE: (PACK, CONSUMERS, BLOCK_N, BLOCK_D, Q_STAGES, STAGES).
+        TILE: (PACK, CONSUMERS, BLOCK_N, BLOCK_D, Q_STAGES, STAGES), and more for others.
     """
     CONSUMERS: gl.constexpr = TILE[1]
     BLOCK_N: gl.constexpr = TILE[2]

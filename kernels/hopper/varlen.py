@@ -87,6 +87,7 @@ def varlen_fwd(
         BLOCK_D=columns,
         Q_STAGES=tile.q_stages,
         STAGES=tile.stages,
+        FMA_KEYS=tile.fma_keys,
         HAS_LEFT=has_left,
         HAS_RIGHT=has_right,
         HAS_SOFTCAP=softcap > 0,

@@ -98,6 +98,7 @@ def _consume(
     BLOCK_D: gl.constexpr = TILE[3]
     Q_STAGES: gl.constexpr = TILE[4]
     STAGES: gl.constexpr = TILE[5]
+    FMA_KEYS: gl.constexpr = TILE[6]
     THREADS: gl.constexpr = 32 + 128 * TILE[1]  # of the loader and all warpgroups
     HAS_LEFT: gl.constexpr = FLAGS[0]
     HAS_RIGHT: gl.constexpr = FLAGS[1]
@@ -185,6 +186,7 @@ def _consume(
                 dtype,
                 FLAGS,
                 CONSUMERS > 2,
+                FMA_KEYS,
             )
             if Q_STAGES > 1:
                 # By now the last tile's result has left its place.
@@ -218,6 +220,7 @@ def _consume(
                     dtype,
                     FLAGS,
                     CONSUMERS > 2,
+                    FMA_KEYS,
                 )
                 # The branch of this wait keeps ptxas from moving the next one above the weights.
                 mbarrier.wait(v_ready.index(place), phase)
@@ -290,6 +293,7 @@ def varlen_fwd_hopper_kernel(
     BLOCK_D: gl.constexpr,
     Q_STAGES: gl.constexpr,
     STAGES: gl.constexpr,
+    FMA_KEYS: gl.constexpr,
     HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
@@ -302,7 +306,7 @@ def varlen_fwd_hopper_kernel(
     1 where CONSUMERS is 3. Grid: at most one program per multiprocessor. counter is a zeroed int32.
     """
     dtype: gl.constexpr = q_desc.dtype
-    TILE: gl.constexpr = (PACK, CONSUMERS, BLOCK_N, BLOCK_D, Q_STAGES, STAGES)
+    TILE: gl.constexpr = (PACK, CONSUMERS, BLOCK_N, BLOCK_D, Q_STAGES, STAGES, FMA_KEYS)
     shared = allocate(dtype, TILE)
     _, _, _, info, info_bars, _, _, _ = shared
     packs = (cu_q_ptr, cu_k_ptr, tiles_ptr, counter_ptr, num_items)

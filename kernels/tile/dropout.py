@@ -60,6 +60,17 @@ def draw_words(key_0, key_1, document, head, first_query, query, first_key, key)
 
 
 @triton.jit
+def top_bits(word, key):
+    """Returns words whose upper half is a weight's 16 bits of a word.
+
+    Args:
+        word: From draw_words.
+        key: As there.
+    """
+    return tl.where((key & 8) != 0, word, word << 16)
+
+
+@triton.jit
 def kept(word, key, threshold):
     """Returns True where a weight is kept: its 16 bits of the word are not below the threshold.
 
@@ -69,8 +80,7 @@ def kept(word, key, threshold):
         threshold: Of 65,536.
     """
     # The bits are compared at the top of the word, where the upper half already lies.
-    draw = tl.where((key & 8) != 0, word, word << 16)
-    return draw >= threshold.to(tl.uint32) << 16
+    return top_bits(word, key) >= threshold.to(tl.uint32) << 16
 
 
 @triton.jit
