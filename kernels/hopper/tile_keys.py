@@ -140,14 +140,14 @@ def keys_weights(
     if masked:
         local_key = gl.arange(0, HALF, gl.SliceLayout(1, s_layout))
         local_query = gl.arange(0, BLOCK_M, gl.SliceLayout(0, s_layout))
-        if HAS_RIGHT:
-            last = gl.minimum(local_query + (query + reach), keys_here - 1)
-            s = gl.where(local_key[:, None] <= last[None, :], s, float("-inf"))
-        else:
-            s = gl.where(local_key[:, None] < keys_here, s, float("-inf"))
+        # A bound per key, of which a thread has two; queries by their places in the document, since
+        # those in the block would take registers of the whole loop.
+        place = query + local_query
+        first_seen = local_key - reach if HAS_RIGHT else gl.zeros_like(local_key)
+        first_seen = gl.where(local_key < keys_here, first_seen, query + BLOCK_M)
+        s = gl.where(place[None, :] >= first_seen[:, None], s, float("-inf"))
         if HAS_LEFT:
-            first = local_query + (query + past)
-            s = gl.where(local_key[:, None] >= first[None, :], s, float("-inf"))
+            s = gl.where(place[None, :] <= (local_key - past)[:, None], s, float("-inf"))
     return gl.exp2(s * multiplier - lse[None, :])
 
 
