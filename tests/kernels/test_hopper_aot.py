@@ -46,9 +46,7 @@ def test_compiles_to_what_the_hardware_has(version, features):
     assert not spilling, "the loops of these spill registers"
     if version == VERSIONS[0]:
         backwards = [report for report in plain if "_bwd" in report["name"]]
-        most = {r["name"]: 3 if "_diff_" in r["name"] else 0 for r in backwards}
-        spilling = {r["name"]: r["loop_spills"] for r in backwards}
-        spilling = {name: found for name, found in spilling.items() if max(found) > most[name]}
+        spilling = {r["name"]: r["loop_spills"] for r in backwards if any(r["loop_spills"])}
         assert not spilling, "products wait for spilled registers: see held in step.py"
     if version == VERSIONS[0]:  # the newest stores a few arguments away when a program begins
         spilling = {r["name"]: r["spill_bytes"] for r in promised if r["spill_bytes"]}
