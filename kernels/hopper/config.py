@@ -49,7 +49,7 @@ class BackwardTile(NamedTuple):
 _FORWARD = {64: ForwardTile(128, 3, 2), 128: ForwardTile(128, 2, 2), 256: ForwardTile(64, 2, 1)}
 _FORWARD_OF_ONE_HEAD = {64: ForwardTile(64, 4, 2, consumers=3)}
 _BACKWARD = {64: BackwardTile(64, 4, reduce_from_registers=True), 128: BackwardTile(64, 2)}
-_BACKWARD_WIDE = {64: BackwardTile(128, 2, reduce_from_registers=True)}
+_BACKWARD_WIDE: dict[int, BackwardTile] = {}
 # A tile of dual chunk attention holds its queries twice; the third place is for the next tile.
 _DUAL_CHUNK_FORWARD = {64: ForwardTile(128, 3, 3), 128: ForwardTile(128, 2, 3)}
 _DUAL_CHUNK_BACKWARD = {64: BackwardTile(64, 3), 128: BackwardTile(64, 2)}

@@ -42,9 +42,9 @@ _WAITS = gl.constexpr(
 )
 _PAIRS = range(16)  # of halves that a thread has of 64 x 64
 _FINISHED = gl.constexpr(
-    "{ .reg .pred go; .reg .b32 x; mov.b32 x, 0; "
+    "{ .reg .pred go; .reg .b32 x, three; mov.b32 three, 3; mov.b32 x, 0; "
     + " ".join(f"xor.b32 x, x, ${16 + pair};" for pair in _PAIRS)
-    + " setp.ne.s32 go, $32, 0; setp.eq.and.b32 go, x, 1, go; @go bar.sync 3, 256; "
+    + " setp.ne.s32 go, $32, 0; setp.eq.and.b32 go, x, 1, go; @go bar.sync three, 256; "
     + " ".join(f"mov.b32 ${pair}, ${16 + pair};" for pair in _PAIRS)
     + " }"
 )

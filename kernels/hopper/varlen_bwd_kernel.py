@@ -14,15 +14,15 @@ from lctrain.kernels.hopper.compat import (
     copy_async,
 )
 from lctrain.kernels.hopper.signals import (
+    BLOCK_EMPTY,
     BOTH,
-    DO_EMPTY,
-    DS_FULL,
+    DS_READY,
     LOADER_AND_BOTH,
-    Q_EMPTY,
     await_place,
     await_signal,
     give_place,
     settle_places,
+    signal,
 )
 from lctrain.kernels.hopper.step import (
     draw_words,
@@ -48,7 +48,6 @@ from lctrain.kernels.hopper.tile_keys import (
     settle_dq,
 )
 from lctrain.kernels.hopper.varlen_bwd_dq import add_dq, finish_dq, first_slab, reduce_dq
-from lctrain.kernels.hopper.varlen_bwd_wide import compute_wide
 from lctrain.kernels.tile.logits import LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
@@ -111,14 +110,13 @@ def _load(
         vector = head.to(gl.int64) * total_q + begin_q + first_query + local
         left_here = length_q - first_query
         queries = (begin_q + length_q, _RAGGED - left_here, head)
-        await_place(Q_EMPTY, step, STAGES, LOADER_AND_BOTH)
+        await_place(BLOCK_EMPTY, step, STAGES, LOADER_AND_BOTH)
         for i in gl.static_range(BLOCKS):
             lse = lse_bufs.index(place * BLOCKS + i)
             copy_async(lse, lse_ptr + vector + i * ROWS, mask=local + i * ROWS < left_here)
         copy_arrive(q_ready.index(place))
         mbarrier.expect(q_ready.index(place), BYTES)
         load_rows(q_desc, q_bufs, place * BLOCKS, q_ready.index(place), queries, BLOCKS)
-        await_place(DO_EMPTY, step, STAGES, LOADER_AND_BOTH)
         for i in gl.static_range(BLOCKS):
             delta = delta_bufs.index(place * BLOCKS + i)
             copy_async(delta, delta_ptr + vector + i * ROWS, mask=local + i * ROWS < left_here)
@@ -126,8 +124,7 @@ def _load(
         mbarrier.expect(do_ready.index(place), BYTES)
         load_rows(do_desc, do_bufs, place * BLOCKS, do_ready.index(place), queries, BLOCKS)
         head, block = next_block(head, block, head_kv, low, high, GROUP, True)
-    settle_places(Q_EMPTY, steps, STAGES, LOADER_AND_BOTH)
-    settle_places(DO_EMPTY, steps, STAGES, LOADER_AND_BOTH)
+    settle_places(BLOCK_EMPTY, steps, STAGES, LOADER_AND_BOTH)
 
 
 @gluon.jit
@@ -200,65 +197,72 @@ def _weigh(
 
 
 @gluon.jit
+def _kept_weights(p, HAS_DROPOUT: gl.constexpr):
+    """p without the weights that are dropped, which _weigh tells by their sign."""
+    if HAS_DROPOUT:
+        p = gl.where(p < 0.0, gl.zeros_like(p), p)
+    return p
+
+
+@gluon.jit
+def _leave(
+    dq,
+    dq_out,
+    step,
+    leaving,
+    HEAD_DIM: gl.constexpr,
+    HALF_INDEX: gl.constexpr,
+    SHAPE: gl.constexpr,
+    TURNED: gl.constexpr,
+):
+    """Sends a step's columns of dq on their way.
+
+    leaving: (queries of the document, its last block, query heads of a key/value head).
+    """
+    if SHAPE[4]:
+        slab_ptr, slabs_per_head = dq_out
+        length_q, last, GROUP = leaving
+        BLOCK_M: gl.constexpr = SHAPE[0]
+        back = step // GROUP
+        slabs = step % GROUP * slabs_per_head - back * (BLOCK_M // 16)
+        rows = length_q - (last - back) * BLOCK_M
+        reduce_dq(dq, slab_ptr + slabs.to(gl.int64) * (16 * HEAD_DIM), rows, HALF_INDEX, HEAD_DIM)
+    else:
+        put_dq(dq, dq_out, step, HALF_INDEX, TURNED)
+
+
+@gluon.jit
 def _spend(
     shared,
     ds_bufs,
     step,
-    p,
     dp,
     weights,
-    sums,
-    zeros,
-    never,
+    dk,
+    dv,
     SHAPE: gl.constexpr,
     FLAGS: gl.constexpr,
     LAYOUTS: gl.constexpr,
     HALF_INDEX: gl.constexpr,
-    TURNED: gl.constexpr,
 ):
-    """Starts all that takes a step's p: the products of (dq, dk, dv).
-
-    dp is there already, but with dropout, where it waits until the random bits are gone.
-    """
-    k_bufs, v_bufs, q_bufs, do_bufs, _, delta_bufs, _, rings = shared
-    _, do_ready = rings
-    dk, dv = sums
-    zero_s, zero_q = zeros
+    """Finds dS of a step, shows it to the other warpgroup, and starts the product of dk."""
+    k_bufs, _, q_bufs, _, _, delta_bufs, _, _ = shared
     STAGES: gl.constexpr = SHAPE[3]
-    HAS_DROPOUT: gl.constexpr = FLAGS[3]
-    LATE: gl.constexpr = HAS_DROPOUT or FLAGS[2]
-    dtype: gl.constexpr = k_bufs.dtype
-    s_layout: gl.constexpr = LAYOUTS[0]
     p_layout: gl.constexpr = gl.DotOperandLayout(0, LAYOUTS[1], 2)
     place = step % STAGES
-    seen = p
-    if HAS_DROPOUT:
-        seen = gl.where(p < 0.0, gl.zeros_like(p), p)
-    if LATE:
-        mbarrier.wait(do_ready.index(place), (step // STAGES) & 1)
-        dp = _start(shared, v_bufs, do_bufs, place, zero_s, never, HALF_INDEX)
-    delta = delta_bufs.index(place).load(gl.SliceLayout(0, s_layout))
-    dv = warpgroup_mma(
-        gl.convert_layout(seen, p_layout), do_bufs.index(place), dv, is_async=True
-    )
+    delta = delta_bufs.index(place).load(gl.SliceLayout(0, LAYOUTS[0]))
     weights = weights.to(gl.float32)
-    if LATE:
-        dp = warpgroup_mma_wait(1, deps=[dp])
-    if HAS_DROPOUT:
+    if FLAGS[3]:
         dp = gl.where(weights > 0.0, dp, 0.0)
         weights = gl.abs(weights)
-    ds = weights * (dp - delta[None, :])
-    ds = ds.to(dtype)
+    ds = (weights * (dp - delta[None, :])).to(k_bufs.dtype)
     ds_operand = gl.convert_layout(ds, p_layout)
-    # Two buffers: a half that is written now was read two steps ago, before both warpgroups met at
-    # DS_FULL.
-    buffer = step & 1
-    ds_bufs.index(buffer * 2 + HALF_INDEX).store(ds)
+    # Two buffers: what is overwritten now, the other warpgroup read before it showed its last dS.
+    ds_bufs.index((step & 1) * 2 + HALF_INDEX).store(ds)
     fence_async_shared()
-    await_signal(DS_FULL, BOTH, 4)
-    dq = multiply_dq(ds_bufs, k_bufs, buffer, zero_q, HALF_INDEX, TURNED)
-    dk = warpgroup_mma(ds_operand, q_bufs.index(place), dk, is_async=True)
-    return dq, dk, dv
+    signal(DS_READY + 2 * (step & 1) + HALF_INDEX, BOTH, 4)
+    dv = warpgroup_mma_wait(0, deps=[dv])
+    return warpgroup_mma(ds_operand, q_bufs.index(place), dk, is_async=True), dv
 
 
 @gluon.jit
@@ -272,8 +276,8 @@ def _compute(
 ):
     """One warpgroup: half of the tile's keys, and half of the columns of dq.
 
-    The next step begins before a step ends, so that products always have company: S runs with dK,
-    while dq leaves, and dP while the weights are found.
+    The next step begins before a step ends, so that products always have company: while dq is
+    multiplied the next weights are found, and it leaves while dP and dv are multiplied.
     """
     shared, dq_out, ds_bufs, results, tile, window, random, numbers = inputs
     k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, _, kv_ready, rings = shared
@@ -289,7 +293,6 @@ def _compute(
     STAGES: gl.constexpr = SHAPE[3]
     FROM_REGISTERS: gl.constexpr = SHAPE[4]
     HAS_DROPOUT: gl.constexpr = FLAGS[3]
-    LATE: gl.constexpr = HAS_DROPOUT or FLAGS[2]
     HALF: gl.constexpr = BLOCK_N // 2
     COLUMNS: gl.constexpr = BLOCK_D // 2
     dtype: gl.constexpr = k_bufs.dtype
@@ -299,7 +302,9 @@ def _compute(
     DQ_ROWS: gl.constexpr = COLUMNS if TURNED else BLOCK_M
     DQ_COLUMNS: gl.constexpr = BLOCK_M if TURNED else COLUMNS
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_COLUMNS, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     column_s: gl.constexpr = gl.SliceLayout(0, s_layout)
+    LAYOUTS: gl.constexpr = (s_layout, o_layout)
 
     first_key = first + HALF_INDEX * HALF
     # Bounds of what is seen, relative to this warpgroup's first key.
@@ -315,106 +320,68 @@ def _compute(
     dv = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
     zero_s = gl.zeros([HALF, BLOCK_M], gl.float32, s_layout)
     zero_q = gl.zeros([DQ_ROWS, DQ_COLUMNS], gl.float32, dq_layout)
-    zeros = (zero_s, zero_q)
-    head = head_kv * GROUP
-    block = high - 1
+    leaving = (length_q, high - 1, GROUP)
     steps = GROUP * (high - low)
-    if FROM_REGISTERS:
-        slab_ptr, slabs_per_head = dq_out
     mbarrier.wait(kv_ready, 0)
     if steps > 0:
-        never = block < low
-        query = block * BLOCK_M
+        never = high - 1 < low
+        query = (high - 1) * BLOCK_M
         mbarrier.wait(q_ready.index(0), 0)
-        s_token = _start(shared, k_bufs, q_bufs, 0, zero_s, never, HALF_INDEX)
-        dp = zero_s
-        if not LATE:
-            mbarrier.wait(do_ready.index(0), 0)
-            dp = _start(shared, v_bufs, do_bufs, 0, zero_s, never, HALF_INDEX)
+        s = _start(shared, k_bufs, q_bufs, 0, zero_s, never, HALF_INDEX)
         lse = lse_bufs.index(0).load(column_s)
-        words = _draw(random, head, query, first_key, s_layout, HAS_DROPOUT)
-        s = warpgroup_mma_wait(1 - LATE, deps=[s_token])
+        words = _draw(random, head_kv * GROUP, query, first_key, s_layout, HAS_DROPOUT)
+        s = warpgroup_mma_wait(0, deps=[s])
         p, weights = _weigh(
             s, words, lse, query, bounds, random, numbers, never, dtype, s_layout, FLAGS
         )
-        if not LATE:
-            dp = warpgroup_mma_wait(0, deps=[dp])
         for step in range(steps - 1):
-            never = block < low
-            dq_token, dk_token, dv_token = _spend(
-                shared,
-                ds_bufs,
-                step,
-                p,
-                dp,
-                weights,
-                (dk, dv),
-                zeros,
-                never,
-                SHAPE,
-                FLAGS,
-                (s_layout, o_layout),
-                HALF_INDEX,
-                TURNED,
+            place = step % STAGES
+            never = high - 1 - step // GROUP < low
+            mbarrier.wait(do_ready.index(place), (step // STAGES) & 1)
+            dp = _start(shared, v_bufs, do_bufs, place, zero_s, never, HALF_INDEX)
+            seen = gl.convert_layout(_kept_weights(p, HAS_DROPOUT), p_layout)
+            dv = warpgroup_mma(seen, do_bufs.index(place), dv, is_async=True)
+            dp = warpgroup_mma_wait(1, deps=[dp])
+            dk, dv = _spend(
+                shared, ds_bufs, step, dp, weights, dk, dv, SHAPE, FLAGS, LAYOUTS, HALF_INDEX
             )
-            dv = warpgroup_mma_wait(2, deps=[dv_token])
-            give_place(DO_EMPTY, step % STAGES, LOADER_AND_BOTH)
-            rows_left = length_q - block * BLOCK_M
-            last_block = block
-            head, block = next_block(head, block, head_kv, low, high, GROUP, True)
-            query = block * BLOCK_M
-            place = (step + 1) % STAGES
-            phase = ((step + 1) // STAGES) & 1
-            mbarrier.wait(q_ready.index(place), phase)
-            s_token = _start(shared, k_bufs, q_bufs, place, zero_s, never, HALF_INDEX)
-            dq = warpgroup_mma_wait(2, deps=[dq_token])
-            if FROM_REGISTERS:
-                reduce_dq(dq, slab_ptr, rows_left, HALF_INDEX, HEAD_DIM)
-                slabs = (block - last_block) * (BLOCK_M // 16)
-                slabs += gl.where(block == last_block, slabs_per_head, (1 - GROUP) * slabs_per_head)
-                slab_ptr += slabs.to(gl.int64) * (16 * HEAD_DIM)
+            following = (step + 1) % STAGES
+            mbarrier.wait(q_ready.index(following), ((step + 1) // STAGES) & 1)
+            s = _start(shared, k_bufs, q_bufs, following, zero_s, never, HALF_INDEX)
+            await_signal(DS_READY + 2 * (step & 1) + 1 - HALF_INDEX, BOTH, 4)
+            dq = multiply_dq(ds_bufs, k_bufs, step & 1, zero_q, HALF_INDEX, TURNED)
+            if HAS_DROPOUT:
+                # Random bits need the registers of dq, so it leaves at once.
+                dk, s, dq = warpgroup_mma_wait(0, deps=[dk, s, dq])
+                _leave(dq, dq_out, step, leaving, HEAD_DIM, HALF_INDEX, SHAPE, TURNED)
             else:
-                put_dq(dq, dq_out, step, HALF_INDEX, TURNED)
-            if LATE:
-                dk = warpgroup_mma_wait(1, deps=[dk_token])
-            else:
-                mbarrier.wait(do_ready.index(place), phase)
-                dp = _start(shared, v_bufs, do_bufs, place, zero_s, never, HALF_INDEX)
-                dk = dk_token
-            lse = lse_bufs.index(place).load(column_s)
+                dk, s = warpgroup_mma_wait(1, deps=[dk, s])
+            lse = lse_bufs.index(following).load(column_s)
+            give_place(BLOCK_EMPTY, place, LOADER_AND_BOTH)
+            query = (high - 1 - (step + 1) // GROUP) * BLOCK_M
+            head = head_kv * GROUP + (step + 1) % GROUP
             words = _draw(random, head, query, first_key, s_layout, HAS_DROPOUT)
-            dk, s = warpgroup_mma_wait(1 - LATE, deps=[dk, s_token])
-            give_place(Q_EMPTY, step % STAGES, LOADER_AND_BOTH)
             p, weights = _weigh(
                 s, words, lse, query, bounds, random, numbers, never, dtype, s_layout, FLAGS
             )
-            if not LATE:
-                dp = warpgroup_mma_wait(0, deps=[dp])
+            if not HAS_DROPOUT:
+                dq = warpgroup_mma_wait(0, deps=[dq])
+                _leave(dq, dq_out, step, leaving, HEAD_DIM, HALF_INDEX, SHAPE, TURNED)
         step = steps - 1
-        dq_token, dk_token, dv_token = _spend(
-            shared,
-            ds_bufs,
-            step,
-            p,
-            dp,
-            weights,
-            (dk, dv),
-            zeros,
-            never,
-            SHAPE,
-            FLAGS,
-            (s_layout, o_layout),
-            HALF_INDEX,
-            TURNED,
+        place = step % STAGES
+        mbarrier.wait(do_ready.index(place), (step // STAGES) & 1)
+        dp = _start(shared, v_bufs, do_bufs, place, zero_s, never, HALF_INDEX)
+        seen = gl.convert_layout(_kept_weights(p, HAS_DROPOUT), p_layout)
+        dv = warpgroup_mma(seen, do_bufs.index(place), dv, is_async=True)
+        dp = warpgroup_mma_wait(1, deps=[dp])
+        dk, dv = _spend(
+            shared, ds_bufs, step, dp, weights, dk, dv, SHAPE, FLAGS, LAYOUTS, HALF_INDEX
         )
-        dq, dv = warpgroup_mma_wait(1, deps=[dq_token, dv_token])
-        give_place(DO_EMPTY, step % STAGES, LOADER_AND_BOTH)
-        if FROM_REGISTERS:
-            reduce_dq(dq, slab_ptr, length_q - block * BLOCK_M, HALF_INDEX, HEAD_DIM)
-        else:
-            put_dq(dq, dq_out, step, HALF_INDEX, TURNED)
-        dk = warpgroup_mma_wait(0, deps=[dk_token])
-        give_place(Q_EMPTY, step % STAGES, LOADER_AND_BOTH)
+        await_signal(DS_READY + 2 * (step & 1) + 1 - HALF_INDEX, BOTH, 4)
+        dq = multiply_dq(ds_bufs, k_bufs, step & 1, zero_q, HALF_INDEX, TURNED)
+        dk, dq = warpgroup_mma_wait(0, deps=[dk, dq])
+        give_place(BLOCK_EMPTY, place, LOADER_AND_BOTH)
+        _leave(dq, dq_out, step, leaving, HEAD_DIM, HALF_INDEX, SHAPE, TURNED)
     if not FROM_REGISTERS:
         settle_dq(steps, HALF_INDEX)
     keys = (first_key, length_k, begin_k, head_kv)
@@ -524,18 +491,7 @@ def varlen_bwd_hopper_kernel(
     stats = (lse_ptr, delta_ptr, total_q)
     turns = (turns_ptr, per_head, document)
     inputs = (shared, dq_out, ds_bufs, results, tile, window, random, numbers)
-    if BLOCKS == 2:
-        slabs = (shared, dq_out, ds_bufs, results, tile, window, (scale, keep_scale))
-        gl.warp_specialize(
-            [
-                (compute_wide, (slabs, GROUP, HEAD_DIM, SHAPE, FLAGS, 0)),
-                (compute_wide, (slabs, GROUP, HEAD_DIM, SHAPE, FLAGS, 1)),
-                (_load, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, GROUP, SHAPE)),
-            ],
-            [4, 1],
-            [240, 24],
-        )
-    elif FROM_REGISTERS:
+    if FROM_REGISTERS:
         gl.warp_specialize(
             [
                 (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 0)),
