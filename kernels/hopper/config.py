@@ -18,7 +18,11 @@ class ForwardTile(NamedTuple):
         q_stages: Tiles of queries in shared memory.
         consumers: Warpgroups of 64 rows each; other than two in varlen_fwd_hopper_kernel alone.
         fma_keys: Of 64 keys, how many have their weights from a polynomial instead of MUFU, which
-            gives 16 exponentials in a cycle; a multiple of 8, in varlen_fwd_hopper_kernel alone.
+            gives 16 exponentials in a cycle; a multiple of 8. Of varlen_fwd_hopper_kernel alone, as
+            what follows.
+        q_in_registers: Whether products take the queries from registers, not shared memory; with
+            blocks of 128 keys three warpgroups have no room for them.
+        meet_early: Whether the warps of a warpgroup meet before a block's products, not after.
     """
 
     block_n: int
@@ -26,6 +30,8 @@ class ForwardTile(NamedTuple):
     q_stages: int
     consumers: int = CONSUMERS
     fma_keys: int = 0
+    q_in_registers: bool = False
+    meet_early: bool = False
 
 
 class BackwardTile(NamedTuple):

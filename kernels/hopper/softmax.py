@@ -19,7 +19,7 @@ _LOG2_E = gl.constexpr(LOG2_E)
 UNSEEN = gl.constexpr(-3.4028234663852886e38)
 
 # Of two rows in one lane: m ($0, $1), factors of what was added up ($2, $3) and l times them ($4,
-# $5), from the same before ($6 to $9), the lane's largest s ($10, $11) and the multiplier ($12).
+# $5), from m and l in the same registers, the lane's largest s ($10, $11) and the multiplier ($12).
 RAISE = gl.constexpr(
     """{
     .reg .pred far, first, second;
@@ -63,6 +63,7 @@ RAISE = gl.constexpr(
     DONE:
     }"""
 )
+RAISE_CONSTRAINTS = gl.constexpr("=&f,=&f,=&f,=&f,=&f,=&f,0,1,4,5,f,f,f,f")
 
 
 @gluon.constexpr_function
@@ -103,7 +104,7 @@ def scale_assembly(elements):
 def scale_constraints(elements):
     """Of scale_assembly."""
     tied = [str(i) for i in range(elements)]
-    return ",".join(["=f"] * elements + tied + ["f"] * elements)
+    return ",".join(["=&f"] * elements + tied + ["f"] * elements)
 
 
 @gluon.constexpr_function
@@ -295,7 +296,7 @@ def masked_weights(
     largest = gl.max(gl.max(x, 3), 1)
     m, alpha, l = gl.inline_asm_elementwise(
         RAISE,
-        "=&f,=&f,=&f,=&f,=&f,=&f,0,1,4,5,f,f,f,f",
+        RAISE_CONSTRAINTS,
         [m, l, largest, multiplier],
         dtype=(gl.float32, gl.float32, gl.float32),
         is_pure=True,

@@ -142,6 +142,18 @@ def test_weights_from_a_polynomial(fma_keys, name, hopper):
     assert_matches_oracle(result, case, inputs)
 
 
+@pytest.mark.parametrize("name", ["D64-causal-unequal", "D64-dropout-g4", "D40-full"])
+@pytest.mark.parametrize("seed", range(2))
+def test_choices_of_a_forward(seed, name, monkeypatch):
+    emulate(monkeypatch, varlen, seed)
+    case = CASES[name]
+    inputs = make_inputs(case)
+    tile = config.ForwardTile(64, 4, 2, fma_keys=16, q_in_registers=True, meet_early=True)
+    with config.override_tiles(forward=tile):
+        result = attention(case, inputs, backend="hopper")
+    assert_matches_oracle(result, case, inputs)
+
+
 @pytest.mark.parametrize("fma_keys", [0, 16])
 @pytest.mark.parametrize("step", [0.2, 1.0, 8.0, -1.0])
 def test_logits_that_grow_from_block_to_block(step, fma_keys, hopper):

@@ -1,7 +1,8 @@
 """Runs Gluon kernels for Hopper on a CPU: the Python source of a kernel, on numpy arrays.
 
 Triton's interpreter has no Gluon. Here `values` holds tensors, `memory` shared and global memory,
-`machine` the threads, barriers and asynchronous engines, `names` what kernels call `gl`.
+`machine` the threads, barriers and asynchronous engines, `names` what kernels call `gl`, `assembly`
+the PTX of the online softmax.
 
 What it holds: the numbers of a kernel, its barriers (a deadlock is an error, and so is polling
 what nobody will change), and its ordering: an asynchronous copy or product happens at a random

@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
 from lctrain.kernels.hopper import compat
-from lctrain.kernels.hopper.softmax import RAISE, polynomial_groups, weights_assembly
+from tests.kernels.gluon_emulator.assembly import run_on_rows
 from tests.kernels.gluon_emulator.machine import (
     Barrier,
     Operation,
@@ -23,7 +23,6 @@ from tests.kernels.gluon_emulator.machine import (
 from tests.kernels.gluon_emulator.memory import Buffer, Descriptor, Pointer
 from tests.kernels.gluon_emulator.values import Value, as_value, elementwise, storage
 
-_WEIGHTS = {weights_assembly(keys): polynomial_groups(keys) for keys in range(8, 65, 8)}
 _ROUNDINGS = {
     "cvt.rn.bf16x2.f32 $0, $2, $1;": "bf16",
     "cvt.rn.f16x2.f32 $0, $2, $1;": "fp16",
@@ -125,19 +124,14 @@ def inline_asm_elementwise(
     if "@go bar.sync three, 256;" in asm:
         assert not args[1].array.any(), "a barrier that never comes to be"
         return args[0]
-    if asm == RAISE.value:
-        return _raise_maximum(*args)
     if asm == "mov.b32 $0, $1;":
         return args[0]
     if "setp.ge.u32 kept, $2, $3; selp.f32 $0, $1, 0f00000000, kept;" in asm:
         return where(args[1] >= args[2], args[0], 0.0)
-    if asm in _WEIGHTS:
-        assert pack == 32
-        return _weights(_WEIGHTS[asm], *args)
-    if "mul.rn.f32 $0, $0, " in asm:
-        x, factor = args
-        assert asm.count("mul") == pack == 4 * x.shape[1]  # all that a thread has
-        return x * factor
+    if "vote.sync" in asm or "ex2.approx" in asm or "fma.rn.sat" in asm:
+        found = run_on_rows(asm, constraints, pack, [as_value(x).array for x in args])
+        results = tuple(Value(x, tl.float32) for x in found)
+        return results if isinstance(dtype, tuple) else results[0]
     named = re.search(r"@go bar\.(sync|arrive) \$1, \$2;", asm)
     if named:
         number, threads, wanted = (only_value(x) for x in args)
@@ -155,31 +149,6 @@ def only_value(x: Value) -> int:
     """Of a tensor that has the same everywhere."""
     assert (x.array == x.array.flat[0]).all()
     return int(x.array.flat[0])
-
-
-def _raise_maximum(m: Value, total: Value, largest: Value, multiplier: Any) -> tuple[Value, ...]:
-    """softmax.RAISE, of all quads."""
-    with np.errstate(all="ignore"):
-        top = np.fmax.reduce(largest.array, axis=1, keepdims=True) * as_value(multiplier).array
-        raised = np.where(top - m.array > 8, top, m.array).astype(np.float32)
-        alpha = np.exp2(m.array - raised)
-        return tuple(Value(x, tl.float32) for x in (raised, alpha, total.array * alpha))
-
-
-def _weights(groups: list[int], s: Value, multiplier: Any, m: Value, *scaled: Any) -> Value:
-    """softmax.weights_assembly, of all lanes; [rows, groups of eight keys, 4, 2]."""
-    with np.errstate(all="ignore"):
-        weights = np.exp2(s.array * as_value(multiplier).array - m.array)
-        multiplier, start = (as_value(x).array.astype(np.float64) for x in scaled)
-        share = np.clip(s.array * multiplier + start, 0, 1).astype(np.float32)
-    floor = np.floor(share.astype(np.float64) * 256)
-    f = (share.astype(np.float64) * 256 - floor).astype(np.float32)
-    power = np.zeros_like(f)
-    for coefficient in (0x3D9DD565, 0x3E691BBB, 0x3F31F32D, 0x3F800000):
-        power = power * f + np.uint32(coefficient).view(np.float32)
-    bits = power.astype(np.float32).view(np.int32) + ((floor.astype(np.int32) - 127) << 23)
-    chosen = np.isin(np.arange(s.shape[1]) % 8, groups)[:, None, None]
-    return Value(np.where(chosen, bits.view(np.float32), weights), tl.float32)
 
 
 def _add_four(pointers: Pointer, left: Value, *values: Value) -> Value:

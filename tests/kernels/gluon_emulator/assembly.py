@@ -1,0 +1,116 @@
+"""Runs the PTX of the online softmax, instruction by instruction, on all lanes of a warpgroup."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def run_on_rows(
+    asm: str, constraints: str, pack: int, tensors: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """Runs assembly on what lanes hold of the rows of a product.
+
+    Args:
+        asm: Without loops; it branches to DONE alone.
+        constraints: Of its operands; a number ties an input to an output.
+        pack: Elements of each tensor that it takes at once.
+        tensors: float32, [64, 4] or [64, N // 8, 4, 2] as softmax.py has them, or numbers.
+    """
+    shape = np.broadcast_shapes(*(tensor.shape for tensor in tensors))
+    held = [_registers(np.broadcast_to(tensor, shape)) for tensor in tensors]
+    found = []
+    for first in range(0, held[0].shape[2], pack):
+        inputs = [x[:, :, first + i] for x in held for i in range(pack)]
+        found += _run(asm, constraints.split(","), inputs)
+    results = np.stack(found, axis=2).reshape(4, 32, held[0].shape[2] // pack, -1, pack)
+    return [_tensor(results[:, :, :, i].reshape(4, 32, -1), shape) for i in range(results.shape[3])]
+
+
+def _registers(tensor: np.ndarray) -> np.ndarray:
+    """[warp, lane, register] of a tensor."""
+    split = tensor.reshape(4, 2, 8, -1, 4, 1 if tensor.ndim == 2 else 2)
+    return split.transpose(0, 2, 4, 3, 1, 5).reshape(4, 32, -1).astype(np.float32)
+
+
+def _tensor(registers: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    split = registers.reshape(4, 8, 4, -1, 2, 1 if len(shape) == 2 else 2)
+    return split.transpose(0, 4, 1, 3, 2, 5).reshape(shape)
+
+
+def _run(asm: str, constraints: list[str], inputs: list[np.ndarray]) -> list[np.ndarray]:
+    """Values of operands are [warp, lane]; a warp branches as a whole."""
+    outputs = sum(constraint.startswith("=") for constraint in constraints)
+    values = {}
+    for i, (tie, x) in enumerate(zip(constraints[outputs:], inputs, strict=True)):
+        # The register of a tied input has one name here, that of the output.
+        values[f"${tie}" if tie.isdigit() else f"${outputs + i}"] = x
+    active = np.ones(inputs[0].shape, np.bool_)
+    for line in re.split(r"[;{}]", asm.replace("DONE:", ";")):
+        predicate, name, operands = re.fullmatch(
+            r"\s*(?:@!(\w+)\s)?\s*(\S*)\s*(.*?)\s*", line
+        ).groups()
+        if name in ("", ".reg"):
+            continue
+        if predicate:
+            assert (name, operands) == ("bra", "DONE")
+            assert (values[predicate] == values[predicate][:, :1]).all(), "lanes of a warp part"
+            active = active & values[predicate]
+            continue
+        target, *sources = [place.strip() for place in operands.split(",")]
+        with np.errstate(all="ignore"):
+            result = _execute(name, [_operand(source, values) for source in sources])
+        values[target] = np.where(active, result, values.get(target, result))
+    return [values[f"${i}"] for i in range(outputs)]
+
+
+def _operand(text: str, values: dict[str, np.ndarray]) -> np.ndarray:
+    if text.startswith("0f"):
+        return np.uint32(int(text[2:], 16)).view(np.float32)
+    if text.isdigit() or text.startswith("0x"):
+        return np.int64(int(text, 0))
+    return values[text]
+
+
+def _execute(name: str, x: list[np.ndarray]) -> np.ndarray:
+    operation, *how = name.split(".")
+    if operation == "setp":
+        found = {"gt": np.greater, "ge": np.greater_equal, "neu": np.not_equal}[how[0]](*x[:2])
+        return found | x[2] if "or" in how else found
+    if operation == "vote":
+        assert how == ["sync", "any", "pred"]
+        return np.broadcast_to(x[0].any(axis=1, keepdims=True), x[0].shape)
+    if operation == "shfl":
+        assert how == ["sync", "bfly", "b32"]
+        return x[0][:, np.arange(32) ^ x[1]]
+    if operation == "selp":
+        return np.where(x[2], x[0], x[1])
+    if operation in ("shl", "add"):
+        assert how[0] in ("b32", "s32")
+        words = [
+            np.asarray(value).view(np.int32) if value.dtype == np.float32 else value for value in x
+        ]
+        exact = (
+            words[0].astype(np.int64) << x[1]
+            if operation == "shl"
+            else words[0].astype(np.int64) + words[1]
+        )
+        return (exact & 0xFFFFFFFF).astype(np.uint32).view(np.float32)
+    if operation == "ex2":
+        return np.exp2(x[0])
+    if operation == "max":
+        return np.fmax(*x)
+    exact = [value.astype(np.float64) for value in x]
+    result = {
+        "mov": lambda: exact[0],
+        "neg": lambda: -exact[0],
+        "mul": lambda: exact[0] * exact[1],
+        "sub": lambda: exact[0] - exact[1],
+        "fma": lambda: exact[0] * exact[1] + exact[2],
+    }[operation]()
+    rounded = result.astype(np.float32)
+    if "rm" in how:
+        rounded = np.where(rounded > result, np.nextafter(rounded, np.float32(-np.inf)), rounded)
+    if "sat" in how:
+        rounded = np.where(np.isnan(rounded), 0, np.clip(rounded, 0, 1))
+    return rounded.astype(np.float32)
