@@ -52,7 +52,7 @@ _RAGGED = gl.constexpr(1 << 30)
 
 
 @gluon.jit
-def _blocks_of_way(
+def _range_of_way(
     first, last, geometry, length_q, length_k, WAY: gl.constexpr, BLOCK_M: gl.constexpr
 ):
     """Returns (first query, blocks) of the queries that meet keys first to last in one way."""
@@ -65,11 +65,42 @@ def _blocks_of_way(
 
 
 @gluon.jit
+def _blocks_of_way(
+    first, last, geometry, length_q, length_k, WAY: gl.constexpr, BLOCK_M: gl.constexpr
+):
+    """Returns (run, blocks) of the same; where a run's blocks begin is _first_query's business."""
+    chunk_length, _ = geometry
+    low, blocks = _range_of_way(first, last, geometry, length_q, length_k, WAY, BLOCK_M)
+    jump = blocks
+    gap = 0
+    if WAY == NEAR:
+        # Of keys in two chunks: queries near to the one, and those near to the other.
+        _, blocks_1 = _range_of_way(first, first, geometry, length_q, length_k, WAY, BLOCK_M)
+        low_2, blocks_2 = _range_of_way(last, last, geometry, length_q, length_k, WAY, BLOCK_M)
+        between = low_2 - (low + blocks_1 * BLOCK_M)
+        chunks = own_begin(last, chunk_length) - own_begin(first, chunk_length)
+        apart = (chunks == chunk_length) & (between >= 0)
+        jump = gl.where(apart, blocks_1, blocks)
+        gap = gl.where(apart, between, 0)
+        blocks = gl.where(apart, blocks_1 + blocks_2, blocks)
+    return (low, jump, gap), blocks
+
+
+@gluon.jit
+def _first_query(block, run, BLOCK_M: gl.constexpr):
+    """The first query of a block: one after the other, with a gap before block `jump`."""
+    low, jump, gap = run
+    return low + block * BLOCK_M + gl.where(block < jump, 0, gap)
+
+
+@gluon.jit
 def _clear_blocks(
     first_key, keys: gl.constexpr, tile, geometry, WAY: gl.constexpr, BLOCK_M: gl.constexpr
 ):
-    """Returns (begin, end): the queries of blocks [begin, end) see all of these keys."""
-    _, _, length_q, _, end, length_k, _, low, blocks = tile
+    """Returns (begin, end): the queries of blocks [begin, end) see all of these keys, before the
+    gap."""
+    _, _, length_q, _, end, length_k, _, run, blocks = tile
+    low, jump, _ = run
     chunk_length, near = geometry
     last_key = gl.minimum(first_key + keys, end) - 1
     _, clear_low, clear_high, _ = queries_of_tile(
@@ -79,7 +110,7 @@ def _clear_blocks(
     begin = gl.maximum(clear_low - before + BLOCK_M - 1, 0) // BLOCK_M
     clear_end = blocks
     if WAY != FAR:
-        clear_end = gl.minimum(gl.maximum(clear_high - before, 0) // BLOCK_M, blocks)
+        clear_end = gl.minimum(gl.maximum(clear_high - before, 0) // BLOCK_M, jump)
     return gl.where(first_key + keys > end, blocks, begin), clear_end
 
 
@@ -97,7 +128,7 @@ def _load(
     k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings = shared
     q_ready, do_ready = rings
     stats_ptr, total_q = stats
-    head_kv, begin_q, length_q, begin_k, end, _, first, low, blocks = tile
+    head_kv, begin_q, length_q, begin_k, end, _, first, run, blocks = tile
     BLOCK_M: gl.constexpr = SHAPE[0]
     BLOCK_N: gl.constexpr = SHAPE[1]
     BLOCK_D: gl.constexpr = SHAPE[2]
@@ -113,7 +144,7 @@ def _load(
     steps = GROUP * blocks
     for step in range(steps):
         place = step % STAGES
-        first_query = low + block * BLOCK_M
+        first_query = _first_query(block, run, BLOCK_M)
         query = first_query + local
         vector = (head.to(gl.int64) * total_q + begin_q + query) * 4
         queries = (begin_q + length_q, _RAGGED - length_q + first_query, head)
@@ -133,13 +164,13 @@ def _load(
 @gluon.jit
 def _add_dq(dq_desc, dq_bufs, tile, GROUP: gl.constexpr, SHAPE: gl.constexpr):
     """Adds the halves of dq that the warpgroups leave in shared memory to the float32 buffer."""
-    head_kv, begin_q, length_q, _, _, _, _, low, blocks = tile
+    head_kv, begin_q, length_q, _, _, _, _, run, blocks = tile
     BLOCK_M: gl.constexpr = SHAPE[0]
     COLUMNS: gl.constexpr = SHAPE[2] // 2
     head = head_kv * GROUP
     block = blocks - 1
     for _ in range(GROUP * blocks):
-        row = _RAGGED - length_q + low + block * BLOCK_M
+        row = _RAGGED - length_q + _first_query(block, run, BLOCK_M)
         for half in gl.static_range(2):
             dq_half = take_dq(dq_bufs, half, dq_desc)
             tma_add(dq_desc, [_RAGGED, begin_q + length_q, row, head, half * COLUMNS], dq_half)
@@ -161,7 +192,7 @@ def _compute(
     k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings = shared
     q_ready, do_ready = rings
     dk_ptr, dv_ptr, dk_sum_ptr, dv_sum_ptr, stride_t, stride_h = results
-    head_kv, _, length_q, begin_k, end, length_k, first, low, blocks = tile
+    head_kv, _, length_q, begin_k, end, length_k, first, run, blocks = tile
     chunk_length, near = geometry
     BLOCK_M: gl.constexpr = SHAPE[0]
     BLOCK_N: gl.constexpr = SHAPE[1]
@@ -221,7 +252,7 @@ def _compute(
             key = first_key + gl.where(never, 1, 0)
             diagonal = key - shift
             chunk_end = own_begin(key + local_key, chunk_length) + chunk_length - shift
-            query = local_query + (low + block * BLOCK_M)
+            query = local_query + _first_query(block, run, BLOCK_M)
             first_seen = chunk_end
             if WAY == OWN:
                 first_seen = local_key + diagonal
@@ -341,7 +372,7 @@ def dual_chunk_bwd_hopper_kernel(
     # An empty slot of the schedule: no queries, and no keys to store.
     end = gl.where(document < 0, 0, end)
     last = gl.minimum(first + BLOCK_N, end) - 1
-    low, blocks = _blocks_of_way(first, last, geometry, length_q, length_k, WAY, BLOCK_M)
+    run, blocks = _blocks_of_way(first, last, geometry, length_q, length_k, WAY, BLOCK_M)
     blocks = gl.where(first < end, blocks, 0)
 
     word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -361,7 +392,7 @@ def dual_chunk_bwd_hopper_kernel(
     rings = allocate_rings(STAGES)
     mbarrier.init(kv_ready, count=1)
     shared = (k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings)
-    tile = (head_kv, begin_q, length_q, begin_k, end, length_k, first, low, blocks)
+    tile = (head_kv, begin_q, length_q, begin_k, end, length_k, first, run, blocks)
     results = (dk_ptr, dv_ptr, dk_sum_ptr, dv_sum_ptr, stride_t, stride_h)
     SHAPE: gl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, STAGES)
     sources = (q_desc, do_desc, k_desc, v_desc)
