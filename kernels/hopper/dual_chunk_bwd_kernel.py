@@ -156,7 +156,7 @@ def _load(
         copy_async(delta_bufs.index(place), stats_ptr + vector + 1, mask=query < length_q)
         copy_arrive(do_ready.index(place))
         load_block(do_desc, do_bufs.index(place), do_ready.index(place), queries)
-        head, block = next_block(head, block, head_kv, 0, blocks, GROUP, True)
+        head, block = next_block(head, block, head_kv, GROUP)
     settle_places(Q_EMPTY, steps, STAGES, LOADER_AND_BOTH)
     settle_places(DO_EMPTY, steps, STAGES, LOADER_AND_BOTH)
 
@@ -175,7 +175,7 @@ def _add_dq(dq_desc, dq_bufs, tile, GROUP: gl.constexpr, SHAPE: gl.constexpr):
             dq_half = take_dq(dq_bufs, half, dq_desc)
             tma_add(dq_desc, [_RAGGED, begin_q + length_q, row, head, half * COLUMNS], dq_half)
         give_back_dq()
-        head, block = next_block(head, block, head_kv, 0, blocks, GROUP, True)
+        head, block = next_block(head, block, head_kv, GROUP)
 
 
 @gluon.jit

@@ -77,7 +77,7 @@ def add_dq(
         wait_written()
         partition_barrier()
         gl.atomic_add(turn, 1, sem="release")
-        head, block = next_block(head, block, head_kv, low, high, GROUP, True)
+        head, block = next_block(head, block, head_kv, GROUP)
 
 
 @gluon.jit

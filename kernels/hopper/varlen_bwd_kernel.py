@@ -123,7 +123,7 @@ def _load(
         copy_arrive(do_ready.index(place))
         mbarrier.expect(do_ready.index(place), BYTES)
         load_rows(do_desc, do_bufs, place * BLOCKS, do_ready.index(place), queries, BLOCKS)
-        head, block = next_block(head, block, head_kv, low, high, GROUP, True)
+        head, block = next_block(head, block, head_kv, GROUP)
     settle_places(Q_EMPTY, steps, STAGES, LOADER_AND_BOTH)
     settle_places(DO_EMPTY, steps, STAGES, LOADER_AND_BOTH)
 
@@ -293,7 +293,7 @@ def _compute(
         dk = warpgroup_mma_wait(0, deps=[dk_token])
         give_place(Q_EMPTY, place, LOADER_AND_BOTH)
         last_block = block
-        head, block = next_block(head, block, head_kv, low, high, GROUP, True)
+        head, block = next_block(head, block, head_kv, GROUP)
         if FROM_REGISTERS:
             slabs = (block - last_block) * (BLOCK_M // 16)
             slabs += gl.where(block == last_block, slabs_per_head, (1 - GROUP) * slabs_per_head)

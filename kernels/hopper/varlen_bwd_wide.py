@@ -132,7 +132,7 @@ def compute_wide(
         dq = warpgroup_mma_wait(0, deps=[dq_token])
         reduce_dq(dq, slab_ptr, own_rows - query, 0, HEAD_DIM)
         last_block = block
-        head, block = next_block(head, block, head_kv, low, high, GROUP, True)
+        head, block = next_block(head, block, head_kv, GROUP)
         further = gl.where(block == last_block, slabs_per_head, (1 - GROUP) * slabs_per_head)
         further += (block - last_block) * SLABS
         slab_ptr += further.to(gl.int64) * (16 * HEAD_DIM)
