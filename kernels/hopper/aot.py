@@ -40,10 +40,12 @@ from lctrain.kernels.hopper.support import (
 )
 from lctrain.kernels.hopper.varlen_bwd_kernel import varlen_bwd_hopper_kernel
 from lctrain.kernels.hopper.varlen_fwd_kernel import varlen_fwd_hopper_kernel
+from lctrain.kernels.tile.chunks import FAR, NEAR, OWN
 from lctrain.kernels.tile.variant import KernelVariant, describe_variant
 
 FEATURES = ("causal", "full", "dropout", "deterministic", "all")
 DUAL_CHUNK_FEATURES = ("causal", "dropout", "all")
+DUAL_CHUNK_WAYS = {NEAR.value: "near", OWN.value: "own", FAR.value: "far"}
 HEADS_KV = 8
 DIFFERENTIAL_PUBLISHED = ((64, 128, False), (128, 128, True))  # D, Dv, one k
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # Triton 3.10 flips the default of fusion
@@ -61,6 +63,7 @@ _TYPES = {
     **dict.fromkeys(("stride_kt", "stride_kh", "stride_vt", "stride_vh"), "i32"),
     **dict.fromkeys(("stride_dqt", "stride_dqh"), "i32"),
     **dict.fromkeys(("turns_ptr", "per_head"), "i32"),
+    **dict.fromkeys(("dk_sum_ptr", "dv_sum_ptr"), "fp32"),
     "seed_ptr": "i64",
 }
 
@@ -172,7 +175,7 @@ def dual_chunk_backward_variant(
     features: str = "causal",
     dtype: str = "bf16",
     group: int = 4,
-    is_near: bool = False,
+    way: int = OWN.value,
 ) -> KernelVariant:
     """As backward_variant, of one launch of dual_chunk_bwd_hopper_kernel, which has no dropout."""
     columns = padded_columns(head_dim)
@@ -188,19 +191,17 @@ def dual_chunk_backward_variant(
         "BLOCK_N": BLOCK_N_BACKWARD,
         "BLOCK_D": columns,
         "STAGES": tile.stages,
-        "IS_NEAR": is_near,
+        "WAY": way,
     }
-    descriptors = dict.fromkeys(("q_desc", "q_far_desc", "do_desc"), queries)
+    descriptors = dict.fromkeys(("q_desc", "do_desc"), queries)
     descriptors |= dict.fromkeys(("k_desc", "v_desc"), keys)
     types = _types(features, dtype, dq_desc=dq, **descriptors) | _dual_chunk_types(features)
-    shares = dict.fromkeys(("dk_near_ptr", "dv_near_ptr"), None if is_near else "*fp32")
-    types |= shares
-    if is_near:
-        types |= dict.fromkeys(("dk_ptr", "dv_ptr"), "*fp32")
+    if way == NEAR.value:
+        types |= dict.fromkeys(("dk_ptr", "dv_ptr"))
     options = OPTIONS | {"maxnreg": REGISTERS}
-    way = "near" if is_near else "own_far"
     size = f"{tile.block_m}x{BLOCK_N_BACKWARD}"
-    label = f"hopper_dual_chunk_bwd_{way}-D{head_dim}-g{group}-{features}-{dtype}-{size}"
+    name = f"hopper_dual_chunk_bwd_{DUAL_CHUNK_WAYS[way]}"
+    label = f"{name}-D{head_dim}-g{group}-{features}-{dtype}-{size}"
     kernel = dual_chunk_bwd_hopper_kernel
     return describe_variant(label, kernel, types, constants, options, False)
 
@@ -368,10 +369,10 @@ def _dual_chunk_variants(
         for group, name in itertools.product(groups, DUAL_CHUNK_FEATURES):
             if name in features:
                 yield dual_chunk_forward_variant(head_dim, features=name, group=group)
-    for is_near, name in itertools.product((True, False), DUAL_CHUNK_FEATURES):
+    for way, name in itertools.product(DUAL_CHUNK_WAYS, DUAL_CHUNK_FEATURES):
         if name in features and name != "dropout":
             group = groups[-1]
-            yield dual_chunk_backward_variant(head_dim, features=name, group=group, is_near=is_near)
+            yield dual_chunk_backward_variant(head_dim, features=name, group=group, way=way)
 
 
 def _descriptor(dtype: str, rows: int, columns: int) -> str:

@@ -120,7 +120,7 @@ def _load(
         copy_arrive(do_ready.index(place))
         queries = (begin_q + length_q, row, head)
         load_block(do_desc, do_bufs.index(place), do_ready.index(place), queries)
-        head, block = next_block(head, block, head_kv, low, high, GROUP, True)
+        head, block = next_block(head, block, head_kv, GROUP)
     settle_places(Q_EMPTY, steps, STAGES, LOADER_AND_BOTH)
     settle_places(DO_EMPTY, steps, STAGES, LOADER_AND_BOTH)
 
@@ -143,7 +143,7 @@ def _add_dq(dq_descs, dq_bufs, tile, GROUP: gl.constexpr, SHAPE: gl.constexpr):
                     take_dq(dq_bufs, branch, dq_descs[0]),
                 )
             give_back_dq()
-        head, block = next_block(head, block, head_kv, low, high, GROUP, True)
+        head, block = next_block(head, block, head_kv, GROUP)
 
 
 @gluon.jit

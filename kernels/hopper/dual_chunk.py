@@ -7,7 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lctrain.kernels.attention.dual_chunk_rotate import dual_chunk_rotate, rotated_keys
+from lctrain.kernels.attention.dual_chunk_rotate import (
+    ROTATE_CONFIG,
+    dual_chunk_rotate,
+    rotated_keys,
+)
 from lctrain.kernels.hopper.config import (
     BLOCK_N_BACKWARD,
     CONSUMERS,
@@ -21,7 +25,7 @@ from lctrain.kernels.hopper.dual_chunk_fwd_kernel import dual_chunk_fwd_hopper_k
 from lctrain.kernels.hopper.launch import multiprocessors, padded_columns, ragged_descriptor
 from lctrain.kernels.schedule import SCHEDULE_ROWS
 from lctrain.kernels.tile.arguments import RUNTIME_INTEGERS, dropout_arguments, padded_head_dim
-from lctrain.kernels.tile.chunks import far_delta, far_end, own_begin
+from lctrain.kernels.tile.chunks import FAR, NEAR, OWN, far_delta, far_end, own_begin
 from lctrain.kernels.tile.rotary import (
     cos_sin,
     load_frequencies,
@@ -31,8 +35,6 @@ from lctrain.kernels.tile.rotary import (
     store_pairs,
 )
 from lctrain.kernels.tile.seqlen import document_bounds, locate_program
-
-TURN_ROWS = 32  # rows of a program that only turns them; bound by memory
 
 
 def dual_chunk_fwd(
@@ -153,8 +155,8 @@ def _turn_near_kernel(
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
-def _sum_dq_kernel(
-    sums_ptr,
+def _finish_dq_kernel(
+    sum_ptr,
     dq_ptr,
     cu_q_ptr,
     cu_k_ptr,
@@ -162,7 +164,6 @@ def _sum_dq_kernel(
     inv_freq_ptr,
     logit_scale_ptr,
     num_tiles,
-    total_q,
     chunk_length,
     near,
     far_position,
@@ -172,9 +173,9 @@ def _sum_dq_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """dq = scale * (sums[0] + sums[1] turned back from the far position), in dq's dtype.
+    """dq = scale * sum, in dq's dtype, where rows with far keys are turned back from there.
 
-    Grid: as dual_chunk_rotate_kernel, by tiles of queries. sums [2, T, H, D] float32, dq [T, H, D].
+    Grid: as dual_chunk_rotate_kernel, by tiles of queries. sum [T, H, D] float32, dq [T, H, D].
     """
     head, _, document, first = locate_program(tiles_ptr, num_tiles, BLOCK_M, 1)
     if document < 0:
@@ -186,16 +187,14 @@ def _sum_dq_kernel(
     query = first + tl.arange(0, BLOCK_M)
     pairs = pair_columns(HEAD_DIM, BLOCK_D)
     place = (((begin + query) * HEADS + head) * HEAD_DIM)[:, None] + pairs[None, :]
-    dq = load_pairs(sums_ptr + place, query, length, HEAD_DIM, BLOCK_D, True)
+    dq = load_pairs(sum_ptr + place, query, length, HEAD_DIM, BLOCK_D, True)
     position = query + length_k - length
     last = tl.minimum(first + BLOCK_M, length) - 1 + length_k - length
-    if far_end(last, chunk_length, near) > 0:
-        far_ptr = sums_ptr + tl.cast(total_q, tl.int64) * (HEADS * HEAD_DIM)
-        far = load_pairs(far_ptr + place, query, length, HEAD_DIM, BLOCK_D, True)
+    if far_end(last, chunk_length, near) > 0:  # as dual_chunk_rotate_kernel turned them
         turns, turns_rest = load_frequencies(inv_freq_ptr, HEAD_DIM, BLOCK_D)
         moved = far_delta(position, chunk_length, far_position)
         cos, sin = cos_sin(moved[:, None], turns[None, :], turns_rest[None, :])
-        dq += rotate(far, cos, -sin, BLOCK_M, BLOCK_D)
+        dq = rotate(dq, cos, -sin, BLOCK_M, BLOCK_D)
     if logit_scale_ptr is not None:
         scale *= tl.load(logit_scale_ptr + document)
     store_pairs(dq_ptr + place, dq * scale, query, length, HEAD_DIM, BLOCK_D)
@@ -224,8 +223,8 @@ def dual_chunk_bwd(
     """Launches the backward; arguments and results as the portable dual_chunk_bwd, less dropout.
 
     dq is added up in float32 in the order in which programs come, so its last bits differ from run
-    to run; dk and dv do not. Scratch: keys rotated by -c [Tk, Hk, D], and in float32 twice dq,
-    once dk and dv, and four numbers per query and head.
+    to run; dk and dv do not. Scratch: keys rotated by -c [Tk, Hk, D], until NEAR is done; in
+    float32 dq, dk and dv; and four numbers per query and head.
     """
     total_q, heads, head_dim = q.shape
     heads_kv = k.shape[1]
@@ -233,10 +232,8 @@ def dual_chunk_bwd(
     dlse = None if dlse is None else dlse.contiguous()
     # Holds the queries at the far position until the products are done.
     dq = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
-    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if total_q == 0:
-        return dq, dk.zero_(), dv.zero_()
+        return dq, k.new_zeros(k.shape), v.new_zeros(v.shape)
     geometry: dict[str, Any] = {
         "inv_freq": inv_freq,
         "chunk_length": chunk_length,
@@ -244,7 +241,6 @@ def dual_chunk_bwd(
         "far_position": far_position,
     }
     stats = torch.empty((heads, total_q, 4), dtype=torch.float32, device=q.device)
-    k_near = rotated_keys(k, cu_seqlens_k, k_tiles, **geometry)
     dual_chunk_rotate(
         q,
         dq,
@@ -259,31 +255,29 @@ def dual_chunk_bwd(
         stats=stats,
         **geometry,
     )
-    sums = torch.zeros((2 * total_q, heads, head_dim), dtype=torch.float32, device=q.device)
-    dk_near, dv_near = torch.empty((2, *k.shape), dtype=torch.float32, device=k.device)
+    dq_sum = torch.zeros((total_q, heads, head_dim), dtype=torch.float32, device=q.device)
+    dk_sum, dv_sum = torch.empty((2, *k.shape), dtype=torch.float32, device=k.device)
     columns = padded_columns(head_dim)
     tile = dual_chunk_backward_tile(columns)
-    rows = TURN_ROWS
-    shape = {"HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim), "BLOCK_M": rows}
-    for is_near in (True, False):
+
+    def launch(way: int, q: Tensor, k: Tensor, dk: Tensor | None, dv: Tensor | None) -> None:
         dual_chunk_bwd_hopper_kernel[(heads_kv * k_tiles.shape[0],)](
             ragged_descriptor(q, tile.block_m, columns),
-            ragged_descriptor(dq, tile.block_m, columns),
             ragged_descriptor(dout, tile.block_m, columns),
-            ragged_descriptor(k_near if is_near else k, BLOCK_N_BACKWARD // 2, columns),
+            ragged_descriptor(k, BLOCK_N_BACKWARD // 2, columns),
             ragged_descriptor(v, BLOCK_N_BACKWARD // 2, columns),
-            ragged_descriptor(sums, tile.block_m, columns // 2),
+            ragged_descriptor(dq_sum, tile.block_m, columns // 2),
             stats,
-            dk_near if is_near else dk,
-            dv_near if is_near else dv,
-            None if is_near else dk_near,
-            None if is_near else dv_near,
+            dk,
+            dv,
+            dk_sum,
+            dv_sum,
             cu_seqlens_q,
             cu_seqlens_k,
             k_tiles,
             logit_scale,
-            dk.stride(0),
-            dk.stride(1),
+            dk_sum.stride(0),
+            dk_sum.stride(1),
             k_tiles.shape[0],
             total_q,
             chunk_length,
@@ -296,27 +290,41 @@ def dual_chunk_bwd(
             BLOCK_N=BLOCK_N_BACKWARD,
             BLOCK_D=columns,
             STAGES=tile.stages,
-            IS_NEAR=is_near,
+            WAY=way,
             num_warps=4,
             maxnreg=REGISTERS,
             enable_fp_fusion=True,
         )
-        if is_near:
-            _turn_near_kernel[(heads_kv * k_tiles.shape[0] * (SCHEDULE_ROWS // rows),)](
-                dk_near,
-                cu_seqlens_k,
-                k_tiles,
-                inv_freq,
-                k_tiles.shape[0],
-                chunk_length,
-                near,
-                HEADS=heads_kv,
-                num_warps=4,
-                enable_fp_fusion=True,
-                **shape,
-            )
-    _sum_dq_kernel[(heads * q_tiles.shape[0] * (SCHEDULE_ROWS // rows),)](
-        sums,
+
+    rows = ROTATE_CONFIG.block_m
+    shape = {"HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim), "BLOCK_M": rows}
+    if near > 0:
+        k_near = rotated_keys(k, cu_seqlens_k, k_tiles, **geometry)
+        launch(NEAR.value, q, k_near, None, None)
+        del k_near  # dk may lie there
+        _turn_near_kernel[(heads_kv * k_tiles.shape[0] * (SCHEDULE_ROWS // rows),)](
+            dk_sum,
+            cu_seqlens_k,
+            k_tiles,
+            inv_freq,
+            k_tiles.shape[0],
+            chunk_length,
+            near,
+            HEADS=heads_kv,
+            num_warps=4,
+            enable_fp_fusion=True,
+            **shape,
+        )
+    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    launch(OWN.value, q, k, dk, dv)
+    # dq of FAR comes in the frame of queries at the far position, and so the sum goes there.
+    dual_chunk_rotate(
+        dq_sum, dq_sum, cu_seqlens_q, cu_seqlens_k, q_tiles, is_query=True, **geometry
+    )
+    launch(FAR.value, dq, k, dk, dv)
+    _finish_dq_kernel[(heads * q_tiles.shape[0] * (SCHEDULE_ROWS // rows),)](
+        dq_sum,
         dq,
         cu_seqlens_q,
         cu_seqlens_k,
@@ -324,7 +332,6 @@ def dual_chunk_bwd(
         inv_freq,
         logit_scale,
         q_tiles.shape[0],
-        total_q,
         chunk_length,
         near,
         far_position,

@@ -1,7 +1,7 @@
-"""Backward of dual chunk attention for Hopper, in Gluon: varlen's, over one or two ways of meeting.
+"""Backward of dual chunk attention for Hopper, in Gluon: varlen's, over one way of meeting.
 
-In two launches over the ways of tile/chunks.py: NEAR, of keys rotated by -c; then OWN and FAR, of
-keys as they are, in one loop over blocks of queries, as they are and at the far position.
+A launch for each of the ways of tile/chunks.py: NEAR, of keys rotated by -c; OWN, of queries and
+keys as they are; FAR, of queries at the far position.
 """
 
 from triton.experimental import gluon
@@ -16,9 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from lctrain.kernels.hopper.compat import (
     copy_arrive,
     copy_async,
-    reinterpret,
     tma_add,
-    tma_load,
 )
 from lctrain.kernels.hopper.signals import (
     BOTH,
@@ -54,10 +52,12 @@ _RAGGED = gl.constexpr(1 << 30)
 
 
 @gluon.jit
-def _blocks_of_way(first, last, way, geometry, length_q, length_k, BLOCK_M: gl.constexpr):
+def _range_of_way(
+    first, last, geometry, length_q, length_k, WAY: gl.constexpr, BLOCK_M: gl.constexpr
+):
     """Returns (first query, blocks) of the queries that meet keys first to last in one way."""
     chunk_length, near = geometry
-    low, _, _, high = queries_of_tile(first, last, way, chunk_length, near, length_k)
+    low, _, _, high = queries_of_tile(first, last, WAY, chunk_length, near, length_k)
     shift = length_k - length_q
     low = gl.maximum(low - shift, 0)
     high = gl.minimum(high - shift, length_q)
@@ -65,37 +65,53 @@ def _blocks_of_way(first, last, way, geometry, length_q, length_k, BLOCK_M: gl.c
 
 
 @gluon.jit
-def _first_query(block, blocks, BLOCK_M: gl.constexpr):
-    """The first query of a block; those from far_block on meet the keys at the far position."""
-    far_block, _, first_shift, far_shift = blocks
-    return block * BLOCK_M + gl.where(block < far_block, first_shift, far_shift)
+def _blocks_of_way(
+    first, last, geometry, length_q, length_k, WAY: gl.constexpr, BLOCK_M: gl.constexpr
+):
+    """Returns (run, blocks) of the same; where a run's blocks begin is _first_query's business."""
+    chunk_length, _ = geometry
+    low, blocks = _range_of_way(first, last, geometry, length_q, length_k, WAY, BLOCK_M)
+    jump = blocks
+    gap = 0
+    if WAY == NEAR:
+        # Of keys in two chunks: queries near to the one, and those near to the other.
+        _, blocks_1 = _range_of_way(first, first, geometry, length_q, length_k, WAY, BLOCK_M)
+        low_2, blocks_2 = _range_of_way(last, last, geometry, length_q, length_k, WAY, BLOCK_M)
+        between = low_2 - (low + blocks_1 * BLOCK_M)
+        chunks = own_begin(last, chunk_length) - own_begin(first, chunk_length)
+        apart = (chunks == chunk_length) & (between >= 0)
+        jump = gl.where(apart, blocks_1, blocks)
+        gap = gl.where(apart, between, 0)
+        blocks = gl.where(apart, blocks_1 + blocks_2, blocks)
+    return (low, jump, gap), blocks
+
+
+@gluon.jit
+def _first_query(block, run, BLOCK_M: gl.constexpr):
+    """The first query of a block: one after the other, with a gap before block `jump`."""
+    low, jump, gap = run
+    return low + block * BLOCK_M + gl.where(block < jump, 0, gap)
 
 
 @gluon.jit
 def _clear_blocks(
-    first_key,
-    keys: gl.constexpr,
-    tile,
-    geometry,
-    IS_NEAR: gl.constexpr,
-    BLOCK_M: gl.constexpr,
+    first_key, keys: gl.constexpr, tile, geometry, WAY: gl.constexpr, BLOCK_M: gl.constexpr
 ):
-    """Returns (begin, end, again): in blocks [begin, end) and from `again` on, all see all keys."""
-    _, _, length_q, _, end, length_k, _, blocks = tile
+    """Returns (begin, end): the queries of blocks [begin, end) see all of these keys, before the
+    gap."""
+    _, _, length_q, _, end, length_k, _, run, blocks = tile
+    low, jump, _ = run
     chunk_length, near = geometry
-    far_block, all_blocks, first_shift, far_shift = blocks
-    WAY: gl.constexpr = NEAR if IS_NEAR else OWN
-    shift = length_k - length_q
     last_key = gl.minimum(first_key + keys, end) - 1
-    _, low, high, _ = queries_of_tile(first_key, last_key, WAY, chunk_length, near, length_k)
-    begin = gl.maximum(low - shift - first_shift + BLOCK_M - 1, 0) // BLOCK_M
-    clear_end = gl.minimum(gl.maximum(high - shift - first_shift, 0) // BLOCK_M, far_block)
-    again = all_blocks
-    if not IS_NEAR:
-        _, low, _, _ = queries_of_tile(first_key, last_key, FAR, chunk_length, near, length_k)
-        again = gl.maximum(low - shift - far_shift + BLOCK_M - 1, 0) // BLOCK_M
-    begin = gl.where(first_key + keys > end, all_blocks, begin)
-    return begin, clear_end, gl.maximum(again, far_block)
+    _, clear_low, clear_high, _ = queries_of_tile(
+        first_key, last_key, WAY, chunk_length, near, length_k
+    )
+    before = length_k - length_q + low
+    begin = gl.maximum(clear_low - before + BLOCK_M - 1, 0) // BLOCK_M
+    clear_end = blocks
+    if WAY != FAR:
+        clear_end = gl.minimum(gl.maximum(clear_high - before, 0) // BLOCK_M, jump)
+    return gl.where(first_key + keys > end, blocks, begin), clear_end
 
 
 @gluon.jit
@@ -108,17 +124,15 @@ def _load(
     SHAPE: gl.constexpr,
 ):
     """Loads a tile's keys and values, then the queries of every head of its group."""
-    q_desc, q_far_desc, do_desc, k_desc, v_desc = sources
+    q_desc, do_desc, k_desc, v_desc = sources
     k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings = shared
     q_ready, do_ready = rings
     stats_ptr, total_q = stats
-    head_kv, begin_q, length_q, begin_k, end, _, first, blocks = tile
-    far_block, all_blocks, _, _ = blocks
+    head_kv, begin_q, length_q, begin_k, end, _, first, run, blocks = tile
     BLOCK_M: gl.constexpr = SHAPE[0]
     BLOCK_N: gl.constexpr = SHAPE[1]
     BLOCK_D: gl.constexpr = SHAPE[2]
     STAGES: gl.constexpr = SHAPE[3]
-    dtype: gl.constexpr = q_desc.dtype
     keys = (begin_k + end, _RAGGED - end + first, head_kv)
     mbarrier.expect(kv_ready, 2 * BLOCK_N * BLOCK_D * 2)
     load_rows(k_desc, k_bufs, 0, kv_ready, keys)
@@ -126,55 +140,42 @@ def _load(
     lanes: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
     local = gl.arange(0, BLOCK_M, lanes)
     head = head_kv * GROUP
-    block = all_blocks - 1
-    steps = GROUP * all_blocks
+    block = blocks - 1
+    steps = GROUP * blocks
     for step in range(steps):
         place = step % STAGES
-        first_query = _first_query(block, blocks, BLOCK_M)
+        first_query = _first_query(block, run, BLOCK_M)
         query = first_query + local
         vector = (head.to(gl.int64) * total_q + begin_q + query) * 4
-        row = _RAGGED - length_q + first_query
+        queries = (begin_q + length_q, _RAGGED - length_q + first_query, head)
         await_place(Q_EMPTY, step, STAGES, LOADER_AND_BOTH)
         copy_async(lse_bufs.index(place), stats_ptr + vector, mask=query < length_q)
         copy_arrive(q_ready.index(place))
-        mbarrier.expect(q_ready.index(place), BLOCK_M * BLOCK_D * 2)
-        q_place = reinterpret(
-            q_bufs.index(place), dtype, [1, 1, BLOCK_M, 1, BLOCK_D], q_desc.layout
-        )
-        # One of the two. A branch here costs the warpgroups registers: ptxas then takes their loops
-        # for divergent.
-        coordinate = [_RAGGED, begin_q + length_q, row, head, 0]
-        is_far = block >= far_block
-        tma_load(q_desc, coordinate, q_ready.index(place), q_place, pred=block < far_block)
-        tma_load(q_far_desc, coordinate, q_ready.index(place), q_place, pred=is_far)
+        load_block(q_desc, q_bufs.index(place), q_ready.index(place), queries)
         await_place(DO_EMPTY, step, STAGES, LOADER_AND_BOTH)
         copy_async(delta_bufs.index(place), stats_ptr + vector + 1, mask=query < length_q)
         copy_arrive(do_ready.index(place))
-        queries = (begin_q + length_q, row, head)
         load_block(do_desc, do_bufs.index(place), do_ready.index(place), queries)
-        head, block = next_block(head, block, head_kv, 0, all_blocks, GROUP, True)
+        head, block = next_block(head, block, head_kv, GROUP)
     settle_places(Q_EMPTY, steps, STAGES, LOADER_AND_BOTH)
     settle_places(DO_EMPTY, steps, STAGES, LOADER_AND_BOTH)
 
 
 @gluon.jit
-def _add_dq(dq_desc, dq_bufs, total_q, tile, GROUP: gl.constexpr, SHAPE: gl.constexpr):
-    """Adds the halves of dq that the warpgroups leave in shared memory to the float32 buffers."""
-    head_kv, begin_q, length_q, _, _, _, _, blocks = tile
-    far_block, all_blocks, _, _ = blocks
+def _add_dq(dq_desc, dq_bufs, tile, GROUP: gl.constexpr, SHAPE: gl.constexpr):
+    """Adds the halves of dq that the warpgroups leave in shared memory to the float32 buffer."""
+    head_kv, begin_q, length_q, _, _, _, _, run, blocks = tile
     BLOCK_M: gl.constexpr = SHAPE[0]
     COLUMNS: gl.constexpr = SHAPE[2] // 2
     head = head_kv * GROUP
-    block = all_blocks - 1
-    for _ in range(GROUP * all_blocks):
-        row = _RAGGED - length_q + _first_query(block, blocks, BLOCK_M)
-        # The second buffer follows the first.
-        end = begin_q + length_q + gl.where(block < far_block, 0, total_q)
+    block = blocks - 1
+    for _ in range(GROUP * blocks):
+        row = _RAGGED - length_q + _first_query(block, run, BLOCK_M)
         for half in gl.static_range(2):
             dq_half = take_dq(dq_bufs, half, dq_desc)
-            tma_add(dq_desc, [_RAGGED, end, row, head, half * COLUMNS], dq_half)
+            tma_add(dq_desc, [_RAGGED, begin_q + length_q, row, head, half * COLUMNS], dq_half)
         give_back_dq()
-        head, block = next_block(head, block, head_kv, 0, all_blocks, GROUP, True)
+        head, block = next_block(head, block, head_kv, GROUP)
 
 
 @gluon.jit
@@ -183,16 +184,15 @@ def _compute(
     GROUP: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     SHAPE: gl.constexpr,
-    IS_NEAR: gl.constexpr,
+    WAY: gl.constexpr,
     HALF_INDEX: gl.constexpr,
 ):
     """One warpgroup: half of the tile's keys, and half of the columns of dq."""
-    shared, dq_bufs, ds_bufs, results, tile, geometry, near_end, scale = inputs
+    shared, dq_bufs, ds_bufs, results, tile, geometry, scale = inputs
     k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings = shared
     q_ready, do_ready = rings
-    dk_ptr, dv_ptr, dk_near_ptr, dv_near_ptr, stride_t, stride_h = results
-    head_kv, _, length_q, begin_k, end, length_k, first, blocks = tile
-    far_block, all_blocks, _, _ = blocks
+    dk_ptr, dv_ptr, dk_sum_ptr, dv_sum_ptr, stride_t, stride_h = results
+    head_kv, _, length_q, begin_k, end, length_k, first, run, blocks = tile
     chunk_length, near = geometry
     BLOCK_M: gl.constexpr = SHAPE[0]
     BLOCK_N: gl.constexpr = SHAPE[1]
@@ -214,19 +214,18 @@ def _compute(
     local_key = gl.arange(0, HALF, gl.SliceLayout(1, s_layout))
     local_query = gl.arange(0, BLOCK_M, column_s)
     shift = length_k - length_q
-    clear = _clear_blocks(first_key, HALF, tile, geometry, IS_NEAR, BLOCK_M)
-    clear_first, clear_end, clear_again = clear
+    clear_first, clear_end = _clear_blocks(first_key, HALF, tile, geometry, WAY, BLOCK_M)
     multiplier = scale * _LOG2_E
     dk = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
     dv = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
     zero_s = gl.zeros([HALF, BLOCK_M], gl.float32, s_layout)
     zero_q = gl.zeros([DQ_ROWS, DQ_COLUMNS], gl.float32, dq_layout)
-    steps = GROUP * all_blocks
+    steps = GROUP * blocks
     mbarrier.wait(kv_ready, 0)
     for step in range(steps):
         place = step % STAGES
         phase = (step // STAGES) & 1
-        block = all_blocks - 1 - step // GROUP  # as next_block has it
+        block = blocks - 1 - step // GROUP  # as next_block has it
         never = block < 0
         mbarrier.wait(q_ready.index(place), phase)
         s_token = warpgroup_mma(
@@ -247,22 +246,23 @@ def _compute(
         lse = lse_bufs.index(place).load(column_s)
         s = warpgroup_mma_wait(1, deps=[s_token])
         # Keys beyond the end are zero, and 2^(0 - lse) may overflow.
-        if (block < clear_first) | ((block >= clear_end) & (block < clear_again)):
+        if (block < clear_first) | (block >= clear_end):
             # In queries: where the first key stands, and the end of each key's chunk. Found here,
             # since before the loop they would take registers.
             key = first_key + gl.where(never, 1, 0)
             diagonal = key - shift
             chunk_end = own_begin(key + local_key, chunk_length) + chunk_length - shift
-            query = local_query + _first_query(block, blocks, BLOCK_M)
-            if IS_NEAR:
-                first_seen = chunk_end
-                seen_end = chunk_end + near
-            else:
-                first_seen = gl.where(block < far_block, local_key + diagonal, chunk_end + near)
-                seen_end = gl.where(block < far_block, chunk_end, length_q)
+            query = local_query + _first_query(block, run, BLOCK_M)
+            first_seen = chunk_end
+            if WAY == OWN:
+                first_seen = local_key + diagonal
+            if WAY == FAR:
+                first_seen += near
             first_seen = gl.where(local_key < end - key, first_seen, length_q)
             s = gl.where(query[None, :] >= first_seen[:, None], s, float("-inf"))
-            s = gl.where(query[None, :] < seen_end[:, None], s, float("-inf"))
+            if WAY != FAR:
+                seen_end = chunk_end + near if WAY == NEAR else chunk_end
+                s = gl.where(query[None, :] < seen_end[:, None], s, float("-inf"))
         p = gl.exp2(s * multiplier - lse[None, :])
         # Until dp is there, the weights are kept as the product takes them: half the registers.
         p = p.to(dtype)
@@ -293,21 +293,29 @@ def _compute(
     OUT: gl.constexpr = (HALF, BLOCK_D)
     keys = (first_key, end, begin_k, head_kv)
     place_out, inside = place_keys(keys, strides, HEAD_DIM, o_layout, OUT)
-    if not IS_NEAR:
-        if first_key < near_end:
-            near_rows = (first_key, near_end, begin_k, head_kv)
-            place_near, near_keys = place_keys(near_rows, strides, HEAD_DIM, o_layout, OUT)
-            dv += gl.load(dv_near_ptr + place_near, mask=near_keys, other=0.0)
-            dk += gl.load(dk_near_ptr + place_near, mask=near_keys, other=0.0)
-        dk = dk * scale
-    gl.store(dv_ptr + place_out, dv.to(dv_ptr.dtype.element_ty), mask=inside)
-    gl.store(dk_ptr + place_out, dk.to(dk_ptr.dtype.element_ty), mask=inside)
+    # Keys of all chunks but the document's last: other launches have shares of theirs.
+    keys = (first_key, own_begin(length_k - 1, chunk_length), begin_k, head_kv)
+    _, is_shared = place_keys(keys, strides, HEAD_DIM, o_layout, OUT)
+    is_shared = is_shared & inside
+    if WAY != NEAR:
+        has_sum = is_shared
+        if WAY == OWN:
+            has_sum = is_shared & (near > 0)
+        dv += gl.load(dv_sum_ptr + place_out, mask=has_sum, other=0.0)
+        dk += gl.load(dk_sum_ptr + place_out, mask=has_sum, other=0.0)
+    if WAY != FAR:
+        gl.store(dv_sum_ptr + place_out, dv, mask=is_shared)
+        gl.store(dk_sum_ptr + place_out, dk, mask=is_shared)
+    if WAY == OWN:
+        inside = inside & ~is_shared
+    if WAY != NEAR:
+        gl.store(dv_ptr + place_out, dv.to(dtype), mask=inside)
+        gl.store(dk_ptr + place_out, (dk * scale).to(dtype), mask=inside)
 
 
 @gluon.jit(do_not_specialize=["num_tiles", "total_q", "chunk_length", "near"])
 def dual_chunk_bwd_hopper_kernel(
     q_desc,
-    q_far_desc,
     do_desc,
     k_desc,
     v_desc,
@@ -315,8 +323,8 @@ def dual_chunk_bwd_hopper_kernel(
     stats_ptr,
     dk_ptr,
     dv_ptr,
-    dk_near_ptr,
-    dv_near_ptr,
+    dk_sum_ptr,
+    dv_sum_ptr,
     cu_q_ptr,
     cu_k_ptr,
     tiles_ptr,
@@ -335,18 +343,20 @@ def dual_chunk_bwd_hopper_kernel(
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr,
-    IS_NEAR: gl.constexpr,
+    WAY: gl.constexpr,
 ):
     """One program: BLOCK_N keys of one key/value head, with all queries of its group that meet
-    them.
+    them in one way.
 
-    IS_NEAR: k are keys rotated by -c; dk and dv are float32 and get the NEAR shares, dk unscaled
-    and in the frame of the rotated keys. Otherwise OWN and FAR; dk_near and dv_near [Tk, Hk, D]
-    float32, strides of dk, hold what that launch left, dk turned to where the keys stand.
+    NEAR comes first, left out where near is 0, then OWN, then FAR. dk and dv of keys in all chunks
+    but a document's last one may have a share of each: NEAR leaves its own in the sums [Tk, Hk, D]
+    float32, strides of dk, with dk unscaled and in the frame of the rotated keys. OWN adds to them,
+    dk turned to where the keys stand by then, and FAR takes them to dk and dv. Those of the last
+    chunk are there after OWN.
 
     Grid: (tiles * key/value heads,). stats [H, T, 4] float32 as dual_chunk_rotate writes them.
-    dq_desc describes a zeroed float32 [2 T, H, D]: dq of OWN and NEAR, then that of FAR, in the
-    frame of the queries at the far position.
+    dq_desc describes a float32 [T, H, D], to which dq is added in the frame of q_desc's queries:
+    zeroed before the first launch, and turned to the far position before the last.
     """
     dtype: gl.constexpr = q_desc.dtype
     HALF: gl.constexpr = BLOCK_N // 2
@@ -356,23 +366,14 @@ def dual_chunk_bwd_hopper_kernel(
     if logit_scale_ptr is not None:
         scale *= gl.load(logit_scale_ptr + gl.maximum(document, 0))
     geometry = (chunk_length, near)
-    # Keys of all chunks but the document's last one have near queries.
-    near_end = gl.where(near > 0, own_begin(length_k - 1, chunk_length), 0)
+    end = length_k
+    if WAY != OWN:
+        end = own_begin(length_k - 1, chunk_length)
     # An empty slot of the schedule: no queries, and no keys to store.
-    end = gl.where(document < 0, 0, near_end if IS_NEAR else length_k)
+    end = gl.where(document < 0, 0, end)
     last = gl.minimum(first + BLOCK_N, end) - 1
-    if IS_NEAR:
-        low, far_block = _blocks_of_way(first, last, NEAR, geometry, length_q, length_k, BLOCK_M)
-        far_low = 0
-        all_blocks = far_block
-    else:
-        low, far_block = _blocks_of_way(first, last, OWN, geometry, length_q, length_k, BLOCK_M)
-        far_low, far_blocks = _blocks_of_way(
-            first, last, FAR, geometry, length_q, length_k, BLOCK_M
-        )
-        all_blocks = far_block + far_blocks
-    all_blocks = gl.where(first < end, all_blocks, 0)
-    blocks = (far_block, all_blocks, low, far_low - far_block * BLOCK_M)
+    run, blocks = _blocks_of_way(first, last, geometry, length_q, length_k, WAY, BLOCK_M)
+    blocks = gl.where(first < end, blocks, 0)
 
     word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     bar: gl.constexpr = mbarrier.MBarrierLayout()
@@ -391,18 +392,18 @@ def dual_chunk_bwd_hopper_kernel(
     rings = allocate_rings(STAGES)
     mbarrier.init(kv_ready, count=1)
     shared = (k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings)
-    tile = (head_kv, begin_q, length_q, begin_k, end, length_k, first, blocks)
-    results = (dk_ptr, dv_ptr, dk_near_ptr, dv_near_ptr, stride_t, stride_h)
+    tile = (head_kv, begin_q, length_q, begin_k, end, length_k, first, run, blocks)
+    results = (dk_ptr, dv_ptr, dk_sum_ptr, dv_sum_ptr, stride_t, stride_h)
     SHAPE: gl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, STAGES)
-    sources = (q_desc, q_far_desc, do_desc, k_desc, v_desc)
+    sources = (q_desc, do_desc, k_desc, v_desc)
     stats = (stats_ptr, total_q)
-    inputs = (shared, dq_bufs, ds_bufs, results, tile, geometry, near_end, scale)
+    inputs = (shared, dq_bufs, ds_bufs, results, tile, geometry, scale)
     gl.warp_specialize(
         [
-            (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, IS_NEAR, 0)),
-            (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, IS_NEAR, 1)),
+            (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, WAY, 0)),
+            (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, WAY, 1)),
             (_load, (sources, shared, stats, tile, GROUP, SHAPE)),
-            (_add_dq, (dq_desc, dq_bufs, total_q, tile, GROUP, SHAPE)),
+            (_add_dq, (dq_desc, dq_bufs, tile, GROUP, SHAPE)),
         ],
         [4, 1, 1],
         [240, 24, 24],

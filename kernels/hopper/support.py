@@ -113,8 +113,6 @@ DUAL_CHUNK_FORWARD_LIMITS: tuple[_Limit, ...] = (
 )  # fmt: skip
 DUAL_CHUNK_BACKWARD_LIMITS: tuple[_Limit, ...] = (
     *DUAL_CHUNK_FORWARD_LIMITS,
-    # Its two buffers of dq are one to the copy engine.
-    ("the backward of more than 2^29 tokens", lambda c: c.q.shape[0] > MAX_ROWS // 2),
     *_ONLY_VARLEN,
     _DOUT,
 )

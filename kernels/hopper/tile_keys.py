@@ -45,18 +45,13 @@ def read_slot(packs, HEADS_KV: gl.constexpr, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def next_block(head, block, head_kv, low, high, GROUP: gl.constexpr, DOWNWARDS: gl.constexpr):
-    """(head, block) after this one: blocks upwards for head after head, or, DOWNWARDS, all heads
-    of block after block, from the last one down, which tiles of keys then begin side by side."""
-    if DOWNWARDS:
-        head += 1
-        end = (head_kv + 1) * GROUP
-        block = gl.where(head == end, block - 1, block)
-        head = gl.where(head == end, head_kv * GROUP, head)
-    else:
-        block += 1
-        head = gl.where(block == high, head + 1, head)
-        block = gl.where(block == high, low, block)
+def next_block(head, block, head_kv, GROUP: gl.constexpr):
+    """(head, block) after this one: all heads of block after block, from the last one down, which
+    tiles of keys begin side by side."""
+    head += 1
+    end = (head_kv + 1) * GROUP
+    block = gl.where(head == end, block - 1, block)
+    head = gl.where(head == end, head_kv * GROUP, head)
     return head, block
 
 

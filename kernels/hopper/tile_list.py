@@ -6,8 +6,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from lctrain.kernels.hopper.step import key_blocks, load_window, scalar
 
-import os
-_FLAT = gl.constexpr(os.environ.get("LCT_FLAT", "1") == "1")
 TILE_FIELDS = gl.constexpr(9)  # of a tile: see fetch_tiles
 TILES_AHEAD = gl.constexpr(2)  # tiles that are fetched before they are needed
 
@@ -44,7 +42,7 @@ def fetch_tiles(
     slots = num_items // (PARTS * HEAD_GROUPS)
     most = gl.load(tiles_ptr + 1) + 1
     usual = gl.load(tiles_ptr + slots // 2 * 2 + 1) + 1
-    groups = gl.where((4 * usual >= most) & _FLAT, 1, HEAD_GROUPS)
+    groups = gl.where(4 * usual >= most, 1, HEAD_GROUPS)
     item = gl.program_id(0)
     served = 0
     while item < num_items:

@@ -8,8 +8,6 @@ from lctrain.kernels.hopper.step import add_four, query_blocks, wait_written
 from lctrain.kernels.hopper.tile_keys import give_back_dq, next_block, take_dq
 
 _RAGGED = gl.constexpr(1 << 30)
-import os
-_SEM = gl.constexpr(os.environ.get("LCT_SEM", "release"))
 
 
 @gluon.jit
@@ -84,16 +82,16 @@ def add_dq(
         # The share of the step before has arrived meanwhile, this one's has not.
         wait_written(2)
         partition_barrier()
-        gl.atomic_add(last_turn, gl.where(step > 0, 1, 0), sem=_SEM)
+        gl.atomic_add(last_turn, gl.where(step > 0, 1, 0), sem="release")
         last_turn = turn
-        head, block = next_block(head, block, head_kv, low, high, GROUP, True)
+        head, block = next_block(head, block, head_kv, GROUP)
         turn = _turn(turns, head, block, begin_q, BLOCK_M)
         # Looked at ahead, so that nothing waits for the answer.
         there = gl.load(turn, mask=step < steps - 1, other=0, volatile=True)
     if steps > 0:
         wait_written(0)
         partition_barrier()
-        gl.atomic_add(last_turn, 1, sem=_SEM)
+        gl.atomic_add(last_turn, 1, sem="release")
 
 
 @gluon.jit

@@ -123,7 +123,7 @@ def _load(
         copy_arrive(do_ready.index(place))
         mbarrier.expect(do_ready.index(place), BYTES)
         load_rows(do_desc, do_bufs, place * BLOCKS, do_ready.index(place), queries, BLOCKS)
-        head, block = next_block(head, block, head_kv, low, high, GROUP, True)
+        head, block = next_block(head, block, head_kv, GROUP)
     settle_places(BLOCK_EMPTY, steps, STAGES, LOADER_AND_BOTH)
 
 

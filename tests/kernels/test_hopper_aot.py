@@ -185,17 +185,17 @@ def test_variants_of_dual_chunk_attention_are_what_is_launched(
     if features == "dropout":
         return  # the portable kernels have this backward
     kept = {}
-    for is_near in (True, False):
-        kept[is_near] = Launches(dual_chunk.dual_chunk_bwd_hopper_kernel.kernel)
+    for way in aot.DUAL_CHUNK_WAYS:
+        kept[way] = Launches(dual_chunk.dual_chunk_bwd_hopper_kernel.kernel)
     rest = iter(kept.values())
     monkeypatch.setattr(dual_chunk, "dual_chunk_bwd_hopper_kernel", EachLaunch(rest))
     dual_chunk.dual_chunk_bwd(
         q, None, q, k, k, out, lse, cu, cu, schedule.q_tiles, schedule.k_tiles, **options
     )
-    for is_near, launched in kept.items():
+    for way, launched in kept.items():
         launched.assert_described_by(
             aot.dual_chunk_backward_variant(
-                head_dim, features=features, dtype=dtype, group=group, is_near=is_near
+                head_dim, features=features, dtype=dtype, group=group, way=way
             )
         )
 

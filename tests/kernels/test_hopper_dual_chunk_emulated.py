@@ -40,6 +40,8 @@ CASES = {
     "D64-chunks_of_three": Case(equal_lengths(70, 7), 1, 1, 64, chunks=(4, 1)),
     "D64-local_size_0": Case(equal_lengths(300, 20), 2, 2, 64, chunks=(147, 0)),
     "D64-local_size_close": Case(equal_lengths(280), 2, 1, 64, chunks=(200, 150)),
+    # A tile of keys in two chunks, all of whose queries are near: in one run of blocks.
+    "D64-local_size_half": Case(equal_lengths(500), 1, 1, 64, chunks=(290, 145)),
     "D64-large_logits": dataclasses.replace(PLAIN, magnitude=30.0),
     "D128-g4": Case(equal_lengths(20, 203), 4, 1, 128, chunks=(100, 30), dout_order="tdh"),
     "D128-scale-fused_qkv": Case(
