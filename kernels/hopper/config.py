@@ -52,7 +52,7 @@ class BackwardTile(NamedTuple):
 
 
 # By the columns of a tile: head dims up to them.
-_FORWARD = {64: ForwardTile(128, 3, 2), 128: ForwardTile(128, 2, 2), 256: ForwardTile(64, 2, 1)}
+_FORWARD = {64: ForwardTile(128, 3, 2), 128: ForwardTile(128, 2, 2, meet_early=True), 256: ForwardTile(64, 2, 1)}
 _FORWARD_OF_ONE_HEAD = {64: ForwardTile(64, 4, 2, consumers=3)}
 _BACKWARD = {64: BackwardTile(64, 4, reduce_from_registers=True), 128: BackwardTile(64, 2)}
 _BACKWARD_WIDE: dict[int, BackwardTile] = {}

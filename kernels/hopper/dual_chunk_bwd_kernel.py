@@ -280,7 +280,7 @@ def _compute(
         ds_bufs.index(buffer * 2 + HALF_INDEX).store(ds)
         fence_async_shared()
         await_signal(DS_FULL, BOTH, 4)
-        dq_token = multiply_dq(ds_bufs, k_bufs, buffer, zero_q, HALF_INDEX, TURNED)
+        dq_token = multiply_dq(ds_bufs, k_bufs, buffer, zero_q, never, HALF_INDEX, TURNED)
         dk_token = warpgroup_mma(ds_operand, q_bufs.index(place), dk, is_async=True)
         dv = warpgroup_mma_wait(3, deps=[dv_token])
         give_place(DO_EMPTY, place, LOADER_AND_BOTH)

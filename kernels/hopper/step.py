@@ -142,6 +142,20 @@ def wait_written(LATER: gl.constexpr):
 
 
 @gluon.jit
+def release():
+    """Orders all that this warp knows to be written before what it tells others next."""
+    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    gl.inline_asm_elementwise(
+        "fence.acq_rel.gpu; mov.b32 $0, $1;",
+        "=r,r",
+        [lane],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def add_four(pointers, left, x0, x1, x2, x3):
     """Adds x0 to x3 to four float32 in global memory from each address on, where left > 0.
 

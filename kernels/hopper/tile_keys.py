@@ -9,6 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from lctrain.kernels.hopper.compat import reinterpret, tma_load, tma_store_wait
+from lctrain.kernels.hopper.step import held
 from lctrain.kernels.hopper.signals import (
     ADDER_AND_ONE,
     DQ_EMPTY,
@@ -169,7 +170,9 @@ def place_keys(keys, strides, WIDTH: gl.constexpr, layout: gl.constexpr, SHAPE: 
 
 
 @gluon.jit
-def multiply_dq(ds_bufs, k_bufs, buffer, zero_q, HALF_INDEX: gl.constexpr, TURNED: gl.constexpr):
+def multiply_dq(
+    ds_bufs, k_bufs, buffer, zero_q, never, HALF_INDEX: gl.constexpr, TURNED: gl.constexpr
+):
     """Starts this warpgroup's columns of a step's dq: both halves of the keys.
 
     TURNED: as columns by queries, which has as many rows as a product takes, 64. Then put_dq stores
@@ -179,7 +182,7 @@ def multiply_dq(ds_bufs, k_bufs, buffer, zero_q, HALF_INDEX: gl.constexpr, TURNE
     COLUMNS: gl.constexpr = zero_q.shape[0] if TURNED else zero_q.shape[1]
     for half in gl.static_range(2):
         ds = ds_bufs.index(buffer * 2 + half)
-        k = k_bufs.index(half).slice(HALF_INDEX * COLUMNS, COLUMNS, dim=1)
+        k = held(k_bufs, half, never).slice(HALF_INDEX * COLUMNS, COLUMNS, dim=1)
         if TURNED:
             token = warpgroup_mma(k.permute((1, 0)), ds, token, use_acc=half > 0, is_async=True)
         else:

@@ -4,10 +4,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from lctrain.kernels.hopper.compat import partition_barrier, tma_add, tma_store
-from lctrain.kernels.hopper.step import add_four, query_blocks, wait_written
-from lctrain.kernels.hopper.tile_keys import give_back_dq, next_block, take_dq
+from lctrain.kernels.hopper.step import add_four, query_blocks, release, wait_written
+from lctrain.kernels.hopper.tile_keys import give_back_dq, take_dq
 
 _RAGGED = gl.constexpr(1 << 30)
+_TOLD_AT_ONCE = gl.constexpr(4)  # steps
 
 
 @gluon.jit
@@ -22,10 +23,22 @@ def _earlier_tiles(block, tile, window, SHAPE: gl.constexpr):
 
 
 @gluon.jit
-def _turn(turns, head, block, begin_q, BLOCK_M: gl.constexpr):
-    """Where the shares of a block of dq are counted. Blocks of two documents share no number."""
+def _turn(turns, tile, step, GROUP: gl.constexpr, BLOCK_M: gl.constexpr):
+    """Where the shares of a step's block of dq are counted. Two documents share no number."""
     turns_ptr, turns_per_head, document = turns
+    head_kv, begin_q, _, _, _, _, _, high = tile
+    head = head_kv * GROUP + step % GROUP
+    block = high - 1 - step // GROUP
     return turns_ptr + head * turns_per_head + begin_q // BLOCK_M + document + block
+
+
+@gluon.jit
+def _tell(turns, tile, begin, end, GROUP: gl.constexpr, BLOCK_M: gl.constexpr):
+    """Counts the shares of steps [begin, end), which this warp knows to be written."""
+    partition_barrier()
+    release()
+    for step in range(begin, end):
+        gl.atomic_add(_turn(turns, tile, step, GROUP, BLOCK_M), 1, sem="relaxed")
 
 
 @gluon.jit
@@ -56,42 +69,41 @@ def add_dq(
     head_kv, begin_q, length_q, _, _, _, low, high = tile
     BLOCK_M: gl.constexpr = SHAPE[0]
     COLUMNS: gl.constexpr = SHAPE[2] // 2
-    head = head_kv * GROUP
-    block = high - 1
     steps = GROUP * (high - low)
-    turn = _turn(turns, head, block, begin_q, BLOCK_M)
-    # Not `= turn`: Triton carries no name through a loop that there begins as another and becomes it.
-    last_turn = _turn(turns, head, block, begin_q, BLOCK_M)
     there = 0
+    told = 0
+    is_first = steps > 0
     for step in range(steps):
+        block = high - 1 - step // GROUP
+        head = head_kv * GROUP + step % GROUP
+        was_first = is_first
         earlier = _earlier_tiles(block, tile, window, SHAPE)
+        is_first = earlier == 0
         awaited = earlier
         if not DETERMINISTIC:
             awaited = gl.minimum(earlier, 1)
         if there < awaited:
-            _await_shares(turn, awaited)
+            _await_shares(_turn(turns, tile, step, GROUP, BLOCK_M), awaited)
         row = _RAGGED - length_q + block * BLOCK_M
         for half in gl.static_range(2):
             place = [_RAGGED, begin_q + length_q, row, head, half * COLUMNS]
             share = take_dq(dq_bufs, half, dq_desc)
-            if earlier == 0:
+            if is_first:
                 tma_store(dq_desc, place, share)
             else:
                 tma_add(dq_desc, place, share)
-        give_back_dq()
-        # The share of the step before has arrived meanwhile, this one's has not.
-        wait_written(2)
-        partition_barrier()
-        gl.atomic_add(last_turn, gl.where(step > 0, 1, 0), sem="release")
-        last_turn = turn
-        head, block = next_block(head, block, head_kv, GROUP)
-        turn = _turn(turns, head, block, begin_q, BLOCK_M)
         # Looked at ahead, so that nothing waits for the answer.
-        there = gl.load(turn, mask=step < steps - 1, other=0, volatile=True)
-    if steps > 0:
-        wait_written(0)
-        partition_barrier()
-        gl.atomic_add(last_turn, 1, sem="release")
+        following = gl.minimum(step + 1, steps - 1)
+        there = gl.load(_turn(turns, tile, following, GROUP, BLOCK_M), volatile=True)
+        give_back_dq()
+        # The shares of the steps before have arrived meanwhile, this one's has not. To tell others
+        # costs as much as half a step, so it is done at once only where they wait for it.
+        if DETERMINISTIC or was_first or step % _TOLD_AT_ONCE == 0:
+            wait_written(2)
+            _tell(turns, tile, told, step, GROUP, BLOCK_M)
+            told = step
+    wait_written(0)
+    _tell(turns, tile, told, steps, GROUP, BLOCK_M)
 
 
 @gluon.jit
@@ -192,7 +204,7 @@ def finish_dq(
     for item in range(GROUP * (end - low)):
         head = head_kv * GROUP + item % GROUP
         block = end - 1 - item // GROUP
-        turn = _turn(turns, head, block, begin_q, BLOCK_M)
+        turn = _turn(turns, tile, (high - end) * GROUP + item, GROUP, BLOCK_M)
         _await_shares(turn, _earlier_tiles(block, tile, window, SHAPE) + 1)
         query = block * BLOCK_M + row
         place = (begin_q + query).to(gl.int64) * stride_t + head * stride_h

@@ -349,7 +349,7 @@ def _compute(
             mbarrier.wait(q_ready.index(following), ((step + 1) // STAGES) & 1)
             s = _start(shared, k_bufs, q_bufs, following, zero_s, never, HALF_INDEX)
             await_signal(DS_READY + 2 * (step & 1) + 1 - HALF_INDEX, BOTH, 4)
-            dq = multiply_dq(ds_bufs, k_bufs, step & 1, zero_q, HALF_INDEX, TURNED)
+            dq = multiply_dq(ds_bufs, k_bufs, step & 1, zero_q, never, HALF_INDEX, TURNED)
             if HAS_DROPOUT:
                 # Random bits need the registers of dq, so it leaves at once.
                 dk, s, dq = warpgroup_mma_wait(0, deps=[dk, s, dq])
@@ -378,7 +378,7 @@ def _compute(
             shared, ds_bufs, step, dp, weights, dk, dv, SHAPE, FLAGS, LAYOUTS, HALF_INDEX
         )
         await_signal(DS_READY + 2 * (step & 1) + 1 - HALF_INDEX, BOTH, 4)
-        dq = multiply_dq(ds_bufs, k_bufs, step & 1, zero_q, HALF_INDEX, TURNED)
+        dq = multiply_dq(ds_bufs, k_bufs, step & 1, zero_q, never, HALF_INDEX, TURNED)
         dk, dq = warpgroup_mma_wait(0, deps=[dk, dq])
         give_place(BLOCK_EMPTY, place, LOADER_AND_BOTH)
         _leave(dq, dq_out, step, leaving, HEAD_DIM, HALF_INDEX, SHAPE, TURNED)
