@@ -66,15 +66,12 @@ _DUAL_CHUNK_DKV = {
     128: "64,128,8,2 64,64,8,2 32,128,8,2 32,64,4,2",
     256: "32,64,8,1 32,64,8,2",
 }
-# Block of keys, stages of keys and values, stages of queries, warpgroups; keys of 64 whose weights
-# are a polynomial's, whether queries are in registers, whether warps meet early.
+# Block of keys, stages of keys and values, stages of queries, warpgroups, whether warps meet early.
 _HOPPER_FORWARD = {
-    64: "64,4,2,3,0,0,0 64,4,2,3,8,0,0 64,4,2,3,16,0,0 64,4,2,3,0,1,0 64,4,2,3,0,0,1 "
-    "64,4,2,3,8,1,1 128,3,2,3,0,0,0 128,3,2,3,8,0,0 128,3,2,3,16,0,0 128,3,2,3,0,0,1 "
-    "128,3,2,2,0,0,0 128,3,2,2,16,0,0 128,3,2,2,0,1,0 128,3,2,2,0,0,1",
-    96: "128,2,2,2,0,0,0 128,2,2,2,0,0,1 64,4,2,2,0,0,0",
-    128: "128,2,2,2,0,0,0 128,2,2,2,8,0,0 128,2,2,2,0,0,1 64,4,2,2,0,0,0",
-    256: "64,2,1,2,0,0,0 64,2,1,2,0,0,1",
+    64: "64,4,2,3,0 64,4,2,3,1 128,3,2,3,0 128,3,2,3,1 128,3,2,2,0 128,3,2,2,1",
+    96: "128,2,2,2,0 128,2,2,2,1 64,4,2,2,0",
+    128: "128,2,2,2,0 128,2,2,2,1 64,4,2,2,0",
+    256: "64,2,1,2,0 64,2,1,2,1",
 }
 # Block of queries, stages, whether dq is added from registers.
 _HOPPER_BACKWARD = {
@@ -110,7 +107,9 @@ def override(operation: str, candidate: str) -> contextlib.AbstractContextManage
         return override_configs(**{operation: parse_config(candidate)})
     first, second, *rest = (int(part) for part in candidate.split(","))
     if operation == "hopper_fwd":
-        return override_tiles(forward=ForwardTile(first, second, *rest))
+        q_stages, consumers, early = rest
+        tile = ForwardTile(first, second, q_stages, consumers, bool(early))
+        return override_tiles(forward=tile)
     return override_tiles(backward=BackwardTile(first, second, *map(bool, rest)))
 
 

@@ -93,8 +93,6 @@ def forward_variant(
         "BLOCK_D": columns,
         "Q_STAGES": tile.q_stages,
         "STAGES": tile.stages,
-        "FMA_KEYS": tile.fma_keys,
-        "Q_IN_REGISTERS": tile.q_in_registers,
         "MEET_EARLY": tile.meet_early,
         **_flags(features),
         "HAS_SINK": features == "all",

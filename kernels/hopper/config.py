@@ -17,20 +17,14 @@ class ForwardTile(NamedTuple):
         stages: Blocks of keys, and of values, in shared memory.
         q_stages: Tiles of queries in shared memory.
         consumers: Warpgroups of 64 rows each; other than two in varlen_fwd_hopper_kernel alone.
-        fma_keys: Of 64 keys, how many have their weights from a polynomial instead of MUFU, which
-            gives 16 exponentials in a cycle; a multiple of 8. Of varlen_fwd_hopper_kernel alone, as
-            what follows.
-        q_in_registers: Whether products take the queries from registers, not shared memory; with
-            blocks of 128 keys three warpgroups have no room for them.
-        meet_early: Whether the warps of a warpgroup meet before a block's products, not after.
+        meet_early: Whether the warps of a warpgroup meet before a block's products, not after; of
+            varlen_fwd_hopper_kernel alone.
     """
 
     block_n: int
     stages: int
     q_stages: int
     consumers: int = CONSUMERS
-    fma_keys: int = 0
-    q_in_registers: bool = False
     meet_early: bool = False
 
 
@@ -52,7 +46,11 @@ class BackwardTile(NamedTuple):
 
 
 # By the columns of a tile: head dims up to them.
-_FORWARD = {64: ForwardTile(128, 3, 2), 128: ForwardTile(128, 2, 2, meet_early=True), 256: ForwardTile(64, 2, 1)}
+_FORWARD = {
+    64: ForwardTile(128, 3, 2),
+    128: ForwardTile(128, 2, 2, meet_early=True),
+    256: ForwardTile(64, 2, 1),
+}
 _FORWARD_OF_ONE_HEAD = {64: ForwardTile(64, 4, 2, consumers=3)}
 _BACKWARD = {64: BackwardTile(64, 4, reduce_from_registers=True), 128: BackwardTile(64, 2)}
 _BACKWARD_WIDE: dict[int, BackwardTile] = {}

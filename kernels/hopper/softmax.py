@@ -107,54 +107,6 @@ def scale_constraints(elements):
     return ",".join(["=&f"] * elements + tied + ["f"] * elements)
 
 
-@gluon.constexpr_function
-def polynomial_groups(fma_keys):
-    """Which of eight neighbouring groups of eight keys have their weights from a polynomial."""
-    count = fma_keys // 8
-    return [i for i in range(8) if (i + 1) * count // 8 > i * count // 8]
-
-
-@gluon.constexpr_function
-def weights_assembly(fma_keys):
-    """2^(s * multiplier - m) of two rows in one lane, of 64 keys, some of them without MUFU.
-
-    Operands: 32 results, the same registers as s, and for each of them the multiplier, m,
-    multiplier / 256 and (127 - m) / 256. The polynomial's exponent plus 127 comes in 256ths, which
-    saturation keeps from being negative, and is rounded down by adding 1.5 * 2^23 - 127. What is
-    left is f, and 2^f = 1 + f (c1 + f (c2 + f c3)) but for 9e-5 of it. -inf gives 0 in either way.
-    """
-    lines = [".reg .f32 x, y, n0, n1;", ".reg .b32 e, b;", "neg.f32 n0, $96;", "neg.f32 n1, $98;"]
-    groups = polynomial_groups(fma_keys)
-    for i in range(32):
-        if i // 4 in groups:
-            lines += [
-                f"fma.rn.sat.f32 x, ${i}, ${128 + i}, ${160 + i};",
-                "fma.rm.f32 y, x, 0f43800000, 0f4B3FFF81;",
-                "mov.b32 e, y;",
-                "sub.rn.f32 y, 0f4B3FFF81, y;",
-                "fma.rn.f32 x, x, 0f43800000, y;",
-                "fma.rn.f32 y, x, 0f3D9DD565, 0f3E691BBB;",
-                "fma.rn.f32 y, y, x, 0f3F31F32D;",
-                "fma.rn.f32 y, y, x, 0f3F800000;",
-                "mov.b32 b, y;",
-                "shl.b32 e, e, 23;",
-                "add.s32 b, b, e;",
-                f"mov.b32 ${i}, b;",
-            ]
-        else:
-            lines += [
-                f"fma.rn.f32 x, ${i}, ${64 + i}, {'n1' if i % 4 > 1 else 'n0'};",
-                f"ex2.approx.ftz.f32 ${i}, x;",
-            ]
-    return "{" + " ".join(lines) + "}"
-
-
-@gluon.constexpr_function
-def weights_constraints():
-    """Of weights_assembly."""
-    return ",".join(["=&f"] * 32 + [str(i) for i in range(32)] + ["f"] * 128)
-
-
 @gluon.jit
 def split_rows(x):
     """A product [64, N] as [64, N // 8, 4, 2]: the third is which lane of four has it."""
@@ -244,7 +196,6 @@ def block_weights(
     dtype: gl.constexpr,
     FLAGS: gl.constexpr,
     FEW_REGISTERS: gl.constexpr = False,
-    FMA_KEYS: gl.constexpr = 0,
 ):
     """One block of the online softmax: (p in dtype, alpha, m, l); s [64, BLOCK_N] = q.k.
 
@@ -273,9 +224,7 @@ def block_weights(
         s = gl.where(keys[None, :] <= last[:, None], s, float("-inf"))
         if HAS_LEFT:
             s = gl.where(keys[None, :] >= (query + shift - left - start)[:, None], s, float("-inf"))
-    return masked_weights(
-        s, m, l, words, threshold, multiplier, s_layout, dtype, HAS_DROPOUT, FMA_KEYS
-    )
+    return masked_weights(s, m, l, words, threshold, multiplier, s_layout, dtype, HAS_DROPOUT)
 
 
 @gluon.jit
@@ -289,7 +238,6 @@ def masked_weights(
     s_layout: gl.constexpr,
     dtype: gl.constexpr,
     HAS_DROPOUT: gl.constexpr,
-    FMA_KEYS: gl.constexpr = 0,
 ):
     """As block_weights, of s that is -inf where nothing is seen; the exponent is s * multiplier."""
     x = split_rows(s)
@@ -302,18 +250,7 @@ def masked_weights(
         is_pure=True,
         pack=2,
     )
-    if FMA_KEYS == 0:
-        x = gl.exp2(x * multiplier - m[:, None, :, None])
-    else:
-        start = m * (-1 / 256) + 127 / 256
-        x = gl.inline_asm_elementwise(
-            weights_assembly(FMA_KEYS),
-            weights_constraints(),
-            [x, multiplier, m[:, None, :, None], multiplier * (1 / 256), start[:, None, :, None]],
-            dtype=gl.float32,
-            is_pure=True,
-            pack=32,
-        )
+    x = gl.exp2(x * multiplier - m[:, None, :, None])
     l += gl.sum(gl.sum(x, 3), 1)
     p = gl.convert_layout(gl.reshape(x, s.shape), s_layout, assert_trivial=True)
     if HAS_DROPOUT:

@@ -87,8 +87,6 @@ def varlen_fwd(
         BLOCK_D=columns,
         Q_STAGES=tile.q_stages,
         STAGES=tile.stages,
-        FMA_KEYS=tile.fma_keys,
-        Q_IN_REGISTERS=tile.q_in_registers,
         MEET_EARLY=tile.meet_early,
         HAS_LEFT=has_left,
         HAS_RIGHT=has_right,

@@ -98,9 +98,7 @@ def _consume(
     BLOCK_D: gl.constexpr = TILE[3]
     Q_STAGES: gl.constexpr = TILE[4]
     STAGES: gl.constexpr = TILE[5]
-    FMA_KEYS: gl.constexpr = TILE[6]
-    Q_IN_REGISTERS: gl.constexpr = TILE[7]
-    MEET_EARLY: gl.constexpr = TILE[8]
+    MEET_EARLY: gl.constexpr = TILE[6]
     THREADS: gl.constexpr = 32 + 128 * TILE[1]  # of the loader and all warpgroups
     HAS_LEFT: gl.constexpr = FLAGS[0]
     HAS_RIGHT: gl.constexpr = FLAGS[1]
@@ -112,7 +110,6 @@ def _consume(
     dtype: gl.constexpr = out_desc.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
-    q_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     row_s: gl.constexpr = gl.SliceLayout(1, s_layout)
     row_o: gl.constexpr = gl.SliceLayout(1, o_layout)
@@ -166,17 +163,10 @@ def _consume(
         acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
         q = q_bufs.index(stage * CONSUMERS + CONSUMER)
         mbarrier.wait(q_ready.index(stage), (served // Q_STAGES) & 1)
-        queries = q
-        if Q_IN_REGISTERS:
-            queries = q.load(q_layout)
         if high > low:
             mbarrier.wait(k_ready.index(place), phase)
             s_token = warpgroup_mma(
-                queries,
-                k_bufs.index(place).permute((1, 0)),
-                zero,
-                use_acc=False,
-                is_async=True,
+                q, k_bufs.index(place).permute((1, 0)), zero, use_acc=False, is_async=True
             )
             words = block_words(random, high - 1, BLOCK_N, s_layout, HAS_DROPOUT)
             s = warpgroup_mma_wait(0, deps=[s_token])
@@ -196,7 +186,6 @@ def _consume(
                 dtype,
                 FLAGS,
                 CONSUMERS > 2,
-                FMA_KEYS,
             )
             if Q_STAGES > 1:
                 # By now the last tile's result has left its place.
@@ -212,11 +201,7 @@ def _consume(
                     # Else the wait for values below brings the warps together.
                     partition_barrier()
                 s_token = warpgroup_mma(
-                    queries,
-                    k_bufs.index(place).permute((1, 0)),
-                    zero,
-                    use_acc=False,
-                    is_async=True,
+                    q, k_bufs.index(place).permute((1, 0)), zero, use_acc=False, is_async=True
                 )
                 acc_token = warpgroup_mma(p, v_bufs.index(before), acc, is_async=True)
                 words = block_words(random, high - 1 - block, BLOCK_N, s_layout, HAS_DROPOUT)
@@ -237,7 +222,6 @@ def _consume(
                     dtype,
                     FLAGS,
                     CONSUMERS > 2,
-                    FMA_KEYS,
                 )
                 # The branch of this wait keeps ptxas from moving the next one above the weights.
                 mbarrier.wait(v_ready.index(place), phase)
@@ -310,8 +294,6 @@ def varlen_fwd_hopper_kernel(
     BLOCK_D: gl.constexpr,
     Q_STAGES: gl.constexpr,
     STAGES: gl.constexpr,
-    FMA_KEYS: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr,
     MEET_EARLY: gl.constexpr,
     HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr,
@@ -325,17 +307,7 @@ def varlen_fwd_hopper_kernel(
     1 where CONSUMERS is 3. Grid: at most one program per multiprocessor. counter is a zeroed int32.
     """
     dtype: gl.constexpr = q_desc.dtype
-    TILE: gl.constexpr = (
-        PACK,
-        CONSUMERS,
-        BLOCK_N,
-        BLOCK_D,
-        Q_STAGES,
-        STAGES,
-        FMA_KEYS,
-        Q_IN_REGISTERS,
-        MEET_EARLY,
-    )
+    TILE: gl.constexpr = (PACK, CONSUMERS, BLOCK_N, BLOCK_D, Q_STAGES, STAGES, MEET_EARLY)
     shared = allocate(dtype, TILE)
     _, _, _, info, info_bars, _, _, _ = shared
     packs = (cu_q_ptr, cu_k_ptr, tiles_ptr, counter_ptr, num_items)

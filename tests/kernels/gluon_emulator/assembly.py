@@ -75,7 +75,7 @@ def _operand(text: str, values: dict[str, np.ndarray]) -> np.ndarray:
 def _execute(name: str, x: list[np.ndarray]) -> np.ndarray:
     operation, *how = name.split(".")
     if operation == "setp":
-        found = {"gt": np.greater, "ge": np.greater_equal, "neu": np.not_equal}[how[0]](*x[:2])
+        found = {"gt": np.greater, "neu": np.not_equal}[how[0]](*x[:2])
         return found | x[2] if "or" in how else found
     if operation == "vote":
         assert how == ["sync", "any", "pred"]
@@ -85,32 +85,15 @@ def _execute(name: str, x: list[np.ndarray]) -> np.ndarray:
         return x[0][:, np.arange(32) ^ x[1]]
     if operation == "selp":
         return np.where(x[2], x[0], x[1])
-    if operation in ("shl", "add"):
-        assert how[0] in ("b32", "s32")
-        words = [
-            np.asarray(value).view(np.int32) if value.dtype == np.float32 else value for value in x
-        ]
-        exact = (
-            words[0].astype(np.int64) << x[1]
-            if operation == "shl"
-            else words[0].astype(np.int64) + words[1]
-        )
-        return (exact & 0xFFFFFFFF).astype(np.uint32).view(np.float32)
     if operation == "ex2":
         return np.exp2(x[0])
     if operation == "max":
         return np.fmax(*x)
     exact = [value.astype(np.float64) for value in x]
-    result = {
+    return {
         "mov": lambda: exact[0],
         "neg": lambda: -exact[0],
         "mul": lambda: exact[0] * exact[1],
         "sub": lambda: exact[0] - exact[1],
         "fma": lambda: exact[0] * exact[1] + exact[2],
-    }[operation]()
-    rounded = result.astype(np.float32)
-    if "rm" in how:
-        rounded = np.where(rounded > result, np.nextafter(rounded, np.float32(-np.inf)), rounded)
-    if "sat" in how:
-        rounded = np.where(np.isnan(rounded), 0, np.clip(rounded, 0, 1))
-    return rounded.astype(np.float32)
+    }[operation]().astype(np.float32)

@@ -130,7 +130,7 @@ def inline_asm_elementwise(
         return args[0]
     if "setp.ge.u32 kept, $2, $3; selp.f32 $0, $1, 0f00000000, kept;" in asm:
         return where(args[1] >= args[2], args[0], 0.0)
-    if "vote.sync" in asm or "ex2.approx" in asm or "fma.rn.sat" in asm:
+    if "vote.sync" in asm:
         found = run_on_rows(asm, constraints, pack, [as_value(x).array for x in args])
         results = tuple(Value(x, tl.float32) for x in found)
         return results if isinstance(dtype, tuple) else results[0]
