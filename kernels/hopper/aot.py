@@ -111,9 +111,7 @@ def backward_variant(
     """As forward_variant, of varlen_bwd_hopper_kernel; sinks are not its business."""
     columns = padded_columns(head_dim)
     deterministic = features == "deterministic"
-    flags = _flags(features)
-    drops_or_caps = bool(flags["HAS_DROPOUT"] or flags["HAS_SOFTCAP"])
-    tile = backward_tile(columns, drops_or_caps, deterministic)
+    tile = backward_tile(columns, deterministic)
     queries = _descriptor(dtype, 64, columns)
     keys = _descriptor(dtype, BLOCK_N_BACKWARD // 2, columns)
     dq = _descriptor("fp32", 64, columns // 2)

@@ -32,8 +32,7 @@ class BackwardTile(NamedTuple):
     """Of the backward kernels.
 
     Attributes:
-        block_m: Queries of a block: 64, or in varlen_bwd_hopper_kernel 128, which needs
-            reduce_from_registers and head dims up to 64.
+        block_m: Queries of a block, 64.
         stages: Blocks of queries in shared memory, at most signals.MOST_STAGES.
         reduce_from_registers: Let the warpgroups that multiply dq add it to global memory, instead
             of a warp that takes it from shared memory. Of varlen_bwd_hopper_kernel alone; a
@@ -53,7 +52,6 @@ _FORWARD = {
 }
 _FORWARD_OF_ONE_HEAD = {64: ForwardTile(64, 4, 2, consumers=3)}
 _BACKWARD = {64: BackwardTile(64, 4, reduce_from_registers=True), 128: BackwardTile(64, 2)}
-_BACKWARD_WIDE: dict[int, BackwardTile] = {}
 # A tile of dual chunk attention holds its queries twice; the third place is for the next tile.
 _DUAL_CHUNK_FORWARD = {64: ForwardTile(128, 3, 3), 128: ForwardTile(128, 2, 3)}
 _DUAL_CHUNK_BACKWARD = {64: BackwardTile(64, 3), 128: BackwardTile(64, 2)}
@@ -103,21 +101,15 @@ def entry_registers(consumers: int) -> int:
     return REGISTERS if consumers == CONSUMERS else REGISTERS_OF_THREE
 
 
-def backward_tile(columns: int, drops_or_caps: bool, deterministic: bool) -> BackwardTile:
+def backward_tile(columns: int, deterministic: bool) -> BackwardTile:
     """Returns the tile of a backward.
 
     Args:
         columns: Of a tile.
-        drops_or_caps: Dropout or softcap, for which blocks of 128 queries have no registers.
         deterministic: Whether dq must have the same bits in every run.
     """
-    plain = not (drops_or_caps or deterministic)
-    table = _BACKWARD | _BACKWARD_WIDE if plain else _BACKWARD
-    tile = _backward_override or table[columns]
-    if plain:
-        return tile
-    narrow = tile._replace(block_m=64)
-    return narrow._replace(reduce_from_registers=False) if deterministic else narrow
+    tile = _backward_override or _BACKWARD[columns]
+    return tile._replace(reduce_from_registers=False) if deterministic else tile
 
 
 def dual_chunk_forward_tile(columns: int) -> ForwardTile:

@@ -246,7 +246,7 @@ def varlen_bwd(
     columns = padded_columns(head_dim)
     if total_q == 0:
         return dq, dk.zero_(), dv.zero_(), delta
-    tile = backward_tile(columns, dropout_p > 0 or softcap > 0, deterministic)
+    tile = backward_tile(columns, deterministic)
     documents = cu_seqlens_q.shape[0] - 1
     rows = 64
     if tile.reduce_from_registers:

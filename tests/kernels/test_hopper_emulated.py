@@ -82,21 +82,18 @@ def test_matches_float64(case, hopper):
 FORMS = {
     "adder": config.BackwardTile(64, 3),
     "registers": config.BackwardTile(64, 4, reduce_from_registers=True),
-    "wide": config.BackwardTile(128, 3, reduce_from_registers=True),
 }
 FORMED = ("D64-causal-unequal", "D64-window-g4", "D128-causal-g3", "D64-dropout-g4")
 
 
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize(
-    ("name", "form"),
-    [(name, form) for name in FORMED for form in FORMS if (name[:4], form) != ("D128", "wide")],
-)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize("name", FORMED)
 def test_forms_for_the_tuner(name, form, seed, hopper, monkeypatch):
     """Of the backward, whichever of them the table has for a head dim."""
     emulate(monkeypatch, varlen, seed)
     inputs = make_inputs(CASES[name])
-    with config.override_tiles(backward=FORMS[form]):
+    with config.override_tiles(backward=form):
         result = attention(CASES[name], inputs, backend="hopper")
     assert_matches_oracle(result, CASES[name], inputs)
 
