@@ -112,9 +112,9 @@ def backward_variant(
     columns = padded_columns(head_dim)
     deterministic = features == "deterministic"
     tile = backward_tile(columns, deterministic)
-    queries = _descriptor(dtype, 64, columns)
+    queries = _descriptor(dtype, tile.block_m, columns)
     keys = _descriptor(dtype, BLOCK_N_BACKWARD // 2, columns)
-    dq = _descriptor("fp32", 64, columns // 2)
+    dq = _descriptor("fp32", tile.block_m, columns // 2)
     constants = {
         "GROUP": group,
         "HEADS_KV": HEADS_KV,

@@ -116,6 +116,8 @@ def _consume(
     STAGES: gl.constexpr = TILE[5]
     THREADS: gl.constexpr = 32 + 128 * TILE[1]  # of the loader and all warpgroups
     BLOCK_DV: gl.constexpr = TILE[6]
+    # Values and maxima of 128 columns leave no registers for weights beside logits.
+    SPECULATES: gl.constexpr = BLOCK_D == 64
     KEYS: gl.constexpr = TILE[7]
     HAS_LEFT: gl.constexpr = FLAGS[0]
     HAS_RIGHT: gl.constexpr = FLAGS[1]
@@ -276,6 +278,7 @@ def _consume(
                     s_layout,
                     dtype,
                     FLAGS,
+                    IS_FURTHER=SPECULATES,
                 )
                 mbarrier.wait(v_ready.index(place), phase)
                 acc2 = warpgroup_mma_wait(0, deps=[acc2_token])
@@ -308,6 +311,7 @@ def _consume(
                     s_layout,
                     dtype,
                     FLAGS,
+                    IS_FURTHER=SPECULATES,
                 )
                 mbarrier.wait(v_ready.index(place), phase)
                 acc1 = warpgroup_mma_wait(0, deps=[acc1_token])

@@ -20,8 +20,9 @@ DO_EMPTY = gl.constexpr(8)  # to 11: both warpgroups have read a block of dout
 Q_EMPTY = gl.constexpr(12)  # to 15: the same of queries
 DS_READ = gl.constexpr(11)  # and 15, if there are three stages: a warpgroup has read dS
 BLOCK_EMPTY = DO_EMPTY  # both warpgroups have read a block of queries and of dout
-# 12 to 15: the half of dS of a warpgroup is in shared memory, in turns of two: one may be a step ahead.
-DS_READY = gl.constexpr(12)
+# 12 to 15: a warpgroup's half of dS is in shared memory, in even and odd steps, since it may be a
+# step ahead of the other.
+DS_READY = Q_EMPTY
 V_EMPTY = DO_EMPTY  # of a forward: all warpgroups have read a block of values
 K_EMPTY = Q_EMPTY  # the same of keys
 MOST_STAGES = 4  # of what a loader brings

@@ -107,6 +107,64 @@ def scale_constraints(elements):
     return ",".join(["=&f"] * elements + tied + ["f"] * elements)
 
 
+@gluon.constexpr_function
+def further_assembly(elements, half):
+    """Weights of a block after a row's first, for which its m is taken to do.
+
+    Only if a lane finds weights that come to more than 2^13 does its warp look for maxima, and find
+    its weights anew. Operands: pairs of weights in half precision; m of both rows ($0 and $2 of the
+    next ones), factors of what was added up ($1, $3) and sums ($4, $6); s, m, l and the multiplier.
+    Registers are those of two rows, two of one after two of the other.
+    """
+    out, s = elements // 2, elements * 3 // 2
+    m, l, multiplier = s + elements, s + 2 * elements, f"${s + 3 * elements}"
+
+    def weights():
+        yield "mov.f32 t0, 0f00000000; mov.f32 t1, 0f00000000;"
+        for pair in range(elements // 2):
+            row = pair % 2
+            yield f"fma.rn.f32 u, ${s + 2 * pair}, {multiplier}, n{row};"
+            yield f"fma.rn.f32 v, ${s + 2 * pair + 1}, {multiplier}, n{row};"
+            yield "ex2.approx.ftz.f32 u, u; ex2.approx.ftz.f32 v, v;"
+            yield f"cvt.rn.{half}x2.f32 ${pair}, v, u;"
+            yield f"add.rn.f32 u, u, v; add.rn.f32 t{row}, t{row}, u;"
+
+    lines = [".reg .pred far, hit0, hit1;", ".reg .f32 n0, n1, t0, t1, l0, l1, u, v;"]
+    for row in range(2):
+        lines.append(f"mov.f32 ${out + 2 * row}, ${m + 2 * row};")
+        lines.append(f"mov.f32 ${out + 2 * row + 1}, 0f3F800000;")
+        lines.append(f"mov.f32 l{row}, ${l + 2 * row}; neg.f32 n{row}, ${m + 2 * row};")
+    lines += weights()
+    lines.append("setp.gt.f32 far, t0, 0f46000000; setp.gt.or.f32 far, t1, 0f46000000, far;")
+    lines.append("vote.sync.any.pred far, far, 0xffffffff; @!far bra DONE;")
+    for row in range(2):
+        for lane in (1, 2):
+            lines.append(f"shfl.sync.bfly.b32 u, t{row}, {lane}, 31, 0xffffffff;")
+            lines.append(f"max.f32 t{row}, t{row}, u;")
+        lines.append(f"setp.gt.f32 hit{row}, t{row}, 0f46000000;")
+        lines.append(f"mov.f32 u, ${s + 2 * row};")
+        for i in range(elements):
+            if i // 2 % 2 == row:
+                lines.append(f"max.f32 u, u, ${s + i};")
+        for lane in (1, 2):
+            lines.append(f"shfl.sync.bfly.b32 v, u, {lane}, 31, 0xffffffff; max.f32 u, u, v;")
+        lines.append(f"mul.rn.f32 u, u, {multiplier};")
+        lines.append(f"selp.f32 u, u, ${m + 2 * row}, hit{row};")
+        lines.append(f"add.rn.f32 v, n{row}, u; neg.f32 v, v; neg.f32 n{row}, u;")
+        lines.append(f"mov.f32 ${out + 2 * row}, u; ex2.approx.ftz.f32 v, v;")
+        lines.append(f"mov.f32 ${out + 2 * row + 1}, v; mul.rn.f32 l{row}, l{row}, v;")
+    lines += weights()
+    lines.append("DONE:")
+    lines += [f"add.rn.f32 ${out + 4 + 2 * row}, l{row}, t{row};" for row in range(2)]
+    return "{" + " ".join(lines) + "}"
+
+
+@gluon.constexpr_function
+def further_constraints(elements):
+    """Of further_assembly."""
+    return ",".join(["=&r"] * (elements // 2) + ["=&f"] * elements + ["f"] * (4 * elements))
+
+
 @gluon.jit
 def split_rows(x):
     """A product [64, N] as [64, N // 8, 4, 2]: the third is which lane of four has it."""
@@ -114,6 +172,49 @@ def split_rows(x):
     return gl.convert_layout(
         gl.reshape(x, [64, COLUMNS // 8, 4, 2]), quads_layout(COLUMNS), assert_trivial=True
     )
+
+
+@gluon.jit
+def _column_block(x, INDEX: gl.constexpr):
+    """x[:, INDEX] of [64, N, 4], N a power of two, whose second dimension is in registers."""
+    for bit in gl.static_range(8):
+        if x.shape[1] > 1:
+            halves = gl.reshape(x, [64, x.shape[1] // 2, 2, 4])
+            even, odd = gl.split(gl.permute(halves, (0, 1, 3, 2)))
+            x = odd if INDEX >> bit & 1 else even
+    return gl.reshape(x, [64, 4])
+
+
+@gluon.jit
+def _further_weights(s, m, l, multiplier, s_layout: gl.constexpr, dtype: gl.constexpr):
+    """As masked_weights, of a block after a row's first: mostly without looking for its maximum."""
+    ELEMENTS: gl.constexpr = s.shape[1] // 2
+    lanes: gl.constexpr = lanes_layout(s.shape[1])
+    operands = (split_rows(s), m[:, None, :, None], l[:, None, :, None], multiplier)
+    if dtype == gl.bfloat16:
+        p, found = gl.inline_asm_elementwise(
+            further_assembly(ELEMENTS, "bf16"),
+            further_constraints(ELEMENTS),
+            operands,
+            dtype=(gl.bfloat16, gl.float32),
+            is_pure=True,
+            pack=ELEMENTS,
+        )
+    else:
+        p, found = gl.inline_asm_elementwise(
+            further_assembly(ELEMENTS, "f16"),
+            further_constraints(ELEMENTS),
+            operands,
+            dtype=(gl.float16, gl.float32),
+            is_pure=True,
+            pack=ELEMENTS,
+        )
+    m_and_l, alpha = gl.split(found)
+    m = gl.convert_layout(_column_block(m_and_l, 0), lanes, assert_trivial=True)
+    l = gl.convert_layout(_column_block(m_and_l, 1), lanes, assert_trivial=True)
+    alpha = gl.convert_layout(_column_block(alpha, 0), lanes, assert_trivial=True)
+    p = gl.convert_layout(gl.reshape(p, s.shape), s_layout, assert_trivial=True)
+    return p, alpha, m, l
 
 
 @gluon.jit
@@ -196,10 +297,12 @@ def block_weights(
     dtype: gl.constexpr,
     FLAGS: gl.constexpr,
     FEW_REGISTERS: gl.constexpr = False,
+    IS_FURTHER: gl.constexpr = False,
 ):
     """One block of the online softmax: (p in dtype, alpha, m, l); s [64, BLOCK_N] = q.k.
 
     alpha is what `scaled` takes; m and l begin as nothing_seen has them and end in whole_rows.
+    IS_FURTHER says that a row's first block came before.
     """
     BLOCK_N: gl.constexpr = s.shape[1]
     HAS_LEFT: gl.constexpr = FLAGS[0]
@@ -224,7 +327,9 @@ def block_weights(
         s = gl.where(keys[None, :] <= last[:, None], s, float("-inf"))
         if HAS_LEFT:
             s = gl.where(keys[None, :] >= (query + shift - left - start)[:, None], s, float("-inf"))
-    return masked_weights(s, m, l, words, threshold, multiplier, s_layout, dtype, HAS_DROPOUT)
+    return masked_weights(
+        s, m, l, words, threshold, multiplier, s_layout, dtype, HAS_DROPOUT, IS_FURTHER
+    )
 
 
 @gluon.jit
@@ -238,8 +343,11 @@ def masked_weights(
     s_layout: gl.constexpr,
     dtype: gl.constexpr,
     HAS_DROPOUT: gl.constexpr,
+    IS_FURTHER: gl.constexpr,
 ):
     """As block_weights, of s that is -inf where nothing is seen; the exponent is s * multiplier."""
+    if IS_FURTHER and not HAS_DROPOUT:
+        return _further_weights(s, m, l, multiplier, s_layout, dtype)
     x = split_rows(s)
     largest = gl.max(gl.max(x, 3), 1)
     m, alpha, l = gl.inline_asm_elementwise(

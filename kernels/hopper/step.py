@@ -48,7 +48,7 @@ _FINISHED = gl.constexpr(
     + " ".join(f"mov.b32 ${pair}, ${16 + pair};" for pair in _PAIRS)
     + " }"
 )
-_FINISHED_CONSTRAINTS = gl.constexpr(",".join(["=r"] * 16 + ["r"] * 48))
+_FINISHED_CONSTRAINTS = gl.constexpr(",".join(["=&r"] * 16 + ["r"] * 48))
 
 
 @gluon.jit

@@ -9,7 +9,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from lctrain.kernels.hopper.compat import reinterpret, tma_load, tma_store_wait
-from lctrain.kernels.hopper.step import held
 from lctrain.kernels.hopper.signals import (
     ADDER_AND_ONE,
     DQ_EMPTY,
@@ -17,6 +16,7 @@ from lctrain.kernels.hopper.signals import (
     await_signal,
     signal,
 )
+from lctrain.kernels.hopper.step import held
 
 _RAGGED = gl.constexpr(1 << 30)
 

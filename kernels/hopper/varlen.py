@@ -282,11 +282,13 @@ def varlen_bwd(
     )
     window_ptr, left, right, has_left, has_right = window_arguments(window)
     varlen_bwd_hopper_kernel[(heads_kv * k_tiles.shape[0],)](
-        ragged_descriptor(q, 64, columns),
-        ragged_descriptor(dout, 64, columns),
+        ragged_descriptor(q, tile.block_m, columns),
+        ragged_descriptor(dout, tile.block_m, columns),
         ragged_descriptor(k, BLOCK_N_BACKWARD // 2, columns),
         ragged_descriptor(v, BLOCK_N_BACKWARD // 2, columns),
-        None if tile.reduce_from_registers else ragged_descriptor(dq_sum, 64, columns // 2),
+        None
+        if tile.reduce_from_registers
+        else ragged_descriptor(dq_sum, tile.block_m, columns // 2),
         lse2,
         delta if kept_delta is None else kept_delta,
         dk,

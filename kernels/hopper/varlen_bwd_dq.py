@@ -141,27 +141,23 @@ def reduce_dq(dq, dq_ptr, rows, HALF_INDEX: gl.constexpr, HEAD_DIM: gl.constexpr
         HALF_INDEX: Which half.
         HEAD_DIM: Columns beyond are padding.
     """
-    BLOCKS: gl.constexpr = dq.shape[0] // 64
     EIGHTS: gl.constexpr = dq.shape[1] // 8
-    ITEMS: gl.constexpr = BLOCKS * EIGHTS
     fours: gl.constexpr = gl.BlockedLayout(
-        [1, ITEMS, 2, 2], [32, 1, 1, 1], [4, 1, 1, 1], [3, 2, 1, 0]
+        [1, EIGHTS, 2, 2], [32, 1, 1, 1], [4, 1, 1, 1], [3, 2, 1, 0]
     )
     layout: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, fours))
-    # Row 64 * block + 16 * warp + 8 * below + lane // 4, column 8 * eight + 2 * (lane % 4) + odd:
-    # threads first, then what each of them has. Nothing moves.
-    parts = gl.reshape(dq, [BLOCKS, 4, 2, 8, EIGHTS, 4, 2])
-    parts = gl.reshape(gl.permute(parts, (1, 3, 5, 0, 4, 2, 6)), [128, ITEMS, 2, 2])
+    # Row 16 * warp + 8 * below + lane // 4, column 8 * eight + 2 * (lane % 4) + odd: threads first,
+    # then what each of them has. Nothing moves.
+    parts = gl.reshape(dq, [4, 2, 8, EIGHTS, 4, 2])
+    parts = gl.reshape(gl.permute(parts, (0, 2, 4, 3, 1, 5)), [128, EIGHTS, 2, 2])
     even, odd = gl.split(gl.convert_layout(parts, fours, assert_trivial=True))
     x0, x2 = gl.split(even)
     x1, x3 = gl.split(odd)
     thread = gl.arange(0, 128, gl.SliceLayout(1, layout))
-    item = gl.arange(0, ITEMS, gl.SliceLayout(0, layout))
-    eight = HALF_INDEX * EIGHTS + item % EIGHTS
+    eight = HALF_INDEX * EIGHTS + gl.arange(0, EIGHTS, gl.SliceLayout(0, layout))
     to = dq_ptr + (thread // 32 * (16 * HEAD_DIM) + thread % 32 * 4)
-    to = to[:, None] + (item // EIGHTS * (64 * HEAD_DIM) + eight * 128)[None, :]
-    left = (rows - thread // 32 * 16)[:, None] - (item // EIGHTS * 64)[None, :]
-    left = gl.where((eight * 8 < HEAD_DIM)[None, :], left, 0)
+    to = to[:, None] + (eight * 128)[None, :]
+    left = gl.where((eight * 8 < HEAD_DIM)[None, :], (rows - thread // 32 * 16)[:, None], 0)
     add_four(to, left, x0, x1, x2, x3)
 
 

@@ -9,10 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lctrain.kernels.hopper.compat import (
-    copy_arrive,
-    copy_async,
-)
+from lctrain.kernels.hopper.compat import copy_arrive, copy_async
 from lctrain.kernels.hopper.signals import (
     BLOCK_EMPTY,
     BOTH,
@@ -96,11 +93,9 @@ def _load(
     mbarrier.expect(kv_ready, 2 * BLOCK_N * BLOCK_D * 2)
     load_rows(k_desc, k_bufs, 0, kv_ready, keys)
     load_rows(v_desc, v_bufs, 0, kv_ready, keys)
-    ROWS: gl.constexpr = q_bufs.shape[1]
-    BLOCKS: gl.constexpr = BLOCK_M // ROWS
     BYTES: gl.constexpr = BLOCK_M * BLOCK_D * 2
-    lanes: gl.constexpr = gl.BlockedLayout([ROWS // 32], [32], [1], [0])
-    local = gl.arange(0, ROWS, lanes)
+    lanes: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
+    local = gl.arange(0, BLOCK_M, lanes)
     head = head_kv * GROUP
     block = high - 1
     steps = GROUP * (high - low)
@@ -111,18 +106,14 @@ def _load(
         left_here = length_q - first_query
         queries = (begin_q + length_q, _RAGGED - left_here, head)
         await_place(BLOCK_EMPTY, step, STAGES, LOADER_AND_BOTH)
-        for i in gl.static_range(BLOCKS):
-            lse = lse_bufs.index(place * BLOCKS + i)
-            copy_async(lse, lse_ptr + vector + i * ROWS, mask=local + i * ROWS < left_here)
+        copy_async(lse_bufs.index(place), lse_ptr + vector, mask=local < left_here)
         copy_arrive(q_ready.index(place))
         mbarrier.expect(q_ready.index(place), BYTES)
-        load_rows(q_desc, q_bufs, place * BLOCKS, q_ready.index(place), queries, BLOCKS)
-        for i in gl.static_range(BLOCKS):
-            delta = delta_bufs.index(place * BLOCKS + i)
-            copy_async(delta, delta_ptr + vector + i * ROWS, mask=local + i * ROWS < left_here)
+        load_rows(q_desc, q_bufs, place, q_ready.index(place), queries, 1)
+        copy_async(delta_bufs.index(place), delta_ptr + vector, mask=local < left_here)
         copy_arrive(do_ready.index(place))
         mbarrier.expect(do_ready.index(place), BYTES)
-        load_rows(do_desc, do_bufs, place * BLOCKS, do_ready.index(place), queries, BLOCKS)
+        load_rows(do_desc, do_bufs, place, do_ready.index(place), queries, 1)
         head, block = next_block(head, block, head_kv, GROUP)
     settle_places(BLOCK_EMPTY, steps, STAGES, LOADER_AND_BOTH)
 
@@ -324,7 +315,7 @@ def _compute(
     steps = GROUP * (high - low)
     mbarrier.wait(kv_ready, 0)
     if steps > 0:
-        never = high - 1 < low
+        never = high < 0
         query = (high - 1) * BLOCK_M
         mbarrier.wait(q_ready.index(0), 0)
         s = _start(shared, k_bufs, q_bufs, 0, zero_s, never, HALF_INDEX)
@@ -336,7 +327,7 @@ def _compute(
         )
         for step in range(steps - 1):
             place = step % STAGES
-            never = high - 1 - step // GROUP < low
+            never = high - 1 - step // GROUP < 0
             mbarrier.wait(do_ready.index(place), (step // STAGES) & 1)
             dp = _start(shared, v_bufs, do_bufs, place, zero_s, never, HALF_INDEX)
             seen = gl.convert_layout(_kept_weights(p, HAS_DROPOUT), p_layout)
@@ -452,11 +443,10 @@ def varlen_bwd_hopper_kernel(
     written, but for rows that see no key; turns is a zeroed int32 [H, blocks of queries]. Programs
     must start in order, since they wait for earlier ones. Without dq_desc, sum is as first_slab has
     it, zeroed, and there are neither turns nor dq. per_head: turns, or slabs, of a head. BLOCK_M is
-    64, or, without dq_desc, dropout and softcap, 128.
+    64.
     """
     dtype: gl.constexpr = q_desc.dtype
     HALF: gl.constexpr = BLOCK_N // 2
-    BLOCKS: gl.constexpr = BLOCK_M // 64
     FROM_REGISTERS: gl.constexpr = dq_desc is None
     SHAPE: gl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, STAGES, FROM_REGISTERS)
     FLAGS: gl.constexpr = (HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT)
@@ -467,20 +457,20 @@ def varlen_bwd_hopper_kernel(
     word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     n_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, BLOCK_D], dtype)
-    m_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
-    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, 64], dtype)
+    m_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], dtype)
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, BLOCK_M], dtype)
     k_bufs = gl.allocate_shared_memory(dtype, [2, HALF, BLOCK_D], n_layout)
     v_bufs = gl.allocate_shared_memory(dtype, [2, HALF, BLOCK_D], n_layout)
-    q_bufs = gl.allocate_shared_memory(dtype, [STAGES * BLOCKS, 64, BLOCK_D], m_layout)
-    do_bufs = gl.allocate_shared_memory(dtype, [STAGES * BLOCKS, 64, BLOCK_D], m_layout)
-    ds_bufs = gl.allocate_shared_memory(dtype, [4 * BLOCKS, HALF, 64], ds_layout)
+    q_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], m_layout)
+    do_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], m_layout)
+    ds_bufs = gl.allocate_shared_memory(dtype, [4, HALF, BLOCK_M], ds_layout)
     if FROM_REGISTERS:
         slab_ptr = first_slab(sum_ptr, per_head, tile, document, GROUP, HEAD_DIM, BLOCK_M)
         dq_out = (slab_ptr, per_head)
     else:
         dq_out = allocate_dq(BLOCK_M, BLOCK_D // 2)
-    lse_bufs = gl.allocate_shared_memory(gl.float32, [STAGES * BLOCKS, 64], word)
-    delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES * BLOCKS, 64], word)
+    lse_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], word)
+    delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], word)
     kv_ready = gl.allocate_shared_memory(gl.int64, [1], bar)
     rings = allocate_rings(STAGES)
     mbarrier.init(kv_ready, count=1)

@@ -222,6 +222,7 @@ def _consume(
                     dtype,
                     FLAGS,
                     CONSUMERS > 2,
+                    IS_FURTHER=True,
                 )
                 # The branch of this wait keeps ptxas from moving the next one above the weights.
                 mbarrier.wait(v_ready.index(place), phase)

@@ -1,8 +1,15 @@
 """The PTX of the Hopper kernels' online softmax, run by the emulator."""
 
 import numpy as np
+import pytest
 
-from lctrain.kernels.hopper.softmax import RAISE, RAISE_CONSTRAINTS, UNSEEN
+from lctrain.kernels.hopper.softmax import (
+    RAISE,
+    RAISE_CONSTRAINTS,
+    UNSEEN,
+    further_assembly,
+    further_constraints,
+)
 from tests.kernels.gluon_emulator.assembly import run_on_rows
 
 
@@ -26,3 +33,31 @@ def test_a_maximum_is_raised_where_a_row_exceeds_it_by_more():
     np.testing.assert_array_equal(m, np.where(raised, top, before))
     np.testing.assert_array_equal(alpha, np.exp2(before - m))
     np.testing.assert_array_equal(scaled, total * alpha)
+
+
+@pytest.mark.parametrize("half", ["bf16", "f16"])
+def test_weights_of_a_further_block(half):
+    generator = np.random.default_rng(1)
+    elements, multiplier = 32, np.float32(0.5)
+    s = (generator.normal(size=(64, 8, 4, 2)) * 8).astype(np.float32)
+    s[5] = -np.inf
+    before = np.repeat(generator.normal(size=(64, 1)) * 4 + 8, 4, axis=1).astype(np.float32)
+    before[[5, 6, 40]] = UNSEEN.value  # nothing seen so far, and here by the last two alone
+    s[20, 3, 1, 0] = 2000.0  # beyond what 2^(s - m) can be
+    s[21, 2, 0, 1] = 2 * before[21, 0] + 24  # 2^12: no new m
+    total = generator.random((64, 4)).astype(np.float32)
+    operands = [s, before[:, None, :, None], total[:, None, :, None], multiplier.reshape(1)]
+    p, found = run_on_rows(
+        further_assembly(elements, half), further_constraints(elements), elements, operands
+    )
+    m, alpha, sums = found[:, 0, :, 0], found[:, 0, :, 1], found[:, 1, :, 0]
+    raised = np.zeros(64, np.bool_)
+    raised[[6, 20, 40]] = True
+    top = s.max(axis=(1, 2, 3))[:, None] * multiplier
+    np.testing.assert_array_equal(m, np.where(raised[:, None], top, before))
+    with np.errstate(under="ignore"):
+        np.testing.assert_array_equal(alpha, np.exp2(before - m))
+        exact = np.exp2(s * np.float64(multiplier) - m[:, None, :, None])
+    assert 2**11 < exact.max() < 2**13
+    np.testing.assert_allclose(p, exact, rtol=2**-8 if half == "bf16" else 2**-10, atol=2**-24)
+    np.testing.assert_allclose(sums, total * alpha + exact.sum(axis=(1, 3)), rtol=1e-5)

@@ -13,7 +13,8 @@ def run_on_rows(
 
     Args:
         asm: Without loops; it branches to DONE alone.
-        constraints: Of its operands; a number ties an input to an output.
+        constraints: Of its operands; a number ties an input to an output. Results in "r" are pairs
+            in half precision.
         pack: Elements of each tensor that it takes at once.
         tensors: float32, [64, 4] or [64, N // 8, 4, 2] as softmax.py has them, or numbers.
     """
@@ -22,7 +23,8 @@ def run_on_rows(
     found = []
     for first in range(0, held[0].shape[2], pack):
         inputs = [x[:, :, first + i] for x in held for i in range(pack)]
-        found += _run(asm, constraints.split(","), inputs)
+        for x in _run(asm, constraints.split(","), inputs):
+            found += [x.real, x.imag] if np.iscomplexobj(x) else [x]
     results = np.stack(found, axis=2).reshape(4, 32, held[0].shape[2] // pack, -1, pack)
     return [_tensor(results[:, :, :, i].reshape(4, 32, -1), shape) for i in range(results.shape[3])]
 
@@ -46,11 +48,14 @@ def _run(asm: str, constraints: list[str], inputs: list[np.ndarray]) -> list[np.
         # The register of a tied input has one name here, that of the output.
         values[f"${tie}" if tie.isdigit() else f"${outputs + i}"] = x
     active = np.ones(inputs[0].shape, np.bool_)
-    for line in re.split(r"[;{}]", asm.replace("DONE:", ";")):
+    for line in re.split(r"[;{}]", asm.replace("DONE:", ";here;")):
         predicate, name, operands = re.fullmatch(
             r"\s*(?:@!(\w+)\s)?\s*(\S*)\s*(.*?)\s*", line
         ).groups()
         if name in ("", ".reg"):
+            continue
+        if name == "here":
+            active[:] = True
             continue
         if predicate:
             assert (name, operands) == ("bra", "DONE")
@@ -61,7 +66,8 @@ def _run(asm: str, constraints: list[str], inputs: list[np.ndarray]) -> list[np.
         with np.errstate(all="ignore"):
             result = _execute(name, [_operand(source, values) for source in sources])
         values[target] = np.where(active, result, values.get(target, result))
-    return [values[f"${i}"] for i in range(outputs)]
+    unwritten = np.full(inputs[0].shape, np.nan, np.float32)
+    return [values.get(f"${i}", unwritten) for i in range(outputs)]
 
 
 def _operand(text: str, values: dict[str, np.ndarray]) -> np.ndarray:
@@ -89,11 +95,24 @@ def _execute(name: str, x: list[np.ndarray]) -> np.ndarray:
         return np.exp2(x[0])
     if operation == "max":
         return np.fmax(*x)
+    if operation == "cvt":  # a pair, low half first
+        both = np.empty(x[0].shape, np.complex64)
+        both.real, both.imag = _half(x[1], how[1]), _half(x[0], how[1])
+        return both
     exact = [value.astype(np.float64) for value in x]
     return {
         "mov": lambda: exact[0],
         "neg": lambda: -exact[0],
         "mul": lambda: exact[0] * exact[1],
+        "add": lambda: exact[0] + exact[1],
         "sub": lambda: exact[0] - exact[1],
         "fma": lambda: exact[0] * exact[1] + exact[2],
     }[operation]().astype(np.float32)
+
+
+def _half(x: np.ndarray, name: str) -> np.ndarray:
+    """Rounds to what half of bf16x2 or f16x2 holds."""
+    if name == "f16x2":
+        return x.astype(np.float16).astype(np.float32)
+    bits = x.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)

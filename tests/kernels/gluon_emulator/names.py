@@ -132,7 +132,8 @@ def inline_asm_elementwise(
         return where(args[1] >= args[2], args[0], 0.0)
     if "vote.sync" in asm:
         found = run_on_rows(asm, constraints, pack, [as_value(x).array for x in args])
-        results = tuple(Value(x, tl.float32) for x in found)
+        kinds = dtype if isinstance(dtype, tuple) else (dtype,)
+        results = tuple(Value(x, kind) for x, kind in zip(found, kinds, strict=True))
         return results if isinstance(dtype, tuple) else results[0]
     named = re.search(r"@go bar\.(sync|arrive) \$1, \$2;", asm)
     if named:
