@@ -326,8 +326,9 @@ def kernel_variants(
             forwards = [name for name in features if name != "deterministic"]
             for group, name in itertools.product(groups, forwards):
                 yield forward_variant(head_dim, features=name, group=group)
-        if refusal(Call(x, x, x), BACKWARD_LIMITS) is None:
-            for name in features:
+        for name in features:
+            call = Call(x, x, x, deterministic=name == "deterministic")
+            if refusal(call, BACKWARD_LIMITS) is None:
                 yield backward_variant(head_dim, features=name, group=groups[-1])
         if refusal(Call(x, x, x), DUAL_CHUNK_BACKWARD_LIMITS) is None:
             yield from _dual_chunk_variants(head_dim, features, groups, head_dim == columns)

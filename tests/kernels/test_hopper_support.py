@@ -30,6 +30,8 @@ def call(head_dim=128, dtype=torch.bfloat16, value_dim=None, keys=10, **options)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"deterministic": True, "dropout": True}], ids=len)
 def test_both_passes_are_served(options, head_dim, dtype):
+    if options and head_dim <= 64:
+        options = {"dropout": True}  # a deterministic backward is not
     assert refusal(call(head_dim, dtype, **options), FORWARD_LIMITS) is None
     assert refusal(call(head_dim, dtype, **options), BACKWARD_LIMITS) is None
 
@@ -55,9 +57,10 @@ def test_neither_pass_is_served(options, reason):
     ("options", "reason"),
     [
         ({"head_dim": 256}, "above 128"),
+        ({"head_dim": 64, "deterministic": True}, "a deterministic backward of head dims up to 64"),
         ({"dout": torch.zeros(10, 4, 132, dtype=torch.bfloat16)[..., :128]}, "gradient of out"),
     ],
-    ids=["D256", "dout"],
+    ids=["D256", "D64-deterministic", "dout"],
 )
 def test_only_the_forward_is_served(options, reason):
     assert refusal(call(**options), FORWARD_LIMITS) is None
@@ -116,6 +119,8 @@ def test_what_a_model_is_told():
     told = support.serves("flash", 320, torch.bfloat16)
     assert told == "triton (not hopper: head dims above 256)"
     assert support.serves("flash", 128, torch.bfloat16, deterministic=True) == "hopper"
+    told = support.serves("flash", 64, torch.bfloat16, deterministic=True)
+    assert told == "hopper, and triton for a deterministic backward of head dims up to 64"
     told = support.serves("dual_chunk", 128, torch.bfloat16, deterministic=True)
     assert told == "hopper, and triton for a deterministic backward"
 
