@@ -56,7 +56,7 @@ _TYPES = {
         ("lse_ptr", "delta_ptr", "sum_ptr", "sink_ptr", "scale", "softcap", "keep_scale"), "fp32"
     ),
     **dict.fromkeys(("cu_q_ptr", "cu_k_ptr", "tiles_ptr", "counter_ptr", "window_ptr"), "i32"),
-    **dict.fromkeys(("num_items", "num_tiles", "total_q", "window_left", "window_right"), "i32"),
+    **dict.fromkeys(("num_items", "total_q", "window_left", "window_right"), "i32"),
     **dict.fromkeys(("document_ids_ptr", "threshold", "stride_t", "stride_h"), "i32"),
     **dict.fromkeys(("lam_ptr", "lse1_ptr", "lse2_ptr", "stats_ptr"), "fp32"),
     **dict.fromkeys(("stride_lt", "stride_lh"), "i32"),

@@ -33,10 +33,9 @@ class BackwardTile(NamedTuple):
 
     Attributes:
         block_m: Queries of a block, 64.
-        stages: Blocks of queries in shared memory, at most signals.MOST_STAGES.
+        stages: Blocks of queries in shared memory, from 2 to signals.MOST_STAGES.
         reduce_from_registers: Let the warpgroups that multiply dq add it to global memory, instead
-            of a warp that takes it from shared memory. Of varlen_bwd_hopper_kernel alone; a
-            deterministic backward does not.
+            of a warp that takes it from shared memory. Of varlen_bwd_hopper_kernel alone.
     """
 
     block_m: int
@@ -106,7 +105,8 @@ def backward_tile(columns: int, deterministic: bool) -> BackwardTile:
 
     Args:
         columns: Of a tile.
-        deterministic: Whether dq must have the same bits in every run.
+        deterministic: Whether dq must have the same bits in every run, for which a warp adds it,
+            whatever is forced.
     """
     tile = _backward_override or _BACKWARD[columns]
     return tile._replace(reduce_from_registers=False) if deterministic else tile
@@ -118,7 +118,7 @@ def dual_chunk_forward_tile(columns: int) -> ForwardTile:
 
 
 def dual_chunk_backward_tile(columns: int) -> BackwardTile:
-    """Returns the tile of both launches of a backward of dual chunk attention."""
+    """Returns the tile of every launch of a backward of dual chunk attention."""
     return _DUAL_CHUNK_BACKWARD[columns]
 
 

@@ -299,7 +299,6 @@ def differential_bwd(
         window_ptr,
         *dk1.stride()[:2],
         *dv.stride()[:2],
-        k_tiles.shape[0],
         total_q,
         left,
         right,

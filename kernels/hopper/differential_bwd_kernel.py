@@ -290,7 +290,7 @@ def _compute(
         gl.store(dk2_ptr + place_k, (dk2 * scale).to(dtype), mask=inside)
 
 
-@gluon.jit(do_not_specialize=["num_tiles", "total_q", "window_left", "window_right"])
+@gluon.jit(do_not_specialize=["total_q", "window_left", "window_right"])
 def differential_bwd_hopper_kernel(
     q1_desc,
     q2_desc,
@@ -312,7 +312,6 @@ def differential_bwd_hopper_kernel(
     stride_kh,
     stride_vt,
     stride_vh,
-    num_tiles,
     total_q,
     window_left,
     window_right,

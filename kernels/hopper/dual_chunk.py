@@ -278,7 +278,6 @@ def dual_chunk_bwd(
             logit_scale,
             dk_sum.stride(0),
             dk_sum.stride(1),
-            k_tiles.shape[0],
             total_q,
             chunk_length,
             near,

@@ -13,11 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lctrain.kernels.hopper.compat import (
-    copy_arrive,
-    copy_async,
-    tma_add,
-)
+from lctrain.kernels.hopper.compat import copy_arrive, copy_async, tma_add
 from lctrain.kernels.hopper.signals import (
     BOTH,
     DO_EMPTY,
@@ -313,7 +309,7 @@ def _compute(
         gl.store(dk_ptr + place_out, (dk * scale).to(dtype), mask=inside)
 
 
-@gluon.jit(do_not_specialize=["num_tiles", "total_q", "chunk_length", "near"])
+@gluon.jit(do_not_specialize=["total_q", "chunk_length", "near"])
 def dual_chunk_bwd_hopper_kernel(
     q_desc,
     do_desc,
@@ -331,7 +327,6 @@ def dual_chunk_bwd_hopper_kernel(
     logit_scale_ptr,
     stride_t,
     stride_h,
-    num_tiles,
     total_q,
     chunk_length,
     near,

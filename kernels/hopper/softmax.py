@@ -2,10 +2,14 @@
 
 A row of a product lies in four lanes. Each of them keeps what the softmax knows of the row: the
 number m that exponents refer to, which is the same in all four, and its own share of the sum l. So
-both are [64, 4]. m is at most 8 (in base 2) below the largest logit so far: only a row whose block
-exceeds it by more takes a new one, and only then is what was added up scaled. Half precision has no
-fewer bits for weights up to 2^8. In most blocks no row of a warp does, and its lanes exchange
-nothing.
+both are [64, 4]. m need not be the largest logit so far. In a row's first block, and where every
+block is looked at, only a block that exceeds it by more than 8 (in base 2) gives a new one, and
+only then is what was added up scaled; in further blocks one whose weights come to more than 2^13 in
+a lane. Half precision has no fewer bits for such weights. In most blocks no row of a warp has one,
+and its lanes exchange nothing.
+
+The PTX below votes and shuffles among all lanes of a warp and is declared pure. That is sound since
+all branches around it are the same in a whole program.
 """
 
 from triton.experimental import gluon

@@ -130,7 +130,7 @@ def finished(p, never):
 
 @gluon.jit
 def wait_written(LATER: gl.constexpr):
-    """Waits until this warp's copies out of shared memory, but for the last, are in global memory.
+    """Waits until this warp's copies out of shared memory, but for some, are in global memory.
 
     Gluon's own wait is over when they have read shared memory.
 

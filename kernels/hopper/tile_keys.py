@@ -76,22 +76,21 @@ def allocate_dq(BLOCK_M: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def load_rows(desc, buffers, first, ready, place, COUNT: gl.constexpr = 2):
-    """Loads blocks of rows, one below the other, and leaves it to others to arrive.
+def load_rows(desc, buffers, first, ready, place):
+    """Loads the halves of a tile of keys, one below the other, and leaves it to others to arrive.
 
     Args:
         desc: Of [T, H, D], in blocks of a buffer's shape.
         buffers: [.., rows, columns].
-        first: Where the first block goes; the others follow.
+        first: Where the first half goes; the other follows.
         ready: The barrier.
         place: (end of the document, row coordinate, head).
-        COUNT: Blocks; two are the halves of a tile of keys.
     """
     end, row, head = place
     dtype: gl.constexpr = desc.dtype
     ROWS: gl.constexpr = buffers.shape[1]
     COLUMNS: gl.constexpr = buffers.shape[2]
-    for i in gl.static_range(COUNT):
+    for i in gl.static_range(2):
         tma_load(
             desc,
             [_RAGGED, end, row + i * ROWS, head, 0],

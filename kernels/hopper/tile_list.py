@@ -37,11 +37,13 @@ def fetch_tiles(
     PARTS: gl.constexpr = (127 + POSITIONS) // POSITIONS
     lane: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     left, right = load_window(window_ptr, window_left, window_right)
-    # Documents of like lengths are served head by head, so that keys and values stay in L2. With
-    # one that is much longer than the others, a late head's part of it would have no company.
+    # Documents of like lengths, as many queries as keys, are served head by head, so that keys and
+    # values stay in L2. With one that is much longer than the others, a late head's part of it
+    # would have no company. Empty slots come last.
     slots = num_items // (PARTS * HEAD_GROUPS)
     most = gl.load(tiles_ptr + 1) + 1
-    usual = gl.load(tiles_ptr + slots // 2 * 2 + 1) + 1
+    middle = tiles_ptr + slots // 2 * 2
+    usual = gl.where(gl.load(middle) < 0, 0, gl.load(middle + 1) + 1)
     groups = gl.where(4 * usual >= most, 1, HEAD_GROUPS)
     item = gl.program_id(0)
     served = 0

@@ -307,7 +307,6 @@ def varlen_bwd(
         dk.stride(1),
         dq.stride(0),
         dq.stride(1),
-        k_tiles.shape[0],
         total_q,
         left,
         right,

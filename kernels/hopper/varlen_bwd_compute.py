@@ -122,7 +122,16 @@ def _leave(
 ):
     """Sends a step's columns of dq on their way.
 
-    leaving: (queries of the document, its last block, query heads of a key/value head).
+    Args:
+        dq: Of the step, half of the columns.
+        dq_out: The buffers of the adder, or, from registers (SHAPE[4]), the first slab and how many
+            a head has.
+        step: Which one.
+        leaving: (queries of the document, its last block, query heads of a key/value head).
+        HEAD_DIM: Columns beyond are padding.
+        HALF_INDEX: Which half of the columns.
+        SHAPE: As the kernel's.
+        TURNED: As in multiply_dq.
     """
     if SHAPE[4]:
         slab_ptr, slabs_per_head = dq_out
@@ -181,8 +190,8 @@ def compute(
 ):
     """One warpgroup: half of the tile's keys, and half of the columns of dq.
 
-    The next step begins before a step ends, so that products always have company: while dq is
-    multiplied the next weights are found, and it leaves while dP and dv are multiplied.
+    The next step begins before a step ends: while dq is multiplied, the next weights are found. The
+    other warpgroup may be a step ahead or behind, and its products run while this one has none.
     """
     shared, dq_out, ds_bufs, results, tile, window, random, numbers = inputs
     k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, _, kv_ready, rings = shared

@@ -72,7 +72,7 @@ def add_dq(
     steps = GROUP * (high - low)
     there = 0
     told = 0
-    is_first = steps > 0
+    is_first = steps < 0
     for step in range(steps):
         block = high - 1 - step // GROUP
         head = head_kv * GROUP + step % GROUP
@@ -92,13 +92,15 @@ def add_dq(
                 tma_store(dq_desc, place, share)
             else:
                 tma_add(dq_desc, place, share)
-        # Looked at ahead, so that nothing waits for the answer.
+        # Looked at ahead, so that nothing waits for the answer. Nothing acquires it either: a store
+        # that was counted, and what the copy engine adds to it from now on, meet in L2, one after
+        # the other. All lanes load one address at once, and so see one number.
         following = gl.minimum(step + 1, steps - 1)
         there = gl.load(_turn(turns, tile, following, GROUP, BLOCK_M), volatile=True)
         give_back_dq()
         # The shares of the steps before have arrived meanwhile, this one's has not. To tell others
         # costs as much as half a step, so it is done at once only where they wait for it.
-        if DETERMINISTIC or was_first or step % _TOLD_AT_ONCE == 0:
+        if DETERMINISTIC or was_first or step % _TOLD_AT_ONCE == _TOLD_AT_ONCE - 1:
             wait_written(2)
             _tell(turns, tile, told, step, GROUP, BLOCK_M)
             told = step

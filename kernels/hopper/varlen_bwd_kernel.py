@@ -19,6 +19,7 @@ from lctrain.kernels.hopper.tile_keys import (
     next_block,
     read_slot,
 )
+from lctrain.kernels.hopper.tile_rows import load_block
 from lctrain.kernels.hopper.varlen_bwd_compute import compute
 from lctrain.kernels.hopper.varlen_bwd_dq import add_dq, finish_dq, first_slab
 
@@ -67,7 +68,6 @@ def _load(
     mbarrier.expect(kv_ready, 2 * BLOCK_N * BLOCK_D * 2)
     load_rows(k_desc, k_bufs, 0, kv_ready, keys)
     load_rows(v_desc, v_bufs, 0, kv_ready, keys)
-    BYTES: gl.constexpr = BLOCK_M * BLOCK_D * 2
     lanes: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
     local = gl.arange(0, BLOCK_M, lanes)
     head = head_kv * GROUP
@@ -82,12 +82,10 @@ def _load(
         await_place(BLOCK_EMPTY, step, STAGES, LOADER_AND_BOTH)
         copy_async(lse_bufs.index(place), lse_ptr + vector, mask=local < left_here)
         copy_arrive(q_ready.index(place))
-        mbarrier.expect(q_ready.index(place), BYTES)
-        load_rows(q_desc, q_bufs, place, q_ready.index(place), queries, 1)
+        load_block(q_desc, q_bufs.index(place), q_ready.index(place), queries)
         copy_async(delta_bufs.index(place), delta_ptr + vector, mask=local < left_here)
         copy_arrive(do_ready.index(place))
-        mbarrier.expect(do_ready.index(place), BYTES)
-        load_rows(do_desc, do_bufs, place, do_ready.index(place), queries, 1)
+        load_block(do_desc, do_bufs.index(place), do_ready.index(place), queries)
         head, block = next_block(head, block, head_kv, GROUP)
     settle_places(BLOCK_EMPTY, steps, STAGES, LOADER_AND_BOTH)
 
@@ -95,7 +93,6 @@ def _load(
 @gluon.jit(
     do_not_specialize=[
         "per_head",
-        "num_tiles",
         "total_q",
         "window_left",
         "window_right",
@@ -126,7 +123,6 @@ def varlen_bwd_hopper_kernel(
     stride_h,
     stride_dqt,
     stride_dqh,
-    num_tiles,
     total_q,
     window_left,
     window_right,
@@ -156,6 +152,8 @@ def varlen_bwd_hopper_kernel(
     it, zeroed, and there are neither turns nor dq. per_head: turns, or slabs, of a head. BLOCK_M is
     64.
     """
+    gl.static_assert(BLOCK_M == 64, "the warpgroups multiply 64 queries at a time")
+    gl.static_assert(STAGES >= 2, "queries of the next step are awaited before a step's are read")
     dtype: gl.constexpr = q_desc.dtype
     HALF: gl.constexpr = BLOCK_N // 2
     FROM_REGISTERS: gl.constexpr = dq_desc is None

@@ -128,10 +128,17 @@ def test_forward_with_three_warpgroups(case, block_n, hopper, monkeypatch):
     assert_matches_oracle(result, case, inputs)
 
 
+GROWING = {
+    "D64-three_warpgroups": Case(equal_lengths(600), 1, 1, 64, BFLOAT16, causal=True),
+    "D128-g4-float16": Case(equal_lengths(600), 4, 1, 128, FLOAT16, causal=True),
+    "D64-window-sink": Case(equal_lengths(600), 2, 1, 64, FLOAT16, window=(300, 0), sink=True),
+}
+
+
 @pytest.mark.parametrize("step", [0.2, 1.0, 8.0, -1.0])
-def test_logits_that_grow_from_block_to_block(step, hopper):
+@pytest.mark.parametrize("case", GROWING.values(), ids=GROWING.keys())
+def test_logits_that_grow_from_block_to_block(case, step, hopper):
     """By less or more than what a maximum may be behind by; blocks are visited downwards."""
-    case = Case(equal_lengths(600), 1, 1, 64, BFLOAT16, causal=True)
     inputs = make_inputs(case)
     with torch.no_grad():
         inputs.q[..., 0] = 8.0

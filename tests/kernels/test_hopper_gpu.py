@@ -132,7 +132,9 @@ def test_both_ways_of_adding_dq(name, from_registers, device):
     assert_matches_oracle(result, case, inputs)
 
 
-@pytest.mark.parametrize("name", ["D128-causal-g4", "D128-dropout-g8", "D128-full-g1"])
+@pytest.mark.parametrize(
+    "name", ["D128-causal-g4", "D128-dropout-g8", "D128-window-softcap", "D128-full-g1"]
+)
 def test_deterministic_gradients_keep_their_bits(name, device):
     options = {"deterministic": True, "backend": "hopper"}
     case = LONG_CASES[name]

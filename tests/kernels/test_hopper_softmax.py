@@ -61,3 +61,22 @@ def test_weights_of_a_further_block(half):
     assert 2**11 < exact.max() < 2**13
     np.testing.assert_allclose(p, exact, rtol=2**-8 if half == "bf16" else 2**-10, atol=2**-24)
     np.testing.assert_allclose(sums, total * alpha + exact.sum(axis=(1, 3)), 1e-5, 1e-30)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3000.0], ids=str)
+def test_a_row_keeps_its_bits_whatever_the_others_of_its_warp(value):
+    generator = np.random.default_rng(2)
+    elements = 32
+    s = generator.normal(size=(64, 8, 4, 2)).astype(np.float32)
+    before = np.repeat(generator.normal(size=(64, 1)), 4, axis=1).astype(np.float32)
+    total = generator.random((64, 4)).astype(np.float32)
+    rest = (before[:, None, :, None], total[:, None, :, None], np.float32([0.5]))
+    run = (further_assembly(elements, "bf16"), further_constraints(elements), elements)
+    alone = run_on_rows(*run, [s, *rest])
+    disturbed = s.copy()
+    disturbed[[3, 17], 5, 2, 1] = value
+    beside = run_on_rows(*run, [disturbed, *rest])
+    others = np.setdiff1d(np.arange(64), [3, 17])
+    np.testing.assert_array_equal(beside[0][others], alone[0][others])
+    np.testing.assert_array_equal(beside[1][others][:, :2], alone[1][others][:, :2])
+    assert not np.array_equal(beside[0][3], alone[0][3])

@@ -44,7 +44,7 @@ def test_every_stage_has_a_signal():
     for operation in ("hopper_fwd", "hopper_bwd"):
         for candidates in tune._CANDIDATES[operation].values():
             for candidate in candidates.split():
-                assert int(candidate.split(",")[1]) <= signals.MOST_STAGES, candidate
+                assert 2 <= int(candidate.split(",")[1]) <= signals.MOST_STAGES, candidate
     # The fourth place's signals say there that dS has been read.
     for dims in DIFFERENTIAL_COLUMNS:
         if dims != (128, 128, False):
