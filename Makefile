@@ -13,6 +13,7 @@ ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 PIP_ARGS ?=
 OLDEST_TRITON := 3.6.0
+BETWEEN_TRITON := 3.8.0
 NEWEST_TRITON := 3.9.0
 
 ifeq ($(strip $(VENV)),)
@@ -22,7 +23,7 @@ TRITONS :=
 else
 PY := $(VENV)/bin/python
 SETUP := $(VENV)/.installed
-TRITONS := $(VENV)/triton-$(OLDEST_TRITON) $(VENV)/triton-$(NEWEST_TRITON)
+TRITONS := $(foreach v,$(OLDEST_TRITON) $(BETWEEN_TRITON) $(NEWEST_TRITON),$(VENV)/triton-$(v))
 endif
 
 export OMP_NUM_THREADS ?= 2
@@ -77,7 +78,8 @@ $(SETUP): constraints.txt pyproject.toml | check-python
 	  --no-build-isolation -e ".[dev]"
 	@touch $@
 
-# The two ends of the supported Triton range, for the ahead-of-time compilation tests.
+# The two ends of the supported Triton range and what neither they nor constraints.txt have of it,
+# for the ahead-of-time compilation tests.
 $(VENV)/triton-%: $(SETUP)
 	@rm -rf $@
 	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --no-compile \

@@ -1,4 +1,4 @@
-"""Runs aot_compile.py in a process of its own, on one end of the supported Triton range."""
+"""Runs aot_compile.py in a process of its own, on one release of the supported Triton range."""
 
 import importlib.metadata
 import json
@@ -12,6 +12,7 @@ import pytest
 from tests.house.typecheck import ROOT
 
 VERSIONS = ("3.6.0", "3.9.0")
+BETWEEN = ("3.7.1", "3.8.0")
 
 
 def triton_folder(version: str) -> Path | None:
@@ -35,7 +36,7 @@ def compile_all(version: str, target: str, *selection: str) -> list[dict]:
     """The report of aot_compile.py, one entry per variant; all of them have been compiled.
 
     Args:
-        version: Of Triton, one of VERSIONS.
+        version: Of Triton, one of VERSIONS or BETWEEN.
         target: As aot_compile.py takes it.
         selection: Its other arguments.
     """

@@ -9,7 +9,7 @@ from triton.runtime.jit import mangle_type
 from lctrain.kernels import make_schedule
 from lctrain.kernels.hopper import aot, differential, dual_chunk, signals, varlen
 from lctrain.kernels.hopper.config import DIFFERENTIAL_COLUMNS
-from tests.kernels.aot_process import VERSIONS, compile_all
+from tests.kernels.aot_process import BETWEEN, VERSIONS, compile_all
 
 SHARED_LIMIT = 232_448  # bytes that a program on sm_90 may ask for
 # Features -> (head dims, group sizes) on the oldest and the newest Triton. The forward packs up to
@@ -61,6 +61,16 @@ def test_compiles_to_what_the_hardware_has(version, features):
     if version == VERSIONS[0]:  # the newest stores a few arguments away when a program begins
         spilling = {r["name"]: r["spill_bytes"] for r in promised if r["spill_bytes"]}
         assert not spilling, "these spill registers"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", BETWEEN)
+def test_compiles_on_the_releases_between(version):
+    """One head dim, of all three attentions and both passes: names differ there, if anything."""
+    reports = compile_all(version, "hopper", "causal", "128", "4")
+    kernels = {report["name"].split("-")[0] for report in reports}
+    assert {"hopper_fwd", "hopper_bwd", "hopper_diff_fwd", "hopper_diff_bwd"} <= kernels
+    assert all(report["matrix_instructions"] and report["tma_loads"] for report in reports)
 
 
 class Launches:
