@@ -100,7 +100,7 @@ def add_dq(
         give_back_dq()
         # The shares of the steps before have arrived meanwhile, this one's has not. To tell others
         # costs as much as half a step, so it is done at once only where they wait for it.
-        if DETERMINISTIC or was_first or step % _TOLD_AT_ONCE == _TOLD_AT_ONCE - 1:
+        if DETERMINISTIC or was_first or step % _TOLD_AT_ONCE == 0:
             wait_written(2)
             _tell(turns, tile, told, step, GROUP, BLOCK_M)
             told = step
