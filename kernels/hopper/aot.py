@@ -101,8 +101,7 @@ def forward_variant(
     options = OPTIONS | {"maxnreg": entry_registers(tile.consumers)}
     size = f"{tile.consumers * 64}x{tile.block_n}"
     label = f"hopper_fwd-D{head_dim}-g{group}-{features}-{dtype}-{size}"
-    # With 128 columns and one head in a tile a number per tile is stored, and read again.
-    spill_free = features == "causal" and (columns == 64 or (columns == 128 and pack > 1))
+    spill_free = features == "causal" and columns <= 128
     return describe_variant(label, varlen_fwd_hopper_kernel, types, constants, options, spill_free)
 
 

@@ -33,7 +33,7 @@ _LOG2_E = gl.constexpr(LOG2_E)
 
 
 @gluon.jit
-def _start(shared, of_keys, of_queries, place, zero, never, HALF_INDEX: gl.constexpr):
+def _start(of_keys, of_queries, place, zero, never, HALF_INDEX: gl.constexpr):
     """Starts S (k and q) or dP (v and dout) of the block of queries in `place`."""
     return warpgroup_mma(
         held(of_keys, HALF_INDEX, never),
@@ -150,20 +150,32 @@ def _spend(
     shared,
     ds_bufs,
     step,
-    dp,
+    p,
     weights,
+    zero,
     dk,
     dv,
+    never,
     SHAPE: gl.constexpr,
     FLAGS: gl.constexpr,
     LAYOUTS: gl.constexpr,
     HALF_INDEX: gl.constexpr,
 ):
-    """Finds dS of a step, shows it to the other warpgroup, and starts the product of dk."""
-    k_bufs, _, q_bufs, _, _, delta_bufs, _, _ = shared
+    """Takes a step's weights: dv, and dS, which it shows to the other warpgroup. Starts dk.
+
+    Returns:
+        dk, which is on its way, and dv.
+    """
+    k_bufs, v_bufs, q_bufs, do_bufs, _, delta_bufs, _, rings = shared
+    _, do_ready = rings
     STAGES: gl.constexpr = SHAPE[3]
     p_layout: gl.constexpr = gl.DotOperandLayout(0, LAYOUTS[1], 2)
     place = step % STAGES
+    mbarrier.wait(do_ready.index(place), (step // STAGES) & 1)
+    dp = _start(v_bufs, do_bufs, place, zero, never, HALF_INDEX)
+    seen = gl.convert_layout(_kept_weights(p, FLAGS[3]), p_layout)
+    dv = warpgroup_mma(seen, do_bufs.index(place), dv, is_async=True)
+    dp = warpgroup_mma_wait(1, deps=[dp])
     delta = delta_bufs.index(place).load(gl.SliceLayout(0, LAYOUTS[0]))
     weights = weights.to(gl.float32)
     if FLAGS[3]:
@@ -194,8 +206,8 @@ def compute(
     other warpgroup may be a step ahead or behind, and its products run while this one has none.
     """
     shared, dq_out, ds_bufs, results, tile, window, random, numbers = inputs
-    k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, _, kv_ready, rings = shared
-    q_ready, do_ready = rings
+    k_bufs, _, q_bufs, _, lse_bufs, _, kv_ready, rings = shared
+    q_ready, _ = rings
     dk_ptr, dv_ptr, stride_t, stride_h = results
     head_kv, _, length_q, begin_k, length_k, first, low, high = tile
     left, right = window
@@ -216,7 +228,6 @@ def compute(
     DQ_ROWS: gl.constexpr = COLUMNS if TURNED else BLOCK_M
     DQ_COLUMNS: gl.constexpr = BLOCK_M if TURNED else COLUMNS
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_COLUMNS, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     column_s: gl.constexpr = gl.SliceLayout(0, s_layout)
     LAYOUTS: gl.constexpr = (s_layout, o_layout)
 
@@ -241,7 +252,7 @@ def compute(
         never = high < 0
         query = (high - 1) * BLOCK_M
         mbarrier.wait(q_ready.index(0), 0)
-        s = _start(shared, k_bufs, q_bufs, 0, zero_s, never, HALF_INDEX)
+        s = _start(k_bufs, q_bufs, 0, zero_s, never, HALF_INDEX)
         lse = lse_bufs.index(0).load(column_s)
         words = _draw(random, head_kv * GROUP, query, first_key, s_layout, HAS_DROPOUT)
         s = warpgroup_mma_wait(0, deps=[s])
@@ -251,17 +262,16 @@ def compute(
         for step in range(steps - 1):
             place = step % STAGES
             never = high - 1 - step // GROUP < 0
-            mbarrier.wait(do_ready.index(place), (step // STAGES) & 1)
-            dp = _start(shared, v_bufs, do_bufs, place, zero_s, never, HALF_INDEX)
-            seen = gl.convert_layout(_kept_weights(p, HAS_DROPOUT), p_layout)
-            dv = warpgroup_mma(seen, do_bufs.index(place), dv, is_async=True)
-            dp = warpgroup_mma_wait(1, deps=[dp])
             dk, dv = _spend(
-                shared, ds_bufs, step, dp, weights, dk, dv, SHAPE, FLAGS, LAYOUTS, HALF_INDEX
+                *(shared, ds_bufs, step, p, weights, zero_s, dk, dv, never),
+                SHAPE,
+                FLAGS,
+                LAYOUTS,
+                HALF_INDEX,
             )
             following = (step + 1) % STAGES
             mbarrier.wait(q_ready.index(following), ((step + 1) // STAGES) & 1)
-            s = _start(shared, k_bufs, q_bufs, following, zero_s, never, HALF_INDEX)
+            s = _start(k_bufs, q_bufs, following, zero_s, never, HALF_INDEX)
             await_signal(DS_READY + 2 * (step & 1) + 1 - HALF_INDEX, BOTH, 4)
             dq = multiply_dq(ds_bufs, k_bufs, step & 1, zero_q, never, HALF_INDEX, TURNED)
             if HAS_DROPOUT:
@@ -282,19 +292,17 @@ def compute(
                 dq = warpgroup_mma_wait(0, deps=[dq])
                 _leave(dq, dq_out, step, leaving, HEAD_DIM, HALF_INDEX, SHAPE, TURNED)
         step = steps - 1
-        place = step % STAGES
-        mbarrier.wait(do_ready.index(place), (step // STAGES) & 1)
-        dp = _start(shared, v_bufs, do_bufs, place, zero_s, never, HALF_INDEX)
-        seen = gl.convert_layout(_kept_weights(p, HAS_DROPOUT), p_layout)
-        dv = warpgroup_mma(seen, do_bufs.index(place), dv, is_async=True)
-        dp = warpgroup_mma_wait(1, deps=[dp])
         dk, dv = _spend(
-            shared, ds_bufs, step, dp, weights, dk, dv, SHAPE, FLAGS, LAYOUTS, HALF_INDEX
+            *(shared, ds_bufs, step, p, weights, zero_s, dk, dv, never),
+            SHAPE,
+            FLAGS,
+            LAYOUTS,
+            HALF_INDEX,
         )
         await_signal(DS_READY + 2 * (step & 1) + 1 - HALF_INDEX, BOTH, 4)
         dq = multiply_dq(ds_bufs, k_bufs, step & 1, zero_q, never, HALF_INDEX, TURNED)
         dk, dq = warpgroup_mma_wait(0, deps=[dk, dq])
-        give_place(BLOCK_EMPTY, place, LOADER_AND_BOTH)
+        give_place(BLOCK_EMPTY, step % STAGES, LOADER_AND_BOTH)
         _leave(dq, dq_out, step, leaving, HEAD_DIM, HALF_INDEX, SHAPE, TURNED)
     if not FROM_REGISTERS:
         settle_dq(steps, HALF_INDEX)

@@ -72,7 +72,7 @@ def add_dq(
     steps = GROUP * (high - low)
     there = 0
     told = 0
-    is_first = steps < 0
+    is_first = steps < 0  # no: nothing came before
     for step in range(steps):
         block = high - 1 - step // GROUP
         head = head_kv * GROUP + step % GROUP

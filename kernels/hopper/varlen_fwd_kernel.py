@@ -106,6 +106,7 @@ def _consume(
     HAS_DROPOUT: gl.constexpr = FLAGS[4]
     POSITIONS: gl.constexpr = CONSUMERS * 64 // PACK
     RUN: gl.constexpr = POSITIONS if POSITIONS < 64 else 64
+    FEW_REGISTERS: gl.constexpr = POSITIONS > RUN  # what follows from two runs takes some
     FIRST_RUN: gl.constexpr = CONSUMER * (64 // RUN)
     dtype: gl.constexpr = out_desc.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -185,7 +186,7 @@ def _consume(
                 s_layout,
                 dtype,
                 FLAGS,
-                CONSUMERS > 2,
+                FEW_REGISTERS,
             )
             if Q_STAGES > 1:
                 # By now the last tile's result has left its place.
@@ -221,7 +222,7 @@ def _consume(
                     s_layout,
                     dtype,
                     FLAGS,
-                    CONSUMERS > 2,
+                    FEW_REGISTERS,
                     IS_FURTHER=True,
                 )
                 # The branch of this wait keeps ptxas from moving the next one above the weights.
