@@ -8,8 +8,6 @@ import ast
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.house.typecheck import ROOT, package_folders
 
 # Longest matching prefix decides. A package's modules share its level and see each other.
@@ -95,60 +93,77 @@ def top(name: str) -> str:
     return name.partition(".")[0]
 
 
-@pytest.mark.parametrize("module", sorted(set(SOURCES) - EXPORTS_ONLY))
-def test_imports_run_downwards(module):
+IMPORTS = {module: imported_modules(module, path) for module, path in SOURCES.items()}
+
+
+def modules(prefix: str) -> list[str]:
+    """Every module of a package, itself among them."""
+    return [module for module in SOURCES if f"{module}.".startswith(f"{prefix}.")]
+
+
+def upward(module: str) -> list[str]:
+    """What is wrong with a module's imports of lctrain, in words."""
     mine = home(module)
-    assert mine is not None, f"{module} has no level in LEVELS: decide where it belongs"
-    for name in imported_modules(module, SOURCES[module]):
-        if top(name) != "lctrain" or name == "lctrain":
-            assert name != "lctrain", f"{module} imports lctrain itself: import the module you need"
-            continue
+    if mine is None:
+        return [f"{module} has no level in LEVELS: decide where it belongs"]
+    found = []
+    for name in sorted(name for name in IMPORTS[module] if top(name) == "lctrain"):
         theirs = home(name)
-        assert theirs is not None, f"{module} imports {name}, which has no level"
-        assert theirs == mine or LEVELS[theirs] < LEVELS[mine], (
-            f"{module} imports {name}: level {LEVELS[theirs]} from level {LEVELS[mine]}"
-        )
+        if name == "lctrain":
+            found.append(f"{module} imports lctrain itself: import the module you need")
+        elif theirs is None:
+            found.append(f"{module} imports {name}, which has no level")
+        elif theirs != mine and LEVELS[theirs] >= LEVELS[mine]:
+            found.append(
+                f"{module} imports {name}: level {LEVELS[theirs]} from level {LEVELS[mine]}"
+            )
+    return found
 
 
-@pytest.mark.parametrize("module", sorted(m for m in SOURCES if m.startswith("lctrain.kernels")))
-def test_kernels_stand_alone(module):
-    names = imported_modules(module, SOURCES[module])
-    assert not {top(name) for name in names} & FRAMEWORKS
-    outside = {n for n in names if top(n) == "lctrain" and not n.startswith("lctrain.kernels")}
-    assert not outside, f"{module} imports {outside}"
+def test_imports_run_downwards():
+    assert len(SOURCES) > 100, "the walk finds no sources"
+    assert not [fault for module in sorted(set(SOURCES) - EXPORTS_ONLY) for fault in upward(module)]
 
 
-@pytest.mark.parametrize("module", sorted(m for m in SOURCES if "lctrain.kernels" not in m))
-def test_only_kernels_import_triton(module):
-    assert "triton" not in {top(name) for name in imported_modules(module, SOURCES[module])}
+def test_kernels_stand_alone():
+    for module in modules("lctrain.kernels"):
+        names = IMPORTS[module]
+        assert not {top(name) for name in names} & FRAMEWORKS, module
+        outside = {n for n in names if top(n) == "lctrain" and not n.startswith("lctrain.kernels")}
+        assert not outside, f"{module} imports {outside}"
 
 
-@pytest.mark.parametrize(
-    "module", sorted(m for m in SOURCES if m.startswith("lctrain.kernels.reference"))
-)
-def test_reference_imports_torch_only(module):
+def test_only_kernels_import_triton():
+    others = set(SOURCES) - set(modules("lctrain.kernels"))
+    assert not [m for m in sorted(others) if "triton" in {top(name) for name in IMPORTS[m]}]
+
+
+def test_reference_imports_torch_only():
     allowed = {"torch", "lctrain", *sys.stdlib_module_names}
-    names = imported_modules(module, SOURCES[module])
-    assert {top(name) for name in names} <= allowed
-    assert all(n.startswith("lctrain.kernels.reference") for n in names if top(n) == "lctrain")
+    for module in modules("lctrain.kernels.reference"):
+        names = IMPORTS[module]
+        assert {top(name) for name in names} <= allowed, module
+        ours = [name for name in names if top(name) == "lctrain"]
+        assert all(name.startswith("lctrain.kernels.reference") for name in ours), module
 
 
-@pytest.mark.parametrize(
-    "module",
-    sorted(m for m in SOURCES if home(m) and LEVELS[home(m)] <= 1 and ".reference" not in m),
-)
-def test_no_kernel_imports_the_reference(module):
-    names = imported_modules(module, SOURCES[module])
-    assert not [name for name in names if name.startswith("lctrain.kernels.reference")]
+def test_no_kernel_imports_the_reference():
+    for module in (
+        m for m in SOURCES if home(m) and LEVELS[home(m)] <= 1 and ".reference" not in m
+    ):
+        names = [n for n in IMPORTS[module] if n.startswith("lctrain.kernels.reference")]
+        assert not names, module
 
 
-@pytest.mark.parametrize("module", sorted(m for m, p in SOURCES.items() if p.stem == "__init__"))
-def test_init_files_only_export(module):
-    functions = {"__getattr__", "__dir__"} if module == "lctrain" else set()
-    for node in ast.walk(ast.parse(SOURCES[module].read_text())):
-        if isinstance(node, ast.FunctionDef):
-            assert node.name in functions, f"{module} defines {node.name}"
-        assert not isinstance(node, ast.ClassDef), f"{module} defines a class"
+def test_init_files_only_export():
+    for module, path in SOURCES.items():
+        if path.stem != "__init__":
+            continue
+        functions = {"__getattr__", "__dir__"} if module == "lctrain" else set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.name in functions, f"{module} defines {node.name}"
+            assert not isinstance(node, ast.ClassDef), f"{module} defines a class"
 
 
 def test_the_kernels_folder_is_no_package():

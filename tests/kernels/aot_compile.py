@@ -1,11 +1,14 @@
-"""Compiles kernels for a GPU that need not be there: `aot_compile.py sm_90 causal,all 64,128`.
+"""Compiles kernels for GPUs that need not be there, and reports what the compiler made of them.
 
-The target "hopper" is the kernels of lctrain.kernels.hopper, compiled for sm_90; it takes a fourth
-list, of group sizes. Prints one JSON object per variant. Runs in a process of its own: without
-TRITON_INTERPRET, and with whichever Triton comes first on PYTHONPATH.
+`aot_compile.py REQUEST` takes one JSON object: {"selections": [[target, features, head dims, group
+sizes], ...], "known": [keys]}. The target "hopper" names the Gluon kernels, compiled for sm_90;
+group sizes matter to "hopper" alone. The script prints one JSON object per variant; a variant whose
+key is known is named and not compiled. It runs in a process of its own: without TRITON_INTERPRET,
+and with whichever Triton comes first on PYTHONPATH.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -13,8 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
 os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # ptxas reports spills only when it runs
@@ -26,6 +28,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from lctrain.kernels.attention import aot as attention_aot
 from lctrain.kernels.tile.variant import KernelVariant
+from tests.kernels.aot_key import variant_key
 
 MATRIX_INSTRUCTIONS = {
     "sm_80": r"\bmma\.sync",
@@ -69,21 +72,30 @@ def spill_bytes(target: str, compiled: triton.compiler.CompiledKernel, log: str)
     return 4 * sum(int(count) for count in counts)
 
 
-def loop_spills(compiled: triton.compiler.CompiledKernel) -> list[int]:
-    """Reads and writes of spilled registers inside each innermost loop of wgmma's products.
-
-    A kernel whose warps are specialised has a loop per warpgroup. What is spilled outside of it
-    costs a few cycles per tile; what is spilled inside is paid for with every block of keys.
-    """
+def machine_code(compiled: triton.compiler.CompiledKernel) -> list[tuple[int, str, str, str]]:
+    """The instructions of an NVIDIA kernel: address, predicate, name and operands."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-sass", cubin.name]
         sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    code = [
+    return [
         (int(address, 16), predicate, name, operands)
         for address, predicate, name, operands in INSTRUCTION.findall(sass)
     ]
+
+
+def fingerprint(code: list[tuple[int, str, str, str]]) -> str:
+    """A hash of the instruction stream: equal for equal machine code."""
+    return hashlib.sha256(repr(code).encode()).hexdigest()[:16]
+
+
+def loop_spills(code: list[tuple[int, str, str, str]]) -> list[int]:
+    """Reads and writes of spilled registers inside each innermost loop of wgmma's products.
+
+    A kernel whose warps are specialised has a loop per warpgroup. A spill outside of the loop costs
+    a few cycles per tile; a spill inside costs cycles for every block of keys.
+    """
     loops = []
     for end, predicate, name, operands in code:
         target = re.search(r"0x([0-9a-f]+)", operands)
@@ -103,22 +115,25 @@ def loop_spills(compiled: triton.compiler.CompiledKernel) -> list[int]:
 
 
 def compile_variant(target: str, variant: KernelVariant) -> dict:
-    """Returns the instructions, spills, shared memory and seconds of one compilation."""
+    """Returns the registers, spills, shared memory and machine code of one compilation."""
     source = (GluonASTSource if variant.kernel.is_gluon() else ASTSource)(
         fn=variant.kernel,
         signature=variant.signature,
         constexprs=variant.constants,
         attrs=variant.attributes,
     )
-    start = time.perf_counter()
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
         compiled = triton.compile(source, target=gpu_target(target), options=variant.options)
     assembly = compiled.asm["ptx" if is_nvidia(target) else "amdgcn"]
-    extra = {}
+    extra: dict[str, object] = {}
+    if is_nvidia(target):
+        code = machine_code(compiled)
+        registers = re.findall(r"Used (\d+) registers", log.getvalue())
+        extra = {"registers": max(map(int, registers)), "machine_code": fingerprint(code)}
     if target == "hopper":
-        barriers = sorted({int(number) for number in BARRIERS.findall(assembly)})
-        extra = {"loop_spills": loop_spills(compiled), "barriers": barriers}
+        extra["loop_spills"] = loop_spills(code)
+        extra["barriers"] = sorted({int(number) for number in BARRIERS.findall(assembly)})
     return {
         "matrix_instructions": len(re.findall(MATRIX_INSTRUCTIONS[target], assembly)),
         "tma_loads": len(TMA_LOADS.findall(assembly)),
@@ -126,7 +141,6 @@ def compile_variant(target: str, variant: KernelVariant) -> dict:
         "spill_free": variant.spill_free,
         "serialised": bool(SERIALISED.search(log.getvalue())),
         "shared_bytes": compiled.metadata.shared,
-        "seconds": round(time.perf_counter() - start, 2),
         **extra,
     }
 
@@ -142,20 +156,22 @@ def described(
     return attention_aot.kernel_variants(target, tuple(head_dims), tuple(features))
 
 
-def compile_variants(target: str, variants: Iterator[KernelVariant]) -> Iterator[dict]:
-    """Yields what `compile_variant` found, or the error, for every variant for one GPU."""
-    for variant in variants:
-        line = {"name": variant.name, "triton": triton.__version__}
-        try:
-            yield line | compile_variant(target, variant)
-        except Exception as error:  # the others are worth knowing about too
-            yield line | {"error": f"{type(error).__name__}: {error}"}
+def report(target: str, variant: KernelVariant, known: Set[str]) -> dict:
+    """What `compile_variant` found, or the error; no more than name and key if the key is known."""
+    key = variant_key(variant, "sm_90" if target == "hopper" else target, triton.__version__)
+    line = {"target": target, "name": variant.name, "triton": triton.__version__, "key": key}
+    if key in known:
+        return line
+    try:
+        return line | compile_variant(target, variant)
+    except Exception as error:  # the others are worth knowing about too
+        return line | {"error": f"{type(error).__name__}: {error}"}
 
 
 if __name__ == "__main__":
-    TARGET, FEATURES = sys.argv[1], sys.argv[2].split(",")
-    HEAD_DIMS, GROUPS = (
-        [int(size) for size in text.split(",")] for text in (*sys.argv[3:], "1,2,4")[:2]
-    )
-    for line in compile_variants(TARGET, described(TARGET, FEATURES, HEAD_DIMS, GROUPS)):
-        print(json.dumps(line), flush=True)
+    REQUEST = json.loads(sys.argv[1])
+    KNOWN = frozenset(REQUEST["known"])
+    for number, selection in enumerate(REQUEST["selections"]):
+        for variant in described(*selection):
+            line = {"selection": number} | report(selection[0], variant, KNOWN)
+            print(json.dumps(line), flush=True)

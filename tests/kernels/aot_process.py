@@ -1,10 +1,18 @@
-"""Runs aot_compile.py in a process of its own, on one release of the supported Triton range."""
+"""The reports of ahead-of-time compilation: kept in the repository, compiled where they are not.
 
+`python -m tests.kernels.aot_process` brings the kept reports up to date: it compiles what has no
+report, on every Triton that `make test` unpacks, and drops reports that no kernel has any more;
+`--all` compiles everything again.
+"""
+
+import argparse
 import importlib.metadata
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,6 +21,37 @@ from tests.house.typecheck import ROOT
 
 VERSIONS = ("3.6.0", "3.9.0")
 BETWEEN = ("3.7.1", "3.8.0")
+REPORTS = Path(__file__).with_name("aot_reports")
+
+Selection = tuple[str, tuple[str, ...], tuple[int, ...], tuple[int, ...]]
+
+TUNED = "sm_90"
+TARGETS = ("sm_80", TUNED, "sm_100", "gfx942", "gfx950")
+_DIMS = (64, 128, 256)
+
+
+def _selections(version: str) -> tuple[Selection, ...]:
+    if version in BETWEEN:  # one head dim of each attention: names differ there, if anything
+        return (("hopper", ("causal",), (128,), (4,)),)
+    oldest = version == VERSIONS[0]
+    part = ("all",) if oldest else ("causal",)
+    portable = (
+        (target, ("causal", "all") if target == TUNED else part, _DIMS, ()) for target in TARGETS
+    )
+    return (
+        *portable,
+        ("hopper", ("causal", "deterministic"), _DIMS, (1, 2, 4) if oldest else (4,)),
+        ("hopper", ("all",), _DIMS if oldest else (64,), (4,)),
+    )
+
+
+SELECTIONS = {version: _selections(version) for version in (*VERSIONS, *BETWEEN)}
+"""Triton version -> what compiles on it: target, features, head dims, group sizes.
+
+The tuned architecture compiles every feature on both ends of Triton. For the others, which nobody
+has run, each end compiles a part: the oldest the kernels with every feature, the newest the plain
+ones and float32's.
+"""
 
 
 def triton_folder(version: str) -> Path | None:
@@ -32,31 +71,103 @@ def triton_folder(version: str) -> Path | None:
     pytest.skip(missing)
 
 
-def compile_all(version: str, target: str, *selection: str) -> list[dict]:
-    """The report of aot_compile.py, one entry per variant; all of them have been compiled.
+def on_triton(versions: Sequence[str]) -> list:
+    """Returns parameters for tests: one worker runs all tests of one Triton, which compile once."""
+    return [
+        pytest.param(version, marks=pytest.mark.xdist_group(f"triton-{version}"))
+        for version in versions
+    ]
+
+
+def compiled_reports(version: str, target: str) -> list[dict]:
+    """Returns a report for every variant of a target, compiling those that have none.
 
     Args:
-        version: Of Triton, one of VERSIONS or BETWEEN.
-        target: As aot_compile.py takes it.
-        selection: Its other arguments.
+        version: Triton version, a key of SELECTIONS.
+        target: Target as `aot_compile.py` takes it.
+    """
+    return [report for report in _reports(version) if report["target"] == target]
+
+
+@cache
+def _reports(version: str) -> list[dict]:
+    return run(version, SELECTIONS[version], kept_reports(version))
+
+
+def run(version: str, selections: Sequence[Selection], known: dict[str, dict]) -> list[dict]:
+    """Runs aot_compile.py on one Triton; every variant must compile.
+
+    Args:
+        version: Triton version.
+        selections: What to compile.
+        known: Reports by key; their variants are not compiled.
+
+    Returns:
+        One report per variant, in order, "compiled" true where the variant had no report.
     """
     folder = triton_folder(version)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    if folder is not None:
-        environment["PYTHONPATH"] = str(folder)
+    paths = [str(folder), str(ROOT)] if folder is not None else [str(ROOT)]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
     script = ROOT / "tests" / "kernels" / "aot_compile.py"
+    request = json.dumps({"selections": selections, "known": sorted(known)})
     result = subprocess.run(
-        [sys.executable, script, target, *selection],
-        env=environment,
-        capture_output=True,
-        text=True,
+        [sys.executable, script, request], env=environment, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     # Triton 3.10 flips this default, which changes results: every launch sets it.
     assert "TRITON_DEFAULT_FP_FUSION is unset" not in result.stderr
-    reports = [json.loads(line) for line in result.stdout.splitlines()]
-    assert reports, "nothing was compiled"
-    assert {report["triton"] for report in reports} == {version}
-    errors = {report["name"]: report["error"] for report in reports if "error" in report}
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert lines, "the selections describe no variant"
+    assert {line["triton"] for line in lines} == {version}
+    errors = {line["name"]: line["error"] for line in lines if "error" in line}
     assert not errors
-    return reports
+    return [
+        known[line["key"]] | line | {"compiled": False}
+        if line["key"] in known
+        else line | {"compiled": True}
+        for line in lines
+    ]
+
+
+def kept_reports(version: str) -> dict[str, dict]:
+    """Returns the reports in the repository by key; none of them where LCTRAIN_AOT=all."""
+    file = REPORTS / f"triton-{version}.jsonl"
+    if os.environ.get("LCTRAIN_AOT") == "all" or not file.is_file():
+        return {}
+    reports = [json.loads(line) for line in file.read_text().splitlines()]
+    return {report["key"]: report for report in reports}
+
+
+def update(version: str, known: dict[str, dict]) -> tuple[int, int]:
+    """Writes the reports of every variant on one Triton.
+
+    Returns:
+        How many variants there are, and how many were compiled.
+    """
+    reports = run(version, SELECTIONS[version], known)
+    kept = {}
+    for report in reports:
+        report.pop("selection")
+        kept[report["target"], report["name"], report["key"]] = report
+    compiled = sum(report.pop("compiled") for report in kept.values())
+    REPORTS.mkdir(exist_ok=True)
+    lines = [json.dumps(kept[key], sort_keys=True) for key in sorted(kept)]
+    (REPORTS / f"triton-{version}.jsonl").write_text("\n".join(lines) + "\n")
+    return len(kept), compiled
+
+
+def main() -> None:
+    """Brings the kept reports up to date."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all", action="store_true", help="compile what has a report, too")
+    parser.add_argument("--triton", nargs="*", default=list(SELECTIONS), choices=list(SELECTIONS))
+    options = parser.parse_args()
+    for version in options.triton:
+        known = {} if options.all else kept_reports(version)
+        total, compiled = update(version, known)
+        print(f"Triton {version}: {total} variants, {compiled} compiled", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,17 +1,13 @@
 """Every kernel and configuration compiles for GPUs that are not here, on both ends of Triton.
 
 `make` unpacks the oldest and the newest supported Triton beside the environment's packages; each
-compiles in a process of its own. For the tuned architecture both compile everything. For the
-others, which have not been run (see the README), each compiles a part: the oldest the kernels with
-every feature, the newest the plain ones and float32's.
+compiles in a process of its own. A variant is compiled where `aot_reports/` has no report of it.
 """
 
 import pytest
 
-from tests.kernels.aot_process import VERSIONS, compile_all
+from tests.kernels.aot_process import TARGETS, TUNED, VERSIONS, compiled_reports, on_triton
 
-TUNED = "sm_90"
-TARGETS = ("sm_80", TUNED, "sm_100", "gfx942", "gfx950")
 # Shared memory that a program may ask for, bytes: NVIDIA's opt-in limit, AMD's LDS.
 SHARED_LIMITS = {
     "sm_80": 166_912,
@@ -24,10 +20,9 @@ SHARED_LIMITS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", on_triton(VERSIONS))
 def test_every_kernel_compiles_to_matrix_instructions(version, target):
-    part = "all" if version == VERSIONS[0] else "causal"
-    reports = compile_all(version, target, "causal,all" if target == TUNED else part, "64,128,256")
+    reports = compiled_reports(version, target)
     halves = [report for report in reports if "-fp32-" not in report["name"]]
     products = [report for report in halves if not report["name"].startswith("dual_chunk_rotate")]
     scalar = [report["name"] for report in products if report["matrix_instructions"] == 0]
