@@ -9,7 +9,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import hydra
 
@@ -116,6 +116,8 @@ def export_and_evaluate(
     Returns:
         The files by name and [(context length, perplexity)].
     """
+    from lctrain.export import export_model
+
     perplexities: tuple[tuple[int, float], ...] = ()
     paths: dict[str, Path] = {}
     if trainer.is_global_zero:
@@ -176,26 +178,6 @@ def evaluate_by_length(
 def forward_tokens(config: EvaluationConfig) -> int:
     """Tokens per forward pass of the evaluation."""
     return max([2, *config.lengths]) if config.max_tokens is None else config.max_tokens
-
-
-def export_model(module: LongContextModule, tokenizer: Any, folder: Path) -> Path:
-    """Writes model and tokenizer so that plain transformers loads them.
-
-    Args:
-        module: With the trained model; its attention is unpatched for as long as this takes.
-        tokenizer: Of the run.
-        folder: Is made.
-
-    Returns:
-        The folder.
-    """
-    if module.patch_handle is not None:
-        module.patch_handle.unpatch()
-        module.patch_handle = None
-    module.model.cpu().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    module.configure_model()
-    return folder
 
 
 def quiet_lightning() -> None:

@@ -36,6 +36,7 @@ LEVELS = {
     "lctrain.module": 7,
     "lctrain.callbacks": 8,
     "lctrain.build": 9,
+    "lctrain.export": 9,
     "lctrain.report": 9,
     "lctrain.train": 10,
     "lctrain.evaluate": 10,
