@@ -14,6 +14,7 @@ from transformers.models.diffllama.modeling_diffllama import (
 
 from lctrain.attention.differential import differential_attention_forward
 from lctrain.attention.spec import ATTENTION_NAMES
+from lctrain.models.cache import given_cache, without_cache
 
 
 class FusedDiffLlamaAttention(DiffLlamaAttention):
@@ -29,21 +30,21 @@ class FusedDiffLlamaAttention(DiffLlamaAttention):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
         """As DiffLlamaAttention.forward; hidden_states [B, S, E] -> [B, S, E]."""
         if self.config._attn_implementation != ATTENTION_NAMES["differential"]:
             return super().forward(  # the attention was set to something else meanwhile
-                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+                hidden_states, position_embeddings, attention_mask, **kwargs
             )
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
         key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        cache = given_cache(kwargs)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         out, _ = differential_attention_forward(
             self,
             query,
@@ -53,7 +54,7 @@ class FusedDiffLlamaAttention(DiffLlamaAttention):
             scaling=self.scaling,
             lctrain_lambda=self._lambda(query.dtype),
             lctrain_halves=True,
-            **kwargs,
+            **without_cache(kwargs),
         )
         out = (1 - self.lambda_init) * self.groupnorm(out)
         return self.o_proj(out.flatten(2)), None

@@ -18,6 +18,7 @@ from lctrain.attention.dual_chunk import (
 )
 from lctrain.attention.forward import BOUNDARIES_ARGUMENT
 from lctrain.attention.spec import DualChunkSpec
+from lctrain.models.cache import given_cache
 from lctrain.models.differential_fit import refuse_differential_layers
 from lctrain.models.inputs import InputHook
 from lctrain.models.rotary import find_rotary, probe_layers, require_half_split
@@ -148,7 +149,7 @@ def _continued_boundaries(inputs: dict[str, Any]) -> Boundaries:
     tokens = inputs.get("input_ids")
     tokens = inputs["inputs_embeds"] if tokens is None else tokens
     rows, queries = tokens.shape[:2]
-    keys = int(inputs["past_key_values"].get_seq_length()) + queries
+    keys = int(given_cache(inputs).get_seq_length()) + queries
     mask = inputs.get("attention_mask")
     if mask is None:
         return from_rows(rows, queries, keys, tokens.device)

@@ -18,6 +18,7 @@ from lctrain.attention.boundaries import (
 from lctrain.attention.forward import BOUNDARIES_ARGUMENT
 from lctrain.attention.spec import AttentionSpec
 from lctrain.models.architectures import counts_positions_itself
+from lctrain.models.cache import given_cache
 
 
 class InputHook:
@@ -55,7 +56,7 @@ class InputHook:
             self._give_positions(model, inputs, tokens)
         self._turn_cache_off(model, inputs)
         mask = inputs.get("attention_mask")
-        if _filled(inputs.get("past_key_values")):
+        if _filled(given_cache(inputs)):
             _refuse_restart(inputs, tokens.shape[1])
             return (), inputs  # the attention function knows how many keys there are
         boundaries = find_boundaries(inputs, tokens.shape[0], tokens.shape[1], tokens.device)
@@ -98,7 +99,7 @@ class InputHook:
 
     def _turn_cache_off(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         packed = is_packed(inputs)
-        if packed and (inputs.get("use_cache") or inputs.get("past_key_values") is not None):
+        if packed and (inputs.get("use_cache") or given_cache(inputs) is not None):
             raise ValueError(
                 "use_cache must be False for packed inputs, got a key/value cache: it would hold "
                 "the keys of all documents as one. Generate from one document per row."
@@ -106,7 +107,7 @@ class InputHook:
         if (
             "use_cache" in self.names
             and inputs.get("use_cache") is None
-            and inputs.get("past_key_values") is None
+            and given_cache(inputs) is None
             and (packed or model.training)
         ):
             inputs["use_cache"] = False
@@ -156,7 +157,7 @@ def find_boundaries(
             )
         segments = find_segments(position_ids.expand(batch, -1), mask)
         if segments is not None:
-            if inputs.get("use_cache") or inputs.get("past_key_values") is not None:
+            if inputs.get("use_cache") or given_cache(inputs) is not None:
                 raise ValueError(
                     "position_ids must not restart while a key/value cache is filled, got several "
                     "documents in one row. Pass use_cache=False."
@@ -184,7 +185,7 @@ def _refuse_restart(inputs: dict[str, Any], tokens: int) -> None:
     if position_ids is None or position_ids.dim() != 2 or tokens == 1:
         return
     if isinstance(mask, Tensor) and mask.dim() == 2:
-        seen = int(inputs["past_key_values"].get_seq_length())
+        seen = int(given_cache(inputs).get_seq_length())
         if mask.shape[1] < seen + tokens:
             return  # the attention function, or the hook of dual chunk attention, refuses it
         mask = mask[:, seen : seen + tokens].to(device=position_ids.device, dtype=torch.bool)
