@@ -40,6 +40,7 @@ class DataConfig:
         max_document_tokens: Tokens of a document in a row; None for all that a row has room for.
         overlong: split, truncate or drop longer documents.
         packing_window: Documents packed at a time.
+        balance_window: Steps within which ranks get rows of similar attention work.
         held_out_fraction: Share of the documents to hold out.
         passkey_fraction: Share of every training row that teaches retrieval.
         num_workers: Processes that build batches.
@@ -54,6 +55,7 @@ class DataConfig:
     max_document_tokens: int | None = None
     overlong: str = "split"
     packing_window: int = 100_000
+    balance_window: int = 256
     held_out_fraction: float = 0.05
     passkey_fraction: float = 0.0
     num_workers: int = 0

@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lctrain.batch import PackedBatch
 from lctrain.data.documents import TokenizedDocument
 from lctrain.data.loader import Cursor, PackLoader, RowStream
-from lctrain.data.order import epoch_order, imbalance
+from lctrain.data.order import BALANCE_WINDOW, epoch_order, imbalance
 from lctrain.data.packing import Overlong, PackingReport
 from lctrain.data.prepare import (
     Preparation,
@@ -40,6 +40,7 @@ class PackedDataModule(LightningDataModule):
         max_document_tokens: int | None = None,
         overlong: Overlong = "split",
         packing_window: int = 100_000,
+        balance_window: int = BALANCE_WINDOW,
         held_out_fraction: float = 0.05,
         passkey_fraction: float = 0.0,
         vocab_size: int = 8192,
@@ -61,6 +62,7 @@ class PackedDataModule(LightningDataModule):
                 short rows.
             overlong: "split", "truncate" or "drop" documents that are longer than that.
             packing_window: Documents packed at a time.
+            balance_window: Steps within which ranks get rows of similar attention work: see order.
             held_out_fraction: Share of the documents to hold out, in [0, 1), unless the source has
                 held-out data of its own.
             passkey_fraction: Share of the tokens of every training row, in [0, 1), that teaches
@@ -81,6 +83,11 @@ class PackedDataModule(LightningDataModule):
         for name, value in (("num_workers", num_workers), ("seed", seed)):
             if value < 0:
                 raise ValueError(f"{name} must be at least 0, got {value}. Raise it.")
+        if balance_window < 1:
+            raise ValueError(
+                f"balance_window must be at least 1, got {balance_window}. Use the default, "
+                f"{BALANCE_WINDOW}."
+            )
         self.preparation = Preparation(
             source=StdlibSource() if source is None else source,
             tokenizer=tokenizer,
@@ -95,6 +102,7 @@ class PackedDataModule(LightningDataModule):
             cache_dir=_default_cache_dir() if cache_dir is None else Path(cache_dir),
         )
         self.seed = seed
+        self.balance_window = balance_window
         self.num_workers = num_workers
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self._prepared: PreparedData | None = None
@@ -130,12 +138,17 @@ class PackedDataModule(LightningDataModule):
     def imbalance(self) -> float:
         """Attention work of the ranks that wait, in the first epoch, after `setup()`: see order."""
         costs = self._ready.train_rows.plan.costs()
-        return imbalance(epoch_order(costs, self._world_size, self.seed, epoch=0), costs)
+        order = epoch_order(costs, self._world_size, self.seed, 0, self.balance_window)
+        return imbalance(order, costs)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What decides the sequence of batches, after `setup()`; the same in a resumed run."""
-        return self._ready.settings | {"seed": self.seed, "world_size": self._world_size}
+        return self._ready.settings | {
+            "seed": self.seed,
+            "world_size": self._world_size,
+            "balance_window": self.balance_window,
+        }
 
     @property
     def fingerprint(self) -> str:
@@ -177,10 +190,10 @@ class PackedDataModule(LightningDataModule):
                 f"data must fill at least one row for each of {world_size} ranks, got {len(rows)} "
                 "rows. Use more data, fewer ranks, or a smaller max_tokens."
             )
-        costs = rows.plan.costs()
+        costs, window = rows.plan.costs(), self.balance_window
 
         def epoch_rows(epoch: int) -> np.ndarray:
-            return epoch_order(costs, world_size, seed, epoch)[:, rank]
+            return epoch_order(costs, world_size, seed, epoch, window)[:, rank]
 
         return PackLoader(
             rows,

@@ -209,6 +209,7 @@ def test_a_tokenizer_path_is_used(make_data, data, tmp_path):
         ({"overlong": "cut"}, "overlong must be one of split, truncate, drop, got 'cut'. split"),
         ({"held_out_fraction": 1.0}, r"held_out_fraction must be in \[0, 1\), got 1.0"),
         ({"packing_window": 0}, "packing_window must be at least 1, got 0"),
+        ({"balance_window": 0}, "balance_window must be at least 1, got 0"),
         ({"passkey_fraction": 1.0}, r"passkey_fraction must be in \[0, 1\), got 1.0"),
         ({"max_document_tokens": 300}, r"max_document_tokens must be in \[2, max_tokens = 256\]"),
         ({"num_proc": 0}, r"num_proc must be at least 1, got 0. Use None \(null\)"),
@@ -234,6 +235,7 @@ def test_asking_for_batches_before_setup_is_an_error(make_data):
         ({"max_tokens": 128}, ["max_tokens was 256, is 128"]),
         ({"overlong": "drop", "seed": 7}, ["overlong was 'split', is 'drop'", "seed was 0, is 7"]),
         ({"packing_window": 10}, ["packing_window was 100000, is 10"]),
+        ({"balance_window": 8}, ["balance_window was 256, is 8"]),
         ({"vocab_size": 310}, ["tokenizer was"]),
         (
             {"held_out_fraction": 0.4},

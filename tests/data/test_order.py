@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from lctrain.data.order import epoch_order, imbalance
+from lctrain.data.packing import pack
 
 COSTS = np.random.default_rng(0).lognormal(mean=18, sigma=1.0, size=1003)
 
@@ -44,6 +45,25 @@ def test_totals_of_ranks_differ_by_no_more_than_one_step_does(world_size):
     totals = work.sum(axis=0)
     assert totals.max() - totals.min() <= (work.max(axis=1) - work.min(axis=1)).max()
     assert totals.max() / totals.mean() < 1.05
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "sigma", "documents"), [(32_768, 1.0, 100_000), (131_072, 1.5, 200_000)]
+)
+def test_balance_over_eight_ranks_on_log_normal_documents(max_tokens, sigma, documents):
+    lengths = np.random.default_rng(0).lognormal(6.5, sigma, documents)
+    plan = pack(np.maximum(16, lengths).astype(np.int64), max_tokens)
+    assert plan.report.fill >= 0.98
+    work = plan.costs()[epoch_order(plan.costs(), 8, seed=0, epoch=0)]
+    assert (work.max(axis=1) / work.mean(axis=1)).mean() <= 1.02
+    steps = len(work) // 4 * 4
+    of_four_packs = work[:steps].reshape(-1, 4, 8).sum(axis=1)
+    assert (of_four_packs.max(axis=1) / of_four_packs.mean(axis=1)).mean() <= 1.05
+
+
+def test_a_longer_window_balances_better():
+    waiting = [imbalance(epoch_order(COSTS, 8, 0, 0, window), COSTS) for window in (1, 8, 64)]
+    assert waiting[0] > waiting[1] > waiting[2] > 1.0
 
 
 def test_light_and_heavy_steps_are_mixed():
