@@ -158,7 +158,8 @@ class OptimConfig:
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
         eps: Added to the denominator.
-        weight_decay: Decoupled decay of the matrices; vectors do not decay.
+        weight_decay: Decoupled decay of the matrices, embeddings included; biases, norms and
+            vectors do not decay.
         schedule: cosine, linear, constant or warmup_stable_decay.
         warmup_steps: Optimizer steps of linear warmup; None takes warmup_fraction.
         warmup_fraction: Share of the run that warms up.

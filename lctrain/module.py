@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from lctrain.attention import is_patched
 from lctrain.batch import PackedBatch
@@ -19,7 +20,7 @@ from lctrain.cadence import at_log_step
 from lctrain.config import AttentionConfig, OptimConfig
 from lctrain.loss import causal_lm_loss
 from lctrain.models import patch_model
-from lctrain.optim import build_optimizer, build_scheduler
+from lctrain.optim import build_optimizer, build_scheduler, follow_schedule
 
 ModelFactory = Callable[[pl.LightningDataModule], nn.Module]
 
@@ -114,6 +115,12 @@ class LongContextModule(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def on_train_start(self) -> None:
+        """Takes the learning rates from this run's schedule, also at the first step of a resume."""
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, LambdaLR):
+                follow_schedule(config.scheduler)
 
     def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
         """Seeds dropout from (seed, rank, micro-batch): see the class."""

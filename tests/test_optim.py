@@ -5,7 +5,12 @@ import torch
 from torch import nn
 
 from lctrain.config import SCHEDULES, OptimConfig
-from lctrain.optim import build_optimizer, build_scheduler, learning_rate_factor
+from lctrain.optim import (
+    build_optimizer,
+    build_scheduler,
+    follow_schedule,
+    learning_rate_factor,
+)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -79,3 +84,102 @@ def test_scheduler_scales_the_learning_rate():
     optimizer.step()
     scheduler.step()
     assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def family(name, **sizes):
+    """A tiny causal LM of transformers with random weights."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    small = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**(small | sizes)))
+
+
+@pytest.mark.parametrize(
+    ("make", "without"),
+    [
+        (
+            lambda: family("gpt_oss", num_local_experts=4, num_experts_per_tok=2, head_dim=8),
+            {"gate_up_proj_bias", "down_proj_bias", "bias", "sinks", "layernorm", "norm"},
+        ),
+        (lambda: family("cohere", use_qk_norm=True), {"q_norm", "k_norm", "layernorm", "norm"}),
+        (lambda: family("gemma2", head_dim=8), {"layernorm", "norm"}),
+        (
+            lambda: family("qwen3_moe", num_experts=4, num_experts_per_tok=2, head_dim=8),
+            {"q_norm", "k_norm", "layernorm", "norm"},
+        ),
+    ],
+    ids=["biases-of-experts", "norms-by-head", "gemma", "stacked-experts"],
+)
+def test_biases_and_norms_do_not_decay_whatever_their_shape(make, without):
+    model = make()
+    optimizer = build_optimizer(model, OptimConfig(weight_decay=0.3))
+    decay = {
+        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
+    shapes = set()
+    for name, parameter in model.named_parameters():
+        kept_out = any(name.endswith((w, f"{w}.weight")) for w in without)
+        assert decay[id(parameter)] == (0.0 if kept_out else 0.3), name
+        shapes.add((kept_out, parameter.dim()))
+    assert decay[id(model.get_input_embeddings().weight)] == 0.3
+    assert len(decay) == len(list(model.parameters()))
+    assert {(False, 2), (True, 1)} <= shapes
+
+
+class Odd(nn.Module):
+    """Parameters that a rule by shape gets wrong."""
+
+    def __init__(self):
+        super().__init__()
+        self.score = nn.Linear(8, 1)
+        self.scale = nn.Parameter(torch.ones(1, 1, 8))
+        self.relative_attention_bias = nn.Embedding(4, 2)
+        self.norm_weight = nn.Parameter(torch.ones(2, 4))
+        self.input_norm = nn.Linear(8, 8)
+        self.a_log = nn.Parameter(torch.ones(4, 4))
+        self.a_log._no_weight_decay = True
+        self.experts = nn.Parameter(torch.ones(2, 4, 4))
+        self.convolution = nn.Conv1d(4, 4, 3, groups=4)
+
+
+def test_names_and_modules_decide():
+    model = Odd()
+    groups = build_optimizer(model, OptimConfig(weight_decay=0.3)).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decaying = {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
+    assert decaying == {"score.weight", "input_norm.weight", "experts", "convolution.weight"}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_restored_scheduler_follows_the_new_length(schedule):
+    """Three of three steps were taken; three more: the rates are those of a run of six."""
+    config = OptimConfig(learning_rate=2e-3, schedule=schedule, warmup_steps=1)
+
+    def stepped(total, steps, state=None):
+        optimizer = build_optimizer(nn.Linear(2, 2), config)
+        scheduler = build_scheduler(optimizer, config, total)
+        if state is not None:
+            optimizer.load_state_dict(state[0])
+            scheduler.load_state_dict(state[1])
+            follow_schedule(scheduler)
+        rates = []
+        for _ in range(steps):
+            rates.append([group["lr"] for group in optimizer.param_groups])
+            assert scheduler.get_last_lr() == rates[-1]
+            optimizer.step()
+            scheduler.step()
+        return rates, (optimizer.state_dict(), scheduler.state_dict())
+
+    _, state = stepped(3, 3)
+    longer, _ = stepped(6, 6)
+    assert stepped(6, 3, state)[0] == longer[3:]
+    if schedule == "cosine":
+        rates = [rate for rate, *_ in longer[3:]]
+        assert rates == pytest.approx([1.378e-3, 0.822e-3, 0.372e-3], abs=1e-6)
