@@ -4,6 +4,7 @@ import dis
 import inspect
 import itertools
 import re
+import sys
 from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
@@ -65,6 +66,37 @@ def require_supported(model: Any) -> None:
         )
 
 
+def require_supported_class(model_class: Any) -> None:
+    """Raises the ValueError of require_supported that a class alone gives cause for.
+
+    Before a model is built: a class that looks its attention up by name fails on lctrain's.
+    """
+    name = model_class.__name__
+    tables = vars(sys.modules[model_class.__module__]).items()
+    classes = [table for key, table in tables if key.endswith("_ATTENTION_CLASSES")]
+    if classes:
+        raise _no_interface(name, sorted({c.__name__ for table in classes for c in table.values()}))
+    if not model_class._supports_flash_attn:
+        raise _other_masks(name)
+
+
+def _no_interface(name: str, foreign: list[str]) -> ValueError:
+    return ValueError(
+        f"model must call attention through transformers' AttentionInterface, got {name}, "
+        f"which does not{' in ' + ', '.join(foreign) if foreign else ''}. Train it with "
+        "attn_implementation='sdpa' and one document per row, or choose a model of a supported "
+        "family such as Llama, Qwen3, Mistral, Gemma2 or Phi3."
+    )
+
+
+def _other_masks(name: str) -> ValueError:
+    return ValueError(
+        f"model must have masks that are causal or full, with windows, padding or packing, got "
+        f"{name}, for which transformers says otherwise (_supports_flash_attn is False). Train "
+        "it with attn_implementation='sdpa' and one document per row."
+    )
+
+
 def _not_a_model(model: Any) -> str:
     kind = type(model).__name__
     advice = {
@@ -89,18 +121,9 @@ def _require_interface(model: nn.Module, layers: dict[str, nn.Module]) -> None:
         }
     )
     if not layers or foreign:
-        raise ValueError(
-            f"model must call attention through transformers' AttentionInterface, got {name}, "
-            f"which does not{' in ' + ', '.join(foreign) if foreign else ''}. Train it with "
-            "attn_implementation='sdpa' and one document per row, or choose a model of a supported "
-            "family such as Llama, Qwen3, Mistral, Gemma2 or Phi3."
-        )
+        raise _no_interface(name, foreign)
     if not model._supports_flash_attn:
-        raise ValueError(
-            f"model must have masks that are causal or full, with windows, padding or packing, got "
-            f"{name}, for which transformers says otherwise (_supports_flash_attn is False). Train "
-            "it with attn_implementation='sdpa' and one document per row."
-        )
+        raise _other_masks(name)
 
 
 def _require_windows(model: nn.Module, layers: dict[str, nn.Module]) -> None:

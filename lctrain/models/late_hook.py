@@ -1,5 +1,13 @@
-"""LateHook: the input hook of a model that was loaded by the name of its attention."""
+"""LateHook: the input hook of a model that was given its attention by name.
 
+`attn_implementation="lctrain_flash"` must mean what patch_model means. So a model that is built, or
+set, to one of lctrain's names goes through the same checks and gets the same hooks. transformers
+announces a model before it has layers; the checks run when the outermost model is complete, or, for
+a class that never says so, in the first forward.
+"""
+
+import threading
+import weakref
 from typing import Any
 
 from torch import nn
@@ -10,13 +18,17 @@ from lctrain.models.architectures import attention_layers, require_supported
 from lctrain.models.inputs import InputHook
 from lctrain.models.kinds import KINDS
 
+_threads = threading.local()
+
 
 class LateHook:
-    """Checks and prepares its model in the first forward, then does what the InputHook does.
+    """Does what the InputHook of patch_model does, with the default options.
 
-    It is attached while the model is being built, when there are no layers yet. The layers get the
-    default options; patch_model is for others. It does nothing while the model is patched, or its
-    attention is set to something else.
+    It does nothing while the model is patched, or its attention is set to something else.
+
+    Attributes:
+        implementation: Name of the attention.
+        hook: The InputHook; None until the model was prepared.
     """
 
     def __init__(self, implementation: str) -> None:
@@ -34,23 +46,74 @@ class LateHook:
         ):
             return None
         if self.hook is None:
-            self.hook = self._prepare(model)
+            prepare(model, self.implementation)
+        assert self.hook is not None
         return self.hook(model, args, kwargs)
 
-    def _prepare(self, model: Any) -> InputHook:
-        kind = next(kind for kind, name in ATTENTION_NAMES.items() if name == self.implementation)
-        require_supported(model)
-        spec = KINDS[kind].fit(model, make_spec(kind))
-        layers = attention_layers(model)
-        for layer in layers.values():
-            setattr(layer, SPEC_ATTRIBUTE, spec)
-        KINDS[kind].swap(layers)
-        return KINDS[kind].hook(model, spec)
+
+def begin(model: nn.Module, implementation: str) -> None:
+    """Notes that a model of this attention is being built; it has no layers yet."""
+    attach_late_hook(model, implementation)
+    building = [entry for entry in _building() if entry[0]() is not None]
+    _building()[:] = [*building, (weakref.ref(model), implementation)]
 
 
-def attach_late_hook(model: nn.Module, implementation: str) -> None:
-    """Gives a model under construction its LateHook. Harmless if done before."""
+def finish(model: nn.Module) -> None:
+    """Checks and prepares a model that is complete, unless it is a part of one being built.
+
+    Raises:
+        ValueError: as patch_model does.
+    """
+    building = _building()
+    place = next((i for i, entry in enumerate(building) if entry[0]() is model), None)
+    if place is None:
+        return
+    implementation = building[place][1]
+    del building[place:]  # with parts that never said that they were complete
+    if not building:
+        prepare(model, implementation, early=True)
+
+
+def prepare(model: Any, implementation: str, early: bool = False) -> None:
+    """Checks a model and gives it, and the models inside, hooks that are ready.
+
+    Args:
+        model: Complete with its layers.
+        implementation: Name of the attention.
+        early: Put off what runs layers on numbers until the first forward.
+
+    Raises:
+        ValueError: as patch_model does.
+    """
+    from transformers import PreTrainedModel
+
+    require_supported(model)
+    kind = next(kind for kind, name in ATTENTION_NAMES.items() if name == implementation)
+    attach_late_hook(model, implementation)
+    if early and kind != "flash":
+        return
+    spec = KINDS[kind].fit(model, make_spec(kind))
+    layers = attention_layers(model)
+    for layer in layers.values():
+        setattr(layer, SPEC_ATTRIBUTE, spec)
+    KINDS[kind].swap(layers)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            attach_late_hook(module, implementation).hook = KINDS[kind].hook(module, spec)
+
+
+def attach_late_hook(model: nn.Module, implementation: str) -> LateHook:
+    """Returns a model's LateHook for an attention; makes it if there is none."""
     for hook in model._forward_pre_hooks.values():
         if isinstance(hook, LateHook) and hook.implementation == implementation:
-            return
-    model.register_forward_pre_hook(LateHook(implementation), with_kwargs=True)
+            return hook
+    late = LateHook(implementation)
+    model.register_forward_pre_hook(late, with_kwargs=True)
+    return late
+
+
+def _building() -> list[tuple[Any, str]]:
+    """(weak reference, implementation) of models that this thread is building, outermost first."""
+    if not hasattr(_threads, "building"):
+        _threads.building = []
+    return _threads.building

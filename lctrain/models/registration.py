@@ -1,12 +1,7 @@
 """Registers lctrain's attention with transformers, so that from_pretrained knows the names too.
 
-A model loaded as lctrain_flash keeps documents apart as a patched one does, layer by layer and
-without patch_model's checks of the architecture. One thing only the input hook of patch_model can
-see: transformers hands the position ids of bidirectional encoders to no layer and no mask, so an
-encoder loaded by name needs `cu_seq_lens_q/k` and `max_length_q/k` for packs, or padded rows.
-
-Dual chunk attention needs the input hook: a model loaded as lctrain_dual_chunk gets a `LateHook`.
-So does one loaded as lctrain_differential, whose layers are swapped then.
+A model that is loaded by name goes through patch_model's checks when it is complete, and gets the
+same hooks: see `lctrain.models.late_hook`.
 
 Models that `to_differential` returns have families of their own, which AutoConfig and
 AutoModelForCausalLM are told of here.
@@ -21,7 +16,8 @@ from lctrain.attention.dual_chunk import dual_chunk_attention_forward
 from lctrain.attention.flash import flash_attention_forward
 from lctrain.attention.mask import flash_attention_mask
 from lctrain.attention.spec import ATTENTION_NAMES
-from lctrain.models.late_hook import attach_late_hook
+from lctrain.models.architectures import require_supported_class
+from lctrain.models.late_hook import begin, finish, prepare
 
 _MARK = "_lctrain_knows_its_names"
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -29,7 +25,6 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "dual_chunk": dual_chunk_attention_forward,
     "differential": differential_attention_forward,
 }
-_NEED_A_HOOK = frozenset({ATTENTION_NAMES["dual_chunk"], ATTENTION_NAMES["differential"]})
 
 
 def register() -> None:
@@ -85,21 +80,25 @@ def _accept_names(model_class: Any) -> None:
     original = model_class._check_and_adjust_attn_implementation
     if getattr(original, _MARK, False):
         return
+    post_init = model_class.post_init
 
     @functools.wraps(original)
     def check(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> Any:
         if attn_implementation not in ATTENTION_NAMES.values():
             return original(self, attn_implementation, *args, **kwargs)
-        if not self._supports_flash_attn:
-            raise ValueError(
-                f"attn_implementation={attn_implementation!r} needs a model whose masks are causal "
-                f"or full, with windows, padding or packing; transformers says that "
-                f"{type(self).__name__} is not one (_supports_flash_attn is False). Load it with "
-                "attn_implementation='sdpa' or 'eager'."
-            )
-        if attn_implementation in _NEED_A_HOOK:
-            attach_late_hook(self, attn_implementation)
+        require_supported_class(type(self))
+        if len(self._modules) == 0:
+            begin(self, attn_implementation)
+        else:
+            prepare(self, attn_implementation)
         return attn_implementation
+
+    @functools.wraps(post_init)
+    def check_when_complete(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = post_init(self, *args, **kwargs)
+        finish(self)
+        return result
 
     setattr(check, _MARK, True)
     model_class._check_and_adjust_attn_implementation = check
+    model_class.post_init = check_when_complete

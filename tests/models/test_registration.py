@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import lctrain  # noqa: F401  (registers)
+from lctrain.models import patch_model
 from lctrain.models.registration import register
 from tests.models.families import (
     CAUSAL,
@@ -20,6 +21,7 @@ from tests.models.families import (
     packed_outputs,
     separate_outputs,
 )
+from tests.models.tiny import tiny_config
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def test_from_pretrained(load, family):
 
 
 @pytest.mark.parametrize("family", CAUSAL)
-@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("use_cache", [False, None])
 def test_restarting_position_ids_without_patch_model(load, family, use_cache):
     """With the cache on, as it is by default, transformers' own masks let documents leak here."""
     model, loaded = load(family)
@@ -87,12 +89,96 @@ def test_set_attn_implementation():
     torch.testing.assert_close(packed_outputs(model, documents), expected)
 
 
-def test_models_with_other_masks_are_refused_by_name():
-    config = transformers.Llama4TextConfig(
-        vocab_size=61, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, pad_token_id=0
-    )
-    with torch.device("meta"), pytest.raises(ValueError, match="_supports_flash_attn is False"):
-        AutoModelForCausalLM.from_config(config, attn_implementation="lctrain_flash")
+def test_a_cache_beside_packed_rows_is_refused_as_patched(load):
+    _, loaded = load("llama")
+    positions = torch.tensor([[0, 1, 2, 0, 1]])
+    with pytest.raises(ValueError, match="must not restart while a key/value cache is filled"):
+        loaded(make_documents([5])[0][None], position_ids=positions, use_cache=True)
+
+
+REFUSED = (  # family of tests.models.tiny, class, what patch_model says
+    ("bloom", "BloomForCausalLM", "got BloomForCausalLM, for which transformers says otherwise"),
+    ("falcon", "FalconForCausalLM", "must call attention through .* in Falcon"),
+    ("gptj", "GPTJForCausalLM", "must call attention through .* in GPTJ"),
+    ("lfm2", "Lfm2ForCausalLM", "attention only, got Lfm2ForCausalLM with .*conv"),
+    ("llama4_text", "Llama4ForCausalLM", "got Llama4ForCausalLM, for which transformers says"),
+    ("phimoe", "PhimoeForCausalLM", "hand their sliding window to the attention function"),
+    ("qwen3_next", "Qwen3NextForCausalLM", "attention only, got Qwen3Next.*linear_attention"),
+    ("stablelm", "StableLmForCausalLM", "StableLmDecoderLayer drops them"),
+)
+
+
+@pytest.mark.parametrize(("family", "name", "message"), REFUSED, ids=[row[0] for row in REFUSED])
+def test_models_that_patch_model_refuses_are_refused_by_name(family, name, message, tmp_path):
+    """Before there is a model: in from_config, from_pretrained and set_attn_implementation."""
+    by_name = {"attn_implementation": "lctrain_flash"}
+    windows = {"sliding_window": 4} if family == "phimoe" else {}
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_config(tiny_config(family, **windows), **by_name)
+    model_class = getattr(transformers, name)
+    plain = model_class(tiny_config(family, **windows))
+    plain.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        model_class.from_pretrained(tmp_path, **by_name)
+    if plain._can_set_attn_implementation():
+        with pytest.raises(ValueError, match=message):
+            plain.set_attn_implementation("lctrain_flash")
+        assert plain.config._attn_implementation != "lctrain_flash"
+
+
+def test_several_modalities_are_refused_by_name_and_their_language_model_is_not():
+    config = tiny_config("llava")
+    with pytest.raises(ValueError, match="must be one text model, got LlavaForCond"):
+        transformers.LlavaForConditionalGeneration._from_config(
+            config, attn_implementation="lctrain_flash"
+        )
+    model = transformers.LlavaForConditionalGeneration(tiny_config("llava"))
+    model.get_decoder().set_attn_implementation("lctrain_flash")
+    assert model.get_decoder().config._attn_implementation == "lctrain_flash"
+
+
+def test_a_model_whose_class_never_says_that_it_is_complete():
+    """Then the first forward checks."""
+
+    class Silent(transformers.LlamaForCausalLM):
+        def post_init(self):
+            pass
+
+    config = make_model("llama").config
+    config._attn_implementation = "lctrain_flash"
+    documents = make_documents()
+    model = Silent(config).eval()
+    with torch.no_grad():
+        found = packed_outputs(model, documents)
+        torch.testing.assert_close(found, separate_outputs(model, documents))
+    again = transformers.LlamaForCausalLM(config)
+    assert [hook.hook is None for hook in again._forward_pre_hooks.values()] == [True]
+    del model
+    again = transformers.LlamaForCausalLM(config)
+    assert [hook.hook is None for hook in again._forward_pre_hooks.values()] == [False]
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_encoders_told_by_position_ids_alone(load, family):
+    model, loaded = load(family)
+    documents = make_documents()
+    positions = torch.cat([torch.arange(len(tokens)) for tokens in documents])[None]
+    rows = {"input_ids": torch.cat(documents)[None], "position_ids": positions}
+    with torch.no_grad():
+        with patch_model(model):
+            expected = outputs(model, **rows)
+        assert torch.equal(outputs(loaded, **rows), expected)
+
+
+def test_two_attentions_in_turn():
+    model, documents = make_model("llama"), make_documents()
+    expected = separate_outputs(model, documents)
+    for name in ("lctrain_flash", "lctrain_dual_chunk", "lctrain_flash", "sdpa", "lctrain_flash"):
+        model.set_attn_implementation(name)
+        if name != "sdpa":
+            torch.testing.assert_close(packed_outputs(model, documents), expected)
+    with patch_model(model):
+        torch.testing.assert_close(packed_outputs(model, documents), expected)
 
 
 def test_other_names_are_judged_by_transformers():
