@@ -7,18 +7,24 @@ text never lie on both sides.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from lctrain.data.fields import BYTE_ORDER_MARK
+
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
-OK, EMPTY, UNDECODABLE = 0, 1, 2
+OK, EMPTY, UNREADABLE = 0, 1, 2
+_MARK = codecs.BOM_UTF8
+_GLANCE = 1024  # bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,18 +47,22 @@ class Documents:
     """Some rows of a dataset with a column "text".
 
     Attributes:
-        texts: The rows, none of them empty.
+        texts: The rows, none of them empty; read them by `text`.
         names: Their names.
         digests: [N] uint64, hashes of their texts.
+        sizes: [N] int64, bytes of their texts in UTF-8.
         dropped_empty: Rows left out because they hold no text.
-        dropped_undecodable: Files left out because they are not UTF-8.
+        dropped_unreadable: Rows, lines and files left out because they could not be read.
+        repaired: Rows that were read in part, or with characters replaced.
     """
 
     texts: Dataset
     names: Sequence[str]
     digests: np.ndarray
-    dropped_empty: int
-    dropped_undecodable: int
+    sizes: np.ndarray
+    dropped_empty: int = 0
+    dropped_unreadable: int = 0
+    repaired: int = 0
 
     def __len__(self) -> int:
         return len(self.digests)
@@ -65,7 +75,7 @@ class Documents:
     def split(self, held_out_fraction: float) -> tuple[Documents, Documents]:
         """Returns (train, held-out); neither is empty if texts differ and the fraction is above 0.
 
-        Empty and undecodable rows are counted on the train side.
+        Rows that were left out or repaired are counted on the train side.
         """
         threshold = min(math.ldexp(held_out_fraction, 64), 2.0**64 - 2048)
         held_out = self.digests < np.uint64(threshold)
@@ -74,26 +84,34 @@ class Documents:
                 held_out = self.digests == self.digests.min()
             elif held_out.all():
                 held_out = self.digests != self.digests.max()
-        return (
-            self._rows(np.flatnonzero(~held_out), self.dropped_empty, self.dropped_undecodable),
-            self._rows(np.flatnonzero(held_out), 0, 0),
-        )
+        return replace(
+            self._rows(np.flatnonzero(~held_out)),
+            dropped_empty=self.dropped_empty,
+            dropped_unreadable=self.dropped_unreadable,
+            repaired=self.repaired,
+        ), self._rows(np.flatnonzero(held_out))
 
-    def _rows(self, rows: np.ndarray, empty: int, undecodable: int) -> Documents:
+    def text(self, index: int) -> str:
+        """One text, without a byte-order mark."""
+        return self.texts[index]["text"].removeprefix(BYTE_ORDER_MARK)
+
+    def _rows(self, rows: np.ndarray) -> Documents:
         names = [self.names[row] for row in rows]
-        return Documents(self.texts.select(rows), names, self.digests[rows], empty, undecodable)
+        return Documents(self.texts.select(rows), names, self.digests[rows], self.sizes[rows])
 
 
 def read_documents(dataset: Dataset, label: str) -> Documents:
     """Hashes every text and leaves out the empty ones.
 
     Args:
-        dataset: Columns "text" (None: not decodable) and perhaps "name".
+        dataset: Columns "text" (None: null, or unreadable if there is a fault) and perhaps "name"
+            and "fault".
         label: Documents without a name are called label:row.
     """
+    none = np.array([], dtype=np.uint64)
     if len(dataset) == 0:
-        return Documents(dataset, [], np.array([], dtype=np.uint64), 0, 0)
-    scan = dataset.map(
+        return Documents(dataset, [], none, none.astype(np.int64))
+    scan = dataset.with_format("arrow").map(  # arrow: one text at a time becomes a string
         _scan,
         batched=True,
         batch_size=100,
@@ -105,31 +123,52 @@ def read_documents(dataset: Dataset, label: str) -> Documents:
     state = scan.data.column("state").to_numpy()
     digests = scan.data.column("digest").to_numpy().astype(np.int64).view(np.uint64)
     kept = np.flatnonzero(state == OK)
-    all_names = scan.data.column("document").take(kept).to_pylist()
     return Documents(
         dataset.select(kept),
-        all_names,
+        scan.data.column("document").take(kept).to_pylist(),
         digests[kept],
+        scan.data.column("size").to_numpy()[kept],
         dropped_empty=int((state == EMPTY).sum()),
-        dropped_undecodable=int((state == UNDECODABLE).sum()),
+        dropped_unreadable=int((state == UNREADABLE).sum()),
+        repaired=int(scan.data.column("repaired").to_numpy()[kept].sum()),
     )
 
 
-def _scan(batch: dict[str, list[Any]], rows: list[int], label: str) -> dict[str, list[Any]]:
-    texts = batch["text"]
-    # A reader of files gives None for one that it cannot decode; a null in a table holds no text.
-    null = UNDECODABLE if "name" in batch else EMPTY
-    return {
-        "digest": [_digest(text or "") for text in texts],
-        "state": [null if t is None else OK if t.strip() else EMPTY for t in texts],
-        "document": batch["name"] if "name" in batch else [f"{label}:{row}" for row in rows],
-    }
+def _scan(batch: pa.Table, rows: list[int], label: str) -> pa.Table:
+    import pyarrow as pa
+
+    count = len(batch)
+    faults = batch["fault"].is_valid().to_pylist() if "fault" in batch.column_names else ()
+    states, digests, sizes = [], [], []
+    for value, faulty in zip(batch["text"], faults or [False] * count, strict=True):
+        content = memoryview(value.as_buffer() or b"").cast("B")  # UTF-8
+        if content[: len(_MARK)] == _MARK:
+            content = content[len(_MARK) :]
+        if not value.is_valid:
+            states.append(UNREADABLE if faulty else EMPTY)
+        else:
+            states.append(EMPTY if _is_blank(content) else OK)
+        hashed = hashlib.blake2b(content, digest_size=8).digest()
+        digests.append(int.from_bytes(hashed, "little", signed=True))
+        sizes.append(len(content))
+    names = batch["name"] if "name" in batch.column_names else [f"{label}:{row}" for row in rows]
+    return pa.table(
+        {
+            "digest": pa.array(digests, pa.int64()),
+            "size": pa.array(sizes, pa.int64()),
+            "state": pa.array(states, pa.int8()),
+            "repaired": pa.array(faults or [False] * count, pa.bool_()),
+            "document": names,
+        }
+    )
 
 
-def _digest(text: str) -> int:
-    """64 bits of a hash of the text, as a signed integer for Arrow."""
-    hashed = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(hashed, "little", signed=True)
+def _is_blank(content: memoryview) -> bool:
+    """Whether a text holds nothing but white space; looks at the beginning first."""
+    start = bytes(content[:_GLANCE]).decode("utf-8", errors="ignore")
+    return not start.strip() and (
+        len(content) <= _GLANCE or not bytes(content).decode("utf-8").strip()
+    )
 
 
 class StoredTokens(Protocol):

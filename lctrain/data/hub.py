@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lctrain.data.columns import text_column
+from lctrain.data.faults import report_faults
+from lctrain.data.fields import FieldError, decode, find_field, missing_column
 from lctrain.data.limits import head
-from lctrain.data.sources import Source, generate, missing_column, text_column
+from lctrain.data.readers import Row, fault, is_saved_dataset
+from lctrain.data.sources import Source, generate
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,11 +24,11 @@ class HubSource(Source):
     """A dataset of the hub.
 
     Attributes:
-        dataset: Name on the hub, or a local folder.
+        dataset: Name on the hub, a local folder, or one that `save_to_disk` wrote.
         config: Configuration (subset) of the dataset, if it has several.
         split: Split to train on; slices such as "train[:1%]" work without streaming.
         held_out_split: Split to hold out; None: some documents of `split` are held out.
-        field: The column that holds the text.
+        field: The column that holds the text; `doc.text` for a field in a nested record.
         revision: Git revision of the dataset.
         streaming: Read only the first `max_documents` (or `max_bytes`) over the network, without
             downloading the rest. What was read is cached, so that a resumed run sees the same.
@@ -41,6 +46,7 @@ class HubSource(Source):
         super().__post_init__()
         if not self.dataset:
             raise ValueError("dataset must be a name on the hub, got ''. Set data.dataset.")
+        object.__setattr__(self, "dataset", os.path.expanduser(self.dataset))
         if self.streaming and self.max_documents is None and self.max_bytes is None:
             raise ValueError(
                 "streaming must have an end, got neither max_documents nor max_bytes. Set one, or "
@@ -64,32 +70,68 @@ class HubSource(Source):
             "split": split,
             "revision": self.revision,
         }
-        if not self.streaming:
+        if is_saved_dataset(Path(self.dataset)):
+            dataset = _load_saved(self.dataset, split)
+        elif not self.streaming:
             dataset = load_dataset(**where, cache_dir=str(cache_dir / "datasets"))
-            return head(text_column(dataset, self.field), self.max_documents, self.max_bytes)
-        return generate(
-            _read_stream,
-            cache_dir,
-            where=where,
-            field=self.field,
-            max_documents=self.max_documents,
-            max_bytes=self.max_bytes,
+        else:
+            streamed = generate(
+                _read_stream,
+                cache_dir,
+                self.on_error,
+                where=where,
+                field=self.field,
+                max_documents=self.max_documents,
+                max_bytes=self.max_bytes,
+            )
+            return report_faults(streamed, self.on_error)
+        texts = text_column(dataset, self.field, self.dataset)
+        texts = head(texts, self.max_documents, self.max_bytes)
+        return report_faults(texts, self.on_error)
+
+
+def _load_saved(folder: str, split: str) -> Dataset:
+    """Loads what `save_to_disk` wrote: a dataset, or the split of a dictionary of them."""
+    from datasets import DatasetDict, ReadInstruction, load_from_disk
+
+    saved = load_from_disk(folder)
+    name, bracket, _ = split.partition("[")
+    if isinstance(saved, DatasetDict):
+        if name not in saved:
+            raise ValueError(
+                f"split must be one of {sorted(saved)}, the splits in {folder}, got {name!r}. Set "
+                "data.split."
+            )
+        saved = saved[name]
+    elif name != "train" and str(saved.split) != name:
+        raise ValueError(
+            f"split must be train for {folder}, which holds one dataset without splits, got "
+            f"{name!r}. Leave data.split and data.held_out_split out."
         )
+    if not bracket:
+        return saved
+    (part,) = ReadInstruction.from_spec(split).to_absolute({name: len(saved)})
+    return saved.select(range(part.from_, part.to))
 
 
 def _read_stream(
     where: dict[str, Any], field: str, max_documents: int | None, max_bytes: int | None
-) -> Iterator[dict[str, str]]:
+) -> Iterator[Row]:
     """The first documents of a hub dataset, up to either limit, at least one."""
     from datasets import load_dataset
 
     size = 0
     for number, record in enumerate(load_dataset(**where, streaming=True)):
-        if field not in record:
-            raise missing_column(field, list(record))
-        text = record[field] or ""
-        size += len(text.encode("utf-8"))
+        name = f"{where['path']}:{number}"
+        try:
+            text = decode(find_field(record, field), field)
+        except FieldError as error:
+            if number == 0 and field.split(".")[0] not in record:
+                raise missing_column(field, list(record)) from error
+            yield fault(name, f"{name}: {error}")
+            continue
+        size += len((text or "").encode("utf-8"))
         too_large = max_bytes is not None and size > max_bytes and number > 0
         if too_large or (max_documents is not None and number >= max_documents):
             return
-        yield {"text": text, "name": f"{where['path']}:{number}"}
+        yield {"text": text, "name": name, "fault": None}

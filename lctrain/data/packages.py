@@ -50,7 +50,7 @@ class PackagesSource(Source):
             )
 
     def load(self, cache_dir: Path) -> Dataset:
-        """See Source. Files that are not UTF-8 are skipped and counted."""
+        """See Source. Files that are not UTF-8 are counted without a warning: some never are."""
         named: dict[str, Path] = {}
         roots = package_folders()
         for root in roots:
@@ -73,7 +73,7 @@ class PackagesSource(Source):
                 "these limits, or use another data source, for example data=stdlib."
             )
         files = choose_by_hash(files, self.max_documents, self.max_bytes)
-        return generate(read_distinct, cache_dir, files=files)
+        return generate(read_distinct, cache_dir, self.on_error, files=files)
 
 
 def package_folders() -> list[Path]:
@@ -86,7 +86,7 @@ def package_folders() -> list[Path]:
 def read_distinct(files: tuple[File, ...]) -> Iterator[Row]:
     """As `read_text`, without files whose text was there before."""
     seen: set[bytes] = set()
-    for row in read_text(files, skip_undecodable=True):
+    for row in read_text(files):
         digest = hashlib.blake2b((row["text"] or "").encode(), digest_size=16).digest()
         if digest not in seen or row["text"] is None:
             seen.add(digest)

@@ -35,7 +35,8 @@ class PackingReport:
         dropped: Documents longer than the limit of a document that were dropped.
         dropped_tokens: Tokens lost that way.
         dropped_empty: Documents without text.
-        dropped_undecodable: Files that are not text in UTF-8.
+        dropped_unreadable: Documents, lines and files that could not be read.
+        repaired: Documents that were read in part, or with characters replaced.
         passkeys: Documents that were generated with a passkey.
         passkey_tokens: Their tokens.
     """
@@ -51,7 +52,8 @@ class PackingReport:
     dropped: int = 0
     dropped_tokens: int = 0
     dropped_empty: int = 0
-    dropped_undecodable: int = 0
+    dropped_unreadable: int = 0
+    repaired: int = 0
     passkeys: int = 0
     passkey_tokens: int = 0
 
@@ -66,8 +68,8 @@ class PackingReport:
             f"{self.documents:,} documents, fill {self.fill:.4f}; {self.split:,} split, "
             f"{self.truncated:,} truncated{_lost(self.truncated_tokens)}, "
             f"{self.dropped:,} dropped{_lost(self.dropped_tokens)}, "
-            f"{self.dropped_empty:,} empty, {self.dropped_undecodable:,} not decodable"
-            f"{self._passkeys()}"
+            f"{self.dropped_empty:,} empty, {self.dropped_unreadable:,} unreadable"
+            f"{f', {self.repaired:,} repaired' if self.repaired else ''}{self._passkeys()}"
         )
 
     def _passkeys(self) -> str:
@@ -124,7 +126,7 @@ def pack(
     overlong: Overlong = "split",
     window: int = 100_000,
     dropped_empty: int = 0,
-    dropped_undecodable: int = 0,
+    dropped_unreadable: int = 0,
 ) -> PackingPlan:
     """Packs documents into rows of at most `max_tokens`.
 
@@ -136,7 +138,7 @@ def pack(
             "truncate" to that many first tokens, or "drop".
         window: Documents packed at a time; a row never mixes windows.
         dropped_empty: Count of empty documents to carry into the report.
-        dropped_undecodable: Count of unreadable files to carry into the report.
+        dropped_unreadable: Count of what could not be read, to carry into the report.
 
     Returns:
         The plan, with its report.
@@ -183,7 +185,7 @@ def pack(
         dropped=over if overlong == "drop" else 0,
         dropped_tokens=over_tokens if overlong == "drop" else 0,
         dropped_empty=dropped_empty,
-        dropped_undecodable=dropped_undecodable,
+        dropped_unreadable=dropped_unreadable,
     )
     return PackingPlan(documents, starts, pieces, row_offsets, row_pieces, report)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -170,8 +170,9 @@ class Preparation:
             overlong=self.overlong,
             window=self.packing_window,
             dropped_empty=documents.dropped_empty,
-            dropped_undecodable=documents.dropped_undecodable,
+            dropped_unreadable=documents.dropped_unreadable,
         )
+        plan = replace(plan, report=replace(plan.report, repaired=documents.repaired))
         if passkey_fraction == 0 or len(plan) == 0:
             return PackedRows(store, plan)
         return self._add_passkeys(store, plan, PasskeyFormat.of(tokenizer), passkey_tokens)

@@ -1,4 +1,8 @@
-"""Generators that read documents from files: one row {"text", "name"} per document.
+"""Generators that read documents from files: one row {"text", "name", "fault"} per document.
+
+A row with a fault and without a text is a line or a file that could not be read; one with both was
+repaired, or ended early. A row without either is a null: an empty document. A fault names the
+place, what is wrong and the remedy.
 
 A file is given as (path, name, size, modification time): the last two are not read, they are there
 so that the cache of `datasets`, which is keyed by the arguments, notices a file that has changed.
@@ -6,18 +10,38 @@ so that the cache of `datasets`, which is keyed by the arguments, notices a file
 
 from __future__ import annotations
 
+import codecs
 import glob
-import gzip
+import io
 import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from lctrain.data.fields import (
+    BYTE_ORDER_MARK,
+    FieldError,
+    decode,
+    find_field,
+    replace_surrogates,
+)
+from lctrain.data.streams import (
+    DAMAGE,
+    ForeignFileError,
+    check_text,
+    encoding_of,
+    open_bytes,
+    peek,
+)
 
 File = tuple[str, str, int, int]
 Row = dict[str, str | None]
 
 _LINE_PREVIEW = 80
+_CHUNK = 2**20  # bytes
+_MARK = codecs.BOM_UTF8
+_RESTORE = "Restore the file, or leave it out of data.files."
 
 
 def describe_files(paths: Sequence[Path], names: Sequence[str]) -> tuple[File, ...]:
@@ -29,8 +53,12 @@ def describe_files(paths: Sequence[Path], names: Sequence[str]) -> tuple[File, .
     )
 
 
-def match_files(patterns: Sequence[str]) -> list[Path]:
+def match_files(patterns: Sequence[str], suffix: str = ".txt") -> list[Path]:
     """Expands files and globs (** crosses folders), sorted within each pattern, without repeats.
+
+    Args:
+        patterns: Files and globs.
+        suffix: Of the files that are looked for, for the message about a folder.
 
     Raises:
         ValueError: if a pattern matches no file.
@@ -45,57 +73,141 @@ def match_files(patterns: Sequence[str]) -> list[Path]:
             matches = [Path(expanded)]
         files = [match for match in matches if match.is_file()]
         if not files:
-            folder = "; it is a folder, append /**/*.txt" if Path(expanded).is_dir() else ""
             raise ValueError(
-                f"files must match at least one file, got {pattern!r} which matches none{folder}. "
+                f"files must match at least one file, got {pattern!r} which matches none"
+                f"{_folder_hint(Path(expanded), suffix)}. "
                 f"Check the path; it is relative to {os.getcwd()}."
             )
         found.update(dict.fromkeys(files))
     return list(found)
 
 
-def read_text(files: tuple[File, ...], skip_undecodable: bool) -> Iterator[Row]:
-    """One document per file; the text is None where a skipped file is not UTF-8."""
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `datasets` wrote this folder by `save_to_disk`."""
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    )
+
+
+def _folder_hint(path: Path, suffix: str) -> str:
+    if not path.is_dir():
+        return ""
+    if is_saved_dataset(path):
+        return f"; it is a folder of save_to_disk, read it with data=hub data.dataset={path}"
+    return f"; it is a folder, append /**/*{suffix}"
+
+
+def read_text(files: tuple[File, ...], encoding: str | None = None) -> Iterator[Row]:
+    """One document per file, in UTF-8 or as its byte-order mark says, or in `encoding`."""
     for path, name, *_ in files:
+        parts: list[str] = []
+        read = 0
         try:
-            yield {"text": Path(path).read_bytes().decode("utf-8"), "name": name}
+            with open_bytes(path) as opened:
+                head, stream = peek(opened)
+                chosen = encoding_of(head, encoding)
+                check_text(head, path, chosen)
+                decoder = codecs.getincrementaldecoder(chosen)()
+                while chunk := stream.read1(_CHUNK):  # type: ignore[attr-defined]
+                    parts.append(decoder.decode(chunk))
+                    read += len(chunk)
+                parts.append(decoder.decode(b"", final=True))
         except UnicodeDecodeError as error:
-            if not skip_undecodable:
-                raise ValueError(
-                    f"files must be UTF-8 text, got {path} with byte {error.start} that is not. "
-                    "Convert it, or leave it out of data.files."
-                ) from error
-            yield {"text": None, "name": name}
+            place = read + error.start - len(decoder.getstate()[0])
+            yield fault(name, _not_text(path, chosen, place))
+            continue
+        except ForeignFileError as error:
+            yield fault(name, str(error))
+            continue
+        except DAMAGE as error:
+            yield fault(name, _damaged(path, error, f"{read:,} bytes"), "".join(parts) or None)
+            continue
+        text = "".join(parts).removeprefix(BYTE_ORDER_MARK)
+        empty = None if text else f"files must hold text, got {path}, which is empty. Leave it out."
+        yield {"text": text, "name": name, "fault": empty}
 
 
-def read_jsonl(files: tuple[File, ...], field: str) -> Iterator[Row]:
-    """One document per line; blank lines are skipped, .gz files are decompressed."""
+def _not_text(path: str, encoding: str, place: int) -> str:
+    return (
+        f"files must be {encoding.upper()} text, got {path} with byte {place} that is not. Set "
+        "data.encoding to what it is in, as latin-1, convert it, or leave it out of data.files."
+    )
+
+
+def read_jsonl(files: tuple[File, ...], field: str, encoding: str | None = None) -> Iterator[Row]:
+    """One document per line; blank lines are skipped."""
     for path, name, *_ in files:
-        opened = gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")  # noqa: SIM115
-        with opened as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    text = _parse_line(line, field, f"{path}:{number}")
-                    yield {"text": text, "name": f"{name}:{number}"}
+        number, rows = 0, 0
+        try:
+            with open_bytes(path) as opened:
+                head, stream = peek(opened)
+                chosen = encoding_of(head, encoding)
+                check_text(head, path, chosen)
+                for number, line in enumerate(_lines(stream, chosen), start=1):
+                    if line.strip():
+                        rows += 1
+                        yield _read_line(line, field, f"{path}:{number}", f"{name}:{number}")
+            if rows == 0:
+                message = f"files must hold JSON lines, got {path}, which is empty. Leave it out."
+                yield fault(name, message, "")
+        except UnicodeDecodeError:
+            yield fault(
+                f"{name}:{number + 1}",
+                f"{path}:{number + 1}: the text must be {chosen.upper()}, got bytes that are not. "
+                "Nothing is read from here on. Set data.encoding, or convert the file.",
+            )
+        except ForeignFileError as error:
+            yield fault(name, str(error))
+        except DAMAGE as error:
+            yield fault(f"{name}:{number + 1}", _damaged(path, error, f"line {number}"))
 
 
-def _parse_line(line: bytes, field: str, where: str) -> str:
+def _lines(stream: BinaryIO, encoding: str) -> Iterator[bytes | str]:
+    """Lines of a stream: as bytes, each to be decoded for itself, where it is UTF-8."""
+    if encoding == "utf-8":
+        for line in stream:
+            yield line.removeprefix(_MARK)  # joined files have marks inside
+    else:
+        yield from io.TextIOWrapper(stream, encoding=encoding, newline="\n")
+
+
+def _read_line(line: bytes | str, field: str, where: str, name: str) -> Row:
     try:
-        record: Any = json.loads(line)
-    except ValueError as error:  # not JSON, or not UTF-8
-        preview = line[:_LINE_PREVIEW].decode("utf-8", errors="replace").strip()
-        raise ValueError(
-            f"{where}: a line must be JSON, got {preview!r} ({error}). Fix or remove this line."
+        text = decode(find_field(_parse(line), field), field)
+    except FieldError as error:
+        return fault(name, f"{where}: {error}")
+    if text is None:
+        return {"text": None, "name": name, "fault": None}
+    text, surrogate = replace_surrogates(text)
+    if surrogate is None:
+        return {"text": text, "name": name, "fault": None}
+    return fault(
+        name,
+        f"{where}: field {field!r} must be Unicode text, got {surrogate}. It is replaced by "
+        "U+FFFD; fix this line.",
+        text,
+    )
+
+
+def _parse(line: bytes | str) -> Any:
+    try:
+        return json.loads(line if isinstance(line, str) else line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
+        start = line[:_LINE_PREVIEW]
+        preview = start if isinstance(start, str) else start.decode("utf-8", errors="replace")
+        raise FieldError(
+            f"a line must be JSON, got {preview.strip()!r} ({error}). Fix or remove this line."
         ) from error
-    if not isinstance(record, dict) or field not in record:
-        got = f"fields {sorted(record)}" if isinstance(record, dict) else type(record).__name__
-        raise ValueError(
-            f"{where}: a line must be an object with field {field!r}, got {got}. "
-            "Set data.field to the field that holds the text."
-        )
-    if not isinstance(record[field], str):
-        raise ValueError(
-            f"{where}: field {field!r} must be a string, got {type(record[field]).__name__}. "
-            "Fix this line, or set data.field to the field that holds the text."
-        )
-    return record[field]
+
+
+def fault(name: str, message: str, text: str | None = None) -> Row:
+    """The row of what could not be read, or only in part."""
+    return {"text": text, "name": name, "fault": message}
+
+
+def _damaged(path: str, error: BaseException, after: str) -> str:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (
+        f"files must be readable, got {path}, which is damaged or truncated after {after} "
+        f"({reason}). {_RESTORE}"
+    )

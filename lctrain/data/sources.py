@@ -1,4 +1,4 @@
-"""Where documents come from. Every source loads a `datasets.Dataset` with a column "text".
+"""Where documents come from. Every source loads a `datasets.Dataset` of texts.
 
 A source is a frozen dataclass of plain values, so that Hydra can build it and errors can show it.
 `load()` gives the documents that are split into train and held-out by content; `load_held_out()`
@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import abc
 import sysconfig
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from lctrain.data.faults import check_on_error, report_faults
 from lctrain.data.limits import choose_by_hash, head
-from lctrain.data.readers import describe_files, match_files, read_jsonl, read_text
+from lctrain.data.parquet import read_parquet
+from lctrain.data.readers import File, Row, describe_files, match_files, read_jsonl, read_text
+from lctrain.data.streams import check_encoding
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 _NO_SOURCES = frozenset({"__pycache__"})
+_ROWS_AT_A_TIME = 100  # of long texts, a thousand take gigabytes
 NOT_STANDARD = _NO_SOURCES | {"site-packages", "dist-packages"}
 
 
@@ -31,12 +35,16 @@ class Source(abc.ABC):
     Attributes:
         max_documents: Use at most this many documents; None for all.
         max_bytes: Use documents up to this much text, at least one; None for all.
+        on_error: skip leaves out what cannot be read, counted and with a warning that names the
+            places; raise stops at the first fault.
     """
 
     max_documents: int | None = None
     max_bytes: int | None = None
+    on_error: str = "skip"
 
     def __post_init__(self) -> None:
+        check_on_error(self.on_error)
         for name in ("max_documents", "max_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -44,7 +52,14 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def load(self, cache_dir: Path) -> Dataset:
-        """Returns a dataset with columns "text" (None: not decodable) and perhaps "name"."""
+        """Returns a dataset with the columns "text" and perhaps "name" and "fault".
+
+        A text is None where it is a null, or where a fault says why it could not be read: see
+        `lctrain.data.readers`.
+
+        Raises:
+            ValueError: if nothing can be read; with on_error="raise", if something cannot.
+        """
 
     def load_held_out(self, cache_dir: Path) -> Dataset | None:
         """Returns documents set aside by the user, or None to split off some of `load()`."""
@@ -59,7 +74,7 @@ class StdlibSource(Source):
     """
 
     def load(self, cache_dir: Path) -> Dataset:
-        """See Source. Files that are not UTF-8 are skipped and counted."""
+        """See Source. Files that are not UTF-8 are counted without a warning: some never are."""
         root = standard_library()
         paths = python_files(root, without=NOT_STANDARD)
         if not paths:
@@ -69,7 +84,7 @@ class StdlibSource(Source):
             )
         files = describe_files(paths, [path.relative_to(root).as_posix() for path in paths])
         files = choose_by_hash(files, self.max_documents, self.max_bytes)
-        return generate(read_text, cache_dir, files=files, skip_undecodable=True)
+        return generate(read_text, cache_dir, self.on_error, files=files)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +95,8 @@ class FileSource(Source):
         files: Files or globs (** crosses folders); each must match.
         held_out_files: The same, to hold out; empty: some documents of `files` are held out.
     """
+
+    suffix: ClassVar[str] = ".txt"
 
     files: tuple[str, ...] = ()
     held_out_files: tuple[str, ...] = ()
@@ -93,72 +110,89 @@ class FileSource(Source):
 
     def load(self, cache_dir: Path) -> Dataset:
         """See Source. Raises ValueError for a glob without a match."""
-        dataset = self._read(match_files(self.files), cache_dir)
-        return head(dataset, self.max_documents, self.max_bytes)
+        dataset = self._read(self._described(self.files), cache_dir)
+        return report_faults(head(dataset, self.max_documents, self.max_bytes), self.on_error)
 
     def load_held_out(self, cache_dir: Path) -> Dataset | None:
         """See Source."""
         if not self.held_out_files:
             return None
-        return self._read(match_files(self.held_out_files), cache_dir)
+        dataset = self._read(self._described(self.held_out_files), cache_dir)
+        return report_faults(dataset, self.on_error)
+
+    def _described(self, patterns: tuple[str, ...]) -> tuple[File, ...]:
+        paths = match_files(patterns, self.suffix)
+        return describe_files(paths, [path.as_posix() for path in paths])
 
     @abc.abstractmethod
-    def _read(self, paths: list[Path], cache_dir: Path) -> Dataset:
-        """Returns what the files hold."""
+    def _read(self, files: tuple[File, ...], cache_dir: Path) -> Dataset:
+        """Returns what the files hold, faults included."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextSource(FileSource):
-    """Text files in UTF-8, one document each; a file that is not is a ValueError."""
+    """Text files, one document each; compressed ones are decompressed.
 
-    def _read(self, paths: list[Path], cache_dir: Path) -> Dataset:
-        files = describe_files(paths, [path.as_posix() for path in paths])
-        return generate(read_text, cache_dir, files=files, skip_undecodable=False)
+    Attributes:
+        encoding: Of the files; None for UTF-8, and UTF-16 or UTF-32 where a byte-order mark says
+            so. The mark is no part of the text.
+    """
+
+    encoding: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_encoding(self.encoding)
+
+    def _read(self, files: tuple[File, ...], cache_dir: Path) -> Dataset:
+        return generate(read_text, cache_dir, self.on_error, files=files, encoding=self.encoding)
 
 
 @dataclass(frozen=True, kw_only=True)
 class JsonlSource(FileSource):
-    """JSON objects, one a line; files ending in .gz are decompressed.
+    """JSON objects, one a line; compressed files are decompressed.
 
-    A line that is not JSON or lacks the field is a ValueError with file and line number.
+    A line that is not JSON or lacks the field is a fault, named by file and line number.
 
     Attributes:
-        field: The field that holds the text.
+        field: The field that holds the text; `doc.text` for a field in a nested object.
+        encoding: As in TextSource.
     """
 
-    field: str = "text"
+    suffix: ClassVar[str] = ".jsonl"
 
-    def _read(self, paths: list[Path], cache_dir: Path) -> Dataset:
-        files = describe_files(paths, [path.as_posix() for path in paths])
-        return generate(read_jsonl, cache_dir, files=files, field=self.field)
+    field: str = "text"
+    encoding: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_encoding(self.encoding)
+
+    def _read(self, files: tuple[File, ...], cache_dir: Path) -> Dataset:
+        return generate(
+            read_jsonl,
+            cache_dir,
+            self.on_error,
+            files=files,
+            field=self.field,
+            encoding=self.encoding,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetSource(FileSource):
-    """Parquet files, one document a row; a file without the column is a ValueError.
+    """Parquet files, one document a row; a file without the column is a fault.
 
     Attributes:
-        field: The column that holds the text.
+        field: The column that holds the text; `doc.text` for a field in a struct.
     """
+
+    suffix: ClassVar[str] = ".parquet"
 
     field: str = "text"
 
-    def _read(self, paths: list[Path], cache_dir: Path) -> Dataset:
-        import pyarrow.parquet as pq
-        from datasets import load_dataset
-
-        for path in paths:  # from the schema, before anything is converted
-            columns = pq.read_schema(path).names
-            if self.field not in columns:
-                raise missing_column(self.field, columns, f"{path}: ")
-        dataset = load_dataset(
-            "parquet",
-            data_files=[str(path) for path in paths],
-            split="train",
-            columns=[self.field],
-            cache_dir=str(cache_dir / "datasets"),
-        )
-        return text_column(dataset, self.field)
+    def _read(self, files: tuple[File, ...], cache_dir: Path) -> Dataset:
+        return generate(read_parquet, cache_dir, self.on_error, files=files, field=self.field)
 
 
 def standard_library() -> Path:
@@ -175,17 +209,32 @@ def python_files(root: Path, without: Set[str] = _NO_SOURCES) -> list[Path]:
     )
 
 
-def generate(reader: Any, cache_dir: Path, **arguments: Any) -> Dataset:
-    """Dataset.from_generator, with the reader's own ValueError in place of the wrapper's."""
+def generate(
+    reader: Callable[..., Iterator[Row]], cache_dir: Path, on_error: str, **arguments: Any
+) -> Dataset:
+    """Reads documents into the cache of `datasets`, or finds them there.
+
+    Args:
+        reader: Yields rows, as in `lctrain.data.readers`.
+        cache_dir: Of the data module.
+        on_error: One of ON_ERROR.
+        **arguments: Of the reader.
+
+    Raises:
+        ValueError: what the reader raises, in place of the wrapper's; with on_error="raise", the
+            first fault.
+    """
     from datasets import Dataset, Features, Value
     from datasets.exceptions import DatasetGenerationError
 
+    features = {"text": Value("large_string"), "name": Value("string"), "fault": Value("string")}
     try:
         return Dataset.from_generator(
-            reader,
-            features=Features({"text": Value("large_string"), "name": Value("string")}),
-            gen_kwargs=arguments,
+            _rows,
+            features=Features(features),
+            gen_kwargs={"reader": reader, "on_error": on_error, "arguments": arguments},
             cache_dir=str(cache_dir / "datasets"),
+            writer_batch_size=_ROWS_AT_A_TIME,
         )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, ValueError):
@@ -193,23 +242,10 @@ def generate(reader: Any, cache_dir: Path, **arguments: Any) -> Dataset:
         raise
 
 
-def text_column(dataset: Dataset, field: str) -> Dataset:
-    """Returns only the column with the text, as "text"."""
-    if field not in dataset.column_names:
-        raise missing_column(field, dataset.column_names)
-    feature = dataset.features[field]
-    if getattr(feature, "dtype", None) not in ("string", "large_string"):
-        raise ValueError(
-            f"column {field!r} must hold strings, got {feature}. Set data.field to the column that "
-            "holds the text."
-        )
-    dataset = dataset.select_columns([field])
-    return dataset if field == "text" else dataset.rename_column(field, "text")
-
-
-def missing_column(field: str, columns: Sequence[str], where: str = "") -> ValueError:
-    """The error for data that lacks the text column."""
-    return ValueError(
-        f"{where}field must be a column of the data, got {field!r}; it has {sorted(columns)}. "
-        "Set data.field to the column that holds the text."
-    )
+def _rows(
+    reader: Callable[..., Iterator[Row]], on_error: str, arguments: dict[str, Any]
+) -> Iterator[Row]:
+    for row in reader(**arguments):
+        if on_error == "raise" and row["fault"] is not None and row["text"] != "":
+            raise ValueError(row["fault"])  # before the rest is read
+        yield row

@@ -364,3 +364,10 @@ def test_precision(monkeypatch):
 def test_composed_config_is_yaml(tmp_path):
     text = OmegaConf.to_yaml(composed("paths.root=/r"), resolve=True)
     assert "runs_dir: /r/default" in text
+
+
+def test_what_to_do_about_faults_and_encodings_is_in_the_schema():
+    data = load("data=jsonl", "data.files=[x]", "data.on_error=raise", "data.encoding=latin-1").data
+    assert (data.on_error, data.encoding) == ("raise", "latin-1")
+    with pytest.raises(ValueError, match="on_error must be one of skip, raise"):
+        load("data=stdlib", "data.on_error=never")

@@ -172,7 +172,7 @@ def test_empty_documents_are_dropped_and_counted(make_data, tmp_path):
 
 
 def test_data_without_text_is_an_error(make_data, tmp_path):
-    (tmp_path / "a.txt").write_text("")
+    (tmp_path / "a.txt").write_text(" \n")
     module = make_data(source=TextSource(files=str(tmp_path / "a.txt")))
     with pytest.raises(
         ValueError, match=r"at least one document with text, got none .*\(1 empty\)"

@@ -19,13 +19,25 @@ def test_empty_texts_and_nulls_of_a_table_are_dropped_and_counted():
     read = documents(["a", "", " \n", None, "b"])
     assert list(read.names) == ["table:0", "table:4"]
     assert read.texts["text"][:] == ["a", "b"]
-    assert (read.dropped_empty, read.dropped_undecodable) == (3, 0)
+    assert (read.dropped_empty, read.dropped_unreadable) == (3, 0)
 
 
-def test_null_of_a_file_is_undecodable():
-    read = read_documents(Dataset.from_dict({"text": ["a", None], "name": ["f", "g"]}), "files")
-    assert list(read.names) == ["f"]
-    assert (read.dropped_empty, read.dropped_undecodable) == (0, 1)
+def test_faults_tell_what_is_unreadable_from_what_is_empty():
+    rows = {
+        "text": ["a", None, None, "cut", ""],
+        "name": ["f", "g", "h", "i", "j"],
+        "fault": [None, "g is damaged", None, "i is truncated", "j is empty"],
+    }
+    read = read_documents(Dataset.from_dict(rows), "files")
+    assert list(read.names) == ["f", "i"]
+    assert (read.dropped_empty, read.dropped_unreadable, read.repaired) == (2, 1, 1)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text():
+    read = read_documents(Dataset.from_dict({"text": ["\ufeffa", "a", "\ufeff", "é"]}), "t")
+    assert [read.text(i) for i in range(len(read))] == ["a", "a", "é"]
+    assert read.digests[0] == read.digests[1]
+    assert read.sizes.tolist() == [1, 1, 2]
 
 
 def test_no_documents():

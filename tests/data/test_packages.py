@@ -34,7 +34,7 @@ def test_reads_every_text_once_in_the_order_of_names(installed):
     assert dataset["name"][:] == ["latin.py", "one/a.py", "three.py", "two/b.py"]
     documents = read_documents(dataset, "packages")
     assert documents.texts["text"][:] == ["import one\n", "y = 3\n", "x = 2\n" * 10]
-    assert documents.dropped_undecodable == 1
+    assert documents.dropped_unreadable == 1
 
 
 def test_the_standard_library_comes_with_it(installed):

@@ -110,10 +110,10 @@ def test_costs_are_sums_of_squares():
 
 
 def test_fill_of_the_report_and_its_text():
-    report = pack(np.array([4, 4]), 5, dropped_empty=3, dropped_undecodable=1).report
+    report = pack(np.array([4, 4]), 5, dropped_empty=3, dropped_unreadable=1).report
     assert report.fill == 0.8
     assert "fill 0.8000" in str(report)
-    assert "0 split, 0 truncated, 0 dropped, 3 empty, 1 not decodable" in str(report)
+    assert "0 split, 0 truncated, 0 dropped, 3 empty, 1 unreadable" in str(report)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,80 @@
+"""What could not be read: a warning with counts and places, or an error where nothing is left."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+log = logging.getLogger(__name__)
+
+ON_ERROR = ("skip", "raise")
+_SHOWN = 5
+
+
+def check_on_error(value: str) -> None:
+    """Raises ValueError unless it is one of ON_ERROR."""
+    if value not in ON_ERROR:
+        raise ValueError(
+            f"on_error must be one of {', '.join(ON_ERROR)}, got {value!r}. skip reads what can be "
+            "read and counts the rest; raise stops at the first fault."
+        )
+
+
+def report_faults(dataset: Dataset, on_error: str) -> Dataset:
+    """Warns of what a reader left out or repaired; see `lctrain.data.readers`.
+
+    Args:
+        dataset: With a column "text" and perhaps "name" and "fault".
+        on_error: One of ON_ERROR.
+
+    Returns:
+        The dataset.
+
+    Raises:
+        ValueError: if there are faults and no text at all; with on_error="raise", if there is one.
+    """
+    import pyarrow.compute as pc
+
+    if "fault" not in dataset.column_names:
+        return dataset
+    table = dataset.with_format("arrow")[:]
+    faulty = pc.is_valid(table["fault"])
+    count = pc.sum(faulty).as_py() or 0
+    if not count:
+        return dataset
+    texts, names, messages = (table[column].filter(faulty) for column in ("text", "name", "fault"))
+    shown = _one_per_file(names.to_pylist(), messages.to_pylist())
+    if not pc.any(pc.greater(pc.fill_null(pc.binary_length(table["text"]), 0), 0)).as_py():
+        more = f" There are {count - 1:,} more faults." if count > 1 else ""
+        raise ValueError(f"{shown[0]} Nothing else could be read.{more}")
+    skipped = texts.null_count
+    if on_error == "raise" and skipped:
+        raise ValueError(messages.filter(pc.is_null(texts))[0].as_py())
+    counts = f"{skipped:,} of {len(dataset):,} documents, lines or files could not be read"
+    if skipped < count:
+        counts += f", {count - skipped:,} are empty or were read in part"
+    rest = f"\n  and {count - len(shown):,} more" if count > len(shown) else ""
+    warn_once(f"{counts} (data.on_error=raise stops at the first):\n  " + "\n  ".join(shown) + rest)
+    return dataset
+
+
+def _one_per_file(names: list[str], messages: list[str]) -> list[str]:
+    """The first fault of each of the first files."""
+    first: dict[str, str] = {}
+    for name, message in zip(names, messages, strict=True):
+        file, _, number = name.rpartition(":")
+        first.setdefault(file if number.isdigit() else name, message)
+    return list(first.values())[:_SHOWN]
+
+
+@lru_cache(maxsize=1024)
+def warn_once(message: str) -> None:
+    """Data are prepared once and set up once more, on every rank: the warning is given once."""
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        log.warning(message)

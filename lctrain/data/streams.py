@@ -1,0 +1,108 @@
+"""Opens files as streams of bytes or lines of text, whatever compresses or encodes them.
+
+What a file is, its first bytes say, not its name: a `.gz` that is not compressed is read, and so is
+a compressed file without the suffix.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import zlib
+from typing import BinaryIO
+
+DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)
+"""What reading a missing, truncated or damaged file raises; pyarrow's errors are OSErrors."""
+
+_HEAD = 8192  # bytes that are looked at
+_TAR = slice(257, 262)
+_MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_FOREIGN = (
+    (b"PAR1", "a Parquet file", "Read it with data=parquet."),
+    (b"ARROW1", "an Arrow file", "Read its folder with data=hub data.dataset=<folder>."),
+    (b"PK\x03\x04", "a zip archive or an office document", "Unpack it, or save it as text."),
+    (b"%PDF", "a PDF", "Convert it to text."),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "Unpack it."),
+    (b"SQLite format 3", "a SQLite database", "Export its text as JSON lines."),
+)
+
+
+class ForeignFileError(ValueError):
+    """A file that is of another kind than it is read as."""
+
+
+def open_bytes(path: str) -> BinaryIO:
+    """Opens a file for reading; gzip, bzip2, xz, zstd and lz4 are decompressed.
+
+    Raises:
+        OSError: if it cannot be opened. Reading may raise any of DAMAGE.
+    """
+    with open(path, "rb") as file:
+        head = file.read(6)
+    if head.startswith(b"\x1f\x8b"):
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if head.startswith(b"BZh"):
+        return bz2.open(path, "rb")
+    if head.startswith(b"\xfd7zXZ\x00"):
+        return lzma.open(path, "rb")
+    for magic, codec in ((b"\x28\xb5\x2f\xfd", "zstd"), (b"\x04\x22\x4d\x18", "lz4")):
+        if head.startswith(magic):
+            import pyarrow as pa
+
+            stream = pa.CompressedInputStream(pa.OSFile(path), codec)
+            return io.BufferedReader(stream)  # type: ignore[return-value]
+    return open(path, "rb")
+
+
+def encoding_of(head: bytes, encoding: str | None) -> str:
+    """The encoding of a text: the given one, else what its byte-order mark says, else UTF-8."""
+    if encoding is not None:
+        return codecs.lookup(encoding).name.removesuffix("-sig")
+    return next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8")
+
+
+def check_text(head: bytes, path: str, encoding: str) -> None:
+    """Raises ForeignFileError if the first bytes are not those of a text.
+
+    Args:
+        head: First bytes of the file, decompressed.
+        path: For the message.
+        encoding: What it is going to be read as.
+    """
+    for magic, kind, remedy in _FOREIGN:
+        if head.startswith(magic):
+            raise ForeignFileError(f"files must be text, got {path}, which is {kind}. {remedy}")
+    if head[_TAR] == b"ustar":
+        raise ForeignFileError(
+            f"files must be text, got {path}, which is a tar archive. Unpack it."
+        )
+    if encoding == "utf-8" and b"\0" in head:
+        raise ForeignFileError(
+            f"files must be text, got {path}, which holds zero bytes. It is binary, or UTF-16 "
+            "without a byte-order mark: leave it out of data.files, or set data.encoding=utf-16-le."
+        )
+
+
+def check_encoding(encoding: str | None) -> None:
+    """Raises ValueError unless Python can decode text of this encoding; None is fine."""
+    try:
+        "".encode(encoding or "utf-8")
+    except LookupError as error:  # unknown, or not one of text
+        raise ValueError(
+            f"encoding must be one that Python knows, got {encoding!r}. Use for example latin-1, "
+            "or null for UTF-8 and what a byte-order mark says."
+        ) from error
+
+
+def peek(stream: BinaryIO) -> tuple[bytes, BinaryIO]:
+    """Returns the first bytes of a stream, and a stream that begins with them again."""
+    buffered = io.BufferedReader(stream, _HEAD)  # type: ignore[arg-type]
+    return buffered.peek(_HEAD)[:_HEAD], buffered
