@@ -8,15 +8,9 @@ from typing import Any
 
 from lctrain import config
 from lctrain.config import DataConfig, store_schema
-from lctrain.data import (
-    HubSource,
-    JsonlSource,
-    PackagesSource,
-    ParquetSource,
-    Source,
-    StdlibSource,
-    TextSource,
-)
+from lctrain.data.hub import HubSource
+from lctrain.data.packages import PackagesSource
+from lctrain.data.sources import JsonlSource, ParquetSource, Source, StdlibSource, TextSource
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,19 @@
-"""Data: sources, tokenizing, packing, and loaders that resume to the batch."""
+"""Data: sources, tokenizing, packing, and loaders that resume to the batch.
 
-from lctrain.data.collator import PackCollator, PackedRows
-from lctrain.data.datamodule import PackedDataModule
-from lctrain.data.documents import TokenizedDocument
-from lctrain.data.hub import HubSource
-from lctrain.data.packages import PackagesSource
-from lctrain.data.packing import PackingPlan, PackingReport, pack
-from lctrain.data.sources import JsonlSource, ParquetSource, Source, StdlibSource, TextSource
+Names load on first use: the schemas of the command line need the sources, not torch and Lightning.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lctrain.data.collator import PackCollator, PackedRows
+    from lctrain.data.datamodule import PackedDataModule
+    from lctrain.data.documents import TokenizedDocument
+    from lctrain.data.hub import HubSource
+    from lctrain.data.packages import PackagesSource
+    from lctrain.data.packing import PackingPlan, PackingReport, pack
+    from lctrain.data.sources import JsonlSource, ParquetSource, Source, StdlibSource, TextSource
 
 __all__ = [
     "HubSource",
@@ -24,3 +31,30 @@ __all__ = [
     "TokenizedDocument",
     "pack",
 ]
+
+_HOMES = {
+    "HubSource": "hub",
+    "JsonlSource": "sources",
+    "PackCollator": "collator",
+    "PackagesSource": "packages",
+    "PackedDataModule": "datamodule",
+    "PackedRows": "collator",
+    "PackingPlan": "packing",
+    "PackingReport": "packing",
+    "ParquetSource": "sources",
+    "Source": "sources",
+    "StdlibSource": "sources",
+    "TextSource": "sources",
+    "TokenizedDocument": "documents",
+    "pack": "packing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"lctrain.data.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'lctrain.data' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
