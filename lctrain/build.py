@@ -22,6 +22,7 @@ from lctrain.config import (
 )
 from lctrain.data import PackedDataModule
 from lctrain.models import patch_model
+from lctrain.models.positions import require_positions
 from lctrain.models.pretrained import load_architecture, load_pretrained
 from lctrain.schemas import source_of
 
@@ -67,12 +68,16 @@ def build_model(config: ModelConfig, vocab_size: int) -> nn.Module:
     return model.train()
 
 
-def check_model(config: ModelConfig, attention: AttentionConfig | None) -> None:
+def check_model(
+    config: ModelConfig, attention: AttentionConfig | None, lengths: Mapping[str, int] | None = None
+) -> None:
     """Builds and patches the model without memory for its weights: what fails, fails here.
 
     Args:
         config: From scratch or pretrained; weights are not read.
         attention: How it is going to be patched; None for not at all.
+        lengths: Option -> the longest document that it allows, in tokens, for models that look
+            positions up in a table.
 
     Raises:
         ValueError: as in `build_model`, apart from the tokenizer's size, or in `patch_model`.
@@ -86,6 +91,10 @@ def check_model(config: ModelConfig, attention: AttentionConfig | None) -> None:
             model = load_architecture(config)
         else:
             raise _no_model_config(config)
+    for option, tokens in (lengths or {}).items():
+        require_positions(
+            model, tokens, option, "Shorten it, or choose a model with more positions."
+        )
     if attention is not None:
         patch_model(model, attention=attention.name, **attention.options())
 

@@ -68,7 +68,10 @@ def train(config: TrainConfig) -> RunReport:
         check_lengths(config.evaluation.lengths, forward_tokens(config.evaluation))
     if config.trainer.max_steps > 0:
         learning_rate_factor(config.optim, config.trainer.max_steps)  # raises for a long warmup
-    check_model(config.model, config.attention)
+    lengths = {"data.max_tokens": config.data.max_tokens}
+    if config.evaluation.enabled:
+        lengths["evaluation.lengths"] = max(config.evaluation.lengths)
+    check_model(config.model, config.attention, lengths)
     pl.seed_everything(config.seed, verbose=False)
 
     datamodule = build_datamodule(config.data)

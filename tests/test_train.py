@@ -287,8 +287,12 @@ def test_bad_input_is_named_before_data_are_read(tiny, tmp_path, monkeypatch, ov
         (ScratchModelConfig(model_type="mamba"), "attention only, got MambaForCausalLM"),
         (PretrainedModelConfig(name_or_path="/no/such"), "got /no/such, which does not exist"),
         (ModelConfig(), "model must be a ScratchModelConfig or a PretrainedModelConfig"),
+        (
+            ScratchModelConfig(model_type="gpt2", config={"n_positions": 32}),
+            "data.max_tokens must be at most 32, the number of positions .* of GPT2LMHeadModel",
+        ),
     ],
-    ids=["unpatchable", "no-folder", "no-model"],
+    ids=["unpatchable", "no-folder", "no-model", "position-table"],
 )
 def test_models_are_checked_before_data_are_read(tiny, tmp_path, model, message):
     plain = config(*tiny, "data.files=[/no/such/*.txt]", output_dir=tmp_path / "1")

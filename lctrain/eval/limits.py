@@ -5,14 +5,12 @@ Beyond either, an embedding is indexed out of its range, which on a GPU ends the
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from torch import nn
 
-_POSITION_TABLE = re.compile(r"(^|[._])(wpe|pos|positions?)([._]|$)")
+from lctrain.models.positions import require_positions
 
 
 def check_model(model: Any, tokens: Sequence[np.ndarray], longest_window: int) -> None:
@@ -34,18 +32,4 @@ def check_model(model: Any, tokens: Sequence[np.ndarray], longest_window: int) -
             f"documents must hold tokens below the model's vocabulary of {vocabulary}, got "
             f"{largest}. Tokenize them with the model's own tokenizer."
         )
-    limit = learned_positions(model)
-    if limit is not None and longest_window > limit:
-        raise ValueError(
-            f"lengths must be at most {limit}, the number of positions that "
-            f"{type(model).__name__} has learned, got {longest_window}. Leave longer ones out."
-        )
-
-
-def learned_positions(model: Any) -> int | None:
-    """Size of the model's table of learned positions; None where positions are computed."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and _POSITION_TABLE.search(name):
-            limit = getattr(model.config, "max_position_embeddings", None)
-            return min(module.num_embeddings, limit or module.num_embeddings)
-    return None
+    require_positions(model, longest_window, "lengths", "Leave longer ones out.")

@@ -19,6 +19,9 @@ from lctrain.attention.forward import BOUNDARIES_ARGUMENT
 from lctrain.attention.spec import AttentionSpec
 from lctrain.models.architectures import counts_positions_itself
 from lctrain.models.cache import given_cache
+from lctrain.models.positions import position_limit, require_positions
+
+_LONGER = "Split or truncate longer ones, or choose a model with rotary embeddings."
 
 
 class InputHook:
@@ -33,6 +36,7 @@ class InputHook:
     def __init__(self, model: nn.Module, spec: AttentionSpec) -> None:
         self.implementation = spec.implementation
         self.positions_from_padding = counts_positions_itself(model)
+        self.position_limit = position_limit(model)
         parameters = inspect.signature(type(model).forward).parameters.values()
         self.names = tuple(
             parameter.name
@@ -65,6 +69,9 @@ class InputHook:
             inputs["attention_mask"] = torch.ones(
                 tokens.shape[:2], dtype=torch.int64, device=tokens.device
             )
+        if self.position_limit is not None:
+            longest = boundaries.max_seqlen_k
+            require_positions(model, longest, "documents", _LONGER, self.position_limit)
         inputs[BOUNDARIES_ARGUMENT] = boundaries
         return (), inputs
 

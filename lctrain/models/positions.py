@@ -1,0 +1,59 @@
+"""How many positions a model has: the size of its table, if it looks positions up in one."""
+
+import re
+from typing import Any
+
+from torch import Tensor, nn
+
+from lctrain.models.architectures import counts_positions_itself
+
+_TABLE = re.compile(r"(^|_)(wpe|pos|positions?)(_|$)")
+_RELATIVE = re.compile(r"relative|distance|bias|type")
+
+
+def position_limit(model: Any) -> int | None:
+    """Returns how many positions a model knows; None where positions are computed (RoPE, ALiBi).
+
+    Beyond them an embedding is indexed out of its range, which on a GPU ends the process.
+
+    Args:
+        model: Of transformers, on any device, the meta device too.
+    """
+    limits = []
+    for name, module in model.named_modules():
+        own = name.rpartition(".")[2]
+        if _RELATIVE.search(own):
+            continue
+        if isinstance(module, nn.Embedding) and _TABLE.search(own):
+            limits.append(module.num_embeddings - _offset(model, module))
+        table = getattr(module, "pos_encoding", None)  # sinusoids in a tensor, as in CTRL
+        if isinstance(table, Tensor):
+            limits.append(table.shape[0])
+    return min(limits, default=None)
+
+
+def require_positions(
+    model: Any, tokens: int, name: str, remedy: str, limit: int | None = None
+) -> None:
+    """Raises a ValueError if documents of so many tokens do not fit a model's position table.
+
+    Args:
+        model: Of transformers.
+        tokens: Of the longest document.
+        name: What to call `tokens` in the message.
+        remedy: A sentence.
+        limit: `position_limit(model)`, where it is known.
+    """
+    limit = position_limit(model) if limit is None else limit
+    if limit is not None and tokens > limit:
+        raise ValueError(
+            f"{name} must be at most {limit}, the number of positions in the table of "
+            f"{type(model).__name__}, got {tokens}. {remedy}"
+        )
+
+
+def _offset(model: nn.Module, table: nn.Embedding) -> int:
+    """Rows of the table before that of position 0."""
+    if counts_positions_itself(model):
+        return (table.padding_idx or 0) + 1  # RoBERTa and its kin
+    return int(getattr(table, "offset", 0))  # OPT, BART and their kin
