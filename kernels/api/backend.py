@@ -7,20 +7,25 @@ import warnings
 import torch
 
 BACKENDS = ("auto", "hopper", "triton", "pytorch")
+MAX_HEAD_DIM = 256
+"""Of the kernels; the PyTorch path takes any."""
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-_warned: set[torch.dtype] = set()
+_warned: set[tuple[torch.dtype, bool]] = set()
 
 
-def _warn_of_slow_path(dtype: torch.dtype) -> None:
-    """Says once per dtype why a GPU runs the PyTorch path."""
-    if torch.compiler.is_compiling() or dtype in _warned:
+def _warn_of_slow_path(dtype: torch.dtype, wide: bool) -> None:
+    """Says once per dtype why a GPU runs the PyTorch path; `wide`: the heads are the cause."""
+    if torch.compiler.is_compiling() or (dtype, wide) in _warned:
         return
-    _warned.add(dtype)
+    _warned.add((dtype, wide))
     cause = f"the Triton kernels keep lse in float32, too coarse for {dtype}"
     remedy = "Use bfloat16 or float16 (precision=bf16-mixed), or name backend='triton'."
+    if wide:
+        cause = f"the Triton kernels take heads of at most {MAX_HEAD_DIM} columns"
+        remedy = "Layers with smaller heads keep the kernels."
     if not TRITON_INSTALLED:
         cause, remedy = "Triton is not installed", "Install the package triton."
     warnings.warn(
@@ -49,6 +54,7 @@ def select_backend(
     dtype: torch.dtype = torch.bfloat16,
     backend: str = "auto",
     *,
+    head_dim: int = 1,
     warn: bool = True,
 ) -> str:
     """Returns the implementation that serves tensors of this device and dtype.
@@ -57,6 +63,7 @@ def select_backend(
         device: Where q, k and v live.
         dtype: Their dtype.
         backend: "auto" or the name of an implementation.
+        head_dim: D; "auto" sends heads wider than MAX_HEAD_DIM to "pytorch".
         warn: Say once if a GPU will run the slow path.
 
     Returns:
@@ -70,14 +77,20 @@ def select_backend(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
     device = torch.device(device)
     supported = dtype in (torch.float16, torch.bfloat16, torch.float32)
+    wide = head_dim > MAX_HEAD_DIM
     if backend == "auto":
         if device.type != "cuda":  # ROCm devices carry this name too
             return "pytorch"
-        if TRITON_INSTALLED and dtype in (torch.float16, torch.bfloat16):
+        if TRITON_INSTALLED and not wide and dtype in (torch.float16, torch.bfloat16):
             return "hopper" if hopper_serves(device) else "triton"
         if warn:
-            _warn_of_slow_path(dtype)
+            _warn_of_slow_path(dtype, wide)
         return "pytorch"
+    if wide and backend != "pytorch":
+        raise ValueError(
+            f"head_dim must be at most {MAX_HEAD_DIM} for backend={backend!r}, got {head_dim}. "
+            "Pass backend='auto' or 'pytorch': the PyTorch path takes any."
+        )
     if backend == "hopper":
         if dtype not in (torch.float16, torch.bfloat16):
             raise ValueError(

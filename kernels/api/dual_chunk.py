@@ -98,7 +98,7 @@ def dual_chunk_attn_varlen_func(
     if schedule is not None:
         checks.check_schedule(schedule, documents, q.shape[0], k.shape[0], q.device)
     named = backend
-    backend = select_backend(q.device, q.dtype, named)
+    backend = select_backend(q.device, q.dtype, named, head_dim=q.shape[2])
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     cu_q, cu_k, inv_freq, logit_scale, document_ids = unit_stride(
         cu_seqlens, cu_k, inv_freq, logit_scale, document_ids

@@ -114,7 +114,7 @@ def flash_attn_varlen_func(
             "Gather the pages into contiguous k and v before the call."
         )
     named = backend
-    backend = select_backend(q.device, q.dtype, backend)
+    backend = select_backend(q.device, q.dtype, backend, head_dim=q.shape[2])
     head_dim = q.shape[2]
     scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
     window, left, right = resolve_window(window_size, causal)

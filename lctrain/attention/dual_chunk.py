@@ -132,7 +132,7 @@ def dual_chunk_attention_forward(
             softmax_scale=scale,
             document_ids=lctrain_boundaries.document_ids,
             schedule=lctrain_boundaries.schedule,
-            backend=backend_of(spec, q.device, q.dtype),
+            backend=backend_of(spec, q.device, q.dtype, q.shape[-1]),
             cu_seqlens_k=lctrain_boundaries.cu_seqlens_k,
             max_seqlen_k=lctrain_boundaries.max_seqlen_k,
         )

@@ -47,8 +47,10 @@ def spec_of(module: nn.Module, kind: type[Spec]) -> Spec | None:
     return spec if isinstance(spec, kind) else None
 
 
-def backend_of(spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> str:
-    """Returns the backend to name to the kernels for tensors of this device and dtype.
+def backend_of(
+    spec: AttentionSpec, device: torch.device, dtype: torch.dtype, head_dim: int = 1
+) -> str:
+    """Returns the backend to name to the kernels for tensors of this device, dtype and head dim.
 
     The spec's own; but "auto" with `deterministic` is "triton" where it would take Hopper kernels
     that do not give the same bits in every run: those of all attentions but "flash".
@@ -57,7 +59,8 @@ def backend_of(spec: AttentionSpec, device: torch.device, dtype: torch.dtype) ->
 
     if spec.kind == "flash" or spec.backend != "auto" or not spec.deterministic:
         return spec.backend
-    return "triton" if select_backend(device, dtype) == "hopper" else "auto"
+    serving = select_backend(device, dtype, head_dim=head_dim, warn=False)
+    return "triton" if serving == "hopper" else "auto"
 
 
 def refuse_unknown(kwargs: dict[str, Any]) -> None:

@@ -24,6 +24,18 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if _uses_interface(module)}
 
 
+def head_dims(model: nn.Module) -> list[int]:
+    """Returns the widths of heads that a model's layers state, each once; [1] if they state none.
+
+    Values may be narrower than queries (latent attention): the kernels get both at the wider width.
+    """
+    found = set()
+    for layer in attention_layers(model).values():
+        widths = (getattr(layer, name, None) for name in ("head_dim", "qk_head_dim", "v_head_dim"))
+        found.add(max((width for width in widths if isinstance(width, int)), default=1))
+    return sorted(found) or [1]
+
+
 def require_supported(model: Any) -> None:
     """Raises a ValueError that says what to do, unless packed documents stay apart in this model.
 

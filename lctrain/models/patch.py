@@ -8,7 +8,7 @@ from torch import nn
 
 from lctrain.attention.forward import SPEC_ATTRIBUTE, backend_of
 from lctrain.attention.spec import AttentionSpec, make_spec
-from lctrain.models.architectures import attention_layers, require_supported
+from lctrain.models.architectures import attention_layers, head_dims, require_supported
 from lctrain.models.configs import ConfigSwap
 from lctrain.models.inputs import InputHook
 from lctrain.models.kinds import KINDS
@@ -46,16 +46,22 @@ def patch_model(model: nn.Module, attention: str = "flash", **options: Any) -> "
             "model must not be patched, got one that is. Call unpatch() on its handle first."
         )
     require_supported(model)
-    serving_backend(model, spec)
+    for head_dim in head_dims(model):
+        serving_backend(model, spec, head_dim)
     register()
     spec = KINDS[spec.kind].fit(model, spec)
     return PatchHandle(model, spec)
 
 
-def serving_backend(model: nn.Module, spec: AttentionSpec) -> str:
+def serving_backend(model: nn.Module, spec: AttentionSpec, head_dim: int = 1) -> str:
     """Returns which kernels will serve the model where it is now, in autocast's dtype if it is on.
 
     Weights in float32 warn of nothing: under autocast the calls are in another dtype.
+
+    Args:
+        model: On any device.
+        spec: Its options.
+        head_dim: Of the layers that are asked about, as in `head_dims`.
 
     Raises:
         ValueError: if the backend that the spec names cannot.
@@ -70,7 +76,8 @@ def serving_backend(model: nn.Module, spec: AttentionSpec) -> str:
         device = torch.device("cuda")  # a model is often patched before it is moved
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    return select_backend(device, dtype, backend_of(spec, device, dtype), warn=False)
+    named = backend_of(spec, device, dtype, head_dim)
+    return select_backend(device, dtype, named, head_dim=head_dim, warn=False)
 
 
 def _hooks(model: nn.Module) -> list[InputHook]:
@@ -156,9 +163,14 @@ class PatchHandle:
 
     def _backend(self) -> str:
         try:
-            backend = serving_backend(self.model, self.spec)
+            wide = {
+                serving_backend(self.model, self.spec, width) for width in head_dims(self.model)
+            }
         except ValueError as error:  # the model has moved since; the next forward raises this
             return f"none: {error}"
+        if len(wide) > 1:
+            return ", ".join(sorted(wide))
+        backend = wide.pop()
         if backend != "hopper":
             return backend
         from lctrain.kernels.hopper.support import serves

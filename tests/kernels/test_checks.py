@@ -62,14 +62,19 @@ CASES = {
         "one head dim, got 8 and 16",
     ),
     "head_dim-large": (
-        {"q": tensor(7, 4, 264), "k": tensor(7, 2, 264), "v": tensor(7, 2, 264)},
+        {
+            "q": tensor(7, 4, 264),
+            "k": tensor(7, 2, 264),
+            "v": tensor(7, 2, 264),
+            "backend": "triton",
+        },
         ValueError,
-        "head_dim must be between 1 and 256, got 264",
+        "head_dim must be at most 256 for backend='triton', got 264. Pass backend='auto'",
     ),
     "head_dim-zero": (
         {"q": tensor(7, 4, 0), "k": tensor(7, 2, 0), "v": tensor(7, 2, 0)},
         ValueError,
-        "head_dim must be between 1 and 256, got 0",
+        "head_dim must be at least 1, got 0",
     ),
     "groups": (
         {"k": tensor(7, 3, 8), "v": tensor(7, 3, 8)},
@@ -297,6 +302,17 @@ def test_auto_needs_a_gpu_triton_and_a_supported_dtype(monkeypatch):
     assert select_backend("cuda", torch.bfloat16) == "pytorch"
     with pytest.raises(ValueError, match=r"needs the package triton.*Install it, or pass"):
         select_backend("cuda", torch.bfloat16, "triton")
+
+
+def test_heads_wider_than_the_kernels_take_go_to_pytorch(monkeypatch):
+    monkeypatch.setattr(backend, "TRITON_INSTALLED", True)
+    monkeypatch.setattr(backend, "_warned", set())
+    assert select_backend("cuda", torch.bfloat16, head_dim=256) != "pytorch"
+    with pytest.warns(UserWarning, match="heads of at most 256 columns"):
+        assert select_backend("cuda", torch.bfloat16, head_dim=512) == "pytorch"
+    for name in ("triton", "hopper"):
+        with pytest.raises(ValueError, match=f"at most 256 for backend='{name}', got 512"):
+            select_backend("cuda", torch.bfloat16, name, head_dim=512)
 
 
 def test_triton_on_the_cpu_is_the_interpreter(monkeypatch):

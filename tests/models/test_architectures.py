@@ -1,12 +1,17 @@
 """Models that cannot be patched are refused before training, with the reason and a remedy."""
 
+import copy
+
 import pytest
 import torch
 import transformers
 from torch import nn
 
 from lctrain.models import patch_model
-from tests.models.families import make_model
+from lctrain.models.architectures import head_dims
+from tests.models.families import make_documents, make_model, packed_outputs, separate_outputs
+from tests.models.tiny import tiny_model
+from tests.numerics import assert_error_at_most_twice
 
 SMALL = {
     "vocab_size": 61,
@@ -98,3 +103,32 @@ def test_an_attention_that_drops_keyword_arguments_is_noticed():
             position_embeddings=(torch.ones(1, 4, 8), torch.zeros(1, 4, 8)),
             attention_mask=None,
         )
+
+
+def test_heads_wider_than_the_kernels_take():
+    """Gemma 4: 256 columns with a window, 512 without; the PyTorch path takes both."""
+    wide = {"head_dim": 256, "global_head_dim": 512, "layer_types": ["sliding_attention"] * 2}
+    wide["layer_types"][1] = "full_attention"
+    model = tiny_model("gemma4_text", transformers.Gemma4ForCausalLM, num_hidden_layers=2, **wide)
+    assert head_dims(model) == [256, 512]
+    documents = make_documents()
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()
+        plain, reference = (separate_outputs(m, documents) for m in (model, exact))
+        with patch_model(model) as handle:
+            assert "kernels: pytorch" in repr(handle)
+            assert_error_at_most_twice(packed_outputs(model, documents), plain, reference)
+    with pytest.raises(ValueError, match="head_dim must be at most 256 for backend='triton', got"):
+        patch_model(model, backend="triton")
+
+
+def test_value_heads_narrower_and_wider_than_the_query_s():
+    for value_dim in (6, 20):
+        settings = {"v_head_dim": value_dim, "first_k_dense_replace": 2}
+        model = tiny_model("deepseek_v3", transformers.DeepseekV3ForCausalLM, **settings)
+        documents = make_documents()
+        with torch.no_grad():
+            exact = copy.deepcopy(model).double()
+            plain, reference = (separate_outputs(m, documents) for m in (model, exact))
+            with patch_model(model):
+                assert_error_at_most_twice(packed_outputs(model, documents), plain, reference)

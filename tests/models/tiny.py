@@ -55,6 +55,7 @@ _SIZES = {name: size for size, names in _BY_SIZE.items() for name in names.split
 _FAMILIES: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_d_head": 16},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "deepseek_v2": {"n_group": 1, "topk_group": 1},
     "dots1": {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "dots3_note": {"adapter_in_dim": 32},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
@@ -149,6 +150,8 @@ def _shrink(config_class: type, overrides: dict[str, Any]) -> Any:
             arguments[name] = _SIZES.get(name, VOCABULARY - 1)
     if "kv_lora_rank" in arguments and values.get("num_key_value_heads") is not None:
         arguments["num_key_value_heads"] = arguments["num_attention_heads"]  # latent attention
+        if values.get("head_dim") == values.get("qk_rope_head_dim"):
+            arguments["head_dim"] = arguments["qk_rope_head_dim"]  # of the rotary embedding
     family = _FAMILIES.get(config_class.model_type, {})
     return config_class(**(arguments | family | overrides))
 
