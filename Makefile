@@ -48,7 +48,7 @@ lint: $(SETUP)
 	fi
 
 bench: $(SETUP)
-	$(PY) -m lctrain.kernels.bench $(ARGS)
+	$(PY) -m lctrain_kernels.bench $(ARGS)
 
 clean:
 	rm -rf .venv build dist lctrain.egg-info .pytest_cache .ruff_cache .mypy_cache

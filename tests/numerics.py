@@ -5,7 +5,7 @@ from tests.numerics import assert_error_at_most_twice
 
 import torch
 
-from lctrain.kernels.bench.accuracy import MAX_RATIO, ErrorRatio, error_ratio
+from lctrain_kernels.bench.accuracy import MAX_RATIO, ErrorRatio, error_ratio
 
 
 def assert_error_at_most_twice(
@@ -23,7 +23,7 @@ def assert_error_at_most_twice(
         name: what to call it in the failure.
 
     Returns:
-        The errors and their ratios (see `lctrain.kernels.bench.accuracy.error_ratio`).
+        The errors and their ratios (see `lctrain_kernels.bench.accuracy.error_ratio`).
     """
     ratio = error_ratio(actual, same_precision_reference, float64_reference)
     assert ratio.passes, (

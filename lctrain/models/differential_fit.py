@@ -22,7 +22,7 @@ def fit_differential(model: Any, spec: DifferentialSpec) -> DifferentialSpec:
     Raises:
         ValueError: if a layer is not differential, or its heads are too large.
     """
-    from lctrain.kernels.checks_differential import MAX_HEAD_DIM
+    from lctrain_kernels.differential.checks import MAX_HEAD_DIM
 
     for layer in attention_layers(model).values():
         if not _is_differential(layer):

@@ -173,8 +173,8 @@ class PatchHandle:
         backend = wide.pop()
         if backend != "hopper":
             return backend
-        from lctrain.kernels.hopper.support import serves
         from lctrain.models.differential_v1 import FusedDiffLlamaAttention  # needs DiffLlama
+        from lctrain_kernels.gluon.support import serves
 
         dtype = next(self.model.parameters()).dtype
         deterministic = torch.are_deterministic_algorithms_enabled() or self.spec.deterministic

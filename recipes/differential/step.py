@@ -31,14 +31,14 @@ import torch
 from lctrain.batch import IGNORE_INDEX, PackedBatch
 from lctrain.build import enable_checkpointing
 from lctrain.eval.runner import row_kwargs
-from lctrain.kernels.bench.__main__ import names_of, positive
-from lctrain.kernels.bench.peers import installed_version
-from lctrain.kernels.bench.run import new_record
-from lctrain.kernels.bench.workloads import WORKLOADS
 from lctrain.loss import causal_lm_loss, token_losses
 from lctrain.models import patch_model
 from lctrain.recipes.differential.experiment import write_json
 from lctrain.recipes.differential.shape import SHAPES, Shape, build_step_model
+from lctrain_kernels.bench.__main__ import names_of, positive
+from lctrain_kernels.bench.peers import installed_version
+from lctrain_kernels.bench.run import new_record
+from lctrain_kernels.bench.workloads import WORKLOADS
 
 PLAIN, OURS = "plain", "v1"
 WARMUP = 2

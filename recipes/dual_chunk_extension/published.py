@@ -18,7 +18,7 @@ _WITHOUT_EFFECT = ("dropout_seed", "document_ids", "schedule", "max_seqlen_k")
 def published_gradient() -> Iterator[None]:
     """Replaces the kernel under `attention=dual_chunk` by the published formulation.
 
-    Its output is the same, its gradient is not: see `lctrain.kernels.bench.published_dual_chunk`.
+    Its output is the same, its gradient is not: see `lctrain_kernels.bench.published_dual_chunk`.
     Calls that ask for what it does not have raise a ValueError.
     """
     exact = kernels.dual_chunk_attn_varlen_func
@@ -44,7 +44,7 @@ def _published(
     **options: Any,
 ) -> Tensor:
     """The public function's call; what changes no number without dropout or a cache is not read."""
-    from lctrain.kernels.bench.published_dual_chunk import published_dual_chunk_attn
+    from lctrain_kernels.bench.published_dual_chunk import published_dual_chunk_attn
 
     same = cu_seqlens_k is None or cu_seqlens_k is cu_seqlens or cu_seqlens_k.equal(cu_seqlens)
     wanted = {

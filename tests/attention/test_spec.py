@@ -16,8 +16,8 @@ from lctrain.attention import (
     make_spec,
 )
 from lctrain.attention.forward import backend_of
-from lctrain.kernels import backend
 from lctrain.models import patch_model
+from lctrain_kernels import backend
 
 
 def test_defaults_and_names():

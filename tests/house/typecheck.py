@@ -1,7 +1,7 @@
 """Runs mypy on lctrain as pyproject.toml maps it: `python tests/house/typecheck.py`.
 
-`lctrain.kernels` lives in `kernels/api`, `lctrain.configs` in `configs`: no type checker can see
-that from the folders, and none reads setuptools' editable hooks. So this lays out a folder of links
+`lctrain.configs` lives in `configs`, `lctrain.recipes` in `recipes`: no type checker can see that
+from the folders, and none reads setuptools' editable hooks. So this lays out a folder of links
 in the shape of the installed package, checks that, and prints the real paths.
 """
 
@@ -50,7 +50,10 @@ def main() -> int:
     tree = ROOT / "build" / "typecheck"
     sources = link_packages(tree)
     result = subprocess.run(
-        [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", str(tree / "lctrain")],
+        [
+            *(sys.executable, "-m", "mypy", "--config-file", "pyproject.toml"),
+            *(str(tree / name) for name in ("lctrain", "lctrain_kernels")),
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,

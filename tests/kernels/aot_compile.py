@@ -26,8 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from lctrain.kernels.attention import aot as attention_aot
-from lctrain.kernels.tile.variant import KernelVariant
+from lctrain_kernels import aot as attention_aot
+from lctrain_kernels.tile.variant import KernelVariant
 from tests.kernels.aot_key import variant_key
 
 MATRIX_INSTRUCTIONS = {
@@ -150,7 +150,7 @@ def described(
 ) -> Iterator[KernelVariant]:
     """The variants for a target; groups matter to "hopper" alone."""
     if target == "hopper":
-        from lctrain.kernels.hopper import aot as hopper_aot  # the others need no Gluon
+        from lctrain_kernels import aot_hopper as hopper_aot  # the others need no Gluon
 
         return hopper_aot.kernel_variants(tuple(head_dims), tuple(features), tuple(groups))
     return attention_aot.kernel_variants(target, tuple(head_dims), tuple(features))

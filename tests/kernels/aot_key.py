@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from triton.runtime.jit import DependenciesFinder, JITCallable
 
-from lctrain.kernels.tile.variant import KernelVariant
+from lctrain_kernels.tile.variant import KernelVariant
 
 FORMAT = 1  # of the reports; another one makes every key new
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lctrain.kernels import diff_attn_varlen_func
-from lctrain.kernels.reference.differential import dense_differential
+from lctrain_kernels.differential.reference import dense_differential
 from tests.kernels.oracle import DROPOUT_SEED, cumulative
 from tests.numerics import assert_error_at_most_twice
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lctrain.kernels import dual_chunk_attn_varlen_func, flash_attn_varlen_func
-from lctrain.kernels.reference.attention import dense_attention
-from lctrain.kernels.reference.dual_chunk import dense_dual_chunk_attention
+from lctrain_kernels.dual_chunk.reference import dense_dual_chunk_attention
+from lctrain_kernels.reference.attention import dense_attention
 from tests.numerics import assert_error_at_most_twice
 
 DROPOUT_SEED = -0x1234_5678_9ABC_DEF0  # negative, and both halves of the key in use

@@ -3,13 +3,8 @@
 import pytest
 import torch
 
-from lctrain.kernels import (
-    backend,
-    flash_attn_func,
-    flash_attn_varlen_func,
-    make_schedule,
-    select_backend,
-)
+from lctrain.kernels import flash_attn_func, flash_attn_varlen_func, make_schedule, select_backend
+from lctrain_kernels import backend
 from tests.kernels.oracle import cumulative
 
 CU = cumulative([4, 3], "cpu")

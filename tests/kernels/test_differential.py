@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lctrain.kernels import diff_attn_varlen_func, flash_attn_varlen_func
-from lctrain.kernels.bench.accuracy import error_ratio
+from lctrain_kernels.bench.accuracy import error_ratio
 from tests.kernels.differential_cases import TINY_CASES, V1, V2
 from tests.kernels.differential_oracle import (
     DifferentialCase,

@@ -9,7 +9,7 @@ import dataclasses
 import pytest
 import torch
 
-from lctrain.kernels.reference.philox import dropout_keep
+from lctrain_kernels.reference.philox import dropout_keep
 from tests.kernels.differential_oracle import DifferentialCase, DifferentialInputs, attention
 from tests.kernels.oracle import DROPOUT_SEED, cumulative
 
@@ -117,7 +117,7 @@ def test_document_ids_and_a_seed_tensor_are_the_key(device):
 
 @pytest.mark.parametrize("tile", [(32, 64, 1), (64, 32, 2)], ids=["32x64", "64x32-two_heads"])
 def test_the_masks_do_not_depend_on_tiles(tile, device):
-    from lctrain.kernels.attention.config import TileConfig, override_configs
+    from lctrain_kernels.tile.config import TileConfig, override_configs
 
     block_m, block_n, pack = tile
     by_queries = TileConfig(block_m, block_n, 4, 1, pack=pack)

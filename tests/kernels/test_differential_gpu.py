@@ -89,7 +89,7 @@ def test_no_synchronisation(case, dropout_p, device, no_synchronisation):
 
 def compiled_kernels() -> int:
     """Specialisations in the caches of the differential kernels."""
-    from lctrain.kernels.attention.aot import KERNELS
+    from lctrain_kernels.aot import KERNELS
 
     return sum(
         len(caches[0])

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lctrain.kernels import flash_attn_varlen_func
-from lctrain.kernels.reference.philox import (
+from lctrain_kernels.reference.philox import (
     ROUNDS,
     dropout_keep,
     dropout_threshold,
@@ -65,7 +65,7 @@ def test_document_ids_and_a_seed_tensor_are_the_key(device):
 
 @pytest.mark.parametrize("tile", [(32, 64, 1), (64, 32, 2)], ids=["32x64", "64x32-two_heads"])
 def test_the_mask_does_not_depend_on_tiles(tile, device):
-    from lctrain.kernels.attention.config import TileConfig, override_configs
+    from lctrain_kernels.tile.config import TileConfig, override_configs
 
     block_m, block_n, pack = tile
     by_queries = TileConfig(block_m, block_n, 4, 1, pack=pack)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lctrain.kernels import flash_attn_varlen_func, make_schedule
-from lctrain.kernels.attention.config import TileConfig, override_configs
-from lctrain.kernels.reference.dual_chunk import dense_dual_chunk_attention, rotate
+from lctrain_kernels.dual_chunk.reference import dense_dual_chunk_attention, rotate
+from lctrain_kernels.tile.config import TileConfig, override_configs
 from tests.kernels.cases import GPU_DUAL_CHUNK_PLAIN, TINY_DUAL_CHUNK_CASES
 from tests.kernels.oracle import (
     Case,

@@ -11,10 +11,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lctrain.kernels.hopper.compat import reinterpret, tma_load, tma_store, tma_store_wait
-from lctrain.kernels.hopper.launch import ragged_descriptor
-from lctrain.kernels.hopper.signals import await_signal, signal
-from lctrain.kernels.hopper.step import add_four
+from lctrain_kernels.gluon.compat import reinterpret, tma_load, tma_store, tma_store_wait
+from lctrain_kernels.gluon.launch import ragged_descriptor
+from lctrain_kernels.gluon.signals import await_signal, signal
+from lctrain_kernels.gluon.step import add_four
 from tests.kernels.gluon_emulator import EmulatedKernel
 from tests.kernels.gluon_emulator.machine import Barrier, Deadlock
 

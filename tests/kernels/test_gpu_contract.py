@@ -15,10 +15,10 @@ from lctrain.kernels import (
     select_backend,
     unpad_input,
 )
-from lctrain.kernels.backend import hopper_serves
-from lctrain.kernels.bench.inputs import make_inputs
-from lctrain.kernels.bench.peers import flash_attention_2, lctrain
-from lctrain.kernels.bench.workloads import Workload
+from lctrain_kernels.backend import hopper_serves
+from lctrain_kernels.bench.inputs import make_inputs
+from lctrain_kernels.bench.peers import flash_attention_2, lctrain
+from lctrain_kernels.bench.workloads import Workload
 from tests.kernels.oracle import Case, cumulative, frequencies
 
 pytestmark = pytest.mark.gpu
@@ -107,11 +107,13 @@ def test_unpadding_with_known_counts_does_not_synchronise(device, no_synchronisa
 
 def compiled_kernels() -> int:
     """Specialisations in the caches of the attention kernels."""
-    from lctrain.kernels.attention.aot import KERNELS
+    from lctrain_kernels.aot import KERNELS
 
     hopper = []
     if hopper_serves(torch.device("cuda")):
-        from lctrain.kernels.hopper import differential, dual_chunk, varlen
+        from lctrain_kernels.differential import hopper as differential
+        from lctrain_kernels.dual_chunk import hopper as dual_chunk
+        from lctrain_kernels.varlen import hopper as varlen
 
         hopper = [
             value

@@ -7,8 +7,12 @@ import torch
 from triton.runtime.jit import mangle_type
 
 from lctrain.kernels import make_schedule
-from lctrain.kernels.hopper import aot, differential, dual_chunk, signals, varlen
-from lctrain.kernels.hopper.config import DIFFERENTIAL_COLUMNS
+from lctrain_kernels import aot_hopper as aot
+from lctrain_kernels.differential import hopper as differential
+from lctrain_kernels.dual_chunk import hopper as dual_chunk
+from lctrain_kernels.gluon import signals
+from lctrain_kernels.gluon.config import DIFFERENTIAL_COLUMNS
+from lctrain_kernels.varlen import hopper as varlen
 from tests.kernels.aot_process import BETWEEN, VERSIONS, compiled_reports, on_triton
 
 SHARED_LIMIT = 232_448  # bytes that a program on sm_90 may ask for

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lctrain.kernels import diff_attn_varlen_func
-from lctrain.kernels.hopper import differential
+from lctrain_kernels.differential import hopper as differential
 from tests.kernels.differential_oracle import (
     DifferentialCase,
     DifferentialInputs,

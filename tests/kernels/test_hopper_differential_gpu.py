@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lctrain.kernels import diff_attn_varlen_func, make_schedule
-from lctrain.kernels.hopper import differential
+from lctrain_kernels.differential import hopper as differential
 from tests.kernels.differential_cases import GPU_CASES, V1, V2
 from tests.kernels.differential_oracle import assert_matches_oracle, attention, make_inputs
 from tests.kernels.oracle import DROPOUT_SEED, cumulative, equal_lengths

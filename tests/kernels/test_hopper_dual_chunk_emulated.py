@@ -9,8 +9,8 @@ import dataclasses
 import pytest
 import torch
 
-from lctrain.kernels import dual_chunk as api
-from lctrain.kernels.hopper import dual_chunk
+from lctrain_kernels.dual_chunk import api
+from lctrain_kernels.dual_chunk import hopper as dual_chunk
 from tests.kernels.gluon_emulator import emulate
 from tests.kernels.oracle import (
     DROPOUT_SEED,

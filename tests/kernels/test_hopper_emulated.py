@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lctrain.kernels import make_schedule
-from lctrain.kernels.hopper import config, varlen
+from lctrain_kernels.gluon import config
+from lctrain_kernels.varlen import hopper as varlen
 from tests.kernels.gluon_emulator import emulate
 from tests.kernels.oracle import (
     Case,

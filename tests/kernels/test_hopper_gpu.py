@@ -10,7 +10,7 @@ from lctrain.kernels import (
     flash_attn_varlen_func,
     select_backend,
 )
-from lctrain.kernels.hopper import config
+from lctrain_kernels.gluon import config
 from tests.kernels.cases import GPU_CASES, GPU_DUAL_CHUNK_CASES, GPU_PLAIN
 from tests.kernels.oracle import (
     DROPOUT_SEED,

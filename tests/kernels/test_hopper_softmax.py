@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lctrain.kernels.hopper.softmax import (
+from lctrain_kernels.gluon.softmax import (
     RAISE,
     RAISE_CONSTRAINTS,
     UNSEEN,

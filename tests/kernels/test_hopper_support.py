@@ -6,9 +6,10 @@ import functools
 import pytest
 import torch
 
-from lctrain.kernels import backend, diff_attn_varlen_func, select_backend
-from lctrain.kernels.hopper import support
-from lctrain.kernels.hopper.support import (
+from lctrain.kernels import diff_attn_varlen_func, select_backend
+from lctrain_kernels import backend
+from lctrain_kernels.gluon import support
+from lctrain_kernels.gluon.support import (
     BACKWARD_LIMITS,
     DIFFERENTIAL_BACKWARD_LIMITS,
     DIFFERENTIAL_FORWARD_LIMITS,

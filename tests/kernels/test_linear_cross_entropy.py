@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from lctrain.kernels.linear_cross_entropy import linear_cross_entropy, pick_chunk_tokens
+from lctrain_kernels.cross_entropy.api import linear_cross_entropy, pick_chunk_tokens
 from tests.numerics import assert_error_at_most_twice
 
 TOKENS, HIDDEN, VOCABULARY = 37, 24, 101
@@ -182,7 +182,7 @@ def test_impossible_target_has_infinite_loss_and_finite_gradients(masked) -> Non
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_vocabulary_blocks_do_not_change_the_result(dtype, monkeypatch) -> None:
     inputs = make_inputs(dtype, bias=True)
-    monkeypatch.setattr("lctrain.kernels.linear_cross_entropy_ops.VOCABULARY_BLOCK", 32)
+    monkeypatch.setattr("lctrain_kernels.cross_entropy.operators.VOCABULARY_BLOCK", 32)
     exact = [t if t.dtype == torch.int64 else t.double() for t in inputs]
     plain = loss_and_grads(full_logits_loss, inputs)
     reference = loss_and_grads(full_logits_loss, exact)

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from lctrain.kernels import flash_attn_varlen_func, make_schedule
-from lctrain.kernels.reference.attention import dense_attention, visible_mask
-from lctrain.kernels.varlen_ops import visible_pairs
+from lctrain_kernels.reference.attention import dense_attention, visible_mask
+from lctrain_kernels.varlen.operators import visible_pairs
 from tests.kernels.oracle import Case, cumulative, equal_lengths, make_inputs
 
 CASE = Case(((6, 6), (4, 9)), dtype=torch.float32, dropout_p=0.2, alibi="heads", sink=True)

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lctrain.kernels import flash_attn_varlen_func
-from lctrain.kernels.reference import varlen
-from lctrain.kernels.reference.attention import dense_attention, visible_mask
+from lctrain_kernels.reference.attention import dense_attention, visible_mask
+from lctrain_kernels.varlen import reference as varlen
 from tests.kernels.cases import TINY_CASES
 from tests.kernels.oracle import Case, attention, cumulative, dense, equal_lengths, make_inputs
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lctrain.kernels import TileSchedule, make_schedule
-from lctrain.kernels import schedule as schedule_module
-from lctrain.kernels.schedule import SCHEDULE_ROWS, device_schedule
+from lctrain_kernels import schedule as schedule_module
+from lctrain_kernels.schedule import SCHEDULE_ROWS, device_schedule
 from tests.kernels.oracle import cumulative
 
 PACKS = {

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from lctrain.attention import FlashSpec
-from lctrain.kernels import backend
 from lctrain.models import patch_model
 from lctrain.models.patch import serving_backend
+from lctrain_kernels import backend
 from tests.models.families import FAMILIES, make_documents, make_model, outputs, packed_outputs
 
 

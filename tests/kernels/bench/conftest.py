@@ -2,8 +2,8 @@
 
 import pytest
 
-from lctrain.kernels.bench.record import BenchmarkRecord, Result
-from lctrain.kernels.bench.workloads import Workload
+from lctrain_kernels.bench.record import BenchmarkRecord, Result
+from lctrain_kernels.bench.workloads import Workload
 
 
 @pytest.fixture

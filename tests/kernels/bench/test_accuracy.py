@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lctrain.kernels.bench.accuracy import error_ratio
+from lctrain_kernels.bench.accuracy import error_ratio
 from tests.numerics import assert_error_at_most_twice
 
 

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from lctrain.kernels.bench import differential as bench
-from lctrain.kernels.bench.accuracy import ErrorRatio
-from lctrain.kernels.bench.record import BenchmarkRecord
-from lctrain.kernels.bench.run import new_record
+from lctrain_kernels.bench import differential as bench
+from lctrain_kernels.bench.accuracy import ErrorRatio
+from lctrain_kernels.bench.record import BenchmarkRecord
+from lctrain_kernels.bench.run import new_record
 
 CPU = torch.device("cpu")
 TINY = {

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lctrain.kernels.bench import __main__ as bench
+from lctrain_kernels.bench import __main__ as bench
 from tests.house.typecheck import ROOT
 
 
@@ -38,7 +38,7 @@ def test_names_are_split_at_commas():
 def test_default_file_is_named_after_date_and_device(record):
     path = bench.default_output(record)
     assert path.name == "20261123T080000-gpu-x.json"
-    assert path.parent == ROOT / "kernels" / "bench" / "results"
+    assert path.parent == ROOT / "kernels" / "lctrain_kernels" / "bench" / "results"
 
 
 def test_an_installed_package_writes_where_it_is_run(record, monkeypatch, tmp_path):

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from lctrain.kernels.bench.published_dual_chunk import published_dual_chunk_attn
+from lctrain_kernels.bench.published_dual_chunk import published_dual_chunk_attn
 from tests.kernels.oracle import Case, dense, equal_lengths, frequencies, make_inputs
 
 # A document of one chunk, of two, and of many.

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lctrain.kernels.bench.record import BenchmarkRecord
+from lctrain_kernels.bench.record import BenchmarkRecord
 
 
 def test_a_saved_record_loads_equal(record, tmp_path):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from lctrain.kernels.bench import report
+from lctrain_kernels.bench import report
 from tests.house.typecheck import ROOT
 
 
@@ -93,5 +93,5 @@ def test_the_readme_of_this_repository_is_up_to_date():
     readme = (ROOT / "README.md").read_text()
     written = report.readme_with_tables(readme, report.newest_results())
     assert report.readme_with_sections(written) == readme, (
-        "run: python -m lctrain.kernels.bench.report README.md"
+        "run: python -m lctrain_kernels.bench.report README.md"
     )

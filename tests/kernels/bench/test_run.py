@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from lctrain.kernels.bench import run
-from lctrain.kernels.bench.accuracy import ErrorRatio
-from lctrain.kernels.bench.check import check_ours, scale_down
-from lctrain.kernels.bench.inputs import make_inputs
-from lctrain.kernels.bench.peers import PEERS, Peer, UnsupportedWorkload, installed_version
-from lctrain.kernels.bench.workloads import WORKLOADS
+from lctrain_kernels.bench import run
+from lctrain_kernels.bench.accuracy import ErrorRatio
+from lctrain_kernels.bench.check import check_ours, scale_down
+from lctrain_kernels.bench.inputs import make_inputs
+from lctrain_kernels.bench.peers import PEERS, Peer, UnsupportedWorkload, installed_version
+from lctrain_kernels.bench.workloads import WORKLOADS
 
 CPU = torch.device("cpu")
 

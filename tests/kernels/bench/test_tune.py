@@ -4,15 +4,15 @@ import pytest
 
 pytest.importorskip("triton")
 
-from lctrain.kernels.attention.config import _OVERRIDES
-from lctrain.kernels.bench import tune
-from lctrain.kernels.hopper import signals
-from lctrain.kernels.hopper.config import (
+from lctrain_kernels.bench import tune
+from lctrain_kernels.gluon import signals
+from lctrain_kernels.gluon.config import (
     DIFFERENTIAL_COLUMNS,
     backward_tile,
     differential_backward_tile,
     forward_tile,
 )
+from lctrain_kernels.tile.config import _OVERRIDES
 
 OFFERED = [
     (operation, head_dim, candidate)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lctrain.kernels.bench.workloads import WORKLOADS, Workload, lognormal_lengths
+from lctrain_kernels.bench.workloads import WORKLOADS, Workload, lognormal_lengths
 
 
 def test_mix32k_is_the_published_mix():

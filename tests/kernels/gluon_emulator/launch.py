@@ -9,7 +9,7 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from lctrain.kernels import backend
+from lctrain_kernels import backend
 from tests.kernels.gluon_emulator.machine import Machine, Program
 from tests.kernels.gluon_emulator.memory import Descriptor, Pointer
 from tests.kernels.gluon_emulator.names import REPLACED
@@ -85,7 +85,7 @@ def emulate(monkeypatch: Any, module: types.ModuleType, seed: int = 0) -> None:
 
     Args:
         monkeypatch: pytest's.
-        module: One of lctrain.kernels.hopper with launchers.
+        module: One of lctrain_kernels.gluon with launchers.
         seed: Of the order in which threads and engines go on.
     """
     for name, value in list(vars(module).items()):

@@ -11,7 +11,7 @@ from triton import language as tl
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
-from lctrain.kernels.hopper import compat
+from lctrain_kernels.gluon import compat
 from tests.kernels.gluon_emulator.assembly import run_on_rows
 from tests.kernels.gluon_emulator.machine import (
     Barrier,

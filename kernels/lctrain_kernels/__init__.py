@@ -1,0 +1,27 @@
+"""Attention and its companions on packed documents, usable on their own.
+
+lctrain users import them from `lctrain.kernels`.
+"""
+
+from lctrain_kernels.backend import select_backend
+from lctrain_kernels.cross_entropy.api import linear_cross_entropy
+from lctrain_kernels.differential.api import diff_attn_varlen_func
+from lctrain_kernels.dual_chunk.api import dual_chunk_attn_varlen_func
+from lctrain_kernels.merge import merge_attn_states
+from lctrain_kernels.padding import pad_input, unpad_input
+from lctrain_kernels.schedule import TileSchedule, make_schedule
+from lctrain_kernels.varlen.api import flash_attn_func, flash_attn_varlen_func
+
+__all__ = [
+    "TileSchedule",
+    "diff_attn_varlen_func",
+    "dual_chunk_attn_varlen_func",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "linear_cross_entropy",
+    "make_schedule",
+    "merge_attn_states",
+    "pad_input",
+    "select_backend",
+    "unpad_input",
+]

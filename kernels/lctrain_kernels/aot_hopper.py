@@ -1,0 +1,416 @@
+"""Every Hopper kernel and tile as input for ahead-of-time compilation, without a GPU.
+
+`triton.compile(GluonASTSource(fn=v.kernel, signature=v.signature, constexprs=v.constants,
+attrs=v.attributes), target=GPUTarget("cuda", 90, 32), options=v.options)` compiles a variant as the
+launchers do for aligned tensors. The tests hold the two together.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from triton.runtime.jit import mangle_type
+
+from lctrain_kernels.differential.hopper_bwd import differential_bwd_hopper_kernel
+from lctrain_kernels.differential.hopper_fwd import differential_fwd_hopper_kernel
+from lctrain_kernels.dual_chunk.hopper_bwd import dual_chunk_bwd_hopper_kernel
+from lctrain_kernels.dual_chunk.hopper_fwd import dual_chunk_fwd_hopper_kernel
+from lctrain_kernels.gluon.config import (
+    BLOCK_N_BACKWARD,
+    CONSUMERS,
+    DIFFERENTIAL_COLUMNS,
+    REGISTERS,
+    backward_tile,
+    differential_backward_tile,
+    differential_forward_tile,
+    dual_chunk_backward_tile,
+    dual_chunk_forward_tile,
+    entry_registers,
+    forward_tile,
+    pack_heads,
+)
+from lctrain_kernels.gluon.launch import padded_columns, ragged_descriptor
+from lctrain_kernels.gluon.support import (
+    BACKWARD_LIMITS,
+    DIFFERENTIAL_BACKWARD_LIMITS,
+    DUAL_CHUNK_BACKWARD_LIMITS,
+    Call,
+    DifferentialCall,
+    refusal,
+)
+from lctrain_kernels.tile.chunks import FAR, NEAR, OWN
+from lctrain_kernels.tile.variant import KernelVariant, describe_variant
+from lctrain_kernels.varlen.hopper_bwd import varlen_bwd_hopper_kernel
+from lctrain_kernels.varlen.hopper_fwd import varlen_fwd_hopper_kernel
+
+FEATURES = ("causal", "full", "dropout", "deterministic", "all")
+DUAL_CHUNK_FEATURES = ("causal", "dropout", "all")
+DUAL_CHUNK_WAYS = {NEAR.value: "near", OWN.value: "own", FAR.value: "far"}
+HEADS_KV = 8
+DIFFERENTIAL_PUBLISHED = ((64, 128, False), (128, 128, True))  # D, Dv, one k
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # Triton 3.10 flips the default of fusion
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_TYPES = {
+    **dict.fromkeys(
+        ("lse_ptr", "delta_ptr", "sum_ptr", "sink_ptr", "scale", "softcap", "keep_scale"), "fp32"
+    ),
+    **dict.fromkeys(("cu_q_ptr", "cu_k_ptr", "tiles_ptr", "counter_ptr", "window_ptr"), "i32"),
+    **dict.fromkeys(("num_items", "total_q", "window_left", "window_right"), "i32"),
+    **dict.fromkeys(("document_ids_ptr", "threshold", "stride_t", "stride_h"), "i32"),
+    **dict.fromkeys(("lam_ptr", "lse1_ptr", "lse2_ptr", "stats_ptr"), "fp32"),
+    **dict.fromkeys(("stride_lt", "stride_lh"), "i32"),
+    **dict.fromkeys(("stride_kt", "stride_kh", "stride_vt", "stride_vh"), "i32"),
+    **dict.fromkeys(("stride_dqt", "stride_dqh"), "i32"),
+    **dict.fromkeys(("turns_ptr", "per_head"), "i32"),
+    **dict.fromkeys(("dk_sum_ptr", "dv_sum_ptr"), "fp32"),
+    "seed_ptr": "i64",
+}
+
+
+def forward_variant(
+    head_dim: int, *, features: str = "causal", dtype: str = "bf16", group: int = 4
+) -> KernelVariant:
+    """Describes one compilation of varlen_fwd_hopper_kernel.
+
+    Args:
+        head_dim: D.
+        features: One of FEATURES; "all" adds windows from device memory, softcap, sinks and
+            dropout; "deterministic" differs in the backward.
+        dtype: Triton's name of the tensors' dtype.
+        group: Query heads per key/value head.
+    """
+    columns, pack = padded_columns(head_dim), pack_heads(group)
+    tile = forward_tile(columns, pack, _has_dropout(features))
+    rows = _descriptor(dtype, min(64, tile.consumers * 64 // pack), 64)
+    keys = _descriptor(dtype, tile.block_n, columns)
+    constants = {
+        "GROUP": group,
+        "HEADS": HEADS_KV * group,
+        "PACK": pack,
+        "CONSUMERS": tile.consumers,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_D": columns,
+        "Q_STAGES": tile.q_stages,
+        "STAGES": tile.stages,
+        "MEET_EARLY": tile.meet_early,
+        **_flags(features),
+        "HAS_SINK": features == "all",
+    }
+    types = _types(features, dtype, q_desc=rows, out_desc=rows, k_desc=keys, v_desc=keys)
+    options = OPTIONS | {"maxnreg": entry_registers(tile.consumers)}
+    size = f"{tile.consumers * 64}x{tile.block_n}"
+    label = f"hopper_fwd-D{head_dim}-g{group}-{features}-{dtype}-{size}"
+    spill_free = features == "causal" and columns <= 128
+    return describe_variant(label, varlen_fwd_hopper_kernel, types, constants, options, spill_free)
+
+
+def backward_variant(
+    head_dim: int, *, features: str = "causal", dtype: str = "bf16", group: int = 4
+) -> KernelVariant:
+    """As forward_variant, of varlen_bwd_hopper_kernel; sinks are not its business."""
+    columns = padded_columns(head_dim)
+    deterministic = features == "deterministic"
+    tile = backward_tile(columns, deterministic)
+    queries = _descriptor(dtype, tile.block_m, columns)
+    keys = _descriptor(dtype, BLOCK_N_BACKWARD // 2, columns)
+    dq = _descriptor("fp32", tile.block_m, columns // 2)
+    constants = {
+        "GROUP": group,
+        "HEADS_KV": HEADS_KV,
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": BLOCK_N_BACKWARD,
+        "BLOCK_D": columns,
+        "STAGES": tile.stages,
+        "DETERMINISTIC": deterministic,
+        **_flags(features),
+    }
+    types = _types(features, dtype, q_desc=queries, do_desc=queries, k_desc=keys, v_desc=keys)
+    types["dq_desc"] = dq
+    if tile.reduce_from_registers:
+        types |= dict.fromkeys(("dq_desc", "turns_ptr", "dq_ptr"))
+    options = OPTIONS | {"maxnreg": REGISTERS}
+    size = f"{tile.block_m}x{BLOCK_N_BACKWARD}"
+    label = f"hopper_bwd-D{head_dim}-g{group}-{features}-{dtype}-{size}"
+    return describe_variant(label, varlen_bwd_hopper_kernel, types, constants, options, False)
+
+
+def dual_chunk_forward_variant(
+    head_dim: int, *, features: str = "causal", dtype: str = "bf16", group: int = 4
+) -> KernelVariant:
+    """As forward_variant, of dual_chunk_fwd_hopper_kernel; "all" adds logit_scale to dropout."""
+    columns, pack = padded_columns(head_dim), pack_heads(group)
+    tile = dual_chunk_forward_tile(columns)
+    rows = _descriptor(dtype, min(64, CONSUMERS * 64 // pack), 64)
+    keys = _descriptor(dtype, tile.block_n, columns)
+    constants = {
+        "GROUP": group,
+        "HEADS": HEADS_KV * group,
+        "PACK": pack,
+        "CONSUMERS": CONSUMERS,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_D": columns,
+        "Q_STAGES": tile.q_stages,
+        "STAGES": tile.stages,
+        "HAS_DROPOUT": _has_dropout(features),
+    }
+    types = _types(
+        features, dtype, q_desc=rows, out_desc=rows, k_desc=keys, k_near_desc=keys, v_desc=keys
+    ) | _dual_chunk_types(features)
+    options = OPTIONS | {"maxnreg": REGISTERS}
+    size = f"{CONSUMERS * 64}x{tile.block_n}"
+    label = f"hopper_dual_chunk_fwd-D{head_dim}-g{group}-{features}-{dtype}-{size}"
+    kernel = dual_chunk_fwd_hopper_kernel
+    return describe_variant(label, kernel, types, constants, options, features == "causal")
+
+
+def dual_chunk_backward_variant(
+    head_dim: int,
+    *,
+    features: str = "causal",
+    dtype: str = "bf16",
+    group: int = 4,
+    way: int = OWN.value,
+) -> KernelVariant:
+    """As backward_variant, of one launch of dual_chunk_bwd_hopper_kernel, which has no dropout."""
+    columns = padded_columns(head_dim)
+    tile = dual_chunk_backward_tile(columns)
+    queries = _descriptor(dtype, tile.block_m, columns)
+    keys = _descriptor(dtype, BLOCK_N_BACKWARD // 2, columns)
+    dq = _descriptor("fp32", tile.block_m, columns // 2)
+    constants = {
+        "GROUP": group,
+        "HEADS_KV": HEADS_KV,
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": BLOCK_N_BACKWARD,
+        "BLOCK_D": columns,
+        "STAGES": tile.stages,
+        "WAY": way,
+    }
+    descriptors = dict.fromkeys(("q_desc", "do_desc"), queries)
+    descriptors |= dict.fromkeys(("k_desc", "v_desc"), keys)
+    types = _types(features, dtype, dq_desc=dq, **descriptors) | _dual_chunk_types(features)
+    if way == NEAR.value:
+        types |= dict.fromkeys(("dk_ptr", "dv_ptr"))
+    options = OPTIONS | {"maxnreg": REGISTERS}
+    size = f"{tile.block_m}x{BLOCK_N_BACKWARD}"
+    name = f"hopper_dual_chunk_bwd_{DUAL_CHUNK_WAYS[way]}"
+    label = f"{name}-D{head_dim}-g{group}-{features}-{dtype}-{size}"
+    kernel = dual_chunk_bwd_hopper_kernel
+    return describe_variant(label, kernel, types, constants, options, False)
+
+
+def differential_forward_variant(
+    head_dim: int,
+    value_dim: int,
+    shared_k: bool,
+    *,
+    features: str = "causal",
+    dtype: str = "bf16",
+    group: int = 4,
+) -> KernelVariant:
+    """As forward_variant, of differential_fwd_hopper_kernel, which has no softcap and no sinks.
+
+    Args:
+        head_dim: D.
+        value_dim: Dv.
+        shared_k: Both branches read one k.
+        features: As in forward_variant, like all that follow.
+        dtype: Of the tensors.
+        group: Query heads per key/value head.
+    """
+    columns, value_columns = padded_columns(head_dim), padded_columns(value_dim)
+    pack = pack_heads(group)
+    tile = differential_forward_tile(columns, value_columns, shared_k)
+    rows = _descriptor(dtype, min(64, CONSUMERS * 64 // pack), 64)
+    keys = _descriptor(dtype, tile.block_n, columns)
+    values = _descriptor(dtype, tile.block_n, value_columns)
+    constants = {
+        "GROUP": group,
+        "HEADS": HEADS_KV * group,
+        "PACK": pack,
+        "CONSUMERS": CONSUMERS,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_D": columns,
+        "BLOCK_DV": value_columns,
+        "Q_STAGES": tile.q_stages,
+        "STAGES": tile.stages,
+        "SHARED_K": shared_k,
+        **_flags(features),
+    }
+    types = _types(
+        features,
+        dtype,
+        **dict.fromkeys(("q1_desc", "q2_desc", "out_desc", "out1_desc", "out2_desc"), rows),
+        k1_desc=keys,
+        k2_desc=None if shared_k else keys,
+        v_desc=values,
+    )
+    options = OPTIONS | {"maxnreg": REGISTERS}
+    dims = f"D{head_dim}v{value_dim}-{'one_k' if shared_k else 'two_k'}"
+    label = f"hopper_diff_fwd-{dims}-g{group}-{features}-{dtype}-{CONSUMERS * 64}x{tile.block_n}"
+    kernel = differential_fwd_hopper_kernel
+    # Values of 128 columns leave no room for all arguments; the loop at D = 64 is without spills.
+    spill_free = features == "causal" and value_columns == 64
+    return describe_variant(label, kernel, types, constants, options, spill_free)
+
+
+def differential_backward_variant(
+    head_dim: int,
+    value_dim: int,
+    shared_k: bool,
+    *,
+    features: str = "causal",
+    dtype: str = "bf16",
+    group: int = 4,
+) -> KernelVariant:
+    """As differential_forward_variant, of differential_bwd_hopper_kernel, without dropout."""
+    columns, value_columns = padded_columns(head_dim), padded_columns(value_dim)
+    tile = differential_backward_tile(columns, value_columns, shared_k)
+    queries = _descriptor(dtype, tile.block_m, columns)
+    keys = _descriptor(dtype, BLOCK_N_BACKWARD // 2, columns)
+    dq = _descriptor("fp32", tile.block_m, 64)
+    constants = {
+        "GROUP": group,
+        "HEADS_KV": HEADS_KV,
+        "HEAD_DIM": head_dim,
+        "VALUE_DIM": value_dim,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": BLOCK_N_BACKWARD,
+        "BLOCK_D": columns,
+        "BLOCK_DV": value_columns,
+        "STAGES": tile.stages,
+        "SHARED_K": shared_k,
+        **_flags(features),
+    }
+    types = _types(
+        features,
+        dtype,
+        **dict.fromkeys(("q1_desc", "q2_desc"), queries),
+        do_desc=_descriptor(dtype, tile.block_m, value_columns),
+        k1_desc=keys,
+        k2_desc=None if shared_k else keys,
+        v_desc=_descriptor(dtype, BLOCK_N_BACKWARD // 2, value_columns),
+        **dict.fromkeys(("dq1_desc", "dq2_desc"), dq),
+    )
+    types |= {"dk1_ptr": f"*{dtype}", "dk2_ptr": None if shared_k else f"*{dtype}"}
+    options = OPTIONS | {"maxnreg": REGISTERS}
+    dims = f"D{head_dim}v{value_dim}-{'one_k' if shared_k else 'two_k'}"
+    size = f"{tile.block_m}x{BLOCK_N_BACKWARD}"
+    label = f"hopper_diff_bwd-{dims}-g{group}-{features}-{dtype}-{size}"
+    kernel = differential_bwd_hopper_kernel
+    return describe_variant(label, kernel, types, constants, options, False)
+
+
+def kernel_variants(
+    head_dims: tuple[int, ...] = (64, 96, 128, 256),
+    features: tuple[str, ...] = FEATURES,
+    groups: tuple[int, ...] = (1, 2, 4),
+) -> Iterator[KernelVariant]:
+    """Yields every tile of config.py in bf16, and each plain causal kernel once in fp16.
+
+    Args:
+        head_dims: Head dims to compile; the backward of those that support.py has served.
+        features: Subset of FEATURES. Without "full", differential attention is that of its two
+            published versions.
+        groups: Query heads per key/value head. The forward packs them; to the backward they are
+            the length of a loop, so it takes the last.
+    """
+    for head_dim in head_dims:
+        x = torch.empty((1, 1, head_dim), dtype=torch.bfloat16, device="meta")
+        columns = padded_columns(head_dim)
+        # The forward does not know the head dim, only the columns that hold it.
+        if head_dim == columns or columns not in head_dims:
+            forwards = [name for name in features if name != "deterministic"]
+            for group, name in itertools.product(groups, forwards):
+                yield forward_variant(head_dim, features=name, group=group)
+        for name in features:
+            call = Call(x, x, x, deterministic=name == "deterministic")
+            if refusal(call, BACKWARD_LIMITS) is None:
+                yield backward_variant(head_dim, features=name, group=groups[-1])
+        if refusal(Call(x, x, x), DUAL_CHUNK_BACKWARD_LIMITS) is None:
+            yield from _dual_chunk_variants(head_dim, features, groups, head_dim == columns)
+    if "causal" in features:
+        for describe in (forward_variant, backward_variant):
+            yield describe(head_dims[0], dtype="fp16", group=groups[-1])
+    yield from _differential_variants(head_dims, features, groups[-1])
+
+
+def _differential_variants(
+    head_dims: tuple[int, ...], features: tuple[str, ...], group: int
+) -> Iterator[KernelVariant]:
+    """Those of differential attention."""
+    for dims in DIFFERENTIAL_COLUMNS if "full" in features else DIFFERENTIAL_PUBLISHED:
+        head_dim, value_dim, shared_k = dims
+        if not {head_dim, value_dim} <= set(head_dims):
+            continue
+        k = torch.empty((1, 1, head_dim), dtype=torch.bfloat16, device="meta")
+        v = torch.empty((1, 1, value_dim), dtype=torch.bfloat16, device="meta")
+        call = DifferentialCall(k, k, k, None if shared_k else k, v)
+        for name in features:
+            if name != "deterministic":
+                yield differential_forward_variant(*dims, features=name, group=group)
+            if name in ("causal", "full", "all") and (
+                refusal(call, DIFFERENTIAL_BACKWARD_LIMITS) is None
+            ):
+                yield differential_backward_variant(*dims, features=name, group=group)
+
+
+def _dual_chunk_variants(
+    head_dim: int, features: tuple[str, ...], groups: tuple[int, ...], fills_columns: bool
+) -> Iterator[KernelVariant]:
+    """Those of dual chunk attention with one head dim."""
+    if fills_columns:
+        for group, name in itertools.product(groups, DUAL_CHUNK_FEATURES):
+            if name in features:
+                yield dual_chunk_forward_variant(head_dim, features=name, group=group)
+    for way, name in itertools.product(DUAL_CHUNK_WAYS, DUAL_CHUNK_FEATURES):
+        if name in features and name != "dropout":
+            group = groups[-1]
+            yield dual_chunk_backward_variant(head_dim, features=name, group=group, way=way)
+
+
+def _descriptor(dtype: str, rows: int, columns: int) -> str:
+    """Triton's name of the type of ragged_descriptor's result."""
+    rows_of_heads = torch.empty((1, 1, columns), dtype=_DTYPES[dtype])
+    return mangle_type(ragged_descriptor(rows_of_heads, rows, columns))
+
+
+def _has_dropout(features: str) -> bool:
+    return features in ("dropout", "all")
+
+
+def _flags(features: str) -> dict[str, object]:
+    """The constexprs that both kernels have."""
+    everything = features == "all"
+    return {
+        "HAS_LEFT": everything,
+        "HAS_RIGHT": features != "full",
+        "HAS_SOFTCAP": everything,
+        "HAS_DROPOUT": _has_dropout(features),
+    }
+
+
+def _types(features: str, dtype: str, **descriptors: str | None) -> dict[str, str | None]:
+    """Triton's names of the types of all arguments of both kernels."""
+    types: dict[str, str | None] = {
+        name: f"*{kind}" if name.endswith("_ptr") else kind for name, kind in _TYPES.items()
+    }
+    types |= dict.fromkeys(("dk_ptr", "dv_ptr", "dq_ptr"), f"*{dtype}")
+    if features != "all":
+        types |= dict.fromkeys(("window_ptr", "sink_ptr"))
+    if not _has_dropout(features):
+        types |= dict.fromkeys(("seed_ptr", "document_ids_ptr"))
+    return types | descriptors
+
+
+def _dual_chunk_types(features: str) -> dict[str, str | None]:
+    """Triton's names of the types of what only the kernels of dual chunk attention take."""
+    logit_scale = "*fp32" if features == "all" else None
+    return {
+        **dict.fromkeys(("chunk_length", "near"), "i32"),
+        "logit_scale_ptr": logit_scale,
+        "stats_ptr": "*fp32",
+    }

@@ -1,0 +1,58 @@
+"""The tensors of a workload, shared by every peer."""
+
+from dataclasses import dataclass
+
+import torch
+
+from lctrain_kernels.bench.workloads import Workload
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """Random tensors for one workload.
+
+    Attributes:
+        workload: what they belong to.
+        q: [T, H, D], requires grad.
+        k: [T, Hk, D], requires grad.
+        v: [T, Hk, D], requires grad.
+        grad_out: [T, H, D], the gradient that arrives at the output.
+        cu_seqlens: [N + 1] int32.
+        max_seqlen: length of the longest document.
+    """
+
+    workload: Workload
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    grad_out: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+
+    @property
+    def leaves(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What gets a gradient."""
+        return self.q, self.k, self.v
+
+
+def make_inputs(
+    workload: Workload, device: torch.device | str, dtype: torch.dtype = torch.bfloat16
+) -> AttentionInputs:
+    """Draws standard normal tensors, the same ones on every call."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(heads: int, requires_grad: bool) -> torch.Tensor:
+        shape = (workload.tokens, heads, workload.head_dim)
+        tensor = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        return tensor.requires_grad_(requires_grad)
+
+    boundaries = torch.tensor([0, *workload.lengths]).cumsum(0)
+    return AttentionInputs(
+        workload=workload,
+        q=draw(workload.heads, True),
+        k=draw(workload.heads_kv, True),
+        v=draw(workload.heads_kv, True),
+        grad_out=draw(workload.heads, False),
+        cu_seqlens=boundaries.to(device, torch.int32),
+        max_seqlen=max(workload.lengths),
+    )

@@ -1,0 +1,90 @@
+"""Times one peer on one workload: forward, backward, and the peak memory of both."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from lctrain_kernels.bench.inputs import AttentionInputs
+from lctrain_kernels.bench.peers import Peer
+
+Timer = Callable[[Callable[[], object]], float]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What was measured.
+
+    Attributes:
+        forward_ms: median milliseconds of a forward without a graph.
+        backward_ms: median milliseconds of a backward through one graph.
+        peak_bytes: most memory that a forward and backward held beyond its inputs; None on a CPU.
+        forward_peak_bytes: most memory that a forward without a graph held, likewise.
+    """
+
+    forward_ms: float
+    backward_ms: float
+    peak_bytes: int | None
+    forward_peak_bytes: int | None = None
+
+
+def gpu_timer(milliseconds: int) -> Timer:
+    """Medians over repeats that take about `milliseconds`, with a cold L2 cache before each."""
+    from triton.testing import do_bench
+
+    return lambda call: do_bench(
+        call, warmup=milliseconds // 4, rep=milliseconds, return_mode="median"
+    )
+
+
+def measure(peer: Peer, inputs: AttentionInputs, timer: Timer, repetitions: int = 1) -> Timing:
+    """Measures a peer.
+
+    Args:
+        peer: what is timed.
+        inputs: its tensors.
+        timer: returns the milliseconds of a call.
+        repetitions: how many times forward and backward are timed, in turn; the median counts.
+
+    Raises:
+        UnsupportedWorkload: if the peer cannot serve the workload.
+    """
+    call = peer.prepare(inputs)
+
+    def step() -> None:
+        torch.autograd.grad(call(), inputs.leaves, inputs.grad_out)
+
+    def forward() -> None:
+        with torch.no_grad():
+            call()
+
+    peak_bytes = _peak_bytes(step, inputs.q.device)
+    forward_peak_bytes = _peak_bytes(forward, inputs.q.device)
+    out = call()
+
+    def backward() -> None:
+        torch.autograd.grad(out, inputs.leaves, inputs.grad_out, retain_graph=True)
+
+    times = [(timer(forward), timer(backward)) for _ in range(repetitions)]
+    return Timing(
+        forward_ms=median(forward_ms for forward_ms, _ in times),
+        backward_ms=median(backward_ms for _, backward_ms in times),
+        peak_bytes=peak_bytes,
+        forward_peak_bytes=forward_peak_bytes,
+    )
+
+
+def _peak_bytes(step: Callable[[], None], device: torch.device) -> int | None:
+    """Bytes beyond the inputs at the height of a step that was compiled before."""
+    step()
+    if device.type != "cuda":
+        return None
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before

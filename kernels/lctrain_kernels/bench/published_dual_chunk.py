@@ -1,0 +1,235 @@
+"""Dual chunk attention as it was published: three attentions per chunk, merged by their lse.
+
+ChunkLlama (arXiv 2402.17463) and the systems that followed it call FlashAttention for the keys of a
+query's own chunk, of the chunk before and of all earlier ones, and merge the results by weights
+from their log-sum-exps. The output is that of one softmax. The gradient is not: the weights are
+detached, and FlashAttention has no gradient for its log-sum-exp anyway. A peer of the benchmark,
+and what the recipe trains with to show the difference; not an oracle.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from lctrain_kernels import flash_attn_varlen_func
+from lctrain_kernels.dual_chunk.reference import DualChunkGeometry, rotate
+
+# (q, k, v, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, causal, scale) -> out, lse [H, T]
+Attend = Callable[..., tuple[Tensor, Tensor]]
+
+
+def attend_with_lctrain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """One attention of the three, on lctrain's kernels."""
+    result = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_q,
+        cu_k,
+        longest_q,
+        longest_k,
+        softmax_scale=scale,
+        causal=causal,
+        return_lse=True,
+    )
+    return result[0], result[1]
+
+
+def attend_with_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """FlashAttention-2 in PyTorch."""
+    result = torch.ops.aten._flash_attention_forward(
+        q, k, v, cu_q, cu_k, longest_q, longest_k, 0.0, causal, False, scale=scale
+    )
+    return result[0], result[1]
+
+
+def attend_with_flash_attention_4(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """FlashAttention-4, CuTe DSL."""
+    from flash_attn.cute import flash_attn_varlen_func as flash_attention
+
+    result = flash_attention(
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_q,
+        cu_seqlens_k=cu_k,
+        max_seqlen_q=longest_q,
+        max_seqlen_k=longest_k,
+        softmax_scale=scale,
+        causal=causal,
+        return_lse=True,
+    )
+    return result[0], result[1]
+
+
+def published_dual_chunk_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    inv_freq: Tensor,
+    chunk_size: int,
+    local_size: int,
+    softmax_scale: float | None = None,
+    attend: Attend = attend_with_lctrain,
+    call_per_chunk: bool = False,
+) -> Tensor:
+    """The published formulation over packed documents; reads the lengths, so it synchronises.
+
+    Args:
+        q: [T, H, D], rotated at r(position), as in dual_chunk_attn_varlen_func.
+        k: [T, Hk, D], likewise.
+        v: [T, Hk, D].
+        cu_seqlens: [N + 1] int32.
+        max_seqlen: Kept for the signature.
+        inv_freq: [D/2] float32.
+        chunk_size: S.
+        local_size: L.
+        softmax_scale: Default D^-0.5.
+        attend: The attention that is called.
+        call_per_chunk: Three calls per chunk, as published; otherwise three in all, for which keys
+            that several chunks share are copied.
+
+    Returns:
+        out [T, H, D]. Its gradients are the published ones.
+    """
+    geometry = DualChunkGeometry(chunk_size, local_size)
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+    if q.shape[0] == 0:
+        return q + (k.sum() + v.sum())  # without tokens; of all three, for autograd
+    bounds = cu_seqlens.tolist()
+    if call_per_chunk:
+        return _per_chunk(q, k, v, bounds, geometry, inv_freq, attend, scale)
+    chunks = list(_chunks(bounds, geometry.length))
+    place = torch.cat([torch.arange(end - own, device=q.device) for _, _, own, end in chunks])
+    outs, lses = [], []
+    for way in range(3):
+        rows, keys, lengths_q, lengths_k = [], [], [], []
+        for begin, before, own, end in chunks:
+            first, last = ((own, end), (before, own), (begin, before))[way]
+            if first < last:
+                rows.append(torch.arange(own, end, device=q.device))
+                keys.append(torch.arange(first, last, device=q.device))
+                lengths_q.append(end - own)
+                lengths_k.append(last - first)
+        if not rows:
+            continue
+        row, key = torch.cat(rows), torch.cat(keys)
+        out, lse = attend(
+            _turned(q[row], place[row], way, geometry, inv_freq),
+            k[key],
+            v[key],
+            _cumulative(lengths_q, q.device),
+            _cumulative(lengths_k, q.device),
+            max(lengths_q),
+            max(lengths_k),
+            way == 0,
+            scale,
+        )
+        outs.append(torch.zeros_like(q).index_copy(0, row, out))
+        blind = lse.new_full((q.shape[1], q.shape[0]), float("-inf"))
+        lses.append(blind.index_copy(1, row, lse.detach()))
+    return _merge(outs, lses)
+
+
+def _per_chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: list[int],
+    geometry: DualChunkGeometry,
+    inv_freq: Tensor,
+    attend: Attend,
+    scale: float,
+) -> Tensor:
+    merged = []
+    place = torch.arange(geometry.length, device=q.device)
+    for begin, before, own, end in _chunks(bounds, geometry.length):
+        outs, lses = [], []
+        for way, (first, last) in enumerate(((own, end), (before, own), (begin, before))):
+            if first < last:
+                out, lse = attend(
+                    _turned(q[own:end], place[: end - own], way, geometry, inv_freq),
+                    k[first:last],
+                    v[first:last],
+                    _cumulative([end - own], q.device),
+                    _cumulative([last - first], q.device),
+                    end - own,
+                    last - first,
+                    way == 0,
+                    scale,
+                )
+                outs.append(out)
+                lses.append(lse.detach())
+        merged.append(_merge(outs, lses))
+    return torch.cat(merged)
+
+
+def _chunks(bounds: list[int], length: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yields (document's begin, begin of the chunk before, own begin, own end) of every chunk."""
+    for begin, stop in pairwise(bounds):
+        for own in range(begin, stop, length):
+            yield begin, max(begin, own - length), own, min(own + length, stop)
+
+
+def _turned(
+    q: Tensor, place: Tensor, way: int, geometry: DualChunkGeometry, inv_freq: Tensor
+) -> Tensor:
+    """[M, H, D] as they meet keys of the own chunk, the one before, or earlier ones."""
+    if way == 0:
+        return q
+    far = geometry.far_position - place
+    near = torch.full_like(place, geometry.length)
+    delta = torch.where(place < geometry.near, near, far) if way == 1 else far
+    state = torch.promote_types(q.dtype, torch.float32)
+    turned = rotate(q.transpose(0, 1).to(state), delta, inv_freq)
+    return turned.transpose(0, 1).to(q.dtype)
+
+
+def _merge(outs: list[Tensor], lses: list[Tensor]) -> Tensor:
+    """Weights in the outputs' dtype, without a gradient: as published."""
+    if len(outs) == 1:
+        return outs[0]
+    shares = torch.softmax(torch.stack(lses), dim=0).to(outs[0].dtype)  # [ways, H, T]
+    total = outs[0] * shares[0].T[..., None]
+    for share, out in zip(shares[1:], outs[1:], strict=True):
+        total = total + out * share.T[..., None]
+    return total
+
+
+def _cumulative(lengths: list[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)

@@ -1,0 +1,218 @@
+"""Tables of a benchmark record: for the terminal, and for the README.
+
+    python -m lctrain_kernels.bench.report README.md [RESULT.json ...]
+
+writes the README's table anew from the results, by default the newest file of each device, and
+those of dual chunk and differential attention from the folders of their names.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from lctrain_kernels.bench.peers import OURS, PEERS
+from lctrain_kernels.bench.record import BenchmarkRecord, Result
+from lctrain_kernels.bench.workloads import WORKLOADS
+
+RESULTS = Path(__file__).parent / "results"
+BEGIN = "<!-- benchmark tables: begin (python -m lctrain_kernels.bench.report README.md) -->"
+END = "<!-- benchmark tables: end -->"
+NOTHING_MEASURED = "No measurement has been recorded yet.\n"
+# Sections of the README beside the main one, each with a folder of results.
+SECTIONS = ("dual_chunk", "differential")
+
+
+def terminal_table(record: BenchmarkRecord, workload: str) -> str:
+    """What the terminal shows of one workload: times, speeds, memory, and ours over each peer."""
+    lines = [f"{workload}: {WORKLOADS[workload].describe()}"]
+    ours = record.find(workload, OURS)
+    for result in record.results:
+        if result.workload != workload:
+            continue
+        title = PEERS[result.peer].title
+        if result.status != "ok":
+            lines.append(f"  {title:26s} {result.status.replace('_', ' ')}: {result.reason}")
+            continue
+        line = (
+            f"  {title:26s}"
+            f" forward {result.forward_ms:9.3f} ms {result.forward_tflops:6.1f} TFLOP/s"
+            f"   backward {result.backward_ms:9.3f} ms {result.backward_tflops:6.1f} TFLOP/s"
+        )
+        if result.peak_bytes is not None:
+            line += f"   {result.peak_bytes / 2**30:6.2f} GiB"
+        if ours is not None and result.peer != OURS:
+            forward, backward = speedups(ours, result)
+            line += f"   ours is {forward:.2f}x / {backward:.2f}x"
+        if result.error_ratios:
+            worst = max(result.error_ratios.values())
+            line += f"   error at most {worst:.2f}x plain PyTorch's"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def speedups(ours: Result, peer: Result) -> tuple[float, float]:
+    """How many times faster ours is, forward and backward."""
+    assert ours.forward_ms
+    assert ours.backward_ms
+    assert peer.forward_ms
+    assert peer.backward_ms
+    return peer.forward_ms / ours.forward_ms, peer.backward_ms / ours.backward_ms
+
+
+def markdown_tables(record: BenchmarkRecord) -> str:
+    """The README's tables of one run: TFLOP/s, ours over each peer, and peak memory."""
+    workloads = [name for name in WORKLOADS if record.find(name, OURS)]
+    rivals = [name for name in PEERS if any(record.find(w, name) for w in workloads)]
+    versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+    dtype = record.settings["dtype"]
+    text = (
+        f"One {record.device}, {record.date[:10]}, {dtype}, one process, medians; {versions}.\n\n"
+        "Forward / backward TFLOP/s:\n\n"
+    )
+
+    def speed(name: str, workload: str) -> str:
+        result = record.find(workload, name)
+        if result is None:
+            return "-"
+        return f"{result.forward_tflops:.0f} / {result.backward_tflops:.0f}"
+
+    def ratio(name: str, workload: str) -> str:
+        ours, peer = record.find(workload, OURS), record.find(workload, name)
+        if ours is None or peer is None:
+            return "-"
+        return "{:.2f} / {:.2f}".format(*speedups(ours, peer))
+
+    def memory(name: str, workload: str) -> str:
+        result = record.find(workload, name)
+        if result is None or result.peak_bytes is None:
+            return "-"
+        return f"{result.peak_bytes / 2**30:.2f}"
+
+    others = [name for name in rivals if name != OURS]
+    text += _table(workloads, rivals, speed)
+    if others:
+        text += "\nHow many times faster lctrain is than each peer, forward / backward:\n\n"
+        text += _table(workloads, others, ratio)
+    text += "\nPeak memory of a forward and backward beyond its inputs, GiB:\n\n"
+    return text + _table(workloads, rivals, memory)
+
+
+def time_tables(record: BenchmarkRecord) -> str:
+    """The tables of a run that names its peers itself (settings["titles"]), the first one ours."""
+    titles = record.settings["titles"]
+    ours, *others = titles
+    workloads = list(record.workloads)
+    versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+
+    def time(name: str, workload: str) -> str:
+        result = record.find(workload, name)
+        if result is None:
+            return "-"
+        return f"{result.forward_ms:.2f} / {result.backward_ms:.2f}"
+
+    def ratio(name: str, workload: str) -> str:
+        mine, peer = record.find(workload, ours), record.find(workload, name)
+        if mine is None or peer is None:
+            return "-"
+        return "{:.2f} / {:.2f}".format(*speedups(mine, peer))
+
+    def memory(name: str, workload: str) -> str:
+        result = record.find(workload, name)
+        if result is None or result.peak_bytes is None or result.forward_peak_bytes is None:
+            return "-"
+        return f"{result.forward_peak_bytes / 2**30:.2f} / {result.peak_bytes / 2**30:.2f}"
+
+    text = (
+        f"One {record.device}, {record.date[:10]}, {record.settings['dtype']}, one process, "
+        f"medians; {versions}.\n\nMilliseconds, forward / backward:\n\n"
+    )
+    text += _table(workloads, list(titles), time, titles)
+    text += f"\nHow many times faster {titles[ours]} is, forward / backward:\n\n"
+    text += _table(workloads, others, ratio, titles)
+    if any(memory(name, w) != "-" for name in titles for w in workloads):
+        text += "\nPeak memory beyond the inputs, GiB, forward / forward and backward:\n\n"
+        text += _table(workloads, list(titles), memory, titles)
+    return text
+
+
+def _table(
+    workloads: Sequence[str],
+    names: Sequence[str],
+    cell: Callable[[str, str], str],
+    titles: Mapping[str, str] | None = None,
+) -> str:
+    """A markdown table, one row per peer; workloads without any figure are left out."""
+    titles = {name: peer.title for name, peer in PEERS.items()} if titles is None else titles
+    shown = [w for w in workloads if any(cell(name, w) != "-" for name in names)]
+    rows = [
+        "| | " + " | ".join(shown) + " |",
+        "|---|" + "---|" * len(shown),
+        *(
+            f"| {titles[name]} | " + " | ".join(cell(name, w) for w in shown) + " |"
+            for name in names
+        ),
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def newest_results(folder: Path = RESULTS) -> list[Path]:
+    """The newest result file of each device, by the date inside."""
+    newest: dict[str, tuple[str, Path]] = {}
+    for path in sorted(folder.glob("*.json")):
+        record = BenchmarkRecord.load(path)
+        newest[record.device] = max(newest.get(record.device, ("", path)), (record.date, path))
+    return [path for _, path in sorted(newest.values(), reverse=True)]
+
+
+def readme_with_tables(readme: str, results: Sequence[Path]) -> str:
+    """Returns the README's text with what lies between the markers written anew.
+
+    Raises:
+        ValueError: if the text lacks the markers.
+    """
+    return _between(readme, BEGIN, END, results, markdown_tables)
+
+
+def readme_with_sections(readme: str, folder: Path = RESULTS) -> str:
+    """Returns the README's text with the tables of SECTIONS written anew, where it has them."""
+    for section in SECTIONS:
+        begin, end = (f"<!-- {section} tables: {edge} -->" for edge in ("begin", "end"))
+        if begin in readme:
+            readme = _between(readme, begin, end, newest_results(folder / section), time_tables)
+    return readme
+
+
+def _between(
+    readme: str,
+    begin: str,
+    end: str,
+    results: Sequence[Path],
+    render: Callable[[BenchmarkRecord], str],
+) -> str:
+    before, has_begin, rest = readme.partition(begin)
+    _, has_end, after = rest.partition(end)
+    if not has_begin or not has_end:
+        raise ValueError(f"README must hold the lines {begin!r} and {end!r}. Add them.")
+    tables = [render(BenchmarkRecord.load(path)) for path in results]
+    return f"{before}{begin}\n\n{(chr(10).join(tables) or NOTHING_MEASURED)}\n{end}{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rewrites the tables of a README."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lctrain_kernels.bench.report", description=main.__doc__
+    )
+    parser.add_argument("readme", type=Path)
+    parser.add_argument("results", type=Path, nargs="*")
+    options = parser.parse_args(arguments)
+    results = options.results or newest_results()
+    text = options.readme.read_text()
+    try:
+        options.readme.write_text(readme_with_sections(readme_with_tables(text, results)))
+    except ValueError as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

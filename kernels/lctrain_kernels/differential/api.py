@@ -1,0 +1,140 @@
+"""diff_attn_varlen_func: the difference of two attentions over one value, in one launch."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lctrain_kernels import checks
+from lctrain_kernels.backend import select_backend
+from lctrain_kernels.differential import checks as checks_differential
+from lctrain_kernels.differential import operators as _differential_ops  # noqa: F401  (the operators)
+from lctrain_kernels.layout import unit_stride
+from lctrain_kernels.padding import pad_head_dim
+from lctrain_kernels.schedule import TileSchedule
+from lctrain_kernels.seed import resolve_seed
+from lctrain_kernels.window import resolve_window
+
+
+def diff_attn_varlen_func(
+    q1: Tensor,
+    q2: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    window_size: Sequence[int] | Tensor = (-1, -1),
+    return_lse: bool = False,
+    dropout_seed: int | Tensor | None = None,
+    document_ids: Tensor | None = None,
+    schedule: TileSchedule | None = None,
+    backend: str = "auto",
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Differential attention over packed documents: softmax(q1 k1') v - lam softmax(q2 k2') v.
+
+    "Differential Transformer" (arXiv 2410.05258) and its second version (microsoft/unilm, 2026).
+    A head is a pair of branches. Version 1 has a k per branch and a value of 2 D; version 2 has
+    one k and a value of D, and q1 = q[:, 0::2], q2 = q[:, 1::2]. The norm of version 1 is left to
+    the caller. Masks align at the bottom right; a query that sees no key has out = 0, lse = -inf
+    and zero gradients. Documents of length zero are legal.
+
+    Args:
+        q1: [T, H, D] float16 or bfloat16, any strides with last stride 1, D at most 128. float32
+            and float64 are served by the PyTorch path.
+        q2: [T, H, D].
+        k1: [Tk, Hk, D]; head h reads head h // (H / Hk).
+        k2: [Tk, Hk, D]. The same object as k1 (version 2) is loaded once.
+        v: [Tk, Hk, Dv], Dv = D or 2 D.
+        lam: Floating, a scalar, [H] or [T, H]; has a gradient of its own shape, summed in float32.
+        cu_seqlens: [N + 1] int32, cumulative lengths from 0 to T.
+        max_seqlen: Longest document, a Python int.
+        dropout_p: Probability of dropping a weight, in each branch by a mask of its own (that of
+            query head 2 h + branch), applied exactly as round(p * 65536) / 65536.
+        softmax_scale: Factor of q.k; default D^-0.5.
+        causal: Query i sees keys up to its own position.
+        window_size: (left, right) keys around the own position, -1 unbounded; two ints or an int32
+            device tensor [2].
+        return_lse: Return (out, lse1, lse2).
+        dropout_seed: An int or one int64 element on q1's device. Default: drawn from torch's
+            generator of that device.
+        document_ids: [N] int32, the documents' part of the dropout key. Default: the index in the
+            pack.
+        schedule: From make_schedule, on q1's device. Default: built on the device, once per
+            cu_seqlens tensor.
+        backend: "auto", "hopper", "triton" or "pytorch". A named one never falls back; "auto" takes
+            "hopper" on a Hopper GPU, except for what its kernels cannot do
+            (`lctrain_kernels.gluon.support`).
+        cu_seqlens_k: [N + 1] int32, where keys are more than queries (a filled cache): queries are
+            then the last ones of their document. Default cu_seqlens.
+        max_seqlen_k: Most keys of a document; default max_seqlen.
+
+    Returns:
+        out [T, H, Dv] in q1's dtype; with return_lse also lse1 and lse2 [H, T] float32, natural
+        logarithms, before dropout, differentiable.
+
+    Raises:
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if shapes, devices or values do not fit; the message names the remedy.
+    """
+    cu_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    checks_differential.check_branches(q1, q2, k1, k2, v)
+    checks_differential.check_lam(lam, q1.shape[0], q1.shape[1], q1.device)
+    checks.check_documents(cu_seqlens, cu_k, q1.shape[0], k1.shape[0], q1.device)
+    checks.check_max_seqlen("max_seqlen", max_seqlen)
+    if max_seqlen_k is not None:
+        checks.check_max_seqlen("max_seqlen_k", max_seqlen_k)
+    checks.check_dropout(dropout_p, dropout_seed)
+    checks.check_window(window_size, q1.device)
+    checks.check_softcap_and_scale(0.0, softmax_scale)
+    documents = cu_seqlens.shape[0] - 1
+    checks.check_optional_tensors(documents, q1.shape[1], q1.device, None, None, document_ids)
+    if schedule is not None:
+        checks.check_schedule(schedule, documents, q1.shape[0], k1.shape[0], q1.device)
+    named = backend
+    backend = select_backend(q1.device, q1.dtype, named)
+    head_dim, value_dim = q1.shape[2], v.shape[2]
+    window, left, right = resolve_window(window_size, causal)
+    cu_q, cu_k, window, document_ids = unit_stride(cu_seqlens, cu_k, window, document_ids)
+    state = torch.promote_types(q1.dtype, torch.float32)
+    branches = (
+        pad_head_dim(q1),
+        pad_head_dim(q2),
+        pad_head_dim(k1),
+        None if k2 is k1 else pad_head_dim(k2),
+        pad_head_dim(v),
+    )
+    if named == "hopper":
+        from lctrain_kernels.gluon import support
+
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        call = support.DifferentialCall(*branches, None, deterministic, dropout_p > 0)
+        limits = support.DIFFERENTIAL_FORWARD_LIMITS, support.DIFFERENTIAL_BACKWARD_LIMITS
+        support.require(call, *limits, call.inputs)
+    out, _, _, lse1, lse2 = torch.ops.lctrain.differential_forward(
+        *branches,
+        # A view: where lam is not per token, its stride along T is 0, and autograd sums.
+        lam.to(state).expand(q1.shape[0], q1.shape[1]),
+        cu_q,
+        cu_k,
+        None if schedule is None else schedule.q_tiles,
+        None if schedule is None else schedule.k_tiles,
+        head_dim**-0.5 if softmax_scale is None else float(softmax_scale),
+        left,
+        right,
+        window,
+        float(dropout_p),
+        resolve_seed(dropout_p, dropout_seed, q1.device),
+        document_ids,
+        backend,
+    )
+    if out.shape[2] != value_dim:
+        out = out[..., :value_dim]
+    return (out, lse1, lse2) if return_lse else out

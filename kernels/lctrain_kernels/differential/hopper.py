@@ -1,0 +1,336 @@
+"""Launches the Hopper kernels of differential attention."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lctrain_kernels.differential.hopper_bwd import differential_bwd_hopper_kernel
+from lctrain_kernels.differential.hopper_fwd import differential_fwd_hopper_kernel
+from lctrain_kernels.gluon.config import (
+    BLOCK_N_BACKWARD,
+    CONSUMERS,
+    REGISTERS,
+    differential_backward_tile,
+    differential_forward_tile,
+    pack_heads,
+)
+from lctrain_kernels.gluon.launch import multiprocessors, padded_columns, ragged_descriptor
+from lctrain_kernels.schedule import SCHEDULE_ROWS
+from lctrain_kernels.tile.arguments import dropout_arguments, window_arguments
+from lctrain_kernels.tile.logits import LOG2_E
+
+_LOG2_E = tl.constexpr(LOG2_E)
+_SMALLEST_LAM = tl.constexpr(2.0**-60)
+
+
+def differential_fwd(
+    q1: Tensor,
+    q2: Tensor,
+    k1: Tensor,
+    k2: Tensor | None,
+    v: Tensor,
+    lam: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    q_tiles: Tensor,
+    *,
+    softmax_scale: float,
+    window: tuple[int, int] | Tensor,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    document_ids: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launches the forward kernel; arguments and results as the portable differential_fwd.
+
+    Raises nothing of its own: support.py says beforehand what these kernels cannot do.
+    """
+    total_q, heads, head_dim = q1.shape
+    heads_kv, value_dim = v.shape[1:]
+    group = heads // heads_kv
+    out = torch.empty((total_q, heads, value_dim), dtype=q1.dtype, device=q1.device)
+    out1, out2 = torch.empty_like(out), torch.empty_like(out)
+    lse1 = torch.empty((heads, total_q), dtype=torch.float32, device=q1.device)
+    lse2 = torch.empty_like(lse1)
+    pack = pack_heads(group)
+    columns, value_columns = padded_columns(head_dim), padded_columns(value_dim)
+    tile = differential_forward_tile(columns, value_columns, k2 is None)
+    positions = CONSUMERS * 64 // pack
+    items = q_tiles.shape[0] * (SCHEDULE_ROWS // positions) * (heads // pack)
+    if items == 0:
+        return out, out1, out2, lse1, lse2
+    run = min(64, positions)
+    window_ptr, left, right, has_left, has_right = window_arguments(window)
+    threshold, scale_kept = dropout_arguments(dropout_p)
+    differential_fwd_hopper_kernel[(min(items, multiprocessors(q1.device)),)](
+        ragged_descriptor(q1, run, 64),
+        ragged_descriptor(q2, run, 64),
+        ragged_descriptor(k1, tile.block_n, columns),
+        None if k2 is None else ragged_descriptor(k2, tile.block_n, columns),
+        ragged_descriptor(v, tile.block_n, value_columns),
+        ragged_descriptor(out, run, 64),
+        ragged_descriptor(out1, run, 64),
+        ragged_descriptor(out2, run, 64),
+        lam,
+        lse1,
+        lse2,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        q_tiles,
+        torch.zeros(1, dtype=torch.int32, device=q1.device),
+        window_ptr,
+        dropout_seed,
+        document_ids,
+        *lam.stride(),
+        items,
+        total_q,
+        left,
+        right,
+        softmax_scale,
+        threshold,
+        scale_kept,
+        GROUP=group,
+        HEADS=heads,
+        PACK=pack,
+        CONSUMERS=CONSUMERS,
+        BLOCK_N=tile.block_n,
+        BLOCK_D=columns,
+        BLOCK_DV=value_columns,
+        Q_STAGES=tile.q_stages,
+        STAGES=tile.stages,
+        SHARED_K=k2 is None,
+        HAS_LEFT=has_left,
+        HAS_RIGHT=has_right,
+        HAS_DROPOUT=dropout_p > 0,
+        num_warps=4,
+        maxnreg=REGISTERS,
+        enable_fp_fusion=True,
+    )
+    return out, out1, out2, lse1, lse2
+
+
+@triton.jit(do_not_specialize=["stride_lt", "stride_lh", "total_q"])
+def _prepare_kernel(
+    out1_ptr,
+    out2_ptr,
+    dout_ptr,
+    lam_ptr,
+    lse1_ptr,
+    lse2_ptr,
+    dlse1_ptr,
+    dlse2_ptr,
+    dq1_ptr,
+    dq2_ptr,
+    dlam_ptr,
+    stats_ptr,
+    stride_ot,
+    stride_oh,
+    stride_dot,
+    stride_doh,
+    stride_lt,
+    stride_lh,
+    total_q,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """dlam, what the backward kernel reads per query, and zeroed float32 dq1 and dq2.
+
+    stats [4, H, T] float32: lse1 and lse2 in base 2, e1 = D1 - dlse1 and e2 = D2 + dlse2 / lam,
+    with D_b = rowsum(dout * A_b v). So that lam p2 is one exponential, log2 |lam| is taken off
+    lse2, and the last bit of e2 is set where lam is negative. A lam below 2^-60 counts as that.
+
+    Grid: (blocks of ROWS tokens, heads).
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1)
+    column = tl.arange(0, BLOCK_D)
+    value_column = tl.arange(0, BLOCK_DV)
+    inside = row < total_q
+    token = row.to(tl.int64)
+    value_mask = inside[:, None] & (value_column < VALUE_DIM)[None, :]
+    out_place = (token * stride_ot + head * stride_oh)[:, None] + value_column[None, :]
+    dout_place = (token * stride_dot + head * stride_doh)[:, None] + value_column[None, :]
+    dout = tl.load(dout_ptr + dout_place, value_mask, 0.0).to(tl.float32)
+    e1 = tl.sum(tl.load(out1_ptr + out_place, value_mask, 0.0).to(tl.float32) * dout, 1)
+    e2 = tl.sum(tl.load(out2_ptr + out_place, value_mask, 0.0).to(tl.float32) * dout, 1)
+    place = head.to(tl.int64) * total_q + token
+    tl.store(dlam_ptr + place, -e2, inside)
+    lam = tl.load(lam_ptr + token * stride_lt + head.to(tl.int64) * stride_lh, inside, 1.0)
+    size = tl.maximum(tl.abs(lam), _SMALLEST_LAM)
+    if dlse1_ptr is not None:
+        e1 -= tl.load(dlse1_ptr + place, inside, 0.0)
+    if dlse2_ptr is not None:
+        dlse2 = tl.load(dlse2_ptr + place, inside, 0.0)
+        e2 += tl.where(lam < 0, -dlse2, dlse2) / size
+    bits = (e2.to(tl.int32, bitcast=True) & -2) | (lam < 0).to(tl.int32)
+    lse1 = tl.load(lse1_ptr + place, inside, 0.0)
+    lse2 = tl.load(lse2_ptr + place, inside, 0.0)
+    # A row that saw nothing has no weights: 2^(x - inf) = 0.
+    lse1 = tl.where(lse1 == float("-inf"), float("inf"), lse1 * _LOG2_E)
+    lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2 * _LOG2_E - tl.log2(size))
+    stats = stats_ptr + place
+    width = HEADS * total_q.to(tl.int64)
+    tl.store(stats, lse1, inside)
+    tl.store(stats + width, lse2, inside)
+    tl.store(stats + 2 * width, e1, inside)
+    tl.store(stats + 3 * width, bits.to(tl.float32, bitcast=True), inside)
+    dq = (token * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
+    mask = inside[:, None] & (column < HEAD_DIM)[None, :]
+    tl.store(dq1_ptr + dq, tl.zeros([ROWS, BLOCK_D], tl.float32), mask)
+    tl.store(dq2_ptr + dq, tl.zeros([ROWS, BLOCK_D], tl.float32), mask)
+
+
+@triton.jit(do_not_specialize=["total_q"])
+def _scale_kernel(
+    sum1_ptr,
+    sum2_ptr,
+    dq1_ptr,
+    dq2_ptr,
+    total_q,
+    scale,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """dq = scale * sum of both branches, in dq's dtype. Grid: (blocks of ROWS tokens, heads)."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_D)
+    mask = (row < total_q)[:, None] & (column < HEAD_DIM)[None, :]
+    place = (row.to(tl.int64) * HEADS + tl.program_id(1))[:, None] * HEAD_DIM + column[None, :]
+    dq1 = tl.load(sum1_ptr + place, mask, 0.0) * scale
+    dq2 = tl.load(sum2_ptr + place, mask, 0.0) * scale
+    tl.store(dq1_ptr + place, dq1.to(dq1_ptr.dtype.element_ty), mask)
+    tl.store(dq2_ptr + place, dq2.to(dq2_ptr.dtype.element_ty), mask)
+
+
+def differential_bwd(
+    dout: Tensor,
+    dlse1: Tensor | None,
+    dlse2: Tensor | None,
+    q1: Tensor,
+    q2: Tensor,
+    k1: Tensor,
+    k2: Tensor | None,
+    v: Tensor,
+    lam: Tensor,
+    out1: Tensor,
+    out2: Tensor,
+    lse1: Tensor,
+    lse2: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    k_tiles: Tensor,
+    *,
+    softmax_scale: float,
+    window: tuple[int, int] | Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launches the backward; arguments and results as the portable differential_bwd, no dropout.
+
+    dq1 and dq2 are added up in float32 in the order in which programs come, so their last bits
+    differ from run to run; those of the others do not.
+    """
+    total_q, heads, head_dim = q1.shape
+    heads_kv, value_dim = v.shape[1:]
+    device = q1.device
+    dout = dout if dout.stride(2) == 1 else dout.contiguous()
+    dlse1 = None if dlse1 is None else dlse1.contiguous()
+    dlse2 = None if dlse2 is None else dlse2.contiguous()
+    dq1 = torch.empty(q1.shape, dtype=q1.dtype, device=device)
+    dq2 = torch.empty_like(dq1)
+    dk1 = torch.empty(k1.shape, dtype=k1.dtype, device=device)
+    dk2 = torch.empty(0 if k2 is None else k2.shape, dtype=k1.dtype, device=device)
+    dv = torch.empty(v.shape, dtype=v.dtype, device=device)
+    dlam = torch.empty((heads, total_q), dtype=torch.float32, device=device)
+    if total_q == 0:
+        return dq1, dq2, dk1.zero_(), dk2.zero_(), dv.zero_(), dlam
+    stats = torch.empty((4, heads, total_q), dtype=torch.float32, device=device)
+    sums = torch.empty((2, total_q, heads, head_dim), dtype=torch.float32, device=device)
+    columns, value_columns = padded_columns(head_dim), padded_columns(value_dim)
+    rows = 64
+    _prepare_kernel[(triton.cdiv(total_q, rows), heads)](
+        out1,
+        out2,
+        dout,
+        lam,
+        lse1,
+        lse2,
+        dlse1,
+        dlse2,
+        sums[0],
+        sums[1],
+        dlam,
+        stats,
+        *out1.stride()[:2],
+        *dout.stride()[:2],
+        *lam.stride(),
+        total_q,
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        BLOCK_D=columns,
+        VALUE_DIM=value_dim,
+        BLOCK_DV=value_columns,
+        ROWS=rows,
+        num_warps=8,
+        enable_fp_fusion=True,
+    )
+    window_ptr, left, right, has_left, has_right = window_arguments(window)
+    tile = differential_backward_tile(columns, value_columns, k2 is None)
+    differential_bwd_hopper_kernel[(heads_kv * k_tiles.shape[0],)](
+        ragged_descriptor(q1, tile.block_m, columns),
+        ragged_descriptor(q2, tile.block_m, columns),
+        ragged_descriptor(dout, tile.block_m, value_columns),
+        ragged_descriptor(k1, BLOCK_N_BACKWARD // 2, columns),
+        None if k2 is None else ragged_descriptor(k2, BLOCK_N_BACKWARD // 2, columns),
+        ragged_descriptor(v, BLOCK_N_BACKWARD // 2, value_columns),
+        ragged_descriptor(sums[0], tile.block_m, 64),
+        ragged_descriptor(sums[1], tile.block_m, 64),
+        stats,
+        dk1,
+        None if k2 is None else dk2,
+        dv,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        k_tiles,
+        window_ptr,
+        *dk1.stride()[:2],
+        *dv.stride()[:2],
+        total_q,
+        left,
+        right,
+        softmax_scale,
+        GROUP=heads // heads_kv,
+        HEADS_KV=heads_kv,
+        HEAD_DIM=head_dim,
+        VALUE_DIM=value_dim,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=BLOCK_N_BACKWARD,
+        BLOCK_D=columns,
+        BLOCK_DV=value_columns,
+        STAGES=tile.stages,
+        SHARED_K=k2 is None,
+        HAS_LEFT=has_left,
+        HAS_RIGHT=has_right,
+        num_warps=4,
+        maxnreg=REGISTERS,
+        enable_fp_fusion=True,
+    )
+    _scale_kernel[(triton.cdiv(total_q, rows), heads)](
+        sums[0],
+        sums[1],
+        dq1,
+        dq2,
+        total_q,
+        softmax_scale,
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        BLOCK_D=columns,
+        ROWS=rows,
+        num_warps=8,
+        enable_fp_fusion=True,
+    )
+    return dq1, dq2, dk1, dk2, dv, dlam

@@ -1,0 +1,185 @@
+"""Differential attention in plain PyTorch: the definition, and the CPU path.
+
+``out = A1 v - lam A2 v`` with ``A_b = softmax(s q_b k_b^T)``, one pair of branches per head.
+Both branches are heads of one plain attention: branch b of head h is its query head ``2 h + b``.
+That is also its place in the key of the dropout mask, so the mask of a differential head is that
+of flash_attn_varlen_func over the interleaved heads (q1 = q[:, 0::2], q2 = q[:, 1::2]).
+"""
+
+import torch
+from torch import Tensor
+
+from lctrain_kernels.reference.attention import dense_attention
+from lctrain_kernels.varlen.reference import VarlenOptions, varlen_backward, varlen_forward
+
+
+def interleave_heads(first: Tensor, second: Tensor) -> Tensor:
+    """[T, H, D] twice -> [T, 2 H, D], heads first[0], second[0], first[1], ..."""
+    return torch.stack((first, second), dim=2).flatten(1, 2)
+
+
+def _branches_as_heads(
+    q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns q, k, v of a plain attention over 2 H heads without groups."""
+    group = q1.shape[1] // k1.shape[1]
+    k = interleave_heads(k1.repeat_interleave(group, 1), k2.repeat_interleave(group, 1))
+    return interleave_heads(q1, q2), k, v.repeat_interleave(2 * group, 1)
+
+
+def _own(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy: an operator's results may not share memory, not even if empty."""
+    return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def dense_differential(
+    q1: Tensor,
+    q2: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    window: tuple[int, int] = (-1, -1),
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor = 0,
+    document_id: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One document, two dense softmaxes, every gradient by autograd: the oracle of the tests.
+
+    Args:
+        q1: [Lq, H, D].
+        q2: [Lq, H, D].
+        k1: [Lk, Hk, D]; head h reads key/value head h // (H / Hk).
+        k2: [Lk, Hk, D].
+        v: [Lk, Hk, Dv].
+        lam: Scalar, [H] or [Lq, H].
+        softmax_scale: Factor of q.k, default D^-0.5.
+        window: (left, right); causal is (-1, 0).
+        dropout_p: Probability of dropping a weight of a branch after its softmax.
+        dropout_seed: Seed of the masks.
+        document_id: Key of the masks.
+
+    Returns:
+        out [Lq, H, Dv] in q1's dtype, lse1 and lse2 [H, Lq].
+    """
+    out, lse, _ = dense_attention(
+        *_branches_as_heads(q1, q2, k1, k2, v),
+        softmax_scale=softmax_scale,
+        window=window,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        document_id=document_id,
+    )
+    factor = lam.expand(q1.shape[:2]).to(out.dtype)[..., None]
+    return out[:, 0::2] - factor * out[:, 1::2], lse[0::2], lse[1::2]
+
+
+def differential_forward(
+    q1: Tensor,
+    q2: Tensor,
+    k1: Tensor,
+    k2: Tensor | None,
+    v: Tensor,
+    lam: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    options: VarlenOptions,
+    *,
+    dropout_seed: Tensor | None = None,
+    document_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Forward over packed documents, in chunks of queries (reference/varlen.py).
+
+    Args:
+        q1: [T, H, D], any floating dtype.
+        q2: [T, H, D].
+        k1: [Tk, Hk, D].
+        k2: [Tk, Hk, D]; None if both branches read k1.
+        v: [Tk, Hk, Dv].
+        lam: [T, H].
+        cu_seqlens_q: [N + 1] int32.
+        cu_seqlens_k: [N + 1] int32.
+        options: Scale, window, dropout.
+        dropout_seed: One int64 element; needed with dropout.
+        document_ids: [N] int32, default the index in the pack.
+
+    Returns:
+        out, out1 = A1 v and out2 = A2 v [T, H, Dv] in q1's dtype, lse1 and lse2 [H, T] float32
+        (float64 for float64 inputs).
+    """
+    state = torch.promote_types(q1.dtype, torch.float32)
+    operands = (x.to(state) for x in (q1, q2, k1, k1 if k2 is None else k2, v))
+    both, lse = varlen_forward(
+        *_branches_as_heads(*operands),
+        cu_seqlens_q,
+        cu_seqlens_k,
+        options,
+        dropout_seed=dropout_seed,
+        document_ids=document_ids,
+    )
+    out1, out2 = both[:, 0::2], both[:, 1::2]
+    out = out1 - lam.to(state)[..., None] * out2
+    return (
+        _own(out, q1.dtype),
+        _own(out1, q1.dtype),
+        _own(out2, q1.dtype),
+        _own(lse[0::2], state),
+        _own(lse[1::2], state),
+    )
+
+
+def differential_backward(
+    dout: Tensor,
+    dlse1: Tensor | None,
+    dlse2: Tensor | None,
+    q1: Tensor,
+    q2: Tensor,
+    k1: Tensor,
+    k2: Tensor | None,
+    v: Tensor,
+    lam: Tensor,
+    out2: Tensor,
+    lse1: Tensor,
+    lse2: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    options: VarlenOptions,
+    *,
+    dropout_seed: Tensor | None = None,
+    document_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Backward of differential_forward; arguments as there.
+
+    Returns:
+        dq1, dq2 [T, H, D], dk1, dk2 [Tk, Hk, D], dv [Tk, Hk, Dv] in the inputs' dtype, and
+        dlam [H, T] in the state's. Where k2 is None, dk1 is the sum and dk2 is empty.
+    """
+    state = torch.promote_types(q1.dtype, torch.float32)
+    grad = dout.to(state)
+    dlse = None
+    if dlse1 is not None or dlse2 is not None:
+        parts = [torch.zeros_like(lse1) if x is None else x for x in (dlse1, dlse2)]
+        dlse = torch.stack(parts, dim=1).flatten(0, 1)
+    operands = (x.to(state) for x in (q1, q2, k1, k1 if k2 is None else k2, v))
+    dq, dk, dv, _ = varlen_backward(
+        interleave_heads(grad, -lam.to(state)[..., None] * grad),
+        dlse,
+        *_branches_as_heads(*operands),
+        torch.stack((lse1, lse2), dim=1).flatten(0, 1),
+        cu_seqlens_q,
+        cu_seqlens_k,
+        options,
+        dropout_seed=dropout_seed,
+        document_ids=document_ids,
+    )
+    heads_k = k1.shape[1]
+    dk1, dk2 = dk.unflatten(1, (heads_k, -1, 2)).sum(2).unbind(2)
+    if k2 is None:
+        dk1, dk2 = dk1 + dk2, dk2.new_empty(0)
+    dv = dv.unflatten(1, (heads_k, -1)).sum(2)
+    dlam = -(grad * out2.to(state)).sum(-1).t()
+    grads = (_own(x, q1.dtype) for x in (dq[:, 0::2], dq[:, 1::2], dk1, dk2, dv))
+    dq1, dq2, dk1, dk2, dv = grads
+    return dq1, dq2, dk1, dk2, dv, _own(dlam, state)

@@ -1,0 +1,191 @@
+"""Backward of differential attention: launches the kernel of dq, then that of dk and dv.
+
+Nothing is added across programs, so the result has the same bits in every run.
+"""
+
+import torch
+from torch import Tensor
+
+from lctrain_kernels.differential.triton_dkv import differential_dkv_kernel
+from lctrain_kernels.differential.triton_dq import differential_dq_kernel
+from lctrain_kernels.schedule import SCHEDULE_ROWS
+from lctrain_kernels.tile.arguments import (
+    DOT_PRECISION,
+    dropout_arguments,
+    padded_head_dim,
+    window_arguments,
+)
+from lctrain_kernels.tile.config import tile_config
+
+
+def differential_bwd(
+    dout: Tensor,
+    dlse1: Tensor | None,
+    dlse2: Tensor | None,
+    q1: Tensor,
+    q2: Tensor,
+    k1: Tensor,
+    k2: Tensor | None,
+    v: Tensor,
+    lam: Tensor,
+    out1: Tensor,
+    out2: Tensor,
+    lse1: Tensor,
+    lse2: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    q_tiles: Tensor,
+    k_tiles: Tensor,
+    *,
+    softmax_scale: float,
+    window: tuple[int, int] | Tensor,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    document_ids: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launches the two backward kernels; arguments as differential_fwd.
+
+    Args:
+        dout: [T, H, Dv], any strides.
+        dlse1: [H, T] float32 or None.
+        dlse2: [H, T] float32 or None.
+        q1: [T, H, D].
+        q2: [T, H, D].
+        k1: [Tk, Hk, D].
+        k2: [Tk, Hk, D]; None if both branches read k1.
+        v: [Tk, Hk, Dv].
+        lam: [T, H] float32, any strides; stride 0 along T spares the kernels a number per query.
+        out1: [T, H, Dv] contiguous.
+        out2: [T, H, Dv] contiguous.
+        lse1: [H, T] float32.
+        lse2: [H, T] float32.
+        cu_seqlens_q: [N + 1] int32.
+        cu_seqlens_k: [N + 1] int32.
+        q_tiles: [n, 2] int32.
+        k_tiles: [m, 2] int32.
+        softmax_scale: Positive factor of q.k.
+        window: (left, right), -1 unbounded, or an int32 tensor [2].
+        dropout_p: In [0, 1).
+        dropout_seed: [1] int64.
+        document_ids: [N] int32.
+
+    Returns:
+        dq1, dq2 [T, H, D], dk1 [Tk, Hk, D], dk2 likewise (empty where k2 is None: dk1 is the sum),
+        dv [Tk, Hk, Dv], contiguous, and dlam [H, T] float32.
+    """
+    total_q, heads, head_dim = q1.shape
+    heads_kv, value_dim = v.shape[1:]
+    group = heads // heads_kv
+    device = q1.device
+    dout = dout if dout.stride(2) == 1 else dout.contiguous()
+    dlse1 = None if dlse1 is None else dlse1.contiguous()
+    dlse2 = None if dlse2 is None else dlse2.contiguous()
+    dq1 = torch.empty(q1.shape, dtype=q1.dtype, device=device)
+    dq2 = torch.empty_like(dq1)
+    dk1 = torch.empty(k1.shape, dtype=k1.dtype, device=device)
+    dk2 = torch.empty(0 if k2 is None else k2.shape, dtype=k1.dtype, device=device)
+    dv = torch.empty(v.shape, dtype=v.dtype, device=device)
+    dlam = torch.empty((heads, total_q), dtype=torch.float32, device=device)
+    if total_q == 0:  # no query and no lambda to read
+        return dq1, dq2, dk1.zero_(), dk2.zero_(), dv.zero_(), dlam
+    per_token = lam.stride(0) != 0
+    stats_width = 8 if per_token else 4
+    stats = torch.empty((heads, total_q, stats_width), dtype=torch.float32, device=device)
+    window_ptr, left, right, has_left, has_right = window_arguments(window)
+    threshold, scale_kept = dropout_arguments(dropout_p)
+    flags = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": padded_head_dim(head_dim),
+        "VALUE_DIM": value_dim,
+        "BLOCK_DV": padded_head_dim(value_dim),
+        "GROUP": group,
+        "STATS": stats_width,
+        "SHARED_K": k2 is None,
+        "HAS_LEFT": has_left,
+        "HAS_RIGHT": has_right,
+        "HAS_DROPOUT": dropout_p > 0,
+        "PRECISION": DOT_PRECISION,
+    }
+    inputs_strides = (
+        *q1.stride()[:2],
+        *q2.stride()[:2],
+        *k1.stride()[:2],
+        *(k1 if k2 is None else k2).stride()[:2],
+        *v.stride()[:2],
+    )
+    numbers = (total_q, left, right, softmax_scale, threshold, scale_kept)
+    config = tile_config("diff_dq", q1, group, dropout_p > 0, value_dim, k2 is None)
+    parts = SCHEDULE_ROWS // config.positions * (group // config.pack)
+    grid = (heads_kv * q_tiles.shape[0] * parts,)
+    if grid[0] > 0:
+        differential_dq_kernel[grid](
+            q1,
+            q2,
+            k1,
+            k2,
+            v,
+            lam,
+            out1,
+            out2,
+            dout,
+            lse1,
+            lse2,
+            dlse1,
+            dlse2,
+            dq1,
+            dq2,
+            dlam,
+            stats,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            q_tiles,
+            window_ptr,
+            dropout_seed,
+            document_ids,
+            *inputs_strides,
+            *lam.stride(),
+            *out1.stride()[:2],
+            *dout.stride()[:2],
+            *dq1.stride()[:2],
+            q_tiles.shape[0],
+            *numbers,
+            PACK=config.pack,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            **config.options,
+            **flags,
+        )
+    config = tile_config("diff_dkv", q1, group, dropout_p > 0, value_dim, k2 is None)
+    grid = (heads_kv * k_tiles.shape[0] * (SCHEDULE_ROWS // config.block_n),)
+    if grid[0] > 0:
+        differential_dkv_kernel[grid](
+            q1,
+            q2,
+            k1,
+            k2,
+            v,
+            lam,
+            dout,
+            stats,
+            dk1,
+            None if k2 is None else dk2,
+            dv,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            k_tiles,
+            window_ptr,
+            dropout_seed,
+            document_ids,
+            *inputs_strides,
+            lam.stride(1),
+            *dout.stride()[:2],
+            *dk1.stride()[:2],
+            *dv.stride()[:2],
+            k_tiles.shape[0],
+            *numbers,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            **config.options,
+            **flags,
+        )
+    return dq1, dq2, dk1, dk2, dv, dlam

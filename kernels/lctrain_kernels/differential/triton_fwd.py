@@ -1,0 +1,341 @@
+"""Forward of differential attention in portable Triton: both branches in one launch."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lctrain_kernels.schedule import SCHEDULE_ROWS
+from lctrain_kernels.tile.arguments import (
+    DOT_PRECISION,
+    RUNTIME_INTEGERS,
+    dropout_arguments,
+    padded_head_dim,
+    window_arguments,
+)
+from lctrain_kernels.tile.config import tile_config
+from lctrain_kernels.tile.dropout import keep_mask, load_key
+from lctrain_kernels.tile.logits import logits_multiplier
+from lctrain_kernels.tile.mask import key_ranges, load_window, mask_logits
+from lctrain_kernels.tile.memory import load_rows, store_rows
+from lctrain_kernels.tile.seqlen import document_bounds, locate_program
+from lctrain_kernels.tile.softmax import finish, softmax_step
+
+
+@triton.jit(do_not_specialize=RUNTIME_INTEGERS)
+def differential_fwd_kernel(
+    q1_ptr,
+    q2_ptr,
+    k1_ptr,
+    k2_ptr,
+    v_ptr,
+    lam_ptr,
+    out_ptr,
+    out1_ptr,
+    out2_ptr,
+    lse1_ptr,
+    lse2_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    tiles_ptr,
+    window_ptr,
+    seed_ptr,
+    document_ids_ptr,
+    stride_q1t,
+    stride_q1h,
+    stride_q2t,
+    stride_q2h,
+    stride_k1t,
+    stride_k1h,
+    stride_k2t,
+    stride_k2h,
+    stride_vt,
+    stride_vh,
+    stride_lt,
+    stride_lh,
+    stride_ot,
+    stride_oh,
+    num_tiles,
+    total_q,
+    window_left,
+    window_right,
+    scale,
+    threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    GROUP: tl.constexpr,
+    PACK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SHARED_K: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: both branches of PACK heads of one key/value head times BLOCK_M / PACK queries.
+
+    Grid: (key/value heads * tiles * SCHEDULE_ROWS * PACK / BLOCK_M * GROUP / PACK,).
+    q1, q2 [T, H, D]; k1, k2 [Tk, Hk, D], only k1 with SHARED_K; v [Tk, Hk, Dv]; lam [T, H] float32,
+    any strides; out, out1 = A1 v and out2 = A2 v [T, H, Dv] of one layout; lse1, lse2 [H, T]
+    float32.
+    """
+    POSITIONS: tl.constexpr = BLOCK_M // PACK
+    head_kv, head_group, document, first = locate_program(
+        tiles_ptr, num_tiles, POSITIONS, GROUP // PACK
+    )
+    if document < 0:
+        return
+    begin_q, length_q = document_bounds(cu_q_ptr, document)
+    begin_k, length_k = document_bounds(cu_k_ptr, document)
+    if first >= length_q:
+        return
+    shift = length_k - length_q
+    left, right = load_window(window_ptr, window_left, window_right)
+    low, clear_low, clear_high, high = key_ranges(
+        first, POSITIONS, shift, length_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
+    )
+
+    local_m = tl.arange(0, BLOCK_M)
+    local_n = tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_D)
+    value_columns = tl.arange(0, BLOCK_DV)
+    local_query = local_m % POSITIONS
+    query = first + local_query
+    inside = query < length_q
+    tile_head = head_kv * GROUP + head_group * PACK + local_m // POSITIONS
+    head = tl.where(inside, tile_head, 0).to(tl.int64)
+    token = begin_q + query
+    row_q1 = token * stride_q1t + head * stride_q1h
+    row_q2 = token * stride_q2t + head * stride_q2h
+    q1 = load_rows(
+        q1_ptr + row_q1[:, None] + columns[None, :],
+        query,
+        length_q,
+        columns,
+        HEAD_DIM,
+        BLOCK_D,
+        True,
+    )
+    q2 = load_rows(
+        q2_ptr + row_q2[:, None] + columns[None, :],
+        query,
+        length_q,
+        columns,
+        HEAD_DIM,
+        BLOCK_D,
+        True,
+    )
+    k1_base = k1_ptr + begin_k * stride_k1t + head_kv.to(tl.int64) * stride_k1h
+    v_base = v_ptr + begin_k * stride_vt + head_kv.to(tl.int64) * stride_vh
+    tile_k1 = local_n[:, None] * stride_k1t + columns[None, :]
+    tile_v = local_n[:, None] * stride_vt + value_columns[None, :]
+    if not SHARED_K:
+        k2_base = k2_ptr + begin_k * stride_k2t + head_kv.to(tl.int64) * stride_k2h
+        tile_k2 = local_n[:, None] * stride_k2t + columns[None, :]
+    key_0 = 0
+    key_1 = 0
+    document_key = 0
+    if HAS_DROPOUT:
+        key_0, key_1, document_key = load_key(seed_ptr, document_ids_ptr, document)
+    multiplier = logits_multiplier(scale, False, False)
+    first_seen = query + shift - left
+    last_seen = tl.minimum(query + shift + right, length_k - 1)
+
+    m1 = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    m2 = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l1 = tl.zeros([BLOCK_M], tl.float32)
+    l2 = tl.zeros([BLOCK_M], tl.float32)
+    acc1 = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    acc2 = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    # Ranges: a left bound's tiles, tiles without a mask, the diagonal's.
+    for part in tl.static_range(0 if HAS_LEFT else 1, 3):
+        begin = low if part == 0 else (clear_low if part == 1 else clear_high)
+        end = clear_low if part == 0 else (clear_high if part == 1 else high)
+        # As in varlen_fwd_kernel: the branch and the pointers keep ptxas from serialising.
+        if begin < end:
+            k1_tile = k1_base + tl.cast(begin, tl.int64) * stride_k1t
+            v_tile = v_base + tl.cast(begin, tl.int64) * stride_vt
+            if not SHARED_K:
+                k2_tile = k2_base + tl.cast(begin, tl.int64) * stride_k2t
+            for n in tl.range(begin, end, BLOCK_N):
+                key = n + local_n
+                k1 = load_rows(
+                    k1_tile + tile_k1, key, length_k, columns, HEAD_DIM, BLOCK_D, part != 1
+                )
+                k2 = k1
+                if not SHARED_K:
+                    k2 = load_rows(
+                        k2_tile + tile_k2, key, length_k, columns, HEAD_DIM, BLOCK_D, part != 1
+                    )
+                x1 = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
+                x2 = tl.dot(q2, tl.trans(k2), input_precision=PRECISION)
+                if part != 1:
+                    x1 = mask_logits(
+                        x1, local_n[None, :], first_seen - n, last_seen - n, HAS_LEFT, True
+                    )
+                    x2 = mask_logits(
+                        x2, local_n[None, :], first_seen - n, last_seen - n, HAS_LEFT, True
+                    )
+                v = load_rows(
+                    v_tile + tile_v, key, length_k, value_columns, VALUE_DIM, BLOCK_DV, part != 1
+                )
+                p1, alpha1, m1, l1 = softmax_step(x1, multiplier, m1, l1)
+                acc1 = acc1 * alpha1[:, None]
+                if HAS_DROPOUT:
+                    keep1 = keep_mask(
+                        key_0,
+                        key_1,
+                        document_key,
+                        (2 * tile_head)[:, None].to(tl.uint32),
+                        first,
+                        local_query[:, None],
+                        n,
+                        local_n[None, :],
+                        threshold,
+                    )
+                    p1 = tl.where(keep1, p1, 0.0)
+                acc1 = tl.dot(p1.to(v.dtype), v, acc1, input_precision=PRECISION)
+                p2, alpha2, m2, l2 = softmax_step(x2, multiplier, m2, l2)
+                acc2 = acc2 * alpha2[:, None]
+                if HAS_DROPOUT:
+                    keep2 = keep_mask(
+                        key_0,
+                        key_1,
+                        document_key,
+                        (2 * tile_head + 1)[:, None].to(tl.uint32),
+                        first,
+                        local_query[:, None],
+                        n,
+                        local_n[None, :],
+                        threshold,
+                    )
+                    p2 = tl.where(keep2, p2, 0.0)
+                acc2 = tl.dot(p2.to(v.dtype), v, acc2, input_precision=PRECISION)
+                k1_tile += BLOCK_N * stride_k1t
+                v_tile += BLOCK_N * stride_vt
+                if not SHARED_K:
+                    k2_tile += BLOCK_N * stride_k2t
+    out1, lse1 = finish(acc1, m1, l1, keep_scale)
+    out2, lse2 = finish(acc2, m2, l2, keep_scale)
+    lam = tl.load(lam_ptr + token * stride_lt + head * stride_lh, mask=inside, other=0.0)
+    row_o = (token * stride_ot + head * stride_oh)[:, None] + value_columns[None, :]
+    store_rows(
+        out_ptr + row_o,
+        out1 - lam[:, None] * out2,
+        query,
+        length_q,
+        value_columns,
+        VALUE_DIM,
+        BLOCK_DV,
+    )
+    store_rows(out1_ptr + row_o, out1, query, length_q, value_columns, VALUE_DIM, BLOCK_DV)
+    store_rows(out2_ptr + row_o, out2, query, length_q, value_columns, VALUE_DIM, BLOCK_DV)
+    row_lse = head * total_q + token
+    tl.store(lse1_ptr + row_lse, lse1, mask=inside)
+    tl.store(lse2_ptr + row_lse, lse2, mask=inside)
+
+
+def differential_fwd(
+    q1: Tensor,
+    q2: Tensor,
+    k1: Tensor,
+    k2: Tensor | None,
+    v: Tensor,
+    lam: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    q_tiles: Tensor,
+    *,
+    softmax_scale: float,
+    window: tuple[int, int] | Tensor,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    document_ids: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launches differential_fwd_kernel.
+
+    Args:
+        q1: [T, H, D] float16, bfloat16 or float32, last stride 1.
+        q2: [T, H, D].
+        k1: [Tk, Hk, D].
+        k2: [Tk, Hk, D]; None if both branches read k1.
+        v: [Tk, Hk, Dv].
+        lam: [T, H] float32, any strides.
+        cu_seqlens_q: [N + 1] int32.
+        cu_seqlens_k: [N + 1] int32.
+        q_tiles: [n, 2] int32 from a TileSchedule.
+        softmax_scale: Positive factor of q.k.
+        window: (left, right), -1 unbounded, or an int32 tensor [2].
+        dropout_p: In [0, 1).
+        dropout_seed: [1] int64.
+        document_ids: [N] int32.
+
+    Returns:
+        out, out1 = A1 v and out2 = A2 v [T, H, Dv] in q1's dtype, lse1 and lse2 [H, T] float32.
+    """
+    total_q, heads, head_dim = q1.shape
+    heads_kv, value_dim = v.shape[1:]
+    out = torch.empty((total_q, heads, value_dim), dtype=q1.dtype, device=q1.device)
+    out1, out2 = torch.empty_like(out), torch.empty_like(out)
+    lse1 = torch.empty((heads, total_q), dtype=torch.float32, device=q1.device)
+    lse2 = torch.empty_like(lse1)
+    group = heads // heads_kv
+    config = tile_config("diff_fwd", q1, group, dropout_p > 0, value_dim, k2 is None)
+    window_ptr, left, right, has_left, has_right = window_arguments(window)
+    threshold, scale_kept = dropout_arguments(dropout_p)
+    parts = SCHEDULE_ROWS // config.positions * (group // config.pack)
+    grid = (heads_kv * q_tiles.shape[0] * parts,)
+    if grid[0] == 0:
+        return out, out1, out2, lse1, lse2
+    differential_fwd_kernel[grid](
+        q1,
+        q2,
+        k1,
+        k2,
+        v,
+        lam,
+        out,
+        out1,
+        out2,
+        lse1,
+        lse2,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        q_tiles,
+        window_ptr,
+        dropout_seed,
+        document_ids,
+        *q1.stride()[:2],
+        *q2.stride()[:2],
+        *k1.stride()[:2],
+        *(k1 if k2 is None else k2).stride()[:2],
+        *v.stride()[:2],
+        *lam.stride(),
+        *out.stride()[:2],
+        q_tiles.shape[0],
+        total_q,
+        left,
+        right,
+        softmax_scale,
+        threshold,
+        scale_kept,
+        HEAD_DIM=head_dim,
+        BLOCK_D=padded_head_dim(head_dim),
+        VALUE_DIM=value_dim,
+        BLOCK_DV=padded_head_dim(value_dim),
+        GROUP=group,
+        PACK=config.pack,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        SHARED_K=k2 is None,
+        HAS_LEFT=has_left,
+        HAS_RIGHT=has_right,
+        HAS_DROPOUT=dropout_p > 0,
+        PRECISION=DOT_PRECISION,
+        **config.options,
+    )
+    return out, out1, out2, lse1, lse2

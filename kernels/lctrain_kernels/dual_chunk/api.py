@@ -1,0 +1,131 @@
+"""dual_chunk_attn_varlen_func: attention whose relative positions never exceed what was trained."""
+
+import torch
+from torch import Tensor
+
+from lctrain_kernels import checks
+from lctrain_kernels.backend import select_backend
+from lctrain_kernels.dual_chunk import operators as _dual_chunk_ops  # noqa: F401  (registers operators)
+from lctrain_kernels.layout import unit_stride
+from lctrain_kernels.schedule import TileSchedule
+from lctrain_kernels.seed import resolve_seed
+
+
+def dual_chunk_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    inv_freq: Tensor,
+    chunk_size: int,
+    local_size: int,
+    logit_scale: Tensor | None = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    dropout_seed: int | Tensor | None = None,
+    document_ids: Tensor | None = None,
+    schedule: TileSchedule | None = None,
+    backend: str = "auto",
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal dual chunk attention over packed documents, in one launch, with exact gradients.
+
+    ChunkLlama, "Training-Free Long-Context Scaling of Large Language Models" (arXiv 2402.17463).
+    Every query sees all keys before it. With S = chunk_size, L = local_size, c = S - L and r(x) = x
+    mod c, the relative position that RoPE sees between query i and key j is r(i) - r(j) inside a
+    chunk of c tokens, min(r(i) + c, S) - r(j) towards the chunk before, min(2c - 1, S) - r(j)
+    towards all others: never more than S. Documents of up to S + 1 tokens get what plain causal
+    attention gives them.
+
+    One softmax runs over all three ranges, so gradients are those of the function (those of the
+    published code, which merges three attentions by detached weights, are not).
+
+    Args:
+        q: [T, H, D] float16 or bfloat16 with last stride 1, D even and at most 256, rotated by
+            RoPE in Llama's half-split layout at r(position), not at the position itself. float32
+            and float64 are served by the PyTorch path.
+        k: [Tk, Hk, D], rotated likewise; query head h reads head h // (H / Hk).
+        v: [Tk, Hk, D].
+        cu_seqlens: [N + 1] int32, cumulative lengths from 0 to T. Lengths of 0 are legal.
+        max_seqlen: Longest document, a Python int.
+        inv_freq: [D/2] float32 on q's device, the frequencies that q and k were rotated by, in
+            radians per position.
+        chunk_size: S, at most the trained window minus one.
+        local_size: L, 0 <= L < S: how far positions stay exact across a chunk's boundary.
+        logit_scale: [N] float32, a positive factor of the logits of each document; has no gradient,
+            and must not ask for one.
+        dropout_p: Probability of dropping a weight, applied exactly as round(p * 65536) / 65536.
+        softmax_scale: Factor of q.k; default D^-0.5.
+        return_lse: Return (out, lse).
+        dropout_seed: An int or one int64 element on q's device. Default: drawn from torch's
+            generator of that device.
+        document_ids: [N] int32, the documents' part of the dropout key. Default: the index in the
+            pack.
+        schedule: From make_schedule, on q's device. Default: built on the device, once per
+            cu_seqlens tensor.
+        backend: "auto", "hopper", "triton" or "pytorch". A named one never falls back; "auto" takes
+            "hopper" on a Hopper GPU, except for what its kernels cannot do
+            (`lctrain_kernels.gluon.support`).
+        cu_seqlens_k: [N + 1] int32, where keys are more than queries (a filled cache): queries are
+            then the last ones of their document. Default cu_seqlens.
+        max_seqlen_k: Most keys of a document; default max_seqlen.
+
+    Returns:
+        out [T, H, D] in q's dtype; with return_lse also lse [H, T] float32, natural logarithm,
+        before dropout, differentiable.
+
+    Raises:
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if shapes, devices or values do not fit; the message names the remedy.
+    """
+    cu_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    checks.check_qkv(q, k, v)
+    checks.check_documents(cu_seqlens, cu_k, q.shape[0], k.shape[0], q.device)
+    checks.check_max_seqlen("max_seqlen", max_seqlen)
+    if max_seqlen_k is not None:
+        checks.check_max_seqlen("max_seqlen_k", max_seqlen_k)
+    checks.check_dropout(dropout_p, dropout_seed)
+    checks.check_softcap_and_scale(0.0, softmax_scale)
+    documents = cu_seqlens.shape[0] - 1
+    checks.check_optional_tensors(documents, q.shape[1], q.device, None, None, document_ids)
+    checks.check_dual_chunk(
+        chunk_size, local_size, inv_freq, logit_scale, q.shape[2], documents, q.device
+    )
+    if schedule is not None:
+        checks.check_schedule(schedule, documents, q.shape[0], k.shape[0], q.device)
+    named = backend
+    backend = select_backend(q.device, q.dtype, named, head_dim=q.shape[2])
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    cu_q, cu_k, inv_freq, logit_scale, document_ids = unit_stride(
+        cu_seqlens, cu_k, inv_freq, logit_scale, document_ids
+    )
+    if named == "hopper":
+        from lctrain_kernels.gluon import support
+
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        call = support.Call(q, k, v, deterministic=deterministic, dropout=dropout_p > 0)
+        limits = support.DUAL_CHUNK_FORWARD_LIMITS, support.DUAL_CHUNK_BACKWARD_LIMITS
+        support.require(call, *limits, (q, k, v))
+    out, lse = torch.ops.lctrain.dual_chunk_forward(
+        q,
+        k,
+        v,
+        cu_q,
+        cu_k,
+        None if schedule is None else schedule.q_tiles,
+        None if schedule is None else schedule.k_tiles,
+        inv_freq,
+        logit_scale,
+        chunk_size,
+        local_size,
+        q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale),
+        float(dropout_p),
+        resolve_seed(dropout_p, dropout_seed, q.device),
+        document_ids,
+        backend,
+    )
+    return (out, lse) if return_lse else out

@@ -1,0 +1,343 @@
+"""Launches the Hopper kernels of dual chunk attention."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lctrain_kernels.dual_chunk.hopper_bwd import dual_chunk_bwd_hopper_kernel
+from lctrain_kernels.dual_chunk.hopper_fwd import dual_chunk_fwd_hopper_kernel
+from lctrain_kernels.dual_chunk.triton_rotate import (
+    ROTATE_CONFIG,
+    dual_chunk_rotate,
+    rotated_keys,
+)
+from lctrain_kernels.gluon.config import (
+    BLOCK_N_BACKWARD,
+    CONSUMERS,
+    REGISTERS,
+    dual_chunk_backward_tile,
+    dual_chunk_forward_tile,
+    pack_heads,
+)
+from lctrain_kernels.gluon.launch import multiprocessors, padded_columns, ragged_descriptor
+from lctrain_kernels.schedule import SCHEDULE_ROWS
+from lctrain_kernels.tile.arguments import RUNTIME_INTEGERS, dropout_arguments, padded_head_dim
+from lctrain_kernels.tile.chunks import FAR, NEAR, OWN, far_delta, far_end, own_begin
+from lctrain_kernels.tile.rotary import (
+    cos_sin,
+    load_frequencies,
+    load_pairs,
+    pair_columns,
+    rotate,
+    store_pairs,
+)
+from lctrain_kernels.tile.seqlen import document_bounds, locate_program
+
+
+def dual_chunk_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    q_tiles: Tensor,
+    k_tiles: Tensor,
+    *,
+    inv_freq: Tensor,
+    logit_scale: Tensor | None,
+    chunk_length: int,
+    near: int,
+    far_position: int,
+    softmax_scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    document_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Launches dual_chunk_fwd_hopper_kernel; arguments and results as the portable dual_chunk_fwd.
+
+    Raises nothing of its own: support.py says beforehand what these kernels cannot do.
+    """
+    total_q, heads, head_dim = q.shape
+    group = heads // k.shape[1]
+    out = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((heads, total_q), dtype=torch.float32, device=q.device)
+    pack = pack_heads(group)
+    columns = padded_columns(head_dim)
+    tile = dual_chunk_forward_tile(columns)
+    positions = CONSUMERS * 64 // pack
+    items = q_tiles.shape[0] * (SCHEDULE_ROWS // positions) * (heads // pack)
+    if items == 0:
+        return out, lse
+    geometry: dict[str, Any] = {
+        "inv_freq": inv_freq,
+        "chunk_length": chunk_length,
+        "near": near,
+        "far_position": far_position,
+    }
+    k_near = rotated_keys(k, cu_seqlens_k, k_tiles, **geometry)
+    dual_chunk_rotate(q, out, cu_seqlens_q, cu_seqlens_k, q_tiles, is_query=True, **geometry)
+    run = min(64, positions)
+    threshold, scale_kept = dropout_arguments(dropout_p)
+    dual_chunk_fwd_hopper_kernel[(min(items, multiprocessors(q.device)),)](
+        ragged_descriptor(q, run, 64),
+        ragged_descriptor(k, tile.block_n, columns),
+        ragged_descriptor(k_near, tile.block_n, columns),
+        ragged_descriptor(v, tile.block_n, columns),
+        ragged_descriptor(out, run, 64),
+        lse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        q_tiles,
+        torch.zeros(1, dtype=torch.int32, device=q.device),
+        logit_scale,
+        dropout_seed,
+        document_ids,
+        items,
+        total_q,
+        chunk_length,
+        near,
+        softmax_scale,
+        threshold,
+        scale_kept,
+        GROUP=group,
+        HEADS=heads,
+        PACK=pack,
+        CONSUMERS=CONSUMERS,
+        BLOCK_N=tile.block_n,
+        BLOCK_D=columns,
+        Q_STAGES=tile.q_stages,
+        STAGES=tile.stages,
+        HAS_DROPOUT=dropout_p > 0,
+        num_warps=4,
+        maxnreg=REGISTERS,
+        enable_fp_fusion=True,
+    )
+    return out, lse
+
+
+@triton.jit(do_not_specialize=RUNTIME_INTEGERS)
+def _turn_near_kernel(
+    dk_ptr,
+    cu_k_ptr,
+    tiles_ptr,
+    inv_freq_ptr,
+    num_tiles,
+    chunk_length,
+    near,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Turns the NEAR share of dk [Tk, Hk, D] float32 by c, to where the keys stand, in place.
+
+    Grid: as dual_chunk_rotate_kernel, by tiles of keys.
+    """
+    head, _, document, first = locate_program(tiles_ptr, num_tiles, BLOCK_M, 1)
+    if document < 0:
+        return
+    begin, length = document_bounds(cu_k_ptr, document)
+    near_end = tl.where(near > 0, own_begin(length - 1, chunk_length), 0)
+    if first >= near_end:
+        return
+    key = first + tl.arange(0, BLOCK_M)
+    row = ((begin + key) * HEADS + head) * HEAD_DIM
+    rows = dk_ptr + row[:, None] + pair_columns(HEAD_DIM, BLOCK_D)[None, :]
+    dk = load_pairs(rows, key, near_end, HEAD_DIM, BLOCK_D, True)
+    turns, turns_rest = load_frequencies(inv_freq_ptr, HEAD_DIM, BLOCK_D)
+    moved = tl.cast(chunk_length, tl.float32)
+    cos, sin = cos_sin(moved, turns[None, :], turns_rest[None, :])  # [1, BLOCK_D / 2]
+    dk = rotate(dk, cos, sin, BLOCK_M, BLOCK_D)
+    store_pairs(rows, dk, key, near_end, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=RUNTIME_INTEGERS)
+def _finish_dq_kernel(
+    sum_ptr,
+    dq_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    tiles_ptr,
+    inv_freq_ptr,
+    logit_scale_ptr,
+    num_tiles,
+    chunk_length,
+    near,
+    far_position,
+    scale,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """dq = scale * sum, in dq's dtype, where rows with far keys are turned back from there.
+
+    Grid: as dual_chunk_rotate_kernel, by tiles of queries. sum [T, H, D] float32, dq [T, H, D].
+    """
+    head, _, document, first = locate_program(tiles_ptr, num_tiles, BLOCK_M, 1)
+    if document < 0:
+        return
+    begin, length = document_bounds(cu_q_ptr, document)
+    _, length_k = document_bounds(cu_k_ptr, document)
+    if first >= length:
+        return
+    query = first + tl.arange(0, BLOCK_M)
+    pairs = pair_columns(HEAD_DIM, BLOCK_D)
+    place = (((begin + query) * HEADS + head) * HEAD_DIM)[:, None] + pairs[None, :]
+    dq = load_pairs(sum_ptr + place, query, length, HEAD_DIM, BLOCK_D, True)
+    position = query + length_k - length
+    last = tl.minimum(first + BLOCK_M, length) - 1 + length_k - length
+    if far_end(last, chunk_length, near) > 0:  # as dual_chunk_rotate_kernel turned them
+        turns, turns_rest = load_frequencies(inv_freq_ptr, HEAD_DIM, BLOCK_D)
+        moved = far_delta(position, chunk_length, far_position)
+        cos, sin = cos_sin(moved[:, None], turns[None, :], turns_rest[None, :])
+        dq = rotate(dq, cos, -sin, BLOCK_M, BLOCK_D)
+    if logit_scale_ptr is not None:
+        scale *= tl.load(logit_scale_ptr + document)
+    store_pairs(dq_ptr + place, dq * scale, query, length, HEAD_DIM, BLOCK_D)
+
+
+def dual_chunk_bwd(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    q_tiles: Tensor,
+    k_tiles: Tensor,
+    *,
+    inv_freq: Tensor,
+    logit_scale: Tensor | None,
+    chunk_length: int,
+    near: int,
+    far_position: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches the backward; arguments and results as the portable dual_chunk_bwd, less dropout.
+
+    dq is added up in float32 in the order in which programs come, so its last bits differ from run
+    to run; dk and dv do not. Scratch: keys rotated by -c [Tk, Hk, D], until NEAR is done; in
+    float32 dq, dk and dv; and four numbers per query and head.
+    """
+    total_q, heads, head_dim = q.shape
+    heads_kv = k.shape[1]
+    dout = dout if dout.stride(2) == 1 else dout.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    # Holds the queries at the far position until the products are done.
+    dq = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
+    if total_q == 0:
+        return dq, k.new_zeros(k.shape), v.new_zeros(v.shape)
+    geometry: dict[str, Any] = {
+        "inv_freq": inv_freq,
+        "chunk_length": chunk_length,
+        "near": near,
+        "far_position": far_position,
+    }
+    stats = torch.empty((heads, total_q, 4), dtype=torch.float32, device=q.device)
+    dual_chunk_rotate(
+        q,
+        dq,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        q_tiles,
+        is_query=True,
+        out=out,
+        dout=dout,
+        lse=lse,
+        dlse=dlse,
+        stats=stats,
+        **geometry,
+    )
+    dq_sum = torch.zeros((total_q, heads, head_dim), dtype=torch.float32, device=q.device)
+    dk_sum, dv_sum = torch.empty((2, *k.shape), dtype=torch.float32, device=k.device)
+    columns = padded_columns(head_dim)
+    tile = dual_chunk_backward_tile(columns)
+
+    def launch(way: int, q: Tensor, k: Tensor, dk: Tensor | None, dv: Tensor | None) -> None:
+        dual_chunk_bwd_hopper_kernel[(heads_kv * k_tiles.shape[0],)](
+            ragged_descriptor(q, tile.block_m, columns),
+            ragged_descriptor(dout, tile.block_m, columns),
+            ragged_descriptor(k, BLOCK_N_BACKWARD // 2, columns),
+            ragged_descriptor(v, BLOCK_N_BACKWARD // 2, columns),
+            ragged_descriptor(dq_sum, tile.block_m, columns // 2),
+            stats,
+            dk,
+            dv,
+            dk_sum,
+            dv_sum,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            k_tiles,
+            logit_scale,
+            dk_sum.stride(0),
+            dk_sum.stride(1),
+            total_q,
+            chunk_length,
+            near,
+            softmax_scale,
+            GROUP=heads // heads_kv,
+            HEADS_KV=heads_kv,
+            HEAD_DIM=head_dim,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=BLOCK_N_BACKWARD,
+            BLOCK_D=columns,
+            STAGES=tile.stages,
+            WAY=way,
+            num_warps=4,
+            maxnreg=REGISTERS,
+            enable_fp_fusion=True,
+        )
+
+    rows = ROTATE_CONFIG.block_m
+    shape = {"HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim), "BLOCK_M": rows}
+    if near > 0:
+        k_near = rotated_keys(k, cu_seqlens_k, k_tiles, **geometry)
+        launch(NEAR.value, q, k_near, None, None)
+        del k_near  # dk may lie there
+        _turn_near_kernel[(heads_kv * k_tiles.shape[0] * (SCHEDULE_ROWS // rows),)](
+            dk_sum,
+            cu_seqlens_k,
+            k_tiles,
+            inv_freq,
+            k_tiles.shape[0],
+            chunk_length,
+            near,
+            HEADS=heads_kv,
+            num_warps=4,
+            enable_fp_fusion=True,
+            **shape,
+        )
+    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    launch(OWN.value, q, k, dk, dv)
+    # dq of FAR comes in the frame of queries at the far position, and so the sum goes there.
+    dual_chunk_rotate(
+        dq_sum, dq_sum, cu_seqlens_q, cu_seqlens_k, q_tiles, is_query=True, **geometry
+    )
+    launch(FAR.value, dq, k, dk, dv)
+    _finish_dq_kernel[(heads * q_tiles.shape[0] * (SCHEDULE_ROWS // rows),)](
+        dq_sum,
+        dq,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        q_tiles,
+        inv_freq,
+        logit_scale,
+        q_tiles.shape[0],
+        chunk_length,
+        near,
+        far_position,
+        softmax_scale,
+        HEADS=heads,
+        num_warps=4,
+        enable_fp_fusion=True,
+        **shape,
+    )
+    return dq, dk, dv

@@ -1,0 +1,288 @@
+"""Dual chunk attention in plain PyTorch: its definition, and the CPU path.
+
+ChunkLlama, "Training-Free Long-Context Scaling of Large Language Models" (arXiv 2402.17463), as one
+softmax instead of three merged ones, so that its gradients are those of what it computes. With S =
+chunk_size, L = local_size, c = S - L and r(x) = x mod c, query i and key j <= i meet at the
+relative position
+
+    same chunk of c tokens     r(i) - r(j)
+    the chunk before           min(r(i) + c, S) - r(j)
+    any chunk before that      min(2c - 1, S) - r(j)
+
+q and k arrive rotated at r(position), in the half-split layout of Llama (column d pairs with d +
+D/2), so a logit of the lower two rows takes a query that is rotated further by a delta.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lctrain_kernels.reference.philox import dropout_keep, keep_scale
+from lctrain_kernels.varlen.reference import (
+    Chunk,
+    Operands,
+    VarlenOptions,
+    attend,
+    attend_backward,
+)
+
+
+@dataclass(frozen=True)
+class DualChunkGeometry:
+    """Where the chunks lie and how far queries are rotated.
+
+    Attributes:
+        chunk_size: S, the largest relative position.
+        local_size: L, 0 <= L < S.
+    """
+
+    chunk_size: int
+    local_size: int
+
+    @property
+    def length(self) -> int:
+        """c, the tokens of a chunk."""
+        return self.chunk_size - self.local_size
+
+    @property
+    def near(self) -> int:
+        """Queries of a chunk that still stand at r(i) + c towards the chunk before; the others
+        stand at `far_position` towards all earlier chunks."""
+        return min(self.local_size, self.length)
+
+    @property
+    def far_position(self) -> int:
+        """Where a query stands towards the chunks before the last one."""
+        return min(2 * self.length - 1, self.chunk_size)
+
+
+def rotate(x: Tensor, delta: Tensor, inv_freq: Tensor) -> Tensor:
+    """Rotates x [..., M, D] by the angles delta [M] * inv_freq [D/2], in x's dtype."""
+    angles = delta.to(x.dtype)[:, None] * inv_freq.to(x.dtype)
+    cos, sin = angles.cos(), angles.sin()
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+
+
+def dense_dual_chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    inv_freq: Tensor,
+    chunk_size: int,
+    local_size: int,
+    logit_scale: float = 1.0,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor = 0,
+    document_id: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """One document, one dense causal softmax, every gradient by autograd.
+
+    Products run in the dtype of q, rotations and the softmax in at least float32: in bf16 this is
+    what plain PyTorch computes, in float64 it is the oracle.
+
+    Args:
+        q: [Lq, H, D], rotated at r(position); query i stands at position i + Lk - Lq.
+        k: [Lk, Hk, D], rotated at r(position); head h reads key/value head h // (H / Hk).
+        v: [Lk, Hk, D].
+        inv_freq: [D/2].
+        chunk_size: S.
+        local_size: L.
+        logit_scale: Factor of every logit.
+        softmax_scale: Factor of q.k, default D^-0.5.
+        dropout_p: Probability of dropping a weight after the softmax.
+        dropout_seed: Seed of the mask.
+        document_id: Key of the mask.
+
+    Returns:
+        out [Lq, H, D] in q's dtype and lse [H, Lq].
+    """
+    length_q, heads, head_dim = q.shape
+    length_k, heads_k, _ = k.shape
+    geometry = DualChunkGeometry(chunk_size, local_size)
+    state = torch.promote_types(q.dtype, torch.float32)
+    scale = (head_dim**-0.5 if softmax_scale is None else softmax_scale) * logit_scale
+    rows = torch.arange(length_q, device=q.device)
+    columns = torch.arange(length_k, device=q.device)
+    position = rows + length_k - length_q
+    place = position % geometry.length
+    deltas = (
+        torch.zeros_like(place),
+        torch.where(place < geometry.near, geometry.length, geometry.far_position - place),
+        geometry.far_position - place,
+    )
+    k = k.repeat_interleave(heads // heads_k, dim=1)
+    v = v.repeat_interleave(heads // heads_k, dim=1)
+    heads_first = q.transpose(0, 1).to(state)
+    variants = [
+        torch.einsum("hid,jhd->hij", rotate(heads_first, delta, inv_freq).to(q.dtype), k)
+        for delta in deltas
+    ]
+    distance = (position // geometry.length)[:, None] - (columns // geometry.length)[None, :]
+    logits = torch.where(distance == 1, variants[1], variants[2])
+    logits = torch.where(distance == 0, variants[0], logits).to(state) * scale
+    hidden = columns[None, :] > position[:, None]
+    logits = logits.masked_fill(hidden, float("-inf"))
+    if length_k == 0:
+        lse = logits.new_full((heads, length_q), float("-inf"))
+        return q.new_zeros(length_q, heads, v.shape[-1]), lse
+    blind = hidden.all(-1)[None, :, None]
+    lse = torch.logsumexp(logits.masked_fill(blind, 0.0), dim=-1)
+    lse = lse.masked_fill(blind[..., 0], float("-inf"))
+    weights = torch.softmax(logits.masked_fill(blind, 0.0), dim=-1).masked_fill(blind, 0.0)
+    if dropout_p > 0:
+        head_index = torch.arange(heads, device=q.device)
+        keep = dropout_keep(dropout_seed, document_id, head_index, rows, columns, dropout_p)
+        weights = torch.where(keep, weights * keep_scale(dropout_p), 0.0)
+    return torch.einsum("hij,jhd->ihd", weights.to(v.dtype), v), lse
+
+
+class DualChunkOperands(Operands):
+    """Queries in runs of one chunk, each with up to three ranges of keys."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        options: VarlenOptions,
+        geometry: DualChunkGeometry,
+        inv_freq: Tensor,
+        logit_scale: Tensor | None,
+        dropout_seed: Tensor | None,
+        document_ids: Tensor | None,
+    ) -> None:
+        super().__init__(q, k, v, options, dropout_seed=dropout_seed, document_ids=document_ids)
+        self.geometry = geometry
+        self.inv_freq = inv_freq.to(self.dtype)
+        self.logit_scale = logit_scale
+
+    def runs(self, length_q: int, length_k: int) -> Iterator[tuple[int, int]]:
+        """Yields (start, stop) of the queries that are taken at once; none crosses a chunk."""
+        shift = length_k - length_q
+        for start, stop in super().runs(length_q, length_k):
+            while start < stop:
+                chunk = max(0, start + shift) // self.geometry.length
+                end = min(stop, (chunk + 1) * self.geometry.length - shift)
+                yield start, end
+                start = end
+
+    def logits(self, chunk: Chunk) -> tuple[Tensor, None]:
+        """Returns masked logits [H, M, N]."""
+        parts = [
+            torch.matmul(self._rotated(chunk, delta), self.k[:, keys].transpose(1, 2))
+            for keys, delta in self._ranges(chunk)
+        ]
+        rows = len(chunk.rows)
+        scores = torch.cat([part.view(self.heads, rows, part.shape[-1]) for part in parts], dim=-1)
+        position = chunk.rows + chunk.length_k - chunk.length_q
+        hidden = chunk.columns[None, :] > position[:, None]
+        return (scores * self._scale(chunk)).masked_fill(hidden, float("-inf")), None
+
+    def add_gradients(self, chunk: Chunk, ds: Tensor, dq: Tensor, dk: Tensor) -> None:
+        """Adds what the logits' gradient ds [H, M, N] gives dq [H, T, D] and dk [Hk, Tk, D]."""
+        ranges = list(self._ranges(chunk))
+        ds = ds * self._scale(chunk)
+        parts = ds.split([keys.stop - keys.start for keys, _ in ranges], dim=-1)
+        for part, (keys, delta) in zip(parts, ranges, strict=True):
+            part = part.reshape(self.heads_k, -1, part.shape[-1])
+            rows = torch.matmul(part, self.k[:, keys]).view(self.heads, len(delta), -1)
+            dq[:, chunk.query] += rotate(rows, -delta, self.inv_freq)
+            dk[:, keys] += torch.matmul(part.transpose(1, 2), self._rotated(chunk, delta))
+
+    def _rotated(self, chunk: Chunk, delta: Tensor) -> Tensor:
+        """The chunk's queries, rotated by delta [M], as [Hk, group * M, D]."""
+        rows = rotate(self.q[:, chunk.query], delta, self.inv_freq)
+        return rows.reshape(self.heads_k, -1, rows.shape[-1])
+
+    def _scale(self, chunk: Chunk) -> Tensor | float:
+        scale = self.options.softmax_scale
+        if self.logit_scale is None:
+            return scale
+        return scale * self.logit_scale[chunk.document].to(self.dtype)
+
+    def _ranges(self, chunk: Chunk) -> Iterator[tuple[slice, Tensor]]:
+        """Yields (keys of the pack, delta [M]) for the far, the preceding and the own chunk."""
+        c, far = self.geometry.length, self.geometry.far_position
+        position = chunk.rows + chunk.length_k - chunk.length_q
+        index = max(0, int(position[0])) // c
+        place = position - index * c
+        own, preceding = index * c, max(0, index - 1) * c
+        succ = torch.where(place < self.geometry.near, c, far - place)
+        begin, stop = chunk.key.start, chunk.key.stop
+        if preceding > 0:
+            yield slice(begin, begin + preceding), far - place
+        if own > preceding:
+            yield slice(begin + preceding, begin + own), succ
+        yield slice(begin + own, stop), torch.zeros_like(place)
+
+
+def dual_chunk_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    options: VarlenOptions,
+    geometry: DualChunkGeometry,
+    *,
+    inv_freq: Tensor,
+    logit_scale: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    document_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Forward of packed dual chunk attention.
+
+    Args:
+        q: [T, H, D] rotated at r(position), any floating dtype.
+        k: [Tk, Hk, D], likewise.
+        v: [Tk, Hk, D].
+        cu_seqlens_q: [N + 1] int32.
+        cu_seqlens_k: [N + 1] int32.
+        options: Scale and dropout; window_right must be 0.
+        geometry: Chunks.
+        inv_freq: [D/2].
+        logit_scale: [N].
+        dropout_seed: One int64 element; needed with dropout.
+        document_ids: [N] int32, default the index in the pack.
+
+    Returns:
+        out [T, H, D] in q's dtype, lse [H, T] float32 (float64 for float64 inputs), natural
+        logarithm.
+    """
+    operands = DualChunkOperands(
+        q, k, v, options, geometry, inv_freq, logit_scale, dropout_seed, document_ids
+    )
+    return attend(operands, cu_seqlens_q, cu_seqlens_k, q.dtype)
+
+
+def dual_chunk_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    options: VarlenOptions,
+    geometry: DualChunkGeometry,
+    *,
+    inv_freq: Tensor,
+    logit_scale: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    document_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward of dual_chunk_forward; arguments as there.
+
+    Returns:
+        dq [T, H, D], dk and dv [Tk, Hk, D] in the inputs' dtype.
+    """
+    operands = DualChunkOperands(
+        q, k, v, options, geometry, inv_freq, logit_scale, dropout_seed, document_ids
+    )
+    return attend_backward(operands, dout, dlse, lse, cu_seqlens_q, cu_seqlens_k, q.dtype)[:3]

@@ -1,0 +1,222 @@
+"""What the kernels of dual chunk attention read beside q, k and v: rotated rows, and statistics."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lctrain_kernels.schedule import SCHEDULE_ROWS
+from lctrain_kernels.tile.arguments import RUNTIME_INTEGERS, padded_head_dim
+from lctrain_kernels.tile.chunks import far_delta, far_end
+from lctrain_kernels.tile.config import TileConfig
+from lctrain_kernels.tile.logits import LOG2_E
+from lctrain_kernels.tile.memory import load_rows
+from lctrain_kernels.tile.rotary import (
+    cos_sin,
+    load_frequencies,
+    load_pairs,
+    pair_columns,
+    rotate,
+    store_pairs,
+)
+from lctrain_kernels.tile.seqlen import document_bounds, locate_program
+
+_LOG2_E = tl.constexpr(LOG2_E)
+
+# Bound by memory: any tile that fills the machine will do.
+ROTATE_CONFIG = TileConfig(block_m=32, block_n=0, num_warps=4, num_stages=1)
+
+
+@triton.jit(do_not_specialize=RUNTIME_INTEGERS)
+def dual_chunk_rotate_kernel(
+    x_ptr,
+    rotated_ptr,
+    out_ptr,
+    dout_ptr,
+    lse_ptr,
+    dlse_ptr,
+    stats_ptr,
+    cu_x_ptr,
+    cu_k_ptr,
+    tiles_ptr,
+    inv_freq_ptr,
+    stride_xt,
+    stride_xh,
+    stride_rt,
+    stride_rh,
+    stride_ot,
+    stride_oh,
+    stride_dot,
+    stride_doh,
+    num_tiles,
+    total_q,
+    chunk_length,
+    near,
+    far_position,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    IS_QUERY: tl.constexpr,
+):
+    """Queries at the far position, or keys rotated back by a chunk, of one tile and head.
+
+    A query rotated by c meets a key as the query itself meets the key rotated by -c. Where
+    stats_ptr is given, which the backward does for queries, it also writes what the other kernels
+    read per query.
+
+    Grid: (heads * tiles * SCHEDULE_ROWS / BLOCK_M,). x, rotated, out, dout [T, H, D]; lse, dlse [H,
+    T] float32. stats [H, T, 4] float32: lse in base 2 (+inf where nothing was seen), delta /
+    keep_scale with delta = rowsum(dout * out) - dlse, two unused.
+    """
+    head, _, document, first = locate_program(tiles_ptr, num_tiles, BLOCK_M, 1)
+    if document < 0:
+        return
+    begin, length = document_bounds(cu_x_ptr, document)
+    _, length_k = document_bounds(cu_k_ptr, document)
+    if first >= length:
+        return
+    row = first + tl.arange(0, BLOCK_M)
+    token = begin + row
+    head = head.to(tl.int64)
+    if stats_ptr is not None:
+        columns = tl.arange(0, BLOCK_D)
+        out_rows = out_ptr + (token * stride_ot + head * stride_oh)[:, None] + columns[None, :]
+        out = load_rows(out_rows, row, length, columns, HEAD_DIM, BLOCK_D, True)
+        dout_rows = dout_ptr + (token * stride_dot + head * stride_doh)[:, None] + columns[None, :]
+        dout = load_rows(dout_rows, row, length, columns, HEAD_DIM, BLOCK_D, True)
+        row_lse = head * total_q + token
+        inside = row < length
+        delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+        if dlse_ptr is not None:
+            delta -= tl.load(dlse_ptr + row_lse, mask=inside, other=0.0)
+        lse = tl.load(lse_ptr + row_lse, mask=inside, other=float("inf"))
+        # A row that saw nothing has no weights: 2^(x - inf) = 0.
+        lse2 = tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)
+        tl.store(stats_ptr + row_lse * 4, lse2, mask=inside)
+        # Dropout: ds / keep_scale = (Z / keep_scale) p dp - p delta / keep_scale; the factor goes
+        # into dq and dk.
+        tl.store(stats_ptr + row_lse * 4 + 1, delta / keep_scale, mask=inside)
+    # Documents of one chunk need neither. Queries before the first one with far keys are left out;
+    # keys are not, since a tile of near keys may reach into the next chunk.
+    last = tl.minimum(first + BLOCK_M, length) - 1
+    if length_k <= chunk_length:
+        return
+    if IS_QUERY and far_end(last + length_k - length, chunk_length, near) <= 0:
+        return
+    pairs = pair_columns(HEAD_DIM, BLOCK_D)
+    x_rows = x_ptr + (token * stride_xt + head * stride_xh)[:, None] + pairs[None, :]
+    x = load_pairs(x_rows, row, length, HEAD_DIM, BLOCK_D, True)
+    if IS_QUERY:
+        delta = far_delta(row + length_k - length, chunk_length, far_position)
+    else:
+        delta = tl.zeros([BLOCK_M], tl.float32) - chunk_length
+    turns, turns_rest = load_frequencies(inv_freq_ptr, HEAD_DIM, BLOCK_D)
+    cos, sin = cos_sin(delta[:, None], turns[None, :], turns_rest[None, :])
+    rotated_rows = rotated_ptr + (token * stride_rt + head * stride_rh)[:, None] + pairs[None, :]
+    store_pairs(rotated_rows, rotate(x, cos, sin, BLOCK_M, BLOCK_D), row, length, HEAD_DIM, BLOCK_D)
+
+
+def dual_chunk_rotate(
+    x: Tensor,
+    rotated: Tensor,
+    cu_seqlens_x: Tensor,
+    cu_seqlens_k: Tensor,
+    tiles: Tensor,
+    *,
+    inv_freq: Tensor,
+    chunk_length: int,
+    near: int,
+    far_position: int,
+    is_query: bool,
+    out: Tensor | None = None,
+    dout: Tensor | None = None,
+    lse: Tensor | None = None,
+    dlse: Tensor | None = None,
+    stats: Tensor | None = None,
+    scale_kept: float = 1.0,
+) -> Tensor:
+    """Launches dual_chunk_rotate_kernel.
+
+    Args:
+        x: [T, H, D] queries or keys, last stride 1.
+        rotated: [T, H, D], gets the result; rows that nobody meets this way are left alone.
+        cu_seqlens_x: [N + 1] int32, the documents of x.
+        cu_seqlens_k: [N + 1] int32.
+        tiles: [n, 2] int32 of x's rows, from a TileSchedule.
+        inv_freq: [D/2] float32.
+        chunk_length: c.
+        near: As in tile/chunks.py.
+        far_position: Where queries are rotated to.
+        is_query: Rotate to the far position; otherwise back by c.
+        out: [T, H, D], given together with the next ones: the statistics of queries.
+        dout: [T, H, D], last stride 1.
+        lse: [H, T] float32.
+        dlse: [H, T] float32 or None.
+        stats: [H, T, 4] float32, gets the statistics.
+        scale_kept: 1 / keep probability.
+
+    Returns:
+        `rotated`.
+    """
+    tokens, heads, head_dim = x.shape
+    grid = (heads * tiles.shape[0] * (SCHEDULE_ROWS // ROTATE_CONFIG.block_m),)
+    if grid[0] > 0:
+        dual_chunk_rotate_kernel[grid](
+            x,
+            rotated,
+            out,
+            dout,
+            lse,
+            dlse,
+            stats,
+            cu_seqlens_x,
+            cu_seqlens_k,
+            tiles,
+            inv_freq,
+            x.stride(0),
+            x.stride(1),
+            rotated.stride(0),
+            rotated.stride(1),
+            0 if out is None else out.stride(0),
+            0 if out is None else out.stride(1),
+            0 if dout is None else dout.stride(0),
+            0 if dout is None else dout.stride(1),
+            tiles.shape[0],
+            tokens,
+            chunk_length,
+            near,
+            far_position,
+            scale_kept,
+            HEAD_DIM=head_dim,
+            BLOCK_D=padded_head_dim(head_dim),
+            BLOCK_M=ROTATE_CONFIG.block_m,
+            IS_QUERY=is_query,
+            **ROTATE_CONFIG.options,
+        )
+    return rotated
+
+
+def rotated_keys(
+    k: Tensor,
+    cu_seqlens_k: Tensor,
+    k_tiles: Tensor,
+    *,
+    inv_freq: Tensor,
+    chunk_length: int,
+    near: int,
+    far_position: int,
+) -> Tensor:
+    """Returns keys rotated by -c, [Tk, Hk, D] contiguous; arguments as dual_chunk_rotate."""
+    return dual_chunk_rotate(
+        k,
+        torch.empty(k.shape, dtype=k.dtype, device=k.device),
+        cu_seqlens_k,
+        cu_seqlens_k,
+        k_tiles,
+        inv_freq=inv_freq,
+        chunk_length=chunk_length,
+        near=near,
+        far_position=far_position,
+        is_query=False,
+    )

@@ -1,0 +1,371 @@
+"""One block of the online softmax, and the random bits that drop its weights.
+
+A row of a product lies in four lanes. Each of them keeps what the softmax knows of the row: the
+number m that exponents refer to, which is the same in all four, and its own share of the sum l. So
+both are [64, 4]. m need not be the largest logit so far. In a row's first block, and where every
+block is looked at, only a block that exceeds it by more than 8 (in base 2) gives a new one, and
+only then is what was added up scaled; in further blocks one whose weights come to more than 2^13 in
+a lane. Half precision has no fewer bits for such weights. In most blocks no row of a warp has one,
+and its lanes exchange nothing.
+
+The PTX below votes and shuffles among all lanes of a warp and is declared pure. That is sound since
+all branches around it are the same in a whole program.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from lctrain_kernels.gluon.step import draw_words, kept_or_zero, opaque, rounded, tanh
+from lctrain_kernels.tile.logits import LOG2_E
+
+_LOG2_E = gl.constexpr(LOG2_E)
+# m of a row that has seen nothing: below all logits, and finite, so that -inf - m is -inf.
+UNSEEN = gl.constexpr(-3.4028234663852886e38)
+
+# Of two rows in one lane: m ($0, $1), factors of what was added up ($2, $3) and l times them ($4,
+# $5), from m and l in the same registers, the lane's largest s ($10, $11) and the multiplier ($12).
+RAISE = gl.constexpr(
+    """{
+    .reg .pred far, first, second;
+    .reg .f32 over0, over1, x0, x1;
+    mov.f32 $2, 0f3F800000;
+    mov.f32 $3, 0f3F800000;
+    neg.f32 x0, $0;
+    neg.f32 x1, $1;
+    fma.rn.f32 over0, $10, $12, x0;
+    fma.rn.f32 over1, $11, $12, x1;
+    setp.gt.f32 far, over0, 0f41000000;
+    setp.gt.or.f32 far, over1, 0f41000000, far;
+    vote.sync.any.pred far, far, 0xffffffff;
+    @!far bra DONE;
+    shfl.sync.bfly.b32 over0, $10, 1, 31, 0xffffffff;
+    shfl.sync.bfly.b32 over1, $11, 1, 31, 0xffffffff;
+    max.f32 x0, $10, over0;
+    max.f32 x1, $11, over1;
+    shfl.sync.bfly.b32 over0, x0, 2, 31, 0xffffffff;
+    shfl.sync.bfly.b32 over1, x1, 2, 31, 0xffffffff;
+    max.f32 x0, x0, over0;
+    max.f32 x1, x1, over1;
+    neg.f32 over0, $0;
+    neg.f32 over1, $1;
+    fma.rn.f32 over0, x0, $12, over0;
+    fma.rn.f32 over1, x1, $12, over1;
+    setp.gt.f32 first, over0, 0f41000000;
+    setp.gt.f32 second, over1, 0f41000000;
+    mul.rn.f32 x0, x0, $12;
+    mul.rn.f32 x1, x1, $12;
+    selp.f32 x0, x0, $0, first;
+    selp.f32 x1, x1, $1, second;
+    sub.rn.f32 over0, $0, x0;
+    sub.rn.f32 over1, $1, x1;
+    ex2.approx.ftz.f32 $2, over0;
+    ex2.approx.ftz.f32 $3, over1;
+    mul.rn.f32 $4, $4, $2;
+    mul.rn.f32 $5, $5, $3;
+    mov.f32 $0, x0;
+    mov.f32 $1, x1;
+    DONE:
+    }"""
+)
+RAISE_CONSTRAINTS = gl.constexpr("=&f,=&f,=&f,=&f,=&f,=&f,0,1,4,5,f,f,f,f")
+
+
+@gluon.constexpr_function
+def quads_layout(columns):
+    """Of split_rows' result, of a product with that many columns."""
+    registers = [[0, 0, 0, 1], [8, 0, 0, 0]]
+    registers += [[0, 1 << i, 0, 0] for i in range((columns // 8).bit_length() - 1)]
+    lanes = [[0, 0, 1, 0], [0, 0, 2, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]]
+    warps = [[16, 0, 0, 0], [32, 0, 0, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [64, columns // 8, 4, 2])
+
+
+@gluon.constexpr_function
+def lanes_layout(columns):
+    """Of numbers of rows in each of their lanes, [64, 4], beside a product."""
+    return gl.SliceLayout(1, gl.SliceLayout(3, quads_layout(columns)))
+
+
+@gluon.constexpr_function
+def scale_assembly(elements):
+    """Multiplies the registers of two rows, two of one after two of the other, unless by 1.
+
+    Operands: results, the same registers as factors, and a factor for each.
+    """
+    lines = [
+        ".reg .pred some;",
+        f"setp.neu.f32 some, ${2 * elements}, 0f3F800000;",
+        f"setp.neu.or.f32 some, ${2 * elements + 2}, 0f3F800000, some;",
+        "vote.sync.any.pred some, some, 0xffffffff;",
+        "@!some bra DONE;",
+        *(f"mul.rn.f32 ${i}, ${i}, ${2 * elements + i % 4};" for i in range(elements)),
+        "DONE:",
+    ]
+    return "{" + " ".join(lines) + "}"
+
+
+@gluon.constexpr_function
+def scale_constraints(elements):
+    """Of scale_assembly."""
+    tied = [str(i) for i in range(elements)]
+    return ",".join(["=&f"] * elements + tied + ["f"] * elements)
+
+
+@gluon.constexpr_function
+def further_assembly(elements, half):
+    """Weights of a block after a row's first, for which its m is taken to do.
+
+    Only if a lane finds weights that come to more than 2^13 does its warp look for maxima, and find
+    its weights anew. Operands: pairs of weights in half precision; m of both rows ($0 and $2 of the
+    next ones), factors of what was added up ($1, $3) and sums ($4, $6); s, m, l and the multiplier.
+    Registers are those of two rows, two of one after two of the other.
+    """
+    out, s = elements // 2, elements * 3 // 2
+    m, l, multiplier = s + elements, s + 2 * elements, f"${s + 3 * elements}"
+
+    def weights():
+        yield "mov.f32 t0, 0f00000000; mov.f32 t1, 0f00000000;"
+        for pair in range(elements // 2):
+            row = pair % 2
+            yield f"fma.rn.f32 u, ${s + 2 * pair}, {multiplier}, n{row};"
+            yield f"fma.rn.f32 v, ${s + 2 * pair + 1}, {multiplier}, n{row};"
+            yield "ex2.approx.ftz.f32 u, u; ex2.approx.ftz.f32 v, v;"
+            yield f"cvt.rn.{half}x2.f32 ${pair}, v, u;"
+            yield f"add.rn.f32 u, u, v; add.rn.f32 t{row}, t{row}, u;"
+
+    lines = [".reg .pred far, hit0, hit1;", ".reg .f32 n0, n1, t0, t1, l0, l1, u, v;"]
+    for row in range(2):
+        lines.append(f"mov.f32 ${out + 2 * row}, ${m + 2 * row};")
+        lines.append(f"mov.f32 ${out + 2 * row + 1}, 0f3F800000;")
+        lines.append(f"mov.f32 l{row}, ${l + 2 * row}; neg.f32 n{row}, ${m + 2 * row};")
+    lines += weights()
+    lines.append("setp.gt.f32 far, t0, 0f46000000; setp.gt.or.f32 far, t1, 0f46000000, far;")
+    lines.append("vote.sync.any.pred far, far, 0xffffffff; @!far bra DONE;")
+    for row in range(2):
+        for lane in (1, 2):
+            lines.append(f"shfl.sync.bfly.b32 u, t{row}, {lane}, 31, 0xffffffff;")
+            lines.append(f"max.f32 t{row}, t{row}, u;")
+        lines.append(f"setp.gt.f32 hit{row}, t{row}, 0f46000000;")
+        lines.append(f"mov.f32 u, ${s + 2 * row};")
+        for i in range(elements):
+            if i // 2 % 2 == row:
+                lines.append(f"max.f32 u, u, ${s + i};")
+        for lane in (1, 2):
+            lines.append(f"shfl.sync.bfly.b32 v, u, {lane}, 31, 0xffffffff; max.f32 u, u, v;")
+        lines.append(f"mul.rn.f32 u, u, {multiplier};")
+        lines.append(f"selp.f32 u, u, ${m + 2 * row}, hit{row};")
+        lines.append(f"add.rn.f32 v, n{row}, u; neg.f32 v, v; neg.f32 n{row}, u;")
+        lines.append(f"mov.f32 ${out + 2 * row}, u; ex2.approx.ftz.f32 v, v;")
+        lines.append(f"mov.f32 ${out + 2 * row + 1}, v; mul.rn.f32 l{row}, l{row}, v;")
+    lines += weights()
+    lines.append("DONE:")
+    lines += [f"add.rn.f32 ${out + 4 + 2 * row}, l{row}, t{row};" for row in range(2)]
+    return "{" + " ".join(lines) + "}"
+
+
+@gluon.constexpr_function
+def further_constraints(elements):
+    """Of further_assembly."""
+    return ",".join(["=&r"] * (elements // 2) + ["=&f"] * elements + ["f"] * (4 * elements))
+
+
+@gluon.jit
+def split_rows(x):
+    """A product [64, N] as [64, N // 8, 4, 2]: the third is which lane of four has it."""
+    COLUMNS: gl.constexpr = x.shape[1]
+    return gl.convert_layout(
+        gl.reshape(x, [64, COLUMNS // 8, 4, 2]), quads_layout(COLUMNS), assert_trivial=True
+    )
+
+
+@gluon.jit
+def _column_block(x, INDEX: gl.constexpr):
+    """x[:, INDEX] of [64, N, 4], N a power of two, whose second dimension is in registers."""
+    for bit in gl.static_range(8):
+        if x.shape[1] > 1:
+            halves = gl.reshape(x, [64, x.shape[1] // 2, 2, 4])
+            even, odd = gl.split(gl.permute(halves, (0, 1, 3, 2)))
+            x = odd if INDEX >> bit & 1 else even
+    return gl.reshape(x, [64, 4])
+
+
+@gluon.jit
+def _further_weights(s, m, l, multiplier, s_layout: gl.constexpr, dtype: gl.constexpr):
+    """As masked_weights, of a block after a row's first: mostly without looking for its maximum."""
+    ELEMENTS: gl.constexpr = s.shape[1] // 2
+    lanes: gl.constexpr = lanes_layout(s.shape[1])
+    operands = (split_rows(s), m[:, None, :, None], l[:, None, :, None], multiplier)
+    if dtype == gl.bfloat16:
+        p, found = gl.inline_asm_elementwise(
+            further_assembly(ELEMENTS, "bf16"),
+            further_constraints(ELEMENTS),
+            operands,
+            dtype=(gl.bfloat16, gl.float32),
+            is_pure=True,
+            pack=ELEMENTS,
+        )
+    else:
+        p, found = gl.inline_asm_elementwise(
+            further_assembly(ELEMENTS, "f16"),
+            further_constraints(ELEMENTS),
+            operands,
+            dtype=(gl.float16, gl.float32),
+            is_pure=True,
+            pack=ELEMENTS,
+        )
+    m_and_l, alpha = gl.split(found)
+    m = gl.convert_layout(_column_block(m_and_l, 0), lanes, assert_trivial=True)
+    l = gl.convert_layout(_column_block(m_and_l, 1), lanes, assert_trivial=True)
+    alpha = gl.convert_layout(_column_block(alpha, 0), lanes, assert_trivial=True)
+    p = gl.convert_layout(gl.reshape(p, s.shape), s_layout, assert_trivial=True)
+    return p, alpha, m, l
+
+
+@gluon.jit
+def nothing_seen(BLOCK_N: gl.constexpr):
+    """m and l of rows before their first block."""
+    layout: gl.constexpr = lanes_layout(BLOCK_N)
+    return gl.full([64, 4], UNSEEN, gl.float32, layout), gl.zeros([64, 4], gl.float32, layout)
+
+
+@gluon.jit
+def whole_rows(m, l, row_layout: gl.constexpr):
+    """m and l of rows [64] after their last block."""
+    return (
+        gl.convert_layout(gl.max(m, 1), row_layout, assert_trivial=True),
+        gl.convert_layout(gl.sum(l, 1), row_layout, assert_trivial=True),
+    )
+
+
+@gluon.jit
+def scaled(acc, alpha, o_layout: gl.constexpr):
+    """acc [64, D] times alpha [64, 4], of masked_weights."""
+    COLUMNS: gl.constexpr = acc.shape[1]
+    ELEMENTS: gl.constexpr = COLUMNS // 2
+    factor = gl.convert_layout(alpha, lanes_layout(COLUMNS), assert_trivial=True)
+    acc = gl.inline_asm_elementwise(
+        scale_assembly(ELEMENTS),
+        scale_constraints(ELEMENTS),
+        [split_rows(acc), factor[:, None, :, None]],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=ELEMENTS,
+    )
+    return gl.convert_layout(gl.reshape(acc, [64, COLUMNS]), o_layout, assert_trivial=True)
+
+
+@gluon.jit
+def block_words(
+    random, block, BLOCK_N: gl.constexpr, s_layout: gl.constexpr, HAS_DROPOUT: gl.constexpr
+):
+    """Random bits for a block of weights. They need no scores, so they are drawn meanwhile."""
+    return key_words(random, block * BLOCK_N, BLOCK_N, s_layout, HAS_DROPOUT)
+
+
+@gluon.jit
+def key_words(
+    random, key, BLOCK_N: gl.constexpr, s_layout: gl.constexpr, HAS_DROPOUT: gl.constexpr
+):
+    """As block_words, of a block that starts at `key`, a multiple of 32."""
+    words = 0
+    if HAS_DROPOUT:
+        key_0, key_1, document_key, head, first, local_query = random
+        local_key = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
+        words = draw_words(
+            key_0,
+            key_1,
+            document_key,
+            head[:, None].to(gl.uint32),
+            first,
+            local_query[:, None],
+            key,
+            local_key[None, :],
+        )
+        words = opaque(words)
+    return words
+
+
+@gluon.jit
+def block_weights(
+    s,
+    m,
+    l,
+    block,
+    rows,
+    visible,
+    words,
+    threshold,
+    scale,
+    softcap,
+    s_layout: gl.constexpr,
+    dtype: gl.constexpr,
+    FLAGS: gl.constexpr,
+    FEW_REGISTERS: gl.constexpr = False,
+    IS_FURTHER: gl.constexpr = False,
+):
+    """One block of the online softmax: (p in dtype, alpha, m, l); s [64, BLOCK_N] = q.k.
+
+    alpha is what `scaled` takes; m and l begin as nothing_seen has them and end in whole_rows.
+    IS_FURTHER says that a row's first block came before.
+    """
+    BLOCK_N: gl.constexpr = s.shape[1]
+    HAS_LEFT: gl.constexpr = FLAGS[0]
+    HAS_SOFTCAP: gl.constexpr = FLAGS[2]
+    HAS_DROPOUT: gl.constexpr = FLAGS[4]
+    IN_DOCUMENT: gl.constexpr = HAS_DROPOUT or FEW_REGISTERS
+    first, local_query = rows
+    shift, length_k, left, right, clear_low, clear_high = visible
+    query = first + local_query
+    local_key = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
+    key = block * BLOCK_N
+    multiplier = scale * _LOG2_E
+    if HAS_SOFTCAP:
+        s = tanh(s * (scale / softcap)) * (softcap * _LOG2_E)
+        multiplier = 1.0
+    if (key + BLOCK_N > clear_high) | (key < clear_low):
+        # Positions inside the block cost fewer instructions, those in the document fewer registers,
+        # which random bits need.
+        start = 0 if IN_DOCUMENT else key
+        keys = local_key + key if IN_DOCUMENT else local_key
+        last = gl.minimum(query + shift + right, length_k - 1) - start
+        s = gl.where(keys[None, :] <= last[:, None], s, float("-inf"))
+        if HAS_LEFT:
+            s = gl.where(keys[None, :] >= (query + shift - left - start)[:, None], s, float("-inf"))
+    return masked_weights(
+        s, m, l, words, threshold, multiplier, s_layout, dtype, HAS_DROPOUT, IS_FURTHER
+    )
+
+
+@gluon.jit
+def masked_weights(
+    s,
+    m,
+    l,
+    words,
+    threshold,
+    multiplier,
+    s_layout: gl.constexpr,
+    dtype: gl.constexpr,
+    HAS_DROPOUT: gl.constexpr,
+    IS_FURTHER: gl.constexpr,
+):
+    """As block_weights, of s that is -inf where nothing is seen; the exponent is s * multiplier."""
+    if IS_FURTHER and not HAS_DROPOUT:
+        return _further_weights(s, m, l, multiplier, s_layout, dtype)
+    x = split_rows(s)
+    largest = gl.max(gl.max(x, 3), 1)
+    m, alpha, l = gl.inline_asm_elementwise(
+        RAISE,
+        RAISE_CONSTRAINTS,
+        [m, l, largest, multiplier],
+        dtype=(gl.float32, gl.float32, gl.float32),
+        is_pure=True,
+        pack=2,
+    )
+    x = gl.exp2(x * multiplier - m[:, None, :, None])
+    l += gl.sum(gl.sum(x, 3), 1)
+    p = gl.convert_layout(gl.reshape(x, s.shape), s_layout, assert_trivial=True)
+    if HAS_DROPOUT:
+        local_key = gl.arange(0, s.shape[1], gl.SliceLayout(0, s_layout))
+        p = rounded(kept_or_zero(p, words, local_key[None, :], threshold), dtype)
+    return p.to(dtype), alpha, m, l

@@ -1,0 +1,225 @@
+"""Device helpers: those of lctrain_kernels.tile, compiled as Gluon, and what only Hopper needs.
+
+`gluon.jit(helper.fn)` compiles the source of a helper again, with layouts. So there is one
+definition of the dropout mask, of windows and of logits for all kernels.
+"""
+
+from types import FunctionType
+from typing import Any
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from lctrain_kernels.tile import chunks, dropout, mask
+from lctrain_kernels.tile import logits as logits_tile
+
+draw_words = gluon.jit(dropout.draw_words.fn)
+top_bits = gluon.jit(dropout.top_bits.fn)
+load_key = gluon.jit(dropout.load_key.fn)
+load_window = gluon.jit(mask.load_window.fn)
+tanh = gluon.jit(logits_tile.tanh.fn)
+
+
+def _with(helper: Any, **callees: Any) -> Any:
+    """As gluon.jit(helper.fn), of a helper that calls others by these names."""
+    source = helper.fn
+    names = source.__globals__ | callees
+    return gluon.jit(FunctionType(source.__code__, names, source.__name__, source.__defaults__))
+
+
+kept = _with(dropout.kept, top_bits=top_bits)
+own_begin = gluon.jit(chunks.own_begin.fn)
+far_end = _with(chunks.far_end, own_begin=own_begin)
+keys_of_query = _with(chunks.keys_of_query, own_begin=own_begin, far_end=far_end)
+keys_of_tile = _with(
+    chunks.keys_of_tile, own_begin=own_begin, far_end=far_end, keys_of_query=keys_of_query
+)
+queries_of_key = _with(chunks.queries_of_key, own_begin=own_begin)
+queries_of_tile = _with(chunks.queries_of_tile, queries_of_key=queries_of_key)
+
+_WAITS = gl.constexpr(
+    tuple(f"cp.async.bulk.wait_group {later}; mov.b32 $0, $1;" for later in range(3))
+)
+_PAIRS = range(16)  # of halves that a thread has of 64 x 64
+_FINISHED = gl.constexpr(
+    "{ .reg .pred go; .reg .b32 x, three; mov.b32 three, 3; mov.b32 x, 0; "
+    + " ".join(f"xor.b32 x, x, ${16 + pair};" for pair in _PAIRS)
+    + " setp.ne.s32 go, $32, 0; setp.eq.and.b32 go, x, 1, go; @go bar.sync three, 256; "
+    + " ".join(f"mov.b32 ${pair}, ${16 + pair};" for pair in _PAIRS)
+    + " }"
+)
+_FINISHED_CONSTRAINTS = gl.constexpr(",".join(["=&r"] * 16 + ["r"] * 48))
+
+
+@gluon.jit
+def held(buffers, index, never):
+    """buffers.index(index), for a product in a loop in which the buffer stays the same.
+
+    Left alone, what describes the buffer to the product is computed before the loop. There are more
+    such numbers than uniform registers; ptxas keeps the others in local memory, and each read waits
+    behind all that products read from shared memory.
+
+    Args:
+        buffers: In shared memory.
+        index: Of one of them.
+        never: A condition that no step of the loop meets, which the compiler cannot know.
+    """
+    return buffers.index(index + gl.where(never, 1, 0))
+
+
+@gluon.jit
+def opaque(words):
+    """Words of 32 bits as they are, of which LLVM does not know where they come from.
+
+    It would compute the lower half of each word, which is shifted up, once more for itself.
+    """
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [words], dtype=gl.uint32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def kept_or_zero(p, word, key, threshold):
+    """p where `kept` says so, else 0, of words from `opaque`; LLVM would gather its answers."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred kept; setp.ge.u32 kept, $2, $3; selp.f32 $0, $1, 0f00000000, kept; }",
+        "=f,f,r,r",
+        [p, top_bits(word, key), threshold.to(gl.uint32) << 16],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def rounded(x, dtype: gl.constexpr):
+    """Rounds float32 to half precision, two values an instruction.
+
+    Left to itself, the compiler selects after rounding, and then has halves to put together.
+    """
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.float16, is_pure=True, pack=2
+        )
+
+
+@gluon.jit
+def finished(p, never):
+    """p, all of which is there before the next wait for products.
+
+    Left alone, ptxas moves such a wait above the exponentials that were to run meanwhile. Here a
+    barrier that never comes to be depends on all of a thread's values, and the wait stays below it.
+
+    Args:
+        p: [64, 64] in half precision, of a warpgroup.
+        never: A condition that is never met, which the compiler cannot know.
+    """
+    return gl.inline_asm_elementwise(
+        _FINISHED,
+        _FINISHED_CONSTRAINTS,
+        [p, gl.where(never, 1, 0)],
+        dtype=p.dtype,
+        is_pure=False,
+        pack=32,
+    )
+
+
+@gluon.jit
+def wait_written(LATER: gl.constexpr):
+    """Waits until this warp's copies out of shared memory, but for some, are in global memory.
+
+    Gluon's own wait is over when they have read shared memory.
+
+    Args:
+        LATER: Copies that may be on their way still, at most two.
+    """
+    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    gl.inline_asm_elementwise(_WAITS[LATER], "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def release():
+    """Orders all that this warp knows to be written before what it tells others next."""
+    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    gl.inline_asm_elementwise(
+        "fence.acq_rel.gpu; mov.b32 $0, $1;",
+        "=r,r",
+        [lane],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def add_four(pointers, left, x0, x1, x2, x3):
+    """Adds x0 to x3 to four float32 in global memory from each address on, where left > 0.
+
+    Addresses are multiples of 16 bytes. Nothing waits for an addition before the kernel ends.
+    """
+    gl.inline_asm_elementwise(
+        "{ .reg .pred some; setp.gt.s32 some, $2, 0; "
+        "@some red.relaxed.gpu.global.add.v4.f32 [$1], {$3, $4, $5, $6}; mov.b32 $0, 0; }",
+        "=r,l,r,f,f,f,f",
+        [pointers.to(gl.int64), left, x0, x1, x2, x3],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def scalar(buffer, warps: gl.constexpr):
+    """Reads the only element of a [1] buffer in shared memory."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [warps], [0])
+    return gl.max(buffer.load(layout), 0)
+
+
+@gluon.jit
+def key_blocks(
+    first,
+    positions,
+    shift,
+    length_k,
+    left,
+    right,
+    HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):
+    """Blocks [low, high) of keys that queries [first, first + positions) of a document see."""
+    end = length_k
+    if HAS_RIGHT:
+        end = gl.minimum(end, gl.maximum(first + positions + shift + right, 0))
+    high = (end + BLOCK_N - 1) // BLOCK_N
+    low = 0
+    if HAS_LEFT:
+        low = gl.minimum(gl.maximum(first + shift - left, 0) // BLOCK_N, high)
+    return low, high
+
+
+@gluon.jit
+def query_blocks(
+    first,
+    keys,
+    shift,
+    length_q,
+    left,
+    right,
+    HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+):
+    """Blocks [low, high) of queries that see keys [first, first + keys) of a document."""
+    end = length_q
+    if HAS_LEFT:
+        end = gl.minimum(end, gl.maximum(first + keys - shift + left, 0))
+    high = (end + BLOCK_M - 1) // BLOCK_M
+    low = 0
+    if HAS_RIGHT:
+        low = gl.minimum(gl.maximum(first - shift - right, 0) // BLOCK_M, high)
+    return low, high

@@ -1,0 +1,227 @@
+"""Parts of the backward kernels: where a tile of keys lies, its shared memory, and dq's way out."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+)
+
+from lctrain_kernels.gluon.compat import reinterpret, tma_load, tma_store_wait
+from lctrain_kernels.gluon.signals import (
+    ADDER_AND_ONE,
+    DQ_EMPTY,
+    DQ_READY,
+    await_signal,
+    signal,
+)
+from lctrain_kernels.gluon.step import held
+
+_RAGGED = gl.constexpr(1 << 30)
+
+
+@gluon.jit
+def read_slot(packs, HEADS_KV: gl.constexpr, BLOCK_N: gl.constexpr):
+    """(head, document, first key, begin_q, length_q, begin_k, length_k) of this program.
+
+    The slots of a document are neighbours: all tiles of one of its heads, then the next head, since
+    they share queries in L2. In one dimension: a grid's others end at 65,535. An empty slot has
+    document -1, and the lengths of document 0.
+    """
+    cu_q_ptr, cu_k_ptr, tiles_ptr = packs
+    program = gl.program_id(0)
+    slot = program // HEADS_KV
+    document = gl.load(tiles_ptr + 2 * slot)
+    tile_k = gl.load(tiles_ptr + 2 * slot + 1)
+    known = gl.maximum(document, 0)
+    begin_q = gl.load(cu_q_ptr + known)
+    length_q = gl.load(cu_q_ptr + known + 1) - begin_q
+    begin_k = gl.load(cu_k_ptr + known)
+    length_k = gl.load(cu_k_ptr + known + 1) - begin_k
+    nth = tile_k * HEADS_KV + program % HEADS_KV
+    tiles = gl.maximum((length_k + BLOCK_N - 1) // BLOCK_N, 1)
+    first = nth % tiles * BLOCK_N
+    return nth // tiles, document, first, begin_q, length_q, begin_k, length_k
+
+
+@gluon.jit
+def next_block(head, block, head_kv, GROUP: gl.constexpr):
+    """(head, block) after this one: all heads of block after block, from the last one down, which
+    tiles of keys begin side by side."""
+    head += 1
+    end = (head_kv + 1) * GROUP
+    block = gl.where(head == end, block - 1, block)
+    head = gl.where(head == end, head_kv * GROUP, head)
+    return head, block
+
+
+@gluon.jit
+def allocate_rings(STAGES: gl.constexpr):
+    """Barriers at which blocks of queries arrive: (q_ready, do_ready)."""
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    do_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_ready.index(i), count=1)
+        mbarrier.init(do_ready.index(i), count=1)
+    return q_ready, do_ready
+
+
+@gluon.jit
+def allocate_dq(BLOCK_M: gl.constexpr, COLUMNS: gl.constexpr):
+    """Two float32 buffers, from which the adder takes what the warpgroups leave."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, COLUMNS], gl.float32)
+    return gl.allocate_shared_memory(gl.float32, [2, BLOCK_M, COLUMNS], layout)
+
+
+@gluon.jit
+def load_rows(desc, buffers, first, ready, place):
+    """Loads the halves of a tile of keys, one below the other, and leaves it to others to arrive.
+
+    Args:
+        desc: Of [T, H, D], in blocks of a buffer's shape.
+        buffers: [.., rows, columns].
+        first: Where the first half goes; the other follows.
+        ready: The barrier.
+        place: (end of the document, row coordinate, head).
+    """
+    end, row, head = place
+    dtype: gl.constexpr = desc.dtype
+    ROWS: gl.constexpr = buffers.shape[1]
+    COLUMNS: gl.constexpr = buffers.shape[2]
+    for i in gl.static_range(2):
+        tma_load(
+            desc,
+            [_RAGGED, end, row + i * ROWS, head, 0],
+            ready,
+            reinterpret(buffers.index(first + i), dtype, [1, 1, ROWS, 1, COLUMNS], desc.layout),
+        )
+
+
+@gluon.jit
+def keys_weights(
+    s,
+    lse,
+    query,
+    bounds,
+    multiplier,
+    BLOCK_M: gl.constexpr,
+    s_layout: gl.constexpr,
+    FLAGS: gl.constexpr,
+):
+    """p [keys, queries], from the products and the base-2 lse of a block of queries.
+
+    Args:
+        s: [keys, queries], in s_layout.
+        lse: [queries].
+        query: The first one.
+        bounds: Relative to the first key: the document's end, and what query 0 sees last and first.
+        multiplier: Of s, in base 2.
+        BLOCK_M: Queries.
+        s_layout: Of s.
+        FLAGS: (HAS_LEFT, HAS_RIGHT, ..).
+    """
+    HALF: gl.constexpr = s.shape[0]
+    HAS_LEFT: gl.constexpr = FLAGS[0]
+    HAS_RIGHT: gl.constexpr = FLAGS[1]
+    keys_here, reach, past = bounds
+    # Keys beyond the document's end are zero, and 2^(0 - lse) may overflow.
+    masked = keys_here < HALF
+    if HAS_RIGHT:
+        masked = masked | (query + reach < HALF - 1)
+    if HAS_LEFT:
+        masked = masked | (query + BLOCK_M - 1 + past > 0)
+    if masked:
+        local_key = gl.arange(0, HALF, gl.SliceLayout(1, s_layout))
+        local_query = gl.arange(0, BLOCK_M, gl.SliceLayout(0, s_layout))
+        # Bits 1 and 2 tell a thread's columns from another's: the rest of a column is a constant.
+        column = (local_query & ~6)[None, :]
+        ahead = local_key[:, None] - (local_query & 6)[None, :] - query
+        known = (local_key < keys_here)[:, None]
+        if HAS_RIGHT:
+            s = gl.where(gl.where(known, ahead - reach, BLOCK_M) <= column, s, float("-inf"))
+        else:
+            s = gl.where(known, s, float("-inf"))
+        if HAS_LEFT:
+            s = gl.where(ahead - past >= column, s, float("-inf"))
+    return gl.exp2(s * multiplier - lse[None, :])
+
+
+@gluon.jit
+def place_keys(keys, strides, WIDTH: gl.constexpr, layout: gl.constexpr, SHAPE: gl.constexpr):
+    """Where a warpgroup's rows of dk or dv go: (offsets, mask).
+
+    Args:
+        keys: (first key, end and begin of the document, head).
+        strides: Of tokens and heads.
+        WIDTH: Columns that there are; those of SHAPE beyond are padding.
+        layout: Of the rows.
+        SHAPE: (keys, columns).
+    """
+    first_key, length_k, begin_k, head_kv = keys
+    stride_t, stride_h = strides
+    key = first_key + gl.arange(0, SHAPE[0], gl.SliceLayout(1, layout))
+    column = gl.arange(0, SHAPE[1], gl.SliceLayout(0, layout))
+    offset = (begin_k + key).to(gl.int64) * stride_t + head_kv * stride_h
+    inside = (key < length_k)[:, None] & (column < WIDTH)[None, :]
+    return offset[:, None] + column[None, :], inside
+
+
+@gluon.jit
+def multiply_dq(
+    ds_bufs, k_bufs, buffer, zero_q, never, HALF_INDEX: gl.constexpr, TURNED: gl.constexpr
+):
+    """Starts this warpgroup's columns of a step's dq: both halves of the keys.
+
+    TURNED: as columns by queries, which has as many rows as a product takes, 64. Then put_dq stores
+    without bank conflicts.
+    """
+    token = zero_q
+    COLUMNS: gl.constexpr = zero_q.shape[0] if TURNED else zero_q.shape[1]
+    for half in gl.static_range(2):
+        ds = ds_bufs.index(buffer * 2 + half)
+        k = held(k_bufs, half, never).slice(HALF_INDEX * COLUMNS, COLUMNS, dim=1)
+        if TURNED:
+            token = warpgroup_mma(k.permute((1, 0)), ds, token, use_acc=half > 0, is_async=True)
+        else:
+            token = warpgroup_mma(ds.permute((1, 0)), k, token, use_acc=half > 0, is_async=True)
+    return token
+
+
+@gluon.jit
+def put_dq(dq, dq_bufs, turn, HALF_INDEX: gl.constexpr, TURNED: gl.constexpr):
+    """Leaves this warpgroup's part of dq to the adder, for its turn-th time."""
+    await_signal(DQ_EMPTY + HALF_INDEX, ADDER_AND_ONE, 4, gl.where(turn > 0, 1, 0))
+    if TURNED:
+        dq_bufs.index(HALF_INDEX).permute((1, 0)).store(dq)
+    else:
+        dq_bufs.index(HALF_INDEX).store(dq)
+    fence_async_shared()
+    signal(DQ_READY + HALF_INDEX, ADDER_AND_ONE, 4)
+
+
+@gluon.jit
+def settle_dq(turns, HALF_INDEX: gl.constexpr):
+    """Waits until the adder has read what put_dq left last."""
+    await_signal(DQ_EMPTY + HALF_INDEX, ADDER_AND_ONE, 4, gl.where(turns > 0, 1, 0))
+
+
+@gluon.jit
+def take_dq(dq_bufs, INDEX: gl.constexpr, dq_desc):
+    """Lets the adder wait for a buffer of dq. Returns it, of the shape that its descriptor has."""
+    await_signal(DQ_READY + INDEX, ADDER_AND_ONE, 1)
+    BLOCK_M: gl.constexpr = dq_bufs.shape[1]
+    COLUMNS: gl.constexpr = dq_bufs.shape[2]
+    return reinterpret(
+        dq_bufs.index(INDEX), gl.float32, [1, 1, BLOCK_M, 1, COLUMNS], dq_desc.layout
+    )
+
+
+@gluon.jit
+def give_back_dq():
+    """Gives both buffers of dq back, each when the adder's copy has read it."""
+    tma_store_wait(1)
+    signal(DQ_EMPTY, ADDER_AND_ONE, 1)
+    tma_store_wait(0)
+    signal(DQ_EMPTY + 1, ADDER_AND_ONE, 1)

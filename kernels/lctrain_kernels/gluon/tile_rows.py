@@ -1,0 +1,173 @@
+"""Parts of the persistent forward kernels: their shared memory, and what goes in and out of it."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from lctrain_kernels.gluon.compat import partition_barrier, reinterpret, tma_load, tma_store
+from lctrain_kernels.gluon.tile_list import TILE_FIELDS, TILES_AHEAD
+
+_RAGGED = gl.constexpr(1 << 30)
+_CHUNK = gl.constexpr(64)  # columns of a 128-byte swizzle
+
+
+@gluon.jit
+def allocate(dtype: gl.constexpr, TILE: gl.constexpr):
+    """Buffers of queries, keys, values and tiles, and their barriers.
+
+    Of queries and tiles (ready, empty); of keys and values ready, since signals say what is empty.
+
+    Args:
+        dtype: Of queries, keys and values.
+        TILE: (PACK, CONSUMERS, BLOCK_N, BLOCK_D, Q_STAGES, STAGES), and more for others.
+    """
+    CONSUMERS: gl.constexpr = TILE[1]
+    BLOCK_N: gl.constexpr = TILE[2]
+    BLOCK_D: gl.constexpr = TILE[3]
+    Q_STAGES: gl.constexpr = TILE[4]
+    STAGES: gl.constexpr = TILE[5]
+    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
+    kv_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], dtype)
+    word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    q_bufs = gl.allocate_shared_memory(dtype, [Q_STAGES * CONSUMERS, 64, BLOCK_D], q_layout)
+    k_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], kv_layout)
+    v_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], kv_layout)
+    info = gl.allocate_shared_memory(gl.int32, [TILES_AHEAD * TILE_FIELDS, 1], word)
+    info_ready = gl.allocate_shared_memory(gl.int64, [TILES_AHEAD, 1], bar)
+    info_empty = gl.allocate_shared_memory(gl.int64, [TILES_AHEAD, 1], bar)
+    q_ready = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bar)
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bar)
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    for i in gl.static_range(TILES_AHEAD):
+        mbarrier.init(info_ready.index(i), count=1)
+        mbarrier.init(info_empty.index(i), count=CONSUMERS + 1)
+    for i in gl.static_range(Q_STAGES):
+        mbarrier.init(q_ready.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=CONSUMERS)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(i), count=1)
+        mbarrier.init(v_ready.index(i), count=1)
+    info_bars = (info_ready, info_empty)
+    q_bars = (q_ready, q_empty)
+    return q_bufs, k_bufs, v_bufs, info, info_bars, q_bars, k_ready, v_ready
+
+
+@gluon.jit
+def load_queries(
+    desc,
+    q_bufs,
+    q_ready,
+    stage,
+    place,
+    TILE: gl.constexpr,
+    BRANCH: gl.constexpr = 0,
+    BRANCHES: gl.constexpr = 1,
+):
+    """Loads the rows of a tile: runs of positions of one head after the other.
+
+    Args:
+        desc: Of [T, H, D], in blocks of a run times 64 columns.
+        q_bufs: From allocate.
+        q_ready: Likewise.
+        stage: Where to.
+        place: (end and length of the document, the tile's first query, its first head).
+        TILE: As in allocate.
+        BRANCH: Which 64 rows of a buffer.
+        BRANCHES: Times 64 rows that a buffer has; each load is an arrival at q_ready.
+    """
+    end_q, length_q, first, head = place
+    PACK: gl.constexpr = TILE[0]
+    CONSUMERS: gl.constexpr = TILE[1]
+    BLOCK_D: gl.constexpr = TILE[3]
+    ROWS: gl.constexpr = CONSUMERS * 64
+    POSITIONS: gl.constexpr = ROWS // PACK
+    RUN: gl.constexpr = POSITIONS if POSITIONS < 64 else 64
+    COLUMNS: gl.constexpr = BLOCK_D // _CHUNK
+    dtype: gl.constexpr = desc.dtype
+    BYTES: gl.constexpr = dtype.primitive_bitwidth // 8
+    rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([RUN, _CHUNK], dtype)
+    mbarrier.expect(q_ready.index(stage), ROWS * BLOCK_D * BYTES)
+    for consumer in gl.static_range(CONSUMERS):
+        chunks = reinterpret(
+            q_bufs.index(stage * CONSUMERS + consumer),
+            dtype,
+            [BRANCHES * COLUMNS * (64 // RUN), RUN, _CHUNK],
+            rows_layout,
+        )
+        for column in gl.static_range(COLUMNS):
+            for run in gl.static_range(64 // RUN):
+                index = consumer * (64 // RUN) + run
+                tma_load(
+                    desc,
+                    [
+                        _RAGGED,
+                        end_q,
+                        _RAGGED - length_q + first + index % (POSITIONS // RUN) * RUN,
+                        head + index // (POSITIONS // RUN),
+                        column * _CHUNK,
+                    ],
+                    q_ready.index(stage),
+                    reinterpret(
+                        chunks.index((BRANCH * COLUMNS + column) * (64 // RUN) + run),
+                        dtype,
+                        [1, 1, RUN, 1, _CHUNK],
+                        desc.layout,
+                    ),
+                )
+
+
+@gluon.jit
+def load_block(desc, buffer, ready, place):
+    """Loads a block of rows of one head, and arrives.
+
+    Args:
+        desc: Of [T, H, D], in blocks of the buffer's shape.
+        buffer: [rows, columns].
+        ready: The barrier.
+        place: (end of the document, row coordinate, head).
+    """
+    end, row, head = place
+    dtype: gl.constexpr = desc.dtype
+    BYTES: gl.constexpr = dtype.primitive_bitwidth // 8
+    ROWS: gl.constexpr = buffer.shape[0]
+    BLOCK_D: gl.constexpr = buffer.shape[1]
+    mbarrier.expect(ready, ROWS * BLOCK_D * BYTES)
+    tma_load(
+        desc,
+        [_RAGGED, end, row, head, 0],
+        ready,
+        reinterpret(buffer, dtype, [1, 1, ROWS, 1, BLOCK_D], desc.layout),
+    )
+
+
+@gluon.jit
+def store_rows(desc, buffer, place, RUN: gl.constexpr):
+    """Starts the copy of a warpgroup's 64 rows out of the buffer that it wrote them to.
+
+    Args:
+        desc: As in load_queries.
+        buffer: [64, BLOCK_D].
+        place: (end and length of the document, first query, first head), of this warpgroup.
+        RUN: Positions of one head.
+    """
+    end_q, length_q, first, head = place
+    dtype: gl.constexpr = desc.dtype
+    COLUMNS: gl.constexpr = buffer.shape[1] // _CHUNK
+    rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([RUN, _CHUNK], dtype)
+    fence_async_shared()
+    partition_barrier()
+    chunks = reinterpret(buffer, dtype, [COLUMNS * (64 // RUN), RUN, _CHUNK], rows_layout)
+    for column in gl.static_range(COLUMNS):
+        for run in gl.static_range(64 // RUN):
+            tma_store(
+                desc,
+                [_RAGGED, end_q, _RAGGED - length_q + first, head + run, column * _CHUNK],
+                reinterpret(
+                    chunks.index(column * (64 // RUN) + run),
+                    dtype,
+                    [1, 1, RUN, 1, _CHUNK],
+                    desc.layout,
+                ),
+            )

@@ -1,0 +1,348 @@
+"""Tile configurations: one table, (operation, architecture, head dim) -> frozen dataclass.
+
+A configuration depends on nothing that changes from batch to batch (no lengths, no token counts),
+so a document's bits do not depend on the pack it travels in. kernels/bench/NOTES.md holds the
+measurements that the numbers come from.
+"""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lctrain_kernels.tile.arguments import padded_head_dim
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How a kernel cuts its work.
+
+    Attributes:
+        block_m: Query rows of a tile; PACK heads times positions.
+        block_n: Keys of a tile.
+        num_warps: Warps of a program.
+        num_stages: Depth of the load pipeline.
+        pack: Query heads of one key/value head that share a tile (1 in kernels that own keys). A
+            tile of two heads has half the positions, so the masked part of the diagonal is half as
+            large, at the same reuse of keys.
+        spill_free: Promise that the plain causal kernel keeps everything in registers; tested.
+        max_registers: Bound of registers per thread, where more programs per multiprocessor pay.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    pack: int = 1
+    max_registers: int | None = None
+    spill_free: bool = False
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The compiler's options."""
+        options = {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,  # Triton 3.10 flips the default
+        }
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
+        return options
+
+    @property
+    def positions(self) -> int:
+        """Query positions of a tile."""
+        return self.block_m // self.pack
+
+
+# Operation -> {padded head dim: configuration}; head dims up to the key use it. An entry
+# "<operation>_dropout" replaces single sizes where dropout is on. Differential attention
+# ("diff_...") goes by the sum of its two padded head dims: 192 is keys of 64 with values of 128,
+# 256 is both of 128. There "<operation>_shared" replaces sizes where both branches read one k.
+# "<operation>_share" is the launch of dual chunk attention whose result another one adds to.
+_HOPPER = {
+    "varlen_fwd": {
+        64: TileConfig(64, 64, 4, 3, pack=2, spill_free=True),
+        128: TileConfig(128, 64, 8, 3, pack=2, spill_free=True),
+        256: TileConfig(128, 64, 8, 2, pack=4),
+    },
+    "varlen_dq": {
+        64: TileConfig(64, 64, 4, 3, pack=2, spill_free=True),
+        128: TileConfig(64, 64, 4, 2, pack=2, spill_free=True),
+        256: TileConfig(128, 32, 8, 2, pack=2, spill_free=True),
+    },
+    "varlen_dq_dropout": {
+        128: TileConfig(128, 64, 8, 2, pack=4),
+    },
+    "varlen_dkv": {
+        64: TileConfig(64, 64, 4, 3),
+        128: TileConfig(64, 128, 8, 2),
+        256: TileConfig(32, 64, 8, 2),
+    },
+    "dual_chunk_fwd": {
+        64: TileConfig(128, 64, 4, 3, pack=2),
+        128: TileConfig(128, 64, 8, 3, pack=4),
+        256: TileConfig(64, 64, 8, 2, pack=2),
+    },
+    "dual_chunk_dq": {
+        64: TileConfig(64, 64, 4, 3, pack=2),
+        128: TileConfig(64, 64, 4, 2, pack=2),
+        256: TileConfig(64, 32, 8, 2, pack=2),
+    },
+    "dual_chunk_dkv": {
+        64: TileConfig(64, 64, 4, 3),
+        128: TileConfig(64, 128, 8, 2),
+        256: TileConfig(32, 64, 8, 1),
+    },
+    "dual_chunk_dkv_dropout": {
+        128: TileConfig(32, 64, 4, 2),
+    },
+    "dual_chunk_dkv_share": {
+        128: TileConfig(32, 64, 4, 2),
+    },
+    "diff_fwd": {
+        128: TileConfig(64, 64, 4, 3, pack=2, spill_free=True),
+        192: TileConfig(128, 64, 8, 3, pack=2),
+        256: TileConfig(128, 64, 8, 3, pack=2),
+        384: TileConfig(64, 32, 8, 2, pack=2),
+    },
+    "diff_dq": {
+        128: TileConfig(64, 64, 4, 2, pack=2, spill_free=True),
+        192: TileConfig(64, 32, 4, 3, pack=2),
+        256: TileConfig(128, 32, 8, 3, pack=2),
+        384: TileConfig(64, 32, 8, 2, pack=2),
+    },
+    "diff_dq_dropout": {
+        192: TileConfig(128, 64, 8, 2, pack=2),
+    },
+    "diff_dkv": {
+        128: TileConfig(32, 64, 4, 2, spill_free=True),
+        192: TileConfig(32, 64, 4, 3),
+        256: TileConfig(32, 64, 8, 2),
+        384: TileConfig(32, 64, 8, 2),
+    },
+    "diff_dkv_shared": {
+        256: TileConfig(32, 128, 8, 3),
+    },
+}
+# Accumulators of more than 512 columns of tensor memory compile to a trap: half as many keys.
+_BLACKWELL = {
+    **_HOPPER,
+    "diff_dkv": {**_HOPPER["diff_dkv"], 256: TileConfig(32, 64, 4, 2)},
+    "diff_dkv_shared": {256: TileConfig(32, 64, 4, 2)},
+}
+_AMPERE = {
+    "varlen_fwd": {
+        64: TileConfig(128, 64, 4, 3, pack=2),
+        128: TileConfig(128, 32, 4, 3, pack=2),
+        256: TileConfig(64, 32, 4, 2, pack=1),
+    },
+    "varlen_dq": {
+        64: TileConfig(64, 64, 4, 2, pack=1),
+        128: TileConfig(64, 64, 8, 2, pack=1),
+        256: TileConfig(64, 32, 8, 1, pack=1),
+    },
+    "varlen_dkv": {
+        64: TileConfig(64, 64, 4, 2),
+        128: TileConfig(32, 64, 4, 2),
+        256: TileConfig(32, 32, 4, 1),
+    },
+    "dual_chunk_fwd": {
+        64: TileConfig(128, 64, 4, 3, pack=2),
+        128: TileConfig(128, 32, 4, 3, pack=2),
+        256: TileConfig(64, 32, 4, 2, pack=1),
+    },
+    "dual_chunk_dq": {
+        64: TileConfig(64, 64, 4, 2, pack=1),
+        128: TileConfig(64, 64, 8, 2, pack=1),
+        256: TileConfig(64, 32, 8, 1, pack=1),
+    },
+    "dual_chunk_dkv": {
+        64: TileConfig(64, 64, 4, 2),
+        128: TileConfig(32, 64, 4, 2),
+        256: TileConfig(32, 32, 4, 1),
+    },
+    "diff_fwd": {
+        128: TileConfig(64, 64, 4, 2),
+        256: TileConfig(64, 32, 4, 2),
+        384: TileConfig(32, 32, 4, 2),
+    },
+    "diff_dq": {
+        128: TileConfig(64, 32, 4, 2),
+        256: TileConfig(64, 32, 8, 1),
+        384: TileConfig(32, 32, 4, 1),
+    },
+    "diff_dkv": {
+        128: TileConfig(32, 64, 4, 1),
+        256: TileConfig(32, 32, 4, 1),
+        384: TileConfig(16, 32, 4, 1),
+    },
+}
+_CDNA = {
+    "varlen_fwd": {
+        64: TileConfig(128, 64, 4, 1, pack=1),
+        128: TileConfig(128, 64, 4, 1, pack=1),
+        256: TileConfig(64, 32, 4, 1, pack=1),
+    },
+    "varlen_dq": {
+        64: TileConfig(64, 64, 4, 1, pack=1),
+        128: TileConfig(64, 64, 4, 1, pack=1),
+        256: TileConfig(64, 32, 4, 1, pack=1),
+    },
+    "varlen_dkv": {
+        64: TileConfig(64, 64, 4, 1),
+        128: TileConfig(64, 64, 4, 1),
+        256: TileConfig(32, 32, 4, 1),
+    },
+    "dual_chunk_fwd": {
+        64: TileConfig(128, 64, 4, 1, pack=1),
+        128: TileConfig(128, 64, 4, 1, pack=1),
+        256: TileConfig(64, 32, 4, 1, pack=1),
+    },
+    "dual_chunk_dq": {
+        64: TileConfig(64, 64, 4, 1, pack=1),
+        128: TileConfig(64, 64, 4, 1, pack=1),
+        256: TileConfig(64, 32, 4, 1, pack=1),
+    },
+    "dual_chunk_dkv": {
+        64: TileConfig(64, 64, 4, 1),
+        128: TileConfig(64, 64, 4, 1),
+        256: TileConfig(32, 32, 4, 1),
+    },
+    "diff_fwd": {
+        256: TileConfig(64, 32, 4, 1),
+        384: TileConfig(32, 32, 4, 1),
+    },
+    "diff_dq": {
+        256: TileConfig(64, 32, 4, 1),
+        384: TileConfig(32, 32, 4, 1),
+    },
+    "diff_dkv": {
+        256: TileConfig(32, 32, 4, 1),
+        384: TileConfig(16, 32, 4, 1),
+    },
+}
+# Products of float32 run on the scalar units, in registers: small tiles.
+_FLOAT32 = {
+    "varlen_fwd": {64: TileConfig(32, 32, 4, 1), 256: TileConfig(16, 32, 4, 1)},
+    "varlen_dq": {64: TileConfig(32, 32, 4, 1), 256: TileConfig(16, 32, 4, 1)},
+    "varlen_dkv": {64: TileConfig(32, 32, 4, 1), 256: TileConfig(16, 32, 4, 1)},
+    "dual_chunk_fwd": {64: TileConfig(32, 32, 4, 1), 256: TileConfig(16, 32, 4, 1)},
+    "dual_chunk_dq": {64: TileConfig(32, 32, 4, 1), 256: TileConfig(16, 32, 4, 1)},
+    "dual_chunk_dkv": {64: TileConfig(32, 32, 4, 1), 256: TileConfig(16, 32, 4, 1)},
+    "diff_fwd": {192: TileConfig(32, 32, 4, 1), 384: TileConfig(16, 32, 4, 1)},
+    "diff_dq": {192: TileConfig(32, 32, 4, 1), 384: TileConfig(16, 32, 4, 1)},
+    "diff_dkv": {192: TileConfig(16, 32, 4, 1), 384: TileConfig(16, 16, 4, 1)},
+}
+# The interpreter walks programs in Python: small tiles, so that tiny documents still cross them.
+_INTERPRETER = {
+    "varlen_fwd": {256: TileConfig(32, 32, 4, 1, pack=2)},
+    "varlen_dq": {256: TileConfig(32, 32, 4, 1, pack=2)},
+    "varlen_dkv": {256: TileConfig(16, 32, 4, 1)},
+    "dual_chunk_fwd": {256: TileConfig(32, 32, 4, 1, pack=2)},
+    "dual_chunk_dq": {256: TileConfig(32, 32, 4, 1, pack=2)},
+    "dual_chunk_dkv": {256: TileConfig(16, 32, 4, 1)},
+    "diff_fwd": {384: TileConfig(32, 32, 4, 1, pack=2)},
+    "diff_dq": {384: TileConfig(32, 32, 4, 1, pack=2)},
+    "diff_dkv": {384: TileConfig(16, 32, 4, 1)},
+}
+TABLES = {
+    "sm_80": _AMPERE,
+    "sm_90": _HOPPER,
+    "sm_100": _BLACKWELL,
+    "gfx942": _CDNA,
+    "gfx950": _CDNA,
+    "float32": _FLOAT32,
+    "interpreter": _INTERPRETER,
+}
+OPERATIONS = ("varlen_fwd", "varlen_dq", "varlen_dkv")
+DUAL_CHUNK_OPERATIONS = ("dual_chunk_fwd", "dual_chunk_dq", "dual_chunk_dkv")
+DIFFERENTIAL_OPERATIONS = ("diff_fwd", "diff_dq", "diff_dkv")
+
+
+def table_config(
+    table: str,
+    operation: str,
+    head_dim: int,
+    group: int,
+    has_dropout: bool = False,
+    value_dim: int | None = None,
+    shared_k: bool = False,
+    is_share: bool = False,
+) -> TileConfig:
+    """Looks a configuration up.
+
+    Args:
+        table: A key of TABLES.
+        operation: "varlen_fwd", "varlen_dq" or "varlen_dkv".
+        head_dim: D, 1 to 256.
+        group: Query heads per key/value head; bounds how many heads can share a tile.
+        has_dropout: Whether the kernel draws dropout masks.
+        value_dim: Of the operations of differential attention, whose tables go by both head dims.
+        shared_k: Whether both branches of differential attention read one k.
+        is_share: Whether another launch adds to the result; dual chunk attention only.
+    """
+    width = padded_head_dim(head_dim)
+    if value_dim is not None:
+        width += padded_head_dim(value_dim)
+    sizes = TABLES[table][operation]
+    suffixes = {"shared": shared_k, "dropout": has_dropout, "share": is_share}
+    for suffix, applies in suffixes.items():
+        if applies:
+            sizes = {**sizes, **TABLES[table].get(f"{operation}_{suffix}", {})}
+    config = sizes[min(size for size in sizes if size >= min(width, max(sizes)))]
+    return replace(config, pack=math.gcd(config.pack, group))
+
+
+def tile_config(
+    operation: str,
+    q: Tensor,
+    group: int,
+    has_dropout: bool,
+    value_dim: int | None = None,
+    shared_k: bool = False,
+    is_share: bool = False,
+) -> TileConfig:
+    """Returns the configuration for these tensors; never reads their values."""
+    if q.device.type != "cuda":
+        table = "interpreter"
+    elif q.dtype == torch.float32:
+        table = "float32"
+    else:
+        table = _device_table(q.device.index)
+    override = _OVERRIDES.get(f"{operation}_share" if is_share else operation)
+    if override is not None:
+        return replace(override, pack=math.gcd(override.pack, group))
+    return table_config(
+        table, operation, q.shape[2], group, has_dropout, value_dim, shared_k, is_share
+    )
+
+
+_OVERRIDES: dict[str, TileConfig] = {}
+
+
+class override_configs:
+    """Context manager that forces configurations by operation; for tuning and for tests."""
+
+    def __init__(self, **configs: TileConfig) -> None:
+        self._configs = configs
+
+    def __enter__(self) -> None:
+        self._saved = dict(_OVERRIDES)
+        _OVERRIDES.update(self._configs)
+
+    def __exit__(self, *_: object) -> None:
+        _OVERRIDES.clear()
+        _OVERRIDES.update(self._saved)
+
+
+@functools.cache
+def _device_table(index: int | None) -> str:
+    properties = torch.cuda.get_device_properties(index or 0)
+    if torch.version.hip:
+        return "gfx950" if "gfx95" in properties.gcnArchName else "gfx942"
+    if properties.major >= 10:
+        return "sm_100"
+    return "sm_90" if properties.major == 9 else "sm_80"

@@ -1,0 +1,320 @@
+"""flash_attn_varlen_func and flash_attn_func: FlashAttention-2's signatures, lctrain's kernels."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lctrain_kernels import checks
+from lctrain_kernels.backend import select_backend
+from lctrain_kernels.layout import unit_stride
+from lctrain_kernels.padding import pad_head_dim
+from lctrain_kernels.reference.attention import dense_attention
+from lctrain_kernels.schedule import TileSchedule
+from lctrain_kernels.seed import resolve_seed
+from lctrain_kernels.varlen import operators as _varlen_ops  # noqa: F401  (registers the operators)
+from lctrain_kernels.window import resolve_window
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] | Tensor = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+    *,
+    return_lse: bool = False,
+    learnable_sink: Tensor | None = None,
+    dropout_seed: int | Tensor | None = None,
+    document_ids: Tensor | None = None,
+    schedule: TileSchedule | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, ...]:
+    """Attention over packed documents; the positional part means what it means in FlashAttention-2.
+
+    Masks are aligned at the bottom right: query i of a document of Lq queries and Lk keys stands at
+    key i + Lk - Lq. A query that sees no key has out = 0, lse = -inf and zero gradients. Documents
+    of length zero are legal.
+
+    Args:
+        q: [T, H, D] float16 or bfloat16, any strides with last stride 1. float32 and float64 are
+            served by the PyTorch path.
+        k: [Tk, Hk, D]; query head h reads head h // (H / Hk).
+        v: [Tk, Hk, D].
+        cu_seqlens_q: [N + 1] int32, cumulative query lengths from 0 to T.
+        cu_seqlens_k: [N + 1] int32, cumulative key lengths from 0 to Tk.
+        max_seqlen_q: Longest query length, a Python int. Kept for the signature: the kernels read
+            cu_seqlens.
+        max_seqlen_k: Longest key length, likewise.
+        dropout_p: Probability of dropping a weight, applied exactly as round(p * 65536) / 65536.
+        softmax_scale: Factor of q.k; default D^-0.5.
+        causal: Query i sees keys up to its own position.
+        window_size: (left, right) keys around the own position, -1 unbounded; two ints or an int32
+            device tensor [2].
+        softcap: c > 0 replaces a logit x by c tanh(x / c).
+        alibi_slopes: [H] or [N, H] float32; adds -slope * |i + Lk - Lq - j|. No gradient, as in
+            FlashAttention-2.
+        deterministic: The backward gives the same bits in every run.
+        return_attn_probs: Return (out, lse, weights [N, H, max_seqlen_q, max_seqlen_k]); dropped
+            weights are negative. For debugging: it forms the whole matrix and reads the lengths.
+        block_table: Paged key/value caches; not supported.
+        return_lse: Return (out, lse).
+        learnable_sink: [H], a logit that takes part in every softmax of its head; has a gradient.
+        dropout_seed: An int or one int64 element on q's device. Default: drawn from torch's
+            generator of that device.
+        document_ids: [N] int32, the documents' part of the dropout key. Default: the index in the
+            pack.
+        schedule: From make_schedule, on q's device. Default: built on the device, once per
+            cu_seqlens tensor.
+        backend: "auto", "hopper", "triton" or "pytorch". A named one never falls back; "auto" takes
+            "hopper" on a Hopper GPU, except for what its kernels cannot do
+            (`lctrain_kernels.gluon.support`).
+
+    Returns:
+        out [T, H, D] in q's dtype; with return_lse also lse [H, T] float32, natural logarithm,
+        before dropout, differentiable.
+
+    Raises:
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if shapes, devices or values do not fit; the message names the remedy.
+    """
+    checks.check_qkv(q, k, v)
+    checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0], q.device)
+    checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], q.device)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            "cu_seqlens_q and cu_seqlens_k must describe the same documents, got "
+            f"{cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}."
+        )
+    checks.check_max_seqlen("max_seqlen_q", max_seqlen_q)
+    checks.check_max_seqlen("max_seqlen_k", max_seqlen_k)
+    checks.check_dropout(dropout_p, dropout_seed)
+    checks.check_window(window_size, q.device)
+    checks.check_softcap_and_scale(softcap, softmax_scale)
+    documents = cu_seqlens_q.shape[0] - 1
+    checks.check_optional_tensors(
+        documents, q.shape[1], q.device, alibi_slopes, learnable_sink, document_ids
+    )
+    if schedule is not None:
+        checks.check_schedule(schedule, documents, q.shape[0], k.shape[0], q.device)
+    if block_table is not None:
+        raise ValueError(
+            "block_table (paged key/value cache) is not supported. "
+            "Gather the pages into contiguous k and v before the call."
+        )
+    named = backend
+    backend = select_backend(q.device, q.dtype, backend, head_dim=q.shape[2])
+    head_dim = q.shape[2]
+    scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
+    window, left, right = resolve_window(window_size, causal)
+    seed = resolve_seed(dropout_p, dropout_seed, q.device)
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    cu_seqlens_q, cu_seqlens_k, window, alibi_slopes, learnable_sink, document_ids = unit_stride(
+        cu_seqlens_q, cu_seqlens_k, window, alibi_slopes, learnable_sink, document_ids
+    )
+    padded = pad_head_dim(q), pad_head_dim(k), pad_head_dim(v)
+    if named == "hopper":
+        from lctrain_kernels.gluon import support
+
+        call = support.Call(*padded, None, alibi_slopes is not None, deterministic, dropout_p > 0)
+        support.require(call, support.FORWARD_LIMITS, support.BACKWARD_LIMITS, padded)
+    out, lse = torch.ops.lctrain.varlen_forward(
+        *padded,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        None if schedule is None else schedule.q_tiles,
+        None if schedule is None else schedule.k_tiles,
+        scale,
+        left,
+        right,
+        window,
+        float(softcap),
+        alibi_slopes,
+        learnable_sink,
+        float(dropout_p),
+        seed,
+        document_ids,
+        deterministic,
+        backend,
+    )
+    if out.shape[2] != head_dim:
+        out = out[..., :head_dim]
+    if return_attn_probs:
+        probabilities = _attention_probabilities(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            (max_seqlen_q, max_seqlen_k),
+            scale,
+            (left, right) if window is None else tuple(window.tolist()),
+            softcap,
+            alibi_slopes,
+            learnable_sink,
+            dropout_p,
+            seed,
+            document_ids,
+        )
+        return out, lse, probabilities
+    return (out, lse) if return_lse else out
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] | Tensor = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    return_lse: bool = False,
+    learnable_sink: Tensor | None = None,
+    dropout_seed: int | Tensor | None = None,
+    document_ids: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, ...]:
+    """Attention over rows of equal length; each is a document of flash_attn_varlen_func.
+
+    Args:
+        q: [B, S, H, D].
+        k: [B, Sk, Hk, D].
+        v: [B, Sk, Hk, D].
+        dropout_p: As in flash_attn_varlen_func, like all that follow.
+        softmax_scale: Default D^-0.5.
+        causal: Bottom-right aligned where S and Sk differ.
+        window_size: (left, right).
+        softcap: 0 turns it off.
+        alibi_slopes: [H] or [B, H] float32.
+        deterministic: Same bits in every run.
+        return_attn_probs: Return (out, lse, weights [B, H, S, Sk]).
+        return_lse: Return (out, lse).
+        learnable_sink: [H].
+        dropout_seed: An int or one int64 element.
+        document_ids: [B] int32; default the row.
+        backend: As in flash_attn_varlen_func.
+
+    Returns:
+        out [B, S, H, D]; lse is [B, H, S] float32.
+
+    Raises:
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if shapes, devices or values do not fit; the message names the remedy.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor) or tensor.dim() != 4:
+            shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(
+                f"{name} must have shape [batch, tokens, heads, head_dim], got {shape}. "
+                "Call flash_attn_varlen_func for packed documents."
+            )
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise ValueError(
+            f"q, k and v must have one batch size, got {q.shape[0]}, {k.shape[0]} and {v.shape[0]}."
+        )
+    batch, length_q, length_k = q.shape[0], q.shape[1], k.shape[1]
+    cu_q = _row_boundaries(batch, length_q, q.device)
+    cu_k = cu_q if length_q == length_k else _row_boundaries(batch, length_k, q.device)
+    result = flash_attn_varlen_func(
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        cu_q,
+        cu_k,
+        length_q,
+        length_k,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        return_lse=True,
+        learnable_sink=learnable_sink,
+        dropout_seed=dropout_seed,
+        document_ids=document_ids,
+        backend=backend,
+    )
+    out = result[0].unflatten(0, (batch, length_q))
+    lse = result[1].unflatten(1, (batch, length_q)).transpose(0, 1)
+    if return_attn_probs:
+        return out, lse, result[2]
+    return (out, lse) if return_lse else out
+
+
+def _row_boundaries(batch: int, length: int, device: torch.device) -> Tensor:
+    """cu_seqlens of equal rows: one tensor per shape, so that its device schedule is built once."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return torch.arange(batch + 1, device=device, dtype=torch.int32) * length
+    key = (batch, length, device)
+    if key not in _ROW_BOUNDARIES:
+        if len(_ROW_BOUNDARIES) >= _ROW_BOUNDARIES_KEPT:
+            _ROW_BOUNDARIES.pop(next(iter(_ROW_BOUNDARIES)))
+        _ROW_BOUNDARIES[key] = torch.arange(batch + 1, device=device, dtype=torch.int32) * length
+    return _ROW_BOUNDARIES[key]
+
+
+_ROW_BOUNDARIES: dict[tuple[int, int, torch.device], Tensor] = {}
+_ROW_BOUNDARIES_KEPT = 64
+
+
+def _attention_probabilities(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    shape: tuple[int, int],
+    softmax_scale: float,
+    window: tuple[int, int],
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    learnable_sink: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    document_ids: Tensor | None,
+) -> Tensor:
+    """[N, H, max_seqlen_q, max_seqlen_k] in q's dtype, dropped weights negative, zero outside."""
+    documents = cu_seqlens_q.shape[0] - 1
+    result = q.new_zeros((documents, q.shape[1], *shape))
+    begin_q, begin_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for document in range(documents):
+        rows = slice(begin_q[document], begin_q[document + 1])
+        columns = slice(begin_k[document], begin_k[document + 1])
+        slopes = alibi_slopes
+        if slopes is not None and slopes.dim() == 2:
+            slopes = slopes[document]
+        with torch.autocast(q.device.type, enabled=False):
+            _, _, signed = dense_attention(
+                q[rows].detach().float(),
+                k[columns].detach().float(),
+                v[columns].detach().float(),
+                softmax_scale=softmax_scale,
+                window=window,
+                softcap=softcap,
+                alibi_slopes=slopes,
+                learnable_sink=learnable_sink,
+                dropout_p=dropout_p,
+                dropout_seed=0 if dropout_seed is None else dropout_seed,
+                document_id=document if document_ids is None else int(document_ids[document]),
+            )
+        result[document, :, : signed.shape[1], : signed.shape[2]] = signed.to(q.dtype)
+    return result

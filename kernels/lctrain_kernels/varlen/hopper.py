@@ -1,0 +1,349 @@
+"""Launches the Hopper kernels of varlen attention."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lctrain_kernels.gluon.config import (
+    BLOCK_N_BACKWARD,
+    REGISTERS,
+    backward_tile,
+    entry_registers,
+    forward_tile,
+    pack_heads,
+)
+from lctrain_kernels.gluon.launch import multiprocessors, padded_columns, ragged_descriptor
+from lctrain_kernels.schedule import SCHEDULE_ROWS
+from lctrain_kernels.tile.arguments import dropout_arguments, window_arguments
+from lctrain_kernels.tile.logits import LOG2_E
+from lctrain_kernels.varlen.hopper_bwd import varlen_bwd_hopper_kernel
+from lctrain_kernels.varlen.hopper_fwd import varlen_fwd_hopper_kernel
+
+_LOG2_E = tl.constexpr(LOG2_E)
+
+
+def varlen_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    q_tiles: Tensor,
+    *,
+    softmax_scale: float,
+    window: tuple[int, int] | Tensor,
+    softcap: float,
+    learnable_sink: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    document_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Launches varlen_fwd_hopper_kernel; arguments and results as the portable varlen_fwd.
+
+    Raises nothing of its own: support.py says beforehand what these kernels cannot do.
+    """
+    total_q, heads, head_dim = q.shape
+    group = heads // k.shape[1]
+    out = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((heads, total_q), dtype=torch.float32, device=q.device)
+    pack = pack_heads(group)
+    columns = padded_columns(head_dim)
+    tile = forward_tile(columns, pack, dropout_p > 0)
+    positions = tile.consumers * 64 // pack
+    items = q_tiles.shape[0] * triton.cdiv(SCHEDULE_ROWS, positions) * (heads // pack)
+    if items == 0:
+        return out, lse
+    run = min(64, positions)
+    window_ptr, left, right, has_left, has_right = window_arguments(window)
+    threshold, scale_kept = dropout_arguments(dropout_p)
+    varlen_fwd_hopper_kernel[(min(items, multiprocessors(q.device)),)](
+        ragged_descriptor(q, run, 64),
+        ragged_descriptor(k, tile.block_n, columns),
+        ragged_descriptor(v, tile.block_n, columns),
+        ragged_descriptor(out, run, 64),
+        lse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        q_tiles,
+        torch.zeros(1, dtype=torch.int32, device=q.device),
+        window_ptr,
+        learnable_sink,
+        dropout_seed,
+        document_ids,
+        items,
+        total_q,
+        left,
+        right,
+        softmax_scale,
+        softcap,
+        threshold,
+        scale_kept,
+        GROUP=group,
+        HEADS=heads,
+        PACK=pack,
+        CONSUMERS=tile.consumers,
+        BLOCK_N=tile.block_n,
+        BLOCK_D=columns,
+        Q_STAGES=tile.q_stages,
+        STAGES=tile.stages,
+        MEET_EARLY=tile.meet_early,
+        HAS_LEFT=has_left,
+        HAS_RIGHT=has_right,
+        HAS_SOFTCAP=softcap > 0,
+        HAS_SINK=learnable_sink is not None,
+        HAS_DROPOUT=dropout_p > 0,
+        num_warps=4,
+        maxnreg=entry_registers(tile.consumers),
+        enable_fp_fusion=True,
+    )
+    return out, lse
+
+
+@triton.jit(do_not_specialize=["total_q"])
+def _prepare_kernel(
+    out_ptr,
+    dout_ptr,
+    lse_ptr,
+    dlse_ptr,
+    dq_ptr,
+    delta_ptr,
+    lse2_ptr,
+    kept_delta_ptr,
+    stride_ot,
+    stride_oh,
+    stride_dot,
+    stride_doh,
+    total_q,
+    keep_scale,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """delta = rowsum(dout * out) - dlse, and lse in base 2.
+
+    With dq: zeros in dq for the rows that saw nothing, among those whose out is zero.
+
+    Grid: (blocks of ROWS tokens, heads).
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1)
+    column = tl.arange(0, BLOCK_D)
+    inside = row < total_q
+    mask = inside[:, None] & (column < HEAD_DIM)[None, :]
+    token = row.to(tl.int64)
+    out = tl.load(
+        out_ptr + token[:, None] * stride_ot + head * stride_oh + column[None, :], mask, 0.0
+    )
+    dout = tl.load(
+        dout_ptr + token[:, None] * stride_dot + head * stride_doh + column[None, :], mask, 0.0
+    )
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    place = head.to(tl.int64) * total_q + token
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + place, inside, 0.0)
+    lse = tl.load(lse_ptr + place, inside, 0.0)
+    # A row that saw nothing has no weights: 2^(x - inf) = 0.
+    lse2 = tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)
+    tl.store(delta_ptr + place, delta, inside)
+    tl.store(lse2_ptr + place, lse2, inside)
+    if kept_delta_ptr is not None:
+        tl.store(kept_delta_ptr + place, delta / keep_scale, inside)
+    if dq_ptr is not None:
+        # Their out is zero; lse would not tell: with a sink it is the sink.
+        blind = (tl.max(tl.abs(out.to(tl.float32)), 1) == 0.0)[:, None]
+        place_dq = (token * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
+        zero = tl.zeros([ROWS, BLOCK_D], dq_ptr.dtype.element_ty)
+        tl.store(dq_ptr + place_dq, zero, mask & blind)
+
+
+@triton.jit(do_not_specialize=["documents", "rounds", "slabs_per_head"])
+def _scale_kernel(
+    sum_ptr,
+    dq_ptr,
+    cu_q_ptr,
+    documents,
+    rounds,
+    slabs_per_head,
+    scale,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SLABS: tl.constexpr,
+):
+    """dq = scale * sum, in dq's dtype, of a sum as first_slab has it.
+
+    The document of a slab is found among all in `rounds` halvings. Grid: (blocks of SLABS slabs,
+    heads).
+    """
+    first = tl.program_id(0) * SLABS
+    head = tl.program_id(1)
+    slab = first + tl.arange(0, SLABS)[:, None]
+    item = tl.arange(0, 16 * BLOCK_D)[None, :]
+    place = (head.to(tl.int64) * slabs_per_head + slab) * (16 * HEAD_DIM) + item
+    mask = (slab < slabs_per_head) & (item < 16 * HEAD_DIM)
+    value = tl.load(sum_ptr + place, mask, 0.0) * scale
+    # Of eight columns: row % 8, column // 2, row // 8, column % 2.
+    value = tl.reshape(value, (SLABS, BLOCK_D // 8, 8, 4, 2, 2))
+    value = tl.reshape(tl.permute(value, (0, 4, 2, 1, 3, 5)), (SLABS * 16, BLOCK_D))
+    row = tl.arange(0, SLABS * 16)
+    slab_of_row = first + row // 16
+    document = tl.zeros([SLABS * 16], tl.int32)
+    beyond = document + documents
+    for _ in range(rounds):
+        middle = (document + beyond) // 2
+        later = tl.load(cu_q_ptr + middle) // 16 + middle > slab_of_row
+        document = tl.where(later, document, middle)
+        beyond = tl.where(later, middle, beyond)
+    begin = tl.load(cu_q_ptr + document)
+    token = begin + (slab_of_row - begin // 16 - document) * 16 + row % 16
+    inside = token < tl.load(cu_q_ptr + document + 1)
+    column = tl.arange(0, BLOCK_D)
+    place_dq = (token.to(tl.int64) * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
+    mask_dq = inside[:, None] & (column < HEAD_DIM)[None, :]
+    tl.store(dq_ptr + place_dq, value.to(dq_ptr.dtype.element_ty), mask_dq)
+
+
+def varlen_bwd(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    k_tiles: Tensor,
+    *,
+    softmax_scale: float,
+    window: tuple[int, int] | Tensor,
+    softcap: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    document_ids: Tensor | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launches the backward; arguments and results as the portable varlen_bwd.
+
+    dq is added up in float32. Unless `deterministic`, that happens in the order in which programs
+    come, so its last bits differ from run to run; those of dk and dv do not. Scratch: dq in
+    float32, with at most 16 rows more per document where it is added from registers, and two or
+    three numbers per query and head.
+    """
+    total_q, heads, head_dim = q.shape
+    heads_kv = k.shape[1]
+    dout = dout if dout.stride(2) == 1 else dout.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    dq = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
+    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    # Each for itself: the address of a row of one tensor would be aligned for some lengths only.
+    delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
+    kept_delta = torch.empty_like(lse) if dropout_p > 0 else None
+    threshold, scale_kept = dropout_arguments(dropout_p)
+    columns = padded_columns(head_dim)
+    if total_q == 0:
+        return dq, dk.zero_(), dv.zero_(), delta
+    tile = backward_tile(columns, deterministic)
+    documents = cu_seqlens_q.shape[0] - 1
+    rows = 64
+    if tile.reduce_from_registers:
+        per_head = total_q // 16 + documents  # slabs
+        shape = (heads, per_head, 16 * head_dim)
+        dq_sum = torch.zeros(shape, dtype=torch.float32, device=q.device)
+        turns = None
+    else:
+        per_head = total_q // tile.block_m + documents  # turns
+        turns = torch.zeros((heads, per_head), dtype=torch.int32, device=q.device)
+        dq_sum = torch.empty((total_q, heads, head_dim), dtype=torch.float32, device=q.device)
+    _prepare_kernel[(triton.cdiv(total_q, rows), heads)](
+        out,
+        dout,
+        lse,
+        dlse,
+        None if tile.reduce_from_registers else dq,
+        delta,
+        lse2,
+        kept_delta,
+        out.stride(0),
+        out.stride(1),
+        dout.stride(0),
+        dout.stride(1),
+        total_q,
+        scale_kept,
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        BLOCK_D=columns,
+        ROWS=rows,
+        num_warps=8,
+        enable_fp_fusion=True,
+    )
+    window_ptr, left, right, has_left, has_right = window_arguments(window)
+    varlen_bwd_hopper_kernel[(heads_kv * k_tiles.shape[0],)](
+        ragged_descriptor(q, tile.block_m, columns),
+        ragged_descriptor(dout, tile.block_m, columns),
+        ragged_descriptor(k, BLOCK_N_BACKWARD // 2, columns),
+        ragged_descriptor(v, BLOCK_N_BACKWARD // 2, columns),
+        None
+        if tile.reduce_from_registers
+        else ragged_descriptor(dq_sum, tile.block_m, columns // 2),
+        lse2,
+        delta if kept_delta is None else kept_delta,
+        dk,
+        dv,
+        dq_sum,
+        None if tile.reduce_from_registers else dq,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        k_tiles,
+        window_ptr,
+        dropout_seed,
+        document_ids,
+        turns,
+        per_head,
+        dk.stride(0),
+        dk.stride(1),
+        dq.stride(0),
+        dq.stride(1),
+        total_q,
+        left,
+        right,
+        softmax_scale,
+        softcap,
+        threshold,
+        scale_kept,
+        GROUP=heads // heads_kv,
+        HEADS_KV=heads_kv,
+        HEAD_DIM=head_dim,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=BLOCK_N_BACKWARD,
+        BLOCK_D=columns,
+        STAGES=tile.stages,
+        DETERMINISTIC=deterministic,
+        HAS_LEFT=has_left,
+        HAS_RIGHT=has_right,
+        HAS_SOFTCAP=softcap > 0,
+        HAS_DROPOUT=dropout_p > 0,
+        num_warps=4,
+        maxnreg=REGISTERS,
+        enable_fp_fusion=True,
+    )
+    if tile.reduce_from_registers:
+        _scale_kernel[(triton.cdiv(per_head * 16, rows), heads)](
+            dq_sum,
+            dq,
+            cu_seqlens_q,
+            documents,
+            documents.bit_length(),
+            per_head,
+            softmax_scale * scale_kept,
+            HEADS=heads,
+            HEAD_DIM=head_dim,
+            BLOCK_D=columns,
+            SLABS=rows // 16,
+            num_warps=8,
+            enable_fp_fusion=True,
+        )
+    return dq, dk, dv, delta

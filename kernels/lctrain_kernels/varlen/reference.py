@@ -1,0 +1,296 @@
+"""Packed attention in plain PyTorch: the CPU path.
+
+It also serves other devices where it is asked for by name; there it reads cu_seqlens, which
+synchronises. Documents are taken one by one and queries in chunks, so memory grows with the length
+of a document, not with its square, and nothing of another document can reach a result. The backward
+recomputes the weights, as the kernels do. Arithmetic is float32, or float64 for float64 inputs;
+callers turn autocast off.
+
+`Operands` says what a logit is; `attend` and `attend_backward` are the softmax around it, which
+other attentions share (dual_chunk.py).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lctrain_kernels.reference.attention import visible_mask
+from lctrain_kernels.reference.philox import dropout_keep, keep_scale
+
+_CHUNK_ELEMENTS = 1 << 22  # logits held at once, over all heads
+_ROW_GROUP = 16  # chunks start at a multiple of the dropout mask's row groups
+
+
+@dataclass(frozen=True)
+class VarlenOptions:
+    """What shapes the logits and weights; windows are negative where unbounded."""
+
+    softmax_scale: float
+    window_left: int = -1
+    window_right: int = -1
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A run of queries of one document and the keys that any of them sees."""
+
+    document: int
+    rows: Tensor  # [M] int64, positions in the document
+    columns: Tensor  # [N] int64
+    query: slice  # of the pack
+    key: slice
+    length_q: int
+    length_k: int
+
+
+def _visit(
+    cu_q: list[int], cu_k: list[int], operands: "Operands", device: torch.device
+) -> Iterator[Chunk]:
+    """Yields every document's queries in runs, each with the keys that any of them sees."""
+    options = operands.options
+    for document in range(len(cu_q) - 1):
+        length_q = cu_q[document + 1] - cu_q[document]
+        length_k = cu_k[document + 1] - cu_k[document]
+        for start, stop in operands.runs(length_q, length_k):
+            low, high = 0, length_k
+            if options.window_left >= 0:
+                low = min(length_k, max(0, start + length_k - length_q - options.window_left))
+            if options.window_right >= 0:
+                high = stop + length_k - length_q + options.window_right
+                high = max(low, min(length_k, high))
+            yield Chunk(
+                document,
+                torch.arange(start, stop, device=device),
+                torch.arange(low, high, device=device),
+                slice(cu_q[document] + start, cu_q[document] + stop),
+                slice(cu_k[document] + low, cu_k[document] + high),
+                length_q,
+                length_k,
+            )
+
+
+class Operands:
+    """q, k, v in arithmetic precision, heads first, and what a chunk needs beside them."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        options: VarlenOptions,
+        alibi_slopes: Tensor | None = None,
+        dropout_seed: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> None:
+        self.dtype = torch.promote_types(q.dtype, torch.float32)
+        self.heads, self.heads_k = q.shape[1], k.shape[1]
+        self.group = self.heads // self.heads_k
+        self.q, self.k, self.v = (x.to(self.dtype).transpose(0, 1) for x in (q, k, v))
+        self.options, self.alibi_slopes = options, alibi_slopes
+        self.dropout_seed, self.document_ids = dropout_seed, document_ids
+
+    def runs(self, length_q: int, length_k: int) -> Iterator[tuple[int, int]]:
+        """Yields (start, stop) of the queries that are taken at once."""
+        step = max(1, _CHUNK_ELEMENTS // max(1, self.heads * length_k) // _ROW_GROUP) * _ROW_GROUP
+        for start in range(0, length_q, step):
+            yield start, min(start + step, length_q)
+
+    def grouped(self, x: Tensor, chunk: Chunk) -> Tensor:
+        """[H, T, D] -> the chunk's queries as [Hk, group * M, D]."""
+        rows = x[:, chunk.query]
+        return rows.reshape(self.heads_k, -1, rows.shape[-1])
+
+    def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
+        """Returns masked logits [H, M, N] and, with a softcap, d(logit)/d(uncapped logit)."""
+        options = self.options
+        scores = torch.matmul(self.grouped(self.q, chunk), self.k[:, chunk.key].transpose(1, 2))
+        scores = scores.view(self.heads, len(chunk.rows), -1) * options.softmax_scale
+        slope = None
+        if options.softcap > 0:
+            bounded = torch.tanh(scores / options.softcap)
+            scores, slope = options.softcap * bounded, 1 - bounded * bounded
+        if self.alibi_slopes is not None:
+            slopes = self.alibi_slopes
+            slopes = slopes[chunk.document] if slopes.dim() == 2 else slopes
+            offset = chunk.length_k - chunk.length_q
+            distance = (chunk.rows[:, None] + offset - chunk.columns[None, :]).abs()
+            scores = scores - slopes.to(self.dtype)[:, None, None] * distance
+        mask = visible_mask(
+            chunk.length_q,
+            chunk.length_k,
+            options.window_left,
+            options.window_right,
+            rows=chunk.rows,
+            columns=chunk.columns,
+        )
+        return scores.masked_fill(~mask, float("-inf")), slope
+
+    def add_gradients(self, chunk: Chunk, ds: Tensor, dq: Tensor, dk: Tensor) -> None:
+        """Adds what the logits' gradient ds [H, M, N] gives dq [H, T, D] and dk [Hk, Tk, D]."""
+        ds = (ds * self.options.softmax_scale).view(self.heads_k, -1, ds.shape[-1])
+        rows = torch.matmul(ds, self.k[:, chunk.key])
+        dq[:, chunk.query] = rows.view(self.heads, len(chunk.rows), -1)
+        dk[:, chunk.key] += torch.matmul(ds.transpose(1, 2), self.grouped(self.q, chunk))
+
+    def dropout(self, chunk: Chunk) -> Tensor | None:
+        """Returns the multiplier Z [H, M, N] (0 or 1 / keep), or None without dropout."""
+        if self.options.dropout_p == 0:
+            return None
+        assert self.dropout_seed is not None
+        ids = self.document_ids
+        document_id = chunk.document if ids is None else int(ids[chunk.document])
+        keep = dropout_keep(
+            self.dropout_seed,
+            document_id,
+            torch.arange(self.heads, device=chunk.rows.device),
+            chunk.rows,
+            chunk.columns,
+            self.options.dropout_p,
+        )
+        return keep.to(self.dtype) * keep_scale(self.options.dropout_p)
+
+
+def varlen_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    options: VarlenOptions,
+    *,
+    alibi_slopes: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    document_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Forward of packed attention.
+
+    Args:
+        q: [T, H, D], any floating dtype.
+        k: [Tk, Hk, D].
+        v: [Tk, Hk, Dv].
+        cu_seqlens_q: [N + 1] int32.
+        cu_seqlens_k: [N + 1] int32.
+        options: Scale, window, softcap, dropout.
+        alibi_slopes: [H] or [N, H].
+        learnable_sink: [H].
+        dropout_seed: One int64 element; needed with dropout.
+        document_ids: [N] int32, default the index in the pack.
+
+    Returns:
+        out [T, H, Dv] in q's dtype, lse [H, T] float32 (float64 for float64 inputs), natural
+        logarithm.
+    """
+    operands = Operands(q, k, v, options, alibi_slopes, dropout_seed, document_ids)
+    return attend(operands, cu_seqlens_q, cu_seqlens_k, q.dtype, learnable_sink)
+
+
+def varlen_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    options: VarlenOptions,
+    *,
+    alibi_slopes: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    document_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Backward of varlen_forward; arguments as there.
+
+    Returns:
+        dq [T, H, D], dk [Tk, Hk, D], dv [Tk, Hk, Dv] in the inputs' dtype, and delta [H, T], which
+        is rowsum(dout * out) - dlse.
+    """
+    operands = Operands(q, k, v, options, alibi_slopes, dropout_seed, document_ids)
+    return attend_backward(operands, dout, dlse, lse, cu_seqlens_q, cu_seqlens_k, q.dtype)
+
+
+def attend(
+    x: Operands,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    dtype: torch.dtype,
+    learnable_sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One softmax over the logits of `x`; returns out [T, H, Dv] in `dtype` and lse [H, T]."""
+    tokens, device = x.q.shape[1], x.q.device
+    out = torch.zeros((tokens, x.heads, x.v.shape[-1]), dtype=dtype, device=device)
+    lse = torch.full((x.heads, tokens), float("-inf"), dtype=x.dtype, device=device)
+    for chunk in _visit(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), x, device):
+        logits, _ = x.logits(chunk)
+        if learnable_sink is not None:
+            sink = learnable_sink.to(x.dtype)[:, None, None].expand(-1, len(chunk.rows), 1)
+            logits_and_sink = torch.cat([logits, sink], dim=-1)
+        else:
+            logits_and_sink = logits
+        if logits_and_sink.shape[-1] == 0:
+            continue
+        chunk_lse = torch.logsumexp(logits_and_sink, dim=-1)
+        lse[:, chunk.query] = chunk_lse
+        if logits.shape[-1] == 0:
+            continue
+        weights = _weights(logits, chunk_lse)
+        multiplier = x.dropout(chunk)
+        if multiplier is not None:
+            weights = weights * multiplier
+        rows = torch.matmul(weights.view(x.heads_k, -1, weights.shape[-1]), x.v[:, chunk.key]).view(
+            x.heads, len(chunk.rows), -1
+        )
+        out[chunk.query] = rows.transpose(0, 1).to(dtype)
+    return out, lse
+
+
+def attend_backward(
+    x: Operands,
+    dout: Tensor,
+    dlse: Tensor | None,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Backward of `attend`; returns dq, dk, dv in `dtype` and delta [H, T] in the state's."""
+    grad_out = dout.to(x.dtype).transpose(0, 1)
+    delta = torch.zeros_like(lse) if dlse is None else -dlse
+    dq, dk, dv = torch.zeros_like(x.q), torch.zeros_like(x.k), torch.zeros_like(x.v)
+    for chunk in _visit(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), x, x.q.device):
+        if len(chunk.columns) == 0:
+            continue
+        logits, slope = x.logits(chunk)
+        p = _weights(logits, lse[:, chunk.query])
+        multiplier = x.dropout(chunk)
+        dropped = p if multiplier is None else p * multiplier
+        do = x.grouped(grad_out, chunk)
+        dv[:, chunk.key] += torch.matmul(
+            dropped.view(x.heads_k, -1, p.shape[-1]).transpose(1, 2), do
+        )
+        dp = torch.matmul(do, x.v[:, chunk.key].transpose(1, 2)).view_as(p)
+        if multiplier is not None:
+            dp = dp * multiplier
+        # rowsum(dout * out) from the weights themselves: exact where one weight is 1.
+        delta[:, chunk.query] += (p * dp).sum(-1)
+        ds = p * (dp - delta[:, chunk.query, None])
+        x.add_gradients(chunk, ds if slope is None else ds * slope, dq, dk)
+    dq, dk, dv = (grad.transpose(0, 1).to(dtype).contiguous() for grad in (dq, dk, dv))
+    return dq, dk, dv, delta
+
+
+def _weights(logits: Tensor, lse: Tensor) -> Tensor:
+    """exp(logits - lse), zero in rows that see nothing (lse = -inf).
+
+    Computed as a softmax, because the rounding of a large lse would be an error of every weight.
+    The other factor is the share that a sink leaves; 1 without one.
+    """
+    own = torch.logsumexp(logits, dim=-1)
+    blind = own == float("-inf")
+    share = torch.exp(own - lse.masked_fill(blind, 0.0))
+    return torch.softmax(logits.masked_fill(blind[..., None], 0.0), dim=-1) * share[..., None]

@@ -1,0 +1,303 @@
+"""Forward of varlen attention in portable Triton."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lctrain_kernels.schedule import SCHEDULE_ROWS
+from lctrain_kernels.tile.arguments import (
+    DOT_PRECISION,
+    RUNTIME_INTEGERS,
+    alibi_strides,
+    dropout_arguments,
+    padded_head_dim,
+    window_arguments,
+)
+from lctrain_kernels.tile.config import tile_config
+from lctrain_kernels.tile.dropout import keep_mask, load_key
+from lctrain_kernels.tile.logits import LOG2_E, logits, logits_multiplier
+from lctrain_kernels.tile.mask import key_ranges, load_window, mask_logits
+from lctrain_kernels.tile.memory import load_rows, store_rows
+from lctrain_kernels.tile.seqlen import document_bounds, locate_program
+from lctrain_kernels.tile.softmax import add_sink, finish, softmax_step
+
+_LOG2_E = tl.constexpr(LOG2_E)
+
+
+@triton.jit(do_not_specialize=RUNTIME_INTEGERS)
+def varlen_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    tiles_ptr,
+    window_ptr,
+    alibi_ptr,
+    sink_ptr,
+    seed_ptr,
+    document_ids_ptr,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_ot,
+    stride_oh,
+    stride_alibi,
+    num_tiles,
+    total_q,
+    window_left,
+    window_right,
+    scale,
+    softcap,
+    threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    PACK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_SINK: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: PACK query heads of one key/value head times BLOCK_M / PACK queries of a
+    document.
+
+    Grid: (key/value heads * tiles * SCHEDULE_ROWS * PACK / BLOCK_M * GROUP / PACK,).
+    q [T, H, D], k and v [Tk, Hk, D], out [T, H, D], lse [H, T] float32.
+    """
+    POSITIONS: tl.constexpr = BLOCK_M // PACK
+    head_kv, head_group, document, first = locate_program(
+        tiles_ptr, num_tiles, POSITIONS, GROUP // PACK
+    )
+    if document < 0:
+        return
+    begin_q, length_q = document_bounds(cu_q_ptr, document)
+    begin_k, length_k = document_bounds(cu_k_ptr, document)
+    if first >= length_q:
+        return
+    shift = length_k - length_q
+    left, right = load_window(window_ptr, window_left, window_right)
+    low, clear_low, clear_high, high = key_ranges(
+        first, POSITIONS, shift, length_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
+    )
+
+    local_m = tl.arange(0, BLOCK_M)
+    local_n = tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_D)
+    local_query = local_m % POSITIONS
+    query = first + local_query
+    tile_head = head_kv * GROUP + head_group * PACK + local_m // POSITIONS
+    head = tl.where(query < length_q, tile_head, 0).to(tl.int64)
+    row_q = (begin_q + query) * stride_qt + head * stride_qh
+    q = load_rows(
+        q_ptr + row_q[:, None] + columns[None, :], query, length_q, columns, HEAD_DIM, BLOCK_D, True
+    )
+    k_base = k_ptr + begin_k * stride_kt + head_kv.to(tl.int64) * stride_kh
+    v_base = v_ptr + begin_k * stride_vt + head_kv.to(tl.int64) * stride_vh
+    tile_k = local_n[:, None] * stride_kt + columns[None, :]
+    tile_v = local_n[:, None] * stride_vt + columns[None, :]
+
+    slope = 0.0
+    if HAS_ALIBI:
+        slope = tl.load(alibi_ptr + document * stride_alibi + head)[:, None]
+    key_0 = 0
+    key_1 = 0
+    document_key = 0
+    if HAS_DROPOUT:
+        key_0, key_1, document_key = load_key(seed_ptr, document_ids_ptr, document)
+    multiplier = logits_multiplier(scale, HAS_SOFTCAP, HAS_ALIBI)
+    first_seen = query + shift - left
+    last_seen = tl.minimum(query + shift + right, length_k - 1)
+
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # Ranges: a left bound's tiles, tiles without a mask, the diagonal's.
+    for part in tl.static_range(0 if HAS_LEFT else 1, 3):
+        begin = low if part == 0 else (clear_low if part == 1 else clear_high)
+        end = clear_low if part == 0 else (clear_high if part == 1 else high)
+        # The branch keeps the accumulator of an empty range out of the loop's pipeline of products,
+        # and pointers advance by addition; without either ptxas may serialise the products (C7515).
+        if begin < end:
+            k_tile = k_base + tl.cast(begin, tl.int64) * stride_kt
+            v_tile = v_base + tl.cast(begin, tl.int64) * stride_vt
+            for n in tl.range(begin, end, BLOCK_N):
+                key = n + local_n
+                k = load_rows(
+                    k_tile + tile_k,
+                    key,
+                    length_k,
+                    columns,
+                    HEAD_DIM,
+                    BLOCK_D,
+                    part != 1,
+                )
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                x = logits(
+                    s,
+                    query[:, None],
+                    key[None, :],
+                    shift,
+                    scale,
+                    softcap,
+                    slope,
+                    HAS_SOFTCAP,
+                    HAS_ALIBI,
+                )
+                if part != 1:
+                    x = mask_logits(
+                        x, local_n[None, :], first_seen - n, last_seen - n, HAS_LEFT, True
+                    )
+                p, alpha, m, l = softmax_step(x, multiplier, m, l)
+                acc = acc * alpha[:, None]
+                if HAS_DROPOUT:
+                    keep = keep_mask(
+                        key_0,
+                        key_1,
+                        document_key,
+                        tile_head[:, None].to(tl.uint32),
+                        first,
+                        local_query[:, None],
+                        n,
+                        local_n[None, :],
+                        threshold,
+                    )
+                    p = tl.where(keep, p, 0.0)
+                v = load_rows(
+                    v_tile + tile_v,
+                    key,
+                    length_k,
+                    columns,
+                    HEAD_DIM,
+                    BLOCK_D,
+                    part != 1,
+                )
+                acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+                k_tile += BLOCK_N * stride_kt
+                v_tile += BLOCK_N * stride_vt
+    if HAS_SINK:
+        acc, m, l = add_sink(acc, m, l, tl.load(sink_ptr + head).to(tl.float32) * _LOG2_E)
+    out, lse = finish(acc, m, l, keep_scale)
+    row_o = (begin_q + query) * stride_ot + head * stride_oh
+    store_rows(
+        out_ptr + row_o[:, None] + columns[None, :],
+        out,
+        query,
+        length_q,
+        columns,
+        HEAD_DIM,
+        BLOCK_D,
+    )
+    row_lse = head * total_q + begin_q + query
+    tl.store(lse_ptr + row_lse, lse, mask=query < length_q)
+
+
+def varlen_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    q_tiles: Tensor,
+    *,
+    softmax_scale: float,
+    window: tuple[int, int] | Tensor,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    learnable_sink: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    document_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Launches varlen_fwd_kernel.
+
+    Args:
+        q: [T, H, D] float16, bfloat16 or float32, last stride 1.
+        k: [Tk, Hk, D].
+        v: [Tk, Hk, D].
+        cu_seqlens_q: [N + 1] int32.
+        cu_seqlens_k: [N + 1] int32.
+        q_tiles: [n, 2] int32 from a TileSchedule.
+        softmax_scale: Positive factor of q.k.
+        window: (left, right), -1 unbounded, or an int32 tensor [2].
+        softcap: c; 0 turns it off.
+        alibi_slopes: [H] or [N, H] float32.
+        learnable_sink: [H].
+        dropout_p: In [0, 1).
+        dropout_seed: [1] int64.
+        document_ids: [N] int32.
+
+    Returns:
+        out [T, H, D] in q's dtype and lse [H, T] float32.
+    """
+    total_q, heads, head_dim = q.shape
+    heads_kv = k.shape[1]
+    out = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((heads, total_q), dtype=torch.float32, device=q.device)
+    group = heads // heads_kv
+    config = tile_config("varlen_fwd", q, group, dropout_p > 0)
+    window_ptr, left, right, has_left, has_right = window_arguments(window)
+    threshold, scale_kept = dropout_arguments(dropout_p)
+    parts = SCHEDULE_ROWS // config.positions * (group // config.pack)
+    grid = (heads_kv * q_tiles.shape[0] * parts,)
+    if grid[0] == 0:
+        return out, lse
+    varlen_fwd_kernel[grid](
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        q_tiles,
+        window_ptr,
+        alibi_slopes,
+        learnable_sink,
+        dropout_seed,
+        document_ids,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        out.stride(0),
+        out.stride(1),
+        alibi_strides(alibi_slopes),
+        q_tiles.shape[0],
+        total_q,
+        left,
+        right,
+        softmax_scale,
+        softcap,
+        threshold,
+        scale_kept,
+        HEAD_DIM=head_dim,
+        BLOCK_D=padded_head_dim(head_dim),
+        GROUP=group,
+        PACK=config.pack,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        HAS_LEFT=has_left,
+        HAS_RIGHT=has_right,
+        HAS_SOFTCAP=softcap > 0,
+        HAS_ALIBI=alibi_slopes is not None,
+        HAS_SINK=learnable_sink is not None,
+        HAS_DROPOUT=dropout_p > 0,
+        PRECISION=DOT_PRECISION,
+        **config.options,
+    )
+    return out, lse
