@@ -24,16 +24,24 @@ from lctrain.data import PackedDataModule
 from lctrain.models import patch_model
 from lctrain.models.positions import require_positions
 from lctrain.models.pretrained import load_architecture, load_pretrained
+from lctrain.models.tokenizer import tokenizer_for
 from lctrain.schemas import source_of
 
 
-def build_datamodule(config: DataConfig) -> PackedDataModule:
-    """Builds the data module; nothing is read yet.
+def build_datamodule(config: DataConfig, model: ModelConfig | None = None) -> PackedDataModule:
+    """Builds the data module; no data are read yet.
+
+    Args:
+        config: A source, and how its documents become rows.
+        model: Whose tokenizer is the default, if it is pretrained; see `tokenizer_for`.
 
     Raises:
-        ValueError: if there is no source or a setting is out of range.
+        ValueError: if there is no source, a setting is out of range, or the tokenizer is not the
+            model's.
     """
     settings = {field.name: getattr(config, field.name) for field in fields(DataConfig)}
+    if model is not None:
+        settings["tokenizer"] = tokenizer_for(model, config.tokenizer)
     return PackedDataModule(source_of(config), **settings)
 
 

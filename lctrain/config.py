@@ -34,7 +34,8 @@ class DataConfig:
     What is read is added by the classes in `lctrain.schemas`, one for every source.
 
     Attributes:
-        tokenizer: Name or path; None trains a byte-level BPE on the training split, once.
+        tokenizer: Name or path; None takes a pretrained model's own, and for a model from scratch
+            trains a byte-level BPE on the training split, once.
         vocab_size: Of the tokenizer, if it is trained.
         max_tokens: Capacity of a row.
         max_document_tokens: Tokens of a document in a row; None for all that a row has room for.
@@ -47,6 +48,8 @@ class DataConfig:
         num_proc: Processes that tokenize; None for one, in which fast tokenizers use all cores.
         seed: Of the shuffle.
         cache_dir: Where documents, tokens and the tokenizer are kept.
+        special_tokens: What the text of a special token inside a document becomes: text, or the
+            token, for documents that are trusted.
     """
 
     tokenizer: str | None = None
@@ -62,6 +65,7 @@ class DataConfig:
     num_proc: int | None = None
     seed: int = 0
     cache_dir: str | None = None
+    special_tokens: str = "text"
 
 
 @dataclass(frozen=True)
@@ -107,12 +111,15 @@ class PretrainedModelConfig(ModelConfig):
     Attributes:
         name_or_path: Name on the Hugging Face hub, or a folder.
         revision: Branch, tag or commit on the hub.
-        trust_remote_code: Run model code from the hub.
+        trust_remote_code: Run the code of model and tokenizer from the hub or the folder.
+        allow_other_tokenizer: Take a data.tokenizer whose ids mean other tokens than the model's
+            own. What the model knows of its tokens is then lost.
     """
 
     name_or_path: str = MISSING
     revision: str | None = None
     trust_remote_code: bool = False
+    allow_other_tokenizer: bool = False
 
 
 @dataclass(frozen=True)

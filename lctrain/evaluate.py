@@ -166,9 +166,10 @@ def evaluate(config: EvalConfig) -> Evaluation:
     check_model_name(config.model.name_or_path)
     loggers = instantiate_all("logger", config.logger)
     with closing([*loggers.values()]):
-        # First, since the tokenizer has the model's name, and an error should blame the model.
+        # First: an error about a name that is also the tokenizer's should blame the model.
         model = load_pretrained(config.model, config.dtype)
-        documents = evaluation_documents(build_datamodule(config.data).preparation, config.split)
+        preparation = build_datamodule(config.data, config.model).preparation
+        documents = evaluation_documents(preparation, config.split)
         model.to(device)
         perplexity: PerplexityTable | MethodComparison | None = None
         passkey = None
@@ -177,7 +178,11 @@ def evaluate(config: EvalConfig) -> Evaluation:
             chosen = config.passkey.methods or methods or [method_of(config.attention)]
             window = trained_window(model, config.window)
             passkey = find_passkeys(
-                config, model, documents, make_extensions(chosen, window, config.attention)
+                config,
+                model,
+                preparation.given_tokenizer(),
+                documents,
+                make_extensions(chosen, window, config.attention),
             )
             files = passkey.save(config.paths.output_dir)
             paths |= {f"passkey {kind}": path for kind, path in files.items()}
@@ -241,18 +246,18 @@ def measure_perplexity(
 def find_passkeys(
     config: EvalConfig,
     model: Any,
+    tokenizer: Any,
     documents: Sequence[TokenizedDocument],
     extensions: Sequence[Extension],
 ) -> PasskeyTable:
     """Passkeys hidden in the documents, for every method."""
     from lctrain.data.passkey import PasskeyFormat
-    from lctrain.data.tokenizer import load_tokenizer
     from lctrain.eval import passkey_retrieval
 
     options = config.passkey
     return passkey_retrieval(
         model,
-        PasskeyFormat.of(load_tokenizer(str(config.data.tokenizer))),
+        PasskeyFormat.of(tokenizer),
         [document.input_ids for document in documents],
         options.lengths or config.lengths,
         extensions,

@@ -74,7 +74,7 @@ def train(config: TrainConfig) -> RunReport:
     check_model(config.model, config.attention, lengths)
     pl.seed_everything(config.seed, verbose=False)
 
-    datamodule = build_datamodule(config.data)
+    datamodule = build_datamodule(config.data, config.model)
     module = LongContextModule(
         model_factory(config.model), config.optim, config.attention, seed=config.seed
     )

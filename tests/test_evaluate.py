@@ -1,6 +1,8 @@
 import csv
 import json
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -241,6 +243,46 @@ def test_device_is_found() -> None:
     assert pick_device("cpu") == torch.device("cpu")
 
 
+def other_tokenizer(model_folder: Path, folder: Path) -> Path:
+    """A tokenizer of the same tokens under other ids."""
+    tokenizer = json.loads((model_folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    a, b = vocabulary["a"], vocabulary["b"]
+    vocabulary |= {"a": b, "b": a}
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    shutil.copy(model_folder / "tokenizer_config.json", folder)
+    return folder
+
+
+def test_the_models_own_tokenizer_is_the_default_and_no_other_is_taken(
+    make_config, model_folder, tmp_path
+) -> None:
+    by_default = evaluate(make_config(data={"tokenizer": None})).perplexity
+    assert by_default == evaluate(make_config()).perplexity
+    other = str(other_tokenizer(model_folder, tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"must be the model's own, got .*other"):
+        evaluate(make_config(data={"tokenizer": other}))
+    forced = PretrainedModelConfig(name_or_path=str(model_folder), allow_other_tokenizer=True)
+    changed = evaluate(make_config(data={"tokenizer": other}, model=forced)).perplexity
+    assert changed.rows[0].loss != by_default.rows[0].loss
+
+
+def test_a_model_whose_tokenizer_has_no_end_token_is_evaluated(
+    make_config, model_folder, tmp_path
+) -> None:
+    folder = tmp_path / "bare"
+    shutil.copytree(model_folder, folder)
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    del tokenizer["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    config = make_config(folder, tasks=["perplexity", "passkey"], window=64, lengths=[256])
+    found = evaluate(replace(config, passkey=PasskeyConfig(keys_per_cell=1)))
+    # each document is a token shorter
+    assert found.perplexity.rows[0].tokens == sum(len(text) - 1 for text in TEXTS)
+    assert found.passkey is not None
+
+
 BAD_SETTINGS = {
     "length": ({"lengths": [1]}, "lengths must be at least 2, got 1"),
     "no-length": ({"lengths": []}, "lengths must name at least one"),
@@ -249,8 +291,7 @@ BAD_SETTINGS = {
     "dtype": ({"dtype": "int8"}, "dtype must be one of auto, .* got 'int8'"),
     "device": ({"device": "abacus"}, "device must be one that this machine has, got 'abacus'"),
     "documents": ({"documents": 0}, "documents must be at least 1, got 0"),
-    "tokenizer": ({"data": {"tokenizer": None}}, r"data\.tokenizer must name the model's"),
-    "no-tokenizer": ({"data": {"tokenizer": "./none"}}, r"data\.tokenizer must be a folder or"),
+    "no-tokenizer": ({"data": {"tokenizer": "./none"}}, r"tokenizer must be a folder or"),
     "no-file": ({"data": {"files": ("no/such/*.txt",)}}, "no/such"),
     "nothing-held-out": (
         {"split": "held_out", "data": {"held_out_fraction": 0.0}},

@@ -49,6 +49,7 @@ class PackedDataModule(LightningDataModule):
         seed: int = 0,
         cache_dir: str | os.PathLike[str] | None = None,
         pin_memory: bool | None = None,
+        special_tokens: str = "text",
     ) -> None:
         """Checks the settings; nothing is read before `prepare_data` or `setup`.
 
@@ -75,6 +76,8 @@ class PackedDataModule(LightningDataModule):
             cache_dir: Where documents, tokens and the tokenizer are kept; default
                 $LCTRAIN_CACHE, else $XDG_CACHE_HOME/lctrain, else ~/.cache/lctrain.
             pin_memory: Copy batches to pinned memory; default: if there is a GPU.
+            special_tokens: What the text of a special token inside a document becomes: "text", or
+                the "token", for documents that are trusted.
 
         Raises:
             ValueError: if a setting is out of range.
@@ -99,7 +102,8 @@ class PackedDataModule(LightningDataModule):
             passkey_fraction=passkey_fraction,
             vocab_size=vocab_size,
             num_proc=num_proc,
-            cache_dir=_default_cache_dir() if cache_dir is None else Path(cache_dir),
+            cache_dir=_default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser(),
+            special_tokens=special_tokens,
         )
         self.seed = seed
         self.balance_window = balance_window

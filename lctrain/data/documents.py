@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 OK, EMPTY, UNREADABLE = 0, 1, 2
 _MARK = codecs.BOM_UTF8
 _GLANCE = 1024  # bytes
+GROUP_BYTES = 2**19  # of text that is tokenized at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +94,22 @@ class Documents:
 
     def text(self, index: int) -> str:
         """One text, without a byte-order mark."""
-        return self.texts[index]["text"].removeprefix(BYTE_ORDER_MARK)
+        return self.read(range(index, index + 1))[0]
+
+    def read(self, rows: range) -> list[str]:
+        """Some texts, without byte-order marks."""
+        column = self.texts.with_format("arrow")[rows.start : rows.stop]["text"]
+        return [value.as_py().removeprefix(BYTE_ORDER_MARK) for value in column]
+
+    def groups(self) -> list[range]:
+        """Divides the documents into ranges that fit into memory; a long one is by itself."""
+        groups, first, size = [], 0, 0
+        for row, added in enumerate(self.sizes.tolist()):
+            if row > first and size + added > GROUP_BYTES:
+                groups.append(range(first, row))
+                first, size = row, 0
+            size += added
+        return [*groups, range(first, len(self))] if len(self) else groups
 
     def _rows(self, rows: np.ndarray) -> Documents:
         names = [self.names[row] for row in rows]
@@ -190,6 +206,7 @@ class TokenStore:
     Attributes:
         lengths: [N] int64, tokens of each document, the end token included.
         names: Their names.
+        special_texts: Special tokens' texts that were found inside the documents.
     """
 
     def __init__(self, dataset: Dataset, names: Sequence[str]) -> None:
@@ -200,6 +217,10 @@ class TokenStore:
         counts = [np.diff(chunk.offsets.to_numpy()) for chunk in self._chunks]
         self.lengths = np.concatenate([np.array([], dtype=np.int64), *counts]).astype(np.int64)
         self.names = names
+        known = "special_texts" in dataset.column_names
+        self.special_texts = int(
+            sum(dataset.data.column("special_texts").to_pylist()) if known else 0
+        )
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -37,6 +37,7 @@ class PackingReport:
         dropped_empty: Documents without text.
         dropped_unreadable: Documents, lines and files that could not be read.
         repaired: Documents that were read in part, or with characters replaced.
+        special_texts: Times that documents hold the text of a special token.
         passkeys: Documents that were generated with a passkey.
         passkey_tokens: Their tokens.
     """
@@ -54,6 +55,7 @@ class PackingReport:
     dropped_empty: int = 0
     dropped_unreadable: int = 0
     repaired: int = 0
+    special_texts: int = 0
     passkeys: int = 0
     passkey_tokens: int = 0
 
@@ -69,7 +71,9 @@ class PackingReport:
             f"{self.truncated:,} truncated{_lost(self.truncated_tokens)}, "
             f"{self.dropped:,} dropped{_lost(self.dropped_tokens)}, "
             f"{self.dropped_empty:,} empty, {self.dropped_unreadable:,} unreadable"
-            f"{f', {self.repaired:,} repaired' if self.repaired else ''}{self._passkeys()}"
+            f"{f', {self.repaired:,} repaired' if self.repaired else ''}"
+            f"{f', {self.special_texts:,} texts of special tokens' if self.special_texts else ''}"
+            f"{self._passkeys()}"
         )
 
     def _passkeys(self) -> str:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lctrain.data.tokenizer import tokens_around
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -58,7 +60,7 @@ class PasskeyFormat:
         reminder: What follows it.
         question: What precedes the answer.
         words: What keys are made of.
-        end: The end token.
+        end: The end token; none if the tokenizer has none.
     """
 
     begin: np.ndarray
@@ -85,16 +87,15 @@ class PasskeyFormat:
                 )
             return np.array(tokens, dtype=np.int64)
 
-        plain = ids(STATEMENT).tolist()
-        whole = list(tokenizer(STATEMENT)["input_ids"])
-        begin = whole[: whole.index(plain[0])] if plain[0] in whole else []
+        begin, _ = tokens_around(tokenizer)
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         return cls(
             begin=np.array(begin, dtype=np.int64),
             statement=ids(STATEMENT),
             reminder=ids(REMINDER),
             question=ids(QUESTION),
             words=_words(tokenizer) or tuple(ids(digit) for digit in DIGITS),
-            end=np.array([tokenizer.eos_token_id], dtype=np.int64),
+            end=np.array(end, dtype=np.int64),
         )
 
     @property

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from lctrain.batch import MIN_TOKENS, check_max_tokens
 from lctrain.data.collator import PackedRows
 from lctrain.data.documents import Documents, TokenStore, read_documents
+from lctrain.data.faults import warn_once
 from lctrain.data.packing import Overlong, PackingPlan, document_limit, pack
 from lctrain.data.passkey import PasskeyFormat
 from lctrain.data.passkey_rows import (
@@ -22,8 +23,8 @@ from lctrain.data.passkey_rows import (
     passkey_lengths,
 )
 from lctrain.data.sources import Source
+from lctrain.data.special_tokens import check_special_tokens
 from lctrain.data.tokenizer import (
-    check_end_token,
     fingerprint_tokenizer,
     load_tokenizer,
     train_tokenizer,
@@ -49,9 +50,11 @@ class Preparation:
     vocab_size: int
     num_proc: int | None
     cache_dir: Path
+    special_tokens: str = "text"
 
     def __post_init__(self) -> None:
         check_max_tokens(self.max_tokens)
+        check_special_tokens(self.special_tokens)
         document_limit(self.max_document_tokens, self.max_tokens)
         if self.overlong not in get_args(Overlong):
             raise ValueError(
@@ -105,10 +108,16 @@ class Preparation:
         Raises:
             ValueError: if the data cannot be read, holds no text, or fills no row.
         """
-        tokenizer = self._given_tokenizer()
+        tokenizer = self.given_tokenizer()
         train, held_out = self._documents()
         if tokenizer is None:
             tokenizer = train_tokenizer(train, self.vocab_size, self.cache_dir)
+        if tokenizer.eos_token_id is None:
+            warn_once(
+                "The tokenizer has no end token: documents end without one, and the model does not "
+                "learn to stop. To change that, set tokenizer.eos_token, save the tokenizer, and "
+                "name that folder as data.tokenizer."
+            )
         train_rows = self._pack(train, tokenizer, self.passkey_fraction)
         if len(train_rows) == 0:
             raise ValueError(
@@ -127,17 +136,19 @@ class Preparation:
         # Only if they are set: a checkpoint from before they existed still fits.
         if self.max_document_tokens is not None:
             settings["max_document_tokens"] = self.max_document_tokens
+        if self.special_tokens != "text":
+            settings["special_tokens"] = self.special_tokens
         if self.passkey_fraction:
             settings["passkey_fraction"] = self.passkey_fraction
         return PreparedData(tokenizer, train_rows, self._pack(held_out, tokenizer), settings)
 
-    def _given_tokenizer(self) -> PreTrainedTokenizerBase | None:
+    def given_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer that was named or passed; None if it is to be trained."""
         given = self.tokenizer
         if given is None:
             return None
         if isinstance(given, (str, os.PathLike)):
             return load_tokenizer(os.fspath(given))
-        check_end_token(given, type(given).__name__)
         return given
 
     def _documents(self) -> tuple[Documents, Documents]:
@@ -161,7 +172,9 @@ class Preparation:
         tokenizer: PreTrainedTokenizerBase,
         passkey_fraction: float = 0.0,
     ) -> PackedRows:
-        store: TokenStore = tokenize(documents, tokenizer, self.cache_dir, self.num_proc)
+        store: TokenStore = tokenize(
+            documents, tokenizer, self.cache_dir, self.num_proc, self.special_tokens
+        )
         passkey_tokens = self._passkey_tokens(passkey_fraction)
         plan = pack(
             store.lengths,
@@ -172,7 +185,10 @@ class Preparation:
             dropped_empty=documents.dropped_empty,
             dropped_unreadable=documents.dropped_unreadable,
         )
-        plan = replace(plan, report=replace(plan.report, repaired=documents.repaired))
+        report = replace(
+            plan.report, repaired=documents.repaired, special_texts=store.special_texts
+        )
+        plan = replace(plan, report=report)
         if passkey_fraction == 0 or len(plan) == 0:
             return PackedRows(store, plan)
         return self._add_passkeys(store, plan, PasskeyFormat.of(tokenizer), passkey_tokens)

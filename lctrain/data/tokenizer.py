@@ -17,30 +17,59 @@ if TYPE_CHECKING:
 
 END_TOKEN = "<|endoftext|>"
 _SMALLEST_VOCABULARY = 257  # all bytes and the end token
-_TEXTS_AT_A_TIME = 64
-_RECIPE = "byte-level-bpe-1"  # raise when training changes, so that old caches are not used
+_PART = 2**20  # characters
+_PROBE = " The  cat's\n\n\tna\u00efve caf\u0065\u0301 \U0001f600 1234,56 </s><|endoftext|> END"
+_RECIPE = "byte-level-bpe-2"  # raise when training changes, so that old caches are not used
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """Loads a tokenizer of transformers.
 
+    Args:
+        name_or_path: Name on the Hugging Face hub, or a folder.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run tokenizer code from there.
+
     Raises:
-        ValueError: if it has no end token.
+        ValueError: if there is none, or one without a vocabulary: from a folder that lacks the
+            files, transformers makes a tokenizer of a few special tokens.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    check_end_token(tokenizer, name_or_path)
+    name_or_path = os.path.expanduser(name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name_or_path, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"tokenizer must be a folder or a name on the Hugging Face hub, got {name_or_path}, "
+            f"which cannot be loaded: {error}"
+        ) from error
+    if len(tokenizer.get_vocab().keys() - tokenizer.added_tokens_encoder.keys()) < 2:
+        raise ValueError(
+            f"tokenizer must have a vocabulary, got {name_or_path} without one. Check that the "
+            "folder holds the files of a tokenizer (tokenizer.json)."
+        )
     return tokenizer
 
 
-def check_end_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Raises ValueError if the tokenizer cannot mark the end of a document."""
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"tokenizer must have an end token, got {name} without one. Every document ends with "
-            "it; set tokenizer.eos_token, save the tokenizer, and pass that path."
-        )
+def tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The tokens that a tokenizer adds before and after every text, such as a begin token."""
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer("a")["input_ids"])
+    for begin in range(len(whole) - len(bare) + 1):
+        if bare and whole[begin : begin + len(bare)] == bare:
+            return whole[:begin], whole[begin + len(bare) :]
+    return [], []
+
+
+def same_ids(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
+    """Whether tokens mean the same in both: one may have more of them."""
+    smaller, larger = sorted((first.get_vocab(), second.get_vocab()), key=len)
+    return smaller.items() <= larger.items()
 
 
 def train_tokenizer(
@@ -73,6 +102,8 @@ def train_tokenizer(
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns a hash of everything that decides which tokens a text becomes."""
     parts: list[Any] = [type(tokenizer).__name__, tokenizer.eos_token_id]
+    for split in (False, True):  # a tokenizer in Python: its code is only known by what it does
+        parts.append(tokenizer(_PROBE, split_special_tokens=split, verbose=False)["input_ids"])
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         parts.append(backend.to_str())
@@ -113,5 +144,15 @@ def _train(documents: Documents, vocab_size: int, folder: Path) -> None:
 
 
 def _texts(documents: Documents) -> Iterator[list[str]]:
-    for batch in documents.texts.iter(batch_size=_TEXTS_AT_A_TIME):
-        yield batch["text"]
+    """Texts to learn words from; long ones in parts, since each needs many times its memory."""
+    for group in documents.groups():
+        yield [part for text in documents.read(group) for part in _parts(text)]
+
+
+def _parts(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > _PART:
+        stop = text.rfind("\n", start, start + _PART) + 1 or start + _PART
+        yield text[start:stop]
+        start = stop
+    yield text[start:]

@@ -6,16 +6,20 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lctrain.data.documents import TokenStore
-from lctrain.data.tokenizer import fingerprint_tokenizer
+from lctrain.data.long_text import PIECE, encode_long
+from lctrain.data.special_tokens import break_up, holds_special, special_pattern
+from lctrain.data.tokenizer import fingerprint_tokenizer, tokens_around
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lctrain.data.documents import Documents
 
-_RECIPE = "end-token-once-1"  # raise when tokenizing changes, so that old caches are not used
-_TEXTS_AT_A_TIME = 64
+_RECIPE = "end-token-once-2"  # raise when tokenizing changes, so that old caches are not used
+_SHOWN = 8 * PIECE  # characters from which a text has a progress bar of its own
 
 
 def tokenize(
@@ -23,54 +27,131 @@ def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     cache_dir: Path,
     num_proc: int | None = None,
+    special_tokens: str = "text",
 ) -> TokenStore:
     """Tokenizes documents, or finds their tokens in the cache.
 
     Special tokens that the tokenizer adds by itself (a begin token) are kept; the end token is
-    appended unless it did that already.
+    appended unless it did that already, or the tokenizer has none. A document without a token is
+    left out. Memory is bounded by that of the longest document's text and tokens.
 
     Args:
         documents: What to tokenize.
-        tokenizer: With an end token.
-        cache_dir: Tokens are kept under cache_dir/tokens, keyed by the texts and the tokenizer.
+        tokenizer: Of transformers.
+        cache_dir: Tokens are kept under cache_dir/tokens, keyed by texts, tokenizer and mode.
         num_proc: Processes. None: this one, in which a fast tokenizer uses all cores anyway.
+        special_tokens: What the text of a special token inside a document becomes, "text" or the
+            "token".
     """
     from datasets import Dataset, Features, List, Value
 
-    features = Features({"input_ids": List(Value("int32"))})
+    features = Features(
+        {
+            "input_ids": List(Value("int32")),
+            "document": Value("int64"),
+            "special_texts": Value("int64"),
+        }
+    )
     if len(documents) == 0:
-        return TokenStore(Dataset.from_dict({"input_ids": []}, features=features), [])
-    parts = (_RECIPE, documents.fingerprint, fingerprint_tokenizer(tokenizer))
+        return TokenStore(Dataset.from_dict({name: [] for name in features}, features), [])
+    parts = (_RECIPE, documents.fingerprint, fingerprint_tokenizer(tokenizer), special_tokens)
     key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
     folder = cache_dir / "tokens"
     folder.mkdir(parents=True, exist_ok=True)
-    dataset = documents.texts.map(
+    groups = documents.groups()
+    dataset = Dataset.from_dict(
+        {"first": [group.start for group in groups], "stop": [group.stop for group in groups]}
+    ).map(
         _tokenize,
         batched=True,
-        batch_size=_TEXTS_AT_A_TIME,
-        fn_kwargs={"tokenizer": tokenizer},
-        remove_columns=documents.texts.column_names,
+        batch_size=1,  # a group
+        fn_kwargs={
+            "documents": documents,
+            "tokenizer": tokenizer,
+            "split_special_tokens": special_tokens == "text",
+        },
+        remove_columns=["first", "stop"],
         features=features,
         num_proc=num_proc if num_proc is not None and num_proc > 1 else None,
         cache_file_name=str(folder / f"{key}.arrow"),
         new_fingerprint=key,
         desc="Tokenizing",
     )
-    return TokenStore(dataset, documents.names)
+    rows = dataset.data.column("document").to_pylist()
+    return TokenStore(dataset, [documents.names[row] for row in rows])
 
 
 def _tokenize(
-    batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase
+    batch: dict[str, list[int]],
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    split_special_tokens: bool,
 ) -> dict[str, list[Any]]:
-    encoded = tokenizer(
-        batch["text"],
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # documents are longer than the model's length; they are split later
-    )
-    end = tokenizer.eos_token_id
+    group = range(batch["first"][0], batch["stop"][0])
+    encoder = _Encoder(tokenizer, split_special_tokens)
+    rows = []
+    for row, text, ids in zip(group, *encoder.encode(documents, group), strict=True):
+        rows.append((row, *encoder.finish(text, ids)))
+    kept = [row for row in rows if len(row[1])]
+    numbers, input_ids, special_texts = zip(*kept, strict=True) if kept else ((), (), ())
     return {
-        "input_ids": [
-            ids if ids and ids[-1] == end else [*ids, end] for ids in encoded["input_ids"]
-        ]
+        "input_ids": list(input_ids),
+        "document": list(numbers),
+        "special_texts": list(special_texts),
     }
+
+
+class _Encoder:
+    """Tokenizes documents with one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._split = split_special_tokens
+        self._pattern = special_pattern(tokenizer)
+        begin, end = tokens_around(tokenizer)
+        stop = tokenizer.eos_token_id
+        if stop is not None and (not end or end[-1] != stop):
+            end = [*end, stop]
+        self._begin, self._end = np.array(begin, np.int32), np.array(end, np.int32)
+
+    def encode(self, documents: Documents, group: range) -> tuple[list[str], list[np.ndarray]]:
+        """Texts and token ids [n] int32 of documents, without the tokens around them."""
+        from datasets.utils import tqdm
+
+        texts = documents.read(group)
+        if len(texts) == 1 and len(texts[0]) > PIECE:
+            (text,) = texts
+            with tqdm(
+                total=len(text),
+                desc=f"Tokenizing {documents.names[group.start]}",
+                unit="char",
+                unit_scale=True,
+                disable=len(text) < _SHOWN,
+            ) as bar:
+                return texts, [self._encode_long(text, bar.update)]
+        encoded = self._tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=self._split,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # documents are longer than the model's length; they are split later
+        )
+        return texts, [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+
+    def finish(self, text: str, ids: np.ndarray) -> tuple[np.ndarray, int]:
+        """Token ids [n] int32 with those around them, and the number of special tokens' texts."""
+        found = 0 if self._pattern is None else sum(1 for _ in self._pattern.finditer(text))
+        if found and self._split and holds_special(self._tokenizer, ids):
+            ids = np.concatenate([self._encode_long(p) for p in break_up(text, self._pattern)])
+        end = self._end
+        if len(end) == 1 and len(ids) and ids[-1] == end[0]:
+            end = end[:0]
+        if len(ids) == 0 and len(end) == 0:
+            return ids, found
+        return np.concatenate([self._begin, ids, end]), found
+
+    def _encode_long(self, text: str, progress: Any = lambda characters: None) -> np.ndarray:
+        return encode_long(
+            self._tokenizer, text, split_special_tokens=self._split, progress=progress
+        )

@@ -8,7 +8,6 @@ import numpy as np
 
 from lctrain.data import TokenizedDocument
 from lctrain.data.documents import Documents, read_documents
-from lctrain.data.tokenizer import load_tokenizer
 from lctrain.data.tokenizing import tokenize
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ def evaluation_documents(preparation: Preparation, split: str) -> list[Tokenized
     """Reads and tokenizes documents, from the data module's cache as far as it goes.
 
     Args:
-        preparation: of a PackedDataModule, whose tokenizer is a name or path.
+        preparation: Of a PackedDataModule with a tokenizer.
         split: "held_out" for the documents that training on this data holds out; "all" for every
             document, of data that the model was not trained on.
 
@@ -30,18 +29,12 @@ def evaluation_documents(preparation: Preparation, split: str) -> list[Tokenized
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}.")
-    if preparation.tokenizer is None:
+    tokenizer = preparation.given_tokenizer()
+    if tokenizer is None:
         raise ValueError(
-            "data.tokenizer must name the model's tokenizer, got none. Leave it out to take the "
-            "one that is stored with the model."
+            "tokenizer must be the model's, got none. Name it, or leave data.tokenizer out of "
+            "lctrain-eval to take the one that is stored with the model."
         )
-    try:
-        tokenizer = load_tokenizer(str(preparation.tokenizer))
-    except OSError as error:
-        raise ValueError(
-            f"data.tokenizer must be a folder or a name on the Hugging Face hub, got "
-            f"{preparation.tokenizer}, which cannot be loaded: {error}"
-        ) from error
     documents = _read(preparation, split)
     if len(documents) == 0:
         raise ValueError(

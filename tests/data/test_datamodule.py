@@ -10,6 +10,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedTokenizerFast
 
 from lctrain.data import JsonlSource, PackedDataModule, TextSource
+from lctrain.data.faults import warn_once
+from lctrain.data.tokenizer import END_TOKEN
 
 
 def as_rank(data: PackedDataModule, rank: int, world_size: int) -> PackedDataModule:
@@ -186,13 +188,35 @@ def test_dropping_every_document_is_an_error(make_data):
         module.setup()
 
 
-def test_a_tokenizer_object_is_used_and_must_have_an_end_token(make_data, data):
+def test_a_tokenizer_object_is_used(make_data, data):
     module = make_data(tokenizer=data.tokenizer)
     module.setup()
     assert module.fingerprint == data.fingerprint
+
+
+def test_a_tokenizer_without_an_end_token_is_used_with_a_warning(make_data, data, caplog):
     bare = PreTrainedTokenizerFast(tokenizer_object=data.tokenizer.backend_tokenizer)
-    with pytest.raises(ValueError, match="tokenizer must have an end token"):
-        make_data(tokenizer=bare).setup()
+    warn_once.cache_clear()
+    module = make_data(tokenizer=bare, passkey_fraction=0.5)
+    module.setup()
+    assert "has no end token: documents end without one" in caplog.text
+    batch = next(iter(module.train_dataloader()))
+    assert any(name.startswith("passkey") for name in batch.names)
+    assert module.fingerprint != data.fingerprint
+
+
+def test_texts_of_special_tokens_are_counted_in_the_report(make_data, data, tmp_path):
+    (tmp_path / "a.txt").write_text(f"one {END_TOKEN} two {END_TOKEN}")
+    source = TextSource(files=str(tmp_path / "a.txt"))
+    for mode, ends in (("text", 1), ("token", 2)):
+        module = make_data(
+            source=source, tokenizer=data.tokenizer, held_out_fraction=0.0, special_tokens=mode
+        )
+        module.setup()
+        assert "2 texts of special tokens" in str(module.packing_report)
+        batch = next(iter(module.train_dataloader()))
+        assert (batch.input_ids == data.tokenizer.eos_token_id).sum() == ends
+        assert module.settings.get("special_tokens", "text") == mode
 
 
 def test_a_tokenizer_path_is_used(make_data, data, tmp_path):
@@ -206,6 +230,7 @@ def test_a_tokenizer_path_is_used(make_data, data, tmp_path):
     ("settings", "message"),
     [
         ({"max_tokens": 1}, "max_tokens must be at least 2, got 1"),
+        ({"special_tokens": "x"}, "special_tokens must be one of text, token, got 'x'"),
         ({"overlong": "cut"}, "overlong must be one of split, truncate, drop, got 'cut'. split"),
         ({"held_out_fraction": 1.0}, r"held_out_fraction must be in \[0, 1\), got 1.0"),
         ({"packing_window": 0}, "packing_window must be at least 1, got 0"),

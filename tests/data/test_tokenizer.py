@@ -2,7 +2,8 @@
 
 import pytest
 from datasets import Dataset
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, ByT5Tokenizer, GPT2Config, PreTrainedTokenizerFast
 
 from lctrain.data.documents import read_documents
 from lctrain.data.tokenizer import (
@@ -70,10 +71,30 @@ def test_a_saved_tokenizer_loads_by_path_here_and_in_transformers(tokenizer, tmp
     assert plain(TEXTS)["input_ids"] == tokenizer(TEXTS)["input_ids"]
 
 
-def test_a_tokenizer_without_an_end_token_is_an_error(tokenizer, tmp_path):
+def test_without_an_end_token_documents_end_with_their_text(documents, tokenizer, tmp_path):
     without_end_token(tokenizer).save_pretrained(tmp_path / "bare")
-    with pytest.raises(ValueError, match=r"must have an end token, got .*bare.*eos_token"):
+    bare = load_tokenizer(str(tmp_path / "bare"))
+    store = tokenize(documents, bare, tmp_path)
+    assert [store.tokens(i).tolist() for i in range(3)] == bare(TEXTS)["input_ids"]
+
+
+def test_without_an_end_token_a_document_without_tokens_is_left_out(tmp_path):
+    letters = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    letters.normalizer = normalizers.Replace("c", "")
+    letters.pre_tokenizer = pre_tokenizers.Whitespace()
+    bare = PreTrainedTokenizerFast(tokenizer_object=letters)
+    documents = read_documents(Dataset.from_dict({"text": ["a b", "ccc", "b"]}), "t")
+    store = tokenize(documents, bare, tmp_path)
+    assert list(store.names) == ["t:0", "t:2"]
+    assert [store.tokens(i).tolist() for i in range(2)] == [[1, 2], [2]]
+
+
+def test_a_tokenizer_without_a_vocabulary_is_an_error(tmp_path):
+    GPT2Config().save_pretrained(tmp_path / "bare")  # transformers makes a tokenizer of that
+    with pytest.raises(ValueError, match=r"must have a vocabulary, got .*bare"):
         load_tokenizer(str(tmp_path / "bare"))
+    with pytest.raises(ValueError, match=r"tokenizer must be a folder or a name .*got .*nowhere"):
+        load_tokenizer(str(tmp_path / "nowhere"))
 
 
 def test_fingerprint_sees_the_vocabulary_and_the_end_token(documents, tokenizer, tmp_path):
@@ -123,3 +144,48 @@ def test_tokens_come_from_the_cache_the_second_time(documents, tokenizer, tmp_pa
     second = tokenize(documents, tokenizer, tmp_path)
     assert not calls
     assert second.lengths.tolist() == first.lengths.tolist()
+
+
+SPECIAL = f"before {END_TOKEN} after{END_TOKEN}"
+
+
+def test_special_tokens_in_text_stay_text_unless_they_are_trusted(tokenizer, tmp_path):
+    documents = read_documents(Dataset.from_dict({"text": [SPECIAL, "plain"]}), "t")
+    end = tokenizer.eos_token_id
+    safe = tokenize(documents, tokenizer, tmp_path)
+    assert (safe.tokens(0) == end).nonzero()[0].tolist() == [len(safe.tokens(0)) - 1]
+    assert tokenizer.decode(safe.tokens(0)[:-1]) == SPECIAL
+    trusted = tokenize(documents, tokenizer, tmp_path, special_tokens="token")
+    assert trusted.tokens(0).tolist().count(end) == 2
+    assert (safe.special_texts, trusted.special_texts) == (2, 2)
+    assert safe.tokens(1).tolist() == trusted.tokens(1).tolist()
+
+
+def test_special_tokens_among_the_ordinary_pieces_stay_text(tmp_path):
+    scores = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -9.0) for letter in "▁</s>abc")]
+    unigram = Tokenizer(models.Unigram(scores, unk_id=0))
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=unigram, eos_token="</s>", unk_token="<unk>"
+    )
+    assert 1 in tokenizer("a</s>b", split_special_tokens=True)["input_ids"]  # the trap
+    documents = read_documents(Dataset.from_dict({"text": ["a</s>b", "a?"]}), "t")
+    store = tokenize(documents, tokenizer, tmp_path)
+    assert store.tokens(0).tolist().count(1) == 1
+    assert store.tokens(0)[-1] == 1
+    assert store.tokens(1).tolist() == [*tokenizer("a?")["input_ids"], 1]
+    assert store.special_texts == 1
+
+
+def test_a_tokenizer_in_python_takes_special_tokens_for_text(tmp_path):
+    documents = read_documents(Dataset.from_dict({"text": ["a</s>b"]}), "t")
+    tokenizer = ByT5Tokenizer()
+    assert tokenize(documents, tokenizer, tmp_path).tokens(0).tolist().count(1) == 1
+    trusted = tokenize(documents, tokenizer, tmp_path, special_tokens="token")
+    assert trusted.tokens(0).tolist().count(1) == 2
+
+
+def test_a_byte_order_mark_becomes_no_token(tokenizer, tmp_path):
+    documents = read_documents(Dataset.from_dict({"text": ["\ufeffcat", "cat"]}), "t")
+    store = tokenize(documents, tokenizer, tmp_path)
+    assert store.tokens(0).tolist() == store.tokens(1).tolist()

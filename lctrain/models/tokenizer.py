@@ -1,0 +1,67 @@
+"""Which tokenizer belongs to a model: trained weights know the ids of one tokenizer only."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from lctrain.config import ModelConfig, PretrainedModelConfig
+from lctrain.data.tokenizer import load_tokenizer, same_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+def tokenizer_for(model: ModelConfig, named: str | None) -> PreTrainedTokenizerBase | str | None:
+    """Chooses the tokenizer for a model.
+
+    Args:
+        model: Pretrained or from scratch.
+        named: What the data config names.
+
+    Returns:
+        Of a pretrained model its own, unless another is asked for and allowed; of one from
+        scratch what is named, None for a tokenizer that is trained on the data.
+
+    Raises:
+        ValueError: if a pretrained model has no tokenizer and none is named, or one is named whose
+            ids mean other tokens.
+    """
+    if not isinstance(model, PretrainedModelConfig):
+        return named
+    try:
+        own = load_tokenizer(
+            model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except ValueError as error:
+        if named is None:
+            raise ValueError(
+                f"data.tokenizer must name the tokenizer that {model.name_or_path} was trained "
+                f"with, got none, and its own cannot be used: {error}"
+            ) from error
+        log.warning(
+            "%s has no tokenizer of its own; whether %s is the one that it was trained with cannot "
+            "be checked.",
+            model.name_or_path,
+            named,
+        )
+        return load_tokenizer(named)
+    if named is None or named == model.name_or_path:
+        return own
+    other = load_tokenizer(named, trust_remote_code=model.trust_remote_code)
+    if same_ids(own, other):
+        return other
+    if not model.allow_other_tokenizer:
+        raise ValueError(
+            f"data.tokenizer must be the model's own, got {named}, whose ids mean other tokens "
+            f"than those that {model.name_or_path} was trained on. Leave data.tokenizer out, or "
+            "set model.allow_other_tokenizer=true to use the model on other ids all the same."
+        )
+    log.warning(
+        "%s goes on with the ids of another tokenizer, %s, as model.allow_other_tokenizer says.",
+        model.name_or_path,
+        named,
+    )
+    return other
