@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lctrain.batch import PackedBatch
+from lctrain.callbacks.lengths import observed_document, with_other_lengths
+from lctrain.callbacks.routed import RoutedRounding
 
 LARGEST_LOGITS = 2**28  # elements; above, the last hidden states are compared instead
+LARGEST_RECORD = 2**30  # elements kept of routed blocks; above, the check takes fewer tokens
 
 
 class IsolationError(RuntimeError):
@@ -20,11 +23,15 @@ class IsolationError(RuntimeError):
 class IsolationCheck(pl.Callback):
     """Perturbs one document of the first real batch and compares all others bit by bit.
 
-    It runs before the first training step, on the batch of that step, without gradients or dropout,
-    and leaves the random generators, the training mode of every module and the order of the batches
-    as they were. A batch of one document is checked as its two halves. Compared are the logits, or,
-    where they would have more than 2^28 elements, the last hidden states from which they are
-    computed token by token.
+    Then it varies the lengths of a document's neighbours: the tokens around the shortest document
+    become documents of other lengths, and its outputs must stay, too.
+
+    The check runs before the first training step, on the batch of that step, without gradients or
+    dropout. It leaves the random generators, the training mode of every module and the order of the
+    batches as they were. A batch of one document is checked as its two halves. Compared are the
+    logits, or, where they would have more than 2^28 elements, the last hidden states, from which
+    logits are computed token by token. Experts of a mixture round by how many tokens meet in them:
+    RoutedRounding tells that from a leak.
 
     Raises:
         IsolationError: if any other document's outputs change in any bit.
@@ -54,53 +61,120 @@ class IsolationCheck(pl.Callback):
 
 
 def check_isolation(model: nn.Module, batch: PackedBatch) -> None:
-    """Runs `model` on `batch` and on a copy with one document changed.
+    """Runs `model` on `batch`, with one document changed, and with neighbours of other lengths.
 
     Args:
         model: A causal LM that takes `batch.model_kwargs()`.
         batch: A pack on the model's device.
 
     Raises:
-        IsolationError: if an output outside the changed document differs in any bit.
+        IsolationError: if an output outside what was changed differs in any bit.
     """
+    rounding = RoutedRounding(model)
+    if rounding.blocks:
+        batch = _shortened(batch, LARGEST_RECORD // (_width(model) * len(rounding.blocks)))
     if len(_with_tokens(batch)) < 2:
         if batch.num_tokens < 2:
             return
         batch = _halves(batch)
-    documents = _with_tokens(batch)
-    chosen = documents[(len(documents) - 1) // 2]  # never the last: a causal leak runs forwards
-    start = sum(batch.lengths[:chosen])
-    end = start + batch.lengths[chosen]
     devices = [batch.input_ids.device] if batch.input_ids.is_cuda else []
     modes = {module: module.training for module in model.modules()}
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         try:
             model.eval()
-            before = _outputs(model, batch)
-            after = _outputs(model, _perturb(batch, start, end, _vocabulary(model, batch)))
+            with rounding.recording():
+                before = _outputs(model, batch)
+            _check_contents(model, batch, before, rounding)
+            _check_lengths(model, batch, before, rounding)
         finally:
             for module, training in modes.items():
                 module.training = training
+
+
+def _check_contents(
+    model: nn.Module, batch: PackedBatch, before: Tensor, rounding: RoutedRounding
+) -> None:
+    """Changes the tokens of one document; `before` [T, C] are the outputs of the batch."""
+    documents = _with_tokens(batch)
+    chosen = documents[(len(documents) - 1) // 2]  # never the last: a causal leak runs forwards
+    start = sum(batch.lengths[:chosen])
+    end = start + batch.lengths[chosen]
+    others = _all_but(batch, start, end)
+    with rounding.replaying(others):
+        after = _outputs(model, _perturb(batch, start, end, _vocabulary(model, batch)))
     differs = (before != after).flatten(1).any(dim=1)  # [T] bool
     if not bool(differs[start:end].any()):
         raise IsolationError(
             "changing a document's tokens did not change its own outputs: the check would prove "
             "nothing. The model ignores input_ids, or its weights are all zero or not finite."
         )
-    differs[start:end] = False
+    differs &= others
     if not bool(differs.any()):
         return
     positions = differs.nonzero().flatten()
     first = int(positions[0])
-    largest = (before.float() - after.float())[positions].abs().max()
     raise IsolationError(
         f"documents of a pack mix: changing document {_name(batch, chosen)} (tokens {start} to "
         f"{end - 1}) changed the outputs of {len(positions)} tokens of other documents by up to "
-        f"{float(largest):.3g}, the first in {_name(batch, _document_of(batch, first))} at token "
-        f"{first}. "
+        f"{_largest(before, after, differs):.3g}, the first in "
+        f"{_name(batch, _document_of(batch, first))} at token {first}. "
         "The model's attention ignores the document boundaries: patch it with "
         "lctrain.patch_model(model) (attention=flash), and keep use_cache off."
     )
+
+
+def _check_lengths(
+    model: nn.Module, batch: PackedBatch, before: Tensor, rounding: RoutedRounding
+) -> None:
+    """Changes the lengths of the documents around one; `before` [T, C] are the batch's outputs."""
+    index, start, end = observed_document(batch)
+    observed = ~_all_but(batch, start, end)
+    for changed in with_other_lengths(batch, start, end, model):
+        with rounding.replaying(observed):
+            after = _outputs(model, changed)
+        differs = (before != after).flatten(1).any(dim=1) & observed
+        if not bool(differs.any()):
+            continue
+        raise IsolationError(
+            f"a neighbour's length changes a document: document {_name(batch, index)} of "
+            f"{end - start} tokens has other outputs, by up to "
+            f"{_largest(before, after, differs):.3g}, when the longest document of its pack has "
+            f"{changed.max_seqlen} tokens and not {batch.max_seqlen}. Rotary frequencies that "
+            "follow the longest document of a row (rope_type 'longrope' or 'dynamic') do this: "
+            "patch the model with lctrain.patch_model(model), which finds them per document."
+        )
+
+
+def _largest(before: Tensor, after: Tensor, rows: Tensor) -> float:
+    return float((before[rows].float() - after[rows].float()).abs().max())
+
+
+def _all_but(batch: PackedBatch, start: int, end: int) -> Tensor:
+    """[T] bool, False in [start, end)."""
+    others = torch.ones(batch.num_tokens, dtype=torch.bool, device=batch.input_ids.device)
+    others[start:end] = False
+    return others
+
+
+def _width(model: nn.Module) -> int:
+    """Hidden size of the model, or that of its embedding where no config tells."""
+    size = getattr(getattr(model, "config", None), "hidden_size", None)
+    return int(size) if size else max((p.shape[-1] for p in model.parameters()), default=1)
+
+
+def _shortened(batch: PackedBatch, tokens: int) -> PackedBatch:
+    """The batch, or as many of its documents, each cut to half of `tokens`, as have room there."""
+    if batch.num_tokens <= tokens:
+        return batch
+    kept, room = [], tokens
+    for index, document in enumerate(batch.input_ids[0].cpu().split(list(batch.lengths))):
+        length = min(len(document), max(1, tokens // 2), room)
+        if length > 0:
+            kept.append((index, document[:length]))
+            room -= length
+    names = None if batch.names is None else [batch.names[index] for index, _ in kept]
+    shortened = PackedBatch.from_documents([document for _, document in kept], names=names)
+    return shortened.to(batch.input_ids.device)
 
 
 def _outputs(model: nn.Module, batch: PackedBatch) -> Tensor:

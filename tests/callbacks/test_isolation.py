@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 from lctrain.batch import PackedBatch
 from lctrain.callbacks import IsolationCheck, IsolationError
@@ -112,3 +113,120 @@ def test_the_run_stops_before_its_first_step(tmp_path, make_llama):
     assert trainer.global_step == 0
     for old, new in zip(before, module.parameters(), strict=True):
         assert torch.equal(old, new)
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 32,
+    "short_factor": [1.0] * 4,
+    "long_factor": [8.0] * 4,
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+
+
+@pytest.mark.parametrize("lengths", [(20, 60, 25), (20, 24, 30), (60, 9, 70)], ids=str)
+@pytest.mark.parametrize(("rope", "window"), [(LONGROPE, 128), (DYNAMIC, 32)], ids=str)
+def test_a_neighbour_s_length_is_varied(make_llama, rope, window, lengths):
+    """transformers keeps these documents apart, and takes frequencies from the longest."""
+    model = make_llama(head_dim=8, rope_parameters=rope, max_position_embeddings=window)
+    with pytest.raises(IsolationError, match="a neighbour's length changes a document"):
+        check_isolation(model, make_batch(lengths, 0))
+
+
+def test_lengths_that_do_not_matter(make_llama):
+    check_isolation(make_llama(), make_batch([20, 60, 25], 0))
+
+
+@pytest.fixture
+def mixture():
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=512,
+        hidden_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=8,
+        num_experts_per_tok=2,
+        pad_token_id=0,
+    )
+    model = transformers.Qwen3MoeForCausalLM(config)
+    patch_model(model)
+    return model
+
+
+def round_by_company(model, size):
+    """Moves what leaves the experts by `size` of it, by how many tokens met in the first one."""
+
+    def scale(module, arguments, output):
+        _, chosen, _ = arguments
+        return output * (1 + size * int((chosen == 0).sum() % 4))
+
+    for layer in model.model.layers:
+        layer.mlp.experts.register_forward_hook(scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rounding_of_experts_is_no_leak(mixture, dtype, monkeypatch):
+    mixture.to(dtype)
+    round_by_company(mixture, torch.finfo(dtype).eps)
+    for batch in PACKS:
+        check_isolation(mixture, batch)
+    monkeypatch.setattr("lctrain.callbacks.routed.find_routed", lambda model: [])
+    with pytest.raises(IsolationError):  # so there was something to tell from a leak
+        check_isolation(mixture, PACKS[0])
+
+
+def test_autocast_rounds_experts_whose_outputs_are_float32(mixture):
+    round_by_company(mixture, torch.finfo(torch.bfloat16).eps)
+    with torch.autocast("cpu", torch.bfloat16):
+        check_isolation(mixture, PACKS[0])
+    with pytest.raises(IsolationError):
+        check_isolation(mixture, PACKS[0])
+
+
+@pytest.mark.parametrize("size", [0.1, 1e-6])
+def test_a_leak_before_experts_is_stopped_though_it_is_as_small_as_rounding(mixture, size):
+    round_by_company(mixture, torch.finfo(torch.float32).eps)
+
+    def shift(module, arguments, hidden):
+        return hidden + size * hidden.roll(1, dims=1)
+
+    mixture.model.embed_tokens.register_forward_hook(shift)
+    with pytest.raises(IsolationError, match="documents of a pack mix"):
+        check_isolation(mixture, PACKS[0])
+
+
+def test_a_leak_inside_experts_is_stopped(mixture):
+    """Experts of limited capacity: tokens that come late are dropped."""
+
+    def drop(module, arguments, output):
+        _, chosen, _ = arguments
+        late = (chosen == 0).any(-1).cumsum(0) > 5
+        return torch.where((late & (chosen == 0).any(-1))[:, None], 0.99 * output, output)
+
+    mixture.model.layers[0].mlp.experts.register_forward_hook(drop)
+    with pytest.raises(IsolationError):
+        check_isolation(mixture, PACKS[0])
+
+
+def test_a_leak_after_experts_is_stopped(mixture):
+    mixture.model.norm.register_forward_hook(lambda m, a, hidden: hidden + 1e-6 * hidden.roll(1, 1))
+    with pytest.raises(IsolationError, match="documents of a pack mix"):
+        check_isolation(mixture, PACKS[0])
+
+
+def test_of_a_large_mixture_fewer_tokens_are_checked(mixture, monkeypatch):
+    monkeypatch.setattr("lctrain.callbacks.isolation.LARGEST_RECORD", 2 * 32 * 40)
+    seen = []
+    mixture.register_forward_pre_hook(
+        lambda m, a, k: seen.append(k["input_ids"].shape[1]), with_kwargs=True
+    )
+    check_isolation(mixture, make_batch([9, 30, 21], 0))
+    assert set(seen) == {40}
+    leak(mixture)
+    with pytest.raises(IsolationError):
+        check_isolation(mixture, make_batch([60], 0))
