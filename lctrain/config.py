@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lctrain.config_errors import explain_config_error
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
@@ -36,7 +38,7 @@ class DataConfig:
     Attributes:
         tokenizer: Name or path; None takes a pretrained model's own, and for a model from scratch
             trains a byte-level BPE on the training split, once.
-        vocab_size: Of the tokenizer, if it is trained.
+        vocab_size: Size of the tokenizer, if it is trained.
         max_tokens: Capacity of a row.
         max_document_tokens: Tokens of a document in a row; None for all that a row has room for.
         overlong: split, truncate or drop longer documents.
@@ -46,7 +48,7 @@ class DataConfig:
         passkey_fraction: Share of every training row that teaches retrieval.
         num_workers: Processes that build batches.
         num_proc: Processes that tokenize; None for one, in which fast tokenizers use all cores.
-        seed: Of the shuffle.
+        seed: Seed of the shuffle.
         cache_dir: Where documents, tokens and the tokenizer are kept.
         special_tokens: What the text of a special token inside a document becomes: text, or the
             token, for documents that are trusted.
@@ -131,12 +133,13 @@ class AttentionConfig:
         dropout: Attention dropout in training; None takes the model's own.
         deterministic: Ask for a backward that gives the same bits in every run.
         backend: Which kernels serve, as in `lctrain.kernels`; a named one never falls back.
-        chunk_size: Of dual_chunk, like all below, as in `lctrain.attention.DualChunkSpec`; None
-            takes its default.
-        local_size: Of dual_chunk.
-        scale: Of dual_chunk, none or yarn.
-        scale_coefficient: Of dual_chunk.
-        window: Of dual_chunk.
+        chunk_size: Largest relative position (dual_chunk only, like all below; see
+            `lctrain.attention.DualChunkSpec`); None for the trained window - 1.
+        local_size: Tokens across a chunk's border that keep exact positions; None for an eighth of
+            the window.
+        scale: none, or yarn for sharper logits beyond the window.
+        scale_coefficient: Strength of yarn.
+        window: Tokens that the model was trained on; None for what its configuration says.
     """
 
     name: str = "flash"
@@ -301,7 +304,13 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """`lctrain.callbacks.StepCheckpoint`."""
+    """`lctrain.callbacks.StepCheckpoint`.
+
+    Attributes:
+        directory: Folder of the checkpoints.
+        every_n_steps: Optimizer steps between two checkpoints.
+        keep: Number of newest checkpoints that stay on disk.
+    """
 
     _target_: str = "lctrain.callbacks.StepCheckpoint"
     directory: str = MISSING
@@ -311,7 +320,11 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class ThroughputConfig:
-    """`lctrain.callbacks.ThroughputMonitor`."""
+    """`lctrain.callbacks.ThroughputMonitor`.
+
+    Attributes:
+        max_tokens: Capacity of a row, to which the fill refers; None measures no fill.
+    """
 
     _target_: str = "lctrain.callbacks.ThroughputMonitor"
     max_tokens: int | None = None
@@ -333,7 +346,14 @@ class NonFiniteGuardConfig:
 
 @dataclass(frozen=True)
 class LengthPerplexityConfig:
-    """`lctrain.callbacks.LengthPerplexity`."""
+    """`lctrain.callbacks.LengthPerplexity`.
+
+    Attributes:
+        lengths: Context lengths in tokens.
+        every_n_steps: Optimizer steps between two measurements.
+        max_tokens: Tokens in a forward pass; None takes the longest length.
+        documents: Number of held-out documents, the longest first.
+    """
 
     _target_: str = "lctrain.callbacks.LengthPerplexity"
     lengths: list[int] = field(default_factory=lambda: [256, 1024, 4096])
@@ -344,7 +364,11 @@ class LengthPerplexityConfig:
 
 @dataclass(frozen=True)
 class ProgressBarConfig:
-    """`lctrain.callbacks.TokenProgressBar`."""
+    """`lctrain.callbacks.TokenProgressBar`.
+
+    Attributes:
+        refresh_rate: Optimizer steps between two refreshes; 0 hides the bar.
+    """
 
     _target_: str = "lctrain.callbacks.TokenProgressBar"
     refresh_rate: int = 1
@@ -352,7 +376,11 @@ class ProgressBarConfig:
 
 @dataclass(frozen=True)
 class CsvLoggerConfig:
-    """`lctrain.loggers.MetricsCSV`: metrics.csv in the run's folder."""
+    """`lctrain.loggers.MetricsCSV`: metrics.csv in the run's folder.
+
+    Attributes:
+        save_dir: Folder of the file.
+    """
 
     _target_: str = "lctrain.loggers.MetricsCSV"
     save_dir: str = MISSING
@@ -427,8 +455,8 @@ class TrainConfig:
     """Everything that `lctrain-train` does.
 
     Attributes:
-        name: Of the run; part of its folder.
-        seed: Of the initialisation, dropout and the order of the data.
+        name: Name of the run; part of its folder.
+        seed: Seed of the initialisation, dropout and the order of the data.
         data: What is read, and how it is packed.
         model: What is trained.
         attention: How its attention is patched; None leaves it as transformers has it.
@@ -503,12 +531,13 @@ def to_dataclass(config: DictConfig, schema: type[Schema]) -> Schema:
     try:
         result = OmegaConf.to_object(config)
     except FrozenInstanceError as error:  # a key appended with + to a schema without it
-        raise ValueError(f"unknown config key: {error}. Leave it out.") from error
-    except OmegaConfBaseException as error:
-        reason = str(error.msg).splitlines()[0]
+        key = str(error).split("'")[1]
         raise ValueError(
-            f"config value {error.full_key} does not fit: {reason}. Set {error.full_key}=..."
+            f"{key} must be a key of the configuration, got one that it does not have. Leave it "
+            "out."
         ) from error
+    except OmegaConfBaseException as error:
+        raise ValueError(explain_config_error(error)) from error
     if not isinstance(result, schema):
         raise ValueError(
             f"config must be built on {schema.__name__}, got {type(result).__name__}. List its "

@@ -18,8 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hydra
-
+from lctrain.command import Command
 from lctrain.config import (
     MISSING,
     AttentionConfig,
@@ -52,7 +51,7 @@ class PasskeyConfig:
         methods: None for the methods of the evaluation.
         depths: Share of the text before the key.
         keys_per_cell: Keys of each length and depth.
-        seed: Of keys and text.
+        seed: Seed of keys and text.
     """
 
     lengths: list[int] | None = None
@@ -67,7 +66,7 @@ class EvalConfig:
     """Everything that `lctrain-eval` does.
 
     Attributes:
-        name: Of the evaluation; part of its folder.
+        name: Name of the evaluation; part of its folder.
         model: What is evaluated. On the command line, `model=x` is short for
             `model.name_or_path=x`.
         data: What is read, as in training; its tokenizer is the model's own.
@@ -92,7 +91,7 @@ class EvalConfig:
         min_context: Score tokens that have at least this many predecessors; None for all of them,
             with methods for those for which every length is filled.
         passkey: How keys are hidden.
-        dtype: Of the weights: auto (as they are stored), float32, bfloat16 or float16.
+        dtype: Type of the weights: auto (as they are stored), float32, bfloat16 or float16.
         device: auto, cpu, cuda, cuda:1, ...
     """
 
@@ -399,7 +398,33 @@ register_schemas()
 store_schema("eval", EvalConfig)
 
 
-@hydra.main(version_base="1.3", config_path="pkg://lctrain.configs", config_name="eval")
+COMMAND = Command(
+    "lctrain-eval",
+    "eval",
+    """\
+lctrain-eval evaluates a causal language model of Hugging Face at several context lengths.
+
+  lctrain-eval model=FOLDER lengths=[1024,8192]      perplexity on held-out text
+  lctrain-eval model=NAME data=text 'data.files=[books/*.txt]' split=all
+  lctrain-eval model=FOLDER methods=[plain,dual_chunk] 'tasks=[perplexity,passkey]' lengths=[...]
+                                                     several ways to read beyond the window
+""",
+    unused=(
+        "data.vocab_size",
+        "data.max_tokens",
+        "data.max_document_tokens",
+        "data.overlong",
+        "data.packing_window",
+        "data.balance_window",
+        "data.passkey_fraction",
+        "data.num_workers",
+        "data.seed",
+        "model.gradient_checkpointing",
+    ),
+    only={"model": ("hf",)},
+)
+
+
 def run(config: DictConfig) -> None:
     """Evaluates what Hydra composed, and prints table and files."""
     from omegaconf import OmegaConf
@@ -422,7 +447,7 @@ def run(config: DictConfig) -> None:
 def main() -> None:
     """Entry point of the console script."""
     sys.argv[1:] = name_the_model(sys.argv[1:])
-    run()
+    COMMAND.run(run)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import hydra
-
+from lctrain.command import Command
 from lctrain.config import EvaluationConfig, TrainConfig, to_dataclass
 from lctrain.schemas import register_schemas
 
@@ -190,25 +189,43 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 
-register_schemas()
+COMMAND = Command(
+    "lctrain-train",
+    "train",
+    """\
+lctrain-train trains a causal language model on packed documents.
+
+  lctrain-train                                      a small model on this machine's Python library
+  lctrain-train data=text 'data.files=[books/*.txt]' on text of your own
+  lctrain-train model=hf model.name_or_path=NAME 'data.tokenizer=${model.name_or_path}'
+  lctrain-train ckpt_path=last                       goes on with a run that was interrupted
+""",
+)
 
 
-@hydra.main(version_base="1.3", config_path="pkg://lctrain.configs", config_name="train")
-def main(config: DictConfig) -> None:
+def main() -> None:
     """Entry point of the console script."""
+    COMMAND.run(run)
+
+
+def run(config: DictConfig) -> None:
+    """Trains with what Hydra composed, and keeps that beside the results."""
     from omegaconf import OmegaConf
 
-    from lctrain.process_group import leave_at_exit
-
-    quiet_lightning()
-    leave_at_exit()
     plain = to_dataclass(config, TrainConfig)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         folder = Path(plain.paths.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, folder / "config.yaml", resolve=True)
+
+    from lctrain.process_group import leave_at_exit
+
+    quiet_lightning()
+    leave_at_exit()
     train(plain)
 
+
+register_schemas()
 
 if __name__ == "__main__":
     main()

@@ -232,12 +232,12 @@ def test_strategies_that_lightning_builds(strategy, tmp_path):
 
 
 def test_keys_appended_to_a_schema_are_named():
-    with pytest.raises(ValueError, match=r"unknown config key: .*'speed'"):
+    with pytest.raises(ValueError, match=r"speed must be a key of the configuration"):
         load("+optim.speed=3")
 
 
 def test_missing_values_are_named():
-    with pytest.raises(ValueError, match=r"model.name_or_path .* missing mandatory value"):
+    with pytest.raises(ValueError, match=r"model.name_or_path must be given, got none"):
         load("model=hf")
 
 

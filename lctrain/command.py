@@ -1,0 +1,97 @@
+"""What the commands share: how they start, say what they take, and fail."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
+from typing import Any
+
+import hydra
+
+from lctrain.composition import CONFIGS, known_keys
+from lctrain.failure import FULL_ERROR, report_failure
+from lctrain.help import Interface, describe, pasteable
+
+HELP = frozenset({"--help", "-h"})
+CFG = frozenset({"--cfg", "-c"})
+OTHER_FILES = frozenset({"--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"})
+
+
+class Command(Interface):
+    """A console script: what it takes, and how it runs."""
+
+    def run(self, task: Callable[[Any], None]) -> None:
+        """Runs the command with the arguments of sys.argv.
+
+        Args:
+            task: Called with the composed configuration.
+
+        Raises:
+            SystemExit: after an error, with status 2 if it was expected, else 1. With
+                HYDRA_FULL_ERROR=1 the error itself is raised.
+        """
+        arguments = sys.argv[1:]
+        if (show := self._shown(arguments)) is not None:
+            self._guard(lambda: print(show(self, overrides_of(arguments)).rstrip()))
+        elif os.environ.get(FULL_ERROR) == "1":
+            self._hydra(task)()
+        else:
+            os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would else print in its way
+            self._guard(self._hydra(self._guarded(task)))
+            os.environ.pop(FULL_ERROR, None)
+
+    @staticmethod
+    def _shown(arguments: Sequence[str]) -> Callable[[Interface, Sequence[str]], str] | None:
+        """What the arguments ask for in place of a run; None for a run."""
+        if HELP & set(arguments):
+            return describe
+        if OTHER_FILES & {argument.partition("=")[0] for argument in arguments}:
+            return None  # Hydra shows a configuration from files that are not lctrain's
+        pairs = itertools.pairwise(arguments)
+        if "--cfg=job" in arguments or any(f in CFG and value == "job" for f, value in pairs):
+            return pasteable
+        return None
+
+    def _hydra(self, task: Callable[[Any], None]) -> Callable[[], Any]:
+        decorate = hydra.main(
+            version_base="1.3", config_path=f"pkg://{CONFIGS}", config_name=self.config_name
+        )
+        decorated: Callable[[], Any] = decorate(task)
+        return decorated
+
+    def _guarded(self, task: Callable[[Any], None]) -> Callable[[Any], None]:
+        """The task; its errors end the process before Hydra prints lines of its own about them."""
+
+        @wraps(task)
+        def guarded(config: Any) -> None:
+            os.environ.pop(FULL_ERROR, None)  # what processes of other ranks inherit
+            self._guard(lambda: task(config))
+
+        return guarded
+
+    def _guard(self, function: Callable[[], Any]) -> None:
+        try:
+            function()
+        except Exception as error:
+            os.environ.pop(FULL_ERROR, None)
+            overrides = overrides_of(sys.argv[1:])
+            known = partial(known_keys, self.config_name, overrides)
+            raise SystemExit(report_failure(self.program, error, overrides, known)) from None
+
+
+def overrides_of(arguments: Sequence[str]) -> list[str]:
+    """The arguments of the form key=value or ~key, without the options and their values."""
+    overrides = []
+    takes_value = {*CFG, *OTHER_FILES, "--package", "-p", "--info", "-i", "--experimental-rerun"}
+    skip = False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument.startswith("-"):
+            skip = argument in takes_value
+        else:
+            overrides.append(argument)
+    return overrides

@@ -1,0 +1,113 @@
+"""Composes a configuration without running anything: for help, and for messages about keys."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from dataclasses import fields
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lctrain.schemas import SCHEMAS, register_schemas
+
+CONFIGS = "lctrain.configs"
+
+
+def compose(config_name: str, overrides: Sequence[str], with_hydra: bool = False) -> DictConfig:
+    """Composes what a command would run with.
+
+    Args:
+        config_name: Of the primary configuration.
+        overrides: As on the command line.
+        with_hydra: Keep the key `hydra`, which knows the choices of the groups.
+    """
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    register_schemas()
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_module(CONFIGS, version_base="1.3"):
+        return hydra.compose(config_name, list(overrides), return_hydra_config=with_hydra)
+
+
+def group_choices(config_name: str, overrides: Sequence[str]) -> dict[str, list[str]]:
+    """The choices of every group of a configuration, schemas and Hydra's own groups left out.
+
+    Args:
+        config_name: Of the primary configuration.
+        overrides: As on the command line.
+    """
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.object_type import ObjectType
+
+    register_schemas()
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_module(CONFIGS, version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        chosen = hydra.compose(config_name, list(overrides), return_hydra_config=True)
+        choices = reversed(list(chosen.hydra.runtime.choices))  # then in the order of the defaults
+        groups = [name for name in choices if not name.startswith("hydra/")]
+        return {
+            group: [
+                option
+                for option in loader.get_group_options(group, ObjectType.CONFIG)
+                if not option.endswith("_schema")
+            ]
+            for group in groups
+        }
+
+
+def known_keys(config_name: str, overrides: Sequence[str]) -> list[str]:
+    """Every key of a configuration with dots, its groups, and the keys of choices not made.
+
+    Args:
+        config_name: Of the primary configuration.
+        overrides: Of these, those that choose from a group and fit are heeded.
+    """
+    groups = group_choices(config_name, ())
+    chosen = [
+        override
+        for override in overrides
+        if (pair := override.partition("="))[0] in groups and pair[2] in groups[pair[0]]
+    ]
+    keys = flatten(compose(config_name, chosen))
+    return [*groups, *keys, *keys_of_other_choices(keys)]
+
+
+def keys_of_other_choices(keys: Container[str]) -> list[str]:
+    """Keys that another choice of a group would have, as in data=text:data.files.
+
+    Args:
+        keys: Those that there are.
+    """
+    found = []
+    for name, schema in SCHEMAS.items():
+        group, _, choice = name.partition("/")
+        if group not in ("data", "model", "attention"):
+            continue
+        choice = {"pretrained": "hf", "scratch": "tiny"}.get(choice, choice)
+        found += [
+            f"{group}={choice}:{group}.{field.name}"
+            for field in fields(schema)
+            if f"{group}.{field.name}" not in keys
+        ]
+    return found
+
+
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Values by key, with dots; a branch is in it as well as its leaves.
+
+    References are left unresolved, and a value that must be given is None.
+    """
+    found: dict[str, Any] = {}
+    for key in node:
+        name = f"{prefix}{key}"
+        if OmegaConf.is_missing(node, key):
+            found[name] = None
+            continue
+        child = node._get_node(key)
+        found[name] = child
+        if isinstance(child, DictConfig) and not (child._is_none() or child._is_interpolation()):
+            found |= flatten(child, f"{name}.")
+    return found

@@ -1,0 +1,183 @@
+"""Messages for configurations that do not compose, in place of those of Hydra and OmegaConf."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+_UNKNOWN_KEY = re.compile(r"Key '[^']+' (?:is )?not in ")
+_NO_OVERRIDE = re.compile(r"Could not override '(?P<key>[^']+)'")
+_NO_APPEND = re.compile(r"An item is already at '(?P<key>[^']+)'")
+_NO_DELETE = re.compile(r"Could not delete from config\. '(?P<key>[^']+)' does not exist")
+_NO_CHOICE = re.compile(r"Could not find '(?P<choice>[^']+)'(?P<rest>.*)", re.DOTALL)
+_NO_GROUP = re.compile(r"Config group override must be a string or a list\. Got (?P<kind>\w+)")
+_CONVERTED = re.compile(r"Value '(?P<value>.*?)' of type '\w+' could not be converted to (\w+)")
+_NO_BOOLEAN = re.compile(r"Value '(?P<value>.*?)' is not a valid bool")
+_NOT_A_LIST = re.compile(r"is not a ListConfig, list or tuple")
+_NOT_A_STRING = re.compile(r"Cannot convert '\w+' to string: '(?P<value>.*)'")
+_NOT_A_DICT = re.compile(
+    r"Cannot assign (?P<kind>\w+) to Dict|Merge error: .* is not a subclass of"
+)
+_NO_NULL = re.compile(r"is not Optional")
+_MISSING = re.compile(r"missing mandatory value|Missing mandatory value")
+_NO_VALUE = re.compile(r"Error parsing override '(?P<override>[^']*)'\s*\n?missing EQUAL")
+_KINDS = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}
+
+
+Known = Callable[[], Iterable[str]]
+
+
+def explain_config_error(
+    error: BaseException, overrides: Sequence[str] = (), known: Known = tuple
+) -> str:
+    """Returns what does not fit, by key and value, with the remedy.
+
+    Args:
+        error: Of Hydra or OmegaConf.
+        overrides: The arguments of the command, from which a value is quoted.
+        known: Gives every key there is, with dots; called for a key that is not there.
+    """
+    text = f"{error}\n{error.__cause__ or ''}"
+    key = _full_key(text)
+    given = _given(overrides)
+    message = (
+        _choice_error(text, given)
+        or _key_error(text, key, given, known)
+        or _value_error(text, key, given)
+        or _syntax_error(text, overrides)
+    )
+    if message is not None:
+        return message
+    return "\n".join(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """The message about a key that the schema does not have.
+
+    Args:
+        key: With dots.
+        known: Every key there is, with dots; keys of choices that were not made come with theirs
+            in front, as in data=text:data.files.
+    """
+    names = list(known)
+    homes = [name for name in names if name.endswith(f":{key}")]  # "data=text:data.files"
+    near = _nearest(key, [name for name in names if ":" not in name])
+    hint = f"Did you mean {near}?" if near else "--help lists the keys."
+    if homes:
+        hint = f"It belongs to {' and '.join(name.partition(':')[0] for name in homes)}."
+    return f"{key} must be a key of the configuration, got one that it does not have. {hint}"
+
+
+def _nearest(key: str, names: Sequence[str]) -> str | None:
+    """The name that was probably meant: one that begins alike, is spelt alike, or ends alike."""
+    path, _, leaf = key.rpartition(".")
+    siblings = [name for name in names if name.rpartition(".")[0] == path]
+    for name in siblings:
+        if name.rpartition(".")[2].startswith(leaf):
+            return name
+    if near := difflib.get_close_matches(key, names, n=1, cutoff=0.6):
+        return near[0]
+    leaves = {name.rpartition(".")[2]: name for name in names}
+    near = difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.75)
+    return leaves[near[0]] if near else None
+
+
+def _choice_error(text: str, given: dict[str, str]) -> str | None:
+    if match := _NO_GROUP.search(text):
+        named = [name for name, value in given.items() if "." not in name and _plain(value)]
+        group = named[0] if named else "a group"
+        return (
+            f"{group} must be the name of one of its configurations, got {given.get(group)}. "
+            f"--help lists them; single values are set as {group}.key=..."
+        )
+    match = _NO_CHOICE.search(text)
+    if match is None:
+        return None
+    group, _, choice = match["choice"].rpartition("/")
+    options = re.findall(r"^\s+(\S+)$", match["rest"], re.MULTILINE)
+    options = [option for option in options if not option.endswith("_schema")]
+    if not group or not options:
+        return (
+            f"{match['choice']} must be a configuration, got a name that is not there. --help "
+            "lists them; --config-dir names a folder of your own."
+        )
+    near = difflib.get_close_matches(choice, options, n=1)
+    hint = (
+        f"Did you mean {group}={near[0]}?" if near else f"Write for example {group}={options[0]}."
+    )
+    return f"{group} must be one of {', '.join(options)}, got {choice!r}. {hint}"
+
+
+def _key_error(text: str, key: str, given: dict[str, str], known: Known) -> str | None:
+    if match := _NO_APPEND.search(text):
+        return (
+            f"{match['key']} must be set without a plus, got +{match['key']}, and it is a key "
+            f"already. Write {match['key']}={given.get(match['key'], '...')}."
+        )
+    if match := _NO_DELETE.search(text):
+        return f"{match['key']} must not be taken out, got ~{match['key']}. Leave that out."
+    if _UNKNOWN_KEY.search(text) or _NO_OVERRIDE.search(text):
+        return unknown_key(key, known())
+    return None
+
+
+def _value_error(text: str, key: str, given: dict[str, str]) -> str | None:
+    value = given.get(key, "another")
+    if _NOT_A_LIST.search(text):
+        return f"{key} must be a list, got {value}. Write '{key}=[{value}]', with the quotes."
+    if match := _CONVERTED.search(text):
+        kind = _KINDS.get(match[2], f"of type {match[2]}")
+        return f"{key} must be {kind}, got {match['value']!r}. Correct the value."
+    if match := _NO_BOOLEAN.search(text):
+        return f"{key} must be true or false, got {match['value']!r}. Write {key}=true."
+    if match := _NOT_A_STRING.search(text):
+        return (
+            f"{key} must be a string, got {match['value']}. Quote it twice: "
+            f"'{key}=\"{match['value'].strip('[]').replace(', ', ',')}\"'."
+        )
+    if _NOT_A_DICT.search(text):
+        return f"{key} must hold keys, got {value}. Set them one by one: {key}.name=value."
+    if _NO_NULL.search(text):
+        return f"{key} must have a value, got null. Leave it out for the default."
+    if _MISSING.search(text):
+        return f"{key} must be given, got none. Set {key}=..."
+    if match := re.search(r"Interpolation key '([^']+)' not found", text):
+        return (
+            f"{key} must refer to a key that there is, got ${{{match[1]}}}. Correct the reference."
+        )
+    return None
+
+
+def _syntax_error(text: str, overrides: Sequence[str]) -> str | None:
+    if match := _NO_VALUE.search(text):
+        name = match["override"]
+        return f"{name} must be followed by a value, got none. Write {name}=..."
+    if "hydra.cc/docs/1.2/advanced/override_grammar" in text:
+        shown = re.search(r"Error parsing override '([^']*)'", text)
+        line = shown[1] if shown else " ".join(overrides)
+        return (
+            f"arguments must read key=value, got {line!r}. Check the brackets and quotes; a value "
+            "with spaces, commas or = needs quotes inside of those of the shell."
+        )
+    return None
+
+
+def _plain(value: str) -> bool:
+    return value.lower() in ("null", "none", "true", "false") or value.lstrip("-").isdigit()
+
+
+def _full_key(text: str) -> str:
+    """The key that the message is about, with dots; empty if it names none."""
+    if found := re.findall(r"full_key: (\S+)", text):
+        return str(found[-1])
+    for pattern in (_NO_OVERRIDE, re.compile(r"Error merging override (?P<key>[^=\s]+)=")):
+        if match := pattern.search(text):
+            return match["key"]
+    return ""
+
+
+def _given(overrides: Sequence[str]) -> dict[str, str]:
+    """Values by key as the command line has them."""
+    pairs = (override.lstrip("+~").partition("=") for override in overrides)
+    return {key: value for key, equals, value in pairs if equals}

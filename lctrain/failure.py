@@ -1,0 +1,162 @@
+"""What a command prints when it fails: a message for an expected error, a traceback for a bug.
+
+An error is expected if lctrain raised it on purpose, if a file or the memory is the matter, or if
+the configuration does not compose. Its message names the value and the remedy. Everything else is a
+bug of lctrain or of a library, and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import dis
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from types import TracebackType
+
+from lctrain.config_errors import Known, explain_config_error
+
+EXPECTED_STATUS = 2
+"""Exit status after an expected error, as for a wrong argument of other commands."""
+BUG_STATUS = 1
+MOST_LINES = 10
+"""Lines of a message, the hint about the traceback included."""
+FULL_ERROR = "HYDRA_FULL_ERROR"
+OURS = ("lctrain", "lctrain_kernels")
+_WORKER = re.compile(r"^Caught (\w+) in (\w+) worker process (\d+)\.\n", re.MULTILINE)
+_KILLED = re.compile(r"DataLoader worker \(pid[^)]*\) (?:is killed by signal: (\w+)|exited)")
+_CONFIG_MODULES = ("hydra", "omegaconf")
+
+
+def explain(
+    error: BaseException, overrides: Sequence[str] = (), known: Known = tuple
+) -> str | None:
+    """Returns the message of an expected error, or None for a bug.
+
+    Args:
+        error: With its traceback.
+        overrides: The arguments of the command.
+        known: Gives every key of the configuration, with dots.
+    """
+    module = type(error).__module__.partition(".")[0]
+    group_value = "Config group override must be" in str(error)  # Hydra's only plain ValueError
+    if module in _CONFIG_MODULES or group_value:
+        return explain_config_error(error, overrides, known)
+    if killed := _KILLED.search(str(error)):
+        how = f"by {killed[1]}" if killed[1] else "unexpectedly"
+        return (
+            f"a worker process that builds batches ended {how}. Memory may have run out: lower "
+            "data.num_workers, or use data.num_workers=0 to build batches in the run itself."
+        )
+    if worker := _WORKER.search(str(error)):
+        return _from_worker(str(error), worker)
+    if module in OURS or (isinstance(error, ValueError) and _raised_on_purpose(error)):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return (
+            f"{error.filename}: {error.strerror}. Check the path, its permissions and the free "
+            "space."
+        )
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} (errno {error.errno}). Check the disk and the permissions."
+    if type(error).__name__ == "OutOfMemoryError":
+        return (
+            f"{str(error).splitlines()[0]} Lower data.max_tokens, set "
+            "model.gradient_checkpointing=true, or use a smaller model."
+        )
+    if type(error).__name__ == "MisconfigurationException":  # Lightning's, about its settings
+        return f"{' '.join(str(error).split())} Check the settings of trainer."
+    return None
+
+
+def report_failure(
+    program: str, error: BaseException, overrides: Sequence[str] = (), known: Known = tuple
+) -> int:
+    """Prints what is to be said of an error to stderr.
+
+    On the ranks of a job that torchrun started, the message also goes to the file from which
+    torchrun takes its summary, and all ranks but the first of a machine print one line.
+
+    Args:
+        program: Name of the command.
+        error: With its traceback.
+        overrides: The arguments of the command.
+        known: Gives every key of the configuration, with dots.
+
+    Returns:
+        The exit status.
+    """
+    if isinstance(error, BrokenPipeError):  # the reader of the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BUG_STATUS
+    message = explain(error, overrides, known)
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    if message is None:
+        traceback.print_exception(error)
+    elif local_rank != "0":
+        print(f"{program} (rank {local_rank}): {message.splitlines()[0]}", file=sys.stderr)
+    else:
+        print(shorten(f"{program}: {message}"), file=sys.stderr)
+        print(f"({FULL_ERROR}=1 shows where it was raised.)", file=sys.stderr, flush=True)
+    _tell_torchrun(message or f"{type(error).__name__}: {error}")
+    return BUG_STATUS if message is None else EXPECTED_STATUS
+
+
+def shorten(message: str) -> str:
+    """At most MOST_LINES - 1 lines of a message: its beginning, and that more was left out."""
+    lines = [line for line in message.splitlines() if line.strip()]
+    if len(lines) < MOST_LINES:
+        return "\n".join(lines)
+    kept = lines[: MOST_LINES - 2]
+    return "\n".join([*kept, f"... and {len(lines) - len(kept)} more lines"])
+
+
+def _raised_on_purpose(error: BaseException) -> bool:
+    """Whether a `raise` statement of lctrain raised it: int("x") in our code is a bug."""
+    last = _innermost(error.__traceback__)
+    if last is None:
+        return False
+    name = str(last.tb_frame.f_globals.get("__name__", ""))
+    if name == "__main__":
+        spec = last.tb_frame.f_globals.get("__spec__")
+        name = getattr(spec, "name", "") or ""
+    code = last.tb_frame.f_code.co_code
+    instruction = dis.opname[code[last.tb_lasti]] if last.tb_lasti >= 0 else ""
+    return name.partition(".")[0] in OURS and instruction == "RAISE_VARARGS"
+
+
+def _innermost(trace: TracebackType | None) -> TracebackType | None:
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace
+
+
+def _from_worker(text: str, worker: re.Match[str]) -> str | None:
+    """The message inside of the traceback that a worker process sent; None if it is a bug."""
+    kind, number = worker[1], worker[3]
+    frames = re.findall(r'^  File "(.*?)", line \d+, in .*\n    (.*)$', text, re.MULTILINE)
+    marked = re.search(rf"^(?:[\w.]+\.)?{kind}: (.*)", text[worker.end() :], re.MULTILINE | re.S)
+    if marked is None or not frames:
+        return None
+    path, line = frames[-1]
+    ours = any(f"{os.sep}{folder}{os.sep}" in path for folder in (*OURS, "kernels"))
+    if not (ours and line.startswith("raise")):
+        return None
+    return f"{marked[1].strip()} (raised in worker process {number})"
+
+
+def _tell_torchrun(message: str) -> None:
+    """Writes the error file that torchrun's summary shows, if torchrun started this process."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    information = {"timestamp": str(int(time.time())), "py_callstack": message}
+    record = {"message": {"message": message, "extraInfo": information}}
+    try:
+        with open(path, "w") as file:
+            json.dump(record, file)
+    except OSError:
+        return  # the message was printed; torchrun's summary lacks it

@@ -1,0 +1,196 @@
+"""The text of --help, and the configuration that --cfg job prints."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lctrain.composition import compose, flatten, group_choices
+
+MOST_COLUMNS = 100
+_INDENT = "      "
+_MADE_OF_OTHERS = ("experiment", "debug")  # what they choose is among the choices, and the values
+_PLUMBING = ("_target_",)  # keys that say which class is built
+_WORDS = {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What a console script takes.
+
+    Attributes:
+        program: Its name.
+        config_name: Its primary configuration.
+        summary: What it does and how it is called.
+        unused: Keys of shared groups that it does not read, with dots; --help leaves them out.
+        only: Choices of a shared group that it takes, by group; all of them where it is not named.
+    """
+
+    program: str
+    config_name: str
+    summary: str
+    unused: tuple[str, ...] = ()
+    only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def describe(command: Interface, overrides: Sequence[str]) -> str:
+    """What a command does, the choices of each group, and each key of the chosen ones.
+
+    Args:
+        command: Which one.
+        overrides: As on the command line; a choice among them decides which keys are listed.
+    """
+    config = compose(command.config_name, overrides, with_hydra=True)
+    chosen = {
+        name: choice
+        for name, choice in config.hydra.runtime.choices.items()
+        if not name.startswith("hydra/")
+    }
+    width = min(MOST_COLUMNS, shutil.get_terminal_size().columns)
+    lines = [command.summary.strip(), "", "Groups, set by group=choice; * marks what is chosen:"]
+    for group, options in group_choices(command.config_name, overrides).items():
+        taken = [option for option in options if option in command.only.get(group, options)]
+        names = [f"*{option}" if option == chosen.get(group) else option for option in taken]
+        lines += textwrap.wrap(
+            f"{group}: {', '.join(names)}",
+            width,
+            initial_indent="  ",
+            subsequent_indent=_INDENT,
+            break_on_hyphens=False,
+        )
+    lines += ["", "Keys, with their values and types; set by key=value:"]
+    OmegaConf.set_struct(config, False)
+    del config["hydra"]
+    for key, node in flatten(config).items():
+        if key in command.unused or key.rpartition(".")[2] in _PLUMBING or _is_branch(node):
+            continue
+        lines.append(f"  {key}={_value(config, key)}  ({_type(config, key)})")
+        if words := _meaning(config, key):
+            lines += textwrap.wrap(words, width, initial_indent=_INDENT, subsequent_indent=_INDENT)
+    lines += [
+        "",
+        "--cfg job prints the whole configuration as a file; --multirun runs every combination of",
+        "values that are separated by commas; --config-dir DIR adds a folder of your own files.",
+    ]
+    return "\n".join(lines)
+
+
+def pasteable(command: Interface, overrides: Sequence[str]) -> str:
+    """The composed configuration as a file that composes to the same again.
+
+    Args:
+        command: Which one.
+        overrides: As on the command line.
+    """
+    config = compose(command.config_name, overrides, with_hydra=True)
+    choices = config.hydra.runtime.choices
+    groups = {
+        name: choice
+        for name, choice in reversed(list(choices.items()))
+        if "/" not in name and choice not in (None, "null") and name not in _MADE_OF_OTHERS
+    }
+    run = OmegaConf.create({"hydra": {"run": config.hydra.run, "sweep": config.hydra.sweep}})
+    OmegaConf.set_struct(config, False)
+    del config["hydra"]
+    head = [
+        f"# {command.program} {' '.join(overrides)}".rstrip(),
+        f"# As a file my.yaml: {command.program} --config-dir . --config-name my",
+        "defaults:",
+        f"  - {command.config_name}_schema",
+        *(f"  - {name}: {choice}" for name, choice in groups.items()),
+        "  - _self_",
+        "",
+    ]
+    return "\n".join(head) + OmegaConf.to_yaml(config) + OmegaConf.to_yaml(run)
+
+
+def attribute_docs(schema: type) -> dict[str, str]:
+    """What the docstrings of a dataclass and of its bases say of each attribute.
+
+    Args:
+        schema: With Google-style docstrings.
+    """
+    found: dict[str, str] = {}
+    for base in reversed(schema.__mro__):
+        text = base.__dict__.get("__doc__") or ""
+        _, marker, attributes = textwrap.dedent(text.replace("\n    ", "\n")).partition(
+            "Attributes:\n"
+        )
+        if not marker:
+            continue
+        for entry in re.split(r"\n(?=    \w+:)", "\n" + attributes):
+            name, colon, words = entry.strip().partition(":")
+            if colon and name.isidentifier():
+                found[name] = " ".join(words.split())
+    return found
+
+
+def _is_branch(node: Any) -> bool:
+    """Whether the keys below a node are listed in its place."""
+    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
+        return False
+    kind = OmegaConf.get_type(node)
+    return kind is not None and (is_dataclass(kind) or len(node) > 0)
+
+
+def _parent(config: DictConfig, key: str) -> tuple[Any, str]:
+    path, _, name = key.rpartition(".")
+    return (OmegaConf.select(config, path) if path else config), name
+
+
+def _schema_of(config: DictConfig, key: str) -> tuple[type | None, str]:
+    """The dataclass that holds a key, and its name there."""
+    parent, name = _parent(config, key)
+    kind = OmegaConf.get_type(parent)
+    return (kind if is_dataclass(kind) else None), name
+
+
+def _value(config: DictConfig, key: str) -> str:
+    """The value as it would be written, references included."""
+    parent, name = _parent(config, key)
+    if OmegaConf.is_missing(parent, name):
+        return "???"
+    raw = OmegaConf.to_container(parent, resolve=False)[name]  # type: ignore[index, call-overload]
+    if raw is None:
+        return "null"
+    if isinstance(raw, bool):
+        return str(raw).lower()
+    if isinstance(raw, list):
+        return "[" + ",".join(map(str, raw)) + "]"
+    return str(raw)
+
+
+def _type(config: DictConfig, key: str) -> str:
+    schema, name = _schema_of(config, key)
+    if schema is None:
+        parent, _ = _parent(config, key)
+        return _words(type(parent.get(name)).__name__) if not _missing(parent, name) else "any"
+    annotation = next(str(f.type) for f in fields(schema) if f.name == name)
+    return _words(annotation)
+
+
+def _missing(parent: Any, name: str) -> bool:
+    return OmegaConf.is_missing(parent, name) or OmegaConf.is_interpolation(parent, name)
+
+
+def _words(annotation: str) -> str:
+    """A type in words, from an annotation such as `int | None`."""
+    parts = [part.strip() for part in annotation.replace("NoneType", "None").split("|")]
+    words = []
+    for part in parts:
+        if match := re.fullmatch(r"(?:list|tuple|List|ListConfig)(?:\[(\w+).*\])?", part):
+            words.append(f"list of {_WORDS.get(match[1], match[1])}s" if match[1] else "list")
+        else:
+            words.append({"None": "null", "Any": "any"}.get(part, _WORDS.get(part, part)))
+    return " or ".join(words)
+
+
+def _meaning(config: DictConfig, key: str) -> str:
+    schema, name = _schema_of(config, key)
+    return attribute_docs(schema).get(name, "") if schema is not None else ""
