@@ -1,28 +1,103 @@
-"""Writes a trained model so that plain transformers loads it."""
+"""Writes a trained model so that plain transformers loads it, and says what it was trained as."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lctrain.attention import AttentionSpec, DualChunkSpec
+from lctrain.model_card import model_card
+from lctrain.models.differential_configs import CONFIGS
 from lctrain.module import LongContextModule
 
+KEY = "trained_as"
+"""Key of an exported config for its trained length, attention, and version of differential."""
+_OF_A_RUN = ("backend", "deterministic")  # options that are no part of the model
 
-def export_model(module: LongContextModule, tokenizer: Any, folder: Path) -> Path:
-    """Writes model and tokenizer so that plain transformers loads them.
+_FREE_ROPE = ("default", "linear", "llama3")  # types that do not look at max_position_embeddings
+
+
+def export_model(
+    module: LongContextModule, tokenizer: Any, folder: Path, trained_length: int | None = None
+) -> Path:
+    """Writes model, tokenizer and a model card so that plain transformers loads them.
 
     Args:
         module: With the trained model; its attention is unpatched for as long as this takes.
         tokenizer: Of the run.
         folder: Is made.
+        trained_length: Tokens of the longest document that the model was trained on; None if that
+            is not known.
 
     Returns:
         The folder.
     """
+    spec = None
     if module.patch_handle is not None:
+        spec = module.patch_handle.spec
         module.patch_handle.unpatch()
         module.patch_handle = None
-    module.model.cpu().save_pretrained(folder)
+    model = module.model.cpu()
+    model.save_pretrained(folder)
+    if (folder / "config.json").exists():  # adapters are saved without one
+        exported_config(model.config, spec, trained_length).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(
+        model_card(model, spec, trained_length, differential_version(model.config))
+    )
     module.configure_model()
     return folder
+
+
+def exported_config(config: Any, spec: AttentionSpec | None, trained_length: int | None) -> Any:
+    """A copy of a config that states the trained length and the attention.
+
+    `max_position_embeddings` becomes the trained length: of a model from scratch always, of a
+    pretrained one where it is longer. It stays where outputs depend on it (tables of positions,
+    RoPE types that scale by it), and with dual chunk attention, whose window it is.
+
+    Args:
+        config: Of transformers.
+        spec: The attention in training; None for that of transformers.
+        trained_length: Tokens of the longest document; None if that is not known.
+    """
+    config = copy.deepcopy(config)
+    options = {} if spec is None else {"name": spec.kind, **spec.options()}
+    stated: dict[str, Any] = {
+        "trained_length": trained_length,
+        "attention": {name: options[name] for name in options if name not in _OF_A_RUN} or None,
+    }
+    version = differential_version(config)
+    if version is not None:
+        stated["differential_version"] = version
+    setattr(config, KEY, stated)
+    text = config.get_text_config()
+    if isinstance(spec, DualChunkSpec):
+        text.dual_chunk_attention_config = {
+            "chunk_size": spec.chunk_size,
+            "local_size": spec.local_size,
+            "original_max_position_embeddings": spec.window,
+        }
+    elif trained_length is not None and _length_is_free(text):
+        known = getattr(config, "_name_or_path", "") != ""  # of a pretrained model
+        least = text.max_position_embeddings if known else 0
+        text.max_position_embeddings = max(trained_length, least)
+    return config
+
+
+def differential_version(config: Any) -> int | None:
+    """1 or 2 for the config of a model with differential attention, else None."""
+    if config.model_type == "diffllama":
+        return 1
+    return 2 if config.model_type in {c.model_type for c in CONFIGS.values()} else None
+
+
+def _length_is_free(config: Any) -> bool:
+    """Whether a model computes the same whatever its config's max_position_embeddings."""
+    parameters = getattr(config, "rope_parameters", None)
+    if not parameters or not hasattr(config, "max_position_embeddings"):
+        return False
+    groups = [p for p in parameters.values() if isinstance(p, Mapping)] or [parameters]
+    return all(group.get("rope_type", "default") in _FREE_ROPE for group in groups)

@@ -124,8 +124,10 @@ def export_and_evaluate(
     paths: dict[str, Path] = {}
     if trainer.is_global_zero:
         if config.export:  # first: whatever happens in the evaluation, the model is there
-            tokenizer = trainer.datamodule.tokenizer
-            paths["model"] = export_model(module, tokenizer, output_dir / "model")
+            data = trainer.datamodule
+            paths["model"] = export_model(
+                module, data.tokenizer, output_dir / "model", data.longest_document
+            )
         if config.evaluation.enabled:
             perplexities, files = evaluate_by_length(config.evaluation, trainer, module, output_dir)
             paths.update(files)

@@ -173,7 +173,10 @@ def test_plain_transformers_loads_the_export_with_the_same_logits(finished):
     with patch_model(exported), torch.no_grad():
         packed = exported(**PackedBatch.from_documents(documents).model_kwargs()).logits[0]
     torch.testing.assert_close(packed, torch.cat(alone).detach(), rtol=1e-5, atol=1e-5)
-    assert "lctrain" not in (report.paths["model"] / "config.json").read_text()
+    stated = (report.paths["model"] / "config.json").read_text()
+    assert "lctrain" not in stated
+    assert '"max_position_embeddings": 128' in stated  # trained on pieces of 128 tokens
+    assert "128 tokens" in (report.paths["model"] / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

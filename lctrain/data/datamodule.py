@@ -129,6 +129,11 @@ class PackedDataModule(LightningDataModule):
         return len(self.tokenizer)
 
     @property
+    def longest_document(self) -> int:
+        """Tokens of the longest document, or piece of one, in the training rows."""
+        return int(self._ready.train_rows.plan.lengths.max())
+
+    @property
     def packing_report(self) -> PackingReport:
         """Counts of the training rows, after `setup()`."""
         return self._ready.train_rows.plan.report

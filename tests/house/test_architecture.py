@@ -52,6 +52,7 @@ LEVELS = {
     "lctrain.callbacks": 8,
     "lctrain.build": 9,
     "lctrain.export": 9,
+    "lctrain.model_card": 8,
     "lctrain.report": 9,
     "lctrain.train": 10,
     "lctrain.evaluate": 10,

@@ -1,0 +1,91 @@
+"""The README.md of an exported model: what it is, and what other programs make of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lctrain.attention import AttentionSpec, DualChunkSpec
+
+_LOAD = """```python
+{imports}
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```"""
+_PLAIN = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+_FAMILY = "import lctrain  # registers the family\n" + _PLAIN
+
+
+def model_card(
+    model: Any, spec: AttentionSpec | None, trained_length: int | None, version: int | None
+) -> str:
+    """Writes the card.
+
+    Args:
+        model: A causal LM of transformers, trained.
+        spec: The attention in training; None for that of transformers.
+        trained_length: Tokens of the longest document that it was trained on, if that is known.
+        version: Of differential attention; None for a model without.
+    """
+    config = model.config
+    base = getattr(config, "_name_or_path", "")
+    header = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [lctrain]"]
+    if base.count("/") == 1 and not base.startswith((".", "/", "~")):  # a name on the hub
+        header.append(f"base_model: {base}")
+    facts = [
+        f"family: `{config.model_type}`, {type(model).__name__}",
+        f"parameters: {sum(p.numel() for p in model.parameters()):,}",
+        f"attention in training: {'that of transformers' if spec is None else spec.kind}",
+    ]
+    if base:
+        facts.append(f"trained from: `{base}`")
+    if trained_length is not None:
+        facts.append(f"longest document in training: {trained_length:,} tokens")
+    parts = [
+        "---\n" + "\n".join(header) + "\n---",
+        "# A causal language model trained with lctrain",
+        "\n".join(f"- {fact}" for fact in facts),
+        "## Loading it",
+        _LOAD.format(imports=(_FAMILY if version == 2 else _PLAIN).strip()),
+        "\n\n".join(_what_loads(config, spec, trained_length, version)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _what_loads(
+    config: Any, spec: AttentionSpec | None, trained_length: int | None, version: int | None
+) -> list[str]:
+    """Paragraphs on what plain transformers and other programs compute with these files."""
+    if version == 2:
+        return [
+            f"`{config.model_type}` is a family of lctrain (differential attention, version 2). "
+            "Without `import lctrain`, transformers does not know it, and neither do other "
+            "programs.",
+        ]
+    if version == 1:
+        return [
+            "Differential attention, version 1, is transformers' DiffLlama: plain transformers "
+            "loads it. Programs without that family do not.",
+        ]
+    if isinstance(spec, DualChunkSpec):
+        scaled = f', scale="{spec.scale}", scale_coefficient={spec.scale_coefficient}'
+        options = scaled if spec.scale != "none" else ""
+        return [
+            f"The model reads beyond its window of {spec.window:,} tokens by dual chunk attention "
+            "only. Plain transformers loads the weights and ignores the attention: its outputs are "
+            f"the same for texts of up to {min(spec.chunk_size or 0, spec.window or 0):,} tokens "
+            "and worse beyond. For longer texts, patch it:",
+            f'```python\nimport lctrain\n\nlctrain.patch_model(model, "dual_chunk"{options})\n```',
+            "The sizes are in `dual_chunk_attention_config` of `config.json`, in the form of "
+            "Qwen2.5-1M. A program that reads this key for the model's family, as vLLM does for "
+            "some, can compute the same; one that does not is limited to the window.",
+        ]
+    beyond = (
+        f" Beyond {trained_length:,} tokens it has not been trained."
+        if trained_length is not None and not getattr(config, "_name_or_path", "")
+        else ""
+    )
+    return [
+        f"These are the files of an ordinary `{config.model_type}` model: plain transformers loads "
+        f"them without lctrain, and so does any program that supports this family.{beyond}",
+        "`lctrain.patch_model(model)` computes the same on packed documents, without padding.",
+    ]

@@ -1,0 +1,140 @@
+"""Exports: what the config states, what the card says, and that outputs do not change."""
+
+import json
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+from lctrain import patch_model
+from lctrain.attention import make_spec
+from lctrain.config import AttentionConfig
+from lctrain.data.documents import read_documents
+from lctrain.data.tokenizer import train_tokenizer
+from lctrain.export import export_model, exported_config
+from lctrain.models.differential import to_differential
+from lctrain.models.dual_chunk import follow_window
+from lctrain.module import LongContextModule
+
+IDS = torch.arange(3, 43)[None] % 97
+
+
+def llama(**changes) -> LlamaConfig:
+    sizes = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+    }
+    return LlamaConfig(**{**sizes, **changes})
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> PreTrainedTokenizerFast:
+    from datasets import Dataset
+
+    documents = read_documents(Dataset.from_dict({"text": ["a text"]}), "t")
+    return train_tokenizer(documents, 260, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def export(tokenizer, tmp_path):
+    """Returns a function that exports a model: (folder, config.json, card)."""
+
+    def run(model, attention: AttentionConfig | None, length: int | None = 128):
+        module = LongContextModule(model, attention=attention)
+        module.configure_model()
+        folder = export_model(module, tokenizer, tmp_path / "model", length)
+        config = json.loads((folder / "config.json").read_text())
+        return folder, config, (folder / "README.md").read_text()
+
+    return run
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def test_a_plain_export_states_the_trained_length(export):
+    model = AutoModelForCausalLM.from_config(llama())
+    before = logits(model)
+    folder, config, card = export(model, AttentionConfig())
+    assert config["max_position_embeddings"] == 128
+    assert config["trained_as"]["trained_length"] == 128
+    assert config["trained_as"]["attention"]["name"] == "flash"
+    assert model.config.max_position_embeddings == 2048  # of the model in memory
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(logits(loaded), before)
+    for words in ("library_name: transformers", "128 tokens", "without lctrain", "`llama`"):
+        assert words in card
+
+
+def test_a_pretrained_model_keeps_a_longer_window_and_gets_a_longer_one(export, tmp_path):
+    AutoModelForCausalLM.from_config(llama()).save_pretrained(tmp_path / "base")
+    for length, stated in ((128, 2048), (4096, 4096)):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        _, config, card = export(model, AttentionConfig(), length)
+        assert config["max_position_embeddings"] == stated
+        assert f"{length:,} tokens" in card
+
+
+def test_dual_chunk_is_in_the_config_and_gives_the_same_attention_again(export):
+    model = AutoModelForCausalLM.from_config(llama(max_position_embeddings=32))
+    attention = AttentionConfig(name="dual_chunk", chunk_size=15, local_size=4, scale="yarn")
+    with patch_model(model, "dual_chunk", **attention.options()):
+        before = logits(model)
+    folder, config, card = export(model, attention)
+    sizes = {"chunk_size": 15, "local_size": 4, "original_max_position_embeddings": 32}
+    assert config["dual_chunk_attention_config"] == sizes
+    assert config["trained_as"]["attention"]["scale"] == "yarn"
+    again = follow_window(AutoConfig.from_pretrained(folder), make_spec("dual_chunk"))
+    assert (again.chunk_size, again.local_size, again.window) == (15, 4, 32)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    options = {"scale": "yarn", "scale_coefficient": 0.1}
+    assert 'lctrain.patch_model(model, "dual_chunk", scale="yarn", scale_coefficient=0.1)' in card
+    with patch_model(loaded, "dual_chunk", **options):
+        assert torch.equal(logits(loaded), before)
+    assert "texts of up to 15 tokens" in card
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_differential_exports_name_their_version_and_what_loads_them(export, version):
+    if version == 1:
+        sizes = {key: getattr(llama(), key) for key in ("vocab_size", "hidden_size",
+                 "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                 "num_key_value_heads", "max_position_embeddings")}  # fmt: skip
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("diffllama", **sizes))
+    else:
+        model = to_differential(AutoModelForCausalLM.from_config(llama()))
+    folder, config, card = export(model, AttentionConfig(name="differential"))
+    assert config["trained_as"]["differential_version"] == version
+    assert ("import lctrain" in card) == (version == 2)
+    AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "stated"),
+    [
+        (GPT2Config(n_positions=512), 512),
+        (llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), 2048),
+        (llama(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), 128),
+        (Gemma3TextConfig(max_position_embeddings=4096), 128),
+    ],
+    ids=["learned-positions", "dynamic", "linear", "rope-per-layer"],
+)
+def test_the_length_is_stated_where_outputs_do_not_depend_on_it(config, stated):
+    exported = exported_config(config, make_spec("flash"), 128)
+    assert exported.max_position_embeddings == stated
+    assert exported.trained_as["trained_length"] == 128
+    assert exported_config(config, None, None).trained_as["attention"] is None
