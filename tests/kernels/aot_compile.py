@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 
 os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
 os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # ptxas reports spills only when it runs
@@ -156,22 +156,38 @@ def described(
     return attention_aot.kernel_variants(target, tuple(head_dims), tuple(features))
 
 
-def report(target: str, variant: KernelVariant, known: Set[str]) -> dict:
-    """What `compile_variant` found, or the error; no more than name and key if the key is known."""
-    key = variant_key(variant, "sm_90" if target == "hopper" else target, triton.__version__)
-    line = {"target": target, "name": variant.name, "triton": triton.__version__, "key": key}
-    if key in known:
-        return line
+def report(target: str, variant: KernelVariant) -> dict:
+    """What `compile_variant` found, or the error."""
     try:
-        return line | compile_variant(target, variant)
+        return compile_variant(target, variant)
     except Exception as error:  # the others are worth knowing about too
-        return line | {"error": f"{type(error).__name__}: {error}"}
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def main(request: dict) -> None:
+    """Prints a line for every variant; all keys are taken before a compiler runs."""
+    variants = [
+        (number, selection[0], variant)
+        for number, selection in enumerate(request["selections"])
+        for variant in described(*selection)
+    ]
+    lines = [
+        {
+            "selection": number,
+            "target": target,
+            "name": variant.name,
+            "triton": triton.__version__,
+            "key": variant_key(
+                variant, "sm_90" if target == "hopper" else target, triton.__version__
+            ),
+        }
+        for number, target, variant in variants
+    ]
+    known = frozenset(request["known"])
+    for line, (_, target, variant) in zip(lines, variants, strict=True):
+        found = {} if line["key"] in known else report(target, variant)
+        print(json.dumps(line | found), flush=True)
 
 
 if __name__ == "__main__":
-    REQUEST = json.loads(sys.argv[1])
-    KNOWN = frozenset(REQUEST["known"])
-    for number, selection in enumerate(REQUEST["selections"]):
-        for variant in described(*selection):
-            line = {"selection": number} | report(selection[0], variant, KNOWN)
-            print(json.dumps(line), flush=True)
+    main(json.loads(sys.argv[1]))
