@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from lctrain.attention.import_hook import register_with_transformers
 
 if TYPE_CHECKING:
-    from lctrain import kernels
+    from lctrain import callbacks, data, kernels
     from lctrain.attention import AttentionSpec
     from lctrain.batch import PackedBatch
     from lctrain.data import PackedDataModule
-    from lctrain.models import PatchHandle, patch_model
+    from lctrain.models import PatchHandle, patch_model, patch_models
     from lctrain.module import LongContextModule
 
 __all__ = [
@@ -27,8 +27,11 @@ __all__ = [
     "PackedBatch",
     "PackedDataModule",
     "PatchHandle",
+    "callbacks",
+    "data",
     "kernels",
     "patch_model",
+    "patch_models",
 ]
 
 _HOMES = {
@@ -38,6 +41,7 @@ _HOMES = {
     "PackedDataModule": "lctrain.data",
     "PatchHandle": "lctrain.models",
     "patch_model": "lctrain.models",
+    "patch_models": "lctrain.models",
 }
 
 
@@ -46,8 +50,8 @@ register_with_transformers("lctrain.models.registration")
 
 
 def __getattr__(name: str) -> Any:
-    if name == "kernels":
-        return import_module("lctrain.kernels")
+    if name in ("callbacks", "data", "kernels"):
+        return import_module(f"lctrain.{name}")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'lctrain' has no attribute {name!r}")

@@ -8,9 +8,12 @@ import lightning.pytorch as pl
 def at_log_step(trainer: pl.Trainer) -> bool:
     """Whether the micro-batch that just ended made an optimizer step whose metrics are logged.
 
-    To be asked in `on_train_batch_end`. The same on all ranks.
+    To be asked in `on_train_batch_end`. The same on all ranks, and the steps at which Lightning
+    logs. In manual optimization every batch counts as a step, however many optimizers stepped.
     """
     every = trainer.log_every_n_steps
-    if every == 0 or trainer.fit_loop._should_accumulate():
+    if every == 0:
         return False
-    return trainer.global_step % every == 0
+    if not trainer.lightning_module.automatic_optimization:
+        return (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
+    return not trainer.fit_loop._should_accumulate() and trainer.global_step % every == 0

@@ -133,6 +133,7 @@ class AttentionConfig:
         dropout: Attention dropout in training; None takes the model's own.
         deterministic: Ask for a backward that gives the same bits in every run.
         backend: Which kernels serve, as in `lctrain.kernels`; a named one never falls back.
+        sliding_window: Keys that a query sees (flash only); None keeps the model's windows.
         chunk_size: Largest relative position (dual_chunk only, like all below; see
             `lctrain.attention.DualChunkSpec`); None for the trained window - 1.
         local_size: Tokens across a chunk's border that keep exact positions; None for an eighth of
@@ -146,6 +147,7 @@ class AttentionConfig:
     dropout: float | None = None
     deterministic: bool = False
     backend: str = "auto"
+    sliding_window: int | None = None
     chunk_size: int | None = None
     local_size: int | None = None
     scale: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,16 +15,23 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lctrain.attention import is_patched
-from lctrain.batch import PackedBatch
+from lctrain.batch import IGNORE_INDEX, PackedBatch
 from lctrain.cadence import at_log_step
 from lctrain.config import AttentionConfig, OptimConfig
+from lctrain.data.resume import resume_order
+from lctrain.dropout_seed import seed_micro_batch
 from lctrain.loss import causal_lm_loss
+from lctrain.loss.causal_lm import token_losses
+from lctrain.loss.token_window import TokenWindow
 from lctrain.models import patch_model
+from lctrain.models.from_config import describe, model_from
 from lctrain.optim import build_optimizer, build_scheduler, follow_schedule
 
 ModelFactory = Callable[[pl.LightningDataModule], nn.Module]
+ModelSource = nn.Module | ModelFactory | str | Mapping[str, Any]
 
 STATE_KEY = "lctrain"  # in the checkpoint
+HYPER_PARAMETERS = pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY  # from them Lightning builds it
 
 
 class LongContextModule(pl.LightningModule):
@@ -40,12 +47,17 @@ class LongContextModule(pl.LightningModule):
     micro-batch from (seed, rank, index of the micro-batch), so a resumed run draws the same masks,
     whatever else has drawn random numbers in between.
 
+    A checkpoint holds what builds the module: `load_from_checkpoint(path)` needs nothing else,
+    unless the model is wrapped or not of transformers.
+
     Args:
-        model: A causal LM, or a function that builds one from the trainer's data module, called on
-            every rank once the data are ready (a vocabulary size may depend on them).
-        optim: Optimizer and schedule.
+        model: A causal LM; or the name or path of a pretrained one; or its transformers
+            configuration as a mapping with `model_type`; or a function that builds the model from
+            the trainer's data module. All but the first are built on every rank once the data are
+            ready: a vocabulary size may depend on them.
+        optim: Optimizer and schedule; a mapping holds the fields of OptimConfig.
         attention: How to patch the model's attention; None leaves the model as it is. A model that
-            is already patched is left as it is too.
+            is already patched is left as it is too. A mapping holds the fields of AttentionConfig.
         seed: Seeds the model's initialisation and dropout.
 
     Attributes:
@@ -58,24 +70,30 @@ class LongContextModule(pl.LightningModule):
 
     def __init__(
         self,
-        model: nn.Module | ModelFactory,
-        optim: OptimConfig | None = None,
-        attention: AttentionConfig | None = AttentionConfig(),  # noqa: B008 (frozen)
+        model: ModelSource,
+        optim: OptimConfig | Mapping[str, Any] | None = None,
+        attention: AttentionConfig | Mapping[str, Any] | None = AttentionConfig(),  # noqa: B008
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if not (isinstance(model, (nn.Module, str, Mapping)) or callable(model)):
+            raise ValueError(
+                "model must be a module, a name, a mapping with model_type or a function, got "
+                f"{type(model).__name__}. Pass for example a LlamaForCausalLM."
+            )
         self.model: Any = model if isinstance(model, nn.Module) else None
-        self._factory: ModelFactory | None = None if isinstance(model, nn.Module) else model
-        self.optim = OptimConfig() if optim is None else optim
-        self.attention = attention
+        self._source: Any = None if isinstance(model, nn.Module) else model
+        self.optim = _as_dataclass("optim", OptimConfig, {} if optim is None else optim)
+        self.attention = (
+            None if attention is None else _as_dataclass("attention", AttentionConfig, attention)
+        )
         self.seed = seed
         self.patch_handle: Any = None
         self.first_loss: Tensor | None = None
         self.last_loss: Tensor | None = None
         self.gradient_norm: Tensor | None = None
         self.held_out_losses: list[tuple[int, float]] = []
-        self._window_sum: Tensor | None = None
-        self._window_tokens = 0
+        self._window = TokenWindow()
         self._learning_rate = 0.0
         self._held_out_sum: Tensor | None = None
         self._held_out_tokens = 0
@@ -92,14 +110,20 @@ class LongContextModule(pl.LightningModule):
     def configure_model(self) -> None:
         """Builds the model if a function was given, and patches its attention, once."""
         if self.model is None:
-            assert self._factory is not None
             torch.manual_seed(self.seed)
-            self.model = self._factory(self.trainer.datamodule)
+            self.model = self._build()
         if self.patch_handle is None and self.attention is not None and not is_patched(self.model):
             self.patch_handle = patch_model(
                 self.model, attention=self.attention.name, **self.attention.options()
             )
         self.model.train()
+
+    def _build(self) -> nn.Module:
+        datamodule = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
+        if isinstance(self._source, (str, Mapping)):
+            return model_from(self._source, _vocab_size(datamodule))
+        model: nn.Module = self._source(datamodule)
+        return model
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with decay groups and the schedule, stepped once per optimizer step."""
@@ -117,50 +141,31 @@ class LongContextModule(pl.LightningModule):
         }
 
     def on_train_start(self) -> None:
-        """Takes the learning rates from this run's schedule, also at the first step of a resume."""
+        """Takes the learning rates and the order of the data from this run, also at a resume."""
+        resume_order(self.trainer)
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, LambdaLR):
                 follow_schedule(config.scheduler)
 
     def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
         """Seeds dropout from (seed, rank, micro-batch): see the class."""
-        index = self.trainer.fit_loop.epoch_loop.total_batch_idx
-        torch.manual_seed(_mix(self.seed, self.global_rank, index))
+        seed_micro_batch(self.trainer, self.seed)
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Returns the summed loss of one micro-batch, 0-dim float32."""
         loss_sum, _ = causal_lm_loss(self.model, batch)
-        if self._window_sum is None:
-            self._window_sum = torch.zeros((), dtype=torch.float64, device=loss_sum.device)
-            self._window_tokens = 0
-        self._window_sum += loss_sum.detach()
-        self._window_tokens += batch.num_valid_tokens
+        self._window.add(loss_sum, batch.num_valid_tokens)
         return loss_sum
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Back-propagates the sum; divides by the window's tokens when the window closes."""
         loss.backward(*args, **kwargs)
         if not self.trainer.fit_loop._should_accumulate():
-            self._close_window()
-
-    def _close_window(self) -> None:
-        """Scales the gradients by 1 / (valid tokens of the window on all ranks)."""
-        assert self._window_sum is not None
-        tokens = self._window_sum.new_full((), float(self._window_tokens))
-        totals = torch.stack([self._window_sum, tokens])  # [2] float64: loss sum, tokens
-        if self.trainer.world_size > 1:
-            dist.all_reduce(totals)
-        loss_sum, tokens = totals[0], totals[1].clamp(min=1.0)
-        # Lightning has divided by the number of micro-batches, DDP by the number of ranks.
-        averaged = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        for group in _by_device_and_dtype(gradients):
-            factor_dtype = torch.promote_types(group[0].dtype, torch.float32)
-            torch._foreach_mul_(group, (averaged / tokens).to(factor_dtype))
-        self.last_loss = loss_sum / tokens
-        if self.first_loss is None:
-            self.first_loss = self.last_loss
-        self._window_sum = None
+            averaged = self.trainer.accumulate_grad_batches * self.trainer.world_size
+            self._window.close(self.parameters(), averaged, self.trainer.world_size)
+            self.last_loss = self._window.last_loss
+            if self.first_loss is None:
+                self.first_loss = self.last_loss
 
     def configure_gradient_clipping(
         self,
@@ -172,10 +177,12 @@ class LongContextModule(pl.LightningModule):
         self._learning_rate = optimizer.param_groups[0]["lr"]
         if gradient_clip_val is None or gradient_clip_val <= 0:
             return
+        # In the optimizer's order, as Lightning does: the norm has the same bits.
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if gradient_clip_algorithm == "value":
-            nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         else:
-            self.gradient_norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+            self.gradient_norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     def on_train_batch_end(self, outputs: Any, batch: PackedBatch, batch_idx: int) -> None:
         """Logs the loss of the window, the norm and the learning rate, at the logging cadence."""
@@ -189,31 +196,73 @@ class LongContextModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Starts a new held-out sum."""
-        self._held_out_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._held_out_tokens = 0
+        self._start_held_out()
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Adds one held-out pack."""
+        self._add_held_out(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs held-out loss and perplexity: one mean over the tokens of all ranks."""
+        loss = self._log_held_out("val")
+        if not self.trainer.sanity_checking:
+            self.held_out_losses.append((self.global_step, loss.item()))
+
+    def on_test_epoch_start(self) -> None:
+        """Starts a new held-out sum."""
+        self._start_held_out()
+
+    def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Adds one pack of the test data."""
+        self._add_held_out(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs `test/loss` and `test/perplexity`, as validation does."""
+        self._log_held_out("test")
+
+    def predict_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        """Returns the loss of every token: [T] float32 on the CPU, 0 where a token has no target.
+
+        Position t holds -log p of the token that follows position t in its document.
+        """
+        labels = batch.labels.flatten()
+        positions = (labels != IGNORE_INDEX).nonzero().flatten()
+        losses = token_losses(self.model, batch.model_kwargs(), positions, labels[positions])
+        scores = torch.zeros(len(labels), device=labels.device)
+        return scores.index_copy(0, positions, losses.float()).cpu()
+
+    def _start_held_out(self) -> None:
+        self._held_out_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._held_out_tokens = 0
+
+    def _add_held_out(self, batch: PackedBatch) -> None:
         assert self._held_out_sum is not None
         loss_sum, _ = causal_lm_loss(self.model, batch)
         self._held_out_sum += loss_sum
         self._held_out_tokens += batch.num_valid_tokens
 
-    def on_validation_epoch_end(self) -> None:
-        """Logs held-out loss and perplexity: one mean over the tokens of all ranks."""
+    def _log_held_out(self, stage: str) -> Tensor:
+        """Joins the ranks, logs, and returns the loss per token, 0-dim float64."""
         assert self._held_out_sum is not None
         tokens = self._held_out_sum.new_full((), float(self._held_out_tokens))
         totals = torch.stack([self._held_out_sum, tokens])
         if self.trainer.world_size > 1:
             dist.all_reduce(totals)
         loss = totals[0] / totals[1].clamp(min=1.0)
-        self.log("val/loss", loss.float(), batch_size=1, prog_bar=True)
-        self.log("val/perplexity", loss.exp().float(), batch_size=1)
-        if not self.trainer.sanity_checking:
-            self.held_out_losses.append((self.global_step, loss.item()))
+        self.log(f"{stage}/loss", loss.float(), batch_size=1, prog_bar=True)
+        self.log(f"{stage}/perplexity", loss.exp().float(), batch_size=1)
+        return loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the optimizer's options and what the report says about the run's beginning."""
+        """Keeps what builds the module, and what the report says about the run's beginning."""
+        description = describe(self.model)
+        if description is not None:
+            checkpoint[HYPER_PARAMETERS] = {
+                "model": description,
+                "optim": asdict(self.optim),
+                "attention": None if self.attention is None else asdict(self.attention),
+                "seed": self.seed,
+            }
         checkpoint[STATE_KEY] = {
             "optim": asdict(self.optim),
             "first_loss": None if self.first_loss is None else self.first_loss.item(),
@@ -257,18 +306,26 @@ def check_same_options(now: OptimConfig, then: Mapping[str, Any]) -> None:
         )
 
 
-def _mix(seed: int, rank: int, index: int) -> int:
-    """A seed in [0, 2^63) from three counters (splitmix64 finalizer)."""
-    mask = 2**64 - 1
-    value = (seed * 0x9E3779B97F4A7C15 + rank * 0xD1B54A32D192ED03 + index) & mask
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
-    return (value ^ (value >> 31)) >> 1
+def _as_dataclass(name: str, schema: type[Any], value: Any) -> Any:
+    """A frozen dataclass as it is, or made from the mapping of its fields."""
+    if isinstance(value, schema):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f"{name} must be a {schema.__name__} or a mapping of its fields, got "
+            f"{type(value).__name__}. Pass {schema.__name__}(...)."
+        )
+    known = [field.name for field in fields(schema)]
+    unknown = sorted(set(value) - set(known))
+    if unknown:
+        raise ValueError(
+            f"{name} must have fields of {schema.__name__} ({', '.join(known)}), got "
+            f"{', '.join(unknown)}. Check the spelling."
+        )
+    return schema(**value)
 
 
-def _by_device_and_dtype(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """Groups tensors so that each group can take one fused operation."""
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    return list(groups.values())
+def _vocab_size(datamodule: Any) -> int | None:
+    """Tokens of the data module's tokenizer, if it has one."""
+    tokenizer = getattr(datamodule, "tokenizer", None)
+    return None if tokenizer is None else len(tokenizer)

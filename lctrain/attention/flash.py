@@ -71,6 +71,8 @@ def flash_attention_forward(
         lctrain_boundaries = find_boundaries(attention_mask, kwargs, queries, keys, drop, query)
     require_rows(module, lctrain_boundaries, queries, keys)
     spec = spec if spec is not None else FlashSpec()
+    if spec.sliding_window is not None:
+        sliding_window = min(spec.sliding_window, sliding_window or spec.sliding_window)
     if spec.dropout is not None:
         dropout = spec.dropout if module.training else 0.0
 

@@ -61,9 +61,26 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class FlashSpec(AttentionSpec):
-    """Plain attention: full or sliding windows, causal or not."""
+    """Plain attention: full or sliding windows, causal or not.
+
+    Attributes:
+        sliding_window: Keys that a query sees, itself among them; layers with a shorter window of
+            their own keep it. None leaves the windows as the model has them.
+    """
 
     kind: ClassVar[str] = "flash"
+
+    sliding_window: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        value = self.sliding_window
+        integer = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and not (integer and value >= 1):
+            raise ValueError(
+                f"sliding_window must be an int of at least 1, got {value!r}. Pass a number of "
+                "tokens, or None to keep the model's own windows."
+            )
 
 
 @dataclass(frozen=True)

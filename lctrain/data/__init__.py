@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lctrain.data.collator import PackCollator, PackedRows
     from lctrain.data.datamodule import PackedDataModule
+    from lctrain.data.dataset import pack
     from lctrain.data.documents import TokenizedDocument
     from lctrain.data.hub import HubSource
     from lctrain.data.packages import PackagesSource
-    from lctrain.data.packing import PackingPlan, PackingReport, pack
+    from lctrain.data.packing import PackingPlan, PackingReport
+    from lctrain.data.row_order import RowOrder
     from lctrain.data.sources import JsonlSource, ParquetSource, Source, StdlibSource, TextSource
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "PackingPlan",
     "PackingReport",
     "ParquetSource",
+    "RowOrder",
     "Source",
     "StdlibSource",
     "TextSource",
@@ -42,11 +45,12 @@ _HOMES = {
     "PackingPlan": "packing",
     "PackingReport": "packing",
     "ParquetSource": "sources",
+    "RowOrder": "row_order",
     "Source": "sources",
     "StdlibSource": "sources",
     "TextSource": "sources",
     "TokenizedDocument": "documents",
-    "pack": "packing",
+    "pack": "dataset",
 }
 
 

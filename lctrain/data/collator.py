@@ -10,7 +10,7 @@ import torch
 
 from lctrain.batch import PackedBatch, check_max_tokens
 from lctrain.data.documents import StoredTokens
-from lctrain.data.packing import PackingPlan
+from lctrain.data.packing import PackingPlan, PackingReport
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,18 @@ class PackCollator:
         check_max_tokens(self.max_tokens)
 
     def __call__(self, documents: Sequence[Mapping[str, Any]]) -> PackedBatch:
-        """Packs the documents in their order. Raises ValueError as PackedBatch.from_documents."""
+        """Packs the documents in their order.
+
+        Raises:
+            ValueError: if a document has no "input_ids", or as PackedBatch.from_documents.
+        """
+        for index, document in enumerate(documents):
+            if not isinstance(document, Mapping) or "input_ids" not in document:
+                got = list(document) if isinstance(document, Mapping) else type(document).__name__
+                raise ValueError(
+                    f"documents must be mappings with 'input_ids', got {got} for number {index}. "
+                    "Tokenize the texts first, and give the loader batch_size=."
+                )
         return PackedBatch.from_documents(
             [document["input_ids"] for document in documents],
             document_ids=_all_or_none(documents, "document_id"),
@@ -58,10 +69,19 @@ class PackedRows(torch.utils.data.Dataset[PackedBatch]):
     """
 
     def __init__(self, store: StoredTokens, plan: PackingPlan) -> None:
-        """Wraps tokenized documents and the plan that packs them."""
-        self.store = store
+        """Wraps tokenized documents and the plan that packs them.
+
+        Labels come from the store's method `labels`, where its `has_labels` is true; else every
+        token is a label.
+        """
+        self.store: Any = store
         self.plan = plan
         self.collate = PackCollator(plan.report.max_tokens)
+
+    @property
+    def report(self) -> PackingReport:
+        """The counts of the packing."""
+        return self.plan.report
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -79,5 +99,11 @@ class PackedRows(torch.utils.data.Dataset[PackedBatch]):
         name = self.store.names[document]
         if length < self.store.lengths[document]:
             name = f"{name}[{start}:{start + length}]"
-        tokens = self.store.tokens(document, start, length)
-        return {"input_ids": tokens, "document_id": piece, "name": name}
+        packed = {
+            "input_ids": self.store.tokens(document, start, length),
+            "document_id": piece,
+            "name": name,
+        }
+        if getattr(self.store, "has_labels", False):
+            packed["labels"] = self.store.labels(document, start, length)
+        return packed

@@ -122,7 +122,7 @@ class PackingPlan:
         return np.add.reduceat(squares, self.row_offsets[:-1]) if len(self) else squares
 
 
-def pack(
+def plan_rows(
     lengths: np.ndarray,
     max_tokens: int,
     *,

@@ -13,7 +13,7 @@ from lctrain.batch import MIN_TOKENS, check_max_tokens
 from lctrain.data.collator import PackedRows
 from lctrain.data.documents import Documents, TokenStore, read_documents
 from lctrain.data.faults import warn_once
-from lctrain.data.packing import Overlong, PackingPlan, document_limit, pack
+from lctrain.data.packing import Overlong, PackingPlan, document_limit, plan_rows
 from lctrain.data.passkey import PasskeyFormat
 from lctrain.data.passkey_rows import (
     SHORTEST,
@@ -176,7 +176,7 @@ class Preparation:
             documents, tokenizer, self.cache_dir, self.num_proc, self.special_tokens
         )
         passkey_tokens = self._passkey_tokens(passkey_fraction)
-        plan = pack(
+        plan = plan_rows(
             store.lengths,
             self.max_tokens - passkey_tokens,
             max_document_tokens=self.max_document_tokens,

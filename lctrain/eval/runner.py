@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lctrain.attention import is_patched
 from lctrain.batch import PackedBatch
-from lctrain.data.packing import pack
+from lctrain.data.packing import plan_rows
 from lctrain.eval.windows import Windows
 from lctrain.loss import evaluation_mode, token_losses
 
@@ -95,7 +95,7 @@ def score_windows(
 
 
 def _packs(windows: Windows, max_tokens: int) -> Iterator[np.ndarray]:
-    plan = pack(windows.lengths, max_tokens)
+    plan = plan_rows(windows.lengths, max_tokens)
     for row in range(len(plan)):
         yield plan.row(row)
 

@@ -55,6 +55,7 @@ _Signature = tuple[Any, ...]
 _verified: WeakKeyDictionary[nn.Module, tuple[_Signature, OutputHead | None]] = WeakKeyDictionary()
 
 
+@torch.compiler.disable  # inside a compiled training step, the verification runs eagerly
 def find_output_head(
     model: nn.Module, make_probe: Callable[[], Mapping[str, Any]]
 ) -> OutputHead | None:

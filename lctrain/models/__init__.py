@@ -1,5 +1,6 @@
-"""Patching of transformers models: patch_model and its handle."""
+"""Patching of transformers models: patch_model, patch_models and their handles."""
 
 from lctrain.models.patch import PatchHandle, patch_model
+from lctrain.models.within import ModelPatches, find_models, patch_models
 
-__all__ = ["PatchHandle", "patch_model"]
+__all__ = ["ModelPatches", "PatchHandle", "find_models", "patch_model", "patch_models"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lctrain.data.order import epoch_order, imbalance
-from lctrain.data.packing import pack
+from lctrain.data.packing import plan_rows
 
 COSTS = np.random.default_rng(0).lognormal(mean=18, sigma=1.0, size=1003)
 
@@ -52,7 +52,7 @@ def test_totals_of_ranks_differ_by_no_more_than_one_step_does(world_size):
 )
 def test_balance_over_eight_ranks_on_log_normal_documents(max_tokens, sigma, documents):
     lengths = np.random.default_rng(0).lognormal(6.5, sigma, documents)
-    plan = pack(np.maximum(16, lengths).astype(np.int64), max_tokens)
+    plan = plan_rows(np.maximum(16, lengths).astype(np.int64), max_tokens)
     assert plan.report.fill >= 0.98
     work = plan.costs()[epoch_order(plan.costs(), 8, seed=0, epoch=0)]
     assert (work.max(axis=1) / work.mean(axis=1)).mean() <= 1.02

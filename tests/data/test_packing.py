@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lctrain.data.packing import pack
+from lctrain.data.packing import plan_rows
 
 
 def log_normal(count: int, seed: int = 0, mean: float = 6.5, sigma: float = 1.2) -> np.ndarray:
@@ -41,7 +41,7 @@ def tokens_of(plan, lengths: np.ndarray) -> list[np.ndarray]:
 @pytest.mark.parametrize("capacity", [2, 7, 100, 1024, 1025, 5000])
 def test_equals_the_definition_of_best_fit_decreasing(capacity):
     lengths = np.minimum(log_normal(400, mean=4), capacity)
-    plan = pack(lengths, capacity)
+    plan = plan_rows(lengths, capacity)
     rooms = [capacity - int(plan.lengths[plan.row(r)].sum()) for r in range(len(plan))]
     assert sorted(rooms) == sorted(naive_best_fit_decreasing(lengths.tolist(), capacity))
 
@@ -49,7 +49,7 @@ def test_equals_the_definition_of_best_fit_decreasing(capacity):
 @pytest.mark.parametrize("window", [1, 50, 100_000])
 def test_split_keeps_every_token_once(window):
     lengths = log_normal(300)
-    plan = pack(lengths, 512, window=window)
+    plan = plan_rows(lengths, 512, window=window)
     assert all((count == 1).all() for count in tokens_of(plan, lengths))
     assert max(plan.lengths[plan.row(r)].sum() for r in range(len(plan))) <= 512
     assert plan.report.tokens == lengths.sum()
@@ -61,7 +61,7 @@ def test_split_keeps_every_token_once(window):
 
 def test_truncate_keeps_the_beginning_and_counts_the_rest():
     lengths = np.array([3, 10, 5, 8])
-    plan = pack(lengths, 5, overlong="truncate")
+    plan = plan_rows(lengths, 5, overlong="truncate")
     seen = tokens_of(plan, lengths)
     assert [int(count.sum()) for count in seen] == [3, 5, 5, 5]
     assert all((count[:5] == 1).all() for count in seen)
@@ -71,7 +71,7 @@ def test_truncate_keeps_the_beginning_and_counts_the_rest():
 
 def test_drop_leaves_out_whole_documents_and_counts_them():
     lengths = np.array([3, 10, 5, 8])
-    plan = pack(lengths, 5, overlong="drop")
+    plan = plan_rows(lengths, 5, overlong="drop")
     assert [int(count.sum()) for count in tokens_of(plan, lengths)] == [3, 0, 5, 0]
     report = plan.report
     assert (report.dropped, report.dropped_tokens, report.documents) == (2, 18, 2)
@@ -83,7 +83,7 @@ def test_drop_leaves_out_whole_documents_and_counts_them():
     [("split", [4, 4, 1, 3]), ("truncate", [4, 3]), ("drop", [3])],
 )
 def test_documents_may_be_shorter_than_rows(overlong, pieces):
-    plan = pack(np.array([9, 3]), 16, max_document_tokens=4, overlong=overlong)
+    plan = plan_rows(np.array([9, 3]), 16, max_document_tokens=4, overlong=overlong)
     assert plan.lengths.tolist() == pieces
     assert len(plan) == 1
     lost = plan.report.truncated_tokens + plan.report.dropped_tokens
@@ -91,26 +91,26 @@ def test_documents_may_be_shorter_than_rows(overlong, pieces):
 
 
 def test_windows_are_not_mixed():
-    plan = pack(log_normal(100), 512, window=30)
+    plan = plan_rows(log_normal(100), 512, window=30)
     for row in range(len(plan)):
         assert len(set(plan.documents[plan.row(row)] // 30)) == 1
 
 
 def test_piece_ids_do_not_depend_on_the_window():
     lengths = log_normal(200)
-    small, large = pack(lengths, 512, window=10), pack(lengths, 512)
+    small, large = plan_rows(lengths, 512, window=10), plan_rows(lengths, 512)
     assert np.array_equal(small.documents, large.documents)
     assert np.array_equal(small.starts, large.starts)
 
 
 def test_costs_are_sums_of_squares():
-    plan = pack(np.array([4, 3, 3, 2]), 5)
+    plan = plan_rows(np.array([4, 3, 3, 2]), 5)
     expected = [float((plan.lengths[plan.row(r)] ** 2).sum()) for r in range(len(plan))]
     assert plan.costs().tolist() == expected
 
 
 def test_fill_of_the_report_and_its_text():
-    report = pack(np.array([4, 4]), 5, dropped_empty=3, dropped_unreadable=1).report
+    report = plan_rows(np.array([4, 4]), 5, dropped_empty=3, dropped_unreadable=1).report
     assert report.fill == 0.8
     assert "fill 0.8000" in str(report)
     assert "0 split, 0 truncated, 0 dropped, 3 empty, 1 unreadable" in str(report)
@@ -124,11 +124,11 @@ def test_fill_of_the_report_and_its_text():
     ],
 )
 def test_lost_tokens_are_in_the_text(overlong, text):
-    assert text in str(pack(np.array([1500, 4]), 5, overlong=overlong).report)
+    assert text in str(plan_rows(np.array([1500, 4]), 5, overlong=overlong).report)
 
 
 def test_no_documents_make_no_rows():
-    plan = pack(np.array([], dtype=np.int64), 8)
+    plan = plan_rows(np.array([], dtype=np.int64), 8)
     assert len(plan) == 0
     assert plan.report.fill == 0.0
     assert len(plan.costs()) == 0
@@ -136,7 +136,7 @@ def test_no_documents_make_no_rows():
 
 @pytest.mark.parametrize("capacity", [4096, 32768])
 def test_fill_on_log_normal_lengths(capacity):
-    assert pack(log_normal(20_000), capacity).report.fill >= 0.99
+    assert plan_rows(log_normal(20_000), capacity).report.fill >= 0.99
 
 
 @pytest.mark.parametrize(
@@ -152,12 +152,12 @@ def test_fill_on_log_normal_lengths(capacity):
 )
 def test_bad_settings_are_an_error(keywords, message):
     with pytest.raises(ValueError, match=message):
-        pack(np.array([1, 2]), **keywords)
+        plan_rows(np.array([1, 2]), **keywords)
 
 
 def test_empty_document_is_an_error():
     with pytest.raises(ValueError, match="lengths must be at least 1"):
-        pack(np.array([1, 0]), 8)
+        plan_rows(np.array([1, 0]), 8)
 
 
 # ru_maxrss would not do: after exec it still holds the peak of the process that forked this one.
@@ -165,10 +165,10 @@ MEASURE = """
 import json, re, time
 from pathlib import Path
 import numpy as np
-from lctrain.data.packing import pack
+from lctrain.data.packing import plan_rows
 lengths = np.random.default_rng(0).lognormal(7.5, 1.5, 1_000_000).clip(1).astype(np.int64)
 start = time.process_time()
-plan = pack(lengths, 32768)
+plan = plan_rows(lengths, 32768)
 seconds = time.process_time() - start
 peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 print(json.dumps({"seconds": seconds, "bytes": peak, "fill": plan.report.fill}))

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from lctrain.data.packing import pack
+from lctrain.data.packing import plan_rows
 from lctrain.data.passkey import PasskeyFormat
 from lctrain.data.passkey_rows import _stream, add_passkeys, passkey_lengths
 
@@ -31,7 +31,7 @@ def test_lengths_fill_each_row_and_stay_in_range():
 
 
 def test_passkeys_lie_at_the_end_of_their_rows():
-    plan = pack(np.array([5, 4, 3, 3, 2]), 8)
+    plan = plan_rows(np.array([5, 4, 3, 3, 2]), 8)
     row_offsets = np.array([0, 1, 1, 3])
     mixed = add_passkeys(plan, 5, np.array([70, 80, 90]), row_offsets, 99)
     for row in range(len(plan)):

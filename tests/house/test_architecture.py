@@ -34,6 +34,7 @@ LEVELS = {
     "lctrain.cadence": 3,
     "lctrain.config": 3,
     "lctrain.config_errors": 2,
+    "lctrain.dropout_seed": 3,
     "lctrain.flops": 3,
     "lctrain.attention": 4,
     "lctrain.data": 4,

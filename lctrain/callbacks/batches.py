@@ -1,0 +1,145 @@
+"""BatchView: what a callback needs to know of a batch, whatever form the user's batches have.
+
+A batch is a PackedBatch, or a mapping with transformers' names (`input_ids`, `labels`,
+`attention_mask`, `position_ids`, `cu_seq_lens_q`), or anything that a function of the user's turns
+into one of them. Documents are found as a patched model finds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lctrain.attention.boundaries import find_segments
+from lctrain.batch import IGNORE_INDEX, PackedBatch
+
+ReadBatch = Callable[[Any], Any]
+
+
+def view_batch(batch: Any, read_batch: ReadBatch | None = None) -> BatchView:
+    """Returns the view of one batch; no device is waited for.
+
+    Args:
+        batch: What the data loader gave.
+        read_batch: Turns it into a PackedBatch or a mapping with transformers' names; None for a
+            batch that is one of them.
+
+    Raises:
+        ValueError: if the batch, or what the function returned, is neither.
+    """
+    content = batch if read_batch is None else read_batch(batch)
+    if isinstance(content, PackedBatch):
+        return BatchView(content)
+    if isinstance(content, Mapping) and isinstance(content.get("input_ids"), Tensor):
+        return BatchView(dict(content))
+    shape = type(content).__name__
+    if isinstance(content, Mapping):
+        shape += f" with {', '.join(map(repr, content))}"
+    given = "batch must be" if read_batch is None else "read_batch must return"
+    raise ValueError(
+        f"{given} a PackedBatch or a mapping with the tensor 'input_ids', got {shape}. Pass the "
+        "callback read_batch=, a function from the batch to such a mapping, for example "
+        "lambda batch: {'input_ids': batch[0], 'labels': batch[1]}."
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class BatchView:
+    """A batch as documents.
+
+    Attributes:
+        content: A PackedBatch, or a mapping with transformers' names.
+    """
+
+    content: PackedBatch | dict[str, Any]
+
+    @property
+    def input_ids(self) -> Tensor:
+        """[B, S] int64 tokens."""
+        if isinstance(self.content, PackedBatch):
+            return self.content.input_ids
+        tokens: Tensor = self.content["input_ids"]
+        return tokens if tokens.dim() == 2 else tokens[None]
+
+    @property
+    def says_where_documents_end(self) -> bool:
+        """Whether the batch brings boundaries: cu_seq_lens, positions or a padding mask."""
+        names = ("cu_seq_lens_q", "position_ids", "attention_mask")
+        return isinstance(self.content, PackedBatch) or any(
+            self.content.get(name) is not None for name in names
+        )
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of every document, without padding; a mapping on a GPU is waited for."""
+        if isinstance(self.content, PackedBatch):
+            return self.content.lengths
+        boundaries = self.content.get("cu_seq_lens_q")
+        if boundaries is not None:
+            return tuple(boundaries.diff().tolist())
+        rows, columns = self.input_ids.shape
+        mask, positions = self.content.get("attention_mask"), self.content.get("position_ids")
+        mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        if isinstance(positions, Tensor) and positions.dim() == 2:
+            segments = find_segments(positions.expand(rows, -1), mask)
+            if segments is not None:
+                offsets = torch.arange(rows, device=segments.device)[:, None] * (columns + 1)
+                keys = (segments + offsets)[segments > 0]
+                return tuple(keys.unique_consecutive(return_counts=True)[1].tolist())
+        if mask is not None:
+            return tuple(length for length in mask.sum(1).tolist() if length)
+        return (columns,) * rows
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents; a mapping on a GPU is waited for."""
+        if isinstance(self.content, PackedBatch):
+            return self.content.num_tokens
+        return sum(self.lengths)
+
+    def num_valid_tokens(self) -> int | Tensor:
+        """Number of tokens that the loss counts; 0-dim int64 on the device for a mapping.
+
+        A PackedBatch and `shift_labels` hold shifted labels. `labels` are aligned with the tokens,
+        as transformers takes them: the first of a row is no target.
+
+        Raises:
+            ValueError: if a mapping has no labels.
+        """
+        if isinstance(self.content, PackedBatch):
+            return self.content.num_valid_tokens
+        shifted, labels = self.content.get("shift_labels"), self.content.get("labels")
+        if shifted is not None:
+            return (shifted != IGNORE_INDEX).sum()
+        if labels is not None:
+            return (labels[..., 1:] != IGNORE_INDEX).sum()
+        raise ValueError(
+            "batch must hold 'labels' to count the tokens of its loss, got "
+            f"{', '.join(map(repr, self.content))}. Return the count from training_step: "
+            "{'loss': loss, 'num_tokens': count}."
+        )
+
+    def document_names(self) -> tuple[str, ...]:
+        """Names of the documents for messages; their numbers where they have no names."""
+        if isinstance(self.content, PackedBatch):
+            ids = self.content.document_ids.tolist()
+            return self.content.names or tuple(f"id {number}" for number in ids)
+        names = self.content.get("names")
+        if names is not None:
+            return tuple(map(str, names))
+        ids = self.content.get("document_ids")
+        if isinstance(ids, Tensor):
+            return tuple(f"id {number}" for number in ids.tolist())
+        return tuple(f"number {index}" for index in range(len(self.lengths)))
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """Keywords for the model's forward pass, without labels."""
+        if isinstance(self.content, PackedBatch):
+            return self.content.model_kwargs()
+        dropped = ("labels", "shift_labels", "names")
+        return {name: value for name, value in self.content.items() if name not in dropped}

@@ -1,0 +1,82 @@
+"""PatchAttention: lctrain's kernels in the models of any LightningModule, for one run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lctrain.attention import make_spec
+from lctrain.callbacks.patching import Patching
+from lctrain.models.patch import PatchHandle, patch_model
+from lctrain.models.within import Paths
+
+
+class PatchAttention(Patching):
+    """Swaps the attention of the module's transformers models for lctrain's kernels.
+
+        trainer = L.Trainer(callbacks=[PatchAttention("dual_chunk", chunk_size=8192)])
+
+    It finds the models in any LightningModule, also inside torch.compile and PEFT, and patches them
+    in fit, validate, test and predict. Models that exist are patched before data are prepared,
+    others once `configure_model` has built them. After the run, also after one that fails, every
+    model is as it was; state dicts and checkpoints never see the patch. What was swapped is logged
+    once, and is in the loggers' config.
+
+    Without a Trainer, with Fabric for example, call `lctrain.patch_models(module, ...)`.
+
+    Args:
+        attention: "flash", "dual_chunk" or "differential", as in `lctrain.patch_model`.
+        models: Attribute paths of the models to patch, such as "policy.model"; None for all.
+        dropout: Probability of dropping an attention weight in training; None keeps the model's.
+        deterministic: Ask for a backward that gives the same bits in every run.
+        backend: Which kernels serve, as in `lctrain.kernels`; a named one never falls back.
+        sliding_window: Only "flash": keys that a query sees; None keeps the model's windows.
+        chunk_size: Only "dual_chunk", like all below: the largest relative position.
+        local_size: Neighbours across a chunk border that keep their true distance, in tokens.
+        scale: "none" or "yarn".
+        scale_coefficient: Coefficient of "yarn".
+        window: Tokens that the model was trained on at a time.
+        **options: Further options of `lctrain.patch_model`.
+
+    Raises:
+        ValueError: if an option is unknown or wrong. Before data are prepared: if the module holds
+            no transformers model, one that cannot be patched, one that is patched or wrapped
+            already, or several that need different options.
+    """
+
+    def __init__(
+        self,
+        attention: str = "flash",
+        *,
+        models: Paths = None,
+        dropout: float | None = None,
+        deterministic: bool = False,
+        backend: str = "auto",
+        sliding_window: int | None = None,
+        chunk_size: int | None = None,
+        local_size: int | None = None,
+        scale: str | None = None,
+        scale_coefficient: float | None = None,
+        window: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(models)
+        named = {
+            "dropout": dropout,
+            "sliding_window": sliding_window,
+            "chunk_size": chunk_size,
+            "local_size": local_size,
+            "scale": scale,
+            "scale_coefficient": scale_coefficient,
+            "window": window,
+        }
+        self.attention = attention
+        self.options: dict[str, Any] = {
+            "deterministic": deterministic,
+            "backend": backend,
+            **{name: value for name, value in named.items() if value is not None},
+            **options,
+        }
+        make_spec(attention, **self.options)
+
+    def _patch_one(self, model: Any) -> PatchHandle:
+        return patch_model(model, self.attention, **self.options)

@@ -1,0 +1,219 @@
+"""Patching: what PatchAttention and AttentionSchedule share, from before the data to the end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
+
+from lctrain.callbacks.override import Override
+from lctrain.models.patch import PatchHandle
+from lctrain.models.within import ModelPatches, Paths, find_models
+from lctrain.module import LongContextModule
+
+log = logging.getLogger(__name__)
+
+LOGGED_AS = "attention_patch"  # in the loggers' config
+
+
+class Patching(pl.Callback):
+    """Patches the transformers models of a LightningModule for the length of one run.
+
+    Models that exist are patched before data are prepared, others once `configure_model` has built
+    them. Afterwards, also when a run fails, every model is as it was.
+
+    Subclasses say by `_patch_one` how one model is patched.
+
+    Attributes:
+        models: Attribute paths of the models; None for all.
+        patches: Handles of the models that are patched now, by attribute path.
+    """
+
+    def __init__(self, models: Paths = None) -> None:
+        self.models = models
+        self.patches = ModelPatches({})
+        self._configure_model: Override | None = None
+        self._told = False
+        self._log: Any = None
+
+    def _patch_one(self, model: Any) -> PatchHandle:
+        """Patches one model."""
+        raise NotImplementedError
+
+    @property
+    def log(self) -> Any:
+        """The module's `log`, which Lightning hands to every callback."""
+        return self._log
+
+    @log.setter
+    def log(self, function: Any) -> None:
+        # Lightning does this before it prepares data: no other hook sees the module so early.
+        self._log = function
+        module = getattr(function, "__self__", None)
+        if isinstance(module, pl.LightningModule):
+            self.release()
+            self._told = False
+            self._patch_what_is_there(module)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Patches what `configure_model` builds, as soon as it is there.
+
+        Raises:
+            ValueError: if there is no transformers model, or one cannot be patched.
+        """
+        self._patch_what_is_there(pl_module)
+        if self._configure_model is not None:
+            self._configure_model.restore()
+
+        def make(configure_model: Any) -> Any:
+            def build() -> None:
+                with _without_own_patch(pl_module):
+                    configure_model()
+                self._patch_new(pl_module)
+
+            return build
+
+        self._configure_model = Override(pl_module, "configure_model", make)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Says what was swapped: the models are on their device now."""
+        self._tell(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Says what was swapped."""
+        self._tell(trainer)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Says what was swapped."""
+        self._tell(trainer)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Says what was swapped."""
+        self._tell(trainer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Gives the models back."""
+        self.release()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Gives the models back, also when a run fails."""
+        self.release()
+
+    def release(self) -> None:
+        """Gives the models and the module's `configure_model` back. Harmless if done before."""
+        self.patches.unpatch()
+        self.patches = ModelPatches({})
+        if self._configure_model is not None:
+            self._configure_model.restore()
+            self._configure_model = None
+
+    def _patch_what_is_there(self, module: pl.LightningModule) -> None:
+        """Patches the models unless the module is going to build them."""
+        refuse_wrapped(module)
+        if _builds_later(module):
+            try:
+                if not find_models(module, self.models):
+                    return
+            except ValueError:  # a path that is not there yet
+                return
+        self._patch_new(module)
+
+    def _patch_new(self, module: pl.LightningModule) -> None:
+        """Patches the models that are not patched yet; all of them, or none."""
+        found = find_models(module, self.models)
+        if not found:
+            raise ValueError(
+                f"{type(self).__name__} needs a transformers model, got none in "
+                f"{type(module).__name__}. Assign the model to an attribute of the module, or name "
+                f"the place of a hidden one: {type(self).__name__}(models='attribute.path')."
+            )
+        known = {id(handle.model) for handle in self.patches.handles.values()}
+        new = {path: model for path, model in found.items() if id(model) not in known}
+        self._refuse_twins(module, new)
+        for path, model in new.items():
+            try:
+                self.patches.handles[path] = self._patch_one(model)
+            except ValueError as error:
+                self.release()
+                if len(found) == 1:
+                    raise
+                others = ", ".join(repr(other) for other in found if other != path)
+                name = type(self).__name__
+                raise ValueError(
+                    f"{name} must fit all models of {type(module).__name__}, got {path!r}, which "
+                    f"it does not: {error} Name the models that it is for (models={others}), and "
+                    f"give {path!r} a {name} of its own."
+                ) from error
+
+    def _refuse_twins(self, module: pl.LightningModule, new: dict[str, Any]) -> None:
+        trainer = module._trainer
+        for other in [] if trainer is None else trainer.callbacks:
+            if other is self or not isinstance(other, Patching):
+                continue
+            theirs = {id(handle.model) for handle in other.patches.handles.values()}
+            for path, model in new.items():
+                if id(model) in theirs:
+                    raise ValueError(
+                        f"callbacks must patch a model once, got {type(other).__name__} and "
+                        f"{type(self).__name__} for {path!r}. Remove one of them, or name "
+                        "different models (models=...)."
+                    )
+
+    def _tell(self, trainer: pl.Trainer) -> None:
+        """Once per run, into the log and the loggers' config."""
+        if self._told or not self.patches.handles:
+            return
+        self._told = True
+        with trainer.precision_plugin.forward_context():
+            text = repr(self.patches)
+        if trainer.is_global_zero:
+            say(f"{type(self).__name__} swapped:\n{text}")
+            for logger in trainer.loggers:
+                logger.log_hyperparams({LOGGED_AS: text})
+
+
+def say(message: str) -> None:
+    """Logs at level INFO, where it is seen: in lctrain's logger, else in Lightning's."""
+    if log.isEnabledFor(logging.INFO):
+        log.info(message)
+    else:
+        rank_zero_info(message)
+
+
+def refuse_wrapped(module: nn.Module) -> None:
+    """Raises ValueError if a model is wrapped for several processes: the trainer does that."""
+    for path, part in module.named_modules():
+        if isinstance(part, (DistributedDataParallel, FullyShardedDataParallel)):
+            raise ValueError(
+                f"the models of {type(module).__name__} must not be wrapped, got a "
+                f"{type(part).__name__} at {path!r}. Keep the model itself in the module: the "
+                "trainer's strategy wraps it."
+            )
+
+
+def _builds_later(module: pl.LightningModule) -> bool:
+    """Whether the module may build models in `setup` or `configure_model`."""
+    return any(is_overridden(name, module) for name in ("setup", "configure_model"))
+
+
+@contextmanager
+def _without_own_patch(module: pl.LightningModule) -> Iterator[None]:
+    """LongContextModule does not patch its model inside the block: the callback does."""
+    if not isinstance(module, LongContextModule):
+        yield
+        return
+    attention, module.attention = module.attention, None
+    try:
+        yield
+    finally:
+        module.attention = attention

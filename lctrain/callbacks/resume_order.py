@@ -1,0 +1,19 @@
+"""ResumeOrder: a resumed run goes on with the batch after the last one."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+
+from lctrain.data.resume import resume_order
+
+
+class ResumeOrder(pl.Callback):
+    """Starts every `lctrain.data.RowOrder` of the training data where the checkpoint ends.
+
+    It reads Lightning's own counts of batches, so the data loader may be any DataLoader.
+    LongContextModule does this itself, and PackedDataModule needs none of it.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Sets the place; before that Lightning has asked for no batch."""
+        resume_order(trainer)

@@ -1,0 +1,100 @@
+"""RowOrder: the resumable order of rows as a sampler of any DataLoader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from torch.utils.data import DistributedSampler
+
+from lctrain.data.order import BALANCE_WINDOW, epoch_order
+
+
+class RowOrder(DistributedSampler[int]):
+    """Shuffled rows of this rank, a pure function of (rows, world size, seed, epoch).
+
+    Ranks get rows of similar attention work: see lctrain.data.order. Lightning sets the epoch, and
+    takes the sampler for one of its distributed ones, so it is not replaced. In a resumed run,
+    LongContextModule or the callback ResumeOrder starts it at the batch after the checkpoint's
+    last; without Lightning, call `set_epoch` before every epoch.
+
+    Args:
+        rows: What `lctrain.data.pack` returned; or any dataset with a length, whose items count
+            as equal work.
+        seed: Seed of the shuffle.
+        balance_window: Steps within which rows are sorted by work.
+        num_replicas: Number of ranks; None asks torch.distributed when the order is first used.
+        rank: This process among them; None likewise.
+
+    Raises:
+        ValueError: if a number is out of range; when it is first used, if there are fewer rows than
+            ranks.
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        seed: int = 0,
+        balance_window: int = BALANCE_WINDOW,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+    ) -> None:
+        for name, value, least in (("seed", seed, 0), ("balance_window", balance_window, 1)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}. Raise it.")
+        if (num_replicas is None) != (rank is None):
+            raise ValueError(
+                "num_replicas and rank must be given together, got one. Add the other."
+            )
+        self.rows = rows
+        self.seed = seed
+        self.balance_window = balance_window
+        self.epoch = 0
+        self._ranks = None if num_replicas is None or rank is None else (num_replicas, rank)
+        self._offset = 0
+
+    def __len__(self) -> int:
+        ranks, _ = self._place()
+        steps = len(self.rows) // ranks
+        if steps == 0:
+            raise ValueError(
+                f"rows must be at least one for each of {ranks} ranks, got {len(self.rows)}. Use "
+                "more data, fewer ranks, or a smaller max_tokens."
+            )
+        return steps
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch that the next iterator starts with."""
+        self.epoch = epoch
+
+    def start_at(self, epoch: int, offset: int) -> None:
+        """Starts the next iterator, and only that, after `offset` rows of an epoch."""
+        self.epoch = epoch
+        self._offset = offset
+
+    def __iter__(self) -> Iterator[int]:
+        """As many rows as an epoch has, from the place where it starts on."""
+        offset, self._offset = self._offset, 0
+        len(self)  # raises for fewer rows than ranks
+        return self._numbers(self.epoch, offset)
+
+    def _numbers(self, epoch: int, offset: int) -> Iterator[int]:
+        yield from self._rows_of(epoch)[offset:].tolist()
+        yield from self._rows_of(epoch + 1)[:offset].tolist()
+
+    def _rows_of(self, epoch: int) -> np.ndarray:
+        """[steps] int64, rows of this rank."""
+        ranks, rank = self._place()
+        plan = getattr(self.rows, "plan", None)
+        costs = np.ones(len(self.rows)) if plan is None else plan.costs()
+        return epoch_order(costs, ranks, self.seed, epoch, self.balance_window)[:, rank]
+
+    def _place(self) -> tuple[int, int]:
+        """Number of ranks, and this one."""
+        if self._ranks is not None:
+            return self._ranks
+        if dist.is_available() and dist.is_initialized():
+            return dist.get_world_size(), dist.get_rank()
+        return 1, 0

@@ -1,0 +1,81 @@
+"""TokenWindow: the loss of one optimizer step, every token of every micro-batch and rank alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class TokenWindow:
+    """Loss sums and token counts of the micro-batches of one optimizer step.
+
+    Every micro-batch back-propagates its loss sum. `close` multiplies the gradients once by
+    1 / (valid tokens of the window on all ranks). Counts that are Python ints stay on the CPU, and
+    one all-reduce per window joins the ranks: no host sync.
+
+    Attributes:
+        last_loss: Loss per token of the newest closed window, 0-dim float64 tensor, or None.
+    """
+
+    def __init__(self) -> None:
+        self.last_loss: Tensor | None = None
+        self._sum: Tensor | None = None
+        self._tokens: int | Tensor = 0
+
+    @property
+    def open(self) -> bool:
+        """Whether a micro-batch has been added since the last `close`."""
+        return self._sum is not None
+
+    def add(self, loss_sum: Tensor, tokens: int | Tensor) -> None:
+        """Adds one micro-batch.
+
+        Args:
+            loss_sum: 0-dim, the summed loss.
+            tokens: Number of tokens that it sums, an int or a 0-dim tensor.
+        """
+        if self._sum is None:
+            self._sum = torch.zeros((), dtype=torch.float64, device=loss_sum.device)
+            self._tokens = 0
+        self._sum += loss_sum.detach()
+        self._tokens = self._tokens + tokens
+
+    def close(self, parameters: Iterable[Tensor], averaged: int, world_size: int) -> None:
+        """Scales the gradients by `averaged` / (valid tokens of the window on all ranks).
+
+        Args:
+            parameters: Those whose gradients the window has summed.
+            averaged: By what the gradients have been divided already: Lightning divides by the
+                micro-batches of a window, DistributedDataParallel by the ranks.
+            world_size: Number of ranks.
+        """
+        assert self._sum is not None
+        if isinstance(self._tokens, Tensor):
+            tokens = self._tokens.to(self._sum)
+        else:
+            tokens = self._sum.new_full((), float(self._tokens))
+        totals = torch.stack([self._sum, tokens])  # [2] float64: loss sum, tokens
+        if world_size > 1:
+            dist.all_reduce(totals)
+        loss_sum, tokens = totals[0], totals[1].clamp(min=1.0)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for group in _by_device_and_dtype(gradients):
+            factor_dtype = torch.promote_types(group[0].dtype, torch.float32)
+            torch._foreach_mul_(group, (averaged / tokens).to(factor_dtype))
+        self.last_loss = loss_sum / tokens
+        self.discard()
+
+    def discard(self) -> None:
+        """Forgets an open window, whose gradients are dropped."""
+        self._sum, self._tokens = None, 0
+
+
+def _by_device_and_dtype(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """Groups tensors so that each group can take one fused operation."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return list(groups.values())

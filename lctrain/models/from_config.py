@@ -1,0 +1,54 @@
+"""A causal LM from what a YAML file or a checkpoint can say: a name, or a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lctrain.config import PretrainedModelConfig
+from lctrain.models.pretrained import load_pretrained
+
+
+def model_from(description: str | Mapping[str, Any], vocab_size: int | None = None) -> Any:
+    """Builds a transformers causal LM in float32.
+
+    Args:
+        description: Name or path of a pretrained model; or its configuration as a mapping with
+            `model_type`, for random weights.
+        vocab_size: Used where a configuration has no `vocab_size`; None for the family's own.
+
+    Raises:
+        ValueError: if there is no such model or family, or an argument does not fit it.
+    """
+    if isinstance(description, str):
+        return load_pretrained(PretrainedModelConfig(name_or_path=description), "float32")
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    from lctrain.models.registration import register_families
+
+    register_families()
+    settings = dict(description)
+    family = settings.pop("model_type", None)
+    if family not in CONFIG_MAPPING:
+        raise ValueError(
+            f"model must have the model_type of a family of transformers, got {family!r}. Add for "
+            "example model_type: llama."
+        )
+    config_class = CONFIG_MAPPING[family]
+    if vocab_size is not None:
+        settings.setdefault("vocab_size", vocab_size)
+    try:
+        config = config_class(**settings)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ValueError(f"model must fit {config_class.__name__}: {error}") from error
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def describe(model: Any) -> dict[str, Any] | None:
+    """The configuration that builds a model of this form; None for a foreign or wrapped model."""
+    from transformers import PreTrainedModel
+
+    return model.config.to_dict() if isinstance(model, PreTrainedModel) else None

@@ -1,0 +1,64 @@
+"""Another rotary embedding for a model, for a while: scaled frequencies without a new config."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from lctrain.models.rotary import find_rotary
+
+STATIC_TYPES = ("default", "linear", "yarn", "llama3")
+
+
+class RopeSwap:
+    """Gives a model the frequencies of other `rope_parameters`, until `restore`.
+
+    transformers' own class computes them. Types whose frequencies depend on the input ("dynamic",
+    "longrope") are refused: a neighbour in the pack would change a document's output.
+
+    Args:
+        model: A transformers model with one rotary embedding.
+        parameters: Entries of the config's `rope_parameters` to change, such as
+            {"rope_type": "yarn", "factor": 4.0}.
+
+    Raises:
+        ValueError: if the model has not one rotary embedding, or the type is refused or unknown.
+    """
+
+    def __init__(self, model: Any, parameters: Mapping[str, Any]) -> None:
+        check_rope(parameters)
+        self._rotary: Any = find_rotary(model)
+        self._before = (self._rotary.inv_freq, getattr(self._rotary, "attention_scaling", None))
+        kind = getattr(self._rotary, "rope_type", None)
+        if self._before[1] is None or kind not in STATIC_TYPES:
+            raise ValueError(
+                "rope must be given for a model with fixed rotary frequencies, got "
+                f"{type(model).__name__}, whose type is {kind!r}. Leave rope out, or use "
+                "attention='dual_chunk'."
+            )
+        config = copy.deepcopy(self._rotary.config)
+        config.rope_parameters = {**config.rope_parameters, **parameters}
+        try:
+            scaled = type(self._rotary)(config=config)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"rope must be rope_parameters of transformers, got {dict(parameters)}, which "
+                f"fail: {error!r}. See the model's configuration."
+            ) from error
+        self._rotary.inv_freq = scaled.inv_freq.to(self._before[0].device, self._before[0].dtype)
+        self._rotary.attention_scaling = scaled.attention_scaling
+
+    def restore(self) -> None:
+        """Gives the model its own frequencies back, every bit. Harmless if done before."""
+        self._rotary.inv_freq, self._rotary.attention_scaling = self._before
+
+
+def check_rope(parameters: Mapping[str, Any]) -> None:
+    """Raises ValueError for a rope_type that is unknown or follows the input."""
+    kind = parameters.get("rope_type")
+    if kind is not None and kind not in STATIC_TYPES:
+        raise ValueError(
+            f"rope_type must be one of {', '.join(STATIC_TYPES)}, got {kind!r}. Frequencies that "
+            "follow the longest document of a pack would mix documents."
+        )

@@ -1,0 +1,50 @@
+"""LightningModules as users write them, for the tests of the callbacks."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import torch
+
+from lctrain.loss import causal_lm_loss
+
+
+class OwnModule(pl.LightningModule):
+    """A model and a plain optimizer; returns the summed loss of packs."""
+
+    def __init__(self, model, learning_rate=0.05):
+        super().__init__()
+        self.model = model
+        self.learning_rate = learning_rate
+        self.seen = []  # (loss sums)
+        self.implementations = []
+
+    def loss_of(self, batch):
+        loss_sum, tokens = causal_lm_loss(self.model, batch)
+        return {"loss": loss_sum, "num_tokens": tokens}
+
+    def training_step(self, batch, batch_idx):
+        output = self.loss_of(batch)
+        self.seen.append(float(output["loss"]))
+        self.implementations.append(implementation(self.model))
+        return output
+
+    def validation_step(self, batch, batch_idx):
+        self.implementations.append(implementation(self.model))
+        self.log("val/own", self.loss_of(batch)["loss"], batch_size=1)
+
+    test_step = validation_step
+
+    def predict_step(self, batch, batch_idx):
+        self.implementations.append(implementation(self.model))
+        return self.loss_of(batch)["loss"]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
+
+
+def implementation(model):
+    """Name of the attention of the transformers model inside."""
+    from lctrain.models import find_models
+
+    (found,) = find_models(model).values()
+    return found.config._attn_implementation
