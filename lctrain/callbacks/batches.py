@@ -67,6 +67,22 @@ class BatchView:
         return tokens if tokens.dim() == 2 else tokens[None]
 
     @property
+    def rows(self) -> int:
+        """B, the number of rows."""
+        return int(self.input_ids.shape[0])
+
+    def without_tokens(self) -> BatchView:
+        """A view that knows `rows` and `lengths`, and lets the rest of a mapping be freed."""
+        shape = self.input_ids.to("meta")
+        if isinstance(self.content, PackedBatch):
+            return self
+        names = ("cu_seq_lens_q", "attention_mask", "position_ids")
+        kept = {name: self.content[name] for name in names if self.content.get(name) is not None}
+        if "cu_seq_lens_q" in kept:
+            kept = {"cu_seq_lens_q": kept["cu_seq_lens_q"]}
+        return BatchView({"input_ids": shape, **kept})
+
+    @property
     def says_where_documents_end(self) -> bool:
         """Whether the batch brings boundaries: cu_seq_lens, positions or a padding mask."""
         names = ("cu_seq_lens_q", "position_ids", "attention_mask")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
 from lctrain.batch import PackedBatch
+from lctrain.callbacks.batches import BatchView, ReadBatch, view_batch
 from lctrain.callbacks.lengths import observed_document, with_other_lengths
 from lctrain.callbacks.routed import RoutedRounding
+from lctrain.callbacks.targets import find_target
 
 LARGEST_LOGITS = 2**28  # elements; above, the last hidden states are compared instead
 LARGEST_RECORD = 2**30  # elements kept of routed blocks; above, the check takes fewer tokens
@@ -33,11 +36,22 @@ class IsolationCheck(pl.Callback):
     logits are computed token by token. Experts of a mixture round by how many tokens meet in them:
     RoutedRounding tells that from a leak.
 
+    A batch may be a PackedBatch or a mapping with transformers' names that says where documents
+    end. Rows that hold one document each, with or without padding, have nothing to mix.
+
+    Args:
+        model: Attribute path of the model in the module; None for the only one, or the only one
+            with trainable weights.
+        read_batch: From a batch to a PackedBatch or a mapping with transformers' names.
+
     Raises:
         IsolationError: if any other document's outputs change in any bit.
+        ValueError: if the model is not found, or the batch does not say where documents end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: str | None = None, read_batch: ReadBatch | None = None) -> None:
+        self.model = model
+        self.read_batch = read_batch
         self._checked = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -45,19 +59,47 @@ class IsolationCheck(pl.Callback):
         self._checked = False
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: PackedBatch, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Checks the first batch.
 
         Raises:
             IsolationError: if documents mix.
+            ValueError: if the batch does not say where documents end.
         """
         if self._checked:
             return
         self._checked = True
-        assert isinstance(pl_module.model, nn.Module)
-        with trainer.precision_plugin.forward_context():
-            check_isolation(pl_module.model, batch)
+        model = find_target(pl_module, self.model, self)
+        pack = as_pack(view_batch(batch, self.read_batch))
+        if pack is not None:
+            with trainer.precision_plugin.forward_context():
+                check_isolation(model, pack)
+
+
+def as_pack(view: BatchView) -> PackedBatch | None:
+    """Returns the documents of a batch as a pack on its device; None for one document per row.
+
+    Raises:
+        ValueError: if one row comes without a word on its documents.
+    """
+    if isinstance(view.content, PackedBatch):
+        return view.content
+    rows = view.input_ids.shape[0]
+    if not view.says_where_documents_end and rows == 1:
+        raise ValueError(
+            "batch must say where documents end for IsolationCheck, got "
+            f"{', '.join(map(repr, view.content))}. Use lctrain.data.PackCollator, or add "
+            "cu_seq_lens_q/k or position_ids that restart at 0; without packing, remove the "
+            "callback."
+        )
+    lengths = view.lengths
+    if len(lengths) == rows and (rows > 1 or view.content.get("cu_seq_lens_q") is None):
+        return None
+    mask = view.content.get("attention_mask")
+    tokens = view.input_ids if mask is None else view.input_ids[mask.bool()]
+    documents = tokens.flatten().cpu().split([length for length in lengths if length])
+    return PackedBatch.from_documents(documents).to(view.input_ids.device)
 
 
 def check_isolation(model: nn.Module, batch: PackedBatch) -> None:

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 
+from lctrain.callbacks.targets import find_target
+from lctrain.data.documents import TokenizedDocument
 from lctrain.eval import check_lengths, longest_documents, perplexity_by_length
 
 
@@ -21,10 +24,14 @@ class LengthPerplexity(pl.Callback):
         every_n_steps: Optimizer steps between two measurements.
         max_tokens: Tokens per forward pass; None takes the longest length.
         documents: Number of held-out documents, the longest first.
+        held_out: Held-out documents as sequences of token ids; None asks the data module's
+            `held_out_documents()`, as PackedDataModule has it.
+        model: Attribute path of the model in the module; None for the only one, or the only one
+            with trainable weights.
 
     Raises:
         ValueError: if `every_n_steps` or `documents` is below 1 or a length is out of range; in
-            `on_fit_start`, if nothing is held out.
+            `on_fit_start`, if nothing is held out or the model is not found.
     """
 
     def __init__(
@@ -33,6 +40,8 @@ class LengthPerplexity(pl.Callback):
         every_n_steps: int,
         max_tokens: int | None = None,
         documents: int = 16,
+        held_out: Sequence[Sequence[int]] | None = None,
+        model: str | None = None,
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(
@@ -48,6 +57,8 @@ class LengthPerplexity(pl.Callback):
         self.lengths = check_lengths(lengths, self.max_tokens)
         self.every_n_steps = every_n_steps
         self.documents = documents
+        self.held_out = held_out
+        self.model = model
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fails before training if there is nothing to measure.
@@ -55,7 +66,8 @@ class LengthPerplexity(pl.Callback):
         Raises:
             ValueError: if no held-out document has two tokens.
         """
-        documents = trainer.datamodule.held_out_documents()
+        find_target(pl_module, self.model, self)
+        documents = self._held_out(trainer)
         if all(len(document.input_ids) < 2 for document in documents):
             raise ValueError(
                 "data must hold out a document of at least two tokens for LengthPerplexity, got "
@@ -82,9 +94,23 @@ class LengthPerplexity(pl.Callback):
         trainer.strategy.barrier("LengthPerplexity")
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
-        documents = longest_documents(trainer.datamodule.held_out_documents(), self.documents)
+        documents = longest_documents(self._held_out(trainer), self.documents)
+        model = find_target(pl_module, self.model, self)
         with trainer.precision_plugin.forward_context():
-            table = perplexity_by_length(
-                pl_module.model, documents, self.lengths, max_tokens=self.max_tokens
-            )
+            table = perplexity_by_length(model, documents, self.lengths, max_tokens=self.max_tokens)
         return {f"val/perplexity_{row.length}": row.perplexity for row in table.rows}
+
+    def _held_out(self, trainer: pl.Trainer) -> list[TokenizedDocument]:
+        if self.held_out is not None:
+            return [
+                TokenizedDocument(f"document {index}", np.asarray(ids, dtype=np.int64), index)
+                for index, ids in enumerate(self.held_out)
+            ]
+        find = getattr(getattr(trainer, "datamodule", None), "held_out_documents", None)
+        if find is None:
+            raise ValueError(
+                "LengthPerplexity needs held-out documents, got no data module that has them. Pass "
+                "held_out=, a list of token ids per document, or train with PackedDataModule."
+            )
+        documents: list[TokenizedDocument] = find()
+        return documents

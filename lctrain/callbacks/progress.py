@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from lctrain.cadence import at_log_step
+from lctrain.callbacks.targets import loss_of
 from lctrain.callbacks.throughput import ThroughputMonitor
 
 
@@ -60,7 +61,7 @@ class TokenProgressBar(ProgressBar):
         if self._bar.disable:
             return
         if at_log_step(trainer):
-            self._bar.set_postfix_str(_postfix(trainer, pl_module), refresh=False)
+            self._bar.set_postfix_str(_postfix(trainer, pl_module, outputs), refresh=False)
         if trainer.global_step >= self._bar.n + self._refresh_rate:
             self._bar.update(trainer.global_step - self._bar.n)
 
@@ -114,10 +115,19 @@ class TokenProgressBar(ProgressBar):
         )
 
 
-def _postfix(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
-    """Loss and speed of the newest interval."""
+def _postfix(trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any) -> str:
+    """Loss and speed of the newest interval.
+
+    The loss is that per token where the module or TokenExactLoss knows it, else what the module
+    returned for the micro-batch.
+    """
     parts = []
-    loss = getattr(pl_module, "last_loss", None)
+    known = [getattr(c, "last_loss", None) for c in (pl_module, *trainer.callbacks)]
+    loss = next((loss for loss in known if loss is not None), None)
+    if loss is None:
+        loss = loss_of(outputs)
+        if loss is not None and pl_module.automatic_optimization:  # Lightning has divided it
+            loss = loss * trainer.accumulate_grad_batches
     if loss is not None:
         parts.append(f"loss {float(loss):.3f}")
     for callback in trainer.callbacks:

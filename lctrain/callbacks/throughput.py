@@ -11,10 +11,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from lctrain.batch import PackedBatch
 from lctrain.cadence import at_log_step
+from lctrain.callbacks.batches import BatchView, ReadBatch, view_batch
+from lctrain.callbacks.targets import find_target
 from lctrain.flops import FlopCounter, peak_flops
 
 
@@ -56,27 +57,40 @@ class Throughput:
 class ThroughputMonitor(pl.Callback):
     """Counts on the CPU, from the batches' own numbers, and logs at the logging cadence.
 
-    The device is waited for only when it logs. The clock runs from the first training step on and
-    stops while the run validates or saves a checkpoint.
+    Batches may be PackedBatch or mappings with transformers' names; what such a mapping holds on a
+    device is read when the monitor logs. The device is waited for only then. The clock runs from
+    the first training step on and stops while the run validates or saves a checkpoint.
 
     Args:
         max_tokens: Capacity of a row; None logs no fill.
+        model: Attribute path of the model in the module whose FLOPs count; None for the only one,
+            or the only one with trainable weights.
+        read_batch: From a batch to a PackedBatch or a mapping with transformers' names.
+
+    Raises:
+        ValueError: if the model is not found, or a batch cannot be read.
 
     Attributes:
         total: Everything up to the newest logging step.
         latest: What was counted between the two newest logging steps.
     """
 
-    def __init__(self, max_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        max_tokens: int | None = None,
+        model: str | None = None,
+        read_batch: ReadBatch | None = None,
+    ) -> None:
         self.max_tokens = max_tokens
+        self.model = model
+        self.read_batch = read_batch
         self.total = Throughput()
         self.latest = Throughput()
         self._first: Throughput | None = None
         self._counter: FlopCounter | None = None
         self._peak: float | None = None
-        self._tokens = 0
-        self._rows = 0
-        self._flops = 0.0
+        self._counted = Throughput()
+        self._unread: list[BatchView] = []
         self._clock = _Clock()
 
     @property
@@ -88,14 +102,14 @@ class ThroughputMonitor(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reads the sizes of the model and the name of the device."""
-        assert isinstance(pl_module.model, nn.Module)
-        self._counter = FlopCounter.of(pl_module.model)
+        self._counted, self._unread = Throughput(), []
+        self._counter = FlopCounter.of(find_target(pl_module, self.model, self))
         if pl_module.device.type == "cuda":
             self._peak = peak_flops(torch.cuda.get_device_name(pl_module.device))
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: PackedBatch, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Starts the clock, at the first batch and after every pause."""
         self._clock.resume()
@@ -105,14 +119,15 @@ class ThroughputMonitor(pl.Callback):
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         outputs: Any,
-        batch: PackedBatch,
+        batch: Any,
         batch_idx: int,
     ) -> None:
-        """Counts the batch; logs at the cadence."""
-        assert self._counter is not None
-        self._tokens += batch.num_tokens
-        self._rows += 1
-        self._flops += self._counter.step_flops(batch.lengths)
+        """Counts the batch, or keeps what says its lengths; logs at the cadence."""
+        view = view_batch(batch, self.read_batch)
+        if isinstance(view.content, PackedBatch):
+            self._counted += self._count(view)
+        else:
+            self._unread.append(view.without_tokens())
         if at_log_step(trainer):
             self._close_interval(trainer, pl_module)
             self._log(trainer, pl_module)
@@ -129,16 +144,16 @@ class ThroughputMonitor(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Counts the steps after the last logging step into the total."""
-        if self._rows:
+        if self._unread or self._counted.tokens:
             self._close_interval(trainer, pl_module)
 
     def _close_interval(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Joins the ranks' counts; waits for the device."""
         seconds = self._clock.lap(pl_module.device)
-        capacity = float(self._rows * self.max_tokens) if self.max_tokens else 0.0
-        counts = torch.tensor([float(self._tokens), capacity, self._flops], dtype=torch.float64).to(
-            pl_module.device
-        )
+        counted = sum(map(self._count, self._unread), self._counted)
+        counts = torch.tensor(
+            [counted.tokens, counted.capacity, counted.flops], dtype=torch.float64
+        ).to(pl_module.device)
         if trainer.world_size > 1:
             dist.all_reduce(counts)
         tokens, capacity, flops = counts.tolist()
@@ -146,8 +161,16 @@ class ThroughputMonitor(pl.Callback):
         self.total = self.total + self.latest
         if self._first is None:
             self._first = self.latest
-        self._tokens = self._rows = 0
-        self._flops = 0.0
+        self._counted, self._unread = Throughput(), []
+
+    def _count(self, view: BatchView) -> Throughput:
+        """Tokens, capacity and FLOPs of one micro-batch of this rank."""
+        assert self._counter is not None
+        return Throughput(
+            tokens=float(view.num_tokens),
+            capacity=float(view.rows * (self.max_tokens or 0)),
+            flops=self._counter.step_flops(view.lengths),
+        )
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         latest = self.latest

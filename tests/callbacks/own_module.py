@@ -15,7 +15,7 @@ class OwnModule(pl.LightningModule):
         super().__init__()
         self.model = model
         self.learning_rate = learning_rate
-        self.seen = []  # (loss sums)
+        self.seen = []  # losses of the micro-batches
         self.implementations = []
 
     def loss_of(self, batch):
@@ -24,7 +24,8 @@ class OwnModule(pl.LightningModule):
 
     def training_step(self, batch, batch_idx):
         output = self.loss_of(batch)
-        self.seen.append(float(output["loss"]))
+        loss = output["loss"] if isinstance(output, dict) else output
+        self.seen.append(float(loss.detach()))
         self.implementations.append(implementation(self.model))
         return output
 
