@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
@@ -19,6 +20,8 @@ HELP = frozenset({"--help", "-h"})
 CFG = frozenset({"--cfg", "-c"})
 OTHER_FILES = frozenset({"--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"})
 
+_HOME = re.compile(r"(?<=[=\[,])~(?=[/,\]]|$)")
+
 
 class Command(Interface):
     """A console script: what it takes, and how it runs."""
@@ -33,7 +36,7 @@ class Command(Interface):
             SystemExit: after an error, with status 2 if it was expected, else 1. With
                 HYDRA_FULL_ERROR=1 the error itself is raised.
         """
-        arguments = sys.argv[1:]
+        sys.argv[1:] = arguments = expand_home(sys.argv[1:])
         if (show := self._shown(arguments)) is not None:
             self._guard(lambda: print(show(self, overrides_of(arguments)).rstrip()))
         elif os.environ.get(FULL_ERROR) == "1":
@@ -80,6 +83,15 @@ class Command(Interface):
             overrides = overrides_of(sys.argv[1:])
             known = partial(known_keys, self.config_name, overrides)
             raise SystemExit(report_failure(self.program, error, overrides, known)) from None
+
+
+def expand_home(arguments: Sequence[str]) -> list[str]:
+    """Replaces `~` where a value begins with it: Hydra's grammar has no such character.
+
+    Shells do so for `model=~/x`, if at all, but neither for `paths.root=~/x` nor inside of lists.
+    """
+    home = os.path.expanduser("~")
+    return [_HOME.sub(lambda _: home, argument) for argument in arguments]
 
 
 def overrides_of(arguments: Sequence[str]) -> list[str]:

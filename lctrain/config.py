@@ -8,6 +8,7 @@ DictConfig.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -122,6 +123,9 @@ class PretrainedModelConfig(ModelConfig):
     revision: str | None = None
     trust_remote_code: bool = False
     allow_other_tokenizer: bool = False
+
+    def __post_init__(self) -> None:
+        _expand_home(self, "name_or_path")
 
 
 @dataclass(frozen=True)
@@ -319,6 +323,9 @@ class CheckpointConfig:
     every_n_steps: int = 100
     keep: int = 2
 
+    def __post_init__(self) -> None:
+        _expand_home(self, "directory")
+
 
 @dataclass(frozen=True)
 class ThroughputConfig:
@@ -387,6 +394,9 @@ class CsvLoggerConfig:
     _target_: str = "lctrain.loggers.MetricsCSV"
     save_dir: str = MISSING
 
+    def __post_init__(self) -> None:
+        _expand_home(self, "save_dir")
+
 
 @dataclass(frozen=True)
 class WandbLoggerConfig:
@@ -405,6 +415,9 @@ class WandbLoggerConfig:
     name: str | None = None
     offline: bool = True
 
+    def __post_init__(self) -> None:
+        _expand_home(self, "save_dir")
+
 
 @dataclass(frozen=True)
 class PathsConfig:
@@ -419,6 +432,9 @@ class PathsConfig:
     root: str = "outputs"
     runs_dir: str = MISSING
     output_dir: str = MISSING
+
+    def __post_init__(self) -> None:
+        _expand_home(self, "root", "runs_dir", "output_dir")
 
 
 @dataclass(frozen=True)
@@ -485,6 +501,17 @@ class TrainConfig:
     evaluation: EvaluationConfig = MISSING
     ckpt_path: str | None = None
     export: bool = True
+
+    def __post_init__(self) -> None:
+        _expand_home(self, "ckpt_path")
+
+
+def _expand_home(config: Any, *names: str) -> None:
+    """Replaces a leading `~` in path options by the home folder."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None:
+            object.__setattr__(config, name, os.path.expanduser(value))
 
 
 def _require(holds: bool, message: str) -> None:

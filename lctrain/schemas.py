@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
 from importlib import resources
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from lctrain import config
 from lctrain.config import DataConfig, store_schema
@@ -85,7 +88,11 @@ SCHEMAS: dict[str, Any] = {
 
 
 def register_schemas() -> None:
-    """Puts every schema, and the recipes, into Hydra's ConfigStore. Idempotent."""
+    """Puts every schema, and the recipes, into Hydra's ConfigStore. Idempotent.
+
+    `${expanduser:PATH}` replaces a leading `~`, for paths that Hydra itself uses.
+    """
+    OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
     for name, schema in SCHEMAS.items():
         store_schema(name, schema)
     register_recipes()
@@ -99,7 +106,6 @@ def register_recipes() -> None:
     first line `# @package _global_`, and hydra.searchpath=[file:///my/recipes].
     """
     from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
 
     for file in (resources.files("lctrain.recipes") / "experiment").iterdir():
         if file.name.endswith(".yaml"):

@@ -130,8 +130,11 @@ def direct_table(model_folder: Path, lengths: list[int]):
     return perplexity_by_length(model, documents, lengths, max_tokens=1000)
 
 
-def test_command_line_evaluates_and_writes(run_main, model_folder, tmp_path, capsys) -> None:
-    run_main(f"model={model_folder}", "split=all", "lengths=[8,64]", "name=mine")
+def test_command_line_evaluates_and_writes(
+    run_main, model_folder, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setenv("HOME", str(model_folder.parent))
+    run_main(f"model=~/{model_folder.name}", "split=all", "lengths=[8,64]", "name=mine")
     (folder,) = (tmp_path / "outputs" / "mine").iterdir()
     files = {path.name for path in folder.iterdir()}
     assert files >= {

@@ -17,7 +17,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from lctrain.data.fields import (
     BYTE_ORDER_MARK,
@@ -108,7 +108,7 @@ def read_text(files: tuple[File, ...], encoding: str | None = None) -> Iterator[
                 chosen = encoding_of(head, encoding)
                 check_text(head, path, chosen)
                 decoder = codecs.getincrementaldecoder(chosen)()
-                while chunk := stream.read1(_CHUNK):  # type: ignore[attr-defined]
+                while chunk := stream.read1(_CHUNK):
                     parts.append(decoder.decode(chunk))
                     read += len(chunk)
                 parts.append(decoder.decode(b"", final=True))
@@ -162,7 +162,7 @@ def read_jsonl(files: tuple[File, ...], field: str, encoding: str | None = None)
             yield fault(f"{name}:{number + 1}", _damaged(path, error, f"line {number}"))
 
 
-def _lines(stream: BinaryIO, encoding: str) -> Iterator[bytes | str]:
+def _lines(stream: io.BufferedReader, encoding: str) -> Iterator[bytes | str]:
     """Lines of a stream: as bytes, each to be decoded for itself, where it is UTF-8."""
     if encoding == "utf-8":
         for line in stream:

@@ -12,7 +12,7 @@ import gzip
 import io
 import lzma
 import zlib
-from typing import BinaryIO
+from typing import Any
 
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 """What reading a missing, truncated or damaged file raises; pyarrow's errors are OSErrors."""
@@ -39,8 +39,8 @@ class ForeignFileError(ValueError):
     """A file that is of another kind than it is read as."""
 
 
-def open_bytes(path: str) -> BinaryIO:
-    """Opens a file for reading; gzip, bzip2, xz, zstd and lz4 are decompressed.
+def open_bytes(path: str) -> Any:
+    """Opens a file as a binary stream; gzip, bzip2, xz, zstd and lz4 are decompressed.
 
     Raises:
         OSError: if it cannot be opened. Reading may raise any of DAMAGE.
@@ -48,7 +48,7 @@ def open_bytes(path: str) -> BinaryIO:
     with open(path, "rb") as file:
         head = file.read(6)
     if head.startswith(b"\x1f\x8b"):
-        return gzip.open(path, "rb")  # type: ignore[return-value]
+        return gzip.open(path, "rb")
     if head.startswith(b"BZh"):
         return bz2.open(path, "rb")
     if head.startswith(b"\xfd7zXZ\x00"):
@@ -58,7 +58,7 @@ def open_bytes(path: str) -> BinaryIO:
             import pyarrow as pa
 
             stream = pa.CompressedInputStream(pa.OSFile(path), codec)
-            return io.BufferedReader(stream)  # type: ignore[return-value]
+            return io.BufferedReader(stream)
     return open(path, "rb")
 
 
@@ -102,7 +102,7 @@ def check_encoding(encoding: str | None) -> None:
         ) from error
 
 
-def peek(stream: BinaryIO) -> tuple[bytes, BinaryIO]:
+def peek(stream: Any) -> tuple[bytes, io.BufferedReader]:
     """Returns the first bytes of a stream, and a stream that begins with them again."""
-    buffered = io.BufferedReader(stream, _HEAD)  # type: ignore[arg-type]
+    buffered = io.BufferedReader(stream, _HEAD)
     return buffered.peek(_HEAD)[:_HEAD], buffered

@@ -142,7 +142,7 @@ class _Encoder:
     def finish(self, text: str, ids: np.ndarray) -> tuple[np.ndarray, int]:
         """Token ids [n] int32 with those around them, and the number of special tokens' texts."""
         found = 0 if self._pattern is None else sum(1 for _ in self._pattern.finditer(text))
-        if found and self._split and holds_special(self._tokenizer, ids):
+        if self._pattern and found and self._split and holds_special(self._tokenizer, ids):
             ids = np.concatenate([self._encode_long(p) for p in break_up(text, self._pattern)])
         end = self._end
         if len(end) == 1 and len(ids) and ids[-1] == end[0]:

@@ -1,6 +1,7 @@
 """Every config composes, converts to plain dataclasses and builds its objects."""
 
 import dataclasses
+import importlib
 import itertools
 from importlib import resources
 
@@ -20,6 +21,7 @@ from lctrain.build import (
     instantiate_all,
     resolve_precision,
 )
+from lctrain.command import expand_home
 from lctrain.config import (
     STRATEGIES,
     AttentionConfig,
@@ -371,3 +373,43 @@ def test_what_to_do_about_faults_and_encodings_is_in_the_schema():
     assert (data.on_error, data.encoding) == ("raise", "latin-1")
     with pytest.raises(ValueError, match="on_error must be one of skip, raise"):
         load("data=stdlib", "data.on_error=never")
+
+
+def test_a_leading_tilde_is_the_home_folder_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load(
+        "model=hf", "model.name_or_path='~/model'", "paths.root='~/runs'", "ckpt_path='~/a.ckpt'",
+        "data=hub", "data.dataset='~/data'", "data.cache_dir='~/cache'", "logger=wandb",
+        output_dir="'~/out'",
+    )  # fmt: skip
+    assert config.model.name_or_path == "/home/me/model"
+    assert config.paths.root == "/home/me/runs"
+    assert config.paths.runs_dir == "/home/me/runs/default"
+    assert config.paths.output_dir == "/home/me/out"
+    assert config.ckpt_path == "/home/me/a.ckpt"
+    assert config.data.dataset == "/home/me/data"
+    assert config.callbacks["checkpoint"].directory == "/home/me/out/checkpoints"
+    assert {logger.save_dir for logger in config.logger.values()} == {"/home/me/out"}
+    monkeypatch.setattr("lctrain.build.tokenizer_for", lambda model, named: None)
+    cache_dir = build_datamodule(config.data, config.model).preparation.cache_dir
+    assert str(cache_dir) == "/home/me/cache"
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_a_leading_tilde_is_the_home_folder_where_hydra_writes(name, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    importlib.import_module("lctrain.evaluate")  # stores the schema of eval
+    register_schemas()
+    with initialize_config_module("lctrain.configs", version_base="1.3"):
+        config = compose(name, ["paths.root='~/runs'"], return_hydra_config=True)
+    assert config.hydra.run.dir.startswith("/home/me/runs/")
+    assert config.hydra.sweep.dir.startswith("/home/me/runs/")
+
+
+def test_a_tilde_in_the_arguments_of_a_command_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    arguments = ["paths.root=~/x", "data.files=[~/a,~/b/*.txt]", "~data.seed", "a=b~/c", "c=~x/y"]
+    assert expand_home(arguments) == [
+        "paths.root=/home/me/x", "data.files=[/home/me/a,/home/me/b/*.txt]", "~data.seed",
+        "a=b~/c", "c=~x/y",
+    ]  # fmt: skip
