@@ -168,10 +168,8 @@ def find_positions(boundaries: Boundaries) -> Tensor:
         [B, S] int64, 0 at padding.
     """
     total = boundaries.queries[0] * boundaries.queries[1]
-    real = boundaries.indices_q
-    cu_seqlens, device = boundaries.cu_seqlens_q, boundaries.cu_seqlens_q.device
-    tokens = torch.arange(total if real is None else real.shape[0], device=device)
-    document = torch.searchsorted(cu_seqlens[1:], tokens.to(torch.int32), right=True)
+    real, cu_seqlens = boundaries.indices_q, boundaries.cu_seqlens_q
+    tokens, document = _documents(boundaries)
     positions = tokens - cu_seqlens[document]
     if boundaries.cu_seqlens_k is not cu_seqlens:
         cached = boundaries.cu_seqlens_k.diff() - cu_seqlens.diff()
@@ -179,6 +177,44 @@ def find_positions(boundaries: Boundaries) -> Tensor:
     if real is not None:
         positions = positions.new_zeros(total).index_copy(0, real, positions)
     return positions.view(boundaries.queries)
+
+
+def find_lengths(boundaries: Boundaries, position_ids: Tensor | None = None) -> Tensor:
+    """Finds the length of every query's document. Reads nothing on the device.
+
+    Args:
+        boundaries: Of the documents.
+        position_ids: [B, S] or [1, S] integers. A document is then as long as its highest position
+            says, which is what transformers goes by; otherwise by its number of keys.
+
+    Returns:
+        [B, S] int64, 1 at padding.
+    """
+    total = boundaries.queries[0] * boundaries.queries[1]
+    real = boundaries.indices_q
+    _, document = _documents(boundaries)
+    keys = boundaries.cu_seqlens_k.diff().long()
+    if position_ids is None:
+        lengths = keys
+    else:
+        positions = position_ids.expand(boundaries.queries).flatten().to(keys)
+        positions = positions if real is None else positions.index_select(0, real)
+        highest = keys.new_zeros(keys.shape).scatter_reduce(0, document, positions, "amax")
+        lengths = highest + 1
+    lengths = lengths[document]
+    if real is not None:
+        lengths = lengths.new_ones(total).index_copy(0, real, lengths)
+    return lengths.view(boundaries.queries)
+
+
+def _documents(boundaries: Boundaries) -> tuple[Tensor, Tensor]:
+    """([T], [T]) int64: every real query's place among the real ones, and its document's index."""
+    total = boundaries.queries[0] * boundaries.queries[1]
+    real, cu_seqlens = boundaries.indices_q, boundaries.cu_seqlens_q
+    count = total if real is None else real.shape[0]
+    tokens = torch.arange(count, device=cu_seqlens.device)
+    document = torch.searchsorted(cu_seqlens[1:], tokens.to(torch.int32), right=True)
+    return tokens, document.clamp(max=cu_seqlens.shape[0] - 2)  # what lies beyond, kernels refuse
 
 
 def _length(name: str, value: Any) -> int:

@@ -28,13 +28,21 @@ class DualChunkInputs(NamedTuple):
     """What all layers of a model share in one forward pass.
 
     Attributes:
-        rotary: The model's rotary embedding: its `inv_freq` [D / 2] rotated queries and keys. Some
-            change it in their forward, which is why it is read by the layers and not before.
+        rotary: The model's rotary embedding.
         logit_scale: [N] float32, the factor of each document's logits; None for no factor.
     """
 
     rotary: nn.Module
     logit_scale: Tensor | None
+
+    def inv_freq(self) -> Tensor:
+        """Returns [D / 2] float32, by which queries and keys were rotated.
+
+        Types that follow the length ('dynamic', 'longrope') rotate by those of short documents.
+        """
+        kind = getattr(self.rotary, "rope_type", "default")
+        follows = "dynamic" in kind or kind == "longrope"
+        return cast(Tensor, self.rotary.original_inv_freq if follows else self.rotary.inv_freq)
 
 
 def dual_chunk_positions(spec: DualChunkSpec, boundaries: Boundaries) -> Tensor:
@@ -113,7 +121,7 @@ def dual_chunk_attention_forward(
     require_rows(module, lctrain_boundaries, queries, keys)
     if spec.dropout is not None:
         dropout = spec.dropout if module.training else 0.0
-    inv_freq = cast(Tensor, lctrain_dual_chunk.rotary.inv_freq)
+    inv_freq = lctrain_dual_chunk.inv_freq()
     logit_scale = lctrain_dual_chunk.logit_scale
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
 

@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lctrain.attention.boundaries import Boundaries, from_padding, from_rows
 from lctrain.attention.dual_chunk import (
@@ -20,6 +20,7 @@ from lctrain.attention.forward import BOUNDARIES_ARGUMENT
 from lctrain.attention.spec import DualChunkSpec
 from lctrain.models.cache import given_cache
 from lctrain.models.differential_fit import refuse_differential_layers
+from lctrain.models.frequencies import follows_length, require_document_frequencies
 from lctrain.models.inputs import InputHook
 from lctrain.models.rotary import find_rotary, probe_layers, require_half_split
 from lctrain.models.window import configured_window
@@ -56,6 +57,7 @@ def fit_dual_chunk(model: Any, spec: DualChunkSpec) -> DualChunkSpec:
         )
         require_half_split(probe)
     _require_fixed_frequencies(rotary, spec)
+    require_document_frequencies(model)
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         raise ValueError(
             f"model must take position_ids for dual chunk attention, got {type(model).__name__}, "
@@ -94,20 +96,19 @@ def follow_window(config: Any, spec: DualChunkSpec) -> DualChunkSpec:
 
 
 def _require_fixed_frequencies(rotary: Any, spec: DualChunkSpec) -> None:
-    """Refuses frequencies that follow the highest position, which is taken modulo the chunk."""
+    """Refuses chunks that reach beyond the lengths of unchanged frequencies."""
     kind = getattr(rotary, "rope_type", "default")
-    trained = getattr(rotary, "original_max_seq_len", spec.chunk)
+    if not follows_length(kind):
+        return
+    trained, reach = rotary.original_max_seq_len, spec.chunk
     if kind == "longrope":
+        trained = rotary.config.rope_parameters["original_max_position_embeddings"]
+        assert spec.chunk_size is not None
+        reach = spec.chunk_size + 1  # the longest document that is read as by plain attention
+    if reach > trained:
         raise ValueError(
-            "rope_type must not be 'longrope' for dual chunk attention: its frequencies follow the "
-            "highest position, which is taken modulo the chunk. Set the config's "
-            "rope_parameters to {'rope_type': 'default', ...} or another type."
-        )
-    if "dynamic" in kind and spec.chunk > trained:
-        raise ValueError(
-            f"chunks must hold at most the {trained} tokens from which on rope_type 'dynamic' "
-            f"changes its frequencies, got {spec.chunk} (chunk_size - local_size). Choose a "
-            "smaller chunk_size."
+            f"chunks must hold at most the {trained} tokens from which on rope_type {kind!r} "
+            f"changes its frequencies, got {reach}. Pass window={trained}, or a smaller chunk_size."
         )
 
 
@@ -142,6 +143,10 @@ class DualChunkHook(InputHook):
             model.get_submodule(self.rotary), dual_chunk_logit_scale(self.spec, boundaries)
         )
         return (), inputs
+
+    def _tell_lengths(self, model: nn.Module, lengths: Tensor) -> None:
+        """All relative positions lie within a chunk, at the frequencies of short documents."""
+        super()._tell_lengths(model, torch.ones_like(lengths))
 
 
 def _continued_boundaries(inputs: dict[str, Any]) -> Boundaries:

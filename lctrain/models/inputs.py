@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lctrain.attention.boundaries import (
     Boundaries,
+    find_lengths,
     find_segments,
     from_cu_seqlens,
     from_padding,
@@ -19,6 +20,12 @@ from lctrain.attention.forward import BOUNDARIES_ARGUMENT
 from lctrain.attention.spec import AttentionSpec
 from lctrain.models.architectures import counts_positions_itself
 from lctrain.models.cache import given_cache
+from lctrain.models.frequencies import (
+    attach_crossing,
+    attach_frequencies,
+    detach_frequencies,
+    length_dependent,
+)
 from lctrain.models.positions import position_limit, require_positions
 
 _LONGER = "Split or truncate longer ones, or choose a model with rotary embeddings."
@@ -37,6 +44,11 @@ class InputHook:
         self.implementation = spec.implementation
         self.positions_from_padding = counts_positions_itself(model)
         self.position_limit = position_limit(model)
+        self.rotaries = tuple(length_dependent(model))
+        for name in self.rotaries:
+            attach_frequencies(model.get_submodule(name))
+        if self.rotaries:
+            attach_crossing(model)
         parameters = inspect.signature(type(model).forward).parameters.values()
         self.names = tuple(
             parameter.name
@@ -62,6 +74,8 @@ class InputHook:
         mask = inputs.get("attention_mask")
         if _filled(given_cache(inputs)):
             _refuse_restart(inputs, tokens.shape[1])
+            if self.rotaries:
+                self._tell_lengths(model, _continued_lengths(inputs, tokens))
             return (), inputs  # the attention function knows how many keys there are
         boundaries = find_boundaries(inputs, tokens.shape[0], tokens.shape[1], tokens.device)
         if mask is None and "attention_mask" in self.names:
@@ -72,8 +86,23 @@ class InputHook:
         if self.position_limit is not None:
             longest = boundaries.max_seqlen_k
             require_positions(model, longest, "documents", _LONGER, self.position_limit)
+        if self.rotaries:
+            position_ids = inputs.get("position_ids")
+            if position_ids is not None and position_ids.dim() == 3:  # [axes, B, S]
+                position_ids = position_ids.amax(0)
+            self._tell_lengths(model, find_lengths(boundaries, position_ids))
         inputs[BOUNDARIES_ARGUMENT] = boundaries
         return (), inputs
+
+    def rest(self, model: nn.Module) -> None:
+        """Gives back what the hook has changed in a model that now has another attention."""
+        if self.rotaries:
+            detach_frequencies(model)
+
+    def _tell_lengths(self, model: nn.Module, lengths: Tensor) -> None:
+        """Tells the rotary embeddings how long each token's document is, [B, S]."""
+        for name in self.rotaries:
+            attach_frequencies(model.get_submodule(name)).lengths = lengths
 
     def _refuse(self, model: Any, inputs: dict[str, Any]) -> None:
         now = model.config._attn_implementation
@@ -181,6 +210,23 @@ def _restarting_positions(cu_seqlens: Tensor, tokens: int) -> Tensor:
     lengths = cu_seqlens.diff()
     starts = torch.repeat_interleave(cu_seqlens[:-1], lengths, output_size=tokens)
     return (torch.arange(tokens, device=cu_seqlens.device) - starts)[None]
+
+
+def _continued_lengths(inputs: dict[str, Any], tokens: Tensor) -> Tensor:
+    """[B, S] int64: the length of each row, what its cache holds included; as `find_lengths`."""
+    rows = tuple(tokens.shape[:2])
+    seen = int(given_cache(inputs).get_seq_length())
+    position_ids, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < seen + rows[1]:
+        mask = torch.ones((rows[0], seen + rows[1]), dtype=torch.bool, device=tokens.device)
+    real = mask[:, : seen + rows[1]].to(device=tokens.device, dtype=torch.bool)
+    if position_ids is None:
+        lengths = real.sum(1)
+    else:
+        position_ids = position_ids.amax(0) if position_ids.dim() == 3 else position_ids
+        positions = position_ids.to(tokens.device).expand(rows)
+        lengths = positions.masked_fill(~real[:, seen:], 0).amax(1) + 1
+    return lengths[:, None].expand(rows)
 
 
 def _filled(cache: Any) -> bool:

@@ -8,6 +8,7 @@ from torch import nn
 from lctrain.attention.spec import AttentionSpec
 from lctrain.models.differential_fit import fit_differential, fuse_layers
 from lctrain.models.dual_chunk import DualChunkHook, fit_dual_chunk
+from lctrain.models.frequencies import require_document_frequencies
 from lctrain.models.inputs import InputHook
 
 
@@ -35,12 +36,13 @@ class Kind(NamedTuple):
     swap: Callable[[dict[str, nn.Module]], Callable[[], None]] = _keep
 
 
-def _unchanged(model: Any, spec: AttentionSpec) -> AttentionSpec:
+def _fit_flash(model: Any, spec: AttentionSpec) -> AttentionSpec:
+    require_document_frequencies(model)
     return spec
 
 
 KINDS = {
-    "flash": Kind(_unchanged, InputHook),
+    "flash": Kind(_fit_flash, InputHook),
     "dual_chunk": Kind(fit_dual_chunk, DualChunkHook),
     "differential": Kind(fit_differential, InputHook, fuse_layers),
 }

@@ -39,10 +39,12 @@ class LateHook:
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Returns the arguments to call the model with, or None to leave them."""
-        if (
-            model.config._attn_implementation != self.implementation
-            or BOUNDARIES_ARGUMENT in kwargs
-            or any(isinstance(hook, InputHook) for hook in model._forward_pre_hooks.values())
+        if model.config._attn_implementation != self.implementation:
+            if self.hook is not None and BOUNDARIES_ARGUMENT not in kwargs:
+                self.hook.rest(model)
+            return None
+        if BOUNDARIES_ARGUMENT in kwargs or any(
+            isinstance(hook, InputHook) for hook in model._forward_pre_hooks.values()
         ):
             return None
         if self.hook is None:

@@ -10,6 +10,7 @@ from lctrain.attention.forward import SPEC_ATTRIBUTE, backend_of
 from lctrain.attention.spec import AttentionSpec, make_spec
 from lctrain.models.architectures import attention_layers, head_dims, require_supported
 from lctrain.models.configs import ConfigSwap
+from lctrain.models.frequencies import detach_frequencies
 from lctrain.models.inputs import InputHook
 from lctrain.models.kinds import KINDS
 from lctrain.models.registration import register
@@ -125,6 +126,7 @@ class PatchHandle:
         self.active = False
         for hook in self._hooks:
             hook.remove()
+        detach_frequencies(self.model)
         self._swap_back()
         for layer, spec in self._specs:  # a model that was loaded by name has one of its own
             delattr(layer, SPEC_ATTRIBUTE)

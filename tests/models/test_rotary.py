@@ -116,7 +116,9 @@ def test_frequencies_that_follow_the_highest_position():
         "original_max_position_embeddings": 32,
     }
     model = make_rotary_model("llama", rope_parameters=rope | longrope)
-    with pytest.raises(ValueError, match="rope_type must not be 'longrope' for dual chunk"):
+    with pytest.raises(
+        ValueError, match=r"at most the 32 tokens .* 'longrope' .* got 64. Pass window=32"
+    ):
         patch_model(model, attention="dual_chunk")
     model = make_rotary_model("llama", rope_parameters=rope | {"rope_type": "dynamic"})
     with pytest.raises(ValueError, match=r"at most the 64 tokens .* 'dynamic' .* got 84"):

@@ -1,0 +1,372 @@
+"""Rotary frequencies that depend on the input, found per document and not per batch.
+
+Two types of RoPE in transformers choose their frequencies in the forward pass: 'longrope' has a
+short and a long set, 'dynamic' (NTK) scales its base with the length. transformers takes the
+longest position of the batch for both, and 'dynamic' remembers earlier batches: a neighbour changes
+a document's output. Here every token is rotated at the frequencies of its own document, which are
+those that transformers takes for the document alone.
+"""
+
+import copy
+import dis
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lctrain.models.cache import CACHE_ARGUMENTS, given_cache
+
+_REMEDY = (
+    "Set the config's rope_parameters to a type with fixed frequencies ('yarn' or 'linear', for "
+    "example), or train it unpatched with one document per row."
+)
+
+
+def follows_length(rope_type: Any) -> bool:
+    """Tells whether transformers changes the frequencies of this rope_type with the length."""
+    return isinstance(rope_type, str) and ("dynamic" in rope_type or rope_type == "longrope")
+
+
+def length_dependent(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the rotary embeddings, by name, whose frequencies follow the length of the input."""
+    found = {}
+    for name, module in model.named_modules():
+        types = getattr(module, "rope_type", None)
+        types = types.values() if isinstance(types, dict) else (types,)
+        if any(map(follows_length, types)) and _decorated(type(module)) is not None:
+            found[name] = module
+    return found
+
+
+class DocumentFrequencies:
+    """Replaces the forward of one rotary embedding, as an attribute of the module.
+
+    Attributes:
+        rotary: The module.
+        lengths: [B, S] int64, the length of each token's document; None for rows that are a
+            document each, as long as their highest position says.
+    """
+
+    def __init__(self, rotary: Any) -> None:
+        self.rotary = rotary
+        self.lengths: Tensor | None = None
+        self._long: dict[Any, Tensor] = {}
+        self._broadcasts = _broadcasts(rotary)
+
+    def __call__(
+        self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Returns what the module's own forward returns, for every token by its document's length.
+
+        Args:
+            x: Tells device and dtype.
+            position_ids: [B, S], or [A, B, S] for several axes.
+            layer_type: Of modules that serve several sorts of layers.
+        """
+        types = self.rotary.rope_type
+        arguments = {} if layer_type is None else {"layer_type": layer_type}
+        if not follows_length(types if layer_type is None else types[layer_type]):
+            return type(self.rotary).forward(self.rotary, x, position_ids, **arguments)
+        lengths = self.lengths
+        if lengths is None:
+            lengths = (position_ids.amax(-1, keepdim=True) + 1).expand_as(position_ids)
+        elif lengths.shape[-1] != position_ids.shape[-1]:
+            raise ValueError(
+                f"rotary embeddings must be made for the {lengths.shape[-1]} tokens of the input, "
+                f"got {position_ids.shape[-1]} positions in {type(self.rotary).__name__}. {_REMEDY}"
+            )
+        with torch.no_grad():
+            inv_freq = self.frequencies(lengths.to(x.device), layer_type)
+            return self._rotate(x, position_ids, inv_freq, layer_type)
+
+    def frequencies(self, lengths: Tensor, layer_type: str | None = None) -> Tensor:
+        """Returns the frequencies [..., D / 2] float32 of documents of these lengths [...]."""
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        rotary, device = self.rotary, lengths.device
+        rope_type, parameters = rotary.rope_type, rotary.config.rope_parameters
+        if layer_type is not None:
+            rope_type, parameters = rope_type[layer_type], parameters[layer_type]
+        short = getattr(rotary, f"{_prefix(layer_type)}original_inv_freq").to(device)
+        if rope_type == "longrope":
+            threshold = parameters["original_max_position_embeddings"]
+            scaled = self._long_set(device, layer_type, threshold)
+        else:
+            threshold = rotary.original_max_seq_len
+            scaled, _ = ROPE_INIT_FUNCTIONS[rope_type](
+                rotary.config, device, seq_len=lengths[..., None], layer_type=layer_type
+            )
+        return torch.where(lengths[..., None] > threshold, scaled, short)
+
+    def _long_set(self, device: torch.device, layer_type: str | None, threshold: int) -> Tensor:
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        key = (device, layer_type)
+        if key not in self._long:
+            self._long[key], _ = ROPE_INIT_FUNCTIONS["longrope"](
+                self.rotary.config, device, seq_len=threshold + 1, layer_type=layer_type
+            )
+        return self._long[key]
+
+    def _rotate(
+        self, x: Tensor, position_ids: Tensor, inv_freq: Tensor, layer_type: str | None
+    ) -> Any:
+        """The module's own forward with one row of frequencies per token [..., S, D / 2]."""
+        forward: Any = _decorated(type(self.rotary))
+        forward = forward.__wrapped__
+        name = f"{_prefix(layer_type)}inv_freq"
+        arguments = {} if layer_type is None else {"layer_type": layer_type}
+        if self._broadcasts:
+            return forward(_View(self.rotary, name, inv_freq), x, position_ids, **arguments)
+
+        def rotate(row: Tensor, position: Tensor) -> Any:
+            position = position[..., None, None]
+            return forward(_View(self.rotary, name, row), x, position, **arguments)
+
+        # transformers 5.17 multiplies one row of frequencies with all positions: one token a call.
+        rows = torch.broadcast_shapes(inv_freq.shape[:-1], position_ids.shape[-2:])
+        positions = position_ids.expand(*position_ids.shape[:-2], *rows[-2:]).flatten(-2)
+        of_tokens = inv_freq.expand(*rows, -1).flatten(0, -2)
+        made = torch.vmap(rotate)(of_tokens, positions.movedim(-1, 0))
+
+        def shape(value: Tensor) -> Tensor:
+            return value.reshape(*rows, -1)
+
+        return shape(made) if isinstance(made, Tensor) else tuple(map(shape, made))
+
+
+class _View:
+    """A rotary embedding with other frequencies: all that a forward reads, nothing copied."""
+
+    def __init__(self, rotary: nn.Module, name: str, inv_freq: Tensor) -> None:
+        self._rotary = rotary
+        setattr(self, name, inv_freq)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._rotary, name)
+
+
+def attach_frequencies(rotary: nn.Module) -> DocumentFrequencies:
+    """Returns the DocumentFrequencies of a module of `length_dependent`; gives it one if needed."""
+    found = vars(rotary).get("forward")
+    if not isinstance(found, DocumentFrequencies):
+        found = DocumentFrequencies(rotary)
+        rotary.forward = found  # type: ignore[assignment]
+    return found
+
+
+def detach_frequencies(model: nn.Module) -> None:
+    """Gives all rotary embeddings of a model their own forward back."""
+    for module in model.modules():
+        if isinstance(vars(module).get("forward"), DocumentFrequencies):
+            del module.forward
+        if isinstance(vars(module).get("prepare_inputs_for_generation"), CrossingCache):
+            del module.prepare_inputs_for_generation
+
+
+@contextmanager
+def row_frequencies(model: nn.Module, lengths: Tensor) -> Iterator[None]:
+    """Within it, an unpatched model rotates every row [B, S] at the frequencies of its length.
+
+    Args:
+        model: Of transformers.
+        lengths: [B], real tokens of each row.
+    """
+    modules = length_dependent(model)
+    before = {name: vars(module).get("forward") for name, module in modules.items()}
+    for module in modules.values():
+        attach_frequencies(module).lengths = None
+    hooks = [
+        module.register_forward_pre_hook(_lengths_of_rows(lengths), with_kwargs=True)
+        for module in modules.values()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, module in modules.items():
+            if before[name] is None:
+                del module.forward
+
+
+def _lengths_of_rows(lengths: Tensor) -> Callable[..., None]:
+    def tell(rotary: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+        told = lengths.to(positions.device)[:, None].expand(-1, positions.shape[-1])
+        attach_frequencies(rotary).lengths = told
+
+    return tell
+
+
+class CrossingCache:
+    """Replaces `prepare_inputs_for_generation` of models that drop their cache at a length.
+
+    Phi-3 with 'longrope' computes its cache anew when a text outgrows the short frequencies. It
+    looks at the padded length of the batch; a row that is padded on the left outgrows them later.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the model's own inputs, without the cache if a row outgrows its frequencies."""
+        original = type(self.model).prepare_inputs_for_generation
+        cache, mask = given_cache(kwargs), kwargs.get("attention_mask")
+        seen = 0 if cache is None else int(cache.get_seq_length())
+        if seen and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > seen:
+            limit = self.model.config.original_max_position_embeddings
+            before, now = mask[:, :seen].sum(1), mask.sum(1)
+            if bool(((before <= limit) & (now > limit)).any()):
+                kwargs |= {name: None for name in CACHE_ARGUMENTS if name in kwargs}
+                kwargs["next_sequence_length"] = None
+        return original(self.model, *args, **kwargs)
+
+
+def attach_crossing(model: nn.Module) -> None:
+    """Gives a model of that kind its CrossingCache. Harmless for others."""
+    method = getattr(type(model), "prepare_inputs_for_generation", None)
+    code = getattr(inspect.unwrap(method), "__code__", None) if method is not None else None
+    drops = (
+        code is not None and "original_max_position_embeddings" in code.co_names + code.co_consts
+    )
+    if drops and hasattr(getattr(model, "config", None), "original_max_position_embeddings"):
+        model.prepare_inputs_for_generation = CrossingCache(model)  # type: ignore[assignment]
+
+
+def require_document_frequencies(model: nn.Module) -> None:
+    """Refuses rotary embeddings whose output for one document depends on another one.
+
+    Raises:
+        ValueError: if the frequencies follow the longest document in a way that is not known here.
+    """
+    known = length_dependent(model).values()
+    for module in model.modules():
+        with torch.device("cpu"):  # a model that is being loaded is built on "meta"
+            if module in known:
+                serves = all(_serves(module, layer_type) for layer_type in _layer_types(module))
+            else:
+                serves = _decorated(type(module)) is not None or not _mixes(module)
+        if not serves:
+            raise ValueError(
+                f"rotary frequencies must be known per document, got {type(module).__name__} with "
+                f"rope_type {getattr(module, 'rope_type', None)!r}, which follows the longest "
+                f"document of a batch in a way of its own. {_REMEDY}"
+            )
+
+
+def _mixes(module: nn.Module) -> bool:
+    """Whether the output of a rotary embedding of no known kind depends on other positions."""
+    if not any(name.endswith("inv_freq") for name in module._buffers):
+        return False
+    if "position_ids" not in inspect.signature(type(module).forward).parameters:
+        return False
+    x, positions = torch.zeros(1, 1, 8), torch.arange(3)[None]
+    far = torch.cat([positions, torch.tensor([[0, 1, 10**6]])], -1)
+    try:
+        alone = _as_tuple(_fresh(module).forward(x, position_ids=positions))
+        beside = _as_tuple(_fresh(module).forward(x, position_ids=far))
+        return any(
+            not torch.equal(one, both[..., :3, :]) for one, both in zip(alone, beside, strict=True)
+        )
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return False  # it is called in a way of its own
+
+
+def _serves(rotary: Any, layer_type: str | None) -> bool:
+    """Whether documents in one row get what the module gives each of them alone."""
+    arguments = {} if layer_type is None else {"layer_type": layer_type}
+    copied = _fresh(rotary)
+    x = torch.zeros(1, 1, 8)
+    threshold = _threshold(copied, layer_type)
+    documents = [
+        torch.tensor([0, 1, length - 1])
+        for length in (3, threshold, threshold + 1, 3 * threshold)
+        if length >= 3
+    ]
+    lengths = torch.cat([(tokens.amax() + 1).expand(3) for tokens in documents])[None]
+    substitute = DocumentFrequencies(copied)
+    substitute.lengths = lengths
+    try:
+        found = substitute(x, torch.cat(documents)[None], layer_type)
+        alone = [
+            _fresh(rotary).forward(x, position_ids=tokens[None], **arguments)
+            for tokens in documents
+        ]
+    except (AttributeError, IndexError, RuntimeError, TypeError):
+        return False
+    for place, value in enumerate(_as_tuple(found)):
+        expected = torch.cat([_as_tuple(one)[place] for one in alone], dim=-2)
+        if expected.shape != value.shape:
+            return False
+        # Not at the far ends: a bit of a frequency is a large angle there.
+        near = [i for i in range(expected.shape[-2]) if i % 3 < 2]
+        if not torch.allclose(value[..., near, :], expected[..., near, :], atol=1e-5):
+            return False
+    return True
+
+
+def _threshold(rotary: Any, layer_type: str | None) -> int:
+    """The longest document of unchanged frequencies."""
+    parameters = rotary.config.rope_parameters
+    parameters = parameters if layer_type is None else parameters[layer_type]
+    if parameters["rope_type"] == "longrope":
+        return int(parameters["original_max_position_embeddings"])
+    return int(rotary.original_max_seq_len)
+
+
+def _layer_types(rotary: Any) -> list[str | None]:
+    if not isinstance(rotary.rope_type, dict):
+        return [None]
+    return [name for name, rope_type in rotary.rope_type.items() if follows_length(rope_type)]
+
+
+def _fresh(rotary: nn.Module) -> Any:
+    """A copy on the CPU that has seen nothing yet; without memory, of other frequencies."""
+    copied: Any = copy.copy(rotary)
+    vars(copied).pop("forward", None)
+    vars(copied)["_buffers"] = dict(copied._buffers)
+    for name in [name for name in vars(copied) if name.endswith("long_inv_freq")]:
+        del vars(copied)[name]
+    for name in [name for name in vars(copied) if name.endswith("max_seq_len_cached")]:
+        setattr(copied, name, copied.original_max_seq_len)
+    for name, buffer in list(copied._buffers.items()):
+        if buffer is None or not name.endswith("inv_freq"):
+            continue
+        # "sliding_attention_original_inv_freq" and so on
+        prefix = name.removesuffix("inv_freq").removesuffix("original_")
+        known = getattr(rotary, f"{prefix}original_inv_freq", buffer)
+        if known.is_meta:
+            known = torch.linspace(1.0, 0.1, len(known))
+        copied._buffers[name] = known.detach().to("cpu", copy=True)
+    return copied
+
+
+def _broadcasts(rotary: nn.Module) -> bool:
+    """Whether the module's forward takes a row of frequencies per token as it is."""
+    return not any(
+        instruction.opname == "BINARY_MATRIX_MULTIPLY" or instruction.argrepr == "@"
+        for instruction in dis.get_instructions(_decorated(type(rotary)).__wrapped__)
+    )
+
+
+def _decorated(kind: type) -> Any:
+    """The wrapper that transformers' dynamic_rope_update put around a class's forward, or None."""
+    function = kind.forward  # type: ignore[attr-defined]
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        if code is not None and code.co_name == "wrapper" and "modeling_rope" in code.co_filename:
+            return function
+        function = getattr(function, "__wrapped__", None)
+    return None
+
+
+def _prefix(layer_type: str | None) -> str:
+    return "" if layer_type is None else f"{layer_type}_"
+
+
+def _as_tuple(values: Any) -> tuple[Tensor, ...]:
+    return (values,) if isinstance(values, Tensor) else tuple(values)
