@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from lctrain.data.faults import warn_once
 from lctrain.data.fields import BYTE_ORDER_MARK
 
 if TYPE_CHECKING:
@@ -76,11 +77,19 @@ class Documents:
     def split(self, held_out_fraction: float) -> tuple[Documents, Documents]:
         """Returns (train, held-out); neither is empty if texts differ and the fraction is above 0.
 
-        Rows that were left out or repaired are counted on the train side.
+        Rows that were left out or repaired are counted on the train side. Of a single text, the
+        end is held out, from a line break or space on.
         """
+        if held_out_fraction > 0 and len(set(self.digests.tolist())) == 1:
+            parts = self._split_text(held_out_fraction)
+            if parts is not None:
+                return parts
         threshold = min(math.ldexp(held_out_fraction, 64), 2.0**64 - 2048)
         held_out = self.digests < np.uint64(threshold)
-        if held_out_fraction > 0 and len(set(self.digests.tolist())) > 1:
+        distinct = len(set(self.digests.tolist()))
+        if distinct == 1:
+            held_out[:] = False
+        elif held_out_fraction > 0 and distinct:
             if not held_out.any():
                 held_out = self.digests == self.digests.min()
             elif held_out.all():
@@ -91,6 +100,26 @@ class Documents:
             dropped_unreadable=self.dropped_unreadable,
             repaired=self.repaired,
         ), self._rows(np.flatnonzero(held_out))
+
+    def _split_text(self, held_out_fraction: float) -> tuple[Documents, Documents] | None:
+        """Divides a single text, of which there may be copies; None if it is too short."""
+        text = self.text(0)
+        place = _border(text, len(text) - max(1, round(len(text) * held_out_fraction)))
+        beginning, end = text[:place], text[place:]
+        if not beginning.strip() or not end.strip():
+            return None
+        warn_once(
+            f"The data hold only one text, {self.names[0]}: its end, from character {place:,} of "
+            f"{len(text):,} on, is held out (data.held_out_fraction={held_out_fraction})."
+        )
+        train = _from_texts([beginning] * len(self), self.names)
+        held_out = _from_texts([end], [f"{self.names[0]}, from character {place:,}"])
+        return replace(
+            train,
+            dropped_empty=self.dropped_empty,
+            dropped_unreadable=self.dropped_unreadable,
+            repaired=self.repaired,
+        ), held_out
 
     def text(self, index: int) -> str:
         """One text, without a byte-order mark."""
@@ -114,6 +143,27 @@ class Documents:
     def _rows(self, rows: np.ndarray) -> Documents:
         names = [self.names[row] for row in rows]
         return Documents(self.texts.select(rows), names, self.digests[rows], self.sizes[rows])
+
+
+def count_shared(held_out: Documents, train: Documents) -> int:
+    """The number of held-out documents whose text is in the training data, too."""
+    return int(np.isin(held_out.digests, train.digests).sum())
+
+
+def _border(text: str, place: int) -> int:
+    """The last line break before a place, else the last space, else the place itself."""
+    for mark in ("\n", " "):
+        found = text.rfind(mark, place // 2, place) + 1
+        if found:
+            return found
+    return place
+
+
+def _from_texts(texts: Sequence[str], names: Sequence[str]) -> Documents:
+    from datasets import Dataset, Features, Value
+
+    features = Features({"text": Value("large_string"), "name": Value("string")})
+    return read_documents(Dataset.from_dict({"text": texts, "name": list(names)}, features), "")
 
 
 def read_documents(dataset: Dataset, label: str) -> Documents:

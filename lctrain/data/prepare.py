@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from lctrain.batch import MIN_TOKENS, check_max_tokens
 from lctrain.data.collator import PackedRows
-from lctrain.data.documents import Documents, TokenStore, read_documents
+from lctrain.data.documents import Documents, TokenStore, count_shared, read_documents
 from lctrain.data.faults import warn_once
 from lctrain.data.packing import Overlong, PackingPlan, document_limit, plan_rows
 from lctrain.data.passkey import PasskeyFormat
@@ -159,6 +159,13 @@ class Preparation:
             train, held_out = train.split(self.held_out_fraction)
         else:
             held_out = read_documents(set_aside, f"{label}.held_out")
+            shared = count_shared(held_out, train)
+            if shared:
+                warn_once(
+                    f"{shared:,} of {len(held_out):,} held-out documents are in the training data, "
+                    "too: a held-out loss says nothing about new text there. Leave them out of "
+                    "data.files."
+                )
         if len(train) == 0:
             raise ValueError(
                 f"data must hold at least one document with text, got none from {self.source} "

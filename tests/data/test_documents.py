@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from lctrain.data.documents import TokenStore, read_documents
+from lctrain.data.faults import warn_once
 
 TEXTS = [f"text {number}" for number in range(400)]
 
@@ -101,3 +102,26 @@ def test_token_store_pickles_for_spawned_workers(store):
     copy = pickle.loads(pickle.dumps(store))
     assert copy.tokens(3).tolist() == [7, 8, 9, 10]
     assert copy.names == store.names
+
+
+@pytest.mark.parametrize(
+    ("text", "fraction", "beginning", "end"),
+    [
+        ("line 1\nline 2\nline 3\nline 4\n", 0.2, "line 1\nline 2\nline 3\n", "line 4\n"),
+        ("one two three four", 0.3, "one two ", "three four"),
+        ("漢字かな交じり文", 0.25, "漢字かな交じ", "り文"),
+        ("x", 0.5, "x", ""),
+        ("ab   ", 0.2, "ab   ", ""),
+    ],
+)
+def test_the_end_of_a_single_text_is_held_out(text, fraction, beginning, end, caplog):
+    warn_once.cache_clear()
+    train, held_out = read_documents(Dataset.from_dict({"text": [text, text, ""]}), "t").split(
+        fraction
+    )
+    assert [train.text(i) for i in range(len(train))] == [beginning] * 2
+    assert [held_out.text(i) for i in range(len(held_out))] == ([end] if end else [])
+    assert train.dropped_empty == 1
+    assert ("hold only one text, t:0: its end" in caplog.text) == bool(end)
+    whole, nothing = read_documents(Dataset.from_dict({"text": [text]}), "t").split(0.0)
+    assert (whole.text(0), len(nothing)) == (text, 0)
