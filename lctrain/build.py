@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from lctrain.attention import make_spec
-from lctrain.callbacks import AtomicCheckpointIO
 from lctrain.config import (
     AttentionConfig,
     DataConfig,
@@ -25,6 +24,7 @@ from lctrain.models import patch_model
 from lctrain.models.positions import require_positions
 from lctrain.models.pretrained import load_architecture, load_pretrained
 from lctrain.models.tokenizer import tokenizer_for
+from lctrain.run.checkpoint_file import AtomicCheckpointIO
 from lctrain.schemas import source_of
 
 

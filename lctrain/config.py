@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lctrain.config_errors import explain_config_error
+from lctrain.local_paths import check_run_name, local_path
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -70,6 +71,12 @@ class DataConfig:
     cache_dir: str | None = None
     special_tokens: str = "text"
 
+    def __post_init__(self) -> None:
+        _local(self, "data.", "cache_dir")
+        checks = getattr(super(), "__post_init__", None)  # of the source that a subclass adds
+        if checks is not None:
+            checks()
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -125,7 +132,7 @@ class PretrainedModelConfig(ModelConfig):
     allow_other_tokenizer: bool = False
 
     def __post_init__(self) -> None:
-        _expand_home(self, "name_or_path")
+        object.__setattr__(self, "name_or_path", os.path.expanduser(self.name_or_path))
 
 
 @dataclass(frozen=True)
@@ -324,7 +331,7 @@ class CheckpointConfig:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        _expand_home(self, "directory")
+        _local(self, "callbacks.checkpoint.", "directory")
 
 
 @dataclass(frozen=True)
@@ -395,7 +402,7 @@ class CsvLoggerConfig:
     save_dir: str = MISSING
 
     def __post_init__(self) -> None:
-        _expand_home(self, "save_dir")
+        _local(self, "logger.csv.", "save_dir")
 
 
 @dataclass(frozen=True)
@@ -407,6 +414,7 @@ class WandbLoggerConfig:
         project: Project name.
         name: Name of the run.
         offline: Keep everything on this machine; `wandb sync` sends it later.
+        id: Identifies the run; None takes the one in run.json, with which a resumed run goes on.
     """
 
     _target_: str = "lctrain.loggers.wandb_logger"
@@ -414,19 +422,20 @@ class WandbLoggerConfig:
     project: str = "lctrain"
     name: str | None = None
     offline: bool = True
+    id: str | None = None
 
     def __post_init__(self) -> None:
-        _expand_home(self, "save_dir")
+        _local(self, "logger.wandb.", "save_dir")
 
 
 @dataclass(frozen=True)
 class PathsConfig:
-    """Where a run writes.
+    """Where a run writes: folders of this machine, which a run can lock.
 
     Attributes:
         root: Folder of all runs.
-        runs_dir: Folder of the runs of this name; `ckpt_path=last` looks for the newest there.
-        output_dir: Folder of this run.
+        runs_dir: Folder of the runs of this name; `ckpt_path=last` looks for this run there.
+        output_dir: Folder of this run alone.
     """
 
     root: str = "outputs"
@@ -434,7 +443,7 @@ class PathsConfig:
     output_dir: str = MISSING
 
     def __post_init__(self) -> None:
-        _expand_home(self, "root", "runs_dir", "output_dir")
+        _local(self, "paths.", "root", "runs_dir", "output_dir")
 
 
 @dataclass(frozen=True)
@@ -484,7 +493,8 @@ class TrainConfig:
         logger: By name, each with a `_target_`.
         paths: Where the run writes.
         evaluation: Perplexity by length at the end.
-        ckpt_path: Checkpoint to resume from: a path, or "last" for the newest of this name.
+        ckpt_path: Checkpoint to resume from: a path, or "last" for the newest of this run. The run
+            goes on in its folder, unless another one is chosen.
         export: Whether to write the trained model for transformers.
     """
 
@@ -503,15 +513,16 @@ class TrainConfig:
     export: bool = True
 
     def __post_init__(self) -> None:
-        _expand_home(self, "ckpt_path")
+        check_run_name(self.name)
+        _local(self, "", "ckpt_path")
 
 
-def _expand_home(config: Any, *names: str) -> None:
-    """Replaces a leading `~` in path options by the home folder."""
+def _local(config: Any, group: str, *names: str) -> None:
+    """Replaces path options by what `local_path` makes of them: `~` expanded, no URL."""
     for name in names:
         value = getattr(config, name)
-        if value is not None:
-            object.__setattr__(config, name, os.path.expanduser(value))
+        if value is not None and value != MISSING:
+            object.__setattr__(config, name, local_path(f"{group}{name}", value))
 
 
 def _require(holds: bool, message: str) -> None:

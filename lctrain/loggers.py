@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -50,8 +53,19 @@ class MetricsCSV(Logger):
         return Path(self._save_dir) / "metrics.csv"
 
     @rank_zero_only
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the resolved config is saved beside the file."""
+    def log_hyperparams(self, params: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Writes the options to `<save_dir>/hparams.yaml`.
+
+        Args:
+            params: A dictionary, nested as the options are, or a Namespace.
+            args: Not used.
+            kwargs: Not used.
+        """
+        plain = vars(params) if isinstance(params, Namespace) else dict(params or {})
+        if plain:
+            Path(self._save_dir).mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump(plain, sort_keys=False)
+            (Path(self._save_dir) / "hparams.yaml").write_text(text)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -88,7 +102,11 @@ class MetricsCSV(Logger):
 
 
 def wandb_logger(
-    save_dir: str, project: str = "lctrain", name: str | None = None, offline: bool = True
+    save_dir: str,
+    project: str = "lctrain",
+    name: str | None = None,
+    offline: bool = True,
+    id: str | None = None,
 ) -> Logger:
     """Builds Lightning's WandbLogger; offline it needs neither a key nor a network.
 
@@ -97,9 +115,23 @@ def wandb_logger(
         project: Project name.
         name: Name of the run.
         offline: Keep everything on this machine; `wandb sync` sends it later.
+        id: Identifies the run: with the same one, a resumed run goes on as the same run.
     """
     Path(save_dir).mkdir(parents=True, exist_ok=True)
-    return WandbLogger(save_dir=save_dir, project=project, name=name, offline=offline)
+    return WandbLogger(save_dir=save_dir, project=project, name=name, offline=offline, id=id)
+
+
+def with_run_id(configs: Mapping[str, Any], run_id: str) -> dict[str, Any]:
+    """Gives the run's identifier to the loggers that take one and have none.
+
+    Args:
+        configs: By name, as in `TrainConfig.logger`.
+        run_id: Of the run.
+    """
+    return {
+        name: replace(config, id=run_id) if getattr(config, "id", run_id) is None else config
+        for name, config in configs.items()
+    }
 
 
 @contextmanager

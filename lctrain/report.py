@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -66,6 +67,16 @@ class RunReport:
             lines.append(f"perplexity by length  {cells}")
         lines += [f"{name:<16} {path}" for name, path in self.paths.items()]
         return "\n".join(lines)
+
+    def save(self, folder: Path) -> None:
+        """Writes report.txt, as it is printed, and report.json, with every figure.
+
+        Args:
+            folder: Of the run.
+        """
+        (folder / "report.txt").write_text(f"{self}\n")
+        content = json.dumps(asdict(self), indent=2, default=str)
+        (folder / "report.json").write_text(f"{content}\n")
 
 
 def summarize(

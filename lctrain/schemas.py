@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields
 from importlib import resources
 from typing import Any
@@ -14,6 +13,7 @@ from lctrain.config import DataConfig, store_schema
 from lctrain.data.hub import HubSource
 from lctrain.data.packages import PackagesSource
 from lctrain.data.sources import JsonlSource, ParquetSource, Source, StdlibSource, TextSource
+from lctrain.run.new_folder import register_new_run_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +88,8 @@ SCHEMAS: dict[str, Any] = {
 
 
 def register_schemas() -> None:
-    """Puts every schema, and the recipes, into Hydra's ConfigStore. Idempotent.
-
-    `${expanduser:PATH}` replaces a leading `~`, for paths that Hydra itself uses.
-    """
-    OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
+    """Puts every schema, and the recipes, into Hydra's ConfigStore. Idempotent."""
+    register_new_run_folder()
     for name, schema in SCHEMAS.items():
         store_schema(name, schema)
     register_recipes()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import sys
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lctrain.command import Command
 from lctrain.config import EvaluationConfig, TrainConfig, to_dataclass
+from lctrain.run.rank import is_rank_zero
+from lctrain.run.start import folder_to_go_on_in, was_requeued
 from lctrain.schemas import register_schemas
 
 if TYPE_CHECKING:
@@ -21,11 +22,10 @@ if TYPE_CHECKING:
 
     from lctrain.module import LongContextModule
     from lctrain.report import RunReport
+    from lctrain.run.folder import RunFolder
+    from lctrain.run.signals import StopSignals
 
 log = logging.getLogger(__name__)
-
-SIGTERM_STATUS = 128 + signal.SIGTERM
-"""What a shell reports of a process that SIGTERM ended."""
 
 
 def train(config: TrainConfig) -> RunReport:
@@ -38,31 +38,56 @@ def train(config: TrainConfig) -> RunReport:
         What was reached and where it was written.
 
     Raises:
-        ValueError: if the configuration, the data or the checkpoint does not fit: before training,
-            and before the data are read wherever they have no part in it.
+        ValueError: if the configuration, the data, the checkpoint or the folder does not fit:
+            before training, and before the data are read wherever they have no part in it.
         NonFiniteLossError: if the loss became NaN or infinite.
         IsolationError: if documents of a pack mix.
-        SystemExit: with status 143 if SIGTERM stopped the run.
+        StorageError: if a disk is full, a quota used up, or a file system became read-only.
+        SystemExit: if a signal stopped the run, with the status that a shell would report.
     """
-    import lightning.pytorch as pl
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
-
-    from lctrain.build import (
-        build_datamodule,
-        build_trainer,
-        check_model,
-        instantiate_all,
-        model_factory,
-    )
-    from lctrain.callbacks.checkpoint import StepCheckpoint, check_writable, find_checkpoint
-    from lctrain.eval import check_lengths
-    from lctrain.loggers import closing
-    from lctrain.module import LongContextModule
-    from lctrain.optim import learning_rate_factor
-    from lctrain.report import summarize
+    from lctrain.run.signals import StopSignals, ends_in_order
 
     output_dir = Path(config.paths.output_dir).absolute()
-    check_writable(output_dir)
+    with StopSignals() as signals, ends_in_order(signals, output_dir / "checkpoints"):
+        return _train(config, output_dir, signals)
+
+
+def _train(config: TrainConfig, output_dir: Path, signals: StopSignals) -> RunReport:
+    """Checks everything, takes the folder, and runs the training in it."""
+    from lctrain.build import instantiate_all, resolve_precision
+    from lctrain.callbacks.checkpoint import check_writable, step_checkpoints
+    from lctrain.run.identity import identity_of
+    from lctrain.run.log_file import log_file
+    from lctrain.run.resume import find_checkpoint
+    from lctrain.run.start import claim_folder
+    from lctrain.run.storage import storage_errors
+
+    if is_rank_zero():
+        check_writable(output_dir)
+    check_before_data(config)
+    callbacks = list(instantiate_all("callbacks", config.callbacks).values())
+    directories = [callback.directory for callback in step_checkpoints(callbacks)]
+    if is_rank_zero():
+        for directory in directories:
+            check_writable(directory)
+    runs_dir = Path(config.paths.runs_dir)
+    identity = identity_of(config, trainer__precision=resolve_precision(config.trainer))
+    checkpoint = find_checkpoint(config.ckpt_path, directories, runs_dir, identity)
+    with (
+        claim_folder(output_dir, checkpoint, identity, runs_dir, directories) as folder,
+        log_file(output_dir / "train.log", writes=is_rank_zero()),
+        storage_errors(output_dir, "go on with ckpt_path=last"),
+    ):
+        callbacks += run_callbacks(config, folder, identity, signals)
+        return _run(config, folder, callbacks, checkpoint, signals)
+
+
+def check_before_data(config: TrainConfig) -> None:
+    """Raises ValueError for what does not fit, as far as that shows without the data."""
+    from lctrain.build import check_model
+    from lctrain.eval import check_lengths
+    from lctrain.optim import learning_rate_factor
+
     if config.evaluation.enabled:
         check_lengths(config.evaluation.lengths, forward_tokens(config.evaluation))
     if config.trainer.max_steps > 0:
@@ -71,43 +96,70 @@ def train(config: TrainConfig) -> RunReport:
     if config.evaluation.enabled:
         lengths["evaluation.lengths"] = max(config.evaluation.lengths)
     check_model(config.model, config.attention, lengths)
-    pl.seed_everything(config.seed, verbose=False)
 
+
+def run_callbacks(
+    config: TrainConfig, folder: RunFolder, identity: Mapping[str, Any], signals: StopSignals
+) -> list[pl.Callback]:
+    """The callbacks that every run has: who it is, and how it stops."""
+    from lctrain.callbacks.run_record import RunRecord
+    from lctrain.callbacks.stop import StopAtSignal
+    from lctrain.run.identity import plain_values
+
+    return [RunRecord(folder, identity, plain_values(config)), StopAtSignal(signals)]
+
+
+def _run(
+    config: TrainConfig,
+    folder: RunFolder,
+    callbacks: list[pl.Callback],
+    checkpoint: Path | None,
+    signals: StopSignals,
+) -> RunReport:
+    """Trains, exports, evaluates and reports, in the run's own folder."""
+    import lightning.pytorch as pl
+
+    from lctrain.build import build_datamodule, build_trainer, instantiate_all, model_factory
+    from lctrain.loggers import closing, with_run_id
+    from lctrain.module import LongContextModule
+    from lctrain.report import summarize
+    from lctrain.run.log_file import log_to_file
+
+    pl.seed_everything(config.seed, verbose=False)
     datamodule = build_datamodule(config.data, config.model)
     module = LongContextModule(
         model_factory(config.model), config.optim, config.attention, seed=config.seed
     )
-    callbacks = list(instantiate_all("callbacks", config.callbacks).values())
-    for callback in callbacks:
-        if isinstance(callback, StepCheckpoint):
-            check_writable(callback.directory)
-    loggers = list(instantiate_all("logger", config.logger).values())
-    trainer = build_trainer(config.trainer, callbacks, loggers, str(output_dir))
-    checkpoint = find_checkpoint(config.ckpt_path, callbacks, Path(config.paths.runs_dir))
-
+    loggers = list(instantiate_all("logger", with_run_id(config.logger, folder.id)).values())
+    trainer = build_trainer(config.trainer, callbacks, loggers, str(folder.path))
+    signals.end_others = lambda number: end_launched_ranks(trainer, number)
+    log.info("Run %s in %s", folder.id, folder.path)
     with closing(loggers):
-        try:
-            if checkpoint is None:
-                trainer.validate(module, datamodule, verbose=False)
-            else:
-                log.info("Resuming from %s", checkpoint)
-            trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=False)
+        if checkpoint is None:
             trainer.validate(module, datamodule, verbose=False)
-        except SIGTERMException as stop:
-            # Lightning ends the process with status 0, which a job script takes for success.
-            print(
-                f"Stopped by SIGTERM at step {trainer.global_step}. The same command with "
-                "ckpt_path=last goes on from the last checkpoint, if one was written by then "
-                "(callbacks.checkpoint.every_n_steps).",
-                file=sys.stderr,
-                flush=True,
-            )
-            raise SystemExit(SIGTERM_STATUS) from stop
-        paths, perplexities = export_and_evaluate(config, trainer, module, output_dir)
+        else:
+            log.info("Resuming from %s", checkpoint)
+        trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+        trainer.validate(module, datamodule, verbose=False)
+        paths, perplexities = export_and_evaluate(config, trainer, module, folder.path)
     report = summarize(trainer, module, perplexities, paths)
     if trainer.is_global_zero:
+        report.save(folder.path)
         print(report, flush=True)
+        log_to_file(f"Report\n{report}")
     return report
+
+
+def end_launched_ranks(trainer: pl.Trainer, number: int) -> None:
+    """Sends a signal to the processes that Lightning started for further ranks, if there are any.
+
+    Args:
+        trainer: Of this process.
+        number: The signal.
+    """
+    launcher = trainer.strategy.launcher
+    if launcher is not None and getattr(launcher, "procs", None):
+        launcher.kill(number)
 
 
 def export_and_evaluate(
@@ -186,7 +238,10 @@ def forward_tokens(config: EvaluationConfig) -> int:
 
 def quiet_lightning() -> None:
     """Leaves out what Lightning says about itself, and a deprecation inside of it."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    import lightning.pytorch  # noqa: F401 (its import sets the levels)
+
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
@@ -211,20 +266,62 @@ def main() -> None:
 
 
 def run(config: DictConfig) -> None:
-    """Trains with what Hydra composed, and keeps that beside the results."""
-    from omegaconf import OmegaConf
+    """Trains with what Hydra composed, in a folder of its own."""
+    from hydra.core.hydra_config import HydraConfig
+
+    with without_empty_folder(HydraConfig.get().runtime.output_dir):
+        plain = in_its_folder(config)
+
+        from lctrain.process_group import leave_at_exit
+
+        quiet_lightning()
+        leave_at_exit()
+        train(plain)
+
+
+@contextmanager
+def without_empty_folder(folder: str) -> Iterator[None]:
+    """Deletes the folder that Hydra has made if the block fails before anything is in it."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            Path(folder).rmdir()
+        raise
+
+
+def in_its_folder(config: DictConfig) -> TrainConfig:
+    """The configuration of a run, in the folder of the run that it goes on with, if there is one.
+
+    Args:
+        config: What Hydra composed; a folder that the user named stays.
+    """
+    from hydra.core.hydra_config import HydraConfig
 
     plain = to_dataclass(config, TrainConfig)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        folder = Path(plain.paths.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(config, folder / "config.yaml", resolve=True)
+    given = [*HydraConfig.get().overrides.task, *HydraConfig.get().overrides.hydra]
+    named = ("paths.output_dir=", "hydra.run.dir=")  # which Lightning also gives to further ranks
+    if is_rank_zero() and any(text.lstrip("+").startswith(named) for text in given):
+        return plain
+    if plain.ckpt_path is None and not was_requeued():
+        return plain
 
-    from lctrain.process_group import leave_at_exit
+    from lctrain.build import resolve_precision
+    from lctrain.run.identity import identity_of
+    from lctrain.run.resume import checkpoints_in
 
-    quiet_lightning()
-    leave_at_exit()
-    train(plain)
+    identity = identity_of(plain, trainer__precision=resolve_precision(plain.trainer))
+    if plain.ckpt_path == "last" and checkpoints_in(Path(plain.paths.output_dir) / "checkpoints"):
+        return plain  # a job of a multirun that is started again in its folder
+    folder = folder_to_go_on_in(plain, identity)
+    if folder is None:
+        return plain
+    with suppress(OSError):
+        Path(plain.paths.output_dir).rmdir()
+    config.paths.output_dir = str(folder)
+    if plain.ckpt_path is None:
+        config.ckpt_path = "last"
+    return to_dataclass(config, TrainConfig)
 
 
 register_schemas()

@@ -16,12 +16,14 @@ import torch
 
 from lctrain.config import (
     ModelConfig,
+    OptimConfig,
     PretrainedModelConfig,
     ScratchModelConfig,
     TrainConfig,
     to_dataclass,
 )
 from lctrain.data.prepare import Preparation
+from lctrain.optim import learning_rate_factor
 from lctrain.train import main, train
 from tests.configs.test_compose import composed
 
@@ -197,7 +199,10 @@ def test_differential_models_train_and_their_exports_load(overrides, tiny, tmp_p
 
 
 def test_resume_goes_on_for_longer(finished, tiny, tmp_path):
-    """In a new folder, from the newest run of that name; the beginning is remembered."""
+    """In a new folder, from the newest run of that name; the beginning is remembered.
+
+    The rates are those of a run of eight steps from the first new step on.
+    """
     first, folder, _ = finished
     report = train(
         config(
@@ -214,7 +219,10 @@ def test_resume_goes_on_for_longer(finished, tiny, tmp_path):
     assert report.steps == 8
     assert report.first_loss == pytest.approx(first.first_loss)
     assert report.held_out_first == pytest.approx(first.held_out_first)
-    assert list(train_losses(tmp_path / "2")) == ["6", "7"]
+    assert list(train_losses(tmp_path / "2")) == [*"01234567"]
+    factor = learning_rate_factor(OptimConfig(), 8)
+    rates = [float(r["train/learning_rate"]) for r in rows(tmp_path / "2") if r["train/loss"]]
+    assert rates[6:] == pytest.approx([0.01 * factor(step) for step in (6, 7)])
     assert "model" not in report.paths
 
 

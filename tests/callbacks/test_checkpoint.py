@@ -1,14 +1,19 @@
-"""StepCheckpoint, its atomic files, and where `ckpt_path` is looked for."""
+"""StepCheckpoint and its atomic files."""
 
+import errno
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 from lctrain.callbacks import AtomicCheckpointIO, StepCheckpoint
-from lctrain.callbacks.checkpoint import check_writable, find_checkpoint
+from lctrain.callbacks.checkpoint import check_writable
 from lctrain.config import OptimConfig
 from lctrain.module import LongContextModule
+from lctrain.run.resume import find_checkpoint
+from lctrain.run.storage import StorageError
 from tests.training import loader, make_batch, make_trainer
 
 PACKS = [make_batch([12, 5], i) for i in range(7)]
@@ -99,25 +104,77 @@ def test_next_start_deletes_what_a_killed_write_left(tmp_path, make_llama):
     assert names == ["last.ckpt", "mine.tmp", "step-00000002.ckpt"]
 
 
-def test_find_checkpoint(tmp_path):
-    runs = tmp_path / "runs"
-    own = StepCheckpoint(runs / "3" / "checkpoints")
-    assert find_checkpoint(None, [own], runs) is None
-    with pytest.raises(ValueError, match="ckpt_path=last needs an earlier checkpoint"):
-        find_checkpoint("last", [own], runs)
-    with pytest.raises(
-        ValueError, match=r"must be a checkpoint file or last, got '/no/where.ckpt'"
-    ):
-        find_checkpoint("/no/where.ckpt", [own], runs)
-    for number, run in enumerate(("1", "2")):
-        folder = runs / run / "checkpoints"
-        folder.mkdir(parents=True)
-        (folder / "step-00000004.ckpt").write_text("")
-        (folder / "last.ckpt").symlink_to("step-00000004.ckpt")
-        os.utime(folder / "step-00000004.ckpt", (number, number))
-    newest = runs / "2" / "checkpoints" / "step-00000004.ckpt"
-    assert find_checkpoint("last", [own], runs) == newest
-    assert find_checkpoint(str(newest), [own], runs) == newest
-    own.directory.mkdir(parents=True)
-    own.last_path.write_text("")
-    assert find_checkpoint("last", [own], runs) == own.last_path
+class FullDisk(AtomicCheckpointIO):
+    """The disk is full from a step on."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        if checkpoint["global_step"] >= 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().save_checkpoint(checkpoint, path)
+
+
+def test_a_full_disk_says_so(tmp_path, make_llama):
+    checkpoint = StepCheckpoint(tmp_path / "c", every_n_steps=2)
+    trainer = make_trainer(tmp_path, [checkpoint], enable_checkpointing=True, plugins=[FullDisk()])
+    message = (
+        r"^the checkpoint of step 4 could not be written to .*/c: No space left on device "
+        r"\(.* GiB free\)\. Free some space, then go on from step-00000002.ckpt "
+        r"with ckpt_path=last\.$"
+    )
+    with pytest.raises(StorageError, match=message):
+        trainer.fit(LongContextModule(make_llama(), OptimConfig()), loader(PACKS))
+    names = sorted(path.name for path in (tmp_path / "c").iterdir())
+    assert names == ["last.ckpt", "step-00000002.ckpt"]
+
+
+def test_a_file_system_without_links(tmp_path, make_llama, monkeypatch, caplog):
+    def no_links(self, target):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Path, "symlink_to", no_links)
+    checkpoint = StepCheckpoint(tmp_path / "c", every_n_steps=2, keep=2)
+    fit(tmp_path, make_llama, checkpoint)
+    names = sorted(path.name for path in (tmp_path / "c").iterdir())
+    assert names == ["step-00000006.ckpt", "step-00000007.ckpt"]
+    assert checkpoint.last_path.name == "step-00000007.ckpt"
+    assert find_checkpoint("last", [tmp_path / "c"], tmp_path).name == "step-00000007.ckpt"
+    assert caplog.text.count("has no links") == 1
+
+
+def test_a_checkpoint_gets_its_name_once_its_step_is_logged(tmp_path, make_llama):
+    """What a SIGKILL leaves there: the file of step 4 under its temporary name."""
+    seen = {}
+
+    class Look(CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            seen[step] = sorted(path.name for path in (tmp_path / "c").glob("step-*"))
+
+    trainer = make_trainer(
+        tmp_path,
+        [StepCheckpoint(tmp_path / "c", every_n_steps=2)],
+        enable_checkpointing=True,
+        logger=Look(tmp_path),
+    )
+    trainer.fit(LongContextModule(make_llama(), OptimConfig()), loader(PACKS))
+    assert seen[1] == ["step-00000002.ckpt.tmp"]
+    assert seen[2] == ["step-00000002.ckpt"]
+    assert seen[3] == ["step-00000002.ckpt", "step-00000004.ckpt.tmp"]
+
+
+def test_later_checkpoints_go_when_a_run_went_back(tmp_path, make_llama):
+    folder = tmp_path / "c"
+    fit(tmp_path, make_llama, StepCheckpoint(folder, every_n_steps=2, keep=9))
+    trainer = make_trainer(
+        tmp_path,
+        [StepCheckpoint(folder, every_n_steps=1, keep=9)],
+        enable_checkpointing=True,
+        max_steps=3,
+        max_epochs=-1,
+    )
+    module = LongContextModule(make_llama(), OptimConfig())
+    trainer.fit(module, loader(PACKS), ckpt_path=folder / "step-00000002.ckpt")
+    assert sorted(path.name for path in folder.glob("step-*")) == [
+        "step-00000002.ckpt",
+        "step-00000003.ckpt",
+    ]
+    assert (folder / "last.ckpt").resolve().name == "step-00000003.ckpt"

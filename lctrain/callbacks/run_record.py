@@ -1,0 +1,41 @@
+"""RunRecord: says in checkpoints, loggers and the folder which run it is, with which options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lctrain.run.folder import RunFolder
+from lctrain.run.resume import IDENTITY_KEY
+
+
+class RunRecord(pl.Callback):
+    """Keeps the identity of the run and its resolved options.
+
+    Args:
+        folder: Of the run.
+        identity: Options that a resumed run must not change.
+        options: All options, resolved, as plain nested values; the loggers' hyperparameters.
+    """
+
+    def __init__(
+        self, folder: RunFolder, identity: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> None:
+        self.folder = folder
+        self.identity = dict(identity)
+        self.options = dict(options)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes the options once nothing can refuse them any more: data and checkpoint fit."""
+        if trainer.is_global_zero:
+            self.folder.save_options(self.options)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self.options)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Puts the run's identity into the checkpoint."""
+        checkpoint[IDENTITY_KEY] = {"id": self.folder.id, "identity": self.identity}

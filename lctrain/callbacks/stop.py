@@ -1,0 +1,96 @@
+"""StopAtSignal: a signal ends the run after the step, with a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+
+from lctrain.callbacks.checkpoint import step_checkpoints
+from lctrain.run.signals import SIGNALS, StopRun, StopSignals
+
+
+class StopAtSignal(pl.Callback):
+    """Ends training at the optimizer step in which a signal arrived, on all ranks at the same one.
+
+    The step's metrics are logged, and a validation that is due after it runs; then StopRun is
+    raised. Inside a job of SLURM, SIGUSR1 also has Lightning's plugin queue the job again.
+
+    Args:
+        signals: Tells of a signal; it is told that somebody waits for the end of a step.
+    """
+
+    def __init__(self, signals: StopSignals) -> None:
+        self.signals = signals
+        self._agreed: int | None = None
+        self._group: Any = None
+        self._requeue: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes the signals over from Lightning, which has set its own handlers by now."""
+        if "SLURM_JOB_ID" in os.environ:
+            self._requeue = signal.getsignal(signal.SIGUSR1)
+        self.signals.install(*SIGNALS)
+        self.signals.waits = True
+        if trainer.world_size > 1:
+            # The flag stays on the CPU: no step waits for the device because of it.
+            gloo = dist.get_backend() == "gloo"
+            self._group = dist.group.WORLD if gloo else dist.new_group(backend="gloo")
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Raises StopRun once the step that was stopped at is logged."""
+        self._stop(trainer)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Asks all ranks after every optimizer step, and saves if one of them had a signal."""
+        if self._agreed is not None or trainer.fit_loop._should_accumulate():
+            return
+        self._agreed = self._ask_all_ranks()
+        if self._agreed is not None:
+            for checkpoint in step_checkpoints(trainer.callbacks):
+                checkpoint.save(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Completes the checkpoint before a last validation, in which a second signal may come."""
+        if self._agreed is not None:
+            for checkpoint in step_checkpoints(trainer.callbacks):
+                checkpoint.complete(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stops also where the step was the last one: what follows training is left out."""
+        if self._agreed is None:
+            self._agreed = self._ask_all_ranks()
+        self._stop(trainer)
+        self.signals.waits = False
+
+    def _stop(self, trainer: pl.Trainer) -> None:
+        if self._agreed is None:
+            return
+        for checkpoint in step_checkpoints(trainer.callbacks):
+            checkpoint.save(trainer)
+            checkpoint.complete(trainer)
+        if self._agreed == signal.SIGUSR1 and callable(self._requeue):
+            self._requeue(self._agreed, None)
+        raise StopRun(self._agreed, trainer.global_step)
+
+    def _ask_all_ranks(self) -> int | None:
+        """The signal that any rank has received."""
+        mine = self.signals.received
+        if self._group is None:
+            return mine
+        flag = torch.tensor(mine or 0)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
+        return int(flag) or None

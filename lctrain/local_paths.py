@@ -1,0 +1,65 @@
+"""Names of runs and paths of this machine's file systems: what they may look like."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePath
+
+SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:/")
+LONGEST_NAME = 255  # bytes of a folder's name, on every common file system
+
+
+def check_run_name(name: str) -> str:
+    """Returns the name of a run, which becomes folders below paths.root.
+
+    Raises:
+        ValueError: unless it stays below that folder.
+    """
+    parts = PurePath(name).parts
+    inside = name.strip() == name and name != "" and not name.startswith(("/", "~"))
+    plain = all(
+        part not in (".", "..") and part.isprintable() and len(part.encode()) <= LONGEST_NAME
+        for part in name.split("/")
+    )
+    if not (inside and plain and parts and all(name.split("/"))) or "\\" in name or ":/" in name:
+        raise ValueError(
+            f"name must be a folder's name without .., got {name!r}. It is a part of the run's "
+            "folder; paths.root says where the folders are."
+        )
+    return name
+
+
+def local_path(key: str, path: str) -> str:
+    """Returns a path of a file system of this machine, with `~` expanded.
+
+    A run locks its folder, appends to its files, flushes them and renames them: object stores do
+    none of these, so that a run in one would lose what it promises.
+
+    Args:
+        key: Option that holds the path, for the error.
+        path: As the user gave it.
+
+    Raises:
+        ValueError: if it is empty or a URL.
+    """
+    if SCHEME.match(path):
+        raise ValueError(
+            f"{key} must be a folder or file of this machine, got the URL {path!r}. A run locks, "
+            "appends to and renames its files, which object stores cannot: run here, and copy the "
+            "folder afterwards (with aws s3 sync, gsutil rsync or fsspec), or mount the store."
+        )
+    if not path.strip() or "\0" in path:
+        raise ValueError(f"{key} must be a path, got {path!r}. Give a folder's name.")
+    return str(PurePath(path)) if not path.startswith("~") else _expanded(key, path)
+
+
+def _expanded(key: str, path: str) -> str:
+    from pathlib import Path
+
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError as error:
+        raise ValueError(
+            f"{key} must begin with the home folder of a user there is, got {path!r}. Write the "
+            "whole path."
+        ) from error

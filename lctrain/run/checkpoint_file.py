@@ -1,0 +1,206 @@
+"""Checkpoint files: written whole or not at all, sealed with a checksum, read without running code.
+
+A checkpoint is the zip archive that `torch.save` writes. The archive's comment holds the SHA-256 of
+the archive without a comment, so that the checksum stays with the file wherever it goes.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+TAG = b"lctrain sha256 "
+SEAL_BYTES = len(TAG) + 64
+NO_COMMENT = b"\0\0"  # length of the comment, the last two bytes of an archive without one
+WRITING = ".writing"  # suffix of a file that is being written
+BLOCK = 2**22
+
+ALLOWED: list[Any] = []
+"""Classes and functions that a checkpoint may name besides tensors and plain values. lctrain's need
+none; a callback that keeps an object of its own adds its class here."""
+
+
+class DamagedCheckpointError(ValueError):
+    """The file is not what was written, or not a checkpoint."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target, seals, flushes to disk, then renames: never half a checkpoint."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Writes `checkpoint` to `path` at once.
+
+        Raises:
+            OSError: if it cannot be written, also if torch hides that behind an error of its own;
+                nothing is left behind.
+        """
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(target.name + WRITING)
+        try:
+            with temporary.open("w+b") as file:
+                hashed = _HashingFile(file)
+                try:
+                    torch.save(checkpoint, hashed)
+                except RuntimeError as error:
+                    raise hashed.error or error from None
+                _seal(file, hashed.digest.hexdigest())
+                file.flush()
+                _sync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Reads a checkpoint to the CPU; the strategy moves what belongs on a device.
+
+        Args:
+            path: The file.
+            map_location: As in `torch.load`.
+            weights_only: Read tensors, plain values and what ALLOWED lists only; None for yes.
+
+        Raises:
+            ValueError: if the file holds anything else, or is damaged.
+        """
+        location = (lambda storage, _: storage) if map_location is None else map_location
+        if weights_only is False:
+            return dict(torch.load(path, map_location=location, weights_only=False))
+        return read_checkpoint(Path(path), map_location=location)
+
+
+def read_checkpoint(path: Path, **options: Any) -> dict[str, Any]:
+    """Reads a checkpoint; code that it may hold is not run.
+
+    Args:
+        path: The file.
+        options: Of `torch.load`; with mmap=True tensors are read when they are used.
+
+    Raises:
+        DamagedCheckpointError: if torch cannot read it.
+        ValueError: if it holds more than tensors, plain values and what ALLOWED lists.
+    """
+    try:
+        with torch.serialization.safe_globals(ALLOWED):
+            loaded: Mapping[str, Any] = torch.load(path, weights_only=True, **options)
+    except pickle.UnpicklingError as error:
+        if not zipfile.is_zipfile(path):
+            raise _no_checkpoint(path) from None
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error))
+        raise ValueError(
+            f"checkpoint must hold tensors and plain values only, got {path} with more "
+            f"({reason.strip().partition('. Please')[0]}), which could run code. Use a checkpoint "
+            "that lctrain wrote; a class that you trust goes into "
+            "lctrain.run.checkpoint_file.ALLOWED."
+        ) from None
+    except (RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise DamagedCheckpointError(
+            f"checkpoint must be readable, got {path}, which is damaged "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
+            "Use an earlier one."
+        ) from error
+    if not isinstance(loaded, Mapping):
+        raise ValueError(
+            f"checkpoint must be one of a training run, got {path}, which holds a "
+            f"{type(loaded).__name__}. Give the path of a file that StepCheckpoint wrote."
+        )
+    return dict(loaded)
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint file, in words; None if it is what was written.
+
+    A file without a seal (from an older lctrain, or from Lightning) is compared with the CRC-32 of
+    each of its records.
+    """
+    size = path.stat().st_size
+    if size == 0:
+        return "it is empty"
+    with path.open("rb") as file:
+        file.seek(max(0, size - SEAL_BYTES))
+        seal = file.read()
+        if seal.startswith(TAG):
+            digest = _digest(file, size - SEAL_BYTES - len(NO_COMMENT))
+            then = seal[len(TAG) :].decode(errors="replace")
+            return None if digest == then else f"its SHA-256 is {digest[:12]}, not {then[:12]}"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            record = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, ValueError):
+        return "it is cut short, or no checkpoint"
+    return None if record is None else f"its record {record} does not have its CRC-32"
+
+
+class _HashingFile:
+    """Passes bytes on to a file, and keeps their hash and the file's first error."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        self.digest.update(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _seal(file: BinaryIO, digest: str) -> None:
+    """Makes the hash the comment of the archive."""
+    file.seek(-len(NO_COMMENT), os.SEEK_END)
+    assert file.read(len(NO_COMMENT)) == NO_COMMENT, "torch.save has written a comment"
+    file.seek(-len(NO_COMMENT), os.SEEK_END)
+    file.write(struct.pack("<H", SEAL_BYTES) + TAG + digest.encode())
+
+
+def _digest(file: BinaryIO, size: int) -> str:
+    """SHA-256 of the first `size` bytes and NO_COMMENT."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while size > 0:
+        block = file.read(min(BLOCK, size))
+        if not block:
+            break
+        digest.update(block)
+        size -= len(block)
+    digest.update(NO_COMMENT)
+    return digest.hexdigest()
+
+
+def _sync(descriptor: int) -> None:
+    """Flushes to disk, where the file system can."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+
+
+def _no_checkpoint(path: Path) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
+        f"checkpoint must be a file that torch.save wrote, got {path}, which is damaged or "
+        "something else. Use an earlier one."
+    )

@@ -1,0 +1,55 @@
+"""`train.log`: everything that a run logs, its warnings, and the error that ends it."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
+
+_only_file = logging.getLogger("lctrain.run.only_file")
+
+
+@contextmanager
+def log_file(path: Path, writes: bool = True) -> Iterator[None]:
+    """Appends what is logged inside the block to a file.
+
+    Messages of lctrain are kept from level INFO on, others as the root logger lets them through.
+
+    Args:
+        path: The file.
+        writes: False for the ranks that write nothing.
+    """
+    if not writes:
+        yield
+        return
+    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter(FORMAT))
+    root, ours = logging.getLogger(), logging.getLogger("lctrain")
+    level = ours.level
+    if not ours.isEnabledFor(logging.INFO):
+        ours.setLevel(logging.INFO)
+    _only_file.propagate = False
+    root.addHandler(handler)
+    _only_file.addHandler(handler)
+    logging.captureWarnings(True)
+    try:
+        yield
+    except Exception as error:
+        _only_file.error("%s", "".join(traceback.format_exception(error)).rstrip())
+        raise
+    finally:
+        logging.captureWarnings(False)
+        root.removeHandler(handler)
+        _only_file.removeHandler(handler)
+        ours.setLevel(level)
+        handler.close()
+
+
+def log_to_file(text: str) -> None:
+    """Puts into the log file what was printed: nothing appears on the terminal a second time."""
+    if _only_file.handlers:
+        _only_file.info("%s", text)

@@ -1,0 +1,43 @@
+"""The folder that Hydra gives a new run: outputs/<name>/<time>_<four digits>/."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lctrain.local_paths import check_run_name, local_path
+from lctrain.run.rank import is_rank_zero
+
+TOKEN = secrets.token_hex(2)  # of this process: runs that start in the same second differ
+
+
+def new_run_folder(root: str, name: str, time: str) -> str:
+    """Returns the folder of a run that starts now; it is not made.
+
+    Args:
+        root: Folder of all runs.
+        name: Of the run.
+        time: When it starts.
+
+    Raises:
+        ValueError: if the name leads out of the root, or the root is not on this machine.
+    """
+    below = Path(local_path("paths.root", root)) / check_run_name(name)
+    if not is_rank_zero():
+        # What Hydra makes for the other ranks of torchrun or srun holds nothing of the run.
+        below = Path(tempfile.gettempdir()) / f"lctrain-{os.getuid()}"
+    return str(below / f"{time}_{TOKEN}")
+
+
+def register_new_run_folder() -> None:
+    """Makes the function a resolver of OmegaConf: ${new_run_folder:root,name,time}. Idempotent."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("new_run_folder", _resolve, replace=True)
+
+
+def _resolve(root: Any, name: Any, time: Any) -> str:
+    return new_run_folder(str(root), str(name), str(time))

@@ -1,0 +1,170 @@
+"""Which checkpoint a run starts from: `ckpt_path` as a path, or "last" for this run's newest."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lctrain.run.checkpoint_file import (
+    DamagedCheckpointError,
+    damage_of,
+    read_checkpoint,
+)
+from lctrain.run.folder import read_record
+from lctrain.run.identity import differences
+
+log = logging.getLogger(__name__)
+
+LAST = "last.ckpt"
+IDENTITY_KEY = "run"  # in the checkpoint
+NEEDED = ("state_dict", "optimizer_states", "lr_schedulers", "loops")
+
+
+def find_checkpoint(
+    ckpt_path: str | None,
+    directories: Sequence[Path],
+    runs_dir: Path,
+    identity: Mapping[str, Any] | None = None,
+) -> Path | None:
+    """Resolves `ckpt_path` of a run.
+
+    Args:
+        ckpt_path: None, a path, or "last".
+        directories: "last" is looked for in these directories of checkpoints first: a run that is
+            started again in the same folder.
+        runs_dir: Folder of earlier runs of the same name: then in theirs, the newest run first.
+        identity: Of this run; None compares nothing.
+
+    Returns:
+        The intact checkpoint to resume from, or None to start afresh.
+
+    Raises:
+        ValueError: if there is no such checkpoint, if it is damaged, or if its run is another one.
+    """
+    if ckpt_path is None:
+        return None
+    if ckpt_path != "last":
+        return check_named(Path(ckpt_path), identity)
+    own = [path for directory in directories for path in checkpoints_in(directory)]
+    if own:
+        path = newest_intact(own)
+        check_identity(path, identity)
+        return path
+    runs = sorted(_directories(runs_dir), key=_age, reverse=True)
+    for directory in runs:
+        if identity is not None and differences(identity, identity_in(directory)):
+            continue
+        path = newest_intact(checkpoints_in(directory))
+        check_identity(path, identity)
+        return path
+    if runs:
+        changes = "; ".join(differences(identity or {}, identity_in(runs[0])))
+        raise ValueError(
+            f"ckpt_path=last needs a checkpoint of this run, got those of others below "
+            f"{runs_dir.absolute()}. The newest, {checkpoints_in(runs[0])[0]}, differs: {changes}. "
+            "Restore these options, or start a new run without ckpt_path."
+        )
+    raise ValueError(
+        f"ckpt_path=last needs an earlier checkpoint, got none below {runs_dir.absolute()}. "
+        "Leave ckpt_path out to start afresh, or give the path of a checkpoint."
+    )
+
+
+def check_named(path: Path, identity: Mapping[str, Any] | None) -> Path:
+    """Checks a checkpoint that the user names; returns its absolute path."""
+    path = path.expanduser()
+    if path.is_dir():
+        found = checkpoints_in(path) or checkpoints_in(path / "checkpoints")
+        advice = f"Give its newest file, {found[0]}." if found else "It holds no checkpoint."
+        raise ValueError(f"ckpt_path must be a file or last, got the folder {path}. {advice}")
+    if not path.is_file():
+        raise ValueError(
+            f"ckpt_path must be a checkpoint file or last, got {str(path)!r}, which is not "
+            "there. Leave it out to start afresh."
+        )
+    path = path.resolve()
+    damage = damage_of(path)
+    if damage is not None:
+        others = (other for other in checkpoints_in(path.parent) if other != path)
+        intact = next((other for other in others if damage_of(other) is None), None)
+        advice = f"The newest intact one is {intact}." if intact else "Its folder has no other."
+        raise DamagedCheckpointError(
+            f"ckpt_path must be an intact checkpoint, got {path}, which is damaged: {damage}. "
+            f"{advice}"
+        )
+    check_identity(path, identity)
+    return path
+
+
+def checkpoints_in(directory: Path) -> list[Path]:
+    """The checkpoints of a directory, the newest first; by step where they are equally old."""
+    last = directory / LAST
+    newest = last.resolve() if last.exists() else None
+    found = [path.resolve() for path in directory.glob("step-*.ckpt")]
+    found.sort(key=lambda path: (path == newest, path.stat().st_mtime_ns, path.name), reverse=True)
+    return found or ([last] if newest is not None else [])
+
+
+def newest_intact(paths: Sequence[Path]) -> Path:
+    """The first of these that is intact, with a warning about those before it.
+
+    Raises:
+        DamagedCheckpointError: if all are damaged.
+    """
+    damages = []
+    for path in paths:
+        damage = damage_of(path)
+        if damage is None:
+            for line in damages:
+                log.warning("%s. Resuming from the newest intact checkpoint, %s.", line, path)
+            return path
+        damages.append(f"{path} is damaged: {damage}")
+    raise DamagedCheckpointError(
+        f"ckpt_path=last needs an intact checkpoint, got none: {'; '.join(damages)}. Start a new "
+        "run without ckpt_path."
+    )
+
+
+def check_identity(path: Path, identity: Mapping[str, Any] | None) -> None:
+    """Raises ValueError, naming what differs, if an intact checkpoint is of another run."""
+    state = read_checkpoint(path, map_location="cpu", mmap=True)
+    missing = [key for key in NEEDED if key not in state]
+    if missing:
+        raise ValueError(
+            f"ckpt_path must be a checkpoint of a training run, got {path} without "
+            f"{', '.join(missing)}. Give a file that StepCheckpoint wrote; weights alone are "
+            "loaded by model=hf model.name_or_path=FOLDER."
+        )
+    changes = differences(identity or {}, state.get(IDENTITY_KEY, {}).get("identity", {}))
+    if changes:
+        raise ValueError(
+            f"a resumed run must have the options of its checkpoint, got others than those of "
+            f"{path}: {'; '.join(changes)}. Restore them, or start a new run without ckpt_path."
+        )
+
+
+def identity_in(checkpoints: Path) -> Mapping[str, Any]:
+    """Identity of the run that wrote into a directory of checkpoints; empty if none is recorded."""
+    record = read_record(checkpoints.parent) or {}
+    identity = record.get("identity", {})
+    return identity if isinstance(identity, dict) else {}
+
+
+def run_folder_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that a checkpoint lies in; None if it lies elsewhere."""
+    folder = checkpoint.resolve().parent.parent
+    return folder if read_record(folder) is not None else None
+
+
+def _directories(runs_dir: Path) -> Iterator[Path]:
+    """Directories of checkpoints below a folder of runs."""
+    for directory in runs_dir.glob("**/checkpoints"):
+        if checkpoints_in(directory):
+            yield directory
+
+
+def _age(directory: Path) -> float:
+    """When its newest checkpoint was written."""
+    return checkpoints_in(directory)[0].stat().st_mtime

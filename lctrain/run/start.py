@@ -1,0 +1,104 @@
+"""Where a run starts: in a new folder, or in the one of the run that it goes on with."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lctrain.run.folder import RunFolder, read_record, remove_orphans, slurm_job
+from lctrain.run.rank import is_rank_zero
+
+if TYPE_CHECKING:
+    from lctrain.config import TrainConfig
+
+
+def folder_to_go_on_in(config: TrainConfig, identity: Mapping[str, Any]) -> Path | None:
+    """The folder of the earlier run that this one goes on with, if it has no folder of its own yet.
+
+    Args:
+        config: Of this run, whose `paths.output_dir` is a new folder.
+        identity: Of this run.
+
+    Returns:
+        The folder, or None for a new run, and for a checkpoint that lies in no run's folder.
+
+    Raises:
+        ValueError: if `ckpt_path` names no usable checkpoint of this run.
+    """
+    from lctrain.run.resume import find_checkpoint, run_folder_of
+
+    if config.ckpt_path is None:
+        return requeued_folder(Path(config.paths.runs_dir))
+    found = find_checkpoint(config.ckpt_path, [], Path(config.paths.runs_dir), identity)
+    return None if found is None else run_folder_of(found)
+
+
+def was_requeued() -> bool:
+    """Whether SLURM started this job before."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+
+
+def requeued_folder(runs_dir: Path) -> Path | None:
+    """The folder of this job's run before SLURM queued it again, if it left a checkpoint."""
+    from lctrain.run.resume import checkpoints_in
+
+    if not was_requeued():
+        return None
+    for record in runs_dir.glob("*/run.json"):
+        started = read_record(record.parent) or {}
+        if started.get("slurm_job") == slurm_job() and checkpoints_in(
+            record.parent / "checkpoints"
+        ):
+            return record.parent
+    return None
+
+
+def claim_folder(
+    folder: Path,
+    checkpoint: Path | None,
+    identity: Mapping[str, Any],
+    runs_dir: Path,
+    others: Sequence[Path] = (),
+) -> RunFolder:
+    """Takes the folder of a run for as long as it runs.
+
+    Args:
+        folder: Where it writes.
+        checkpoint: What it resumes from; in the same folder, the run there goes on.
+        identity: Of this run.
+        runs_dir: Folder of all runs of this name, in which orphans are deleted.
+        others: Further folders that it writes into.
+
+    Raises:
+        ValueError: if another run is there, or uses one of the folders.
+    """
+    goes_on = checkpoint is not None and (
+        folder.resolve() in checkpoint.resolve().parents
+        or any(other.resolve() == checkpoint.resolve().parent for other in others)
+    )
+    claimed = (RunFolder.reopen if goes_on else RunFolder.create)(folder, "train", identity)
+    try:
+        for other in others:
+            claimed.hold(other)
+        remove_orphans(runs_dir)
+        if checkpoint is not None and not goes_on:
+            _copy_metrics(checkpoint, folder)
+    except BaseException:
+        claimed.close()
+        raise
+    return claimed
+
+
+def _copy_metrics(checkpoint: Path, folder: Path) -> None:
+    """Begins the metrics of a run that goes on in another folder with those up to there.
+
+    The logger drops the rows from the checkpoint's step on.
+    """
+    from lctrain.run.resume import run_folder_of
+
+    earlier = run_folder_of(checkpoint)
+    if earlier is not None and is_rank_zero() and (earlier / "metrics.csv").is_file():
+        shutil.copyfile(earlier / "metrics.csv", folder / "metrics.csv")

@@ -1,0 +1,74 @@
+"""What a disk can refuse, and how the user is told."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSED = (*FULL, errno.EROFS)
+REMEDIES = {
+    errno.ENOSPC: "Free some space",
+    errno.EDQUOT: "Free some of your quota",
+    errno.EFBIG: "Raise the limit on the size of a file (ulimit -f)",
+    errno.EROFS: "Make it writable",
+}
+
+
+class StorageError(OSError):
+    """A disk is full, a quota is used up, or a file system became read-only."""
+
+
+def storage_error(error: OSError, what: str, folder: Path, then: str) -> StorageError:
+    """Turns an error of the operating system into one that says what to do.
+
+    Args:
+        error: What happened.
+        what: What could not be written, as in "checkpoint of step 8".
+        folder: Where.
+        then: What to do once there is room, without a full stop.
+
+    Returns:
+        The error to raise, with the same number.
+    """
+    free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    remedy = REMEDIES.get(error.errno or 0, "Mend it")
+    message = (
+        f"{what} could not be written to {folder}: {reason} ({free / 2**30:.2f} GiB free). "
+        f"{remedy}, then {then}."
+    )
+    return _Message(error.errno, message)
+
+
+class _Message(StorageError):
+    """Shows its message alone, without the number in brackets that OSError puts before it."""
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+@contextmanager
+def storage_errors(folder: Path, then: str) -> Iterator[None]:
+    """Explains a full disk, a used-up quota or a read-only file system inside the block.
+
+    Args:
+        folder: Of the run.
+        then: What to do once there is room, without a full stop.
+
+    Raises:
+        StorageError: instead of the error of the operating system.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        what = Path(error.filename).name if error.filename else "a file of the run"
+        raise storage_error(error, what, folder, then) from error
