@@ -5,23 +5,44 @@ lctrain users import them from `lctrain.kernels`.
 
 from lctrain_kernels.backend import select_backend
 from lctrain_kernels.cross_entropy.api import linear_cross_entropy
+from lctrain_kernels.cross_entropy.options import VocabularyShard
 from lctrain_kernels.differential.api import diff_attn_varlen_func
 from lctrain_kernels.dual_chunk.api import dual_chunk_attn_varlen_func
 from lctrain_kernels.merge import merge_attn_states
+from lctrain_kernels.mlp.api import bias_gelu, gated_linear, geglu, swiglu
+from lctrain_kernels.norm.api import fused_add_rms_norm, layer_norm, rms_norm
 from lctrain_kernels.padding import pad_input, unpad_input
+from lctrain_kernels.rotary.api import (
+    apply_rotary_emb,
+    qk_norm_rotary,
+    rotary_table,
+    rotate_qk,
+)
 from lctrain_kernels.schedule import TileSchedule, make_schedule
 from lctrain_kernels.varlen.api import flash_attn_func, flash_attn_varlen_func
 
 __all__ = [
     "TileSchedule",
+    "VocabularyShard",
+    "apply_rotary_emb",
+    "bias_gelu",
     "diff_attn_varlen_func",
     "dual_chunk_attn_varlen_func",
     "flash_attn_func",
     "flash_attn_varlen_func",
+    "fused_add_rms_norm",
+    "gated_linear",
+    "geglu",
+    "layer_norm",
     "linear_cross_entropy",
     "make_schedule",
     "merge_attn_states",
     "pad_input",
+    "qk_norm_rotary",
+    "rms_norm",
+    "rotary_table",
+    "rotate_qk",
     "select_backend",
+    "swiglu",
     "unpad_input",
 ]

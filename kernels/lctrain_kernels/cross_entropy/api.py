@@ -1,11 +1,8 @@
-"""Linear projection and cross-entropy in one operation that never holds all the logits.
+"""linear_cross_entropy: checks, options and reductions.
 
-The logits of T tokens over a vocabulary of V are computed for a chunk of tokens at a time and
-thrown away; only two numbers per token are kept. The backward computes each chunk of logits
-again, from the upstream gradient of every token, so that every reduction has exact gradients
-(implementations that compute the gradient in the forward know only one upstream number). It is one
-more matrix product per chunk, and in exchange nothing of size [V, E] lives between forward and
-backward.
+For "sum" and "mean" the gradients are computed in the forward, since there the upstream gradient is
+one number; it scales them in the backward. "none" has an upstream gradient for every token and
+computes each chunk of logits again. Either way nothing of size [T, V] exists.
 """
 
 from __future__ import annotations
@@ -13,14 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lctrain_kernels.cross_entropy.operators import linear_cross_entropy_forward
+from lctrain_kernels.cross_entropy.chunks import pick_chunk_tokens
+from lctrain_kernels.cross_entropy.operators import cross_entropy_sum, cross_entropy_tokens
+from lctrain_kernels.cross_entropy.options import LossOptions, VocabularyShard
+from lctrain_kernels.fused_backend import fused_backend
 
 REDUCTIONS = ("sum", "mean", "none")
-CHUNK_MULTIPLE = 128
-# Bytes of one chunk of float32 logits. Each chunk of the backward reads and writes the whole
-# gradient of the weight, so an accelerator takes large chunks; a CPU takes chunks near its cache.
-ACCELERATOR_CHUNK_BYTES = 512 * 2**20
-CPU_CHUNK_BYTES = 64 * 2**20
+_HALF = (torch.bfloat16, torch.float16)
 
 
 def linear_cross_entropy(
@@ -34,71 +30,102 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "sum",
     chunk_tokens: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    logits_bytes: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    token_weights: Tensor | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
+    shard: VocabularyShard | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, ...]:
     """Cross-entropy of `labels` under `softmax(logits)`, without the [T, V] tensor of logits.
 
     With `z = logit_scale * (hidden @ weight.T + bias)` the logits are `z`, or
     `softcap * tanh(z / softcap)` where `softcap` is positive. Matrix products take their inputs in
-    the dtype of `hidden`, or in autocast's dtype where that is on; everything else, with the sums
-    over chunks in the gradients of `weight` and `bias`, is float32 (float64 for float64 inputs).
-    Nothing here synchronises with an accelerator.
+    the dtype of `hidden`, or in autocast's dtype where that is on; on a GPU half-precision inputs
+    give half-precision logits. Everything else, with the sums over tokens in the gradients of
+    `weight` and `bias`, is float32 (float64 for float64 inputs). Nothing here synchronises with an
+    accelerator.
 
     Args:
         hidden: [T, E], floating point.
-        weight: [V, E], the output embedding, with the dtype of `hidden` (any under autocast).
+        weight: [V, E], the output embedding, with the dtype of `hidden` (any under autocast). A
+            frozen one costs one product less, and no memory of its size.
         labels: [T] int64, in [0, V) or `ignore_index`.
         bias: [V], floating point, or None. Entries of -inf remove a word from the vocabulary.
         softcap: bound of the logits as in Gemma 2; 0 turns it off.
         logit_scale: factor of the logits as in Cohere and, as `1 / logits_scaling`, Granite.
         ignore_index: label of tokens that count neither in the loss nor in the gradients.
         reduction: "sum", "mean" (over the valid tokens) or "none" (0 for ignored tokens).
-        chunk_tokens: tokens whose logits exist at one time; None picks it from V.
+        chunk_tokens: tokens whose logits exist at one time; None picks it from `logits_bytes`.
+        logits_bytes: bytes of the logits that exist at one time. None takes 64 MiB on a CPU; on a
+            GPU 2 GiB, or a quarter of the memory that is free at the first call if that is less.
+        label_smoothing: share of the target's probability spread over the whole vocabulary, in
+            [0, 1), as in torch.nn.functional.cross_entropy.
+        z_loss: factor of the squared logsumexp that each token adds to the loss.
+        token_weights: [T], floating point, constant: factor of each token's loss. "mean" still
+            divides by the number of valid tokens.
+        adapter: (low [T, R], up [V, R]), which add `low @ up.T` to the products: the trainable part
+            of a head with LoRA.
+        shard: this rank's part of a vocabulary that is divided over ranks.
+        return_lse: also return the logsumexp of each token.
+        backend: "auto", "triton" or "pytorch" for the pass over the logits.
 
     Returns:
-        The loss, float32 (float64 for float64 inputs), 0-dim, or [T] for "none"; and the number of
-        labels that are not `ignore_index`, int64 0-dim, on the device of `labels`. Without a valid
-        token the loss and all gradients are 0. A token all of whose logits are -inf has an
-        infinite loss and no gradient.
+        The loss, float32 (float64 for float64 inputs), 0-dim, or [T] for "none"; the number of
+        labels that are not `ignore_index`, int64 0-dim, on the device of `labels`; and with
+        `return_lse` the logsumexp [T] (0 for ignored tokens), which carries gradients for "none"
+        alone. Without a valid token the loss and all gradients are 0. A token all of whose logits
+        are -inf has an infinite loss and no gradient.
 
     Raises:
         ValueError: for arguments that do not fit together. A label outside the vocabulary is a
-            ValueError on the CPU and a device-side assertion on an accelerator.
+            ValueError on the CPU; on an accelerator it is the caller's to avoid.
     """
-    _check(hidden, weight, labels, bias, softcap, reduction, chunk_tokens)
+    _check(hidden, weight, labels, bias, reduction, adapter)
+    _check_numbers(softcap, label_smoothing, z_loss, chunk_tokens, logits_bytes)
+    _check_token_weights(token_weights, labels)
+    matmul_dtype = _matmul_dtype(hidden)
+    backend = _backend(hidden.device, matmul_dtype, backend)
     if chunk_tokens is None:
-        chunk_tokens = pick_chunk_tokens(weight.shape[0], hidden.device.type)
-    token_loss, _, _ = linear_cross_entropy_forward(
-        hidden,
-        weight,
-        bias,
-        labels,
-        float(softcap),
-        float(logit_scale),
-        ignore_index,
-        chunk_tokens,
-        _matmul_dtype(hidden),
+        size = (matmul_dtype if backend == "triton" else torch.float32).itemsize
+        chunk_tokens = pick_chunk_tokens(
+            hidden.shape[0], weight.shape[0], size, hidden.device, logits_bytes
+        )
+    options = LossOptions(
+        softcap=float(softcap),
+        logit_scale=float(logit_scale),
+        ignore_index=ignore_index,
+        label_smoothing=float(label_smoothing),
+        z_loss=float(z_loss),
+        first_word=0 if shard is None else shard.first_word,
+        num_words=weight.shape[0] if shard is None else shard.num_words,
+        group_name="" if shard is None else shard.group.group_name,
+        chunk_tokens=chunk_tokens,
+        matmul_dtype=matmul_dtype,
+        backend=backend,
     )
+    low, up = (None, None) if adapter is None else adapter
+    tensors = (hidden, weight, bias, low, up, labels)
     num_valid_tokens = (labels != ignore_index).sum()
+    if token_weights is not None:
+        wide = torch.promote_types(matmul_dtype, torch.float32)
+        token_weights = token_weights.to(wide).contiguous()
     if reduction == "none":
-        return token_loss, num_valid_tokens
-    loss = token_loss.sum()
-    if reduction == "mean":
-        loss = loss / num_valid_tokens.clamp(min=1)
-    return loss, num_valid_tokens
-
-
-def pick_chunk_tokens(vocabulary: int, device_type: str = "cpu") -> int:
-    """Tokens per chunk for which float32 logits stay within the byte budget of the device.
-
-    Args:
-        vocabulary: V.
-        device_type: "cpu", or the type of an accelerator.
-
-    Returns:
-        A multiple of 128, at least 128.
-    """
-    budget = CPU_CHUNK_BYTES if device_type == "cpu" else ACCELERATOR_CHUNK_BYTES
-    return max(budget // (4 * vocabulary) // CHUNK_MULTIPLE, 1) * CHUNK_MULTIPLE
+        loss, lse, _ = cross_entropy_tokens(*tensors, *options.arguments())
+        if token_weights is not None:
+            loss = loss * token_weights
+    else:
+        differentiable = torch.is_grad_enabled()
+        needs = [
+            differentiable and tensor is not None and tensor.requires_grad
+            for tensor in tensors[:-1]
+        ]
+        loss, lse, *_ = cross_entropy_sum(*tensors, token_weights, needs, *options.arguments())
+        if reduction == "mean":
+            loss = loss / num_valid_tokens.clamp(min=1)
+    return (loss, num_valid_tokens, lse) if return_lse else (loss, num_valid_tokens)
 
 
 def _matmul_dtype(hidden: Tensor) -> torch.dtype:
@@ -109,14 +136,24 @@ def _matmul_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
+def _backend(device: torch.device, matmul_dtype: torch.dtype, backend: str) -> str:
+    """Triton where the logits are half precision; the softcap's tanh there is no better."""
+    if backend == "triton" and matmul_dtype not in _HALF:
+        raise ValueError(
+            f"backend='triton' needs half-precision products, got {matmul_dtype}. "
+            "Cast hidden, use torch.autocast, or pass backend='auto'."
+        )
+    chosen = fused_backend(device, matmul_dtype, backend)
+    return chosen if matmul_dtype in _HALF else "pytorch"
+
+
 def _check(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
-    softcap: float,
     reduction: str,
-    chunk_tokens: int | None,
+    adapter: tuple[Tensor, Tensor] | None,
 ) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -143,9 +180,52 @@ def _check(
         )
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}.")
+    if adapter is not None:
+        low, up = adapter
+        fits = low.dim() == up.dim() == 2 and low.shape[1] == up.shape[1]
+        if not fits or low.shape[0] != hidden.shape[0] or up.shape[0] != weight.shape[0]:
+            raise ValueError(
+                f"adapter must be [{hidden.shape[0]}, R] and [{weight.shape[0]}, R], got "
+                f"{tuple(low.shape)} and {tuple(up.shape)}. Pass lora_A's output and lora_B's "
+                "weight."
+            )
+
+
+def _check_token_weights(token_weights: Tensor | None, labels: Tensor) -> None:
+    if token_weights is None:
+        return
+    if token_weights.shape != labels.shape or not token_weights.is_floating_point():
+        raise ValueError(
+            f"token_weights must be floating point of shape {tuple(labels.shape)}, got "
+            f"{token_weights.dtype} of shape {tuple(token_weights.shape)}. Pass one per token."
+        )
+    if token_weights.requires_grad:
+        raise ValueError(
+            "token_weights must be constant, got a tensor that requires a gradient. Detach it, or "
+            "multiply the losses of reduction='none'."
+        )
+
+
+def _check_numbers(
+    softcap: float,
+    label_smoothing: float,
+    z_loss: float,
+    chunk_tokens: int | None,
+    logits_bytes: int | None,
+) -> None:
     if softcap < 0.0:
         raise ValueError(f"softcap must be at least 0, got {softcap}. Use 0 to turn it off.")
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(
+            f"label_smoothing must lie in [0, 1), got {label_smoothing}. Use 0 to turn it off."
+        )
+    if z_loss < 0.0:
+        raise ValueError(f"z_loss must be at least 0, got {z_loss}. Use 0 to turn it off.")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(
             f"chunk_tokens must be at least 1, got {chunk_tokens}. Use None to have it picked."
+        )
+    if logits_bytes is not None and logits_bytes < 1:
+        raise ValueError(
+            f"logits_bytes must be at least 1, got {logits_bytes}. Use None to have it picked."
         )

@@ -1,7 +1,9 @@
-"""Forward and backward of `linear_cross_entropy` over chunks of tokens, in plain PyTorch.
+"""Linear cross-entropy as operators of torch.library.
 
-Both are registered with `torch.library`: `torch.compile` sees one operation and does not unroll the
-loop over chunks, and activation checkpointing of either kind may run the forward twice.
+`linear_cross_entropy_sum` computes the gradients of the summed loss in the forward: three products
+a chunk, two where the weight is frozen, one without gradients. The backward scales them by the
+upstream gradient. `linear_cross_entropy_tokens` gives one loss per token, whose upstream gradients
+are known in the backward only: that multiplies the logits a second time.
 """
 
 from __future__ import annotations
@@ -11,247 +13,341 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Rows of a half-precision weight that are converted to float32 at a time, where the device has no
-# matrix product with half-precision inputs and a float32 result.
-VOCABULARY_BLOCK = 16384
+from lctrain_kernels.cross_entropy.options import SCHEMA, LossOptions
+from lctrain_kernels.cross_entropy.products import (
+    accumulate_outer,
+    logits_buffer,
+    project,
+    project_back,
+)
+from lctrain_kernels.cross_entropy.rows import NUM_STATISTICS, row_pass, scale_to, token_losses
+from lctrain_kernels.cross_entropy.shard import reduce_statistics
+from lctrain_kernels.fused_operator import define_autograd, define_operator
+
+_TENSORS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? adapter_hidden, Tensor? adapter_weight, "
+    "Tensor labels"
+)
+_NEEDS = "bool[] needs"
+NUM_GRADS = 5
+"""Gradients of hidden, weight, bias, adapter_hidden and adapter_weight."""
 
 
-@torch.library.custom_op("lctrain::linear_cross_entropy_forward", mutates_args=())
-def linear_cross_entropy_forward(
+class _Gradients:
+    """Gradients of the inputs, filled chunk by chunk; one that is not needed has no elements."""
+
+    def __init__(
+        self,
+        inputs: list[Tensor | None],
+        needs: list[bool],
+        dtype: torch.dtype,
+    ) -> None:
+        self.needs = [bool(need) for need in needs]
+        self.tensors = [
+            _empty_like(tensor, place, need, dtype)
+            for place, (tensor, need) in enumerate(zip(inputs, self.needs, strict=True))
+        ]
+
+    def without_tokens(self) -> None:
+        """Sets the sums to 0: there is no chunk that overwrites them."""
+        for place in (1, 2, 4):
+            self.tensors[place].zero_()
+
+    def add(
+        self,
+        chunk: slice,
+        logits_grad: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        adapter: tuple[Tensor, Tensor] | None,
+        ignored: Tensor,
+    ) -> None:
+        """Adds what one chunk gives; logits_grad is [C, V]."""
+        first = chunk.start == 0
+        grads = self.tensors
+        if self.needs[0]:
+            project_back(logits_grad, weight, grads[0][chunk])
+        if self.needs[1]:
+            # The state of an ignored token may be nan, and 0 * nan must not reach the weight.
+            kept = hidden.masked_fill(ignored[:, None], 0.0)
+            accumulate_outer(grads[1], logits_grad, kept, first=first)
+        if self.needs[2]:
+            total = logits_grad.sum(dim=0, dtype=grads[2].dtype)
+            grads[2].copy_(total if first else grads[2] + total)
+        if adapter is None:
+            return
+        low, up = adapter
+        if self.needs[3]:
+            project_back(logits_grad, up.to(low.dtype), grads[3][chunk])
+        if self.needs[4]:
+            kept = low.masked_fill(ignored[:, None], 0.0)
+            accumulate_outer(grads[4], logits_grad, kept, first=first)
+
+
+def _empty_like(tensor: Tensor | None, place: int, needed: bool, dtype: torch.dtype) -> Tensor:
+    """Memory for one gradient: rows of hidden states in their dtype, sums in the wide dtype."""
+    if tensor is None or not needed:
+        return torch.empty(0)
+    if place in (0, 3):
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    # The first chunk overwrites a sum; without a chunk it is 0.
+    return tensor.new_empty(tensor.shape, dtype=dtype)
+
+
+def _sum_forward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    adapter_hidden: Tensor | None,
+    adapter_weight: Tensor | None,
     labels: Tensor,
-    softcap: float,
-    logit_scale: float,
-    ignore_index: int,
-    chunk_tokens: int,
-    matmul_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, maximum m of the logits, and sum of exp(logits - m) of each token.
-
-    All are [T] in the accumulation dtype. m and the sum are kept apart, not as one logsumexp:
-    beside a large m, the rounding of m + log(sum) would be most of the error of a small loss.
-    """
-    _check_label_range(labels, weight.shape[0], ignore_index)
-    token_loss = hidden.new_empty(hidden.shape[0], dtype=_accumulation_dtype(hidden))
-    m, exp_sum = torch.empty_like(token_loss), torch.empty_like(token_loss)
+    token_weights: Tensor | None,
+    needs: list[bool],
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    """The summed loss, logsumexp [T] and the gradients of the sum."""
+    options = LossOptions(*rest)
+    check_label_range(labels, options)
+    dtype = _accumulation_dtype(options.matmul_dtype, hidden)
+    inputs = [hidden, weight, bias, adapter_hidden, adapter_weight]
+    grads = _Gradients(inputs, needs, dtype)
+    statistics = hidden.new_empty(NUM_STATISTICS, hidden.shape[0], dtype=dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        projection = weight.to(matmul_dtype)
-        for start in range(0, hidden.shape[0], chunk_tokens):
-            chunk = slice(start, start + chunk_tokens)
-            logits = _logits(hidden[chunk].to(matmul_dtype), projection, bias, softcap, logit_scale)
-            m[chunk] = _finite(logits.amax(dim=-1))
-            shifted = logits.sub_(m[chunk, None])
-            ignored = labels[chunk] == ignore_index
-            target = shifted.gather(1, labels[chunk, None].masked_fill(ignored[:, None], 0))[:, 0]
-            exp_sum[chunk] = shifted.exp_().sum(dim=-1)
-            loss = exp_sum[chunk].log() - target
-            loss.masked_fill_(exp_sum[chunk] == 0.0, torch.inf)  # no finite logit
-            token_loss[chunk] = loss.masked_fill_(ignored, 0.0)
-    return token_loss, m, exp_sum
+        for chunk, logits, parts in _chunks(inputs, options):
+            split = bool(options.group_name)
+            part = statistics[:, chunk]
+            factors = None if token_weights is None else token_weights[chunk]
+            arguments = (logits, bias, labels[chunk], part, factors, None, options)
+            gradient = any(grads.needs)
+            row_pass(*arguments, reads_statistics=False, writes_gradient=gradient and not split)
+            if split:
+                reduce_statistics(part, options.group_name)
+            if split and gradient:
+                row_pass(*arguments, reads_statistics=True, writes_gradient=True)
+            if gradient:
+                grads.add(chunk, logits, *parts, labels[chunk] == options.ignore_index)
+    loss, lse = token_losses(statistics, labels, options)
+    if not hidden.shape[0]:
+        grads.without_tokens()
+    if token_weights is not None:
+        # A token without weight counts nothing, also where its loss is infinite.
+        loss = (loss * token_weights).masked_fill(token_weights == 0.0, 0.0)
+        loss = loss.masked_fill(labels == options.ignore_index, 0.0)
+    return loss.sum(), lse, *grads.tensors
 
 
-@torch.library.custom_op("lctrain::linear_cross_entropy_backward", mutates_args=())
-def linear_cross_entropy_backward(
-    token_grad: Tensor,
-    m: Tensor,
-    exp_sum: Tensor,
+def _tokens_forward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    adapter_hidden: Tensor | None,
+    adapter_weight: Tensor | None,
     labels: Tensor,
-    softcap: float,
-    logit_scale: float,
-    ignore_index: int,
-    chunk_tokens: int,
-    matmul_dtype: torch.dtype,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; one that is not needed comes back with no elements."""
-    accumulation = m.dtype
-    hidden_grad = torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0)
-    # [V, E] and [V]
-    weight_grad = weight.new_zeros(weight.shape if needs_weight else 0, dtype=accumulation)
-    bias_grad = weight.new_zeros(weight.shape[0] if needs_bias else 0, dtype=accumulation)
-    with torch.autocast(hidden.device.type, enabled=False):
-        projection = weight.to(matmul_dtype)
-        for start in range(0, hidden.shape[0], chunk_tokens):
-            chunk = slice(start, start + chunk_tokens)
-            ignored = labels[chunk] == ignore_index
-            hidden_chunk = hidden[chunk].to(matmul_dtype)
-            logits = _logits(hidden_chunk, projection, bias, softcap, logit_scale)
-            logits_grad = _logits_grad(
-                logits,
-                m[chunk],
-                exp_sum[chunk],
-                labels[chunk].masked_fill(ignored, 0),
-                ignored,
-                token_grad[chunk],
-                softcap,
-                logit_scale,
-            )
-            if needs_bias:
-                bias_grad += logits_grad.sum(dim=0)
-            if needs_hidden:
-                hidden_grad[chunk] = _project_back(logits_grad, projection)
-            if needs_weight:
-                # The state of an ignored token may be nan, and 0 * nan must not reach the weight.
-                hidden_chunk = hidden_chunk.masked_fill(ignored[:, None], 0.0)
-                _accumulate_outer(weight_grad, logits_grad, hidden_chunk)
-    bias_dtype = accumulation if bias is None else bias.dtype
-    return hidden_grad, weight_grad.to(weight.dtype), bias_grad.to(bias_dtype)
-
-
-@linear_cross_entropy_forward.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    token_loss = hidden.new_empty(hidden.shape[0], dtype=_accumulation_dtype(hidden))
-    return token_loss, torch.empty_like(token_loss), torch.empty_like(token_loss)
-
-
-@linear_cross_entropy_backward.register_fake
-def _(
-    token_grad: Tensor,
-    m: Tensor,
-    exp_sum: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    needs_hidden, needs_weight, needs_bias = rest[-3:]
-    return (
-        torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0),
-        weight.new_empty(weight.shape if needs_weight else 0),
-        weight.new_empty(
-            weight.shape[0] if needs_bias else 0, dtype=m.dtype if bias is None else bias.dtype
-        ),
-    )
+    """Loss [T], logsumexp [T] and the statistics [4, T]."""
+    options = LossOptions(*rest)
+    check_label_range(labels, options)
+    dtype = _accumulation_dtype(options.matmul_dtype, hidden)
+    statistics = hidden.new_empty(NUM_STATISTICS, hidden.shape[0], dtype=dtype)
+    inputs = [hidden, weight, bias, adapter_hidden, adapter_weight]
+    with torch.autocast(hidden.device.type, enabled=False):
+        for chunk, logits, _ in _chunks(inputs, options):
+            part = statistics[:, chunk]
+            row_pass(
+                logits, bias, labels[chunk], part, None, None, options,
+                reads_statistics=False, writes_gradient=False,
+            )  # fmt: skip
+            if options.group_name:
+                reduce_statistics(part, options.group_name)
+    return *token_losses(statistics, labels, options), statistics
 
 
-def _setup_context(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    hidden, weight, bias, labels, *ctx.options = inputs
-    ctx.save_for_backward(*output[1:], hidden, weight, bias, labels)
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _autograd_backward(ctx: Any, token_grad: Tensor, *unused: Any) -> tuple[Any, ...]:
-    needs = list(ctx.needs_input_grad[:3])
-    grads = linear_cross_entropy_backward(token_grad, *ctx.saved_tensors, *ctx.options, *needs)
-    return (
-        *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)),
-        *(None for _ in ("labels", *ctx.options)),
-    )
-
-
-linear_cross_entropy_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
-
-
-def _logits(
-    hidden: Tensor, projection: Tensor, bias: Tensor | None, softcap: float, logit_scale: float
-) -> Tensor:
-    """Logits of a chunk, [C, V] in the accumulation dtype."""
-    logits = _project(hidden, projection)
-    if bias is not None:
-        logits += bias
-    if logit_scale != 1.0:
-        logits *= logit_scale
-    if softcap > 0.0:
-        logits.div_(softcap).tanh_().mul_(softcap)
-    return logits
-
-
-def _logits_grad(
-    logits: Tensor,
-    m: Tensor,
-    exp_sum: Tensor,
-    target: Tensor,
-    ignored: Tensor,
+def _tokens_backward(
     token_grad: Tensor,
-    softcap: float,
-    logit_scale: float,
-) -> Tensor:
-    """Gradient of `hidden @ weight.T + bias`, [C, V]; overwrites `logits`."""
-    derivative = 1.0 - (logits / softcap).square_() if softcap > 0.0 else None
-    # A row without a finite logit has no softmax, and no gradient.
-    has_softmax = exp_sum != 0.0
-    token_grad = token_grad.masked_fill(~has_softmax, 0.0)
-    grad = logits.sub_(m[:, None]).exp_()
-    grad *= (token_grad / exp_sum.masked_fill(~has_softmax, 1.0))[:, None]
-    rows = torch.arange(grad.shape[0], device=grad.device)
-    grad.index_put_((rows, target), grad[rows, target] - token_grad)
-    if logit_scale != 1.0:
-        grad *= logit_scale
-    if derivative is not None:
-        grad *= derivative
-    return grad.masked_fill_(ignored[:, None], 0.0)
+    lse_grad: Tensor | None,
+    statistics: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapter_hidden: Tensor | None,
+    adapter_weight: Tensor | None,
+    labels: Tensor,
+    needs: list[bool],
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    """Gradients of the inputs."""
+    options = LossOptions(*rest)
+    inputs = [hidden, weight, bias, adapter_hidden, adapter_weight]
+    grads = _Gradients(inputs, needs, statistics.dtype)
+    token_grad = token_grad.contiguous()
+    lse_grad = None if lse_grad is None else lse_grad.contiguous()
+    with torch.autocast(hidden.device.type, enabled=False):
+        for chunk, logits, parts in _chunks(inputs, options):
+            row_pass(
+                logits,
+                bias,
+                labels[chunk],
+                statistics[:, chunk],
+                token_grad[chunk],
+                None if lse_grad is None else lse_grad[chunk],
+                options,
+                reads_statistics=True,
+                writes_gradient=True,
+            )
+            grads.add(chunk, logits, *parts, labels[chunk] == options.ignore_index)
+    if not hidden.shape[0]:
+        grads.without_tokens()
+    dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
+    return tuple(
+        grad if dtype is None else grad.to(dtype)
+        for grad, dtype in zip(grads.tensors, dtypes, strict=True)
+    )
 
 
-def _finite(m: Tensor) -> Tensor:
-    """`m` with -inf (no finite logit) replaced by 0, so that no -inf - -inf arises."""
-    return m.masked_fill(m == -torch.inf, 0.0)
+def _chunks(inputs: list[Tensor | None], options: LossOptions) -> Any:
+    """Yields the slice of each chunk, its products [C, V] and what they were made of."""
+    hidden, weight, _, low, up = inputs
+    assert hidden is not None
+    assert weight is not None
+    tokens, dtype = hidden.shape[0], options.matmul_dtype
+    weight = weight.to(dtype)
+    up = None if up is None else up.to(dtype)
+    size = min(options.chunk_tokens, tokens)
+    buffer = logits_buffer(size, weight.shape[0], dtype, options.backend, hidden.device)
+    for start in range(0, tokens, options.chunk_tokens):
+        chunk = slice(start, min(start + options.chunk_tokens, tokens))
+        logits = buffer[: chunk.stop - start]
+        states = hidden[chunk].to(dtype)
+        adapter = None if low is None or up is None else (low[chunk].to(dtype), up)
+        project(states, weight, adapter, logits)
+        yield chunk, logits, (states, weight, adapter)
 
 
-def _project(hidden: Tensor, projection: Tensor) -> Tensor:
-    """hidden [C, E] @ projection [V, E].T in the accumulation dtype."""
-    accumulation = _accumulation_dtype(hidden)
-    if hidden.dtype == accumulation:
-        return hidden @ projection.t()
-    if _has_mixed_matmul(hidden):
-        return torch.mm(hidden, projection.t(), out_dtype=accumulation)
-    wide = hidden.to(accumulation)
-    blocks = projection.split(VOCABULARY_BLOCK)
-    return torch.cat([wide @ block.to(accumulation).t() for block in blocks], dim=1)
-
-
-def _project_back(logits_grad: Tensor, projection: Tensor) -> Tensor:
-    """logits_grad [C, V] @ projection [V, E] in the accumulation dtype."""
-    if projection.dtype == logits_grad.dtype:
-        return logits_grad @ projection
-    if _has_mixed_matmul(projection):
-        return torch.mm(logits_grad.to(projection.dtype), projection, out_dtype=logits_grad.dtype)
-    out = logits_grad.new_zeros(logits_grad.shape[0], projection.shape[1])
-    for start in range(0, projection.shape[0], VOCABULARY_BLOCK):
-        block = slice(start, start + VOCABULARY_BLOCK)
-        out.addmm_(logits_grad[:, block], projection[block].to(logits_grad.dtype))
-    return out
-
-
-def _accumulate_outer(weight_grad: Tensor, logits_grad: Tensor, hidden: Tensor) -> None:
-    """weight_grad [V, E] += logits_grad [C, V].T @ hidden [C, E], in place."""
-    if hidden.dtype == weight_grad.dtype or not _has_mixed_matmul(hidden):
-        weight_grad.addmm_(logits_grad.t(), hidden.to(weight_grad.dtype))
-        return
-    narrow = logits_grad.to(hidden.dtype)
-    for start in range(0, weight_grad.shape[0], VOCABULARY_BLOCK):
-        block = slice(start, start + VOCABULARY_BLOCK)
-        weight_grad[block] += torch.mm(narrow[:, block].t(), hidden, out_dtype=weight_grad.dtype)
-
-
-def _has_mixed_matmul(tensor: Tensor) -> bool:
-    """Whether this device multiplies half-precision matrices into a float32 result."""
-    return tensor.is_cuda and torch.version.hip is None
-
-
-def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _check_label_range(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
+def check_label_range(labels: Tensor, options: LossOptions) -> None:
     """Raises for a label outside the vocabulary, on the CPU: elsewhere it would synchronise."""
     if labels.device.type != "cpu":
         return
-    outside = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
+    outside = (labels != options.ignore_index) & ((labels < 0) | (labels >= options.num_words))
     if outside.any():
         position = int(outside.nonzero()[0])
         raise ValueError(
-            f"labels must lie in [0, {vocabulary}) or be {ignore_index}, "
+            f"labels must lie in [0, {options.num_words}) or be {options.ignore_index}, "
             f"got {int(labels[position])} at position {position}. "
             "Check that the tokenizer belongs to the model."
         )
+
+
+def _accumulation_dtype(matmul_dtype: torch.dtype, hidden: Tensor) -> torch.dtype:
+    wide = torch.promote_types(matmul_dtype, hidden.dtype)
+    return torch.promote_types(wide, torch.float32)
+
+
+def _fake_grads(
+    inputs: list[Tensor | None], needs: list[bool], dtype: torch.dtype | None
+) -> list[Tensor]:
+    """Shapes of the gradients; sums are in dtype, or in the inputs' own where it is None."""
+    grads = []
+    for place, (tensor, need) in enumerate(zip(inputs, needs, strict=True)):
+        if tensor is None or not need:
+            grads.append(torch.empty(0))
+        else:
+            own = place in (0, 3) or dtype is None
+            grads.append(tensor.new_empty(tensor.shape, dtype=tensor.dtype if own else dtype))
+    return grads
+
+
+def _sum_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None,
+              up: Tensor | None, labels: Tensor, token_weights: Tensor | None, needs: list[bool],
+              *rest: Any) -> tuple[Tensor, ...]:  # fmt: skip
+    dtype = _accumulation_dtype(LossOptions(*rest).matmul_dtype, hidden)
+    grads = _fake_grads([hidden, weight, bias, low, up], needs, dtype)
+    return hidden.new_empty((), dtype=dtype), hidden.new_empty(hidden.shape[0], dtype=dtype), *grads
+
+
+def _tokens_fake(
+    hidden: Tensor, weight: Tensor, bias: Any, low: Any, up: Any, labels: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _accumulation_dtype(LossOptions(*rest).matmul_dtype, hidden)
+    tokens = hidden.shape[0]
+    loss = hidden.new_empty(tokens, dtype=dtype)
+    return loss, torch.empty_like(loss), hidden.new_empty(NUM_STATISTICS, tokens, dtype=dtype)
+
+
+def _tokens_backward_fake(
+    token_grad: Tensor, lse_grad: Any, statistics: Tensor, hidden: Tensor, weight: Tensor,
+    bias: Any, low: Any, up: Any, labels: Tensor, needs: list[bool], *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return tuple(_fake_grads([hidden, weight, bias, low, up], needs, None))
+
+
+_GRADS = ", ".join(["Tensor"] * NUM_GRADS)
+cross_entropy_sum = define_operator(
+    f"linear_cross_entropy_sum({_TENSORS}, Tensor? token_weights, {_NEEDS}, {SCHEMA}) "
+    f"-> (Tensor, Tensor, {_GRADS})",
+    _sum_forward,
+    _sum_fake,
+)
+cross_entropy_tokens = define_operator(
+    f"linear_cross_entropy_tokens({_TENSORS}, {SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    _tokens_forward,
+    _tokens_fake,
+)
+cross_entropy_tokens_backward = define_operator(
+    "linear_cross_entropy_tokens_backward(Tensor token_grad, Tensor? lse_grad, Tensor statistics, "
+    f"{_TENSORS}, {_NEEDS}, {SCHEMA}) -> ({_GRADS})",
+    _tokens_backward,
+    _tokens_backward_fake,
+)
+scale_gradient = define_operator(
+    "scale_gradient(Tensor x, Tensor factor, ScalarType dtype, str backend) -> Tensor",
+    scale_to,
+    lambda x, factor, dtype, backend: x.new_empty(x.shape, dtype=dtype),
+)
+
+
+def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors = inputs[:NUM_GRADS]
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+    ctx.backend, ctx.num_inputs = inputs[-1], len(inputs)
+    ctx.save_for_backward(*output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else zeros of the weight's size for its gradient's gradient
+
+
+def _sum_backward(ctx: Any, loss_grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+    if loss_grad is None:
+        return (None,) * ctx.num_inputs
+    needs = ctx.needs_input_grad[:NUM_GRADS]
+    grads = [
+        scale_gradient(grad, loss_grad, dtype, ctx.backend) if need else None
+        for grad, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, needs, strict=True)
+    ]
+    return *grads, *(None for _ in range(ctx.num_inputs - NUM_GRADS))
+
+
+def _tokens_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.options = inputs[NUM_GRADS + 1 :]
+    ctx.save_for_backward(output[2], *inputs[: NUM_GRADS + 1])
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _tokens_autograd(
+    ctx: Any, token_grad: Tensor | None, lse_grad: Tensor | None, *unused: Any
+) -> tuple[Any, ...]:
+    needs = list(ctx.needs_input_grad[:NUM_GRADS])
+    statistics = ctx.saved_tensors[0]
+    if token_grad is None:
+        token_grad = torch.zeros_like(statistics[0])
+    grads = cross_entropy_tokens_backward(
+        token_grad, lse_grad, *ctx.saved_tensors, needs, *ctx.options
+    )
+    return (
+        *(grad if need else None for grad, need in zip(grads, needs, strict=True)),
+        *(None for _ in range(1 + len(ctx.options))),
+    )
+
+
+define_autograd(cross_entropy_sum, _sum_setup, _sum_backward)
+define_autograd(cross_entropy_tokens, _tokens_setup, _tokens_autograd)

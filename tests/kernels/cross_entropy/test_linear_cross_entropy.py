@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from lctrain_kernels.cross_entropy.api import linear_cross_entropy, pick_chunk_tokens
+from lctrain_kernels.cross_entropy import linear_cross_entropy
+from lctrain_kernels.cross_entropy.chunks import pick_chunk_tokens
 from tests.numerics import assert_error_at_most_twice
 
 TOKENS, HIDDEN, VOCABULARY = 37, 24, 101
@@ -182,7 +183,7 @@ def test_impossible_target_has_infinite_loss_and_finite_gradients(masked) -> Non
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_vocabulary_blocks_do_not_change_the_result(dtype, monkeypatch) -> None:
     inputs = make_inputs(dtype, bias=True)
-    monkeypatch.setattr("lctrain_kernels.cross_entropy.operators.VOCABULARY_BLOCK", 32)
+    monkeypatch.setattr("lctrain_kernels.cross_entropy.products.VOCABULARY_BLOCK", 32)
     exact = [t if t.dtype == torch.int64 else t.double() for t in inputs]
     plain = loss_and_grads(full_logits_loss, inputs)
     reference = loss_and_grads(full_logits_loss, exact)
@@ -258,8 +259,12 @@ def test_compiled_graph_has_no_break() -> None:
 
 def test_operators_satisfy_the_rules_of_torch_library() -> None:
     hidden, weight, bias, labels = make_inputs(torch.float32, bias=True)
-    arguments = (hidden, weight.requires_grad_(), bias, labels, 3.0, 0.5, -100, 8, torch.float32)
-    torch.library.opcheck(torch.ops.lctrain.linear_cross_entropy_forward.default, arguments)
+    tensors = (hidden, weight.requires_grad_(), bias, None, None, labels)
+    options = (3.0, 0.5, -100, 0.1, 0.01, 0, VOCABULARY, "", 8, torch.float32, "pytorch")
+    needs = [False, True, False, False, False]
+    opcheck = torch.library.opcheck
+    opcheck(torch.ops.lctrain.linear_cross_entropy_sum.default, (*tensors, None, needs, *options))
+    opcheck(torch.ops.lctrain.linear_cross_entropy_tokens.default, (*tensors, *options))
 
 
 @pytest.mark.gpu
@@ -276,10 +281,17 @@ def test_no_synchronisation_with_the_device() -> None:
 
 def test_chunk_bounds_the_memory_of_the_logits() -> None:
     for vocabulary in (50_257, 128_256, 262_144):
-        for device, budget in (("cpu", 64 * 2**20), ("cuda", 512 * 2**20)):
-            tokens = pick_chunk_tokens(vocabulary, device)
-            assert tokens == 128 or tokens * vocabulary * 4 <= budget
+        for budget in (None, 2**29):
+            tokens = pick_chunk_tokens(32768, vocabulary, 4, torch.device("cpu"), budget)
+            assert tokens == 128 or tokens * vocabulary * 4 <= (budget or 64 * 2**20)
             assert tokens % 128 == 0
+
+
+def test_chunks_are_of_equal_size() -> None:
+    device, budget = torch.device("cpu"), 2 * 2**30
+    assert pick_chunk_tokens(32768, 128_256, 2, device, budget) == 8192
+    assert pick_chunk_tokens(9000, 128_256, 2, device, budget) == 4608
+    assert pick_chunk_tokens(5, 128_256, 2, device, budget) == 128
 
 
 def test_peak_memory_is_a_chunk_and_not_all_logits() -> None:
@@ -311,6 +323,17 @@ BAD_INPUTS = {
     "bias": ({"bias": torch.ones(4)}, "bias must have shape"),
     "reduction": ({"reduction": "median"}, "reduction must be one of sum, mean, none"),
     "softcap": ({"softcap": -1.0}, "softcap must be at least 0"),
+    "smoothing": ({"label_smoothing": 1.0}, "label_smoothing must lie in"),
+    "z-loss": ({"z_loss": -1.0}, "z_loss must be at least 0"),
+    "bytes": ({"logits_bytes": 0}, "logits_bytes must be at least 1"),
+    "weights": ({"token_weights": torch.ones(3)}, "token_weights must be floating point"),
+    "weights-gradient": (
+        {"token_weights": torch.ones(4, requires_grad=True)},
+        "token_weights must be constant",
+    ),
+    "adapter": ({"adapter": (torch.ones(4, 2), torch.ones(4, 2))}, "adapter must be"),
+    "backend": ({"backend": "cuda"}, "backend must be one of"),
+    "backend-dtype": ({"backend": "triton"}, "needs half-precision products"),
     "chunk": ({"chunk_tokens": 0}, "chunk_tokens must be at least 1"),
 }
 

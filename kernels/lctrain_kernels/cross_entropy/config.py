@@ -1,0 +1,34 @@
+"""How the pass over the logits cuts its work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """Tile of the pass over a row of logits.
+
+    Attributes:
+        block: Words that a program holds at one time.
+        num_warps: Warps of a program.
+        stages: Depth of the load pipeline.
+        programs: Programs per multiprocessor. So many rows are between their two readings at one
+            time: with few, the second one is served by the L2 cache.
+    """
+
+    block: int
+    num_warps: int
+    stages: int
+    programs: int
+
+
+HALF = RowConfig(4096, 8, 4, 2)
+SINGLE = RowConfig(2048, 8, 2, 2)
+
+
+def row_config(dtype: torch.dtype) -> RowConfig:
+    """The configuration for logits of this dtype."""
+    return SINGLE if dtype == torch.float32 else HALF

@@ -1,0 +1,125 @@
+"""The matrix products of a chunk: logits, and the gradients of hidden states, weight and bias.
+
+With half-precision inputs on a GPU the logits stay in half precision, in one buffer that all chunks
+share, and the weight's gradient is accumulated in float32 by cuBLAS itself. Elsewhere everything is
+float32 (float64 for float64 inputs).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+# Rows of a half-precision weight that are converted to float32 at a time, where the device has no
+# matrix product with half-precision inputs and a float32 result.
+VOCABULARY_BLOCK = 16384
+# Words between the beginnings of two rows of logits are a multiple of this, so that rows are
+# aligned for vectors and for cuBLAS whatever the vocabulary.
+ROW_MULTIPLE = 64
+
+
+def logits_buffer(
+    tokens: int, vocabulary: int, matmul_dtype: torch.dtype, backend: str, device: torch.device
+) -> Tensor:
+    """Memory for the logits of a chunk, [tokens, V]; rows are aligned."""
+    dtype = (
+        matmul_dtype if backend == "triton" else torch.promote_types(matmul_dtype, torch.float32)
+    )
+    width = -(-vocabulary // ROW_MULTIPLE) * ROW_MULTIPLE
+    return torch.empty(tokens, width, dtype=dtype, device=device)[:, :vocabulary]
+
+
+def project(
+    hidden: Tensor, weight: Tensor, adapter: tuple[Tensor, Tensor] | None, out: Tensor
+) -> None:
+    """out [C, V] = hidden [C, E] @ weight [V, E].T, plus low [C, R] @ up [V, R].T of an adapter."""
+    _multiply(hidden, weight, out)
+    if adapter is not None:
+        low, up = adapter
+        if low.dtype == out.dtype:
+            out.addmm_(low, up.t())
+        else:
+            out.addmm_(low.to(out.dtype), up.to(out.dtype).t())
+
+
+def project_back(logits_grad: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out [C, E] = logits_grad [C, V] @ weight [V, E], in the dtype of out."""
+    if logits_grad.dtype == weight.dtype:
+        if out.dtype == weight.dtype:
+            torch.mm(logits_grad, weight, out=out)
+        elif _has_mixed_products(weight.device):
+            torch.mm(logits_grad, weight, out_dtype=out.dtype, out=out)
+        else:
+            out.copy_(logits_grad @ weight)
+        return
+    if _has_mixed_products(weight.device):
+        out.copy_(torch.mm(logits_grad.to(weight.dtype), weight, out_dtype=logits_grad.dtype))
+        return
+    total = logits_grad.new_zeros(logits_grad.shape[0], weight.shape[1])
+    for start in range(0, weight.shape[0], VOCABULARY_BLOCK):
+        block = slice(start, start + VOCABULARY_BLOCK)
+        total.addmm_(logits_grad[:, block], weight[block].to(total.dtype))
+    out.copy_(total)
+
+
+def accumulate_outer(total: Tensor, logits_grad: Tensor, hidden: Tensor, *, first: bool) -> None:
+    """total [V, E] float32 (+)= logits_grad [C, V].T @ hidden [C, E].
+
+    Args:
+        total: Sum over the chunks; overwritten where `first`.
+        logits_grad: [C, V].
+        hidden: [C, E].
+        first: Whether nothing has been added yet.
+    """
+    if logits_grad.dtype == total.dtype:  # float32 logits, perhaps of half-precision inputs
+        total.addmm_(logits_grad.t(), hidden.to(total.dtype), beta=0.0 if first else 1.0)
+        return
+    transposed = logits_grad.t()
+    if _has_mixed_products(total.device) and first:
+        torch.mm(transposed, hidden, out_dtype=total.dtype, out=total)
+    elif _accumulates_in_place(total.device):
+        torch.addmm(total, transposed, hidden, out_dtype=total.dtype, out=total)
+    else:
+        if first:
+            total.zero_()
+        mixed = _has_mixed_products(total.device)
+        for start in range(0, total.shape[0], VOCABULARY_BLOCK):
+            block = transposed[start : start + VOCABULARY_BLOCK]
+            part = total[start : start + VOCABULARY_BLOCK]
+            if mixed:
+                part += torch.mm(block, hidden, out_dtype=total.dtype)
+            else:
+                part.addmm_(block.to(total.dtype), hidden.to(total.dtype))
+
+
+def _multiply(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    if hidden.dtype == out.dtype:
+        torch.mm(hidden, weight.t(), out=out)
+    elif _has_mixed_products(hidden.device):
+        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+    else:
+        wide = hidden.to(out.dtype)
+        for start in range(0, weight.shape[0], VOCABULARY_BLOCK):
+            block = slice(start, start + VOCABULARY_BLOCK)
+            out[:, block] = wide @ weight[block].to(out.dtype).t()
+
+
+def _has_mixed_products(device: torch.device) -> bool:
+    """Whether this device multiplies half-precision matrices into a float32 result."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+@functools.cache
+def _accumulates_in_place(device: torch.device) -> bool:
+    """Whether addmm adds half-precision products to a float32 matrix: some releases refuse."""
+    if not _has_mixed_products(device):
+        return False
+    half = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
+    total = torch.zeros(16, 16, dtype=torch.float32, device=device)
+    try:
+        torch.addmm(total, half, half, out_dtype=torch.float32, out=total)
+    except (RuntimeError, NotImplementedError, TypeError):
+        return False
+    return True

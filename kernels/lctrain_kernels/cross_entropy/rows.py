@@ -1,0 +1,206 @@
+"""The pass over a chunk of logits, in Triton or in plain PyTorch, and what follows from it.
+
+A row's statistics are four numbers: the maximum m of its logits, the sum of exp(z - m), the logit z
+of its label, and the sum of its logits (0 without label smoothing). m and the sum are kept apart:
+beside a large m, the rounding of m + log(sum) would be most of the error of a small loss.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lctrain_kernels.cross_entropy.options import LossOptions
+from lctrain_kernels.multiprocessors import multiprocessors
+
+MAXIMUM, EXP_SUM, TARGET, LOGIT_SUM = range(4)
+NUM_STATISTICS = 4
+SCALE_BLOCK = 4096
+
+
+def row_pass(
+    logits: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    statistics: Tensor,
+    token_grad: Tensor | None,
+    lse_grad: Tensor | None,
+    options: LossOptions,
+    *,
+    reads_statistics: bool,
+    writes_gradient: bool,
+) -> None:
+    """Finds the statistics of the rows, or overwrites logits with their gradient, or both.
+
+    Args:
+        logits: [C, V], the products; the gradient is written over them.
+        bias: [V] or None.
+        labels: [C] int64.
+        statistics: [4, C] in the accumulation dtype; written unless `reads_statistics`.
+        token_grad: [C], gradient of the tokens' losses, or None for 1.
+        lse_grad: [C], gradient of the tokens' logsumexp, or None.
+        options: See LossOptions.
+        reads_statistics: Take the statistics as given.
+        writes_gradient: Replace logits by the gradient.
+    """
+    if options.backend == "triton":
+        _launch(
+            logits, bias, labels, statistics, token_grad, lse_grad, options,
+            reads_statistics, writes_gradient,
+        )  # fmt: skip
+        return
+    z = finish_logits(logits, bias, options)
+    ignored = labels == options.ignore_index
+    target = (labels - options.first_word).masked_fill(ignored, -1)
+    owned = (target >= 0) & (target < logits.shape[1])
+    target = target.masked_fill(~owned, 0)[:, None]
+    if not reads_statistics:
+        _find_statistics(z, target, owned, ignored, statistics, options)
+    if writes_gradient:
+        _write_gradient(
+            logits, z, target, owned, ignored, statistics, token_grad, lse_grad, options
+        )
+
+
+def token_losses(statistics: Tensor, labels: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
+    """Loss and logsumexp of each token, both [T]; 0 for ignored tokens."""
+    m, exp_sum, target, logit_sum = statistics
+    log_sum = exp_sum.log()
+    lse = m + log_sum
+    loss = log_sum - (target - m)
+    if options.label_smoothing > 0.0:
+        # The mean is taken beside m, as the target is.
+        spread = log_sum - (logit_sum / options.num_words - m)
+        loss = (1.0 - options.label_smoothing) * loss + options.label_smoothing * spread
+    if options.z_loss > 0.0:
+        loss = loss + options.z_loss * lse.square()
+    ignored = labels == options.ignore_index
+    empty = exp_sum == 0.0  # no finite logit
+    loss = loss.masked_fill(empty, torch.inf).masked_fill(ignored, 0.0)
+    return loss, lse.masked_fill(ignored, 0.0)
+
+
+def finish_logits(logits: Tensor, bias: Tensor | None, options: LossOptions) -> Tensor:
+    """The logits from the products, [C, V] in the accumulation dtype; a new tensor."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    if bias is not None:
+        z += bias
+    if options.logit_scale != 1.0:
+        z *= options.logit_scale
+    if options.softcap > 0.0:
+        z.div_(options.softcap).tanh_().mul_(options.softcap)
+    return z
+
+
+def scale_to(x: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """x * factor in float32, rounded once to dtype; factor is 0-dim."""
+    if backend == "triton":
+        import triton
+
+        from lctrain_kernels.cross_entropy.triton_kernels import scale_kernel
+
+        out = torch.empty(x.shape, dtype=dtype, device=x.device)
+        if x.numel():
+            scale_kernel[(triton.cdiv(x.numel(), SCALE_BLOCK),)](
+                x, factor, out, x.numel(), BLOCK=SCALE_BLOCK, num_warps=8, enable_fp_fusion=True
+            )
+        return out
+    return (x.to(torch.promote_types(x.dtype, factor.dtype)) * factor).to(dtype)
+
+
+def _find_statistics(
+    z: Tensor,
+    target: Tensor,
+    owned: Tensor,
+    ignored: Tensor,
+    statistics: Tensor,
+    options: LossOptions,
+) -> None:
+    m = z.amax(dim=-1)
+    m = m.masked_fill(m == -torch.inf, 0.0)  # no finite logit: no -inf - -inf
+    statistics[MAXIMUM] = m
+    statistics[EXP_SUM] = (z - m[:, None]).exp_().sum(dim=-1)
+    statistics[TARGET] = z.gather(1, target)[:, 0].masked_fill(~owned, 0.0)
+    statistics[LOGIT_SUM] = z.sum(dim=-1) if options.label_smoothing > 0.0 else 0.0
+    statistics.masked_fill_(ignored, 0.0)
+
+
+def _write_gradient(
+    logits: Tensor,
+    z: Tensor,
+    target: Tensor,
+    owned: Tensor,
+    ignored: Tensor,
+    statistics: Tensor,
+    token_grad: Tensor | None,
+    lse_grad: Tensor | None,
+    options: LossOptions,
+) -> None:
+    m, exp_sum = statistics[MAXIMUM], statistics[EXP_SUM]
+    none = exp_sum == 0.0
+    exp_sum = exp_sum.masked_fill(none, 1.0)
+    grad = torch.ones_like(m) if token_grad is None else token_grad
+    grad = grad.masked_fill(none, 0.0)
+    on_p = grad
+    if options.z_loss > 0.0:
+        on_p = grad * (1.0 + 2.0 * options.z_loss * (m + exp_sum.log()))
+    if lse_grad is not None:
+        on_p = on_p + lse_grad.masked_fill(none, 0.0)
+    derivative = 1.0 - (z / options.softcap).square_() if options.softcap > 0.0 else None
+    d = z.sub_(m[:, None]).exp_().mul_((on_p / exp_sum)[:, None])
+    on_target = grad * (1.0 - options.label_smoothing)
+    d.scatter_add_(1, target, -on_target.masked_fill(~owned, 0.0)[:, None])
+    if options.label_smoothing > 0.0:
+        d -= (grad * options.label_smoothing / options.num_words)[:, None]
+    if options.logit_scale != 1.0:
+        d *= options.logit_scale
+    if derivative is not None:
+        d *= derivative
+    logits.copy_(d.masked_fill_(ignored[:, None], 0.0))
+
+
+def _launch(
+    logits: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    statistics: Tensor,
+    token_grad: Tensor | None,
+    lse_grad: Tensor | None,
+    options: LossOptions,
+    reads_statistics: bool,
+    writes_gradient: bool,
+) -> None:
+    from lctrain_kernels.cross_entropy.config import row_config
+    from lctrain_kernels.cross_entropy.triton_kernels import row_pass_kernel
+
+    if not logits.shape[0]:
+        return
+    config = row_config(logits.dtype)
+    rows = logits.shape[0]
+    row_pass_kernel[(min(rows, config.programs * multiprocessors(logits.device)),)](
+        logits,
+        bias,
+        labels,
+        statistics,
+        token_grad,
+        lse_grad,
+        logits.stride(0),
+        statistics.stride(0),
+        rows,
+        logits.shape[1],
+        options.first_word,
+        options.ignore_index,
+        options.softcap,
+        options.logit_scale,
+        options.label_smoothing,
+        options.label_smoothing / options.num_words,
+        options.z_loss,
+        BLOCK=config.block,
+        STAGES=config.stages,
+        HAS_SOFTCAP=options.softcap > 0.0,
+        HAS_SMOOTHING=options.label_smoothing > 0.0,
+        READS_STATISTICS=reads_statistics,
+        WRITES_GRADIENT=writes_gradient,
+        num_warps=config.num_warps,
+        enable_fp_fusion=True,
+    )

@@ -1,0 +1,25 @@
+"""Joins the softmax statistics of a vocabulary that is divided over ranks."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+from lctrain_kernels.cross_entropy.rows import EXP_SUM, MAXIMUM
+
+
+def reduce_statistics(statistics: Tensor, group_name: str) -> None:
+    """Replaces the statistics [4, C] of this rank's words by those of all words, in place."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    group = _resolve_process_group(group_name)
+    local = statistics[MAXIMUM]
+    empty = statistics[EXP_SUM] == 0.0  # no finite logit here: its maximum of 0 is none
+    top = local.masked_fill(empty, -float("inf"))
+    dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+    top = top.masked_fill(top == -float("inf"), 0.0)
+    sums = statistics[EXP_SUM:].clone()  # [3, C]
+    sums[0] *= (local - top).masked_fill_(empty, -float("inf")).exp_()
+    dist.all_reduce(sums, group=group)
+    statistics[MAXIMUM] = top
+    statistics[EXP_SUM:] = sums

@@ -1,0 +1,204 @@
+"""The pass over a chunk of logits in portable Triton: statistics of the softmax, and the gradient.
+
+One program owns a row at a time. Its running maximum and sum are kept per lane of GROUP
+neighbouring words, so that rescaling the sum costs one exponential per GROUP words. The gradient
+is written over the logits.
+"""
+
+import triton
+import triton.language as tl
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+GROUP = tl.constexpr(8)  # words per lane: 16 bytes in half precision
+
+
+@triton.jit
+def _exp(x):
+    return tl.exp2(x * _LOG2_E)
+
+
+@triton.jit
+def _tanh(x):
+    return 1.0 - 2.0 / (tl.exp2(x * (2.0 * _LOG2_E)) + 1.0)
+
+
+@triton.jit
+def _logits(raw, bias_ptr, words, num_words, softcap, scale, HAS_SOFTCAP: tl.constexpr):
+    """Logits from the products, float32; -inf outside of the vocabulary."""
+    inside = (words >= 0) & (words < num_words)
+    z = raw.to(tl.float32)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + words, mask=inside, other=0.0).to(tl.float32)
+    z *= scale
+    if HAS_SOFTCAP:
+        z = softcap * _tanh(z / softcap)
+    return tl.where(inside, z, float("-inf"))
+
+
+@triton.jit
+def _statistics(
+    base,
+    width,
+    num_words,
+    bias_ptr,
+    softcap,
+    scale,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+):
+    """Maximum, sum of exp(z - maximum) and sum of z of one row; without a finite logit 0, 0."""
+    LANES: tl.constexpr = BLOCK // GROUP
+    offsets = tl.arange(0, LANES)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    m = tl.full([LANES], float("-inf"), tl.float32)
+    l = tl.zeros([LANES], tl.float32)
+    z_sum = tl.zeros([LANES], tl.float32)
+    for start in tl.range(0, num_words, BLOCK, num_stages=STAGES):
+        words = start + offsets
+        raw = tl.load(base + words, mask=words < width, other=0.0, eviction_policy="evict_last")
+        z = _logits(raw, bias_ptr, words, num_words, softcap, scale, HAS_SOFTCAP)
+        if HAS_SMOOTHING:
+            z_sum += tl.sum(tl.where(words < num_words, z, 0.0), axis=1)
+        new = tl.maximum(m, tl.max(z, axis=1))
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        l = l * _exp(m - shift) + tl.sum(_exp(z - shift[:, None]), axis=1)
+        m = new
+    top = tl.max(m, axis=0)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    return top, tl.sum(l * _exp(m - top), axis=0), tl.sum(z_sum, axis=0)
+
+
+@triton.jit
+def _write_gradient(
+    base,
+    width,
+    num_words,
+    bias_ptr,
+    softcap,
+    scale,
+    top,
+    target,
+    on_p,
+    on_target,
+    on_all,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+):
+    """Replaces the products of one row by on_p exp(z - top), less on_target and on_all."""
+    LANES: tl.constexpr = BLOCK // GROUP
+    offsets = tl.arange(0, LANES)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    for start in tl.range(0, num_words, BLOCK, num_stages=STAGES):
+        words = start + offsets
+        raw = tl.load(base + words, mask=words < width, other=0.0, eviction_policy="evict_first")
+        z = _logits(raw, bias_ptr, words, num_words, softcap, scale, HAS_SOFTCAP)
+        d = on_p * _exp(z - top) - tl.where(words == target, on_target, 0.0)
+        if HAS_SMOOTHING:
+            d -= on_all
+        if HAS_SOFTCAP:
+            share = z / softcap
+            d *= 1.0 - share * share
+        tl.store(base + words, d.to(base.dtype.element_ty), mask=words < width)
+
+
+@triton.jit
+def _write_zeros(base, width, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    zero = tl.zeros([BLOCK], base.dtype.element_ty)
+    for start in range(0, width, BLOCK):
+        tl.store(base + start + offsets, zero, mask=start + offsets < width)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_words", "ignore_index", "first_word"])
+def row_pass_kernel(
+    logits_ptr,
+    bias_ptr,
+    labels_ptr,
+    statistics_ptr,
+    token_grad_ptr,
+    lse_grad_ptr,
+    stride_logits,
+    stride_statistics,
+    num_rows,
+    num_words,
+    first_word,
+    ignore_index,
+    softcap,
+    scale,
+    smoothing,
+    uniform,
+    z_loss,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    READS_STATISTICS: tl.constexpr,
+    WRITES_GRADIENT: tl.constexpr,
+):
+    """Walks over the rows of a chunk. Grid: any number of programs; few keep a row in the L2 cache.
+
+    logits [C, V], the products, in place replaced by their gradient; all columns up to the stride
+    may be written; bias [V]; labels [C] int64; statistics [4, C] float32: maximum, sum of
+    exp(z - maximum), z of the label, sum of z; token_grad and lse_grad [C] float32, gradients of
+    the token's loss (1 if not passed) and of its logsumexp.
+    """
+    for index in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+        row = tl.cast(index, tl.int64)
+        base = logits_ptr + row * stride_logits
+        label = tl.load(labels_ptr + row)
+        place = statistics_ptr + row
+        if label == ignore_index:
+            if not READS_STATISTICS:
+                for number in tl.static_range(4):
+                    tl.store(place + number * stride_statistics, 0.0)
+            if WRITES_GRADIENT:
+                _write_zeros(base, stride_logits, BLOCK)
+        else:
+            target = (label - first_word).to(tl.int32)
+            if READS_STATISTICS:
+                top = tl.load(place)
+                total = tl.load(place + stride_statistics)
+            else:
+                top, total, z_sum = _statistics(
+                    base, stride_logits, num_words, bias_ptr, softcap, scale,
+                    BLOCK, STAGES, HAS_SOFTCAP, HAS_SMOOTHING,
+                )  # fmt: skip
+                owned = (target >= 0) & (target < num_words)
+                product = tl.load(base + target, mask=owned, other=0.0)
+                z_target = _logits(
+                    product, bias_ptr, target, num_words, softcap, scale, HAS_SOFTCAP
+                )
+                tl.store(place, top)
+                tl.store(place + stride_statistics, total)
+                tl.store(place + 2 * stride_statistics, tl.where(owned, z_target, 0.0))
+                tl.store(place + 3 * stride_statistics, z_sum)
+            if WRITES_GRADIENT:
+                tl.debug_barrier()  # every thread has read the label's logit
+                grad = 1.0
+                if token_grad_ptr is not None:
+                    grad = tl.load(token_grad_ptr + row)
+                empty = total == 0.0  # no finite logit: no softmax
+                grad = tl.where(empty, 0.0, grad)
+                total = tl.where(empty, 1.0, total)
+                on_p = grad * (1.0 + 2.0 * z_loss * (top + tl.log(total)))
+                if lse_grad_ptr is not None:
+                    on_p += tl.where(empty, 0.0, tl.load(lse_grad_ptr + row))
+                on_p = on_p * scale / total
+                grad = grad * scale
+                _write_gradient(
+                    base, stride_logits, num_words, bias_ptr, softcap, scale, top, target, on_p,
+                    grad * (1.0 - smoothing), grad * uniform,
+                    BLOCK, STAGES, HAS_SOFTCAP, HAS_SMOOTHING,
+                )  # fmt: skip
+
+
+@triton.jit
+def scale_kernel(x_ptr, factor_ptr, out_ptr, numel, BLOCK: tl.constexpr):
+    """out = x * factor in float32. Grid: (cdiv(numel, BLOCK),). factor is one float32."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < numel
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    x *= tl.load(factor_ptr)
+    tl.store(out_ptr + offsets, x.to(out_ptr.dtype.element_ty), mask=mask)

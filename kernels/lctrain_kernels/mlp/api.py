@@ -1,0 +1,139 @@
+"""swiglu, geglu, gated_linear and bias_gelu: checks, shapes and the choice of backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lctrain_kernels.fused_backend import fused_backend
+from lctrain_kernels.mlp import operators
+from lctrain_kernels.mlp.reference import ACTIVATIONS
+
+
+def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """`silu(gate) * up`; saves gate and up for the backward and writes nothing into them.
+
+    Args:
+        gate: [..., I], floating point; or [..., 2 I] with gate and up side by side, without `up`.
+        up: [..., I], or None.
+        backend: "auto", "triton" or "pytorch".
+
+    Returns:
+        [..., I] in the dtype of gate.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit.
+    """
+    return _gated(gate, up, "silu", backend)
+
+
+def geglu(
+    gate: Tensor, up: Tensor | None = None, *, approximate: str = "tanh", backend: str = "auto"
+) -> Tensor:
+    """`gelu(gate) * up`; arguments as in swiglu, and `approximate` "tanh" or "none".
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit, or `approximate` is unknown.
+    """
+    return _gated(gate, up, _gelu(approximate), backend)
+
+
+def gated_linear(
+    gate: Tensor, up: Tensor, weight: Tensor, *, activation: str = "silu", backend: str = "auto"
+) -> Tensor:
+    """`(activation(gate) * up) @ weight.T` without keeping the product for the backward.
+
+    Under autocast the arguments are cast as those of torch.nn.functional.linear.
+
+    Args:
+        gate: [..., I].
+        up: [..., I].
+        weight: [E, I].
+        activation: "silu", "gelu_tanh" or "gelu".
+        backend: "auto", "triton" or "pytorch".
+
+    Returns:
+        [..., E].
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}.")
+    device_type = gate.device.type
+    if torch.is_autocast_enabled(device_type) and gate.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        gate, up, weight = gate.to(dtype), up.to(dtype), weight.to(dtype)
+    _check(gate, up)
+    if weight.dim() != 2 or weight.shape[1] != gate.shape[-1] or weight.dtype != gate.dtype:
+        raise ValueError(
+            f"weight must be {gate.dtype} of shape [E, {gate.shape[-1]}], got {weight.dtype} of "
+            f"shape {tuple(weight.shape)}. Pass the weight of the projection after the product."
+        )
+    chosen = fused_backend(gate.device, gate.dtype, backend)
+    columns = gate.shape[-1]
+    out = operators.gated_linear(
+        _flat(gate, columns), _flat(up, columns), weight, activation, chosen
+    )
+    return out.view(*gate.shape[:-1], weight.shape[0])
+
+
+def bias_gelu(
+    x: Tensor, bias: Tensor | None = None, *, approximate: str = "none", backend: str = "auto"
+) -> Tensor:
+    """`gelu(x + bias)`, in float32 inside; saves x and bias.
+
+    Args:
+        x: [..., I], floating point.
+        bias: [I] or None.
+        approximate: "none" or "tanh".
+        backend: "auto", "triton" or "pytorch".
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit, or `approximate` is unknown.
+    """
+    activation = _gelu(approximate)
+    if not x.is_floating_point() or x.dim() < 1:
+        raise ValueError(f"x must be floating point, got {x.dtype}. Convert it.")
+    if bias is not None and bias.shape != x.shape[-1:]:
+        raise ValueError(
+            f"bias must have shape ({x.shape[-1]},), got {tuple(bias.shape)}. "
+            "Pass one value per column of x."
+        )
+    chosen = fused_backend(x.device, x.dtype, backend)
+    return operators.bias_activation(_flat(x, x.shape[-1]), bias, activation, chosen).view(x.shape)
+
+
+def _gated(gate: Tensor, up: Tensor | None, activation: str, backend: str) -> Tensor:
+    chosen = fused_backend(gate.device, gate.dtype, backend)
+    if up is None:
+        if gate.dim() < 1 or gate.shape[-1] % 2 or not gate.is_floating_point():
+            raise ValueError(
+                f"gate without up must hold both, floating point [..., 2 I], got {gate.dtype} of "
+                f"shape {tuple(gate.shape)}. Pass up as well."
+            )
+        out = operators.gated_packed(_flat(gate, gate.shape[-1]), activation, chosen)
+        return out.view(*gate.shape[:-1], gate.shape[-1] // 2)
+    _check(gate, up)
+    columns = gate.shape[-1]
+    out = operators.gated(_flat(gate, columns), _flat(up, columns), activation, chosen)
+    return out.view(gate.shape)
+
+
+def _flat(tensor: Tensor, columns: int) -> Tensor:
+    flat = tensor.reshape(-1, columns)
+    return flat if flat.stride(1) == 1 or columns == 1 else flat.contiguous()
+
+
+def _check(gate: Tensor, up: Tensor) -> None:
+    if gate.shape != up.shape or gate.dtype != up.dtype or not gate.is_floating_point():
+        raise ValueError(
+            "gate and up must be floating point of one shape and dtype, got "
+            f"{tuple(gate.shape)} {gate.dtype} and {tuple(up.shape)} {up.dtype}. Convert one."
+        )
+
+
+def _gelu(approximate: str) -> str:
+    if approximate not in ("tanh", "none"):
+        raise ValueError(f"approximate must be 'tanh' or 'none', got {approximate!r}.")
+    return "gelu_tanh" if approximate == "tanh" else "gelu"

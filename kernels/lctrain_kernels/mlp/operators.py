@@ -1,0 +1,190 @@
+"""Gated and biased activations as operators of torch.library.
+
+Saved for the backward are gate and up alone, and nothing is written into them. `gated_linear` adds
+the projection that follows: its weight's gradient needs the product, which the backward computes
+again in the pass that it makes anyway.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lctrain_kernels.fused_operator import define_autograd, define_operator
+from lctrain_kernels.mlp import reference
+
+
+def _gated(gate: Tensor, up: Tensor, activation: str, backend: str) -> Tensor:
+    if backend == "triton":
+        from lctrain_kernels.mlp import launch
+
+        return launch.gated_fwd(gate, up, activation)
+    return reference.gated_fwd(gate, up, activation)
+
+
+def _gated_backward(
+    dout: Tensor, gate: Tensor, up: Tensor, activation: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        from lctrain_kernels.mlp import launch
+
+        dgate, dup = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gate, up))
+        launch.gated_bwd(_rows(dout), gate, up, activation, dgate, dup)
+        return dgate, dup
+    return reference.gated_bwd(dout, gate, up, activation)[:2]
+
+
+def _gated_packed_backward(dout: Tensor, packed: Tensor, activation: str, backend: str) -> Tensor:
+    """Gradient of gate and up in one tensor [T, 2 I], gate first."""
+    gate, up = packed.chunk(2, dim=-1)
+    grad = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
+    dgate, dup = grad.chunk(2, dim=-1)
+    if backend == "triton":
+        from lctrain_kernels.mlp import launch
+
+        launch.gated_bwd(_rows(dout), gate, up, activation, dgate, dup)
+    else:
+        results = reference.gated_bwd(dout, gate, up, activation)
+        dgate.copy_(results[0])
+        dup.copy_(results[1])
+    return grad
+
+
+def _gated_linear(
+    gate: Tensor, up: Tensor, weight: Tensor, activation: str, backend: str
+) -> Tensor:
+    return _gated(gate, up, activation, backend) @ weight.t()
+
+
+def _gated_linear_backward(
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    needs_weight: bool,
+    activation: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dout = dy @ weight  # [T, I]
+    if backend == "triton":
+        from lctrain_kernels.mlp import launch
+
+        dgate, dup = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gate, up))
+        out = dout  # the product takes the place of its gradient
+        launch.gated_bwd(dout, gate, up, activation, dgate, dup, out if needs_weight else None)
+    else:
+        dgate, dup, out = reference.gated_bwd(dout, gate, up, activation)
+    return dgate, dup, dy.t() @ out if needs_weight else weight.new_empty(0)
+
+
+def _bias_gelu(x: Tensor, bias: Tensor | None, activation: str, backend: str) -> Tensor:
+    if backend == "triton":
+        from lctrain_kernels.mlp import launch
+
+        return launch.bias_gelu_fwd(x, bias, activation)
+    return reference.bias_gelu_fwd(x, bias, activation)
+
+
+def _bias_gelu_backward(
+    dout: Tensor, x: Tensor, bias: Tensor | None, activation: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        from lctrain_kernels.mlp import launch
+
+        return launch.bias_gelu_bwd(_rows(dout), x, bias, activation)
+    return reference.bias_gelu_bwd(dout, x, bias, activation)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Copied only where columns are apart, as in an expanded gradient."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _new(tensor: Tensor) -> Tensor:
+    return tensor.new_empty(tensor.shape)
+
+
+gated = define_operator(
+    "gated(Tensor gate, Tensor up, str activation, str backend) -> Tensor",
+    _gated,
+    lambda gate, up, *rest: _new(gate),
+)
+gated_backward = define_operator(
+    "gated_backward(Tensor dout, Tensor gate, Tensor up, str activation, str backend) "
+    "-> (Tensor, Tensor)",
+    _gated_backward,
+    lambda dout, gate, up, *rest: (_new(gate), _new(up)),
+)
+gated_packed = define_operator(
+    "gated_packed(Tensor packed, str activation, str backend) -> Tensor",
+    lambda packed, *rest: _gated(*packed.chunk(2, dim=-1), *rest),
+    lambda packed, *rest: packed.new_empty(packed.shape[0], packed.shape[1] // 2),
+)
+gated_packed_backward = define_operator(
+    "gated_packed_backward(Tensor dout, Tensor packed, str activation, str backend) -> Tensor",
+    _gated_packed_backward,
+    lambda dout, packed, *rest: _new(packed),
+)
+gated_linear = define_operator(
+    "gated_linear(Tensor gate, Tensor up, Tensor weight, str activation, str backend) -> Tensor",
+    _gated_linear,
+    lambda gate, up, weight, *rest: gate.new_empty(gate.shape[0], weight.shape[0]),
+)
+gated_linear_backward = define_operator(
+    "gated_linear_backward(Tensor dy, Tensor gate, Tensor up, Tensor weight, bool needs_weight, "
+    "str activation, str backend) -> (Tensor, Tensor, Tensor)",
+    _gated_linear_backward,
+    lambda dy, gate, up, weight, needs_weight, *rest: (
+        _new(gate),
+        _new(up),
+        weight.new_empty(weight.shape if needs_weight else 0),
+    ),
+)
+bias_activation = define_operator(
+    "bias_gelu(Tensor x, Tensor? bias, str activation, str backend) -> Tensor",
+    _bias_gelu,
+    lambda x, *rest: _new(x),
+)
+bias_activation_backward = define_operator(
+    "bias_gelu_backward(Tensor dout, Tensor x, Tensor? bias, str activation, str backend) "
+    "-> (Tensor, Tensor)",
+    _bias_gelu_backward,
+    lambda dout, x, bias, *rest: (_new(x), x.new_empty(0) if bias is None else _new(bias)),
+)
+
+
+def _save(number: int) -> Any:
+    """A setup_context that saves the first `number` arguments and keeps the others."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:number])
+        ctx.rest = inputs[number:]
+
+    return setup
+
+
+def _gated_autograd(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    return *gated_backward(dout, *ctx.saved_tensors, *ctx.rest), None, None
+
+
+def _gated_packed_autograd(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    return gated_packed_backward(dout, *ctx.saved_tensors, *ctx.rest), None, None
+
+
+def _gated_linear_autograd(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    needs = ctx.needs_input_grad[2]
+    dgate, dup, dweight = gated_linear_backward(dy, *ctx.saved_tensors, needs, *ctx.rest)
+    return dgate, dup, dweight if needs else None, None, None
+
+
+def _bias_gelu_autograd(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    dx, dbias = bias_activation_backward(dout, *ctx.saved_tensors, *ctx.rest)
+    return dx, dbias if ctx.needs_input_grad[1] else None, None, None
+
+
+define_autograd(gated, _save(2), _gated_autograd)
+define_autograd(gated_packed, _save(1), _gated_packed_autograd)
+define_autograd(gated_linear, _save(3), _gated_linear_autograd)
+define_autograd(bias_activation, _save(2), _bias_gelu_autograd)

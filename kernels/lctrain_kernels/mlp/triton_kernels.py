@@ -1,0 +1,156 @@
+"""Gated activations in portable Triton: forward, and a backward that computes the product again."""
+
+import triton
+import triton.language as tl
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+SILU = tl.constexpr(0)
+GELU_TANH = tl.constexpr(1)
+GELU = tl.constexpr(2)
+
+
+@triton.jit
+def _sigmoid(x):
+    """Sigmoid of x and of -x: the latter would lose its digits in a subtraction from 1."""
+    e = tl.minimum(tl.exp2(-x * _LOG2_E), 1e30)
+    share = 1.0 / (1.0 + e)
+    return share, e * share
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """Returns the activation of x and its derivative, float32."""
+    if ACTIVATION == SILU:
+        share, rest = _sigmoid(x)
+        return x * share, share * (1.0 + x * rest)
+    elif ACTIVATION == GELU_TANH:
+        # gelu(x) = x sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3)
+        square = x * x
+        share, rest = _sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * square))
+        slope = 1.5957691216057308 + 0.21406444881780076 * square
+        return x * share, share * (1.0 + x * slope * rest)
+    else:
+        share = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        density = 0.3989422804014327 * tl.exp2(x * x * (-0.5 * _LOG2_E))
+        return x * share, share + x * density
+
+
+@triton.jit
+def _place(columns, BLOCK: tl.constexpr):
+    """Row and columns of this program, of a grid over rows times blocks of columns."""
+    blocks = tl.cdiv(columns, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    return row, (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def gated_fwd_kernel(
+    gate_ptr,
+    up_ptr,
+    out_ptr,
+    columns,
+    stride_gate,
+    stride_up,
+    stride_out,
+    BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """out = activation(gate) * up, [rows, columns]. Grid: (rows * cdiv(columns, BLOCK),)."""
+    row, offsets = _place(columns, BLOCK)
+    mask = offsets < columns
+    gate = tl.load(gate_ptr + row * stride_gate + offsets, mask=mask, other=0.0)
+    up = tl.load(up_ptr + row * stride_up + offsets, mask=mask, other=0.0)
+    active, _ = activate(gate.to(tl.float32), ACTIVATION)
+    out = active.to(gate.dtype).to(tl.float32) * up.to(tl.float32)
+    tl.store(out_ptr + row * stride_out + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gated_bwd_kernel(
+    dout_ptr,
+    gate_ptr,
+    up_ptr,
+    dgate_ptr,
+    dup_ptr,
+    out_ptr,
+    columns,
+    stride_dout,
+    stride_gate,
+    stride_up,
+    stride_dgate,
+    stride_dup,
+    BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """Gradients of gate and up; out, if passed, is the product again and may be dout itself."""
+    row, offsets = _place(columns, BLOCK)
+    mask = offsets < columns
+    dout = tl.load(dout_ptr + row * stride_dout + offsets, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + row * stride_gate + offsets, mask=mask, other=0.0)
+    up = tl.load(up_ptr + row * stride_up + offsets, mask=mask, other=0.0).to(tl.float32)
+    active, slope = activate(gate.to(tl.float32), ACTIVATION)
+    dgate = (dout * up * slope).to(dgate_ptr.dtype.element_ty)
+    dup = (dout * active).to(dup_ptr.dtype.element_ty)
+    tl.store(dgate_ptr + row * stride_dgate + offsets, dgate, mask=mask)
+    tl.store(dup_ptr + row * stride_dup + offsets, dup, mask=mask)
+    if out_ptr is not None:
+        out = active.to(gate.dtype).to(tl.float32) * up
+        tl.store(out_ptr + row * stride_dout + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def bias_gelu_fwd_kernel(
+    x_ptr, bias_ptr, out_ptr, columns, stride_x, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr
+):
+    """out = gelu(x + bias), [rows, columns]. Grid: (rows * cdiv(columns, BLOCK),)."""
+    row, offsets = _place(columns, BLOCK)
+    mask = offsets < columns
+    x = tl.load(x_ptr + row * stride_x + offsets, mask=mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    active, _ = activate(x, ACTIVATION)
+    tl.store(out_ptr + row * columns + offsets, active.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def bias_gelu_bwd_kernel(
+    dout_ptr,
+    x_ptr,
+    bias_ptr,
+    dx_ptr,
+    dbias_ptr,
+    num_rows,
+    columns,
+    stride_dout,
+    stride_x,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """Gradient of x, and parts of the bias's. Grid: (parts, cdiv(columns, BLOCK)).
+
+    Program p of a block of columns walks over the groups of ROWS rows p, p + parts, ...; dbias
+    [parts, columns] float32.
+    """
+    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < columns
+    bias = tl.zeros([BLOCK], tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    dbias = tl.zeros([BLOCK], tl.float32)
+    for start in tl.range(
+        tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS, num_stages=1
+    ):
+        rows = start + tl.arange(0, ROWS).to(tl.int64)
+        mask = (rows < num_rows)[:, None] & inside[None, :]
+        dout = tl.load(
+            dout_ptr + rows[:, None] * stride_dout + offsets[None, :], mask=mask, other=0.0
+        )
+        x = tl.load(x_ptr + rows[:, None] * stride_x + offsets[None, :], mask=mask, other=0.0)
+        _, slope = activate(x.to(tl.float32) + bias[None, :], ACTIVATION)
+        dx = dout.to(tl.float32) * slope
+        dbias += tl.sum(dx, axis=0)
+        dx_ptrs = dx_ptr + rows[:, None] * columns + offsets[None, :]
+        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + tl.program_id(0) * columns + offsets, dbias, mask=inside)

@@ -1,0 +1,18 @@
+"""How many multiprocessors a device has, for persistent grids."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+INTERPRETER_PROGRAMS = 3
+"""Few enough that each program of a persistent grid walks over several pieces of work in tests."""
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a small number where Triton's interpreter stands in for one."""
+    if device.type != "cuda":
+        return INTERPRETER_PROGRAMS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,158 @@
+"""Norms as operators of torch.library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lctrain_kernels.fused_operator import define_autograd, define_operator
+from lctrain_kernels.norm import reference
+from lctrain_kernels.norm.options import NormOptions
+
+_OPTIONS = "float eps, float weight_offset, bool float32_product, bool centered, str backend"
+
+
+def sum_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
+    """dtype of what is normalised: x, or x + residual."""
+    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+
+
+def _norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, the sum x + residual (no elements without a residual), mean and rstd."""
+    options, backend = NormOptions(*rest[:-1]), rest[-1]
+    if backend == "triton":
+        from lctrain_kernels.norm import launch
+
+        return launch.norm_fwd(
+            launch.rows_of(x, x.shape[-1]),
+            None if residual is None else launch.rows_of(residual, x.shape[-1]),
+            weight,
+            bias,
+            options,
+        )
+    total = x.new_empty(0)
+    if residual is not None:
+        x = total = x + residual
+    y, mean, rstd = reference.norm_fwd(x, weight, bias, **vars(options))
+    return y, total, mean, rstd
+
+
+def _norm_fake(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = NormOptions(*rest[:-1])
+    rows, dtype = x.shape[0], sum_dtype(x, residual)
+    total = x.new_empty(0 if residual is None else x.shape, dtype=dtype)
+    statistics = torch.promote_types(dtype, torch.float32)
+    return (
+        x.new_empty(x.shape, dtype=options.out_dtype(dtype, weight.dtype)),
+        total,
+        x.new_empty(rows if options.centered else 0, dtype=statistics),
+        x.new_empty(rows, dtype=statistics),
+    )
+
+
+def _norm_backward(
+    dy: Tensor,
+    dsum: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    needs_weight: bool,
+    needs_bias: bool,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options, backend = NormOptions(*rest[:-1]), rest[-1]
+    if backend == "triton":
+        from lctrain_kernels.norm import launch
+
+        columns = x.shape[-1]
+        dsum = None if dsum is None else launch.rows_of(dsum, columns)
+        x, dy = launch.rows_of(x, columns), launch.rows_of(dy, columns)
+        return launch.norm_bwd(dy, dsum, x, weight, mean, rstd, options, needs_weight, needs_bias)
+    return reference.norm_bwd(
+        dy,
+        dsum,
+        x,
+        weight,
+        mean,
+        rstd,
+        weight_offset=options.weight_offset,
+        centered=options.centered,
+        needs_weight=needs_weight,
+        needs_bias=needs_bias,
+    )
+
+
+def _norm_backward_fake(
+    dy: Tensor,
+    dsum: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    needs_weight: bool,
+    needs_bias: bool,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape if needs_weight else 0),
+        weight.new_empty(weight.shape if needs_bias else 0),
+    )
+
+
+norm = define_operator(
+    f"norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, {_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _norm,
+    _norm_fake,
+)
+norm_backward = define_operator(
+    "norm_backward(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, Tensor mean, Tensor rstd, "
+    f"bool needs_weight, bool needs_bias, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    _norm_backward,
+    _norm_backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, _, *ctx.rest = inputs
+    _, total, mean, rstd = output
+    ctx.has_residual = residual is not None
+    ctx.dtypes = (x.dtype, residual.dtype if ctx.has_residual else None)
+    ctx.save_for_backward(total if ctx.has_residual else x, weight, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd, *(() if ctx.has_residual else (total,)))
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+    x, weight, mean, rstd = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:4]
+    dsum = dsum if ctx.has_residual else None
+    dweight = dbias = None
+    dx = dsum
+    if dy is not None:  # else only the sum was used
+        dx, dweight, dbias = norm_backward(
+            dy, dsum, x, weight, mean, rstd, needs[2], needs[3], *ctx.rest
+        )
+    dtype, residual_dtype = ctx.dtypes
+    return (
+        dx.to(dtype) if needs[0] and dx is not None else None,
+        dx.to(residual_dtype) if needs[1] and dx is not None else None,
+        dweight if needs[2] else None,
+        dbias if needs[3] else None,
+        *(None for _ in ctx.rest),
+    )
+
+
+define_autograd(norm, _setup_context, _backward)

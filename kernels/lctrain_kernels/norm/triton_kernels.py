@@ -1,0 +1,153 @@
+"""RMSNorm and LayerNorm in portable Triton, with and without the residual addition before them.
+
+The forward holds ROWS whole rows in registers. The backward is a persistent grid: each program
+walks over groups of rows, keeps its part of the weight's gradient in registers and writes it once;
+`column_sum_kernel` adds the parts. No atomics, so the result does not depend on timing.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _load_rows(ptr, rows, stride, columns, mask):
+    return tl.load(ptr + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _weight(weight_ptr, columns, inside, offset):
+    return tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32) + offset
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def norm_fwd_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    sum_ptr,
+    mean_ptr,
+    rstd_ptr,
+    num_rows,
+    stride_x,
+    stride_residual,
+    eps,
+    offset,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    CENTERED: tl.constexpr,
+    FLOAT32_PRODUCT: tl.constexpr,
+):
+    """Normalises ROWS rows. Grid: (cdiv(rows, ROWS),).
+
+    x and residual [rows, COLUMNS] with strides between rows; y and sum contiguous; mean and rstd
+    [rows] float32. Without a residual, sum is not written.
+    """
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < COLUMNS
+    mask = (rows < num_rows)[:, None] & inside[None, :]
+    x = _load_rows(x_ptr, rows, stride_x, columns, mask)
+    dtype = x.dtype
+    x = x.to(tl.float32)
+    if residual_ptr is not None:
+        x += _load_rows(residual_ptr, rows, stride_residual, columns, mask).to(tl.float32)
+        rounded = x.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + rows[:, None] * COLUMNS + columns[None, :], rounded, mask=mask)
+        dtype = rounded.dtype
+        x = rounded.to(tl.float32)
+    if CENTERED:
+        mean = tl.sum(x, axis=1) / COLUMNS
+        tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
+        x = tl.where(mask, x - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1) / COLUMNS + eps)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
+    normalised = x * rstd[:, None]
+    if not FLOAT32_PRODUCT:
+        normalised = normalised.to(dtype).to(tl.float32)
+    y = normalised * _weight(weight_ptr, columns, inside, offset)[None, :]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    y_ptrs = y_ptr + rows[:, None] * COLUMNS + columns[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def norm_bwd_kernel(
+    dy_ptr,
+    dsum_ptr,
+    x_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    num_rows,
+    stride_dy,
+    stride_dsum,
+    stride_x,
+    offset,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+    CENTERED: tl.constexpr,
+):
+    """Walks over groups of ROWS rows. Grid: any number of programs.
+
+    dy, dsum and x [rows, COLUMNS] with strides between rows; dx contiguous; dweight and dbias
+    [programs, COLUMNS] float32, the parts of the sums.
+    """
+    columns = tl.arange(0, BLOCK)
+    inside = columns < COLUMNS
+    weight = _weight(weight_ptr, columns, inside, offset)[None, :]
+    dweight = tl.zeros([BLOCK], tl.float32)
+    dbias = tl.zeros([BLOCK], tl.float32)
+    first = tl.program_id(0) * ROWS
+    step = tl.num_programs(0) * ROWS
+    for start in tl.range(first, num_rows, step, num_stages=STAGES):
+        rows = start + tl.arange(0, ROWS).to(tl.int64)
+        valid = rows < num_rows
+        mask = valid[:, None] & inside[None, :]
+        x = _load_rows(x_ptr, rows, stride_x, columns, mask).to(tl.float32)
+        dy = _load_rows(dy_ptr, rows, stride_dy, columns, mask).to(tl.float32)
+        rstd = tl.load(rstd_ptr + rows, mask=valid, other=0.0)[:, None]
+        if CENTERED:
+            mean = tl.load(mean_ptr + rows, mask=valid, other=0.0)
+            x = tl.where(mask, x - mean[:, None], 0.0)
+        normalised = x * rstd
+        dweight += tl.sum(dy * normalised, axis=0)
+        weighted = dy * weight
+        correction = normalised * (tl.sum(weighted * normalised, axis=1) / COLUMNS)[:, None]
+        if CENTERED:
+            dbias += tl.sum(dy, axis=0)
+            correction += (tl.sum(weighted, axis=1) / COLUMNS)[:, None]
+        dx = (weighted - correction) * rstd
+        if dsum_ptr is not None:
+            dx += _load_rows(dsum_ptr, rows, stride_dsum, columns, mask).to(tl.float32)
+        dx_ptrs = dx_ptr + rows[:, None] * COLUMNS + columns[None, :]
+        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    part = tl.program_id(0) * COLUMNS + columns
+    tl.store(dweight_ptr + part, dweight, mask=inside)
+    if CENTERED and dbias_ptr is not None:
+        tl.store(dbias_ptr + part, dbias, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_parts"])
+def column_sum_kernel(
+    parts_ptr, out_ptr, num_parts, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr
+):
+    """Adds parts [parts, COLUMNS] float32 to out [COLUMNS]. Grid: (cdiv(COLUMNS, BLOCK),)."""
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([PARTS, BLOCK], tl.float32)
+    for start in range(0, num_parts, PARTS):
+        parts = start + tl.arange(0, PARTS)
+        mask = (parts < num_parts)[:, None] & (columns < COLUMNS)[None, :]
+        total += tl.load(
+            parts_ptr + parts[:, None] * COLUMNS + columns[None, :], mask=mask, other=0.0
+        )
+    out = tl.sum(total, axis=0).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + columns, out, mask=columns < COLUMNS)

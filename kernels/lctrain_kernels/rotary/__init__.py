@@ -1,0 +1,5 @@
+"""Rotary position embeddings, also with the norm of queries and keys before them."""
+
+from lctrain_kernels.rotary.api import apply_rotary_emb, qk_norm_rotary, rotary_table, rotate_qk
+
+__all__ = ["apply_rotary_emb", "qk_norm_rotary", "rotary_table", "rotate_qk"]

@@ -1,0 +1,198 @@
+"""Rotary embeddings: checks, shapes and the choice of backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lctrain_kernels.fused_backend import fused_backend
+from lctrain_kernels.rotary import operators
+from lctrain_kernels.rotary.options import RotaryOptions
+
+
+def rotary_table(
+    inv_freq: Tensor, positions: Tensor, scale: float = 1.0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of `position * inv_freq`, with angles in float64: exact at any position.
+
+    Angles in float32 are wrong by 0.06 radians at position 1,000,000.
+
+    Args:
+        inv_freq: [R / 2], floating point.
+        positions: [T], integers.
+        scale: Factor of both tables (YaRN's attention factor).
+        dtype: Of the tables.
+
+    Returns:
+        cos and sin [T, R / 2].
+    """
+    angles = positions.to(torch.float64)[:, None] * inv_freq.to(torch.float64)
+    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+
+def apply_rotary_emb(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool = False,
+    *,
+    position_ids: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Rotates pairs of the first R columns of each head; the others pass through.
+
+    Args:
+        x: [T, H, D] or [B, S, H, D], floating point.
+        cos: [rows, R / 2], with R at most D.
+        sin: [rows, R / 2].
+        interleaved: Rotate columns 2 i and 2 i + 1 together; else i and i + R / 2.
+        position_ids: [T], [B, S] or [1, S], integers: each token's row of the tables. Default: the
+            token's place in its sequence, for which rows must be enough.
+        backend: "auto", "triton" or "pytorch".
+
+    Returns:
+        The rotated x, contiguous; rounded once, from float32.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit.
+    """
+    if x.dim() not in (3, 4) or not x.is_floating_point():
+        raise ValueError(
+            f"x must be floating point [T, H, D] or [B, S, H, D], got {x.dtype} of shape "
+            f"{tuple(x.shape)}. Split the heads before the rotation."
+        )
+    _check_table(cos, sin, x.shape[-1], x.device, full=False)
+    tokens = x.shape[-3]
+    if position_ids is None:
+        if cos.shape[0] < tokens:
+            raise ValueError(
+                f"cos must have a row for each of {tokens} positions, got {cos.shape[0]}. Make a "
+                "longer table, or pass position_ids."
+            )
+        cos, sin = cos[:tokens], sin[:tokens]
+    else:
+        position_ids = _positions(position_ids, x)
+    flat = x.reshape(-1, *x.shape[-2:])
+    options = RotaryOptions(interleaved, False, 0.0, 0.0, fused_backend(x.device, x.dtype, backend))
+    out, _ = operators.rotary(
+        flat, None, _rows(cos), _rows(sin), position_ids, False, *options.arguments()
+    )
+    return out.view(x.shape)
+
+
+def rotate_qk(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Rotates queries and keys by transformers' tables, in one pass.
+
+    Args:
+        q: [B, S, Hq, D], floating point.
+        k: [B, S, Hk, D], in the dtype of q.
+        cos: [B, S, R] or [1, S, R]: a column for each of the first R columns of a head.
+        sin: Likewise.
+        backend: "auto", "triton" or "pytorch".
+
+    Returns:
+        The rotated q and k, contiguous.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit.
+    """
+    cos, sin = _check_pair(q, k, cos, sin)
+    options = RotaryOptions(False, True, 0.0, 0.0, fused_backend(q.device, q.dtype, backend))
+    q_out, k_out = operators.rotary(
+        q.flatten(0, 1), k.flatten(0, 1), cos, sin, None, False, *options.arguments()
+    )
+    return q_out.view(q.shape), k_out.view(k.shape)
+
+
+def qk_norm_rotary(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float = 1e-6,
+    *,
+    weight_offset: float = 0.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm of every head of q and k, then the rotation of `rotate_qk`, in one pass.
+
+    Args:
+        q: [B, S, Hq, D], floating point.
+        k: [B, S, Hk, D], in the dtype of q.
+        q_weight: [D].
+        k_weight: [D].
+        cos: As in rotate_qk.
+        sin: As in rotate_qk.
+        eps: Added to the mean square.
+        weight_offset: Added to the weights: 1 for Gemma.
+        backend: "auto", "triton" or "pytorch".
+
+    Returns:
+        The normalised and rotated q and k, contiguous; nothing is rounded in between.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit.
+    """
+    cos, sin = _check_pair(q, k, cos, sin)
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight.shape != q.shape[-1:]:
+            raise ValueError(
+                f"{name} must have shape ({q.shape[-1]},), got {tuple(weight.shape)}. "
+                "Pass one value per column of a head."
+            )
+    backend = fused_backend(q.device, q.dtype, backend)
+    options = RotaryOptions(False, True, float(eps), float(weight_offset), backend)
+    q_out, k_out = operators.qk_norm_rotary(
+        q.flatten(0, 1), k.flatten(0, 1), q_weight, k_weight, cos, sin, None, *options.arguments()
+    )
+    return q_out.view(q.shape), k_out.view(k.shape)
+
+
+def _check_pair(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The tables as [rows, R], one row per token or per place in a sequence."""
+    fits = q.dim() == k.dim() == 4 and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
+    if not fits or q.dtype != k.dtype or not q.is_floating_point():
+        raise ValueError(
+            "q and k must be floating point [B, S, H, D] of one dtype, got "
+            f"{tuple(q.shape)} {q.dtype} and {tuple(k.shape)} {k.dtype}. Transpose or convert them."
+        )
+    if cos.dim() != 3 or cos.shape[:2] not in ((1, q.shape[1]), q.shape[:2]):
+        raise ValueError(
+            f"cos must be [1 or {q.shape[0]}, {q.shape[1]}, R], got {tuple(cos.shape)}. Pass one "
+            "row per position."
+        )
+    cos, sin = cos.flatten(0, 1), sin.flatten(0, 1)
+    _check_table(cos, sin, q.shape[-1], q.device, full=True)
+    return _rows(cos), _rows(sin)
+
+
+def _check_table(
+    cos: Tensor, sin: Tensor, head_dim: int, device: torch.device, *, full: bool
+) -> None:
+    rotary = cos.shape[-1] * (1 if full else 2)
+    if cos.dim() != 2 or cos.shape != sin.shape or rotary > head_dim or rotary % 2:
+        raise ValueError(
+            f"cos and sin must be [rows, {'R' if full else 'R / 2'}] with even R at most "
+            f"{head_dim}, got {tuple(cos.shape)} and {tuple(sin.shape)}. Cut the tables."
+        )
+    if cos.device != device or sin.device != device:
+        raise ValueError(f"cos and sin must be on {device}, got {cos.device}. Move them.")
+
+
+def _positions(position_ids: Tensor, x: Tensor) -> Tensor:
+    batch = (x.shape[0], x.shape[1]) if x.dim() == 4 else (x.shape[0],)
+    allowed = (batch, (1, *batch[1:])) if x.dim() == 4 else (batch, (1, *batch))
+    if tuple(position_ids.shape) not in allowed or position_ids.is_floating_point():
+        raise ValueError(
+            f"position_ids must be integers of shape {batch}, got {position_ids.dtype} of shape "
+            f"{tuple(position_ids.shape)}. Pass one position per token."
+        )
+    return position_ids.to(torch.int64).expand(batch).reshape(-1)
+
+
+def _rows(table: Tensor) -> Tensor:
+    return table if table.stride(-1) == 1 else table.contiguous()

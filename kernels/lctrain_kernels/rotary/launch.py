@@ -1,0 +1,136 @@
+"""Launches the rotary kernels."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from lctrain_kernels.multiprocessors import multiprocessors
+from lctrain_kernels.norm.launch import column_sum
+from lctrain_kernels.rotary.options import RotaryOptions
+from lctrain_kernels.rotary.triton_kernels import norm_rotary_bwd_kernel, rotary_kernel
+
+# Numbers of a tile: TOKENS is chosen so that one head's half times heads times tokens is near it.
+FORWARD_TILE, BACKWARD_TILE = 1024, 1024
+NUM_WARPS = 4
+STAGES = 2  # depth of the load pipeline in the backward of the norm
+PROGRAMS = 4  # per multiprocessor, in the backward of the norm
+
+
+def rotate(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    options: RotaryOptions,
+    *,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Normalises (where there are weights) and rotates q [T, Hq, D] and k [T, Hk, D].
+
+    Heads and tokens of the arguments may be apart, columns not. Results are contiguous; that of k
+    has no elements without k.
+    """
+    tokens, q_heads, head_dim = q.shape
+    k_heads = 1 if k is None else k.shape[1]
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    k_out = torch.empty(0 if k is None else k.shape, dtype=q.dtype, device=q.device)
+    shape = _shape(cos, head_dim, options)
+    block_q, block_k = triton.next_power_of_2(q_heads), triton.next_power_of_2(k_heads)
+    size = max(FORWARD_TILE // (block_q * shape["BLOCK_HALF"]), 1)
+    if tokens:
+        rotary_kernel[(triton.cdiv(tokens, size),)](
+            q,
+            k,
+            q_out,
+            None if k is None else k_out,
+            q_weight,
+            k_weight,
+            cos,
+            sin,
+            positions,
+            tokens,
+            cos.shape[0],
+            q.stride(0),
+            q.stride(1),
+            0 if k is None else k.stride(0),
+            0 if k is None else k.stride(1),
+            cos.stride(0),
+            options.eps,
+            options.weight_offset,
+            Q_HEADS=q_heads,
+            K_HEADS=k_heads,
+            BLOCK_Q=block_q,
+            BLOCK_K=block_k,
+            HEAD_DIM=head_dim,
+            TOKENS=size,
+            INVERSE=inverse,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
+            **shape,
+        )
+    return q_out, k_out
+
+
+def norm_rotary_bwd(
+    dout: Tensor,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    weight: Tensor,
+    options: RotaryOptions,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x [T, H, D] and weight [D]."""
+    tokens, heads, head_dim = x.shape
+    shape = _shape(cos, head_dim, options)
+    block = triton.next_power_of_2(heads)
+    size = max(BACKWARD_TILE // (block * shape["BLOCK_HALF"]), 1)
+    programs = max(min(triton.cdiv(tokens, size), PROGRAMS * multiprocessors(x.device)), 1)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    parts = torch.empty(programs, head_dim, dtype=torch.float32, device=x.device)
+    norm_rotary_bwd_kernel[(programs,)](
+        dout,
+        x,
+        dx,
+        weight,
+        parts,
+        cos,
+        sin,
+        positions,
+        tokens,
+        cos.shape[0],
+        dout.stride(0),
+        dout.stride(1),
+        x.stride(0),
+        x.stride(1),
+        cos.stride(0),
+        options.eps,
+        options.weight_offset,
+        NUM_HEADS=heads,
+        HEADS=block,
+        HEAD_DIM=head_dim,
+        TOKENS=size,
+        STAGES=STAGES,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=True,
+        **shape,
+    )
+    return dx, column_sum(parts, weight.dtype)
+
+
+def _shape(cos: Tensor, head_dim: int, options: RotaryOptions) -> dict[str, int]:
+    """The constants that both kernels share."""
+    rotary = options.rotary_columns(cos)
+    rest = head_dim - rotary
+    return {
+        "HALF": rotary // 2,
+        "BLOCK_HALF": triton.next_power_of_2(rotary // 2),
+        "BLOCK_REST": triton.next_power_of_2(rest) if rest else 0,
+        "FULL_TABLE": options.full_table,
+        "INTERLEAVED": options.interleaved,
+    }

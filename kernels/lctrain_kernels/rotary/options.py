@@ -1,0 +1,42 @@
+"""What a rotation computes, beside its tensors."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+from typing import Any
+
+from torch import Tensor
+
+SCHEMA = "bool interleaved, bool full_table, float eps, float weight_offset, str backend"
+
+
+@dataclass(frozen=True)
+class RotaryOptions:
+    """Options of a rotation; an operator takes them one by one (`SCHEMA`).
+
+    Attributes:
+        interleaved: Rotate columns 2 i and 2 i + 1 together, as GPT-J does; else i and i + R / 2.
+        full_table: cos and sin have a column for each rotated one, as transformers makes them; else
+            one for each pair, as FlashAttention takes them.
+        eps: Of the norm before the rotation, where there is one.
+        weight_offset: Added to the norm's weights.
+        backend: "triton" or "pytorch".
+    """
+
+    interleaved: bool
+    full_table: bool
+    eps: float
+    weight_offset: float
+    backend: str
+
+    def rotary_columns(self, cos: Tensor) -> int:
+        """R, the number of columns that are rotated."""
+        return cos.shape[1] if self.full_table else 2 * cos.shape[1]
+
+    def mathematics(self) -> dict[str, Any]:
+        """All fields but the backend, as keywords of the reference."""
+        return {name: value for name, value in vars(self).items() if name != "backend"}
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The fields in the order of `SCHEMA`."""
+        return astuple(self)
