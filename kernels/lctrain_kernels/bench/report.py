@@ -1,8 +1,8 @@
-"""Tables of a benchmark record: for the terminal, and for the README.
+"""Tables of a benchmark record: for the terminal, and for the documents.
 
-    python -m lctrain_kernels.bench.report README.md [RESULT.json ...]
+    python -m lctrain_kernels.bench.report docs/benchmarks.md [RESULT.json ...]
 
-writes the README's table anew from the results, by default the newest file of each device, and
+writes the page's tables anew from the results, by default the newest file of each device, and
 those of dual chunk and differential attention from the folders of their names.
 """
 
@@ -15,10 +15,12 @@ from lctrain_kernels.bench.record import BenchmarkRecord, Result
 from lctrain_kernels.bench.workloads import WORKLOADS
 
 RESULTS = Path(__file__).parent / "results"
-BEGIN = "<!-- benchmark tables: begin (python -m lctrain_kernels.bench.report README.md) -->"
+BEGIN = (
+    "<!-- benchmark tables: begin (python -m lctrain_kernels.bench.report docs/benchmarks.md) -->"
+)
 END = "<!-- benchmark tables: end -->"
 NOTHING_MEASURED = "No measurement has been recorded yet.\n"
-# Sections of the README beside the main one, each with a folder of results.
+# Sections of the page beside the main one, each with a folder of results.
 SECTIONS = ("dual_chunk", "differential")
 
 
@@ -60,7 +62,7 @@ def speedups(ours: Result, peer: Result) -> tuple[float, float]:
 
 
 def markdown_tables(record: BenchmarkRecord) -> str:
-    """The README's tables of one run: TFLOP/s, ours over each peer, and peak memory."""
+    """The page's tables of one run: TFLOP/s, ours over each peer, and peak memory."""
     workloads = [name for name in WORKLOADS if record.find(name, OURS)]
     rivals = [name for name in PEERS if any(record.find(w, name) for w in workloads)]
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
@@ -165,7 +167,7 @@ def newest_results(folder: Path = RESULTS) -> list[Path]:
 
 
 def readme_with_tables(readme: str, results: Sequence[Path]) -> str:
-    """Returns the README's text with what lies between the markers written anew.
+    """Returns the page's text with what lies between the markers written anew.
 
     Raises:
         ValueError: if the text lacks the markers.
@@ -174,7 +176,7 @@ def readme_with_tables(readme: str, results: Sequence[Path]) -> str:
 
 
 def readme_with_sections(readme: str, folder: Path = RESULTS) -> str:
-    """Returns the README's text with the tables of SECTIONS written anew, where it has them."""
+    """Returns the page's text with the tables of SECTIONS written anew, where it has them."""
     for section in SECTIONS:
         begin, end = (f"<!-- {section} tables: {edge} -->" for edge in ("begin", "end"))
         if begin in readme:
@@ -192,13 +194,13 @@ def _between(
     before, has_begin, rest = readme.partition(begin)
     _, has_end, after = rest.partition(end)
     if not has_begin or not has_end:
-        raise ValueError(f"README must hold the lines {begin!r} and {end!r}. Add them.")
+        raise ValueError(f"the page must hold the lines {begin!r} and {end!r}. Add them.")
     tables = [render(BenchmarkRecord.load(path)) for path in results]
     return f"{before}{begin}\n\n{(chr(10).join(tables) or NOTHING_MEASURED)}\n{end}{after}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrites the tables of a README."""
+    """Rewrites the tables of a page."""
     parser = argparse.ArgumentParser(
         prog="python -m lctrain_kernels.bench.report", description=main.__doc__
     )

@@ -1,4 +1,4 @@
-"""Tables for the terminal and the README come from the record alone."""
+"""Tables for the terminal and the documents come from the record alone."""
 
 import dataclasses
 import re
@@ -90,8 +90,8 @@ def test_sections_of_other_attentions_come_from_their_folders(record, tmp_path):
 
 
 def test_the_readme_of_this_repository_is_up_to_date():
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "docs" / "benchmarks.md").read_text()
     written = report.readme_with_tables(readme, report.newest_results())
     assert report.readme_with_sections(written) == readme, (
-        "run: python -m lctrain_kernels.bench.report README.md"
+        "run: python -m lctrain_kernels.bench.report docs/benchmarks.md"
     )
