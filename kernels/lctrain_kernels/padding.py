@@ -31,12 +31,19 @@ def unpad_input(
         the longest length (int), and the real lengths [B] int32.
 
     Raises:
-        ValueError: if the mask does not have the first two dimensions of hidden_states.
+        ValueError: if the mask does not have the first two dimensions of hidden_states, or has
+            other values than 0 and 1. Values are read unless `num_tokens` is given on a GPU.
     """
     if attention_mask.shape != hidden_states.shape[:2]:
         raise ValueError(
             f"attention_mask must have shape {tuple(hidden_states.shape[:2])}, got "
             f"{tuple(attention_mask.shape)}. Pass the [batch, tokens] padding mask."
+        )
+    readable = attention_mask.device.type == "cpu" or num_tokens is None
+    if readable and bool(((attention_mask != 0) & (attention_mask != 1)).any()):
+        raise ValueError(
+            f"attention_mask must hold 0 and 1 only, got {float(attention_mask.min()):g} to "
+            f"{float(attention_mask.max()):g}. Pass one row per document, or cu_seqlens."
         )
     real = attention_mask.bool()
     kept = real if unused_mask is None else real | unused_mask.bool()

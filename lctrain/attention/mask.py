@@ -12,6 +12,58 @@ UNPATCH = (
 )
 
 
+@torch.compiler.disable
+def read_mask(mask: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Reads a 2-D attention mask: padding as 0 and 1, or the numbers of documents.
+
+    Numbers above 1 are the multipack convention: `1 1 1 2 2 3 0` are three documents and padding.
+
+    Args:
+        mask: [B, S] bool, integers or floats.
+        device: Where the result is wanted.
+
+    Returns:
+        [B, S] bool, True at real tokens, and [B, S] int64 numbers, 0 at padding, or None where the
+        mask numbers no documents.
+
+    Raises:
+        ValueError: for negative or broken numbers, an additive mask among them, and for a number
+            that comes back after another one.
+    """
+    real = mask.to(device=device, dtype=torch.bool)
+    if mask.dtype == torch.bool or mask.numel() == 0:
+        return real, None
+    numbers = mask.to(device=device)
+    low, high = float(numbers.min()), float(numbers.max())
+    if numbers.is_floating_point() and (high <= 0.0 or bool((numbers != numbers.round()).any())):
+        raise ValueError(
+            f"attention_mask must be 0 at padding and 1 at real tokens, got {numbers.dtype} values "
+            f"from {low:g} to {high:g} (an additive mask?). Pass mask == 0 instead, a bool mask."
+        )
+    if low < 0:
+        raise ValueError(
+            f"attention_mask must be 0 at padding and 1 at real tokens, or number documents from "
+            f"1, got {low:g}. Pass a mask without negative values."
+        )
+    if high <= 1:
+        return real, None
+    numbers = numbers.long()
+    if _come_back(numbers):
+        raise ValueError(
+            "attention_mask must number documents that are in one piece, got a number that comes "
+            "back after another one. Number the documents 1, 2, 3, ... from left to right."
+        )
+    return real, numbers
+
+
+def _come_back(numbers: Tensor) -> bool:
+    """Whether a row [S] of numbers [B, S] has one, 0 aside, in several pieces."""
+    row = torch.arange(numbers.shape[0], device=numbers.device)[:, None].expand_as(numbers)
+    tokens = torch.stack([row[numbers > 0], numbers[numbers > 0]])
+    pieces = torch.unique_consecutive(tokens, dim=1)
+    return pieces.shape[1] != torch.unique(pieces, dim=1).shape[1]
+
+
 def flash_attention_mask(
     batch_size: int,
     q_length: int,

@@ -33,7 +33,8 @@ class PackCollator:
         """Packs the documents in their order.
 
         Raises:
-            ValueError: if a document has no "input_ids", or as PackedBatch.from_documents.
+            ValueError: if a document has no "input_ids", is padded or numbers others by its
+                "attention_mask", or as PackedBatch.from_documents.
         """
         for index, document in enumerate(documents):
             if not isinstance(document, Mapping) or "input_ids" not in document:
@@ -42,6 +43,12 @@ class PackCollator:
                     f"documents must be mappings with 'input_ids', got {got} for number {index}. "
                     "Tokenize the texts first, and give the loader batch_size=."
                 )
+            if any(value != 1 for value in _values(document.get("attention_mask"))):
+                raise ValueError(
+                    f"documents must come without padding, got an attention_mask with other values "
+                    f"than 1 for number {index}. Tokenize with padding=False, and make every "
+                    "document a mapping of its own."
+                )
         return PackedBatch.from_documents(
             [document["input_ids"] for document in documents],
             document_ids=_all_or_none(documents, "document_id"),
@@ -49,6 +56,10 @@ class PackCollator:
             labels=_all_or_none(documents, "labels"),
             max_tokens=self.max_tokens,
         )
+
+
+def _values(mask: Any) -> list[Any]:
+    return [] if mask is None else torch.as_tensor(mask).flatten().tolist()
 
 
 def _all_or_none(documents: Sequence[Mapping[str, Any]], field: str) -> list[Any] | None:

@@ -4,11 +4,13 @@ import inspect
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lctrain.attention.boundaries import (
     Boundaries,
     find_lengths,
+    find_positions,
     find_segments,
     from_cu_seqlens,
     from_padding,
@@ -17,6 +19,7 @@ from lctrain.attention.boundaries import (
     is_packed,
 )
 from lctrain.attention.forward import BOUNDARIES_ARGUMENT
+from lctrain.attention.mask import read_mask
 from lctrain.attention.spec import AttentionSpec
 from lctrain.models.architectures import counts_positions_itself
 from lctrain.models.cache import given_cache
@@ -74,10 +77,14 @@ class InputHook:
         mask = inputs.get("attention_mask")
         if _filled(given_cache(inputs)):
             _refuse_restart(inputs, tokens.shape[1])
+            _refuse_numbers(mask)
             if self.rotaries:
                 self._tell_lengths(model, _continued_lengths(inputs, tokens))
             return (), inputs  # the attention function knows how many keys there are
+        positions = inputs.get("position_ids")
         boundaries = find_boundaries(inputs, tokens.shape[0], tokens.shape[1], tokens.device)
+        if inputs.get("position_ids") is not positions:  # the mask numbers documents
+            self._require_positions(model)
         if mask is None and "attention_mask" in self.names:
             # "No padding", said aloud: otherwise transformers reads the position ids on the device.
             inputs["attention_mask"] = torch.ones(
@@ -122,13 +129,16 @@ class InputHook:
                 "Call unpatch() first."
             )
 
-    def _give_positions(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> None:
+    def _require_positions(self, model: nn.Module) -> None:
         if "position_ids" not in self.names or self.positions_from_padding:
             raise ValueError(
                 "packed inputs must go to a model whose positions restart at 0 per document, got "
                 f"{type(model).__name__}, which counts them itself. Pass padded rows with an "
                 "attention_mask."
             )
+
+    def _give_positions(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> None:
+        self._require_positions(model)
         boundaries = inputs.get("cu_seq_lens_q")
         if inputs.get("position_ids") is None and boundaries is not None:
             inputs["position_ids"] = _restarting_positions(boundaries, tokens.shape[1])
@@ -184,7 +194,9 @@ def find_boundaries(
                 f"attention_mask must have the inputs' shape {list(rows)}, got "
                 f"{list(mask.shape)}. Pass one value per token."
             )
-        mask = mask.to(device=device, dtype=torch.bool)
+        mask, numbers = read_mask(mask, device)
+        if numbers is not None:
+            return _numbered(inputs, numbers)
     if position_ids is not None:
         if position_ids.dim() != 2:
             raise ValueError(
@@ -193,16 +205,50 @@ def find_boundaries(
             )
         segments = find_segments(position_ids.expand(batch, -1), mask)
         if segments is not None:
-            if inputs.get("use_cache") or given_cache(inputs) is not None:
-                raise ValueError(
-                    "position_ids must not restart while a key/value cache is filled, got several "
-                    "documents in one row. Pass use_cache=False."
-                )
-            inputs["use_cache"] = False
+            _forgo_cache(inputs, "position_ids must not restart")
             return from_segments(segments)
     if mask is not None:
         return from_padding(mask, tokens)
     return from_rows(batch, tokens, tokens, device)
+
+
+def _numbered(inputs: dict[str, Any], numbers: Tensor) -> Boundaries:
+    """The documents of rows [B, S] that the mask numbers; the model is given an ordinary mask.
+
+    Positions restart with the numbers. Where positions are given, documents also end as they say.
+    """
+    _forgo_cache(inputs, "attention_mask must not number documents")
+    inputs["attention_mask"] = (numbers > 0).long()
+    position_ids = inputs.get("position_ids")
+    if position_ids is None:
+        boundaries = from_segments(numbers)
+        inputs["position_ids"] = find_positions(boundaries)
+        return boundaries
+    if position_ids.dim() != 2:
+        raise ValueError(
+            f"position_ids must be [batch, tokens] beside a mask that numbers documents, got "
+            f"{list(position_ids.shape)}. Leave them out."
+        )
+    restarts = F.pad(position_ids.expand(numbers.shape).diff(dim=-1) != 1, (1, 0), value=False)
+    begins = restarts.to(numbers.device) | F.pad(numbers.diff(dim=-1) != 0, (1, 0), value=False)
+    return from_segments((begins.cumsum(-1) + 1).masked_fill(numbers == 0, 0))
+
+
+def _forgo_cache(inputs: dict[str, Any], what: str) -> None:
+    if inputs.get("use_cache") or given_cache(inputs) is not None:
+        raise ValueError(
+            f"{what} while a key/value cache is filled, got several documents in one row. Pass "
+            "use_cache=False."
+        )
+    inputs["use_cache"] = False
+
+
+def _refuse_numbers(mask: Any) -> None:
+    if isinstance(mask, Tensor) and mask.dim() == 2 and read_mask(mask, mask.device)[1] is not None:
+        raise ValueError(
+            "attention_mask must be 0 or 1 on top of a filled key/value cache, got numbers of "
+            "documents. Pass use_cache=False and no past_key_values."
+        )
 
 
 def _restarting_positions(cu_seqlens: Tensor, tokens: int) -> Tensor:

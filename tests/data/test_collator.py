@@ -84,3 +84,14 @@ def test_a_complemented_row_has_no_targets(rows):
 def test_a_row_beyond_the_end_is_an_index_error(rows):
     with pytest.raises(IndexError):
         rows[len(rows)]
+
+
+def test_padded_documents_are_refused():
+    collate = PackCollator()
+    plain = {"input_ids": [4, 5, 6], "attention_mask": [1, 1, 1]}
+    assert collate([plain, plain]).lengths == (3, 3)
+    for mask in ([1, 1, 0], torch.tensor([1, 1, 2])):
+        with pytest.raises(
+            ValueError, match=r"without padding, .* number 1. Tokenize with padding"
+        ):
+            collate([plain, plain | {"attention_mask": mask}])

@@ -88,3 +88,11 @@ def test_unpadded_rows_are_documents():
 def test_a_mask_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"attention_mask must have shape \(3, 4\), got \(4, 3\)"):
         unpad_input(torch.randn(3, 4, 2), MASK.T)
+
+
+@pytest.mark.parametrize("mask", [[[1, 1, 2, 0]], [[1, -1, 0, 0]], [[1.0, 0.5, 0.0, 0.0]]], ids=str)
+def test_masks_of_other_values_are_refused(mask):
+    with pytest.raises(
+        ValueError, match=r"must hold 0 and 1 only, got .* Pass one row per document"
+    ):
+        unpad_input(torch.zeros(1, 4, 2), torch.tensor(mask))
