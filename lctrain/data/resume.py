@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lctrain.data.row_order import RowOrder
 
 
 def resume_order(trainer: pl.Trainer) -> None:
-    """Starts every RowOrder of the training data where Lightning's own counts say.
+    """Has every RowOrder of the training data start where Lightning's own counts say.
 
     To be called in `on_train_start`: Lightning has restored its counts by then, and has asked for
     no batch. A DataLoader with workers has read ahead from the wrong place; its iterator is made
     anew. Harmless where no data loader has a RowOrder, and in a run that does not resume.
     """
-    loaders = trainer.fit_loop._combined_loader
-    fetcher = trainer.fit_loop._data_fetcher
-    batches = trainer.num_training_batches
-    if loaders is None or fetcher is None or batches == float("inf") or not batches:
+    loaders, fetcher = trainer.fit_loop._combined_loader, trainer.fit_loop._data_fetcher
+    if loaders is None or fetcher is None:
         return
-    finished = trainer.fit_loop.epoch_loop.batch_progress.total.processed
-    epoch, batch = divmod(finished, int(batches))
     ordered = [(loader, order) for loader in loaders.flattened if (order := _order_of(loader))]
-    if not ordered or finished == 0:
-        return
     for loader, order in ordered:
-        order.start_at(epoch, batch * (getattr(loader, "batch_size", None) or 1))
-    iter(fetcher)
+        order.follow(_Position(trainer, getattr(loader, "batch_size", None) or 1))
+    if ordered and trainer.fit_loop.epoch_loop.batch_progress.total.processed:
+        iter(fetcher)
+
+
+class _Position:
+    """Where a running fit is: (epoch, rows finished in it); None outside of one."""
+
+    def __init__(self, trainer: pl.Trainer, rows_per_batch: int) -> None:
+        self._trainer = weakref.ref(trainer)
+        self._rows_per_batch = rows_per_batch
+
+    def __call__(self) -> tuple[int, int] | None:
+        trainer = self._trainer()
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING or not trainer.training:
+            return None
+        batches = trainer.num_training_batches
+        if trainer.overfit_batches or not batches or batches == float("inf"):
+            return None
+        finished = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        epoch, batch = divmod(finished, int(batches))
+        return epoch, batch * self._rows_per_batch
 
 
 def _order_of(loader: Any) -> RowOrder | None:

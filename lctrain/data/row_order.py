@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ class RowOrder(DistributedSampler[int]):
         self.balance_window = balance_window
         self.epoch = 0
         self._ranks = None if num_replicas is None or rank is None else (num_replicas, rank)
-        self._offset = 0
+        self._position: Callable[[], tuple[int, int] | None] = _nowhere
 
     def __len__(self) -> int:
         ranks, _ = self._place()
@@ -69,16 +69,20 @@ class RowOrder(DistributedSampler[int]):
         """Chooses the epoch that the next iterator starts with."""
         self.epoch = epoch
 
-    def start_at(self, epoch: int, offset: int) -> None:
-        """Starts the next iterator, and only that, after `offset` rows of an epoch."""
-        self.epoch = epoch
-        self._offset = offset
+    def follow(self, position: Callable[[], tuple[int, int] | None]) -> None:
+        """Asks for the place of every further iterator.
+
+        Args:
+            position: Returns (epoch, rows of that epoch to leave out), or None for the beginning of
+                the epoch that `set_epoch` chose.
+        """
+        self._position = position
 
     def __iter__(self) -> Iterator[int]:
         """As many rows as an epoch has, from the place where it starts on."""
-        offset, self._offset = self._offset, 0
+        place = self._position()
         len(self)  # raises for fewer rows than ranks
-        return self._numbers(self.epoch, offset)
+        return self._numbers(*((self.epoch, 0) if place is None else place))
 
     def _numbers(self, epoch: int, offset: int) -> Iterator[int]:
         yield from self._rows_of(epoch)[offset:].tolist()
@@ -98,3 +102,7 @@ class RowOrder(DistributedSampler[int]):
         if dist.is_available() and dist.is_initialized():
             return dist.get_world_size(), dist.get_rank()
         return 1, 0
+
+
+def _nowhere() -> None:
+    return None
