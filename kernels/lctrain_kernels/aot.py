@@ -16,7 +16,6 @@ from lctrain_kernels.dual_chunk.triton_dkv import dual_chunk_dkv_kernel
 from lctrain_kernels.dual_chunk.triton_dq import dual_chunk_dq_kernel
 from lctrain_kernels.dual_chunk.triton_fwd import dual_chunk_fwd_kernel
 from lctrain_kernels.dual_chunk.triton_rotate import ROTATE_CONFIG, dual_chunk_rotate_kernel
-from lctrain_kernels.tile.arguments import padded_head_dim
 from lctrain_kernels.tile.config import (
     DIFFERENTIAL_OPERATIONS,
     DUAL_CHUNK_OPERATIONS,
@@ -24,6 +23,7 @@ from lctrain_kernels.tile.config import (
     TileConfig,
     table_config,
 )
+from lctrain_kernels.tile.structures import Flags, tile_shape
 from lctrain_kernels.tile.variant import KernelVariant, describe_variant
 from lctrain_kernels.varlen.triton_dkv import varlen_dkv_kernel
 from lctrain_kernels.varlen.triton_dq import varlen_dq_kernel
@@ -54,10 +54,12 @@ FEATURES = ("causal", "full", "dropout", "softcap_dropout", "all")
 
 _POINTERS = {
     **dict.fromkeys(("inv_freq", "logit_scale"), "*fp32"),
-    **dict.fromkeys(("cu_q", "cu_k", "cu_x", "tiles", "window", "document_ids"), "*i32"),
-    **dict.fromkeys(("lse", "dlse", "delta", "stats", "alibi", "sink"), "*fp32"),
+    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_x"), "*i32"),
+    **dict.fromkeys(("tiles", "window", "document_ids"), "*i32"),
+    **dict.fromkeys(("lse", "dlse", "delta", "stats"), "*fp32"),
+    **dict.fromkeys(("alibi_slopes", "learnable_sink"), "*fp32"),
     **dict.fromkeys(("lam", "dlam", "lse1", "lse2", "dlse1", "dlse2"), "*fp32"),
-    "seed": "*i64",
+    "dropout_seed": "*i64",
 }
 _FLOATS = ("scale", "softcap", "keep_scale")
 
@@ -95,8 +97,8 @@ def kernel_variant(
     softcap = everything or "softcap" in features
     present = {
         "window": everything,
-        "alibi": everything,
-        "sink": everything,
+        "alibi_slopes": everything,
+        "learnable_sink": everything,
         "logit_scale": everything,
         "dlse": everything,
         "dlse1": everything,
@@ -107,38 +109,36 @@ def kernel_variant(
         "k2": not shared_k,
         "dk2": not shared_k,
         "document_ids": dropout,
-        "seed": dropout,
+        "dropout_seed": dropout,
     }
+    tile = tile_shape(config, head_dim, group, value_dim)
     constants: dict[str, object] = {
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": padded_head_dim(head_dim),
-        "VALUE_DIM": value_dim,
-        "BLOCK_DV": padded_head_dim(value_dim),
+        "TILE": tile._replace(pack=math.gcd(config.pack, group)),
+        "FLAGS": Flags(
+            has_left=everything,
+            has_right=features != "full",
+            has_softcap=softcap,
+            has_alibi=everything,
+            has_sink=everything,
+            has_dropout=dropout,
+        ),
         "SHARED_K": shared_k,
         "STATS": 8 if shared_k else 4,
-        "GROUP": group,
-        "PACK": math.gcd(config.pack, group),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "HAS_LEFT": everything,
-        "HAS_RIGHT": features != "full",
-        "HAS_SOFTCAP": softcap,
-        "HAS_ALIBI": everything,
-        "HAS_SINK": everything,
-        "HAS_DROPOUT": dropout,
         "IS_QUERY": not is_share,
         "IS_FAR": is_share,
         "IS_NEAR": is_share,
         "PRECISION": "ieee",
     }
     kernel = KERNELS[operation]
-    types: dict[str, str | None] = {}
-    for name in kernel.arg_names:
-        stem = name.removesuffix("_ptr")
-        if not name.endswith("_ptr"):
-            types[name] = "fp32" if name in _FLOATS else "i32"
-        else:
-            types[name] = _POINTERS.get(stem, f"*{dtype}") if present.get(stem, True) else None
+    groups = kernel.fn.__annotations__
+    types: dict[str, object] = {
+        name: "fp32" if name in _FLOATS else "i32" for name in kernel.arg_names
+    }
+    types["pointers"] = groups["pointers"]._make(
+        _POINTERS.get(name, f"*{dtype}") if present.get(name, True) else None
+        for name in groups["pointers"]._fields
+    )
+    types["strides"] = groups["strides"]._make("i32" for _ in groups["strides"]._fields)
     spill_free = config.spill_free and features == "causal"
     size = f"D{head_dim}" if value_dim == head_dim else f"D{head_dim}v{value_dim}"
     size += "-share" if is_share else ""

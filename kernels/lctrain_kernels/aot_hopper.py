@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterator
 
 import torch
+import triton
 from triton.runtime.jit import mangle_type
 
 from lctrain_kernels.differential.hopper_bwd import differential_bwd_hopper_kernel
@@ -20,12 +21,14 @@ from lctrain_kernels.gluon.config import (
     CONSUMERS,
     DIFFERENTIAL_COLUMNS,
     REGISTERS,
+    backward_shape,
     backward_tile,
     differential_backward_tile,
     differential_forward_tile,
     dual_chunk_backward_tile,
     dual_chunk_forward_tile,
     entry_registers,
+    forward_shape,
     forward_tile,
     pack_heads,
 )
@@ -39,6 +42,7 @@ from lctrain_kernels.gluon.support import (
     refusal,
 )
 from lctrain_kernels.tile.chunks import FAR, NEAR, OWN
+from lctrain_kernels.tile.structures import Flags
 from lctrain_kernels.tile.variant import KernelVariant, describe_variant
 from lctrain_kernels.varlen.hopper_bwd import varlen_bwd_hopper_kernel
 from lctrain_kernels.varlen.hopper_fwd import varlen_fwd_hopper_kernel
@@ -51,21 +55,15 @@ DIFFERENTIAL_PUBLISHED = ((64, 128, False), (128, 128, True))  # D, Dv, one k
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # Triton 3.10 flips the default of fusion
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_TYPES = {
-    **dict.fromkeys(
-        ("lse_ptr", "delta_ptr", "sum_ptr", "sink_ptr", "scale", "softcap", "keep_scale"), "fp32"
-    ),
-    **dict.fromkeys(("cu_q_ptr", "cu_k_ptr", "tiles_ptr", "counter_ptr", "window_ptr"), "i32"),
-    **dict.fromkeys(("num_items", "total_q", "window_left", "window_right"), "i32"),
-    **dict.fromkeys(("document_ids_ptr", "threshold", "stride_t", "stride_h"), "i32"),
-    **dict.fromkeys(("lam_ptr", "lse1_ptr", "lse2_ptr", "stats_ptr"), "fp32"),
-    **dict.fromkeys(("stride_lt", "stride_lh"), "i32"),
-    **dict.fromkeys(("stride_kt", "stride_kh", "stride_vt", "stride_vh"), "i32"),
-    **dict.fromkeys(("stride_dqt", "stride_dqh"), "i32"),
-    **dict.fromkeys(("turns_ptr", "per_head"), "i32"),
-    **dict.fromkeys(("dk_sum_ptr", "dv_sum_ptr"), "fp32"),
-    "seed_ptr": "i64",
+_POINTERS = {
+    **dict.fromkeys(("lse", "lse1", "lse2", "delta", "stats", "lam"), "*fp32"),
+    **dict.fromkeys(("dq_sum", "dk_sum", "dv_sum"), "*fp32"),
+    **dict.fromkeys(("learnable_sink", "logit_scale"), "*fp32"),
+    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "tiles", "counter", "semaphores"), "*i32"),
+    **dict.fromkeys(("window", "document_ids"), "*i32"),
+    "dropout_seed": "*i64",
 }
+_FLOATS = ("scale", "softcap", "keep_scale")
 
 
 def forward_variant(
@@ -85,19 +83,18 @@ def forward_variant(
     rows = _descriptor(dtype, min(64, tile.consumers * 64 // pack), 64)
     keys = _descriptor(dtype, tile.block_n, columns)
     constants = {
-        "GROUP": group,
-        "HEADS": HEADS_KV * group,
-        "PACK": pack,
-        "CONSUMERS": tile.consumers,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_D": columns,
-        "Q_STAGES": tile.q_stages,
-        "STAGES": tile.stages,
-        "MEET_EARLY": tile.meet_early,
-        **_flags(features),
-        "HAS_SINK": features == "all",
+        "TILE": forward_shape(tile, columns, group, HEADS_KV * group, pack),
+        "FLAGS": _flags(features, has_sink=True),
     }
-    types = _types(features, dtype, q_desc=rows, out_desc=rows, k_desc=keys, v_desc=keys)
+    types = _types(
+        varlen_fwd_hopper_kernel,
+        features,
+        dtype,
+        q_desc=rows,
+        out_desc=rows,
+        k_desc=keys,
+        v_desc=keys,
+    )
     options = OPTIONS | {"maxnreg": entry_registers(tile.consumers)}
     size = f"{tile.consumers * 64}x{tile.block_n}"
     label = f"hopper_fwd-D{head_dim}-g{group}-{features}-{dtype}-{size}"
@@ -116,20 +113,21 @@ def backward_variant(
     keys = _descriptor(dtype, BLOCK_N_BACKWARD // 2, columns)
     dq = _descriptor("fp32", tile.block_m, columns // 2)
     constants = {
-        "GROUP": group,
-        "HEADS_KV": HEADS_KV,
-        "HEAD_DIM": head_dim,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": BLOCK_N_BACKWARD,
-        "BLOCK_D": columns,
-        "STAGES": tile.stages,
-        "DETERMINISTIC": deterministic,
-        **_flags(features),
+        "TILE": backward_shape(tile, columns, group, HEADS_KV, head_dim, deterministic),
+        "FLAGS": _flags(features),
     }
-    types = _types(features, dtype, q_desc=queries, do_desc=queries, k_desc=keys, v_desc=keys)
-    types["dq_desc"] = dq
-    if tile.reduce_from_registers:
-        types |= dict.fromkeys(("dq_desc", "turns_ptr", "dq_ptr"))
+    from_registers = tile.reduce_from_registers
+    types = _types(
+        varlen_bwd_hopper_kernel,
+        features,
+        dtype,
+        ("semaphores", "dq") if from_registers else (),
+        q_desc=queries,
+        do_desc=queries,
+        k_desc=keys,
+        v_desc=keys,
+        dq_desc=None if from_registers else dq,
+    )
     options = OPTIONS | {"maxnreg": REGISTERS}
     size = f"{tile.block_m}x{BLOCK_N_BACKWARD}"
     label = f"hopper_bwd-D{head_dim}-g{group}-{features}-{dtype}-{size}"
@@ -144,24 +142,24 @@ def dual_chunk_forward_variant(
     tile = dual_chunk_forward_tile(columns)
     rows = _descriptor(dtype, min(64, CONSUMERS * 64 // pack), 64)
     keys = _descriptor(dtype, tile.block_n, columns)
+    kernel = dual_chunk_fwd_hopper_kernel
     constants = {
-        "GROUP": group,
-        "HEADS": HEADS_KV * group,
-        "PACK": pack,
-        "CONSUMERS": CONSUMERS,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_D": columns,
-        "Q_STAGES": tile.q_stages,
-        "STAGES": tile.stages,
-        "HAS_DROPOUT": _has_dropout(features),
+        "TILE": forward_shape(tile, columns, group, HEADS_KV * group, pack),
+        "FLAGS": Flags(has_dropout=_has_dropout(features)),
     }
     types = _types(
-        features, dtype, q_desc=rows, out_desc=rows, k_desc=keys, k_near_desc=keys, v_desc=keys
-    ) | _dual_chunk_types(features)
+        kernel,
+        features,
+        dtype,
+        q_desc=rows,
+        out_desc=rows,
+        k_desc=keys,
+        k_near_desc=keys,
+        v_desc=keys,
+    )
     options = OPTIONS | {"maxnreg": REGISTERS}
     size = f"{CONSUMERS * 64}x{tile.block_n}"
     label = f"hopper_dual_chunk_fwd-D{head_dim}-g{group}-{features}-{dtype}-{size}"
-    kernel = dual_chunk_fwd_hopper_kernel
     return describe_variant(label, kernel, types, constants, options, features == "causal")
 
 
@@ -179,26 +177,26 @@ def dual_chunk_backward_variant(
     queries = _descriptor(dtype, tile.block_m, columns)
     keys = _descriptor(dtype, BLOCK_N_BACKWARD // 2, columns)
     dq = _descriptor("fp32", tile.block_m, columns // 2)
+    kernel = dual_chunk_bwd_hopper_kernel
     constants = {
-        "GROUP": group,
-        "HEADS_KV": HEADS_KV,
-        "HEAD_DIM": head_dim,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": BLOCK_N_BACKWARD,
-        "BLOCK_D": columns,
-        "STAGES": tile.stages,
+        "TILE": backward_shape(tile, columns, group, HEADS_KV, head_dim),
         "WAY": way,
     }
-    descriptors = dict.fromkeys(("q_desc", "do_desc"), queries)
-    descriptors |= dict.fromkeys(("k_desc", "v_desc"), keys)
-    types = _types(features, dtype, dq_desc=dq, **descriptors) | _dual_chunk_types(features)
-    if way == NEAR.value:
-        types |= dict.fromkeys(("dk_ptr", "dv_ptr"))
+    types = _types(
+        kernel,
+        features,
+        dtype,
+        ("dk", "dv") if way == NEAR.value else (),
+        q_desc=queries,
+        do_desc=queries,
+        k_desc=keys,
+        v_desc=keys,
+        dq_desc=dq,
+    )
     options = OPTIONS | {"maxnreg": REGISTERS}
     size = f"{tile.block_m}x{BLOCK_N_BACKWARD}"
     name = f"hopper_dual_chunk_bwd_{DUAL_CHUNK_WAYS[way]}"
     label = f"{name}-D{head_dim}-g{group}-{features}-{dtype}-{size}"
-    kernel = dual_chunk_bwd_hopper_kernel
     return describe_variant(label, kernel, types, constants, options, False)
 
 
@@ -227,20 +225,14 @@ def differential_forward_variant(
     rows = _descriptor(dtype, min(64, CONSUMERS * 64 // pack), 64)
     keys = _descriptor(dtype, tile.block_n, columns)
     values = _descriptor(dtype, tile.block_n, value_columns)
+    kernel = differential_fwd_hopper_kernel
+    num_k = 1 if shared_k else 2
     constants = {
-        "GROUP": group,
-        "HEADS": HEADS_KV * group,
-        "PACK": pack,
-        "CONSUMERS": CONSUMERS,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_D": columns,
-        "BLOCK_DV": value_columns,
-        "Q_STAGES": tile.q_stages,
-        "STAGES": tile.stages,
-        "SHARED_K": shared_k,
-        **_flags(features),
+        "TILE": forward_shape(tile, columns, group, HEADS_KV * group, pack, value_columns, num_k),
+        "FLAGS": _flags(features)._replace(has_softcap=False),
     }
     types = _types(
+        kernel,
         features,
         dtype,
         **dict.fromkeys(("q1_desc", "q2_desc", "out_desc", "out1_desc", "out2_desc"), rows),
@@ -251,7 +243,6 @@ def differential_forward_variant(
     options = OPTIONS | {"maxnreg": REGISTERS}
     dims = f"D{head_dim}v{value_dim}-{'one_k' if shared_k else 'two_k'}"
     label = f"hopper_diff_fwd-{dims}-g{group}-{features}-{dtype}-{CONSUMERS * 64}x{tile.block_n}"
-    kernel = differential_fwd_hopper_kernel
     # Values of 128 columns leave no room for all arguments; the loop at D = 64 is without spills.
     spill_free = features == "causal" and value_columns == 64
     return describe_variant(label, kernel, types, constants, options, spill_free)
@@ -272,22 +263,26 @@ def differential_backward_variant(
     queries = _descriptor(dtype, tile.block_m, columns)
     keys = _descriptor(dtype, BLOCK_N_BACKWARD // 2, columns)
     dq = _descriptor("fp32", tile.block_m, 64)
+    kernel = differential_bwd_hopper_kernel
+    num_k = 1 if shared_k else 2
     constants = {
-        "GROUP": group,
-        "HEADS_KV": HEADS_KV,
-        "HEAD_DIM": head_dim,
-        "VALUE_DIM": value_dim,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": BLOCK_N_BACKWARD,
-        "BLOCK_D": columns,
-        "BLOCK_DV": value_columns,
-        "STAGES": tile.stages,
-        "SHARED_K": shared_k,
-        **_flags(features),
+        "TILE": backward_shape(
+            tile,
+            columns,
+            group,
+            HEADS_KV,
+            head_dim,
+            value_dim=value_dim,
+            value_columns=value_columns,
+            num_k=num_k,
+        ),
+        "FLAGS": _flags(features)._replace(has_softcap=False, has_dropout=False),
     }
     types = _types(
+        kernel,
         features,
         dtype,
+        ("dk2",) if shared_k else (),
         **dict.fromkeys(("q1_desc", "q2_desc"), queries),
         do_desc=_descriptor(dtype, tile.block_m, value_columns),
         k1_desc=keys,
@@ -295,12 +290,10 @@ def differential_backward_variant(
         v_desc=_descriptor(dtype, BLOCK_N_BACKWARD // 2, value_columns),
         **dict.fromkeys(("dq1_desc", "dq2_desc"), dq),
     )
-    types |= {"dk1_ptr": f"*{dtype}", "dk2_ptr": None if shared_k else f"*{dtype}"}
     options = OPTIONS | {"maxnreg": REGISTERS}
     dims = f"D{head_dim}v{value_dim}-{'one_k' if shared_k else 'two_k'}"
     size = f"{tile.block_m}x{BLOCK_N_BACKWARD}"
     label = f"hopper_diff_bwd-{dims}-g{group}-{features}-{dtype}-{size}"
-    kernel = differential_bwd_hopper_kernel
     return describe_variant(label, kernel, types, constants, options, False)
 
 
@@ -382,35 +375,46 @@ def _has_dropout(features: str) -> bool:
     return features in ("dropout", "all")
 
 
-def _flags(features: str) -> dict[str, object]:
-    """The constexprs that both kernels have."""
+def _flags(features: str, has_sink: bool = False) -> Flags:
+    """The flags of a kernel of varlen or differential attention."""
     everything = features == "all"
-    return {
-        "HAS_LEFT": everything,
-        "HAS_RIGHT": features != "full",
-        "HAS_SOFTCAP": everything,
-        "HAS_DROPOUT": _has_dropout(features),
-    }
+    return Flags(
+        has_left=everything,
+        has_right=features != "full",
+        has_softcap=everything,
+        has_sink=has_sink and everything,
+        has_dropout=_has_dropout(features),
+    )
 
 
-def _types(features: str, dtype: str, **descriptors: str | None) -> dict[str, str | None]:
-    """Triton's names of the types of all arguments of both kernels."""
-    types: dict[str, str | None] = {
-        name: f"*{kind}" if name.endswith("_ptr") else kind for name, kind in _TYPES.items()
+def _types(
+    kernel: triton.JITFunction,
+    features: str,
+    dtype: str,
+    absent: tuple[str, ...] = (),
+    **descriptors: str | None,
+) -> dict[str, object]:
+    """Triton's names of the types of a kernel's arguments.
+
+    Args:
+        kernel: The kernel.
+        features: One of FEATURES.
+        dtype: Of the tensors.
+        absent: Further pointers that are None.
+        descriptors: Types of the descriptors.
+    """
+    types: dict[str, object] = {
+        name: "fp32" if name in _FLOATS else "i32" for name in kernel.arg_names
     }
-    types |= dict.fromkeys(("dk_ptr", "dv_ptr", "dq_ptr"), f"*{dtype}")
     if features != "all":
-        types |= dict.fromkeys(("window_ptr", "sink_ptr"))
+        absent = (*absent, "window", "learnable_sink", "logit_scale")
     if not _has_dropout(features):
-        types |= dict.fromkeys(("seed_ptr", "document_ids_ptr"))
+        absent = (*absent, "dropout_seed", "document_ids")
+    pointers = kernel.fn.__annotations__["pointers"]
+    types["pointers"] = pointers._make(
+        None if name in absent else _POINTERS.get(name, f"*{dtype}") for name in pointers._fields
+    )
+    if "strides" in kernel.fn.__annotations__:
+        strides = kernel.fn.__annotations__["strides"]
+        types["strides"] = strides._make("i32" for _ in strides._fields)
     return types | descriptors
-
-
-def _dual_chunk_types(features: str) -> dict[str, str | None]:
-    """Triton's names of the types of what only the kernels of dual chunk attention take."""
-    logit_scale = "*fp32" if features == "all" else None
-    return {
-        **dict.fromkeys(("chunk_length", "near"), "i32"),
-        "logit_scale_ptr": logit_scale,
-        "stats_ptr": "*fp32",
-    }

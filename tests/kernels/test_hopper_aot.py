@@ -67,6 +67,13 @@ def test_compiles_on_the_releases_between(version):
     assert all(report["matrix_instructions"] and report["tma_loads"] for report in reports)
 
 
+def types_of(argument):
+    """Triton's name of an argument's type; of a group, the names of its fields' types."""
+    if isinstance(argument, tuple):
+        return type(argument)(*map(types_of, argument))
+    return "constexpr" if argument is None else mangle_type(argument)
+
+
 class Launches:
     """Stands for a kernel, and keeps what it is launched with."""
 
@@ -92,7 +99,7 @@ class Launches:
         assert list(self.arguments) == list(variant.signature)
         assert {name: self.arguments[name] for name in constants} == constants
         types = {
-            name: mangle_type(x) for name, x in self.arguments.items() if name not in constants
+            name: types_of(x) for name, x in self.arguments.items() if name not in constants
         }
         assert types == {name: variant.signature[name] for name in types}
         assert self.options.items() <= variant.options.items()

@@ -5,20 +5,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lctrain_kernels.differential.hopper_bwd import differential_bwd_hopper_kernel
-from lctrain_kernels.differential.hopper_fwd import differential_fwd_hopper_kernel
+from lctrain_kernels.differential.hopper_bwd import (
+    BackwardPointers,
+    BackwardStrides,
+    differential_bwd_hopper_kernel,
+)
+from lctrain_kernels.differential.hopper_fwd import ForwardPointers, differential_fwd_hopper_kernel
 from lctrain_kernels.gluon.config import (
     BLOCK_N_BACKWARD,
     CONSUMERS,
     REGISTERS,
+    backward_shape,
     differential_backward_tile,
     differential_forward_tile,
+    forward_shape,
     pack_heads,
 )
 from lctrain_kernels.gluon.launch import multiprocessors, padded_columns, ragged_descriptor
 from lctrain_kernels.schedule import SCHEDULE_ROWS
-from lctrain_kernels.tile.arguments import dropout_arguments, window_arguments
+from lctrain_kernels.tile.arguments import dropout_arguments, token_head_strides, window_arguments
 from lctrain_kernels.tile.logits import LOG2_E
+from lctrain_kernels.tile.structures import Flags
 
 _LOG2_E = tl.constexpr(LOG2_E)
 _SMALLEST_LAM = tl.constexpr(2.0**-60)
@@ -60,6 +67,7 @@ def differential_fwd(
     if items == 0:
         return out, out1, out2, lse1, lse2
     run = min(64, positions)
+    num_k = 1 if k2 is None else 2
     window_ptr, left, right, has_left, has_right = window_arguments(window)
     threshold, scale_kept = dropout_arguments(dropout_p)
     differential_fwd_hopper_kernel[(min(items, multiprocessors(q1.device)),)](
@@ -71,16 +79,18 @@ def differential_fwd(
         ragged_descriptor(out, run, 64),
         ragged_descriptor(out1, run, 64),
         ragged_descriptor(out2, run, 64),
-        lam,
-        lse1,
-        lse2,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        q_tiles,
-        torch.zeros(1, dtype=torch.int32, device=q1.device),
-        window_ptr,
-        dropout_seed,
-        document_ids,
+        ForwardPointers(
+            lam,
+            lse1,
+            lse2,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            q_tiles,
+            torch.zeros(1, dtype=torch.int32, device=q1.device),
+            window_ptr,
+            dropout_seed,
+            document_ids,
+        ),
         *lam.stride(),
         items,
         total_q,
@@ -89,19 +99,8 @@ def differential_fwd(
         softmax_scale,
         threshold,
         scale_kept,
-        GROUP=group,
-        HEADS=heads,
-        PACK=pack,
-        CONSUMERS=CONSUMERS,
-        BLOCK_N=tile.block_n,
-        BLOCK_D=columns,
-        BLOCK_DV=value_columns,
-        Q_STAGES=tile.q_stages,
-        STAGES=tile.stages,
-        SHARED_K=k2 is None,
-        HAS_LEFT=has_left,
-        HAS_RIGHT=has_right,
-        HAS_DROPOUT=dropout_p > 0,
+        TILE=forward_shape(tile, columns, group, heads, pack, value_columns, num_k),
+        FLAGS=Flags(has_left=has_left, has_right=has_right, has_dropout=dropout_p > 0),
         num_warps=4,
         maxnreg=REGISTERS,
         enable_fp_fusion=True,
@@ -289,32 +288,32 @@ def differential_bwd(
         ragged_descriptor(v, BLOCK_N_BACKWARD // 2, value_columns),
         ragged_descriptor(sums[0], tile.block_m, 64),
         ragged_descriptor(sums[1], tile.block_m, 64),
-        stats,
-        dk1,
-        None if k2 is None else dk2,
-        dv,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        k_tiles,
-        window_ptr,
-        *dk1.stride()[:2],
-        *dv.stride()[:2],
+        BackwardPointers(
+            stats,
+            dk1,
+            None if k2 is None else dk2,
+            dv,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            k_tiles,
+            window_ptr,
+        ),
+        BackwardStrides(*token_head_strides(dk1, dv)),
         total_q,
         left,
         right,
         softmax_scale,
-        GROUP=heads // heads_kv,
-        HEADS_KV=heads_kv,
-        HEAD_DIM=head_dim,
-        VALUE_DIM=value_dim,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=BLOCK_N_BACKWARD,
-        BLOCK_D=columns,
-        BLOCK_DV=value_columns,
-        STAGES=tile.stages,
-        SHARED_K=k2 is None,
-        HAS_LEFT=has_left,
-        HAS_RIGHT=has_right,
+        TILE=backward_shape(
+            tile,
+            columns,
+            heads // heads_kv,
+            heads_kv,
+            head_dim,
+            value_dim=value_dim,
+            value_columns=value_columns,
+            num_k=1 if k2 is None else 2,
+        ),
+        FLAGS=Flags(has_left=has_left, has_right=has_right),
         num_warps=4,
         maxnreg=REGISTERS,
         enable_fp_fusion=True,

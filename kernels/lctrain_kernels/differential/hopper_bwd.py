@@ -1,5 +1,7 @@
 """Backward of differential attention for Hopper, in Gluon: dP and dV once for both branches."""
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -31,6 +33,16 @@ from lctrain_kernels.gluon.signals import (
     signal,
 )
 from lctrain_kernels.gluon.step import held, load_window, query_blocks
+from lctrain_kernels.gluon.structures import (
+    RAGGED,
+    BackwardBuffers,
+    Bounds,
+    KeyBounds,
+    KeyTile,
+    OutputKeys,
+    Rows,
+    Statistics,
+)
 from lctrain_kernels.gluon.tile_keys import (
     allocate_dq,
     allocate_rings,
@@ -48,63 +60,114 @@ from lctrain_kernels.gluon.tile_rows import load_block
 from lctrain_kernels.tile.logits import LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
-_RAGGED = gl.constexpr(1 << 30)
 _COLUMNS = gl.constexpr(64)  # of dq that a warpgroup puts away at once
+
+
+class BackwardPointers(NamedTuple):
+    """Tensors of differential_bwd_hopper_kernel; it says their shapes."""
+
+    stats: Any
+    dk1: Any
+    dk2: Any
+    dv: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    tiles: Any
+    window: Any
+
+
+class BackwardStrides(NamedTuple):
+    """Distances between tokens and between heads of dk1 (and dk2) and of dv, in elements."""
+
+    k_token: Any
+    k_head: Any
+    v_token: Any
+    v_head: Any
+
+
+class ResultPointers(NamedTuple):
+    """Gradients that a tile of keys stores; dk2 may be None."""
+
+    dk1: Any
+    dk2: Any
+    dv: Any
+
+
+class ConsumerInputs(NamedTuple):
+    """What a consumer warpgroup works on.
+
+    Attributes:
+        shared: BackwardBuffers; q, lse and delta have two buffers per stage, one per branch.
+        dq: Two float32 buffers of partial dq, one per branch.
+        ds: dS of both branches and both warpgroups, [4, 64, block_m].
+        results: ResultPointers.
+        strides: BackwardStrides.
+        tile: KeyTile.
+        window: Bounds.
+        scale: softmax_scale.
+    """
+
+    shared: Any
+    dq: Any
+    ds: Any
+    results: Any
+    strides: Any
+    tile: Any
+    window: Any
+    scale: Any
 
 
 @gluon.jit
 def _load(
-    sources,
+    q_descs,
+    do_desc,
+    k_descs,
+    v_desc,
     shared,
     stats,
+    stats_size,
     tile,
-    GROUP: gl.constexpr,
-    SHAPE: gl.constexpr,
+    TILE: gl.constexpr,
 ):
     """Loads a tile's keys and values, then the queries of every head of its group."""
-    q_descs, do_desc, k_descs, v_desc = sources
-    k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings = shared
-    q_ready, do_ready = rings
-    stats_ptr, total_q, stats_size = stats
-    head_kv, begin_q, length_q, begin_k, length_k, first, low, high = tile
-    BLOCK_M: gl.constexpr = SHAPE[0]
-    BLOCK_N: gl.constexpr = SHAPE[1]
-    BLOCK_D: gl.constexpr = SHAPE[2]
-    BLOCK_DV: gl.constexpr = SHAPE[3]
-    STAGES: gl.constexpr = SHAPE[4]
-    KEYS: gl.constexpr = SHAPE[5]
+    GROUP: gl.constexpr = TILE.group
+    BLOCK_M: gl.constexpr = TILE.block_m
+    BLOCK_D: gl.constexpr = TILE.block_d
+    STAGES: gl.constexpr = TILE.stages
+    NUM_K: gl.constexpr = TILE.num_k
     dtype: gl.constexpr = v_desc.dtype
-    mbarrier.expect(kv_ready, BLOCK_N * (KEYS * BLOCK_D + BLOCK_DV) * 2)
-    keys = (begin_k + length_k, _RAGGED - length_k + first, head_kv)
-    for branch in gl.static_range(KEYS):
-        load_rows(k_descs[branch], k_bufs, 2 * branch, kv_ready, keys)
-    load_rows(v_desc, v_bufs, 0, kv_ready, keys)
+    length_q = tile.length_q
+    mbarrier.expect(shared.kv_ready, TILE.block_n * (NUM_K * BLOCK_D + TILE.block_dv) * 2)
+    keys = Rows(tile.begin_k + tile.length_k, RAGGED - tile.length_k + tile.first, tile.head_kv)
+    for branch in gl.static_range(NUM_K):
+        load_rows(k_descs[branch], shared.k, 2 * branch, shared.kv_ready, keys)
+    load_rows(v_desc, shared.v, 0, shared.kv_ready, keys)
     lanes: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
     local = gl.arange(0, BLOCK_M, lanes)
-    head = head_kv * GROUP
-    block = high - 1
-    steps = GROUP * (high - low)
+    head = tile.head_kv * GROUP
+    block = tile.high - 1
+    steps = GROUP * (tile.high - tile.low)
     for step in range(steps):
         place = step % STAGES
         query = block * BLOCK_M + local
-        vector = stats_ptr + head.to(gl.int64) * total_q + begin_q + query
-        row = _RAGGED - length_q + block * BLOCK_M
+        vector = stats.lse + head.to(gl.int64) * stats.total_q + tile.begin_q + query
+        row = RAGGED - length_q + block * BLOCK_M
         await_place(Q_EMPTY, step, STAGES, LOADER_AND_BOTH)
         for branch in gl.static_range(2):
             copy_async(
-                lse_bufs.index(2 * place + branch),
+                shared.lse.index(2 * place + branch),
                 vector + branch * stats_size,
                 mask=query < length_q,
             )
-        copy_arrive(q_ready.index(place))
-        mbarrier.expect(q_ready.index(place), 2 * BLOCK_M * BLOCK_D * 2)
+        copy_arrive(shared.q_ready.index(place))
+        mbarrier.expect(shared.q_ready.index(place), 2 * BLOCK_M * BLOCK_D * 2)
         for branch in gl.static_range(2):
             tma_load(
                 q_descs[branch],
-                [_RAGGED, begin_q + length_q, row, head, 0],
-                q_ready.index(place),
+                [RAGGED, tile.begin_q + length_q, row, head, 0],
+                shared.q_ready.index(place),
                 reinterpret(
-                    q_bufs.index(2 * place + branch),
+                    shared.q.index(2 * place + branch),
                     dtype,
                     [1, 1, BLOCK_M, 1, BLOCK_D],
                     q_descs[0].layout,
@@ -113,68 +176,67 @@ def _load(
         await_place(DO_EMPTY, step, STAGES, LOADER_AND_BOTH)
         for branch in gl.static_range(2):
             copy_async(
-                delta_bufs.index(2 * place + branch),
+                shared.delta.index(2 * place + branch),
                 vector + (2 + branch) * stats_size,
                 mask=query < length_q,
             )
-        copy_arrive(do_ready.index(place))
-        queries = (begin_q + length_q, row, head)
-        load_block(do_desc, do_bufs.index(place), do_ready.index(place), queries)
-        head, block = next_block(head, block, head_kv, GROUP)
+        copy_arrive(shared.dout_ready.index(place))
+        queries = Rows(tile.begin_q + length_q, row, head)
+        load_block(do_desc, shared.dout.index(place), shared.dout_ready.index(place), queries)
+        head, block = next_block(head, block, tile.head_kv, GROUP)
     settle_places(Q_EMPTY, steps, STAGES, LOADER_AND_BOTH)
     settle_places(DO_EMPTY, steps, STAGES, LOADER_AND_BOTH)
 
 
 @gluon.jit
-def _add_dq(dq_descs, dq_bufs, tile, GROUP: gl.constexpr, SHAPE: gl.constexpr):
-    """Adds dq1 and dq2, 64 columns at a time, to the float32 buffers."""
-    head_kv, begin_q, length_q, _, _, _, low, high = tile
-    BLOCK_M: gl.constexpr = SHAPE[0]
-    ROUNDS: gl.constexpr = SHAPE[2] // _COLUMNS
-    head = head_kv * GROUP
-    block = high - 1
-    for _ in range(GROUP * (high - low)):
-        row = _RAGGED - length_q + block * BLOCK_M
+def _add_dq(dq_descs, dq_bufs, tile, TILE: gl.constexpr):
+    """The dQ warp: adds partial dq1 and dq2, 64 columns at a time, to the float32 buffers."""
+    GROUP: gl.constexpr = TILE.group
+    ROUNDS: gl.constexpr = TILE.block_d // _COLUMNS
+    head = tile.head_kv * GROUP
+    block = tile.high - 1
+    for _ in range(GROUP * (tile.high - tile.low)):
+        row = RAGGED - tile.length_q + block * TILE.block_m
         for part in gl.static_range(ROUNDS):
             for branch in gl.static_range(2):
                 tma_add(
                     dq_descs[branch],
-                    [_RAGGED, begin_q + length_q, row, head, part * _COLUMNS],
+                    [RAGGED, tile.begin_q + tile.length_q, row, head, part * _COLUMNS],
                     take_dq(dq_bufs, branch, dq_descs[0]),
                 )
             give_back_dq()
-        head, block = next_block(head, block, head_kv, GROUP)
+        head, block = next_block(head, block, tile.head_kv, GROUP)
 
 
 @gluon.jit
 def _compute(
     inputs,
-    GROUP: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    VALUE_DIM: gl.constexpr,
-    SHAPE: gl.constexpr,
+    TILE: gl.constexpr,
     FLAGS: gl.constexpr,
     HALF_INDEX: gl.constexpr,
 ):
     """One warpgroup: half of the tile's keys, and all of dq of one branch."""
-    shared, dq_bufs, ds_bufs, results, tile, window, scale = inputs
-    k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings = shared
-    q_ready, do_ready = rings
-    dk1_ptr, dk2_ptr, dv_ptr, stride_kt, stride_kh, stride_vt, stride_vh = results
-    head_kv, _, length_q, begin_k, length_k, first, low, high = tile
-    left, right = window
-    BLOCK_M: gl.constexpr = SHAPE[0]
-    BLOCK_N: gl.constexpr = SHAPE[1]
-    BLOCK_D: gl.constexpr = SHAPE[2]
-    BLOCK_DV: gl.constexpr = SHAPE[3]
-    STAGES: gl.constexpr = SHAPE[4]
-    KEYS: gl.constexpr = SHAPE[5]
-    HALF: gl.constexpr = BLOCK_N // 2
+    shared = inputs.shared
+    dq_bufs = inputs.dq
+    ds_bufs = inputs.ds
+    results = inputs.results
+    strides = inputs.strides
+    tile = inputs.tile
+    scale = inputs.scale
+    low = tile.low
+    high = tile.high
+    GROUP: gl.constexpr = TILE.group
+    BLOCK_M: gl.constexpr = TILE.block_m
+    BLOCK_D: gl.constexpr = TILE.block_d
+    BLOCK_DV: gl.constexpr = TILE.block_dv
+    STAGES: gl.constexpr = TILE.stages
+    NUM_K: gl.constexpr = TILE.num_k
+    HALF: gl.constexpr = TILE.block_n // 2
     ROUNDS: gl.constexpr = BLOCK_D // _COLUMNS
     OWN_READ: gl.constexpr = DS_READ + 4 * HALF_INDEX
     OTHER_READ: gl.constexpr = DS_READ + 4 - 4 * HALF_INDEX
-    OWN_K: gl.constexpr = 2 * (KEYS - 1) * HALF_INDEX  # of the branch whose dq is computed here
-    dtype: gl.constexpr = v_bufs.dtype
+    OWN_K: gl.constexpr = 2 * (NUM_K - 1) * HALF_INDEX  # of the branch whose dq is computed here
+    dtype: gl.constexpr = shared.v.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     k_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     v_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
@@ -186,10 +248,13 @@ def _compute(
     p_layout: gl.constexpr = gl.DotOperandLayout(0, v_layout, 2)
     column_s: gl.constexpr = gl.SliceLayout(0, s_layout)
 
-    first_key = first + HALF_INDEX * HALF
-    # Bounds of what is seen, relative to this warpgroup's first key.
-    keys_here = length_k - first_key
-    bounds = (keys_here, keys_here - length_q + right, keys_here - length_q - left)
+    first_key = tile.first + HALF_INDEX * HALF
+    keys_here = tile.length_k - first_key
+    bounds = KeyBounds(
+        keys_here,
+        keys_here - tile.length_q + inputs.window.right,
+        keys_here - tile.length_q - inputs.window.left,
+    )
     multiplier = scale * _LOG2_E
     dk1 = gl.zeros([HALF, BLOCK_D], gl.float32, k_layout)
     dk2 = gl.zeros([HALF, BLOCK_D], gl.float32, k_layout)
@@ -197,25 +262,25 @@ def _compute(
     zero_s = gl.zeros([HALF, BLOCK_M], gl.float32, s_layout)
     zero_q = gl.zeros([BLOCK_D, BLOCK_M] if TURNED else [BLOCK_M, BLOCK_D], gl.float32, dq_layout)
     steps = GROUP * (high - low)
-    mbarrier.wait(kv_ready, 0)
+    mbarrier.wait(shared.kv_ready, 0)
     for step in range(steps):
         place = step % STAGES
         phase = (step // STAGES) & 1
         block = high - 1 - step // GROUP  # as next_block has it
         query = block * BLOCK_M
         never = block < low
-        k1 = held(k_bufs, HALF_INDEX, never)
-        k2 = held(k_bufs, 2 * (KEYS - 1) + HALF_INDEX, never)
-        v = held(v_bufs, HALF_INDEX, never)
-        q1 = q_bufs.index(2 * place)
-        q2 = q_bufs.index(2 * place + 1)
-        do = do_bufs.index(place)
-        mbarrier.wait(q_ready.index(place), phase)
+        k1 = held(shared.k, HALF_INDEX, never)
+        k2 = held(shared.k, 2 * (NUM_K - 1) + HALF_INDEX, never)
+        v = held(shared.v, HALF_INDEX, never)
+        q1 = shared.q.index(2 * place)
+        q2 = shared.q.index(2 * place + 1)
+        do = shared.dout.index(place)
+        mbarrier.wait(shared.q_ready.index(place), phase)
         s1_token = warpgroup_mma(k1, q1.permute((1, 0)), zero_s, use_acc=False, is_async=True)
-        mbarrier.wait(do_ready.index(place), phase)
+        mbarrier.wait(shared.dout_ready.index(place), phase)
         dp_token = warpgroup_mma(v, do.permute((1, 0)), zero_s, use_acc=False, is_async=True)
         s1 = warpgroup_mma_wait(1, deps=[s1_token])
-        lse = lse_bufs.index(2 * place).load(column_s)
+        lse = shared.lse.index(2 * place).load(column_s)
         p1 = keys_weights(s1, lse, query, bounds, multiplier, BLOCK_M, s_layout, FLAGS)
         # The other warpgroup has read the last step's ds, too.
         await_signal(OTHER_READ, BOTH, 4, gl.where(step > 0, 1, 0))
@@ -223,7 +288,7 @@ def _compute(
         # before dp is waited for, they are computed before, too.
         ds_bufs.index(2 + HALF_INDEX).store(p1.to(dtype))
         dp = warpgroup_mma_wait(0, deps=[dp_token])
-        e1 = delta_bufs.index(2 * place).load(column_s)
+        e1 = shared.delta.index(2 * place).load(column_s)
         ds1 = (p1 * (dp - e1[None, :])).to(dtype)
         ds_bufs.index(HALF_INDEX).store(ds1)
         fence_async_shared()
@@ -232,9 +297,9 @@ def _compute(
         ds1_buf = held(ds_bufs, HALF_INDEX, never)
         dk1_token = warpgroup_mma(ds1_buf, q1, dk1, is_async=True)
         s2 = warpgroup_mma_wait(1, deps=[s2_token])
-        lse = lse_bufs.index(2 * place + 1).load(column_s)
+        lse = shared.lse.index(2 * place + 1).load(column_s)
         p2 = keys_weights(s2, lse, query, bounds, multiplier, BLOCK_M, s_layout, FLAGS)
-        e2 = delta_bufs.index(2 * place + 1).load(column_s)
+        e2 = shared.delta.index(2 * place + 1).load(column_s)
         sign = e2.to(gl.int32, bitcast=True) << 31
         p2 = (p2.to(gl.int32, bitcast=True) ^ sign[None, :]).to(gl.float32, bitcast=True)
         ds2 = (p2 * (e2[None, :] - dp)).to(dtype)
@@ -248,7 +313,7 @@ def _compute(
         dq_token = zero_q
         for half in gl.static_range(2):
             ds = held(ds_bufs, 2 * HALF_INDEX + half, never)
-            k = held(k_bufs, OWN_K + half, never)
+            k = held(shared.k, OWN_K + half, never)
             if TURNED:
                 dq_token = warpgroup_mma(
                     k.permute((1, 0)), ds, dq_token, use_acc=half > 0, is_async=True
@@ -257,7 +322,7 @@ def _compute(
                 dq_token = warpgroup_mma(
                     ds.permute((1, 0)), k, dq_token, use_acc=half > 0, is_async=True
                 )
-        if KEYS == 1:
+        if NUM_K == 1:
             ds2_buf = held(ds_bufs, 2 + HALF_INDEX, never)
             dk1_token = warpgroup_mma(ds2_buf, q2, dk1, is_async=True)
         else:
@@ -269,7 +334,7 @@ def _compute(
             # The buffer holds 64 columns.
             dq, dq_late = gl.split(gl.permute(gl.reshape(dq, [BLOCK_M, 2, _COLUMNS]), (0, 2, 1)))
         put_dq(dq, dq_bufs, step * ROUNDS, HALF_INDEX, TURNED)
-        if KEYS == 1:
+        if NUM_K == 1:
             dk1 = warpgroup_mma_wait(0, deps=[dk1_token])
         else:
             dk2 = warpgroup_mma_wait(0, deps=[dk2_token])
@@ -279,15 +344,17 @@ def _compute(
             put_dq(dq_late, dq_bufs, step * ROUNDS + 1, HALF_INDEX, TURNED)
     await_signal(OTHER_READ, BOTH, 4, gl.where(steps > 0, 1, 0))
     settle_dq(steps, HALF_INDEX)
-    keys = (first_key, length_k, begin_k, head_kv)
-    place_v, inside_v = place_keys(
-        keys, (stride_vt, stride_vh), VALUE_DIM, v_layout, (HALF, BLOCK_DV)
+    keys = OutputKeys(first_key, tile.length_k, tile.begin_k, tile.head_kv)
+    offsets_v, inside_v = place_keys(
+        keys, strides.v_token, strides.v_head, TILE.value_dim, v_layout, HALF, BLOCK_DV
     )
-    gl.store(dv_ptr + place_v, dv.to(dtype), mask=inside_v)
-    place_k, inside = place_keys(keys, (stride_kt, stride_kh), HEAD_DIM, k_layout, (HALF, BLOCK_D))
-    gl.store(dk1_ptr + place_k, (dk1 * scale).to(dtype), mask=inside)
-    if KEYS == 2:
-        gl.store(dk2_ptr + place_k, (dk2 * scale).to(dtype), mask=inside)
+    gl.store(results.dv + offsets_v, dv.to(dtype), mask=inside_v)
+    offsets_k, inside = place_keys(
+        keys, strides.k_token, strides.k_head, TILE.head_dim, k_layout, HALF, BLOCK_D
+    )
+    gl.store(results.dk1 + offsets_k, (dk1 * scale).to(dtype), mask=inside)
+    if NUM_K == 2:
+        gl.store(results.dk2 + offsets_k, (dk2 * scale).to(dtype), mask=inside)
 
 
 @gluon.jit(do_not_specialize=["total_q", "window_left", "window_right"])
@@ -300,55 +367,48 @@ def differential_bwd_hopper_kernel(
     v_desc,
     dq1_desc,
     dq2_desc,
-    stats_ptr,
-    dk1_ptr,
-    dk2_ptr,
-    dv_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    tiles_ptr,
-    window_ptr,
-    stride_kt,
-    stride_kh,
-    stride_vt,
-    stride_vh,
+    pointers: BackwardPointers,
+    strides: BackwardStrides,
     total_q,
     window_left,
     window_right,
     scale,
-    GROUP: gl.constexpr,
-    HEADS_KV: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    VALUE_DIM: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_D: gl.constexpr,
-    BLOCK_DV: gl.constexpr,
-    STAGES: gl.constexpr,
-    SHARED_K: gl.constexpr,
-    HAS_LEFT: gl.constexpr,
-    HAS_RIGHT: gl.constexpr,
+    TILE: gl.constexpr,
+    FLAGS: gl.constexpr,
 ):
-    """One program: BLOCK_N keys of one key/value head, with all queries of its group that see them.
+    """One program: a tile of keys of one key/value head, and all queries of its group that see it.
 
     Grid: (tiles * key/value heads,). stats [4, H, T] float32: lse1 and lse2 in base 2, +inf where
     nothing was seen, e1 and e2; lse2 less log2 |lam|, and the last bit of e2 is the sign of lam. So
     p2 here is lam A2, and ds1 = p1 (dp - e1), ds2 = p2 (e2 - dp). dq1_desc and dq2_desc describe
-    zeroed float32 [T, H, D]. k2_desc and dk2 are None with SHARED_K: dk1 is then the sum.
+    zeroed float32 [T, H, D]. k2_desc and dk2 are None where both branches read k1: dk1 is
+    then the sum.
     """
     dtype: gl.constexpr = v_desc.dtype
-    HALF: gl.constexpr = BLOCK_N // 2
-    KEYS: gl.constexpr = 1 if SHARED_K else 2
-    packs = (cu_q_ptr, cu_k_ptr, tiles_ptr)
-    slot = read_slot(packs, HEADS_KV, BLOCK_N)
-    head_kv, document, first, begin_q, length_q, begin_k, length_k = slot
-    left, right = load_window(window_ptr, window_left, window_right)
+    BLOCK_M: gl.constexpr = TILE.block_m
+    BLOCK_D: gl.constexpr = TILE.block_d
+    BLOCK_DV: gl.constexpr = TILE.block_dv
+    STAGES: gl.constexpr = TILE.stages
+    NUM_K: gl.constexpr = TILE.num_k
+    HALF: gl.constexpr = TILE.block_n // 2
+    slot = read_slot(
+        pointers.cu_seqlens_q, pointers.cu_seqlens_k, pointers.tiles, TILE.heads_kv, TILE.block_n
+    )
+    left, right = load_window(pointers.window, window_left, window_right)
     low, high = query_blocks(
-        first, BLOCK_N, length_k - length_q, length_q, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M
+        slot.first,
+        TILE.block_n,
+        slot.length_k - slot.length_q,
+        slot.length_q,
+        left,
+        right,
+        FLAGS.has_left,
+        FLAGS.has_right,
+        BLOCK_M,
     )
     # An empty slot of the schedule: no queries, and no keys to store.
-    high = gl.where(document < 0, low, high)
-    length_k = gl.where(document < 0, 0, length_k)
+    high = gl.where(slot.document < 0, low, high)
+    length_k = gl.where(slot.document < 0, 0, slot.length_k)
 
     word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     bar: gl.constexpr = mbarrier.MBarrierLayout()
@@ -357,7 +417,7 @@ def differential_bwd_hopper_kernel(
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], dtype)
     do_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_DV], dtype)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, BLOCK_M], dtype)
-    k_bufs = gl.allocate_shared_memory(dtype, [2 * KEYS, HALF, BLOCK_D], k_layout)
+    k_bufs = gl.allocate_shared_memory(dtype, [2 * NUM_K, HALF, BLOCK_D], k_layout)
     v_bufs = gl.allocate_shared_memory(dtype, [2, HALF, BLOCK_DV], v_layout)
     q_bufs = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_M, BLOCK_D], q_layout)
     do_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_DV], do_layout)
@@ -366,22 +426,35 @@ def differential_bwd_hopper_kernel(
     lse_bufs = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK_M], word)
     delta_bufs = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK_M], word)
     kv_ready = gl.allocate_shared_memory(gl.int64, [1], bar)
-    rings = allocate_rings(STAGES)
+    q_ready, dout_ready = allocate_rings(STAGES)
     mbarrier.init(kv_ready, count=1)
-    shared = (k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings)
-    tile = (head_kv, begin_q, length_q, begin_k, length_k, first, low, high)
-    results = (dk1_ptr, dk2_ptr, dv_ptr, stride_kt, stride_kh, stride_vt, stride_vh)
-    stats = (stats_ptr, total_q, total_q.to(gl.int64) * (HEADS_KV * GROUP))
-    SHAPE: gl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, KEYS)
-    FLAGS: gl.constexpr = (HAS_LEFT, HAS_RIGHT)
-    sources = ((q1_desc, q2_desc), do_desc, (k1_desc, k2_desc), v_desc)
-    inputs = (shared, dq_bufs, ds_bufs, results, tile, (left, right), scale)
+    shared = BackwardBuffers(
+        k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, q_ready, dout_ready
+    )
+    tile = KeyTile(
+        slot.head_kv,
+        slot.begin_q,
+        slot.length_q,
+        slot.begin_k,
+        length_k,
+        slot.first,
+        low,
+        high,
+    )
+    results = ResultPointers(pointers.dk1, pointers.dk2, pointers.dv)
+    stats = Statistics(pointers.stats, None, total_q)
+    stats_size = total_q.to(gl.int64) * (TILE.heads_kv * TILE.group)
+    window = Bounds(left, right)
+    inputs = ConsumerInputs(shared, dq_bufs, ds_bufs, results, strides, tile, window, scale)
+    q_descs = (q1_desc, q2_desc)
+    k_descs = (k1_desc, k2_desc)
+    dq_descs = (dq1_desc, dq2_desc)
     gl.warp_specialize(
         [
-            (_compute, (inputs, GROUP, HEAD_DIM, VALUE_DIM, SHAPE, FLAGS, 0)),
-            (_compute, (inputs, GROUP, HEAD_DIM, VALUE_DIM, SHAPE, FLAGS, 1)),
-            (_load, (sources, shared, stats, tile, GROUP, SHAPE)),
-            (_add_dq, ((dq1_desc, dq2_desc), dq_bufs, tile, GROUP, SHAPE)),
+            (_compute, (inputs, TILE, FLAGS, 0)),
+            (_compute, (inputs, TILE, FLAGS, 1)),
+            (_load, (q_descs, do_desc, k_descs, v_desc, shared, stats, stats_size, tile, TILE)),
+            (_add_dq, (dq_descs, dq_bufs, tile, TILE)),
         ],
         [4, 1, 1],
         [240, 24, 24],

@@ -6,16 +6,17 @@ Nothing is added across programs, so the result has the same bits in every run.
 import torch
 from torch import Tensor
 
-from lctrain_kernels.differential.triton_dkv import differential_dkv_kernel
-from lctrain_kernels.differential.triton_dq import differential_dq_kernel
+from lctrain_kernels.differential.triton_dkv import DkvPointers, DkvStrides, differential_dkv_kernel
+from lctrain_kernels.differential.triton_dq import DqPointers, DqStrides, differential_dq_kernel
 from lctrain_kernels.schedule import SCHEDULE_ROWS
 from lctrain_kernels.tile.arguments import (
     DOT_PRECISION,
     dropout_arguments,
-    padded_head_dim,
+    token_head_strides,
     window_arguments,
 )
 from lctrain_kernels.tile.config import tile_config
+from lctrain_kernels.tile.structures import Flags, tile_shape
 
 
 def differential_bwd(
@@ -93,99 +94,80 @@ def differential_bwd(
     stats = torch.empty((heads, total_q, stats_width), dtype=torch.float32, device=device)
     window_ptr, left, right, has_left, has_right = window_arguments(window)
     threshold, scale_kept = dropout_arguments(dropout_p)
-    flags = {
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": padded_head_dim(head_dim),
-        "VALUE_DIM": value_dim,
-        "BLOCK_DV": padded_head_dim(value_dim),
-        "GROUP": group,
-        "STATS": stats_width,
-        "SHARED_K": k2 is None,
-        "HAS_LEFT": has_left,
-        "HAS_RIGHT": has_right,
-        "HAS_DROPOUT": dropout_p > 0,
-        "PRECISION": DOT_PRECISION,
-    }
-    inputs_strides = (
-        *q1.stride()[:2],
-        *q2.stride()[:2],
-        *k1.stride()[:2],
-        *(k1 if k2 is None else k2).stride()[:2],
-        *v.stride()[:2],
-    )
+    flags = Flags(has_left=has_left, has_right=has_right, has_dropout=dropout_p > 0)
+    input_strides = token_head_strides(q1, q2, k1, k1 if k2 is None else k2, v)
     numbers = (total_q, left, right, softmax_scale, threshold, scale_kept)
     config = tile_config("diff_dq", q1, group, dropout_p > 0, value_dim, k2 is None)
     parts = SCHEDULE_ROWS // config.positions * (group // config.pack)
     grid = (heads_kv * q_tiles.shape[0] * parts,)
     if grid[0] > 0:
         differential_dq_kernel[grid](
-            q1,
-            q2,
-            k1,
-            k2,
-            v,
-            lam,
-            out1,
-            out2,
-            dout,
-            lse1,
-            lse2,
-            dlse1,
-            dlse2,
-            dq1,
-            dq2,
-            dlam,
-            stats,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            q_tiles,
-            window_ptr,
-            dropout_seed,
-            document_ids,
-            *inputs_strides,
-            *lam.stride(),
-            *out1.stride()[:2],
-            *dout.stride()[:2],
-            *dq1.stride()[:2],
+            DqPointers(
+                q1,
+                q2,
+                k1,
+                k2,
+                v,
+                lam,
+                out1,
+                out2,
+                dout,
+                lse1,
+                lse2,
+                dlse1,
+                dlse2,
+                dq1,
+                dq2,
+                dlam,
+                stats,
+                cu_seqlens_q,
+                cu_seqlens_k,
+                q_tiles,
+                window_ptr,
+                dropout_seed,
+                document_ids,
+            ),
+            DqStrides(*input_strides, *lam.stride(), *token_head_strides(out1, dout, dq1)),
             q_tiles.shape[0],
             *numbers,
-            PACK=config.pack,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
+            TILE=tile_shape(config, head_dim, group, value_dim),
+            FLAGS=flags,
+            STATS=stats_width,
+            SHARED_K=k2 is None,
+            PRECISION=DOT_PRECISION,
             **config.options,
-            **flags,
         )
     config = tile_config("diff_dkv", q1, group, dropout_p > 0, value_dim, k2 is None)
     grid = (heads_kv * k_tiles.shape[0] * (SCHEDULE_ROWS // config.block_n),)
     if grid[0] > 0:
         differential_dkv_kernel[grid](
-            q1,
-            q2,
-            k1,
-            k2,
-            v,
-            lam,
-            dout,
-            stats,
-            dk1,
-            None if k2 is None else dk2,
-            dv,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            k_tiles,
-            window_ptr,
-            dropout_seed,
-            document_ids,
-            *inputs_strides,
-            lam.stride(1),
-            *dout.stride()[:2],
-            *dk1.stride()[:2],
-            *dv.stride()[:2],
+            DkvPointers(
+                q1,
+                q2,
+                k1,
+                k2,
+                v,
+                lam,
+                dout,
+                stats,
+                dk1,
+                None if k2 is None else dk2,
+                dv,
+                cu_seqlens_q,
+                cu_seqlens_k,
+                k_tiles,
+                window_ptr,
+                dropout_seed,
+                document_ids,
+            ),
+            DkvStrides(*input_strides, lam.stride(1), *token_head_strides(dout, dk1, dv)),
             k_tiles.shape[0],
             *numbers,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
+            TILE=tile_shape(config, head_dim, group, value_dim),
+            FLAGS=flags,
+            STATS=stats_width,
+            SHARED_K=k2 is None,
+            PRECISION=DOT_PRECISION,
             **config.options,
-            **flags,
         )
     return dq1, dq2, dk1, dk2, dv, dlam

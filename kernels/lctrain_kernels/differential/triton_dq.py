@@ -1,5 +1,7 @@
 """The backward kernel of differential attention that owns queries: dq1, dq2 and dlam."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -13,49 +15,61 @@ from lctrain_kernels.tile.seqlen import document_bounds, locate_program
 _LOG2_E = tl.constexpr(LOG2_E)
 
 
+class DqPointers(NamedTuple):
+    """Tensors of differential_dq_kernel; it says their shapes."""
+
+    q1: Any
+    q2: Any
+    k1: Any
+    k2: Any
+    v: Any
+    lam: Any
+    out1: Any
+    out2: Any
+    dout: Any
+    lse1: Any
+    lse2: Any
+    dlse1: Any
+    dlse2: Any
+    dq1: Any
+    dq2: Any
+    dlam: Any
+    stats: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    tiles: Any
+    window: Any
+    dropout_seed: Any
+    document_ids: Any
+
+
+class DqStrides(NamedTuple):
+    """Distances between tokens and between heads, in elements."""
+
+    q1_token: Any
+    q1_head: Any
+    q2_token: Any
+    q2_head: Any
+    k1_token: Any
+    k1_head: Any
+    k2_token: Any
+    k2_head: Any
+    v_token: Any
+    v_head: Any
+    lam_token: Any
+    lam_head: Any
+    out_token: Any
+    out_head: Any
+    dout_token: Any
+    dout_head: Any
+    dq_token: Any
+    dq_head: Any
+
+
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
 def differential_dq_kernel(
-    q1_ptr,
-    q2_ptr,
-    k1_ptr,
-    k2_ptr,
-    v_ptr,
-    lam_ptr,
-    out1_ptr,
-    out2_ptr,
-    dout_ptr,
-    lse1_ptr,
-    lse2_ptr,
-    dlse1_ptr,
-    dlse2_ptr,
-    dq1_ptr,
-    dq2_ptr,
-    dlam_ptr,
-    stats_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    tiles_ptr,
-    window_ptr,
-    seed_ptr,
-    document_ids_ptr,
-    stride_q1t,
-    stride_q1h,
-    stride_q2t,
-    stride_q2h,
-    stride_k1t,
-    stride_k1h,
-    stride_k2t,
-    stride_k2h,
-    stride_vt,
-    stride_vh,
-    stride_lt,
-    stride_lh,
-    stride_ot,
-    stride_oh,
-    stride_dot,
-    stride_doh,
-    stride_dqt,
-    stride_dqh,
+    pointers: DqPointers,
+    strides: DqStrides,
     num_tiles,
     total_q,
     window_left,
@@ -63,19 +77,10 @@ def differential_dq_kernel(
     scale,
     threshold,
     keep_scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    GROUP: tl.constexpr,
-    PACK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr,
+    FLAGS: tl.constexpr,
     STATS: tl.constexpr,
     SHARED_K: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dq1 and dq2 of a tile; also writes dlam and what the dk, dv kernel reads per query.
@@ -88,20 +93,32 @@ def differential_dq_kernel(
     stats [H, T, STATS] float32: lse1 in base 2 (+inf where nothing was seen), e1 / keep_scale,
     lse2, e2 / keep_scale; with STATS = 8 also lam, and three unused.
     """
-    POSITIONS: tl.constexpr = BLOCK_M // PACK
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    BLOCK_D: tl.constexpr = TILE.block_d
+    BLOCK_DV: tl.constexpr = TILE.block_dv
+    POSITIONS: tl.constexpr = BLOCK_M // TILE.pack
     head_kv, head_group, document, first = locate_program(
-        tiles_ptr, num_tiles, POSITIONS, GROUP // PACK
+        pointers.tiles, num_tiles, POSITIONS, TILE.group // TILE.pack
     )
     if document < 0:
         return
-    begin_q, length_q = document_bounds(cu_q_ptr, document)
-    begin_k, length_k = document_bounds(cu_k_ptr, document)
+    begin_q, length_q = document_bounds(pointers.cu_seqlens_q, document)
+    begin_k, length_k = document_bounds(pointers.cu_seqlens_k, document)
     if first >= length_q:
         return
     shift = length_k - length_q
-    left, right = load_window(window_ptr, window_left, window_right)
+    left, right = load_window(pointers.window, window_left, window_right)
     low, clear_low, clear_high, high = key_ranges(
-        first, POSITIONS, shift, length_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
+        first,
+        POSITIONS,
+        shift,
+        length_k,
+        left,
+        right,
+        FLAGS.has_left,
+        FLAGS.has_right,
+        BLOCK_N,
     )
 
     local_m = tl.arange(0, BLOCK_M)
@@ -111,33 +128,39 @@ def differential_dq_kernel(
     local_query = local_m % POSITIONS
     query = first + local_query
     inside = query < length_q
-    tile_head = head_kv * GROUP + head_group * PACK + local_m // POSITIONS
+    tile_head = head_kv * TILE.group + head_group * TILE.pack + local_m // POSITIONS
     head = tl.where(inside, tile_head, 0).to(tl.int64)
     token = begin_q + query
-    row_do = token * stride_dot + head * stride_doh
+    row_do = token * strides.dout_token + head * strides.dout_head
     do = load_rows(
-        dout_ptr + row_do[:, None] + value_columns[None, :],
+        pointers.dout + row_do[:, None] + value_columns[None, :],
         query,
         length_q,
         value_columns,
-        VALUE_DIM,
+        TILE.value_dim,
         BLOCK_DV,
         True,
     )
-    row_o = (token * stride_ot + head * stride_oh)[:, None] + value_columns[None, :]
-    o1 = load_rows(out1_ptr + row_o, query, length_q, value_columns, VALUE_DIM, BLOCK_DV, True)
-    o2 = load_rows(out2_ptr + row_o, query, length_q, value_columns, VALUE_DIM, BLOCK_DV, True)
-    lam = tl.load(lam_ptr + token * stride_lt + head * stride_lh, mask=inside, other=0.0)
+    row_o = (token * strides.out_token + head * strides.out_head)[:, None] + value_columns[None, :]
+    o1 = load_rows(
+        pointers.out1 + row_o, query, length_q, value_columns, TILE.value_dim, BLOCK_DV, True
+    )
+    o2 = load_rows(
+        pointers.out2 + row_o, query, length_q, value_columns, TILE.value_dim, BLOCK_DV, True
+    )
+    lam = tl.load(
+        pointers.lam + token * strides.lam_token + head * strides.lam_head, mask=inside, other=0.0
+    )
     row_lse = head * total_q + token
     d2 = tl.sum(o2.to(tl.float32) * do.to(tl.float32), 1)
     e2 = lam * d2
     e1 = tl.sum(o1.to(tl.float32) * do.to(tl.float32), 1)
-    if dlse1_ptr is not None:
-        e1 -= tl.load(dlse1_ptr + row_lse, mask=inside, other=0.0)
-    if dlse2_ptr is not None:
-        e2 += tl.load(dlse2_ptr + row_lse, mask=inside, other=0.0)
-    lse1 = tl.load(lse1_ptr + row_lse, mask=inside, other=float("inf"))
-    lse2 = tl.load(lse2_ptr + row_lse, mask=inside, other=float("inf"))
+    if pointers.dlse1 is not None:
+        e1 -= tl.load(pointers.dlse1 + row_lse, mask=inside, other=0.0)
+    if pointers.dlse2 is not None:
+        e2 += tl.load(pointers.dlse2 + row_lse, mask=inside, other=0.0)
+    lse1 = tl.load(pointers.lse1 + row_lse, mask=inside, other=float("inf"))
+    lse2 = tl.load(pointers.lse2 + row_lse, mask=inside, other=float("inf"))
     # A row that saw nothing has no weights: 2^(x - inf) = 0.
     lse1 = tl.where(lse1 == float("-inf"), float("inf"), lse1 * _LOG2_E)
     lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2 * _LOG2_E)
@@ -145,46 +168,48 @@ def differential_dq_kernel(
     # into dq and dk.
     e1 = e1 / keep_scale
     e2 = e2 / keep_scale
-    tl.store(dlam_ptr + row_lse, -d2, mask=inside)
-    tl.store(stats_ptr + row_lse * STATS, lse1, mask=inside)
-    tl.store(stats_ptr + row_lse * STATS + 1, e1, mask=inside)
-    tl.store(stats_ptr + row_lse * STATS + 2, lse2, mask=inside)
-    tl.store(stats_ptr + row_lse * STATS + 3, e2, mask=inside)
+    tl.store(pointers.dlam + row_lse, -d2, mask=inside)
+    tl.store(pointers.stats + row_lse * STATS, lse1, mask=inside)
+    tl.store(pointers.stats + row_lse * STATS + 1, e1, mask=inside)
+    tl.store(pointers.stats + row_lse * STATS + 2, lse2, mask=inside)
+    tl.store(pointers.stats + row_lse * STATS + 3, e2, mask=inside)
     if STATS == 8:
-        tl.store(stats_ptr + row_lse * STATS + 4, lam, mask=inside)
+        tl.store(pointers.stats + row_lse * STATS + 4, lam, mask=inside)
 
-    row_q1 = token * stride_q1t + head * stride_q1h
-    row_q2 = token * stride_q2t + head * stride_q2h
+    row_q1 = token * strides.q1_token + head * strides.q1_head
+    row_q2 = token * strides.q2_token + head * strides.q2_head
     q1 = load_rows(
-        q1_ptr + row_q1[:, None] + columns[None, :],
+        pointers.q1 + row_q1[:, None] + columns[None, :],
         query,
         length_q,
         columns,
-        HEAD_DIM,
+        TILE.head_dim,
         BLOCK_D,
         True,
     )
     q2 = load_rows(
-        q2_ptr + row_q2[:, None] + columns[None, :],
+        pointers.q2 + row_q2[:, None] + columns[None, :],
         query,
         length_q,
         columns,
-        HEAD_DIM,
+        TILE.head_dim,
         BLOCK_D,
         True,
     )
-    k1_base = k1_ptr + begin_k * stride_k1t + head_kv.to(tl.int64) * stride_k1h
-    v_base = v_ptr + begin_k * stride_vt + head_kv.to(tl.int64) * stride_vh
-    tile_k1 = local_n[:, None] * stride_k1t + columns[None, :]
-    tile_v = local_n[:, None] * stride_vt + value_columns[None, :]
+    k1_base = pointers.k1 + begin_k * strides.k1_token + head_kv.to(tl.int64) * strides.k1_head
+    v_base = pointers.v + begin_k * strides.v_token + head_kv.to(tl.int64) * strides.v_head
+    tile_k1 = local_n[:, None] * strides.k1_token + columns[None, :]
+    tile_v = local_n[:, None] * strides.v_token + value_columns[None, :]
     if not SHARED_K:
-        k2_base = k2_ptr + begin_k * stride_k2t + head_kv.to(tl.int64) * stride_k2h
-        tile_k2 = local_n[:, None] * stride_k2t + columns[None, :]
+        k2_base = pointers.k2 + begin_k * strides.k2_token + head_kv.to(tl.int64) * strides.k2_head
+        tile_k2 = local_n[:, None] * strides.k2_token + columns[None, :]
     key_0 = 0
     key_1 = 0
     document_key = 0
-    if HAS_DROPOUT:
-        key_0, key_1, document_key = load_key(seed_ptr, document_ids_ptr, document)
+    if FLAGS.has_dropout:
+        key_0, key_1, document_key = load_key(
+            pointers.dropout_seed, pointers.document_ids, document
+        )
     multiplier = logits_multiplier(scale, False, False)
     first_seen = query + shift - left
     last_seen = tl.minimum(query + shift + right, length_k - 1)
@@ -192,36 +217,54 @@ def differential_dq_kernel(
     dq1 = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dq2 = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # Ranges: a left bound's tiles, tiles without a mask, the diagonal's.
-    for part in tl.static_range(0 if HAS_LEFT else 1, 3):
+    for part in tl.static_range(0 if FLAGS.has_left else 1, 3):
         begin = low if part == 0 else (clear_low if part == 1 else clear_high)
         end = clear_low if part == 0 else (clear_high if part == 1 else high)
         # As in varlen_dq_kernel: the branch and the pointers keep ptxas from serialising.
         if begin < end:
-            k1_tile = k1_base + tl.cast(begin, tl.int64) * stride_k1t
-            v_tile = v_base + tl.cast(begin, tl.int64) * stride_vt
+            k1_tile = k1_base + tl.cast(begin, tl.int64) * strides.k1_token
+            v_tile = v_base + tl.cast(begin, tl.int64) * strides.v_token
             if not SHARED_K:
-                k2_tile = k2_base + tl.cast(begin, tl.int64) * stride_k2t
+                k2_tile = k2_base + tl.cast(begin, tl.int64) * strides.k2_token
             for n in tl.range(begin, end, BLOCK_N):
                 key = n + local_n
                 k1 = load_rows(
-                    k1_tile + tile_k1, key, length_k, columns, HEAD_DIM, BLOCK_D, part != 1
+                    k1_tile + tile_k1,
+                    key,
+                    length_k,
+                    columns,
+                    TILE.head_dim,
+                    BLOCK_D,
+                    part != 1,
                 )
                 v = load_rows(
-                    v_tile + tile_v, key, length_k, value_columns, VALUE_DIM, BLOCK_DV, part != 1
+                    v_tile + tile_v,
+                    key,
+                    length_k,
+                    value_columns,
+                    TILE.value_dim,
+                    BLOCK_DV,
+                    part != 1,
                 )
                 k2 = k1
                 if not SHARED_K:
                     k2 = load_rows(
-                        k2_tile + tile_k2, key, length_k, columns, HEAD_DIM, BLOCK_D, part != 1
+                        k2_tile + tile_k2,
+                        key,
+                        length_k,
+                        columns,
+                        TILE.head_dim,
+                        BLOCK_D,
+                        part != 1,
                     )
                 dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
                 x = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
                 if part != 1:
                     x = mask_logits(
-                        x, local_n[None, :], first_seen - n, last_seen - n, HAS_LEFT, True
+                        x, local_n[None, :], first_seen - n, last_seen - n, FLAGS.has_left, True
                     )
                 p = tl.exp2(x * multiplier - lse1[:, None])
-                if HAS_DROPOUT:
+                if FLAGS.has_dropout:
                     keep = keep_mask(
                         key_0,
                         key_1,
@@ -240,10 +283,10 @@ def differential_dq_kernel(
                 x = tl.dot(q2, tl.trans(k2), input_precision=PRECISION)
                 if part != 1:
                     x = mask_logits(
-                        x, local_n[None, :], first_seen - n, last_seen - n, HAS_LEFT, True
+                        x, local_n[None, :], first_seen - n, last_seen - n, FLAGS.has_left, True
                     )
                 p = tl.exp2(x * multiplier - lse2[:, None])
-                if HAS_DROPOUT:
+                if FLAGS.has_dropout:
                     keep = keep_mask(
                         key_0,
                         key_1,
@@ -259,11 +302,15 @@ def differential_dq_kernel(
                 else:
                     ds = p * (e2[:, None] - lam[:, None] * dp)
                 dq2 = tl.dot(ds.to(k1.dtype), k2, dq2, input_precision=PRECISION)
-                k1_tile += BLOCK_N * stride_k1t
-                v_tile += BLOCK_N * stride_vt
+                k1_tile += BLOCK_N * strides.k1_token
+                v_tile += BLOCK_N * strides.v_token
                 if not SHARED_K:
-                    k2_tile += BLOCK_N * stride_k2t
-    row_dq = (token * stride_dqt + head * stride_dqh)[:, None] + columns[None, :]
+                    k2_tile += BLOCK_N * strides.k2_token
+    row_dq = (token * strides.dq_token + head * strides.dq_head)[:, None] + columns[None, :]
     factor = scale * keep_scale
-    store_rows(dq1_ptr + row_dq, dq1 * factor, query, length_q, columns, HEAD_DIM, BLOCK_D)
-    store_rows(dq2_ptr + row_dq, dq2 * factor, query, length_q, columns, HEAD_DIM, BLOCK_D)
+    store_rows(
+        pointers.dq1 + row_dq, dq1 * factor, query, length_q, columns, TILE.head_dim, BLOCK_D
+    )
+    store_rows(
+        pointers.dq2 + row_dq, dq2 * factor, query, length_q, columns, TILE.head_dim, BLOCK_D
+    )

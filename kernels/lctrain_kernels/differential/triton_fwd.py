@@ -1,5 +1,7 @@
 """Forward of differential attention in portable Triton: both branches in one launch."""
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -10,7 +12,7 @@ from lctrain_kernels.tile.arguments import (
     DOT_PRECISION,
     RUNTIME_INTEGERS,
     dropout_arguments,
-    padded_head_dim,
+    token_head_strides,
     window_arguments,
 )
 from lctrain_kernels.tile.config import tile_config
@@ -20,41 +22,54 @@ from lctrain_kernels.tile.mask import key_ranges, load_window, mask_logits
 from lctrain_kernels.tile.memory import load_rows, store_rows
 from lctrain_kernels.tile.seqlen import document_bounds, locate_program
 from lctrain_kernels.tile.softmax import finish, softmax_step
+from lctrain_kernels.tile.structures import Flags, tile_shape
+
+
+class ForwardPointers(NamedTuple):
+    """Tensors of differential_fwd_kernel; it says their shapes."""
+
+    q1: Any
+    q2: Any
+    k1: Any
+    k2: Any
+    v: Any
+    lam: Any
+    out: Any
+    out1: Any
+    out2: Any
+    lse1: Any
+    lse2: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    tiles: Any
+    window: Any
+    dropout_seed: Any
+    document_ids: Any
+
+
+class ForwardStrides(NamedTuple):
+    """Distances between tokens and between heads, in elements."""
+
+    q1_token: Any
+    q1_head: Any
+    q2_token: Any
+    q2_head: Any
+    k1_token: Any
+    k1_head: Any
+    k2_token: Any
+    k2_head: Any
+    v_token: Any
+    v_head: Any
+    lam_token: Any
+    lam_head: Any
+    out_token: Any
+    out_head: Any
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
 def differential_fwd_kernel(
-    q1_ptr,
-    q2_ptr,
-    k1_ptr,
-    k2_ptr,
-    v_ptr,
-    lam_ptr,
-    out_ptr,
-    out1_ptr,
-    out2_ptr,
-    lse1_ptr,
-    lse2_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    tiles_ptr,
-    window_ptr,
-    seed_ptr,
-    document_ids_ptr,
-    stride_q1t,
-    stride_q1h,
-    stride_q2t,
-    stride_q2h,
-    stride_k1t,
-    stride_k1h,
-    stride_k2t,
-    stride_k2h,
-    stride_vt,
-    stride_vh,
-    stride_lt,
-    stride_lh,
-    stride_ot,
-    stride_oh,
+    pointers: ForwardPointers,
+    strides: ForwardStrides,
     num_tiles,
     total_q,
     window_left,
@@ -62,18 +77,9 @@ def differential_fwd_kernel(
     scale,
     threshold,
     keep_scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    GROUP: tl.constexpr,
-    PACK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr,
+    FLAGS: tl.constexpr,
     SHARED_K: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program: both branches of PACK heads of one key/value head times BLOCK_M / PACK queries.
@@ -83,20 +89,32 @@ def differential_fwd_kernel(
     any strides; out, out1 = A1 v and out2 = A2 v [T, H, Dv] of one layout; lse1, lse2 [H, T]
     float32.
     """
-    POSITIONS: tl.constexpr = BLOCK_M // PACK
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    BLOCK_D: tl.constexpr = TILE.block_d
+    BLOCK_DV: tl.constexpr = TILE.block_dv
+    POSITIONS: tl.constexpr = BLOCK_M // TILE.pack
     head_kv, head_group, document, first = locate_program(
-        tiles_ptr, num_tiles, POSITIONS, GROUP // PACK
+        pointers.tiles, num_tiles, POSITIONS, TILE.group // TILE.pack
     )
     if document < 0:
         return
-    begin_q, length_q = document_bounds(cu_q_ptr, document)
-    begin_k, length_k = document_bounds(cu_k_ptr, document)
+    begin_q, length_q = document_bounds(pointers.cu_seqlens_q, document)
+    begin_k, length_k = document_bounds(pointers.cu_seqlens_k, document)
     if first >= length_q:
         return
     shift = length_k - length_q
-    left, right = load_window(window_ptr, window_left, window_right)
+    left, right = load_window(pointers.window, window_left, window_right)
     low, clear_low, clear_high, high = key_ranges(
-        first, POSITIONS, shift, length_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
+        first,
+        POSITIONS,
+        shift,
+        length_k,
+        left,
+        right,
+        FLAGS.has_left,
+        FLAGS.has_right,
+        BLOCK_N,
     )
 
     local_m = tl.arange(0, BLOCK_M)
@@ -106,41 +124,43 @@ def differential_fwd_kernel(
     local_query = local_m % POSITIONS
     query = first + local_query
     inside = query < length_q
-    tile_head = head_kv * GROUP + head_group * PACK + local_m // POSITIONS
+    tile_head = head_kv * TILE.group + head_group * TILE.pack + local_m // POSITIONS
     head = tl.where(inside, tile_head, 0).to(tl.int64)
     token = begin_q + query
-    row_q1 = token * stride_q1t + head * stride_q1h
-    row_q2 = token * stride_q2t + head * stride_q2h
+    row_q1 = token * strides.q1_token + head * strides.q1_head
+    row_q2 = token * strides.q2_token + head * strides.q2_head
     q1 = load_rows(
-        q1_ptr + row_q1[:, None] + columns[None, :],
+        pointers.q1 + row_q1[:, None] + columns[None, :],
         query,
         length_q,
         columns,
-        HEAD_DIM,
+        TILE.head_dim,
         BLOCK_D,
         True,
     )
     q2 = load_rows(
-        q2_ptr + row_q2[:, None] + columns[None, :],
+        pointers.q2 + row_q2[:, None] + columns[None, :],
         query,
         length_q,
         columns,
-        HEAD_DIM,
+        TILE.head_dim,
         BLOCK_D,
         True,
     )
-    k1_base = k1_ptr + begin_k * stride_k1t + head_kv.to(tl.int64) * stride_k1h
-    v_base = v_ptr + begin_k * stride_vt + head_kv.to(tl.int64) * stride_vh
-    tile_k1 = local_n[:, None] * stride_k1t + columns[None, :]
-    tile_v = local_n[:, None] * stride_vt + value_columns[None, :]
+    k1_base = pointers.k1 + begin_k * strides.k1_token + head_kv.to(tl.int64) * strides.k1_head
+    v_base = pointers.v + begin_k * strides.v_token + head_kv.to(tl.int64) * strides.v_head
+    tile_k1 = local_n[:, None] * strides.k1_token + columns[None, :]
+    tile_v = local_n[:, None] * strides.v_token + value_columns[None, :]
     if not SHARED_K:
-        k2_base = k2_ptr + begin_k * stride_k2t + head_kv.to(tl.int64) * stride_k2h
-        tile_k2 = local_n[:, None] * stride_k2t + columns[None, :]
+        k2_base = pointers.k2 + begin_k * strides.k2_token + head_kv.to(tl.int64) * strides.k2_head
+        tile_k2 = local_n[:, None] * strides.k2_token + columns[None, :]
     key_0 = 0
     key_1 = 0
     document_key = 0
-    if HAS_DROPOUT:
-        key_0, key_1, document_key = load_key(seed_ptr, document_ids_ptr, document)
+    if FLAGS.has_dropout:
+        key_0, key_1, document_key = load_key(
+            pointers.dropout_seed, pointers.document_ids, document
+        )
     multiplier = logits_multiplier(scale, False, False)
     first_seen = query + shift - left
     last_seen = tl.minimum(query + shift + right, length_k - 1)
@@ -152,40 +172,58 @@ def differential_fwd_kernel(
     acc1 = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     acc2 = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     # Ranges: a left bound's tiles, tiles without a mask, the diagonal's.
-    for part in tl.static_range(0 if HAS_LEFT else 1, 3):
+    for part in tl.static_range(0 if FLAGS.has_left else 1, 3):
         begin = low if part == 0 else (clear_low if part == 1 else clear_high)
         end = clear_low if part == 0 else (clear_high if part == 1 else high)
         # As in varlen_fwd_kernel: the branch and the pointers keep ptxas from serialising.
         if begin < end:
-            k1_tile = k1_base + tl.cast(begin, tl.int64) * stride_k1t
-            v_tile = v_base + tl.cast(begin, tl.int64) * stride_vt
+            k1_tile = k1_base + tl.cast(begin, tl.int64) * strides.k1_token
+            v_tile = v_base + tl.cast(begin, tl.int64) * strides.v_token
             if not SHARED_K:
-                k2_tile = k2_base + tl.cast(begin, tl.int64) * stride_k2t
+                k2_tile = k2_base + tl.cast(begin, tl.int64) * strides.k2_token
             for n in tl.range(begin, end, BLOCK_N):
                 key = n + local_n
                 k1 = load_rows(
-                    k1_tile + tile_k1, key, length_k, columns, HEAD_DIM, BLOCK_D, part != 1
+                    k1_tile + tile_k1,
+                    key,
+                    length_k,
+                    columns,
+                    TILE.head_dim,
+                    BLOCK_D,
+                    part != 1,
                 )
                 k2 = k1
                 if not SHARED_K:
                     k2 = load_rows(
-                        k2_tile + tile_k2, key, length_k, columns, HEAD_DIM, BLOCK_D, part != 1
+                        k2_tile + tile_k2,
+                        key,
+                        length_k,
+                        columns,
+                        TILE.head_dim,
+                        BLOCK_D,
+                        part != 1,
                     )
                 x1 = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
                 x2 = tl.dot(q2, tl.trans(k2), input_precision=PRECISION)
                 if part != 1:
                     x1 = mask_logits(
-                        x1, local_n[None, :], first_seen - n, last_seen - n, HAS_LEFT, True
+                        x1, local_n[None, :], first_seen - n, last_seen - n, FLAGS.has_left, True
                     )
                     x2 = mask_logits(
-                        x2, local_n[None, :], first_seen - n, last_seen - n, HAS_LEFT, True
+                        x2, local_n[None, :], first_seen - n, last_seen - n, FLAGS.has_left, True
                     )
                 v = load_rows(
-                    v_tile + tile_v, key, length_k, value_columns, VALUE_DIM, BLOCK_DV, part != 1
+                    v_tile + tile_v,
+                    key,
+                    length_k,
+                    value_columns,
+                    TILE.value_dim,
+                    BLOCK_DV,
+                    part != 1,
                 )
                 p1, alpha1, m1, l1 = softmax_step(x1, multiplier, m1, l1)
                 acc1 = acc1 * alpha1[:, None]
-                if HAS_DROPOUT:
+                if FLAGS.has_dropout:
                     keep1 = keep_mask(
                         key_0,
                         key_1,
@@ -201,7 +239,7 @@ def differential_fwd_kernel(
                 acc1 = tl.dot(p1.to(v.dtype), v, acc1, input_precision=PRECISION)
                 p2, alpha2, m2, l2 = softmax_step(x2, multiplier, m2, l2)
                 acc2 = acc2 * alpha2[:, None]
-                if HAS_DROPOUT:
+                if FLAGS.has_dropout:
                     keep2 = keep_mask(
                         key_0,
                         key_1,
@@ -215,28 +253,34 @@ def differential_fwd_kernel(
                     )
                     p2 = tl.where(keep2, p2, 0.0)
                 acc2 = tl.dot(p2.to(v.dtype), v, acc2, input_precision=PRECISION)
-                k1_tile += BLOCK_N * stride_k1t
-                v_tile += BLOCK_N * stride_vt
+                k1_tile += BLOCK_N * strides.k1_token
+                v_tile += BLOCK_N * strides.v_token
                 if not SHARED_K:
-                    k2_tile += BLOCK_N * stride_k2t
+                    k2_tile += BLOCK_N * strides.k2_token
     out1, lse1 = finish(acc1, m1, l1, keep_scale)
     out2, lse2 = finish(acc2, m2, l2, keep_scale)
-    lam = tl.load(lam_ptr + token * stride_lt + head * stride_lh, mask=inside, other=0.0)
-    row_o = (token * stride_ot + head * stride_oh)[:, None] + value_columns[None, :]
+    lam = tl.load(
+        pointers.lam + token * strides.lam_token + head * strides.lam_head, mask=inside, other=0.0
+    )
+    row_o = (token * strides.out_token + head * strides.out_head)[:, None] + value_columns[None, :]
     store_rows(
-        out_ptr + row_o,
+        pointers.out + row_o,
         out1 - lam[:, None] * out2,
         query,
         length_q,
         value_columns,
-        VALUE_DIM,
+        TILE.value_dim,
         BLOCK_DV,
     )
-    store_rows(out1_ptr + row_o, out1, query, length_q, value_columns, VALUE_DIM, BLOCK_DV)
-    store_rows(out2_ptr + row_o, out2, query, length_q, value_columns, VALUE_DIM, BLOCK_DV)
+    store_rows(
+        pointers.out1 + row_o, out1, query, length_q, value_columns, TILE.value_dim, BLOCK_DV
+    )
+    store_rows(
+        pointers.out2 + row_o, out2, query, length_q, value_columns, TILE.value_dim, BLOCK_DV
+    )
     row_lse = head * total_q + token
-    tl.store(lse1_ptr + row_lse, lse1, mask=inside)
-    tl.store(lse2_ptr + row_lse, lse2, mask=inside)
+    tl.store(pointers.lse1 + row_lse, lse1, mask=inside)
+    tl.store(pointers.lse2 + row_lse, lse2, mask=inside)
 
 
 def differential_fwd(
@@ -292,30 +336,30 @@ def differential_fwd(
     if grid[0] == 0:
         return out, out1, out2, lse1, lse2
     differential_fwd_kernel[grid](
-        q1,
-        q2,
-        k1,
-        k2,
-        v,
-        lam,
-        out,
-        out1,
-        out2,
-        lse1,
-        lse2,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        q_tiles,
-        window_ptr,
-        dropout_seed,
-        document_ids,
-        *q1.stride()[:2],
-        *q2.stride()[:2],
-        *k1.stride()[:2],
-        *(k1 if k2 is None else k2).stride()[:2],
-        *v.stride()[:2],
-        *lam.stride(),
-        *out.stride()[:2],
+        ForwardPointers(
+            q1,
+            q2,
+            k1,
+            k2,
+            v,
+            lam,
+            out,
+            out1,
+            out2,
+            lse1,
+            lse2,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            q_tiles,
+            window_ptr,
+            dropout_seed,
+            document_ids,
+        ),
+        ForwardStrides(
+            *token_head_strides(q1, q2, k1, k1 if k2 is None else k2, v),
+            *lam.stride(),
+            *token_head_strides(out),
+        ),
         q_tiles.shape[0],
         total_q,
         left,
@@ -323,18 +367,9 @@ def differential_fwd(
         softmax_scale,
         threshold,
         scale_kept,
-        HEAD_DIM=head_dim,
-        BLOCK_D=padded_head_dim(head_dim),
-        VALUE_DIM=value_dim,
-        BLOCK_DV=padded_head_dim(value_dim),
-        GROUP=group,
-        PACK=config.pack,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
+        TILE=tile_shape(config, head_dim, group, value_dim),
+        FLAGS=Flags(has_left=has_left, has_right=has_right, has_dropout=dropout_p > 0),
         SHARED_K=k2 is None,
-        HAS_LEFT=has_left,
-        HAS_RIGHT=has_right,
-        HAS_DROPOUT=dropout_p > 0,
         PRECISION=DOT_PRECISION,
         **config.options,
     )

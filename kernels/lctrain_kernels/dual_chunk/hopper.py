@@ -7,8 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lctrain_kernels.dual_chunk.hopper_bwd import dual_chunk_bwd_hopper_kernel
-from lctrain_kernels.dual_chunk.hopper_fwd import dual_chunk_fwd_hopper_kernel
+from lctrain_kernels.dual_chunk.hopper_bwd import (
+    BackwardPointers,
+    BackwardStrides,
+    dual_chunk_bwd_hopper_kernel,
+)
+from lctrain_kernels.dual_chunk.hopper_fwd import ForwardPointers, dual_chunk_fwd_hopper_kernel
 from lctrain_kernels.dual_chunk.triton_rotate import (
     ROTATE_CONFIG,
     dual_chunk_rotate,
@@ -18,13 +22,20 @@ from lctrain_kernels.gluon.config import (
     BLOCK_N_BACKWARD,
     CONSUMERS,
     REGISTERS,
+    backward_shape,
     dual_chunk_backward_tile,
     dual_chunk_forward_tile,
+    forward_shape,
     pack_heads,
 )
 from lctrain_kernels.gluon.launch import multiprocessors, padded_columns, ragged_descriptor
 from lctrain_kernels.schedule import SCHEDULE_ROWS
-from lctrain_kernels.tile.arguments import RUNTIME_INTEGERS, dropout_arguments, padded_head_dim
+from lctrain_kernels.tile.arguments import (
+    RUNTIME_INTEGERS,
+    dropout_arguments,
+    padded_head_dim,
+    token_head_strides,
+)
 from lctrain_kernels.tile.chunks import FAR, NEAR, OWN, far_delta, far_end, own_begin
 from lctrain_kernels.tile.rotary import (
     cos_sin,
@@ -35,6 +46,7 @@ from lctrain_kernels.tile.rotary import (
     store_pairs,
 )
 from lctrain_kernels.tile.seqlen import document_bounds, locate_program
+from lctrain_kernels.tile.structures import Flags
 
 
 def dual_chunk_fwd(
@@ -87,14 +99,16 @@ def dual_chunk_fwd(
         ragged_descriptor(k_near, tile.block_n, columns),
         ragged_descriptor(v, tile.block_n, columns),
         ragged_descriptor(out, run, 64),
-        lse,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        q_tiles,
-        torch.zeros(1, dtype=torch.int32, device=q.device),
-        logit_scale,
-        dropout_seed,
-        document_ids,
+        ForwardPointers(
+            lse,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            q_tiles,
+            torch.zeros(1, dtype=torch.int32, device=q.device),
+            logit_scale,
+            dropout_seed,
+            document_ids,
+        ),
         items,
         total_q,
         chunk_length,
@@ -102,15 +116,8 @@ def dual_chunk_fwd(
         softmax_scale,
         threshold,
         scale_kept,
-        GROUP=group,
-        HEADS=heads,
-        PACK=pack,
-        CONSUMERS=CONSUMERS,
-        BLOCK_N=tile.block_n,
-        BLOCK_D=columns,
-        Q_STAGES=tile.q_stages,
-        STAGES=tile.stages,
-        HAS_DROPOUT=dropout_p > 0,
+        TILE=forward_shape(tile, columns, group, heads, pack),
+        FLAGS=Flags(has_dropout=dropout_p > 0),
         num_warps=4,
         maxnreg=REGISTERS,
         enable_fp_fusion=True,
@@ -267,28 +274,23 @@ def dual_chunk_bwd(
             ragged_descriptor(k, BLOCK_N_BACKWARD // 2, columns),
             ragged_descriptor(v, BLOCK_N_BACKWARD // 2, columns),
             ragged_descriptor(dq_sum, tile.block_m, columns // 2),
-            stats,
-            dk,
-            dv,
-            dk_sum,
-            dv_sum,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            k_tiles,
-            logit_scale,
-            dk_sum.stride(0),
-            dk_sum.stride(1),
+            BackwardPointers(
+                stats,
+                dk,
+                dv,
+                dk_sum,
+                dv_sum,
+                cu_seqlens_q,
+                cu_seqlens_k,
+                k_tiles,
+                logit_scale,
+            ),
+            BackwardStrides(*token_head_strides(dk_sum)),
             total_q,
             chunk_length,
             near,
             softmax_scale,
-            GROUP=heads // heads_kv,
-            HEADS_KV=heads_kv,
-            HEAD_DIM=head_dim,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=BLOCK_N_BACKWARD,
-            BLOCK_D=columns,
-            STAGES=tile.stages,
+            TILE=backward_shape(tile, columns, heads // heads_kv, heads_kv, head_dim),
             WAY=way,
             num_warps=4,
             maxnreg=REGISTERS,

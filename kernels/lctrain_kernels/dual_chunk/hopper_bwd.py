@@ -4,6 +4,8 @@ A launch for each of the ways of tile/chunks.py: NEAR, of keys rotated by -c; OW
 keys as they are; FAR, of queries at the far position.
 """
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -26,6 +28,13 @@ from lctrain_kernels.gluon.signals import (
     settle_places,
 )
 from lctrain_kernels.gluon.step import held, own_begin, queries_of_tile
+from lctrain_kernels.gluon.structures import (
+    RAGGED,
+    BackwardBuffers,
+    OutputKeys,
+    Rows,
+    Statistics,
+)
 from lctrain_kernels.gluon.tile_keys import (
     allocate_dq,
     allocate_rings,
@@ -44,15 +53,103 @@ from lctrain_kernels.tile.chunks import FAR, NEAR, OWN
 from lctrain_kernels.tile.logits import LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
-_RAGGED = gl.constexpr(1 << 30)
+
+
+class BackwardPointers(NamedTuple):
+    """Tensors of dual_chunk_bwd_hopper_kernel; it says their shapes."""
+
+    stats: Any
+    dk: Any
+    dv: Any
+    dk_sum: Any
+    dv_sum: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    tiles: Any
+    logit_scale: Any
+
+
+class BackwardStrides(NamedTuple):
+    """Distances between tokens and between heads of dk, dv and their sums, in elements."""
+
+    token: Any
+    head: Any
+
+
+class ResultPointers(NamedTuple):
+    """Gradients of keys and values, and the float32 sums that launches hand on."""
+
+    dk: Any
+    dv: Any
+    dk_sum: Any
+    dv_sum: Any
+
+
+class QueryRun(NamedTuple):
+    """Where the blocks of queries begin that meet a tile of keys in one way.
+
+    Attributes:
+        low: First query.
+        jump: First block behind the gap.
+        gap: Queries that are left out before block `jump`.
+    """
+
+    low: Any
+    jump: Any
+    gap: Any
+
+
+class ChunkTile(NamedTuple):
+    """A tile of keys with the blocks of queries that meet it in one way.
+
+    Attributes:
+        head_kv: Key/value head.
+        begin_q: First query of the document in the pack.
+        length_q: Queries of the document.
+        begin_k: First key of the document in the pack.
+        end: End of the keys that are met in this way, in the document.
+        length_k: Keys of the document.
+        first: First key of the tile in the document.
+        run: QueryRun.
+        blocks: Blocks of queries.
+    """
+
+    head_kv: Any
+    begin_q: Any
+    length_q: Any
+    begin_k: Any
+    end: Any
+    length_k: Any
+    first: Any
+    run: Any
+    blocks: Any
+
+
+class ConsumerInputs(NamedTuple):
+    """What a consumer warpgroup works on.
+
+    Attributes:
+        shared: BackwardBuffers.
+        dq: Two float32 buffers of partial dq.
+        ds: dS of both warpgroups, [4, 64, block_m].
+        results: ResultPointers.
+        strides: BackwardStrides.
+        tile: ChunkTile.
+    """
+
+    shared: Any
+    dq: Any
+    ds: Any
+    results: Any
+    strides: Any
+    tile: Any
 
 
 @gluon.jit
 def _range_of_way(
-    first, last, geometry, length_q, length_k, WAY: gl.constexpr, BLOCK_M: gl.constexpr
+    first, last, chunk_length, near, length_q, length_k, WAY: gl.constexpr, BLOCK_M: gl.constexpr
 ):
     """Returns (first query, blocks) of the queries that meet keys first to last in one way."""
-    chunk_length, near = geometry
     low, _, _, high = queries_of_tile(first, last, WAY, chunk_length, near, length_k)
     shift = length_k - length_q
     low = gl.maximum(low - shift, 0)
@@ -62,141 +159,145 @@ def _range_of_way(
 
 @gluon.jit
 def _blocks_of_way(
-    first, last, geometry, length_q, length_k, WAY: gl.constexpr, BLOCK_M: gl.constexpr
+    first, last, chunk_length, near, length_q, length_k, WAY: gl.constexpr, BLOCK_M: gl.constexpr
 ):
-    """Returns (run, blocks) of the same; where a run's blocks begin is _first_query's business."""
-    chunk_length, _ = geometry
-    low, blocks = _range_of_way(first, last, geometry, length_q, length_k, WAY, BLOCK_M)
+    """Returns (QueryRun, blocks) of the queries that meet keys first to last in one way."""
+    low, blocks = _range_of_way(first, last, chunk_length, near, length_q, length_k, WAY, BLOCK_M)
     jump = blocks
     gap = 0
     if WAY == NEAR:
         # Of keys in two chunks: queries near to the one, and those near to the other.
-        _, blocks_1 = _range_of_way(first, first, geometry, length_q, length_k, WAY, BLOCK_M)
-        low_2, blocks_2 = _range_of_way(last, last, geometry, length_q, length_k, WAY, BLOCK_M)
+        _, blocks_1 = _range_of_way(
+            first, first, chunk_length, near, length_q, length_k, WAY, BLOCK_M
+        )
+        low_2, blocks_2 = _range_of_way(
+            last, last, chunk_length, near, length_q, length_k, WAY, BLOCK_M
+        )
         between = low_2 - (low + blocks_1 * BLOCK_M)
         chunks = own_begin(last, chunk_length) - own_begin(first, chunk_length)
         apart = (chunks == chunk_length) & (between >= 0)
         jump = gl.where(apart, blocks_1, blocks)
         gap = gl.where(apart, between, 0)
         blocks = gl.where(apart, blocks_1 + blocks_2, blocks)
-    return (low, jump, gap), blocks
+    return QueryRun(low, jump, gap), blocks
 
 
 @gluon.jit
 def _first_query(block, run, BLOCK_M: gl.constexpr):
     """The first query of a block: one after the other, with a gap before block `jump`."""
-    low, jump, gap = run
-    return low + block * BLOCK_M + gl.where(block < jump, 0, gap)
+    return run.low + block * BLOCK_M + gl.where(block < run.jump, 0, run.gap)
 
 
 @gluon.jit
 def _clear_blocks(
-    first_key, keys: gl.constexpr, tile, geometry, WAY: gl.constexpr, BLOCK_M: gl.constexpr
+    first_key,
+    keys: gl.constexpr,
+    tile,
+    chunk_length,
+    near,
+    WAY: gl.constexpr,
+    BLOCK_M: gl.constexpr,
 ):
-    """Returns (begin, end): the queries of blocks [begin, end) see all of these keys, before the
-    gap."""
-    _, _, length_q, _, end, length_k, _, run, blocks = tile
-    low, jump, _ = run
-    chunk_length, near = geometry
-    last_key = gl.minimum(first_key + keys, end) - 1
+    """Returns (begin, end): the queries of blocks [begin, end), before the gap, see all keys."""
+    last_key = gl.minimum(first_key + keys, tile.end) - 1
     _, clear_low, clear_high, _ = queries_of_tile(
-        first_key, last_key, WAY, chunk_length, near, length_k
+        first_key, last_key, WAY, chunk_length, near, tile.length_k
     )
-    before = length_k - length_q + low
+    before = tile.length_k - tile.length_q + tile.run.low
     begin = gl.maximum(clear_low - before + BLOCK_M - 1, 0) // BLOCK_M
-    clear_end = blocks
+    clear_end = tile.blocks
     if WAY != FAR:
-        clear_end = gl.minimum(gl.maximum(clear_high - before, 0) // BLOCK_M, jump)
-    return gl.where(first_key + keys > end, blocks, begin), clear_end
+        clear_end = gl.minimum(gl.maximum(clear_high - before, 0) // BLOCK_M, tile.run.jump)
+    return gl.where(first_key + keys > tile.end, tile.blocks, begin), clear_end
 
 
 @gluon.jit
 def _load(
-    sources,
+    q_desc,
+    do_desc,
+    k_desc,
+    v_desc,
     shared,
     stats,
     tile,
-    GROUP: gl.constexpr,
-    SHAPE: gl.constexpr,
+    TILE: gl.constexpr,
 ):
     """Loads a tile's keys and values, then the queries of every head of its group."""
-    q_desc, do_desc, k_desc, v_desc = sources
-    k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings = shared
-    q_ready, do_ready = rings
-    stats_ptr, total_q = stats
-    head_kv, begin_q, length_q, begin_k, end, _, first, run, blocks = tile
-    BLOCK_M: gl.constexpr = SHAPE[0]
-    BLOCK_N: gl.constexpr = SHAPE[1]
-    BLOCK_D: gl.constexpr = SHAPE[2]
-    STAGES: gl.constexpr = SHAPE[3]
-    keys = (begin_k + end, _RAGGED - end + first, head_kv)
-    mbarrier.expect(kv_ready, 2 * BLOCK_N * BLOCK_D * 2)
-    load_rows(k_desc, k_bufs, 0, kv_ready, keys)
-    load_rows(v_desc, v_bufs, 0, kv_ready, keys)
+    GROUP: gl.constexpr = TILE.group
+    BLOCK_M: gl.constexpr = TILE.block_m
+    STAGES: gl.constexpr = TILE.stages
+    keys = Rows(tile.begin_k + tile.end, RAGGED - tile.end + tile.first, tile.head_kv)
+    mbarrier.expect(shared.kv_ready, 2 * TILE.block_n * TILE.block_d * 2)
+    load_rows(k_desc, shared.k, 0, shared.kv_ready, keys)
+    load_rows(v_desc, shared.v, 0, shared.kv_ready, keys)
     lanes: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
     local = gl.arange(0, BLOCK_M, lanes)
-    head = head_kv * GROUP
-    block = blocks - 1
-    steps = GROUP * blocks
+    head = tile.head_kv * GROUP
+    block = tile.blocks - 1
+    steps = GROUP * tile.blocks
     for step in range(steps):
         place = step % STAGES
-        first_query = _first_query(block, run, BLOCK_M)
+        first_query = _first_query(block, tile.run, BLOCK_M)
         query = first_query + local
-        vector = (head.to(gl.int64) * total_q + begin_q + query) * 4
-        queries = (begin_q + length_q, _RAGGED - length_q + first_query, head)
+        vector = (head.to(gl.int64) * stats.total_q + tile.begin_q + query) * 4
+        queries = Rows(tile.begin_q + tile.length_q, RAGGED - tile.length_q + first_query, head)
         await_place(Q_EMPTY, step, STAGES, LOADER_AND_BOTH)
-        copy_async(lse_bufs.index(place), stats_ptr + vector, mask=query < length_q)
-        copy_arrive(q_ready.index(place))
-        load_block(q_desc, q_bufs.index(place), q_ready.index(place), queries)
+        copy_async(shared.lse.index(place), stats.lse + vector, mask=query < tile.length_q)
+        copy_arrive(shared.q_ready.index(place))
+        load_block(q_desc, shared.q.index(place), shared.q_ready.index(place), queries)
         await_place(DO_EMPTY, step, STAGES, LOADER_AND_BOTH)
-        copy_async(delta_bufs.index(place), stats_ptr + vector + 1, mask=query < length_q)
-        copy_arrive(do_ready.index(place))
-        load_block(do_desc, do_bufs.index(place), do_ready.index(place), queries)
-        head, block = next_block(head, block, head_kv, GROUP)
+        copy_async(shared.delta.index(place), stats.lse + vector + 1, mask=query < tile.length_q)
+        copy_arrive(shared.dout_ready.index(place))
+        load_block(do_desc, shared.dout.index(place), shared.dout_ready.index(place), queries)
+        head, block = next_block(head, block, tile.head_kv, GROUP)
     settle_places(Q_EMPTY, steps, STAGES, LOADER_AND_BOTH)
     settle_places(DO_EMPTY, steps, STAGES, LOADER_AND_BOTH)
 
 
 @gluon.jit
-def _add_dq(dq_desc, dq_bufs, tile, GROUP: gl.constexpr, SHAPE: gl.constexpr):
-    """Adds the halves of dq that the warpgroups leave in shared memory to the float32 buffer."""
-    head_kv, begin_q, length_q, _, _, _, _, run, blocks = tile
-    BLOCK_M: gl.constexpr = SHAPE[0]
-    COLUMNS: gl.constexpr = SHAPE[2] // 2
-    head = head_kv * GROUP
-    block = blocks - 1
-    for _ in range(GROUP * blocks):
-        row = _RAGGED - length_q + _first_query(block, run, BLOCK_M)
+def _add_dq(dq_desc, dq_bufs, tile, TILE: gl.constexpr):
+    """The dQ warp: adds partial dq from shared memory to the float32 buffer."""
+    GROUP: gl.constexpr = TILE.group
+    COLUMNS: gl.constexpr = TILE.block_d // 2
+    head = tile.head_kv * GROUP
+    block = tile.blocks - 1
+    for _ in range(GROUP * tile.blocks):
+        row = RAGGED - tile.length_q + _first_query(block, tile.run, TILE.block_m)
         for half in gl.static_range(2):
             dq_half = take_dq(dq_bufs, half, dq_desc)
-            tma_add(dq_desc, [_RAGGED, begin_q + length_q, row, head, half * COLUMNS], dq_half)
+            coordinates = [RAGGED, tile.begin_q + tile.length_q, row, head, half * COLUMNS]
+            tma_add(dq_desc, coordinates, dq_half)
         give_back_dq()
-        head, block = next_block(head, block, head_kv, GROUP)
+        head, block = next_block(head, block, tile.head_kv, GROUP)
 
 
 @gluon.jit
 def _compute(
     inputs,
-    GROUP: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    SHAPE: gl.constexpr,
+    chunk_length,
+    near,
+    scale,
+    TILE: gl.constexpr,
     WAY: gl.constexpr,
     HALF_INDEX: gl.constexpr,
 ):
     """One warpgroup: half of the tile's keys, and half of the columns of dq."""
-    shared, dq_bufs, ds_bufs, results, tile, geometry, scale = inputs
-    k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings = shared
-    q_ready, do_ready = rings
-    dk_ptr, dv_ptr, dk_sum_ptr, dv_sum_ptr, stride_t, stride_h = results
-    head_kv, _, length_q, begin_k, end, length_k, first, run, blocks = tile
-    chunk_length, near = geometry
-    BLOCK_M: gl.constexpr = SHAPE[0]
-    BLOCK_N: gl.constexpr = SHAPE[1]
-    BLOCK_D: gl.constexpr = SHAPE[2]
-    STAGES: gl.constexpr = SHAPE[3]
-    HALF: gl.constexpr = BLOCK_N // 2
+    shared = inputs.shared
+    dq_bufs = inputs.dq
+    ds_bufs = inputs.ds
+    pointers = inputs.results
+    strides = inputs.strides
+    tile = inputs.tile
+    end = tile.end
+    length_k = tile.length_k
+    blocks = tile.blocks
+    GROUP: gl.constexpr = TILE.group
+    BLOCK_M: gl.constexpr = TILE.block_m
+    BLOCK_D: gl.constexpr = TILE.block_d
+    STAGES: gl.constexpr = TILE.stages
+    HALF: gl.constexpr = TILE.block_n // 2
     COLUMNS: gl.constexpr = BLOCK_D // 2
-    dtype: gl.constexpr = k_bufs.dtype
+    dtype: gl.constexpr = shared.k.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     TURNED: gl.constexpr = COLUMNS == 64
@@ -206,40 +307,40 @@ def _compute(
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     column_s: gl.constexpr = gl.SliceLayout(0, s_layout)
 
-    first_key = first + HALF_INDEX * HALF
+    first_key = tile.first + HALF_INDEX * HALF
     local_key = gl.arange(0, HALF, gl.SliceLayout(1, s_layout))
     local_query = gl.arange(0, BLOCK_M, column_s)
-    shift = length_k - length_q
-    clear_first, clear_end = _clear_blocks(first_key, HALF, tile, geometry, WAY, BLOCK_M)
+    shift = length_k - tile.length_q
+    clear_first, clear_end = _clear_blocks(first_key, HALF, tile, chunk_length, near, WAY, BLOCK_M)
     multiplier = scale * _LOG2_E
     dk = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
     dv = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
     zero_s = gl.zeros([HALF, BLOCK_M], gl.float32, s_layout)
     zero_q = gl.zeros([DQ_ROWS, DQ_COLUMNS], gl.float32, dq_layout)
     steps = GROUP * blocks
-    mbarrier.wait(kv_ready, 0)
+    mbarrier.wait(shared.kv_ready, 0)
     for step in range(steps):
         place = step % STAGES
         phase = (step // STAGES) & 1
         block = blocks - 1 - step // GROUP  # as next_block has it
         never = block < 0
-        mbarrier.wait(q_ready.index(place), phase)
+        mbarrier.wait(shared.q_ready.index(place), phase)
         s_token = warpgroup_mma(
-            held(k_bufs, HALF_INDEX, never),
-            q_bufs.index(place).permute((1, 0)),
+            held(shared.k, HALF_INDEX, never),
+            shared.q.index(place).permute((1, 0)),
             zero_s,
             use_acc=False,
             is_async=True,
         )
-        mbarrier.wait(do_ready.index(place), phase)
+        mbarrier.wait(shared.dout_ready.index(place), phase)
         dp_token = warpgroup_mma(
-            held(v_bufs, HALF_INDEX, never),
-            do_bufs.index(place).permute((1, 0)),
+            held(shared.v, HALF_INDEX, never),
+            shared.dout.index(place).permute((1, 0)),
             zero_s,
             use_acc=False,
             is_async=True,
         )
-        lse = lse_bufs.index(place).load(column_s)
+        lse = shared.lse.index(place).load(column_s)
         s = warpgroup_mma_wait(1, deps=[s_token])
         # Keys beyond the end are zero, and 2^(0 - lse) may overflow.
         if (block < clear_first) | (block >= clear_end):
@@ -248,13 +349,13 @@ def _compute(
             key = first_key + gl.where(never, 1, 0)
             diagonal = key - shift
             chunk_end = own_begin(key + local_key, chunk_length) + chunk_length - shift
-            query = local_query + _first_query(block, run, BLOCK_M)
+            query = local_query + _first_query(block, tile.run, BLOCK_M)
             first_seen = chunk_end
             if WAY == OWN:
                 first_seen = local_key + diagonal
             if WAY == FAR:
                 first_seen += near
-            first_seen = gl.where(local_key < end - key, first_seen, length_q)
+            first_seen = gl.where(local_key < end - key, first_seen, tile.length_q)
             s = gl.where(query[None, :] >= first_seen[:, None], s, float("-inf"))
             if WAY != FAR:
                 seen_end = chunk_end + near if WAY == NEAR else chunk_end
@@ -263,11 +364,11 @@ def _compute(
         # Until dp is there, the weights are kept as the product takes them: half the registers.
         p = p.to(dtype)
         p_operand = gl.convert_layout(p, p_layout)
-        delta = delta_bufs.index(place).load(column_s)
+        delta = shared.delta.index(place).load(column_s)
         # A wait that never comes to be: ptxas does not move the next one above it.
         await_signal(DS_FULL, BOTH, 4, gl.where(never, 1, 0))
         dp = warpgroup_mma_wait(0, deps=[dp_token])
-        dv_token = warpgroup_mma(p_operand, do_bufs.index(place), dv, is_async=True)
+        dv_token = warpgroup_mma(p_operand, shared.dout.index(place), dv, is_async=True)
         ds = (p.to(gl.float32) * (dp - delta[None, :])).to(dtype)
         ds_operand = gl.convert_layout(ds, p_layout)
         # Two buffers: a half that is written now was read two steps ago, before both warpgroups
@@ -276,8 +377,8 @@ def _compute(
         ds_bufs.index(buffer * 2 + HALF_INDEX).store(ds)
         fence_async_shared()
         await_signal(DS_FULL, BOTH, 4)
-        dq_token = multiply_dq(ds_bufs, k_bufs, buffer, zero_q, never, HALF_INDEX, TURNED)
-        dk_token = warpgroup_mma(ds_operand, q_bufs.index(place), dk, is_async=True)
+        dq_token = multiply_dq(ds_bufs, shared.k, buffer, zero_q, never, HALF_INDEX, TURNED)
+        dk_token = warpgroup_mma(ds_operand, shared.q.index(place), dk, is_async=True)
         dv = warpgroup_mma_wait(3, deps=[dv_token])
         give_place(DO_EMPTY, place, LOADER_AND_BOTH)
         dq = warpgroup_mma_wait(1, deps=[dq_token])
@@ -285,28 +386,30 @@ def _compute(
         dk = warpgroup_mma_wait(0, deps=[dk_token])
         give_place(Q_EMPTY, place, LOADER_AND_BOTH)
     settle_dq(steps, HALF_INDEX)
-    strides = (stride_t, stride_h)
-    OUT: gl.constexpr = (HALF, BLOCK_D)
-    keys = (first_key, end, begin_k, head_kv)
-    place_out, inside = place_keys(keys, strides, HEAD_DIM, o_layout, OUT)
-    # Keys of all chunks but the document's last: other launches have shares of theirs.
-    keys = (first_key, own_begin(length_k - 1, chunk_length), begin_k, head_kv)
-    _, is_shared = place_keys(keys, strides, HEAD_DIM, o_layout, OUT)
+    keys = OutputKeys(first_key, end, tile.begin_k, tile.head_kv)
+    offsets, inside = place_keys(
+        keys, strides.token, strides.head, TILE.head_dim, o_layout, HALF, BLOCK_D
+    )
+    # Keys of all chunks but the document's last one, to whose gradients other launches add.
+    keys = OutputKeys(first_key, own_begin(length_k - 1, chunk_length), tile.begin_k, tile.head_kv)
+    _, is_shared = place_keys(
+        keys, strides.token, strides.head, TILE.head_dim, o_layout, HALF, BLOCK_D
+    )
     is_shared = is_shared & inside
     if WAY != NEAR:
         has_sum = is_shared
         if WAY == OWN:
             has_sum = is_shared & (near > 0)
-        dv += gl.load(dv_sum_ptr + place_out, mask=has_sum, other=0.0)
-        dk += gl.load(dk_sum_ptr + place_out, mask=has_sum, other=0.0)
+        dv += gl.load(pointers.dv_sum + offsets, mask=has_sum, other=0.0)
+        dk += gl.load(pointers.dk_sum + offsets, mask=has_sum, other=0.0)
     if WAY != FAR:
-        gl.store(dv_sum_ptr + place_out, dv, mask=is_shared)
-        gl.store(dk_sum_ptr + place_out, dk, mask=is_shared)
+        gl.store(pointers.dv_sum + offsets, dv, mask=is_shared)
+        gl.store(pointers.dk_sum + offsets, dk, mask=is_shared)
     if WAY == OWN:
         inside = inside & ~is_shared
     if WAY != NEAR:
-        gl.store(dv_ptr + place_out, dv.to(dtype), mask=inside)
-        gl.store(dk_ptr + place_out, (dk * scale).to(dtype), mask=inside)
+        gl.store(pointers.dv + offsets, dv.to(dtype), mask=inside)
+        gl.store(pointers.dk + offsets, (dk * scale).to(dtype), mask=inside)
 
 
 @gluon.jit(do_not_specialize=["total_q", "chunk_length", "near"])
@@ -316,31 +419,16 @@ def dual_chunk_bwd_hopper_kernel(
     k_desc,
     v_desc,
     dq_desc,
-    stats_ptr,
-    dk_ptr,
-    dv_ptr,
-    dk_sum_ptr,
-    dv_sum_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    tiles_ptr,
-    logit_scale_ptr,
-    stride_t,
-    stride_h,
+    pointers: BackwardPointers,
+    strides: BackwardStrides,
     total_q,
     chunk_length,
     near,
     scale,
-    GROUP: gl.constexpr,
-    HEADS_KV: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr,
+    TILE: gl.constexpr,
     WAY: gl.constexpr,
 ):
-    """One program: BLOCK_N keys of one key/value head, with all queries of its group that meet
+    """One program: a tile of keys of one key/value head, and all queries of its group that meet
     them in one way.
 
     NEAR comes first, left out where near is 0, then OWN, then FAR. dk and dv of keys in all chunks
@@ -354,21 +442,27 @@ def dual_chunk_bwd_hopper_kernel(
     zeroed before the first launch, and turned to the far position before the last.
     """
     dtype: gl.constexpr = q_desc.dtype
-    HALF: gl.constexpr = BLOCK_N // 2
-    packs = (cu_q_ptr, cu_k_ptr, tiles_ptr)
-    slot = read_slot(packs, HEADS_KV, BLOCK_N)
-    head_kv, document, first, begin_q, length_q, begin_k, length_k = slot
-    if logit_scale_ptr is not None:
-        scale *= gl.load(logit_scale_ptr + gl.maximum(document, 0))
-    geometry = (chunk_length, near)
+    BLOCK_M: gl.constexpr = TILE.block_m
+    BLOCK_D: gl.constexpr = TILE.block_d
+    STAGES: gl.constexpr = TILE.stages
+    HALF: gl.constexpr = TILE.block_n // 2
+    slot = read_slot(
+        pointers.cu_seqlens_q, pointers.cu_seqlens_k, pointers.tiles, TILE.heads_kv, TILE.block_n
+    )
+    length_q = slot.length_q
+    length_k = slot.length_k
+    if pointers.logit_scale is not None:
+        scale *= gl.load(pointers.logit_scale + gl.maximum(slot.document, 0))
     end = length_k
     if WAY != OWN:
         end = own_begin(length_k - 1, chunk_length)
     # An empty slot of the schedule: no queries, and no keys to store.
-    end = gl.where(document < 0, 0, end)
-    last = gl.minimum(first + BLOCK_N, end) - 1
-    run, blocks = _blocks_of_way(first, last, geometry, length_q, length_k, WAY, BLOCK_M)
-    blocks = gl.where(first < end, blocks, 0)
+    end = gl.where(slot.document < 0, 0, end)
+    last = gl.minimum(slot.first + TILE.block_n, end) - 1
+    run, blocks = _blocks_of_way(
+        slot.first, last, chunk_length, near, length_q, length_k, WAY, BLOCK_M
+    )
+    blocks = gl.where(slot.first < end, blocks, 0)
 
     word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     bar: gl.constexpr = mbarrier.MBarrierLayout()
@@ -384,21 +478,31 @@ def dual_chunk_bwd_hopper_kernel(
     lse_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], word)
     delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], word)
     kv_ready = gl.allocate_shared_memory(gl.int64, [1], bar)
-    rings = allocate_rings(STAGES)
+    q_ready, dout_ready = allocate_rings(STAGES)
     mbarrier.init(kv_ready, count=1)
-    shared = (k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings)
-    tile = (head_kv, begin_q, length_q, begin_k, end, length_k, first, run, blocks)
-    results = (dk_ptr, dv_ptr, dk_sum_ptr, dv_sum_ptr, stride_t, stride_h)
-    SHAPE: gl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, STAGES)
-    sources = (q_desc, do_desc, k_desc, v_desc)
-    stats = (stats_ptr, total_q)
-    inputs = (shared, dq_bufs, ds_bufs, results, tile, geometry, scale)
+    shared = BackwardBuffers(
+        k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, q_ready, dout_ready
+    )
+    tile = ChunkTile(
+        slot.head_kv,
+        slot.begin_q,
+        length_q,
+        slot.begin_k,
+        end,
+        length_k,
+        slot.first,
+        run,
+        blocks,
+    )
+    results = ResultPointers(pointers.dk, pointers.dv, pointers.dk_sum, pointers.dv_sum)
+    stats = Statistics(pointers.stats, None, total_q)
+    inputs = ConsumerInputs(shared, dq_bufs, ds_bufs, results, strides, tile)
     gl.warp_specialize(
         [
-            (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, WAY, 0)),
-            (_compute, (inputs, GROUP, HEAD_DIM, SHAPE, WAY, 1)),
-            (_load, (sources, shared, stats, tile, GROUP, SHAPE)),
-            (_add_dq, (dq_desc, dq_bufs, tile, GROUP, SHAPE)),
+            (_compute, (inputs, chunk_length, near, scale, TILE, WAY, 0)),
+            (_compute, (inputs, chunk_length, near, scale, TILE, WAY, 1)),
+            (_load, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, TILE)),
+            (_add_dq, (dq_desc, dq_bufs, tile, TILE)),
         ],
         [4, 1, 1],
         [240, 24, 24],

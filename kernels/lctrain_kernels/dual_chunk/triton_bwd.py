@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lctrain_kernels.dual_chunk.triton_dkv import dual_chunk_dkv_kernel
-from lctrain_kernels.dual_chunk.triton_dq import dual_chunk_dq_kernel
+from lctrain_kernels.dual_chunk.triton_dkv import DkvPointers, DkvStrides, dual_chunk_dkv_kernel
+from lctrain_kernels.dual_chunk.triton_dq import DqPointers, DqStrides, dual_chunk_dq_kernel
 from lctrain_kernels.dual_chunk.triton_rotate import dual_chunk_rotate, rotated_keys
 from lctrain_kernels.schedule import SCHEDULE_ROWS
-from lctrain_kernels.tile.arguments import DOT_PRECISION, dropout_arguments, padded_head_dim
+from lctrain_kernels.tile.arguments import DOT_PRECISION, dropout_arguments, token_head_strides
 from lctrain_kernels.tile.config import tile_config
+from lctrain_kernels.tile.structures import Flags, tile_shape
 
 
 def dual_chunk_bwd(
@@ -101,49 +102,32 @@ def dual_chunk_bwd(
     )
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    flags = {
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": padded_head_dim(head_dim),
-        "GROUP": group,
-        "HAS_DROPOUT": dropout_p > 0,
-        "PRECISION": DOT_PRECISION,
-    }
+    flags = Flags(has_dropout=dropout_p > 0)
     for is_near in (True, False):
         config = tile_config("dual_chunk_dkv", q, group, dropout_p > 0, is_share=is_near)
         grid = (heads_kv * k_tiles.shape[0] * (SCHEDULE_ROWS // config.block_n),)
         if grid[0] == 0:
             continue
         dual_chunk_dkv_kernel[grid](
-            q,
-            dq,
-            k,
-            k_near,
-            v,
-            dout,
-            stats,
-            dk,
-            dv,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            k_tiles,
-            inv_freq,
-            logit_scale,
-            dropout_seed,
-            document_ids,
-            q.stride(0),
-            q.stride(1),
-            dq.stride(0),
-            dq.stride(1),
-            k.stride(0),
-            k.stride(1),
-            k_near.stride(0),
-            k_near.stride(1),
-            v.stride(0),
-            v.stride(1),
-            dout.stride(0),
-            dout.stride(1),
-            dk.stride(0),
-            dk.stride(1),
+            DkvPointers(
+                q,
+                dq,
+                k,
+                k_near,
+                v,
+                dout,
+                stats,
+                dk,
+                dv,
+                cu_seqlens_q,
+                cu_seqlens_k,
+                k_tiles,
+                inv_freq,
+                logit_scale,
+                dropout_seed,
+                document_ids,
+            ),
+            DkvStrides(*token_head_strides(q, dq, k, k_near, v, dout, dk)),
             k_tiles.shape[0],
             total_q,
             chunk_length,
@@ -151,11 +135,11 @@ def dual_chunk_bwd(
             softmax_scale,
             threshold,
             scale_kept,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
+            TILE=tile_shape(config, head_dim, group),
+            FLAGS=flags,
             IS_NEAR=is_near,
+            PRECISION=DOT_PRECISION,
             **config.options,
-            **flags,
         )
     for is_far in (True, False):
         config = tile_config("dual_chunk_dq", q, group, dropout_p > 0, is_share=is_far)
@@ -164,32 +148,23 @@ def dual_chunk_bwd(
         if grid[0] == 0:
             continue
         dual_chunk_dq_kernel[grid](
-            q,
-            k,
-            k_near,
-            v,
-            dout,
-            stats,
-            dq,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            q_tiles,
-            inv_freq,
-            logit_scale,
-            dropout_seed,
-            document_ids,
-            q.stride(0),
-            q.stride(1),
-            k.stride(0),
-            k.stride(1),
-            k_near.stride(0),
-            k_near.stride(1),
-            v.stride(0),
-            v.stride(1),
-            dout.stride(0),
-            dout.stride(1),
-            dq.stride(0),
-            dq.stride(1),
+            DqPointers(
+                q,
+                k,
+                k_near,
+                v,
+                dout,
+                stats,
+                dq,
+                cu_seqlens_q,
+                cu_seqlens_k,
+                q_tiles,
+                inv_freq,
+                logit_scale,
+                dropout_seed,
+                document_ids,
+            ),
+            DqStrides(*token_head_strides(q, k, k_near, v, dout, dq)),
             q_tiles.shape[0],
             total_q,
             chunk_length,
@@ -198,11 +173,10 @@ def dual_chunk_bwd(
             softmax_scale,
             threshold,
             scale_kept,
-            PACK=config.pack,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
+            TILE=tile_shape(config, head_dim, group),
+            FLAGS=flags,
             IS_FAR=is_far,
+            PRECISION=DOT_PRECISION,
             **config.options,
-            **flags,
         )
     return dq, dk, dv

@@ -1,5 +1,7 @@
 """The backward kernel of dual chunk attention that owns keys: dk and dv."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -22,38 +24,50 @@ from lctrain_kernels.tile.seqlen import document_bounds, locate_program
 _LOG2_E = tl.constexpr(LOG2_E)
 
 
+class DkvPointers(NamedTuple):
+    """Tensors of dual_chunk_dkv_kernel; it says their shapes."""
+
+    q: Any
+    q_far: Any
+    k: Any
+    k_near: Any
+    v: Any
+    dout: Any
+    stats: Any
+    dk: Any
+    dv: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    tiles: Any
+    inv_freq: Any
+    logit_scale: Any
+    dropout_seed: Any
+    document_ids: Any
+
+
+class DkvStrides(NamedTuple):
+    """Distances between tokens and between heads, in elements."""
+
+    q_token: Any
+    q_head: Any
+    q_far_token: Any
+    q_far_head: Any
+    k_token: Any
+    k_head: Any
+    k_near_token: Any
+    k_near_head: Any
+    v_token: Any
+    v_head: Any
+    dout_token: Any
+    dout_head: Any
+    dk_token: Any
+    dk_head: Any
+
+
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
 def dual_chunk_dkv_kernel(
-    q_ptr,
-    q_far_ptr,
-    k_ptr,
-    k_near_ptr,
-    v_ptr,
-    dout_ptr,
-    stats_ptr,
-    dk_ptr,
-    dv_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    tiles_ptr,
-    inv_freq_ptr,
-    logit_scale_ptr,
-    seed_ptr,
-    document_ids_ptr,
-    stride_qt,
-    stride_qh,
-    stride_ft,
-    stride_fh,
-    stride_kt,
-    stride_kh,
-    stride_nt,
-    stride_nh,
-    stride_vt,
-    stride_vh,
-    stride_dot,
-    stride_doh,
-    stride_dkt,
-    stride_dkh,
+    pointers: DkvPointers,
+    strides: DkvStrides,
     num_tiles,
     total_q,
     chunk_length,
@@ -61,13 +75,9 @@ def dual_chunk_dkv_kernel(
     scale,
     threshold,
     keep_scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr,
+    FLAGS: tl.constexpr,
     IS_NEAR: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dk and dv of BLOCK_N keys of one key/value head, over all query heads of its group.
@@ -80,11 +90,14 @@ def dual_chunk_dkv_kernel(
     queries, so that the weights reach dv and dk as they lie in registers. dk and dv [Tk, Hk, D] of
     one layout; q_far [T, H, D], k_near [Tk, Hk, D] and stats as dual_chunk_rotate writes them.
     """
-    head_kv, _, document, first = locate_program(tiles_ptr, num_tiles, BLOCK_N, 1)
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    BLOCK_D: tl.constexpr = TILE.block_d
+    head_kv, _, document, first = locate_program(pointers.tiles, num_tiles, BLOCK_N, 1)
     if document < 0:
         return
-    begin_q, length_q = document_bounds(cu_q_ptr, document)
-    begin_k, length_k = document_bounds(cu_k_ptr, document)
+    begin_q, length_q = document_bounds(pointers.cu_seqlens_q, document)
+    begin_k, length_k = document_bounds(pointers.cu_seqlens_k, document)
     if first >= length_k:
         return
     shift = length_k - length_q
@@ -97,27 +110,43 @@ def dual_chunk_dkv_kernel(
     local_m = tl.arange(0, BLOCK_M)
     local_n = tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_D)
-    pairs = pair_columns(HEAD_DIM, BLOCK_D)
+    pairs = pair_columns(TILE.head_dim, BLOCK_D)
     key = first + local_n
     token_k = begin_k + key
     if IS_NEAR:
-        k_rows = k_near_ptr + (token_k * stride_nt + head_kv.to(tl.int64) * stride_nh)[:, None]
+        k_rows = (
+            pointers.k_near
+            + (token_k * strides.k_near_token + head_kv.to(tl.int64) * strides.k_near_head)[:, None]
+        )
     else:
-        k_rows = k_ptr + (token_k * stride_kt + head_kv.to(tl.int64) * stride_kh)[:, None]
-    k = load_pairs(k_rows + pairs[None, :], key, length_k, HEAD_DIM, BLOCK_D, True)
-    row_v = (token_k * stride_vt + head_kv.to(tl.int64) * stride_vh)[:, None]
-    v = load_rows(v_ptr + row_v + columns[None, :], key, length_k, columns, HEAD_DIM, BLOCK_D, True)
-    tile_do = local_m[:, None] * stride_dot + columns[None, :]
+        k_rows = (
+            pointers.k
+            + (token_k * strides.k_token + head_kv.to(tl.int64) * strides.k_head)[:, None]
+        )
+    k = load_pairs(k_rows + pairs[None, :], key, length_k, TILE.head_dim, BLOCK_D, True)
+    row_v = (token_k * strides.v_token + head_kv.to(tl.int64) * strides.v_head)[:, None]
+    v = load_rows(
+        pointers.v + row_v + columns[None, :],
+        key,
+        length_k,
+        columns,
+        TILE.head_dim,
+        BLOCK_D,
+        True,
+    )
+    tile_do = local_m[:, None] * strides.dout_token + columns[None, :]
     tile_stats = local_m[:, None] * 4 + tl.arange(0, 4)[None, :]
     key_0 = 0
     key_1 = 0
     document_key = 0
-    if HAS_DROPOUT:
-        key_0, key_1, document_key = load_key(seed_ptr, document_ids_ptr, document)
+    if FLAGS.has_dropout:
+        key_0, key_1, document_key = load_key(
+            pointers.dropout_seed, pointers.document_ids, document
+        )
     multiplier = scale * _LOG2_E
     dk_scale = scale * keep_scale
-    if logit_scale_ptr is not None:
-        factor = tl.load(logit_scale_ptr + document)
+    if pointers.logit_scale is not None:
+        factor = tl.load(pointers.logit_scale + document)
         multiplier *= factor
         dk_scale *= factor
 
@@ -137,24 +166,26 @@ def dual_chunk_dkv_kernel(
             last_seen = tl.where(key < length_k, last_seen - shift, -1)
             clear_low = tl.where(first + BLOCK_N > length_k, high, clear_low - shift)
             clear_high -= shift
-            stride_t = tl.where(way == FAR, stride_ft, stride_qt)
-            stride_h = tl.where(way == FAR, stride_fh, stride_qh)
+            stride_t = tl.where(way == FAR, strides.q_far_token, strides.q_token)
+            stride_h = tl.where(way == FAR, strides.q_far_head, strides.q_head)
             # One loop over the heads of the group and their queries: its load pipeline never
             # drains.
             begin = low // 16 * 16  # where a draw of the dropout mask begins
             blocks = tl.cdiv(high - begin, BLOCK_M)
-            head = head_kv * GROUP
+            head = head_kv * TILE.group
             start = begin
             token = begin_q + begin
-            q_tile = tl.where(way == FAR, q_far_ptr, q_ptr) + token * stride_t
+            q_tile = tl.where(way == FAR, pointers.q_far, pointers.q) + token * stride_t
             q_tile += head.to(tl.int64) * stride_h
             tile_q = local_m[:, None] * stride_t + pairs[None, :]
-            do_tile = dout_ptr + token * stride_dot + head.to(tl.int64) * stride_doh
-            stats_tile = stats_ptr + (head.to(tl.int64) * total_q + token) * 4
+            do_tile = (
+                pointers.dout + token * strides.dout_token + head.to(tl.int64) * strides.dout_head
+            )
+            stats_tile = pointers.stats + (head.to(tl.int64) * total_q + token) * 4
             rewind = tl.cast((1 - blocks) * BLOCK_M, tl.int64)
-            for _ in tl.range(0, GROUP * blocks):
+            for _ in tl.range(0, TILE.group * blocks):
                 query = start + local_m
-                q = load_pairs(q_tile + tile_q, query, length_q, HEAD_DIM, BLOCK_D, True)
+                q = load_pairs(q_tile + tile_q, query, length_q, TILE.head_dim, BLOCK_D, True)
                 # As one small tile: as two vectors every thread would fetch its copies itself.
                 stats = tl.load(
                     stats_tile + tile_stats, mask=(query < length_q)[:, None], other=0.0
@@ -168,10 +199,12 @@ def dual_chunk_dkv_kernel(
                         x, local_m[None, :], first_seen - start, last_seen - start, True, True
                     )
                 p = tl.exp2(x * multiplier - lse2[None, :])
-                do = load_rows(do_tile + tile_do, query, length_q, columns, HEAD_DIM, BLOCK_D, True)
+                do = load_rows(
+                    do_tile + tile_do, query, length_q, columns, TILE.head_dim, BLOCK_D, True
+                )
                 dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
                 dropped = p
-                if HAS_DROPOUT:
+                if FLAGS.has_dropout:
                     keep = keep_mask(
                         key_0,
                         key_1,
@@ -185,27 +218,33 @@ def dual_chunk_dkv_kernel(
                     )
                     dropped = tl.where(keep, p, 0.0)
                 dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
-                ds = dropped * dp - p * delta[None, :] if HAS_DROPOUT else p * (dp - delta[None, :])
+                ds = (
+                    dropped * dp - p * delta[None, :]
+                    if FLAGS.has_dropout
+                    else p * (dp - delta[None, :])
+                )
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
                 is_last = start + BLOCK_M >= high
                 start = tl.where(is_last, begin, start + BLOCK_M)
                 head = tl.where(is_last, head + 1, head)
                 advance = tl.where(is_last, rewind, BLOCK_M)
                 q_tile += advance * stride_t + tl.where(is_last, stride_h, 0)
-                do_tile += advance * stride_dot + tl.where(is_last, stride_doh, 0)
+                do_tile += advance * strides.dout_token + tl.where(is_last, strides.dout_head, 0)
                 stats_tile += (advance + tl.where(is_last, total_q, 0)) * 4
-    row_dk = (token_k * stride_dkt + head_kv.to(tl.int64) * stride_dkh)[:, None]
-    dk_rows = dk_ptr + row_dk + pairs[None, :]
-    dv_rows = dv_ptr + row_dk + columns[None, :]
+    row_dk = (token_k * strides.dk_token + head_kv.to(tl.int64) * strides.dk_head)[:, None]
+    dk_rows = pointers.dk + row_dk + pairs[None, :]
+    dv_rows = pointers.dv + row_dk + columns[None, :]
     dk = dk * dk_scale
     dv = dv * keep_scale
     if IS_NEAR:
-        turns, turns_rest = load_frequencies(inv_freq_ptr, HEAD_DIM, BLOCK_D)
+        turns, turns_rest = load_frequencies(pointers.inv_freq, TILE.head_dim, BLOCK_D)
         moved = tl.cast(chunk_length, tl.float32)
         cos, sin = cos_sin(moved, turns[None, :], turns_rest[None, :])  # [1, BLOCK_D / 2]
         dk = rotate(dk, cos, sin, BLOCK_N, BLOCK_D)
     elif first < near_end:
-        dk += load_pairs(dk_rows, key, near_end, HEAD_DIM, BLOCK_D, True).to(tl.float32)
-        dv += load_rows(dv_rows, key, near_end, columns, HEAD_DIM, BLOCK_D, True).to(tl.float32)
-    store_pairs(dk_rows, dk, key, length_k, HEAD_DIM, BLOCK_D)
-    store_rows(dv_rows, dv, key, length_k, columns, HEAD_DIM, BLOCK_D)
+        dk += load_pairs(dk_rows, key, near_end, TILE.head_dim, BLOCK_D, True).to(tl.float32)
+        dv += load_rows(dv_rows, key, near_end, columns, TILE.head_dim, BLOCK_D, True).to(
+            tl.float32
+        )
+    store_pairs(dk_rows, dk, key, length_k, TILE.head_dim, BLOCK_D)
+    store_rows(dv_rows, dv, key, length_k, columns, TILE.head_dim, BLOCK_D)

@@ -1,5 +1,7 @@
 """The backward kernel of dual chunk attention that owns queries: dq."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -22,34 +24,46 @@ from lctrain_kernels.tile.seqlen import document_bounds, locate_program
 _LOG2_E = tl.constexpr(LOG2_E)
 
 
+class DqPointers(NamedTuple):
+    """Tensors of dual_chunk_dq_kernel; it says their shapes."""
+
+    q: Any
+    k: Any
+    k_near: Any
+    v: Any
+    dout: Any
+    stats: Any
+    dq: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    tiles: Any
+    inv_freq: Any
+    logit_scale: Any
+    dropout_seed: Any
+    document_ids: Any
+
+
+class DqStrides(NamedTuple):
+    """Distances between tokens and between heads, in elements."""
+
+    q_token: Any
+    q_head: Any
+    k_token: Any
+    k_head: Any
+    k_near_token: Any
+    k_near_head: Any
+    v_token: Any
+    v_head: Any
+    dout_token: Any
+    dout_head: Any
+    dq_token: Any
+    dq_head: Any
+
+
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
 def dual_chunk_dq_kernel(
-    q_ptr,
-    k_ptr,
-    k_near_ptr,
-    v_ptr,
-    dout_ptr,
-    stats_ptr,
-    dq_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    tiles_ptr,
-    inv_freq_ptr,
-    logit_scale_ptr,
-    seed_ptr,
-    document_ids_ptr,
-    stride_qt,
-    stride_qh,
-    stride_kt,
-    stride_kh,
-    stride_nt,
-    stride_nh,
-    stride_vt,
-    stride_vh,
-    stride_dot,
-    stride_doh,
-    stride_dqt,
-    stride_dqh,
+    pointers: DqPointers,
+    strides: DqStrides,
     num_tiles,
     total_q,
     chunk_length,
@@ -58,14 +72,9 @@ def dual_chunk_dq_kernel(
     scale,
     threshold,
     keep_scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUP: tl.constexpr,
-    PACK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr,
+    FLAGS: tl.constexpr,
     IS_FAR: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dq of a tile, in two launches over the ways of tile/chunks.py.
@@ -78,14 +87,17 @@ def dual_chunk_dq_kernel(
     Grid: as varlen_fwd_kernel. q, dout, dq [T, H, D]; k, v [Tk, Hk, D]; k_near and stats as
     dual_chunk_rotate writes them.
     """
-    POSITIONS: tl.constexpr = BLOCK_M // PACK
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    BLOCK_D: tl.constexpr = TILE.block_d
+    POSITIONS: tl.constexpr = BLOCK_M // TILE.pack
     head_kv, head_group, document, first = locate_program(
-        tiles_ptr, num_tiles, POSITIONS, GROUP // PACK
+        pointers.tiles, num_tiles, POSITIONS, TILE.group // TILE.pack
     )
     if document < 0:
         return
-    begin_q, length_q = document_bounds(cu_q_ptr, document)
-    begin_k, length_k = document_bounds(cu_k_ptr, document)
+    begin_q, length_q = document_bounds(pointers.cu_seqlens_q, document)
+    begin_k, length_k = document_bounds(pointers.cu_seqlens_k, document)
     if first >= length_q:
         return
     shift = length_k - length_q
@@ -97,45 +109,57 @@ def dual_chunk_dq_kernel(
     local_m = tl.arange(0, BLOCK_M)
     local_n = tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_D)
-    pairs = pair_columns(HEAD_DIM, BLOCK_D)
+    pairs = pair_columns(TILE.head_dim, BLOCK_D)
     local_query = local_m % POSITIONS
     query = first + local_query
     inside = query < length_q
     position = query + shift
-    tile_head = head_kv * GROUP + head_group * PACK + local_m // POSITIONS
+    tile_head = head_kv * TILE.group + head_group * TILE.pack + local_m // POSITIONS
     head = tl.where(inside, tile_head, 0).to(tl.int64)
     token = begin_q + query
-    row_do = token * stride_dot + head * stride_doh
+    row_do = token * strides.dout_token + head * strides.dout_head
     do = load_rows(
-        dout_ptr + row_do[:, None] + columns[None, :],
+        pointers.dout + row_do[:, None] + columns[None, :],
         query,
         length_q,
         columns,
-        HEAD_DIM,
+        TILE.head_dim,
         BLOCK_D,
         True,
     )
     row_lse = head * total_q + token
-    lse2 = tl.load(stats_ptr + row_lse * 4, mask=inside, other=float("inf"))
-    delta = tl.load(stats_ptr + row_lse * 4 + 1, mask=inside, other=0.0)
-    k_own = k_ptr + begin_k * stride_kt + head_kv.to(tl.int64) * stride_kh
-    k_near = k_near_ptr + begin_k * stride_nt + head_kv.to(tl.int64) * stride_nh
-    v_base = v_ptr + begin_k * stride_vt + head_kv.to(tl.int64) * stride_vh
-    tile_v = local_n[:, None] * stride_vt + columns[None, :]
+    lse2 = tl.load(pointers.stats + row_lse * 4, mask=inside, other=float("inf"))
+    delta = tl.load(pointers.stats + row_lse * 4 + 1, mask=inside, other=0.0)
+    k_own = pointers.k + begin_k * strides.k_token + head_kv.to(tl.int64) * strides.k_head
+    k_near = (
+        pointers.k_near
+        + begin_k * strides.k_near_token
+        + head_kv.to(tl.int64) * strides.k_near_head
+    )
+    v_base = pointers.v + begin_k * strides.v_token + head_kv.to(tl.int64) * strides.v_head
+    tile_v = local_n[:, None] * strides.v_token + columns[None, :]
     if IS_FAR:
-        q_rows = dq_ptr + (token * stride_dqt + head * stride_dqh)[:, None] + pairs[None, :]
+        q_rows = (
+            pointers.dq
+            + (token * strides.dq_token + head * strides.dq_head)[:, None]
+            + pairs[None, :]
+        )
     else:
-        q_rows = q_ptr + (token * stride_qt + head * stride_qh)[:, None] + pairs[None, :]
-    q = load_pairs(q_rows, query, length_q, HEAD_DIM, BLOCK_D, True)
+        q_rows = (
+            pointers.q + (token * strides.q_token + head * strides.q_head)[:, None] + pairs[None, :]
+        )
+    q = load_pairs(q_rows, query, length_q, TILE.head_dim, BLOCK_D, True)
     key_0 = 0
     key_1 = 0
     document_key = 0
-    if HAS_DROPOUT:
-        key_0, key_1, document_key = load_key(seed_ptr, document_ids_ptr, document)
+    if FLAGS.has_dropout:
+        key_0, key_1, document_key = load_key(
+            pointers.dropout_seed, pointers.document_ids, document
+        )
     multiplier = scale * _LOG2_E
     dq_scale = scale * keep_scale
-    if logit_scale_ptr is not None:
-        factor = tl.load(logit_scale_ptr + document)
+    if pointers.logit_scale is not None:
+        factor = tl.load(pointers.logit_scale + document)
         multiplier *= factor
         dq_scale *= factor
 
@@ -143,10 +167,10 @@ def dual_chunk_dq_kernel(
     # Unrolled, so that the strides of k are no state of the loops.
     for way in tl.static_range(0 if IS_FAR else 1, 1 if IS_FAR else 3):
         low, clear, high = keys_of_tile(
-            first + shift, last, way, chunk_length, near, BLOCK_N, HAS_DROPOUT
+            first + shift, last, way, chunk_length, near, BLOCK_N, FLAGS.has_dropout
         )
         first_seen, last_seen = keys_of_query(position, way, chunk_length, near)
-        stride_k = tl.where(way == NEAR, stride_nt, stride_kt)
+        stride_k = tl.where(way == NEAR, strides.k_near_token, strides.k_token)
         k_base = tl.where(way == NEAR, k_near, k_own)
         tile_k = local_n[:, None] * stride_k + pairs[None, :]
         # Tiles without a mask, then those with one.
@@ -156,12 +180,20 @@ def dual_chunk_dq_kernel(
             # As in dual_chunk_fwd_kernel.
             if begin < end:
                 k_tile = k_base + tl.cast(begin, tl.int64) * stride_k
-                v_tile = v_base + tl.cast(begin, tl.int64) * stride_vt
+                v_tile = v_base + tl.cast(begin, tl.int64) * strides.v_token
                 for n in tl.range(begin, end, BLOCK_N):
                     key = n + local_n
-                    k = load_pairs(k_tile + tile_k, key, length_k, HEAD_DIM, BLOCK_D, part == 1)
+                    k = load_pairs(
+                        k_tile + tile_k, key, length_k, TILE.head_dim, BLOCK_D, part == 1
+                    )
                     v = load_rows(
-                        v_tile + tile_v, key, length_k, columns, HEAD_DIM, BLOCK_D, part == 1
+                        v_tile + tile_v,
+                        key,
+                        length_k,
+                        columns,
+                        TILE.head_dim,
+                        BLOCK_D,
+                        part == 1,
                     )
                     x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
                     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -170,7 +202,7 @@ def dual_chunk_dq_kernel(
                             x, local_n[None, :], first_seen - n, last_seen - n, True, True
                         )
                     p = tl.exp2(x * multiplier - lse2[:, None])
-                    if HAS_DROPOUT:
+                    if FLAGS.has_dropout:
                         keep = keep_mask(
                             key_0,
                             key_1,
@@ -187,15 +219,17 @@ def dual_chunk_dq_kernel(
                         ds = p * (dp - delta[:, None])
                     dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
                     k_tile += BLOCK_N * stride_k
-                    v_tile += BLOCK_N * stride_vt
+                    v_tile += BLOCK_N * strides.v_token
     dq = dq * dq_scale
-    dq_rows = dq_ptr + (token * stride_dqt + head * stride_dqh)[:, None] + pairs[None, :]
+    dq_rows = (
+        pointers.dq + (token * strides.dq_token + head * strides.dq_head)[:, None] + pairs[None, :]
+    )
     if IS_FAR:
-        turns, turns_rest = load_frequencies(inv_freq_ptr, HEAD_DIM, BLOCK_D)
+        turns, turns_rest = load_frequencies(pointers.inv_freq, TILE.head_dim, BLOCK_D)
         moved = far_delta(position, chunk_length, far_position)
         cos, sin = cos_sin(moved[:, None], turns[None, :], turns_rest[None, :])
         dq = rotate(dq, cos, -sin, BLOCK_M, BLOCK_D)
     elif has_far:
         met_far = tl.where(far_end(position, chunk_length, near) > 0, query, length_q)
-        dq += load_pairs(dq_rows, met_far, length_q, HEAD_DIM, BLOCK_D, True).to(tl.float32)
-    store_pairs(dq_rows, dq, query, length_q, HEAD_DIM, BLOCK_D)
+        dq += load_pairs(dq_rows, met_far, length_q, TILE.head_dim, BLOCK_D, True).to(tl.float32)
+    store_pairs(dq_rows, dq, query, length_q, TILE.head_dim, BLOCK_D)

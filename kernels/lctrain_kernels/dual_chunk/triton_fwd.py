@@ -1,6 +1,6 @@
 """Forward of dual chunk attention in portable Triton."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -13,7 +13,7 @@ from lctrain_kernels.tile.arguments import (
     DOT_PRECISION,
     RUNTIME_INTEGERS,
     dropout_arguments,
-    padded_head_dim,
+    token_head_strides,
 )
 from lctrain_kernels.tile.chunks import FAR, NEAR, keys_of_query, keys_of_tile
 from lctrain_kernels.tile.config import tile_config
@@ -24,34 +24,47 @@ from lctrain_kernels.tile.memory import load_rows, store_rows
 from lctrain_kernels.tile.rotary import load_pairs, pair_columns
 from lctrain_kernels.tile.seqlen import document_bounds, locate_program
 from lctrain_kernels.tile.softmax import finish, softmax_step
+from lctrain_kernels.tile.structures import Flags, tile_shape
 
 _LOG2_E = tl.constexpr(LOG2_E)
 
 
+class ForwardPointers(NamedTuple):
+    """Tensors of dual_chunk_fwd_kernel; it says their shapes."""
+
+    q: Any
+    k: Any
+    k_near: Any
+    v: Any
+    out: Any
+    lse: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    tiles: Any
+    logit_scale: Any
+    dropout_seed: Any
+    document_ids: Any
+
+
+class ForwardStrides(NamedTuple):
+    """Distances between tokens and between heads, in elements."""
+
+    q_token: Any
+    q_head: Any
+    k_token: Any
+    k_head: Any
+    k_near_token: Any
+    k_near_head: Any
+    v_token: Any
+    v_head: Any
+    out_token: Any
+    out_head: Any
+
+
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
 def dual_chunk_fwd_kernel(
-    q_ptr,
-    k_ptr,
-    k_near_ptr,
-    v_ptr,
-    out_ptr,
-    lse_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    tiles_ptr,
-    logit_scale_ptr,
-    seed_ptr,
-    document_ids_ptr,
-    stride_qt,
-    stride_qh,
-    stride_kt,
-    stride_kh,
-    stride_nt,
-    stride_nh,
-    stride_vt,
-    stride_vh,
-    stride_ot,
-    stride_oh,
+    pointers: ForwardPointers,
+    strides: ForwardStrides,
     num_tiles,
     total_q,
     chunk_length,
@@ -59,13 +72,8 @@ def dual_chunk_fwd_kernel(
     scale,
     threshold,
     keep_scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUP: tl.constexpr,
-    PACK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
+    TILE: tl.constexpr,
+    FLAGS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program: PACK query heads of one key/value head times BLOCK_M / PACK queries of a
@@ -79,14 +87,17 @@ def dual_chunk_fwd_kernel(
     holds the queries at the far position when the kernel begins: each program reads its own rows
     before it writes them.
     """
-    POSITIONS: tl.constexpr = BLOCK_M // PACK
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    BLOCK_D: tl.constexpr = TILE.block_d
+    POSITIONS: tl.constexpr = BLOCK_M // TILE.pack
     head_kv, head_group, document, first = locate_program(
-        tiles_ptr, num_tiles, POSITIONS, GROUP // PACK
+        pointers.tiles, num_tiles, POSITIONS, TILE.group // TILE.pack
     )
     if document < 0:
         return
-    begin_q, length_q = document_bounds(cu_q_ptr, document)
-    begin_k, length_k = document_bounds(cu_k_ptr, document)
+    begin_q, length_q = document_bounds(pointers.cu_seqlens_q, document)
+    begin_k, length_k = document_bounds(pointers.cu_seqlens_k, document)
     if first >= length_q:
         return
     shift = length_k - length_q
@@ -95,24 +106,30 @@ def dual_chunk_fwd_kernel(
     local_m = tl.arange(0, BLOCK_M)
     local_n = tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_D)
-    pairs = pair_columns(HEAD_DIM, BLOCK_D)
+    pairs = pair_columns(TILE.head_dim, BLOCK_D)
     local_query = local_m % POSITIONS
     query = first + local_query
-    tile_head = head_kv * GROUP + head_group * PACK + local_m // POSITIONS
+    tile_head = head_kv * TILE.group + head_group * TILE.pack + local_m // POSITIONS
     head = tl.where(query < length_q, tile_head, 0).to(tl.int64)
     token = begin_q + query
-    k_own = k_ptr + begin_k * stride_kt + head_kv.to(tl.int64) * stride_kh
-    k_near = k_near_ptr + begin_k * stride_nt + head_kv.to(tl.int64) * stride_nh
-    v_base = v_ptr + begin_k * stride_vt + head_kv.to(tl.int64) * stride_vh
-    tile_v = local_n[:, None] * stride_vt + columns[None, :]
+    k_own = pointers.k + begin_k * strides.k_token + head_kv.to(tl.int64) * strides.k_head
+    k_near = (
+        pointers.k_near
+        + begin_k * strides.k_near_token
+        + head_kv.to(tl.int64) * strides.k_near_head
+    )
+    v_base = pointers.v + begin_k * strides.v_token + head_kv.to(tl.int64) * strides.v_head
+    tile_v = local_n[:, None] * strides.v_token + columns[None, :]
     key_0 = 0
     key_1 = 0
     document_key = 0
-    if HAS_DROPOUT:
-        key_0, key_1, document_key = load_key(seed_ptr, document_ids_ptr, document)
+    if FLAGS.has_dropout:
+        key_0, key_1, document_key = load_key(
+            pointers.dropout_seed, pointers.document_ids, document
+        )
     multiplier = scale * _LOG2_E
-    if logit_scale_ptr is not None:
-        multiplier *= tl.load(logit_scale_ptr + document)
+    if pointers.logit_scale is not None:
+        multiplier *= tl.load(pointers.logit_scale + document)
     position = query + shift
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -120,23 +137,23 @@ def dual_chunk_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for way in tl.range(0, 3):
         low, clear, high = keys_of_tile(
-            first + shift, last, way, chunk_length, near, BLOCK_N, HAS_DROPOUT
+            first + shift, last, way, chunk_length, near, BLOCK_N, FLAGS.has_dropout
         )
         if low < high:
             # Strides that depend on the way keep LLVM from holding both rows of pointers in
             # registers throughout the loops.
-            row = token * tl.where(way == FAR, stride_ot, stride_qt)
-            row += head * tl.where(way == FAR, stride_oh, stride_qh)
+            row = token * tl.where(way == FAR, strides.out_token, strides.q_token)
+            row += head * tl.where(way == FAR, strides.out_head, strides.q_head)
             q = load_pairs(
-                tl.where(way == FAR, out_ptr, q_ptr) + row[:, None] + pairs[None, :],
+                tl.where(way == FAR, pointers.out, pointers.q) + row[:, None] + pairs[None, :],
                 query,
                 length_q,
-                HEAD_DIM,
+                TILE.head_dim,
                 BLOCK_D,
                 True,
             )
             first_seen, last_seen = keys_of_query(position, way, chunk_length, near)
-            stride_k = tl.where(way == NEAR, stride_nt, stride_kt)
+            stride_k = tl.where(way == NEAR, strides.k_near_token, strides.k_token)
             k_base = tl.where(way == NEAR, k_near, k_own)
             tile_k = local_n[:, None] * stride_k + pairs[None, :]
             # Tiles without a mask, then those with one.
@@ -148,10 +165,12 @@ def dual_chunk_fwd_kernel(
                 # the products (C7515).
                 if begin < end:
                     k_tile = k_base + tl.cast(begin, tl.int64) * stride_k
-                    v_tile = v_base + tl.cast(begin, tl.int64) * stride_vt
+                    v_tile = v_base + tl.cast(begin, tl.int64) * strides.v_token
                     for n in tl.range(begin, end, BLOCK_N):
                         key = n + local_n
-                        k = load_pairs(k_tile + tile_k, key, length_k, HEAD_DIM, BLOCK_D, part == 1)
+                        k = load_pairs(
+                            k_tile + tile_k, key, length_k, TILE.head_dim, BLOCK_D, part == 1
+                        )
                         x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
                         if part == 1:
                             x = mask_logits(
@@ -159,7 +178,7 @@ def dual_chunk_fwd_kernel(
                             )
                         p, alpha, m, l = softmax_step(x, multiplier, m, l)
                         acc = acc * alpha[:, None]
-                        if HAS_DROPOUT:
+                        if FLAGS.has_dropout:
                             keep = keep_mask(
                                 key_0,
                                 key_1,
@@ -173,24 +192,30 @@ def dual_chunk_fwd_kernel(
                             )
                             p = tl.where(keep, p, 0.0)
                         v = load_rows(
-                            v_tile + tile_v, key, length_k, columns, HEAD_DIM, BLOCK_D, part == 1
+                            v_tile + tile_v,
+                            key,
+                            length_k,
+                            columns,
+                            TILE.head_dim,
+                            BLOCK_D,
+                            part == 1,
                         )
                         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
                         k_tile += BLOCK_N * stride_k
-                        v_tile += BLOCK_N * stride_vt
+                        v_tile += BLOCK_N * strides.v_token
     out, lse = finish(acc, m, l, keep_scale)
-    row_o = token * stride_ot + head * stride_oh
+    row_o = token * strides.out_token + head * strides.out_head
     store_rows(
-        out_ptr + row_o[:, None] + columns[None, :],
+        pointers.out + row_o[:, None] + columns[None, :],
         out,
         query,
         length_q,
         columns,
-        HEAD_DIM,
+        TILE.head_dim,
         BLOCK_D,
     )
     row_lse = head * total_q + token
-    tl.store(lse_ptr + row_lse, lse, mask=query < length_q)
+    tl.store(pointers.lse + row_lse, lse, mask=query < length_q)
 
 
 def dual_chunk_fwd(
@@ -255,28 +280,21 @@ def dual_chunk_fwd(
     k_near = rotated_keys(k, cu_seqlens_k, k_tiles, **geometry)
     dual_chunk_rotate(q, out, cu_seqlens_q, cu_seqlens_k, q_tiles, is_query=True, **geometry)
     dual_chunk_fwd_kernel[grid](
-        q,
-        k,
-        k_near,
-        v,
-        out,
-        lse,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        q_tiles,
-        logit_scale,
-        dropout_seed,
-        document_ids,
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        k_near.stride(0),
-        k_near.stride(1),
-        v.stride(0),
-        v.stride(1),
-        out.stride(0),
-        out.stride(1),
+        ForwardPointers(
+            q,
+            k,
+            k_near,
+            v,
+            out,
+            lse,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            q_tiles,
+            logit_scale,
+            dropout_seed,
+            document_ids,
+        ),
+        ForwardStrides(*token_head_strides(q, k, k_near, v, out)),
         q_tiles.shape[0],
         total_q,
         chunk_length,
@@ -284,13 +302,8 @@ def dual_chunk_fwd(
         softmax_scale,
         threshold,
         scale_kept,
-        HEAD_DIM=head_dim,
-        BLOCK_D=padded_head_dim(head_dim),
-        GROUP=group,
-        PACK=config.pack,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        HAS_DROPOUT=dropout_p > 0,
+        TILE=tile_shape(config, head_dim, group),
+        FLAGS=Flags(has_dropout=dropout_p > 0),
         PRECISION=DOT_PRECISION,
         **config.options,
     )

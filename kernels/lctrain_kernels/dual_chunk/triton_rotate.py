@@ -1,12 +1,14 @@
 """What the kernels of dual chunk attention read beside q, k and v: rotated rows, and statistics."""
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lctrain_kernels.schedule import SCHEDULE_ROWS
-from lctrain_kernels.tile.arguments import RUNTIME_INTEGERS, padded_head_dim
+from lctrain_kernels.tile.arguments import RUNTIME_INTEGERS, token_head_strides
 from lctrain_kernels.tile.chunks import far_delta, far_end
 from lctrain_kernels.tile.config import TileConfig
 from lctrain_kernels.tile.logits import LOG2_E
@@ -20,6 +22,7 @@ from lctrain_kernels.tile.rotary import (
     store_pairs,
 )
 from lctrain_kernels.tile.seqlen import document_bounds, locate_program
+from lctrain_kernels.tile.structures import tile_shape
 
 _LOG2_E = tl.constexpr(LOG2_E)
 
@@ -27,76 +30,96 @@ _LOG2_E = tl.constexpr(LOG2_E)
 ROTATE_CONFIG = TileConfig(block_m=32, block_n=0, num_warps=4, num_stages=1)
 
 
+class RotatePointers(NamedTuple):
+    """Tensors of dual_chunk_rotate_kernel; it says their shapes."""
+
+    x: Any
+    rotated: Any
+    out: Any
+    dout: Any
+    lse: Any
+    dlse: Any
+    stats: Any
+    cu_seqlens_x: Any
+    cu_seqlens_k: Any
+    tiles: Any
+    inv_freq: Any
+
+
+class RotateStrides(NamedTuple):
+    """Distances between tokens and between heads, in elements."""
+
+    x_token: Any
+    x_head: Any
+    rotated_token: Any
+    rotated_head: Any
+    out_token: Any
+    out_head: Any
+    dout_token: Any
+    dout_head: Any
+
+
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
 def dual_chunk_rotate_kernel(
-    x_ptr,
-    rotated_ptr,
-    out_ptr,
-    dout_ptr,
-    lse_ptr,
-    dlse_ptr,
-    stats_ptr,
-    cu_x_ptr,
-    cu_k_ptr,
-    tiles_ptr,
-    inv_freq_ptr,
-    stride_xt,
-    stride_xh,
-    stride_rt,
-    stride_rh,
-    stride_ot,
-    stride_oh,
-    stride_dot,
-    stride_doh,
+    pointers: RotatePointers,
+    strides: RotateStrides,
     num_tiles,
     total_q,
     chunk_length,
     near,
     far_position,
     keep_scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr,
     IS_QUERY: tl.constexpr,
 ):
     """Queries at the far position, or keys rotated back by a chunk, of one tile and head.
 
-    A query rotated by c meets a key as the query itself meets the key rotated by -c. Where
-    stats_ptr is given, which the backward does for queries, it also writes what the other kernels
-    read per query.
+    A query rotated by c meets a key as the query itself meets the key rotated by -c. With
+    pointers.stats, which the backward gives for queries, the kernel also writes the numbers per
+    query that the other kernels read.
 
     Grid: (heads * tiles * SCHEDULE_ROWS / BLOCK_M,). x, rotated, out, dout [T, H, D]; lse, dlse [H,
     T] float32. stats [H, T, 4] float32: lse in base 2 (+inf where nothing was seen), delta /
     keep_scale with delta = rowsum(dout * out) - dlse, two unused.
     """
-    head, _, document, first = locate_program(tiles_ptr, num_tiles, BLOCK_M, 1)
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_D: tl.constexpr = TILE.block_d
+    head, _, document, first = locate_program(pointers.tiles, num_tiles, BLOCK_M, 1)
     if document < 0:
         return
-    begin, length = document_bounds(cu_x_ptr, document)
-    _, length_k = document_bounds(cu_k_ptr, document)
+    begin, length = document_bounds(pointers.cu_seqlens_x, document)
+    _, length_k = document_bounds(pointers.cu_seqlens_k, document)
     if first >= length:
         return
     row = first + tl.arange(0, BLOCK_M)
     token = begin + row
     head = head.to(tl.int64)
-    if stats_ptr is not None:
+    if pointers.stats is not None:
         columns = tl.arange(0, BLOCK_D)
-        out_rows = out_ptr + (token * stride_ot + head * stride_oh)[:, None] + columns[None, :]
-        out = load_rows(out_rows, row, length, columns, HEAD_DIM, BLOCK_D, True)
-        dout_rows = dout_ptr + (token * stride_dot + head * stride_doh)[:, None] + columns[None, :]
-        dout = load_rows(dout_rows, row, length, columns, HEAD_DIM, BLOCK_D, True)
+        out_rows = (
+            pointers.out
+            + (token * strides.out_token + head * strides.out_head)[:, None]
+            + columns[None, :]
+        )
+        out = load_rows(out_rows, row, length, columns, TILE.head_dim, BLOCK_D, True)
+        dout_rows = (
+            pointers.dout
+            + (token * strides.dout_token + head * strides.dout_head)[:, None]
+            + columns[None, :]
+        )
+        dout = load_rows(dout_rows, row, length, columns, TILE.head_dim, BLOCK_D, True)
         row_lse = head * total_q + token
         inside = row < length
         delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-        if dlse_ptr is not None:
-            delta -= tl.load(dlse_ptr + row_lse, mask=inside, other=0.0)
-        lse = tl.load(lse_ptr + row_lse, mask=inside, other=float("inf"))
+        if pointers.dlse is not None:
+            delta -= tl.load(pointers.dlse + row_lse, mask=inside, other=0.0)
+        lse = tl.load(pointers.lse + row_lse, mask=inside, other=float("inf"))
         # A row that saw nothing has no weights: 2^(x - inf) = 0.
         lse2 = tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)
-        tl.store(stats_ptr + row_lse * 4, lse2, mask=inside)
+        tl.store(pointers.stats + row_lse * 4, lse2, mask=inside)
         # Dropout: ds / keep_scale = (Z / keep_scale) p dp - p delta / keep_scale; the factor goes
         # into dq and dk.
-        tl.store(stats_ptr + row_lse * 4 + 1, delta / keep_scale, mask=inside)
+        tl.store(pointers.stats + row_lse * 4 + 1, delta / keep_scale, mask=inside)
     # Documents of one chunk need neither. Queries before the first one with far keys are left out;
     # keys are not, since a tile of near keys may reach into the next chunk.
     last = tl.minimum(first + BLOCK_M, length) - 1
@@ -104,17 +127,30 @@ def dual_chunk_rotate_kernel(
         return
     if IS_QUERY and far_end(last + length_k - length, chunk_length, near) <= 0:
         return
-    pairs = pair_columns(HEAD_DIM, BLOCK_D)
-    x_rows = x_ptr + (token * stride_xt + head * stride_xh)[:, None] + pairs[None, :]
-    x = load_pairs(x_rows, row, length, HEAD_DIM, BLOCK_D, True)
+    pairs = pair_columns(TILE.head_dim, BLOCK_D)
+    x_rows = (
+        pointers.x + (token * strides.x_token + head * strides.x_head)[:, None] + pairs[None, :]
+    )
+    x = load_pairs(x_rows, row, length, TILE.head_dim, BLOCK_D, True)
     if IS_QUERY:
         delta = far_delta(row + length_k - length, chunk_length, far_position)
     else:
         delta = tl.zeros([BLOCK_M], tl.float32) - chunk_length
-    turns, turns_rest = load_frequencies(inv_freq_ptr, HEAD_DIM, BLOCK_D)
+    turns, turns_rest = load_frequencies(pointers.inv_freq, TILE.head_dim, BLOCK_D)
     cos, sin = cos_sin(delta[:, None], turns[None, :], turns_rest[None, :])
-    rotated_rows = rotated_ptr + (token * stride_rt + head * stride_rh)[:, None] + pairs[None, :]
-    store_pairs(rotated_rows, rotate(x, cos, sin, BLOCK_M, BLOCK_D), row, length, HEAD_DIM, BLOCK_D)
+    rotated_rows = (
+        pointers.rotated
+        + (token * strides.rotated_token + head * strides.rotated_head)[:, None]
+        + pairs[None, :]
+    )
+    store_pairs(
+        rotated_rows,
+        rotate(x, cos, sin, BLOCK_M, BLOCK_D),
+        row,
+        length,
+        TILE.head_dim,
+        BLOCK_D,
+    )
 
 
 def dual_chunk_rotate(
@@ -163,34 +199,17 @@ def dual_chunk_rotate(
     grid = (heads * tiles.shape[0] * (SCHEDULE_ROWS // ROTATE_CONFIG.block_m),)
     if grid[0] > 0:
         dual_chunk_rotate_kernel[grid](
-            x,
-            rotated,
-            out,
-            dout,
-            lse,
-            dlse,
-            stats,
-            cu_seqlens_x,
-            cu_seqlens_k,
-            tiles,
-            inv_freq,
-            x.stride(0),
-            x.stride(1),
-            rotated.stride(0),
-            rotated.stride(1),
-            0 if out is None else out.stride(0),
-            0 if out is None else out.stride(1),
-            0 if dout is None else dout.stride(0),
-            0 if dout is None else dout.stride(1),
+            RotatePointers(
+                x, rotated, out, dout, lse, dlse, stats, cu_seqlens_x, cu_seqlens_k, tiles, inv_freq
+            ),
+            RotateStrides(*token_head_strides(x, rotated, out, dout)),
             tiles.shape[0],
             tokens,
             chunk_length,
             near,
             far_position,
             scale_kept,
-            HEAD_DIM=head_dim,
-            BLOCK_D=padded_head_dim(head_dim),
-            BLOCK_M=ROTATE_CONFIG.block_m,
+            TILE=tile_shape(ROTATE_CONFIG, head_dim, 1),
             IS_QUERY=is_query,
             **ROTATE_CONFIG.options,
         )

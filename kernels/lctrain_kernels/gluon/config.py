@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from lctrain_kernels.gluon.structures import BackwardShape, ForwardShape
+
 CONSUMERS = 2  # warpgroups of a forward, of 64 rows each
 REGISTERS = 168  # of each thread at entry; warp specialisation shares them out anew
 REGISTERS_OF_THREE = 128  # the same, where a forward has three warpgroups
@@ -72,6 +74,81 @@ _DIFFERENTIAL_BACKWARD = {
     (128, 128, True): BackwardTile(64, 2),
 }
 BLOCK_N_BACKWARD = 128  # a block of the schedule
+
+
+def forward_shape(
+    tile: ForwardTile,
+    columns: int,
+    group: int,
+    heads: int,
+    pack: int,
+    value_columns: int = 0,
+    num_k: int = 1,
+) -> ForwardShape:
+    """Returns the constants of a forward kernel.
+
+    Args:
+        tile: Entry of a table of this module.
+        columns: Columns of a tile of queries and keys.
+        group: Query heads per key/value head.
+        heads: Query heads.
+        pack: Query heads that share a tile.
+        value_columns: Columns of a tile of values, of differential attention.
+        num_k: Tensors of keys.
+    """
+    return ForwardShape(
+        group=group,
+        heads=heads,
+        pack=pack,
+        consumers=tile.consumers,
+        block_n=tile.block_n,
+        block_d=columns,
+        q_stages=tile.q_stages,
+        stages=tile.stages,
+        meet_early=tile.meet_early,
+        block_dv=value_columns,
+        num_k=num_k,
+    )
+
+
+def backward_shape(
+    tile: BackwardTile,
+    columns: int,
+    group: int,
+    heads_kv: int,
+    head_dim: int,
+    deterministic: bool = False,
+    value_dim: int = 0,
+    value_columns: int = 0,
+    num_k: int = 1,
+) -> BackwardShape:
+    """Returns the constants of a backward kernel.
+
+    Args:
+        tile: Entry of a table of this module.
+        columns: Columns of a tile of queries and keys.
+        group: Query heads per key/value head.
+        heads_kv: Key/value heads.
+        head_dim: D.
+        deterministic: Whether partial dq must be added in the order of the keys.
+        value_dim: Dv, of differential attention.
+        value_columns: Columns of a tile of values, of differential attention.
+        num_k: Tensors of keys.
+    """
+    return BackwardShape(
+        group=group,
+        heads_kv=heads_kv,
+        head_dim=head_dim,
+        block_m=tile.block_m,
+        block_n=BLOCK_N_BACKWARD,
+        block_d=columns,
+        stages=tile.stages,
+        dq_from_registers=tile.reduce_from_registers,
+        deterministic=deterministic,
+        value_dim=value_dim,
+        block_dv=value_columns,
+        num_k=num_k,
+    )
 
 
 def pack_heads(group: int) -> int:

@@ -7,9 +7,9 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from lctrain_kernels.gluon.structures import RAGGED
 from lctrain_kernels.tile.arguments import padded_head_dim
 
-_ROWS = 1 << 30
 _OUTER = 0x7FFF0000
 _STRIDE = 1 << 34
 _DTYPES = {
@@ -37,7 +37,7 @@ def ragged_descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescript
     layout = gl.NVMMASharedLayout.get_default_for(block, _DTYPES[tensor.dtype])
     return TensorDescriptor(
         tensor,
-        [_OUTER, _OUTER, _ROWS, tensor.shape[1], tensor.shape[2]],
+        [_OUTER, _OUTER, RAGGED.value, tensor.shape[1], tensor.shape[2]],
         [_STRIDE - stride_t, stride_t, stride_t, stride_h, 1],
         block,
         layout,

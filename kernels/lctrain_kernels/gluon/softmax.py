@@ -269,15 +269,14 @@ def key_words(
     """As block_words, of a block that starts at `key`, a multiple of 32."""
     words = 0
     if HAS_DROPOUT:
-        key_0, key_1, document_key, head, first, local_query = random
         local_key = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
         words = draw_words(
-            key_0,
-            key_1,
-            document_key,
-            head[:, None].to(gl.uint32),
-            first,
-            local_query[:, None],
+            random.key_0,
+            random.key_1,
+            random.document,
+            random.head[:, None].to(gl.uint32),
+            random.first,
+            random.local_query[:, None],
             key,
             local_key[None, :],
         )
@@ -309,30 +308,26 @@ def block_weights(
     IS_FURTHER says that a row's first block came before.
     """
     BLOCK_N: gl.constexpr = s.shape[1]
-    HAS_LEFT: gl.constexpr = FLAGS[0]
-    HAS_SOFTCAP: gl.constexpr = FLAGS[2]
-    HAS_DROPOUT: gl.constexpr = FLAGS[4]
-    IN_DOCUMENT: gl.constexpr = HAS_DROPOUT or FEW_REGISTERS
-    first, local_query = rows
-    shift, length_k, left, right, clear_low, clear_high = visible
-    query = first + local_query
+    IN_DOCUMENT: gl.constexpr = FLAGS.has_dropout or FEW_REGISTERS
+    query = rows.first + rows.local_query
     local_key = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
     key = block * BLOCK_N
     multiplier = scale * _LOG2_E
-    if HAS_SOFTCAP:
+    if FLAGS.has_softcap:
         s = tanh(s * (scale / softcap)) * (softcap * _LOG2_E)
         multiplier = 1.0
-    if (key + BLOCK_N > clear_high) | (key < clear_low):
+    if (key + BLOCK_N > visible.clear_high) | (key < visible.clear_low):
         # Positions inside the block cost fewer instructions, those in the document fewer registers,
         # which random bits need.
         start = 0 if IN_DOCUMENT else key
         keys = local_key + key if IN_DOCUMENT else local_key
-        last = gl.minimum(query + shift + right, length_k - 1) - start
+        last = gl.minimum(query + visible.shift + visible.right, visible.length_k - 1) - start
         s = gl.where(keys[None, :] <= last[:, None], s, float("-inf"))
-        if HAS_LEFT:
-            s = gl.where(keys[None, :] >= (query + shift - left - start)[:, None], s, float("-inf"))
+        if FLAGS.has_left:
+            first_seen = query + visible.shift - visible.left - start
+            s = gl.where(keys[None, :] >= first_seen[:, None], s, float("-inf"))
     return masked_weights(
-        s, m, l, words, threshold, multiplier, s_layout, dtype, HAS_DROPOUT, IS_FURTHER
+        s, m, l, words, threshold, multiplier, s_layout, dtype, FLAGS.has_dropout, IS_FURTHER
     )
 
 

@@ -17,19 +17,17 @@ from lctrain_kernels.gluon.signals import (
     signal,
 )
 from lctrain_kernels.gluon.step import held
-
-_RAGGED = gl.constexpr(1 << 30)
+from lctrain_kernels.gluon.structures import RAGGED, KeySlot
 
 
 @gluon.jit
-def read_slot(packs, HEADS_KV: gl.constexpr, BLOCK_N: gl.constexpr):
-    """(head, document, first key, begin_q, length_q, begin_k, length_k) of this program.
+def read_slot(cu_q_ptr, cu_k_ptr, tiles_ptr, HEADS_KV: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Returns the KeySlot of this program.
 
     The slots of a document are neighbours: all tiles of one of its heads, then the next head, since
     they share queries in L2. In one dimension: a grid's others end at 65,535. An empty slot has
     document -1, and the lengths of document 0.
     """
-    cu_q_ptr, cu_k_ptr, tiles_ptr = packs
     program = gl.program_id(0)
     slot = program // HEADS_KV
     document = gl.load(tiles_ptr + 2 * slot)
@@ -42,7 +40,7 @@ def read_slot(packs, HEADS_KV: gl.constexpr, BLOCK_N: gl.constexpr):
     nth = tile_k * HEADS_KV + program % HEADS_KV
     tiles = gl.maximum((length_k + BLOCK_N - 1) // BLOCK_N, 1)
     first = nth % tiles * BLOCK_N
-    return nth // tiles, document, first, begin_q, length_q, begin_k, length_k
+    return KeySlot(nth // tiles, document, first, begin_q, length_q, begin_k, length_k)
 
 
 @gluon.jit
@@ -58,14 +56,14 @@ def next_block(head, block, head_kv, GROUP: gl.constexpr):
 
 @gluon.jit
 def allocate_rings(STAGES: gl.constexpr):
-    """Barriers at which blocks of queries arrive: (q_ready, do_ready)."""
+    """Returns the mbarriers of blocks of queries and of dout, (q_ready, dout_ready)."""
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    do_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    dout_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_ready.index(i), count=1)
-        mbarrier.init(do_ready.index(i), count=1)
-    return q_ready, do_ready
+        mbarrier.init(dout_ready.index(i), count=1)
+    return q_ready, dout_ready
 
 
 @gluon.jit
@@ -76,7 +74,7 @@ def allocate_dq(BLOCK_M: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def load_rows(desc, buffers, first, ready, place):
+def load_rows(desc, buffers, first, ready, rows):
     """Loads the halves of a tile of keys, one below the other, and leaves it to others to arrive.
 
     Args:
@@ -84,16 +82,15 @@ def load_rows(desc, buffers, first, ready, place):
         buffers: [.., rows, columns].
         first: Where the first half goes; the other follows.
         ready: The barrier.
-        place: (end of the document, row coordinate, head).
+        rows: Rows to load.
     """
-    end, row, head = place
     dtype: gl.constexpr = desc.dtype
     ROWS: gl.constexpr = buffers.shape[1]
     COLUMNS: gl.constexpr = buffers.shape[2]
     for i in gl.static_range(2):
         tma_load(
             desc,
-            [_RAGGED, end, row + i * ROWS, head, 0],
+            [RAGGED, rows.end, rows.row + i * ROWS, rows.head, 0],
             ready,
             reinterpret(buffers.index(first + i), dtype, [1, 1, ROWS, 1, COLUMNS], desc.layout),
         )
@@ -116,55 +113,60 @@ def keys_weights(
         s: [keys, queries], in s_layout.
         lse: [queries].
         query: The first one.
-        bounds: Relative to the first key: the document's end, and what query 0 sees last and first.
+        bounds: KeyBounds of the tile.
         multiplier: Of s, in base 2.
         BLOCK_M: Queries.
         s_layout: Of s.
-        FLAGS: (HAS_LEFT, HAS_RIGHT, ..).
+        FLAGS: Flags.
     """
     HALF: gl.constexpr = s.shape[0]
-    HAS_LEFT: gl.constexpr = FLAGS[0]
-    HAS_RIGHT: gl.constexpr = FLAGS[1]
-    keys_here, reach, past = bounds
     # Keys beyond the document's end are zero, and 2^(0 - lse) may overflow.
-    masked = keys_here < HALF
-    if HAS_RIGHT:
-        masked = masked | (query + reach < HALF - 1)
-    if HAS_LEFT:
-        masked = masked | (query + BLOCK_M - 1 + past > 0)
+    masked = bounds.keys_here < HALF
+    if FLAGS.has_right:
+        masked = masked | (query + bounds.reach < HALF - 1)
+    if FLAGS.has_left:
+        masked = masked | (query + BLOCK_M - 1 + bounds.past > 0)
     if masked:
         local_key = gl.arange(0, HALF, gl.SliceLayout(1, s_layout))
         local_query = gl.arange(0, BLOCK_M, gl.SliceLayout(0, s_layout))
         # Bits 1 and 2 tell a thread's columns from another's: the rest of a column is a constant.
         column = (local_query & ~6)[None, :]
         ahead = local_key[:, None] - (local_query & 6)[None, :] - query
-        known = (local_key < keys_here)[:, None]
-        if HAS_RIGHT:
-            s = gl.where(gl.where(known, ahead - reach, BLOCK_M) <= column, s, float("-inf"))
+        known = (local_key < bounds.keys_here)[:, None]
+        if FLAGS.has_right:
+            s = gl.where(gl.where(known, ahead - bounds.reach, BLOCK_M) <= column, s, float("-inf"))
         else:
             s = gl.where(known, s, float("-inf"))
-        if HAS_LEFT:
-            s = gl.where(ahead - past >= column, s, float("-inf"))
+        if FLAGS.has_left:
+            s = gl.where(ahead - bounds.past >= column, s, float("-inf"))
     return gl.exp2(s * multiplier - lse[None, :])
 
 
 @gluon.jit
-def place_keys(keys, strides, WIDTH: gl.constexpr, layout: gl.constexpr, SHAPE: gl.constexpr):
-    """Where a warpgroup's rows of dk or dv go: (offsets, mask).
+def place_keys(
+    keys,
+    stride_t,
+    stride_h,
+    WIDTH: gl.constexpr,
+    layout: gl.constexpr,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+):
+    """Returns (offsets, mask) of a warpgroup's rows of dk or dv.
 
     Args:
-        keys: (first key, end and begin of the document, head).
-        strides: Of tokens and heads.
+        keys: OutputKeys of the warpgroup.
+        stride_t: Distance between tokens.
+        stride_h: Distance between heads.
         WIDTH: Columns that there are; those of SHAPE beyond are padding.
         layout: Of the rows.
-        SHAPE: (keys, columns).
+        ROWS: Keys.
+        COLUMNS: Columns of the tile.
     """
-    first_key, length_k, begin_k, head_kv = keys
-    stride_t, stride_h = strides
-    key = first_key + gl.arange(0, SHAPE[0], gl.SliceLayout(1, layout))
-    column = gl.arange(0, SHAPE[1], gl.SliceLayout(0, layout))
-    offset = (begin_k + key).to(gl.int64) * stride_t + head_kv * stride_h
-    inside = (key < length_k)[:, None] & (column < WIDTH)[None, :]
+    key = keys.first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+    offset = (keys.begin + key).to(gl.int64) * stride_t + keys.head * stride_h
+    inside = (key < keys.end)[:, None] & (column < WIDTH)[None, :]
     return offset[:, None] + column[None, :], inside
 
 

@@ -5,6 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from lctrain_kernels.gluon.step import key_blocks, load_window, scalar
+from lctrain_kernels.gluon.structures import WorkTile
 
 TILE_FIELDS = gl.constexpr(9)  # of a tile: see fetch_tiles
 TILES_AHEAD = gl.constexpr(2)  # tiles that are fetched before they are needed
@@ -12,11 +13,10 @@ TILES_AHEAD = gl.constexpr(2)  # tiles that are fetched before they are needed
 
 @gluon.jit
 def fetch_tiles(
-    info,
-    info_bars,
-    packs,
+    tiles,
+    tile_bars,
+    inputs,
     window,
-    HEADS: gl.constexpr,
     TILE: gl.constexpr,
     FLAGS: gl.constexpr,
 ):
@@ -24,44 +24,36 @@ def fetch_tiles(
 
     A tile is nine numbers in shared memory; document -1 says that no work is left.
     """
-    info_ready, info_empty = info_bars
-    cu_q_ptr, cu_k_ptr, tiles_ptr, counter_ptr, num_items = packs
-    window_ptr, window_left, window_right = window
-    PACK: gl.constexpr = TILE[0]
-    CONSUMERS: gl.constexpr = TILE[1]
-    BLOCK_N: gl.constexpr = TILE[2]
-    HAS_LEFT: gl.constexpr = FLAGS[0]
-    HAS_RIGHT: gl.constexpr = FLAGS[1]
-    POSITIONS: gl.constexpr = CONSUMERS * 64 // PACK
-    HEAD_GROUPS: gl.constexpr = HEADS // PACK
+    POSITIONS: gl.constexpr = TILE.consumers * 64 // TILE.pack
+    HEAD_GROUPS: gl.constexpr = TILE.heads // TILE.pack
     PARTS: gl.constexpr = (127 + POSITIONS) // POSITIONS
     lane: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    left, right = load_window(window_ptr, window_left, window_right)
+    left, right = load_window(window.pointer, window.left, window.right)
     # Documents of like lengths, as many queries as keys, are served head by head, so that keys and
     # values stay in L2. With one that is much longer than the others, a late head's part of it
     # would have no company. Empty slots come last.
-    slots = num_items // (PARTS * HEAD_GROUPS)
-    most = gl.load(tiles_ptr + 1) + 1
-    middle = tiles_ptr + slots // 2 * 2
+    slots = inputs.num_items // (PARTS * HEAD_GROUPS)
+    most = gl.load(inputs.tiles + 1) + 1
+    middle = inputs.tiles + slots // 2 * 2
     usual = gl.where(gl.load(middle) < 0, 0, gl.load(middle + 1) + 1)
     groups = gl.where(4 * usual >= most, 1, HEAD_GROUPS)
     item = gl.program_id(0)
     served = 0
-    while item < num_items:
-        following = gl.atomic_add(counter_ptr, 1) + gl.num_programs(0)
+    while item < inputs.num_items:
+        following = gl.atomic_add(inputs.counter, 1) + gl.num_programs(0)
         section = item // (slots * PARTS * groups)
         rest = item % (slots * PARTS * groups)
         slot = rest // (PARTS * groups)
         rest = rest % (PARTS * groups)
         part = PARTS - 1 - rest // groups
-        head = (section * groups + rest % groups) * PACK
-        document = gl.load(tiles_ptr + 2 * slot)
-        block = gl.load(tiles_ptr + 2 * slot + 1)
+        head = (section * groups + rest % groups) * TILE.pack
+        document = gl.load(inputs.tiles + 2 * slot)
+        block = gl.load(inputs.tiles + 2 * slot + 1)
         known = gl.maximum(document, 0)
-        begin_q = gl.load(cu_q_ptr + known)
-        end_q = gl.load(cu_q_ptr + known + 1)
-        begin_k = gl.load(cu_k_ptr + known)
-        end_k = gl.load(cu_k_ptr + known + 1)
+        begin_q = gl.load(inputs.cu_seqlens_q + known)
+        end_q = gl.load(inputs.cu_seqlens_q + known + 1)
+        begin_k = gl.load(inputs.cu_seqlens_k + known)
+        end_k = gl.load(inputs.cu_seqlens_k + known + 1)
         length_q = end_q - begin_q
         length_k = end_k - begin_k
         first = block * 128 + part * POSITIONS
@@ -77,36 +69,36 @@ def fetch_tiles(
                 length_k,
                 left,
                 right,
-                HAS_LEFT,
-                HAS_RIGHT,
-                BLOCK_N,
+                FLAGS.has_left,
+                FLAGS.has_right,
+                TILE.block_n,
             )
             stage = served % TILES_AHEAD
-            mbarrier.wait(info_empty.index(stage), ((served // TILES_AHEAD) & 1) ^ 1)
+            mbarrier.wait(tile_bars.empty.index(stage), ((served // TILES_AHEAD) & 1) ^ 1)
             values = (document, end_q, length_q, end_k, length_k, first, head, low, high)
             for field in gl.static_range(9):
-                info.index(stage * TILE_FIELDS + field).store(
+                tiles.index(stage * TILE_FIELDS + field).store(
                     gl.full([1], values[field], gl.int32, lane)
                 )
-            mbarrier.arrive(info_ready.index(stage), count=1)
+            mbarrier.arrive(tile_bars.ready.index(stage), count=1)
             served += 1
         item = following
     stage = served % TILES_AHEAD
-    mbarrier.wait(info_empty.index(stage), ((served // TILES_AHEAD) & 1) ^ 1)
-    info.index(stage * TILE_FIELDS).store(gl.full([1], -1, gl.int32, lane))
-    mbarrier.arrive(info_ready.index(stage), count=1)
+    mbarrier.wait(tile_bars.empty.index(stage), ((served // TILES_AHEAD) & 1) ^ 1)
+    tiles.index(stage * TILE_FIELDS).store(gl.full([1], -1, gl.int32, lane))
+    mbarrier.arrive(tile_bars.ready.index(stage), count=1)
 
 
 @gluon.jit
-def read_tile(info, served, WARPS: gl.constexpr):
-    """(end_q, length_q, end_k, length_k, first, head, low, high) of a tile that is ready."""
+def read_tile(tiles, served, WARPS: gl.constexpr):
+    """Returns the WorkTile number `served`, which is ready."""
     fields = served % TILES_AHEAD * TILE_FIELDS
-    end_q = scalar(info.index(fields + 1), WARPS)
-    length_q = scalar(info.index(fields + 2), WARPS)
-    end_k = scalar(info.index(fields + 3), WARPS)
-    length_k = scalar(info.index(fields + 4), WARPS)
-    first = scalar(info.index(fields + 5), WARPS)
-    head = scalar(info.index(fields + 6), WARPS)
-    low = scalar(info.index(fields + 7), WARPS)
-    high = scalar(info.index(fields + 8), WARPS)
-    return end_q, length_q, end_k, length_k, first, head, low, high
+    end_q = scalar(tiles.index(fields + 1), WARPS)
+    length_q = scalar(tiles.index(fields + 2), WARPS)
+    end_k = scalar(tiles.index(fields + 3), WARPS)
+    length_k = scalar(tiles.index(fields + 4), WARPS)
+    first = scalar(tiles.index(fields + 5), WARPS)
+    head = scalar(tiles.index(fields + 6), WARPS)
+    low = scalar(tiles.index(fields + 7), WARPS)
+    high = scalar(tiles.index(fields + 8), WARPS)
+    return WorkTile(end_q, length_q, end_k, length_k, first, head, low, high)

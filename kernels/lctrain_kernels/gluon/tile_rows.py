@@ -5,9 +5,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from lctrain_kernels.gluon.compat import partition_barrier, reinterpret, tma_load, tma_store
+from lctrain_kernels.gluon.structures import RAGGED, ForwardBuffers, Pipeline
 from lctrain_kernels.gluon.tile_list import TILE_FIELDS, TILES_AHEAD
 
-_RAGGED = gl.constexpr(1 << 30)
 _CHUNK = gl.constexpr(64)  # columns of a 128-byte swizzle
 
 
@@ -19,13 +19,13 @@ def allocate(dtype: gl.constexpr, TILE: gl.constexpr):
 
     Args:
         dtype: Of queries, keys and values.
-        TILE: (PACK, CONSUMERS, BLOCK_N, BLOCK_D, Q_STAGES, STAGES), and more for others.
+        TILE: ForwardShape.
     """
-    CONSUMERS: gl.constexpr = TILE[1]
-    BLOCK_N: gl.constexpr = TILE[2]
-    BLOCK_D: gl.constexpr = TILE[3]
-    Q_STAGES: gl.constexpr = TILE[4]
-    STAGES: gl.constexpr = TILE[5]
+    CONSUMERS: gl.constexpr = TILE.consumers
+    BLOCK_N: gl.constexpr = TILE.block_n
+    BLOCK_D: gl.constexpr = TILE.block_d
+    Q_STAGES: gl.constexpr = TILE.q_stages
+    STAGES: gl.constexpr = TILE.stages
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
     kv_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], dtype)
     word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -33,25 +33,25 @@ def allocate(dtype: gl.constexpr, TILE: gl.constexpr):
     q_bufs = gl.allocate_shared_memory(dtype, [Q_STAGES * CONSUMERS, 64, BLOCK_D], q_layout)
     k_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], kv_layout)
     v_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], kv_layout)
-    info = gl.allocate_shared_memory(gl.int32, [TILES_AHEAD * TILE_FIELDS, 1], word)
-    info_ready = gl.allocate_shared_memory(gl.int64, [TILES_AHEAD, 1], bar)
-    info_empty = gl.allocate_shared_memory(gl.int64, [TILES_AHEAD, 1], bar)
+    tiles = gl.allocate_shared_memory(gl.int32, [TILES_AHEAD * TILE_FIELDS, 1], word)
+    tile_ready = gl.allocate_shared_memory(gl.int64, [TILES_AHEAD, 1], bar)
+    tile_empty = gl.allocate_shared_memory(gl.int64, [TILES_AHEAD, 1], bar)
     q_ready = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bar)
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bar)
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     for i in gl.static_range(TILES_AHEAD):
-        mbarrier.init(info_ready.index(i), count=1)
-        mbarrier.init(info_empty.index(i), count=CONSUMERS + 1)
+        mbarrier.init(tile_ready.index(i), count=1)
+        mbarrier.init(tile_empty.index(i), count=CONSUMERS + 1)
     for i in gl.static_range(Q_STAGES):
         mbarrier.init(q_ready.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=CONSUMERS)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_ready.index(i), count=1)
         mbarrier.init(v_ready.index(i), count=1)
-    info_bars = (info_ready, info_empty)
-    q_bars = (q_ready, q_empty)
-    return q_bufs, k_bufs, v_bufs, info, info_bars, q_bars, k_ready, v_ready
+    tile_bars = Pipeline(tile_ready, tile_empty)
+    q_bars = Pipeline(q_ready, q_empty)
+    return ForwardBuffers(q_bufs, k_bufs, v_bufs, tiles, tile_bars, q_bars, k_ready, v_ready)
 
 
 @gluon.jit
@@ -60,7 +60,7 @@ def load_queries(
     q_bufs,
     q_ready,
     stage,
-    place,
+    rows,
     TILE: gl.constexpr,
     BRANCH: gl.constexpr = 0,
     BRANCHES: gl.constexpr = 1,
@@ -72,17 +72,15 @@ def load_queries(
         q_bufs: From allocate.
         q_ready: Likewise.
         stage: Where to.
-        place: (end and length of the document, the tile's first query, its first head).
+        rows: QueryRows of the tile.
         TILE: As in allocate.
         BRANCH: Which 64 rows of a buffer.
         BRANCHES: Times 64 rows that a buffer has; each load is an arrival at q_ready.
     """
-    end_q, length_q, first, head = place
-    PACK: gl.constexpr = TILE[0]
-    CONSUMERS: gl.constexpr = TILE[1]
-    BLOCK_D: gl.constexpr = TILE[3]
+    CONSUMERS: gl.constexpr = TILE.consumers
+    BLOCK_D: gl.constexpr = TILE.block_d
     ROWS: gl.constexpr = CONSUMERS * 64
-    POSITIONS: gl.constexpr = ROWS // PACK
+    POSITIONS: gl.constexpr = ROWS // TILE.pack
     RUN: gl.constexpr = POSITIONS if POSITIONS < 64 else 64
     COLUMNS: gl.constexpr = BLOCK_D // _CHUNK
     dtype: gl.constexpr = desc.dtype
@@ -102,10 +100,10 @@ def load_queries(
                 tma_load(
                     desc,
                     [
-                        _RAGGED,
-                        end_q,
-                        _RAGGED - length_q + first + index % (POSITIONS // RUN) * RUN,
-                        head + index // (POSITIONS // RUN),
+                        RAGGED,
+                        rows.end,
+                        RAGGED - rows.length + rows.first + index % (POSITIONS // RUN) * RUN,
+                        rows.head + index // (POSITIONS // RUN),
                         column * _CHUNK,
                     ],
                     q_ready.index(stage),
@@ -119,16 +117,15 @@ def load_queries(
 
 
 @gluon.jit
-def load_block(desc, buffer, ready, place):
+def load_block(desc, buffer, ready, rows):
     """Loads a block of rows of one head, and arrives.
 
     Args:
         desc: Of [T, H, D], in blocks of the buffer's shape.
         buffer: [rows, columns].
         ready: The barrier.
-        place: (end of the document, row coordinate, head).
+        rows: Rows to load.
     """
-    end, row, head = place
     dtype: gl.constexpr = desc.dtype
     BYTES: gl.constexpr = dtype.primitive_bitwidth // 8
     ROWS: gl.constexpr = buffer.shape[0]
@@ -136,23 +133,22 @@ def load_block(desc, buffer, ready, place):
     mbarrier.expect(ready, ROWS * BLOCK_D * BYTES)
     tma_load(
         desc,
-        [_RAGGED, end, row, head, 0],
+        [RAGGED, rows.end, rows.row, rows.head, 0],
         ready,
         reinterpret(buffer, dtype, [1, 1, ROWS, 1, BLOCK_D], desc.layout),
     )
 
 
 @gluon.jit
-def store_rows(desc, buffer, place, RUN: gl.constexpr):
+def store_rows(desc, buffer, rows, RUN: gl.constexpr):
     """Starts the copy of a warpgroup's 64 rows out of the buffer that it wrote them to.
 
     Args:
         desc: As in load_queries.
         buffer: [64, BLOCK_D].
-        place: (end and length of the document, first query, first head), of this warpgroup.
+        rows: QueryRows of this warpgroup.
         RUN: Positions of one head.
     """
-    end_q, length_q, first, head = place
     dtype: gl.constexpr = desc.dtype
     COLUMNS: gl.constexpr = buffer.shape[1] // _CHUNK
     rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([RUN, _CHUNK], dtype)
@@ -163,7 +159,13 @@ def store_rows(desc, buffer, place, RUN: gl.constexpr):
         for run in gl.static_range(64 // RUN):
             tma_store(
                 desc,
-                [_RAGGED, end_q, _RAGGED - length_q + first, head + run, column * _CHUNK],
+                [
+                    RAGGED,
+                    rows.end,
+                    RAGGED - rows.length + rows.first,
+                    rows.head + run,
+                    column * _CHUNK,
+                ],
                 reinterpret(
                     chunks.index(column * (64 // RUN) + run),
                     dtype,

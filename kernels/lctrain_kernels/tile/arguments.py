@@ -23,6 +23,15 @@ RUNTIME_INTEGERS = [
 DOT_PRECISION = "ieee"
 
 
+def token_head_strides(*tensors: Tensor | None) -> tuple[int, ...]:
+    """Returns the strides of tokens and heads of tensors [T, H, D]; 0 and 0 for None."""
+    return tuple(
+        stride
+        for tensor in tensors
+        for stride in ((0, 0) if tensor is None else tensor.stride()[:2])
+    )
+
+
 def padded_head_dim(head_dim: int) -> int:
     """Returns the power of two that holds the head dim; matrix instructions need at least 16."""
     return max(16, triton.next_power_of_2(head_dim))

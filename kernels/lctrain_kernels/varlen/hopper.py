@@ -8,17 +8,24 @@ from torch import Tensor
 from lctrain_kernels.gluon.config import (
     BLOCK_N_BACKWARD,
     REGISTERS,
+    backward_shape,
     backward_tile,
     entry_registers,
+    forward_shape,
     forward_tile,
     pack_heads,
 )
 from lctrain_kernels.gluon.launch import multiprocessors, padded_columns, ragged_descriptor
 from lctrain_kernels.schedule import SCHEDULE_ROWS
-from lctrain_kernels.tile.arguments import dropout_arguments, window_arguments
+from lctrain_kernels.tile.arguments import dropout_arguments, token_head_strides, window_arguments
 from lctrain_kernels.tile.logits import LOG2_E
-from lctrain_kernels.varlen.hopper_bwd import varlen_bwd_hopper_kernel
-from lctrain_kernels.varlen.hopper_fwd import varlen_fwd_hopper_kernel
+from lctrain_kernels.tile.structures import Flags
+from lctrain_kernels.varlen.hopper_bwd import (
+    BackwardPointers,
+    BackwardStrides,
+    varlen_bwd_hopper_kernel,
+)
+from lctrain_kernels.varlen.hopper_fwd import ForwardPointers, varlen_fwd_hopper_kernel
 
 _LOG2_E = tl.constexpr(LOG2_E)
 
@@ -62,15 +69,17 @@ def varlen_fwd(
         ragged_descriptor(k, tile.block_n, columns),
         ragged_descriptor(v, tile.block_n, columns),
         ragged_descriptor(out, run, 64),
-        lse,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        q_tiles,
-        torch.zeros(1, dtype=torch.int32, device=q.device),
-        window_ptr,
-        learnable_sink,
-        dropout_seed,
-        document_ids,
+        ForwardPointers(
+            lse,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            q_tiles,
+            torch.zeros(1, dtype=torch.int32, device=q.device),
+            window_ptr,
+            learnable_sink,
+            dropout_seed,
+            document_ids,
+        ),
         items,
         total_q,
         left,
@@ -79,20 +88,14 @@ def varlen_fwd(
         softcap,
         threshold,
         scale_kept,
-        GROUP=group,
-        HEADS=heads,
-        PACK=pack,
-        CONSUMERS=tile.consumers,
-        BLOCK_N=tile.block_n,
-        BLOCK_D=columns,
-        Q_STAGES=tile.q_stages,
-        STAGES=tile.stages,
-        MEET_EARLY=tile.meet_early,
-        HAS_LEFT=has_left,
-        HAS_RIGHT=has_right,
-        HAS_SOFTCAP=softcap > 0,
-        HAS_SINK=learnable_sink is not None,
-        HAS_DROPOUT=dropout_p > 0,
+        TILE=forward_shape(tile, columns, group, heads, pack),
+        FLAGS=Flags(
+            has_left=has_left,
+            has_right=has_right,
+            has_softcap=softcap > 0,
+            has_sink=learnable_sink is not None,
+            has_dropout=dropout_p > 0,
+        ),
         num_warps=4,
         maxnreg=entry_registers(tile.consumers),
         enable_fp_fusion=True,
@@ -253,10 +256,10 @@ def varlen_bwd(
         per_head = total_q // 16 + documents  # slabs
         shape = (heads, per_head, 16 * head_dim)
         dq_sum = torch.zeros(shape, dtype=torch.float32, device=q.device)
-        turns = None
+        semaphores = None
     else:
-        per_head = total_q // tile.block_m + documents  # turns
-        turns = torch.zeros((heads, per_head), dtype=torch.int32, device=q.device)
+        per_head = total_q // tile.block_m + documents  # semaphores
+        semaphores = torch.zeros((heads, per_head), dtype=torch.int32, device=q.device)
         dq_sum = torch.empty((total_q, heads, head_dim), dtype=torch.float32, device=q.device)
     _prepare_kernel[(triton.cdiv(total_q, rows), heads)](
         out,
@@ -289,24 +292,23 @@ def varlen_bwd(
         None
         if tile.reduce_from_registers
         else ragged_descriptor(dq_sum, tile.block_m, columns // 2),
-        lse2,
-        delta if kept_delta is None else kept_delta,
-        dk,
-        dv,
-        dq_sum,
-        None if tile.reduce_from_registers else dq,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        k_tiles,
-        window_ptr,
-        dropout_seed,
-        document_ids,
-        turns,
+        BackwardPointers(
+            lse2,
+            delta if kept_delta is None else kept_delta,
+            dk,
+            dv,
+            dq_sum,
+            None if tile.reduce_from_registers else dq,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            k_tiles,
+            window_ptr,
+            dropout_seed,
+            document_ids,
+            semaphores,
+        ),
         per_head,
-        dk.stride(0),
-        dk.stride(1),
-        dq.stride(0),
-        dq.stride(1),
+        BackwardStrides(*token_head_strides(dk, dq)),
         total_q,
         left,
         right,
@@ -314,18 +316,13 @@ def varlen_bwd(
         softcap,
         threshold,
         scale_kept,
-        GROUP=heads // heads_kv,
-        HEADS_KV=heads_kv,
-        HEAD_DIM=head_dim,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=BLOCK_N_BACKWARD,
-        BLOCK_D=columns,
-        STAGES=tile.stages,
-        DETERMINISTIC=deterministic,
-        HAS_LEFT=has_left,
-        HAS_RIGHT=has_right,
-        HAS_SOFTCAP=softcap > 0,
-        HAS_DROPOUT=dropout_p > 0,
+        TILE=backward_shape(tile, columns, heads // heads_kv, heads_kv, head_dim, deterministic),
+        FLAGS=Flags(
+            has_left=has_left,
+            has_right=has_right,
+            has_softcap=softcap > 0,
+            has_dropout=dropout_p > 0,
+        ),
         num_warps=4,
         maxnreg=REGISTERS,
         enable_fp_fusion=True,

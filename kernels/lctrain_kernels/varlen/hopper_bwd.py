@@ -1,5 +1,7 @@
 """Backward of varlen attention for Hopper, in Gluon: five products, dq added up in float32."""
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
@@ -12,6 +14,19 @@ from lctrain_kernels.gluon.signals import (
     settle_places,
 )
 from lctrain_kernels.gluon.step import load_window, query_blocks
+from lctrain_kernels.gluon.structures import (
+    RAGGED,
+    BackwardBuffers,
+    Bounds,
+    DqSlabs,
+    DropoutInputs,
+    Factors,
+    KeyGradients,
+    KeyTile,
+    Rows,
+    Semaphores,
+    Statistics,
+)
 from lctrain_kernels.gluon.tile_keys import (
     allocate_dq,
     allocate_rings,
@@ -20,27 +35,43 @@ from lctrain_kernels.gluon.tile_keys import (
     read_slot,
 )
 from lctrain_kernels.gluon.tile_rows import load_block
-from lctrain_kernels.varlen.hopper_bwd_compute import compute
+from lctrain_kernels.varlen.hopper_bwd_compute import ComputeInputs, compute
 from lctrain_kernels.varlen.hopper_bwd_dq import add_dq, finish_dq, first_slab
-
-_RAGGED = gl.constexpr(1 << 30)
 
 
 @gluon.jit
-def _locate(packs, window, HEADS_KV: gl.constexpr, SHAPE: gl.constexpr, FLAGS: gl.constexpr):
-    """(document, tile) of this program; of an empty slot document 0, no queries and no keys."""
-    left, right = window
-    BLOCK_M: gl.constexpr = SHAPE[0]
-    BLOCK_N: gl.constexpr = SHAPE[1]
-    slot = read_slot(packs, HEADS_KV, BLOCK_N)
-    head_kv, document, first, begin_q, length_q, begin_k, length_k = slot
-    low, high = query_blocks(
-        first, BLOCK_N, length_k - length_q, length_q, left, right, FLAGS[0], FLAGS[1], BLOCK_M
+def _locate(pointers, window, TILE: gl.constexpr, FLAGS: gl.constexpr):
+    """Returns (document, KeyTile) of this program.
+
+    An empty slot gives document 0 without queries and without keys.
+    """
+    slot = read_slot(
+        pointers.cu_seqlens_q, pointers.cu_seqlens_k, pointers.tiles, TILE.heads_kv, TILE.block_n
     )
-    high = gl.where(document < 0, low, high)
-    length_k = gl.where(document < 0, 0, length_k)
-    tile = (head_kv, begin_q, length_q, begin_k, length_k, first, low, high)
-    return gl.maximum(document, 0), tile
+    low, high = query_blocks(
+        slot.first,
+        TILE.block_n,
+        slot.length_k - slot.length_q,
+        slot.length_q,
+        window.left,
+        window.right,
+        FLAGS.has_left,
+        FLAGS.has_right,
+        TILE.block_m,
+    )
+    high = gl.where(slot.document < 0, low, high)
+    length_k = gl.where(slot.document < 0, 0, slot.length_k)
+    tile = KeyTile(
+        slot.head_kv,
+        slot.begin_q,
+        slot.length_q,
+        slot.begin_k,
+        length_k,
+        slot.first,
+        low,
+        high,
+    )
+    return gl.maximum(slot.document, 0), tile
 
 
 @gluon.jit
@@ -52,42 +83,63 @@ def _load(
     shared,
     stats,
     tile,
-    GROUP: gl.constexpr,
-    SHAPE: gl.constexpr,
+    TILE: gl.constexpr,
 ):
     """Loads a tile's keys and values, then the queries of every head of its group."""
-    k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings = shared
-    q_ready, do_ready = rings
-    lse_ptr, delta_ptr, total_q = stats
-    head_kv, begin_q, length_q, begin_k, length_k, first, low, high = tile
-    BLOCK_M: gl.constexpr = SHAPE[0]
-    BLOCK_N: gl.constexpr = SHAPE[1]
-    BLOCK_D: gl.constexpr = SHAPE[2]
-    STAGES: gl.constexpr = SHAPE[3]
-    keys = (begin_k + length_k, _RAGGED - length_k + first, head_kv)
-    mbarrier.expect(kv_ready, 2 * BLOCK_N * BLOCK_D * 2)
-    load_rows(k_desc, k_bufs, 0, kv_ready, keys)
-    load_rows(v_desc, v_bufs, 0, kv_ready, keys)
+    GROUP: gl.constexpr = TILE.group
+    BLOCK_M: gl.constexpr = TILE.block_m
+    STAGES: gl.constexpr = TILE.stages
+    keys = Rows(tile.begin_k + tile.length_k, RAGGED - tile.length_k + tile.first, tile.head_kv)
+    mbarrier.expect(shared.kv_ready, 2 * TILE.block_n * TILE.block_d * 2)
+    load_rows(k_desc, shared.k, 0, shared.kv_ready, keys)
+    load_rows(v_desc, shared.v, 0, shared.kv_ready, keys)
     lanes: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
     local = gl.arange(0, BLOCK_M, lanes)
-    head = head_kv * GROUP
-    block = high - 1
-    steps = GROUP * (high - low)
+    head = tile.head_kv * GROUP
+    block = tile.high - 1
+    steps = GROUP * (tile.high - tile.low)
     for step in range(steps):
         place = step % STAGES
         first_query = block * BLOCK_M
-        vector = head.to(gl.int64) * total_q + begin_q + first_query + local
-        left_here = length_q - first_query
-        queries = (begin_q + length_q, _RAGGED - left_here, head)
+        vector = head.to(gl.int64) * stats.total_q + tile.begin_q + first_query + local
+        left_here = tile.length_q - first_query
+        queries = Rows(tile.begin_q + tile.length_q, RAGGED - left_here, head)
         await_place(BLOCK_EMPTY, step, STAGES, LOADER_AND_BOTH)
-        copy_async(lse_bufs.index(place), lse_ptr + vector, mask=local < left_here)
-        copy_arrive(q_ready.index(place))
-        load_block(q_desc, q_bufs.index(place), q_ready.index(place), queries)
-        copy_async(delta_bufs.index(place), delta_ptr + vector, mask=local < left_here)
-        copy_arrive(do_ready.index(place))
-        load_block(do_desc, do_bufs.index(place), do_ready.index(place), queries)
-        head, block = next_block(head, block, head_kv, GROUP)
+        copy_async(shared.lse.index(place), stats.lse + vector, mask=local < left_here)
+        copy_arrive(shared.q_ready.index(place))
+        load_block(q_desc, shared.q.index(place), shared.q_ready.index(place), queries)
+        copy_async(shared.delta.index(place), stats.delta + vector, mask=local < left_here)
+        copy_arrive(shared.dout_ready.index(place))
+        load_block(do_desc, shared.dout.index(place), shared.dout_ready.index(place), queries)
+        head, block = next_block(head, block, tile.head_kv, GROUP)
     settle_places(BLOCK_EMPTY, steps, STAGES, LOADER_AND_BOTH)
+
+
+class BackwardPointers(NamedTuple):
+    """Tensors of varlen_bwd_hopper_kernel."""
+
+    lse: Any
+    delta: Any
+    dk: Any
+    dv: Any
+    dq_sum: Any
+    dq: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    tiles: Any
+    window: Any
+    dropout_seed: Any
+    document_ids: Any
+    semaphores: Any
+
+
+class BackwardStrides(NamedTuple):
+    """Distances between tokens and between heads of dk (and dv) and of dq, in elements."""
+
+    dk_token: Any
+    dk_head: Any
+    dq_token: Any
+    dq_head: Any
 
 
 @gluon.jit(
@@ -105,24 +157,9 @@ def varlen_bwd_hopper_kernel(
     k_desc,
     v_desc,
     dq_desc,
-    lse_ptr,
-    delta_ptr,
-    dk_ptr,
-    dv_ptr,
-    sum_ptr,
-    dq_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    tiles_ptr,
-    window_ptr,
-    seed_ptr,
-    document_ids_ptr,
-    turns_ptr,
+    pointers: BackwardPointers,
     per_head,
-    stride_t,
-    stride_h,
-    stride_dqt,
-    stride_dqh,
+    strides: BackwardStrides,
     total_q,
     window_left,
     window_right,
@@ -130,38 +167,33 @@ def varlen_bwd_hopper_kernel(
     softcap,
     threshold,
     keep_scale,
-    GROUP: gl.constexpr,
-    HEADS_KV: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr,
-    DETERMINISTIC: gl.constexpr,
-    HAS_LEFT: gl.constexpr,
-    HAS_RIGHT: gl.constexpr,
-    HAS_SOFTCAP: gl.constexpr,
-    HAS_DROPOUT: gl.constexpr,
+    TILE: gl.constexpr,
+    FLAGS: gl.constexpr,
 ):
-    """One program: BLOCK_N keys of one key/value head, with all queries of its group that see them.
+    """One program: a tile of keys of one key/value head, and all queries of its group that see it.
 
     Grid: (tiles * key/value heads,). lse and delta [H, T] float32: base 2, +inf where nothing was
-    seen, and delta / keep_scale. dq_desc describes sum, a float32 [T, H, D]; dq, of its layout, is
-    written, but for rows that see no key; turns is a zeroed int32 [H, blocks of queries]. Programs
-    must start in order, since they wait for earlier ones. Without dq_desc, sum is as first_slab has
-    it, zeroed, and there are neither turns nor dq. per_head: turns, or slabs, of a head. BLOCK_M is
-    64.
+    seen, and delta / keep_scale. TILE.block_m is 64.
+
+    With dq_desc, dq_sum is the float32 [T, H, D] that dq_desc describes. The kernel writes dq, of
+    the same layout, except for rows that see no key. semaphores is a zeroed int32 [H, per_head].
+    Programs must start in order, since they wait for earlier ones.
+
+    With TILE.dq_from_registers, dq_sum is zeroed, has the layout of first_slab and per_head slabs
+    per head; dq_desc, dq and semaphores are None.
     """
+    BLOCK_M: gl.constexpr = TILE.block_m
+    BLOCK_D: gl.constexpr = TILE.block_d
+    STAGES: gl.constexpr = TILE.stages
+    FROM_REGISTERS: gl.constexpr = TILE.dq_from_registers
     gl.static_assert(BLOCK_M == 64, "the warpgroups multiply 64 queries at a time")
     gl.static_assert(STAGES >= 2, "queries of the next step are awaited before a step's are read")
+    gl.static_assert((dq_desc is None) == FROM_REGISTERS, "the dQ warp alone uses dq_desc")
     dtype: gl.constexpr = q_desc.dtype
-    HALF: gl.constexpr = BLOCK_N // 2
-    FROM_REGISTERS: gl.constexpr = dq_desc is None
-    SHAPE: gl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, STAGES, FROM_REGISTERS)
-    FLAGS: gl.constexpr = (HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT)
-    packs = (cu_q_ptr, cu_k_ptr, tiles_ptr)
-    window = load_window(window_ptr, window_left, window_right)
-    document, tile = _locate(packs, window, HEADS_KV, SHAPE, FLAGS)
+    HALF: gl.constexpr = TILE.block_n // 2
+    left, right = load_window(pointers.window, window_left, window_right)
+    window = Bounds(left, right)
+    document, tile = _locate(pointers, window, TILE, FLAGS)
 
     word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     bar: gl.constexpr = mbarrier.MBarrierLayout()
@@ -174,28 +206,30 @@ def varlen_bwd_hopper_kernel(
     do_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], m_layout)
     ds_bufs = gl.allocate_shared_memory(dtype, [4, HALF, BLOCK_M], ds_layout)
     if FROM_REGISTERS:
-        slab_ptr = first_slab(sum_ptr, per_head, tile, document, GROUP, HEAD_DIM, BLOCK_M)
-        dq_out = (slab_ptr, per_head)
+        slab_ptr = first_slab(pointers.dq_sum, per_head, tile, document, TILE)
+        dq_out = DqSlabs(slab_ptr, per_head)
     else:
         dq_out = allocate_dq(BLOCK_M, BLOCK_D // 2)
     lse_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], word)
     delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], word)
     kv_ready = gl.allocate_shared_memory(gl.int64, [1], bar)
-    rings = allocate_rings(STAGES)
+    q_ready, dout_ready = allocate_rings(STAGES)
     mbarrier.init(kv_ready, count=1)
-    shared = (k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, rings)
-    results = (dk_ptr, dv_ptr, stride_t, stride_h)
-    random = (seed_ptr, document_ids_ptr, document, threshold)
-    numbers = (scale, softcap, keep_scale)
-    stats = (lse_ptr, delta_ptr, total_q)
-    turns = (turns_ptr, per_head, document)
-    inputs = (shared, dq_out, ds_bufs, results, tile, window, random, numbers)
+    shared = BackwardBuffers(
+        k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, q_ready, dout_ready
+    )
+    results = KeyGradients(pointers.dk, pointers.dv, strides.dk_token, strides.dk_head)
+    dropout = DropoutInputs(pointers.dropout_seed, pointers.document_ids, document, threshold)
+    factors = Factors(scale, softcap, keep_scale)
+    stats = Statistics(pointers.lse, pointers.delta, total_q)
+    semaphores = Semaphores(pointers.semaphores, per_head, document)
+    inputs = ComputeInputs(shared, dq_out, ds_bufs, results, tile, window, dropout, factors)
     if FROM_REGISTERS:
         gl.warp_specialize(
             [
-                (compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 0)),
-                (compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 1)),
-                (_load, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, GROUP, SHAPE)),
+                (compute, (inputs, TILE, FLAGS, 0)),
+                (compute, (inputs, TILE, FLAGS, 1)),
+                (_load, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, TILE)),
             ],
             [4, 1],
             [240, 24],
@@ -203,26 +237,28 @@ def varlen_bwd_hopper_kernel(
     else:
         gl.warp_specialize(
             [
-                (compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 0)),
-                (compute, (inputs, GROUP, HEAD_DIM, SHAPE, FLAGS, 1)),
-                (_load, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, GROUP, SHAPE)),
-                (add_dq, (dq_desc, dq_out, turns, tile, window, GROUP, SHAPE, DETERMINISTIC)),
+                (compute, (inputs, TILE, FLAGS, 0)),
+                (compute, (inputs, TILE, FLAGS, 1)),
+                (_load, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, TILE)),
+                (add_dq, (dq_desc, dq_out, semaphores, tile, window, TILE)),
             ],
             [4, 1, 1],
             [240, 24, 24],
         )
     if not FROM_REGISTERS:
-        # Found anew, so that nothing of it takes registers of the loops.
-        window = load_window(window_ptr, window_left, window_right)
-        document, tile = _locate(packs, window, HEADS_KV, SHAPE, FLAGS)
+        # Computed again, so that the loops hold none of it in registers.
+        left, right = load_window(pointers.window, window_left, window_right)
+        window = Bounds(left, right)
+        document, tile = _locate(pointers, window, TILE, FLAGS)
         finish_dq(
-            (sum_ptr, dq_ptr, stride_dqt, stride_dqh),
-            (turns_ptr, per_head, document),
+            pointers.dq_sum,
+            pointers.dq,
+            strides.dq_token,
+            strides.dq_head,
+            Semaphores(pointers.semaphores, per_head, document),
             tile,
             window,
             scale * keep_scale,
-            GROUP,
-            HEAD_DIM,
-            SHAPE,
+            TILE,
             FLAGS,
         )

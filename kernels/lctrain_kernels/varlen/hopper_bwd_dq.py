@@ -1,133 +1,127 @@
-"""dq of the Hopper backward of varlen attention: who adds when and how, and who rounds."""
+"""The sum of partial dq in the Hopper backward of varlen attention, and its rounding."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from lctrain_kernels.gluon.compat import partition_barrier, tma_add, tma_store
 from lctrain_kernels.gluon.step import add_four, query_blocks, release, wait_written
+from lctrain_kernels.gluon.structures import RAGGED
 from lctrain_kernels.gluon.tile_keys import give_back_dq, take_dq
 
-_RAGGED = gl.constexpr(1 << 30)
-_TOLD_AT_ONCE = gl.constexpr(4)  # steps
+_RELEASE_EVERY = gl.constexpr(4)  # steps
 
 
 @gluon.jit
-def _earlier_tiles(block, tile, window, SHAPE: gl.constexpr):
+def _earlier_tiles(block, tile, window, TILE: gl.constexpr):
     """How many tiles of keys before this one see a block of queries."""
-    _, _, length_q, _, length_k, first, _, _ = tile
-    left, _ = window
-    BLOCK_M: gl.constexpr = SHAPE[0]
-    BLOCK_N: gl.constexpr = SHAPE[1]
-    seen = gl.maximum(block * BLOCK_M + length_k - length_q - left, 0)
-    return first // BLOCK_N - seen // BLOCK_N
+    seen = gl.maximum(block * TILE.block_m + tile.length_k - tile.length_q - window.left, 0)
+    return tile.first // TILE.block_n - seen // TILE.block_n
 
 
 @gluon.jit
-def _turn(turns, tile, step, GROUP: gl.constexpr, BLOCK_M: gl.constexpr):
-    """Where the shares of a step's block of dq are counted. Two documents share no number."""
-    turns_ptr, turns_per_head, document = turns
-    head_kv, begin_q, _, _, _, _, _, high = tile
-    head = head_kv * GROUP + step % GROUP
-    block = high - 1 - step // GROUP
-    return turns_ptr + head * turns_per_head + begin_q // BLOCK_M + document + block
+def _semaphore(semaphores, tile, step, TILE: gl.constexpr):
+    """Returns the counter of a step's block of dq. Two documents have no counter in common."""
+    head = tile.head_kv * TILE.group + step % TILE.group
+    block = tile.high - 1 - step // TILE.group
+    return (
+        semaphores.pointer
+        + head * semaphores.per_head
+        + tile.begin_q // TILE.block_m
+        + semaphores.document
+        + block
+    )
 
 
 @gluon.jit
-def _tell(turns, tile, begin, end, GROUP: gl.constexpr, BLOCK_M: gl.constexpr):
-    """Counts the shares of steps [begin, end), which this warp knows to be written."""
+def _release_semaphores(semaphores, tile, begin, end, TILE: gl.constexpr):
+    """Counts the partial dq of steps [begin, end), whose writes this warp has waited for."""
     partition_barrier()
     release()
     for step in range(begin, end):
-        gl.atomic_add(_turn(turns, tile, step, GROUP, BLOCK_M), 1, sem="relaxed")
+        gl.atomic_add(_semaphore(semaphores, tile, step, TILE), 1, sem="relaxed")
 
 
 @gluon.jit
-def _await_shares(turn, count):
-    """Waits until `count` shares of a block of dq are in global memory."""
-    there = gl.atomic_add(turn, 0, sem="acquire")
-    while there < count:
-        there = gl.atomic_add(turn, 0, sem="acquire")
+def _acquire_semaphore(semaphore, count):
+    """Waits until `count` partial dq of a block are in global memory."""
+    arrived = gl.atomic_add(semaphore, 0, sem="acquire")
+    while arrived < count:
+        arrived = gl.atomic_add(semaphore, 0, sem="acquire")
 
 
 @gluon.jit
 def add_dq(
     dq_desc,
     dq_bufs,
-    turns,
+    semaphores,
     tile,
     window,
-    GROUP: gl.constexpr,
-    SHAPE: gl.constexpr,
-    DETERMINISTIC: gl.constexpr,
+    TILE: gl.constexpr,
 ):
-    """Adds the halves of dq that the warpgroups leave in shared memory to the float32 buffer.
+    """The dQ warp: adds partial dq from shared memory to the float32 buffer.
 
-    The first tile of keys that sees a block of queries stores its share, and the others add to it,
-    in the order of their keys if DETERMINISTIC. turns counts the shares of a block that have
-    reached global memory.
+    The first tile of keys that sees a block of queries stores its partial dq. The others add to it,
+    in the order of their keys if TILE.deterministic. A semaphore counts the partial dq of a block
+    that have reached global memory.
     """
-    head_kv, begin_q, length_q, _, _, _, low, high = tile
-    BLOCK_M: gl.constexpr = SHAPE[0]
-    COLUMNS: gl.constexpr = SHAPE[2] // 2
-    steps = GROUP * (high - low)
-    there = 0
-    told = 0
-    is_first = steps < 0  # no: nothing came before
+    GROUP: gl.constexpr = TILE.group
+    COLUMNS: gl.constexpr = TILE.block_d // 2
+    steps = GROUP * (tile.high - tile.low)
+    arrived = 0
+    released = 0
+    is_first = steps < 0  # false: no block came before
     for step in range(steps):
-        block = high - 1 - step // GROUP
-        head = head_kv * GROUP + step % GROUP
+        block = tile.high - 1 - step // GROUP
+        head = tile.head_kv * GROUP + step % GROUP
         was_first = is_first
-        earlier = _earlier_tiles(block, tile, window, SHAPE)
+        earlier = _earlier_tiles(block, tile, window, TILE)
         is_first = earlier == 0
-        awaited = earlier
-        if not DETERMINISTIC:
-            awaited = gl.minimum(earlier, 1)
-        if there < awaited:
-            _await_shares(_turn(turns, tile, step, GROUP, BLOCK_M), awaited)
-        row = _RAGGED - length_q + block * BLOCK_M
+        needed = earlier
+        if not TILE.deterministic:
+            needed = gl.minimum(earlier, 1)
+        if arrived < needed:
+            _acquire_semaphore(_semaphore(semaphores, tile, step, TILE), needed)
+        row = RAGGED - tile.length_q + block * TILE.block_m
         for half in gl.static_range(2):
-            place = [_RAGGED, begin_q + length_q, row, head, half * COLUMNS]
-            share = take_dq(dq_bufs, half, dq_desc)
+            coordinates = [RAGGED, tile.begin_q + tile.length_q, row, head, half * COLUMNS]
+            partial = take_dq(dq_bufs, half, dq_desc)
             if is_first:
-                tma_store(dq_desc, place, share)
+                tma_store(dq_desc, coordinates, partial)
             else:
-                tma_add(dq_desc, place, share)
-        # Looked at ahead, so that nothing waits for the answer. Nothing acquires it either: a store
-        # that was counted, and what the copy engine adds to it from now on, meet in L2, one after
-        # the other. All lanes load one address at once, and so see one number.
+                tma_add(dq_desc, coordinates, partial)
+        # Load the next semaphore ahead, so that no step waits for the load. The load needs no
+        # acquire: a counted store and the additions of the copy engine meet in L2, in order. All
+        # lanes load one address at once, so they read one number.
         following = gl.minimum(step + 1, steps - 1)
-        there = gl.load(_turn(turns, tile, following, GROUP, BLOCK_M), volatile=True)
+        arrived = gl.load(_semaphore(semaphores, tile, following, TILE), volatile=True)
         give_back_dq()
-        # The shares of the steps before have arrived meanwhile, this one's has not. To tell others
-        # costs as much as half a step, so it is done at once only where they wait for it.
-        if DETERMINISTIC or was_first or step % _TOLD_AT_ONCE == 0:
+        # The partial dq of the steps before have arrived by now; this step's has not. A release
+        # costs as much as half a step, so several steps share one unless a program waits for it.
+        if TILE.deterministic or was_first or step % _RELEASE_EVERY == 0:
             wait_written(2)
-            _tell(turns, tile, told, step, GROUP, BLOCK_M)
-            told = step
+            _release_semaphores(semaphores, tile, released, step, TILE)
+            released = step
     wait_written(0)
-    _tell(turns, tile, told, steps, GROUP, BLOCK_M)
+    _release_semaphores(semaphores, tile, released, steps, TILE)
 
 
 @gluon.jit
 def first_slab(
-    sum_ptr,
+    dq_sum_ptr,
     slabs_per_head,
     tile,
     document,
-    GROUP: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    BLOCK_M: gl.constexpr,
+    TILE: gl.constexpr,
 ):
-    """Where reduce_dq begins, for the tile's first head and block of queries.
+    """Returns the slab where reduce_dq begins, of the tile's first head and block of queries.
 
     The buffer is [heads, slabs, D / 8, 32, 4] float32. A slab is 16 queries of one document; blocks
     of two documents share none. Eight columns of it are what a warp has of them: in each thread two
     columns of two rows.
     """
-    head_kv, begin_q, _, _, _, _, _, high = tile
-    slab = (head_kv * GROUP).to(gl.int64) * slabs_per_head
-    slab += begin_q // 16 + document + (high - 1) * (BLOCK_M // 16)
-    return sum_ptr + slab * (16 * HEAD_DIM)
+    slab = (tile.head_kv * TILE.group).to(gl.int64) * slabs_per_head
+    slab += tile.begin_q // 16 + document + (tile.high - 1) * (TILE.block_m // 16)
+    return dq_sum_ptr + slab * (16 * TILE.head_dim)
 
 
 @gluon.jit
@@ -165,49 +159,48 @@ def reduce_dq(dq, dq_ptr, rows, HALF_INDEX: gl.constexpr, HEAD_DIM: gl.constexpr
 
 @gluon.jit
 def finish_dq(
-    dq,
-    turns,
+    dq_sum_ptr,
+    dq_ptr,
+    stride_t,
+    stride_h,
+    semaphores,
     tile,
     window,
     scale,
-    GROUP: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    SHAPE: gl.constexpr,
+    TILE: gl.constexpr,
     FLAGS: gl.constexpr,
 ):
     """Scales and rounds the blocks of dq that no later tile of keys sees."""
-    sum_ptr, dq_ptr, stride_t, stride_h = dq
-    head_kv, begin_q, length_q, _, length_k, first, low, high = tile
-    left, right = window
-    BLOCK_M: gl.constexpr = SHAPE[0]
-    BLOCK_N: gl.constexpr = SHAPE[1]
-    BLOCK_D: gl.constexpr = SHAPE[2]
+    GROUP: gl.constexpr = TILE.group
+    BLOCK_M: gl.constexpr = TILE.block_m
+    BLOCK_N: gl.constexpr = TILE.block_n
+    BLOCK_D: gl.constexpr = TILE.block_d
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // BLOCK_D, BLOCK_D // 4], [4, 1], [1, 0])
-    end = high
-    if first + BLOCK_N < length_k:
+    end = tile.high
+    if tile.first + BLOCK_N < tile.length_k:
         end, _ = query_blocks(
-            first + BLOCK_N,
+            tile.first + BLOCK_N,
             BLOCK_N,
-            length_k - length_q,
-            length_q,
-            left,
-            right,
-            FLAGS[0],
-            FLAGS[1],
+            tile.length_k - tile.length_q,
+            tile.length_q,
+            window.left,
+            window.right,
+            FLAGS.has_left,
+            FLAGS.has_right,
             BLOCK_M,
         )
-        end = gl.minimum(end, high)
+        end = gl.minimum(end, tile.high)
     row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
     column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, layout))
-    for item in range(GROUP * (end - low)):
-        head = head_kv * GROUP + item % GROUP
+    for item in range(GROUP * (end - tile.low)):
+        head = tile.head_kv * GROUP + item % GROUP
         block = end - 1 - item // GROUP
-        turn = _turn(turns, tile, (high - end) * GROUP + item, GROUP, BLOCK_M)
-        _await_shares(turn, _earlier_tiles(block, tile, window, SHAPE) + 1)
+        semaphore = _semaphore(semaphores, tile, (tile.high - end) * GROUP + item, TILE)
+        _acquire_semaphore(semaphore, _earlier_tiles(block, tile, window, TILE) + 1)
         query = block * BLOCK_M + row
-        place = (begin_q + query).to(gl.int64) * stride_t + head * stride_h
+        place = (tile.begin_q + query).to(gl.int64) * stride_t + head * stride_h
         place = place[:, None] + column[None, :]
-        inside = (query < length_q)[:, None] & (column < HEAD_DIM)[None, :]
+        inside = (query < tile.length_q)[:, None] & (column < TILE.head_dim)[None, :]
         # Not through L1, which does not know of the additions.
-        whole = gl.load(sum_ptr + place, mask=inside, other=0.0, cache_modifier=".cg")
+        whole = gl.load(dq_sum_ptr + place, mask=inside, other=0.0, cache_modifier=".cg")
         gl.store(dq_ptr + place, (whole * scale).to(dq_ptr.dtype.element_ty), mask=inside)

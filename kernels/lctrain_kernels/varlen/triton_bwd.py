@@ -11,12 +11,13 @@ from lctrain_kernels.tile.arguments import (
     DOT_PRECISION,
     alibi_strides,
     dropout_arguments,
-    padded_head_dim,
+    token_head_strides,
     window_arguments,
 )
 from lctrain_kernels.tile.config import tile_config
-from lctrain_kernels.varlen.triton_dkv import varlen_dkv_kernel
-from lctrain_kernels.varlen.triton_dq import varlen_dq_kernel
+from lctrain_kernels.tile.structures import Flags, tile_shape
+from lctrain_kernels.varlen.triton_dkv import DkvPointers, DkvStrides, varlen_dkv_kernel
+from lctrain_kernels.varlen.triton_dq import DqPointers, DqStrides, varlen_dq_kernel
 
 
 def varlen_bwd(
@@ -79,107 +80,74 @@ def varlen_bwd(
     stats = torch.empty((heads, total_q, 4), dtype=torch.float32, device=q.device)
     window_ptr, left, right, has_left, has_right = window_arguments(window)
     threshold, scale_kept = dropout_arguments(dropout_p)
-    block_d = padded_head_dim(head_dim)
-    flags = {
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": block_d,
-        "GROUP": group,
-        "HAS_LEFT": has_left,
-        "HAS_RIGHT": has_right,
-        "HAS_SOFTCAP": softcap > 0,
-        "HAS_ALIBI": alibi_slopes is not None,
-        "HAS_DROPOUT": dropout_p > 0,
-        "PRECISION": DOT_PRECISION,
-    }
+    flags = Flags(
+        has_left=has_left,
+        has_right=has_right,
+        has_softcap=softcap > 0,
+        has_alibi=alibi_slopes is not None,
+        has_dropout=dropout_p > 0,
+    )
+    numbers = (total_q, left, right, softmax_scale, softcap, threshold, scale_kept)
     config = tile_config("varlen_dq", q, group, dropout_p > 0)
     parts = SCHEDULE_ROWS // config.positions * (group // config.pack)
     grid = (heads_kv * q_tiles.shape[0] * parts,)
     if grid[0] > 0:
         varlen_dq_kernel[grid](
-            q,
-            k,
-            v,
-            out,
-            dout,
-            lse,
-            dlse,
-            dq,
-            delta,
-            stats,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            q_tiles,
-            window_ptr,
-            alibi_slopes,
-            dropout_seed,
-            document_ids,
-            q.stride(0),
-            q.stride(1),
-            k.stride(0),
-            k.stride(1),
-            v.stride(0),
-            v.stride(1),
-            out.stride(0),
-            out.stride(1),
-            dout.stride(0),
-            dout.stride(1),
-            dq.stride(0),
-            dq.stride(1),
+            DqPointers(
+                q,
+                k,
+                v,
+                out,
+                dout,
+                lse,
+                dlse,
+                dq,
+                delta,
+                stats,
+                cu_seqlens_q,
+                cu_seqlens_k,
+                q_tiles,
+                window_ptr,
+                alibi_slopes,
+                dropout_seed,
+                document_ids,
+            ),
+            DqStrides(*token_head_strides(q, k, v, out, dout, dq)),
             alibi_strides(alibi_slopes),
             q_tiles.shape[0],
-            total_q,
-            left,
-            right,
-            softmax_scale,
-            softcap,
-            threshold,
-            scale_kept,
-            PACK=config.pack,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
+            *numbers,
+            TILE=tile_shape(config, head_dim, group),
+            FLAGS=flags,
+            PRECISION=DOT_PRECISION,
             **config.options,
-            **flags,
         )
     config = tile_config("varlen_dkv", q, group, dropout_p > 0)
     grid = (heads_kv * k_tiles.shape[0] * (SCHEDULE_ROWS // config.block_n),)
     if grid[0] > 0:
         varlen_dkv_kernel[grid](
-            q,
-            k,
-            v,
-            dout,
-            stats,
-            dk,
-            dv,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            k_tiles,
-            window_ptr,
-            alibi_slopes,
-            dropout_seed,
-            document_ids,
-            q.stride(0),
-            q.stride(1),
-            k.stride(0),
-            k.stride(1),
-            v.stride(0),
-            v.stride(1),
-            dout.stride(0),
-            dout.stride(1),
-            dk.stride(0),
-            dk.stride(1),
+            DkvPointers(
+                q,
+                k,
+                v,
+                dout,
+                stats,
+                dk,
+                dv,
+                cu_seqlens_q,
+                cu_seqlens_k,
+                k_tiles,
+                window_ptr,
+                alibi_slopes,
+                dropout_seed,
+                document_ids,
+            ),
+            DkvStrides(*token_head_strides(q, k, v, dout, dk)),
             alibi_strides(alibi_slopes),
             k_tiles.shape[0],
-            total_q,
-            left,
-            right,
-            softmax_scale,
-            softcap,
-            threshold,
-            scale_kept,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
+            *numbers,
+            TILE=tile_shape(config, head_dim, group),
+            FLAGS=flags,
+            PRECISION=DOT_PRECISION,
             **config.options,
-            **flags,
         )
     return dq, dk, dv, delta

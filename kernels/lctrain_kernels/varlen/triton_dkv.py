@@ -1,5 +1,7 @@
 """The backward kernel of varlen attention that owns keys: dk and dv."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -11,32 +13,44 @@ from lctrain_kernels.tile.memory import load_rows, store_rows
 from lctrain_kernels.tile.seqlen import document_bounds, locate_program
 
 
+class DkvPointers(NamedTuple):
+    """Tensors of varlen_dkv_kernel; it says their shapes."""
+
+    q: Any
+    k: Any
+    v: Any
+    dout: Any
+    stats: Any
+    dk: Any
+    dv: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    tiles: Any
+    window: Any
+    alibi_slopes: Any
+    dropout_seed: Any
+    document_ids: Any
+
+
+class DkvStrides(NamedTuple):
+    """Distances between tokens and between heads, in elements."""
+
+    q_token: Any
+    q_head: Any
+    k_token: Any
+    k_head: Any
+    v_token: Any
+    v_head: Any
+    dout_token: Any
+    dout_head: Any
+    dk_token: Any
+    dk_head: Any
+
+
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
 def varlen_dkv_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    dout_ptr,
-    stats_ptr,
-    dk_ptr,
-    dv_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    tiles_ptr,
-    window_ptr,
-    alibi_ptr,
-    seed_ptr,
-    document_ids_ptr,
-    stride_qt,
-    stride_qh,
-    stride_kt,
-    stride_kh,
-    stride_vt,
-    stride_vh,
-    stride_dot,
-    stride_doh,
-    stride_dkt,
-    stride_dkh,
+    pointers: DkvPointers,
+    strides: DkvStrides,
     stride_alibi,
     num_tiles,
     total_q,
@@ -46,16 +60,8 @@ def varlen_dkv_kernel(
     softcap,
     threshold,
     keep_scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
+    TILE: tl.constexpr,
+    FLAGS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dk and dv of BLOCK_N keys of one key/value head, over all query heads of its group.
@@ -64,17 +70,29 @@ def varlen_dkv_kernel(
     queries, so that the weights reach dv and dk as they lie in registers. dk and dv [Tk, Hk, D] of
     one layout; stats as varlen_dq_kernel writes them.
     """
-    head_kv, _, document, first = locate_program(tiles_ptr, num_tiles, BLOCK_N, 1)
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    BLOCK_D: tl.constexpr = TILE.block_d
+    head_kv, _, document, first = locate_program(pointers.tiles, num_tiles, BLOCK_N, 1)
     if document < 0:
         return
-    begin_q, length_q = document_bounds(cu_q_ptr, document)
-    begin_k, length_k = document_bounds(cu_k_ptr, document)
+    begin_q, length_q = document_bounds(pointers.cu_seqlens_q, document)
+    begin_k, length_k = document_bounds(pointers.cu_seqlens_k, document)
     if first >= length_k:
         return
     shift = length_k - length_q
-    left, right = load_window(window_ptr, window_left, window_right)
+    left, right = load_window(pointers.window, window_left, window_right)
     low, clear_low, clear_high, high = query_ranges(
-        first, BLOCK_N, shift, length_q, length_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M
+        first,
+        BLOCK_N,
+        shift,
+        length_q,
+        length_k,
+        left,
+        right,
+        FLAGS.has_left,
+        FLAGS.has_right,
+        BLOCK_M,
     )
 
     local_m = tl.arange(0, BLOCK_M)
@@ -83,57 +101,59 @@ def varlen_dkv_kernel(
     key = first + local_n
     token_k = begin_k + key
     k = load_rows(
-        k_ptr
-        + head_kv.to(tl.int64) * stride_kh
-        + (token_k * stride_kt)[:, None]
+        pointers.k
+        + head_kv.to(tl.int64) * strides.k_head
+        + (token_k * strides.k_token)[:, None]
         + columns[None, :],
         key,
         length_k,
         columns,
-        HEAD_DIM,
+        TILE.head_dim,
         BLOCK_D,
         True,
     )
     v = load_rows(
-        v_ptr
-        + head_kv.to(tl.int64) * stride_vh
-        + (token_k * stride_vt)[:, None]
+        pointers.v
+        + head_kv.to(tl.int64) * strides.v_head
+        + (token_k * strides.v_token)[:, None]
         + columns[None, :],
         key,
         length_k,
         columns,
-        HEAD_DIM,
+        TILE.head_dim,
         BLOCK_D,
         True,
     )
-    tile_q = local_m[:, None] * stride_qt + columns[None, :]
-    tile_do = local_m[:, None] * stride_dot + columns[None, :]
+    tile_q = local_m[:, None] * strides.q_token + columns[None, :]
+    tile_do = local_m[:, None] * strides.dout_token + columns[None, :]
     tile_stats = local_m[:, None] * 4 + tl.arange(0, 4)[None, :]
     key_0 = 0
     key_1 = 0
     document_key = 0
-    if HAS_DROPOUT:
-        key_0, key_1, document_key = load_key(seed_ptr, document_ids_ptr, document)
-    multiplier = logits_multiplier(scale, HAS_SOFTCAP, HAS_ALIBI)
+    if FLAGS.has_dropout:
+        key_0, key_1, document_key = load_key(
+            pointers.dropout_seed, pointers.document_ids, document
+        )
+    multiplier = logits_multiplier(scale, FLAGS.has_softcap, FLAGS.has_alibi)
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     # One loop over the heads of the group and their queries: its load pipeline never drains.
     blocks = tl.cdiv(high - low, BLOCK_M)
-    head = head_kv * GROUP
+    head = head_kv * TILE.group
     start = low
     token = begin_q + low
-    q_tile = q_ptr + token * stride_qt + head.to(tl.int64) * stride_qh
-    do_tile = dout_ptr + token * stride_dot + head.to(tl.int64) * stride_doh
-    stats_tile = stats_ptr + (head.to(tl.int64) * total_q + token) * 4
+    q_tile = pointers.q + token * strides.q_token + head.to(tl.int64) * strides.q_head
+    do_tile = pointers.dout + token * strides.dout_token + head.to(tl.int64) * strides.dout_head
+    stats_tile = pointers.stats + (head.to(tl.int64) * total_q + token) * 4
     rewind = tl.cast((1 - blocks) * BLOCK_M, tl.int64)
     # At least one step, on a tile that is all masked where nothing is visible: an accumulator that
     # skips the loop makes ptxas serialise the products (C7515).
-    steps = tl.maximum(blocks * GROUP, 1)
+    steps = tl.maximum(blocks * TILE.group, 1)
     tl.assume(steps > 0)
     for _ in tl.range(0, steps):
         query = start + local_m
-        q = load_rows(q_tile + tile_q, query, length_q, columns, HEAD_DIM, BLOCK_D, True)
+        q = load_rows(q_tile + tile_q, query, length_q, columns, TILE.head_dim, BLOCK_D, True)
         # Four numbers per query make the tile large enough to be fetched once, not once per
         # thread.
         stats = tl.load(stats_tile + tile_stats, mask=(query < length_q)[:, None], other=0.0)
@@ -142,8 +162,8 @@ def varlen_dkv_kernel(
         delta, _ = tl.split(odd)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         slope = 0.0
-        if HAS_ALIBI:
-            slope = tl.load(alibi_ptr + document * stride_alibi + head)
+        if FLAGS.has_alibi:
+            slope = tl.load(pointers.alibi_slopes + document * stride_alibi + head)
         x = logits(
             s,
             query[None, :],
@@ -152,26 +172,26 @@ def varlen_dkv_kernel(
             scale,
             softcap,
             slope,
-            HAS_SOFTCAP,
-            HAS_ALIBI,
+            FLAGS.has_softcap,
+            FLAGS.has_alibi,
         )
         # LLVM turns this branch into selects, which take more instructions than masking every tile
         # and are still the faster kernel (bench/NOTES.md).
         if (start < clear_low) | (start >= clear_high):
             seen = key[:, None] < length_k
-            if HAS_RIGHT:
+            if FLAGS.has_right:
                 seen = seen & (key[:, None] - query[None, :] <= shift + right)
-            if HAS_LEFT:
+            if FLAGS.has_left:
                 seen = seen & (key[:, None] - query[None, :] >= shift - left)
             x = tl.where(seen, x, float("-inf"))
-        if HAS_ALIBI:
+        if FLAGS.has_alibi:
             # A negative slope would grow without bound on queries beyond the document.
             x = tl.where((query < length_q)[None, :], x, float("-inf"))
         p = tl.exp2(x * multiplier - lse2[None, :])
-        do = load_rows(do_tile + tile_do, query, length_q, columns, HEAD_DIM, BLOCK_D, True)
+        do = load_rows(do_tile + tile_do, query, length_q, columns, TILE.head_dim, BLOCK_D, True)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         dropped = p
-        if HAS_DROPOUT:
+        if FLAGS.has_dropout:
             keep = keep_mask(
                 key_0,
                 key_1,
@@ -185,19 +205,29 @@ def varlen_dkv_kernel(
             )
             dropped = tl.where(keep, p, 0.0)
         dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
-        ds = dropped * dp - p * delta[None, :] if HAS_DROPOUT else p * (dp - delta[None, :])
-        if HAS_SOFTCAP:
+        ds = dropped * dp - p * delta[None, :] if FLAGS.has_dropout else p * (dp - delta[None, :])
+        if FLAGS.has_softcap:
             ds = ds * softcap_slope(s, scale, softcap)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
         last = start + BLOCK_M >= high
         start = tl.where(last, low, start + BLOCK_M)
         head = tl.where(last, head + 1, head)
         step = tl.where(last, rewind, BLOCK_M)
-        q_tile += step * stride_qt + tl.where(last, stride_qh, 0)
-        do_tile += step * stride_dot + tl.where(last, stride_doh, 0)
+        q_tile += step * strides.q_token + tl.where(last, strides.q_head, 0)
+        do_tile += step * strides.dout_token + tl.where(last, strides.dout_head, 0)
         stats_tile += (step + tl.where(last, total_q, 0)) * 4
-    row_dk = (token_k * stride_dkt + head_kv.to(tl.int64) * stride_dkh)[:, None] + columns[None, :]
+    row_dk = (token_k * strides.dk_token + head_kv.to(tl.int64) * strides.dk_head)[
+        :, None
+    ] + columns[None, :]
     store_rows(
-        dk_ptr + row_dk, dk * (scale * keep_scale), key, length_k, columns, HEAD_DIM, BLOCK_D
+        pointers.dk + row_dk,
+        dk * (scale * keep_scale),
+        key,
+        length_k,
+        columns,
+        TILE.head_dim,
+        BLOCK_D,
     )
-    store_rows(dv_ptr + row_dk, dv * keep_scale, key, length_k, columns, HEAD_DIM, BLOCK_D)
+    store_rows(
+        pointers.dv + row_dk, dv * keep_scale, key, length_k, columns, TILE.head_dim, BLOCK_D
+    )

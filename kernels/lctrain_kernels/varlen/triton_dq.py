@@ -1,5 +1,7 @@
 """The backward kernel of varlen attention that owns queries: dq."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -13,37 +15,49 @@ from lctrain_kernels.tile.seqlen import document_bounds, locate_program
 _LOG2_E = tl.constexpr(LOG2_E)
 
 
+class DqPointers(NamedTuple):
+    """Tensors of varlen_dq_kernel; it says their shapes."""
+
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    dout: Any
+    lse: Any
+    dlse: Any
+    dq: Any
+    delta: Any
+    stats: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    tiles: Any
+    window: Any
+    alibi_slopes: Any
+    dropout_seed: Any
+    document_ids: Any
+
+
+class DqStrides(NamedTuple):
+    """Distances between tokens and between heads, in elements."""
+
+    q_token: Any
+    q_head: Any
+    k_token: Any
+    k_head: Any
+    v_token: Any
+    v_head: Any
+    out_token: Any
+    out_head: Any
+    dout_token: Any
+    dout_head: Any
+    dq_token: Any
+    dq_head: Any
+
+
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
 def varlen_dq_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    dout_ptr,
-    lse_ptr,
-    dlse_ptr,
-    dq_ptr,
-    delta_ptr,
-    stats_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    tiles_ptr,
-    window_ptr,
-    alibi_ptr,
-    seed_ptr,
-    document_ids_ptr,
-    stride_qt,
-    stride_qh,
-    stride_kt,
-    stride_kh,
-    stride_vt,
-    stride_vh,
-    stride_ot,
-    stride_oh,
-    stride_dot,
-    stride_doh,
-    stride_dqt,
-    stride_dqh,
+    pointers: DqPointers,
+    strides: DqStrides,
     stride_alibi,
     num_tiles,
     total_q,
@@ -53,17 +67,8 @@ def varlen_dq_kernel(
     softcap,
     threshold,
     keep_scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUP: tl.constexpr,
-    PACK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
+    TILE: tl.constexpr,
+    FLAGS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dq of a tile; also writes what the dk, dv kernel reads per query.
@@ -72,20 +77,31 @@ def varlen_dq_kernel(
     delta = rowsum(dout * out) - dlse [H, T] float32. stats [H, T, 4] float32: lse in base 2 (+inf
     where nothing was seen), delta / keep_scale, two unused.
     """
-    POSITIONS: tl.constexpr = BLOCK_M // PACK
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    BLOCK_D: tl.constexpr = TILE.block_d
+    POSITIONS: tl.constexpr = BLOCK_M // TILE.pack
     head_kv, head_group, document, first = locate_program(
-        tiles_ptr, num_tiles, POSITIONS, GROUP // PACK
+        pointers.tiles, num_tiles, POSITIONS, TILE.group // TILE.pack
     )
     if document < 0:
         return
-    begin_q, length_q = document_bounds(cu_q_ptr, document)
-    begin_k, length_k = document_bounds(cu_k_ptr, document)
+    begin_q, length_q = document_bounds(pointers.cu_seqlens_q, document)
+    begin_k, length_k = document_bounds(pointers.cu_seqlens_k, document)
     if first >= length_q:
         return
     shift = length_k - length_q
-    left, right = load_window(window_ptr, window_left, window_right)
+    left, right = load_window(pointers.window, window_left, window_right)
     low, clear_low, clear_high, high = key_ranges(
-        first, POSITIONS, shift, length_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
+        first,
+        POSITIONS,
+        shift,
+        length_k,
+        left,
+        right,
+        FLAGS.has_left,
+        FLAGS.has_right,
+        BLOCK_N,
     )
 
     local_m = tl.arange(0, BLOCK_M)
@@ -94,73 +110,81 @@ def varlen_dq_kernel(
     local_query = local_m % POSITIONS
     query = first + local_query
     inside = query < length_q
-    tile_head = head_kv * GROUP + head_group * PACK + local_m // POSITIONS
+    tile_head = head_kv * TILE.group + head_group * TILE.pack + local_m // POSITIONS
     head = tl.where(inside, tile_head, 0).to(tl.int64)
     token = begin_q + query
-    row_do = token * stride_dot + head * stride_doh
+    row_do = token * strides.dout_token + head * strides.dout_head
     do = load_rows(
-        dout_ptr + row_do[:, None] + columns[None, :],
+        pointers.dout + row_do[:, None] + columns[None, :],
         query,
         length_q,
         columns,
-        HEAD_DIM,
+        TILE.head_dim,
         BLOCK_D,
         True,
     )
-    row_o = token * stride_ot + head * stride_oh
+    row_o = token * strides.out_token + head * strides.out_head
     o = load_rows(
-        out_ptr + row_o[:, None] + columns[None, :],
+        pointers.out + row_o[:, None] + columns[None, :],
         query,
         length_q,
         columns,
-        HEAD_DIM,
+        TILE.head_dim,
         BLOCK_D,
         True,
     )
     row_lse = head * total_q + token
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + row_lse, mask=inside, other=0.0)
-    lse = tl.load(lse_ptr + row_lse, mask=inside, other=float("inf"))
+    if pointers.dlse is not None:
+        delta -= tl.load(pointers.dlse + row_lse, mask=inside, other=0.0)
+    lse = tl.load(pointers.lse + row_lse, mask=inside, other=float("inf"))
     # A row that saw nothing has no weights: 2^(x - inf) = 0.
     lse2 = tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)
-    tl.store(stats_ptr + row_lse * 4, lse2, mask=inside)
-    tl.store(delta_ptr + row_lse, delta, mask=inside)
+    tl.store(pointers.stats + row_lse * 4, lse2, mask=inside)
+    tl.store(pointers.delta + row_lse, delta, mask=inside)
     # Dropout: ds / keep_scale = (Z / keep_scale) p dp - p delta / keep_scale; the factor goes into
     # dq and dk.
     delta = delta / keep_scale
-    tl.store(stats_ptr + row_lse * 4 + 1, delta, mask=inside)
+    tl.store(pointers.stats + row_lse * 4 + 1, delta, mask=inside)
 
-    row_q = token * stride_qt + head * stride_qh
+    row_q = token * strides.q_token + head * strides.q_head
     q = load_rows(
-        q_ptr + row_q[:, None] + columns[None, :], query, length_q, columns, HEAD_DIM, BLOCK_D, True
+        pointers.q + row_q[:, None] + columns[None, :],
+        query,
+        length_q,
+        columns,
+        TILE.head_dim,
+        BLOCK_D,
+        True,
     )
-    k_base = k_ptr + begin_k * stride_kt + head_kv.to(tl.int64) * stride_kh
-    v_base = v_ptr + begin_k * stride_vt + head_kv.to(tl.int64) * stride_vh
-    tile_k = local_n[:, None] * stride_kt + columns[None, :]
-    tile_v = local_n[:, None] * stride_vt + columns[None, :]
+    k_base = pointers.k + begin_k * strides.k_token + head_kv.to(tl.int64) * strides.k_head
+    v_base = pointers.v + begin_k * strides.v_token + head_kv.to(tl.int64) * strides.v_head
+    tile_k = local_n[:, None] * strides.k_token + columns[None, :]
+    tile_v = local_n[:, None] * strides.v_token + columns[None, :]
     slope = 0.0
-    if HAS_ALIBI:
-        slope = tl.load(alibi_ptr + document * stride_alibi + head)[:, None]
+    if FLAGS.has_alibi:
+        slope = tl.load(pointers.alibi_slopes + document * stride_alibi + head)[:, None]
     key_0 = 0
     key_1 = 0
     document_key = 0
-    if HAS_DROPOUT:
-        key_0, key_1, document_key = load_key(seed_ptr, document_ids_ptr, document)
-    multiplier = logits_multiplier(scale, HAS_SOFTCAP, HAS_ALIBI)
+    if FLAGS.has_dropout:
+        key_0, key_1, document_key = load_key(
+            pointers.dropout_seed, pointers.document_ids, document
+        )
+    multiplier = logits_multiplier(scale, FLAGS.has_softcap, FLAGS.has_alibi)
     first_seen = query + shift - left
     last_seen = tl.minimum(query + shift + right, length_k - 1)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # Ranges: a left bound's tiles, tiles without a mask, the diagonal's.
-    for part in tl.static_range(0 if HAS_LEFT else 1, 3):
+    for part in tl.static_range(0 if FLAGS.has_left else 1, 3):
         begin = low if part == 0 else (clear_low if part == 1 else clear_high)
         end = clear_low if part == 0 else (clear_high if part == 1 else high)
         # The branch keeps the accumulator of an empty range out of the loop's pipeline of products,
         # and pointers advance by addition; without either ptxas may serialise the products (C7515).
         if begin < end:
-            k_tile = k_base + tl.cast(begin, tl.int64) * stride_kt
-            v_tile = v_base + tl.cast(begin, tl.int64) * stride_vt
+            k_tile = k_base + tl.cast(begin, tl.int64) * strides.k_token
+            v_tile = v_base + tl.cast(begin, tl.int64) * strides.v_token
             for n in tl.range(begin, end, BLOCK_N):
                 key = n + local_n
                 k = load_rows(
@@ -168,7 +192,7 @@ def varlen_dq_kernel(
                     key,
                     length_k,
                     columns,
-                    HEAD_DIM,
+                    TILE.head_dim,
                     BLOCK_D,
                     part != 1,
                 )
@@ -177,7 +201,7 @@ def varlen_dq_kernel(
                     key,
                     length_k,
                     columns,
-                    HEAD_DIM,
+                    TILE.head_dim,
                     BLOCK_D,
                     part != 1,
                 )
@@ -191,15 +215,15 @@ def varlen_dq_kernel(
                     scale,
                     softcap,
                     slope,
-                    HAS_SOFTCAP,
-                    HAS_ALIBI,
+                    FLAGS.has_softcap,
+                    FLAGS.has_alibi,
                 )
                 if part != 1:
                     x = mask_logits(
-                        x, local_n[None, :], first_seen - n, last_seen - n, HAS_LEFT, True
+                        x, local_n[None, :], first_seen - n, last_seen - n, FLAGS.has_left, True
                     )
                 p = tl.exp2(x * multiplier - lse2[:, None])
-                if HAS_DROPOUT:
+                if FLAGS.has_dropout:
                     keep = keep_mask(
                         key_0,
                         key_1,
@@ -214,18 +238,18 @@ def varlen_dq_kernel(
                     ds = tl.where(keep, p, 0.0) * dp - p * delta[:, None]
                 else:
                     ds = p * (dp - delta[:, None])
-                if HAS_SOFTCAP:
+                if FLAGS.has_softcap:
                     ds = ds * softcap_slope(s, scale, softcap)
                 dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-                k_tile += BLOCK_N * stride_kt
-                v_tile += BLOCK_N * stride_vt
-    row_dq = token * stride_dqt + head * stride_dqh
+                k_tile += BLOCK_N * strides.k_token
+                v_tile += BLOCK_N * strides.v_token
+    row_dq = token * strides.dq_token + head * strides.dq_head
     store_rows(
-        dq_ptr + row_dq[:, None] + columns[None, :],
+        pointers.dq + row_dq[:, None] + columns[None, :],
         dq * (scale * keep_scale),
         query,
         length_q,
         columns,
-        HEAD_DIM,
+        TILE.head_dim,
         BLOCK_D,
     )

@@ -1,5 +1,7 @@
 """Forward of varlen attention in portable Triton."""
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -11,7 +13,7 @@ from lctrain_kernels.tile.arguments import (
     RUNTIME_INTEGERS,
     alibi_strides,
     dropout_arguments,
-    padded_head_dim,
+    token_head_strides,
     window_arguments,
 )
 from lctrain_kernels.tile.config import tile_config
@@ -21,33 +23,46 @@ from lctrain_kernels.tile.mask import key_ranges, load_window, mask_logits
 from lctrain_kernels.tile.memory import load_rows, store_rows
 from lctrain_kernels.tile.seqlen import document_bounds, locate_program
 from lctrain_kernels.tile.softmax import add_sink, finish, softmax_step
+from lctrain_kernels.tile.structures import Flags, tile_shape
 
 _LOG2_E = tl.constexpr(LOG2_E)
 
 
+class ForwardPointers(NamedTuple):
+    """Tensors of varlen_fwd_kernel; it says their shapes."""
+
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    lse: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    tiles: Any
+    window: Any
+    alibi_slopes: Any
+    learnable_sink: Any
+    dropout_seed: Any
+    document_ids: Any
+
+
+class ForwardStrides(NamedTuple):
+    """Distances between tokens and between heads, in elements."""
+
+    q_token: Any
+    q_head: Any
+    k_token: Any
+    k_head: Any
+    v_token: Any
+    v_head: Any
+    out_token: Any
+    out_head: Any
+
+
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
 def varlen_fwd_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    lse_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    tiles_ptr,
-    window_ptr,
-    alibi_ptr,
-    sink_ptr,
-    seed_ptr,
-    document_ids_ptr,
-    stride_qt,
-    stride_qh,
-    stride_kt,
-    stride_kh,
-    stride_vt,
-    stride_vh,
-    stride_ot,
-    stride_oh,
+    pointers: ForwardPointers,
+    strides: ForwardStrides,
     stride_alibi,
     num_tiles,
     total_q,
@@ -57,18 +72,8 @@ def varlen_fwd_kernel(
     softcap,
     threshold,
     keep_scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUP: tl.constexpr,
-    PACK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
-    HAS_SINK: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
+    TILE: tl.constexpr,
+    FLAGS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program: PACK query heads of one key/value head times BLOCK_M / PACK queries of a
@@ -77,20 +82,31 @@ def varlen_fwd_kernel(
     Grid: (key/value heads * tiles * SCHEDULE_ROWS * PACK / BLOCK_M * GROUP / PACK,).
     q [T, H, D], k and v [Tk, Hk, D], out [T, H, D], lse [H, T] float32.
     """
-    POSITIONS: tl.constexpr = BLOCK_M // PACK
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    BLOCK_D: tl.constexpr = TILE.block_d
+    POSITIONS: tl.constexpr = BLOCK_M // TILE.pack
     head_kv, head_group, document, first = locate_program(
-        tiles_ptr, num_tiles, POSITIONS, GROUP // PACK
+        pointers.tiles, num_tiles, POSITIONS, TILE.group // TILE.pack
     )
     if document < 0:
         return
-    begin_q, length_q = document_bounds(cu_q_ptr, document)
-    begin_k, length_k = document_bounds(cu_k_ptr, document)
+    begin_q, length_q = document_bounds(pointers.cu_seqlens_q, document)
+    begin_k, length_k = document_bounds(pointers.cu_seqlens_k, document)
     if first >= length_q:
         return
     shift = length_k - length_q
-    left, right = load_window(window_ptr, window_left, window_right)
+    left, right = load_window(pointers.window, window_left, window_right)
     low, clear_low, clear_high, high = key_ranges(
-        first, POSITIONS, shift, length_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
+        first,
+        POSITIONS,
+        shift,
+        length_k,
+        left,
+        right,
+        FLAGS.has_left,
+        FLAGS.has_right,
+        BLOCK_N,
     )
 
     local_m = tl.arange(0, BLOCK_M)
@@ -98,26 +114,34 @@ def varlen_fwd_kernel(
     columns = tl.arange(0, BLOCK_D)
     local_query = local_m % POSITIONS
     query = first + local_query
-    tile_head = head_kv * GROUP + head_group * PACK + local_m // POSITIONS
+    tile_head = head_kv * TILE.group + head_group * TILE.pack + local_m // POSITIONS
     head = tl.where(query < length_q, tile_head, 0).to(tl.int64)
-    row_q = (begin_q + query) * stride_qt + head * stride_qh
+    row_q = (begin_q + query) * strides.q_token + head * strides.q_head
     q = load_rows(
-        q_ptr + row_q[:, None] + columns[None, :], query, length_q, columns, HEAD_DIM, BLOCK_D, True
+        pointers.q + row_q[:, None] + columns[None, :],
+        query,
+        length_q,
+        columns,
+        TILE.head_dim,
+        BLOCK_D,
+        True,
     )
-    k_base = k_ptr + begin_k * stride_kt + head_kv.to(tl.int64) * stride_kh
-    v_base = v_ptr + begin_k * stride_vt + head_kv.to(tl.int64) * stride_vh
-    tile_k = local_n[:, None] * stride_kt + columns[None, :]
-    tile_v = local_n[:, None] * stride_vt + columns[None, :]
+    k_base = pointers.k + begin_k * strides.k_token + head_kv.to(tl.int64) * strides.k_head
+    v_base = pointers.v + begin_k * strides.v_token + head_kv.to(tl.int64) * strides.v_head
+    tile_k = local_n[:, None] * strides.k_token + columns[None, :]
+    tile_v = local_n[:, None] * strides.v_token + columns[None, :]
 
     slope = 0.0
-    if HAS_ALIBI:
-        slope = tl.load(alibi_ptr + document * stride_alibi + head)[:, None]
+    if FLAGS.has_alibi:
+        slope = tl.load(pointers.alibi_slopes + document * stride_alibi + head)[:, None]
     key_0 = 0
     key_1 = 0
     document_key = 0
-    if HAS_DROPOUT:
-        key_0, key_1, document_key = load_key(seed_ptr, document_ids_ptr, document)
-    multiplier = logits_multiplier(scale, HAS_SOFTCAP, HAS_ALIBI)
+    if FLAGS.has_dropout:
+        key_0, key_1, document_key = load_key(
+            pointers.dropout_seed, pointers.document_ids, document
+        )
+    multiplier = logits_multiplier(scale, FLAGS.has_softcap, FLAGS.has_alibi)
     first_seen = query + shift - left
     last_seen = tl.minimum(query + shift + right, length_k - 1)
 
@@ -125,14 +149,14 @@ def varlen_fwd_kernel(
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # Ranges: a left bound's tiles, tiles without a mask, the diagonal's.
-    for part in tl.static_range(0 if HAS_LEFT else 1, 3):
+    for part in tl.static_range(0 if FLAGS.has_left else 1, 3):
         begin = low if part == 0 else (clear_low if part == 1 else clear_high)
         end = clear_low if part == 0 else (clear_high if part == 1 else high)
         # The branch keeps the accumulator of an empty range out of the loop's pipeline of products,
         # and pointers advance by addition; without either ptxas may serialise the products (C7515).
         if begin < end:
-            k_tile = k_base + tl.cast(begin, tl.int64) * stride_kt
-            v_tile = v_base + tl.cast(begin, tl.int64) * stride_vt
+            k_tile = k_base + tl.cast(begin, tl.int64) * strides.k_token
+            v_tile = v_base + tl.cast(begin, tl.int64) * strides.v_token
             for n in tl.range(begin, end, BLOCK_N):
                 key = n + local_n
                 k = load_rows(
@@ -140,7 +164,7 @@ def varlen_fwd_kernel(
                     key,
                     length_k,
                     columns,
-                    HEAD_DIM,
+                    TILE.head_dim,
                     BLOCK_D,
                     part != 1,
                 )
@@ -153,16 +177,16 @@ def varlen_fwd_kernel(
                     scale,
                     softcap,
                     slope,
-                    HAS_SOFTCAP,
-                    HAS_ALIBI,
+                    FLAGS.has_softcap,
+                    FLAGS.has_alibi,
                 )
                 if part != 1:
                     x = mask_logits(
-                        x, local_n[None, :], first_seen - n, last_seen - n, HAS_LEFT, True
+                        x, local_n[None, :], first_seen - n, last_seen - n, FLAGS.has_left, True
                     )
                 p, alpha, m, l = softmax_step(x, multiplier, m, l)
                 acc = acc * alpha[:, None]
-                if HAS_DROPOUT:
+                if FLAGS.has_dropout:
                     keep = keep_mask(
                         key_0,
                         key_1,
@@ -180,28 +204,30 @@ def varlen_fwd_kernel(
                     key,
                     length_k,
                     columns,
-                    HEAD_DIM,
+                    TILE.head_dim,
                     BLOCK_D,
                     part != 1,
                 )
                 acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-                k_tile += BLOCK_N * stride_kt
-                v_tile += BLOCK_N * stride_vt
-    if HAS_SINK:
-        acc, m, l = add_sink(acc, m, l, tl.load(sink_ptr + head).to(tl.float32) * _LOG2_E)
+                k_tile += BLOCK_N * strides.k_token
+                v_tile += BLOCK_N * strides.v_token
+    if FLAGS.has_sink:
+        acc, m, l = add_sink(
+            acc, m, l, tl.load(pointers.learnable_sink + head).to(tl.float32) * _LOG2_E
+        )
     out, lse = finish(acc, m, l, keep_scale)
-    row_o = (begin_q + query) * stride_ot + head * stride_oh
+    row_o = (begin_q + query) * strides.out_token + head * strides.out_head
     store_rows(
-        out_ptr + row_o[:, None] + columns[None, :],
+        pointers.out + row_o[:, None] + columns[None, :],
         out,
         query,
         length_q,
         columns,
-        HEAD_DIM,
+        TILE.head_dim,
         BLOCK_D,
     )
     row_lse = head * total_q + begin_q + query
-    tl.store(lse_ptr + row_lse, lse, mask=query < length_q)
+    tl.store(pointers.lse + row_lse, lse, mask=query < length_q)
 
 
 def varlen_fwd(
@@ -255,27 +281,22 @@ def varlen_fwd(
     if grid[0] == 0:
         return out, lse
     varlen_fwd_kernel[grid](
-        q,
-        k,
-        v,
-        out,
-        lse,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        q_tiles,
-        window_ptr,
-        alibi_slopes,
-        learnable_sink,
-        dropout_seed,
-        document_ids,
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        out.stride(0),
-        out.stride(1),
+        ForwardPointers(
+            q,
+            k,
+            v,
+            out,
+            lse,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            q_tiles,
+            window_ptr,
+            alibi_slopes,
+            learnable_sink,
+            dropout_seed,
+            document_ids,
+        ),
+        ForwardStrides(*token_head_strides(q, k, v, out)),
         alibi_strides(alibi_slopes),
         q_tiles.shape[0],
         total_q,
@@ -285,18 +306,15 @@ def varlen_fwd(
         softcap,
         threshold,
         scale_kept,
-        HEAD_DIM=head_dim,
-        BLOCK_D=padded_head_dim(head_dim),
-        GROUP=group,
-        PACK=config.pack,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        HAS_LEFT=has_left,
-        HAS_RIGHT=has_right,
-        HAS_SOFTCAP=softcap > 0,
-        HAS_ALIBI=alibi_slopes is not None,
-        HAS_SINK=learnable_sink is not None,
-        HAS_DROPOUT=dropout_p > 0,
+        TILE=tile_shape(config, head_dim, group),
+        FLAGS=Flags(
+            has_left=has_left,
+            has_right=has_right,
+            has_softcap=softcap > 0,
+            has_alibi=alibi_slopes is not None,
+            has_sink=learnable_sink is not None,
+            has_dropout=dropout_p > 0,
+        ),
         PRECISION=DOT_PRECISION,
         **config.options,
     )

@@ -49,6 +49,8 @@ def _emulated(kernel: Any) -> types.FunctionType:
 
 
 def _argument(value: Any) -> Any:
+    if isinstance(value, tuple):  # a named group
+        return type(value)(*map(_argument, value))
     if isinstance(value, torch.Tensor):
         return Pointer.of(value)
     if isinstance(value, TensorDescriptor):

@@ -1,0 +1,496 @@
+"""Named groups that the parts of a Hopper kernel pass to each other.
+
+Triton 3.6 sets the rules. A group holds constants or run-time values, not both; None may be among
+either. Integers that must not specialise a kernel stay launch arguments of their own. A field is
+never called `values` or `type`, and a group has no properties.
+"""
+
+from typing import Any, NamedTuple
+
+from triton.experimental.gluon import language as gl
+
+RAGGED = gl.constexpr(1 << 30)  # size of a descriptor's row dimension; see ragged_descriptor
+
+
+class ForwardShape(NamedTuple):
+    """Constants of a persistent forward kernel.
+
+    Attributes:
+        group: Query heads per key/value head.
+        heads: Query heads.
+        pack: Query heads of one key/value head that share a tile.
+        consumers: Consumer warpgroups of 64 rows each.
+        block_n: Keys of a block.
+        block_d: Columns of a tile of queries and keys.
+        q_stages: Pipeline stages of queries.
+        stages: Pipeline stages of keys, and of values.
+        meet_early: True if the warps of a warpgroup synchronise before a block's products.
+        block_dv: Columns of a tile of values, where they may differ from block_d.
+        num_k: Tensors of keys: 2 for differential attention with one k per branch.
+    """
+
+    group: int
+    heads: int
+    pack: int
+    consumers: int
+    block_n: int
+    block_d: int
+    q_stages: int
+    stages: int
+    meet_early: bool = False
+    block_dv: int = 0
+    num_k: int = 1
+
+
+class BackwardShape(NamedTuple):
+    """Constants of a backward kernel.
+
+    Attributes:
+        group: Query heads per key/value head.
+        heads_kv: Key/value heads.
+        head_dim: D; columns beyond it are padding.
+        block_m: Queries of a block.
+        block_n: Keys of a tile.
+        block_d: Columns of a tile of queries and keys.
+        stages: Pipeline stages of queries.
+        dq_from_registers: True if the consumer warpgroups add dq to global memory themselves.
+        deterministic: True if partial dq must be added in the order of the keys.
+        value_dim: Dv, of differential attention.
+        block_dv: Columns of a tile of values, of differential attention.
+        num_k: Tensors of keys: 2 for differential attention with one k per branch.
+    """
+
+    group: int
+    heads_kv: int
+    head_dim: int
+    block_m: int
+    block_n: int
+    block_d: int
+    stages: int
+    dq_from_registers: bool = False
+    deterministic: bool = False
+    value_dim: int = 0
+    block_dv: int = 0
+    num_k: int = 1
+
+
+class Pipeline(NamedTuple):
+    """The mbarriers of a pipeline, one of each per stage.
+
+    Attributes:
+        ready: Completed when the producer has filled a stage.
+        empty: Completed when all consumers have read a stage.
+    """
+
+    ready: Any
+    empty: Any
+
+
+class ForwardBuffers(NamedTuple):
+    """Shared memory of a persistent forward kernel.
+
+    Attributes:
+        q: Queries, [q_stages * consumers, rows, block_d].
+        k: Keys, [stages * num_k, block_n, block_d].
+        v: Values, [stages, block_n, block_dv].
+        tiles: Fields of the tiles that the scheduler hands out, int32.
+        tile_bars: Pipeline of the tiles.
+        q_bars: Pipeline of the queries.
+        k_ready: mbarriers of keys; named barriers say which stages are empty.
+        v_ready: mbarriers of values, likewise.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    tiles: Any
+    tile_bars: Any
+    q_bars: Any
+    k_ready: Any
+    v_ready: Any
+
+
+class BackwardBuffers(NamedTuple):
+    """Shared memory of a backward kernel.
+
+    Attributes:
+        k: Halves of the tile's keys, [2 * num_k, 64, block_d].
+        v: Halves of its values, [2, 64, block_dv].
+        q: Queries, one or two buffers per stage.
+        dout: Gradients of out, [stages, block_m, block_dv].
+        lse: Base-2 logsumexp of the queries.
+        delta: rowsum(dout * out), and what else dS subtracts.
+        kv_ready: mbarrier of the tile's keys and values.
+        q_ready: mbarriers of queries.
+        dout_ready: mbarriers of dout.
+    """
+
+    k: Any
+    v: Any
+    q: Any
+    dout: Any
+    lse: Any
+    delta: Any
+    kv_ready: Any
+    q_ready: Any
+    dout_ready: Any
+
+
+class WorkTile(NamedTuple):
+    """A tile of queries, as the scheduler hands it out.
+
+    Attributes:
+        end_q: End of the document's queries in the pack.
+        length_q: Queries of the document.
+        end_k: End of the document's keys in the pack.
+        length_k: Keys of the document.
+        first: First query of the tile in the document.
+        head: First query head of the tile.
+        low: First block of keys.
+        high: End of the blocks of keys.
+    """
+
+    end_q: Any
+    length_q: Any
+    end_k: Any
+    length_k: Any
+    first: Any
+    head: Any
+    low: Any
+    high: Any
+
+
+class KeyTile(NamedTuple):
+    """A tile of keys with the blocks of queries that see it.
+
+    Attributes:
+        head_kv: Key/value head.
+        begin_q: First query of the document in the pack.
+        length_q: Queries of the document.
+        begin_k: First key of the document in the pack.
+        length_k: Keys of the document.
+        first: First key of the tile in the document.
+        low: First block of queries.
+        high: End of the blocks of queries.
+    """
+
+    head_kv: Any
+    begin_q: Any
+    length_q: Any
+    begin_k: Any
+    length_k: Any
+    first: Any
+    low: Any
+    high: Any
+
+
+class KeySlot(NamedTuple):
+    """The tile of keys of a program, and its document.
+
+    Attributes:
+        head_kv: Key/value head.
+        document: Index in the pack; -1 for an empty slot.
+        first: First key of the tile in the document.
+        begin_q: First query of the document in the pack.
+        length_q: Queries of the document.
+        begin_k: First key of the document in the pack.
+        length_k: Keys of the document.
+    """
+
+    head_kv: Any
+    document: Any
+    first: Any
+    begin_q: Any
+    length_q: Any
+    begin_k: Any
+    length_k: Any
+
+
+class Rows(NamedTuple):
+    """Rows of a document that the copy engine reads or writes.
+
+    Attributes:
+        end: End of the document in the pack.
+        row: Row coordinate of the first one; see ragged_descriptor.
+        head: Head.
+    """
+
+    end: Any
+    row: Any
+    head: Any
+
+
+class QueryRows(NamedTuple):
+    """Rows of queries, or of results, of one tile.
+
+    Attributes:
+        end: End of the document in the pack.
+        length: Queries of the document.
+        first: First query in the document.
+        head: First query head.
+    """
+
+    end: Any
+    length: Any
+    first: Any
+    head: Any
+
+
+class OutputKeys(NamedTuple):
+    """Rows of dk or dv that a warpgroup stores.
+
+    Attributes:
+        first: First key in the document.
+        end: End of the keys to store, in the document.
+        begin: First key of the document in the pack.
+        head: Key/value head.
+    """
+
+    first: Any
+    end: Any
+    begin: Any
+    head: Any
+
+
+class Window(NamedTuple):
+    """The window of a call.
+
+    Attributes:
+        pointer: int32 [2] on the device, or None.
+        left: Keys to the left, where pointer is None.
+        right: Keys to the right, likewise.
+    """
+
+    pointer: Any
+    left: Any
+    right: Any
+
+
+class Bounds(NamedTuple):
+    """The window in keys; UNBOUNDED where a side has no bound.
+
+    Attributes:
+        left: Keys before the own position.
+        right: Keys behind it.
+    """
+
+    left: Any
+    right: Any
+
+
+class LocalQueries(NamedTuple):
+    """Queries of a warpgroup's rows.
+
+    Attributes:
+        first: First query in the document.
+        local_query: Query of each row, counted from it.
+    """
+
+    first: Any
+    local_query: Any
+
+
+class Visible(NamedTuple):
+    """Which keys the rows of a warpgroup see.
+
+    Attributes:
+        shift: Keys less queries of the document.
+        length_k: Keys of the document.
+        left: Keys before the own position.
+        right: Keys behind it.
+        clear_low: Blocks that start below need a mask.
+        clear_high: Blocks that end above need a mask.
+    """
+
+    shift: Any
+    length_k: Any
+    left: Any
+    right: Any
+    clear_low: Any
+    clear_high: Any
+
+
+class KeyBounds(NamedTuple):
+    """What a warpgroup's keys are seen by, relative to the first key.
+
+    Attributes:
+        keys_here: Keys from the first one to the document's end.
+        reach: Last key that query 0 sees.
+        past: First key that query 0 sees.
+    """
+
+    keys_here: Any
+    reach: Any
+    past: Any
+
+
+class SeedWords(NamedTuple):
+    """Key of the random bits of a document; see draw_words.
+
+    Attributes:
+        key_0: Low half of the seed.
+        key_1: High half of the seed.
+        document: Document id.
+    """
+
+    key_0: Any
+    key_1: Any
+    document: Any
+
+
+class DropoutKey(NamedTuple):
+    """Counters and key of the random bits of a tile; see draw_words.
+
+    Attributes:
+        key_0: Low half of the seed.
+        key_1: High half of the seed.
+        document: Document id.
+        head: Query heads of the rows.
+        first: First query of the tile.
+        local_query: Queries in the tile.
+    """
+
+    key_0: Any
+    key_1: Any
+    document: Any
+    head: Any
+    first: Any
+    local_query: Any
+
+
+class Scalars(NamedTuple):
+    """Numbers of a call that a consumer warpgroup reads.
+
+    Attributes:
+        total_q: Packed queries.
+        scale: softmax_scale.
+        softcap: c, or None.
+        threshold: Dropout's threshold of 65,536.
+        keep_scale: 1 / keep probability.
+    """
+
+    total_q: Any
+    scale: Any
+    softcap: Any
+    threshold: Any
+    keep_scale: Any
+
+
+class ConsumerPointers(NamedTuple):
+    """Tensors that a consumer warpgroup of a forward reads or writes by itself.
+
+    Attributes:
+        lse: [H, T] float32, the result.
+        factor: [H] learnable sinks, or [N] factors of the logits; may be None.
+        dropout_seed: [1] int64, or None.
+        document_ids: [N] int32, or None.
+    """
+
+    lse: Any
+    factor: Any
+    dropout_seed: Any
+    document_ids: Any
+
+
+class Statistics(NamedTuple):
+    """Numbers per query that the loader of a backward fetches.
+
+    Attributes:
+        lse: Base-2 logsumexp, [H, T] float32; with other numbers behind it for some kernels.
+        delta: rowsum(dout * out) - dlse, [H, T] float32, or None.
+        total_q: Packed queries.
+    """
+
+    lse: Any
+    delta: Any
+    total_q: Any
+
+
+class Semaphores(NamedTuple):
+    """Counters of the partial dq that have reached global memory.
+
+    Attributes:
+        pointer: Zeroed int32 [H, per_head].
+        per_head: Counters of a head.
+        document: Index in the pack.
+    """
+
+    pointer: Any
+    per_head: Any
+    document: Any
+
+
+class KeyGradients(NamedTuple):
+    """Gradients of one layout that a tile of keys stores.
+
+    Attributes:
+        dk: [Tk, Hk, D].
+        dv: [Tk, Hk, D].
+        token: Distance between tokens, in elements.
+        head: Distance between heads.
+    """
+
+    dk: Any
+    dv: Any
+    token: Any
+    head: Any
+
+
+class DropoutInputs(NamedTuple):
+    """Dropout of a document.
+
+    Attributes:
+        seed: [1] int64, or None.
+        document_ids: [N] int32, or None.
+        document: Index in the pack.
+        threshold: Of 65,536.
+    """
+
+    seed: Any
+    document_ids: Any
+    document: Any
+    threshold: Any
+
+
+class Factors(NamedTuple):
+    """Numbers of a call that the backward multiplies by.
+
+    Attributes:
+        scale: softmax_scale.
+        softcap: c.
+        keep_scale: 1 / keep probability.
+    """
+
+    scale: Any
+    softcap: Any
+    keep_scale: Any
+
+
+class DqSlabs(NamedTuple):
+    """Where dq is added from registers; see first_slab.
+
+    Attributes:
+        pointer: Slab of the first block of queries of the first head.
+        per_head: Slabs of a head.
+    """
+
+    pointer: Any
+    per_head: Any
+
+
+class SchedulerInputs(NamedTuple):
+    """What the tile scheduler reads.
+
+    Attributes:
+        cu_seqlens_q: [N + 1] int32.
+        cu_seqlens_k: [N + 1] int32.
+        tiles: [n, 2] int32 of a TileSchedule.
+        counter: A zeroed int32, which programs take their next item from.
+        num_items: Items of work.
+    """
+
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    tiles: Any
+    counter: Any
+    num_items: Any
