@@ -125,8 +125,8 @@ def kernel_variant(
         "SHARED_K": shared_k,
         "STATS": 8 if shared_k else 4,
         "IS_QUERY": not is_share,
-        "IS_FAR": is_share,
-        "IS_NEAR": is_share,
+        "IS_INTER": is_share,
+        "IS_SUCC": is_share,
         "PRECISION": "ieee",
     }
     kernel = KERNELS[operation]

@@ -16,6 +16,7 @@ from lctrain_kernels.differential.hopper_bwd import differential_bwd_hopper_kern
 from lctrain_kernels.differential.hopper_fwd import differential_fwd_hopper_kernel
 from lctrain_kernels.dual_chunk.hopper_bwd import dual_chunk_bwd_hopper_kernel
 from lctrain_kernels.dual_chunk.hopper_fwd import dual_chunk_fwd_hopper_kernel
+from lctrain_kernels.dual_chunk.ranges import INTER, INTRA, SUCC
 from lctrain_kernels.gluon.config import (
     BLOCK_N_BACKWARD,
     CONSUMERS,
@@ -41,7 +42,6 @@ from lctrain_kernels.gluon.support import (
     DifferentialCall,
     refusal,
 )
-from lctrain_kernels.tile.chunks import FAR, NEAR, OWN
 from lctrain_kernels.tile.structures import Flags
 from lctrain_kernels.tile.variant import KernelVariant, describe_variant
 from lctrain_kernels.varlen.hopper_bwd import varlen_bwd_hopper_kernel
@@ -49,7 +49,7 @@ from lctrain_kernels.varlen.hopper_fwd import varlen_fwd_hopper_kernel
 
 FEATURES = ("causal", "full", "dropout", "deterministic", "all")
 DUAL_CHUNK_FEATURES = ("causal", "dropout", "all")
-DUAL_CHUNK_WAYS = {NEAR.value: "near", OWN.value: "own", FAR.value: "far"}
+DUAL_CHUNK_RELATIONS = {SUCC.value: "succ", INTRA.value: "intra", INTER.value: "inter"}
 HEADS_KV = 8
 DIFFERENTIAL_PUBLISHED = ((64, 128, False), (128, 128, True))  # D, Dv, one k
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # Triton 3.10 flips the default of fusion
@@ -154,7 +154,7 @@ def dual_chunk_forward_variant(
         q_desc=rows,
         out_desc=rows,
         k_desc=keys,
-        k_near_desc=keys,
+        k_succ_desc=keys,
         v_desc=keys,
     )
     options = OPTIONS | {"maxnreg": REGISTERS}
@@ -169,7 +169,7 @@ def dual_chunk_backward_variant(
     features: str = "causal",
     dtype: str = "bf16",
     group: int = 4,
-    way: int = OWN.value,
+    relation: int = INTRA.value,
 ) -> KernelVariant:
     """As backward_variant, of one launch of dual_chunk_bwd_hopper_kernel, which has no dropout."""
     columns = padded_columns(head_dim)
@@ -180,13 +180,13 @@ def dual_chunk_backward_variant(
     kernel = dual_chunk_bwd_hopper_kernel
     constants = {
         "TILE": backward_shape(tile, columns, group, HEADS_KV, head_dim),
-        "WAY": way,
+        "RELATION": relation,
     }
     types = _types(
         kernel,
         features,
         dtype,
-        ("dk", "dv") if way == NEAR.value else (),
+        ("dk", "dv") if relation == SUCC.value else (),
         q_desc=queries,
         do_desc=queries,
         k_desc=keys,
@@ -195,7 +195,7 @@ def dual_chunk_backward_variant(
     )
     options = OPTIONS | {"maxnreg": REGISTERS}
     size = f"{tile.block_m}x{BLOCK_N_BACKWARD}"
-    name = f"hopper_dual_chunk_bwd_{DUAL_CHUNK_WAYS[way]}"
+    name = f"hopper_dual_chunk_bwd_{DUAL_CHUNK_RELATIONS[relation]}"
     label = f"{name}-D{head_dim}-g{group}-{features}-{dtype}-{size}"
     return describe_variant(label, kernel, types, constants, options, False)
 
@@ -359,10 +359,12 @@ def _dual_chunk_variants(
         for group, name in itertools.product(groups, DUAL_CHUNK_FEATURES):
             if name in features:
                 yield dual_chunk_forward_variant(head_dim, features=name, group=group)
-    for way, name in itertools.product(DUAL_CHUNK_WAYS, DUAL_CHUNK_FEATURES):
+    for relation, name in itertools.product(DUAL_CHUNK_RELATIONS, DUAL_CHUNK_FEATURES):
         if name in features and name != "dropout":
             group = groups[-1]
-            yield dual_chunk_backward_variant(head_dim, features=name, group=group, way=way)
+            yield dual_chunk_backward_variant(
+                head_dim, features=name, group=group, relation=relation
+            )
 
 
 def _descriptor(dtype: str, rows: int, columns: int) -> str:

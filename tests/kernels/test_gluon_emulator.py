@@ -11,10 +11,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from lctrain_kernels.gluon.barriers import barrier_arrive, barrier_wait
 from lctrain_kernels.gluon.compat import reinterpret, tma_load, tma_store, tma_store_wait
 from lctrain_kernels.gluon.launch import ragged_descriptor
-from lctrain_kernels.gluon.signals import await_signal, signal
-from lctrain_kernels.gluon.step import add_four
+from lctrain_kernels.gluon.primitives import red_add_v4
 from tests.kernels.gluon_emulator import EmulatedKernel
 from tests.kernels.gluon_emulator.machine import Barrier, Deadlock
 
@@ -154,7 +154,7 @@ def add_kernel(x_ptr, step, COUNT: gl.constexpr):
     """Adds 0, 1, 2 and 3 from each of COUNT addresses on, but for the first."""
     item = gl.arange(0, COUNT, gl.BlockedLayout([1], [32], [4], [0]))
     x = gl.zeros([COUNT], gl.float32, gl.BlockedLayout([1], [32], [4], [0]))
-    add_four(x_ptr + item * step, item, x, x + 1.0, x + 2.0, x + 3.0)
+    red_add_v4(x_ptr + item * step, item, x, x + 1.0, x + 2.0, x + 3.0)
 
 
 def test_additions_of_four_values():
@@ -191,15 +191,15 @@ def _write_in_turn(pointers, WARPGROUP: gl.constexpr, TURNS: gl.constexpr, STEPS
     """Appends the warpgroup's number to a list in each of its turns, which signals pass on."""
     counter_ptr, list_ptr = pointers
     if STEPS[0] and WARPGROUP == 2:
-        signal(15, 256, 4)
+        barrier_arrive(15, 256, 4)
     for _ in range(TURNS):
         if STEPS[1]:
-            await_signal(15 - WARPGROUP, 256, 4)
+            barrier_wait(15 - WARPGROUP, 256, 4)
         place = gl.atomic_add(counter_ptr, 1)
         gl.store(list_ptr + place, WARPGROUP)
-        signal(15 - (WARPGROUP + 1) % 3, 256, 4)
+        barrier_arrive(15 - (WARPGROUP + 1) % 3, 256, 4)
     if STEPS[2]:
-        await_signal(15, 256, 4, gl.where(WARPGROUP == 0, 1, 0))
+        barrier_wait(15, 256, 4, gl.where(WARPGROUP == 0, 1, 0))
 
 
 @gluon.jit

@@ -10,7 +10,7 @@ from lctrain.kernels import make_schedule
 from lctrain_kernels import aot_hopper as aot
 from lctrain_kernels.differential import hopper as differential
 from lctrain_kernels.dual_chunk import hopper as dual_chunk
-from lctrain_kernels.gluon import signals
+from lctrain_kernels.gluon import barriers
 from lctrain_kernels.gluon.config import DIFFERENTIAL_COLUMNS
 from lctrain_kernels.varlen import hopper as varlen
 from tests.kernels.aot_process import BETWEEN, VERSIONS, compiled_reports, on_triton
@@ -29,7 +29,7 @@ def test_compiles_to_what_the_hardware_has(version):
     large = {r["name"]: r["shared_bytes"] for r in reports if r["shared_bytes"] > SHARED_LIMIT}
     assert not large, f"these need more than the {SHARED_LIMIT} bytes of shared memory of sm_90"
     for report in reports:
-        free = signals.V_EMPTY.value if "_fwd-" in report["name"] else signals.DS_FULL.value
+        free = barriers.V_EMPTY.value if "_fwd-" in report["name"] else barriers.DS_FULL.value
         assert 0 in report["barriers"], "every kernel brings its first warpgroup together"
         assert max(report["barriers"]) < free, f"{report['name']}: Triton takes our barriers"
     plain = [report for report in reports if "-causal-" in report["name"]]
@@ -98,9 +98,7 @@ class Launches:
         }
         assert list(self.arguments) == list(variant.signature)
         assert {name: self.arguments[name] for name in constants} == constants
-        types = {
-            name: types_of(x) for name, x in self.arguments.items() if name not in constants
-        }
+        types = {name: types_of(x) for name, x in self.arguments.items() if name not in constants}
         assert types == {name: variant.signature[name] for name in types}
         assert self.options.items() <= variant.options.items()
 
@@ -184,8 +182,8 @@ def test_variants_of_dual_chunk_attention_are_what_is_launched(
         "inv_freq": torch.zeros(head_dim // 2),
         "logit_scale": torch.ones(2) if features == "all" else None,
         "chunk_length": 33,
-        "near": 7,
-        "far_position": 40,
+        "succ_length": 7,
+        "inter_position": 40,
         "softmax_scale": 0.1,
     }
     out, lse = dual_chunk.dual_chunk_fwd(
@@ -206,17 +204,17 @@ def test_variants_of_dual_chunk_attention_are_what_is_launched(
     if features == "dropout":
         return  # the portable kernels have this backward
     kept = {}
-    for way in aot.DUAL_CHUNK_WAYS:
-        kept[way] = Launches(dual_chunk.dual_chunk_bwd_hopper_kernel.kernel)
+    for relation in aot.DUAL_CHUNK_RELATIONS:
+        kept[relation] = Launches(dual_chunk.dual_chunk_bwd_hopper_kernel.kernel)
     rest = iter(kept.values())
     monkeypatch.setattr(dual_chunk, "dual_chunk_bwd_hopper_kernel", EachLaunch(rest))
     dual_chunk.dual_chunk_bwd(
         q, None, q, k, k, out, lse, cu, cu, schedule.q_tiles, schedule.k_tiles, **options
     )
-    for way, launched in kept.items():
+    for relation, launched in kept.items():
         launched.assert_described_by(
             aot.dual_chunk_backward_variant(
-                head_dim, features=features, dtype=dtype, group=group, way=way
+                head_dim, features=features, dtype=dtype, group=group, relation=relation
             )
         )
 

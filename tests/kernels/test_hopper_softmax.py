@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from lctrain_kernels.gluon.softmax import (
-    RAISE,
-    RAISE_CONSTRAINTS,
-    UNSEEN,
-    further_assembly,
-    further_constraints,
+    INITIAL_MAX,
+    RAISE_MAX,
+    RAISE_MAX_CONSTRAINTS,
+    known_max_assembly,
+    known_max_constraints,
 )
 from tests.kernels.gluon_emulator.assembly import run_on_rows
 
@@ -16,15 +16,15 @@ from tests.kernels.gluon_emulator.assembly import run_on_rows
 def test_a_maximum_is_raised_where_a_row_exceeds_it_by_more():
     generator = np.random.default_rng(0)
     before = np.repeat(generator.normal(size=(64, 1)) * 4, 4, axis=1).astype(np.float32)
-    before[::9] = UNSEEN.value
+    before[::9] = INITIAL_MAX.value
     largest = (generator.normal(size=(64, 4)) * 20).astype(np.float32)
     largest[::9, 1:] = -np.inf
     # A warp in which no row does.
-    seen = before[32:48] != UNSEEN.value
+    seen = before[32:48] != INITIAL_MAX.value
     largest[32:48] = np.where(seen, np.where(seen, before[32:48], 0) * 2 + 10, -np.inf)
     total = generator.random((64, 4)).astype(np.float32)
-    m, alpha, scaled = run_on_rows(
-        RAISE.value, RAISE_CONSTRAINTS.value, 2, [before, total, largest, np.float32([0.5])]
+    m, alpha, rescale = run_on_rows(
+        RAISE_MAX.value, RAISE_MAX_CONSTRAINTS.value, 2, [before, total, largest, np.float32([0.5])]
     )
     top = largest.max(axis=1, keepdims=True) * np.float32(0.5)
     raised = top - before > 8
@@ -32,7 +32,7 @@ def test_a_maximum_is_raised_where_a_row_exceeds_it_by_more():
     assert not raised[32:48].any()
     np.testing.assert_array_equal(m, np.where(raised, top, before))
     np.testing.assert_array_equal(alpha, np.exp2(before - m))
-    np.testing.assert_array_equal(scaled, total * alpha)
+    np.testing.assert_array_equal(rescale, total * alpha)
 
 
 @pytest.mark.parametrize("half", ["bf16", "f16"])
@@ -42,13 +42,13 @@ def test_weights_of_a_further_block(half):
     s = (generator.normal(size=(64, 8, 4, 2)) * 8).astype(np.float32)
     s[5] = -np.inf
     before = np.repeat(generator.normal(size=(64, 1)) * 4 + 8, 4, axis=1).astype(np.float32)
-    before[[5, 6, 40]] = UNSEEN.value  # nothing seen so far, and here by the last two alone
+    before[[5, 6, 40]] = INITIAL_MAX.value  # nothing seen so far, and here by the last two alone
     s[20, 3, 1, 0] = 2000.0  # beyond what 2^(s - m) can be
     s[21, 2, 0, 1] = 2 * before[21, 0] + 24  # 2^12: no new m
     total = generator.random((64, 4)).astype(np.float32)
     operands = [s, before[:, None, :, None], total[:, None, :, None], multiplier.reshape(1)]
     p, found = run_on_rows(
-        further_assembly(elements, half), further_constraints(elements), elements, operands
+        known_max_assembly(elements, half), known_max_constraints(elements), elements, operands
     )
     m, alpha, sums = found[:, 0, :, 0], found[:, 0, :, 1], found[:, 1, :, 0]
     raised = np.zeros(64, np.bool_)
@@ -71,7 +71,7 @@ def test_a_row_keeps_its_bits_whatever_the_others_of_its_warp(value):
     before = np.repeat(generator.normal(size=(64, 1)), 4, axis=1).astype(np.float32)
     total = generator.random((64, 4)).astype(np.float32)
     rest = (before[:, None, :, None], total[:, None, :, None], np.float32([0.5]))
-    run = (further_assembly(elements, "bf16"), further_constraints(elements), elements)
+    run = (known_max_assembly(elements, "bf16"), known_max_constraints(elements), elements)
     alone = run_on_rows(*run, [s, *rest])
     disturbed = s.copy()
     disturbed[[3, 17], 5, 2, 1] = value

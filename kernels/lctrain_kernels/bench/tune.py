@@ -142,8 +142,8 @@ class _Case:
                 "inv_freq": frequencies(workload.head_dim, self.q.device),
                 "logit_scale": None,
                 "chunk_length": geometry.length,
-                "near": geometry.near,
-                "far_position": geometry.far_position,
+                "succ_length": geometry.near,
+                "inter_position": geometry.far_position,
             }
         else:
             self.options |= {"window": (-1, 0), "softcap": 0.0}

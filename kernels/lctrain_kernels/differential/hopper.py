@@ -151,27 +151,27 @@ def _prepare_kernel(
     inside = row < total_q
     token = row.to(tl.int64)
     value_mask = inside[:, None] & (value_column < VALUE_DIM)[None, :]
-    out_place = (token * stride_ot + head * stride_oh)[:, None] + value_column[None, :]
-    dout_place = (token * stride_dot + head * stride_doh)[:, None] + value_column[None, :]
-    dout = tl.load(dout_ptr + dout_place, value_mask, 0.0).to(tl.float32)
-    e1 = tl.sum(tl.load(out1_ptr + out_place, value_mask, 0.0).to(tl.float32) * dout, 1)
-    e2 = tl.sum(tl.load(out2_ptr + out_place, value_mask, 0.0).to(tl.float32) * dout, 1)
-    place = head.to(tl.int64) * total_q + token
-    tl.store(dlam_ptr + place, -e2, inside)
+    out_offset = (token * stride_ot + head * stride_oh)[:, None] + value_column[None, :]
+    dout_offset = (token * stride_dot + head * stride_doh)[:, None] + value_column[None, :]
+    dout = tl.load(dout_ptr + dout_offset, value_mask, 0.0).to(tl.float32)
+    e1 = tl.sum(tl.load(out1_ptr + out_offset, value_mask, 0.0).to(tl.float32) * dout, 1)
+    e2 = tl.sum(tl.load(out2_ptr + out_offset, value_mask, 0.0).to(tl.float32) * dout, 1)
+    offset = head.to(tl.int64) * total_q + token
+    tl.store(dlam_ptr + offset, -e2, inside)
     lam = tl.load(lam_ptr + token * stride_lt + head.to(tl.int64) * stride_lh, inside, 1.0)
     size = tl.maximum(tl.abs(lam), _SMALLEST_LAM)
     if dlse1_ptr is not None:
-        e1 -= tl.load(dlse1_ptr + place, inside, 0.0)
+        e1 -= tl.load(dlse1_ptr + offset, inside, 0.0)
     if dlse2_ptr is not None:
-        dlse2 = tl.load(dlse2_ptr + place, inside, 0.0)
+        dlse2 = tl.load(dlse2_ptr + offset, inside, 0.0)
         e2 += tl.where(lam < 0, -dlse2, dlse2) / size
     bits = (e2.to(tl.int32, bitcast=True) & -2) | (lam < 0).to(tl.int32)
-    lse1 = tl.load(lse1_ptr + place, inside, 0.0)
-    lse2 = tl.load(lse2_ptr + place, inside, 0.0)
+    lse1 = tl.load(lse1_ptr + offset, inside, 0.0)
+    lse2 = tl.load(lse2_ptr + offset, inside, 0.0)
     # A row that saw nothing has no weights: 2^(x - inf) = 0.
     lse1 = tl.where(lse1 == float("-inf"), float("inf"), lse1 * _LOG2_E)
     lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2 * _LOG2_E - tl.log2(size))
-    stats = stats_ptr + place
+    stats = stats_ptr + offset
     width = HEADS * total_q.to(tl.int64)
     tl.store(stats, lse1, inside)
     tl.store(stats + width, lse2, inside)
@@ -200,11 +200,11 @@ def _scale_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
     mask = (row < total_q)[:, None] & (column < HEAD_DIM)[None, :]
-    place = (row.to(tl.int64) * HEADS + tl.program_id(1))[:, None] * HEAD_DIM + column[None, :]
-    dq1 = tl.load(sum1_ptr + place, mask, 0.0) * scale
-    dq2 = tl.load(sum2_ptr + place, mask, 0.0) * scale
-    tl.store(dq1_ptr + place, dq1.to(dq1_ptr.dtype.element_ty), mask)
-    tl.store(dq2_ptr + place, dq2.to(dq2_ptr.dtype.element_ty), mask)
+    offset = (row.to(tl.int64) * HEADS + tl.program_id(1))[:, None] * HEAD_DIM + column[None, :]
+    dq1 = tl.load(sum1_ptr + offset, mask, 0.0) * scale
+    dq2 = tl.load(sum2_ptr + offset, mask, 0.0) * scale
+    tl.store(dq1_ptr + offset, dq1.to(dq1_ptr.dtype.element_ty), mask)
+    tl.store(dq2_ptr + offset, dq2.to(dq2_ptr.dtype.element_ty), mask)
 
 
 def differential_bwd(

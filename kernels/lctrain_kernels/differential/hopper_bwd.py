@@ -11,6 +11,34 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from lctrain_kernels.gluon.backward_pipeline import (
+    acquire_partial_dq,
+    allocate_partial_dq,
+    allocate_query_bars,
+    drain_partial_dq,
+    key_offsets,
+    keys_weights,
+    load_rows,
+    next_block,
+    read_slot,
+    release_partial_dq,
+    store_partial_dq,
+)
+from lctrain_kernels.gluon.barriers import (
+    CONSUMERS,
+    DOUT_EMPTY,
+    DS_FULL,
+    DS_READ_0,
+    DS_READ_1,
+    PRODUCER_AND_CONSUMERS,
+    Q_EMPTY,
+    acquire_stage,
+    barrier_arrive,
+    barrier_wait,
+    barriers_fit,
+    drain_stages,
+    release_stage,
+)
 from lctrain_kernels.gluon.compat import (
     copy_arrive,
     copy_async,
@@ -19,20 +47,8 @@ from lctrain_kernels.gluon.compat import (
     tma_add,
     tma_load,
 )
-from lctrain_kernels.gluon.signals import (
-    BOTH,
-    DO_EMPTY,
-    DS_FULL,
-    DS_READ,
-    LOADER_AND_BOTH,
-    Q_EMPTY,
-    await_place,
-    await_signal,
-    give_place,
-    settle_places,
-    signal,
-)
-from lctrain_kernels.gluon.step import held, load_window, query_blocks
+from lctrain_kernels.gluon.forward_pipeline import load_block
+from lctrain_kernels.gluon.primitives import load_window, query_blocks, rematerialised
 from lctrain_kernels.gluon.structures import (
     RAGGED,
     BackwardBuffers,
@@ -43,20 +59,6 @@ from lctrain_kernels.gluon.structures import (
     Rows,
     Statistics,
 )
-from lctrain_kernels.gluon.tile_keys import (
-    allocate_dq,
-    allocate_rings,
-    give_back_dq,
-    keys_weights,
-    load_rows,
-    next_block,
-    place_keys,
-    put_dq,
-    read_slot,
-    settle_dq,
-    take_dq,
-)
-from lctrain_kernels.gluon.tile_rows import load_block
 from lctrain_kernels.tile.logits import LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
@@ -148,48 +150,48 @@ def _load(
     block = tile.high - 1
     steps = GROUP * (tile.high - tile.low)
     for step in range(steps):
-        place = step % STAGES
+        stage = step % STAGES
         query = block * BLOCK_M + local
         vector = stats.lse + head.to(gl.int64) * stats.total_q + tile.begin_q + query
         row = RAGGED - length_q + block * BLOCK_M
-        await_place(Q_EMPTY, step, STAGES, LOADER_AND_BOTH)
+        acquire_stage(Q_EMPTY, step, STAGES, PRODUCER_AND_CONSUMERS)
         for branch in gl.static_range(2):
             copy_async(
-                shared.lse.index(2 * place + branch),
+                shared.lse.index(2 * stage + branch),
                 vector + branch * stats_size,
                 mask=query < length_q,
             )
-        copy_arrive(shared.q_ready.index(place))
-        mbarrier.expect(shared.q_ready.index(place), 2 * BLOCK_M * BLOCK_D * 2)
+        copy_arrive(shared.q_ready.index(stage))
+        mbarrier.expect(shared.q_ready.index(stage), 2 * BLOCK_M * BLOCK_D * 2)
         for branch in gl.static_range(2):
             tma_load(
                 q_descs[branch],
                 [RAGGED, tile.begin_q + length_q, row, head, 0],
-                shared.q_ready.index(place),
+                shared.q_ready.index(stage),
                 reinterpret(
-                    shared.q.index(2 * place + branch),
+                    shared.q.index(2 * stage + branch),
                     dtype,
                     [1, 1, BLOCK_M, 1, BLOCK_D],
                     q_descs[0].layout,
                 ),
             )
-        await_place(DO_EMPTY, step, STAGES, LOADER_AND_BOTH)
+        acquire_stage(DOUT_EMPTY, step, STAGES, PRODUCER_AND_CONSUMERS)
         for branch in gl.static_range(2):
             copy_async(
-                shared.delta.index(2 * place + branch),
+                shared.delta.index(2 * stage + branch),
                 vector + (2 + branch) * stats_size,
                 mask=query < length_q,
             )
-        copy_arrive(shared.dout_ready.index(place))
+        copy_arrive(shared.dout_ready.index(stage))
         queries = Rows(tile.begin_q + length_q, row, head)
-        load_block(do_desc, shared.dout.index(place), shared.dout_ready.index(place), queries)
+        load_block(do_desc, shared.dout.index(stage), shared.dout_ready.index(stage), queries)
         head, block = next_block(head, block, tile.head_kv, GROUP)
-    settle_places(Q_EMPTY, steps, STAGES, LOADER_AND_BOTH)
-    settle_places(DO_EMPTY, steps, STAGES, LOADER_AND_BOTH)
+    drain_stages(Q_EMPTY, steps, STAGES, PRODUCER_AND_CONSUMERS)
+    drain_stages(DOUT_EMPTY, steps, STAGES, PRODUCER_AND_CONSUMERS)
 
 
 @gluon.jit
-def _add_dq(dq_descs, dq_bufs, tile, TILE: gl.constexpr):
+def _add_partial_dq(dq_descs, dq_bufs, tile, TILE: gl.constexpr):
     """The dQ warp: adds partial dq1 and dq2, 64 columns at a time, to the float32 buffers."""
     GROUP: gl.constexpr = TILE.group
     ROUNDS: gl.constexpr = TILE.block_d // _COLUMNS
@@ -202,9 +204,9 @@ def _add_dq(dq_descs, dq_bufs, tile, TILE: gl.constexpr):
                 tma_add(
                     dq_descs[branch],
                     [RAGGED, tile.begin_q + tile.length_q, row, head, part * _COLUMNS],
-                    take_dq(dq_bufs, branch, dq_descs[0]),
+                    acquire_partial_dq(dq_bufs, branch, dq_descs[0]),
                 )
-            give_back_dq()
+            release_partial_dq()
         head, block = next_block(head, block, tile.head_kv, GROUP)
 
 
@@ -233,16 +235,16 @@ def _compute(
     NUM_K: gl.constexpr = TILE.num_k
     HALF: gl.constexpr = TILE.block_n // 2
     ROUNDS: gl.constexpr = BLOCK_D // _COLUMNS
-    OWN_READ: gl.constexpr = DS_READ + 4 * HALF_INDEX
-    OTHER_READ: gl.constexpr = DS_READ + 4 - 4 * HALF_INDEX
+    OWN_READ: gl.constexpr = DS_READ_0 if HALF_INDEX == 0 else DS_READ_1
+    OTHER_READ: gl.constexpr = DS_READ_1 if HALF_INDEX == 0 else DS_READ_0
     OWN_K: gl.constexpr = 2 * (NUM_K - 1) * HALF_INDEX  # of the branch whose dq is computed here
     dtype: gl.constexpr = shared.v.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     k_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     v_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
-    TURNED: gl.constexpr = BLOCK_D == 64  # see multiply_dq
+    TRANSPOSED: gl.constexpr = BLOCK_D == 64  # see multiply_dq
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [4, 1], [16, BLOCK_M if TURNED else BLOCK_D, 16]
+        [3, 0], [4, 1], [16, BLOCK_M if TRANSPOSED else BLOCK_D, 16]
     )
     ds_layout: gl.constexpr = gl.DotOperandLayout(0, k_layout, 2)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, v_layout, 2)
@@ -260,46 +262,48 @@ def _compute(
     dk2 = gl.zeros([HALF, BLOCK_D], gl.float32, k_layout)
     dv = gl.zeros([HALF, BLOCK_DV], gl.float32, v_layout)
     zero_s = gl.zeros([HALF, BLOCK_M], gl.float32, s_layout)
-    zero_q = gl.zeros([BLOCK_D, BLOCK_M] if TURNED else [BLOCK_M, BLOCK_D], gl.float32, dq_layout)
+    zero_q = gl.zeros(
+        [BLOCK_D, BLOCK_M] if TRANSPOSED else [BLOCK_M, BLOCK_D], gl.float32, dq_layout
+    )
     steps = GROUP * (high - low)
     mbarrier.wait(shared.kv_ready, 0)
     for step in range(steps):
-        place = step % STAGES
+        stage = step % STAGES
         phase = (step // STAGES) & 1
         block = high - 1 - step // GROUP  # as next_block has it
         query = block * BLOCK_M
-        never = block < low
-        k1 = held(shared.k, HALF_INDEX, never)
-        k2 = held(shared.k, 2 * (NUM_K - 1) + HALF_INDEX, never)
-        v = held(shared.v, HALF_INDEX, never)
-        q1 = shared.q.index(2 * place)
-        q2 = shared.q.index(2 * place + 1)
-        do = shared.dout.index(place)
-        mbarrier.wait(shared.q_ready.index(place), phase)
+        opaque_false = block < low
+        k1 = rematerialised(shared.k, HALF_INDEX, opaque_false)
+        k2 = rematerialised(shared.k, 2 * (NUM_K - 1) + HALF_INDEX, opaque_false)
+        v = rematerialised(shared.v, HALF_INDEX, opaque_false)
+        q1 = shared.q.index(2 * stage)
+        q2 = shared.q.index(2 * stage + 1)
+        do = shared.dout.index(stage)
+        mbarrier.wait(shared.q_ready.index(stage), phase)
         s1_token = warpgroup_mma(k1, q1.permute((1, 0)), zero_s, use_acc=False, is_async=True)
-        mbarrier.wait(shared.dout_ready.index(place), phase)
+        mbarrier.wait(shared.dout_ready.index(stage), phase)
         dp_token = warpgroup_mma(v, do.permute((1, 0)), zero_s, use_acc=False, is_async=True)
         s1 = warpgroup_mma_wait(1, deps=[s1_token])
-        lse = shared.lse.index(2 * place).load(column_s)
+        lse = shared.lse.index(2 * stage).load(column_s)
         p1 = keys_weights(s1, lse, query, bounds, multiplier, BLOCK_M, s_layout, FLAGS)
         # The other warpgroup has read the last step's ds, too.
-        await_signal(OTHER_READ, BOTH, 4, gl.where(step > 0, 1, 0))
+        barrier_wait(OTHER_READ, CONSUMERS, 4, gl.where(step > 0, 1, 0))
         # There is no room for both weights in registers: these wait where ds2 will lie. Stored
         # before dp is waited for, they are computed before, too.
         ds_bufs.index(2 + HALF_INDEX).store(p1.to(dtype))
         dp = warpgroup_mma_wait(0, deps=[dp_token])
-        e1 = shared.delta.index(2 * place).load(column_s)
+        e1 = shared.delta.index(2 * stage).load(column_s)
         ds1 = (p1 * (dp - e1[None, :])).to(dtype)
         ds_bufs.index(HALF_INDEX).store(ds1)
         fence_async_shared()
         partition_barrier()
         s2_token = warpgroup_mma(k2, q2.permute((1, 0)), zero_s, use_acc=False, is_async=True)
-        ds1_buf = held(ds_bufs, HALF_INDEX, never)
+        ds1_buf = rematerialised(ds_bufs, HALF_INDEX, opaque_false)
         dk1_token = warpgroup_mma(ds1_buf, q1, dk1, is_async=True)
         s2 = warpgroup_mma_wait(1, deps=[s2_token])
-        lse = shared.lse.index(2 * place + 1).load(column_s)
+        lse = shared.lse.index(2 * stage + 1).load(column_s)
         p2 = keys_weights(s2, lse, query, bounds, multiplier, BLOCK_M, s_layout, FLAGS)
-        e2 = shared.delta.index(2 * place + 1).load(column_s)
+        e2 = shared.delta.index(2 * stage + 1).load(column_s)
         sign = e2.to(gl.int32, bitcast=True) << 31
         p2 = (p2.to(gl.int32, bitcast=True) ^ sign[None, :]).to(gl.float32, bitcast=True)
         ds2 = (p2 * (e2[None, :] - dp)).to(dtype)
@@ -309,12 +313,12 @@ def _compute(
         fence_async_shared()
         dv_token = warpgroup_mma(gl.convert_layout(p, p_layout), do, dv, is_async=True)
         dk1 = warpgroup_mma_wait(1, deps=[dk1_token])
-        await_signal(DS_FULL, BOTH, 4)
+        barrier_wait(DS_FULL, CONSUMERS, 4)
         dq_token = zero_q
         for half in gl.static_range(2):
-            ds = held(ds_bufs, 2 * HALF_INDEX + half, never)
-            k = held(shared.k, OWN_K + half, never)
-            if TURNED:
+            ds = rematerialised(ds_bufs, 2 * HALF_INDEX + half, opaque_false)
+            k = rematerialised(shared.k, OWN_K + half, opaque_false)
+            if TRANSPOSED:
                 dq_token = warpgroup_mma(
                     k.permute((1, 0)), ds, dq_token, use_acc=half > 0, is_async=True
                 )
@@ -323,33 +327,33 @@ def _compute(
                     ds.permute((1, 0)), k, dq_token, use_acc=half > 0, is_async=True
                 )
         if NUM_K == 1:
-            ds2_buf = held(ds_bufs, 2 + HALF_INDEX, never)
+            ds2_buf = rematerialised(ds_bufs, 2 + HALF_INDEX, opaque_false)
             dk1_token = warpgroup_mma(ds2_buf, q2, dk1, is_async=True)
         else:
             dk2_token = warpgroup_mma(gl.convert_layout(ds2, ds_layout), q2, dk2, is_async=True)
         dv = warpgroup_mma_wait(3, deps=[dv_token])
-        give_place(DO_EMPTY, place, LOADER_AND_BOTH)
+        release_stage(DOUT_EMPTY, stage, PRODUCER_AND_CONSUMERS)
         dq = warpgroup_mma_wait(1, deps=[dq_token])
         if ROUNDS == 2:
             # The buffer holds 64 columns.
             dq, dq_late = gl.split(gl.permute(gl.reshape(dq, [BLOCK_M, 2, _COLUMNS]), (0, 2, 1)))
-        put_dq(dq, dq_bufs, step * ROUNDS, HALF_INDEX, TURNED)
+        store_partial_dq(dq, dq_bufs, step * ROUNDS, HALF_INDEX, TRANSPOSED)
         if NUM_K == 1:
             dk1 = warpgroup_mma_wait(0, deps=[dk1_token])
         else:
             dk2 = warpgroup_mma_wait(0, deps=[dk2_token])
-        give_place(Q_EMPTY, place, LOADER_AND_BOTH)
-        signal(OWN_READ, BOTH, 4)
+        release_stage(Q_EMPTY, stage, PRODUCER_AND_CONSUMERS)
+        barrier_arrive(OWN_READ, CONSUMERS, 4)
         if ROUNDS == 2:
-            put_dq(dq_late, dq_bufs, step * ROUNDS + 1, HALF_INDEX, TURNED)
-    await_signal(OTHER_READ, BOTH, 4, gl.where(steps > 0, 1, 0))
-    settle_dq(steps, HALF_INDEX)
+            store_partial_dq(dq_late, dq_bufs, step * ROUNDS + 1, HALF_INDEX, TRANSPOSED)
+    barrier_wait(OTHER_READ, CONSUMERS, 4, gl.where(steps > 0, 1, 0))
+    drain_partial_dq(steps, HALF_INDEX)
     keys = OutputKeys(first_key, tile.length_k, tile.begin_k, tile.head_kv)
-    offsets_v, inside_v = place_keys(
+    offsets_v, inside_v = key_offsets(
         keys, strides.v_token, strides.v_head, TILE.value_dim, v_layout, HALF, BLOCK_DV
     )
     gl.store(results.dv + offsets_v, dv.to(dtype), mask=inside_v)
-    offsets_k, inside = place_keys(
+    offsets_k, inside = key_offsets(
         keys, strides.k_token, strides.k_head, TILE.head_dim, k_layout, HALF, BLOCK_D
     )
     gl.store(results.dk1 + offsets_k, (dk1 * scale).to(dtype), mask=inside)
@@ -391,6 +395,7 @@ def differential_bwd_hopper_kernel(
     STAGES: gl.constexpr = TILE.stages
     NUM_K: gl.constexpr = TILE.num_k
     HALF: gl.constexpr = TILE.block_n // 2
+    gl.static_assert(barriers_fit("differential_bwd", TILE.stages), "named barriers overlap")
     slot = read_slot(
         pointers.cu_seqlens_q, pointers.cu_seqlens_k, pointers.tiles, TILE.heads_kv, TILE.block_n
     )
@@ -410,7 +415,7 @@ def differential_bwd_hopper_kernel(
     high = gl.where(slot.document < 0, low, high)
     length_k = gl.where(slot.document < 0, 0, slot.length_k)
 
-    word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    vector_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, BLOCK_D], dtype)
     v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, BLOCK_DV], dtype)
@@ -422,11 +427,11 @@ def differential_bwd_hopper_kernel(
     q_bufs = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_M, BLOCK_D], q_layout)
     do_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_DV], do_layout)
     ds_bufs = gl.allocate_shared_memory(dtype, [4, HALF, BLOCK_M], ds_layout)
-    dq_bufs = allocate_dq(BLOCK_M, _COLUMNS)
-    lse_bufs = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK_M], word)
-    delta_bufs = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK_M], word)
+    dq_bufs = allocate_partial_dq(BLOCK_M, _COLUMNS)
+    lse_bufs = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK_M], vector_layout)
+    delta_bufs = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK_M], vector_layout)
     kv_ready = gl.allocate_shared_memory(gl.int64, [1], bar)
-    q_ready, dout_ready = allocate_rings(STAGES)
+    q_ready, dout_ready = allocate_query_bars(STAGES)
     mbarrier.init(kv_ready, count=1)
     shared = BackwardBuffers(
         k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, q_ready, dout_ready
@@ -454,7 +459,7 @@ def differential_bwd_hopper_kernel(
             (_compute, (inputs, TILE, FLAGS, 0)),
             (_compute, (inputs, TILE, FLAGS, 1)),
             (_load, (q_descs, do_desc, k_descs, v_desc, shared, stats, stats_size, tile, TILE)),
-            (_add_dq, (dq_descs, dq_bufs, tile, TILE)),
+            (_add_partial_dq, (dq_descs, dq_bufs, tile, TILE)),
         ],
         [4, 1, 1],
         [240, 24, 24],

@@ -10,23 +10,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lctrain_kernels.gluon.compat import reinterpret, tma_store_wait
-from lctrain_kernels.gluon.signals import (
+from lctrain_kernels.gluon.barriers import (
     K_EMPTY,
     V_EMPTY,
-    await_place,
-    give_place,
-    next_place,
-    settle_places,
+    acquire_stage,
+    barriers_fit,
+    drain_stages,
+    next_stage,
+    release_stage,
 )
+from lctrain_kernels.gluon.compat import reinterpret, tma_store_wait
+from lctrain_kernels.gluon.forward_pipeline import load_block, load_queries, store_rows
+from lctrain_kernels.gluon.primitives import load_key, load_scalar, load_window
 from lctrain_kernels.gluon.softmax import (
-    block_weights,
-    block_words,
-    nothing_seen,
-    scaled,
-    whole_rows,
+    block_bits,
+    initial_state,
+    reduce_rows,
+    rescale,
+    softmax_step,
 )
-from lctrain_kernels.gluon.step import load_key, load_window, scalar
 from lctrain_kernels.gluon.structures import (
     RAGGED,
     DropoutKey,
@@ -40,8 +42,7 @@ from lctrain_kernels.gluon.structures import (
     Visible,
     Window,
 )
-from lctrain_kernels.gluon.tile_list import TILE_FIELDS, TILES_AHEAD, fetch_tiles, read_tile
-from lctrain_kernels.gluon.tile_rows import load_block, load_queries, store_rows
+from lctrain_kernels.gluon.tile_scheduler import TILE_FIELDS, TILES_AHEAD, read_tile, schedule_tiles
 from lctrain_kernels.tile.logits import LN_2
 
 _LN_2 = gl.constexpr(LN_2)
@@ -116,44 +117,44 @@ def _load(
     STAGES: gl.constexpr = TILE.stages
     THREADS: gl.constexpr = 32 + 128 * TILE.consumers  # of the loader and all warpgroups
     NUM_K: gl.constexpr = TILE.num_k
-    served = 0
-    ring = 0
+    tile_index = 0
+    kv_index = 0
     mbarrier.wait(shared.tile_bars.ready.index(0), 0)
-    document = scalar(shared.tiles.index(0), 1)
+    document = load_scalar(shared.tiles.index(0), 1)
     while document >= 0:
-        tile = read_tile(shared.tiles, served, 1)
-        mbarrier.arrive(shared.tile_bars.empty.index(served % TILES_AHEAD), count=1)
-        stage = served % Q_STAGES
+        tile = read_tile(shared.tiles, tile_index, 1)
+        mbarrier.arrive(shared.tile_bars.empty.index(tile_index % TILES_AHEAD), count=1)
+        q_stage = tile_index % Q_STAGES
         queries = QueryRows(tile.end_q, tile.length_q, tile.first, tile.head)
-        mbarrier.wait(shared.q_bars.empty.index(stage), ((served // Q_STAGES) & 1) ^ 1)
+        mbarrier.wait(shared.q_bars.empty.index(q_stage), ((tile_index // Q_STAGES) & 1) ^ 1)
         for branch in gl.static_range(2):
             load_queries(
-                q_descs[branch], shared.q, shared.q_bars.ready, stage, queries, TILE, branch, 2
+                q_descs[branch], shared.q, shared.q_bars.ready, q_stage, queries, TILE, branch, 2
             )
         head_kv = tile.head // TILE.group
         for block in range(tile.high - tile.low):
-            place = ring % STAGES
+            stage = kv_index % STAGES
             row = RAGGED - tile.length_k + (tile.high - 1 - block) * TILE.block_n
             keys = Rows(tile.end_k, row, head_kv)
-            await_place(K_EMPTY, ring, STAGES, THREADS)
+            acquire_stage(K_EMPTY, kv_index, STAGES, THREADS)
             for branch in gl.static_range(NUM_K):
-                k_buf = shared.k.index(place * NUM_K + branch)
-                load_block(k_descs[branch], k_buf, shared.k_ready.index(place), keys)
-            await_place(V_EMPTY, ring, STAGES, THREADS)
-            load_block(v_desc, shared.v.index(place), shared.v_ready.index(place), keys)
-            ring += 1
-        served += 1
-        ahead = served % TILES_AHEAD
-        mbarrier.wait(shared.tile_bars.ready.index(ahead), (served // TILES_AHEAD) & 1)
-        document = scalar(shared.tiles.index(ahead * TILE_FIELDS), 1)
-    settle_places(K_EMPTY, ring, STAGES, THREADS)
-    settle_places(V_EMPTY, ring, STAGES, THREADS)
+                k_buf = shared.k.index(stage * NUM_K + branch)
+                load_block(k_descs[branch], k_buf, shared.k_ready.index(stage), keys)
+            acquire_stage(V_EMPTY, kv_index, STAGES, THREADS)
+            load_block(v_desc, shared.v.index(stage), shared.v_ready.index(stage), keys)
+            kv_index += 1
+        tile_index += 1
+        ahead = tile_index % TILES_AHEAD
+        mbarrier.wait(shared.tile_bars.ready.index(ahead), (tile_index // TILES_AHEAD) & 1)
+        document = load_scalar(shared.tiles.index(ahead * TILE_FIELDS), 1)
+    drain_stages(K_EMPTY, kv_index, STAGES, THREADS)
+    drain_stages(V_EMPTY, kv_index, STAGES, THREADS)
 
 
 @gluon.jit
 def _finish(m, l, keep_scale, row_s: gl.constexpr, row_o: gl.constexpr):
     """Of one branch: (the factor of its sum, lse)."""
-    m, l = whole_rows(m, l, row_s)
+    m, l = reduce_rows(m, l, row_s)
     empty = l == 0.0
     whole = gl.where(empty, 1.0, l)
     lse = gl.where(empty, float("-inf"), (m + gl.log2(whole)) * _LN_2)
@@ -202,20 +203,20 @@ def _consume(
     local = gl.arange(0, 64, row_s)
     start: gl.constexpr = FIRST_RUN % (POSITIONS // RUN) * RUN  # of this warpgroup in the tile
     zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
-    served = 0
-    place = 0
+    tile_index = 0
+    stage = 0
     phase = 0
     mbarrier.wait(shared.tile_bars.ready.index(0), 0)
-    document = scalar(shared.tiles.index(0), 4)
+    document = load_scalar(shared.tiles.index(0), 4)
     while document >= 0:
-        tile = read_tile(shared.tiles, served, 4)
+        tile = read_tile(shared.tiles, tile_index, 4)
         first = tile.first + start
         head = tile.head + FIRST_RUN // (POSITIONS // RUN)
         low = tile.low
         high = tile.high
         length_k = tile.length_k
-        mbarrier.arrive(shared.tile_bars.empty.index(served % TILES_AHEAD), count=1)
-        stage = served % Q_STAGES
+        mbarrier.arrive(shared.tile_bars.empty.index(tile_index % TILES_AHEAD), count=1)
+        q_stage = tile_index % Q_STAGES
         shift = length_k - tile.length_q
         local_query = local % RUN
         query = first + local_query
@@ -225,11 +226,11 @@ def _consume(
             seen = gl.minimum(gl.maximum(first + RUN + shift + right, 0), length_k)
             own = gl.maximum((seen + BLOCK_N - 1) // BLOCK_N, low)
             for _ in range(high - own):
-                mbarrier.wait(shared.k_ready.index(place), phase)
-                give_place(K_EMPTY, place, THREADS)
-                mbarrier.wait(shared.v_ready.index(place), phase)
-                give_place(V_EMPTY, place, THREADS)
-                place, phase = next_place(place, phase, STAGES)
+                mbarrier.wait(shared.k_ready.index(stage), phase)
+                release_stage(K_EMPTY, stage, THREADS)
+                mbarrier.wait(shared.v_ready.index(stage), phase)
+                release_stage(V_EMPTY, stage, THREADS)
+                stage, phase = next_stage(stage, phase, STAGES)
             high = own
         clear_high = length_k
         if FLAGS.has_right:
@@ -248,32 +249,32 @@ def _consume(
         visible = Visible(shift, length_k, left, right, clear_low, clear_high)
         random1 = DropoutKey(key_0, key_1, document_key, 2 * tile_head, first, local_query)
         random2 = DropoutKey(key_0, key_1, document_key, 2 * tile_head + 1, first, local_query)
-        m1, l1 = nothing_seen(BLOCK_N)
-        m2, l2 = nothing_seen(BLOCK_N)
+        m1, l1 = initial_state(BLOCK_N)
+        m2, l2 = initial_state(BLOCK_N)
         acc1 = gl.zeros([64, BLOCK_DV], gl.float32, o_layout)
         acc2 = gl.zeros([64, BLOCK_DV], gl.float32, o_layout)
-        queries = shared.q.index(stage * CONSUMERS + CONSUMER)
+        queries = shared.q.index(q_stage * CONSUMERS + CONSUMER)
         q = reinterpret(queries, dtype, [2, 64, BLOCK_D], q_layout)
-        mbarrier.wait(shared.q_bars.ready.index(stage), (served // Q_STAGES) & 1)
+        mbarrier.wait(shared.q_bars.ready.index(q_stage), (tile_index // Q_STAGES) & 1)
         if high > low:
-            mbarrier.wait(shared.k_ready.index(place), phase)
+            mbarrier.wait(shared.k_ready.index(stage), phase)
             s1_token = warpgroup_mma(
                 q.index(0),
-                shared.k.index(place * NUM_K).permute((1, 0)),
+                shared.k.index(stage * NUM_K).permute((1, 0)),
                 zero,
                 use_acc=False,
                 is_async=True,
             )
-            words = block_words(random1, high - 1, BLOCK_N, s_layout, HAS_DROPOUT)
+            bits = block_bits(random1, high - 1, BLOCK_N, s_layout, HAS_DROPOUT)
             s1 = warpgroup_mma_wait(0, deps=[s1_token])
-            p, alpha, m1, l1 = block_weights(
+            p, alpha, m1, l1 = softmax_step(
                 s1,
                 m1,
                 l1,
                 high - 1,
                 rows,
                 visible,
-                words,
+                bits,
                 scalars.threshold,
                 scalars.scale,
                 0.0,
@@ -286,28 +287,30 @@ def _consume(
                 # By now the last tile's results have left their places.
                 tma_store_wait(0)
                 mbarrier.arrive(
-                    shared.q_bars.empty.index((served + 1) % Q_STAGES), count=1, pred=served > 0
+                    shared.q_bars.empty.index((tile_index + 1) % Q_STAGES),
+                    count=1,
+                    pred=tile_index > 0,
                 )
-            mbarrier.wait(shared.v_ready.index(place), phase)
+            mbarrier.wait(shared.v_ready.index(stage), phase)
             s2_token = warpgroup_mma(
                 q.index(1),
-                shared.k.index(place * NUM_K + NUM_K - 1).permute((1, 0)),
+                shared.k.index(stage * NUM_K + NUM_K - 1).permute((1, 0)),
                 zero,
                 use_acc=False,
                 is_async=True,
             )
-            acc1_token = warpgroup_mma(p1, shared.v.index(place), acc1, is_async=True)
-            words = block_words(random2, high - 1, BLOCK_N, s_layout, HAS_DROPOUT)
+            acc1_token = warpgroup_mma(p1, shared.v.index(stage), acc1, is_async=True)
+            bits = block_bits(random2, high - 1, BLOCK_N, s_layout, HAS_DROPOUT)
             s2 = warpgroup_mma_wait(1, deps=[s2_token])
-            give_place(K_EMPTY, place, THREADS)
-            p, alpha, m2, l2 = block_weights(
+            release_stage(K_EMPTY, stage, THREADS)
+            p, alpha, m2, l2 = softmax_step(
                 s2,
                 m2,
                 l2,
                 high - 1,
                 rows,
                 visible,
-                words,
+                bits,
                 scalars.threshold,
                 scalars.scale,
                 0.0,
@@ -316,86 +319,88 @@ def _consume(
                 FLAGS,
             )
             # A wait that is over long since: ptxas does not move the next one above its branch.
-            mbarrier.wait(shared.v_ready.index(place), phase)
+            mbarrier.wait(shared.v_ready.index(stage), phase)
             acc1 = warpgroup_mma_wait(0, deps=[acc1_token])
             p2 = gl.convert_layout(p, p_layout)
             for block in range(1, high - low):
                 # The first branch of a block, while the values before it meet the second branch.
-                before = place
-                place, phase = next_place(place, phase, STAGES)
-                mbarrier.wait(shared.k_ready.index(place), phase)
+                previous_stage = stage
+                stage, phase = next_stage(stage, phase, STAGES)
+                mbarrier.wait(shared.k_ready.index(stage), phase)
                 s1_token = warpgroup_mma(
                     q.index(0),
-                    shared.k.index(place * NUM_K).permute((1, 0)),
+                    shared.k.index(stage * NUM_K).permute((1, 0)),
                     zero,
                     use_acc=False,
                     is_async=True,
                 )
-                acc2_token = warpgroup_mma(p2, shared.v.index(before), acc2, is_async=True)
-                words = block_words(random1, high - 1 - block, BLOCK_N, s_layout, HAS_DROPOUT)
+                acc2_token = warpgroup_mma(p2, shared.v.index(previous_stage), acc2, is_async=True)
+                bits = block_bits(random1, high - 1 - block, BLOCK_N, s_layout, HAS_DROPOUT)
                 s1 = warpgroup_mma_wait(1, deps=[s1_token])
-                p, alpha, m1, l1 = block_weights(
+                p, alpha, m1, l1 = softmax_step(
                     s1,
                     m1,
                     l1,
                     high - 1 - block,
                     rows,
                     visible,
-                    words,
+                    bits,
                     scalars.threshold,
                     scalars.scale,
                     0.0,
                     s_layout,
                     dtype,
                     FLAGS,
-                    IS_FURTHER=SPECULATES,
+                    HAS_MAX=SPECULATES,
                 )
-                mbarrier.wait(shared.v_ready.index(place), phase)
+                mbarrier.wait(shared.v_ready.index(stage), phase)
                 acc2 = warpgroup_mma_wait(0, deps=[acc2_token])
-                give_place(V_EMPTY, before, THREADS)
+                release_stage(V_EMPTY, previous_stage, THREADS)
                 p1 = gl.convert_layout(p, p_layout)
-                acc1 = scaled(acc1, alpha, o_layout)
+                acc1 = rescale(acc1, alpha, o_layout)
                 # Then the second branch, while these values meet the first.
                 s2_token = warpgroup_mma(
                     q.index(1),
-                    shared.k.index(place * NUM_K + NUM_K - 1).permute((1, 0)),
+                    shared.k.index(stage * NUM_K + NUM_K - 1).permute((1, 0)),
                     zero,
                     use_acc=False,
                     is_async=True,
                 )
-                acc1_token = warpgroup_mma(p1, shared.v.index(place), acc1, is_async=True)
-                words = block_words(random2, high - 1 - block, BLOCK_N, s_layout, HAS_DROPOUT)
+                acc1_token = warpgroup_mma(p1, shared.v.index(stage), acc1, is_async=True)
+                bits = block_bits(random2, high - 1 - block, BLOCK_N, s_layout, HAS_DROPOUT)
                 s2 = warpgroup_mma_wait(1, deps=[s2_token])
-                give_place(K_EMPTY, place, THREADS)
-                p, alpha, m2, l2 = block_weights(
+                release_stage(K_EMPTY, stage, THREADS)
+                p, alpha, m2, l2 = softmax_step(
                     s2,
                     m2,
                     l2,
                     high - 1 - block,
                     rows,
                     visible,
-                    words,
+                    bits,
                     scalars.threshold,
                     scalars.scale,
                     0.0,
                     s_layout,
                     dtype,
                     FLAGS,
-                    IS_FURTHER=SPECULATES,
+                    HAS_MAX=SPECULATES,
                 )
-                mbarrier.wait(shared.v_ready.index(place), phase)
+                mbarrier.wait(shared.v_ready.index(stage), phase)
                 acc1 = warpgroup_mma_wait(0, deps=[acc1_token])
                 p2 = gl.convert_layout(p, p_layout)
-                acc2 = scaled(acc2, alpha, o_layout)
-            acc2_token = warpgroup_mma(p2, shared.v.index(place), acc2, is_async=True)
+                acc2 = rescale(acc2, alpha, o_layout)
+            acc2_token = warpgroup_mma(p2, shared.v.index(stage), acc2, is_async=True)
             acc2 = warpgroup_mma_wait(0, deps=[acc2_token])
-            give_place(V_EMPTY, place, THREADS)
-            place, phase = next_place(place, phase, STAGES)
+            release_stage(V_EMPTY, stage, THREADS)
+            stage, phase = next_stage(stage, phase, STAGES)
         else:
             if Q_STAGES > 1:
                 tma_store_wait(0)
                 mbarrier.arrive(
-                    shared.q_bars.empty.index((served + 1) % Q_STAGES), count=1, pred=served > 0
+                    shared.q_bars.empty.index((tile_index + 1) % Q_STAGES),
+                    count=1,
+                    pred=tile_index > 0,
                 )
         inverse1, lse1 = _finish(m1, l1, scalars.keep_scale, row_s, row_o)
         inverse2, lse2 = _finish(m2, l2, scalars.keep_scale, row_s, row_o)
@@ -404,31 +409,31 @@ def _consume(
         row = tile_head.to(gl.int64) * scalars.total_q + token
         gl.store(pointers.lse1 + row, lse1, mask=inside)
         gl.store(pointers.lse2 + row, lse2, mask=inside)
-        place_lam = (
+        lam_ptrs = (
             pointers.lam + token * inputs.stride_lt + tile_head.to(gl.int64) * inputs.stride_lh
         )
-        lam = gl.convert_layout(gl.load(place_lam, mask=inside, other=0.0), row_o)
+        lam = gl.convert_layout(gl.load(lam_ptrs, mask=inside, other=0.0), row_o)
         # The queries' place in shared memory takes the results that it holds.
         results = reinterpret(queries, dtype, [IN_Q, 64, BLOCK_DV], out_layout)
         out1 = acc1 * inverse1[:, None]
         out2 = acc2 * inverse2[:, None]
-        place_out = results.index(0)
-        place_out2 = out_bufs.index(CONSUMER * (3 - IN_Q))
-        place_out1 = results.index(1) if IN_Q == 2 else out_bufs.index(CONSUMER * 2 + 1)
-        place_out1.store(out1.to(dtype))
-        place_out2.store(out2.to(dtype))
-        place_out.store((out1 - lam[:, None] * out2).to(dtype))
-        place_rows = QueryRows(tile.end_q, tile.length_q, first, head)
-        store_rows(out_descs.out, place_out, place_rows, RUN)
-        store_rows(out_descs.out1, place_out1, place_rows, RUN)
-        store_rows(out_descs.out2, place_out2, place_rows, RUN)
+        out_buf = results.index(0)
+        out2_buf = out_bufs.index(CONSUMER * (3 - IN_Q))
+        out1_buf = results.index(1) if IN_Q == 2 else out_bufs.index(CONSUMER * 2 + 1)
+        out1_buf.store(out1.to(dtype))
+        out2_buf.store(out2.to(dtype))
+        out_buf.store((out1 - lam[:, None] * out2).to(dtype))
+        out_rows = QueryRows(tile.end_q, tile.length_q, first, head)
+        store_rows(out_descs.out, out_buf, out_rows, RUN)
+        store_rows(out_descs.out1, out1_buf, out_rows, RUN)
+        store_rows(out_descs.out2, out2_buf, out_rows, RUN)
         if Q_STAGES == 1:
             tma_store_wait(0)
-            mbarrier.arrive(shared.q_bars.empty.index(stage), count=1)
-        served += 1
-        ahead = served % TILES_AHEAD
-        mbarrier.wait(shared.tile_bars.ready.index(ahead), (served // TILES_AHEAD) & 1)
-        document = scalar(shared.tiles.index(ahead * TILE_FIELDS), 4)
+            mbarrier.arrive(shared.q_bars.empty.index(q_stage), count=1)
+        tile_index += 1
+        ahead = tile_index % TILES_AHEAD
+        mbarrier.wait(shared.tile_bars.ready.index(ahead), (tile_index // TILES_AHEAD) & 1)
+        document = load_scalar(shared.tiles.index(ahead * TILE_FIELDS), 4)
     tma_store_wait(0)
 
 
@@ -495,18 +500,19 @@ def differential_fwd_hopper_kernel(
     Q_STAGES: gl.constexpr = TILE.q_stages
     STAGES: gl.constexpr = TILE.stages
     NUM_K: gl.constexpr = TILE.num_k
+    gl.static_assert(barriers_fit("forward", STAGES), "named barriers overlap")
     STAGED: gl.constexpr = 3 - 2 * BLOCK_D // BLOCK_DV  # results that have places of their own
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, BLOCK_D], dtype)
     k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], dtype)
     v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_DV], dtype)
     out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_DV], dtype)
-    word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    vector_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     q_bufs = gl.allocate_shared_memory(dtype, [Q_STAGES * CONSUMERS, 128, BLOCK_D], q_layout)
     k_bufs = gl.allocate_shared_memory(dtype, [STAGES * NUM_K, BLOCK_N, BLOCK_D], k_layout)
     v_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_DV], v_layout)
     out_bufs = gl.allocate_shared_memory(dtype, [CONSUMERS * STAGED, 64, BLOCK_DV], out_layout)
-    tiles = gl.allocate_shared_memory(gl.int32, [TILES_AHEAD * TILE_FIELDS, 1], word)
+    tiles = gl.allocate_shared_memory(gl.int32, [TILES_AHEAD * TILE_FIELDS, 1], vector_layout)
     tile_ready = gl.allocate_shared_memory(gl.int64, [TILES_AHEAD, 1], bar)
     tile_empty = gl.allocate_shared_memory(gl.int64, [TILES_AHEAD, 1], bar)
     q_ready = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bar)
@@ -549,7 +555,7 @@ def differential_fwd_hopper_kernel(
             (_consume, (consumer, TILE, FLAGS, 0)),
             (_consume, (consumer, TILE, FLAGS, 1)),
             (_load, (q_descs, k_descs, v_desc, shared, TILE)),
-            (fetch_tiles, (shared.tiles, shared.tile_bars, inputs, window, TILE, FLAGS)),
+            (schedule_tiles, (shared.tiles, shared.tile_bars, inputs, window, TILE, FLAGS)),
         ],
         [4, 1, 1],
         [240, 24, 24],

@@ -13,6 +13,14 @@ from lctrain_kernels.dual_chunk.hopper_bwd import (
     dual_chunk_bwd_hopper_kernel,
 )
 from lctrain_kernels.dual_chunk.hopper_fwd import ForwardPointers, dual_chunk_fwd_hopper_kernel
+from lctrain_kernels.dual_chunk.ranges import (
+    INTER,
+    INTRA,
+    SUCC,
+    chunk_begin,
+    inter_delta,
+    inter_end,
+)
 from lctrain_kernels.dual_chunk.triton_rotate import (
     ROTATE_CONFIG,
     dual_chunk_rotate,
@@ -36,7 +44,6 @@ from lctrain_kernels.tile.arguments import (
     padded_head_dim,
     token_head_strides,
 )
-from lctrain_kernels.tile.chunks import FAR, NEAR, OWN, far_delta, far_end, own_begin
 from lctrain_kernels.tile.rotary import (
     cos_sin,
     load_frequencies,
@@ -61,8 +68,8 @@ def dual_chunk_fwd(
     inv_freq: Tensor,
     logit_scale: Tensor | None,
     chunk_length: int,
-    near: int,
-    far_position: int,
+    succ_length: int,
+    inter_position: int,
     softmax_scale: float,
     dropout_p: float,
     dropout_seed: Tensor | None,
@@ -86,17 +93,17 @@ def dual_chunk_fwd(
     geometry: dict[str, Any] = {
         "inv_freq": inv_freq,
         "chunk_length": chunk_length,
-        "near": near,
-        "far_position": far_position,
+        "succ_length": succ_length,
+        "inter_position": inter_position,
     }
-    k_near = rotated_keys(k, cu_seqlens_k, k_tiles, **geometry)
+    k_succ = rotated_keys(k, cu_seqlens_k, k_tiles, **geometry)
     dual_chunk_rotate(q, out, cu_seqlens_q, cu_seqlens_k, q_tiles, is_query=True, **geometry)
     run = min(64, positions)
     threshold, scale_kept = dropout_arguments(dropout_p)
     dual_chunk_fwd_hopper_kernel[(min(items, multiprocessors(q.device)),)](
         ragged_descriptor(q, run, 64),
         ragged_descriptor(k, tile.block_n, columns),
-        ragged_descriptor(k_near, tile.block_n, columns),
+        ragged_descriptor(k_succ, tile.block_n, columns),
         ragged_descriptor(v, tile.block_n, columns),
         ragged_descriptor(out, run, 64),
         ForwardPointers(
@@ -112,7 +119,7 @@ def dual_chunk_fwd(
         items,
         total_q,
         chunk_length,
-        near,
+        succ_length,
         softmax_scale,
         threshold,
         scale_kept,
@@ -126,14 +133,14 @@ def dual_chunk_fwd(
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
-def _turn_near_kernel(
+def _rotate_succ_kernel(
     dk_ptr,
     cu_k_ptr,
     tiles_ptr,
     inv_freq_ptr,
     num_tiles,
     chunk_length,
-    near,
+    succ_length,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -147,22 +154,22 @@ def _turn_near_kernel(
     if document < 0:
         return
     begin, length = document_bounds(cu_k_ptr, document)
-    near_end = tl.where(near > 0, own_begin(length - 1, chunk_length), 0)
-    if first >= near_end:
+    succ_end = tl.where(succ_length > 0, chunk_begin(length - 1, chunk_length), 0)
+    if first >= succ_end:
         return
     key = first + tl.arange(0, BLOCK_M)
     row = ((begin + key) * HEADS + head) * HEAD_DIM
     rows = dk_ptr + row[:, None] + pair_columns(HEAD_DIM, BLOCK_D)[None, :]
-    dk = load_pairs(rows, key, near_end, HEAD_DIM, BLOCK_D, True)
+    dk = load_pairs(rows, key, succ_end, HEAD_DIM, BLOCK_D, True)
     turns, turns_rest = load_frequencies(inv_freq_ptr, HEAD_DIM, BLOCK_D)
     moved = tl.cast(chunk_length, tl.float32)
     cos, sin = cos_sin(moved, turns[None, :], turns_rest[None, :])  # [1, BLOCK_D / 2]
     dk = rotate(dk, cos, sin, BLOCK_M, BLOCK_D)
-    store_pairs(rows, dk, key, near_end, HEAD_DIM, BLOCK_D)
+    store_pairs(rows, dk, key, succ_end, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
-def _finish_dq_kernel(
+def _round_dq_kernel(
     sum_ptr,
     dq_ptr,
     cu_q_ptr,
@@ -172,8 +179,8 @@ def _finish_dq_kernel(
     logit_scale_ptr,
     num_tiles,
     chunk_length,
-    near,
-    far_position,
+    succ_length,
+    inter_position,
     scale,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -193,18 +200,18 @@ def _finish_dq_kernel(
         return
     query = first + tl.arange(0, BLOCK_M)
     pairs = pair_columns(HEAD_DIM, BLOCK_D)
-    place = (((begin + query) * HEADS + head) * HEAD_DIM)[:, None] + pairs[None, :]
-    dq = load_pairs(sum_ptr + place, query, length, HEAD_DIM, BLOCK_D, True)
+    offset = (((begin + query) * HEADS + head) * HEAD_DIM)[:, None] + pairs[None, :]
+    dq = load_pairs(sum_ptr + offset, query, length, HEAD_DIM, BLOCK_D, True)
     position = query + length_k - length
     last = tl.minimum(first + BLOCK_M, length) - 1 + length_k - length
-    if far_end(last, chunk_length, near) > 0:  # as dual_chunk_rotate_kernel turned them
+    if inter_end(last, chunk_length, succ_length) > 0:  # as dual_chunk_rotate_kernel turned them
         turns, turns_rest = load_frequencies(inv_freq_ptr, HEAD_DIM, BLOCK_D)
-        moved = far_delta(position, chunk_length, far_position)
+        moved = inter_delta(position, chunk_length, inter_position)
         cos, sin = cos_sin(moved[:, None], turns[None, :], turns_rest[None, :])
         dq = rotate(dq, cos, -sin, BLOCK_M, BLOCK_D)
     if logit_scale_ptr is not None:
         scale *= tl.load(logit_scale_ptr + document)
-    store_pairs(dq_ptr + place, dq * scale, query, length, HEAD_DIM, BLOCK_D)
+    store_pairs(dq_ptr + offset, dq * scale, query, length, HEAD_DIM, BLOCK_D)
 
 
 def dual_chunk_bwd(
@@ -223,8 +230,8 @@ def dual_chunk_bwd(
     inv_freq: Tensor,
     logit_scale: Tensor | None,
     chunk_length: int,
-    near: int,
-    far_position: int,
+    succ_length: int,
+    inter_position: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches the backward; arguments and results as the portable dual_chunk_bwd, less dropout.
@@ -244,8 +251,8 @@ def dual_chunk_bwd(
     geometry: dict[str, Any] = {
         "inv_freq": inv_freq,
         "chunk_length": chunk_length,
-        "near": near,
-        "far_position": far_position,
+        "succ_length": succ_length,
+        "inter_position": inter_position,
     }
     stats = torch.empty((heads, total_q, 4), dtype=torch.float32, device=q.device)
     dual_chunk_rotate(
@@ -267,7 +274,7 @@ def dual_chunk_bwd(
     columns = padded_columns(head_dim)
     tile = dual_chunk_backward_tile(columns)
 
-    def launch(way: int, q: Tensor, k: Tensor, dk: Tensor | None, dv: Tensor | None) -> None:
+    def launch(relation: int, q: Tensor, k: Tensor, dk: Tensor | None, dv: Tensor | None) -> None:
         dual_chunk_bwd_hopper_kernel[(heads_kv * k_tiles.shape[0],)](
             ragged_descriptor(q, tile.block_m, columns),
             ragged_descriptor(dout, tile.block_m, columns),
@@ -288,10 +295,10 @@ def dual_chunk_bwd(
             BackwardStrides(*token_head_strides(dk_sum)),
             total_q,
             chunk_length,
-            near,
+            succ_length,
             softmax_scale,
             TILE=backward_shape(tile, columns, heads // heads_kv, heads_kv, head_dim),
-            WAY=way,
+            RELATION=relation,
             num_warps=4,
             maxnreg=REGISTERS,
             enable_fp_fusion=True,
@@ -299,18 +306,18 @@ def dual_chunk_bwd(
 
     rows = ROTATE_CONFIG.block_m
     shape = {"HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim), "BLOCK_M": rows}
-    if near > 0:
-        k_near = rotated_keys(k, cu_seqlens_k, k_tiles, **geometry)
-        launch(NEAR.value, q, k_near, None, None)
-        del k_near  # dk may lie there
-        _turn_near_kernel[(heads_kv * k_tiles.shape[0] * (SCHEDULE_ROWS // rows),)](
+    if succ_length > 0:
+        k_succ = rotated_keys(k, cu_seqlens_k, k_tiles, **geometry)
+        launch(SUCC.value, q, k_succ, None, None)
+        del k_succ  # dk may lie there
+        _rotate_succ_kernel[(heads_kv * k_tiles.shape[0] * (SCHEDULE_ROWS // rows),)](
             dk_sum,
             cu_seqlens_k,
             k_tiles,
             inv_freq,
             k_tiles.shape[0],
             chunk_length,
-            near,
+            succ_length,
             HEADS=heads_kv,
             num_warps=4,
             enable_fp_fusion=True,
@@ -318,13 +325,13 @@ def dual_chunk_bwd(
         )
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    launch(OWN.value, q, k, dk, dv)
+    launch(INTRA.value, q, k, dk, dv)
     # dq of FAR comes in the frame of queries at the far position, and so the sum goes there.
     dual_chunk_rotate(
         dq_sum, dq_sum, cu_seqlens_q, cu_seqlens_k, q_tiles, is_query=True, **geometry
     )
-    launch(FAR.value, dq, k, dk, dv)
-    _finish_dq_kernel[(heads * q_tiles.shape[0] * (SCHEDULE_ROWS // rows),)](
+    launch(INTER.value, dq, k, dk, dv)
+    _round_dq_kernel[(heads * q_tiles.shape[0] * (SCHEDULE_ROWS // rows),)](
         dq_sum,
         dq,
         cu_seqlens_q,
@@ -334,8 +341,8 @@ def dual_chunk_bwd(
         logit_scale,
         q_tiles.shape[0],
         chunk_length,
-        near,
-        far_position,
+        succ_length,
+        inter_position,
         softmax_scale,
         HEADS=heads,
         num_warps=4,

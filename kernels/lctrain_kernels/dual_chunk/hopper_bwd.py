@@ -15,19 +15,36 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lctrain_kernels.gluon.compat import copy_arrive, copy_async, tma_add
-from lctrain_kernels.gluon.signals import (
-    BOTH,
-    DO_EMPTY,
-    DS_FULL,
-    LOADER_AND_BOTH,
-    Q_EMPTY,
-    await_place,
-    await_signal,
-    give_place,
-    settle_places,
+from lctrain_kernels.dual_chunk.hopper_ranges import chunk_begin, queries_of_tile
+from lctrain_kernels.dual_chunk.ranges import INTER, INTRA, SUCC
+from lctrain_kernels.gluon.backward_pipeline import (
+    acquire_partial_dq,
+    allocate_partial_dq,
+    allocate_query_bars,
+    drain_partial_dq,
+    key_offsets,
+    load_rows,
+    next_block,
+    read_slot,
+    release_partial_dq,
+    start_dq,
+    store_partial_dq,
 )
-from lctrain_kernels.gluon.step import held, own_begin, queries_of_tile
+from lctrain_kernels.gluon.barriers import (
+    CONSUMERS,
+    DOUT_EMPTY,
+    DS_FULL,
+    PRODUCER_AND_CONSUMERS,
+    Q_EMPTY,
+    acquire_stage,
+    barrier_wait,
+    barriers_fit,
+    drain_stages,
+    release_stage,
+)
+from lctrain_kernels.gluon.compat import copy_arrive, copy_async, tma_add
+from lctrain_kernels.gluon.forward_pipeline import load_block
+from lctrain_kernels.gluon.primitives import rematerialised
 from lctrain_kernels.gluon.structures import (
     RAGGED,
     BackwardBuffers,
@@ -35,21 +52,6 @@ from lctrain_kernels.gluon.structures import (
     Rows,
     Statistics,
 )
-from lctrain_kernels.gluon.tile_keys import (
-    allocate_dq,
-    allocate_rings,
-    give_back_dq,
-    load_rows,
-    multiply_dq,
-    next_block,
-    place_keys,
-    put_dq,
-    read_slot,
-    settle_dq,
-    take_dq,
-)
-from lctrain_kernels.gluon.tile_rows import load_block
-from lctrain_kernels.tile.chunks import FAR, NEAR, OWN
 from lctrain_kernels.tile.logits import LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
@@ -95,7 +97,7 @@ class QueryRun(NamedTuple):
     """
 
     low: Any
-    jump: Any
+    first_after_gap: Any
     gap: Any
 
 
@@ -146,11 +148,18 @@ class ConsumerInputs(NamedTuple):
 
 
 @gluon.jit
-def _range_of_way(
-    first, last, chunk_length, near, length_q, length_k, WAY: gl.constexpr, BLOCK_M: gl.constexpr
+def _range_of_relation(
+    first,
+    last,
+    chunk_length,
+    succ_length,
+    length_q,
+    length_k,
+    RELATION: gl.constexpr,
+    BLOCK_M: gl.constexpr,
 ):
     """Returns (first query, blocks) of the queries that meet keys first to last in one way."""
-    low, _, _, high = queries_of_tile(first, last, WAY, chunk_length, near, length_k)
+    low, _, _, high = queries_of_tile(first, last, RELATION, chunk_length, succ_length, length_k)
     shift = length_k - length_q
     low = gl.maximum(low - shift, 0)
     high = gl.minimum(high - shift, length_q)
@@ -158,34 +167,43 @@ def _range_of_way(
 
 
 @gluon.jit
-def _blocks_of_way(
-    first, last, chunk_length, near, length_q, length_k, WAY: gl.constexpr, BLOCK_M: gl.constexpr
+def _blocks_of_relation(
+    first,
+    last,
+    chunk_length,
+    succ_length,
+    length_q,
+    length_k,
+    RELATION: gl.constexpr,
+    BLOCK_M: gl.constexpr,
 ):
     """Returns (QueryRun, blocks) of the queries that meet keys first to last in one way."""
-    low, blocks = _range_of_way(first, last, chunk_length, near, length_q, length_k, WAY, BLOCK_M)
-    jump = blocks
+    low, blocks = _range_of_relation(
+        first, last, chunk_length, succ_length, length_q, length_k, RELATION, BLOCK_M
+    )
+    first_after_gap = blocks
     gap = 0
-    if WAY == NEAR:
+    if RELATION == SUCC:
         # Of keys in two chunks: queries near to the one, and those near to the other.
-        _, blocks_1 = _range_of_way(
-            first, first, chunk_length, near, length_q, length_k, WAY, BLOCK_M
+        _, blocks_1 = _range_of_relation(
+            first, first, chunk_length, succ_length, length_q, length_k, RELATION, BLOCK_M
         )
-        low_2, blocks_2 = _range_of_way(
-            last, last, chunk_length, near, length_q, length_k, WAY, BLOCK_M
+        low_2, blocks_2 = _range_of_relation(
+            last, last, chunk_length, succ_length, length_q, length_k, RELATION, BLOCK_M
         )
         between = low_2 - (low + blocks_1 * BLOCK_M)
-        chunks = own_begin(last, chunk_length) - own_begin(first, chunk_length)
+        chunks = chunk_begin(last, chunk_length) - chunk_begin(first, chunk_length)
         apart = (chunks == chunk_length) & (between >= 0)
-        jump = gl.where(apart, blocks_1, blocks)
+        first_after_gap = gl.where(apart, blocks_1, blocks)
         gap = gl.where(apart, between, 0)
         blocks = gl.where(apart, blocks_1 + blocks_2, blocks)
-    return QueryRun(low, jump, gap), blocks
+    return QueryRun(low, first_after_gap, gap), blocks
 
 
 @gluon.jit
 def _first_query(block, run, BLOCK_M: gl.constexpr):
     """The first query of a block: one after the other, with a gap before block `jump`."""
-    return run.low + block * BLOCK_M + gl.where(block < run.jump, 0, run.gap)
+    return run.low + block * BLOCK_M + gl.where(block < run.first_after_gap, 0, run.gap)
 
 
 @gluon.jit
@@ -194,20 +212,22 @@ def _clear_blocks(
     keys: gl.constexpr,
     tile,
     chunk_length,
-    near,
-    WAY: gl.constexpr,
+    succ_length,
+    RELATION: gl.constexpr,
     BLOCK_M: gl.constexpr,
 ):
     """Returns (begin, end): the queries of blocks [begin, end), before the gap, see all keys."""
     last_key = gl.minimum(first_key + keys, tile.end) - 1
     _, clear_low, clear_high, _ = queries_of_tile(
-        first_key, last_key, WAY, chunk_length, near, tile.length_k
+        first_key, last_key, RELATION, chunk_length, succ_length, tile.length_k
     )
     before = tile.length_k - tile.length_q + tile.run.low
     begin = gl.maximum(clear_low - before + BLOCK_M - 1, 0) // BLOCK_M
     clear_end = tile.blocks
-    if WAY != FAR:
-        clear_end = gl.minimum(gl.maximum(clear_high - before, 0) // BLOCK_M, tile.run.jump)
+    if RELATION != INTER:
+        clear_end = gl.minimum(
+            gl.maximum(clear_high - before, 0) // BLOCK_M, tile.run.first_after_gap
+        )
     return gl.where(first_key + keys > tile.end, tile.blocks, begin), clear_end
 
 
@@ -236,26 +256,26 @@ def _load(
     block = tile.blocks - 1
     steps = GROUP * tile.blocks
     for step in range(steps):
-        place = step % STAGES
+        stage = step % STAGES
         first_query = _first_query(block, tile.run, BLOCK_M)
         query = first_query + local
         vector = (head.to(gl.int64) * stats.total_q + tile.begin_q + query) * 4
         queries = Rows(tile.begin_q + tile.length_q, RAGGED - tile.length_q + first_query, head)
-        await_place(Q_EMPTY, step, STAGES, LOADER_AND_BOTH)
-        copy_async(shared.lse.index(place), stats.lse + vector, mask=query < tile.length_q)
-        copy_arrive(shared.q_ready.index(place))
-        load_block(q_desc, shared.q.index(place), shared.q_ready.index(place), queries)
-        await_place(DO_EMPTY, step, STAGES, LOADER_AND_BOTH)
-        copy_async(shared.delta.index(place), stats.lse + vector + 1, mask=query < tile.length_q)
-        copy_arrive(shared.dout_ready.index(place))
-        load_block(do_desc, shared.dout.index(place), shared.dout_ready.index(place), queries)
+        acquire_stage(Q_EMPTY, step, STAGES, PRODUCER_AND_CONSUMERS)
+        copy_async(shared.lse.index(stage), stats.lse + vector, mask=query < tile.length_q)
+        copy_arrive(shared.q_ready.index(stage))
+        load_block(q_desc, shared.q.index(stage), shared.q_ready.index(stage), queries)
+        acquire_stage(DOUT_EMPTY, step, STAGES, PRODUCER_AND_CONSUMERS)
+        copy_async(shared.delta.index(stage), stats.lse + vector + 1, mask=query < tile.length_q)
+        copy_arrive(shared.dout_ready.index(stage))
+        load_block(do_desc, shared.dout.index(stage), shared.dout_ready.index(stage), queries)
         head, block = next_block(head, block, tile.head_kv, GROUP)
-    settle_places(Q_EMPTY, steps, STAGES, LOADER_AND_BOTH)
-    settle_places(DO_EMPTY, steps, STAGES, LOADER_AND_BOTH)
+    drain_stages(Q_EMPTY, steps, STAGES, PRODUCER_AND_CONSUMERS)
+    drain_stages(DOUT_EMPTY, steps, STAGES, PRODUCER_AND_CONSUMERS)
 
 
 @gluon.jit
-def _add_dq(dq_desc, dq_bufs, tile, TILE: gl.constexpr):
+def _add_partial_dq(dq_desc, dq_bufs, tile, TILE: gl.constexpr):
     """The dQ warp: adds partial dq from shared memory to the float32 buffer."""
     GROUP: gl.constexpr = TILE.group
     COLUMNS: gl.constexpr = TILE.block_d // 2
@@ -264,10 +284,10 @@ def _add_dq(dq_desc, dq_bufs, tile, TILE: gl.constexpr):
     for _ in range(GROUP * tile.blocks):
         row = RAGGED - tile.length_q + _first_query(block, tile.run, TILE.block_m)
         for half in gl.static_range(2):
-            dq_half = take_dq(dq_bufs, half, dq_desc)
+            dq_half = acquire_partial_dq(dq_bufs, half, dq_desc)
             coordinates = [RAGGED, tile.begin_q + tile.length_q, row, head, half * COLUMNS]
             tma_add(dq_desc, coordinates, dq_half)
-        give_back_dq()
+        release_partial_dq()
         head, block = next_block(head, block, tile.head_kv, GROUP)
 
 
@@ -275,10 +295,10 @@ def _add_dq(dq_desc, dq_bufs, tile, TILE: gl.constexpr):
 def _compute(
     inputs,
     chunk_length,
-    near,
+    succ_length,
     scale,
     TILE: gl.constexpr,
-    WAY: gl.constexpr,
+    RELATION: gl.constexpr,
     HALF_INDEX: gl.constexpr,
 ):
     """One warpgroup: half of the tile's keys, and half of the columns of dq."""
@@ -300,9 +320,9 @@ def _compute(
     dtype: gl.constexpr = shared.k.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
-    TURNED: gl.constexpr = COLUMNS == 64
-    DQ_ROWS: gl.constexpr = COLUMNS if TURNED else BLOCK_M
-    DQ_COLUMNS: gl.constexpr = BLOCK_M if TURNED else COLUMNS
+    TRANSPOSED: gl.constexpr = COLUMNS == 64
+    DQ_ROWS: gl.constexpr = COLUMNS if TRANSPOSED else BLOCK_M
+    DQ_COLUMNS: gl.constexpr = BLOCK_M if TRANSPOSED else COLUMNS
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_COLUMNS, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     column_s: gl.constexpr = gl.SliceLayout(0, s_layout)
@@ -311,7 +331,9 @@ def _compute(
     local_key = gl.arange(0, HALF, gl.SliceLayout(1, s_layout))
     local_query = gl.arange(0, BLOCK_M, column_s)
     shift = length_k - tile.length_q
-    clear_first, clear_end = _clear_blocks(first_key, HALF, tile, chunk_length, near, WAY, BLOCK_M)
+    clear_first, clear_end = _clear_blocks(
+        first_key, HALF, tile, chunk_length, succ_length, RELATION, BLOCK_M
+    )
     multiplier = scale * _LOG2_E
     dk = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
     dv = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
@@ -320,55 +342,55 @@ def _compute(
     steps = GROUP * blocks
     mbarrier.wait(shared.kv_ready, 0)
     for step in range(steps):
-        place = step % STAGES
+        stage = step % STAGES
         phase = (step // STAGES) & 1
         block = blocks - 1 - step // GROUP  # as next_block has it
-        never = block < 0
-        mbarrier.wait(shared.q_ready.index(place), phase)
+        opaque_false = block < 0
+        mbarrier.wait(shared.q_ready.index(stage), phase)
         s_token = warpgroup_mma(
-            held(shared.k, HALF_INDEX, never),
-            shared.q.index(place).permute((1, 0)),
+            rematerialised(shared.k, HALF_INDEX, opaque_false),
+            shared.q.index(stage).permute((1, 0)),
             zero_s,
             use_acc=False,
             is_async=True,
         )
-        mbarrier.wait(shared.dout_ready.index(place), phase)
+        mbarrier.wait(shared.dout_ready.index(stage), phase)
         dp_token = warpgroup_mma(
-            held(shared.v, HALF_INDEX, never),
-            shared.dout.index(place).permute((1, 0)),
+            rematerialised(shared.v, HALF_INDEX, opaque_false),
+            shared.dout.index(stage).permute((1, 0)),
             zero_s,
             use_acc=False,
             is_async=True,
         )
-        lse = shared.lse.index(place).load(column_s)
+        lse = shared.lse.index(stage).load(column_s)
         s = warpgroup_mma_wait(1, deps=[s_token])
         # Keys beyond the end are zero, and 2^(0 - lse) may overflow.
         if (block < clear_first) | (block >= clear_end):
             # In queries: where the first key stands, and the end of each key's chunk. Found here,
             # since before the loop they would take registers.
-            key = first_key + gl.where(never, 1, 0)
+            key = first_key + gl.where(opaque_false, 1, 0)
             diagonal = key - shift
-            chunk_end = own_begin(key + local_key, chunk_length) + chunk_length - shift
+            chunk_end = chunk_begin(key + local_key, chunk_length) + chunk_length - shift
             query = local_query + _first_query(block, tile.run, BLOCK_M)
             first_seen = chunk_end
-            if WAY == OWN:
+            if RELATION == INTRA:
                 first_seen = local_key + diagonal
-            if WAY == FAR:
-                first_seen += near
+            if RELATION == INTER:
+                first_seen += succ_length
             first_seen = gl.where(local_key < end - key, first_seen, tile.length_q)
             s = gl.where(query[None, :] >= first_seen[:, None], s, float("-inf"))
-            if WAY != FAR:
-                seen_end = chunk_end + near if WAY == NEAR else chunk_end
+            if RELATION != INTER:
+                seen_end = chunk_end + succ_length if RELATION == SUCC else chunk_end
                 s = gl.where(query[None, :] < seen_end[:, None], s, float("-inf"))
         p = gl.exp2(s * multiplier - lse[None, :])
         # Until dp is there, the weights are kept as the product takes them: half the registers.
         p = p.to(dtype)
         p_operand = gl.convert_layout(p, p_layout)
-        delta = shared.delta.index(place).load(column_s)
+        delta = shared.delta.index(stage).load(column_s)
         # A wait that never comes to be: ptxas does not move the next one above it.
-        await_signal(DS_FULL, BOTH, 4, gl.where(never, 1, 0))
+        barrier_wait(DS_FULL, CONSUMERS, 4, gl.where(opaque_false, 1, 0))
         dp = warpgroup_mma_wait(0, deps=[dp_token])
-        dv_token = warpgroup_mma(p_operand, shared.dout.index(place), dv, is_async=True)
+        dv_token = warpgroup_mma(p_operand, shared.dout.index(stage), dv, is_async=True)
         ds = (p.to(gl.float32) * (dp - delta[None, :])).to(dtype)
         ds_operand = gl.convert_layout(ds, p_layout)
         # Two buffers: a half that is written now was read two steps ago, before both warpgroups
@@ -376,43 +398,45 @@ def _compute(
         buffer = step & 1
         ds_bufs.index(buffer * 2 + HALF_INDEX).store(ds)
         fence_async_shared()
-        await_signal(DS_FULL, BOTH, 4)
-        dq_token = multiply_dq(ds_bufs, shared.k, buffer, zero_q, never, HALF_INDEX, TURNED)
-        dk_token = warpgroup_mma(ds_operand, shared.q.index(place), dk, is_async=True)
+        barrier_wait(DS_FULL, CONSUMERS, 4)
+        dq_token = start_dq(ds_bufs, shared.k, buffer, zero_q, opaque_false, HALF_INDEX, TRANSPOSED)
+        dk_token = warpgroup_mma(ds_operand, shared.q.index(stage), dk, is_async=True)
         dv = warpgroup_mma_wait(3, deps=[dv_token])
-        give_place(DO_EMPTY, place, LOADER_AND_BOTH)
+        release_stage(DOUT_EMPTY, stage, PRODUCER_AND_CONSUMERS)
         dq = warpgroup_mma_wait(1, deps=[dq_token])
-        put_dq(dq, dq_bufs, step, HALF_INDEX, TURNED)
+        store_partial_dq(dq, dq_bufs, step, HALF_INDEX, TRANSPOSED)
         dk = warpgroup_mma_wait(0, deps=[dk_token])
-        give_place(Q_EMPTY, place, LOADER_AND_BOTH)
-    settle_dq(steps, HALF_INDEX)
+        release_stage(Q_EMPTY, stage, PRODUCER_AND_CONSUMERS)
+    drain_partial_dq(steps, HALF_INDEX)
     keys = OutputKeys(first_key, end, tile.begin_k, tile.head_kv)
-    offsets, inside = place_keys(
+    offsets, inside = key_offsets(
         keys, strides.token, strides.head, TILE.head_dim, o_layout, HALF, BLOCK_D
     )
     # Keys of all chunks but the document's last one, to whose gradients other launches add.
-    keys = OutputKeys(first_key, own_begin(length_k - 1, chunk_length), tile.begin_k, tile.head_kv)
-    _, is_shared = place_keys(
+    keys = OutputKeys(
+        first_key, chunk_begin(length_k - 1, chunk_length), tile.begin_k, tile.head_kv
+    )
+    _, is_shared = key_offsets(
         keys, strides.token, strides.head, TILE.head_dim, o_layout, HALF, BLOCK_D
     )
     is_shared = is_shared & inside
-    if WAY != NEAR:
+    if RELATION != SUCC:
         has_sum = is_shared
-        if WAY == OWN:
-            has_sum = is_shared & (near > 0)
+        if RELATION == INTRA:
+            has_sum = is_shared & (succ_length > 0)
         dv += gl.load(pointers.dv_sum + offsets, mask=has_sum, other=0.0)
         dk += gl.load(pointers.dk_sum + offsets, mask=has_sum, other=0.0)
-    if WAY != FAR:
+    if RELATION != INTER:
         gl.store(pointers.dv_sum + offsets, dv, mask=is_shared)
         gl.store(pointers.dk_sum + offsets, dk, mask=is_shared)
-    if WAY == OWN:
+    if RELATION == INTRA:
         inside = inside & ~is_shared
-    if WAY != NEAR:
+    if RELATION != SUCC:
         gl.store(pointers.dv + offsets, dv.to(dtype), mask=inside)
         gl.store(pointers.dk + offsets, (dk * scale).to(dtype), mask=inside)
 
 
-@gluon.jit(do_not_specialize=["total_q", "chunk_length", "near"])
+@gluon.jit(do_not_specialize=["total_q", "chunk_length", "succ_length"])
 def dual_chunk_bwd_hopper_kernel(
     q_desc,
     do_desc,
@@ -423,10 +447,10 @@ def dual_chunk_bwd_hopper_kernel(
     strides: BackwardStrides,
     total_q,
     chunk_length,
-    near,
+    succ_length,
     scale,
     TILE: gl.constexpr,
-    WAY: gl.constexpr,
+    RELATION: gl.constexpr,
 ):
     """One program: a tile of keys of one key/value head, and all queries of its group that meet
     them in one way.
@@ -446,6 +470,7 @@ def dual_chunk_bwd_hopper_kernel(
     BLOCK_D: gl.constexpr = TILE.block_d
     STAGES: gl.constexpr = TILE.stages
     HALF: gl.constexpr = TILE.block_n // 2
+    gl.static_assert(barriers_fit("dual_chunk_bwd", TILE.stages), "named barriers overlap")
     slot = read_slot(
         pointers.cu_seqlens_q, pointers.cu_seqlens_k, pointers.tiles, TILE.heads_kv, TILE.block_n
     )
@@ -454,17 +479,17 @@ def dual_chunk_bwd_hopper_kernel(
     if pointers.logit_scale is not None:
         scale *= gl.load(pointers.logit_scale + gl.maximum(slot.document, 0))
     end = length_k
-    if WAY != OWN:
-        end = own_begin(length_k - 1, chunk_length)
+    if RELATION != INTRA:
+        end = chunk_begin(length_k - 1, chunk_length)
     # An empty slot of the schedule: no queries, and no keys to store.
     end = gl.where(slot.document < 0, 0, end)
     last = gl.minimum(slot.first + TILE.block_n, end) - 1
-    run, blocks = _blocks_of_way(
-        slot.first, last, chunk_length, near, length_q, length_k, WAY, BLOCK_M
+    run, blocks = _blocks_of_relation(
+        slot.first, last, chunk_length, succ_length, length_q, length_k, RELATION, BLOCK_M
     )
     blocks = gl.where(slot.first < end, blocks, 0)
 
-    word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    vector_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     n_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, BLOCK_D], dtype)
     m_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], dtype)
@@ -474,11 +499,11 @@ def dual_chunk_bwd_hopper_kernel(
     q_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], m_layout)
     do_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], m_layout)
     ds_bufs = gl.allocate_shared_memory(dtype, [4, HALF, BLOCK_M], ds_layout)
-    dq_bufs = allocate_dq(BLOCK_M, BLOCK_D // 2)
-    lse_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], word)
-    delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], word)
+    dq_bufs = allocate_partial_dq(BLOCK_M, BLOCK_D // 2)
+    lse_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], vector_layout)
+    delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], vector_layout)
     kv_ready = gl.allocate_shared_memory(gl.int64, [1], bar)
-    q_ready, dout_ready = allocate_rings(STAGES)
+    q_ready, dout_ready = allocate_query_bars(STAGES)
     mbarrier.init(kv_ready, count=1)
     shared = BackwardBuffers(
         k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, q_ready, dout_ready
@@ -499,10 +524,10 @@ def dual_chunk_bwd_hopper_kernel(
     inputs = ConsumerInputs(shared, dq_bufs, ds_bufs, results, strides, tile)
     gl.warp_specialize(
         [
-            (_compute, (inputs, chunk_length, near, scale, TILE, WAY, 0)),
-            (_compute, (inputs, chunk_length, near, scale, TILE, WAY, 1)),
+            (_compute, (inputs, chunk_length, succ_length, scale, TILE, RELATION, 0)),
+            (_compute, (inputs, chunk_length, succ_length, scale, TILE, RELATION, 1)),
             (_load, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, TILE)),
-            (_add_dq, (dq_desc, dq_bufs, tile, TILE)),
+            (_add_partial_dq, (dq_desc, dq_bufs, tile, TILE)),
         ],
         [4, 1, 1],
         [240, 24, 24],

@@ -14,23 +14,32 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lctrain_kernels.gluon.compat import tma_store_wait
-from lctrain_kernels.gluon.signals import (
+from lctrain_kernels.dual_chunk.hopper_ranges import keys_of_query, keys_of_tile
+from lctrain_kernels.dual_chunk.ranges import INTER, INTRA, SUCC
+from lctrain_kernels.gluon.barriers import (
     K_EMPTY,
     V_EMPTY,
-    await_place,
-    give_place,
-    next_place,
-    settle_places,
+    acquire_stage,
+    barriers_fit,
+    drain_stages,
+    next_stage,
+    release_stage,
 )
+from lctrain_kernels.gluon.compat import tma_store_wait
+from lctrain_kernels.gluon.forward_pipeline import (
+    allocate_forward,
+    load_block,
+    load_queries,
+    store_rows,
+)
+from lctrain_kernels.gluon.primitives import load_key, load_scalar
 from lctrain_kernels.gluon.softmax import (
-    key_words,
-    masked_weights,
-    nothing_seen,
-    scaled,
-    whole_rows,
+    bits_from_key,
+    initial_state,
+    online_softmax,
+    reduce_rows,
+    rescale,
 )
-from lctrain_kernels.gluon.step import keys_of_query, keys_of_tile, load_key, scalar
 from lctrain_kernels.gluon.structures import (
     RAGGED,
     ConsumerPointers,
@@ -41,9 +50,7 @@ from lctrain_kernels.gluon.structures import (
     SchedulerInputs,
     Window,
 )
-from lctrain_kernels.gluon.tile_list import TILE_FIELDS, TILES_AHEAD, fetch_tiles, read_tile
-from lctrain_kernels.gluon.tile_rows import allocate, load_block, load_queries, store_rows
-from lctrain_kernels.tile.chunks import FAR, NEAR, OWN
+from lctrain_kernels.gluon.tile_scheduler import TILE_FIELDS, TILES_AHEAD, read_tile, schedule_tiles
 from lctrain_kernels.tile.logits import LN_2, LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
@@ -64,42 +71,48 @@ class BlockRanges(NamedTuple):
         own_clear: The same of OWN.
     """
 
-    near_block: Any
-    own_block: Any
+    succ_block: Any
+    intra_block: Any
     blocks: Any
-    near_shift: Any
-    own_shift: Any
-    far_clear: Any
-    near_clear: Any
-    own_clear: Any
+    succ_shift: Any
+    intra_shift: Any
+    inter_clear: Any
+    succ_clear: Any
+    intra_clear: Any
 
 
 @gluon.jit
-def _blocks_of_ways(first, last, c, near, BLOCK_N: gl.constexpr, ALIGNED: gl.constexpr):
+def _blocks_of_relations(first, last, c, succ_length, BLOCK_N: gl.constexpr, ALIGNED: gl.constexpr):
     """Returns the BlockRanges of the queries at positions first to last."""
-    far_low, far_clear, far_high = keys_of_tile(first, last, FAR, c, near, BLOCK_N, ALIGNED)
-    near_low, near_clear, near_high = keys_of_tile(first, last, NEAR, c, near, BLOCK_N, ALIGNED)
-    own_low, own_clear, own_high = keys_of_tile(first, last, OWN, c, near, BLOCK_N, ALIGNED)
-    near_block = (gl.maximum(far_high - far_low, 0) + BLOCK_N - 1) // BLOCK_N
-    own_block = near_block + (gl.maximum(near_high - near_low, 0) + BLOCK_N - 1) // BLOCK_N
-    blocks = own_block + (gl.maximum(own_high - own_low, 0) + BLOCK_N - 1) // BLOCK_N
+    inter_low, inter_clear, inter_high = keys_of_tile(
+        first, last, INTER, c, succ_length, BLOCK_N, ALIGNED
+    )
+    succ_low, succ_clear, succ_high = keys_of_tile(
+        first, last, SUCC, c, succ_length, BLOCK_N, ALIGNED
+    )
+    intra_low, intra_clear, intra_high = keys_of_tile(
+        first, last, INTRA, c, succ_length, BLOCK_N, ALIGNED
+    )
+    succ_block = (gl.maximum(inter_high - inter_low, 0) + BLOCK_N - 1) // BLOCK_N
+    intra_block = succ_block + (gl.maximum(succ_high - succ_low, 0) + BLOCK_N - 1) // BLOCK_N
+    blocks = intra_block + (gl.maximum(intra_high - intra_low, 0) + BLOCK_N - 1) // BLOCK_N
     return BlockRanges(
-        near_block,
-        own_block,
+        succ_block,
+        intra_block,
         blocks,
-        near_low - near_block * BLOCK_N,
-        own_low - own_block * BLOCK_N,
-        far_clear,
-        near_clear,
-        own_clear,
+        succ_low - succ_block * BLOCK_N,
+        intra_low - intra_block * BLOCK_N,
+        inter_clear,
+        succ_clear,
+        intra_clear,
     )
 
 
 @gluon.jit
 def _first_key(block, ranges, BLOCK_N: gl.constexpr):
     """Returns the first key of a block."""
-    shift = gl.where(block < ranges.own_block, ranges.near_shift, ranges.own_shift)
-    return block * BLOCK_N + gl.where(block < ranges.near_block, 0, shift)
+    shift = gl.where(block < ranges.intra_block, ranges.succ_shift, ranges.intra_shift)
+    return block * BLOCK_N + gl.where(block < ranges.succ_block, 0, shift)
 
 
 @gluon.jit
@@ -107,11 +120,11 @@ def _load(
     q_desc,
     out_desc,
     k_desc,
-    k_near_desc,
+    k_succ_desc,
     v_desc,
     shared,
     chunk_length,
-    near,
+    succ_length,
     TILE: gl.constexpr,
     FLAGS: gl.constexpr,
 ):
@@ -120,49 +133,49 @@ def _load(
     STAGES: gl.constexpr = TILE.stages
     THREADS: gl.constexpr = 32 + 128 * TILE.consumers  # of the loader and all warpgroups
     POSITIONS: gl.constexpr = TILE.consumers * 64 // TILE.pack
-    served = 0
-    loaded = 0  # rows of queries: one or two per tile
-    ring = 0
+    tile_index = 0
+    q_index = 0  # rows of queries: one or two per tile
+    kv_index = 0
     mbarrier.wait(shared.tile_bars.ready.index(0), 0)
-    document = scalar(shared.tiles.index(0), 1)
+    document = load_scalar(shared.tiles.index(0), 1)
     while document >= 0:
-        tile = read_tile(shared.tiles, served, 1)
-        mbarrier.arrive(shared.tile_bars.empty.index(served % TILES_AHEAD), count=1)
+        tile = read_tile(shared.tiles, tile_index, 1)
+        mbarrier.arrive(shared.tile_bars.empty.index(tile_index % TILES_AHEAD), count=1)
         shift = tile.length_k - tile.length_q
         last = gl.minimum(tile.first + POSITIONS, tile.length_q) - 1 + shift
-        ranges = _blocks_of_ways(
-            tile.first + shift, last, chunk_length, near, TILE.block_n, FLAGS.has_dropout
+        ranges = _blocks_of_relations(
+            tile.first + shift, last, chunk_length, succ_length, TILE.block_n, FLAGS.has_dropout
         )
         queries = QueryRows(tile.end_q, tile.length_q, tile.first, tile.head)
-        if ranges.near_block > 0:
+        if ranges.succ_block > 0:
             # out holds the queries at the far position until the tile's result takes their place.
-            slot = loaded % Q_STAGES
-            mbarrier.wait(shared.q_bars.empty.index(slot), ((loaded // Q_STAGES) & 1) ^ 1)
-            load_queries(out_desc, shared.q, shared.q_bars.ready, slot, queries, TILE)
-            loaded += 1
-        slot = loaded % Q_STAGES
-        mbarrier.wait(shared.q_bars.empty.index(slot), ((loaded // Q_STAGES) & 1) ^ 1)
-        load_queries(q_desc, shared.q, shared.q_bars.ready, slot, queries, TILE)
-        loaded += 1
+            q_stage = q_index % Q_STAGES
+            mbarrier.wait(shared.q_bars.empty.index(q_stage), ((q_index // Q_STAGES) & 1) ^ 1)
+            load_queries(out_desc, shared.q, shared.q_bars.ready, q_stage, queries, TILE)
+            q_index += 1
+        q_stage = q_index % Q_STAGES
+        mbarrier.wait(shared.q_bars.empty.index(q_stage), ((q_index // Q_STAGES) & 1) ^ 1)
+        load_queries(q_desc, shared.q, shared.q_bars.ready, q_stage, queries, TILE)
+        q_index += 1
         head_kv = tile.head // TILE.group
         for block in range(ranges.blocks):
-            place = ring % STAGES
+            stage = kv_index % STAGES
             row = RAGGED - tile.length_k + _first_key(block, ranges, TILE.block_n)
             keys = Rows(tile.end_k, row, head_kv)
-            await_place(K_EMPTY, ring, STAGES, THREADS)
-            if (block >= ranges.near_block) & (block < ranges.own_block):
-                load_block(k_near_desc, shared.k.index(place), shared.k_ready.index(place), keys)
+            acquire_stage(K_EMPTY, kv_index, STAGES, THREADS)
+            if (block >= ranges.succ_block) & (block < ranges.intra_block):
+                load_block(k_succ_desc, shared.k.index(stage), shared.k_ready.index(stage), keys)
             else:
-                load_block(k_desc, shared.k.index(place), shared.k_ready.index(place), keys)
-            await_place(V_EMPTY, ring, STAGES, THREADS)
-            load_block(v_desc, shared.v.index(place), shared.v_ready.index(place), keys)
-            ring += 1
-        served += 1
-        ahead = served % TILES_AHEAD
-        mbarrier.wait(shared.tile_bars.ready.index(ahead), (served // TILES_AHEAD) & 1)
-        document = scalar(shared.tiles.index(ahead * TILE_FIELDS), 1)
-    settle_places(K_EMPTY, ring, STAGES, THREADS)
-    settle_places(V_EMPTY, ring, STAGES, THREADS)
+                load_block(k_desc, shared.k.index(stage), shared.k_ready.index(stage), keys)
+            acquire_stage(V_EMPTY, kv_index, STAGES, THREADS)
+            load_block(v_desc, shared.v.index(stage), shared.v_ready.index(stage), keys)
+            kv_index += 1
+        tile_index += 1
+        ahead = tile_index % TILES_AHEAD
+        mbarrier.wait(shared.tile_bars.ready.index(ahead), (tile_index // TILES_AHEAD) & 1)
+        document = load_scalar(shared.tiles.index(ahead * TILE_FIELDS), 1)
+    drain_stages(K_EMPTY, kv_index, STAGES, THREADS)
+    drain_stages(V_EMPTY, kv_index, STAGES, THREADS)
 
 
 @gluon.jit
@@ -175,8 +188,8 @@ def _weights(
     position,
     ranges,
     chunk_length,
-    near,
-    words,
+    succ_length,
+    bits,
     threshold,
     multiplier,
     s_layout: gl.constexpr,
@@ -184,19 +197,17 @@ def _weights(
     HAS_DROPOUT: gl.constexpr,
 ):
     """One block of the online softmax: (p in dtype, alpha, m, l); s [64, BLOCK_N] = q.k."""
-    clear = gl.where(block < ranges.own_block, ranges.near_clear, ranges.own_clear)
-    if key >= gl.where(block < ranges.near_block, ranges.far_clear, clear):
-        way = gl.where(block < ranges.own_block, NEAR, OWN)
-        way = gl.where(block < ranges.near_block, FAR, way)
-        first_seen, last_seen = keys_of_query(position, way, chunk_length, near)
+    clear = gl.where(block < ranges.intra_block, ranges.succ_clear, ranges.intra_clear)
+    if key >= gl.where(block < ranges.succ_block, ranges.inter_clear, clear):
+        relation = gl.where(block < ranges.intra_block, SUCC, INTRA)
+        relation = gl.where(block < ranges.succ_block, INTER, relation)
+        first_seen, last_seen = keys_of_query(position, relation, chunk_length, succ_length)
         keys = key + gl.arange(0, s.shape[1], gl.SliceLayout(0, s_layout))
         s = gl.where(keys[None, :] >= first_seen[:, None], s, float("-inf"))
         s = gl.where(keys[None, :] <= last_seen[:, None], s, float("-inf"))
     # Every block by masked_weights: to take maxima to do makes these forwards slower, by 4 % on
     # one long document.
-    return masked_weights(
-        s, m, l, words, threshold, multiplier, s_layout, dtype, HAS_DROPOUT, False
-    )
+    return online_softmax(s, m, l, bits, threshold, multiplier, s_layout, dtype, HAS_DROPOUT, False)
 
 
 @gluon.jit
@@ -204,7 +215,7 @@ def _consume(
     out_desc,
     shared,
     chunk_length,
-    near,
+    succ_length,
     pointers,
     scalars,
     TILE: gl.constexpr,
@@ -233,21 +244,23 @@ def _consume(
     local_query = local % RUN
     start: gl.constexpr = FIRST_RUN % (POSITIONS // RUN) * RUN  # of this warpgroup in the tile
     zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
-    served = 0
-    loaded = 0
-    result = 0  # where the last tile's result lies
-    place = 0
+    tile_index = 0
+    q_index = 0
+    result_stage = 0  # where the last tile's result lies
+    stage = 0
     phase = 0
     mbarrier.wait(shared.tile_bars.ready.index(0), 0)
-    document = scalar(shared.tiles.index(0), 4)
+    document = load_scalar(shared.tiles.index(0), 4)
     while document >= 0:
-        tile = read_tile(shared.tiles, served, 4)
+        tile = read_tile(shared.tiles, tile_index, 4)
         head = tile.head + FIRST_RUN // (POSITIONS // RUN)
-        mbarrier.arrive(shared.tile_bars.empty.index(served % TILES_AHEAD), count=1)
+        mbarrier.arrive(shared.tile_bars.empty.index(tile_index % TILES_AHEAD), count=1)
         shift = tile.length_k - tile.length_q
         last = gl.minimum(tile.first + POSITIONS, tile.length_q) - 1 + shift
-        ranges = _blocks_of_ways(tile.first + shift, last, chunk_length, near, BLOCK_N, HAS_DROPOUT)
-        near_block = ranges.near_block
+        ranges = _blocks_of_relations(
+            tile.first + shift, last, chunk_length, succ_length, BLOCK_N, HAS_DROPOUT
+        )
+        succ_block = ranges.succ_block
         first = tile.first + start
         query = first + local_query
         position = query + shift
@@ -263,29 +276,29 @@ def _consume(
                 pointers.dropout_seed, pointers.document_ids, document
             )
         random = DropoutKey(key_0, key_1, document_key, tile_head, first, local_query)
-        m, l = nothing_seen(BLOCK_N)
+        m, l = initial_state(BLOCK_N)
         acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
         # Queries at the far position come first, where the tile has far keys.
-        far_slot = loaded % Q_STAGES
-        if near_block > 0:
-            mbarrier.wait(shared.q_bars.ready.index(far_slot), (loaded // Q_STAGES) & 1)
-            loaded += 1
-        slot = loaded % Q_STAGES
-        mbarrier.wait(shared.q_bars.ready.index(slot), (loaded // Q_STAGES) & 1)
-        loaded += 1
+        inter_stage = q_index % Q_STAGES
+        if succ_block > 0:
+            mbarrier.wait(shared.q_bars.ready.index(inter_stage), (q_index // Q_STAGES) & 1)
+            q_index += 1
+        q_stage = q_index % Q_STAGES
+        mbarrier.wait(shared.q_bars.ready.index(q_stage), (q_index // Q_STAGES) & 1)
+        q_index += 1
         if ranges.blocks > 0:
-            mbarrier.wait(shared.k_ready.index(place), phase)
+            mbarrier.wait(shared.k_ready.index(stage), phase)
             s_token = warpgroup_mma(
-                shared.q.index(far_slot * CONSUMERS + CONSUMER),
-                shared.k.index(place).permute((1, 0)),
+                shared.q.index(inter_stage * CONSUMERS + CONSUMER),
+                shared.k.index(stage).permute((1, 0)),
                 zero,
                 use_acc=False,
                 is_async=True,
             )
             key = _first_key(0, ranges, BLOCK_N)
-            words = key_words(random, key, BLOCK_N, s_layout, HAS_DROPOUT)
+            bits = bits_from_key(random, key, BLOCK_N, s_layout, HAS_DROPOUT)
             s = warpgroup_mma_wait(0, deps=[s_token])
-            give_place(K_EMPTY, place, THREADS)
+            release_stage(K_EMPTY, stage, THREADS)
             p, alpha, m, l = _weights(
                 s,
                 m,
@@ -295,8 +308,8 @@ def _consume(
                 position,
                 ranges,
                 chunk_length,
-                near,
-                words,
+                succ_length,
+                bits,
                 scalars.threshold,
                 multiplier,
                 s_layout,
@@ -305,30 +318,30 @@ def _consume(
             )
             # By now the last tile's result has left its place.
             tma_store_wait(0)
-            mbarrier.arrive(shared.q_bars.empty.index(result), count=1, pred=served > 0)
+            mbarrier.arrive(shared.q_bars.empty.index(result_stage), count=1, pred=tile_index > 0)
             p = gl.convert_layout(p, p_layout)
-            mbarrier.wait(shared.v_ready.index(place), phase)
+            mbarrier.wait(shared.v_ready.index(stage), phase)
             for block in range(1, ranges.blocks):
-                before = place
-                place, phase = next_place(place, phase, STAGES)
-                mbarrier.wait(shared.k_ready.index(place), phase)
+                previous_stage = stage
+                stage, phase = next_stage(stage, phase, STAGES)
+                mbarrier.wait(shared.k_ready.index(stage), phase)
                 s_token = warpgroup_mma(
                     shared.q.index(
-                        gl.where(block < near_block, far_slot, slot) * CONSUMERS + CONSUMER
+                        gl.where(block < succ_block, inter_stage, q_stage) * CONSUMERS + CONSUMER
                     ),
-                    shared.k.index(place).permute((1, 0)),
+                    shared.k.index(stage).permute((1, 0)),
                     zero,
                     use_acc=False,
                     is_async=True,
                 )
-                acc_token = warpgroup_mma(p, shared.v.index(before), acc, is_async=True)
+                acc_token = warpgroup_mma(p, shared.v.index(previous_stage), acc, is_async=True)
                 key = _first_key(block, ranges, BLOCK_N)
-                words = key_words(random, key, BLOCK_N, s_layout, HAS_DROPOUT)
+                bits = bits_from_key(random, key, BLOCK_N, s_layout, HAS_DROPOUT)
                 s = warpgroup_mma_wait(1, deps=[s_token])
-                give_place(K_EMPTY, place, THREADS)
-                if block == near_block:
+                release_stage(K_EMPTY, stage, THREADS)
+                if block == succ_block:
                     # The last product with the queries at the far position is over.
-                    mbarrier.arrive(shared.q_bars.empty.index(far_slot), count=1)
+                    mbarrier.arrive(shared.q_bars.empty.index(inter_stage), count=1)
                 p_next, alpha, m, l = _weights(
                     s,
                     m,
@@ -338,8 +351,8 @@ def _consume(
                     position,
                     ranges,
                     chunk_length,
-                    near,
-                    words,
+                    succ_length,
+                    bits,
                     scalars.threshold,
                     multiplier,
                     s_layout,
@@ -347,19 +360,19 @@ def _consume(
                     HAS_DROPOUT,
                 )
                 # The branch of this wait keeps ptxas from moving the next one above the weights.
-                mbarrier.wait(shared.v_ready.index(place), phase)
+                mbarrier.wait(shared.v_ready.index(stage), phase)
                 acc = warpgroup_mma_wait(0, deps=[acc_token])
-                give_place(V_EMPTY, before, THREADS)
+                release_stage(V_EMPTY, previous_stage, THREADS)
                 p = gl.convert_layout(p_next, p_layout)
-                acc = scaled(acc, alpha, o_layout)
-            acc_token = warpgroup_mma(p, shared.v.index(place), acc, is_async=True)
+                acc = rescale(acc, alpha, o_layout)
+            acc_token = warpgroup_mma(p, shared.v.index(stage), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc_token])
-            give_place(V_EMPTY, place, THREADS)
-            place, phase = next_place(place, phase, STAGES)
+            release_stage(V_EMPTY, stage, THREADS)
+            stage, phase = next_stage(stage, phase, STAGES)
         else:
             tma_store_wait(0)
-            mbarrier.arrive(shared.q_bars.empty.index(result), count=1, pred=served > 0)
-        m, l = whole_rows(m, l, row_s)
+            mbarrier.arrive(shared.q_bars.empty.index(result_stage), count=1, pred=tile_index > 0)
+        m, l = reduce_rows(m, l, row_s)
         empty = l == 0.0
         whole = gl.where(empty, 1.0, l)
         inverse = gl.convert_layout(scalars.keep_scale / whole, row_o)
@@ -367,14 +380,14 @@ def _consume(
         row = tile_head.to(gl.int64) * scalars.total_q + (tile.end_q - tile.length_q + query)
         gl.store(pointers.lse + row, lse, mask=query < tile.length_q)
         # The queries' place in shared memory takes the result.
-        q = shared.q.index(slot * CONSUMERS + CONSUMER)
+        q = shared.q.index(q_stage * CONSUMERS + CONSUMER)
         q.store((acc * inverse[:, None]).to(dtype))
         store_rows(out_desc, q, QueryRows(tile.end_q, tile.length_q, first, head), RUN)
-        result = slot
-        served += 1
-        ahead = served % TILES_AHEAD
-        mbarrier.wait(shared.tile_bars.ready.index(ahead), (served // TILES_AHEAD) & 1)
-        document = scalar(shared.tiles.index(ahead * TILE_FIELDS), 4)
+        result_stage = q_stage
+        tile_index += 1
+        ahead = tile_index % TILES_AHEAD
+        mbarrier.wait(shared.tile_bars.ready.index(ahead), (tile_index // TILES_AHEAD) & 1)
+        document = load_scalar(shared.tiles.index(ahead * TILE_FIELDS), 4)
     tma_store_wait(0)
 
 
@@ -391,18 +404,18 @@ class ForwardPointers(NamedTuple):
     document_ids: Any
 
 
-@gluon.jit(do_not_specialize=["num_items", "total_q", "chunk_length", "near", "threshold"])
+@gluon.jit(do_not_specialize=["num_items", "total_q", "chunk_length", "succ_length", "threshold"])
 def dual_chunk_fwd_hopper_kernel(
     q_desc,
     k_desc,
-    k_near_desc,
+    k_succ_desc,
     v_desc,
     out_desc,
     pointers: ForwardPointers,
     num_items,
     total_q,
     chunk_length,
-    near,
+    succ_length,
     scale,
     threshold,
     keep_scale,
@@ -417,7 +430,8 @@ def dual_chunk_fwd_hopper_kernel(
     both rows of a tile, and one of the next.
     """
     dtype: gl.constexpr = q_desc.dtype
-    shared = allocate(dtype, TILE)
+    gl.static_assert(barriers_fit("forward", TILE.stages), "named barriers overlap")
+    shared = allocate_forward(dtype, TILE)
     inputs = SchedulerInputs(
         pointers.cu_seqlens_q, pointers.cu_seqlens_k, pointers.tiles, pointers.counter, num_items
     )
@@ -427,25 +441,31 @@ def dual_chunk_fwd_hopper_kernel(
     scalars = Scalars(total_q, scale, None, threshold, keep_scale)
     gl.warp_specialize(
         [
-            (_consume, (out_desc, shared, chunk_length, near, rows, scalars, TILE, FLAGS, 0)),
-            (_consume, (out_desc, shared, chunk_length, near, rows, scalars, TILE, FLAGS, 1)),
+            (
+                _consume,
+                (out_desc, shared, chunk_length, succ_length, rows, scalars, TILE, FLAGS, 0),
+            ),
+            (
+                _consume,
+                (out_desc, shared, chunk_length, succ_length, rows, scalars, TILE, FLAGS, 1),
+            ),
             (
                 _load,
                 (
                     q_desc,
                     out_desc,
                     k_desc,
-                    k_near_desc,
+                    k_succ_desc,
                     v_desc,
                     shared,
                     chunk_length,
-                    near,
+                    succ_length,
                     TILE,
                     FLAGS,
                 ),
             ),
             (
-                fetch_tiles,
+                schedule_tiles,
                 (shared.tiles, shared.tile_bars, inputs, Window(None, -1, 0), TILE, FLAGS),
             ),
         ],

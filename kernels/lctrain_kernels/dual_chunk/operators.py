@@ -70,8 +70,8 @@ def dual_chunk_forward(
         inv_freq=inv_freq,
         logit_scale=logit_scale,
         chunk_length=geometry.length,
-        near=geometry.near,
-        far_position=geometry.far_position,
+        succ_length=geometry.succ_length,
+        inter_position=geometry.inter_position,
         softmax_scale=softmax_scale,
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
@@ -139,8 +139,8 @@ def dual_chunk_backward(
         "inv_freq": inv_freq,
         "logit_scale": logit_scale,
         "chunk_length": geometry.length,
-        "near": geometry.near,
-        "far_position": geometry.far_position,
+        "succ_length": geometry.succ_length,
+        "inter_position": geometry.inter_position,
         "softmax_scale": softmax_scale,
     }
     if backend == "hopper":

@@ -47,13 +47,13 @@ class DualChunkGeometry:
         return self.chunk_size - self.local_size
 
     @property
-    def near(self) -> int:
+    def succ_length(self) -> int:
         """Queries of a chunk that still stand at r(i) + c towards the chunk before; the others
         stand at `far_position` towards all earlier chunks."""
         return min(self.local_size, self.length)
 
     @property
-    def far_position(self) -> int:
+    def inter_position(self) -> int:
         """Where a query stands towards the chunks before the last one."""
         return min(2 * self.length - 1, self.chunk_size)
 
@@ -112,8 +112,8 @@ def dense_dual_chunk_attention(
     place = position % geometry.length
     deltas = (
         torch.zeros_like(place),
-        torch.where(place < geometry.near, geometry.length, geometry.far_position - place),
-        geometry.far_position - place,
+        torch.where(place < geometry.succ_length, geometry.length, geometry.inter_position - place),
+        geometry.inter_position - place,
     )
     k = k.repeat_interleave(heads // heads_k, dim=1)
     v = v.repeat_interleave(heads // heads_k, dim=1)
@@ -207,12 +207,12 @@ class DualChunkOperands(Operands):
 
     def _ranges(self, chunk: Chunk) -> Iterator[tuple[slice, Tensor]]:
         """Yields (keys of the pack, delta [M]) for the far, the preceding and the own chunk."""
-        c, far = self.geometry.length, self.geometry.far_position
+        c, far = self.geometry.length, self.geometry.inter_position
         position = chunk.rows + chunk.length_k - chunk.length_q
         index = max(0, int(position[0])) // c
         place = position - index * c
         own, preceding = index * c, max(0, index - 1) * c
-        succ = torch.where(place < self.geometry.near, c, far - place)
+        succ = torch.where(place < self.geometry.succ_length, c, far - place)
         begin, stop = chunk.key.start, chunk.key.stop
         if preceding > 0:
             yield slice(begin, begin + preceding), far - place

@@ -33,8 +33,8 @@ def dual_chunk_bwd(
     inv_freq: Tensor,
     logit_scale: Tensor | None,
     chunk_length: int,
-    near: int,
-    far_position: int,
+    succ_length: int,
+    inter_position: int,
     softmax_scale: float,
     dropout_p: float,
     dropout_seed: Tensor | None,
@@ -77,11 +77,11 @@ def dual_chunk_bwd(
     geometry: dict[str, Any] = {
         "inv_freq": inv_freq,
         "chunk_length": chunk_length,
-        "near": near,
-        "far_position": far_position,
+        "succ_length": succ_length,
+        "inter_position": inter_position,
     }
     threshold, scale_kept = dropout_arguments(dropout_p)
-    k_near = rotated_keys(k, cu_seqlens_k, k_tiles, **geometry)
+    k_succ = rotated_keys(k, cu_seqlens_k, k_tiles, **geometry)
     stats = torch.empty((heads, total_q, 4), dtype=torch.float32, device=q.device)
     # Holds the queries at the far position until the kernels of dq have read them.
     dq = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
@@ -103,8 +103,8 @@ def dual_chunk_bwd(
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     flags = Flags(has_dropout=dropout_p > 0)
-    for is_near in (True, False):
-        config = tile_config("dual_chunk_dkv", q, group, dropout_p > 0, is_share=is_near)
+    for is_succ in (True, False):
+        config = tile_config("dual_chunk_dkv", q, group, dropout_p > 0, is_share=is_succ)
         grid = (heads_kv * k_tiles.shape[0] * (SCHEDULE_ROWS // config.block_n),)
         if grid[0] == 0:
             continue
@@ -113,7 +113,7 @@ def dual_chunk_bwd(
                 q,
                 dq,
                 k,
-                k_near,
+                k_succ,
                 v,
                 dout,
                 stats,
@@ -127,22 +127,22 @@ def dual_chunk_bwd(
                 dropout_seed,
                 document_ids,
             ),
-            DkvStrides(*token_head_strides(q, dq, k, k_near, v, dout, dk)),
+            DkvStrides(*token_head_strides(q, dq, k, k_succ, v, dout, dk)),
             k_tiles.shape[0],
             total_q,
             chunk_length,
-            near,
+            succ_length,
             softmax_scale,
             threshold,
             scale_kept,
             TILE=tile_shape(config, head_dim, group),
             FLAGS=flags,
-            IS_NEAR=is_near,
+            IS_SUCC=is_succ,
             PRECISION=DOT_PRECISION,
             **config.options,
         )
-    for is_far in (True, False):
-        config = tile_config("dual_chunk_dq", q, group, dropout_p > 0, is_share=is_far)
+    for is_inter in (True, False):
+        config = tile_config("dual_chunk_dq", q, group, dropout_p > 0, is_share=is_inter)
         parts = SCHEDULE_ROWS // config.positions * (group // config.pack)
         grid = (heads_kv * q_tiles.shape[0] * parts,)
         if grid[0] == 0:
@@ -151,7 +151,7 @@ def dual_chunk_bwd(
             DqPointers(
                 q,
                 k,
-                k_near,
+                k_succ,
                 v,
                 dout,
                 stats,
@@ -164,18 +164,18 @@ def dual_chunk_bwd(
                 dropout_seed,
                 document_ids,
             ),
-            DqStrides(*token_head_strides(q, k, k_near, v, dout, dq)),
+            DqStrides(*token_head_strides(q, k, k_succ, v, dout, dq)),
             q_tiles.shape[0],
             total_q,
             chunk_length,
-            near,
-            far_position,
+            succ_length,
+            inter_position,
             softmax_scale,
             threshold,
             scale_kept,
             TILE=tile_shape(config, head_dim, group),
             FLAGS=flags,
-            IS_FAR=is_far,
+            IS_INTER=is_inter,
             PRECISION=DOT_PRECISION,
             **config.options,
         )

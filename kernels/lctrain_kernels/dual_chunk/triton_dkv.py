@@ -5,8 +5,15 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from lctrain_kernels.dual_chunk.ranges import (
+    INTER,
+    INTRA,
+    SUCC,
+    chunk_begin,
+    queries_of_key,
+    queries_of_tile,
+)
 from lctrain_kernels.tile.arguments import RUNTIME_INTEGERS
-from lctrain_kernels.tile.chunks import FAR, NEAR, OWN, own_begin, queries_of_key, queries_of_tile
 from lctrain_kernels.tile.dropout import keep_mask, load_key
 from lctrain_kernels.tile.logits import LOG2_E
 from lctrain_kernels.tile.mask import mask_logits
@@ -28,9 +35,9 @@ class DkvPointers(NamedTuple):
     """Tensors of dual_chunk_dkv_kernel; it says their shapes."""
 
     q: Any
-    q_far: Any
+    q_inter: Any
     k: Any
-    k_near: Any
+    k_succ: Any
     v: Any
     dout: Any
     stats: Any
@@ -50,12 +57,12 @@ class DkvStrides(NamedTuple):
 
     q_token: Any
     q_head: Any
-    q_far_token: Any
-    q_far_head: Any
+    q_inter_token: Any
+    q_inter_head: Any
     k_token: Any
     k_head: Any
-    k_near_token: Any
-    k_near_head: Any
+    k_succ_token: Any
+    k_succ_head: Any
     v_token: Any
     v_head: Any
     dout_token: Any
@@ -71,13 +78,13 @@ def dual_chunk_dkv_kernel(
     num_tiles,
     total_q,
     chunk_length,
-    near,
+    succ_length,
     scale,
     threshold,
     keep_scale,
     TILE: tl.constexpr,
     FLAGS: tl.constexpr,
-    IS_NEAR: tl.constexpr,
+    IS_SUCC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dk and dv of BLOCK_N keys of one key/value head, over all query heads of its group.
@@ -103,8 +110,8 @@ def dual_chunk_dkv_kernel(
     shift = length_k - length_q
     last = tl.minimum(first + BLOCK_N, length_k) - 1
     # Keys of all chunks but the document's last one have near queries.
-    near_end = tl.where(near > 0, own_begin(length_k - 1, chunk_length), 0)
-    if IS_NEAR and first >= near_end:
+    succ_end = tl.where(succ_length > 0, chunk_begin(length_k - 1, chunk_length), 0)
+    if IS_SUCC and first >= succ_end:
         return
 
     local_m = tl.arange(0, BLOCK_M)
@@ -113,10 +120,10 @@ def dual_chunk_dkv_kernel(
     pairs = pair_columns(TILE.head_dim, BLOCK_D)
     key = first + local_n
     token_k = begin_k + key
-    if IS_NEAR:
+    if IS_SUCC:
         k_rows = (
-            pointers.k_near
-            + (token_k * strides.k_near_token + head_kv.to(tl.int64) * strides.k_near_head)[:, None]
+            pointers.k_succ
+            + (token_k * strides.k_succ_token + head_kv.to(tl.int64) * strides.k_succ_head)[:, None]
         )
     else:
         k_rows = (
@@ -152,22 +159,24 @@ def dual_chunk_dkv_kernel(
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for step in tl.range(0, 1 if IS_NEAR else 2):
-        way = NEAR if IS_NEAR else OWN - step * (OWN - FAR)
+    for step in tl.range(0, 1 if IS_SUCC else 2):
+        relation = SUCC if IS_SUCC else INTRA - step * (INTRA - INTER)
         low, clear_low, clear_high, high = queries_of_tile(
-            first, last, way, chunk_length, near, length_k
+            first, last, relation, chunk_length, succ_length, length_k
         )
         low = tl.maximum(low - shift, 0)
         high = tl.minimum(high - shift, length_q)
         if low < high:
-            first_seen, last_seen = queries_of_key(key, way, chunk_length, near, length_k)
+            first_seen, last_seen = queries_of_key(
+                key, relation, chunk_length, succ_length, length_k
+            )
             # In queries; keys beyond the document are seen by none.
             first_seen -= shift
             last_seen = tl.where(key < length_k, last_seen - shift, -1)
             clear_low = tl.where(first + BLOCK_N > length_k, high, clear_low - shift)
             clear_high -= shift
-            stride_t = tl.where(way == FAR, strides.q_far_token, strides.q_token)
-            stride_h = tl.where(way == FAR, strides.q_far_head, strides.q_head)
+            stride_t = tl.where(relation == INTER, strides.q_inter_token, strides.q_token)
+            stride_h = tl.where(relation == INTER, strides.q_inter_head, strides.q_head)
             # One loop over the heads of the group and their queries: its load pipeline never
             # drains.
             begin = low // 16 * 16  # where a draw of the dropout mask begins
@@ -175,7 +184,7 @@ def dual_chunk_dkv_kernel(
             head = head_kv * TILE.group
             start = begin
             token = begin_q + begin
-            q_tile = tl.where(way == FAR, pointers.q_far, pointers.q) + token * stride_t
+            q_tile = tl.where(relation == INTER, pointers.q_inter, pointers.q) + token * stride_t
             q_tile += head.to(tl.int64) * stride_h
             tile_q = local_m[:, None] * stride_t + pairs[None, :]
             do_tile = (
@@ -236,14 +245,14 @@ def dual_chunk_dkv_kernel(
     dv_rows = pointers.dv + row_dk + columns[None, :]
     dk = dk * dk_scale
     dv = dv * keep_scale
-    if IS_NEAR:
+    if IS_SUCC:
         turns, turns_rest = load_frequencies(pointers.inv_freq, TILE.head_dim, BLOCK_D)
         moved = tl.cast(chunk_length, tl.float32)
         cos, sin = cos_sin(moved, turns[None, :], turns_rest[None, :])  # [1, BLOCK_D / 2]
         dk = rotate(dk, cos, sin, BLOCK_N, BLOCK_D)
-    elif first < near_end:
-        dk += load_pairs(dk_rows, key, near_end, TILE.head_dim, BLOCK_D, True).to(tl.float32)
-        dv += load_rows(dv_rows, key, near_end, columns, TILE.head_dim, BLOCK_D, True).to(
+    elif first < succ_end:
+        dk += load_pairs(dk_rows, key, succ_end, TILE.head_dim, BLOCK_D, True).to(tl.float32)
+        dv += load_rows(dv_rows, key, succ_end, columns, TILE.head_dim, BLOCK_D, True).to(
             tl.float32
         )
     store_pairs(dk_rows, dk, key, length_k, TILE.head_dim, BLOCK_D)

@@ -5,8 +5,14 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from lctrain_kernels.dual_chunk.ranges import (
+    SUCC,
+    inter_delta,
+    inter_end,
+    keys_of_query,
+    keys_of_tile,
+)
 from lctrain_kernels.tile.arguments import RUNTIME_INTEGERS
-from lctrain_kernels.tile.chunks import NEAR, far_delta, far_end, keys_of_query, keys_of_tile
 from lctrain_kernels.tile.dropout import keep_mask, load_key
 from lctrain_kernels.tile.logits import LOG2_E
 from lctrain_kernels.tile.mask import mask_logits
@@ -29,7 +35,7 @@ class DqPointers(NamedTuple):
 
     q: Any
     k: Any
-    k_near: Any
+    k_succ: Any
     v: Any
     dout: Any
     stats: Any
@@ -50,8 +56,8 @@ class DqStrides(NamedTuple):
     q_head: Any
     k_token: Any
     k_head: Any
-    k_near_token: Any
-    k_near_head: Any
+    k_succ_token: Any
+    k_succ_head: Any
     v_token: Any
     v_head: Any
     dout_token: Any
@@ -67,14 +73,14 @@ def dual_chunk_dq_kernel(
     num_tiles,
     total_q,
     chunk_length,
-    near,
-    far_position,
+    succ_length,
+    inter_position,
     scale,
     threshold,
     keep_scale,
     TILE: tl.constexpr,
     FLAGS: tl.constexpr,
-    IS_FAR: tl.constexpr,
+    IS_INTER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dq of a tile, in two launches over the ways of tile/chunks.py.
@@ -102,8 +108,8 @@ def dual_chunk_dq_kernel(
         return
     shift = length_k - length_q
     last = tl.minimum(first + POSITIONS, length_q) - 1 + shift
-    has_far = far_end(last, chunk_length, near) > 0
-    if IS_FAR and not has_far:
+    has_inter = inter_end(last, chunk_length, succ_length) > 0
+    if IS_INTER and not has_inter:
         return
 
     local_m = tl.arange(0, BLOCK_M)
@@ -130,15 +136,15 @@ def dual_chunk_dq_kernel(
     row_lse = head * total_q + token
     lse2 = tl.load(pointers.stats + row_lse * 4, mask=inside, other=float("inf"))
     delta = tl.load(pointers.stats + row_lse * 4 + 1, mask=inside, other=0.0)
-    k_own = pointers.k + begin_k * strides.k_token + head_kv.to(tl.int64) * strides.k_head
-    k_near = (
-        pointers.k_near
-        + begin_k * strides.k_near_token
-        + head_kv.to(tl.int64) * strides.k_near_head
+    k_intra = pointers.k + begin_k * strides.k_token + head_kv.to(tl.int64) * strides.k_head
+    k_succ = (
+        pointers.k_succ
+        + begin_k * strides.k_succ_token
+        + head_kv.to(tl.int64) * strides.k_succ_head
     )
     v_base = pointers.v + begin_k * strides.v_token + head_kv.to(tl.int64) * strides.v_head
     tile_v = local_n[:, None] * strides.v_token + columns[None, :]
-    if IS_FAR:
+    if IS_INTER:
         q_rows = (
             pointers.dq
             + (token * strides.dq_token + head * strides.dq_head)[:, None]
@@ -165,13 +171,13 @@ def dual_chunk_dq_kernel(
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # Unrolled, so that the strides of k are no state of the loops.
-    for way in tl.static_range(0 if IS_FAR else 1, 1 if IS_FAR else 3):
+    for relation in tl.static_range(0 if IS_INTER else 1, 1 if IS_INTER else 3):
         low, clear, high = keys_of_tile(
-            first + shift, last, way, chunk_length, near, BLOCK_N, FLAGS.has_dropout
+            first + shift, last, relation, chunk_length, succ_length, BLOCK_N, FLAGS.has_dropout
         )
-        first_seen, last_seen = keys_of_query(position, way, chunk_length, near)
-        stride_k = tl.where(way == NEAR, strides.k_near_token, strides.k_token)
-        k_base = tl.where(way == NEAR, k_near, k_own)
+        first_seen, last_seen = keys_of_query(position, relation, chunk_length, succ_length)
+        stride_k = tl.where(relation == SUCC, strides.k_succ_token, strides.k_token)
+        k_base = tl.where(relation == SUCC, k_succ, k_intra)
         tile_k = local_n[:, None] * stride_k + pairs[None, :]
         # Tiles without a mask, then those with one.
         for part in tl.static_range(0, 2):
@@ -224,12 +230,14 @@ def dual_chunk_dq_kernel(
     dq_rows = (
         pointers.dq + (token * strides.dq_token + head * strides.dq_head)[:, None] + pairs[None, :]
     )
-    if IS_FAR:
+    if IS_INTER:
         turns, turns_rest = load_frequencies(pointers.inv_freq, TILE.head_dim, BLOCK_D)
-        moved = far_delta(position, chunk_length, far_position)
+        moved = inter_delta(position, chunk_length, inter_position)
         cos, sin = cos_sin(moved[:, None], turns[None, :], turns_rest[None, :])
         dq = rotate(dq, cos, -sin, BLOCK_M, BLOCK_D)
-    elif has_far:
-        met_far = tl.where(far_end(position, chunk_length, near) > 0, query, length_q)
-        dq += load_pairs(dq_rows, met_far, length_q, TILE.head_dim, BLOCK_D, True).to(tl.float32)
+    elif has_inter:
+        meets_inter = tl.where(inter_end(position, chunk_length, succ_length) > 0, query, length_q)
+        dq += load_pairs(dq_rows, meets_inter, length_q, TILE.head_dim, BLOCK_D, True).to(
+            tl.float32
+        )
     store_pairs(dq_rows, dq, query, length_q, TILE.head_dim, BLOCK_D)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lctrain_kernels.dual_chunk.ranges import INTER, SUCC, keys_of_query, keys_of_tile
 from lctrain_kernels.dual_chunk.triton_rotate import dual_chunk_rotate, rotated_keys
 from lctrain_kernels.schedule import SCHEDULE_ROWS
 from lctrain_kernels.tile.arguments import (
@@ -15,7 +16,6 @@ from lctrain_kernels.tile.arguments import (
     dropout_arguments,
     token_head_strides,
 )
-from lctrain_kernels.tile.chunks import FAR, NEAR, keys_of_query, keys_of_tile
 from lctrain_kernels.tile.config import tile_config
 from lctrain_kernels.tile.dropout import keep_mask, load_key
 from lctrain_kernels.tile.logits import LOG2_E
@@ -34,7 +34,7 @@ class ForwardPointers(NamedTuple):
 
     q: Any
     k: Any
-    k_near: Any
+    k_succ: Any
     v: Any
     out: Any
     lse: Any
@@ -53,8 +53,8 @@ class ForwardStrides(NamedTuple):
     q_head: Any
     k_token: Any
     k_head: Any
-    k_near_token: Any
-    k_near_head: Any
+    k_succ_token: Any
+    k_succ_head: Any
     v_token: Any
     v_head: Any
     out_token: Any
@@ -68,7 +68,7 @@ def dual_chunk_fwd_kernel(
     num_tiles,
     total_q,
     chunk_length,
-    near,
+    succ_length,
     scale,
     threshold,
     keep_scale,
@@ -112,11 +112,11 @@ def dual_chunk_fwd_kernel(
     tile_head = head_kv * TILE.group + head_group * TILE.pack + local_m // POSITIONS
     head = tl.where(query < length_q, tile_head, 0).to(tl.int64)
     token = begin_q + query
-    k_own = pointers.k + begin_k * strides.k_token + head_kv.to(tl.int64) * strides.k_head
-    k_near = (
-        pointers.k_near
-        + begin_k * strides.k_near_token
-        + head_kv.to(tl.int64) * strides.k_near_head
+    k_intra = pointers.k + begin_k * strides.k_token + head_kv.to(tl.int64) * strides.k_head
+    k_succ = (
+        pointers.k_succ
+        + begin_k * strides.k_succ_token
+        + head_kv.to(tl.int64) * strides.k_succ_head
     )
     v_base = pointers.v + begin_k * strides.v_token + head_kv.to(tl.int64) * strides.v_head
     tile_v = local_n[:, None] * strides.v_token + columns[None, :]
@@ -135,26 +135,28 @@ def dual_chunk_fwd_kernel(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for way in tl.range(0, 3):
+    for relation in tl.range(0, 3):
         low, clear, high = keys_of_tile(
-            first + shift, last, way, chunk_length, near, BLOCK_N, FLAGS.has_dropout
+            first + shift, last, relation, chunk_length, succ_length, BLOCK_N, FLAGS.has_dropout
         )
         if low < high:
             # Strides that depend on the way keep LLVM from holding both rows of pointers in
             # registers throughout the loops.
-            row = token * tl.where(way == FAR, strides.out_token, strides.q_token)
-            row += head * tl.where(way == FAR, strides.out_head, strides.q_head)
+            row = token * tl.where(relation == INTER, strides.out_token, strides.q_token)
+            row += head * tl.where(relation == INTER, strides.out_head, strides.q_head)
             q = load_pairs(
-                tl.where(way == FAR, pointers.out, pointers.q) + row[:, None] + pairs[None, :],
+                tl.where(relation == INTER, pointers.out, pointers.q)
+                + row[:, None]
+                + pairs[None, :],
                 query,
                 length_q,
                 TILE.head_dim,
                 BLOCK_D,
                 True,
             )
-            first_seen, last_seen = keys_of_query(position, way, chunk_length, near)
-            stride_k = tl.where(way == NEAR, strides.k_near_token, strides.k_token)
-            k_base = tl.where(way == NEAR, k_near, k_own)
+            first_seen, last_seen = keys_of_query(position, relation, chunk_length, succ_length)
+            stride_k = tl.where(relation == SUCC, strides.k_succ_token, strides.k_token)
+            k_base = tl.where(relation == SUCC, k_succ, k_intra)
             tile_k = local_n[:, None] * stride_k + pairs[None, :]
             # Tiles without a mask, then those with one.
             for part in tl.static_range(0, 2):
@@ -230,8 +232,8 @@ def dual_chunk_fwd(
     inv_freq: Tensor,
     logit_scale: Tensor | None,
     chunk_length: int,
-    near: int,
-    far_position: int,
+    succ_length: int,
+    inter_position: int,
     softmax_scale: float,
     dropout_p: float,
     dropout_seed: Tensor | None,
@@ -274,16 +276,16 @@ def dual_chunk_fwd(
     geometry: dict[str, Any] = {
         "inv_freq": inv_freq,
         "chunk_length": chunk_length,
-        "near": near,
-        "far_position": far_position,
+        "succ_length": succ_length,
+        "inter_position": inter_position,
     }
-    k_near = rotated_keys(k, cu_seqlens_k, k_tiles, **geometry)
+    k_succ = rotated_keys(k, cu_seqlens_k, k_tiles, **geometry)
     dual_chunk_rotate(q, out, cu_seqlens_q, cu_seqlens_k, q_tiles, is_query=True, **geometry)
     dual_chunk_fwd_kernel[grid](
         ForwardPointers(
             q,
             k,
-            k_near,
+            k_succ,
             v,
             out,
             lse,
@@ -294,11 +296,11 @@ def dual_chunk_fwd(
             dropout_seed,
             document_ids,
         ),
-        ForwardStrides(*token_head_strides(q, k, k_near, v, out)),
+        ForwardStrides(*token_head_strides(q, k, k_succ, v, out)),
         q_tiles.shape[0],
         total_q,
         chunk_length,
-        near,
+        succ_length,
         softmax_scale,
         threshold,
         scale_kept,

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lctrain_kernels.dual_chunk.ranges import inter_delta, inter_end
 from lctrain_kernels.schedule import SCHEDULE_ROWS
 from lctrain_kernels.tile.arguments import RUNTIME_INTEGERS, token_head_strides
-from lctrain_kernels.tile.chunks import far_delta, far_end
 from lctrain_kernels.tile.config import TileConfig
 from lctrain_kernels.tile.logits import LOG2_E
 from lctrain_kernels.tile.memory import load_rows
@@ -66,8 +66,8 @@ def dual_chunk_rotate_kernel(
     num_tiles,
     total_q,
     chunk_length,
-    near,
-    far_position,
+    succ_length,
+    inter_position,
     keep_scale,
     TILE: tl.constexpr,
     IS_QUERY: tl.constexpr,
@@ -125,7 +125,7 @@ def dual_chunk_rotate_kernel(
     last = tl.minimum(first + BLOCK_M, length) - 1
     if length_k <= chunk_length:
         return
-    if IS_QUERY and far_end(last + length_k - length, chunk_length, near) <= 0:
+    if IS_QUERY and inter_end(last + length_k - length, chunk_length, succ_length) <= 0:
         return
     pairs = pair_columns(TILE.head_dim, BLOCK_D)
     x_rows = (
@@ -133,7 +133,7 @@ def dual_chunk_rotate_kernel(
     )
     x = load_pairs(x_rows, row, length, TILE.head_dim, BLOCK_D, True)
     if IS_QUERY:
-        delta = far_delta(row + length_k - length, chunk_length, far_position)
+        delta = inter_delta(row + length_k - length, chunk_length, inter_position)
     else:
         delta = tl.zeros([BLOCK_M], tl.float32) - chunk_length
     turns, turns_rest = load_frequencies(pointers.inv_freq, TILE.head_dim, BLOCK_D)
@@ -162,8 +162,8 @@ def dual_chunk_rotate(
     *,
     inv_freq: Tensor,
     chunk_length: int,
-    near: int,
-    far_position: int,
+    succ_length: int,
+    inter_position: int,
     is_query: bool,
     out: Tensor | None = None,
     dout: Tensor | None = None,
@@ -206,8 +206,8 @@ def dual_chunk_rotate(
             tiles.shape[0],
             tokens,
             chunk_length,
-            near,
-            far_position,
+            succ_length,
+            inter_position,
             scale_kept,
             TILE=tile_shape(ROTATE_CONFIG, head_dim, 1),
             IS_QUERY=is_query,
@@ -223,8 +223,8 @@ def rotated_keys(
     *,
     inv_freq: Tensor,
     chunk_length: int,
-    near: int,
-    far_position: int,
+    succ_length: int,
+    inter_position: int,
 ) -> Tensor:
     """Returns keys rotated by -c, [Tk, Hk, D] contiguous; arguments as dual_chunk_rotate."""
     return dual_chunk_rotate(
@@ -235,7 +235,7 @@ def rotated_keys(
         k_tiles,
         inv_freq=inv_freq,
         chunk_length=chunk_length,
-        near=near,
-        far_position=far_position,
+        succ_length=succ_length,
+        inter_position=inter_position,
         is_query=False,
     )

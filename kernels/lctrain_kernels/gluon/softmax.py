@@ -15,16 +15,16 @@ all branches around it are the same in a whole program.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from lctrain_kernels.gluon.step import draw_words, kept_or_zero, opaque, rounded, tanh
+from lctrain_kernels.gluon.primitives import draw_bits, drop_weights, opaque, rounded, tanh
 from lctrain_kernels.tile.logits import LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
 # m of a row that has seen nothing: below all logits, and finite, so that -inf - m is -inf.
-UNSEEN = gl.constexpr(-3.4028234663852886e38)
+INITIAL_MAX = gl.constexpr(-3.4028234663852886e38)
 
 # Of two rows in one lane: m ($0, $1), factors of what was added up ($2, $3) and l times them ($4,
 # $5), from m and l in the same registers, the lane's largest s ($10, $11) and the multiplier ($12).
-RAISE = gl.constexpr(
+RAISE_MAX = gl.constexpr(
     """{
     .reg .pred far, first, second;
     .reg .f32 over0, over1, x0, x1;
@@ -67,7 +67,7 @@ RAISE = gl.constexpr(
     DONE:
     }"""
 )
-RAISE_CONSTRAINTS = gl.constexpr("=&f,=&f,=&f,=&f,=&f,=&f,0,1,4,5,f,f,f,f")
+RAISE_MAX_CONSTRAINTS = gl.constexpr("=&f,=&f,=&f,=&f,=&f,=&f,0,1,4,5,f,f,f,f")
 
 
 @gluon.constexpr_function
@@ -112,7 +112,7 @@ def scale_constraints(elements):
 
 
 @gluon.constexpr_function
-def further_assembly(elements, half):
+def known_max_assembly(elements, half):
     """Weights of a block after a row's first, for which its m is taken to do.
 
     Only if a lane finds weights that come to more than 2^13 does its warp look for maxima, and find
@@ -164,7 +164,7 @@ def further_assembly(elements, half):
 
 
 @gluon.constexpr_function
-def further_constraints(elements):
+def known_max_constraints(elements):
     """Of further_assembly."""
     return ",".join(["=&r"] * (elements // 2) + ["=&f"] * elements + ["f"] * (4 * elements))
 
@@ -190,15 +190,15 @@ def _column_block(x, INDEX: gl.constexpr):
 
 
 @gluon.jit
-def _further_weights(s, m, l, multiplier, s_layout: gl.constexpr, dtype: gl.constexpr):
+def _weights_by_known_max(s, m, l, multiplier, s_layout: gl.constexpr, dtype: gl.constexpr):
     """As masked_weights, of a block after a row's first: mostly without looking for its maximum."""
     ELEMENTS: gl.constexpr = s.shape[1] // 2
     lanes: gl.constexpr = lanes_layout(s.shape[1])
     operands = (split_rows(s), m[:, None, :, None], l[:, None, :, None], multiplier)
     if dtype == gl.bfloat16:
         p, found = gl.inline_asm_elementwise(
-            further_assembly(ELEMENTS, "bf16"),
-            further_constraints(ELEMENTS),
+            known_max_assembly(ELEMENTS, "bf16"),
+            known_max_constraints(ELEMENTS),
             operands,
             dtype=(gl.bfloat16, gl.float32),
             is_pure=True,
@@ -206,8 +206,8 @@ def _further_weights(s, m, l, multiplier, s_layout: gl.constexpr, dtype: gl.cons
         )
     else:
         p, found = gl.inline_asm_elementwise(
-            further_assembly(ELEMENTS, "f16"),
-            further_constraints(ELEMENTS),
+            known_max_assembly(ELEMENTS, "f16"),
+            known_max_constraints(ELEMENTS),
             operands,
             dtype=(gl.float16, gl.float32),
             is_pure=True,
@@ -222,14 +222,14 @@ def _further_weights(s, m, l, multiplier, s_layout: gl.constexpr, dtype: gl.cons
 
 
 @gluon.jit
-def nothing_seen(BLOCK_N: gl.constexpr):
+def initial_state(BLOCK_N: gl.constexpr):
     """m and l of rows before their first block."""
     layout: gl.constexpr = lanes_layout(BLOCK_N)
-    return gl.full([64, 4], UNSEEN, gl.float32, layout), gl.zeros([64, 4], gl.float32, layout)
+    return gl.full([64, 4], INITIAL_MAX, gl.float32, layout), gl.zeros([64, 4], gl.float32, layout)
 
 
 @gluon.jit
-def whole_rows(m, l, row_layout: gl.constexpr):
+def reduce_rows(m, l, row_layout: gl.constexpr):
     """m and l of rows [64] after their last block."""
     return (
         gl.convert_layout(gl.max(m, 1), row_layout, assert_trivial=True),
@@ -238,7 +238,7 @@ def whole_rows(m, l, row_layout: gl.constexpr):
 
 
 @gluon.jit
-def scaled(acc, alpha, o_layout: gl.constexpr):
+def rescale(acc, alpha, o_layout: gl.constexpr):
     """acc [64, D] times alpha [64, 4], of masked_weights."""
     COLUMNS: gl.constexpr = acc.shape[1]
     ELEMENTS: gl.constexpr = COLUMNS // 2
@@ -255,22 +255,22 @@ def scaled(acc, alpha, o_layout: gl.constexpr):
 
 
 @gluon.jit
-def block_words(
+def block_bits(
     random, block, BLOCK_N: gl.constexpr, s_layout: gl.constexpr, HAS_DROPOUT: gl.constexpr
 ):
     """Random bits for a block of weights. They need no scores, so they are drawn meanwhile."""
-    return key_words(random, block * BLOCK_N, BLOCK_N, s_layout, HAS_DROPOUT)
+    return bits_from_key(random, block * BLOCK_N, BLOCK_N, s_layout, HAS_DROPOUT)
 
 
 @gluon.jit
-def key_words(
+def bits_from_key(
     random, key, BLOCK_N: gl.constexpr, s_layout: gl.constexpr, HAS_DROPOUT: gl.constexpr
 ):
     """As block_words, of a block that starts at `key`, a multiple of 32."""
-    words = 0
+    bits = 0
     if HAS_DROPOUT:
         local_key = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
-        words = draw_words(
+        bits = draw_bits(
             random.key_0,
             random.key_1,
             random.document,
@@ -280,19 +280,19 @@ def key_words(
             key,
             local_key[None, :],
         )
-        words = opaque(words)
-    return words
+        bits = opaque(bits)
+    return bits
 
 
 @gluon.jit
-def block_weights(
+def softmax_step(
     s,
     m,
     l,
     block,
     rows,
     visible,
-    words,
+    bits,
     threshold,
     scale,
     softcap,
@@ -300,7 +300,7 @@ def block_weights(
     dtype: gl.constexpr,
     FLAGS: gl.constexpr,
     FEW_REGISTERS: gl.constexpr = False,
-    IS_FURTHER: gl.constexpr = False,
+    HAS_MAX: gl.constexpr = False,
 ):
     """One block of the online softmax: (p in dtype, alpha, m, l); s [64, BLOCK_N] = q.k.
 
@@ -326,32 +326,32 @@ def block_weights(
         if FLAGS.has_left:
             first_seen = query + visible.shift - visible.left - start
             s = gl.where(keys[None, :] >= first_seen[:, None], s, float("-inf"))
-    return masked_weights(
-        s, m, l, words, threshold, multiplier, s_layout, dtype, FLAGS.has_dropout, IS_FURTHER
+    return online_softmax(
+        s, m, l, bits, threshold, multiplier, s_layout, dtype, FLAGS.has_dropout, HAS_MAX
     )
 
 
 @gluon.jit
-def masked_weights(
+def online_softmax(
     s,
     m,
     l,
-    words,
+    bits,
     threshold,
     multiplier,
     s_layout: gl.constexpr,
     dtype: gl.constexpr,
     HAS_DROPOUT: gl.constexpr,
-    IS_FURTHER: gl.constexpr,
+    HAS_MAX: gl.constexpr,
 ):
     """As block_weights, of s that is -inf where nothing is seen; the exponent is s * multiplier."""
-    if IS_FURTHER and not HAS_DROPOUT:
-        return _further_weights(s, m, l, multiplier, s_layout, dtype)
+    if HAS_MAX and not HAS_DROPOUT:
+        return _weights_by_known_max(s, m, l, multiplier, s_layout, dtype)
     x = split_rows(s)
     largest = gl.max(gl.max(x, 3), 1)
     m, alpha, l = gl.inline_asm_elementwise(
-        RAISE,
-        RAISE_CONSTRAINTS,
+        RAISE_MAX,
+        RAISE_MAX_CONSTRAINTS,
         [m, l, largest, multiplier],
         dtype=(gl.float32, gl.float32, gl.float32),
         is_pure=True,
@@ -362,5 +362,5 @@ def masked_weights(
     p = gl.convert_layout(gl.reshape(x, s.shape), s_layout, assert_trivial=True)
     if HAS_DROPOUT:
         local_key = gl.arange(0, s.shape[1], gl.SliceLayout(0, s_layout))
-        p = rounded(kept_or_zero(p, words, local_key[None, :], threshold), dtype)
+        p = rounded(drop_weights(p, bits, local_key[None, :], threshold), dtype)
     return p.to(dtype), alpha, m, l

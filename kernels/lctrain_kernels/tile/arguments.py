@@ -14,8 +14,8 @@ RUNTIME_INTEGERS = [
     "threshold",
     "stride_alibi",
     "chunk_length",
-    "near",
-    "far_position",
+    "succ_length",
+    "inter_position",
 ]
 
 # float32 products are exact; half-precision inputs have one precision, whatever it is called

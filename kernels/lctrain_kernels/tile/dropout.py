@@ -23,7 +23,7 @@ def load_key(seed_ptr, document_ids_ptr, document):
 
 
 @triton.jit
-def draw_words(key_0, key_1, document, head, first_query, query, first_key, key):
+def draw_bits(key_0, key_1, document, head, first_query, query, first_key, key):
     """Returns 32 random bits for every weight of a tile; two weights share them, see keep_mask.
 
     Counters stay as narrow as their inputs for as long as they can: two of the seven rounds cost a
@@ -60,18 +60,18 @@ def draw_words(key_0, key_1, document, head, first_query, query, first_key, key)
 
 
 @triton.jit
-def top_bits(word, key):
+def top_bits(bits, key):
     """Returns words whose upper half is a weight's 16 bits of a word.
 
     Args:
         word: From draw_words.
         key: As there.
     """
-    return tl.where((key & 8) != 0, word, word << 16)
+    return tl.where((key & 8) != 0, bits, bits << 16)
 
 
 @triton.jit
-def kept(word, key, threshold):
+def is_kept(bits, key, threshold):
     """Returns True where a weight is kept: its 16 bits of the word are not below the threshold.
 
     Args:
@@ -80,11 +80,11 @@ def kept(word, key, threshold):
         threshold: Of 65,536.
     """
     # The bits are compared at the top of the word, where the upper half already lies.
-    return top_bits(word, key) >= threshold.to(tl.uint32) << 16
+    return top_bits(bits, key) >= threshold.to(tl.uint32) << 16
 
 
 @triton.jit
 def keep_mask(key_0, key_1, document, head, first_query, query, first_key, key, threshold):
     """Returns the mask of a tile, True where the weight is kept; arguments as in draw_words."""
-    word = draw_words(key_0, key_1, document, head, first_query, query, first_key, key)
-    return kept(word, key, threshold)
+    bits = draw_bits(key_0, key_1, document, head, first_query, query, first_key, key)
+    return is_kept(bits, key, threshold)

@@ -143,22 +143,22 @@ def _prepare_kernel(
         dout_ptr + token[:, None] * stride_dot + head * stride_doh + column[None, :], mask, 0.0
     )
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    place = head.to(tl.int64) * total_q + token
+    offset = head.to(tl.int64) * total_q + token
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + place, inside, 0.0)
-    lse = tl.load(lse_ptr + place, inside, 0.0)
+        delta -= tl.load(dlse_ptr + offset, inside, 0.0)
+    lse = tl.load(lse_ptr + offset, inside, 0.0)
     # A row that saw nothing has no weights: 2^(x - inf) = 0.
     lse2 = tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)
-    tl.store(delta_ptr + place, delta, inside)
-    tl.store(lse2_ptr + place, lse2, inside)
+    tl.store(delta_ptr + offset, delta, inside)
+    tl.store(lse2_ptr + offset, lse2, inside)
     if kept_delta_ptr is not None:
-        tl.store(kept_delta_ptr + place, delta / keep_scale, inside)
+        tl.store(kept_delta_ptr + offset, delta / keep_scale, inside)
     if dq_ptr is not None:
         # Their out is zero; lse would not tell: with a sink it is the sink.
         blind = (tl.max(tl.abs(out.to(tl.float32)), 1) == 0.0)[:, None]
-        place_dq = (token * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
+        dq_offset = (token * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
         zero = tl.zeros([ROWS, BLOCK_D], dq_ptr.dtype.element_ty)
-        tl.store(dq_ptr + place_dq, zero, mask & blind)
+        tl.store(dq_ptr + dq_offset, zero, mask & blind)
 
 
 @triton.jit(do_not_specialize=["documents", "rounds", "slabs_per_head"])
@@ -184,9 +184,9 @@ def _scale_kernel(
     head = tl.program_id(1)
     slab = first + tl.arange(0, SLABS)[:, None]
     item = tl.arange(0, 16 * BLOCK_D)[None, :]
-    place = (head.to(tl.int64) * slabs_per_head + slab) * (16 * HEAD_DIM) + item
+    offset = (head.to(tl.int64) * slabs_per_head + slab) * (16 * HEAD_DIM) + item
     mask = (slab < slabs_per_head) & (item < 16 * HEAD_DIM)
-    value = tl.load(sum_ptr + place, mask, 0.0) * scale
+    value = tl.load(sum_ptr + offset, mask, 0.0) * scale
     # Of eight columns: row % 8, column // 2, row // 8, column % 2.
     value = tl.reshape(value, (SLABS, BLOCK_D // 8, 8, 4, 2, 2))
     value = tl.reshape(tl.permute(value, (0, 4, 2, 1, 3, 5)), (SLABS * 16, BLOCK_D))
@@ -203,9 +203,9 @@ def _scale_kernel(
     token = begin + (slab_of_row - begin // 16 - document) * 16 + row % 16
     inside = token < tl.load(cu_q_ptr + document + 1)
     column = tl.arange(0, BLOCK_D)
-    place_dq = (token.to(tl.int64) * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
+    dq_offset = (token.to(tl.int64) * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
     mask_dq = inside[:, None] & (column < HEAD_DIM)[None, :]
-    tl.store(dq_ptr + place_dq, value.to(dq_ptr.dtype.element_ty), mask_dq)
+    tl.store(dq_ptr + dq_offset, value.to(dq_ptr.dtype.element_ty), mask_dq)
 
 
 def varlen_bwd(

@@ -6,14 +6,23 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from lctrain_kernels.gluon.compat import copy_arrive, copy_async
-from lctrain_kernels.gluon.signals import (
-    BLOCK_EMPTY,
-    LOADER_AND_BOTH,
-    await_place,
-    settle_places,
+from lctrain_kernels.gluon.backward_pipeline import (
+    allocate_partial_dq,
+    allocate_query_bars,
+    load_rows,
+    next_block,
+    read_slot,
 )
-from lctrain_kernels.gluon.step import load_window, query_blocks
+from lctrain_kernels.gluon.barriers import (
+    BLOCK_EMPTY,
+    PRODUCER_AND_CONSUMERS,
+    acquire_stage,
+    barriers_fit,
+    drain_stages,
+)
+from lctrain_kernels.gluon.compat import copy_arrive, copy_async
+from lctrain_kernels.gluon.forward_pipeline import load_block
+from lctrain_kernels.gluon.primitives import load_window, query_blocks
 from lctrain_kernels.gluon.structures import (
     RAGGED,
     BackwardBuffers,
@@ -27,16 +36,8 @@ from lctrain_kernels.gluon.structures import (
     Semaphores,
     Statistics,
 )
-from lctrain_kernels.gluon.tile_keys import (
-    allocate_dq,
-    allocate_rings,
-    load_rows,
-    next_block,
-    read_slot,
-)
-from lctrain_kernels.gluon.tile_rows import load_block
 from lctrain_kernels.varlen.hopper_bwd_compute import ComputeInputs, compute
-from lctrain_kernels.varlen.hopper_bwd_dq import add_dq, finish_dq, first_slab
+from lctrain_kernels.varlen.hopper_bwd_dq import add_partial_dq, first_slab, round_dq
 
 
 @gluon.jit
@@ -99,20 +100,20 @@ def _load(
     block = tile.high - 1
     steps = GROUP * (tile.high - tile.low)
     for step in range(steps):
-        place = step % STAGES
+        stage = step % STAGES
         first_query = block * BLOCK_M
         vector = head.to(gl.int64) * stats.total_q + tile.begin_q + first_query + local
         left_here = tile.length_q - first_query
         queries = Rows(tile.begin_q + tile.length_q, RAGGED - left_here, head)
-        await_place(BLOCK_EMPTY, step, STAGES, LOADER_AND_BOTH)
-        copy_async(shared.lse.index(place), stats.lse + vector, mask=local < left_here)
-        copy_arrive(shared.q_ready.index(place))
-        load_block(q_desc, shared.q.index(place), shared.q_ready.index(place), queries)
-        copy_async(shared.delta.index(place), stats.delta + vector, mask=local < left_here)
-        copy_arrive(shared.dout_ready.index(place))
-        load_block(do_desc, shared.dout.index(place), shared.dout_ready.index(place), queries)
+        acquire_stage(BLOCK_EMPTY, step, STAGES, PRODUCER_AND_CONSUMERS)
+        copy_async(shared.lse.index(stage), stats.lse + vector, mask=local < left_here)
+        copy_arrive(shared.q_ready.index(stage))
+        load_block(q_desc, shared.q.index(stage), shared.q_ready.index(stage), queries)
+        copy_async(shared.delta.index(stage), stats.delta + vector, mask=local < left_here)
+        copy_arrive(shared.dout_ready.index(stage))
+        load_block(do_desc, shared.dout.index(stage), shared.dout_ready.index(stage), queries)
         head, block = next_block(head, block, tile.head_kv, GROUP)
-    settle_places(BLOCK_EMPTY, steps, STAGES, LOADER_AND_BOTH)
+    drain_stages(BLOCK_EMPTY, steps, STAGES, PRODUCER_AND_CONSUMERS)
 
 
 class BackwardPointers(NamedTuple):
@@ -189,13 +190,14 @@ def varlen_bwd_hopper_kernel(
     gl.static_assert(BLOCK_M == 64, "the warpgroups multiply 64 queries at a time")
     gl.static_assert(STAGES >= 2, "queries of the next step are awaited before a step's are read")
     gl.static_assert((dq_desc is None) == FROM_REGISTERS, "the dQ warp alone uses dq_desc")
+    gl.static_assert(barriers_fit("varlen_bwd", TILE.stages), "named barriers overlap")
     dtype: gl.constexpr = q_desc.dtype
     HALF: gl.constexpr = TILE.block_n // 2
     left, right = load_window(pointers.window, window_left, window_right)
     window = Bounds(left, right)
     document, tile = _locate(pointers, window, TILE, FLAGS)
 
-    word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    vector_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     n_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, BLOCK_D], dtype)
     m_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], dtype)
@@ -209,11 +211,11 @@ def varlen_bwd_hopper_kernel(
         slab_ptr = first_slab(pointers.dq_sum, per_head, tile, document, TILE)
         dq_out = DqSlabs(slab_ptr, per_head)
     else:
-        dq_out = allocate_dq(BLOCK_M, BLOCK_D // 2)
-    lse_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], word)
-    delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], word)
+        dq_out = allocate_partial_dq(BLOCK_M, BLOCK_D // 2)
+    lse_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], vector_layout)
+    delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], vector_layout)
     kv_ready = gl.allocate_shared_memory(gl.int64, [1], bar)
-    q_ready, dout_ready = allocate_rings(STAGES)
+    q_ready, dout_ready = allocate_query_bars(STAGES)
     mbarrier.init(kv_ready, count=1)
     shared = BackwardBuffers(
         k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, q_ready, dout_ready
@@ -240,7 +242,7 @@ def varlen_bwd_hopper_kernel(
                 (compute, (inputs, TILE, FLAGS, 0)),
                 (compute, (inputs, TILE, FLAGS, 1)),
                 (_load, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, TILE)),
-                (add_dq, (dq_desc, dq_out, semaphores, tile, window, TILE)),
+                (add_partial_dq, (dq_desc, dq_out, semaphores, tile, window, TILE)),
             ],
             [4, 1, 1],
             [240, 24, 24],
@@ -250,7 +252,7 @@ def varlen_bwd_hopper_kernel(
         left, right = load_window(pointers.window, window_left, window_right)
         window = Bounds(left, right)
         document, tile = _locate(pointers, window, TILE, FLAGS)
-        finish_dq(
+        round_dq(
             pointers.dq_sum,
             pointers.dq,
             strides.dq_token,

@@ -11,36 +11,44 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lctrain_kernels.gluon.signals import (
-    BLOCK_EMPTY,
-    BOTH,
-    DS_READY,
-    LOADER_AND_BOTH,
-    await_signal,
-    give_place,
-    signal,
-)
-from lctrain_kernels.gluon.step import draw_words, finished, held, kept, load_key, rounded, tanh
-from lctrain_kernels.gluon.structures import KeyBounds, OutputKeys, SeedWords
-from lctrain_kernels.gluon.tile_keys import (
+from lctrain_kernels.gluon.backward_pipeline import (
+    drain_partial_dq,
+    key_offsets,
     keys_weights,
-    multiply_dq,
-    place_keys,
-    put_dq,
-    settle_dq,
+    start_dq,
+    store_partial_dq,
 )
+from lctrain_kernels.gluon.barriers import (
+    BLOCK_EMPTY,
+    CONSUMERS,
+    DS_READY,
+    PRODUCER_AND_CONSUMERS,
+    barrier_arrive,
+    barrier_wait,
+    release_stage,
+)
+from lctrain_kernels.gluon.primitives import (
+    draw_bits,
+    is_kept,
+    load_key,
+    rematerialised,
+    rounded,
+    scheduling_fence,
+    tanh,
+)
+from lctrain_kernels.gluon.structures import KeyBounds, OutputKeys, SeedWords
 from lctrain_kernels.tile.logits import LOG2_E
-from lctrain_kernels.varlen.hopper_bwd_dq import reduce_dq
+from lctrain_kernels.varlen.hopper_bwd_dq import add_dq_from_registers
 
 _LOG2_E = gl.constexpr(LOG2_E)
 
 
 @gluon.jit
-def _start(of_keys, of_queries, place, zero, never, HALF_INDEX: gl.constexpr):
+def _start_product(of_keys, of_queries, stage, zero, opaque_false, HALF_INDEX: gl.constexpr):
     """Starts S (k and q) or dP (v and dout) of the block of queries in `place`."""
     return warpgroup_mma(
-        held(of_keys, HALF_INDEX, never),
-        of_queries.index(place).permute((1, 0)),
+        rematerialised(of_keys, HALF_INDEX, opaque_false),
+        of_queries.index(stage).permute((1, 0)),
         zero,
         use_acc=False,
         is_async=True,
@@ -48,11 +56,11 @@ def _start(of_keys, of_queries, place, zero, never, HALF_INDEX: gl.constexpr):
 
 
 @gluon.jit
-def _draw(random, head, query, first_key, s_layout: gl.constexpr, HAS_DROPOUT: gl.constexpr):
+def _draw_bits(random, head, query, first_key, s_layout: gl.constexpr, HAS_DROPOUT: gl.constexpr):
     """Random bits of a block of weights. They need no scores, so they are drawn meanwhile."""
-    words = 0
+    bits = 0
     if HAS_DROPOUT:
-        words = draw_words(
+        bits = draw_bits(
             random.key_0,
             random.key_1,
             random.document,
@@ -62,19 +70,19 @@ def _draw(random, head, query, first_key, s_layout: gl.constexpr, HAS_DROPOUT: g
             first_key,
             gl.arange(0, 64, gl.SliceLayout(1, s_layout))[:, None],
         )
-    return words
+    return bits
 
 
 @gluon.jit
-def _weigh(
+def _weights(
     s,
-    words,
+    bits,
     lse,
     query,
     bounds,
     threshold,
     factors,
-    never,
+    opaque_false,
     dtype: gl.constexpr,
     s_layout: gl.constexpr,
     FLAGS: gl.constexpr,
@@ -91,12 +99,12 @@ def _weigh(
     p = keys_weights(s, lse, query, bounds, multiplier, 64, s_layout, FLAGS)
     if FLAGS.has_dropout:
         local_key = gl.arange(0, 64, gl.SliceLayout(1, s_layout))
-        p = gl.where(kept(words, local_key[:, None], threshold), p, -p)
+        p = gl.where(is_kept(bits, local_key[:, None], threshold), p, -p)
     if FLAGS.has_softcap:
         weights = rounded(p * (1.0 - bounded * bounded), dtype)
-        return finished(rounded(p, dtype), never), weights
+        return scheduling_fence(rounded(p, dtype), opaque_false), weights
     else:
-        p = finished(rounded(p, dtype), never)
+        p = scheduling_fence(rounded(p, dtype), opaque_false)
         return p, p
 
 
@@ -109,7 +117,7 @@ def _kept_weights(p, HAS_DROPOUT: gl.constexpr):
 
 
 @gluon.jit
-def _leave(
+def _emit_dq(
     dq,
     dq_out,
     step,
@@ -117,7 +125,7 @@ def _leave(
     last,
     TILE: gl.constexpr,
     HALF_INDEX: gl.constexpr,
-    TURNED: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
 ):
     """Sends a step's columns of dq on their way.
 
@@ -136,13 +144,13 @@ def _leave(
         slabs = step % TILE.group * dq_out.per_head - back * (TILE.block_m // 16)
         rows = length_q - (last - back) * TILE.block_m
         slab_ptr = dq_out.pointer + slabs.to(gl.int64) * (16 * TILE.head_dim)
-        reduce_dq(dq, slab_ptr, rows, HALF_INDEX, TILE.head_dim)
+        add_dq_from_registers(dq, slab_ptr, rows, HALF_INDEX, TILE.head_dim)
     else:
-        put_dq(dq, dq_out, step, HALF_INDEX, TURNED)
+        store_partial_dq(dq, dq_out, step, HALF_INDEX, TRANSPOSED)
 
 
 @gluon.jit
-def _spend(
+def _accumulate(
     shared,
     ds_bufs,
     step,
@@ -151,7 +159,7 @@ def _spend(
     zero,
     dk,
     dv,
-    never,
+    opaque_false,
     TILE: gl.constexpr,
     FLAGS: gl.constexpr,
     s_layout: gl.constexpr,
@@ -165,13 +173,13 @@ def _spend(
     """
     STAGES: gl.constexpr = TILE.stages
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    place = step % STAGES
-    mbarrier.wait(shared.dout_ready.index(place), (step // STAGES) & 1)
-    dp = _start(shared.v, shared.dout, place, zero, never, HALF_INDEX)
+    stage = step % STAGES
+    mbarrier.wait(shared.dout_ready.index(stage), (step // STAGES) & 1)
+    dp = _start_product(shared.v, shared.dout, stage, zero, opaque_false, HALF_INDEX)
     seen = gl.convert_layout(_kept_weights(p, FLAGS.has_dropout), p_layout)
-    dv = warpgroup_mma(seen, shared.dout.index(place), dv, is_async=True)
+    dv = warpgroup_mma(seen, shared.dout.index(stage), dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=[dp])
-    delta = shared.delta.index(place).load(gl.SliceLayout(0, s_layout))
+    delta = shared.delta.index(stage).load(gl.SliceLayout(0, s_layout))
     weights = weights.to(gl.float32)
     if FLAGS.has_dropout:
         dp = gl.where(weights > 0.0, dp, 0.0)
@@ -181,9 +189,9 @@ def _spend(
     # Two buffers: what is overwritten now, the other warpgroup read before it showed its last dS.
     ds_bufs.index((step & 1) * 2 + HALF_INDEX).store(ds)
     fence_async_shared()
-    signal(DS_READY + 2 * (step & 1) + HALF_INDEX, BOTH, 4)
+    barrier_arrive(DS_READY + 2 * (step & 1) + HALF_INDEX, CONSUMERS, 4)
     dv = warpgroup_mma_wait(0, deps=[dv])
-    return warpgroup_mma(ds_operand, shared.q.index(place), dk, is_async=True), dv
+    return warpgroup_mma(ds_operand, shared.q.index(stage), dk, is_async=True), dv
 
 
 class ComputeInputs(NamedTuple):
@@ -240,9 +248,9 @@ def compute(
     dtype: gl.constexpr = shared.k.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
-    TURNED: gl.constexpr = COLUMNS == 64 and not TILE.dq_from_registers
-    DQ_ROWS: gl.constexpr = COLUMNS if TURNED else BLOCK_M
-    DQ_COLUMNS: gl.constexpr = BLOCK_M if TURNED else COLUMNS
+    TRANSPOSED: gl.constexpr = COLUMNS == 64 and not TILE.dq_from_registers
+    DQ_ROWS: gl.constexpr = COLUMNS if TRANSPOSED else BLOCK_M
+    DQ_COLUMNS: gl.constexpr = BLOCK_M if TRANSPOSED else COLUMNS
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_COLUMNS, 16])
     column_s: gl.constexpr = gl.SliceLayout(0, s_layout)
 
@@ -266,21 +274,31 @@ def compute(
     steps = GROUP * (high - tile.low)
     mbarrier.wait(shared.kv_ready, 0)
     if steps > 0:
-        never = high < 0
+        opaque_false = high < 0
         query = (high - 1) * BLOCK_M
         mbarrier.wait(shared.q_ready.index(0), 0)
-        s = _start(shared.k, shared.q, 0, zero_s, never, HALF_INDEX)
+        s = _start_product(shared.k, shared.q, 0, zero_s, opaque_false, HALF_INDEX)
         lse = shared.lse.index(0).load(column_s)
-        words = _draw(random, tile.head_kv * GROUP, query, first_key, s_layout, HAS_DROPOUT)
+        bits = _draw_bits(random, tile.head_kv * GROUP, query, first_key, s_layout, HAS_DROPOUT)
         s = warpgroup_mma_wait(0, deps=[s])
-        p, weights = _weigh(
-            s, words, lse, query, bounds, dropout.threshold, factors, never, dtype, s_layout, FLAGS
+        p, weights = _weights(
+            s,
+            bits,
+            lse,
+            query,
+            bounds,
+            dropout.threshold,
+            factors,
+            opaque_false,
+            dtype,
+            s_layout,
+            FLAGS,
         )
         for step in range(steps - 1):
-            place = step % STAGES
-            never = high - 1 - step // GROUP < 0
-            dk, dv = _spend(
-                *(shared, ds_bufs, step, p, weights, zero_s, dk, dv, never),
+            stage = step % STAGES
+            opaque_false = high - 1 - step // GROUP < 0
+            dk, dv = _accumulate(
+                *(shared, ds_bufs, step, p, weights, zero_s, dk, dv, opaque_false),
                 TILE,
                 FLAGS,
                 s_layout,
@@ -289,54 +307,54 @@ def compute(
             )
             following = (step + 1) % STAGES
             mbarrier.wait(shared.q_ready.index(following), ((step + 1) // STAGES) & 1)
-            s = _start(shared.k, shared.q, following, zero_s, never, HALF_INDEX)
-            await_signal(DS_READY + 2 * (step & 1) + 1 - HALF_INDEX, BOTH, 4)
-            dq = multiply_dq(ds_bufs, shared.k, step & 1, zero_q, never, HALF_INDEX, TURNED)
+            s = _start_product(shared.k, shared.q, following, zero_s, opaque_false, HALF_INDEX)
+            barrier_wait(DS_READY + 2 * (step & 1) + 1 - HALF_INDEX, CONSUMERS, 4)
+            dq = start_dq(ds_bufs, shared.k, step & 1, zero_q, opaque_false, HALF_INDEX, TRANSPOSED)
             if HAS_DROPOUT:
                 # Random bits need the registers of dq, so it leaves at once.
                 dk, s, dq = warpgroup_mma_wait(0, deps=[dk, s, dq])
-                _leave(dq, dq_out, step, tile.length_q, high - 1, TILE, HALF_INDEX, TURNED)
+                _emit_dq(dq, dq_out, step, tile.length_q, high - 1, TILE, HALF_INDEX, TRANSPOSED)
             else:
                 dk, s = warpgroup_mma_wait(1, deps=[dk, s])
             lse = shared.lse.index(following).load(column_s)
-            give_place(BLOCK_EMPTY, place, LOADER_AND_BOTH)
+            release_stage(BLOCK_EMPTY, stage, PRODUCER_AND_CONSUMERS)
             query = (high - 1 - (step + 1) // GROUP) * BLOCK_M
             head = tile.head_kv * GROUP + (step + 1) % GROUP
-            words = _draw(random, head, query, first_key, s_layout, HAS_DROPOUT)
-            p, weights = _weigh(
+            bits = _draw_bits(random, head, query, first_key, s_layout, HAS_DROPOUT)
+            p, weights = _weights(
                 s,
-                words,
+                bits,
                 lse,
                 query,
                 bounds,
                 dropout.threshold,
                 factors,
-                never,
+                opaque_false,
                 dtype,
                 s_layout,
                 FLAGS,
             )
             if not HAS_DROPOUT:
                 dq = warpgroup_mma_wait(0, deps=[dq])
-                _leave(dq, dq_out, step, tile.length_q, high - 1, TILE, HALF_INDEX, TURNED)
+                _emit_dq(dq, dq_out, step, tile.length_q, high - 1, TILE, HALF_INDEX, TRANSPOSED)
         step = steps - 1
-        dk, dv = _spend(
-            *(shared, ds_bufs, step, p, weights, zero_s, dk, dv, never),
+        dk, dv = _accumulate(
+            *(shared, ds_bufs, step, p, weights, zero_s, dk, dv, opaque_false),
             TILE,
             FLAGS,
             s_layout,
             o_layout,
             HALF_INDEX,
         )
-        await_signal(DS_READY + 2 * (step & 1) + 1 - HALF_INDEX, BOTH, 4)
-        dq = multiply_dq(ds_bufs, shared.k, step & 1, zero_q, never, HALF_INDEX, TURNED)
+        barrier_wait(DS_READY + 2 * (step & 1) + 1 - HALF_INDEX, CONSUMERS, 4)
+        dq = start_dq(ds_bufs, shared.k, step & 1, zero_q, opaque_false, HALF_INDEX, TRANSPOSED)
         dk, dq = warpgroup_mma_wait(0, deps=[dk, dq])
-        give_place(BLOCK_EMPTY, step % STAGES, LOADER_AND_BOTH)
-        _leave(dq, dq_out, step, tile.length_q, high - 1, TILE, HALF_INDEX, TURNED)
+        release_stage(BLOCK_EMPTY, step % STAGES, PRODUCER_AND_CONSUMERS)
+        _emit_dq(dq, dq_out, step, tile.length_q, high - 1, TILE, HALF_INDEX, TRANSPOSED)
     if not TILE.dq_from_registers:
-        settle_dq(steps, HALF_INDEX)
+        drain_partial_dq(steps, HALF_INDEX)
     keys = OutputKeys(first_key, tile.length_k, tile.begin_k, tile.head_kv)
-    offsets, inside = place_keys(
+    offsets, inside = key_offsets(
         keys, results.token, results.head, TILE.head_dim, o_layout, HALF, BLOCK_D
     )
     gl.store(results.dv + offsets, (dv * factors.keep_scale).to(dtype), mask=inside)

@@ -3,10 +3,15 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from lctrain_kernels.gluon.backward_pipeline import acquire_partial_dq, release_partial_dq
 from lctrain_kernels.gluon.compat import partition_barrier, tma_add, tma_store
-from lctrain_kernels.gluon.step import add_four, query_blocks, release, wait_written
+from lctrain_kernels.gluon.primitives import (
+    fence_release,
+    query_blocks,
+    red_add_v4,
+    wait_bulk_writes,
+)
 from lctrain_kernels.gluon.structures import RAGGED
-from lctrain_kernels.gluon.tile_keys import give_back_dq, take_dq
 
 _RELEASE_EVERY = gl.constexpr(4)  # steps
 
@@ -36,7 +41,7 @@ def _semaphore(semaphores, tile, step, TILE: gl.constexpr):
 def _release_semaphores(semaphores, tile, begin, end, TILE: gl.constexpr):
     """Counts the partial dq of steps [begin, end), whose writes this warp has waited for."""
     partition_barrier()
-    release()
+    fence_release()
     for step in range(begin, end):
         gl.atomic_add(_semaphore(semaphores, tile, step, TILE), 1, sem="relaxed")
 
@@ -50,7 +55,7 @@ def _acquire_semaphore(semaphore, count):
 
 
 @gluon.jit
-def add_dq(
+def add_partial_dq(
     dq_desc,
     dq_bufs,
     semaphores,
@@ -84,7 +89,7 @@ def add_dq(
         row = RAGGED - tile.length_q + block * TILE.block_m
         for half in gl.static_range(2):
             coordinates = [RAGGED, tile.begin_q + tile.length_q, row, head, half * COLUMNS]
-            partial = take_dq(dq_bufs, half, dq_desc)
+            partial = acquire_partial_dq(dq_bufs, half, dq_desc)
             if is_first:
                 tma_store(dq_desc, coordinates, partial)
             else:
@@ -94,14 +99,14 @@ def add_dq(
         # lanes load one address at once, so they read one number.
         following = gl.minimum(step + 1, steps - 1)
         arrived = gl.load(_semaphore(semaphores, tile, following, TILE), volatile=True)
-        give_back_dq()
+        release_partial_dq()
         # The partial dq of the steps before have arrived by now; this step's has not. A release
         # costs as much as half a step, so several steps share one unless a program waits for it.
         if TILE.deterministic or was_first or step % _RELEASE_EVERY == 0:
-            wait_written(2)
+            wait_bulk_writes(2)
             _release_semaphores(semaphores, tile, released, step, TILE)
             released = step
-    wait_written(0)
+    wait_bulk_writes(0)
     _release_semaphores(semaphores, tile, released, steps, TILE)
 
 
@@ -125,7 +130,7 @@ def first_slab(
 
 
 @gluon.jit
-def reduce_dq(dq, dq_ptr, rows, HALF_INDEX: gl.constexpr, HEAD_DIM: gl.constexpr):
+def add_dq_from_registers(dq, dq_ptr, rows, HALF_INDEX: gl.constexpr, HEAD_DIM: gl.constexpr):
     """Adds a warpgroup's columns of a block of dq to the float32 buffer, out of its registers.
 
     An instruction of a warp adds to 512 bytes without gaps.
@@ -154,11 +159,11 @@ def reduce_dq(dq, dq_ptr, rows, HALF_INDEX: gl.constexpr, HEAD_DIM: gl.constexpr
     to = dq_ptr + (thread // 32 * (16 * HEAD_DIM) + thread % 32 * 4)
     to = to[:, None] + (eight * 128)[None, :]
     left = gl.where((eight * 8 < HEAD_DIM)[None, :], (rows - thread // 32 * 16)[:, None], 0)
-    add_four(to, left, x0, x1, x2, x3)
+    red_add_v4(to, left, x0, x1, x2, x3)
 
 
 @gluon.jit
-def finish_dq(
+def round_dq(
     dq_sum_ptr,
     dq_ptr,
     stride_t,
@@ -198,9 +203,9 @@ def finish_dq(
         semaphore = _semaphore(semaphores, tile, (tile.high - end) * GROUP + item, TILE)
         _acquire_semaphore(semaphore, _earlier_tiles(block, tile, window, TILE) + 1)
         query = block * BLOCK_M + row
-        place = (tile.begin_q + query).to(gl.int64) * stride_t + head * stride_h
-        place = place[:, None] + column[None, :]
+        offset = (tile.begin_q + query).to(gl.int64) * stride_t + head * stride_h
+        offset = offset[:, None] + column[None, :]
         inside = (query < tile.length_q)[:, None] & (column < TILE.head_dim)[None, :]
         # Not through L1, which does not know of the additions.
-        whole = gl.load(dq_sum_ptr + place, mask=inside, other=0.0, cache_modifier=".cg")
-        gl.store(dq_ptr + place, (whole * scale).to(dq_ptr.dtype.element_ty), mask=inside)
+        whole = gl.load(dq_sum_ptr + offset, mask=inside, other=0.0, cache_modifier=".cg")
+        gl.store(dq_ptr + offset, (whole * scale).to(dq_ptr.dtype.element_ty), mask=inside)

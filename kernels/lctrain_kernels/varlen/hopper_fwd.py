@@ -10,23 +10,30 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lctrain_kernels.gluon.compat import partition_barrier, tma_store_wait
-from lctrain_kernels.gluon.signals import (
+from lctrain_kernels.gluon.barriers import (
     K_EMPTY,
     V_EMPTY,
-    await_place,
-    give_place,
-    next_place,
-    settle_places,
+    acquire_stage,
+    barriers_fit,
+    drain_stages,
+    next_stage,
+    release_stage,
 )
+from lctrain_kernels.gluon.compat import partition_barrier, tma_store_wait
+from lctrain_kernels.gluon.forward_pipeline import (
+    allocate_forward,
+    load_block,
+    load_queries,
+    store_rows,
+)
+from lctrain_kernels.gluon.primitives import load_key, load_scalar, load_window
 from lctrain_kernels.gluon.softmax import (
-    block_weights,
-    block_words,
-    nothing_seen,
-    scaled,
-    whole_rows,
+    block_bits,
+    initial_state,
+    reduce_rows,
+    rescale,
+    softmax_step,
 )
-from lctrain_kernels.gluon.step import load_key, load_window, scalar
 from lctrain_kernels.gluon.structures import (
     RAGGED,
     ConsumerPointers,
@@ -39,8 +46,7 @@ from lctrain_kernels.gluon.structures import (
     Visible,
     Window,
 )
-from lctrain_kernels.gluon.tile_list import TILE_FIELDS, TILES_AHEAD, fetch_tiles, read_tile
-from lctrain_kernels.gluon.tile_rows import allocate, load_block, load_queries, store_rows
+from lctrain_kernels.gluon.tile_scheduler import TILE_FIELDS, TILES_AHEAD, read_tile, schedule_tiles
 from lctrain_kernels.tile.logits import LN_2, LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
@@ -53,33 +59,33 @@ def _load(q_desc, k_desc, v_desc, shared, TILE: gl.constexpr):
     Q_STAGES: gl.constexpr = TILE.q_stages
     STAGES: gl.constexpr = TILE.stages
     THREADS: gl.constexpr = 32 + 128 * TILE.consumers  # of the loader and all warpgroups
-    served = 0
-    ring = 0
+    tile_index = 0
+    kv_index = 0
     mbarrier.wait(shared.tile_bars.ready.index(0), 0)
-    document = scalar(shared.tiles.index(0), 1)
+    document = load_scalar(shared.tiles.index(0), 1)
     while document >= 0:
-        tile = read_tile(shared.tiles, served, 1)
-        mbarrier.arrive(shared.tile_bars.empty.index(served % TILES_AHEAD), count=1)
-        stage = served % Q_STAGES
-        mbarrier.wait(shared.q_bars.empty.index(stage), ((served // Q_STAGES) & 1) ^ 1)
+        tile = read_tile(shared.tiles, tile_index, 1)
+        mbarrier.arrive(shared.tile_bars.empty.index(tile_index % TILES_AHEAD), count=1)
+        q_stage = tile_index % Q_STAGES
+        mbarrier.wait(shared.q_bars.empty.index(q_stage), ((tile_index // Q_STAGES) & 1) ^ 1)
         queries = QueryRows(tile.end_q, tile.length_q, tile.first, tile.head)
-        load_queries(q_desc, shared.q, shared.q_bars.ready, stage, queries, TILE)
+        load_queries(q_desc, shared.q, shared.q_bars.ready, q_stage, queries, TILE)
         head_kv = tile.head // TILE.group
         for block in range(tile.high - tile.low):
-            place = ring % STAGES
+            stage = kv_index % STAGES
             row = RAGGED - tile.length_k + (tile.high - 1 - block) * TILE.block_n
             keys = Rows(tile.end_k, row, head_kv)
-            await_place(K_EMPTY, ring, STAGES, THREADS)
-            load_block(k_desc, shared.k.index(place), shared.k_ready.index(place), keys)
-            await_place(V_EMPTY, ring, STAGES, THREADS)
-            load_block(v_desc, shared.v.index(place), shared.v_ready.index(place), keys)
-            ring += 1
-        served += 1
-        ahead = served % TILES_AHEAD
-        mbarrier.wait(shared.tile_bars.ready.index(ahead), (served // TILES_AHEAD) & 1)
-        document = scalar(shared.tiles.index(ahead * TILE_FIELDS), 1)
-    settle_places(K_EMPTY, ring, STAGES, THREADS)
-    settle_places(V_EMPTY, ring, STAGES, THREADS)
+            acquire_stage(K_EMPTY, kv_index, STAGES, THREADS)
+            load_block(k_desc, shared.k.index(stage), shared.k_ready.index(stage), keys)
+            acquire_stage(V_EMPTY, kv_index, STAGES, THREADS)
+            load_block(v_desc, shared.v.index(stage), shared.v_ready.index(stage), keys)
+            kv_index += 1
+        tile_index += 1
+        ahead = tile_index % TILES_AHEAD
+        mbarrier.wait(shared.tile_bars.ready.index(ahead), (tile_index // TILES_AHEAD) & 1)
+        document = load_scalar(shared.tiles.index(ahead * TILE_FIELDS), 1)
+    drain_stages(K_EMPTY, kv_index, STAGES, THREADS)
+    drain_stages(V_EMPTY, kv_index, STAGES, THREADS)
 
 
 @gluon.jit
@@ -115,21 +121,21 @@ def _consume(
     local = gl.arange(0, 64, row_s)
     start: gl.constexpr = FIRST_RUN % (POSITIONS // RUN) * RUN  # of this warpgroup in the tile
     zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
-    served = 0
-    place = 0
+    tile_index = 0
+    stage = 0
     phase = 0
     mbarrier.wait(shared.tile_bars.ready.index(0), 0)
-    document = scalar(shared.tiles.index(0), 4)
+    document = load_scalar(shared.tiles.index(0), 4)
     while document >= 0:
-        tile = read_tile(shared.tiles, served, 4)
+        tile = read_tile(shared.tiles, tile_index, 4)
         first = tile.first + start
         head = tile.head + FIRST_RUN // (POSITIONS // RUN)
         low = tile.low
         high = tile.high
         length_k = tile.length_k
-        mbarrier.arrive(shared.tile_bars.empty.index(served % TILES_AHEAD), count=1)
-        stage = served % Q_STAGES
-        last = (served + Q_STAGES - 1) % Q_STAGES
+        mbarrier.arrive(shared.tile_bars.empty.index(tile_index % TILES_AHEAD), count=1)
+        q_stage = tile_index % Q_STAGES
+        last = (tile_index + Q_STAGES - 1) % Q_STAGES
         shift = length_k - tile.length_q
         local_query = local % RUN
         query = first + local_query
@@ -139,11 +145,11 @@ def _consume(
             seen = gl.minimum(gl.maximum(first + RUN + shift + right, 0), length_k)
             own = gl.maximum((seen + BLOCK_N - 1) // BLOCK_N, low)
             for _ in range(high - own):
-                mbarrier.wait(shared.k_ready.index(place), phase)
-                give_place(K_EMPTY, place, THREADS)
-                mbarrier.wait(shared.v_ready.index(place), phase)
-                give_place(V_EMPTY, place, THREADS)
-                place, phase = next_place(place, phase, STAGES)
+                mbarrier.wait(shared.k_ready.index(stage), phase)
+                release_stage(K_EMPTY, stage, THREADS)
+                mbarrier.wait(shared.v_ready.index(stage), phase)
+                release_stage(V_EMPTY, stage, THREADS)
+                stage, phase = next_stage(stage, phase, STAGES)
             high = own
         clear_high = length_k
         if FLAGS.has_right:
@@ -161,26 +167,26 @@ def _consume(
         rows = LocalQueries(first, local_query)
         visible = Visible(shift, length_k, left, right, clear_low, clear_high)
         random = DropoutKey(key_0, key_1, document_key, tile_head, first, local_query)
-        m, l = nothing_seen(BLOCK_N)
+        m, l = initial_state(BLOCK_N)
         acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
-        q = shared.q.index(stage * CONSUMERS + CONSUMER)
-        mbarrier.wait(shared.q_bars.ready.index(stage), (served // Q_STAGES) & 1)
+        q = shared.q.index(q_stage * CONSUMERS + CONSUMER)
+        mbarrier.wait(shared.q_bars.ready.index(q_stage), (tile_index // Q_STAGES) & 1)
         if high > low:
-            mbarrier.wait(shared.k_ready.index(place), phase)
+            mbarrier.wait(shared.k_ready.index(stage), phase)
             s_token = warpgroup_mma(
-                q, shared.k.index(place).permute((1, 0)), zero, use_acc=False, is_async=True
+                q, shared.k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True
             )
-            words = block_words(random, high - 1, BLOCK_N, s_layout, FLAGS.has_dropout)
+            bits = block_bits(random, high - 1, BLOCK_N, s_layout, FLAGS.has_dropout)
             s = warpgroup_mma_wait(0, deps=[s_token])
-            give_place(K_EMPTY, place, THREADS)
-            p, alpha, m, l = block_weights(
+            release_stage(K_EMPTY, stage, THREADS)
+            p, alpha, m, l = softmax_step(
                 s,
                 m,
                 l,
                 high - 1,
                 rows,
                 visible,
-                words,
+                bits,
                 scalars.threshold,
                 scalars.scale,
                 scalars.softcap,
@@ -192,31 +198,31 @@ def _consume(
             if Q_STAGES > 1:
                 # By now the last tile's result has left its place.
                 tma_store_wait(0)
-                mbarrier.arrive(shared.q_bars.empty.index(last), count=1, pred=served > 0)
+                mbarrier.arrive(shared.q_bars.empty.index(last), count=1, pred=tile_index > 0)
             p = gl.convert_layout(p, p_layout)
-            mbarrier.wait(shared.v_ready.index(place), phase)
+            mbarrier.wait(shared.v_ready.index(stage), phase)
             for block in range(1, high - low):
-                before = place
-                place, phase = next_place(place, phase, STAGES)
-                mbarrier.wait(shared.k_ready.index(place), phase)
+                previous_stage = stage
+                stage, phase = next_stage(stage, phase, STAGES)
+                mbarrier.wait(shared.k_ready.index(stage), phase)
                 if TILE.meet_early:
                     # Else the wait for values below brings the warps together.
                     partition_barrier()
                 s_token = warpgroup_mma(
-                    q, shared.k.index(place).permute((1, 0)), zero, use_acc=False, is_async=True
+                    q, shared.k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True
                 )
-                acc_token = warpgroup_mma(p, shared.v.index(before), acc, is_async=True)
-                words = block_words(random, high - 1 - block, BLOCK_N, s_layout, FLAGS.has_dropout)
+                acc_token = warpgroup_mma(p, shared.v.index(previous_stage), acc, is_async=True)
+                bits = block_bits(random, high - 1 - block, BLOCK_N, s_layout, FLAGS.has_dropout)
                 s = warpgroup_mma_wait(1, deps=[s_token])
-                give_place(K_EMPTY, place, THREADS)
-                p_next, alpha, m, l = block_weights(
+                release_stage(K_EMPTY, stage, THREADS)
+                p_next, alpha, m, l = softmax_step(
                     s,
                     m,
                     l,
                     high - 1 - block,
                     rows,
                     visible,
-                    words,
+                    bits,
                     scalars.threshold,
                     scalars.scale,
                     scalars.softcap,
@@ -224,23 +230,23 @@ def _consume(
                     dtype,
                     FLAGS,
                     FEW_REGISTERS,
-                    IS_FURTHER=True,
+                    HAS_MAX=True,
                 )
                 # The branch of this wait keeps ptxas from moving the next one above the weights.
-                mbarrier.wait(shared.v_ready.index(place), phase)
+                mbarrier.wait(shared.v_ready.index(stage), phase)
                 acc = warpgroup_mma_wait(0, deps=[acc_token])
-                give_place(V_EMPTY, before, THREADS)
+                release_stage(V_EMPTY, previous_stage, THREADS)
                 p = gl.convert_layout(p_next, p_layout)
-                acc = scaled(acc, alpha, o_layout)
-            acc_token = warpgroup_mma(p, shared.v.index(place), acc, is_async=True)
+                acc = rescale(acc, alpha, o_layout)
+            acc_token = warpgroup_mma(p, shared.v.index(stage), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc_token])
-            give_place(V_EMPTY, place, THREADS)
-            place, phase = next_place(place, phase, STAGES)
+            release_stage(V_EMPTY, stage, THREADS)
+            stage, phase = next_stage(stage, phase, STAGES)
         else:
             if Q_STAGES > 1:
                 tma_store_wait(0)
-                mbarrier.arrive(shared.q_bars.empty.index(last), count=1, pred=served > 0)
-        m, l = whole_rows(m, l, row_s)
+                mbarrier.arrive(shared.q_bars.empty.index(last), count=1, pred=tile_index > 0)
+        m, l = reduce_rows(m, l, row_s)
         if FLAGS.has_sink:
             sink = gl.load(pointers.factor + tile_head).to(gl.float32) * _LOG2_E
             m_new = gl.maximum(m, sink)
@@ -259,11 +265,11 @@ def _consume(
         store_rows(out_desc, q, QueryRows(tile.end_q, tile.length_q, first, head), RUN)
         if Q_STAGES == 1:
             tma_store_wait(0)
-            mbarrier.arrive(shared.q_bars.empty.index(stage), count=1)
-        served += 1
-        ahead = served % TILES_AHEAD
-        mbarrier.wait(shared.tile_bars.ready.index(ahead), (served // TILES_AHEAD) & 1)
-        document = scalar(shared.tiles.index(ahead * TILE_FIELDS), 4)
+            mbarrier.arrive(shared.q_bars.empty.index(q_stage), count=1)
+        tile_index += 1
+        ahead = tile_index % TILES_AHEAD
+        mbarrier.wait(shared.tile_bars.ready.index(ahead), (tile_index // TILES_AHEAD) & 1)
+        document = load_scalar(shared.tiles.index(ahead * TILE_FIELDS), 4)
     tma_store_wait(0)
 
 
@@ -306,7 +312,8 @@ def varlen_fwd_hopper_kernel(
     pointers.counter is a zeroed int32.
     """
     dtype: gl.constexpr = q_desc.dtype
-    shared = allocate(dtype, TILE)
+    gl.static_assert(barriers_fit("forward", TILE.stages), "named barriers overlap")
+    shared = allocate_forward(dtype, TILE)
     inputs = SchedulerInputs(
         pointers.cu_seqlens_q, pointers.cu_seqlens_k, pointers.tiles, pointers.counter, num_items
     )
@@ -321,7 +328,7 @@ def varlen_fwd_hopper_kernel(
                 (_consume, (out_desc, shared, window, rows, scalars, TILE, FLAGS, 0)),
                 (_consume, (out_desc, shared, window, rows, scalars, TILE, FLAGS, 1)),
                 (_load, (q_desc, k_desc, v_desc, shared, TILE)),
-                (fetch_tiles, (shared.tiles, shared.tile_bars, inputs, window, TILE, FLAGS)),
+                (schedule_tiles, (shared.tiles, shared.tile_bars, inputs, window, TILE, FLAGS)),
             ],
             [4, 1, 1],
             [240, 24, 24],
@@ -333,7 +340,7 @@ def varlen_fwd_hopper_kernel(
                 (_consume, (out_desc, shared, window, rows, scalars, TILE, FLAGS, 1)),
                 (_consume, (out_desc, shared, window, rows, scalars, TILE, FLAGS, 2)),
                 (_load, (q_desc, k_desc, v_desc, shared, TILE)),
-                (fetch_tiles, (shared.tiles, shared.tile_bars, inputs, window, TILE, FLAGS)),
+                (schedule_tiles, (shared.tiles, shared.tile_bars, inputs, window, TILE, FLAGS)),
             ],
             [4, 4, 1, 1],
             [160, 160, 24, 24],

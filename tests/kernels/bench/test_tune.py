@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("triton")
 
 from lctrain_kernels.bench import tune
-from lctrain_kernels.gluon import signals
+from lctrain_kernels.gluon import barriers
 from lctrain_kernels.gluon.config import (
     DIFFERENTIAL_COLUMNS,
     backward_tile,
@@ -40,15 +40,15 @@ def test_a_candidate_is_forced_and_given_up(operation, head_dim, candidate):
     assert look() == before
 
 
-def test_every_stage_has_a_signal():
+def test_every_stage_has_a_named_barrier():
     for operation in ("hopper_fwd", "hopper_bwd"):
         for candidates in tune._CANDIDATES[operation].values():
             for candidate in candidates.split():
-                assert 2 <= int(candidate.split(",")[1]) <= signals.MOST_STAGES, candidate
-    # The fourth place's signals say there that dS has been read.
+                assert 2 <= int(candidate.split(",")[1]) <= barriers.MOST_STAGES, candidate
     for dims in DIFFERENTIAL_COLUMNS:
         if dims != (128, 128, False):
-            assert differential_backward_tile(*dims).stages < signals.MOST_STAGES
+            stages = differential_backward_tile(*dims).stages
+            assert barriers.barriers_fit("differential_bwd", stages)
 
 
 @pytest.mark.parametrize("columns", [64, 128])

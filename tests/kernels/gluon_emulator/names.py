@@ -120,7 +120,7 @@ def inline_asm_elementwise(
         current().finish_writes(int(wait[1]))
         return args[0]
     if "red.relaxed.gpu.global.add.v4.f32 [$1], {$3, $4, $5, $6}" in asm:
-        return _add_four(*args)
+        return _red_add_v4(*args)
     if asm.startswith("fence.acq_rel.gpu;"):
         return args[0]
     if "@go bar.sync three, 256;" in asm:
@@ -154,7 +154,7 @@ def only_value(x: Value) -> int:
     return int(x.array.flat[0])
 
 
-def _add_four(pointers: Pointer, left: Value, *values: Value) -> Value:
+def _red_add_v4(pointers: Pointer, left: Value, *values: Value) -> Value:
     """Adds to four elements from each address on, where left > 0."""
     first = pointers.place.array
     some = np.broadcast_to(left.array > 0, first.shape)

@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from lctrain_kernels.gluon.step import key_blocks, load_window, scalar
+from lctrain_kernels.gluon.primitives import key_blocks, load_scalar, load_window
 from lctrain_kernels.gluon.structures import WorkTile
 
 TILE_FIELDS = gl.constexpr(9)  # of a tile: see fetch_tiles
@@ -12,7 +12,7 @@ TILES_AHEAD = gl.constexpr(2)  # tiles that are fetched before they are needed
 
 
 @gluon.jit
-def fetch_tiles(
+def schedule_tiles(
     tiles,
     tile_bars,
     inputs,
@@ -38,7 +38,7 @@ def fetch_tiles(
     usual = gl.where(gl.load(middle) < 0, 0, gl.load(middle + 1) + 1)
     groups = gl.where(4 * usual >= most, 1, HEAD_GROUPS)
     item = gl.program_id(0)
-    served = 0
+    tile_index = 0
     while item < inputs.num_items:
         following = gl.atomic_add(inputs.counter, 1) + gl.num_programs(0)
         section = item // (slots * PARTS * groups)
@@ -73,32 +73,32 @@ def fetch_tiles(
                 FLAGS.has_right,
                 TILE.block_n,
             )
-            stage = served % TILES_AHEAD
-            mbarrier.wait(tile_bars.empty.index(stage), ((served // TILES_AHEAD) & 1) ^ 1)
+            stage = tile_index % TILES_AHEAD
+            mbarrier.wait(tile_bars.empty.index(stage), ((tile_index // TILES_AHEAD) & 1) ^ 1)
             values = (document, end_q, length_q, end_k, length_k, first, head, low, high)
             for field in gl.static_range(9):
                 tiles.index(stage * TILE_FIELDS + field).store(
                     gl.full([1], values[field], gl.int32, lane)
                 )
             mbarrier.arrive(tile_bars.ready.index(stage), count=1)
-            served += 1
+            tile_index += 1
         item = following
-    stage = served % TILES_AHEAD
-    mbarrier.wait(tile_bars.empty.index(stage), ((served // TILES_AHEAD) & 1) ^ 1)
+    stage = tile_index % TILES_AHEAD
+    mbarrier.wait(tile_bars.empty.index(stage), ((tile_index // TILES_AHEAD) & 1) ^ 1)
     tiles.index(stage * TILE_FIELDS).store(gl.full([1], -1, gl.int32, lane))
     mbarrier.arrive(tile_bars.ready.index(stage), count=1)
 
 
 @gluon.jit
-def read_tile(tiles, served, WARPS: gl.constexpr):
+def read_tile(tiles, tile_index, WARPS: gl.constexpr):
     """Returns the WorkTile number `served`, which is ready."""
-    fields = served % TILES_AHEAD * TILE_FIELDS
-    end_q = scalar(tiles.index(fields + 1), WARPS)
-    length_q = scalar(tiles.index(fields + 2), WARPS)
-    end_k = scalar(tiles.index(fields + 3), WARPS)
-    length_k = scalar(tiles.index(fields + 4), WARPS)
-    first = scalar(tiles.index(fields + 5), WARPS)
-    head = scalar(tiles.index(fields + 6), WARPS)
-    low = scalar(tiles.index(fields + 7), WARPS)
-    high = scalar(tiles.index(fields + 8), WARPS)
+    fields = tile_index % TILES_AHEAD * TILE_FIELDS
+    end_q = load_scalar(tiles.index(fields + 1), WARPS)
+    length_q = load_scalar(tiles.index(fields + 2), WARPS)
+    end_k = load_scalar(tiles.index(fields + 3), WARPS)
+    length_k = load_scalar(tiles.index(fields + 4), WARPS)
+    first = load_scalar(tiles.index(fields + 5), WARPS)
+    head = load_scalar(tiles.index(fields + 6), WARPS)
+    low = load_scalar(tiles.index(fields + 7), WARPS)
+    high = load_scalar(tiles.index(fields + 8), WARPS)
     return WorkTile(end_q, length_q, end_k, length_k, first, head, low, high)

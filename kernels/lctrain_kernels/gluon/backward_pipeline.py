@@ -8,15 +8,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
 )
 
-from lctrain_kernels.gluon.compat import reinterpret, tma_load, tma_store_wait
-from lctrain_kernels.gluon.signals import (
-    ADDER_AND_ONE,
+from lctrain_kernels.gluon.barriers import (
     DQ_EMPTY,
     DQ_READY,
-    await_signal,
-    signal,
+    DQ_WARP_AND_CONSUMER,
+    barrier_arrive,
+    barrier_wait,
 )
-from lctrain_kernels.gluon.step import held
+from lctrain_kernels.gluon.compat import reinterpret, tma_load, tma_store_wait
+from lctrain_kernels.gluon.primitives import rematerialised
 from lctrain_kernels.gluon.structures import RAGGED, KeySlot
 
 
@@ -55,7 +55,7 @@ def next_block(head, block, head_kv, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def allocate_rings(STAGES: gl.constexpr):
+def allocate_query_bars(STAGES: gl.constexpr):
     """Returns the mbarriers of blocks of queries and of dout, (q_ready, dout_ready)."""
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
@@ -67,7 +67,7 @@ def allocate_rings(STAGES: gl.constexpr):
 
 
 @gluon.jit
-def allocate_dq(BLOCK_M: gl.constexpr, COLUMNS: gl.constexpr):
+def allocate_partial_dq(BLOCK_M: gl.constexpr, COLUMNS: gl.constexpr):
     """Two float32 buffers, from which the adder takes what the warpgroups leave."""
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, COLUMNS], gl.float32)
     return gl.allocate_shared_memory(gl.float32, [2, BLOCK_M, COLUMNS], layout)
@@ -143,7 +143,7 @@ def keys_weights(
 
 
 @gluon.jit
-def place_keys(
+def key_offsets(
     keys,
     stride_t,
     stride_h,
@@ -171,8 +171,14 @@ def place_keys(
 
 
 @gluon.jit
-def multiply_dq(
-    ds_bufs, k_bufs, buffer, zero_q, never, HALF_INDEX: gl.constexpr, TURNED: gl.constexpr
+def start_dq(
+    ds_bufs,
+    k_bufs,
+    buffer,
+    zero_q,
+    opaque_false,
+    HALF_INDEX: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
 ):
     """Starts this warpgroup's columns of a step's dq: both halves of the keys.
 
@@ -180,11 +186,11 @@ def multiply_dq(
     without bank conflicts.
     """
     token = zero_q
-    COLUMNS: gl.constexpr = zero_q.shape[0] if TURNED else zero_q.shape[1]
+    COLUMNS: gl.constexpr = zero_q.shape[0] if TRANSPOSED else zero_q.shape[1]
     for half in gl.static_range(2):
         ds = ds_bufs.index(buffer * 2 + half)
-        k = held(k_bufs, half, never).slice(HALF_INDEX * COLUMNS, COLUMNS, dim=1)
-        if TURNED:
+        k = rematerialised(k_bufs, half, opaque_false).slice(HALF_INDEX * COLUMNS, COLUMNS, dim=1)
+        if TRANSPOSED:
             token = warpgroup_mma(k.permute((1, 0)), ds, token, use_acc=half > 0, is_async=True)
         else:
             token = warpgroup_mma(ds.permute((1, 0)), k, token, use_acc=half > 0, is_async=True)
@@ -192,27 +198,27 @@ def multiply_dq(
 
 
 @gluon.jit
-def put_dq(dq, dq_bufs, turn, HALF_INDEX: gl.constexpr, TURNED: gl.constexpr):
+def store_partial_dq(dq, dq_bufs, step, HALF_INDEX: gl.constexpr, TRANSPOSED: gl.constexpr):
     """Leaves this warpgroup's part of dq to the adder, for its turn-th time."""
-    await_signal(DQ_EMPTY + HALF_INDEX, ADDER_AND_ONE, 4, gl.where(turn > 0, 1, 0))
-    if TURNED:
+    barrier_wait(DQ_EMPTY + HALF_INDEX, DQ_WARP_AND_CONSUMER, 4, gl.where(step > 0, 1, 0))
+    if TRANSPOSED:
         dq_bufs.index(HALF_INDEX).permute((1, 0)).store(dq)
     else:
         dq_bufs.index(HALF_INDEX).store(dq)
     fence_async_shared()
-    signal(DQ_READY + HALF_INDEX, ADDER_AND_ONE, 4)
+    barrier_arrive(DQ_READY + HALF_INDEX, DQ_WARP_AND_CONSUMER, 4)
 
 
 @gluon.jit
-def settle_dq(turns, HALF_INDEX: gl.constexpr):
+def drain_partial_dq(steps, HALF_INDEX: gl.constexpr):
     """Waits until the adder has read what put_dq left last."""
-    await_signal(DQ_EMPTY + HALF_INDEX, ADDER_AND_ONE, 4, gl.where(turns > 0, 1, 0))
+    barrier_wait(DQ_EMPTY + HALF_INDEX, DQ_WARP_AND_CONSUMER, 4, gl.where(steps > 0, 1, 0))
 
 
 @gluon.jit
-def take_dq(dq_bufs, INDEX: gl.constexpr, dq_desc):
+def acquire_partial_dq(dq_bufs, INDEX: gl.constexpr, dq_desc):
     """Lets the adder wait for a buffer of dq. Returns it, of the shape that its descriptor has."""
-    await_signal(DQ_READY + INDEX, ADDER_AND_ONE, 1)
+    barrier_wait(DQ_READY + INDEX, DQ_WARP_AND_CONSUMER, 1)
     BLOCK_M: gl.constexpr = dq_bufs.shape[1]
     COLUMNS: gl.constexpr = dq_bufs.shape[2]
     return reinterpret(
@@ -221,9 +227,9 @@ def take_dq(dq_bufs, INDEX: gl.constexpr, dq_desc):
 
 
 @gluon.jit
-def give_back_dq():
+def release_partial_dq():
     """Gives both buffers of dq back, each when the adder's copy has read it."""
     tma_store_wait(1)
-    signal(DQ_EMPTY, ADDER_AND_ONE, 1)
+    barrier_arrive(DQ_EMPTY, DQ_WARP_AND_CONSUMER, 1)
     tma_store_wait(0)
-    signal(DQ_EMPTY + 1, ADDER_AND_ONE, 1)
+    barrier_arrive(DQ_EMPTY + 1, DQ_WARP_AND_CONSUMER, 1)

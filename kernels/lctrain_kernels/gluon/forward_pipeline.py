@@ -6,13 +6,13 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from lctrain_kernels.gluon.compat import partition_barrier, reinterpret, tma_load, tma_store
 from lctrain_kernels.gluon.structures import RAGGED, ForwardBuffers, Pipeline
-from lctrain_kernels.gluon.tile_list import TILE_FIELDS, TILES_AHEAD
+from lctrain_kernels.gluon.tile_scheduler import TILE_FIELDS, TILES_AHEAD
 
 _CHUNK = gl.constexpr(64)  # columns of a 128-byte swizzle
 
 
 @gluon.jit
-def allocate(dtype: gl.constexpr, TILE: gl.constexpr):
+def allocate_forward(dtype: gl.constexpr, TILE: gl.constexpr):
     """Buffers of queries, keys, values and tiles, and their barriers.
 
     Of queries and tiles (ready, empty); of keys and values ready, since signals say what is empty.
@@ -28,12 +28,12 @@ def allocate(dtype: gl.constexpr, TILE: gl.constexpr):
     STAGES: gl.constexpr = TILE.stages
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
     kv_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], dtype)
-    word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    vector_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     q_bufs = gl.allocate_shared_memory(dtype, [Q_STAGES * CONSUMERS, 64, BLOCK_D], q_layout)
     k_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], kv_layout)
     v_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], kv_layout)
-    tiles = gl.allocate_shared_memory(gl.int32, [TILES_AHEAD * TILE_FIELDS, 1], word)
+    tiles = gl.allocate_shared_memory(gl.int32, [TILES_AHEAD * TILE_FIELDS, 1], vector_layout)
     tile_ready = gl.allocate_shared_memory(gl.int64, [TILES_AHEAD, 1], bar)
     tile_empty = gl.allocate_shared_memory(gl.int64, [TILES_AHEAD, 1], bar)
     q_ready = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bar)

@@ -10,33 +10,24 @@ from typing import Any
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from lctrain_kernels.tile import chunks, dropout, mask
+from lctrain_kernels.tile import dropout, mask
 from lctrain_kernels.tile import logits as logits_tile
 
-draw_words = gluon.jit(dropout.draw_words.fn)
+draw_bits = gluon.jit(dropout.draw_bits.fn)
 top_bits = gluon.jit(dropout.top_bits.fn)
 load_key = gluon.jit(dropout.load_key.fn)
 load_window = gluon.jit(mask.load_window.fn)
 tanh = gluon.jit(logits_tile.tanh.fn)
 
 
-def _with(helper: Any, **callees: Any) -> Any:
+def with_callees(helper: Any, **callees: Any) -> Any:
     """As gluon.jit(helper.fn), of a helper that calls others by these names."""
     source = helper.fn
     names = source.__globals__ | callees
     return gluon.jit(FunctionType(source.__code__, names, source.__name__, source.__defaults__))
 
 
-kept = _with(dropout.kept, top_bits=top_bits)
-own_begin = gluon.jit(chunks.own_begin.fn)
-far_end = _with(chunks.far_end, own_begin=own_begin)
-keys_of_query = _with(chunks.keys_of_query, own_begin=own_begin, far_end=far_end)
-keys_of_tile = _with(
-    chunks.keys_of_tile, own_begin=own_begin, far_end=far_end, keys_of_query=keys_of_query
-)
-queries_of_key = _with(chunks.queries_of_key, own_begin=own_begin)
-queries_of_tile = _with(chunks.queries_of_tile, queries_of_key=queries_of_key)
-
+is_kept = with_callees(dropout.is_kept, top_bits=top_bits)
 _WAITS = gl.constexpr(
     tuple(f"cp.async.bulk.wait_group {later}; mov.b32 $0, $1;" for later in range(3))
 )
@@ -52,7 +43,7 @@ _FINISHED_CONSTRAINTS = gl.constexpr(",".join(["=&r"] * 16 + ["r"] * 48))
 
 
 @gluon.jit
-def held(buffers, index, never):
+def rematerialised(buffers, index, opaque_false):
     """buffers.index(index), for a product in a loop in which the buffer stays the same.
 
     Left alone, what describes the buffer to the product is computed before the loop. There are more
@@ -64,27 +55,27 @@ def held(buffers, index, never):
         index: Of one of them.
         never: A condition that no step of the loop meets, which the compiler cannot know.
     """
-    return buffers.index(index + gl.where(never, 1, 0))
+    return buffers.index(index + gl.where(opaque_false, 1, 0))
 
 
 @gluon.jit
-def opaque(words):
+def opaque(bits):
     """Words of 32 bits as they are, of which LLVM does not know where they come from.
 
     It would compute the lower half of each word, which is shifted up, once more for itself.
     """
     return gl.inline_asm_elementwise(
-        "mov.b32 $0, $1;", "=r,r", [words], dtype=gl.uint32, is_pure=True, pack=1
+        "mov.b32 $0, $1;", "=r,r", [bits], dtype=gl.uint32, is_pure=True, pack=1
     )
 
 
 @gluon.jit
-def kept_or_zero(p, word, key, threshold):
+def drop_weights(p, bits, key, threshold):
     """p where `kept` says so, else 0, of words from `opaque`; LLVM would gather its answers."""
     return gl.inline_asm_elementwise(
         "{ .reg .pred kept; setp.ge.u32 kept, $2, $3; selp.f32 $0, $1, 0f00000000, kept; }",
         "=f,f,r,r",
-        [p, top_bits(word, key), threshold.to(gl.uint32) << 16],
+        [p, top_bits(bits, key), threshold.to(gl.uint32) << 16],
         dtype=gl.float32,
         is_pure=True,
         pack=1,
@@ -108,7 +99,7 @@ def rounded(x, dtype: gl.constexpr):
 
 
 @gluon.jit
-def finished(p, never):
+def scheduling_fence(p, opaque_false):
     """p, all of which is there before the next wait for products.
 
     Left alone, ptxas moves such a wait above the exponentials that were to run meanwhile. Here a
@@ -121,7 +112,7 @@ def finished(p, never):
     return gl.inline_asm_elementwise(
         _FINISHED,
         _FINISHED_CONSTRAINTS,
-        [p, gl.where(never, 1, 0)],
+        [p, gl.where(opaque_false, 1, 0)],
         dtype=p.dtype,
         is_pure=False,
         pack=32,
@@ -129,7 +120,7 @@ def finished(p, never):
 
 
 @gluon.jit
-def wait_written(LATER: gl.constexpr):
+def wait_bulk_writes(LATER: gl.constexpr):
     """Waits until this warp's copies out of shared memory, but for some, are in global memory.
 
     Gluon's own wait is over when they have read shared memory.
@@ -142,7 +133,7 @@ def wait_written(LATER: gl.constexpr):
 
 
 @gluon.jit
-def release():
+def fence_release():
     """Orders all that this warp knows to be written before what it tells others next."""
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     gl.inline_asm_elementwise(
@@ -156,7 +147,7 @@ def release():
 
 
 @gluon.jit
-def add_four(pointers, left, x0, x1, x2, x3):
+def red_add_v4(pointers, left, x0, x1, x2, x3):
     """Adds x0 to x3 to four float32 in global memory from each address on, where left > 0.
 
     Addresses are multiples of 16 bytes. Nothing waits for an addition before the kernel ends.
@@ -173,7 +164,7 @@ def add_four(pointers, left, x0, x1, x2, x3):
 
 
 @gluon.jit
-def scalar(buffer, warps: gl.constexpr):
+def load_scalar(buffer, warps: gl.constexpr):
     """Reads the only element of a [1] buffer in shared memory."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [warps], [0])
     return gl.max(buffer.load(layout), 0)

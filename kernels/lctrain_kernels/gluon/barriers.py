@@ -1,0 +1,164 @@
+"""The hardware's 16 named barriers, with which the warps of a program wait for each other.
+
+An mbarrier operation of Gluon first brings all four warps of a warpgroup together. A named barrier
+does not: each thread arrives by itself, and only threads that wait are held up. Completions of the
+copy engine need an mbarrier.
+
+A barrier counts threads that arrive and threads that wait, and starts again when all have come. So
+every arrival needs its wait: where a loop arrives more often than it waits, `drain_stages` waits
+for the rest.
+"""
+
+from enum import IntEnum
+from itertools import combinations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+MOST_STAGES = 4  # pipeline stages of a producer
+
+
+class Barrier(IntEnum):
+    """First number of each named barrier; Triton itself takes 0 to 2, and 3 with three warpgroups.
+
+    Barriers of a pipeline have a number per stage, the others as many as `_COUNTS` says.
+    """
+
+    DS_FULL = 3  # both halves of dS are in shared memory
+    DQ_EMPTY = 4  # the dQ warp has read a half of partial dq
+    DQ_READY = 6  # a half of partial dq is in shared memory
+    V_EMPTY = 8  # all consumers have read a stage of values
+    DOUT_EMPTY = 8  # both consumers have read a stage of dout
+    BLOCK_EMPTY = 8  # both consumers have read a stage of queries and of dout
+    DS_READ_0 = 11  # the first consumer has read dS
+    K_EMPTY = 12  # all consumers have read a stage of keys
+    Q_EMPTY = 12  # both consumers have read a stage of queries
+    DS_READY = 12  # a consumer's half of dS is in shared memory; even and odd steps differ
+    DS_READ_1 = 15  # the second consumer has read dS
+
+
+_COUNTS = {"DQ_EMPTY": 2, "DQ_READY": 2, "DS_READY": 4}  # of those that have no number per stage
+_STAGED = ("V_EMPTY", "K_EMPTY", "Q_EMPTY", "DOUT_EMPTY", "BLOCK_EMPTY")
+_USED = {
+    "forward": ("V_EMPTY", "K_EMPTY"),
+    "varlen_bwd": ("DQ_EMPTY", "DQ_READY", "BLOCK_EMPTY", "DS_READY"),
+    "dual_chunk_bwd": ("DS_FULL", "DQ_EMPTY", "DQ_READY", "DOUT_EMPTY", "Q_EMPTY"),
+    "differential_bwd": (
+        "DS_FULL",
+        "DQ_EMPTY",
+        "DQ_READY",
+        "DOUT_EMPTY",
+        "Q_EMPTY",
+        "DS_READ_0",
+        "DS_READ_1",
+    ),
+}
+
+
+def barrier_numbers(kernel: str, stages: int) -> dict[str, range]:
+    """Returns the numbers of each named barrier of a kernel.
+
+    Args:
+        kernel: "forward", "varlen_bwd", "dual_chunk_bwd" or "differential_bwd".
+        stages: Pipeline stages.
+    """
+    counts = _COUNTS | dict.fromkeys(_STAGED, stages)
+    return {
+        name: range(Barrier[name], Barrier[name] + counts.get(name, 1)) for name in _USED[kernel]
+    }
+
+
+@gluon.constexpr_function
+def barriers_fit(kernel, stages):
+    """Tells at compile time whether a kernel's named barriers exist and none is used for two."""
+    numbers = barrier_numbers(kernel, stages)
+    overlap = any(set(one) & set(other) for one, other in combinations(numbers.values(), 2))
+    return stages <= MOST_STAGES and max(map(max, numbers.values())) < 16 and not overlap
+
+
+DS_FULL = gl.constexpr(Barrier.DS_FULL.value)
+DQ_EMPTY = gl.constexpr(Barrier.DQ_EMPTY.value)
+DQ_READY = gl.constexpr(Barrier.DQ_READY.value)
+V_EMPTY = gl.constexpr(Barrier.V_EMPTY.value)
+DOUT_EMPTY = gl.constexpr(Barrier.DOUT_EMPTY.value)
+BLOCK_EMPTY = gl.constexpr(Barrier.BLOCK_EMPTY.value)
+DS_READ_0 = gl.constexpr(Barrier.DS_READ_0.value)
+K_EMPTY = gl.constexpr(Barrier.K_EMPTY.value)
+Q_EMPTY = gl.constexpr(Barrier.Q_EMPTY.value)
+DS_READY = gl.constexpr(Barrier.DS_READY.value)
+DS_READ_1 = gl.constexpr(Barrier.DS_READ_1.value)
+# Threads that a barrier counts: two consumer warpgroups, and single warps beside them.
+CONSUMERS = gl.constexpr(256)
+PRODUCER_AND_CONSUMERS = gl.constexpr(32 + 256)
+DQ_WARP_AND_CONSUMER = gl.constexpr(32 + 128)
+
+
+@gluon.jit
+def _execute(INSTRUCTION: gl.constexpr, barrier, threads, wanted, WARPS: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    ASSEMBLY: gl.constexpr = (
+        "{ .reg .pred go; setp.ne.s32 go, $3, 0; @go " + INSTRUCTION + " $1, $2; mov.b32 $0, $1; }"
+    )
+    gl.inline_asm_elementwise(
+        ASSEMBLY,
+        "=r,r,r,r",
+        [
+            gl.full([32 * WARPS], barrier, gl.int32, layout),
+            gl.full([32 * WARPS], threads, gl.int32, layout),
+            gl.full([32 * WARPS], wanted, gl.int32, layout),
+        ],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def barrier_arrive(barrier, threads, WARPS: gl.constexpr):
+    """Counts this partition's threads without waiting.
+
+    Args:
+        barrier: Number, 3 to 15.
+        threads: Threads that the barrier counts, of all that arrive or wait.
+        WARPS: Warps of this partition.
+    """
+    _execute("bar.arrive", barrier, threads, 1, WARPS)
+
+
+@gluon.jit
+def barrier_wait(barrier, threads, WARPS: gl.constexpr, wanted=1):
+    """Counts this partition's threads and waits until all have come; does nothing if not wanted."""
+    _execute("bar.sync", barrier, threads, wanted, WARPS)
+
+
+@gluon.jit
+def acquire_stage(EMPTY: gl.constexpr, block, STAGES: gl.constexpr, THREADS: gl.constexpr):
+    """Makes a producer wait until the stage of a block is empty.
+
+    Args:
+        EMPTY: K_EMPTY, V_EMPTY, Q_EMPTY, DOUT_EMPTY or BLOCK_EMPTY.
+        block: Number of the block, from 0.
+        STAGES: Pipeline stages, at most MOST_STAGES.
+        THREADS: Threads of the producer and of all consumers.
+    """
+    barrier_wait(EMPTY + block % STAGES, THREADS, 1, gl.where(block >= STAGES, 1, 0))
+
+
+@gluon.jit
+def release_stage(EMPTY: gl.constexpr, stage, THREADS: gl.constexpr):
+    """Says that this consumer warpgroup has read a stage."""
+    barrier_arrive(EMPTY + stage, THREADS, 4)
+
+
+@gluon.jit
+def drain_stages(EMPTY: gl.constexpr, blocks, STAGES: gl.constexpr, THREADS: gl.constexpr):
+    """Makes the producer wait for the last releases, whose stages it does not fill again."""
+    for stage in gl.static_range(STAGES):
+        barrier_wait(EMPTY + stage, THREADS, 1, gl.where(blocks > stage, 1, 0))
+
+
+@gluon.jit
+def next_stage(stage, phase, STAGES: gl.constexpr):
+    """Returns the stage of the next block and the phase of its mbarrier."""
+    last = stage == STAGES - 1
+    return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
