@@ -5,12 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lctrain_kernels.differential.hopper_bwd import (
+from lctrain_kernels.differential.hopper_bwd import differential_bwd_hopper_kernel
+from lctrain_kernels.differential.hopper_fwd import differential_fwd_hopper_kernel
+from lctrain_kernels.differential.hopper_structures import (
     BackwardPointers,
     BackwardStrides,
-    differential_bwd_hopper_kernel,
+    ForwardPointers,
 )
-from lctrain_kernels.differential.hopper_fwd import ForwardPointers, differential_fwd_hopper_kernel
 from lctrain_kernels.gluon.config import (
     BLOCK_N_BACKWARD,
     CONSUMERS,

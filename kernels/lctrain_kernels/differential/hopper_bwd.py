@@ -1,7 +1,5 @@
 """Backward of differential attention for Hopper, in Gluon: dP and dV once for both branches."""
 
-from typing import Any, NamedTuple
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -11,6 +9,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from lctrain_kernels.differential.hopper_structures import (
+    BackwardInputs,
+    BackwardPointers,
+    BackwardStrides,
+    ResultPointers,
+)
 from lctrain_kernels.gluon.backward_pipeline import (
     acquire_partial_dq,
     allocate_partial_dq,
@@ -26,6 +30,7 @@ from lctrain_kernels.gluon.backward_pipeline import (
 )
 from lctrain_kernels.gluon.barriers import (
     CONSUMERS,
+    DIFFERENTIAL_BWD_STAGES,
     DOUT_EMPTY,
     DS_FULL,
     DS_READ_0,
@@ -35,7 +40,6 @@ from lctrain_kernels.gluon.barriers import (
     acquire_stage,
     barrier_arrive,
     barrier_wait,
-    barriers_fit,
     drain_stages,
     release_stage,
 )
@@ -47,76 +51,14 @@ from lctrain_kernels.gluon.compat import (
     tma_add,
     tma_load,
 )
+from lctrain_kernels.gluon.coordinates import RAGGED, Bounds, KeyBounds, OutputKeys, Rows
 from lctrain_kernels.gluon.forward_pipeline import load_block
 from lctrain_kernels.gluon.primitives import load_window, query_blocks, rematerialised
-from lctrain_kernels.gluon.structures import (
-    RAGGED,
-    BackwardBuffers,
-    Bounds,
-    KeyBounds,
-    KeyTile,
-    OutputKeys,
-    Rows,
-    Statistics,
-)
+from lctrain_kernels.gluon.structures import BackwardBuffers, KeyTile, Statistics
 from lctrain_kernels.tile.logits import LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
 _COLUMNS = gl.constexpr(64)  # of dq that a warpgroup puts away at once
-
-
-class BackwardPointers(NamedTuple):
-    """Tensors of differential_bwd_hopper_kernel; it says their shapes."""
-
-    stats: Any
-    dk1: Any
-    dk2: Any
-    dv: Any
-    cu_seqlens_q: Any
-    cu_seqlens_k: Any
-    tiles: Any
-    window: Any
-
-
-class BackwardStrides(NamedTuple):
-    """Distances between tokens and between heads of dk1 (and dk2) and of dv, in elements."""
-
-    k_token: Any
-    k_head: Any
-    v_token: Any
-    v_head: Any
-
-
-class ResultPointers(NamedTuple):
-    """Gradients that a tile of keys stores; dk2 may be None."""
-
-    dk1: Any
-    dk2: Any
-    dv: Any
-
-
-class ConsumerInputs(NamedTuple):
-    """What a consumer warpgroup works on.
-
-    Attributes:
-        shared: BackwardBuffers; q, lse and delta have two buffers per stage, one per branch.
-        dq: Two float32 buffers of partial dq, one per branch.
-        ds: dS of both branches and both warpgroups, [4, 64, block_m].
-        results: ResultPointers.
-        strides: BackwardStrides.
-        tile: KeyTile.
-        window: Bounds.
-        scale: softmax_scale.
-    """
-
-    shared: Any
-    dq: Any
-    ds: Any
-    results: Any
-    strides: Any
-    tile: Any
-    window: Any
-    scale: Any
 
 
 @gluon.jit
@@ -395,7 +337,7 @@ def differential_bwd_hopper_kernel(
     STAGES: gl.constexpr = TILE.stages
     NUM_K: gl.constexpr = TILE.num_k
     HALF: gl.constexpr = TILE.block_n // 2
-    gl.static_assert(barriers_fit("differential_bwd", TILE.stages), "named barriers overlap")
+    gl.static_assert(TILE.stages <= DIFFERENTIAL_BWD_STAGES, "named barriers overlap")
     slot = read_slot(
         pointers.cu_seqlens_q, pointers.cu_seqlens_k, pointers.tiles, TILE.heads_kv, TILE.block_n
     )
@@ -450,7 +392,7 @@ def differential_bwd_hopper_kernel(
     stats = Statistics(pointers.stats, None, total_q)
     stats_size = total_q.to(gl.int64) * (TILE.heads_kv * TILE.group)
     window = Bounds(left, right)
-    inputs = ConsumerInputs(shared, dq_bufs, ds_bufs, results, strides, tile, window, scale)
+    inputs = BackwardInputs(shared, dq_bufs, ds_bufs, results, strides, tile, window, scale)
     q_descs = (q1_desc, q2_desc)
     k_descs = (k1_desc, k2_desc)
     dq_descs = (dq1_desc, dq2_desc)

@@ -1,7 +1,5 @@
 """Forward of differential attention for Hopper, in Gluon: both branches in every warpgroup."""
 
-from typing import Any, NamedTuple
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -10,17 +8,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from lctrain_kernels.differential.hopper_structures import (
+    BranchPointers,
+    ForwardInputs,
+    ForwardPointers,
+    Outputs,
+)
 from lctrain_kernels.gluon.barriers import (
+    FORWARD_STAGES,
     K_EMPTY,
     V_EMPTY,
     acquire_stage,
-    barriers_fit,
     drain_stages,
     next_stage,
     release_stage,
 )
 from lctrain_kernels.gluon.compat import reinterpret, tma_store_wait
-from lctrain_kernels.gluon.forward_pipeline import load_block, load_queries, store_rows
+from lctrain_kernels.gluon.coordinates import RAGGED, LocalQueries, QueryRows, Rows, Visible, Window
+from lctrain_kernels.gluon.forward_pipeline import (
+    allocate_branches,
+    load_block,
+    load_queries,
+    store_rows,
+)
 from lctrain_kernels.gluon.primitives import load_key, load_scalar, load_window
 from lctrain_kernels.gluon.softmax import (
     block_bits,
@@ -30,78 +40,14 @@ from lctrain_kernels.gluon.softmax import (
     softmax_step,
 )
 from lctrain_kernels.gluon.structures import (
-    RAGGED,
     DropoutKey,
-    ForwardBuffers,
-    LocalQueries,
-    Pipeline,
-    QueryRows,
-    Rows,
     Scalars,
     SchedulerInputs,
-    Visible,
-    Window,
 )
 from lctrain_kernels.gluon.tile_scheduler import TILE_FIELDS, TILES_AHEAD, read_tile, schedule_tiles
 from lctrain_kernels.tile.logits import LN_2
 
 _LN_2 = gl.constexpr(LN_2)
-
-
-class Outputs(NamedTuple):
-    """Descriptors of the results, [T, H, Dv].
-
-    Attributes:
-        out: out1 - lam * out2.
-        out1: A1 v.
-        out2: A2 v.
-    """
-
-    out: Any
-    out1: Any
-    out2: Any
-
-
-class BranchPointers(NamedTuple):
-    """Tensors that a consumer warpgroup reads or writes by itself.
-
-    Attributes:
-        lam: [T, H] float32, any strides.
-        lse1: [H, T] float32, a result.
-        lse2: [H, T] float32, a result.
-        dropout_seed: [1] int64, or None.
-        document_ids: [N] int32, or None.
-    """
-
-    lam: Any
-    lse1: Any
-    lse2: Any
-    dropout_seed: Any
-    document_ids: Any
-
-
-class ConsumerInputs(NamedTuple):
-    """What a consumer warpgroup works on.
-
-    Attributes:
-        out_descs: Outputs.
-        shared: ForwardBuffers.
-        out_bufs: Results that find no room among the queries, [.., 64, block_dv].
-        window: Window.
-        pointers: BranchPointers.
-        stride_lt: Distance between tokens of lam.
-        stride_lh: Distance between heads of lam.
-        scalars: Scalars.
-    """
-
-    out_descs: Any
-    shared: Any
-    out_bufs: Any
-    window: Any
-    pointers: Any
-    stride_lt: Any
-    stride_lh: Any
-    scalars: Any
 
 
 @gluon.jit
@@ -437,21 +383,6 @@ def _consume(
     tma_store_wait(0)
 
 
-class ForwardPointers(NamedTuple):
-    """Tensors of differential_fwd_hopper_kernel; it says their shapes."""
-
-    lam: Any
-    lse1: Any
-    lse2: Any
-    cu_seqlens_q: Any
-    cu_seqlens_k: Any
-    tiles: Any
-    counter: Any
-    window: Any
-    dropout_seed: Any
-    document_ids: Any
-
-
 @gluon.jit(
     do_not_specialize=[
         "stride_lt",
@@ -493,51 +424,8 @@ def differential_fwd_hopper_kernel(
     read k1. FLAGS have no softcap and no sink.
     """
     dtype: gl.constexpr = q1_desc.dtype
-    CONSUMERS: gl.constexpr = TILE.consumers
-    BLOCK_N: gl.constexpr = TILE.block_n
-    BLOCK_D: gl.constexpr = TILE.block_d
-    BLOCK_DV: gl.constexpr = TILE.block_dv
-    Q_STAGES: gl.constexpr = TILE.q_stages
-    STAGES: gl.constexpr = TILE.stages
-    NUM_K: gl.constexpr = TILE.num_k
-    gl.static_assert(barriers_fit("forward", STAGES), "named barriers overlap")
-    STAGED: gl.constexpr = 3 - 2 * BLOCK_D // BLOCK_DV  # results that have places of their own
-    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, BLOCK_D], dtype)
-    k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], dtype)
-    v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_DV], dtype)
-    out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_DV], dtype)
-    vector_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    bar: gl.constexpr = mbarrier.MBarrierLayout()
-    q_bufs = gl.allocate_shared_memory(dtype, [Q_STAGES * CONSUMERS, 128, BLOCK_D], q_layout)
-    k_bufs = gl.allocate_shared_memory(dtype, [STAGES * NUM_K, BLOCK_N, BLOCK_D], k_layout)
-    v_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_DV], v_layout)
-    out_bufs = gl.allocate_shared_memory(dtype, [CONSUMERS * STAGED, 64, BLOCK_DV], out_layout)
-    tiles = gl.allocate_shared_memory(gl.int32, [TILES_AHEAD * TILE_FIELDS, 1], vector_layout)
-    tile_ready = gl.allocate_shared_memory(gl.int64, [TILES_AHEAD, 1], bar)
-    tile_empty = gl.allocate_shared_memory(gl.int64, [TILES_AHEAD, 1], bar)
-    q_ready = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bar)
-    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bar)
-    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    for i in gl.static_range(TILES_AHEAD):
-        mbarrier.init(tile_ready.index(i), count=1)
-        mbarrier.init(tile_empty.index(i), count=CONSUMERS + 1)
-    for i in gl.static_range(Q_STAGES):
-        mbarrier.init(q_ready.index(i), count=2)
-        mbarrier.init(q_empty.index(i), count=CONSUMERS)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(i), count=NUM_K)
-        mbarrier.init(v_ready.index(i), count=1)
-    shared = ForwardBuffers(
-        q_bufs,
-        k_bufs,
-        v_bufs,
-        tiles,
-        Pipeline(tile_ready, tile_empty),
-        Pipeline(q_ready, q_empty),
-        k_ready,
-        v_ready,
-    )
+    gl.static_assert(TILE.stages <= FORWARD_STAGES, "named barriers overlap")
+    shared, out_bufs = allocate_branches(dtype, TILE)
     inputs = SchedulerInputs(
         pointers.cu_seqlens_q, pointers.cu_seqlens_k, pointers.tiles, pointers.counter, num_items
     )
@@ -547,7 +435,7 @@ def differential_fwd_hopper_kernel(
     )
     scalars = Scalars(total_q, scale, None, threshold, keep_scale)
     outs = Outputs(out_desc, out1_desc, out2_desc)
-    consumer = ConsumerInputs(outs, shared, out_bufs, window, rows, stride_lt, stride_lh, scalars)
+    consumer = ForwardInputs(outs, shared, out_bufs, window, rows, stride_lt, stride_lh, scalars)
     q_descs = (q1_desc, q2_desc)
     k_descs = (k1_desc, k2_desc)
     gl.warp_specialize(

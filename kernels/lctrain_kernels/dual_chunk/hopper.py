@@ -7,12 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lctrain_kernels.dual_chunk.hopper_bwd import (
+from lctrain_kernels.dual_chunk.hopper_bwd import dual_chunk_bwd_hopper_kernel
+from lctrain_kernels.dual_chunk.hopper_fwd import dual_chunk_fwd_hopper_kernel
+from lctrain_kernels.dual_chunk.hopper_structures import (
     BackwardPointers,
     BackwardStrides,
-    dual_chunk_bwd_hopper_kernel,
+    ForwardPointers,
 )
-from lctrain_kernels.dual_chunk.hopper_fwd import ForwardPointers, dual_chunk_fwd_hopper_kernel
 from lctrain_kernels.dual_chunk.ranges import (
     INTER,
     INTRA,

@@ -4,8 +4,6 @@ A launch for each of the ways of tile/chunks.py: NEAR, of keys rotated by -c; OW
 keys as they are; FAR, of queries at the far position.
 """
 
-from typing import Any, NamedTuple
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -16,6 +14,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from lctrain_kernels.dual_chunk.hopper_ranges import chunk_begin, queries_of_tile
+from lctrain_kernels.dual_chunk.hopper_structures import (
+    BackwardInputs,
+    BackwardPointers,
+    BackwardStrides,
+    ChunkTile,
+    QueryRun,
+    ResultPointers,
+)
 from lctrain_kernels.dual_chunk.ranges import INTER, INTRA, SUCC
 from lctrain_kernels.gluon.backward_pipeline import (
     acquire_partial_dq,
@@ -34,117 +40,22 @@ from lctrain_kernels.gluon.barriers import (
     CONSUMERS,
     DOUT_EMPTY,
     DS_FULL,
+    DUAL_CHUNK_BWD_STAGES,
     PRODUCER_AND_CONSUMERS,
     Q_EMPTY,
     acquire_stage,
     barrier_wait,
-    barriers_fit,
     drain_stages,
     release_stage,
 )
 from lctrain_kernels.gluon.compat import copy_arrive, copy_async, tma_add
+from lctrain_kernels.gluon.coordinates import RAGGED, OutputKeys, Rows
 from lctrain_kernels.gluon.forward_pipeline import load_block
 from lctrain_kernels.gluon.primitives import rematerialised
-from lctrain_kernels.gluon.structures import (
-    RAGGED,
-    BackwardBuffers,
-    OutputKeys,
-    Rows,
-    Statistics,
-)
+from lctrain_kernels.gluon.structures import BackwardBuffers, Statistics
 from lctrain_kernels.tile.logits import LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
-
-
-class BackwardPointers(NamedTuple):
-    """Tensors of dual_chunk_bwd_hopper_kernel; it says their shapes."""
-
-    stats: Any
-    dk: Any
-    dv: Any
-    dk_sum: Any
-    dv_sum: Any
-    cu_seqlens_q: Any
-    cu_seqlens_k: Any
-    tiles: Any
-    logit_scale: Any
-
-
-class BackwardStrides(NamedTuple):
-    """Distances between tokens and between heads of dk, dv and their sums, in elements."""
-
-    token: Any
-    head: Any
-
-
-class ResultPointers(NamedTuple):
-    """Gradients of keys and values, and the float32 sums that launches hand on."""
-
-    dk: Any
-    dv: Any
-    dk_sum: Any
-    dv_sum: Any
-
-
-class QueryRun(NamedTuple):
-    """Where the blocks of queries begin that meet a tile of keys in one way.
-
-    Attributes:
-        low: First query.
-        jump: First block behind the gap.
-        gap: Queries that are left out before block `jump`.
-    """
-
-    low: Any
-    first_after_gap: Any
-    gap: Any
-
-
-class ChunkTile(NamedTuple):
-    """A tile of keys with the blocks of queries that meet it in one way.
-
-    Attributes:
-        head_kv: Key/value head.
-        begin_q: First query of the document in the pack.
-        length_q: Queries of the document.
-        begin_k: First key of the document in the pack.
-        end: End of the keys that are met in this way, in the document.
-        length_k: Keys of the document.
-        first: First key of the tile in the document.
-        run: QueryRun.
-        blocks: Blocks of queries.
-    """
-
-    head_kv: Any
-    begin_q: Any
-    length_q: Any
-    begin_k: Any
-    end: Any
-    length_k: Any
-    first: Any
-    run: Any
-    blocks: Any
-
-
-class ConsumerInputs(NamedTuple):
-    """What a consumer warpgroup works on.
-
-    Attributes:
-        shared: BackwardBuffers.
-        dq: Two float32 buffers of partial dq.
-        ds: dS of both warpgroups, [4, 64, block_m].
-        results: ResultPointers.
-        strides: BackwardStrides.
-        tile: ChunkTile.
-    """
-
-    shared: Any
-    dq: Any
-    ds: Any
-    results: Any
-    strides: Any
-    tile: Any
 
 
 @gluon.jit
@@ -470,7 +381,7 @@ def dual_chunk_bwd_hopper_kernel(
     BLOCK_D: gl.constexpr = TILE.block_d
     STAGES: gl.constexpr = TILE.stages
     HALF: gl.constexpr = TILE.block_n // 2
-    gl.static_assert(barriers_fit("dual_chunk_bwd", TILE.stages), "named barriers overlap")
+    gl.static_assert(TILE.stages <= DUAL_CHUNK_BWD_STAGES, "named barriers overlap")
     slot = read_slot(
         pointers.cu_seqlens_q, pointers.cu_seqlens_k, pointers.tiles, TILE.heads_kv, TILE.block_n
     )
@@ -521,7 +432,7 @@ def dual_chunk_bwd_hopper_kernel(
     )
     results = ResultPointers(pointers.dk, pointers.dv, pointers.dk_sum, pointers.dv_sum)
     stats = Statistics(pointers.stats, None, total_q)
-    inputs = ConsumerInputs(shared, dq_bufs, ds_bufs, results, strides, tile)
+    inputs = BackwardInputs(shared, dq_bufs, ds_bufs, results, strides, tile)
     gl.warp_specialize(
         [
             (_compute, (inputs, chunk_length, succ_length, scale, TILE, RELATION, 0)),

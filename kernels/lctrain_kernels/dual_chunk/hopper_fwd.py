@@ -4,8 +4,6 @@ One softmax runs over the three ways of tile/chunks.py, as one loop over blocks 
 queries at the far position, NEAR with keys rotated by -c, OWN with both as they are.
 """
 
-from typing import Any, NamedTuple
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -15,17 +13,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from lctrain_kernels.dual_chunk.hopper_ranges import keys_of_query, keys_of_tile
+from lctrain_kernels.dual_chunk.hopper_structures import BlockRanges, ForwardPointers
 from lctrain_kernels.dual_chunk.ranges import INTER, INTRA, SUCC
 from lctrain_kernels.gluon.barriers import (
+    FORWARD_STAGES,
     K_EMPTY,
     V_EMPTY,
     acquire_stage,
-    barriers_fit,
     drain_stages,
     next_stage,
     release_stage,
 )
 from lctrain_kernels.gluon.compat import tma_store_wait
+from lctrain_kernels.gluon.coordinates import RAGGED, QueryRows, Rows, Window
 from lctrain_kernels.gluon.forward_pipeline import (
     allocate_forward,
     load_block,
@@ -40,45 +40,12 @@ from lctrain_kernels.gluon.softmax import (
     reduce_rows,
     rescale,
 )
-from lctrain_kernels.gluon.structures import (
-    RAGGED,
-    ConsumerPointers,
-    DropoutKey,
-    QueryRows,
-    Rows,
-    Scalars,
-    SchedulerInputs,
-    Window,
-)
+from lctrain_kernels.gluon.structures import ConsumerPointers, DropoutKey, Scalars, SchedulerInputs
 from lctrain_kernels.gluon.tile_scheduler import TILE_FIELDS, TILES_AHEAD, read_tile, schedule_tiles
 from lctrain_kernels.tile.logits import LN_2, LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
 _LN_2 = gl.constexpr(LN_2)
-
-
-class BlockRanges(NamedTuple):
-    """Blocks of keys of a tile of queries: first FAR, then NEAR, then OWN.
-
-    Attributes:
-        near_block: First NEAR block.
-        own_block: First OWN block.
-        blocks: Number of all blocks.
-        near_shift: First key of a NEAR block, less block * BLOCK_N.
-        own_shift: The same of an OWN block.
-        far_clear: First key of the FAR blocks that need a mask.
-        near_clear: The same of NEAR.
-        own_clear: The same of OWN.
-    """
-
-    succ_block: Any
-    intra_block: Any
-    blocks: Any
-    succ_shift: Any
-    intra_shift: Any
-    inter_clear: Any
-    succ_clear: Any
-    intra_clear: Any
 
 
 @gluon.jit
@@ -391,19 +358,6 @@ def _consume(
     tma_store_wait(0)
 
 
-class ForwardPointers(NamedTuple):
-    """Tensors of dual_chunk_fwd_hopper_kernel; lse [H, T] float32, logit_scale [N] float32."""
-
-    lse: Any
-    cu_seqlens_q: Any
-    cu_seqlens_k: Any
-    tiles: Any
-    counter: Any
-    logit_scale: Any
-    dropout_seed: Any
-    document_ids: Any
-
-
 @gluon.jit(do_not_specialize=["num_items", "total_q", "chunk_length", "succ_length", "threshold"])
 def dual_chunk_fwd_hopper_kernel(
     q_desc,
@@ -430,7 +384,7 @@ def dual_chunk_fwd_hopper_kernel(
     both rows of a tile, and one of the next.
     """
     dtype: gl.constexpr = q_desc.dtype
-    gl.static_assert(barriers_fit("forward", TILE.stages), "named barriers overlap")
+    gl.static_assert(TILE.stages <= FORWARD_STAGES, "named barriers overlap")
     shared = allocate_forward(dtype, TILE)
     inputs = SchedulerInputs(
         pointers.cu_seqlens_q, pointers.cu_seqlens_k, pointers.tiles, pointers.counter, num_items

@@ -1,13 +1,18 @@
-"""Dual chunk attention's geometry: which keys a query meets in which way.
+"""The three ranges of keys of dual chunk attention, and the queries that see a key in each range.
 
-A chunk is c = chunk_size - local_size positions. A query at place r of its chunk meets the keys of
-its chunk where it stands (OWN). The keys before it meets at the far position (FAR), but for those
-of the chunk before if r < near: them it meets rotated by c (NEAR). In keys, per query:
+A chunk has c = chunk_size - local_size positions. A query sees three ranges of keys:
 
-    FAR [0, far_end)    NEAR [far_end, own_begin)    OWN [own_begin, position]
+    INTRA  the keys of its own chunk, at their true distance;
+    SUCC   (successive chunk) the keys of the chunk before, with the query rotated by c. Only the
+           first `succ_length` queries of a chunk have this range;
+    INTER  all earlier keys, with the query at the inter position, a constant.
 
-far_end and own_begin never fall as positions rise, so the first and the last query of a tile bound
-all of it, in whichever chunks they lie.
+In keys, per query:
+
+    INTER [0, inter_end)    SUCC [inter_end, chunk_begin)    INTRA [chunk_begin, position]
+
+inter_end and chunk_begin never decrease with the position. So the first and the last query of a
+tile bound the ranges of the whole tile, whichever chunks they are in.
 """
 
 import triton
@@ -20,20 +25,20 @@ INTRA = tl.constexpr(2)
 
 @triton.jit
 def chunk_begin(position, c):
-    """The first position of the chunk; 0 before the first key."""
+    """Returns the first position of the chunk; 0 before the first key."""
     return tl.maximum(position, 0) // c * c
 
 
 @triton.jit
 def inter_end(position, c, succ_length):
-    """The end of the keys that the query at `position` meets at the far position."""
+    """Returns the end of the INTER keys of the query at `position`."""
     intra = chunk_begin(position, c)
     return tl.where(position - intra >= succ_length, intra, tl.maximum(intra - c, 0))
 
 
 @triton.jit
 def keys_of_query(position, relation, c, succ_length):
-    """Returns (first, last) of the keys that the query at `position` meets in one way."""
+    """Returns (first, last) of one range of keys of the query at `position`."""
     intra = chunk_begin(position, c)
     inter = inter_end(position, c, succ_length)
     first = tl.where(relation == INTER, 0, tl.where(relation == SUCC, inter, intra))
@@ -47,22 +52,22 @@ def keys_of_tile(
 ):
     """Returns (low, clear, high) for the queries at positions first to last.
 
-    Tiles of keys start at `low`. Those before `clear` are visible to every query; those in [clear,
-    high) need the mask of keys_of_query. Empty where low >= high.
+    Tiles of keys start at `low`. Every query sees those before `clear`; those in [clear, high) need
+    the mask of keys_of_query. The range is empty if low >= high.
 
     Args:
         first: Position of the tile's first query.
-        last: Of its last query.
-        way: FAR, NEAR or OWN.
+        last: Position of its last query.
+        relation: INTER, SUCC or INTRA.
         c: Tokens of a chunk.
-        near: As above.
+        succ_length: Queries of a chunk that have SUCC keys.
         BLOCK_N: Keys of a tile.
         ALIGNED: Lower `low` to a multiple of 32, where a draw of the dropout mask begins.
     """
     low, _ = keys_of_query(first, relation, c, succ_length)
     intra = chunk_begin(last, c)
     one_chunk = chunk_begin(first, c) == intra
-    # Some query is near if the first one is, or if another chunk begins inside the tile.
+    # Some query has SUCC keys if the first one has, or if a chunk begins inside the tile.
     some_succ = (succ_length > 0) & ((first - intra < succ_length) | (first < intra))
     high = tl.where(relation == SUCC, tl.where(some_succ, intra, low), last + 1)
     high = tl.where(relation == INTER, inter_end(last, c, succ_length), high)
@@ -81,7 +86,7 @@ def keys_of_tile(
 
 @triton.jit
 def queries_of_key(key, relation, c, succ_length, length_k):
-    """Returns (first, last) of the positions of queries that meet the key in one way."""
+    """Returns (first, last) of the positions of queries that see the key in one range."""
     end = chunk_begin(key, c) + c
     first = tl.where(relation == INTRA, key, tl.where(relation == SUCC, end, end + succ_length))
     last = tl.where(
@@ -94,7 +99,7 @@ def queries_of_key(key, relation, c, succ_length, length_k):
 def queries_of_tile(first, last, relation, c, succ_length, length_k):
     """Returns (low, clear_low, clear_high, high) in positions, for the keys first to last.
 
-    Queries in [low, high) meet some key of the tile; those in [clear_low, clear_high) meet all.
+    Queries in [low, high) see some key of the tile; those in [clear_low, clear_high) see all.
     """
     low, clear_high = queries_of_key(first, relation, c, succ_length, length_k)
     clear_low, high = queries_of_key(last, relation, c, succ_length, length_k)
@@ -103,5 +108,5 @@ def queries_of_tile(first, last, relation, c, succ_length, length_k):
 
 @triton.jit
 def inter_delta(position, c, inter_position):
-    """How far the query at `position` is rotated to stand at the far position, float32."""
+    """Returns the positions from the query at `position` to the inter position, float32."""
     return (inter_position - (position - chunk_begin(position, c))).to(tl.float32)

@@ -43,18 +43,20 @@ class DualChunkGeometry:
 
     @property
     def length(self) -> int:
-        """c, the tokens of a chunk."""
+        """Tokens of a chunk, c."""
         return self.chunk_size - self.local_size
 
     @property
     def succ_length(self) -> int:
-        """Queries of a chunk that still stand at r(i) + c towards the chunk before; the others
-        stand at `far_position` towards all earlier chunks."""
+        """Queries of a chunk whose position is r(i) + c for the chunk before.
+
+        The others are at `inter_position` for all earlier chunks.
+        """
         return min(self.local_size, self.length)
 
     @property
     def inter_position(self) -> int:
-        """Where a query stands towards the chunks before the last one."""
+        """Position of a query for the keys of inter-chunk attention."""
         return min(2 * self.length - 1, self.chunk_size)
 
 

@@ -16,8 +16,9 @@ from lctrain_kernels.gluon.barriers import (
     barrier_wait,
 )
 from lctrain_kernels.gluon.compat import reinterpret, tma_load, tma_store_wait
+from lctrain_kernels.gluon.coordinates import RAGGED
 from lctrain_kernels.gluon.primitives import rematerialised
-from lctrain_kernels.gluon.structures import RAGGED, KeySlot
+from lctrain_kernels.gluon.structures import KeySlot
 
 
 @gluon.jit

@@ -68,14 +68,23 @@ def barrier_numbers(kernel: str, stages: int) -> dict[str, range]:
     }
 
 
-@gluon.constexpr_function
-def barriers_fit(kernel, stages):
-    """Tells at compile time whether a kernel's named barriers exist and none is used for two."""
+def barriers_fit(kernel: str, stages: int) -> bool:
+    """Tells whether a kernel's named barriers exist and none of them has two meanings."""
     numbers = barrier_numbers(kernel, stages)
     overlap = any(set(one) & set(other) for one, other in combinations(numbers.values(), 2))
     return stages <= MOST_STAGES and max(map(max, numbers.values())) < 16 and not overlap
 
 
+def most_stages(kernel: str) -> int:
+    """Returns the most pipeline stages that a kernel's named barriers allow."""
+    return max(stages for stages in range(1, MOST_STAGES + 1) if barriers_fit(kernel, stages))
+
+
+# Kernels assert these at compile time.
+FORWARD_STAGES = gl.constexpr(most_stages("forward"))
+VARLEN_BWD_STAGES = gl.constexpr(most_stages("varlen_bwd"))
+DUAL_CHUNK_BWD_STAGES = gl.constexpr(most_stages("dual_chunk_bwd"))
+DIFFERENTIAL_BWD_STAGES = gl.constexpr(most_stages("differential_bwd"))
 DS_FULL = gl.constexpr(Barrier.DS_FULL.value)
 DQ_EMPTY = gl.constexpr(Barrier.DQ_EMPTY.value)
 DQ_READY = gl.constexpr(Barrier.DQ_READY.value)

@@ -1,38 +1,34 @@
-"""Parts of the persistent forward kernels: their shared memory, and what goes in and out of it."""
+"""Shared memory of the persistent forward kernels, its loads and its stores."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from lctrain_kernels.gluon.compat import partition_barrier, reinterpret, tma_load, tma_store
-from lctrain_kernels.gluon.structures import RAGGED, ForwardBuffers, Pipeline
+from lctrain_kernels.gluon.coordinates import RAGGED
+from lctrain_kernels.gluon.structures import ForwardBuffers, Pipeline
 from lctrain_kernels.gluon.tile_scheduler import TILE_FIELDS, TILES_AHEAD
 
 _CHUNK = gl.constexpr(64)  # columns of a 128-byte swizzle
 
 
 @gluon.jit
-def allocate_forward(dtype: gl.constexpr, TILE: gl.constexpr):
-    """Buffers of queries, keys, values and tiles, and their barriers.
-
-    Of queries and tiles (ready, empty); of keys and values ready, since signals say what is empty.
+def allocate_bars(TILE: gl.constexpr, Q_LOADS: gl.constexpr, K_LOADS: gl.constexpr):
+    """Allocates the scheduler's tiles and the mbarriers of all pipelines.
 
     Args:
-        dtype: Of queries, keys and values.
         TILE: ForwardShape.
+        Q_LOADS: Loads that fill a stage of queries.
+        K_LOADS: Loads that fill a stage of keys.
+
+    Returns:
+        (tiles, tile_bars, q_bars, k_ready, v_ready) of ForwardBuffers.
     """
     CONSUMERS: gl.constexpr = TILE.consumers
-    BLOCK_N: gl.constexpr = TILE.block_n
-    BLOCK_D: gl.constexpr = TILE.block_d
     Q_STAGES: gl.constexpr = TILE.q_stages
     STAGES: gl.constexpr = TILE.stages
-    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
-    kv_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], dtype)
     vector_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     bar: gl.constexpr = mbarrier.MBarrierLayout()
-    q_bufs = gl.allocate_shared_memory(dtype, [Q_STAGES * CONSUMERS, 64, BLOCK_D], q_layout)
-    k_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], kv_layout)
-    v_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], kv_layout)
     tiles = gl.allocate_shared_memory(gl.int32, [TILES_AHEAD * TILE_FIELDS, 1], vector_layout)
     tile_ready = gl.allocate_shared_memory(gl.int64, [TILES_AHEAD, 1], bar)
     tile_empty = gl.allocate_shared_memory(gl.int64, [TILES_AHEAD, 1], bar)
@@ -44,14 +40,68 @@ def allocate_forward(dtype: gl.constexpr, TILE: gl.constexpr):
         mbarrier.init(tile_ready.index(i), count=1)
         mbarrier.init(tile_empty.index(i), count=CONSUMERS + 1)
     for i in gl.static_range(Q_STAGES):
-        mbarrier.init(q_ready.index(i), count=1)
+        mbarrier.init(q_ready.index(i), count=Q_LOADS)
         mbarrier.init(q_empty.index(i), count=CONSUMERS)
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(i), count=1)
+        mbarrier.init(k_ready.index(i), count=K_LOADS)
         mbarrier.init(v_ready.index(i), count=1)
-    tile_bars = Pipeline(tile_ready, tile_empty)
-    q_bars = Pipeline(q_ready, q_empty)
+    return tiles, Pipeline(tile_ready, tile_empty), Pipeline(q_ready, q_empty), k_ready, v_ready
+
+
+@gluon.jit
+def allocate_forward(dtype: gl.constexpr, TILE: gl.constexpr):
+    """Allocates the ForwardBuffers of an attention with one branch.
+
+    Args:
+        dtype: Of queries, keys and values.
+        TILE: ForwardShape.
+    """
+    BLOCK_N: gl.constexpr = TILE.block_n
+    BLOCK_D: gl.constexpr = TILE.block_d
+    STAGES: gl.constexpr = TILE.stages
+    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
+    kv_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], dtype)
+    q_bufs = gl.allocate_shared_memory(
+        dtype, [TILE.q_stages * TILE.consumers, 64, BLOCK_D], q_layout
+    )
+    k_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], kv_layout)
+    v_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], kv_layout)
+    tiles, tile_bars, q_bars, k_ready, v_ready = allocate_bars(TILE, 1, 1)
     return ForwardBuffers(q_bufs, k_bufs, v_bufs, tiles, tile_bars, q_bars, k_ready, v_ready)
+
+
+@gluon.jit
+def allocate_branches(dtype: gl.constexpr, TILE: gl.constexpr):
+    """Allocates the ForwardBuffers of differential attention, and buffers of results.
+
+    A buffer of queries holds both branches. It takes up to two of the three results; the returned
+    buffers [.., 64, block_dv] take the others.
+
+    Args:
+        dtype: Of queries, keys and values.
+        TILE: ForwardShape.
+
+    Returns:
+        (ForwardBuffers, buffers of results).
+    """
+    CONSUMERS: gl.constexpr = TILE.consumers
+    BLOCK_N: gl.constexpr = TILE.block_n
+    BLOCK_D: gl.constexpr = TILE.block_d
+    BLOCK_DV: gl.constexpr = TILE.block_dv
+    STAGES: gl.constexpr = TILE.stages
+    NUM_K: gl.constexpr = TILE.num_k
+    OUT_BUFFERS: gl.constexpr = 3 - 2 * BLOCK_D // BLOCK_DV
+    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, BLOCK_D], dtype)
+    k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], dtype)
+    v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_DV], dtype)
+    out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_DV], dtype)
+    q_bufs = gl.allocate_shared_memory(dtype, [TILE.q_stages * CONSUMERS, 128, BLOCK_D], q_layout)
+    k_bufs = gl.allocate_shared_memory(dtype, [STAGES * NUM_K, BLOCK_N, BLOCK_D], k_layout)
+    v_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_DV], v_layout)
+    out_bufs = gl.allocate_shared_memory(dtype, [CONSUMERS * OUT_BUFFERS, 64, BLOCK_DV], out_layout)
+    tiles, tile_bars, q_bars, k_ready, v_ready = allocate_bars(TILE, 2, NUM_K)
+    shared = ForwardBuffers(q_bufs, k_bufs, v_bufs, tiles, tile_bars, q_bars, k_ready, v_ready)
+    return shared, out_bufs
 
 
 @gluon.jit
@@ -65,17 +115,17 @@ def load_queries(
     BRANCH: gl.constexpr = 0,
     BRANCHES: gl.constexpr = 1,
 ):
-    """Loads the rows of a tile: runs of positions of one head after the other.
+    """Loads the queries of a tile, head after head; a run is the positions of one head.
 
     Args:
         desc: Of [T, H, D], in blocks of a run times 64 columns.
-        q_bufs: From allocate.
-        q_ready: Likewise.
-        stage: Where to.
+        q_bufs: Buffers of queries.
+        q_ready: Their mbarriers.
+        stage: Pipeline stage to fill.
         rows: QueryRows of the tile.
-        TILE: As in allocate.
-        BRANCH: Which 64 rows of a buffer.
-        BRANCHES: Times 64 rows that a buffer has; each load is an arrival at q_ready.
+        TILE: ForwardShape.
+        BRANCH: Number of the 64 rows of a buffer to fill.
+        BRANCHES: Rows of a buffer / 64; each of them is loaded by itself, and arrives at q_ready.
     """
     CONSUMERS: gl.constexpr = TILE.consumers
     BLOCK_D: gl.constexpr = TILE.block_d
@@ -118,7 +168,7 @@ def load_queries(
 
 @gluon.jit
 def load_block(desc, buffer, ready, rows):
-    """Loads a block of rows of one head, and arrives.
+    """Loads a block of rows of one head, and arrives at its mbarrier.
 
     Args:
         desc: Of [T, H, D], in blocks of the buffer's shape.
@@ -141,7 +191,7 @@ def load_block(desc, buffer, ready, rows):
 
 @gluon.jit
 def store_rows(desc, buffer, rows, RUN: gl.constexpr):
-    """Starts the copy of a warpgroup's 64 rows out of the buffer that it wrote them to.
+    """Starts the copy of a warpgroup's 64 rows from shared to global memory.
 
     Args:
         desc: As in load_queries.

@@ -7,7 +7,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from lctrain_kernels.gluon.structures import RAGGED
+from lctrain_kernels.gluon.coordinates import RAGGED
 from lctrain_kernels.tile.arguments import padded_head_dim
 
 _OUTER = 0x7FFF0000

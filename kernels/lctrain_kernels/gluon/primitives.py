@@ -1,7 +1,8 @@
-"""Device helpers: those of lctrain_kernels.tile, compiled as Gluon, and what only Hopper needs.
+"""Device helpers of the Hopper kernels.
 
-`gluon.jit(helper.fn)` compiles the source of a helper again, with layouts. So there is one
-definition of the dropout mask, of windows and of logits for all kernels.
+`gluon.jit(helper.fn)` compiles the source of a portable helper again, with layouts. So the dropout
+mask, windows and logits have one definition for all kernels. The other helpers are single
+instructions that Gluon does not have, and fences against the compiler's scheduling.
 """
 
 from types import FunctionType
@@ -21,7 +22,12 @@ tanh = gluon.jit(logits_tile.tanh.fn)
 
 
 def with_callees(helper: Any, **callees: Any) -> Any:
-    """As gluon.jit(helper.fn), of a helper that calls others by these names."""
+    """Compiles a portable helper as Gluon, with its calls to other helpers replaced.
+
+    Args:
+        helper: A function of triton.jit.
+        callees: Name in the helper's source -> Gluon function.
+    """
     source = helper.fn
     names = source.__globals__ | callees
     return gluon.jit(FunctionType(source.__code__, names, source.__name__, source.__defaults__))
@@ -44,25 +50,25 @@ _FINISHED_CONSTRAINTS = gl.constexpr(",".join(["=&r"] * 16 + ["r"] * 48))
 
 @gluon.jit
 def rematerialised(buffers, index, opaque_false):
-    """buffers.index(index), for a product in a loop in which the buffer stays the same.
+    """Returns buffers.index(index), and makes the compiler compute its descriptor in the loop.
 
-    Left alone, what describes the buffer to the product is computed before the loop. There are more
-    such numbers than uniform registers; ptxas keeps the others in local memory, and each read waits
-    behind all that products read from shared memory.
+    The compiler would compute the shared-memory descriptors of constant buffers before the loop.
+    They need more uniform registers than there are. ptxas would spill them to local memory, and
+    every reload would wait behind the products' reads of shared memory.
 
     Args:
-        buffers: In shared memory.
-        index: Of one of them.
-        never: A condition that no step of the loop meets, which the compiler cannot know.
+        buffers: Shared memory, [.., rows, columns].
+        index: Index of a buffer.
+        opaque_false: A condition that is false at run time, which the compiler cannot know.
     """
     return buffers.index(index + gl.where(opaque_false, 1, 0))
 
 
 @gluon.jit
 def opaque(bits):
-    """Words of 32 bits as they are, of which LLVM does not know where they come from.
+    """Returns 32-bit words unchanged, and hides from LLVM how they were computed.
 
-    It would compute the lower half of each word, which is shifted up, once more for itself.
+    LLVM would compute the shifted lower half of each word a second time.
     """
     return gl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=r,r", [bits], dtype=gl.uint32, is_pure=True, pack=1
@@ -71,7 +77,10 @@ def opaque(bits):
 
 @gluon.jit
 def drop_weights(p, bits, key, threshold):
-    """p where `kept` says so, else 0, of words from `opaque`; LLVM would gather its answers."""
+    """Returns p where is_kept(bits, key, threshold), else 0.
+
+    `bits` comes from `opaque`. As plain Triton, LLVM would collect all comparisons first.
+    """
     return gl.inline_asm_elementwise(
         "{ .reg .pred kept; setp.ge.u32 kept, $2, $3; selp.f32 $0, $1, 0f00000000, kept; }",
         "=f,f,r,r",
@@ -84,9 +93,9 @@ def drop_weights(p, bits, key, threshold):
 
 @gluon.jit
 def rounded(x, dtype: gl.constexpr):
-    """Rounds float32 to half precision, two values an instruction.
+    """Rounds float32 to half precision, two values per instruction.
 
-    Left to itself, the compiler selects after rounding, and then has halves to put together.
+    The compiler would select after rounding, and then pack the halves with further instructions.
     """
     if dtype == gl.bfloat16:
         return gl.inline_asm_elementwise(
@@ -100,14 +109,14 @@ def rounded(x, dtype: gl.constexpr):
 
 @gluon.jit
 def scheduling_fence(p, opaque_false):
-    """p, all of which is there before the next wait for products.
+    """Returns p, which is computed before the next wait for products: a scheduling fence.
 
-    Left alone, ptxas moves such a wait above the exponentials that were to run meanwhile. Here a
-    barrier that never comes to be depends on all of a thread's values, and the wait stays below it.
+    ptxas would move that wait above the exponentials, which are to overlap with the products. The
+    fence is a barrier instruction that never runs and depends on all values of a thread.
 
     Args:
         p: [64, 64] in half precision, of a warpgroup.
-        never: A condition that is never met, which the compiler cannot know.
+        opaque_false: A condition that is false at run time, which the compiler cannot know.
     """
     return gl.inline_asm_elementwise(
         _FINISHED,
@@ -121,12 +130,12 @@ def scheduling_fence(p, opaque_false):
 
 @gluon.jit
 def wait_bulk_writes(LATER: gl.constexpr):
-    """Waits until this warp's copies out of shared memory, but for some, are in global memory.
+    """Waits until this warp's copies from shared memory have been written to global memory.
 
-    Gluon's own wait is over when they have read shared memory.
+    Gluon's own wait ends when the copies have read shared memory.
 
     Args:
-        LATER: Copies that may be on their way still, at most two.
+        LATER: Most recent copies that may still be in flight, at most two.
     """
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     gl.inline_asm_elementwise(_WAITS[LATER], "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
@@ -134,7 +143,7 @@ def wait_bulk_writes(LATER: gl.constexpr):
 
 @gluon.jit
 def fence_release():
-    """Orders all that this warp knows to be written before what it tells others next."""
+    """Release fence at GPU scope: earlier writes of this warp are visible before later ones."""
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     gl.inline_asm_elementwise(
         "fence.acq_rel.gpu; mov.b32 $0, $1;",
@@ -148,9 +157,10 @@ def fence_release():
 
 @gluon.jit
 def red_add_v4(pointers, left, x0, x1, x2, x3):
-    """Adds x0 to x3 to four float32 in global memory from each address on, where left > 0.
+    """Adds x0 to x3 to the four float32 at each address, where left > 0.
 
-    Addresses are multiples of 16 bytes. Nothing waits for an addition before the kernel ends.
+    Addresses are multiples of 16 bytes. The additions complete before the kernel ends; no thread
+    waits for them.
     """
     gl.inline_asm_elementwise(
         "{ .reg .pred some; setp.gt.s32 some, $2, 0; "
@@ -165,7 +175,7 @@ def red_add_v4(pointers, left, x0, x1, x2, x3):
 
 @gluon.jit
 def load_scalar(buffer, warps: gl.constexpr):
-    """Reads the only element of a [1] buffer in shared memory."""
+    """Loads the element of a [1] buffer in shared memory."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [warps], [0])
     return gl.max(buffer.load(layout), 0)
 
@@ -182,7 +192,7 @@ def key_blocks(
     HAS_RIGHT: gl.constexpr,
     BLOCK_N: gl.constexpr,
 ):
-    """Blocks [low, high) of keys that queries [first, first + positions) of a document see."""
+    """Returns blocks [low, high) of keys that queries [first, first + positions) see."""
     end = length_k
     if HAS_RIGHT:
         end = gl.minimum(end, gl.maximum(first + positions + shift + right, 0))
@@ -205,7 +215,7 @@ def query_blocks(
     HAS_RIGHT: gl.constexpr,
     BLOCK_M: gl.constexpr,
 ):
-    """Blocks [low, high) of queries that see keys [first, first + keys) of a document."""
+    """Returns blocks [low, high) of queries that see keys [first, first + keys)."""
     end = length_q
     if HAS_LEFT:
         end = gl.minimum(end, gl.maximum(first + keys - shift + left, 0))

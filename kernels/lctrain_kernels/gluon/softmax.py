@@ -1,15 +1,18 @@
-"""One block of the online softmax, and the random bits that drop its weights.
+"""The online softmax of the Hopper kernels, with a lazy running maximum.
 
-A row of a product lies in four lanes. Each of them keeps what the softmax knows of the row: the
-number m that exponents refer to, which is the same in all four, and its own share of the sum l. So
-both are [64, 4]. m need not be the largest logit so far. In a row's first block, and where every
-block is looked at, only a block that exceeds it by more than 8 (in base 2) gives a new one, and
-only then is what was added up scaled; in further blocks one whose weights come to more than 2^13 in
-a lane. Half precision has no fewer bits for such weights. In most blocks no row of a warp has one,
-and its lanes exchange nothing.
+Four lanes hold a row of a product. Each lane keeps the state of its rows as [64, 4]: the running
+maximum m, equal in all four lanes, and the lane's own part of the sum l.
 
-The PTX below votes and shuffles among all lanes of a warp and is declared pure. That is sound since
-all branches around it are the same in a whole program.
+m is raised lazily, so it may be less than the largest logit so far:
+
+    first block of a row    m is raised if the block exceeds it by more than 8 (base 2);
+    later blocks            m is raised if a lane's weights sum to more than 2^13.
+
+The accumulator is rescaled only when m is raised. Half precision represents such weights with full
+precision. In most blocks no row of a warp raises m, and the warp's lanes exchange nothing.
+
+The PTX below votes and shuffles among all lanes of a warp and is declared pure. That is sound: all
+threads of a program take the same branches around it.
 """
 
 from triton.experimental import gluon
@@ -19,11 +22,12 @@ from lctrain_kernels.gluon.primitives import draw_bits, drop_weights, opaque, ro
 from lctrain_kernels.tile.logits import LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
-# m of a row that has seen nothing: below all logits, and finite, so that -inf - m is -inf.
+# m of a row before its first key: below all logits, and finite, so that -inf - m is -inf.
 INITIAL_MAX = gl.constexpr(-3.4028234663852886e38)
 
-# Of two rows in one lane: m ($0, $1), factors of what was added up ($2, $3) and l times them ($4,
-# $5), from m and l in the same registers, the lane's largest s ($10, $11) and the multiplier ($12).
+# Results for two rows of a lane: m ($0, $1), factors of the accumulator ($2, $3) and l times them
+# ($4, $5). Operands: m and l in the same registers, the lane's largest s ($10, $11), the multiplier
+# ($12).
 RAISE_MAX = gl.constexpr(
     """{
     .reg .pred far, first, second;
@@ -72,7 +76,7 @@ RAISE_MAX_CONSTRAINTS = gl.constexpr("=&f,=&f,=&f,=&f,=&f,=&f,0,1,4,5,f,f,f,f")
 
 @gluon.constexpr_function
 def quads_layout(columns):
-    """Of split_rows' result, of a product with that many columns."""
+    """Returns the layout of split_rows' result, for a product with that many columns."""
     registers = [[0, 0, 0, 1], [8, 0, 0, 0]]
     registers += [[0, 1 << i, 0, 0] for i in range((columns // 8).bit_length() - 1)]
     lanes = [[0, 0, 1, 0], [0, 0, 2, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]]
@@ -82,15 +86,16 @@ def quads_layout(columns):
 
 @gluon.constexpr_function
 def lanes_layout(columns):
-    """Of numbers of rows in each of their lanes, [64, 4], beside a product."""
+    """Returns the layout of the softmax state [64, 4] of a product with that many columns."""
     return gl.SliceLayout(1, gl.SliceLayout(3, quads_layout(columns)))
 
 
 @gluon.constexpr_function
 def scale_assembly(elements):
-    """Multiplies the registers of two rows, two of one after two of the other, unless by 1.
+    """Returns PTX that multiplies the registers of two rows, unless all factors are 1.
 
-    Operands: results, the same registers as factors, and a factor for each.
+    Registers alternate: two of one row, two of the other. Operands: results, the same registers as
+    inputs, and a factor for each.
     """
     lines = [
         ".reg .pred some;",
@@ -106,19 +111,20 @@ def scale_assembly(elements):
 
 @gluon.constexpr_function
 def scale_constraints(elements):
-    """Of scale_assembly."""
+    """Returns the constraints of scale_assembly."""
     tied = [str(i) for i in range(elements)]
     return ",".join(["=&f"] * elements + tied + ["f"] * elements)
 
 
 @gluon.constexpr_function
 def known_max_assembly(elements, half):
-    """Weights of a block after a row's first, for which its m is taken to do.
+    """Returns PTX for the weights of a later block, computed with the known m.
 
-    Only if a lane finds weights that come to more than 2^13 does its warp look for maxima, and find
-    its weights anew. Operands: pairs of weights in half precision; m of both rows ($0 and $2 of the
-    next ones), factors of what was added up ($1, $3) and sums ($4, $6); s, m, l and the multiplier.
-    Registers are those of two rows, two of one after two of the other.
+    If a lane's weights sum to more than 2^13, the warp computes maxima and the weights again.
+
+    Results: pairs of weights in half precision; then m of both rows ($0 and $2 of this part),
+    factors of the accumulator ($1, $3) and sums ($4, $6). Operands: s, m, l and the multiplier.
+    Registers alternate: two of one row, two of the other.
     """
     out, s = elements // 2, elements * 3 // 2
     m, l, multiplier = s + elements, s + 2 * elements, f"${s + 3 * elements}"
@@ -165,13 +171,13 @@ def known_max_assembly(elements, half):
 
 @gluon.constexpr_function
 def known_max_constraints(elements):
-    """Of further_assembly."""
+    """Returns the constraints of known_max_assembly."""
     return ",".join(["=&r"] * (elements // 2) + ["=&f"] * elements + ["f"] * (4 * elements))
 
 
 @gluon.jit
 def split_rows(x):
-    """A product [64, N] as [64, N // 8, 4, 2]: the third is which lane of four has it."""
+    """Returns a product [64, N] as [64, N // 8, 4, 2]; the third dimension is the lane of four."""
     COLUMNS: gl.constexpr = x.shape[1]
     return gl.convert_layout(
         gl.reshape(x, [64, COLUMNS // 8, 4, 2]), quads_layout(COLUMNS), assert_trivial=True
@@ -180,7 +186,7 @@ def split_rows(x):
 
 @gluon.jit
 def _column_block(x, INDEX: gl.constexpr):
-    """x[:, INDEX] of [64, N, 4], N a power of two, whose second dimension is in registers."""
+    """Returns x[:, INDEX] of x [64, N, 4]; N is a power of two, and in registers."""
     for bit in gl.static_range(8):
         if x.shape[1] > 1:
             halves = gl.reshape(x, [64, x.shape[1] // 2, 2, 4])
@@ -191,7 +197,7 @@ def _column_block(x, INDEX: gl.constexpr):
 
 @gluon.jit
 def _weights_by_known_max(s, m, l, multiplier, s_layout: gl.constexpr, dtype: gl.constexpr):
-    """As masked_weights, of a block after a row's first: mostly without looking for its maximum."""
+    """Computes the weights of a later block, mostly without a maximum; see known_max_assembly."""
     ELEMENTS: gl.constexpr = s.shape[1] // 2
     lanes: gl.constexpr = lanes_layout(s.shape[1])
     operands = (split_rows(s), m[:, None, :, None], l[:, None, :, None], multiplier)
@@ -223,14 +229,14 @@ def _weights_by_known_max(s, m, l, multiplier, s_layout: gl.constexpr, dtype: gl
 
 @gluon.jit
 def initial_state(BLOCK_N: gl.constexpr):
-    """m and l of rows before their first block."""
+    """Returns m and l before the first block."""
     layout: gl.constexpr = lanes_layout(BLOCK_N)
     return gl.full([64, 4], INITIAL_MAX, gl.float32, layout), gl.zeros([64, 4], gl.float32, layout)
 
 
 @gluon.jit
 def reduce_rows(m, l, row_layout: gl.constexpr):
-    """m and l of rows [64] after their last block."""
+    """Returns m and l as [64], reduced over the four lanes of each row."""
     return (
         gl.convert_layout(gl.max(m, 1), row_layout, assert_trivial=True),
         gl.convert_layout(gl.sum(l, 1), row_layout, assert_trivial=True),
@@ -239,7 +245,7 @@ def reduce_rows(m, l, row_layout: gl.constexpr):
 
 @gluon.jit
 def rescale(acc, alpha, o_layout: gl.constexpr):
-    """acc [64, D] times alpha [64, 4], of masked_weights."""
+    """Returns acc [64, D] times alpha [64, 4], of online_softmax."""
     COLUMNS: gl.constexpr = acc.shape[1]
     ELEMENTS: gl.constexpr = COLUMNS // 2
     factor = gl.convert_layout(alpha, lanes_layout(COLUMNS), assert_trivial=True)
@@ -258,7 +264,7 @@ def rescale(acc, alpha, o_layout: gl.constexpr):
 def block_bits(
     random, block, BLOCK_N: gl.constexpr, s_layout: gl.constexpr, HAS_DROPOUT: gl.constexpr
 ):
-    """Random bits for a block of weights. They need no scores, so they are drawn meanwhile."""
+    """Draws the random bits of a block of weights, while the product of its scores runs."""
     return bits_from_key(random, block * BLOCK_N, BLOCK_N, s_layout, HAS_DROPOUT)
 
 
@@ -266,7 +272,7 @@ def block_bits(
 def bits_from_key(
     random, key, BLOCK_N: gl.constexpr, s_layout: gl.constexpr, HAS_DROPOUT: gl.constexpr
 ):
-    """As block_words, of a block that starts at `key`, a multiple of 32."""
+    """Draws the random bits of a block that starts at `key`, a multiple of 32."""
     bits = 0
     if HAS_DROPOUT:
         local_key = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
@@ -302,10 +308,24 @@ def softmax_step(
     FEW_REGISTERS: gl.constexpr = False,
     HAS_MAX: gl.constexpr = False,
 ):
-    """One block of the online softmax: (p in dtype, alpha, m, l); s [64, BLOCK_N] = q.k.
+    """Applies softcap and mask to a block, then online_softmax. Returns (p, alpha, m, l).
 
-    alpha is what `scaled` takes; m and l begin as nothing_seen has them and end in whole_rows.
-    IS_FURTHER says that a row's first block came before.
+    Args:
+        s: [64, BLOCK_N] = q.k.
+        m: Running maximum, as initial_state returns it.
+        l: Running sum, likewise.
+        block: Number of the block of keys.
+        rows: LocalQueries.
+        visible: Visible.
+        bits: Random bits, of block_bits.
+        threshold: Dropout's threshold of 65,536.
+        scale: softmax_scale.
+        softcap: c.
+        s_layout: Layout of s.
+        dtype: Dtype of p.
+        FLAGS: Flags.
+        FEW_REGISTERS: Prefer fewer registers to fewer instructions.
+        HAS_MAX: True if an earlier block has given m.
     """
     BLOCK_N: gl.constexpr = s.shape[1]
     IN_DOCUMENT: gl.constexpr = FLAGS.has_dropout or FEW_REGISTERS
@@ -317,8 +337,8 @@ def softmax_step(
         s = tanh(s * (scale / softcap)) * (softcap * _LOG2_E)
         multiplier = 1.0
     if (key + BLOCK_N > visible.clear_high) | (key < visible.clear_low):
-        # Positions inside the block cost fewer instructions, those in the document fewer registers,
-        # which random bits need.
+        # Positions in the block take fewer instructions; positions in the document take fewer
+        # registers, which random bits need.
         start = 0 if IN_DOCUMENT else key
         keys = local_key + key if IN_DOCUMENT else local_key
         last = gl.minimum(query + visible.shift + visible.right, visible.length_k - 1) - start
@@ -344,7 +364,10 @@ def online_softmax(
     HAS_DROPOUT: gl.constexpr,
     HAS_MAX: gl.constexpr,
 ):
-    """As block_weights, of s that is -inf where nothing is seen; the exponent is s * multiplier."""
+    """One step of the online softmax. Returns (p in dtype, alpha, m, l).
+
+    s is -inf for masked keys; the exponent is s * multiplier. `rescale` applies alpha.
+    """
     if HAS_MAX and not HAS_DROPOUT:
         return _weights_by_known_max(s, m, l, multiplier, s_layout, dtype)
     x = split_rows(s)

@@ -1,4 +1,4 @@
-"""The warp that hands out tiles of queries, for the persistent forward kernels."""
+"""The tile scheduler of the persistent forward kernels."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -7,7 +7,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from lctrain_kernels.gluon.primitives import key_blocks, load_scalar, load_window
 from lctrain_kernels.gluon.structures import WorkTile
 
-TILE_FIELDS = gl.constexpr(9)  # of a tile: see fetch_tiles
+TILE_FIELDS = gl.constexpr(9)  # numbers of a tile: its document, and those of WorkTile
 TILES_AHEAD = gl.constexpr(2)  # tiles that are fetched before they are needed
 
 
@@ -20,18 +20,26 @@ def schedule_tiles(
     TILE: gl.constexpr,
     FLAGS: gl.constexpr,
 ):
-    """Fetches tiles from the list of all, ahead of those that work on them.
+    """The scheduler warp: takes items of work and writes their tiles to shared memory.
 
-    A tile is nine numbers in shared memory; document -1 says that no work is left.
+    It runs up to TILES_AHEAD tiles ahead of the consumers. A tile with document -1 ends the work.
+
+    Args:
+        tiles: [TILES_AHEAD * TILE_FIELDS, 1] int32 in shared memory.
+        tile_bars: Their Pipeline.
+        inputs: SchedulerInputs.
+        window: Window.
+        TILE: ForwardShape.
+        FLAGS: Flags.
     """
     POSITIONS: gl.constexpr = TILE.consumers * 64 // TILE.pack
     HEAD_GROUPS: gl.constexpr = TILE.heads // TILE.pack
     PARTS: gl.constexpr = (127 + POSITIONS) // POSITIONS
     lane: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     left, right = load_window(window.pointer, window.left, window.right)
-    # Documents of like lengths, as many queries as keys, are served head by head, so that keys and
-    # values stay in L2. With one that is much longer than the others, a late head's part of it
-    # would have no company. Empty slots come last.
+    # Documents of similar lengths are taken head by head, so that keys and values stay in L2. If
+    # one document is much longer, all heads of a tile come together: otherwise a late head's long
+    # tiles would run alone at the end. Empty slots come last.
     slots = inputs.num_items // (PARTS * HEAD_GROUPS)
     most = gl.load(inputs.tiles + 1) + 1
     middle = inputs.tiles + slots // 2 * 2
@@ -58,7 +66,7 @@ def schedule_tiles(
         length_k = end_k - begin_k
         first = block * 128 + part * POSITIONS
         if POSITIONS > 128:
-            # A document has fewer tiles than are listed; the last of the list, its first, are none.
+            # A document has fewer tiles than the schedule lists; its first listed slots are empty.
             listed = gl.cdiv(length_q, 128)
             first = (block - listed + gl.cdiv(length_q, POSITIONS)) * POSITIONS
         if (document >= 0) & (first >= 0) & (first < length_q):
@@ -91,7 +99,7 @@ def schedule_tiles(
 
 @gluon.jit
 def read_tile(tiles, tile_index, WARPS: gl.constexpr):
-    """Returns the WorkTile number `served`, which is ready."""
+    """Returns the WorkTile number `tile_index`, which is ready."""
     fields = tile_index % TILES_AHEAD * TILE_FIELDS
     end_q = load_scalar(tiles.index(fields + 1), WARPS)
     length_q = load_scalar(tiles.index(fields + 2), WARPS)

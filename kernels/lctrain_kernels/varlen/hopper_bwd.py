@@ -16,23 +16,21 @@ from lctrain_kernels.gluon.backward_pipeline import (
 from lctrain_kernels.gluon.barriers import (
     BLOCK_EMPTY,
     PRODUCER_AND_CONSUMERS,
+    VARLEN_BWD_STAGES,
     acquire_stage,
-    barriers_fit,
     drain_stages,
 )
 from lctrain_kernels.gluon.compat import copy_arrive, copy_async
+from lctrain_kernels.gluon.coordinates import RAGGED, Bounds, Rows
 from lctrain_kernels.gluon.forward_pipeline import load_block
 from lctrain_kernels.gluon.primitives import load_window, query_blocks
 from lctrain_kernels.gluon.structures import (
-    RAGGED,
     BackwardBuffers,
-    Bounds,
     DqSlabs,
     DropoutInputs,
     Factors,
     KeyGradients,
     KeyTile,
-    Rows,
     Semaphores,
     Statistics,
 )
@@ -190,7 +188,7 @@ def varlen_bwd_hopper_kernel(
     gl.static_assert(BLOCK_M == 64, "the warpgroups multiply 64 queries at a time")
     gl.static_assert(STAGES >= 2, "queries of the next step are awaited before a step's are read")
     gl.static_assert((dq_desc is None) == FROM_REGISTERS, "the dQ warp alone uses dq_desc")
-    gl.static_assert(barriers_fit("varlen_bwd", TILE.stages), "named barriers overlap")
+    gl.static_assert(TILE.stages <= VARLEN_BWD_STAGES, "named barriers overlap")
     dtype: gl.constexpr = q_desc.dtype
     HALF: gl.constexpr = TILE.block_n // 2
     left, right = load_window(pointers.window, window_left, window_right)

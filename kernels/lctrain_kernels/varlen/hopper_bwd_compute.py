@@ -27,6 +27,7 @@ from lctrain_kernels.gluon.barriers import (
     barrier_wait,
     release_stage,
 )
+from lctrain_kernels.gluon.coordinates import KeyBounds, OutputKeys
 from lctrain_kernels.gluon.primitives import (
     draw_bits,
     is_kept,
@@ -36,7 +37,7 @@ from lctrain_kernels.gluon.primitives import (
     scheduling_fence,
     tanh,
 )
-from lctrain_kernels.gluon.structures import KeyBounds, OutputKeys, SeedWords
+from lctrain_kernels.gluon.structures import SeedWords
 from lctrain_kernels.tile.logits import LOG2_E
 from lctrain_kernels.varlen.hopper_bwd_dq import add_dq_from_registers
 

@@ -5,13 +5,13 @@ from triton.experimental.gluon import language as gl
 
 from lctrain_kernels.gluon.backward_pipeline import acquire_partial_dq, release_partial_dq
 from lctrain_kernels.gluon.compat import partition_barrier, tma_add, tma_store
+from lctrain_kernels.gluon.coordinates import RAGGED
 from lctrain_kernels.gluon.primitives import (
     fence_release,
     query_blocks,
     red_add_v4,
     wait_bulk_writes,
 )
-from lctrain_kernels.gluon.structures import RAGGED
 
 _RELEASE_EVERY = gl.constexpr(4)  # steps
 

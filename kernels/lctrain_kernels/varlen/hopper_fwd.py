@@ -11,15 +11,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from lctrain_kernels.gluon.barriers import (
+    FORWARD_STAGES,
     K_EMPTY,
     V_EMPTY,
     acquire_stage,
-    barriers_fit,
     drain_stages,
     next_stage,
     release_stage,
 )
 from lctrain_kernels.gluon.compat import partition_barrier, tma_store_wait
+from lctrain_kernels.gluon.coordinates import RAGGED, LocalQueries, QueryRows, Rows, Visible, Window
 from lctrain_kernels.gluon.forward_pipeline import (
     allocate_forward,
     load_block,
@@ -34,18 +35,7 @@ from lctrain_kernels.gluon.softmax import (
     rescale,
     softmax_step,
 )
-from lctrain_kernels.gluon.structures import (
-    RAGGED,
-    ConsumerPointers,
-    DropoutKey,
-    LocalQueries,
-    QueryRows,
-    Rows,
-    Scalars,
-    SchedulerInputs,
-    Visible,
-    Window,
-)
+from lctrain_kernels.gluon.structures import ConsumerPointers, DropoutKey, Scalars, SchedulerInputs
 from lctrain_kernels.gluon.tile_scheduler import TILE_FIELDS, TILES_AHEAD, read_tile, schedule_tiles
 from lctrain_kernels.tile.logits import LN_2, LOG2_E
 
@@ -312,7 +302,7 @@ def varlen_fwd_hopper_kernel(
     pointers.counter is a zeroed int32.
     """
     dtype: gl.constexpr = q_desc.dtype
-    gl.static_assert(barriers_fit("forward", TILE.stages), "named barriers overlap")
+    gl.static_assert(TILE.stages <= FORWARD_STAGES, "named barriers overlap")
     shared = allocate_forward(dtype, TILE)
     inputs = SchedulerInputs(
         pointers.cu_seqlens_q, pointers.cu_seqlens_k, pointers.tiles, pointers.counter, num_items

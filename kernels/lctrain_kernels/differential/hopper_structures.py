@@ -1,0 +1,128 @@
+"""Named groups of the Hopper kernels of differential attention."""
+
+from typing import Any, NamedTuple
+
+
+class Outputs(NamedTuple):
+    """Descriptors of the results, [T, H, Dv].
+
+    Attributes:
+        out: out1 - lam * out2.
+        out1: A1 v.
+        out2: A2 v.
+    """
+
+    out: Any
+    out1: Any
+    out2: Any
+
+
+class BranchPointers(NamedTuple):
+    """Tensors that a consumer warpgroup reads or writes by itself.
+
+    Attributes:
+        lam: [T, H] float32, any strides.
+        lse1: [H, T] float32, a result.
+        lse2: [H, T] float32, a result.
+        dropout_seed: [1] int64, or None.
+        document_ids: [N] int32, or None.
+    """
+
+    lam: Any
+    lse1: Any
+    lse2: Any
+    dropout_seed: Any
+    document_ids: Any
+
+
+class ForwardInputs(NamedTuple):
+    """What a consumer warpgroup works on.
+
+    Attributes:
+        out_descs: Outputs.
+        shared: ForwardBuffers.
+        out_bufs: Results that find no room among the queries, [.., 64, block_dv].
+        window: Window.
+        pointers: BranchPointers.
+        stride_lt: Distance between tokens of lam.
+        stride_lh: Distance between heads of lam.
+        scalars: Scalars.
+    """
+
+    out_descs: Any
+    shared: Any
+    out_bufs: Any
+    window: Any
+    pointers: Any
+    stride_lt: Any
+    stride_lh: Any
+    scalars: Any
+
+
+class ForwardPointers(NamedTuple):
+    """Tensors of differential_fwd_hopper_kernel; it says their shapes."""
+
+    lam: Any
+    lse1: Any
+    lse2: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    tiles: Any
+    counter: Any
+    window: Any
+    dropout_seed: Any
+    document_ids: Any
+
+
+class BackwardPointers(NamedTuple):
+    """Tensors of differential_bwd_hopper_kernel; it says their shapes."""
+
+    stats: Any
+    dk1: Any
+    dk2: Any
+    dv: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    tiles: Any
+    window: Any
+
+
+class BackwardStrides(NamedTuple):
+    """Distances between tokens and between heads of dk1 (and dk2) and of dv, in elements."""
+
+    k_token: Any
+    k_head: Any
+    v_token: Any
+    v_head: Any
+
+
+class ResultPointers(NamedTuple):
+    """Gradients that a tile of keys stores; dk2 may be None."""
+
+    dk1: Any
+    dk2: Any
+    dv: Any
+
+
+class BackwardInputs(NamedTuple):
+    """What a consumer warpgroup works on.
+
+    Attributes:
+        shared: BackwardBuffers; q, lse and delta have two buffers per stage, one per branch.
+        dq: Two float32 buffers of partial dq, one per branch.
+        ds: dS of both branches and both warpgroups, [4, 64, block_m].
+        results: ResultPointers.
+        strides: BackwardStrides.
+        tile: KeyTile.
+        window: Bounds.
+        scale: softmax_scale.
+    """
+
+    shared: Any
+    dq: Any
+    ds: Any
+    results: Any
+    strides: Any
+    tile: Any
+    window: Any
+    scale: Any

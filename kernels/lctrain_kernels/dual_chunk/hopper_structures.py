@@ -1,0 +1,130 @@
+"""Named groups of the Hopper kernels of dual chunk attention."""
+
+from typing import Any, NamedTuple
+
+
+class BlockRanges(NamedTuple):
+    """Blocks of keys of a tile of queries: first FAR, then NEAR, then OWN.
+
+    Attributes:
+        near_block: First NEAR block.
+        own_block: First OWN block.
+        blocks: Number of all blocks.
+        near_shift: First key of a NEAR block, less block * BLOCK_N.
+        own_shift: The same of an OWN block.
+        far_clear: First key of the FAR blocks that need a mask.
+        near_clear: The same of NEAR.
+        own_clear: The same of OWN.
+    """
+
+    succ_block: Any
+    intra_block: Any
+    blocks: Any
+    succ_shift: Any
+    intra_shift: Any
+    inter_clear: Any
+    succ_clear: Any
+    intra_clear: Any
+
+
+class ForwardPointers(NamedTuple):
+    """Tensors of dual_chunk_fwd_hopper_kernel; lse [H, T] float32, logit_scale [N] float32."""
+
+    lse: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    tiles: Any
+    counter: Any
+    logit_scale: Any
+    dropout_seed: Any
+    document_ids: Any
+
+
+class BackwardPointers(NamedTuple):
+    """Tensors of dual_chunk_bwd_hopper_kernel; it says their shapes."""
+
+    stats: Any
+    dk: Any
+    dv: Any
+    dk_sum: Any
+    dv_sum: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    tiles: Any
+    logit_scale: Any
+
+
+class BackwardStrides(NamedTuple):
+    """Distances between tokens and between heads of dk, dv and their sums, in elements."""
+
+    token: Any
+    head: Any
+
+
+class ResultPointers(NamedTuple):
+    """Gradients of keys and values, and the float32 sums that launches hand on."""
+
+    dk: Any
+    dv: Any
+    dk_sum: Any
+    dv_sum: Any
+
+
+class QueryRun(NamedTuple):
+    """Where the blocks of queries begin that meet a tile of keys in one way.
+
+    Attributes:
+        low: First query.
+        jump: First block behind the gap.
+        gap: Queries that are left out before block `jump`.
+    """
+
+    low: Any
+    first_after_gap: Any
+    gap: Any
+
+
+class ChunkTile(NamedTuple):
+    """A tile of keys with the blocks of queries that meet it in one way.
+
+    Attributes:
+        head_kv: Key/value head.
+        begin_q: First query of the document in the pack.
+        length_q: Queries of the document.
+        begin_k: First key of the document in the pack.
+        end: End of the keys that are met in this way, in the document.
+        length_k: Keys of the document.
+        first: First key of the tile in the document.
+        run: QueryRun.
+        blocks: Blocks of queries.
+    """
+
+    head_kv: Any
+    begin_q: Any
+    length_q: Any
+    begin_k: Any
+    end: Any
+    length_k: Any
+    first: Any
+    run: Any
+    blocks: Any
+
+
+class BackwardInputs(NamedTuple):
+    """What a consumer warpgroup works on.
+
+    Attributes:
+        shared: BackwardBuffers.
+        dq: Two float32 buffers of partial dq.
+        ds: dS of both warpgroups, [4, 64, block_m].
+        results: ResultPointers.
+        strides: BackwardStrides.
+        tile: ChunkTile.
+    """
+
+    shared: Any
+    dq: Any
+    ds: Any
+    results: Any
+    strides: Any
+    tile: Any
