@@ -53,7 +53,7 @@ def define_autograd(
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*arguments)
 
-    function = type(
+    function: Any = type(
         operator.name().partition("::")[2],
         (torch.autograd.Function,),
         {

@@ -55,7 +55,7 @@ LEVELS = {
     "lctrain.composition": 6,
     "lctrain.help": 7,
     "lctrain.command": 8,
-    "lctrain.loss": 6,
+    "lctrain.loss": 4,
     "lctrain.eval": 7,
     "lctrain.module": 7,
     "lctrain.callbacks": 8,

@@ -57,12 +57,11 @@ class _Gradients:
         self,
         chunk: slice,
         logits_grad: Tensor,
-        hidden: Tensor,
-        weight: Tensor,
-        adapter: tuple[Tensor, Tensor] | None,
+        parts: tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None],
         ignored: Tensor,
     ) -> None:
         """Adds what one chunk gives; logits_grad is [C, V]."""
+        hidden, weight, adapter = parts
         first = chunk.start == 0
         grads = self.tensors
         if self.needs[0]:
@@ -125,7 +124,7 @@ def _sum_forward(
             if split and gradient:
                 row_pass(*arguments, reads_statistics=True, writes_gradient=True)
             if gradient:
-                grads.add(chunk, logits, *parts, labels[chunk] == options.ignore_index)
+                grads.add(chunk, logits, parts, labels[chunk] == options.ignore_index)
     loss, lse = token_losses(statistics, labels, options)
     if not hidden.shape[0]:
         grads.without_tokens()
@@ -195,7 +194,7 @@ def _tokens_backward(
                 reads_statistics=True,
                 writes_gradient=True,
             )
-            grads.add(chunk, logits, *parts, labels[chunk] == options.ignore_index)
+            grads.add(chunk, logits, parts, labels[chunk] == options.ignore_index)
     if not hidden.shape[0]:
         grads.without_tokens()
     dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]

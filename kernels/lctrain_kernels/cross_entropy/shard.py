@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 from torch import Tensor
 
@@ -12,7 +14,8 @@ def reduce_statistics(statistics: Tensor, group_name: str) -> None:
     """Replaces the statistics [4, C] of this rank's words by those of all words, in place."""
     from torch.distributed.distributed_c10d import _resolve_process_group
 
-    group = _resolve_process_group(group_name)
+    resolve: Any = _resolve_process_group
+    group = resolve(group_name)
     local = statistics[MAXIMUM]
     empty = statistics[EXP_SUM] == 0.0  # no finite logit here: its maximum of 0 is none
     top = local.masked_fill(empty, -float("inf"))

@@ -1,0 +1,110 @@
+"""The loss inside a model: `model(**batch, labels=...)` without the logits of all tokens.
+
+Plain transformers, its Trainer and TRL compute the loss by calling the model with labels. A model
+whose class is swapped here takes `linear_cross_entropy` for it in training mode.
+"""
+
+from __future__ import annotations
+
+import functools
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lctrain.batch import IGNORE_INDEX
+from lctrain.kernels import linear_cross_entropy
+from lctrain.loss.causal_lm import probe
+from lctrain.loss.output_head import find_output_head
+
+
+class LossSwap:
+    """A causal language model whose class computes the loss without logits, and the way back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+        self._own = type(model)
+        model.__class__ = loss_class(self._own)
+
+    def restore(self) -> None:
+        """Gives the model its own class back."""
+        self._model.__class__ = self._own
+
+
+def require_causal_lm(model: Any) -> None:
+    """Raises unless `loss=True` can serve the model.
+
+    Raises:
+        ValueError: for a model without an output embedding or without labels.
+    """
+    names = getattr(type(model).forward, "__code__", None)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    causal = type(model).__name__.endswith("ForCausalLM")
+    if head is None or not causal or names is None:
+        raise ValueError(
+            f"loss=True needs a causal language model with an output embedding, got "
+            f"{type(model).__name__}. Pass loss=False."
+        )
+
+
+@functools.cache
+def loss_class(own: Any) -> Any:
+    """The subclass of a causal language model whose forward computes the loss without logits."""
+
+    @functools.wraps(own.forward)
+    def forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        plain = partial(own.forward, self, *args, **kwargs)
+        if labels is None and kwargs.get("shift_labels") is None:
+            return plain()
+        head = None
+        if self.training and _is_plain_call(self, kwargs):
+            device = next(self.parameters()).device
+            packed = "cu_seq_lens_q" in kwargs
+            head = find_output_head(self, partial(probe, device, packed))
+        if head is None:
+            return plain(labels=labels)
+        return _fused_loss(head, labels, args, kwargs)
+
+    return type(own.__name__, (own,), {"forward": forward, "__module__": own.__module__})
+
+
+def _is_plain_call(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the caller wants nothing but the loss: no tuple, no router's loss."""
+    router = kwargs.get("output_router_logits")
+    router = getattr(model.config, "output_router_logits", False) if router is None else router
+    return not router and kwargs.get("return_dict", True) is not False
+
+
+def _fused_loss(head: Any, labels: Tensor | None, args: Any, kwargs: dict[str, Any]) -> Any:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    kwargs = dict(kwargs)
+    shifted = kwargs.pop("shift_labels", None)
+    divisor = kwargs.pop("num_items_in_batch", None)
+    ignore_index = kwargs.pop("ignore_index", IGNORE_INDEX)
+    kwargs.pop("logits_to_keep", None)
+    if shifted is None:
+        assert labels is not None
+        shifted = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    outputs = head.decoder(*args, **kwargs)
+    hidden = outputs[0].flatten(0, 1)
+    loss, _ = linear_cross_entropy(
+        hidden,
+        head.projection.weight,
+        shifted.flatten().to(hidden.device),
+        bias=head.projection.bias,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        ignore_index=ignore_index,
+        reduction="mean" if divisor is None else "sum",
+    )
+    if divisor is not None:
+        loss = loss / (divisor.to(loss.device) if torch.is_tensor(divisor) else divisor)
+    return CausalLMOutputWithPast(
+        loss=loss,
+        logits=None,
+        past_key_values=outputs.get("past_key_values"),
+        hidden_states=outputs.get("hidden_states"),
+        attentions=outputs.get("attentions"),
+    )

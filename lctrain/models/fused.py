@@ -1,0 +1,216 @@
+"""Swaps norms, rotary embeddings, MLPs and residual additions of one model for fused operations.
+
+A module changes its class to a subclass of its own: nothing else of it changes, and no other model
+does. What can be swapped is found by what a class computes (`same_code`), not by its name.
+Decoder layers become subclasses too: transformers turns gradient checkpointing off for layers whose
+`forward` is patched.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections import Counter
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from lctrain.kernels import geglu, swiglu
+from lctrain.models import fused_modules
+from lctrain.models.same_code import same_code, with_globals
+
+_ROTATION = "apply_rotary_pos_emb"
+_LAYER_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+
+
+class FusedSwap:
+    """The fused modules of one model.
+
+    Attributes:
+        swapped: (module, its own class, its fused class) of every module that changed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        require_no_hub_kernels(model)
+        self.swapped: list[tuple[nn.Module, type, type]] = []
+        for module in model.modules():
+            if _norm_mixin(type(module)) is not None:
+                self._swap(module, _norm_mixin(type(module)))
+        for module in list(model.modules()):
+            self._swap_attention(module)
+            self._swap_mlp(module)
+        for module in list(model.modules()):
+            if _is_residual_layer(module):
+                self._swap(module, fused_modules.ResidualLayer)
+
+    def restore(self) -> None:
+        """Gives every module its own class back."""
+        for module, own, fused in reversed(self.swapped):
+            if type(module) is fused:
+                module.__class__ = own
+            else:
+                warnings.warn(
+                    f"a {type(module).__name__} keeps its fused forward: its class was changed "
+                    "after patch_model. Call unpatch() before other changes are undone.",
+                    stacklevel=4,
+                )
+        self.swapped = []
+
+    def describe(self) -> str:
+        """How many modules of which class were swapped, for people."""
+        counts = Counter(own.__name__ for _, own, _ in self.swapped)
+        return ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing"
+
+    def _swap(self, module: nn.Module, mixin: Any, **attributes: Any) -> None:
+        own = type(module)
+        fused = fused_class(own, mixin, tuple(sorted(attributes.items())))
+        module.__class__ = fused
+        self.swapped.append((module, own, fused))
+
+    def _swap_attention(self, module: nn.Module) -> None:
+        forward = _own_forward(type(module))
+        if forward is None or not _rotates_like_llama(forward):
+            return
+        norms = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
+        if _defers_norms(forward) and all(_is_fused_norm(norm) for norm in norms):
+            for norm in norms:
+                self._swap(norm, fused_modules.DeferredNorm)
+        self._swap(module, _rotating_mixin(type(module)))
+
+    def _swap_mlp(self, module: nn.Module) -> None:
+        mixin = _mlp_mixin(type(module))
+        if mixin is None:
+            return
+        function = module.act_fn if mixin is fused_modules.GatedMLP else module.activation_fn
+        activation = find_activation(function)
+        if activation is not None:
+            self._swap(module, mixin, fused_activation=activation)
+
+
+@functools.cache
+def fused_class(own: type, mixin: type, attributes: tuple[tuple[str, Any], ...] = ()) -> type:
+    """The subclass of `own` whose forward is `mixin`'s; the same one for every model."""
+    return type(f"Fused{own.__name__}", (mixin, own), {"__module__": __name__, **dict(attributes)})
+
+
+def find_activation(function: Any) -> str | None:
+    """The name under which `gated_linear` knows an activation, from what it computes; or None."""
+    x = torch.linspace(-8.0, 8.0, 257, dtype=torch.float64)
+    ones = torch.ones_like(x)
+    known = {
+        "silu": swiglu(x, ones),
+        "gelu_tanh": geglu(x, ones, approximate="tanh"),
+        "gelu": geglu(x, ones, approximate="none"),
+    }
+    try:
+        with torch.no_grad():
+            value = function(x)
+    except (RuntimeError, TypeError):
+        return None
+    for name, expected in known.items():
+        if value.shape == x.shape and torch.allclose(value, expected, rtol=0.0, atol=1e-12):
+            return name
+    return None
+
+
+def require_no_hub_kernels(model: nn.Module) -> None:
+    """Raises where Hugging Face's package `kernels` has replaced forwards of the model.
+
+    Raises:
+        ValueError: since that package replaces them again on train() and eval().
+    """
+    if getattr(model, "_use_kernels", False):
+        raise ValueError(
+            "model must not use kernels from the hub, got use_kernels=True: they replace forwards "
+            "again on every train() and eval(). Load it with use_kernels=False, or pass "
+            "fused=False."
+        )
+
+
+def _norm_mixin(own: type) -> type | None:
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    forward = _own_forward(own)
+    if forward is None:
+        return None
+    if same_code(forward, LlamaRMSNorm.forward):
+        return fused_modules.LlamaNorm
+    norm = getattr(own, "_norm", None)
+    if same_code(forward, Gemma2RMSNorm.forward) and same_code(norm, Gemma2RMSNorm._norm):
+        return fused_modules.GemmaNorm
+    return None
+
+
+def _mlp_mixin(own: type) -> type | None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+    from transformers.models.phi3.modeling_phi3 import Phi3MLP
+
+    forward = _own_forward(own)
+    if forward is None:
+        return None
+    if same_code(forward, LlamaMLP.forward):
+        return fused_modules.GatedMLP
+    return fused_modules.PackedMLP if same_code(forward, Phi3MLP.forward) else None
+
+
+def _own_forward(own: type) -> FunctionType | None:
+    """A class's forward, unless something wraps it that a subclass would lose."""
+    forward = getattr(own, "forward", None)
+    plain = isinstance(forward, FunctionType) and not hasattr(forward, "__wrapped__")
+    return forward if plain else None
+
+
+def _rotates_like_llama(forward: FunctionType) -> bool:
+    from transformers.models.llama import modeling_llama
+    from transformers.models.phi3 import modeling_phi3
+
+    if _ROTATION not in forward.__code__.co_names:
+        return False
+    rotation = forward.__globals__.get(_ROTATION)
+    half = forward.__globals__.get("rotate_half")
+    known = (modeling_llama.apply_rotary_pos_emb, modeling_phi3.apply_rotary_pos_emb)
+    return same_code(half, modeling_llama.rotate_half) and any(
+        same_code(rotation, function) for function in known
+    )
+
+
+def _defers_norms(forward: FunctionType) -> bool:
+    """Whether nothing but the rotation sees the normalised queries and keys."""
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+    return any(same_code(forward, own.forward) for own in (Qwen3Attention, Gemma3Attention))
+
+
+def _is_fused_norm(module: Any) -> bool:
+    return isinstance(module, fused_modules.LlamaNorm | fused_modules.GemmaNorm)
+
+
+@functools.cache
+def _rotating_mixin(own: type) -> type:
+    """The attention's own forward, which finds the fused rotation under the name that it calls."""
+    forward = _own_forward(own)
+    assert forward is not None
+    rotating = with_globals(forward, **{_ROTATION: fused_modules.rotate_states})
+    return type("FusedRotation", (), {"forward": rotating})
+
+
+def _is_residual_layer(module: nn.Module) -> bool:
+    """Whether a layer is attention and MLP, each after a norm, and nothing else.
+
+    The names that its forward uses, in order, are those of its four parts; the second norm is
+    Llama's. Everything that the forward takes beside the hidden states goes to the attention.
+    """
+    if tuple(sorted(dict(module.named_children()))) != tuple(sorted(_LAYER_PARTS)):
+        return False
+    function = inspect.unwrap(type(module).forward)
+    if not isinstance(function, FunctionType) or function.__code__.co_names != _LAYER_PARTS:
+        return False
+    names = [name for name in inspect.signature(function).parameters if name != "self"]
+    if names[0] != "hidden_states" or names[-1] != "kwargs":
+        return False
+    return isinstance(module.post_attention_layernorm, fused_modules.LlamaNorm)

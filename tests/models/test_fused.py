@@ -1,0 +1,278 @@
+"""fused=True and loss=True: same numbers, same names, reversible, nothing process-wide."""
+
+import copy
+import importlib
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import lctrain
+from lctrain.batch import PackedBatch
+from lctrain.models.fused import find_activation
+from tests.models.families import gradients, make_documents, make_model, packed_outputs
+from tests.numerics import assert_error_at_most_twice
+
+# Classes that are swapped, and their number per model of two layers.
+SWAPS = {
+    "llama": {"RMSNorm": 5, "Attention": 2, "MLP": 2, "DecoderLayer": 2},
+    "qwen2": {"RMSNorm": 5, "Attention": 2, "MLP": 2, "DecoderLayer": 2},
+    "qwen3": {"RMSNorm": 13, "Attention": 2, "MLP": 2, "DecoderLayer": 2},
+    "mistral": {"RMSNorm": 5, "Attention": 2, "MLP": 2, "DecoderLayer": 2},
+    "gemma2": {"RMSNorm": 9, "Attention": 2, "MLP": 2},
+    "gemma3": {"RMSNorm": 17, "Attention": 2, "MLP": 2},
+    "phi3": {"RMSNorm": 5, "Attention": 2, "MLP": 2},
+    "mixtral": {"RMSNorm": 5, "Attention": 2, "DecoderLayer": 2},
+}
+FAMILIES = tuple(SWAPS)
+
+
+def make(family: str) -> nn.Module:
+    """A tiny model in float32; gemma3 and mixtral are made here."""
+    if family not in ("gemma3", "mixtral"):
+        return make_model(family, attn_implementation="eager")
+    common = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "attn_implementation": "eager",
+    }
+    import transformers
+
+    torch.manual_seed(0)
+    if family == "gemma3":
+        config = transformers.Gemma3TextConfig(
+            **common, head_dim=8, query_pre_attn_scalar=16, sliding_window=4
+        )
+        return transformers.Gemma3ForCausalLM(config).eval()
+    config = transformers.MixtralConfig(
+        **common, num_local_experts=2, num_experts_per_tok=2, experts_implementation="eager"
+    )
+    return transformers.MixtralForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_and_gradients_are_equal_within_rounding(family) -> None:
+    documents = make_documents()
+
+    def run(precision: torch.dtype, fused: bool) -> list[torch.Tensor]:
+        model = make(family).to(precision)
+        with lctrain.patch_model(model, fused=fused):
+            out, grads = gradients(model, lambda: packed_outputs(model, documents))
+        return [out, *(grads[name] for name in sorted(grads))]
+
+    triples = zip(
+        run(torch.float32, True),
+        run(torch.float32, False),
+        run(torch.float64, False),
+        strict=True,
+    )
+    # Errors of one parameter's gradient are few numbers: the sum over all of them is judged.
+    fused, plain, exact = (
+        torch.cat([t.flatten() for t in side]) for side in zip(*triples, strict=True)
+    )
+    assert_error_at_most_twice(fused, plain, exact)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_swaps_what_it_knows_and_gives_it_back(family) -> None:
+    model = make(family)
+    documents = make_documents()
+    classes = [type(module) for module in model.modules()]
+    names = list(model.state_dict())
+    with lctrain.patch_model(model):
+        before = packed_outputs(model, documents)
+    handle = lctrain.patch_model(model, fused=True)
+    found: dict[str, int] = {}
+    for _, own, _ in handle.fused.swapped:
+        suffix = next(end for end in SWAPS["llama"] if own.__name__.endswith(end))
+        found[suffix] = found.get(suffix, 0) + 1
+    assert found == SWAPS[family]
+    assert list(model.state_dict()) == names
+    assert all(
+        isinstance(module, own) for module, own in zip(model.modules(), classes, strict=True)
+    )
+    assert "RMSNorm" in repr(handle)
+    packed_outputs(model, documents)
+    handle.unpatch()
+    assert [type(module) for module in model.modules()] == classes
+    with lctrain.patch_model(model):
+        assert torch.equal(packed_outputs(model, documents), before)
+
+
+def test_another_model_of_the_family_is_left_alone() -> None:
+    module = importlib.import_module("transformers.models.llama.modeling_llama")
+    rotation, forward = module.apply_rotary_pos_emb, module.LlamaRMSNorm.forward
+    other = make("llama")
+    with lctrain.patch_model(make("llama"), fused=True):
+        assert all(not type(m).__name__.startswith("Fused") for m in other.modules())
+        assert module.apply_rotary_pos_emb is rotation
+        assert module.LlamaRMSNorm.forward is forward
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_runs_every_layer_twice(family, use_reentrant) -> None:
+    """From transformers 5.23 on, a patched forward of a layer turns it off without a word."""
+    model = make(family).train()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    with lctrain.patch_model(model, fused=True):
+        calls = []
+        for module in model.modules():
+            if type(module).__name__.endswith("MLP"):
+                module.down_proj.register_forward_pre_hook(lambda *_: calls.append(1))
+        out = packed_outputs(model, make_documents())
+        assert len(calls) == 2
+        out.sum().backward()
+        assert len(calls) == 4
+
+
+def test_gradient_checkpointing_changes_no_bit() -> None:
+    model = make("llama").train()
+    documents = make_documents()
+    with lctrain.patch_model(model, fused=True):
+        _, plain = gradients(model, lambda: packed_outputs(model, documents))
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        _, checkpointed = gradients(model, lambda: packed_outputs(model, documents))
+    for name, gradient in plain.items():
+        assert torch.equal(gradient, checkpointed[name]), name
+
+
+def test_autocast_gives_float32_gradients() -> None:
+    model = make("qwen3").train()
+    with lctrain.patch_model(model, fused=True), torch.autocast("cpu", dtype=torch.bfloat16):
+        out = packed_outputs(model, make_documents())
+    out.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_adapters_of_peft_are_trained() -> None:
+    peft = pytest.importorskip("peft")
+    model = make("llama")
+    lctrain.patch_model(model, fused=True)
+    targets = ["q_proj", "up_proj", "down_proj"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets)).train()
+    packed_outputs(adapted, make_documents()).sum().backward()
+    trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
+    assert len(trained) == 12
+    assert all(p.grad is not None for p in trained.values())
+
+
+def test_compiled_model_gives_the_same() -> None:
+    model = make("qwen3")
+    documents = make_documents()
+    with lctrain.patch_model(model, fused=True):
+        expected = packed_outputs(model, documents)
+        compiled = torch.compile(model, backend="eager")
+        torch.testing.assert_close(packed_outputs(compiled, documents), expected)
+
+
+def test_copy_of_a_patched_model_works() -> None:
+    model = make("llama")
+    documents = make_documents()
+    with lctrain.patch_model(model, fused=True):
+        expected = packed_outputs(model, documents)
+        assert torch.equal(packed_outputs(copy.deepcopy(model), documents), expected)
+
+
+def test_activations_are_known_by_what_they_compute() -> None:
+    from transformers.activations import ACT2FN
+
+    names = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": None}
+    assert {name: find_activation(ACT2FN[name]) for name in names} == names
+
+
+def test_kernels_of_the_hub_are_refused() -> None:
+    model = make("llama")
+    model._use_kernels = True
+    with pytest.raises(ValueError, match="model must not use kernels from the hub"):
+        lctrain.patch_model(model, fused=True)
+
+
+@pytest.mark.parametrize("name", ["fused", "loss"])
+def test_flags_must_be_bools(name) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be True or False"):
+        lctrain.patch_model(make("llama"), **{name: "yes"})
+
+
+def packed_labels() -> dict:
+    """A pack as transformers takes it; labels unshifted, -100 at the beginnings of documents."""
+    documents = make_documents()
+    batch = PackedBatch.from_documents(documents)
+    labels = batch.input_ids.clone()
+    labels[0, batch.cu_seqlens[:-1].long()] = -100
+    return batch.model_kwargs() | {"labels": labels}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_without_logits_is_the_models_own(family) -> None:
+    arguments = packed_labels()
+    losses, grads = [], []
+    for loss in (False, True):
+        model = make(family).double().train()
+        with lctrain.patch_model(model, loss=loss):
+            output = model(**arguments)
+        assert (output.logits is None) == loss
+        output.loss.backward()
+        losses.append(output.loss.detach())
+        grads.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(losses[1].double(), losses[0].double(), rtol=1e-6, atol=0.0)
+    for ours, theirs in zip(*reversed(grads), strict=True):
+        # transformers computes its loss in float32, also of float64 logits
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("items", [7, torch.tensor(7)], ids=["int", "tensor"])
+def test_loss_divides_by_the_items_of_the_batch(items) -> None:
+    arguments = packed_labels() | {"num_items_in_batch": items}
+    model = make("llama").train()
+    with lctrain.patch_model(model):
+        expected = model(**arguments).loss
+    with lctrain.patch_model(model, loss=True):
+        torch.testing.assert_close(model(**arguments).loss, expected)
+
+
+def test_evaluation_and_calls_without_labels_have_logits() -> None:
+    arguments = packed_labels()
+    model = make("llama").eval()
+    own = type(model)
+    handle = lctrain.patch_model(model, loss=True)
+    assert model(**arguments).logits is not None
+    model.train()
+    del arguments["labels"]
+    assert model(**arguments).logits is not None
+    assert isinstance(model, own)
+    handle.unpatch()
+    assert type(model) is own
+
+
+def test_signature_still_names_the_labels() -> None:
+    """transformers' Trainer drops the columns that forward does not name."""
+    import inspect
+
+    model = make("llama")
+    with lctrain.patch_model(model, loss=True):
+        assert {"input_ids", "labels"} <= set(inspect.signature(model.forward).parameters)
+
+
+def test_loss_of_an_encoder_is_refused() -> None:
+    with pytest.raises(ValueError, match="loss=True needs a causal language model"):
+        lctrain.patch_model(make_model("bert"), loss=True)
+
+
+def test_a_class_changed_since_is_left_with_a_warning() -> None:
+    model = make("llama")
+    handle = lctrain.patch_model(model, fused=True)
+    norm = model.model.norm
+    norm.__class__ = type("Sharded", (type(norm),), {})
+    with pytest.warns(UserWarning, match="keeps its fused forward"):
+        handle.unpatch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        handle.unpatch()
