@@ -281,3 +281,90 @@ def test_two_ranks_equal_one_big_batch(tmp_path):
     assert module.records[0][1] > ranks.CLIP
     for name, weight in module.model.state_dict().items():
         torch.testing.assert_close(result["weights"][name], weight, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["model", "nothing"])
+def test_load_from_checkpoint(tmp_path, make_llama, given):
+    """The checkpoint holds what builds the module, and its weights."""
+    module = LongContextModule(
+        make_llama(tie_word_embeddings=True), SGD_LIKE, AttentionConfig(dropout=0.25), seed=3
+    )
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(module, loader(UNEVEN))
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    own = {"model": make_llama(tie_word_embeddings=True, seed=9)} if given else {}
+    loaded = LongContextModule.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True, **own)
+    assert loaded.optim == SGD_LIKE
+    assert loaded.attention == AttentionConfig(dropout=0.25)
+    assert loaded.seed == 3
+    assert float(loaded.first_loss) == float(module.first_loss)
+    mine, theirs = module.state_dict(), loaded.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    kwargs = UNEVEN[0].model_kwargs()
+    module.eval(), loaded.eval()
+    assert torch.equal(module.model(**kwargs).logits, loaded.model(**kwargs).logits)
+
+
+def test_a_module_is_built_from_a_configuration(tmp_path, make_llama):
+    model = make_llama()
+    settings = {**model.config.to_dict(), "vocab_size": 97}
+    module = LongContextModule(settings, {"learning_rate": 0.5}, {"name": "flash"}, seed=5)
+    make_trainer(tmp_path, max_steps=1).fit(module, loader(UNEVEN))
+    torch.manual_seed(5)
+    same = type(model)(model.config)
+    assert module.optim.learning_rate == 0.5
+    assert is_patched(module.model)
+    assert module.model.lm_head.weight.shape == same.lm_head.weight.shape
+
+
+def test_a_module_is_built_from_a_folder(tmp_path, make_llama):
+    model = make_llama()
+    model.save_pretrained(tmp_path / "model")
+    module = LongContextModule(str(tmp_path / "model"), SGD_LIKE)
+    make_trainer(tmp_path).validate(module, loader(UNEVEN), verbose=False)
+    assert torch.equal(module.model.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": 3}, "model must be a module, a name, a mapping with model_type or a function"),
+        (
+            {"model": "x", "optim": {"lr": 1}},
+            r"optim must have fields of OptimConfig.*got lr\. Che",
+        ),
+        ({"model": "x", "attention": "flash"}, "attention must be a AttentionConfig or a mapping"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LongContextModule(**arguments)
+
+
+def test_wrong_configurations(tmp_path):
+    for settings, message in (
+        ({}, "must have the model_type of a family of transformers, got None"),
+        ({"model_type": "llama", "hidden_size": "x"}, "model must fit LlamaConfig"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path).fit(LongContextModule(settings), loader(UNEVEN))
+
+
+def test_test_and_predict(tmp_path, make_llama):
+    module = LongContextModule(make_llama(), SGD_LIKE)
+    trainer = make_trainer(tmp_path)
+    trainer.validate(module, loader(UNEVEN), verbose=False)
+    held_out = float(trainer.callback_metrics["val/loss"])
+    trainer.test(module, loader(UNEVEN), verbose=False)
+    assert float(trainer.callback_metrics["test/loss"]) == held_out
+    assert float(trainer.callback_metrics["test/perplexity"]) == pytest.approx(
+        torch.tensor(held_out).exp().item()
+    )
+    scores = trainer.predict(module, loader(UNEVEN))
+    assert [len(score) for score in scores] == [batch.num_tokens for batch in UNEVEN]
+    total = sum(float(score.double().sum()) for score in scores)
+    valid = sum(batch.num_valid_tokens for batch in UNEVEN)
+    assert total / valid == pytest.approx(held_out, rel=1e-6)
+    for batch, score in zip(UNEVEN, scores, strict=True):
+        assert not score[batch.labels[0] == -100].any()
