@@ -28,7 +28,7 @@ from lctrain.models.from_config import describe, model_from
 from lctrain.optim import build_optimizer, build_scheduler, follow_schedule
 
 ModelFactory = Callable[[pl.LightningDataModule], nn.Module]
-ModelSource = nn.Module | ModelFactory | str | Mapping[str, Any]
+ModelSource = nn.Module | str | dict[str, Any] | ModelFactory
 
 STATE_KEY = "lctrain"  # in the checkpoint
 HYPER_PARAMETERS = pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY  # from them Lightning builds it
@@ -71,8 +71,8 @@ class LongContextModule(pl.LightningModule):
     def __init__(
         self,
         model: ModelSource,
-        optim: OptimConfig | Mapping[str, Any] | None = None,
-        attention: AttentionConfig | Mapping[str, Any] | None = AttentionConfig(),  # noqa: B008
+        optim: OptimConfig | dict[str, Any] | None = None,
+        attention: AttentionConfig | dict[str, Any] | None = AttentionConfig(),  # noqa: B008
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -328,4 +328,4 @@ def _as_dataclass(name: str, schema: type[Any], value: Any) -> Any:
 def _vocab_size(datamodule: Any) -> int | None:
     """Tokens of the data module's tokenizer, if it has one."""
     tokenizer = getattr(datamodule, "tokenizer", None)
-    return None if tokenizer is None else len(tokenizer)
+    return len(tokenizer) if hasattr(tokenizer, "__len__") else None

@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lctrain.batch import PackedBatch
 from lctrain.data.documents import TokenizedDocument
+from lctrain.data.given import DatasetSource, TokenPreparation, holds_texts
 from lctrain.data.loader import Cursor, PackLoader, RowStream
 from lctrain.data.order import BALANCE_WINDOW, epoch_order, imbalance
 from lctrain.data.packing import Overlong, PackingReport
@@ -33,7 +34,7 @@ class PackedDataModule(LightningDataModule):
 
     def __init__(
         self,
-        source: Source | None = None,
+        source: Any = None,
         tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
         *,
         max_tokens: int = 4096,
@@ -50,11 +51,15 @@ class PackedDataModule(LightningDataModule):
         cache_dir: str | os.PathLike[str] | None = None,
         pin_memory: bool | None = None,
         special_tokens: str = "text",
+        held_out: Any = None,
     ) -> None:
         """Checks the settings; nothing is read before `prepare_data` or `setup`.
 
         Args:
-            source: Where documents come from; default the Python standard library.
+            source: A Source that says where documents come from; or a dataset of your own, a
+                `datasets.Dataset` or a list: of texts (column "text"), of token ids (as in
+                `lctrain.data.pack`) or rows that `lctrain.data.pack` returned. Default: the Python
+                standard library.
             tokenizer: Name or path of a tokenizer of transformers, or one; None trains a byte-level
                 BPE on the training split, once.
             max_tokens: Tokens of a row, >= 2.
@@ -78,6 +83,7 @@ class PackedDataModule(LightningDataModule):
             pin_memory: Copy batches to pinned memory; default: if there is a GPU.
             special_tokens: What the text of a special token inside a document becomes: "text", or
                 the "token", for documents that are trusted.
+            held_out: Documents to hold out, a dataset of the kind of `source`; not for a Source.
 
         Raises:
             ValueError: if a setting is out of range.
@@ -91,20 +97,39 @@ class PackedDataModule(LightningDataModule):
                 f"balance_window must be at least 1, got {balance_window}. Use the default, "
                 f"{BALANCE_WINDOW}."
             )
-        self.preparation = Preparation(
-            source=StdlibSource() if source is None else source,
-            tokenizer=tokenizer,
-            max_tokens=max_tokens,
-            max_document_tokens=max_document_tokens,
-            overlong=overlong,
-            packing_window=packing_window,
-            held_out_fraction=held_out_fraction,
-            passkey_fraction=passkey_fraction,
-            vocab_size=vocab_size,
-            num_proc=num_proc,
-            cache_dir=_default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser(),
-            special_tokens=special_tokens,
-        )
+        if held_out is not None and (source is None or isinstance(source, Source)):
+            raise ValueError(
+                "held_out must come with a dataset, got it with a Source. Set the source's own "
+                "held-out files, or pass a dataset."
+            )
+        cache = _default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+        if source is None or isinstance(source, Source) or holds_texts(source):
+            self.preparation: Preparation | TokenPreparation = Preparation(
+                source=_as_source(source, held_out),
+                tokenizer=tokenizer,
+                max_tokens=max_tokens,
+                max_document_tokens=max_document_tokens,
+                overlong=overlong,
+                packing_window=packing_window,
+                held_out_fraction=held_out_fraction,
+                passkey_fraction=passkey_fraction,
+                vocab_size=vocab_size,
+                num_proc=num_proc,
+                cache_dir=cache,
+                special_tokens=special_tokens,
+            )
+        else:
+            _refuse_text_settings(passkey_fraction, special_tokens)
+            self.preparation = TokenPreparation(
+                dataset=source,
+                held_out=held_out,
+                tokenizer=tokenizer,
+                max_tokens=max_tokens,
+                max_document_tokens=max_document_tokens,
+                overlong=overlong,
+                packing_window=packing_window,
+                held_out_fraction=held_out_fraction,
+            )
         self.seed = seed
         self.balance_window = balance_window
         self.num_workers = num_workers
@@ -125,7 +150,16 @@ class PackedDataModule(LightningDataModule):
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens of the tokenizer, after `setup()`."""
+        """Number of tokens of the tokenizer, after `setup()`.
+
+        Raises:
+            ValueError: for token ids without a tokenizer.
+        """
+        if self.tokenizer is None or isinstance(self.tokenizer, (str, os.PathLike)):
+            raise ValueError(
+                "tokenizer must be given to know vocab_size for token ids, got "
+                f"{self.tokenizer!r}. Pass the tokenizer itself, or set the model's vocab_size."
+            )
         return len(self.tokenizer)
 
     @property
@@ -251,6 +285,14 @@ class PackedDataModule(LightningDataModule):
             return batch.to(device, non_blocking=self.pin_memory)
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
+    def test_dataloader(self) -> PackLoader | list[Any]:
+        """The held-out rows, as for validation."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> PackLoader | list[Any]:
+        """The held-out rows, as for validation."""
+        return self.val_dataloader()
+
     def state_dict(self) -> dict[str, Any]:
         """Settings, and the number of batches that training on each rank has finished."""
         if self._prepared is None:
@@ -313,3 +355,20 @@ def _default_cache_dir() -> Path:
     if folder := os.environ.get("LCTRAIN_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lctrain"
+
+
+def _as_source(source: Any, held_out: Any) -> Source:
+    if source is None:
+        return StdlibSource()
+    return (
+        source if isinstance(source, Source) else DatasetSource(dataset=source, held_out=held_out)
+    )
+
+
+def _refuse_text_settings(passkey_fraction: float, special_tokens: str) -> None:
+    """Raises ValueError for settings that need texts."""
+    if passkey_fraction or special_tokens != "text":
+        raise ValueError(
+            "passkey_fraction and special_tokens must be left out for token ids, got "
+            f"{passkey_fraction} and {special_tokens!r}. Pass the texts instead."
+        )

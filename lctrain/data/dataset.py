@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -44,7 +45,24 @@ def pack(
         ValueError: if there is no document, a document has no token ids, labels do not fit their
             document, or an argument is out of range; the message names the document.
     """
-    tokens = DatasetTokens(dataset)
+    return pack_tokens(
+        DatasetTokens(dataset),
+        max_tokens,
+        max_document_tokens=max_document_tokens,
+        overlong=overlong,
+        window=window,
+    )
+
+
+def pack_tokens(
+    tokens: DatasetTokens,
+    max_tokens: int,
+    *,
+    max_document_tokens: int | None = None,
+    overlong: Overlong = "split",
+    window: int = 100_000,
+) -> PackedRows:
+    """Packs documents whose lengths are known: see `pack`."""
     kept = np.flatnonzero(tokens.lengths > 0)
     plan = plan_rows(
         tokens.lengths[kept],
@@ -75,6 +93,7 @@ class DatasetTokens:
         """Reads the lengths of all documents. Raises ValueError as `pack`."""
         self._dataset = _indexable(dataset)
         count = len(self._dataset)
+        self._places = np.arange(count)
         self.names: Sequence[str] = [f"document {index}" for index in range(count)]
         columns = getattr(self._dataset, "column_names", None)
         if isinstance(columns, list):  # a datasets.Dataset: other columns are not read
@@ -102,16 +121,28 @@ class DatasetTokens:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def select(self, documents: np.ndarray) -> DatasetTokens:
+        """The chosen documents, [n] int64, in that order."""
+        chosen = copy.copy(self)
+        chosen._places = self._places[documents]
+        chosen.lengths = self.lengths[documents]
+        chosen.names = [self.names[index] for index in documents]
+        return chosen
+
     def tokens(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
         """Returns tokens [start, start + length) of a document: [length] integers."""
-        ids, _ = _read(self._dataset[document], document)
+        ids, _ = self._read(document)
         return ids[start : None if length is None else start + length]
 
     def labels(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
         """Returns the labels of the same tokens: [length] integers, aligned, not shifted."""
-        _, labels = _read(self._dataset[document], document)
+        _, labels = self._read(document)
         assert labels is not None
         return labels[start : None if length is None else start + length]
+
+    def _read(self, document: int) -> tuple[np.ndarray, np.ndarray | None]:
+        place = int(self._places[document])
+        return _read(self._dataset[place], place)
 
     def _check_labels(self, lengths: np.ndarray) -> None:
         wrong = np.flatnonzero(lengths != self.lengths)

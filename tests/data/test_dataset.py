@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from lctrain.batch import PackedBatch
 from lctrain.callbacks import ResumeOrder, StepCheckpoint
 from lctrain.config import OptimConfig
-from lctrain.data import PackCollator, RowOrder, pack
+from lctrain.data import PackCollator, PackedDataModule, RowOrder, pack
 from lctrain.module import LongContextModule
 from tests.callbacks.own_module import OwnModule
 from tests.training import make_trainer
@@ -247,3 +247,61 @@ def test_long_context_module_needs_no_callback(tmp_path, make_llama):
         trainer.fit(module, make_loader(), ckpt_path=path, weights_only=False)
         trainer.save_checkpoint(tmp_path / "x.ckpt")
     assert seen[:9] == seen[9:]
+
+
+@pytest.mark.parametrize("form", ["lists", "arrow", "rows"])
+def test_the_data_module_takes_datasets(tmp_path, make_llama, form):
+    if form == "rows":
+        data = PackedDataModule(pack(DOCUMENTS, 16), held_out=pack(DOCUMENTS[:3], 16))
+    else:
+        data = PackedDataModule(FORMS[form](), max_tokens=16, held_out_fraction=0.3)
+    module = Recorder(make_llama())
+    trainer = make_trainer(tmp_path, max_steps=4, max_epochs=-1)
+    trainer.fit(module, data)
+    trainer.test(module, data, verbose=False)
+    assert len(module.batches) == 4
+    held_out = [document.input_ids.tolist() for document in data.held_out_documents()]
+    train = unpacked(data._ready.train_rows)
+    assert len(held_out) == 3
+    assert sorted(train + ([] if form == "rows" else held_out)) == sorted(DOCUMENTS)
+    again = PackedDataModule(FORMS["lists"](), max_tokens=16, held_out_fraction=0.3)
+    again.setup()
+    if form != "rows":
+        assert again.fingerprint == data.fingerprint
+
+
+def test_the_data_module_takes_texts(tmp_path):
+    texts = [f"text number {i} of some words" for i in range(20)]
+    settings = {"max_tokens": 32, "vocab_size": 300, "cache_dir": tmp_path}
+    reports = []
+    for dataset in (texts, arrow([{"text": text} for text in texts])):
+        data = PackedDataModule(dataset, held_out=["held out text"], **settings)
+        data.setup()
+        assert len(data.held_out_documents()) == 1
+        reports.append(data.packing_report)
+    assert reports[0] == reports[1]
+    assert reports[0].documents == 20
+
+
+def test_wrong_settings_of_the_data_module():
+    with pytest.raises(ValueError, match="held_out must come with a dataset, got it with a Source"):
+        PackedDataModule(held_out=DOCUMENTS)
+    with pytest.raises(ValueError, match=r"must be left out for token ids, got 0.1 and 'text'"):
+        PackedDataModule(DOCUMENTS, passkey_fraction=0.1)
+    with pytest.raises(ValueError, match=r"held_out_fraction must be in \[0, 1\), got 1.5"):
+        PackedDataModule(DOCUMENTS, held_out_fraction=1.5)
+    data = PackedDataModule(DOCUMENTS, max_tokens=16)
+    data.setup()
+    with pytest.raises(ValueError, match="tokenizer must be given to know vocab_size"):
+        _ = data.vocab_size
+
+
+def test_other_documents_are_an_error_at_resume(tmp_path, make_llama):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(OwnModule(make_llama()), PackedDataModule(DOCUMENTS, max_tokens=16))
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    other = PackedDataModule([ids[::-1] for ids in DOCUMENTS], max_tokens=16)
+    with pytest.raises(ValueError, match="training_documents was"):
+        make_trainer(tmp_path, max_steps=2).fit(
+            OwnModule(make_llama()), other, ckpt_path=tmp_path / "x.ckpt"
+        )
