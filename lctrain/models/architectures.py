@@ -156,6 +156,8 @@ def _require_attention_only(model: nn.Module, layers: dict[str, nn.Module]) -> N
         mixes = _MIXER.search(kind) and not re.search(r"Norm|Mlp|MLP|Model$|For[A-Z]", kind)
         if mixes or (isinstance(module, nn.Conv1d) and module not in within):
             found.add(kind)
+    if getattr(model.config, "trigram_input", False):
+        found.add("trigram_input")  # MobileBERT's embeddings hold those of the neighbours
     if found:
         raise ValueError(
             f"model must mix tokens by full or sliding-window attention only, got "

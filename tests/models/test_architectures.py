@@ -51,6 +51,11 @@ SMALL = {
             "hand their sliding window to the attention function, got Qwen2MoeAttention",
         ),
         ("StableLmForCausalLM", {}, "StableLmDecoderLayer drops them"),
+        (
+            "MobileBertForMaskedLM",
+            {},
+            "attention only, got MobileBertForMaskedLM with trigram_input",
+        ),
         ("T5ForConditionalGeneration", {}, "got the encoder-decoder T5.*get_encoder"),
         ("ViTModel", {"image_size": 8, "patch_size": 4}, "must read input_ids, got ViTModel"),
     ],
@@ -103,6 +108,12 @@ def test_an_attention_that_drops_keyword_arguments_is_noticed():
             position_embeddings=(torch.ones(1, 4, 8), torch.zeros(1, 4, 8)),
             attention_mask=None,
         )
+
+
+def test_embeddings_that_hold_their_neighbours_are_refused():
+    model = tiny_model("mobilebert", transformers.MobileBertForMaskedLM)
+    with pytest.raises(ValueError, match=r"attention only, got MobileBert.* with trigram_input"):
+        patch_model(model)
 
 
 def test_heads_wider_than_the_kernels_take():

@@ -55,8 +55,12 @@ _SIZES = {name: size for size, names in _BY_SIZE.items() for name in names.split
 _FAMILIES: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_d_head": 16},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
-    "deepseek_v2": {"n_group": 1, "topk_group": 1},
-    "dots1": {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "deepseek_v2": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "n_routed_experts": 4},
+    "dots1": {
+        "head_dim": 8,
+        "n_routed_experts": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     "dots3_note": {"adapter_in_dim": 32},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
     "phimoe": {"sliding_window": WINDOW},
@@ -67,10 +71,13 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"head_dim": 16},
+    "esm": {"vocab_size": VOCABULARY, "token_dropout": False, "position_embedding_type": "rotary"},
+    "esmc": {"num_key_value_heads": 4},
     "ministral": {"head_dim": 8},
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "qwen4_exp_text": {"linear_num_key_heads": 4, "linear_num_value_heads": 4},
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16]},
+    "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
 }
 """What a family wants beside tiny sizes, by model_type."""
