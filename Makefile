@@ -1,4 +1,4 @@
-# make train | test | lint | bench | clean
+# make train | test | test-versions | lint | bench | clean
 #
 # `train` and `test` create .venv with the pinned packages of constraints.txt when it is missing or
 # when the pins changed. Settings, as `make train PYTHON=python3.12 ARGS="trainer.max_steps=20"`:
@@ -15,6 +15,9 @@ PIP_ARGS ?=
 OLDEST_TRITON := 3.6.0
 BETWEEN_TRITON := 3.8.0
 NEWEST_TRITON := 3.9.0
+OLDEST_TRANSFORMERS := 5.17.0
+NEWEST_TRANSFORMERS := 5.24.0
+OLDEST_LIGHTNING := 2.6.0
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -29,13 +32,28 @@ endif
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: train test lint bench clean system-python check-python
+.PHONY: train test test-versions lint bench clean system-python check-python
 
 train: $(SETUP)
 	$(PY) -m lctrain.train $(ARGS)
 
 test: lint $(TRITONS)
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
+
+# The tests of what touches transformers and Lightning, on both ends of their ranges. The newest
+# transformers needs Python 3.11.
+test-versions: $(SETUP)
+	@for ends in "transformers==$(OLDEST_TRANSFORMERS) huggingface_hub<2 lightning==$(OLDEST_LIGHTNING) \
+	    pytorch-lightning==$(OLDEST_LIGHTNING)" "transformers==$(NEWEST_TRANSFORMERS)"; do \
+	  folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT; \
+	  $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --no-compile \
+	    --target "$$folder" $$ends || exit 1; \
+	  echo "Testing with $$ends"; \
+	  PYTHONPATH="$$folder" OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS) -m "not slow" $(VERSION_TESTS) \
+	    || exit 1; \
+	done
+
+VERSION_TESTS := tests/attention tests/models tests/test_train.py tests/test_module.py
 
 lint: $(SETUP)
 	@if [ -z "$(strip $(VENV))" ] && ! $(PY) -c 'import mypy, ruff' 2>/dev/null; then \
