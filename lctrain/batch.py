@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lctrain.limits import MIN_TOKENS
+
 if TYPE_CHECKING:
     from lctrain.kernels import TileSchedule
 
 IGNORE_INDEX = -100
-MIN_TOKENS = 2  # one token has no target
 
 IntegerSequence = Tensor | np.ndarray | Sequence[int]
 
@@ -254,6 +255,11 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
 
 def _integers(name: str, values: IntegerSequence) -> Tensor:
     """[T] int64 on the CPU."""
+    if isinstance(values, str | bytes):
+        raise TypeError(
+            f"{name} must hold token ids, got text ({values[:20]!r}). Tokenize it first: "
+            "tokenizer(text)['input_ids']."
+        )
     if isinstance(values, np.ndarray) and not values.flags.writeable:
         values = values.copy()  # torch warns about views of read-only memory
     tensor = torch.as_tensor(values)

@@ -13,6 +13,19 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lctrain.config_errors import explain_config_error
+from lctrain.limits import (
+    SPECIAL_TOKENS,
+    check_backend,
+    check_data,
+    check_lengths,
+    check_loading,
+    check_model_sizes,
+    check_seed,
+    check_trainer,
+    check_warmup,
+    named,
+)
+from lctrain.limits import require as _require
 from lctrain.local_paths import check_run_name, local_path
 
 if TYPE_CHECKING:
@@ -73,9 +86,17 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _local(self, "data.", "cache_dir")
-        checks = getattr(super(), "__post_init__", None)  # of the source that a subclass adds
-        if checks is not None:
-            checks()
+        check_data(self, "data.")
+        check_loading(self, "data.")
+        _require(
+            self.special_tokens in SPECIAL_TOKENS,
+            f"data.special_tokens must be one of {', '.join(SPECIAL_TOKENS)}, got "
+            f"{self.special_tokens!r}. text reads them as other text.",
+        )
+        check_source = getattr(super(), "__post_init__", None)  # the schemas add a source
+        if check_source is not None:
+            with named("data."):
+                check_source()
 
 
 @dataclass(frozen=True)
@@ -112,6 +133,7 @@ class ScratchModelConfig(ModelConfig):
             f"model.differential must be 2 or null, got {self.differential}. Version 1 is "
             "model=diff_llama.",
         )
+        check_model_sizes(self.config)
 
 
 @dataclass(frozen=True)
@@ -164,6 +186,9 @@ class AttentionConfig:
     scale: str | None = None
     scale_coefficient: float | None = None
     window: int | None = None
+
+    def __post_init__(self) -> None:
+        check_backend(self.backend, "attention.backend")
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of `lctrain.patch_model`: what is set, also for another kind."""
@@ -313,6 +338,7 @@ class TrainerConfig:
             f"trainer.gradient_clip_val must be at least 0, got {self.gradient_clip_val}. Use null "
             "for no clipping.",
         )
+        check_trainer(self)
 
 
 @dataclass(frozen=True)
@@ -332,6 +358,13 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         _local(self, "callbacks.checkpoint.", "directory")
+        for name in ("every_n_steps", "keep"):
+            value = getattr(self, name)
+            _require(
+                value >= 1,
+                f"callbacks.checkpoint.{name} must be at least 1, got {value}. Use "
+                "callbacks.checkpoint=null for no checkpoints.",
+            )
 
 
 @dataclass(frozen=True)
@@ -475,6 +508,8 @@ class EvaluationConfig:
                 f"evaluation.document_tokens must be at least 2, got {self.document_tokens}. One "
                 "token leaves nothing to predict; use null for whole documents."
             )
+        if self.enabled:
+            check_lengths(self.lengths, self.max_tokens, "evaluation.")
 
 
 @dataclass(frozen=True)
@@ -514,6 +549,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_run_name(self.name)
+        check_seed(self.seed)
+        check_seed(self.data.seed, "data.seed")
+        check_warmup(self.optim.warmup_steps, self.trainer.max_steps)
         _local(self, "", "ckpt_path")
 
 
@@ -523,11 +561,6 @@ def _local(config: Any, group: str, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and value != MISSING:
             object.__setattr__(config, name, local_path(f"{group}{name}", value))
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
 
 
 def store_schema(name: str, schema: Any) -> None:

@@ -27,6 +27,14 @@ from lctrain.config import (
     store_schema,
     to_dataclass,
 )
+from lctrain.limits import (
+    check_lengths,
+    check_methods,
+    check_passkeys,
+    check_windows,
+    require,
+)
+from lctrain.preflight import check_attention, check_data_files, check_targets
 from lctrain.schemas import register_schemas
 
 if TYPE_CHECKING:
@@ -40,6 +48,7 @@ log = logging.getLogger(__name__)
 
 MIN_MAX_TOKENS = 8192  # of a forward pass, where nothing else is said
 TASKS = ("perplexity", "passkey")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -149,7 +158,7 @@ def evaluate(config: EvalConfig) -> Evaluation:
         ValueError: if the configuration, the data or the model does not fit.
     """
     from lctrain.build import build_datamodule, instantiate_all
-    from lctrain.eval import check_lengths, check_methods, longest_documents, trained_window
+    from lctrain.eval import longest_documents, trained_window
     from lctrain.eval.documents import evaluation_documents
     from lctrain.loggers import closing
     from lctrain.models.pretrained import check_dtype, check_model_name, load_pretrained
@@ -394,6 +403,36 @@ def name_the_model(arguments: list[str]) -> list[str]:
     ]
 
 
+def check_before_loading(config: EvalConfig) -> None:
+    """Raises ValueError for what shows without torch, in the first second of an evaluation."""
+    check_lengths(config.lengths, forward_tokens(config))
+    check_tasks(config.tasks)
+    check_methods(config.methods)
+    check_methods(config.passkey.methods or (), "passkey.methods")
+    check_passkeys(
+        config.passkey.depths, config.passkey.keys_per_cell, config.passkey.seed, "passkey."
+    )
+    check_windows(config.overlap, config.min_context, config.stride, min(config.lengths))
+    for name, known in (("split", ("held_out", "all")), ("dtype", DTYPES)):
+        value = getattr(config, name)
+        require(
+            value in known, f"{name} must be one of {', '.join(known)}, got {value!r}. Correct it."
+        )
+    require(
+        config.documents is None or config.documents >= 1,
+        f"documents must be at least 1, got {config.documents}. Use null for all of them.",
+    )
+    check_attention(config.attention)
+    check_data_files(config.data)
+    check_targets("logger", config.logger)
+    if config.window is not None:
+        require(
+            config.window >= 2,
+            f"window must be at least 2, got {config.window}. It is the number of tokens that the "
+            "model was trained on.",
+        )
+
+
 register_schemas()
 store_schema("eval", EvalConfig)
 
@@ -434,6 +473,7 @@ def run(config: DictConfig) -> None:
             "model must be given, got none. Call lctrain-eval model=<folder or hub name>."
         )
     plain = to_dataclass(config, EvalConfig)
+    check_before_loading(plain)
     folder = Path(plain.paths.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(config, folder / "config.yaml", resolve=True)

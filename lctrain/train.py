@@ -12,6 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from lctrain.command import Command
 from lctrain.config import EvaluationConfig, TrainConfig, to_dataclass
+from lctrain.preflight import (
+    check_attention,
+    check_checkpoint,
+    check_data_files,
+    check_targets,
+)
 from lctrain.run.rank import is_rank_zero
 from lctrain.run.start import folder_to_go_on_in, was_requeued
 from lctrain.schemas import register_schemas
@@ -299,6 +305,7 @@ def in_its_folder(config: DictConfig) -> TrainConfig:
     from hydra.core.hydra_config import HydraConfig
 
     plain = to_dataclass(config, TrainConfig)
+    check_before_loading(plain)
     given = [*HydraConfig.get().overrides.task, *HydraConfig.get().overrides.hydra]
     named = ("paths.output_dir=", "hydra.run.dir=")  # which Lightning also gives to further ranks
     if is_rank_zero() and any(text.lstrip("+").startswith(named) for text in given):
@@ -322,6 +329,15 @@ def in_its_folder(config: DictConfig) -> TrainConfig:
     if plain.ckpt_path is None:
         config.ckpt_path = "last"
     return to_dataclass(config, TrainConfig)
+
+
+def check_before_loading(config: TrainConfig) -> None:
+    """Raises ValueError for what shows without torch, in the first second of a run."""
+    check_attention(config.attention)
+    check_data_files(config.data)
+    check_checkpoint(config.ckpt_path)
+    check_targets("callbacks", config.callbacks)
+    check_targets("logger", config.logger)
 
 
 register_schemas()

@@ -174,3 +174,8 @@ def test_empty_pack_is_an_error():
 def test_bad_documents_are_an_error(documents, keywords, error, message):
     with pytest.raises(error, match=message):
         PackedBatch.from_documents(documents, **keywords)
+
+
+def test_text_in_place_of_tokens_is_an_error():
+    with pytest.raises(TypeError, match=r"documents\[0\] must hold token ids, got text \('text'\)"):
+        PackedBatch.from_documents(["text"])

@@ -24,6 +24,7 @@ from lctrain.data.prepare import (
     fingerprint_settings,
 )
 from lctrain.data.sources import Source, StdlibSource
+from lctrain.limits import check_loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,14 +90,10 @@ class PackedDataModule(LightningDataModule):
             ValueError: if a setting is out of range.
         """
         super().__init__()
-        for name, value in (("num_workers", num_workers), ("seed", seed)):
-            if value < 0:
-                raise ValueError(f"{name} must be at least 0, got {value}. Raise it.")
-        if balance_window < 1:
-            raise ValueError(
-                f"balance_window must be at least 1, got {balance_window}. Use the default, "
-                f"{BALANCE_WINDOW}."
-            )
+        self.seed = seed
+        self.balance_window = balance_window
+        self.num_workers = num_workers
+        check_loading(self)
         if held_out is not None and (source is None or isinstance(source, Source)):
             raise ValueError(
                 "held_out must come with a dataset, got it with a Source. Set the source's own "
@@ -130,9 +127,6 @@ class PackedDataModule(LightningDataModule):
                 packing_window=packing_window,
                 held_out_fraction=held_out_fraction,
             )
-        self.seed = seed
-        self.balance_window = balance_window
-        self.num_workers = num_workers
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self._prepared: PreparedData | None = None
         self._cursor = Cursor()

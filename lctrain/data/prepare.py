@@ -7,9 +7,8 @@ import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from lctrain.batch import MIN_TOKENS, check_max_tokens
 from lctrain.data.collator import PackedRows
 from lctrain.data.documents import Documents, TokenStore, count_shared, read_documents
 from lctrain.data.faults import warn_once
@@ -30,6 +29,7 @@ from lctrain.data.tokenizer import (
     train_tokenizer,
 )
 from lctrain.data.tokenizing import tokenize
+from lctrain.limits import check_data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,51 +53,8 @@ class Preparation:
     special_tokens: str = "text"
 
     def __post_init__(self) -> None:
-        check_max_tokens(self.max_tokens)
+        check_data(self)
         check_special_tokens(self.special_tokens)
-        document_limit(self.max_document_tokens, self.max_tokens)
-        if self.overlong not in get_args(Overlong):
-            raise ValueError(
-                f"overlong must be one of {', '.join(get_args(Overlong))}, got {self.overlong!r}. "
-                "split loses no token."
-            )
-        if not 0 <= self.held_out_fraction < 1:
-            raise ValueError(
-                f"held_out_fraction must be in [0, 1), got {self.held_out_fraction}. It is a share "
-                "of the documents; 0 holds none out."
-            )
-        if not 0 <= self.passkey_fraction < 1:
-            raise ValueError(
-                f"passkey_fraction must be in [0, 1), got {self.passkey_fraction}. It is a share "
-                "of the tokens of every training row; 0 adds none."
-            )
-        self._check_room_for_text()
-        if self.packing_window < 1:
-            raise ValueError(
-                f"packing_window must be at least 1, got {self.packing_window}. Raise it."
-            )
-        if self.num_proc is not None and self.num_proc < 1:
-            raise ValueError(
-                f"num_proc must be at least 1, got {self.num_proc}. Use None (null) for one "
-                "process, in which fast tokenizers use all cores."
-            )
-
-    def _check_room_for_text(self) -> None:
-        """Raises unless documents of the wanted length fit beside the passkeys of a row."""
-        room = self.max_tokens - self._passkey_tokens(self.passkey_fraction)
-        share = f"passkey_fraction = {self.passkey_fraction}"
-        if room < MIN_TOKENS:
-            raise ValueError(
-                f"passkey_fraction must leave at least {MIN_TOKENS} of max_tokens = "
-                f"{self.max_tokens} for text, got {self.passkey_fraction}, which leaves {room}. "
-                "Lower it."
-            )
-        if self.max_document_tokens is not None and self.max_document_tokens > room:
-            raise ValueError(
-                f"max_document_tokens must be at most {room}, what {share} leaves of max_tokens = "
-                f"{self.max_tokens} for text, got {self.max_document_tokens}. Lower "
-                "passkey_fraction, raise max_tokens, or use null for documents as long as the room."
-            )
 
     def _passkey_tokens(self, passkey_fraction: float) -> int:
         return round(self.max_tokens * passkey_fraction)

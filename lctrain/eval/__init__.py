@@ -1,20 +1,15 @@
 """How well a model uses long contexts."""
 
 from lctrain.eval.comparison import MethodComparison, compare_methods
-from lctrain.eval.extension import (
-    DUAL_CHUNK_METHODS,
-    METHODS,
-    Extension,
-    check_methods,
-    trained_window,
-)
-from lctrain.eval.perplexity import check_lengths, longest_documents, perplexity_by_length
+from lctrain.eval.extension import Extension, trained_window
+from lctrain.eval.perplexity import longest_documents, perplexity_by_length
 from lctrain.eval.plots import plot_perplexity
 from lctrain.eval.ratio import token_mean
 from lctrain.eval.retrieval import PasskeyTable, passkey_retrieval
 from lctrain.eval.runner import ScoredTokens, score_windows
 from lctrain.eval.table import PerplexityRow, PerplexityTable
 from lctrain.eval.windows import Windows, cut_windows
+from lctrain.limits import DUAL_CHUNK_METHODS, METHODS, check_lengths, check_methods
 
 __all__ = [
     "DUAL_CHUNK_METHODS",

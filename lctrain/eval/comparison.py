@@ -16,9 +16,10 @@ from torch import nn
 
 from lctrain.eval.comparison_plot import plot_comparison
 from lctrain.eval.extension import Extension
-from lctrain.eval.perplexity import check_lengths, perplexity_by_length
+from lctrain.eval.perplexity import perplexity_by_length
 from lctrain.eval.plots import count
 from lctrain.eval.table import PerplexityRow, PerplexityTable, finite
+from lctrain.limits import check_lengths
 
 if TYPE_CHECKING:
     from lctrain.data import TokenizedDocument

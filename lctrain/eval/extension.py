@@ -13,22 +13,19 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
+from lctrain.limits import DUAL_CHUNK_METHODS, ROPE_METHODS, check_methods
 from lctrain.models import patch_model
 from lctrain.models.rotary import find_rotary
 from lctrain.models.window import configured_window
 
 log = logging.getLogger(__name__)
-
-ROPE_METHODS = ("linear", "ntk", "yarn")
-DUAL_CHUNK_METHODS = ("dual_chunk", "dual_chunk_yarn")
-METHODS = ("plain", *ROPE_METHODS, *DUAL_CHUNK_METHODS, "intra_chunk")
 
 
 @dataclass(frozen=True)
@@ -107,20 +104,6 @@ class Extension:
             yield
         finally:
             rotary.inv_freq, rotary.attention_scaling = before
-
-
-def check_methods(methods: Sequence[str]) -> tuple[str, ...]:
-    """Returns the methods without duplicates.
-
-    Raises:
-        ValueError: for one that does not exist.
-    """
-    for method in methods:
-        if method not in METHODS:
-            raise ValueError(
-                f"methods must be among {', '.join(METHODS)}, got {method!r}. Check the spelling."
-            )
-    return tuple(dict.fromkeys(methods))
 
 
 def trained_window(model: Any, window: int | None) -> int:

@@ -17,11 +17,10 @@ from lctrain.eval.ratio import token_mean
 from lctrain.eval.runner import score_windows
 from lctrain.eval.table import PerplexityRow, PerplexityTable
 from lctrain.eval.windows import Windows, cut_windows
+from lctrain.limits import check_lengths, check_windows
 
 if TYPE_CHECKING:
     from lctrain.data import TokenizedDocument
-
-MIN_LENGTH = 2
 
 
 def perplexity_by_length(
@@ -81,7 +80,7 @@ def perplexity_by_length(
             cannot take these tokens or lengths.
     """
     lengths = check_lengths(lengths, max_tokens)
-    _check_options(overlap, min_context, stride, lengths[0])
+    check_windows(overlap, min_context, stride, lengths[0])
     tokens, counts = _scorable(documents, min_context)
     sizes = [len(ids) for ids in tokens]
     longest = max(sizes) - 1
@@ -125,45 +124,6 @@ def longest_documents(
     if count is not None and count < 1:
         raise ValueError(f"documents must be at least 1, got {count}. Use null for all of them.")
     return sorted(documents, key=lambda document: -len(document.input_ids))[:count]
-
-
-def check_lengths(lengths: Sequence[int], max_tokens: int) -> tuple[int, ...]:
-    """Returns the lengths sorted and without duplicates.
-
-    Raises:
-        ValueError: if there is none, one is below 2 or no integer, or a batch cannot hold one.
-    """
-    if not lengths:
-        raise ValueError("lengths must name at least one context length, got none. Try [1024].")
-    for length in lengths:
-        if isinstance(length, bool) or not isinstance(length, int | np.integer):
-            raise ValueError(f"lengths must be integers, got {length!r}. Give tokens, as in 4096.")
-        if length < MIN_LENGTH:
-            raise ValueError(
-                f"lengths must be at least {MIN_LENGTH}, got {length}. Leave it out: one token is "
-                "no context."
-            )
-    if max(lengths) > max_tokens:
-        raise ValueError(
-            f"lengths must be at most max_tokens = {max_tokens}, got {max(lengths)}. Raise "
-            "max_tokens, which bounds the tokens of a forward pass, or leave that length out."
-        )
-    return tuple(sorted({int(length) for length in lengths}))
-
-
-def _check_options(overlap: float, min_context: int, stride: int | None, shortest: int) -> None:
-    if not 0.0 <= overlap < 1.0:
-        raise ValueError(f"overlap must be in [0, 1), got {overlap}. Try 0.5.")
-    if min_context < 1:
-        raise ValueError(
-            f"min_context must be at least 1, got {min_context}. The first token of a document has "
-            "nothing to be predicted from."
-        )
-    if stride is not None and not 1 <= stride <= shortest:
-        raise ValueError(
-            f"stride must be in [1, shortest length = {shortest}], got {stride}. Use null for a "
-            "share of each length."
-        )
 
 
 def _scorable(

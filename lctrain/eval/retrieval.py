@@ -18,10 +18,10 @@ from lctrain.attention import is_patched
 from lctrain.data.passkey import Filler, Passkey, PasskeyFormat
 from lctrain.eval.extension import Extension
 from lctrain.eval.limits import check_model
-from lctrain.eval.perplexity import check_lengths
 from lctrain.eval.plots import count
 from lctrain.eval.retrieval_plot import plot_retrieval
 from lctrain.eval.runner import cut, packed_kwargs, row_kwargs
+from lctrain.limits import check_lengths, check_passkeys
 from lctrain.loss import evaluation_mode
 from lctrain.loss.predictions import greedy_tokens
 
@@ -148,7 +148,7 @@ def passkey_retrieval(
             cannot have a method.
     """
     lengths = check_lengths(lengths, max_tokens)
-    depths = _check_options(depths, keys_per_cell, seed)
+    depths = check_passkeys(depths, keys_per_cell, seed)
     if lengths[0] < format.shortest:
         raise ValueError(
             f"passkey lengths must be at least {format.shortest}, the tokens of key, question and "
@@ -182,22 +182,6 @@ def passkey_retrieval(
                                 found[extension.method][i, j] += one
                             bar.update(len(batch))
     return PasskeyTable(found, lengths, depths, keys_per_cell, extensions[0].window, name)
-
-
-def _check_options(depths: Sequence[float], keys: int, seed: int) -> tuple[float, ...]:
-    if not depths:
-        raise ValueError("depths must name at least one, got none. Try [0.0,0.5,1.0].")
-    for depth in depths:
-        if not 0.0 <= depth <= 1.0:
-            raise ValueError(
-                f"depths must be in [0, 1], got {depth}. It is the share of the text before the "
-                "key."
-            )
-    if keys < 1:
-        raise ValueError(f"keys_per_cell must be at least 1, got {keys}. Try 20.")
-    if seed < 0:
-        raise ValueError(f"passkey seed must be at least 0, got {seed}. Raise it.")
-    return tuple(sorted(set(depths)))
 
 
 def _batches(cells: Sequence[tuple[int, int]], size: int) -> Iterator[Sequence[tuple[int, int]]]:

@@ -33,12 +33,14 @@ def test_works_as_collate_fn_of_a_plain_dataloader():
         ([{"input_ids": [1, 2], "labels": [1]}], r"labels\[0\] must be as long as its document"),
         ([{"input_ids": []}], "got an empty one"),
         ([], "at least one document"),
+        ([{"text": "a"}], r"must be mappings with 'input_ids', got \['text'\] for number 0"),
+        (["text"], "must be mappings with 'input_ids', got str for number 0"),
         (
             [{"input_ids": [1], "name": "a"}, {"input_ids": [2]}],
             "'name' must be in all documents of a row or in none, got 1 of 2",
         ),
     ],
-    ids=["too-long", "labels", "empty", "none", "names"],
+    ids=["too-long", "labels", "empty", "none", "no-ids", "text", "names"],
 )
 def test_bad_documents_are_an_error(documents, message):
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,312 @@
+"""Which values a setting may have: checks that need neither torch nor a file.
+
+The schemas call them, so that a command fails before it loads anything, and so do the objects that
+are built from Python. Messages name the setting as the caller knows it: `prefix` is "data." on the
+command line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+MIN_TOKENS = 2
+"""Tokens of the shortest row, document and context: one token has no target."""
+OVERLONG = ("split", "truncate", "drop")
+MODEL_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
+PRECISIONS = ("auto", "32-true", "32", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true")
+BACKENDS = ("auto", "hopper", "triton", "pytorch")
+SPECIAL_TOKENS = ("text", "token")
+ROPE_METHODS = ("linear", "ntk", "yarn")
+DUAL_CHUNK_METHODS = ("dual_chunk", "dual_chunk_yarn")
+METHODS = ("plain", *ROPE_METHODS, *DUAL_CHUNK_METHODS, "intra_chunk")
+LARGEST_SEED = 2**32 - 1  # of NumPy, which is seeded too
+
+
+def require(holds: bool, message: str) -> None:
+    """Raises ValueError with the message unless a condition holds."""
+    if not holds:
+        raise ValueError(message)
+
+
+@contextmanager
+def named(prefix: str) -> Iterator[None]:
+    """Puts a prefix before the messages of errors inside, which begin with a setting's name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from error
+
+
+def check_seed(seed: int, name: str = "seed") -> None:
+    """Raises ValueError for a seed that torch and NumPy do not both take."""
+    require(
+        0 <= seed <= LARGEST_SEED,
+        f"{name} must be in [0, {LARGEST_SEED}], got {seed}. Choose another one.",
+    )
+
+
+def check_data(settings: Any, prefix: str = "") -> None:
+    """Raises ValueError for the first setting of documents and rows that is out of range.
+
+    Args:
+        settings: Has the attributes of `lctrain.data.prepare.Preparation`.
+        prefix: Of the names in messages.
+    """
+    s = settings
+    require(
+        s.max_tokens >= MIN_TOKENS,
+        f"{prefix}max_tokens must be at least {MIN_TOKENS}, got {s.max_tokens}. A token needs a "
+        f"next one to predict; raise {prefix}max_tokens.",
+    )
+    most = s.max_document_tokens
+    require(
+        most is None or MIN_TOKENS <= most <= s.max_tokens,
+        f"{prefix}max_document_tokens must be in [{MIN_TOKENS}, max_tokens = {s.max_tokens}], got "
+        f"{most}. Use null for documents as long as a row.",
+    )
+    require(
+        s.overlong in OVERLONG,
+        f"{prefix}overlong must be one of {', '.join(OVERLONG)}, got {s.overlong!r}. split loses "
+        "no token.",
+    )
+    require(
+        0 <= s.held_out_fraction < 1,
+        f"{prefix}held_out_fraction must be in [0, 1), got {s.held_out_fraction}. It is a share of "
+        "the documents; 0 holds none out.",
+    )
+    require(
+        0 <= s.passkey_fraction < 1,
+        f"{prefix}passkey_fraction must be in [0, 1), got {s.passkey_fraction}. It is a share of "
+        "the tokens of every training row; 0 adds none.",
+    )
+    _check_room_for_text(s, prefix)
+    require(
+        s.packing_window >= 1,
+        f"{prefix}packing_window must be at least 1, got {s.packing_window}. Raise it.",
+    )
+    require(
+        s.num_proc is None or s.num_proc >= 1,
+        f"{prefix}num_proc must be at least 1, got {s.num_proc}. Use None (null) for one process, "
+        "in which fast tokenizers use all cores.",
+    )
+
+
+def _check_room_for_text(s: Any, prefix: str) -> None:
+    """Raises unless documents of the wanted length fit beside the passkeys of a row."""
+    room = s.max_tokens - round(s.max_tokens * s.passkey_fraction)
+    require(
+        room >= MIN_TOKENS,
+        f"{prefix}passkey_fraction must leave at least {MIN_TOKENS} of max_tokens = {s.max_tokens} "
+        f"for text, got {s.passkey_fraction}, which leaves {room}. Lower it.",
+    )
+    require(
+        s.max_document_tokens is None or s.max_document_tokens <= room,
+        f"{prefix}max_document_tokens must be at most {room}, what passkey_fraction = "
+        f"{s.passkey_fraction} leaves of max_tokens = {s.max_tokens} for text, got "
+        f"{s.max_document_tokens}. Lower passkey_fraction, raise max_tokens, or use null for "
+        "documents as long as the room.",
+    )
+
+
+def check_loading(settings: Any, prefix: str = "") -> None:
+    """Raises ValueError for a setting of the data module itself that is out of range.
+
+    Args:
+        settings: With num_workers and balance_window.
+        prefix: Of the names in messages.
+    """
+    require(
+        settings.num_workers >= 0,
+        f"{prefix}num_workers must be at least 0, got {settings.num_workers}. Raise it.",
+    )
+    require(
+        settings.balance_window >= 1,
+        f"{prefix}balance_window must be at least 1, got {settings.balance_window}. Use the "
+        "default, 256.",
+    )
+
+
+def check_lengths(
+    lengths: Sequence[int], max_tokens: int | None = None, prefix: str = ""
+) -> tuple[int, ...]:
+    """Returns context lengths sorted and without duplicates.
+
+    Args:
+        lengths: In tokens.
+        max_tokens: Tokens of a forward pass; None for no bound.
+        prefix: Of the names in messages.
+
+    Raises:
+        ValueError: if there is none, one is below 2 or no integer, or a batch cannot hold one.
+    """
+    require(
+        len(lengths) > 0,
+        f"{prefix}lengths must name at least one context length, got none. Try [1024].",
+    )
+    for length in lengths:
+        require(
+            not isinstance(length, bool) and hasattr(length, "__index__"),
+            f"{prefix}lengths must be integers, got {length!r}. Give tokens, as in 4096.",
+        )
+        require(
+            length >= MIN_TOKENS,
+            f"{prefix}lengths must be at least {MIN_TOKENS}, got {length}. Leave it out: one token "
+            "is no context.",
+        )
+    require(
+        max_tokens is None or max(lengths) <= max_tokens,
+        f"{prefix}lengths must be at most max_tokens = {max_tokens}, got {max(lengths)}. Raise "
+        f"{prefix}max_tokens, which bounds the tokens of a forward pass, or leave that length out.",
+    )
+    return tuple(sorted({int(length) for length in lengths}))
+
+
+def check_model_sizes(config: Mapping[str, Any]) -> None:
+    """Raises ValueError for a size in a model's configuration that no model has.
+
+    Args:
+        config: Arguments of a configuration class of transformers.
+    """
+    for name in MODEL_SIZES:
+        value = config.get(name)
+        require(
+            value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0),
+            f"model.config.{name} must be an integer of at least 1, got {value!r}. Correct the "
+            "number.",
+        )
+    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+    require(
+        not (heads and width) or config.get("head_dim") is not None or width % heads == 0,
+        f"model.config.hidden_size must be a multiple of num_attention_heads = {heads}, got "
+        f"{width}. Change one of them, or set model.config.head_dim.",
+    )
+    shared = config.get("num_key_value_heads")
+    require(
+        not (heads and shared) or heads % shared == 0,
+        f"model.config.num_attention_heads must be a multiple of num_key_value_heads = {shared}, "
+        f"got {heads}. Change one of them.",
+    )
+
+
+def check_warmup(warmup_steps: int | None, max_steps: int) -> None:
+    """Raises ValueError for a warmup that is longer than the run."""
+    require(
+        warmup_steps is None or max_steps <= 0 or warmup_steps <= max_steps,
+        f"optim.warmup_steps must be at most the {max_steps} steps of the run, got {warmup_steps}. "
+        "Shorten the warmup or train longer.",
+    )
+
+
+def check_trainer(trainer: Any) -> None:
+    """Raises ValueError for hardware, precision or length of a run that Lightning has not.
+
+    Args:
+        trainer: Has the attributes of `lctrain.config.TrainerConfig`.
+    """
+    for name, known in (("accelerator", ACCELERATORS), ("precision", PRECISIONS)):
+        value = getattr(trainer, name)
+        require(
+            value in known,
+            f"trainer.{name} must be one of {', '.join(known)}, got {value!r}. Try auto.",
+        )
+    require(
+        re.fullmatch(r"auto|-1|[1-9]\d*|\d+(,\d+)+,?|\d+,", trainer.devices) is not None,
+        f"trainer.devices must be a number of devices, their numbers with commas, or auto, got "
+        f"{trainer.devices!r}. Try 1.",
+    )
+    require(
+        trainer.max_time is None or re.fullmatch(r"\d+:\d\d?:\d\d?:\d\d?", trainer.max_time),
+        f"trainer.max_time must read days:hours:minutes:seconds, got {trainer.max_time!r}. Half an "
+        "hour is 00:00:30:00.",
+    )
+    require(
+        trainer.limit_val_batches is None or trainer.limit_val_batches >= 0,
+        f"trainer.limit_val_batches must be at least 0, got {trainer.limit_val_batches}. Use null "
+        "for all of them.",
+    )
+    require(
+        trainer.max_steps >= 0 or trainer.max_epochs >= 0,
+        "trainer.max_steps or trainer.max_epochs must be set, got neither. A run needs an end.",
+    )
+
+
+def check_backend(backend: str, name: str) -> None:
+    """Raises ValueError for kernels that there are not."""
+    require(
+        backend in BACKENDS,
+        f"{name} must be one of {', '.join(BACKENDS)}, got {backend!r}. auto picks the fastest.",
+    )
+
+
+def check_methods(methods: Sequence[str], name: str = "methods") -> tuple[str, ...]:
+    """Returns ways to read beyond the window without duplicates.
+
+    Raises:
+        ValueError: for one that does not exist.
+    """
+    for method in methods:
+        require(
+            method in METHODS,
+            f"{name} must be among {', '.join(METHODS)}, got {method!r}. Check the spelling.",
+        )
+    return tuple(dict.fromkeys(methods))
+
+
+def check_windows(
+    overlap: float, min_context: int | None, stride: int | None, shortest: int
+) -> None:
+    """Raises ValueError for windows of an evaluation that cannot be.
+
+    Args:
+        overlap: Share of a window that is only context.
+        min_context: Predecessors of a scored token; None where it is chosen later.
+        stride: Positions that a window scores; None where it is chosen later.
+        shortest: Of the context lengths.
+    """
+    require(0.0 <= overlap < 1.0, f"overlap must be in [0, 1), got {overlap}. Try 0.5.")
+    require(
+        min_context is None or min_context >= 1,
+        f"min_context must be at least 1, got {min_context}. The first token of a document has "
+        "nothing to be predicted from.",
+    )
+    require(
+        stride is None or 1 <= stride <= shortest,
+        f"stride must be in [1, shortest length = {shortest}], got {stride}. Use null for a share "
+        "of each length.",
+    )
+
+
+def check_passkeys(
+    depths: Sequence[float], keys_per_cell: int, seed: int, prefix: str = ""
+) -> tuple[float, ...]:
+    """Returns depths sorted and without duplicates.
+
+    Raises:
+        ValueError: if a depth is no share, or there is nothing to hide.
+    """
+    require(len(depths) > 0, f"{prefix}depths must name at least one, got none. Try [0.0,0.5,1.0].")
+    for depth in depths:
+        require(
+            0.0 <= depth <= 1.0,
+            f"{prefix}depths must be in [0, 1], got {depth}. It is the share of the text before "
+            "the key.",
+        )
+    require(
+        keys_per_cell >= 1,
+        f"{prefix}keys_per_cell must be at least 1, got {keys_per_cell}. Try 20.",
+    )
+    require(seed >= 0, f"{prefix or 'passkey '}seed must be at least 0, got {seed}. Raise it.")
+    return tuple(sorted(set(depths)))

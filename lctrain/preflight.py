@@ -1,0 +1,116 @@
+"""What is checked of a run before anything heavy loads: attention, files and folders.
+
+The schemas have checked keys, types and ranges by then. What needs the model or the text is checked
+later, by those who read them.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lctrain.attention.spec import ATTENTION_NAMES, make_spec
+from lctrain.limits import named, require
+
+if TYPE_CHECKING:
+    from lctrain.config import AttentionConfig, DataConfig
+
+
+def check_attention(config: AttentionConfig | None) -> None:
+    """Raises ValueError for an attention that does not exist, or an option it does not have."""
+    if config is None:
+        return
+    require(
+        config.name in ATTENTION_NAMES,
+        f"attention.name must be one of {', '.join(ATTENTION_NAMES)}, got {config.name!r}. Check "
+        "the spelling.",
+    )
+    try:
+        make_spec(config.name, **config.options())
+    except ValueError as error:
+        option = str(error).partition(" ")[0]
+        prefix = "attention." if option in {field.name for field in fields(config)} else ""
+        raise ValueError(f"{prefix}{error}") from error
+
+
+def check_data_files(config: DataConfig) -> None:
+    """Raises ValueError if a file or glob matches nothing, or the cache cannot be written.
+
+    Args:
+        config: With or without files of its own.
+    """
+    from lctrain.data.readers import match_files
+
+    for name in ("files", "held_out_files"):
+        patterns = getattr(config, name, ())
+        if name == "files" and hasattr(config, "files") and not patterns:
+            raise ValueError(
+                "data.files must name at least one file or glob, got none. Write for example "
+                "'data.files=[books/*.txt]', with the quotes."
+            )
+        if patterns:
+            with named("data.") if name == "files" else named("data.held_out_"):
+                match_files(patterns)
+    if config.cache_dir is not None:
+        check_folder(Path(config.cache_dir), "data.cache_dir")
+    elif (folder := os.environ.get("LCTRAIN_CACHE")) is not None:
+        check_folder(Path(folder), "LCTRAIN_CACHE")
+
+
+def check_checkpoint(ckpt_path: str | None) -> None:
+    """Raises ValueError if a checkpoint is named that is not there, or is a folder."""
+    if ckpt_path is None or ckpt_path == "last" or "://" in ckpt_path:
+        return
+    path = Path(ckpt_path)
+    if path.is_dir():
+        inside = sorted(path.rglob("*.ckpt"))
+        remedy = f"Name a file in it, such as {inside[-1]}" if inside else "It holds no checkpoint"
+        raise ValueError(
+            f"ckpt_path must be a checkpoint file or last, got {ckpt_path!r}, which is a folder. "
+            f"{remedy}."
+        )
+    if not path.is_file():
+        raise ValueError(
+            f"ckpt_path must be a checkpoint file or last, got {ckpt_path!r}, which is not there. "
+            "Leave it out to start afresh."
+        )
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Raises ValueError if no file can be created in a folder, which is made if needed.
+
+    Args:
+        folder: The folder.
+        name: Of the setting.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{name} must be a folder that can be written, got {folder} ({error.strerror}). Choose "
+            "another one."
+        ) from error
+
+
+def check_targets(group: str, configs: Any) -> None:
+    """Raises ValueError for an entry that does not say which class is built.
+
+    Args:
+        group: callbacks or logger.
+        configs: By name; None is switched off.
+    """
+    for name, config in configs.items():
+        if config is None:
+            continue
+        get = getattr(config, "get", None)
+        target = get("_target_") if get is not None else getattr(config, "_target_", None)
+        if not isinstance(target, str) or "." not in target:
+            raise ValueError(
+                f"{group}.{name} must have a _target_, got {config!r}. Give the class to build, or "
+                f"set {group}.{name}=null."
+            )
