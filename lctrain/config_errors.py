@@ -150,6 +150,12 @@ def _value_error(text: str, key: str, given: dict[str, str]) -> str | None:
 
 
 def _syntax_error(text: str, overrides: Sequence[str]) -> str | None:
+    if "Unexpected type for root" in text:
+        off = [o for o in overrides if o.endswith(("=none", "=null"))]
+        return (
+            f"keys of a group that is switched off must not be set, got {' '.join(off)} and "
+            f"{' '.join(o for o in overrides if o not in off)}. Leave one of them out."
+        )
     if match := _NO_VALUE.search(text):
         name = match["override"]
         return f"{name} must be followed by a value, got none. Write {name}=..."

@@ -42,8 +42,8 @@ def explain(
         known: Gives every key of the configuration, with dots.
     """
     module = type(error).__module__.partition(".")[0]
-    group_value = "Config group override must be" in str(error)  # Hydra's only plain ValueError
-    if module in _CONFIG_MODULES or group_value:
+    plain = str(error).startswith(("Config group override must be", "Unexpected type for root"))
+    if module in _CONFIG_MODULES or plain:  # errors of Hydra and OmegaConf with a type of Python's
         return explain_config_error(error, overrides, known)
     if killed := _KILLED.search(str(error)):
         how = f"by {killed[1]}" if killed[1] else "unexpectedly"
