@@ -218,6 +218,8 @@ def build_trainer(
         raise ValueError(
             "trainer.max_steps or trainer.max_epochs must be set, got neither. A run needs an end."
         )
+    if config.validate_every_n_steps is None:
+        _refuse_monitors(callbacks)
     has_bar = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks)
     if not config.enable_progress_bar:
         callbacks = [c for c in callbacks if not isinstance(c, pl.callbacks.ProgressBar)]
@@ -250,6 +252,16 @@ def build_trainer(
         logger=loggers or False,
         default_root_dir=root_dir,
     )
+
+
+def _refuse_monitors(callbacks: list[pl.Callback]) -> None:
+    """Raises ValueError for a callback that waits for validations of a run that has none."""
+    for callback in callbacks:
+        if str(getattr(callback, "monitor", None)).startswith("val/"):
+            raise ValueError(
+                f"trainer.validate_every_n_steps must be set for {type(callback).__name__} with "
+                f"monitor={callback.monitor}, got null. Set it, or monitor train/loss."
+            )
 
 
 NEVER = 10**9  # epochs between two validations that Lightning would start by itself

@@ -412,6 +412,63 @@ class LengthPerplexityConfig:
 
 
 @dataclass(frozen=True)
+class AttentionScheduleConfig:
+    """`lctrain.callbacks.AttentionSchedule`; attention=none leaves the patching to it.
+
+    Attributes:
+        stages: From the first optimizer step of a stage to its description: `attention`, its
+            options, and `rope`.
+    """
+
+    _target_: str = "lctrain.callbacks.AttentionSchedule"
+    stages: dict[int, Any] = field(default_factory=lambda: {0: {"attention": "flash"}})
+
+
+@dataclass(frozen=True)
+class BestCheckpointConfig:
+    """Lightning's `ModelCheckpoint`, after validations.
+
+    Attributes:
+        dirpath: Folder of the checkpoint.
+        monitor: Logged metric that decides.
+        mode: min or max: which value of the metric is best.
+        save_top_k: Number of best checkpoints that stay on disk.
+        filename: Name of the file, with the step.
+    """
+
+    _target_: str = "lightning.pytorch.callbacks.ModelCheckpoint"
+    dirpath: str = MISSING
+    monitor: str = "val/loss"
+    mode: str = "min"
+    save_top_k: int = 1
+    filename: str = "best-{step:08d}"
+    auto_insert_metric_name: bool = False
+    save_on_train_epoch_end: bool = False
+
+    def __post_init__(self) -> None:
+        _local(self, "callbacks.best_checkpoint.", "dirpath")
+
+
+@dataclass(frozen=True)
+class EarlyStoppingConfig:
+    """Lightning's `EarlyStopping`, after validations.
+
+    Attributes:
+        monitor: Logged metric that decides.
+        mode: min or max: which value of the metric is best.
+        patience: Validations without an improvement after which training stops.
+        min_delta: Smallest change that counts as an improvement.
+    """
+
+    _target_: str = "lightning.pytorch.callbacks.EarlyStopping"
+    monitor: str = "val/loss"
+    mode: str = "min"
+    patience: int = 3
+    min_delta: float = 0.0
+    check_on_train_epoch_end: bool = False
+
+
+@dataclass(frozen=True)
 class ProgressBarConfig:
     """`lctrain.callbacks.TokenProgressBar`.
 
@@ -459,6 +516,21 @@ class WandbLoggerConfig:
 
     def __post_init__(self) -> None:
         _local(self, "logger.wandb.", "save_dir")
+
+
+@dataclass(frozen=True)
+class TensorBoardLoggerConfig:
+    """TensorBoard, which the extra lctrain[tensorboard] installs.
+
+    Attributes:
+        save_dir: Folder in which the folder `tensorboard` is made.
+    """
+
+    _target_: str = "lctrain.loggers.tensorboard_logger"
+    save_dir: str = MISSING
+
+    def __post_init__(self) -> None:
+        _local(self, "logger.tensorboard.", "save_dir")
 
 
 @dataclass(frozen=True)

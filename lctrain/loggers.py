@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 
@@ -119,6 +119,26 @@ def wandb_logger(
     """
     Path(save_dir).mkdir(parents=True, exist_ok=True)
     return WandbLogger(save_dir=save_dir, project=project, name=name, offline=offline, id=id)
+
+
+def tensorboard_logger(save_dir: str) -> Logger:
+    """Builds Lightning's TensorBoardLogger; a resumed run goes on in the same folder.
+
+    Args:
+        save_dir: Folder in which the folder `tensorboard` is made.
+
+    Raises:
+        ValueError: if TensorBoard is not installed.
+    """
+    try:
+        return TensorBoardLogger(
+            save_dir=save_dir, name="tensorboard", version="", default_hp_metric=False
+        )
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "logger=tensorboard needs the package tensorboard, got none. Install "
+            "lctrain[tensorboard], or choose logger=csv."
+        ) from error
 
 
 def with_run_id(configs: Mapping[str, Any], run_id: str) -> dict[str, Any]:

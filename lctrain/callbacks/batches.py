@@ -72,14 +72,16 @@ class BatchView:
         return int(self.input_ids.shape[0])
 
     def without_tokens(self) -> BatchView:
-        """A view that knows `rows` and `lengths`, and lets the rest of a mapping be freed."""
+        """A view that knows rows, lengths and names, and lets the rest of the batch be freed."""
         shape = self.input_ids.to("meta")
         if isinstance(self.content, PackedBatch):
-            return self
-        names = ("cu_seq_lens_q", "attention_mask", "position_ids")
+            pack = self.content
+            kept = {"names": pack.names, "document_ids": pack.document_ids}
+            return BatchView({"input_ids": shape, "lengths": pack.lengths, **kept})
+        names = ("names", "document_ids", "cu_seq_lens_q", "attention_mask", "position_ids")
         kept = {name: self.content[name] for name in names if self.content.get(name) is not None}
         if "cu_seq_lens_q" in kept:
-            kept = {"cu_seq_lens_q": kept["cu_seq_lens_q"]}
+            kept = {name: kept[name] for name in kept if name not in names[3:]}
         return BatchView({"input_ids": shape, **kept})
 
     @property
@@ -95,6 +97,8 @@ class BatchView:
         """Tokens of every document, without padding; a mapping on a GPU is waited for."""
         if isinstance(self.content, PackedBatch):
             return self.content.lengths
+        if "lengths" in self.content:
+            return tuple(map(int, self.content["lengths"]))
         boundaries = self.content.get("cu_seq_lens_q")
         if boundaries is not None:
             return tuple(boundaries.diff().tolist())

@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lctrain.batch import PackedBatch
 from lctrain.cadence import at_log_step
+from lctrain.callbacks.batches import BatchView, ReadBatch, view_batch
 from lctrain.callbacks.checkpoint import StepCheckpoint
+from lctrain.callbacks.targets import loss_of
 
 SHOWN_DOCUMENTS = 8
 
@@ -27,12 +28,11 @@ class _Loss:
 
     index: int
     value: Tensor
-    names: tuple[str, ...] | None
-    document_ids: Tensor  # [N] int32
+    batch: BatchView
 
     def describe(self) -> str:
         """Names the documents, at most SHOWN_DOCUMENTS of them."""
-        names = self.names or tuple(f"id {i}" for i in self.document_ids.tolist())
+        names = self.batch.document_names()
         more = len(names) - SHOWN_DOCUMENTS
         shown = ", ".join(names[:SHOWN_DOCUMENTS]) + (f" and {more} more" if more > 0 else "")
         return f"{float(self.value)} in micro-batch {self.index}, documents: {shown}"
@@ -44,9 +44,18 @@ class NonFiniteLossGuard(pl.Callback):
     The losses stay on the device until a logging step or a checkpoint, where the device is waited
     for anyway. Nothing that is not finite reaches a checkpoint: saving raises first, also when the
     losses were finite and an overflow in the backward pass spoilt the weights.
+
+    Args:
+        read_batch: From a batch to a PackedBatch or a mapping with transformers' names, for
+            batches that are neither; it names the documents.
+
+    Raises:
+        ValueError: in training, if the batch cannot be read, or `training_step` of a module with
+            manual optimization returns no loss.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, read_batch: ReadBatch | None = None) -> None:
+        self.read_batch = read_batch
         self._pending: list[_Loss] = []
 
     def on_train_batch_end(
@@ -54,7 +63,7 @@ class NonFiniteLossGuard(pl.Callback):
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         outputs: Any,
-        batch: PackedBatch,
+        batch: Any,
         batch_idx: int,
     ) -> None:
         """Keeps the loss; looks at what was kept if this is a logging step.
@@ -63,8 +72,15 @@ class NonFiniteLossGuard(pl.Callback):
             NonFiniteLossError: if a loss since the last look was not finite, on any rank.
         """
         index = trainer.fit_loop.epoch_loop.total_batch_idx
-        loss = outputs["loss"].detach()
-        self._pending.append(_Loss(index, loss, batch.names, batch.document_ids))
+        loss = loss_of(outputs)
+        if loss is not None:
+            view = view_batch(batch, self.read_batch).without_tokens()
+            self._pending.append(_Loss(index, loss, view))
+        elif not pl_module.automatic_optimization:
+            raise ValueError(
+                "NonFiniteLossGuard needs the loss of every batch, got none from training_step. "
+                "Return it: {'loss': loss.detach()}."
+            )
         if at_log_step(trainer):
             self._check_losses(trainer)
 

@@ -8,6 +8,8 @@ from lctrain.callbacks import (
     IsolationCheck,
     IsolationError,
     LengthPerplexity,
+    NonFiniteLossError,
+    NonFiniteLossGuard,
     PatchAttention,
     StepCheckpoint,
     ThroughputMonitor,
@@ -156,6 +158,7 @@ def test_all_callbacks_together(tmp_path, make_llama, form, reverse):
         PatchAttention(),
         IsolationCheck(read_batch=reader),
         monitor,
+        NonFiniteLossGuard(read_batch=reader),
         exact,
         LengthPerplexity([8], every_n_steps=2, held_out=[list(range(3, 40))]),
         StepCheckpoint(tmp_path / "c", every_n_steps=2),
@@ -243,3 +246,23 @@ def test_length_perplexity_says_what_it_needs(tmp_path, make_llama):
     trainer = make_trainer(tmp_path, [LengthPerplexity([8], every_n_steps=1)])
     with pytest.raises(ValueError, match=r"got no data module that has them\. Pass held_out="):
         trainer.fit(OwnModule(make_llama()), loader(PACKS))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_loss_that_is_not_finite_names_documents(tmp_path, make_llama, form):
+    kind, batches, reader = FORMS[form]
+    model = make_llama()
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    trainer = make_trainer(tmp_path, [PatchAttention(), NonFiniteLossGuard(read_batch=reader)])
+    names = "document-0-0, document-0-1" if kind in (OwnModule, Manual) else "number 0, number 1"
+    with pytest.raises(NonFiniteLossError, match=f"nan in micro-batch 0, documents: {names}"):
+        trainer.fit(kind(model), plain_loader(batches))
+
+
+def test_the_guard_says_what_it_needs(tmp_path, make_llama):
+    class Silent(Manual):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+
+    with pytest.raises(ValueError, match=r"needs the loss of every batch.*Return it"):
+        make_trainer(tmp_path, [NonFiniteLossGuard()]).fit(Silent(make_llama()), loader(PACKS))
