@@ -421,7 +421,7 @@ class AttentionScheduleConfig:
     """
 
     _target_: str = "lctrain.callbacks.AttentionSchedule"
-    stages: dict[int, Any] = field(default_factory=lambda: {0: {"attention": "flash"}})
+    stages: dict[int, Any] = MISSING
 
 
 @dataclass(frozen=True)

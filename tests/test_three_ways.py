@@ -1,7 +1,6 @@
 """Hydra, LongContextModule by hand, and a module of one's own: the same losses, to the bit."""
 
 import random
-from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -105,16 +104,21 @@ class OwnModule(pl.LightningModule):
         follow_schedule(self.lr_schedulers())
 
 
+RECORDED: list[dict[int, float]] = []  # a config holds plain values only
+
+
+def watch(dies):
+    """What the config of the Hydra run builds."""
+    return Killed(RECORDED[-1], dies)
+
+
 def run_hydra(config, folder, losses, dies, resume):
     """`lctrain-train`, with one callback more that looks."""
     more = ["ckpt_path=last"] if resume else []
     made = config(folder, *more)
-    watch = {
-        "_target_": "tests.test_three_ways.Killed",
-        "losses": losses,
-        "dies": dies,
-    }
-    callbacks = dict(made.callbacks) | {"watch": SimpleNamespace(**watch)}
+    RECORDED.append(losses)
+    watch = {"_target_": "tests.test_three_ways.watch", "dies": dies}
+    callbacks = dict(made.callbacks) | {"watch": watch}
     train(TrainConfig(**{**vars(made), "callbacks": callbacks}))
 
 

@@ -1,7 +1,7 @@
 """Every config composes, converts to plain dataclasses and builds its objects."""
 
 import dataclasses
-import importlib
+import importlib.util
 import itertools
 from importlib import resources
 
@@ -41,6 +41,8 @@ NEEDED = {
     "data=parquet": ["data.files=[x.parquet]"],
     "data=hub": ["data.dataset=owner/name"],
     "model=hf": ["model.name_or_path=owner/name"],
+    "callbacks=best_checkpoint": ["trainer.validate_every_n_steps=5"],
+    "callbacks=early_stopping": ["trainer.validate_every_n_steps=5"],
 }
 
 
@@ -413,3 +415,46 @@ def test_a_tilde_in_the_arguments_of_a_command_is_the_home_folder(monkeypatch):
         "paths.root=/home/me/x", "data.files=[/home/me/a,/home/me/b/*.txt]", "~data.seed",
         "a=b~/c", "c=~x/y",
     ]  # fmt: skip
+
+
+def test_callbacks_are_choices_that_add_up():
+    """callbacks=[...]: Lightning's own callbacks beside the default ones."""
+    several = "callbacks=[default,best_checkpoint,early_stopping]"
+    metric = "callbacks.early_stopping.monitor=train/loss"
+    plain = to_dataclass(
+        composed(several, metric, "callbacks.best_checkpoint.mode=max"), TrainConfig
+    )
+    made = instantiate_all("callbacks", plain.callbacks)
+    assert {"isolation", "checkpoint", "best_checkpoint", "early_stopping"} <= made.keys()
+    assert made["early_stopping"].monitor == "train/loss"
+    assert made["best_checkpoint"].mode == "max"
+    callbacks = list(made.values())
+    with pytest.raises(ValueError, match=r"validate_every_n_steps must be set for ModelCheckpoint"):
+        build_trainer(plain.trainer, callbacks, [], "out")
+
+
+def test_a_schedule_of_attention_from_overrides():
+    stages = "callbacks.attention_schedule.stages={0:{attention:flash,sliding_window:64},5:{}}"
+    several = "callbacks=[default,attention_schedule]"
+    plain = to_dataclass(composed(several, "attention=none", stages), TrainConfig)
+    schedule = instantiate_all("callbacks", plain.callbacks)["attention_schedule"]
+    assert [(stage.step, dict(stage.options)) for stage in schedule.stages] == [
+        (0, {"sliding_window": 64}),
+        (5, {}),
+    ]
+
+
+def test_tensorboard_is_an_extra(tmp_path, monkeypatch):
+    from lightning.pytorch.loggers import tensorboard
+
+    plain = to_dataclass(composed("logger=tensorboard", output_dir=tmp_path), TrainConfig)
+    if importlib.util.find_spec("tensorboard") is not None:
+        logger = instantiate_all("logger", plain.logger)["tensorboard"]
+        logger.log_metrics({"x": 1.0}, step=0)
+        logger.finalize("success")
+        assert list((tmp_path / "tensorboard").glob("events*"))
+    for name in ("_TENSORBOARD_AVAILABLE", "_TENSORBOARDX_AVAILABLE"):
+        monkeypatch.setattr(f"lightning.fabric.loggers.tensorboard.{name}", False)
+        monkeypatch.setattr(tensorboard, name, False, raising=False)
+    with pytest.raises(Exception, match=r"Install lctrain\[tensorboard\]"):
+        instantiate_all("logger", plain.logger)
