@@ -421,7 +421,7 @@ class AttentionScheduleConfig:
     """
 
     _target_: str = "lctrain.callbacks.AttentionSchedule"
-    stages: dict[int, Any] = MISSING
+    stages: Any = MISSING
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ NEEDED = {
     "data=parquet": ["data.files=[x.parquet]"],
     "data=hub": ["data.dataset=owner/name"],
     "model=hf": ["model.name_or_path=owner/name"],
+    "callbacks=attention_schedule": ["callbacks.attention_schedule.stages={0:{attention:flash}}"],
     "callbacks=best_checkpoint": ["trainer.validate_every_n_steps=5"],
     "callbacks=early_stopping": ["trainer.validate_every_n_steps=5"],
 }
