@@ -126,7 +126,7 @@ class GatedMLP:
         self_: Any = self
         gate, up = self_.gate_proj(x), self_.up_proj(x)
         down = self_.down_proj
-        if is_plain(gate, up) and is_plain_linear(down):
+        if is_plain(gate, up) and is_plain_linear(down) and not keeps_tensors_elsewhere():
             return gated_linear(gate, up, down.weight, activation=self.fused_activation)
         return down(gate_states(gate, up, self.fused_activation))
 
@@ -174,6 +174,18 @@ def gate_states(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
 def is_plain(*tensors: Tensor) -> bool:
     """Whether the kernels can read these: plain tensors, not distributed or wrapped ones."""
     return all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors)
+
+
+def keeps_tensors_elsewhere() -> bool:
+    """Whether someone decides what the backward keeps: a checkpoint, or an offload.
+
+    A checkpoint computes the product again anyway, and stops before the projection that follows it:
+    one matrix product less than if both were one operation.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(True) is not None
 
 
 def is_plain_linear(module: Any) -> bool:

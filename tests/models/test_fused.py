@@ -133,6 +133,19 @@ def test_gradient_checkpointing_runs_every_layer_twice(family, use_reentrant) ->
         assert len(calls) == 4
 
 
+def test_checkpoint_stops_before_the_last_product() -> None:
+    """Its input is all that the backward needs of it; one operation would compute it again."""
+    model = make("llama").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with lctrain.patch_model(model, fused=True):
+        out = packed_outputs(model, make_documents())
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            out.sum().backward()
+    names = [event.name for event in profile.events()]
+    assert "lctrain::gated" in names
+    assert "lctrain::gated_linear" not in names
+
+
 def test_gradient_checkpointing_changes_no_bit() -> None:
     model = make("llama").train()
     documents = make_documents()

@@ -25,7 +25,7 @@ class RowConfig:
     programs: int
 
 
-HALF = RowConfig(4096, 8, 4, 2)
+HALF = RowConfig(2048, 4, 4, 4)
 SINGLE = RowConfig(2048, 8, 2, 2)
 
 

@@ -41,7 +41,7 @@ FORWARD = {
 BACKWARD = {
     256: NormConfig(16, 4, 2, 4),
     1024: NormConfig(4, 4, 2, 4),
-    2048: NormConfig(4, 8, 2, 2),
+    2048: NormConfig(4, 8, 3, 1),
     4096: NormConfig(2, 8, 3, 1),
     8192: NormConfig(1, 8, 3, 1),
     16384: NormConfig(1, 16, 3, 1),

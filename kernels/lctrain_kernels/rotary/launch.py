@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 from torch import Tensor
@@ -11,11 +13,38 @@ from lctrain_kernels.norm.launch import column_sum
 from lctrain_kernels.rotary.options import RotaryOptions
 from lctrain_kernels.rotary.triton_kernels import norm_rotary_bwd_kernel, rotary_kernel
 
-# Numbers of a tile: TOKENS is chosen so that one head's half times heads times tokens is near it.
-FORWARD_TILE, BACKWARD_TILE = 1024, 1024
-NUM_WARPS = 4
-STAGES = 2  # depth of the load pipeline in the backward of the norm
-PROGRAMS = 4  # per multiprocessor, in the backward of the norm
+
+@dataclass(frozen=True)
+class RotaryConfig:
+    """Tile of a rotary kernel; bench/NOTES.md holds the measurements.
+
+    Attributes:
+        size: Numbers of one half that a tile holds, over heads and tokens.
+        num_warps: Warps of a program.
+        stages: Depth of the backward's load pipeline.
+        programs: Programs per multiprocessor in the backward.
+    """
+
+    size: int
+    num_warps: int
+    stages: int = 1
+    programs: int = 1
+
+    def tokens(self, numbers: int) -> int:
+        """Tokens of a tile whose token has so many numbers."""
+        return max(self.size // numbers, 1)
+
+
+def forward_config(numbers: int, has_norm: bool) -> RotaryConfig:
+    """The forward's tile, for heads that have `numbers` of one half per token."""
+    if has_norm:
+        return RotaryConfig(1024, 4)
+    return RotaryConfig(2048, 8 if numbers < 2048 else 4)
+
+
+def backward_config(numbers: int) -> RotaryConfig:
+    """The tile of the norm's backward."""
+    return RotaryConfig(2048, 8, 3, 2) if numbers >= 1024 else RotaryConfig(512, 4, 3, 4)
 
 
 def rotate(
@@ -41,7 +70,9 @@ def rotate(
     k_out = torch.empty(0 if k is None else k.shape, dtype=q.dtype, device=q.device)
     shape = _shape(cos, head_dim, options)
     block_q, block_k = triton.next_power_of_2(q_heads), triton.next_power_of_2(k_heads)
-    size = max(FORWARD_TILE // (block_q * shape["BLOCK_HALF"]), 1)
+    numbers = block_q * shape["BLOCK_HALF"]
+    config = forward_config(numbers, q_weight is not None)
+    size = config.tokens(numbers)
     if tokens:
         rotary_kernel[(triton.cdiv(tokens, size),)](
             q,
@@ -69,7 +100,7 @@ def rotate(
             HEAD_DIM=head_dim,
             TOKENS=size,
             INVERSE=inverse,
-            num_warps=NUM_WARPS,
+            num_warps=config.num_warps,
             enable_fp_fusion=True,
             **shape,
         )
@@ -89,8 +120,11 @@ def norm_rotary_bwd(
     tokens, heads, head_dim = x.shape
     shape = _shape(cos, head_dim, options)
     block = triton.next_power_of_2(heads)
-    size = max(BACKWARD_TILE // (block * shape["BLOCK_HALF"]), 1)
-    programs = max(min(triton.cdiv(tokens, size), PROGRAMS * multiprocessors(x.device)), 1)
+    numbers = block * shape["BLOCK_HALF"]
+    config = backward_config(numbers)
+    size = config.tokens(numbers)
+    programs = config.programs * multiprocessors(x.device)
+    programs = max(min(triton.cdiv(tokens, size), programs), 1)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     parts = torch.empty(programs, head_dim, dtype=torch.float32, device=x.device)
     norm_rotary_bwd_kernel[(programs,)](
@@ -115,8 +149,8 @@ def norm_rotary_bwd(
         HEADS=block,
         HEAD_DIM=head_dim,
         TOKENS=size,
-        STAGES=STAGES,
-        num_warps=NUM_WARPS,
+        STAGES=config.stages,
+        num_warps=config.num_warps,
         enable_fp_fusion=True,
         **shape,
     )
