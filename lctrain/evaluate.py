@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,9 @@ from lctrain.limits import (
     check_windows,
     require,
 )
+from lctrain.local_paths import check_run_name
 from lctrain.preflight import check_attention, check_data_files, check_targets
+from lctrain.run.start import without_empty_folder
 from lctrain.schemas import register_schemas
 
 if TYPE_CHECKING:
@@ -125,6 +128,9 @@ class EvalConfig:
     dtype: str = "auto"
     device: str = "auto"
 
+    def __post_init__(self) -> None:
+        check_run_name(self.name)
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -155,7 +161,8 @@ def evaluate(config: EvalConfig) -> Evaluation:
         The tables and the files.
 
     Raises:
-        ValueError: if the configuration, the data or the model does not fit.
+        ValueError: if the configuration, the data or the model does not fit, or the folder holds
+            a run.
     """
     from lctrain.build import build_datamodule, instantiate_all
     from lctrain.eval import longest_documents, trained_window
@@ -173,7 +180,7 @@ def evaluate(config: EvalConfig) -> Evaluation:
     device = pick_device(config.device)
     check_model_name(config.model.name_or_path)
     loggers = instantiate_all("logger", config.logger)
-    with closing([*loggers.values()]):
+    with own_folder(config), closing([*loggers.values()]):
         # First: an error about a name that is also the tokenizer's should blame the model.
         model = load_pretrained(config.model, config.dtype)
         preparation = build_datamodule(config.data, config.model).preparation
@@ -201,6 +208,33 @@ def evaluate(config: EvalConfig) -> Evaluation:
             log_tables(logger, perplexity, passkey, paths)
             logger.finalize("success")
     return Evaluation(perplexity, passkey, paths)
+
+
+@contextmanager
+def own_folder(config: EvalConfig) -> Iterator[None]:
+    """Takes the folder of an evaluation: no other one, and no training run, writes there.
+
+    Raises:
+        ValueError: if one does, or has.
+        StorageError: if the block cannot write for want of space.
+        SystemExit: if a signal ends the block.
+    """
+    from lctrain.run.folder import RunFolder
+    from lctrain.run.identity import plain_values
+    from lctrain.run.log_file import log_file
+    from lctrain.run.signals import StopSignals, ends_in_order
+    from lctrain.run.storage import storage_errors
+
+    path = Path(config.paths.output_dir).absolute()
+    with (
+        StopSignals() as signals,
+        ends_in_order(signals, None),
+        RunFolder.create(path, "eval", {}) as folder,
+        log_file(path / "eval.log"),
+        storage_errors(path, "evaluate again"),
+    ):
+        folder.save_options(plain_values(config))
+        yield
 
 
 def measure_perplexity(
@@ -466,18 +500,17 @@ lctrain-eval evaluates a causal language model of Hugging Face at several contex
 
 def run(config: DictConfig) -> None:
     """Evaluates what Hydra composed, and prints table and files."""
+    from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
     if OmegaConf.is_missing(config.model, "name_or_path"):
         raise ValueError(
             "model must be given, got none. Call lctrain-eval model=<folder or hub name>."
         )
-    plain = to_dataclass(config, EvalConfig)
-    check_before_loading(plain)
-    folder = Path(plain.paths.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, folder / "config.yaml", resolve=True)
-    evaluation = evaluate(plain)
+    with without_empty_folder(HydraConfig.get().runtime.output_dir):
+        plain = to_dataclass(config, EvalConfig)
+        check_before_loading(plain)
+        evaluation = evaluate(plain)
     print(evaluation)
     width = max(map(len, evaluation.paths), default=0)
     for kind, path in evaluation.paths.items():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from lctrain.preflight import (
     check_targets,
 )
 from lctrain.run.rank import is_rank_zero
-from lctrain.run.start import folder_to_go_on_in, was_requeued
+from lctrain.run.start import folder_to_go_on_in, was_requeued, without_empty_folder
 from lctrain.schemas import register_schemas
 
 if TYPE_CHECKING:
@@ -283,17 +283,6 @@ def run(config: DictConfig) -> None:
         quiet_lightning()
         leave_at_exit()
         train(plain)
-
-
-@contextmanager
-def without_empty_folder(folder: str) -> Iterator[None]:
-    """Deletes the folder that Hydra has made if the block fails before anything is in it."""
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):
-            Path(folder).rmdir()
-        raise
 
 
 def in_its_folder(config: DictConfig) -> TrainConfig:

@@ -1,4 +1,5 @@
 import csv
+import itertools
 import json
 import shutil
 import sys
@@ -78,6 +79,8 @@ def texts(tmp_path_factory) -> Path:
 def make_config(model_folder, texts, tmp_path):
     """Returns a factory of configs that evaluate the Llama on all texts: make_config(**changes)."""
 
+    numbers = itertools.count()  # every evaluation has a folder of its own
+
     def make(folder: Path = model_folder, data: dict | None = None, **changes) -> EvalConfig:
         settings = {
             "files": (f"{texts}/*.txt",),
@@ -88,7 +91,7 @@ def make_config(model_folder, texts, tmp_path):
             "model": PretrainedModelConfig(name_or_path=str(folder)),
             "data": TextData(**{**settings, **(data or {})}),
             "attention": AttentionConfig(),
-            "paths": PathsConfig(output_dir=str(tmp_path / "out")),
+            "paths": PathsConfig(output_dir=str(tmp_path / f"out-{next(numbers)}")),
             "split": "all",
             "lengths": [8, 64],
             "device": "cpu",

@@ -39,6 +39,7 @@ class RunFolder:
         self.path = path
         self.record = record
         self._locks = [] if lock is None else [lock]
+        self._is_new = False
 
     @property
     def id(self) -> str:
@@ -66,16 +67,18 @@ class RunFolder:
         try:
             found = next((file for trace in TRACES for file in path.glob(trace)), None)
             if found is not None:
+                advice = "Go on with that run by ckpt_path=last" if kind == "train" else "Move it"
                 raise ValueError(
                     f"paths.output_dir must be a folder without a run, got {path}, which holds "
-                    f"{found.relative_to(path)}. Go on with that run by ckpt_path=last, or choose "
-                    "another folder."
+                    f"{found.relative_to(path)}. {advice}, or choose another folder."
                 )
             _write(path / RECORD, record)
         except BaseException:
             lock.release()
             raise
-        return cls(path, record, lock)
+        made = cls(path, record, lock)
+        made._is_new = True
+        return made
 
     @classmethod
     def reopen(cls, path: Path, kind: str, identity: Mapping[str, Any]) -> RunFolder:
@@ -137,7 +140,13 @@ class RunFolder:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if error is not None and self._is_new and not self._holds_results():
+            (self.path / RECORD).unlink(missing_ok=True)
         self.close()
+
+    def _holds_results(self) -> bool:
+        """Whether there is anything to go on with: else the folder is free for the next attempt."""
+        return any(True for trace in TRACES[1:] for _ in self.path.glob(trace))
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
 
@@ -35,14 +37,20 @@ def log_file(path: Path, writes: bool = True) -> Iterator[None]:
     _only_file.propagate = False
     root.addHandler(handler)
     _only_file.addHandler(handler)
-    logging.captureWarnings(True)
+    shown = warnings.showwarning
+
+    def show_and_keep(*arguments: Any, **options: Any) -> None:
+        shown(*arguments, **options)
+        _only_file.warning("%s", warnings.formatwarning(*arguments[:4]).rstrip())
+
+    warnings.showwarning = show_and_keep
     try:
         yield
     except Exception as error:
         _only_file.error("%s", "".join(traceback.format_exception(error)).rstrip())
         raise
     finally:
-        logging.captureWarnings(False)
+        warnings.showwarning = shown
         root.removeHandler(handler)
         _only_file.removeHandler(handler)
         ours.setLevel(level)

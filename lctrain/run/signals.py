@@ -107,12 +107,12 @@ class StopSignals:
 
 
 @contextmanager
-def ends_in_order(signals: StopSignals, checkpoints: Path) -> Iterator[None]:
+def ends_in_order(signals: StopSignals, checkpoints: Path | None) -> Iterator[None]:
     """Turns the end by a signal into a message and an exit status.
 
     Args:
         signals: What was received.
-        checkpoints: Directory of the run's checkpoints.
+        checkpoints: Directory of the run's checkpoints; None for a run that makes none.
 
     Raises:
         SystemExit: with 128 + the signal, as a shell would report it; with 0 in a rank that
@@ -136,10 +136,12 @@ def ends_in_order(signals: StopSignals, checkpoints: Path) -> Iterator[None]:
     raise SystemExit(0 if is_launched_by_lightning() else stop.status) from None
 
 
-def _farewell(stop: StopRun, checkpoints: Path) -> str:
+def _farewell(stop: StopRun, checkpoints: Path | None) -> str:
     from lctrain.run.resume import checkpoints_in
 
     name = signal.Signals(stop.number).name
+    if checkpoints is None:
+        return f"Stopped by {name}."
     where = "outside of training" if stop.step is None else f"at step {stop.step}"
     newest = next(iter(checkpoints_in(checkpoints)), None)
     if newest is None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,17 @@ def folder_to_go_on_in(config: TrainConfig, identity: Mapping[str, Any]) -> Path
         return requeued_folder(Path(config.paths.runs_dir))
     found = find_checkpoint(config.ckpt_path, [], Path(config.paths.runs_dir), identity)
     return None if found is None else run_folder_of(found)
+
+
+@contextmanager
+def without_empty_folder(folder: str) -> Iterator[None]:
+    """Deletes the folder that Hydra has made if the block fails before anything is in it."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            Path(folder).rmdir()
+        raise
 
 
 def was_requeued() -> bool:

@@ -49,6 +49,22 @@ def test_one_run_has_the_folder_and_its_record_says_which(tmp_path):
         assert len(read_record(again.path)["resumed"]) == 1
 
 
+@pytest.mark.parametrize("result", [None, "metrics.csv"])
+def test_a_folder_without_results_is_free_after_a_failure(tmp_path, result):
+    def fail():
+        with RunFolder.create(tmp_path, "train", {}):
+            if result:
+                (tmp_path / result).write_text("")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    if result is None:
+        RunFolder.create(tmp_path, "train", {}).close()
+    with pytest.raises(ValueError, match=r"Move it, or choose another folder\.$"):
+        RunFolder.create(tmp_path, "eval", {})
+
+
 @pytest.mark.parametrize("trace", ["metrics.csv", "checkpoints/step-00000002.ckpt"])
 def test_traces_of_an_older_run_are_a_run(tmp_path, trace):
     (tmp_path / trace).parent.mkdir(exist_ok=True)

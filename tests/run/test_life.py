@@ -174,3 +174,31 @@ def test_evil_checkpoint(tiny, tmp_path, monkeypatch, capfd):
     assert command(monkeypatch, *tiny, f"ckpt_path={tmp_path}/evil.ckpt") == 2
     assert "tensors and plain values only" in capfd.readouterr().err
     assert not trace.exists()
+
+
+def test_an_evaluation_has_its_folder_alone(tiny, tmp_path, monkeypatch, capfd, whole):
+    from lctrain.evaluate import main as evaluate
+
+    train(config(*tiny, "trainer.max_steps=1", *SHORT[:1], output_dir=tmp_path / "run"))
+    arguments = [word for word in tiny if word.startswith("data") and "=text" not in word]
+    arguments = [f"model={tmp_path}/run/model", "data=text", *arguments, "lengths=[16]"]
+    arguments = [word for word in arguments if "max_tokens" not in word and "vocab" not in word]
+
+    def status(*more):
+        monkeypatch.setattr(sys, "argv", ["lctrain-eval", *arguments, "documents=2", *more])
+        try:
+            evaluate()
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    for name in ("one", "two"):
+        assert status(f"paths.root={tmp_path}/evals", f"name={name}") == 0
+    folders = [*(tmp_path / "evals").glob("*/*")]
+    assert len(folders) == 2
+    assert all((folder / "run.json").exists() for folder in folders)
+    capfd.readouterr()
+    for folder in (whole, folders[0]):
+        assert status(f"hydra.run.dir={folder}") == 2
+        assert "must be a folder without a run" in capfd.readouterr().err
+    assert status("name=../x") == 2
