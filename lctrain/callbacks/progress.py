@@ -13,11 +13,36 @@ from lctrain.cadence import at_log_step
 from lctrain.callbacks.targets import loss_of
 from lctrain.callbacks.throughput import ThroughputMonitor
 
+SMOOTHING_STEPS = 20  # over which the mean of the loss runs
+
+
+class RunningMean:
+    """An exponential running mean of 0-dim tensors that stays on their device.
+
+    The first SMOOTHING_STEPS values weigh the same.
+
+    Attributes:
+        value: The mean, a 0-dim tensor; None before the first value.
+    """
+
+    def __init__(self) -> None:
+        self.value: Any = None
+        self._count = 0
+
+    def add(self, value: Any) -> None:
+        """Takes in one value; None is left out."""
+        if value is None:
+            return
+        self._count += 1
+        weight = max(1 / self._count, 1 / SMOOTHING_STEPS)
+        self.value = value if self.value is None else self.value + weight * (value - self.value)
+
 
 class TokenProgressBar(ProgressBar):
     """Shows optimizer steps, loss and real tokens per second.
 
-    Loss and speed are refreshed at the logging cadence: the bar never waits for the device between.
+    The loss is a running mean: that of one step depends on which documents it held. Loss and speed
+    are refreshed at the logging cadence: the bar never waits for the device between.
 
     Args:
         refresh_rate: Optimizer steps between two refreshes; 0 hides the bar.
@@ -29,6 +54,8 @@ class TokenProgressBar(ProgressBar):
         self._enabled = refresh_rate > 0
         self._bar: Any = None
         self._validation_bar: Any = None
+        self._average = RunningMean()
+        self._averaged_steps = 0
 
     def disable(self) -> None:
         """Hides the bar; Lightning calls this on all ranks but the first."""
@@ -60,8 +87,11 @@ class TokenProgressBar(ProgressBar):
         """Advances by the optimizer steps taken."""
         if self._bar.disable:
             return
+        if trainer.global_step > self._averaged_steps:  # once an optimizer step
+            self._averaged_steps = trainer.global_step
+            self._average.add(newest_loss(trainer, pl_module, outputs))
         if at_log_step(trainer):
-            self._bar.set_postfix_str(_postfix(trainer, pl_module, outputs), refresh=False)
+            self._bar.set_postfix_str(_postfix(trainer, self._average.value), refresh=False)
         if trainer.global_step >= self._bar.n + self._refresh_rate:
             self._bar.update(trainer.global_step - self._bar.n)
 
@@ -115,21 +145,24 @@ class TokenProgressBar(ProgressBar):
         )
 
 
-def _postfix(trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any) -> str:
-    """Loss and speed of the newest interval.
+def newest_loss(trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any) -> Any:
+    """The loss per token of the newest optimizer step, a 0-dim tensor; None if there is none.
 
-    The loss is that per token where the module or TokenExactLoss knows it, else what the module
-    returned for the micro-batch.
+    It is that which the module or TokenExactLoss knows, else what the module returned for the
+    micro-batch.
     """
-    parts = []
     known = [getattr(c, "last_loss", None) for c in (pl_module, *trainer.callbacks)]
     loss = next((loss for loss in known if loss is not None), None)
     if loss is None:
         loss = loss_of(outputs)
         if loss is not None and pl_module.automatic_optimization:  # Lightning has divided it
             loss = loss * trainer.accumulate_grad_batches
-    if loss is not None:
-        parts.append(f"loss {float(loss):.3f}")
+    return loss
+
+
+def _postfix(trainer: pl.Trainer, loss: Any) -> str:
+    """Loss and speed, for the bar."""
+    parts = [] if loss is None else [f"loss {float(loss):.3f}"]
     for callback in trainer.callbacks:
         if isinstance(callback, ThroughputMonitor) and callback.latest.seconds > 0:
             parts.append(f"{callback.latest.tokens_per_second:,.0f} tokens/s")

@@ -56,3 +56,19 @@ def test_error_closes_the_bar(tmp_path, make_llama, capsys):
 def test_print_goes_above_the_bar(capsys):
     TokenProgressBar().print("a", 1)
     assert capsys.readouterr().out == "a 1\n"
+
+
+def test_the_loss_of_the_bar_is_a_running_mean():
+    import torch
+
+    from lctrain.callbacks.progress import SMOOTHING_STEPS, RunningMean
+
+    mean = RunningMean()
+    mean.add(None)
+    assert mean.value is None
+    for value in (7.0, 9.0, 8.0):
+        mean.add(torch.tensor(value))
+    assert float(mean.value) == 8.0
+    for _ in range(20 * SMOOTHING_STEPS):
+        mean.add(torch.tensor(2.0))
+    assert abs(float(mean.value) - 2.0) < 1e-4
