@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lctrain.eval.extension import DUAL_CHUNK_METHODS
-from lctrain.eval.plots import INK, LINEAR_SPAN, MUTED, count, new_figure, scale_lengths, style_axes
+from lctrain.eval.plots import (
+    INK,
+    LINEAR_SPAN,
+    MUTED,
+    count,
+    new_figure,
+    paired_interval,
+    scale_lengths,
+    style_axes,
+)
 
 if TYPE_CHECKING:
     from lctrain.eval.comparison import MethodComparison
@@ -23,11 +32,15 @@ COLOURS = {
     "intra_chunk": "#d55e00",
 }
 MARKERS = {"plain": "s", "linear": "^", "ntk": "v", "yarn": "D", "dual_chunk": "o"}
+STYLES = ("-", (0, (6, 2)), (0, (2, 1.5)))  # so that lines which coincide show through
 TALLEST = 1e6  # perplexities beyond it say no more than this one, and would flatten the others
 
 
 def plot_comparison(comparison: MethodComparison, path: Path) -> None:
-    """Draws one line per method, with one standard error over documents, and the window.
+    """Draws one line per method, with one paired standard error, and the window.
+
+    The band is that of the difference from the shortest length, on the same tokens: what documents
+    differ by cancels. Lines that coincide are told apart by dashes and hollow markers.
 
     The scale of perplexities is logarithmic where they span more than a factor of ten.
 
@@ -41,7 +54,7 @@ def plot_comparison(comparison: MethodComparison, path: Path) -> None:
     axes = figure.add_subplot()
     shown: list[float] = []
     lengths: list[int] = []
-    for method, table in comparison.tables.items():
+    for index, (method, table) in enumerate(comparison.tables.items()):
         lengths = [row.length for row in table.rows]
         values = [_shown(row.perplexity) for row in table.rows]
         shown += [value for value in values if not math.isnan(value)]
@@ -52,12 +65,20 @@ def plot_comparison(comparison: MethodComparison, path: Path) -> None:
             label=method,
             color=colour,
             marker=MARKERS.get(method, "x"),
+            linestyle=STYLES[index % len(STYLES)],
+            markerfacecolor="white" if index % 2 else colour,
             linewidth=2.5 if method in DUAL_CHUNK_METHODS else 1.5,
             zorder=3 if method in DUAL_CHUNK_METHODS else 2,
         )
-        low = [_shown(row.perplexity_low) for row in table.rows]
-        high = [_shown(row.perplexity_high) for row in table.rows]
-        axes.fill_between(lengths, low, high, color=colour, alpha=0.12, linewidth=0)
+        low, high = paired_interval(table)
+        axes.fill_between(
+            lengths,
+            [_shown(value) for value in low],
+            [_shown(value) for value in high],
+            color=colour,
+            alpha=0.18,
+            linewidth=0,
+        )
     axes.axvline(comparison.window, color=MUTED, linewidth=1, linestyle=":")
     scale_lengths(axes, lengths)
     axes.set_xlabel("Context length (tokens, filled)", color=INK)
@@ -71,7 +92,7 @@ def plot_comparison(comparison: MethodComparison, path: Path) -> None:
         axes,
         f"Reading beyond the window{of_model}",
         f"{count(row.tokens, 'held-out token')} of {count(row.documents, 'document')}, the same "
-        f"everywhere; trained on {comparison.window:,} (dotted)",
+        f"everywhere; trained on {comparison.window:,} (dotted); bands: one paired standard error",
     )
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     figure.savefig(path)

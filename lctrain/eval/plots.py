@@ -20,7 +20,10 @@ MANY_LENGTHS = 8
 
 
 def plot_perplexity(table: PerplexityTable, path: Path) -> None:
-    """Draws perplexity against context length, with one standard error over documents.
+    """Draws perplexity against context length, with one paired standard error.
+
+    The band is that of the difference from the shortest length, on the same tokens: what documents
+    differ by cancels. With one length it is that over documents.
 
     The scale of perplexities is logarithmic where they span more than a factor of ten.
 
@@ -71,15 +74,37 @@ def _draw_errors(
     """A band between the points; a bar where there is one point only."""
     if table.rows[0].documents < 2:
         return
-    label = "± one standard error over documents"
-    low = [_finite(row.perplexity_low) for row in table.rows]
-    high = [_finite(row.perplexity_high) for row in table.rows]
     if len(lengths) > 1:
+        label = "± one standard error of the difference from the shortest length"
+        low, high = paired_interval(table)
         axes.fill_between(lengths, low, high, color=LINE, alpha=0.18, linewidth=0, label=label)
     else:
+        label = "± one standard error over documents"
+        low = [_finite(row.perplexity_low) for row in table.rows]
+        high = [_finite(row.perplexity_high) for row in table.rows]
         errors = [[perplexities[0] - low[0]], [high[0] - perplexities[0]]]
         axes.errorbar(lengths, perplexities, errors, color=LINE, capsize=4, label=label)
     axes.legend(frameon=False, fontsize=8, labelcolor=MUTED)
+
+
+def paired_interval(table: PerplexityTable) -> tuple[list[float], list[float]]:
+    """One standard error of the difference from the shortest length, around each perplexity.
+
+    Args:
+        table: Of documents; with one alone the interval has no width.
+
+    Returns:
+        Lower and upper ends, NaN where a perplexity is not finite.
+    """
+    errors = [0.0 if math.isnan(row.gain_stderr) else row.gain_stderr for row in table.rows]
+    ends = [
+        [
+            _finite(row.perplexity * math.exp(sign * error))
+            for row, error in zip(table.rows, errors, strict=True)
+        ]
+        for sign in (-1, 1)
+    ]
+    return ends[0], ends[1]
 
 
 def scale_lengths(axes: Axes, lengths: list[int]) -> None:

@@ -40,6 +40,8 @@ def plot_retrieval(table: PasskeyTable, path: Path) -> None:
         axes.set_title(method, fontsize=10, color=INK)
         labels = [f"{length:,}" for length in table.lengths]
         axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
+        axes.set_xlabel("Length of the text (tokens)", fontsize=8, color=INK)
+        axes.set_ylabel("Depth of the key", fontsize=8, color=INK)
         axes.set_yticks(range(len(table.depths)), [f"{depth:.0%}" for depth in table.depths])
         axes.tick_params(colors=MUTED, labelsize=7, length=0)
         axes.spines[:].set_visible(False)

@@ -102,6 +102,21 @@ class PerplexityTable:
         plot_perplexity(self, paths["png"])
         return paths
 
+    def unreached(self) -> list[str]:
+        """A sentence about lengths that the documents do not fill, if there are any.
+
+        Such rows have the same contexts as a shorter one: more length added nothing.
+        """
+        last = self.rows[-1]
+        alike = [row for row in self.rows if row.mean_context == last.mean_context]
+        if len(alike) < 2 and last.mean_context >= last.length / 4:
+            return []
+        return [
+            f"length {last.length:,} was not reached: a scored token saw {last.mean_context:,.0f} "
+            "tokens on average, as many as the documents hold. Use longer documents, or leave it "
+            "out."
+        ]
+
     def __str__(self) -> str:
         head = self.rows[0]
         lines = [
@@ -121,6 +136,7 @@ class PerplexityTable:
         lines.append(
             "± one standard error over documents; gain: loss at the shortest length minus this loss"
         )
+        lines += self.unreached()
         return "\n".join(lines)
 
 

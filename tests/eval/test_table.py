@@ -88,3 +88,32 @@ def test_text_is_a_readable_table(table) -> None:
         "     4,096       3,072.0          9.49 ±0.95    2.2500 ±0.1000      0.7500 ±0.0250",
         "± one standard error over documents; gain: loss at the shortest length minus this loss",
     ]
+
+
+def test_lengths_that_no_document_fills_are_named():
+    import dataclasses
+
+    from lctrain.eval import PerplexityRow, PerplexityTable
+
+    row = PerplexityRow(64, 9.0, 8.5, 9.5, 2.2, 0.05, 0.0, 0.0, 60.0, 3, 500)
+    long = dataclasses.replace(row, length=100_000, mean_context=812.0)
+    text = str(PerplexityTable((row, long)))
+    assert "length 100,000 was not reached: a scored token saw 812 tokens on average" in text
+    assert "not reached" not in str(
+        PerplexityTable((row, dataclasses.replace(row, length=128, mean_context=110.0)))
+    )
+
+
+def test_the_band_of_the_plot_is_paired():
+    import math
+
+    import pytest
+
+    from lctrain.eval import PerplexityRow, PerplexityTable
+    from lctrain.eval.plots import paired_interval
+
+    first = PerplexityRow(64, 10.0, 5.0, 20.0, 2.3, 0.7, 0.0, 0.0, 60.0, 3, 500)
+    second = PerplexityRow(128, 8.0, 4.0, 16.0, 2.1, 0.7, 0.2, 0.1, 110.0, 3, 500)
+    low, high = paired_interval(PerplexityTable((first, second)))
+    assert low[0] == high[0] == 10.0
+    assert (low[1], high[1]) == pytest.approx((8.0 * math.exp(-0.1), 8.0 * math.exp(0.1)))
