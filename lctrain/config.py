@@ -19,6 +19,7 @@ from lctrain.limits import (
     check_data,
     check_lengths,
     check_loading,
+    check_methods,
     check_model_sizes,
     check_seed,
     check_trainer,
@@ -561,6 +562,9 @@ class EvaluationConfig:
         documents: Number of held-out documents, the longest first; None for all.
         document_tokens: Tokens of each document, from its beginning; None for all.
         max_tokens: Tokens per forward pass; None takes the longest length.
+        methods: Ways to read beyond the window, to compare on the trained model, as in
+            lctrain-eval; with none, the model is measured as it was trained.
+        stride: Positions that a window scores, with methods; None for half the shortest length.
     """
 
     enabled: bool = True
@@ -568,6 +572,8 @@ class EvaluationConfig:
     documents: int | None = 16
     document_tokens: int | None = None
     max_tokens: int | None = None
+    methods: list[str] = field(default_factory=list)
+    stride: int | None = None
 
     def __post_init__(self) -> None:
         if self.documents is not None and self.documents < 1:
@@ -582,6 +588,12 @@ class EvaluationConfig:
             )
         if self.enabled:
             check_lengths(self.lengths, self.max_tokens, "evaluation.")
+        check_methods(self.methods, "evaluation.methods")
+        _require(
+            self.stride is None or 1 <= self.stride <= min(self.lengths),
+            f"evaluation.stride must be in [1, shortest length = {min(self.lengths)}], got "
+            f"{self.stride}. Use null for half of it.",
+        )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
     from omegaconf import DictConfig
 
+    from lctrain.data import TokenizedDocument
     from lctrain.module import LongContextModule
     from lctrain.report import RunReport
     from lctrain.run.folder import RunFolder
@@ -222,6 +223,8 @@ def evaluate_by_length(
             for document in documents
         ]
     module.to(trainer.strategy.root_device)
+    if config.methods:
+        return compare_beyond_window(config, documents, trainer, module, output_dir)
     with trainer.precision_plugin.forward_context():
         table = perplexity_by_length(
             module.model,
@@ -235,6 +238,53 @@ def evaluate_by_length(
         log_evaluation(logger, table.as_dicts(), files["png"])
     paths = {"perplexity table": files["csv"], "perplexity plot": files["png"]}
     return tuple((row.length, row.perplexity) for row in table.rows), paths
+
+
+def compare_beyond_window(
+    config: EvaluationConfig,
+    documents: Sequence[TokenizedDocument],
+    trainer: pl.Trainer,
+    module: LongContextModule,
+    output_dir: Path,
+) -> tuple[tuple[tuple[int, float], ...], dict[str, Path]]:
+    """Measures the trained model with several ways to read beyond its window.
+
+    The model's own patch is taken off, and each method patches it in its turn.
+
+    Args:
+        config: Lengths and methods.
+        documents: Held-out ones.
+        trainer: After `fit`.
+        module: With the trained model.
+        output_dir: Folder of the run.
+
+    Returns:
+        [(context length, perplexity)] of the last method and the files by name.
+    """
+    from lctrain.eval import Extension, compare_methods, trained_window
+    from lctrain.loggers import log_evaluation
+
+    if module.patch_handle is not None:
+        module.patch_handle.unpatch()
+        module.patch_handle = None
+    window = trained_window(module.model, None)
+    with trainer.precision_plugin.forward_context():
+        comparison = compare_methods(
+            module.model,
+            documents,
+            config.lengths,
+            [Extension(method, window) for method in config.methods],
+            max_tokens=forward_tokens(config),
+            stride=config.stride,
+            progress=trainer.progress_bar_callback is not None,
+        )
+    files = comparison.save(output_dir / "perplexity")
+    for logger in trainer.loggers:
+        log_evaluation(logger, comparison.as_dicts(), files["png"])
+    print(comparison, flush=True)
+    paths = {"perplexity table": files["csv"], "perplexity plot": files["png"]}
+    last = comparison.tables[config.methods[-1]]
+    return tuple((row.length, row.perplexity) for row in last.rows), paths
 
 
 def forward_tokens(config: EvaluationConfig) -> int:

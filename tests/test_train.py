@@ -440,3 +440,21 @@ def test_every_job_of_a_multirun_is_a_wandb_run(tiny, tmp_path, monkeypatch):
     main()
     runs = [[*(tmp_path / "sweep" / job / "wandb").glob("offline-run-*")] for job in ("0", "1")]
     assert [len(found) for found in runs] == [1, 1]
+
+
+def test_the_closing_evaluation_compares_ways_beyond_the_window(tiny, tmp_path, capsys):
+    """A model trained on 32 tokens is read at 64, with plain RoPE and with dual chunk attention."""
+    settings = [
+        "model.config.max_position_embeddings=32",
+        "data.max_document_tokens=32",
+        "evaluation.methods=[plain,dual_chunk]",
+        "evaluation.stride=8",
+        "trainer.max_steps=1",
+    ]
+    report = train(config(*tiny, *settings, output_dir=tmp_path / "1"))
+    table = list(csv.DictReader(report.paths["perplexity table"].read_text().splitlines()))
+    by_cell = {(row["method"], row["length"]): float(row["loss"]) for row in table}
+    assert set(by_cell) == {(m, n) for m in ("plain", "dual_chunk") for n in ("16", "64")}
+    assert by_cell["plain", "16"] == by_cell["dual_chunk", "16"]  # inside the window
+    assert by_cell["plain", "64"] != by_cell["dual_chunk", "64"]
+    assert "Perplexity by context length and method" in capsys.readouterr().out
