@@ -403,6 +403,8 @@ class LengthPerplexityConfig:
         every_n_steps: Optimizer steps between two measurements.
         max_tokens: Tokens in a forward pass; None takes the longest length.
         documents: Number of held-out documents, the longest first.
+        begin_token: Whether each window begins with the begin token; None where the tokenizer adds
+            one to a text.
     """
 
     _target_: str = "lctrain.callbacks.LengthPerplexity"
@@ -410,6 +412,7 @@ class LengthPerplexityConfig:
     every_n_steps: int = 500
     max_tokens: int | None = None
     documents: int = 16
+    begin_token: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -565,6 +568,8 @@ class EvaluationConfig:
         methods: Ways to read beyond the window, to compare on the trained model, as in
             lctrain-eval; with none, the model is measured as it was trained.
         stride: Positions that a window scores, with methods; None for half the shortest length.
+        begin_token: Whether each window begins with the begin token; None where the tokenizer adds
+            one to a text.
     """
 
     enabled: bool = True
@@ -574,6 +579,7 @@ class EvaluationConfig:
     max_tokens: int | None = None
     methods: list[str] = field(default_factory=list)
     stride: int | None = None
+    begin_token: bool | None = None
 
     def __post_init__(self) -> None:
         if self.documents is not None and self.documents < 1:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from lctrain.data import TokenizedDocument
-    from lctrain.eval import Extension, MethodComparison, PasskeyTable, PerplexityTable
+    from lctrain.eval import BeginTokens, Extension, MethodComparison, PasskeyTable, PerplexityTable
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +102,8 @@ class EvalConfig:
             with methods for half the shortest length.
         min_context: Score tokens that have at least this many predecessors; None for all of them,
             with methods for those for which every length is filled.
+        begin_token: Whether each window begins with the begin token; None where the tokenizer adds
+            one to a text. Of texts with a passkey, each is whole and begins as the tokenizer's.
         passkey: How keys are hidden.
         dtype: Type of the weights: auto (as they are stored), float32, bfloat16 or float16.
         device: auto, cpu, cuda, cuda:1, ...
@@ -124,6 +126,7 @@ class EvalConfig:
     overlap: float = 0.5
     stride: int | None = None
     min_context: int | None = None
+    begin_token: bool | None = None
     passkey: PasskeyConfig = field(default_factory=PasskeyConfig)
     dtype: str = "auto"
     device: str = "auto"
@@ -165,7 +168,9 @@ def evaluate(config: EvalConfig) -> Evaluation:
             a run.
     """
     from lctrain.build import build_datamodule, instantiate_all
+    from lctrain.data.prepare import Preparation
     from lctrain.eval import longest_documents, trained_window
+    from lctrain.eval.begin import begin_tokens
     from lctrain.eval.documents import evaluation_documents
     from lctrain.loggers import closing
     from lctrain.models.pretrained import check_dtype, check_model_name, load_pretrained
@@ -184,6 +189,7 @@ def evaluate(config: EvalConfig) -> Evaluation:
         # First: an error about a name that is also the tokenizer's should blame the model.
         model = load_pretrained(config.model, config.dtype)
         preparation = build_datamodule(config.data, config.model).preparation
+        assert isinstance(preparation, Preparation)  # a config names a source of texts
         documents = evaluation_documents(preparation, config.split)
         model.to(device)
         perplexity: PerplexityTable | MethodComparison | None = None
@@ -202,7 +208,8 @@ def evaluate(config: EvalConfig) -> Evaluation:
             files = passkey.save(config.paths.output_dir)
             paths |= {f"passkey {kind}": path for kind, path in files.items()}
         if "perplexity" in config.tasks:
-            perplexity = measure_perplexity(config, model, documents, methods)
+            begin = begin_tokens(preparation.given_tokenizer(), config.begin_token)
+            perplexity = measure_perplexity(config, model, documents, methods, begin)
             paths |= perplexity.save(config.paths.output_dir)
         for logger in loggers.values():
             log_tables(logger, perplexity, passkey, paths)
@@ -242,6 +249,7 @@ def measure_perplexity(
     model: Any,
     documents: Sequence[TokenizedDocument],
     methods: Sequence[str],
+    begin: BeginTokens,
 ) -> PerplexityTable | MethodComparison:
     """Perplexity by length of the model as it is, or of every method."""
     from lctrain.eval import (
@@ -268,6 +276,7 @@ def measure_perplexity(
             max_tokens=forward_tokens(config),
             stride=config.stride,
             min_context=config.min_context,
+            begin=begin,
             progress=True,
             name=name,
         )
@@ -280,6 +289,7 @@ def measure_perplexity(
         overlap=config.overlap,
         stride=config.stride,
         min_context=1 if config.min_context is None else config.min_context,
+        begin=begin,
         progress=True,
         name=name,
     )

@@ -209,6 +209,7 @@ def evaluate_by_length(
         [(context length, perplexity)] and the files by name.
     """
     from lctrain.eval import longest_documents, perplexity_by_length
+    from lctrain.eval.begin import begin_tokens
     from lctrain.loggers import log_evaluation
 
     documents = longest_documents(trainer.datamodule.held_out_documents(), config.documents)
@@ -231,6 +232,7 @@ def evaluate_by_length(
             documents,
             config.lengths,
             max_tokens=forward_tokens(config),
+            begin=begin_tokens(trainer.datamodule.tokenizer, config.begin_token),
             progress=trainer.progress_bar_callback is not None,
         )
     files = table.save(output_dir / "perplexity")
@@ -262,6 +264,7 @@ def compare_beyond_window(
         [(context length, perplexity)] of the last method and the files by name.
     """
     from lctrain.eval import Extension, compare_methods, trained_window
+    from lctrain.eval.begin import begin_tokens
     from lctrain.loggers import log_evaluation
 
     if module.patch_handle is not None:
@@ -276,6 +279,7 @@ def compare_beyond_window(
             [Extension(method, window) for method in config.methods],
             max_tokens=forward_tokens(config),
             stride=config.stride,
+            begin=begin_tokens(trainer.datamodule.tokenizer, config.begin_token),
             progress=trainer.progress_bar_callback is not None,
         )
     files = comparison.save(output_dir / "perplexity")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 
 import lctrain.models
 from lctrain import PackedDataModule
@@ -287,6 +288,27 @@ def test_a_model_whose_tokenizer_has_no_end_token_is_evaluated(
     # each document is a token shorter
     assert found.perplexity.rows[0].tokens == sum(len(text) - 1 for text in TEXTS)
     assert found.passkey is not None
+
+
+@pytest.mark.parametrize("methods", [[], ["plain", "ntk"]], ids=["one", "methods"])
+def test_windows_begin_as_the_tokenizer_begins_a_text(
+    make_config, model_folder, tmp_path, methods
+) -> None:
+    folder = tmp_path / "begun"
+    shutil.copytree(model_folder, folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<end> $A", special_tokens=[("<end>", tokenizer.eos_token_id)]
+    )
+    tokenizer.save_pretrained(folder)
+    settings = {"data": {"tokenizer": None}, "methods": methods, "window": 64}
+    every = evaluate(make_config(folder, **settings)).perplexity
+    assert "every window begins with the begin token" in str(every)
+    not_every = evaluate(make_config(folder, **settings, begin_token=False)).perplexity
+    assert "windows that begin with the begin token: " in str(not_every)
+    assert every != not_every
+    with pytest.raises(ValueError, match="begin_token must be null or false"):
+        evaluate(make_config(begin_token=True))
 
 
 BAD_SETTINGS = {

@@ -11,6 +11,7 @@ import numpy as np
 from lctrain.callbacks.targets import find_target
 from lctrain.data.documents import TokenizedDocument
 from lctrain.eval import check_lengths, longest_documents, perplexity_by_length
+from lctrain.eval.begin import NO_BEGIN, BeginTokens, begin_tokens
 
 
 class LengthPerplexity(pl.Callback):
@@ -28,6 +29,8 @@ class LengthPerplexity(pl.Callback):
             `held_out_documents()`, as PackedDataModule has it.
         model: Attribute path of the model in the module; None for the only one, or the only one
             with trainable weights.
+        begin_token: Whether each window begins with the begin token of the data module's tokenizer;
+            None where that tokenizer adds one to a text.
 
     Raises:
         ValueError: if `every_n_steps` or `documents` is below 1 or a length is out of range; in
@@ -42,6 +45,7 @@ class LengthPerplexity(pl.Callback):
         documents: int = 16,
         held_out: Sequence[Sequence[int]] | None = None,
         model: str | None = None,
+        begin_token: bool | None = None,
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(
@@ -59,6 +63,7 @@ class LengthPerplexity(pl.Callback):
         self.documents = documents
         self.held_out = held_out
         self.model = model
+        self.begin_token = begin_token
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fails before training if there is nothing to measure.
@@ -97,8 +102,20 @@ class LengthPerplexity(pl.Callback):
         documents = longest_documents(self._held_out(trainer), self.documents)
         model = find_target(pl_module, self.model, self)
         with trainer.precision_plugin.forward_context():
-            table = perplexity_by_length(model, documents, self.lengths, max_tokens=self.max_tokens)
+            table = perplexity_by_length(
+                model,
+                documents,
+                self.lengths,
+                max_tokens=self.max_tokens,
+                begin=self._begin(trainer),
+            )
         return {f"val/perplexity_{row.length}": row.perplexity for row in table.rows}
+
+    def _begin(self, trainer: pl.Trainer) -> BeginTokens:
+        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        if tokenizer is None or self.held_out is not None:
+            return NO_BEGIN
+        return begin_tokens(tokenizer, self.begin_token)
 
     def _held_out(self, trainer: pl.Trainer) -> list[TokenizedDocument]:
         if self.held_out is not None:

@@ -1,5 +1,6 @@
 """How well a model uses long contexts."""
 
+from lctrain.eval.begin import BeginTokens, begin_tokens
 from lctrain.eval.comparison import MethodComparison, compare_methods
 from lctrain.eval.extension import Extension, trained_window
 from lctrain.eval.perplexity import longest_documents, perplexity_by_length
@@ -14,6 +15,7 @@ from lctrain.limits import DUAL_CHUNK_METHODS, METHODS, check_lengths, check_met
 __all__ = [
     "DUAL_CHUNK_METHODS",
     "METHODS",
+    "BeginTokens",
     "Extension",
     "MethodComparison",
     "PasskeyTable",
@@ -21,6 +23,7 @@ __all__ = [
     "PerplexityTable",
     "ScoredTokens",
     "Windows",
+    "begin_tokens",
     "check_lengths",
     "check_methods",
     "compare_methods",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lctrain.eval.begin import NO_BEGIN, BeginTokens
 from lctrain.eval.comparison_plot import plot_comparison
 from lctrain.eval.extension import Extension
 from lctrain.eval.perplexity import perplexity_by_length
@@ -81,6 +82,7 @@ class MethodComparison:
             "window": self.window,
             "stride": table.stride,
             "min_context": table.min_context,
+            "begin_tokens": list(table.begin_tokens),
         }
         paths["json"].write_text(
             json.dumps({**settings, "rows": rows}, indent=2, allow_nan=False) + "\n"
@@ -108,6 +110,8 @@ class MethodComparison:
             "in brackets: over the same method's perplexity at the window; standard errors over "
             "documents are in the files"
         )
+        if first.begun:
+            lines.append(first.begun)
         return "\n".join(lines)
 
     def _cell(self, method: str, row: PerplexityRow) -> str:
@@ -128,6 +132,7 @@ def compare_methods(
     device: torch.device | str | None = None,
     stride: int | None = None,
     min_context: int | None = None,
+    begin: BeginTokens = NO_BEGIN,
     progress: bool = False,
     name: str = "",
 ) -> MethodComparison:
@@ -149,6 +154,7 @@ def compare_methods(
         stride: Positions that a window scores; None for half the shortest length.
         min_context: Score tokens that have at least this many predecessors; None for those for
             which every length is filled.
+        begin: What windows begin with; see `begin_tokens`.
         progress: Show a progress bar.
         name: Of the model.
 
@@ -174,6 +180,7 @@ def compare_methods(
                 stride=stride,
                 min_context=min_context,
                 extension=extension,
+                begin=begin,
                 progress=progress,
                 name=extension.method,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from lctrain.batch import MIN_TOKENS
+from lctrain.eval.begin import NO_BEGIN, BeginTokens
 from lctrain.eval.extension import Extension
 from lctrain.eval.limits import check_model
 from lctrain.eval.ratio import token_mean
@@ -34,6 +37,7 @@ def perplexity_by_length(
     stride: int | None = None,
     min_context: int = 1,
     extension: Extension | None = None,
+    begin: BeginTokens = NO_BEGIN,
     progress: bool = False,
     name: str = "",
 ) -> PerplexityTable:
@@ -47,8 +51,9 @@ def perplexity_by_length(
     scored with all the context that they have, and `mean_context` says how much that is. To look
     only at tokens for which every length is filled, set `min_context` to the longest one.
 
-    No window crosses a document. Special tokens are tokens of their document: where a tokenizer
-    puts a begin token first, only the first window of a document has it. The mean is over tokens,
+    No window crosses a document. With begin tokens every window begins with them, and so does every
+    document; without, special tokens are tokens of their document, and where a tokenizer puts a
+    begin token first, only the first window of a document has it. The mean is over tokens,
     and its standard error over documents (see `token_mean`).
 
     Args:
@@ -69,6 +74,7 @@ def perplexity_by_length(
             every length: then a length of n means that positions up to n are read.
         extension: how the model is fitted to each length; None leaves it as it is. Its attention
             must be in place: see `Extension.patched`.
+        begin: what windows begin with: see `begin_tokens`. They count as tokens of a window.
         progress: show a progress bar.
         name: of the model, for the title of the plot.
 
@@ -81,7 +87,13 @@ def perplexity_by_length(
     """
     lengths = check_lengths(lengths, max_tokens)
     check_windows(overlap, min_context, stride, lengths[0])
-    tokens, counts = _scorable(documents, min_context)
+    prefix = begin.tokens if begin.every_window else ()
+    if lengths[0] < len(prefix) + MIN_TOKENS:
+        raise ValueError(
+            f"lengths must be at least {len(prefix) + MIN_TOKENS} with {len(prefix)} begin tokens, "
+            f"got {lengths[0]}. Leave it out, or set begin_token=false."
+        )
+    tokens, counts = _scorable(documents, min_context, prefix)
     sizes = [len(ids) for ids in tokens]
     longest = max(sizes) - 1
     check_model(model, tokens, min(lengths[-1], longest))
@@ -91,7 +103,14 @@ def perplexity_by_length(
     runs = {length: min(length, longest) if extension is None else length for length in lengths}
     distinct = sorted(set(runs.values()))
     windows = {
-        length: cut_windows(sizes, length, overlap=overlap, stride=stride, min_context=min_context)
+        length: cut_windows(
+            sizes,
+            length,
+            overlap=overlap,
+            stride=stride,
+            min_context=min_context,
+            begin=len(prefix),
+        )
         for length in distinct
     }
     sums = {length: np.zeros(len(tokens)) for length in distinct}
@@ -107,14 +126,27 @@ def perplexity_by_length(
                     max_tokens=max_tokens,
                     device=device,
                     segment=None if extension is None else extension.segment,
+                    begin=prefix,
                 ):
                     sums[length] += np.bincount(scored.documents, scored.losses, len(tokens))
                     bar.update(len(scored.losses))
     shortest = sums[distinct[0]]
     rows = tuple(
-        _row(length, sums[run], shortest, counts, windows[run]) for length, run in runs.items()
+        dataclasses.replace(
+            _row(length, sums[run], shortest, counts, windows[run]),
+            windows=len(windows[run]),
+            begun=_count_begun(tokens, windows[run], begin.tokens),
+        )
+        for length, run in runs.items()
     )
-    return PerplexityTable(rows, name=name, overlap=overlap, min_context=min_context, stride=stride)
+    return PerplexityTable(
+        rows,
+        name=name,
+        overlap=overlap,
+        min_context=min_context,
+        stride=stride,
+        begin_tokens=begin.tokens,
+    )
 
 
 def longest_documents(
@@ -127,10 +159,15 @@ def longest_documents(
 
 
 def _scorable(
-    documents: Sequence[TokenizedDocument], min_context: int
+    documents: Sequence[TokenizedDocument], min_context: int, begin: Sequence[int]
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Token ids of the documents that have something to score, and how many tokens each."""
+    """Token ids of the documents that have something to score, and how many tokens each.
+
+    Every document begins with `begin`: those that do not get it.
+    """
     tokens = [np.asarray(document.input_ids, dtype=np.int64) for document in documents]
+    prefix = np.array(begin, dtype=np.int64)
+    tokens = [ids if _begins(ids, begin) else np.concatenate([prefix, ids]) for ids in tokens]
     kept = [ids for ids in tokens if len(ids) > min_context]
     if not kept:
         longest = f", the longest of {max(map(len, tokens))} tokens" if tokens else ""
@@ -139,6 +176,18 @@ def _scorable(
             ". Hold out more or longer documents, or lower min_context."
         )
     return kept, np.array([len(ids) - min_context for ids in kept], dtype=np.int64)
+
+
+def _begins(ids: np.ndarray, begin: Sequence[int]) -> bool:
+    return ids[: len(begin)].tolist() == list(begin)
+
+
+def _count_begun(tokens: Sequence[np.ndarray], windows: Windows, begin: Sequence[int]) -> int:
+    """The number of windows that begin with the begin tokens."""
+    if not begin:
+        return 0
+    whole = np.array([_begins(ids, begin) for ids in tokens])[windows.documents]
+    return int(((windows.prefixes > 0) | (whole & (windows.starts == 0))).sum())
 
 
 def _row(

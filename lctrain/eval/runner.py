@@ -40,6 +40,7 @@ def score_windows(
     max_tokens: int,
     device: torch.device,
     segment: int | None = None,
+    begin: Sequence[int] = (),
 ) -> Iterator[ScoredTokens]:
     """Scores windows batch by batch, each batch of at most `max_tokens` tokens.
 
@@ -54,7 +55,8 @@ def score_windows(
         max_tokens: most tokens in a batch.
         device: where the model is.
         segment: cut windows into parts of so many tokens that do not see one another; None for
-            whole windows. Only packs can be cut.
+            whole windows. Only packs can be cut. Parts after the first have no begin tokens.
+        begin: Token ids to put before windows, as many as their prefixes.
 
     Yields:
         The scored tokens of one batch; all batches together hold every scored position once.
@@ -66,9 +68,16 @@ def score_windows(
             "lctrain.patch_model(model)."
         )
     batches = _packs(windows, max_tokens) if packed else _rows(windows, max_tokens)
+    prefix = np.array(begin, dtype=np.int64)
     for batch in batches:
         parts = [
-            documents[windows.documents[w]][windows.starts[w] : windows.stops[w]] for w in batch
+            np.concatenate(
+                [
+                    prefix[: windows.prefixes[w]],
+                    documents[windows.documents[w]][windows.starts[w] : windows.stops[w]],
+                ]
+            )
+            for w in batch
         ]
         width = 0 if packed else max(map(len, parts))
         pieces = cut(parts, segment)
@@ -78,7 +87,7 @@ def score_windows(
         offsets = np.arange(len(parts)) * width if width else np.cumsum([0, *lengths[:-1]])
         chosen = [np.arange(windows.scored_from[w], windows.stops[w]) for w in batch]
         places = [
-            offset + positions - windows.starts[w]
+            offset + windows.prefixes[w] + positions - windows.starts[w]
             for offset, positions, w in zip(offsets, chosen, batch, strict=True)
         ]
         targets = [

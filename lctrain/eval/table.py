@@ -34,6 +34,8 @@ class PerplexityRow:
             `length` where the documents end.
         documents: documents with a scored token.
         tokens: scored tokens.
+        windows: windows that were run.
+        begun: windows among them that began with the begin tokens; 0 where none are known.
     """
 
     length: int
@@ -47,6 +49,8 @@ class PerplexityRow:
     mean_context: float
     documents: int
     tokens: int
+    windows: int = 0
+    begun: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class PerplexityTable:
         overlap: share of a window that was only context.
         min_context: scored tokens had at least this many predecessors.
         stride: positions that a window scored at every length; None for a share of each length.
+        begin_tokens: what the tokenizer's texts begin with; none if they do not, or it is unknown.
     """
 
     rows: tuple[PerplexityRow, ...]
@@ -66,6 +71,19 @@ class PerplexityTable:
     overlap: float = 0.5
     min_context: int = 1
     stride: int | None = None
+    begin_tokens: tuple[int, ...] = ()
+
+    @property
+    def begun(self) -> str:
+        """Says how many windows began with the begin tokens; nothing where there are none."""
+        if not self.begin_tokens:
+            return ""
+        if all(row.begun == row.windows for row in self.rows):
+            return "every window begins with the begin token"
+        cells = ", ".join(
+            f"{row.begun:,} of {row.windows:,} at {row.length:,}" for row in self.rows
+        )
+        return f"windows that begin with the begin token: {cells}"
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """One dictionary per length, with the attributes of PerplexityRow."""
@@ -95,6 +113,7 @@ class PerplexityTable:
             "overlap": self.overlap,
             "stride": self.stride,
             "min_context": self.min_context,
+            "begin_tokens": list(self.begin_tokens),
         }
         paths["json"].write_text(
             json.dumps({**settings, "rows": rows}, indent=2, allow_nan=False) + "\n"
@@ -137,6 +156,8 @@ class PerplexityTable:
             "± one standard error over documents; gain: loss at the shortest length minus this loss"
         )
         lines += self.unreached()
+        if self.begun:
+            lines.append(self.begun)
         return "\n".join(lines)
 
 

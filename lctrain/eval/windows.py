@@ -21,20 +21,22 @@ class Windows:
         starts: [W] int64, first position of the window.
         scored_from: [W] int64, first position that is scored; those before are only context.
         stops: [W] int64, end of the window and of the scored positions, exclusive.
+        prefixes: [W] int64, begin tokens that are put before the window.
     """
 
     documents: np.ndarray
     starts: np.ndarray
     scored_from: np.ndarray
     stops: np.ndarray
+    prefixes: np.ndarray
 
     def __len__(self) -> int:
         return len(self.documents)
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each window: [W] int64."""
-        return self.stops - self.starts
+        """Tokens of each window, begin tokens included: [W] int64."""
+        return self.prefixes + self.stops - self.starts
 
     @property
     def scored(self) -> np.ndarray:
@@ -43,7 +45,7 @@ class Windows:
 
     def mean_context(self) -> float:
         """Mean number of tokens that the scored positions see, themselves included."""
-        first = self.scored_from - self.starts + 1
+        first = self.prefixes + self.scored_from - self.starts + 1
         contexts = (first + self.lengths) / 2  # of the scored positions of each window
         return float(np.average(contexts, weights=self.scored))
 
@@ -55,6 +57,7 @@ def cut_windows(
     overlap: float = 0.5,
     stride: int | None = None,
     min_context: int = 1,
+    begin: int = 0,
 ) -> Windows:
     """Slides a window over each document so that every position is scored exactly once.
 
@@ -74,8 +77,12 @@ def cut_windows(
             stride` tokens at every length.
         min_context: score only positions that have at least this many tokens in their document
             up to and including themselves.
+        begin: Begin tokens to put before each window that does not begin where its document does.
+            They count as tokens of the window. `length` is above it.
     """
+    room = length - begin  # of a later window, for the document
     stride = max(1, round(length * (1.0 - overlap))) if stride is None else stride
+    stride = max(1, min(stride, room))
     positions = np.maximum(np.asarray(lengths, dtype=np.int64) - 1, 0)
     counts = np.where(positions > 0, 1 - (-np.maximum(positions - length, 0) // stride), 0)
     documents = np.repeat(np.arange(len(positions)), counts)
@@ -84,5 +91,7 @@ def cut_windows(
     scored_from = np.where(index == 0, 0, length + (index - 1) * stride)
     scored_from = np.maximum(scored_from, min_context - 1)
     kept = scored_from < stops
-    starts = np.maximum(stops - length, 0)
-    return Windows(documents[kept], starts[kept], scored_from[kept], stops[kept])
+    starts = np.where(index == 0, 0, stops - room)
+    starts = np.where(starts <= begin, 0, starts)  # the document's own begin is in the room
+    prefixes = np.where(starts > 0, begin, 0)
+    return Windows(documents[kept], starts[kept], scored_from[kept], stops[kept], prefixes[kept])
