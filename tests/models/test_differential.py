@@ -53,14 +53,15 @@ def test_outputs_and_every_gradient_equal_the_unpatched_model_s(family, implemen
 
 
 @pytest.mark.parametrize("family", DIFFERENTIAL)
+@pytest.mark.usefixtures("float64_stays_float64")
 def test_a_pack_gives_what_its_documents_give_one_by_one(family):
-    model, documents = make_differential(family), make_documents()
+    model, documents = make_differential(family).double(), make_documents()
     plain, plain_grads = gradients(model, lambda: separate_outputs(model, documents))
     with patch_model(model, **DIFFERENTIALLY):
         found, grads = gradients(model, lambda: packed_outputs(model, documents))
     torch.testing.assert_close(found, plain)
     for name, grad in plain_grads.items():
-        torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(grads[name], grad)
 
 
 @pytest.mark.parametrize("family", FEW)
@@ -317,7 +318,7 @@ def test_autocast(family):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FEW)
 def test_compiled_without_breaks(family):
-    model = make_differential(family).train()
+    model = make_differential(family).double().train()
     packings = [make_documents(lengths, n) for n, lengths in enumerate(((6, 20), (30, 5, 4)))]
     torch._dynamo.reset()
     with patch_model(model, **DIFFERENTIALLY):
@@ -327,7 +328,7 @@ def test_compiled_without_breaks(family):
             found, found_grads = gradients(model, lambda d=documents: packed_outputs(compiled, d))
             torch.testing.assert_close(found, out)
             for name, grad in grads.items():
-                torch.testing.assert_close(found_grads[name], grad, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(found_grads[name], grad)
 
 
 @pytest.mark.parametrize("family", [*FEW, "mistral"])
