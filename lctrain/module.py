@@ -345,4 +345,4 @@ def _as_dataclass(name: str, schema: type[Any], value: Any) -> Any:
 def _vocab_size(datamodule: Any) -> int | None:
     """Tokens of the data module's tokenizer, if it has one."""
     tokenizer = getattr(datamodule, "tokenizer", None)
-    return len(tokenizer) if hasattr(tokenizer, "__len__") else None
+    return None if tokenizer is None or isinstance(tokenizer, str) else len(tokenizer)

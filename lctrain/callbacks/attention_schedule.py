@@ -48,7 +48,8 @@ class AttentionStage:
         options = dict(description)
         attention, rope = options.pop("attention", "flash"), options.pop("rope", None)
         try:
-            make_spec(attention, **options)
+            swaps = ("fused", "loss")
+            make_spec(attention, **{k: v for k, v in options.items() if k not in swaps})
             if rope is not None:
                 check_rope(rope)
         except (AttributeError, ValueError) as error:

@@ -152,9 +152,9 @@ class BatchView:
         names = self.content.get("names")
         if names is not None:
             return tuple(map(str, names))
-        ids = self.content.get("document_ids")
-        if isinstance(ids, Tensor):
-            return tuple(f"id {number}" for number in ids.tolist())
+        keys = self.content.get("document_ids")
+        if isinstance(keys, Tensor):
+            return tuple(f"id {number}" for number in keys.tolist())
         return tuple(f"number {index}" for index in range(len(self.lengths)))
 
     def model_kwargs(self) -> dict[str, Any]:

@@ -26,6 +26,8 @@ class PatchAttention(Patching):
     Args:
         attention: "flash", "dual_chunk" or "differential", as in `lctrain.patch_model`.
         models: Attribute paths of the models to patch, such as "policy.model"; None for all.
+        fused: Also swap norms, rotary embeddings and MLPs for fused operations.
+        loss: Have `model(**batch, labels=...)` compute its loss without the logits in training.
         dropout: Probability of dropping an attention weight in training; None keeps the model's.
         deterministic: Ask for a backward that gives the same bits in every run.
         backend: Which kernels serve, as in `lctrain.kernels`; a named one never falls back.
@@ -35,7 +37,6 @@ class PatchAttention(Patching):
         scale: "none" or "yarn".
         scale_coefficient: Coefficient of "yarn".
         window: Tokens that the model was trained on at a time.
-        **options: Further options of `lctrain.patch_model`.
 
     Raises:
         ValueError: if an option is unknown or wrong. Before data are prepared: if the module holds
@@ -48,6 +49,8 @@ class PatchAttention(Patching):
         attention: str = "flash",
         *,
         models: Paths = None,
+        fused: bool = False,
+        loss: bool = False,
         dropout: float | None = None,
         deterministic: bool = False,
         backend: str = "auto",
@@ -57,7 +60,6 @@ class PatchAttention(Patching):
         scale: str | None = None,
         scale_coefficient: float | None = None,
         window: int | None = None,
-        **options: Any,
     ) -> None:
         super().__init__(models)
         named = {
@@ -74,9 +76,9 @@ class PatchAttention(Patching):
             "deterministic": deterministic,
             "backend": backend,
             **{name: value for name, value in named.items() if value is not None},
-            **options,
         }
         make_spec(attention, **self.options)
+        self.swaps = {"fused": fused, "loss": loss}
 
     def _patch_one(self, model: Any) -> PatchHandle:
-        return patch_model(model, self.attention, **self.options)
+        return patch_model(model, self.attention, **self.swaps, **self.options)

@@ -63,5 +63,5 @@ def refuse_twin(trainer: pl.Trainer, callback: pl.Callback) -> None:
 
 def loss_of(outputs: Any) -> Any:
     """The loss in what Lightning hands to on_train_batch_end, a tensor; None if there is none."""
-    loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+    loss: Any = outputs.get("loss") if isinstance(outputs, dict) else outputs
     return loss.detach() if hasattr(loss, "detach") else None

@@ -101,7 +101,7 @@ class PackedDataModule(LightningDataModule):
             )
         cache = _default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
         if source is None or isinstance(source, Source) or holds_texts(source):
-            self.preparation: Preparation | TokenPreparation = Preparation(
+            self.preparation: Any = Preparation(
                 source=_as_source(source, held_out),
                 tokenizer=tokenizer,
                 max_tokens=max_tokens,

@@ -28,26 +28,27 @@ class RopeSwap:
 
     def __init__(self, model: Any, parameters: Mapping[str, Any]) -> None:
         check_rope(parameters)
-        self._rotary: Any = find_rotary(model)
-        self._before = (self._rotary.inv_freq, getattr(self._rotary, "attention_scaling", None))
-        kind = getattr(self._rotary, "rope_type", None)
+        rotary: Any = find_rotary(model)
+        self._rotary = rotary
+        self._before = (rotary.inv_freq, getattr(rotary, "attention_scaling", None))
+        kind = getattr(rotary, "rope_type", None)
         if self._before[1] is None or kind not in STATIC_TYPES:
             raise ValueError(
                 "rope must be given for a model with fixed rotary frequencies, got "
                 f"{type(model).__name__}, whose type is {kind!r}. Leave rope out, or use "
                 "attention='dual_chunk'."
             )
-        config = copy.deepcopy(self._rotary.config)
+        config = copy.deepcopy(rotary.config)
         config.rope_parameters = {**config.rope_parameters, **parameters}
         try:
-            scaled = type(self._rotary)(config=config)
+            scaled = type(rotary)(config=config)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"rope must be rope_parameters of transformers, got {dict(parameters)}, which "
                 f"fail: {error!r}. See the model's configuration."
             ) from error
-        self._rotary.inv_freq = scaled.inv_freq.to(self._before[0].device, self._before[0].dtype)
-        self._rotary.attention_scaling = scaled.attention_scaling
+        rotary.inv_freq = scaled.inv_freq.to(self._before[0].device, self._before[0].dtype)
+        rotary.attention_scaling = scaled.attention_scaling
 
     def restore(self) -> None:
         """Gives the model its own frequencies back, every bit. Harmless if done before."""

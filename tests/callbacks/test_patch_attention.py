@@ -221,7 +221,7 @@ def test_a_wrapped_model_is_refused(tmp_path, make_llama, monkeypatch):
 def test_wrong_options_are_refused_at_once():
     with pytest.raises(ValueError, match="belongs to attention='dual_chunk'"):
         PatchAttention("flash", chunk_size=4)
-    with pytest.raises(ValueError, match="Check the spelling"):
+    with pytest.raises(TypeError, match="chunk_sise"):
         PatchAttention("flash", chunk_sise=4)
     with pytest.raises(ValueError, match="sliding_window must be an int of at least 1, got 0"):
         PatchAttention(sliding_window=0)
@@ -230,6 +230,8 @@ def test_wrong_options_are_refused_at_once():
 def test_every_option_of_a_spec_is_a_parameter():
     """A YAML file can only set what the signature names."""
     parameters = inspect.signature(PatchAttention).parameters
+    named = inspect.signature(patch_model).parameters
+    assert set(named) - {"model", "options"} <= set(parameters)
     for spec in (AttentionSpec, FlashSpec, DualChunkSpec):
         assert {field.name for field in fields(spec)} <= set(parameters)
 
@@ -332,3 +334,13 @@ def test_patch_models_patches_all_or_none(make_llama):
     with pytest.raises(ValueError, match=r"got 'others.0', which cannot.*models='model'"):
         patch_models(pair)
     assert not is_patched(pair.model)
+
+
+def test_fused_operations_and_the_loss_come_and_go(tmp_path, make_llama, caplog):
+    module = OwnModule(make_llama())
+    kinds = [type(part) for part in module.model.modules()]
+    patch = PatchAttention(fused=True, loss=True)
+    with caplog.at_level(logging.INFO, logger="lctrain"):
+        make_trainer(tmp_path, [patch], max_steps=1).fit(module, loader(PACKS))
+    assert "fused: no" not in caplog.text
+    assert [type(part) for part in module.model.modules()] == kinds

@@ -1,0 +1,38 @@
+"""The scripts in docs/examples: short, run as files, and printed in the guide as they are."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.house.typecheck import ROOT
+
+LINES = {"long_context_module": 30, "own_module": 30, "fabric": 20}
+GUIDE = ROOT / "docs" / "guides" / "lightning.md"
+
+
+def test_every_script_is_listed():
+    assert {path.stem for path in (ROOT / "docs" / "examples").glob("*.py")} == LINES.keys()
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_scripts_are_short_and_printed(name):
+    text = (ROOT / "docs" / "examples" / f"{name}.py").read_text()
+    assert len(text.splitlines()) <= LINES[name]
+    assert f"```python\n{text}```\n" in GUIDE.read_text()
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_scripts_run(name, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "docs" / "examples" / f"{name}.py")],
+        cwd=tmp_path,
+        env=os.environ | {"LCTRAIN_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    swapped = done.stdout + done.stderr
+    assert "lctrain_flash" in swapped or name == "long_context_module"
