@@ -4,7 +4,8 @@
 # when the pins changed. Settings, as `make train PYTHON=python3.12 ARGS="trainer.max_steps=20"`:
 #   PYTHON       the interpreter, Python 3.10 to 3.13
 #   VENV         the environment's folder; `VENV=` (empty) uses PYTHON with the packages it has
-#   ARGS         Hydra overrides for `train`, options for `bench`
+#   ARGS         Hydra overrides for `train`, which is experiment=first_run unless they name one;
+#                options for `bench`
 #   PYTEST_ARGS  options for pytest, e.g. `PYTEST_ARGS="tests/data -x"`
 #   PIP_ARGS     options for pip, e.g. another package index
 PYTHON ?= python3
@@ -35,7 +36,7 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: train test test-versions lint bench clean system-python check-python
 
 train: $(SETUP)
-	$(PY) -m lctrain.train $(ARGS)
+	$(PY) -m lctrain.train $(if $(findstring experiment=,$(ARGS)),,experiment=first_run) $(ARGS)
 
 test: lint $(TRITONS)
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)

@@ -66,6 +66,8 @@ class RunReport:
             cells = ", ".join(f"{length:,}: {value:.1f}" for length, value in self.perplexities)
             lines.append(f"perplexity by length  {cells}")
         lines += [f"{name:<16} {path}" for name, path in self.paths.items()]
+        if "model" in self.paths:
+            lines.append(f"next             lctrain-eval model={self.paths['model']}")
         return "\n".join(lines)
 
     def save(self, folder: Path) -> None:

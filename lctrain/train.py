@@ -349,6 +349,8 @@ def in_its_folder(config: DictConfig) -> TrainConfig:
 
     plain = to_dataclass(config, TrainConfig)
     check_before_loading(plain)
+    if is_rank_zero():  # in the first second; what follows takes a few
+        log.info("Loading PyTorch and Lightning. The run writes to %s", plain.paths.output_dir)
     given = [*HydraConfig.get().overrides.task, *HydraConfig.get().overrides.hydra]
     named = ("paths.output_dir=", "hydra.run.dir=")  # which Lightning also gives to further ranks
     if is_rank_zero() and any(text.lstrip("+").startswith(named) for text in given):

@@ -457,4 +457,6 @@ def test_the_closing_evaluation_compares_ways_beyond_the_window(tiny, tmp_path, 
     assert set(by_cell) == {(m, n) for m in ("plain", "dual_chunk") for n in ("16", "64")}
     assert by_cell["plain", "16"] == by_cell["dual_chunk", "16"]  # inside the window
     assert by_cell["plain", "64"] != by_cell["dual_chunk", "64"]
-    assert "Perplexity by context length and method" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Perplexity by context length and method" in printed
+    assert f"lctrain-eval model={report.paths['model']}" in printed.splitlines()[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,7 +127,7 @@ def _train(documents: Documents, vocab_size: int, folder: Path) -> None:
         vocab_size=vocab_size,
         special_tokens=[END_TOKEN],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
     )
     model.train_from_iterator(_texts(documents), trainer, length=len(documents))
     tokenizer = PreTrainedTokenizerFast(
