@@ -4,14 +4,9 @@ Everything here reads shapes, dtypes and Python values. Values of tensors are re
 only, so that no check synchronises with a device.
 """
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
-
-from lctrain_kernels.schedule import TileSchedule
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -58,49 +53,6 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"query heads must be a multiple of key/value heads, got {q.shape[1]} and {k.shape[1]}."
-        )
-
-
-def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, device: torch.device) -> None:
-    """[N + 1] int32 on q's device, from 0 to total, not decreasing (values: CPU tensors only)."""
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(cu_seqlens).__name__}.")
-    if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"{name} must be int32, got {cu_seqlens.dtype}. Call .to(torch.int32).")
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-        raise ValueError(
-            f"{name} must have shape [documents + 1], got {tuple(cu_seqlens.shape)}. "
-            "Pass the cumulative lengths with a leading 0."
-        )
-    if cu_seqlens.device != device:
-        raise ValueError(
-            f"{name} must be on q's device ({device}), got {cu_seqlens.device}. Move it with .to()."
-        )
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if isinstance(cu_seqlens, FakeTensor):
-        return
-    if int(cu_seqlens[0]) != 0:
-        raise ValueError(f"{name} must start at 0, got {int(cu_seqlens[0])}. Prepend a 0.")
-    if bool((cu_seqlens.diff() < 0).any()):
-        raise ValueError(f"{name} must not decrease. Pass cumulative lengths, not lengths.")
-    if int(cu_seqlens[-1]) != total:
-        raise ValueError(
-            f"{name} must end at the number of packed tokens ({total}), got {int(cu_seqlens[-1])}. "
-            "Drop the tokens beyond the last document, or give them a document of their own."
-        )
-
-
-def check_documents(
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, total_k: int, device: torch.device
-) -> None:
-    """Both boundaries are valid and describe as many documents."""
-    check_cu_seqlens("cu_seqlens", cu_seqlens_q, total_q, device)
-    check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, total_k, device)
-    if cu_seqlens_q.shape != cu_seqlens_k.shape:
-        raise ValueError(
-            "cu_seqlens and cu_seqlens_k must describe the same documents, got "
-            f"{cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}."
         )
 
 
@@ -161,137 +113,4 @@ def check_dual_chunk(
         raise ValueError(
             f"logit_scale must be positive, got {float(logit_scale.min())}. A factor of 1 changes "
             "nothing."
-        )
-
-
-def check_max_seqlen(name: str, value: object) -> None:
-    """A Python int; a device tensor would force a synchronisation."""
-    if isinstance(value, Tensor) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(
-            f"{name} must be a Python int, got {type(value).__name__}. "
-            "Compute it from the CPU lengths; reading a device tensor would stall the GPU."
-        )
-
-
-def check_schedule(
-    schedule: TileSchedule, documents: int, total_q: int, total_k: int, device: torch.device
-) -> None:
-    """Built for as many documents and tokens, on q's device."""
-    if schedule.q_tiles.device != device:
-        raise ValueError(
-            f"schedule must be on q's device ({device}), got {schedule.q_tiles.device}. "
-            "Call schedule.to(device)."
-        )
-    if schedule.documents != documents:
-        raise ValueError(
-            f"cu_seqlens must describe the {schedule.documents} documents that schedule was built "
-            f"for, got {documents}. Build the schedule from the lengths of this pack."
-        )
-    for name, expected, total in (
-        ("q", schedule.total_q, total_q),
-        ("k", schedule.total_k, total_k),
-    ):
-        if expected != total:
-            raise ValueError(
-                f"{name} must hold the {expected} tokens that schedule was built for, got {total}. "
-                "Build the schedule from the lengths of this pack, and drop tokens beyond the "
-                "last document."
-            )
-
-
-def check_dropout(dropout_p: float, dropout_seed: object) -> None:
-    """0 <= p < 1; the seed an int or one int64 element."""
-    if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}.")
-    if isinstance(dropout_seed, Tensor):
-        if dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1:
-            raise TypeError(
-                "dropout_seed must be an int or a tensor of one int64 element, got "
-                f"{dropout_seed.dtype} of shape {tuple(dropout_seed.shape)}."
-            )
-    elif dropout_seed is not None and (
-        not isinstance(dropout_seed, int) or not -(2**63) <= dropout_seed < 2**63
-    ):
-        raise TypeError(
-            "dropout_seed must be an int64 value or a tensor of one int64 element, got "
-            f"{dropout_seed!r}."
-        )
-
-
-def check_window(window_size: Sequence[int] | Tensor, device: torch.device) -> None:
-    """Two ints, or an int32 tensor of two on q's device; -1 is unbounded."""
-    if isinstance(window_size, Tensor):
-        if window_size.shape != (2,) or window_size.dtype != torch.int32:
-            raise TypeError(
-                "window_size must be two ints or an int32 tensor of shape [2], got "
-                f"{window_size.dtype} of shape {tuple(window_size.shape)}."
-            )
-        if window_size.device != device:
-            raise ValueError(
-                f"window_size must be on q's device ({device}), got {window_size.device}. Move "
-                "it with .to()."
-            )
-    elif (
-        not isinstance(window_size, Sequence)
-        or len(window_size) != 2
-        or not all(isinstance(side, (int, torch.SymInt)) for side in window_size)
-    ):
-        raise TypeError(
-            f"window_size must be (left, right) ints, -1 for unbounded, got {window_size!r}."
-        )
-
-
-def check_optional_tensors(
-    documents: int,
-    heads: int,
-    device: torch.device,
-    alibi_slopes: Tensor | None,
-    learnable_sink: Tensor | None,
-    document_ids: Tensor | None,
-) -> None:
-    """Shapes, dtypes and device of the optional tensors."""
-    optional = {
-        "alibi_slopes": alibi_slopes,
-        "learnable_sink": learnable_sink,
-        "document_ids": document_ids,
-    }
-    for name, tensor in optional.items():
-        if tensor is not None and not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
-    if alibi_slopes is not None:
-        if tuple(alibi_slopes.shape) not in ((heads,), (documents, heads)):
-            raise ValueError(
-                f"alibi_slopes must have shape [{heads}] or [{documents}, {heads}], got "
-                f"{tuple(alibi_slopes.shape)}."
-            )
-        if alibi_slopes.dtype != torch.float32:
-            raise TypeError(
-                f"alibi_slopes must be float32, got {alibi_slopes.dtype}. Call .float()."
-            )
-    if learnable_sink is not None and tuple(learnable_sink.shape) != (heads,):
-        raise ValueError(
-            f"learnable_sink must have shape [{heads}], got {tuple(learnable_sink.shape)}."
-        )
-    if document_ids is not None:
-        if tuple(document_ids.shape) != (documents,):
-            raise ValueError(
-                f"document_ids must have shape [{documents}], got {tuple(document_ids.shape)}."
-            )
-        if document_ids.dtype != torch.int32:
-            raise TypeError(f"document_ids must be int32, got {document_ids.dtype}. Cast it.")
-    for name, tensor in optional.items():
-        if tensor is not None and tensor.device != device:
-            raise ValueError(
-                f"{name} must be on q's device ({device}), got {tensor.device}. Move it with .to()."
-            )
-
-
-def check_softcap_and_scale(softcap: float, softmax_scale: float | None) -> None:
-    """softcap >= 0 and finite; scale > 0 and finite."""
-    if softcap < 0 or not softcap < math.inf:
-        raise ValueError(f"softcap must be finite and >= 0 (0 turns it off), got {softcap}.")
-    if softmax_scale is not None and not 0 < softmax_scale < math.inf:
-        raise ValueError(
-            f"softmax_scale must be finite and > 0, got {softmax_scale}. "
-            "Fold the sign of a negative scale into q."
         )

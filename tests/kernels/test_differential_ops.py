@@ -59,13 +59,17 @@ def forward_arguments(case, *, window=None, schedule=None, requires_grad=True) -
         inputs.cu_seqlens_k,
         None if schedule is None else schedule.q_tiles,
         None if schedule is None else schedule.k_tiles,
+        None,
         0.25,
         3,
         -1,
         window,
+        0.0,
         0.2,
         torch.tensor([5]),
         None,
+        None,
+        False,
         "pytorch",
     )
 
@@ -86,11 +90,10 @@ def test_opcheck_forward(case, variant):
 def test_opcheck_backward(case, with_dlse):
     arguments = forward_arguments(case, requires_grad=False)
     out, out1, out2, lse1, lse2 = FORWARD(*arguments)
-    operands, rest = arguments[:6], arguments[6:]
     dlse = [torch.randn_like(lse1) if with_dlse else None for _ in range(2)]
     torch.library.opcheck(
         BACKWARD,
-        (torch.randn_like(out), *dlse, *operands, out1, out2, lse1, lse2, *rest),
+        (torch.randn_like(out), *dlse, *arguments, out1, out2, lse1, lse2),
         test_utils=("test_schema", "test_faketensor"),
     )
 

@@ -18,18 +18,25 @@ def forward_arguments(*, schedule=None, requires_grad=True) -> tuple:
     leaves = [x.requires_grad_(requires_grad) for x in (inputs.q, inputs.k, inputs.v)]
     return (
         *leaves,
-        inputs.cu_seqlens_q,
-        inputs.cu_seqlens_k,
-        None if schedule is None else schedule.q_tiles,
-        None if schedule is None else schedule.k_tiles,
         frequencies(CASE, "cpu"),
         inputs.logit_scale,
         7,
         2,
+        inputs.cu_seqlens_q,
+        inputs.cu_seqlens_k,
+        None if schedule is None else schedule.q_tiles,
+        None if schedule is None else schedule.k_tiles,
+        None,
         0.25,
+        -1,
+        0,
+        None,
+        0.0,
         CASE.dropout_p,
         torch.tensor([5]),
         None,
+        None,
+        False,
         "pytorch",
     )
 
@@ -43,12 +50,12 @@ def test_opcheck_forward(scheduled):
 
 @pytest.mark.parametrize("with_dlse", [False, True], ids=["", "dlse"])
 def test_opcheck_backward(with_dlse):
-    q, k, v, *rest = forward_arguments(requires_grad=False)
-    out, lse = FORWARD(q, k, v, *rest)
+    arguments = forward_arguments(requires_grad=False)
+    out, lse = FORWARD(*arguments)
     dlse = torch.randn_like(lse) if with_dlse else None
     torch.library.opcheck(
         BACKWARD,
-        (torch.randn_like(out), dlse, q, k, v, out, lse, *rest),
+        (torch.randn_like(out), dlse, *arguments, out, lse),
         test_utils=("test_schema", "test_faketensor"),
     )
 

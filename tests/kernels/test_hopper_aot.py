@@ -10,8 +10,11 @@ from lctrain.kernels import make_schedule
 from lctrain_kernels import aot_hopper as aot
 from lctrain_kernels.differential import hopper as differential
 from lctrain_kernels.dual_chunk import hopper as dual_chunk
+from lctrain_kernels.dual_chunk.operands import Operands, Rotation
 from lctrain_kernels.gluon import barriers
 from lctrain_kernels.gluon.config import DIFFERENTIAL_COLUMNS
+from lctrain_kernels.options import AttentionOptions
+from lctrain_kernels.pack import TiledPack
 from lctrain_kernels.varlen import hopper as varlen
 from tests.kernels.aot_process import BETWEEN, VERSIONS, compiled_reports, on_triton
 
@@ -103,6 +106,25 @@ class Launches:
         assert self.options.items() <= variant.options.items()
 
 
+def pack_of(cu_seqlens, schedule, dropout):
+    """A pack of two documents, which has document ids with dropout."""
+    ids = torch.arange(2, dtype=torch.int32) if dropout else None
+    return TiledPack(cu_seqlens, cu_seqlens, schedule.q_tiles, schedule.k_tiles, ids)
+
+
+def options_of(features):
+    """The options that make a launch with these features."""
+    dropout = features in ("all", "dropout")
+    return AttentionOptions(
+        softmax_scale=0.1,
+        window_right=-1 if features == "full" else 0,
+        window=torch.tensor([64, 0], dtype=torch.int32) if features == "all" else None,
+        dropout_p=0.1 if dropout else 0.0,
+        dropout_seed=torch.tensor([7]) if dropout else None,
+        deterministic=features == "deterministic",
+    )
+
+
 @pytest.fixture
 def launches(monkeypatch):
     """Keeps all kernels of varlen attention from being run: name -> Launches."""
@@ -131,23 +153,17 @@ def test_variants_are_what_is_launched(features, head_dim, group, dtype, launche
     q = torch.zeros(tokens, heads, head_dim, dtype=kind)
     k = torch.zeros(tokens, aot.HEADS_KV, head_dim, dtype=kind)
     cu = torch.tensor([0, 200, 300], dtype=torch.int32)
-    window = {"full": (-1, -1), "all": torch.tensor([64, 0], dtype=torch.int32)}
-    options = {
-        "softmax_scale": 0.1,
-        "window": window.get(features, (-1, 0)),
-        "softcap": 20.0 if everything else 0.0,
-        "dropout_p": 0.1 if dropout else 0.0,
-        "dropout_seed": torch.tensor([7]) if dropout else None,
-        "document_ids": torch.arange(2, dtype=torch.int32) if dropout else None,
-    }
-    sink = torch.zeros(heads) if everything else None
-    out, lse = varlen.varlen_fwd(q, k, k, cu, cu, schedule.q_tiles, learnable_sink=sink, **options)
+    pack = pack_of(cu, schedule, dropout)
+    options = options_of(features)._replace(
+        softcap=20.0 if everything else 0.0,
+        learnable_sink=torch.zeros(heads) if everything else None,
+    )
+    out, lse = varlen.varlen_fwd(q, k, k, pack, options)
     variant = aot.forward_variant(head_dim, features=features, dtype=dtype, group=group)
     launches["varlen_fwd_hopper_kernel"].assert_described_by(variant)
     if head_dim > 128:
         return  # the portable kernels have this backward
-    options["deterministic"] = features == "deterministic"
-    varlen.varlen_bwd(q, None, q, k, k, out, lse, cu, cu, schedule.k_tiles, **options)
+    varlen.varlen_bwd(q, None, q, k, k, out, lse, pack, options)
     variant = aot.backward_variant(head_dim, features=features, dtype=dtype, group=group)
     launches["varlen_bwd_hopper_kernel"].assert_described_by(variant)
 
@@ -178,27 +194,12 @@ def test_variants_of_dual_chunk_attention_are_what_is_launched(
     q = torch.zeros(300, aot.HEADS_KV * group, head_dim, dtype=kind)
     k = torch.zeros(300, aot.HEADS_KV, head_dim, dtype=kind)
     cu = torch.tensor([0, 200, 300], dtype=torch.int32)
-    options = {
-        "inv_freq": torch.zeros(head_dim // 2),
-        "logit_scale": torch.ones(2) if features == "all" else None,
-        "chunk_length": 33,
-        "succ_length": 7,
-        "inter_position": 40,
-        "softmax_scale": 0.1,
-    }
-    out, lse = dual_chunk.dual_chunk_fwd(
-        q,
-        k,
-        k,
-        cu,
-        cu,
-        schedule.q_tiles,
-        schedule.k_tiles,
-        dropout_p=0.1 if dropout else 0.0,
-        dropout_seed=torch.tensor([7]) if dropout else None,
-        document_ids=torch.arange(2, dtype=torch.int32) if dropout else None,
-        **options,
-    )
+    inv_freq = torch.zeros(head_dim // 2)
+    logit_scale = torch.ones(2) if features == "all" else None
+    operands = Operands(q, k, k, inv_freq, logit_scale, 40, 7)
+    rotation = Rotation(inv_freq, 33, 7, 40)
+    pack, options = pack_of(cu, schedule, dropout), options_of(features)
+    out, lse = dual_chunk.dual_chunk_fwd(operands, rotation, pack, options)
     variant = aot.dual_chunk_forward_variant(head_dim, features=features, dtype=dtype, group=group)
     dual_chunk_launches["dual_chunk_fwd_hopper_kernel"].assert_described_by(variant)
     if features == "dropout":
@@ -208,9 +209,7 @@ def test_variants_of_dual_chunk_attention_are_what_is_launched(
         kept[relation] = Launches(dual_chunk.dual_chunk_bwd_hopper_kernel.kernel)
     rest = iter(kept.values())
     monkeypatch.setattr(dual_chunk, "dual_chunk_bwd_hopper_kernel", EachLaunch(rest))
-    dual_chunk.dual_chunk_bwd(
-        q, None, q, k, k, out, lse, cu, cu, schedule.q_tiles, schedule.k_tiles, **options
-    )
+    dual_chunk.dual_chunk_bwd(q, None, operands, rotation, out, lse, pack, options)
     for relation, launched in kept.items():
         launched.assert_described_by(
             aot.dual_chunk_backward_variant(
@@ -246,25 +245,13 @@ def test_differential_variants_are_what_is_launched(features, dims, group, dtype
     lam = torch.zeros(()).expand(tokens, heads)
     operands = (q, q, k, None if shared_k else k, v, lam)
     cu = torch.tensor([0, 200, 300], dtype=torch.int32)
-    window = {"full": (-1, -1), "all": torch.tensor([64, 0], dtype=torch.int32)}
-    options = {"softmax_scale": 0.1, "window": window.get(features, (-1, 0))}
-    out, *results = differential.differential_fwd(
-        *operands,
-        cu,
-        cu,
-        schedule.q_tiles,
-        dropout_p=0.1 if dropout else 0.0,
-        dropout_seed=torch.tensor([7]) if dropout else None,
-        document_ids=torch.arange(2, dtype=torch.int32) if dropout else None,
-        **options,
-    )
+    pack, options = pack_of(cu, schedule, dropout), options_of(features)
+    out, *results = differential.differential_fwd(*operands, pack, options)
     described = {"features": features, "dtype": dtype, "group": group}
     variant = aot.differential_forward_variant(*dims, **described)
     launches["differential_fwd_hopper_kernel"].assert_described_by(variant)
     if features == "dropout" or (head_dim == 128 and not shared_k):
         return  # the portable kernels have this backward
-    differential.differential_bwd(
-        out, None, None, *operands, *results, cu, cu, schedule.k_tiles, **options
-    )
+    differential.differential_bwd(out, None, None, *operands, *results, pack, options)
     variant = aot.differential_backward_variant(*dims, **described)
     launches["differential_bwd_hopper_kernel"].assert_described_by(variant)

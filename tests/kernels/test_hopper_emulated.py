@@ -10,6 +10,8 @@ import torch
 
 from lctrain.kernels import make_schedule
 from lctrain_kernels.gluon import config
+from lctrain_kernels.options import AttentionOptions
+from lctrain_kernels.pack import TiledPack
 from lctrain_kernels.varlen import hopper as varlen
 from tests.kernels.gluon_emulator import emulate
 from tests.kernels.oracle import (
@@ -218,21 +220,11 @@ def float32_sums(monkeypatch):
 def test_forward_of_head_dim_256(hopper):
     case = Case(equal_lengths(140, 3), 2, 1, 256, BFLOAT16, causal=True)
     inputs = make_inputs(case)
-    out, lse = varlen.varlen_fwd(
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        inputs.cu_seqlens_q,
-        inputs.cu_seqlens_k,
-        make_schedule([140, 3]).q_tiles,
-        softmax_scale=1 / 16,
-        window=(-1, 0),
-        softcap=0.0,
-        learnable_sink=None,
-        dropout_p=0.0,
-        dropout_seed=None,
-        document_ids=None,
-    )
+    schedule = make_schedule([140, 3])
+    boundaries = (inputs.cu_seqlens_q, inputs.cu_seqlens_k)
+    pack = TiledPack(*boundaries, schedule.q_tiles, schedule.k_tiles)
+    options = AttentionOptions(softmax_scale=1 / 16, window_right=0)
+    out, lse = varlen.varlen_fwd(inputs.q, inputs.k, inputs.v, pack, options)
     exact, plain = (dense(case, inputs, dtype) for dtype in (torch.float64, case.dtype))
     assert_error_at_most_twice(out, plain.out, exact.out, "out")
     assert_error_at_most_twice(lse, plain.lse, exact.lse, "lse")

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from lctrain.kernels import flash_attn_varlen_func, make_schedule
+from lctrain_kernels.operators import visible_pairs
 from lctrain_kernels.reference.attention import dense_attention, visible_mask
-from lctrain_kernels.varlen.operators import visible_pairs
 from tests.kernels.oracle import Case, cumulative, equal_lengths, make_inputs
 
 CASE = Case(((6, 6), (4, 9)), dtype=torch.float32, dropout_p=0.2, alibi="heads", sink=True)
@@ -40,16 +40,16 @@ def forward_arguments(case: Case, *, window=None, schedule=None, requires_grad=T
         inputs.cu_seqlens_k,
         None if schedule is None else schedule.q_tiles,
         None if schedule is None else schedule.k_tiles,
+        None,
         0.25,
         3,
         -1,
         window,
         2.0,
-        inputs.slopes,
-        sink,
         case.dropout_p,
         torch.tensor([5]),
-        None,
+        inputs.slopes,
+        sink,
         True,
         "pytorch",
     )
@@ -70,12 +70,10 @@ def test_opcheck_forward(variant):
 def test_opcheck_backward(with_dlse):
     arguments = forward_arguments(CASE, requires_grad=False)
     out, lse = FORWARD(*arguments)
-    q, k, v, *rest = arguments
-    rest.pop(10)  # the sink is no argument of the backward
     dlse = torch.randn_like(lse) if with_dlse else None
     torch.library.opcheck(
         BACKWARD,
-        (torch.randn_like(out), dlse, q, k, v, out, lse, *rest),
+        (torch.randn_like(out), dlse, *arguments, out, lse),
         test_utils=("test_schema", "test_faketensor"),
     )
 

@@ -212,9 +212,9 @@ def _turned(
     """[M, H, D] as they meet keys of the own chunk, the one before, or earlier ones."""
     if way == 0:
         return q
-    far = geometry.far_position - place
+    far = geometry.inter_position - place
     near = torch.full_like(place, geometry.length)
-    delta = torch.where(place < geometry.near, near, far) if way == 1 else far
+    delta = torch.where(place < geometry.succ_length, near, far) if way == 1 else far
     state = torch.promote_types(q.dtype, torch.float32)
     turned = rotate(q.transpose(0, 1).to(state), delta, inv_freq)
     return turned.transpose(0, 1).to(q.dtype)

@@ -21,10 +21,13 @@ from triton.testing import do_bench
 from lctrain_kernels import make_schedule
 from lctrain_kernels.bench.dual_chunk import CHUNK_SIZE, LOCAL_SIZE, frequencies
 from lctrain_kernels.bench.workloads import WORKLOADS, Workload
+from lctrain_kernels.dual_chunk.operands import Operands, Rotation
 from lctrain_kernels.dual_chunk.reference import DualChunkGeometry
 from lctrain_kernels.dual_chunk.triton_bwd import dual_chunk_bwd
 from lctrain_kernels.dual_chunk.triton_fwd import dual_chunk_fwd
 from lctrain_kernels.gluon.config import BackwardTile, ForwardTile, override_tiles
+from lctrain_kernels.options import AttentionOptions
+from lctrain_kernels.pack import TiledPack
 from lctrain_kernels.tile.config import TileConfig, override_configs
 from lctrain_kernels.varlen import hopper
 from lctrain_kernels.varlen.triton_bwd import varlen_bwd
@@ -128,46 +131,36 @@ class _Case:
         lengths = torch.tensor((0, *workload.lengths))
         self.cu = lengths.cumsum(0).to(device="cuda", dtype=torch.int32)
         self.schedule = make_schedule(workload.lengths).to("cuda")
-        self.options = {
-            "softmax_scale": workload.head_dim**-0.5,
-            "dropout_p": dropout_p,
-            "dropout_seed": torch.full((1,), 7, device="cuda") if dropout_p else None,
-            "document_ids": None,
-        }
+        self.pack = TiledPack(self.cu, self.cu, self.schedule.q_tiles, self.schedule.k_tiles)
+        self.options = AttentionOptions(
+            softmax_scale=workload.head_dim**-0.5,
+            window_right=0,
+            dropout_p=dropout_p,
+            dropout_seed=torch.full((1,), 7, device="cuda") if dropout_p else None,
+        )
         self.dual_chunk = operation.startswith("dual_chunk")
         self.hopper = operation.startswith("hopper")
         if self.dual_chunk:
             geometry = DualChunkGeometry(CHUNK_SIZE, LOCAL_SIZE)
-            self.options |= {
-                "inv_freq": frequencies(workload.head_dim, self.q.device),
-                "logit_scale": None,
-                "chunk_length": geometry.length,
-                "succ_length": geometry.near,
-                "inter_position": geometry.far_position,
-            }
-        else:
-            self.options |= {"window": (-1, 0), "softcap": 0.0}
-            if not self.hopper:
-                self.options["alibi_slopes"] = None
+            inv_freq = frequencies(workload.head_dim, self.q.device)
+            self.operands = Operands(self.q, self.k, self.v, inv_freq, None, CHUNK_SIZE, LOCAL_SIZE)
+            self.rotation = Rotation(
+                inv_freq, geometry.length, geometry.succ_length, geometry.inter_position
+            )
         self.out, self.lse = self.forward()
 
     def forward(self) -> tuple[torch.Tensor, ...]:
-        operands = (self.q, self.k, self.v, self.cu, self.cu)
         if self.dual_chunk:
-            return dual_chunk_fwd(
-                *operands, self.schedule.q_tiles, self.schedule.k_tiles, **self.options
-            )
+            return dual_chunk_fwd(self.operands, self.rotation, self.pack, self.options)
         launch = hopper.varlen_fwd if self.hopper else varlen_fwd
-        return launch(*operands, self.schedule.q_tiles, learnable_sink=None, **self.options)
+        return launch(self.q, self.k, self.v, self.pack, self.options)
 
     def backward(self) -> tuple[torch.Tensor, ...]:
-        tiles = (self.schedule.q_tiles, self.schedule.k_tiles)
-        operands = (self.dout, None, self.q, self.k, self.v, self.out, self.lse, self.cu, self.cu)
+        saved = (self.out, self.lse, self.pack, self.options)
         if self.dual_chunk:
-            return dual_chunk_bwd(*operands, *tiles, **self.options)
-        if self.hopper:
-            return hopper.varlen_bwd(*operands, tiles[1], deterministic=False, **self.options)
-        return varlen_bwd(*operands, *tiles, deterministic=False, **self.options)
+            return dual_chunk_bwd(self.dout, None, self.operands, self.rotation, *saved)
+        launch = hopper.varlen_bwd if self.hopper else varlen_bwd
+        return launch(self.dout, None, self.q, self.k, self.v, *saved)
 
 
 def _precompile(job: tuple[str, str, Workload, float]) -> None:

@@ -26,6 +26,8 @@ from lctrain_kernels.bench.differential import (
 from lctrain_kernels.bench.tune import parse_config
 from lctrain_kernels.differential.triton_bwd import differential_bwd
 from lctrain_kernels.differential.triton_fwd import differential_fwd
+from lctrain_kernels.options import AttentionOptions
+from lctrain_kernels.pack import TiledPack
 from lctrain_kernels.tile.config import override_configs
 
 # By version; none of them makes ptxas serialise the products (sm_90, Triton 3.6.0).
@@ -58,42 +60,21 @@ class _Case:
         self.dout = inputs.grad_out
         self.cu = inputs.cu_seqlens
         self.operands = (q1, q2, k1, None if shared else k2, inputs.v.detach(), lam)
-        self.options: dict[str, Any] = {
-            "softmax_scale": workload.head_dim**-0.5,
-            "window": (-1, 0),
-            "dropout_p": dropout_p,
-            "dropout_seed": torch.full((1,), 7, device="cuda") if dropout_p else None,
-            "document_ids": None,
-        }
+        self.pack = TiledPack(self.cu, self.cu, self.schedule.q_tiles, self.schedule.k_tiles)
+        self.options = AttentionOptions(
+            softmax_scale=workload.head_dim**-0.5,
+            window_right=0,
+            dropout_p=dropout_p,
+            dropout_seed=torch.full((1,), 7, device="cuda") if dropout_p else None,
+        )
         _, *self.saved = self.forward()
 
     def forward(self) -> tuple[Tensor, ...]:
-        return differential_fwd(
-            *self.operands, self.cu, self.cu, self.schedule.q_tiles, **self.options
-        )
+        return differential_fwd(*self.operands, self.pack, self.options)
 
     def backward(self) -> tuple[Tensor, ...]:
-        q1, q2, k1, k2, v, lam = self.operands
-        out1, out2, lse1, lse2 = self.saved
         grads = differential_bwd(
-            self.dout,
-            None,
-            None,
-            q1,
-            q2,
-            k1,
-            k2,
-            v,
-            lam,
-            out1,
-            out2,
-            lse1,
-            lse2,
-            self.cu,
-            self.cu,
-            self.schedule.q_tiles,
-            self.schedule.k_tiles,
-            **self.options,
+            self.dout, None, None, *self.operands, *self.saved, self.pack, self.options
         )
         return tuple(x for x in grads if x.numel())
 

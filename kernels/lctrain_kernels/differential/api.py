@@ -5,15 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lctrain_kernels import checks
 from lctrain_kernels.backend import select_backend
 from lctrain_kernels.differential import checks as checks_differential
-from lctrain_kernels.differential import operators as _differential_ops  # noqa: F401  (the operators)
-from lctrain_kernels.layout import unit_stride
+from lctrain_kernels.differential.operators import Operands, differential_attention
+from lctrain_kernels.options import checked_options
+from lctrain_kernels.pack import checked_pack
 from lctrain_kernels.padding import pad_head_dim
+from lctrain_kernels.registry import require_backend
 from lctrain_kernels.schedule import TileSchedule
-from lctrain_kernels.seed import resolve_seed
-from lctrain_kernels.window import resolve_window
 
 
 def diff_attn_varlen_func(
@@ -84,57 +83,45 @@ def diff_attn_varlen_func(
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if shapes, devices or values do not fit; the message names the remedy.
     """
-    cu_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     checks_differential.check_branches(q1, q2, k1, k2, v)
     checks_differential.check_lam(lam, q1.shape[0], q1.shape[1], q1.device)
-    checks.check_documents(cu_seqlens, cu_k, q1.shape[0], k1.shape[0], q1.device)
-    checks.check_max_seqlen("max_seqlen", max_seqlen)
-    if max_seqlen_k is not None:
-        checks.check_max_seqlen("max_seqlen_k", max_seqlen_k)
-    checks.check_dropout(dropout_p, dropout_seed)
-    checks.check_window(window_size, q1.device)
-    checks.check_softcap_and_scale(0.0, softmax_scale)
-    documents = cu_seqlens.shape[0] - 1
-    checks.check_optional_tensors(documents, q1.shape[1], q1.device, None, None, document_ids)
-    if schedule is not None:
-        checks.check_schedule(schedule, documents, q1.shape[0], k1.shape[0], q1.device)
-    named = backend
-    backend = select_backend(q1.device, q1.dtype, named)
-    head_dim, value_dim = q1.shape[2], v.shape[2]
-    window, left, right = resolve_window(window_size, causal)
-    cu_q, cu_k, window, document_ids = unit_stride(cu_seqlens, cu_k, window, document_ids)
-    state = torch.promote_types(q1.dtype, torch.float32)
-    branches = (
+    pack = checked_pack(
+        cu_seqlens,
+        cu_seqlens if cu_seqlens_k is None else cu_seqlens_k,
+        q1.shape[0],
+        k1.shape[0],
+        q1.device,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen if max_seqlen_k is None else max_seqlen_k,
+        document_ids=document_ids,
+        schedule=schedule,
+        names=("cu_seqlens", "cu_seqlens_k", "max_seqlen", "max_seqlen_k"),
+    )
+    options = checked_options(
+        q1.device,
+        q1.shape[2],
+        pack.documents,
+        q1.shape[1],
+        select_backend(q1.device, q1.dtype, backend),
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+    )
+    operands = Operands(
         pad_head_dim(q1),
         pad_head_dim(q2),
         pad_head_dim(k1),
         None if k2 is k1 else pad_head_dim(k2),
         pad_head_dim(v),
-    )
-    if named == "hopper":
-        from lctrain_kernels.gluon import support
-
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        call = support.DifferentialCall(*branches, None, deterministic, dropout_p > 0)
-        limits = support.DIFFERENTIAL_FORWARD_LIMITS, support.DIFFERENTIAL_BACKWARD_LIMITS
-        support.require(call, *limits, call.inputs)
-    out, _, _, lse1, lse2 = torch.ops.lctrain.differential_forward(
-        *branches,
         # A view: where lam is not per token, its stride along T is 0, and autograd sums.
-        lam.to(state).expand(q1.shape[0], q1.shape[1]),
-        cu_q,
-        cu_k,
-        None if schedule is None else schedule.q_tiles,
-        None if schedule is None else schedule.k_tiles,
-        head_dim**-0.5 if softmax_scale is None else float(softmax_scale),
-        left,
-        right,
-        window,
-        float(dropout_p),
-        resolve_seed(dropout_p, dropout_seed, q1.device),
-        document_ids,
-        backend,
+        lam.to(torch.promote_types(q1.dtype, torch.float32)).expand(q1.shape[:2]),
     )
-    if out.shape[2] != value_dim:
-        out = out[..., :value_dim]
+    if backend == "hopper":
+        trained = [x for x in operands[:5] if x is not None]
+        require_backend("differential", operands, options, trained)
+    out, _, _, lse1, lse2 = differential_attention(operands, pack, options)
+    if out.shape[2] != v.shape[2]:
+        out = out[..., : v.shape[2]]
     return (out, lse1, lse2) if return_lse else out

@@ -23,6 +23,8 @@ from lctrain_kernels.gluon.config import (
     pack_heads,
 )
 from lctrain_kernels.gluon.launch import multiprocessors, padded_columns, ragged_descriptor
+from lctrain_kernels.options import AttentionOptions
+from lctrain_kernels.pack import TiledPack
 from lctrain_kernels.schedule import SCHEDULE_ROWS
 from lctrain_kernels.tile.arguments import dropout_arguments, token_head_strides, window_arguments
 from lctrain_kernels.tile.logits import LOG2_E
@@ -39,15 +41,8 @@ def differential_fwd(
     k2: Tensor | None,
     v: Tensor,
     lam: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    q_tiles: Tensor,
-    *,
-    softmax_scale: float,
-    window: tuple[int, int] | Tensor,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-    document_ids: Tensor | None,
+    pack: TiledPack,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launches the forward kernel; arguments and results as the portable differential_fwd.
 
@@ -64,13 +59,13 @@ def differential_fwd(
     columns, value_columns = padded_columns(head_dim), padded_columns(value_dim)
     tile = differential_forward_tile(columns, value_columns, k2 is None)
     positions = CONSUMERS * 64 // pack
-    items = q_tiles.shape[0] * (SCHEDULE_ROWS // positions) * (heads // pack)
+    items = pack.q_tiles.shape[0] * (SCHEDULE_ROWS // positions) * (heads // pack)
     if items == 0:
         return out, out1, out2, lse1, lse2
     run = min(64, positions)
     num_k = 1 if k2 is None else 2
-    window_ptr, left, right, has_left, has_right = window_arguments(window)
-    threshold, scale_kept = dropout_arguments(dropout_p)
+    window_ptr, left, right, has_left, has_right = window_arguments(options)
+    threshold, scale_kept = dropout_arguments(options.dropout_p)
     differential_fwd_hopper_kernel[(min(items, multiprocessors(q1.device)),)](
         ragged_descriptor(q1, run, 64),
         ragged_descriptor(q2, run, 64),
@@ -84,24 +79,24 @@ def differential_fwd(
             lam,
             lse1,
             lse2,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            q_tiles,
+            pack.cu_seqlens_q,
+            pack.cu_seqlens_k,
+            pack.q_tiles,
             torch.zeros(1, dtype=torch.int32, device=q1.device),
             window_ptr,
-            dropout_seed,
-            document_ids,
+            options.dropout_seed,
+            pack.document_ids,
         ),
         *lam.stride(),
         items,
         total_q,
         left,
         right,
-        softmax_scale,
+        options.softmax_scale,
         threshold,
         scale_kept,
         TILE=forward_shape(tile, columns, group, heads, pack, value_columns, num_k),
-        FLAGS=Flags(has_left=has_left, has_right=has_right, has_dropout=dropout_p > 0),
+        FLAGS=Flags(has_left=has_left, has_right=has_right, has_dropout=options.has_dropout),
         num_warps=4,
         maxnreg=REGISTERS,
         enable_fp_fusion=True,
@@ -222,12 +217,8 @@ def differential_bwd(
     out2: Tensor,
     lse1: Tensor,
     lse2: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    k_tiles: Tensor,
-    *,
-    softmax_scale: float,
-    window: tuple[int, int] | Tensor,
+    pack: TiledPack,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launches the backward; arguments and results as the portable differential_bwd, no dropout.
 
@@ -278,9 +269,9 @@ def differential_bwd(
         num_warps=8,
         enable_fp_fusion=True,
     )
-    window_ptr, left, right, has_left, has_right = window_arguments(window)
+    window_ptr, left, right, has_left, has_right = window_arguments(options)
     tile = differential_backward_tile(columns, value_columns, k2 is None)
-    differential_bwd_hopper_kernel[(heads_kv * k_tiles.shape[0],)](
+    differential_bwd_hopper_kernel[(heads_kv * pack.k_tiles.shape[0],)](
         ragged_descriptor(q1, tile.block_m, columns),
         ragged_descriptor(q2, tile.block_m, columns),
         ragged_descriptor(dout, tile.block_m, value_columns),
@@ -294,16 +285,16 @@ def differential_bwd(
             dk1,
             None if k2 is None else dk2,
             dv,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            k_tiles,
+            pack.cu_seqlens_q,
+            pack.cu_seqlens_k,
+            pack.k_tiles,
             window_ptr,
         ),
         BackwardStrides(*token_head_strides(dk1, dv)),
         total_q,
         left,
         right,
-        softmax_scale,
+        options.softmax_scale,
         TILE=backward_shape(
             tile,
             columns,
@@ -325,7 +316,7 @@ def differential_bwd(
         dq1,
         dq2,
         total_q,
-        softmax_scale,
+        options.softmax_scale,
         HEADS=heads,
         HEAD_DIM=head_dim,
         BLOCK_D=columns,

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from lctrain_kernels.differential.triton_dkv import DkvPointers, DkvStrides, differential_dkv_kernel
 from lctrain_kernels.differential.triton_dq import DqPointers, DqStrides, differential_dq_kernel
+from lctrain_kernels.options import AttentionOptions
+from lctrain_kernels.pack import TiledPack
 from lctrain_kernels.schedule import SCHEDULE_ROWS
 from lctrain_kernels.tile.arguments import (
     DOT_PRECISION,
@@ -33,16 +35,8 @@ def differential_bwd(
     out2: Tensor,
     lse1: Tensor,
     lse2: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    q_tiles: Tensor,
-    k_tiles: Tensor,
-    *,
-    softmax_scale: float,
-    window: tuple[int, int] | Tensor,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-    document_ids: Tensor | None,
+    pack: TiledPack,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launches the two backward kernels; arguments as differential_fwd.
 
@@ -60,15 +54,8 @@ def differential_bwd(
         out2: [T, H, Dv] contiguous.
         lse1: [H, T] float32.
         lse2: [H, T] float32.
-        cu_seqlens_q: [N + 1] int32.
-        cu_seqlens_k: [N + 1] int32.
-        q_tiles: [n, 2] int32.
-        k_tiles: [m, 2] int32.
-        softmax_scale: Positive factor of q.k.
-        window: (left, right), -1 unbounded, or an int32 tensor [2].
-        dropout_p: In [0, 1).
-        dropout_seed: [1] int64.
-        document_ids: [N] int32.
+        pack: Documents, with tiles.
+        options: Options of the call.
 
     Returns:
         dq1, dq2 [T, H, D], dk1 [Tk, Hk, D], dk2 likewise (empty where k2 is None: dk1 is the sum),
@@ -92,14 +79,14 @@ def differential_bwd(
     per_token = lam.stride(0) != 0
     stats_width = 8 if per_token else 4
     stats = torch.empty((heads, total_q, stats_width), dtype=torch.float32, device=device)
-    window_ptr, left, right, has_left, has_right = window_arguments(window)
-    threshold, scale_kept = dropout_arguments(dropout_p)
-    flags = Flags(has_left=has_left, has_right=has_right, has_dropout=dropout_p > 0)
+    window_ptr, left, right, has_left, has_right = window_arguments(options)
+    threshold, scale_kept = dropout_arguments(options.dropout_p)
+    flags = Flags(has_left=has_left, has_right=has_right, has_dropout=options.has_dropout)
     input_strides = token_head_strides(q1, q2, k1, k1 if k2 is None else k2, v)
-    numbers = (total_q, left, right, softmax_scale, threshold, scale_kept)
-    config = tile_config("diff_dq", q1, group, dropout_p > 0, value_dim, k2 is None)
+    numbers = (total_q, left, right, options.softmax_scale, threshold, scale_kept)
+    config = tile_config("diff_dq", q1, group, options.has_dropout, value_dim, k2 is None)
     parts = SCHEDULE_ROWS // config.positions * (group // config.pack)
-    grid = (heads_kv * q_tiles.shape[0] * parts,)
+    grid = (heads_kv * pack.q_tiles.shape[0] * parts,)
     if grid[0] > 0:
         differential_dq_kernel[grid](
             DqPointers(
@@ -120,15 +107,15 @@ def differential_bwd(
                 dq2,
                 dlam,
                 stats,
-                cu_seqlens_q,
-                cu_seqlens_k,
-                q_tiles,
+                pack.cu_seqlens_q,
+                pack.cu_seqlens_k,
+                pack.q_tiles,
                 window_ptr,
-                dropout_seed,
-                document_ids,
+                options.dropout_seed,
+                pack.document_ids,
             ),
             DqStrides(*input_strides, *lam.stride(), *token_head_strides(out1, dout, dq1)),
-            q_tiles.shape[0],
+            pack.q_tiles.shape[0],
             *numbers,
             TILE=tile_shape(config, head_dim, group, value_dim),
             FLAGS=flags,
@@ -137,8 +124,8 @@ def differential_bwd(
             PRECISION=DOT_PRECISION,
             **config.options,
         )
-    config = tile_config("diff_dkv", q1, group, dropout_p > 0, value_dim, k2 is None)
-    grid = (heads_kv * k_tiles.shape[0] * (SCHEDULE_ROWS // config.block_n),)
+    config = tile_config("diff_dkv", q1, group, options.has_dropout, value_dim, k2 is None)
+    grid = (heads_kv * pack.k_tiles.shape[0] * (SCHEDULE_ROWS // config.block_n),)
     if grid[0] > 0:
         differential_dkv_kernel[grid](
             DkvPointers(
@@ -153,15 +140,15 @@ def differential_bwd(
                 dk1,
                 None if k2 is None else dk2,
                 dv,
-                cu_seqlens_q,
-                cu_seqlens_k,
-                k_tiles,
+                pack.cu_seqlens_q,
+                pack.cu_seqlens_k,
+                pack.k_tiles,
                 window_ptr,
-                dropout_seed,
-                document_ids,
+                options.dropout_seed,
+                pack.document_ids,
             ),
             DkvStrides(*input_strides, lam.stride(1), *token_head_strides(dout, dk1, dv)),
-            k_tiles.shape[0],
+            pack.k_tiles.shape[0],
             *numbers,
             TILE=tile_shape(config, head_dim, group, value_dim),
             FLAGS=flags,

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lctrain_kernels.options import AttentionOptions
+from lctrain_kernels.pack import TiledPack
 from lctrain_kernels.schedule import SCHEDULE_ROWS
 from lctrain_kernels.tile.arguments import (
     DOT_PRECISION,
@@ -290,15 +292,8 @@ def differential_fwd(
     k2: Tensor | None,
     v: Tensor,
     lam: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    q_tiles: Tensor,
-    *,
-    softmax_scale: float,
-    window: tuple[int, int] | Tensor,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-    document_ids: Tensor | None,
+    pack: TiledPack,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launches differential_fwd_kernel.
 
@@ -309,14 +304,8 @@ def differential_fwd(
         k2: [Tk, Hk, D]; None if both branches read k1.
         v: [Tk, Hk, Dv].
         lam: [T, H] float32, any strides.
-        cu_seqlens_q: [N + 1] int32.
-        cu_seqlens_k: [N + 1] int32.
-        q_tiles: [n, 2] int32 from a TileSchedule.
-        softmax_scale: Positive factor of q.k.
-        window: (left, right), -1 unbounded, or an int32 tensor [2].
-        dropout_p: In [0, 1).
-        dropout_seed: [1] int64.
-        document_ids: [N] int32.
+        pack: Documents, with tiles.
+        options: Options of the call.
 
     Returns:
         out, out1 = A1 v and out2 = A2 v [T, H, Dv] in q1's dtype, lse1 and lse2 [H, T] float32.
@@ -328,11 +317,11 @@ def differential_fwd(
     lse1 = torch.empty((heads, total_q), dtype=torch.float32, device=q1.device)
     lse2 = torch.empty_like(lse1)
     group = heads // heads_kv
-    config = tile_config("diff_fwd", q1, group, dropout_p > 0, value_dim, k2 is None)
-    window_ptr, left, right, has_left, has_right = window_arguments(window)
-    threshold, scale_kept = dropout_arguments(dropout_p)
+    config = tile_config("diff_fwd", q1, group, options.has_dropout, value_dim, k2 is None)
+    window_ptr, left, right, has_left, has_right = window_arguments(options)
+    threshold, scale_kept = dropout_arguments(options.dropout_p)
     parts = SCHEDULE_ROWS // config.positions * (group // config.pack)
-    grid = (heads_kv * q_tiles.shape[0] * parts,)
+    grid = (heads_kv * pack.q_tiles.shape[0] * parts,)
     if grid[0] == 0:
         return out, out1, out2, lse1, lse2
     differential_fwd_kernel[grid](
@@ -348,27 +337,27 @@ def differential_fwd(
             out2,
             lse1,
             lse2,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            q_tiles,
+            pack.cu_seqlens_q,
+            pack.cu_seqlens_k,
+            pack.q_tiles,
             window_ptr,
-            dropout_seed,
-            document_ids,
+            options.dropout_seed,
+            pack.document_ids,
         ),
         ForwardStrides(
             *token_head_strides(q1, q2, k1, k1 if k2 is None else k2, v),
             *lam.stride(),
             *token_head_strides(out),
         ),
-        q_tiles.shape[0],
+        pack.q_tiles.shape[0],
         total_q,
         left,
         right,
-        softmax_scale,
+        options.softmax_scale,
         threshold,
         scale_kept,
         TILE=tile_shape(config, head_dim, group, value_dim),
-        FLAGS=Flags(has_left=has_left, has_right=has_right, has_dropout=dropout_p > 0),
+        FLAGS=Flags(has_left=has_left, has_right=has_right, has_dropout=options.has_dropout),
         SHARED_K=k2 is None,
         PRECISION=DOT_PRECISION,
         **config.options,

@@ -1,14 +1,15 @@
 """dual_chunk_attn_varlen_func: attention whose relative positions never exceed what was trained."""
 
-import torch
 from torch import Tensor
 
 from lctrain_kernels import checks
 from lctrain_kernels.backend import select_backend
-from lctrain_kernels.dual_chunk import operators as _dual_chunk_ops  # noqa: F401  (registers operators)
+from lctrain_kernels.dual_chunk.operators import Operands, dual_chunk_attention
 from lctrain_kernels.layout import unit_stride
+from lctrain_kernels.options import checked_options
+from lctrain_kernels.pack import checked_pack
+from lctrain_kernels.registry import require_backend
 from lctrain_kernels.schedule import TileSchedule
-from lctrain_kernels.seed import resolve_seed
 
 
 def dual_chunk_attn_varlen_func(
@@ -82,50 +83,36 @@ def dual_chunk_attn_varlen_func(
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if shapes, devices or values do not fit; the message names the remedy.
     """
-    cu_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     checks.check_qkv(q, k, v)
-    checks.check_documents(cu_seqlens, cu_k, q.shape[0], k.shape[0], q.device)
-    checks.check_max_seqlen("max_seqlen", max_seqlen)
-    if max_seqlen_k is not None:
-        checks.check_max_seqlen("max_seqlen_k", max_seqlen_k)
-    checks.check_dropout(dropout_p, dropout_seed)
-    checks.check_softcap_and_scale(0.0, softmax_scale)
-    documents = cu_seqlens.shape[0] - 1
-    checks.check_optional_tensors(documents, q.shape[1], q.device, None, None, document_ids)
+    pack = checked_pack(
+        cu_seqlens,
+        cu_seqlens if cu_seqlens_k is None else cu_seqlens_k,
+        q.shape[0],
+        k.shape[0],
+        q.device,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen if max_seqlen_k is None else max_seqlen_k,
+        document_ids=document_ids,
+        schedule=schedule,
+        names=("cu_seqlens", "cu_seqlens_k", "max_seqlen", "max_seqlen_k"),
+    )
     checks.check_dual_chunk(
-        chunk_size, local_size, inv_freq, logit_scale, q.shape[2], documents, q.device
+        chunk_size, local_size, inv_freq, logit_scale, q.shape[2], pack.documents, q.device
     )
-    if schedule is not None:
-        checks.check_schedule(schedule, documents, q.shape[0], k.shape[0], q.device)
-    named = backend
-    backend = select_backend(q.device, q.dtype, named, head_dim=q.shape[2])
+    options = checked_options(
+        q.device,
+        q.shape[2],
+        pack.documents,
+        q.shape[1],
+        select_backend(q.device, q.dtype, backend, head_dim=q.shape[2]),
+        softmax_scale=softmax_scale,
+        causal=True,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+    )
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-    cu_q, cu_k, inv_freq, logit_scale, document_ids = unit_stride(
-        cu_seqlens, cu_k, inv_freq, logit_scale, document_ids
-    )
-    if named == "hopper":
-        from lctrain_kernels.gluon import support
-
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        call = support.Call(q, k, v, deterministic=deterministic, dropout=dropout_p > 0)
-        limits = support.DUAL_CHUNK_FORWARD_LIMITS, support.DUAL_CHUNK_BACKWARD_LIMITS
-        support.require(call, *limits, (q, k, v))
-    out, lse = torch.ops.lctrain.dual_chunk_forward(
-        q,
-        k,
-        v,
-        cu_q,
-        cu_k,
-        None if schedule is None else schedule.q_tiles,
-        None if schedule is None else schedule.k_tiles,
-        inv_freq,
-        logit_scale,
-        chunk_size,
-        local_size,
-        q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale),
-        float(dropout_p),
-        resolve_seed(dropout_p, dropout_seed, q.device),
-        document_ids,
-        backend,
-    )
+    operands = Operands(q, k, v, *unit_stride(inv_freq, logit_scale), chunk_size, local_size)
+    if backend == "hopper":
+        require_backend("dual_chunk", operands, options, (q, k, v))
+    out, lse = dual_chunk_attention(operands, pack, options)
     return (out, lse) if return_lse else out

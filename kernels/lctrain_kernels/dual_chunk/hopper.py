@@ -1,7 +1,5 @@
 """Launches the Hopper kernels of dual chunk attention."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +12,7 @@ from lctrain_kernels.dual_chunk.hopper_structures import (
     BackwardStrides,
     ForwardPointers,
 )
+from lctrain_kernels.dual_chunk.operands import Operands, Rotation
 from lctrain_kernels.dual_chunk.ranges import (
     INTER,
     INTRA,
@@ -38,6 +37,8 @@ from lctrain_kernels.gluon.config import (
     pack_heads,
 )
 from lctrain_kernels.gluon.launch import multiprocessors, padded_columns, ragged_descriptor
+from lctrain_kernels.options import AttentionOptions
+from lctrain_kernels.pack import TiledPack
 from lctrain_kernels.schedule import SCHEDULE_ROWS
 from lctrain_kernels.tile.arguments import (
     RUNTIME_INTEGERS,
@@ -58,28 +59,16 @@ from lctrain_kernels.tile.structures import Flags
 
 
 def dual_chunk_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    q_tiles: Tensor,
-    k_tiles: Tensor,
-    *,
-    inv_freq: Tensor,
-    logit_scale: Tensor | None,
-    chunk_length: int,
-    succ_length: int,
-    inter_position: int,
-    softmax_scale: float,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-    document_ids: Tensor | None,
+    operands: Operands,
+    rotation: Rotation,
+    pack: TiledPack,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """Launches dual_chunk_fwd_hopper_kernel; arguments and results as the portable dual_chunk_fwd.
 
     Raises nothing of its own: support.py says beforehand what these kernels cannot do.
     """
+    q, k, v = operands.q, operands.k, operands.v
     total_q, heads, head_dim = q.shape
     group = heads // k.shape[1]
     out = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
@@ -88,19 +77,15 @@ def dual_chunk_fwd(
     columns = padded_columns(head_dim)
     tile = dual_chunk_forward_tile(columns)
     positions = CONSUMERS * 64 // pack
-    items = q_tiles.shape[0] * (SCHEDULE_ROWS // positions) * (heads // pack)
+    items = pack.q_tiles.shape[0] * (SCHEDULE_ROWS // positions) * (heads // pack)
     if items == 0:
         return out, lse
-    geometry: dict[str, Any] = {
-        "inv_freq": inv_freq,
-        "chunk_length": chunk_length,
-        "succ_length": succ_length,
-        "inter_position": inter_position,
-    }
-    k_succ = rotated_keys(k, cu_seqlens_k, k_tiles, **geometry)
-    dual_chunk_rotate(q, out, cu_seqlens_q, cu_seqlens_k, q_tiles, is_query=True, **geometry)
+    k_succ = rotated_keys(k, pack.cu_seqlens_k, pack.k_tiles, rotation=rotation)
+    dual_chunk_rotate(
+        q, out, pack.cu_seqlens_q, pack.cu_seqlens_k, pack.q_tiles, is_query=True, rotation=rotation
+    )
     run = min(64, positions)
-    threshold, scale_kept = dropout_arguments(dropout_p)
+    threshold, scale_kept = dropout_arguments(options.dropout_p)
     dual_chunk_fwd_hopper_kernel[(min(items, multiprocessors(q.device)),)](
         ragged_descriptor(q, run, 64),
         ragged_descriptor(k, tile.block_n, columns),
@@ -109,23 +94,23 @@ def dual_chunk_fwd(
         ragged_descriptor(out, run, 64),
         ForwardPointers(
             lse,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            q_tiles,
+            pack.cu_seqlens_q,
+            pack.cu_seqlens_k,
+            pack.q_tiles,
             torch.zeros(1, dtype=torch.int32, device=q.device),
-            logit_scale,
-            dropout_seed,
-            document_ids,
+            operands.logit_scale,
+            options.dropout_seed,
+            pack.document_ids,
         ),
         items,
         total_q,
-        chunk_length,
-        succ_length,
-        softmax_scale,
+        rotation.chunk_length,
+        rotation.succ_length,
+        options.softmax_scale,
         threshold,
         scale_kept,
         TILE=forward_shape(tile, columns, group, heads, pack),
-        FLAGS=Flags(has_dropout=dropout_p > 0),
+        FLAGS=Flags(has_dropout=options.has_dropout),
         num_warps=4,
         maxnreg=REGISTERS,
         enable_fp_fusion=True,
@@ -218,22 +203,12 @@ def _round_dq_kernel(
 def dual_chunk_bwd(
     dout: Tensor,
     dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    operands: Operands,
+    rotation: Rotation,
     out: Tensor,
     lse: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    q_tiles: Tensor,
-    k_tiles: Tensor,
-    *,
-    inv_freq: Tensor,
-    logit_scale: Tensor | None,
-    chunk_length: int,
-    succ_length: int,
-    inter_position: int,
-    softmax_scale: float,
+    pack: TiledPack,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches the backward; arguments and results as the portable dual_chunk_bwd, less dropout.
 
@@ -241,6 +216,7 @@ def dual_chunk_bwd(
     to run; dk and dv do not. Scratch: keys rotated by -c [Tk, Hk, D], until NEAR is done; in
     float32 dq, dk and dv; and four numbers per query and head.
     """
+    q, k, v = operands.q, operands.k, operands.v
     total_q, heads, head_dim = q.shape
     heads_kv = k.shape[1]
     dout = dout if dout.stride(2) == 1 else dout.contiguous()
@@ -249,26 +225,20 @@ def dual_chunk_bwd(
     dq = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
     if total_q == 0:
         return dq, k.new_zeros(k.shape), v.new_zeros(v.shape)
-    geometry: dict[str, Any] = {
-        "inv_freq": inv_freq,
-        "chunk_length": chunk_length,
-        "succ_length": succ_length,
-        "inter_position": inter_position,
-    }
     stats = torch.empty((heads, total_q, 4), dtype=torch.float32, device=q.device)
     dual_chunk_rotate(
         q,
         dq,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        q_tiles,
+        pack.cu_seqlens_q,
+        pack.cu_seqlens_k,
+        pack.q_tiles,
         is_query=True,
         out=out,
         dout=dout,
         lse=lse,
         dlse=dlse,
         stats=stats,
-        **geometry,
+        rotation=rotation,
     )
     dq_sum = torch.zeros((total_q, heads, head_dim), dtype=torch.float32, device=q.device)
     dk_sum, dv_sum = torch.empty((2, *k.shape), dtype=torch.float32, device=k.device)
@@ -276,7 +246,7 @@ def dual_chunk_bwd(
     tile = dual_chunk_backward_tile(columns)
 
     def launch(relation: int, q: Tensor, k: Tensor, dk: Tensor | None, dv: Tensor | None) -> None:
-        dual_chunk_bwd_hopper_kernel[(heads_kv * k_tiles.shape[0],)](
+        dual_chunk_bwd_hopper_kernel[(heads_kv * pack.k_tiles.shape[0],)](
             ragged_descriptor(q, tile.block_m, columns),
             ragged_descriptor(dout, tile.block_m, columns),
             ragged_descriptor(k, BLOCK_N_BACKWARD // 2, columns),
@@ -288,16 +258,16 @@ def dual_chunk_bwd(
                 dv,
                 dk_sum,
                 dv_sum,
-                cu_seqlens_q,
-                cu_seqlens_k,
-                k_tiles,
-                logit_scale,
+                pack.cu_seqlens_q,
+                pack.cu_seqlens_k,
+                pack.k_tiles,
+                operands.logit_scale,
             ),
             BackwardStrides(*token_head_strides(dk_sum)),
             total_q,
-            chunk_length,
-            succ_length,
-            softmax_scale,
+            rotation.chunk_length,
+            rotation.succ_length,
+            options.softmax_scale,
             TILE=backward_shape(tile, columns, heads // heads_kv, heads_kv, head_dim),
             RELATION=relation,
             num_warps=4,
@@ -307,18 +277,18 @@ def dual_chunk_bwd(
 
     rows = ROTATE_CONFIG.block_m
     shape = {"HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim), "BLOCK_M": rows}
-    if succ_length > 0:
-        k_succ = rotated_keys(k, cu_seqlens_k, k_tiles, **geometry)
+    if rotation.succ_length > 0:
+        k_succ = rotated_keys(k, pack.cu_seqlens_k, pack.k_tiles, rotation=rotation)
         launch(SUCC.value, q, k_succ, None, None)
         del k_succ  # dk may lie there
-        _rotate_succ_kernel[(heads_kv * k_tiles.shape[0] * (SCHEDULE_ROWS // rows),)](
+        _rotate_succ_kernel[(heads_kv * pack.k_tiles.shape[0] * (SCHEDULE_ROWS // rows),)](
             dk_sum,
-            cu_seqlens_k,
-            k_tiles,
-            inv_freq,
-            k_tiles.shape[0],
-            chunk_length,
-            succ_length,
+            pack.cu_seqlens_k,
+            pack.k_tiles,
+            rotation.inv_freq,
+            pack.k_tiles.shape[0],
+            rotation.chunk_length,
+            rotation.succ_length,
             HEADS=heads_kv,
             num_warps=4,
             enable_fp_fusion=True,
@@ -329,22 +299,28 @@ def dual_chunk_bwd(
     launch(INTRA.value, q, k, dk, dv)
     # dq of FAR comes in the frame of queries at the far position, and so the sum goes there.
     dual_chunk_rotate(
-        dq_sum, dq_sum, cu_seqlens_q, cu_seqlens_k, q_tiles, is_query=True, **geometry
+        dq_sum,
+        dq_sum,
+        pack.cu_seqlens_q,
+        pack.cu_seqlens_k,
+        pack.q_tiles,
+        is_query=True,
+        rotation=rotation,
     )
     launch(INTER.value, dq, k, dk, dv)
-    _round_dq_kernel[(heads * q_tiles.shape[0] * (SCHEDULE_ROWS // rows),)](
+    _round_dq_kernel[(heads * pack.q_tiles.shape[0] * (SCHEDULE_ROWS // rows),)](
         dq_sum,
         dq,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        q_tiles,
-        inv_freq,
-        logit_scale,
-        q_tiles.shape[0],
-        chunk_length,
-        succ_length,
-        inter_position,
-        softmax_scale,
+        pack.cu_seqlens_q,
+        pack.cu_seqlens_k,
+        pack.q_tiles,
+        rotation.inv_freq,
+        operands.logit_scale,
+        pack.q_tiles.shape[0],
+        rotation.chunk_length,
+        rotation.succ_length,
+        rotation.inter_position,
+        options.softmax_scale,
         HEADS=heads,
         num_warps=4,
         enable_fp_fusion=True,

@@ -1,235 +1,141 @@
-"""lctrain::dual_chunk_forward and dual_chunk_backward: the operators behind the public function."""
-
-from typing import Any
+"""lctrain::dual_chunk_forward and dual_chunk_backward, and the implementations behind them."""
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from lctrain_kernels.dual_chunk import reference
-from lctrain_kernels.schedule import complete_schedule
-from lctrain_kernels.varlen.operators import causal_pairs
+from lctrain_kernels.dual_chunk.operands import Operands, Rotation
+from lctrain_kernels.operators import Attention, build_operators
+from lctrain_kernels.options import AttentionOptions
+from lctrain_kernels.pack import Pack, TiledPack
+from lctrain_kernels.registry import BACKWARD, FORWARD, implements
 from lctrain_kernels.varlen.reference import VarlenOptions
 
 
-@torch.library.custom_op("lctrain::dual_chunk_forward", mutates_args=())
-def dual_chunk_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    q_tiles: Tensor | None,
-    k_tiles: Tensor | None,
-    inv_freq: Tensor,
-    logit_scale: Tensor | None,
-    chunk_size: int,
-    local_size: int,
-    softmax_scale: float,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-    document_ids: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Returns out [T, H, D] and lse [H, T]; arguments as the public function resolved them."""
-    geometry = reference.DualChunkGeometry(chunk_size, local_size)
-    if backend == "pytorch":
-        with torch.autocast(q.device.type, enabled=False):
-            return reference.dual_chunk_forward(
-                q,
-                k,
-                v,
-                cu_seqlens_q,
-                cu_seqlens_k,
-                VarlenOptions(softmax_scale, -1, 0, dropout_p=dropout_p),
-                geometry,
-                inv_freq=inv_freq,
-                logit_scale=logit_scale,
-                dropout_seed=dropout_seed,
-                document_ids=document_ids,
-            )
-    schedule = complete_schedule(
-        q_tiles, k_tiles, cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0]
+def _rotation(operands: Operands) -> Rotation:
+    geometry = reference.DualChunkGeometry(operands.chunk_size, operands.local_size)
+    return Rotation(
+        operands.inv_freq, geometry.length, geometry.succ_length, geometry.inter_position
     )
-    from lctrain_kernels.dual_chunk.triton_fwd import dual_chunk_fwd
 
-    if backend == "hopper":
-        from lctrain_kernels.dual_chunk import hopper as dual_chunk
+
+Saved = tuple[Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor | None]
+Backward = tuple[Tensor, Tensor, Tensor]
+
+
+def _hopper_refuses(limits: str):
+    def refuses(operands: Operands, options: AttentionOptions, dout: Tensor | None) -> str | None:
         from lctrain_kernels.gluon import support
 
-        if support.refusal(support.Call(q, k, v), support.DUAL_CHUNK_FORWARD_LIMITS) is None:
-            dual_chunk_fwd = dual_chunk.dual_chunk_fwd
-    return dual_chunk_fwd(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        schedule.q_tiles,
-        schedule.k_tiles,
-        inv_freq=inv_freq,
-        logit_scale=logit_scale,
-        chunk_length=geometry.length,
-        succ_length=geometry.succ_length,
-        inter_position=geometry.inter_position,
-        softmax_scale=softmax_scale,
-        dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
-        document_ids=document_ids,
-    )
+        call = support.Call(
+            *operands[:3],
+            dout,
+            deterministic=options.deterministic,
+            dropout=options.has_dropout,
+        )
+        return support.refusal(call, getattr(support, limits))
+
+    return refuses
 
 
-@dual_chunk_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _reference_options(options: AttentionOptions) -> VarlenOptions:
+    return VarlenOptions(options.softmax_scale, -1, 0, dropout_p=options.dropout_p)
+
+
+@implements("dual_chunk", FORWARD, "pytorch")
+def _pytorch_forward(operands: Operands, pack: Pack, options: AttentionOptions) -> Saved:
+    with torch.autocast(operands.q.device.type, enabled=False):
+        return reference.dual_chunk_forward(
+            *operands[:3],
+            pack.cu_seqlens_q,
+            pack.cu_seqlens_k,
+            _reference_options(options),
+            reference.DualChunkGeometry(operands.chunk_size, operands.local_size),
+            inv_freq=operands.inv_freq,
+            logit_scale=operands.logit_scale,
+            dropout_seed=options.dropout_seed,
+            document_ids=pack.document_ids,
+        )
+
+
+@implements("dual_chunk", FORWARD, "triton")
+def _triton_forward(operands: Operands, pack: TiledPack, options: AttentionOptions) -> Saved:
+    from lctrain_kernels.dual_chunk.triton_fwd import dual_chunk_fwd
+
+    return dual_chunk_fwd(operands, _rotation(operands), pack, options)
+
+
+@implements("dual_chunk", FORWARD, "hopper", _hopper_refuses("DUAL_CHUNK_FORWARD_LIMITS"))
+def _hopper_forward(operands: Operands, pack: TiledPack, options: AttentionOptions) -> Saved:
+    from lctrain_kernels.dual_chunk.hopper import dual_chunk_fwd
+
+    return dual_chunk_fwd(operands, _rotation(operands), pack, options)
+
+
+@implements("dual_chunk", BACKWARD, "pytorch")
+def _pytorch_backward(
+    douts: Gradients, operands: Operands, saved: Saved, pack: Pack, options: AttentionOptions
+) -> Backward:
+    _, lse = saved
+    with torch.autocast(operands.q.device.type, enabled=False):
+        return reference.dual_chunk_backward(
+            *douts,
+            *operands[:3],
+            lse,
+            pack.cu_seqlens_q,
+            pack.cu_seqlens_k,
+            _reference_options(options),
+            reference.DualChunkGeometry(operands.chunk_size, operands.local_size),
+            inv_freq=operands.inv_freq,
+            logit_scale=operands.logit_scale,
+            dropout_seed=options.dropout_seed,
+            document_ids=pack.document_ids,
+        )
+
+
+@implements("dual_chunk", BACKWARD, "triton")
+def _triton_backward(
+    douts: Gradients, operands: Operands, saved: Saved, pack: TiledPack, options: AttentionOptions
+) -> Backward:
+    from lctrain_kernels.dual_chunk.triton_bwd import dual_chunk_bwd
+
+    return dual_chunk_bwd(*douts, operands, _rotation(operands), *saved, pack, options)
+
+
+@implements("dual_chunk", BACKWARD, "hopper", _hopper_refuses("DUAL_CHUNK_BACKWARD_LIMITS"))
+def _hopper_backward(
+    douts: Gradients, operands: Operands, saved: Saved, pack: TiledPack, options: AttentionOptions
+) -> Backward:
+    from lctrain_kernels.dual_chunk.hopper import dual_chunk_bwd
+
+    return dual_chunk_bwd(*douts, operands, _rotation(operands), *saved, pack, options)
+
+
+def _fake_forward(operands: Operands) -> Saved:
+    q = operands.q
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
     return (
-        q.new_empty((q.shape[0], q.shape[1], v.shape[2])),
+        q.new_empty((q.shape[0], q.shape[1], operands.v.shape[2])),
         q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype),
     )
 
 
-@torch.library.custom_op("lctrain::dual_chunk_backward", mutates_args=())
-def dual_chunk_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    q_tiles: Tensor | None,
-    k_tiles: Tensor | None,
-    inv_freq: Tensor,
-    logit_scale: Tensor | None,
-    chunk_size: int,
-    local_size: int,
-    softmax_scale: float,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-    document_ids: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dq, dk, dv in the shapes of q, k, v."""
-    geometry = reference.DualChunkGeometry(chunk_size, local_size)
-    if backend == "pytorch":
-        with torch.autocast(q.device.type, enabled=False):
-            return reference.dual_chunk_backward(
-                dout,
-                dlse,
-                q,
-                k,
-                v,
-                lse,
-                cu_seqlens_q,
-                cu_seqlens_k,
-                VarlenOptions(softmax_scale, -1, 0, dropout_p=dropout_p),
-                geometry,
-                inv_freq=inv_freq,
-                logit_scale=logit_scale,
-                dropout_seed=dropout_seed,
-                document_ids=document_ids,
-            )
-    schedule = complete_schedule(
-        q_tiles, k_tiles, cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0]
+def _fake_backward(operands: Operands, saved: Saved) -> Backward:
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in operands[:3])
+    return dq, dk, dv
+
+
+dual_chunk_attention = build_operators(
+    Attention(
+        name="dual_chunk",
+        operands=Operands,
+        results=("out", "lse"),
+        saved=("out", "lse"),
+        gradients=("q", "k", "v"),
+        fake_forward=_fake_forward,
+        fake_backward=_fake_backward,
+        # Two and five matrix products, however the kernels compute them.
+        products=(lambda x: 2 * 2 * x.q.shape[2], lambda x: 5 * 2 * x.q.shape[2]),
     )
-    operands = (dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
-    options: dict[str, Any] = {
-        "inv_freq": inv_freq,
-        "logit_scale": logit_scale,
-        "chunk_length": geometry.length,
-        "succ_length": geometry.succ_length,
-        "inter_position": geometry.inter_position,
-        "softmax_scale": softmax_scale,
-    }
-    if backend == "hopper":
-        from lctrain_kernels.dual_chunk import hopper as dual_chunk
-        from lctrain_kernels.gluon import support
-
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        call = support.Call(q, k, v, dout, deterministic=deterministic, dropout=dropout_p > 0)
-        if support.refusal(call, support.DUAL_CHUNK_BACKWARD_LIMITS) is None:
-            return dual_chunk.dual_chunk_bwd(
-                *operands, schedule.q_tiles, schedule.k_tiles, **options
-            )
-    from lctrain_kernels.dual_chunk.triton_bwd import dual_chunk_bwd
-
-    return dual_chunk_bwd(
-        *operands,
-        schedule.q_tiles,
-        schedule.k_tiles,
-        dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
-        document_ids=document_ids,
-        **options,
-    )
-
-
-@dual_chunk_backward.register_fake
-def _(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(q, memory_format=torch.contiguous_format),
-        torch.empty_like(k, memory_format=torch.contiguous_format),
-        torch.empty_like(v, memory_format=torch.contiguous_format),
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tensors, scalars = inputs[:9], inputs[9:13]
-    seed, document_ids, backend = inputs[13:]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, seed, document_ids, *output)
-    ctx.scalars = (*scalars, backend)
-
-
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *inputs, seed, document_ids, out, lse = ctx.saved_tensors
-    *scalars, backend = ctx.scalars
-    q, k, v, *rest = inputs
-    grads = torch.ops.lctrain.dual_chunk_backward(
-        torch.zeros_like(out) if dout is None else dout,
-        dlse,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        *rest,
-        *scalars,
-        seed,
-        document_ids,
-        backend,
-    )
-    return (*grads, *[None] * 13)
-
-
-dual_chunk_forward.register_autograd(_backward, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.lctrain.dual_chunk_forward, get_raw=True)
-def dual_chunk_forward_flops(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *args: Any, out_val: Any = None
-) -> int:
-    """Two matrix products over the visible pairs: those of causal attention."""
-    return 2 * causal_pairs(cu_q, cu_k, q, k) * q.shape[1] * 2 * q.shape[2]
-
-
-@register_flop_formula(torch.ops.lctrain.dual_chunk_backward, get_raw=True)
-def dual_chunk_backward_flops(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    *args: Any,
-    out_val: Any = None,
-) -> int:
-    """Five matrix products over the visible pairs, however the kernel computes them."""
-    return 5 * causal_pairs(cu_q, cu_k, q, k) * q.shape[1] * 2 * q.shape[2]
+)

@@ -7,8 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lctrain_kernels.dual_chunk.operands import Operands, Rotation
 from lctrain_kernels.dual_chunk.ranges import INTER, SUCC, keys_of_query, keys_of_tile
 from lctrain_kernels.dual_chunk.triton_rotate import dual_chunk_rotate, rotated_keys
+from lctrain_kernels.options import AttentionOptions
+from lctrain_kernels.pack import TiledPack
 from lctrain_kernels.schedule import SCHEDULE_ROWS
 from lctrain_kernels.tile.arguments import (
     DOT_PRECISION,
@@ -221,66 +224,38 @@ def dual_chunk_fwd_kernel(
 
 
 def dual_chunk_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    q_tiles: Tensor,
-    k_tiles: Tensor,
-    *,
-    inv_freq: Tensor,
-    logit_scale: Tensor | None,
-    chunk_length: int,
-    succ_length: int,
-    inter_position: int,
-    softmax_scale: float,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-    document_ids: Tensor | None,
+    operands: Operands,
+    rotation: Rotation,
+    pack: TiledPack,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """Launches dual_chunk_fwd_kernel; scratch: keys rotated by -c [Tk, Hk, D].
 
     Args:
-        q: [T, H, D] float16, bfloat16 or float32, last stride 1.
-        k: [Tk, Hk, D].
-        v: [Tk, Hk, D].
-        cu_seqlens_q: [N + 1] int32.
-        cu_seqlens_k: [N + 1] int32.
-        q_tiles: [n, 2] int32 from a TileSchedule.
-        k_tiles: [m, 2] int32, likewise.
-        inv_freq: [D/2] float32.
-        logit_scale: [N] float32.
-        chunk_length: c.
-        near: Places of a chunk below it stand at their place + c towards the chunk before.
-        far_position: Where the others stand, and all towards earlier chunks.
-        softmax_scale: Positive factor of q.k.
-        dropout_p: In [0, 1).
-        dropout_seed: [1] int64.
-        document_ids: [N] int32.
+        operands: Operands of the operator.
+        rotation: How queries and keys are rotated.
+        pack: Documents, with tiles.
+        options: Options of the call.
 
     Returns:
         out [T, H, D] in q's dtype and lse [H, T] float32.
     """
+    q, k, v = operands.q, operands.k, operands.v
     total_q, heads, head_dim = q.shape
     heads_kv = k.shape[1]
     out = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, total_q), dtype=torch.float32, device=q.device)
     group = heads // heads_kv
-    config = tile_config("dual_chunk_fwd", q, group, dropout_p > 0)
-    threshold, scale_kept = dropout_arguments(dropout_p)
+    config = tile_config("dual_chunk_fwd", q, group, options.has_dropout)
+    threshold, scale_kept = dropout_arguments(options.dropout_p)
     parts = SCHEDULE_ROWS // config.positions * (group // config.pack)
-    grid = (heads_kv * q_tiles.shape[0] * parts,)
+    grid = (heads_kv * pack.q_tiles.shape[0] * parts,)
     if grid[0] == 0:
         return out, lse
-    geometry: dict[str, Any] = {
-        "inv_freq": inv_freq,
-        "chunk_length": chunk_length,
-        "succ_length": succ_length,
-        "inter_position": inter_position,
-    }
-    k_succ = rotated_keys(k, cu_seqlens_k, k_tiles, **geometry)
-    dual_chunk_rotate(q, out, cu_seqlens_q, cu_seqlens_k, q_tiles, is_query=True, **geometry)
+    k_succ = rotated_keys(k, pack.cu_seqlens_k, pack.k_tiles, rotation=rotation)
+    dual_chunk_rotate(
+        q, out, pack.cu_seqlens_q, pack.cu_seqlens_k, pack.q_tiles, is_query=True, rotation=rotation
+    )
     dual_chunk_fwd_kernel[grid](
         ForwardPointers(
             q,
@@ -289,23 +264,23 @@ def dual_chunk_fwd(
             v,
             out,
             lse,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            q_tiles,
-            logit_scale,
-            dropout_seed,
-            document_ids,
+            pack.cu_seqlens_q,
+            pack.cu_seqlens_k,
+            pack.q_tiles,
+            operands.logit_scale,
+            options.dropout_seed,
+            pack.document_ids,
         ),
         ForwardStrides(*token_head_strides(q, k, k_succ, v, out)),
-        q_tiles.shape[0],
+        pack.q_tiles.shape[0],
         total_q,
-        chunk_length,
-        succ_length,
-        softmax_scale,
+        rotation.chunk_length,
+        rotation.succ_length,
+        options.softmax_scale,
         threshold,
         scale_kept,
         TILE=tile_shape(config, head_dim, group),
-        FLAGS=Flags(has_dropout=dropout_p > 0),
+        FLAGS=Flags(has_dropout=options.has_dropout),
         PRECISION=DOT_PRECISION,
         **config.options,
     )

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lctrain_kernels.dual_chunk.operands import Rotation
 from lctrain_kernels.dual_chunk.ranges import inter_delta, inter_end
 from lctrain_kernels.schedule import SCHEDULE_ROWS
 from lctrain_kernels.tile.arguments import RUNTIME_INTEGERS, token_head_strides
@@ -160,10 +161,7 @@ def dual_chunk_rotate(
     cu_seqlens_k: Tensor,
     tiles: Tensor,
     *,
-    inv_freq: Tensor,
-    chunk_length: int,
-    succ_length: int,
-    inter_position: int,
+    rotation: Rotation,
     is_query: bool,
     out: Tensor | None = None,
     dout: Tensor | None = None,
@@ -180,10 +178,7 @@ def dual_chunk_rotate(
         cu_seqlens_x: [N + 1] int32, the documents of x.
         cu_seqlens_k: [N + 1] int32.
         tiles: [n, 2] int32 of x's rows, from a TileSchedule.
-        inv_freq: [D/2] float32.
-        chunk_length: c.
-        near: As in tile/chunks.py.
-        far_position: Where queries are rotated to.
+        rotation: How rows are rotated.
         is_query: Rotate to the far position; otherwise back by c.
         out: [T, H, D], given together with the next ones: the statistics of queries.
         dout: [T, H, D], last stride 1.
@@ -200,14 +195,24 @@ def dual_chunk_rotate(
     if grid[0] > 0:
         dual_chunk_rotate_kernel[grid](
             RotatePointers(
-                x, rotated, out, dout, lse, dlse, stats, cu_seqlens_x, cu_seqlens_k, tiles, inv_freq
+                x,
+                rotated,
+                out,
+                dout,
+                lse,
+                dlse,
+                stats,
+                cu_seqlens_x,
+                cu_seqlens_k,
+                tiles,
+                rotation.inv_freq,
             ),
             RotateStrides(*token_head_strides(x, rotated, out, dout)),
             tiles.shape[0],
             tokens,
-            chunk_length,
-            succ_length,
-            inter_position,
+            rotation.chunk_length,
+            rotation.succ_length,
+            rotation.inter_position,
             scale_kept,
             TILE=tile_shape(ROTATE_CONFIG, head_dim, 1),
             IS_QUERY=is_query,
@@ -221,10 +226,7 @@ def rotated_keys(
     cu_seqlens_k: Tensor,
     k_tiles: Tensor,
     *,
-    inv_freq: Tensor,
-    chunk_length: int,
-    succ_length: int,
-    inter_position: int,
+    rotation: Rotation,
 ) -> Tensor:
     """Returns keys rotated by -c, [Tk, Hk, D] contiguous; arguments as dual_chunk_rotate."""
     return dual_chunk_rotate(
@@ -233,9 +235,6 @@ def rotated_keys(
         cu_seqlens_k,
         cu_seqlens_k,
         k_tiles,
-        inv_freq=inv_freq,
-        chunk_length=chunk_length,
-        succ_length=succ_length,
-        inter_position=inter_position,
+        rotation=rotation,
         is_query=False,
     )

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, TypeVar
@@ -142,32 +142,6 @@ DIFFERENTIAL_BACKWARD_LIMITS: tuple[_DifferentialLimit, ...] = (
 def refusal(call: _Call, limits: tuple[tuple[str, Callable[[_Call], bool]], ...]) -> str | None:
     """Returns what a call asks of the Hopper kernels that they cannot do, None if nothing."""
     return next((name for name, exceeds in limits if exceeds(call)), None)
-
-
-def require(
-    call: _Call,
-    forward: tuple[tuple[str, Callable[[_Call], bool]], ...],
-    backward: tuple[tuple[str, Callable[[_Call], bool]], ...],
-    trained: Iterable[Tensor],
-) -> None:
-    """Refuses what the Hopper kernels cannot do, where they are named.
-
-    Args:
-        call: What is asked for.
-        forward: Limits of the forward.
-        backward: Limits of both passes, which count if a gradient will be asked for.
-        trained: Tensors that may need one.
-
-    Raises:
-        ValueError: if there is such a limit.
-    """
-    needs_backward = torch.is_grad_enabled() and any(x.requires_grad for x in trained)
-    reason = refusal(call, backward if needs_backward else forward)
-    if reason is not None:
-        raise ValueError(
-            f"backend='hopper' does not serve {reason}. Pass backend='auto', which takes the "
-            "portable kernels for that, or backend='triton'."
-        )
 
 
 def serves(

@@ -3,6 +3,7 @@
 import triton
 from torch import Tensor
 
+from lctrain_kernels.options import AttentionOptions
 from lctrain_kernels.tile.mask import UNBOUNDED
 
 # Lengths, counts and windows change from batch to batch: specialising on them would recompile.
@@ -37,13 +38,11 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def window_arguments(
-    window: tuple[int, int] | Tensor,
-) -> tuple[Tensor | None, int, int, bool, bool]:
-    """Returns (device window, left, right, HAS_LEFT, HAS_RIGHT)."""
-    if isinstance(window, Tensor):
-        return window, -1, -1, True, True
-    left, right = (min(side, UNBOUNDED) for side in window)
+def window_arguments(options: AttentionOptions) -> tuple[Tensor | None, int, int, bool, bool]:
+    """Returns (device window, left, right, has_left, has_right)."""
+    if options.window is not None:
+        return options.window, -1, -1, True, True
+    left, right = (min(side, UNBOUNDED) for side in (options.window_left, options.window_right))
     return None, left, right, left >= 0, right >= 0
 
 

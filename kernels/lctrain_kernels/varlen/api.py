@@ -7,13 +7,13 @@ from torch import Tensor
 
 from lctrain_kernels import checks
 from lctrain_kernels.backend import select_backend
-from lctrain_kernels.layout import unit_stride
+from lctrain_kernels.options import AttentionOptions, checked_options
+from lctrain_kernels.pack import Pack, checked_pack
 from lctrain_kernels.padding import pad_head_dim
 from lctrain_kernels.reference.attention import dense_attention
+from lctrain_kernels.registry import require_backend
 from lctrain_kernels.schedule import TileSchedule
-from lctrain_kernels.seed import resolve_seed
-from lctrain_kernels.varlen import operators as _varlen_ops  # noqa: F401  (registers the operators)
-from lctrain_kernels.window import resolve_window
+from lctrain_kernels.varlen.operators import Operands, varlen_attention
 
 
 def flash_attn_varlen_func(
@@ -89,85 +89,49 @@ def flash_attn_varlen_func(
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if shapes, devices or values do not fit; the message names the remedy.
     """
-    checks.check_qkv(q, k, v)
-    checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0], q.device)
-    checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], q.device)
-    if cu_seqlens_q.shape != cu_seqlens_k.shape:
-        raise ValueError(
-            "cu_seqlens_q and cu_seqlens_k must describe the same documents, got "
-            f"{cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}."
-        )
-    checks.check_max_seqlen("max_seqlen_q", max_seqlen_q)
-    checks.check_max_seqlen("max_seqlen_k", max_seqlen_k)
-    checks.check_dropout(dropout_p, dropout_seed)
-    checks.check_window(window_size, q.device)
-    checks.check_softcap_and_scale(softcap, softmax_scale)
-    documents = cu_seqlens_q.shape[0] - 1
-    checks.check_optional_tensors(
-        documents, q.shape[1], q.device, alibi_slopes, learnable_sink, document_ids
-    )
-    if schedule is not None:
-        checks.check_schedule(schedule, documents, q.shape[0], k.shape[0], q.device)
     if block_table is not None:
         raise ValueError(
             "block_table (paged key/value cache) is not supported. "
             "Gather the pages into contiguous k and v before the call."
         )
-    named = backend
-    backend = select_backend(q.device, q.dtype, backend, head_dim=q.shape[2])
-    head_dim = q.shape[2]
-    scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
-    window, left, right = resolve_window(window_size, causal)
-    seed = resolve_seed(dropout_p, dropout_seed, q.device)
-    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    cu_seqlens_q, cu_seqlens_k, window, alibi_slopes, learnable_sink, document_ids = unit_stride(
-        cu_seqlens_q, cu_seqlens_k, window, alibi_slopes, learnable_sink, document_ids
-    )
-    padded = pad_head_dim(q), pad_head_dim(k), pad_head_dim(v)
-    if named == "hopper":
-        from lctrain_kernels.gluon import support
-
-        call = support.Call(*padded, None, alibi_slopes is not None, deterministic, dropout_p > 0)
-        support.require(call, support.FORWARD_LIMITS, support.BACKWARD_LIMITS, padded)
-    out, lse = torch.ops.lctrain.varlen_forward(
-        *padded,
+    checks.check_qkv(q, k, v)
+    pack = checked_pack(
         cu_seqlens_q,
         cu_seqlens_k,
-        None if schedule is None else schedule.q_tiles,
-        None if schedule is None else schedule.k_tiles,
-        scale,
-        left,
-        right,
-        window,
-        float(softcap),
-        alibi_slopes,
-        learnable_sink,
-        float(dropout_p),
-        seed,
-        document_ids,
-        deterministic,
-        backend,
+        q.shape[0],
+        k.shape[0],
+        q.device,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        document_ids=document_ids,
+        schedule=schedule,
     )
+    head_dim = q.shape[2]
+    options = checked_options(
+        q.device,
+        head_dim,
+        pack.documents,
+        q.shape[1],
+        select_backend(q.device, q.dtype, backend, head_dim=head_dim),
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        alibi_slopes=alibi_slopes,
+        learnable_sink=learnable_sink,
+        deterministic=deterministic,
+    )
+    operands = Operands(pad_head_dim(q), pad_head_dim(k), pad_head_dim(v))
+    if backend == "hopper":
+        require_backend("varlen", operands, options, operands)
+    out, lse = varlen_attention(operands, pack, options)
     if out.shape[2] != head_dim:
         out = out[..., :head_dim]
     if return_attn_probs:
-        probabilities = _attention_probabilities(
-            q,
-            k,
-            v,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            (max_seqlen_q, max_seqlen_k),
-            scale,
-            (left, right) if window is None else tuple(window.tolist()),
-            softcap,
-            alibi_slopes,
-            learnable_sink,
-            dropout_p,
-            seed,
-            document_ids,
-        )
-        return out, lse, probabilities
+        shape = (max_seqlen_q, max_seqlen_k)
+        return out, lse, _attention_probabilities(Operands(q, k, v), pack, options, shape)
     return (out, lse) if return_lse else out
 
 
@@ -277,44 +241,35 @@ _ROW_BOUNDARIES_KEPT = 64
 
 
 def _attention_probabilities(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    shape: tuple[int, int],
-    softmax_scale: float,
-    window: tuple[int, int],
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    learnable_sink: Tensor | None,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-    document_ids: Tensor | None,
+    operands: Operands, pack: Pack, options: AttentionOptions, shape: tuple[int, int]
 ) -> Tensor:
-    """[N, H, max_seqlen_q, max_seqlen_k] in q's dtype, dropped weights negative, zero outside."""
-    documents = cu_seqlens_q.shape[0] - 1
-    result = q.new_zeros((documents, q.shape[1], *shape))
-    begin_q, begin_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for document in range(documents):
+    """Returns [N, H, max_seqlen_q, max_seqlen_k] in q's dtype, dropped weights negative."""
+    q, k, v = operands
+    result = q.new_zeros((pack.documents, q.shape[1], *shape))
+    begin_q, begin_k = pack.cu_seqlens_q.tolist(), pack.cu_seqlens_k.tolist()
+    window = (options.window_left, options.window_right)
+    if options.window is not None:
+        window = tuple(options.window.tolist())
+    for document in range(pack.documents):
         rows = slice(begin_q[document], begin_q[document + 1])
         columns = slice(begin_k[document], begin_k[document + 1])
-        slopes = alibi_slopes
+        slopes = options.alibi_slopes
         if slopes is not None and slopes.dim() == 2:
             slopes = slopes[document]
+        key = document if pack.document_ids is None else int(pack.document_ids[document])
         with torch.autocast(q.device.type, enabled=False):
             _, _, signed = dense_attention(
                 q[rows].detach().float(),
                 k[columns].detach().float(),
                 v[columns].detach().float(),
-                softmax_scale=softmax_scale,
+                softmax_scale=options.softmax_scale,
                 window=window,
-                softcap=softcap,
+                softcap=options.softcap,
                 alibi_slopes=slopes,
-                learnable_sink=learnable_sink,
-                dropout_p=dropout_p,
-                dropout_seed=0 if dropout_seed is None else dropout_seed,
-                document_id=document if document_ids is None else int(document_ids[document]),
+                learnable_sink=options.learnable_sink,
+                dropout_p=options.dropout_p,
+                dropout_seed=0 if options.dropout_seed is None else options.dropout_seed,
+                document_id=key,
             )
         result[document, :, : signed.shape[1], : signed.shape[2]] = signed.to(q.dtype)
     return result

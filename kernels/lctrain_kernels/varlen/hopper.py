@@ -16,6 +16,8 @@ from lctrain_kernels.gluon.config import (
     pack_heads,
 )
 from lctrain_kernels.gluon.launch import multiprocessors, padded_columns, ragged_descriptor
+from lctrain_kernels.options import AttentionOptions
+from lctrain_kernels.pack import TiledPack
 from lctrain_kernels.schedule import SCHEDULE_ROWS
 from lctrain_kernels.tile.arguments import dropout_arguments, token_head_strides, window_arguments
 from lctrain_kernels.tile.logits import LOG2_E
@@ -34,17 +36,8 @@ def varlen_fwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    q_tiles: Tensor,
-    *,
-    softmax_scale: float,
-    window: tuple[int, int] | Tensor,
-    softcap: float,
-    learnable_sink: Tensor | None,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-    document_ids: Tensor | None,
+    pack: TiledPack,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """Launches varlen_fwd_hopper_kernel; arguments and results as the portable varlen_fwd.
 
@@ -56,14 +49,14 @@ def varlen_fwd(
     lse = torch.empty((heads, total_q), dtype=torch.float32, device=q.device)
     pack = pack_heads(group)
     columns = padded_columns(head_dim)
-    tile = forward_tile(columns, pack, dropout_p > 0)
+    tile = forward_tile(columns, pack, options.has_dropout)
     positions = tile.consumers * 64 // pack
-    items = q_tiles.shape[0] * triton.cdiv(SCHEDULE_ROWS, positions) * (heads // pack)
+    items = pack.q_tiles.shape[0] * triton.cdiv(SCHEDULE_ROWS, positions) * (heads // pack)
     if items == 0:
         return out, lse
     run = min(64, positions)
-    window_ptr, left, right, has_left, has_right = window_arguments(window)
-    threshold, scale_kept = dropout_arguments(dropout_p)
+    window_ptr, left, right, has_left, has_right = window_arguments(options)
+    threshold, scale_kept = dropout_arguments(options.dropout_p)
     varlen_fwd_hopper_kernel[(min(items, multiprocessors(q.device)),)](
         ragged_descriptor(q, run, 64),
         ragged_descriptor(k, tile.block_n, columns),
@@ -71,30 +64,30 @@ def varlen_fwd(
         ragged_descriptor(out, run, 64),
         ForwardPointers(
             lse,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            q_tiles,
+            pack.cu_seqlens_q,
+            pack.cu_seqlens_k,
+            pack.q_tiles,
             torch.zeros(1, dtype=torch.int32, device=q.device),
             window_ptr,
-            learnable_sink,
-            dropout_seed,
-            document_ids,
+            options.learnable_sink,
+            options.dropout_seed,
+            pack.document_ids,
         ),
         items,
         total_q,
         left,
         right,
-        softmax_scale,
-        softcap,
+        options.softmax_scale,
+        options.softcap,
         threshold,
         scale_kept,
         TILE=forward_shape(tile, columns, group, heads, pack),
         FLAGS=Flags(
             has_left=has_left,
             has_right=has_right,
-            has_softcap=softcap > 0,
-            has_sink=learnable_sink is not None,
-            has_dropout=dropout_p > 0,
+            has_softcap=options.softcap > 0,
+            has_sink=options.learnable_sink is not None,
+            has_dropout=options.has_dropout,
         ),
         num_warps=4,
         maxnreg=entry_registers(tile.consumers),
@@ -216,17 +209,8 @@ def varlen_bwd(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    k_tiles: Tensor,
-    *,
-    softmax_scale: float,
-    window: tuple[int, int] | Tensor,
-    softcap: float,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-    document_ids: Tensor | None,
-    deterministic: bool,
+    pack: TiledPack,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launches the backward; arguments and results as the portable varlen_bwd.
 
@@ -244,13 +228,13 @@ def varlen_bwd(
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     # Each for itself: the address of a row of one tensor would be aligned for some lengths only.
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
-    kept_delta = torch.empty_like(lse) if dropout_p > 0 else None
-    threshold, scale_kept = dropout_arguments(dropout_p)
+    kept_delta = torch.empty_like(lse) if options.has_dropout else None
+    threshold, scale_kept = dropout_arguments(options.dropout_p)
     columns = padded_columns(head_dim)
     if total_q == 0:
         return dq, dk.zero_(), dv.zero_(), delta
-    tile = backward_tile(columns, deterministic)
-    documents = cu_seqlens_q.shape[0] - 1
+    tile = backward_tile(columns, options.deterministic)
+    documents = pack.cu_seqlens_q.shape[0] - 1
     rows = 64
     if tile.reduce_from_registers:
         per_head = total_q // 16 + documents  # slabs
@@ -283,8 +267,8 @@ def varlen_bwd(
         num_warps=8,
         enable_fp_fusion=True,
     )
-    window_ptr, left, right, has_left, has_right = window_arguments(window)
-    varlen_bwd_hopper_kernel[(heads_kv * k_tiles.shape[0],)](
+    window_ptr, left, right, has_left, has_right = window_arguments(options)
+    varlen_bwd_hopper_kernel[(heads_kv * pack.k_tiles.shape[0],)](
         ragged_descriptor(q, tile.block_m, columns),
         ragged_descriptor(dout, tile.block_m, columns),
         ragged_descriptor(k, BLOCK_N_BACKWARD // 2, columns),
@@ -299,12 +283,12 @@ def varlen_bwd(
             dv,
             dq_sum,
             None if tile.reduce_from_registers else dq,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            k_tiles,
+            pack.cu_seqlens_q,
+            pack.cu_seqlens_k,
+            pack.k_tiles,
             window_ptr,
-            dropout_seed,
-            document_ids,
+            options.dropout_seed,
+            pack.document_ids,
             semaphores,
         ),
         per_head,
@@ -312,16 +296,18 @@ def varlen_bwd(
         total_q,
         left,
         right,
-        softmax_scale,
-        softcap,
+        options.softmax_scale,
+        options.softcap,
         threshold,
         scale_kept,
-        TILE=backward_shape(tile, columns, heads // heads_kv, heads_kv, head_dim, deterministic),
+        TILE=backward_shape(
+            tile, columns, heads // heads_kv, heads_kv, head_dim, options.deterministic
+        ),
         FLAGS=Flags(
             has_left=has_left,
             has_right=has_right,
-            has_softcap=softcap > 0,
-            has_dropout=dropout_p > 0,
+            has_softcap=options.softcap > 0,
+            has_dropout=options.has_dropout,
         ),
         num_warps=4,
         maxnreg=REGISTERS,
@@ -331,11 +317,11 @@ def varlen_bwd(
         _scale_kernel[(triton.cdiv(per_head * 16, rows), heads)](
             dq_sum,
             dq,
-            cu_seqlens_q,
+            pack.cu_seqlens_q,
             documents,
             documents.bit_length(),
             per_head,
-            softmax_scale * scale_kept,
+            options.softmax_scale * scale_kept,
             HEADS=heads,
             HEAD_DIM=head_dim,
             BLOCK_D=columns,

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lctrain_kernels.options import AttentionOptions
+from lctrain_kernels.pack import TiledPack
 from lctrain_kernels.schedule import SCHEDULE_ROWS
 from lctrain_kernels.tile.arguments import (
     DOT_PRECISION,
@@ -234,18 +236,8 @@ def varlen_fwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    q_tiles: Tensor,
-    *,
-    softmax_scale: float,
-    window: tuple[int, int] | Tensor,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    learnable_sink: Tensor | None,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-    document_ids: Tensor | None,
+    pack: TiledPack,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """Launches varlen_fwd_kernel.
 
@@ -253,17 +245,8 @@ def varlen_fwd(
         q: [T, H, D] float16, bfloat16 or float32, last stride 1.
         k: [Tk, Hk, D].
         v: [Tk, Hk, D].
-        cu_seqlens_q: [N + 1] int32.
-        cu_seqlens_k: [N + 1] int32.
-        q_tiles: [n, 2] int32 from a TileSchedule.
-        softmax_scale: Positive factor of q.k.
-        window: (left, right), -1 unbounded, or an int32 tensor [2].
-        softcap: c; 0 turns it off.
-        alibi_slopes: [H] or [N, H] float32.
-        learnable_sink: [H].
-        dropout_p: In [0, 1).
-        dropout_seed: [1] int64.
-        document_ids: [N] int32.
+        pack: Documents, with tiles.
+        options: Options of the call.
 
     Returns:
         out [T, H, D] in q's dtype and lse [H, T] float32.
@@ -273,11 +256,11 @@ def varlen_fwd(
     out = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, total_q), dtype=torch.float32, device=q.device)
     group = heads // heads_kv
-    config = tile_config("varlen_fwd", q, group, dropout_p > 0)
-    window_ptr, left, right, has_left, has_right = window_arguments(window)
-    threshold, scale_kept = dropout_arguments(dropout_p)
+    config = tile_config("varlen_fwd", q, group, options.has_dropout)
+    window_ptr, left, right, has_left, has_right = window_arguments(options)
+    threshold, scale_kept = dropout_arguments(options.dropout_p)
     parts = SCHEDULE_ROWS // config.positions * (group // config.pack)
-    grid = (heads_kv * q_tiles.shape[0] * parts,)
+    grid = (heads_kv * pack.q_tiles.shape[0] * parts,)
     if grid[0] == 0:
         return out, lse
     varlen_fwd_kernel[grid](
@@ -287,33 +270,33 @@ def varlen_fwd(
             v,
             out,
             lse,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            q_tiles,
+            pack.cu_seqlens_q,
+            pack.cu_seqlens_k,
+            pack.q_tiles,
             window_ptr,
-            alibi_slopes,
-            learnable_sink,
-            dropout_seed,
-            document_ids,
+            options.alibi_slopes,
+            options.learnable_sink,
+            options.dropout_seed,
+            pack.document_ids,
         ),
         ForwardStrides(*token_head_strides(q, k, v, out)),
-        alibi_strides(alibi_slopes),
-        q_tiles.shape[0],
+        alibi_strides(options.alibi_slopes),
+        pack.q_tiles.shape[0],
         total_q,
         left,
         right,
-        softmax_scale,
-        softcap,
+        options.softmax_scale,
+        options.softcap,
         threshold,
         scale_kept,
         TILE=tile_shape(config, head_dim, group),
         FLAGS=Flags(
             has_left=has_left,
             has_right=has_right,
-            has_softcap=softcap > 0,
-            has_alibi=alibi_slopes is not None,
-            has_sink=learnable_sink is not None,
-            has_dropout=dropout_p > 0,
+            has_softcap=options.softcap > 0,
+            has_alibi=options.alibi_slopes is not None,
+            has_sink=options.learnable_sink is not None,
+            has_dropout=options.has_dropout,
         ),
         PRECISION=DOT_PRECISION,
         **config.options,

@@ -1,0 +1,234 @@
+"""Builds the torch.library operators of an attention from its nouns and implementations.
+
+As operators they have fake implementations (torch.compile, meta tensors), autograd and FLOP
+formulas, and selective activation checkpointing can name them in a policy. A schema is flat: the
+fields of the operands, of Pack and of AttentionOptions, in this order.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, get_type_hints
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from lctrain_kernels.options import AttentionOptions
+from lctrain_kernels.pack import Pack, TiledPack
+from lctrain_kernels.registry import BACKWARD, FORWARD, choose
+
+_KINDS = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "float",
+    int: "SymInt",
+    bool: "bool",
+    str: "str",
+}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What the builder needs to know of an attention.
+
+    Attributes:
+        name: Of the operation: its operators are `lctrain::<name>_forward` and `_backward`.
+        operands: Named tuple class of what only this attention takes; queries come first, and
+            among the fields are q or q1, k or k1, and v.
+        results: Results of the forward. The first is out; those that start with "lse" have
+            gradients, the others are kept for the backward alone.
+        saved: Results that the backward reads.
+        gradients: Results of the backward: names of operands, and further ones.
+        fake_forward: Operands -> results without values.
+        fake_backward: Operands, saved results -> gradients without values.
+        products: (forward, backward): FLOP per visible pair and head, from the operands.
+        finish: From (gradients by name, operands, pack, options, saved results by name) to the
+            gradients of fields by name; default: those of the operands.
+    """
+
+    name: str
+    operands: type
+    results: tuple[str, ...]
+    saved: tuple[str, ...]
+    gradients: tuple[str, ...]
+    fake_forward: Callable[..., tuple[Tensor, ...]]
+    fake_backward: Callable[..., tuple[Tensor, ...]]
+    products: tuple[Callable[..., int], Callable[..., int]]
+    finish: Callable[..., dict[str, Tensor | None]] | None = None
+
+
+class Arguments(NamedTuple):
+    """The flat arguments of an operator, as nouns again."""
+
+    operands: Any
+    pack: Pack
+    options: AttentionOptions
+
+
+def build_operators(attention: Attention) -> Callable[..., tuple[Tensor, ...]]:
+    """Defines both operators of an attention.
+
+    Returns:
+        A function (operands, pack, options) -> results, which calls the forward operator.
+    """
+    nouns = (attention.operands, Pack, AttentionOptions)
+    fields = {name: kind for noun in nouns for name, kind in get_type_hints(noun).items()}
+    flat = ", ".join(f"{_KINDS[kind]} {name}" for name, kind in fields.items())
+    lse = [name for name in attention.results if name.startswith("lse")]
+    gradients = ["Tensor dout", *(f"Tensor? d{name}" for name in lse)]
+    saved = [f"Tensor {name}" for name in attention.saved]
+    tensors = [position for position, kind in enumerate(fields.values()) if _is_tensor(kind)]
+
+    def arguments(values: Sequence[Any]) -> Arguments:
+        rest = list(values)
+        taken = []
+        for noun in nouns:
+            size = len(noun._fields)  # type: ignore[attr-defined]
+            taken.append(noun(*rest[:size]))
+            rest = rest[size:]
+        return Arguments(*taken)
+
+    def forward(*values: Any) -> tuple[Tensor, ...]:
+        operands, pack, options = arguments(values)
+        implementation = choose(attention.name, FORWARD, operands, options)
+        return implementation.run(operands, _complete(pack, operands, options), options)
+
+    def backward(*values: Any) -> tuple[Tensor, ...]:
+        split = len(gradients) + len(fields)
+        operands, pack, options = arguments(values[len(gradients) : split])
+        implementation = choose(attention.name, BACKWARD, operands, options, values[0])
+        tiled = _complete(pack, operands, options)
+        douts, results = values[: len(gradients)], values[split:]
+        return implementation.run(douts, operands, results, tiled, options)
+
+    results = ", ".join(["Tensor"] * len(attention.results))
+    forward_op = torch.library.custom_op(
+        f"lctrain::{attention.name}_forward",
+        forward,
+        mutates_args=(),
+        schema=f"({flat}) -> ({results})",
+    )
+    results = ", ".join(["Tensor"] * len(attention.gradients))
+    backward_schema = ", ".join([*gradients, flat, *saved])
+    backward_op = torch.library.custom_op(
+        f"lctrain::{attention.name}_backward",
+        backward,
+        mutates_args=(),
+        schema=f"({backward_schema}) -> ({results})",
+    )
+    forward_op.register_fake(lambda *values: attention.fake_forward(arguments(values).operands))
+
+    def fake_backward(*values: Any) -> tuple[Tensor, ...]:
+        split = len(gradients) + len(fields)
+        operands = arguments(values[len(gradients) : split]).operands
+        return attention.fake_backward(operands, values[split:])
+
+    backward_op.register_fake(fake_backward)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        named = dict(zip(attention.results, output, strict=True))
+        ctx.set_materialize_grads(False)
+        hidden = [x for name, x in named.items() if name != "out" and name not in lse]
+        ctx.mark_non_differentiable(*hidden)
+        ctx.save_for_backward(
+            *(inputs[position] for position in tensors),
+            *(named[name] for name in attention.saved),
+        )
+        ctx.constants = [None if position in tensors else x for position, x in enumerate(inputs)]
+
+    def autograd(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
+        values = list(ctx.constants)
+        saved_tensors = ctx.saved_tensors  # checkpointing unpacks them once
+        kept = saved_tensors[len(tensors) :]
+        for position, tensor in zip(tensors, saved_tensors[: len(tensors)], strict=True):
+            values[position] = tensor
+        named = dict(zip(attention.results, douts, strict=True))
+        dout = named["out"]
+        if dout is None:
+            dout = torch.zeros_like(kept[0])
+        call = getattr(torch.ops.lctrain, f"{attention.name}_backward")
+        results = call(dout, *(named[name] for name in lse), *values, *kept)
+        found = dict(zip(attention.gradients, results, strict=True))
+        if attention.finish is not None:
+            saved_results = dict(zip(attention.saved, kept, strict=True))
+            found = attention.finish(found, *arguments(values), saved_results)
+        return tuple(
+            found.get(name) if needed else None
+            for name, needed in zip(fields, ctx.needs_input_grad, strict=True)
+        )
+
+    forward_op.register_autograd(autograd, setup_context=setup_context)
+    offset = len(gradients)
+    for op, skipped, count in (
+        (f"{attention.name}_forward", 0, attention.products[0]),
+        (f"{attention.name}_backward", offset, attention.products[1]),
+    ):
+        register_flop_formula(getattr(torch.ops.lctrain, op), get_raw=True)(
+            _flop_formula(arguments, skipped, len(fields), count)
+        )
+
+    def call(operands: Any, pack: Pack, options: AttentionOptions) -> tuple[Tensor, ...]:
+        return getattr(torch.ops.lctrain, f"{attention.name}_forward")(*operands, *pack, *options)
+
+    return call
+
+
+def _is_tensor(kind: Any) -> bool:
+    return _KINDS[kind].startswith("Tensor")
+
+
+def _complete(pack: Pack, operands: Any, options: AttentionOptions) -> Pack | TiledPack:
+    """Returns the pack with its tiles, which the PyTorch path does not read."""
+    if options.backend == "pytorch":
+        return pack
+    return pack.with_tiles(operands[0].shape[0], operands.v.shape[0])
+
+
+def _flop_formula(
+    arguments: Callable[[Sequence[Any]], Arguments],
+    skipped: int,
+    size: int,
+    count: Callable[..., int],
+) -> Callable[..., int]:
+    """Returns the FLOP formula of an operator: visible pairs times heads times `count`."""
+
+    def formula(*values: Any, out_val: Any = None, **_: Any) -> int:
+        operands, pack, options = arguments(values[skipped : skipped + size])
+        q = operands[0]
+        return attended_pairs(pack, options, q, operands.v) * q.shape[1] * count(operands)
+
+    return formula
+
+
+def visible_pairs(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, window_left: int, window_right: int
+) -> int:
+    """Returns how many (query, key) pairs the mask leaves visible, over all documents.
+
+    Reads the lengths, so on a GPU it synchronises; FLOP counters only.
+    """
+    pairs = 0
+    lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+    for length_q, length_k in zip(lengths_q, lengths_k, strict=True):
+        position = torch.arange(length_q, dtype=torch.int64) + length_k - length_q
+        high = torch.full_like(position, length_k - 1)
+        low = torch.zeros_like(position)
+        if window_right >= 0:
+            high = torch.minimum(high, position + window_right)
+        if window_left >= 0:
+            low = torch.maximum(low, position - window_left)
+        pairs += int((high - low + 1).clamp(min=0).sum())
+    return pairs
+
+
+def attended_pairs(pack: Pack, options: AttentionOptions, q: Tensor, k: Tensor) -> int:
+    """Returns the visible pairs of a call; meta tensors count as if all documents were equal."""
+    cu_q = pack.cu_seqlens_q
+    left, right = options.window_left, options.window_right
+    if cu_q.is_meta or isinstance(cu_q, torch._subclasses.FakeTensor):
+        documents = max(1, pack.documents)
+        per_document = (q.shape[0] // documents) * (k.shape[0] // documents) * documents
+        return per_document // 2 if right == 0 else per_document
+    if options.window is not None:
+        left, right = options.window.tolist()
+    return visible_pairs(cu_q, pack.cu_seqlens_k, left, right)

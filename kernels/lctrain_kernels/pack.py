@@ -1,0 +1,209 @@
+"""Pack: what the kernels know of the documents of a call, validated once."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from lctrain_kernels.layout import unit_stride
+from lctrain_kernels.schedule import TileSchedule, complete_schedule
+
+
+class Pack(NamedTuple):
+    """Documents of packed queries and keys.
+
+    Operators take its fields as arguments of their own; `operators.build_operators` reads them
+    here, so that a new field reaches every attention.
+
+    Attributes:
+        cu_seqlens_q: [N + 1] int32, cumulative query lengths.
+        cu_seqlens_k: [N + 1] int32, cumulative key lengths.
+        q_tiles: [n, 2] int32 of a TileSchedule, or None: built on the device.
+        k_tiles: [m, 2] int32, likewise.
+        document_ids: [N] int32, the documents' part of the dropout key; None is the index.
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    q_tiles: Tensor | None = None
+    k_tiles: Tensor | None = None
+    document_ids: Tensor | None = None
+
+    @property
+    def documents(self) -> int:
+        """N."""
+        return self.cu_seqlens_q.shape[0] - 1
+
+    def with_tiles(self, total_q: int, total_k: int) -> "TiledPack":
+        """Returns the pack with its tile schedule, which is built on the device if it is missing.
+
+        Args:
+            total_q: Packed queries.
+            total_k: Packed keys.
+        """
+        schedule = complete_schedule(
+            self.q_tiles, self.k_tiles, self.cu_seqlens_q, self.cu_seqlens_k, total_q, total_k
+        )
+        return TiledPack(
+            self.cu_seqlens_q,
+            self.cu_seqlens_k,
+            schedule.q_tiles,
+            schedule.k_tiles,
+            self.document_ids,
+        )
+
+
+class TiledPack(NamedTuple):
+    """A Pack whose tile schedule is there, as launchers take it; fields as in Pack."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    q_tiles: Tensor
+    k_tiles: Tensor
+    document_ids: Tensor | None = None
+
+
+def checked_pack(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    total_q: int,
+    total_k: int,
+    device: torch.device,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    document_ids: Tensor | None = None,
+    schedule: TileSchedule | None = None,
+    names: tuple[str, str, str, str] = (
+        "cu_seqlens_q",
+        "cu_seqlens_k",
+        "max_seqlen_q",
+        "max_seqlen_k",
+    ),
+) -> Pack:
+    """Returns the pack of a call.
+
+    Values of tensors are read on the CPU only, so that no check synchronises with a device.
+
+    Args:
+        cu_seqlens_q: [N + 1] int32.
+        cu_seqlens_k: [N + 1] int32.
+        total_q: Packed queries.
+        total_k: Packed keys.
+        device: Device of q.
+        max_seqlen_q: Longest query length, a Python int.
+        max_seqlen_k: Longest key length, a Python int.
+        document_ids: [N] int32, or None.
+        schedule: From make_schedule, or None.
+        names: The caller's names of both boundaries and both lengths.
+
+    Raises:
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if shapes, devices or values do not fit; the message names the remedy.
+    """
+    check_cu_seqlens(names[0], cu_seqlens_q, total_q, device)
+    check_cu_seqlens(names[1], cu_seqlens_k, total_k, device)
+    documents = cu_seqlens_q.shape[0] - 1
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            f"{names[0]} and {names[1]} must describe the same documents, got {documents} and "
+            f"{cu_seqlens_k.shape[0] - 1}."
+        )
+    check_max_seqlen(names[2], max_seqlen_q)
+    check_max_seqlen(names[3], max_seqlen_k)
+    check_document_ids(document_ids, documents, device)
+    if schedule is not None:
+        check_schedule(schedule, documents, total_q, total_k, device)
+    cu_seqlens_q, cu_seqlens_k, document_ids = unit_stride(cu_seqlens_q, cu_seqlens_k, document_ids)
+    return Pack(
+        cu_seqlens_q,
+        cu_seqlens_k,
+        None if schedule is None else schedule.q_tiles,
+        None if schedule is None else schedule.k_tiles,
+        document_ids,
+    )
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, device: torch.device) -> None:
+    """[N + 1] int32 on q's device, from 0 to total, not decreasing (values: CPU tensors only)."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(cu_seqlens).__name__}.")
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {cu_seqlens.dtype}. Call .to(torch.int32).")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(
+            f"{name} must have shape [documents + 1], got {tuple(cu_seqlens.shape)}. "
+            "Pass the cumulative lengths with a leading 0."
+        )
+    if cu_seqlens.device != device:
+        raise ValueError(
+            f"{name} must be on q's device ({device}), got {cu_seqlens.device}. Move it with .to()."
+        )
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if isinstance(cu_seqlens, FakeTensor):
+        return
+    if int(cu_seqlens[0]) != 0:
+        raise ValueError(f"{name} must start at 0, got {int(cu_seqlens[0])}. Prepend a 0.")
+    if bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(f"{name} must not decrease. Pass cumulative lengths, not lengths.")
+    if int(cu_seqlens[-1]) != total:
+        raise ValueError(
+            f"{name} must end at the number of packed tokens ({total}), got {int(cu_seqlens[-1])}. "
+            "Drop the tokens beyond the last document, or give them a document of their own."
+        )
+
+
+def check_max_seqlen(name: str, value: object) -> None:
+    """A Python int; a device tensor would force a synchronisation."""
+    if isinstance(value, Tensor) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(
+            f"{name} must be a Python int, got {type(value).__name__}. "
+            "Compute it from the CPU lengths; reading a device tensor would stall the GPU."
+        )
+
+
+def check_document_ids(document_ids: Tensor | None, documents: int, device: torch.device) -> None:
+    """[N] int32 on q's device, or None."""
+    if document_ids is None:
+        return
+    if not isinstance(document_ids, Tensor):
+        raise TypeError(f"document_ids must be a torch.Tensor, got {type(document_ids).__name__}.")
+    if tuple(document_ids.shape) != (documents,):
+        raise ValueError(
+            f"document_ids must have shape [{documents}], got {tuple(document_ids.shape)}."
+        )
+    if document_ids.dtype != torch.int32:
+        raise TypeError(f"document_ids must be int32, got {document_ids.dtype}. Cast it.")
+    if document_ids.device != device:
+        raise ValueError(
+            f"document_ids must be on q's device ({device}), got {document_ids.device}. Move it "
+            "with .to()."
+        )
+
+
+def check_schedule(
+    schedule: TileSchedule, documents: int, total_q: int, total_k: int, device: torch.device
+) -> None:
+    """Built for as many documents and tokens, on q's device."""
+    if schedule.q_tiles.device != device:
+        raise ValueError(
+            f"schedule must be on q's device ({device}), got {schedule.q_tiles.device}. "
+            "Call schedule.to(device)."
+        )
+    if schedule.documents != documents:
+        raise ValueError(
+            f"cu_seqlens must describe the {schedule.documents} documents that schedule was built "
+            f"for, got {documents}. Build the schedule from the lengths of this pack."
+        )
+    for name, expected, total in (
+        ("q", schedule.total_q, total_q),
+        ("k", schedule.total_k, total_k),
+    ):
+        if expected != total:
+            raise ValueError(
+                f"{name} must hold the {expected} tokens that schedule was built for, got {total}. "
+                "Build the schedule from the lengths of this pack, and drop tokens beyond the "
+                "last document."
+            )
