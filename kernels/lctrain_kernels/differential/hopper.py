@@ -55,11 +55,11 @@ def differential_fwd(
     out1, out2 = torch.empty_like(out), torch.empty_like(out)
     lse1 = torch.empty((heads, total_q), dtype=torch.float32, device=q1.device)
     lse2 = torch.empty_like(lse1)
-    pack = pack_heads(group)
+    heads_per_tile = pack_heads(group)
     columns, value_columns = padded_columns(head_dim), padded_columns(value_dim)
     tile = differential_forward_tile(columns, value_columns, k2 is None)
-    positions = CONSUMERS * 64 // pack
-    items = pack.q_tiles.shape[0] * (SCHEDULE_ROWS // positions) * (heads // pack)
+    positions = CONSUMERS * 64 // heads_per_tile
+    items = pack.q_tiles.shape[0] * (SCHEDULE_ROWS // positions) * (heads // heads_per_tile)
     if items == 0:
         return out, out1, out2, lse1, lse2
     run = min(64, positions)
@@ -95,7 +95,7 @@ def differential_fwd(
         options.softmax_scale,
         threshold,
         scale_kept,
-        TILE=forward_shape(tile, columns, group, heads, pack, value_columns, num_k),
+        TILE=forward_shape(tile, columns, group, heads, heads_per_tile, value_columns, num_k),
         FLAGS=Flags(has_left=has_left, has_right=has_right, has_dropout=options.has_dropout),
         num_warps=4,
         maxnreg=REGISTERS,

@@ -73,11 +73,11 @@ def dual_chunk_fwd(
     group = heads // k.shape[1]
     out = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, total_q), dtype=torch.float32, device=q.device)
-    pack = pack_heads(group)
+    heads_per_tile = pack_heads(group)
     columns = padded_columns(head_dim)
     tile = dual_chunk_forward_tile(columns)
-    positions = CONSUMERS * 64 // pack
-    items = pack.q_tiles.shape[0] * (SCHEDULE_ROWS // positions) * (heads // pack)
+    positions = CONSUMERS * 64 // heads_per_tile
+    items = pack.q_tiles.shape[0] * (SCHEDULE_ROWS // positions) * (heads // heads_per_tile)
     if items == 0:
         return out, lse
     k_succ = rotated_keys(k, pack.cu_seqlens_k, pack.k_tiles, rotation=rotation)
@@ -109,7 +109,7 @@ def dual_chunk_fwd(
         options.softmax_scale,
         threshold,
         scale_kept,
-        TILE=forward_shape(tile, columns, group, heads, pack),
+        TILE=forward_shape(tile, columns, group, heads, heads_per_tile),
         FLAGS=Flags(has_dropout=options.has_dropout),
         num_warps=4,
         maxnreg=REGISTERS,

@@ -47,11 +47,13 @@ def varlen_fwd(
     group = heads // k.shape[1]
     out = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, total_q), dtype=torch.float32, device=q.device)
-    pack = pack_heads(group)
+    heads_per_tile = pack_heads(group)
     columns = padded_columns(head_dim)
-    tile = forward_tile(columns, pack, options.has_dropout)
-    positions = tile.consumers * 64 // pack
-    items = pack.q_tiles.shape[0] * triton.cdiv(SCHEDULE_ROWS, positions) * (heads // pack)
+    tile = forward_tile(columns, heads_per_tile, options.has_dropout)
+    positions = tile.consumers * 64 // heads_per_tile
+    items = (
+        pack.q_tiles.shape[0] * triton.cdiv(SCHEDULE_ROWS, positions) * (heads // heads_per_tile)
+    )
     if items == 0:
         return out, lse
     run = min(64, positions)
@@ -81,7 +83,7 @@ def varlen_fwd(
         options.softcap,
         threshold,
         scale_kept,
-        TILE=forward_shape(tile, columns, group, heads, pack),
+        TILE=forward_shape(tile, columns, group, heads, heads_per_tile),
         FLAGS=Flags(
             has_left=has_left,
             has_right=has_right,

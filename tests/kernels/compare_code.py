@@ -1,0 +1,135 @@
+"""Compares the machine code of two commits: `python -m tests.kernels.compare_code BASE`.
+
+For every variant of the ahead-of-time lists, the registers, spills, shared memory and instruction
+stream of the working tree are held against those of BASE, on one Triton. Reports that a tree keeps
+in `aot_reports/` are used; other variants are compiled, by that tree's own script.
+
+The compiler does not give the same machine code in every run: the same source may get its uniform
+registers numbered differently. So variants that differ are compiled again, `--repeat` times on both
+sides, and count as different if the two sides have no machine code in common.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.house.typecheck import ROOT
+from tests.kernels.aot_process import SELECTIONS, triton_folder
+
+COMPARED = ("registers", "spill_bytes", "shared_bytes", "machine_code", "loop_spills")
+Name = tuple[str, str]
+"""Target and name of a variant."""
+
+
+def unpack(commit: str, folder: Path) -> None:
+    """Unpacks the files of a commit into a folder."""
+    archive = folder / "commit.tar"
+    subprocess.run(["git", "archive", "-o", archive, commit], cwd=ROOT, check=True)
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+
+
+def kept(root: Path, version: str) -> dict[str, dict]:
+    """Returns the reports that a tree keeps, by key."""
+    file = root / "tests" / "kernels" / "aot_reports" / f"triton-{version}.jsonl"
+    if not file.is_file():
+        return {}
+    return {report["key"]: report for report in map(json.loads, file.read_text().splitlines())}
+
+
+def reports(
+    root: Path, version: str, selections: Sequence, known: dict[str, dict]
+) -> dict[Name, dict]:
+    """Returns a tree's reports of all variants of some selections.
+
+    Args:
+        root: Root of the tree.
+        version: Triton version.
+        selections: As aot_compile.py takes them.
+        known: Reports by key, whose variants are not compiled.
+
+    Raises:
+        RuntimeError: if the tree's script fails.
+    """
+    folder = triton_folder(version)
+    paths = [str(path) for path in (folder, root, root / "kernels") if path is not None]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    request = json.dumps({"selections": selections, "known": sorted(known)})
+    script = root / "tests" / "kernels" / "aot_compile.py"
+    result = subprocess.run(
+        [sys.executable, script, request],
+        env=environment,
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
+    if result.returncode != 0:
+        raise RuntimeError(f"{script} failed:\n{result.stderr}")
+    lines = map(json.loads, result.stdout.splitlines())
+    return {(r["target"], r["name"]): known.get(r["key"], {}) | r for r in lines}
+
+
+def differences(base: dict[Name, dict], head: dict[Name, dict]) -> dict[Name, list[str]]:
+    """Returns which of COMPARED differ, by variant; and variants that one side lacks."""
+    found = {}
+    for name in sorted(base.keys() | head.keys()):
+        if name not in base or name not in head:
+            found[name] = [f"only in {'the working tree' if name in head else 'BASE'}"]
+            continue
+        fields = [x for x in COMPARED if base[name].get(x) != head[name].get(x)]
+        if fields:
+            found[name] = fields
+    return found
+
+
+def main() -> int:
+    """Prints what differs and returns 1 if anything does."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("base", help="a commit")
+    parser.add_argument("--triton", default="3.6.0", choices=list(SELECTIONS))
+    parser.add_argument("--target", nargs="*", help="targets to compare; default: all")
+    parser.add_argument("--repeat", type=int, default=2)
+    options = parser.parse_args()
+    version = options.triton
+    selections = [s for s in SELECTIONS[version] if not options.target or s[0] in options.target]
+    with tempfile.TemporaryDirectory() as folder:
+        trees = (Path(folder), ROOT)
+        unpack(options.base, trees[0])
+        base, head = (reports(tree, version, selections, kept(tree, version)) for tree in trees)
+        different = differences(base, head)
+        codes: dict[Name, tuple[set, set]] = {
+            name: ({base[name].get("machine_code")}, {head[name].get("machine_code")})
+            for name, fields in different.items()
+            if fields == ["machine_code"]
+        }
+        targets = {target for target, _ in codes}
+        again = [selection for selection in selections if selection[0] in targets]
+        for _ in range(options.repeat if codes else 0):
+            for side, tree in enumerate(trees):
+                # What does not differ is left out by its key.
+                known = {
+                    report["key"]: report
+                    for name, report in (base, head)[side].items()
+                    if name not in codes
+                }
+                for name, report in reports(tree, version, again, known).items():
+                    if name in codes:
+                        codes[name][side].add(report.get("machine_code"))
+    for name, (ours, theirs) in codes.items():
+        if ours & theirs:
+            del different[name]
+    for (target, name), fields in different.items():
+        print(f"{target} {name}: {', '.join(fields)}")
+    print(f"{len(head)} variants, {len(different)} different, Triton {version}")
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
