@@ -65,7 +65,8 @@ def flash_attn_varlen_func(
         softcap: c > 0 replaces a logit x by c tanh(x / c).
         alibi_slopes: [H] or [N, H] float32; adds -slope * |i + Lk - Lq - j|. No gradient, as in
             FlashAttention-2.
-        deterministic: The backward gives the same bits in every run.
+        deterministic: The backward gives the same bits in every run. Otherwise the last bits of the
+            Hopper kernels' dq differ from run to run; those of out, lse, dk and dv do not.
         return_attn_probs: Return (out, lse, weights [N, H, max_seqlen_q, max_seqlen_k]); dropped
             weights are negative. For debugging: it forms the whole matrix and reads the lengths.
         block_table: Paged key/value caches; not supported.
