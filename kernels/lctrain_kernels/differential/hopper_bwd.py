@@ -58,7 +58,7 @@ from lctrain_kernels.gluon.structures import BackwardBuffers, KeyTile, Statistic
 from lctrain_kernels.tile.logits import LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
-_COLUMNS = gl.constexpr(64)  # of dq that a warpgroup puts away at once
+_COLUMNS = gl.constexpr(64)  # columns of dq that a warpgroup stores at once
 
 
 @gluon.jit
@@ -73,7 +73,7 @@ def _load(
     tile,
     TILE: gl.constexpr,
 ):
-    """Loads a tile's keys and values, then the queries of every head of its group."""
+    """The producer warp: loads a tile's keys and values, then the queries of all heads."""
     GROUP: gl.constexpr = TILE.group
     BLOCK_M: gl.constexpr = TILE.block_m
     BLOCK_D: gl.constexpr = TILE.block_d
@@ -159,7 +159,7 @@ def _compute(
     FLAGS: gl.constexpr,
     HALF_INDEX: gl.constexpr,
 ):
-    """One warpgroup: half of the tile's keys, and all of dq of one branch."""
+    """A consumer warpgroup: half of the tile's keys, and dq of one branch."""
     shared = inputs.shared
     dq_bufs = inputs.dq
     ds_bufs = inputs.ds
@@ -230,8 +230,8 @@ def _compute(
         p1 = keys_weights(s1, lse, query, bounds, multiplier, BLOCK_M, s_layout, FLAGS)
         # The other warpgroup has read the last step's ds, too.
         barrier_wait(OTHER_READ, CONSUMERS, 4, gl.where(step > 0, 1, 0))
-        # There is no room for both weights in registers: these wait where ds2 will lie. Stored
-        # before dp is waited for, they are computed before, too.
+        # Registers do not hold both branches' weights, so p1 waits in the buffer of ds2. The store
+        # before the wait for dp also makes the compiler compute p1 before it.
         ds_bufs.index(2 + HALF_INDEX).store(p1.to(dtype))
         dp = warpgroup_mma_wait(0, deps=[dp_token])
         e1 = shared.delta.index(2 * stage).load(column_s)

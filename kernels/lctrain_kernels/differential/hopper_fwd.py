@@ -58,10 +58,10 @@ def _load(
     shared,
     TILE: gl.constexpr,
 ):
-    """Loads tile after tile, as far ahead as the buffers allow."""
+    """The producer warp: loads tile after tile, as far ahead as stages are empty."""
     Q_STAGES: gl.constexpr = TILE.q_stages
     STAGES: gl.constexpr = TILE.stages
-    THREADS: gl.constexpr = 32 + 128 * TILE.consumers  # of the loader and all warpgroups
+    THREADS: gl.constexpr = 32 + 128 * TILE.consumers  # of the producer and all consumers
     NUM_K: gl.constexpr = TILE.num_k
     tile_index = 0
     kv_index = 0
@@ -99,7 +99,7 @@ def _load(
 
 @gluon.jit
 def _finish(m, l, keep_scale, row_s: gl.constexpr, row_o: gl.constexpr):
-    """Of one branch: (the factor of its sum, lse)."""
+    """Returns (factor of the accumulator, lse) of one branch."""
     m, l = reduce_rows(m, l, row_s)
     empty = l == 0.0
     whole = gl.where(empty, 1.0, l)
@@ -114,7 +114,7 @@ def _consume(
     FLAGS: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):
-    """One warpgroup: both branches of 64 rows of every tile."""
+    """A consumer warpgroup: both branches of 64 rows of every tile."""
     out_descs = inputs.out_descs
     shared = inputs.shared
     out_bufs = inputs.out_bufs
@@ -126,7 +126,7 @@ def _consume(
     BLOCK_D: gl.constexpr = TILE.block_d
     Q_STAGES: gl.constexpr = TILE.q_stages
     STAGES: gl.constexpr = TILE.stages
-    THREADS: gl.constexpr = 32 + 128 * CONSUMERS  # of the loader and all warpgroups
+    THREADS: gl.constexpr = 32 + 128 * CONSUMERS  # of the producer and all consumers
     BLOCK_DV: gl.constexpr = TILE.block_dv
     # Values and maxima of 128 columns leave no registers for weights beside logits.
     SPECULATES: gl.constexpr = BLOCK_D == 64
@@ -135,7 +135,7 @@ def _consume(
     POSITIONS: gl.constexpr = CONSUMERS * 64 // TILE.pack
     RUN: gl.constexpr = POSITIONS if POSITIONS < 64 else 64
     FIRST_RUN: gl.constexpr = CONSUMER * (64 // RUN)
-    IN_Q: gl.constexpr = 2 * BLOCK_D // BLOCK_DV  # results that the queries' place holds
+    IN_Q: gl.constexpr = 2 * BLOCK_D // BLOCK_DV  # results in the queries' buffer
     dtype: gl.constexpr = out_descs.out.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
@@ -147,7 +147,7 @@ def _consume(
 
     left, right = load_window(window.pointer, window.left, window.right)
     local = gl.arange(0, 64, row_s)
-    start: gl.constexpr = FIRST_RUN % (POSITIONS // RUN) * RUN  # of this warpgroup in the tile
+    start: gl.constexpr = FIRST_RUN % (POSITIONS // RUN) * RUN  # first position of this warpgroup
     zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
     tile_index = 0
     stage = 0
@@ -230,7 +230,7 @@ def _consume(
             )
             p1 = gl.convert_layout(p, p_layout)
             if Q_STAGES > 1:
-                # By now the last tile's results have left their places.
+                # The stores of the last tile's results have completed by now.
                 tma_store_wait(0)
                 mbarrier.arrive(
                     shared.q_bars.empty.index((tile_index + 1) % Q_STAGES),
@@ -264,7 +264,7 @@ def _consume(
                 dtype,
                 FLAGS,
             )
-            # A wait that is over long since: ptxas does not move the next one above its branch.
+            # A scheduling fence: ptxas does not move the next wait above this one, which is over.
             mbarrier.wait(shared.v_ready.index(stage), phase)
             acc1 = warpgroup_mma_wait(0, deps=[acc1_token])
             p2 = gl.convert_layout(p, p_layout)
@@ -359,7 +359,7 @@ def _consume(
             pointers.lam + token * inputs.stride_lt + tile_head.to(gl.int64) * inputs.stride_lh
         )
         lam = gl.convert_layout(gl.load(lam_ptrs, mask=inside, other=0.0), row_o)
-        # The queries' place in shared memory takes the results that it holds.
+        # The shared memory of the queries takes as many results as it can hold.
         results = reinterpret(queries, dtype, [IN_Q, 64, BLOCK_DV], out_layout)
         out1 = acc1 * inverse1[:, None]
         out2 = acc2 * inverse2[:, None]
@@ -416,7 +416,7 @@ def differential_fwd_hopper_kernel(
     TILE: gl.constexpr,
     FLAGS: gl.constexpr,
 ):
-    """A persistent program per multiprocessor: warpgroups of 64 rows, a loader and a scheduler.
+    """A persistent program per multiprocessor: consumer warpgroups, a producer and a scheduler.
 
     As varlen_fwd_hopper_kernel, with both branches of a row in one warpgroup: while it computes the
     weights of one, the products of the other run. lam [T, H] float32, any strides; out, out1 = A1 v

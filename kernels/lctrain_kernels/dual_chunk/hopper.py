@@ -132,7 +132,7 @@ def _rotate_succ_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Turns the NEAR share of dk [Tk, Hk, D] float32 by c, to where the keys stand, in place.
+    """Rotates the SUCC part of dk [Tk, Hk, D] float32 by c, in place: from rotated keys to keys.
 
     Grid: as dual_chunk_rotate_kernel, by tiles of keys.
     """
@@ -173,7 +173,7 @@ def _round_dq_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """dq = scale * sum, in dq's dtype, where rows with far keys are turned back from there.
+    """dq = scale * sum, in dq's dtype; rows with INTER keys are rotated back.
 
     Grid: as dual_chunk_rotate_kernel, by tiles of queries. sum [T, H, D] float32, dq [T, H, D].
     """
@@ -190,7 +190,7 @@ def _round_dq_kernel(
     dq = load_pairs(sum_ptr + offset, query, length, HEAD_DIM, BLOCK_D, True)
     position = query + length_k - length
     last = tl.minimum(first + BLOCK_M, length) - 1 + length_k - length
-    if inter_end(last, chunk_length, succ_length) > 0:  # as dual_chunk_rotate_kernel turned them
+    if inter_end(last, chunk_length, succ_length) > 0:  # as in dual_chunk_rotate_kernel
         turns, turns_rest = load_frequencies(inv_freq_ptr, HEAD_DIM, BLOCK_D)
         moved = inter_delta(position, chunk_length, inter_position)
         cos, sin = cos_sin(moved[:, None], turns[None, :], turns_rest[None, :])
@@ -212,16 +212,16 @@ def dual_chunk_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches the backward; arguments and results as the portable dual_chunk_bwd, less dropout.
 
-    dq is added up in float32 in the order in which programs come, so its last bits differ from run
-    to run; dk and dv do not. Scratch: keys rotated by -c [Tk, Hk, D], until NEAR is done; in
-    float32 dq, dk and dv; and four numbers per query and head.
+    dq is added in float32 in the order in which programs run, so its last bits differ from run to
+    run; those of dk and dv do not. Scratch: keys rotated by -c [Tk, Hk, D], until SUCC is done; dq,
+    dk and dv in float32; four numbers per query and head.
     """
     q, k, v = operands.q, operands.k, operands.v
     total_q, heads, head_dim = q.shape
     heads_kv = k.shape[1]
     dout = dout if dout.stride(2) == 1 else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    # Holds the queries at the far position until the products are done.
+    # Holds the queries at the inter position until the products are done.
     dq = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
     if total_q == 0:
         return dq, k.new_zeros(k.shape), v.new_zeros(v.shape)
@@ -297,7 +297,7 @@ def dual_chunk_bwd(
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     launch(INTRA.value, q, k, dk, dv)
-    # dq of FAR comes in the frame of queries at the far position, and so the sum goes there.
+    # dq of INTER belongs to rotated queries, so the sum is rotated before it is added to.
     dual_chunk_rotate(
         dq_sum,
         dq_sum,

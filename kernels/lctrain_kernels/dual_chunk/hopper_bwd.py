@@ -1,7 +1,7 @@
-"""Backward of dual chunk attention for Hopper, in Gluon: varlen's, over one way of meeting.
+"""Backward of dual chunk attention for Hopper, in Gluon: one range of keys per launch.
 
-A launch for each of the ways of tile/chunks.py: NEAR, of keys rotated by -c; OWN, of queries and
-keys as they are; FAR, of queries at the far position.
+The ranges are those of ranges.py: SUCC with keys rotated by -c, INTRA with queries and keys as they
+are, INTER with queries at the inter position.
 """
 
 from triton.experimental import gluon
@@ -69,7 +69,7 @@ def _range_of_relation(
     RELATION: gl.constexpr,
     BLOCK_M: gl.constexpr,
 ):
-    """Returns (first query, blocks) of the queries that meet keys first to last in one way."""
+    """Returns (first query, blocks) of the queries that see keys first to last in one range."""
     low, _, _, high = queries_of_tile(first, last, RELATION, chunk_length, succ_length, length_k)
     shift = length_k - length_q
     low = gl.maximum(low - shift, 0)
@@ -88,14 +88,14 @@ def _blocks_of_relation(
     RELATION: gl.constexpr,
     BLOCK_M: gl.constexpr,
 ):
-    """Returns (QueryRun, blocks) of the queries that meet keys first to last in one way."""
+    """Returns (QueryRun, blocks) of the queries that see keys first to last in one range."""
     low, blocks = _range_of_relation(
         first, last, chunk_length, succ_length, length_q, length_k, RELATION, BLOCK_M
     )
     first_after_gap = blocks
     gap = 0
     if RELATION == SUCC:
-        # Of keys in two chunks: queries near to the one, and those near to the other.
+        # Keys in two chunks have two runs of SUCC queries.
         _, blocks_1 = _range_of_relation(
             first, first, chunk_length, succ_length, length_q, length_k, RELATION, BLOCK_M
         )
@@ -153,7 +153,7 @@ def _load(
     tile,
     TILE: gl.constexpr,
 ):
-    """Loads a tile's keys and values, then the queries of every head of its group."""
+    """The producer warp: loads a tile's keys and values, then the queries of all heads."""
     GROUP: gl.constexpr = TILE.group
     BLOCK_M: gl.constexpr = TILE.block_m
     STAGES: gl.constexpr = TILE.stages
@@ -212,7 +212,7 @@ def _compute(
     RELATION: gl.constexpr,
     HALF_INDEX: gl.constexpr,
 ):
-    """One warpgroup: half of the tile's keys, and half of the columns of dq."""
+    """A consumer warpgroup: half of the tile's keys, and half of the columns of dq."""
     shared = inputs.shared
     dq_bufs = inputs.dq
     ds_bufs = inputs.ds
@@ -277,8 +277,8 @@ def _compute(
         s = warpgroup_mma_wait(1, deps=[s_token])
         # Keys beyond the end are zero, and 2^(0 - lse) may overflow.
         if (block < clear_first) | (block >= clear_end):
-            # In queries: where the first key stands, and the end of each key's chunk. Found here,
-            # since before the loop they would take registers.
+            # In queries: the position of the first key, and the end of each key's chunk. Before the
+            # loop they would take registers.
             key = first_key + gl.where(opaque_false, 1, 0)
             diagonal = key - shift
             chunk_end = chunk_begin(key + local_key, chunk_length) + chunk_length - shift
@@ -298,14 +298,14 @@ def _compute(
         p = p.to(dtype)
         p_operand = gl.convert_layout(p, p_layout)
         delta = shared.delta.index(stage).load(column_s)
-        # A wait that never comes to be: ptxas does not move the next one above it.
+        # A scheduling fence that never runs: ptxas does not move the next wait above it.
         barrier_wait(DS_FULL, CONSUMERS, 4, gl.where(opaque_false, 1, 0))
         dp = warpgroup_mma_wait(0, deps=[dp_token])
         dv_token = warpgroup_mma(p_operand, shared.dout.index(stage), dv, is_async=True)
         ds = (p.to(gl.float32) * (dp - delta[None, :])).to(dtype)
         ds_operand = gl.convert_layout(ds, p_layout)
-        # Two buffers: a half that is written now was read two steps ago, before both warpgroups
-        # met at DS_FULL.
+        # Two buffers: the half that is written now was read two steps ago, before both warpgroups
+        # synchronised at DS_FULL.
         buffer = step & 1
         ds_bufs.index(buffer * 2 + HALF_INDEX).store(ds)
         fence_async_shared()
@@ -363,18 +363,18 @@ def dual_chunk_bwd_hopper_kernel(
     TILE: gl.constexpr,
     RELATION: gl.constexpr,
 ):
-    """One program: a tile of keys of one key/value head, and all queries of its group that meet
-    them in one way.
+    """One program: a tile of keys of one key/value head, and all queries of its group that see
+    them in one range.
 
-    NEAR comes first, left out where near is 0, then OWN, then FAR. dk and dv of keys in all chunks
-    but a document's last one may have a share of each: NEAR leaves its own in the sums [Tk, Hk, D]
-    float32, strides of dk, with dk unscaled and in the frame of the rotated keys. OWN adds to them,
-    dk turned to where the keys stand by then, and FAR takes them to dk and dv. Those of the last
-    chunk are there after OWN.
+    The launches are SUCC (left out if succ_length is 0), INTRA and INTER, in this order. Keys of
+    all chunks but a document's last one may get dk and dv from each. SUCC stores them in the
+    float32 sums [Tk, Hk, D], which have the strides of dk; dk is unscaled and belongs to the
+    rotated keys. Before INTRA adds to the sums, dk is rotated back. INTER writes the sums to dk
+    and dv. For keys of the last chunk INTRA does.
 
     Grid: (tiles * key/value heads,). stats [H, T, 4] float32 as dual_chunk_rotate writes them.
-    dq_desc describes a float32 [T, H, D], to which dq is added in the frame of q_desc's queries:
-    zeroed before the first launch, and turned to the far position before the last.
+    dq_desc describes a float32 [T, H, D], to which dq of q_desc's queries is added. It is zeroed
+    before the first launch, and rotated to the inter position before the last.
     """
     dtype: gl.constexpr = q_desc.dtype
     BLOCK_M: gl.constexpr = TILE.block_m

@@ -1,7 +1,7 @@
-"""Forward of dual chunk attention for Hopper, in Gluon: varlen's, with two rows of queries a tile.
+"""Forward of dual chunk attention for Hopper, in Gluon: each tile has its queries twice.
 
-One softmax runs over the three ways of tile/chunks.py, as one loop over blocks of keys: FAR with
-queries at the far position, NEAR with keys rotated by -c, OWN with both as they are.
+One softmax runs over the three ranges of ranges.py, as one loop over blocks of keys: INTER with
+queries at the inter position, SUCC with keys rotated by -c, INTRA with both as they are.
 """
 
 from triton.experimental import gluon
@@ -95,10 +95,10 @@ def _load(
     TILE: gl.constexpr,
     FLAGS: gl.constexpr,
 ):
-    """Loads tile after tile, as far ahead as the buffers allow."""
+    """The producer warp: loads tile after tile, as far ahead as stages are empty."""
     Q_STAGES: gl.constexpr = TILE.q_stages
     STAGES: gl.constexpr = TILE.stages
-    THREADS: gl.constexpr = 32 + 128 * TILE.consumers  # of the loader and all warpgroups
+    THREADS: gl.constexpr = 32 + 128 * TILE.consumers  # of the producer and all consumers
     POSITIONS: gl.constexpr = TILE.consumers * 64 // TILE.pack
     tile_index = 0
     q_index = 0  # rows of queries: one or two per tile
@@ -115,7 +115,7 @@ def _load(
         )
         queries = QueryRows(tile.end_q, tile.length_q, tile.first, tile.head)
         if ranges.succ_block > 0:
-            # out holds the queries at the far position until the tile's result takes their place.
+            # out holds the queries at the inter position until the tile's result is stored there.
             q_stage = q_index % Q_STAGES
             mbarrier.wait(shared.q_bars.empty.index(q_stage), ((q_index // Q_STAGES) & 1) ^ 1)
             load_queries(out_desc, shared.q, shared.q_bars.ready, q_stage, queries, TILE)
@@ -172,8 +172,8 @@ def _weights(
         keys = key + gl.arange(0, s.shape[1], gl.SliceLayout(0, s_layout))
         s = gl.where(keys[None, :] >= first_seen[:, None], s, float("-inf"))
         s = gl.where(keys[None, :] <= last_seen[:, None], s, float("-inf"))
-    # Every block by masked_weights: to take maxima to do makes these forwards slower, by 4 % on
-    # one long document.
+    # HAS_MAX stays False: reusing a known maximum makes these forwards 4 % slower on one long
+    # document.
     return online_softmax(s, m, l, bits, threshold, multiplier, s_layout, dtype, HAS_DROPOUT, False)
 
 
@@ -189,14 +189,14 @@ def _consume(
     FLAGS: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):
-    """One warpgroup: 64 rows of every tile."""
+    """A consumer warpgroup: 64 rows of every tile."""
     CONSUMERS: gl.constexpr = TILE.consumers
     BLOCK_N: gl.constexpr = TILE.block_n
     BLOCK_D: gl.constexpr = TILE.block_d
     Q_STAGES: gl.constexpr = TILE.q_stages
     STAGES: gl.constexpr = TILE.stages
     HAS_DROPOUT: gl.constexpr = FLAGS.has_dropout
-    THREADS: gl.constexpr = 32 + 128 * CONSUMERS  # of the loader and all warpgroups
+    THREADS: gl.constexpr = 32 + 128 * CONSUMERS  # of the producer and all consumers
     POSITIONS: gl.constexpr = CONSUMERS * 64 // TILE.pack
     RUN: gl.constexpr = POSITIONS if POSITIONS < 64 else 64
     FIRST_RUN: gl.constexpr = CONSUMER * (64 // RUN)
@@ -209,11 +209,11 @@ def _consume(
 
     local = gl.arange(0, 64, row_s)
     local_query = local % RUN
-    start: gl.constexpr = FIRST_RUN % (POSITIONS // RUN) * RUN  # of this warpgroup in the tile
+    start: gl.constexpr = FIRST_RUN % (POSITIONS // RUN) * RUN  # first position of this warpgroup
     zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
     tile_index = 0
     q_index = 0
-    result_stage = 0  # where the last tile's result lies
+    result_stage = 0  # stage of the last tile's result
     stage = 0
     phase = 0
     mbarrier.wait(shared.tile_bars.ready.index(0), 0)
@@ -245,7 +245,7 @@ def _consume(
         random = DropoutKey(key_0, key_1, document_key, tile_head, first, local_query)
         m, l = initial_state(BLOCK_N)
         acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
-        # Queries at the far position come first, where the tile has far keys.
+        # Queries at the inter position come first, if the tile has INTER keys.
         inter_stage = q_index % Q_STAGES
         if succ_block > 0:
             mbarrier.wait(shared.q_bars.ready.index(inter_stage), (q_index // Q_STAGES) & 1)
@@ -283,7 +283,7 @@ def _consume(
                 dtype,
                 HAS_DROPOUT,
             )
-            # By now the last tile's result has left its place.
+            # The store of the last tile's result has completed by now.
             tma_store_wait(0)
             mbarrier.arrive(shared.q_bars.empty.index(result_stage), count=1, pred=tile_index > 0)
             p = gl.convert_layout(p, p_layout)
@@ -307,7 +307,7 @@ def _consume(
                 s = warpgroup_mma_wait(1, deps=[s_token])
                 release_stage(K_EMPTY, stage, THREADS)
                 if block == succ_block:
-                    # The last product with the queries at the far position is over.
+                    # The last product with the queries at the inter position has completed.
                     mbarrier.arrive(shared.q_bars.empty.index(inter_stage), count=1)
                 p_next, alpha, m, l = _weights(
                     s,
@@ -346,7 +346,7 @@ def _consume(
         lse = gl.where(empty, float("-inf"), (m + gl.log2(whole)) * _LN_2)
         row = tile_head.to(gl.int64) * scalars.total_q + (tile.end_q - tile.length_q + query)
         gl.store(pointers.lse + row, lse, mask=query < tile.length_q)
-        # The queries' place in shared memory takes the result.
+        # The result takes the shared memory of the queries.
         q = shared.q.index(q_stage * CONSUMERS + CONSUMER)
         q.store((acc * inverse[:, None]).to(dtype))
         store_rows(out_desc, q, QueryRows(tile.end_q, tile.length_q, first, head), RUN)
@@ -378,10 +378,10 @@ def dual_chunk_fwd_hopper_kernel(
 ):
     """A persistent program per multiprocessor, as varlen_fwd_hopper_kernel.
 
-    Grid: at most one program per multiprocessor. k_near [Tk, Hk, D] as dual_chunk_rotate writes it,
-    logit_scale [N] float32. out holds the queries at the far position when the kernel begins: the
-    rows of a tile are read before they are written, and by that tile alone. Q_STAGES of 3 holds
-    both rows of a tile, and one of the next.
+    Grid: at most one program per multiprocessor. k_succ [Tk, Hk, D] as dual_chunk_rotate writes it,
+    logit_scale [N] float32. out holds the queries at the inter position when the kernel starts: a
+    tile alone reads its rows, before it writes them. Three stages of queries hold both of a tile,
+    and one of the next.
     """
     dtype: gl.constexpr = q_desc.dtype
     gl.static_assert(TILE.stages <= FORWARD_STAGES, "named barriers overlap")

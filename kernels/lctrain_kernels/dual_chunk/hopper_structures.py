@@ -4,17 +4,17 @@ from typing import Any, NamedTuple
 
 
 class BlockRanges(NamedTuple):
-    """Blocks of keys of a tile of queries: first FAR, then NEAR, then OWN.
+    """Blocks of keys of a tile of queries: first INTER, then SUCC, then INTRA.
 
     Attributes:
-        near_block: First NEAR block.
-        own_block: First OWN block.
+        near_block: First SUCC block.
+        own_block: First INTRA block.
         blocks: Number of all blocks.
-        near_shift: First key of a NEAR block, less block * BLOCK_N.
-        own_shift: The same of an OWN block.
-        far_clear: First key of the FAR blocks that need a mask.
-        near_clear: The same of NEAR.
-        own_clear: The same of OWN.
+        near_shift: First key of a SUCC block, less block * BLOCK_N.
+        own_shift: The same of an INTRA block.
+        far_clear: First key of the INTER blocks that need a mask.
+        near_clear: The same of SUCC.
+        own_clear: The same of INTRA.
     """
 
     succ_block: Any
@@ -71,7 +71,7 @@ class ResultPointers(NamedTuple):
 
 
 class QueryRun(NamedTuple):
-    """Where the blocks of queries begin that meet a tile of keys in one way.
+    """Where the blocks of queries begin that see a tile of keys in one range.
 
     Attributes:
         low: First query.
@@ -85,14 +85,14 @@ class QueryRun(NamedTuple):
 
 
 class ChunkTile(NamedTuple):
-    """A tile of keys with the blocks of queries that meet it in one way.
+    """A tile of keys with the blocks of queries that see it in one range.
 
     Attributes:
         head_kv: Key/value head.
         begin_q: First query of the document in the pack.
         length_q: Queries of the document.
         begin_k: First key of the document in the pack.
-        end: End of the keys that are met in this way, in the document.
+        end: End of the keys of this range, in the document.
         length_k: Keys of the document.
         first: First key of the tile in the document.
         run: QueryRun.

@@ -54,7 +54,7 @@ def dual_chunk_bwd(
     threshold, scale_kept = dropout_arguments(options.dropout_p)
     k_succ = rotated_keys(k, pack.cu_seqlens_k, pack.k_tiles, rotation=rotation)
     stats = torch.empty((heads, total_q, 4), dtype=torch.float32, device=q.device)
-    # Holds the queries at the far position until the kernels of dq have read them.
+    # Holds the queries at the inter position until the kernels of dq have read them.
     dq = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
     dual_chunk_rotate(
         q,

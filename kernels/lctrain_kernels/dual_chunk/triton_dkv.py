@@ -89,13 +89,13 @@ def dual_chunk_dkv_kernel(
 ):
     """dk and dv of BLOCK_N keys of one key/value head, over all query heads of its group.
 
-    In two launches over the ways of tile/chunks.py. IS_NEAR: keys rotated by -c against the queries
-    that meet them so; dk is rotated back by c. Otherwise: keys as they are, against queries as they
-    are (OWN) and at the far position (FAR); the near share, which dk and dv hold, is added.
+    In two launches over the ranges of ranges.py. IS_SUCC: keys rotated by -c against their SUCC
+    queries; dk is rotated back by c. Otherwise: keys as they are, against queries as they are
+    (INTRA) and at the inter position (INTER); the SUCC part, which dk and dv hold, is added.
 
     Grid: (key/value heads * tiles * SCHEDULE_ROWS / BLOCK_N,). Tiles are transposed, keys by
     queries, so that the weights reach dv and dk as they lie in registers. dk and dv [Tk, Hk, D] of
-    one layout; q_far [T, H, D], k_near [Tk, Hk, D] and stats as dual_chunk_rotate writes them.
+    one layout; q_inter [T, H, D], k_succ [Tk, Hk, D] and stats as dual_chunk_rotate writes them.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
@@ -109,7 +109,7 @@ def dual_chunk_dkv_kernel(
         return
     shift = length_k - length_q
     last = tl.minimum(first + BLOCK_N, length_k) - 1
-    # Keys of all chunks but the document's last one have near queries.
+    # Keys of all chunks but the document's last one have SUCC queries.
     succ_end = tl.where(succ_length > 0, chunk_begin(length_k - 1, chunk_length), 0)
     if IS_SUCC and first >= succ_end:
         return

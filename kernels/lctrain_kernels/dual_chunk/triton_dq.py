@@ -83,14 +83,14 @@ def dual_chunk_dq_kernel(
     IS_INTER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq of a tile, in two launches over the ways of tile/chunks.py.
+    """dq of a tile, in two launches over the ranges of ranges.py.
 
-    IS_FAR: queries at the far position, which dq holds when the kernel begins, against the far
-    keys; their share of dq, rotated back to where the queries stand, takes their place. Otherwise:
-    queries as they are, against keys rotated by -c (NEAR) and as they are (OWN); the far share is
-    added. In one launch the rotation between the loops makes ptxas serialise the products (C7515).
+    IS_INTER: queries at the inter position, which dq holds when the kernel starts, against the
+    INTER keys. Their part of dq is rotated back and stored to dq. Otherwise: queries as they are,
+    against keys rotated by -c (SUCC) and as they are (INTRA); the INTER part is added. In one
+    launch the rotation between the loops would make ptxas serialise the products (C7515).
 
-    Grid: as varlen_fwd_kernel. q, dout, dq [T, H, D]; k, v [Tk, Hk, D]; k_near and stats as
+    Grid: as varlen_fwd_kernel. q, dout, dq [T, H, D]; k, v [Tk, Hk, D]; k_succ and stats as
     dual_chunk_rotate writes them.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
@@ -170,7 +170,7 @@ def dual_chunk_dq_kernel(
         dq_scale *= factor
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # Unrolled, so that the strides of k are no state of the loops.
+    # Unrolled, so that the loops do not carry the strides of k.
     for relation in tl.static_range(0 if IS_INTER else 1, 1 if IS_INTER else 3):
         low, clear, high = keys_of_tile(
             first + shift, last, relation, chunk_length, succ_length, BLOCK_N, FLAGS.has_dropout

@@ -82,12 +82,12 @@ def dual_chunk_fwd_kernel(
     """One program: PACK query heads of one key/value head times BLOCK_M / PACK queries of a
     document.
 
-    One softmax runs over the three ways of tile/chunks.py, each with its own q and k: FAR with
-    queries at the far position, NEAR with keys rotated by -c, OWN with both as they are.
+    One softmax runs over the three ranges of ranges.py, each with its own q and k: INTER with
+    queries at the inter position, SUCC with keys rotated by -c, INTRA with both as they are.
 
-    Grid: as varlen_fwd_kernel. q [T, H, D], k and v [Tk, Hk, D], k_near [Tk, Hk, D] as
+    Grid: as varlen_fwd_kernel. q [T, H, D], k and v [Tk, Hk, D], k_succ [Tk, Hk, D] as
     dual_chunk_rotate writes it, out [T, H, D], lse [H, T] float32, logit_scale [N] float32. out
-    holds the queries at the far position when the kernel begins: each program reads its own rows
+    holds the queries at the inter position when the kernel starts: each program reads its own rows
     before it writes them.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
@@ -143,7 +143,7 @@ def dual_chunk_fwd_kernel(
             first + shift, last, relation, chunk_length, succ_length, BLOCK_N, FLAGS.has_dropout
         )
         if low < high:
-            # Strides that depend on the way keep LLVM from holding both rows of pointers in
+            # Strides that depend on the range keep LLVM from holding both rows of pointers in
             # registers throughout the loops.
             row = token * tl.where(relation == INTER, strides.out_token, strides.q_token)
             row += head * tl.where(relation == INTER, strides.out_head, strides.q_head)

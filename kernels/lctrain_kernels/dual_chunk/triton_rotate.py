@@ -1,4 +1,4 @@
-"""What the kernels of dual chunk attention read beside q, k and v: rotated rows, and statistics."""
+"""Rotated queries and keys, and statistics per query, for the kernels of dual chunk attention."""
 
 from typing import Any, NamedTuple
 
@@ -73,9 +73,9 @@ def dual_chunk_rotate_kernel(
     TILE: tl.constexpr,
     IS_QUERY: tl.constexpr,
 ):
-    """Queries at the far position, or keys rotated back by a chunk, of one tile and head.
+    """Rotates queries to the inter position, or keys back by a chunk, for one tile and head.
 
-    A query rotated by c meets a key as the query itself meets the key rotated by -c. With
+    A query rotated by c and a key give the same logit as the query and the key rotated by -c. With
     pointers.stats, which the backward gives for queries, the kernel also writes the numbers per
     query that the other kernels read.
 
@@ -121,8 +121,8 @@ def dual_chunk_rotate_kernel(
         # Dropout: ds / keep_scale = (Z / keep_scale) p dp - p delta / keep_scale; the factor goes
         # into dq and dk.
         tl.store(pointers.stats + row_lse * 4 + 1, delta / keep_scale, mask=inside)
-    # Documents of one chunk need neither. Queries before the first one with far keys are left out;
-    # keys are not, since a tile of near keys may reach into the next chunk.
+    # Documents of one chunk need neither. Queries before the first one with INTER keys are skipped.
+    # Keys are not, because a tile of SUCC keys may extend into the next chunk.
     last = tl.minimum(first + BLOCK_M, length) - 1
     if length_k <= chunk_length:
         return
@@ -174,12 +174,12 @@ def dual_chunk_rotate(
 
     Args:
         x: [T, H, D] queries or keys, last stride 1.
-        rotated: [T, H, D], gets the result; rows that nobody meets this way are left alone.
+        rotated: [T, H, D], gets the result; rows that are not needed are not written.
         cu_seqlens_x: [N + 1] int32, the documents of x.
         cu_seqlens_k: [N + 1] int32.
         tiles: [n, 2] int32 of x's rows, from a TileSchedule.
         rotation: How rows are rotated.
-        is_query: Rotate to the far position; otherwise back by c.
+        is_query: Rotate to the inter position; otherwise back by c.
         out: [T, H, D], given together with the next ones: the statistics of queries.
         dout: [T, H, D], last stride 1.
         lse: [H, T] float32.

@@ -1,4 +1,4 @@
-"""Parts of the backward kernels: where a tile of keys lies, its shared memory, and dq's way out."""
+"""Tiles of keys, their shared memory, masks and partial dq, for the Hopper backward kernels."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -25,9 +25,9 @@ from lctrain_kernels.gluon.structures import KeySlot
 def read_slot(cu_q_ptr, cu_k_ptr, tiles_ptr, HEADS_KV: gl.constexpr, BLOCK_N: gl.constexpr):
     """Returns the KeySlot of this program.
 
-    The slots of a document are neighbours: all tiles of one of its heads, then the next head, since
-    they share queries in L2. In one dimension: a grid's others end at 65,535. An empty slot has
-    document -1, and the lengths of document 0.
+    The slots of a document are adjacent: all tiles of one head, then those of the next, because
+    they share queries in L2. The grid has one dimension, because the others end at 65,535. An empty
+    slot has document -1 and the lengths of document 0.
     """
     program = gl.program_id(0)
     slot = program // HEADS_KV
@@ -46,8 +46,10 @@ def read_slot(cu_q_ptr, cu_k_ptr, tiles_ptr, HEADS_KV: gl.constexpr, BLOCK_N: gl
 
 @gluon.jit
 def next_block(head, block, head_kv, GROUP: gl.constexpr):
-    """(head, block) after this one: all heads of block after block, from the last one down, which
-    tiles of keys begin side by side."""
+    """Returns the next (head, block): all heads of a block, then the block before it.
+
+    Tiles of keys that start together visit the same blocks at the same time.
+    """
     head += 1
     end = (head_kv + 1) * GROUP
     block = gl.where(head == end, block - 1, block)
@@ -69,19 +71,19 @@ def allocate_query_bars(STAGES: gl.constexpr):
 
 @gluon.jit
 def allocate_partial_dq(BLOCK_M: gl.constexpr, COLUMNS: gl.constexpr):
-    """Two float32 buffers, from which the adder takes what the warpgroups leave."""
+    """Allocates two float32 buffers of partial dq, one per consumer warpgroup."""
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, COLUMNS], gl.float32)
     return gl.allocate_shared_memory(gl.float32, [2, BLOCK_M, COLUMNS], layout)
 
 
 @gluon.jit
 def load_rows(desc, buffers, first, ready, rows):
-    """Loads the halves of a tile of keys, one below the other, and leaves it to others to arrive.
+    """Loads the halves of a tile of keys; the caller sets the bytes that the mbarrier expects.
 
     Args:
         desc: Of [T, H, D], in blocks of a buffer's shape.
         buffers: [.., rows, columns].
-        first: Where the first half goes; the other follows.
+        first: Buffer of the first half; the other follows.
         ready: The barrier.
         rows: Rows to load.
     """
@@ -108,20 +110,20 @@ def keys_weights(
     s_layout: gl.constexpr,
     FLAGS: gl.constexpr,
 ):
-    """p [keys, queries], from the products and the base-2 lse of a block of queries.
+    """Returns p [keys, queries] from the scores and the base-2 lse of a block of queries.
 
     Args:
         s: [keys, queries], in s_layout.
         lse: [queries].
-        query: The first one.
+        query: First query.
         bounds: KeyBounds of the tile.
-        multiplier: Of s, in base 2.
-        BLOCK_M: Queries.
-        s_layout: Of s.
+        multiplier: Factor of s in the base-2 exponent.
+        BLOCK_M: Queries of the block.
+        s_layout: Layout of s.
         FLAGS: Flags.
     """
     HALF: gl.constexpr = s.shape[0]
-    # Keys beyond the document's end are zero, and 2^(0 - lse) may overflow.
+    # Keys beyond the document's end are zero, so 2^(0 - lse) may overflow.
     masked = bounds.keys_here < HALF
     if FLAGS.has_right:
         masked = masked | (query + bounds.reach < HALF - 1)
@@ -130,7 +132,7 @@ def keys_weights(
     if masked:
         local_key = gl.arange(0, HALF, gl.SliceLayout(1, s_layout))
         local_query = gl.arange(0, BLOCK_M, gl.SliceLayout(0, s_layout))
-        # Bits 1 and 2 tell a thread's columns from another's: the rest of a column is a constant.
+        # Bits 1 and 2 of a column differ between threads; the other bits are constants.
         column = (local_query & ~6)[None, :]
         ahead = local_key[:, None] - (local_query & 6)[None, :] - query
         known = (local_key < bounds.keys_here)[:, None]
@@ -181,10 +183,10 @@ def start_dq(
     HALF_INDEX: gl.constexpr,
     TRANSPOSED: gl.constexpr,
 ):
-    """Starts this warpgroup's columns of a step's dq: both halves of the keys.
+    """Issues the products of this warpgroup's columns of dq, over both halves of the keys.
 
-    TURNED: as columns by queries, which has as many rows as a product takes, 64. Then put_dq stores
-    without bank conflicts.
+    With TRANSPOSED the result is [columns, queries]. It then has the 64 rows of a product, and
+    store_partial_dq has no bank conflicts.
     """
     token = zero_q
     COLUMNS: gl.constexpr = zero_q.shape[0] if TRANSPOSED else zero_q.shape[1]
@@ -200,7 +202,7 @@ def start_dq(
 
 @gluon.jit
 def store_partial_dq(dq, dq_bufs, step, HALF_INDEX: gl.constexpr, TRANSPOSED: gl.constexpr):
-    """Leaves this warpgroup's part of dq to the adder, for its turn-th time."""
+    """Stores this warpgroup's partial dq of a step for the dQ warp."""
     barrier_wait(DQ_EMPTY + HALF_INDEX, DQ_WARP_AND_CONSUMER, 4, gl.where(step > 0, 1, 0))
     if TRANSPOSED:
         dq_bufs.index(HALF_INDEX).permute((1, 0)).store(dq)
@@ -212,13 +214,13 @@ def store_partial_dq(dq, dq_bufs, step, HALF_INDEX: gl.constexpr, TRANSPOSED: gl
 
 @gluon.jit
 def drain_partial_dq(steps, HALF_INDEX: gl.constexpr):
-    """Waits until the adder has read what put_dq left last."""
+    """Waits until the dQ warp has read the last partial dq."""
     barrier_wait(DQ_EMPTY + HALF_INDEX, DQ_WARP_AND_CONSUMER, 4, gl.where(steps > 0, 1, 0))
 
 
 @gluon.jit
 def acquire_partial_dq(dq_bufs, INDEX: gl.constexpr, dq_desc):
-    """Lets the adder wait for a buffer of dq. Returns it, of the shape that its descriptor has."""
+    """Makes the dQ warp wait for a buffer of partial dq; returns it in its descriptor's shape."""
     barrier_wait(DQ_READY + INDEX, DQ_WARP_AND_CONSUMER, 1)
     BLOCK_M: gl.constexpr = dq_bufs.shape[1]
     COLUMNS: gl.constexpr = dq_bufs.shape[2]
@@ -229,7 +231,7 @@ def acquire_partial_dq(dq_bufs, INDEX: gl.constexpr, dq_desc):
 
 @gluon.jit
 def release_partial_dq():
-    """Gives both buffers of dq back, each when the adder's copy has read it."""
+    """Releases both buffers of partial dq, each when the copy of the dQ warp has read it."""
     tma_store_wait(1)
     barrier_arrive(DQ_EMPTY, DQ_WARP_AND_CONSUMER, 1)
     tma_store_wait(0)

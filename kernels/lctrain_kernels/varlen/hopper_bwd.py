@@ -84,7 +84,7 @@ def _load(
     tile,
     TILE: gl.constexpr,
 ):
-    """Loads a tile's keys and values, then the queries of every head of its group."""
+    """The producer warp: loads a tile's keys and values, then the queries of all heads."""
     GROUP: gl.constexpr = TILE.group
     BLOCK_M: gl.constexpr = TILE.block_m
     STAGES: gl.constexpr = TILE.stages

@@ -1,4 +1,4 @@
-"""What a warpgroup does in the backward of varlen attention for Hopper."""
+"""The consumer warpgroups of the Hopper backward of varlen attention."""
 
 from typing import Any, NamedTuple
 
@@ -46,7 +46,7 @@ _LOG2_E = gl.constexpr(LOG2_E)
 
 @gluon.jit
 def _start_product(of_keys, of_queries, stage, zero, opaque_false, HALF_INDEX: gl.constexpr):
-    """Starts S (k and q) or dP (v and dout) of the block of queries in `place`."""
+    """Issues S (k and q) or dP (v and dout) of the block of queries in a stage."""
     return warpgroup_mma(
         rematerialised(of_keys, HALF_INDEX, opaque_false),
         of_queries.index(stage).permute((1, 0)),
@@ -58,7 +58,7 @@ def _start_product(of_keys, of_queries, stage, zero, opaque_false, HALF_INDEX: g
 
 @gluon.jit
 def _draw_bits(random, head, query, first_key, s_layout: gl.constexpr, HAS_DROPOUT: gl.constexpr):
-    """Random bits of a block of weights. They need no scores, so they are drawn meanwhile."""
+    """Draws the random bits of a block of weights, while the product of its scores runs."""
     bits = 0
     if HAS_DROPOUT:
         bits = draw_bits(
@@ -88,9 +88,9 @@ def _weights(
     s_layout: gl.constexpr,
     FLAGS: gl.constexpr,
 ):
-    """(p, p times softcap's slope), both [keys, queries] in half precision.
+    """Returns (p, p times the softcap's slope), both [keys, queries] in half precision.
 
-    Whether a weight is kept is its sign, in both. Without softcap they are the same.
+    Dropped weights are negative in both. Without softcap the two are the same.
     """
     multiplier = factors.scale * _LOG2_E
     if FLAGS.has_softcap:
@@ -111,7 +111,7 @@ def _weights(
 
 @gluon.jit
 def _kept_weights(p, HAS_DROPOUT: gl.constexpr):
-    """p without the weights that are dropped, which _weigh tells by their sign."""
+    """Returns p with dropped weights, which are negative, as zero."""
     if HAS_DROPOUT:
         p = gl.where(p < 0.0, gl.zeros_like(p), p)
     return p
@@ -128,17 +128,17 @@ def _emit_dq(
     HALF_INDEX: gl.constexpr,
     TRANSPOSED: gl.constexpr,
 ):
-    """Sends a step's columns of dq on their way.
+    """Hands a step's columns of dq to the dQ warp, or adds them to global memory.
 
     Args:
-        dq: Of the step, half of the columns.
+        dq: Half of the columns of the step's dq.
         dq_out: Buffers of the dQ warp, or DqSlabs with TILE.dq_from_registers.
         step: Number of the step.
         length_q: Queries of the document.
         last: Last block of queries.
         TILE: BackwardShape.
         HALF_INDEX: Half of the columns.
-        TURNED: As in multiply_dq.
+        TRANSPOSED: As in start_dq.
     """
     if TILE.dq_from_registers:
         back = step // TILE.group
@@ -167,10 +167,10 @@ def _accumulate(
     o_layout: gl.constexpr,
     HALF_INDEX: gl.constexpr,
 ):
-    """Takes a step's weights: dv, and dS, which it shows to the other warpgroup. Starts dk.
+    """Computes dS and dv from a step's weights, stores dS for the other warpgroup, and issues dk.
 
     Returns:
-        dk, which is on its way, and dv.
+        dk, whose product is in flight, and dv.
     """
     STAGES: gl.constexpr = TILE.stages
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
@@ -187,7 +187,7 @@ def _accumulate(
         weights = gl.abs(weights)
     ds = (weights * (dp - delta[None, :])).to(shared.k.dtype)
     ds_operand = gl.convert_layout(ds, p_layout)
-    # Two buffers: what is overwritten now, the other warpgroup read before it showed its last dS.
+    # Two buffers: the other warpgroup read this one before it stored its last dS.
     ds_bufs.index((step & 1) * 2 + HALF_INDEX).store(ds)
     fence_async_shared()
     barrier_arrive(DS_READY + 2 * (step & 1) + HALF_INDEX, CONSUMERS, 4)
@@ -226,10 +226,10 @@ def compute(
     FLAGS: gl.constexpr,
     HALF_INDEX: gl.constexpr,
 ):
-    """One warpgroup: half of the tile's keys, and half of the columns of dq.
+    """A consumer warpgroup: half of the tile's keys, and half of the columns of dq.
 
-    The next step begins before a step ends: while dq is multiplied, the next weights are found. The
-    other warpgroup may be a step ahead or behind, and its products run while this one has none.
+    Steps overlap: the weights of the next step are computed while dq runs. The other warpgroup may
+    be a step ahead or behind, so its products run while this one issues none.
     """
     shared = inputs.shared
     dq_out = inputs.dq_out
@@ -312,7 +312,7 @@ def compute(
             barrier_wait(DS_READY + 2 * (step & 1) + 1 - HALF_INDEX, CONSUMERS, 4)
             dq = start_dq(ds_bufs, shared.k, step & 1, zero_q, opaque_false, HALF_INDEX, TRANSPOSED)
             if HAS_DROPOUT:
-                # Random bits need the registers of dq, so it leaves at once.
+                # Random bits need the registers of dq, so dq is stored first.
                 dk, s, dq = warpgroup_mma_wait(0, deps=[dk, s, dq])
                 _emit_dq(dq, dq_out, step, tile.length_q, high - 1, TILE, HALF_INDEX, TRANSPOSED)
             else:

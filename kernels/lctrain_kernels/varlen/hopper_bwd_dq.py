@@ -18,7 +18,7 @@ _RELEASE_EVERY = gl.constexpr(4)  # steps
 
 @gluon.jit
 def _earlier_tiles(block, tile, window, TILE: gl.constexpr):
-    """How many tiles of keys before this one see a block of queries."""
+    """Returns how many earlier tiles of keys see a block of queries."""
     seen = gl.maximum(block * TILE.block_m + tile.length_k - tile.length_q - window.left, 0)
     return tile.first // TILE.block_n - seen // TILE.block_n
 
@@ -118,11 +118,10 @@ def first_slab(
     document,
     TILE: gl.constexpr,
 ):
-    """Returns the slab where reduce_dq begins, of the tile's first head and block of queries.
+    """Returns the slab of the tile's first head and block of queries.
 
-    The buffer is [heads, slabs, D / 8, 32, 4] float32. A slab is 16 queries of one document; blocks
-    of two documents share none. Eight columns of it are what a warp has of them: in each thread two
-    columns of two rows.
+    The buffer is [heads, slabs, D / 8, 32, 4] float32. A slab is 16 queries of one document. For
+    eight columns of a slab, each thread of a warp holds two columns of two rows.
     """
     slab = (tile.head_kv * TILE.group).to(gl.int64) * slabs_per_head
     slab += tile.begin_q // 16 + document + (tile.high - 1) * (TILE.block_m // 16)
@@ -131,15 +130,15 @@ def first_slab(
 
 @gluon.jit
 def add_dq_from_registers(dq, dq_ptr, rows, HALF_INDEX: gl.constexpr, HEAD_DIM: gl.constexpr):
-    """Adds a warpgroup's columns of a block of dq to the float32 buffer, out of its registers.
+    """Adds a warpgroup's columns of a block of dq from registers to the float32 buffer.
 
-    An instruction of a warp adds to 512 bytes without gaps.
+    An instruction of a warp adds to 512 contiguous bytes.
 
     Args:
         dq: [BLOCK_M, COLUMNS], half of the columns.
         dq_ptr: The block's first slab, as in first_slab.
-        rows: Of the document, from the block's first on.
-        HALF_INDEX: Which half.
+        rows: Queries of the document from the block's first one on.
+        HALF_INDEX: Half of the columns.
         HEAD_DIM: Columns beyond are padding.
     """
     EIGHTS: gl.constexpr = dq.shape[1] // 8
@@ -147,8 +146,8 @@ def add_dq_from_registers(dq, dq_ptr, rows, HALF_INDEX: gl.constexpr, HEAD_DIM: 
         [1, EIGHTS, 2, 2], [32, 1, 1, 1], [4, 1, 1, 1], [3, 2, 1, 0]
     )
     layout: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, fours))
-    # Row 16 * warp + 8 * below + lane // 4, column 8 * eight + 2 * (lane % 4) + odd: threads first,
-    # then what each of them has. Nothing moves.
+    # Row 16 * warp + 8 * below + lane // 4, column 8 * eight + 2 * (lane % 4) + odd: dimensions of
+    # threads first, then those of registers. No data move.
     parts = gl.reshape(dq, [4, 2, 8, EIGHTS, 4, 2])
     parts = gl.reshape(gl.permute(parts, (0, 2, 4, 3, 1, 5)), [128, EIGHTS, 2, 2])
     even, odd = gl.split(gl.convert_layout(parts, fours, assert_trivial=True))
@@ -206,6 +205,6 @@ def round_dq(
         offset = (tile.begin_q + query).to(gl.int64) * stride_t + head * stride_h
         offset = offset[:, None] + column[None, :]
         inside = (query < tile.length_q)[:, None] & (column < TILE.head_dim)[None, :]
-        # Not through L1, which does not know of the additions.
+        # Bypass L1, which may hold the values from before the additions.
         whole = gl.load(dq_sum_ptr + offset, mask=inside, other=0.0, cache_modifier=".cg")
         gl.store(dq_ptr + offset, (whole * scale).to(dq_ptr.dtype.element_ty), mask=inside)

@@ -45,10 +45,10 @@ _LN_2 = gl.constexpr(LN_2)
 
 @gluon.jit
 def _load(q_desc, k_desc, v_desc, shared, TILE: gl.constexpr):
-    """Loads tile after tile, as far ahead as the buffers allow."""
+    """The producer warp: loads tile after tile, as far ahead as stages are empty."""
     Q_STAGES: gl.constexpr = TILE.q_stages
     STAGES: gl.constexpr = TILE.stages
-    THREADS: gl.constexpr = 32 + 128 * TILE.consumers  # of the loader and all warpgroups
+    THREADS: gl.constexpr = 32 + 128 * TILE.consumers  # of the producer and all consumers
     tile_index = 0
     kv_index = 0
     mbarrier.wait(shared.tile_bars.ready.index(0), 0)
@@ -89,16 +89,16 @@ def _consume(
     FLAGS: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):
-    """One warpgroup: 64 rows of every tile."""
+    """A consumer warpgroup: 64 rows of every tile."""
     CONSUMERS: gl.constexpr = TILE.consumers
     BLOCK_N: gl.constexpr = TILE.block_n
     BLOCK_D: gl.constexpr = TILE.block_d
     Q_STAGES: gl.constexpr = TILE.q_stages
     STAGES: gl.constexpr = TILE.stages
-    THREADS: gl.constexpr = 32 + 128 * CONSUMERS  # of the loader and all warpgroups
+    THREADS: gl.constexpr = 32 + 128 * CONSUMERS  # of the producer and all consumers
     POSITIONS: gl.constexpr = CONSUMERS * 64 // TILE.pack
     RUN: gl.constexpr = POSITIONS if POSITIONS < 64 else 64
-    FEW_REGISTERS: gl.constexpr = POSITIONS > RUN  # what follows from two runs takes some
+    FEW_REGISTERS: gl.constexpr = POSITIONS > RUN  # the code for two runs takes registers
     FIRST_RUN: gl.constexpr = CONSUMER * (64 // RUN)
     dtype: gl.constexpr = out_desc.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -109,7 +109,7 @@ def _consume(
 
     left, right = load_window(window.pointer, window.left, window.right)
     local = gl.arange(0, 64, row_s)
-    start: gl.constexpr = FIRST_RUN % (POSITIONS // RUN) * RUN  # of this warpgroup in the tile
+    start: gl.constexpr = FIRST_RUN % (POSITIONS // RUN) * RUN  # first position of this warpgroup
     zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
     tile_index = 0
     stage = 0
@@ -186,7 +186,7 @@ def _consume(
                 FEW_REGISTERS,
             )
             if Q_STAGES > 1:
-                # By now the last tile's result has left its place.
+                # The store of the last tile's result has completed by now.
                 tma_store_wait(0)
                 mbarrier.arrive(shared.q_bars.empty.index(last), count=1, pred=tile_index > 0)
             p = gl.convert_layout(p, p_layout)
@@ -196,7 +196,7 @@ def _consume(
                 stage, phase = next_stage(stage, phase, STAGES)
                 mbarrier.wait(shared.k_ready.index(stage), phase)
                 if TILE.meet_early:
-                    # Else the wait for values below brings the warps together.
+                    # Otherwise the wait for values below synchronises the warps.
                     partition_barrier()
                 s_token = warpgroup_mma(
                     q, shared.k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True
@@ -250,7 +250,7 @@ def _consume(
         lse = gl.where(empty, float("-inf"), (m + gl.log2(whole)) * _LN_2)
         row = tile_head.to(gl.int64) * scalars.total_q + tile.end_q - tile.length_q + query
         gl.store(pointers.lse + row, lse, mask=query < tile.length_q)
-        # The queries' place in shared memory takes the result.
+        # The result takes the shared memory of the queries.
         q.store((acc * inverse[:, None]).to(dtype))
         store_rows(out_desc, q, QueryRows(tile.end_q, tile.length_q, first, head), RUN)
         if Q_STAGES == 1:
@@ -295,7 +295,7 @@ def varlen_fwd_hopper_kernel(
     TILE: gl.constexpr,
     FLAGS: gl.constexpr,
 ):
-    """A persistent program per multiprocessor: warpgroups of 64 rows, a loader and a scheduler.
+    """A persistent program per multiprocessor: consumer warpgroups, a producer and a scheduler.
 
     A tile has 64 rows per consumer warpgroup: TILE.pack query heads of one key/value head times
     positions; pack is 1 with three warpgroups. Grid: at most one program per multiprocessor.
