@@ -389,9 +389,16 @@ class IsolationConfig:
 
 @dataclass(frozen=True)
 class NonFiniteGuardConfig:
-    """`lctrain.callbacks.NonFiniteLossGuard`."""
+    """`lctrain.callbacks.NonFiniteLossGuard`.
+
+    Attributes:
+        on_batch: At a loss or gradient that is not finite: stop, or skip its optimizer step.
+        max_in_a_row: Steps that may be skipped one after the other; one more stops the run.
+    """
 
     _target_: str = "lctrain.callbacks.NonFiniteLossGuard"
+    on_batch: str = "stop"
+    max_in_a_row: int = 10
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""NonFiniteLossGuard: a NaN or infinite loss stops the run and spares the last good checkpoint."""
+"""NonFiniteLossGuard: a NaN or infinite loss stops the run, or its step is left out."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,10 @@ from lctrain.callbacks.batches import BatchView, ReadBatch, view_batch
 from lctrain.callbacks.checkpoint import StepCheckpoint
 from lctrain.callbacks.targets import loss_of
 
+log = logging.getLogger(__name__)
+
 SHOWN_DOCUMENTS = 8
+ON_BATCH = ("stop", "skip")
 
 
 class NonFiniteLossError(RuntimeError):
@@ -41,22 +45,80 @@ class _Loss:
 class NonFiniteLossGuard(pl.Callback):
     """Stops the run at a loss that is not finite and names the documents of its batch.
 
-    The losses stay on the device until a logging step or a checkpoint, where the device is waited
-    for anyway. Nothing that is not finite reaches a checkpoint: saving raises first, also when the
+    With on_batch="skip" it leaves the optimizer step out instead: the step's gradients are dropped
+    on all ranks, so that weights and optimizer stay as they were. The learning rate goes on. This
+    looks at the gradients of every step and waits for the device there.
+
+    With on_batch="stop" the losses stay on the device until a logging step or a checkpoint, where
+    the device is waited for anyway. Nothing that is not finite reaches a checkpoint: saving raises first, also when the
     losses were finite and an overflow in the backward pass spoilt the weights.
 
     Args:
         read_batch: From a batch to a PackedBatch or a mapping with transformers' names, for
             batches that are neither; it names the documents.
+        on_batch: stop, or skip to leave out the optimizer step of a batch whose loss or gradient is
+            not finite.
+        max_in_a_row: Steps that may be left out one after the other; one more stops the run.
+
+    Attributes:
+        left_out: Steps left out so far, those before a resume included.
 
     Raises:
-        ValueError: in training, if the batch cannot be read, or `training_step` of a module with
-            manual optimization returns no loss.
+        ValueError: if an argument is out of range; in training, if the batch cannot be read, or
+            `training_step` of a module with manual optimization returns no loss.
     """
 
-    def __init__(self, read_batch: ReadBatch | None = None) -> None:
+    def __init__(
+        self,
+        read_batch: ReadBatch | None = None,
+        on_batch: str = "stop",
+        max_in_a_row: int = 10,
+    ) -> None:
+        if on_batch not in ON_BATCH:
+            raise ValueError(
+                f"on_batch must be one of {', '.join(ON_BATCH)}, got {on_batch!r}. stop is the "
+                "default."
+            )
+        if max_in_a_row < 1:
+            raise ValueError(
+                f"max_in_a_row must be at least 1, got {max_in_a_row}. on_batch=stop leaves out "
+                "no step."
+            )
         self.read_batch = read_batch
+        self.on_batch = on_batch
+        self.max_in_a_row = max_in_a_row
+        self.left_out = 0
+        self._in_a_row = 0
         self._pending: list[_Loss] = []
+        self._step_losses: list[Tensor] = []
+        self._leaves_out = False
+
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        """Keeps the loss of a micro-batch until the optimizer steps."""
+        if self.on_batch == "skip":
+            self._step_losses.append(loss.detach())
+
+    def on_before_optimizer_step(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        """Drops the gradients of a step in which something is not finite, on all ranks."""
+        if self.on_batch != "skip":
+            return
+        losses, self._step_losses = self._step_losses, []
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        checks = [value.isfinite().all() for value in [*losses, *gradients]]
+        finite = torch.stack([check.to(pl_module.device) for check in checks]).all().int()
+        if trainer.world_size > 1:
+            dist.all_reduce(finite, dist.ReduceOp.MIN)
+        self._leaves_out = not bool(finite)
+        if self._leaves_out:
+            for parameter in pl_module.parameters():
+                parameter.grad = None  # an optimizer leaves such a parameter alone
 
     def on_train_batch_end(
         self,
@@ -81,8 +143,44 @@ class NonFiniteLossGuard(pl.Callback):
                 "NonFiniteLossGuard needs the loss of every batch, got none from training_step. "
                 "Return it: {'loss': loss.detach()}."
             )
-        if at_log_step(trainer):
+        if self.on_batch == "skip":
+            self._count(trainer, pl_module)
+        elif at_log_step(trainer):
             self._check_losses(trainer)
+
+    def state_dict(self) -> dict[str, int]:
+        """The counts of steps left out."""
+        return {"left_out": self.left_out, "in_a_row": self._in_a_row}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Goes on with the counts of a checkpoint."""
+        self.left_out, self._in_a_row = state_dict["left_out"], state_dict["in_a_row"]
+
+    def _count(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Counts the step that just ended, if one did, and names what was left out.
+
+        Raises:
+            NonFiniteLossError: if too many steps in a row were left out.
+        """
+        if trainer.fit_loop._should_accumulate():
+            return
+        pending, self._pending = self._pending, []
+        if self._leaves_out:
+            self._leaves_out = False
+            self.left_out += 1
+            self._in_a_row += 1
+            bad = [loss for loss in pending if not _finite(loss.value)]
+            what = bad[0].describe() if bad else "a gradient on some rank"
+            log.warning("Step %d left out: not finite: %s.", trainer.global_step, what)
+            if self._in_a_row > self.max_in_a_row:
+                raise NonFiniteLossError(
+                    f"steps left out in a row must be at most {self.max_in_a_row}, got "
+                    f"{self._in_a_row}; the newest: {what}. {_remedy(trainer)}"
+                )
+        else:
+            self._in_a_row = 0
+        if at_log_step(trainer):
+            pl_module.log("train/left_out_steps", float(self.left_out))
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -92,7 +190,8 @@ class NonFiniteLossGuard(pl.Callback):
         Raises:
             NonFiniteLossError: if one of them is not finite.
         """
-        self._check_losses(trainer)
+        if self.on_batch == "stop":
+            self._check_losses(trainer)
         finite = [value.isfinite().all() for value in pl_module.parameters()]
         if finite and not bool(torch.stack(finite).all()):
             names = [name for name, value in pl_module.named_parameters() if not _finite(value)]
@@ -107,7 +206,8 @@ class NonFiniteLossGuard(pl.Callback):
         Raises:
             NonFiniteLossError: if one of them is not finite.
         """
-        self._check_losses(trainer)
+        if self.on_batch == "stop":
+            self._check_losses(trainer)
 
     def _check_losses(self, trainer: pl.Trainer) -> None:
         """Raises on all ranks if a pending loss of any rank is not finite; waits for the device."""

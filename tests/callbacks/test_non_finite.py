@@ -1,5 +1,8 @@
 """NonFiniteLossGuard: stops, spares the last good checkpoint, names the documents."""
 
+import itertools
+
+import lightning.pytorch as pl
 import pytest
 import torch
 
@@ -92,3 +95,78 @@ def test_documents_without_names_are_named_by_their_id(tmp_path, make_llama):
 
 def test_a_good_run_passes(tmp_path, make_llama):
     run(tmp_path, LongContextModule(make_llama(), OptimConfig()))
+
+
+class OftenPoisoned(LongContextModule):
+    """Some micro-batches have a loss that is not finite; one of the others a bad gradient."""
+
+    bad: frozenset[int] = frozenset()
+    bad_gradient = -1
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if batch_idx in self.bad else loss
+
+    def backward(self, loss, *args, **kwargs):
+        super().backward(loss, *args, **kwargs)
+        if self.global_step == self.bad_gradient:
+            next(self.parameters()).grad.fill_(float("inf"))
+
+
+def skipping(tmp_path, make_llama, bad, bad_gradient=-1, max_in_a_row=3, **settings):
+    module = OftenPoisoned(make_llama(), OptimConfig(learning_rate=1e-2, schedule="constant"))
+    module.bad, module.bad_gradient = frozenset(bad), bad_gradient
+    guard = NonFiniteLossGuard(on_batch="skip", max_in_a_row=max_in_a_row)
+    states = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            states.append(torch.cat([p.detach().flatten() for p in pl_module.parameters()]))
+
+    callbacks = [guard, Watch(), StepCheckpoint(tmp_path / "c", every_n_steps=1)]
+    trainer = make_trainer(tmp_path, callbacks, enable_checkpointing=True, **settings)
+    trainer.fit(module, loader(PACKS))
+    return guard, states, trainer
+
+
+def test_skip_leaves_the_step_out_and_counts(tmp_path, make_llama, caplog):
+    """Weights stay as they are in the step, momentum and decay included, and move after it."""
+    guard, states, trainer = skipping(tmp_path, make_llama, bad={2, 3}, bad_gradient=5)
+    assert guard.left_out == 3
+    moved = [not torch.equal(*pair) for pair in itertools.pairwise(states)]
+    assert moved == [True, False, False, True, False, True, True]
+    assert all(bool(state.isfinite().all()) for state in states)
+    assert float(trainer.callback_metrics["train/left_out_steps"]) == 3
+    assert "nan in micro-batch 2, documents: document-2-0, document-2-1" in caplog.text
+    assert "a gradient" in caplog.text
+    again = NonFiniteLossGuard(on_batch="skip")
+    again.load_state_dict(guard.state_dict())
+    assert again.left_out == 3
+
+
+def test_skip_leaves_out_a_whole_window(tmp_path, make_llama):
+    guard, states, _ = skipping(tmp_path, make_llama, bad={2}, accumulate_grad_batches=2)
+    assert guard.left_out == 1
+    assert [not torch.equal(*p) for p in zip(states[1::2], states[3::2], strict=False)] == [
+        False,
+        True,
+        True,
+    ]
+
+
+def test_skip_ends_after_too_many_in_a_row(tmp_path, make_llama):
+    with pytest.raises(NonFiniteLossError, match=r"at most 2, got 3; the newest: nan in micro-bat"):
+        skipping(tmp_path, make_llama, bad={1, 3, 4, 5, 6}, max_in_a_row=2)
+    assert all_finite(tmp_path / "c" / "last.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"on_batch": "ignore"}, "on_batch must be one of stop, skip, got 'ignore'"),
+        ({"max_in_a_row": 0}, "max_in_a_row must be at least 1, got 0"),
+    ],
+)
+def test_settings_of_skip(setting, message):
+    with pytest.raises(ValueError, match=message):
+        NonFiniteLossGuard(**setting)
