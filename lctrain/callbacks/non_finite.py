@@ -50,8 +50,10 @@ class NonFiniteLossGuard(pl.Callback):
     looks at the gradients of every step and waits for the device there.
 
     With on_batch="stop" the losses stay on the device until a logging step or a checkpoint, where
-    the device is waited for anyway. Nothing that is not finite reaches a checkpoint: saving raises first, also when the
-    losses were finite and an overflow in the backward pass spoilt the weights.
+    the device is waited for anyway.
+
+    Nothing that is not finite reaches a checkpoint: saving raises first, also when the losses were
+    finite and an overflow in the backward pass spoilt the weights.
 
     Args:
         read_batch: From a batch to a PackedBatch or a mapping with transformers' names, for
