@@ -20,7 +20,6 @@ from tests.models.families import (
     padded,
     separate_outputs,
 )
-from tests.models.test_packed_equals_separate import float64_stays_float64  # noqa: F401
 from tests.models.tiny import tiny_config
 
 WINDOW = 16
