@@ -179,6 +179,12 @@ def find_positions(boundaries: Boundaries) -> Tensor:
     return positions.view(boundaries.queries)
 
 
+def find_places(boundaries: Boundaries) -> tuple[Tensor, Tensor]:
+    """Returns ([T], [T]) int64: every real query's document, and its place there from 0."""
+    tokens, document = _documents(boundaries)
+    return document, tokens - boundaries.cu_seqlens_q[document]
+
+
 def find_lengths(boundaries: Boundaries, position_ids: Tensor | None = None) -> Tensor:
     """Finds the length of every query's document. Reads nothing on the device.
 

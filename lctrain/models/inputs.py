@@ -29,6 +29,7 @@ from lctrain.models.frequencies import (
     detach_frequencies,
     length_dependent,
 )
+from lctrain.models.heads import holds_several, pools_rows, refuse_choices, to_rows
 from lctrain.models.positions import position_limit, require_positions
 
 _LONGER = "Split or truncate longer ones, or choose a model with rotary embeddings."
@@ -47,6 +48,7 @@ class InputHook:
         self.implementation = spec.implementation
         self.positions_from_padding = counts_positions_itself(model)
         self.position_limit = position_limit(model)
+        self.pools_rows = pools_rows(model)
         self.rotaries = tuple(length_dependent(model))
         for name in self.rotaries:
             attach_frequencies(model.get_submodule(name))
@@ -70,6 +72,8 @@ class InputHook:
         tokens = inputs.get("inputs_embeds") if tokens is None else tokens
         if not isinstance(tokens, Tensor) or tokens.dim() < 2:
             return None  # the model has its own words for this
+        if tokens.dim() > (2 if tokens is inputs.get("input_ids") else 3):
+            return None  # [B, choices, S]: the model inside gets rows
         self._refuse(model, inputs)
         if is_packed(inputs):
             self._give_positions(model, inputs, tokens)
@@ -93,6 +97,11 @@ class InputHook:
         if self.position_limit is not None:
             longest = boundaries.max_seqlen_k
             require_positions(model, longest, "documents", _LONGER, self.position_limit)
+        several = holds_several(boundaries)
+        if several:
+            refuse_choices(model)
+        if several and self.pools_rows:
+            inputs, boundaries = to_rows(model, inputs, boundaries)
         if self.rotaries:
             position_ids = inputs.get("position_ids")
             if position_ids is not None and position_ids.dim() == 3:  # [axes, B, S]

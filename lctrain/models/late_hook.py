@@ -15,6 +15,7 @@ from torch import nn
 from lctrain.attention.forward import BOUNDARIES_ARGUMENT, SPEC_ATTRIBUTE
 from lctrain.attention.spec import ATTENTION_NAMES, make_spec
 from lctrain.models.architectures import attention_layers, require_supported
+from lctrain.models.heads import check_outputs
 from lctrain.models.inputs import InputHook
 from lctrain.models.kinds import KINDS
 
@@ -111,6 +112,8 @@ def attach_late_hook(model: nn.Module, implementation: str) -> LateHook:
             return hook
     late = LateHook(implementation)
     model.register_forward_pre_hook(late, with_kwargs=True)
+    if check_outputs not in model._forward_hooks.values():
+        model.register_forward_hook(check_outputs, with_kwargs=True)
     return late
 
 

@@ -13,6 +13,7 @@ from lctrain.models.architectures import attention_layers, head_dims, require_su
 from lctrain.models.configs import ConfigSwap
 from lctrain.models.frequencies import detach_frequencies
 from lctrain.models.fused import FusedSwap
+from lctrain.models.heads import check_outputs
 from lctrain.models.inputs import InputHook
 from lctrain.models.kinds import KINDS
 from lctrain.models.registration import register
@@ -145,7 +146,7 @@ class PatchHandle:
         self.loss = LossSwap(model) if loss else None
         self._hooks = [
             module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks
-        ]
+        ] + [module.register_forward_hook(check_outputs, with_kwargs=True) for module, _ in hooks]
 
     def unpatch(self) -> None:
         """Gives the model back as it was, outputs bit-equal. Harmless if done before."""

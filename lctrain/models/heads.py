@@ -1,0 +1,134 @@
+"""Heads that give one output per row: they get, and give, one row per document of a pack.
+
+Sequence classification, question answering and next sentence prediction pool or normalise over a
+row. A pack is one row of many documents, so its documents become rows, padded on the right, before
+such a model runs; attention leaves the padding out again. Heads that give one output per token need
+nothing. What else loses documents is an error.
+"""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lctrain.attention.boundaries import PACK_ARGUMENTS, Boundaries, find_places
+from lctrain.attention.forward import BOUNDARIES_ARGUMENT
+
+_PER_ROW = re.compile(r"For(SequenceClassification|QuestionAnswering|NextSentencePrediction)")
+_NO_TOKENS = frozenset({"labels", "attention_mask"})
+
+
+def pools_rows(model: nn.Module) -> bool:
+    """Tells whether a model's head gives one output per row, as it does for padded rows."""
+    return any(_PER_ROW.search(base.__name__) for base in type(model).__mro__)
+
+
+def refuse_choices(model: nn.Module) -> None:
+    """Raises a ValueError for heads of multiple choice, whose documents belong together."""
+    if any("ForMultipleChoice" in base.__name__ for base in type(model).__mro__):
+        raise ValueError(
+            f"choices must come as rows [batch, choices, tokens], got a pack for "
+            f"{type(model).__name__}: it does not say which documents are choices of one question. "
+            "Pad the choices."
+        )
+
+
+def holds_several(boundaries: Boundaries) -> bool:
+    """Tells whether a row may hold several documents. Reads nothing on the device."""
+    return boundaries.cu_seqlens_q.shape[0] - 1 > boundaries.queries[0]
+
+
+def to_rows(
+    model: Any, inputs: dict[str, Any], boundaries: Boundaries
+) -> tuple[dict[str, Any], Boundaries]:
+    """Makes a row of every document, padded on the right to the longest one.
+
+    Args:
+        model: For its padding token.
+        inputs: Keyword arguments of the model; tensors [B, S, ...] are cut, others are kept.
+        boundaries: Of the documents in the rows [B, S]. N documents, the longest of M tokens.
+
+    Returns:
+        The inputs with rows [N, M] and an attention mask, and the boundaries of these rows.
+
+    Raises:
+        ValueError: if the model has no padding token, by which its head finds a row's last token.
+    """
+    config = model.config.get_text_config()
+    padding = getattr(config, "pad_token_id", None)
+    if padding is None:
+        raise ValueError(
+            f"pad_token_id must be set for packed inputs of {type(model).__name__}, got None: its "
+            "head finds a document's last token by it. Set model.config.pad_token_id."
+        )
+    places = row_places(boundaries)
+    rows = (boundaries.cu_seqlens_q.shape[0] - 1, boundaries.max_seqlen_q)
+    kept = {
+        name: value
+        for name, value in inputs.items()
+        if name not in (*PACK_ARGUMENTS, "document_ids", "schedule")
+    }
+    for name, value in kept.items():
+        if not isinstance(value, Tensor) or value.dim() < 2 or name in _NO_TOKENS:
+            continue
+        if value.shape[1] == boundaries.queries[1] and value.shape[0] in (1, boundaries.queries[0]):
+            filler = padding if name == "input_ids" else 0
+            kept[name] = spread(value, boundaries, places, rows, filler)
+    real = torch.zeros(rows[0] * rows[1], dtype=torch.int64, device=places.device)
+    kept["attention_mask"] = real.index_fill(0, places, 1).view(rows)
+    return kept, boundaries._replace(queries=rows, keys=rows, indices_q=places, indices_k=places)
+
+
+def row_places(boundaries: Boundaries) -> Tensor:
+    """Returns [T] int64: where each real token goes among flattened rows, one per document."""
+    document, position = find_places(boundaries)
+    return document * boundaries.max_seqlen_q + position
+
+
+def spread(
+    values: Tensor, boundaries: Boundaries, places: Tensor, rows: tuple[int, int], filler: float = 0
+) -> Tensor:
+    """Returns values [B, S, ...] as [N, M, ...], one row per document."""
+    values = values.expand(boundaries.queries[0], *values.shape[1:]).flatten(0, 1)
+    if boundaries.indices_q is not None:
+        values = values.index_select(0, boundaries.indices_q)
+    empty = values.new_full((rows[0] * rows[1], *values.shape[1:]), filler)
+    return empty.index_copy(0, places, values).unflatten(0, rows)
+
+
+def check_outputs(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], output: Any) -> Any:
+    """A forward hook (with_kwargs=True): pools per document, refuses outputs that lose documents.
+
+    A `pooler` of an encoder is applied to the documents' rows: [N, E].
+
+    Raises:
+        ValueError: if an output has one entry per row where rows hold several documents.
+    """
+    boundaries = inputs.get(BOUNDARIES_ARGUMENT)
+    if boundaries is None or not holds_several(boundaries) or inputs.get("logits_to_keep"):
+        return None
+    pooler = getattr(model, "pooler", None)
+    pooled = getattr(output, "pooler_output", None)
+    if pooler is not None and pooled is not None:
+        places = row_places(boundaries)
+        rows = (boundaries.cu_seqlens_q.shape[0] - 1, boundaries.max_seqlen_q)
+        output["pooler_output"] = pooler(spread(output[0], boundaries, places, rows))
+    named = output.items() if hasattr(output, "items") else enumerate(_as_tuple(output))
+    for name, value in named:
+        if not isinstance(value, Tensor) or value.dim() == 0 or name == "loss":
+            continue
+        if value.shape[0] == boundaries.queries[0] and (
+            value.dim() == 1 or value.shape[1] != boundaries.queries[1]
+        ):
+            raise ValueError(
+                f"outputs must have one entry per token or per document for packed inputs, got "
+                f"{name} {list(value.shape)} from {type(model).__name__} for "
+                f"{boundaries.cu_seqlens_q.shape[0] - 1} documents. Pass one document per row, "
+                "with padding and an attention_mask."
+            )
+    return output
+
+
+def _as_tuple(output: Any) -> tuple[Any, ...]:
+    return tuple(output) if isinstance(output, tuple | list) else (output,)

@@ -1,0 +1,209 @@
+"""Heads of all sorts on packs: one row per document, or an error."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto import modeling_auto
+
+from lctrain.batch import PackedBatch
+from lctrain.models import patch_model
+from tests.models.families import make_documents, padded
+from tests.models.tiny import config_for, sharpen, tiny_config
+
+LENGTHS = (6, 1, 11, 7)
+DECODERS = ("llama", "qwen3", "mistral", "gemma2", "phi3", "gpt2", "opt", "gpt_neox")
+ENCODERS = ("bert", "modernbert", "electra", "albert", "distilbert", "ernie")
+
+
+def make_head(family, auto, **overrides):
+    """Returns a tiny random model of a family with the head of an Auto class, or skips."""
+    config = tiny_config(family)
+    mapping = getattr(modeling_auto, auto)._model_mapping
+    if type(config) not in mapping:
+        pytest.skip(f"{family} has no such head")
+    model_class = mapping[type(config)]
+    config = config_for(model_class, config)
+    config.pad_token_id, config.num_labels = 0, 3
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    model = model_class(config).eval()
+    sharpen(model)
+    return model
+
+
+def give_attention(model, by_name):
+    model.set_attn_implementation("lctrain_flash") if by_name else patch_model(model)
+
+
+def pack(documents, **extra):
+    arguments = PackedBatch.from_documents(documents).model_kwargs()
+    arguments.pop("use_cache")
+    return arguments | extra
+
+
+def skip_unsupported(model):
+    from lctrain.models.architectures import require_supported
+
+    try:
+        require_supported(model)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by_name", [False, True], ids=["patched", "by-name"])
+@pytest.mark.parametrize("family", [*DECODERS, *ENCODERS])
+def test_sequence_classification(family, by_name):
+    model = make_head(family, "AutoModelForSequenceClassification")
+    skip_unsupported(model)
+    documents = make_documents(LENGTHS)
+    expected = torch.cat([model(tokens[None]).logits for tokens in documents])
+    labels = torch.tensor([0, 2, 1, 2])
+    loss = nn.functional.cross_entropy(expected, labels)
+    give_attention(model, by_name)
+    found = model(**pack(documents, labels=labels))
+    torch.testing.assert_close(found.logits, expected)
+    torch.testing.assert_close(found.loss, loss)
+    rows, mask = padded(documents, "right")
+    torch.testing.assert_close(model(rows, attention_mask=mask).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("told_by", ["position_ids", "numbers"])
+def test_sequence_classification_told_otherwise(told_by):
+    model = make_head("llama", "AutoModelForSequenceClassification")
+    documents = make_documents(LENGTHS)
+    expected = torch.cat([model(tokens[None]).logits for tokens in documents])
+    patch_model(model)
+    tokens = torch.cat([*documents, torch.zeros(2, dtype=torch.int64)])[None]
+    numbers = [i + 1 for i, one in enumerate(documents) for _ in one] + [0, 0]
+    told = {"attention_mask": torch.tensor([numbers])}
+    if told_by == "position_ids":
+        told = {
+            "attention_mask": (told["attention_mask"] > 0).long(),
+            "position_ids": torch.cat([torch.arange(len(t)) for t in (*documents, [0, 0])])[None],
+        }
+    torch.testing.assert_close(model(tokens, **told).logits, expected)
+
+
+def test_gradients_of_packed_classification():
+    model = make_head("llama", "AutoModelForSequenceClassification").double()
+    documents = make_documents(LENGTHS)
+    labels = torch.tensor([0, 2, 1, 2])
+    logits = torch.cat([model(tokens[None]).logits for tokens in documents])
+    nn.functional.cross_entropy(logits, labels).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    patch_model(model)
+    model(**pack(documents, labels=labels)).loss.backward()
+    for name, parameter in model.named_parameters():
+        # norms are float32 inside transformers
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by_name", [False, True], ids=["patched", "by-name"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "bert", "electra", "modernbert"])
+def test_question_answering(family, by_name):
+    model = make_head(family, "AutoModelForQuestionAnswering", num_labels=2)
+    skip_unsupported(model)
+    documents = make_documents(LENGTHS)
+    expected = [model(tokens[None]) for tokens in documents]
+    give_attention(model, by_name)
+    found = model(**pack(documents))
+    for row, one in enumerate(expected):
+        length = LENGTHS[row]
+        torch.testing.assert_close(found.start_logits[row, :length], one.start_logits[0])
+        torch.testing.assert_close(found.end_logits[row, :length], one.end_logits[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by_name", [False, True], ids=["patched", "by-name"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "bert", "electra", "modernbert"])
+def test_token_classification_stays_per_token(family, by_name):
+    model = make_head(family, "AutoModelForTokenClassification")
+    skip_unsupported(model)
+    documents = make_documents(LENGTHS)
+    expected = torch.cat([model(tokens[None]).logits[0] for tokens in documents])
+    give_attention(model, by_name)
+    torch.testing.assert_close(model(**pack(documents)).logits[0], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by_name", [False, True], ids=["patched", "by-name"])
+def test_multiple_choice(by_name):
+    """Rows of choices work; a pack does not say which documents are choices of one question."""
+    model = make_head("bert", "AutoModelForMultipleChoice")
+    rows = torch.stack(make_documents([9, 9, 9, 9])).view(2, 2, 9)
+    mask = torch.ones_like(rows)
+    mask[1, 1, 5:] = 0
+    expected = model(rows, attention_mask=mask).logits
+    give_attention(model, by_name)
+    torch.testing.assert_close(model(rows, attention_mask=mask).logits, expected)
+    with pytest.raises(ValueError, match=r"choices must come as rows .* got a pack"):
+        model(**pack(make_documents(LENGTHS)))
+
+
+@torch.no_grad()
+def test_an_encoder_pools_per_document():
+    config = tiny_config("bert")
+    torch.manual_seed(0)
+    model = transformers.BertModel(config).eval()
+    documents = make_documents(LENGTHS)
+    expected = [model(tokens[None]) for tokens in documents]
+    patch_model(model)
+    found = model(**pack(documents))
+    torch.testing.assert_close(
+        found.pooler_output, torch.cat([one.pooler_output for one in expected])
+    )
+    torch.testing.assert_close(
+        found.last_hidden_state[0], torch.cat([one.last_hidden_state[0] for one in expected])
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["BertForNextSentencePrediction", "BertForPreTraining"])
+def test_next_sentence(name):
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(tiny_config("bert")).eval()
+    documents = make_documents(LENGTHS)
+    field = "logits" if "Next" in name else "seq_relationship_logits"
+    expected = torch.cat([model(tokens[None])[field] for tokens in documents])
+    patch_model(model)
+    torch.testing.assert_close(model(**pack(documents))[field], expected)
+
+
+class Reward(transformers.LlamaPreTrainedModel):
+    """A head of one's own: the last token's score."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = transformers.LlamaModel(config)
+        self.score = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+        inner = self.model(input_ids, attention_mask, position_ids, **kwargs)
+        return (self.score(inner.last_hidden_state[:, -1]),)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by_name", [False, True], ids=["patched", "by-name"])
+def test_a_head_of_one_s_own_that_loses_documents_is_an_error(by_name):
+    model = Reward(tiny_config("llama")).eval()
+    give_attention(model, by_name)
+    documents = make_documents(LENGTHS)
+    with pytest.raises(ValueError, match=r"got 0 \[1, 1\] from Reward for 4 documents. Pass one"):
+        model(**pack(documents))
+    assert model(**pack(documents[:1]))[0].shape == (1, 1)
+    rows, mask = padded(documents, "left")
+    assert model(rows, attention_mask=mask)[0].shape == (4, 1)
+
+
+def test_without_a_padding_token():
+    model = make_head("llama", "AutoModelForSequenceClassification", pad_token_id=None)
+    patch_model(model)
+    with pytest.raises(ValueError, match=r"pad_token_id must be set .* Set model.config"):
+        model(**pack(make_documents(LENGTHS)))
