@@ -163,7 +163,7 @@ class Untouched(pl.LightningDataModule):
     setup = train_dataloader = prepare_data
 
 
-def bert():
+def unsupported():
     from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
     sizes = {"vocab_size": 97, "hidden_size": 32, "num_layers": 1, "num_heads": 2}
@@ -174,9 +174,9 @@ def bert():
     ("module", "callbacks", "message"),
     [
         (lambda m: OwnModule(torch.nn.Linear(2, 2)), [{}], r"needs a transformers model, got none"),
-        (lambda m: OwnModule(bert()), [{}], r"AttentionInterface.*choose a model"),
+        (lambda m: OwnModule(unsupported()), [{}], r"AttentionInterface.*choose a model"),
         (
-            lambda m: Pair(m(), bert()),
+            lambda m: Pair(m(), unsupported()),
             [{}],
             r"must fit all models of Pair, got 'others.0'.*Name the models.*models='model'",
         ),
@@ -330,7 +330,7 @@ def test_a_plain_function_for_fabric(make_llama):
 
 
 def test_patch_models_patches_all_or_none(make_llama):
-    pair = Pair(make_llama(), bert())
+    pair = Pair(make_llama(), unsupported())
     with pytest.raises(ValueError, match=r"got 'others.0', which cannot.*models='model'"):
         patch_models(pair)
     assert not is_patched(pair.model)
