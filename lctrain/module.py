@@ -147,23 +147,6 @@ class LongContextModule(pl.LightningModule):
             if isinstance(config.scheduler, LambdaLR):
                 follow_schedule(config.scheduler)
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Refuses tokens that the model has no embedding for, while they are still on the CPU.
-
-        Raises:
-            ValueError: if a token is outside of the vocabulary: on a GPU it would end the process.
-        """
-        if isinstance(batch, PackedBatch) and batch.input_ids.device.type == "cpu":
-            embeddings = getattr(self.model, "get_input_embeddings", lambda: None)()
-            known = getattr(embeddings, "num_embeddings", None)
-            largest = int(batch.input_ids.max())
-            if known is not None and largest >= known:
-                raise ValueError(
-                    f"documents must hold tokens below the model's vocabulary of {known}, got "
-                    f"{largest}. Tokenize them with the model's own tokenizer (data.tokenizer)."
-                )
-        return batch
-
     def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
         """Seeds dropout from (seed, rank, micro-batch): see the class."""
         seed_micro_batch(self.trainer, self.seed)

@@ -276,6 +276,7 @@ class PackedDataModule(LightningDataModule):
     ) -> PackedBatch:
         """Moves a batch without waiting for the copy, which pinned memory allows."""
         if isinstance(batch, PackedBatch):
+            check_vocabulary(batch, getattr(self.trainer, "lightning_module", None))
             return batch.to(device, non_blocking=self.pin_memory)
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
@@ -365,4 +366,25 @@ def _refuse_text_settings(passkey_fraction: float, special_tokens: str) -> None:
         raise ValueError(
             "passkey_fraction and special_tokens must be left out for token ids, got "
             f"{passkey_fraction} and {special_tokens!r}. Pass the texts instead."
+        )
+
+
+def check_vocabulary(batch: PackedBatch, module: Any) -> None:
+    """Refuses tokens that the model has no embedding for: on a GPU they would end the process.
+
+    Args:
+        batch: On the CPU; one on a device is left alone.
+        module: The LightningModule, whose `model` is a transformers model if it has one.
+
+    Raises:
+        ValueError: if a token is outside of the vocabulary.
+    """
+    find = getattr(getattr(module, "model", None), "get_input_embeddings", None)
+    if find is None or batch.input_ids.device.type != "cpu":
+        return
+    known, largest = getattr(find(), "num_embeddings", None), int(batch.input_ids.max())
+    if known is not None and largest >= known:
+        raise ValueError(
+            f"documents must hold tokens below the model's vocabulary of {known}, got {largest}. "
+            "Tokenize them with the model's own tokenizer (data.tokenizer)."
         )

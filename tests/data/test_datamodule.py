@@ -343,3 +343,18 @@ def test_files_on_both_sides_are_counted_in_a_warning(make_data, corpus, caplog)
     source = TextSource(files=f"{corpus}/*.txt", held_out_files=f"{corpus}/0*.txt")
     make_data(source=source).setup()
     assert "10 of 10 held-out documents are in the training data, too" in caplog.text
+
+
+def test_tokens_outside_of_the_vocabulary_are_an_error():
+    from types import SimpleNamespace
+
+    import torch
+
+    from lctrain.batch import PackedBatch
+    from lctrain.data.datamodule import check_vocabulary
+
+    model = SimpleNamespace(get_input_embeddings=lambda: torch.nn.Embedding(97, 4))
+    module = SimpleNamespace(model=model)
+    check_vocabulary(PackedBatch.from_documents([[3, 96]]), module)
+    with pytest.raises(ValueError, match=r"tokens below the model's vocabulary of 97, got 97"):
+        check_vocabulary(PackedBatch.from_documents([[3, 97]]), module)
