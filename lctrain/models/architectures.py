@@ -64,7 +64,8 @@ def require_supported(model: Any) -> None:
     if parts:
         raise ValueError(
             f"model must be one text model, got {name} with {', '.join(parts)}. Patch its language "
-            "model alone, for example patch_model(model.get_decoder())."
+            "model alone and call that by itself: decoder = model.get_decoder(), "
+            "patch_model(decoder), decoder(**batch)."
         )
     layers = attention_layers(model)
     _require_attention_only(model, layers)

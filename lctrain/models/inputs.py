@@ -184,6 +184,11 @@ def find_boundaries(
     """
     rows = (batch, tokens)
     mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
+    if isinstance(mask, dict):
+        raise ValueError(
+            "attention_mask must be [batch, tokens], got the masks of an outer model, which know no"
+            " documents. Call the patched language model by itself: model.get_decoder()."
+        )
     if is_packed(inputs):
         if mask is not None:
             raise ValueError(

@@ -51,11 +51,6 @@ SMALL = {
             "hand their sliding window to the attention function, got Qwen2MoeAttention",
         ),
         ("StableLmForCausalLM", {}, "StableLmDecoderLayer drops them"),
-        (
-            "MobileBertForMaskedLM",
-            {},
-            "attention only, got MobileBertForMaskedLM with trigram_input",
-        ),
         ("T5ForConditionalGeneration", {}, "got the encoder-decoder T5.*get_encoder"),
         ("ViTModel", {"image_size": 8, "patch_size": 4}, "must read input_ids, got ViTModel"),
     ],
@@ -108,6 +103,20 @@ def test_an_attention_that_drops_keyword_arguments_is_noticed():
             position_embeddings=(torch.ones(1, 4, 8), torch.zeros(1, 4, 8)),
             attention_mask=None,
         )
+
+
+def test_the_language_model_of_gemma_3_takes_packs_and_its_wrapper_says_so():
+    model = tiny_model("gemma3", transformers.Gemma3ForConditionalGeneration)
+    with pytest.raises(ValueError, match=r"call that by itself: decoder = model.get_decoder\(\)"):
+        patch_model(model)
+    decoder, documents = model.get_decoder(), make_documents()
+    exact = copy.deepcopy(decoder).double()
+    with torch.no_grad():
+        plain, reference = (separate_outputs(m, documents) for m in (decoder, exact))
+        with patch_model(decoder):
+            assert_error_at_most_twice(packed_outputs(decoder, documents), plain, reference)
+            with pytest.raises(ValueError, match=r"the masks of an outer model.*get_decoder\(\)"):
+                packed_outputs(model, documents)
 
 
 def test_embeddings_that_hold_their_neighbours_are_refused():
