@@ -10,6 +10,7 @@ import secrets
 import socket
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +21,8 @@ from lctrain.run.rank import is_rank_zero
 log = logging.getLogger(__name__)
 
 RECORD = "run.json"
-TRACES = (RECORD, "metrics.csv", "checkpoints/step-*.ckpt")
+CHECKPOINTS = "checkpoints/step-*.ckpt"
+TRACES = (RECORD, "metrics.csv", CHECKPOINTS)
 ORPHANS = ("step-*.ckpt.tmp", "step-*.ckpt.writing", "step-*.ckpt.tmp.writing", "last.link")
 
 
@@ -67,7 +69,8 @@ class RunFolder:
         try:
             found = next((file for trace in TRACES for file in path.glob(trace)), None)
             if found is not None:
-                advice = "Go on with that run by ckpt_path=last" if kind == "train" else "Move it"
+                goes_on = kind == "train" and any(path.glob(CHECKPOINTS))
+                advice = "Go on with that run by ckpt_path=last" if goes_on else "Move it"
                 raise ValueError(
                     f"paths.output_dir must be a folder without a run, got {path}, which holds "
                     f"{found.relative_to(path)}. {advice}, or choose another folder."
@@ -140,13 +143,16 @@ class RunFolder:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if error is not None and self._is_new and not self._holds_results():
-            (self.path / RECORD).unlink(missing_ok=True)
+        if error is not None and self._is_new and not any(self.path.glob(CHECKPOINTS)):
+            self._leave()
         self.close()
 
-    def _holds_results(self) -> bool:
-        """Whether there is anything to go on with: else the folder is free for the next attempt."""
-        return any(True for trace in TRACES[1:] for _ in self.path.glob(trace))
+    def _leave(self) -> None:
+        """Frees the folder for the next attempt: there is no checkpoint to go on from."""
+        with suppress(OSError):
+            (self.path / RECORD).unlink(missing_ok=True)
+            if (self.path / "metrics.csv").exists():
+                os.replace(self.path / "metrics.csv", self.path / f"metrics_{self.id}_failed.csv")
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

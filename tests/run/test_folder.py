@@ -42,27 +42,35 @@ def test_one_run_has_the_folder_and_its_record_says_which(tmp_path):
             RunFolder.create(tmp_path / "1", "train", {})
         with pytest.raises(FolderInUseError, match=r"this process uses"):
             RunFolder.reopen(tmp_path / "1", "train", {})
-    with pytest.raises(ValueError, match=r"without a run, got .*holds run.json. Go on .*ckpt_path"):
+    with pytest.raises(ValueError, match=r"without a run, got .*holds run.json. Move it"):
         RunFolder.create(tmp_path / "1", "train", {})
     with RunFolder.reopen(tmp_path / "1", "train", {}) as again:
         assert again.id == folder.id
         assert len(read_record(again.path)["resumed"]) == 1
 
 
-@pytest.mark.parametrize("result", [None, "metrics.csv"])
-def test_a_folder_without_results_is_free_after_a_failure(tmp_path, result):
+@pytest.mark.parametrize("result", [None, "metrics.csv", "checkpoints/step-00000002.ckpt"])
+def test_a_folder_without_a_checkpoint_is_free_after_a_failure(tmp_path, result):
+    """What the failed run measured stays, under another name."""
+
     def fail():
         with RunFolder.create(tmp_path, "train", {}):
             if result:
+                (tmp_path / result).parent.mkdir(exist_ok=True)
                 (tmp_path / result).write_text("")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fail()
-    if result is None:
-        RunFolder.create(tmp_path, "train", {}).close()
-    with pytest.raises(ValueError, match=r"Move it, or choose another folder\.$"):
-        RunFolder.create(tmp_path, "eval", {})
+    if result == "checkpoints/step-00000002.ckpt":
+        with pytest.raises(ValueError, match="Go on with that run by ckpt_path=last"):
+            RunFolder.create(tmp_path, "train", {})
+        return
+    assert len([*tmp_path.glob("metrics_*_failed.csv")]) == (result is not None)
+    RunFolder.create(tmp_path, "train", {}).close()
+    for kind in ("train", "eval"):
+        with pytest.raises(ValueError, match=r"Move it, or choose another folder\.$"):
+            RunFolder.create(tmp_path, kind, {})
 
 
 @pytest.mark.parametrize("trace", ["metrics.csv", "checkpoints/step-00000002.ckpt"])

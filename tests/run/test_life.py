@@ -202,3 +202,21 @@ def test_an_evaluation_has_its_folder_alone(tiny, tmp_path, monkeypatch, capfd, 
         assert status(f"hydra.run.dir={folder}") == 2
         assert "must be a folder without a run" in capfd.readouterr().err
     assert status("name=../x") == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_resumed_run_is_one_wandb_run(tiny, tmp_path, monkeypatch):
+    """The resolved options are its hyperparameters."""
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder = tmp_path / "1"
+    for steps, more in ((2, []), (3, ["ckpt_path=last"])):
+        arguments = [*tiny, *SHORT, "logger=wandb", f"trainer.max_steps={steps}", *more]
+        train(config(*arguments, output_dir=folder))
+    run_id = json.loads((folder / "run.json").read_text())["id"]
+    runs = [*(folder / "wandb").glob("offline-run-*")]
+    assert runs
+    assert {path.name.rpartition("-")[2] for path in runs} == {run_id}
+    recorded = b"".join(path.read_bytes() for path in folder.rglob("*.wandb"))
+    for option in (b"weight_decay", b"held_out_fraction", b"accumulate_grad_batches"):
+        assert option in recorded
