@@ -394,6 +394,7 @@ def _types(
     features: str,
     dtype: str,
     absent: tuple[str, ...] = (),
+    /,
     **descriptors: str | None,
 ) -> dict[str, object]:
     """Triton's names of the types of a kernel's arguments.

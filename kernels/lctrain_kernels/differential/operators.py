@@ -9,7 +9,7 @@ from lctrain_kernels.differential import reference
 from lctrain_kernels.operators import Attention, build_operators
 from lctrain_kernels.options import AttentionOptions
 from lctrain_kernels.pack import Pack, TiledPack
-from lctrain_kernels.registry import BACKWARD, FORWARD, implements
+from lctrain_kernels.registry import BACKWARD, FORWARD, Refusal, implements
 from lctrain_kernels.varlen.reference import VarlenOptions
 
 
@@ -39,7 +39,7 @@ Gradients = tuple[Tensor, Tensor | None, Tensor | None]
 Backward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _hopper_refuses(limits: str):
+def _hopper_refuses(limits: str) -> Refusal:
     def refuses(operands: Operands, options: AttentionOptions, dout: Tensor | None) -> str | None:
         from lctrain_kernels.gluon import support
 
@@ -90,10 +90,13 @@ def _hopper_forward(operands: Operands, pack: TiledPack, options: AttentionOptio
 def _pytorch_backward(
     douts: Gradients, operands: Operands, saved: Saved, pack: Pack, options: AttentionOptions
 ) -> Backward:
+    dout, dlse1, dlse2 = douts
     _, out2, lse1, lse2 = saved
     with torch.autocast(operands.q1.device.type, enabled=False):
         return reference.differential_backward(
-            *douts,
+            dout,
+            dlse1,
+            dlse2,
             *operands,
             out2,
             lse1,
@@ -112,7 +115,9 @@ def _triton_backward(
 ) -> Backward:
     from lctrain_kernels.differential.triton_bwd import differential_bwd
 
-    return differential_bwd(*douts, *operands, *saved, pack, options)
+    dout, dlse1, dlse2 = douts
+    out1, out2, lse1, lse2 = saved
+    return differential_bwd(dout, dlse1, dlse2, *operands, out1, out2, lse1, lse2, pack, options)
 
 
 @implements("differential", BACKWARD, "hopper", _hopper_refuses("DIFFERENTIAL_BACKWARD_LIMITS"))
@@ -121,7 +126,9 @@ def _hopper_backward(
 ) -> Backward:
     from lctrain_kernels.differential.hopper import differential_bwd
 
-    return differential_bwd(*douts, *operands, *saved, pack, options)
+    dout, dlse1, dlse2 = douts
+    out1, out2, lse1, lse2 = saved
+    return differential_bwd(dout, dlse1, dlse2, *operands, out1, out2, lse1, lse2, pack, options)
 
 
 def _fake_forward(operands: Operands) -> Results:

@@ -111,7 +111,8 @@ def dual_chunk_attn_varlen_func(
         dropout_seed=dropout_seed,
     )
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-    operands = Operands(q, k, v, *unit_stride(inv_freq, logit_scale), chunk_size, local_size)
+    inv_freq, logit_scale = unit_stride(inv_freq, logit_scale)
+    operands = Operands(q, k, v, inv_freq, logit_scale, chunk_size, local_size)
     if backend == "hopper":
         require_backend("dual_chunk", operands, options, (q, k, v))
     out, lse = dual_chunk_attention(operands, pack, options)

@@ -8,7 +8,7 @@ from lctrain_kernels.dual_chunk.operands import Operands, Rotation
 from lctrain_kernels.operators import Attention, build_operators
 from lctrain_kernels.options import AttentionOptions
 from lctrain_kernels.pack import Pack, TiledPack
-from lctrain_kernels.registry import BACKWARD, FORWARD, implements
+from lctrain_kernels.registry import BACKWARD, FORWARD, Refusal, implements
 from lctrain_kernels.varlen.reference import VarlenOptions
 
 
@@ -24,7 +24,7 @@ Gradients = tuple[Tensor, Tensor | None]
 Backward = tuple[Tensor, Tensor, Tensor]
 
 
-def _hopper_refuses(limits: str):
+def _hopper_refuses(limits: str) -> Refusal:
     def refuses(operands: Operands, options: AttentionOptions, dout: Tensor | None) -> str | None:
         from lctrain_kernels.gluon import support
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from lctrain_kernels.operators import Attention, build_operators
 from lctrain_kernels.options import AttentionOptions
 from lctrain_kernels.pack import Pack, TiledPack
-from lctrain_kernels.registry import BACKWARD, FORWARD, implements
+from lctrain_kernels.registry import BACKWARD, FORWARD, Refusal, implements
 from lctrain_kernels.varlen import reference
 
 
@@ -26,7 +26,7 @@ class Operands(NamedTuple):
     v: Tensor
 
 
-def _hopper_refuses(limits: str):
+def _hopper_refuses(limits: str) -> Refusal:
     def refuses(operands: Operands, options: AttentionOptions, dout: Tensor | None) -> str | None:
         from lctrain_kernels.gluon import support
 
