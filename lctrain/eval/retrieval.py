@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from lctrain.eval.runner import cut, packed_kwargs, row_kwargs
 from lctrain.limits import check_lengths, check_passkeys
 from lctrain.loss import evaluation_mode
 from lctrain.loss.predictions import greedy_tokens
+from lctrain.models.frequencies import row_frequencies
 
 FILE_STEM = "passkey_retrieval"
 DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -204,7 +206,9 @@ def _answered(
         for offset, p in zip(offsets, made, strict=True)
     ]
     places = torch.from_numpy(np.concatenate(before)).to(device)
-    with evaluation_mode(model):
+    lengths = torch.tensor([len(tokens) for tokens in inputs])
+    own = nullcontext() if is_patched(model) else row_frequencies(model, lengths)
+    with evaluation_mode(model), own:
         predicted = greedy_tokens(model, kwargs, places).cpu().numpy()
     splits = np.cumsum([len(part) for part in before])[:-1]
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from lctrain.batch import PackedBatch
 from lctrain.data.packing import plan_rows
 from lctrain.eval.windows import Windows
 from lctrain.loss import evaluation_mode, token_losses
+from lctrain.models.frequencies import row_frequencies
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +48,9 @@ def score_windows(
 
     A model with one of lctrain's attentions gets packs without padding. Any other model gets rows
     that are padded on the right: it is causal, so nothing real sees the padding, and unlike a
-    pack this leaks between documents in no architecture. Only scored tokens meet the vocabulary.
+    pack this leaks between documents in no architecture. Rotary frequencies that follow the length
+    are those of each window, so that losses do not depend on the batch. Only scored tokens meet
+    the vocabulary.
 
     Args:
         model: causal LM; it is in evaluation mode while a batch runs, and left as it was.
@@ -94,7 +98,8 @@ def score_windows(
             documents[windows.documents[w]][positions + 1]
             for positions, w in zip(chosen, batch, strict=True)
         ]
-        with evaluation_mode(model):
+        own = nullcontext() if packed else row_frequencies(model, torch.tensor(lengths))
+        with evaluation_mode(model), own:
             losses = token_losses(model, kwargs, _to(places, device), _to(targets, device))
         yield ScoredTokens(
             documents=np.repeat(windows.documents[batch], windows.scored[batch]),

@@ -195,8 +195,11 @@ def row_frequencies(model: nn.Module, lengths: Tensor) -> Iterator[None]:
 
 def _lengths_of_rows(lengths: Tensor) -> Callable[..., None]:
     def tell(rotary: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states = kwargs["x"] if "x" in kwargs else args[0]
         positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-        told = lengths.to(positions.device)[:, None].expand(-1, positions.shape[-1])
+        told = None  # for a call of other rows, such as a probe of the model's head
+        if states.shape[0] == len(lengths):
+            told = lengths.to(positions.device)[:, None].expand(-1, positions.shape[-1])
         attach_frequencies(rotary).lengths = told
 
     return tell

@@ -248,3 +248,25 @@ def test_learned_positions_bound_the_length(name, sizes, documents) -> None:
     assert perplexity_by_length(model, documents, [32], max_tokens=64).rows[0].perplexity > 1
     with pytest.raises(ValueError, match=r"at most 32, the number of positions .* got 40"):
         perplexity_by_length(model, documents, [40], max_tokens=64)
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["rows", "packs"])
+@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+def test_frequencies_that_follow_the_length_do_not_follow_the_batch(
+    rope_type, patched, make_llama, documents
+) -> None:
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0}
+    if rope_type == "longrope":
+        rope |= {"original_max_position_embeddings": 16}
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    window = 64 if rope_type == "longrope" else 16
+    model = make_llama(head_dim=8, rope_parameters=rope, max_position_embeddings=window)
+    if patched:
+        lctrain.patch_model(model)
+    tables = [
+        perplexity_by_length(model, documents, lengths, max_tokens=max_tokens)
+        for lengths, max_tokens in (([8, 48], 48), ([8, 48], 4096), ([48], 512))
+    ]
+    losses = [table.rows[-1].loss for table in tables]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    assert tables[0].rows[0].loss == pytest.approx(tables[1].rows[0].loss, rel=1e-5)
