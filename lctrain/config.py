@@ -167,6 +167,7 @@ class AttentionConfig:
         dropout: Attention dropout in training; None takes the model's own.
         deterministic: Ask for a backward that gives the same bits in every run.
         backend: Which kernels serve, as in `lctrain.kernels`; a named one never falls back.
+        fused: In training, also swap norms, rotary embeddings, MLPs and residual additions.
         sliding_window: Keys that a query sees (flash only); None keeps the model's windows.
         chunk_size: Largest relative position (dual_chunk only, like all below; see
             `lctrain.attention.DualChunkSpec`); None for the trained window - 1.
@@ -181,6 +182,7 @@ class AttentionConfig:
     dropout: float | None = None
     deterministic: bool = False
     backend: str = "auto"
+    fused: bool = True
     sliding_window: int | None = None
     chunk_size: int | None = None
     local_size: int | None = None
@@ -192,9 +194,9 @@ class AttentionConfig:
         check_backend(self.backend, "attention.backend")
 
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of `lctrain.patch_model`: what is set, also for another kind."""
+        """The attention's options of `lctrain.patch_model`: what is set, also for another kind."""
         options = {field.name: getattr(self, field.name) for field in fields(self)}
-        del options["name"]
+        del options["name"], options["fused"]
         return {name: value for name, value in options.items() if value is not None}
 
 

@@ -114,7 +114,10 @@ class LongContextModule(pl.LightningModule):
             self.model = self._build()
         if self.patch_handle is None and self.attention is not None and not is_patched(self.model):
             self.patch_handle = patch_model(
-                self.model, attention=self.attention.name, **self.attention.options()
+                self.model,
+                attention=self.attention.name,
+                fused=self.attention.fused,
+                **self.attention.options(),
             )
         self.model.train()
 

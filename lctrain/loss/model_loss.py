@@ -24,8 +24,8 @@ class LossSwap:
 
     def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
-        self._own = type(model)
-        model.__class__ = loss_class(self._own)
+        self._own: Any = type(model)
+        self._model.__class__ = loss_class(self._own)
 
     def restore(self) -> None:
         """Gives the model its own class back."""

@@ -64,8 +64,8 @@ class FusedSwap:
         counts = Counter(own.__name__ for _, own, _ in self.swapped)
         return ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing"
 
-    def _swap(self, module: nn.Module, mixin: Any, **attributes: Any) -> None:
-        own = type(module)
+    def _swap(self, module: Any, mixin: Any, **attributes: Any) -> None:
+        own: Any = type(module)
         fused = fused_class(own, mixin, tuple(sorted(attributes.items())))
         module.__class__ = fused
         self.swapped.append((module, own, fused))
@@ -78,7 +78,8 @@ class FusedSwap:
         if _defers_norms(forward) and all(_is_fused_norm(norm) for norm in norms):
             for norm in norms:
                 self._swap(norm, fused_modules.DeferredNorm)
-        self._swap(module, _rotating_mixin(type(module)))
+        own: Any = type(module)
+        self._swap(module, _rotating_mixin(own))
 
     def _swap_mlp(self, module: nn.Module) -> None:
         mixin = _mlp_mixin(type(module))

@@ -289,3 +289,13 @@ def test_a_class_changed_since_is_left_with_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         handle.unpatch()
+
+
+def test_training_runs_swap_unless_told_not_to() -> None:
+    from lctrain.config import AttentionConfig
+    from lctrain.module import LongContextModule
+
+    for fused in (True, False):
+        module = LongContextModule(make("llama"), attention=AttentionConfig(fused=fused))
+        module.configure_model()
+        assert (module.patch_handle.fused is not None) == fused
