@@ -1,0 +1,207 @@
+"""Interrupts runs in every way and checks that each goes on as if nothing had happened.
+
+    python -m tests.interrupt_runs --rounds 100 --folder out
+
+A round starts a tiny run, interrupts it at a random moment (SIGKILL, a signal that asks it to stop,
+a full disk, a damaged newest checkpoint), and starts it again with ckpt_path=last until it is
+finished. Losses, rows of metrics and trained weights must equal those of a run that nothing
+interrupted, bit by bit, with no leftovers and at most `keep` checkpoints. Each round is a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+STEPS = 12
+WORDS = ("def", "return", "class", "self", "None", "for", "in", "while", "yield", "lambda")
+KINDS = ("kill", "signal", "disk", "damage")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+BETWEEN_S = 0.05  # between two looks at the folder
+LONGEST_S = 240
+
+
+def overrides(base: Path) -> list[str]:
+    """A run of seconds, with validations and two checkpoints."""
+    return [
+        "data=text",
+        f"data.files=[{base}/corpus/*.txt]",
+        f"data.cache_dir={base}/cache",
+        "data.max_tokens=128",
+        "data.vocab_size=300",
+        "data.held_out_fraction=0.2",
+        "model=tiny",
+        "attention.dropout=0.2",
+        "trainer.accelerator=cpu",
+        f"trainer.max_steps={STEPS}",
+        "trainer.log_every_n_steps=1",
+        "trainer.validate_every_n_steps=3",
+        "trainer.limit_val_batches=2",
+        "trainer.enable_progress_bar=false",
+        "callbacks.checkpoint.every_n_steps=2",
+        "evaluation.enabled=false",
+        "export=false",
+    ]
+
+
+def write_corpus(base: Path) -> None:
+    """Thirty small files of words."""
+    (base / "corpus").mkdir(parents=True)
+    numbers = random.Random(0)
+    for i in range(30):
+        words = numbers.choices(WORDS, k=numbers.randrange(20, 400))
+        (base / "corpus" / f"{i}.txt").write_text(f"{i} " + " ".join(words))
+
+
+def start(base: Path, folder: Path, *more: str, file_limit: int | None = None) -> subprocess.Popen:
+    """Starts the run; `file_limit` bytes of a file stand for a full disk."""
+
+    def limit() -> None:
+        if file_limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+
+    return subprocess.Popen(
+        [sys.executable, "-m", "lctrain.train", *overrides(base), f"hydra.run.dir={folder}", *more],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=limit,
+    )
+
+
+def rows(folder: Path) -> list[tuple[str, str, str, str]]:
+    """Step, losses and learning rate of every row, as the file has them."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [
+            (row["step"], row["train/loss"], row["val/loss"], row["train/learning_rate"])
+            for row in csv.DictReader(file)
+        ]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """What the newest checkpoint holds."""
+    path = folder / "checkpoints" / "last.ckpt"
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
+    """Waits until the step is logged, or the process has ended."""
+    before = time.monotonic()
+    while process.poll() is None and time.monotonic() - before < LONGEST_S:
+        try:
+            if any(int(row[0]) >= step and row[1] for row in rows(folder)):
+                return
+        except (OSError, ValueError, KeyError):
+            pass  # not there yet, or half a row
+        time.sleep(BETWEEN_S)
+
+
+def interrupt(kind: str, base: Path, folder: Path, numbers: random.Random) -> str:
+    """Interrupts a new run.
+
+    Returns:
+        What was done, in words.
+
+    Raises:
+        AssertionError: if it ended in another way than it must.
+    """
+    if kind == "disk":
+        process = start(base, folder, file_limit=100_000)
+        _, errors = process.communicate(timeout=LONGEST_S)
+        assert process.returncode == 2, errors
+        assert "could not be written" in errors, errors
+        assert "File too large" in errors, errors
+        assert len(errors.strip().splitlines()) <= 10, errors
+        return "full disk"
+    step = numbers.randrange(3, STEPS - 1)
+    process = start(base, folder)
+    wait_for_step(process, folder, step)
+    number = numbers.choice(SIGNALS) if kind == "signal" else signal.SIGKILL
+    time.sleep(numbers.random() * 0.2)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=LONGEST_S)
+    name = signal.Signals(number).name
+    if kind == "signal":
+        # A run that had just finished its last step has nothing to stop.
+        assert process.returncode in (128 + number, 0), (process.returncode, errors)
+        if process.returncode:
+            assert f"Stopped by {name}" in errors, errors
+        return f"{name} after step {step}"
+    if kind == "damage":
+        newest = (folder / "checkpoints" / "last.ckpt").resolve()
+        damage(newest, numbers)
+        return f"SIGKILL after step {step}, {newest.name} damaged"
+    return f"SIGKILL after step {step}"
+
+
+def damage(path: Path, numbers: random.Random) -> None:
+    """Flips a bit of a file, overwrites a part, cuts it, or empties it."""
+    data = bytearray(path.read_bytes())
+    place = numbers.randrange(len(data) - 200)
+    how = numbers.randrange(4)
+    if how == 0:
+        data[place] ^= 1 << numbers.randrange(8)
+    elif how == 1:
+        data[place : place + 64] = bytes(255 - byte for byte in data[place : place + 64])
+    elif how == 2:
+        del data[place:]
+    else:
+        data.clear()
+    path.write_bytes(data)
+
+
+def check(folder: Path, whole: Path) -> None:
+    """Raises AssertionError unless the run equals the whole one and left nothing behind."""
+    assert rows(folder) == rows(whole), f"metrics differ: {folder}"
+    mine, theirs = weights(folder), weights(whole)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine), f"weights differ: {folder}"
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["last.ckpt", f"step-{STEPS - 2:08d}.ckpt", f"step-{STEPS:08d}.ckpt"], names
+
+
+def run_round(index: int, base: Path, whole: Path, numbers: random.Random) -> str:
+    """One interrupted run, brought to its end; returns what happened."""
+    kind = KINDS[index % len(KINDS)]
+    folder = base / f"round-{index}"
+    done = interrupt(kind, base, folder, numbers)
+    more = ["ckpt_path=last"] if [*folder.glob("checkpoints/step-*.ckpt")] else []
+    process = start(base, folder, *more)
+    _, errors = process.communicate(timeout=LONGEST_S)
+    assert process.returncode == 0, errors
+    check(folder, whole)
+    return done
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the rounds; raises AssertionError at the first that does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, required=True, help="a new folder")
+    chosen = parser.parse_args(arguments)
+    base = chosen.folder.absolute()
+    write_corpus(base)
+    whole = base / "whole"
+    process = start(base, whole)
+    _, errors = process.communicate(timeout=LONGEST_S)
+    assert process.returncode == 0, errors
+    for index in range(chosen.rounds):
+        done = run_round(index, base, whole, random.Random(f"{chosen.seed} {index}"))
+        print(f"round {index + 1}/{chosen.rounds}: {done}: bit-equal", flush=True)
+
+
+if __name__ == "__main__":
+    main()
