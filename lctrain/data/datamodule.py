@@ -24,7 +24,7 @@ from lctrain.data.prepare import (
     fingerprint_settings,
 )
 from lctrain.data.sources import Source, StdlibSource
-from lctrain.limits import check_loading
+from lctrain.limits import check_loading, check_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,6 +93,7 @@ class PackedDataModule(LightningDataModule):
         self.seed = seed
         self.balance_window = balance_window
         self.num_workers = num_workers
+        check_seed(seed)
         check_loading(self)
         if held_out is not None and (source is None or isinstance(source, Source)):
             raise ValueError(

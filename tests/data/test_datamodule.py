@@ -239,7 +239,7 @@ def test_a_tokenizer_path_is_used(make_data, data, tmp_path):
         ({"max_document_tokens": 300}, r"max_document_tokens must be in \[2, max_tokens = 256\]"),
         ({"num_proc": 0}, r"num_proc must be at least 1, got 0. Use None \(null\)"),
         ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": -1}, r"seed must be in \[0, \d+\], got -1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
