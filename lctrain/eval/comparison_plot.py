@@ -82,7 +82,7 @@ def plot_comparison(comparison: MethodComparison, path: Path) -> None:
     axes.axvline(comparison.window, color=MUTED, linewidth=1, linestyle=":")
     scale_lengths(axes, lengths)
     axes.set_xlabel("Context length (tokens, filled)", color=INK)
-    axes.set_ylabel("Perplexity", color=INK)
+    axes.set_ylabel("Perplexity ± one paired standard error", color=INK)
     if shown and max(shown) > LINEAR_SPAN * min(shown):
         axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
@@ -92,7 +92,7 @@ def plot_comparison(comparison: MethodComparison, path: Path) -> None:
         axes,
         f"Reading beyond the window{of_model}",
         f"{count(row.tokens, 'held-out token')} of {count(row.documents, 'document')}, the same "
-        f"everywhere; trained on {comparison.window:,} (dotted); bands: one paired standard error",
+        f"everywhere; trained on {comparison.window:,} (dotted)",
     )
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     figure.savefig(path)
