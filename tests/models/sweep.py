@@ -29,16 +29,22 @@ KNOWN = {
 _SIGNS = {"yes": "yes", "no": "no", "n/a": "-"}
 
 
-def families(kind: str) -> dict[str, str]:
-    """Returns family -> class name, of one of KINDS; of a class's families the shortest."""
+def classes(kind: str) -> dict[str, str]:
+    """Returns family -> class name, of one of KINDS."""
     from transformers.models.auto import modeling_auto
 
-    mapping = {
-        "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        "encoder": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    }[kind]
+    return dict(
+        {
+            "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+            "encoder": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        }[kind]
+    )
+
+
+def families(kind: str) -> dict[str, str]:
+    """Returns family -> class name, of one of KINDS; of a class's families the shortest."""
     shortest: dict[str, str] = {}
-    for family, name in mapping.items():
+    for family, name in classes(kind).items():
         shortest[name] = min(shortest.get(name, family), family, key=len)
     return {family: name for name, family in shortest.items()}
 

@@ -99,7 +99,6 @@ def test_a_cache_beside_packed_rows_is_refused_as_patched(load):
 REFUSED = (  # family of tests.models.tiny, class, what patch_model says
     ("bloom", "BloomForCausalLM", "got BloomForCausalLM, for which transformers says otherwise"),
     ("falcon", "FalconForCausalLM", "must call attention through .* in Falcon"),
-    ("gptj", "GPTJForCausalLM", "must call attention through .* in GPTJ"),
     ("lfm2", "Lfm2ForCausalLM", "attention only, got Lfm2ForCausalLM with .*conv"),
     ("llama4_text", "Llama4ForCausalLM", "got Llama4ForCausalLM, for which transformers says"),
     ("phimoe", "PhimoeForCausalLM", "hand their sliding window to the attention function"),

@@ -4,7 +4,7 @@ import pytest
 import transformers
 
 from tests.models.family_checks import CHECKS, Verdict
-from tests.models.sweep import PAGE, check, families, table
+from tests.models.sweep import PAGE, check, classes, families, table
 
 SAMPLE = (  # family, what is special
     ("bert", "encoder"),  # learned positions, told by position_ids alone
@@ -25,7 +25,7 @@ SAMPLE = (  # family, what is special
 
 @pytest.mark.parametrize(("family", "kind"), SAMPLE, ids=[family for family, _ in SAMPLE])
 def test_family(family, kind):
-    verdict = check(family, families(kind)[family])
+    verdict = check(family, classes(kind)[family])
     assert verdict.not_built is None, verdict.not_built
     assert verdict.failures == []
     refused = family in ("falcon", "lfm2", "mobilebert", "qwen3_next")
