@@ -228,7 +228,8 @@ def check_trainer(trainer: Any) -> None:
         f"{trainer.devices!r}. Try 1.",
     )
     require(
-        trainer.max_time is None or re.fullmatch(r"\d+:\d\d?:\d\d?:\d\d?", trainer.max_time),
+        trainer.max_time is None
+        or re.fullmatch(r"\d+:\d\d?:\d\d?:\d\d?", trainer.max_time) is not None,
         f"trainer.max_time must read days:hours:minutes:seconds, got {trainer.max_time!r}. Half an "
         "hour is 00:00:30:00.",
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class LossSwap:
 
     def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
-        self._own: Any = type(model)
+        self._own = cast(Any, type(model))
         self._model.__class__ = loss_class(self._own)
 
     def restore(self) -> None:

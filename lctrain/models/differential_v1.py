@@ -25,7 +25,7 @@ class FusedDiffLlamaAttention(DiffLlamaAttention):
     and what it was again, by its `__class__`.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]  # the cache's name depends on the transformers release
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],

@@ -84,7 +84,7 @@ def _accept_names(model_class: Any) -> None:
 
     @functools.wraps(original)
     def check(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> Any:
-        if attn_implementation not in ATTENTION_NAMES.values():
+        if attn_implementation is None or attn_implementation not in ATTENTION_NAMES.values():
             return original(self, attn_implementation, *args, **kwargs)
         require_supported_class(type(self))
         if len(self._modules) == 0:

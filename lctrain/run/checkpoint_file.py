@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -54,7 +54,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with temporary.open("w+b") as file:
                 hashed = _HashingFile(file)
                 try:
-                    torch.save(checkpoint, hashed)
+                    torch.save(checkpoint, cast("IO[bytes]", hashed))
                 except RuntimeError as error:
                     raise hashed.error or error from None
                 _seal(file, hashed.digest.hexdigest())

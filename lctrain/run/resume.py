@@ -113,7 +113,7 @@ def newest_intact(paths: Sequence[Path]) -> Path:
     Raises:
         DamagedCheckpointError: if all are damaged.
     """
-    damages = []
+    damages: list[str] = []
     for path in paths:
         damage = damage_of(path)
         if damage is None:
