@@ -280,8 +280,10 @@ def test_unknown_model_argument():
 
 
 def test_wrong_model_argument_type():
-    config = load("model.config.hidden_size=wide")
-    with pytest.raises(ValueError, match=r"(?s)model.config must fit LlamaConfig.*hidden_size"):
+    with pytest.raises(ValueError, match=r"model.config.hidden_size must be an integer .* 'wide'"):
+        load("model.config.hidden_size=wide")
+    config = load("+model.config.rope_parameters=wide")
+    with pytest.raises(ValueError, match=r"(?s)model.config must fit LlamaConfig.*rope_parameters"):
         build_model(config.model, 300)
 
 
@@ -359,11 +361,11 @@ def test_precision(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    assert resolve_precision(TrainerConfig()) == "bf16-mixed"
-    assert resolve_precision(TrainerConfig(accelerator="cpu")) == "32-true"
-    assert resolve_precision(TrainerConfig(precision="bf16-true")) == "bf16-true"
+    assert resolve_precision(TrainerConfig(max_steps=1)) == "bf16-mixed"
+    assert resolve_precision(TrainerConfig(max_steps=1, accelerator="cpu")) == "32-true"
+    assert resolve_precision(TrainerConfig(max_steps=1, precision="bf16-true")) == "bf16-true"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert resolve_precision(TrainerConfig()) == "32-true"
+    assert resolve_precision(TrainerConfig(max_steps=1)) == "32-true"
 
 
 def test_composed_config_is_yaml(tmp_path):
@@ -379,41 +381,41 @@ def test_what_to_do_about_faults_and_encodings_is_in_the_schema():
 
 
 def test_a_leading_tilde_is_the_home_folder_in_every_path(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/people/me")
     config = load(
         "model=hf", "model.name_or_path='~/model'", "paths.root='~/runs'", "ckpt_path='~/a.ckpt'",
         "data=hub", "data.dataset='~/data'", "data.cache_dir='~/cache'", "logger=wandb",
         output_dir="'~/out'",
     )  # fmt: skip
-    assert config.model.name_or_path == "/home/me/model"
-    assert config.paths.root == "/home/me/runs"
-    assert config.paths.runs_dir == "/home/me/runs/default"
-    assert config.paths.output_dir == "/home/me/out"
-    assert config.ckpt_path == "/home/me/a.ckpt"
-    assert config.data.dataset == "/home/me/data"
-    assert config.callbacks["checkpoint"].directory == "/home/me/out/checkpoints"
-    assert {logger.save_dir for logger in config.logger.values()} == {"/home/me/out"}
+    assert config.model.name_or_path == "/people/me/model"
+    assert config.paths.root == "/people/me/runs"
+    assert config.paths.runs_dir == "/people/me/runs/default"
+    assert config.paths.output_dir == "/people/me/out"
+    assert config.ckpt_path == "/people/me/a.ckpt"
+    assert config.data.dataset == "/people/me/data"
+    assert config.callbacks["checkpoint"].directory == "/people/me/out/checkpoints"
+    assert {logger.save_dir for logger in config.logger.values()} == {"/people/me/out"}
     monkeypatch.setattr("lctrain.build.tokenizer_for", lambda model, named: None)
     cache_dir = build_datamodule(config.data, config.model).preparation.cache_dir
-    assert str(cache_dir) == "/home/me/cache"
+    assert str(cache_dir) == "/people/me/cache"
 
 
 @pytest.mark.parametrize("name", ["train", "eval"])
 def test_a_leading_tilde_is_the_home_folder_where_hydra_writes(name, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/people/me")
     importlib.import_module("lctrain.evaluate")  # stores the schema of eval
     register_schemas()
     with initialize_config_module("lctrain.configs", version_base="1.3"):
         config = compose(name, ["paths.root='~/runs'"], return_hydra_config=True)
-    assert config.hydra.run.dir.startswith("/home/me/runs/")
-    assert config.hydra.sweep.dir.startswith("/home/me/runs/")
+    assert config.hydra.run.dir.startswith("/people/me/runs/")
+    assert config.hydra.sweep.dir.startswith("/people/me/runs/")
 
 
 def test_a_tilde_in_the_arguments_of_a_command_is_the_home_folder(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/people/me")
     arguments = ["paths.root=~/x", "data.files=[~/a,~/b/*.txt]", "~data.seed", "a=b~/c", "c=~x/y"]
     assert expand_home(arguments) == [
-        "paths.root=/home/me/x", "data.files=[/home/me/a,/home/me/b/*.txt]", "~data.seed",
+        "paths.root=/people/me/x", "data.files=[/people/me/a,/people/me/b/*.txt]", "~data.seed",
         "a=b~/c", "c=~x/y",
     ]  # fmt: skip
 

@@ -176,8 +176,8 @@ def test_every_layer_carries_the_spec():
         ({"attention": "ring"}, "one of 'flash', 'dual_chunk', 'differential', got 'ring'"),
         (
             {"dropuot": 0.1},
-            "options of attention='flash' must be among dropout, deterministic, backend, got "
-            "dropuot. Check the spelling",
+            "options of attention='flash' must be among dropout, deterministic, backend, "
+            "sliding_window, got dropuot. Check the spelling",
         ),
         (
             {"chunk_size": 16},
