@@ -49,13 +49,17 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         },
         {"params": [p for p in trainable if not decaying[id(p)]], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         fused=all(parameter.device.type in ("cpu", "cuda") for parameter in trainable),
     )
+    # A fused step can unscale the gradients of float16 itself, so Lightning refuses to clip before
+    # it under mixed precision. Nothing is scaled here: float16 is refused.
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    return optimizer
 
 
 BIAS = re.compile(r"(^|_)bias(es)?(_|\d|$)")

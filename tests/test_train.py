@@ -400,7 +400,7 @@ def test_first_line_of_every_recipe_runs(tiny, tmp_path):
         small = ["trainer.max_steps=2", "data.num_workers=0", "model.config.hidden_size=48"]
         small += ["model.config.num_hidden_layers=1", "trainer.limit_val_batches=1"]
         small += ["trainer.validate_every_n_steps=1", "data.passkey_fraction=0"]
-        small += ["data.max_document_tokens=null"]
+        small += ["data.max_document_tokens=null", "evaluation.stride=null"]
         data = [word for word in tiny if word.startswith(("data", "evaluation", "trainer.acc"))]
         report = train(config(*words[1:], *data, *small, output_dir=tmp_path / recipe.name))
         assert report.steps == 2
