@@ -92,6 +92,13 @@ def serving_backend(model: nn.Module, spec: AttentionSpec, head_dim: int = 1) ->
     """
     from lctrain.kernels import select_backend
 
+    device, dtype = device_and_dtype(model, spec)
+    named = backend_of(spec, device, dtype, head_dim)
+    return select_backend(device, dtype, named, head_dim=head_dim, warn=False)
+
+
+def device_and_dtype(model: nn.Module, spec: AttentionSpec) -> tuple[torch.device, torch.dtype]:
+    """Returns where the model's attention runs now, and in which dtype: autocast's if it is on."""
     weight = next(model.parameters(), None)
     device, dtype = torch.device("cpu"), torch.float32
     if weight is not None and weight.device.type != "meta":
@@ -100,8 +107,7 @@ def serving_backend(model: nn.Module, spec: AttentionSpec, head_dim: int = 1) ->
         device = torch.device("cuda")  # a model is often patched before it is moved
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    named = backend_of(spec, device, dtype, head_dim)
-    return select_backend(device, dtype, named, head_dim=head_dim, warn=False)
+    return device, dtype
 
 
 def _hooks(model: nn.Module) -> list[InputHook]:
@@ -213,7 +219,7 @@ class PatchHandle:
         from lctrain.models.differential_v1 import FusedDiffLlamaAttention  # needs DiffLlama
         from lctrain_kernels.gluon.support import serves
 
-        dtype = next(self.model.parameters()).dtype
+        _, dtype = device_and_dtype(self.model, self.spec)
         deterministic = torch.are_deterministic_algorithms_enabled() or self.spec.deterministic
         told = set()
         for layer in self.layers.values():

@@ -223,3 +223,11 @@ def test_changing_the_attention_under_the_patch():
 def test_wrappers(wrap):
     with pytest.raises(ValueError, match="model must be a transformers PreTrainedModel, got"):
         patch_model(wrap(make_model("llama")))
+
+
+def test_repr_names_the_kernels_of_autocast_s_dtype(monkeypatch):
+    handle = patch_model(make_model("llama"))
+    monkeypatch.setattr("lctrain.models.patch.serving_backend", lambda *_: "hopper")
+    assert "dtypes other than float16 and bfloat16" in repr(handle)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert "kernels: hopper\n" in repr(handle)
