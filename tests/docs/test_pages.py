@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from lctrain_kernels.bench import report
+from lctrain_kernels.bench.record import BenchmarkRecord
+from lctrain_kernels.bench.step_report import newest_step_record, step_table
 from tests.house.typecheck import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+GENERATED = "reference/configuration.md"  # the site makes it; test_site.py checks its links
 WITH_EXAMPLES = [page for page in PAGES if EXAMPLE.search(page.read_text())]
 
 
@@ -29,9 +33,23 @@ def test_examples_run(page: Path, tmp_path, monkeypatch):
 def test_links_lead_somewhere(page: Path):
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
-    local = [target for target in targets if "://" not in target]
+    local = [t for t in targets if "://" not in t and not t.endswith(GENERATED)]
     missing = [target for target in local if not (page.parent / target).exists()]
     assert not missing
+
+
+def test_the_readme_s_speeds_are_those_that_were_recorded():
+    """The figures of the README stand in the tables that are generated from the records."""
+    text = (ROOT / "README.md").read_text()
+    record = BenchmarkRecord.load(report.newest_results()[0])
+    workloads = ("1x32k", "16x2k", "mix32k")
+    pairs = [(record.find(name, "lctrain"), record.find(name, "fa4")) for name in workloads]
+    cells = ["{:.2f} / {:.2f}".format(*report.speedups(*pair)) for pair in pairs]
+    assert f"| {' | '.join(cells)} |" in text
+    steps = [row for row in step_table(newest_step_record()).splitlines() if "| none |" in row]
+    for shape in ("Llama-3.2-1B", "Qwen3-1.7B"):
+        ratios = [row.split(" | ")[-1].removesuffix(" |") for row in steps if shape in row]
+        assert f"| {shape} shape | {' | '.join(ratios)} |" in text
 
 
 def test_the_readme_is_short():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lctrain_kernels.bench.peers import OURS, PEERS
 from lctrain_kernels.bench.record import BenchmarkRecord, Result
+from lctrain_kernels.bench.step_report import newest_step_record, step_table
 from lctrain_kernels.bench.workloads import WORKLOADS
 
 RESULTS = Path(__file__).parent / "results"
@@ -184,6 +185,18 @@ def readme_with_sections(readme: str, folder: Path = RESULTS) -> str:
     return readme
 
 
+def readme_with_steps(readme: str) -> str:
+    """Returns the page's text with the table of whole steps written anew, where it has one."""
+    begin, end = (f"<!-- step tables: {edge} -->" for edge in ("begin", "end"))
+    if begin not in readme:
+        return readme
+    before, _, rest = readme.partition(begin)
+    _, has_end, after = rest.partition(end)
+    if not has_end:
+        raise ValueError(f"the page must hold the lines {begin!r} and {end!r}. Add them.")
+    return f"{before}{begin}\n\n{step_table(newest_step_record())}\n{end}{after}"
+
+
 def _between(
     readme: str,
     begin: str,
@@ -210,7 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = options.results or newest_results()
     text = options.readme.read_text()
     try:
-        options.readme.write_text(readme_with_sections(readme_with_tables(text, results)))
+        text = readme_with_sections(readme_with_tables(text, results))
+        options.readme.write_text(readme_with_steps(text))
     except ValueError as error:
         parser.error(str(error))
     return 0

@@ -92,6 +92,5 @@ def test_sections_of_other_attentions_come_from_their_folders(record, tmp_path):
 def test_the_readme_of_this_repository_is_up_to_date():
     readme = (ROOT / "docs" / "benchmarks.md").read_text()
     written = report.readme_with_tables(readme, report.newest_results())
-    assert report.readme_with_sections(written) == readme, (
-        "run: python -m lctrain_kernels.bench.report docs/benchmarks.md"
-    )
+    written = report.readme_with_steps(report.readme_with_sections(written))
+    assert written == readme, "run: python -m lctrain_kernels.bench.report docs/benchmarks.md"
