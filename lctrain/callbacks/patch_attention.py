@@ -26,7 +26,8 @@ class PatchAttention(Patching):
     Args:
         attention: "flash", "dual_chunk" or "differential", as in `lctrain.patch_model`.
         models: Attribute paths of the models to patch, such as "policy.model"; None for all.
-        fused: Also swap norms, rotary embeddings and MLPs for fused operations.
+        fused: Also swap norms, rotary embeddings and MLPs for fused operations, as
+            LongContextModule does: equal within rounding, faster and smaller on a GPU.
         loss: Have `model(**batch, labels=...)` compute its loss without the logits in training.
         dropout: Probability of dropping an attention weight in training; None keeps the model's.
         deterministic: Ask for a backward that gives the same bits in every run.
@@ -49,7 +50,7 @@ class PatchAttention(Patching):
         attention: str = "flash",
         *,
         models: Paths = None,
-        fused: bool = False,
+        fused: bool = True,
         loss: bool = False,
         dropout: float | None = None,
         deterministic: bool = False,
