@@ -112,6 +112,11 @@ def _other_masks(name: str) -> ValueError:
 
 def _not_a_model(model: Any) -> str:
     kind = type(model).__name__
+    if hasattr(model, "get_base_model"):
+        return (
+            f"model must be a transformers PreTrainedModel, got {kind}. Patch the model inside: "
+            "patch_model(model.get_base_model()); the adapters stay."
+        )
     advice = {
         "OptimizedModule": "Patch the model before torch.compile.",
         "DistributedDataParallel": "Patch the model before wrapping it, or pass wrapper.module.",

@@ -149,6 +149,13 @@ class InputHook:
     def _give_positions(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> None:
         self._require_positions(model)
         boundaries = inputs.get("cu_seq_lens_q")
+        covered = _covered_tokens(inputs)
+        if covered is not None and covered != tokens.shape[1]:
+            raise ValueError(
+                f"cu_seq_lens_q must cover the {tokens.shape[1]} tokens of the row, got boundaries "
+                f"for {covered}. Prompt tuning and p-tuning put virtual tokens in front of a row, "
+                "where a pack has no document: train LoRA on packs, or one document per row."
+            )
         if inputs.get("position_ids") is None and boundaries is not None:
             inputs["position_ids"] = _restarting_positions(boundaries, tokens.shape[1])
 
@@ -157,7 +164,8 @@ class InputHook:
         if packed and (inputs.get("use_cache") or given_cache(inputs) is not None):
             raise ValueError(
                 "use_cache must be False for packed inputs, got a key/value cache: it would hold "
-                "the keys of all documents as one. Generate from one document per row."
+                "the keys of all documents as one. Generate from one document per row. Prefix "
+                "tuning passes such a cache: train LoRA on packs instead."
             )
         if (
             "use_cache" in self.names
@@ -263,6 +271,16 @@ def _refuse_numbers(mask: Any) -> None:
             "attention_mask must be 0 or 1 on top of a filled key/value cache, got numbers of "
             "documents. Pass use_cache=False and no past_key_values."
         )
+
+
+def _covered_tokens(inputs: dict[str, Any]) -> int | None:
+    """Tokens that a pack's documents cover; None where only the device knows."""
+    schedule, boundaries = inputs.get("schedule"), inputs.get("cu_seq_lens_q")
+    if schedule is not None and schedule.total_q >= 0:
+        return int(schedule.total_q)
+    if boundaries is not None and boundaries.device.type == "cpu":
+        return int(boundaries[-1])
+    return None
 
 
 def _restarting_positions(cu_seqlens: Tensor, tokens: int) -> Tensor:

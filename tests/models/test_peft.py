@@ -1,0 +1,77 @@
+"""Adapters of peft on packs: LoRA trains exactly, other methods say why they cannot."""
+
+import pytest
+import torch
+
+import lctrain
+from lctrain.loss import causal_lm_loss
+
+peft = pytest.importorskip("peft")
+DOCUMENTS = [list(range(3, 12)), list(range(20, 37)), [5, 6]]
+
+
+@pytest.fixture
+def lora(make_llama):
+    """A tiny Llama in float64 with LoRA adapters that are not zero, patched."""
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(make_llama().double(), config).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    lctrain.patch_model(model.get_base_model())
+    return model
+
+
+def losses(model, documents):
+    """Summed loss, and the gradients of the adapters."""
+    model.zero_grad()
+    batch = lctrain.PackedBatch.from_documents(documents)
+    loss, _ = causal_lm_loss(model.get_base_model(), batch)
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), grads
+
+
+def test_lora_on_a_pack_equals_the_documents_alone(lora):
+    packed, gradients = losses(lora, DOCUMENTS)
+    alone = [losses(lora, [document]) for document in DOCUMENTS]
+    torch.testing.assert_close(packed, sum(loss for loss, _ in alone))
+    assert gradients
+    assert all("lora" in name for name in gradients)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, sum(grads[name] for _, grads in alone))
+
+
+def test_merged_adapters_give_the_same_logits(lora):
+    lora.eval()
+    batch = lctrain.PackedBatch.from_documents(DOCUMENTS)
+    with torch.no_grad():
+        before = lora(**batch.model_kwargs()).logits
+        merged = lora.merge_and_unload()
+        torch.testing.assert_close(merged(**batch.model_kwargs()).logits, before)
+
+
+def test_the_wrapper_itself_is_refused_with_the_way_in(make_llama):
+    model = peft.get_peft_model(make_llama(), peft.LoraConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match=r"patch_model\(model.get_base_model\(\)\)"):
+        lctrain.patch_model(model)
+
+
+@pytest.mark.parametrize("config", [peft.PromptTuningConfig, peft.PromptEncoderConfig])
+def test_virtual_tokens_in_front_of_a_pack_are_refused(make_llama, config):
+    model = make_llama()
+    lctrain.patch_model(model)
+    tuned = peft.get_peft_model(model, config(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    batch = lctrain.PackedBatch.from_documents(DOCUMENTS)
+    with pytest.warns(), pytest.raises(ValueError, match=r"Prompt tuning .* train LoRA on packs"):
+        tuned(**batch.model_kwargs())
+
+
+def test_prefixes_in_a_cache_are_refused(make_llama):
+    model = make_llama()
+    lctrain.patch_model(model)
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    tuned = peft.get_peft_model(model, config)
+    batch = lctrain.PackedBatch.from_documents(DOCUMENTS)
+    with pytest.raises(ValueError, match="Prefix tuning passes such a cache"):
+        tuned(**batch.model_kwargs())
