@@ -122,7 +122,10 @@ BAD = {
     ),
     "4-D floats": (torch.zeros(1, 1, 7, 7), r"must be \[batch, tokens\], got \[1, 1, 7, 7"),
     "3-D": (torch.ones(1, 7, 7), r"must be \[batch, tokens\], got \[1, 7, 7"),
-    "per layer": ({"full_attention": torch.ones(1, 1, 7, 7)}, r"\[batch, tokens\], got dict"),
+    "per layer": (
+        {"full_attention": torch.ones(1, 1, 7, 7)},
+        r"must be \[batch, tokens\], got the masks of an outer model",
+    ),
 }
 
 
