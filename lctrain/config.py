@@ -447,6 +447,8 @@ class BestCheckpointConfig:
         mode: min or max: which value of the metric is best.
         save_top_k: Number of best checkpoints that stay on disk.
         filename: Name of the file, with the step.
+        auto_insert_metric_name: Whether Lightning writes the metric's name into the file's name.
+        save_on_train_epoch_end: Whether Lightning saves after a training epoch, too.
     """
 
     _target_: str = "lightning.pytorch.callbacks.ModelCheckpoint"
@@ -471,6 +473,7 @@ class EarlyStoppingConfig:
         mode: min or max: which value of the metric is best.
         patience: Validations without an improvement after which training stops.
         min_delta: Smallest change that counts as an improvement.
+        check_on_train_epoch_end: Whether Lightning checks after a training epoch, too.
     """
 
     _target_: str = "lightning.pytorch.callbacks.EarlyStopping"

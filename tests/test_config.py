@@ -36,7 +36,8 @@ def test_trainer_numbers_below_one(name):
 def test_negative_gradient_clip_val():
     with pytest.raises(ValueError, match=r"gradient_clip_val must be at least 0, got -1.0. Use"):
         TrainerConfig(gradient_clip_val=-1.0)
-    assert TrainerConfig(gradient_clip_val=None, validate_every_n_steps=None).num_nodes == 1
+    config = TrainerConfig(max_steps=1, gradient_clip_val=None, validate_every_n_steps=None)
+    assert config.num_nodes == 1
 
 
 def test_numbers_from_the_command_line_are_checked_too():
