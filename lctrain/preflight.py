@@ -84,7 +84,7 @@ def check_folder(folder: Path, name: str) -> None:
 
     Args:
         folder: The folder.
-        name: Of the setting.
+        name: Name of the setting.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

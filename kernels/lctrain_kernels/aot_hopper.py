@@ -216,7 +216,7 @@ def differential_forward_variant(
         value_dim: Dv.
         shared_k: Both branches read one k.
         features: As in forward_variant, like all that follow.
-        dtype: Of the tensors.
+        dtype: Dtype of the tensors.
         group: Query heads per key/value head.
     """
     columns, value_columns = padded_columns(head_dim), padded_columns(value_dim)
@@ -402,7 +402,7 @@ def _types(
     Args:
         kernel: The kernel.
         features: One of FEATURES.
-        dtype: Of the tensors.
+        dtype: Dtype of the tensors.
         absent: Further pointers that are None.
         descriptors: Types of the descriptors.
     """

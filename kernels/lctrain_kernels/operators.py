@@ -32,7 +32,7 @@ class Attention:
     """What the builder needs to know of an attention.
 
     Attributes:
-        name: Of the operation: its operators are `lctrain::<name>_forward` and `_backward`.
+        name: Name of the operation: its operators are `lctrain::<name>_forward` and `_backward`.
         operands: Named tuple class of what only this attention takes; queries come first, and
             among the fields are q or q1, k or k1, and v.
         results: Results of the forward. The first is out; those that start with "lse" have

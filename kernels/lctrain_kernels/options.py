@@ -129,7 +129,7 @@ def resolve_seed(
         dropout_p: Probability of dropping a weight.
         dropout_seed: An int, one int64 element on `device`, or None to draw it from torch's
             generator of that device.
-        device: Of the tensors of the call.
+        device: Device of the tensors of the call.
 
     Raises:
         ValueError: if the seed is a tensor on another device.

@@ -156,7 +156,7 @@ def compare_methods(
             which every length is filled.
         begin: What windows begin with; see `begin_tokens`.
         progress: Show a progress bar.
-        name: Of the model.
+        name: Name of the model.
 
     Returns:
         The comparison; `str()` of it is readable, `save(folder)` writes files.

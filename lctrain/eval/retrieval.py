@@ -140,7 +140,7 @@ def passkey_retrieval(
         seed: Of keys and text.
         device: Where the model is; default: where its first parameter is.
         progress: Show a progress bar.
-        name: Of the model.
+        name: Name of the model.
 
     Returns:
         The table; `str()` of it is readable, `save(folder)` writes files.

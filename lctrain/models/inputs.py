@@ -185,7 +185,7 @@ def find_boundaries(
         inputs: The model's arguments: a pack's own, `attention_mask` [B, S], `position_ids` [B, S].
         batch: B.
         tokens: S.
-        device: Of the inputs.
+        device: Device of the inputs.
 
     Raises:
         ValueError: if the arguments contradict one another.

@@ -19,7 +19,7 @@ def load_pretrained(config: PretrainedModelConfig, dtype: str = "auto") -> Any:
 
     Args:
         config: Which one.
-        dtype: Of the weights: auto (as they are stored), float32, bfloat16 or float16.
+        dtype: Dtype of the weights: auto (as they are stored), float32, bfloat16 or float16.
 
     Raises:
         ValueError: if there is no such model, it is no causal LM, or the dtype is unknown.

@@ -19,7 +19,7 @@ def new_run_folder(root: str, name: str, time: str) -> str:
 
     Args:
         root: Folder of all runs.
-        name: Of the run.
+        name: Name of the run.
         time: When it starts.
 
     Raises:

@@ -31,7 +31,7 @@ def pick_chunk_tokens(
         tokens: T.
         vocabulary: V of this rank.
         element_size: Bytes of one logit.
-        device: Of the logits.
+        device: Device of the logits.
         logits_bytes: The budget; None takes a fixed one on the CPU. On a GPU it is 2 GiB, or a
             quarter of the memory that was free at the first call, if that is less.
 

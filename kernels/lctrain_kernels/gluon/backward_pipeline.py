@@ -81,7 +81,7 @@ def load_rows(desc, buffers, first, ready, rows):
     """Loads the halves of a tile of keys; the caller sets the bytes that the mbarrier expects.
 
     Args:
-        desc: Of [T, H, D], in blocks of a buffer's shape.
+        desc: Descriptor of [T, H, D], in blocks of a buffer's shape.
         buffers: [.., rows, columns].
         first: Buffer of the first half; the other follows.
         ready: The barrier.
@@ -162,7 +162,7 @@ def key_offsets(
         stride_t: Distance between tokens.
         stride_h: Distance between heads.
         WIDTH: Columns that there are; those of SHAPE beyond are padding.
-        layout: Of the rows.
+        layout: Layout of the rows.
         ROWS: Keys.
         COLUMNS: Columns of the tile.
     """

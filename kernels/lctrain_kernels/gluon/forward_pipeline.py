@@ -53,7 +53,7 @@ def allocate_forward(dtype: gl.constexpr, TILE: gl.constexpr):
     """Allocates the ForwardBuffers of an attention with one branch.
 
     Args:
-        dtype: Of queries, keys and values.
+        dtype: Dtype of queries, keys and values.
         TILE: ForwardShape.
     """
     BLOCK_N: gl.constexpr = TILE.block_n
@@ -78,7 +78,7 @@ def allocate_branches(dtype: gl.constexpr, TILE: gl.constexpr):
     buffers [.., 64, block_dv] take the others.
 
     Args:
-        dtype: Of queries, keys and values.
+        dtype: Dtype of queries, keys and values.
         TILE: ForwardShape.
 
     Returns:
@@ -118,7 +118,7 @@ def load_queries(
     """Loads the queries of a tile, head after head; a run is the positions of one head.
 
     Args:
-        desc: Of [T, H, D], in blocks of a run times 64 columns.
+        desc: Descriptor of [T, H, D], in blocks of a run times 64 columns.
         q_bufs: Buffers of queries.
         q_ready: Their mbarriers.
         stage: Pipeline stage to fill.
@@ -171,7 +171,7 @@ def load_block(desc, buffer, ready, rows):
     """Loads a block of rows of one head, and arrives at its mbarrier.
 
     Args:
-        desc: Of [T, H, D], in blocks of the buffer's shape.
+        desc: Descriptor of [T, H, D], in blocks of the buffer's shape.
         buffer: [rows, columns].
         ready: The barrier.
         rows: Rows to load.

@@ -321,7 +321,7 @@ class DropoutInputs(NamedTuple):
         seed: [1] int64, or None.
         document_ids: [N] int32, or None.
         document: Index in the pack.
-        threshold: Of 65,536.
+        threshold: Threshold, out of 65,536.
     """
 
     seed: Any

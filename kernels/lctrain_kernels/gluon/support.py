@@ -158,7 +158,7 @@ def serves(
     Args:
         attention: "flash", "dual_chunk" or "differential".
         head_dim: D, of queries and keys.
-        dtype: Of queries, keys and values.
+        dtype: Dtype of queries, keys and values.
         deterministic: Whether the backward must give the same bits in every run.
         value_dim: Of values, default D.
         shared_k: Both branches of differential attention read one k.

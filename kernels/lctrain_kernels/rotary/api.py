@@ -21,7 +21,7 @@ def rotary_table(
         inv_freq: [R / 2], floating point.
         positions: [T], integers.
         scale: Factor of both tables (YaRN's attention factor).
-        dtype: Of the tables.
+        dtype: Dtype of the tables.
 
     Returns:
         cos and sin [T, R / 2].

@@ -77,7 +77,7 @@ def is_kept(bits, key, threshold):
     Args:
         word: From draw_words.
         key: As there.
-        threshold: Of 65,536.
+        threshold: Threshold, out of 65,536.
     """
     # The bits are compared at the top of the word, where the upper half already lies.
     return top_bits(bits, key) >= threshold.to(tl.uint32) << 16
