@@ -147,6 +147,7 @@ def _run(
         else:
             log.info("Resuming from %s", checkpoint)
         trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+        count_last_step(trainer)
         trainer.validate(module, datamodule, verbose=False)
         paths, perplexities = export_and_evaluate(config, trainer, module, folder.path)
     report = summarize(trainer, module, perplexities, paths)
@@ -155,6 +156,21 @@ def _run(
         print(report, flush=True)
         log_to_file(f"Report\n{report}")
     return report
+
+
+def count_last_step(trainer: pl.Trainer) -> None:
+    """Counts the step and the epoch that end a run, where `fit` found the run finished already.
+
+    Lightning counts a step for the loggers after its checkpoint is saved, and counts it again when
+    training goes on from there. A finished run does not go on: without this, its last validation
+    would stand in the row of its last step.
+
+    Args:
+        trainer: After `fit`.
+    """
+    if trainer.fit_loop.restarting:
+        trainer.fit_loop.epoch_loop._batches_that_stepped += 1
+        trainer.fit_loop.epoch_progress.increment_completed()
 
 
 def end_launched_ranks(trainer: pl.Trainer, number: int) -> None:

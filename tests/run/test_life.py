@@ -61,6 +61,19 @@ def test_a_signal_ends_the_step_saves_and_the_run_goes_on(tiny, tmp_path, whole,
     assert [row["val/loss"] for row in rows(folder)] == [row["val/loss"] for row in rows(whole)]
 
 
+def test_a_signal_in_the_last_step(tiny, tmp_path, whole):
+    """The run is trained; going on adds its last validation and keeps every row."""
+    folder = tmp_path / "1"
+    overrides = [*tiny, *SHORT, "trainer.validate_every_n_steps=2"]
+    with pytest.raises(SystemExit):
+        train(config(*overrides, at(6, int(signal.SIGTERM)), output_dir=folder))
+    assert (folder / "checkpoints" / "step-00000006.ckpt").is_file()
+    train(config(*overrides, "ckpt_path=last", output_dir=folder))
+    assert_same_run(whole, folder)
+    for column in ("step", "epoch", "val/loss"):
+        assert [row[column] for row in rows(folder)] == [row[column] for row in rows(whole)]
+
+
 def test_a_signal_before_training_ends_at_once(tiny, tmp_path, monkeypatch, capfd):
     def signalled(self):
         os.kill(os.getpid(), signal.SIGTERM)
