@@ -1,66 +1,25 @@
-"""Pages that the site makes while it is built: the configuration reference, from the schemas."""
+"""Hooks of mkdocs: they add the generated pages to the site."""
 
 from __future__ import annotations
 
-from dataclasses import MISSING, Field, fields
-from typing import Any
-
+from builders import api, configuration
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-PAGE = "reference/configuration.md"
-HEAD = """# Configuration
 
-Keys of `lctrain-train` and `lctrain-eval`, by group and choice. `group=choice` selects a choice,
-`group.key=value` sets a key. This page is generated from the schemas in `lctrain/config.py`.
-"""
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Lists the pages of the Python API in the navigation: one for every public package."""
+    for section in config.nav or []:
+        for entry in section.get("Reference", []):
+            if "Python API" in entry:
+                entry["Python API"] = [{name: page} for name, page in api.pages().items()]
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the configuration reference to the files of the site."""
-    files.append(File.generated(config, PAGE, content=configuration_page()))
+    """Adds the configuration reference and the API reference."""
+    generated = {configuration.PAGE: configuration.configuration_page()}
+    generated |= {page: api.api_page(name) for name, page in api.pages().items()}
+    for path, content in generated.items():
+        files.append(File.generated(config, path, content=content))
     return files
-
-
-def configuration_page() -> str:
-    """Returns the reference as Markdown: a table for every schema."""
-    from lctrain.schemas import SCHEMAS
-
-    parts = [HEAD]
-    for name in sorted(SCHEMAS, key=lambda name: ("/" in name, name)):
-        parts.append(schema_table(name, SCHEMAS[name]))
-    return "\n".join(parts)
-
-
-def schema_table(name: str, schema: type) -> str:
-    """Returns the keys of one schema with type, default and meaning."""
-    from lctrain.help import attribute_docs
-
-    meanings = attribute_docs(schema)
-    group, _, choice = name.rpartition("/")
-    title = f"`{group}`: {choice}" if group else f"`{choice}`"
-    summary = (schema.__doc__ or "").strip().splitlines()[0]
-    lines = [
-        f"## {title}",
-        "",
-        summary,
-        "",
-        "| key | type | default | meaning |",
-        "|---|---|---|---|",
-    ]
-    for field in fields(schema):
-        if field.name == "_target_":
-            continue
-        kind = str(field.type).replace("|", "or")
-        meaning = meanings.get(field.name, "").replace("|", "\\|")
-        lines.append(f"| `{field.name}` | {kind} | {default_of(field)} | {meaning} |")
-    return "\n".join([*lines, ""])
-
-
-def default_of(field: Field[Any]) -> str:
-    """Returns the default of a key as one would write it; what has to be given is "required"."""
-    if field.default_factory is not MISSING:
-        return f"`{field.default_factory()!r}`"
-    if field.default is MISSING or field.default == "???":
-        return "required"
-    return "`null`" if field.default is None else f"`{field.default}`"

@@ -1,13 +1,18 @@
-"""The documentation site builds without a warning, and names every setting."""
+"""The documentation site: it builds without a warning, is complete, and opens without a network."""
 
+import importlib
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
+from types import ModuleType
 
 import pytest
 
+from docs.builders import api, pictures
 from lctrain.schemas import SCHEMAS
+from tests.house.test_architecture import LEVELS
 from tests.house.typecheck import ROOT
 
 
@@ -25,6 +30,25 @@ def test_the_site_builds_without_a_warning(site):
     assert (site / "index.html").is_file()
 
 
+def test_every_local_link_and_image_leads_somewhere(site):
+    missing = []
+    for page in site.rglob("*.html"):
+        for target in re.findall(r'(?:href|src)="([^"#?]+)', page.read_text()):
+            if "://" not in target and not target.startswith(("/", "data:", "mailto:")):
+                if not (page.parent / target).exists():
+                    missing.append((page.name, target))
+    assert not missing
+
+
+def test_the_site_opens_without_a_network(site):
+    """No page loads a script, a style, a font or an image from another host."""
+    loading = r'<(?:script|img|iframe)[^>]*\bsrc="https?:[^"]*"|<link[^>]*rel="stylesheet"[^>]*https?:'
+    for page in site.rglob("*.html"):
+        text = page.read_text()
+        assert not re.search(loading, text), page.name
+        assert 'class="mermaid"' not in text, page.name  # its script comes from another host
+
+
 def test_the_configuration_reference_names_every_key(site):
     page = (site / "reference" / "configuration.html").read_text()
     for name, schema in SCHEMAS.items():
@@ -33,7 +57,28 @@ def test_the_configuration_reference_names_every_key(site):
                 assert f"<code>{field.name}</code>" in page, f"{name}: {field.name}"
 
 
-def test_the_api_reference_shows_signatures(site):
-    page = (site / "reference" / "api.html").read_text()
-    assert "patch_model" in page
-    assert "PackedBatch" in page
+@pytest.mark.parametrize("package", api.packages())
+def test_the_api_reference_has_every_public_name(site, package):
+    page = (site / "reference" / "api" / f"{package}.html").read_text()
+    module = importlib.import_module(package)
+    for name in module.__all__:
+        if isinstance(getattr(module, name), ModuleType):
+            assert f"{package}.{name}.html" in page
+        else:
+            assert f'id="{api.definition(package, name)}"' in page, name
+
+
+def test_the_api_reference_has_the_packages_that_users_import_from():
+    known = {"lctrain", "lctrain.callbacks", "lctrain.data", "lctrain.eval", "lctrain.kernels"}
+    assert known | {"lctrain.attention", "lctrain.loss", "lctrain.models"} <= {*api.packages()}
+
+
+def test_the_pictures_are_those_that_the_builder_draws():
+    drawn = {file.stem: file.read_text() for file in (ROOT / "docs" / "pictures").glob("*.svg")}
+    assert drawn == {name: pictures.picture(name) for name in pictures.PICTURES}
+
+
+def test_the_picture_of_the_packages_follows_the_levels_of_imports():
+    rows = [[LEVELS[title] for title, _ in row] for row in pictures.PICTURES["packages"]]
+    for above, below in zip(rows, rows[1:], strict=False):
+        assert min(above) > max(below)
