@@ -9,8 +9,8 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SYMBOLS = """Shapes use these symbols: T packed tokens, N documents, H query heads, Hk key/value heads,
-D head dim, Dv head dim of the values, V vocabulary size, E hidden size.
+SYMBOLS = """Shapes use these symbols: T packed tokens, N documents, H query heads, Hk key/value
+heads, D head dim, Dv head dim of the values, V vocabulary size, E hidden size.
 """
 
 
