@@ -11,128 +11,26 @@ With methods, the same for several ways to read beyond the trained window:
 
 from __future__ import annotations
 
-import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lctrain.command import Command
-from lctrain.config import (
-    MISSING,
-    AttentionConfig,
-    PathsConfig,
-    PretrainedModelConfig,
-    store_schema,
-    to_dataclass,
-)
-from lctrain.limits import (
-    check_lengths,
-    check_methods,
-    check_passkeys,
-    check_windows,
-    require,
-)
-from lctrain.local_paths import check_run_name
-from lctrain.preflight import check_attention, check_data_files, check_targets
+from lctrain.config import EvalConfig, PasskeyConfig, to_dataclass
+from lctrain.limits import check_lengths, check_methods
+from lctrain.preflight import check_evaluation, check_tasks
 from lctrain.run.start import without_empty_folder
 from lctrain.schemas import register_schemas
 
 if TYPE_CHECKING:
-    import torch
     from omegaconf import DictConfig
 
-    from lctrain.data import TokenizedDocument
-    from lctrain.eval import BeginTokens, Extension, MethodComparison, PasskeyTable, PerplexityTable
+    from lctrain.eval import MethodComparison, PasskeyTable, PerplexityTable
 
-log = logging.getLogger(__name__)
-
-MIN_MAX_TOKENS = 8192  # of a forward pass, where nothing else is said
-TASKS = ("perplexity", "passkey")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class PasskeyConfig:
-    """How keys are hidden: see `lctrain.eval.passkey_retrieval`.
-
-    Attributes:
-        lengths: Tokens of the texts; None for the lengths of the evaluation.
-        methods: None for the methods of the evaluation.
-        depths: Share of the text before the key.
-        keys_per_cell: Keys of each length and depth.
-        seed: Seed of keys and text.
-    """
-
-    lengths: list[int] | None = None
-    methods: list[str] | None = None
-    depths: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    keys_per_cell: int = 20
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Everything that `lctrain-eval` does.
-
-    Attributes:
-        name: Name of the evaluation; part of its folder.
-        model: What is evaluated. On the command line, `model=x` is short for
-            `model.name_or_path=x`.
-        data: What is read, as in training; its tokenizer is the model's own.
-        attention: How the model's attention is patched; None leaves it as it is. The numbers are
-            the same, up to rounding, unless it is dual chunk attention. With methods, its options
-            are those of the methods that use it, and the others use flash.
-        logger: By name, each with a `_target_`.
-        paths: Where the evaluation writes.
-        split: "held_out" for what training on this data holds out; "all" for every document.
-        tasks: perplexity, passkey, or both.
-        methods: Ways to read beyond the window, to compare: see `lctrain.eval.extension`. With
-            none, the model is evaluated as it is.
-        window: Tokens that the model was trained on; None for what its config says. For dual chunk
-            attention, `attention.window` wins.
-        documents: Number of documents, the longest first; None for all.
-        document_tokens: Tokens of each document, from its beginning; None for all.
-        lengths: Context lengths in tokens.
-        max_tokens: Tokens in a forward pass; None takes the longest length, but at least 8,192.
-        overlap: Share of a window that is only context; not used with methods.
-        stride: Positions that a window scores at every length; None for a share of each length,
-            with methods for half the shortest length.
-        min_context: Score tokens that have at least this many predecessors; None for all of them,
-            with methods for those for which every length is filled.
-        begin_token: Whether each window begins with the begin token; None where the tokenizer adds
-            one to a text. Of texts with a passkey, each is whole and begins as the tokenizer's.
-        passkey: How keys are hidden.
-        dtype: Type of the weights: auto (as they are stored), float32, bfloat16 or float16.
-        device: auto, cpu, cuda, cuda:1, ...
-    """
-
-    name: str = "eval"
-    model: PretrainedModelConfig = MISSING
-    data: Any = MISSING
-    attention: AttentionConfig | None = None
-    logger: dict[str, Any] = field(default_factory=dict)
-    paths: PathsConfig = MISSING
-    split: str = "held_out"
-    tasks: list[str] = field(default_factory=lambda: ["perplexity"])
-    methods: list[str] = field(default_factory=list)
-    window: int | None = None
-    documents: int | None = 16
-    document_tokens: int | None = None
-    lengths: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048, 4096])
-    max_tokens: int | None = None
-    overlap: float = 0.5
-    stride: int | None = None
-    min_context: int | None = None
-    begin_token: bool | None = None
-    passkey: PasskeyConfig = field(default_factory=PasskeyConfig)
-    dtype: str = "auto"
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        check_run_name(self.name)
+__all__ = ["EvalConfig", "Evaluation", "PasskeyConfig", "evaluate", "main"]
 
 
 @dataclass(frozen=True)
@@ -173,9 +71,16 @@ def evaluate(config: EvalConfig) -> Evaluation:
     from lctrain.eval.begin import begin_tokens
     from lctrain.eval.documents import evaluation_documents
     from lctrain.loggers import closing
+    from lctrain.measure import (
+        find_passkeys,
+        make_extensions,
+        measure_perplexity,
+        method_of,
+        pick_device,
+    )
     from lctrain.models.pretrained import check_dtype, check_model_name, load_pretrained
 
-    max_tokens = forward_tokens(config)
+    max_tokens = config.forward_tokens()
     check_lengths(config.lengths, max_tokens)
     check_tasks(config.tasks)
     methods = check_methods(config.methods)
@@ -244,108 +149,6 @@ def own_folder(config: EvalConfig) -> Iterator[None]:
         yield
 
 
-def measure_perplexity(
-    config: EvalConfig,
-    model: Any,
-    documents: Sequence[TokenizedDocument],
-    methods: Sequence[str],
-    begin: BeginTokens,
-) -> PerplexityTable | MethodComparison:
-    """Perplexity by length of the model as it is, or of every method."""
-    from lctrain.eval import (
-        compare_methods,
-        longest_documents,
-        perplexity_by_length,
-        trained_window,
-    )
-
-    chosen = longest_documents(documents, config.documents)
-    if config.document_tokens is not None:
-        chosen = [
-            replace(document, input_ids=document.input_ids[: config.document_tokens])
-            for document in chosen
-        ]
-    name = Path(config.model.name_or_path).name
-    if methods:
-        window = trained_window(model, config.window)
-        return compare_methods(
-            model,
-            chosen,
-            config.lengths,
-            make_extensions(methods, window, config.attention),
-            max_tokens=forward_tokens(config),
-            stride=config.stride,
-            min_context=config.min_context,
-            begin=begin,
-            progress=True,
-            name=name,
-        )
-    patch(model, config.attention, config.window)
-    return perplexity_by_length(
-        model,
-        chosen,
-        config.lengths,
-        max_tokens=forward_tokens(config),
-        overlap=config.overlap,
-        stride=config.stride,
-        min_context=1 if config.min_context is None else config.min_context,
-        begin=begin,
-        progress=True,
-        name=name,
-    )
-
-
-def find_passkeys(
-    config: EvalConfig,
-    model: Any,
-    tokenizer: Any,
-    documents: Sequence[TokenizedDocument],
-    extensions: Sequence[Extension],
-) -> PasskeyTable:
-    """Passkeys hidden in the documents, for every method."""
-    from lctrain.data.passkey import PasskeyFormat
-    from lctrain.eval import passkey_retrieval
-
-    options = config.passkey
-    return passkey_retrieval(
-        model,
-        PasskeyFormat.of(tokenizer),
-        [document.input_ids for document in documents],
-        options.lengths or config.lengths,
-        extensions,
-        max_tokens=forward_tokens(config),
-        depths=options.depths,
-        keys_per_cell=options.keys_per_cell,
-        seed=options.seed,
-        progress=True,
-        name=Path(config.model.name_or_path).name,
-    )
-
-
-def make_extensions(
-    methods: Sequence[str], window: int, attention: AttentionConfig | None
-) -> list[Extension]:
-    """The methods, each with the options of the attention that it uses.
-
-    Options that only dual chunk attention has go to it alone.
-    """
-    from lctrain.eval import DUAL_CHUNK_METHODS, Extension
-
-    attention = attention or AttentionConfig()
-    shared = AttentionConfig(
-        dropout=attention.dropout, deterministic=attention.deterministic, backend=attention.backend
-    ).options()
-    return [
-        Extension(method, window, attention.options() if method in DUAL_CHUNK_METHODS else shared)
-        for method in methods
-    ]
-
-
-def method_of(attention: AttentionConfig | None) -> str:
-    """The method that an attention stands for by itself."""
-    return "dual_chunk" if attention is not None and attention.name == "dual_chunk" else "plain"
-
-
 def log_tables(
     logger: Any,
     perplexity: PerplexityTable | MethodComparison | None,
@@ -377,66 +180,6 @@ def log_tables(
         log_evaluation(logger, perplexity.as_dicts(), paths["png"])
 
 
-def check_tasks(tasks: Sequence[str]) -> None:
-    """Raises ValueError unless there are tasks, each one of TASKS."""
-    if not tasks or not set(tasks) <= set(TASKS):
-        raise ValueError(
-            f"tasks must be some of {', '.join(TASKS)}, got {list(tasks)}. The default is "
-            "[perplexity]."
-        )
-
-
-def forward_tokens(config: EvalConfig) -> int:
-    """Most tokens in a forward pass."""
-    if config.max_tokens is not None:
-        return config.max_tokens
-    return max([MIN_MAX_TOKENS, *config.lengths, *(config.passkey.lengths or ())])
-
-
-def patch(model: Any, attention: AttentionConfig | None, window: int | None) -> None:
-    """Patches the model's attention, so that its documents are packed.
-
-    The window is that of dual chunk attention, unless its options name one.
-
-    A model that plain flash attention does not support is left as it is, with a warning: its
-    numbers do not depend on it, only the speed does. Any other attention is what one measures.
-    """
-    from lctrain.models import patch_model
-
-    if attention is None:
-        return
-    options = attention.options()
-    if attention.name == "dual_chunk" and window is not None:
-        options = {"window": window, **options}
-    try:
-        patch_model(model, attention=attention.name, **options)
-    except ValueError as error:
-        if attention.name != "flash":
-            raise
-        log.warning("Evaluating the model as it is, on padded rows instead of packs: %s", error)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of this name; "auto" is a GPU if there is one.
-
-    Raises:
-        ValueError: if this machine has no such device.
-    """
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"device must be one that this machine has, got {name!r} ({reason}). Try auto."
-        ) from error
-    return device
-
-
 def name_the_model(arguments: list[str]) -> list[str]:
     """Turns `model=x` into `model.name_or_path=x`: in Hydra's eyes the first picks a config."""
     return [
@@ -447,38 +190,7 @@ def name_the_model(arguments: list[str]) -> list[str]:
     ]
 
 
-def check_before_loading(config: EvalConfig) -> None:
-    """Raises ValueError for what shows without torch, in the first second of an evaluation."""
-    check_lengths(config.lengths, forward_tokens(config))
-    check_tasks(config.tasks)
-    check_methods(config.methods)
-    check_methods(config.passkey.methods or (), "passkey.methods")
-    check_passkeys(
-        config.passkey.depths, config.passkey.keys_per_cell, config.passkey.seed, "passkey."
-    )
-    check_windows(config.overlap, config.min_context, config.stride, min(config.lengths))
-    for name, known in (("split", ("held_out", "all")), ("dtype", DTYPES)):
-        value = getattr(config, name)
-        require(
-            value in known, f"{name} must be one of {', '.join(known)}, got {value!r}. Correct it."
-        )
-    require(
-        config.documents is None or config.documents >= 1,
-        f"documents must be at least 1, got {config.documents}. Use null for all of them.",
-    )
-    check_attention(config.attention)
-    check_data_files(config.data)
-    check_targets("logger", config.logger)
-    if config.window is not None:
-        require(
-            config.window >= 2,
-            f"window must be at least 2, got {config.window}. It is the number of tokens that the "
-            "model was trained on.",
-        )
-
-
 register_schemas()
-store_schema("eval", EvalConfig)
 
 
 COMMAND = Command(
@@ -519,7 +231,7 @@ def run(config: DictConfig) -> None:
         )
     with without_empty_folder(HydraConfig.get().runtime.output_dir):
         plain = to_dataclass(config, EvalConfig)
-        check_before_loading(plain)
+        check_evaluation(plain)
         evaluation = evaluate(plain)
     print(evaluation)
     width = max(map(len, evaluation.paths), default=0)

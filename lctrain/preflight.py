@@ -8,15 +8,26 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lctrain.attention.spec import ATTENTION_NAMES, make_spec
-from lctrain.limits import named, require
+from lctrain.limits import (
+    check_lengths,
+    check_methods,
+    check_passkeys,
+    check_windows,
+    named,
+    require,
+)
 
 if TYPE_CHECKING:
-    from lctrain.config import AttentionConfig, DataConfig
+    from lctrain.config import AttentionConfig, DataConfig, EvalConfig
+
+TASKS = ("perplexity", "passkey")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def check_attention(config: AttentionConfig | None) -> None:
@@ -114,3 +125,42 @@ def check_targets(group: str, configs: Any) -> None:
                 f"{group}.{name} must have a _target_, got {config!r}. Give the class to build, or "
                 f"set {group}.{name}=null."
             )
+
+
+def check_evaluation(config: EvalConfig) -> None:
+    """Raises ValueError for what shows without torch, in the first second of an evaluation."""
+    check_lengths(config.lengths, config.forward_tokens())
+    check_tasks(config.tasks)
+    check_methods(config.methods)
+    check_methods(config.passkey.methods or (), "passkey.methods")
+    check_passkeys(
+        config.passkey.depths, config.passkey.keys_per_cell, config.passkey.seed, "passkey."
+    )
+    check_windows(config.overlap, config.min_context, config.stride, min(config.lengths))
+    for name, known in (("split", ("held_out", "all")), ("dtype", DTYPES)):
+        value = getattr(config, name)
+        require(
+            value in known, f"{name} must be one of {', '.join(known)}, got {value!r}. Correct it."
+        )
+    require(
+        config.documents is None or config.documents >= 1,
+        f"documents must be at least 1, got {config.documents}. Use null for all of them.",
+    )
+    check_attention(config.attention)
+    check_data_files(config.data)
+    check_targets("logger", config.logger)
+    if config.window is not None:
+        require(
+            config.window >= 2,
+            f"window must be at least 2, got {config.window}. It is the number of tokens that the "
+            "model was trained on.",
+        )
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raises ValueError unless there are tasks, each one of TASKS."""
+    if not tasks or not set(tasks) <= set(TASKS):
+        raise ValueError(
+            f"tasks must be some of {', '.join(TASKS)}, got {list(tasks)}. The default is "
+            "[perplexity]."
+        )

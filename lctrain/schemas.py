@@ -88,6 +88,7 @@ SCHEMAS: dict[str, Any] = {
     "paths/paths": config.PathsConfig,
     "evaluation/evaluation": config.EvaluationConfig,
     "train": config.TrainConfig,
+    "eval": config.EvalConfig,
 }
 
 

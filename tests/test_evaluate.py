@@ -25,8 +25,8 @@ from lctrain.evaluate import (
     evaluate,
     main,
     name_the_model,
-    pick_device,
 )
+from lctrain.measure import pick_device
 from lctrain.models.pretrained import load_pretrained
 from lctrain.schemas import TextData
 

@@ -9,7 +9,7 @@ PAGE = "reference/configuration.md"
 HEAD = """# Configuration
 
 Keys of `lctrain-train` and `lctrain-eval`, by group and choice. `group=choice` selects a choice,
-`group.key=value` sets a key. This page is generated from the schemas in `lctrain/config.py`.
+`group.key=value` sets a key. This page is generated from the schemas in `lctrain/config/`.
 """
 
 

@@ -403,7 +403,6 @@ def test_a_leading_tilde_is_the_home_folder_in_every_path(monkeypatch):
 @pytest.mark.parametrize("name", ["train", "eval"])
 def test_a_leading_tilde_is_the_home_folder_where_hydra_writes(name, monkeypatch):
     monkeypatch.setenv("HOME", "/people/me")
-    importlib.import_module("lctrain.evaluate")  # stores the schema of eval
     register_schemas()
     with initialize_config_module("lctrain.configs", version_base="1.3"):
         config = compose(name, ["paths.root='~/runs'"], return_hydra_config=True)

@@ -67,6 +67,7 @@ LEVELS = {
     "lctrain.export": 9,
     "lctrain.model_card": 8,
     "lctrain.report": 9,
+    "lctrain.measure": 9,
     "lctrain.train": 10,
     "lctrain.evaluate": 10,
     "lctrain.recipes": 11,

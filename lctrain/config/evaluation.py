@@ -1,0 +1,54 @@
+"""The settings of the evaluation at the end of a training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lctrain.limits import check_lengths, check_methods, require
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Perplexity by context length at the end of the run.
+
+    Attributes:
+        enabled: Whether to evaluate.
+        lengths: Context lengths in tokens.
+        documents: Number of held-out documents, the longest first; None for all.
+        document_tokens: Tokens of each document, from its beginning; None for all.
+        max_tokens: Tokens per forward pass; None takes the longest length.
+        methods: Ways to read beyond the window, to compare on the trained model, as in
+            lctrain-eval; with none, the model is measured as it was trained.
+        stride: Positions that a window scores, with methods; None for half the shortest length.
+        begin_token: Whether each window begins with the begin token; None where the tokenizer adds
+            one to a text.
+    """
+
+    enabled: bool = True
+    lengths: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048, 4096])
+    documents: int | None = 16
+    document_tokens: int | None = None
+    max_tokens: int | None = None
+    methods: list[str] = field(default_factory=list)
+    stride: int | None = None
+    begin_token: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.documents is not None and self.documents < 1:
+            raise ValueError(
+                f"evaluation.documents must be at least 1, got {self.documents}. Use null for all "
+                "of them, or evaluation.enabled=false for no evaluation."
+            )
+        if self.document_tokens is not None and self.document_tokens < 2:
+            raise ValueError(
+                f"evaluation.document_tokens must be at least 2, got {self.document_tokens}. One "
+                "token leaves nothing to predict; use null for whole documents."
+            )
+        if self.enabled:
+            check_lengths(self.lengths, self.max_tokens, "evaluation.")
+        check_methods(self.methods, "evaluation.methods")
+        require(
+            self.stride is None or 1 <= self.stride <= min(self.lengths),
+            f"evaluation.stride must be in [1, shortest length = {min(self.lengths)}], got "
+            f"{self.stride}. Use null for half of it.",
+        )

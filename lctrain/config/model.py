@@ -1,0 +1,68 @@
+"""The settings of the model: random weights or trained ones."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from lctrain.config.schema import MISSING
+from lctrain.limits import check_model_sizes, require
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What every model has. Choose `ScratchModelConfig` or `PretrainedModelConfig`.
+
+    Attributes:
+        gradient_checkpointing: Recompute activations in the backward pass.
+    """
+
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class ScratchModelConfig(ModelConfig):
+    """A transformers causal LM with random weights.
+
+    Attributes:
+        model_type: Name of the family in transformers, such as "llama" or "qwen3".
+        config: Arguments of its configuration class. `vocab_size` is taken from the tokenizer
+            unless it is given here.
+        differential: 2 makes every head a pair of differential attention, version 2, as
+            `lctrain.models.differential.to_differential` does: num_attention_heads is doubled.
+            Version 1 is a family, model_type "diffllama".
+    """
+
+    model_type: str = MISSING
+    config: dict[str, Any] = field(default_factory=dict)
+    differential: int | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            self.differential in (None, 2),
+            f"model.differential must be 2 or null, got {self.differential}. Version 1 is "
+            "model=diff_llama.",
+        )
+        check_model_sizes(self.config)
+
+
+@dataclass(frozen=True)
+class PretrainedModelConfig(ModelConfig):
+    """A transformers causal LM with trained weights.
+
+    Attributes:
+        name_or_path: Name on the Hugging Face hub, or a folder.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run the code of model and tokenizer from the hub or the folder.
+        allow_other_tokenizer: Take a data.tokenizer whose ids mean other tokens than the model's
+            own. What the model knows of its tokens is then lost.
+    """
+
+    name_or_path: str = MISSING
+    revision: str | None = None
+    trust_remote_code: bool = False
+    allow_other_tokenizer: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name_or_path", os.path.expanduser(self.name_or_path))

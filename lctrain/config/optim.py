@@ -1,0 +1,83 @@
+"""The settings of the optimizer and its learning-rate schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lctrain.limits import require
+
+SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning-rate schedule.
+
+    Attributes:
+        learning_rate: Peak learning rate.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        eps: Added to the denominator.
+        weight_decay: Decoupled decay of the matrices, embeddings included; biases, norms and
+            vectors do not decay.
+        schedule: cosine, linear, constant or warmup_stable_decay.
+        warmup_steps: Optimizer steps of linear warmup; None takes warmup_fraction.
+        warmup_fraction: Share of the run that warms up.
+        decay_fraction: Share of the run after warmup that decays (warmup_stable_decay only).
+        min_learning_rate_ratio: Last over peak learning rate.
+    """
+
+    learning_rate: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    schedule: str = "cosine"
+    warmup_steps: int | None = None
+    warmup_fraction: float = 0.1
+    decay_fraction: float = 0.2
+    min_learning_rate_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"optim.schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}. "
+                "Check the spelling."
+            )
+        require(
+            self.learning_rate > 0.0,
+            f"optim.learning_rate must be above 0, got {self.learning_rate}. Try 1e-3.",
+        )
+        for name in ("beta1", "beta2"):
+            beta = getattr(self, name)
+            require(
+                0.0 <= beta < 1.0,
+                f"optim.{name} must be in [0, 1), got {beta}. It is the share of a moment that a "
+                "step keeps.",
+            )
+        for name in ("eps", "weight_decay"):
+            value = getattr(self, name)
+            require(
+                value >= 0.0,
+                f"optim.{name} must be at least 0, got {value}. Leave it out or use 0.",
+            )
+        require(
+            0.0 <= self.warmup_fraction < 1.0,
+            f"optim.warmup_fraction must be in [0, 1), got {self.warmup_fraction}. It is the share "
+            "of the steps that warm up.",
+        )
+        require(
+            self.warmup_steps is None or self.warmup_steps >= 0,
+            f"optim.warmup_steps must be at least 0, got {self.warmup_steps}. Use null for a share "
+            "of the run, optim.warmup_fraction.",
+        )
+        require(
+            0.0 < self.decay_fraction <= 1.0,
+            f"optim.decay_fraction must be in (0, 1], got {self.decay_fraction}. It is the share "
+            "of the steps after the warmup that decay.",
+        )
+        require(
+            0.0 <= self.min_learning_rate_ratio <= 1.0,
+            f"optim.min_learning_rate_ratio must be in [0, 1], got {self.min_learning_rate_ratio}. "
+            "It is the last learning rate over the peak.",
+        )

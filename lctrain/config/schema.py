@@ -1,0 +1,83 @@
+"""Puts schemas into Hydra's ConfigStore, and converts what Hydra composed back to dataclasses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lctrain.config_errors import explain_config_error
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+Schema = TypeVar("Schema")
+
+MISSING: Any = "???"  # OmegaConf's mark of a mandatory value
+
+
+def store_schema(name: str, schema: Any) -> None:
+    """Puts one dataclass into Hydra's ConfigStore as `<name>_schema`.
+
+    OmegaConf marks nodes of frozen dataclasses read-only, and Hydra could then not apply YAML files
+    and overrides: the mark is taken off here and the result becomes frozen in `to_dataclass`.
+
+    Args:
+        name: "group/name", or "name" for the schema of a primary config.
+        schema: A dataclass.
+    """
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    node = OmegaConf.structured(schema)
+    _allow_overrides(node)
+    group, _, leaf = name.rpartition("/")
+    ConfigStore.instance().store(group=group or None, name=f"{leaf}_schema", node=node)
+
+
+def to_dataclass(config: DictConfig, schema: type[Schema]) -> Schema:
+    """Converts Hydra's config into the dataclass it was made from, with everything resolved.
+
+    Args:
+        config: What Hydra composed on top of a stored schema.
+        schema: The dataclass of the root.
+
+    Returns:
+        The dataclass; nothing below it is an OmegaConf container.
+
+    Raises:
+        ValueError: if a mandatory value is missing, a key is unknown or a type does not fit; the
+            message names the key.
+    """
+    from dataclasses import FrozenInstanceError
+
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        result = OmegaConf.to_object(config)
+    except FrozenInstanceError as error:  # a key appended with + to a schema without it
+        key = str(error).split("'")[1]
+        raise ValueError(
+            f"{key} must be a key of the configuration, got one that it does not have. Leave it "
+            "out."
+        ) from error
+    except OmegaConfBaseException as error:
+        raise ValueError(explain_config_error(error)) from error
+    if not isinstance(result, schema):
+        raise ValueError(
+            f"config must be built on {schema.__name__}, got {type(result).__name__}. List its "
+            "schema in the defaults."
+        )
+    return result
+
+
+def _allow_overrides(node: DictConfig) -> None:
+    """Takes the read-only flag of frozen dataclasses off a node and its children."""
+    from omegaconf import DictConfig
+
+    node._set_flag("readonly", None)
+    if node._is_none() or node._is_missing():
+        return
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig):
+            _allow_overrides(child)

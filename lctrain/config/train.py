@@ -1,0 +1,60 @@
+"""Everything that a training run is set by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lctrain.config.attention import AttentionConfig
+from lctrain.config.data import DataConfig
+from lctrain.config.evaluation import EvaluationConfig
+from lctrain.config.model import ModelConfig
+from lctrain.config.optim import OptimConfig
+from lctrain.config.paths import PathsConfig, expand_paths
+from lctrain.config.schema import MISSING
+from lctrain.config.trainer import TrainerConfig
+from lctrain.limits import check_seed, check_warmup
+from lctrain.local_paths import check_run_name
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that `lctrain-train` does.
+
+    Attributes:
+        name: Name of the run; part of its folder.
+        seed: Seed of the initialisation, dropout and the order of the data.
+        data: What is read, and how it is packed.
+        model: What is trained.
+        attention: How its attention is patched; None leaves it as transformers has it.
+        optim: Optimizer and schedule.
+        trainer: Hardware, length of the run, accumulation.
+        callbacks: By name, each with a `_target_`; null switches one off.
+        logger: By name, each with a `_target_`.
+        paths: Where the run writes.
+        evaluation: Perplexity by length at the end.
+        ckpt_path: Checkpoint to resume from: a path, or "last" for the newest of this run. The run
+            goes on in its folder, unless another one is chosen.
+        export: Whether to write the trained model for transformers.
+    """
+
+    name: str = "default"
+    seed: int = 0
+    data: DataConfig = MISSING
+    model: ModelConfig = MISSING
+    attention: AttentionConfig | None = None
+    optim: OptimConfig = MISSING
+    trainer: TrainerConfig = MISSING
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
+    paths: PathsConfig = MISSING
+    evaluation: EvaluationConfig = MISSING
+    ckpt_path: str | None = None
+    export: bool = True
+
+    def __post_init__(self) -> None:
+        check_run_name(self.name)
+        check_seed(self.seed)
+        check_seed(self.data.seed, "data.seed")
+        check_warmup(self.optim.warmup_steps, self.trainer.max_steps)
+        expand_paths(self, "", "ckpt_path")

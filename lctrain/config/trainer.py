@@ -1,0 +1,85 @@
+"""The settings of Lightning's Trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lctrain.limits import check_trainer, require
+
+STRATEGIES = (
+    "auto",
+    "single_device",
+    "ddp",
+    "ddp_find_unused_parameters_false",
+    "ddp_find_unused_parameters_true",
+)
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The part of Lightning's Trainer that a run sets.
+
+    Attributes:
+        accelerator: auto, cpu or gpu.
+        devices: Number of devices, their numbers with commas (0,2), or auto.
+        num_nodes: Number of machines.
+        strategy: auto, single_device, ddp or one of its variants about unused parameters. The loss
+            of a window relies on gradients that every rank holds whole.
+        precision: auto (bf16-mixed on a GPU, else 32-true), 32-true, bf16-mixed or bf16-true.
+        max_steps: Optimizer steps; -1 for no limit.
+        max_time: Stops training after this much time, as days:hours:minutes:seconds; None for no
+            limit. The learning rate is scheduled by `max_steps` all the same.
+        max_epochs: Passes over the data; -1 for no limit.
+        accumulate_grad_batches: Packs per rank and optimizer step.
+        gradient_clip_val: Largest gradient norm; None does not clip.
+        log_every_n_steps: Optimizer steps between two rows of metrics.
+        validate_every_n_steps: Optimizer steps between two held-out losses during training,
+            counted in packs: validate_every_n_steps * accumulate_grad_batches of each rank. Where
+            an epoch ends with a shorter window, the later validations come inside a window; they
+            do not change it. None validates before the first and after the last step only.
+        limit_val_batches: Held-out packs per rank and validation; None for all.
+        deterministic: Ask torch for deterministic algorithms.
+        enable_progress_bar: Show it.
+    """
+
+    accelerator: str = "auto"
+    devices: str = "1"
+    num_nodes: int = 1
+    strategy: str = "auto"
+    precision: str = "auto"
+    max_steps: int = -1
+    max_time: str | None = None
+    max_epochs: int = -1
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float | None = 1.0
+    log_every_n_steps: int = 10
+    validate_every_n_steps: int | None = None
+    limit_val_batches: int | None = None
+    deterministic: bool = False
+    enable_progress_bar: bool = True
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ValueError(
+                f"trainer.strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}. "
+                "Where parameters are sharded, the loss and the clipping of a window would be "
+                "wrong: use ddp, and model.gradient_checkpointing=true if memory is short."
+            )
+        remedies = {
+            "num_nodes": "One machine is 1.",
+            "accumulate_grad_batches": "1 takes an optimizer step after every pack.",
+            "log_every_n_steps": "A large number logs little.",
+            "validate_every_n_steps": "Use null to validate before and after training only.",
+        }
+        for name, remedy in remedies.items():
+            value = getattr(self, name)
+            require(
+                value is None or value >= 1,
+                f"trainer.{name} must be at least 1, got {value}. {remedy}",
+            )
+        require(
+            self.gradient_clip_val is None or self.gradient_clip_val >= 0.0,
+            f"trainer.gradient_clip_val must be at least 0, got {self.gradient_clip_val}. Use null "
+            "for no clipping.",
+        )
+        check_trainer(self)
