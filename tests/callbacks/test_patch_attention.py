@@ -7,6 +7,9 @@ from dataclasses import fields
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from lctrain.attention import AttentionSpec, DualChunkSpec, FlashSpec, is_patched
 from lctrain.callbacks import IsolationCheck, PatchAttention, StepCheckpoint, ThroughputMonitor
@@ -16,6 +19,7 @@ from lctrain.module import LongContextModule
 from tests.callbacks.own_module import OwnModule, implementation
 from tests.training import loader, make_batch, make_trainer
 
+ROUNDING = 1e-12  # float64, thousands of times its unit: sums in another order
 PACKS = [make_batch([12, 5], 0), make_batch([30], 1), make_batch([7, 8, 9], 2)]
 
 
@@ -66,6 +70,39 @@ def test_patches_for_the_run_and_gives_back(tmp_path, make_llama, run):
     assert list(model.state_dict()) == names
     assert "configure_model" not in vars(module)
     assert not model._forward_pre_hooks
+
+
+def test_a_module_that_shards_in_configure_model(tmp_path, make_llama):
+    """The callback patches the sharded model; one shard has the losses of the whole model."""
+
+    def make():
+        return make_llama().double()
+
+    whole = OwnModule(make())
+    make_trainer(tmp_path, [PatchAttention()]).fit(whole, loader(PACKS))
+
+    class Sharded(Built):
+        def configure_model(self):
+            if self.model is None:
+                self.model = self.make()
+                mesh = init_device_mesh("cpu", (1,))
+                for layer in self.model.model.layers:
+                    fully_shard(layer, mesh=mesh)
+                fully_shard(self.model, mesh=mesh)
+
+    store = f"file://{tmp_path}/store"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        sharded = Sharded(make, "configure_model")
+        make_trainer(tmp_path, [PatchAttention()]).fit(sharded, loader(PACKS))
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(sharded.seen, whole.seen, rtol=ROUNDING, atol=0)
+    assert set(sharded.implementations) == {"lctrain_flash"}
+    assert implementation(sharded.model) == "sdpa"
+    weights = whole.model.state_dict()
+    for name, weight in sharded.model.state_dict().items():
+        torch.testing.assert_close(weight.to_local(), weights[name], rtol=0, atol=ROUNDING)
 
 
 def test_the_losses_are_those_of_a_patched_model(tmp_path, make_llama):

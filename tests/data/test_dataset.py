@@ -1,6 +1,10 @@
 """pack and RowOrder: datasets of the user's own in a plain DataLoader, resumable to the batch."""
 
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from lctrain.config import OptimConfig
 from lctrain.data import PackCollator, PackedDataModule, RowOrder, pack
 from lctrain.module import LongContextModule
 from tests.callbacks.own_module import OwnModule
+from tests.data import order_two_ranks
 from tests.training import make_trainer
 
 DOCUMENTS = [list(range(3, 3 + length)) for length in (9, 2, 14, 5, 5, 7, 3, 11, 4, 6)]
@@ -229,6 +234,30 @@ def test_a_plain_loader_resumes_to_the_batch(tmp_path, make_llama, settings):
     assert begun.batches == whole.batches[:stop]
     assert resumed.batches == whole.batches[stop:]
     assert resumed.seen == whole.seen[stop:]
+
+
+def test_two_ranks_share_the_order_and_resume(tmp_path):
+    """Lightning leaves the sampler; each rank has its own rows, the same ones after a resume."""
+    script = [sys.executable, "-m", "tests.data.order_two_ranks", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[2]
+    ran = subprocess.run(
+        script, cwd=root, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr
+    rows = order_two_ranks.make_rows()
+    steps = len(rows) // 2
+    for rank in (0, 1):
+        seen = torch.load(tmp_path / f"{rank}.pt")
+        order = RowOrder(rows, 5, num_replicas=2, rank=rank)
+        expected = []
+        for epoch in (0, 1):
+            order.set_epoch(epoch)
+            expected += [rows[row].input_ids[0].tolist() for row in order]
+        assert steps < order_two_ranks.STEPS < 2 * steps
+        assert seen["whole"]["batches"] == expected[: order_two_ranks.STEPS]
+        for what in ("batches", "losses"):
+            assert seen["begun"][what] + seen["rest"][what] == seen["whole"][what]
 
 
 def test_long_context_module_needs_no_callback(tmp_path, make_llama):
