@@ -20,6 +20,7 @@ from lctrain.config import (
     TrainerConfig,
 )
 from lctrain.data import PackedDataModule
+from lctrain.model_names import unknown_argument, unknown_family
 from lctrain.models import patch_model
 from lctrain.models.positions import require_positions
 from lctrain.models.pretrained import load_architecture, load_pretrained
@@ -132,18 +133,12 @@ def _from_scratch(config: ScratchModelConfig, vocab_size: int) -> Any:
     from lctrain.models.registration import register_families
 
     if config.model_type not in CONFIG_MAPPING:
-        raise ValueError(
-            f"model.model_type must be a family of transformers, got {config.model_type!r}. Use "
-            "for example llama, qwen3, mistral or gemma2."
-        )
+        raise unknown_family(config.model_type, list(CONFIG_MAPPING), "model.model_type")
     config_class = CONFIG_MAPPING[config.model_type]
     known = vars(config_class())
     for key in config.config:
         if key not in known:
-            raise ValueError(
-                f"model.config.{key} must be an argument of {config_class.__name__}, which has "
-                "none of that name. Check the spelling."
-            )
+            raise unknown_argument(key, config_class.__name__, known)
     settings = {"vocab_size": vocab_size, **config.config}
     try:
         model_config = config_class(**settings)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from lctrain.command import Command
 from lctrain.config import EvalConfig, PasskeyConfig, to_dataclass
 from lctrain.limits import check_lengths, check_methods
+from lctrain.model_names import check_model_name
 from lctrain.preflight import check_evaluation, check_tasks
 from lctrain.run.start import without_empty_folder
 from lctrain.schemas import register_schemas
@@ -78,7 +79,7 @@ def evaluate(config: EvalConfig) -> Evaluation:
         method_of,
         pick_device,
     )
-    from lctrain.models.pretrained import check_dtype, check_model_name, load_pretrained
+    from lctrain.models.pretrained import check_dtype, load_pretrained
 
     max_tokens = config.forward_tokens()
     check_lengths(config.lengths, max_tokens)

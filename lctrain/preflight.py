@@ -7,6 +7,7 @@ later, by those who read them.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import fields
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lctrain.attention.spec import ATTENTION_NAMES, make_spec
+from lctrain.config import PretrainedModelConfig, ScratchModelConfig
 from lctrain.limits import (
     check_lengths,
     check_methods,
@@ -22,12 +24,27 @@ from lctrain.limits import (
     named,
     require,
 )
+from lctrain.model_names import (
+    check_arguments,
+    check_family,
+    check_model_name,
+    check_tokenizer_name,
+)
+from lctrain.run.identity import identity_of
+from lctrain.run.resume import checkpoints_in, newest_directory
 
 if TYPE_CHECKING:
-    from lctrain.config import AttentionConfig, DataConfig, EvalConfig
+    from lctrain.config import (
+        AttentionConfig,
+        DataConfig,
+        EvalConfig,
+        ModelConfig,
+        TrainConfig,
+    )
 
 TASKS = ("perplexity", "passkey")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICE = r"auto|(cpu|cuda|mps|xpu)(:\d+)?"
 
 
 def check_attention(config: AttentionConfig | None) -> None:
@@ -71,9 +88,31 @@ def check_data_files(config: DataConfig) -> None:
         check_folder(Path(folder), "LCTRAIN_CACHE")
 
 
-def check_checkpoint(ckpt_path: str | None) -> None:
-    """Raises ValueError if a checkpoint is named that is not there, or is a folder."""
-    if ckpt_path is None or ckpt_path == "last" or "://" in ckpt_path:
+def check_model(config: ModelConfig, tokenizer: str | None) -> None:
+    """Raises ValueError for a family, an argument of it, or a folder that is not there.
+
+    Args:
+        config: From scratch or pretrained.
+        tokenizer: Name or folder.
+    """
+    check_tokenizer_name(tokenizer)
+    if isinstance(config, PretrainedModelConfig):
+        check_model_name(config.name_or_path)
+    elif isinstance(config, ScratchModelConfig):
+        check_family(config.model_type)
+        check_arguments(config.model_type, config.config)
+
+
+def check_checkpoint(config: TrainConfig) -> None:
+    """Raises ValueError if a checkpoint is named that is not there, or is a folder.
+
+    What the checkpoint holds is not read.
+    """
+    ckpt_path = config.ckpt_path
+    if ckpt_path is None:
+        return
+    if ckpt_path == "last":
+        _check_last(config)
         return
     path = Path(ckpt_path)
     if path.is_dir():
@@ -88,6 +127,20 @@ def check_checkpoint(ckpt_path: str | None) -> None:
             f"ckpt_path must be a checkpoint file or last, got {ckpt_path!r}, which is not there. "
             "Leave it out to start afresh."
         )
+
+
+def _check_last(config: TrainConfig) -> None:
+    """Raises ValueError if this run has no earlier checkpoint."""
+    own = [Path(config.paths.output_dir) / "checkpoints"]
+    for callback in config.callbacks.values():
+        directory = getattr(callback, "directory", None)
+        own += [] if directory is None else [Path(directory)]
+    if any(checkpoints_in(directory) for directory in own):
+        return
+    identity = identity_of(config)
+    if config.trainer.precision == "auto":  # what it stands for, torch knows
+        del identity["trainer.precision"]
+    newest_directory(Path(config.paths.runs_dir), identity)
 
 
 def check_folder(folder: Path, name: str) -> None:
@@ -146,6 +199,11 @@ def check_evaluation(config: EvalConfig) -> None:
         config.documents is None or config.documents >= 1,
         f"documents must be at least 1, got {config.documents}. Use null for all of them.",
     )
+    require(
+        re.fullmatch(DEVICE, config.device) is not None,
+        f"device must be auto, cpu, cuda or cuda:1 for instance, got {config.device!r}. Try auto.",
+    )
+    check_model_name(config.model.name_or_path)
     check_attention(config.attention)
     check_data_files(config.data)
     check_targets("logger", config.logger)

@@ -16,6 +16,7 @@ from lctrain.preflight import (
     check_attention,
     check_checkpoint,
     check_data_files,
+    check_model,
     check_targets,
 )
 from lctrain.run.rank import is_rank_zero
@@ -91,7 +92,7 @@ def _train(config: TrainConfig, output_dir: Path, signals: StopSignals) -> RunRe
 
 def check_before_data(config: TrainConfig) -> None:
     """Raises ValueError for what does not fit, as far as that shows without the data."""
-    from lctrain.build import check_model
+    from lctrain.build import check_model as check_model_builds
     from lctrain.eval import check_lengths
     from lctrain.optim import learning_rate_factor
 
@@ -102,7 +103,7 @@ def check_before_data(config: TrainConfig) -> None:
     lengths = {"data.max_tokens": config.data.max_tokens}
     if config.evaluation.enabled:
         lengths["evaluation.lengths"] = max(config.evaluation.lengths)
-    check_model(config.model, config.attention, lengths)
+    check_model_builds(config.model, config.attention, lengths)
 
 
 def run_callbacks(
@@ -396,7 +397,8 @@ def check_before_loading(config: TrainConfig) -> None:
     """Raises ValueError for what shows without torch, in the first second of a run."""
     check_attention(config.attention)
     check_data_files(config.data)
-    check_checkpoint(config.ckpt_path)
+    check_model(config.model, config.data.tokenizer)
+    check_checkpoint(config)
     check_targets("callbacks", config.callbacks)
     check_targets("logger", config.logger)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from lctrain.config import PretrainedModelConfig
+from lctrain.model_names import check_model_name
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -61,17 +61,6 @@ def check_dtype(dtype: str) -> None:
     if dtype not in DTYPES:
         raise ValueError(
             f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}. auto takes what is stored."
-        )
-
-
-def check_model_name(name: str) -> None:
-    """Raises ValueError if the name is a path, and no such folder exists."""
-    # A name on the hub is `name` or `owner/name`.
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
-    if is_path and not Path(name).is_dir():
-        raise ValueError(
-            f"model must be a folder or a name on the Hugging Face hub, got {name}, which does not "
-            "exist. lctrain-train writes the folder `model` into that of its run."
         )
 
 

@@ -10,7 +10,6 @@ import errno
 import hashlib
 import os
 import pickle
-import struct
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,19 +19,13 @@ from typing import IO, Any, BinaryIO, cast
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-TAG = b"lctrain sha256 "
-SEAL_BYTES = len(TAG) + 64
-NO_COMMENT = b"\0\0"  # length of the comment, the last two bytes of an archive without one
+from lctrain.run.seal import DamagedCheckpointError, seal
+
 WRITING = ".writing"  # suffix of a file that is being written
-BLOCK = 2**22
 
 ALLOWED: list[Any] = []
 """Classes and functions that a checkpoint may name besides tensors and plain values. lctrain's need
 none; a callback that keeps an object of its own adds its class here."""
-
-
-class DamagedCheckpointError(ValueError):
-    """The file is not what was written, or not a checkpoint."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -57,7 +50,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                     torch.save(checkpoint, cast("IO[bytes]", hashed))
                 except RuntimeError as error:
                     raise hashed.error or error from None
-                _seal(file, hashed.digest.hexdigest())
+                seal(file, hashed.digest.hexdigest())
                 file.flush()
                 _sync(file.fileno())
             os.replace(temporary, target)
@@ -123,30 +116,6 @@ def read_checkpoint(path: Path, **options: Any) -> dict[str, Any]:
     return dict(loaded)
 
 
-def damage_of(path: Path) -> str | None:
-    """What is wrong with a checkpoint file, in words; None if it is what was written.
-
-    A file without a seal (from an older lctrain, or from Lightning) is compared with the CRC-32 of
-    each of its records.
-    """
-    size = path.stat().st_size
-    if size == 0:
-        return "it is empty"
-    with path.open("rb") as file:
-        file.seek(max(0, size - SEAL_BYTES))
-        seal = file.read()
-        if seal.startswith(TAG):
-            digest = _digest(file, size - SEAL_BYTES - len(NO_COMMENT))
-            then = seal[len(TAG) :].decode(errors="replace")
-            return None if digest == then else f"its SHA-256 is {digest[:12]}, not {then[:12]}"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            record = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, ValueError):
-        return "it is cut short, or no checkpoint"
-    return None if record is None else f"its record {record} does not have its CRC-32"
-
-
 class _HashingFile:
     """Passes bytes on to a file, and keeps their hash and the file's first error."""
 
@@ -166,28 +135,6 @@ class _HashingFile:
 
     def flush(self) -> None:
         self._file.flush()
-
-
-def _seal(file: BinaryIO, digest: str) -> None:
-    """Makes the hash the comment of the archive."""
-    file.seek(-len(NO_COMMENT), os.SEEK_END)
-    assert file.read(len(NO_COMMENT)) == NO_COMMENT, "torch.save has written a comment"
-    file.seek(-len(NO_COMMENT), os.SEEK_END)
-    file.write(struct.pack("<H", SEAL_BYTES) + TAG + digest.encode())
-
-
-def _digest(file: BinaryIO, size: int) -> str:
-    """SHA-256 of the first `size` bytes and NO_COMMENT."""
-    digest = hashlib.sha256()
-    file.seek(0)
-    while size > 0:
-        block = file.read(min(BLOCK, size))
-        if not block:
-            break
-        digest.update(block)
-        size -= len(block)
-    digest.update(NO_COMMENT)
-    return digest.hexdigest()
 
 
 def _sync(descriptor: int) -> None:

@@ -7,13 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lctrain.run.checkpoint_file import (
-    DamagedCheckpointError,
-    damage_of,
-    read_checkpoint,
-)
 from lctrain.run.folder import read_record
 from lctrain.run.identity import differences
+from lctrain.run.seal import DamagedCheckpointError, damage_of
 
 log = logging.getLogger(__name__)
 
@@ -52,13 +48,25 @@ def find_checkpoint(
         path = newest_intact(own)
         check_identity(path, identity)
         return path
+    path = newest_intact(checkpoints_in(newest_directory(runs_dir, identity)))
+    check_identity(path, identity)
+    return path
+
+
+def newest_directory(runs_dir: Path, identity: Mapping[str, Any] | None = None) -> Path:
+    """The directory of checkpoints of the newest run that is this one.
+
+    Args:
+        runs_dir: Folder of earlier runs of the same name.
+        identity: Of this run; None compares nothing.
+
+    Raises:
+        ValueError: if there is none; the message says how the newest run differs.
+    """
     runs = sorted(_directories(runs_dir), key=_age, reverse=True)
     for directory in runs:
-        if identity is not None and differences(identity, identity_in(directory)):
-            continue
-        path = newest_intact(checkpoints_in(directory))
-        check_identity(path, identity)
-        return path
+        if identity is None or not differences(identity, identity_in(directory)):
+            return directory
     if runs:
         changes = "; ".join(differences(identity or {}, identity_in(runs[0])))
         raise ValueError(
@@ -129,6 +137,8 @@ def newest_intact(paths: Sequence[Path]) -> Path:
 
 def check_identity(path: Path, identity: Mapping[str, Any] | None) -> None:
     """Raises ValueError, naming what differs, if an intact checkpoint is of another run."""
+    from lctrain.run.checkpoint_file import read_checkpoint
+
     state = read_checkpoint(path, map_location="cpu", mmap=True)
     missing = [key for key in NEEDED if key not in state]
     if missing:

@@ -51,6 +51,7 @@ LEVELS = {
     "lctrain.loggers": 4,
     "lctrain.optim": 4,
     "lctrain.process_group": 4,
+    "lctrain.model_names": 4,
     "lctrain.models": 5,
     "lctrain.run": 4,
     "lctrain.schemas": 5,

@@ -11,10 +11,9 @@ import torch
 from lctrain.run.checkpoint_file import (
     ALLOWED,
     AtomicCheckpointIO,
-    DamagedCheckpointError,
-    damage_of,
     read_checkpoint,
 )
+from lctrain.run.seal import DamagedCheckpointError, damage_of
 
 STATE = {"state_dict": {"weight": torch.arange(3000.0)}, "loops": {"a": [1, None, "x"]}}
 

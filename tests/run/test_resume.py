@@ -5,8 +5,9 @@ import os
 
 import pytest
 
-from lctrain.run.checkpoint_file import AtomicCheckpointIO, DamagedCheckpointError
+from lctrain.run.checkpoint_file import AtomicCheckpointIO
 from lctrain.run.resume import NEEDED, find_checkpoint
+from lctrain.run.seal import DamagedCheckpointError
 
 MINE = {"seed": 0, "attention": "AttentionConfig", "attention.name": "flash"}
 

@@ -1,0 +1,123 @@
+"""Which families, and arguments of their configurations, transformers has: read from its files.
+
+To import a configuration class takes seconds, since it loads torch. A name that stands nowhere in
+the files that define the classes is a misspelt one. A name that stands there may still be wrong:
+`lctrain.build` looks at the class itself.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import re
+from collections.abc import Collection, Iterable
+from functools import cache
+from pathlib import Path
+
+from lctrain.limits import require
+
+_WORD = re.compile(r"[A-Za-z_]\w*")
+_OTHER_FAMILY = re.compile(r"from \.\.(\w+)\.configuration_\w+ import")
+_SHARED = ("configuration_utils.py", "modeling_rope_utils.py")
+
+
+def check_family(model_type: str, name: str = "model.model_type") -> None:
+    """Raises ValueError for a family that transformers does not have.
+
+    Args:
+        model_type: Such as "llama".
+        name: Of the option, for the message.
+    """
+    known = families()
+    if known and model_type not in known:
+        raise unknown_family(model_type, known, name)
+
+
+def check_arguments(model_type: str, given: Iterable[str]) -> None:
+    """Raises ValueError for an argument that the family's configuration cannot have.
+
+    Args:
+        model_type: Of a family that transformers has.
+        given: Names of the arguments.
+    """
+    words = _words_of_family(model_type)
+    for key in given:
+        if words and key not in words:
+            raise unknown_argument(key, f"the configuration of {model_type}", words)
+
+
+def check_model_name(name: str) -> None:
+    """Raises ValueError if the name of a model is a path, and no such folder exists."""
+    require(
+        not looks_like_path(name) or Path(name).expanduser().is_dir(),
+        f"model must be a folder or a name on the Hugging Face hub, got {name}, which does not "
+        "exist. lctrain-train writes the folder `model` into that of its run.",
+    )
+
+
+def check_tokenizer_name(name: str | None) -> None:
+    """Raises ValueError if the name of a tokenizer is a path, and nothing is there."""
+    require(
+        name is None or not looks_like_path(name) or Path(name).expanduser().exists(),
+        f"data.tokenizer must be a folder or a name on the Hugging Face hub, got {name}, which "
+        "does not exist. null trains one, or takes that of a pretrained model.",
+    )
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name can be that of a folder alone: on the hub it is `name` or `owner/name`."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def unknown_family(model_type: str, known: Collection[str], name: str) -> ValueError:
+    """The error about a family that is not there."""
+    near = difflib.get_close_matches(model_type, known, n=1)
+    remedy = f"Did you mean {near[0]}?" if near else "Use for example llama, qwen3 or mistral."
+    return ValueError(f"{name} must be a family of transformers, got {model_type!r}. {remedy}")
+
+
+def unknown_argument(key: str, owner: str, known: Collection[str]) -> ValueError:
+    """The error about an argument that a configuration does not have."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    remedy = f"Did you mean model.config.{near[0]}?" if near else "Check the spelling."
+    return ValueError(
+        f"model.config.{key} must be an argument of {owner}, which has none of that name. {remedy}"
+    )
+
+
+@cache
+def families() -> frozenset[str]:
+    """The model types that stand in transformers' files; empty if these cannot be read."""
+    found: set[str] = set()
+    folder = _transformers()
+    for path in () if folder is None else (folder / "models" / "auto").glob("*.py"):
+        if path.name in ("auto_mappings.py", "configuration_auto.py"):
+            found |= set(re.findall(r'"([\w.-]+)",?:? ?\n? *"(?!Auto)\w+Config"', path.read_text()))
+    return frozenset(found)
+
+
+@cache
+def _words_of_family(model_type: str) -> frozenset[str]:
+    """Every word of the files that define a family's configuration; empty if there are none."""
+    folder = _transformers()
+    own = None if folder is None else folder / "models" / model_type.replace("-", "_")
+    if folder is None or own is None or not any(own.glob("configuration_*.py")):
+        return frozenset()
+    files = [folder / name for name in _SHARED if (folder / name).is_file()]
+    waiting, seen = [own], {own}
+    while waiting:
+        for path in waiting.pop().glob("configuration_*.py"):
+            files.append(path)
+            for family in _OTHER_FAMILY.findall(path.read_text()):
+                other = folder / "models" / family
+                if other not in seen:
+                    seen.add(other)
+                    waiting.append(other)
+    return frozenset(word for path in files for word in _WORD.findall(path.read_text()))
+
+
+def _transformers() -> Path | None:
+    """The folder of transformers, which is not imported."""
+    spec = importlib.util.find_spec("transformers")
+    places = None if spec is None else spec.submodule_search_locations
+    return Path(next(iter(places))) if places else None

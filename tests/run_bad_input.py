@@ -1,0 +1,68 @@
+"""Runs the commands on bad input where torch, Lightning, transformers and datasets cannot load.
+
+    python -m tests.run_bad_input EVERY
+
+Prints, as JSON, what each case of bad_input.txt gave that is not its message, and the lines of the
+messages. EVERY takes one case of so many.
+"""
+
+import contextlib
+import io
+import json
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+HEAVY = ("torch", "lightning", "transformers", "datasets")
+LINES = (Path(__file__).parent / "bad_input.txt").read_text().splitlines()
+CASES = [tuple(part.strip() for part in line.split(" | ")) for line in LINES[1:]]
+
+
+class Refused:
+    """Finds a heavy package as usual, and fails when it is loaded."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name not in HEAVY:
+            return None
+        spec = PathFinder.find_spec(name, path)
+        spec.loader = self
+        return spec
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        raise AssertionError(f"{module.__name__} was loaded")
+
+
+def run(main, program, arguments):
+    """Exit status and lines on stderr of a command."""
+    sys.argv = [program, *filter(None, arguments.split(" ; "))]
+    errors = io.StringIO()
+    status = 0
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            main()
+        except SystemExit as stop:
+            status = stop.code
+    return status, errors.getvalue().splitlines()
+
+
+def check(every):
+    """The cases that went wrong, and the lines of every message."""
+    sys.meta_path.insert(0, Refused())
+    from lctrain import evaluate, train
+
+    mains = {"lctrain-train": train.main, "lctrain-eval": evaluate.main}
+    Path("FILE").touch()
+    wrong, lengths = [], []
+    for program, arguments, message in CASES[::every]:
+        status, printed = run(mains[program], program, arguments)
+        lengths.append(len(printed))
+        if status != 2 or not printed or not printed[0].startswith(f"{program}: {message}"):
+            wrong.append([arguments, status, printed[-1:] if status == 1 else printed[:1]])
+    return {"wrong": wrong, "lines": lengths}
+
+
+if __name__ == "__main__":
+    print(json.dumps(check(int(sys.argv[1]))))
