@@ -114,12 +114,15 @@ def check_outputs(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], out
         places = row_places(boundaries)
         rows = (boundaries.cu_seqlens_q.shape[0] - 1, boundaries.max_seqlen_q)
         output["pooler_output"] = pooler(spread(output[0], boundaries, places, rows))
+    lengths = {boundaries.queries[1]}
+    if getattr(model, "get_output_embeddings", lambda: None)() is not None:
+        lengths.add(boundaries.queries[1] - 1)  # one entry per predicted token, as in TRL
     named = output.items() if hasattr(output, "items") else enumerate(_as_tuple(output))
     for name, value in named:
         if not isinstance(value, Tensor) or value.dim() == 0 or name == "loss":
             continue
         if value.shape[0] == boundaries.queries[0] and (
-            value.dim() == 1 or value.shape[1] != boundaries.queries[1]
+            value.dim() == 1 or value.shape[1] not in lengths
         ):
             raise ValueError(
                 f"outputs must have one entry per token or per document for packed inputs, got "

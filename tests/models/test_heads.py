@@ -207,3 +207,19 @@ def test_without_a_padding_token():
     patch_model(model)
     with pytest.raises(ValueError, match=r"pad_token_id must be set .* Set model.config"):
         model(**pack(make_documents(LENGTHS)))
+
+
+def test_an_output_per_predicted_token_is_not_refused(make_llama):
+    """TRL's trainers replace a causal model's forward by one that returns [B, S - 1]."""
+    model = make_llama()
+    forward = model.forward
+
+    def shifted(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output["log_probs"] = output.logits.log_softmax(-1)[:, :-1, 0]
+        return output
+
+    model.forward = shifted
+    batch = PackedBatch.from_documents([[5, 6, 7], [8, 9]])
+    with patch_model(model), torch.no_grad():
+        assert model(**batch.model_kwargs()).log_probs.shape == (1, 4)

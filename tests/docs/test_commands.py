@@ -1,0 +1,107 @@
+"""Every command that the documents print: its options exist, and those of the README run."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+from lctrain import evaluate, train
+from lctrain.composition import compose
+from lctrain.config import TrainConfig, to_dataclass
+from lctrain.evaluate import EvalConfig
+from tests.docs.test_pages import PAGES
+from tests.house.typecheck import ROOT
+from tests.test_evaluate import save_model
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`((?:lctrain-train|lctrain-eval) [^`]+)`")
+SCHEMAS = {"lctrain-train": ("train", TrainConfig), "lctrain-eval": ("eval", EvalConfig)}
+
+# Appended to a printed command of the README, so that it takes seconds on a CPU.
+SMALL = {
+    "lctrain-train": (
+        "model=tiny data.max_documents=12 data.max_tokens=512 data.vocab_size=300 "
+        "data.num_workers=0 data.held_out_fraction=0.2 trainer.accelerator=cpu "
+        "trainer.max_steps=2 trainer.limit_val_batches=1 trainer.enable_progress_bar=false "
+        "evaluation.lengths=[16,64] evaluation.documents=2 evaluation.document_tokens=100"
+    ),
+    "lctrain-eval": "lengths=[32,64,128] passkey.lengths=[256] passkey.keys_per_cell=1 "
+    "passkey.depths=[0.5] document_tokens=200 device=cpu",
+}
+
+
+def printed_commands(text: str) -> list[str]:
+    """Returns the lctrain commands of a page, each on one line, without its comment."""
+    lines = []
+    for block in (block for language, block in FENCE.findall(text) if not language):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.startswith(tuple(SCHEMAS)):
+                lines.append(shlex.join(shlex.split(line, comments=True)))
+            elif match := re.match(r'make train ARGS="(.*)"', line):
+                lines.append(f"lctrain-train {match[1]}")
+    lines += [match for match in INLINE.findall(text) if "--" not in match and "..." not in match]
+    return lines
+
+
+COMMANDS = sorted({line for page in PAGES for line in printed_commands(page.read_text())})
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """An empty folder to work in, with the files that the printed commands name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LCTRAIN_CACHE", str(tmp_path / "cache"))
+    for number in range(12):
+        text = f"Book {number}. " + f"Sentence {number} of a book. " * (20 + number)
+        (tmp_path / "books").mkdir(exist_ok=True)
+        (tmp_path / "books" / f"{number}.txt").write_text(text)
+    return tmp_path
+
+
+def test_the_documents_print_commands():
+    assert len(COMMANDS) >= 12
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_printed_command_has_options_that_exist(command, folder):
+    program, *overrides = shlex.split(command)
+    name, schema = SCHEMAS[program]
+    overrides = [re.sub(r"^model=(?=.*/)", "model.name_or_path=", item) for item in overrides]
+    settings = [f"paths.output_dir={folder / 'out'}", *overrides]
+    if program == "lctrain-eval" and not any("model" in item for item in overrides):
+        settings.append("model.name_or_path=path")
+    to_dataclass(compose(name, settings), schema)
+
+
+def run(command: str, monkeypatch) -> None:
+    program, *overrides = shlex.split(command)
+    main = train.main if program == "lctrain-train" else evaluate.main
+    small = shlex.split(SMALL[program])
+    monkeypatch.setattr(sys, "argv", [program, *overrides, *small])
+    main()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_the_commands_of_the_readme_run(folder, monkeypatch):
+    """In the order of the README; the run that is continued there is begun here."""
+    config = transformers.LlamaConfig(
+        vocab_size=257,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    save_model(folder / "path" / "or" / "name", config)
+    commands = printed_commands((ROOT / "README.md").read_text())
+    assert {command.split()[0] for command in commands} == {"lctrain-train", "lctrain-eval"}
+    for command in commands:
+        if "ckpt_path=last" in command:
+            run(command.replace("ckpt_path=last", "trainer.max_steps=1"), monkeypatch)
+        run(command, monkeypatch)
+    assert list(folder.rglob("metrics.csv"))
+    assert list(folder.rglob("passkey_retrieval.csv"))

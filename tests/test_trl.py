@@ -1,0 +1,64 @@
+"""TRL's SFTTrainer on a model with lctrain's attention: packs give the loss of their documents."""
+
+import pytest
+import torch
+
+import lctrain  # noqa: F401  (registers lctrain_flash)
+
+trl = pytest.importorskip("trl", reason="needs TRL")
+
+LENGTHS = (30, 9, 60, 4)
+
+
+def trained(tmp_path, attention: str, **settings) -> tuple[float, int]:
+    """Returns the loss of one step over four documents, and the rows of its batches."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    words = Tokenizer(models.WordLevel({"<end>": 0}))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<end>", pad_token="<end>"
+    )
+    arguments = trl.SFTConfig(
+        str(tmp_path / attention),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        bf16=False,
+        **settings,
+    )
+    data = Dataset.from_dict({"input_ids": [list(range(3, 3 + n)) for n in LENGTHS]})
+    rows = []
+    model.register_forward_pre_hook(
+        lambda module, args, inputs: rows.append(len(inputs["input_ids"])), with_kwargs=True
+    )
+    trainer = trl.SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
+    return trainer.train().training_loss, rows[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"packing": True, "max_length": 64}, {"padding_free": True, "max_length": None}],
+    ids=str,
+)
+def test_a_pack_of_trl_has_the_loss_of_its_documents(tmp_path, settings):
+    """TRL without packing, on transformers' attention, pads four rows."""
+    apart, rows = trained(tmp_path, "sdpa")
+    assert rows == len(LENGTHS)
+    packed, rows = trained(tmp_path, "lctrain_flash", **settings)
+    assert rows == 1
+    # Both are means over the same tokens; float32 sums of about a hundred terms differ by rounding.
+    assert packed == pytest.approx(apart, rel=100 * torch.finfo(torch.float32).eps)
