@@ -234,6 +234,16 @@ def check_trainer(trainer: Any) -> None:
         "hour is 00:00:30:00.",
     )
     require(
+        trainer.budget_s is None or trainer.budget_s > 0,
+        f"trainer.budget_s must be above 0, got {trainer.budget_s}. It is the number of seconds "
+        "until training ends; use null for a run of max_steps.",
+    )
+    require(
+        trainer.budget_s is None or trainer.max_steps > 0,
+        f"trainer.max_steps must be at least 1 with trainer.budget_s, got {trainer.max_steps}. It "
+        "is the most steps that the run may take.",
+    )
+    require(
         trainer.limit_val_batches is None or trainer.limit_val_batches >= 0,
         f"trainer.limit_val_batches must be at least 0, got {trainer.limit_val_batches}. Use null "
         "for all of them.",

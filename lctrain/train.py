@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -56,11 +57,14 @@ def train(config: TrainConfig) -> RunReport:
     from lctrain.run.signals import StopSignals, ends_in_order
 
     output_dir = Path(config.paths.output_dir).absolute()
+    started = time.monotonic()
     with StopSignals() as signals, ends_in_order(signals, output_dir / "checkpoints"):
-        return _train(config, output_dir, signals)
+        return _train(config, output_dir, signals, started)
 
 
-def _train(config: TrainConfig, output_dir: Path, signals: StopSignals) -> RunReport:
+def _train(
+    config: TrainConfig, output_dir: Path, signals: StopSignals, started: float
+) -> RunReport:
     """Checks everything, takes the folder, and runs the training in it."""
     from lctrain.build import instantiate_all, resolve_precision
     from lctrain.callbacks.checkpoint import check_writable, step_checkpoints
@@ -86,7 +90,7 @@ def _train(config: TrainConfig, output_dir: Path, signals: StopSignals) -> RunRe
         log_file(output_dir / "train.log", writes=is_rank_zero()),
         storage_errors(output_dir, "go on with ckpt_path=last"),
     ):
-        callbacks += run_callbacks(config, folder, identity, signals)
+        callbacks += run_callbacks(config, folder, identity, signals, started)
         return _run(config, folder, callbacks, checkpoint, signals)
 
 
@@ -107,14 +111,22 @@ def check_before_data(config: TrainConfig) -> None:
 
 
 def run_callbacks(
-    config: TrainConfig, folder: RunFolder, identity: Mapping[str, Any], signals: StopSignals
+    config: TrainConfig,
+    folder: RunFolder,
+    identity: Mapping[str, Any],
+    signals: StopSignals,
+    started: float,
 ) -> list[pl.Callback]:
-    """The callbacks that every run has: who it is, and how it stops."""
+    """The callbacks of the run itself: who it is, how it stops, and how long it may take."""
+    from lctrain.callbacks.budget import StepBudget
     from lctrain.callbacks.run_record import RunRecord
     from lctrain.callbacks.stop import StopAtSignal
     from lctrain.run.identity import plain_values
 
-    return [RunRecord(folder, identity, plain_values(config)), StopAtSignal(signals)]
+    callbacks = [RunRecord(folder, identity, plain_values(config)), StopAtSignal(signals)]
+    if config.trainer.budget_s is not None:
+        callbacks.append(StepBudget(config.trainer.budget_s, started, folder))
+    return callbacks
 
 
 def _run(

@@ -2,6 +2,7 @@
 
 from lctrain.callbacks.attention_schedule import AttentionSchedule
 from lctrain.callbacks.batch_seed import BatchSeed
+from lctrain.callbacks.budget import StepBudget
 from lctrain.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint
 from lctrain.callbacks.isolation import IsolationCheck, IsolationError
 from lctrain.callbacks.length_perplexity import LengthPerplexity
@@ -23,6 +24,7 @@ __all__ = [
     "NonFiniteLossGuard",
     "PatchAttention",
     "ResumeOrder",
+    "StepBudget",
     "StepCheckpoint",
     "ThroughputMonitor",
     "TokenExactLoss",

@@ -92,6 +92,8 @@ class TokenProgressBar(ProgressBar):
             self._average.add(newest_loss(trainer, pl_module, outputs))
         if at_log_step(trainer):
             self._bar.set_postfix_str(_postfix(trainer, self._average.value), refresh=False)
+        if trainer.max_steps > 0:
+            self._bar.total = trainer.max_steps  # StepBudget may have changed it
         if trainer.global_step >= self._bar.n + self._refresh_rate:
             self._bar.update(trainer.global_step - self._bar.n)
 

@@ -30,6 +30,9 @@ class TrainerConfig:
         max_time: Stops training after this much time, as days:hours:minutes:seconds; None for no
             limit. The learning rate is scheduled by `max_steps` all the same.
         max_epochs: Passes over the data; -1 for no limit.
+        budget_s: Seconds from the start of the run to the end of training: the first steps are
+            timed, and max_steps and the schedule shrink to what fits. A resumed run keeps the
+            number of steps that was chosen. None takes max_steps as it is.
         accumulate_grad_batches: Packs per rank and optimizer step.
         gradient_clip_val: Largest gradient norm; None does not clip.
         log_every_n_steps: Optimizer steps between two rows of metrics.
@@ -50,6 +53,7 @@ class TrainerConfig:
     max_steps: int = -1
     max_time: str | None = None
     max_epochs: int = -1
+    budget_s: float | None = None
     accumulate_grad_batches: int = 1
     gradient_clip_val: float | None = 1.0
     log_every_n_steps: int = 10

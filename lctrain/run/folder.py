@@ -118,6 +118,17 @@ class RunFolder:
             os.replace(path, self.path / f"config_{count}.yaml")
         path.write_text(text)
 
+    def note(self, key: str, value: Any) -> None:
+        """Adds to `run.json` what a resumed run must know.
+
+        Args:
+            key: Its name in the record.
+            value: A plain value of JSON.
+        """
+        self.record[key] = value
+        if is_rank_zero():
+            _write(self.path / RECORD, self.record)
+
     def hold(self, folder: Path) -> None:
         """Locks a further folder that the run writes into, outside of its own.
 

@@ -20,6 +20,7 @@ MAY_CHANGE = (
     "trainer.max_steps",
     "trainer.max_epochs",
     "trainer.max_time",
+    "trainer.budget_s",  # the number of steps that it led to is in the checkpoint
     # when it looks and logs
     "trainer.log_every_n_steps",
     "trainer.validate_every_n_steps",

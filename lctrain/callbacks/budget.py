@@ -1,0 +1,161 @@
+"""StepBudget: as many optimizer steps as a machine takes in the time that a run may have."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from lctrain.optim import follow_schedule, learning_rate_factor
+from lctrain.run.folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+UNTIMED_STEPS = 3  # the first ones, in which kernels compile and memory is taken
+FEWEST_TIMED_STEPS = 8
+TIMED_SHARE = 0.05  # of the budget, spent on timing unless a few steps take longer
+KEY = "budget_steps"  # in run.json
+
+
+class StepBudget(pl.Callback):
+    """Times the first optimizer steps and sets `trainer.max_steps` so that training ends in time.
+
+    The learning-rate schedule of LongContextModule follows. The number is chosen once: the
+    checkpoints and the record of the run keep it, and a resumed run takes it from there. All ranks
+    take that of the first one.
+
+    Args:
+        seconds: From `started` to the end of training; validations on the way are not foreseen.
+        started: `time.monotonic()` at the start of the run; None for the start of training.
+        folder: Keeps the number in its record; None for no record.
+
+    Raises:
+        ValueError: if `seconds` is not above 0.
+
+    Attributes:
+        max_steps: Optimizer steps of the run; None until they are chosen.
+    """
+
+    def __init__(
+        self, seconds: float, started: float | None = None, folder: RunFolder | None = None
+    ) -> None:
+        if not seconds > 0:
+            raise ValueError(
+                f"seconds must be above 0, got {seconds}. It is the time until training ends."
+            )
+        self.seconds = seconds
+        self.max_steps: int | None = None if folder is None else folder.record.get(KEY)
+        self._started = started
+        self._folder = folder
+        self._timed_from: tuple[int, float] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keeps the number of steps."""
+        return {"max_steps": self.max_steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the number of steps of the checkpoint, if they were chosen by then."""
+        if state_dict["max_steps"] is not None:
+            self.max_steps = state_dict["max_steps"]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Gives a resumed run its length before Lightning asks whether it has ended."""
+        if self.max_steps is not None:
+            set_max_steps(trainer, pl_module, self.max_steps)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the clock, unless it has been running."""
+        self._timed_from = None
+        if self._started is None:
+            self._started = time.monotonic()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Times the first optimizer steps, then chooses."""
+        if self.max_steps is not None or trainer.fit_loop._should_accumulate():
+            return
+        step = trainer.global_step
+        if self._timed_from is None:
+            if step >= UNTIMED_STEPS:
+                self._timed_from = step, _now(pl_module.device)
+            return
+        first, since = self._timed_from
+        timed = step - first
+        if not self._enough(trainer, timed, since):
+            return
+        now = _now(pl_module.device)
+        assert self._started is not None
+        fitting = steps_that_fit(step, now - self._started, (now - since) / timed, self.seconds)
+        self._choose(trainer, pl_module, trainer.strategy.broadcast(fitting))
+
+    def _enough(self, trainer: pl.Trainer, timed: int, since: float) -> bool:
+        """Whether enough steps are timed; the first rank's clock decides for all."""
+        if timed < FEWEST_TIMED_STEPS:
+            return False
+        enough = time.monotonic() - since >= TIMED_SHARE * self.seconds
+        return bool(trainer.strategy.broadcast(enough))
+
+    def _choose(self, trainer: pl.Trainer, module: pl.LightningModule, fitting: int) -> None:
+        """Sets the length of the run, at most what `trainer.max_steps` was, and keeps it."""
+        options = getattr(module, "optim", None)
+        warmup = getattr(options, "warmup_steps", None) or 0
+        most = trainer.max_steps if trainer.max_steps > 0 else fitting
+        self.max_steps = min(max(fitting, warmup, trainer.global_step + 1), max(most, 1))
+        set_max_steps(trainer, module, self.max_steps)
+        if trainer.is_global_zero:
+            log.info(
+                "%s steps fit into the %g s of trainer.budget_s; the run takes %s.",
+                f"{fitting:,}",
+                self.seconds,
+                f"{self.max_steps:,}",
+            )
+            if self._folder is not None:
+                self._folder.note(KEY, self.max_steps)
+
+
+def steps_that_fit(done: int, spent: float, step_seconds: float, budget: float) -> int:
+    """The number of optimizer steps of a whole run.
+
+    Args:
+        done: Steps that are taken.
+        spent: Seconds since the start of the run.
+        step_seconds: Seconds that a step takes.
+        budget: Seconds from the start of the run to the end of training.
+    """
+    return done + max(0, int((budget - spent) / max(step_seconds, 1e-9)))
+
+
+def set_max_steps(trainer: pl.Trainer, module: pl.LightningModule, max_steps: int) -> None:
+    """Changes the length of a run, and with it the learning-rate schedules of a LongContextModule.
+
+    Args:
+        trainer: Inside `fit`.
+        module: Of any kind; the schedules of others stay as they are.
+        max_steps: Optimizer steps of the whole run.
+    """
+    trainer.fit_loop.epoch_loop.max_steps = max_steps
+    options = getattr(module, "optim", None)
+    if options is None:
+        return
+    for config in trainer.lr_scheduler_configs:
+        if isinstance(config.scheduler, LambdaLR):
+            factor = learning_rate_factor(options, max_steps)
+            config.scheduler.lr_lambdas = [factor] * len(config.scheduler.lr_lambdas)
+            follow_schedule(config.scheduler)
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()

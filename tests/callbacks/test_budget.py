@@ -1,0 +1,167 @@
+"""StepBudget: the length of a run follows a clock, once, and a resumed run keeps it."""
+
+import json
+import signal
+from types import SimpleNamespace
+
+import lightning.pytorch as pl
+import pytest
+
+from lctrain.callbacks import StepBudget
+from lctrain.callbacks.budget import steps_that_fit
+from lctrain.config import OptimConfig, TrainerConfig
+from lctrain.module import LongContextModule
+from lctrain.optim import learning_rate_factor
+from lctrain.train import run_callbacks, train
+from tests.callbacks.own_module import OwnModule
+from tests.test_train import assert_same_run, config, rows
+from tests.training import loader, make_batch, make_trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
+CLOCK = SimpleNamespace(now=0.0)
+RUN = [
+    "trainer.max_steps=100",
+    "trainer.budget_s=30",
+    "optim.learning_rate=0.01",
+    "callbacks.checkpoint.every_n_steps=10",
+    "trainer.limit_val_batches=1",
+    "evaluation.enabled=false",
+    "export=false",
+]
+
+
+class Tick(pl.Callback):
+    """Every batch takes this many seconds of the clock."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        CLOCK.now += self.seconds
+
+
+def tick(seconds):
+    return f"+callbacks.tick={{_target_: tests.callbacks.test_budget.Tick, seconds: {seconds}}}"
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """A clock that only Tick moves."""
+    CLOCK.now = 1000.0
+    time = SimpleNamespace(monotonic=lambda: CLOCK.now)
+    monkeypatch.setattr("lctrain.callbacks.budget.time", time)
+    monkeypatch.setattr("lctrain.train.time", time)
+    return CLOCK
+
+
+@pytest.fixture
+def whole(tiny, tmp_path):
+    """The folder of a run at one second a step."""
+    folder = tmp_path / "whole"
+    assert train(config(*tiny, *RUN, tick(1.0), output_dir=folder)).steps == 30
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("done", "spent", "step_seconds", "budget", "steps"),
+    [(11, 11.0, 1.0, 30.0, 30), (11, 27.5, 2.5, 30.0, 12), (11, 99.0, 1.0, 30.0, 11)],
+    ids=["on_time", "slow", "late"],
+)
+def test_steps_that_fit(done, spent, step_seconds, budget, steps):
+    assert steps_that_fit(done, spent, step_seconds, budget) == steps
+
+
+def test_the_run_ends_in_time_and_the_schedule_with_it(whole):
+    """Thirty steps of a second: the last rates are those of a run of thirty steps."""
+    factor = learning_rate_factor(OptimConfig(), 30)
+    rates = [float(row["train/learning_rate"]) for row in rows(whole) if row["train/loss"]]
+    assert rates[11:] == pytest.approx([0.01 * factor(step) for step in range(11, 30)])
+    assert json.loads((whole / "run.json").read_text())["budget_steps"] == 30
+
+
+def test_a_resumed_run_keeps_the_length_on_any_machine(tiny, tmp_path, whole):
+    """Stopped at step 15, it goes on at ten seconds a step, on the same bits."""
+    folder = tmp_path / "stopped"
+    stop = (
+        f"+callbacks.stop={{_target_: tests.training.KillAt, step: 15, number: {signal.SIGTERM}}}"
+    )
+    CLOCK.now = 5.0
+    with pytest.raises(SystemExit):
+        train(config(*tiny, *RUN, tick(1.0), stop, output_dir=folder))
+    report = train(config(*tiny, *RUN, tick(10.0), "ckpt_path=last", output_dir=folder))
+    assert report.steps == 30
+    assert_same_run(whole, folder)
+
+
+def test_a_run_stopped_before_the_choice_chooses_once(tiny, tmp_path):
+    folder = tmp_path / "early"
+    stop = f"+callbacks.stop={{_target_: tests.training.KillAt, step: 5, number: {signal.SIGTERM}}}"
+    with pytest.raises(SystemExit):
+        train(config(*tiny, *RUN, tick(1.0), stop, output_dir=folder))
+    assert "budget_steps" not in json.loads((folder / "run.json").read_text())
+    report = train(config(*tiny, *RUN, tick(2.0), "ckpt_path=last", output_dir=folder))
+    assert report.steps == 5 + 15  # thirty seconds from the start of the second process
+
+
+def fitted_steps(tmp_path, module, seconds, **settings):
+    """Steps of a run of 30 s; with its callback."""
+    budget = StepBudget(30.0, started=CLOCK.now)
+    settings = {"max_steps": 100, "max_epochs": -1} | settings
+    trainer = make_trainer(tmp_path, [Tick(seconds), budget], **settings)
+    trainer.fit(module, loader([make_batch([9, 5])] * 100))
+    return trainer.global_step, budget
+
+
+@pytest.mark.parametrize(
+    ("settings", "optim", "seconds", "steps"),
+    [
+        ({}, {}, 1.0, 30),
+        ({"max_steps": 20}, {}, 0.5, 20),
+        ({"max_steps": 7}, {}, 1.0, 7),
+        ({}, {}, 100.0, 12),
+        ({}, {"warmup_steps": 14}, 100.0, 14),
+        ({"accumulate_grad_batches": 2}, {}, 0.5, 30),
+    ],
+    ids=["in_time", "max_steps", "too_short_to_time", "late", "warmup", "accumulated"],
+)
+def test_bounds_of_the_length(tmp_path, make_llama, settings, optim, seconds, steps):
+    """At most max_steps; at least the steps of the timing and one, and those of the warmup."""
+    module = LongContextModule(make_llama(), OptimConfig(**optim))
+    assert fitted_steps(tmp_path, module, seconds, **settings)[0] == steps
+
+
+def test_without_a_budget_nothing_is_chosen(tmp_path):
+    options = config(*RUN, "trainer.budget_s=null", output_dir=tmp_path)
+    found = run_callbacks(options, None, {}, None, 0.0)
+    assert not any(isinstance(callback, StepBudget) for callback in found)
+    found = run_callbacks(
+        config(*RUN, output_dir=tmp_path), SimpleNamespace(record={}), {}, None, 7.0
+    )
+    (budget,) = [callback for callback in found if isinstance(callback, StepBudget)]
+    assert (budget.seconds, budget._started) == (30.0, 7.0)
+
+
+def test_any_module_has_its_length_fitted(tmp_path, make_llama):
+    """A module with an optimizer of its own; training ends in time all the same."""
+    steps, budget = fitted_steps(tmp_path, OwnModule(make_llama()), 1.5)
+    assert steps == budget.max_steps == 20
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"budget_s": 0.0}, r"trainer.budget_s must be above 0, got 0.0. It is .* seconds"),
+        ({"budget_s": -1.0}, r"trainer.budget_s must be above 0, got -1.0"),
+        (
+            {"budget_s": 9.0, "max_steps": -1, "max_epochs": 2},
+            r"trainer.max_steps must be at least 1 with trainer.budget_s, got -1",
+        ),
+    ],
+)
+def test_bad_budgets(values, message):
+    with pytest.raises(ValueError, match=message):
+        TrainerConfig(**{"max_steps": 5, **values})
+    if values["budget_s"] <= 0:
+        with pytest.raises(ValueError, match="seconds must be above 0"):
+            StepBudget(values["budget_s"])
