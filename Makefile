@@ -54,7 +54,7 @@ test-versions: $(SETUP)
 	    || exit 1; \
 	done
 
-VERSION_TESTS := tests/attention tests/models tests/test_train.py tests/test_module.py
+VERSION_TESTS := tests/attention tests/models tests/train tests/test_module.py
 
 lint: $(SETUP)
 	@if [ -z "$(strip $(VENV))" ] && ! $(PY) -c 'import mypy, ruff' 2>/dev/null; then \

@@ -20,7 +20,7 @@ from lctrain.loss import causal_lm_loss
 from lctrain.module import LongContextModule
 from lctrain.optim import build_optimizer, build_scheduler, follow_schedule
 from lctrain.train import train
-from tests.configs.test_compose import composed
+from tests.configs.composed import composed
 
 STEPS, KILLED_AT, WINDOW = 30, 17, 2
 WORDS = ("def", "return", "class", "self", "None", "for", "in", "while", "yield", "lambda")

@@ -3,7 +3,7 @@
 import pytest
 
 from lctrain.run.identity import MAY_CHANGE, differences, identity_of, plain_values
-from tests.configs.test_compose import load
+from tests.configs.composed import load
 
 
 def changes(*overrides):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lctrain.train import main, train
-from tests.test_train import assert_same_run, config, rows, run_command, train_losses
+from tests.train.runs import assert_same_run, config, rows, run_command, train_losses
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 

@@ -1,8 +1,6 @@
 import csv
-import itertools
 import json
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,116 +8,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
-import lctrain.models
 from lctrain import PackedDataModule
-from lctrain.config import AttentionConfig, PathsConfig, PretrainedModelConfig
+from lctrain.config import AttentionConfig, PretrainedModelConfig
 from lctrain.data import TextSource, TokenizedDocument
 from lctrain.eval import perplexity_by_length
 from lctrain.eval.documents import evaluation_documents
 from lctrain.evaluate import (
-    EvalConfig,
     PasskeyConfig,
     evaluate,
-    main,
     name_the_model,
 )
 from lctrain.measure import pick_device
 from lctrain.models.pretrained import load_pretrained
-from lctrain.schemas import TextData
-
-TEXTS = ["It was the best of times. " * 8, "Call me Ishmael.", "In a hole in the ground. " * 3]
-
-
-def save_model(folder: Path, config: transformers.PretrainedConfig) -> Path:
-    """A random causal LM over bytes, with its tokenizer."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([*letters, "<end>"])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<end>"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory) -> Path:
-    config = transformers.LlamaConfig(
-        vocab_size=257,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    return save_model(tmp_path_factory.mktemp("llama"), config)
-
-
-@pytest.fixture(scope="module")
-def mamba_folder(tmp_path_factory) -> Path:
-    config = transformers.MambaConfig(
-        vocab_size=257, hidden_size=16, state_size=4, num_hidden_layers=1
-    )
-    return save_model(tmp_path_factory.mktemp("mamba"), config)
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    for index, text in enumerate(TEXTS):
-        (folder / f"{index}.txt").write_text(text)
-    return folder
-
-
-@pytest.fixture
-def make_config(model_folder, texts, tmp_path):
-    """Returns a factory of configs that evaluate the Llama on all texts: make_config(**changes)."""
-
-    numbers = itertools.count()  # every evaluation has a folder of its own
-
-    def make(folder: Path = model_folder, data: dict | None = None, **changes) -> EvalConfig:
-        settings = {
-            "files": (f"{texts}/*.txt",),
-            "tokenizer": str(folder),
-            "cache_dir": str(tmp_path / "cache"),
-        }
-        values = {
-            "model": PretrainedModelConfig(name_or_path=str(folder)),
-            "data": TextData(**{**settings, **(data or {})}),
-            "attention": AttentionConfig(),
-            "paths": PathsConfig(output_dir=str(tmp_path / f"out-{next(numbers)}")),
-            "split": "all",
-            "lengths": [8, 64],
-            "device": "cpu",
-        }
-        return EvalConfig(**{**values, **changes})
-
-    return make
-
-
-@pytest.fixture
-def run_main(model_folder, texts, tmp_path, monkeypatch):
-    """Returns a function that calls the console script's entry point: run_main(*overrides)."""
-
-    def run(*overrides: str) -> None:
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-        arguments = [
-            "data=text",
-            f"data.files=[{texts}/*.txt]",
-            f"data.cache_dir={tmp_path}/cache",
-            f"paths.root={tmp_path}/outputs",
-            "device=cpu",
-            *overrides,
-        ]
-        monkeypatch.setattr(sys, "argv", ["lctrain-eval", *arguments])
-        main()
-
-    return run
+from tests.evaluate.conftest import TEXTS
 
 
 def direct_table(model_folder: Path, lengths: list[int]):
@@ -358,108 +261,6 @@ def test_unknown_key_or_wrong_type_is_an_error_that_names_it(override, run_main)
         run_main("model=x", override)
     key = override.split("=")[0].split(".")[-1]
     assert key in f"{caught.value} {caught.value.__cause__}"
-
-
-@pytest.fixture(scope="module")
-def small_window_folder(tmp_path_factory) -> Path:
-    config = transformers.LlamaConfig(
-        vocab_size=257,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-    )
-    return save_model(tmp_path_factory.mktemp("llama"), config)
-
-
-def test_command_line_compares_methods_and_finds_passkeys(
-    run_main, small_window_folder, tmp_path, capsys
-) -> None:
-    run_main(
-        f"model={small_window_folder}",
-        "split=all",
-        "name=mine",
-        "methods=[plain,linear,ntk,yarn,dual_chunk]",
-        "lengths=[16,64]",
-        "tasks=[perplexity,passkey]",
-        "passkey.lengths=[160,256]",
-        "passkey.methods=[plain,intra_chunk]",
-        "passkey.depths=[0,1]",
-        "passkey.keys_per_cell=2",
-    )
-    (folder,) = (tmp_path / "outputs" / "mine").iterdir()
-    content = json.loads((folder / "perplexity_by_method.json").read_text())
-    assert content["window"] == 16
-    assert [(row["method"], row["length"]) for row in content["rows"]] == [
-        (method, length)
-        for method in ("plain", "linear", "ntk", "yarn", "dual_chunk")
-        for length in (16, 64)
-    ]
-    passkeys = json.loads((folder / "passkey_retrieval.json").read_text())
-    assert {row["method"] for row in passkeys["rows"]} == {"plain", "intra_chunk"}
-    assert {row["length"] for row in passkeys["rows"]} == {160, 256}
-    with (folder / "metrics.csv").open() as file:
-        metrics = next(csv.DictReader(file))
-    assert float(metrics["perplexity_yarn_64"]) == content["rows"][7]["perplexity"]
-    assert float(metrics["passkey_plain_256"]) == 0.0
-    printed = capsys.readouterr().out
-    assert "Perplexity by context length and method" in printed
-    assert "Passkeys found by" in printed
-    for name in ("perplexity_by_method.png", "passkey_retrieval.png"):
-        assert str(folder / name) in printed
-
-
-def test_the_attention_options_are_those_of_the_methods(make_config, small_window_folder) -> None:
-    dual_chunk = AttentionConfig(name="dual_chunk", chunk_size=7, local_size=1)
-    settings = {"methods": ["plain", "dual_chunk"], "lengths": [16, 64], "attention": dual_chunk}
-    narrow = evaluate(make_config(small_window_folder, **settings)).perplexity
-    settings["attention"] = None
-    wide = evaluate(make_config(small_window_folder, **settings)).perplexity
-    losses = [
-        {name: [row.loss for row in table.rows] for name, table in comparison.tables.items()}
-        for comparison in (narrow, wide)
-    ]
-    assert losses[0]["plain"] == losses[1]["plain"]
-    assert losses[0]["dual_chunk"] != losses[1]["dual_chunk"]
-
-
-def test_a_window_of_ones_own(make_config, small_window_folder) -> None:
-    settings = {"methods": ["linear"], "lengths": [16, 64]}
-    comparison = evaluate(make_config(small_window_folder, window=64, **settings)).perplexity
-    assert comparison.window == 64
-    plain = evaluate(make_config(small_window_folder, **settings | {"methods": ["plain"]}))
-    rows = zip(comparison.tables["linear"].rows, plain.perplexity.tables["plain"].rows, strict=True)
-    assert all(ours.loss == theirs.loss for ours, theirs in rows)
-
-
-@pytest.mark.parametrize(
-    ("window", "options", "expected"),
-    [(None, {}, 16), (64, {}, 64), (64, {"window": 32}, 32)],
-    ids=["config", "evaluation", "attention"],
-)
-def test_the_window_of_dual_chunk_attention_without_methods(
-    make_config, small_window_folder, monkeypatch, window, options, expected
-) -> None:
-    patched = []
-
-    def patch_model(model, **options):
-        patched.append(lctrain.models.patch.patch_model(model, **options).spec)
-
-    monkeypatch.setattr(lctrain.models, "patch_model", patch_model)
-    attention = AttentionConfig(name="dual_chunk", **options)
-    evaluate(make_config(small_window_folder, attention=attention, window=window, lengths=[8]))
-    assert [(spec.window, spec.chunk_size) for spec in patched] == [(expected, expected - 1)]
-
-
-@pytest.mark.parametrize("attention", [None, AttentionConfig(name="dual_chunk")])
-def test_passkeys_of_the_model_as_it_is(make_config, small_window_folder, attention) -> None:
-    evaluation = evaluate(
-        make_config(small_window_folder, tasks=["passkey"], lengths=[200], attention=attention)
-    )
-    assert evaluation.perplexity is None
-    assert list(evaluation.passkey.found) == ["plain" if attention is None else "dual_chunk"]
-    assert set(evaluation.paths) == {"passkey csv", "passkey json", "passkey png"}
 
 
 def test_documents_can_be_cut(make_config) -> None:

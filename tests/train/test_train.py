@@ -1,15 +1,10 @@
 """lctrain-train from the config to the files it leaves, alive, killed and resumed."""
 
 import csv
-import os
-import random
 import shlex
-import signal
-import subprocess
 import sys
 from dataclasses import replace
 from importlib import resources
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,92 +14,13 @@ from lctrain.config import (
     OptimConfig,
     PretrainedModelConfig,
     ScratchModelConfig,
-    TrainConfig,
-    to_dataclass,
 )
 from lctrain.data.prepare import Preparation
 from lctrain.optim import learning_rate_factor
 from lctrain.train import main, train
-from tests.configs.test_compose import composed
-
-ROOT = Path(__file__).parents[1]
-PYTHONPATH = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-WORDS = ("def", "return", "class", "self", "None", "for", "in", "while", "yield", "lambda")
+from tests.train.runs import config, rows, train_losses, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """Thirty small files of words."""
-    folder = tmp_path_factory.mktemp("corpus")
-    numbers = random.Random(0)
-    for i in range(30):
-        words = numbers.choices(WORDS, k=numbers.randrange(20, 400))
-        (folder / f"{i}.txt").write_text(f"{i} " + " ".join(words))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tiny(corpus, tmp_path_factory):
-    """Overrides for a run of seconds: a tiny model on packs of 128 tokens."""
-    return [
-        "data=text",
-        f"data.files=[{corpus}/*.txt]",
-        f"data.cache_dir={tmp_path_factory.mktemp('cache')}",
-        "data.max_tokens=128",
-        "data.vocab_size=300",
-        "data.held_out_fraction=0.2",
-        "model=tiny",
-        "trainer.accelerator=cpu",
-        "trainer.max_steps=6",
-        "trainer.log_every_n_steps=1",
-        "trainer.enable_progress_bar=false",
-        "callbacks.checkpoint.every_n_steps=4",
-        "evaluation.lengths=[16,64]",
-        "evaluation.documents=3",
-        "evaluation.document_tokens=200",
-    ]
-
-
-def config(*overrides, output_dir) -> TrainConfig:
-    plain = [f"paths.root={Path(output_dir).parent}", *overrides]
-    return to_dataclass(composed(*plain, output_dir=output_dir), TrainConfig)
-
-
-def run_command(overrides, folder, check=True):
-    """The command in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "lctrain.train", *overrides, f"hydra.run.dir={folder}"],
-        cwd=folder.parent,
-        env=os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=check,
-        timeout=300,
-    )
-
-
-def rows(folder):
-    with (folder / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def train_losses(folder):
-    """{step: loss} as the decimal strings of the file."""
-    return {row["step"]: row["train/loss"] for row in rows(folder) if row["train/loss"]}
-
-
-def weights(folder):
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
-
-
-def assert_same_run(one, other):
-    """Losses and trained weights are equal in every bit."""
-    assert train_losses(one) == train_losses(other)
-    mine, theirs = weights(one), weights(other)
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 @pytest.fixture(scope="module")
@@ -325,55 +241,6 @@ def test_folder_that_cannot_be_written(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="checkpoint directory must be writable"):
         train(config(*tiny, output_dir=tmp_path / "file" / "1"))
-
-
-KILLED = [
-    "trainer.max_steps=14",  # several epochs
-    "trainer.accumulate_grad_batches=2",
-    "data.num_workers=2",
-    "attention.dropout=0.2",
-    "evaluation.enabled=false",
-    "export=false",
-]
-
-
-def test_killed_run_resumes_bit_equal(tiny, tmp_path):
-    """SIGKILL two steps after a checkpoint, in the middle of an epoch; again in the same folder."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train(config(*tiny, *KILLED, output_dir=whole))
-    kill = "+callbacks.kill={_target_: tests.training.KillAt, step: 10}"
-    result = run_command([*tiny, *KILLED, kill], killed, check=False)
-    assert result.returncode == -signal.SIGKILL, result.stderr
-    assert (killed / "checkpoints" / "last.ckpt").resolve().name == "step-00000008.ckpt"
-    assert len(train_losses(killed)) >= 9
-    train(config(*tiny, *KILLED, "ckpt_path=last", output_dir=killed))
-    assert_same_run(whole, killed)
-    assert len(train_losses(killed)) == 14
-
-
-def test_sigterm_is_no_success(tiny, tmp_path):
-    """As a scheduler stops a job: the status says so, the message how to go on."""
-    stop = f"+callbacks.stop={{_target_: tests.training.KillAt, step: 5, number: {signal.SIGTERM}}}"
-    result = run_command([*tiny, stop], tmp_path / "stopped", check=False)
-    assert result.returncode == 128 + signal.SIGTERM, result.stderr
-    assert "Stopped by SIGTERM at step 5" in result.stderr
-    assert "ckpt_path=last" in result.stderr
-    assert (tmp_path / "stopped" / "checkpoints" / "last.ckpt").exists()
-
-
-@pytest.mark.slow
-def test_killed_ddp_run_resumes_bit_equal(tiny, tmp_path):
-    """Two processes, gloo; both are killed."""
-    ddp = [*tiny, *KILLED, "trainer.strategy=ddp", "trainer.devices=2", "trainer.max_steps=9"]
-    ddp += ["data.num_workers=0", "callbacks.checkpoint.every_n_steps=3"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    printed = run_command(ddp, whole).stdout
-    assert 1.0 <= float(printed.partition("\nimbalance ")[2].split()[0]) < 2.0
-    kill = "+callbacks.kill={_target_: tests.training.KillAt, step: 5}"
-    assert run_command([*ddp, kill], killed, check=False).returncode != 0
-    assert (killed / "checkpoints" / "last.ckpt").resolve().name == "step-00000003.ckpt"
-    run_command([*ddp, "ckpt_path=last"], killed)
-    assert_same_run(whole, killed)
 
 
 def test_multirun_and_saved_config(tiny, tmp_path, monkeypatch):
