@@ -14,6 +14,7 @@ from lctrain.attention import make_spec
 from lctrain.config import (
     AttentionConfig,
     DataConfig,
+    DataSettings,
     ModelConfig,
     PretrainedModelConfig,
     ScratchModelConfig,
@@ -40,10 +41,9 @@ def build_datamodule(config: DataConfig, model: ModelConfig | None = None) -> Pa
         ValueError: if there is no source, a setting is out of range, or the tokenizer is not the
             model's.
     """
-    settings = {field.name: getattr(config, field.name) for field in fields(DataConfig)}
-    if model is not None:
-        settings["tokenizer"] = tokenizer_for(model, config.tokenizer)
-    return PackedDataModule(source_of(config), **settings)
+    settings = {field.name: getattr(config, field.name) for field in fields(DataSettings)}
+    tokenizer = config.tokenizer if model is None else tokenizer_for(model, config.tokenizer)
+    return PackedDataModule(source_of(config), tokenizer, **settings)
 
 
 def build_model(config: ModelConfig, vocab_size: int) -> nn.Module:

@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 import yaml
 
 import lctrain
 from lctrain import callbacks, data
+from lctrain.config import DataConfig, DataSettings
 
 jsonargparse = pytest.importorskip("jsonargparse")
 
@@ -118,6 +120,21 @@ def test_a_data_module_from_yaml():
     made = build(lctrain.PackedDataModule, {"source": source, "max_tokens": 64})
     assert isinstance(made.preparation.source, data.TextSource)
     assert made.max_tokens == 64
+
+
+def test_a_data_module_takes_every_setting_of_the_data():
+    """They are declared in DataSettings alone, for this module and for the YAML of Hydra."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(lctrain.PackedDataModule, "made")
+    values = parser.parse_object({"made": {}}).made
+    for field in fields(DataSettings):
+        assert values[field.name] == field.default
+    assert {field.name for field in fields(DataConfig)} == {
+        "tokenizer",
+        *(field.name for field in fields(DataSettings)),
+    }
+    with pytest.raises(TypeError, match="max_token"):
+        lctrain.PackedDataModule(max_token=64)
 
 
 @pytest.mark.parametrize("model", [LLAMA, "some/name", "module"], ids=["mapping", "name", "module"])

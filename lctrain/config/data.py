@@ -1,39 +1,43 @@
-"""The settings of the data: how documents are tokenized, packed and loaded."""
+"""The settings of the data: how documents are tokenized, packed and loaded, declared once."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from lctrain.config.paths import expand_paths
-from lctrain.limits import SPECIAL_TOKENS, check_data, check_loading, named, require
+from lctrain.limits import MIN_TOKENS, OVERLONG, SPECIAL_TOKENS, named, require
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """How documents are tokenized and packed: see `lctrain.data.PackedDataModule`.
-
-    What is read is added by the classes in `lctrain.schemas`, one for every source.
+class DataSettings:
+    """What `lctrain.PackedDataModule`, its preparation and the group `data` of the YAML share.
 
     Attributes:
-        tokenizer: Name or path; None takes a pretrained model's own, and for a model from scratch
-            trains a byte-level BPE on the training split, once.
         vocab_size: Size of the tokenizer, if it is trained.
-        max_tokens: Capacity of a row.
-        max_document_tokens: Tokens of a document in a row; None for all that a row has room for.
+        max_tokens: Capacity of a row, >= 2.
+        max_document_tokens: Tokens of a document in a row, at least 2 and at most what passkeys
+            leave of max_tokens; None for all of that. Training on a short window then needs no
+            short rows.
         overlong: split, truncate or drop longer documents.
         packing_window: Documents packed at a time.
         balance_window: Steps within which ranks get rows of similar attention work.
-        held_out_fraction: Share of the documents to hold out.
-        passkey_fraction: Share of every training row that teaches retrieval.
+        held_out_fraction: Share of the documents to hold out, in [0, 1), unless the source has
+            held-out data of its own.
+        passkey_fraction: Share of every training row, in [0, 1), that teaches retrieval: documents
+            with a passkey. There are none among the held-out rows.
         num_workers: Processes that build batches.
         num_proc: Processes that tokenize; None for one, in which fast tokenizers use all cores.
         seed: Seed of the shuffle.
-        cache_dir: Where documents, tokens and the tokenizer are kept.
+        cache_dir: Where documents, tokens and the tokenizer are kept; None for $LCTRAIN_CACHE, else
+            $XDG_CACHE_HOME/lctrain, else ~/.cache/lctrain.
         special_tokens: What the text of a special token inside a document becomes: text, or the
             token, for documents that are trusted.
+
+    Raises:
+        ValueError: if a setting is out of range.
     """
 
-    tokenizer: str | None = None
     vocab_size: int = 8192
     max_tokens: int = 4096
     max_document_tokens: int | None = None
@@ -45,19 +49,106 @@ class DataConfig:
     num_workers: int = 0
     num_proc: int | None = None
     seed: int = 0
-    cache_dir: str | None = None
+    cache_dir: str | os.PathLike[str] | None = None
     special_tokens: str = "text"
 
     def __post_init__(self) -> None:
-        expand_paths(self, "data.", "cache_dir")
-        check_data(self, "data.")
-        check_loading(self, "data.")
+        self._check()
+
+    def _check(self, prefix: str = "") -> None:
+        """Raises ValueError for the first setting that is out of range.
+
+        Args:
+            prefix: What stands before a setting's name in messages: "data." on the command line.
+        """
+        self._check_rows(prefix)
+        self._check_room_for_text(prefix)
+        least = {
+            "packing_window": (1, "Raise it."),
+            "num_proc": (
+                1,
+                "Use None (null) for one process, in which fast tokenizers use all cores.",
+            ),
+            "num_workers": (0, "Raise it."),
+            "balance_window": (1, "Use the default, 256."),
+        }
+        for name, (bound, remedy) in least.items():
+            value = getattr(self, name)
+            require(
+                value is None or value >= bound,
+                f"{prefix}{name} must be at least {bound}, got {value}. {remedy}",
+            )
         require(
             self.special_tokens in SPECIAL_TOKENS,
-            f"data.special_tokens must be one of {', '.join(SPECIAL_TOKENS)}, got "
+            f"{prefix}special_tokens must be one of {', '.join(SPECIAL_TOKENS)}, got "
             f"{self.special_tokens!r}. text reads them as other text.",
         )
-        check_source = getattr(super(), "__post_init__", None)  # the schemas add a source
-        if check_source is not None:
+
+    def _check_rows(self, prefix: str) -> None:
+        """Raises unless rows and the documents in them have lengths and shares that can be."""
+        require(
+            self.max_tokens >= MIN_TOKENS,
+            f"{prefix}max_tokens must be at least {MIN_TOKENS}, got {self.max_tokens}. A token "
+            f"needs a next one to predict; raise {prefix}max_tokens.",
+        )
+        most = self.max_document_tokens
+        require(
+            most is None or MIN_TOKENS <= most <= self.max_tokens,
+            f"{prefix}max_document_tokens must be in [{MIN_TOKENS}, max_tokens = "
+            f"{self.max_tokens}], got {most}. Use null for documents as long as a row.",
+        )
+        require(
+            self.overlong in OVERLONG,
+            f"{prefix}overlong must be one of {', '.join(OVERLONG)}, got {self.overlong!r}. split "
+            "loses no token.",
+        )
+        require(
+            0 <= self.held_out_fraction < 1,
+            f"{prefix}held_out_fraction must be in [0, 1), got {self.held_out_fraction}. It is a "
+            "share of the documents; 0 holds none out.",
+        )
+        require(
+            0 <= self.passkey_fraction < 1,
+            f"{prefix}passkey_fraction must be in [0, 1), got {self.passkey_fraction}. It is a "
+            "share of the tokens of every training row; 0 adds none.",
+        )
+
+    def _check_room_for_text(self, prefix: str) -> None:
+        """Raises unless documents of the wanted length fit beside the passkeys of a row."""
+        room = self.max_tokens - round(self.max_tokens * self.passkey_fraction)
+        require(
+            room >= MIN_TOKENS,
+            f"{prefix}passkey_fraction must leave at least {MIN_TOKENS} of max_tokens = "
+            f"{self.max_tokens} for text, got {self.passkey_fraction}, which leaves {room}. Lower "
+            "it.",
+        )
+        require(
+            self.max_document_tokens is None or self.max_document_tokens <= room,
+            f"{prefix}max_document_tokens must be at most {room}, what passkey_fraction = "
+            f"{self.passkey_fraction} leaves of max_tokens = {self.max_tokens} for text, got "
+            f"{self.max_document_tokens}. Lower passkey_fraction, raise max_tokens, or use null "
+            "for documents as long as the room.",
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig(DataSettings):
+    """The settings of the data as the YAML has them: see `lctrain.data.PackedDataModule`.
+
+    What is read is added by the classes in `lctrain.schemas`, one for every source.
+
+    Attributes:
+        tokenizer: Name or path; None takes a pretrained model's own, and for a model from scratch
+            trains a byte-level BPE on the training split, once.
+    """
+
+    cache_dir: str | None = None  # OmegaConf knows no os.PathLike
+    tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        expand_paths(self, "data.", "cache_dir")
+        self._check("data.")
+        check_source = getattr(super(DataSettings, self), "__post_init__", None)
+        if check_source is not None:  # the schemas add a source
             with named("data."):
                 check_source()

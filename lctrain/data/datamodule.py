@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,11 +11,12 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lctrain.batch import PackedBatch
+from lctrain.config import DataSettings
 from lctrain.data.documents import TokenizedDocument
 from lctrain.data.given import DatasetSource, TokenPreparation, holds_texts
 from lctrain.data.loader import Cursor, PackLoader, RowStream
-from lctrain.data.order import BALANCE_WINDOW, epoch_order, imbalance
-from lctrain.data.packing import Overlong, PackingReport
+from lctrain.data.order import epoch_order, imbalance
+from lctrain.data.packing import PackingReport
 from lctrain.data.prepare import (
     Preparation,
     PreparedData,
@@ -24,7 +24,7 @@ from lctrain.data.prepare import (
     fingerprint_settings,
 )
 from lctrain.data.sources import Source, StdlibSource
-from lctrain.limits import check_loading, check_seed
+from lctrain.limits import check_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,21 +38,9 @@ class PackedDataModule(LightningDataModule):
         source: Any = None,
         tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
         *,
-        max_tokens: int = 4096,
-        max_document_tokens: int | None = None,
-        overlong: Overlong = "split",
-        packing_window: int = 100_000,
-        balance_window: int = BALANCE_WINDOW,
-        held_out_fraction: float = 0.05,
-        passkey_fraction: float = 0.0,
-        vocab_size: int = 8192,
-        num_workers: int = 0,
-        num_proc: int | None = None,
-        seed: int = 0,
-        cache_dir: str | os.PathLike[str] | None = None,
         pin_memory: bool | None = None,
-        special_tokens: str = "text",
         held_out: Any = None,
+        **settings: Any,
     ) -> None:
         """Checks the settings; nothing is read before `prepare_data` or `setup`.
 
@@ -63,70 +51,29 @@ class PackedDataModule(LightningDataModule):
                 standard library.
             tokenizer: Name or path of a tokenizer of transformers, or one; None trains a byte-level
                 BPE on the training split, once.
-            max_tokens: Tokens of a row, >= 2.
-            max_document_tokens: Tokens of a document in a row, at least 2 and at most what passkeys
-                leave of max_tokens; None for all of that. Training on a short window then needs no
-                short rows.
-            overlong: "split", "truncate" or "drop" documents that are longer than that.
-            packing_window: Documents packed at a time.
-            balance_window: Steps within which ranks get rows of similar attention work: see order.
-            held_out_fraction: Share of the documents to hold out, in [0, 1), unless the source has
-                held-out data of its own.
-            passkey_fraction: Share of the tokens of every training row, in [0, 1), that teaches
-                retrieval: documents with a passkey, up to the longest document (see
-                lctrain.data.passkey). There are none among the held-out rows.
-            vocab_size: Size of the tokenizer, if it is trained.
-            num_workers: Worker processes that build batches.
-            num_proc: Processes that tokenize; None: one, in which fast tokenizers use all cores.
-            seed: Seed of the shuffle.
-            cache_dir: Where documents, tokens and the tokenizer are kept; default
-                $LCTRAIN_CACHE, else $XDG_CACHE_HOME/lctrain, else ~/.cache/lctrain.
             pin_memory: Copy batches to pinned memory; default: if there is a GPU.
-            special_tokens: What the text of a special token inside a document becomes: "text", or
-                the "token", for documents that are trusted.
             held_out: Documents to hold out, a dataset of the kind of `source`; not for a Source.
+            **settings: The fields of `lctrain.config.DataSettings`, such as max_tokens.
 
         Raises:
             ValueError: if a setting is out of range.
         """
         super().__init__()
-        self.seed = seed
-        self.balance_window = balance_window
-        self.num_workers = num_workers
-        check_seed(seed)
-        check_loading(self)
+        self.options = DataSettings(**settings)
+        check_seed(self.options.seed)
         if held_out is not None and (source is None or isinstance(source, Source)):
             raise ValueError(
                 "held_out must come with a dataset, got it with a Source. Set the source's own "
                 "held-out files, or pass a dataset."
             )
-        cache = _default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+        self.preparation: Preparation | TokenPreparation
         if source is None or isinstance(source, Source) or holds_texts(source):
-            self.preparation: Any = Preparation(
-                source=_as_source(source, held_out),
-                tokenizer=tokenizer,
-                max_tokens=max_tokens,
-                max_document_tokens=max_document_tokens,
-                overlong=overlong,
-                packing_window=packing_window,
-                held_out_fraction=held_out_fraction,
-                passkey_fraction=passkey_fraction,
-                vocab_size=vocab_size,
-                num_proc=num_proc,
-                cache_dir=cache,
-                special_tokens=special_tokens,
+            self.preparation = Preparation(
+                source=_as_source(source, held_out), tokenizer=tokenizer, settings=self.options
             )
         else:
-            _refuse_text_settings(passkey_fraction, special_tokens)
             self.preparation = TokenPreparation(
-                dataset=source,
-                held_out=held_out,
-                tokenizer=tokenizer,
-                max_tokens=max_tokens,
-                max_document_tokens=max_document_tokens,
-                overlong=overlong,
-                packing_window=packing_window,
-                held_out_fraction=held_out_fraction,
+                dataset=source, held_out=held_out, tokenizer=tokenizer, settings=self.options
             )
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self._prepared: PreparedData | None = None
@@ -136,7 +83,7 @@ class PackedDataModule(LightningDataModule):
     @property
     def max_tokens(self) -> int:
         """Tokens of a row."""
-        return self.preparation.max_tokens
+        return self.options.max_tokens
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -176,16 +123,18 @@ class PackedDataModule(LightningDataModule):
     def imbalance(self) -> float:
         """Attention work of the ranks that wait, in the first epoch, after `setup()`: see order."""
         costs = self._ready.train_rows.plan.costs()
-        order = epoch_order(costs, self._world_size, self.seed, 0, self.balance_window)
+        order = epoch_order(
+            costs, self._world_size, self.options.seed, 0, self.options.balance_window
+        )
         return imbalance(order, costs)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What decides the sequence of batches, after `setup()`; the same in a resumed run."""
         return self._ready.settings | {
-            "seed": self.seed,
+            "seed": self.options.seed,
             "world_size": self._world_size,
-            "balance_window": self.balance_window,
+            "balance_window": self.options.balance_window,
         }
 
     @property
@@ -220,7 +169,7 @@ class PackedDataModule(LightningDataModule):
             self._ready.train_rows,
             self._world_size,
             self._rank,
-            self.seed,
+            self.options.seed,
         )
         steps = len(rows) // world_size
         if steps == 0:
@@ -228,7 +177,7 @@ class PackedDataModule(LightningDataModule):
                 f"data must fill at least one row for each of {world_size} ranks, got {len(rows)} "
                 "rows. Use more data, fewer ranks, or a smaller max_tokens."
             )
-        costs, window = rows.plan.costs(), self.balance_window
+        costs, window = rows.plan.costs(), self.options.balance_window
 
         def epoch_rows(epoch: int) -> np.ndarray:
             return epoch_order(costs, world_size, seed, epoch, window)[:, rank]
@@ -239,7 +188,7 @@ class PackedDataModule(LightningDataModule):
             steps,
             self._position,
             self._cursor,
-            num_workers=self.num_workers,
+            num_workers=self.options.num_workers,
             pin_memory=self.pin_memory,
         )
 
@@ -260,7 +209,7 @@ class PackedDataModule(LightningDataModule):
             RowStream(lambda epoch: numbers, steps, endless=False),
             steps,
             lambda: 0,
-            num_workers=self.num_workers,
+            num_workers=self.options.num_workers,
             pin_memory=self.pin_memory,
         )
 
@@ -347,27 +296,12 @@ class PackedDataModule(LightningDataModule):
         return self._cursor.batches
 
 
-def _default_cache_dir() -> Path:
-    if folder := os.environ.get("LCTRAIN_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lctrain"
-
-
 def _as_source(source: Any, held_out: Any) -> Source:
     if source is None:
         return StdlibSource()
     return (
         source if isinstance(source, Source) else DatasetSource(dataset=source, held_out=held_out)
     )
-
-
-def _refuse_text_settings(passkey_fraction: float, special_tokens: str) -> None:
-    """Raises ValueError for settings that need texts."""
-    if passkey_fraction or special_tokens != "text":
-        raise ValueError(
-            "passkey_fraction and special_tokens must be left out for token ids, got "
-            f"{passkey_fraction} and {special_tokens!r}. Pass the texts instead."
-        )
 
 
 def check_vocabulary(batch: PackedBatch, module: Any) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from lctrain.batch import check_max_tokens
+from lctrain.config import DataSettings
 from lctrain.data.collator import PackedRows
 from lctrain.data.dataset import DatasetTokens, pack, pack_tokens
-from lctrain.data.packing import Overlong, document_limit, plan_rows
+from lctrain.data.packing import Overlong, plan_rows
 from lctrain.data.prepare import PreparedData
 from lctrain.data.sources import Source
 
@@ -45,24 +45,26 @@ class DatasetSource(Source):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenPreparation:
-    """How documents of token ids become rows. The fields are those of PackedDataModule."""
+    """How documents of token ids become rows.
+
+    Attributes:
+        dataset: Documents of token ids, or rows that are packed.
+        held_out: The same, to hold out; None holds some documents of `dataset` out.
+        tokenizer: That of the token ids; None if nothing needs it.
+        settings: Those of the data module; texts alone have a passkey_fraction and special_tokens.
+    """
 
     dataset: Any
     held_out: Any
     tokenizer: Any
-    max_tokens: int
-    max_document_tokens: int | None
-    overlong: Overlong
-    packing_window: int
-    held_out_fraction: float
+    settings: DataSettings
 
     def __post_init__(self) -> None:
-        check_max_tokens(self.max_tokens)
-        document_limit(self.max_document_tokens, self.max_tokens)
-        if not 0 <= self.held_out_fraction < 1:
+        passkeys, special_tokens = self.settings.passkey_fraction, self.settings.special_tokens
+        if passkeys or special_tokens != "text":
             raise ValueError(
-                f"held_out_fraction must be in [0, 1), got {self.held_out_fraction}. It is a share "
-                "of the documents; 0 holds none out."
+                "passkey_fraction and special_tokens must be left out for token ids, got "
+                f"{passkeys} and {special_tokens!r}. Pass the texts instead."
             )
 
     def run(self) -> PreparedData:
@@ -78,8 +80,8 @@ class TokenPreparation:
             tokens = DatasetTokens(train)
             digests = _digests(tokens)
             kept = np.ones(len(tokens), dtype=bool)
-            if held_out is None and self.held_out_fraction > 0 and len(tokens) > 1:
-                kept = _kept(digests, self.held_out_fraction)
+            if held_out is None and self.settings.held_out_fraction > 0 and len(tokens) > 1:
+                kept = _kept(digests, self.settings.held_out_fraction)
                 held_out = tokens.select(np.flatnonzero(~kept))
             rows = self._pack(tokens.select(np.flatnonzero(kept)))
             documents = hashlib.sha256(digests[kept].tobytes()).hexdigest()[:16]
@@ -87,9 +89,9 @@ class TokenPreparation:
             "source": type(self.dataset).__name__,
             "training_documents": documents,
             "max_tokens": rows.report.max_tokens,
-            "max_document_tokens": self.max_document_tokens,
-            "overlong": self.overlong,
-            "packing_window": self.packing_window,
+            "max_document_tokens": self.settings.max_document_tokens,
+            "overlong": self.settings.overlong,
+            "packing_window": self.settings.packing_window,
         }
         return PreparedData(self.tokenizer, rows, self._held_out_rows(held_out), settings)
 
@@ -98,17 +100,17 @@ class TokenPreparation:
             return held_out
         if held_out is None or len(held_out) == 0:
             empty = np.array([], dtype=np.int64)
-            return PackedRows(DatasetTokens([]), plan_rows(empty, self.max_tokens))
+            return PackedRows(DatasetTokens([]), plan_rows(empty, self.settings.max_tokens))
         return self._pack(held_out)
 
     def _pack(self, documents: Any) -> PackedRows:
         make = pack_tokens if isinstance(documents, DatasetTokens) else pack
         return make(
             documents,
-            self.max_tokens,
-            max_document_tokens=self.max_document_tokens,
-            overlong=self.overlong,
-            window=self.packing_window,
+            self.settings.max_tokens,
+            max_document_tokens=self.settings.max_document_tokens,
+            overlong=cast(Overlong, self.settings.overlong),
+            window=self.settings.packing_window,
         )
 
 

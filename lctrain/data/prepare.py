@@ -6,9 +6,11 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from lctrain.config import DataSettings
 from lctrain.data.collator import PackedRows
 from lctrain.data.documents import Documents, TokenStore, count_shared, read_documents
 from lctrain.data.faults import warn_once
@@ -22,14 +24,12 @@ from lctrain.data.passkey_rows import (
     passkey_lengths,
 )
 from lctrain.data.sources import Source
-from lctrain.data.special_tokens import check_special_tokens
 from lctrain.data.tokenizer import (
     fingerprint_tokenizer,
     load_tokenizer,
     train_tokenizer,
 )
 from lctrain.data.tokenizing import tokenize
-from lctrain.limits import check_data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,27 +37,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """How documents become rows. The fields are those of PackedDataModule."""
+    """How documents become rows.
+
+    Attributes:
+        source: Where documents come from.
+        tokenizer: Name or path of a tokenizer of transformers, or one; None trains one.
+        settings: Those of the data module.
+    """
 
     source: Source
     tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None
-    max_tokens: int
-    max_document_tokens: int | None
-    overlong: Overlong
-    packing_window: int
-    held_out_fraction: float
-    passkey_fraction: float
-    vocab_size: int
-    num_proc: int | None
-    cache_dir: Path
-    special_tokens: str = "text"
+    settings: DataSettings
 
-    def __post_init__(self) -> None:
-        check_data(self)
-        check_special_tokens(self.special_tokens)
-
-    def _passkey_tokens(self, passkey_fraction: float) -> int:
-        return round(self.max_tokens * passkey_fraction)
+    @cached_property
+    def cache_dir(self) -> Path:
+        """Where documents, tokens and the tokenizer are kept."""
+        return cache_folder(self.settings.cache_dir)
 
     def run(self) -> PreparedData:
         """Reads, splits, tokenizes and packs, from the cache as far as it goes.
@@ -68,14 +63,14 @@ class Preparation:
         tokenizer = self.given_tokenizer()
         train, held_out = self._documents()
         if tokenizer is None:
-            tokenizer = train_tokenizer(train, self.vocab_size, self.cache_dir)
+            tokenizer = train_tokenizer(train, self.settings.vocab_size, self.cache_dir)
         if tokenizer.eos_token_id is None:
             warn_once(
                 "The tokenizer has no end token: documents end without one, and the model does not "
                 "learn to stop. To change that, set tokenizer.eos_token, save the tokenizer, and "
                 "name that folder as data.tokenizer."
             )
-        train_rows = self._pack(train, tokenizer, self.passkey_fraction)
+        train_rows = self._pack(train, tokenizer, self.settings.passkey_fraction)
         if len(train_rows) == 0:
             raise ValueError(
                 f"data must fill at least one row, got none: {train_rows.plan.report}. Use more "
@@ -84,19 +79,19 @@ class Preparation:
         settings = {
             "source": repr(self.source),
             "training_documents": train.fingerprint,
-            "held_out_fraction": self.held_out_fraction,
+            "held_out_fraction": self.settings.held_out_fraction,
             "tokenizer": fingerprint_tokenizer(tokenizer),
-            "max_tokens": self.max_tokens,
-            "overlong": self.overlong,
-            "packing_window": self.packing_window,
+            "max_tokens": self.settings.max_tokens,
+            "overlong": self.settings.overlong,
+            "packing_window": self.settings.packing_window,
         }
         # Only if they are set: a checkpoint from before they existed still fits.
-        if self.max_document_tokens is not None:
-            settings["max_document_tokens"] = self.max_document_tokens
-        if self.special_tokens != "text":
-            settings["special_tokens"] = self.special_tokens
-        if self.passkey_fraction:
-            settings["passkey_fraction"] = self.passkey_fraction
+        if self.settings.max_document_tokens is not None:
+            settings["max_document_tokens"] = self.settings.max_document_tokens
+        if self.settings.special_tokens != "text":
+            settings["special_tokens"] = self.settings.special_tokens
+        if self.settings.passkey_fraction:
+            settings["passkey_fraction"] = self.settings.passkey_fraction
         return PreparedData(tokenizer, train_rows, self._pack(held_out, tokenizer), settings)
 
     def given_tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -113,7 +108,7 @@ class Preparation:
         train = read_documents(self.source.load(self.cache_dir), label)
         set_aside = self.source.load_held_out(self.cache_dir)
         if set_aside is None:
-            train, held_out = train.split(self.held_out_fraction)
+            train, held_out = train.split(self.settings.held_out_fraction)
         else:
             held_out = read_documents(set_aside, f"{label}.held_out")
             shared = count_shared(held_out, train)
@@ -137,15 +132,19 @@ class Preparation:
         passkey_fraction: float = 0.0,
     ) -> PackedRows:
         store: TokenStore = tokenize(
-            documents, tokenizer, self.cache_dir, self.num_proc, self.special_tokens
+            documents,
+            tokenizer,
+            self.cache_dir,
+            self.settings.num_proc,
+            self.settings.special_tokens,
         )
-        passkey_tokens = self._passkey_tokens(passkey_fraction)
+        passkey_tokens = round(self.settings.max_tokens * passkey_fraction)
         plan = plan_rows(
             store.lengths,
-            self.max_tokens - passkey_tokens,
-            max_document_tokens=self.max_document_tokens,
-            overlong=self.overlong,
-            window=self.packing_window,
+            self.settings.max_tokens - passkey_tokens,
+            max_document_tokens=self.settings.max_document_tokens,
+            overlong=cast(Overlong, self.settings.overlong),
+            window=self.settings.packing_window,
             dropped_empty=documents.dropped_empty,
             dropped_unreadable=documents.dropped_unreadable,
         )
@@ -161,7 +160,9 @@ class Preparation:
         self, store: TokenStore, plan: PackingPlan, format: PasskeyFormat, tokens: int
     ) -> PackedRows:
         shortest = max(SHORTEST, format.shortest)
-        longest = min(tokens, document_limit(self.max_document_tokens, self.max_tokens))
+        longest = min(
+            tokens, document_limit(self.settings.max_document_tokens, self.settings.max_tokens)
+        )
         if longest < shortest:
             raise ValueError(
                 f"passkey_fraction and max_document_tokens must leave room for documents of "
@@ -169,7 +170,7 @@ class Preparation:
                 "set passkey_fraction=0."
             )
         lengths, row_offsets = passkey_lengths(len(plan), tokens, shortest, longest)
-        mixed = add_passkeys(plan, len(store), lengths, row_offsets, self.max_tokens)
+        mixed = add_passkeys(plan, len(store), lengths, row_offsets, self.settings.max_tokens)
         return PackedRows(JoinedStore(store, PasskeyStore(format, lengths, store)), mixed)
 
 
@@ -188,6 +189,15 @@ class PreparedData:
     train_rows: PackedRows
     held_out_rows: PackedRows
     settings: dict[str, Any]
+
+
+def cache_folder(given: str | os.PathLike[str] | None) -> Path:
+    """Returns the folder of the cache: the given one, else that of the environment or the user."""
+    if given is not None:
+        return Path(given).expanduser()
+    if folder := os.environ.get("LCTRAIN_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lctrain"
 
 
 def fingerprint_settings(settings: dict[str, Any]) -> str:

@@ -13,18 +13,6 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SPECIAL_TOKENS = ("text", "token")
-
-
-def check_special_tokens(value: str) -> None:
-    """Raises ValueError unless it is one of SPECIAL_TOKENS."""
-    if value not in SPECIAL_TOKENS:
-        raise ValueError(
-            f"special_tokens must be one of {', '.join(SPECIAL_TOKENS)}, got {value!r}. text takes "
-            "the text of a special token for text, token for the token: use that for documents "
-            "that you trust to hold them."
-        )
-
 
 def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
     """A pattern that finds the text of special tokens; None if there are none."""

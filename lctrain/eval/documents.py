@@ -42,7 +42,7 @@ def evaluation_documents(preparation: Preparation, split: str) -> list[Tokenized
             f"{preparation.source}. Raise data.held_out_fraction, use more data, or evaluate on "
             "all of it with split=all."
         )
-    store = tokenize(documents, tokenizer, preparation.cache_dir, preparation.num_proc)
+    store = tokenize(documents, tokenizer, preparation.cache_dir, preparation.settings.num_proc)
     return [
         TokenizedDocument(store.names[index], store.tokens(index).astype(np.int64), index)
         for index in range(len(store))
@@ -58,4 +58,6 @@ def _read(preparation: Preparation, split: str) -> Documents:
         if set_aside is not None:
             return read_documents(set_aside, f"{label}.held_out")
     documents = read_documents(source.load(preparation.cache_dir), label)
-    return documents if split == "all" else documents.split(preparation.held_out_fraction)[1]
+    return (
+        documents if split == "all" else documents.split(preparation.settings.held_out_fraction)[1]
+    )
