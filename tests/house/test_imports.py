@@ -53,7 +53,7 @@ def test_kernels_alone_load_no_framework(tmp_path):
 
 
 def test_everything_outside_the_kernels_imports_without_triton(tmp_path):
-    within = r"\w+\.(triton|hopper|ranges|launch)"
+    within = r"\w+\.(triton|hopper|ranges|launch|aot)"
     device = re.compile(rf"lctrain_kernels\.(tile|gluon|bench|aot|{within})")
     modules = [module for module in SOURCES if not device.match(module)]
     code = f"""

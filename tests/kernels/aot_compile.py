@@ -177,6 +177,7 @@ def main(request: dict) -> None:
             "target": target,
             "name": variant.name,
             "triton": triton.__version__,
+            "multiplies": variant.multiplies,
             "key": variant_key(
                 variant, "sm_90" if target == "hopper" else target, triton.__version__
             ),

@@ -103,11 +103,12 @@ def run(version: str, selections: Sequence[Selection], known: dict[str, dict]) -
         known: Reports by key; their variants are not compiled.
 
     Returns:
-        One report per variant, in order, "compiled" true where the variant had no report.
+        One report per variant, in order, "compiled" true where the variant had no report, and
+        "multiplies" true where the kernel has matrix products.
     """
     folder = triton_folder(version)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    paths = [str(folder), str(ROOT)] if folder is not None else [str(ROOT)]
+    paths = [str(path) for path in (folder, ROOT, ROOT / "kernels") if path is not None]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     script = ROOT / "tests" / "kernels" / "aot_compile.py"
     request = json.dumps({"selections": selections, "known": sorted(known)})
@@ -148,7 +149,7 @@ def update(version: str, known: dict[str, dict]) -> tuple[int, int]:
     reports = run(version, SELECTIONS[version], known)
     kept = {}
     for report in reports:
-        report.pop("selection")
+        del report["selection"], report["multiplies"]
         kept[report["target"], report["name"], report["key"]] = report
     compiled = sum(report.pop("compiled") for report in kept.values())
     REPORTS.mkdir(exist_ok=True)

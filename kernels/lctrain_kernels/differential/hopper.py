@@ -31,6 +31,7 @@ from lctrain_kernels.tile.logits import LOG2_E
 from lctrain_kernels.tile.structures import Flags
 
 _LOG2_E = tl.constexpr(LOG2_E)
+PREPARE_ROWS = 64  # tokens of a program that prepares the backward or rounds its dq
 _SMALLEST_LAM = tl.constexpr(2.0**-60)
 
 
@@ -105,7 +106,7 @@ def differential_fwd(
 
 
 @triton.jit(do_not_specialize=["stride_lt", "stride_lh", "total_q"])
-def _prepare_kernel(
+def differential_prepare_kernel(
     out1_ptr,
     out2_ptr,
     dout_ptr,
@@ -180,7 +181,7 @@ def _prepare_kernel(
 
 
 @triton.jit(do_not_specialize=["total_q"])
-def _scale_kernel(
+def differential_round_dq_kernel(
     sum1_ptr,
     sum2_ptr,
     dq1_ptr,
@@ -242,8 +243,7 @@ def differential_bwd(
     stats = torch.empty((4, heads, total_q), dtype=torch.float32, device=device)
     sums = torch.empty((2, total_q, heads, head_dim), dtype=torch.float32, device=device)
     columns, value_columns = padded_columns(head_dim), padded_columns(value_dim)
-    rows = 64
-    _prepare_kernel[(triton.cdiv(total_q, rows), heads)](
+    differential_prepare_kernel[(triton.cdiv(total_q, PREPARE_ROWS), heads)](
         out1,
         out2,
         dout,
@@ -265,7 +265,7 @@ def differential_bwd(
         BLOCK_D=columns,
         VALUE_DIM=value_dim,
         BLOCK_DV=value_columns,
-        ROWS=rows,
+        ROWS=PREPARE_ROWS,
         num_warps=8,
         enable_fp_fusion=True,
     )
@@ -310,7 +310,7 @@ def differential_bwd(
         maxnreg=REGISTERS,
         enable_fp_fusion=True,
     )
-    _scale_kernel[(triton.cdiv(total_q, rows), heads)](
+    differential_round_dq_kernel[(triton.cdiv(total_q, PREPARE_ROWS), heads)](
         sums[0],
         sums[1],
         dq1,
@@ -320,7 +320,7 @@ def differential_bwd(
         HEADS=heads,
         HEAD_DIM=head_dim,
         BLOCK_D=columns,
-        ROWS=rows,
+        ROWS=PREPARE_ROWS,
         num_warps=8,
         enable_fp_fusion=True,
     )

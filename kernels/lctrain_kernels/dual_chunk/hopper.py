@@ -119,7 +119,7 @@ def dual_chunk_fwd(
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
-def _rotate_succ_kernel(
+def dual_chunk_rotate_dk_kernel(
     dk_ptr,
     cu_k_ptr,
     tiles_ptr,
@@ -155,7 +155,7 @@ def _rotate_succ_kernel(
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
-def _round_dq_kernel(
+def dual_chunk_round_dq_kernel(
     sum_ptr,
     dq_ptr,
     cu_q_ptr,
@@ -281,7 +281,7 @@ def dual_chunk_bwd(
         k_succ = rotated_keys(k, pack.cu_seqlens_k, pack.k_tiles, rotation=rotation)
         launch(SUCC.value, q, k_succ, None, None)
         del k_succ  # dk may lie there
-        _rotate_succ_kernel[(heads_kv * pack.k_tiles.shape[0] * (SCHEDULE_ROWS // rows),)](
+        dual_chunk_rotate_dk_kernel[(heads_kv * pack.k_tiles.shape[0] * (SCHEDULE_ROWS // rows),)](
             dk_sum,
             pack.cu_seqlens_k,
             pack.k_tiles,
@@ -308,7 +308,7 @@ def dual_chunk_bwd(
         rotation=rotation,
     )
     launch(INTER.value, dq, k, dk, dv)
-    _round_dq_kernel[(heads * pack.q_tiles.shape[0] * (SCHEDULE_ROWS // rows),)](
+    dual_chunk_round_dq_kernel[(heads * pack.q_tiles.shape[0] * (SCHEDULE_ROWS // rows),)](
         dq_sum,
         dq,
         pack.cu_seqlens_q,

@@ -68,7 +68,7 @@ def rotate(
     k_heads = 1 if k is None else k.shape[1]
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(0 if k is None else k.shape, dtype=q.dtype, device=q.device)
-    shape = _shape(cos, head_dim, options)
+    shape = rotary_constants(cos, head_dim, options)
     block_q, block_k = triton.next_power_of_2(q_heads), triton.next_power_of_2(k_heads)
     numbers = block_q * shape["BLOCK_HALF"]
     config = forward_config(numbers, q_weight is not None)
@@ -118,7 +118,7 @@ def norm_rotary_bwd(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x [T, H, D] and weight [D]."""
     tokens, heads, head_dim = x.shape
-    shape = _shape(cos, head_dim, options)
+    shape = rotary_constants(cos, head_dim, options)
     block = triton.next_power_of_2(heads)
     numbers = block * shape["BLOCK_HALF"]
     config = backward_config(numbers)
@@ -157,8 +157,8 @@ def norm_rotary_bwd(
     return dx, column_sum(parts, weight.dtype)
 
 
-def _shape(cos: Tensor, head_dim: int, options: RotaryOptions) -> dict[str, int]:
-    """The constants that both kernels share."""
+def rotary_constants(cos: Tensor, head_dim: int, options: RotaryOptions) -> dict[str, int]:
+    """Returns the constants that both kernels share."""
     rotary = options.rotary_columns(cos)
     rest = head_dim - rotary
     return {

@@ -21,6 +21,7 @@ class KernelVariant:
         attributes: Alignment of tensors and strides, by place, as launchers find it.
         options: Compiler options.
         spill_free: True if the kernel must keep everything in registers; tested.
+        multiplies: True if the kernel must use matrix instructions; tested.
     """
 
     name: str
@@ -30,6 +31,7 @@ class KernelVariant:
     attributes: dict[tuple[int, ...], list]
     options: Mapping[str, object]
     spill_free: bool
+    multiplies: bool = True
 
 
 def describe_variant(
@@ -39,6 +41,7 @@ def describe_variant(
     constants: Mapping[str, object],
     options: Mapping[str, object],
     spill_free: bool,
+    multiplies: bool = True,
 ) -> KernelVariant:
     """Describes one compilation by the names of a kernel's arguments.
 
@@ -50,6 +53,7 @@ def describe_variant(
         constants: Values of the constexprs; may hold more names than the kernel has.
         options: The compiler's.
         spill_free: Whether registers must suffice.
+        multiplies: Whether the kernel has matrix products.
     """
     signature: dict[str, Any] = {}
     values: dict[tuple[int, ...], object] = {}
@@ -75,4 +79,6 @@ def describe_variant(
             signature[argument] = type(kinds)(*fields)
         else:
             signature[argument] = typed(kinds, (index,), not parameter.do_not_specialize)
-    return KernelVariant(name, kernel, signature, values, attributes, options, spill_free)
+    return KernelVariant(
+        name, kernel, signature, values, attributes, options, spill_free, multiplies
+    )

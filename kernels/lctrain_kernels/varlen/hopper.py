@@ -30,6 +30,7 @@ from lctrain_kernels.varlen.hopper_bwd import (
 from lctrain_kernels.varlen.hopper_fwd import ForwardPointers, varlen_fwd_hopper_kernel
 
 _LOG2_E = tl.constexpr(LOG2_E)
+PREPARE_ROWS = 64  # tokens of a program that prepares the backward or rounds its dq
 
 
 def varlen_fwd(
@@ -99,7 +100,7 @@ def varlen_fwd(
 
 
 @triton.jit(do_not_specialize=["total_q"])
-def _prepare_kernel(
+def varlen_prepare_kernel(
     out_ptr,
     dout_ptr,
     lse_ptr,
@@ -157,7 +158,7 @@ def _prepare_kernel(
 
 
 @triton.jit(do_not_specialize=["documents", "rounds", "slabs_per_head"])
-def _scale_kernel(
+def varlen_round_dq_kernel(
     sum_ptr,
     dq_ptr,
     cu_q_ptr,
@@ -237,7 +238,6 @@ def varlen_bwd(
         return dq, dk.zero_(), dv.zero_(), delta
     tile = backward_tile(columns, options.deterministic)
     documents = pack.cu_seqlens_q.shape[0] - 1
-    rows = 64
     if tile.reduce_from_registers:
         per_head = total_q // 16 + documents  # slabs
         shape = (heads, per_head, 16 * head_dim)
@@ -247,7 +247,7 @@ def varlen_bwd(
         per_head = total_q // tile.block_m + documents  # semaphores
         semaphores = torch.zeros((heads, per_head), dtype=torch.int32, device=q.device)
         dq_sum = torch.empty((total_q, heads, head_dim), dtype=torch.float32, device=q.device)
-    _prepare_kernel[(triton.cdiv(total_q, rows), heads)](
+    varlen_prepare_kernel[(triton.cdiv(total_q, PREPARE_ROWS), heads)](
         out,
         dout,
         lse,
@@ -265,7 +265,7 @@ def varlen_bwd(
         HEADS=heads,
         HEAD_DIM=head_dim,
         BLOCK_D=columns,
-        ROWS=rows,
+        ROWS=PREPARE_ROWS,
         num_warps=8,
         enable_fp_fusion=True,
     )
@@ -316,7 +316,7 @@ def varlen_bwd(
         enable_fp_fusion=True,
     )
     if tile.reduce_from_registers:
-        _scale_kernel[(triton.cdiv(per_head * 16, rows), heads)](
+        varlen_round_dq_kernel[(triton.cdiv(per_head * 16, PREPARE_ROWS), heads)](
             dq_sum,
             dq,
             pack.cu_seqlens_q,
@@ -327,7 +327,7 @@ def varlen_bwd(
             HEADS=heads,
             HEAD_DIM=head_dim,
             BLOCK_D=columns,
-            SLABS=rows // 16,
+            SLABS=PREPARE_ROWS // 16,
             num_warps=8,
             enable_fp_fusion=True,
         )

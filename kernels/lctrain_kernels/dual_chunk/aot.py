@@ -1,0 +1,89 @@
+"""Portable kernels of dual chunk attention, as input for ahead-of-time compilation."""
+
+import itertools
+from collections.abc import Iterator
+
+from lctrain_kernels.dual_chunk.triton_dkv import dual_chunk_dkv_kernel
+from lctrain_kernels.dual_chunk.triton_dq import dual_chunk_dq_kernel
+from lctrain_kernels.dual_chunk.triton_fwd import dual_chunk_fwd_kernel
+from lctrain_kernels.dual_chunk.triton_rotate import ROTATE_CONFIG, dual_chunk_rotate_kernel
+from lctrain_kernels.tile.attention_variant import attention_variant
+from lctrain_kernels.tile.config import DUAL_CHUNK_OPERATIONS, TileConfig, table_config
+from lctrain_kernels.tile.variant import KernelVariant
+
+KERNELS = {
+    "dual_chunk_fwd": dual_chunk_fwd_kernel,
+    "dual_chunk_dq": dual_chunk_dq_kernel,
+    "dual_chunk_dkv": dual_chunk_dkv_kernel,
+    "dual_chunk_rotate": dual_chunk_rotate_kernel,
+}
+_STATISTICS = ("out", "dout", "lse", "stats")  # of queries; the rotation of keys has none
+
+
+def _variant(
+    operation: str,
+    config: TileConfig,
+    head_dim: int,
+    *,
+    features: str = "causal",
+    dtype: str = "bf16",
+    is_share: bool = False,
+) -> KernelVariant:
+    """Describes one compilation.
+
+    Args:
+        operation: A key of KERNELS.
+        config: Its tile configuration.
+        head_dim: D.
+        features: "causal", "dropout" or "all", which adds logit_scale to dropout.
+        dtype: Triton's name of the tensors' dtype.
+        is_share: The launch whose result the other one adds to; the rotation of keys.
+    """
+    rotates_keys = operation == "dual_chunk_rotate" and is_share
+    return attention_variant(
+        operation,
+        KERNELS[operation],
+        config,
+        head_dim,
+        features=features,
+        dtype=dtype,
+        constants={"IS_QUERY": not is_share, "IS_INTER": is_share, "IS_SUCC": is_share},
+        absent=_STATISTICS if rotates_keys else (),
+        note="-share" if is_share else "",
+        multiplies=operation != "dual_chunk_rotate",
+    )
+
+
+def kernel_variants(
+    table: str, head_dims: tuple[int, ...], features: tuple[str, ...]
+) -> Iterator[KernelVariant]:
+    """Yields the configurations of one table; arguments as `aot.kernel_variants`.
+
+    The launches whose result another one adds to are those of one head dim; so are, but for sm_90,
+    the plain kernels where they are all that is wanted.
+    """
+    wanted = [name for name in ("causal", "dropout", "all") if name in features]
+    for head_dim in head_dims:
+        if wanted == ["causal"] and table != "sm_90" and head_dim != 128:
+            continue
+        for operation, feature in itertools.product(DUAL_CHUNK_OPERATIONS, wanted):
+            drop = feature != "causal"
+            one_launch = operation == "dual_chunk_fwd" or head_dim != 128
+            for is_share in (False,) if one_launch else (False, True):
+                config = table_config(
+                    table, operation, head_dim, 4, has_dropout=drop, is_share=is_share
+                )
+                yield _variant(operation, config, head_dim, features=feature, is_share=is_share)
+        share = head_dim == 128
+        yield _variant(
+            "dual_chunk_rotate",
+            ROTATE_CONFIG,
+            head_dim,
+            features="causal" if share else "all",
+            is_share=share,
+        )
+    if "causal" not in features:
+        return
+    for operation in DUAL_CHUNK_OPERATIONS:
+        config = table_config("float32", operation, head_dims[0], 4)
+        yield _variant(operation, config, head_dims[0], dtype="fp32")

@@ -1,0 +1,172 @@
+"""Hopper kernels of dual chunk attention, as input for ahead-of-time compilation."""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+
+from lctrain_kernels.dual_chunk.hopper import (
+    dual_chunk_rotate_dk_kernel,
+    dual_chunk_round_dq_kernel,
+)
+from lctrain_kernels.dual_chunk.hopper_bwd import dual_chunk_bwd_hopper_kernel
+from lctrain_kernels.dual_chunk.hopper_fwd import dual_chunk_fwd_hopper_kernel
+from lctrain_kernels.dual_chunk.ranges import INTER, INTRA, SUCC
+from lctrain_kernels.dual_chunk.triton_rotate import ROTATE_CONFIG
+from lctrain_kernels.gluon.config import (
+    BLOCK_N_BACKWARD,
+    CONSUMERS,
+    REGISTERS,
+    backward_shape,
+    dual_chunk_backward_tile,
+    dual_chunk_forward_tile,
+    forward_shape,
+    pack_heads,
+)
+from lctrain_kernels.gluon.launch import padded_columns
+from lctrain_kernels.gluon.support import DUAL_CHUNK_BACKWARD_LIMITS, Call, refusal
+from lctrain_kernels.gluon.variant import (
+    HEADS_KV,
+    OPTIONS,
+    argument_types,
+    descriptor_type,
+    has_dropout,
+)
+from lctrain_kernels.tile.arguments import padded_head_dim
+from lctrain_kernels.tile.fused_variant import fused_variant
+from lctrain_kernels.tile.structures import Flags
+from lctrain_kernels.tile.variant import KernelVariant, describe_variant
+
+FEATURES = ("causal", "dropout", "all")
+"""Of the features of attention; "all" adds logit_scale to dropout."""
+RELATIONS = {SUCC.value: "succ", INTRA.value: "intra", INTER.value: "inter"}
+"""Launches of the backward, by the chunks that queries and keys are in."""
+_SCRATCH_TYPES: dict[str, str | None] = {
+    **dict.fromkeys(("sum_ptr", "inv_freq_ptr", "logit_scale_ptr"), "*fp32"),
+    **dict.fromkeys(("cu_q_ptr", "cu_k_ptr", "tiles_ptr"), "*i32"),
+    "scale": "fp32",
+}
+
+
+def forward_variant(
+    head_dim: int, *, features: str = "causal", dtype: str = "bf16", group: int = 4
+) -> KernelVariant:
+    """Describes one compilation of dual_chunk_fwd_hopper_kernel.
+
+    Args:
+        head_dim: D.
+        features: One of FEATURES.
+        dtype: Triton's name of the tensors' dtype.
+        group: Query heads per key/value head.
+    """
+    columns, pack = padded_columns(head_dim), pack_heads(group)
+    tile = dual_chunk_forward_tile(columns)
+    rows = descriptor_type(dtype, min(64, CONSUMERS * 64 // pack), 64)
+    keys = descriptor_type(dtype, tile.block_n, columns)
+    kernel = dual_chunk_fwd_hopper_kernel
+    constants = {
+        "TILE": forward_shape(tile, columns, group, HEADS_KV * group, pack),
+        "FLAGS": Flags(has_dropout=has_dropout(features)),
+    }
+    types = argument_types(
+        kernel,
+        features,
+        dtype,
+        q_desc=rows,
+        out_desc=rows,
+        k_desc=keys,
+        k_succ_desc=keys,
+        v_desc=keys,
+    )
+    options = OPTIONS | {"maxnreg": REGISTERS}
+    size = f"{CONSUMERS * 64}x{tile.block_n}"
+    label = f"hopper_dual_chunk_fwd-D{head_dim}-g{group}-{features}-{dtype}-{size}"
+    return describe_variant(label, kernel, types, constants, options, features == "causal")
+
+
+def backward_variant(
+    head_dim: int,
+    *,
+    features: str = "causal",
+    dtype: str = "bf16",
+    group: int = 4,
+    relation: int = INTRA.value,
+) -> KernelVariant:
+    """As forward_variant, of one launch of dual_chunk_bwd_hopper_kernel, which has no dropout."""
+    columns = padded_columns(head_dim)
+    tile = dual_chunk_backward_tile(columns)
+    queries = descriptor_type(dtype, tile.block_m, columns)
+    keys = descriptor_type(dtype, BLOCK_N_BACKWARD // 2, columns)
+    dq = descriptor_type("fp32", tile.block_m, columns // 2)
+    kernel = dual_chunk_bwd_hopper_kernel
+    constants = {
+        "TILE": backward_shape(tile, columns, group, HEADS_KV, head_dim),
+        "RELATION": relation,
+    }
+    types = argument_types(
+        kernel,
+        features,
+        dtype,
+        ("dk", "dv") if relation == SUCC.value else (),
+        q_desc=queries,
+        do_desc=queries,
+        k_desc=keys,
+        v_desc=keys,
+        dq_desc=dq,
+    )
+    options = OPTIONS | {"maxnreg": REGISTERS}
+    size = f"{tile.block_m}x{BLOCK_N_BACKWARD}"
+    name = f"hopper_dual_chunk_bwd_{RELATIONS[relation]}"
+    label = f"{name}-D{head_dim}-g{group}-{features}-{dtype}-{size}"
+    return describe_variant(label, kernel, types, constants, options, False)
+
+
+def rotate_dk_variant(head_dim: int) -> KernelVariant:
+    """Describes one compilation of dual_chunk_rotate_dk_kernel."""
+    kernel = dual_chunk_rotate_dk_kernel
+    constants = {"HEADS": HEADS_KV, **_rows(head_dim)}
+    label = f"hopper_dual_chunk_rotate_dk-D{head_dim}"
+    return fused_variant(label, kernel, "fp32", _SCRATCH_TYPES, constants, 4)
+
+
+def round_dq_variant(head_dim: int, heads: int, dtype: str = "bf16") -> KernelVariant:
+    """Describes one compilation of dual_chunk_round_dq_kernel, with a logit scale.
+
+    Args:
+        head_dim: D.
+        heads: Query heads.
+        dtype: Triton's name of dq's dtype.
+    """
+    kernel = dual_chunk_round_dq_kernel
+    constants = {"HEADS": heads, **_rows(head_dim)}
+    label = f"hopper_dual_chunk_round_dq-D{head_dim}"
+    return fused_variant(label, kernel, dtype, _SCRATCH_TYPES, constants, 4)
+
+
+def _rows(head_dim: int) -> dict[str, int]:
+    """Constants of the kernels that rotate or round rows."""
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": padded_head_dim(head_dim),
+        "BLOCK_M": ROTATE_CONFIG.block_m,
+    }
+
+
+def kernel_variants(
+    head_dims: tuple[int, ...], features: tuple[str, ...], groups: tuple[int, ...]
+) -> Iterator[KernelVariant]:
+    """Yields every tile in bf16; arguments as of varlen's list."""
+    wanted = [name for name in FEATURES if name in features]
+    for head_dim in head_dims:
+        x = torch.empty((1, 1, head_dim), dtype=torch.bfloat16, device="meta")
+        if refusal(Call(x, x, x), DUAL_CHUNK_BACKWARD_LIMITS) is not None:
+            continue
+        if head_dim == padded_columns(head_dim):
+            for group, name in itertools.product(groups, wanted):
+                yield forward_variant(head_dim, features=name, group=group)
+        for relation, name in itertools.product(RELATIONS, wanted):
+            if name != "dropout":
+                yield backward_variant(head_dim, features=name, group=groups[-1], relation=relation)
+        if "causal" in features:
+            yield rotate_dk_variant(head_dim)
+            yield round_dq_variant(head_dim, HEADS_KV * groups[-1])

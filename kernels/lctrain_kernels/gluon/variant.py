@@ -1,0 +1,81 @@
+"""Types, flags and options of the Hopper kernels' ahead-of-time compilations."""
+
+import torch
+import triton
+from triton.runtime.jit import mangle_type
+
+from lctrain_kernels.gluon.launch import ragged_descriptor
+from lctrain_kernels.tile.structures import Flags
+
+FEATURES = ("causal", "full", "dropout", "deterministic", "all")
+"""What a variant computes; "all" adds windows from device memory, softcap, sinks and dropout,
+"deterministic" differs in the backward."""
+HEADS_KV = 8
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # Triton 3.10 flips the default of fusion
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_POINTERS = {
+    **dict.fromkeys(("lse", "lse1", "lse2", "delta", "stats", "lam"), "*fp32"),
+    **dict.fromkeys(("dq_sum", "dk_sum", "dv_sum"), "*fp32"),
+    **dict.fromkeys(("learnable_sink", "logit_scale"), "*fp32"),
+    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "tiles", "counter", "semaphores"), "*i32"),
+    **dict.fromkeys(("window", "document_ids"), "*i32"),
+    "dropout_seed": "*i64",
+}
+_FLOATS = ("scale", "softcap", "keep_scale")
+
+
+def descriptor_type(dtype: str, rows: int, columns: int) -> str:
+    """Triton's name of the type of ragged_descriptor's result."""
+    rows_of_heads = torch.empty((1, 1, columns), dtype=_DTYPES[dtype])
+    return mangle_type(ragged_descriptor(rows_of_heads, rows, columns))
+
+
+def has_dropout(features: str) -> bool:
+    return features in ("dropout", "all")
+
+
+def attention_flags(features: str, has_sink: bool = False) -> Flags:
+    """The flags of a kernel of varlen or differential attention."""
+    everything = features == "all"
+    return Flags(
+        has_left=everything,
+        has_right=features != "full",
+        has_softcap=everything,
+        has_sink=has_sink and everything,
+        has_dropout=has_dropout(features),
+    )
+
+
+def argument_types(
+    kernel: triton.JITFunction,
+    features: str,
+    dtype: str,
+    absent: tuple[str, ...] = (),
+    /,
+    **descriptors: str | None,
+) -> dict[str, object]:
+    """Triton's names of the types of a kernel's arguments.
+
+    Args:
+        kernel: The kernel.
+        features: One of FEATURES.
+        dtype: Dtype of the tensors.
+        absent: Further pointers that are None.
+        descriptors: Types of the descriptors.
+    """
+    types: dict[str, object] = {
+        name: "fp32" if name in _FLOATS else "i32" for name in kernel.arg_names
+    }
+    if features != "all":
+        absent = (*absent, "window", "learnable_sink", "logit_scale")
+    if not has_dropout(features):
+        absent = (*absent, "dropout_seed", "document_ids")
+    pointers = kernel.fn.__annotations__["pointers"]
+    types["pointers"] = pointers._make(
+        None if name in absent else _POINTERS.get(name, f"*{dtype}") for name in pointers._fields
+    )
+    if "strides" in kernel.fn.__annotations__:
+        strides = kernel.fn.__annotations__["strides"]
+        types["strides"] = strides._make("i32" for _ in strides._fields)
+    return types | descriptors

@@ -1,0 +1,83 @@
+"""Kernels of the norms, as input for ahead-of-time compilation: each tile of the tables once."""
+
+from collections.abc import Iterator
+
+import triton
+
+from lctrain_kernels.norm.config import BACKWARD, FORWARD, norm_config
+from lctrain_kernels.norm.launch import SUM_BLOCK, SUM_PARTS
+from lctrain_kernels.norm.triton_kernels import column_sum_kernel, norm_bwd_kernel, norm_fwd_kernel
+from lctrain_kernels.tile.fused_variant import fused_variant
+from lctrain_kernels.tile.variant import KernelVariant
+
+NORMS = {2048: "add_rms", 128: "rms", 768: "layer", 4096: "rms", 8192: "add_gemma"}
+"""Hidden size -> norm, one per tile of the tables; larger tiles take "add_rms"."""
+_FLOATS = dict.fromkeys(("eps", "offset"), "fp32")
+
+
+def forward_variant(columns: int, norm: str, dtype: str = "bf16") -> KernelVariant:
+    """Describes one compilation of norm_fwd_kernel.
+
+    Args:
+        columns: Hidden size.
+        norm: "rms", "gemma" (rounded after the product with the weight) or "layer" (with a bias);
+            "add_" before it adds a residual.
+        dtype: Triton's name of the tensors' dtype.
+    """
+    block = triton.next_power_of_2(columns)
+    config = norm_config(FORWARD, block)
+    others: dict[str, str | None] = {**_FLOATS, "mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
+    if not norm.startswith("add_"):
+        others["residual_ptr"] = None
+    if not norm.endswith("layer"):
+        others["bias_ptr"] = None
+    constants = {
+        "COLUMNS": columns,
+        "BLOCK": block,
+        "ROWS": config.rows,
+        "CENTERED": norm.endswith("layer"),
+        "FLOAT32_PRODUCT": norm.endswith(("layer", "gemma")),
+    }
+    label = f"norm_fwd-H{columns}-{norm}"
+    return fused_variant(label, norm_fwd_kernel, dtype, others, constants, config.num_warps)
+
+
+def backward_variant(columns: int, norm: str, dtype: str = "bf16") -> KernelVariant:
+    """As forward_variant, of norm_bwd_kernel."""
+    block = triton.next_power_of_2(columns)
+    config = norm_config(BACKWARD, block)
+    others: dict[str, str | None] = dict.fromkeys(
+        ("mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr"), "*fp32"
+    )
+    others |= _FLOATS
+    if not norm.startswith("add_"):
+        others["dsum_ptr"] = None
+    if not norm.endswith("layer"):
+        others["dbias_ptr"] = None
+    constants = {
+        "COLUMNS": columns,
+        "BLOCK": block,
+        "ROWS": config.rows,
+        "STAGES": config.stages,
+        "CENTERED": norm.endswith("layer"),
+    }
+    label = f"norm_bwd-H{columns}-{norm}"
+    return fused_variant(label, norm_bwd_kernel, dtype, others, constants, config.num_warps)
+
+
+def column_sum_variant(columns: int, dtype: str = "bf16") -> KernelVariant:
+    """Describes one compilation of column_sum_kernel, which adds parts of a weight's gradient."""
+    constants = {"COLUMNS": columns, "BLOCK": SUM_BLOCK, "PARTS": SUM_PARTS}
+    label = f"column_sum-H{columns}"
+    return fused_variant(label, column_sum_kernel, dtype, {"parts_ptr": "*fp32"}, constants, 4)
+
+
+def kernel_variants() -> Iterator[KernelVariant]:
+    """Yields a variant per tile, and one of float32."""
+    larger = {size: "add_rms" for size in FORWARD if size > max(NORMS)}
+    for columns, norm in (NORMS | larger).items():
+        yield forward_variant(columns, norm)
+        yield backward_variant(columns, norm)
+    yield forward_variant(1024, "add_rms", "fp32")
+    yield backward_variant(1024, "add_rms", "fp32")
+    yield column_sum_variant(2048)

@@ -1,0 +1,123 @@
+"""Kernels of the rotations, as input for ahead-of-time compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from lctrain_kernels.rotary.launch import (
+    backward_config,
+    forward_config,
+    rotary_constants,
+)
+from lctrain_kernels.rotary.options import RotaryOptions
+from lctrain_kernels.rotary.triton_kernels import norm_rotary_bwd_kernel, rotary_kernel
+from lctrain_kernels.tile.fused_variant import fused_variant
+from lctrain_kernels.tile.variant import KernelVariant
+
+_FLOATS = dict.fromkeys(("eps", "offset"), "fp32")
+
+
+@dataclass(frozen=True)
+class RotaryCase:
+    """A model's rotation.
+
+    Attributes:
+        name: Label of the variant.
+        q_heads: Hq.
+        k_heads: Hk; 0 if k is rotated by another call.
+        head_dim: D.
+        rotary: Columns that are rotated.
+        has_norm: Queries and keys are normalised first.
+        inverse: The rotation of gradients.
+        published: cos and sin as transformers makes them: one column per rotated column, dtype of
+            q, one row per token. Else as FlashAttention takes them, by position ids and
+            interleaved: one column per pair, float32.
+    """
+
+    name: str
+    q_heads: int
+    k_heads: int
+    head_dim: int
+    rotary: int
+    has_norm: bool = False
+    inverse: bool = False
+    published: bool = True
+
+    def constants(self) -> dict[str, int]:
+        """Constants that both kernels share."""
+        columns = self.rotary if self.published else self.rotary // 2
+        options = RotaryOptions(not self.published, self.published, 0.0, 0.0, "triton")
+        return rotary_constants(torch.empty(1, columns, device="meta"), self.head_dim, options)
+
+    def others(self) -> dict[str, str | None]:
+        """Types of arguments whose dtype is not that of q."""
+        if self.published:
+            return {**_FLOATS, "positions_ptr": None}
+        return {**_FLOATS, "positions_ptr": "*i64", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
+
+
+CASES = (
+    RotaryCase("llama", 32, 8, 64, 64),
+    RotaryCase("llama_inverse", 32, 8, 64, 64, inverse=True),
+    RotaryCase("llama_70b", 64, 8, 128, 128),
+    RotaryCase("qwen3", 16, 8, 128, 128, has_norm=True),
+    RotaryCase("partial", 12, 0, 96, 48, published=False),
+    RotaryCase("partial_norm", 12, 4, 96, 48, has_norm=True, published=False),
+)
+
+
+def forward_variant(case: RotaryCase, dtype: str = "bf16") -> KernelVariant:
+    """Describes one compilation of rotary_kernel."""
+    constants = case.constants()
+    block_q = triton.next_power_of_2(case.q_heads)
+    numbers = block_q * constants["BLOCK_HALF"]
+    config = forward_config(numbers, case.has_norm)
+    others = case.others()
+    if not case.has_norm:
+        others |= dict.fromkeys(("q_weight_ptr", "k_weight_ptr"))
+    if not case.k_heads:
+        others |= dict.fromkeys(("k_ptr", "k_out_ptr", "k_weight_ptr"))
+    k_heads = case.k_heads or 1
+    constants |= {
+        "Q_HEADS": case.q_heads,
+        "K_HEADS": k_heads,
+        "BLOCK_Q": block_q,
+        "BLOCK_K": triton.next_power_of_2(k_heads),
+        "HEAD_DIM": case.head_dim,
+        "TOKENS": config.tokens(numbers),
+        "INVERSE": case.inverse,
+    }
+    label = f"rotary-D{case.head_dim}-{case.name}"
+    return fused_variant(label, rotary_kernel, dtype, others, constants, config.num_warps)
+
+
+def backward_variant(case: RotaryCase, heads: int, dtype: str = "bf16") -> KernelVariant:
+    """Describes one compilation of norm_rotary_bwd_kernel, for q or k with so many heads."""
+    constants = case.constants()
+    block = triton.next_power_of_2(heads)
+    numbers = block * constants["BLOCK_HALF"]
+    config = backward_config(numbers)
+    others = case.others() | {"dweight_ptr": "*fp32"}
+    constants |= {
+        "NUM_HEADS": heads,
+        "HEADS": block,
+        "HEAD_DIM": case.head_dim,
+        "TOKENS": config.tokens(numbers),
+        "STAGES": config.stages,
+    }
+    label = f"norm_rotary_bwd-D{case.head_dim}-{case.name}-{heads}"
+    return fused_variant(label, norm_rotary_bwd_kernel, dtype, others, constants, config.num_warps)
+
+
+def kernel_variants() -> Iterator[KernelVariant]:
+    """Yields every tile in bf16, and Llama's rotation in float32."""
+    for case in CASES:
+        yield forward_variant(case)
+        if case.has_norm:
+            yield backward_variant(case, case.q_heads)
+            yield backward_variant(case, case.k_heads)
+    yield forward_variant(CASES[0], "fp32")

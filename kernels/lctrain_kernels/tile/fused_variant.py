@@ -1,0 +1,45 @@
+"""One ahead-of-time compilation of a fused element-wise kernel."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import triton
+
+from lctrain_kernels.tile.variant import KernelVariant, describe_variant
+
+
+def fused_variant(
+    label: str,
+    kernel: triton.JITFunction,
+    dtype: str,
+    others: Mapping[str, str | None],
+    constants: Mapping[str, object],
+    num_warps: int,
+) -> KernelVariant:
+    """Describes one compilation of a kernel that has no matrix product and must not spill.
+
+    Args:
+        label: For people and tests; the dtype is added.
+        kernel: What is compiled.
+        dtype: Triton's name of the dtype of all pointers but those in `others`.
+        others: Argument or field of a group -> its type, None if it is not passed; what is neither
+            here nor a pointer is an i32.
+        constants: Values of the constexprs.
+        num_warps: Warps of a program.
+    """
+
+    def kind(name: str, is_pointer: bool) -> str | None:
+        return others.get(name, f"*{dtype}" if is_pointer else "i32")
+
+    types: dict[str, Any] = {}
+    for name in kernel.arg_names:
+        fields = getattr(kernel.fn.__annotations__.get(name), "_fields", None)
+        if fields is None:
+            types[name] = kind(name, name.endswith("_ptr"))
+        else:
+            group = kernel.fn.__annotations__[name]
+            types[name] = group._make(kind(field, name.endswith("pointers")) for field in fields)
+    options = {"num_warps": num_warps, "enable_fp_fusion": True}
+    return describe_variant(
+        f"{label}-{dtype}", kernel, types, constants, options, spill_free=True, multiplies=False
+    )

@@ -1,0 +1,169 @@
+"""Hopper kernels of varlen attention, as input for ahead-of-time compilation."""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+
+from lctrain_kernels.gluon.config import (
+    BLOCK_N_BACKWARD,
+    REGISTERS,
+    backward_shape,
+    backward_tile,
+    entry_registers,
+    forward_shape,
+    forward_tile,
+    pack_heads,
+)
+from lctrain_kernels.gluon.launch import padded_columns
+from lctrain_kernels.gluon.support import BACKWARD_LIMITS, Call, refusal
+from lctrain_kernels.gluon.variant import (
+    HEADS_KV,
+    OPTIONS,
+    argument_types,
+    attention_flags,
+    descriptor_type,
+    has_dropout,
+)
+from lctrain_kernels.tile.fused_variant import fused_variant
+from lctrain_kernels.tile.variant import KernelVariant, describe_variant
+from lctrain_kernels.varlen.hopper import (
+    PREPARE_ROWS,
+    varlen_prepare_kernel,
+    varlen_round_dq_kernel,
+)
+from lctrain_kernels.varlen.hopper_bwd import varlen_bwd_hopper_kernel
+from lctrain_kernels.varlen.hopper_fwd import varlen_fwd_hopper_kernel
+
+
+def forward_variant(
+    head_dim: int, *, features: str = "causal", dtype: str = "bf16", group: int = 4
+) -> KernelVariant:
+    """Describes one compilation of varlen_fwd_hopper_kernel.
+
+    Args:
+        head_dim: D.
+        features: One of FEATURES; "all" adds windows from device memory, softcap, sinks and
+            dropout; "deterministic" differs in the backward.
+        dtype: Triton's name of the tensors' dtype.
+        group: Query heads per key/value head.
+    """
+    columns, pack = padded_columns(head_dim), pack_heads(group)
+    tile = forward_tile(columns, pack, has_dropout(features))
+    rows = descriptor_type(dtype, min(64, tile.consumers * 64 // pack), 64)
+    keys = descriptor_type(dtype, tile.block_n, columns)
+    constants = {
+        "TILE": forward_shape(tile, columns, group, HEADS_KV * group, pack),
+        "FLAGS": attention_flags(features, has_sink=True),
+    }
+    types = argument_types(
+        varlen_fwd_hopper_kernel,
+        features,
+        dtype,
+        q_desc=rows,
+        out_desc=rows,
+        k_desc=keys,
+        v_desc=keys,
+    )
+    options = OPTIONS | {"maxnreg": entry_registers(tile.consumers)}
+    size = f"{tile.consumers * 64}x{tile.block_n}"
+    label = f"hopper_fwd-D{head_dim}-g{group}-{features}-{dtype}-{size}"
+    spill_free = features == "causal" and columns <= 128
+    return describe_variant(label, varlen_fwd_hopper_kernel, types, constants, options, spill_free)
+
+
+def backward_variant(
+    head_dim: int, *, features: str = "causal", dtype: str = "bf16", group: int = 4
+) -> KernelVariant:
+    """As forward_variant, of varlen_bwd_hopper_kernel, which knows no sinks."""
+    columns = padded_columns(head_dim)
+    deterministic = features == "deterministic"
+    tile = backward_tile(columns, deterministic)
+    queries = descriptor_type(dtype, tile.block_m, columns)
+    keys = descriptor_type(dtype, BLOCK_N_BACKWARD // 2, columns)
+    dq = descriptor_type("fp32", tile.block_m, columns // 2)
+    constants = {
+        "TILE": backward_shape(tile, columns, group, HEADS_KV, head_dim, deterministic),
+        "FLAGS": attention_flags(features),
+    }
+    from_registers = tile.reduce_from_registers
+    types = argument_types(
+        varlen_bwd_hopper_kernel,
+        features,
+        dtype,
+        ("semaphores", "dq") if from_registers else (),
+        q_desc=queries,
+        do_desc=queries,
+        k_desc=keys,
+        v_desc=keys,
+        dq_desc=None if from_registers else dq,
+    )
+    options = OPTIONS | {"maxnreg": REGISTERS}
+    size = f"{tile.block_m}x{BLOCK_N_BACKWARD}"
+    label = f"hopper_bwd-D{head_dim}-g{group}-{features}-{dtype}-{size}"
+    return describe_variant(label, varlen_bwd_hopper_kernel, types, constants, options, False)
+
+
+def prepare_variant(head_dim: int, heads: int, dtype: str = "bf16") -> KernelVariant:
+    """Describes one compilation of varlen_prepare_kernel, with every result that it may write.
+
+    Args:
+        head_dim: D.
+        heads: Query heads.
+        dtype: Triton's name of the tensors' dtype.
+    """
+    kernel = varlen_prepare_kernel
+    others: dict[str, str | None] = {"keep_scale": "fp32"}
+    others |= dict.fromkeys(
+        ("lse_ptr", "dlse_ptr", "delta_ptr", "lse2_ptr", "kept_delta_ptr"), "*fp32"
+    )
+    constants = {
+        "HEADS": heads,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": padded_columns(head_dim),
+        "ROWS": PREPARE_ROWS,
+    }
+    return fused_variant(f"varlen_prepare-D{head_dim}", kernel, dtype, others, constants, 8)
+
+
+def round_dq_variant(head_dim: int, heads: int, dtype: str = "bf16") -> KernelVariant:
+    """As prepare_variant, of varlen_round_dq_kernel."""
+    others: dict[str, str | None] = {"sum_ptr": "*fp32", "cu_q_ptr": "*i32", "scale": "fp32"}
+    constants = {
+        "HEADS": heads,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": padded_columns(head_dim),
+        "SLABS": PREPARE_ROWS // 16,
+    }
+    label = f"varlen_round_dq-D{head_dim}"
+    return fused_variant(label, varlen_round_dq_kernel, dtype, others, constants, 8)
+
+
+def kernel_variants(
+    head_dims: tuple[int, ...], features: tuple[str, ...], groups: tuple[int, ...]
+) -> Iterator[KernelVariant]:
+    """Yields every tile in bf16, and the plain causal kernels once in fp16.
+
+    Args:
+        head_dims: Head dims; the backward of those that the Hopper kernels serve.
+        features: Subset of FEATURES.
+        groups: Query heads per key/value head. The forward packs them; the backward loops over
+            them, so it takes the last.
+    """
+    for head_dim in head_dims:
+        x = torch.empty((1, 1, head_dim), dtype=torch.bfloat16, device="meta")
+        columns = padded_columns(head_dim)
+        # The forward does not know the head dim, only the columns that hold it.
+        if head_dim == columns or columns not in head_dims:
+            forwards = [name for name in features if name != "deterministic"]
+            for group, name in itertools.product(groups, forwards):
+                yield forward_variant(head_dim, features=name, group=group)
+        for name in features:
+            call = Call(x, x, x, deterministic=name == "deterministic")
+            if refusal(call, BACKWARD_LIMITS) is None:
+                yield backward_variant(head_dim, features=name, group=groups[-1])
+    if "causal" in features:
+        for describe in (forward_variant, backward_variant):
+            yield describe(head_dims[0], dtype="fp16", group=groups[-1])
+        yield prepare_variant(head_dims[0], HEADS_KV * groups[-1])
+        yield round_dq_variant(head_dims[0], HEADS_KV * groups[-1])
