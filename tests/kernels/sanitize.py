@@ -20,7 +20,7 @@ import torch
 from lctrain.kernels import select_backend
 from tests.kernels import differential_oracle as differential
 from tests.kernels.cases import GPU_CASES, GPU_DUAL_CHUNK_CASES
-from tests.kernels.differential_cases import GPU_CASES as DIFFERENTIAL_CASES
+from tests.kernels.differential.cases import GPU_CASES as DIFFERENTIAL_CASES
 from tests.kernels.oracle import attention, make_inputs
 
 DOCUMENTS = ((70, 70), (0, 0), (1, 1), (33, 130), (65, 20), (5, 0), (0, 7))

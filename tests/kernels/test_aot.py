@@ -4,8 +4,13 @@
 compiles in a process of its own. A variant is compiled where `aot_reports/` has no report of it.
 """
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
 
+from tests.house.test_architecture import SOURCES
 from tests.kernels.aot_process import TARGETS, TUNED, VERSIONS, compiled_reports, on_triton
 
 # Shared memory that a program may ask for, bytes: NVIDIA's opt-in limit, AMD's LDS.
@@ -36,3 +41,20 @@ def test_every_kernel_compiles_to_matrix_instructions(version, target):
         assert promised, "the table of the tuned architecture promises kernels without spills"
         serialised = [r["name"] for r in halves if r["serialised"] and "-causal-" in r["name"]]
         assert not serialised, "ptxas runs the matrix instructions of these one by one"
+
+
+def kernels_of(path: Path) -> set[str]:
+    """Names of the kernels that a file defines: compiled functions that are launched."""
+    functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+    compiled = [n for n in functions if any("jit" in ast.unparse(d) for d in n.decorator_list)]
+    return {function.name for function in compiled if function.name.endswith("_kernel")}
+
+
+def test_every_kernel_is_in_the_list_of_its_folder():
+    folders = {path.parent for name, path in SOURCES.items() if name.startswith("lctrain_kernels.")}
+    unlisted = []
+    for folder in folders:
+        lists = "".join(path.read_text() for path in folder.glob("aot*.py"))
+        kernels = set().union(*map(kernels_of, folder.glob("*.py")))
+        unlisted += [name for name in kernels if not re.search(rf"\b{name}\b", lists)]
+    assert not unlisted, "no ahead-of-time list compiles these"

@@ -72,10 +72,15 @@ def column_sum_variant(columns: int, dtype: str = "bf16") -> KernelVariant:
     return fused_variant(label, column_sum_kernel, dtype, {"parts_ptr": "*fp32"}, constants, 4)
 
 
+def cases() -> tuple[tuple[int, str], ...]:
+    """Returns the hidden size and norm of a variant per tile."""
+    larger = {size: "add_rms" for size in FORWARD if size > max(NORMS)}
+    return tuple((NORMS | larger).items())
+
+
 def kernel_variants() -> Iterator[KernelVariant]:
     """Yields a variant per tile, and one of float32."""
-    larger = {size: "add_rms" for size in FORWARD if size > max(NORMS)}
-    for columns, norm in (NORMS | larger).items():
+    for columns, norm in cases():
         yield forward_variant(columns, norm)
         yield backward_variant(columns, norm)
     yield forward_variant(1024, "add_rms", "fp32")

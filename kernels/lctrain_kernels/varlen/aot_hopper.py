@@ -105,7 +105,7 @@ def backward_variant(
 
 
 def prepare_variant(head_dim: int, heads: int, dtype: str = "bf16") -> KernelVariant:
-    """Describes one compilation of varlen_prepare_kernel, with every result that it may write.
+    """Describes one compilation of varlen_prepare_kernel, before a backward with dropout.
 
     Args:
         head_dim: D.
@@ -117,10 +117,13 @@ def prepare_variant(head_dim: int, heads: int, dtype: str = "bf16") -> KernelVar
     others |= dict.fromkeys(
         ("lse_ptr", "dlse_ptr", "delta_ptr", "lse2_ptr", "kept_delta_ptr"), "*fp32"
     )
+    columns = padded_columns(head_dim)
+    if backward_tile(columns, False).reduce_from_registers:
+        others["dq_ptr"] = None
     constants = {
         "HEADS": heads,
         "HEAD_DIM": head_dim,
-        "BLOCK_D": padded_columns(head_dim),
+        "BLOCK_D": columns,
         "ROWS": PREPARE_ROWS,
     }
     return fused_variant(f"varlen_prepare-D{head_dim}", kernel, dtype, others, constants, 8)
@@ -162,8 +165,10 @@ def kernel_variants(
             call = Call(x, x, x, deterministic=name == "deterministic")
             if refusal(call, BACKWARD_LIMITS) is None:
                 yield backward_variant(head_dim, features=name, group=groups[-1])
+        if "causal" in features and refusal(Call(x, x, x), BACKWARD_LIMITS) is None:
+            yield prepare_variant(head_dim, HEADS_KV * groups[-1])
+            if backward_tile(columns, False).reduce_from_registers:
+                yield round_dq_variant(head_dim, HEADS_KV * groups[-1])
     if "causal" in features:
         for describe in (forward_variant, backward_variant):
             yield describe(head_dims[0], dtype="fp16", group=groups[-1])
-        yield prepare_variant(head_dims[0], HEADS_KV * groups[-1])
-        yield round_dq_variant(head_dims[0], HEADS_KV * groups[-1])

@@ -12,7 +12,7 @@ are errors.
 
 What it does not: layouts, registers and time; barriers inside a warpgroup, whose threads are one
 here; the order in which global memory shows what others wrote (acquire, release). Those are the
-compiler's (test_hopper_aot.py) and the hardware's (test_hopper_gpu.py).
+compiler's (test_hopper_aot.py) and the hardware's (each operation's test_hopper_gpu.py).
 """
 
 from tests.kernels.gluon_emulator.launch import EmulatedKernel, emulate

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lctrain.kernels import diff_attn_varlen_func, make_schedule
 from lctrain_kernels.reference.attention import visible_mask
-from tests.kernels.differential_oracle import DifferentialCase, make_inputs
+from tests.kernels.differential.oracle import DifferentialCase, make_inputs
 from tests.kernels.oracle import cumulative, equal_lengths
 
 FORWARD = torch.ops.lctrain.differential_forward.default

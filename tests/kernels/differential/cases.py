@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from tests.kernels.cases import LENGTHS, LONGER_KEYS, LONGER_QUERIES, UNEQUAL
-from tests.kernels.differential_oracle import DifferentialCase
+from tests.kernels.differential.oracle import DifferentialCase
 from tests.kernels.oracle import equal_lengths
 
 FLOAT16, BFLOAT16, FLOAT32 = torch.float16, torch.bfloat16, torch.float32

@@ -75,7 +75,7 @@ def test_the_oracles_features_entry_by_entry():
 
 
 def test_the_oracle_in_chunks_is_the_oracle():
-    """What test_varlen_gpu.py compares long documents with."""
+    """What varlen/test_varlen_gpu.py compares long documents with."""
     case = Case(
         ((30, 30), (9, 25), (25, 9)),
         causal=True,

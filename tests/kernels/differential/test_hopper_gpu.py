@@ -7,10 +7,10 @@ import torch
 
 from lctrain.kernels import diff_attn_varlen_func, make_schedule
 from lctrain_kernels.differential import hopper as differential
-from tests.kernels.differential_cases import GPU_CASES, V1, V2
-from tests.kernels.differential_oracle import assert_matches_oracle, attention, make_inputs
+from tests.kernels.differential.cases import GPU_CASES, V1, V2
+from tests.kernels.differential.oracle import assert_matches_oracle, attention, make_inputs
+from tests.kernels.differential.test_differential_gpu import leaves_of
 from tests.kernels.oracle import DROPOUT_SEED, cumulative, equal_lengths
-from tests.kernels.test_differential_gpu import leaves_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.hopper, pytest.mark.usefixtures("nan_filled_memory")]
 

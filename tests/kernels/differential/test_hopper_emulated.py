@@ -1,6 +1,6 @@
 """The Hopper kernels of differential attention on a CPU, emulated: float64, dropout, isolation.
 
-As test_hopper_emulated.py; test_hopper_differential_gpu.py has the same on the hardware.
+As varlen/test_hopper_emulated.py; test_hopper_gpu.py has the same on the hardware.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import torch
 
 from lctrain.kernels import diff_attn_varlen_func
 from lctrain_kernels.differential import hopper as differential
-from tests.kernels.differential_oracle import (
+from tests.kernels.differential.oracle import (
     DifferentialCase,
     DifferentialInputs,
     assert_matches_oracle,
@@ -24,7 +24,7 @@ from tests.numerics import assert_error_at_most_twice
 
 pytestmark = [
     pytest.mark.usefixtures("nan_filled_memory"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="test_hopper_differential_gpu.py has one"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="test_hopper_gpu.py has a GPU"),
 ]
 
 FLOAT16, BFLOAT16 = torch.float16, torch.bfloat16

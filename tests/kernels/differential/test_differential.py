@@ -11,8 +11,8 @@ import torch
 
 from lctrain.kernels import diff_attn_varlen_func, flash_attn_varlen_func
 from lctrain_kernels.bench.accuracy import error_ratio
-from tests.kernels.differential_cases import TINY_CASES, V1, V2
-from tests.kernels.differential_oracle import (
+from tests.kernels.differential.cases import TINY_CASES, V1, V2
+from tests.kernels.differential.oracle import (
     DifferentialCase,
     assert_matches_oracle,
     attention,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lctrain_kernels.reference.philox import dropout_keep
-from tests.kernels.differential_oracle import DifferentialCase, DifferentialInputs, attention
+from tests.kernels.differential.oracle import DifferentialCase, DifferentialInputs, attention
 from tests.kernels.oracle import DROPOUT_SEED, cumulative
 
 LENGTHS = (50, 17)

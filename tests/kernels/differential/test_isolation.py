@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lctrain.kernels import make_schedule
-from tests.kernels.differential_cases import V1, V2
-from tests.kernels.differential_oracle import DifferentialCase, attention, make_inputs
+from tests.kernels.differential.cases import V1, V2
+from tests.kernels.differential.oracle import DifferentialCase, attention, make_inputs
 from tests.kernels.oracle import cumulative, equal_lengths
-from tests.kernels.test_isolation import CHANGES, same_bits
+from tests.kernels.varlen.test_isolation import CHANGES, same_bits
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 

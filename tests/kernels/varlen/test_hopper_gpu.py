@@ -1,29 +1,21 @@
-"""The Hopper kernels on a Hopper GPU: float64, dropout, isolation, and where they give way."""
+"""The Hopper kernels of varlen attention on a Hopper GPU: float64, dropout, isolation, refusals."""
 
 import dataclasses
 
 import pytest
 import torch
 
-from lctrain.kernels import (
-    dual_chunk_attn_varlen_func,
-    flash_attn_varlen_func,
-    select_backend,
-)
+from lctrain.kernels import flash_attn_varlen_func, select_backend
 from lctrain_kernels.gluon import config
-from tests.kernels.cases import GPU_CASES, GPU_DUAL_CHUNK_CASES, GPU_PLAIN
+from tests.kernels.cases import GPU_CASES, GPU_PLAIN
 from tests.kernels.oracle import (
-    DROPOUT_SEED,
     Case,
     assert_matches_oracle,
     attention,
     cumulative,
-    dense,
     equal_lengths,
-    frequencies,
     make_inputs,
 )
-from tests.numerics import assert_error_at_most_twice
 
 pytestmark = [pytest.mark.gpu, pytest.mark.hopper, pytest.mark.usefixtures("nan_filled_memory")]
 
@@ -154,62 +146,3 @@ def test_two_thousand_documents(device, dropout_p):
     inputs = make_inputs(case, device)
     result = attention(case, inputs)
     assert_matches_oracle(result, case, inputs, sample=[*range(0, 2000, 61), 1999])
-
-
-DUAL_CHUNK_CASES = {
-    name: case
-    for name, case in GPU_DUAL_CHUNK_CASES.items()
-    if case.dtype != torch.float32 and case.head_dim in (64, 96, 128) and case.dropout_p == 0
-}
-DUAL_CHUNK_CASES["D128-many_tiles"] = dataclasses.replace(
-    LONG_CASES["D128-causal-g4"], causal=False, chunks=(500, 120), logit_scale=True
-)
-
-
-@pytest.mark.parametrize("case", DUAL_CHUNK_CASES.values(), ids=DUAL_CHUNK_CASES.keys())
-def test_dual_chunk_attention_matches_float64(case, device):
-    inputs = make_inputs(case, device)
-    assert_matches_oracle(attention(case, inputs, backend="hopper"), case, inputs)
-
-
-@pytest.mark.parametrize("name", ["D64-dropout-scale-fused_qkv", "D128-dropout-g4-float16"])
-def test_dropout_of_dual_chunk_attention(name, device):
-    """The forward; the portable kernels have the backward."""
-    case = GPU_DUAL_CHUNK_CASES[name]
-    inputs = make_inputs(case, device)
-    with torch.no_grad():
-        out, lse = dual_chunk_attn_varlen_func(
-            inputs.q,
-            inputs.k,
-            inputs.v,
-            inputs.cu_seqlens_q,
-            1000,
-            inv_freq=frequencies(case, device),
-            chunk_size=case.chunks[0],
-            local_size=case.chunks[1],
-            logit_scale=inputs.logit_scale,
-            dropout_p=case.dropout_p,
-            dropout_seed=DROPOUT_SEED,
-            return_lse=True,
-            backend="hopper",
-        )
-    exact, plain = (dense(case, inputs, dtype) for dtype in (torch.float64, case.dtype))
-    assert_error_at_most_twice(out, plain.out, exact.out, "out")
-    assert_error_at_most_twice(lse, plain.lse, exact.lse, "lse")
-
-
-def test_a_document_of_dual_chunk_attention_keeps_its_bits(device):
-    """As for varlen: out, lse, dk and dv, between neighbours that are NaN and infinite."""
-    case = DUAL_CHUNK_CASES["D128-many_tiles"]
-    inputs = make_inputs(case, device)
-    before = dict(attention(case, inputs, backend="hopper").items())
-    begin = sum(length for length, _ in LONG[:2])
-    end = begin + LONG[2][0]
-    for tensor in (inputs.q, inputs.k, inputs.v):
-        tensor[:begin] = torch.nan
-        tensor[end:] = torch.inf
-    after = dict(attention(case, inputs, backend="hopper").items())
-    assert torch.equal(before["lse"][:, begin:end], after["lse"][:, begin:end])
-    for part in ("out", "dk", "dv"):
-        assert torch.equal(before[part][begin:end], after[part][begin:end]), part
-    assert after["dq"][begin:end].isfinite().all()

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lctrain.kernels import diff_attn_varlen_func, make_schedule, select_backend
-from tests.kernels.differential_cases import GPU_CASES, V1, V2
-from tests.kernels.differential_oracle import assert_matches_oracle, attention, make_inputs
+from tests.kernels.differential.cases import GPU_CASES, V1, V2
+from tests.kernels.differential.oracle import assert_matches_oracle, attention, make_inputs
 from tests.kernels.oracle import cumulative, equal_lengths
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_filled_memory")]

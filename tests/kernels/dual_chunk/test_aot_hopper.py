@@ -1,0 +1,79 @@
+"""The Hopper variants of dual chunk attention are what the launchers launch."""
+
+import pytest
+import torch
+
+from lctrain.kernels import make_schedule
+from lctrain_kernels.dual_chunk import aot_hopper as aot
+from lctrain_kernels.dual_chunk import hopper
+from lctrain_kernels.dual_chunk.operands import Operands, Rotation
+from lctrain_kernels.gluon.variant import HEADS_KV
+from tests.kernels.launches import (
+    EachLaunch,
+    Launches,
+    describe_for_a_compiler,
+    launches_of,
+    options_of,
+    pack_of,
+)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Keeps all kernels from being run: name -> Launches of those that do not only rotate."""
+    monkeypatch.setattr(hopper, "dual_chunk_rotate", lambda *_, **__: None)
+    monkeypatch.setattr(hopper, "rotated_keys", lambda k, *_, **__: torch.empty_like(k))
+    return launches_of(hopper, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("group", [1, 2, 4, 6])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("features", aot.FEATURES)
+def test_variants_are_what_is_launched(features, head_dim, group, dtype, launches, monkeypatch):
+    dropout = features in ("all", "dropout")
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    schedule = make_schedule([200, 100])
+    q = torch.zeros(300, HEADS_KV * group, head_dim, dtype=kind)
+    k = torch.zeros(300, HEADS_KV, head_dim, dtype=kind)
+    cu = torch.tensor([0, 200, 300], dtype=torch.int32)
+    inv_freq = torch.zeros(head_dim // 2)
+    logit_scale = torch.ones(2) if features == "all" else None
+    operands = Operands(q, k, k, inv_freq, logit_scale, 40, 7)
+    rotation = Rotation(inv_freq, 33, 7, 40)
+    pack, options = pack_of(cu, schedule, dropout), options_of(features)
+    out, lse = hopper.dual_chunk_fwd(operands, rotation, pack, options)
+    variant = aot.forward_variant(head_dim, features=features, dtype=dtype, group=group)
+    launches["dual_chunk_fwd_hopper_kernel"].assert_described_by(variant)
+    if features == "dropout":
+        return  # the portable kernels have this backward
+    kept = {}
+    for relation in aot.RELATIONS:
+        kept[relation] = Launches(hopper.dual_chunk_bwd_hopper_kernel.kernel)
+    rest = iter(kept.values())
+    monkeypatch.setattr(hopper, "dual_chunk_bwd_hopper_kernel", EachLaunch(rest))
+    hopper.dual_chunk_bwd(q, None, operands, rotation, out, lse, pack, options)
+    for relation, launched in kept.items():
+        launched.assert_described_by(
+            aot.backward_variant(
+                head_dim, features=features, dtype=dtype, group=group, relation=relation
+            )
+        )
+
+
+def test_variants_of_the_kernels_beside_are_what_is_launched(launches, monkeypatch):
+    describe_for_a_compiler(aot, monkeypatch)
+    schedule = make_schedule([200, 100])
+    q = torch.zeros(300, HEADS_KV * 4, 64, dtype=torch.bfloat16)
+    k = torch.zeros(300, HEADS_KV, 64, dtype=torch.bfloat16)
+    cu = torch.tensor([0, 200, 300], dtype=torch.int32)
+    inv_freq, lse = torch.zeros(32), torch.zeros(HEADS_KV * 4, 300)
+    operands = Operands(q, k, k, inv_freq, torch.ones(2), 40, 7)
+    rotation = Rotation(inv_freq, 33, 7, 40)
+    pack, options = pack_of(cu, schedule, False), options_of("causal")
+    hopper.dual_chunk_bwd(q, None, operands, rotation, q, lse, pack, options)
+    for name, variant in {
+        "dual_chunk_rotate_dk_kernel": aot.rotate_dk_variant(64),
+        "dual_chunk_round_dq_kernel": aot.round_dq_variant(64, HEADS_KV * 4),
+    }.items():
+        launches[name].assert_described_by(variant)

@@ -1,0 +1,92 @@
+"""Holds a launcher against the ahead-of-time list, without running a kernel."""
+
+import torch
+from triton.runtime.jit import JITFunction, mangle_type
+
+from lctrain_kernels.options import AttentionOptions
+from lctrain_kernels.pack import TiledPack
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def types_of(argument):
+    """Triton's name of an argument's type; of a group, the names of its fields' types."""
+    if isinstance(argument, tuple):
+        return type(argument)(*map(types_of, argument))
+    return "constexpr" if argument is None else mangle_type(argument)
+
+
+class Launches:
+    """Stands for a kernel, and keeps what it is launched with."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *args, **options):
+        names = self.kernel.arg_names
+        self.arguments = dict(zip(names, args, strict=False))
+        self.arguments |= {name: options.pop(name) for name in names if name in options}
+        self.options = options
+
+    def assert_described_by(self, variant):
+        """Holds the types, constants and options of a variant against the launch."""
+        constants = {
+            name: variant.constants[(i,)]
+            for i, name in enumerate(variant.signature)
+            if (i,) in variant.constants
+        }
+        assert list(self.arguments) == list(variant.signature)
+        assert {name: self.arguments[name] for name in constants} == constants
+        types = {name: types_of(x) for name, x in self.arguments.items() if name not in constants}
+        assert types == {name: variant.signature[name] for name in types}
+        assert self.options.items() <= variant.options.items()
+
+
+class EachLaunch:
+    """Stands for a kernel that is launched several times: a Launches for each."""
+
+    def __init__(self, launches):
+        self.launches = launches
+
+    def __getitem__(self, grid):
+        return next(self.launches)
+
+
+def pack_of(cu_seqlens, schedule, dropout):
+    """A pack of two documents, which has document ids with dropout."""
+    ids = torch.arange(2, dtype=torch.int32) if dropout else None
+    return TiledPack(cu_seqlens, cu_seqlens, schedule.q_tiles, schedule.k_tiles, ids)
+
+
+def options_of(features):
+    """The options that make a launch with these features."""
+    dropout = features in ("all", "dropout")
+    return AttentionOptions(
+        softmax_scale=0.1,
+        window_right=-1 if features == "full" else 0,
+        window=torch.tensor([64, 0], dtype=torch.int32) if features == "all" else None,
+        dropout_p=0.1 if dropout else 0.0,
+        dropout_seed=torch.tensor([7]) if dropout else None,
+        deterministic=features == "deterministic",
+    )
+
+
+def launches_of(module, monkeypatch):
+    """Keeps the kernels of a module of launchers from being run: name -> Launches."""
+    if hasattr(module, "multiprocessors"):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
+    replaced = {}
+    for name in [name for name in vars(module) if name.endswith("_kernel")]:
+        replaced[name] = Launches(getattr(module, name))
+        monkeypatch.setattr(module, name, replaced[name])
+    return replaced
+
+
+def describe_for_a_compiler(module, monkeypatch):
+    """Lets a list describe its kernels for a compiler where they are those of the interpreter."""
+    for name in [name for name in vars(module) if name.endswith("_kernel")]:
+        kernel = getattr(module, name)
+        monkeypatch.setattr(module, name, JITFunction(kernel.fn))
