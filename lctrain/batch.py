@@ -194,6 +194,30 @@ class PackedBatch:
             "use_cache": False,
         }
 
+    def arguments(self) -> dict[str, Any]:
+        """Returns `model_kwargs()` with the labels, for a model that computes its own loss.
+
+        transformers' models shift `labels` themselves. They are given here as they expect them,
+        [1, T] int64 aligned with the tokens, and -100 where a document begins. The tile schedule is
+        left out, since transformers' Trainer cannot carry it: the kernels build one.
+        """
+        arguments = self.model_kwargs()
+        del arguments["schedule"]
+        labels = self.labels.roll(1, dims=-1)  # the last one is -100
+        return {"labels": labels, **arguments}
+
+    def __contains__(self, name: object) -> bool:
+        """Refuses to be read as a mapping, as transformers' Trainer does.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            f"a batch must be a mapping to look up {name!r}, got a PackedBatch. In transformers' "
+            "Trainer use data_collator=PackCollator(as_arguments=True); elsewhere call "
+            "model_kwargs() or arguments()."
+        )
+
     def __repr__(self) -> str:
         return (
             f"PackedBatch({len(self.lengths)} documents, {self.num_tokens} tokens, longest "

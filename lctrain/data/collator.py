@@ -22,14 +22,22 @@ class PackCollator:
 
     Attributes:
         max_tokens: Upper bound of the packed length, >= 2; None for no bound.
+        as_arguments: Make a dictionary of a model's arguments with labels instead of a PackedBatch,
+            for `model(**batch)` and for transformers' Trainer: see PackedBatch.arguments.
     """
 
     max_tokens: int | None = None
+    as_arguments: bool = False
 
     def __post_init__(self) -> None:
         check_max_tokens(self.max_tokens)
 
-    def __call__(self, documents: Sequence[Mapping[str, Any]]) -> PackedBatch:
+    def __call__(self, documents: Sequence[Mapping[str, Any]]) -> PackedBatch | dict[str, Any]:
+        """Packs the documents in their order; see `pack`."""
+        batch = self.pack(documents)
+        return batch.arguments() if self.as_arguments else batch
+
+    def pack(self, documents: Sequence[Mapping[str, Any]]) -> PackedBatch:
         """Packs the documents in their order.
 
         Raises:
@@ -87,7 +95,7 @@ class PackedRows(torch.utils.data.Dataset[PackedBatch]):
         """
         self.store: Any = store
         self.plan = plan
-        self.collate = PackCollator(plan.report.max_tokens)
+        self.collate = PackCollator(plan.report.max_tokens).pack
 
     @property
     def report(self) -> PackingReport:
