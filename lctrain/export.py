@@ -9,6 +9,7 @@ from typing import Any
 
 from lctrain.attention import AttentionSpec, DualChunkSpec
 from lctrain.model_card import model_card
+from lctrain.models.adapters import inside_adapters
 from lctrain.models.differential_configs import CONFIGS
 from lctrain.module import LongContextModule
 
@@ -23,6 +24,9 @@ def export_model(
     module: LongContextModule, tokenizer: Any, folder: Path, trained_length: int | None = None
 ) -> Path:
     """Writes model, tokenizer and a model card so that plain transformers loads them.
+
+    Of a model with PEFT's adapters, only the adapters are written, as PEFT does. For a whole model,
+    set `module.model = module.model.merge_and_unload()` first.
 
     Args:
         module: With the trained model; its attention is unpatched for as long as this takes.
@@ -41,11 +45,19 @@ def export_model(
         module.patch_handle = None
     model = module.model.cpu()
     model.save_pretrained(folder)
-    if (folder / "config.json").exists():  # adapters are saved without one
+    adapters = not (folder / "config.json").exists()
+    if not adapters:
         exported_config(model.config, spec, trained_length).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(
-        model_card(model, spec, trained_length, differential_version(model.config))
+        model_card(
+            inside_adapters(model),
+            spec,
+            trained_length,
+            differential_version(model.config),
+            adapters=adapters,
+        ),
+        encoding="utf-8",
     )
     module.configure_model()
     return folder

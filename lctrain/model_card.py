@@ -11,12 +11,28 @@ _LOAD = """```python
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```"""
+_LOAD_ADAPTERS = """```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```"""
+_LOAD_ON_BASE = """```python
+from peft import PeftModel
+from transformers import AutoTokenizer
+model = PeftModel.from_pretrained(base, "path/to/this/folder")  # base: the model as it was before
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```"""
 _PLAIN = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
 _FAMILY = "import lctrain  # registers the family\n" + _PLAIN
 
 
 def model_card(
-    model: Any, spec: AttentionSpec | None, trained_length: int | None, version: int | None
+    model: Any,
+    spec: AttentionSpec | None,
+    trained_length: int | None,
+    version: int | None,
+    adapters: bool = False,
 ) -> str:
     """Writes the card.
 
@@ -25,30 +41,53 @@ def model_card(
         spec: The attention in training; None for that of transformers.
         trained_length: Tokens of the longest document that it was trained on, if that is known.
         version: Of differential attention; None for a model without.
+        adapters: Whether the folder holds adapters alone, without the model's own weights.
     """
     config = model.config
     base = getattr(config, "_name_or_path", "")
-    header = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [lctrain]"]
+    library = "peft" if adapters else "transformers"
+    header = [f"library_name: {library}", "pipeline_tag: text-generation", "tags: [lctrain]"]
     if base.count("/") == 1 and not base.startswith((".", "/", "~")):  # a name on the hub
         header.append(f"base_model: {base}")
     facts = [
         f"family: `{config.model_type}`, {type(model).__name__}",
-        f"parameters: {sum(p.numel() for p in model.parameters()):,}",
+        f"parameters: {sum(p.numel() for p in model.parameters()):,}"
+        + (f", {_trained(model):,} of them trained" if adapters else ""),
         f"attention in training: {'that of transformers' if spec is None else spec.kind}",
     ]
     if base:
         facts.append(f"trained from: `{base}`")
     if trained_length is not None:
         facts.append(f"longest document in training: {trained_length:,} tokens")
+    load = _LOAD.format(imports=(_FAMILY if version == 2 else _PLAIN).strip())
+    if adapters:
+        load = _LOAD_ADAPTERS if base else _LOAD_ON_BASE
+    what = _what_loads(config, spec, trained_length, version)
+    if adapters:
+        what = [_what_adapters_are(base), *(what if isinstance(spec, DualChunkSpec) else [])]
     parts = [
         "---\n" + "\n".join(header) + "\n---",
         "# A causal language model trained with lctrain",
         "\n".join(f"- {fact}" for fact in facts),
         "## Loading it",
-        _LOAD.format(imports=(_FAMILY if version == 2 else _PLAIN).strip()),
-        "\n\n".join(_what_loads(config, spec, trained_length, version)),
+        load,
+        "\n\n".join(what),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _trained(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _what_adapters_are(base: str) -> str:
+    """A paragraph on adapters, which are no model by themselves."""
+    needed = f"`{base}`" if base else "the base model, which this folder does not name or hold"
+    return (
+        f"The folder holds adapters of PEFT, not a whole model: loading them needs PEFT and "
+        f"{needed}. `model.merge_and_unload()` adds them to its weights and returns an ordinary "
+        "model."
+    )
 
 
 def _what_loads(

@@ -24,6 +24,7 @@ from lctrain.loss import causal_lm_loss
 from lctrain.loss.causal_lm import token_losses
 from lctrain.loss.token_window import TokenWindow
 from lctrain.models import patch_model
+from lctrain.models.adapters import inside_adapters
 from lctrain.models.from_config import describe, model_from
 from lctrain.optim import build_optimizer, build_scheduler, follow_schedule
 
@@ -51,10 +52,10 @@ class LongContextModule(pl.LightningModule):
     unless the model is wrapped or not of transformers.
 
     Args:
-        model: A causal LM; or the name or path of a pretrained one; or its transformers
-            configuration as a mapping with `model_type`; or a function that builds the model from
-            the trainer's data module. All but the first are built on every rank once the data are
-            ready: a vocabulary size may depend on them.
+        model: A causal LM, also inside PEFT's adapters; or the name or path of a pretrained one; or
+            its transformers configuration as a mapping with `model_type`; or a function that builds
+            the model from the trainer's data module. All but the first are built on every rank once
+            the data are ready: a vocabulary size may depend on them.
         optim: Optimizer and schedule; a mapping holds the fields of OptimConfig.
         attention: How to patch the model's attention; None leaves the model as it is. A model that
             is already patched is left as it is too. A mapping holds the fields of AttentionConfig.
@@ -114,7 +115,7 @@ class LongContextModule(pl.LightningModule):
             self.model = self._build()
         if self.patch_handle is None and self.attention is not None and not is_patched(self.model):
             self.patch_handle = patch_model(
-                self.model,
+                inside_adapters(self.model),
                 attention=self.attention.name,
                 fused=self.attention.fused,
                 **self.attention.options(),

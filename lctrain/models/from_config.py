@@ -51,4 +51,6 @@ def describe(model: Any) -> dict[str, Any] | None:
     """The configuration that builds a model of this form; None for a foreign or wrapped model."""
     from transformers import PreTrainedModel
 
-    return model.config.to_dict() if isinstance(model, PreTrainedModel) else None
+    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
+        return None  # a configuration says nothing of adapters
+    return model.config.to_dict()
