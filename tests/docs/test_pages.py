@@ -2,7 +2,11 @@
 
 import ast
 import importlib.util
+import os
 import re
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -14,22 +18,55 @@ from tests.house.typecheck import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"^```\w+ title=\"(.+?)\"\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# They register names with lctrain, or hold Triton kernels, which are compiled from a file.
+AS_A_FILE = {"attention.md", "fused_operation.md", "data_source.md"}
 GENERATED = "reference/configuration.md"  # the site makes it; test_site.py checks its links
 WITH_EXAMPLES = [page for page in PAGES if EXAMPLE.search(page.read_text())]
 
 
+def write_files(page: Path, folder: Path) -> None:
+    """Writes the blocks of a page that have a title into files of that name."""
+    for name, content in FILE.findall(page.read_text()):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+
+
+def run_as_a_file(page: Path, folder: Path, more: str = "") -> None:
+    """Runs all examples of a page, and then `more`, as one script."""
+    write_files(page, folder)
+    script = folder / "example.py"
+    script.write_text("".join(EXAMPLE.findall(page.read_text())) + more)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=folder,
+        env=os.environ | {"LCTRAIN_CACHE": str(folder / "cache"), "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_examples_run(page: Path, tmp_path, monkeypatch):
+    if page.name in AS_A_FILE:
+        run_as_a_file(page, tmp_path)
+        return
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("LCTRAIN_CACHE", str(tmp_path / "cache"))
+    write_files(page, tmp_path)
     text = page.read_text()
-    namespace: dict[str, object] = {"__name__": "example"}
+    module = types.ModuleType("example")  # dataclasses look their module up by its name
+    monkeypatch.setitem(sys.modules, "example", module)
     for example in EXAMPLE.finditer(text):
         if "from trl import" in example[1] and importlib.util.find_spec("trl") is None:
             continue  # tests/test_trl.py says that it was skipped; CI has TRL
         line = text[: example.start(1)].count("\n")
         tree = ast.increment_lineno(ast.parse(example[1]), line)
-        exec(compile(tree, str(page), "exec"), namespace)
+        exec(compile(tree, str(page), "exec"), module.__dict__)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
