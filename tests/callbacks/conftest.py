@@ -1,5 +1,5 @@
-"""The small corpus and the tiny run of tests/test_train.py."""
+"""The small corpus and the tiny run of tests/train."""
 
-from tests.test_train import corpus, tiny
+from tests.train.conftest import corpus, tiny
 
 __all__ = ["corpus", "tiny"]

@@ -14,7 +14,7 @@ from lctrain.module import LongContextModule
 from lctrain.optim import learning_rate_factor
 from lctrain.train import run_callbacks, train
 from tests.callbacks.own_module import OwnModule
-from tests.test_train import assert_same_run, config, rows
+from tests.train.runs import assert_same_run, config, rows
 from tests.training import loader, make_batch, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
