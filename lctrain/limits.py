@@ -58,6 +58,21 @@ def check_seed(seed: int, name: str = "seed") -> None:
     )
 
 
+def check_stream(source: Any, passkey_fraction: float, prefix: str = "") -> None:
+    """Raises ValueError for a setting that a stream without an end does not have.
+
+    Args:
+        source: Has the attribute `endless` if it can be one.
+        passkey_fraction: Share of every row.
+        prefix: Of the names in messages.
+    """
+    require(
+        not getattr(source, "endless", False) or passkey_fraction == 0,
+        f"{prefix}passkey_fraction must be 0 for a stream without an end, got {passkey_fraction}. "
+        f"Set {prefix}max_documents or {prefix}max_bytes: then what is read of it is kept.",
+    )
+
+
 def check_lengths(
     lengths: Sequence[int], max_tokens: int | None = None, prefix: str = ""
 ) -> tuple[int, ...]:

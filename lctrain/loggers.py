@@ -121,8 +121,53 @@ def wandb_logger(
     return WandbLogger(save_dir=save_dir, project=project, name=name, offline=offline, id=id)
 
 
+class TensorBoardRun(TensorBoardLogger):
+    """Lightning's logger, with one curve over an interruption.
+
+    A killed run has logged steps after its last checkpoint, which the resumed run logs again. Its
+    first row tells TensorBoard to forget what the folder holds from that step on.
+    """
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Adds one point to the curve of every metric.
+
+        Args:
+            metrics: Values by name; tensors are 0-dim.
+            step: Optimizer step, counted from 0.
+        """
+        if not getattr(self, "_started", False):
+            self._started = True
+            self._forget_from(step or 0)
+        super().log_metrics(metrics, step)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Shows the options as a text, and writes them to `hparams.yaml` in the logger's folder.
+
+        Args:
+            params: A dictionary, nested as the options are, or a Namespace.
+            args: Not used.
+            kwargs: Not used.
+        """
+        plain = vars(params) if isinstance(params, Namespace) else dict(params or {})
+        if not plain:
+            return
+        self.hparams.update(plain)
+        text = yaml.safe_dump(dict(self.hparams), sort_keys=False)
+        self.experiment.add_text("options", f"```yaml\n{text}```", 0)
+        (Path(self.log_dir) / self.NAME_HPARAMS_FILE).write_text(text)
+
+    def _forget_from(self, step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        start = Event(step=step, session_log=SessionLog(status=SessionLog.START))
+        writer = self.experiment._get_file_writer()  # as SummaryWriter does for its purge_step
+        writer.add_event(start)
+
+
 def tensorboard_logger(save_dir: str) -> Logger:
-    """Builds Lightning's TensorBoardLogger; a resumed run goes on in the same folder.
+    """Builds TensorBoardRun; a resumed run goes on in the same folder.
 
     Args:
         save_dir: Folder in which the folder `tensorboard` is made.
@@ -131,7 +176,7 @@ def tensorboard_logger(save_dir: str) -> Logger:
         ValueError: if TensorBoard is not installed.
     """
     try:
-        return TensorBoardLogger(
+        return TensorBoardRun(
             save_dir=save_dir, name="tensorboard", version="", default_hp_metric=False
         )
     except ModuleNotFoundError as error:

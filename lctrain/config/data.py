@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 
 from lctrain.config.paths import expand_paths
-from lctrain.limits import MIN_TOKENS, OVERLONG, SPECIAL_TOKENS, named, require
+from lctrain.limits import MIN_TOKENS, OVERLONG, SPECIAL_TOKENS, check_stream, named, require
 
 
 @dataclass(frozen=True)
@@ -152,3 +152,4 @@ class DataConfig(DataSettings):
         if check_source is not None:  # the schemas add a source
             with named("data."):
                 check_source()
+            check_stream(self, self.passkey_fraction, "data.")

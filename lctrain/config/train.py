@@ -13,7 +13,7 @@ from lctrain.config.optim import OptimConfig
 from lctrain.config.paths import PathsConfig, expand_paths
 from lctrain.config.schema import MISSING
 from lctrain.config.trainer import TrainerConfig
-from lctrain.limits import check_seed, check_warmup
+from lctrain.limits import check_seed, check_warmup, require
 from lctrain.local_paths import check_run_name
 
 
@@ -56,5 +56,10 @@ class TrainConfig:
         check_run_name(self.name)
         check_seed(self.seed)
         check_seed(self.data.seed, "data.seed")
+        require(
+            not getattr(self.data, "endless", False) or self.trainer.max_steps > 0,
+            f"trainer.max_steps must be set for a stream without an end, got "
+            f"{self.trainer.max_steps}. It has no epochs that could be counted.",
+        )
         check_warmup(self.optim.warmup_steps, self.trainer.max_steps)
         expand_paths(self, "", "ckpt_path")

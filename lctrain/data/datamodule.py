@@ -16,7 +16,7 @@ from lctrain.data.documents import TokenizedDocument
 from lctrain.data.given import DatasetSource, TokenPreparation, holds_texts
 from lctrain.data.loader import Cursor, PackLoader, RowStream
 from lctrain.data.order import epoch_order, imbalance
-from lctrain.data.packing import PackingReport
+from lctrain.data.packing import PackingReport, document_limit
 from lctrain.data.prepare import (
     Preparation,
     PreparedData,
@@ -24,6 +24,7 @@ from lctrain.data.prepare import (
     fingerprint_settings,
 )
 from lctrain.data.sources import Source, StdlibSource
+from lctrain.data.streaming import ENDLESS, StepNumbers, StreamedRows, StreamRecipe
 from lctrain.limits import check_seed
 
 if TYPE_CHECKING:
@@ -107,6 +108,8 @@ class PackedDataModule(LightningDataModule):
     @property
     def longest_document(self) -> int:
         """Tokens of the longest document, or piece of one, in the training rows."""
+        if self._ready.stream is not None:  # any of those that are still to come
+            return document_limit(self.options.max_document_tokens, self.max_tokens)
         return int(self._ready.train_rows.plan.lengths.max())
 
     @property
@@ -160,11 +163,15 @@ class PackedDataModule(LightningDataModule):
     def train_dataloader(self) -> PackLoader:
         """The endless stream of this rank's training batches; `len` is the steps of an epoch.
 
+        Where the source itself has no end, no run reaches that of an epoch.
+
         Outside of `Trainer.fit` an iterator goes on where the last one stopped.
 
         Raises:
             ValueError: if there are fewer rows than ranks.
         """
+        if self._ready.stream is not None:
+            return self._stream_loader(self._ready.stream)
         rows, world_size, rank, seed = (
             self._ready.train_rows,
             self._world_size,
@@ -189,6 +196,18 @@ class PackedDataModule(LightningDataModule):
             self._position,
             self._cursor,
             num_workers=self.options.num_workers,
+            pin_memory=self.pin_memory,
+        )
+
+    def _stream_loader(self, recipe: StreamRecipe) -> PackLoader:
+        """This rank's batches of a source without an end."""
+        return PackLoader(
+            StreamedRows(recipe, self._rank, self._world_size),
+            StepNumbers(),
+            ENDLESS,
+            self._position,
+            self._cursor,
+            num_workers=min(1, self.options.num_workers),  # each one would read the whole stream
             pin_memory=self.pin_memory,
         )
 

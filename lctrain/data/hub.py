@@ -30,8 +30,12 @@ class HubSource(Source):
         held_out_split: Split to hold out; None: some documents of `split` are held out.
         field: The column that holds the text; `doc.text` for a field in a nested record.
         revision: Git revision of the dataset.
-        streaming: Read only the first `max_documents` (or `max_bytes`) over the network, without
-            downloading the rest. What was read is cached, so that a resumed run sees the same.
+        streaming: Read over the network, without downloading the rest. With `max_documents` or
+            `max_bytes`, what was read is cached. Without them the stream has no end: it is read,
+            tokenized and packed a window at a time, from its beginning again after its end, and
+            only its first window is on disk. A resumed run passes over what it has read.
+        window_bytes: Text of a window of such a stream. Documents are packed and shuffled within
+            it; the first one gives the tokenizer, if it is trained, and the held-out documents.
     """
 
     dataset: str = ""
@@ -41,17 +45,23 @@ class HubSource(Source):
     field: str = "text"
     revision: str | None = None
     streaming: bool = False
+    window_bytes: int = 2**26
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.dataset:
             raise ValueError("dataset must be a name on the hub, got ''. Set data.dataset.")
         object.__setattr__(self, "dataset", os.path.expanduser(self.dataset))
-        if self.streaming and self.max_documents is None and self.max_bytes is None:
+        if self.window_bytes < 1:
             raise ValueError(
-                "streaming must have an end, got neither max_documents nor max_bytes. Set one, or "
-                "streaming=false."
+                f"window_bytes must be at least 1, got {self.window_bytes}. The default is 64 MiB."
             )
+
+    @property
+    def endless(self) -> bool:
+        """Whether the documents are a stream that is not read to its end before training."""
+        limited = self.max_documents is not None or self.max_bytes is not None
+        return self.streaming and not limited and not is_saved_dataset(Path(self.dataset))
 
     def load(self, cache_dir: Path) -> Dataset:
         """See Source. Raises ValueError if the column is missing."""
@@ -61,15 +71,26 @@ class HubSource(Source):
         """See Source; the limits apply to this split too."""
         return self._read(self.held_out_split, cache_dir) if self.held_out_split else None
 
-    def _read(self, split: str, cache_dir: Path) -> Dataset:
-        from datasets import load_dataset
+    def read_from(self, skip: int) -> Iterator[Row]:
+        """The records of the stream.
 
-        where = {
+        Args:
+            skip: Records that are left out at the beginning.
+        """
+        return _read_stream(self._where(self.split), self.field, None, None, skip)
+
+    def _where(self, split: str) -> dict[str, Any]:
+        return {
             "path": self.dataset,
             "name": self.config,
             "split": split,
             "revision": self.revision,
         }
+
+    def _read(self, split: str, cache_dir: Path) -> Dataset:
+        from datasets import load_dataset
+
+        where = self._where(split)
         if is_saved_dataset(Path(self.dataset)):
             dataset = _load_saved(self.dataset, split)
         elif not self.streaming:
@@ -82,7 +103,7 @@ class HubSource(Source):
                 where=where,
                 field=self.field,
                 max_documents=self.max_documents,
-                max_bytes=self.max_bytes,
+                max_bytes=self.window_bytes if self.endless else self.max_bytes,
             )
             return report_faults(streamed, self.on_error)
         texts = text_column(dataset, self.field, self.dataset)
@@ -115,13 +136,18 @@ def _load_saved(folder: str, split: str) -> Dataset:
 
 
 def _read_stream(
-    where: dict[str, Any], field: str, max_documents: int | None, max_bytes: int | None
+    where: dict[str, Any],
+    field: str,
+    max_documents: int | None,
+    max_bytes: int | None,
+    skip: int = 0,
 ) -> Iterator[Row]:
-    """The first documents of a hub dataset, up to either limit, at least one."""
+    """The first documents of a hub dataset after `skip`, up to either limit, at least one."""
     from datasets import load_dataset
 
     size = 0
-    for number, record in enumerate(load_dataset(**where, streaming=True)):
+    records = load_dataset(**where, streaming=True)
+    for number, record in enumerate(records.skip(skip) if skip else records, skip):
         name = f"{where['path']}:{number}"
         try:
             text = decode(find_field(record, field), field)

@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lctrain.batch import PackedBatch
-from lctrain.data.collator import PackedRows
 
 
 class RowStream(Sampler[int]):
@@ -62,8 +61,8 @@ class PackLoader:
 
     def __init__(
         self,
-        rows: PackedRows,
-        stream: RowStream,
+        rows: Dataset[PackedBatch],
+        stream: Any,
         steps: int,
         position: Callable[[], int],
         cursor: Cursor | None = None,
@@ -75,7 +74,7 @@ class PackLoader:
 
         Args:
             rows: The dataset.
-            stream: Which row comes when.
+            stream: A sampler: which row comes when, from the batch on that `start` is set to.
             steps: Steps of an epoch.
             position: Called once per iterator: the batch it starts with.
             cursor: Set to the batch after each one given out.

@@ -14,6 +14,7 @@ from lctrain.config import DataSettings
 from lctrain.data.collator import PackedRows
 from lctrain.data.documents import Documents, TokenStore, count_shared, read_documents
 from lctrain.data.faults import warn_once
+from lctrain.data.hub import HubSource
 from lctrain.data.packing import Overlong, PackingPlan, document_limit, plan_rows
 from lctrain.data.passkey import PasskeyFormat
 from lctrain.data.passkey_rows import (
@@ -24,12 +25,14 @@ from lctrain.data.passkey_rows import (
     passkey_lengths,
 )
 from lctrain.data.sources import Source
+from lctrain.data.streaming import HeldOut, StreamRecipe
 from lctrain.data.tokenizer import (
     fingerprint_tokenizer,
     load_tokenizer,
     train_tokenizer,
 )
 from lctrain.data.tokenizing import tokenize
+from lctrain.limits import check_stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,6 +51,9 @@ class Preparation:
     source: Source
     tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None
     settings: DataSettings
+
+    def __post_init__(self) -> None:
+        check_stream(self.source, self.settings.passkey_fraction)
 
     @cached_property
     def cache_dir(self) -> Path:
@@ -92,7 +98,29 @@ class Preparation:
             settings["special_tokens"] = self.settings.special_tokens
         if self.settings.passkey_fraction:
             settings["passkey_fraction"] = self.settings.passkey_fraction
-        return PreparedData(tokenizer, train_rows, self._pack(held_out, tokenizer), settings)
+        if getattr(self.source, "endless", False):
+            settings["window_bytes"] = self.source.window_bytes  # type: ignore[attr-defined]
+        stream = self._stream(tokenizer, held_out, settings)
+        return PreparedData(
+            tokenizer, train_rows, self._pack(held_out, tokenizer), settings, stream
+        )
+
+    def _stream(
+        self, tokenizer: PreTrainedTokenizerBase, held_out: Documents, settings: dict[str, Any]
+    ) -> StreamRecipe | None:
+        """How training reads a source without an end; None for any other."""
+        source = self.source
+        if not (isinstance(source, HubSource) and source.endless):
+            return None
+        fraction = 0.0 if source.held_out_split else self.settings.held_out_fraction
+        digests = held_out.digests.tolist() if fraction else []
+        return StreamRecipe(
+            source=source,
+            held_out=HeldOut(fraction, frozenset(digests)),
+            tokenizer=tokenizer,
+            settings=self.settings,
+            journal=self.cache_dir / "streams" / f"{fingerprint_settings(settings)}.json",
+        )
 
     def given_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer that was named or passed; None if it is to be trained."""
@@ -183,12 +211,14 @@ class PreparedData:
         train_rows: The training rows.
         held_out_rows: The held-out rows; none if nothing is held out.
         settings: What decides the rows, as plain values.
+        stream: How the training rows go on after these, where the source has no end.
     """
 
     tokenizer: PreTrainedTokenizerBase
     train_rows: PackedRows
     held_out_rows: PackedRows
     settings: dict[str, Any]
+    stream: StreamRecipe | None = None
 
 
 def cache_folder(given: str | os.PathLike[str] | None) -> Path:

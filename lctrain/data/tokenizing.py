@@ -43,15 +43,9 @@ def tokenize(
         special_tokens: What the text of a special token inside a document becomes, "text" or the
             "token".
     """
-    from datasets import Dataset, Features, List, Value
+    from datasets import Dataset
 
-    features = Features(
-        {
-            "input_ids": List(Value("int32")),
-            "document": Value("int64"),
-            "special_texts": Value("int64"),
-        }
-    )
+    features = _features()
     if len(documents) == 0:
         return TokenStore(Dataset.from_dict({name: [] for name in features}, features), [])
     parts = (_RECIPE, documents.fingerprint, fingerprint_tokenizer(tokenizer), special_tokens)
@@ -79,6 +73,42 @@ def tokenize(
     )
     rows = dataset.data.column("document").to_pylist()
     return TokenStore(dataset, [documents.names[row] for row in rows])
+
+
+def tokenize_window(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, special_tokens: str
+) -> TokenStore:
+    """Tokenizes a part of a stream in memory, as `tokenize` does in the cache.
+
+    Args:
+        documents: What to tokenize.
+        tokenizer: Of transformers.
+        special_tokens: What the text of a special token inside a document becomes.
+    """
+    from datasets import Dataset
+
+    found: dict[str, list[Any]] = {name: [] for name in _features()}
+    for group in documents.groups():
+        bounds = {"first": [group.start], "stop": [group.stop]}
+        for name, values in _tokenize(
+            bounds, documents, tokenizer, special_tokens == "text"
+        ).items():
+            found[name] += values
+    dataset = Dataset.from_dict(found, _features())
+    return TokenStore(dataset, [documents.names[row] for row in found["document"]])
+
+
+def _features() -> Any:
+    """Columns of a dataset of tokens."""
+    from datasets import Features, List, Value
+
+    return Features(
+        {
+            "input_ids": List(Value("int32")),
+            "document": Value("int64"),
+            "special_texts": Value("int64"),
+        }
+    )
 
 
 def _tokenize(

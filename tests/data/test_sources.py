@@ -198,7 +198,7 @@ def test_hub_without_the_column_is_an_error(tmp_path, hub, streaming):
     ("keywords", "message"),
     [
         ({}, "dataset must be a name on the hub"),
-        ({"dataset": "x", "streaming": True}, "streaming must have an end"),
+        ({"dataset": "x", "window_bytes": 0}, "window_bytes must be at least 1"),
         ({"dataset": "x", "max_documents": 0}, "max_documents must be at least 1, got 0"),
     ],
     ids=["no-name", "endless-stream", "no-documents"],

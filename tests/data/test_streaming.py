@@ -1,0 +1,203 @@
+"""A stream without an end: bounded on disk, the same batches after a resume and on every rank."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from lctrain.data import HubSource, PackedDataModule
+from lctrain.train import train
+from tests.train.runs import assert_same_run, config, train_losses
+
+WORDS = ("def", "return", "class", "self", "None", "for", "in", "while", "yield", "lambda")
+WINDOW = 10_000  # bytes
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
+
+class Stream:
+    """Stands for `load_dataset(..., streaming=True)`: makes records, and counts their bytes."""
+
+    def __init__(self, records=None):
+        self.records, self.bytes, self.first = records, 0, 0
+
+    def __call__(self, **where):
+        assert where["streaming"] is True
+        self.first = 0
+        return self
+
+    def skip(self, count):
+        self.first = count
+        return self
+
+    def __iter__(self):
+        number = self.first
+        while self.records is None or number < self.records:
+            numbers = random.Random(number)
+            text = f"{number} " + " ".join(numbers.choices(WORDS, k=numbers.randrange(50, 400)))
+            self.bytes += len(text)
+            yield {"text": text}
+            number += 1
+
+
+@pytest.fixture
+def stream(monkeypatch):
+    """Returns a function that installs a stream: stream(records) -> Stream."""
+
+    def install(records=None):
+        made = Stream(records)
+        monkeypatch.setattr("datasets.load_dataset", made)
+        return made
+
+    return install
+
+
+def module(folder, rank=0, world_size=1, **settings):
+    data = PackedDataModule(
+        HubSource(dataset="some/stream", streaming=True, window_bytes=WINDOW),
+        max_tokens=128,
+        vocab_size=300,
+        held_out_fraction=0.2,
+        cache_dir=folder,
+        **settings,
+    )
+    data.setup()
+    trainer = type("Ranks", (), {"world_size": world_size, "global_rank": rank, "state": None})
+    trainer.state = type("State", (), {"fn": None})
+    data.trainer = trainer
+    return data
+
+
+def batches(data, first, count):
+    """The token ids and dropout keys of some batches."""
+    data._cursor.batches = first
+    found = []
+    for batch in data.train_dataloader():
+        found.append((batch.input_ids.tolist(), batch.document_ids.tolist()))
+        if len(found) == count:
+            return found
+
+
+def size_of(folder):
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
+OVERRIDES = [
+    "data=hub",
+    "data.dataset=some/stream",
+    "data.streaming=true",
+    f"data.window_bytes={WINDOW}",
+    "data.max_tokens=128",
+    "data.vocab_size=300",
+    "data.held_out_fraction=0.2",
+    "model=tiny",
+    "trainer.accelerator=cpu",
+    "trainer.log_every_n_steps=1",
+    "trainer.limit_val_batches=1",
+    "trainer.enable_progress_bar=false",
+    "callbacks.checkpoint.every_n_steps=10",
+    "callbacks.checkpoint.keep=1",
+    "evaluation.enabled=false",
+    "export=false",
+]
+
+
+def test_a_run_streams_more_than_the_disk_may_hold_and_resumes(stream, tmp_path, monkeypatch):
+    """Stopped in the middle and resumed, on the same bits; the cache does not grow."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "cache"))
+    overrides = [*OVERRIDES, f"data.cache_dir={tmp_path}/cache"]
+    read = stream()
+    train(config(*overrides, "trainer.max_steps=1", output_dir=tmp_path / "first"))
+    limit = size_of(tmp_path / "cache") + 5_000  # of the disk: what one step needs, and counts
+    before = read.bytes
+    train(config(*overrides, "trainer.max_steps=60", output_dir=tmp_path / "whole"))
+    assert read.bytes - before > limit
+    assert size_of(tmp_path / "cache") < limit
+    kill = "+callbacks.stop={_target_: tests.training.KillAt, step: 35, number: 15}"
+    stopped = [*overrides, "trainer.max_steps=60"]
+    with pytest.raises(SystemExit):
+        train(config(*stopped, kill, output_dir=tmp_path / "stopped"))
+    train(config(*stopped, "ckpt_path=last", output_dir=tmp_path / "stopped"))
+    assert len(train_losses(tmp_path / "whole")) == 60
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_any_batch_is_the_same_wherever_one_begins(stream, tmp_path, workers):
+    stream()
+    whole = batches(module(tmp_path / "1"), 0, 60)
+    late = module(tmp_path / "1", num_workers=workers)
+    assert batches(late, 45, 15) == whole[45:]
+    assert batches(module(tmp_path / "2"), 45, 15) == whole[45:]  # without a journal
+    keys = [key for _, document_ids in whole for key in document_ids]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_late_start_tokenizes_nothing_that_came_before(stream, tmp_path, monkeypatch):
+    from lctrain.data import streaming
+
+    stream()
+    batches(module(tmp_path), 0, 60)
+    calls = []
+    tokenize = streaming.tokenize_window
+
+    def counted(*arguments):
+        calls.append(1)
+        return tokenize(*arguments)
+
+    monkeypatch.setattr(streaming, "tokenize_window", counted)
+    batches(module(tmp_path), 59, 1)
+    assert len(calls) == 1
+
+
+def test_ranks_share_every_window(stream, tmp_path):
+    stream()
+    first, second = (batches(module(tmp_path, rank, 2), 0, 20) for rank in (0, 1))
+    rows = [json.dumps(row) for row, _ in first + second]
+    assert len(set(rows)) == len(rows)
+
+
+def test_a_stream_that_ends_begins_again_in_another_order(stream, tmp_path):
+    stream(records=12)
+    found = batches(module(tmp_path), 0, 200)
+    rows = [json.dumps(row) for row, _ in found]
+    again = rows.index(rows[0], 1)
+    assert set(rows[again:]) <= set(rows[:again])
+    assert rows[again : again + 5] != rows[:5]
+
+
+def test_held_out_documents_are_never_trained_on(stream, tmp_path):
+    stream(records=40)
+    data = module(tmp_path)
+    held_out = {tuple(document.input_ids) for document in data.held_out_documents()}
+    assert held_out
+    tokens = [
+        tuple(batch.input_ids[0, batch.cu_seqlens[i] : batch.cu_seqlens[i + 1]].tolist())
+        for batch, _ in zip(data.train_dataloader(), range(150), strict=False)
+        for i in range(len(batch.cu_seqlens) - 1)
+    ]
+    begins = {document[:40] for document in held_out}
+    assert not begins & {document[:40] for document in tokens}
+
+
+def test_another_stream_is_refused_in_a_resumed_run(stream, tmp_path, monkeypatch):
+    stream()
+    batches(module(tmp_path), 0, 60)
+    data = module(tmp_path)
+    monkeypatch.setattr("tests.data.test_streaming.WORDS", ("other",))
+    with pytest.raises(ValueError, match=r"must read the stream that it was trained on, got"):
+        batches(data, 40, 10)
+
+
+def test_what_a_stream_cannot_do_is_named(stream, tmp_path):
+    source = HubSource(dataset="some/stream", streaming=True, window_bytes=10)
+    with pytest.raises(ValueError, match=r"passkey_fraction must be 0 for a stream"):
+        PackedDataModule(source, passkey_fraction=0.5, cache_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"window_bytes must be at least 1, got 0"):
+        HubSource(dataset="x", streaming=True, window_bytes=0)
+    with pytest.raises(ValueError, match=r"trainer.max_steps must be set for a stream"):
+        config(*OVERRIDES, "trainer.max_epochs=1", "trainer.max_steps=-1", output_dir=tmp_path)
+    stream(records=3)
+    small = module(tmp_path, world_size=10_000)
+    with pytest.raises(ValueError, match=r"at least one row for each of 10000 ranks in a window"):
+        next(iter(small.train_dataloader()))
