@@ -40,7 +40,7 @@ class PackedBatch:
         lengths: Lengths of the N documents, kept on the CPU.
         num_valid_tokens: Number of labels that are not -100, a Python int.
         schedule: Tile schedule of the attention kernels, built once per batch.
-        names: Where each document comes from, for error messages.
+        names: Source of each document, for error messages.
     """
 
     input_ids: Tensor
@@ -176,7 +176,10 @@ class PackedBatch:
         return self._apply(lambda value: value.pin_memory())
 
     def without_targets(self) -> PackedBatch:
-        """Returns the batch with every label -100: it runs, and weighs nothing."""
+        """Returns the batch with every label -100:
+
+        a model can run it, and it adds nothing to the loss.
+        """
         labels = torch.full_like(self.labels, IGNORE_INDEX)
         return dataclasses.replace(self, labels=labels, num_valid_tokens=0)
 
@@ -195,11 +198,11 @@ class PackedBatch:
         }
 
     def arguments(self) -> dict[str, Any]:
-        """Returns `model_kwargs()` with the labels, for a model that computes its own loss.
+        """Returns `model_kwargs()` with labels, for a model that computes its own loss.
 
-        transformers' models shift `labels` themselves. They are given here as they expect them,
-        [1, T] int64 aligned with the tokens, and -100 where a document begins. The tile schedule is
-        left out, since transformers' Trainer cannot carry it: the kernels build one.
+        transformers' models shift `labels` themselves. So these labels are aligned with the tokens,
+        [1, T] int64, and -100 at the first token of a document. The tile schedule is left out,
+        since transformers' Trainer cannot transport it; the kernels build one.
         """
         arguments = self.model_kwargs()
         del arguments["schedule"]

@@ -1,4 +1,4 @@
-"""From the dataclasses of a run to its objects: model, callbacks, loggers, trainer."""
+"""Builds the objects of a run from its dataclasses: model, callbacks, loggers, trainer."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def build_model(config: ModelConfig, vocab_size: int) -> nn.Module:
     """Builds a transformers causal LM in float32.
 
     Args:
-        config: From scratch or pretrained.
-        vocab_size: Of the tokenizer.
+        config: Config of a model from scratch or of a pretrained one.
+        vocab_size: Vocabulary size of the tokenizer.
 
     Returns:
         The model, in training mode.
@@ -83,13 +83,14 @@ def check_model(
     """Builds and patches the model without memory for its weights: what fails, fails here.
 
     Args:
-        config: From scratch or pretrained; weights are not read.
-        attention: How it is going to be patched; None for not at all.
+        config: Config of a model from scratch or of a pretrained one; no weights are read.
+        attention: Config of the attention; None leaves the model unpatched.
         lengths: Option -> the longest document that it allows, in tokens, for models that look
             positions up in a table.
 
     Raises:
-        ValueError: as in `build_model`, apart from the tokenizer's size, or in `patch_model`.
+        ValueError: for the reasons of `build_model`, apart from the tokenizer's size, and of
+            `patch_model`.
     """
     if attention is not None:
         make_spec(attention.name, **attention.options())
@@ -164,7 +165,7 @@ def instantiate_all(group: str, configs: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         group: Name for error messages.
-        configs: By name, a dataclass or dictionary with `_target_`, or None for off.
+        configs: A dataclass or dictionary with `_target_` by name; None switches an entry off.
 
     Returns:
         The objects by name, in the same order.
@@ -203,7 +204,7 @@ def build_trainer(
     Args:
         config: Hardware and length of the run.
         callbacks: All of them, the progress bar included.
-        loggers: Where metrics go.
+        loggers: Loggers of the run.
         root_dir: Folder of the run.
 
     Raises:
@@ -263,7 +264,10 @@ NEVER = 10**9  # epochs between two validations that Lightning would start by it
 
 
 def resolve_precision(config: TrainerConfig) -> str:
-    """bf16-mixed on a GPU that has it, else 32-true, where the config says "auto"."""
+    """Returns the precision of a config.
+
+    "auto" is bf16-mixed on a GPU with bfloat16, else 32-true.
+    """
     if config.precision != "auto":
         return config.precision
     on_gpu = config.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()

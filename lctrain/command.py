@@ -1,4 +1,4 @@
-"""What the commands share: how they start, say what they take, and fail."""
+"""How the commands start, print their help, and fail."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HOME = re.compile(r"(?<=[=\[,])~(?=[/,\]]|$)")
 
 
 class Command(Interface):
-    """A console script: what it takes, and how it runs."""
+    """A console script: its interface, and how it runs."""
 
     def run(self, task: Callable[[Any], None]) -> None:
         """Runs the command with the arguments of sys.argv.
@@ -48,7 +48,7 @@ class Command(Interface):
 
     @staticmethod
     def _shown(arguments: Sequence[str]) -> Callable[[Interface, Sequence[str]], str] | None:
-        """What the arguments ask for in place of a run; None for a run."""
+        """Returns the function that prints what --help or --cfg asks for; None for a run."""
         if HELP & set(arguments):
             return describe
         if OTHER_FILES & {argument.partition("=")[0] for argument in arguments}:
@@ -66,7 +66,7 @@ class Command(Interface):
         return decorated
 
     def _guarded(self, task: Callable[[Any], None]) -> Callable[[Any], None]:
-        """The task; its errors end the process before Hydra prints lines of its own about them."""
+        """Returns the task with its errors handled before Hydra prints lines of its own."""
 
         @wraps(task)
         def guarded(config: Any) -> None:

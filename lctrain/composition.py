@@ -14,12 +14,12 @@ CONFIGS = "lctrain.configs"
 
 
 def compose(config_name: str, overrides: Sequence[str], with_hydra: bool = False) -> DictConfig:
-    """Composes what a command would run with.
+    """Composes the configuration of a command.
 
     Args:
-        config_name: Of the primary configuration.
-        overrides: As on the command line.
-        with_hydra: Keep the key `hydra`, which knows the choices of the groups.
+        config_name: Name of the primary configuration.
+        overrides: Overrides of the command line.
+        with_hydra: Whether to keep the key `hydra`, which has the choices of the groups.
     """
     import hydra
     from hydra.core.global_hydra import GlobalHydra
@@ -34,8 +34,8 @@ def group_choices(config_name: str, overrides: Sequence[str]) -> dict[str, list[
     """The choices of every group of a configuration, schemas and Hydra's own groups left out.
 
     Args:
-        config_name: Of the primary configuration.
-        overrides: As on the command line.
+        config_name: Name of the primary configuration.
+        overrides: Overrides of the command line.
     """
     import hydra
     from hydra.core.global_hydra import GlobalHydra
@@ -59,11 +59,12 @@ def group_choices(config_name: str, overrides: Sequence[str]) -> dict[str, list[
 
 
 def known_keys(config_name: str, overrides: Sequence[str]) -> list[str]:
-    """Every key of a configuration with dots, its groups, and the keys of choices not made.
+    """Returns all keys of a configuration with dots, its groups, and keys of choices not taken.
 
     Args:
-        config_name: Of the primary configuration.
-        overrides: Of these, those that choose from a group and fit are heeded.
+        config_name: Name of the primary configuration.
+        overrides: Overrides of the command line; those that choose from a group and are valid are
+            used.
     """
     groups = group_choices(config_name, ())
     chosen = [
@@ -76,10 +77,10 @@ def known_keys(config_name: str, overrides: Sequence[str]) -> list[str]:
 
 
 def keys_of_other_choices(keys: Container[str]) -> list[str]:
-    """Keys that another choice of a group would have, as in data=text:data.files.
+    """Returns the keys that other choices of a group have, such as data=text:data.files.
 
     Args:
-        keys: Those that there are.
+        keys: Keys of the choices that were taken.
     """
     found = []
     for name, schema in SCHEMAS.items():

@@ -1,4 +1,4 @@
-"""Messages for configurations that do not compose, in place of those of Hydra and OmegaConf."""
+"""Messages for configurations that do not compose; they replace those of Hydra and OmegaConf."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def explain_config_error(
     """Returns what does not fit, by key and value, with the remedy.
 
     Args:
-        error: Of Hydra or OmegaConf.
+        error: An error of Hydra or OmegaConf.
         overrides: The arguments of the command, from which a value is quoted.
         known: Gives every key there is, with dots; called for a key that is not there.
     """
@@ -56,9 +56,9 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     """The message about a key that the schema does not have.
 
     Args:
-        key: With dots.
-        known: Every key there is, with dots; keys of choices that were not made come with theirs
-            in front, as in data=text:data.files.
+        key: The key, with dots.
+        known: All keys, with dots. Keys of choices that were not taken have the choice in front, as
+            in data=text:data.files.
     """
     names = list(known)
     homes = [name for name in names if name.endswith(f":{key}")]  # "data=text:data.files"
@@ -70,7 +70,7 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 
 
 def _nearest(key: str, names: Sequence[str]) -> str | None:
-    """The name that was probably meant: one that begins alike, is spelt alike, or ends alike."""
+    """Returns the name that was probably meant: one with a like beginning, spelling or end."""
     path, _, leaf = key.rpartition(".")
     siblings = [name for name in names if name.rpartition(".")[0] == path]
     for name in siblings:

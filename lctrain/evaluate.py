@@ -36,11 +36,11 @@ __all__ = ["EvalConfig", "Evaluation", "PasskeyConfig", "evaluate", "main"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured.
+    """Results of an evaluation.
 
     Attributes:
-        perplexity: By length, or by method and length; None if it was not a task.
-        passkey: By method, length and depth; None if it was not a task.
+        perplexity: Perplexity by length, or by method and length; None without this task.
+        passkey: Found keys by method, length and depth; None without this task.
         paths: The files, as "csv" for instance, or "passkey csv".
     """
 
@@ -125,7 +125,7 @@ def evaluate(config: EvalConfig) -> Evaluation:
 
 @contextmanager
 def own_folder(config: EvalConfig) -> Iterator[None]:
-    """Takes the folder of an evaluation: no other one, and no training run, writes there.
+    """Locks the folder of an evaluation, so that no other evaluation or run writes there.
 
     Raises:
         ValueError: if one does, or has.
@@ -182,7 +182,7 @@ def log_tables(
 
 
 def name_the_model(arguments: list[str]) -> list[str]:
-    """Turns `model=x` into `model.name_or_path=x`: in Hydra's eyes the first picks a config."""
+    """Turns `model=x` into `model.name_or_path=x`. In Hydra the former chooses a config."""
     return [
         f"model.name_or_path={argument.removeprefix('model=')}"
         if argument.startswith("model=")

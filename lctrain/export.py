@@ -1,4 +1,4 @@
-"""Writes a trained model so that plain transformers loads it, and says what it was trained as."""
+"""Writes a trained model so that plain transformers loads it, with a card that describes it."""
 
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ def export_model(
     set `module.model = module.model.merge_and_unload()` first.
 
     Args:
-        module: With the trained model; its attention is unpatched for as long as this takes.
-        tokenizer: Of the run.
-        folder: Is made.
-        trained_length: Tokens of the longest document that the model was trained on; None if that
-            is not known.
+        module: Module with the trained model. Its attention is unpatched during the export.
+        tokenizer: Tokenizer of the run.
+        folder: Folder to create.
+        trained_length: Length of the longest document of the training, in tokens; None if unknown.
 
     Returns:
         The folder.
@@ -71,9 +70,9 @@ def exported_config(config: Any, spec: AttentionSpec | None, trained_length: int
     RoPE types that scale by it), and with dual chunk attention, whose window it is.
 
     Args:
-        config: Of transformers.
+        config: A transformers configuration.
         spec: The attention in training; None for that of transformers.
-        trained_length: Tokens of the longest document; None if that is not known.
+        trained_length: Length of the longest document, in tokens; None if unknown.
     """
     config = copy.deepcopy(config)
     options = {} if spec is None else {"name": spec.kind, **spec.options()}
@@ -100,7 +99,7 @@ def exported_config(config: Any, spec: AttentionSpec | None, trained_length: int
 
 
 def differential_version(config: Any) -> int | None:
-    """1 or 2 for the config of a model with differential attention, else None."""
+    """Returns the version of differential attention in a config, 1 or 2, or None."""
     if config.model_type == "diffllama":
         return 1
     return 2 if config.model_type in {c.model_type for c in CONFIGS.values()} else None

@@ -1,4 +1,4 @@
-"""What a command prints when it fails: a message for an expected error, a traceback for a bug.
+"""Output of a command that fails: a message for an expected error, a traceback for a bug.
 
 An error is expected if lctrain raised it on purpose, if a file or the memory is the matter, or if
 the configuration does not compose. Its message names the value and the remedy. Everything else is a
@@ -37,7 +37,7 @@ def explain(
     """Returns the message of an expected error, or None for a bug.
 
     Args:
-        error: With its traceback.
+        error: The error, with its traceback.
         overrides: The arguments of the command.
         known: Gives every key of the configuration, with dots.
     """
@@ -75,14 +75,14 @@ def explain(
 def report_failure(
     program: str, error: BaseException, overrides: Sequence[str] = (), known: Known = tuple
 ) -> int:
-    """Prints what is to be said of an error to stderr.
+    """Prints an error to stderr, as a message or a traceback.
 
     On the ranks of a job that torchrun started, the message also goes to the file from which
     torchrun takes its summary, and all ranks but the first of a machine print one line.
 
     Args:
         program: Name of the command.
-        error: With its traceback.
+        error: The error, with its traceback.
         overrides: The arguments of the command.
         known: Gives every key of the configuration, with dots.
 
@@ -106,7 +106,7 @@ def report_failure(
 
 
 def shorten(message: str) -> str:
-    """At most MOST_LINES - 1 lines of a message: its beginning, and that more was left out."""
+    """Returns at most MOST_LINES - 1 lines of a message, with a note if lines are left out."""
     lines = [line for line in message.splitlines() if line.strip()]
     if len(lines) < MOST_LINES:
         return "\n".join(lines)

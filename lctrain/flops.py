@@ -44,7 +44,7 @@ class FlopCounter:
         matrix_parameters: Weights that multiply every token.
         attention_width: Mean over keys and values of heads * their width; heads * head_dim, where
             both are as wide.
-        windows: For each layer, the number of keys that a query sees; None for all before it.
+        windows: Number of keys that a query sees, per layer; None for all keys before it.
     """
 
     matrix_parameters: float
@@ -58,7 +58,7 @@ class FlopCounter:
         Weights of experts count by the share that a token uses.
 
         Args:
-            model: With a `config`; without one, attention is not counted.
+            model: Model with a `config`; without one, attention is not counted.
         """
         config = getattr(model, "config", None)
         layers = getattr(config, "num_hidden_layers", 0)

@@ -22,14 +22,15 @@ _WORDS = {"str": "text", "int": "integer", "float": "number", "bool": "true or f
 
 @dataclass(frozen=True)
 class Interface:
-    """What a console script takes.
+    """The interface of a console script.
 
     Attributes:
         program: Its name.
         config_name: Its primary configuration.
-        summary: What it does and how it is called.
+        summary: Purpose of the command, and how it is called.
         unused: Keys of shared groups that it does not read, with dots; --help leaves them out.
-        only: Choices of a shared group that it takes, by group; all of them where it is not named.
+        only: Choices of a shared group that the command accepts, by group. A group that is not
+            named has all choices.
     """
 
     program: str
@@ -40,11 +41,11 @@ class Interface:
 
 
 def describe(command: Interface, overrides: Sequence[str]) -> str:
-    """What a command does, the choices of each group, and each key of the chosen ones.
+    """Returns the help of a command: its purpose, the choices of each group, and the chosen keys.
 
     Args:
-        command: Which one.
-        overrides: As on the command line; a choice among them decides which keys are listed.
+        command: The command.
+        overrides: Overrides of the command line; a choice among them decides which keys are listed.
     """
     config = compose(command.config_name, overrides, with_hydra=True)
     chosen = {
@@ -85,8 +86,8 @@ def pasteable(command: Interface, overrides: Sequence[str]) -> str:
     """The composed configuration as a file that composes to the same again.
 
     Args:
-        command: Which one.
-        overrides: As on the command line.
+        command: The command.
+        overrides: Overrides of the command line.
     """
     config = compose(command.config_name, overrides, with_hydra=True)
     choices = config.hydra.runtime.choices
@@ -111,10 +112,10 @@ def pasteable(command: Interface, overrides: Sequence[str]) -> str:
 
 
 def attribute_docs(schema: type) -> dict[str, str]:
-    """What the docstrings of a dataclass and of its bases say of each attribute.
+    """Returns the descriptions of all attributes, from the docstrings of a dataclass and its bases.
 
     Args:
-        schema: With Google-style docstrings.
+        schema: Dataclass with Google-style docstrings.
     """
     found: dict[str, str] = {}
     for base in reversed(schema.__mro__):
@@ -132,7 +133,7 @@ def attribute_docs(schema: type) -> dict[str, str]:
 
 
 def _is_branch(node: Any) -> bool:
-    """Whether the keys below a node are listed in its place."""
+    """Returns whether a node is replaced by the keys below it in the list."""
     if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
         return False
     kind = OmegaConf.get_type(node)
@@ -152,7 +153,7 @@ def _schema_of(config: DictConfig, key: str) -> tuple[type | None, str]:
 
 
 def _value(config: DictConfig, key: str) -> str:
-    """The value as it would be written, references included."""
+    """Returns a value as a command writes it, with references unresolved."""
     parent, name = _parent(config, key)
     if OmegaConf.is_missing(parent, name):
         return "???"
@@ -180,7 +181,7 @@ def _missing(parent: Any, name: str) -> bool:
 
 
 def _words(annotation: str) -> str:
-    """A type in words, from an annotation such as `int | None`."""
+    """Returns a type as words, from an annotation such as `int | None`."""
     parts = [part.strip() for part in annotation.replace("NoneType", "None").split("|")]
     words = []
     for part in parts:

@@ -1,4 +1,4 @@
-"""Which values a setting may have: checks that need neither torch nor a file.
+"""Checks of the values of settings that need neither torch nor a file.
 
 The schemas call them, so that a command fails before it loads anything, and so do the objects that
 are built from Python. Messages name the setting as the caller knows it: `prefix` is "data." on the
@@ -79,9 +79,9 @@ def check_lengths(
     """Returns context lengths sorted and without duplicates.
 
     Args:
-        lengths: In tokens.
+        lengths: Context lengths in tokens.
         max_tokens: Tokens of a forward pass; None for no bound.
-        prefix: Of the names in messages.
+        prefix: Text before the names in messages.
 
     Raises:
         ValueError: if there is none, one is below 2 or no integer, or a batch cannot hold one.
@@ -197,7 +197,7 @@ def check_backend(backend: str, name: str) -> None:
 
 
 def check_methods(methods: Sequence[str], name: str = "methods") -> tuple[str, ...]:
-    """Returns ways to read beyond the window without duplicates.
+    """Returns the methods to read beyond the window, without duplicates.
 
     Raises:
         ValueError: for one that does not exist.
@@ -216,10 +216,10 @@ def check_windows(
     """Raises ValueError for windows of an evaluation that cannot be.
 
     Args:
-        overlap: Share of a window that is only context.
+        overlap: Fraction of a window that is only context.
         min_context: Predecessors of a scored token; None where it is chosen later.
         stride: Positions that a window scores; None where it is chosen later.
-        shortest: Of the context lengths.
+        shortest: Shortest context length.
     """
     require(0.0 <= overlap < 1.0, f"overlap must be in [0, 1), got {overlap}. Try 0.5.")
     require(
@@ -240,7 +240,7 @@ def check_passkeys(
     """Returns depths sorted and without duplicates.
 
     Raises:
-        ValueError: if a depth is no share, or there is nothing to hide.
+        ValueError: if a depth is outside of [0, 1], or no key is to be hidden.
     """
     require(len(depths) > 0, f"{prefix}depths must name at least one, got none. Try [0.0,0.5,1.0].")
     for depth in depths:

@@ -32,12 +32,12 @@ def check_run_name(name: str) -> str:
 def local_path(key: str, path: str) -> str:
     """Returns a path of a file system of this machine, with `~` expanded.
 
-    A run locks its folder, appends to its files, flushes them and renames them: object stores do
-    none of these, so that a run in one would lose what it promises.
+    A run locks its folder, appends to its files, flushes them and renames them. Object stores do
+    none of these, so a run in one could lose its checkpoints.
 
     Args:
         key: Option that holds the path, for the error.
-        path: As the user gave it.
+        path: Path from the user.
 
     Raises:
         ValueError: if it is empty or a URL.

@@ -49,7 +49,7 @@ class MetricsCSV(Logger):
 
     @property
     def path(self) -> Path:
-        """Of the CSV file."""
+        """Path of the CSV file."""
         return Path(self._save_dir) / "metrics.csv"
 
     @rank_zero_only
@@ -115,7 +115,7 @@ def wandb_logger(
         project: Project name.
         name: Name of the run.
         offline: Keep everything on this machine; `wandb sync` sends it later.
-        id: Identifies the run: with the same one, a resumed run goes on as the same run.
+        id: Id of the run. A resumed run with the same id continues the same run.
     """
     Path(save_dir).mkdir(parents=True, exist_ok=True)
     return WandbLogger(save_dir=save_dir, project=project, name=name, offline=offline, id=id)
@@ -167,10 +167,10 @@ class TensorBoardRun(TensorBoardLogger):
 
 
 def tensorboard_logger(save_dir: str) -> Logger:
-    """Builds TensorBoardRun; a resumed run goes on in the same folder.
+    """Builds Lightning's TensorBoardLogger. A resumed run continues in the same folder.
 
     Args:
-        save_dir: Folder in which the folder `tensorboard` is made.
+        save_dir: Parent folder of the folder `tensorboard`.
 
     Raises:
         ValueError: if TensorBoard is not installed.
@@ -190,8 +190,8 @@ def with_run_id(configs: Mapping[str, Any], run_id: str) -> dict[str, Any]:
     """Gives the run's identifier to the loggers that take one and have none.
 
     Args:
-        configs: By name, as in `TrainConfig.logger`.
-        run_id: Of the run.
+        configs: Loggers by name, as in `TrainConfig.logger`.
+        run_id: Id of the run.
     """
     return {
         name: replace(config, id=run_id) if getattr(config, "id", run_id) is None else config
@@ -201,12 +201,12 @@ def with_run_id(configs: Mapping[str, Any], run_id: str) -> dict[str, Any]:
 
 @contextmanager
 def closing(loggers: Sequence[Any]) -> Iterator[None]:
-    """Ends the run of Weights and Biases with the block, also after an error.
+    """Context at whose end the run of Weights and Biases ends, also after an error.
 
     Otherwise the next job of a --multirun, in the same process, would go on with it.
 
     Args:
-        loggers: Those of the run; only WandbLogger is touched.
+        loggers: Loggers of the run; only WandbLogger is affected.
     """
     failed = True
     try:
@@ -223,7 +223,7 @@ def log_evaluation(logger: Logger, rows: list[dict[str, Any]], plot: Path | None
     """Sends the table of perplexity by length and its plot to a logger that can show them.
 
     Args:
-        logger: Any of Lightning's; without `log_table` and `log_image` nothing happens.
+        logger: A Lightning logger; without `log_table` and `log_image` nothing is logged.
         rows: One dictionary per context length.
         plot: PNG file.
     """

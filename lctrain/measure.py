@@ -1,4 +1,4 @@
-"""What an evaluation measures of a model: perplexity by context length, and found passkeys."""
+"""The measurements of an evaluation: perplexity by context length, and passkeys."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def make_extensions(
 
 
 def method_of(attention: AttentionConfig | None) -> str:
-    """The method that an attention stands for by itself."""
+    """Returns the method that an attention corresponds to."""
     return "dual_chunk" if attention is not None and attention.name == "dual_chunk" else "plain"
 
 
@@ -148,7 +148,7 @@ def pick_device(name: str) -> torch.device:
     """The device of this name; "auto" is a GPU if there is one.
 
     Raises:
-        ValueError: if this machine has no such device.
+        ValueError: if this machine does not have the device.
     """
     import torch
 

@@ -39,8 +39,8 @@ def model_card(
     Args:
         model: A causal LM of transformers, trained.
         spec: The attention in training; None for that of transformers.
-        trained_length: Tokens of the longest document that it was trained on, if that is known.
-        version: Of differential attention; None for a model without.
+        trained_length: Length of the longest document of the training, in tokens, if known.
+        version: Version of differential attention; None for a model without.
         adapters: Whether the folder holds adapters alone, without the model's own weights.
     """
     config = model.config

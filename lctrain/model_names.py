@@ -1,4 +1,4 @@
-"""Which families, and arguments of their configurations, transformers has: read from its files.
+"""Names of the model families of transformers and of their arguments, read from its files.
 
 To import a configuration class takes seconds, since it loads torch. A name that stands nowhere in
 the files that define the classes is a misspelt one. A name that stands there may still be wrong:
@@ -25,8 +25,8 @@ def check_family(model_type: str, name: str = "model.model_type") -> None:
     """Raises ValueError for a family that transformers does not have.
 
     Args:
-        model_type: Such as "llama".
-        name: Of the option, for the message.
+        model_type: Name of the family, such as "llama".
+        name: Name of the option, for the message.
     """
     known = families()
     if known and model_type not in known:
@@ -37,7 +37,7 @@ def check_arguments(model_type: str, given: Iterable[str]) -> None:
     """Raises ValueError for an argument that the family's configuration cannot have.
 
     Args:
-        model_type: Of a family that transformers has.
+        model_type: A family of transformers.
         given: Names of the arguments.
     """
     words = _words_of_family(model_type)
@@ -56,7 +56,7 @@ def check_model_name(name: str) -> None:
 
 
 def check_tokenizer_name(name: str | None) -> None:
-    """Raises ValueError if the name of a tokenizer is a path, and nothing is there."""
+    """Raises ValueError if the name of a tokenizer is a path that does not exist."""
     require(
         name is None or not looks_like_path(name) or Path(name).expanduser().exists(),
         f"data.tokenizer must be a folder or a name on the Hugging Face hub, got {name}, which "
@@ -87,7 +87,7 @@ def unknown_argument(key: str, owner: str, known: Collection[str]) -> ValueError
 
 @cache
 def families() -> frozenset[str]:
-    """The model types that stand in transformers' files; empty if these cannot be read."""
+    """Returns the model types in transformers' files; empty if these cannot be read."""
     found: set[str] = set()
     folder = _transformers()
     for path in () if folder is None else (folder / "models" / "auto").glob("*.py"):

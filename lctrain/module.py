@@ -57,8 +57,9 @@ class LongContextModule(pl.LightningModule):
             the model from the trainer's data module. All but the first are built on every rank once
             the data are ready: a vocabulary size may depend on them.
         optim: Optimizer and schedule; a mapping holds the fields of OptimConfig.
-        attention: How to patch the model's attention; None leaves the model as it is. A model that
-            is already patched is left as it is too. A mapping holds the fields of AttentionConfig.
+        attention: Options for patching the model's attention; None leaves the model unchanged. A
+            model that is already patched is not changed either. A mapping holds the fields of
+            AttentionConfig.
         seed: Seeds the model's initialisation and dropout.
 
     Attributes:
@@ -145,7 +146,7 @@ class LongContextModule(pl.LightningModule):
         }
 
     def on_train_start(self) -> None:
-        """Takes the learning rates and the order of the data from this run, also at a resume."""
+        """Applies the learning rates and the order of the data of this run, also after a resume."""
         resume_order(self.trainer)
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, LambdaLR):
@@ -189,7 +190,7 @@ class LongContextModule(pl.LightningModule):
             self.gradient_norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     def on_train_batch_end(self, outputs: Any, batch: PackedBatch, batch_idx: int) -> None:
-        """Logs the loss of the window, the norm and the learning rate, at the logging cadence."""
+        """Logs the window's loss, the gradient norm and the learning rate, at logging steps."""
         if not at_log_step(self.trainer):
             return
         assert self.last_loss is not None
@@ -199,11 +200,11 @@ class LongContextModule(pl.LightningModule):
             self.log("train/gradient_norm", self.gradient_norm)
 
     def on_validation_epoch_start(self) -> None:
-        """Starts a new held-out sum."""
+        """Starts a new sum of the held-out loss."""
         self._start_held_out()
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Adds one held-out pack."""
+        """Adds the loss of one held-out pack."""
         self._add_held_out(batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -213,7 +214,7 @@ class LongContextModule(pl.LightningModule):
             self.held_out_losses.append((self.global_step, loss.item()))
 
     def on_test_epoch_start(self) -> None:
-        """Starts a new held-out sum."""
+        """Starts a new sum of the held-out loss."""
         self._start_held_out()
 
     def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
@@ -258,7 +259,7 @@ class LongContextModule(pl.LightningModule):
         return loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps what builds the module, and what the report says about the run's beginning."""
+        """Stores what builds the module, and the first losses of the run for its report."""
         description = describe(self.model)
         if description is not None:
             checkpoint[HYPER_PARAMETERS] = {
@@ -294,8 +295,8 @@ def check_same_options(now: OptimConfig, then: Mapping[str, Any]) -> None:
     """Raises ValueError naming the optimizer options that a resumed run has changed.
 
     Args:
-        now: Of this run.
-        then: Of the checkpoint, by name; options that it does not know are not compared.
+        now: Options of this run.
+        then: Options of the checkpoint, by name; options that are not in it are not compared.
     """
     values = asdict(now)
     changes = [
@@ -311,7 +312,7 @@ def check_same_options(now: OptimConfig, then: Mapping[str, Any]) -> None:
 
 
 def _as_dataclass(name: str, schema: type[Any], value: Any) -> Any:
-    """A frozen dataclass as it is, or made from the mapping of its fields."""
+    """Returns a frozen dataclass unchanged, or builds it from the mapping of its fields."""
     if isinstance(value, schema):
         return value
     if not isinstance(value, Mapping):

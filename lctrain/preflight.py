@@ -1,4 +1,4 @@
-"""What is checked of a run before anything heavy loads: attention, files and folders.
+"""Checks of a run before anything heavy loads: attention, files and folders.
 
 The schemas have checked keys, types and ranges by then. What needs the model or the text is checked
 later, by those who read them.
@@ -68,7 +68,7 @@ def check_data_files(config: DataConfig) -> None:
     """Raises ValueError if a file or glob matches nothing, or the cache cannot be written.
 
     Args:
-        config: With or without files of its own.
+        config: Data config, with or without files.
     """
     from lctrain.data.readers import match_files
 
@@ -92,7 +92,7 @@ def check_model(config: ModelConfig, tokenizer: str | None) -> None:
     """Raises ValueError for a family, an argument of it, or a folder that is not there.
 
     Args:
-        config: From scratch or pretrained.
+        config: Config of a model from scratch or of a pretrained one.
         tokenizer: Name or folder.
     """
     check_tokenizer_name(tokenizer)
@@ -144,7 +144,7 @@ def _check_last(config: TrainConfig) -> None:
 
 
 def check_folder(folder: Path, name: str) -> None:
-    """Raises ValueError if no file can be created in a folder, which is made if needed.
+    """Raises ValueError if no file can be created in a folder. Creates the folder if needed.
 
     Args:
         folder: The folder.
@@ -162,11 +162,11 @@ def check_folder(folder: Path, name: str) -> None:
 
 
 def check_targets(group: str, configs: Any) -> None:
-    """Raises ValueError for an entry that does not say which class is built.
+    """Raises ValueError for an entry that does not name a class to build.
 
     Args:
         group: callbacks or logger.
-        configs: By name; None is switched off.
+        configs: Entries by name; None is switched off.
     """
     for name, config in configs.items():
         if config is None:

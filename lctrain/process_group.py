@@ -7,10 +7,10 @@ import torch.distributed
 
 
 def leave_at_exit() -> None:
-    """Leaves a gloo process group before the interpreter ends.
+    """Destroys a gloo process group before the interpreter ends.
 
-    Its thread would otherwise go on while Python is taken down, which now and then aborts a process
-    that has done all its work (torch 2.13). Lightning does the same for NCCL.
+    Its thread would otherwise run while Python shuts down, which sometimes aborts a process that
+    has finished (torch 2.13). Lightning does the same for NCCL.
     """
     atexit.register(_leave)
 

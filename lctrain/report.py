@@ -1,4 +1,4 @@
-"""What a run prints at its end."""
+"""The report that a run prints at its end."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ class RunReport:
     """The outcome of one run.
 
     Attributes:
-        steps: Optimizer steps taken in all, those before a resume included.
+        steps: Optimizer steps in total, including those before a resume.
         first_loss: Training loss of the first step.
         last_loss: Training loss of the last step; None if this process took no step.
         held_out_first: Held-out loss before the first step.
-        held_out_last: Held-out loss after the last one.
+        held_out_last: Held-out loss after the last step.
         tokens_per_second: Real tokens of all ranks, without the first logging interval.
-        peak_memory_gib: Of this process on the CPU, of the device on a GPU.
+        peak_memory_gib: Peak memory in GiB: of the device on a GPU, else of this process.
         fill: Real tokens over row capacity of the whole training split.
         packing: Counts of the training split, documents cut or dropped among them.
-        held_out_packing: Counts of the held-out split.
+        held_out_packing: Packing counts of the held-out split.
         imbalance: Attention work of the heaviest rank of every step over that of the mean, as in
             `lctrain.data.order`; None with one rank.
         perplexities: [(context length, perplexity)].
-        paths: What was written, by name.
+        paths: Paths of the written files, by name.
     """
 
     steps: int
@@ -74,7 +74,7 @@ class RunReport:
         """Writes report.txt, as it is printed, and report.json, with every figure.
 
         Args:
-            folder: Of the run.
+            folder: Folder of the run.
         """
         (folder / "report.txt").write_text(f"{self}\n")
         content = json.dumps(asdict(self), indent=2, default=str)
@@ -93,7 +93,7 @@ def summarize(
         trainer: After `fit`.
         module: After `fit`.
         perplexities: [(context length, perplexity)] of the closing evaluation.
-        paths: What was written besides checkpoint and metrics, by name.
+        paths: Paths of the files besides checkpoint and metrics, by name.
     """
     found = dict(paths)
     speed = None

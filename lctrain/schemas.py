@@ -103,9 +103,10 @@ def register_schemas() -> None:
 def register_recipes() -> None:
     """Makes `experiment=` find the recipes.
 
-    Their first line is the command that runs them; in files that Hydra reads itself, that place
-    belongs to its package directive. Recipes in folders of your own work as Hydra documents it:
-    first line `# @package _global_`, and hydra.searchpath=[file:///my/recipes].
+    The first line of a recipe is the command that runs it. In files that Hydra reads itself, the
+    first line must be its package directive, so lctrain registers recipes by itself. Recipes in
+    your own folders follow Hydra's rules: first line `# @package _global_`, and
+    hydra.searchpath=[file:///my/recipes].
     """
     from hydra.core.config_store import ConfigStore
 

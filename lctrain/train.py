@@ -44,7 +44,7 @@ def train(config: TrainConfig) -> RunReport:
         config: Everything, as plain dataclasses.
 
     Returns:
-        What was reached and where it was written.
+        The report, with results and paths.
 
     Raises:
         ValueError: if the configuration, the data, the checkpoint or the folder does not fit:
@@ -65,7 +65,7 @@ def train(config: TrainConfig) -> RunReport:
 def _train(
     config: TrainConfig, output_dir: Path, signals: StopSignals, started: float
 ) -> RunReport:
-    """Checks everything, takes the folder, and runs the training in it."""
+    """Checks everything, locks the folder, and trains."""
     from lctrain.build import instantiate_all, resolve_precision
     from lctrain.callbacks.checkpoint import check_writable, step_checkpoints
     from lctrain.run.identity import identity_of
@@ -190,7 +190,7 @@ def end_launched_ranks(trainer: pl.Trainer, number: int) -> None:
     """Sends a signal to the processes that Lightning started for further ranks, if there are any.
 
     Args:
-        trainer: Of this process.
+        trainer: Trainer of this process.
         number: The signal.
     """
     launcher = trainer.strategy.launcher
@@ -226,12 +226,12 @@ def export_and_evaluate(
 def evaluate_by_length(
     config: EvaluationConfig, trainer: pl.Trainer, module: LongContextModule, output_dir: Path
 ) -> tuple[tuple[tuple[int, float], ...], dict[str, Path]]:
-    """Measures held-out perplexity by context length; writes, plots and logs it.
+    """Measures held-out perplexity by context length; writes, plots and logs the table.
 
     Args:
         config: Lengths and number of documents.
         trainer: After `fit`.
-        module: With the trained model.
+        module: Module with the trained model.
         output_dir: Folder of the run.
 
     Returns:
@@ -278,15 +278,15 @@ def compare_beyond_window(
     module: LongContextModule,
     output_dir: Path,
 ) -> tuple[tuple[tuple[int, float], ...], dict[str, Path]]:
-    """Measures the trained model with several ways to read beyond its window.
+    """Compares methods to read beyond the window on the trained model.
 
-    The model's own patch is taken off, and each method patches it in its turn.
+    The model's own patch is removed first; each method patches the model for itself.
 
     Args:
         config: Lengths and methods.
-        documents: Held-out ones.
+        documents: Held-out documents.
         trainer: After `fit`.
-        module: With the trained model.
+        module: Module with the trained model.
         output_dir: Folder of the run.
 
     Returns:
@@ -326,7 +326,7 @@ def forward_tokens(config: EvaluationConfig) -> int:
 
 
 def quiet_lightning() -> None:
-    """Leaves out what Lightning says about itself, and a deprecation inside of it."""
+    """Context without Lightning's messages about itself, and without one of its deprecations."""
     import lightning.pytorch  # noqa: F401 (its import sets the levels)
 
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -355,7 +355,7 @@ def main() -> None:
 
 
 def run(config: DictConfig) -> None:
-    """Trains with what Hydra composed, in a folder of its own."""
+    """Trains with the configuration that Hydra composed, in a folder of its own."""
     from hydra.core.hydra_config import HydraConfig
 
     with without_empty_folder(HydraConfig.get().runtime.output_dir):
@@ -369,10 +369,10 @@ def run(config: DictConfig) -> None:
 
 
 def in_its_folder(config: DictConfig) -> TrainConfig:
-    """The configuration of a run, in the folder of the run that it goes on with, if there is one.
+    """Returns the configuration with the folder of the run that it resumes, if there is one.
 
     Args:
-        config: What Hydra composed; a folder that the user named stays.
+        config: Configuration that Hydra composed; a folder that the user named is kept.
     """
     from hydra.core.hydra_config import HydraConfig
 

@@ -1,4 +1,6 @@
-"""Boundaries: where documents begin and end, found once per forward pass, in one of four ways.
+"""Boundaries: where documents begin and end, found once per forward pass in one of four ways.
+
+where documents begin and end. They are found once per forward pass, in one of four ways.
 
 A pack says it itself (`from_cu_seqlens`); padded rows say it by their mask (`from_padding`); packed
 rows without a pack's metadata by position ids that restart (`find_segments`, `from_segments`);
@@ -30,7 +32,7 @@ class Boundaries(NamedTuple):
         queries: (B, S) of the query rows that this describes.
         keys: (B, S) of the key rows.
         indices_q: [T] int64, the real queries among the B * S flattened ones; None if all are real.
-        indices_k: Likewise for keys.
+        indices_k: As indices_q, for the keys.
         document_ids: [N] int32, the documents' part of the dropout key; None is their index.
         schedule: `lctrain.kernels.TileSchedule`, or None.
     """
@@ -55,7 +57,7 @@ def is_packed(arguments: dict[str, Any]) -> bool:
 def from_cu_seqlens(
     arguments: dict[str, Any], queries: tuple[int, int], keys: tuple[int, int]
 ) -> Boundaries:
-    """Reads the boundaries that a pack brings along; no tensor is read on a device.
+    """Reads the boundaries from the arguments of a pack. Reads no tensor on a device.
 
     Args:
         arguments: `PackedBatch.model_kwargs()`, or what transformers' flattening collator gives.
@@ -89,7 +91,10 @@ def from_cu_seqlens(
 
 
 def from_rows(batch: int, queries: int, keys: int, device: torch.device) -> Boundaries:
-    """Makes every row one document; where queries < keys, the queries are the row's last ones."""
+    """Makes every row one document.
+
+    With fewer queries than keys, the queries are the last tokens of the row.
+    """
     cu_seqlens_q = _row_boundaries(batch, queries, device)
     cu_seqlens_k = cu_seqlens_q if keys == queries else _row_boundaries(batch, keys, device)
     return Boundaries(cu_seqlens_q, cu_seqlens_k, queries, keys, (batch, queries), (batch, keys))
@@ -98,13 +103,13 @@ def from_rows(batch: int, queries: int, keys: int, device: torch.device) -> Boun
 @torch.compiler.disable
 @torch.inference_mode(mode=False)
 def from_padding(mask: Tensor, queries: int, *, drop_queries: bool = True) -> Boundaries:
-    """Makes the real tokens of every row one document.
+    """Makes the tokens of every row that are not padding one document.
 
     Args:
         mask: [B, S] bool, True at real keys.
         queries: Queries per row; the last ones of the row, if they are fewer than keys.
-        drop_queries: Leave out the queries that stand at padding; their output is zero. Otherwise
-            they see the row's real keys, as in transformers' own attention.
+        drop_queries: Whether queries at padding are left out; their output is then zero. Otherwise
+            they see the other keys of the row, as in transformers' own attention.
     """
     batch, keys = mask.shape
     kept_k = mask.flatten().nonzero().flatten()
@@ -122,7 +127,7 @@ def from_padding(mask: Tensor, queries: int, *, drop_queries: bool = True) -> Bo
 @torch.compiler.disable
 @torch.inference_mode(mode=False)
 def from_segments(segments: Tensor) -> Boundaries:
-    """Makes every run of one number a document.
+    """Makes every run of equal numbers a document.
 
     Args:
         segments: [B, S] integers; 0 at padding, else the number of the token's document in its row.
@@ -162,7 +167,7 @@ def find_segments(position_ids: Tensor, mask: Tensor | None = None) -> Tensor | 
 
 
 def find_positions(boundaries: Boundaries) -> Tensor:
-    """Counts every query's place in its document: the keys before it. Reads nothing on the device.
+    """Counts for every query the keys before it in its document. Reads nothing on the device.
 
     Returns:
         [B, S] int64, 0 at padding.
@@ -180,7 +185,10 @@ def find_positions(boundaries: Boundaries) -> Tensor:
 
 
 def find_places(boundaries: Boundaries) -> tuple[Tensor, Tensor]:
-    """Returns ([T], [T]) int64: every real query's document, and its place there from 0."""
+    """Returns the document of every query and its position there, [T] int64 each.
+
+    Padding is left out.
+    """
     tokens, document = _documents(boundaries)
     return document, tokens - boundaries.cu_seqlens_q[document]
 
@@ -189,9 +197,10 @@ def find_lengths(boundaries: Boundaries, position_ids: Tensor | None = None) -> 
     """Finds the length of every query's document. Reads nothing on the device.
 
     Args:
-        boundaries: Of the documents.
-        position_ids: [B, S] or [1, S] integers. A document is then as long as its highest position
-            says, which is what transformers goes by; otherwise by its number of keys.
+        boundaries: Boundaries of the documents.
+        position_ids: [B, S] or [1, S] integers. With them a document is as long as its highest
+            position says, which is the length that transformers uses; without them, as long as its
+            number of keys.
 
     Returns:
         [B, S] int64, 1 at padding.
@@ -214,7 +223,7 @@ def find_lengths(boundaries: Boundaries, position_ids: Tensor | None = None) -> 
 
 
 def _documents(boundaries: Boundaries) -> tuple[Tensor, Tensor]:
-    """([T], [T]) int64: every real query's place among the real ones, and its document's index."""
+    """Returns for every query its number without padding, and its document: [T] int64 each."""
     total = boundaries.queries[0] * boundaries.queries[1]
     real, cu_seqlens = boundaries.indices_q, boundaries.cu_seqlens_q
     count = total if real is None else real.shape[0]

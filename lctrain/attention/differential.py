@@ -1,4 +1,4 @@
-"""Differential attention in transformers' layers: its function, for both versions.
+"""Differential attention in transformers' layers: the attention function of both versions.
 
 A pair of query heads is one differential head: softmax(q1 k1') v - lambda softmax(q2 k2') v. In
 version 2 the pairs are heads (2 h, 2 h + 1), which share a key and a value. In version 1, as
@@ -49,7 +49,7 @@ def differential_attention_forward(
         query: [B, H, S, D], an even number of heads.
         key: [B, Hk, Sk, D]; under autocast float32 like query, while value is low precision.
         value: [B, Hk, Sk, D].
-        attention_mask: What flash_attention_mask returned.
+        attention_mask: The result of flash_attention_mask.
         dropout: Probability of dropping a weight of a branch, 0.0 in eval mode;
             DifferentialSpec.dropout wins.
         scaling: Factor of q.k; default D^-0.5.
@@ -60,7 +60,7 @@ def differential_attention_forward(
         lctrain_lambda: Floating, a scalar or [B, S, H / 2], from the differential layer.
         lctrain_halves: The pairs are heads (h, h + H / 2), those of version 1, and not
             (2 h, 2 h + 1), those of version 2.
-        lctrain_boundaries: From the input hook of patch_model.
+        lctrain_boundaries: Boundaries that the input hook of patch_model found.
         **kwargs: `cu_seq_lens_q/k`, `max_length_q/k`, `position_ids`, and what the model passes
             along for others.
 

@@ -1,4 +1,6 @@
-"""Dual chunk attention in transformers' layers: its function, and what its input hook prepares.
+"""Dual chunk attention in transformers' layers: its function and the inputs of its hook.
+
+its function, and the inputs that its hook prepares.
 
 The model rotates queries and keys by RoPE at each token's place in its document modulo c, the
 length of a chunk (c = chunk_size - local_size). The kernel rotates queries on from there; cached
@@ -25,7 +27,7 @@ DUAL_CHUNK_ARGUMENT = "lctrain_dual_chunk"
 
 
 class DualChunkInputs(NamedTuple):
-    """What all layers of a model share in one forward pass.
+    """Inputs that all layers of a model share in one forward pass.
 
     Attributes:
         rotary: The model's rotary embedding.
@@ -46,7 +48,10 @@ class DualChunkInputs(NamedTuple):
 
 
 def dual_chunk_positions(spec: DualChunkSpec, boundaries: Boundaries) -> Tensor:
-    """Returns [B, S] int64: where RoPE must rotate each token. Reads nothing on the device."""
+    """Returns the position by which RoPE rotates each token, [B, S] int64.
+
+    Reads nothing on the device.
+    """
     return find_positions(boundaries) % spec.chunk
 
 
@@ -84,18 +89,18 @@ def dual_chunk_attention_forward(
     Args:
         module: The attention layer, which carries a DualChunkSpec.
         query: [B, H, S, D], rotated at `dual_chunk_positions`.
-        key: [B, Hk, Sk, D], rotated likewise; those of a cache come first.
+        key: [B, Hk, Sk, D], rotated in the same way; keys of a cache come first.
         value: [B, Hk, Sk, D].
-        attention_mask: Not read: the boundaries say it.
+        attention_mask: Ignored, since the boundaries say which keys are visible.
         dropout: Probability of dropping a weight, 0.0 in eval mode; DualChunkSpec.dropout wins.
         scaling: Factor of q.k; default D^-0.5.
         sliding_window: Must be None.
         softcap: Must be None or 0.
         is_causal: Must be True; default: the module's own.
         s_aux: Must be None.
-        lctrain_boundaries: From the input hook.
-        lctrain_dual_chunk: From the input hook.
-        **kwargs: What the model passes along for others.
+        lctrain_boundaries: Boundaries that the input hook found.
+        lctrain_dual_chunk: Inputs that the input hook prepared.
+        **kwargs: Further arguments of the model, which are checked and not used.
 
     Returns:
         [B, S, H, D], zero at padding, and None in place of attention weights.
@@ -157,7 +162,7 @@ def refuse_for_dual_chunk(
     softcap: float | None,
     s_aux: Tensor | None,
 ) -> None:
-    """Raises a ValueError if a layer asks its attention function for what these kernels lack."""
+    """Raises a ValueError if a layer passes an argument that these kernels do not implement."""
     found = {
         "a sliding window": sliding_window is not None,
         "softcapped logits": bool(softcap),

@@ -39,7 +39,7 @@ def flash_attention_forward(
         query: [B, H, S, D].
         key: [B, Hk, Sk, D]; under autocast float32 like query, while value is low precision.
         value: [B, Hk, Sk, Dv].
-        attention_mask: What flash_attention_mask returned.
+        attention_mask: The result of flash_attention_mask.
         dropout: Probability of dropping a weight, 0.0 in eval mode; AttentionSpec.dropout wins.
         scaling: Factor of q.k; default D^-0.5.
         sliding_window: Keys that a query sees to its left, itself among them; bidirectional layers
@@ -48,7 +48,7 @@ def flash_attention_forward(
         is_causal: Default: the module's own.
         s_aux: [H], attention sinks: one more logit in every softmax of its head.
         deterministic: Same bits in every run; AttentionSpec.deterministic wins if set.
-        lctrain_boundaries: From the input hook of patch_model.
+        lctrain_boundaries: Boundaries that the input hook of patch_model found.
         **kwargs: `cu_seq_lens_q/k`, `max_length_q/k`, `document_ids`, `schedule`, `position_ids`,
             and what the model passes along for others.
 

@@ -1,4 +1,4 @@
-"""What the attention functions share: transformers' layers call them instead of SDPA."""
+"""Code shared by the attention functions, which transformers' layers call instead of SDPA."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -39,7 +39,7 @@ Spec = TypeVar("Spec", bound=AttentionSpec)
 
 
 def spec_of(module: nn.Module, kind: type[Spec]) -> Spec | None:
-    """Returns the spec that a layer carries, None if it has none of this kind.
+    """Returns the AttentionSpec of a layer, or None if it has none of this class.
 
     A model that was loaded by name keeps its layers' specs when it is given another attention.
     """
@@ -50,10 +50,11 @@ def spec_of(module: nn.Module, kind: type[Spec]) -> Spec | None:
 def backend_of(
     spec: AttentionSpec, device: torch.device, dtype: torch.dtype, head_dim: int = 1
 ) -> str:
-    """Returns the backend to name to the kernels for tensors of this device, dtype and head dim.
+    """Returns the backend to pass to the kernels for tensors of this device, dtype and head dim.
 
-    The spec's own; but "auto" with `deterministic` is "triton" where it would take Hopper kernels
-    that do not give the same bits in every run: those of all attentions but "flash".
+    This is the backend of the spec, with one exception. "auto" with `deterministic` becomes
+    "triton" where Hopper kernels would be taken whose gradients differ between runs: those of all
+    attentions but "flash".
     """
     from lctrain.kernels import select_backend
 
@@ -110,7 +111,7 @@ def find_boundaries(
     drop_queries: bool,
     query: Tensor,
 ) -> Boundaries:
-    """For models that were loaded by name, without patch_model: the same rules, layer by layer."""
+    """Finds the boundaries in a layer of a model that was loaded by name."""
     if mask is not None and mask.dim() != 2:
         raise ValueError(
             f"attention_mask must be [batch, tokens], got {tuple(mask.shape)}. Describe documents "
@@ -188,7 +189,7 @@ def attend(
         query: [B, H, S, D].
         key: [B, Hk, Sk, D].
         value: [B, Hk, Sk, Dv].
-        boundaries: Of the documents.
+        boundaries: Boundaries of the documents.
 
     Returns:
         [B, S, H, Dv] in the dtype of `value`, that of autocast where it is on; zero at padding.

@@ -35,7 +35,10 @@ def register_with_transformers(registration: str) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds nothing itself: lets the others find its target, and follows it up."""
+    """An import finder that finds no module itself.
+
+    It runs a function once its target is loaded.
+    """
 
     def __init__(self, target: str, registration: str, function: str) -> None:
         self.target = target

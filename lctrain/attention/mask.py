@@ -20,7 +20,7 @@ def read_mask(mask: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None
 
     Args:
         mask: [B, S] bool, integers or floats.
-        device: Where the result is wanted.
+        device: Device of the result.
 
     Returns:
         [B, S] bool, True at real tokens, and [B, S] int64 numbers, 0 at padding, or None where the
@@ -92,7 +92,7 @@ def flash_attention_mask(
         allow_is_causal_skip: True if the mask is causal and nothing else.
         allow_is_bidirectional_skip: True if the mask is all-visible and nothing else.
         use_vmap: True if the model adds a mask of its own.
-        device: Where the layers run.
+        device: Device of the layers.
 
     Returns:
         None for rows that are a document each; [B, Sk] bool for padded rows; [B, S] int64 numbers

@@ -9,16 +9,17 @@ SCALES = ("none", "yarn")
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """The options of one patched model; every attention layer carries the same ones.
+    """Options of the attention of one patched model. Every attention layer has the same ones.
 
-    There is a subclass for every kind of attention, with the options that only it has.
+    Each attention has a subclass with the options that only it takes.
 
     Attributes:
-        kind: Which attention, a key of ATTENTION_NAMES.
-        dropout: Probability of dropping an attention weight in training mode. None keeps what the
-            model's config says.
-        deterministic: Ask the kernels for a backward that gives the same bits in every run.
-        backend: Which kernels serve, as in `lctrain.kernels`; a named one never falls back.
+        kind: Name of the attention, a key of ATTENTION_NAMES.
+        dropout: Probability of dropping an attention weight in training mode. None keeps the value
+            of the model's config.
+        deterministic: Whether the backward must give the same bits in every run.
+        backend: Name of the kernels, as in `lctrain.kernels`. A named backend never falls back to
+            another.
     """
 
     kind: ClassVar[str]
@@ -51,7 +52,7 @@ class AttentionSpec:
 
     @property
     def implementation(self) -> str:
-        """The name under which transformers knows this attention."""
+        """Name of this attention in transformers."""
         return ATTENTION_NAMES[self.kind]
 
     def options(self) -> dict[str, Any]:
@@ -85,14 +86,15 @@ class FlashSpec(AttentionSpec):
 
 @dataclass(frozen=True)
 class DualChunkSpec(AttentionSpec):
-    """Dual chunk attention: causal, without relative positions beyond those of training.
+    """Dual chunk attention: causal, with no relative position larger than those of training.
 
-    Its portable kernels give the same bits in every run, those for Hopper do not: `deterministic`
-    takes the portable ones, and is an error with backend="hopper".
+    The portable kernels give the same bits in every run; the Hopper kernels do not. So
+    `deterministic` selects the portable ones, and is an error with backend="hopper".
 
     Attributes:
-        chunk_size: S, the largest relative position used. None: as the model's config says, else
-            `window` - 1, with which texts of up to `window` tokens are read as before.
+        chunk_size: S, the largest relative position used. None takes the value of the model's
+            config, else `window` - 1. With `window` - 1, texts of up to `window` tokens give the
+            output of plain attention.
         local_size: L, in tokens, at least 0 and below S; chunks hold S - L tokens. Across a chunk's
             boundary, keys up to L tokens back (at most a chunk) keep their exact relative
             positions; those farther back may get smaller ones. None: as the model's config says
@@ -100,8 +102,10 @@ class DualChunkSpec(AttentionSpec):
         scale: "none", or "yarn": the logits of a document of n > `window` keys are multiplied by
             (`scale_coefficient` * ln(n / window) + 1)^2. With a key/value cache n is the length so
             far, so that a text read in pieces is scaled by less than the same text read at once.
-        scale_coefficient: Of "yarn"; 0.1 in YaRN and Qwen2.5-1M, 0.05 in ChunkLlama.
-        window: Tokens that the model was trained on at a time. None: as its config says.
+        scale_coefficient: Coefficient of scale="yarn": 0.1 in YaRN and Qwen2.5-1M, 0.05 in
+            ChunkLlama.
+        window: Length of the texts that the model was trained on, in tokens. None takes the value
+            of its config.
     """
 
     kind: ClassVar[str] = "dual_chunk"
@@ -142,7 +146,7 @@ class DualChunkSpec(AttentionSpec):
 
     @property
     def chunk(self) -> int:
-        """c, the tokens of a chunk, once both sizes are known."""
+        """Tokens of a chunk, once both sizes are known."""
         assert self.chunk_size is not None
         assert self.local_size is not None
         return self.chunk_size - self.local_size
@@ -150,11 +154,11 @@ class DualChunkSpec(AttentionSpec):
 
 @dataclass(frozen=True)
 class DifferentialSpec(AttentionSpec):
-    """Differential attention, both branches of a pair in one launch, for models that have it.
+    """Differential attention, for models that have it. One launch computes both branches of a pair.
 
-    Its portable kernels give the same bits in every run, those for Hopper do not: `deterministic`
-    takes the portable ones, and is an error with backend="hopper". Dropout draws a mask for each
-    branch.
+    The portable kernels give the same bits in every run; the Hopper kernels do not. So
+    `deterministic` selects the portable ones, and is an error with backend="hopper". Dropout draws
+    one mask per branch.
     """
 
     kind: ClassVar[str] = "differential"
@@ -168,14 +172,15 @@ ATTENTION_NAMES = {kind: f"lctrain_{kind}" for kind in _SPECS}
 
 
 def make_spec(kind: str = "flash", **options: Any) -> AttentionSpec:
-    """Builds the spec of one kind of attention.
+    """Builds the spec of an attention.
 
     Args:
         kind: A key of ATTENTION_NAMES.
         **options: Fields of its spec.
 
     Raises:
-        ValueError: if the kind is unknown, or an option is unknown, another kind's, or wrong.
+        ValueError: if the attention or an option is unknown, the option belongs to another
+            attention, or its value is out of range.
     """
     if kind not in _SPECS:
         raise ValueError(
@@ -197,7 +202,7 @@ def make_spec(kind: str = "flash", **options: Any) -> AttentionSpec:
 
 
 def is_patched(model: Any) -> bool:
-    """Whether a model's attention is one of lctrain's, so that packed documents stay apart."""
+    """Returns whether a model uses an attention of lctrain, which keeps packed documents apart."""
     config = getattr(model, "config", None)
     return getattr(config, "_attn_implementation", None) in ATTENTION_NAMES.values()
 

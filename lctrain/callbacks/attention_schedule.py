@@ -18,7 +18,7 @@ from lctrain.models.within import Paths
 
 @dataclass(frozen=True)
 class AttentionStage:
-    """What a model's attention does from a step on.
+    """Attention of a model from one optimizer step on.
 
     Attributes:
         step: Optimizer step from which on it holds.
@@ -63,7 +63,7 @@ class AttentionStage:
 
 
 class AttentionSchedule(Patching):
-    """Patches the models as PatchAttention does, differently from some optimizer steps on.
+    """Patches the models as PatchAttention does, with other options from given optimizer steps on.
 
         AttentionSchedule({
             0: {"attention": "flash", "sliding_window": 1024, "dropout": 0.1},
@@ -108,7 +108,7 @@ class AttentionSchedule(Patching):
 
     @property
     def final_rope(self) -> dict[str, Any] | None:
-        """What the last stage changes in `rope_parameters`; None for nothing."""
+        """Entries of `rope_parameters` that the last stage changes; None if it changes none."""
         rope = self.stages[-1].rope
         return None if rope is None else dict(rope)
 
@@ -138,7 +138,7 @@ class AttentionSchedule(Patching):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Logs the stage at the logging cadence."""
+        """Logs the stage at logging steps."""
         if at_log_step(trainer):
             pl_module.log("attention/stage", float(self.stage.step), batch_size=1)
 

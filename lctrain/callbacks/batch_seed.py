@@ -16,7 +16,7 @@ class BatchSeed(pl.Callback):
     dropout masks as one that was never interrupted.
 
     Args:
-        seed: At least 0.
+        seed: Seed, at least 0.
 
     Raises:
         ValueError: if the seed is negative.

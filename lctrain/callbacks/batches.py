@@ -1,4 +1,4 @@
-"""BatchView: what a callback needs to know of a batch, whatever form the user's batches have.
+"""BatchView: the contents of a batch that callbacks need, for every type of batch.
 
 A batch is a PackedBatch, or a mapping with transformers' names (`input_ids`, `labels`,
 `attention_mask`, `position_ids`, `cu_seq_lens_q`), or anything that a function of the user's turns
@@ -25,9 +25,9 @@ def view_batch(batch: Any, read_batch: ReadBatch | None = None) -> BatchView:
     """Returns the view of one batch; no device is waited for.
 
     Args:
-        batch: What the data loader gave.
-        read_batch: Turns it into a PackedBatch or a mapping with transformers' names; None for a
-            batch that is one of them.
+        batch: A batch of the data loader.
+        read_batch: Function from such a batch to a PackedBatch or a mapping with transformers'
+            names; None if the batch is one of them.
 
     Raises:
         ValueError: if the batch, or what the function returned, is neither.
@@ -72,7 +72,7 @@ class BatchView:
         return int(self.input_ids.shape[0])
 
     def without_tokens(self) -> BatchView:
-        """A view that knows rows, lengths and names, and lets the rest of the batch be freed."""
+        """Returns a view of rows, lengths and names, so that the rest of the batch can be freed."""
         shape = self.input_ids.to("meta")
         if isinstance(self.content, PackedBatch):
             pack = self.content
@@ -86,7 +86,7 @@ class BatchView:
 
     @property
     def says_where_documents_end(self) -> bool:
-        """Whether the batch brings boundaries: cu_seq_lens, positions or a padding mask."""
+        """Returns whether the batch has boundaries: cu_seq_lens, positions or a padding mask."""
         names = ("cu_seq_lens_q", "position_ids", "attention_mask")
         return isinstance(self.content, PackedBatch) or any(
             self.content.get(name) is not None for name in names

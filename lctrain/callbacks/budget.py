@@ -1,4 +1,4 @@
-"""StepBudget: as many optimizer steps as a machine takes in the time that a run may have."""
+"""StepBudget: limits the number of optimizer steps to what fits into a time."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ KEY = "budget_steps"  # in run.json
 class StepBudget(pl.Callback):
     """Times the first optimizer steps and sets `trainer.max_steps` so that training ends in time.
 
-    The learning-rate schedule of LongContextModule follows. The number is chosen once: the
-    checkpoints and the record of the run keep it, and a resumed run takes it from there. All ranks
-    take that of the first one.
+    The learning-rate schedule of LongContextModule follows the new number. The number is chosen
+    once: checkpoints and the run's record store it, and a resumed run reads it from there. All
+    ranks take the number of rank 0.
 
     Args:
-        seconds: From `started` to the end of training; validations on the way are not foreseen.
+        seconds: Seconds from `started` to the end of training, without the validations in between.
         started: `time.monotonic()` at the start of the run; None for the start of training.
         folder: Keeps the number in its record; None for no record.
 
@@ -58,12 +58,12 @@ class StepBudget(pl.Callback):
         return {"max_steps": self.max_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the number of steps of the checkpoint, if they were chosen by then."""
+        """Restores the number of steps from a checkpoint, if it was chosen before."""
         if state_dict["max_steps"] is not None:
             self.max_steps = state_dict["max_steps"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Gives a resumed run its length before Lightning asks whether it has ended."""
+        """Sets the length of a resumed run before Lightning checks whether it has ended."""
         if self.max_steps is not None:
             set_max_steps(trainer, pl_module, self.max_steps)
 
@@ -127,9 +127,9 @@ def steps_that_fit(done: int, spent: float, step_seconds: float, budget: float) 
     """The number of optimizer steps of a whole run.
 
     Args:
-        done: Steps that are taken.
+        done: Steps that have been taken.
         spent: Seconds since the start of the run.
-        step_seconds: Seconds that a step takes.
+        step_seconds: Seconds per step.
         budget: Seconds from the start of the run to the end of training.
     """
     return done + max(0, int((budget - spent) / max(step_seconds, 1e-9)))
@@ -140,7 +140,7 @@ def set_max_steps(trainer: pl.Trainer, module: pl.LightningModule, max_steps: in
 
     Args:
         trainer: Inside `fit`.
-        module: Of any kind; the schedules of others stay as they are.
+        module: Module of the run; only the schedule of a LongContextModule changes.
         max_steps: Optimizer steps of the whole run.
     """
     trainer.fit_loop.epoch_loop.max_steps = max_steps

@@ -35,7 +35,7 @@ class StepCheckpoint(Checkpoint):
     points to the newest complete checkpoint, where the file system has links.
 
     Args:
-        directory: Where the checkpoints go; made if it is not there.
+        directory: Folder of the checkpoints; created if it does not exist.
         every_n_steps: Optimizer steps between two checkpoints.
         keep: Number of newest checkpoints that stay on disk. Those of later steps, from which the
             run has gone back, are deleted.
@@ -90,7 +90,7 @@ class StepCheckpoint(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Saves if an optimizer step was taken and it is one of the n-th, or the last."""
+        """Saves after every n-th optimizer step and after the last one."""
         step = trainer.global_step
         if step % self.every_n_steps == 0 or step == trainer.max_steps:
             self.save(trainer)
@@ -127,7 +127,7 @@ class StepCheckpoint(Checkpoint):
         self._pending = path
 
     def complete(self, trainer: pl.Trainer) -> None:
-        """Gives a written checkpoint its name, turns the link to it, and deletes old ones."""
+        """Renames a written checkpoint, points the link `last.ckpt` to it, and deletes old ones."""
         pending, self._pending = self._pending, None
         if pending is None or not trainer.is_global_zero:
             return
@@ -144,7 +144,7 @@ class StepCheckpoint(Checkpoint):
                 log.warning("The old checkpoint %s could not be deleted: %s", old, error.strerror)
 
     def _link(self, path: Path) -> None:
-        """Turns `last.ckpt` to a checkpoint."""
+        """Points the link `last.ckpt` to a checkpoint."""
         if not self._has_links:
             return
         link = self.directory / "last.link"
@@ -165,12 +165,15 @@ class StepCheckpoint(Checkpoint):
 
 
 def step_checkpoints(callbacks: Sequence[pl.Callback]) -> list[StepCheckpoint]:
-    """Those of the callbacks that save checkpoints."""
+    """Returns the callbacks that save checkpoints."""
     return [callback for callback in callbacks if isinstance(callback, StepCheckpoint)]
 
 
 def check_writable(directory: Path) -> None:
-    """Raises ValueError if no file can be created in `directory`, which is made if needed."""
+    """Raises ValueError if no file can be created in `directory`.
+
+    Creates the directory if needed.
+    """
     probe = directory / f".writable-{os.getpid()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)

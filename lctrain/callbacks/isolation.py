@@ -42,7 +42,7 @@ class IsolationCheck(pl.Callback):
     Args:
         model: Attribute path of the model in the module; None for the only one, or the only one
             with trainable weights.
-        read_batch: From a batch to a PackedBatch or a mapping with transformers' names.
+        read_batch: Function from a batch to a PackedBatch or a mapping with transformers' names.
 
     Raises:
         IsolationError: if any other document's outputs change in any bit.
@@ -81,7 +81,7 @@ def as_pack(view: BatchView) -> PackedBatch | None:
     """Returns the documents of a batch as a pack on its device; None for one document per row.
 
     Raises:
-        ValueError: if one row comes without a word on its documents.
+        ValueError: if the batch is one row without boundaries of documents.
     """
     if isinstance(view.content, PackedBatch):
         return view.content
@@ -106,7 +106,7 @@ def check_isolation(model: nn.Module, batch: PackedBatch) -> None:
     """Runs `model` on `batch`, with one document changed, and with neighbours of other lengths.
 
     Args:
-        model: A causal LM that takes `batch.model_kwargs()`.
+        model: A causal LM that takes the arguments `batch.model_kwargs()`.
         batch: A pack on the model's device.
 
     Raises:
@@ -199,7 +199,7 @@ def _all_but(batch: PackedBatch, start: int, end: int) -> Tensor:
 
 
 def _width(model: nn.Module) -> int:
-    """Hidden size of the model, or that of its embedding where no config tells."""
+    """Returns the hidden size of the model, or its embedding's width if the config has none."""
     size = getattr(getattr(model, "config", None), "hidden_size", None)
     return int(size) if size else max((p.shape[-1] for p in model.parameters()), default=1)
 
@@ -220,7 +220,7 @@ def _shortened(batch: PackedBatch, tokens: int) -> PackedBatch:
 
 
 def _outputs(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """[T, vocabulary] logits, or [T, hidden] last hidden states where logits would be too large."""
+    """Returns the logits [T, V], or the hidden states [T, E] where logits would be too large."""
     base = getattr(model, "base_model", model)
     if batch.num_tokens * _vocabulary(model, batch) > LARGEST_LOGITS and base is not model:
         return base(**batch.model_kwargs()).last_hidden_state[0]
@@ -235,7 +235,7 @@ def _perturb(batch: PackedBatch, start: int, end: int, vocabulary: int) -> Packe
 
 
 def _vocabulary(model: nn.Module, batch: PackedBatch) -> int:
-    """Number of token ids that the model knows."""
+    """Returns the number of token ids of the model."""
     config = getattr(model, "config", None)
     size = getattr(config, "vocab_size", None)
     return int(batch.input_ids.max()) + 1 if size is None else int(size)

@@ -17,8 +17,8 @@ from lctrain.eval.begin import NO_BEGIN, BeginTokens, begin_tokens
 class LengthPerplexity(pl.Callback):
     """Measures held-out perplexity at several context lengths every n optimizer steps.
 
-    Rank 0 measures while the others wait. Nothing that training depends on changes: every module
-    gets its mode back, also after an error, and dropout is seeded by step.
+    Rank 0 measures while the other ranks wait. Training is not changed: every module gets its mode
+    back, also after an error, and dropout is seeded by step.
 
     Args:
         lengths: Context lengths in tokens.
@@ -66,7 +66,7 @@ class LengthPerplexity(pl.Callback):
         self.begin_token = begin_token
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Fails before training if there is nothing to measure.
+        """Raises before training if there is no document to measure.
 
         Raises:
             ValueError: if no held-out document has two tokens.

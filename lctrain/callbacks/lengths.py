@@ -25,7 +25,7 @@ def observed_document(batch: PackedBatch) -> tuple[int, int, int]:
 def with_other_lengths(
     batch: PackedBatch, start: int, end: int, model: nn.Module
 ) -> Iterator[PackedBatch]:
-    """Yields the pack with all tokens but those of [start, end) in documents of other lengths.
+    """Yields the pack again, with other document lengths for all tokens outside of [start, end).
 
     Every token stays where it is. First the neighbours are no longer than the document itself, then
     as long as the tokens on its side allow: up to twice the model's window if it has rotary

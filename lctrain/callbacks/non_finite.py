@@ -43,11 +43,12 @@ class _Loss:
 
 
 class NonFiniteLossGuard(pl.Callback):
-    """Stops the run at a loss that is not finite and names the documents of its batch.
+    """Stops the run at a loss that is not finite, and names the documents of its batch.
 
-    With on_batch="skip" it leaves the optimizer step out instead: the step's gradients are dropped
-    on all ranks, so that weights and optimizer stay as they were. The learning rate goes on. This
-    looks at the gradients of every step and waits for the device there.
+    With on_batch="skip" the optimizer step is skipped instead. The gradients of the step are
+    dropped on all ranks, so that weights and optimizer state do not change; the learning-rate
+    schedule advances. This mode checks the gradients of every step, and waits for the device to do
+    so.
 
     With on_batch="stop" the losses stay on the device until a logging step or a checkpoint, where
     the device is waited for anyway.
@@ -56,14 +57,14 @@ class NonFiniteLossGuard(pl.Callback):
     finite and an overflow in the backward pass spoilt the weights.
 
     Args:
-        read_batch: From a batch to a PackedBatch or a mapping with transformers' names, for
-            batches that are neither; it names the documents.
+        read_batch: Function from a batch to a PackedBatch or a mapping with transformers' names,
+            for other batches; it provides the names of the documents.
         on_batch: stop, or skip to leave out the optimizer step of a batch whose loss or gradient is
             not finite.
         max_in_a_row: Steps that may be left out one after the other; one more stops the run.
 
     Attributes:
-        left_out: Steps left out so far, those before a resume included.
+        left_out: Number of skipped steps, including those before a resume.
 
     Raises:
         ValueError: if an argument is out of range; in training, if the batch cannot be read, or
@@ -155,7 +156,7 @@ class NonFiniteLossGuard(pl.Callback):
         return {"left_out": self.left_out, "in_a_row": self._in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Goes on with the counts of a checkpoint."""
+        """Restores the counts from a checkpoint."""
         self.left_out, self._in_a_row = state_dict["left_out"], state_dict["in_a_row"]
 
     def _count(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -242,7 +243,7 @@ def _finite(value: Tensor) -> bool:
 
 
 def _remedy(trainer: pl.Trainer) -> str:
-    """What is left, and what to try."""
+    """Returns the end of an error message: which checkpoint remains, and what to try."""
     checkpoints = [c for c in trainer.callbacks if isinstance(c, StepCheckpoint)]
     kept = [str(c.last_path) for c in checkpoints if c.last_path.is_file()]
     last = f"The last good checkpoint is {kept[0]}." if kept else "There is no checkpoint yet."

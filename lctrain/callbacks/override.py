@@ -7,12 +7,12 @@ from typing import Any
 
 
 class Override:
-    """Puts a function in place of a method of one object, until `restore`.
+    """Replaces a method of one object by a function, until `restore`.
 
     Args:
         target: The object, a LightningModule for example.
         name: Name of the method.
-        make: Gets the bound method as it was, returns the function that takes its place.
+        make: Function from the bound method to the function that replaces it.
     """
 
     def __init__(self, target: Any, name: str, make: Callable[[Any], Callable[..., Any]]) -> None:
@@ -23,7 +23,10 @@ class Override:
         setattr(target, name, self.function)
 
     def restore(self) -> None:
-        """Takes the function away. Harmless if done before, or if another took its place."""
+        """Restores the method.
+
+        Does nothing if it is restored, or if something else has replaced it.
+        """
         if vars(self._target).get(self._name) is not self.function:
             return
         delattr(self._target, self._name)

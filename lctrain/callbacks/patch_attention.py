@@ -26,14 +26,16 @@ class PatchAttention(Patching):
     Args:
         attention: "flash", "dual_chunk" or "differential", as in `lctrain.patch_model`.
         models: Attribute paths of the models to patch, such as "policy.model"; None for all.
-        fused: Also swap norms, rotary embeddings and MLPs for fused operations, as
-            LongContextModule does: equal within rounding, faster and smaller on a GPU.
+        fused: Whether to swap norms, rotary embeddings and MLPs for fused operations as well, as
+            LongContextModule does. Results are equal within rounding; on a GPU they are faster and
+            take less memory.
         loss: Have `model(**batch, labels=...)` compute its loss without the logits in training.
         dropout: Probability of dropping an attention weight in training; None keeps the model's.
-        deterministic: Ask for a backward that gives the same bits in every run.
-        backend: Which kernels serve, as in `lctrain.kernels`; a named one never falls back.
+        deterministic: Whether the backward must give the same bits in every run.
+        backend: Name of the kernels, as in `lctrain.kernels`. A named backend never falls back to
+            another.
         sliding_window: Only "flash": keys that a query sees; None keeps the model's windows.
-        chunk_size: Only "dual_chunk", like all below: the largest relative position.
+        chunk_size: Only "dual_chunk", as all options below: the largest relative position.
         local_size: Neighbours across a chunk border that keep their true distance, in tokens.
         scale: "none" or "yarn".
         scale_coefficient: Coefficient of "yarn".

@@ -1,4 +1,4 @@
-"""Patching: what PatchAttention and AttentionSchedule share, from before the data to the end."""
+"""Patching: the base of PatchAttention and AttentionSchedule."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ LOGGED_AS = "attention_patch"  # in the loggers' config
 
 
 class Patching(pl.Callback):
-    """Patches the transformers models of a LightningModule for the length of one run.
+    """Patches the transformers models of a LightningModule for the duration of one run.
 
-    Models that exist are patched before data are prepared, others once `configure_model` has built
-    them. Afterwards, also when a run fails, every model is as it was.
+    Models that exist are patched before data are prepared, others after `configure_model` has built
+    them. When the run ends, also by an error, every model is restored. Subclasses patch one model
+    in `_patch_one`.
 
     Subclasses say by `_patch_one` how one model is patched.
 
@@ -50,7 +51,7 @@ class Patching(pl.Callback):
 
     @property
     def log(self) -> Any:
-        """The module's `log`, which Lightning hands to every callback."""
+        """The `log` method of the module, which Lightning sets on every callback."""
         return self._log
 
     @log.setter
@@ -84,19 +85,19 @@ class Patching(pl.Callback):
         self._configure_model = Override(pl_module, "configure_model", make)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Says what was swapped: the models are on their device now."""
+        """Logs what was swapped. By now the models are on their device."""
         self._tell(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Says what was swapped."""
+        """Logs what was swapped."""
         self._tell(trainer)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Says what was swapped."""
+        """Logs what was swapped."""
         self._tell(trainer)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Says what was swapped."""
+        """Logs what was swapped."""
         self._tell(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -183,7 +184,7 @@ class Patching(pl.Callback):
 
 
 def say(message: str) -> None:
-    """Logs at level INFO, where it is seen: in lctrain's logger, else in Lightning's."""
+    """Logs at level INFO with a logger that prints it: lctrain's, else Lightning's."""
     if log.isEnabledFor(logging.INFO):
         log.info(message)
     else:

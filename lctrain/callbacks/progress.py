@@ -39,10 +39,10 @@ class RunningMean:
 
 
 class TokenProgressBar(ProgressBar):
-    """Shows optimizer steps, loss and real tokens per second.
+    """Shows optimizer steps, loss and tokens per second, without padding.
 
-    The loss is a running mean: that of one step depends on which documents it held. Loss and speed
-    are refreshed at the logging cadence: the bar never waits for the device between.
+    The loss is a running mean, since the loss of one step depends on its documents. Loss and speed
+    are refreshed at logging steps only, so that the bar never waits for the device in between.
 
     Args:
         refresh_rate: Optimizer steps between two refreshes; 0 hides the bar.
@@ -148,10 +148,10 @@ class TokenProgressBar(ProgressBar):
 
 
 def newest_loss(trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any) -> Any:
-    """The loss per token of the newest optimizer step, a 0-dim tensor; None if there is none.
+    """Returns the loss per token of the newest optimizer step, 0-dim, or None if there is none.
 
-    It is that which the module or TokenExactLoss knows, else what the module returned for the
-    micro-batch.
+    The loss comes from LongContextModule or TokenExactLoss. Without them it is the loss that
+    `training_step` returned for the micro-batch.
     """
     known = [getattr(c, "last_loss", None) for c in (pl_module, *trainer.callbacks)]
     loss = next((loss for loss in known if loss is not None), None)

@@ -1,4 +1,4 @@
-"""ResumeOrder: a resumed run goes on with the batch after the last one."""
+"""ResumeOrder: makes a resumed run continue with the batch after the last one."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ class ResumeOrder(pl.Callback):
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sets the place; before that Lightning has asked for no batch."""
+        """Sets the first row. Lightning has not requested a batch before."""
         resume_order(trainer)

@@ -1,4 +1,4 @@
-"""Routed blocks: layers whose products depend on how many tokens meet in them, and their rounding.
+"""Routed blocks: layers whose rounding depends on how many tokens are routed to an expert.
 
 An expert of a mixture multiplies the tokens that were routed to it in one product. Change a
 document, and other tokens meet there; the sums of those that stayed are formed in another order and
@@ -34,7 +34,7 @@ def find_routed(model: nn.Module) -> list[nn.Module]:
 
 
 class RoutedRounding:
-    """Keeps the rounding of routed blocks from passing for a leak, and nothing else.
+    """Keeps rounding in routed blocks from being reported as a leak between documents.
 
     The first run of a model is recorded: a hash of every row that enters a routed block, and what
     leaves it. In a later run a row of an unchanged document must enter with the same bits. What
@@ -62,7 +62,7 @@ class RoutedRounding:
 
     @contextmanager
     def replaying(self, watched: Tensor) -> Iterator[None]:
-        """Within it, rounding is taken out of a run of as many tokens.
+        """Context in which a run of as many tokens gets the recorded rounding.
 
         Args:
             watched: [T] bool, True at tokens of documents that were not changed.
@@ -128,7 +128,7 @@ def _is_routed(module: nn.Module) -> bool:
 
 
 def _rounding(block: nn.Module, output: Any) -> float:
-    """The bound of RoutedRounding on a row, as a share of its norm."""
+    """Returns the bound of RoutedRounding for a row, relative to its norm."""
     weights = [weight for weight in block.parameters() if weight.dim() > 1]
     dtypes = {value.dtype for value in (*weights, *_tensors(output)) if value.is_floating_point()}
     device = next(_tensors(output)).device.type
@@ -168,7 +168,7 @@ def _fingerprints(values: Any, tokens: int) -> Tensor:
 
 
 def _tokens(output: Any) -> int:
-    """How many rows a block's first output has."""
+    """Returns the number of rows of a block's first output."""
     first = next(iter(_tensors(output)), None)
     return 0 if first is None or first.dim() < 2 else first.numel() // first.shape[-1]
 
@@ -190,7 +190,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _map(values: Any, function: Any) -> Any:
-    """The same structure with function(tensor) in place of every tensor, in the order above."""
+    """Returns the same structure with function(tensor) for every tensor, in the order above."""
     if isinstance(values, Tensor):
         return function(values)
     if isinstance(values, tuple | list):

@@ -1,4 +1,4 @@
-"""RunRecord: says in checkpoints, loggers and the folder which run it is, with which options."""
+"""RunRecord: writes the run's id and options into checkpoints, loggers and the run's folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class RunRecord(pl.Callback):
     """Keeps the identity of the run and its resolved options.
 
     Args:
-        folder: Of the run.
+        folder: Folder of the run.
         identity: Options that a resumed run must not change.
         options: All options, resolved, as plain nested values; the loggers' hyperparameters.
     """
@@ -28,7 +28,7 @@ class RunRecord(pl.Callback):
         self.options = dict(options)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes the options once nothing can refuse them any more: data and checkpoint fit."""
+        """Writes the options. By now data and checkpoint have been accepted."""
         if trainer.is_global_zero:
             self.folder.save_options(self.options)
         for logger in trainer.loggers:

@@ -21,7 +21,7 @@ class StopAtSignal(pl.Callback):
     raised. Inside a job of SLURM, SIGUSR1 also has Lightning's plugin queue the job again.
 
     Args:
-        signals: Tells of a signal; it is told that somebody waits for the end of a step.
+        signals: Signals received so far; it is told when a caller waits for the end of a step.
     """
 
     def __init__(self, signals: StopSignals) -> None:
@@ -31,7 +31,7 @@ class StopAtSignal(pl.Callback):
         self._requeue: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes the signals over from Lightning, which has set its own handlers by now."""
+        """Installs the handlers again, since Lightning has replaced them by its own."""
         if "SLURM_JOB_ID" in os.environ:
             self._requeue = signal.getsignal(signal.SIGUSR1)
         self.signals.install(*SIGNALS)
@@ -55,7 +55,7 @@ class StopAtSignal(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Asks all ranks after every optimizer step, and saves if one of them had a signal."""
+        """Saves and stops after an optimizer step if any rank has received a signal."""
         if self._agreed is not None or trainer.fit_loop._should_accumulate():
             return
         self._agreed = self._ask_all_ranks()
@@ -64,7 +64,7 @@ class StopAtSignal(pl.Callback):
                 checkpoint.save(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Completes the checkpoint before a last validation, in which a second signal may come."""
+        """Saves before the last validation, during which a second signal may end the process."""
         if self._agreed is not None:
             for checkpoint in step_checkpoints(trainer.callbacks):
                 checkpoint.complete(trainer)

@@ -1,4 +1,4 @@
-"""Which model of a LightningModule a callback looks at."""
+"""Finds the model of a LightningModule that a callback inspects."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def find_target(pl_module: pl.LightningModule, path: str | None, callback: Any) 
     Args:
         pl_module: The module in training.
         path: Attribute path of the model, or None.
-        callback: For messages.
+        callback: Name of the callback, for messages.
 
     Raises:
-        ValueError: if there is no such model, or several.
+        ValueError: if there is no such model, or more than one.
     """
     name = type(callback).__name__
     found = find_models(pl_module, path)
@@ -62,6 +62,6 @@ def refuse_twin(trainer: pl.Trainer, callback: pl.Callback) -> None:
 
 
 def loss_of(outputs: Any) -> Any:
-    """The loss in what Lightning hands to on_train_batch_end, a tensor; None if there is none."""
+    """Returns the loss tensor from the `outputs` of on_train_batch_end; None if there is none."""
     loss: Any = outputs.get("loss") if isinstance(outputs, dict) else outputs
     return loss.detach() if hasattr(loss, "detach") else None

@@ -25,7 +25,7 @@ class Throughput:
 
     Attributes:
         tokens: Real tokens.
-        capacity: Tokens that the rows could have held; 0 if unknown.
+        capacity: Number of tokens that the rows have room for; 0 if unknown.
         flops: Model FLOPs.
         seconds: Time in training steps, without validation and checkpoints.
     """
@@ -37,7 +37,7 @@ class Throughput:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all ranks together."""
+        """Tokens per second of all ranks together."""
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
     @property
@@ -55,7 +55,7 @@ class Throughput:
 
 
 class ThroughputMonitor(pl.Callback):
-    """Counts on the CPU, from the batches' own numbers, and logs at the logging cadence.
+    """Logs tokens per second, document lengths and model FLOPs utilisation at logging steps.
 
     Batches may be PackedBatch or mappings with transformers' names; what such a mapping holds on a
     device is read when the monitor logs. The device is waited for only then. The clock runs from
@@ -65,14 +65,14 @@ class ThroughputMonitor(pl.Callback):
         max_tokens: Capacity of a row; None logs no fill.
         model: Attribute path of the model in the module whose FLOPs count; None for the only one,
             or the only one with trainable weights.
-        read_batch: From a batch to a PackedBatch or a mapping with transformers' names.
+        read_batch: Function from a batch to a PackedBatch or a mapping with transformers' names.
 
     Raises:
         ValueError: if the model is not found, or a batch cannot be read.
 
     Attributes:
         total: Everything up to the newest logging step.
-        latest: What was counted between the two newest logging steps.
+        latest: Counts between the two newest logging steps.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class ThroughputMonitor(pl.Callback):
 
     @property
     def steady(self) -> Throughput:
-        """Without the first interval, in which kernels compile, unless it is the only one."""
+        """Counts without the first interval, in which kernels compile, unless it is alone."""
         if self._first is None or self._first == self.total:
             return self.total
         return self.total - self._first
@@ -122,7 +122,7 @@ class ThroughputMonitor(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Counts the batch, or keeps what says its lengths; logs at the cadence."""
+        """Counts the batch, or keeps its lengths until it logs. Logs at logging steps."""
         view = view_batch(batch, self.read_batch)
         if isinstance(view.content, PackedBatch):
             self._counted += self._count(view)
@@ -206,7 +206,7 @@ class _Clock:
         self._seconds = 0.0
 
     def resume(self) -> None:
-        """Starts the clock if it stands."""
+        """Starts the clock if it is stopped."""
         if self._since is None:
             self._since = time.perf_counter()
 

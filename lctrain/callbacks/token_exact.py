@@ -21,7 +21,7 @@ Reduction = Literal["sum", "mean"]
 
 
 class TokenExactLoss(pl.Callback):
-    """Divides once by the valid tokens of the whole accumulation window, on all ranks.
+    """Divides the loss once, by the valid tokens of the whole accumulation window on all ranks.
 
     Lightning averages micro-batches, and DistributedDataParallel averages ranks: tokens of short
     batches weigh more. With this callback the gradient of an optimizer step is that of
@@ -35,12 +35,12 @@ class TokenExactLoss(pl.Callback):
     come from the batch.
 
     Args:
-        reduction: What `training_step` returns: the "sum" of the token losses, or their "mean" over
-            the micro-batch, as transformers' models do.
+        reduction: Loss that `training_step` returns: the "sum" of the token losses, or their "mean"
+            over the micro-batch as in transformers.
         tokens: Name of the count in the dictionary that `training_step` returns.
-        count_tokens: From a batch to its number of valid tokens, an int or a 0-dim tensor.
-        read_batch: From a batch to a PackedBatch or a mapping with transformers' names.
-        log: Name under which the loss per token is logged; None logs nothing.
+        count_tokens: Function from a batch to its number of valid tokens, an int or a 0-dim tensor.
+        read_batch: Function from a batch to a PackedBatch or a mapping with transformers' names.
+        log: Name of the logged loss per token; None logs nothing.
 
     Attributes:
         last_loss: Loss per token of the newest step, 0-dim float64 tensor, or None.
@@ -77,10 +77,11 @@ class TokenExactLoss(pl.Callback):
         self._count: int | Tensor | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Takes the place of `training_step` and `backward` for the length of a fit.
+        """Replaces `training_step` and `backward` of the module for the duration of a fit.
 
         Raises:
-            ValueError: if the division cannot be right; the message says what to do.
+            ValueError: if the module accumulates or reduces in a way that makes the division wrong;
+                the message names the remedy.
         """
         if stage != "fit":
             return
@@ -124,7 +125,7 @@ class TokenExactLoss(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Logs the loss per token, at the logging cadence."""
+        """Logs the loss per token at logging steps."""
         self._batch = None
         if self.log_as is not None and self.last_loss is not None and at_log_step(trainer):
             pl_module.log(self.log_as, self.last_loss.float(), batch_size=1)

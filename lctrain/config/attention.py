@@ -10,14 +10,15 @@ from lctrain.limits import check_backend
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """How the model's attention is patched.
+    """Options of the patched attention.
 
     Attributes:
         name: First argument of `lctrain.patch_model` after the model.
-        dropout: Attention dropout in training; None takes the model's own.
-        deterministic: Ask for a backward that gives the same bits in every run.
-        backend: Which kernels serve, as in `lctrain.kernels`; a named one never falls back.
-        fused: In training, also swap norms, rotary embeddings, MLPs and residual additions.
+        dropout: Attention dropout in training. None takes the value of the model's configuration.
+        deterministic: Whether the backward must give the same bits in every run.
+        backend: Name of the kernels, as in `lctrain.kernels`. A named backend never falls back to
+            another.
+        fused: Whether training swaps norms, rotary embeddings, MLPs and residual additions as well.
         sliding_window: Keys that a query sees (flash only); None keeps the model's windows.
         chunk_size: Largest relative position (dual_chunk only, like all below; see
             `lctrain.attention.DualChunkSpec`); None for the trained window - 1.
@@ -25,7 +26,8 @@ class AttentionConfig:
             the window.
         scale: none, or yarn for sharper logits beyond the window.
         scale_coefficient: Strength of yarn.
-        window: Tokens that the model was trained on; None for what its configuration says.
+        window: Length of the texts that the model was trained on, in tokens. None takes the value
+            of its configuration.
     """
 
     name: str = "flash"
@@ -44,7 +46,7 @@ class AttentionConfig:
         check_backend(self.backend, "attention.backend")
 
     def options(self) -> dict[str, Any]:
-        """The attention's options of `lctrain.patch_model`: what is set, also for another kind."""
+        """Options that are set, for `lctrain.patch_model`; those of other attentions included."""
         options = {field.name: getattr(self, field.name) for field in fields(self)}
         del options["name"], options["fused"]
         return {name: value for name, value in options.items() if value is not None}

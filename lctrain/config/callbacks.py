@@ -60,7 +60,8 @@ class NonFiniteGuardConfig:
     """`lctrain.callbacks.NonFiniteLossGuard`.
 
     Attributes:
-        on_batch: At a loss or gradient that is not finite: stop, or skip its optimizer step.
+        on_batch: Action after a loss or gradient that is not finite: "stop" the run, or "skip" the
+            optimizer step.
         max_in_a_row: Steps that may be skipped one after the other; one more stops the run.
     """
 
@@ -95,7 +96,7 @@ class AttentionScheduleConfig:
     """`lctrain.callbacks.AttentionSchedule`; attention=none leaves the patching to it.
 
     Attributes:
-        stages: From the first optimizer step of a stage to its description: `attention`, its
+        stages: The first optimizer step of each stage, and its description: `attention`, its
             options, and `rope`.
     """
 

@@ -11,7 +11,7 @@ from lctrain.limits import MIN_TOKENS, OVERLONG, SPECIAL_TOKENS, check_stream, n
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What `lctrain.PackedDataModule`, its preparation and the group `data` of the YAML share.
+    """Settings of `lctrain.PackedDataModule`, of its preparation and of the group `data` in YAML.
 
     Attributes:
         vocab_size: Size of the tokenizer, if it is trained.
@@ -22,17 +22,17 @@ class DataSettings:
         overlong: split, truncate or drop longer documents.
         packing_window: Documents packed at a time.
         balance_window: Steps within which ranks get rows of similar attention work.
-        held_out_fraction: Share of the documents to hold out, in [0, 1), unless the source has
-            held-out data of its own.
-        passkey_fraction: Share of every training row, in [0, 1), that teaches retrieval: documents
-            with a passkey. There are none among the held-out rows.
+        held_out_fraction: Fraction of the documents to hold out, in [0, 1). Unused if the source
+            has its own held-out data.
+        passkey_fraction: Fraction of every training row, in [0, 1), that is filled with passkey
+            documents, which teach retrieval. Held-out rows have none.
         num_workers: Processes that build batches.
         num_proc: Processes that tokenize; None for one, in which fast tokenizers use all cores.
         seed: Seed of the shuffle.
-        cache_dir: Where documents, tokens and the tokenizer are kept; None for $LCTRAIN_CACHE, else
+        cache_dir: Folder of documents, tokens and the tokenizer. None takes $LCTRAIN_CACHE, else
             $XDG_CACHE_HOME/lctrain, else ~/.cache/lctrain.
-        special_tokens: What the text of a special token inside a document becomes: text, or the
-            token, for documents that are trusted.
+        special_tokens: "text" keeps the text of a special token inside a document as text; "token"
+            makes it the token, for trusted documents.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -59,7 +59,7 @@ class DataSettings:
         """Raises ValueError for the first setting that is out of range.
 
         Args:
-            prefix: What stands before a setting's name in messages: "data." on the command line.
+            prefix: Text before a setting's name in messages, such as "data." on the command line.
         """
         self._check_rows(prefix)
         self._check_room_for_text(prefix)
@@ -85,7 +85,7 @@ class DataSettings:
         )
 
     def _check_rows(self, prefix: str) -> None:
-        """Raises unless rows and the documents in them have lengths and shares that can be."""
+        """Raises ValueError unless the lengths and fractions of rows and documents are in range."""
         require(
             self.max_tokens >= MIN_TOKENS,
             f"{prefix}max_tokens must be at least {MIN_TOKENS}, got {self.max_tokens}. A token "
@@ -114,7 +114,7 @@ class DataSettings:
         )
 
     def _check_room_for_text(self, prefix: str) -> None:
-        """Raises unless documents of the wanted length fit beside the passkeys of a row."""
+        """Raises ValueError unless a row has room for text beside its passkeys."""
         room = self.max_tokens - round(self.max_tokens * self.passkey_fraction)
         require(
             room >= MIN_TOKENS,
@@ -138,8 +138,8 @@ class DataConfig(DataSettings):
     What is read is added by the classes in `lctrain.schemas`, one for every source.
 
     Attributes:
-        tokenizer: Name or path; None takes a pretrained model's own, and for a model from scratch
-            trains a byte-level BPE on the training split, once.
+        tokenizer: Name or path. None takes the tokenizer of a pretrained model, and for a model
+            from scratch trains a byte-level BPE once on the training split.
     """
 
     cache_dir: str | None = None  # OmegaConf knows no os.PathLike

@@ -16,12 +16,12 @@ MIN_MAX_TOKENS = 8192  # of a forward pass, where nothing else is said
 
 @dataclass(frozen=True)
 class PasskeyConfig:
-    """How keys are hidden: see `lctrain.eval.passkey_retrieval`.
+    """Settings of `lctrain.eval.passkey_retrieval`.
 
     Attributes:
         lengths: Tokens of the texts; None for the lengths of the evaluation.
         methods: None for the methods of the evaluation.
-        depths: Share of the text before the key.
+        depths: Fraction of the filler text before the key.
         keys_per_cell: Keys of each length and depth.
         seed: Seed of keys and text.
     """
@@ -39,32 +39,33 @@ class EvalConfig:
 
     Attributes:
         name: Name of the evaluation; part of its folder.
-        model: What is evaluated. On the command line, `model=x` is short for
+        model: The evaluated model. On the command line, `model=x` is short for
             `model.name_or_path=x`.
-        data: What is read, as in training; its tokenizer is the model's own.
+        data: The documents, with the settings of training; the tokenizer is the model's.
         attention: How the model's attention is patched; None leaves it as it is. The numbers are
             the same, up to rounding, unless it is dual chunk attention. With methods, its options
             are those of the methods that use it, and the others use flash.
-        logger: By name, each with a `_target_`.
-        paths: Where the evaluation writes.
-        split: "held_out" for what training on this data holds out; "all" for every document.
+        logger: Loggers by name, each with a `_target_`.
+        paths: Folder of the evaluation.
+        split: "held_out" for the documents that training on this data holds out; "all" for every
+            document.
         tasks: perplexity, passkey, or both.
-        methods: Ways to read beyond the window, to compare: see `lctrain.eval.extension`. With
-            none, the model is evaluated as it is.
-        window: Tokens that the model was trained on; None for what its config says. For dual chunk
-            attention, `attention.window` wins.
+        methods: Methods to compare that read beyond the window: see `lctrain.eval.extension`.
+            Without methods the model is evaluated unchanged.
+        window: Length of the texts that the model was trained on, in tokens. None takes the value
+            of its config. For dual chunk attention, `attention.window` takes precedence.
         documents: Number of documents, the longest first; None for all.
         document_tokens: Tokens of each document, from its beginning; None for all.
         lengths: Context lengths in tokens.
-        max_tokens: Tokens in a forward pass; None takes the longest length, but at least 8,192.
-        overlap: Share of a window that is only context; not used with methods.
+        max_tokens: Tokens in a forward pass. None takes the longest length, but at least 8,192.
+        overlap: Fraction of a window that is only context; not used with methods.
         stride: Positions that a window scores at every length; None for a share of each length,
             with methods for half the shortest length.
         min_context: Score tokens that have at least this many predecessors; None for all of them,
             with methods for those for which every length is filled.
         begin_token: Whether each window begins with the begin token; None where the tokenizer adds
             one to a text. Of texts with a passkey, each is whole and begins as the tokenizer's.
-        passkey: How keys are hidden.
+        passkey: Settings of the task passkey.
         dtype: Type of the weights: auto (as they are stored), float32, bfloat16 or float16.
         device: auto, cpu, cuda, cuda:1, ...
     """

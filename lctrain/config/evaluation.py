@@ -17,8 +17,8 @@ class EvaluationConfig:
         documents: Number of held-out documents, the longest first; None for all.
         document_tokens: Tokens of each document, from its beginning; None for all.
         max_tokens: Tokens per forward pass; None takes the longest length.
-        methods: Ways to read beyond the window, to compare on the trained model, as in
-            lctrain-eval; with none, the model is measured as it was trained.
+        methods: Methods to compare on the trained model that read beyond its window, as in
+            lctrain-eval. Without methods the model is measured as it was trained.
         stride: Positions that a window scores, with methods; None for half the shortest length.
         begin_token: Whether each window begins with the begin token; None where the tokenizer adds
             one to a text.

@@ -32,7 +32,8 @@ class WandbLoggerConfig:
         project: Project name.
         name: Name of the run.
         offline: Keep everything on this machine; `wandb sync` sends it later.
-        id: Identifies the run; None takes the one in run.json, with which a resumed run goes on.
+        id: Id of the run. None takes the id in run.json, so that a resumed run continues the same
+            run.
     """
 
     _target_: str = "lctrain.loggers.wandb_logger"
@@ -51,7 +52,7 @@ class TensorBoardLoggerConfig:
     """TensorBoard, which the extra lctrain[tensorboard] installs.
 
     Attributes:
-        save_dir: Folder in which the folder `tensorboard` is made.
+        save_dir: Parent folder of the folder `tensorboard`.
     """
 
     _target_: str = "lctrain.loggers.tensorboard_logger"

@@ -12,7 +12,7 @@ from lctrain.limits import check_model_sizes, require
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What every model has. Choose `ScratchModelConfig` or `PretrainedModelConfig`.
+    """Settings that every model has. Choose `ScratchModelConfig` or `PretrainedModelConfig`.
 
     Attributes:
         gradient_checkpointing: Recompute activations in the backward pass.
@@ -27,8 +27,8 @@ class ScratchModelConfig(ModelConfig):
 
     Attributes:
         model_type: Name of the family in transformers, such as "llama" or "qwen3".
-        config: Arguments of its configuration class. `vocab_size` is taken from the tokenizer
-            unless it is given here.
+        config: Arguments of the family's configuration class. Without `vocab_size` the vocabulary
+            size of the tokenizer is used.
         differential: 2 makes every head a pair of differential attention, version 2, as
             `lctrain.models.differential.to_differential` does: num_attention_heads is doubled.
             Version 1 is a family, model_type "diffllama".
@@ -55,8 +55,8 @@ class PretrainedModelConfig(ModelConfig):
         name_or_path: Name on the Hugging Face hub, or a folder.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run the code of model and tokenizer from the hub or the folder.
-        allow_other_tokenizer: Take a data.tokenizer whose ids mean other tokens than the model's
-            own. What the model knows of its tokens is then lost.
+        allow_other_tokenizer: Whether to accept a data.tokenizer whose ids mean other tokens than
+            the model's. The model's embeddings are then useless.
     """
 
     name_or_path: str = MISSING

@@ -22,8 +22,9 @@ class OptimConfig:
             vectors do not decay.
         schedule: cosine, linear, constant or warmup_stable_decay.
         warmup_steps: Optimizer steps of linear warmup; None takes warmup_fraction.
-        warmup_fraction: Share of the run that warms up.
-        decay_fraction: Share of the run after warmup that decays (warmup_stable_decay only).
+        warmup_fraction: Fraction of the run with a rising learning rate.
+        decay_fraction: Fraction of the run after warmup with a falling learning rate
+            (warmup_stable_decay only).
         min_learning_rate_ratio: Last over peak learning rate.
     """
 

@@ -11,7 +11,7 @@ from lctrain.local_paths import local_path
 
 @dataclass(frozen=True)
 class PathsConfig:
-    """Where a run writes: folders of this machine, which a run can lock.
+    """Folders that a run writes into. They are on this machine, since a run locks them.
 
     Attributes:
         root: Folder of all runs.

@@ -37,11 +37,11 @@ def to_dataclass(config: DictConfig, schema: type[Schema]) -> Schema:
     """Converts Hydra's config into the dataclass it was made from, with everything resolved.
 
     Args:
-        config: What Hydra composed on top of a stored schema.
+        config: Configuration that Hydra composed on top of a stored schema.
         schema: The dataclass of the root.
 
     Returns:
-        The dataclass; nothing below it is an OmegaConf container.
+        The dataclass; no value inside it is an OmegaConf container.
 
     Raises:
         ValueError: if a mandatory value is missing, a key is unknown or a type does not fit; the
@@ -71,7 +71,7 @@ def to_dataclass(config: DictConfig, schema: type[Schema]) -> Schema:
 
 
 def _allow_overrides(node: DictConfig) -> None:
-    """Takes the read-only flag of frozen dataclasses off a node and its children."""
+    """Removes the read-only flag of frozen dataclasses from a node and its children."""
     from omegaconf import DictConfig
 
     node._set_flag("readonly", None)

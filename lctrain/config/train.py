@@ -24,17 +24,17 @@ class TrainConfig:
     Attributes:
         name: Name of the run; part of its folder.
         seed: Seed of the initialisation, dropout and the order of the data.
-        data: What is read, and how it is packed.
-        model: What is trained.
-        attention: How its attention is patched; None leaves it as transformers has it.
+        data: Documents, and how they are packed.
+        model: The trained model.
+        attention: Options of the patched attention; None leaves the model's attention unchanged.
         optim: Optimizer and schedule.
         trainer: Hardware, length of the run, accumulation.
-        callbacks: By name, each with a `_target_`; null switches one off.
-        logger: By name, each with a `_target_`.
-        paths: Where the run writes.
+        callbacks: Callbacks by name, each with a `_target_`; null switches one off.
+        logger: Loggers by name, each with a `_target_`.
+        paths: Folders of the run.
         evaluation: Perplexity by length at the end.
         ckpt_path: Checkpoint to resume from: a path, or "last" for the newest of this run. The run
-            goes on in its folder, unless another one is chosen.
+            continues in its folder, unless another folder is chosen.
         export: Whether to write the trained model for transformers.
     """
 

@@ -41,7 +41,7 @@ class TrainerConfig:
             an epoch ends with a shorter window, the later validations come inside a window; they
             do not change it. None validates before the first and after the last step only.
         limit_val_batches: Held-out packs per rank and validation; None for all.
-        deterministic: Ask torch for deterministic algorithms.
+        deterministic: Whether torch must use deterministic algorithms.
         enable_progress_bar: Show it.
     """
 

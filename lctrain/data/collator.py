@@ -1,4 +1,4 @@
-"""From tokenized documents to PackedBatch."""
+"""PackCollator and PackedRows: make a PackedBatch of tokenized documents."""
 
 from __future__ import annotations
 

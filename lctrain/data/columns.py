@@ -19,11 +19,11 @@ def text_column(dataset: Dataset, field: str, label: str) -> Dataset:
 
     Args:
         dataset: Any.
-        field: Its column, or the way to a nested one, with dots.
+        field: Name of the column, or the path to a nested field, with dots.
         label: Rows are called label:row.
 
     Raises:
-        ValueError: if there is no such column, or it does not hold text.
+        ValueError: if there is no such column, or it holds no text.
     """
     columns = dataset.column_names
     way = [field] if field in columns else field.split(".")

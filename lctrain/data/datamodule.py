@@ -53,7 +53,8 @@ class PackedDataModule(LightningDataModule):
             tokenizer: Name or path of a tokenizer of transformers, or one; None trains a byte-level
                 BPE on the training split, once.
             pin_memory: Copy batches to pinned memory; default: if there is a GPU.
-            held_out: Documents to hold out, a dataset of the kind of `source`; not for a Source.
+            held_out: Documents to hold out, of the same type as `source`; not allowed with a
+                Source.
             **settings: The fields of `lctrain.config.DataSettings`, such as max_tokens.
 
         Raises:
@@ -133,7 +134,10 @@ class PackedDataModule(LightningDataModule):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides the sequence of batches, after `setup()`; the same in a resumed run."""
+        """Settings that determine the sequence of batches, after `setup()`.
+
+        A resumed run compares them.
+        """
         return self._ready.settings | {
             "seed": self.options.seed,
             "world_size": self._world_size,
@@ -233,7 +237,7 @@ class PackedDataModule(LightningDataModule):
         )
 
     def held_out_documents(self) -> list[TokenizedDocument]:
-        """The held-out documents, whole."""
+        """The held-out documents, not cut."""
         store = self._ready.held_out_rows.store
         return [
             TokenizedDocument(store.names[i], store.tokens(i).astype(np.int64), i)
@@ -250,11 +254,11 @@ class PackedDataModule(LightningDataModule):
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def test_dataloader(self) -> PackLoader | list[Any]:
-        """The held-out rows, as for validation."""
+        """The held-out rows, as in validation."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> PackLoader | list[Any]:
-        """The held-out rows, as for validation."""
+        """The held-out rows, as in validation."""
         return self.val_dataloader()
 
     def state_dict(self) -> dict[str, Any]:
@@ -324,10 +328,10 @@ def _as_source(source: Any, held_out: Any) -> Source:
 
 
 def check_vocabulary(batch: PackedBatch, module: Any) -> None:
-    """Refuses tokens that the model has no embedding for: on a GPU they would end the process.
+    """Raises ValueError for tokens without an embedding: on a GPU they would end the process.
 
     Args:
-        batch: On the CPU; one on a device is left alone.
+        batch: A batch on the CPU; a batch on a device is not checked.
         module: The LightningModule, whose `model` is a transformers model if it has one.
 
     Raises:

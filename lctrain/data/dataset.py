@@ -1,4 +1,4 @@
-"""pack: token ids that somebody else has made, as rows of packed documents."""
+"""pack: packs documents that are token ids already."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def pack_tokens(
     overlong: Overlong = "split",
     window: int = 100_000,
 ) -> PackedRows:
-    """Packs documents whose lengths are known: see `pack`."""
+    """Packs documents of known lengths: see `pack`."""
     kept = np.flatnonzero(tokens.lengths > 0)
     plan = plan_rows(
         tokens.lengths[kept],
@@ -81,12 +81,12 @@ def pack_tokens(
 
 
 class DatasetTokens:
-    """Tokens, labels and names of the documents of a dataset, read when they are asked for.
+    """Tokens, labels and names of the documents of a dataset. They are read on access.
 
     Attributes:
         lengths: [N] int64, tokens of each document.
         names: Their names, or "document <number>".
-        has_labels: Whether the documents bring labels.
+        has_labels: Whether the documents have labels.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -158,7 +158,7 @@ class DatasetTokens:
 
 
 def _indexable(dataset: Any) -> Any:
-    """The dataset itself if it has a length and numbers its documents, else a list of them."""
+    """Returns the dataset if it has a length and an index, else a list of its documents."""
     if isinstance(dataset, (str, bytes, Mapping)):
         raise ValueError(
             f"dataset must be documents of token ids, got a {type(dataset).__name__}. Pass a "

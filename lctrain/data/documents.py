@@ -34,7 +34,7 @@ class TokenizedDocument:
     """A whole document as tokens.
 
     Attributes:
-        name: Where it comes from.
+        name: Source of the document, for messages.
         input_ids: [n] int64, the end token included.
         document_id: Its number among the documents of its split.
     """
@@ -146,12 +146,12 @@ class Documents:
 
 
 def count_shared(held_out: Documents, train: Documents) -> int:
-    """The number of held-out documents whose text is in the training data, too."""
+    """Returns the number of held-out documents whose text is in the training data as well."""
     return int(np.isin(held_out.digests, train.digests).sum())
 
 
 def _border(text: str, place: int) -> int:
-    """The last line break before a place, else the last space, else the place itself."""
+    """Returns the position of the last line break before a position, else of the last space."""
     for mark in ("\n", " "):
         found = text.rfind(mark, place // 2, place) + 1
         if found:
@@ -238,7 +238,7 @@ def _is_blank(content: memoryview) -> bool:
 
 
 class StoredTokens(Protocol):
-    """What a TokenStore, or anything in its place, has: see there."""
+    """Attributes that a TokenStore, or an object used like one, has: see TokenStore."""
 
     lengths: np.ndarray
     names: Sequence[str]
@@ -251,7 +251,7 @@ class StoredTokens(Protocol):
 
 
 class TokenStore:
-    """Tokens of documents, read from the Arrow cache file without copying more than is asked for.
+    """Tokens of documents in an Arrow cache file. Only the requested tokens are copied.
 
     Attributes:
         lengths: [N] int64, tokens of each document, the end token included.

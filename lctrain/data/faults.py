@@ -1,4 +1,4 @@
-"""What could not be read: a warning with counts and places, or an error where nothing is left."""
+"""Reports documents that could not be read: a warning with counts, or an error if none is left."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def report_faults(dataset: Dataset, on_error: str) -> Dataset:
     """Warns of what a reader left out or repaired; see `lctrain.data.readers`.
 
     Args:
-        dataset: With a column "text" and perhaps "name" and "fault".
+        dataset: Dataset with a column "text", and perhaps "name" and "fault".
         on_error: One of ON_ERROR.
 
     Returns:

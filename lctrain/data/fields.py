@@ -12,7 +12,7 @@ _REMEDY = "Set data.field to the field that holds the text."
 
 
 class FieldError(ValueError):
-    """A record without the field, or with something else than a text in it."""
+    """A record without the field, or with another type than text in it."""
 
 
 def find_field(record: Any, field: str) -> Any:
@@ -23,7 +23,7 @@ def find_field(record: Any, field: str) -> Any:
         field: Its name; where no field has the whole name, dots lead into nested records.
 
     Raises:
-        FieldError: if there is no such field.
+        FieldError: if the record has no such field.
     """
     if not isinstance(record, Mapping):
         raise FieldError(f"a record must be an object with field {field!r}, got {kind(record)}.")
@@ -46,7 +46,7 @@ def decode(value: Any, field: str) -> str | None:
     """Returns the text of a value: a string, UTF-8 in bytes, or None.
 
     Raises:
-        FieldError: for anything else.
+        FieldError: if the value is no text.
     """
     if value is None or isinstance(value, str):
         return value

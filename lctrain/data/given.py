@@ -1,4 +1,4 @@
-"""Datasets that the user hands over as objects: texts, token ids, or rows that are packed."""
+"""Datasets that the user passes as objects: texts, token ids, or packed rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class DatasetSource(Source):
 
     Attributes:
         dataset: A `datasets.Dataset` with the column "text", and perhaps "name".
-        held_out: The same, to hold out; None holds some documents of `dataset` out.
+        held_out: Documents to hold out, of the same type; None holds out some documents of
+            `dataset`.
     """
 
     dataset: Any = field(repr=False)
@@ -45,13 +46,15 @@ class DatasetSource(Source):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenPreparation:
-    """How documents of token ids become rows.
+    """Turns documents of token ids into rows.
 
     Attributes:
         dataset: Documents of token ids, or rows that are packed.
-        held_out: The same, to hold out; None holds some documents of `dataset` out.
-        tokenizer: That of the token ids; None if nothing needs it.
-        settings: Those of the data module; texts alone have a passkey_fraction and special_tokens.
+        held_out: Documents to hold out, of the same type; None holds out some documents of
+            `dataset`.
+        tokenizer: Tokenizer of the token ids; None if no code needs it.
+        settings: Settings of the data module; passkey_fraction and special_tokens apply to texts
+            only.
     """
 
     dataset: Any
@@ -146,7 +149,7 @@ def _digests(tokens: DatasetTokens) -> np.ndarray:
 
 
 def _kept(digests: np.ndarray, held_out_fraction: float) -> np.ndarray:
-    """[N] bool: all but a share of the distinct documents, at least one on each side."""
+    """Returns which documents are kept, [N] bool: all but a fraction of the distinct ones."""
     distinct = np.unique(digests)
     count = min(max(1, round(held_out_fraction * len(distinct))), len(distinct) - 1)
     return digests >= distinct[count]

@@ -27,7 +27,7 @@ class HubSource(Source):
         dataset: Name on the hub, a local folder, or one that `save_to_disk` wrote.
         config: Configuration (subset) of the dataset, if it has several.
         split: Split to train on; slices such as "train[:1%]" work without streaming.
-        held_out_split: Split to hold out; None: some documents of `split` are held out.
+        held_out_split: Split to hold out; None holds out some documents of `split`.
         field: The column that holds the text; `doc.text` for a field in a nested record.
         revision: Git revision of the dataset.
         streaming: Read over the network, without downloading the rest. With `max_documents` or

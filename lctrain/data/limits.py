@@ -39,7 +39,7 @@ def choose_by_hash(
 
 
 def _count(sizes: np.ndarray, max_documents: int | None, max_bytes: int | None) -> int:
-    """How many leading documents both limits allow, at least one. `sizes`: [N] bytes."""
+    """Returns how many leading documents both limits allow, at least one."""
     count = len(sizes) if max_documents is None else min(max_documents, len(sizes))
     if max_bytes is not None:
         count = min(count, int(np.searchsorted(sizes.cumsum(), max_bytes, side="right")))

@@ -1,4 +1,4 @@
-"""A loader that can start at any batch, and so resumes exactly.
+"""A loader that can start at any batch, so that a run resumes exactly.
 
 The training data is an endless stream of batches: batch n is step n % steps of epoch n // steps.
 Every iterator asks once where to start (the data module answers with the number of batches that
@@ -74,7 +74,7 @@ class PackLoader:
 
         Args:
             rows: The dataset.
-            stream: A sampler: which row comes when, from the batch on that `start` is set to.
+            stream: Rows of this rank, in order.
             steps: Steps of an epoch.
             position: Called once per iterator: the batch it starts with.
             cursor: Set to the batch after each one given out.
@@ -108,7 +108,10 @@ class PackLoader:
             yield self._batch(number)
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty: the position is in the data module's state. Tells Lightning that we can resume."""
+        """Empty, since the data module's state has the position.
+
+        It tells Lightning that the loader can resume.
+        """
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Tokens of one long text, piece by piece, the same as those of the whole.
+"""Tokenizes a long text in pieces, with the same tokens as of the whole text.
 
 A tokenizer needs some fifty times the memory of a text, so long texts are tokenized in overlapping
 windows. Two windows are joined where both give the same tokens, at the same characters, for many
@@ -41,7 +41,7 @@ def encode_long(
     one, at last to the whole text.
 
     Args:
-        tokenizer: Of transformers.
+        tokenizer: A transformers tokenizer.
         text: Any.
         split_special_tokens: Take the text of special tokens for text.
         piece: Characters of a window.
@@ -100,7 +100,7 @@ def _windows(
 def _agreement(
     left: tuple[np.ndarray, np.ndarray], right: tuple[np.ndarray, np.ndarray]
 ) -> tuple[int, int] | None:
-    """A place with the same tokens on both sides: as a token of the left and of the right window.
+    """Finds where both windows have the same tokens: an index into each of them.
 
     Args:
         left: Token ids [n] and first and last characters [n, 2] of a window.
@@ -136,7 +136,7 @@ def _parts(
 
 
 def _cut(text: str, start: int, stop: int, encode: Callable[[str], list[int]]) -> int:
-    """A place at or after `stop` (or the end) where a text may be cut; the last before it first."""
+    """Finds a position from `stop` on where a text may be cut, else the last one before."""
     before = text.rfind("\n", start, stop) + 1
     while stop < len(text):
         place = before if before > start else text.find("\n", stop) + 1

@@ -1,4 +1,4 @@
-"""The order of rows: which row every rank sees at every step of an epoch.
+"""The order of rows: the row of every rank at every step of an epoch.
 
 A pure function of (costs, world size, seed, epoch, window), so that a resumed run repeats it. Ranks
 wait for one another at every step, and attention makes rows of equal tokens unequal work (the sum

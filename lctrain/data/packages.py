@@ -32,7 +32,7 @@ class PackagesSource(Source):
     their path, so that they stay a mixture. Upgrading a package changes the data.
 
     Attributes:
-        with_stdlib: Also the files of the standard library.
+        with_stdlib: Whether the files of the standard library are read as well.
         min_file_bytes: Leave shorter files out.
         max_file_bytes: Leave longer files out: tables and generated code, for the most part.
     """
@@ -84,7 +84,7 @@ def package_folders() -> list[Path]:
 
 
 def read_distinct(files: tuple[File, ...]) -> Iterator[Row]:
-    """As `read_text`, without files whose text was there before."""
+    """Reads files as `read_text` does, each text once."""
     seen: set[bytes] = set()
     for row in read_text(files):
         digest = hashlib.blake2b((row["text"] or "").encode(), digest_size=16).digest()

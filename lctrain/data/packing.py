@@ -21,19 +21,19 @@ _WORD_BITS = 1024
 
 @dataclass(frozen=True)
 class PackingReport:
-    """What packing did, in counts.
+    """Counts of a packing.
 
     Attributes:
-        rows: Rows made.
+        rows: Number of rows.
         max_tokens: Capacity of a row.
         documents: Documents that are in the rows, wholly or in part, those with a passkey included.
         pieces: Parts that the documents became; equal to documents unless some were split.
         tokens: Tokens in the rows.
         split: Documents longer than the limit of a document that were split.
         truncated: Documents that lost their end.
-        truncated_tokens: Tokens lost that way.
+        truncated_tokens: Tokens that truncation removed.
         dropped: Documents longer than the limit of a document that were dropped.
-        dropped_tokens: Tokens lost that way.
+        dropped_tokens: Tokens of the dropped documents.
         dropped_empty: Documents without text.
         dropped_unreadable: Documents, lines and files that could not be read.
         repaired: Documents that were read in part, or with characters replaced.
@@ -88,7 +88,7 @@ def _lost(tokens: int) -> str:
 
 @dataclass(frozen=True, eq=False)
 class PackingPlan:
-    """Which piece of which document lies in which row. P pieces, R rows.
+    """The pieces of documents in every row: P pieces, R rows.
 
     A piece's index here is its dropout key: it depends on the documents, the limits of a document
     and a row, and `overlong`, not on the window, the shuffle or the number of ranks.
@@ -138,8 +138,8 @@ def plan_rows(
         lengths: [N] integers, tokens of each document, all >= 1.
         max_tokens: Capacity of a row, >= 2.
         max_document_tokens: Limit of a document, in [2, max_tokens]; None for max_tokens.
-        overlong: What happens to a longer document: "split" into pieces of the limit and a rest,
-            "truncate" to that many first tokens, or "drop".
+        overlong: Treatment of a longer document: "split" into pieces of the limit and a rest,
+            "truncate" to its first tokens, or "drop".
         window: Documents packed at a time; a row never mixes windows.
         dropped_empty: Count of empty documents to carry into the report.
         dropped_unreadable: Count of what could not be read, to carry into the report.
@@ -198,7 +198,7 @@ def document_limit(max_document_tokens: int | None, max_tokens: int) -> int:
     """Returns the most tokens of a document.
 
     Raises:
-        ValueError: if it is below 2, or a row cannot hold it.
+        ValueError: if the limit is below 2, or larger than a row.
     """
     if max_document_tokens is None:
         return max_tokens

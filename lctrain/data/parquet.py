@@ -16,7 +16,9 @@ _ROWS_AT_A_TIME = 256
 
 
 def read_parquet(files: tuple[File, ...], field: str) -> Iterator[Row]:
-    """One document per row; strings, views, dictionaries and binaries in UTF-8 are read alike.
+    """Reads one document per row.
+
+    Strings, views, dictionaries and UTF-8 binaries are treated alike.
 
     What is damaged is left out row group by row group.
     """
@@ -45,7 +47,7 @@ def read_parquet(files: tuple[File, ...], field: str) -> Iterator[Row]:
 
 
 def _find(schema: pa.Schema, field: str, path: str) -> tuple[str, ...]:
-    """The way from a column to the text: one name, or those of nested structs.
+    """Returns the path from a column to the text: one name, or those of nested structs.
 
     Raises:
         FieldError: if there is none, or it does not hold text.

@@ -39,7 +39,7 @@ class Passkey:
 
     Attributes:
         input_ids: [n] int64; without an end token it ends with the answer.
-        answer_start: Where the answer begins in `input_ids`.
+        answer_start: Position of the answer's first token in `input_ids`.
         answer_tokens: Its length.
         key: Its words, as numbers of `PasskeyFormat.words`.
     """
@@ -55,11 +55,11 @@ class PasskeyFormat:
     """The fixed parts of a passkey document as token ids, [n] int64 each.
 
     Attributes:
-        begin: What the tokenizer puts before every document.
-        statement: What precedes the key.
-        reminder: What follows it.
-        question: What precedes the answer.
-        words: What keys are made of.
+        begin: Tokens that the tokenizer adds before every document.
+        statement: Tokens before the key.
+        reminder: Tokens after the key.
+        question: Tokens before the answer.
+        words: Token ids of the words from which keys are made.
         end: The end token; none if the tokenizer has none.
     """
 
@@ -133,9 +133,9 @@ class PasskeyFormat:
         Args:
             random: Chooses key and filler, in this order; in the same state it chooses the same at
                 every depth.
-            tokens: Of the document, exactly; at least `shortest`.
-            depth: Share of the filler that precedes the key, in [0, 1].
-            filler: Where the other text comes from.
+            tokens: Length of the document in tokens, at least `shortest`.
+            depth: Fraction of the filler before the key, in [0, 1].
+            filler: Source of the filler text.
             with_end: Close the document with the end token.
             key_words: Words of the key.
         """
@@ -188,7 +188,7 @@ class Filler:
             begin: Tokens at the start of each document that are left out.
 
         Raises:
-            ValueError: if nothing is left.
+            ValueError: if no tokens remain.
         """
         usable = np.maximum(np.asarray(lengths, dtype=np.int64) - 1 - begin, 0)
         self._ends = np.cumsum(usable)
@@ -202,14 +202,17 @@ class Filler:
 
     @classmethod
     def of(cls, documents: Sequence[np.ndarray], begin: int = 0) -> Filler:
-        """Of token ids in memory, [n] integers each."""
+        """Builds a filler from token ids in memory, [n] integers each."""
         lengths = np.array([len(document) for document in documents])
         return cls(
             lengths, lambda index, start, count: documents[index][start : start + count], begin
         )
 
     def take(self, random: np.random.Generator, tokens: int) -> np.ndarray:
-        """Returns `tokens` consecutive tokens, [tokens] int64; after the last comes the first."""
+        """Returns `tokens` consecutive tokens, [tokens] int64.
+
+        It starts again after the last one.
+        """
         place = int(random.integers(self._ends[-1]))
         parts = [np.empty(0, dtype=np.int64)]
         while tokens > 0:

@@ -1,4 +1,4 @@
-"""Training rows of which a fixed share is passkey documents.
+"""Training rows with a fixed fraction of passkey documents.
 
 The share is of every row, not of the data as a whole: packing sorts by length, so mixed in like
 other documents they would meet in some rows, and steps without any would follow steps of little
@@ -36,7 +36,7 @@ def passkey_lengths(
 
     Args:
         rows: Number of rows, R.
-        tokens: Of each row, at least `shortest`.
+        tokens: Tokens of passkey documents in each row, at least `shortest`.
         shortest: Tokens of the shortest document.
         longest: Tokens of the longest document.
 
@@ -66,7 +66,7 @@ def add_passkeys(
     """Adds passkey documents to the rows of a plan.
 
     Args:
-        plan: Of the text, whose rows leave room; R rows.
+        plan: Packing plan of the text, whose rows have room for the passkeys; R rows.
         documents: Number of documents of the text; those with a passkey follow them.
         lengths: [K] int64, tokens of the passkey documents.
         row_offsets: [R + 1] int64, which of them belong to which row.
@@ -95,7 +95,7 @@ def add_passkeys(
 
 
 class PasskeyStore:
-    """Passkey documents that are made when they are read; see TokenStore.
+    """Passkey documents that are generated on access; used like a TokenStore.
 
     Attributes:
         lengths: [K] int64, tokens of each document.

@@ -1,4 +1,4 @@
-"""From a source to packed rows: everything that happens once, before the first batch."""
+"""Preparation: the steps from a source to packed rows, which run once before the first batch."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """How documents become rows.
+    """Turns the documents of a source into packed rows.
 
     Attributes:
-        source: Where documents come from.
+        source: Source of the documents.
         tokenizer: Name or path of a tokenizer of transformers, or one; None trains one.
-        settings: Those of the data module.
+        settings: Settings of the data module.
     """
 
     source: Source
@@ -57,11 +57,11 @@ class Preparation:
 
     @cached_property
     def cache_dir(self) -> Path:
-        """Where documents, tokens and the tokenizer are kept."""
+        """Folder of documents, tokens and the tokenizer."""
         return cache_folder(self.settings.cache_dir)
 
     def run(self) -> PreparedData:
-        """Reads, splits, tokenizes and packs, from the cache as far as it goes.
+        """Reads, splits, tokenizes and packs the documents; uses cached results where they exist.
 
         Raises:
             ValueError: if the data cannot be read, holds no text, or fills no row.
@@ -210,7 +210,7 @@ class PreparedData:
         tokenizer: The tokenizer of transformers.
         train_rows: The training rows.
         held_out_rows: The held-out rows; none if nothing is held out.
-        settings: What decides the rows, as plain values.
+        settings: Plain values that determine the rows.
         stream: How the training rows go on after these, where the source has no end.
     """
 
@@ -255,5 +255,8 @@ def check_same_settings(now: dict[str, Any], then: dict[str, Any]) -> None:
 
 
 def _compared(settings: dict[str, Any]) -> dict[str, Any]:
-    """Without the source's description: files may move; the hash of their texts is compared."""
+    """Returns the settings without the description of the source.
+
+    Files may move: the hash of their texts is compared.
+    """
     return {name: value for name, value in settings.items() if name != "source"}

@@ -58,7 +58,7 @@ def match_files(patterns: Sequence[str], suffix: str = ".txt") -> list[Path]:
 
     Args:
         patterns: Files and globs.
-        suffix: Of the files that are looked for, for the message about a folder.
+        suffix: Suffix of the files, for the message about a folder.
 
     Raises:
         ValueError: if a pattern matches no file.
@@ -98,7 +98,10 @@ def _folder_hint(path: Path, suffix: str) -> str:
 
 
 def read_text(files: tuple[File, ...], encoding: str | None = None) -> Iterator[Row]:
-    """One document per file, in UTF-8 or as its byte-order mark says, or in `encoding`."""
+    """Reads one document per file.
+
+    The encoding is `encoding`, else that of a byte-order mark, else UTF-8.
+    """
     for path, name, *_ in files:
         parts: list[str] = []
         read = 0

@@ -12,7 +12,7 @@ from lctrain.data.row_order import RowOrder
 
 
 def resume_order(trainer: pl.Trainer) -> None:
-    """Has every RowOrder of the training data start where Lightning's own counts say.
+    """Starts every RowOrder of the training data at the position of Lightning's own counts.
 
     To be called in `on_train_start`: Lightning has restored its counts by then, and has asked for
     no batch. A DataLoader with workers has read ahead from the wrong place; its iterator is made
@@ -29,7 +29,7 @@ def resume_order(trainer: pl.Trainer) -> None:
 
 
 class _Position:
-    """Where a running fit is: (epoch, rows finished in it); None outside of one."""
+    """Position of a running fit: (epoch, rows finished in it); None outside of a fit."""
 
     def __init__(self, trainer: pl.Trainer, rows_per_batch: int) -> None:
         self._trainer = weakref.ref(trainer)

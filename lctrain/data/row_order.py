@@ -21,8 +21,8 @@ class RowOrder(DistributedSampler[int]):
     last; without Lightning, call `set_epoch` before every epoch.
 
     Args:
-        rows: What `lctrain.data.pack` returned; or any dataset with a length, whose items count
-            as equal work.
+        rows: Rows that `lctrain.data.pack` returned; or any dataset with a length, whose items
+            count as equal work.
         seed: Seed of the shuffle.
         balance_window: Steps within which rows are sorted by work.
         num_replicas: Number of ranks; None asks torch.distributed when the order is first used.
@@ -70,7 +70,7 @@ class RowOrder(DistributedSampler[int]):
         self.epoch = epoch
 
     def follow(self, position: Callable[[], tuple[int, int] | None]) -> None:
-        """Asks for the place of every further iterator.
+        """Sets the function that returns the start position of every further iterator.
 
         Args:
             position: Returns (epoch, rows of that epoch to leave out), or None for the beginning of
@@ -79,7 +79,7 @@ class RowOrder(DistributedSampler[int]):
         self._position = position
 
     def __iter__(self) -> Iterator[int]:
-        """As many rows as an epoch has, from the place where it starts on."""
+        """Yields the rows of an epoch from the start position on."""
         place = self._position()
         len(self)  # raises for fewer rows than ranks
         return self._numbers(*((self.epoch, 0) if place is None else place))

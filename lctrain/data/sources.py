@@ -30,13 +30,13 @@ NOT_STANDARD = _NO_SOURCES | {"site-packages", "dist-packages"}
 
 @dataclass(frozen=True, kw_only=True)
 class Source(abc.ABC):
-    """What all sources share.
+    """Base class of all sources.
 
     Attributes:
         max_documents: Use at most this many documents; None for all.
         max_bytes: Use documents up to this much text, at least one; None for all.
-        on_error: skip leaves out what cannot be read, counted and with a warning that names the
-            places; raise stops at the first fault.
+        on_error: "skip" leaves out what cannot be read, counts it and warns; "raise" stops at the
+            first fault.
     """
 
     max_documents: int | None = None
@@ -58,7 +58,7 @@ class Source(abc.ABC):
         `lctrain.data.readers`.
 
         Raises:
-            ValueError: if nothing can be read; with on_error="raise", if something cannot.
+            ValueError: if no document can be read; with on_error="raise", if one cannot.
         """
 
     def load_held_out(self, cache_dir: Path) -> Dataset | None:
@@ -93,7 +93,7 @@ class FileSource(Source):
 
     Attributes:
         files: Files or globs (** crosses folders); each must match.
-        held_out_files: The same, to hold out; empty: some documents of `files` are held out.
+        held_out_files: Files to hold out; without any, some documents of `files` are held out.
     """
 
     suffix: ClassVar[str] = ".txt"
@@ -134,8 +134,8 @@ class TextSource(FileSource):
     """Text files, one document each; compressed ones are decompressed.
 
     Attributes:
-        encoding: Of the files; None for UTF-8, and UTF-16 or UTF-32 where a byte-order mark says
-            so. The mark is no part of the text.
+        encoding: Encoding of the files. None reads UTF-8, and UTF-16 or UTF-32 after a byte-order
+            mark, which is not part of the text.
     """
 
     encoding: str | None = None
@@ -156,7 +156,7 @@ class JsonlSource(FileSource):
 
     Attributes:
         field: The field that holds the text; `doc.text` for a field in a nested object.
-        encoding: As in TextSource.
+        encoding: See TextSource.
     """
 
     suffix: ClassVar[str] = ".jsonl"
@@ -216,13 +216,12 @@ def generate(
 
     Args:
         reader: Yields rows, as in `lctrain.data.readers`.
-        cache_dir: Of the data module.
+        cache_dir: Cache folder of the data module.
         on_error: One of ON_ERROR.
-        **arguments: Of the reader.
+        **arguments: Arguments of the reader.
 
     Raises:
-        ValueError: what the reader raises, in place of the wrapper's; with on_error="raise", the
-            first fault.
+        ValueError: the error that the reader raises; with on_error="raise", the first fault.
     """
     from datasets import Dataset, Features, Value
     from datasets.exceptions import DatasetGenerationError

@@ -27,7 +27,7 @@ def break_up(text: str, pattern: re.Pattern[str]) -> list[str]:
 
 
 def holds_special(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> bool:
-    """Whether there is a special token among [n] ids, apart from that for unknown text.
+    """Returns whether [n] ids contain a special token other than the one for unknown text.
 
     Some vocabularies hold them among their ordinary pieces (Unigram), where asking the tokenizer
     to split them does not help.

@@ -1,4 +1,4 @@
-"""Opens files as streams of bytes or lines of text, whatever compresses or encodes them.
+"""Opens files as streams of bytes or lines of text, for every known compression and encoding.
 
 What a file is, its first bytes say, not its name: a `.gz` that is not compressed is read, and so is
 a compressed file without the suffix.
@@ -36,7 +36,7 @@ _FOREIGN = (
 
 
 class ForeignFileError(ValueError):
-    """A file that is of another kind than it is read as."""
+    """A file whose content is not of the type that was expected."""
 
 
 def open_bytes(path: str) -> Any:
@@ -63,7 +63,7 @@ def open_bytes(path: str) -> Any:
 
 
 def encoding_of(head: bytes, encoding: str | None) -> str:
-    """The encoding of a text: the given one, else what its byte-order mark says, else UTF-8."""
+    """Returns the given encoding of a text, else that of its byte-order mark, else UTF-8."""
     if encoding is not None:
         return codecs.lookup(encoding).name.removesuffix("-sig")
     return next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8")
@@ -74,8 +74,8 @@ def check_text(head: bytes, path: str, encoding: str) -> None:
 
     Args:
         head: First bytes of the file, decompressed.
-        path: For the message.
-        encoding: What it is going to be read as.
+        path: Path of the file, for the message.
+        encoding: Encoding with which the file will be read.
     """
     for magic, kind, remedy in _FOREIGN:
         if head.startswith(magic):

@@ -34,8 +34,8 @@ def load_tokenizer(
         trust_remote_code: Run tokenizer code from there.
 
     Raises:
-        ValueError: if there is none, or one without a vocabulary: from a folder that lacks the
-            files, transformers makes a tokenizer of a few special tokens.
+        ValueError: if there is no tokenizer, or one without a vocabulary. (From a folder without
+            the files, transformers makes a tokenizer of a few special tokens.)
     """
     from transformers import AutoTokenizer
 
@@ -58,7 +58,7 @@ def load_tokenizer(
 
 
 def tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The tokens that a tokenizer adds before and after every text, such as a begin token."""
+    """Returns the tokens that a tokenizer adds before and after every text."""
     bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     whole = list(tokenizer("a")["input_ids"])
     for begin in range(len(whole) - len(bare) + 1):

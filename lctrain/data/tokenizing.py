@@ -36,12 +36,11 @@ def tokenize(
     left out. Memory is bounded by that of the longest document's text and tokens.
 
     Args:
-        documents: What to tokenize.
-        tokenizer: Of transformers.
+        documents: Documents to tokenize.
+        tokenizer: A transformers tokenizer.
         cache_dir: Tokens are kept under cache_dir/tokens, keyed by texts, tokenizer and mode.
         num_proc: Processes. None: this one, in which a fast tokenizer uses all cores anyway.
-        special_tokens: What the text of a special token inside a document becomes, "text" or the
-            "token".
+        special_tokens: "text" or "token": see `lctrain.config.DataSettings`.
     """
     from datasets import Dataset
 

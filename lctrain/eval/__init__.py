@@ -1,4 +1,4 @@
-"""How well a model uses long contexts."""
+"""Measures how well a model uses long contexts."""
 
 from lctrain.eval.begin import BeginTokens, begin_tokens
 from lctrain.eval.comparison import MethodComparison, compare_methods

@@ -10,7 +10,7 @@ from lctrain.data.tokenizer import tokens_around
 
 @dataclass(frozen=True)
 class BeginTokens:
-    """What windows begin with.
+    """Tokens with which windows begin.
 
     Attributes:
         tokens: Token ids, one as a rule; none for tokenizers without a begin token.
@@ -26,12 +26,13 @@ NO_BEGIN = BeginTokens()
 
 
 def begin_tokens(tokenizer: Any, option: bool | None) -> BeginTokens:
-    """What windows begin with, for a tokenizer.
+    """Returns the tokens with which windows begin, for a tokenizer.
 
     Args:
-        tokenizer: Of transformers.
-        option: None: every window begins with what the tokenizer puts before a text, if it does.
-            True: or else with its begin token. False: windows are parts of documents as they are.
+        tokenizer: A transformers tokenizer.
+        option: None: every window begins with the tokens that the tokenizer adds before a text, if
+            any. True: with these, else with the begin token. False: windows are parts of documents,
+            unchanged.
 
     Raises:
         ValueError: if `option` is true, and there is no begin token.

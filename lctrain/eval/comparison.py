@@ -33,9 +33,9 @@ class MethodComparison:
     """Perplexity of the same tokens, by method and context length.
 
     Attributes:
-        tables: By method, each with a row per length.
+        tables: A table by method, each with a row per length.
         window: Tokens that the model was trained on.
-        name: What was evaluated.
+        name: Name of the model.
     """
 
     tables: Mapping[str, PerplexityTable]
@@ -150,11 +150,11 @@ def compare_methods(
         lengths: Context lengths in tokens.
         extensions: The methods, all of one window.
         max_tokens: Most tokens in a forward pass.
-        device: Where the model is; default: where its first parameter is.
+        device: Device of the model; default: that of its first parameter.
         stride: Positions that a window scores; None for half the shortest length.
         min_context: Score tokens that have at least this many predecessors; None for those for
             which every length is filled.
-        begin: What windows begin with; see `begin_tokens`.
+        begin: Tokens with which windows begin; see `begin_tokens`.
         progress: Show a progress bar.
         name: Name of the model.
 

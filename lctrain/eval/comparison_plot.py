@@ -45,7 +45,7 @@ def plot_comparison(comparison: MethodComparison, path: Path) -> None:
     The scale of perplexities is logarithmic where they span more than a factor of ten.
 
     Args:
-        comparison: At least one method; a perplexity that is not finite leaves a gap.
+        comparison: Comparison of at least one method. A perplexity that is not finite leaves a gap.
         path: PNG file to write.
     """
     from matplotlib.ticker import FuncFormatter

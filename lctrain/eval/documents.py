@@ -1,4 +1,4 @@
-"""Documents to evaluate on, tokenized without the training split beside them."""
+"""Documents of an evaluation, tokenized without the training split."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SPLITS = ("held_out", "all")
 
 
 def evaluation_documents(preparation: Preparation, split: str) -> list[TokenizedDocument]:
-    """Reads and tokenizes documents, from the data module's cache as far as it goes.
+    """Reads and tokenizes documents; uses the data module's cache where it has them.
 
     Args:
-        preparation: Of a PackedDataModule with a tokenizer.
+        preparation: Preparation of a PackedDataModule with a tokenizer.
         split: "held_out" for the documents that training on this data holds out; "all" for every
             document, of data that the model was not trained on.
 

@@ -1,4 +1,4 @@
-"""Ways to read beyond the trained window without training, applied to one model and taken back.
+"""Methods to read beyond the trained window without training, applied to a model and undone.
 
 `plain` is the model as it is. `linear` (position interpolation, arXiv 2306.15595), `ntk` (NTK-aware
 scaling: the base grows to theta * f^(D / (D - 2)), fixed for each length) and `yarn` (arXiv
@@ -35,7 +35,7 @@ class Extension:
     Attributes:
         method: One of METHODS.
         window: Tokens that the model was trained on.
-        options: Of `lctrain.patch_model`, for the attention that the method uses.
+        options: Options of `lctrain.patch_model` for the attention of the method.
     """
 
     method: str
@@ -56,18 +56,18 @@ class Extension:
         return self.window if self.method == "intra_chunk" else None
 
     def factor(self, length: int) -> float:
-        """How many times the window a text of `length` tokens is, at least 1."""
+        """Returns the length divided by the window, at least 1."""
         return max(1.0, length / self.window)
 
     @contextmanager
     def patched(self, model: nn.Module) -> Iterator[None]:
-        """Gives the model the attention of this method, and takes it away again.
+        """Context in which the model has the attention of this method.
 
         A model that flash attention does not support is left as it is, with a warning: it is
         evaluated on padded rows, more slowly.
 
         Raises:
-            ValueError: if the model cannot have this method; the message says why.
+            ValueError: if the method does not fit the model; the message says why.
         """
         if self.method in ROPE_METHODS:
             check_rotary(model, self.method)
@@ -111,10 +111,11 @@ def trained_window(model: Any, window: int | None) -> int:
 
     Args:
         model: A transformers causal LM.
-        window: What the user says; None for what its config says, as dual chunk attention reads it.
+        window: Value from the user; None takes the value of the model's config, as dual chunk
+            attention does.
 
     Raises:
-        ValueError: if the config does not say it.
+        ValueError: if the config has no such value.
     """
     if window is None:
         window = configured_window(model.config)

@@ -64,8 +64,8 @@ def perplexity_by_length(
         lengths: context lengths in tokens, each at least 2; sorted, without duplicates.
         max_tokens: most tokens in a forward pass.
         device: where the model is; default: where its first parameter is.
-        overlap: share of a window that is only context, in [0, 1). 0.5 runs each token through the
-            model twice; more is nearer to a full context for all, and takes longer.
+        overlap: fraction of a window that is only context, in [0, 1). With 0.5 each token runs
+            through the model twice; larger values give every token more context, and take longer.
         stride: positions that each window but the first of a document scores, at every length
             the same number; None for `(1 - overlap) * length`. It must be at most the shortest
             length.

@@ -91,7 +91,7 @@ def paired_interval(table: PerplexityTable) -> tuple[list[float], list[float]]:
     """One standard error of the difference from the shortest length, around each perplexity.
 
     Args:
-        table: Of documents; with one alone the interval has no width.
+        table: Table of an evaluation; with one document the interval has no width.
 
     Returns:
         Lower and upper ends, NaN where a perplexity is not finite.
@@ -138,7 +138,7 @@ def _label_points(axes: Axes, lengths: list[int], perplexities: list[float]) -> 
 
 
 def style_axes(axes: Axes, title: str, subtitle: str) -> None:
-    """Writes the titles and takes away what is not needed."""
+    """Writes the titles and hides the superfluous lines of the frame."""
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=22)
     axes.text(0, 1.03, subtitle, transform=axes.transAxes, fontsize=9, color=MUTED)
     axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
@@ -148,7 +148,7 @@ def style_axes(axes: Axes, title: str, subtitle: str) -> None:
 
 
 def count(number: int, noun: str) -> str:
-    """The number with its noun, such as "1 document" or "2,000 documents"."""
+    """Returns a number with its noun, such as "1 document" or "2,000 documents"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 

@@ -33,15 +33,15 @@ DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 @dataclass(frozen=True, eq=False)
 class PasskeyTable:
-    """How many keys were found, by method, length and depth.
+    """Number of keys that were found, by method, length and depth.
 
     Attributes:
-        found: By method, [lengths, depths] int64.
+        found: Found keys by method, [lengths, depths] int64.
         lengths: Tokens of the texts, question and answer included.
-        depths: Share of the other text that precedes the key.
+        depths: Fraction of the filler before the key.
         keys: Number of keys in each cell.
         window: Tokens that the model was trained on.
-        name: What was evaluated.
+        name: Name of the model.
     """
 
     found: Mapping[str, np.ndarray]
@@ -52,7 +52,7 @@ class PasskeyTable:
     name: str = ""
 
     def accuracy(self, method: str) -> np.ndarray:
-        """Share of the keys that were found: [lengths, depths] float64."""
+        """Returns the fraction of the keys that were found, [lengths, depths] float64."""
         return self.found[method] / self.keys
 
     def as_dicts(self) -> list[dict[str, Any]]:
@@ -130,15 +130,15 @@ def passkey_retrieval(
 
     Args:
         model: A causal LM without a patch; it is left as it was.
-        format: Made for the model's tokenizer.
+        format: Passkey format of the model's tokenizer.
         documents: Token ids to hide keys in, [n] integers each; none that the model was trained on.
         lengths: Tokens of the texts, question and answer included.
         extensions: The methods, all of one window.
         max_tokens: Most tokens in a forward pass.
-        depths: Share of the other text that precedes the key, each in [0, 1].
+        depths: Fraction of the filler before the key, each in [0, 1].
         keys_per_cell: Keys of each length and depth.
-        seed: Of keys and text.
-        device: Where the model is; default: where its first parameter is.
+        seed: Seed of keys and text.
+        device: Device of the model; default: that of its first parameter.
         progress: Show a progress bar.
         name: Name of the model.
 

@@ -19,7 +19,7 @@ def plot_retrieval(table: PasskeyTable, path: Path) -> None:
     """Draws one panel per method; the dotted line is where the trained window ends.
 
     Args:
-        table: At least one method.
+        table: Table of at least one method.
         path: PNG file to write.
     """
     methods = list(table.found)

@@ -1,4 +1,4 @@
-"""Runs windows of documents through a model and gives back the loss of each scored token."""
+"""Runs windows of documents through a model and returns the loss of each scored token."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ScoredTokens:
 
     Attributes:
         documents: [n] int64, index of the document.
-        positions: [n] int64, place in the document; the token after it was predicted.
+        positions: [n] int64, position in the document; the loss is that of the next token.
         losses: [n] float64, negative log-likelihoods in nats.
     """
 

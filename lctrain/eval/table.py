@@ -35,7 +35,7 @@ class PerplexityRow:
         documents: documents with a scored token.
         tokens: scored tokens.
         windows: windows that were run.
-        begun: windows among them that began with the begin tokens; 0 where none are known.
+        begun: number of windows that began with the begin tokens; 0 without begin tokens.
     """
 
     length: int
@@ -60,7 +60,7 @@ class PerplexityTable:
     Attributes:
         rows: by rising length.
         name: what was evaluated, for the title of the plot.
-        overlap: share of a window that was only context.
+        overlap: fraction of a window that was only context.
         min_context: scored tokens had at least this many predecessors.
         stride: positions that a window scored at every length; None for a share of each length.
         begin_tokens: what the tokenizer's texts begin with; none if they do not, or it is unknown.
@@ -75,7 +75,7 @@ class PerplexityTable:
 
     @property
     def begun(self) -> str:
-        """Says how many windows began with the begin tokens; nothing where there are none."""
+        """Sentence on how many windows began with the begin tokens; may be empty."""
         if not self.begin_tokens:
             return ""
         if all(row.begun == row.windows for row in self.rows):

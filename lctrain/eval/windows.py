@@ -70,7 +70,7 @@ def cut_windows(
     Args:
         lengths: tokens of each document.
         length: most tokens in a window.
-        overlap: share of a window that is only context, in [0, 1).
+        overlap: fraction of a window that is only context, in [0, 1).
         stride: positions that a later window scores, in [1, length]; None for
             `(1 - overlap) * length`. With one that is the same at every length, and `min_context`
             above the longest length minus it, each scored position sees more than `length -

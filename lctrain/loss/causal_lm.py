@@ -19,7 +19,7 @@ PROBE_LENGTHS = (5, 3)
 
 
 def causal_lm_loss(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy of the next tokens of a packed batch, and how many there are.
+    """Returns the summed cross-entropy of the next tokens of a packed batch, and their number.
 
     The base model computes hidden states and `linear_cross_entropy` does the rest, so that the
     [T, V] logits never exist. This holds where the model's head is verified to be the same function
@@ -49,7 +49,9 @@ def causal_lm_loss(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor
 def token_losses(
     model: nn.Module, model_kwargs: Mapping[str, Any], positions: Tensor, targets: Tensor
 ) -> Tensor:
-    """Cross-entropy of chosen positions of a forward pass; no other position meets the vocabulary.
+    """Returns the cross-entropy at chosen positions of a forward pass.
+
+    Logits of other positions are never formed.
 
     Args:
         model: as in `causal_lm_loss`.
@@ -101,7 +103,7 @@ def _loss(
 
 
 def probe(device: torch.device, packed: bool) -> dict[str, Any]:
-    """Arguments of a forward pass over a few tokens, of the kind that the model gets later."""
+    """Returns the arguments of a forward pass over a few tokens, in the format of later calls."""
     documents = [torch.arange(length) % 2 for length in PROBE_LENGTHS]
     if packed:
         return PackedBatch.from_documents(documents).to(device).model_kwargs()

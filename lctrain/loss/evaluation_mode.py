@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Turns dropout and gradients off inside the block.
+    """Context without dropout and gradients.
 
     Every module gets its own training flag back, also where only a part of the model was training.
     """

@@ -20,7 +20,7 @@ from lctrain.loss.output_head import find_output_head
 
 
 class LossSwap:
-    """A causal language model whose class computes the loss without logits, and the way back."""
+    """Changes the class of a causal language model to one that computes the loss without logits."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
@@ -28,7 +28,7 @@ class LossSwap:
         self._model.__class__ = loss_class(self._own)
 
     def restore(self) -> None:
-        """Gives the model its own class back."""
+        """Restores the model's class."""
         self._model.__class__ = self._own
 
 
@@ -70,7 +70,7 @@ def loss_class(own: Any) -> Any:
 
 
 def _is_plain_call(model: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether the caller wants nothing but the loss: no tuple, no router's loss."""
+    """Returns whether the caller wants only the loss: no tuple, no loss of a router."""
     router = kwargs.get("output_router_logits")
     router = getattr(model.config, "output_router_logits", False) if router is None else router
     return not router and kwargs.get("return_dict", True) is not False

@@ -1,4 +1,4 @@
-"""The last step of a causal language model, from hidden states to logits, found and verified.
+"""The last step of a causal language model, from hidden states to logits: found and verified.
 
 `linear_cross_entropy` may replace a model's own logits only where both are the same function. That
 is not read from a list of architectures: the model runs once on a few tokens, and what passes
@@ -24,12 +24,12 @@ PROBE_LOGIT_SCALE = 100.0
 
 
 class UnverifiedHeadError(Exception):
-    """The model's logits are not what `OutputHead` would compute; the message says why."""
+    """The model's logits differ from those that `OutputHead` computes; the message says how."""
 
 
 @dataclass(frozen=True)
 class OutputHead:
-    """How a model computes its logits from the hidden states of its decoder.
+    """The function by which a model computes logits from the hidden states of its decoder.
 
     Attributes:
         decoder: the model without its output embedding; `last_hidden_state` [B, S, E].
@@ -59,10 +59,10 @@ _verified: WeakKeyDictionary[nn.Module, tuple[_Signature, OutputHead | None]] = 
 def find_output_head(
     model: nn.Module, make_probe: Callable[[], Mapping[str, Any]]
 ) -> OutputHead | None:
-    """The verified head of `model`, or None, with one warning, where it has to compute its logits.
+    """Returns the verified head of `model`, or None with one warning.
 
-    The answer is kept for each model, and looked for again when its output embedding is replaced
-    or its configuration of the logits changes.
+    With None the model computes its logits itself. The answer is cached per model, until its output
+    embedding is replaced or the configuration of its logits changes.
 
     Args:
         model: a transformers causal LM, also compiled or with PEFT's adapters.
@@ -125,7 +125,7 @@ def _config_of_logits(inner: Any) -> tuple[float, float]:
 
 
 def _verify(model: nn.Module, inner: Any, probe: Mapping[str, Any]) -> OutputHead:
-    """Runs the model on `probe` and compares each step of its head with ours."""
+    """Runs the model on `probe` and compares each step of its head with OutputHead's."""
     projection = _output_embeddings(inner)
     _check_projection(projection)
     seen: dict[str, Tensor] = {}

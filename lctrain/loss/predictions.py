@@ -1,4 +1,4 @@
-"""What a causal language model predicts at chosen positions, without the logits of all others."""
+"""Predictions of a causal language model at chosen positions, without the logits of the others."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lctrain.loss.output_head import find_output_head
 
 
 def greedy_tokens(model: nn.Module, model_kwargs: Mapping[str, Any], positions: Tensor) -> Tensor:
-    """The likeliest next token at chosen positions of a forward pass.
+    """Returns the likeliest next token at chosen positions of a forward pass.
 
     Where the inputs hold a text and its answer, the predictions before each token of the answer are
     all right if and only if greedy decoding after the text gives that answer.
 
     Args:
-        model: As in `causal_lm_loss`.
-        model_kwargs: Of a forward pass over `input_ids` [B, S].
+        model: A causal language model, as in `causal_lm_loss`.
+        model_kwargs: Arguments of a forward pass over `input_ids` [B, S].
         positions: [n] int64, positions in the flattened [B * S] tokens.
 
     Returns:

@@ -1,4 +1,4 @@
-"""TokenWindow: the loss of one optimizer step, every token of every micro-batch and rank alike."""
+"""TokenWindow: the loss of one optimizer step, with the same weight for every token."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class TokenWindow:
         """Scales the gradients by `averaged` / (valid tokens of the window on all ranks).
 
         Args:
-            parameters: Those whose gradients the window has summed.
-            averaged: By what the gradients have been divided already: Lightning divides by the
+            parameters: Parameters whose gradients the window has summed.
+            averaged: Factor by which the gradients are divided already: Lightning divides by the
                 micro-batches of a window, DistributedDataParallel by the ranks.
             world_size: Number of ranks.
         """

@@ -1,4 +1,4 @@
-"""Which transformers models can be patched, read off their classes, and why others cannot."""
+"""Decides from a model's classes whether it can be patched; errors say why not."""
 
 import dis
 import inspect
@@ -211,7 +211,7 @@ def _has_windows(model: nn.Module) -> bool:
 
 
 def counts_positions_itself(model: nn.Module) -> bool:
-    """Tells whether a model's positions begin at padding_idx + 1, as in RoBERTa and its kin."""
+    """Returns whether a model's positions begin at padding_idx + 1, as in RoBERTa."""
     return any(
         "create_position_ids_from_input_ids" in code.co_names
         for module in model.modules()

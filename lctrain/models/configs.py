@@ -1,4 +1,4 @@
-"""ConfigSwap: gives a patched model configs of its own, and later the old ones back."""
+"""ConfigSwap: replaces the configs of a patched model by copies, until it is unpatched."""
 
 import copy
 from typing import Any
@@ -29,7 +29,7 @@ class ConfigSwap:
                     self._places.append((module, name, old))
 
     def restore(self) -> None:
-        """Puts the old configs back, with what else was written to the copies in the meantime."""
+        """Restores the old configs, with other values that were written to the copies since."""
         for old, new in self._pairs.values():
             implementation = getattr(old, _IMPLEMENTATION)
             vars(old).clear()

@@ -1,4 +1,4 @@
-"""Differential models: made of plain ones, and from one order of heads to the other.
+"""Differential models: conversion of plain models, and of one order of heads to another.
 
 `lctrain.patch_model(model, attention="differential")` is what runs them on lctrain's kernels.
 """
@@ -70,7 +70,7 @@ def to_differential(model: Any, version: int = 2) -> Any:
 
 
 def _differential_state(model: Any) -> dict[str, Tensor]:
-    """The state dict of version 2, of copies; every weight in the dtype and place of the old."""
+    """Returns the state dict of version 2, copied; every weight keeps its dtype and device."""
     pairs, state = model.config.num_attention_heads, {}
     for name, weight in model.state_dict().items():
         if name.endswith((".self_attn.q_proj.weight", ".self_attn.q_proj.bias")):
@@ -126,9 +126,9 @@ def convert_head_order(weights: Weights, *, source: str, target: str) -> Weights
     (interleaved RoPE), transformers the halves of a head.
 
     Args:
-        weights: A state dict, or a model, whose layers have `lambda_q1` [D] beside the projections.
+        weights: A state dict or a model. Its layers have `lambda_q1` [D] beside the projections.
         source: The order that `weights` has, "transformers" or "unilm".
-        target: The order to bring it to.
+        target: The order of the result.
 
     Returns:
         A new state dict, with copies of what was reordered; or the same model, changed in place.

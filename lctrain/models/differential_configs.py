@@ -48,7 +48,7 @@ def differential_config(config: Any) -> Any:
     """Returns the config of version 2 that has every head of `config` as a pair.
 
     Args:
-        config: Of a family of CONFIGS.
+        config: Configuration of a family in CONFIGS.
 
     Raises:
         ValueError: if the family has no version 2.

@@ -1,4 +1,4 @@
-"""What patch_model asks of a model for differential attention, and what it does to its layers."""
+"""Checks a model for differential attention, and replaces its layers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ def fit_differential(model: Any, spec: DifferentialSpec) -> DifferentialSpec:
 
     Args:
         model: Supported by lctrain's flash attention.
-        spec: What the user asked for.
+        spec: Options from the user.
 
     Returns:
         The spec, unchanged.

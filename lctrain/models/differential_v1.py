@@ -18,11 +18,11 @@ from lctrain.models.cache import given_cache, without_cache
 
 
 class FusedDiffLlamaAttention(DiffLlamaAttention):
-    """What a patched DiffLlama's layers are: DiffLlamaAttention with another forward.
+    """The layers of a patched DiffLlama: DiffLlamaAttention with another forward.
 
-    transformers' own calls attention once per half of the values and cannot be served by an
-    attention function. Weights and state are those of the class above: a layer becomes this one,
-    and what it was again, by its `__class__`.
+    transformers' own forward calls attention once per half of the values, which an attention
+    function cannot change. Weights and state are those of the base class: patching sets the
+    `__class__` of a layer, and unpatching restores it.
     """
 
     def forward(  # type: ignore[override]  # the cache's name depends on the transformers release
@@ -32,7 +32,7 @@ class FusedDiffLlamaAttention(DiffLlamaAttention):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As DiffLlamaAttention.forward; hidden_states [B, S, E] -> [B, S, E]."""
+        """See DiffLlamaAttention.forward; hidden_states [B, S, E] -> [B, S, E]."""
         if self.config._attn_implementation != ATTENTION_NAMES["differential"]:
             return super().forward(  # the attention was set to something else meanwhile
                 hidden_states, position_embeddings, attention_mask, **kwargs

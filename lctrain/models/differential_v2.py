@@ -1,4 +1,4 @@
-"""Version 2 of differential attention (microsoft/unilm, January 2026) in Llama and its kin.
+"""Version 2 of differential attention (microsoft/unilm, January 2026) in Llama, Qwen2 and Qwen3.
 
 Heads (2 h, 2 h + 1) are a pair that shares a key and a value of D:
 ``out = A1 v - lambda A2 v``, lambda = sigmoid(x W) per token and pair, no norm. A model is its
@@ -103,7 +103,7 @@ class Qwen3DifferentialAttention(DifferentialAttention, Qwen3Attention):
 
 
 class DifferentialModel(_Module):
-    """Mixin of the causal language models: theirs, with differential attention layers."""
+    """Mixin of the causal language models that have differential attention layers."""
 
     attention_class: ClassVar[Any]
     model: Any

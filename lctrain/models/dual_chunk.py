@@ -27,20 +27,20 @@ from lctrain.models.window import configured_window
 
 
 def fit_dual_chunk(model: Any, spec: DualChunkSpec) -> DualChunkSpec:
-    """Checks that a model can have dual chunk attention, and fills in what follows its window.
+    """Checks that a model can have dual chunk attention, and fills in the options from its window.
 
     The trained window is `spec.window`, else what `lctrain.models.window.configured_window` finds.
 
     Args:
         model: Supported by lctrain's flash attention.
-        spec: What the user asked for.
+        spec: Options from the user.
 
     Returns:
         The spec without None in `chunk_size`, `local_size` and `window`.
 
     Raises:
-        ValueError: if the model has no rotary embeddings of Llama's kind, has layers that are
-            differential or attend otherwise than causally to all keys, or does not say its window.
+        ValueError: if the model has no rotary embeddings like Llama's, has differential layers or
+            layers that are not causal over all keys, or has no known window.
     """
     refuse_differential_layers(model)
     spec = follow_window(model.config, spec)

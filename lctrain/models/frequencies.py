@@ -46,8 +46,8 @@ class DocumentFrequencies:
 
     Attributes:
         rotary: The module.
-        lengths: [B, S] int64, the length of each token's document; None for rows that are a
-            document each, as long as their highest position says.
+        lengths: [B, S] int64, the length of each token's document. With None every row is a
+            document, as long as its highest position says.
     """
 
     def __init__(self, rotary: Any) -> None:
@@ -62,9 +62,9 @@ class DocumentFrequencies:
         """Returns what the module's own forward returns, for every token by its document's length.
 
         Args:
-            x: Tells device and dtype.
+            x: Tensor with the device and dtype of the result.
             position_ids: [B, S], or [A, B, S] for several axes.
-            layer_type: Of modules that serve several sorts of layers.
+            layer_type: Type of the layer, for modules that serve several types.
         """
         types = self.rotary.rope_type
         arguments = {} if layer_type is None else {"layer_type": layer_type}
@@ -139,7 +139,10 @@ class DocumentFrequencies:
 
 
 class _View:
-    """A rotary embedding with other frequencies: all that a forward reads, nothing copied."""
+    """A rotary embedding with other frequencies.
+
+    It has only what a forward reads, without copies.
+    """
 
     def __init__(self, rotary: nn.Module, name: str, inv_freq: Tensor) -> None:
         self._rotary = rotary
@@ -172,7 +175,7 @@ def row_frequencies(model: nn.Module, lengths: Tensor) -> Iterator[None]:
     """Within it, an unpatched model rotates every row [B, S] at the frequencies of its length.
 
     Args:
-        model: Of transformers.
+        model: A transformers model.
         lengths: [B], real tokens of each row.
     """
     modules = length_dependent(model)
@@ -230,7 +233,7 @@ class CrossingCache:
 
 
 def attach_crossing(model: nn.Module) -> None:
-    """Gives a model of that kind its CrossingCache. Harmless for others."""
+    """Adds a CrossingCache to a model with such frequencies. Does nothing for others."""
     method = getattr(type(model), "prepare_inputs_for_generation", None)
     code = getattr(inspect.unwrap(method), "__code__", None) if method is not None else None
     drops = (
@@ -244,7 +247,7 @@ def require_document_frequencies(model: nn.Module) -> None:
     """Refuses rotary embeddings whose output for one document depends on another one.
 
     Raises:
-        ValueError: if the frequencies follow the longest document in a way that is not known here.
+        ValueError: if the frequencies follow the longest document in an unknown way.
     """
     known = length_dependent(model).values()
     for module in model.modules():
@@ -262,7 +265,7 @@ def require_document_frequencies(model: nn.Module) -> None:
 
 
 def _mixes(module: nn.Module) -> bool:
-    """Whether the output of a rotary embedding of no known kind depends on other positions."""
+    """Returns whether the output of an unknown rotary embedding depends on other positions."""
     if not any(name.endswith("inv_freq") for name in module._buffers):
         return False
     if "position_ids" not in inspect.signature(type(module).forward).parameters:
@@ -328,7 +331,7 @@ def _layer_types(rotary: Any) -> list[str | None]:
 
 
 def _fresh(rotary: nn.Module) -> Any:
-    """A copy on the CPU that has seen nothing yet; without memory, of other frequencies."""
+    """Returns a new copy on the CPU, or a copy without memory and with other frequencies."""
     copied: Any = copy.copy(rotary)
     vars(copied).pop("forward", None)
     vars(copied)["_buffers"] = dict(copied._buffers)
@@ -349,7 +352,7 @@ def _fresh(rotary: nn.Module) -> Any:
 
 
 def _broadcasts(rotary: nn.Module) -> bool:
-    """Whether the module's forward takes a row of frequencies per token as it is."""
+    """Returns whether the forward accepts one row of frequencies per token."""
     return not any(
         instruction.opname == "BINARY_MATRIX_MULTIPLY" or instruction.argrepr == "@"
         for instruction in dis.get_instructions(_decorated(type(rotary)).__wrapped__)

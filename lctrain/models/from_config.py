@@ -1,4 +1,4 @@
-"""A causal LM from what a YAML file or a checkpoint can say: a name, or a configuration."""
+"""Builds a causal LM from a name or from a configuration, as a YAML file or checkpoint holds it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def model_from(description: str | Mapping[str, Any], vocab_size: int | None = No
         vocab_size: Used where a configuration has no `vocab_size`; None for the family's own.
 
     Raises:
-        ValueError: if there is no such model or family, or an argument does not fit it.
+        ValueError: if the model, its family or one of its arguments does not exist.
     """
     if isinstance(description, str):
         return load_pretrained(PretrainedModelConfig(name_or_path=description), "float32")

@@ -30,7 +30,7 @@ class FusedSwap:
     """The fused modules of one model.
 
     Attributes:
-        swapped: (module, its own class, its fused class) of every module that changed.
+        swapped: (module, old class, fused class) of every module that changed.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -47,7 +47,7 @@ class FusedSwap:
                 self._swap(module, fused_modules.ResidualLayer)
 
     def restore(self) -> None:
-        """Gives every module its own class back."""
+        """Restores the class of every module."""
         for module, own, fused in reversed(self.swapped):
             if type(module) is fused:
                 module.__class__ = own
@@ -60,7 +60,7 @@ class FusedSwap:
         self.swapped = []
 
     def describe(self) -> str:
-        """How many modules of which class were swapped, for people."""
+        """Returns how many modules of which class were swapped, as a sentence."""
         counts = Counter(own.__name__ for _, own, _ in self.swapped)
         return ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing"
 
@@ -98,7 +98,7 @@ def fused_class(own: type, mixin: type, attributes: tuple[tuple[str, Any], ...] 
 
 
 def find_activation(function: Any) -> str | None:
-    """The name under which `gated_linear` knows an activation, from what it computes; or None."""
+    """Returns the name of an activation in `gated_linear`, from what it computes; or None."""
     x = torch.linspace(-8.0, 8.0, 257, dtype=torch.float64)
     ones = torch.ones_like(x)
     known = {
@@ -159,7 +159,7 @@ def _mlp_mixin(own: type) -> type | None:
 
 
 def _own_forward(own: type) -> FunctionType | None:
-    """A class's forward, unless something wraps it that a subclass would lose."""
+    """Returns the forward of a class, unless a wrapper is around it that a subclass would lose."""
     forward = getattr(own, "forward", None)
     plain = isinstance(forward, FunctionType) and not hasattr(forward, "__wrapped__")
     return forward if plain else None
@@ -180,7 +180,7 @@ def _rotates_like_llama(forward: FunctionType) -> bool:
 
 
 def _defers_norms(forward: FunctionType) -> bool:
-    """Whether nothing but the rotation sees the normalised queries and keys."""
+    """Returns whether only the rotation reads the normalised queries and keys."""
     from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
     from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 

@@ -70,7 +70,7 @@ class PendingNorm:
         self.module = module
 
     def transpose(self, first: int, second: int) -> PendingNorm:
-        """As of the tensor; the norm is over the last dimension."""
+        """Transposes two dimensions as a tensor does; the norm is over the last dimension."""
         return PendingNorm(self.x.transpose(first, second), self.module)
 
     def finish(self) -> Tensor:
@@ -97,7 +97,7 @@ def rotate_states(
         q: [B, Hq, S, D], a tensor or a PendingNorm of one.
         k: [B, Hk, S, D], likewise.
         cos: [B or 1, S, R].
-        sin: Likewise.
+        sin: Sine, in the shape of cos.
         unsqueeze_dim: 1.
     """
     assert unsqueeze_dim == 1, "the attention layers that call this have heads before tokens"
@@ -189,7 +189,7 @@ def keeps_tensors_elsewhere() -> bool:
 
 
 def is_plain_linear(module: Any) -> bool:
-    """Whether a module is nothing but a product with its weight."""
+    """Returns whether a module only multiplies by its weight."""
     return (
         type(module) is nn.Linear
         and module.bias is None

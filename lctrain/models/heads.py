@@ -1,4 +1,4 @@
-"""Heads that give one output per row: they get, and give, one row per document of a pack.
+"""Heads with one output per row: in a pack they get, and return, one row per document.
 
 Sequence classification, question answering and next sentence prediction pool or normalise over a
 row. A pack is one row of many documents, so its documents become rows, padded on the right, before
@@ -45,7 +45,7 @@ def to_rows(
     """Makes a row of every document, padded on the right to the longest one.
 
     Args:
-        model: For its padding token.
+        model: Model, for its padding token.
         inputs: Keyword arguments of the model; tensors [B, S, ...] are cut, others are kept.
         boundaries: Of the documents in the rows [B, S]. N documents, the longest of M tokens.
 
@@ -81,7 +81,7 @@ def to_rows(
 
 
 def row_places(boundaries: Boundaries) -> Tensor:
-    """Returns [T] int64: where each real token goes among flattened rows, one per document."""
+    """Returns for each token the index of its place among flattened rows, [T] int64."""
     document, position = find_places(boundaries)
     return document * boundaries.max_seqlen_q + position
 

@@ -111,12 +111,12 @@ class InputHook:
         return (), inputs
 
     def rest(self, model: nn.Module) -> None:
-        """Gives back what the hook has changed in a model that now has another attention."""
+        """Undoes the changes of the hook in a model whose attention was set to another one."""
         if self.rotaries:
             detach_frequencies(model)
 
     def _tell_lengths(self, model: nn.Module, lengths: Tensor) -> None:
-        """Tells the rotary embeddings how long each token's document is, [B, S]."""
+        """Passes the length of each token's document to the rotary embeddings, [B, S]."""
         for name in self.rotaries:
             attach_frequencies(model.get_submodule(name)).lengths = lengths
 
@@ -179,7 +179,7 @@ class InputHook:
 def find_boundaries(
     inputs: dict[str, Any], batch: int, tokens: int, device: torch.device
 ) -> Boundaries:
-    """Returns the documents of rows [batch, tokens], from whatever says where they are.
+    """Returns the documents of rows [batch, tokens], from the argument that describes them.
 
     Args:
         inputs: The model's arguments: a pack's own, `attention_mask` [B, S], `position_ids` [B, S].

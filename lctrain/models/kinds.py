@@ -1,4 +1,4 @@
-"""KINDS: what patch_model does to a model for each kind of attention."""
+"""KINDS: for each attention, the checks and changes that patch_model makes."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,11 +21,11 @@ def _keep(layers: dict[str, nn.Module]) -> Callable[[], None]:
 
 
 class Kind(NamedTuple):
-    """One kind of attention.
+    """The checks and changes for one attention.
 
     Attributes:
-        fit: (model, spec) -> the spec with what it leaves to the model filled in. Raises a
-            ValueError that says what to do if the model cannot have this attention.
+        fit: (model, spec) -> the spec with its None values filled in from the model. Raises a
+            ValueError with a remedy if the model cannot have this attention.
         hook: (model, fitted spec) -> the input hook of a transformers model, or of one inside.
         swap: (attention layers by name) -> what undoes it. Changes layers that no attention
             function can serve.

@@ -23,7 +23,7 @@ _threads = threading.local()
 
 
 class LateHook:
-    """Does what the InputHook of patch_model does, with the default options.
+    """An InputHook with the default options of patch_model.
 
     It does nothing while the model is patched, or its attention is set to something else.
 
@@ -106,7 +106,7 @@ def prepare(model: Any, implementation: str, early: bool = False) -> None:
 
 
 def attach_late_hook(model: nn.Module, implementation: str) -> LateHook:
-    """Returns a model's LateHook for an attention; makes it if there is none."""
+    """Returns the LateHook of a model for an attention, and creates it if needed."""
     for hook in model._forward_pre_hooks.values():
         if isinstance(hook, LateHook) and hook.implementation == implementation:
             return hook

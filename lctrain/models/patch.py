@@ -39,21 +39,23 @@ def patch_model(
         attention: "flash"; "dual_chunk" for texts beyond the trained window of a causal model with
             rotary embeddings; "differential" for a DiffLlama, or for what
             `lctrain.models.differential.to_differential` returns.
-        fused: Also swap norms, rotary embeddings, MLPs and residual additions of known kinds for
-            fused operations: equal within rounding, faster and smaller on a GPU.
+        fused: Whether to swap norms, rotary embeddings, MLPs and residual additions for fused
+            operations as well. Results are equal within rounding; on a GPU they are faster and take
+            less memory.
         loss: Have `model(**batch, labels=...)` compute the loss without the logits in training
             mode; its output then has `logits=None`. For causal language models.
-        **options: Of every attention: `dropout` (probability, training mode only; default: as the
-            model's config says), `deterministic`, `backend`. Of "dual_chunk" also `chunk_size`,
-            `local_size`, `scale`, `scale_coefficient` and `window`: see DualChunkSpec. Its defaults
-            follow `dual_chunk_attention_config` in the model's config, where there is one, else
-            `max_position_embeddings`: texts of up to so many tokens are read as before.
+        **options: Options for every attention: `dropout` (probability, training mode only; default:
+            as the model's config says), `deterministic`, `backend`. Options for "dual_chunk":
+            `chunk_size`, `local_size`, `scale`, `scale_coefficient` and `window`, see
+            DualChunkSpec. Their defaults follow `dual_chunk_attention_config` in the model's
+            config, else `max_position_embeddings`: texts of up to that many tokens give the output
+            of plain attention.
 
     Returns:
         A handle that lists what was swapped and undoes it; also a context manager.
 
     Raises:
-        ValueError: if the model or an option cannot be honoured; the message says what to do.
+        ValueError: if the model or an option is not supported; the message names the remedy.
     """
     spec = make_spec(attention, **options)
     if isinstance(model, nn.Module) and _hooks(model):
@@ -78,14 +80,15 @@ def _require_bools(**flags: Any) -> None:
 
 
 def serving_backend(model: nn.Module, spec: AttentionSpec, head_dim: int = 1) -> str:
-    """Returns which kernels will serve the model where it is now, in autocast's dtype if it is on.
+    """Returns the backend that will run the model on its current device.
 
-    Weights in float32 warn of nothing: under autocast the calls are in another dtype.
+    The dtype is autocast's where it is on. Weights in float32 cause no warning, since under
+    autocast the calls have another dtype.
 
     Args:
-        model: On any device.
-        spec: Its options.
-        head_dim: Of the layers that are asked about, as in `head_dims`.
+        model: Model on any device.
+        spec: Options of its attention.
+        head_dim: Head dim of the layers in question, as in `head_dims`.
 
     Raises:
         ValueError: if the backend that the spec names cannot.
@@ -116,7 +119,7 @@ def _hooks(model: nn.Module) -> list[InputHook]:
 
 
 class PatchHandle:
-    """What patch_model swapped in one model, and the way back.
+    """Lists what patch_model swapped in one model, and undoes it.
 
     Attributes:
         model: The patched model.
@@ -155,7 +158,7 @@ class PatchHandle:
         ] + [module.register_forward_hook(check_outputs, with_kwargs=True) for module, _ in hooks]
 
     def unpatch(self) -> None:
-        """Gives the model back as it was, outputs bit-equal. Harmless if done before."""
+        """Restores the model; its outputs are bit-equal to before. Does nothing if called again."""
         if not self.active:
             return
         self.active = False

@@ -1,4 +1,4 @@
-"""How many positions a model has: the size of its table, if it looks positions up in one."""
+"""Number of positions of a model that looks positions up in a table."""
 
 import re
 from typing import Any
@@ -17,7 +17,7 @@ def position_limit(model: Any) -> int | None:
     Beyond them an embedding is indexed out of its range, which on a GPU ends the process.
 
     Args:
-        model: Of transformers, on any device, the meta device too.
+        model: A transformers model on any device, the meta device included.
     """
     limits = []
     for name, module in model.named_modules():
@@ -38,11 +38,11 @@ def require_positions(
     """Raises a ValueError if documents of so many tokens do not fit a model's position table.
 
     Args:
-        model: Of transformers.
-        tokens: Of the longest document.
-        name: What to call `tokens` in the message.
+        model: A transformers model.
+        tokens: Length of the longest document, in tokens.
+        name: Name of `tokens` in the message.
         remedy: A sentence.
-        limit: `position_limit(model)`, where it is known.
+        limit: `position_limit(model)`, if known.
     """
     limit = position_limit(model) if limit is None else limit
     if limit is not None and tokens > limit:

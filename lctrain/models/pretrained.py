@@ -18,11 +18,11 @@ def load_pretrained(config: PretrainedModelConfig, dtype: str = "auto") -> Any:
     """Loads a causal LM in evaluation mode.
 
     Args:
-        config: Which one.
+        config: Config of the pretrained model.
         dtype: Dtype of the weights: auto (as they are stored), float32, bfloat16 or float16.
 
     Raises:
-        ValueError: if there is no such model, it is no causal LM, or the dtype is unknown.
+        ValueError: if the model does not exist or is no causal LM, or the dtype is unknown.
     """
     from transformers import AutoModelForCausalLM
 
@@ -41,7 +41,7 @@ def load_architecture(config: PretrainedModelConfig) -> Any:
     """Builds the same model without its weights, on the current device.
 
     Raises:
-        ValueError: if there is no such model, or it is no causal LM.
+        ValueError: if the model does not exist, or is no causal LM.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -66,7 +66,7 @@ def check_dtype(dtype: str) -> None:
 
 @contextmanager
 def _naming(config: PretrainedModelConfig) -> Iterator[None]:
-    """Turns what transformers raises into an error that names the model."""
+    """Turns an error of transformers into one that names the model."""
     check_model_name(config.name_or_path)
     try:
         yield

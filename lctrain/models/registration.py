@@ -28,7 +28,10 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 def register() -> None:
-    """Registers attention and mask functions. Imports transformers; harmless if done before."""
+    """Registers attention and mask functions.
+
+    Imports transformers. Does nothing if called again.
+    """
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
@@ -60,7 +63,7 @@ def register_families_on_demand() -> None:
 
 
 def register_families() -> None:
-    """Tells AutoConfig and AutoModelForCausalLM of the differential families. Harmless if done."""
+    """Registers the differential families with AutoConfig and AutoModelForCausalLM."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from lctrain.models.differential_v2 import MODELS
@@ -71,11 +74,11 @@ def register_families() -> None:
 
 
 def _accept_names(model_class: Any) -> None:
-    """Lets transformers take our names for what they are.
+    """Makes transformers accept lctrain's attention names.
 
-    It believes that every name with "flash" in it is a build of FlashAttention: it would look for
-    one on the hub and refuse to construct the model (transformers 5.17 and 5.23), or swap the name
-    for a kernel of its own choice. All other names go the original way.
+    transformers treats every name with "flash" in it as a build of FlashAttention. It would look
+    for one on the hub and refuse to construct the model (transformers 5.17 and 5.23), or replace
+    the name by a kernel of its own choice. Other names are handled by transformers' own code.
     """
     original = model_class._check_and_adjust_attn_implementation
     if getattr(original, _MARK, False):

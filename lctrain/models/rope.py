@@ -12,15 +12,15 @@ STATIC_TYPES = ("default", "linear", "yarn", "llama3")
 
 
 class RopeSwap:
-    """Gives a model the frequencies of other `rope_parameters`, until `restore`.
+    """Sets the frequencies of a model to those of other `rope_parameters`, until `restore`.
 
     transformers' own class computes them. Types whose frequencies depend on the input ("dynamic",
     "longrope") are refused: a neighbour in the pack would change a document's output.
 
     Args:
         model: A transformers model with one rotary embedding.
-        parameters: Entries of the config's `rope_parameters` to change, such as
-            {"rope_type": "yarn", "factor": 4.0}.
+        parameters: Entries of the config's `rope_parameters` to change, such as {"rope_type":
+            "yarn", "factor": 4.0}.
 
     Raises:
         ValueError: if the model has not one rotary embedding, or the type is refused or unknown.
@@ -51,7 +51,7 @@ class RopeSwap:
         rotary.attention_scaling = scaled.attention_scaling
 
     def restore(self) -> None:
-        """Gives the model its own frequencies back, every bit. Harmless if done before."""
+        """Restores the model's frequencies, bit for bit. Does nothing if called again."""
         self._rotary.inv_freq, self._rotary.attention_scaling = self._before
 
 

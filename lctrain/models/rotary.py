@@ -1,4 +1,4 @@
-"""Rotary embeddings of a model: what makes them, and whether its layers use them as Llama does.
+"""Finds the rotary embedding of a model, and checks that its layers use it as Llama does.
 
 Families differ in ways that no name tells: interleaved pairs, heads rotated in part, layers without
 rotation, norms after it. So one layer of each sort is run on a few tokens, at two sets of
@@ -23,12 +23,12 @@ _REMEDY = (
 
 
 class Probe(NamedTuple):
-    """What one attention layer hands to its attention function.
+    """Query and key that one attention layer passes to its attention function.
 
     Attributes:
         layer: The layer.
         angles: [S, D / 2] float32, by which its rotary embedding rotates the tokens.
-        still: Query [1, H, S, D] and key [1, Hk, S, D] of tokens that all stand at position 0.
+        still: Query [1, H, S, D] and key [1, Hk, S, D] of tokens that are all at position 0.
         rotated: The same at the positions of `angles`.
         arguments: The other arguments of the attention function.
     """
@@ -41,7 +41,7 @@ class Probe(NamedTuple):
 
 
 def find_rotary(model: nn.Module) -> nn.Module:
-    """Returns the one module that makes a model's rotary embeddings; its inv_freq is [D / 2].
+    """Returns the module that computes a model's rotary embeddings; its inv_freq is [D / 2].
 
     Raises:
         ValueError: if there is none, or several.
@@ -91,7 +91,7 @@ def probe_layers(model: Any, rotary: nn.Module) -> Iterator[Probe]:
 
 
 def require_half_split(probe: Probe) -> None:
-    """Raises a ValueError unless a layer rotates whole heads as Llama does, and does nothing after.
+    """Raises a ValueError unless a layer rotates whole heads as Llama does, as its last step.
 
     Then rotating its queries further is the same as moving them to other positions.
     """

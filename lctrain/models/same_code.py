@@ -8,7 +8,7 @@ from typing import Any
 
 
 def same_code(function: Any, other: Any) -> bool:
-    """Tells whether two functions have the same bytecode, names and constants.
+    """Returns whether two functions have the same bytecode, names and constants.
 
     Decorators that keep `__wrapped__` are looked through; docstrings and annotations do not count.
     transformers generates most families from a few, so that a copy of Llama's norm is found in
@@ -30,7 +30,7 @@ def _essence(code: CodeType, doc: str | None) -> tuple[Any, ...]:
 
 
 def with_globals(function: FunctionType, **names: Any) -> FunctionType:
-    """The same function, which finds other things under some of its module's names."""
+    """Returns the same function with other values for some global names of its module."""
     copy = FunctionType(
         function.__code__,
         function.__globals__ | names,

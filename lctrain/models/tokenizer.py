@@ -1,4 +1,4 @@
-"""Which tokenizer belongs to a model: trained weights know the ids of one tokenizer only."""
+"""Chooses the tokenizer of a model: trained weights fit the ids of one tokenizer only."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def tokenizer_for(model: ModelConfig, named: str | None) -> PreTrainedTokenizerB
 
     Args:
         model: Pretrained or from scratch.
-        named: What the data config names.
+        named: Name of the tokenizer in the data config.
 
     Returns:
-        Of a pretrained model its own, unless another is asked for and allowed; of one from
-        scratch what is named, None for a tokenizer that is trained on the data.
+        For a pretrained model its own tokenizer, unless another is named and allowed. For a model
+        from scratch the named one, or None for a tokenizer that is trained on the data.
 
     Raises:
         ValueError: if a pretrained model has no tokenizer and none is named, or one is named whose

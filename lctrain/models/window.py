@@ -12,7 +12,7 @@ def configured_window(config: Any) -> int | None:
     model as configured was trained for.
 
     Args:
-        config: Of transformers.
+        config: A transformers configuration.
     """
     published = getattr(config, "dual_chunk_attention_config", None) or {}
     window = published.get("original_max_position_embeddings")

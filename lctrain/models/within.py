@@ -97,15 +97,15 @@ def patch_models(
 
     Args:
         module: Holds the models.
-        attention: As in `lctrain.patch_model`.
+        attention: Name of the attention, as in `lctrain.patch_model`.
         models: Attribute paths of the models to patch; None for all.
-        **options: As in `lctrain.patch_model`.
+        **options: Options of `lctrain.patch_model`.
 
     Returns:
-        What was swapped, and the way back.
+        A handle that lists what was swapped and undoes it.
 
     Raises:
-        ValueError: if there is no model, or one cannot be patched; the message says what to do.
+        ValueError: if there is no model, or one cannot be patched; the message names the remedy.
     """
     patches = ModelPatches({})
     found = require_models(module, models)

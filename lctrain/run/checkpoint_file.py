@@ -29,7 +29,10 @@ none; a callback that keeps an object of its own adds its class here."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, seals, flushes to disk, then renames: never half a checkpoint."""
+    """Writes a checkpoint beside its target, seals it, flushes it to disk, then renames it.
+
+    A target is never half written.
+    """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
@@ -66,11 +69,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Args:
             path: The file.
-            map_location: As in `torch.load`.
+            map_location: See `torch.load`.
             weights_only: Read tensors, plain values and what ALLOWED lists only; None for yes.
 
         Raises:
-            ValueError: if the file holds anything else, or is damaged.
+            ValueError: if the file is damaged, or holds other objects than tensors and plain
+                values.
         """
         location = (lambda storage, _: storage) if map_location is None else map_location
         if weights_only is False:
@@ -83,7 +87,7 @@ def read_checkpoint(path: Path, **options: Any) -> dict[str, Any]:
 
     Args:
         path: The file.
-        options: Of `torch.load`; with mmap=True tensors are read when they are used.
+        options: Options of `torch.load`; with mmap=True tensors are read when they are used.
 
     Raises:
         DamagedCheckpointError: if torch cannot read it.

@@ -1,4 +1,4 @@
-"""The folder of a run: made for one run, locked while it runs, reopened only to go on with it."""
+"""The folder of a run: created for one run, locked while it runs, reopened only to resume it."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ ORPHANS = ("step-*.ckpt.tmp", "step-*.ckpt.writing", "step-*.ckpt.tmp.writing", 
 
 
 class RunFolder:
-    """One run's folder, held until `close`.
+    """The folder of one run, locked until `close`. `run.json` in it has the id of the run.
 
-    `run.json` in it says which run it is. Ranks other than the first hold nothing.
+    Ranks other than the first lock nothing.
 
     Attributes:
         path: The folder.
-        record: What `run.json` says: `id`, `kind`, `identity` and how the run was started.
+        record: Contents of `run.json`: `id`, `kind`, `identity` and how the run was started.
     """
 
     def __init__(self, path: Path, record: dict[str, Any], lock: FolderLock | None) -> None:
@@ -50,7 +50,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, kind: str, identity: Mapping[str, Any]) -> RunFolder:
-        """Makes the folder of a new run, or takes one that holds no run.
+        """Creates the folder of a new run, or uses an existing folder without a run.
 
         Args:
             path: The folder.
@@ -58,8 +58,8 @@ class RunFolder:
             identity: Options that make the run what it is: see `identity_of`.
 
         Raises:
-            ValueError: if a run is there already.
-            FolderInUseError: if another run is making it its own.
+            ValueError: if the folder has a run. FolderInUseError: if another process is creating a
+                run in it.
         """
         record = _new_record(kind, identity)
         if not is_rank_zero():
@@ -85,7 +85,7 @@ class RunFolder:
 
     @classmethod
     def reopen(cls, path: Path, kind: str, identity: Mapping[str, Any]) -> RunFolder:
-        """Opens the folder of a run that goes on.
+        """Opens the folder of a run that is resumed.
 
         Args:
             path: The folder.
@@ -119,7 +119,7 @@ class RunFolder:
         path.write_text(text)
 
     def note(self, key: str, value: Any) -> None:
-        """Adds to `run.json` what a resumed run must know.
+        """Adds entries to `run.json` that a resumed run needs.
 
         Args:
             key: Its name in the record.
@@ -130,7 +130,7 @@ class RunFolder:
             _write(self.path / RECORD, self.record)
 
     def hold(self, folder: Path) -> None:
-        """Locks a further folder that the run writes into, outside of its own.
+        """Locks another folder that the run writes into.
 
         Raises:
             FolderInUseError: if another run uses it.
@@ -167,7 +167,7 @@ class RunFolder:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """What `run.json` in a folder says; None if there is none that can be read."""
+    """Returns the contents of `run.json` in a folder; None if there is none that can be read."""
     try:
         record = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError):
@@ -207,7 +207,7 @@ def _new_record(kind: str, identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _start() -> dict[str, Any]:
-    """How and where this process was started."""
+    """Returns how and where this process was started."""
     return {
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "arguments": sys.argv[1:],

@@ -1,4 +1,4 @@
-"""What makes a run that run: the options that a resumed run must not change."""
+"""The identity of a run: the options that a resumed run must not change."""
 
 from __future__ import annotations
 
@@ -76,11 +76,13 @@ def may_change(name: str) -> bool:
 
 
 def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
-    """What differs, as "option was x, is y"; options that one of the two does not know are left.
+    """Returns the differences as "option was x, is y".
+
+    Options that only one of the two has are left out.
 
     Args:
         now: Identity of this run.
-        then: Of the run that is resumed.
+        then: Identity of the run that is resumed.
     """
     found = []
     for name in now:

@@ -1,4 +1,4 @@
-"""A lock on a folder that ends with the process that holds it, however that process ends."""
+"""A lock on a folder that ends with its process, however that process ends."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Takes the lock.
+        """Acquires the lock.
 
         Args:
             folder: Exists.
 
         Raises:
-            FolderInUseError: if another run, or this process, holds it.
+            FolderInUseError: if another run, or this process, has the lock.
         """
         self.path = folder.resolve() / LOCK
         if self.path in _held:
@@ -61,7 +61,7 @@ class FolderLock:
         )
 
     def release(self) -> None:
-        """Gives the lock back; the file stays, since to remove it would race with the next run."""
+        """Releases the lock. The file stays, since removing it would race with the next run."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

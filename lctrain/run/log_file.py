@@ -23,7 +23,7 @@ def log_file(path: Path, writes: bool = True) -> Iterator[None]:
 
     Args:
         path: The file.
-        writes: False for the ranks that write nothing.
+        writes: False for ranks that write nothing.
     """
     if not writes:
         yield
@@ -58,6 +58,6 @@ def log_file(path: Path, writes: bool = True) -> Iterator[None]:
 
 
 def log_to_file(text: str) -> None:
-    """Puts into the log file what was printed: nothing appears on the terminal a second time."""
+    """Writes text to the log file that was printed already, and prints nothing."""
     if _only_file.handlers:
         _only_file.info("%s", text)

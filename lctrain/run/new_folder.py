@@ -15,7 +15,7 @@ TOKEN = secrets.token_hex(2)  # of this process: runs that start in the same sec
 
 
 def new_run_folder(root: str, name: str, time: str) -> str:
-    """Returns the folder of a run that starts now; it is not made.
+    """Returns the path of the folder for a run that starts now; does not create it.
 
     Args:
         root: Folder of all runs.

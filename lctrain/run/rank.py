@@ -1,4 +1,4 @@
-"""Which process of a run writes, before any process group exists."""
+"""Decides which process of a run writes, before any process group exists."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 
 def is_rank_zero(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is the first of its run, as launchers tell it by environment variables.
+    """Returns whether this process is the first of its run, by the launcher's variables.
 
     torchrun sets RANK, srun SLURM_PROCID, and Lightning LOCAL_RANK and NODE_RANK. Without them the
-    process is the only one, or the one that starts the others.
+    process is the only one, or starts the others.
 
     Args:
         environment: The variables.

@@ -1,4 +1,4 @@
-"""Which checkpoint a run starts from: `ckpt_path` as a path, or "last" for this run's newest."""
+"""Finds the checkpoint that a run starts from: `ckpt_path` is a path, or "last" for the newest."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ def find_checkpoint(
 
     Args:
         ckpt_path: None, a path, or "last".
-        directories: "last" is looked for in these directories of checkpoints first: a run that is
-            started again in the same folder.
-        runs_dir: Folder of earlier runs of the same name: then in theirs, the newest run first.
-        identity: Of this run; None compares nothing.
+        directories: Directories of checkpoints that "last" searches first, for a run that is
+            started again in its folder.
+        runs_dir: Folder of earlier runs of the same name, which "last" searches next, the newest
+            run first.
+        identity: Identity of this run; None compares nothing.
 
     Returns:
         The intact checkpoint to resume from, or None to start afresh.
 
     Raises:
-        ValueError: if there is no such checkpoint, if it is damaged, or if its run is another one.
+        ValueError: if the checkpoint does not exist, is damaged, or belongs to another run.
     """
     if ckpt_path is None:
         return None
@@ -58,10 +59,10 @@ def newest_directory(runs_dir: Path, identity: Mapping[str, Any] | None = None) 
 
     Args:
         runs_dir: Folder of earlier runs of the same name.
-        identity: Of this run; None compares nothing.
+        identity: Identity of this run; None compares nothing.
 
     Raises:
-        ValueError: if there is none; the message says how the newest run differs.
+        ValueError: if no run matches; the message says how the newest one differs.
     """
     runs = sorted(_directories(runs_dir), key=_age, reverse=True)
     for directory in runs:

@@ -20,7 +20,7 @@ class DamagedCheckpointError(ValueError):
 
 
 def seal(file: BinaryIO, digest: str) -> None:
-    """Makes the hash the comment of the archive.
+    """Writes the hash into the comment of the archive.
 
     Args:
         file: The archive, without a comment.
@@ -33,7 +33,7 @@ def seal(file: BinaryIO, digest: str) -> None:
 
 
 def damage_of(path: Path) -> str | None:
-    """What is wrong with a checkpoint file, in words; None if it is what was written.
+    """Returns what is wrong with a checkpoint file, in words, or None.
 
     A file without a seal (from an older lctrain, or from Lightning) is compared with the CRC-32 of
     each of its records.

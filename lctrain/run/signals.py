@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: the first ends it in order, the second at once."""
+"""Signals that ask a run to stop. The first ends it after its step, the second at once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ ONE_SIGNAL_S = 3.0
 
 
 class StopRun(BaseException):
-    """A signal asks the run to end. Not an Exception: what handles errors lets it through.
+    """Raised when a signal asks the run to end.
+
+    No Exception, so that error handlers do not catch it.
 
     Attributes:
         number: The signal.
@@ -50,13 +52,13 @@ class StopSignals:
     process at once, with the same exit status.
 
     Attributes:
-        received: The first signal; None so far.
+        received: The first signal; None before.
         waits: Whether somebody looks at `received` after every step.
         end_others: Sends a signal to other processes of the run, which this one started.
     """
 
     def __init__(self) -> None:
-        """Installs nothing yet."""
+        """Creates the object; handlers are installed later."""
         self.received: int | None = None
         self.waits = False
         self.end_others: Callable[[int], None] = lambda number: None
@@ -108,11 +110,11 @@ class StopSignals:
 
 @contextmanager
 def ends_in_order(signals: StopSignals, checkpoints: Path | None) -> Iterator[None]:
-    """Turns the end by a signal into a message and an exit status.
+    """Context that turns the end by a signal into a message and an exit status.
 
     Args:
-        signals: What was received.
-        checkpoints: Directory of the run's checkpoints; None for a run that makes none.
+        signals: Signals of the run.
+        checkpoints: Directory of the run's checkpoints; None for a run without checkpoints.
 
     Raises:
         SystemExit: with 128 + the signal, as a shell would report it; with 0 in a rank that

@@ -1,4 +1,4 @@
-"""Where a run starts: in a new folder, or in the one of the run that it goes on with."""
+"""Chooses the folder of a run: a new one, or that of the run that it resumes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def folder_to_go_on_in(config: TrainConfig, identity: Mapping[str, Any]) -> Path | None:
-    """The folder of the earlier run that this one goes on with, if it has no folder of its own yet.
+    """Returns the folder of the run to resume, if this run has no folder of its own yet.
 
     Args:
-        config: Of this run, whose `paths.output_dir` is a new folder.
-        identity: Of this run.
+        config: Config of this run; its `paths.output_dir` is a new folder.
+        identity: Identity of this run.
 
     Returns:
         The folder, or None for a new run, and for a checkpoint that lies in no run's folder.
@@ -39,7 +39,7 @@ def folder_to_go_on_in(config: TrainConfig, identity: Mapping[str, Any]) -> Path
 
 @contextmanager
 def without_empty_folder(folder: str) -> Iterator[None]:
-    """Deletes the folder that Hydra has made if the block fails before anything is in it."""
+    """Context that deletes the folder of Hydra if the block fails before writing a file."""
     try:
         yield
     except BaseException:
@@ -75,12 +75,12 @@ def claim_folder(
     runs_dir: Path,
     others: Sequence[Path] = (),
 ) -> RunFolder:
-    """Takes the folder of a run for as long as it runs.
+    """Context in which the folder of a run is locked.
 
     Args:
-        folder: Where it writes.
-        checkpoint: What it resumes from; in the same folder, the run there goes on.
-        identity: Of this run.
+        folder: Folder of the run.
+        checkpoint: Checkpoint to resume from. If it is in the same folder, that run continues.
+        identity: Identity of this run.
         runs_dir: Folder of all runs of this name, in which orphans are deleted.
         others: Further folders that it writes into.
 
@@ -105,7 +105,7 @@ def claim_folder(
 
 
 def _copy_metrics(checkpoint: Path, folder: Path) -> None:
-    """Begins the metrics of a run that goes on in another folder with those up to there.
+    """Copies the metrics up to the checkpoint, for a run that continues in another folder.
 
     The logger drops the rows from the checkpoint's step on.
     """

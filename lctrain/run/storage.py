@@ -1,4 +1,4 @@
-"""What a disk can refuse, and how the user is told."""
+"""Errors of storage, such as a full disk, turned into messages with a remedy."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class StorageError(OSError):
 
 
 def storage_error(error: OSError, what: str, folder: Path, then: str) -> StorageError:
-    """Turns an error of the operating system into one that says what to do.
+    """Turns an error of the operating system into one that names the remedy.
 
     Args:
-        error: What happened.
-        what: What could not be written, as in "checkpoint of step 8".
-        folder: Where.
+        error: The error.
+        what: What could not be written, such as "checkpoint of step 8".
+        folder: Folder of the file.
         then: What to do once there is room, without a full stop.
 
     Returns:
@@ -57,7 +57,7 @@ def storage_errors(folder: Path, then: str) -> Iterator[None]:
     """Explains a full disk, a used-up quota or a read-only file system inside the block.
 
     Args:
-        folder: Of the run.
+        folder: Folder of the run.
         then: What to do once there is room, without a full stop.
 
     Raises:
