@@ -48,6 +48,21 @@ class Boundaries(NamedTuple):
     document_ids: Tensor | None = None
     schedule: Any = None
 
+    def as_arguments(self, queries: str = "_q") -> dict[str, Any]:
+        """Returns what the functions of `lctrain.kernels` take of a pack, under their names.
+
+        Args:
+            queries: Suffix of the names of the queries' boundaries and length.
+        """
+        return {
+            f"cu_seqlens{queries}": self.cu_seqlens_q,
+            f"max_seqlen{queries}": self.max_seqlen_q,
+            "cu_seqlens_k": self.cu_seqlens_k,
+            "max_seqlen_k": self.max_seqlen_k,
+            "document_ids": self.document_ids,
+            "schedule": self.schedule,
+        }
+
 
 def is_packed(arguments: dict[str, Any]) -> bool:
     """Tells whether any of a pack's arguments is given."""

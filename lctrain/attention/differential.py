@@ -16,11 +16,13 @@ from lctrain.attention.boundaries import Boundaries
 from lctrain.attention.forward import (
     attend,
     backend_of,
-    find_boundaries,
-    lost_boundaries,
+    dropout_of,
+    is_causal_layer,
+    read_documents,
     refuse_unknown,
-    require_rows,
+    scale_of,
     spec_of,
+    window_of,
 )
 from lctrain.attention.spec import DifferentialSpec
 
@@ -79,20 +81,15 @@ def differential_attention_forward(
     assert lctrain_lambda is not None
     lam = lctrain_lambda
     spec = spec_of(module, DifferentialSpec)
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    queries, keys = (query.shape[0], query.shape[2]), (key.shape[0], key.shape[2])
-    if lctrain_boundaries is None:
-        if spec is not None and queries == keys:
-            raise lost_boundaries(module)
-        drop = causal or sliding_window is not None
-        lctrain_boundaries = find_boundaries(attention_mask, kwargs, queries, keys, drop, query)
-    require_rows(module, lctrain_boundaries, queries, keys)
+    causal = is_causal_layer(module, is_causal)
+    drop = causal or sliding_window is not None
+    boundaries = read_documents(
+        module, spec, lctrain_boundaries, query, key, attention_mask, kwargs, drop
+    )
     spec = spec if spec is not None else DifferentialSpec()
-    if spec.dropout is not None:
-        dropout = spec.dropout if module.training else 0.0
     if lam.dim() > 0:
         lam = lam.flatten(0, 1)
-        real = lctrain_boundaries.indices_q
+        real = boundaries.indices_q
         lam = lam if real is None else lam.index_select(0, real)
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -108,22 +105,17 @@ def differential_attention_forward(
             k2,
             v,
             lam,
-            lctrain_boundaries.cu_seqlens_q,
-            lctrain_boundaries.max_seqlen_q,
-            dropout_p=dropout,
-            softmax_scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            dropout_p=dropout_of(module, spec, dropout),
+            softmax_scale=scale_of(query, scaling),
             causal=causal,
-            window_size=_window(sliding_window, causal),
-            document_ids=lctrain_boundaries.document_ids,
-            schedule=lctrain_boundaries.schedule,
+            window_size=window_of(sliding_window, causal),
             backend=backend_of(spec, q.device, q.dtype),
-            cu_seqlens_k=lctrain_boundaries.cu_seqlens_k,
-            max_seqlen_k=lctrain_boundaries.max_seqlen_k,
+            **boundaries.as_arguments(queries=""),
         )
         # `attend` keeps columns of D; the 2 D of version 1 travel as two heads.
         return cast(Tensor, out).unflatten(2, (-1, value.shape[-1])).flatten(1, 2)
 
-    out = attend(kernel, query, key, value, lctrain_boundaries)
+    out = attend(kernel, query, key, value, boundaries)
     return out.unflatten(2, (query.shape[1] // 2, -1)).flatten(3), None
 
 
@@ -145,9 +137,3 @@ def _refuse_for_differential(
             "lctrain.models.differential.to_differential returns, and call the model itself, not "
             "its layers."
         )
-
-
-def _window(sliding_window: int | None, causal: bool) -> tuple[int, int]:
-    if sliding_window is None:
-        return (-1, -1)
-    return (sliding_window - 1, 0 if causal else sliding_window - 1)

@@ -16,9 +16,11 @@ from lctrain.attention.boundaries import Boundaries, find_positions
 from lctrain.attention.forward import (
     attend,
     backend_of,
+    dropout_of,
     lost_boundaries,
+    read_documents,
     refuse_unknown,
-    require_rows,
+    scale_of,
     spec_of,
 )
 from lctrain.attention.spec import DualChunkSpec
@@ -122,36 +124,29 @@ def dual_chunk_attention_forward(
     chunk_size, local_size = spec.chunk_size, spec.local_size
     assert chunk_size is not None
     assert local_size is not None
-    queries, keys = (query.shape[0], query.shape[2]), (key.shape[0], key.shape[2])
-    require_rows(module, lctrain_boundaries, queries, keys)
-    if spec.dropout is not None:
-        dropout = spec.dropout if module.training else 0.0
+    boundaries = read_documents(
+        module, spec, lctrain_boundaries, query, key, attention_mask, kwargs, drop_queries=True
+    )
     inv_freq = lctrain_dual_chunk.inv_freq()
     logit_scale = lctrain_dual_chunk.logit_scale
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = dual_chunk_attn_varlen_func(
             q,
             k,
             v,
-            lctrain_boundaries.cu_seqlens_q,
-            lctrain_boundaries.max_seqlen_q,
             inv_freq=inv_freq.to(device=q.device, dtype=torch.float32),
             chunk_size=chunk_size,
             local_size=local_size,
             logit_scale=None if logit_scale is None else logit_scale.to(q.device),
-            dropout_p=dropout,
-            softmax_scale=scale,
-            document_ids=lctrain_boundaries.document_ids,
-            schedule=lctrain_boundaries.schedule,
+            dropout_p=dropout_of(module, spec, dropout),
+            softmax_scale=scale_of(query, scaling),
             backend=backend_of(spec, q.device, q.dtype, q.shape[-1]),
-            cu_seqlens_k=lctrain_boundaries.cu_seqlens_k,
-            max_seqlen_k=lctrain_boundaries.max_seqlen_k,
+            **boundaries.as_arguments(queries=""),
         )
         return cast(Tensor, out)
 
-    return attend(kernel, query, key, value, lctrain_boundaries), None
+    return attend(kernel, query, key, value, boundaries), None
 
 
 def refuse_for_dual_chunk(

@@ -7,11 +7,13 @@ from torch import Tensor, nn
 from lctrain.attention.boundaries import Boundaries
 from lctrain.attention.forward import (
     attend,
-    find_boundaries,
-    lost_boundaries,
+    dropout_of,
+    is_causal_layer,
+    read_documents,
     refuse_unknown,
-    require_rows,
+    scale_of,
     spec_of,
+    window_of,
 )
 from lctrain.attention.spec import FlashSpec
 
@@ -62,46 +64,30 @@ def flash_attention_forward(
 
     refuse_unknown(kwargs)
     spec = spec_of(module, FlashSpec)
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    queries, keys = (query.shape[0], query.shape[2]), (key.shape[0], key.shape[2])
-    if lctrain_boundaries is None:
-        if spec is not None and queries == keys:
-            raise lost_boundaries(module)
-        drop = causal or sliding_window is not None
-        lctrain_boundaries = find_boundaries(attention_mask, kwargs, queries, keys, drop, query)
-    require_rows(module, lctrain_boundaries, queries, keys)
+    causal = is_causal_layer(module, is_causal)
+    drop = causal or sliding_window is not None
+    boundaries = read_documents(
+        module, spec, lctrain_boundaries, query, key, attention_mask, kwargs, drop
+    )
     spec = spec if spec is not None else FlashSpec()
     if spec.sliding_window is not None:
         sliding_window = min(spec.sliding_window, sliding_window or spec.sliding_window)
-    if spec.dropout is not None:
-        dropout = spec.dropout if module.training else 0.0
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = flash_attn_varlen_func(
             q,
             k,
             v,
-            lctrain_boundaries.cu_seqlens_q,
-            lctrain_boundaries.cu_seqlens_k,
-            lctrain_boundaries.max_seqlen_q,
-            lctrain_boundaries.max_seqlen_k,
-            dropout_p=dropout,
-            softmax_scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            dropout_p=dropout_of(module, spec, dropout),
+            softmax_scale=scale_of(query, scaling),
             causal=causal,
-            window_size=_window(sliding_window, causal),
+            window_size=window_of(sliding_window, causal),
             softcap=softcap or 0.0,
             deterministic=spec.deterministic or bool(deterministic),
             learnable_sink=s_aux,
-            document_ids=lctrain_boundaries.document_ids,
-            schedule=lctrain_boundaries.schedule,
             backend=spec.backend,
+            **boundaries.as_arguments(),
         )
         return cast(Tensor, out)
 
-    return attend(kernel, query, key, value, lctrain_boundaries), None
-
-
-def _window(sliding_window: int | None, causal: bool) -> tuple[int, int]:
-    if sliding_window is None:
-        return (-1, -1)
-    return (sliding_window - 1, 0 if causal else sliding_window - 1)
+    return attend(kernel, query, key, value, boundaries), None

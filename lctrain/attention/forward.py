@@ -1,21 +1,14 @@
 """Code shared by the attention functions, which transformers' layers call instead of SDPA."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lctrain.attention.boundaries import (
-    Boundaries,
-    find_segments,
-    from_cu_seqlens,
-    from_padding,
-    from_rows,
-    from_segments,
-    is_packed,
-)
+from lctrain.attention.boundaries import Boundaries
+from lctrain.attention.documents import find_documents_of_layer
 from lctrain.attention.mask import UNPATCH
 from lctrain.attention.spec import AttentionSpec
 
@@ -103,77 +96,62 @@ def require_rows(
         )
 
 
-def find_boundaries(
-    mask: Tensor | None,
-    kwargs: dict[str, Any],
-    queries: tuple[int, int],
-    keys: tuple[int, int],
-    drop_queries: bool,
+def read_documents(
+    module: nn.Module,
+    spec: AttentionSpec | None,
+    given: Boundaries | None,
     query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    arguments: dict[str, Any],
+    drop_queries: bool,
 ) -> Boundaries:
-    """Finds the boundaries in a layer of a model that was loaded by name."""
-    if mask is not None and mask.dim() != 2:
-        raise ValueError(
-            f"attention_mask must be [batch, tokens], got {tuple(mask.shape)}. Describe documents "
-            f"by cu_seq_lens and padding by a 2-D mask. {UNPATCH}"
-        )
-    if is_packed(kwargs):
-        if mask is not None and mask.dtype == torch.bool:
-            raise ValueError(
-                "attention_mask must be None for packed inputs, got both a padding mask and "
-                "cu_seq_lens. Drop the mask: a pack holds no padding."
-            )
-        if queries != keys:
-            raise ValueError(
-                f"packed inputs must have as many keys as queries, got {keys[1]} and {queries[1]} "
-                "(a filled cache or cross-attention). Pass use_cache=False, and generate without "
-                "cu_seq_lens."
-            )
-        return from_cu_seqlens(kwargs, queries, keys)
-    if mask is not None:
-        if mask.shape[1] != keys[1]:
-            raise ValueError(
-                f"attention_mask must cover the {keys[1]} keys, got {mask.shape[1]} (a cache of "
-                f"fixed size). Use a DynamicCache. {UNPATCH}"
-            )
-        return cast(Boundaries, _remember(mask, _from_mask, queries[1], drop_queries))
-    position_ids = kwargs.get("position_ids")
-    if position_ids is not None and queries == keys and queries[1] > 1:
-        if position_ids.dim() != 2:
-            raise ValueError(
-                f"position_ids must be [batch, tokens], got {tuple(position_ids.shape)}. Pass "
-                "cu_seq_lens_q/k and max_length_q/k to say where documents end."
-            )
-        packed = _remember(position_ids, _from_positions, queries[0])
-        if packed is not None:
-            return packed
-    return from_rows(queries[0], queries[1], keys[1], query.device)
+    """Returns the documents of a layer's rows: those of the input hook, else what the layer finds.
+
+    Args:
+        module: The layer.
+        spec: That the layer carries.
+        given: From the input hook.
+        query: [B, H, S, D].
+        key: [B, Hk, Sk, D].
+        mask: What flash_attention_mask returned.
+        arguments: All others of the layer.
+        drop_queries: As in `lctrain.attention.boundaries.from_padding`.
+
+    Raises:
+        ValueError: if the boundaries were lost on the way, or describe other rows.
+    """
+    queries, keys = (query.shape[0], query.shape[2]), (key.shape[0], key.shape[2])
+    if given is None:
+        if spec is not None and queries == keys:
+            raise lost_boundaries(module)
+        given = find_documents_of_layer(mask, arguments, queries, keys, query.device, drop_queries)
+    require_rows(module, given, queries, keys)
+    return given
 
 
-def _from_mask(mask: Tensor, queries: int, drop_queries: bool) -> Boundaries:
-    if mask.dtype == torch.bool:
-        return from_padding(mask, queries, drop_queries=drop_queries)
-    return from_segments(mask)
+def is_causal_layer(module: nn.Module, is_causal: bool | None) -> bool:
+    """Returns whether a layer attends causally: as the call says, else as the module does."""
+    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
 
-def _from_positions(position_ids: Tensor, batch: int) -> Boundaries | None:
-    segments = find_segments(position_ids)
-    return None if segments is None else from_segments(segments.expand(batch, -1))
+def dropout_of(module: nn.Module, spec: AttentionSpec, dropout: float) -> float:
+    """Returns the probability of dropping a weight: the spec's in training, else the call's."""
+    if spec.dropout is None:
+        return dropout
+    return spec.dropout if module.training else 0.0
 
 
-@torch.compiler.disable
-def _remember(
-    tensor: Any, find: Callable[..., Boundaries | None], *options: Any
-) -> Boundaries | None:
-    """find(tensor, *options), once per forward: all layers of a model are given the same tensor."""
-    if tensor.is_inference():
-        return find(tensor, *options)  # has no version by which to notice a change in place
-    known = getattr(tensor, "_lctrain_known", {})
-    key = (tensor._version, *options)
-    if key not in known:
-        known[key] = find(tensor, *options)
-        tensor._lctrain_known = known
-    return known[key]
+def scale_of(query: Tensor, scaling: float | None) -> float:
+    """Returns the factor of q.k: the call's, else D^-0.5."""
+    return query.shape[-1] ** -0.5 if scaling is None else scaling
+
+
+def window_of(sliding_window: int | None, causal: bool) -> tuple[int, int]:
+    """Returns the (left, right) keys that a query sees beside its own; -1 is unbounded."""
+    if sliding_window is None:
+        return (-1, -1)
+    return (sliding_window - 1, 0 if causal else sliding_window - 1)
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]

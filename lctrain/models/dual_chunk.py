@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lctrain.attention.boundaries import Boundaries, from_padding, from_rows
+from lctrain.attention.boundaries import Boundaries
+from lctrain.attention.documents import find_documents
 from lctrain.attention.dual_chunk import (
     DUAL_CHUNK_ARGUMENT,
     DualChunkInputs,
@@ -155,9 +156,9 @@ def _continued_boundaries(inputs: dict[str, Any]) -> Boundaries:
     tokens = inputs["inputs_embeds"] if tokens is None else tokens
     rows, queries = tokens.shape[:2]
     keys = int(given_cache(inputs).get_seq_length()) + queries
-    mask = inputs.get("attention_mask")
+    mask, shapes = inputs.get("attention_mask"), ((rows, queries), (rows, keys))
     if mask is None:
-        return from_rows(rows, queries, keys, tokens.device)
+        return find_documents(*shapes, tokens.device)
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < keys:
         shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
@@ -166,4 +167,4 @@ def _continued_boundaries(inputs: dict[str, Any]) -> Boundaries:
         )
     # As in transformers: column i is token i of the row, also where the mask goes on from there.
     real = mask[:, :keys].to(device=tokens.device, dtype=torch.bool)
-    return from_padding(real, queries)
+    return find_documents(*shapes, tokens.device, real=real)

@@ -4,7 +4,6 @@ import inspect
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lctrain.attention.boundaries import (
@@ -12,11 +11,13 @@ from lctrain.attention.boundaries import (
     find_lengths,
     find_positions,
     find_segments,
-    from_cu_seqlens,
-    from_padding,
-    from_rows,
-    from_segments,
     is_packed,
+)
+from lctrain.attention.documents import (
+    divide_documents,
+    find_documents,
+    number_documents,
+    refuse_mask_of_pack,
 )
 from lctrain.attention.forward import BOUNDARIES_ARGUMENT
 from lctrain.attention.mask import read_mask
@@ -86,7 +87,7 @@ class InputHook:
                 self._tell_lengths(model, _continued_lengths(inputs, tokens))
             return (), inputs  # the attention function knows how many keys there are
         positions = inputs.get("position_ids")
-        boundaries = find_boundaries(inputs, tokens.shape[0], tokens.shape[1], tokens.device)
+        boundaries = read_boundaries(inputs, tokens.shape[0], tokens.shape[1], tokens.device)
         if inputs.get("position_ids") is not positions:  # the mask numbers documents
             self._require_positions(model)
         if mask is None and "attention_mask" in self.names:
@@ -176,7 +177,7 @@ class InputHook:
             inputs["use_cache"] = False
 
 
-def find_boundaries(
+def read_boundaries(
     inputs: dict[str, Any], batch: int, tokens: int, device: torch.device
 ) -> Boundaries:
     """Returns the documents of rows [batch, tokens], from the argument that describes them.
@@ -198,12 +199,8 @@ def find_boundaries(
             " documents. Call the patched language model by itself: model.get_decoder()."
         )
     if is_packed(inputs):
-        if mask is not None:
-            raise ValueError(
-                "attention_mask must be None for packed inputs, got both a padding mask and "
-                "cu_seq_lens. Drop the mask: a pack holds no padding."
-            )
-        return from_cu_seqlens(inputs, rows, rows)
+        refuse_mask_of_pack(mask)
+        return find_documents(rows, rows, device, pack=inputs)
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -219,19 +216,12 @@ def find_boundaries(
         mask, numbers = read_mask(mask, device)
         if numbers is not None:
             return _numbered(inputs, numbers)
+    numbers = None
     if position_ids is not None:
-        if position_ids.dim() != 2:
-            raise ValueError(
-                f"position_ids must be [batch, tokens], got {list(position_ids.shape)}. Pass "
-                "cu_seq_lens_q/k and max_length_q/k to say where documents end."
-            )
-        segments = find_segments(position_ids.expand(batch, -1), mask)
-        if segments is not None:
+        numbers = number_documents(position_ids, batch, mask)
+        if numbers is not None:
             _forgo_cache(inputs, "position_ids must not restart")
-            return from_segments(segments)
-    if mask is not None:
-        return from_padding(mask, tokens)
-    return from_rows(batch, tokens, tokens, device)
+    return find_documents(rows, rows, device, real=mask, numbers=numbers)
 
 
 def _numbered(inputs: dict[str, Any], numbers: Tensor) -> Boundaries:
@@ -241,19 +231,13 @@ def _numbered(inputs: dict[str, Any], numbers: Tensor) -> Boundaries:
     """
     _forgo_cache(inputs, "attention_mask must not number documents")
     inputs["attention_mask"] = (numbers > 0).long()
-    position_ids = inputs.get("position_ids")
+    rows, position_ids = (numbers.shape[0], numbers.shape[1]), inputs.get("position_ids")
+    if position_ids is not None:
+        numbers = divide_documents(numbers, position_ids)
+    boundaries = find_documents(rows, rows, numbers.device, numbers=numbers)
     if position_ids is None:
-        boundaries = from_segments(numbers)
         inputs["position_ids"] = find_positions(boundaries)
-        return boundaries
-    if position_ids.dim() != 2:
-        raise ValueError(
-            f"position_ids must be [batch, tokens] beside a mask that numbers documents, got "
-            f"{list(position_ids.shape)}. Leave them out."
-        )
-    restarts = F.pad(position_ids.expand(numbers.shape).diff(dim=-1) != 1, (1, 0), value=False)
-    begins = restarts.to(numbers.device) | F.pad(numbers.diff(dim=-1) != 0, (1, 0), value=False)
-    return from_segments((begins.cumsum(-1) + 1).masked_fill(numbers == 0, 0))
+    return boundaries
 
 
 def _forgo_cache(inputs: dict[str, Any], what: str) -> None:

@@ -156,7 +156,7 @@ def test_position_ids_that_do_not_restart_are_rows():
         (PACK | {"attention_mask": torch.ones(B, S).bool()}, "must be None for packed inputs"),
         (
             {"position_ids": torch.zeros(3, B, S, dtype=torch.int64)},
-            r"position_ids must be \[batch, tokens\], got \(3, 2, 7\)",
+            r"position_ids must be \[batch, tokens\], got \[3, 2, 7\]",
         ),
     ],
 )
@@ -189,11 +189,11 @@ def test_mixed_dtypes_follow_the_values():
 
 
 def test_the_pack_is_searched_once_for_all_layers(monkeypatch):
-    from lctrain.attention import forward
+    from lctrain.attention import documents
 
     searches = []
-    find = forward.find_segments
-    monkeypatch.setattr(forward, "find_segments", lambda p: searches.append(1) or find(p))
+    find = documents.find_segments
+    monkeypatch.setattr(documents, "find_segments", lambda *p: searches.append(1) or find(*p))
     positions = POSITIONS.clone()
     for _ in range(3):
         flash_attention_forward(layer(), *states(batch=1), None, position_ids=positions)

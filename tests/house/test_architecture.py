@@ -222,3 +222,24 @@ def test_every_package_on_disk_is_listed():
         for path in (ROOT / top_folder).rglob("*.py")
     }
     assert found == listed
+
+
+def test_one_module_decides_where_documents_are():
+    """All others ask it, or read what it answered."""
+    found = {f"lctrain.attention.boundaries.from_{way}" for way in WAYS}
+    importers = {module for module in SOURCES if imported_names(module) & found}
+    assert importers == {"lctrain.attention.documents"}
+
+
+WAYS = ("cu_seqlens", "padding", "rows", "segments")
+
+
+def imported_names(module: str) -> set[str]:
+    """Dotted names of everything that a module imports by `from x import y`."""
+    nodes = ast.walk(ast.parse(SOURCES[module].read_text()))
+    return {
+        f"{node.module}.{alias.name}"
+        for node in nodes
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
