@@ -20,16 +20,33 @@ from lctrain.loss.output_head import find_output_head
 
 
 class LossSwap:
-    """Changes the class of a causal language model to one that computes the loss without logits."""
+    """Swaps the loss of a causal language model for one without logits: see `lctrain.models.swap.Swap`.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ValueError: for a model without an output embedding or without labels.
+    """
+
+    name = "loss"
 
     def __init__(self, model: nn.Module) -> None:
+        require_causal_lm(model)
         self._model: Any = model
         self._own = cast(Any, type(model))
+
+    def apply(self) -> None:
+        """Gives the model a class that computes the loss without logits."""
         self._model.__class__ = loss_class(self._own)
 
-    def restore(self) -> None:
+    def undo(self) -> None:
         """Restores the model's class."""
         self._model.__class__ = self._own
+
+    def describe(self) -> str:
+        """Returns how the loss is computed."""
+        return "without logits"
 
 
 def require_causal_lm(model: Any) -> None:

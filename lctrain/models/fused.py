@@ -27,15 +27,28 @@ _LAYER_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp
 
 
 class FusedSwap:
-    """The fused modules of one model.
+    """The fused modules of one model: see `lctrain.models.swap.Swap`.
 
     Attributes:
         swapped: (module, old class, fused class) of every module that changed.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ValueError: if kernels from the hub replace forwards of the model.
     """
+
+    name = "fused"
 
     def __init__(self, model: nn.Module) -> None:
         require_no_hub_kernels(model)
+        self.model = model
         self.swapped: list[tuple[nn.Module, type, type]] = []
+
+    def apply(self) -> None:
+        """Gives every module of a known kind its fused class."""
+        model = self.model
         for module in model.modules():
             if _norm_mixin(type(module)) is not None:
                 self._swap(module, _norm_mixin(type(module)))
@@ -46,7 +59,7 @@ class FusedSwap:
             if _is_residual_layer(module):
                 self._swap(module, fused_modules.ResidualLayer)
 
-    def restore(self) -> None:
+    def undo(self) -> None:
         """Restores the class of every module."""
         for module, own, fused in reversed(self.swapped):
             if type(module) is fused:

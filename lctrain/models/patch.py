@@ -1,22 +1,17 @@
 """patch_model: swaps a transformers model's attention for lctrain's, and back."""
 
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import nn
 
-from lctrain.attention.forward import SPEC_ATTRIBUTE, backend_of
 from lctrain.attention.spec import AttentionSpec, make_spec
-from lctrain.loss.model_loss import LossSwap, require_causal_lm
-from lctrain.models.architectures import attention_layers, head_dims, require_supported
-from lctrain.models.configs import ConfigSwap
-from lctrain.models.frequencies import detach_frequencies
+from lctrain.loss.model_loss import LossSwap
+from lctrain.models.attention_swap import AttentionSwap
 from lctrain.models.fused import FusedSwap
-from lctrain.models.heads import check_outputs
 from lctrain.models.inputs import InputHook
-from lctrain.models.kinds import KINDS
-from lctrain.models.registration import register
+from lctrain.models.swap import Swap, apply_all, undo_all
 
 
 def patch_model(
@@ -62,55 +57,19 @@ def patch_model(
         raise ValueError(
             "model must not be patched, got one that is. Call unpatch() on its handle first."
         )
-    require_supported(model)
-    for head_dim in head_dims(model):
-        serving_backend(model, spec, head_dim)
-    register()
-    spec = KINDS[spec.kind].fit(model, spec)
+    swaps: list[Swap] = [AttentionSwap(model, spec)]
     _require_bools(fused=fused, loss=loss)
+    if fused:
+        swaps.append(FusedSwap(model))
     if loss:
-        require_causal_lm(model)
-    return PatchHandle(model, spec, fused=fused, loss=loss)
+        swaps.append(LossSwap(model))
+    return PatchHandle(model, swaps)
 
 
 def _require_bools(**flags: Any) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}. Pass a bool.")
-
-
-def serving_backend(model: nn.Module, spec: AttentionSpec, head_dim: int = 1) -> str:
-    """Returns the backend that will run the model on its current device.
-
-    The dtype is autocast's where it is on. Weights in float32 cause no warning, since under
-    autocast the calls have another dtype.
-
-    Args:
-        model: Model on any device.
-        spec: Options of its attention.
-        head_dim: Head dim of the layers in question, as in `head_dims`.
-
-    Raises:
-        ValueError: if the backend that the spec names cannot.
-    """
-    from lctrain.kernels import select_backend
-
-    device, dtype = device_and_dtype(model, spec)
-    named = backend_of(spec, device, dtype, head_dim)
-    return select_backend(device, dtype, named, head_dim=head_dim, warn=False)
-
-
-def device_and_dtype(model: nn.Module, spec: AttentionSpec) -> tuple[torch.device, torch.dtype]:
-    """Returns where the model's attention runs now, and in which dtype: autocast's if it is on."""
-    weight = next(model.parameters(), None)
-    device, dtype = torch.device("cpu"), torch.float32
-    if weight is not None and weight.device.type != "meta":
-        device, dtype = weight.device, weight.dtype
-    if spec.backend != "auto" and device.type == "cpu" and torch.cuda.is_available():
-        device = torch.device("cuda")  # a model is often patched before it is moved
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-    return device, dtype
 
 
 def _hooks(model: nn.Module) -> list[InputHook]:
@@ -123,58 +82,50 @@ class PatchHandle:
 
     Attributes:
         model: The patched model.
-        spec: The options that its layers carry.
-        layers: The swapped attention layers by name.
-        fused: The fused modules, or None.
-        loss: The swapped loss, or None.
+        swaps: What was swapped, in the order of the swaps; the first is that of the attention.
         active: False after unpatch().
     """
 
-    def __init__(
-        self, model: Any, spec: AttentionSpec, *, fused: bool = False, loss: bool = False
-    ) -> None:
-        from transformers import PreTrainedModel
-
+    def __init__(self, model: Any, swaps: Sequence[Swap]) -> None:
         self.model = model
-        self.spec = spec
-        self.layers = attention_layers(model)
+        self.swaps = tuple(swaps)
+        apply_all(self.swaps)
         self.active = True
-        self.previous = str(model.config._attn_implementation)
-        make_hook = KINDS[spec.kind].hook
-        hooks = [
-            (module, make_hook(module, spec))
-            for module in model.modules()
-            if isinstance(module, PreTrainedModel)
-        ]
-        self._configs = ConfigSwap(model, spec.implementation)
-        self._specs = [(layer, vars(layer).get(SPEC_ATTRIBUTE)) for layer in self.layers.values()]
-        for layer in self.layers.values():
-            setattr(layer, SPEC_ATTRIBUTE, spec)
-        self._swap_back = KINDS[spec.kind].swap(self.layers)
-        self.fused = FusedSwap(model) if fused else None
-        self.loss = LossSwap(model) if loss else None
-        self._hooks = [
-            module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks
-        ] + [module.register_forward_hook(check_outputs, with_kwargs=True) for module, _ in hooks]
+
+    @property
+    def attention(self) -> AttentionSwap:
+        """The swap of the attention."""
+        return cast(AttentionSwap, self._swap(AttentionSwap))
+
+    @property
+    def spec(self) -> AttentionSpec:
+        """The options that the attention layers carry."""
+        return self.attention.spec
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """The swapped attention layers by name."""
+        return self.attention.layers
+
+    @property
+    def fused(self) -> FusedSwap | None:
+        """The swap of fused modules, or None."""
+        return cast(FusedSwap | None, self._swap(FusedSwap))
+
+    @property
+    def loss(self) -> LossSwap | None:
+        """The swap of the loss, or None."""
+        return cast(LossSwap | None, self._swap(LossSwap))
 
     def unpatch(self) -> None:
         """Restores the model; its outputs are bit-equal to before. Does nothing if called again."""
         if not self.active:
             return
         self.active = False
-        for hook in self._hooks:
-            hook.remove()
-        if self.loss is not None:
-            self.loss.restore()
-        if self.fused is not None:
-            self.fused.restore()
-        detach_frequencies(self.model)
-        self._swap_back()
-        for layer, spec in self._specs:  # a model that was loaded by name has one of its own
-            delattr(layer, SPEC_ATTRIBUTE)
-            if spec is not None:
-                setattr(layer, SPEC_ATTRIBUTE, spec)
-        self._configs.restore()
+        undo_all(self.swaps)
+
+    def _swap(self, kind: type[Swap]) -> Swap | None:
+        return next((swap for swap in self.swaps if isinstance(swap, kind)), None)
 
     def __enter__(self) -> "PatchHandle":
         return self
@@ -189,53 +140,20 @@ class PatchHandle:
 
     def __repr__(self) -> str:
         state = "active" if self.active else "unpatched"
-        backend = self._backend() if self.active else "none"
-        options = ", ".join(
-            f"{name}={'as in the config' if value is None else repr(value)}"
-            for name, value in self.spec.options().items()
-        )
+        attention = self.attention
+        lines = {
+            "attention": attention.describe(),
+            "options": attention.describe_options(),
+            "kernels": attention.describe_kernels() if self.active else "none",
+            "fused": "no",
+            "loss": "as the model has it",
+        }
+        lines |= {swap.name: swap.describe() for swap in self.swaps}
+        text = "".join(f"  {name}: {words}\n" for name, words in lines.items())
         names = "\n".join(
             f"    {name}: {type(layer).__name__}" for name, layer in self.layers.items()
         )
         return (
-            f"PatchHandle({type(self.model).__name__}, {state})\n"
-            f"  attention: {self.previous} -> {self.spec.implementation}\n"
-            f"  options: {options}\n"
-            f"  kernels: {backend}\n"
-            f"  fused: {'no' if self.fused is None else self.fused.describe()}\n"
-            f"  loss: {'as the model has it' if self.loss is None else 'without logits'}\n"
+            f"PatchHandle({type(self.model).__name__}, {state})\n{text}"
             f"  layers ({len(self.layers)}):\n{names}"
         )
-
-    def _backend(self) -> str:
-        try:
-            wide = {
-                serving_backend(self.model, self.spec, width) for width in head_dims(self.model)
-            }
-        except ValueError as error:  # the model has moved since; the next forward raises this
-            return f"none: {error}"
-        if len(wide) > 1:
-            return ", ".join(sorted(wide))
-        backend = wide.pop()
-        if backend != "hopper":
-            return backend
-        from lctrain.models.differential_v1 import FusedDiffLlamaAttention  # needs DiffLlama
-        from lctrain_kernels.gluon.support import serves
-
-        _, dtype = device_and_dtype(self.model, self.spec)
-        deterministic = torch.are_deterministic_algorithms_enabled() or self.spec.deterministic
-        told = set()
-        for layer in self.layers.values():
-            head_dim = getattr(layer, "head_dim", 64)
-            version_1 = isinstance(layer, FusedDiffLlamaAttention)  # a k per branch, wide values
-            told.add(
-                serves(
-                    self.spec.kind,
-                    head_dim,
-                    dtype,
-                    deterministic=deterministic,
-                    value_dim=2 * head_dim if version_1 else head_dim,
-                    shared_k=not version_1,
-                )
-            )
-        return "; ".join(sorted(told))

@@ -9,7 +9,7 @@ from torch import nn
 
 from lctrain.attention import FlashSpec
 from lctrain.models import patch_model
-from lctrain.models.patch import serving_backend
+from lctrain.models.attention_swap import serving_backend
 from lctrain_kernels import backend
 from tests.models.families import FAMILIES, make_documents, make_model, outputs, packed_outputs
 
@@ -227,7 +227,7 @@ def test_wrappers(wrap):
 
 def test_repr_names_the_kernels_of_autocast_s_dtype(monkeypatch):
     handle = patch_model(make_model("llama"))
-    monkeypatch.setattr("lctrain.models.patch.serving_backend", lambda *_: "hopper")
+    monkeypatch.setattr("lctrain.models.attention_swap.serving_backend", lambda *_: "hopper")
     assert "dtypes other than float16 and bfloat16" in repr(handle)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert "kernels: hopper\n" in repr(handle)

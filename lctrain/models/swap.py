@@ -1,0 +1,43 @@
+"""Swap: a reversible change of a model. What patch_model does is a list of them."""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Swap(Protocol):
+    """A reversible change of one model.
+
+    The constructor fits the swap to the model: it changes nothing, and raises a ValueError that
+    says what to do if the model cannot have it.
+
+    Attributes:
+        name: What is swapped, one word.
+    """
+
+    name: str
+
+    def apply(self) -> None:
+        """Changes the model."""
+
+    def undo(self) -> None:
+        """Gives the model back as it was before `apply`."""
+
+    def describe(self) -> str:
+        """Returns what was swapped, for people."""
+
+
+def apply_all(swaps: Sequence[Swap]) -> None:
+    """Applies swaps in their order: all of them, or, after an error, none."""
+    for done, swap in enumerate(swaps):
+        try:
+            swap.apply()
+        except BaseException:
+            undo_all(swaps[:done])
+            raise
+
+
+def undo_all(swaps: Sequence[Swap]) -> None:
+    """Undoes swaps, the last one first."""
+    for swap in reversed(swaps):
+        swap.undo()
