@@ -20,7 +20,7 @@ from lctrain.loss.output_head import find_output_head
 
 
 class LossSwap:
-    """Swaps the loss of a causal language model for one without logits: see `lctrain.models.swap.Swap`.
+    """Swaps the loss of a causal LM for one without logits: see `lctrain.models.swap.Swap`.
 
     Args:
         model: The model.

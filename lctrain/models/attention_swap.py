@@ -14,6 +14,10 @@ from lctrain.models.heads import check_outputs
 from lctrain.models.kinds import KINDS
 from lctrain.models.registration import register
 
+OPERATIONS = {"flash": "varlen"}
+"""Names of the kernels' operations where they are not those of the attentions."""
+
+
 class AttentionSwap:
     """Swaps the attention of one model: see `lctrain.models.swap.Swap`.
 
@@ -99,7 +103,7 @@ class AttentionSwap:
         if backend != "hopper":
             return backend
         from lctrain.models.differential_v1 import FusedDiffLlamaAttention  # needs DiffLlama
-        from lctrain_kernels.gluon.support import serves
+        from lctrain_kernels.serving import serving
 
         _, dtype = device_and_dtype(self.model, self.spec)
         deterministic = torch.are_deterministic_algorithms_enabled() or self.spec.deterministic
@@ -108,8 +112,8 @@ class AttentionSwap:
             head_dim = getattr(layer, "head_dim", 64)
             version_1 = isinstance(layer, FusedDiffLlamaAttention)  # a k per branch, wide values
             told.add(
-                serves(
-                    self.spec.kind,
+                serving(
+                    OPERATIONS.get(self.spec.kind, self.spec.kind),
                     head_dim,
                     dtype,
                     deterministic=deterministic,

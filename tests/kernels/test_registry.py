@@ -1,5 +1,8 @@
 """The registry of implementations, and how nouns reach the operators."""
 
+import functools
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,7 +10,10 @@ import lctrain_kernels  # noqa: F401  (registers the attentions)
 from lctrain_kernels.options import AttentionOptions
 from lctrain_kernels.pack import Pack
 from lctrain_kernels.registry import BACKWARD, FORWARD, choose, refusals, require_backend
+from lctrain_kernels.serving import serving, support_matrix
 from lctrain_kernels.varlen.operators import Operands
+
+ROOT = Path(__file__).parents[2]
 
 ATTENTIONS = ("varlen", "dual_chunk", "differential")
 CU_SEQLENS = torch.tensor([0, 3], dtype=torch.int32)
@@ -60,3 +66,38 @@ def test_operators_take_the_fields_of_both_nouns(attention):
     shared = [*Pack._fields, *AttentionOptions._fields]
     assert forward[-len(shared) :] == shared
     assert set(forward) < set(backward)
+
+
+def test_what_a_model_of_dual_chunk_attention_is_told():
+    assert serving("dual_chunk", 128, torch.bfloat16) == "hopper"
+    told = serving("dual_chunk", 256, torch.bfloat16)
+    assert told == "triton (not hopper: dual chunk attention of head dims above 128)"
+
+
+def test_what_a_model_is_told():
+    assert serving("varlen", 128, torch.bfloat16) == "hopper"
+    told = serving("varlen", 256, torch.bfloat16)
+    assert told == "hopper, and triton for the backward of head dims above 128"
+    told = serving("varlen", 320, torch.bfloat16)
+    assert told == "triton (not hopper: head dims above 256)"
+    assert serving("varlen", 128, torch.bfloat16, deterministic=True) == "hopper"
+    told = serving("varlen", 64, torch.bfloat16, deterministic=True)
+    assert told == "hopper, and triton for a deterministic backward of head dims up to 64"
+    told = serving("dual_chunk", 128, torch.bfloat16, deterministic=True)
+    assert told == "hopper, and triton for a deterministic backward"
+
+
+def test_what_a_differential_model_is_told():
+    told_of = functools.partial(serving, "differential", dtype=torch.bfloat16)
+    assert told_of(64, value_dim=128) == "hopper"
+    assert told_of(128, shared_k=True) == "hopper"
+    told = told_of(128)
+    assert told == "hopper, and triton for the backward of head dims above 64 with a k per branch"
+    assert told_of(128, value_dim=256) == "triton (not hopper: values of head dims above 128)"
+
+
+def test_the_support_matrix_is_that_of_the_registry():
+    """docs/support.md says what the registry does."""
+    page = (ROOT / "docs" / "support.md").read_text()
+    for row in support_matrix():
+        assert f"| {' | '.join(row)} |" in page, row

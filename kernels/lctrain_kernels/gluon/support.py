@@ -144,41 +144,6 @@ def refusal(call: _Call, limits: tuple[tuple[str, Callable[[_Call], bool]], ...]
     return next((name for name, exceeds in limits if exceeds(call)), None)
 
 
-def serves(
-    attention: str,
-    head_dim: int,
-    dtype: torch.dtype,
-    *,
-    deterministic: bool = False,
-    value_dim: int | None = None,
-    shared_k: bool = False,
-) -> str:
-    """Says in words which passes the Hopper kernels serve of a model, and who the others.
-
-    Args:
-        attention: "flash", "dual_chunk" or "differential".
-        head_dim: D, of queries and keys.
-        dtype: Dtype of queries, keys and values.
-        deterministic: Whether the backward must give the same bits in every run.
-        value_dim: Of values, default D.
-        shared_k: Both branches of differential attention read one k.
-    """
-    x = torch.empty(1, 1, head_dim, dtype=dtype, device="meta")
-    v = torch.empty(1, 1, value_dim or head_dim, dtype=dtype, device="meta")
-    if attention == "differential":
-        pair = DifferentialCall(x, x, x, None if shared_k else x, v, deterministic=deterministic)
-        forward = refusal(pair, DIFFERENTIAL_FORWARD_LIMITS)
-        backward = refusal(pair, DIFFERENTIAL_BACKWARD_LIMITS)
-    else:
-        call = Call(x, x, v, deterministic=deterministic)
-        dual_chunk = attention == "dual_chunk"
-        forward = refusal(call, DUAL_CHUNK_FORWARD_LIMITS if dual_chunk else FORWARD_LIMITS)
-        backward = refusal(call, DUAL_CHUNK_BACKWARD_LIMITS if dual_chunk else BACKWARD_LIMITS)
-    if forward is not None:
-        return f"triton (not hopper: {forward})"
-    return "hopper" if backward is None else f"hopper, and triton for {backward}"
-
-
 def _installed_triton() -> tuple[int, int] | None:
     """(major, minor) of Triton."""
     try:

@@ -1,7 +1,6 @@
 """What goes to the Hopper kernels and what to the portable ones, decided without a GPU."""
 
 import dataclasses
-import functools
 
 import pytest
 import torch
@@ -108,34 +107,6 @@ def test_neither_pass_of_dual_chunk_attention_is_served(options, reason):
 def test_the_forward_of_dual_chunk_attention_is_served(options, reason):
     assert refusal(call(**options), support.DUAL_CHUNK_FORWARD_LIMITS) is None
     assert refusal(call(**options), support.DUAL_CHUNK_BACKWARD_LIMITS) == reason
-
-
-def test_what_a_model_of_dual_chunk_attention_is_told():
-    assert support.serves("dual_chunk", 128, torch.bfloat16) == "hopper"
-    told = support.serves("dual_chunk", 256, torch.bfloat16)
-    assert told == "triton (not hopper: dual chunk attention of head dims above 128)"
-
-
-def test_what_a_model_is_told():
-    assert support.serves("flash", 128, torch.bfloat16) == "hopper"
-    told = support.serves("flash", 256, torch.bfloat16)
-    assert told == "hopper, and triton for the backward of head dims above 128"
-    told = support.serves("flash", 320, torch.bfloat16)
-    assert told == "triton (not hopper: head dims above 256)"
-    assert support.serves("flash", 128, torch.bfloat16, deterministic=True) == "hopper"
-    told = support.serves("flash", 64, torch.bfloat16, deterministic=True)
-    assert told == "hopper, and triton for a deterministic backward of head dims up to 64"
-    told = support.serves("dual_chunk", 128, torch.bfloat16, deterministic=True)
-    assert told == "hopper, and triton for a deterministic backward"
-
-
-def test_what_a_differential_model_is_told():
-    serves = functools.partial(support.serves, "differential", dtype=torch.bfloat16)
-    assert serves(64, value_dim=128) == "hopper"
-    assert serves(128, shared_k=True) == "hopper"
-    told = serves(128)
-    assert told == "hopper, and triton for the backward of head dims above 64 with a k per branch"
-    assert serves(128, value_dim=256) == "triton (not hopper: values of head dims above 128)"
 
 
 def test_a_triton_that_is_not_known_is_said_once_to_be(recwarn):

@@ -1,0 +1,100 @@
+"""What the registry says of a model's attention, in words and as a table."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lctrain_kernels.differential import operators as differential
+from lctrain_kernels.dual_chunk import operands as dual_chunk
+from lctrain_kernels.options import AttentionOptions
+from lctrain_kernels.registry import BACKWARD, FORWARD, choose, refusals
+from lctrain_kernels.varlen import operators as varlen
+
+HEAD_DIMS = (64, 128, 256)
+
+
+def serving(
+    operation: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    deterministic: bool = False,
+    value_dim: int | None = None,
+    shared_k: bool = False,
+) -> str:
+    """Says in words which passes the Hopper kernels serve of a model, and who the others.
+
+    Args:
+        operation: "varlen", "dual_chunk" or "differential".
+        head_dim: D, of queries and keys.
+        dtype: Dtype of queries, keys and values.
+        deterministic: Whether the backward must give the same bits in every run.
+        value_dim: Of values, default D.
+        shared_k: Both branches of differential attention read one k.
+    """
+    operands = shapes(operation, head_dim, dtype, value_dim=value_dim, shared_k=shared_k)
+    options = AttentionOptions(head_dim**-0.5, deterministic=deterministic, backend="hopper")
+    forward, backward = (
+        refusals(operation, direction, operands, options)["hopper"]
+        for direction in (FORWARD, BACKWARD)
+    )
+    other = choose(operation, BACKWARD, operands, options).backend
+    if forward is not None:
+        return f"{other} (not hopper: {forward})"
+    return "hopper" if backward is None else f"hopper, and {other} for {backward}"
+
+
+def shapes(
+    operation: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    value_dim: int | None = None,
+    shared_k: bool = False,
+) -> Any:
+    """Returns the operands of one token and head on the meta device; arguments as in `serving`."""
+    x = torch.empty(1, 1, head_dim, dtype=dtype, device="meta")
+    v = torch.empty(1, 1, value_dim or head_dim, dtype=dtype, device="meta")
+    if operation == "differential":
+        lam = torch.empty(1, 1, device="meta")
+        return differential.Operands(x, x, x, None if shared_k else x, v, lam)
+    if operation == "dual_chunk":
+        inv_freq = torch.empty(head_dim // 2, device="meta")
+        return dual_chunk.Operands(x, x, v, inv_freq, None, 2, 1)
+    return varlen.Operands(x, x, v)
+
+
+def support_matrix() -> list[tuple[str, str, str, str]]:
+    """Returns (operation, call, what serves its forward, its backward) on a Hopper GPU."""
+    return [
+        (operation, name, *_backends(operation, head_dim, options))
+        for operation in ("varlen", "dual_chunk", "differential")
+        for name, head_dim, options in _calls(operation)
+    ]
+
+
+def _calls(operation: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """(name, D, options) of the calls that the matrix has rows for."""
+    yield from ((f"D = {head_dim}", head_dim, {}) for head_dim in HEAD_DIMS)
+    yield "D = 128, dropout", 128, {"dropout_p": 0.1}
+    yield from (
+        (f"D = {head_dim}, deterministic", head_dim, {"deterministic": True})
+        for head_dim in HEAD_DIMS[:2]
+    )
+    if operation == "varlen":
+        yield "D = 128, ALiBi", 128, {"alibi_slopes": _slopes()}
+
+
+def _slopes() -> Tensor:
+    return torch.empty(1, device="meta")
+
+
+def _backends(operation: str, head_dim: int, options: dict[str, Any]) -> tuple[str, str]:
+    call = AttentionOptions(head_dim**-0.5, backend="hopper", **options)
+    operands = shapes(operation, head_dim, torch.bfloat16)
+    forward, backward = (
+        choose(operation, direction, operands, call).backend for direction in (FORWARD, BACKWARD)
+    )
+    return forward, backward
