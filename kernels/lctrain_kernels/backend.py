@@ -1,4 +1,4 @@
-"""Which implementation serves a call: chosen explicitly, never a silent fallback."""
+"""Chooses the implementation of a call. The choice is explicit, never a silent fallback."""
 
 import importlib.util
 import os
@@ -17,7 +17,7 @@ _warned: set[tuple[torch.dtype, bool]] = set()
 
 
 def _warn_of_slow_path(dtype: torch.dtype, wide: bool) -> None:
-    """Says once per dtype why a GPU runs the PyTorch path; `wide`: the heads are the cause."""
+    """Warns once per dtype why a GPU runs the PyTorch path; `wide`: because of the head dim."""
     if torch.compiler.is_compiling() or (dtype, wide) in _warned:
         return
     _warned.add((dtype, wide))
@@ -36,12 +36,12 @@ def _warn_of_slow_path(dtype: torch.dtype, wide: bool) -> None:
 
 
 def interpreting() -> bool:
-    """Tells whether TRITON_INTERPRET=1 makes Triton kernels run on CPU tensors."""
+    """Returns whether TRITON_INTERPRET=1 makes Triton kernels run on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def hopper_serves(device: torch.device) -> bool:
-    """Tells whether the kernels for Hopper GPUs run on a device."""
+    """Returns whether the Hopper kernels run on a device."""
     if device.type != "cuda" or not TRITON_INSTALLED:
         return False
     from lctrain_kernels.gluon.support import available
@@ -60,11 +60,11 @@ def select_backend(
     """Returns the implementation that serves tensors of this device and dtype.
 
     Args:
-        device: Where q, k and v live.
+        device: Device of q, k and v.
         dtype: Their dtype.
         backend: "auto" or the name of an implementation.
         head_dim: D; "auto" sends heads wider than MAX_HEAD_DIM to "pytorch".
-        warn: Say once if a GPU will run the slow path.
+        warn: Whether to warn once if a GPU will run the slow path.
 
     Returns:
         "hopper", "triton" or "pytorch". "hopper" is for calls that its kernels can serve: see

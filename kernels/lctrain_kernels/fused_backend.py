@@ -1,4 +1,4 @@
-"""Which implementation serves a fused element-wise operation."""
+"""Chooses the implementation of a fused element-wise operation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def fused_backend(device: torch.device, dtype: torch.dtype, backend: str = "auto
     """Returns "triton" or "pytorch" for tensors of this device and dtype.
 
     Args:
-        device: Where the tensors live.
+        device: Device of the tensors.
         dtype: Their dtype.
         backend: "auto" takes Triton on a GPU for dtypes of at most 32 bits, else PyTorch.
 

@@ -21,7 +21,7 @@ def define_operator(
     """Defines `lctrain::<schema>` for every device.
 
     Args:
-        schema: Name, arguments and results, as torch.library takes them. No argument is mutated.
+        schema: Name, arguments and results, in torch.library's syntax. No argument is mutated.
         implementation: Computes the results. None of them may alias an argument.
         fake: Gives their shapes and dtypes.
 
@@ -43,7 +43,7 @@ def define_autograd(
     `torch.library.register_autograd` does the same with twice the host time per call.
 
     Args:
-        operator: As define_operator returned it.
+        operator: Operator that define_operator returned.
         setup_context: Saves what the backward needs: (ctx, inputs, output), as in
             torch.autograd.Function.
         backward: Gradients of the inputs, from (ctx, *gradients of the results).

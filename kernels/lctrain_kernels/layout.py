@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def unit_stride(*vectors: Tensor | None) -> tuple[Any, ...]:
-    """Returns each tensor with the stride 1 that kernels take for granted; itself if it has it.
+    """Returns each tensor with stride 1, which the kernels assume. Copies only where needed.
 
     An expanded or sliced vector would otherwise be read beyond its elements.
 

@@ -12,7 +12,7 @@ def merge_attn_states(
     Args:
         out_a: [T, H, D], normalised output over the first set.
         lse_a: [H, T] float32, natural logarithm of its softmax denominator; -inf where a query saw
-            nothing.
+            no key.
         out_b: [T, H, D], over the second set.
         lse_b: [H, T] float32.
 

@@ -1,4 +1,4 @@
-"""How many multiprocessors a device has, for persistent grids."""
+"""Number of multiprocessors of a device, for persistent grids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ INTERPRETER_PROGRAMS = 3
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; a small number where Triton's interpreter stands in for one."""
+    """Returns the multiprocessors of a GPU; a small number under Triton's interpreter."""
     if device.type != "cuda":
         return INTERPRETER_PROGRAMS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -29,12 +29,12 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Attention:
-    """What the builder needs to know of an attention.
+    """Description of an attention from which build_operators makes its operators.
 
     Attributes:
         name: Name of the operation: its operators are `lctrain::<name>_forward` and `_backward`.
-        operands: Named tuple class of what only this attention takes; queries come first, and
-            among the fields are q or q1, k or k1, and v.
+        operands: Named tuple class of the tensors that only this attention takes. Queries come
+            first; its fields include q or q1, k or k1, and v.
         results: Results of the forward. The first is out; those that start with "lse" have
             gradients, the others are kept for the backward alone.
         saved: Results that the backward reads.
@@ -42,8 +42,8 @@ class Attention:
         fake_forward: Operands -> results without values.
         fake_backward: Operands, saved results -> gradients without values.
         products: (forward, backward): FLOP per visible pair and head, from the operands.
-        finish: From (gradients by name, operands, pack, options, saved results by name) to the
-            gradients of fields by name; default: those of the operands.
+        finish: Function from (gradients by name, operands, pack, options, saved results by name) to
+            the gradients of all fields by name. Default: the gradients of the operands.
     """
 
     name: str

@@ -72,12 +72,12 @@ def checked_options(
         head_dim: D.
         documents: N.
         heads: H.
-        backend: As select_backend resolved it.
+        backend: Backend that select_backend returned.
         softmax_scale: Factor of q.k; default D^-0.5.
         causal: Whether a query sees keys up to its own position.
         window_size: (left, right), -1 unbounded; two ints or an int32 tensor [2].
-        softcap: c; 0 turns it off.
-        dropout_p: In [0, 1).
+        softcap: Softcap c; 0 turns it off.
+        dropout_p: Dropout probability, in [0, 1).
         dropout_seed: An int, one int64 element, or None to draw it.
         alibi_slopes: [H] or [N, H] float32.
         learnable_sink: [H].

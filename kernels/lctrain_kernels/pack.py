@@ -1,4 +1,4 @@
-"""Pack: what the kernels know of the documents of a call, validated once."""
+"""Pack: the documents of a call as the kernels need them, validated once."""
 
 from typing import NamedTuple
 
@@ -95,7 +95,7 @@ def checked_pack(
         max_seqlen_q: Longest query length, a Python int.
         max_seqlen_k: Longest key length, a Python int.
         document_ids: [N] int32, or None.
-        schedule: From make_schedule, or None.
+        schedule: Schedule of make_schedule, or None.
         names: The caller's names of both boundaries and both lengths.
 
     Raises:
@@ -156,7 +156,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, device: torch.de
 
 
 def check_max_seqlen(name: str, value: object) -> None:
-    """A Python int; a device tensor would force a synchronisation."""
+    """Raises unless the value is a Python int. A device tensor would force a synchronisation."""
     if isinstance(value, Tensor) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(
             f"{name} must be a Python int, got {type(value).__name__}. "

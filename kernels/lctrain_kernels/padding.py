@@ -21,8 +21,8 @@ def unpad_input(
     Args:
         hidden_states: [B, S, ...].
         attention_mask: [B, S] bool or int, 1 where a token is real.
-        unused_mask: [B, S], 1 where memory is allocated and not used; such tokens are kept in the
-            output and not counted in the last element.
+        unused_mask: [B, S], 1 for allocated but unused tokens. They are kept in the output and not
+            counted in the last element.
         num_tokens: Number of ones in both masks together, if known.
         max_seqlen: Largest number of ones in a row, if known.
 

@@ -1,4 +1,4 @@
-"""Which implementation serves which pass of which operation, and why the others do not."""
+"""The implementations of every pass of every operation, and the calls that they refuse."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -18,12 +18,12 @@ Run = Callable[..., tuple[Tensor, ...]]
 
 
 class Implementation(NamedTuple):
-    """One way to compute one pass of an operation.
+    """One implementation of one pass of an operation.
 
     Attributes:
         backend: "hopper", "triton" or "pytorch".
-        refuses: Takes a call's operands, options and gradient of out; returns what the
-            implementation cannot do, or None.
+        refuses: Function from a call's operands, options and gradient of out to what the
+            implementation does not support, or None.
         run: Computes the pass.
     """
 
@@ -36,7 +36,7 @@ _IMPLEMENTATIONS: dict[tuple[str, str], dict[str, Implementation]] = {}
 
 
 def serves_all(*_: Any) -> None:
-    """The refusal of an implementation that serves every call."""
+    """Refuses no call."""
 
 
 def implements(
@@ -45,10 +45,10 @@ def implements(
     """Registers the decorated function as an implementation.
 
     Args:
-        operation: For example "varlen".
+        operation: Name of the operation, such as "varlen".
         direction: FORWARD or BACKWARD.
         backend: "hopper", "triton" or "pytorch".
-        refuses: As in Implementation.
+        refuses: See Implementation.
     """
 
     def register(run: Run) -> Run:
@@ -80,7 +80,7 @@ def require_backend(operation: str, operands: Any, options: Any, trained: Iterab
     """Refuses a call that a backend which the caller named does not serve.
 
     Args:
-        operation: For example "varlen".
+        operation: Name of the operation, such as "varlen".
         operands: Operands of the call.
         options: Options of the call; options.backend is the named one.
         trained: Tensors that may need a gradient. If one does, the backward must be served, too.

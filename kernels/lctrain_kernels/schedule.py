@@ -1,4 +1,4 @@
-"""The tile schedule: which 128-row tiles of which document the kernels visit, and in which order.
+"""The tile schedule: the tiles of 128 rows that the kernels visit, and their order.
 
 Built once per batch, from lengths that are known on the CPU, and reused by every layer and by every
 recomputation.
@@ -22,7 +22,7 @@ class TileSchedule(NamedTuple):
         q_tiles: [n, 2] int32, (document, block of SCHEDULE_ROWS queries inside it). Document -1 is
             an empty slot. Ordered by the work of a causal mask, longest first.
         k_tiles: [m, 2] int32, the same for keys. Document by document, longest first.
-        total_q: Packed queries that the documents cover; -1 if known on the device only.
+        total_q: Number of packed queries in the documents; -1 if known on the device only.
         total_k: Packed keys, likewise.
         documents: N.
     """

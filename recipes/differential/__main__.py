@@ -1,4 +1,4 @@
-"""python -m lctrain.recipes.differential: see the README beside this file."""
+"""Runs the recipe: `python -m lctrain.recipes.differential`. See the README beside this file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STAGES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the stages that are asked for, in their order."""
+    """Runs the requested stages, in their order."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     chosen = _parser().parse_args(given)
     experiment = Experiment(
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _without_stages(chosen: argparse.Namespace) -> list[str]:
-    """The same command line, for a process that trains a share."""
+    """Returns the arguments for a process that trains some of the runs."""
     arguments = [
         *("--output", str(chosen.output)),
         *("--scale", chosen.scale),

@@ -26,7 +26,7 @@ def collect_runs(experiment: Experiment) -> None:
 
 
 def read_runs(experiment: Experiment) -> list[dict[str, Any]]:
-    """What was measured of every run, in the order of variants, then seeds.
+    """Returns the results of every run, in the order of variants, then seeds.
 
     Raises:
         ValueError: if one is missing.
@@ -43,10 +43,10 @@ def read_runs(experiment: Experiment) -> list[dict[str, Any]]:
 
 
 def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Per variant the mean and the standard error over seeds of everything that is compared.
+    """Returns per variant the mean and the standard error over seeds of every result.
 
-    `held_out_loss_difference` is that to the plain model with the same seed, and so the same
-    batches: what the seeds share cancels.
+    `held_out_loss_difference` is the difference from the plain model with the same seed, which saw
+    the same batches, so that the variation between seeds cancels.
     """
     by_variant: dict[str, list[dict[str, Any]]] = {}
     for run in runs:

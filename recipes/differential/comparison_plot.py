@@ -16,7 +16,7 @@ def plot_comparison(runs: Sequence[dict[str, Any]], path: Path) -> None:
     """Draws one panel per quantity.
 
     Args:
-        runs: What was measured of each, at least one.
+        runs: Results of at least one run.
         path: PNG file to write.
     """
     figure = new_figure(11.0, 3.8)

@@ -1,4 +1,4 @@
-"""What all stages share: folders, sizes, and which runs there are."""
+"""Experiment: folders, sizes and runs that all stages use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lctrain.recipes.dual_chunk_extension.experiment import compose_training
 
 @dataclass(frozen=True)
 class Experiment:
-    """Where it is, how large, what is compared, and what the user changes.
+    """Folder, sizes, variants and overrides of the experiment.
 
     Attributes:
         output: Folder of everything that it writes.
@@ -37,17 +37,20 @@ class Experiment:
 
     @property
     def runs(self) -> list[tuple[Variant, int]]:
-        """Every model with every seed; a process that trains a share has some of each model."""
+        """Every model with every seed.
+
+        A process that trains a subset has some runs of each model.
+        """
         return [(VARIANTS[name], seed) for seed in self.seeds for name in self.variants]
 
     @property
     def shared_runs(self) -> list[tuple[Variant, int]]:
-        """Those that this process trains."""
+        """Runs that this process trains."""
         first, step = self.share
         return self.runs[first::step]
 
     def folder(self, variant: Variant, seed: int) -> Path:
-        """Of one run."""
+        """Returns the folder of one run."""
         return self.output / "runs" / f"{variant.name}_{seed}"
 
     def record(self, variant: Variant, seed: int) -> Path:

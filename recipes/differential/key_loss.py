@@ -1,4 +1,4 @@
-"""How well a model predicts passkeys: a score that tells models apart before any finds one."""
+"""Loss of passkeys: a score that separates models before any of them finds a key."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ def passkey_loss(
     max_tokens: int,
     device: torch.device | str,
 ) -> float:
-    """Mean loss of the tokens of the answer, in nats, over depths and keys.
+    """Returns the mean loss of the answer's tokens, in nats, over depths and keys.
 
-    The keys and texts are those of `lctrain.eval.passkey_retrieval` with its default seed. Who
-    knows what keys are made of, and does not look, gets log(len(format.words)) per word.
+    The keys and texts are those of `lctrain.eval.passkey_retrieval` with its default seed. A model
+    that knows the words of keys, and does not look the key up, gets log(len(format.words)) per
+    word.
 
     Args:
         model: A patched causal LM.
-        format: Made for the model's tokenizer.
+        format: Passkey format of the model's tokenizer.
         documents: Token ids to hide keys in, [n] integers each.
         length: Tokens of the texts.
-        depths: Share of the other text that precedes the key.
+        depths: Fraction of the filler before the key.
         keys: Keys of each depth.
         max_tokens: Most tokens in a forward pass.
-        device: Where the model is.
+        device: Device of the model.
     """
     filler = Filler.of(documents, len(format.begin))
     made = [

@@ -22,22 +22,22 @@ def largest_logit(
 ) -> dict[str, float]:
     """Finds the largest |s q.k| of every layer, over all heads and all causal pairs.
 
-    What is multiplied are the outputs of the layer's own projections in a forward pass of the model
-    as it is, with the rotation that the model gave the layer, in float32. Query head h meets
-    key head h // (H / Hk), which holds for plain, DiffLlama's and V2's heads alike: every branch
-    of differential attention counts.
+    The outputs of the layer's own projections, in a forward pass of the unpatched model, are
+    rotated by the layer's own rotation and multiplied in float32. Query head h is multiplied with
+    key head h // (H / Hk). This holds for the heads of the plain model, of DiffLlama and of V2, so
+    every branch of differential attention is included.
 
     Args:
         model: A causal LM whose attention layers have q_proj and k_proj, half-split RoPE and no
             other norm or bias of the logits.
         documents: Token ids, [n] integers each; one forward pass each.
-        device: Where the model is.
+        device: Device of the model.
 
     Returns:
         The largest logit by the name of the layer.
 
     Raises:
-        ValueError: if no layer is such an attention.
+        ValueError: if the model has no such attention layer.
     """
     device = torch.device(device)
     largest: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Does one launch train like two calls? The same model, seed and rows, with each of them.
+"""Compares training with one launch and with two calls: same model, seed and rows.
 
 The yardstick is what two ways to make the two calls differ by: transformers' own with SDPA, and
 transformers' own with eager attention.
@@ -27,7 +27,7 @@ ONE_LAUNCH, TWO_CALLS, YARDSTICK = "one launch", "two calls, sdpa", "two calls, 
 
 
 def compare_kernels(experiment: Experiment) -> None:
-    """Trains V1 in three ways from the same start, and writes parity.json and .csv.
+    """Trains V1 with three implementations from the same start, and writes parity.json and .csv.
 
     On a GPU twice: in float32, and with bfloat16 as in training.
     """
@@ -74,16 +74,16 @@ def compare_kernels(experiment: Experiment) -> None:
 
 
 def equal_rows(datamodule: PackedDataModule, steps: int, rows: int, tokens: int) -> list[Tensor]:
-    """Cuts the training packs into rows that no call has to know documents for.
+    """Cuts the training packs into rows of one document each.
 
     Args:
         datamodule: After `setup`.
-        steps: How many steps to cut for.
-        rows: Of every step.
-        tokens: Of every row.
+        steps: Number of steps to cut rows for.
+        rows: Rows per step.
+        tokens: Tokens per row.
 
     Returns:
-        For each step [rows, tokens] int64.
+        [rows, tokens] int64 for each step.
     """
     needed = steps * rows * tokens
     packs: list[Tensor] = []
@@ -100,7 +100,7 @@ def train_rows(model: Any, batches: Sequence[Tensor], way: str, precision: str) 
     Args:
         model: A DiffLlama that is not patched.
         batches: [rows, tokens] int64 of every step.
-        way: One of WAYS.
+        way: Implementation, one of WAYS.
         precision: "float32", or "bfloat16" for the products.
 
     Returns:
@@ -145,12 +145,12 @@ WAYS: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {
 
 
 def largest_difference(first: Sequence[float], second: Sequence[float]) -> float:
-    """Of two curves, step by step."""
+    """Returns the largest difference of two curves over all steps."""
     return max(abs(a - b) for a, b in zip(first, second, strict=True))
 
 
 def write_curves(path: Path, curves: dict[tuple[str, str], list[float]]) -> None:
-    """One row per step, one column per precision and way."""
+    """Writes a CSV with one row per step and one column per precision and implementation."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["step", *(f"{precision}, {name}" for precision, name in curves)])

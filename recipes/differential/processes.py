@@ -1,4 +1,4 @@
-"""Trains the runs of an experiment on several GPUs: one process each, with a share of the runs."""
+"""Trains the runs of an experiment on several GPUs, with one process per GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MODULE = "lctrain.recipes.differential"
 
 
 def visible_devices(environment: dict[str, str], count: int) -> list[str]:
-    """What CUDA_VISIBLE_DEVICES has to be for each of `count` GPUs."""
+    """Returns the value of CUDA_VISIBLE_DEVICES for each of `count` GPUs."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",")[:count] if visible else [str(index) for index in range(count)]
 
@@ -20,11 +20,12 @@ def train_in_processes(arguments: Sequence[str], devices: Sequence[str]) -> None
     """Starts the recipe's stage `train` once for each device, and waits for all of them.
 
     Args:
-        arguments: Of the recipe, without its stages and share; overrides may follow a "--".
+        arguments: Arguments of the recipe, without its stages and share; overrides may follow a
+            "--".
         devices: CUDA_VISIBLE_DEVICES of each process.
 
     Raises:
-        RuntimeError: if one of them failed; what it printed says why.
+        RuntimeError: if a process failed; its output says why.
     """
     started = [
         subprocess.Popen(

@@ -27,7 +27,7 @@ from lctrain.train import quiet_lightning, train
 
 
 class AsItIs(Extension):
-    """Reads with the attention that the model has already."""
+    """Reads with the model's current attention, at every length."""
 
     @contextmanager
     def patched(self, model: nn.Module) -> Iterator[None]:
@@ -45,7 +45,7 @@ def prepare_data(experiment: Experiment) -> None:
 
 
 def train_runs(experiment: Experiment) -> None:
-    """Trains every run of this process's share, and writes one JSON file for each."""
+    """Trains the runs of this process, and writes one JSON file for each."""
     quiet_lightning()
     for variant, seed in experiment.shared_runs:
         config = experiment.compose(variant, seed)

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Scale:
-    """What differs between the sizes.
+    """Sizes of the experiment.
 
     Attributes:
-        shares: Lengths of the texts with a passkey, as shares of the window, which comes last.
+        shares: Lengths of the texts with a passkey, as fractions of the window, which comes last.
         keys_per_cell: Passkeys of each length and depth.
-        depths: Share of the text before the key.
-        logit_documents: Held-out documents in which the largest logit is looked for.
-        max_tokens: In a forward pass of the evaluations.
+        depths: Fraction of the filler before the key.
+        logit_documents: Held-out documents that are searched for the largest logit.
+        max_tokens: Tokens in a forward pass of the evaluations.
         parity_rows: Rows, each as long as the window, in a step of the comparison of kernels.
         parity_steps: Steps of it.
         train: Overrides of the experiment `differential`.

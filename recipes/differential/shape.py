@@ -10,14 +10,14 @@ import torch
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama, and what makes V2 of it as large.
+    """Shape of a Llama, and the changes that give V2 as many parameters.
 
     Attributes:
         layers: Decoder layers.
         hidden_size: Width.
         heads: Query heads of 64, in V1 the branches of half as many pairs.
         heads_kv: Key/value heads.
-        intermediate_size: Of the feed-forward layers.
+        intermediate_size: Width of the feed-forward layers.
         v2_intermediate_size: The same in V2, whose query projections are twice as large.
         vocab_size: Tokens of the vocabulary.
         max_tokens: Positions.
@@ -46,10 +46,11 @@ def build_step_model(
 
     Args:
         shape: Its sizes.
-        version: 0 is the plain Llama, 1 is DiffLlama, 2 is that Llama made differential.
+        version: 0 for the plain Llama, 1 for DiffLlama, 2 for that Llama with differential
+            attention.
         implementation: transformers' name of the attention, before any patch.
-        device: Where it is built.
-        dtype: Of its weights.
+        device: Device of the model.
+        dtype: Dtype of the weights.
     """
     from transformers import AutoModelForCausalLM, DiffLlamaConfig, LlamaConfig
 

@@ -48,12 +48,12 @@ Step = Callable[[], None]
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to compute a step.
+    """One implementation of a training step.
 
     Attributes:
-        name: In the results.
+        name: Name in the results.
         version: 0 is the plain Llama, 1 is DiffLlama, 2 is V2.
-        attention: Of `lctrain.patch_model`; None leaves the model as transformers has it.
+        attention: Attention of `lctrain.patch_model`; None leaves the model unpatched.
         inputs: "pack"; "rows" of similar length, padded; "positions": one row, whose position ids
             begin anew at every document; or "batches" of padded rows, with a mask and labels.
         implementation: transformers' own attention.
@@ -91,12 +91,12 @@ class StepResult:
         checkpointing: Whether every layer is computed again in the backward pass.
         status: "ok", "out_of_memory" or "error".
         reason: Why it is not "ok".
-        inputs: As in Contender.
-        parameters: Of the model.
+        inputs: See Contender.
+        parameters: Number of parameters of the model.
         tokens: Real ones of a step, padding not counted.
-        padded_tokens: That the model computed.
+        padded_tokens: Number of tokens that the model computed, padding included.
         step_ms: Median.
-        all_step_ms: Of every step, in their order.
+        all_step_ms: Times of all steps, in order.
         tokens_per_second: tokens / median.
         peak_gib: Most memory that a step had allocated, weights and gradients included; None on a
             CPU.
@@ -193,7 +193,7 @@ def make_step(inputs: str, model: Any, documents: Sequence[np.ndarray]) -> tuple
     """Returns a function that computes the mean loss and its gradients, and the tokens it computes.
 
     Args:
-        inputs: As in Contender.
+        inputs: See Contender.
         model: A causal LM; its gradients are dropped before every step.
         documents: [n] int64 each.
     """
@@ -278,7 +278,7 @@ def similar_rows(
 
 
 def _row_part(documents: Sequence[np.ndarray], device: torch.device) -> tuple[Any, Any, Any]:
-    """Arguments of the model, places of the predictions [n], and their targets [n]."""
+    """Returns arguments of the model, positions of the predictions [n], and targets [n]."""
     width = max(map(len, documents))
     places = [row * width + np.arange(len(d) - 1) for row, d in enumerate(documents)]
     wanted = [document[1:] for document in documents]
@@ -309,7 +309,7 @@ def _free(device: torch.device) -> None:
 
 
 def describe(result: StepResult, others: Sequence[StepResult]) -> str:
-    """One line for the terminal: time, memory, and how it compares with plain and with ours."""
+    """Returns a line for the terminal: time, memory, and ratios to the plain model and lctrain."""
     head = (
         f"{result.workload:8s} {'ckpt' if result.checkpointing else '    '} {result.contender:24s}"
     )

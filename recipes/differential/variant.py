@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Variant:
-    """One kind of model.
+    """One variant of the model.
 
     Attributes:
-        name: In tables and file names.
-        title: For people.
-        attention: Of `lctrain.patch_model`.
+        name: Name in tables and file names.
+        title: Name in plots.
+        attention: Attention of `lctrain.patch_model`.
         overrides: Hydra overrides that make the plain model this one.
     """
 

@@ -1,4 +1,7 @@
-"""python -m lctrain.recipes.dual_chunk_extension: see the README beside this file."""
+"""Runs the recipe: `python -m lctrain.recipes.dual_chunk_extension`.
+
+See the README beside this file.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ STAGES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the stages that are asked for, in their order."""
+    """Runs the requested stages, in their order."""
     parser = argparse.ArgumentParser(
         prog="python -m lctrain.recipes.dual_chunk_extension",
         description="Trains on a short window, and reads far beyond it with dual chunk attention.",

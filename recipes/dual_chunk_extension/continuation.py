@@ -1,4 +1,4 @@
-"""Stage 4: training goes on at eight windows with dual chunk attention, with two gradients.
+"""Stage 4: continues training at eight windows with dual chunk attention, with two gradients.
 
 Training on long documents starts from the loss on short ones, or it starts by repairing damage. So
 the held-out text is scored first as in training, cut at the window, and then in long documents.
@@ -63,7 +63,7 @@ def continue_training(experiment: Experiment) -> None:
 
 
 def held_out_loss(model_folder: Path, data: DataConfig, limit: int, attention: str) -> float:
-    """Mean loss of held-out tokens in documents of at most `limit` tokens.
+    """Returns the mean loss of held-out tokens in documents of at most `limit` tokens.
 
     Each length scores all tokens but the last of each document, nearly the same ones.
     """

@@ -1,4 +1,4 @@
-"""What all stages share: folders, sizes, and the configuration of the first training run."""
+"""Experiment: folders, sizes, and the configuration of the first training run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lctrain.train import quiet_lightning, train
 
 @dataclass(frozen=True)
 class Experiment:
-    """Where it is, how large, and what the user changes.
+    """Folder, sizes and overrides of the experiment.
 
     Attributes:
         output: Folder of everything that it writes.

@@ -16,10 +16,10 @@ _WITHOUT_EFFECT = ("dropout_seed", "document_ids", "schedule", "max_seqlen_k")
 
 @contextmanager
 def published_gradient() -> Iterator[None]:
-    """Replaces the kernel under `attention=dual_chunk` by the published formulation.
+    """Context in which `attention=dual_chunk` computes the published formulation.
 
-    Its output is the same, its gradient is not: see `lctrain_kernels.bench.published_dual_chunk`.
-    Calls that ask for what it does not have raise a ValueError.
+    Its output is the same, its gradient is not: see `lctrain_kernels.bench.published_dual_chunk`. A
+    call with an option that it does not support raises a ValueError.
     """
     exact = kernels.dual_chunk_attn_varlen_func
     kernels.dual_chunk_attn_varlen_func = _published

@@ -10,14 +10,14 @@ TRAIN_RATIO = 8  # of the continued training
 
 @dataclass(frozen=True)
 class Scale:
-    """What differs between the sizes.
+    """Sizes of the experiment.
 
     Attributes:
         window: Tokens of the longest document in training, W.
-        documents: Held-out documents for the perplexities, the longest first.
+        documents: Number of held-out documents for the perplexities, the longest first.
         keys_per_cell: Passkeys of each length and depth.
-        depths: Share of the text before the key.
-        max_tokens: In a forward pass of the evaluations.
+        depths: Fraction of the filler before the key.
+        max_tokens: Tokens in a forward pass of the evaluations.
         continued: Overrides of the continued training.
         train: Overrides of the experiment `dual_chunk_extension`.
     """
@@ -42,7 +42,7 @@ class Scale:
 
     @property
     def document_tokens(self) -> int:
-        """Of each document: five windows that score, and one token to predict."""
+        """Tokens of each document: five windows that score, and one token to predict."""
         return self.lengths[-1] + 4 * self.stride + 1
 
 

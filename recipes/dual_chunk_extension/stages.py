@@ -31,7 +31,7 @@ def train_short(experiment: Experiment) -> None:
 
 
 def measure_perplexity(experiment: Experiment) -> None:
-    """Perplexity of long held-out documents at 1 to 16 windows, with every method."""
+    """Measures perplexity of long held-out documents at 1 to 16 windows, with every method."""
     print(run_evaluation(experiment, "perplexity"), flush=True)
 
 

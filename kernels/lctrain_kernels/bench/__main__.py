@@ -1,4 +1,4 @@
-"""`lctrain-bench`: times ours and every installed peer and writes what it measured.
+"""`lctrain-bench`: times lctrain's attention and every installed peer, and writes the results.
 
 lctrain-bench --check --workloads 1x32k,mix32k --peers lctrain,fa2
 """
@@ -20,7 +20,7 @@ from lctrain_kernels.bench.workloads import WORKLOADS
 
 
 def names_of(known: Mapping[str, object], what: str) -> Callable[[str], list[str]]:
-    """An argparse type: comma-separated names, each of them known."""
+    """An argparse type: comma-separated names from a known set."""
 
     def parse(text: str) -> list[str]:
         names = [name for name in text.split(",") if name]
@@ -79,7 +79,7 @@ def default_output(record: BenchmarkRecord) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; returns 1 if ours failed or broke, 2 if it cannot run here."""
+    """Runs the benchmark. Returns 1 if an lctrain kernel failed, 2 if the machine cannot run it."""
     options = parse_arguments(arguments)
     if not torch.cuda.is_available():
         print(

@@ -1,4 +1,4 @@
-"""The one rule for numerical error: at most twice that of plain PyTorch at the same precision.
+"""The rule for numerical error: at most twice that of plain PyTorch at the same precision.
 
 Both errors are taken against a float64 reference. The tests assert it (`tests/numerics.py`) and
 `lctrain-bench --check` reports no kernel that breaks it.
@@ -92,7 +92,7 @@ def error_ratio(actual: torch.Tensor, plain: torch.Tensor, reference: torch.Tens
 
 
 def _divide(numerator: float, denominator: float) -> float:
-    """numerator / denominator, where nothing over nothing is nothing."""
+    """numerator / denominator, with 0 / 0 = 0."""
     if denominator == 0.0:
         return 0.0 if numerator == 0.0 else float("inf")
     return numerator / denominator

@@ -36,7 +36,7 @@ def scale_down(workload: Workload, longest: int = LONGEST, tokens: int = MOST_TO
 
 
 def check_ours(workload: Workload, device: torch.device | str) -> dict[str, ErrorRatio]:
-    """Compares the output and every gradient of ours with float64 and with plain PyTorch.
+    """Compares the output and every gradient of lctrain with float64 and with plain PyTorch.
 
     Args:
         workload: its shape is judged, with shorter documents.

@@ -1,4 +1,4 @@
-"""Times differential attention against what replaces it: separate calls of plain attention.
+"""Times differential attention against separate calls of plain attention.
 
     python -m lctrain_kernels.bench.differential --out run.json [--workloads v1_1x32k,v2_mix32k]
 
@@ -44,7 +44,7 @@ class DifferentialWorkload(Workload):
     Attributes:
         value_dim: Dv.
         version: 1 has a k per branch and one lambda, 2 one k and a lambda per token and head.
-        backend: Of ours.
+        backend: Backend of lctrain's kernels.
     """
 
     value_dim: int = 128
@@ -99,11 +99,11 @@ class DifferentialInputs:
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
-        """What gets a gradient."""
+        """Tensors that get a gradient."""
         return (*self.q, *self.k, self.v, self.lam)
 
     def branches(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q1, q2, k1, k2; in version 2 as a model takes them apart, by views."""
+        """q1, q2, k1, k2. In version 2 they are views, as in a model."""
         if self.workload.version == 1:
             (q1, q2), (k1, k2) = self.q, self.k
             return q1, q2, k1, k2
@@ -224,7 +224,7 @@ def _subtract(both: Tensor, lam: Tensor) -> Tensor:
 
 
 def _gradients(inputs: DifferentialInputs, outputs: Sequence[Tensor]) -> list[Tensor]:
-    """What arrives at each output: halves of grad_out, or the whole."""
+    """Returns the gradient of each output: halves of grad_out, or the whole."""
     if len(outputs) == 1:
         return [inputs.grad_out]
     halves = [half.contiguous() for half in inputs.grad_out.split(inputs.workload.head_dim, 2)]
@@ -359,7 +359,7 @@ def run_workload(
 
 
 def describe(record: BenchmarkRecord, workload: str) -> str:
-    """Lines for the terminal: times, and how many times faster ours is."""
+    """Returns lines for the terminal: times, and the speed-up of lctrain."""
     mine = record.find(workload, OURS)
     lines = [workload]
     for result in record.results:
@@ -386,7 +386,7 @@ def describe(record: BenchmarkRecord, workload: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; returns 1 if ours failed or broke, 2 if it cannot run here."""
+    """Runs the benchmark. Returns 1 if an lctrain kernel failed, 2 if the machine cannot run it."""
     parser = argparse.ArgumentParser(
         prog="python -m lctrain_kernels.bench.differential", description=__doc__
     )

@@ -52,7 +52,7 @@ def frequencies(head_dim: int, device: torch.device) -> torch.Tensor:
 
 
 def lctrain_dual_chunk(inputs: AttentionInputs, backend: str = "auto") -> Call:
-    """Ours, with the schedule of the batch."""
+    """lctrain's dual chunk attention, with the schedule of the batch."""
     schedule = make_schedule(inputs.workload.lengths).to(inputs.q.device)
     inv_freq = frequencies(inputs.workload.head_dim, inputs.q.device)
 
@@ -134,8 +134,8 @@ def check_dual_chunk(
 
     Args:
         workload: Its shape is judged.
-        device: Where the kernel runs.
-        backend: Which kernels.
+        device: Device of the kernel.
+        backend: Backend of the kernel.
     """
     short = replace(scale_down(workload), dropout_p=0.0)
     inputs = make_inputs(short, device)

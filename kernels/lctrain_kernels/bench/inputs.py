@@ -31,7 +31,7 @@ class AttentionInputs:
 
     @property
     def leaves(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What gets a gradient."""
+        """Tensors that get a gradient."""
         return self.q, self.k, self.v
 
 

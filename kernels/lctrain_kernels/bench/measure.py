@@ -15,13 +15,13 @@ Timer = Callable[[Callable[[], object]], float]
 
 @dataclass(frozen=True)
 class Timing:
-    """What was measured.
+    """Times and memory of one implementation.
 
     Attributes:
         forward_ms: median milliseconds of a forward without a graph.
         backward_ms: median milliseconds of a backward through one graph.
-        peak_bytes: most memory that a forward and backward held beyond its inputs; None on a CPU.
-        forward_peak_bytes: most memory that a forward without a graph held, likewise.
+        peak_bytes: peak memory of a forward and backward beyond its inputs; None on a CPU.
+        forward_peak_bytes: peak memory of a forward without a graph, beyond its inputs.
     """
 
     forward_ms: float
@@ -46,7 +46,7 @@ def measure(peer: Peer, inputs: AttentionInputs, timer: Timer, repetitions: int 
         peer: what is timed.
         inputs: its tensors.
         timer: returns the milliseconds of a call.
-        repetitions: how many times forward and backward are timed, in turn; the median counts.
+        repetitions: how many times forward and backward are timed, alternately; the median counts.
 
     Raises:
         UnsupportedWorkload: if the peer cannot serve the workload.

@@ -1,4 +1,4 @@
-"""Ours and every attention that it is compared with.
+"""lctrain's attention and every attention that it is compared with.
 
 A peer takes the inputs and returns the call that is timed, which gives the output [T, H, D].
 Whatever a training step prepares once per batch and not once per layer (a tile schedule, a block
@@ -22,7 +22,7 @@ Call = Callable[[], torch.Tensor]
 
 
 class UnsupportedWorkload(Exception):
-    """The peer cannot serve this workload; the message says why."""
+    """Raised if a peer does not support a workload; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _refuse_dropout(inputs: AttentionInputs) -> None:
 
 
 def lctrain(inputs: AttentionInputs, backend: str = "auto", *, deterministic: bool = False) -> Call:
-    """Ours, with the schedule of the batch."""
+    """lctrain's attention, with the schedule of the batch."""
     q, k, v = inputs.leaves
     cu, longest = inputs.cu_seqlens, inputs.max_seqlen
     schedule = make_schedule(inputs.workload.lengths).to(q.device)
@@ -87,7 +87,7 @@ def lctrain(inputs: AttentionInputs, backend: str = "auto", *, deterministic: bo
 
 
 def lctrain_deterministic(inputs: AttentionInputs) -> Call:
-    """Ours, with gradients that have the same bits in every run."""
+    """lctrain's attention, with gradients that have the same bits in every run."""
     return lctrain(inputs, deterministic=True)
 
 

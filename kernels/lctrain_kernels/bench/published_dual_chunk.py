@@ -121,8 +121,8 @@ def published_dual_chunk_attn(
         local_size: L.
         softmax_scale: Default D^-0.5.
         attend: The attention that is called.
-        call_per_chunk: Three calls per chunk, as published; otherwise three in all, for which keys
-            that several chunks share are copied.
+        call_per_chunk: Whether to make three calls per chunk, as published. Otherwise three in all,
+            with copies of the keys that several chunks share.
 
     Returns:
         out [T, H, D]. Its gradients are the published ones.
@@ -209,7 +209,7 @@ def _chunks(bounds: list[int], length: int) -> Iterator[tuple[int, int, int, int
 def _turned(
     q: Tensor, place: Tensor, way: int, geometry: DualChunkGeometry, inv_freq: Tensor
 ) -> Tensor:
-    """[M, H, D] as they meet keys of the own chunk, the one before, or earlier ones."""
+    """Returns [M, H, D] rotated for keys of the own chunk, the one before, or earlier ones."""
     if way == 0:
         return q
     far = geometry.inter_position - place

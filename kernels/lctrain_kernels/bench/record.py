@@ -1,4 +1,4 @@
-"""What a run of the benchmark leaves behind: one JSON file, checked when it is read."""
+"""The record of a benchmark run: one JSON file, checked when it is read."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields

@@ -26,7 +26,7 @@ SECTIONS = ("dual_chunk", "differential")
 
 
 def terminal_table(record: BenchmarkRecord, workload: str) -> str:
-    """What the terminal shows of one workload: times, speeds, memory, and ours over each peer."""
+    """Returns the terminal's table of one workload: times, speeds, memory, and speed-ups."""
     lines = [f"{workload}: {WORKLOADS[workload].describe()}"]
     ours = record.find(workload, OURS)
     for result in record.results:
@@ -54,7 +54,7 @@ def terminal_table(record: BenchmarkRecord, workload: str) -> str:
 
 
 def speedups(ours: Result, peer: Result) -> tuple[float, float]:
-    """How many times faster ours is, forward and backward."""
+    """Returns how many times faster lctrain is, forward and backward."""
     assert ours.forward_ms
     assert ours.backward_ms
     assert peer.forward_ms
@@ -63,7 +63,7 @@ def speedups(ours: Result, peer: Result) -> tuple[float, float]:
 
 
 def markdown_tables(record: BenchmarkRecord) -> str:
-    """The page's tables of one run: TFLOP/s, ours over each peer, and peak memory."""
+    """Returns the tables of one run: TFLOP/s, speed-ups over each peer, and peak memory."""
     workloads = [name for name in WORKLOADS if record.find(name, OURS)]
     rivals = [name for name in PEERS if any(record.find(w, name) for w in workloads)]
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
@@ -101,7 +101,7 @@ def markdown_tables(record: BenchmarkRecord) -> str:
 
 
 def time_tables(record: BenchmarkRecord) -> str:
-    """The tables of a run that names its peers itself (settings["titles"]), the first one ours."""
+    """Returns the tables of a run with its own peers (settings["titles"]); the first is lctrain."""
     titles = record.settings["titles"]
     ours, *others = titles
     workloads = list(record.workloads)

@@ -21,7 +21,7 @@ DTYPE = torch.bfloat16
 def new_record(
     peers: Sequence[Peer], device: torch.device, repetitions: int, milliseconds: int
 ) -> BenchmarkRecord:
-    """An empty record that knows the device, the date, the settings and the versions."""
+    """Returns an empty record with the device, the date, the settings and the versions."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     if torch.version.cuda:
         versions["CUDA"] = torch.version.cuda
@@ -61,7 +61,7 @@ def run_workloads(
         device: where.
         timer: returns the milliseconds of a call.
         repetitions: how many times each peer is timed; the median counts.
-        check: judge ours against float64 first, and give it no figures where it fails.
+        check: whether to compare lctrain with float64 first; a kernel that fails gets no figures.
 
     Yields:
         The name of each workload as soon as its results are in the record.

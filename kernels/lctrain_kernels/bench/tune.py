@@ -182,7 +182,7 @@ def time_candidates(
     """Times each candidate on one workload; the backward's other kernels stay as in the table.
 
     Args:
-        workload: What to time.
+        workload: Workload to time.
         operation: A key of the candidates, such as "varlen_fwd".
         candidates: Texts for parse_config.
         dropout_p: Dropout probability.

@@ -101,7 +101,7 @@ def time_candidates(
     """Times each candidate on one workload; the backward's other kernel stays as in the table.
 
     Args:
-        workload: What to time.
+        workload: Workload to time.
         operation: "diff_fwd", "diff_dq" or "diff_dkv".
         candidates: Texts for parse_config.
         dropout_p: Dropout probability.

@@ -1,4 +1,4 @@
-"""What is timed: packs of documents with their head counts, and the FLOPs that they cost."""
+"""Workloads of the benchmarks: packs of documents with their head counts, and their FLOPs."""
 
 from dataclasses import dataclass
 

@@ -27,8 +27,8 @@ def row_pass_variant(name: str, dtype: str = "bf16", *, everything: bool = False
     Args:
         name: A key of PASSES.
         dtype: Triton's name of the logits' dtype.
-        everything: With bias, softcap and label smoothing; the gradient of lse where the
-            gradient is written.
+        everything: Whether to include bias, softcap and label smoothing, and the gradient of lse
+            where the gradient is written.
     """
     reads_statistics, writes_gradient = PASSES[name]
     config = row_config(_DTYPES[dtype])

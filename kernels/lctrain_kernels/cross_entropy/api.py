@@ -61,7 +61,7 @@ def linear_cross_entropy(
         chunk_tokens: tokens whose logits exist at one time; None picks it from `logits_bytes`.
         logits_bytes: bytes of the logits that exist at one time. None takes 64 MiB on a CPU; on a
             GPU 2 GiB, or a quarter of the memory that is free at the first call if that is less.
-        label_smoothing: share of the target's probability spread over the whole vocabulary, in
+        label_smoothing: fraction of the target's probability that is spread over the vocabulary, in
             [0, 1), as in torch.nn.functional.cross_entropy.
         z_loss: factor of the squared logsumexp that each token adds to the loss.
         token_weights: [T], floating point, constant: factor of each token's loss. "mean" still
@@ -129,7 +129,7 @@ def linear_cross_entropy(
 
 
 def _matmul_dtype(hidden: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on (but it leaves float64 alone), else that of `hidden`."""
+    """Returns autocast's dtype where it is on (but float64 stays), else that of `hidden`."""
     device_type = hidden.device.type
     if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)

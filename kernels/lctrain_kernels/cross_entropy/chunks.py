@@ -1,4 +1,4 @@
-"""How many tokens' logits exist at one time."""
+"""Chooses the number of tokens whose logits exist at one time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the pass over the logits cuts its work."""
+"""Launch configurations of the pass over the logits."""
 
 from __future__ import annotations
 

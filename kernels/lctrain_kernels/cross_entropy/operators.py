@@ -205,7 +205,7 @@ def _tokens_backward(
 
 
 def _chunks(inputs: list[Tensor | None], options: LossOptions) -> Any:
-    """Yields the slice of each chunk, its products [C, V] and what they were made of."""
+    """Yields the slice of each chunk, its logits [C, V], and the inputs of its product."""
     hidden, weight, _, low, up = inputs
     assert hidden is not None
     assert weight is not None
@@ -224,7 +224,10 @@ def _chunks(inputs: list[Tensor | None], options: LossOptions) -> Any:
 
 
 def check_label_range(labels: Tensor, options: LossOptions) -> None:
-    """Raises for a label outside the vocabulary, on the CPU: elsewhere it would synchronise."""
+    """Raises for a label outside of the vocabulary.
+
+    Checks on the CPU only, to avoid a synchronisation.
+    """
     if labels.device.type != "cpu":
         return
     outside = (labels != options.ignore_index) & ((labels < 0) | (labels >= options.num_words))

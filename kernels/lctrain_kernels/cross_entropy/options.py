@@ -1,4 +1,4 @@
-"""What a linear cross-entropy computes, beside its tensors."""
+"""Options of a linear cross-entropy."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ SCHEMA = (
 
 @dataclass(frozen=True)
 class LossOptions:
-    """Options of the loss; an operator takes them one by one (`SCHEMA`).
+    """Options of the loss. An operator takes them as separate arguments (`SCHEMA`).
 
     Attributes:
         softcap: Bound of the logits; 0 turns it off.
         logit_scale: Factor of the logits.
         ignore_index: Label of tokens that count nowhere.
-        label_smoothing: Share of the target's probability that is spread over all words.
+        label_smoothing: Fraction of the target's probability that is spread over the vocabulary.
         z_loss: Factor of the squared log-normaliser that is added to the loss.
-        first_word: Word of the vocabulary that the weight's first row stands for.
+        first_word: Token id of the weight's first row.
         num_words: Words of the whole vocabulary.
         group_name: Process group whose ranks hold the other rows; "" where this rank holds all.
         chunk_tokens: Tokens whose logits exist at one time.
@@ -59,7 +59,7 @@ class VocabularyShard:
     caller adds the parts, as in any layer that is divided by columns.
 
     Attributes:
-        first_word: Word of the vocabulary that the weight's first row stands for.
+        first_word: Token id of the weight's first row.
         num_words: Words of the whole vocabulary.
         group: Process group of the ranks that hold the other rows.
     """

@@ -71,7 +71,7 @@ def accumulate_outer(total: Tensor, logits_grad: Tensor, hidden: Tensor, *, firs
         total: Sum over the chunks; overwritten where `first`.
         logits_grad: [C, V].
         hidden: [C, E].
-        first: Whether nothing has been added yet.
+        first: Whether this is the first product that is added.
     """
     if logits_grad.dtype == total.dtype:  # float32 logits, perhaps of half-precision inputs
         total.addmm_(logits_grad.t(), hidden.to(total.dtype), beta=0.0 if first else 1.0)

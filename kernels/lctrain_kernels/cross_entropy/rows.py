@@ -1,4 +1,4 @@
-"""The pass over a chunk of logits, in Triton or in plain PyTorch, and what follows from it.
+"""The pass over a chunk of logits, in Triton or in plain PyTorch, and the loss from its result.
 
 A row's statistics are four numbers: the maximum m of its logits, the sum of exp(z - m), the logit z
 of its label, and the sum of its logits (0 without label smoothing). m and the sum are kept apart:

@@ -11,7 +11,7 @@ from lctrain_kernels.cross_entropy.rows import EXP_SUM, MAXIMUM
 
 
 def reduce_statistics(statistics: Tensor, group_name: str) -> None:
-    """Replaces the statistics [4, C] of this rank's words by those of all words, in place."""
+    """Reduces the statistics [4, C] of all shards of the vocabulary, in place."""
     from torch.distributed.distributed_c10d import _resolve_process_group
 
     resolve: Any = _resolve_process_group

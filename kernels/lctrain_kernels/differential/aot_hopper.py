@@ -97,7 +97,7 @@ def backward_variant(
     dtype: str = "bf16",
     group: int = 4,
 ) -> KernelVariant:
-    """As forward_variant, of differential_bwd_hopper_kernel, without dropout."""
+    """As forward_variant, for differential_bwd_hopper_kernel, without dropout."""
     columns, value_columns = padded_columns(head_dim), padded_columns(value_dim)
     tile = differential_backward_tile(columns, value_columns, shared_k)
     queries = descriptor_type(dtype, tile.block_m, columns)
@@ -169,7 +169,7 @@ def prepare_variant(
 
 
 def round_dq_variant(head_dim: int, heads: int, dtype: str = "bf16") -> KernelVariant:
-    """As prepare_variant, of differential_round_dq_kernel."""
+    """As prepare_variant, for differential_round_dq_kernel."""
     others: dict[str, str | None] = {"sum1_ptr": "*fp32", "sum2_ptr": "*fp32", "scale": "fp32"}
     constants = {
         "HEADS": heads,

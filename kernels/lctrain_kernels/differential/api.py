@@ -58,7 +58,7 @@ def diff_attn_varlen_func(
         dropout_p: Probability of dropping a weight, in each branch by a mask of its own (that of
             query head 2 h + branch), applied exactly as round(p * 65536) / 65536.
         softmax_scale: Factor of q.k; default D^-0.5.
-        causal: Query i sees keys up to its own position.
+        causal: Whether query i sees only the keys up to its own position.
         window_size: (left, right) keys around the own position, -1 unbounded; two ints or an int32
             device tensor [2].
         return_lse: Return (out, lse1, lse2).
@@ -66,10 +66,10 @@ def diff_attn_varlen_func(
             generator of that device.
         document_ids: [N] int32, the documents' part of the dropout key. Default: the index in the
             pack.
-        schedule: From make_schedule, on q1's device. Default: built on the device, once per
+        schedule: Schedule of make_schedule, on q1's device. Default: built on the device, once per
             cu_seqlens tensor.
-        backend: "auto", "hopper", "triton" or "pytorch". A named one never falls back; "auto" takes
-            "hopper" on a Hopper GPU, except for what its kernels cannot do
+        backend: "auto", "hopper", "triton" or "pytorch". A named backend never falls back. On a
+            Hopper GPU "auto" takes "hopper" unless its kernels do not support the call
             (`lctrain_kernels.gluon.support`).
         cu_seqlens_k: [N + 1] int32, where keys are more than queries (a filled cache): queries are
             then the last ones of their document. Default cu_seqlens.

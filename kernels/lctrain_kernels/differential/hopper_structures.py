@@ -36,7 +36,7 @@ class BranchPointers(NamedTuple):
 
 
 class ForwardInputs(NamedTuple):
-    """What a consumer warpgroup works on.
+    """Inputs of a consumer warpgroup.
 
     Attributes:
         out_descs: Outputs.
@@ -60,7 +60,7 @@ class ForwardInputs(NamedTuple):
 
 
 class ForwardPointers(NamedTuple):
-    """Tensors of differential_fwd_hopper_kernel; it says their shapes."""
+    """Tensors of differential_fwd_hopper_kernel, whose docstring has their shapes."""
 
     lam: Any
     lse1: Any
@@ -75,7 +75,7 @@ class ForwardPointers(NamedTuple):
 
 
 class BackwardPointers(NamedTuple):
-    """Tensors of differential_bwd_hopper_kernel; it says their shapes."""
+    """Tensors of differential_bwd_hopper_kernel, whose docstring has their shapes."""
 
     stats: Any
     dk1: Any
@@ -105,7 +105,7 @@ class ResultPointers(NamedTuple):
 
 
 class BackwardInputs(NamedTuple):
-    """What a consumer warpgroup works on.
+    """Inputs of a consumer warpgroup.
 
     Attributes:
         shared: BackwardBuffers; q, lse and delta have two buffers per stage, one per branch.

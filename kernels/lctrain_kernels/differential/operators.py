@@ -14,7 +14,7 @@ from lctrain_kernels.varlen.reference import VarlenOptions
 
 
 class Operands(NamedTuple):
-    """What differential attention takes beside the pack and the options.
+    """Tensors that only differential attention takes.
 
     Attributes:
         q1: [T, H, D].

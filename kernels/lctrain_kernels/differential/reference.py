@@ -28,7 +28,7 @@ def _branches_as_heads(
 
 
 def _own(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A contiguous copy: an operator's results may not share memory, not even if empty."""
+    """Returns a contiguous copy, since results of an operator must not share memory."""
     return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 

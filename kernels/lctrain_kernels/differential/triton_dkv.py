@@ -14,7 +14,7 @@ from lctrain_kernels.tile.seqlen import document_bounds, locate_program
 
 
 class DkvPointers(NamedTuple):
-    """Tensors of differential_dkv_kernel; it says their shapes."""
+    """Tensors of differential_dkv_kernel, whose docstring has their shapes."""
 
     q1: Any
     q2: Any

@@ -16,7 +16,7 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 
 class DqPointers(NamedTuple):
-    """Tensors of differential_dq_kernel; it says their shapes."""
+    """Tensors of differential_dq_kernel, whose docstring has their shapes."""
 
     q1: Any
     q2: Any

@@ -28,7 +28,7 @@ from lctrain_kernels.tile.structures import Flags, tile_shape
 
 
 class ForwardPointers(NamedTuple):
-    """Tensors of differential_fwd_kernel; it says their shapes."""
+    """Tensors of differential_fwd_kernel, whose docstring has their shapes."""
 
     q1: Any
     q2: Any

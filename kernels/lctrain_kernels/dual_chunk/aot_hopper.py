@@ -92,7 +92,7 @@ def backward_variant(
     group: int = 4,
     relation: int = INTRA.value,
 ) -> KernelVariant:
-    """As forward_variant, of one launch of dual_chunk_bwd_hopper_kernel, which has no dropout."""
+    """As forward_variant, for one launch of dual_chunk_bwd_hopper_kernel, without dropout."""
     columns = padded_columns(head_dim)
     tile = dual_chunk_backward_tile(columns)
     queries = descriptor_type(dtype, tile.block_m, columns)

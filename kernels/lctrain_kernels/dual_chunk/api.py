@@ -57,8 +57,8 @@ def dual_chunk_attn_varlen_func(
             radians per position.
         chunk_size: S, at most the trained window minus one.
         local_size: L, 0 <= L < S: how far positions stay exact across a chunk's boundary.
-        logit_scale: [N] float32, a positive factor of the logits of each document; has no gradient,
-            and must not ask for one.
+        logit_scale: [N] float32, a positive factor of the logits of each document. It has no
+            gradient; requires_grad must be False.
         dropout_p: Probability of dropping a weight, applied exactly as round(p * 65536) / 65536.
         softmax_scale: Factor of q.k; default D^-0.5.
         return_lse: Return (out, lse).
@@ -66,10 +66,10 @@ def dual_chunk_attn_varlen_func(
             generator of that device.
         document_ids: [N] int32, the documents' part of the dropout key. Default: the index in the
             pack.
-        schedule: From make_schedule, on q's device. Default: built on the device, once per
+        schedule: Schedule of make_schedule, on q's device. Default: built on the device, once per
             cu_seqlens tensor.
-        backend: "auto", "hopper", "triton" or "pytorch". A named one never falls back; "auto" takes
-            "hopper" on a Hopper GPU, except for what its kernels cannot do
+        backend: "auto", "hopper", "triton" or "pytorch". A named backend never falls back. On a
+            Hopper GPU "auto" takes "hopper" unless its kernels do not support the call
             (`lctrain_kernels.gluon.support`).
         cu_seqlens_k: [N + 1] int32, where keys are more than queries (a filled cache): queries are
             then the last ones of their document. Default cu_seqlens.

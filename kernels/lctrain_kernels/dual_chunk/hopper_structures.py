@@ -41,7 +41,7 @@ class ForwardPointers(NamedTuple):
 
 
 class BackwardPointers(NamedTuple):
-    """Tensors of dual_chunk_bwd_hopper_kernel; it says their shapes."""
+    """Tensors of dual_chunk_bwd_hopper_kernel, whose docstring has their shapes."""
 
     stats: Any
     dk: Any
@@ -62,7 +62,7 @@ class BackwardStrides(NamedTuple):
 
 
 class ResultPointers(NamedTuple):
-    """Gradients of keys and values, and the float32 sums that launches hand on."""
+    """Gradients of keys and values, and the float32 sums that one launch passes to the next."""
 
     dk: Any
     dv: Any
@@ -71,7 +71,7 @@ class ResultPointers(NamedTuple):
 
 
 class QueryRun(NamedTuple):
-    """Where the blocks of queries begin that see a tile of keys in one range.
+    """First block of the queries that see a tile of keys, for one range.
 
     Attributes:
         low: First query.
@@ -111,7 +111,7 @@ class ChunkTile(NamedTuple):
 
 
 class BackwardInputs(NamedTuple):
-    """What a consumer warpgroup works on.
+    """Inputs of a consumer warpgroup.
 
     Attributes:
         shared: BackwardBuffers.

@@ -1,4 +1,4 @@
-"""What dual chunk attention takes beside the pack and the options."""
+"""Tensors and sizes that only dual chunk attention takes."""
 
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ class Operands(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """How the kernels rotate queries and keys; see ranges.py.
+    """Constants by which the kernels rotate queries and keys; see ranges.py.
 
     Attributes:
         inv_freq: [D/2] float32, radians per position.

@@ -31,7 +31,7 @@ from lctrain_kernels.varlen.reference import (
 
 @dataclass(frozen=True)
 class DualChunkGeometry:
-    """Where the chunks lie and how far queries are rotated.
+    """Positions of the chunks, and the rotations of queries.
 
     Attributes:
         chunk_size: S, the largest relative position.
@@ -164,7 +164,7 @@ class DualChunkOperands(Operands):
         self.logit_scale = logit_scale
 
     def runs(self, length_q: int, length_k: int) -> Iterator[tuple[int, int]]:
-        """Yields (start, stop) of the queries that are taken at once; none crosses a chunk."""
+        """Yields (start, stop) of queries that are computed together; no run crosses a chunk."""
         shift = length_k - length_q
         for start, stop in super().runs(length_q, length_k):
             while start < stop:

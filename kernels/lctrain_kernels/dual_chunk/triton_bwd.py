@@ -36,7 +36,7 @@ def dual_chunk_bwd(
         dout: [T, H, D], any strides.
         dlse: [H, T] float32 or None.
         operands: Operands of the operator.
-        rotation: How queries and keys are rotated.
+        rotation: Rotation of queries and keys.
         out: [T, H, D].
         lse: [H, T] float32.
         pack: Documents, with tiles.

@@ -32,7 +32,7 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 
 class DkvPointers(NamedTuple):
-    """Tensors of dual_chunk_dkv_kernel; it says their shapes."""
+    """Tensors of dual_chunk_dkv_kernel, whose docstring has their shapes."""
 
     q: Any
     q_inter: Any

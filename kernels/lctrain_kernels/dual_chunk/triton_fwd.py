@@ -33,7 +33,7 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 
 class ForwardPointers(NamedTuple):
-    """Tensors of dual_chunk_fwd_kernel; it says their shapes."""
+    """Tensors of dual_chunk_fwd_kernel, whose docstring has their shapes."""
 
     q: Any
     k: Any
@@ -233,7 +233,7 @@ def dual_chunk_fwd(
 
     Args:
         operands: Operands of the operator.
-        rotation: How queries and keys are rotated.
+        rotation: Rotation of queries and keys.
         pack: Documents, with tiles.
         options: Options of the call.
 

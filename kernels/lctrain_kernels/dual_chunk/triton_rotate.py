@@ -32,7 +32,7 @@ ROTATE_CONFIG = TileConfig(block_m=32, block_n=0, num_warps=4, num_stages=1)
 
 
 class RotatePointers(NamedTuple):
-    """Tensors of dual_chunk_rotate_kernel; it says their shapes."""
+    """Tensors of dual_chunk_rotate_kernel, whose docstring has their shapes."""
 
     x: Any
     rotated: Any
@@ -178,7 +178,7 @@ def dual_chunk_rotate(
         cu_seqlens_x: [N + 1] int32, the documents of x.
         cu_seqlens_k: [N + 1] int32.
         tiles: [n, 2] int32 of x's rows, from a TileSchedule.
-        rotation: How rows are rotated.
+        rotation: Rotation of the rows.
         is_query: Rotate to the inter position; otherwise back by c.
         out: [T, H, D], given together with the next ones: the statistics of queries.
         dout: [T, H, D], last stride 1.

@@ -69,7 +69,7 @@ def barrier_numbers(kernel: str, stages: int) -> dict[str, range]:
 
 
 def barriers_fit(kernel: str, stages: int) -> bool:
-    """Tells whether a kernel's named barriers exist and none of them has two meanings."""
+    """Returns whether a kernel has enough named barriers for all of its purposes."""
     numbers = barrier_numbers(kernel, stages)
     overlap = any(set(one) & set(other) for one, other in combinations(numbers.values(), 2))
     return stages <= MOST_STAGES and max(map(max, numbers.values())) < 16 and not overlap
@@ -136,7 +136,7 @@ def barrier_arrive(barrier, threads, WARPS: gl.constexpr):
 
 @gluon.jit
 def barrier_wait(barrier, threads, WARPS: gl.constexpr, wanted=1):
-    """Counts this partition's threads and waits until all have come; does nothing if not wanted."""
+    """Counts this partition's threads and waits until all have arrived, if `wanted`."""
     _execute("bar.sync", barrier, threads, wanted, WARPS)
 
 
@@ -155,13 +155,13 @@ def acquire_stage(EMPTY: gl.constexpr, block, STAGES: gl.constexpr, THREADS: gl.
 
 @gluon.jit
 def release_stage(EMPTY: gl.constexpr, stage, THREADS: gl.constexpr):
-    """Says that this consumer warpgroup has read a stage."""
+    """Signals that this consumer warpgroup has read a stage."""
     barrier_arrive(EMPTY + stage, THREADS, 4)
 
 
 @gluon.jit
 def drain_stages(EMPTY: gl.constexpr, blocks, STAGES: gl.constexpr, THREADS: gl.constexpr):
-    """Makes the producer wait for the last releases, whose stages it does not fill again."""
+    """Makes the producer wait for the last releases, of stages that it does not fill again."""
     for stage in gl.static_range(STAGES):
         barrier_wait(EMPTY + stage, THREADS, 1, gl.where(blocks > stage, 1, 0))
 

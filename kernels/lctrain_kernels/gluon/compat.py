@@ -1,4 +1,4 @@
-"""The names of Gluon that differ between Triton's releases, as one vocabulary.
+"""Gluon functions whose names differ between Triton's releases, under one name each.
 
 Gluon is experimental: Triton 3.6 has `tma.async_copy_global_to_shared`, 3.9 has `tma.async_load`,
 and so on. Kernels take these names from here, everything else from Gluon itself.

@@ -1,4 +1,4 @@
-"""Tiles of the Hopper kernels. As for the portable ones, nothing here depends on lengths."""
+"""Tile configurations of the Hopper kernels. They do not depend on lengths."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,15 +12,15 @@ REGISTERS_OF_THREE = 128  # the same, where a forward has three warpgroups
 
 
 class ForwardTile(NamedTuple):
-    """Of the forward kernels.
+    """Tile configuration of the forward kernels.
 
     Attributes:
         block_n: Keys of a block.
         stages: Blocks of keys, and of values, in shared memory.
         q_stages: Tiles of queries in shared memory.
         consumers: Warpgroups of 64 rows each; other than two in varlen_fwd_hopper_kernel alone.
-        meet_early: Whether the warps of a warpgroup meet before a block's products, not after; of
-            varlen_fwd_hopper_kernel alone.
+        meet_early: Whether the warps of a warpgroup synchronise before a block's products instead
+            of after them; varlen_fwd_hopper_kernel only.
     """
 
     block_n: int
@@ -31,13 +31,14 @@ class ForwardTile(NamedTuple):
 
 
 class BackwardTile(NamedTuple):
-    """Of the backward kernels.
+    """Tile configuration of the backward kernels.
 
     Attributes:
         block_m: Queries of a block, 64.
         stages: Blocks of queries in shared memory, from 2 to signals.MOST_STAGES.
-        reduce_from_registers: Let the warpgroups that multiply dq add it to global memory, instead
-            of a warp that takes it from shared memory. Of varlen_bwd_hopper_kernel alone.
+        reduce_from_registers: Whether the warpgroups that compute dq add it to global memory
+            themselves, instead of a warp that reads it from shared memory; varlen_bwd_hopper_kernel
+            only.
     """
 
     block_m: int
@@ -173,7 +174,7 @@ def forward_tile(columns: int, pack: int, has_dropout: bool) -> ForwardTile:
 
 
 def entry_registers(consumers: int) -> int:
-    """As REGISTERS, of a forward with that many warpgroups."""
+    """Returns the registers per thread at entry of a forward; see REGISTERS."""
     return REGISTERS if consumers == CONSUMERS else REGISTERS_OF_THREE
 
 

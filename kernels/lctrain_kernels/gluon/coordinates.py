@@ -1,4 +1,4 @@
-"""Named groups that say which rows, keys and queries a part of a Hopper kernel works on."""
+"""Named tuples with the rows, keys and queries that a part of a Hopper kernel works on."""
 
 from typing import Any, NamedTuple
 
@@ -92,7 +92,7 @@ class LocalQueries(NamedTuple):
 
 
 class Visible(NamedTuple):
-    """Which keys the rows of a warpgroup see.
+    """Range of keys that the rows of a warpgroup see.
 
     Attributes:
         shift: Keys less queries of the document.
@@ -112,7 +112,7 @@ class Visible(NamedTuple):
 
 
 class KeyBounds(NamedTuple):
-    """What a warpgroup's keys are seen by, relative to the first key.
+    """Bounds of the queries that see a warpgroup's keys, relative to the first key.
 
     Attributes:
         keys_here: Keys from the first one to the document's end.

@@ -194,7 +194,7 @@ def store_rows(desc, buffer, rows, RUN: gl.constexpr):
     """Starts the copy of a warpgroup's 64 rows from shared to global memory.
 
     Args:
-        desc: As in load_queries.
+        desc: Descriptor, as in load_queries.
         buffer: [64, BLOCK_D].
         rows: QueryRows of this warpgroup.
         RUN: Positions of one head.

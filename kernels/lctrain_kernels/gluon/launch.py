@@ -1,4 +1,4 @@
-"""From tensors to what Hopper's copy engine takes: descriptors, counters, the size of the grid."""
+"""Launch arguments of the Hopper kernels: TMA descriptors, counters, the size of the grid."""
 
 import functools
 
@@ -51,5 +51,5 @@ def padded_columns(head_dim: int) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU."""
+    """Returns the number of multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count

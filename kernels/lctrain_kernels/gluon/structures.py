@@ -89,7 +89,7 @@ class ForwardBuffers(NamedTuple):
         q: Queries, [q_stages * consumers, rows, block_d].
         k: Keys, [stages * num_k, block_n, block_d].
         v: Values, [stages, block_n, block_dv].
-        tiles: Fields of the tiles that the scheduler hands out, int32.
+        tiles: Fields of the tiles from the scheduler, int32.
         tile_bars: Pipeline of the tiles.
         q_bars: Pipeline of the queries.
         k_ready: mbarriers of keys; named barriers say which stages are empty.
@@ -115,7 +115,7 @@ class BackwardBuffers(NamedTuple):
         q: Queries, one or two buffers per stage.
         dout: Gradients of out, [stages, block_m, block_dv].
         lse: Base-2 logsumexp of the queries.
-        delta: rowsum(dout * out), and what else dS subtracts.
+        delta: rowsum(dout * out), and the other terms that dS subtracts.
         kv_ready: mbarrier of the tile's keys and values.
         q_ready: mbarriers of queries.
         dout_ready: mbarriers of dout.
@@ -133,7 +133,7 @@ class BackwardBuffers(NamedTuple):
 
 
 class WorkTile(NamedTuple):
-    """A tile of queries, as the scheduler hands it out.
+    """A tile of queries from the tile scheduler.
 
     Attributes:
         end_q: End of the document's queries in the pack.
@@ -357,7 +357,7 @@ class DqSlabs(NamedTuple):
 
 
 class SchedulerInputs(NamedTuple):
-    """What the tile scheduler reads.
+    """Inputs of the tile scheduler.
 
     Attributes:
         cu_seqlens_q: [N + 1] int32.

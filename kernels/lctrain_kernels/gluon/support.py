@@ -1,4 +1,4 @@
-"""What the Hopper kernels cannot do, in one table; such calls go to the portable kernels."""
+"""One table of what the Hopper kernels do not support; such calls run on the portable kernels."""
 
 import re
 import warnings
@@ -17,7 +17,7 @@ MAX_ROWS = 1 << 30  # of a descriptor's row dimension
 
 @dataclass(frozen=True)
 class Call:
-    """What decides about a call of varlen or dual chunk attention.
+    """Properties of a varlen or dual chunk call that decide whether the Hopper kernels support it.
 
     Attributes:
         q: [T, H, D].
@@ -40,7 +40,7 @@ class Call:
 
 @dataclass(frozen=True)
 class DifferentialCall:
-    """What decides about a call of differential attention.
+    """Properties of a differential call that decide whether the Hopper kernels support it.
 
     Attributes:
         q1: [T, H, D].
@@ -140,7 +140,7 @@ DIFFERENTIAL_BACKWARD_LIMITS: tuple[_DifferentialLimit, ...] = (
 
 
 def refusal(call: _Call, limits: tuple[tuple[str, Callable[[_Call], bool]], ...]) -> str | None:
-    """Returns what a call asks of the Hopper kernels that they cannot do, None if nothing."""
+    """Returns what the Hopper kernels do not support in a call; None if they support all of it."""
     return next((name for name, exceeds in limits if exceeds(call)), None)
 
 
@@ -154,7 +154,7 @@ def _installed_triton() -> tuple[int, int] | None:
 
 
 def knows_triton(version: tuple[int, int] | None) -> bool:
-    """Tells whether compat.py knows a Triton; warns if it does not."""
+    """Returns whether compat.py supports a Triton release; warns if it does not."""
     if version is None:
         return False
     if OLDEST_TRITON <= version <= NEWEST_TRITON:
@@ -181,7 +181,7 @@ _KNOWN_TRITON = bool(_DEVICES) and knows_triton(_installed_triton())
 
 
 def available(device: torch.device) -> bool:
-    """Tells whether the Hopper kernels run on a device."""
+    """Returns whether the Hopper kernels run on a device."""
     if device.type != "cuda" or not _KNOWN_TRITON:
         return False
     index = torch.cuda.current_device() if device.index is None else device.index

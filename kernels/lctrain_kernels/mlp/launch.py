@@ -24,7 +24,7 @@ def _grid(rows: int, columns: int, block: int) -> tuple[int]:
 
 
 def gated_fwd(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """activation(gate) * up, [T, I]; rows of the arguments may be apart, columns not."""
+    """activation(gate) * up, [T, I]. Rows of the arguments may be strided, columns not."""
     rows, columns = gate.shape
     out = torch.empty(rows, columns, dtype=gate.dtype, device=gate.device)
     if out.numel():

@@ -98,7 +98,7 @@ def _bias_gelu_backward(
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """Copied only where columns are apart, as in an expanded gradient."""
+    """Returns the tensor, copied only if its columns are not adjacent."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 

@@ -43,7 +43,7 @@ def forward_variant(columns: int, norm: str, dtype: str = "bf16") -> KernelVaria
 
 
 def backward_variant(columns: int, norm: str, dtype: str = "bf16") -> KernelVariant:
-    """As forward_variant, of norm_bwd_kernel."""
+    """As forward_variant, for norm_bwd_kernel."""
     block = triton.next_power_of_2(columns)
     config = norm_config(BACKWARD, block)
     others: dict[str, str | None] = dict.fromkeys(

@@ -29,8 +29,8 @@ def rms_norm(
         weight: [H], floating point.
         eps: Added to the mean square.
         weight_offset: 1 for Gemma, whose weights are deviations from 1.
-        float32_product: Multiply by the weight in float32, as Gemma does. Else the normalised
-            values are rounded to x's dtype before the product, as in Llama.
+        float32_product: Whether to multiply by the weight in float32, as Gemma does. Otherwise the
+            normalised values are rounded to x's dtype before the product, as in Llama.
         backend: "auto", "triton" or "pytorch".
 
     Returns:
@@ -64,10 +64,10 @@ def fused_add_rms_norm(
         x: [..., H], floating point.
         residual: The same shape.
         weight: [H].
-        eps: As in rms_norm.
-        weight_offset: As in rms_norm.
-        float32_product: As in rms_norm.
-        backend: As in rms_norm.
+        eps: See rms_norm.
+        weight_offset: See rms_norm.
+        float32_product: See rms_norm.
+        backend: See rms_norm.
 
     Returns:
         The normalised sum and the sum, both [..., H]. The sum has the promoted dtype of x and
@@ -108,7 +108,7 @@ def layer_norm(
         weight: [H].
         bias: [H] in the dtype of weight, or None.
         eps: Added to the variance.
-        backend: As in rms_norm.
+        backend: See rms_norm.
 
     Returns:
         [..., H] in the dtype of x.
@@ -131,7 +131,7 @@ def layer_norm(
 def _options(
     x: Tensor, eps: float, weight_offset: float, float32_product: bool, backend: str
 ) -> tuple[float, float, bool, bool, str]:
-    """NormOptions' fields, and the backend, as the operator takes them."""
+    """Returns the fields of NormOptions and the backend, as the operator takes them."""
     chosen = fused_backend(x.device, x.dtype, backend)
     if chosen == "triton" and x.shape[-1] > MAX_COLUMNS:
         if backend == "triton":

@@ -1,4 +1,4 @@
-"""How the norm's kernels cut their work: by hidden size, not by the number of rows.
+"""Launch configurations of the norm's kernels, by hidden size and not by the number of rows.
 
 `bench/NOTES.md` holds the measurements that the numbers come from.
 """

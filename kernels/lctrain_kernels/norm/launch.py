@@ -27,8 +27,8 @@ def norm_fwd(
     """Normalises rows of x, or of x + residual.
 
     Args:
-        x: [T, H]; rows may be apart, columns not.
-        residual: Likewise, or None.
+        x: [T, H]; it may be strided between rows, not within a row.
+        residual: [T, H] with the same condition, or None.
         weight: [H].
         bias: [H] or None.
         options: See NormOptions.
@@ -137,6 +137,6 @@ def column_sum(parts: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rows_of(tensor: Tensor, columns: int) -> Tensor:
-    """`tensor` as [T, columns], copied only where the kernels cannot read it in place."""
+    """Returns `tensor` as [T, columns], copied only where the kernels cannot read it in place."""
     flat = tensor.reshape(math.prod(tensor.shape[:-1]), columns)
     return flat if flat.stride(1) == 1 or columns == 1 else flat.contiguous()

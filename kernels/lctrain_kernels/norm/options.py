@@ -1,4 +1,4 @@
-"""What a norm computes, beside its tensors."""
+"""Options of a norm."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class NormOptions:
     Attributes:
         eps: Added to the mean square (to the variance, for LayerNorm).
         weight_offset: Added to the weight in float32: 1 in Gemma.
-        float32_product: Multiply by the weight before the result is rounded, as Gemma does. Else
+        float32_product: Whether to multiply by the weight before rounding, as Gemma does. Otherwise
             the normalised values are rounded to the input's dtype first, as Llama does.
         centered: Subtract the mean: LayerNorm.
     """

@@ -77,7 +77,7 @@ def norm_bwd(
         weight_offset: Added to the weight.
         centered: Whether the mean was subtracted.
         needs_weight: Whether the gradient of the weight is wanted.
-        needs_bias: Likewise of the bias.
+        needs_bias: Whether the gradient of the bias is needed.
 
     Returns:
         Gradients of x [T, H], weight [H] and bias [H] (no elements where not wanted), in the dtypes

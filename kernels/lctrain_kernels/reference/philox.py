@@ -29,7 +29,7 @@ def dropout_threshold(dropout_p: float) -> int:
 
 
 def keep_scale(dropout_p: float) -> float:
-    """Returns 1 / (keep probability that is really applied), which makes dropout unbiased."""
+    """Returns 1 / (the keep probability after rounding), which makes dropout unbiased."""
     return 65536 / (65536 - dropout_threshold(dropout_p))
 
 
@@ -66,12 +66,12 @@ def dropout_keep(
     columns: Tensor,
     dropout_p: float,
 ) -> Tensor:
-    """Tells which attention weights of one document are kept.
+    """Returns which attention weights of one document are kept.
 
     Args:
         seed: 64-bit seed, an int or an int64 tensor of one element.
-        document_id: Identity of the document, the part of the key that makes the mask independent
-            of the pack.
+        document_id: Id of the document. As part of the key it makes the mask independent of the
+            pack.
         heads: [H] int64, query head indices.
         rows: [M] int64, query positions inside the document.
         columns: [N] int64, key positions inside the document.

@@ -33,9 +33,9 @@ class RotaryCase:
         rotary: Columns that are rotated.
         has_norm: Queries and keys are normalised first.
         inverse: The rotation of gradients.
-        published: cos and sin as transformers makes them: one column per rotated column, dtype of
-            q, one row per token. Else as FlashAttention takes them, by position ids and
-            interleaved: one column per pair, float32.
+        published: Whether cos and sin have transformers' layout: one column per rotated column,
+            dtype of q, one row per token. Otherwise they have FlashAttention's: one column per
+            pair, float32, with position ids, interleaved.
     """
 
     name: str
@@ -48,7 +48,7 @@ class RotaryCase:
     published: bool = True
 
     def constants(self) -> dict[str, int]:
-        """Constants that both kernels share."""
+        """Constants that both kernels take."""
         columns = self.rotary if self.published else self.rotary // 2
         options = RotaryOptions(not self.published, self.published, 0.0, 0.0, "triton")
         return rotary_constants(torch.empty(1, columns, device="meta"), self.head_dim, options)

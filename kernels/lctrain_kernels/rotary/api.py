@@ -45,7 +45,7 @@ def apply_rotary_emb(
         x: [T, H, D] or [B, S, H, D], floating point.
         cos: [rows, R / 2], with R at most D.
         sin: [rows, R / 2].
-        interleaved: Rotate columns 2 i and 2 i + 1 together; else i and i + R / 2.
+        interleaved: Whether columns 2 i and 2 i + 1 are a pair; otherwise columns i and i + R / 2.
         position_ids: [T], [B, S] or [1, S], integers: each token's row of the tables. Default: the
             token's place in its sequence, for which rows must be enough.
         backend: "auto", "triton" or "pytorch".
@@ -89,7 +89,7 @@ def rotate_qk(
         q: [B, S, Hq, D], floating point.
         k: [B, S, Hk, D], in the dtype of q.
         cos: [B, S, R] or [1, S, R]: a column for each of the first R columns of a head.
-        sin: Likewise.
+        sin: Sine, in the shape of cos.
         backend: "auto", "triton" or "pytorch".
 
     Returns:
@@ -125,8 +125,8 @@ def qk_norm_rotary(
         k: [B, S, Hk, D], in the dtype of q.
         q_weight: [D].
         k_weight: [D].
-        cos: As in rotate_qk.
-        sin: As in rotate_qk.
+        cos: See rotate_qk.
+        sin: See rotate_qk.
         eps: Added to the mean square.
         weight_offset: Added to the weights: 1 for Gemma.
         backend: "auto", "triton" or "pytorch".
@@ -153,7 +153,7 @@ def qk_norm_rotary(
 
 
 def _check_pair(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """The tables as [rows, R], one row per token or per place in a sequence."""
+    """Returns the tables as [rows, R], one row per token or per position of a sequence."""
     fits = q.dim() == k.dim() == 4 and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
     if not fits or q.dtype != k.dtype or not q.is_floating_point():
         raise ValueError(

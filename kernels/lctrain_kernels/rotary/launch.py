@@ -158,7 +158,7 @@ def norm_rotary_bwd(
 
 
 def rotary_constants(cos: Tensor, head_dim: int, options: RotaryOptions) -> dict[str, int]:
-    """Returns the constants that both kernels share."""
+    """Returns the constants that both kernels take."""
     rotary = options.rotary_columns(cos)
     rest = head_dim - rotary
     return {

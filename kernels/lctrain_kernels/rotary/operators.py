@@ -87,7 +87,7 @@ def _qk_norm_backward(
 
 
 def _columns(x: Tensor) -> Tensor:
-    """Copied only where columns are apart, as in an expanded gradient."""
+    """Returns the tensor, copied only if its columns are not adjacent."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 

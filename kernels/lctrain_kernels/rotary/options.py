@@ -1,4 +1,4 @@
-"""What a rotation computes, beside its tensors."""
+"""Options of a rotation."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ SCHEMA = "bool interleaved, bool full_table, float eps, float weight_offset, str
 
 @dataclass(frozen=True)
 class RotaryOptions:
-    """Options of a rotation; an operator takes them one by one (`SCHEMA`).
+    """Options of a rotation. An operator takes them as separate arguments (`SCHEMA`).
 
     Attributes:
-        interleaved: Rotate columns 2 i and 2 i + 1 together, as GPT-J does; else i and i + R / 2.
-        full_table: cos and sin have a column for each rotated one, as transformers makes them; else
-            one for each pair, as FlashAttention takes them.
-        eps: Of the norm before the rotation, where there is one.
+        interleaved: Whether columns 2 i and 2 i + 1 are a pair, as in GPT-J; otherwise columns i
+            and i + R / 2.
+        full_table: Whether cos and sin have a column per rotated column, as in transformers;
+            otherwise one per pair, as in FlashAttention.
+        eps: Epsilon of the norm before the rotation, if there is one.
         weight_offset: Added to the norm's weights.
         backend: "triton" or "pytorch".
     """

@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def _columns(HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Places of both partners, and which of them exist."""
+    """Returns the columns of both partners, and which of them exist."""
     pair = tl.arange(0, BLOCK_HALF)
     if INTERLEAVED:
         return 2 * pair, 2 * pair + 1, pair < HALF
@@ -71,7 +71,7 @@ def _copy_rest(
     HEAD_DIM: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    """Columns beyond the rotated ones: normalised where there is a weight, else copied."""
+    """Writes the columns that are not rotated: normalised if there is a weight, else copied."""
     columns = ROTARY + tl.arange(0, BLOCK_REST)
     inside = columns < HEAD_DIM
     mask = mask & inside[None, None, :]

@@ -1,4 +1,4 @@
-"""From the arguments of the public functions to the arguments of the kernels."""
+"""Converts arguments of the public functions to arguments of the kernels."""
 
 import triton
 from torch import Tensor

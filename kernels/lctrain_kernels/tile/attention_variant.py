@@ -66,7 +66,7 @@ def attention_variant(
         dtype: Triton's name of the tensors' dtype.
         group: Query heads per key/value head.
         value_dim: Dv; default D.
-        constants: The kernel's own constants, beside its tile, flags and precision.
+        constants: Constants of this kernel besides its tile, flags and precision.
         absent: Pointers that this variant does not pass, whatever its features.
         note: Added to the size in the variant's name.
         multiplies: The kernel has matrix products.

@@ -17,7 +17,7 @@ from lctrain_kernels.tile.arguments import padded_head_dim
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How a kernel cuts its work.
+    """Tile sizes and launch options of a kernel.
 
     Attributes:
         block_m: Query rows of a tile; PACK heads times positions.
@@ -280,7 +280,8 @@ def table_config(
         head_dim: D, 1 to 256.
         group: Query heads per key/value head; bounds how many heads can share a tile.
         has_dropout: Whether the kernel draws dropout masks.
-        value_dim: Of the operations of differential attention, whose tables go by both head dims.
+        value_dim: Head dim of the values, for differential attention, whose tables depend on both
+            head dims.
         shared_k: Whether both branches of differential attention read one k.
         is_share: Whether another launch adds to the result; dual chunk attention only.
     """

@@ -64,8 +64,8 @@ def top_bits(bits, key):
     """Returns words whose upper half is a weight's 16 bits of a word.
 
     Args:
-        word: From draw_words.
-        key: As there.
+        word: Word from draw_words.
+        key: Key, as in draw_words.
     """
     return tl.where((key & 8) != 0, bits, bits << 16)
 
@@ -75,8 +75,8 @@ def is_kept(bits, key, threshold):
     """Returns True where a weight is kept: its 16 bits of the word are not below the threshold.
 
     Args:
-        word: From draw_words.
-        key: As there.
+        word: Word from draw_words.
+        key: Key, as in draw_words.
         threshold: Threshold, out of 65,536.
     """
     # The bits are compared at the top of the word, where the upper half already lies.

@@ -19,8 +19,8 @@ def fused_variant(
     """Describes one compilation of a kernel that has no matrix product and must not spill.
 
     Args:
-        label: For people and tests; the dtype is added.
-        kernel: What is compiled.
+        label: Name for reports and tests; the dtype is appended.
+        kernel: Kernel to compile.
         dtype: Triton's name of the dtype of all pointers but those in `others`.
         others: Argument or field of a group -> its type, None if it is not passed; what is neither
             here nor a pointer is an i32.

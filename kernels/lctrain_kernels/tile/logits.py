@@ -1,4 +1,4 @@
-"""From products q.k to logits in base 2, and the derivative of that step."""
+"""Converts products q.k to logits in base 2, and differentiates that step."""
 
 import triton
 import triton.language as tl

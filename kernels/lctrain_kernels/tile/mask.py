@@ -1,4 +1,4 @@
-"""Which keys a query sees: ranges of tiles, and the mask inside a tile.
+"""The keys that a query sees: ranges of tiles, and the mask inside a tile.
 
 A window is (left, right) around the position i + shift with shift = Lk - Lq; causal is right = 0.
 """

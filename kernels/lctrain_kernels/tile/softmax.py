@@ -39,7 +39,7 @@ def add_sink(acc, m, l, sink):
 
 @triton.jit
 def finish(acc, m, l, value_scale):
-    """Returns out [M, D] and the natural lse [M]; 0 and -inf for rows that saw nothing."""
+    """Returns out [M, D] and the natural lse [M]; 0 and -inf for rows that see no key."""
     empty = l == 0.0
     inverse = value_scale / tl.where(empty, 1.0, l)
     lse = tl.where(empty, float("-inf"), (m + tl.log2(tl.where(empty, 1.0, l))) * _LN_2)

@@ -34,14 +34,14 @@ class TileShape(NamedTuple):
 
 
 class Flags(NamedTuple):
-    """What a kernel computes beyond plain attention.
+    """Features of a kernel beyond plain attention.
 
     Attributes:
         has_left: A left bound of the window.
         has_right: A right bound of the window; a causal mask is one.
         has_softcap: Logits pass through c * tanh(x / c).
         has_alibi: ALiBi slopes are added to the logits.
-        has_sink: A learnable sink takes part in the softmax.
+        has_sink: Whether a learnable sink takes part in the softmax.
         has_dropout: Weights are dropped.
     """
 

@@ -46,8 +46,8 @@ def describe_variant(
     """Describes one compilation by the names of a kernel's arguments.
 
     Args:
-        name: For people and tests.
-        kernel: What is compiled.
+        name: Name for reports and tests.
+        kernel: Kernel to compile.
         types: Argument name -> Triton's name of its type, or a named tuple of them; None is an
             argument that is not passed.
         constants: Values of the constexprs; may hold more names than the kernel has.

@@ -75,7 +75,7 @@ def forward_variant(
 def backward_variant(
     head_dim: int, *, features: str = "causal", dtype: str = "bf16", group: int = 4
 ) -> KernelVariant:
-    """As forward_variant, of varlen_bwd_hopper_kernel, which knows no sinks."""
+    """As forward_variant, for varlen_bwd_hopper_kernel, which has no sinks."""
     columns = padded_columns(head_dim)
     deterministic = features == "deterministic"
     tile = backward_tile(columns, deterministic)
@@ -130,7 +130,7 @@ def prepare_variant(head_dim: int, heads: int, dtype: str = "bf16") -> KernelVar
 
 
 def round_dq_variant(head_dim: int, heads: int, dtype: str = "bf16") -> KernelVariant:
-    """As prepare_variant, of varlen_round_dq_kernel."""
+    """As prepare_variant, for varlen_round_dq_kernel."""
     others: dict[str, str | None] = {"sum_ptr": "*fp32", "cu_q_ptr": "*i32", "scale": "fp32"}
     constants = {
         "HEADS": heads,

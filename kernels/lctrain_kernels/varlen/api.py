@@ -59,7 +59,7 @@ def flash_attn_varlen_func(
         max_seqlen_k: Longest key length, likewise.
         dropout_p: Probability of dropping a weight, applied exactly as round(p * 65536) / 65536.
         softmax_scale: Factor of q.k; default D^-0.5.
-        causal: Query i sees keys up to its own position.
+        causal: Whether query i sees only the keys up to its own position.
         window_size: (left, right) keys around the own position, -1 unbounded; two ints or an int32
             device tensor [2].
         softcap: c > 0 replaces a logit x by c tanh(x / c).
@@ -76,10 +76,10 @@ def flash_attn_varlen_func(
             generator of that device.
         document_ids: [N] int32, the documents' part of the dropout key. Default: the index in the
             pack.
-        schedule: From make_schedule, on q's device. Default: built on the device, once per
+        schedule: Schedule of make_schedule, on q's device. Default: built on the device, once per
             cu_seqlens tensor.
-        backend: "auto", "hopper", "triton" or "pytorch". A named one never falls back; "auto" takes
-            "hopper" on a Hopper GPU, except for what its kernels cannot do
+        backend: "auto", "hopper", "triton" or "pytorch". A named backend never falls back. On a
+            Hopper GPU "auto" takes "hopper" unless its kernels do not support the call
             (`lctrain_kernels.gluon.support`).
 
     Returns:
@@ -173,7 +173,7 @@ def flash_attn_func(
         learnable_sink: [H].
         dropout_seed: An int or one int64 element.
         document_ids: [B] int32; default the row.
-        backend: As in flash_attn_varlen_func.
+        backend: See flash_attn_varlen_func.
 
     Returns:
         out [B, S, H, D]; lse is [B, H, S] float32.

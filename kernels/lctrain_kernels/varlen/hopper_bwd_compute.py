@@ -128,7 +128,7 @@ def _emit_dq(
     HALF_INDEX: gl.constexpr,
     TRANSPOSED: gl.constexpr,
 ):
-    """Hands a step's columns of dq to the dQ warp, or adds them to global memory.
+    """Passes a step's columns of dq to the dQ warp, or adds them to global memory.
 
     Args:
         dq: Half of the columns of the step's dq.
@@ -196,7 +196,7 @@ def _accumulate(
 
 
 class ComputeInputs(NamedTuple):
-    """What a consumer warpgroup of the backward works on.
+    """Inputs of a consumer warpgroup of the backward.
 
     Attributes:
         shared: BackwardBuffers.

@@ -13,7 +13,7 @@ from lctrain_kernels.varlen import reference
 
 
 class Operands(NamedTuple):
-    """What varlen attention takes beside the pack and the options.
+    """Tensors that only varlen attention takes.
 
     Attributes:
         q: [T, H, D].

@@ -25,7 +25,7 @@ _ROW_GROUP = 16  # chunks start at a multiple of the dropout mask's row groups
 
 @dataclass(frozen=True)
 class VarlenOptions:
-    """What shapes the logits and weights; windows are negative where unbounded."""
+    """Options of logits and weights; a negative window is unbounded."""
 
     softmax_scale: float
     window_left: int = -1
@@ -74,7 +74,7 @@ def _visit(
 
 
 class Operands:
-    """q, k, v in arithmetic precision, heads first, and what a chunk needs beside them."""
+    """q, k, v in arithmetic precision, heads first, and the other inputs of a chunk."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Operands:
         self.dropout_seed, self.document_ids = dropout_seed, document_ids
 
     def runs(self, length_q: int, length_k: int) -> Iterator[tuple[int, int]]:
-        """Yields (start, stop) of the queries that are taken at once."""
+        """Yields (start, stop) of queries that are computed together."""
         step = max(1, _CHUNK_ELEMENTS // max(1, self.heads * length_k) // _ROW_GROUP) * _ROW_GROUP
         for start in range(0, length_q, step):
             yield start, min(start + step, length_q)

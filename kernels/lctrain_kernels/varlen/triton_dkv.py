@@ -14,7 +14,7 @@ from lctrain_kernels.tile.seqlen import document_bounds, locate_program
 
 
 class DkvPointers(NamedTuple):
-    """Tensors of varlen_dkv_kernel; it says their shapes."""
+    """Tensors of varlen_dkv_kernel, whose docstring has their shapes."""
 
     q: Any
     k: Any

@@ -31,7 +31,7 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 
 class ForwardPointers(NamedTuple):
-    """Tensors of varlen_fwd_kernel; it says their shapes."""
+    """Tensors of varlen_fwd_kernel, whose docstring has their shapes."""
 
     q: Any
     k: Any
