@@ -1,4 +1,4 @@
-"""What every test shares: seeds, the device, tiny models, and skips for GPU tests.
+"""Fixtures of all tests: seeds, the device, tiny models; and skips for GPU tests.
 
 Without a GPU the Triton kernels run under Triton's interpreter, which reads its switch when a
 kernel is defined: the variable must be set before anything imports triton.

@@ -35,7 +35,7 @@ LONGEST_S = 240
 
 
 def overrides(base: Path) -> list[str]:
-    """A run of seconds, with validations and two checkpoints."""
+    """Returns the overrides of a run of seconds, with validations and two checkpoints."""
     return [
         "data=text",
         f"data.files=[{base}/corpus/*.txt]",
@@ -59,7 +59,7 @@ def overrides(base: Path) -> list[str]:
 
 
 def write_corpus(base: Path) -> None:
-    """Thirty small files of words."""
+    """Writes thirty small files of words."""
     (base / "corpus").mkdir(parents=True)
     numbers = random.Random(0)
     for i in range(30):
@@ -68,7 +68,7 @@ def write_corpus(base: Path) -> None:
 
 
 def start(base: Path, folder: Path, *more: str, file_limit: int | None = None) -> subprocess.Popen:
-    """Starts the run; `file_limit` bytes of a file stand for a full disk."""
+    """Starts the run; a limit of `file_limit` bytes per file acts as a full disk."""
 
     def limit() -> None:
         if file_limit is not None:
@@ -85,7 +85,7 @@ def start(base: Path, folder: Path, *more: str, file_limit: int | None = None) -
 
 
 def rows(folder: Path) -> list[tuple[str, str, str, str]]:
-    """Step, losses and learning rate of every row, as the file has them."""
+    """Returns step, losses and learning rate of every row of the metrics."""
     with (folder / "metrics.csv").open(newline="") as file:
         return [
             (row["step"], row["train/loss"], row["val/loss"], row["train/learning_rate"])
@@ -94,7 +94,7 @@ def rows(folder: Path) -> list[tuple[str, str, str, str]]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """What the newest checkpoint holds."""
+    """Returns the weights in the newest checkpoint."""
     path = folder / "checkpoints" / "last.ckpt"
     return torch.load(path, weights_only=True)["state_dict"]
 
@@ -115,10 +115,10 @@ def interrupt(kind: str, base: Path, folder: Path, numbers: random.Random) -> st
     """Interrupts a new run.
 
     Returns:
-        What was done, in words.
+        Description of the interruption.
 
     Raises:
-        AssertionError: if it ended in another way than it must.
+        AssertionError: if the run ended in another way than expected.
     """
     if kind == "disk":
         process = start(base, folder, file_limit=100_000)
@@ -181,7 +181,7 @@ def check(folder: Path, whole: Path) -> None:
 
 
 def run_round(index: int, base: Path, whole: Path, numbers: random.Random) -> str:
-    """One interrupted run, brought to its end; returns what happened."""
+    """Interrupts one run and resumes it to its end; returns a description."""
     kind = KINDS[index % len(KINDS)]
     folder = base / f"round-{index}"
     done = interrupt(kind, base, folder, numbers)

@@ -1,4 +1,4 @@
-"""How the tests compare numbers: with float64, and with what plain PyTorch manages.
+"""Compares numbers with float64 and with plain PyTorch's error.
 
 from tests.numerics import assert_error_at_most_twice
 """

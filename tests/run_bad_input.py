@@ -19,7 +19,7 @@ CASES = [tuple(part.strip() for part in line.split(" | ")) for line in LINES[1:]
 
 
 class Refused:
-    """Finds a heavy package as usual, and fails when it is loaded."""
+    """An import finder that finds heavy packages as usual, and fails when one is loaded."""
 
     def find_spec(self, name, path=None, target=None):
         if name not in HEAVY:

@@ -1,4 +1,4 @@
-"""Bad input from the command line: each case is its message, and nothing heavy loads for it.
+"""Bad input on the command line: each case ends with its message, without loading heavy packages.
 
 `bad_input.txt` holds command, arguments and the beginning of the message of each case. All of them
 can be told without torch, and so within a second or two.
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def check(every, folder):
-    """Every case ends with status 2 and its message, in a process without torch."""
+    """Checks that every case ends with status 2 and its message, in a process without torch."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     environment.pop("HYDRA_FULL_ERROR", None)
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""On a GPU: a module of one's own with callbacks trains as fast as LongContextModule.
+"""On a GPU, a user's module with callbacks trains as fast as LongContextModule.
 
 `python -m tests.test_callbacks_gpu` prints the rates of both, and what was swapped.
 """
@@ -38,7 +38,7 @@ class OwnModule(pl.LightningModule):
 
 
 def make_model():
-    """Some 100 million parameters, heads of 128."""
+    """Returns a model of about 100 million parameters, with heads of 128."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -56,7 +56,7 @@ def make_model():
 
 
 def rate(folder, own: bool) -> tuple[float, str]:
-    """Real tokens/s without the first interval, and what the patch says of itself."""
+    """Returns tokens/s without padding and the first interval, and the handle's repr."""
     monitor, patch = ThroughputMonitor(), PatchAttention()
     callbacks = [monitor]
     if own:
@@ -87,7 +87,7 @@ def rate(folder, own: bool) -> tuple[float, str]:
 
 
 def rates(folder) -> tuple[float, float, str]:
-    """Medians over runs that take turns: LongContextModule, the callbacks; what was swapped."""
+    """Returns medians over alternating runs of LongContextModule and of the callbacks."""
     rate(folder, own=False)  # kernels compile
     pairs = [(rate(folder, own=False)[0], rate(folder, own=True)) for _ in range(REPEATS)]
     ours = statistics.median(first for first, _ in pairs)

@@ -1,4 +1,4 @@
-"""The schemas themselves; what Hydra makes of them is in tests/configs."""
+"""The schemas; tests/configs tests them together with Hydra."""
 
 import pytest
 from omegaconf import OmegaConf

@@ -49,17 +49,17 @@ OTHERS = {
 
 
 def count(batch):
-    """A function that YAML names."""
+    """A function that a YAML file names."""
     return batch.num_valid_tokens
 
 
 def read(batch):
-    """Likewise."""
+    """A function that a YAML file names."""
     return batch
 
 
 def build(cls, settings):
-    """The object that jsonargparse makes of a class path and arguments, read from YAML text."""
+    """Returns the object that jsonargparse builds from a class path and arguments in YAML text."""
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
     parser.add_subclass_arguments(cls, "made")
@@ -108,7 +108,7 @@ def test_data_from_yaml(name, settings):
 
 
 def test_a_collator_from_yaml():
-    """As the argument of a user's class, a function with settings."""
+    """The collator is an argument of a user's class: a function with settings."""
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(data.PackCollator, "made")
     made = parser.instantiate_classes(parser.parse_object({"made": {"max_tokens": 8}})).made

@@ -1,4 +1,4 @@
-"""LongContextModule: every token weighs the same, whatever the packs, windows and clipping."""
+"""LongContextModule: every token has the same weight, for all packs, windows and clipping."""
 
 import copy
 import os
@@ -22,7 +22,7 @@ MORE = [make_batch([17, 30], 3), make_batch([6], 4)]
 
 
 class RecordingModule(LongContextModule):
-    """Keeps the gradients that the optimizer sees, and the losses.
+    """Records the gradients before each optimizer step, and the losses.
 
     Plain gradient descent: Adam's first step is the sign of the gradient, which turns a rounding of
     a gradient near zero into a whole step.
@@ -39,7 +39,7 @@ class RecordingModule(LongContextModule):
 
 
 def one_batch(batches):
-    """All documents of several packs in one."""
+    """Returns one batch with all documents of several packs."""
     from lctrain.batch import PackedBatch
 
     documents = [
@@ -57,7 +57,7 @@ def fit(tmp_path, model, batches, **settings):
 
 
 def assert_same(mine, theirs):
-    """Gradients of every step equal within 1e-6."""
+    """Checks that the gradients of every step are equal within 1e-6."""
     assert len(mine) == len(theirs)
     for a, b in zip(mine, theirs, strict=True):
         for x, y in zip(a, b, strict=True):
@@ -83,7 +83,7 @@ def test_last_incomplete_window_of_an_epoch_is_exact(tmp_path, make_llama):
 
 
 def test_validation_inside_a_window_does_not_change_it(tmp_path, make_llama):
-    """After every pack, with windows of three: gradients and losses keep every bit."""
+    """It validates after every pack, in windows of three; gradients and losses keep every bit."""
     runs = []
     for interval in (1, None):
         module = RecordingModule(make_llama(attention_dropout=0.3), SGD_LIKE)

@@ -1,4 +1,4 @@
-"""The schedules and their errors."""
+"""The learning-rate schedules and their errors."""
 
 import pytest
 import torch
@@ -134,7 +134,7 @@ def test_biases_and_norms_do_not_decay_whatever_their_shape(make, without):
 
 
 class Odd(nn.Module):
-    """Parameters that a rule by shape gets wrong."""
+    """Parameters that a rule by shape would classify wrongly."""
 
     def __init__(self):
         super().__init__()
@@ -159,7 +159,7 @@ def test_names_and_modules_decide():
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_restored_scheduler_follows_the_new_length(schedule):
-    """Three of three steps were taken; three more: the rates are those of a run of six."""
+    """After three steps of three, three more: rates of a run of six."""
     config = OptimConfig(learning_rate=2e-3, schedule=schedule, warmup_steps=1)
 
     def stepped(total, steps, state=None):

@@ -21,12 +21,12 @@ CLIP = 0.5
 
 
 def batches(rank: int):
-    """The packs of one rank."""
+    """Returns the packs of one rank."""
     return [make_batch(lengths, 10 * rank + i) for i, lengths in enumerate(LENGTHS[rank])]
 
 
 def make_model() -> LlamaForCausalLM:
-    """The same on every rank."""
+    """Returns the same model on every rank."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -41,7 +41,7 @@ def make_model() -> LlamaForCausalLM:
 
 
 class Recorder(LongContextModule):
-    """Plain gradient descent; keeps losses and norms."""
+    """A module with plain gradient descent; records losses and norms."""
 
     def __init__(self, model):
         super().__init__(model, OptimConfig())
@@ -59,7 +59,7 @@ class Recorder(LongContextModule):
 
 
 def main(out: Path) -> None:
-    """Trains and writes what rank 0 has."""
+    """Trains, and writes the results of rank 0."""
     module = Recorder(make_model())
     trainer = make_trainer(
         out.parent,

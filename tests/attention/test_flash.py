@@ -25,7 +25,7 @@ def layer(causal=True):
 
 
 def dense(query, key, value, visible, scale=D**-0.5, softcap=None, sinks=None):
-    """[B, S, H, Dv] by the definition; visible broadcasts to [B, 1, S, Sk]."""
+    """Returns [B, S, H, Dv] by the definition; `visible` broadcasts to [B, 1, S, Sk]."""
     key, value = (x.repeat_interleave(H // HK, dim=1) for x in (key, value))
     logits = query @ key.mT * scale
     if softcap is not None:

@@ -22,7 +22,7 @@ STAGES = {
 
 
 class Staged(OwnModule):
-    """Keeps what the attention is at every micro-batch; may die."""
+    """Records the attention at every micro-batch; can kill the run."""
 
     def __init__(self, model, dies_at=None):
         super().__init__(model)
@@ -115,7 +115,7 @@ def test_final_rope_is_what_an_export_needs(make_llama):
 
 
 def test_a_window_is_that_of_a_model_with_windows(make_llama):
-    """The option gives what transformers computes for a model with sliding windows."""
+    """The option gives the result of transformers for a model with sliding windows."""
     from transformers import MistralConfig, MistralForCausalLM
 
     sizes = make_llama().config.to_dict() | {"sliding_window": 4}

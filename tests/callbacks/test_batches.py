@@ -88,7 +88,7 @@ def test_a_batch_without_labels_has_no_count():
 
 
 class Dicts(OwnModule):
-    """Batches are mappings; the model computes its own mean."""
+    """A module whose batches are mappings, and whose model computes its own mean."""
 
     def loss_of(self, batch):
         return self.model(**batch, use_cache=False).loss
@@ -119,7 +119,7 @@ def as_tuple(pack):
 
 
 class Manual(OwnModule):
-    """Two optimizer steps for every batch, by hand."""
+    """A module that makes two optimizer steps for every batch by manual optimization."""
 
     def __init__(self, model):
         super().__init__(model)

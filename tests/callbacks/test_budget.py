@@ -32,7 +32,7 @@ RUN = [
 
 
 class Tick(pl.Callback):
-    """Every batch takes this many seconds of the clock."""
+    """Advances the clock by a number of seconds at every batch."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -47,7 +47,7 @@ def tick(seconds):
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
-    """A clock that only Tick moves."""
+    """A clock that only Tick advances."""
     CLOCK.now = 1000.0
     time = SimpleNamespace(monotonic=lambda: CLOCK.now)
     monkeypatch.setattr("lctrain.callbacks.budget.time", time)
@@ -57,7 +57,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def whole(tiny, tmp_path):
-    """The folder of a run at one second a step."""
+    """The folder of a run whose steps take one second."""
     folder = tmp_path / "whole"
     assert train(config(*tiny, *RUN, tick(1.0), output_dir=folder)).steps == 30
     return folder
@@ -81,7 +81,7 @@ def test_the_run_ends_in_time_and_the_schedule_with_it(whole):
 
 
 def test_a_resumed_run_keeps_the_length_on_any_machine(tiny, tmp_path, whole):
-    """Stopped at step 15, it goes on at ten seconds a step, on the same bits."""
+    """The run stops at step 15 and resumes at ten seconds per step, with the same bits."""
     folder = tmp_path / "stopped"
     stop = (
         f"+callbacks.stop={{_target_: tests.training.KillAt, step: 15, number: {signal.SIGTERM}}}"
@@ -105,7 +105,7 @@ def test_a_run_stopped_before_the_choice_chooses_once(tiny, tmp_path):
 
 
 def fitted_steps(tmp_path, module, seconds, **settings):
-    """Steps of a run of 30 s; with its callback."""
+    """Returns the steps of a run with 30 s, and its callback."""
     budget = StepBudget(30.0, started=CLOCK.now)
     settings = {"max_steps": 100, "max_epochs": -1} | settings
     trainer = make_trainer(tmp_path, [Tick(seconds), budget], **settings)
@@ -126,7 +126,7 @@ def fitted_steps(tmp_path, module, seconds, **settings):
     ids=["in_time", "max_steps", "too_short_to_time", "late", "warmup", "accumulated"],
 )
 def test_bounds_of_the_length(tmp_path, make_llama, settings, optim, seconds, steps):
-    """At most max_steps; at least the steps of the timing and one, and those of the warmup."""
+    """At most max_steps; at least the timed steps, one more, and the warmup."""
     module = LongContextModule(make_llama(), OptimConfig(**optim))
     assert fitted_steps(tmp_path, module, seconds, **settings)[0] == steps
 
@@ -143,7 +143,7 @@ def test_without_a_budget_nothing_is_chosen(tmp_path):
 
 
 def test_any_module_has_its_length_fitted(tmp_path, make_llama):
-    """A module with an optimizer of its own; training ends in time all the same."""
+    """The module has an optimizer of its own; training still ends in time."""
     steps, budget = fitted_steps(tmp_path, OwnModule(make_llama()), 1.5)
     assert steps == budget.max_steps == 20
 

@@ -159,7 +159,7 @@ def mixture():
 
 
 def round_by_company(model, size):
-    """Moves what leaves the experts by `size` of it, by how many tokens met in the first one."""
+    """Changes the experts' output by a relative `size`, depending on the tokens of the first."""
 
     def scale(module, arguments, output):
         _, chosen, _ = arguments

@@ -1,4 +1,4 @@
-"""LengthPerplexity: measures while training, and changes nothing of it."""
+"""LengthPerplexity measures during training, and does not change the training."""
 
 import lightning.pytorch as pl
 import numpy as np

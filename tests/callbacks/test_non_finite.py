@@ -65,7 +65,7 @@ def test_stops_and_names_the_documents(tmp_path, make_llama, value, log_every):
 
 
 def test_the_step_that_saves_is_looked_at_first(tmp_path, make_llama):
-    """Loss goes bad in the very step whose checkpoint is due, between two logging steps."""
+    """The loss is not finite in a step that saves a checkpoint, between two logging steps."""
     with pytest.raises(NonFiniteLossError, match="micro-batch 3"):
         run(tmp_path, PoisonedModule(make_llama(), 3, float("nan")), log_every_n_steps=50)
     assert [path.name for path in (tmp_path / "c").glob("step-*")] == ["step-00000002.ckpt"]
@@ -98,7 +98,7 @@ def test_a_good_run_passes(tmp_path, make_llama):
 
 
 class OftenPoisoned(LongContextModule):
-    """Some micro-batches have a loss that is not finite; one of the others a bad gradient."""
+    """Some micro-batches have a loss that is not finite; another one has such a gradient."""
 
     bad: frozenset[int] = frozenset()
     bad_gradient = -1
@@ -130,7 +130,7 @@ def skipping(tmp_path, make_llama, bad, bad_gradient=-1, max_in_a_row=3, **setti
 
 
 def test_skip_leaves_the_step_out_and_counts(tmp_path, make_llama, caplog):
-    """Weights stay as they are in the step, momentum and decay included, and move after it."""
+    """Weights do not change in the skipped step, also not by momentum or decay; later they do."""
     guard, states, trainer = skipping(tmp_path, make_llama, bad={2, 3}, bad_gradient=5)
     assert guard.left_out == 3
     moved = [not torch.equal(*pair) for pair in itertools.pairwise(states)]

@@ -1,4 +1,4 @@
-"""PatchAttention: patches any module's models for a run, and gives them back."""
+"""PatchAttention: patches the models of any module for a run, and restores them."""
 
 import inspect
 import logging
@@ -153,7 +153,7 @@ def test_a_trainer_is_reused(tmp_path, make_llama):
 
 
 class BreakError(Exception):
-    """A run that fails."""
+    """Raised to make a run fail."""
 
 
 @pytest.mark.parametrize("where", ["training_step", "validation_step", "on_train_start", "setup"])
@@ -192,7 +192,7 @@ def test_a_hidden_model_by_its_path(make_llama):
 
 
 class Untouched(pl.LightningDataModule):
-    """Data that must not be read."""
+    """Data that fail when they are read."""
 
     def prepare_data(self):
         raise AssertionError("data were prepared")
@@ -300,7 +300,7 @@ def test_checkpoints_do_not_notice(tmp_path, make_llama):
 
 @pytest.mark.parametrize("compiled", ["model", "module"])
 def test_compiled_models(tmp_path, make_llama, compiled):
-    """Patched after it has run compiled, and unpatched again."""
+    """A compiled model is patched after a first run, and unpatched again."""
     plain = OwnModule(make_llama())
     make_trainer(tmp_path, [PatchAttention()], max_steps=2).fit(plain, loader(PACKS))
     torch._dynamo.reset()

@@ -52,7 +52,7 @@ def test_reads_the_clock_of_the_device_only_when_it_logs(tmp_path, make_llama, m
 
 
 def test_checkpoints_and_validation_do_not_count(tmp_path, make_llama, monkeypatch):
-    """A clock that only saving moves forward measures nothing."""
+    """Only saving advances this clock, so the measured time is zero."""
     now = [0.0]
     monkeypatch.setattr("lctrain.callbacks.throughput.time.perf_counter", lambda: now[0])
 

@@ -21,7 +21,7 @@ SETTINGS = {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5}
 
 
 class Sums(OwnModule):
-    """Returns a summed loss and a count; keeps the gradients that the optimizer sees."""
+    """A module that returns a summed loss and a count; records the gradients before each step."""
 
     def __init__(self, model):
         super().__init__(model, learning_rate=0.5)
@@ -32,14 +32,14 @@ class Sums(OwnModule):
 
 
 class Counted(Sums):
-    """Returns the sum alone: the batch says the count."""
+    """A module that returns the sum alone; the batch has the count."""
 
     def loss_of(self, batch):
         return super().loss_of(batch)["loss"]
 
 
 class Means(Sums):
-    """Returns the mean of a micro-batch, as transformers' models do."""
+    """A module that returns the mean of a micro-batch, as transformers' models do."""
 
     def loss_of(self, batch):
         output = super().loss_of(batch)
@@ -47,7 +47,7 @@ class Means(Sums):
 
 
 class Manual(Sums):
-    """Accumulates three micro-batches by hand; the last window of the epoch is shorter."""
+    """Accumulates three micro-batches by hand. The last window of the epoch is shorter."""
 
     automatic_optimization = False
 
@@ -66,7 +66,7 @@ def fit(tmp_path, module, *callbacks, batches=(*UNEVEN, *MORE), **settings):
 
 @pytest.fixture
 def reference(tmp_path, make_llama):
-    """What LongContextModule does with the same model, attention left as it is."""
+    """Returns the result of LongContextModule for the same unpatched model."""
     module = RecordingModule(make_llama(), OptimConfig(), attention=None)
     return fit(tmp_path, module)
 

@@ -17,7 +17,7 @@ from tests.training import loader, make_trainer
 
 
 class Recorder(OwnModule):
-    """Keeps the losses per token, the packs of this rank."""
+    """Records the losses per token; the data are the packs of this rank."""
 
     def __init__(self, exact):
         super().__init__(make_model(), learning_rate=0.5)
@@ -33,7 +33,7 @@ class Recorder(OwnModule):
 
 
 def main(out: Path) -> None:
-    """Trains and writes what rank 0 has."""
+    """Trains, and writes the results of rank 0."""
     exact = TokenExactLoss()
     module = Recorder(exact)
     trainer = make_trainer(

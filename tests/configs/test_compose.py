@@ -44,7 +44,7 @@ NEEDED = {
 
 
 def choices():
-    """group=option for every YAML file that ships."""
+    """Yields group=option for every YAML file that ships."""
     for group in (*GROUPS, "paths", "trainer"):
         for file in (resources.files("lctrain.configs") / group).iterdir():
             if file.name.endswith(".yaml"):
@@ -257,7 +257,7 @@ def test_a_tilde_in_the_arguments_of_a_command_is_the_home_folder(monkeypatch):
 
 
 def test_callbacks_are_choices_that_add_up():
-    """callbacks=[...]: Lightning's own callbacks beside the default ones."""
+    """callbacks=[...] adds Lightning's own callbacks to the default ones."""
     several = "callbacks=[default,best_checkpoint,early_stopping]"
     metric = "callbacks.early_stopping.monitor=train/loss"
     plain = to_dataclass(

@@ -23,7 +23,7 @@ DOCUMENTS = [[3 + (7 * i + j) % 90 for j in range(length)] for i, length in enum
 
 
 class Seen(OwnModule):
-    """Keeps the tokens of every batch."""
+    """Records the tokens of every batch."""
 
     def __init__(self):
         super().__init__(make_model())
@@ -35,7 +35,7 @@ class Seen(OwnModule):
 
 
 def make_rows():
-    """Packs of unequal work."""
+    """Returns packs of unequal work."""
     return pack(DOCUMENTS, max_tokens=16)
 
 
@@ -59,7 +59,7 @@ def run(folder: Path, steps: int, checkpoint: Path | None = None) -> Seen:
 
 
 def main(folder: Path) -> None:
-    """Writes what each rank saw."""
+    """Trains, and writes the tokens that each rank saw."""
     whole = run(folder / "whole", STEPS)
     begun = run(folder / "part", STOP)
     rest = run(folder / "part", STEPS, folder / "part" / "last.ckpt")

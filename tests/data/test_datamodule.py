@@ -15,7 +15,7 @@ from lctrain.data.tokenizer import END_TOKEN
 
 
 def as_rank(data: PackedDataModule, rank: int, world_size: int) -> PackedDataModule:
-    """Attaches what the data module asks a trainer for outside of fit."""
+    """Attaches the attributes of a trainer that the data module reads outside of fit."""
     data.trainer = SimpleNamespace(
         world_size=world_size, global_rank=rank, state=SimpleNamespace(fn=TrainerFn.VALIDATING)
     )

@@ -1,4 +1,4 @@
-"""Files as people bring them: damaged, foreign, in other encodings and types, next to good ones."""
+"""Damaged files, foreign formats, other encodings and types, next to good files."""
 
 import bz2
 import gzip

@@ -1,4 +1,4 @@
-"""Packing: every token once, best fit decreasing, the counts, the speed that issue 2 asks for."""
+"""Packing: every token once, best fit decreasing, the counts, and the speed."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ def log_normal(count: int, seed: int = 0, mean: float = 6.5, sigma: float = 1.2)
 
 
 def naive_best_fit_decreasing(lengths: list[int], capacity: int) -> list[int]:
-    """Room left in each row, by the definition of the algorithm."""
+    """Returns the room left in each row, by the definition of the algorithm."""
     rooms: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [(room, row) for row, room in enumerate(rooms) if room >= length]
@@ -29,7 +29,7 @@ def naive_best_fit_decreasing(lengths: list[int], capacity: int) -> list[int]:
 
 
 def tokens_of(plan, lengths: np.ndarray) -> list[np.ndarray]:
-    """How often every token of every document occurs in the rows."""
+    """Returns how often every token of every document occurs in the rows."""
     seen = [np.zeros(length, dtype=np.int64) for length in lengths]
     for row in range(len(plan)):
         for piece in plan.row(row):

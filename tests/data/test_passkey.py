@@ -1,4 +1,4 @@
-"""Passkey documents: where key and answer lie, and that a number decides everything about one."""
+"""Passkey documents: positions of key and answer; each document is a function of its number."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Rows with a share of passkey documents: the share, the lengths, and the same ones every time."""
+"""Rows with a fraction of passkey documents: fraction, lengths and reproducibility."""
 
 import pickle
 

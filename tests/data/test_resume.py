@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).with_name("train_recorded.py")
 
 
 class DiedError(Exception):
-    """Stands for the end of a process."""
+    """Raised in place of the end of a process."""
 
 
 class MortalRecorder(Recorder):
@@ -34,7 +34,7 @@ def finished_batches(checkpoint: Path) -> int:
 
 @pytest.fixture
 def run(make_data, tmp_path):
-    """Returns run(name, ...): trains and gives the lines that this run recorded."""
+    """Returns run(name, ...), which trains and returns the lines that the run recorded."""
 
     def train_toy(name, data=None, dies_at=None, resume=None, reads_estimate=True, **trainer):
         record = tmp_path / f"{name}-{resume}.txt"
@@ -51,7 +51,7 @@ def run(make_data, tmp_path):
 
 
 def check_resume(run, tmp_path, dies_at, data=None, **settings):
-    """A whole run, one that dies, and its continuation from the last checkpoint."""
+    """Compares a whole run with one that dies and is resumed from its last checkpoint."""
     whole = run("whole", data=data, **settings)
     dead = run("dead", data=data, dies_at=dies_at, **settings)
     assert dead == whole[: dies_at + 1]
@@ -127,7 +127,7 @@ def test_overfitting_repeats_the_same_batches(run):
 
 
 class Peek(Recorder):
-    """Looks at batches of the training loader in hooks, as checks at the start of a run do."""
+    """Reads batches of the training loader in hooks, as checks at the start of a run do."""
 
     def on_train_start(self) -> None:
         loader = self.trainer.train_dataloader
@@ -171,12 +171,12 @@ def test_batches_pass_through_every_precision(make_data, tmp_path, precision):
 
 
 def recorded(folder: Path) -> dict[str, list[str]]:
-    """The lines of every rank."""
+    """Returns the recorded lines of every rank."""
     return {path.name: path.read_text().splitlines() for path in sorted(folder.glob("rank*.txt"))}
 
 
 def train(corpus, folder: Path, *flags: str, own_process: bool, dies: bool = False) -> None:
-    """Runs the script to its end, in this process or in one of its own."""
+    """Runs the script, in this process or in its own."""
     folder.mkdir(exist_ok=True)
     flags = ("--corpus", str(corpus), "--folder", str(folder), *flags)
     if not own_process:

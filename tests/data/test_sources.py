@@ -1,4 +1,4 @@
-"""Sources: what they read, their limits, and what they say about bad files."""
+"""Sources: the documents that they read, their limits, and their messages about bad files."""
 
 import gzip
 import json
@@ -146,7 +146,7 @@ def test_parquet_without_a_text_column_is_an_error(tmp_path, field, message):
 
 @pytest.fixture
 def hub(tmp_path) -> str:
-    """A folder laid out as a dataset repository."""
+    """A folder in the layout of a dataset repository."""
     splits = {"train": ["a", "bb", None, "dddd"], "test": ["held out"]}
     for name, rows in splits.items():
         (tmp_path / "repository").mkdir(exist_ok=True)

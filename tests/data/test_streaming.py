@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::U
 
 
 class Stream:
-    """Stands for `load_dataset(..., streaming=True)`: makes records, and counts their bytes."""
+    """Replaces `load_dataset(..., streaming=True)`: generates records, and counts their bytes."""
 
     def __init__(self, records=None):
         self.records, self.bytes, self.first = records, 0, 0

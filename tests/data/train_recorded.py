@@ -38,7 +38,7 @@ class Recorder(LightningModule):
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Nothing; it is there so that validation runs."""
+        """Does nothing; with it Lightning runs the validation."""
 
     def die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)

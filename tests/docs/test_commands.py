@@ -87,7 +87,7 @@ def run(command: str, monkeypatch) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_the_commands_of_the_readme_run(folder, monkeypatch):
-    """In the order of the README; the run that is continued there is begun here."""
+    """Runs them in their order. The run that the README resumes is started here."""
     config = transformers.LlamaConfig(
         vocab_size=257,
         hidden_size=16,

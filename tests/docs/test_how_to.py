@@ -1,4 +1,4 @@
-"""The how-tos are followed to their end: what they add is used by the command line."""
+"""Follows the how-tos to their end: the command line uses what they add."""
 
 import csv
 import shlex

@@ -79,7 +79,7 @@ def test_links_lead_somewhere(page: Path):
 
 
 def test_the_readme_s_speeds_are_those_that_were_recorded():
-    """The figures of the README stand in the tables that are generated from the records."""
+    """The figures of the README are in the tables that are generated from the records."""
     text = (ROOT / "README.md").read_text()
     record = BenchmarkRecord.load(report.newest_results()[0])
     workloads = ("1x32k", "16x2k", "mix32k")

@@ -38,7 +38,7 @@ def compare(model, documents, methods=("plain",), **options):
 
 
 def direct_loss(model, documents, length: int, stride: int, edit=lambda window: [window]) -> float:
-    """By definition: each place from 64 - stride on, the windows beginning `stride` apart."""
+    """Returns the loss by definition: positions from 64 - stride on, in windows `stride` apart."""
     losses = []
     for document in documents:
         ids = torch.from_numpy(document.input_ids)

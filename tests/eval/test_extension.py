@@ -1,4 +1,4 @@
-"""Methods of reading beyond the window: what they change, and that they change it back."""
+"""Methods to read beyond the window: their changes to a model, and that they are undone."""
 
 import math
 
@@ -17,7 +17,7 @@ ROTARY = ("linear", "ntk", "yarn")
 
 @pytest.fixture
 def model(make_llama):
-    """With logits of some size in its attention, so that positions matter."""
+    """A model with large logits in its attention, so that positions have an effect."""
     model = make_llama(max_position_embeddings=WINDOW)
     with torch.no_grad():
         for layer in model.model.layers:
@@ -111,7 +111,7 @@ def test_the_window_may_be_another_than_the_configs(model):
 
 
 def test_the_window_of_a_published_config_is_the_one_that_dual_chunk_attention_takes(make_llama):
-    """Qwen2.5-1M states its trained window beside what dual chunk attention makes of it."""
+    """Qwen2.5-1M states its trained window beside its options of dual chunk attention."""
     published = {"chunk_size": 16, "local_size": 2, "original_max_position_embeddings": WINDOW}
     model = make_llama(max_position_embeddings=62, dual_chunk_attention_config=published)
     assert trained_window(model, None) == WINDOW

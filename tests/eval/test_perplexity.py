@@ -17,7 +17,7 @@ LENGTHS = [2, 13, 64]
 
 @pytest.fixture(params=["packs", "rows"])
 def model(request, make_llama):
-    """A model that reads packs because it is patched, or rows because it is not; float64."""
+    """A patched model, which reads packs, or an unpatched one, which reads rows; float64."""
     llama = make_llama().double()
     nn.init.normal_(llama.lm_head.weight)  # far from uniform
     if request.param == "rows":
@@ -28,7 +28,7 @@ def model(request, make_llama):
 
 
 def slow_losses(model, ids: np.ndarray, length: int) -> list[float]:
-    """Each token of one document predicted by a forward pass of its own."""
+    """Returns the losses of one document, with one forward pass per token."""
     losses = []
     stride = max(1, round(length * 0.5))
     for target in range(1, len(ids)):

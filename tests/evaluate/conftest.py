@@ -1,4 +1,4 @@
-"""Tiny models over bytes in folders, texts, and the ways to evaluate the one on the other."""
+"""Tiny models over bytes in folders, texts, and functions that evaluate the models on the texts."""
 
 import itertools
 import sys
@@ -20,7 +20,7 @@ TEXTS = ["It was the best of times. " * 8, "Call me Ishmael.", "In a hole in the
 
 
 def save_model(folder: Path, config: transformers.PretrainedConfig) -> Path:
-    """A random causal LM over bytes, with its tokenizer."""
+    """Saves a random causal LM over bytes, with its tokenizer."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*letters, "<end>"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -35,7 +35,7 @@ def save_model(folder: Path, config: transformers.PretrainedConfig) -> Path:
 
 
 def llama_config(**settings) -> transformers.LlamaConfig:
-    """One layer of 16 channels over bytes."""
+    """Returns a config with one layer of 16 channels over bytes."""
     sizes = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 24}
     layers = {"num_hidden_layers": 1, "num_attention_heads": 2}
     return transformers.LlamaConfig(**sizes | layers | settings)

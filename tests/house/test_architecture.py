@@ -107,7 +107,7 @@ def home(module: str) -> str | None:
 
 
 def imported_modules(module: str, path: Path) -> set[str]:
-    """Dotted names of everything that the file imports, relative imports resolved."""
+    """Returns the dotted names of all modules that the file imports."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -141,7 +141,7 @@ def is_reference(module: str) -> bool:
 
 
 def upward(module: str) -> list[str]:
-    """What is wrong with a module's imports of our packages, in words."""
+    """Returns what is wrong with a module's imports of lctrain's packages, in words."""
     mine = home(module)
     if mine is None:
         return [f"{module} has no level in LEVELS: decide where it belongs"]
@@ -225,7 +225,7 @@ def test_every_package_on_disk_is_listed():
 
 
 def test_one_module_decides_where_documents_are():
-    """All others ask it, or read what it answered."""
+    """All other modules call it, or read its result."""
     found = {f"lctrain.attention.boundaries.from_{way}" for way in WAYS}
     importers = {module for module in SOURCES if imported_names(module) & found}
     assert importers == {"lctrain.attention.documents"}

@@ -1,4 +1,4 @@
-"""No file that a run reads can run code: nothing that ships unpickles."""
+"""Reading a file of a run never runs code: shipped modules do not unpickle."""
 
 import re
 
@@ -11,7 +11,7 @@ RUNS_CODE = re.compile(
 
 
 def test_nothing_unpickles():
-    """But for a checkpoint that a caller of Lightning trusts: trainer.fit(weights_only=False)."""
+    """Except for a checkpoint that a caller of Lightning trusts (weights_only=False)."""
     found = {m: RUNS_CODE.findall(path.read_text()) for m, path in SOURCES.items()}
     found = {module: hits for module, hits in found.items() if hits}
     ours = found.pop("lctrain.run.checkpoint_file", [])

@@ -1,4 +1,4 @@
-"""What the repository may hold."""
+"""The files that the repository may hold."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Compiles kernels for GPUs that need not be there, and reports what the compiler made of them.
+"""Compiles kernels for GPUs that this machine need not have, and reports registers and spills.
 
 `aot_compile.py REQUEST` takes one JSON object: {"selections": [[target, features, head dims, group
 sizes], ...], "known": [keys]}. The target "hopper" names the Gluon kernels, compiled for sm_90;
@@ -62,7 +62,7 @@ def is_nvidia(target: str) -> bool:
 
 
 def spill_bytes(target: str, compiled: triton.compiler.CompiledKernel, log: str) -> int:
-    """Bytes per thread that registers had no room for, as the assembler counts them."""
+    """Returns the bytes per thread that the assembler spills to local memory."""
     if is_nvidia(target):
         spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
         assert spills, f"ptxas reported nothing: {log!r}"
@@ -148,7 +148,7 @@ def compile_variant(target: str, variant: KernelVariant) -> dict:
 def described(
     target: str, features: Sequence[str], head_dims: Sequence[int], groups: Sequence[int]
 ) -> Iterator[KernelVariant]:
-    """The variants for a target; groups matter to "hopper" alone."""
+    """Returns the variants for a target; groups matter to "hopper" alone."""
     if target == "hopper":
         from lctrain_kernels import aot_hopper as hopper_aot  # the others need no Gluon
 
@@ -157,7 +157,7 @@ def described(
 
 
 def report(target: str, variant: KernelVariant) -> dict:
-    """What `compile_variant` found, or the error."""
+    """Returns the result of `compile_variant`, or the error."""
     try:
         return compile_variant(target, variant)
     except Exception as error:  # the others are worth knowing about too

@@ -21,9 +21,9 @@ def variant_key(variant: KernelVariant, target: str, version: str) -> str:
     """Returns a hash of source, signature, constants, options, target and Triton version.
 
     Args:
-        variant: What is compiled.
+        variant: Variant to compile.
         target: Name of the GPU, for example "sm_90".
-        version: Of Triton.
+        version: Triton version.
     """
     parts = (
         FORMAT,
@@ -58,7 +58,7 @@ _KEYS: dict[int, str] = {}
 
 
 def _code_key(self: JITCallable) -> str:
-    """Takes the place of JITCallable.cache_key; as there, a callee's key is part of a caller's."""
+    """Replaces JITCallable.cache_key. As there, the key of a callee is part of its caller's."""
     if id(self) not in _KEYS:
         _KEYS[id(self)] = f"recursion:{self.__name__}"
         finder = DependenciesFinder(

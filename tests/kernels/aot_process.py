@@ -1,4 +1,4 @@
-"""The reports of ahead-of-time compilation: kept in the repository, compiled where they are not.
+"""Reports of ahead-of-time compilation: kept in the repository, and renewed where one is missing.
 
 `python -m tests.kernels.aot_process` brings the kept reports up to date: it compiles what has no
 report, on every Triton that `make test` unpacks, and drops reports that no kernel has any more;
@@ -55,7 +55,7 @@ ones and float32's.
 
 
 def triton_folder(version: str) -> Path | None:
-    """What to put on PYTHONPATH for this release; None if the environment itself has it."""
+    """Returns the folder of a Triton release for PYTHONPATH; None if the environment has it."""
     folder = Path(sys.prefix) / f"triton-{version}"
     if folder.is_dir():
         return folder
@@ -99,7 +99,7 @@ def run(version: str, selections: Sequence[Selection], known: dict[str, dict]) -
 
     Args:
         version: Triton version.
-        selections: What to compile.
+        selections: Selections to compile.
         known: Reports by key; their variants are not compiled.
 
     Returns:
@@ -144,7 +144,7 @@ def update(version: str, known: dict[str, dict]) -> tuple[int, int]:
     """Writes the reports of every variant on one Triton.
 
     Returns:
-        How many variants there are, and how many were compiled.
+        The number of variants, and how many of them were compiled.
     """
     reports = run(version, SELECTIONS[version], known)
     kept = {}

@@ -51,7 +51,7 @@ def reports(
     Args:
         root: Root of the tree.
         version: Triton version.
-        selections: As aot_compile.py takes them.
+        selections: Selections, as in aot_compile.py.
         known: Reports by key, whose variants are not compiled.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What the tests of the fused operations share: backends, and the rule of errors."""
+"""Helpers of the tests of fused operations: backends, and the rule for errors."""
 
 from collections.abc import Callable, Sequence
 
@@ -26,10 +26,10 @@ def assert_error_at_most_twice_plain(
     """Compares results and gradients of two functions of the same tensors.
 
     Args:
-        ours: What is tested.
+        ours: Function under test.
         plain: The same function in plain PyTorch.
         tensors: Their arguments.
-        dtype: In which both run; float64 holds the same values.
+        dtype: Dtype in which both run. The float64 reference gets the same values.
     """
 
     def results(function: Callable, precision: torch.dtype) -> list[Tensor]:

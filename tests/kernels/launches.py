@@ -1,4 +1,4 @@
-"""Holds a launcher against the ahead-of-time list, without running a kernel."""
+"""Compares a launcher's arguments with the ahead-of-time list, without running a kernel."""
 
 import torch
 from triton.runtime.jit import JITFunction, mangle_type
@@ -10,14 +10,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def types_of(argument):
-    """Triton's name of an argument's type; of a group, the names of its fields' types."""
+    """Returns Triton's type name of an argument; for a named tuple, those of its fields."""
     if isinstance(argument, tuple):
         return type(argument)(*map(types_of, argument))
     return "constexpr" if argument is None else mangle_type(argument)
 
 
 class Launches:
-    """Stands for a kernel, and keeps what it is launched with."""
+    """Replaces a kernel, and records the arguments of its launch."""
 
     def __init__(self, kernel):
         self.kernel = kernel
@@ -32,7 +32,7 @@ class Launches:
         self.options = options
 
     def assert_described_by(self, variant):
-        """Holds the types, constants and options of a variant against the launch."""
+        """Compares the types, constants and options of a variant with the launch."""
         constants = {
             name: variant.constants[(i,)]
             for i, name in enumerate(variant.signature)
@@ -46,7 +46,7 @@ class Launches:
 
 
 class EachLaunch:
-    """Stands for a kernel that is launched several times: a Launches for each."""
+    """Replaces a kernel that is launched several times, with one Launches per launch."""
 
     def __init__(self, launches):
         self.launches = launches
@@ -56,13 +56,13 @@ class EachLaunch:
 
 
 def pack_of(cu_seqlens, schedule, dropout):
-    """A pack of two documents, which has document ids with dropout."""
+    """Returns a pack of two documents, with document ids if there is dropout."""
     ids = torch.arange(2, dtype=torch.int32) if dropout else None
     return TiledPack(cu_seqlens, cu_seqlens, schedule.q_tiles, schedule.k_tiles, ids)
 
 
 def options_of(features):
-    """The options that make a launch with these features."""
+    """Returns options that make a launch use these features."""
     dropout = features in ("all", "dropout")
     return AttentionOptions(
         softmax_scale=0.1,
@@ -75,7 +75,7 @@ def options_of(features):
 
 
 def launches_of(module, monkeypatch):
-    """Keeps the kernels of a module of launchers from being run: name -> Launches."""
+    """Records launches instead of running the kernels of a module: name -> Launches."""
     if hasattr(module, "multiprocessors"):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     replaced = {}
@@ -86,7 +86,7 @@ def launches_of(module, monkeypatch):
 
 
 def describe_for_a_compiler(module, monkeypatch):
-    """Lets a list describe its kernels for a compiler where they are those of the interpreter."""
+    """Makes a list describe kernels for a compiler also where Triton interprets."""
     for name in [name for name in vars(module) if name.endswith("_kernel")]:
         kernel = getattr(module, name)
         monkeypatch.setattr(module, name, JITFunction(kernel.fn))

@@ -39,12 +39,12 @@ def read_masks(
     Args:
         lengths: Tokens of each document; heads times the longest must fit into head_dim.
         dropout_p: Probability of dropping; a row must keep at least one weight.
-        backend: As in the public function.
-        device: Of the tensors.
+        backend: Backend, as in the public function.
+        device: Device of the tensors.
         heads: Query heads.
-        dtype: Of the tensors.
+        dtype: Dtype of the tensors.
         head_dim: D; default the smallest that fits.
-        dropout_seed: As in the public function.
+        dropout_seed: Seed, as in the public function.
         document_ids: Default 0, 1, 2, ...
     """
     if document_ids is None:

@@ -27,17 +27,17 @@ class Case:
         heads: Query heads.
         heads_k: Key/value heads.
         head_dim: D.
-        dtype: Of q, k and v.
-        causal: As in the public function, like all that follow up to dropout_p.
+        dtype: Dtype of q, k and v.
+        causal: Argument of the public function, as are all that follow up to dropout_p.
         window: (left, right).
         window_on_device: Pass the window as a tensor of two.
         softcap: 0 turns it off.
         alibi: "heads" for slopes [H], "documents" for [N, H].
-        sink: Pass a learnable sink.
+        sink: Whether to pass a learnable sink.
         dropout_p: Passed with DROPOUT_SEED.
         magnitude: Standard deviation of q and k; logits grow with its square.
         fused_qkv: q, k and v are strided views of one tensor.
-        dout_order: How the gradient of out lies in memory: a permutation of "thd".
+        dout_order: Memory layout of the gradient of out: a permutation of "thd".
         chunks: (chunk_size, local_size) of dual chunk attention, which is causal and has dropout
             and logit_scale only; None for flash_attn_varlen_func.
         logit_scale: Pass a factor per document; dual chunk attention only.
@@ -95,7 +95,7 @@ class Result:
     dsink: Tensor | None
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields (name, tensor) of what is there."""
+        """Yields (name, tensor) of the tensors that are not None."""
         for field in fields(self):
             tensor = getattr(self, field.name)
             if tensor is not None:
@@ -116,7 +116,7 @@ class Result:
 
 
 def cumulative(lengths: Sequence[int], device: torch.device | str) -> Tensor:
-    """[N + 1] int32 on `device`."""
+    """Returns cumulative lengths, [N + 1] int32 on `device`."""
     lengths = torch.tensor([0, *lengths], dtype=torch.int64)
     return lengths.cumsum(0).to(torch.int32).to(device)
 
@@ -162,7 +162,7 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
 
 
 def frequencies(case: Case, device: torch.device | str) -> Tensor:
-    """[D/2] float32, RoPE's of base 10,000."""
+    """Returns the inverse frequencies of RoPE with base 10,000, [D/2] float32."""
     columns = torch.arange(0, case.head_dim, 2, dtype=torch.float64)
     return (10_000 ** -(columns / case.head_dim)).float().to(device)
 
@@ -235,15 +235,16 @@ def dense(
     chunk: int | None = None,
     sample: Sequence[int] | None = None,
 ) -> Result:
-    """The same in dense PyTorch, document by document, every product in `dtype`.
+    """Returns the same in dense PyTorch, document by document, every product in `dtype`.
 
     Args:
         case: The call.
         inputs: Its tensors, which are cast to `dtype`.
         dtype: float64 for the reference, the case's own for plain PyTorch.
         sample: Documents to compute; the rows of others stay zero.
-        chunk: Queries at a time, for documents whose logits do not fit. Needs a causal case
-            without dropout: a chunk is then a document of its own, aligned at the bottom right.
+        chunk: Queries per chunk, for documents whose logits do not fit into memory. Needs a causal
+            case without dropout: a chunk is then a document of its own, aligned at the bottom
+            right.
     """
     state = torch.promote_types(dtype, torch.float32)
     # With chunks, the gradients of keys are sums: in the state's precision.
@@ -319,10 +320,10 @@ def assert_matches_oracle(
     """Holds every output and gradient to twice the error of plain PyTorch, against float64.
 
     Args:
-        actual: What `attention` returned.
+        actual: Result of `attention`.
         case: Its case.
         inputs: Its inputs.
-        chunk: As in `dense`.
+        chunk: See `dense`.
         sample: Documents to compare, without dsink; default all.
     """
     plain = dense(case, inputs, inputs.q.dtype, chunk=chunk, sample=sample)

@@ -1,4 +1,4 @@
-"""Every kernel and configuration compiles for GPUs that are not here, on both ends of Triton.
+"""Every kernel and configuration compiles for GPUs that this machine lacks, on both ends of Triton.
 
 `make` unpacks the oldest and the newest supported Triton beside the environment's packages; each
 compiles in a process of its own. A variant is compiled where `aot_reports/` has no report of it.

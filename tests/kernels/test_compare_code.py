@@ -1,4 +1,4 @@
-"""What counts as a difference between the machine code of two commits."""
+"""Differences between the machine code of two commits that count."""
 
 from tests.kernels.compare_code import differences
 

@@ -1,4 +1,4 @@
-"""The emulator finds what it is there for: kernels with a fence, a wait or an arrival missing."""
+"""The emulator detects kernels with a missing fence, wait or arrival."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def squares_kernel(
     WAIT: gl.constexpr,
     FENCE: gl.constexpr,
 ):
-    """y = x x for each of TILES tiles, by a loader and a warpgroup."""
+    """Computes y = x x for each of TILES tiles, with a loader and a warpgroup."""
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.float16)
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     buffers = gl.allocate_shared_memory(gl.float16, [2, 64, 64], tile)
@@ -91,7 +91,7 @@ def squares_kernel(
 
 
 def squares(seed, tiles=5, **flaws):
-    """(computed, expected), both [tiles * 64, 1, 64] float16."""
+    """Returns (computed, expected), both [tiles * 64, 1, 64] float16."""
     x = torch.randn(tiles * 64, 1, 64, generator=torch.Generator().manual_seed(0)).half()
     y = torch.full_like(x, torch.nan)
     flags = {"ARRIVE": True, "WAIT": True, "FENCE": True} | flaws
@@ -107,7 +107,7 @@ def test_a_sound_kernel_computes(seed):
 
 
 def test_a_release_before_the_wait_is_seen():
-    """A tile that may be overwritten while its product runs: wrong in some order."""
+    """A tile can be overwritten while its product runs, which is wrong in some orders."""
     assert any(not torch.allclose(*squares(seed, WAIT=False), atol=0.1) for seed in SEEDS)
 
 
@@ -123,7 +123,7 @@ def test_a_barrier_that_never_completes_is_an_error():
 
 @gluon.jit
 def poll_kernel(counter_ptr, COUNT: gl.constexpr):
-    """Program 0 waits for COUNT others."""
+    """Makes program 0 wait for COUNT others."""
     if gl.program_id(0) == 0:
         there = gl.atomic_add(counter_ptr, 0, sem="acquire")
         while there < COUNT:
@@ -188,7 +188,7 @@ def test_barriers_count():
 
 @gluon.jit
 def _write_in_turn(pointers, WARPGROUP: gl.constexpr, TURNS: gl.constexpr, STEPS: gl.constexpr):
-    """Appends the warpgroup's number to a list in each of its turns, which signals pass on."""
+    """Appends the warpgroup's number to a list each time that it is this warpgroup's turn."""
     counter_ptr, list_ptr = pointers
     if STEPS[0] and WARPGROUP == 2:
         barrier_arrive(15, 256, 4)
@@ -212,7 +212,7 @@ def turns_kernel(
     TAKE: gl.constexpr,
     CLOSE: gl.constexpr,
 ):
-    """Three warpgroups that take turns; the last one LAST_TURNS of them."""
+    """Runs three warpgroups in turn; the last one LAST_TURNS times."""
     pointers = (counter_ptr, list_ptr)
     STEPS: gl.constexpr = (OPEN, TAKE, CLOSE)
     gl.warp_specialize(
@@ -227,7 +227,7 @@ def turns_kernel(
 
 
 def turns(seed, last_turns=4, **flaws):
-    """The warpgroups' numbers in the order of their turns."""
+    """Returns the numbers of the warpgroups, in the order in which they ran."""
     counter, found = torch.zeros(1, dtype=torch.int32), torch.full((12,), -1, dtype=torch.int32)
     flags = {"OPEN": True, "TAKE": True, "CLOSE": True} | flaws
     EmulatedKernel(turns_kernel, seed)[(1,)](counter, found, 4, last_turns, **flags)

@@ -1,4 +1,4 @@
-"""What a GPU must see: no synchronisation, no recompilation, linear memory, offsets past 2^31."""
+"""Properties that only a GPU shows: synchronisation, recompilation, memory, large offsets."""
 
 import os
 import subprocess
@@ -26,13 +26,13 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def leave_memory_to_others():
-    """What a large test leaves in the allocator's cache is out of reach for other workers."""
+    """Frees the allocator's cache of a large test, so that other workers can use the memory."""
     yield
     torch.cuda.empty_cache()
 
 
 def random_qkv(lengths, device, *, heads=4, heads_k=2, head_dim=64):
-    """bf16 leaves q, k, v of a pack."""
+    """Returns q, k and v of a pack, bfloat16 leaves."""
     total = sum(lengths)
     return [
         torch.randn(total, n, head_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
@@ -106,7 +106,7 @@ def test_unpadding_with_known_counts_does_not_synchronise(device, no_synchronisa
 
 
 def compiled_kernels() -> int:
-    """Specialisations in the caches of the attention kernels."""
+    """Returns the number of specialisations in the caches of the attention kernels."""
     from lctrain_kernels.aot import KERNELS
 
     hopper = []
@@ -152,7 +152,7 @@ def test_no_recompilation_over_fifty_packings(scheduled, dual_chunk, device):
 
 
 def peak_bytes(call, leaves, grad_out) -> int:
-    """Peak of forward and backward above what was there before, after a first run."""
+    """Returns the peak memory of forward and backward above the start, after a first run."""
     for _ in range(2):
         for leaf in leaves:
             leaf.grad = None
@@ -188,7 +188,7 @@ def test_memory_is_linear_and_that_of_torch(device):
 @pytest.mark.xdist_group("gpu_memory")
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_deterministic_needs_no_scratch(backend, device):
-    """No more bytes than without it, and no more than O(T H D)."""
+    """Takes no more bytes than without it, and at most O(T H D)."""
     inputs = make_inputs(Workload("memory", (4096,) * 4, 32, 8, 128), device)
     q, k, v = inputs.leaves
     peak, default = (

@@ -1,4 +1,4 @@
-"""merge_attn_states: two sets of keys give what their union gives, with every gradient."""
+"""merge_attn_states: attention over two sets of keys gives attention over their union."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def merged_attention(q, k, v, split):
 
 @pytest.mark.parametrize("split", [0, 4, 11])
 def test_a_split_of_the_keys_changes_nothing(split):
-    """Also through lse: its gradient reaches q and k of both parts."""
+    """Also the gradient of lse, which reaches q and k of both parts."""
     q, k, v = random_qkv(torch.float64)
     results = []
     for out, lse in (partial_attention(q, k, v), merged_attention(q, k, v, split)):

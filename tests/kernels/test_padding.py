@@ -53,7 +53,7 @@ def test_gradients_go_there_and_back(device):
 
 
 def test_known_counts_give_the_same(device):
-    """With them nothing is read from the mask; test_gpu_contract.py watches that."""
+    """With given counts the mask is not read; test_gpu_contract.py tests that."""
     rows = torch.randn(3, 4, 2, device=device)
     expected = unpad_input(rows, MASK.to(device))
     actual = unpad_input(rows, MASK.to(device), num_tokens=5, max_seqlen=3)
@@ -71,7 +71,7 @@ def test_a_mask_on_the_cpu_serves_rows_on_a_device(device):
 
 
 def test_unpadded_rows_are_documents():
-    """Attention over what is left equals attention over each row alone."""
+    """Attention over the unpadded tokens equals attention over each row alone."""
     rows = torch.randn(3, 4, 2, 8, dtype=torch.float64)
     tokens, indices, cu_seqlens, longest, lengths = unpad_input(rows, MASK)
     packed = flash_attn_varlen_func(

@@ -1,4 +1,4 @@
-"""The registry of implementations, and how nouns reach the operators."""
+"""The registry of implementations, and the arguments of the operators."""
 
 import functools
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_a_named_backend_refuses_what_a_gradient_will_ask_for():
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_operators_take_the_fields_of_both_nouns(attention):
-    """The backward takes what the forward does, so that it recomputes the same weights."""
+    """The backward takes the arguments of the forward, to recompute the same weights."""
     forward, backward = (
         [argument.name for argument in getattr(torch.ops.lctrain, name).default._schema.arguments]
         for name in (f"{attention}_forward", f"{attention}_backward")
@@ -97,7 +97,7 @@ def test_what_a_differential_model_is_told():
 
 
 def test_the_support_matrix_is_that_of_the_registry():
-    """docs/support.md says what the registry does."""
+    """docs/support.md agrees with the registry."""
     page = (ROOT / "docs" / "support.md").read_text()
     for row in support_matrix():
         assert f"| {' | '.join(row)} |" in page, row

@@ -29,13 +29,13 @@ def expected_tiles(lengths: list[int]) -> set[tuple[int, int]]:
 
 
 def query_work(queries: list[int], keys: list[int], document: int, block: int) -> int:
-    """Keys that the last query of the block sees if causal, before the end of the document."""
+    """Returns the keys that the last query of the block sees, for causal attention."""
     shift = keys[document] - queries[document]
     return min((block + 1) * SCHEDULE_ROWS + shift, keys[document])
 
 
 def key_order(queries: list[int], keys: list[int], document: int, block: int) -> tuple[int, ...]:
-    """Tiles of a document lie together, from its beginning; documents with more queries first."""
+    """Tiles of a document are adjacent, from its start; documents with more queries come first."""
     return queries[document], -document, -block
 
 

@@ -141,7 +141,7 @@ def test_modules_that_were_in_evaluation_mode_stay_there(make_model, one_documen
 
 
 class ScaledHead(nn.Linear):
-    """An output embedding that is not what its weight says."""
+    """An output embedding whose forward does not only multiply by its weight."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(hidden)

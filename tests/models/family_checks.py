@@ -1,4 +1,4 @@
-"""What is checked of one model family: packs, padding, generation, gradients, both ways in.
+"""Checks of one model family: packs, padding, generation, gradients, patching and loading by name.
 
 A family is served if `patch_model` takes it. Then its numbers are compared with the unpatched
 model's in float64, by the rule of tests/numerics.py. A model that was given its attention by name
@@ -26,16 +26,16 @@ CHECKS = ("packed", "padded right", "padded left", "gradients", "generate")
 
 @dataclass
 class Verdict:
-    """What became of one family.
+    """Result of the checks of one family.
 
     Attributes:
-        model_type: Of its config.
-        model_class: Name.
+        model_type: Model type in its config.
+        model_class: Name of its class.
         refused: Why patch_model refuses it; None if it does not.
-        by_name: "same" if loading by name gives the same verdict and the same numbers, else what
-            it gives.
-        results: Check -> "yes"; "no" where it is refused when it is called so; "n/a" where the
-            family has no such thing; or what went wrong.
+        by_name: "same" if loading by name gives the same verdict and numbers; otherwise the
+            difference.
+        results: Check -> "yes"; "no" if the call is refused with an error that says so; "n/a" if
+            the family does not have it; otherwise the fault.
         not_built: Why no tiny model could be made; then nothing else is known.
     """
 
@@ -48,7 +48,7 @@ class Verdict:
 
     @property
     def failures(self) -> list[str]:
-        """Everything that is neither right nor refused in so many words."""
+        """Checks that are neither right nor refused with an error that says so."""
         found = [f"{check}: {text}" for check, text in self.results.items()]
         found.append(f"by name: {self.by_name}")
         right = (": yes", ": same", ": n/a", ": no", ": ", TRANSFORMERS_REFUSES)
@@ -209,7 +209,7 @@ def _by_name(model_type: str, model_class: type, model: nn.Module, refused: str 
 
 
 def _result(call: Callable[[nn.Module], Tensor], model: nn.Module) -> Tensor | str:
-    """What a call returns, or says."""
+    """Returns the result of a call, or the message of its error."""
     try:
         return call(model)
     except (TypeError, ValueError) as error:

@@ -30,7 +30,7 @@ _SIGNS = {"yes": "yes", "no": "no", "n/a": "-"}
 
 
 def classes(kind: str) -> dict[str, str]:
-    """Returns family -> class name, of one of KINDS."""
+    """Returns family -> class name, for one entry of KINDS."""
     from transformers.models.auto import modeling_auto
 
     return dict(
@@ -42,7 +42,10 @@ def classes(kind: str) -> dict[str, str]:
 
 
 def families(kind: str) -> dict[str, str]:
-    """Returns family -> class name, of one of KINDS; of a class's families the shortest."""
+    """Returns family -> class name, for one entry of KINDS.
+
+    Of several families with a class, the shortest name.
+    """
     shortest: dict[str, str] = {}
     for family, name in classes(kind).items():
         shortest[name] = min(shortest.get(name, family), family, key=len)
@@ -62,7 +65,7 @@ def check(family: str, name: str) -> Verdict:
 
 
 def is_wrong(verdict: Verdict) -> bool:
-    """Whether anything is neither right nor refused in so many words."""
+    """Returns whether a check is neither right nor refused with an error that says so."""
     return bool(verdict.failures)
 
 
@@ -90,7 +93,7 @@ def table(verdicts: Iterable[Verdict]) -> str:
 
 
 def page(verdicts: dict[str, list[Verdict]]) -> str:
-    """The whole page, of all families by kind."""
+    """Returns the whole page, with all families."""
     return f"""# Model families
 
 `python -m tests.models.sweep` wrote this page: transformers {transformers.__version__}, torch
@@ -123,7 +126,7 @@ def _sign(result: str) -> str:
 
 
 def _reason(message: str) -> str:
-    """What a refusal is about: all before its remedy."""
+    """Returns the part of a refusal before its remedy."""
     return _cell(message.split(". ")[0])
 
 

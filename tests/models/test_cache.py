@@ -1,4 +1,4 @@
-"""The cache is found by the name of either side of transformers 5.24."""
+"""The cache is found under its names before and after transformers 5.24."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""torch.compile(fullgraph=True) of models that got their attention by name.
+"""torch.compile(fullgraph=True) of models whose attention was set by name.
 
 For patched ones see test_training.py.
 """

@@ -205,7 +205,7 @@ def test_branches_draw_their_own_masks(family, monkeypatch):
 
 @pytest.mark.parametrize("family", DIFFERENTIAL)
 def test_the_kernel_is_given_views(family, monkeypatch):
-    """No head is copied but the values of version 1; version 2 loads its keys once."""
+    """Only the values of version 1 are copied; version 2 loads its keys once."""
     import lctrain.kernels as kernels
 
     attend, calls = kernels.diff_attn_varlen_func, []

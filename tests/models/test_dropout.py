@@ -1,4 +1,4 @@
-"""Dropout in a patched model: in training only, a function of the seed, and replayed."""
+"""Dropout in a patched model: only in training, a function of the seed, and replayed."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_the_default_is_the_config_s_and_the_option_wins():
 
 
 def test_layers_and_heads_draw_their_own_masks(monkeypatch):
-    """Equal keys and queries everywhere: what differs between heads and layers is the mask."""
+    """Keys and queries are equal everywhere, so heads and layers differ by their masks only."""
     import lctrain.kernels as kernels
 
     attend, outs = kernels.flash_attn_varlen_func, []

@@ -82,7 +82,7 @@ def test_rope_types(kind):
 
 
 def test_frequencies_that_an_unpatched_text_has_changed():
-    """NTK's dynamic scaling keeps what a long text made of its frequencies until a short one."""
+    """NTK's dynamic scaling keeps the frequencies of a long text until the next short one."""
     model, documents = with_rope("dynamic"), make_documents([40])
     with torch.no_grad():
         with patch_model(model, attention="dual_chunk"):

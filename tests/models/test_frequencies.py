@@ -1,4 +1,4 @@
-"""Rotary frequencies that follow the length: of the document, not of the batch."""
+"""Rotary frequencies that follow the length of the document, not of the batch."""
 
 import copy
 import pickle
@@ -62,7 +62,7 @@ def scaled(family, rope, window, **options):
 
 
 def alone(model, documents):
-    """Each document in a copy that has seen no other one: 'dynamic' remembers."""
+    """Returns the outputs of each document in a fresh copy: 'dynamic' remembers others."""
     return torch.cat([separate_outputs(copy.deepcopy(model), [tokens]) for tokens in documents])
 
 
@@ -72,7 +72,7 @@ def model(request):
 
 
 def test_every_type_of_rope_is_known():
-    """A new type of transformers must be looked at: does it follow the length?"""
+    """For a new type of transformers somebody must decide whether it follows the length."""
     known = {*FIXED, "longrope", "dynamic"} - {"default"}
     assert set(ROPE_INIT_FUNCTIONS) - {"axial"} <= known
     assert {name for name in known if follows_length(name)} == {"longrope", "dynamic"}
@@ -89,7 +89,7 @@ def test_types_with_fixed_frequencies(name):
 
 
 def alone_with_gradients(model, documents):
-    """alone(...), and the gradients of its product with the numbers that `gradients` takes."""
+    """Returns alone(...), and the gradients of its product with the numbers of `gradients`."""
     total = sum(map(len, documents))
     generator = torch.Generator().manual_seed(2)
     numbers = torch.randn(total, model.config.vocab_size, generator=generator, dtype=torch.float64)
@@ -152,7 +152,7 @@ def test_padded_rows(model, side, positions):
 
 @torch.no_grad()
 def test_rows_of_restarting_positions(model):
-    """Two rows of two documents each, told by position ids alone."""
+    """Two rows of two documents each, described by position ids alone."""
     documents = make_documents((30, 10, 8, 32))
     expected = alone(model, documents)
     rows = torch.cat(documents).view(2, 40)

@@ -29,7 +29,7 @@ FAMILIES = tuple(SWAPS)
 
 
 def make(family: str) -> nn.Module:
-    """A tiny model in float32; gemma3 and mixtral are made here."""
+    """Returns a tiny model in float32; gemma3 and mixtral are built here."""
     if family not in ("gemma3", "mixtral"):
         return make_model(family, attn_implementation="eager")
     common = {
@@ -119,7 +119,7 @@ def test_another_model_of_the_family_is_left_alone() -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_runs_every_layer_twice(family, use_reentrant) -> None:
-    """From transformers 5.23 on, a patched forward of a layer turns it off without a word."""
+    """From transformers 5.23 on, patching a layer's forward silently disables checkpointing."""
     model = make(family).train()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     with lctrain.patch_model(model, fused=True):
@@ -134,7 +134,7 @@ def test_gradient_checkpointing_runs_every_layer_twice(family, use_reentrant) ->
 
 
 def test_checkpoint_stops_before_the_last_product() -> None:
-    """Its input is all that the backward needs of it; one operation would compute it again."""
+    """The backward needs only its input; a single operation would be computed again."""
     model = make("llama").train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     with lctrain.patch_model(model, fused=True):
@@ -215,7 +215,7 @@ def test_flags_must_be_bools(name) -> None:
 
 
 def packed_labels() -> dict:
-    """A pack as transformers takes it; labels unshifted, -100 at the beginnings of documents."""
+    """Returns a pack in transformers' format; labels unshifted, -100 at the start of documents."""
     documents = make_documents()
     batch = PackedBatch.from_documents(documents)
     labels = batch.input_ids.clone()

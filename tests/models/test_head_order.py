@@ -1,4 +1,4 @@
-"""convert_head_order: transformers' pairs (h, h + H / 2), unilm's (2 h, 2 h + 1)."""
+"""convert_head_order: between transformers' pairs (h, h + H / 2) and unilm's (2 h, 2 h + 1)."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Heads of all sorts on packs: one row per document, or an error."""
+"""All sorts of heads on packs: one row per document, or an error."""
 
 import pytest
 import torch
@@ -176,7 +176,7 @@ def test_next_sentence(name):
 
 
 class Reward(transformers.LlamaPreTrainedModel):
-    """A head of one's own: the last token's score."""
+    """A custom head: the score of the last token."""
 
     def __init__(self, config):
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""What a patched model is given: rows, padding, caches, and inputs that contradict one another."""
+"""Inputs of a patched model: rows, padding, caches, and contradictory inputs."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_a_filled_cache_continues_the_rows():
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_a_mask_may_go_on_behind_the_keys_of_a_cache(family):
-    """Columns are tokens of the row from its beginning, as in transformers' masks."""
+    """Columns are tokens of the row from its start, as in transformers' masks."""
     model = make_model(family)
     input_ids, mask = padded(make_documents([5, 9]), "left")
     positions = (mask.cumsum(-1) - 1).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Masks that number documents (`1 1 1 2 2 3`), and masks that are none of padding."""
+"""Masks that number documents (`1 1 1 2 2 3`), and masks that do not describe padding."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ LENGTHS = (6, 1, 11, 7)
 
 
 def rows_of(documents, padding=3):
-    """One row of all documents with padding behind, one of two documents with padding before."""
+    """A row of all documents with padding after them; one of two with padding before."""
     numbers = torch.cat([torch.full((len(t),), i + 1) for i, t in enumerate(documents)])
     first = torch.cat([*documents, torch.zeros(padding, dtype=torch.int64)])
     two = documents[0], documents[2]

@@ -1,4 +1,4 @@
-"""Patched models on a GPU: the Triton kernels serve, no step waits for the device."""
+"""Patched models on a GPU: the Triton kernels run, and no step waits for the device."""
 
 import copy
 

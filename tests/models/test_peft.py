@@ -1,4 +1,4 @@
-"""Adapters of peft on packs: LoRA trains exactly, other methods say why they cannot."""
+"""Adapters of peft on packs: LoRA trains exactly; other methods raise an error with the reason."""
 
 import pytest
 import torch

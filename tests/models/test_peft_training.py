@@ -1,4 +1,4 @@
-"""LongContextModule with PEFT's adapters: what moves, how it resumes, what is exported."""
+"""LongContextModule with PEFT's adapters: trained weights, resuming, and the export."""
 
 import json
 
@@ -17,7 +17,7 @@ OPTIM = OptimConfig(learning_rate=1e-2, schedule="constant", warmup_steps=0)
 
 
 class NoTokenizer:
-    """Stands for a tokenizer in exports."""
+    """Replaces a tokenizer in exports."""
 
     def save_pretrained(self, folder) -> None:
         """Writes nothing."""

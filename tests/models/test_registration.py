@@ -26,7 +26,7 @@ from tests.models.tiny import tiny_config
 
 @pytest.fixture
 def load(tmp_path):
-    """Returns load(family, **options): a saved tiny model, loaded by name."""
+    """Returns load(family, **options), which saves a tiny model and loads it by name."""
 
     def by_name(family, **options):
         model = make_model(family)
@@ -52,7 +52,7 @@ def test_from_pretrained(load, family):
 @pytest.mark.parametrize("family", CAUSAL)
 @pytest.mark.parametrize("use_cache", [False, None])
 def test_restarting_position_ids_without_patch_model(load, family, use_cache):
-    """With the cache on, as it is by default, transformers' own masks let documents leak here."""
+    """With the cache on, which is the default, documents leak through transformers' own masks."""
     model, loaded = load(family)
     documents = make_documents()
     positions = torch.cat([torch.arange(len(tokens)) for tokens in documents])[None]
@@ -109,7 +109,7 @@ REFUSED = (  # family of tests.models.tiny, class, what patch_model says
 
 @pytest.mark.parametrize(("family", "name", "message"), REFUSED, ids=[row[0] for row in REFUSED])
 def test_models_that_patch_model_refuses_are_refused_by_name(family, name, message, tmp_path):
-    """Before there is a model: in from_config, from_pretrained and set_attn_implementation."""
+    """The error comes before a model exists."""
     by_name = {"attn_implementation": "lctrain_flash"}
     windows = {"sliding_window": 4} if family == "phimoe" else {}
     with pytest.raises(ValueError, match=message):
@@ -137,7 +137,7 @@ def test_several_modalities_are_refused_by_name_and_their_language_model_is_not(
 
 
 def test_a_model_whose_class_never_says_that_it_is_complete():
-    """Then the first forward checks."""
+    """Its class does not call post_init, so the first forward checks it."""
 
     class Silent(transformers.LlamaForCausalLM):
         def post_init(self):

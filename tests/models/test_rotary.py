@@ -1,4 +1,4 @@
-"""Which models dual chunk attention is for: those that rotate whole heads as Llama does."""
+"""Models that dual chunk attention supports: those that rotate whole heads as Llama does."""
 
 import pytest
 import torch
@@ -157,7 +157,7 @@ def test_one_layer_of_each_sort_is_run():
 
 
 def test_weights_in_integers_are_run_as_they_are():
-    """As quantized layers have them."""
+    """Quantized layers have integer weights."""
 
     class Quantized(nn.Module):
         def __init__(self, linear):

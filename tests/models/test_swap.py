@@ -1,4 +1,4 @@
-"""Swaps: fitted without a change, applied together or not at all, undone in reverse."""
+"""Swaps: prepared without a change, applied all or none, and undone in reverse order."""
 
 import pytest
 
@@ -11,7 +11,7 @@ from lctrain.models.swap import Swap, apply_all, undo_all
 
 
 def state(model):
-    """What a swap may change: classes, configs, hooks and attributes of every module."""
+    """Returns what a swap may change: classes, configs, hooks and attributes of modules."""
     return [
         (type(module), sorted(vars(module)), len(module._forward_pre_hooks), id(module.config))
         if hasattr(module, "config")

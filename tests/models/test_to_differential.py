@@ -1,4 +1,4 @@
-"""to_differential: the function that a model was, gradients in all that is new, and checkpoints."""
+"""to_differential: the same function as before, gradients of all new weights, and checkpoints."""
 
 import copy
 import subprocess
@@ -109,7 +109,7 @@ def test_layers_compute_the_published_definition(family):
 
 
 class patch_out_of_the_way:
-    """Takes the spec off a patched model's layers, so that they can be called by themselves."""
+    """Removes the spec from a patched model's layers, so that they can be called alone."""
 
     def __init__(self, model):
         self.layers = [layer.self_attn for layer in model.model.layers]
@@ -142,7 +142,7 @@ def test_config_and_weights(family):
 
 
 def test_frequencies_and_weights_keep_their_dtypes(tmp_path):
-    """As loaded in bfloat16: rotary frequencies stay float32, and so may a norm."""
+    """Loaded in bfloat16, rotary frequencies stay float32, and a norm may."""
     make_model("llama").save_pretrained(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     plain.model.norm.float()

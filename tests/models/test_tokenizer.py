@@ -1,4 +1,4 @@
-"""A pretrained model's tokenizer: its own, or another one with the same ids, or by force."""
+"""The tokenizer of a pretrained model: its own, one with the same ids, or another by option."""
 
 import json
 

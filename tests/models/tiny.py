@@ -87,8 +87,8 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
     """Returns the default config of a family with every size that it has made tiny.
 
     Args:
-        model_type: Of transformers' CONFIG_MAPPING.
-        **overrides: Arguments of the config class that win.
+        model_type: Key of transformers' CONFIG_MAPPING.
+        **overrides: Arguments of the config class, which take precedence.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -96,7 +96,7 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
 
 
 def config_for(model_class: type, config: Any) -> Any:
-    """The config that a model class takes: a text model takes the text part, as in from_config."""
+    """Returns the config of a model class; for a text model the text part of the config."""
     wanted = getattr(model_class, "config_class", None)
     if wanted is None or isinstance(config, wanted):
         return config
@@ -129,7 +129,7 @@ def tiny_model(model_type: str, model_class: type, **overrides: Any) -> nn.Modul
 
 @torch.no_grad()
 def sharpen(model: nn.Module) -> None:
-    """Moves a fresh model's weights away from zero, so that what its layers do shows."""
+    """Moves a fresh model's weights away from zero, so that its layers have a visible effect."""
     generator = torch.Generator().manual_seed(3)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator).to(parameter)
@@ -172,7 +172,7 @@ def _layer_count(config: Any) -> int | None:
 
 
 def _shorten(values: list[Any]) -> list[Any]:
-    """Four of a list per layer, each sort among them where there are at most four."""
+    """Returns four entries of a list per layer, each sort among them if there are at most four."""
     sorts = list(dict.fromkeys(map(str, values)))
     firsts = [next(value for value in values if str(value) == sort) for sort in sorts][:4]
     return (firsts + values)[:4] if len(firsts) == 4 else (values[: 4 - len(firsts)] + firsts)[:4]

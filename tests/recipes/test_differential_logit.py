@@ -1,4 +1,4 @@
-"""The largest attention logit, against what the attention function of each layer is given."""
+"""The largest attention logit, compared with the inputs of each layer's attention function."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def models():
 
 
 def seen_by_the_attention_function(model):
-    """The same number from the queries and keys that transformers hands to its attention."""
+    """Returns the same number from the queries and keys that the attention function gets."""
     largest = {}
 
     def spy(module, query, key, value, attention_mask, scaling, **kwargs):

@@ -1,4 +1,4 @@
-"""The benchmark of a training step: the contenders compute the same, and what fails is a result."""
+"""The benchmark of a training step: the contenders compute the same; a failure is a result."""
 
 import json
 from contextlib import nullcontext
@@ -33,7 +33,7 @@ def build(contender):
 
 
 def gradients_one_by_one(contender):
-    """Of the mean loss, every document by itself in the model as transformers has it."""
+    """Returns the gradients of the mean loss, one document at a time, in the unpatched model."""
     model = build(contender)
     documents = [torch.from_numpy(d)[None] for d in random_documents(LENGTHS, TINY) if len(d) > 1]
     targets = sum(LENGTHS) - len(LENGTHS)

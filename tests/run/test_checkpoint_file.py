@@ -1,4 +1,4 @@
-"""Checkpoint files: sealed, and read without running what they may hold."""
+"""Checkpoint files: sealed, and read without running code."""
 
 import errno
 import os
@@ -37,7 +37,7 @@ def test_torch_and_zip_still_read_the_sealed_file(path):
 
 
 def test_every_flipped_bit_is_found(path):
-    """Anywhere in the archive. In the seal's own label a flip hides the seal, not the damage."""
+    """Bits anywhere in the archive. A flip in the seal's label hides the seal only."""
     whole = path.read_bytes()
     numbers = random.Random(0)
     places = [0, 1, len(whole) // 2, len(whole) - 1, len(whole) - 30]
@@ -101,7 +101,7 @@ def test_a_checkpoint_runs_no_code(tmp_path, form):
 
 
 class Kept:
-    """What a callback of the user may keep."""
+    """A value that a user's callback may store."""
 
 
 def test_what_may_be_read_is_a_list(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""A folder belongs to one run: made exclusively, locked, reopened only to go on."""
+"""A folder belongs to one run: created exclusively, locked, and reopened only to resume."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ time.sleep(60)
 
 
 def hold(folder, *arguments):
-    """A process that holds a folder."""
+    """Starts a process that locks a folder."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder), *arguments], stdout=subprocess.PIPE, text=True
     )
@@ -51,7 +51,7 @@ def test_one_run_has_the_folder_and_its_record_says_which(tmp_path):
 
 @pytest.mark.parametrize("result", [None, "metrics.csv", "checkpoints/step-00000002.ckpt"])
 def test_a_folder_without_a_checkpoint_is_free_after_a_failure(tmp_path, result):
-    """What the failed run measured stays, under another name."""
+    """The metrics of the failed run stay, under another name."""
 
     def fail():
         with RunFolder.create(tmp_path, "train", {}):
@@ -82,7 +82,7 @@ def test_traces_of_an_older_run_are_a_run(tmp_path, trace):
 
 
 def test_another_process_holds_it_until_it_is_killed(tmp_path):
-    """Its forked worker lives on, and does not hold the folder."""
+    """Its forked worker survives, and does not hold the lock."""
     process = hold(tmp_path / "1", "fork")
     try:
         message = rf"which process {process.pid} on \S+ uses"

@@ -1,4 +1,4 @@
-"""Which options make a run what it is."""
+"""The options that identify a run."""
 
 import pytest
 
@@ -65,7 +65,7 @@ def test_unknown_options_are_not_compared():
 
 
 def test_every_free_option_is_one():
-    """A misspelt entry would free nothing, and nobody would notice."""
+    """A misspelt entry would have no effect."""
     names = set(_flat(plain_values(load("data=text", "data.files=[x]")))) | {"attention"}
     assert set(MAY_CHANGE) <= names
 

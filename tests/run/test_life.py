@@ -1,4 +1,4 @@
-"""The life of a run from the outside: signals, going on in the folder, one file of metrics."""
+"""The life of a run from the outside: signals, resuming in its folder, one file of metrics."""
 
 import json
 import os
@@ -17,12 +17,12 @@ SHORT = ["evaluation.enabled=false", "export=false", "trainer.limit_val_batches=
 
 
 def at(step, number):
-    """The run sends itself a signal at the end of a step."""
+    """Makes the run send itself a signal at the end of a step."""
     return f"+callbacks.stop={{_target_: tests.training.KillAt, step: {step}, number: {number}}}"
 
 
 def command(monkeypatch, *arguments):
-    """lctrain-train in this process; returns the exit status."""
+    """Runs lctrain-train in this process; returns the exit status."""
     monkeypatch.setattr(sys, "argv", ["lctrain-train", *arguments])
     try:
         main()
@@ -41,7 +41,7 @@ def whole(tiny, tmp_path_factory):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_ends_the_step_saves_and_the_run_goes_on(tiny, tmp_path, whole, number, capfd):
-    """In the folder, on the same bits; metrics have no hole, validation included."""
+    """It resumes in its folder with the same bits. Metrics have no gap, validation included."""
     folder = tmp_path / "1"
     overrides = [*tiny, *SHORT, "trainer.validate_every_n_steps=2"]
     before = signal.getsignal(number)
@@ -62,7 +62,7 @@ def test_a_signal_ends_the_step_saves_and_the_run_goes_on(tiny, tmp_path, whole,
 
 
 def test_a_signal_in_the_last_step(tiny, tmp_path, whole):
-    """The run is trained; going on adds its last validation and keeps every row."""
+    """Training is complete; resuming adds the last validation and keeps every row."""
     folder = tmp_path / "1"
     overrides = [*tiny, *SHORT, "trainer.validate_every_n_steps=2"]
     with pytest.raises(SystemExit):
@@ -89,7 +89,7 @@ def test_a_signal_before_training_ends_at_once(tiny, tmp_path, monkeypatch, capf
 
 
 def test_a_second_signal_ends_at_once(tiny, tmp_path):
-    """The second one comes in the same step; nothing is saved after it."""
+    """The second signal arrives in the same step; nothing is saved after it."""
     twice = [at(3, 2), at(3, 15).replace("callbacks.stop", "callbacks.again")]
     result = run_command([*tiny, *SHORT, *twice], tmp_path / "1", check=False)
     assert result.returncode == 143, result.stderr
@@ -176,7 +176,7 @@ def test_folders_elsewhere_are_refused(tiny, tmp_path, monkeypatch, capfd, overr
 
 
 def test_evil_checkpoint(tiny, tmp_path, monkeypatch, capfd):
-    """Trusted by no path into training."""
+    """No code path of training trusts the checkpoint."""
     trace = tmp_path / "ran"
 
     class Evil:

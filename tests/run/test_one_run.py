@@ -1,4 +1,4 @@
-"""A run that was stopped and went on is one run for TensorBoard and for Weights and Biases."""
+"""A run that was stopped and resumed is one run for TensorBoard and for Weights and Biases."""
 
 import json
 import signal
@@ -16,7 +16,7 @@ OPTIONS = ("weight_decay", "held_out_fraction", "accumulate_grad_batches")
 
 
 def tensorboard_of(folder):
-    """What TensorBoard shows of a run."""
+    """Returns the scalars of a run, as TensorBoard shows them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tensorboard"))
@@ -25,7 +25,7 @@ def tensorboard_of(folder):
 
 
 def steps_of(folder, tag):
-    """Steps of a curve, as TensorBoard shows it."""
+    """Returns the steps of a curve, as TensorBoard shows it."""
     return [event.step for event in tensorboard_of(folder).Scalars(tag)]
 
 
@@ -73,7 +73,7 @@ def _names(text):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["stopped", "killed"])
 def test_tensorboard_shows_every_step_once(tiny, tmp_path, number):
-    """Killed at step 5, it goes on from step 4, whose later rows are in the file already."""
+    """The run is killed at step 5 and resumes from step 4."""
     folder = tmp_path / "1"
     overrides = [*tiny, *SHORT, "logger=tensorboard", "trainer.validate_every_n_steps=2"]
     run_command([*overrides, at(5, int(number))], folder, check=False)

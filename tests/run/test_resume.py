@@ -1,4 +1,4 @@
-"""Where `ckpt_path` is looked for, and what is refused."""
+"""Where `ckpt_path` is searched, and which checkpoints are refused."""
 
 import json
 import os
@@ -13,7 +13,7 @@ MINE = {"seed": 0, "attention": "AttentionConfig", "attention.name": "flash"}
 
 
 def write(run, step, age, identity=MINE):
-    """A checkpoint of a run, written `age` seconds ago."""
+    """Writes a checkpoint of a run, `age` seconds old."""
     path = run / "checkpoints" / f"step-{step:08d}.ckpt"
     state = {key: {} for key in NEEDED} | {"run": {"id": run.name, "identity": identity}}
     AtomicCheckpointIO().save_checkpoint(state, path)

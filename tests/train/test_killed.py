@@ -1,4 +1,4 @@
-"""Runs that a signal ends, and what they resume to."""
+"""Runs that a signal ends, and that are resumed."""
 
 import signal
 
@@ -35,7 +35,7 @@ def test_killed_run_resumes_bit_equal(tiny, tmp_path):
 
 
 def test_sigterm_is_no_success(tiny, tmp_path):
-    """As a scheduler stops a job: the status says so, the message how to go on."""
+    """A scheduler stops a job in this way. The exit status and the message say so."""
     stop = f"+callbacks.stop={{_target_: tests.training.KillAt, step: 5, number: {signal.SIGTERM}}}"
     result = run_command([*tiny, stop], tmp_path / "stopped", check=False)
     assert result.returncode == 128 + signal.SIGTERM, result.stderr

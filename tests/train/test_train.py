@@ -1,4 +1,4 @@
-"""lctrain-train from the config to the files it leaves, alive, killed and resumed."""
+"""lctrain-train from the config to its files."""
 
 import csv
 import shlex
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::U
 
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
-    """A finished run: (report, folder, what it printed)."""
+    """A finished run: (report, folder, output)."""
     import contextlib
     import io
 

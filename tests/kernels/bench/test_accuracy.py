@@ -1,4 +1,4 @@
-"""The rule for numerical error: who passes, who fails, and what it refuses to judge."""
+"""The rule for numerical error: kernels that pass, kernels that fail, and refused inputs."""
 
 import math
 

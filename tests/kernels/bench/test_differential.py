@@ -1,4 +1,4 @@
-"""The benchmark of differential attention on tiny tensors on a CPU, with a clock of its own."""
+"""The benchmark of differential attention on tiny CPU tensors, with a fake clock."""
 
 import dataclasses
 

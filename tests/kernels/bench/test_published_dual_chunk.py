@@ -13,7 +13,7 @@ CASE = Case(equal_lengths(20, 35, 97), dtype=torch.float64, chunks=(30, 7), head
 
 
 def published(case, inputs, **options):
-    """(out, dq, dk, dv)."""
+    """Returns (out, dq, dk, dv)."""
     leaves = [x.clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     out = published_dual_chunk_attn(
         *leaves,

@@ -1,4 +1,4 @@
-"""The JSON of a run: written, read back, and refused when it is something else."""
+"""The JSON of a run: written, read back, and refused if it has another format."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Tables for the terminal and the documents come from the record alone."""
+"""Tables for the terminal and the documents are functions of the record."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""The whole run on tiny tensors on a CPU, with a clock of its own."""
+"""The whole benchmark on tiny CPU tensors, with a fake clock."""
 
 import dataclasses
 

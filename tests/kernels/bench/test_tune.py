@@ -1,4 +1,4 @@
-"""What the tuner offers is what the tables can hold."""
+"""The candidates of the tuner are valid entries of the tables."""
 
 import pytest
 

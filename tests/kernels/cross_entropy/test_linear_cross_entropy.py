@@ -69,7 +69,7 @@ def assert_error_at_most_twice_plain(ours, plain, reference, loss_scale=None) ->
 
 
 def error_of_a_sum(inputs, exact, **options) -> Tensor:
-    """What rounding the tokens' losses may do to their sum or mean, from plain PyTorch's losses.
+    """Returns a bound on the error of a sum or mean of losses, from plain PyTorch's losses.
 
     Errors of the tokens have random signs, so that of one sum may be 0 by luck; the sum of their
     sizes bounds it.

@@ -28,15 +28,15 @@ class DifferentialCase:
         value_dim: Dv.
         shared_k: Both branches read one k.
         lam: "scalar", "heads" ([H]) or "tokens" ([T, H]).
-        dtype: Of q, k and v.
-        causal: As in the public function, like all that follow up to dropout_p.
+        dtype: Dtype of q, k and v.
+        causal: Argument of the public function, as are all that follow up to dropout_p.
         window: (left, right).
         window_on_device: Pass the window as a tensor of two.
         dropout_p: Passed with DROPOUT_SEED.
         magnitude: Standard deviation of q and k; logits grow with its square.
-        views: How q1, q2, k1 and k2 lie in memory: "" apart, "adjacent" as x[:, 0::2] and
-            x[:, 1::2], "halves" as x[:, :H] and x[:, H:].
-        dout_order: How the gradient of out lies in memory: a permutation of "thd".
+        views: Memory layout of q1, q2, k1 and k2: "" separate, "adjacent" as x[:, 0::2] and x[:,
+            1::2], "halves" as x[:, :H] and x[:, H:].
+        dout_order: Memory layout of the gradient of out: a permutation of "thd".
     """
 
     documents: tuple[tuple[int, int], ...]
@@ -88,7 +88,7 @@ class DifferentialResult:
     dlam: Tensor
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields (name, tensor) of what is there."""
+        """Yields (name, tensor) of the tensors that are not None."""
         for field in fields(self):
             tensor = getattr(self, field.name)
             if tensor is not None:
@@ -195,7 +195,7 @@ def dense(
     *,
     sample: Sequence[int] | None = None,
 ) -> DifferentialResult:
-    """The same in dense PyTorch, document by document, every product in `dtype`.
+    """Returns the same in dense PyTorch, document by document, every product in `dtype`.
 
     Args:
         case: The call.
@@ -273,7 +273,7 @@ def assert_matches_oracle(
     """Holds every output and gradient to twice the error of plain PyTorch, against float64.
 
     Args:
-        actual: What `attention` returned.
+        actual: Result of `attention`.
         case: Its case.
         inputs: Its inputs.
         sample: Documents to compare; default all.

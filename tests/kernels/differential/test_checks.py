@@ -1,4 +1,4 @@
-"""Bad arguments of diff_attn_varlen_func: what was wrong, what came, and the remedy."""
+"""Bad arguments of diff_attn_varlen_func: messages with the fault, the value and the remedy."""
 
 import pytest
 import torch
@@ -138,7 +138,7 @@ def test_the_unchanged_arguments_are_good():
 
 
 def test_values_on_a_device_are_not_read():
-    """A check that did would synchronise. Meta tensors have none to read."""
+    """Reading them would synchronise. Meta tensors have no values."""
     arguments = {
         name: value.to("meta") if isinstance(value, torch.Tensor) else value
         for name, value in ARGUMENTS.items()

@@ -36,7 +36,7 @@ by_version = pytest.mark.parametrize("base", BASES.values(), ids=BASES.keys())
 
 
 def backends(device: torch.device) -> list[str]:
-    """What can serve float16 tensors of this device."""
+    """Returns the backends that support float16 tensors on this device."""
     return ["triton"] if device.type == "cuda" else ["triton", "pytorch"]
 
 
@@ -56,7 +56,7 @@ def test_pytorch_path_matches_float64(case):
 
 @by_case
 def test_pytorch_path_is_the_definition(case):
-    """In float64 the two agree to rounding."""
+    """In float64 the PyTorch path and the oracle agree to rounding."""
     case = dataclasses.replace(case, dtype=torch.float64)
     inputs = make_inputs(case)
     expected = dict(dense(case, inputs, torch.float64).items())
@@ -73,7 +73,7 @@ def test_pytorch_path_in_float32(name):
 
 @needs_interpreter
 def test_triton_in_float32():
-    """By its norm: single entries feel the rounding of a float32 lse, so "auto" takes PyTorch."""
+    """By the norm, since single entries have the rounding of a float32 lse."""
     case = dataclasses.replace(TINY_CASES["full"], dtype=torch.float32)
     inputs = make_inputs(case)
     plain = dict(dense(case, inputs, torch.float32).items())
@@ -188,7 +188,7 @@ def lam_gradient(case, inputs, lam, backend):
 
 @by_version
 def test_one_lambda_is_that_lambda_everywhere(base, device):
-    """Scalar, [H], [T, H]: the same output, and the gradient is the sum over what it served."""
+    """A scalar, [H] and [T, H] give the same output; gradients are summed."""
     case = dataclasses.replace(base, documents=equal_lengths(21, 40))
     inputs = make_inputs(case, device)
     heads = torch.linspace(0.1, 0.8, case.heads, device=device)

@@ -51,7 +51,7 @@ def test_a_long_document_beside_short_ones(case, device):
 
 
 def leaves_of(case, total, device):
-    """q1, q2, k1, k2, v and lam of a pack, as leaves."""
+    """Returns q1, q2, k1, k2, v and lam of a pack, as leaves."""
 
     def draw(heads, width):
         shape = (total, heads, width)
@@ -88,7 +88,7 @@ def test_no_synchronisation(case, dropout_p, device, no_synchronisation):
 
 
 def compiled_kernels() -> int:
-    """Specialisations in the caches of the differential kernels."""
+    """Returns the number of specialisations in the caches of the differential kernels."""
     from lctrain_kernels.aot import KERNELS
 
     return sum(

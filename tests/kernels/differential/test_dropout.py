@@ -1,4 +1,4 @@
-"""Reads both branches' dropout masks back, one kernel at a time, as masks.py does.
+"""Reads the dropout masks of both branches back, one kernel at a time, as masks.py does.
 
 With q = 0 every key has the weight 1 / L, and lambda = 2 tells the branches apart: a weight of out
 or dv is (Z1 - 2 Z2) / L. dq1 and dq2 show the masks of the kernel that owns queries by their sign.

@@ -64,12 +64,12 @@ FORWARD_CASES = {
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """backend="hopper" on this CPU."""
+    """Makes backend="hopper" run on this CPU."""
     emulate(monkeypatch, differential)
 
 
 def forward(case: DifferentialCase, inputs: DifferentialInputs, backend: str = "hopper"):
-    """out, lse1 and lse2."""
+    """Returns out, lse1 and lse2."""
     with torch.no_grad():
         return diff_attn_varlen_func(
             inputs.q1,
@@ -99,7 +99,7 @@ def test_matches_float64(case, hopper):
 
 @pytest.mark.parametrize("case", FORWARD_CASES.values(), ids=FORWARD_CASES.keys())
 def test_forward_matches_float64(case, hopper):
-    """What the backward leaves to the portable kernels."""
+    """Cases whose backward runs on the portable kernels."""
     inputs = make_inputs(case)
     exact, plain = (dense(case, inputs, dtype) for dtype in (torch.float64, case.dtype))
     for name, tensor in zip(("out", "lse1", "lse2"), forward(case, inputs), strict=True):
@@ -109,7 +109,7 @@ def test_forward_matches_float64(case, hopper):
 @pytest.mark.parametrize("seed", range(1, 5))
 @pytest.mark.parametrize("case", [V1, V2], ids=["v1", "v2"])
 def test_whatever_the_order_of_warps_and_engines(case, seed, monkeypatch):
-    """Products and copies as early or as late as their waits allow, other threads in between."""
+    """Products and copies complete as early or as late as their waits allow."""
     emulate(monkeypatch, differential, seed)
     case = dataclasses.replace(case, documents=equal_lengths(150, 70), heads=2, heads_k=1)
     inputs = make_inputs(case)
@@ -118,7 +118,7 @@ def test_whatever_the_order_of_warps_and_engines(case, seed, monkeypatch):
 
 @pytest.mark.parametrize("size", [0.0, -1e-30, 1e-9, -300.0])
 def test_lam_of_any_size(size, hopper):
-    """lam p2 is one exponential in the backward, whose argument holds log |lam| and a sign."""
+    """In the backward lam p2 is one exponential, whose argument includes log |lam| and a sign."""
     case = dataclasses.replace(V1, documents=equal_lengths(140), heads=1, heads_k=1, lam="tokens")
     inputs = make_inputs(case)
     inputs.lam[::2] = size
@@ -127,7 +127,7 @@ def test_lam_of_any_size(size, hopper):
 
 @pytest.mark.parametrize("case", [V1, V2], ids=["v1", "v2"])
 def test_a_document_keeps_its_bits_whatever_its_neighbours(case, hopper):
-    """dq1 and dq2 are added in the order in which programs come."""
+    """Without dq1 and dq2, which programs add in an order that varies."""
     documents = equal_lengths(100, 140, 30)
     case = dataclasses.replace(case, documents=documents, heads=2, heads_k=1, lam="tokens")
     inputs = make_inputs(case)

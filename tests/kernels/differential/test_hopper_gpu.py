@@ -98,7 +98,7 @@ def test_forward_agrees_with_the_portable_kernels(name, device):
 
 @by_version
 def test_a_document_keeps_its_bits_whatever_its_neighbours(case, device):
-    """dq1 and dq2 are added in the order in which programs come."""
+    """Without dq1 and dq2, which programs add in an order that varies."""
     inputs = make_inputs(case, device)
     before = attention(case, inputs, backend="hopper").document(inputs, 2)
     begin = sum(length for length, _ in LONG[:2])
@@ -115,7 +115,7 @@ def test_a_document_keeps_its_bits_whatever_its_neighbours(case, device):
 
 
 def compiled_kernels() -> int:
-    """Specialisations in the caches of these kernels."""
+    """Returns the number of specialisations in the caches of these kernels."""
     kernels = [kernel for name, kernel in vars(differential).items() if name.endswith("_kernel")]
     return sum(len(caches[0]) for k in kernels for caches in k.device_caches.values())
 

@@ -20,7 +20,7 @@ from tests.kernels.launches import (
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Keeps all kernels from being run: name -> Launches of those that do not only rotate."""
+    """Records launches instead of running kernels: name -> Launches, for all but the rotations."""
     monkeypatch.setattr(hopper, "dual_chunk_rotate", lambda *_, **__: None)
     monkeypatch.setattr(hopper, "rotated_keys", lambda k, *_, **__: torch.empty_like(k))
     return launches_of(hopper, monkeypatch)

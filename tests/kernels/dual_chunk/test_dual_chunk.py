@@ -31,7 +31,7 @@ BASE = GPU_DUAL_CHUNK_PLAIN if torch.cuda.is_available() else TINY_DUAL_CHUNK_CA
 
 
 def backends(device: torch.device) -> list[str]:
-    """What can serve half precision on this device."""
+    """Returns the backends that support half precision on this device."""
     return ["triton"] if device.type == "cuda" else ["triton", "pytorch"]
 
 
@@ -51,7 +51,7 @@ def test_pytorch_path_matches_float64(case):
 
 @by_case
 def test_pytorch_path_is_the_definition(case):
-    """In float64 the two agree to rounding."""
+    """In float64 the PyTorch path and the definition agree to rounding."""
     case = dataclasses.replace(case, dtype=torch.float64)
     inputs = make_inputs(case)
     expected = dict(dense(case, inputs, torch.float64).items())
@@ -61,7 +61,7 @@ def test_pytorch_path_is_the_definition(case):
 
 @by_case
 def test_the_definition_of_some_queries_at_a_time(case):
-    """With every gradient: how long documents are held to it."""
+    """Includes every gradient. Long documents are compared with the definition in this way."""
     case = dataclasses.replace(case, dtype=torch.float64, dropout_p=0.0)
     inputs = make_inputs(case)
     whole = dict(dense(case, inputs, torch.float64).items())
@@ -100,7 +100,7 @@ def test_the_definition_is_attention_over_bounded_relative_positions(chunk_size,
 
 @pytest.mark.parametrize(("length", "equal"), [(24, True), (31, True), (32, False)])
 def test_documents_of_up_to_chunk_size_plus_one_tokens_are_plain_attention(length, equal):
-    """In float64; the first row that differs is S + 1."""
+    """In float64. The first row that differs is S + 1."""
     case = Case(equal_lengths(length), dtype=torch.float64, chunks=(30, 7))
     inputs, inv_freq = make_inputs(case), frequencies(case, "cpu")
     position = torch.arange(length)
@@ -117,7 +117,7 @@ def test_documents_of_up_to_chunk_size_plus_one_tokens_are_plain_attention(lengt
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2], ids=["", "dropout"])
 def test_one_chunk_has_the_bits_of_causal_attention(dropout_p, device):
-    """At equal tiles, which both kernels have under the interpreter and at D = 64 on a GPU."""
+    """With equal tiles, which both kernels have under the interpreter and at D = 64 on a GPU."""
     case = dataclasses.replace(
         BASE, documents=equal_lengths(20, 17, 1), chunks=(30, 7), dropout_p=dropout_p
     )
@@ -151,7 +151,7 @@ def test_logit_scale_is_a_factor_of_the_logits(device):
 
 
 def test_a_filled_cache_gives_the_rows_of_one_full_pass(device):
-    """The last queries of a document, however many, across chunks, as their rows of the whole."""
+    """Any number of last queries, across chunks, gives the rows of the whole document."""
     case = dataclasses.replace(BASE, documents=equal_lengths(90), chunks=(30, 7))
     inputs = make_inputs(case, device)
     for backend in backends(device):
@@ -188,7 +188,7 @@ def test_a_schedule_changes_no_bit(device):
 @needs_interpreter
 @pytest.mark.parametrize("share", [16, 64], ids=["smaller", "larger"])
 def test_a_launch_adds_what_one_with_other_tiles_has_written(share):
-    """dq and dk, dv come from two launches each; rows that the first left alone are not read."""
+    """dq, and dk with dv, come from two launches each. Rows that the first skipped are not read."""
     case = dataclasses.replace(
         TINY_DUAL_CHUNK_CASES["many_chunks"], documents=equal_lengths(97, 24)
     )

@@ -80,7 +80,7 @@ def forward(case, inputs, backend="hopper"):
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """backend="hopper" on this CPU."""
+    """Makes backend="hopper" run on this CPU."""
     emulate(monkeypatch, dual_chunk)
 
 
@@ -110,7 +110,7 @@ def test_a_named_backend_refuses_what_it_cannot_do(hopper):
 
 @pytest.mark.parametrize("seed", range(1, 6))
 def test_whatever_the_order_of_warps_and_engines(seed, monkeypatch):
-    """Products and copies as early or as late as their waits allow, other threads in between."""
+    """Products and copies complete as early or as late as their waits allow."""
     emulate(monkeypatch, dual_chunk, seed)
     case = Case(equal_lengths(150, 70), 2, 1, 64, chunks=(60, 11))
     inputs = make_inputs(case)
@@ -119,7 +119,7 @@ def test_whatever_the_order_of_warps_and_engines(seed, monkeypatch):
 
 @pytest.mark.parametrize("seed", [0, 2, 4, 5])
 def test_queries_at_the_far_position_stay_while_they_are_needed(seed, monkeypatch):
-    """These seeds fail if their place is given back a product too early."""
+    """With these seeds the test fails if their buffer is released one product too early."""
     emulate(monkeypatch, dual_chunk, seed)
     case = Case(equal_lengths(700), 4, 1, 64, chunks=(70, 10))
     inputs = make_inputs(case)
@@ -129,7 +129,7 @@ def test_queries_at_the_far_position_stay_while_they_are_needed(seed, monkeypatc
 
 
 def test_a_document_keeps_its_bits_whatever_its_neighbours(hopper):
-    """out, lse, dk and dv; dq is added in the order in which programs come."""
+    """out, lse, dk and dv; programs add dq in an order that varies."""
     case = dataclasses.replace(PLAIN, documents=equal_lengths(100, 240, 30), chunks=(90, 20))
     inputs = make_inputs(case)
     before = dict(attention(case, inputs, backend="hopper").items())

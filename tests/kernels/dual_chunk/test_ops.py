@@ -1,4 +1,4 @@
-"""Dual chunk attention under torch's machinery, and what it says to bad arguments."""
+"""Dual chunk attention with opcheck and torch.compile, and its messages about bad arguments."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What goes to the Hopper kernels and what to the portable ones, decided without a GPU."""
+"""Which calls run on the Hopper kernels and which on the portable ones, decided without a GPU."""
 
 import dataclasses
 

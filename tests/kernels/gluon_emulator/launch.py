@@ -36,7 +36,7 @@ def _replacement(value: Any) -> Any:
 
 @functools.cache
 def _emulated(kernel: Any) -> types.FunctionType:
-    """The Python function of a `gluon.jit` one, with other things behind the names it uses."""
+    """Returns the Python function of a `gluon.jit` one, with the emulator's global names."""
     source = kernel.fn
     names: dict[str, Any] = {"__builtins__": source.__globals__["__builtins__"]}
     function = types.FunctionType(
@@ -59,7 +59,7 @@ def _argument(value: Any) -> Any:
 
 
 class EmulatedKernel:
-    """Stands for a Gluon kernel: `EmulatedKernel(kernel)[grid](*arguments, **constants)`."""
+    """Replaces a Gluon kernel: `EmulatedKernel(kernel)[grid](*arguments, **constants)`."""
 
     def __init__(self, kernel: Any, seed: int = 0):
         self.kernel = kernel
@@ -83,12 +83,12 @@ class EmulatedKernel:
 
 
 def emulate(monkeypatch: Any, module: types.ModuleType, seed: int = 0) -> None:
-    """Makes the launchers of a module run their Gluon kernels here, and backend="hopper" take them.
+    """Makes the launchers of a module run their Gluon kernels in the emulator, as backend="hopper".
 
     Args:
-        monkeypatch: pytest's.
-        module: One of lctrain_kernels.gluon with launchers.
-        seed: Of the order in which threads and engines go on.
+        monkeypatch: The pytest fixture.
+        module: A module of lctrain_kernels with launchers.
+        seed: Seed of the order in which threads and engines run.
     """
     for name, value in list(vars(module).items()):
         if isinstance(value, EmulatedKernel):

@@ -1,4 +1,4 @@
-"""Warpgroups as threads that take turns, mbarriers, and engines that work in their own time."""
+"""Warpgroups as threads that run one at a time, mbarriers, and asynchronous engines."""
 
 import random
 import threading
@@ -15,11 +15,11 @@ _PACES = (1, 10, 100)  # how often a thread is chosen, against others
 
 
 class Deadlock(RuntimeError):
-    """Every thread waits for a barrier, or polls an address, that nothing can change any more."""
+    """Every thread waits for a barrier or an address that no thread can change any more."""
 
 
 class Barrier:
-    """An mbarrier: arrivals and bytes that a phase waits for."""
+    """An mbarrier, with the arrivals and bytes that its phase waits for."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -32,7 +32,7 @@ class Barrier:
         self.count = self.pending = count
 
     def change(self, arrivals: int = 0, expected: int = 0) -> None:
-        """Arrives and expects bytes, or, negative, adds an arrival and completes bytes."""
+        """Arrives and expects bytes; a negative number adds an arrival and completes bytes."""
         assert self.count > 0, "not initialised"
         self.pending -= arrivals
         self.bytes += expected
@@ -43,7 +43,7 @@ class Barrier:
 
 
 class NamedBarrier:
-    """A barrier of the hardware: warpgroups that came to it, until its threads are complete."""
+    """A hardware barrier: the warpgroups that have arrived, until its thread count is reached."""
 
     def __init__(self) -> None:
         self.came: list[Thread] = []
@@ -52,7 +52,7 @@ class NamedBarrier:
         self.rounds = 0
 
     def come(self, threads: int, count: int) -> int:
-        """Counts the current warpgroup's threads; returns in which round."""
+        """Counts the current warpgroup's threads, and returns the round."""
         now = self.rounds
         assert current() not in self.came, "a warpgroup comes twice to a barrier"
         assert not self.came or count == self.count, "warpgroups differ in what a barrier counts"
@@ -67,7 +67,7 @@ class NamedBarrier:
 
 
 class Program:
-    """What the threads of one program share."""
+    """State that the threads of one program share."""
 
     def __init__(self, index: tuple[int, ...], grid: tuple[int, ...]):
         self.index = index
@@ -78,7 +78,7 @@ class Program:
 
 
 class Operation:
-    """Something that an engine does once, at the latest when somebody waits for it."""
+    """An action that an engine runs once, at the latest when a thread waits for it."""
 
     def __init__(self, function: Callable[[], None]):
         self.function: Callable[[], None] | None = function
@@ -128,12 +128,12 @@ class Thread:
             self.products.pop(0)()
 
     def finish_reads(self, left: int) -> None:
-        """Likewise for what copies out of shared memory read."""
+        """Waits until at most `left` copies still read shared memory."""
         while len(self.reads) > left:
             self.reads.pop(0).run()
 
     def finish_writes(self, left: int) -> None:
-        """Likewise for what they write."""
+        """Waits until at most `left` copies are incomplete."""
         while len(self.writes) > left:
             self.writes.pop(0).run()
 
@@ -183,7 +183,7 @@ class Machine:
         ]
 
     def next_turn(self) -> None:
-        """Lets some thread that can go on do so."""
+        """Lets one thread run that is not blocked."""
         self.threads = [thread for thread in self.threads if not thread.done]
         if self.error is not None:
             for thread in self.threads:
@@ -211,13 +211,13 @@ class Machine:
         self.writes += 1
 
     def post(self, function: Callable[[], None]) -> Operation:
-        """Leaves something to the engines."""
+        """Queues an operation for the engines."""
         operation = Operation(function)
         self.engine.append(operation)
         return operation
 
     def look(self, until: Callable[[], bool] | None = None) -> None:
-        """Where a thread looks around: copies may happen and others may go on."""
+        """A point at which copies may complete and other threads may run."""
         if self.engine and self.random.random() < self.engine_pace:
             self.copy()
         if (until is None or until()) and self.random.random() >= self.switching:
@@ -240,18 +240,18 @@ def current() -> Thread:
 
 
 def note_write(first: int, last: int) -> None:
-    """Notes a generic write to shared memory, which the engines have yet to be shown."""
+    """Records a generic write to shared memory that is not yet visible to the engines."""
     current().program.unfenced.append((current(), first, last))
 
 
 def fence() -> None:
-    """Shows this thread's writes to the engines."""
+    """Makes this thread's writes visible to the engines."""
     program = current().program
     program.unfenced = [entry for entry in program.unfenced if entry[0] is not current()]
 
 
 def require_fenced(first: int, last: int) -> None:
-    """Fails if an engine would read what a thread wrote without a fence."""
+    """Fails if an engine would read a thread's write without a fence between them."""
     for _, begin, end in current().program.unfenced:
         assert last <= begin or end <= first, "an engine reads a write that no fence showed"
 

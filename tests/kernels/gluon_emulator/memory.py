@@ -1,4 +1,4 @@
-"""Shared memory as tiles lie in it, global memory as pointers, descriptors of tiles."""
+"""Shared memory in the layout of tiles, global memory as pointers, and tile descriptors."""
 
 import math
 from typing import Any
@@ -111,7 +111,7 @@ class Buffer:
         note_write(*np.lib.array_utils.byte_bounds(self.array))
 
     def show(self) -> None:
-        """Fails if an engine is to read what no fence has shown it."""
+        """Fails if an engine would read a write that no fence has made visible."""
         require_fenced(*np.lib.array_utils.byte_bounds(self.array))
 
 
@@ -164,7 +164,7 @@ class Pointer:
         return cls(memory, Value(memory.begin, tl.int64))
 
     def to(self, dtype: tl.dtype) -> "Pointer":
-        """Itself as a number, which assembly takes."""
+        """Returns the pointer as a number, for assembly."""
         assert dtype == tl.int64
         return self
 

@@ -1,4 +1,4 @@
-"""What kernels find under `gl`, `tl`, `mbarrier` and the names of compat.py."""
+"""The emulator's versions of `gl`, `tl`, `mbarrier` and the names of compat.py."""
 
 import math
 import re
@@ -30,7 +30,7 @@ _ROUNDINGS = {
 
 
 class BarrierArray:
-    """mbarriers; an array of one stands for its barrier."""
+    """An array of mbarriers; an array of one acts as its barrier."""
 
     def __init__(self, barriers: list[Barrier]):
         self.barriers = barriers
@@ -94,7 +94,7 @@ def store(pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> None:
 
 
 def atomic_add(pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> Value:
-    """Adding zero polls: again at one address, it waits until somebody has written something."""
+    """Adds to global memory. Adding zero polls: a second poll of an address waits for a write."""
     thread, machine = current(), current().machine
     polls = not isinstance(value, Value) and value == 0
     address = (id(pointer.memory), int(pointer.place)) if polls else None
@@ -149,7 +149,7 @@ def inline_asm_elementwise(
 
 
 def only_value(x: Value) -> int:
-    """Of a tensor that has the same everywhere."""
+    """Returns the value of a tensor whose elements are all equal."""
     assert (x.array == x.array.flat[0]).all()
     return int(x.array.flat[0])
 
@@ -344,7 +344,7 @@ def _copy_arrive(barrier: BarrierArray, increment_count: bool = True) -> None:
 
 
 class Product:
-    """The accumulator of a product that may not have been computed yet."""
+    """The accumulator of a product that may still be running."""
 
     def __init__(self, pending: list, shape: tuple[int, ...]):
         self.pending = pending

@@ -41,7 +41,7 @@ def _cast(array: np.ndarray, dtype: tl.dtype) -> np.ndarray:
 
 
 def _common(x: "Value", y: "Value") -> tl.dtype:
-    """The dtype in which two tensors meet."""
+    """Returns the dtype of an operation on two tensors."""
     for first, second in ((x.dtype, y.dtype), (y.dtype, x.dtype)):
         if first.is_floating() and not second.is_floating():
             return first
@@ -86,7 +86,7 @@ class Value:
         return int(self.array)
 
     def like(self, other: Any) -> "Value":
-        """A Python number beside this tensor."""
+        """Returns a Python number as a value of this tensor's dtype."""
         if isinstance(other, Value):
             return other
         if isinstance(other, float) and not self.dtype.is_floating():
@@ -198,7 +198,7 @@ class Value:
 
 
 def _divide(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """C's division of integers: towards zero, where numpy's goes down."""
+    """Divides integers as C does: towards zero, where numpy rounds down."""
     quotient = np.floor_divide(x, y)
     return quotient + ((quotient < 0) & (quotient * y != x)).astype(quotient.dtype)
 
@@ -208,7 +208,7 @@ def _remainder(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def as_value(x: Any) -> Value:
-    """A number of the host as a kernel's argument has it."""
+    """Returns a number of the host as a kernel's argument."""
     if isinstance(x, Value):
         return x
     if isinstance(x, (bool, np.bool_)):
@@ -219,7 +219,7 @@ def as_value(x: Any) -> Value:
 
 
 def elementwise(function: Any) -> Any:
-    """A function of floats, rounded to the dtype of its argument."""
+    """Returns an elementwise function of floats that rounds to the dtype of its argument."""
 
     def apply(x: Any) -> Value:
         x = as_value(x)

@@ -1,4 +1,4 @@
-"""The definitions themselves: the dense oracle against torch, the CPU path against the oracle."""
+"""The references: the dense oracle against torch, and the CPU path against the oracle."""
 
 import dataclasses
 import math
@@ -75,7 +75,7 @@ def test_the_oracles_features_entry_by_entry():
 
 
 def test_the_oracle_in_chunks_is_the_oracle():
-    """What varlen/test_varlen_gpu.py compares long documents with."""
+    """test_varlen_gpu.py compares long documents with the oracle in chunks."""
     case = Case(
         ((30, 30), (9, 25), (25, 9)),
         causal=True,
@@ -118,7 +118,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["plain", "dropout"])
 def test_memory_is_bounded(dropout_p, monkeypatch):
-    """Nothing is as large as the square of a document: at most the limit, or 16 rows of logits."""
+    """No tensor grows with the square of a document: at most the limit, or 16 rows of logits."""
     limit, heads, length = 1 << 14, 2, 600
     monkeypatch.setattr(varlen, "_CHUNK_ELEMENTS", limit)
     case = Case(equal_lengths(length), heads=heads, heads_k=1, dropout_p=dropout_p)
@@ -141,7 +141,7 @@ GRADCHECKED = {
 @pytest.mark.parametrize("options", GRADCHECKED.values(), ids=GRADCHECKED.keys())
 @pytest.mark.parametrize("with_sink", [False, True], ids=["", "sink"])
 def test_gradcheck(options, with_sink):
-    """Finite differences of out and lse in q, k, v and the sink; blind rows have no lse."""
+    """Finite differences of out and lse in q, k, v and the sink. Rows without keys have no lse."""
     cu_q, cu_k = cumulative([3, 4], "cpu"), cumulative([5, 3], "cpu")
     q = torch.randn(7, 2, 3, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(8, 1, 3, dtype=torch.float64, requires_grad=True) for _ in "kv")
@@ -167,7 +167,7 @@ def test_gradcheck(options, with_sink):
 
 
 def test_other_documents_cannot_reach_a_result():
-    """Not even by a NaN, although the packed tensors hold it."""
+    """Other documents of the packed tensors are NaN."""
     case = Case(equal_lengths(9, 7), dtype=torch.float32)
     inputs = make_inputs(case)
     poisoned = dataclasses.replace(inputs, k=inputs.k.clone(), v=inputs.v.clone())

@@ -1,4 +1,4 @@
-"""Bad arguments: each message names what was wrong, what came, and the remedy."""
+"""Bad arguments: each message names the fault, the value and the remedy."""
 
 import pytest
 import torch
@@ -280,7 +280,7 @@ def test_rows_need_one_batch_size():
 
 
 def test_values_on_a_device_are_not_read():
-    """A check that did would synchronise. Meta tensors have none to read."""
+    """Reading them would synchronise. Meta tensors have no values."""
     arguments = {
         name: value.to("meta") if isinstance(value, torch.Tensor) else value
         for name, value in ARGUMENTS.items()

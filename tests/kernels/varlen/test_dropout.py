@@ -1,4 +1,4 @@
-"""The dropout mask: what it is, how often it drops, and what it does not depend on."""
+"""The dropout mask: its definition, its rate, and what it is independent of."""
 
 import math
 
@@ -24,7 +24,7 @@ LENGTHS = (120, 17, 100) if HAS_GPU else (50, 17)
 
 
 def defined_mask(length: int, document_id: int, dropout_p: float, seed: int = DROPOUT_SEED):
-    """[2, L, L] from reference/, on the CPU."""
+    """Returns the mask of the reference, [2, L, L], on the CPU."""
     position = torch.arange(length)
     return dropout_keep(seed, document_id, torch.arange(2), position, position, dropout_p)
 
@@ -49,7 +49,7 @@ def test_the_pytorch_path_applies_the_defined_mask():
 
 
 def test_document_ids_and_a_seed_tensor_are_the_key(device):
-    """Ids beyond 2^31 in an unsigned reading, and a seed with a high half only."""
+    """Ids beyond 2^31 when read as unsigned, and a seed whose low half is zero."""
     ids = [-1, 123_456_789, 7][: len(LENGTHS)]
     seed = 5 << 40
     masks = read_masks(
@@ -137,7 +137,7 @@ def test_the_mean_is_unbiased(device):
 
 @pytest.mark.parametrize("changed", ["seed", "seed_high", "document", "head"])
 def test_masks_of_different_keys_are_independent(changed):
-    """Two independent masks agree on a share p^2 + (1 - p)^2 of the weights."""
+    """Two independent masks agree on a fraction p^2 + (1 - p)^2 of the weights."""
     position, heads = torch.arange(256), torch.arange(2)
     key = {"seed": 9, "document": 4, "heads": heads}
     other = dict(key)
@@ -157,7 +157,7 @@ def test_masks_of_different_keys_are_independent(changed):
 
 
 def test_neighbouring_weights_are_independent():
-    """Weights that share a draw lie 8, 16 or 24 apart; others 1 or 32."""
+    """Weights of one draw lie 8, 16 or 24 apart; weights of different draws 1 or 32."""
     position = torch.arange(512)
     keep = dropout_keep(21, 0, torch.arange(2), position, position, 0.5)
     for rows, columns in ((8, 0), (0, 8), (0, 16), (8, 24), (1, 0), (0, 1), (16, 0), (0, 32)):
@@ -196,7 +196,7 @@ def python_philox(counter: list[int], key: list[int], rounds: int) -> list[int]:
     ids=["zeros", "ones", "pi"],
 )
 def test_the_tests_own_philox_gives_the_published_answers(counter, key, expected):
-    """Random123's known answers are for ten rounds."""
+    """The known answers of Random123 are for ten rounds."""
     assert python_philox(counter, key, 10) == expected
 
 

@@ -72,7 +72,7 @@ CASES = {
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """backend="hopper" on this CPU."""
+    """Makes backend="hopper" run on this CPU."""
     emulate(monkeypatch, varlen)
 
 
@@ -93,7 +93,7 @@ FORMED = ("D64-causal-unequal", "D64-window-g4", "D128-causal-g3", "D64-dropout-
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 @pytest.mark.parametrize("name", FORMED)
 def test_forms_for_the_tuner(name, form, seed, hopper, monkeypatch):
-    """Of the backward, whichever of them the table has for a head dim."""
+    """Variants of the backward that the tuner compares, also those that the table does not use."""
     emulate(monkeypatch, varlen, seed)
     inputs = make_inputs(CASES[name])
     with config.override_tiles(backward=form):
@@ -141,7 +141,10 @@ GROWING = {
 @pytest.mark.parametrize("step", [0.2, 1.0, 8.0, -1.0])
 @pytest.mark.parametrize("case", GROWING.values(), ids=GROWING.keys())
 def test_logits_that_grow_from_block_to_block(case, step, hopper):
-    """By less or more than what a maximum may be behind by; blocks are visited downwards."""
+    """The growth is below or above the threshold of the lazy maximum.
+
+    Blocks are visited downwards.
+    """
     inputs = make_inputs(case)
     with torch.no_grad():
         inputs.q[..., 0] = 8.0
@@ -171,7 +174,7 @@ def test_queries_of_several_tiles_ahead(stages, seed, monkeypatch):
 
 @pytest.mark.parametrize("seed", range(1, 6))
 def test_whatever_the_order_of_warps_and_engines(seed, monkeypatch):
-    """Products and copies as early or as late as their waits allow, other threads in between."""
+    """Products and copies complete as early or as late as their waits allow."""
     emulate(monkeypatch, varlen, seed)
     case = Case(equal_lengths(150, 70), 2, 1, 64, BFLOAT16, causal=True)
     inputs = make_inputs(case)
@@ -189,7 +192,7 @@ def test_whatever_the_order_of_warps_and_engines(seed, monkeypatch):
     ids=["causal", "full-unequal-g2", "window", "window-unequal"],
 )
 def test_deterministic_gradients_whatever_the_order(window, documents, group, hopper, monkeypatch):
-    """Tiles of keys add to dq in turn, and every addition is there before the next begins."""
+    """Programs add to dq in a fixed order, and each addition is visible to the next program."""
     case = Case(documents, group, 1, 128, BFLOAT16, window=window)
     inputs = make_inputs(case)
     sums = float32_sums(monkeypatch)
@@ -204,7 +207,7 @@ def test_deterministic_gradients_whatever_the_order(window, documents, group, ho
 
 
 def float32_sums(monkeypatch):
-    """A list that grows by dq in float32, of which rounding would hide the order of additions."""
+    """Returns a list of the float32 dq, since rounding to half precision would hide the order."""
     sums = []
     describe = varlen.ragged_descriptor
 
@@ -233,7 +236,7 @@ def test_forward_of_head_dim_256(hopper):
 @pytest.mark.parametrize("from_registers", [False, True], ids=["adder", "registers"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2], ids=["plain", "dropout"])
 def test_a_document_keeps_its_bits_whatever_its_neighbours(dropout_p, from_registers, hopper):
-    """out, lse, dk and dv; dq is added in the order in which programs come."""
+    """out, lse, dk and dv; programs add dq in an order that varies."""
     with config.override_tiles(backward=config.BackwardTile(64, 3, from_registers)):
         assert_isolated(dropout_p)
 

@@ -38,7 +38,7 @@ LONG_CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_matches_float64(case, device):
-    """The broad grid of the portable kernels; what the table refuses is served by those."""
+    """The grid of the portable kernels; calls that the Hopper kernels refuse run on those."""
     inputs = make_inputs(case, device)
     assert select_backend(device, case.dtype) == "hopper"
     assert_matches_oracle(attention(case, inputs), case, inputs)
@@ -92,7 +92,7 @@ def test_drops_the_same_weights_as_the_portable_kernels(heads, device):
 
 @pytest.mark.parametrize("name", ["D128-causal-g4", "D64-dropout-window-g1", "D256-causal-g4"])
 def test_a_document_keeps_its_bits_whatever_its_neighbours(name, device):
-    """out, lse, dk and dv; dq is added in the order in which programs come."""
+    """out, lse, dk and dv; programs add dq in an order that varies."""
     case = LONG_CASES[name]
     inputs = make_inputs(case, device)
     before = dict(attention(case, inputs).items())
@@ -115,7 +115,7 @@ def test_a_document_keeps_its_bits_whatever_its_neighbours(name, device):
 @pytest.mark.parametrize("from_registers", [False, True], ids=["adder", "registers"])
 @pytest.mark.parametrize("name", [name for name in LONG_CASES if not name.startswith("D256")])
 def test_both_ways_of_adding_dq(name, from_registers, device):
-    """The table has one of them for a head dim, the tuner both."""
+    """The table uses one of them per head dim, the tuner both."""
     case = LONG_CASES[name]
     inputs = make_inputs(case, device)
     tile = config.BackwardTile(64, 2, reduce_from_registers=from_registers)

@@ -47,7 +47,7 @@ PACKED = pytest.mark.parametrize("case", [CAUSAL, DUAL_CHUNK], ids=["causal", "d
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
-    """Equality that tells 0 from -0 and takes NaN for what it is."""
+    """Compares bits: 0 differs from -0, and NaN equals NaN."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[left.element_size()]
     return left.shape == right.shape and torch.equal(
         left.contiguous().view(integers), right.contiguous().view(integers)

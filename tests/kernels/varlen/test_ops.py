@@ -23,7 +23,7 @@ BACKWARD = torch.ops.lctrain.varlen_backward.default
 
 
 def operands(case: Case, *, requires_grad: bool = True):
-    """q, k, v, sink as leaves and the two cu_seqlens."""
+    """Returns q, k, v and sink as leaves, and both cu_seqlens."""
     inputs = make_inputs(case)
     leaves = [inputs.q, inputs.k, inputs.v, torch.randn(case.heads)]
     leaves = [x.detach().requires_grad_(requires_grad) for x in leaves]
@@ -117,7 +117,7 @@ def test_compiles_as_one_graph(backend):
 
 
 def test_new_lengths_do_not_recompile():
-    """Neither other lengths, nor other numbers of documents and tokens, once those are dynamic."""
+    """Nor do other numbers of documents and tokens, once they are dynamic."""
     torch._dynamo.reset()
     compilations = []
 

@@ -47,7 +47,7 @@ def test_pytorch_path_matches_float64(case):
 
 @by_case
 def test_pytorch_path_is_the_definition(case):
-    """In float64 the two agree to rounding."""
+    """In float64 the PyTorch path and the oracle agree to rounding."""
     case = dataclasses.replace(case, dtype=torch.float64)
     inputs = make_inputs(case)
     expected = dict(dense(case, inputs, torch.float64).items())
@@ -73,7 +73,7 @@ def test_logits_up_to_ten_thousand(backend):
 
 
 def backends(device: torch.device) -> list[str]:
-    """What can serve float16 tensors of this device."""
+    """Returns the backends that support float16 tensors on this device."""
     return ["triton"] if device.type == "cuda" else ["triton", "pytorch"]
 
 
@@ -174,7 +174,7 @@ def test_a_last_stride_other_than_one_is_accepted(device):
 
 @pytest.mark.parametrize("alibi", ["heads", "documents"])
 def test_small_tensors_of_any_stride_are_read_right(device, alibi):
-    """Slices of tensors that hold other numbers between theirs."""
+    """The tensors are slices of others, with other numbers in between."""
     case = dataclasses.replace(
         BASE,
         documents=((20, 20), (9, 17), (5, 5)),

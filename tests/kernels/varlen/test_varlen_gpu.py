@@ -28,7 +28,7 @@ def test_matches_float64(case, device):
 
 @pytest.mark.parametrize("name", ["D64-causal-unequal", "D128-everything-g8"])
 def test_the_pytorch_path_on_a_gpu(name, device):
-    """Where it is named; "auto" takes Triton."""
+    """By its name; "auto" takes Triton."""
     case = GPU_CASES[name]
     inputs = make_inputs(case, device)
     assert_matches_oracle(attention(case, inputs, backend="pytorch"), case, inputs)
@@ -41,7 +41,7 @@ def test_large_logits_are_large(device):
 
 
 def test_auto_is_the_backend_that_it_names(device):
-    """The same bits; of dq only where it is not added up in the order in which programs come."""
+    """Bits are equal; those of dq only if programs add it in a fixed order."""
     inputs = make_inputs(GPU_PLAIN, device)
     backend = select_backend(device, torch.bfloat16)
     named = dict(attention(GPU_PLAIN, inputs, backend=backend).items())
@@ -74,7 +74,7 @@ def test_a_hundred_thousand_tokens_beside_a_hundred_documents_of_twenty(device):
 
 
 def test_a_window_in_a_long_document(device):
-    """Its ranges begin and end far from the document's ends."""
+    """The window begins and ends far from the ends of the document."""
     case = dataclasses.replace(
         GPU_PLAIN, documents=((20_000, 20_000), (5_000, 20_000)), window=(50, -1)
     )
