@@ -215,7 +215,7 @@ def test_files_name_the_thing():
 
 
 def test_every_package_on_disk_is_listed():
-    listed = set(package_folders().values())
+    listed = {folder.resolve() for folder in package_folders().values()}
     found = {
         path.parent
         for top_folder in ("lctrain", "kernels", "configs", "recipes")

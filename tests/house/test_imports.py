@@ -1,14 +1,18 @@
 """`import lctrain` is light, and works where Triton is not installed."""
 
+import os
 import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
 import lctrain
 from tests.house.test_architecture import SOURCES
+from tests.house.test_wheel import site_folders
+from tests.house.typecheck import ROOT
 
 WITHOUT_TRITON = """
 import sys
@@ -50,6 +54,28 @@ def test_kernels_alone_load_no_framework(tmp_path):
     heavy = ["lightning", "datasets", "transformers", "hydra"]
     code = f"import sys, lctrain.kernels; print([m for m in {heavy} if m in sys.modules])"
     assert run_python(code, tmp_path).strip() == "[]"
+
+
+def test_a_plain_checkout_is_used_without_an_install(tmp_path):
+    """Python finds every package by its folder alone, as editors and type checkers do."""
+    code = """
+        import lctrain.kernels
+        import lctrain.recipes.differential.experiment as recipe
+        from lctrain.composition import compose
+
+        assert compose("train", ["experiment=first_run"]).name == "first_run"
+        print(recipe.__file__)
+    """
+    folders = [ROOT, ROOT / "kernels", *site_folders()]
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", textwrap.dedent(code)],  # -S: no hooks of an install
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert Path(result.stdout.strip()).is_relative_to(ROOT)
 
 
 def test_everything_outside_the_kernels_imports_without_triton(tmp_path):
