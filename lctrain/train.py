@@ -153,11 +153,12 @@ def _run(
     loggers = list(instantiate_all("logger", with_run_id(config.logger, folder.id)).values())
     trainer = build_trainer(config.trainer, callbacks, loggers, str(folder.path))
     signals.end_others = lambda number: end_launched_ranks(trainer, number)
-    log.info("Run %s in %s", folder.id, folder.path)
+    if is_rank_zero():
+        log.info("Run %s in %s", folder.id, folder.path)
     with closing(loggers):
         if checkpoint is None:
             trainer.validate(module, datamodule, verbose=False)
-        else:
+        elif is_rank_zero():
             log.info("Resuming from %s", checkpoint)
         trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
         count_last_step(trainer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Sequence
 
 import lightning.pytorch as pl
@@ -68,3 +69,30 @@ class KillAt(pl.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.global_step == self.step:
             os.kill(os.getpid(), self.number)
+
+
+class SignalAt(pl.Callback):
+    """Has the first rank send a signal after an optimizer step, and waits until it has arrived.
+
+    Args:
+        step: Optimizer steps taken.
+        number: The signal.
+        to: "group" for every process of the terminal, as Ctrl-C does; "launcher" for the process
+            that started the ranks: the first rank itself, or torchrun.
+    """
+
+    def __init__(self, step: int, number: int, to: str) -> None:
+        self.step, self.number, self.to = step, number, to
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step != self.step or not trainer.is_global_zero:
+            return
+        if self.to == "group":
+            os.killpg(0, self.number)
+        else:
+            os.kill(
+                os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid(), self.number
+            )
+        stop = next(c for c in trainer.callbacks if hasattr(c, "signals"))
+        while stop.signals.received is None:
+            time.sleep(0.01)

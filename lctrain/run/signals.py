@@ -95,14 +95,18 @@ class StopSignals:
         if self.received is not None:
             if "TORCHELASTIC_RUN_ID" in os.environ and self._seconds() < ONE_SIGNAL_S:
                 return
-            _say(f"{name} again: ending at once.")
+            if is_rank_zero():
+                _say(f"{name} again: ending at once.")
             self.end_others(signal.SIGKILL)
             os._exit(128 + number)
         self.received = number
         self._since = time.monotonic()
         if not self.waits:
             raise StopRun(number)
-        _say(f"{name}: ending this step and saving a checkpoint. Once more ends the run at once.")
+        if is_rank_zero():
+            _say(
+                f"{name}: ending this step and saving a checkpoint. Once more ends the run at once."
+            )
 
     def _seconds(self) -> float:
         return time.monotonic() - self._since
