@@ -12,13 +12,14 @@ import torch.distributed as dist
 
 from lctrain.callbacks.checkpoint import step_checkpoints
 from lctrain.run.signals import SIGNALS, StopRun, StopSignals
+from lctrain.run.slurm import requeue
 
 
 class StopAtSignal(pl.Callback):
     """Ends training at the optimizer step in which a signal arrived, on all ranks at the same one.
 
     The step's metrics are logged, and a validation that is due after it runs; then StopRun is
-    raised. Inside a job of SLURM, SIGUSR1 also has Lightning's plugin queue the job again.
+    raised. Inside a job of SLURM that is not interactive, SIGUSR1 also queues the job again.
 
     Args:
         signals: Signals received so far; it is told when a caller waits for the end of a step.
@@ -28,12 +29,13 @@ class StopAtSignal(pl.Callback):
         self.signals = signals
         self._agreed: int | None = None
         self._group: Any = None
-        self._requeue: Any = None
+        self._requeues = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Installs the handlers again, since Lightning has replaced them by its own."""
         if "SLURM_JOB_ID" in os.environ:
-            self._requeue = signal.getsignal(signal.SIGUSR1)
+            # Lightning's plugin has a handler in jobs that are not interactive.
+            self._requeues = callable(signal.getsignal(signal.SIGUSR1))
         self.signals.install(*SIGNALS)
         self.signals.waits = True
         if trainer.world_size > 1:
@@ -82,8 +84,8 @@ class StopAtSignal(pl.Callback):
         for checkpoint in step_checkpoints(trainer.callbacks):
             checkpoint.save(trainer)
             checkpoint.complete(trainer)
-        if self._agreed == signal.SIGUSR1 and callable(self._requeue):
-            self._requeue(self._agreed, None)
+        if self._agreed == signal.SIGUSR1 and self._requeues and trainer.is_global_zero:
+            requeue()
         raise StopRun(self._agreed, trainer.global_step)
 
     def _ask_all_ranks(self) -> int | None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from lctrain.run.lock import FolderLock, is_locked
 from lctrain.run.rank import is_rank_zero
+from lctrain.run.slurm import slurm_job
 
 log = logging.getLogger(__name__)
 
@@ -173,12 +174,6 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) and "id" in record else None
-
-
-def slurm_job() -> str | None:
-    """The job and task of SLURM that this process belongs to, the same after a requeue."""
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
 
 
 def remove_orphans(runs_dir: Path) -> None:

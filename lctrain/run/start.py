@@ -9,8 +9,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lctrain.run.folder import RunFolder, read_record, remove_orphans, slurm_job
+from lctrain.run.folder import RunFolder, read_record, remove_orphans
 from lctrain.run.rank import is_rank_zero
+from lctrain.run.slurm import slurm_job
 
 if TYPE_CHECKING:
     from lctrain.config import TrainConfig
