@@ -20,7 +20,7 @@ from torch import nn
 
 from lctrain.kernels import geglu, swiglu
 from lctrain.models import fused_modules
-from lctrain.models.same_code import same_code, with_globals
+from lctrain.models.same_code import only_renames_arguments, same_code, with_globals
 
 _ROTATION = "apply_rotary_pos_emb"
 _LAYER_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
@@ -174,14 +174,16 @@ def _mlp_mixin(own: type) -> type | None:
 def _own_forward(own: type) -> FunctionType | None:
     """Returns the forward of a class, unless a wrapper is around it that a subclass would lose."""
     forward = getattr(own, "forward", None)
-    plain = isinstance(forward, FunctionType) and not hasattr(forward, "__wrapped__")
-    return forward if plain else None
+    return (
+        forward if isinstance(forward, FunctionType) and only_renames_arguments(forward) else None
+    )
 
 
 def _rotates_like_llama(forward: FunctionType) -> bool:
     from transformers.models.llama import modeling_llama
     from transformers.models.phi3 import modeling_phi3
 
+    forward = inspect.unwrap(forward)
     if _ROTATION not in forward.__code__.co_names:
         return False
     rotation = forward.__globals__.get(_ROTATION)

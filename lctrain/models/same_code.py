@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from types import CodeType, FunctionType
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 
@@ -29,15 +29,37 @@ def _essence(code: CodeType, doc: str | None) -> tuple[Any, ...]:
     return code.co_code, code.co_names, constants, code.co_varnames
 
 
+def only_renames_arguments(function: FunctionType) -> bool:
+    """Whether the decorators of a function, if any, are transformers' for renamed arguments."""
+    while hasattr(function, "__wrapped__"):
+        if function.__globals__.get("__name__") != "transformers.utils.deprecation":
+            return False
+        function = function.__wrapped__
+    return True
+
+
 def with_globals(function: FunctionType, **names: Any) -> FunctionType:
-    """Returns the same function with other values for some global names of its module."""
-    copy = FunctionType(
-        function.__code__,
-        function.__globals__ | names,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
+    """Returns the same function with other values for some global names of its module.
+
+    Every decorator is copied around the copy of the function that it wraps.
+    """
+    inner = getattr(function, "__wrapped__", None)
+    if inner is None:
+        return _copy(function, function.__globals__ | names, function.__closure__)
+    replaced = with_globals(inner, **names)
+    closure = tuple(
+        CellType(replaced) if cell.cell_contents is inner else cell
+        for cell in function.__closure__ or ()
     )
+    copy = _copy(function, function.__globals__, closure)
+    copy.__wrapped__ = replaced  # type: ignore[attr-defined]
+    return copy
+
+
+def _copy(
+    function: FunctionType, names: dict[str, Any], closure: tuple[CellType, ...] | None
+) -> FunctionType:
+    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, closure)
     copy.__kwdefaults__ = function.__kwdefaults__
     copy.__qualname__ = function.__qualname__
     copy.__module__ = function.__module__
