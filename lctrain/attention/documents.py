@@ -170,7 +170,8 @@ def refuse_mask_of_pack(mask: Any) -> None:
     if mask is not None:
         raise ValueError(
             "attention_mask must be None for packed inputs, got both a padding mask and "
-            "cu_seq_lens. Drop the mask: a pack holds no padding."
+            "cu_seq_lens. Drop the mask: a pack holds no padding. If you passed none, an outer "
+            "model made it: call the patched language model by itself, model.get_decoder()."
         )
 
 

@@ -51,8 +51,8 @@ def require_supported(model: Any) -> None:
     name, config = type(model).__name__, model.config
     if model.main_input_name != "input_ids":
         raise ValueError(
-            f"model must read input_ids, got {name}, which reads {model.main_input_name}. Patch a "
-            "language model."
+            f"model must read input_ids, got {name}, which reads {model.main_input_name}. "
+            f"{_advice_on_parts(model)}"
         )
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
@@ -63,9 +63,8 @@ def require_supported(model: Any) -> None:
     parts = sorted({type(module).__name__ for module in inner if module.config is not config})
     if parts:
         raise ValueError(
-            f"model must be one text model, got {name} with {', '.join(parts)}. Patch its language "
-            "model alone and call that by itself: decoder = model.get_decoder(), "
-            "patch_model(decoder), decoder(**batch)."
+            f"model must be one text model, got {name} with {', '.join(parts)}. "
+            f"{_advice_on_parts(model)}"
         )
     layers = attention_layers(model)
     _require_attention_only(model, layers)
@@ -91,6 +90,23 @@ def require_supported_class(model_class: Any) -> None:
         raise _no_interface(name, sorted({c.__name__ for table in classes for c in table.values()}))
     if not model_class._supports_flash_attn:
         raise _other_masks(name)
+
+
+def _advice_on_parts(model: Any) -> str:
+    """What to do with a model of several modalities: patch its decoder, if that can be patched."""
+    from transformers import PreTrainedModel
+
+    decoder = model.get_decoder()
+    if decoder is model or not isinstance(decoder, PreTrainedModel):
+        return "It has no language model of its own to patch: train it with one document per row."
+    try:
+        require_supported(decoder)
+    except ValueError as error:
+        return f"Its language model cannot be patched alone, either: {error}"
+    return (
+        "Patch its language model alone and call that by itself: decoder = model.get_decoder(), "
+        "patch_model(decoder), decoder(**batch)."
+    )
 
 
 def _no_interface(name: str, foreign: list[str]) -> ValueError:

@@ -193,7 +193,8 @@ def read_boundaries(
     """
     rows = (batch, tokens)
     mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
-    if isinstance(mask, dict):
+    of_all_pairs = isinstance(mask, Tensor) and mask.dim() == 4 and is_packed(inputs)
+    if isinstance(mask, dict) or of_all_pairs:
         raise ValueError(
             "attention_mask must be [batch, tokens], got the masks of an outer model, which know no"
             " documents. Call the patched language model by itself: model.get_decoder()."

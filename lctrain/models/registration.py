@@ -83,7 +83,7 @@ def _accept_names(model_class: Any) -> None:
     original = model_class._check_and_adjust_attn_implementation
     if getattr(original, _MARK, False):
         return
-    post_init = model_class.post_init
+    post_init, correct = model_class.post_init, model_class.get_correct_attn_implementation
 
     @functools.wraps(original)
     def check(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> Any:
@@ -96,6 +96,13 @@ def _accept_names(model_class: Any) -> None:
             prepare(self, attn_implementation)
         return attn_implementation
 
+    @functools.wraps(correct)
+    def check_part(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> Any:
+        """For `set_attn_implementation` of an outer model, which asks each part for its own."""
+        if requested_attention not in ATTENTION_NAMES.values():
+            return correct(self, requested_attention, *args, **kwargs)
+        return check(self, requested_attention)
+
     @functools.wraps(post_init)
     def check_when_complete(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = post_init(self, *args, **kwargs)
@@ -104,4 +111,5 @@ def _accept_names(model_class: Any) -> None:
 
     setattr(check, _MARK, True)
     model_class._check_and_adjust_attn_implementation = check
+    model_class.get_correct_attn_implementation = check_part
     model_class.post_init = check_when_complete

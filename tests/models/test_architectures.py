@@ -67,22 +67,6 @@ def test_refused(name, config, message):
         patch_model(model)
 
 
-def test_several_modalities_are_refused_and_their_language_model_is_not():
-    text = transformers.Qwen2Config(
-        **SMALL, intermediate_size=48, num_key_value_heads=2, layer_types=["full_attention"] * 2
-    )
-    vision = transformers.SiglipVisionConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
-    )
-    config = transformers.LlavaConfig(text_config=text, vision_config=vision)
-    with torch.device("meta"):
-        model = transformers.LlavaForConditionalGeneration(config)
-    with pytest.raises(ValueError, match=r"got Llava.* with Qwen2Model, SiglipVisionModel"):
-        patch_model(model)
-    handle = patch_model(model.get_decoder())
-    assert list(handle.layers) == ["layers.0.self_attn", "layers.1.self_attn"]
-
-
 def test_not_a_transformers_model():
     with pytest.raises(ValueError, match="must be a transformers PreTrainedModel, got Linear"):
         patch_model(nn.Linear(2, 2))
@@ -103,20 +87,6 @@ def test_an_attention_that_drops_keyword_arguments_is_noticed():
             position_embeddings=(torch.ones(1, 4, 8), torch.zeros(1, 4, 8)),
             attention_mask=None,
         )
-
-
-def test_the_language_model_of_gemma_3_takes_packs_and_its_wrapper_says_so():
-    model = tiny_model("gemma3", transformers.Gemma3ForConditionalGeneration)
-    with pytest.raises(ValueError, match=r"call that by itself: decoder = model.get_decoder\(\)"):
-        patch_model(model)
-    decoder, documents = model.get_decoder(), make_documents()
-    exact = copy.deepcopy(decoder).double()
-    with torch.no_grad():
-        plain, reference = (separate_outputs(m, documents) for m in (decoder, exact))
-        with patch_model(decoder):
-            assert_error_at_most_twice(packed_outputs(decoder, documents), plain, reference)
-            with pytest.raises(ValueError, match=r"the masks of an outer model.*get_decoder\(\)"):
-                packed_outputs(model, documents)
 
 
 def test_embeddings_that_hold_their_neighbours_are_refused():

@@ -26,9 +26,9 @@ _BY_SIZE = {
     "num_experts_per_token moe_topk moe_k n_shared_experts num_shared_experts eos_token_id "
     "moe_num_shared_experts sep_token_id global_attn_every_n_layers max_window_layers "
     "type_vocab_size",
-    32: "hidden_size n_embd d_model emb_dim dim embed_dim word_embed_proj_dim embedding_size "
-    "lru_width embedding_dim projection_dim input_embedding_size output_embedding_size "
-    "attention_hidden_size backbone_hidden_size conf_hidden_size",
+    32: "hidden_size out_hidden_size n_embd d_model emb_dim dim embed_dim word_embed_proj_dim "
+    "embedding_size lru_width embedding_dim projection_dim input_embedding_size "
+    "output_embedding_size attention_hidden_size backbone_hidden_size conf_hidden_size",
     48: "intermediate_size moe_intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim d_ff dff "
     "n_inner dim_ff ffn_hidden_size shared_expert_intermediate_size expert_ffn_hidden_size "
     "intermediate_size_mlp dense_intermediate_size shared_intermediate_size d_inner "
@@ -52,7 +52,13 @@ _BY_SIZE = {
     0: "pad_token_id num_kv_shared_layers",
 }
 _SIZES = {name: size for size, names in _BY_SIZE.items() for name in names.split()}
+_M_ROPE = (
+    "qwen2_vl_text qwen2_5_vl_text qwen2_5_omni_text paddleocr_vl_text glm4v_text glm4v_moe_text "
+    "glm_ocr_text"
+)
+_AXES = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 _FAMILIES: dict[str, dict[str, Any]] = {
+    **{name: {"rope_parameters": _AXES} for name in _M_ROPE.split()},
     "bamba": {"mamba_d_head": 16},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "deepseek_v2": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "n_routed_experts": 4},
