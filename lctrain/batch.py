@@ -338,7 +338,7 @@ def _shift(targets_T: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def _set_unchanged(batch: PackedBatch, name: str, value: Any) -> None:
-    """Frozen, but accepts the value that is already there.
+    """Raises for a new value of a frozen attribute, but accepts its current value.
 
     Lightning's convert_input (precision "bf16-true", FSDP) writes every field of a dataclass back.
     """

@@ -97,7 +97,7 @@ def keys_of_other_choices(keys: Container[str]) -> list[str]:
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Values by key, with dots; a branch is in it as well as its leaves.
+    """Returns values by key, with dots; branches are entries as well as leaves.
 
     References are left unresolved, and a value that must be given is None.
     """

@@ -184,6 +184,6 @@ def _full_key(text: str) -> str:
 
 
 def _given(overrides: Sequence[str]) -> dict[str, str]:
-    """Values by key as the command line has them."""
+    """Returns values by key, as on the command line."""
     pairs = (override.lstrip("+~").partition("=") for override in overrides)
     return {key: value for key, equals, value in pairs if equals}

@@ -156,7 +156,7 @@ def log_tables(
     passkey: PasskeyTable | None,
     paths: dict[str, Path],
 ) -> None:
-    """Gives the numbers, and table and plot of the perplexities, to one logger."""
+    """Logs the numbers, and the table and plot of the perplexities, with one logger."""
     from lctrain.eval import MethodComparison
     from lctrain.loggers import log_evaluation
 
@@ -222,7 +222,7 @@ lctrain-eval evaluates a causal language model of Hugging Face at several contex
 
 
 def run(config: DictConfig) -> None:
-    """Evaluates what Hydra composed, and prints table and files."""
+    """Evaluates with the configuration that Hydra composed; prints the tables and files."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 

@@ -135,7 +135,7 @@ def _innermost(trace: TracebackType | None) -> TracebackType | None:
 
 
 def _from_worker(text: str, worker: re.Match[str]) -> str | None:
-    """The message inside of the traceback that a worker process sent; None if it is a bug."""
+    """Returns the message in the traceback of a worker process; None if it is a bug."""
     kind, number = worker[1], worker[3]
     frames = re.findall(r'^  File "(.*?)", line \d+, in .*\n    (.*)$', text, re.MULTILINE)
     marked = re.search(rf"^(?:[\w.]+\.)?{kind}: (.*)", text[worker.end() :], re.MULTILINE | re.S)

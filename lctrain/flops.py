@@ -88,7 +88,7 @@ class FlopCounter:
 
 
 def _value_dim(config: Any, head_dim: int) -> int:
-    """Columns of the values that a query head weighs: differential heads of version 1 weigh two."""
+    """Returns the columns of a query head's values: twice the head dim in version 1."""
     return 2 * head_dim if getattr(config, "model_type", None) == "diffllama" else head_dim
 
 

@@ -43,7 +43,7 @@ def require(holds: bool, message: str) -> None:
 
 @contextmanager
 def named(prefix: str) -> Iterator[None]:
-    """Puts a prefix before the messages of errors inside, which begin with a setting's name."""
+    """Context that adds a prefix to the messages of errors, which begin with a setting's name."""
     try:
         yield
     except ValueError as error:
@@ -64,7 +64,7 @@ def check_stream(source: Any, passkey_fraction: float, prefix: str = "") -> None
     Args:
         source: Has the attribute `endless` if it can be one.
         passkey_fraction: Share of every row.
-        prefix: Of the names in messages.
+        prefix: Text before the names in messages.
     """
     require(
         not getattr(source, "endless", False) or passkey_fraction == 0,
@@ -189,7 +189,7 @@ def check_trainer(trainer: Any) -> None:
 
 
 def check_backend(backend: str, name: str) -> None:
-    """Raises ValueError for kernels that there are not."""
+    """Raises ValueError for an unknown backend."""
     require(
         backend in BACKENDS,
         f"{name} must be one of {', '.join(BACKENDS)}, got {backend!r}. auto picks the fastest.",

@@ -34,12 +34,12 @@ class MetricsCSV(Logger):
 
     @property
     def name(self) -> str:
-        """Constant: the folder is the run's own."""
+        """Constant, since the folder belongs to one run."""
         return "csv"
 
     @property
     def version(self) -> str:
-        """Constant: the folder is the run's own."""
+        """Constant, since the folder belongs to one run."""
         return ""
 
     @property
@@ -187,7 +187,7 @@ def tensorboard_logger(save_dir: str) -> Logger:
 
 
 def with_run_id(configs: Mapping[str, Any], run_id: str) -> dict[str, Any]:
-    """Gives the run's identifier to the loggers that take one and have none.
+    """Passes the run's id to the loggers that take one and have none.
 
     Args:
         configs: Loggers by name, as in `TrainConfig.logger`.

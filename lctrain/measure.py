@@ -26,7 +26,7 @@ def measure_perplexity(
     methods: Sequence[str],
     begin: BeginTokens,
 ) -> PerplexityTable | MethodComparison:
-    """Perplexity by length of the model as it is, or of every method."""
+    """Measures perplexity by length of the unchanged model, or of every method."""
     from lctrain.eval import (
         compare_methods,
         longest_documents,
@@ -77,7 +77,7 @@ def find_passkeys(
     documents: Sequence[TokenizedDocument],
     extensions: Sequence[Extension],
 ) -> PasskeyTable:
-    """Passkeys hidden in the documents, for every method."""
+    """Searches passkeys in the documents with every method."""
     from lctrain.data.passkey import PasskeyFormat
     from lctrain.eval import passkey_retrieval
 

@@ -81,7 +81,7 @@ def _trained(model: Any) -> int:
 
 
 def _what_adapters_are(base: str) -> str:
-    """A paragraph on adapters, which are no model by themselves."""
+    """Returns a paragraph about adapters, which need their base model."""
     needed = f"`{base}`" if base else "the base model, which this folder does not name or hold"
     return (
         f"The folder holds adapters of PEFT, not a whole model: loading them needs PEFT and "
@@ -93,7 +93,7 @@ def _what_adapters_are(base: str) -> str:
 def _what_loads(
     config: Any, spec: AttentionSpec | None, trained_length: int | None, version: int | None
 ) -> list[str]:
-    """Paragraphs on what plain transformers and other programs compute with these files."""
+    """Returns paragraphs on what plain transformers and other programs compute with these files."""
     if version == 2:
         return [
             f"`{config.model_type}` is a family of lctrain (differential attention, version 2). "

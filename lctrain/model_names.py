@@ -70,14 +70,14 @@ def looks_like_path(name: str) -> bool:
 
 
 def unknown_family(model_type: str, known: Collection[str], name: str) -> ValueError:
-    """The error about a family that is not there."""
+    """Returns the error for an unknown family."""
     near = difflib.get_close_matches(model_type, known, n=1)
     remedy = f"Did you mean {near[0]}?" if near else "Use for example llama, qwen3 or mistral."
     return ValueError(f"{name} must be a family of transformers, got {model_type!r}. {remedy}")
 
 
 def unknown_argument(key: str, owner: str, known: Collection[str]) -> ValueError:
-    """The error about an argument that a configuration does not have."""
+    """Returns the error for an argument that a configuration does not have."""
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     remedy = f"Did you mean model.config.{near[0]}?" if near else "Check the spelling."
     return ValueError(

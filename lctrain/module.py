@@ -101,7 +101,7 @@ class LongContextModule(pl.LightningModule):
         self._held_out_tokens = 0
 
     def setup(self, stage: str) -> None:
-        """Refuses precisions in which a sum over a long pack overflows."""
+        """Raises for precisions in which a sum over a long pack overflows."""
         if str(self.trainer.precision).startswith(("16", "transformer-engine-float16")):
             raise ValueError(
                 f"trainer.precision must be 32-true, bf16-mixed or bf16-true, got "
@@ -247,7 +247,7 @@ class LongContextModule(pl.LightningModule):
         self._held_out_tokens += batch.num_valid_tokens
 
     def _log_held_out(self, stage: str) -> Tensor:
-        """Joins the ranks, logs, and returns the loss per token, 0-dim float64."""
+        """Sums over the ranks, logs, and returns the loss per token, 0-dim float64."""
         assert self._held_out_sum is not None
         tokens = self._held_out_sum.new_full((), float(self._held_out_tokens))
         totals = torch.stack([self._held_out_sum, tokens])

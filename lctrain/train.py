@@ -117,7 +117,7 @@ def run_callbacks(
     signals: StopSignals,
     started: float,
 ) -> list[pl.Callback]:
-    """The callbacks of the run itself: who it is, how it stops, and how long it may take."""
+    """Returns the callbacks that every run has: its record, its end by a signal, and its budget."""
     from lctrain.callbacks.budget import StepBudget
     from lctrain.callbacks.run_record import RunRecord
     from lctrain.callbacks.stop import StopAtSignal

@@ -12,7 +12,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """A tensor of a dtype that attention computes in."""
+    """Raises unless a tensor has a dtype in which attention computes."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
     if tensor.dtype not in _FLOATS:
@@ -22,7 +22,7 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q [T, H, D], k and v [Tk, Hk, D], one dtype, one device, H a multiple of Hk, D >= 1."""
+    """Checks q [T, H, D], k and v [Tk, Hk, D]: one dtype and device, H a multiple of Hk, D >= 1."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_floating(name, tensor)
         if tensor.dim() != 3:
@@ -65,7 +65,7 @@ def check_dual_chunk(
     documents: int,
     device: torch.device,
 ) -> None:
-    """0 <= local_size < chunk_size; inv_freq [D/2] and logit_scale [N], float32 on q's device."""
+    """Checks chunk sizes, and inv_freq [D/2] and logit_scale [N], float32 on q's device."""
     for name, value in (("chunk_size", chunk_size), ("local_size", local_size)):
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
             raise TypeError(

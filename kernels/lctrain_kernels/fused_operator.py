@@ -38,7 +38,7 @@ def define_operator(
 def define_autograd(
     operator: Any, setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> None:
-    """Gives an operator its backward.
+    """Registers the backward of an operator.
 
     `torch.library.register_autograd` does the same with twice the host time per call.
 

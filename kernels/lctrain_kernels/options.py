@@ -150,7 +150,7 @@ def resolve_seed(
 
 
 def check_dropout(dropout_p: float, dropout_seed: object) -> None:
-    """0 <= p < 1; the seed an int or one int64 element."""
+    """Checks 0 <= p < 1, and that the seed is an int or one int64 element."""
     if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}.")
     if isinstance(dropout_seed, Tensor):
@@ -169,7 +169,7 @@ def check_dropout(dropout_p: float, dropout_seed: object) -> None:
 
 
 def check_window(window_size: Sequence[int] | Tensor, device: torch.device) -> None:
-    """Two ints, or an int32 tensor of two on q's device; -1 is unbounded."""
+    """Checks that a window is two ints, or an int32 tensor of two on q's device."""
     if isinstance(window_size, Tensor):
         if window_size.shape != (2,) or window_size.dtype != torch.int32:
             raise TypeError(
@@ -198,7 +198,7 @@ def check_head_tensors(
     alibi_slopes: Tensor | None,
     learnable_sink: Tensor | None,
 ) -> None:
-    """alibi_slopes [H] or [N, H] float32 and learnable_sink [H], on q's device."""
+    """Checks alibi_slopes [H] or [N, H] float32 and learnable_sink [H], on q's device."""
     optional = {"alibi_slopes": alibi_slopes, "learnable_sink": learnable_sink}
     for name, tensor in optional.items():
         if tensor is not None and not isinstance(tensor, Tensor):
@@ -225,7 +225,7 @@ def check_head_tensors(
 
 
 def check_softcap_and_scale(softcap: float, softmax_scale: float | None) -> None:
-    """softcap >= 0 and finite; scale > 0 and finite."""
+    """Checks that softcap >= 0 and scale > 0, both finite."""
     if softcap < 0 or not softcap < math.inf:
         raise ValueError(f"softcap must be finite and >= 0 (0 turns it off), got {softcap}.")
     if softmax_scale is not None and not 0 < softmax_scale < math.inf:

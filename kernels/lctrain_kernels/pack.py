@@ -32,7 +32,7 @@ class Pack(NamedTuple):
 
     @property
     def documents(self) -> int:
-        """N."""
+        """N, the number of documents."""
         return self.cu_seqlens_q.shape[0] - 1
 
     def with_tiles(self, total_q: int, total_k: int) -> "TiledPack":
@@ -126,7 +126,7 @@ def checked_pack(
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, device: torch.device) -> None:
-    """[N + 1] int32 on q's device, from 0 to total, not decreasing (values: CPU tensors only)."""
+    """Checks cu_seqlens: [N + 1] int32 on q's device, from 0 to total; values on the CPU only."""
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(cu_seqlens).__name__}.")
     if cu_seqlens.dtype != torch.int32:
@@ -165,7 +165,7 @@ def check_max_seqlen(name: str, value: object) -> None:
 
 
 def check_document_ids(document_ids: Tensor | None, documents: int, device: torch.device) -> None:
-    """[N] int32 on q's device, or None."""
+    """Checks document_ids: [N] int32 on q's device, or None."""
     if document_ids is None:
         return
     if not isinstance(document_ids, Tensor):
@@ -186,7 +186,7 @@ def check_document_ids(document_ids: Tensor | None, documents: int, device: torc
 def check_schedule(
     schedule: TileSchedule, documents: int, total_q: int, total_k: int, device: torch.device
 ) -> None:
-    """Built for as many documents and tokens, on q's device."""
+    """Checks that a schedule is for as many documents and tokens, on q's device."""
     if schedule.q_tiles.device != device:
         raise ValueError(
             f"schedule must be on q's device ({device}), got {schedule.q_tiles.device}. "

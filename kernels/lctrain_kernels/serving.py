@@ -1,4 +1,4 @@
-"""What the registry says of a model's attention, in words and as a table."""
+"""Describes which implementations run a model's attention, in words and as a table."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -24,14 +24,14 @@ def serving(
     value_dim: int | None = None,
     shared_k: bool = False,
 ) -> str:
-    """Says in words which passes the Hopper kernels serve of a model, and who the others.
+    """Describes which passes of a model the Hopper kernels run, and which kernels run the others.
 
     Args:
         operation: "varlen", "dual_chunk" or "differential".
         head_dim: D, of queries and keys.
         dtype: Dtype of queries, keys and values.
         deterministic: Whether the backward must give the same bits in every run.
-        value_dim: Of values, default D.
+        value_dim: Head dim of the values, default D.
         shared_k: Both branches of differential attention read one k.
     """
     operands = shapes(operation, head_dim, dtype, value_dim=value_dim, shared_k=shared_k)
@@ -76,7 +76,7 @@ def support_matrix() -> list[tuple[str, str, str, str]]:
 
 
 def _calls(operation: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """(name, D, options) of the calls that the matrix has rows for."""
+    """Yields (name, D, options) of the calls in the rows of the matrix."""
     yield from ((f"D = {head_dim}", head_dim, {}) for head_dim in HEAD_DIMS)
     yield "D = 128, dropout", 128, {"dropout_p": 0.1}
     yield from (

@@ -65,7 +65,7 @@ class Boundaries(NamedTuple):
 
 
 def is_packed(arguments: dict[str, Any]) -> bool:
-    """Tells whether any of a pack's arguments is given."""
+    """Returns whether an argument of a pack is given."""
     return any(arguments.get(name) is not None for name in PACK_ARGUMENTS)
 
 

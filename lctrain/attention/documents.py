@@ -88,7 +88,7 @@ def number_documents(position_ids: Tensor, batch: int, real: Tensor | None = Non
 
 
 def divide_documents(numbers: Tensor, position_ids: Tensor) -> Tensor:
-    """Numbers documents anew, where positions that restart divide them further.
+    """Numbers documents again, where restarting positions divide them further.
 
     Args:
         numbers: [B, S] integers, 0 at padding, else the number of the token's document.
@@ -122,7 +122,7 @@ def find_documents_of_layer(
 
     Args:
         mask: What flash_attention_mask returned: [B, Sk] bool, or [B, S] numbers of documents.
-        arguments: Of the layer: a pack's, `position_ids`.
+        arguments: Arguments of the layer: those of a pack, or `position_ids`.
         queries: (B, S) of the query rows.
         keys: (B, Sk) of the key rows.
         device: Device of the rows.
@@ -177,7 +177,7 @@ def refuse_mask_of_pack(mask: Any) -> None:
 
 @torch.compiler.disable
 def _remember(tensor: Any, find: Callable[[], Boundaries], options: tuple[Any, ...]) -> Boundaries:
-    """find(), once per forward: all layers of a model are given the same tensor."""
+    """Calls find() once per forward, since all layers get the same tensor."""
     if tensor.is_inference():
         return find()  # has no version by which to notice a change in place
     known = getattr(tensor, "_lctrain_known", {})

@@ -77,7 +77,7 @@ def refuse_unknown(kwargs: dict[str, Any]) -> None:
 
 
 def lost_boundaries(module: nn.Module) -> ValueError:
-    """The error of a layer that was reached without its model's input hook."""
+    """Returns the error for a layer that was called without its model's input hook."""
     return ValueError(
         f"{type(module).__name__} must be reached through the patched model, got a call that lost "
         "the document boundaries on the way. Call the model itself, not its layers; if you did, "
@@ -111,7 +111,7 @@ def read_documents(
     Args:
         module: The layer.
         spec: That the layer carries.
-        given: From the input hook.
+        given: Boundaries from the input hook.
         query: [B, H, S, D].
         key: [B, Hk, Sk, D].
         mask: What flash_attention_mask returned.
@@ -195,7 +195,7 @@ def _tokens(states: Tensor, indices: Tensor | None, dtype: torch.dtype, width: i
 
 
 def _compute_dtype(value: Tensor) -> torch.dtype:
-    """v's dtype: under autocast rotary embeddings leave q and k in float32, v is cast already."""
+    """Returns v's dtype. Under autocast q and k are float32 after RoPE, but v is cast already."""
     device = value.device.type
     if value.dtype == torch.float32 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

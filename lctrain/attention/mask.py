@@ -79,7 +79,7 @@ def flash_attention_mask(
     device: torch.device | str = "cpu",
     **_: object,
 ) -> Tensor | None:
-    """Passes on what the layers need to find the boundaries; never a mask of all pairs.
+    """Returns the padding mask or documents for the layers, never a mask of all pairs.
 
     Args:
         batch_size: Rows B.
@@ -126,7 +126,7 @@ def flash_attention_mask(
 def _packed_segments(
     mask_function: Callable, batch_size: int, length: int, device: torch.device | str
 ) -> Tensor:
-    """[B, S]: a token that does not see its predecessor begins a document."""
+    """Numbers documents [B, S]: one begins at a token that does not see its predecessor."""
     batch = torch.arange(batch_size, device=device)[:, None]
     head = torch.zeros((), dtype=torch.int64, device=device)
     token = torch.arange(length, device=device)[None]

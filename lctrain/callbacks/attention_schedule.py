@@ -73,21 +73,21 @@ class AttentionSchedule(Patching):
 
     The stage is a function of the optimizer step, so a resumed run goes on in its stage, to the
     bit. Every stage is tried on the models before training. A change is logged; `attention/stage`,
-    the step at which the stage began, is logged at the logging cadence. Validation, test and
+    the step at which the stage began, is logged at logging steps. Validation, test and
     prediction use the newest stage of the run or of the checkpoint; without either the first.
 
     A checkpoint and the model after the run have the original config. If the last stage changes
     RoPE, set `model.config.rope_parameters` to what `final_rope` says before you export the model.
 
     Args:
-        stages: From the first optimizer step of a stage to its description: `attention`, the
-            options of `lctrain.patch_model` for it, and `rope`, entries of the config's
-            `rope_parameters`. There must be one at step 0.
+        stages: A stage by its first optimizer step. A stage has `attention`, the options of
+            `lctrain.patch_model` for it, and `rope`, entries of the config's `rope_parameters`.
+            One stage must start at step 0.
         models: Attribute paths of the models; None for all.
 
     Attributes:
         stages: The stages, by rising step.
-        stage: The one that holds now.
+        stage: The current stage.
 
     Raises:
         ValueError: if a stage is wrong; before data are prepared as PatchAttention, for any stage.
@@ -143,7 +143,7 @@ class AttentionSchedule(Patching):
             pl_module.log("attention/stage", float(self.stage.step), batch_size=1)
 
     def state_dict(self) -> dict[str, Any]:
-        """The step at which the stage began, for a validation of the checkpoint."""
+        """Returns the first step of the stage, for a validation of the checkpoint."""
         return {"stage": self.stage.step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -165,7 +165,7 @@ class AttentionSchedule(Patching):
         self.patches.handles = {path: self._apply(stage, model) for path, model in models.items()}
 
     def _patch_one(self, model: Any) -> PatchHandle:
-        """Tries every stage, then patches for the one that holds."""
+        """Tries every stage, then patches for the current one."""
         for stage in self.stages:
             try:
                 handle = self._apply(stage, model)

@@ -94,7 +94,7 @@ class BatchView:
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of every document, without padding; a mapping on a GPU is waited for."""
+        """Tokens of every document, without padding. Waits for a mapping on a GPU."""
         if isinstance(self.content, PackedBatch):
             return self.content.lengths
         if "lengths" in self.content:
@@ -117,7 +117,7 @@ class BatchView:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all documents; a mapping on a GPU is waited for."""
+        """Tokens of all documents. Waits for a mapping on a GPU."""
         if isinstance(self.content, PackedBatch):
             return self.content.num_tokens
         return sum(self.lengths)

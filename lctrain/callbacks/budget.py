@@ -54,7 +54,7 @@ class StepBudget(pl.Callback):
         self._timed_from: tuple[int, float] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Keeps the number of steps."""
+        """Returns the number of steps."""
         return {"max_steps": self.max_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -155,7 +155,7 @@ def set_max_steps(trainer: pl.Trainer, module: pl.LightningModule, max_steps: in
 
 
 def _now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
+    """Returns the time in seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.monotonic()

@@ -60,12 +60,12 @@ class StepCheckpoint(Checkpoint):
 
     @property
     def last_path(self) -> Path:
-        """The link to the newest checkpoint, or that checkpoint where there are no links."""
+        """Path of the link to the newest checkpoint; without links, of that checkpoint."""
         link = self.directory / LAST
         return link if link.exists() else next(iter(checkpoints_in(self.directory)), link)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Fails if the directory cannot be written; deletes what a killed run left half written."""
+        """Raises if the directory cannot be written; deletes the temporary files of killed runs."""
         if trainer.is_global_zero:
             check_writable(self.directory)
             for pattern in ORPHANS:
@@ -73,13 +73,13 @@ class StepCheckpoint(Checkpoint):
                     unfinished.unlink(missing_ok=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Does not save anew what was just resumed from."""
+        """Remembers the step of a resumed checkpoint, so as not to save it again."""
         self._saved_step = trainer.global_step
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Completes the checkpoint of the step before, whose metrics are logged by now."""
+        """Completes the checkpoint of the previous step, whose metrics are logged."""
         self.complete(trainer)
 
     def on_train_batch_end(
@@ -103,7 +103,7 @@ class StepCheckpoint(Checkpoint):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Completes a checkpoint that is written, whatever happened after it."""
+        """Completes a written checkpoint after an error."""
         self.complete(trainer)
 
     def save(self, trainer: pl.Trainer) -> None:

@@ -205,7 +205,7 @@ def _width(model: nn.Module) -> int:
 
 
 def _shortened(batch: PackedBatch, tokens: int) -> PackedBatch:
-    """The batch, or as many of its documents, each cut to half of `tokens`, as have room there."""
+    """Returns the batch, or documents of it cut to half of `tokens`, as many as fit."""
     if batch.num_tokens <= tokens:
         return batch
     kept, room = [], tokens
@@ -228,7 +228,7 @@ def _outputs(model: nn.Module, batch: PackedBatch) -> Tensor:
 
 
 def _perturb(batch: PackedBatch, start: int, end: int, vocabulary: int) -> PackedBatch:
-    """The batch with every token of [start, end) replaced by its successor in the vocabulary."""
+    """Returns the batch with every token of [start, end) replaced by the next token id."""
     tokens = batch.input_ids.clone()  # [1, T]
     tokens[:, start:end] = (tokens[:, start:end] + 1) % vocabulary
     return replace(batch, input_ids=tokens)
@@ -247,7 +247,7 @@ def _with_tokens(batch: PackedBatch) -> list[int]:
 
 
 def _halves(batch: PackedBatch) -> PackedBatch:
-    """The one document that has tokens as two."""
+    """Returns the only document with tokens as two documents."""
     tokens = batch.input_ids[0].cpu()
     middle = len(tokens) // 2
     only = _with_tokens(batch)[0]

@@ -109,7 +109,7 @@ class NonFiniteLossGuard(pl.Callback):
         pl_module: pl.LightningModule,
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        """Drops the gradients of a step in which something is not finite, on all ranks."""
+        """Drops the gradients of a step with a value that is not finite, on all ranks."""
         if self.on_batch != "skip":
             return
         losses, self._step_losses = self._step_losses, []
@@ -131,7 +131,7 @@ class NonFiniteLossGuard(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Keeps the loss; looks at what was kept if this is a logging step.
+        """Keeps the loss; checks the kept losses at a logging step.
 
         Raises:
             NonFiniteLossError: if a loss since the last look was not finite, on any rank.
@@ -152,7 +152,7 @@ class NonFiniteLossGuard(pl.Callback):
             self._check_losses(trainer)
 
     def state_dict(self) -> dict[str, int]:
-        """The counts of steps left out."""
+        """Returns the counts of skipped steps."""
         return {"left_out": self.left_out, "in_a_row": self._in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
@@ -188,7 +188,7 @@ class NonFiniteLossGuard(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Looks at the losses and the weights before anything is written.
+        """Checks losses and weights before a file is written.
 
         Raises:
             NonFiniteLossError: if one of them is not finite.
@@ -204,7 +204,7 @@ class NonFiniteLossGuard(pl.Callback):
             )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Looks at the losses after the last logging step.
+        """Checks the losses after the last logging step.
 
         Raises:
             NonFiniteLossError: if one of them is not finite.

@@ -101,17 +101,17 @@ class Patching(pl.Callback):
         self._tell(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Gives the models back."""
+        """Restores the models."""
         self.release()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Gives the models back, also when a run fails."""
+        """Restores the models after an error."""
         self.release()
 
     def release(self) -> None:
-        """Gives the models and the module's `configure_model` back. Harmless if done before."""
+        """Restores the models and the module's `configure_model`. Does nothing if called again."""
         self.patches.unpatch()
         self.patches = ModelPatches({})
         if self._configure_model is not None:
@@ -171,7 +171,7 @@ class Patching(pl.Callback):
                     )
 
     def _tell(self, trainer: pl.Trainer) -> None:
-        """Once per run, into the log and the loggers' config."""
+        """Writes what was swapped into the log and the loggers' config, once per run."""
         if self._told or not self.patches.handles:
             return
         self._told = True
@@ -209,7 +209,7 @@ def _builds_later(module: pl.LightningModule) -> bool:
 
 @contextmanager
 def _without_own_patch(module: pl.LightningModule) -> Iterator[None]:
-    """LongContextModule does not patch its model inside the block: the callback does."""
+    """Context in which LongContextModule does not patch its model, since the callback does."""
     if not isinstance(module, LongContextModule):
         yield
         return

@@ -134,7 +134,7 @@ class TokenProgressBar(ProgressBar):
     def _open(
         self, title: str, total: int | None, initial: int, leave: bool = True, unit: str = "step"
     ) -> Any:
-        """A bar that is quiet in a log file and lively in a terminal."""
+        """Opens a bar that is refreshed rarely in a log file and often in a terminal."""
         return tqdm(
             desc=title,
             total=total,

@@ -55,7 +55,7 @@ class RoutedRounding:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Within it, the model's run is recorded."""
+        """Context in which the model's run is recorded."""
         self._recorded = {block: [] for block in self.blocks}
         with self._hooks(self._record):
             yield
@@ -140,7 +140,7 @@ def _rounding(block: nn.Module, output: Any) -> float:
 
 
 def _without_rounding(value: Tensor, recorded: Tensor, same: Tensor, rounding: float) -> Tensor:
-    """`value` with `recorded` at rows that are the same and differ by no more than rounding."""
+    """Returns `value`, with rows from `recorded` where they differ by rounding only."""
     tokens = len(same)
     if value.shape != recorded.shape or not _has_rows(value, tokens):
         return value

@@ -42,7 +42,7 @@ class Throughput:
 
     @property
     def fill(self) -> float | None:
-        """Real tokens over row capacity; None if the capacity is unknown."""
+        """Tokens without padding over row capacity; None if the capacity is unknown."""
         return self.tokens / self.capacity if self.capacity > 0 else None
 
     def __add__(self, other: Throughput) -> Throughput:
@@ -148,7 +148,7 @@ class ThroughputMonitor(pl.Callback):
             self._close_interval(trainer, pl_module)
 
     def _close_interval(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Joins the ranks' counts; waits for the device."""
+        """Sums the ranks' counts; waits for the device."""
         seconds = self._clock.lap(pl_module.device)
         counted = sum(map(self._count, self._unread), self._counted)
         counts = torch.tensor(

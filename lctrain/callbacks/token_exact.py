@@ -96,7 +96,7 @@ class TokenExactLoss(pl.Callback):
         ]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuses several optimizers in manual optimization, whose windows have no one meaning."""
+        """Raises for several optimizers in manual optimization, whose windows are ambiguous."""
         if len(trainer.optimizers) > 1:
             raise ValueError(
                 f"TokenExactLoss needs one optimizer, got {len(trainer.optimizers)}: a window "
@@ -131,13 +131,13 @@ class TokenExactLoss(pl.Callback):
             pl_module.log(self.log_as, self.last_loss.float(), batch_size=1)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Gives the module its methods back."""
+        """Restores the methods of the module."""
         self._give_back()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Gives the module its methods back, also when a run fails."""
+        """Restores the methods of the module after an error."""
         self._give_back()
 
     def _around_training_step(self, pl_module: pl.LightningModule) -> Any:

@@ -96,7 +96,7 @@ class EvalConfig:
         check_run_name(self.name)
 
     def forward_tokens(self) -> int:
-        """Most tokens in a forward pass."""
+        """Largest number of tokens in a forward pass."""
         if self.max_tokens is not None:
             return self.max_tokens
         return max([MIN_MAX_TOKENS, *self.lengths, *(self.passkey.lengths or ())])

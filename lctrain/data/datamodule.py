@@ -125,7 +125,7 @@ class PackedDataModule(LightningDataModule):
 
     @property
     def imbalance(self) -> float:
-        """Attention work of the ranks that wait, in the first epoch, after `setup()`: see order."""
+        """Relative work lost by waiting ranks in the first epoch, after `setup()`."""
         costs = self._ready.train_rows.plan.costs()
         order = epoch_order(
             costs, self._world_size, self.options.seed, 0, self.options.balance_window

@@ -102,7 +102,7 @@ class Documents:
         ), self._rows(np.flatnonzero(held_out))
 
     def _split_text(self, held_out_fraction: float) -> tuple[Documents, Documents] | None:
-        """Divides a single text, of which there may be copies; None if it is too short."""
+        """Divides a single text, which may have copies; returns None if it is too short."""
         text = self.text(0)
         place = _border(text, len(text) - max(1, round(len(text) * held_out_fraction)))
         beginning, end = text[:place], text[place:]

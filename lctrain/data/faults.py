@@ -73,7 +73,7 @@ def _one_per_file(names: list[str], messages: list[str]) -> list[str]:
 
 @lru_cache(maxsize=1024)
 def warn_once(message: str) -> None:
-    """Data are prepared once and set up once more, on every rank: the warning is given once."""
+    """Logs a warning once, although every rank sets the data up again."""
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
     if getattr(rank_zero_only, "rank", 0) == 0:

@@ -156,7 +156,7 @@ def _kept(digests: np.ndarray, held_out_fraction: float) -> np.ndarray:
 
 
 def _fingerprint_rows(rows: PackedRows) -> str:
-    """Hash of which piece lies where; the tokens themselves are not read."""
+    """Returns a hash of the positions of all pieces; the tokens are not read."""
     plan = rows.plan
     parts = (plan.documents, plan.starts, plan.lengths, plan.row_offsets, plan.row_pieces)
     return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()[:16]

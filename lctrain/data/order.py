@@ -46,7 +46,7 @@ def epoch_order(
 
 
 def imbalance(order: np.ndarray, costs: np.ndarray) -> float:
-    """Time lost to waiting: the sum over steps of the heaviest rank's work, over that of the mean.
+    """Returns the time lost to waiting: the heaviest rank's work over the mean, summed over steps.
 
     Args:
         order: [steps, world_size] int64 rows.

@@ -114,7 +114,7 @@ class PasskeyFormat:
         return max(map(len, self.words))
 
     def most_words(self, tokens: int) -> int:
-        """Words of a key that leave as much room for the filler as the key takes twice over."""
+        """Words of a key that leave twice its own length to the filler."""
         room = (tokens - self._fixed) // (4 * self._longest_word)
         return max(KEY_WORDS, min(room, len(self.words)))
 

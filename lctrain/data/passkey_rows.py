@@ -138,7 +138,7 @@ class JoinedStore:
     """
 
     def __init__(self, first: StoredTokens, second: StoredTokens) -> None:
-        """Keeps both."""
+        """Joins two stores."""
         self._first, self._second = first, second
         self.lengths = np.concatenate([first.lengths, second.lengths])
         self.names: Sequence[str] = [*first.names, *second.names]

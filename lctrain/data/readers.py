@@ -166,7 +166,7 @@ def read_jsonl(files: tuple[File, ...], field: str, encoding: str | None = None)
 
 
 def _lines(stream: io.BufferedReader, encoding: str) -> Iterator[bytes | str]:
-    """Lines of a stream: as bytes, each to be decoded for itself, where it is UTF-8."""
+    """Yields lines of a stream. UTF-8 lines are bytes, since each is decoded on its own."""
     if encoding == "utf-8":
         for line in stream:
             yield line.removeprefix(_MARK)  # joined files have marks inside
@@ -204,7 +204,7 @@ def _parse(line: bytes | str) -> Any:
 
 
 def fault(name: str, message: str, text: str | None = None) -> Row:
-    """The row of what could not be read, or only in part."""
+    """Returns the row of a record that could not be read, or only in part."""
     return {"text": text, "name": name, "fault": message}
 
 

@@ -1,4 +1,4 @@
-"""Where documents come from. Every source loads a `datasets.Dataset` of texts.
+"""Sources of documents. Every source loads a `datasets.Dataset` of texts.
 
 A source is a frozen dataclass of plain values, so that Hydra can build it and errors can show it.
 `load()` gives the documents that are split into train and held-out by content; `load_held_out()`

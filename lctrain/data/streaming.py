@@ -68,7 +68,7 @@ class StreamRecipe:
         source: Without an end.
         held_out: Whether the text of this digest is held out.
         tokenizer: The tokenizer of transformers.
-        settings: Of the rows.
+        settings: Settings of the rows.
         journal: File that keeps the counts of the windows.
     """
 
@@ -146,7 +146,7 @@ class StreamedRows(torch.utils.data.Dataset[PackedBatch]):
         return replace(batch, document_ids=(batch.document_ids + first) % MOST_DOCUMENTS)
 
     def _advance(self, number: int) -> None:
-        """Goes to the next window, past those that are known to end before a step."""
+        """Skips windows that are known to end before a step."""
         if not self._windows:
             self._resumes = number > 0
             self._windows = _read_journal(self.recipe.journal)
@@ -164,7 +164,7 @@ class StreamedRows(torch.utils.data.Dataset[PackedBatch]):
         self._pack(begin)
 
     def _begin(self, index: int) -> Window:
-        """Where a window begins, which is known by those before it."""
+        """Starts a window, whose position follows from the windows before it."""
         if index < len(self._windows):
             return self._windows[index]
         if index == 0:

@@ -81,7 +81,7 @@ def tokenize_window(
 
     Args:
         documents: What to tokenize.
-        tokenizer: Of transformers.
+        tokenizer: A transformers tokenizer.
         special_tokens: What the text of a special token inside a document becomes.
     """
     from datasets import Dataset
@@ -144,7 +144,7 @@ class _Encoder:
         self._begin, self._end = np.array(begin, np.int32), np.array(end, np.int32)
 
     def encode(self, documents: Documents, group: range) -> tuple[list[str], list[np.ndarray]]:
-        """Texts and token ids [n] int32 of documents, without the tokens around them."""
+        """Returns texts and token ids [n] int32, without the special tokens around them."""
         from datasets.utils import tqdm
 
         texts = documents.read(group)
@@ -169,7 +169,7 @@ class _Encoder:
         return texts, [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
 
     def finish(self, text: str, ids: np.ndarray) -> tuple[np.ndarray, int]:
-        """Token ids [n] int32 with those around them, and the number of special tokens' texts."""
+        """Adds the special tokens around ids [n] int32; counts texts of special tokens."""
         found = 0 if self._pattern is None else sum(1 for _ in self._pattern.finditer(text))
         if self._pattern and found and self._split and holds_special(self._tokenizer, ids):
             ids = np.concatenate([self._encode_long(p) for p in break_up(text, self._pattern)])

@@ -43,7 +43,7 @@ class MethodComparison:
     name: str = ""
 
     def ratio(self, method: str, row: PerplexityRow) -> float:
-        """A perplexity over the same method's at the longest length up to the window; else NaN."""
+        """Returns a perplexity over the method's at the longest length in the window."""
         within = [r for r in self.tables[method].rows if r.length <= self.window]
         return row.perplexity / within[-1].perplexity if within else math.nan
 

@@ -50,7 +50,7 @@ def evaluation_documents(preparation: Preparation, split: str) -> list[Tokenized
 
 
 def _read(preparation: Preparation, split: str) -> Documents:
-    """The same documents, under the same names, as the data module's."""
+    """Reads the documents with the names that the data module uses."""
     source = preparation.source
     label = type(source).__name__
     if split == "held_out":

@@ -52,7 +52,7 @@ class Extension:
 
     @property
     def segment(self) -> int | None:
-        """Tokens after which a document is cut; None for not at all."""
+        """Number of tokens after which a document is cut; None if it is not cut."""
         return self.window if self.method == "intra_chunk" else None
 
     def factor(self, length: int) -> float:
@@ -90,7 +90,7 @@ class Extension:
 
     @contextmanager
     def at(self, model: nn.Module, length: int) -> Iterator[None]:
-        """Fits the model to texts of `length` tokens; its outputs after that are bit-equal."""
+        """Context in which the model is fitted to texts of `length` tokens."""
         factor = self.factor(length)
         if self.method not in ROPE_METHODS or factor == 1.0:
             yield

@@ -1,4 +1,4 @@
-"""What a model can take: its vocabulary and, if it learned its positions, how many there are.
+"""Limits of a model: its vocabulary and, if it learned its positions, their number.
 
 Beyond either, an embedding is indexed out of its range, which on a GPU ends the process.
 """

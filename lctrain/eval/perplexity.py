@@ -63,7 +63,7 @@ def perplexity_by_length(
         documents: tokenized documents; those of up to `min_context` tokens are not scored.
         lengths: context lengths in tokens, each at least 2; sorted, without duplicates.
         max_tokens: most tokens in a forward pass.
-        device: where the model is; default: where its first parameter is.
+        device: device of the model; default: that of its first parameter.
         overlap: fraction of a window that is only context, in [0, 1). With 0.5 each token runs
             through the model twice; larger values give every token more context, and take longer.
         stride: positions that each window but the first of a document scores, at every length
@@ -76,7 +76,7 @@ def perplexity_by_length(
             must be in place: see `Extension.patched`.
         begin: what windows begin with: see `begin_tokens`. They count as tokens of a window.
         progress: show a progress bar.
-        name: of the model, for the title of the plot.
+        name: name of the model, for the title of the plot.
 
     Returns:
         A table, one row per length; `str(table)` is readable, `table.save(folder)` writes files.
@@ -161,7 +161,7 @@ def longest_documents(
 def _scorable(
     documents: Sequence[TokenizedDocument], min_context: int, begin: Sequence[int]
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Token ids of the documents that have something to score, and how many tokens each.
+    """Returns token ids of the documents with scored tokens, and the number of scored tokens each.
 
     Every document begins with `begin`: those that do not get it.
     """

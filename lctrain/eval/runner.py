@@ -57,7 +57,7 @@ def score_windows(
         documents: token ids of each document, [n] integers.
         windows: what to score; none is longer than `max_tokens`.
         max_tokens: most tokens in a batch.
-        device: where the model is.
+        device: device of the model.
         segment: cut windows into parts of so many tokens that do not see one another; None for
             whole windows. Only packs can be cut. Parts after the first have no begin tokens.
         begin: Token ids to put before windows, as many as their prefixes.

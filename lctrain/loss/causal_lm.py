@@ -55,7 +55,7 @@ def token_losses(
 
     Args:
         model: as in `causal_lm_loss`.
-        model_kwargs: of a forward pass over `input_ids` [B, S].
+        model_kwargs: arguments of a forward pass over `input_ids` [B, S].
         positions: [n] int64, positions in the flattened [B * S] tokens.
         targets: [n] int64, the token that follows each of them.
 

@@ -37,7 +37,7 @@ class LossSwap:
         self._own = cast(Any, type(model))
 
     def apply(self) -> None:
-        """Gives the model a class that computes the loss without logits."""
+        """Changes the model's class to one that computes the loss without logits."""
         self._model.__class__ = loss_class(self._own)
 
     def undo(self) -> None:

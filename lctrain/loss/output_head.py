@@ -44,7 +44,7 @@ class OutputHead:
     logit_scale: float
 
     def finish(self, projected: Tensor) -> Tensor:
-        """The logits for the output of `projection`, any shape."""
+        """Returns the logits for the output of `projection`, any shape."""
         logits = projected * self.logit_scale
         if self.softcap > 0.0:
             logits = self.softcap * torch.tanh(logits / self.softcap)
@@ -111,7 +111,7 @@ def _output_embeddings(inner: Any) -> Any:
 
 
 def _config_of_logits(inner: Any) -> tuple[float, float]:
-    """Soft cap and scale under the names that transformers' configurations use."""
+    """Returns softcap and scale, from the names that transformers' configurations use."""
     config: Any = getattr(inner, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
@@ -170,7 +170,7 @@ def _verify(model: nn.Module, inner: Any, probe: Mapping[str, Any]) -> OutputHea
 
 
 def _decoders(inner: Any) -> list[nn.Module]:
-    """Parts of the model that may compute its hidden states: some call past their base model."""
+    """Yields the modules that may compute hidden states: some models skip their base."""
     decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
     parts = dict.fromkeys([getattr(inner, "base_model", None), decoder])
     return [part for part in parts if part is not None and part is not inner]

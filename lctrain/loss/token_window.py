@@ -69,7 +69,7 @@ class TokenWindow:
         self.discard()
 
     def discard(self) -> None:
-        """Forgets an open window, whose gradients are dropped."""
+        """Resets an open window, whose gradients are dropped."""
         self._sum, self._tokens = None, 0
 
 

@@ -55,7 +55,7 @@ def refuse_differential_layers(model: Any) -> None:
 
 
 def fuse_layers(layers: dict[str, nn.Module]) -> Callable[[], None]:
-    """Gives DiffLlama's layers the forward with one launch; returns what undoes it.
+    """Changes DiffLlama's layers to a forward with one launch; returns a function that undoes it.
 
     Layers of version 2 are served by the attention function and stay what they are.
     """

@@ -60,7 +60,7 @@ class FusedDiffLlamaAttention(DiffLlamaAttention):
         return self.o_proj(out.flatten(2)), None
 
     def _lambda(self, dtype: torch.dtype) -> Tensor:
-        """Lambda, a scalar of float32 at least: the kernel need not round it as transformers."""
+        """Returns lambda, a scalar in float32 or wider, unlike transformers, which rounds it."""
         first = torch.sum(self.lambda_q1 * self.lambda_k1, dim=-1, dtype=torch.float32).exp()
         second = torch.sum(self.lambda_q2 * self.lambda_k2, dim=-1, dtype=torch.float32).exp()
         state = torch.promote_types(dtype, torch.float32)

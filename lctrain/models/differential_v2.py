@@ -41,7 +41,7 @@ class PairedLinear(nn.Linear):
 
     @contextmanager
     def subtracting(self, lam: Tensor) -> Iterator[None]:
-        """While this lasts, inputs hold both branches; lam is [B, S, H]."""
+        """Context in which inputs have both branches; lam is [B, S, H]."""
         self.lam = lam
         try:
             yield

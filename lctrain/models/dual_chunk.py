@@ -97,7 +97,7 @@ def follow_window(config: Any, spec: DualChunkSpec) -> DualChunkSpec:
 
 
 def _require_fixed_frequencies(rotary: Any, spec: DualChunkSpec) -> None:
-    """Refuses chunks that reach beyond the lengths of unchanged frequencies."""
+    """Raises if chunks reach beyond the lengths at which frequencies stay the same."""
     kind = getattr(rotary, "rope_type", "default")
     if not follows_length(kind):
         return
@@ -146,7 +146,7 @@ class DualChunkHook(InputHook):
         return (), inputs
 
     def _tell_lengths(self, model: nn.Module, lengths: Tensor) -> None:
-        """All relative positions lie within a chunk, at the frequencies of short documents."""
+        """Passes a length of 1 per token: chunks have the frequencies of short texts."""
         super()._tell_lengths(model, torch.ones_like(lengths))
 
 

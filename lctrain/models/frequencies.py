@@ -114,7 +114,7 @@ class DocumentFrequencies:
     def _rotate(
         self, x: Tensor, position_ids: Tensor, inv_freq: Tensor, layer_type: str | None
     ) -> Any:
-        """The module's own forward with one row of frequencies per token [..., S, D / 2]."""
+        """Calls the module's own forward with frequencies per token, [..., S, D / 2]."""
         forward: Any = _decorated(type(self.rotary))
         forward = forward.__wrapped__
         name = f"{_prefix(layer_type)}inv_freq"
@@ -162,7 +162,7 @@ def attach_frequencies(rotary: nn.Module) -> DocumentFrequencies:
 
 
 def detach_frequencies(model: nn.Module) -> None:
-    """Gives all rotary embeddings of a model their own forward back."""
+    """Restores the forward of all rotary embeddings of a model."""
     for module in model.modules():
         if isinstance(vars(module).get("forward"), DocumentFrequencies):
             del module.forward
@@ -172,7 +172,7 @@ def detach_frequencies(model: nn.Module) -> None:
 
 @contextmanager
 def row_frequencies(model: nn.Module, lengths: Tensor) -> Iterator[None]:
-    """Within it, an unpatched model rotates every row [B, S] at the frequencies of its length.
+    """Context in which an unpatched model rotates each row by the frequencies of its length.
 
     Args:
         model: A transformers model.
@@ -244,7 +244,7 @@ def attach_crossing(model: nn.Module) -> None:
 
 
 def require_document_frequencies(model: nn.Module) -> None:
-    """Refuses rotary embeddings whose output for one document depends on another one.
+    """Raises for rotary embeddings that mix documents.
 
     Raises:
         ValueError: if the frequencies follow the longest document in an unknown way.
@@ -316,7 +316,7 @@ def _serves(rotary: Any, layer_type: str | None) -> bool:
 
 
 def _threshold(rotary: Any, layer_type: str | None) -> int:
-    """The longest document of unchanged frequencies."""
+    """Returns the longest document at which frequencies stay the same."""
     parameters = rotary.config.rope_parameters
     parameters = parameters if layer_type is None else parameters[layer_type]
     if parameters["rope_type"] == "longrope":

@@ -48,7 +48,7 @@ def model_from(description: str | Mapping[str, Any], vocab_size: int | None = No
 
 
 def describe(model: Any) -> dict[str, Any] | None:
-    """The configuration that builds a model of this form; None for a foreign or wrapped model."""
+    """Returns the configuration of a model; None for other or wrapped models."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):

@@ -47,7 +47,7 @@ class FusedSwap:
         self.swapped: list[tuple[nn.Module, type, type]] = []
 
     def apply(self) -> None:
-        """Gives every module of a known kind its fused class."""
+        """Changes every module of a supported class to its fused class."""
         model = self.model
         for module in model.modules():
             if _norm_mixin(type(module)) is not None:
@@ -208,7 +208,7 @@ def _is_fused_norm(module: Any) -> bool:
 
 @functools.cache
 def _rotating_mixin(own: type) -> type:
-    """The attention's own forward, which finds the fused rotation under the name that it calls."""
+    """Returns a mixin with the attention's own forward, in which the rotation is the fused one."""
     forward = _own_forward(own)
     assert forward is not None
     rotating = with_globals(forward, **{_ROTATION: fused_modules.rotate_states})

@@ -74,7 +74,7 @@ class PendingNorm:
         return PendingNorm(self.x.transpose(first, second), self.module)
 
     def finish(self) -> Tensor:
-        """The normalised tensor, where no one rotates it."""
+        """Returns the normalised tensor, if it is not rotated."""
         return rms_norm(self.x, self.module.weight, **self.module.norm_options())
 
 
@@ -91,7 +91,7 @@ class DeferredNorm:
 def rotate_states(
     q: Any, k: Any, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """transformers' apply_rotary_pos_emb, in one pass, with the norms that are pending.
+    """Replaces transformers' apply_rotary_pos_emb; applies pending norms in the same pass.
 
     Args:
         q: [B, Hq, S, D], a tensor or a PendingNorm of one.
@@ -165,7 +165,7 @@ class ResidualLayer:
 
 
 def gate_states(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
-    """activation(gate) * up, or of both side by side in `gate`."""
+    """Returns activation(gate) * up; without `up`, `gate` holds both side by side."""
     if activation == "silu":
         return swiglu(gate, up)
     return geglu(gate, up, approximate="tanh" if activation == "gelu_tanh" else "none")

@@ -47,7 +47,8 @@ def to_rows(
     Args:
         model: Model, for its padding token.
         inputs: Keyword arguments of the model; tensors [B, S, ...] are cut, others are kept.
-        boundaries: Of the documents in the rows [B, S]. N documents, the longest of M tokens.
+        boundaries: Boundaries of the documents in the rows [B, S]. N documents, the longest of M
+            tokens.
 
     Returns:
         The inputs with rows [N, M] and an attention mask, and the boundaries of these rows.

@@ -226,7 +226,7 @@ def read_boundaries(
 
 
 def _numbered(inputs: dict[str, Any], numbers: Tensor) -> Boundaries:
-    """The documents of rows [B, S] that the mask numbers; the model is given an ordinary mask.
+    """Returns the documents of rows [B, S] that the mask numbers, and replaces the mask.
 
     Positions restart with the numbers. Where positions are given, documents also end as they say.
     """
@@ -259,7 +259,7 @@ def _refuse_numbers(mask: Any) -> None:
 
 
 def _covered_tokens(inputs: dict[str, Any]) -> int | None:
-    """Tokens that a pack's documents cover; None where only the device knows."""
+    """Returns the number of tokens in a pack's documents; None if only the device knows."""
     schedule, boundaries = inputs.get("schedule"), inputs.get("cu_seq_lens_q")
     if schedule is not None and schedule.total_q >= 0:
         return int(schedule.total_q)
@@ -276,7 +276,7 @@ def _restarting_positions(cu_seqlens: Tensor, tokens: int) -> Tensor:
 
 
 def _continued_lengths(inputs: dict[str, Any], tokens: Tensor) -> Tensor:
-    """[B, S] int64: the length of each row, what its cache holds included; as `find_lengths`."""
+    """Returns the length of each row with its cache, [B, S] int64, as `find_lengths` does."""
     rows = tuple(tokens.shape[:2])
     seen = int(given_cache(inputs).get_seq_length())
     position_ids, mask = inputs.get("position_ids"), inputs.get("attention_mask")

@@ -55,7 +55,7 @@ class LateHook:
 
 
 def begin(model: nn.Module, implementation: str) -> None:
-    """Notes that a model of this attention is being built; it has no layers yet."""
+    """Records that a model with this attention is being built; it has no layers yet."""
     attach_late_hook(model, implementation)
     building = [entry for entry in _building() if entry[0]() is not None]
     _building()[:] = [*building, (weakref.ref(model), implementation)]

@@ -53,7 +53,7 @@ def require_positions(
 
 
 def _offset(model: nn.Module, table: nn.Embedding) -> int:
-    """Rows of the table before that of position 0."""
+    """Returns the row of the table that belongs to position 0."""
     if counts_positions_itself(model):
         return (table.padding_idx or 0) + 1  # RoBERTa and its kin
     return int(getattr(table, "offset", 0))  # OPT, BART and their kin

@@ -42,7 +42,7 @@ def register() -> None:
 
 
 def register_families_on_demand() -> None:
-    """Has AutoConfig.from_pretrained register the differential families when it is first called.
+    """Registers the differential families when AutoConfig.from_pretrained is first called.
 
     Not at once: their classes derive from transformers' own, which cannot be imported yet while
     AutoConfig's module, or whatever module imported that, is being imported.

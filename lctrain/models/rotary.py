@@ -151,7 +151,7 @@ def _record(
     lctrain_probe: list[dict[str, Any]],
     **arguments: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function that keeps its arguments and returns zeros [B, S, H, Dv]."""
+    """An attention function that records its arguments and returns zeros [B, S, H, Dv]."""
     lctrain_probe.append({"query": query, "key": key, **arguments})
     batch, heads, tokens, _ = query.shape
     return value.new_zeros((batch, tokens, heads, value.shape[-1])), None
@@ -180,7 +180,7 @@ def _runnable(layer: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, torch.de
 
 
 def _runnable_rotary(rotary: nn.Module, device: torch.device) -> nn.Module:
-    """A copy whose forward leaves the model's alone; without memory, of other frequencies."""
+    """Returns a copy of a rotary embedding, whose forward does not change the model's."""
     rotary = copy.deepcopy(rotary)
     for name, buffer in list(rotary.named_buffers()):
         known = (
@@ -198,7 +198,7 @@ def _rotate(states: Tensor, angles: Tensor) -> Tensor:
 
 
 def _normal(shape: Any) -> Tensor:
-    """Normal numbers that leave torch's generator alone; of variance 1 / shape[-1]."""
+    """Returns normal numbers of variance 1 / shape[-1], without torch's global generator."""
     generator = torch.Generator(device="cpu").manual_seed(0)
     size = tuple(shape)
     numbers = torch.randn(size, generator=generator, device="cpu")

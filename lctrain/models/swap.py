@@ -21,7 +21,7 @@ class Swap(Protocol):
         """Changes the model."""
 
     def undo(self) -> None:
-        """Gives the model back as it was before `apply`."""
+        """Restores the model as it was before `apply`."""
 
     def describe(self) -> str:
         """Returns what was swapped, for people."""
@@ -38,6 +38,6 @@ def apply_all(swaps: Sequence[Swap]) -> None:
 
 
 def undo_all(swaps: Sequence[Swap]) -> None:
-    """Undoes swaps, the last one first."""
+    """Undoes swaps in reverse order."""
     for swap in reversed(swaps):
         swap.undo()

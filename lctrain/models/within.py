@@ -68,7 +68,7 @@ class ModelPatches:
         self.handles = handles
 
     def unpatch(self) -> None:
-        """Gives every model back as it was, outputs bit-equal. Harmless if done before."""
+        """Restores every model; outputs are bit-equal to before. Does nothing if called again."""
         for handle in reversed(self.handles.values()):
             handle.unpatch()
 

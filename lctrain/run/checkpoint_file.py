@@ -142,7 +142,7 @@ class _HashingFile:
 
 
 def _sync(descriptor: int) -> None:
-    """Flushes to disk, where the file system can."""
+    """Flushes to disk, if the file system supports that."""
     try:
         os.fsync(descriptor)
     except OSError as error:

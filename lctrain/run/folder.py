@@ -46,7 +46,7 @@ class RunFolder:
 
     @property
     def id(self) -> str:
-        """Identifies the run, also for Weights and Biases."""
+        """Id of the run, also in Weights and Biases."""
         return str(self.record["id"])
 
     @classmethod
@@ -141,7 +141,7 @@ class RunFolder:
             self._locks.append(FolderLock(folder))
 
     def close(self) -> None:
-        """Lets other runs have the folder."""
+        """Unlocks the folder for other runs."""
         for lock in self._locks:
             lock.release()
         self._locks = []
@@ -160,7 +160,7 @@ class RunFolder:
         self.close()
 
     def _leave(self) -> None:
-        """Frees the folder for the next attempt: there is no checkpoint to go on from."""
+        """Unlocks the folder for the next attempt, since there is no checkpoint to resume from."""
         with suppress(OSError):
             (self.path / RECORD).unlink(missing_ok=True)
             if (self.path / "metrics.csv").exists():

@@ -17,7 +17,7 @@ _only_file = logging.getLogger("lctrain.run.only_file")
 
 @contextmanager
 def log_file(path: Path, writes: bool = True) -> Iterator[None]:
-    """Appends what is logged inside the block to a file.
+    """Context in which log messages are appended to a file.
 
     Messages of lctrain are kept from level INFO on, others as the root logger lets them through.
 

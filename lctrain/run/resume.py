@@ -55,7 +55,7 @@ def find_checkpoint(
 
 
 def newest_directory(runs_dir: Path, identity: Mapping[str, Any] | None = None) -> Path:
-    """The directory of checkpoints of the newest run that is this one.
+    """Returns the directory of checkpoints of the newest run with this identity.
 
     Args:
         runs_dir: Folder of earlier runs of the same name.
@@ -117,7 +117,7 @@ def checkpoints_in(directory: Path) -> list[Path]:
 
 
 def newest_intact(paths: Sequence[Path]) -> Path:
-    """The first of these that is intact, with a warning about those before it.
+    """Returns the first intact checkpoint, and warns about damaged ones before it.
 
     Raises:
         DamagedCheckpointError: if all are damaged.
@@ -177,5 +177,5 @@ def _directories(runs_dir: Path) -> Iterator[Path]:
 
 
 def _age(directory: Path) -> float:
-    """When its newest checkpoint was written."""
+    """Returns the time at which the newest checkpoint was written."""
     return checkpoints_in(directory)[0].stat().st_mtime

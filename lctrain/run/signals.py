@@ -66,7 +66,7 @@ class StopSignals:
         self._previous: dict[int, Any] = {}
 
     def install(self, *numbers: int) -> None:
-        """Handles these signals, in the main thread; elsewhere Python cannot."""
+        """Installs the handlers, in the main thread only, as Python requires."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in numbers:

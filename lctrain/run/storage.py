@@ -54,7 +54,7 @@ class _Message(StorageError):
 
 @contextmanager
 def storage_errors(folder: Path, then: str) -> Iterator[None]:
-    """Explains a full disk, a used-up quota or a read-only file system inside the block.
+    """Context that explains a full disk, a used-up quota or a read-only file system.
 
     Args:
         folder: Folder of the run.

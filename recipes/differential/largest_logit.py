@@ -117,7 +117,7 @@ def rotated(states: Tensor, width: int, position_embeddings: tuple[Tensor, Tenso
 
 
 def largest_product(queries: Tensor, keys: Tensor) -> float:
-    """The largest |q.k| over causal pairs, also under autocast in the dtype of the arguments.
+    """Returns the largest |q.k| over causal pairs, in the arguments' dtype also under autocast.
 
     Args:
         queries: [H, S, D].

@@ -73,7 +73,7 @@ def train_runs(experiment: Experiment) -> None:
 def measure(
     variant: Variant, folder: Path, config: TrainConfig, scale: Scale, device: torch.device
 ) -> dict[str, Any]:
-    """Parameters, largest attention logit and passkeys of a trained model, read from its folder."""
+    """Measures a trained model from its folder: parameters, largest attention logit, passkeys."""
     model = load_pretrained(PretrainedModelConfig(name_or_path=str(folder)), "float32")
     datamodule = build_datamodule(config.data)
     datamodule.setup()

@@ -142,7 +142,7 @@ def _plot(
 
 
 def _smooth(values: Sequence[float], share: float = 0.9) -> list[float]:
-    """A running mean that forgets, unbiased at its beginning."""
+    """Returns an exponential moving average, corrected for its start."""
     smoothed, mean, weight = [], 0.0, 0.0
     for value in values:
         mean, weight = share * mean + (1 - share) * value, share * weight + (1 - share)

@@ -39,7 +39,7 @@ class Experiment:
         return ["experiment=dual_chunk_extension", *self.scale.train, *self.overrides]
 
     def data(self) -> DataConfig:
-        """The same documents as in training, for the trained model's tokenizer."""
+        """Returns the documents of the training, for the trained model's tokenizer."""
         if not self.model.is_dir():
             raise ValueError(
                 f"output must hold the trained model, got {self.output} without the folder "

@@ -43,7 +43,7 @@ def _published(
     cu_seqlens_k: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """The public function's call; what changes no number without dropout or a cache is not read."""
+    """Computes the public function's call; arguments that change nothing here are ignored."""
     from lctrain_kernels.bench.published_dual_chunk import published_dual_chunk_attn
 
     same = cu_seqlens_k is None or cu_seqlens_k is cu_seqlens or cu_seqlens_k.equal(cu_seqlens)

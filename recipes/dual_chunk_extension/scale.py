@@ -32,7 +32,7 @@ class Scale:
 
     @property
     def lengths(self) -> list[int]:
-        """1 to 16 windows."""
+        """Context lengths, 1 to 16 windows."""
         return [ratio * self.window for ratio in RATIOS]
 
     @property

@@ -36,7 +36,7 @@ def measure_perplexity(experiment: Experiment) -> None:
 
 
 def find_passkeys(experiment: Experiment) -> None:
-    """Passkeys at 1 to 16 windows, with every method."""
+    """Searches passkeys at 1 to 16 windows, with every method."""
     print(run_evaluation(experiment, "passkey"), flush=True)
 
 

@@ -27,7 +27,7 @@ def merged_attention(q, k, v, split):
 
 @pytest.mark.parametrize("split", [0, 4, 11])
 def test_a_split_of_the_keys_changes_nothing(split):
-    """Also the gradient of lse, which reaches q and k of both parts."""
+    """Nor does it change the gradient of lse, which reaches q and k of both parts."""
     q, k, v = random_qkv(torch.float64)
     results = []
     for out, lse in (partial_attention(q, k, v), merged_attention(q, k, v, split)):

@@ -98,7 +98,7 @@ def test_a_second_signal_ends_at_once(tiny, tmp_path):
 
 
 def test_last_goes_on_in_the_folder(tiny, tmp_path, monkeypatch, whole):
-    """From the command line: no new folder, no new checkpoints beyond `keep`, one metrics.csv."""
+    """No new folder, no new checkpoints beyond `keep`, one metrics.csv."""
     arguments = [*tiny, *SHORT, f"paths.root={tmp_path}", "trainer.validate_every_n_steps=2"]
     assert command(monkeypatch, *arguments, at(5, 15)) == 143
     assert command(monkeypatch, *arguments, "ckpt_path=last") == 0

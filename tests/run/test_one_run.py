@@ -30,7 +30,7 @@ def steps_of(folder, tag):
 
 
 def wandb_records(folder):
-    """What the files of all parts of a run hold: (steps that have a training loss, options)."""
+    """Returns the records of all parts of a run: (steps with a training loss, options)."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     steps, options = [], set()

@@ -70,7 +70,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def default_output(record: BenchmarkRecord) -> Path:
-    """results/DATE-DEVICE.json in the checkout, or bench-results/ here if installed elsewhere."""
+    """Returns results/DATE-DEVICE.json in the checkout, else in ./bench-results."""
     in_checkout = (RESULTS.parents[3] / "pyproject.toml").is_file()
     folder = RESULTS if in_checkout else Path("bench-results")
     device = re.sub(r"[^a-z0-9]+", "-", record.device.lower()).strip("-")

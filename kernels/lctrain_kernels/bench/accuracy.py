@@ -29,7 +29,7 @@ class ErrorRatio:
 
     @property
     def passes(self) -> bool:
-        """True where both ratios keep the rule; a NaN does not."""
+        """Whether both ratios are within the bound; NaN is not."""
         return self.norm <= MAX_RATIO and self.maximum <= MAX_RATIO
 
 

@@ -17,7 +17,7 @@ SEED = 20_240_217
 
 
 def scale_down(workload: Workload, longest: int = LONGEST, tokens: int = MOST_TOKENS) -> Workload:
-    """Shortens the documents, in proportion, to what a dense float64 reference has room for.
+    """Shortens the documents in proportion, so that a dense float64 reference fits into memory.
 
     Args:
         workload: the workload.
@@ -40,7 +40,7 @@ def check_ours(workload: Workload, device: torch.device | str) -> dict[str, Erro
 
     Args:
         workload: its shape is judged, with shorter documents.
-        device: where the kernel runs.
+        device: device of the kernel.
 
     Returns:
         The ratios of out, dq, dk and dv.

@@ -144,7 +144,7 @@ def make_inputs(
 
 
 def ours(inputs: DifferentialInputs) -> Call:
-    """diff_attn_varlen_func with the schedule of the batch."""
+    """Runs diff_attn_varlen_func with the schedule of the batch."""
     lengths = inputs.workload.lengths
     schedule = make_schedule(lengths).to(inputs.v.device)
     longest = max(lengths)
@@ -166,7 +166,7 @@ def ours(inputs: DifferentialInputs) -> Call:
 
 
 def our_attention(inputs: DifferentialInputs) -> Attention:
-    """Our own plain attention, in the portable kernels as diff_attn_varlen_func is."""
+    """lctrain's plain attention, with portable kernels."""
     lengths = inputs.workload.lengths
     schedule = make_schedule(lengths).to(inputs.v.device)
     cu, longest = inputs.cu_seqlens, max(lengths)
@@ -207,7 +207,7 @@ def flash_attention_4(inputs: DifferentialInputs) -> Attention:
 
 
 def separate_calls(inputs: DifferentialInputs, attention: Attention) -> Call:
-    """Version 1: A1 v and A2 v in halves of the value, four calls; 2: one call, a subtraction."""
+    """Runs version 1 as four calls, version 2 as one call and a subtraction."""
     if inputs.workload.version == 1:
         q1, q2, k1, k2 = inputs.branches()
         # Contiguous halves, as a model would project them.

@@ -77,7 +77,7 @@ def measure(peer: Peer, inputs: AttentionInputs, timer: Timer, repetitions: int 
 
 
 def _peak_bytes(step: Callable[[], None], device: torch.device) -> int | None:
-    """Bytes beyond the inputs at the height of a step that was compiled before."""
+    """Returns the peak memory of a compiled step beyond its inputs, in bytes."""
     step()
     if device.type != "cuda":
         return None

@@ -92,7 +92,7 @@ def lctrain_deterministic(inputs: AttentionInputs) -> Call:
 
 
 def lctrain_portable(inputs: AttentionInputs) -> Call:
-    """Our portable kernels, also where there are faster ones for the GPU."""
+    """lctrain's portable kernels, also where the GPU has faster ones."""
     return lctrain(inputs, backend="triton")
 
 
@@ -146,7 +146,7 @@ def flash_attention_4(inputs: AttentionInputs) -> Call:
 
 
 def flex_attention(inputs: AttentionInputs) -> Call:
-    """FlexAttention with a document mask; the block mask belongs to the batch."""
+    """FlexAttention with a document mask. The block mask is built once per batch."""
     _refuse_dropout(inputs)
     import torch._functorch.config
     from torch.nn.attention import flex_attention as flex

@@ -31,7 +31,7 @@ def attend_with_lctrain(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """One attention of the three, on lctrain's kernels."""
+    """Computes one of the three attentions with lctrain's kernels."""
     result = flash_attn_varlen_func(
         q,
         k,
@@ -221,7 +221,7 @@ def _turned(
 
 
 def _merge(outs: list[Tensor], lses: list[Tensor]) -> Tensor:
-    """Weights in the outputs' dtype, without a gradient: as published."""
+    """Merges outputs by weights in their dtype, without a gradient, as published."""
     if len(outs) == 1:
         return outs[0]
     shares = torch.softmax(torch.stack(lses), dim=0).to(outs[0].dtype)  # [ways, H, T]

@@ -21,7 +21,7 @@ class Result:
         forward_ms: median milliseconds.
         backward_ms: median milliseconds.
         forward_tflops: TFLOP/s of the FLOPs that the workload counts.
-        backward_tflops: likewise.
+        backward_tflops: TFLOP/s of the backward.
         peak_bytes: memory of forward and backward beyond the inputs.
         forward_peak_bytes: that of a forward without a graph.
         error_ratios: what `--check` found, per tensor: error over that of plain PyTorch.

@@ -58,7 +58,7 @@ def run_workloads(
         record: gets the results.
         workloads: what is timed.
         peers: who is timed.
-        device: where.
+        device: device of the runs.
         timer: returns the milliseconds of a call.
         repetitions: how many times each peer is timed; the median counts.
         check: whether to compare lctrain with float64 first; a kernel that fails gets no figures.

@@ -41,7 +41,7 @@ class Workload:
         return 2.5 * self.forward_flops
 
     def describe(self) -> str:
-        """One line for people."""
+        """Returns one line for the terminal."""
         count = len(self.lengths)
         documents = f"{count} document{'s' if count > 1 else ''}"
         dropout = f", dropout {self.dropout_p}" if self.dropout_p else ""
@@ -61,7 +61,7 @@ def lognormal_lengths(
         mu: mean of the logarithm of a length.
         sigma: standard deviation of the logarithm.
         shortest: shorter draws are raised to this.
-        seed: of torch's CPU generator, so that every machine times the same pack.
+        seed: seed of a CPU generator, so that every machine times the same pack.
     """
     generator = torch.Generator().manual_seed(seed)
     lengths: list[int] = []

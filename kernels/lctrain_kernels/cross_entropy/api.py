@@ -137,7 +137,7 @@ def _matmul_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _backend(device: torch.device, matmul_dtype: torch.dtype, backend: str) -> str:
-    """Triton where the logits are half precision; the softcap's tanh there is no better."""
+    """Returns "triton" where the logits are half precision."""
     if backend == "triton" and matmul_dtype not in _HALF:
         raise ValueError(
             f"backend='triton' needs half-precision products, got {matmul_dtype}. "

@@ -47,7 +47,7 @@ def pick_chunk_tokens(
 
 @functools.cache
 def chunk_bytes(device: torch.device) -> int:
-    """The budget of a device, found once: it does not change from step to step."""
+    """Returns the budget of a device, cached so that it does not change from step to step."""
     if device.type == "cpu":
         return CPU_CHUNK_BYTES
     if device.type != "cuda":

@@ -84,7 +84,7 @@ class _Gradients:
 
 
 def _empty_like(tensor: Tensor | None, place: int, needed: bool, dtype: torch.dtype) -> Tensor:
-    """Memory for one gradient: rows of hidden states in their dtype, sums in the wide dtype."""
+    """Allocates one gradient: of hidden states in their dtype, of sums in the wide dtype."""
     if tensor is None or not needed:
         return torch.empty(0)
     if place in (0, 3):
@@ -248,7 +248,7 @@ def _accumulation_dtype(matmul_dtype: torch.dtype, hidden: Tensor) -> torch.dtyp
 def _fake_grads(
     inputs: list[Tensor | None], needs: list[bool], dtype: torch.dtype | None
 ) -> list[Tensor]:
-    """Shapes of the gradients; sums are in dtype, or in the inputs' own where it is None."""
+    """Returns empty gradients; sums are in `dtype`, or in the inputs' dtype if it is None."""
     grads = []
     for place, (tensor, need) in enumerate(zip(inputs, needs, strict=True)):
         if tensor is None or not need:

@@ -23,7 +23,7 @@ ROW_MULTIPLE = 64
 def logits_buffer(
     tokens: int, vocabulary: int, matmul_dtype: torch.dtype, backend: str, device: torch.device
 ) -> Tensor:
-    """Memory for the logits of a chunk, [tokens, V]; rows are aligned."""
+    """Allocates the logits of a chunk, [tokens, V], with aligned rows."""
     dtype = (
         matmul_dtype if backend == "triton" else torch.promote_types(matmul_dtype, torch.float32)
     )

@@ -81,7 +81,7 @@ def token_losses(statistics: Tensor, labels: Tensor, options: LossOptions) -> tu
 
 
 def finish_logits(logits: Tensor, bias: Tensor | None, options: LossOptions) -> Tensor:
-    """The logits from the products, [C, V] in the accumulation dtype; a new tensor."""
+    """Returns the logits from the products, a new tensor [C, V] in the accumulation dtype."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
     if bias is not None:
         z += bias

@@ -9,7 +9,7 @@ MAX_HEAD_DIM = 128
 
 
 def check_branches(q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor, v: Tensor) -> None:
-    """q1, q2 [T, H, D]; k1, k2 [Tk, Hk, D]; v [Tk, Hk, D or 2D]; D <= 128; H a multiple of Hk."""
+    """Checks shapes: q1, q2 [T, H, D]; k1, k2 [Tk, Hk, D]; v [Tk, Hk, D or 2D]; D <= 128."""
     tensors = {"q1": q1, "q2": q2, "k1": k1, "k2": k2, "v": v}
     for name, tensor in tensors.items():
         check_floating(name, tensor)
@@ -68,7 +68,7 @@ def check_branches(q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor, v: Tensor) ->
 
 
 def check_lam(lam: Tensor, tokens: int, heads: int, device: torch.device) -> None:
-    """A floating scalar, [H] or [T, H] on q1's device."""
+    """Checks that lam is a floating scalar, [H] or [T, H] on q1's device."""
     if not isinstance(lam, Tensor):
         raise TypeError(
             f"lam must be a torch.Tensor, got {type(lam).__name__}. Pass torch.tensor(lam) on "

@@ -113,7 +113,10 @@ def _blocks_of_relation(
 
 @gluon.jit
 def _first_query(block, run, BLOCK_M: gl.constexpr):
-    """The first query of a block: one after the other, with a gap before block `jump`."""
+    """Returns the first query of a block.
+
+    Blocks are consecutive, except for a gap before `jump`.
+    """
     return run.low + block * BLOCK_M + gl.where(block < run.first_after_gap, 0, run.gap)
 
 

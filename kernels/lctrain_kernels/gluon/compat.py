@@ -34,7 +34,10 @@ else:
 
 @builtin
 def reinterpret(buffer: Any, dtype: Any, shape: Any, layout: Any, _semantic: Any = None) -> Any:
-    """The same shared memory as another shape; a private method before 3.9."""
+    """Returns the same shared memory with another shape.
+
+    The method is private before Triton 3.9.
+    """
     method = getattr(buffer, "reinterpret", None) or buffer._reinterpret
     return method(dtype, shape, layout, _semantic=_semantic)
 

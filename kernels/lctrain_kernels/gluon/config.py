@@ -182,7 +182,7 @@ def backward_tile(columns: int, deterministic: bool) -> BackwardTile:
     """Returns the tile of a backward.
 
     Args:
-        columns: Of a tile.
+        columns: Columns of a tile.
         deterministic: Whether dq must have the same bits in every run, for which a warp adds it,
             whatever is forced.
     """

@@ -203,7 +203,7 @@ class KeySlot(NamedTuple):
 
 
 class SeedWords(NamedTuple):
-    """Key of the random bits of a document; see draw_words.
+    """Key of the random bits of a document; see draw_bits.
 
     Attributes:
         key_0: Low half of the seed.
@@ -217,7 +217,7 @@ class SeedWords(NamedTuple):
 
 
 class DropoutKey(NamedTuple):
-    """Counters and key of the random bits of a tile; see draw_words.
+    """Counters and key of the random bits of a tile; see draw_bits.
 
     Attributes:
         key_0: Low half of the seed.
@@ -345,7 +345,7 @@ class Factors(NamedTuple):
 
 
 class DqSlabs(NamedTuple):
-    """Where dq is added from registers; see first_slab.
+    """The buffer to which dq is added from registers; see first_slab.
 
     Attributes:
         pointer: Slab of the first block of queries of the first head.

@@ -70,7 +70,10 @@ class DifferentialCall:
 
 
 def _unaligned(tensor: Tensor) -> bool:
-    """The copy engine wants 16-byte strides, all positive, and a 16-byte base."""
+    """Returns whether TMA cannot read a tensor.
+
+    TMA needs positive 16-byte strides and a 16-byte base.
+    """
     if tensor.numel() == 0:
         return False
     size = tensor.element_size()

@@ -15,7 +15,7 @@ _OPTIONS = "float eps, float weight_offset, bool float32_product, bool centered,
 
 
 def sum_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
-    """dtype of what is normalised: x, or x + residual."""
+    """Returns the dtype of x, or of x + residual."""
     return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
 

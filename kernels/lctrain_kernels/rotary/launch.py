@@ -31,12 +31,12 @@ class RotaryConfig:
     programs: int = 1
 
     def tokens(self, numbers: int) -> int:
-        """Tokens of a tile whose token has so many numbers."""
+        """Returns the tokens per tile, from the numbers per token."""
         return max(self.size // numbers, 1)
 
 
 def forward_config(numbers: int, has_norm: bool) -> RotaryConfig:
-    """The forward's tile, for heads that have `numbers` of one half per token."""
+    """Returns the forward's tile, for heads with `numbers` of one half per token."""
     if has_norm:
         return RotaryConfig(1024, 4)
     return RotaryConfig(2048, 8 if numbers < 2048 else 4)

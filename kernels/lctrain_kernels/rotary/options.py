@@ -35,7 +35,7 @@ class RotaryOptions:
         return cos.shape[1] if self.full_table else 2 * cos.shape[1]
 
     def mathematics(self) -> dict[str, Any]:
-        """All fields but the backend, as keywords of the reference."""
+        """All fields but the backend, as keyword arguments of the reference."""
         return {name: value for name, value in vars(self).items() if name != "backend"}
 
     def arguments(self) -> tuple[Any, ...]:

@@ -272,7 +272,7 @@ def table_config(
     shared_k: bool = False,
     is_share: bool = False,
 ) -> TileConfig:
-    """Looks a configuration up.
+    """Returns a configuration of the table.
 
     Args:
         table: A key of TABLES.

@@ -64,8 +64,8 @@ def top_bits(bits, key):
     """Returns words whose upper half is a weight's 16 bits of a word.
 
     Args:
-        word: Word from draw_words.
-        key: Key, as in draw_words.
+        bits: Bits from draw_bits.
+        key: Key, as in draw_bits.
     """
     return tl.where((key & 8) != 0, bits, bits << 16)
 
@@ -75,8 +75,8 @@ def is_kept(bits, key, threshold):
     """Returns True where a weight is kept: its 16 bits of the word are not below the threshold.
 
     Args:
-        word: Word from draw_words.
-        key: Key, as in draw_words.
+        bits: Bits from draw_bits.
+        key: Key, as in draw_bits.
         threshold: Threshold, out of 65,536.
     """
     # The bits are compared at the top of the word, where the upper half already lies.
@@ -85,6 +85,6 @@ def is_kept(bits, key, threshold):
 
 @triton.jit
 def keep_mask(key_0, key_1, document, head, first_query, query, first_key, key, threshold):
-    """Returns the mask of a tile, True where the weight is kept; arguments as in draw_words."""
+    """Returns the mask of a tile, True where the weight is kept; arguments as in draw_bits."""
     bits = draw_bits(key_0, key_1, document, head, first_query, query, first_key, key)
     return is_kept(bits, key, threshold)

@@ -44,7 +44,7 @@ def logits(
 
 @triton.jit
 def logits_multiplier(scale, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr):
-    """The factor that logits() leaves to the exponent, where the multiply-add makes it free."""
+    """Returns the factor that logits() leaves to the exponent's multiply-add."""
     if HAS_SOFTCAP or HAS_ALIBI:
         return 1.0
     else:

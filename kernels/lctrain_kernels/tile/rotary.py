@@ -35,7 +35,7 @@ def cos_sin(delta, high, rest):
     Args:
         delta: float32 that holds integers, broadcastable to the result.
         high: Turns per position, as load_frequencies gives them, broadcastable.
-        rest: Likewise.
+        rest: Second float32 of the frequency, in the shape of the first.
     """
     whole = tl.floor(delta * high + 0.5)
     turns = tl.fma(delta, high, -whole)  # one rounding, of a value below 1
@@ -107,8 +107,8 @@ def rotate(x, cos, sin, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
 
     Args:
         x: Columns as pair_columns orders them.
-        cos: Of the angles, broadcastable to [ROWS, BLOCK_D / 2].
-        sin: Likewise.
+        cos: Cosine of the angles, broadcastable to [ROWS, BLOCK_D / 2].
+        sin: Sine, in the shape of cos.
         ROWS: Rows of x.
         BLOCK_D: Columns of x.
     """

@@ -1,4 +1,4 @@
-"""Where a program stands: its tile, its document, its heads."""
+"""The position of a program: its tile, its document, its heads."""
 
 import triton
 import triton.language as tl

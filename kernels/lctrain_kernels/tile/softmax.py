@@ -30,7 +30,7 @@ def softmax_step(x, multiplier, m, l):
 
 @triton.jit
 def add_sink(acc, m, l, sink):
-    """Lets a logit without a value (base 2, may be -inf) take part in the softmax."""
+    """Adds a learnable logit without a value (base 2, may be -inf) to the softmax."""
     m_new = tl.maximum(m, sink)
     base = tl.where(m_new == float("-inf"), 0.0, m_new)
     alpha = tl.exp2(m - base)

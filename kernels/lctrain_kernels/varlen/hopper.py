@@ -171,7 +171,7 @@ def varlen_round_dq_kernel(
     BLOCK_D: tl.constexpr,
     SLABS: tl.constexpr,
 ):
-    """dq = scale * sum, in dq's dtype, of a sum as first_slab has it.
+    """dq = scale * sum, in dq's dtype, from a sum in the layout of first_slab.
 
     The document of a slab is found among all in `rounds` halvings. Grid: (blocks of SLABS slabs,
     heads).

@@ -206,7 +206,7 @@ class Descriptor:
 
     @property
     def bytes(self) -> int:
-        """Of a tile, as a barrier counts them: also those outside."""
+        """Returns the bytes of a tile as a barrier counts them, also outside of the tensor."""
         return math.prod(self.block) * self.dtype.primitive_bitwidth // 8
 
     def _places(self, coordinates: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -211,7 +211,7 @@ def test_philox_equals_an_implementation_on_python_integers():
 
 
 def test_the_mask_takes_every_bit_of_a_draw_once():
-    """From the definition, weight by weight: 8 weights of 16 bits per draw of 128."""
+    """By the definition, weight by weight: 8 weights of 16 bits per draw of 128."""
     seed, document, p = (7 << 32) + 11, 3, 0.5
     rows, columns = torch.tensor([0, 9, 31, 1000]), torch.tensor([0, 8, 16, 24, 37, 5000])
     keep = dropout_keep(seed, document, torch.tensor([2]), rows, columns, p)[0]
