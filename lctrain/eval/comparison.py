@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +15,11 @@ from torch import nn
 from lctrain.eval.begin import NO_BEGIN, BeginTokens
 from lctrain.eval.comparison_plot import plot_comparison
 from lctrain.eval.extension import Extension
+from lctrain.eval.files import write_rows
 from lctrain.eval.perplexity import perplexity_by_length
 from lctrain.eval.plots import count
-from lctrain.eval.table import PerplexityRow, PerplexityTable, finite
+from lctrain.eval.row import PerplexityRow
+from lctrain.eval.table import PerplexityTable
 from lctrain.limits import check_lengths
 
 if TYPE_CHECKING:
@@ -65,17 +65,6 @@ class MethodComparison:
         Returns:
             The paths by "csv", "json" and "png".
         """
-        folder = Path(output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = {kind: folder / f"{FILE_STEM}.{kind}" for kind in ("csv", "json", "png")}
-        rows = [
-            {key: value if isinstance(value, str) else finite(value) for key, value in row.items()}
-            for row in self.as_dicts()
-        ]
-        with paths["csv"].open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
         table = next(iter(self.tables.values()))
         settings = {
             "name": self.name,
@@ -84,10 +73,8 @@ class MethodComparison:
             "min_context": table.min_context,
             "begin_tokens": list(table.begin_tokens),
         }
-        paths["json"].write_text(
-            json.dumps({**settings, "rows": rows}, indent=2, allow_nan=False) + "\n"
-        )
-        plot_comparison(self, paths["png"])
+        paths = write_rows(output_dir, FILE_STEM, self.as_dicts(), settings)
+        plot_comparison(self.tables, self.window, self.name, paths["png"])
         return paths
 
     def __str__(self) -> str:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lctrain.eval.extension import DUAL_CHUNK_METHODS
 from lctrain.eval.plots import (
     INK,
     LINEAR_SPAN,
     MUTED,
+    RowsByLength,
     count,
     new_figure,
     paired_interval,
     scale_lengths,
     style_axes,
 )
-
-if TYPE_CHECKING:
-    from lctrain.eval.comparison import MethodComparison
 
 # Colours that remain apart for colour-blind readers (Okabe and Ito).
 COLOURS = {
@@ -36,7 +34,7 @@ STYLES = ("-", (0, (6, 2)), (0, (2, 1.5)))  # so that lines which coincide show 
 TALLEST = 1e6  # perplexities beyond it say no more than this one, and would flatten the others
 
 
-def plot_comparison(comparison: MethodComparison, path: Path) -> None:
+def plot_comparison(tables: Mapping[str, RowsByLength], window: int, name: str, path: Path) -> None:
     """Draws one line per method, with one paired standard error, and the window.
 
     The band is that of the difference from the shortest length, on the same tokens: what documents
@@ -45,7 +43,9 @@ def plot_comparison(comparison: MethodComparison, path: Path) -> None:
     The scale of perplexities is logarithmic where they span more than a factor of ten.
 
     Args:
-        comparison: Comparison of at least one method. A perplexity that is not finite leaves a gap.
+        tables: Table of at least one method. A perplexity that is not finite leaves a gap.
+        window: Tokens that the model was trained on.
+        name: Name of the model; may be empty.
         path: PNG file to write.
     """
     from matplotlib.ticker import FuncFormatter
@@ -54,7 +54,7 @@ def plot_comparison(comparison: MethodComparison, path: Path) -> None:
     axes = figure.add_subplot()
     shown: list[float] = []
     lengths: list[int] = []
-    for index, (method, table) in enumerate(comparison.tables.items()):
+    for index, (method, table) in enumerate(tables.items()):
         lengths = [row.length for row in table.rows]
         values = [_shown(row.perplexity) for row in table.rows]
         shown += [value for value in values if not math.isnan(value)]
@@ -79,20 +79,20 @@ def plot_comparison(comparison: MethodComparison, path: Path) -> None:
             alpha=0.18,
             linewidth=0,
         )
-    axes.axvline(comparison.window, color=MUTED, linewidth=1, linestyle=":")
+    axes.axvline(window, color=MUTED, linewidth=1, linestyle=":")
     scale_lengths(axes, lengths)
     axes.set_xlabel("Context length (tokens, filled)", color=INK)
     axes.set_ylabel("Perplexity ± one paired standard error", color=INK)
     if shown and max(shown) > LINEAR_SPAN * min(shown):
         axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
-    row = next(iter(comparison.tables.values())).rows[0]
-    of_model = f": {comparison.name}" if comparison.name else ""
+    row = next(iter(tables.values())).rows[0]
+    of_model = f": {name}" if name else ""
     style_axes(
         axes,
         f"Reading beyond the window{of_model}",
         f"{count(row.tokens, 'held-out token')} of {count(row.documents, 'document')}, the same "
-        f"everywhere; trained on {comparison.window:,} (dotted)",
+        f"everywhere; trained on {window:,} (dotted)",
     )
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     figure.savefig(path)

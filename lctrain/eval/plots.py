@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
+
+from lctrain.eval.row import PerplexityRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from lctrain.eval.table import PerplexityTable
 
 INK = "#1f2933"
 MUTED = "#616e7c"
@@ -19,7 +19,19 @@ LINEAR_SPAN = 10
 MANY_LENGTHS = 8
 
 
-def plot_perplexity(table: PerplexityTable, path: Path) -> None:
+class RowsByLength(Protocol):
+    """What the plots read of a table."""
+
+    @property
+    def rows(self) -> tuple[PerplexityRow, ...]:
+        """Rows by rising length."""
+
+    @property
+    def name(self) -> str:
+        """What was evaluated; may be empty."""
+
+
+def plot_perplexity(table: RowsByLength, path: Path) -> None:
     """Draws perplexity against context length, with one paired standard error.
 
     The band is that of the difference from the shortest length, on the same tokens: what documents
@@ -69,7 +81,7 @@ def new_figure(width: float = 7.2, height: float = 4.5) -> Figure:
 
 
 def _draw_errors(
-    axes: Axes, table: PerplexityTable, lengths: list[int], perplexities: list[float]
+    axes: Axes, table: RowsByLength, lengths: list[int], perplexities: list[float]
 ) -> None:
     """A band between the points; a bar where there is one point only."""
     if table.rows[0].documents < 2:
@@ -87,7 +99,7 @@ def _draw_errors(
     axes.legend(frameon=False, fontsize=8, labelcolor=MUTED)
 
 
-def paired_interval(table: PerplexityTable) -> tuple[list[float], list[float]]:
+def paired_interval(table: RowsByLength) -> tuple[list[float], list[float]]:
     """One standard error of the difference from the shortest length, around each perplexity.
 
     Args:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from lctrain.attention import is_patched
 from lctrain.data.passkey import Filler, Passkey, PasskeyFormat
 from lctrain.eval.extension import Extension
+from lctrain.eval.files import write_rows
 from lctrain.eval.limits import check_model
 from lctrain.eval.plots import count
 from lctrain.eval.retrieval_plot import plot_retrieval
@@ -77,17 +76,11 @@ class PasskeyTable:
         Returns:
             The paths by "csv", "json" and "png".
         """
-        folder = Path(output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = {kind: folder / f"{FILE_STEM}.{kind}" for kind in ("csv", "json", "png")}
-        rows = self.as_dicts()
-        with paths["csv"].open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
         settings = {"name": self.name, "window": self.window, "keys_per_cell": self.keys}
-        paths["json"].write_text(json.dumps({**settings, "rows": rows}, indent=2) + "\n")
-        plot_retrieval(self, paths["png"])
+        paths = write_rows(output_dir, FILE_STEM, self.as_dicts(), settings)
+        accuracy = {method: self.accuracy(method) for method in self.found}
+        axes = (self.lengths, self.depths)
+        plot_retrieval(accuracy, *axes, self.keys, self.window, self.name, paths["png"])
         return paths
 
     def __str__(self) -> str:

@@ -3,54 +3,66 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from lctrain.eval.plots import INK, MUTED, count, new_figure
-
-if TYPE_CHECKING:
-    from lctrain.eval.retrieval import PasskeyTable
 
 COLUMNS = 3
 _DARK = 0.6  # of the colour map: white text from here on
 
 
-def plot_retrieval(table: PasskeyTable, path: Path) -> None:
+def plot_retrieval(
+    accuracy: Mapping[str, np.ndarray],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    keys: int,
+    window: int,
+    name: str,
+    path: Path,
+) -> None:
     """Draws one panel per method; the dotted line is where the trained window ends.
 
     Args:
-        table: Table of at least one method.
+        accuracy: [lengths, depths] of at least one method, by its name.
+        lengths: Tokens of the texts.
+        depths: Fraction of the text before the key.
+        keys: Number of keys in each cell.
+        window: Tokens that the model was trained on.
+        name: Name of the model; may be empty.
         path: PNG file to write.
     """
-    methods = list(table.found)
+    methods = list(accuracy)
     columns = min(COLUMNS, len(methods))
     rows = math.ceil(len(methods) / columns)
-    width = 1.2 + 0.55 * len(table.lengths)
-    figure = new_figure(max(4.5, columns * width), 1.1 + rows * (1.1 + 0.32 * len(table.depths)))
+    width = 1.2 + 0.55 * len(lengths)
+    figure = new_figure(max(4.5, columns * width), 1.1 + rows * (1.1 + 0.32 * len(depths)))
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    within = sum(length <= table.window for length in table.lengths)
+    within = sum(length <= window for length in lengths)
     for axes, method in zip(panels, methods, strict=False):
-        accuracy = table.accuracy(method)  # [lengths, depths]
-        axes.imshow(accuracy.T, vmin=0.0, vmax=1.0, cmap="Blues", aspect="auto")
-        for (i, j), value in [((i, j), accuracy[i, j]) for i, j in _cells(accuracy.shape)]:
+        found = accuracy[method]
+        axes.imshow(found.T, vmin=0.0, vmax=1.0, cmap="Blues", aspect="auto")
+        for (i, j), value in [((i, j), found[i, j]) for i, j in _cells(found.shape)]:
             colour = "white" if value > _DARK else INK
             axes.text(i, j, f"{value:.0%}", ha="center", va="center", fontsize=6, color=colour)
-        if 0 < within < len(table.lengths):
+        if 0 < within < len(lengths):
             axes.axvline(within - 0.5, color=INK, linewidth=1, linestyle=":")
         axes.set_title(method, fontsize=10, color=INK)
-        labels = [f"{length:,}" for length in table.lengths]
+        labels = [f"{length:,}" for length in lengths]
         axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
         axes.set_xlabel("Length of the text (tokens)", fontsize=8, color=INK)
         axes.set_ylabel("Depth of the key", fontsize=8, color=INK)
-        axes.set_yticks(range(len(table.depths)), [f"{depth:.0%}" for depth in table.depths])
+        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         axes.tick_params(colors=MUTED, labelsize=7, length=0)
         axes.spines[:].set_visible(False)
     for axes in panels[len(methods) :]:
         axes.set_visible(False)
-    of_model = f": {table.name}" if table.name else ""
+    of_model = f": {name}" if name else ""
     figure.suptitle(
-        f"Passkeys found by depth and length{of_model}\n{count(table.keys, 'key')} in each cell; "
-        f"dotted: the trained window, {table.window:,} tokens",
+        f"Passkeys found by depth and length{of_model}\n{count(keys, 'key')} in each cell; "
+        f"dotted: the trained window, {window:,} tokens",
         fontsize=10,
         color=INK,
     )

@@ -2,55 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lctrain.eval.files import write_rows
 from lctrain.eval.plots import count, plot_perplexity
+from lctrain.eval.row import PerplexityRow
 
 FILE_STEM = "perplexity_by_length"
-
-
-@dataclass(frozen=True)
-class PerplexityRow:
-    """How well the same tokens are predicted with contexts of at most `length` tokens.
-
-    Attributes:
-        length: most tokens of context.
-        perplexity: exp(loss).
-        perplexity_low: exp(loss - stderr).
-        perplexity_high: exp(loss + stderr).
-        loss: token-weighted mean of the negative log-likelihood, nats per token.
-        stderr: standard error of `loss` over documents (see `token_mean`); NaN for one document.
-        gain: loss at the shortest length minus this loss. Both are of the same tokens, so the
-            differences between documents cancel, and `gain_stderr` is the right yardstick for
-            whether more context helps.
-        gain_stderr: standard error of `gain` over documents.
-        mean_context: tokens that a scored token really saw, on average. It stops growing with
-            `length` where the documents end.
-        documents: documents with a scored token.
-        tokens: scored tokens.
-        windows: windows that were run.
-        begun: number of windows that began with the begin tokens; 0 without begin tokens.
-    """
-
-    length: int
-    perplexity: float
-    perplexity_low: float
-    perplexity_high: float
-    loss: float
-    stderr: float
-    gain: float
-    gain_stderr: float
-    mean_context: float
-    documents: int
-    tokens: int
-    windows: int = 0
-    begun: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,24 +52,11 @@ class PerplexityTable:
         return [dataclasses.asdict(row) for row in self.rows]
 
     def save(self, output_dir: str | Path) -> dict[str, Path]:
-        """Writes perplexity_by_length.csv, .json and .png.
-
-        Numbers that do not exist (the standard error of one document) are empty in the CSV and null
-        in the JSON.
+        """Writes perplexity_by_length.csv, .json and .png: see `write_rows`.
 
         Returns:
             The paths by "csv", "json" and "png".
         """
-        folder = Path(output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = {kind: folder / f"{FILE_STEM}.{kind}" for kind in ("csv", "json", "png")}
-        rows = [{key: finite(value) for key, value in row.items()} for row in self.as_dicts()]
-        with paths["csv"].open("w", newline="") as file:
-            writer = csv.DictWriter(
-                file, [field.name for field in dataclasses.fields(PerplexityRow)]
-            )
-            writer.writeheader()
-            writer.writerows(rows)
         settings = {
             "name": self.name,
             "overlap": self.overlap,
@@ -115,9 +64,7 @@ class PerplexityTable:
             "min_context": self.min_context,
             "begin_tokens": list(self.begin_tokens),
         }
-        paths["json"].write_text(
-            json.dumps({**settings, "rows": rows}, indent=2, allow_nan=False) + "\n"
-        )
+        paths = write_rows(output_dir, FILE_STEM, self.as_dicts(), settings)
         plot_perplexity(self, paths["png"])
         return paths
 
@@ -159,10 +106,6 @@ class PerplexityTable:
         if self.begun:
             lines.append(self.begun)
         return "\n".join(lines)
-
-
-def finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _with_error(value: float, error: float, digits: int) -> str:

@@ -5,6 +5,7 @@ over the syntax tree, so imports inside functions count too.
 """
 
 import ast
+import graphlib
 import re
 import sys
 from pathlib import Path
@@ -162,6 +163,15 @@ def upward(module: str) -> list[str]:
 def test_imports_run_downwards():
     assert len(SOURCES) > 100, "the walk finds no sources"
     assert not [fault for module in sorted(set(SOURCES) - EXPORTS_ONLY) for fault in upward(module)]
+
+
+def test_no_module_imports_itself_through_others():
+    """Not even for type checking, or inside functions: a pair that import each other is a cycle."""
+    graph = {
+        module: {name for name in names if name in SOURCES and name != module}
+        for module, names in IMPORTS.items()
+    }
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
 
 
 def test_kernels_stand_alone():
