@@ -10,9 +10,7 @@ FILES = sorted({file for folder in FOLDERS for file in folder.glob("*.py")})
 FILES += sorted((ROOT / "tests").rglob("*.py"))
 ENTRY = re.compile(r"^    \*{0,2}(\w+): (.*)$", re.MULTILINE)
 # A description names what it describes: not "Of the run", "From scratch" or "Likewise".
-FRAGMENT = re.compile(
-    r"(of|as there|as in|from|likewise|where|by name|for messages?)\b", re.IGNORECASE
-)
+FRAGMENT = re.compile(r"(of|as there|from|likewise|where|by name|for messages?)\b", re.IGNORECASE)
 SUMMARY_FRAGMENT = re.compile(r"(Of|Also|Likewise|So that|What)\b")
 
 

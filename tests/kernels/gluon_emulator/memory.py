@@ -175,7 +175,7 @@ class Pointer:
         return Pointer(self.memory, self.place[index])
 
     def load(self, mask: Any = None, other: Any = None) -> Value:
-        """What lies here; `other`, or NaN, where the mask is false."""
+        """Returns the values here; `other`, or NaN, where the mask is false."""
         place = self.place.array
         if mask is None:
             return Value(self.memory.load(place), self.memory.dtype)
