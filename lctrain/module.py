@@ -16,10 +16,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lctrain.attention import is_patched
 from lctrain.batch import IGNORE_INDEX, PackedBatch
-from lctrain.cadence import at_log_step
 from lctrain.config import AttentionConfig, OptimConfig
 from lctrain.data.resume import resume_order
 from lctrain.dropout_seed import seed_micro_batch
+from lctrain.log_steps import at_log_step
 from lctrain.loss import causal_lm_loss
 from lctrain.loss.causal_lm import token_losses
 from lctrain.loss.token_window import TokenWindow

@@ -9,8 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lctrain.attention import make_spec
-from lctrain.cadence import at_log_step
 from lctrain.callbacks.patching import Patching, say
+from lctrain.log_steps import at_log_step
 from lctrain.models.patch import PatchHandle, patch_model
 from lctrain.models.rope import RopeSwap, check_rope
 from lctrain.models.within import Paths

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lctrain.cadence import at_log_step
 from lctrain.callbacks.batches import BatchView, ReadBatch, view_batch
 from lctrain.callbacks.checkpoint import StepCheckpoint
 from lctrain.callbacks.targets import loss_of
+from lctrain.log_steps import at_log_step
 
 log = logging.getLogger(__name__)
 

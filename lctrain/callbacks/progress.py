@@ -9,9 +9,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-from lctrain.cadence import at_log_step
 from lctrain.callbacks.targets import loss_of
 from lctrain.callbacks.throughput import ThroughputMonitor
+from lctrain.log_steps import at_log_step
 
 SMOOTHING_STEPS = 20  # over which the mean of the loss runs
 

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from lctrain.batch import PackedBatch
-from lctrain.cadence import at_log_step
 from lctrain.callbacks.batches import BatchView, ReadBatch, view_batch
 from lctrain.callbacks.targets import find_target
 from lctrain.flops import FlopCounter, peak_flops
+from lctrain.log_steps import at_log_step
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
-from lctrain.cadence import at_log_step
 from lctrain.callbacks.batches import ReadBatch, view_batch
 from lctrain.callbacks.override import Override
 from lctrain.callbacks.targets import refuse_twin
+from lctrain.log_steps import at_log_step
 from lctrain.loss.token_window import TokenWindow
 from lctrain.module import LongContextModule
 

@@ -93,7 +93,7 @@ def require_supported_class(model_class: Any) -> None:
 
 
 def _advice_on_parts(model: Any) -> str:
-    """What to do with a model of several modalities: patch its decoder, if that can be patched."""
+    """Returns a remedy for a model of several modalities: patch its decoder, if possible."""
     from transformers import PreTrainedModel
 
     decoder = model.get_decoder()

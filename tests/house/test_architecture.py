@@ -40,7 +40,7 @@ LEVELS = {
     "lctrain_kernels.bench": 2,
     "lctrain.kernels": 2,
     "lctrain.batch": 3,
-    "lctrain.cadence": 3,
+    "lctrain.log_steps": 3,
     "lctrain.config": 3,
     "lctrain.config_errors": 2,
     "lctrain.dropout_seed": 3,

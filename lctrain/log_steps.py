@@ -1,4 +1,4 @@
-"""When a training step logs: the only steps at which anything waits for the device."""
+"""Decides at which steps metrics are logged; at other steps no code waits for the device."""
 
 from __future__ import annotations
 
