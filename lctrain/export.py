@@ -37,7 +37,7 @@ def export_model(
     Returns:
         The folder.
     """
-    spec = None
+    spec, folder = None, Path(folder).expanduser()
     if module.patch_handle is not None:
         spec = module.patch_handle.spec
         module.patch_handle.unpatch()

@@ -28,7 +28,7 @@ class MetricsCSV(Logger):
 
     def __init__(self, save_dir: str) -> None:
         super().__init__()
-        self._save_dir = save_dir
+        self._save_dir = os.path.expanduser(save_dir)
         self._columns: list[str] = []
         self._started = False
 
@@ -117,6 +117,7 @@ def wandb_logger(
         offline: Keep everything on this machine; `wandb sync` sends it later.
         id: Id of the run. A resumed run with the same id continues the same run.
     """
+    save_dir = os.path.expanduser(save_dir)
     Path(save_dir).mkdir(parents=True, exist_ok=True)
     return WandbLogger(save_dir=save_dir, project=project, name=name, offline=offline, id=id)
 

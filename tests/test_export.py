@@ -138,3 +138,18 @@ def test_the_length_is_stated_where_outputs_do_not_depend_on_it(config, stated):
     assert exported.max_position_embeddings == stated
     assert exported.trained_as["trained_length"] == 128
     assert exported_config(config, None, None).trained_as["attention"] is None
+
+
+def test_a_leading_tilde_is_the_home_folder(tokenizer, tmp_path, monkeypatch):
+    """In Python as in the options of a run."""
+    from lctrain.callbacks import StepCheckpoint
+    from lctrain.loggers import MetricsCSV
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    module = LongContextModule(AutoModelForCausalLM.from_config(llama()))
+    module.configure_model()
+    assert export_model(module, tokenizer, "~/mine") == tmp_path / "mine"
+    assert (tmp_path / "mine" / "model.safetensors").exists()
+    assert LongContextModule("~/mine")._build().config.vocab_size == 300
+    assert StepCheckpoint("~/runs").directory == tmp_path / "runs"
+    assert MetricsCSV("~/runs").path == tmp_path / "runs" / "metrics.csv"

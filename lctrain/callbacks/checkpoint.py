@@ -51,7 +51,7 @@ class StepCheckpoint(Checkpoint):
         for name, value in (("every_n_steps", every_n_steps), ("keep", keep)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}. Choose a positive one.")
-        self.directory = Path(directory).absolute()
+        self.directory = Path(directory).expanduser().absolute()
         self.every_n_steps = every_n_steps
         self.keep = keep
         self._saved_step = -1

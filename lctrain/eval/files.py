@@ -28,7 +28,7 @@ def write_rows(
     Returns:
         The paths by "csv", "json" and "png"; the plot is the caller's to draw.
     """
-    folder = Path(output_dir)
+    folder = Path(output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     paths = {kind: folder / f"{stem}.{kind}" for kind in ("csv", "json", "png")}
     known = [{key: _known(value) for key, value in row.items()} for row in rows]

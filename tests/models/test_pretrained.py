@@ -1,0 +1,61 @@
+"""Pretrained models: revision and trust_remote_code reach weights and architecture."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from lctrain.config import PretrainedModelConfig
+from lctrain.models.pretrained import load_architecture, load_pretrained
+
+MINE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+
+class MineForCausalLM(LlamaForCausalLM):
+    config_class = MineConfig
+"""
+
+
+@pytest.mark.parametrize("load", [load_pretrained, load_architecture])
+def test_revision_and_trust_reach_the_model(monkeypatch, load):
+    seen = []
+
+    def from_pretrained(name, **options):
+        seen.append((name, options))
+        raise OSError("not there")
+
+    for owner in ("AutoConfig", "AutoModelForCausalLM"):
+        monkeypatch.setattr(f"transformers.{owner}.from_pretrained", from_pretrained)
+    config = PretrainedModelConfig(name_or_path="o/m", revision="v1", trust_remote_code=True)
+    with pytest.raises(ValueError, match="not there"):
+        load(config)
+    ((name, options),) = seen
+    assert name == "o/m"
+    assert {"revision": "v1", "trust_remote_code": True}.items() <= options.items()
+
+
+def test_code_of_a_model_runs_only_if_it_is_trusted(make_llama, tmp_path):
+    folder = tmp_path / "model"
+    model = make_llama()
+    model.save_pretrained(folder)
+    (folder / "mine.py").write_text(MINE)
+    path = folder / "config.json"
+    auto = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"}
+    settings = json.loads(path.read_text()) | {"model_type": "mine", "auto_map": auto}
+    path.write_text(json.dumps(settings))
+    name = str(folder)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_pretrained(PretrainedModelConfig(name_or_path=name))
+    trusted = PretrainedModelConfig(name_or_path=name, trust_remote_code=True)
+    loaded = load_pretrained(trusted)
+    assert type(loaded).__name__ == "MineForCausalLM"
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    with torch.device("meta"):
+        assert (
+            load_architecture(trusted).config.hidden_size
+            == LlamaConfig.from_pretrained(name).hidden_size
+        )
