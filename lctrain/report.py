@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import lightning.pytorch as pl
 
 from lctrain.callbacks import StepCheckpoint, ThroughputMonitor
 from lctrain.callbacks.throughput import peak_memory_gib
+from lctrain.closing import Closing
+from lctrain.data.packing import PackingReport
 from lctrain.loggers import MetricsCSV
 from lctrain.module import LongContextModule
 
@@ -27,11 +31,14 @@ class RunReport:
         tokens_per_second: Real tokens of all ranks, without the first logging interval.
         peak_memory_gib: Peak memory in GiB: of the device on a GPU, else of this process.
         fill: Real tokens over row capacity of the whole training split.
+        data: The training rows in a line: see `describe_rows`.
         packing: Counts of the training split, documents cut or dropped among them.
         held_out_packing: Packing counts of the held-out split.
         imbalance: Attention work of the heaviest rank of every step over that of the mean, as in
             `lctrain.data.order`; None with one rank.
         perplexities: [(context length, perplexity)].
+        findings: What the closing evaluation found, sentences by name.
+        folder: Of the run.
         paths: Paths of the written files, by name.
     """
 
@@ -43,31 +50,35 @@ class RunReport:
     tokens_per_second: float | None
     peak_memory_gib: float
     fill: float
+    data: str
     packing: str
     held_out_packing: str
     imbalance: float | None
     perplexities: tuple[tuple[int, float], ...]
+    findings: dict[str, str]
+    folder: Path
     paths: dict[str, Path]
 
     def __str__(self) -> str:
+        """At most ten lines, for readers who are new to all of it; report.json has the rest."""
         lines = [
-            f"steps            {self.steps:,}",
-            f"training loss    {_change(self.first_loss, self.last_loss)}",
-            f"held-out loss    {_change(self.held_out_first, self.held_out_last)}",
-            f"speed            {_number(self.tokens_per_second, ',.0f')} real tokens/s",
-            f"peak memory      {self.peak_memory_gib:.2f} GiB",
-            f"fill             {self.fill:.4f}",
-            f"packing          {self.packing}",
-            f"held-out packing {self.held_out_packing}",
+            f"trained   {self.steps:,} steps, {_number(self.tokens_per_second, ',.0f')} tokens/s, "
+            f"{self.peak_memory_gib:.2f} GiB of memory",
+            f"loss      {_change(self.held_out_first, self.held_out_last)} on held-out text, "
+            f"{_change(self.first_loss, self.last_loss)} in training (lower is better)",
+            f"data      {self.data}",
         ]
-        if self.imbalance is not None:
-            lines.append(f"imbalance        {self.imbalance:.3f} heaviest rank / mean attention")
-        if self.perplexities:
-            cells = ", ".join(f"{length:,}: {value:.1f}" for length, value in self.perplexities)
-            lines.append(f"perplexity by length  {cells}")
-        lines += [f"{name:<16} {path}" for name, path in self.paths.items()]
+        lines += [f"{name:<9} {sentence}" for name, sentence in self.findings.items() if sentence]
+        pictures = [path for name, path in self.paths.items() if name.endswith("plot")]
+        if pictures:
+            lines.append(f"pictures  {', '.join(map(shorten, pictures))}")
         if "model" in self.paths:
-            lines.append(f"next             lctrain-eval model={self.paths['model']}")
+            lines.append(f"model     {shorten(self.paths['model'])}, which transformers can load")
+        lines.append(f"details   {shorten(self.folder / 'report.json')} and the files beside it")
+        if "model" in self.paths:
+            lines.append(
+                f"next      {command('lctrain-eval')} model={shorten(self.paths['model'])}"
+            )
         return "\n".join(lines)
 
     def save(self, folder: Path) -> None:
@@ -84,18 +95,18 @@ class RunReport:
 def summarize(
     trainer: pl.Trainer,
     module: LongContextModule,
-    perplexities: tuple[tuple[int, float], ...],
-    paths: dict[str, Path],
+    closing: Closing,
+    folder: Path,
 ) -> RunReport:
     """Collects the report from the objects of a finished run.
 
     Args:
         trainer: After `fit`.
         module: After `fit`.
-        perplexities: [(context length, perplexity)] of the closing evaluation.
-        paths: Paths of the files besides checkpoint and metrics, by name.
+        closing: Of the evaluation, with the exported model among its paths.
+        folder: Of the run.
     """
-    found = dict(paths)
+    found = dict(closing.paths)
     speed = None
     for callback in trainer.callbacks:
         if isinstance(callback, StepCheckpoint) and callback.last_path.exists():
@@ -117,12 +128,51 @@ def summarize(
         tokens_per_second=speed,
         peak_memory_gib=peak_memory_gib(trainer.strategy.root_device),
         fill=packing.fill,
+        data=describe_rows(packing),
         packing=str(packing),
         held_out_packing=str(data.held_out_report),
         imbalance=data.imbalance if trainer.world_size > 1 else None,
-        perplexities=perplexities,
+        perplexities=closing.perplexities,
+        findings=closing.findings,
+        folder=folder,
         paths=found,
     )
+
+
+def describe_rows(packing: PackingReport) -> str:
+    """The training rows in a line, with what of the documents was lost, if anything was.
+
+    Args:
+        packing: Counts of the training rows.
+    """
+    text = f"{packing.tokens:,} tokens of {packing.documents:,} documents"
+    text += f", in rows that are {packing.fill:.1%} full"
+    lost = {
+        "cut off": packing.truncated,
+        "dropped": packing.dropped,
+        "empty": packing.dropped_empty,
+        "unreadable": packing.dropped_unreadable,
+    }
+    found = [f"{number:,} {what}" for what, number in lost.items() if number]
+    return f"{text}; {', '.join(found)}" if found else text
+
+
+def command(name: str) -> str:
+    """How a console script is called from here: by its name, or by its path beside Python's.
+
+    Args:
+        name: Of the script.
+    """
+    beside = Path(sys.executable).with_name(name)
+    if shutil.which(name) is None and beside.is_file():
+        return shorten(beside)
+    return name
+
+
+def shorten(path: Path) -> str:
+    """A path as seen from the current folder, if it lies in there."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def _change(first: float | None, last: float | None) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lctrain.command import Command
-from lctrain.config import EvaluationConfig, TrainConfig, to_dataclass
+from lctrain.config import TrainConfig, to_dataclass
 from lctrain.preflight import (
     check_attention,
     check_checkpoint,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
     from omegaconf import DictConfig
 
-    from lctrain.data import TokenizedDocument
+    from lctrain.closing import Closing
     from lctrain.module import LongContextModule
     from lctrain.report import RunReport
     from lctrain.run.folder import RunFolder
@@ -101,7 +101,7 @@ def check_before_data(config: TrainConfig) -> None:
     from lctrain.optim import learning_rate_factor
 
     if config.evaluation.enabled:
-        check_lengths(config.evaluation.lengths, forward_tokens(config.evaluation))
+        check_lengths(config.evaluation.lengths, config.evaluation.forward_tokens())
     if config.trainer.max_steps > 0:
         learning_rate_factor(config.optim, config.trainer.max_steps)  # raises for a long warmup
     lengths = {"data.max_tokens": config.data.max_tokens}
@@ -163,8 +163,8 @@ def _run(
         trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
         count_last_step(trainer)
         trainer.validate(module, datamodule, verbose=False)
-        paths, perplexities = export_and_evaluate(config, trainer, module, folder.path)
-    report = summarize(trainer, module, perplexities, paths)
+        found = export_and_evaluate(config, trainer, module, folder.path)
+    report = summarize(trainer, module, found, folder.path)
     if trainer.is_global_zero:
         report.save(folder.path)
         print(report, flush=True)
@@ -201,129 +201,24 @@ def end_launched_ranks(trainer: pl.Trainer, number: int) -> None:
 
 def export_and_evaluate(
     config: TrainConfig, trainer: pl.Trainer, module: LongContextModule, output_dir: Path
-) -> tuple[dict[str, Path], tuple[tuple[int, float], ...]]:
-    """Writes the trained model and its perplexities, on rank 0; the others wait.
-
-    Returns:
-        The files by name and [(context length, perplexity)].
-    """
+) -> Closing:
+    """Writes the trained model and evaluates it, on rank 0; the others wait."""
+    from lctrain.closing import NOTHING, evaluate_at_end
     from lctrain.export import export_model
 
-    perplexities: tuple[tuple[int, float], ...] = ()
-    paths: dict[str, Path] = {}
+    closing = NOTHING
     if trainer.is_global_zero:
+        paths: dict[str, Path] = {}
         if config.export:  # first: whatever happens in the evaluation, the model is there
             data = trainer.datamodule
             paths["model"] = export_model(
                 module, data.tokenizer, output_dir / "model", data.longest_document
             )
         if config.evaluation.enabled:
-            perplexities, files = evaluate_by_length(config.evaluation, trainer, module, output_dir)
-            paths.update(files)
+            closing = evaluate_at_end(config.evaluation, trainer, module, output_dir)
+        closing = replace(closing, paths=paths | closing.paths)
     trainer.strategy.barrier("lctrain-train")
-    return paths, perplexities
-
-
-def evaluate_by_length(
-    config: EvaluationConfig, trainer: pl.Trainer, module: LongContextModule, output_dir: Path
-) -> tuple[tuple[tuple[int, float], ...], dict[str, Path]]:
-    """Measures held-out perplexity by context length; writes, plots and logs the table.
-
-    Args:
-        config: Lengths and number of documents.
-        trainer: After `fit`.
-        module: Module with the trained model.
-        output_dir: Folder of the run.
-
-    Returns:
-        [(context length, perplexity)] and the files by name.
-    """
-    from lctrain.eval import longest_documents, perplexity_by_length
-    from lctrain.eval.begin import begin_tokens
-    from lctrain.loggers import log_evaluation
-
-    documents = longest_documents(trainer.datamodule.held_out_documents(), config.documents)
-    if not documents or len(documents[0].input_ids) < 2:
-        log.warning(
-            "No perplexity by length: data.held_out_fraction holds out no document of two tokens."
-        )
-        return (), {}
-    if config.document_tokens is not None:
-        documents = [
-            replace(document, input_ids=document.input_ids[: config.document_tokens])
-            for document in documents
-        ]
-    module.to(trainer.strategy.root_device)
-    if config.methods:
-        return compare_beyond_window(config, documents, trainer, module, output_dir)
-    with trainer.precision_plugin.forward_context():
-        table = perplexity_by_length(
-            module.model,
-            documents,
-            config.lengths,
-            max_tokens=forward_tokens(config),
-            begin=begin_tokens(trainer.datamodule.tokenizer, config.begin_token),
-            progress=trainer.progress_bar_callback is not None,
-        )
-    files = table.save(output_dir / "perplexity")
-    for logger in trainer.loggers:
-        log_evaluation(logger, table.as_dicts(), files["png"])
-    paths = {"perplexity table": files["csv"], "perplexity plot": files["png"]}
-    return tuple((row.length, row.perplexity) for row in table.rows), paths
-
-
-def compare_beyond_window(
-    config: EvaluationConfig,
-    documents: Sequence[TokenizedDocument],
-    trainer: pl.Trainer,
-    module: LongContextModule,
-    output_dir: Path,
-) -> tuple[tuple[tuple[int, float], ...], dict[str, Path]]:
-    """Compares methods to read beyond the window on the trained model.
-
-    The model's own patch is removed first; each method patches the model for itself.
-
-    Args:
-        config: Lengths and methods.
-        documents: Held-out documents.
-        trainer: After `fit`.
-        module: Module with the trained model.
-        output_dir: Folder of the run.
-
-    Returns:
-        [(context length, perplexity)] of the last method and the files by name.
-    """
-    from lctrain.eval import Extension, compare_methods, trained_window
-    from lctrain.eval.begin import begin_tokens
-    from lctrain.loggers import log_evaluation
-
-    if module.patch_handle is not None:
-        module.patch_handle.unpatch()
-        module.patch_handle = None
-    window = trained_window(module.model, None)
-    with trainer.precision_plugin.forward_context():
-        comparison = compare_methods(
-            module.model,
-            documents,
-            config.lengths,
-            [Extension(method, window) for method in config.methods],
-            max_tokens=forward_tokens(config),
-            stride=config.stride,
-            begin=begin_tokens(trainer.datamodule.tokenizer, config.begin_token),
-            progress=trainer.progress_bar_callback is not None,
-        )
-    files = comparison.save(output_dir / "perplexity")
-    for logger in trainer.loggers:
-        log_evaluation(logger, comparison.as_dicts(), files["png"])
-    print(comparison, flush=True)
-    paths = {"perplexity table": files["csv"], "perplexity plot": files["png"]}
-    last = comparison.tables[config.methods[-1]]
-    return tuple((row.length, row.perplexity) for row in last.rows), paths
-
-
-def forward_tokens(config: EvaluationConfig) -> int:
-    """Tokens per forward pass of the evaluation."""
-    return max([2, *config.lengths]) if config.max_tokens is None else config.max_tokens
+    return closing
 
 
 def quiet_lightning() -> None:

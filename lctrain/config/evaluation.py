@@ -20,6 +20,9 @@ class EvaluationConfig:
         methods: Methods to compare on the trained model that read beyond its window, as in
             lctrain-eval. Without methods the model is measured as it was trained.
         stride: Positions that a window scores, with methods; None for half the shortest length.
+        passkey_lengths: Tokens of texts in which keys are hidden, to be found with each of the
+            methods; none hides no keys.
+        keys_per_cell: Keys of each length and each of five depths of the text.
         begin_token: Whether each window begins with the begin token; None where the tokenizer adds
             one to a text.
     """
@@ -32,6 +35,8 @@ class EvaluationConfig:
     methods: list[str] = field(default_factory=list)
     stride: int | None = None
     begin_token: bool | None = None
+    passkey_lengths: list[int] = field(default_factory=list)
+    keys_per_cell: int = 10
 
     def __post_init__(self) -> None:
         if self.documents is not None and self.documents < 1:
@@ -52,3 +57,19 @@ class EvaluationConfig:
             f"evaluation.stride must be in [1, shortest length = {min(self.lengths)}], got "
             f"{self.stride}. Use null for half of it.",
         )
+        if self.passkey_lengths:
+            require(
+                bool(self.methods),
+                "evaluation.methods must name at least one with evaluation.passkey_lengths, got "
+                "none. Use [plain] for the model as it is.",
+            )
+            check_lengths(self.passkey_lengths, None, "evaluation.passkey_")
+        require(
+            self.keys_per_cell >= 1,
+            f"evaluation.keys_per_cell must be at least 1, got {self.keys_per_cell}. Use "
+            "evaluation.passkey_lengths=[] for no keys.",
+        )
+
+    def forward_tokens(self) -> int:
+        """Most tokens in a forward pass."""
+        return max([2, *self.lengths]) if self.max_tokens is None else self.max_tokens

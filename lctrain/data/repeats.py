@@ -1,4 +1,4 @@
-"""Lists of words that repeat to the end of a document: the quickest way to learn to copy.
+"""Lists of words, each said a few times: the quickest way for a small model to learn to copy.
 
 To find a passkey a model must copy what followed an earlier occurrence of a token. Short lists
 teach that step by step: with two words the next one is the other one, with a few it is one of them.
@@ -12,22 +12,35 @@ from lctrain.data.passkey import PasskeyFormat
 
 SHORTEST_LIST = 2  # words
 LONGEST_LIST = 24
+TIMES = (2, 4)  # that a list is said, at least and at most
 
 
 def make_repeats(format: PasskeyFormat, random: np.random.Generator, tokens: int) -> np.ndarray:
-    """Makes a document of one list of different words, over and over.
+    """Makes a document of lists that follow one another; no word is in two of them.
+
+    Once all words are used, the last list goes on.
 
     Args:
         format: Its words are those of passkeys.
-        random: Chooses the words; the length of the list is log-uniform.
+        random: Chooses the words, the length of each list (log-uniform) and how often it is said.
         tokens: Of the document, begin and end token included.
 
     Returns:
         [tokens] int64.
     """
-    room = tokens - len(format.begin) - len(format.end)
-    longest = max(SHORTEST_LIST, min(LONGEST_LIST, len(format.words), room // 2))
-    words = round(SHORTEST_LIST * (longest / SHORTEST_LIST) ** random.random())
-    chosen = random.permutation(len(format.words))[:words]
-    text = np.resize(np.concatenate([format.words[word] for word in chosen]), max(room, 0))
+    room = max(0, tokens - len(format.begin) - len(format.end))
+    words = [format.words[number] for number in random.permutation(len(format.words))]
+    longest = max(SHORTEST_LIST, min(LONGEST_LIST, len(words) // 2))
+    parts: list[np.ndarray] = []
+    said = first = 0
+    while said < room:
+        drawn = SHORTEST_LIST * (longest / SHORTEST_LIST) ** random.random()
+        listed = np.concatenate(words[first : first + round(drawn)])
+        first += round(drawn)
+        times = int(random.integers(TIMES[0], TIMES[1] + 1))
+        if first + SHORTEST_LIST > len(words):
+            times = room // len(listed) + 1
+        parts.append(np.tile(listed, times))
+        said += len(parts[-1])
+    text = np.concatenate([np.empty(0, np.int64), *parts])[:room]
     return np.concatenate([format.begin, text, format.end])[:tokens]

@@ -1,6 +1,7 @@
 """lctrain-train from the config to its files."""
 
 import csv
+import json
 import shlex
 import sys
 from dataclasses import replace
@@ -48,7 +49,6 @@ def test_report_says_what_happened_and_where_it_is(finished):
     assert report.tokens_per_second > 0
     assert 0.5 < report.fill <= 1.0
     assert report.imbalance is None
-    assert f"held-out packing {report.held_out_packing}\n" in printed
     assert report.held_out_packing != report.packing
     assert [length for length, _ in report.perplexities] == [16, 64]
     assert {"checkpoint", "metrics", "model", "perplexity plot", "perplexity table"} <= set(
@@ -57,10 +57,24 @@ def test_report_says_what_happened_and_where_it_is(finished):
     for path in report.paths.values():
         assert path.exists()
         assert path.is_relative_to(folder)
-        assert str(path) in printed
     assert report.paths["perplexity plot"].read_bytes().startswith(b"\x89PNG")
-    for line in ("training loss", "held-out loss", "real tokens/s", "fill", "dropped", "split"):
-        assert line in printed
+    saved = json.loads((folder / "report.json").read_text())
+    assert saved["held_out_packing"] == report.held_out_packing
+    assert saved["paths"] == {name: str(path) for name, path in report.paths.items()}
+
+
+def test_report_is_ten_lines_that_name_what_is_to_be_looked_at(finished):
+    report, folder, printed = finished
+    lines = str(report).splitlines()
+    assert len(lines) <= 10
+    assert printed.endswith(f"{report}\n")
+    assert (folder / "report.txt").read_text() == f"{report}\n"
+    for name in ("perplexity plot", "model"):
+        assert str(report.paths[name]) in str(report)
+    assert str(folder / "report.json") in str(report)
+    assert lines[-1].endswith(f"lctrain-eval model={report.paths['model']}")
+    assert "held-out text" in lines[1]
+    assert "(lower is better)" in lines[1]
 
 
 def test_metrics_file(finished):
@@ -168,6 +182,8 @@ def test_resume_with_other_settings(finished, tiny, tmp_path, override, named):
         ("evaluation.max_tokens=32", "lengths must be at most max_tokens"),
         ("evaluation.documents=0", "evaluation.documents must be at least 1, got 0"),
         ("evaluation.document_tokens=1", "evaluation.document_tokens must be at least 2, got 1"),
+        ("evaluation.passkey_lengths=[64]", "evaluation.methods must name at least one with"),
+        ("evaluation.keys_per_cell=0", "evaluation.keys_per_cell must be at least 1, got 0"),
         ("data.max_tokens=1", "max_tokens must be at least 2, got 1"),
         ("trainer.max_steps=-1", "must be set, got neither"),
         ("data.files=[/no/such/*.txt]", "/no/such"),
@@ -231,7 +247,7 @@ def test_a_failing_evaluation_does_not_lose_the_export(tiny, tmp_path, monkeypat
     def fail(*args):
         raise RuntimeError("the evaluation failed")
 
-    monkeypatch.setattr("lctrain.train.evaluate_by_length", fail)
+    monkeypatch.setattr("lctrain.closing.evaluate_at_end", fail)
     with pytest.raises(RuntimeError, match="the evaluation failed"):
         train(config(*tiny, "trainer.max_steps=1", output_dir=tmp_path / "1"))
     assert (tmp_path / "1" / "model" / "model.safetensors").exists()
@@ -316,6 +332,8 @@ def test_the_closing_evaluation_compares_ways_beyond_the_window(tiny, tmp_path, 
         "data.max_document_tokens=32",
         "evaluation.methods=[plain,dual_chunk]",
         "evaluation.stride=8",
+        "evaluation.passkey_lengths=[96,128]",
+        "evaluation.keys_per_cell=2",
         "trainer.max_steps=1",
     ]
     report = train(config(*tiny, *settings, output_dir=tmp_path / "1"))
@@ -326,4 +344,14 @@ def test_the_closing_evaluation_compares_ways_beyond_the_window(tiny, tmp_path, 
     assert by_cell["plain", "64"] != by_cell["dual_chunk", "64"]
     printed = capsys.readouterr().out
     assert "Perplexity by context length and method" in printed
+    assert "Passkeys found" in printed
+    keys = list(csv.DictReader(report.paths["passkey table"].read_text().splitlines()))
+    assert {(row["method"], row["length"]) for row in keys} == {
+        (method, length) for method in ("plain", "dual_chunk") for length in ("96", "128")
+    }
+    assert sum(int(row["keys"]) for row in keys) == 2 * 2 * 5 * 2
+    assert "of 10 keys hidden in texts of 128 tokens, 4 times the trained" in report.findings["keys"]
+    assert "perplexity at 64 tokens, 2 times the trained length: plain" in str(report)
+    assert len(str(report).splitlines()) <= 10
+    assert report.paths["passkey plot"].is_file()
     assert f"lctrain-eval model={report.paths['model']}" in printed.splitlines()[-1]

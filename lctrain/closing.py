@@ -1,0 +1,182 @@
+"""The evaluation that closes a training run: perplexity by context length, and passkeys."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as pl
+
+from lctrain.config import EvaluationConfig
+from lctrain.data.passkey import PasskeyFormat
+from lctrain.eval import (
+    Extension,
+    begin_tokens,
+    compare_methods,
+    longest_documents,
+    passkey_retrieval,
+    perplexity_by_length,
+    trained_window,
+)
+from lctrain.eval.findings import beyond_window, context_gain, keys_found
+from lctrain.loggers import log_evaluation
+from lctrain.module import LongContextModule
+
+if TYPE_CHECKING:
+    from lctrain.data import TokenizedDocument
+
+log = logging.getLogger(__name__)
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Closing:
+    """What was found.
+
+    Attributes:
+        perplexities: [(context length, perplexity)], of the last method where there are several.
+        findings: Sentences by name, for the report.
+        paths: The files by name.
+    """
+
+    perplexities: tuple[tuple[int, float], ...]
+    findings: dict[str, str]
+    paths: dict[str, Path]
+
+
+NOTHING = Closing((), {}, {})
+
+
+def evaluate_at_end(
+    config: EvaluationConfig, trainer: pl.Trainer, module: LongContextModule, output_dir: Path
+) -> Closing:
+    """Measures the trained model on held-out documents; writes, plots and logs it.
+
+    Args:
+        config: Lengths, methods and number of documents.
+        trainer: After `fit`.
+        module: With the trained model.
+        output_dir: Folder of the run.
+    """
+    held_out = trainer.datamodule.held_out_documents()
+    documents = longest_documents(held_out, config.documents)
+    if not documents or len(documents[0].input_ids) < 2:
+        log.warning(
+            "No perplexity by length: data.held_out_fraction holds out no document of two tokens."
+        )
+        return NOTHING
+    if config.document_tokens is not None:
+        documents = [
+            replace(document, input_ids=document.input_ids[: config.document_tokens])
+            for document in documents
+        ]
+    module.to(trainer.strategy.root_device)
+    with trainer.precision_plugin.forward_context():
+        if not config.methods:
+            return measure_as_trained(config, documents, trainer, module, output_dir)
+        # Each method patches the model in its turn.
+        if module.patch_handle is not None:
+            module.patch_handle.unpatch()
+            module.patch_handle = None
+        window = trained_window(module.model, None)
+        extensions = [Extension(method, window) for method in config.methods]
+        closing = compare_beyond_window(config, documents, extensions, trainer, module, output_dir)
+        if not config.passkey_lengths:
+            return closing
+        return find_keys(config, held_out, extensions, trainer, module, output_dir, closing)
+
+
+def measure_as_trained(
+    config: EvaluationConfig,
+    documents: Sequence[TokenizedDocument],
+    trainer: pl.Trainer,
+    module: LongContextModule,
+    output_dir: Path,
+) -> Closing:
+    """Perplexity by context length with the attention of the training."""
+    table = perplexity_by_length(
+        module.model,
+        documents,
+        config.lengths,
+        max_tokens=config.forward_tokens(),
+        begin=begin_tokens(trainer.datamodule.tokenizer, config.begin_token),
+        progress=trainer.progress_bar_callback is not None,
+    )
+    files = table.save(output_dir / "perplexity")
+    for logger in trainer.loggers:
+        log_evaluation(logger, table.as_dicts(), files["png"])
+    return Closing(
+        tuple((row.length, row.perplexity) for row in table.rows),
+        {"context": context_gain(table.rows)},
+        {"perplexity table": files["csv"], "perplexity plot": files["png"]},
+    )
+
+
+def compare_beyond_window(
+    config: EvaluationConfig,
+    documents: Sequence[TokenizedDocument],
+    extensions: Sequence[Extension],
+    trainer: pl.Trainer,
+    module: LongContextModule,
+    output_dir: Path,
+) -> Closing:
+    """Perplexity by context length with several ways to read beyond the window."""
+    comparison = compare_methods(
+        module.model,
+        documents,
+        config.lengths,
+        extensions,
+        max_tokens=config.forward_tokens(),
+        stride=config.stride,
+        begin=begin_tokens(trainer.datamodule.tokenizer, config.begin_token),
+        progress=trainer.progress_bar_callback is not None,
+        name=output_dir.parent.name,
+    )
+    files = comparison.save(output_dir / "perplexity")
+    for logger in trainer.loggers:
+        log_evaluation(logger, comparison.as_dicts(), files["png"])
+    print(comparison, flush=True)
+    last = comparison.tables[config.methods[-1]]
+    return Closing(
+        tuple((row.length, row.perplexity) for row in last.rows),
+        {
+            "context": context_gain(last.rows, comparison.window),
+            "beyond": beyond_window(comparison),
+        },
+        {"perplexity table": files["csv"], "perplexity plot": files["png"]},
+    )
+
+
+def find_keys(
+    config: EvaluationConfig,
+    documents: Sequence[TokenizedDocument],
+    extensions: Sequence[Extension],
+    trainer: pl.Trainer,
+    module: LongContextModule,
+    output_dir: Path,
+    closing: Closing,
+) -> Closing:
+    """Hides keys in the held-out text; adds to `closing` what is found of them."""
+    table = passkey_retrieval(
+        module.model,
+        PasskeyFormat.of(trainer.datamodule.tokenizer),
+        [document.input_ids for document in documents],
+        config.passkey_lengths,
+        extensions,
+        max_tokens=max(config.forward_tokens(), *config.passkey_lengths),
+        depths=DEPTHS,
+        keys_per_cell=config.keys_per_cell,
+        progress=trainer.progress_bar_callback is not None,
+        name=output_dir.parent.name,
+    )
+    files = table.save(output_dir / "passkeys")
+    print(table, flush=True)
+    return Closing(
+        closing.perplexities,
+        closing.findings | {"keys": keys_found(table)},
+        closing.paths | {"passkey table": files["csv"], "passkey plot": files["png"]},
+    )

@@ -1,0 +1,78 @@
+"""What an evaluation found, in sentences for readers who see such numbers for the first time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lctrain.eval.comparison import MethodComparison
+from lctrain.eval.retrieval import PasskeyTable
+from lctrain.eval.table import PerplexityRow
+
+CLEAR = 3.0  # paired standard errors from which on a difference is called clear
+
+
+def context_gain(rows: Sequence[PerplexityRow], window: int | None = None) -> str:
+    """Says whether more context makes the text easier to predict, inside the trained window.
+
+    The difference is that of the same tokens at two lengths, with its paired standard error.
+
+    Args:
+        rows: By rising length.
+        window: Tokens that the model was trained on; longer contexts are left out. None takes all.
+
+    Returns:
+        A sentence, or nothing where there are no two lengths.
+    """
+    within = [row for row in rows if window is None or row.length <= window]
+    if len(within) < 2 or not math.isfinite(within[-1].perplexity):
+        return ""
+    first, last = within[0], within[-1]
+    numbers = (
+        f"perplexity {first.perplexity:,.1f} with {first.length:,} tokens of context, "
+        f"{last.perplexity:,.1f} with {last.length:,}"
+    )
+    if not last.gain_stderr > 0:
+        return f"{numbers} (lower is better)"
+    errors = last.gain / last.gain_stderr
+    verdict = "no clear change"
+    if errors > CLEAR:
+        verdict = "context helps"
+    elif errors < -CLEAR:
+        verdict = "context hurts"
+    return f"{numbers} (lower is better): {verdict}, {abs(errors):.1f} standard errors"
+
+
+def beyond_window(comparison: MethodComparison) -> str:
+    """Says how perplexity changes from the trained window to the longest length, by method.
+
+    Returns:
+        A sentence, or nothing where no length is beyond the window or none within.
+    """
+    longest = next(iter(comparison.tables.values())).rows[-1].length
+    if longest <= comparison.window:
+        return ""
+    changes = []
+    for method, table in comparison.tables.items():
+        ratio = comparison.ratio(method, table.rows[-1])
+        if math.isnan(ratio):
+            return ""
+        changes.append(f"{method} {ratio - 1:+.0%}" if ratio < 10 else f"{method} x {ratio:,.0f}")
+    return f"perplexity at {_times(longest, comparison.window)}: {', '.join(changes)}"
+
+
+def keys_found(table: PasskeyTable) -> str:
+    """Says how many of the hidden keys each method finds at the longest length."""
+    longest = table.lengths[-1]
+    hidden = table.keys * len(table.depths)
+    found = [f"{method} {int(counts[-1].sum())}" for method, counts in table.found.items()]
+    return (
+        f"of {hidden:,} keys hidden in texts of {_times(longest, table.window)}, found: "
+        f"{', '.join(found)}"
+    )
+
+
+def _times(length: int, window: int) -> str:
+    if length <= window:
+        return f"{length:,} tokens"
+    return f"{length:,} tokens, {length / window:,.3g} times the trained length"
