@@ -12,7 +12,7 @@ from lctrain.data.passkey import PasskeyFormat
 
 SHORTEST_LIST = 2  # words
 LONGEST_LIST = 24
-TIMES = (2, 4)  # that a list is said, at least and at most
+FEWEST_TIMES = 2  # that a list is said
 
 
 def make_repeats(format: PasskeyFormat, random: np.random.Generator, tokens: int) -> np.ndarray:
@@ -22,7 +22,8 @@ def make_repeats(format: PasskeyFormat, random: np.random.Generator, tokens: int
 
     Args:
         format: Its words are those of passkeys.
-        random: Chooses the words, the length of each list (log-uniform) and how often it is said.
+        random: Chooses the words, and how long each list is and how often it is said: both are
+            log-uniform, up to LONGEST_LIST and to the end of the document.
         tokens: Of the document, begin and end token included.
 
     Returns:
@@ -37,7 +38,8 @@ def make_repeats(format: PasskeyFormat, random: np.random.Generator, tokens: int
         drawn = SHORTEST_LIST * (longest / SHORTEST_LIST) ** random.random()
         listed = np.concatenate(words[first : first + round(drawn)])
         first += round(drawn)
-        times = int(random.integers(TIMES[0], TIMES[1] + 1))
+        most = max(FEWEST_TIMES, (room - said) / len(listed))
+        times = round(FEWEST_TIMES * (most / FEWEST_TIMES) ** random.random())
         if first + SHORTEST_LIST > len(words):
             times = room // len(listed) + 1
         parts.append(np.tile(listed, times))

@@ -67,6 +67,7 @@ LEVELS = {
     "lctrain.callbacks": 8,
     "lctrain.build": 9,
     "lctrain.export": 9,
+    "lctrain.closing": 8,
     "lctrain.model_card": 8,
     "lctrain.report": 9,
     "lctrain.measure": 9,

@@ -350,7 +350,8 @@ def test_the_closing_evaluation_compares_ways_beyond_the_window(tiny, tmp_path, 
         (method, length) for method in ("plain", "dual_chunk") for length in ("96", "128")
     }
     assert sum(int(row["keys"]) for row in keys) == 2 * 2 * 5 * 2
-    assert "of 10 keys hidden in texts of 128 tokens, 4 times the trained" in report.findings["keys"]
+    hidden = "of 10 keys hidden in texts of 128 tokens, 4 times the trained length"
+    assert report.findings["keys"].startswith(hidden)
     assert "perplexity at 64 tokens, 2 times the trained length: plain" in str(report)
     assert len(str(report).splitlines()) <= 10
     assert report.paths["passkey plot"].is_file()
