@@ -216,6 +216,9 @@ lctrain-eval evaluates a causal language model of Hugging Face at several contex
         "data.num_workers",
         "data.seed",
         "model.gradient_checkpointing",
+        "attention.dropout",
+        "attention.deterministic",
+        "attention.fused",
     ),
     only={"model": ("hf",)},
 )

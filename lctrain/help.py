@@ -125,6 +125,7 @@ def attribute_docs(schema: type) -> dict[str, str]:
         )
         if not marker:
             continue
+        attributes = re.split(r"\n[A-Z]\w+:\n", attributes)[0]  # up to the next section
         for entry in re.split(r"\n(?=    \w+:)", "\n" + attributes):
             name, colon, words = entry.strip().partition(":")
             if colon and name.isidentifier():

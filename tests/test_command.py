@@ -156,7 +156,10 @@ def test_help_of_the_evaluation_lists_what_it_takes():
     text = describe(evaluate.COMMAND, [])
     for absent in ("passkey_fraction", "trainer", "callbacks", "optim", "llama_5m", "gradient_"):
         assert absent not in text
+    for key in ("dropout", "deterministic", "fused"):  # of training
+        assert f"attention.{key}=" not in text
     assert "passkey.keys_per_cell=20" in text
+    assert "Raises:" not in text
 
 
 def test_help_follows_the_choices():

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lctrain.batch import PackedBatch
 from lctrain.callbacks.batches import BatchView, ReadBatch, view_batch
@@ -16,6 +17,7 @@ from lctrain.callbacks.routed import RoutedRounding
 from lctrain.callbacks.targets import find_target
 
 LARGEST_LOGITS = 2**28  # elements; above, the last hidden states are compared instead
+BAR_DELAY_S = 1.0  # before a bar appears
 LARGEST_RECORD = 2**30  # elements kept of routed blocks; above, the check takes fewer tokens
 
 
@@ -73,8 +75,9 @@ class IsolationCheck(pl.Callback):
         model = find_target(pl_module, self.model, self)
         pack = as_pack(view_batch(batch, self.read_batch))
         if pack is not None:
+            shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
             with trainer.precision_plugin.forward_context():
-                check_isolation(model, pack)
+                check_isolation(model, pack, progress=shown)
 
 
 def as_pack(view: BatchView) -> PackedBatch | None:
@@ -102,12 +105,13 @@ def as_pack(view: BatchView) -> PackedBatch | None:
     return PackedBatch.from_documents(documents).to(view.input_ids.device)
 
 
-def check_isolation(model: nn.Module, batch: PackedBatch) -> None:
+def check_isolation(model: nn.Module, batch: PackedBatch, progress: bool = False) -> None:
     """Runs `model` on `batch`, with one document changed, and with neighbours of other lengths.
 
     Args:
         model: A causal LM that takes the arguments `batch.model_kwargs()`.
         batch: A pack on the model's device.
+        progress: Show a bar over the forward passes, if they take more than a second.
 
     Raises:
         IsolationError: if an output outside what was changed differs in any bit.
@@ -121,20 +125,23 @@ def check_isolation(model: nn.Module, batch: PackedBatch) -> None:
         batch = _halves(batch)
     devices = [batch.input_ids.device] if batch.input_ids.is_cuda else []
     modes = {module: module.training for module in model.modules()}
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+    bar = tqdm(
+        desc="Isolation check", unit="pass", delay=BAR_DELAY_S, leave=False, disable=not progress
+    )
+    with torch.no_grad(), torch.random.fork_rng(devices=devices), bar:
         try:
             model.eval()
             with rounding.recording():
-                before = _outputs(model, batch)
-            _check_contents(model, batch, before, rounding)
-            _check_lengths(model, batch, before, rounding)
+                before = _outputs(model, batch, bar)
+            _check_contents(model, batch, before, rounding, bar)
+            _check_lengths(model, batch, before, rounding, bar)
         finally:
             for module, training in modes.items():
                 module.training = training
 
 
 def _check_contents(
-    model: nn.Module, batch: PackedBatch, before: Tensor, rounding: RoutedRounding
+    model: nn.Module, batch: PackedBatch, before: Tensor, rounding: RoutedRounding, bar: Any
 ) -> None:
     """Changes the tokens of one document; `before` [T, C] are the outputs of the batch."""
     documents = _with_tokens(batch)
@@ -143,7 +150,7 @@ def _check_contents(
     end = start + batch.lengths[chosen]
     others = _all_but(batch, start, end)
     with rounding.replaying(others):
-        after = _outputs(model, _perturb(batch, start, end, _vocabulary(model, batch)))
+        after = _outputs(model, _perturb(batch, start, end, _vocabulary(model, batch)), bar)
     differs = (before != after).flatten(1).any(dim=1)  # [T] bool
     if not bool(differs[start:end].any()):
         raise IsolationError(
@@ -166,14 +173,14 @@ def _check_contents(
 
 
 def _check_lengths(
-    model: nn.Module, batch: PackedBatch, before: Tensor, rounding: RoutedRounding
+    model: nn.Module, batch: PackedBatch, before: Tensor, rounding: RoutedRounding, bar: Any
 ) -> None:
     """Changes the lengths of the documents around one; `before` [T, C] are the batch's outputs."""
     index, start, end = observed_document(batch)
     observed = ~_all_but(batch, start, end)
     for changed in with_other_lengths(batch, start, end, model):
         with rounding.replaying(observed):
-            after = _outputs(model, changed)
+            after = _outputs(model, changed, bar)
         differs = (before != after).flatten(1).any(dim=1) & observed
         if not bool(differs.any()):
             continue
@@ -219,8 +226,12 @@ def _shortened(batch: PackedBatch, tokens: int) -> PackedBatch:
     return shortened.to(batch.input_ids.device)
 
 
-def _outputs(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """Returns the logits [T, V], or the hidden states [T, E] where logits would be too large."""
+def _outputs(model: nn.Module, batch: PackedBatch, bar: Any) -> Tensor:
+    """Returns the logits [T, V], or the hidden states [T, E] where logits would be too large.
+
+    Advances the bar by one pass.
+    """
+    bar.update(1)
     base = getattr(model, "base_model", model)
     if batch.num_tokens * _vocabulary(model, batch) > LARGEST_LOGITS and base is not model:
         return base(**batch.model_kwargs()).last_hidden_state[0]

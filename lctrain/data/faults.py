@@ -74,7 +74,12 @@ def _one_per_file(names: list[str], messages: list[str]) -> list[str]:
 @lru_cache(maxsize=1024)
 def warn_once(message: str) -> None:
     """Logs a warning once, although every rank sets the data up again."""
+    if on_first_rank():
+        log.warning(message)
+
+
+def on_first_rank() -> bool:
+    """Whether this process is the first of its run, as Lightning knows it."""
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-    if getattr(rank_zero_only, "rank", 0) == 0:
-        log.warning(message)
+    return getattr(rank_zero_only, "rank", 0) == 0

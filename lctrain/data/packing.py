@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
+from tqdm import tqdm
 
 from lctrain.batch import check_max_tokens
 
 Overlong = Literal["split", "truncate", "drop"]
 
 _WORD_BITS = 1024
+BAR_DELAY_S = 1.0  # before a bar appears
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ def plan_rows(
     window: int = 100_000,
     dropped_empty: int = 0,
     dropped_unreadable: int = 0,
+    progress: bool = False,
 ) -> PackingPlan:
     """Packs documents into rows of at most `max_tokens`.
 
@@ -143,6 +146,7 @@ def plan_rows(
         window: Documents packed at a time; a row never mixes windows.
         dropped_empty: Count of empty documents to carry into the report.
         dropped_unreadable: Count of what could not be read, to carry into the report.
+        progress: Show a bar over the documents, if packing takes more than a second.
 
     Returns:
         The plan, with its report.
@@ -168,9 +172,19 @@ def plan_rows(
     rows = 0
     ends = np.searchsorted(documents, np.arange(window, len(lengths) + window, window))
     begin = 0
-    for end in ends.tolist():
-        rows += _best_fit_decreasing(pieces[begin:end], max_tokens, row_of_piece[begin:end], rows)
-        begin = end
+    with tqdm(
+        total=len(pieces),
+        desc="Packing",
+        unit="piece",
+        unit_scale=True,
+        delay=BAR_DELAY_S,
+        disable=not progress,
+    ) as bar:
+        for end in ends.tolist():
+            part = slice(begin, end)
+            rows += _best_fit_decreasing(pieces[part], max_tokens, row_of_piece[part], rows)
+            bar.update(end - begin)
+            begin = end
     # by row, then longest first
     row_pieces = np.lexsort((-pieces, row_of_piece))
     row_offsets = np.concatenate([[0], np.cumsum(np.bincount(row_of_piece, minlength=rows))])

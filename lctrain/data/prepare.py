@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lctrain.config import DataSettings
 from lctrain.data.collator import PackedRows
 from lctrain.data.documents import Documents, TokenStore, count_shared, read_documents
-from lctrain.data.faults import warn_once
+from lctrain.data.faults import on_first_rank, warn_once
 from lctrain.data.hub import HubSource
 from lctrain.data.packing import Overlong, PackingPlan, document_limit, plan_rows
 from lctrain.data.passkey import PasskeyFormat
@@ -177,6 +177,7 @@ class Preparation:
             window=self.settings.packing_window,
             dropped_empty=documents.dropped_empty,
             dropped_unreadable=documents.dropped_unreadable,
+            progress=on_first_rank(),
         )
         report = replace(
             plan.report, repaired=documents.repaired, special_texts=store.special_texts

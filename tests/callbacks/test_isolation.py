@@ -230,3 +230,12 @@ def test_of_a_large_mixture_fewer_tokens_are_checked(mixture, monkeypatch):
     leak(mixture)
     with pytest.raises(IsolationError):
         check_isolation(mixture, make_batch([60], 0))
+
+
+def test_a_bar_shows_every_pass(patched, monkeypatch, capfd):
+    """It appears after a second; here at once."""
+    monkeypatch.setattr("lctrain.callbacks.isolation.BAR_DELAY_S", 0)
+    check_isolation(patched, PACKS[0])
+    assert "Isolation check" not in capfd.readouterr().err
+    check_isolation(patched, PACKS[0], progress=True)
+    assert "Isolation check: " in capfd.readouterr().err

@@ -184,3 +184,14 @@ def test_a_million_documents_in_five_seconds_and_one_gibibyte():
     assert measured["seconds"] < 5
     assert measured["bytes"] < 2**30
     assert measured["fill"] > 0.99
+
+
+def test_a_bar_shows_the_packing(monkeypatch, capfd):
+    """It appears after a second; here at once. Without progress there is none."""
+    from lctrain.data import packing
+
+    monkeypatch.setattr(packing, "BAR_DELAY_S", 0)
+    plan_rows(np.full(1000, 5), 64, window=100)
+    assert "Packing" not in capfd.readouterr().err
+    plan_rows(np.full(1000, 5), 64, window=100, progress=True)
+    assert "Packing: 100%" in capfd.readouterr().err
