@@ -17,6 +17,7 @@ from lctrain.recipes.differential.processes import train_in_processes, visible_d
 from lctrain.recipes.differential.run import prepare_data, train_runs
 from lctrain.recipes.differential.scale import SCALES
 from lctrain.recipes.differential.variant import VARIANTS
+from lctrain.recipes.output import messages, refuse_earlier_runs
 
 STAGES = {
     "prepare": prepare_data,
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         keep_models=chosen.keep_models,
         overrides=tuple(chosen.overrides),
     )
+    if "train" in chosen.stages:
+        refuse_earlier_runs("train", [experiment.folder(*run) for run in experiment.shared_runs])
     gpus = torch.cuda.device_count()
     for name, stage in STAGES.items():
         if name not in chosen.stages:
@@ -103,4 +106,5 @@ def _without_stages(chosen: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    with messages("python -m lctrain.recipes.differential"):
+        main()

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from lctrain.recipes.dual_chunk_extension.continuation import continue_training
+from lctrain.recipes.dual_chunk_extension.continuation import GRADIENTS, continue_training
 from lctrain.recipes.dual_chunk_extension.experiment import Experiment
 from lctrain.recipes.dual_chunk_extension.scale import SCALES
 from lctrain.recipes.dual_chunk_extension.stages import (
@@ -17,6 +17,7 @@ from lctrain.recipes.dual_chunk_extension.stages import (
     measure_perplexity,
     train_short,
 )
+from lctrain.recipes.output import messages, refuse_earlier_runs
 
 STAGES = {
     "train": train_short,
@@ -24,6 +25,15 @@ STAGES = {
     "passkey": find_passkeys,
     "continue": continue_training,
 }
+
+
+FOLDERS = {
+    "train": ["train"],
+    "perplexity": ["perplexity"],
+    "passkey": ["passkey"],
+    "continue": [f"continued_{gradient}" for gradient in GRADIENTS],
+}
+"""Folders of the runs of each stage, below that of the recipe."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     chosen = parser.parse_args(arguments)
     experiment = Experiment(chosen.output.absolute(), SCALES[chosen.scale], tuple(chosen.overrides))
+    for stage, names in FOLDERS.items():
+        if stage in chosen.stages:
+            refuse_earlier_runs(stage, [experiment.output / name for name in names])
     for name, stage in STAGES.items():
         if name in chosen.stages:
             print(f"== {name}", flush=True)
@@ -49,4 +62,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with messages("python -m lctrain.recipes.dual_chunk_extension"):
+        main()

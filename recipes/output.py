@@ -1,0 +1,42 @@
+"""The folder that a recipe writes into, and how a recipe fails."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lctrain.failure import FULL_ERROR, report_failure
+from lctrain.run.folder import RECORD
+
+
+def refuse_earlier_runs(stage: str, folders: Iterable[Path]) -> None:
+    """Raises ValueError if a stage would write into the folder of an earlier run.
+
+    Args:
+        stage: Name of the stage.
+        folders: Folders of the runs that the stage starts.
+    """
+    for folder in folders:
+        if (folder / RECORD).exists():
+            raise ValueError(
+                f"--output must be a folder in which the stage {stage} has not run, got {folder}, "
+                f"which holds {RECORD}. Choose another folder, delete this one, or name the other "
+                "stages after --stages."
+            )
+
+
+@contextmanager
+def messages(program: str) -> Iterator[None]:
+    """Ends the process with the message of an expected error, as the commands of lctrain do.
+
+    Args:
+        program: How the recipe is called.
+    """
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get(FULL_ERROR) == "1":
+            raise
+        raise SystemExit(report_failure(program, error)) from None
