@@ -1,7 +1,6 @@
 """patch_model: swaps a transformers model's attention for lctrain's, and back."""
 
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any, cast
 
 from torch import nn
@@ -11,7 +10,7 @@ from lctrain.loss.model_loss import LossSwap
 from lctrain.models.attention_swap import AttentionSwap
 from lctrain.models.fused import FusedSwap
 from lctrain.models.inputs import InputHook
-from lctrain.models.swap import Swap, apply_all, undo_all
+from lctrain.models.swap import Swap, Unpatchable, apply_all, undo_all
 
 
 def patch_model(
@@ -77,7 +76,7 @@ def _hooks(model: nn.Module) -> list[InputHook]:
     return [hook for hook in found if isinstance(hook, InputHook)]
 
 
-class PatchHandle:
+class PatchHandle(Unpatchable):
     """Lists what patch_model swapped in one model, and undoes it.
 
     Attributes:
@@ -126,17 +125,6 @@ class PatchHandle:
 
     def _swap(self, kind: type[Swap]) -> Swap | None:
         return next((swap for swap in self.swaps if isinstance(swap, kind)), None)
-
-    def __enter__(self) -> "PatchHandle":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.unpatch()
 
     def __repr__(self) -> str:
         state = "active" if self.active else "unpatched"

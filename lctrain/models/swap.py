@@ -1,7 +1,11 @@
 """Swap: a reversible change of a model. What patch_model does is a list of them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from types import TracebackType
+from typing import Protocol, TypeVar, runtime_checkable
+
+Self = TypeVar("Self", bound="Unpatchable")
 
 
 @runtime_checkable
@@ -25,6 +29,25 @@ class Swap(Protocol):
 
     def describe(self) -> str:
         """Returns what was swapped, for people."""
+
+
+class Unpatchable(ABC):
+    """A context manager whose end unpatches."""
+
+    @abstractmethod
+    def unpatch(self) -> None:
+        """Undoes every swap. Does nothing if called again."""
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.unpatch()
 
 
 def apply_all(swaps: Sequence[Swap]) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import Any
 
 from torch import nn
 
 from lctrain.models.patch import PatchHandle, patch_model
+from lctrain.models.swap import Unpatchable
 
 Paths = str | Sequence[str] | None
 
@@ -57,7 +57,7 @@ def require_models(module: nn.Module, paths: Paths = None) -> dict[str, Any]:
     return found
 
 
-class ModelPatches:
+class ModelPatches(Unpatchable):
     """Patches of the models inside one module; also a context manager.
 
     Attributes:
@@ -71,17 +71,6 @@ class ModelPatches:
         """Restores every model; outputs are bit-equal to before. Does nothing if called again."""
         for handle in reversed(self.handles.values()):
             handle.unpatch()
-
-    def __enter__(self) -> ModelPatches:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.unpatch()
 
     def __repr__(self) -> str:
         return "\n".join(f"{path or '(the module)'}: {h!r}" for path, h in self.handles.items())

@@ -9,7 +9,7 @@ from lctrain.batch import PackedBatch
 
 VOCABULARY = 61
 LENGTHS = (6, 1, 11, 7)  # a single token among them; longer than the windows below
-_COMMON = {
+SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -72,7 +72,7 @@ def make_model(family: str, **overrides: object) -> nn.Module:
     import transformers
 
     name, settings = _FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(**(_COMMON | settings | overrides))
+    config = getattr(transformers, f"{name}Config")(**(SIZES | settings | overrides))
     head = "Model" if family in ("bert", "modernbert") else "ForCausalLM"
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}{head}")(config).eval()

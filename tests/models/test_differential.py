@@ -19,6 +19,11 @@ from tests.models.families import (
     padded,
     separate_outputs,
 )
+from tests.models.properties import (
+    assert_compiles_without_breaks,
+    assert_others_keep_every_bit,
+    logits_in_pieces,
+)
 from tests.numerics import assert_error_at_most_twice
 
 DIFFERENTIALLY = {"attention": "differential"}
@@ -67,20 +72,7 @@ def test_a_pack_gives_what_its_documents_give_one_by_one(family):
 @pytest.mark.parametrize("family", FEW)
 def test_changing_one_document_keeps_every_bit_of_the_others(family):
     model, documents = make_differential(family), make_documents()
-    changed = [tokens.clone() for tokens in documents]
-    changed[2] = 3 + (changed[2] + 1 - 3) % (61 - 3)
-    found = []
-    with patch_model(model, **DIFFERENTIALLY):
-        for texts in (documents, changed):
-            embeddings = model.get_input_embeddings()(torch.cat(texts)[None]).detach()
-            embeddings.requires_grad_()
-            out = packed_outputs(model, texts, input_ids=None, inputs_embeds=embeddings)
-            out.square().sum().backward()
-            found.append(torch.cat([out.detach(), embeddings.grad[0]], -1))
-    inside = torch.zeros(25, dtype=torch.bool)
-    inside[7:18] = True
-    assert torch.equal(found[0][~inside], found[1][~inside])
-    assert not torch.equal(found[0][inside], found[1][inside])
+    assert_others_keep_every_bit(model, documents, **DIFFERENTIALLY)
 
 
 @pytest.mark.parametrize("family", DIFFERENTIAL)
@@ -117,20 +109,11 @@ def test_generate_gives_the_unpatched_model_s_tokens_and_logits(family):
 def test_prefill_in_pieces(family):
     model = make_differential(family)
     input_ids, mask = padded(make_documents([20, 12]), "left")
-    found, cache = [], None
     with patch_model(model, **DIFFERENTIALLY), torch.no_grad():
         expected = model(input_ids, attention_mask=mask, use_cache=False).logits
-        for piece in torch.arange(20).split([7, 1, 12]):
-            out = model(
-                input_ids[:, piece],
-                attention_mask=mask[:, : piece[-1] + 1],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache = out.past_key_values
-            found.append(out.logits)
+        found = logits_in_pieces(model, input_ids, mask, [7, 1, 12])
     real = mask.bool()
-    torch.testing.assert_close(torch.cat(found, 1)[real], expected[real])
+    torch.testing.assert_close(found[real], expected[real])
 
 
 @pytest.mark.parametrize("family", FEW)
@@ -320,15 +303,7 @@ def test_autocast(family):
 def test_compiled_without_breaks(family):
     model = make_differential(family).double().train()
     packings = [make_documents(lengths, n) for n, lengths in enumerate(((6, 20), (30, 5, 4)))]
-    torch._dynamo.reset()
-    with patch_model(model, **DIFFERENTIALLY):
-        expected = [gradients(model, lambda d=d: packed_outputs(model, d)) for d in packings]
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        for documents, (out, grads) in zip(packings, expected, strict=True):
-            found, found_grads = gradients(model, lambda d=documents: packed_outputs(compiled, d))
-            torch.testing.assert_close(found, out)
-            for name, grad in grads.items():
-                torch.testing.assert_close(found_grads[name], grad)
+    assert_compiles_without_breaks(model, packings, **DIFFERENTIALLY)
 
 
 @pytest.mark.parametrize("family", [*FEW, "mistral"])

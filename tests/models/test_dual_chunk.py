@@ -23,6 +23,11 @@ from tests.models.families import (
     padded,
     separate_outputs,
 )
+from tests.models.properties import (
+    assert_compiles_without_breaks,
+    assert_others_keep_every_bit,
+    logits_in_pieces,
+)
 from tests.numerics import assert_error_at_most_twice
 from tests.training import loader, make_batch, make_trainer
 
@@ -139,19 +144,7 @@ def test_packed_equals_separate(family):
 
 def test_changing_one_document_keeps_every_bit_of_the_others():
     model, documents = make_rotary_model("llama"), make_documents(LENGTHS)
-    changed = [tokens.clone() for tokens in documents]
-    changed[2] = 3 + (changed[2] + 1 - 3) % (61 - 3)
-    found = []
-    with patch_model(model, **SMALL):
-        for texts in (documents, changed):
-            embeddings = model.get_input_embeddings()(torch.cat(texts)[None]).detach()
-            embeddings.requires_grad_()
-            out = packed_outputs(model, texts, input_ids=None, inputs_embeds=embeddings)
-            out.square().sum().backward()
-            found.append(torch.cat([out.detach(), embeddings.grad[0]], -1))
-    inside = torch.arange(len(found[0])).sub(7).div(40, rounding_mode="floor") == 0
-    assert torch.equal(found[0][~inside], found[1][~inside])
-    assert not torch.equal(found[0][inside], found[1][inside])
+    assert_others_keep_every_bit(model, documents, **SMALL)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -182,18 +175,9 @@ def test_prefill_in_pieces_that_straddle_chunks(family):
     input_ids, mask = padded(documents, "left")
     with patch_model(model, **SMALL), torch.no_grad():
         expected = model(input_ids, attention_mask=mask, use_cache=False).logits
-        cache, found = None, []
-        for piece in torch.arange(40).split([7, 13, 1, 19]):
-            out = model(
-                input_ids[:, piece],
-                attention_mask=mask[:, : piece[-1] + 1],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache = out.past_key_values
-            found.append(out.logits)
+        found = logits_in_pieces(model, input_ids, mask, [7, 13, 1, 19])
     real = mask.bool()
-    torch.testing.assert_close(torch.cat(found, 1)[real], expected[real])
+    torch.testing.assert_close(found[real], expected[real])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -331,15 +315,7 @@ def test_autocast(family):
 def test_compiled_without_breaks():
     model = make_rotary_model("llama").double().train()
     packings = [make_documents(lengths, n) for n, lengths in enumerate(((6, 20), (30, 5, 4)))]
-    torch._dynamo.reset()
-    with patch_model(model, **SMALL, scale="yarn", window=14):
-        expected = [gradients(model, lambda d=d: packed_outputs(model, d)) for d in packings]
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        for documents, (out, grads) in zip(packings, expected, strict=True):
-            found, found_grads = gradients(model, lambda d=documents: packed_outputs(compiled, d))
-            torch.testing.assert_close(found, out)
-            for name, grad in grads.items():
-                torch.testing.assert_close(found_grads[name], grad)
+    assert_compiles_without_breaks(model, packings, **SMALL, scale="yarn", window=14)
 
 
 def test_boundaries_and_positions_are_found_without_reading_the_device():

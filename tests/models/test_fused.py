@@ -11,7 +11,7 @@ from torch import nn
 import lctrain
 from lctrain.batch import PackedBatch
 from lctrain.models.fused import find_activation
-from tests.models.families import gradients, make_documents, make_model, packed_outputs
+from tests.models.families import SIZES, gradients, make_documents, make_model, packed_outputs
 from tests.numerics import assert_error_at_most_twice
 
 # Classes that are swapped, and their number per model of two layers.
@@ -32,17 +32,7 @@ def make(family: str) -> nn.Module:
     """Returns a tiny model in float32; gemma3 and mixtral are built here."""
     if family not in ("gemma3", "mixtral"):
         return make_model(family, attn_implementation="eager")
-    common = {
-        "vocab_size": 61,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "attn_implementation": "eager",
-    }
+    common = {**SIZES, "attn_implementation": "eager"}
     import transformers
 
     torch.manual_seed(0)

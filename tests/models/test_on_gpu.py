@@ -19,6 +19,7 @@ from tests.models.families import (
     packed_outputs,
     separate_outputs,
 )
+from tests.models.properties import assert_generates_as_the_whole, assert_never_waits
 from tests.numerics import assert_error_at_most_twice
 
 pytestmark = pytest.mark.gpu
@@ -64,12 +65,7 @@ def test_a_training_step_never_waits_for_the_device(checkpointing):
             torch.nn.functional.cross_entropy(logits[0], batch.labels[0]).backward()
 
     with patch_model(model, dropout=0.1):
-        step()  # compiles the kernels, which may wait
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        assert_never_waits(step)
 
 
 DUAL_CHUNK = {"attention": "dual_chunk", "chunk_size": 95, "local_size": 12, "window": 96}
@@ -106,23 +102,13 @@ def test_a_training_step_with_dual_chunk_attention_never_waits_for_the_device(ch
             torch.nn.functional.cross_entropy(logits[0], batch.labels[0]).backward()
 
     with patch_model(model, **DUAL_CHUNK, scale="yarn", dropout=0.1):
-        step()  # compiles the kernels, which may wait
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        assert_never_waits(step)
 
 
 def test_generate_with_dual_chunk_attention():
     model = make_rotary_model("llama", max_position_embeddings=512).cuda().bfloat16()
     prompt = make_documents([90])[0][None].cuda()
-    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
-    with patch_model(model, **DUAL_CHUNK), torch.no_grad():
-        result = model.generate(prompt, **options, output_logits=True, return_dict_in_generate=True)
-        whole = model(result.sequences).logits[0, 89:-1].float()
-    steps = torch.cat(result.logits).float()
-    assert (steps - whole).norm() < 0.03 * whole.norm()
+    assert_generates_as_the_whole(model, prompt, **DUAL_CHUNK)
 
 
 def test_compiled_with_inductor():
@@ -179,21 +165,11 @@ def test_a_training_step_with_differential_attention_never_waits_for_the_device(
             torch.nn.functional.cross_entropy(logits[0], batch.labels[0]).backward()
 
     with patch_model(model, attention="differential", dropout=0.1):
-        step()  # compiles the kernels, which may wait
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        assert_never_waits(step)
 
 
 @pytest.mark.parametrize("family", ["diffllama", "llama"])
 def test_generate_with_differential_attention(family):
     model = make_differential(family, max_position_embeddings=512).cuda().bfloat16()
     prompt = make_documents([90])[0][None].cuda()
-    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
-    with patch_model(model, attention="differential"), torch.no_grad():
-        result = model.generate(prompt, **options, output_logits=True, return_dict_in_generate=True)
-        whole = model(result.sequences).logits[0, 89:-1].float()
-    steps = torch.cat(result.logits).float()
-    assert (steps - whole).norm() < 0.03 * whole.norm()
+    assert_generates_as_the_whole(model, prompt, attention="differential")

@@ -7,26 +7,13 @@ from torch import nn
 
 from lctrain.models import patch_model
 from lctrain.models.rotary import find_rotary, probe_layers, require_half_split
-from tests.models.families import FAMILIES, ROTARY, make_model, make_rotary_model
-
-SMALL = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+from tests.models.families import FAMILIES, ROTARY, SIZES, make_model, make_rotary_model
 
 
 def make(name, device, **config):
     model_class = getattr(transformers, name)
     with torch.device(device):
-        return model_class(model_class.config_class(**(SMALL | config)))
+        return model_class(model_class.config_class(**(SIZES | config)))
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -1,0 +1,102 @@
+"""What holds of every attention in a model: isolation, prefill in pieces, compilation, no wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lctrain.models import patch_model
+from tests.models.families import VOCABULARY, gradients, packed_outputs
+
+
+def assert_others_keep_every_bit(model, documents: Sequence[Tensor], **options: Any) -> None:
+    """Outputs and input gradients of all documents but the third, which changes, stay as they are.
+
+    Args:
+        model: A causal language model.
+        documents: At least three.
+        **options: Of patch_model.
+    """
+    changed = [tokens.clone() for tokens in documents]
+    changed[2] = 3 + (changed[2] + 1 - 3) % (VOCABULARY - 3)
+    found = []
+    with patch_model(model, **options):
+        for texts in (documents, changed):
+            embeddings = model.get_input_embeddings()(torch.cat(texts)[None]).detach()
+            embeddings.requires_grad_()
+            out = packed_outputs(model, texts, input_ids=None, inputs_embeds=embeddings)
+            out.square().sum().backward()
+            found.append(torch.cat([out.detach(), embeddings.grad[0]], -1))
+    start = sum(map(len, documents[:2]))
+    inside = torch.zeros(len(found[0]), dtype=torch.bool)
+    inside[start : start + len(documents[2])] = True
+    assert torch.equal(found[0][~inside], found[1][~inside])
+    assert not torch.equal(found[0][inside], found[1][inside])
+
+
+def logits_in_pieces(model, input_ids: Tensor, mask: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Returns the logits of rows that a cache takes up piece by piece.
+
+    Args:
+        model: A causal language model.
+        input_ids: [B, S].
+        mask: [B, S].
+        sizes: Tokens of the pieces; their sum is S.
+    """
+    found, cache = [], None
+    for piece in torch.arange(input_ids.shape[1]).split(list(sizes)):
+        out = model(
+            input_ids[:, piece],
+            attention_mask=mask[:, : piece[-1] + 1],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache = out.past_key_values
+        found.append(out.logits)
+    return torch.cat(found, 1)
+
+
+def assert_compiles_without_breaks(
+    model, packings: Sequence[Sequence[Tensor]], **options: Any
+) -> None:
+    """One graph gives the outputs and gradients of the model as it is, for every pack."""
+    torch._dynamo.reset()
+    with patch_model(model, **options):
+        expected = [gradients(model, lambda d=d: packed_outputs(model, d)) for d in packings]
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for documents, (out, grads) in zip(packings, expected, strict=True):
+            found, found_grads = gradients(model, lambda d=documents: packed_outputs(compiled, d))
+            torch.testing.assert_close(found, out)
+            for name, grad in grads.items():
+                torch.testing.assert_close(found_grads[name], grad)
+
+
+def assert_never_waits(step: Callable[[], None]) -> None:
+    """The second call of a step, whose kernels are compiled, does not synchronise with the GPU."""
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def assert_generates_as_the_whole(model, prompt: Tensor, **options: Any) -> None:
+    """Logits step by step, on a cache, are those of the whole text within 3 % of their norm.
+
+    Args:
+        model: A causal language model in low precision.
+        prompt: [1, S].
+        **options: Of patch_model.
+    """
+    settings = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
+    with patch_model(model, **options), torch.no_grad():
+        result = model.generate(
+            prompt, **settings, output_logits=True, return_dict_in_generate=True
+        )
+        whole = model(result.sequences).logits[0, prompt.shape[1] - 1 : -1].float()
+    steps = torch.cat(result.logits).float()
+    assert (steps - whole).norm() < 0.03 * whole.norm()
