@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from builders import api, configuration
+from builders import api, configuration, tested
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
@@ -17,8 +17,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the configuration reference and the API reference."""
+    """Adds the references of the configuration and the API, and what was compiled and run."""
     generated = {configuration.PAGE: configuration.configuration_page()}
+    generated[tested.PAGE] = tested.tested_page()
     generated |= {page: api.api_page(name) for name, page in api.pages().items()}
     for path, content in generated.items():
         files.append(File.generated(config, path, content=content))

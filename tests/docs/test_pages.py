@@ -21,7 +21,7 @@ EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"^```\w+ title=\"(.+?)\"\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # They register names with lctrain, or hold Triton kernels, which are compiled from a file.
 AS_A_FILE = {"attention.md", "fused_operation.md", "data_source.md"}
-GENERATED = "reference/configuration.md"  # the site makes it; test_site.py checks its links
+GENERATED = ("reference/configuration.md", "reference/tested.md")  # test_site.py checks these
 WITH_EXAMPLES = [page for page in PAGES if EXAMPLE.search(page.read_text())]
 
 

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from docs.builders import api, pictures
+from docs.builders import api, pictures, tested
 from lctrain.schemas import SCHEMAS
 from tests.house.test_architecture import LEVELS
 from tests.house.typecheck import ROOT
@@ -83,3 +83,23 @@ def test_the_picture_of_the_packages_follows_the_levels_of_imports():
     rows = [[LEVELS[title] for title, _ in row] for row in pictures.PICTURES["packages"]]
     for above, below in itertools.pairwise(rows):
         assert min(above) > max(below)
+
+
+def test_the_page_of_what_was_tested_follows_the_reports_and_pins():
+    page = tested.tested_page()
+    assert "| `varlen_fwd` | A100 (sm_80) | 3.6.0, 3.9.0 |" in page
+    for file in tested.RECORDS.rglob("*.json"):
+        assert f"`{file.relative_to(tested.RECORDS)}`" in page
+    assert re.search(r"\| torch \| `>=2\.9,<2\.16` \| 2\.13\.0 \|", page)
+    assert re.search(r"\| transformers \| `>=5\.17,<5\.25` \| .* \| 5\.17\.0, 5\.24\.0 \|", page)
+
+
+def test_supported_ranges_are_those_of_the_package():
+    """README and support matrix name the bounds of pyproject.toml; an upper bound is exclusive."""
+    project = (ROOT / "pyproject.toml").read_text()
+    for name, title in (("torch", "PyTorch"), ("transformers", "transformers")):
+        found = re.search(rf'"{name}>=(\d+)\.(\d+),<(\d+)\.(\d+)"', project)
+        assert found is not None
+        text = f"{found[1]}.{found[2]} to {found[3]}.{int(found[4]) - 1}"
+        assert f"| {title} | {text} |" in (ROOT / "docs" / "support.md").read_text()
+        assert f"{title} {text}" in (ROOT / "README.md").read_text()
