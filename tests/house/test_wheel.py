@@ -71,6 +71,11 @@ def test_wheel_holds_every_source_file(wheel):
     assert not missing
 
 
+def test_wheel_says_that_both_packages_have_types(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"lctrain/py.typed", "lctrain_kernels/py.typed"} <= names
+
+
 def test_wheel_holds_nothing_beside_lctrain(wheel):
     tops = {name.partition("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"lctrain", "lctrain_kernels"}
