@@ -1,15 +1,13 @@
 """Decides from a model's classes whether it can be patched; errors say why not."""
 
-import dis
-import inspect
 import itertools
 import re
 import sys
-from collections.abc import Iterator
-from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
+
+from lctrain.models.code import hands_keywords_on, methods, strings, uses_name
 
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
@@ -21,7 +19,7 @@ _MIXER = re.compile(
 
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Returns the layers, by name, that call attention through transformers' AttentionInterface."""
-    return {name: module for name, module in model.named_modules() if _uses_interface(module)}
+    return {name: module for name, module in model.named_modules() if uses_name(module, _INTERFACE)}
 
 
 def head_dims(model: nn.Module) -> list[int]:
@@ -162,7 +160,7 @@ def _require_interface(model: nn.Module, layers: dict[str, nn.Module]) -> None:
 
 def _require_windows(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     for layer in layers.values() if _has_windows(model) else ():
-        if not any("sliding_window" in _strings(code) for code in _methods(type(layer))):
+        if not any("sliding_window" in strings(code) for code in methods(type(layer))):
             raise ValueError(
                 "layers must hand their sliding window to the attention function, got "
                 f"{type(layer).__name__}, which leaves it to a 4-D mask. Set the config's "
@@ -194,14 +192,7 @@ def _require_keyword_arguments(model: nn.Module, layers: dict[str, nn.Module]) -
     for module in on_the_way:
         if type(module).__module__.startswith("torch.nn"):
             continue
-        parameters = inspect.signature(type(module).forward).parameters.values()
-        accepts = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-        hands_on = any(
-            instruction.opname == "CALL_FUNCTION_EX"
-            for code in _methods(type(module))
-            for instruction in dis.get_instructions(code)
-        )
-        if not (accepts and hands_on):
+        if not hands_keywords_on(module):
             raise ValueError(
                 f"model must pass keyword arguments on to its attention, got "
                 f"{type(model).__name__}, whose {type(module).__name__} drops them: document "
@@ -221,7 +212,7 @@ def _has_windows(model: nn.Module) -> bool:
     return getattr(model.config, "sliding_window", None) is not None and any(
         name.startswith("create_sliding_window")
         for module in model.modules()
-        for code in _methods(type(module))
+        for code in methods(type(module))
         for name in code.co_names
     )
 
@@ -229,41 +220,5 @@ def _has_windows(model: nn.Module) -> bool:
 def counts_positions_itself(model: nn.Module) -> bool:
     """Returns whether a model's positions begin at padding_idx + 1, as in RoBERTa."""
     return any(
-        "create_position_ids_from_input_ids" in code.co_names
-        for module in model.modules()
-        for code in _methods(type(module))
+        uses_name(module, "create_position_ids_from_input_ids") for module in model.modules()
     )
-
-
-def reads_argument(module: nn.Module, name: str) -> bool:
-    """Tells whether a module's own code names an argument, in a signature or as a key of kwargs."""
-    return any(
-        name in code.co_varnames or name in _strings(code) for code in _methods(type(module))
-    )
-
-
-def _uses_interface(module: nn.Module) -> bool:
-    return any(_INTERFACE in code.co_names for code in _methods(type(module)))
-
-
-def _methods(cls: type) -> Iterator[CodeType]:
-    for base in cls.__mro__:
-        if base.__module__.startswith(("torch.nn", "transformers.modeling_")):
-            continue  # PreTrainedModel names the interface too, and calls no attention
-        for member in vars(base).values():
-            function = inspect.unwrap(member) if callable(member) else member
-            if isinstance(function, FunctionType):
-                yield function.__code__
-
-
-def _strings(code: CodeType) -> Iterator[str]:
-    """Every string constant of a function: names of keyword arguments are among them."""
-    pending = list(code.co_consts)
-    while pending:
-        constant = pending.pop()
-        if isinstance(constant, str):
-            yield constant
-        elif isinstance(constant, tuple):
-            pending.extend(constant)
-        elif isinstance(constant, CodeType):
-            pending.extend(constant.co_consts)

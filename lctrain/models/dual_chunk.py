@@ -1,7 +1,6 @@
 """Dual chunk attention in a model: options that follow its trained window, and its input hook."""
 
 import dataclasses
-import inspect
 import warnings
 from typing import Any
 
@@ -20,6 +19,7 @@ from lctrain.attention.dual_chunk import (
 from lctrain.attention.forward import BOUNDARIES_ARGUMENT
 from lctrain.attention.spec import DualChunkSpec
 from lctrain.models.cache import given_cache
+from lctrain.models.code import parameters
 from lctrain.models.differential_fit import refuse_differential_layers
 from lctrain.models.frequencies import follows_length, require_document_frequencies
 from lctrain.models.inputs import InputHook
@@ -59,7 +59,7 @@ def fit_dual_chunk(model: Any, spec: DualChunkSpec) -> DualChunkSpec:
         require_half_split(probe)
     _require_fixed_frequencies(rotary, spec)
     require_document_frequencies(model)
-    if "position_ids" not in inspect.signature(type(model).forward).parameters:
+    if "position_ids" not in parameters(model):
         raise ValueError(
             f"model must take position_ids for dual chunk attention, got {type(model).__name__}, "
             "which counts them itself. Patch it with attention='flash'."

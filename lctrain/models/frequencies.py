@@ -8,8 +8,6 @@ those that transformers takes for the document alone.
 """
 
 import copy
-import dis
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lctrain.models.cache import CACHE_ARGUMENTS, given_cache
+from lctrain.models.code import find_wrapper, multiplies_matrices, parameters, says
 
 _REMEDY = (
     "Set the config's rope_parameters to a type with fixed frequencies ('yarn' or 'linear', for "
@@ -235,10 +234,7 @@ class CrossingCache:
 def attach_crossing(model: nn.Module) -> None:
     """Adds a CrossingCache to a model with such frequencies. Does nothing for others."""
     method = getattr(type(model), "prepare_inputs_for_generation", None)
-    code = getattr(inspect.unwrap(method), "__code__", None) if method is not None else None
-    drops = (
-        code is not None and "original_max_position_embeddings" in code.co_names + code.co_consts
-    )
+    drops = says(method, "original_max_position_embeddings")
     if drops and hasattr(getattr(model, "config", None), "original_max_position_embeddings"):
         model.prepare_inputs_for_generation = CrossingCache(model)  # type: ignore[assignment]
 
@@ -268,7 +264,7 @@ def _mixes(module: nn.Module) -> bool:
     """Returns whether the output of an unknown rotary embedding depends on other positions."""
     if not any(name.endswith("inv_freq") for name in module._buffers):
         return False
-    if "position_ids" not in inspect.signature(type(module).forward).parameters:
+    if "position_ids" not in parameters(module):
         return False
     x, positions = torch.zeros(1, 1, 8), torch.arange(3)[None]
     far = torch.cat([positions, torch.tensor([[0, 1, 10**6]])], -1)
@@ -353,21 +349,12 @@ def _fresh(rotary: nn.Module) -> Any:
 
 def _broadcasts(rotary: nn.Module) -> bool:
     """Returns whether the forward accepts one row of frequencies per token."""
-    return not any(
-        instruction.opname == "BINARY_MATRIX_MULTIPLY" or instruction.argrepr == "@"
-        for instruction in dis.get_instructions(_decorated(type(rotary)).__wrapped__)
-    )
+    return not multiplies_matrices(_decorated(type(rotary)).__wrapped__)
 
 
 def _decorated(kind: type) -> Any:
     """The wrapper that transformers' dynamic_rope_update put around a class's forward, or None."""
-    function = kind.forward  # type: ignore[attr-defined]
-    while function is not None:
-        code = getattr(function, "__code__", None)
-        if code is not None and code.co_name == "wrapper" and "modeling_rope" in code.co_filename:
-            return function
-        function = getattr(function, "__wrapped__", None)
-    return None
+    return find_wrapper(getattr(kind, "forward", None), "wrapper", "modeling_rope")
 
 
 def _prefix(layer_type: str | None) -> str:

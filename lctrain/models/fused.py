@@ -9,7 +9,6 @@ Decoder layers become subclasses too: transformers turns gradient checkpointing 
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
 from collections import Counter
 from types import FunctionType
@@ -20,7 +19,7 @@ from torch import nn
 
 from lctrain.kernels import geglu, swiglu
 from lctrain.models import fused_modules
-from lctrain.models.same_code import only_renames_arguments, same_code, with_globals
+from lctrain.models.code import own_forward, parameters, same_code, unwrapped, with_globals
 
 _ROTATION = "apply_rotary_pos_emb"
 _LAYER_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
@@ -84,7 +83,7 @@ class FusedSwap:
         self.swapped.append((module, own, fused))
 
     def _swap_attention(self, module: nn.Module) -> None:
-        forward = _own_forward(type(module))
+        forward = own_forward(type(module))
         if forward is None or not _rotates_like_llama(forward):
             return
         norms = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
@@ -148,7 +147,7 @@ def _norm_mixin(own: type) -> type | None:
     from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    forward = _own_forward(own)
+    forward = own_forward(own)
     if forward is None:
         return None
     if same_code(forward, LlamaRMSNorm.forward):
@@ -163,7 +162,7 @@ def _mlp_mixin(own: type) -> type | None:
     from transformers.models.llama.modeling_llama import LlamaMLP
     from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
-    forward = _own_forward(own)
+    forward = own_forward(own)
     if forward is None:
         return None
     if same_code(forward, LlamaMLP.forward):
@@ -171,23 +170,15 @@ def _mlp_mixin(own: type) -> type | None:
     return fused_modules.PackedMLP if same_code(forward, Phi3MLP.forward) else None
 
 
-def _own_forward(own: type) -> FunctionType | None:
-    """Returns the forward of a class, unless a wrapper is around it that a subclass would lose."""
-    forward = getattr(own, "forward", None)
-    return (
-        forward if isinstance(forward, FunctionType) and only_renames_arguments(forward) else None
-    )
-
-
 def _rotates_like_llama(forward: FunctionType) -> bool:
     from transformers.models.llama import modeling_llama
     from transformers.models.phi3 import modeling_phi3
 
-    forward = inspect.unwrap(forward)
-    if _ROTATION not in forward.__code__.co_names:
+    inner = unwrapped(forward)
+    if inner is None or _ROTATION not in inner.__code__.co_names:
         return False
-    rotation = forward.__globals__.get(_ROTATION)
-    half = forward.__globals__.get("rotate_half")
+    rotation = inner.__globals__.get(_ROTATION)
+    half = inner.__globals__.get("rotate_half")
     known = (modeling_llama.apply_rotary_pos_emb, modeling_phi3.apply_rotary_pos_emb)
     return same_code(half, modeling_llama.rotate_half) and any(
         same_code(rotation, function) for function in known
@@ -209,7 +200,7 @@ def _is_fused_norm(module: Any) -> bool:
 @functools.cache
 def _rotating_mixin(own: type) -> type:
     """Returns a mixin with the attention's own forward, in which the rotation is the fused one."""
-    forward = _own_forward(own)
+    forward = own_forward(own)
     assert forward is not None
     rotating = with_globals(forward, **{_ROTATION: fused_modules.rotate_states})
     return type("FusedRotation", (), {"forward": rotating})
@@ -223,10 +214,10 @@ def _is_residual_layer(module: nn.Module) -> bool:
     """
     if tuple(sorted(dict(module.named_children()))) != tuple(sorted(_LAYER_PARTS)):
         return False
-    function = inspect.unwrap(type(module).forward)
-    if not isinstance(function, FunctionType) or function.__code__.co_names != _LAYER_PARTS:
+    forward = unwrapped(type(module).forward)
+    if forward is None or forward.__code__.co_names != _LAYER_PARTS:
         return False
-    names = [name for name in inspect.signature(function).parameters if name != "self"]
+    names = list(parameters(module))
     if names[0] != "hidden_states" or names[-1] != "kwargs":
         return False
     return isinstance(module.post_attention_layernorm, fused_modules.LlamaNorm)

@@ -1,6 +1,5 @@
 """The input hook of a patched model: finds the boundaries once, before the first layer."""
 
-import inspect
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from lctrain.attention.mask import read_mask
 from lctrain.attention.spec import AttentionSpec
 from lctrain.models.architectures import counts_positions_itself
 from lctrain.models.cache import given_cache
+from lctrain.models.code import parameters
 from lctrain.models.frequencies import (
     attach_crossing,
     attach_frequencies,
@@ -55,11 +55,10 @@ class InputHook:
             attach_frequencies(model.get_submodule(name))
         if self.rotaries:
             attach_crossing(model)
-        parameters = inspect.signature(type(model).forward).parameters.values()
         self.names = tuple(
-            parameter.name
-            for parameter in parameters
-            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.name != "self"
+            name
+            for name, parameter in parameters(model).items()
+            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         )
 
     def __call__(

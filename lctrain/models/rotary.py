@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from lctrain.models.architectures import attention_layers, reads_argument
+from lctrain.models.architectures import attention_layers
+from lctrain.models.code import reads_argument
 
 _IMPLEMENTATION = "lctrain_probe"
 _POSITIONS = (0, 1, 5, 12)

@@ -175,6 +175,13 @@ def test_no_module_imports_itself_through_others():
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
 
 
+def test_one_module_reads_the_code_of_models():
+    readers = {
+        module for module in modules("lctrain.models") if IMPORTS[module] & {"dis", "inspect"}
+    }
+    assert readers == {"lctrain.models.code"}
+
+
 def test_kernels_stand_alone():
     for module in modules("lctrain_kernels"):
         tops = {top(name) for name in IMPORTS[module]}

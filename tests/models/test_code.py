@@ -5,7 +5,7 @@ import warnings
 
 from transformers.utils.deprecation import deprecate_kwarg
 
-from lctrain.models.same_code import only_renames_arguments, same_code, with_globals
+from lctrain.models.code import only_renames_arguments, same_code, with_globals
 
 
 def double(x):
