@@ -1,4 +1,4 @@
-"""Tokenizes a long text in pieces, with the same tokens as of the whole text.
+"""Tokenizes a long text in pieces, with the same tokens as the whole text.
 
 A tokenizer needs some fifty times the memory of a text, so long texts are tokenized in overlapping
 windows. Two windows are joined where both give the same tokens, at the same characters, for many

@@ -95,10 +95,10 @@ def rotate_states(
 
     Args:
         q: [B, Hq, S, D], a tensor or a PendingNorm of one.
-        k: [B, Hk, S, D], likewise.
+        k: [B, Hk, S, D], a tensor or a PendingNorm of one.
         cos: [B or 1, S, R].
         sin: Sine, in the shape of cos.
-        unsqueeze_dim: 1.
+        unsqueeze_dim: Must be 1, the dimension of the heads.
     """
     assert unsqueeze_dim == 1, "the attention layers that call this have heads before tokens"
     both = isinstance(q, PendingNorm) and isinstance(k, PendingNorm)

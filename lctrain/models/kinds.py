@@ -27,8 +27,8 @@ class Kind(NamedTuple):
         fit: (model, spec) -> the spec with its None values filled in from the model. Raises a
             ValueError with a remedy if the model cannot have this attention.
         hook: (model, fitted spec) -> the input hook of a transformers model, or of one inside.
-        swap: (attention layers by name) -> what undoes it. Changes layers that no attention
-            function can serve.
+        swap: (attention layers by name) -> a function that undoes it. Changes layers that no
+            attention function can serve.
     """
 
     fit: Callable[[Any, Any], AttentionSpec]

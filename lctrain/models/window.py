@@ -4,12 +4,12 @@ from typing import Any
 
 
 def configured_window(config: Any) -> int | None:
-    """Returns the window that a model's config states, None if it states none.
+    """Returns the window that a model's config states, or None.
 
-    It is, in this order: `original_max_position_embeddings` of `dual_chunk_attention_config`
-    (vLLM's name, found in Qwen2.5-1M, whose `max_position_embeddings` is what that attention
-    reaches); `max_position_embeddings`, also where rotary embeddings are scaled: it is what the
-    model as configured was trained for.
+    `original_max_position_embeddings` of `dual_chunk_attention_config` comes first. (In Qwen2.5-1M
+    it is the trained window, while `max_position_embeddings` is the length that dual chunk
+    attention reaches.) Otherwise the window is `max_position_embeddings`, also with scaled RoPE,
+    since the scaled model was trained for it.
 
     Args:
         config: A transformers configuration.

@@ -33,7 +33,7 @@ class FolderLock:
         """Acquires the lock.
 
         Args:
-            folder: Exists.
+            folder: An existing folder.
 
         Raises:
             FolderInUseError: if another run, or this process, has the lock.

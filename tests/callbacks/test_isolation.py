@@ -159,7 +159,7 @@ def mixture():
 
 
 def round_by_company(model, size):
-    """Changes the experts' output by a relative `size`, depending on the tokens of the first."""
+    """Scales the experts' output by 1 + `size` times the tokens of expert 0, modulo 4."""
 
     def scale(module, arguments, output):
         _, chosen, _ = arguments

@@ -31,3 +31,10 @@ def test_no_file_names_a_path_of_one_machine():
 @pytest.mark.skipif(not FILES, reason="not a git checkout")
 def test_no_large_file():
     assert not [name for name in FILES if (ROOT / name).stat().st_size > 1_000_000]
+
+
+@pytest.mark.skipif(not FILES, reason="not a git checkout")
+def test_no_output_of_a_run():
+    """Weights and checkpoints belong to no commit."""
+    suffixes = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+    assert not [name for name in FILES if name.endswith(suffixes)]
