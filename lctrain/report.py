@@ -38,7 +38,7 @@ class RunReport:
             `lctrain.data.order`; None with one rank.
         perplexities: [(context length, perplexity)].
         findings: What the closing evaluation found, sentences by name.
-        folder: Of the run.
+        folder: Folder of the run.
         paths: Paths of the written files, by name.
     """
 
@@ -103,8 +103,8 @@ def summarize(
     Args:
         trainer: After `fit`.
         module: After `fit`.
-        closing: Of the evaluation, with the exported model among its paths.
-        folder: Of the run.
+        closing: Results of the closing evaluation, with the exported model among its paths.
+        folder: Folder of the run.
     """
     found = dict(closing.paths)
     speed = None
@@ -161,7 +161,7 @@ def command(name: str) -> str:
     """How a console script is called from here: by its name, or by its path beside Python's.
 
     Args:
-        name: Of the script.
+        name: Name of the script.
     """
     beside = Path(sys.executable).with_name(name)
     if shutil.which(name) is None and beside.is_file():

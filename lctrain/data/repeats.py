@@ -24,7 +24,7 @@ def make_repeats(format: PasskeyFormat, random: np.random.Generator, tokens: int
         format: Its words are those of passkeys.
         random: Chooses the words, and how long each list is and how often it is said: both are
             log-uniform, up to LONGEST_LIST and to the end of the document.
-        tokens: Of the document, begin and end token included.
+        tokens: Length of the document, begin and end token included.
 
     Returns:
         [tokens] int64.

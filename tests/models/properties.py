@@ -18,7 +18,7 @@ def assert_others_keep_every_bit(model, documents: Sequence[Tensor], **options: 
     Args:
         model: A causal language model.
         documents: At least three.
-        **options: Of patch_model.
+        **options: Options of patch_model.
     """
     changed = [tokens.clone() for tokens in documents]
     changed[2] = 3 + (changed[2] + 1 - 3) % (VOCABULARY - 3)
@@ -90,7 +90,7 @@ def assert_generates_as_the_whole(model, prompt: Tensor, **options: Any) -> None
     Args:
         model: A causal language model in low precision.
         prompt: [1, S].
-        **options: Of patch_model.
+        **options: Options of patch_model.
     """
     settings = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
     with patch_model(model, **options), torch.no_grad():
