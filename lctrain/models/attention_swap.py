@@ -14,8 +14,8 @@ from lctrain.models.heads import check_outputs
 from lctrain.models.kinds import KINDS
 from lctrain.models.registration import register
 
-OPERATIONS = {"flash": "varlen"}
-"""Names of the kernels' operations where they are not those of the attentions."""
+OPERATIONS = {"flash": "varlen", "dual_chunk": "dual_chunk", "differential": "differential"}
+"""Operation of the kernels behind each attention that has Hopper kernels."""
 
 
 class AttentionSwap:
@@ -99,8 +99,8 @@ class AttentionSwap:
             return f"none: {error}"
         if len(wide) > 1:
             return ", ".join(sorted(wide))
-        backend = wide.pop()
-        if backend != "hopper":
+        backend, operation = wide.pop(), OPERATIONS.get(self.spec.kind)
+        if backend != "hopper" or operation is None:
             return backend
         from lctrain.models.differential_v1 import FusedDiffLlamaAttention  # needs DiffLlama
         from lctrain_kernels.serving import serving
@@ -113,7 +113,7 @@ class AttentionSwap:
             version_1 = isinstance(layer, FusedDiffLlamaAttention)  # a k per branch, wide values
             told.add(
                 serving(
-                    OPERATIONS.get(self.spec.kind, self.spec.kind),
+                    operation,
                     head_dim,
                     dtype,
                     deterministic=deterministic,

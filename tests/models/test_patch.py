@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lctrain.attention import FlashSpec
+from lctrain.attention.spec import ATTENTION_NAMES
 from lctrain.models import patch_model
 from lctrain.models.attention_swap import serving_backend
 from lctrain_kernels import backend
@@ -231,3 +232,11 @@ def test_repr_names_the_kernels_of_autocast_s_dtype(monkeypatch):
     assert "dtypes other than float16 and bfloat16" in repr(handle)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert "kernels: hopper\n" in repr(handle)
+
+
+def test_repr_of_an_attention_that_the_registry_does_not_know(monkeypatch):
+    handle = patch_model(make_model("llama"))
+    monkeypatch.setattr("lctrain.models.attention_swap.serving_backend", lambda *_: "hopper")
+    monkeypatch.setitem(ATTENTION_NAMES, "own", "lctrain_own")
+    handle.attention.spec = type("OwnSpec", (FlashSpec,), {"kind": "own"})()
+    assert "kernels: hopper\n" in repr(handle)
