@@ -159,7 +159,7 @@ class StreamedRows(torch.utils.data.Dataset[PackedBatch]):
             self._at += 1
             self._records = None
         begin = self._begin(self._at)
-        if self._records is None:
+        if self._records is None or begin.records == 0:  # an epoch begins
             self._records = self.recipe.source.read_from(begin.records)
         self._pack(begin)
 
@@ -178,7 +178,6 @@ class StreamedRows(torch.utils.data.Dataset[PackedBatch]):
                     f"window of the stream, got {last.rows} rows. Raise data.window_bytes, or "
                     "lower data.max_tokens."
                 )
-            self._records = None
             return Window(last.epoch + 1, 0, last.next_pieces, 0, None, 0)
         return Window(last.epoch, last.next_records, last.next_pieces, 0, None, 0)
 

@@ -166,6 +166,14 @@ def test_a_stream_that_ends_begins_again_in_another_order(stream, tmp_path):
     assert rows[again : again + 5] != rows[:5]
 
 
+def test_a_later_run_crosses_the_end_of_the_stream_with_a_journal(stream, tmp_path):
+    stream(records=25)
+    whole = batches(module(tmp_path), 0, 100)
+    assert len(json.loads(next(tmp_path.glob("streams/*.json")).read_text())) > 4  # epochs, too
+    assert batches(module(tmp_path), 0, 100) == whole
+    assert batches(module(tmp_path), 15, 85) == whole[15:]
+
+
 def test_held_out_documents_are_never_trained_on(stream, tmp_path):
     stream(records=40)
     data = module(tmp_path)
