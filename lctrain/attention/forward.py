@@ -119,8 +119,15 @@ def read_documents(
         drop_queries: As in `lctrain.attention.boundaries.from_padding`.
 
     Raises:
-        ValueError: if the boundaries were lost on the way, or describe other rows.
+        ValueError: if the boundaries were lost on the way, or describe other rows, or the layer
+            belongs to a model of transformers that was never checked.
     """
+    if spec is None and type(module).__module__.startswith(("transformers.", "transformers_mod")):
+        raise ValueError(
+            f"the attention must be named when a model is loaded or by set_attn_implementation(), "
+            f"which check the model, got {type(module).__name__} of a model that was not checked: "
+            "its config was changed. Call lctrain.patch_model(model)."
+        )
     queries, keys = (query.shape[0], query.shape[2]), (key.shape[0], key.shape[2])
     if given is None:
         if spec is not None and queries == keys:

@@ -7,6 +7,7 @@ nothing. What else loses documents is an error.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -109,9 +110,8 @@ def check_outputs(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], out
     boundaries = inputs.get(BOUNDARIES_ARGUMENT)
     if boundaries is None or not holds_several(boundaries) or inputs.get("logits_to_keep"):
         return None
-    pooler = getattr(model, "pooler", None)
-    pooled = getattr(output, "pooler_output", None)
-    if pooler is not None and pooled is not None:
+    pooler = _pooler_of(model)
+    if pooler is not None and getattr(output, "pooler_output", None) is not None:
         places = row_places(boundaries)
         rows = (boundaries.cu_seqlens_q.shape[0] - 1, boundaries.max_seqlen_q)
         output["pooler_output"] = pooler(spread(output[0], boundaries, places, rows))
@@ -122,9 +122,8 @@ def check_outputs(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], out
     for name, value in named:
         if not isinstance(value, Tensor) or value.dim() == 0 or name == "loss":
             continue
-        if value.shape[0] == boundaries.queries[0] and (
-            value.dim() == 1 or value.shape[1] not in lengths
-        ):
+        per_row = value.dim() == 1 or value.shape[1] not in lengths or name == "pooler_output"
+        if value.shape[0] == boundaries.queries[0] and per_row:
             raise ValueError(
                 f"outputs must have one entry per token or per document for packed inputs, got "
                 f"{name} {list(value.shape)} from {type(model).__name__} for "
@@ -132,6 +131,15 @@ def check_outputs(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], out
                 "with padding and an attention_mask."
             )
     return output
+
+
+def _pooler_of(model: Any) -> Callable[[Tensor], Tensor] | None:
+    """Returns the function from an encoder's states [B, S, E] to its pooled output [B, E]."""
+    pooler: Any = getattr(model, "pooler", None)
+    if not isinstance(pooler, nn.Linear):
+        return pooler
+    activation: Any = getattr(model, "pooler_activation", None)  # ALBERT takes the first token
+    return None if activation is None else lambda states: activation(pooler(states[:, 0]))
 
 
 def _as_tuple(output: Any) -> tuple[Any, ...]:

@@ -147,10 +147,11 @@ def test_multiple_choice(by_name):
 
 
 @torch.no_grad()
-def test_an_encoder_pools_per_document():
-    config = tiny_config("bert")
+@pytest.mark.parametrize("family", ["bert", "albert"])
+def test_an_encoder_pools_per_document(family):
+    name = {"bert": "BertModel", "albert": "AlbertModel"}[family]
     torch.manual_seed(0)
-    model = transformers.BertModel(config).eval()
+    model = getattr(transformers, name)(tiny_config(family)).eval()
     documents = make_documents(LENGTHS)
     expected = [model(tokens[None]) for tokens in documents]
     patch_model(model)
@@ -161,6 +162,16 @@ def test_an_encoder_pools_per_document():
     torch.testing.assert_close(
         found.last_hidden_state[0], torch.cat([one.last_hidden_state[0] for one in expected])
     )
+
+
+@torch.no_grad()
+def test_a_pooled_output_as_wide_as_the_pack_is_long():
+    """The shape alone does not tell such an output from one per token."""
+    model = transformers.CLIPTextModel(tiny_config("clip_text_model")).eval()
+    patch_model(model)
+    lengths = (20, model.config.hidden_size - 20)
+    with pytest.raises(ValueError, match=r"got pooler_output \[1, 32\] from CLIPTextModel for 2"):
+        model(**pack(make_documents(lengths)))
 
 
 @torch.no_grad()

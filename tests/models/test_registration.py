@@ -21,7 +21,7 @@ from tests.models.families import (
     packed_outputs,
     separate_outputs,
 )
-from tests.models.tiny import tiny_config
+from tests.models.tiny import tiny_config, tiny_model
 
 
 @pytest.fixture
@@ -227,3 +227,19 @@ def test_importing_lctrain_is_enough(code, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("family", ["phimoe", "lfm2", "llama"])
+def test_a_name_set_in_the_config_goes_past_no_check(family):
+    """Phimoe would lose its window, LFM2 would mix documents."""
+    name = {"phimoe": "Phimoe", "lfm2": "Lfm2", "llama": "Llama"}[family]
+    model = tiny_model(family, getattr(transformers, f"{name}ForCausalLM"))
+    model.config._attn_implementation = "lctrain_flash"
+    with pytest.raises(ValueError, match=r"was not checked.*Call lctrain.patch_model\(model\)"):
+        model(input_ids=torch.arange(3, 9)[None])
+    if family == "llama":
+        patch_model(model)
+        model(input_ids=torch.arange(3, 9)[None])
+    else:
+        with pytest.raises(ValueError, match="must"):
+            patch_model(model)
