@@ -26,8 +26,6 @@ class DataSettings:
             has its own held-out data.
         passkey_fraction: Fraction of every training row, in [0, 1), that is filled with passkey
             documents, which teach retrieval. Held-out rows have none.
-        repeat_fraction: Fraction of the passkey documents, in [0, 1], that repeat lists of words
-            instead. Small models learn to copy from them.
         num_workers: Processes that build batches.
         num_proc: Processes that tokenize; None for one, in which fast tokenizers use all cores.
         seed: Seed of the shuffle.
@@ -48,7 +46,6 @@ class DataSettings:
     balance_window: int = 256
     held_out_fraction: float = 0.05
     passkey_fraction: float = 0.0
-    repeat_fraction: float = 0.0
     num_workers: int = 0
     num_proc: int | None = None
     seed: int = 0
@@ -114,17 +111,6 @@ class DataSettings:
             0 <= self.passkey_fraction < 1,
             f"{prefix}passkey_fraction must be in [0, 1), got {self.passkey_fraction}. It is a "
             "share of the tokens of every training row; 0 adds none.",
-        )
-        require(
-            0 <= self.repeat_fraction <= 1,
-            f"{prefix}repeat_fraction must be in [0, 1], got {self.repeat_fraction}. It is a share "
-            "of the documents that teach retrieval.",
-        )
-        require(
-            self.repeat_fraction == 0 or self.passkey_fraction > 0,
-            f"{prefix}passkey_fraction must be above 0 with {prefix}repeat_fraction, got "
-            f"{self.passkey_fraction}. It is the share of every row that both kinds of documents "
-            "fill.",
         )
 
     def _check_room_for_text(self, prefix: str) -> None:

@@ -16,7 +16,6 @@ import numpy as np
 from lctrain.data.documents import StoredTokens
 from lctrain.data.packing import PackingPlan
 from lctrain.data.passkey import KEY_WORDS, Filler, PasskeyFormat
-from lctrain.data.repeats import make_repeats
 
 SHORTEST = 64  # tokens; shorter ones would teach to look a few lines back only
 LONGEST_KEY = 128  # words; a long key teaches the same in more of a document's tokens
@@ -103,24 +102,11 @@ class PasskeyStore:
         names: Their names.
     """
 
-    def __init__(
-        self,
-        format: PasskeyFormat,
-        lengths: np.ndarray,
-        text: StoredTokens,
-        repeat_fraction: float = 0.0,
-    ) -> None:
+    def __init__(self, format: PasskeyFormat, lengths: np.ndarray, text: StoredTokens) -> None:
         """Hides keys in `text`, at a depth that is uniform.
 
         Keys have a log-uniform number of words, from that of the evaluation to LONGEST_KEY.
-
-        Args:
-            format: Fixed parts and words.
-            lengths: [K] int64, tokens of each document.
-            text: What keys are hidden in.
-            repeat_fraction: Share of the documents that repeat a list of words instead.
         """
-        self._repeat_fraction = repeat_fraction
         self.lengths = lengths
         self.names: Sequence[str] = [f"passkey:{number}" for number in range(len(lengths))]
         self._format = format
@@ -134,16 +120,13 @@ class PasskeyStore:
         """Returns tokens [start, start + length) of a document: [length] int64."""
         random = _stream(_DOCUMENTS, document)
         tokens = int(self.lengths[document])
-        stop = None if length is None else start + length
-        if self._repeat_fraction and random.random() < self._repeat_fraction:
-            return make_repeats(self._format, random, tokens)[start:stop]
         most = min(self._format.most_words(tokens), LONGEST_KEY)
         key_words = round(KEY_WORDS * (most / KEY_WORDS) ** random.random())
         depth = float(random.random())
         whole = self._format.make(
             random, tokens, depth, self._filler, with_end=True, key_words=key_words
         ).input_ids
-        return whole[start:stop]
+        return whole[start : None if length is None else start + length]
 
 
 class JoinedStore:

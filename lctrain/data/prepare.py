@@ -98,8 +98,6 @@ class Preparation:
             settings["special_tokens"] = self.settings.special_tokens
         if self.settings.passkey_fraction:
             settings["passkey_fraction"] = self.settings.passkey_fraction
-        if self.settings.repeat_fraction:
-            settings["repeat_fraction"] = self.settings.repeat_fraction
         if getattr(self.source, "endless", False):
             settings["window_bytes"] = self.source.window_bytes  # type: ignore[attr-defined]
         stream = self._stream(tokenizer, held_out, settings)
@@ -202,8 +200,7 @@ class Preparation:
             )
         lengths, row_offsets = passkey_lengths(len(plan), tokens, shortest, longest)
         mixed = add_passkeys(plan, len(store), lengths, row_offsets, self.settings.max_tokens)
-        passkeys = PasskeyStore(format, lengths, store, self.settings.repeat_fraction)
-        return PackedRows(JoinedStore(store, passkeys), mixed)
+        return PackedRows(JoinedStore(store, PasskeyStore(format, lengths, store)), mixed)
 
 
 @dataclass(frozen=True, eq=False)

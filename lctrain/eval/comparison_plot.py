@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lctrain.eval.extension import DUAL_CHUNK_METHODS
+from lctrain.eval.method_words import method_words
 from lctrain.eval.plots import (
     INK,
     LINEAR_SPAN,
@@ -62,7 +63,7 @@ def plot_comparison(tables: Mapping[str, RowsByLength], window: int, name: str, 
         axes.plot(
             lengths,
             values,
-            label=method,
+            label=method_words(method),
             color=colour,
             marker=MARKERS.get(method, "x"),
             linestyle=STYLES[index % len(STYLES)],
@@ -80,9 +81,16 @@ def plot_comparison(tables: Mapping[str, RowsByLength], window: int, name: str, 
             linewidth=0,
         )
     axes.axvline(window, color=MUTED, linewidth=1, linestyle=":")
+    axes.annotate(
+        f" trained length, {window:,}",
+        (window, 0.02),
+        xycoords=("data", "axes fraction"),
+        fontsize=8,
+        color=MUTED,
+    )
     scale_lengths(axes, lengths)
-    axes.set_xlabel("Context length (tokens, filled)", color=INK)
-    axes.set_ylabel("Perplexity ± one paired standard error", color=INK)
+    axes.set_xlabel("Context that the model reads (tokens)", color=INK)
+    axes.set_ylabel("Perplexity, lower is better\n± one paired standard error", color=INK)
     if shown and max(shown) > LINEAR_SPAN * min(shown):
         axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
@@ -92,7 +100,7 @@ def plot_comparison(tables: Mapping[str, RowsByLength], window: int, name: str, 
         axes,
         f"Reading beyond the window{of_model}",
         f"{count(row.tokens, 'held-out token')} of {count(row.documents, 'document')}, the same "
-        f"everywhere; trained on {window:,} (dotted)",
+        f"everywhere; trained on texts of {window:,}",
     )
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     figure.savefig(path)

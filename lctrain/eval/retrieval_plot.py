@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lctrain.eval.method_words import method_words
 from lctrain.eval.plots import INK, MUTED, count, new_figure
 
 COLUMNS = 3
@@ -49,11 +50,11 @@ def plot_retrieval(
             axes.text(i, j, f"{value:.0%}", ha="center", va="center", fontsize=6, color=colour)
         if 0 < within < len(lengths):
             axes.axvline(within - 0.5, color=INK, linewidth=1, linestyle=":")
-        axes.set_title(method, fontsize=10, color=INK)
+        axes.set_title(method_words(method), fontsize=9, color=INK)
         labels = [f"{length:,}" for length in lengths]
         axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
         axes.set_xlabel("Length of the text (tokens)", fontsize=8, color=INK)
-        axes.set_ylabel("Depth of the key", fontsize=8, color=INK)
+        axes.set_ylabel("Text before the key", fontsize=8, color=INK)
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         axes.tick_params(colors=MUTED, labelsize=7, length=0)
         axes.spines[:].set_visible(False)
