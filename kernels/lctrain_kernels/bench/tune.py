@@ -88,9 +88,9 @@ _CANDIDATES = {
     "varlen_dkv": _DKV,
     "dual_chunk_fwd": _DUAL_CHUNK_FORWARD,
     "dual_chunk_dq": _DUAL_CHUNK_DQ,
-    "dual_chunk_dq_share": _DUAL_CHUNK_DQ,
+    "dual_chunk_dq_partial": _DUAL_CHUNK_DQ,
     "dual_chunk_dkv": _DUAL_CHUNK_DKV,
-    "dual_chunk_dkv_share": _DUAL_CHUNK_DKV,
+    "dual_chunk_dkv_partial": _DUAL_CHUNK_DKV,
     "hopper_fwd": _HOPPER_FORWARD,
     "hopper_bwd": _HOPPER_BACKWARD,
 }

@@ -15,9 +15,9 @@ PASSES = {"loss": (False, True), "statistics": (False, False), "gradient": (True
 token's loss, and the backward of every token's loss."""
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _TYPES: dict[str, str | None] = {
-    **dict.fromkeys(("statistics_ptr", "token_grad_ptr", "lse_grad_ptr"), "*fp32"),
+    **dict.fromkeys(("statistics", "token_grad", "lse_grad"), "*fp32"),
     **dict.fromkeys(("softcap", "scale", "smoothing", "uniform", "z_loss"), "fp32"),
-    "labels_ptr": "*i64",
+    "labels": "*i64",
 }
 
 
@@ -32,11 +32,11 @@ def row_pass_variant(name: str, dtype: str = "bf16", *, everything: bool = False
     """
     reads_statistics, writes_gradient = PASSES[name]
     config = row_config(_DTYPES[dtype])
-    absent = [] if everything else ["bias_ptr"]
+    absent = [] if everything else ["bias"]
     if not reads_statistics:
-        absent.append("token_grad_ptr")
+        absent.append("token_grad")
     if not (reads_statistics and everything):
-        absent.append("lse_grad_ptr")
+        absent.append("lse_grad")
     constants = {
         "BLOCK": config.block,
         "STAGES": config.stages,

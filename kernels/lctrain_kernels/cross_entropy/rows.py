@@ -171,19 +171,14 @@ def _launch(
     writes_gradient: bool,
 ) -> None:
     from lctrain_kernels.cross_entropy.config import row_config
-    from lctrain_kernels.cross_entropy.triton_kernels import row_pass_kernel
+    from lctrain_kernels.cross_entropy.triton_kernels import RowPointers, row_pass_kernel
 
     if not logits.shape[0]:
         return
     config = row_config(logits.dtype)
     rows = logits.shape[0]
     row_pass_kernel[(min(rows, config.programs * multiprocessors(logits.device)),)](
-        logits,
-        bias,
-        labels,
-        statistics,
-        token_grad,
-        lse_grad,
+        RowPointers(logits, bias, labels, statistics, token_grad, lse_grad),
         logits.stride(0),
         statistics.stride(0),
         rows,

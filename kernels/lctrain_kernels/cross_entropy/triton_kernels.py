@@ -5,11 +5,24 @@ neighbouring words, so that rescaling the sum costs one exponential per GROUP wo
 is written over the logits.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 GROUP = tl.constexpr(8)  # words per lane: 16 bytes in half precision
+
+
+class RowPointers(NamedTuple):
+    """Tensors of row_pass_kernel; it says their shapes."""
+
+    logits: Any
+    bias: Any
+    labels: Any
+    statistics: Any
+    token_grad: Any
+    lse_grad: Any
 
 
 @triton.jit
@@ -113,12 +126,7 @@ def _write_zeros(base, width, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_rows", "num_words", "ignore_index", "first_word"])
 def row_pass_kernel(
-    logits_ptr,
-    bias_ptr,
-    labels_ptr,
-    statistics_ptr,
-    token_grad_ptr,
-    lse_grad_ptr,
+    pointers: RowPointers,
     stride_logits,
     stride_statistics,
     num_rows,
@@ -146,9 +154,9 @@ def row_pass_kernel(
     """
     for index in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         row = tl.cast(index, tl.int64)
-        base = logits_ptr + row * stride_logits
-        label = tl.load(labels_ptr + row)
-        place = statistics_ptr + row
+        base = pointers.logits + row * stride_logits
+        label = tl.load(pointers.labels + row)
+        place = pointers.statistics + row
         if label == ignore_index:
             if not READS_STATISTICS:
                 for number in tl.static_range(4):
@@ -162,13 +170,13 @@ def row_pass_kernel(
                 total = tl.load(place + stride_statistics)
             else:
                 top, total, z_sum = _statistics(
-                    base, stride_logits, num_words, bias_ptr, softcap, scale,
+                    base, stride_logits, num_words, pointers.bias, softcap, scale,
                     BLOCK, STAGES, HAS_SOFTCAP, HAS_SMOOTHING,
                 )  # fmt: skip
                 owned = (target >= 0) & (target < num_words)
                 product = tl.load(base + target, mask=owned, other=0.0)
                 z_target = _logits(
-                    product, bias_ptr, target, num_words, softcap, scale, HAS_SOFTCAP
+                    product, pointers.bias, target, num_words, softcap, scale, HAS_SOFTCAP
                 )
                 tl.store(place, top)
                 tl.store(place + stride_statistics, total)
@@ -177,19 +185,19 @@ def row_pass_kernel(
             if WRITES_GRADIENT:
                 tl.debug_barrier()  # every thread has read the label's logit
                 grad = 1.0
-                if token_grad_ptr is not None:
-                    grad = tl.load(token_grad_ptr + row)
+                if pointers.token_grad is not None:
+                    grad = tl.load(pointers.token_grad + row)
                 empty = total == 0.0  # no finite logit: no softmax
                 grad = tl.where(empty, 0.0, grad)
                 total = tl.where(empty, 1.0, total)
                 on_p = grad * (1.0 + 2.0 * z_loss * (top + tl.log(total)))
-                if lse_grad_ptr is not None:
-                    on_p += tl.where(empty, 0.0, tl.load(lse_grad_ptr + row))
+                if pointers.lse_grad is not None:
+                    on_p += tl.where(empty, 0.0, tl.load(pointers.lse_grad + row))
                 on_p = on_p * scale / total
                 grad = grad * scale
                 _write_gradient(
-                    base, stride_logits, num_words, bias_ptr, softcap, scale, top, target, on_p,
-                    grad * (1.0 - smoothing), grad * uniform,
+                    base, stride_logits, num_words, pointers.bias, softcap, scale, top, target,
+                    on_p, grad * (1.0 - smoothing), grad * uniform,
                     BLOCK, STAGES, HAS_SOFTCAP, HAS_SMOOTHING,
                 )  # fmt: skip
 

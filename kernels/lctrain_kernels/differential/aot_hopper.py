@@ -151,8 +151,8 @@ def prepare_variant(
     kernel = differential_prepare_kernel
     others: dict[str, str | None] = dict.fromkeys(
         (
-            *("lam_ptr", "lse1_ptr", "lse2_ptr", "dlse1_ptr", "dlse2_ptr"),
-            *("dq1_ptr", "dq2_ptr", "dlam_ptr", "stats_ptr"),
+            *("lam", "lse1", "lse2", "dlse1", "dlse2"),
+            *("dq1", "dq2", "dlam", "stats"),
         ),
         "*fp32",
     )

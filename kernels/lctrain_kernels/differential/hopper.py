@@ -11,6 +11,8 @@ from lctrain_kernels.differential.hopper_structures import (
     BackwardPointers,
     BackwardStrides,
     ForwardPointers,
+    PreparePointers,
+    PrepareStrides,
 )
 from lctrain_kernels.gluon.config import (
     BLOCK_N_BACKWARD,
@@ -107,22 +109,8 @@ def differential_fwd(
 
 @triton.jit(do_not_specialize=["stride_lt", "stride_lh", "total_q"])
 def differential_prepare_kernel(
-    out1_ptr,
-    out2_ptr,
-    dout_ptr,
-    lam_ptr,
-    lse1_ptr,
-    lse2_ptr,
-    dlse1_ptr,
-    dlse2_ptr,
-    dq1_ptr,
-    dq2_ptr,
-    dlam_ptr,
-    stats_ptr,
-    stride_ot,
-    stride_oh,
-    stride_dot,
-    stride_doh,
+    pointers: PreparePointers,
+    strides: PrepareStrides,
     stride_lt,
     stride_lh,
     total_q,
@@ -148,27 +136,29 @@ def differential_prepare_kernel(
     inside = row < total_q
     token = row.to(tl.int64)
     value_mask = inside[:, None] & (value_column < VALUE_DIM)[None, :]
-    out_offset = (token * stride_ot + head * stride_oh)[:, None] + value_column[None, :]
-    dout_offset = (token * stride_dot + head * stride_doh)[:, None] + value_column[None, :]
-    dout = tl.load(dout_ptr + dout_offset, value_mask, 0.0).to(tl.float32)
-    e1 = tl.sum(tl.load(out1_ptr + out_offset, value_mask, 0.0).to(tl.float32) * dout, 1)
-    e2 = tl.sum(tl.load(out2_ptr + out_offset, value_mask, 0.0).to(tl.float32) * dout, 1)
+    out_row = token * strides.out_token + head * strides.out_head
+    out_offset = out_row[:, None] + value_column[None, :]
+    dout_row = token * strides.dout_token + head * strides.dout_head
+    dout_offset = dout_row[:, None] + value_column[None, :]
+    dout = tl.load(pointers.dout + dout_offset, value_mask, 0.0).to(tl.float32)
+    e1 = tl.sum(tl.load(pointers.out1 + out_offset, value_mask, 0.0).to(tl.float32) * dout, 1)
+    e2 = tl.sum(tl.load(pointers.out2 + out_offset, value_mask, 0.0).to(tl.float32) * dout, 1)
     offset = head.to(tl.int64) * total_q + token
-    tl.store(dlam_ptr + offset, -e2, inside)
-    lam = tl.load(lam_ptr + token * stride_lt + head.to(tl.int64) * stride_lh, inside, 1.0)
+    tl.store(pointers.dlam + offset, -e2, inside)
+    lam = tl.load(pointers.lam + token * stride_lt + head.to(tl.int64) * stride_lh, inside, 1.0)
     size = tl.maximum(tl.abs(lam), _SMALLEST_LAM)
-    if dlse1_ptr is not None:
-        e1 -= tl.load(dlse1_ptr + offset, inside, 0.0)
-    if dlse2_ptr is not None:
-        dlse2 = tl.load(dlse2_ptr + offset, inside, 0.0)
+    if pointers.dlse1 is not None:
+        e1 -= tl.load(pointers.dlse1 + offset, inside, 0.0)
+    if pointers.dlse2 is not None:
+        dlse2 = tl.load(pointers.dlse2 + offset, inside, 0.0)
         e2 += tl.where(lam < 0, -dlse2, dlse2) / size
     bits = (e2.to(tl.int32, bitcast=True) & -2) | (lam < 0).to(tl.int32)
-    lse1 = tl.load(lse1_ptr + offset, inside, 0.0)
-    lse2 = tl.load(lse2_ptr + offset, inside, 0.0)
+    lse1 = tl.load(pointers.lse1 + offset, inside, 0.0)
+    lse2 = tl.load(pointers.lse2 + offset, inside, 0.0)
     # A row that saw nothing has no weights: 2^(x - inf) = 0.
     lse1 = tl.where(lse1 == float("-inf"), float("inf"), lse1 * _LOG2_E)
     lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2 * _LOG2_E - tl.log2(size))
-    stats = stats_ptr + offset
+    stats = pointers.stats + offset
     width = HEADS * total_q.to(tl.int64)
     tl.store(stats, lse1, inside)
     tl.store(stats + width, lse2, inside)
@@ -176,8 +166,8 @@ def differential_prepare_kernel(
     tl.store(stats + 3 * width, bits.to(tl.float32, bitcast=True), inside)
     dq = (token * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
     mask = inside[:, None] & (column < HEAD_DIM)[None, :]
-    tl.store(dq1_ptr + dq, tl.zeros([ROWS, BLOCK_D], tl.float32), mask)
-    tl.store(dq2_ptr + dq, tl.zeros([ROWS, BLOCK_D], tl.float32), mask)
+    tl.store(pointers.dq1 + dq, tl.zeros([ROWS, BLOCK_D], tl.float32), mask)
+    tl.store(pointers.dq2 + dq, tl.zeros([ROWS, BLOCK_D], tl.float32), mask)
 
 
 @triton.jit(do_not_specialize=["total_q"])
@@ -244,20 +234,10 @@ def differential_bwd(
     sums = torch.empty((2, total_q, heads, head_dim), dtype=torch.float32, device=device)
     columns, value_columns = padded_columns(head_dim), padded_columns(value_dim)
     differential_prepare_kernel[(triton.cdiv(total_q, PREPARE_ROWS), heads)](
-        out1,
-        out2,
-        dout,
-        lam,
-        lse1,
-        lse2,
-        dlse1,
-        dlse2,
-        sums[0],
-        sums[1],
-        dlam,
-        stats,
-        *out1.stride()[:2],
-        *dout.stride()[:2],
+        PreparePointers(
+            out1, out2, dout, lam, lse1, lse2, dlse1, dlse2, sums[0], sums[1], dlam, stats
+        ),
+        PrepareStrides(*token_head_strides(out1, dout)),
         *lam.stride(),
         total_q,
         HEADS=heads,

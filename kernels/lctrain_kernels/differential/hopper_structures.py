@@ -126,3 +126,29 @@ class BackwardInputs(NamedTuple):
     tile: Any
     window: Any
     scale: Any
+
+
+class PreparePointers(NamedTuple):
+    """Tensors of differential_prepare_kernel; it says their shapes."""
+
+    out1: Any
+    out2: Any
+    dout: Any
+    lam: Any
+    lse1: Any
+    lse2: Any
+    dlse1: Any
+    dlse2: Any
+    dq1: Any
+    dq2: Any
+    dlam: Any
+    stats: Any
+
+
+class PrepareStrides(NamedTuple):
+    """Distances between tokens and between heads of out1 (and out2) and of dout, in elements."""
+
+    out_token: Any
+    out_head: Any
+    dout_token: Any
+    dout_head: Any

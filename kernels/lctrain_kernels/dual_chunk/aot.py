@@ -27,7 +27,8 @@ def _variant(
     *,
     features: str = "causal",
     dtype: str = "bf16",
-    is_share: bool = False,
+    is_partial: bool = False,
+    rotates_keys: bool = False,
 ) -> KernelVariant:
     """Describes one compilation.
 
@@ -37,9 +38,9 @@ def _variant(
         head_dim: D.
         features: "causal", "dropout" or "all", which adds logit_scale to dropout.
         dtype: Triton's name of the tensors' dtype.
-        is_share: The launch whose result the other one adds to; the rotation of keys.
+        is_partial: The launch to whose result a later one adds.
+        rotates_keys: dual_chunk_rotate_kernel rotates keys, which have no statistics.
     """
-    rotates_keys = operation == "dual_chunk_rotate" and is_share
     return attention_variant(
         operation,
         KERNELS[operation],
@@ -47,9 +48,9 @@ def _variant(
         head_dim,
         features=features,
         dtype=dtype,
-        constants={"IS_QUERY": not is_share, "IS_INTER": is_share, "IS_SUCC": is_share},
+        constants={"IS_QUERY": not rotates_keys, "IS_INTER": is_partial, "IS_SUCC": is_partial},
         absent=_STATISTICS if rotates_keys else (),
-        note="-share" if is_share else "",
+        note="-partial" if is_partial else "-keys" if rotates_keys else "",
         multiplies=operation != "dual_chunk_rotate",
     )
 
@@ -59,8 +60,8 @@ def kernel_variants(
 ) -> Iterator[KernelVariant]:
     """Yields the configurations of one table; arguments as `aot.kernel_variants`.
 
-    The launches whose result another one adds to are those of one head dim; so are, but for sm_90,
-    the plain kernels where they are all that is wanted.
+    Launches of partial results are compiled for D = 128 only. So are plain kernels where "causal"
+    is the only feature, except on sm_90.
     """
     wanted = [name for name in ("causal", "dropout", "all") if name in features]
     for head_dim in head_dims:
@@ -69,18 +70,18 @@ def kernel_variants(
         for operation, feature in itertools.product(DUAL_CHUNK_OPERATIONS, wanted):
             drop = feature != "causal"
             one_launch = operation == "dual_chunk_fwd" or head_dim != 128
-            for is_share in (False,) if one_launch else (False, True):
+            for is_partial in (False,) if one_launch else (False, True):
                 config = table_config(
-                    table, operation, head_dim, 4, has_dropout=drop, is_share=is_share
+                    table, operation, head_dim, 4, has_dropout=drop, is_partial=is_partial
                 )
-                yield _variant(operation, config, head_dim, features=feature, is_share=is_share)
-        share = head_dim == 128
+                yield _variant(operation, config, head_dim, features=feature, is_partial=is_partial)
+        rotates_keys = head_dim == 128
         yield _variant(
             "dual_chunk_rotate",
             ROTATE_CONFIG,
             head_dim,
-            features="causal" if share else "all",
-            is_share=share,
+            features="causal" if rotates_keys else "all",
+            rotates_keys=rotates_keys,
         )
     if "causal" not in features:
         return

@@ -75,7 +75,7 @@ def dual_chunk_bwd(
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     flags = Flags(has_dropout=options.has_dropout)
     for is_succ in (True, False):
-        config = tile_config("dual_chunk_dkv", q, group, options.has_dropout, is_share=is_succ)
+        config = tile_config("dual_chunk_dkv", q, group, options.has_dropout, is_partial=is_succ)
         grid = (heads_kv * pack.k_tiles.shape[0] * (SCHEDULE_ROWS // config.block_n),)
         if grid[0] == 0:
             continue
@@ -113,7 +113,7 @@ def dual_chunk_bwd(
             **config.options,
         )
     for is_inter in (True, False):
-        config = tile_config("dual_chunk_dq", q, group, options.has_dropout, is_share=is_inter)
+        config = tile_config("dual_chunk_dq", q, group, options.has_dropout, is_partial=is_inter)
         parts = SCHEDULE_ROWS // config.positions * (group // config.pack)
         grid = (heads_kv * pack.q_tiles.shape[0] * parts,)
         if grid[0] == 0:

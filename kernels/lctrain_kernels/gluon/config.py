@@ -19,15 +19,15 @@ class ForwardTile(NamedTuple):
         stages: Blocks of keys, and of values, in shared memory.
         q_stages: Tiles of queries in shared memory.
         consumers: Warpgroups of 64 rows each; other than two in varlen_fwd_hopper_kernel alone.
-        meet_early: Whether the warps of a warpgroup synchronise before a block's products instead
-            of after them; varlen_fwd_hopper_kernel only.
+        sync_before_products: The warps of a warpgroup synchronise before the products of a block,
+            not after them. varlen_fwd_hopper_kernel alone reads it.
     """
 
     block_n: int
     stages: int
     q_stages: int
     consumers: int = CONSUMERS
-    meet_early: bool = False
+    sync_before_products: bool = False
 
 
 class BackwardTile(NamedTuple):
@@ -49,7 +49,7 @@ class BackwardTile(NamedTuple):
 # By the columns of a tile: head dims up to them.
 _FORWARD = {
     64: ForwardTile(128, 3, 2),
-    128: ForwardTile(128, 2, 2, meet_early=True),
+    128: ForwardTile(128, 2, 2, sync_before_products=True),
     256: ForwardTile(64, 2, 1),
 }
 _FORWARD_OF_ONE_HEAD = {64: ForwardTile(64, 4, 2, consumers=3)}
@@ -106,7 +106,7 @@ def forward_shape(
         block_d=columns,
         q_stages=tile.q_stages,
         stages=tile.stages,
-        meet_early=tile.meet_early,
+        sync_before_products=tile.sync_before_products,
         block_dv=value_columns,
         num_k=num_k,
     )

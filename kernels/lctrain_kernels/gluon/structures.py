@@ -20,7 +20,8 @@ class ForwardShape(NamedTuple):
         block_d: Columns of a tile of queries and keys.
         q_stages: Pipeline stages of queries.
         stages: Pipeline stages of keys, and of values.
-        meet_early: True if the warps of a warpgroup synchronise before a block's products.
+        sync_before_products: True if the warps of a warpgroup synchronise before the products of a
+            block.
         block_dv: Columns of a tile of values, where they may differ from block_d.
         num_k: Tensors of keys: 2 for differential attention with one k per branch.
     """
@@ -33,7 +34,7 @@ class ForwardShape(NamedTuple):
     block_d: int
     q_stages: int
     stages: int
-    meet_early: bool = False
+    sync_before_products: bool = False
     block_dv: int = 0
     num_k: int = 1
 

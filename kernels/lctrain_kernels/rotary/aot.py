@@ -11,10 +11,10 @@ import triton
 from lctrain_kernels.rotary.launch import (
     backward_config,
     forward_config,
-    rotary_constants,
+    rotary_shape,
 )
 from lctrain_kernels.rotary.options import RotaryOptions
-from lctrain_kernels.rotary.triton_kernels import norm_rotary_bwd_kernel, rotary_kernel
+from lctrain_kernels.rotary.triton_kernels import RotaryShape, norm_rotary_bwd_kernel, rotary_kernel
 from lctrain_kernels.tile.fused_variant import fused_variant
 from lctrain_kernels.tile.variant import KernelVariant
 
@@ -47,17 +47,17 @@ class RotaryCase:
     inverse: bool = False
     published: bool = True
 
-    def constants(self) -> dict[str, int]:
-        """Constants that both kernels take."""
+    def shape(self) -> RotaryShape:
+        """Constants that both kernels share."""
         columns = self.rotary if self.published else self.rotary // 2
         options = RotaryOptions(not self.published, self.published, 0.0, 0.0, "triton")
-        return rotary_constants(torch.empty(1, columns, device="meta"), self.head_dim, options)
+        return rotary_shape(torch.empty(1, columns, device="meta"), self.head_dim, options)
 
     def others(self) -> dict[str, str | None]:
         """Types of arguments whose dtype is not that of q."""
         if self.published:
-            return {**_FLOATS, "positions_ptr": None}
-        return {**_FLOATS, "positions_ptr": "*i64", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
+            return {**_FLOATS, "positions": None}
+        return {**_FLOATS, "positions": "*i64", "cos": "*fp32", "sin": "*fp32"}
 
 
 CASES = (
@@ -72,22 +72,22 @@ CASES = (
 
 def forward_variant(case: RotaryCase, dtype: str = "bf16") -> KernelVariant:
     """Describes one compilation of rotary_kernel."""
-    constants = case.constants()
+    shape = case.shape()
     block_q = triton.next_power_of_2(case.q_heads)
-    numbers = block_q * constants["BLOCK_HALF"]
+    numbers = block_q * shape.block_half
     config = forward_config(numbers, case.has_norm)
     others = case.others()
     if not case.has_norm:
-        others |= dict.fromkeys(("q_weight_ptr", "k_weight_ptr"))
+        others |= dict.fromkeys(("q_weight", "k_weight"))
     if not case.k_heads:
-        others |= dict.fromkeys(("k_ptr", "k_out_ptr", "k_weight_ptr"))
+        others |= dict.fromkeys(("k", "k_out", "k_weight"))
     k_heads = case.k_heads or 1
-    constants |= {
+    constants: dict[str, object] = {
         "Q_HEADS": case.q_heads,
         "K_HEADS": k_heads,
         "BLOCK_Q": block_q,
         "BLOCK_K": triton.next_power_of_2(k_heads),
-        "HEAD_DIM": case.head_dim,
+        "SHAPE": shape,
         "TOKENS": config.tokens(numbers),
         "INVERSE": case.inverse,
     }
@@ -97,15 +97,15 @@ def forward_variant(case: RotaryCase, dtype: str = "bf16") -> KernelVariant:
 
 def backward_variant(case: RotaryCase, heads: int, dtype: str = "bf16") -> KernelVariant:
     """Describes one compilation of norm_rotary_bwd_kernel, for q or k with so many heads."""
-    constants = case.constants()
+    shape = case.shape()
     block = triton.next_power_of_2(heads)
-    numbers = block * constants["BLOCK_HALF"]
+    numbers = block * shape.block_half
     config = backward_config(numbers)
-    others = case.others() | {"dweight_ptr": "*fp32"}
-    constants |= {
+    others = case.others() | {"dweight": "*fp32"}
+    constants: dict[str, object] = {
         "NUM_HEADS": heads,
         "HEADS": block,
-        "HEAD_DIM": case.head_dim,
+        "SHAPE": shape,
         "TOKENS": config.tokens(numbers),
         "STAGES": config.stages,
     }

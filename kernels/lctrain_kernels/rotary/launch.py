@@ -11,7 +11,16 @@ from torch import Tensor
 from lctrain_kernels.multiprocessors import multiprocessors
 from lctrain_kernels.norm.launch import column_sum
 from lctrain_kernels.rotary.options import RotaryOptions
-from lctrain_kernels.rotary.triton_kernels import norm_rotary_bwd_kernel, rotary_kernel
+from lctrain_kernels.rotary.triton_kernels import (
+    BackwardPointers,
+    BackwardStrides,
+    RotaryPointers,
+    RotaryShape,
+    RotaryStrides,
+    norm_rotary_bwd_kernel,
+    rotary_kernel,
+)
+from lctrain_kernels.tile.arguments import token_head_strides
 
 
 @dataclass(frozen=True)
@@ -68,41 +77,38 @@ def rotate(
     k_heads = 1 if k is None else k.shape[1]
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(0 if k is None else k.shape, dtype=q.dtype, device=q.device)
-    shape = rotary_constants(cos, head_dim, options)
+    shape = rotary_shape(cos, head_dim, options)
     block_q, block_k = triton.next_power_of_2(q_heads), triton.next_power_of_2(k_heads)
-    numbers = block_q * shape["BLOCK_HALF"]
+    numbers = block_q * shape.block_half
     config = forward_config(numbers, q_weight is not None)
     size = config.tokens(numbers)
     if tokens:
         rotary_kernel[(triton.cdiv(tokens, size),)](
-            q,
-            k,
-            q_out,
-            None if k is None else k_out,
-            q_weight,
-            k_weight,
-            cos,
-            sin,
-            positions,
+            RotaryPointers(
+                q,
+                k,
+                q_out,
+                None if k is None else k_out,
+                q_weight,
+                k_weight,
+                cos,
+                sin,
+                positions,
+            ),
+            RotaryStrides(*token_head_strides(q, k), cos.stride(0)),
             tokens,
             cos.shape[0],
-            q.stride(0),
-            q.stride(1),
-            0 if k is None else k.stride(0),
-            0 if k is None else k.stride(1),
-            cos.stride(0),
             options.eps,
             options.weight_offset,
             Q_HEADS=q_heads,
             K_HEADS=k_heads,
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
-            HEAD_DIM=head_dim,
             TOKENS=size,
+            SHAPE=shape,
             INVERSE=inverse,
             num_warps=config.num_warps,
             enable_fp_fusion=True,
-            **shape,
         )
     return q_out, k_out
 
@@ -118,9 +124,9 @@ def norm_rotary_bwd(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x [T, H, D] and weight [D]."""
     tokens, heads, head_dim = x.shape
-    shape = rotary_constants(cos, head_dim, options)
+    shape = rotary_shape(cos, head_dim, options)
     block = triton.next_power_of_2(heads)
-    numbers = block * shape["BLOCK_HALF"]
+    numbers = block * shape.block_half
     config = backward_config(numbers)
     size = config.tokens(numbers)
     programs = config.programs * multiprocessors(x.device)
@@ -128,43 +134,32 @@ def norm_rotary_bwd(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     parts = torch.empty(programs, head_dim, dtype=torch.float32, device=x.device)
     norm_rotary_bwd_kernel[(programs,)](
-        dout,
-        x,
-        dx,
-        weight,
-        parts,
-        cos,
-        sin,
-        positions,
+        BackwardPointers(dout, x, dx, weight, parts, cos, sin, positions),
+        BackwardStrides(*token_head_strides(dout, x), cos.stride(0)),
         tokens,
         cos.shape[0],
-        dout.stride(0),
-        dout.stride(1),
-        x.stride(0),
-        x.stride(1),
-        cos.stride(0),
         options.eps,
         options.weight_offset,
         NUM_HEADS=heads,
         HEADS=block,
-        HEAD_DIM=head_dim,
         TOKENS=size,
         STAGES=config.stages,
+        SHAPE=shape,
         num_warps=config.num_warps,
         enable_fp_fusion=True,
-        **shape,
     )
     return dx, column_sum(parts, weight.dtype)
 
 
-def rotary_constants(cos: Tensor, head_dim: int, options: RotaryOptions) -> dict[str, int]:
-    """Returns the constants that both kernels take."""
+def rotary_shape(cos: Tensor, head_dim: int, options: RotaryOptions) -> RotaryShape:
+    """Returns the constants that both kernels share."""
     rotary = options.rotary_columns(cos)
     rest = head_dim - rotary
-    return {
-        "HALF": rotary // 2,
-        "BLOCK_HALF": triton.next_power_of_2(rotary // 2),
-        "BLOCK_REST": triton.next_power_of_2(rest) if rest else 0,
-        "FULL_TABLE": options.full_table,
-        "INTERLEAVED": options.interleaved,
-    }
+    return RotaryShape(
+        head_dim=head_dim,
+        half=rotary // 2,
+        block_half=triton.next_power_of_2(rotary // 2),
+        block_rest=triton.next_power_of_2(rest) if rest else 0,
+        full_table=options.full_table,
+        interleaved=options.interleaved,
+    )

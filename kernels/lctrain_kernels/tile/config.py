@@ -61,7 +61,7 @@ class TileConfig:
 # "<operation>_dropout" replaces single sizes where dropout is on. Differential attention
 # ("diff_...") goes by the sum of its two padded head dims: 192 is keys of 64 with values of 128,
 # 256 is both of 128. There "<operation>_shared" replaces sizes where both branches read one k.
-# "<operation>_share" is the launch of dual chunk attention whose result another one adds to.
+# "<operation>_partial" is the launch of dual chunk attention to whose result a later one adds.
 _HOPPER = {
     "varlen_fwd": {
         64: TileConfig(64, 64, 4, 3, pack=2, spill_free=True),
@@ -99,7 +99,7 @@ _HOPPER = {
     "dual_chunk_dkv_dropout": {
         128: TileConfig(32, 64, 4, 2),
     },
-    "dual_chunk_dkv_share": {
+    "dual_chunk_dkv_partial": {
         128: TileConfig(32, 64, 4, 2),
     },
     "diff_fwd": {
@@ -270,7 +270,7 @@ def table_config(
     has_dropout: bool = False,
     value_dim: int | None = None,
     shared_k: bool = False,
-    is_share: bool = False,
+    is_partial: bool = False,
 ) -> TileConfig:
     """Returns a configuration of the table.
 
@@ -283,13 +283,13 @@ def table_config(
         value_dim: Head dim of the values, for differential attention, whose tables depend on both
             head dims.
         shared_k: Whether both branches of differential attention read one k.
-        is_share: Whether another launch adds to the result; dual chunk attention only.
+        is_partial: A later launch adds to the result; dual chunk attention only.
     """
     width = padded_head_dim(head_dim)
     if value_dim is not None:
         width += padded_head_dim(value_dim)
     sizes = TABLES[table][operation]
-    suffixes = {"shared": shared_k, "dropout": has_dropout, "share": is_share}
+    suffixes = {"shared": shared_k, "dropout": has_dropout, "partial": is_partial}
     for suffix, applies in suffixes.items():
         if applies:
             sizes = {**sizes, **TABLES[table].get(f"{operation}_{suffix}", {})}
@@ -304,7 +304,7 @@ def tile_config(
     has_dropout: bool,
     value_dim: int | None = None,
     shared_k: bool = False,
-    is_share: bool = False,
+    is_partial: bool = False,
 ) -> TileConfig:
     """Returns the configuration for these tensors; never reads their values."""
     if q.device.type != "cuda":
@@ -313,11 +313,11 @@ def tile_config(
         table = "float32"
     else:
         table = _device_table(q.device.index)
-    override = _OVERRIDES.get(f"{operation}_share" if is_share else operation)
+    override = _OVERRIDES.get(f"{operation}_partial" if is_partial else operation)
     if override is not None:
         return replace(override, pack=math.gcd(override.pack, group))
     return table_config(
-        table, operation, q.shape[2], group, has_dropout, value_dim, shared_k, is_share
+        table, operation, q.shape[2], group, has_dropout, value_dim, shared_k, is_partial
     )
 
 

@@ -195,9 +195,9 @@ def test_a_launch_adds_what_one_with_other_tiles_has_written(share):
     inputs = make_inputs(case)
     tiles = {
         "dual_chunk_dq": TileConfig(32, 32, 4, 1, pack=2),
-        "dual_chunk_dq_share": TileConfig(share, 32, 4, 1, pack=1),
+        "dual_chunk_dq_partial": TileConfig(share, 32, 4, 1, pack=1),
         "dual_chunk_dkv": TileConfig(16, 32, 4, 1),
-        "dual_chunk_dkv_share": TileConfig(16, share, 4, 1),
+        "dual_chunk_dkv_partial": TileConfig(16, share, 4, 1),
     }
     with override_configs(**tiles):
         result = attention(case, inputs, backend="triton")
