@@ -44,6 +44,8 @@ TMA_LOADS = re.compile(r"\bcp\.async\.bulk\.tensor\.\d+d\.shared")
 SERIALISED = re.compile(r"C751[0-9]")
 # Named barriers by number, as Triton writes them; those of signals.py are in registers.
 BARRIERS = re.compile(r"\bbar(?:rier)?(?:\.cta)?\.(?:sync|arrive|red)\S*\s+(\d+)")
+# Divisions that may be off by two units in the last place.
+FAST_DIVISIONS = re.compile(r"\bdiv\.(?:full|approx)")
 # Address, predicate, name and operands of a machine instruction.
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/ +(@\S+ +)?([A-Z][A-Z0-9_.]*)([^;]*);")
 
@@ -131,6 +133,8 @@ def compile_variant(target: str, variant: KernelVariant) -> dict:
         code = machine_code(compiled)
         registers = re.findall(r"Used (\d+) registers", log.getvalue())
         extra = {"registers": max(map(int, registers)), "machine_code": fingerprint(code)}
+        if not variant.multiplies:
+            extra["fast_divisions"] = len(FAST_DIVISIONS.findall(assembly))
     if target == "hopper":
         extra["loop_spills"] = loop_spills(code)
         extra["barriers"] = sorted({int(number) for number in BARRIERS.findall(assembly)})

@@ -34,6 +34,9 @@ def test_every_kernel_compiles_to_matrix_instructions(version, target):
     limit = SHARED_LIMITS[target]
     large = {r["name"]: r["shared_bytes"] for r in reports if r["shared_bytes"] > limit}
     assert not large, f"these need more than the {limit} bytes of shared memory of {target}"
+    exact = [r for r in reports if r["name"].endswith("-fp32") and "fast_divisions" in r]
+    inexact = [r["name"] for r in exact if r["fast_divisions"]]
+    assert not inexact, "float32's error must be that of PyTorch, which divides as IEEE 754 asks"
     promised = [report for report in reports if report["spill_free"]]
     spilling = {r["name"]: r["spill_bytes"] for r in promised if r["spill_bytes"]}
     assert not spilling, "the configuration says that these spill no registers"

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from lctrain_kernels.tile.divide import divide
+
 _LOG2_E = tl.constexpr(1.4426950408889634)
 GROUP = tl.constexpr(8)  # words per lane: 16 bytes in half precision
 
@@ -31,8 +33,8 @@ def _exp(x):
 
 
 @triton.jit
-def _tanh(x):
-    return 1.0 - 2.0 / (tl.exp2(x * (2.0 * _LOG2_E)) + 1.0)
+def _tanh(x, DTYPE: tl.constexpr):
+    return 1.0 - divide(2.0, tl.exp2(x * (2.0 * _LOG2_E)) + 1.0, DTYPE)
 
 
 @triton.jit
@@ -44,7 +46,7 @@ def _logits(raw, bias_ptr, words, num_words, softcap, scale, HAS_SOFTCAP: tl.con
         z += tl.load(bias_ptr + words, mask=inside, other=0.0).to(tl.float32)
     z *= scale
     if HAS_SOFTCAP:
-        z = softcap * _tanh(z / softcap)
+        z = softcap * _tanh(divide(z, softcap, raw.dtype), raw.dtype)
     return tl.where(inside, z, float("-inf"))
 
 
@@ -111,7 +113,7 @@ def _write_gradient(
         if HAS_SMOOTHING:
             d -= on_all
         if HAS_SOFTCAP:
-            share = z / softcap
+            share = divide(z, softcap, raw.dtype)
             d *= 1.0 - share * share
         tl.store(base + words, d.to(base.dtype.element_ty), mask=words < width)
 
@@ -193,7 +195,7 @@ def row_pass_kernel(
                 on_p = grad * (1.0 + 2.0 * z_loss * (top + tl.log(total)))
                 if pointers.lse_grad is not None:
                     on_p += tl.where(empty, 0.0, tl.load(pointers.lse_grad + row))
-                on_p = on_p * scale / total
+                on_p = divide(on_p * scale, total, base.dtype.element_ty)
                 grad = grad * scale
                 _write_gradient(
                     base, stride_logits, num_words, pointers.bias, softcap, scale, top, target,

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from lctrain_kernels.tile.divide import divide
+
 _LOG2_E = tl.constexpr(1.4426950408889634)
 SILU = tl.constexpr(0)
 GELU_TANH = tl.constexpr(1)
@@ -10,26 +12,24 @@ GELU = tl.constexpr(2)
 
 
 @triton.jit
-def _sigmoid(x):
-    """Returns sigmoid(x) and sigmoid(-x).
-
-    Computing the second as 1 - sigmoid(x) would lose digits.
-    """
+def _sigmoid(x, DTYPE: tl.constexpr):
+    """Sigmoid of x and of -x: the latter would lose its digits in a subtraction from 1."""
     e = tl.minimum(tl.exp2(-x * _LOG2_E), 1e30)
-    share = 1.0 / (1.0 + e)
+    share = divide(1.0, 1.0 + e, DTYPE)
     return share, e * share
 
 
 @triton.jit
-def activate(x, ACTIVATION: tl.constexpr):
-    """Returns the activation of x and its derivative, float32."""
+def activate(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
+    """Returns the activation of x and its derivative, float32, for data of DTYPE."""
     if ACTIVATION == SILU:
-        share, rest = _sigmoid(x)
+        share, rest = _sigmoid(x, DTYPE)
         return x * share, share * (1.0 + x * rest)
     elif ACTIVATION == GELU_TANH:
         # gelu(x) = x sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3)
         square = x * x
-        share, rest = _sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * square))
+        u = x * (1.5957691216057308 + 0.07135481627260025 * square)
+        share, rest = _sigmoid(u, DTYPE)
         slope = 1.5957691216057308 + 0.21406444881780076 * square
         return x * share, share * (1.0 + x * slope * rest)
     else:
@@ -63,7 +63,7 @@ def gated_fwd_kernel(
     mask = offsets < columns
     gate = tl.load(gate_ptr + row * stride_gate + offsets, mask=mask, other=0.0)
     up = tl.load(up_ptr + row * stride_up + offsets, mask=mask, other=0.0)
-    active, _ = activate(gate.to(tl.float32), ACTIVATION)
+    active, _ = activate(gate.to(tl.float32), ACTIVATION, gate.dtype)
     out = active.to(gate.dtype).to(tl.float32) * up.to(tl.float32)
     tl.store(out_ptr + row * stride_out + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -91,7 +91,7 @@ def gated_bwd_kernel(
     dout = tl.load(dout_ptr + row * stride_dout + offsets, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * stride_gate + offsets, mask=mask, other=0.0)
     up = tl.load(up_ptr + row * stride_up + offsets, mask=mask, other=0.0).to(tl.float32)
-    active, slope = activate(gate.to(tl.float32), ACTIVATION)
+    active, slope = activate(gate.to(tl.float32), ACTIVATION, gate.dtype)
     dgate = (dout * up * slope).to(dgate_ptr.dtype.element_ty)
     dup = (dout * active).to(dup_ptr.dtype.element_ty)
     tl.store(dgate_ptr + row * stride_dgate + offsets, dgate, mask=mask)
@@ -111,7 +111,7 @@ def bias_gelu_fwd_kernel(
     x = tl.load(x_ptr + row * stride_x + offsets, mask=mask, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         x += tl.load(bias_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    active, _ = activate(x, ACTIVATION)
+    active, _ = activate(x, ACTIVATION, x_ptr.dtype.element_ty)
     tl.store(out_ptr + row * columns + offsets, active.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -150,7 +150,7 @@ def bias_gelu_bwd_kernel(
             dout_ptr + rows[:, None] * stride_dout + offsets[None, :], mask=mask, other=0.0
         )
         x = tl.load(x_ptr + rows[:, None] * stride_x + offsets[None, :], mask=mask, other=0.0)
-        _, slope = activate(x.to(tl.float32) + bias[None, :], ACTIVATION)
+        _, slope = activate(x.to(tl.float32) + bias[None, :], ACTIVATION, x.dtype)
         dx = dout.to(tl.float32) * slope
         dbias += tl.sum(dx, axis=0)
         dx_ptrs = dx_ptr + rows[:, None] * columns + offsets[None, :]

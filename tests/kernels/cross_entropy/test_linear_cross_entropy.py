@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lctrain_kernels.cross_entropy import linear_cross_entropy
 from lctrain_kernels.cross_entropy.chunks import pick_chunk_tokens
+from tests.kernels.cross_entropy.plain_products import CHUNK_TOKENS, plain_linear
 from tests.numerics import assert_error_at_most_twice
 
 TOKENS, HIDDEN, VOCABULARY = 37, 24, 101
@@ -38,7 +39,7 @@ def make_inputs(dtype: torch.dtype, *, bias: bool = False, device: str = "cpu") 
 def full_logits_loss(
     hidden, weight, bias, labels, *, softcap=0.0, logit_scale=1.0, reduction="sum"
 ) -> Tensor:
-    logits = functional.linear(hidden, weight, bias) * logit_scale
+    logits = plain_linear(hidden, weight, bias) * logit_scale
     if softcap > 0.0:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -46,7 +47,9 @@ def full_logits_loss(
 
 
 def fused_loss(hidden, weight, bias, labels, **options) -> Tensor:
-    return linear_cross_entropy(hidden, weight, labels, bias=bias, chunk_tokens=8, **options)[0]
+    return linear_cross_entropy(
+        hidden, weight, labels, bias=bias, chunk_tokens=CHUNK_TOKENS, **options
+    )[0]
 
 
 def loss_and_grads(function, inputs, **options) -> list[Tensor]:

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lctrain_kernels.cross_entropy import linear_cross_entropy
+from tests.kernels.cross_entropy.plain_products import CHUNK_TOKENS, plain_linear
 from tests.numerics import assert_error_at_most_twice
 
 TOKENS, HIDDEN, VOCABULARY, RANK = 37, 24, 101, 4
@@ -46,7 +47,7 @@ def tensors_and_labels(device: str) -> tuple[list[Tensor], Tensor, Tensor]:
 
 def full_logits(tensors, labels, weights, *, reduction, softcap=0.0, logit_scale=1.0, **options):
     hidden, weight, bias, low, up = tensors
-    logits = functional.linear(hidden, weight, bias if options.get("bias") else None)
+    logits = plain_linear(hidden, weight, bias if options.get("bias") else None)
     if options.get("adapter"):
         logits = logits + low @ up.t()
     logits = logits * logit_scale
@@ -75,7 +76,7 @@ def fused(tensors, labels, weights, *, backend, **options):
         bias=bias if options.pop("bias", False) else None,
         adapter=(low, up) if options.pop("adapter", False) else None,
         token_weights=weights if options.pop("weighted", False) else None,
-        chunk_tokens=8,
+        chunk_tokens=CHUNK_TOKENS,
         backend=backend,
         **options,
     )[0]
