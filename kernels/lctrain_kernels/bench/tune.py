@@ -1,24 +1,11 @@
-"""Times tile configurations against each other: python -m lctrain_kernels.bench.tune --help.
+"""Times tile configurations against each other: python -m lctrain_kernels.bench.tune --help."""
 
-Candidates are compiled side by side first (one process per core), then timed one by one on one GPU.
-A candidate that does not compile, does not fit or gives another result than the table's
-configuration is reported and left out.
-"""
-
-import argparse
 import contextlib
-import itertools
-import json
-import os
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
-from typing import Any
 
 import torch
-from triton.testing import do_bench
 
 from lctrain_kernels import make_schedule
+from lctrain_kernels.bench import tuning
 from lctrain_kernels.bench.dual_chunk import CHUNK_SIZE, LOCAL_SIZE, frequencies
 from lctrain_kernels.bench.workloads import WORKLOADS, Workload
 from lctrain_kernels.dual_chunk.operands import Operands, Rotation
@@ -69,7 +56,8 @@ _DUAL_CHUNK_DKV = {
     128: "64,128,8,2 64,64,8,2 32,128,8,2 32,64,4,2",
     256: "32,64,8,1 32,64,8,2",
 }
-# Block of keys, stages of keys and values, stages of queries, warpgroups, whether warps meet early.
+# Block of keys, stages of keys and values, stages of queries, warpgroups, whether warps synchronise
+# before the products.
 _HOPPER_FORWARD = {
     64: "64,4,2,3,0 64,4,2,3,1 128,3,2,3,0 128,3,2,3,1 128,3,2,2,0 128,3,2,2,1",
     96: "128,2,2,2,0 128,2,2,2,1 64,4,2,2,0",
@@ -82,7 +70,7 @@ _HOPPER_BACKWARD = {
     96: "64,2,0 64,4,1",
     128: "64,2,0 64,4,1",
 }
-_CANDIDATES = {
+CANDIDATES = {
     "varlen_fwd": _FORWARD,
     "varlen_dq": _DQ,
     "varlen_dkv": _DKV,
@@ -105,7 +93,11 @@ def parse_config(text: str) -> TileConfig:
 
 
 def override(operation: str, candidate: str) -> contextlib.AbstractContextManager[None]:
-    """Forces the configuration of an operation."""
+    """Forces the configuration of an operation.
+
+    Raises:
+        ValueError: if the candidate is not a list of as many integers as the operation takes.
+    """
     if not operation.startswith("hopper"):
         return override_configs(**{operation: parse_config(candidate)})
     first, second, *rest = (int(part) for part in candidate.split(","))
@@ -113,30 +105,34 @@ def override(operation: str, candidate: str) -> contextlib.AbstractContextManage
         q_stages, consumers, early = rest
         tile = ForwardTile(first, second, q_stages, consumers, bool(early))
         return override_tiles(forward=tile)
-    return override_tiles(backward=BackwardTile(first, second, *map(bool, rest)))
+    (from_registers,) = rest
+    return override_tiles(backward=BackwardTile(first, second, bool(from_registers)))
 
 
-class _Case:
+class VarlenCase:
     """The tensors of a workload and the calls of the operation's kernels on them."""
 
-    def __init__(self, workload: Workload, dropout_p: float, operation: str) -> None:
-        generator = torch.Generator("cuda").manual_seed(0)
+    def __init__(
+        self, workload: Workload, dropout_p: float, operation: str, device: str = "cuda"
+    ) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
         def draw(heads: int) -> torch.Tensor:
             shape = (workload.tokens, heads, workload.head_dim)
-            return torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator)
+            return torch.randn(shape, device=device, dtype=dtype, generator=generator)
 
         self.q, self.dout = draw(workload.heads), draw(workload.heads)
         self.k, self.v = draw(workload.heads_kv), draw(workload.heads_kv)
         lengths = torch.tensor((0, *workload.lengths))
-        self.cu = lengths.cumsum(0).to(device="cuda", dtype=torch.int32)
-        self.schedule = make_schedule(workload.lengths).to("cuda")
+        self.cu = lengths.cumsum(0).to(device=device, dtype=torch.int32)
+        self.schedule = make_schedule(workload.lengths).to(device)
         self.pack = TiledPack(self.cu, self.cu, self.schedule.q_tiles, self.schedule.k_tiles)
         self.options = AttentionOptions(
             softmax_scale=workload.head_dim**-0.5,
             window_right=0,
             dropout_p=dropout_p,
-            dropout_seed=torch.full((1,), 7, device="cuda") if dropout_p else None,
+            dropout_seed=torch.full((1,), 7, device=device) if dropout_p else None,
         )
         self.dual_chunk = operation.startswith("dual_chunk")
         self.hopper = operation.startswith("hopper")
@@ -162,93 +158,22 @@ class _Case:
         launch = hopper.varlen_bwd if self.hopper else varlen_bwd
         return launch(self.dout, None, self.q, self.k, self.v, *saved)
 
-
-def _precompile(job: tuple[str, str, Workload, float]) -> None:
-    operation, candidate, workload, dropout_p = job
-    tiny = Workload("tiny", (300, 20), workload.heads, workload.heads_kv, workload.head_dim)
-    try:
-        with override(operation, candidate):
-            case = _Case(tiny, dropout_p, operation)
-            if not operation.endswith("_fwd"):
-                case.backward()
-        torch.cuda.synchronize()
-    except Exception as error:  # reported again, with its message, when it is timed
-        print(f"precompile {operation} {candidate}: {type(error).__name__}", flush=True)
+    def run(self, operation: str) -> tuple[torch.Tensor, ...]:
+        return self.forward() if operation.endswith("_fwd") else self.backward()
 
 
-def time_candidates(
-    workload: Workload, operation: str, candidates: list[str], dropout_p: float
-) -> list[dict]:
-    """Times each candidate on one workload; the backward's other kernels stay as in the table.
+def head_dim_of(workload: Workload) -> int:
+    """The head dim, by which candidates are listed."""
+    return workload.head_dim
 
-    Args:
-        workload: Workload to time.
-        operation: A key of the candidates, such as "varlen_fwd".
-        candidates: Texts for parse_config.
-        dropout_p: Dropout probability.
 
-    Returns:
-        A row per candidate: workload, operation, config, ms (None where it failed), error or None.
-    """
-    case = _Case(workload, dropout_p, operation)
-    forward = operation.endswith("_fwd")
-    run = case.forward if forward else case.backward
-    expected = [x.float() for x in run()]
-    rows = []
-    for candidate in candidates:
-        row: dict[str, Any] = {"workload": workload.name, "operation": operation}
-        row["config"] = candidate
-        row |= {"dropout_p": dropout_p, "ms": None, "error": None}
-        try:
-            with override(operation, candidate):
-                pairs = zip(run(), expected, strict=True)
-                difference = max(float((a.float() - b).norm() / b.norm()) for a, b in pairs)
-                if not difference < 1e-2:
-                    raise ValueError(f"result differs from the table's by {difference:.1e}")
-                row["ms"] = do_bench(run, warmup=20, rep=80, return_mode="median")
-        except Exception as error:
-            row["error"] = f"{type(error).__name__}: {error}"[:120]
-        rows.append(row)
-        flops = workload.forward_flops if forward else workload.backward_flops
-        speed = (
-            f"{row['ms']:8.3f} ms {flops / row['ms'] / 1e9:6.1f} TF" if row["ms"] else row["error"]
-        )
-        print(f"{workload.name:12} {operation:14} p={dropout_p} {candidate:22} {speed}", flush=True)
-    return rows
+TUNER = tuning.Tuner(WORKLOADS, CANDIDATES, head_dim_of, VarlenCase, override)
 
 
 def main() -> None:
-    """Command line: --operations, --workloads, --dropout, --candidates, --output."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--operations", default="varlen_fwd,varlen_dq,varlen_dkv")
-    parser.add_argument("--workloads", default="1x32k,mix32k,1x32k_d64,mix32k_d64")
-    parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--candidates", help="space-separated, instead of the built-in list")
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    workloads = [WORKLOADS[name] for name in arguments.workloads.split(",")]
-    operations = arguments.operations.split(",")
-
-    def candidates(operation: str, workload: Workload) -> list[str]:
-        text = arguments.candidates or _CANDIDATES[operation][workload.head_dim]
-        return text.split()
-
-    by_shape = {(w.heads, w.heads_kv, w.head_dim): w for w in workloads}.values()
-    jobs = [
-        (operation, candidate, workload, arguments.dropout)
-        for operation, workload in itertools.product(operations, by_shape)
-        for candidate in candidates(operation, workload)
-    ]
-    workers = min(12, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        list(pool.map(_precompile, jobs))
-    rows = []
-    for operation, workload in itertools.product(operations, workloads):
-        rows += time_candidates(
-            workload, operation, candidates(operation, workload), arguments.dropout
-        )
-    if arguments.output:
-        arguments.output.write_text(json.dumps(rows, indent=1))
+    """Command line; `tuning.main` has its options."""
+    workloads, operations = "1x32k,mix32k,1x32k_d64,mix32k_d64", "varlen_fwd,varlen_dq,varlen_dkv"
+    tuning.main(TUNER, __doc__, workloads, operations)
 
 
 if __name__ == "__main__":
