@@ -1,12 +1,13 @@
-"""Compares the machine code of two commits: `python -m tests.kernels.compare_code BASE`.
+"""Compares the code of two commits: `python -m tests.kernels.compare_code BASE`.
 
-For every variant of the ahead-of-time lists, the registers, spills, shared memory and instruction
-stream of the working tree are held against those of BASE, on one Triton. Reports that a tree keeps
-in `aot_reports/` are used; other variants are compiled, by that tree's own script.
+For every variant of the ahead-of-time lists, the assembly of the working tree (PTX, or that of AMD)
+is held against that of BASE, on one Triton. ptxas is not run: it gives other machine code for the
+same PTX from run to run (bench/NOTES.md has the counts), so equal PTX is the stronger witness.
 
-The compiler does not give the same machine code in every run: the same source may get its uniform
-registers numbered differently. So variants that differ are compiled again, `--repeat` times on both
-sides, and count as different if the two sides have no machine code in common.
+With `--machine-code`, registers, spills, shared memory and instruction streams are compared
+instead. Reports that a tree keeps in `aot_reports/` are used; other variants are compiled, by that
+tree's own script. Variants that differ are compiled again, `--repeat` times on both sides, and
+count as different if the two sides have no machine code in common.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from pathlib import Path
 from tests.house.typecheck import ROOT
 from tests.kernels.aot_process import SELECTIONS, triton_folder
 
-COMPARED = ("registers", "spill_bytes", "shared_bytes", "machine_code", "loop_spills")
+COMPARED = ("assembly", "registers", "spill_bytes", "shared_bytes", "machine_code", "loop_spills")
 Name = tuple[str, str]
 """Target and name of a variant."""
 
@@ -43,6 +44,40 @@ def kept(root: Path, version: str) -> dict[str, dict]:
     return {report["key"]: report for report in map(json.loads, file.read_text().splitlines())}
 
 
+def run_script(script: Path, root: Path, version: str, request: dict) -> list[dict]:
+    """Returns what a script of the ahead-of-time tests prints about a tree.
+
+    Args:
+        script: Takes one JSON object and prints one per variant.
+        root: Root of the tree whose kernels and lists are taken.
+        version: Triton version.
+        request: What the script is asked.
+
+    Raises:
+        RuntimeError: if the script fails.
+    """
+    folder = triton_folder(version)
+    paths = [str(path) for path in (folder, root, root / "kernels") if path is not None]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    result = subprocess.run(
+        [sys.executable, script, json.dumps(request)],
+        env=environment,
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
+    if result.returncode != 0:
+        raise RuntimeError(f"{script} failed:\n{result.stderr}")
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def assemblies(root: Path, version: str, request: dict) -> dict[Name, dict]:
+    """Returns a hash of the assembly of a tree's variants; arguments as of `run_script`."""
+    script = Path(__file__).with_name("assembly_of.py")
+    return {(r["target"], r["name"]): r for r in run_script(script, root, version, request)}
+
+
 def reports(
     root: Path, version: str, selections: Sequence, known: dict[str, dict]
 ) -> dict[Name, dict]:
@@ -53,26 +88,10 @@ def reports(
         version: Triton version.
         selections: Selections, as in aot_compile.py.
         known: Reports by key, whose variants are not compiled.
-
-    Raises:
-        RuntimeError: if the tree's script fails.
     """
-    folder = triton_folder(version)
-    paths = [str(path) for path in (folder, root, root / "kernels") if path is not None]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
-    request = json.dumps({"selections": selections, "known": sorted(known)})
     script = root / "tests" / "kernels" / "aot_compile.py"
-    result = subprocess.run(
-        [sys.executable, script, request],
-        env=environment,
-        cwd=root,
-        capture_output=True,
-        text=True,
-    )
-    if result.returncode != 0:
-        raise RuntimeError(f"{script} failed:\n{result.stderr}")
-    lines = map(json.loads, result.stdout.splitlines())
+    request = {"selections": selections, "known": sorted(known)}
+    lines = run_script(script, root, version, request)
     return {(r["target"], r["name"]): known.get(r["key"], {}) | r for r in lines}
 
 
@@ -89,12 +108,48 @@ def differences(base: dict[Name, dict], head: dict[Name, dict]) -> dict[Name, li
     return found
 
 
+def machine_code_differences(
+    trees: Sequence[Path], version: str, selections: Sequence, repeat: int
+) -> tuple[int, dict[Name, list[str]]]:
+    """Compares the machine code of two trees; the second is the working tree.
+
+    Returns:
+        How many variants the working tree has, and what differs.
+    """
+    base, head = (reports(tree, version, selections, kept(tree, version)) for tree in trees)
+    different = differences(base, head)
+    codes: dict[Name, tuple[set, set]] = {
+        name: ({base[name].get("machine_code")}, {head[name].get("machine_code")})
+        for name, fields in different.items()
+        if fields == ["machine_code"]
+    }
+    targets = {target for target, _ in codes}
+    again = [selection for selection in selections if selection[0] in targets]
+    for _ in range(repeat if codes else 0):
+        for side, tree in enumerate(trees):
+            # What does not differ is left out by its key.
+            known = {
+                report["key"]: report
+                for name, report in (base, head)[side].items()
+                if name not in codes
+            }
+            for name, report in reports(tree, version, again, known).items():
+                if name in codes:
+                    codes[name][side].add(report.get("machine_code"))
+    for name, (ours, theirs) in codes.items():
+        if ours & theirs:
+            del different[name]
+    return len(head), different
+
+
 def main() -> int:
     """Prints what differs and returns 1 if anything does."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", help="a commit")
     parser.add_argument("--triton", default="3.6.0", choices=list(SELECTIONS))
     parser.add_argument("--target", nargs="*", help="targets to compare; default: all")
+    parser.add_argument("--only", default="", help="pattern of the variants' names")
+    parser.add_argument("--machine-code", action="store_true")
     parser.add_argument("--repeat", type=int, default=2)
     options = parser.parse_args()
     version = options.triton
@@ -102,32 +157,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         trees = (Path(folder), ROOT)
         unpack(options.base, trees[0])
-        base, head = (reports(tree, version, selections, kept(tree, version)) for tree in trees)
-        different = differences(base, head)
-        codes: dict[Name, tuple[set, set]] = {
-            name: ({base[name].get("machine_code")}, {head[name].get("machine_code")})
-            for name, fields in different.items()
-            if fields == ["machine_code"]
-        }
-        targets = {target for target, _ in codes}
-        again = [selection for selection in selections if selection[0] in targets]
-        for _ in range(options.repeat if codes else 0):
-            for side, tree in enumerate(trees):
-                # What does not differ is left out by its key.
-                known = {
-                    report["key"]: report
-                    for name, report in (base, head)[side].items()
-                    if name not in codes
-                }
-                for name, report in reports(tree, version, again, known).items():
-                    if name in codes:
-                        codes[name][side].add(report.get("machine_code"))
-    for name, (ours, theirs) in codes.items():
-        if ours & theirs:
-            del different[name]
+        if options.machine_code:
+            total, different = machine_code_differences(trees, version, selections, options.repeat)
+        else:
+            request = {"selections": selections, "only": options.only}
+            base, head = (assemblies(tree, version, request) for tree in trees)
+            total, different = len(head), differences(base, head)
     for (target, name), fields in different.items():
         print(f"{target} {name}: {', '.join(fields)}")
-    print(f"{len(head)} variants, {len(different)} different, Triton {version}")
+    print(f"{total} variants, {len(different)} different, Triton {version}")
     return 1 if different else 0
 
 

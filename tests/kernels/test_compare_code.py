@@ -18,3 +18,9 @@ def test_registers_and_instructions_count():
 def test_a_variant_of_one_side_is_named():
     assert differences({NAME: REPORT}, {}) == {NAME: ["only in BASE"]}
     assert differences({}, {NAME: REPORT}) == {NAME: ["only in the working tree"]}
+
+
+def test_other_assembly_counts():
+    base, head = {"assembly": "a"}, {"assembly": "b"}
+    assert differences({NAME: base}, {NAME: head}) == {NAME: ["assembly"]}
+    assert differences({NAME: base}, {NAME: base}) == {}
