@@ -69,8 +69,10 @@ class DifferentialCase:
         return differential_fwd(*self.operands, self.pack, self.options)
 
     def backward(self) -> tuple[Tensor, ...]:
+        out1, out2, lse1, lse2 = self.saved
+        saved = (out1, out2, lse1, lse2)
         grads = differential_bwd(
-            self.dout, None, None, *self.operands, *self.saved, self.pack, self.options
+            self.dout, None, None, *self.operands, *saved, self.pack, self.options
         )
         return tuple(x for x in grads if x.numel())
 

@@ -95,7 +95,7 @@ def rotate(
                 sin,
                 positions,
             ),
-            RotaryStrides(*token_head_strides(q, k), cos.stride(0)),
+            RotaryStrides(*token_head_strides(q, k), *cos.stride()[:1]),
             tokens,
             cos.shape[0],
             options.eps,
@@ -135,7 +135,7 @@ def norm_rotary_bwd(
     parts = torch.empty(programs, head_dim, dtype=torch.float32, device=x.device)
     norm_rotary_bwd_kernel[(programs,)](
         BackwardPointers(dout, x, dx, weight, parts, cos, sin, positions),
-        BackwardStrides(*token_head_strides(dout, x), cos.stride(0)),
+        BackwardStrides(*token_head_strides(dout, x), *cos.stride()[:1]),
         tokens,
         cos.shape[0],
         options.eps,
