@@ -20,6 +20,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from lctrain_kernels.tile.variant import KernelVariant
 from tests.kernels.aot_compile import described, gpu_target
+from tests.kernels.aot_key import variant_key
 
 
 def assembly(target: str, variant: KernelVariant) -> str:
@@ -39,19 +40,24 @@ def assembly(target: str, variant: KernelVariant) -> str:
 def main(request: dict) -> None:
     """Prints a line for every variant."""
     CUDABackend.make_cubin = lambda *_, **__: b""
-    seen = set()
-    for selection in request["selections"]:
-        for variant in described(*selection):
-            place = (selection[0], variant.name)
-            if place in seen or not re.search(request.get("only", ""), variant.name):
-                continue
-            seen.add(place)
-            try:
-                digest = hashlib.sha256(assembly(selection[0], variant).encode()).hexdigest()[:16]
-            except Exception as error:  # the others are worth knowing about too
-                digest = f"{type(error).__name__}: {error}"
-            line = {"target": selection[0], "name": variant.name, "assembly": digest}
-            print(json.dumps(line), flush=True)
+    variants = {
+        (selection[0], variant.name): variant
+        for selection in request["selections"]
+        for variant in described(*selection)
+        if re.search(request.get("only", ""), variant.name)
+    }
+    gpus = {target: "sm_90" if target == "hopper" else target for target, _ in variants}
+    keys = {  # taken before a compiler runs, as in aot_compile.py
+        (target, name): variant_key(variant, gpus[target], triton.__version__)
+        for (target, name), variant in variants.items()
+    }
+    for (target, name), variant in variants.items():
+        try:
+            digest = hashlib.sha256(assembly(target, variant).encode()).hexdigest()[:16]
+        except Exception as error:  # the others are worth knowing about too
+            digest = f"{type(error).__name__}: {error}"
+        line = {"target": target, "name": name, "key": keys[target, name], "assembly": digest}
+        print(json.dumps(line | {"spill_free": variant.spill_free}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Differences between the machine code of two commits that count."""
+"""What counts as a difference between the code of two commits, and whose reports are kept."""
 
+from tests.kernels.carry_reports import carried
 from tests.kernels.compare_code import differences
 
 REPORT = {"registers": 168, "spill_bytes": 0, "shared_bytes": 1024, "machine_code": "a", "key": "1"}
@@ -24,3 +25,16 @@ def test_other_assembly_counts():
     base, head = {"assembly": "a"}, {"assembly": "b"}
     assert differences({NAME: base}, {NAME: head}) == {NAME: ["assembly"]}
     assert differences({NAME: base}, {NAME: base}) == {}
+
+
+def test_a_report_is_carried_where_the_assembly_is_equal():
+    lines = {"key": "old", "assembly": "a", "spill_free": False}
+    base = {("sm_90", "before"): lines, ("sm_80", "before"): lines | {"key": "none"}}
+    head = {
+        ("sm_90", "after"): lines | {"key": "new", "spill_free": True},
+        ("sm_90", "other"): lines | {"key": "other", "assembly": "b"},
+        ("sm_80", "after"): lines | {"key": "of another GPU"},
+    }
+    known = {"old": REPORT | {"key": "old", "name": "before", "spill_free": False}}
+    expected = REPORT | {"key": "new", "name": "after", "spill_free": True}
+    assert carried(base, head, known) == {"new": expected}

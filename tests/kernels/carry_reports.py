@@ -1,0 +1,57 @@
+"""Keeps the reports of a change that leaves the assembly as it was.
+
+`python -m tests.kernels.carry_reports BASE` gives variants whose assembly equals that of a variant
+of BASE the report that BASE keeps of it, under their new key; `aot_process` compiles the others.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from tests.house.typecheck import ROOT
+from tests.kernels.aot_process import SELECTIONS, kept_reports, update
+from tests.kernels.compare_code import assemblies, kept, unpack
+
+
+def carried(
+    base: dict[tuple[str, str], dict], head: dict[tuple[str, str], dict], known: dict[str, dict]
+) -> dict[str, dict]:
+    """Returns reports by the keys of the working tree.
+
+    Args:
+        base: What assembly_of.py says of BASE's variants, by target and name.
+        head: Likewise, of the working tree's.
+        known: BASE's reports, by its keys.
+    """
+    by_code = {
+        (target, line["assembly"]): known[line["key"]]
+        for (target, _), line in base.items()
+        if line["key"] in known
+    }
+    return {
+        line["key"]: by_code[target, line["assembly"]]
+        | {"key": line["key"], "name": name, "spill_free": line["spill_free"]}
+        for (target, name), line in head.items()
+        if (target, line["assembly"]) in by_code
+    }
+
+
+def main() -> None:
+    """Brings the kept reports up to date, carrying what it can."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("base", help="a commit")
+    parser.add_argument("--triton", nargs="*", default=list(SELECTIONS), choices=list(SELECTIONS))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        unpack(options.base, tree)
+        for version in options.triton:
+            request = {"selections": SELECTIONS[version]}
+            base, head = (assemblies(root, version, request) for root in (tree, ROOT))
+            reports = carried(base, head, kept(tree, version))
+            total, compiled = update(version, reports | kept_reports(version))
+            print(f"Triton {version}: {total} variants, {compiled} compiled", flush=True)
+
+
+if __name__ == "__main__":
+    main()
