@@ -19,9 +19,9 @@ def carried(
     """Returns reports by the keys of the working tree.
 
     Args:
-        base: What assembly_of.py says of BASE's variants, by target and name.
-        head: Likewise, of the working tree's.
-        known: BASE's reports, by its keys.
+        base: Lines of assembly_of.py for BASE, by target and name.
+        head: The same, for the working tree.
+        known: Reports that BASE keeps, by its keys.
     """
     by_code = {
         (target, line["assembly"]): known[line["key"]]

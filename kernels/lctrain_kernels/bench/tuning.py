@@ -45,7 +45,7 @@ class Tuner:
         shape: The part of a workload that candidates go by, such as its head dim.
         make_case: Makes a Case from workload, dropout probability, operation and device; a function
             or class of a module, for other processes call it.
-        override: Forces the configuration of an operation; likewise.
+        override: Forces the configuration of an operation; also a function or class of a module.
     """
 
     workloads: Mapping[str, Any]
@@ -85,7 +85,7 @@ def time_candidates(
         candidates: Configurations as `override` takes them.
         dropout_p: Dropout probability.
         timer: Returns the milliseconds of a call.
-        device: Where the tensors live.
+        device: Device of the tensors.
 
     Returns:
         A row per candidate: workload, operation, config, dropout_p, ms (None where it failed) and
@@ -146,10 +146,10 @@ def main(
         tuner: What is timed.
         description: For --help.
         default_workloads: Names, separated by commas.
-        default_operations: Likewise.
+        default_operations: Operations, separated by commas.
         arguments: Replaces those of the command line.
         timer: Replaces the GPU's; nothing is compiled beforehand then.
-        device: Where the tensors live.
+        device: Device of the tensors.
 
     Returns:
         The rows of `time_candidates`; written to --output after every workload.
