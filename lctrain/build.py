@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from lctrain.attention import make_spec
@@ -160,6 +161,10 @@ def model_factory(config: ModelConfig) -> Callable[[pl.LightningDataModule], nn.
     return build
 
 
+BASES: dict[str, type] = {"callbacks": pl.Callback, "logger": Logger}
+"""What the components of a group must be."""
+
+
 def instantiate_all(group: str, configs: Mapping[str, Any]) -> dict[str, Any]:
     """Builds every component of a group that is not switched off.
 
@@ -171,7 +176,7 @@ def instantiate_all(group: str, configs: Mapping[str, Any]) -> dict[str, Any]:
         The objects by name, in the same order.
 
     Raises:
-        ValueError: if an entry has no `_target_`.
+        ValueError: if an entry has no `_target_`, or its class is of another kind.
     """
     from hydra.utils import instantiate
 
@@ -189,7 +194,13 @@ def instantiate_all(group: str, configs: Mapping[str, Any]) -> dict[str, Any]:
                 f"{group}.{name} must have a _target_, got {config!r}. Give the class to build, or "
                 f"set {group}.{name}=null."
             )
-        built[name] = instantiate(config, _convert_="object")
+        built[name] = made = instantiate(config, _convert_="object")
+        if not isinstance(made, BASES.get(group, object)):
+            raise ValueError(
+                f"{group}.{name}._target_ must be a {BASES[group].__name__} of Lightning, got "
+                f"{target!r}, which makes a {type(made).__name__}. Name another class, or set "
+                f"{group}.{name}=null."
+            )
     return built
 
 

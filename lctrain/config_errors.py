@@ -22,6 +22,9 @@ _NOT_A_DICT = re.compile(
 _NO_NULL = re.compile(r"is not Optional")
 _MISSING = re.compile(r"missing mandatory value|Missing mandatory value")
 _NO_VALUE = re.compile(r"Error parsing override '(?P<override>[^']*)'\s*\n?missing EQUAL")
+_RESOLVING = re.compile(
+    r"ValueError raised while resolving interpolation: (?P<message>.* must .*, got .*)"
+)
 _KINDS = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}
 
 
@@ -38,7 +41,11 @@ def explain_config_error(
         overrides: The arguments of the command, from which a value is quoted.
         known: Gives every key there is, with dots; called for a key that is not there.
     """
+    if type(error).__module__.partition(".")[0] == "yaml" or isinstance(error, UnicodeDecodeError):
+        return _file_error(error)
     text = f"{error}\n{error.__cause__ or ''}"
+    if match := _RESOLVING.search(text):
+        return match["message"]  # of a check of lctrain's
     key = _full_key(text)
     given = _given(overrides)
     message = (
@@ -46,10 +53,64 @@ def explain_config_error(
         or _key_error(text, key, given, known)
         or _value_error(text, key, given)
         or _syntax_error(text, overrides)
+        or _place_error(text)
+        or _target_error(error, text)
     )
     if message is not None:
         return message
     return "\n".join(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+
+
+def _file_error(error: BaseException) -> str:
+    """The message about a configuration file that cannot be read."""
+    if isinstance(error, UnicodeDecodeError):
+        return (
+            f"a configuration file must be UTF-8, got {_file_of(error) or 'one'} with the byte "
+            f"0x{error.object[error.start]:02x} at {error.start}. Save it as UTF-8."
+        )
+    mark = getattr(error, "problem_mark", None)
+    where = "" if mark is None else f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}: "
+    problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+    return (
+        f"a configuration file must be YAML, got {where}{problem}. Check the indentation, which is "
+        "made of spaces, and the brackets."
+    )
+
+
+def _file_of(error: BaseException) -> str | None:
+    """The file that Hydra was reading when it failed."""
+    trace, found = error.__traceback__, None
+    while trace is not None:
+        found = trace.tb_frame.f_locals.get("full_path", found)
+        trace = trace.tb_next
+    return None if found is None else str(found)
+
+
+def _target_error(error: BaseException, text: str) -> str | None:
+    """The message about a class that a `_target_` names, or about its arguments."""
+    if match := re.search(r"Error locating target '([^']+)'", text):
+        return (
+            f"_target_ must be a class that can be imported, got {match[1]!r}. Check the spelling; "
+            "the folder of a file of your own belongs in PYTHONPATH."
+        )
+    if match := re.search(r"Error in call to target '([^']+)'", text):
+        cause = " ".join(str(error.__cause__ or text.splitlines()[1]).split())
+        return f"{match[1].rpartition('.')[2]}, which a _target_ names, cannot be built: {cause}"
+    return None
+
+
+def _place_error(text: str) -> str | None:
+    """The message about --config-dir and --config-name."""
+    if match := re.search(r"Additional config directory '([^']+)' not found", text):
+        return f"--config-dir must be a folder, got {match[1]}, which is not there. Check the path."
+    if match := re.search(r"Cannot find primary config '([^']+)'", text):
+        return (
+            f"--config-name must be a file of --config-dir without its .yaml, got {match[1]!r}, "
+            "which is not there. Leave it out for the configuration of lctrain."
+        )
+    if match := re.search(r"primary config '([^']+)' must be a DictConfig, got (\w+)", text):
+        return f"{match[1]}.yaml must hold keys, got {match[2]}. --cfg job prints such a file."
+    return None
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
@@ -85,6 +146,8 @@ def _nearest(key: str, names: Sequence[str]) -> str | None:
 
 def _choice_error(text: str, given: dict[str, str]) -> str | None:
     if match := _NO_GROUP.search(text):
+        if nameless := next((f"={value}" for name, value in given.items() if not name), None):
+            return _unreadable(nameless)
         named = [name for name, value in given.items() if "." not in name and _plain(value)]
         group = named[0] if named else "a group"
         return (
@@ -161,12 +224,25 @@ def _syntax_error(text: str, overrides: Sequence[str]) -> str | None:
         return f"{name} must be followed by a value, got none. Write {name}=..."
     if "hydra.cc/docs/1.2/advanced/override_grammar" in text:
         shown = re.search(r"Error parsing override '([^']*)'", text)
-        line = shown[1] if shown else " ".join(overrides)
-        return (
-            f"arguments must read key=value, got {line!r}. Check the brackets and quotes; a value "
-            "with spaces, commas or = needs quotes inside of those of the shell."
-        )
+        return _unreadable(shown[1] if shown else " ".join(overrides))
     return None
+
+
+def _unreadable(argument: str) -> str:
+    """The message about an argument that Hydra's grammar does not have."""
+    remedy = (
+        "Check the brackets and quotes; a value with spaces, commas or = needs quotes inside of "
+        "those of the shell."
+    )
+    key, equals, value = argument.partition("=")
+    if argument.endswith("\\r") or "\r" in argument:
+        remedy = "It ends with a carriage return: save the script with the line ends of Unix."
+    elif equals and not value.isascii():
+        inside = value.strip("'\"")
+        remedy = (
+            f"A value with such letters needs quotes inside of the shell's: '{key}=\"{inside}\"'."
+        )
+    return f"arguments must read key=value, got {argument!r}. {remedy}"
 
 
 def _plain(value: str) -> bool:

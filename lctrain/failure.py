@@ -28,7 +28,7 @@ FULL_ERROR = "HYDRA_FULL_ERROR"
 OURS = ("lctrain", "lctrain_kernels")
 _WORKER = re.compile(r"^Caught (\w+) in (\w+) worker process (\d+)\.\n", re.MULTILINE)
 _KILLED = re.compile(r"DataLoader worker \(pid[^)]*\) (?:is killed by signal: (\w+)|exited)")
-_CONFIG_MODULES = ("hydra", "omegaconf")
+_CONFIG_MODULES = ("hydra", "omegaconf", "yaml")
 
 
 def explain(
@@ -43,7 +43,9 @@ def explain(
     """
     module = type(error).__module__.partition(".")[0]
     plain = str(error).startswith(("Config group override must be", "Unexpected type for root"))
-    if module in _CONFIG_MODULES or plain:  # errors of Hydra and OmegaConf with a type of Python's
+    if (
+        module in _CONFIG_MODULES or plain or _reads_config(error)
+    ):  # errors of Hydra and OmegaConf with a type of Python's
         return explain_config_error(error, overrides, known)
     if killed := _KILLED.search(str(error)):
         how = f"by {killed[1]}" if killed[1] else "unexpectedly"
@@ -126,6 +128,16 @@ def _raised_on_purpose(error: BaseException) -> bool:
     code = last.tb_frame.f_code.co_code
     instruction = dis.opname[code[last.tb_lasti]] if last.tb_lasti >= 0 else ""
     return name.partition(".")[0] in OURS and instruction == "RAISE_VARARGS"
+
+
+def _reads_config(error: BaseException) -> bool:
+    """Whether Hydra was reading a configuration file that is not UTF-8."""
+    trace = error.__traceback__
+    while isinstance(error, UnicodeDecodeError) and trace is not None:
+        if trace.tb_frame.f_globals.get("__name__") == "hydra._internal.config_repository":
+            return True
+        trace = trace.tb_next
+    return False
 
 
 def _innermost(trace: TracebackType | None) -> TracebackType | None:

@@ -47,7 +47,12 @@ def check_arguments(model_type: str, given: Iterable[str]) -> None:
 
 
 def check_model_name(name: str) -> None:
-    """Raises ValueError if the name of a model is a path, and no such folder exists."""
+    """Raises ValueError if a model has no name, or a path as its name that is no folder's."""
+    require(
+        name.strip() != "",
+        f"model must be a folder or a name on the Hugging Face hub, got {name!r}. Set "
+        "model.name_or_path.",
+    )
     require(
         not looks_like_path(name) or Path(name).expanduser().is_dir(),
         f"model must be a folder or a name on the Hugging Face hub, got {name}, which does not "

@@ -6,9 +6,11 @@ later, by those who read them.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -31,7 +33,7 @@ from lctrain.model_names import (
     check_tokenizer_name,
 )
 from lctrain.run.identity import identity_of
-from lctrain.run.resume import checkpoints_in, newest_directory
+from lctrain.run.resume import check_named, checkpoints_in, newest_directory
 
 if TYPE_CHECKING:
     from lctrain.config import (
@@ -127,6 +129,8 @@ def check_checkpoint(config: TrainConfig) -> None:
             f"ckpt_path must be a checkpoint file or last, got {ckpt_path!r}, which is not there. "
             "Leave it out to start afresh."
         )
+    if not zipfile.is_zipfile(path):
+        check_named(path, None)  # says so, and which one is intact
 
 
 def _check_last(config: TrainConfig) -> None:
@@ -178,6 +182,11 @@ def check_targets(group: str, configs: Any) -> None:
                 f"{group}.{name} must have a _target_, got {config!r}. Give the class to build, or "
                 f"set {group}.{name}=null."
             )
+        require(
+            importlib.util.find_spec(target.partition(".")[0]) is not None,
+            f"{group}.{name}._target_ must be a class of a package that is there, got {target!r}. "
+            "Check the spelling; the folder of a file of your own belongs in PYTHONPATH.",
+        )
 
 
 def check_evaluation(config: EvalConfig) -> None:

@@ -35,9 +35,22 @@ class Refused:
         raise AssertionError(f"{module.__name__} was loaded")
 
 
+def prepare():
+    """The files that the cases name, in the current folder."""
+    Path("FILE").touch()
+    Path("LOOP").symlink_to("LOOP")
+    Path("bad.yaml").write_text("defaults:\n  - train\n - _self_\n")
+    Path("tab.yaml").write_text("defaults:\n\t- train\n")
+    Path("latin.yaml").write_bytes("name: h\u00e9llo\n".encode("latin-1"))
+    Path("list.yaml").write_text("- 1\n- 2\n")
+    keys = "defaults:\r\n  - train\r\n  - _self_\r\n\r\ntrainer:\r\n  max_stepz: 3\r\n"
+    Path("crlf.yaml").write_bytes(keys.encode())
+
+
 def run(main, program, arguments):
     """Exit status and lines on stderr of a command."""
-    sys.argv = [program, *filter(None, arguments.split(" ; "))]
+    arguments = arguments.replace("\\r", "\r").split(" ; ")
+    sys.argv = [program, *filter(None, arguments)]
     errors = io.StringIO()
     status = 0
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
@@ -54,7 +67,7 @@ def check(every):
     from lctrain import evaluate, train
 
     mains = {"lctrain-train": train.main, "lctrain-eval": evaluate.main}
-    Path("FILE").touch()
+    prepare()
     wrong, lengths = [], []
     for program, arguments, message in CASES[::every]:
         status, printed = run(mains[program], program, arguments)

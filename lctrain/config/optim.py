@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from lctrain.limits import require
@@ -45,6 +46,9 @@ class OptimConfig:
                 f"optim.schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}. "
                 "Check the spelling."
             )
+        for name in ("learning_rate", "weight_decay", "eps"):
+            value = getattr(self, name)
+            require(not math.isinf(value), f"optim.{name} must be finite, got {value}. Lower it.")
         require(
             self.learning_rate > 0.0,
             f"optim.learning_rate must be above 0, got {self.learning_rate}. Try 1e-3.",
