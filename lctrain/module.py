@@ -254,8 +254,8 @@ class LongContextModule(pl.LightningModule):
         if self.trainer.world_size > 1:
             dist.all_reduce(totals)
         loss = totals[0] / totals[1].clamp(min=1.0)
-        # Every rank holds the same value: the maximum keeps its bits, and says so to Lightning,
-        # which would else recommend a reduction over ranks.
+        # Every rank has the same value, whose bits a maximum keeps. Without a reduction Lightning
+        # would warn.
         same: dict[str, Any] = {"batch_size": 1, "sync_dist": True, "reduce_fx": "max"}
         self.log(f"{stage}/loss", loss.float(), prog_bar=True, **same)
         self.log(f"{stage}/perplexity", loss.exp().float(), **same)

@@ -19,6 +19,6 @@ def _leave() -> None:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     if torch.distributed.get_backend() == "gloo":
-        # Asleep, this thread lets gloo's have the interpreter lock, to drop its last work.
+        # While this thread sleeps, gloo's thread gets the interpreter lock and ends its work.
         time.sleep(0.1)
         torch.distributed.destroy_process_group()

@@ -125,7 +125,7 @@ class DualChunkHook(InputHook):
         super().__init__(model, spec)
         self.spec = spec
         rotary = find_rotary(model)
-        # By name: who replaces the model's rotary embedding means the new one.
+        # Stored by name, so that a replaced rotary embedding is found too.
         self.rotary = next(name for name, module in model.named_modules() if module is rotary)
 
     def __call__(
@@ -165,6 +165,6 @@ def _continued_boundaries(inputs: dict[str, Any]) -> Boundaries:
             f"attention_mask must be [batch, tokens] and cover the {keys} keys in the cache and "
             f"the input, got {shape}. Pass one value per token, those in the cache included."
         )
-    # As in transformers: column i is token i of the row, also where the mask goes on from there.
+    # As in transformers, column i is token i of the row; the mask may be longer than the keys.
     real = mask[:, :keys].to(device=tokens.device, dtype=torch.bool)
     return find_documents(*shapes, tokens.device, real=real)

@@ -8,25 +8,25 @@ from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 MAY_CHANGE = (
-    # where it writes, what it tells, what follows the training
+    # paths, loggers, and the steps after training
     "name",
     "paths",
     "logger",
     "ckpt_path",
     "export",
     "evaluation",
-    "callbacks",  # they are built from the new options, so that these are followed at once
-    # its length, which the learning-rate schedule follows at once
+    "callbacks",  # built from the new options
+    # length of the run, which the learning-rate schedule follows
     "trainer.max_steps",
     "trainer.max_epochs",
     "trainer.max_time",
     "trainer.budget_s",  # the number of steps that it led to is in the checkpoint
-    # when it looks and logs
+    # intervals of logging and validation
     "trainer.log_every_n_steps",
     "trainer.validate_every_n_steps",
     "trainer.limit_val_batches",
     "trainer.enable_progress_bar",
-    # the machine: the number of ranks is compared with the data
+    # the machine; the number of ranks is checked with the data
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",
@@ -35,7 +35,7 @@ MAY_CHANGE = (
     "attention.backend",
     "attention.deterministic",
     "model.gradient_checkpointing",
-    # where the data are: their contents are compared with those of the checkpoint
+    # places of the data, whose contents are compared with the checkpoint
     "data.files",
     "data.held_out_files",
     "data.tokenizer",

@@ -27,7 +27,7 @@ def new_run_folder(root: str, name: str, time: str) -> str:
     """
     below = Path(local_path("paths.root", root)) / check_run_name(name)
     if not is_rank_zero():
-        # What Hydra makes for the other ranks of torchrun or srun holds nothing of the run.
+        # Hydra creates a folder for every rank of torchrun or srun; only rank 0's is used.
         below = Path(tempfile.gettempdir()) / f"lctrain-{os.getuid()}"
     return str(below / f"{time}_{TOKEN}")
 

@@ -269,7 +269,7 @@ def _consume(
             acc1 = warpgroup_mma_wait(0, deps=[acc1_token])
             p2 = gl.convert_layout(p, p_layout)
             for block in range(1, high - low):
-                # The first branch of a block, while the values before it meet the second branch.
+                # Branch 1 of this block, while p2 of the previous block is multiplied by its v.
                 previous_stage = stage
                 stage, phase = next_stage(stage, phase, STAGES)
                 mbarrier.wait(shared.k_ready.index(stage), phase)
@@ -304,7 +304,7 @@ def _consume(
                 release_stage(V_EMPTY, previous_stage, THREADS)
                 p1 = gl.convert_layout(p, p_layout)
                 acc1 = rescale(acc1, alpha, o_layout)
-                # Then the second branch, while these values meet the first.
+                # Branch 2 of this block, while p1 is multiplied by v.
                 s2_token = warpgroup_mma(
                     q.index(1),
                     shared.k.index(stage * NUM_K + NUM_K - 1).permute((1, 0)),

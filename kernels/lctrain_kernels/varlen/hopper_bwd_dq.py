@@ -95,7 +95,7 @@ def add_partial_dq(
             else:
                 tma_add(dq_desc, coordinates, partial)
         # Load the next semaphore ahead, so that no step waits for the load. The load needs no
-        # acquire: a counted store and the additions of the copy engine meet in L2, in order. All
+        # acquire: L2 orders the counted store and the additions of the copy engine. All
         # lanes load one address at once, so they read one number.
         following = gl.minimum(step + 1, steps - 1)
         arrived = gl.load(_semaphore(semaphores, tile, following, TILE), volatile=True)
