@@ -13,8 +13,8 @@ from lctrain.composition import compose
 from lctrain.config import TrainConfig, to_dataclass
 from lctrain.evaluate import EvalConfig
 from tests.docs.test_pages import PAGES
+from tests.evaluate.conftest import save_model
 from tests.house.typecheck import ROOT
-from tests.test_evaluate import save_model
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:lctrain-train|lctrain-eval) [^`]+)`")
