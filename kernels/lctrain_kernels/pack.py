@@ -1,5 +1,6 @@
 """Pack: the documents of a call as the kernels need them, validated once."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -123,6 +124,25 @@ def checked_pack(
         None if schedule is None else schedule.k_tiles,
         document_ids,
     )
+
+
+def row_boundaries(batch: int, length: int, device: torch.device) -> Tensor:
+    """Returns cu_seqlens [B + 1] of equal rows; one tensor per shape has its schedule built once.
+
+    Args:
+        batch: B.
+        length: Tokens of every row.
+        device: Device of the result, which is never a tensor of inference mode.
+    """
+    if torch.compiler.is_compiling():
+        return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+    return _known_row_boundaries(batch, length, device)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(mode=False)
+def _known_row_boundaries(batch: int, length: int, device: torch.device) -> Tensor:
+    return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, device: torch.device) -> None:

@@ -11,7 +11,6 @@ Boundaries outlive a forward pass, in caches here and in the kernels: they are n
 inference mode, which a later training step could not save.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -110,8 +109,10 @@ def from_rows(batch: int, queries: int, keys: int, device: torch.device) -> Boun
 
     With fewer queries than keys, the queries are the last tokens of the row.
     """
-    cu_seqlens_q = _row_boundaries(batch, queries, device)
-    cu_seqlens_k = cu_seqlens_q if keys == queries else _row_boundaries(batch, keys, device)
+    from lctrain_kernels.pack import row_boundaries
+
+    cu_seqlens_q = row_boundaries(batch, queries, device)
+    cu_seqlens_k = cu_seqlens_q if keys == queries else row_boundaries(batch, keys, device)
     return Boundaries(cu_seqlens_q, cu_seqlens_k, queries, keys, (batch, queries), (batch, keys))
 
 
@@ -282,16 +283,3 @@ def _from_lengths(
 
 def _cumulative(lengths: Tensor) -> Tensor:
     return F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-
-
-def _row_boundaries(batch: int, length: int, device: torch.device) -> Tensor:
-    if torch.compiler.is_compiling():
-        return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
-    return _known_row_boundaries(batch, length, device)
-
-
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(mode=False)
-def _known_row_boundaries(batch: int, length: int, device: torch.device) -> Tensor:
-    """One tensor per shape: the kernels build a tile schedule once per boundary tensor."""
-    return torch.arange(batch + 1, dtype=torch.int32, device=device) * length

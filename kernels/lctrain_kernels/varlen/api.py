@@ -8,7 +8,7 @@ from torch import Tensor
 from lctrain_kernels import checks
 from lctrain_kernels.backend import select_backend
 from lctrain_kernels.options import AttentionOptions, checked_options
-from lctrain_kernels.pack import Pack, checked_pack
+from lctrain_kernels.pack import Pack, checked_pack, row_boundaries
 from lctrain_kernels.padding import pad_head_dim
 from lctrain_kernels.reference.attention import dense_attention
 from lctrain_kernels.registry import require_backend
@@ -194,8 +194,8 @@ def flash_attn_func(
             f"q, k and v must have one batch size, got {q.shape[0]}, {k.shape[0]} and {v.shape[0]}."
         )
     batch, length_q, length_k = q.shape[0], q.shape[1], k.shape[1]
-    cu_q = _row_boundaries(batch, length_q, q.device)
-    cu_k = cu_q if length_q == length_k else _row_boundaries(batch, length_k, q.device)
+    cu_q = row_boundaries(batch, length_q, q.device)
+    cu_k = cu_q if length_q == length_k else row_boundaries(batch, length_k, q.device)
     result = flash_attn_varlen_func(
         q.flatten(0, 1),
         k.flatten(0, 1),
@@ -223,22 +223,6 @@ def flash_attn_func(
     if return_attn_probs:
         return out, lse, result[2]
     return (out, lse) if return_lse else out
-
-
-def _row_boundaries(batch: int, length: int, device: torch.device) -> Tensor:
-    """cu_seqlens of equal rows: one tensor per shape, so that its device schedule is built once."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return torch.arange(batch + 1, device=device, dtype=torch.int32) * length
-    key = (batch, length, device)
-    if key not in _ROW_BOUNDARIES:
-        if len(_ROW_BOUNDARIES) >= _ROW_BOUNDARIES_KEPT:
-            _ROW_BOUNDARIES.pop(next(iter(_ROW_BOUNDARIES)))
-        _ROW_BOUNDARIES[key] = torch.arange(batch + 1, device=device, dtype=torch.int32) * length
-    return _ROW_BOUNDARIES[key]
-
-
-_ROW_BOUNDARIES: dict[tuple[int, int, torch.device], Tensor] = {}
-_ROW_BOUNDARIES_KEPT = 64
 
 
 def _attention_probabilities(
