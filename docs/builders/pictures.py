@@ -54,6 +54,18 @@ PICTURES: dict[str, list[list[tuple[str, str]]]] = {
         [("fused=True", "norms, rotary, MLP"), ("loss=True", "no logits")],
         [("PatchHandle", "unpatch() restores")],
     ],
+    "training": [
+        [("lctrain-train", "Hydra config -> dataclasses"), ("run folder", "locked, checkpoints")],
+        [("Trainer", "Lightning")],
+        [("LongContextModule", "sum of token losses"), ("callbacks", "each on its own")],
+        [("token window", "one division per step"), ("StepCheckpoint", "sealed files")],
+    ],
+    "evaluation": [
+        [("lctrain-eval", "any causal LM"), ("LengthPerplexity", "during training")],
+        [("methods", "plain, RoPE, dual chunk")],
+        [("windows", "each token once"), ("passkeys", "by depth and length")],
+        [("tables, plots", "errors over documents")],
+    ],
     "kernels": [
         [("api.py", "checks, backend")],
         [("operators.py", "torch.library, autograd")],

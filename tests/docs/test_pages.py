@@ -82,14 +82,26 @@ def test_the_readme_s_speeds_are_those_that_were_recorded():
     """The figures of the README are in the tables that are generated from the records."""
     text = (ROOT / "README.md").read_text()
     record = BenchmarkRecord.load(report.newest_results()[0])
-    workloads = ("1x32k", "16x2k", "mix32k")
+    workloads = ("1x32k", "mix32k", "16x2k")
     pairs = [(record.find(name, "lctrain"), record.find(name, "fa4")) for name in workloads]
     cells = ["{:.2f} / {:.2f}".format(*report.speedups(*pair)) for pair in pairs]
-    assert f"| {' | '.join(cells)} |" in text
+    assert f"| attention | {' | '.join(cells)} |" in text
     steps = [row for row in step_table(newest_step_record()).splitlines() if "| none |" in row]
     for shape in ("Llama-3.2-1B", "Qwen3-1.7B"):
-        ratios = [row.split(" | ")[-1].removesuffix(" |") for row in steps if shape in row]
-        assert f"| {shape} shape | {' | '.join(ratios)} |" in text
+        rows = [row for row in steps if shape in row]
+        ratios = {row.split(" | ")[1]: row.split(" | ")[-1].removesuffix(" |") for row in rows}
+        assert f"| step, {shape} shape | {ratios['1x32k']} | {ratios['mix32k']} | |" in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page: Path):
+    """How-tos also name files that their reader adds."""
+    if page.parent.name == "how_to":
+        return
+    named = re.findall(
+        r"`((?:tests|lctrain|kernels|docs|configs|recipes)/[\w./-]*)`", page.read_text()
+    )
+    assert not [name for name in named if not (ROOT / name).exists()]
 
 
 def test_the_readme_is_short():
