@@ -10,6 +10,7 @@ import yaml
 import lctrain
 from lctrain import callbacks, data
 from lctrain.config import DataConfig, DataSettings
+from tests.house.typecheck import ROOT
 
 jsonargparse = pytest.importorskip("jsonargparse")
 
@@ -189,3 +190,24 @@ def test_fit_from_a_config(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "checkpoints" / "last.ckpt").exists()
     assert "sdpa -> lctrain_dual_chunk" in done.stderr
+
+
+def test_the_guide_s_yaml_builds(tmp_path, monkeypatch):
+    """The configuration in the guide on Lightning, with LightningCLI as the guide calls it."""
+    from lightning.pytorch.cli import LightningCLI
+
+    guide = (ROOT / "docs" / "guides" / "lightning.md").read_text()
+    (tmp_path / "config.yaml").write_text(guide.split("```yaml\n")[1].split("```")[0])
+    (tmp_path / "book.txt").write_text("Some words of a book. " * 50)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--config", "config.yaml", "--trainer.accelerator", "cpu"]
+    cli = LightningCLI(
+        lctrain.LongContextModule,
+        lctrain.PackedDataModule,
+        args=arguments,
+        run=False,
+        save_config_callback=None,
+    )
+    assert isinstance(cli.datamodule.preparation.source, data.TextSource)
+    assert any(isinstance(one, callbacks.PatchAttention) for one in cli.trainer.callbacks)
+    assert cli.model.optim.learning_rate == 0.001
