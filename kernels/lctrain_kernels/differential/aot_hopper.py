@@ -12,23 +12,23 @@ from lctrain_kernels.differential.hopper import (
 )
 from lctrain_kernels.differential.hopper_bwd import differential_bwd_hopper_kernel
 from lctrain_kernels.differential.hopper_fwd import differential_fwd_hopper_kernel
+from lctrain_kernels.differential.hopper_support import (
+    BACKWARD_LIMITS,
+    COLUMNS,
+    DifferentialCall,
+    backward_tile,
+    forward_tile,
+)
 from lctrain_kernels.gluon.config import (
     BLOCK_N_BACKWARD,
     CONSUMERS,
-    DIFFERENTIAL_COLUMNS,
     REGISTERS,
     backward_shape,
-    differential_backward_tile,
-    differential_forward_tile,
     forward_shape,
     pack_heads,
 )
 from lctrain_kernels.gluon.launch import padded_columns
-from lctrain_kernels.gluon.support import (
-    DIFFERENTIAL_BACKWARD_LIMITS,
-    DifferentialCall,
-    refusal,
-)
+from lctrain_kernels.gluon.support import refusal
 from lctrain_kernels.gluon.variant import (
     HEADS_KV,
     OPTIONS,
@@ -61,7 +61,7 @@ def forward_variant(
     """
     columns, value_columns = padded_columns(head_dim), padded_columns(value_dim)
     pack = pack_heads(group)
-    tile = differential_forward_tile(columns, value_columns, shared_k)
+    tile = forward_tile(columns, value_columns, shared_k)
     rows = descriptor_type(dtype, min(64, CONSUMERS * 64 // pack), 64)
     keys = descriptor_type(dtype, tile.block_n, columns)
     values = descriptor_type(dtype, tile.block_n, value_columns)
@@ -99,7 +99,7 @@ def backward_variant(
 ) -> KernelVariant:
     """As forward_variant, for differential_bwd_hopper_kernel, without dropout."""
     columns, value_columns = padded_columns(head_dim), padded_columns(value_dim)
-    tile = differential_backward_tile(columns, value_columns, shared_k)
+    tile = backward_tile(columns, value_columns, shared_k)
     queries = descriptor_type(dtype, tile.block_m, columns)
     keys = descriptor_type(dtype, BLOCK_N_BACKWARD // 2, columns)
     dq = descriptor_type("fp32", tile.block_m, 64)
@@ -188,7 +188,7 @@ def kernel_variants(
 
     Without "full" among the features, only the published versions are compiled.
     """
-    for dims in DIFFERENTIAL_COLUMNS if "full" in features else VERSIONS:
+    for dims in COLUMNS if "full" in features else VERSIONS:
         head_dim, value_dim, shared_k = dims
         if not {head_dim, value_dim} <= set(head_dims):
             continue
@@ -198,9 +198,7 @@ def kernel_variants(
         for name in features:
             if name != "deterministic":
                 yield forward_variant(*dims, features=name, group=groups[-1])
-            if name in ("causal", "full", "all") and (
-                refusal(call, DIFFERENTIAL_BACKWARD_LIMITS) is None
-            ):
+            if name in ("causal", "full", "all") and (refusal(call, BACKWARD_LIMITS) is None):
                 yield backward_variant(*dims, features=name, group=groups[-1])
         if "causal" in features:
             yield prepare_variant(head_dim, value_dim, HEADS_KV * groups[-1])

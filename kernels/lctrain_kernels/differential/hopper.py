@@ -14,13 +14,12 @@ from lctrain_kernels.differential.hopper_structures import (
     PreparePointers,
     PrepareStrides,
 )
+from lctrain_kernels.differential.hopper_support import backward_tile, forward_tile
 from lctrain_kernels.gluon.config import (
     BLOCK_N_BACKWARD,
     CONSUMERS,
     REGISTERS,
     backward_shape,
-    differential_backward_tile,
-    differential_forward_tile,
     forward_shape,
     pack_heads,
 )
@@ -60,7 +59,7 @@ def differential_fwd(
     lse2 = torch.empty_like(lse1)
     heads_per_tile = pack_heads(group)
     columns, value_columns = padded_columns(head_dim), padded_columns(value_dim)
-    tile = differential_forward_tile(columns, value_columns, k2 is None)
+    tile = forward_tile(columns, value_columns, k2 is None)
     positions = CONSUMERS * 64 // heads_per_tile
     items = pack.q_tiles.shape[0] * (SCHEDULE_ROWS // positions) * (heads // heads_per_tile)
     if items == 0:
@@ -250,7 +249,7 @@ def differential_bwd(
         enable_fp_fusion=True,
     )
     window_ptr, left, right, has_left, has_right = window_arguments(options)
-    tile = differential_backward_tile(columns, value_columns, k2 is None)
+    tile = backward_tile(columns, value_columns, k2 is None)
     differential_bwd_hopper_kernel[(heads_kv * pack.k_tiles.shape[0],)](
         ragged_descriptor(q1, tile.block_m, columns),
         ragged_descriptor(q2, tile.block_m, columns),

@@ -41,12 +41,13 @@ Backward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 def _hopper_refuses(limits: str) -> Refusal:
     def refuses(operands: Operands, options: AttentionOptions, dout: Tensor | None) -> str | None:
+        from lctrain_kernels.differential import hopper_support
         from lctrain_kernels.gluon import support
 
-        call = support.DifferentialCall(
+        call = hopper_support.DifferentialCall(
             *operands[:5], dout, options.deterministic, options.has_dropout
         )
-        return support.refusal(call, getattr(support, limits))
+        return support.refusal(call, getattr(hopper_support, limits))
 
     return refuses
 
@@ -79,7 +80,7 @@ def _triton_forward(operands: Operands, pack: TiledPack, options: AttentionOptio
     return differential_fwd(*operands, pack, options)
 
 
-@implements("differential", FORWARD, "hopper", _hopper_refuses("DIFFERENTIAL_FORWARD_LIMITS"))
+@implements("differential", FORWARD, "hopper", _hopper_refuses("FORWARD_LIMITS"))
 def _hopper_forward(operands: Operands, pack: TiledPack, options: AttentionOptions) -> Results:
     from lctrain_kernels.differential.hopper import differential_fwd
 
@@ -120,7 +121,7 @@ def _triton_backward(
     return differential_bwd(dout, dlse1, dlse2, *operands, out1, out2, lse1, lse2, pack, options)
 
 
-@implements("differential", BACKWARD, "hopper", _hopper_refuses("DIFFERENTIAL_BACKWARD_LIMITS"))
+@implements("differential", BACKWARD, "hopper", _hopper_refuses("BACKWARD_LIMITS"))
 def _hopper_backward(
     douts: Gradients, operands: Operands, saved: Saved, pack: TiledPack, options: AttentionOptions
 ) -> Backward:

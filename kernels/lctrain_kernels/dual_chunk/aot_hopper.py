@@ -11,6 +11,7 @@ from lctrain_kernels.dual_chunk.hopper import (
 )
 from lctrain_kernels.dual_chunk.hopper_bwd import dual_chunk_bwd_hopper_kernel
 from lctrain_kernels.dual_chunk.hopper_fwd import dual_chunk_fwd_hopper_kernel
+from lctrain_kernels.dual_chunk.hopper_support import BACKWARD_LIMITS, backward_tile, forward_tile
 from lctrain_kernels.dual_chunk.ranges import INTER, INTRA, SUCC
 from lctrain_kernels.dual_chunk.triton_rotate import ROTATE_CONFIG
 from lctrain_kernels.gluon.config import (
@@ -18,13 +19,11 @@ from lctrain_kernels.gluon.config import (
     CONSUMERS,
     REGISTERS,
     backward_shape,
-    dual_chunk_backward_tile,
-    dual_chunk_forward_tile,
     forward_shape,
     pack_heads,
 )
 from lctrain_kernels.gluon.launch import padded_columns
-from lctrain_kernels.gluon.support import DUAL_CHUNK_BACKWARD_LIMITS, Call, refusal
+from lctrain_kernels.gluon.support import Call, refusal
 from lctrain_kernels.gluon.variant import (
     HEADS_KV,
     OPTIONS,
@@ -60,7 +59,7 @@ def forward_variant(
         group: Query heads per key/value head.
     """
     columns, pack = padded_columns(head_dim), pack_heads(group)
-    tile = dual_chunk_forward_tile(columns)
+    tile = forward_tile(columns)
     rows = descriptor_type(dtype, min(64, CONSUMERS * 64 // pack), 64)
     keys = descriptor_type(dtype, tile.block_n, columns)
     kernel = dual_chunk_fwd_hopper_kernel
@@ -94,7 +93,7 @@ def backward_variant(
 ) -> KernelVariant:
     """As forward_variant, for one launch of dual_chunk_bwd_hopper_kernel, without dropout."""
     columns = padded_columns(head_dim)
-    tile = dual_chunk_backward_tile(columns)
+    tile = backward_tile(columns)
     queries = descriptor_type(dtype, tile.block_m, columns)
     keys = descriptor_type(dtype, BLOCK_N_BACKWARD // 2, columns)
     dq = descriptor_type("fp32", tile.block_m, columns // 2)
@@ -159,7 +158,7 @@ def kernel_variants(
     wanted = [name for name in FEATURES if name in features]
     for head_dim in head_dims:
         x = torch.empty((1, 1, head_dim), dtype=torch.bfloat16, device="meta")
-        if refusal(Call(x, x, x), DUAL_CHUNK_BACKWARD_LIMITS) is not None:
+        if refusal(Call(x, x, x), BACKWARD_LIMITS) is not None:
             continue
         if head_dim == padded_columns(head_dim):
             for group, name in itertools.product(groups, wanted):

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from lctrain_kernels import checks
 from lctrain_kernels.backend import select_backend
+from lctrain_kernels.dual_chunk.checks import check_chunks
 from lctrain_kernels.dual_chunk.operators import Operands, dual_chunk_attention
 from lctrain_kernels.layout import unit_stride
 from lctrain_kernels.options import checked_options
@@ -96,7 +97,7 @@ def dual_chunk_attn_varlen_func(
         schedule=schedule,
         names=("cu_seqlens", "cu_seqlens_k", "max_seqlen", "max_seqlen_k"),
     )
-    checks.check_dual_chunk(
+    check_chunks(
         chunk_size, local_size, inv_freq, logit_scale, q.shape[2], pack.documents, q.device
     )
     options = checked_options(

@@ -12,6 +12,7 @@ from lctrain_kernels.dual_chunk.hopper_structures import (
     BackwardStrides,
     ForwardPointers,
 )
+from lctrain_kernels.dual_chunk.hopper_support import backward_tile, forward_tile
 from lctrain_kernels.dual_chunk.operands import Operands, Rotation
 from lctrain_kernels.dual_chunk.ranges import (
     INTER,
@@ -31,8 +32,6 @@ from lctrain_kernels.gluon.config import (
     CONSUMERS,
     REGISTERS,
     backward_shape,
-    dual_chunk_backward_tile,
-    dual_chunk_forward_tile,
     forward_shape,
     pack_heads,
 )
@@ -75,7 +74,7 @@ def dual_chunk_fwd(
     lse = torch.empty((heads, total_q), dtype=torch.float32, device=q.device)
     heads_per_tile = pack_heads(group)
     columns = padded_columns(head_dim)
-    tile = dual_chunk_forward_tile(columns)
+    tile = forward_tile(columns)
     positions = CONSUMERS * 64 // heads_per_tile
     items = pack.q_tiles.shape[0] * (SCHEDULE_ROWS // positions) * (heads // heads_per_tile)
     if items == 0:
@@ -243,7 +242,7 @@ def dual_chunk_bwd(
     dq_sum = torch.zeros((total_q, heads, head_dim), dtype=torch.float32, device=q.device)
     dk_sum, dv_sum = torch.empty((2, *k.shape), dtype=torch.float32, device=k.device)
     columns = padded_columns(head_dim)
-    tile = dual_chunk_backward_tile(columns)
+    tile = backward_tile(columns)
 
     def launch(relation: int, q: Tensor, k: Tensor, dk: Tensor | None, dv: Tensor | None) -> None:
         dual_chunk_bwd_hopper_kernel[(heads_kv * pack.k_tiles.shape[0],)](

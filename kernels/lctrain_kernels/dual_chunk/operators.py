@@ -26,6 +26,7 @@ Backward = tuple[Tensor, Tensor, Tensor]
 
 def _hopper_refuses(limits: str) -> Refusal:
     def refuses(operands: Operands, options: AttentionOptions, dout: Tensor | None) -> str | None:
+        from lctrain_kernels.dual_chunk import hopper_support
         from lctrain_kernels.gluon import support
 
         call = support.Call(
@@ -34,7 +35,7 @@ def _hopper_refuses(limits: str) -> Refusal:
             deterministic=options.deterministic,
             dropout=options.has_dropout,
         )
-        return support.refusal(call, getattr(support, limits))
+        return support.refusal(call, getattr(hopper_support, limits))
 
     return refuses
 
@@ -66,7 +67,7 @@ def _triton_forward(operands: Operands, pack: TiledPack, options: AttentionOptio
     return dual_chunk_fwd(operands, _rotation(operands), pack, options)
 
 
-@implements("dual_chunk", FORWARD, "hopper", _hopper_refuses("DUAL_CHUNK_FORWARD_LIMITS"))
+@implements("dual_chunk", FORWARD, "hopper", _hopper_refuses("FORWARD_LIMITS"))
 def _hopper_forward(operands: Operands, pack: TiledPack, options: AttentionOptions) -> Saved:
     from lctrain_kernels.dual_chunk.hopper import dual_chunk_fwd
 
@@ -103,7 +104,7 @@ def _triton_backward(
     return dual_chunk_bwd(*douts, operands, _rotation(operands), *saved, pack, options)
 
 
-@implements("dual_chunk", BACKWARD, "hopper", _hopper_refuses("DUAL_CHUNK_BACKWARD_LIMITS"))
+@implements("dual_chunk", BACKWARD, "hopper", _hopper_refuses("BACKWARD_LIMITS"))
 def _hopper_backward(
     douts: Gradients, operands: Operands, saved: Saved, pack: TiledPack, options: AttentionOptions
 ) -> Backward:

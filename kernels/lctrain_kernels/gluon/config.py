@@ -54,26 +54,6 @@ _FORWARD = {
 }
 _FORWARD_OF_ONE_HEAD = {64: ForwardTile(64, 4, 2, consumers=3)}
 _BACKWARD = {64: BackwardTile(64, 4, reduce_from_registers=True), 128: BackwardTile(64, 2)}
-# A tile of dual chunk attention holds its queries twice; the third place is for the next tile.
-_DUAL_CHUNK_FORWARD = {64: ForwardTile(128, 3, 3), 128: ForwardTile(128, 2, 3)}
-_DUAL_CHUNK_BACKWARD = {64: BackwardTile(64, 3), 128: BackwardTile(64, 2)}
-# By the columns of q and k, those of v, and whether both branches read one k.
-_DIFFERENTIAL_FORWARD = {
-    (64, 64, False): ForwardTile(64, 4, 2),
-    (64, 64, True): ForwardTile(64, 4, 2),
-    (64, 128, False): ForwardTile(64, 3, 2),
-    (64, 128, True): ForwardTile(64, 4, 2),
-    (128, 128, False): ForwardTile(64, 2, 1),
-    (128, 128, True): ForwardTile(64, 2, 2),
-}
-DIFFERENTIAL_COLUMNS = tuple(_DIFFERENTIAL_FORWARD)
-_DIFFERENTIAL_BACKWARD = {
-    (64, 64, False): BackwardTile(64, 3),
-    (64, 64, True): BackwardTile(64, 3),
-    (64, 128, False): BackwardTile(64, 2),
-    (64, 128, True): BackwardTile(64, 2),
-    (128, 128, True): BackwardTile(64, 2),
-}
 BLOCK_N_BACKWARD = 128  # a block of the schedule
 
 
@@ -188,26 +168,6 @@ def backward_tile(columns: int, deterministic: bool) -> BackwardTile:
     """
     tile = _backward_override or _BACKWARD[columns]
     return tile._replace(reduce_from_registers=False) if deterministic else tile
-
-
-def dual_chunk_forward_tile(columns: int) -> ForwardTile:
-    """Returns the tile of a forward of dual chunk attention."""
-    return _DUAL_CHUNK_FORWARD[columns]
-
-
-def dual_chunk_backward_tile(columns: int) -> BackwardTile:
-    """Returns the tile of every launch of a backward of dual chunk attention."""
-    return _DUAL_CHUNK_BACKWARD[columns]
-
-
-def differential_forward_tile(columns: int, value_columns: int, shared_k: bool) -> ForwardTile:
-    """Returns the tile of a forward of differential attention."""
-    return _DIFFERENTIAL_FORWARD[columns, value_columns, shared_k]
-
-
-def differential_backward_tile(columns: int, value_columns: int, shared_k: bool) -> BackwardTile:
-    """Returns the tile of a backward of differential attention."""
-    return _DIFFERENTIAL_BACKWARD[columns, value_columns, shared_k]
 
 
 @contextlib.contextmanager

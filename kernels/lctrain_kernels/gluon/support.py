@@ -17,7 +17,7 @@ MAX_ROWS = 1 << 30  # of a descriptor's row dimension
 
 @dataclass(frozen=True)
 class Call:
-    """Properties of a varlen or dual chunk call that decide whether the Hopper kernels support it.
+    """Properties of a call on one q, k and v that decide whether the Hopper kernels support it.
 
     Attributes:
         q: [T, H, D].
@@ -38,38 +38,7 @@ class Call:
     dropout: bool = False
 
 
-@dataclass(frozen=True)
-class DifferentialCall:
-    """Properties of a differential call that decide whether the Hopper kernels support it.
-
-    Attributes:
-        q1: [T, H, D].
-        q2: [T, H, D].
-        k1: [Tk, Hk, D].
-        k2: [Tk, Hk, D]; None if both branches read k1.
-        v: [Tk, Hk, Dv].
-        dout: Gradient of out, in the backward.
-        deterministic: dq1 and dq2 must have the same bits in every run.
-        dropout: Weights are dropped.
-    """
-
-    q1: Tensor
-    q2: Tensor
-    k1: Tensor
-    k2: Tensor | None
-    v: Tensor
-    dout: Tensor | None = None
-    deterministic: bool = False
-    dropout: bool = False
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        """q1, q2, k1, v, and k2 if it is another k."""
-        inputs = (self.q1, self.q2, self.k1, self.v)
-        return inputs if self.k2 is None else (*inputs, self.k2)
-
-
-def _unaligned(tensor: Tensor) -> bool:
+def unaligned(tensor: Tensor) -> bool:
     """Returns whether TMA cannot read a tensor.
 
     TMA needs positive 16-byte strides and a 16-byte base.
@@ -83,9 +52,9 @@ def _unaligned(tensor: Tensor) -> bool:
     )
 
 
-_Call = TypeVar("_Call", Call, DifferentialCall)
-_Limit = tuple[str, Callable[[Call], bool]]
-FORWARD_LIMITS: tuple[_Limit, ...] = (
+_Call = TypeVar("_Call")
+Limit = tuple[str, Callable[[Call], bool]]
+FORWARD_LIMITS: tuple[Limit, ...] = (
     ("dtypes other than float16 and bfloat16", lambda c: c.q.element_size() != 2),
     ("head dims above 256", lambda c: c.q.shape[2] > 256),
     ("values of another head dim", lambda c: c.v.shape[2] != c.q.shape[2]),
@@ -93,52 +62,25 @@ FORWARD_LIMITS: tuple[_Limit, ...] = (
     ("ALiBi slopes", lambda c: c.alibi),
     ("more than 2^30 tokens", lambda c: max(c.q.shape[0], c.k.shape[0]) > MAX_ROWS),
     ("strides or addresses that are no multiples of 16 bytes",
-     lambda c: any(_unaligned(x) for x in (c.q, c.k, c.v))),
+     lambda c: any(unaligned(x) for x in (c.q, c.k, c.v))),
 )  # fmt: skip
-_DOUT: tuple[str, Callable[[Any], bool]] = (
+DOUT_LIMIT: tuple[str, Callable[[Any], bool]] = (
     "a gradient of out whose strides are no multiples of 16 bytes",
-    lambda c: c.dout is not None and c.dout.stride(2) == 1 and _unaligned(c.dout),
+    lambda c: c.dout is not None and c.dout.stride(2) == 1 and unaligned(c.dout),
 )
 # Only varlen's kernels have these.
-_ONLY_VARLEN: tuple[tuple[str, Callable[[Any], bool]], ...] = (
+ONLY_VARLEN: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ("the backward of dropout", lambda c: c.dropout),
     ("a deterministic backward", lambda c: c.deterministic),
 )
-BACKWARD_LIMITS: tuple[_Limit, ...] = (
+BACKWARD_LIMITS: tuple[Limit, ...] = (
     *FORWARD_LIMITS,
     ("the backward of head dims above 128", lambda c: c.q.shape[2] > 128),
     # They can, but the portable kernels are faster: 29.4 and 1.83 ms on 1x32k_d64 and mix32k_d64,
     # where these took 36.1 and 3.05.
     ("a deterministic backward of head dims up to 64",
      lambda c: c.deterministic and c.q.shape[2] <= 64),
-    _DOUT,
-)  # fmt: skip
-DUAL_CHUNK_FORWARD_LIMITS: tuple[_Limit, ...] = (
-    # Two tiles of queries and one of the next do not fit beside keys and values.
-    ("dual chunk attention of head dims above 128", lambda c: c.q.shape[2] > 128),
-    *FORWARD_LIMITS,
-)  # fmt: skip
-DUAL_CHUNK_BACKWARD_LIMITS: tuple[_Limit, ...] = (
-    *DUAL_CHUNK_FORWARD_LIMITS,
-    *_ONLY_VARLEN,
-    _DOUT,
-)
-_DifferentialLimit = tuple[str, Callable[[DifferentialCall], bool]]
-DIFFERENTIAL_FORWARD_LIMITS: tuple[_DifferentialLimit, ...] = (
-    ("dtypes other than float16 and bfloat16", lambda c: c.q1.element_size() != 2),
-    ("values of head dims above 128", lambda c: c.v.shape[2] > 128),
-    ("packs without keys", lambda c: c.k1.shape[0] == 0),
-    ("more than 2^30 tokens", lambda c: max(c.q1.shape[0], c.k1.shape[0]) > MAX_ROWS),
-    ("strides or addresses that are no multiples of 16 bytes",
-     lambda c: any(_unaligned(x) for x in c.inputs)),
-)  # fmt: skip
-DIFFERENTIAL_BACKWARD_LIMITS: tuple[_DifferentialLimit, ...] = (
-    *DIFFERENTIAL_FORWARD_LIMITS,
-    # Three accumulators of 64 by 128 leave no registers for the weights.
-    ("the backward of head dims above 64 with a k per branch",
-     lambda c: c.q1.shape[2] > 64 and c.k2 is not None),
-    *_ONLY_VARLEN,
-    _DOUT,
+    DOUT_LIMIT,
 )  # fmt: skip
 
 

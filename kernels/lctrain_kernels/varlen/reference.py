@@ -7,7 +7,7 @@ recomputes the weights, as the kernels do. Arithmetic is float32, or float64 for
 callers turn autocast off.
 
 `Operands` says what a logit is; `attend` and `attend_backward` are the softmax around it, which
-other attentions share (dual_chunk.py).
+other attentions share.
 """
 
 from collections.abc import Iterator

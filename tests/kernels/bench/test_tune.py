@@ -12,11 +12,10 @@ pytest.importorskip("triton")
 from lctrain_kernels.bench import tune, tune_differential, tuning
 from lctrain_kernels.bench.differential import DIFFERENTIAL_WORKLOADS
 from lctrain_kernels.bench.workloads import Workload
+from lctrain_kernels.differential import hopper_support
 from lctrain_kernels.gluon import barriers
 from lctrain_kernels.gluon.config import (
-    DIFFERENTIAL_COLUMNS,
     backward_tile,
-    differential_backward_tile,
     forward_tile,
 )
 from lctrain_kernels.tile.config import _OVERRIDES
@@ -52,9 +51,9 @@ def test_every_stage_has_a_named_barrier():
         for candidates in tune.CANDIDATES[operation].values():
             for candidate in candidates.split():
                 assert 2 <= int(candidate.split(",")[1]) <= barriers.MOST_STAGES, candidate
-    for dims in DIFFERENTIAL_COLUMNS:
+    for dims in hopper_support.COLUMNS:
         if dims != (128, 128, False):
-            stages = differential_backward_tile(*dims).stages
+            stages = hopper_support.backward_tile(*dims).stages
             assert barriers.barriers_fit("differential_bwd", stages)
 
 

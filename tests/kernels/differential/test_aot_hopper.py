@@ -6,14 +6,14 @@ import torch
 from lctrain.kernels import make_schedule
 from lctrain_kernels.differential import aot_hopper as aot
 from lctrain_kernels.differential import hopper
-from lctrain_kernels.gluon.config import DIFFERENTIAL_COLUMNS
+from lctrain_kernels.differential.hopper_support import COLUMNS
 from lctrain_kernels.gluon.variant import FEATURES, HEADS_KV
 from tests.kernels.launches import describe_for_a_compiler, launches_of, options_of, pack_of
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("group", [1, 2, 6])
-@pytest.mark.parametrize("dims", DIFFERENTIAL_COLUMNS, ids="D{0[0]}v{0[1]}-{0[2]}".format)
+@pytest.mark.parametrize("dims", COLUMNS, ids="D{0[0]}v{0[1]}-{0[2]}".format)
 @pytest.mark.parametrize("features", [name for name in FEATURES if name != "deterministic"])
 def test_variants_are_what_is_launched(features, dims, group, dtype, monkeypatch):
     launches = launches_of(hopper, monkeypatch)

@@ -1,0 +1,86 @@
+"""What the Hopper kernels of differential attention do not support, and their tiles."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lctrain_kernels.gluon.config import BackwardTile, ForwardTile
+from lctrain_kernels.gluon.support import DOUT_LIMIT, MAX_ROWS, ONLY_VARLEN, unaligned
+
+
+@dataclass(frozen=True)
+class DifferentialCall:
+    """Properties of a differential call that decide whether the Hopper kernels support it.
+
+    Attributes:
+        q1: [T, H, D].
+        q2: [T, H, D].
+        k1: [Tk, Hk, D].
+        k2: [Tk, Hk, D]; None if both branches read k1.
+        v: [Tk, Hk, Dv].
+        dout: Gradient of out, in the backward.
+        deterministic: dq1 and dq2 must have the same bits in every run.
+        dropout: Weights are dropped.
+    """
+
+    q1: Tensor
+    q2: Tensor
+    k1: Tensor
+    k2: Tensor | None
+    v: Tensor
+    dout: Tensor | None = None
+    deterministic: bool = False
+    dropout: bool = False
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """q1, q2, k1, v, and k2 if it is another k."""
+        inputs = (self.q1, self.q2, self.k1, self.v)
+        return inputs if self.k2 is None else (*inputs, self.k2)
+
+
+_Limit = tuple[str, Callable[[DifferentialCall], bool]]
+FORWARD_LIMITS: tuple[_Limit, ...] = (
+    ("dtypes other than float16 and bfloat16", lambda c: c.q1.element_size() != 2),
+    ("values of head dims above 128", lambda c: c.v.shape[2] > 128),
+    ("packs without keys", lambda c: c.k1.shape[0] == 0),
+    ("more than 2^30 tokens", lambda c: max(c.q1.shape[0], c.k1.shape[0]) > MAX_ROWS),
+    ("strides or addresses that are no multiples of 16 bytes",
+     lambda c: any(unaligned(x) for x in c.inputs)),
+)  # fmt: skip
+BACKWARD_LIMITS: tuple[_Limit, ...] = (
+    *FORWARD_LIMITS,
+    # Three accumulators of 64 by 128 leave no registers for the weights.
+    ("the backward of head dims above 64 with a k per branch",
+     lambda c: c.q1.shape[2] > 64 and c.k2 is not None),
+    *ONLY_VARLEN,
+    DOUT_LIMIT,
+)  # fmt: skip
+# By the columns of q and k, those of v, and whether both branches read one k.
+_FORWARD = {
+    (64, 64, False): ForwardTile(64, 4, 2),
+    (64, 64, True): ForwardTile(64, 4, 2),
+    (64, 128, False): ForwardTile(64, 3, 2),
+    (64, 128, True): ForwardTile(64, 4, 2),
+    (128, 128, False): ForwardTile(64, 2, 1),
+    (128, 128, True): ForwardTile(64, 2, 2),
+}
+COLUMNS = tuple(_FORWARD)
+_BACKWARD = {
+    (64, 64, False): BackwardTile(64, 3),
+    (64, 64, True): BackwardTile(64, 3),
+    (64, 128, False): BackwardTile(64, 2),
+    (64, 128, True): BackwardTile(64, 2),
+    (128, 128, True): BackwardTile(64, 2),
+}
+
+
+def forward_tile(columns: int, value_columns: int, shared_k: bool) -> ForwardTile:
+    """Returns the tile of a forward of differential attention."""
+    return _FORWARD[columns, value_columns, shared_k]
+
+
+def backward_tile(columns: int, value_columns: int, shared_k: bool) -> BackwardTile:
+    """Returns the tile of a backward of differential attention."""
+    return _BACKWARD[columns, value_columns, shared_k]
