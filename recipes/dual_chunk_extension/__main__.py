@@ -55,10 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stage, names in FOLDERS.items():
         if stage in chosen.stages:
             refuse_earlier_runs(stage, [experiment.output / name for name in names])
-    for name, stage in STAGES.items():
+    for name, run in STAGES.items():
         if name in chosen.stages:
             print(f"== {name}", flush=True)
-            stage(experiment)
+            run(experiment)
 
 
 if __name__ == "__main__":
