@@ -233,7 +233,7 @@ class LongContextModule(pl.LightningModule):
         labels = batch.labels.flatten()
         positions = (labels != IGNORE_INDEX).nonzero().flatten()
         losses = token_losses(self.model, batch.model_kwargs(), positions, labels[positions])
-        scores = torch.zeros(len(labels), device=labels.device)
+        scores = torch.zeros(len(labels), dtype=torch.float32, device=labels.device)
         return scores.index_copy(0, positions, losses.float()).cpu()
 
     def _start_held_out(self) -> None:

@@ -1,19 +1,28 @@
-"""Fixtures of all tests: seeds, the device, tiny models; and skips for GPU tests.
+"""Fixtures of all tests: seeds, the device, float64, tiny models; and skips for GPU tests.
 
 Without a GPU the Triton kernels run under Triton's interpreter, which reads its switch when a
 kernel is defined: the variable must be set before anything imports triton.
 """
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
+
+from tests.float64 import built_in_float64, float64_throughout
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if os.environ.get("LCTRAIN_TEST_ONEDNN") == "off":  # `make test-cpus`
+    torch.backends.mkldnn.enabled = False
+    without = str(Path(__file__).parent / "without_onednn")  # the same in every new process
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (without, os.environ.get("PYTHONPATH")))
+    )
 
 
 def pytest_collection_modifyitems(items):
@@ -34,6 +43,27 @@ def pytest_collection_modifyitems(items):
 def seed():
     """The same random numbers in every test, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def float64_stays_float64():
+    """See `float64_throughout`."""
+    with float64_throughout():
+        yield
+
+
+@pytest.fixture
+def in_float64_but_frequencies():
+    """See `built_in_float64`; for dual chunk attention."""
+    with built_in_float64(float32_frequencies=True):
+        yield
+
+
+@pytest.fixture
+def in_float64():
+    """See `built_in_float64`."""
+    with built_in_float64():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,20 @@
-"""Compares numbers with float64 and with plain PyTorch's error.
+"""Compares numbers. Every tolerance of the tests is defined here.
 
-from tests.numerics import assert_error_at_most_twice
+| What is compared | By |
+|---|---|
+| the same operations in the same order, on the same shapes | `torch.equal`, `==` |
+| float32 or less with plain PyTorch | `assert_error_at_most_twice` |
+| many tensors, as gradients; a sum, as a loss | `assert_errors_at_most_twice`, \
+`assert_sum_error_at_most_twice` |
+| two float64 computations of one quantity | `assert_equal_in_float64`, `near` |
+| a few counted float32 operations | `near_roundings`, `as_float32` |
+| numbers that must not be equal | `assert_far_apart` |
 """
 
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
 import torch
 
 from lctrain_kernels.bench.accuracy import MAX_RATIO, ErrorRatio, error_ratio
@@ -32,3 +44,139 @@ def assert_error_at_most_twice(
         f"largest entry; at most {MAX_RATIO} each"
     )
     return ratio
+
+
+def assert_errors_at_most_twice(
+    actual: Mapping[str, torch.Tensor],
+    same_precision_reference: Mapping[str, torch.Tensor],
+    float64_reference: Mapping[str, torch.Tensor],
+) -> ErrorRatio:
+    """Judges many tensors, such as all gradients, by `assert_error_at_most_twice` at once.
+
+    Each is divided by its norm in float64, so all count alike. Of one small tensor plain PyTorch's
+    error is partly luck, and so is twice that.
+
+    Args:
+        actual: what is tested; only the names of `float64_reference` are read.
+        same_precision_reference: plain PyTorch's results by the same names.
+        float64_reference: the results from float64 inputs.
+    """
+    names = sorted(float64_reference)
+    norms = {name: float64_reference[name].norm().clamp(min=1e-300) for name in names}
+
+    def joined(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return torch.cat([(tensors[name].double() / norms[name]).flatten() for name in names])
+
+    dtypes = {actual[name].dtype for name in names}
+    assert len(dtypes) == 1, dtypes
+    return assert_error_at_most_twice(
+        joined(actual).to(dtypes.pop()),
+        joined(same_precision_reference),
+        joined(float64_reference),
+        f"{len(names)} tensors",
+    )
+
+
+def assert_sum_error_at_most_twice(
+    actual: torch.Tensor | float,
+    same_precision_terms: torch.Tensor,
+    float64_terms: torch.Tensor,
+    name: str = "sum",
+) -> None:
+    """Fails if a sum is further from float64 than twice what plain PyTorch's terms add up to.
+
+    The errors of the terms count by their absolute values: that they cancel in plain PyTorch's sum
+    is luck. So do the roundings of the additions, one for each term.
+
+    Args:
+        actual: the sum of the terms, such as a loss.
+        same_precision_terms: plain PyTorch's terms, such as the losses of all tokens.
+        float64_terms: the same in float64.
+        name: what to call it in the failure.
+    """
+    exact = float64_terms.detach().double()
+    terms = (same_precision_terms.detach().double() - exact).abs().sum().item()
+    rounding = torch.finfo(torch.float32).eps / 2 * len(exact.flatten()) * exact.abs().sum().item()
+    error = abs(float(torch.as_tensor(actual).detach()) - exact.sum().item())
+    assert error <= MAX_RATIO * (terms + rounding), (
+        f"{name}: error {error:.1e} against float64, plain PyTorch: up to {terms + rounding:.1e}"
+    )
+
+
+FLOAT64_BOUND = 1e-10
+"""What float64 computations of one quantity may differ by, over the larger of 1 and its entries.
+
+One rounding is 1.1e-16. The tests' models and losses add fewer than 1e4 numbers in a row, and their
+derivatives amplify an error by less than 1e2: 1e-10 on the worst case. Measured differences are
+below 1e-13. One step in float32 (6e-8) on the way breaks the bound.
+"""
+FAR = 1e-3
+"""Least difference over the largest entry that no rounding of float32 explains (6e-8 each)."""
+
+
+def assert_equal_in_float64(
+    actual: Any, expected: Any, name: str = "result", dtype: torch.dtype = torch.float64
+) -> None:
+    """Fails if two results of float64 computations differ by more than rounding explains.
+
+    Args:
+        actual: a tensor, or a mapping or sequence of tensors.
+        expected: the same quantity, computed otherwise.
+        name: what to call it in the failure.
+        dtype: what both were rounded to in the end, as a gradient is to its parameter's dtype.
+    """
+    if isinstance(expected, Mapping):
+        assert actual.keys() == expected.keys(), name
+        for key in expected:
+            assert_equal_in_float64(actual[key], expected[key], f"{name} {key}", dtype)
+    elif isinstance(expected, list | tuple):
+        assert len(actual) == len(expected), name
+        for i, (one, other) in enumerate(zip(actual, expected, strict=True)):
+            assert_equal_in_float64(one, other, f"{name} {i}", dtype)
+    else:
+        assert actual.dtype == expected.dtype == dtype, f"{name}: {actual.dtype}"
+        assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)}"
+        actual, expected = actual.detach().double(), expected.detach().double()
+        finite = expected.isfinite()
+        assert torch.equal(actual[~finite], expected[~finite]), f"{name}: other infinities"
+        actual, expected = actual[finite], expected[finite]
+        if actual.numel():
+            bound = FLOAT64_BOUND * max(1.0, expected.abs().max().item())
+            rounded = torch.finfo(dtype).eps * expected.abs()  # half of it in each of the two
+            error = ((actual - expected).abs() - rounded).max().item()
+            assert error <= bound, f"{name}: differs by {error:.1e}, at most {bound:.1e}"
+
+
+def near(expected: Any) -> Any:
+    """Returns what equals Python or NumPy floats that were computed otherwise in float64.
+
+    Args:
+        expected: a number, or a sequence, mapping or array of such.
+    """
+    return pytest.approx(expected, rel=FLOAT64_BOUND, abs=FLOAT64_BOUND)
+
+
+def as_float32(expected: float) -> float:
+    """Returns what a float32 tensor makes of a Python float."""
+    return torch.tensor(expected, dtype=torch.float32).item()
+
+
+def near_roundings(expected: Any, roundings: float, dtype: torch.dtype = torch.float32) -> Any:
+    """Returns what equals other results up to a number of roundings, which the caller counts.
+
+    Args:
+        expected: a number, or a sequence, mapping or array of such.
+        roundings: how many roundings of a result may lie between: half of its dtype's eps each.
+            Below the smallest normal number a result may be flushed to zero.
+        dtype: the lowest precision on the way.
+    """
+    format, single = torch.finfo(dtype), torch.finfo(torch.float32)
+    smallest = max(single.tiny, format.tiny * format.eps)
+    return pytest.approx(expected, rel=roundings * format.eps / 2, abs=smallest)
+
+
+def assert_far_apart(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Fails unless two results differ by far more than rounding explains."""
+    difference = (actual.detach() - expected.detach()).abs().max().item()
+    scale = expected.detach().abs().max().item()
+    assert difference > FAR * scale, f"differs by {difference:.1e} of {scale:.1e} only"

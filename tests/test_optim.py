@@ -11,6 +11,7 @@ from lctrain.optim import (
     follow_schedule,
     learning_rate_factor,
 )
+from tests.numerics import near
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -25,15 +26,15 @@ def test_warms_up_to_the_peak(schedule):
 )
 def test_ends_at_the_floor(schedule, last):
     factor = learning_rate_factor(OptimConfig(schedule=schedule, warmup_steps=0), 20)
-    assert factor(20) == pytest.approx(last)
-    assert factor(500) == pytest.approx(last)
+    assert factor(20) == near(last)
+    assert factor(500) == near(last)
 
 
 def test_shapes_between():
-    assert learning_rate_factor(OptimConfig(warmup_steps=0), 20)(10) == pytest.approx(0.55)
+    assert learning_rate_factor(OptimConfig(warmup_steps=0), 20)(10) == near(0.55)
     stable = OptimConfig(schedule="warmup_stable_decay", warmup_steps=0, decay_fraction=0.2)
-    assert learning_rate_factor(stable, 20)(16) == pytest.approx(1.0)
-    assert learning_rate_factor(stable, 20)(18) == pytest.approx(0.55)
+    assert learning_rate_factor(stable, 20)(16) == near(1.0)
+    assert learning_rate_factor(stable, 20)(18) == near(0.55)
 
 
 def test_fraction_of_the_run_warms_up():
@@ -182,4 +183,4 @@ def test_a_restored_scheduler_follows_the_new_length(schedule):
     assert stepped(6, 3, state)[0] == longer[3:]
     if schedule == "cosine":
         rates = [rate for rate, *_ in longer[3:]]
-        assert rates == pytest.approx([1.378e-3, 0.822e-3, 0.372e-3], abs=1e-6)
+        assert [round(rate, 6) for rate in rates] == [0.001378, 0.000822, 0.000372]

@@ -1,4 +1,4 @@
-"""Script of tests/test_module.py: two gloo ranks on packs of unequal size.
+"""Script of tests/test_module.py: two gloo ranks on packs of unequal size, in float64.
 
 Usage: python -m tests.train_two_ranks OUT_FILE
 """
@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lctrain.config import OptimConfig
 from lctrain.module import LongContextModule
 from lctrain.process_group import leave_at_exit
+from tests.float64 import built_in_float64
 from tests.training import loader, make_batch, make_trainer
 
 LENGTHS = [[[5, 9], [2, 3, 4], [31]], [[40], [17, 30], [6]]]  # by rank and micro-batch
@@ -76,4 +77,5 @@ def main(out: Path) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     leave_at_exit()
-    main(Path(sys.argv[1]))
+    with built_in_float64():
+        main(Path(sys.argv[1]))

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lctrain.attention.flash import flash_attention_forward
+from tests.numerics import assert_equal_in_float64
 
 B, H, HK, S, D = 2, 4, 2, 7, 8
 
@@ -49,6 +50,7 @@ def visible(causal, window=None, queries=S, keys=S):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.usefixtures("in_float64")
 def test_scaling_window_softcap_and_sinks(causal, window):
     query, key, value = states()
     sinks = torch.linspace(-1, 1, H, dtype=torch.float64)
@@ -65,53 +67,59 @@ def test_scaling_window_softcap_and_sinks(causal, window):
     )
     assert weights is None
     expected = dense(query, key, value, visible(causal, window), 0.5, 2.0, sinks)
-    torch.testing.assert_close(out, expected)
+    assert_equal_in_float64(out, expected)
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_is_causal_of_the_call_wins_over_the_module_s():
     query, key, value = states()
     out = flash_attention_forward(layer(True), query, key, value, None, is_causal=False)[0]
-    torch.testing.assert_close(out, dense(query, key, value, visible(False)))
+    assert_equal_in_float64(out, dense(query, key, value, visible(False)))
 
 
 @pytest.mark.parametrize("value_dim", [4, 12])
+@pytest.mark.usefixtures("in_float64")
 def test_values_of_another_width(value_dim):
     query, key, value = states(value_dim=value_dim)
     out = flash_attention_forward(layer(), query, key, value, None)[0]
     assert out.shape == (B, S, H, value_dim)
-    torch.testing.assert_close(out, dense(query, key, value, visible(True)))
+    assert_equal_in_float64(out, dense(query, key, value, visible(True)))
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_fewer_queries_than_keys_are_the_last_ones():
     query, key, value = states(queries=3)
     out = flash_attention_forward(layer(), query, key, value, None)[0]
-    torch.testing.assert_close(out, dense(query, key, value, visible(True, queries=3)))
+    assert_equal_in_float64(out, dense(query, key, value, visible(True, queries=3)))
 
 
 @pytest.mark.parametrize("queries", [3, S])
+@pytest.mark.usefixtures("in_float64")
 def test_padding(queries):
     query, key, value = states(queries=queries)
     mask = torch.ones(B, S, dtype=torch.bool)
     mask[0, :2] = False
     out = flash_attention_forward(layer(), query, key, value, mask)[0]
     seen = visible(True, queries=queries) & mask[:, None, None]
-    torch.testing.assert_close(out, dense(query, key, value, seen))
+    assert_equal_in_float64(out, dense(query, key, value, seen))
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_padded_keys_of_cross_attention():
     query, key, value = states(queries=3)
     mask = torch.ones(B, S, dtype=torch.bool)
     mask[0, 4:] = False
     out = flash_attention_forward(layer(False), query, key, value, mask)[0]
-    torch.testing.assert_close(out, dense(query, key, value, mask[:, None, None]))
+    assert_equal_in_float64(out, dense(query, key, value, mask[:, None, None]))
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_padded_queries_of_a_bidirectional_layer_see_the_real_keys():
     query, key, value = states()
     mask = torch.ones(B, S, dtype=torch.bool)
     mask[0, 4:] = False
     out = flash_attention_forward(layer(False), query, key, value, mask)[0]
-    torch.testing.assert_close(out, dense(query, key, value, mask[:, None, None]))
+    assert_equal_in_float64(out, dense(query, key, value, mask[:, None, None]))
 
 
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
@@ -124,6 +132,7 @@ PACK = {"cu_seq_lens_q": EDGES, "cu_seq_lens_k": EDGES, "max_length_q": 4, "max_
     [PACK, {"position_ids": POSITIONS}, {"attention_mask": torch.tensor([[1, 1, 1, 2, 2, 2, 2]])}],
     ids=["cu_seq_lens", "position_ids", "segments"],
 )
+@pytest.mark.usefixtures("in_float64")
 def test_packed_rows(inputs):
     query, key, value = states(batch=1)
     mask = inputs.get("attention_mask")
@@ -131,14 +140,15 @@ def test_packed_rows(inputs):
     out = flash_attention_forward(layer(), query, key, value, mask, **others)[0]
     document = torch.tensor([0, 0, 0, 1, 1, 1, 1])
     seen = visible(True) & (document[:, None] == document)[None, None]
-    torch.testing.assert_close(out, dense(query, key, value, seen))
+    assert_equal_in_float64(out, dense(query, key, value, seen))
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_position_ids_that_do_not_restart_are_rows():
     query, key, value = states()
     positions = torch.arange(S)[None]
     out = flash_attention_forward(layer(), query, key, value, None, position_ids=positions)[0]
-    torch.testing.assert_close(out, dense(query, key, value, visible(True)))
+    assert_equal_in_float64(out, dense(query, key, value, visible(True)))
 
 
 @pytest.mark.parametrize(

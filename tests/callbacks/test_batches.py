@@ -18,6 +18,7 @@ from lctrain.callbacks import (
 )
 from lctrain.callbacks.batches import view_batch
 from tests.callbacks.own_module import OwnModule
+from tests.numerics import near
 from tests.training import loader, make_batch, make_trainer
 
 LENGTHS = (5, 1, 8)
@@ -53,6 +54,7 @@ def test_documents_of_rows():
     assert view_batch(both).without_tokens().lengths == (3, 2, 8)
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_valid_tokens_are_those_of_the_models_own_loss(make_llama):
     """transformers counts labels after its shift; the view counts the same."""
     model = make_llama()
@@ -63,7 +65,7 @@ def test_valid_tokens_are_those_of_the_models_own_loss(make_llama):
     logits = model(input_ids=TOKENS).logits[0, :-1]
     total = torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum")
     count = int(view_batch(batch).num_valid_tokens())
-    assert float(total / count) == pytest.approx(float(mean), rel=1e-6)
+    assert float(total / count) == near(float(mean))
     shifted = {"input_ids": TOKENS, "shift_labels": PACK.labels}
     assert int(view_batch(shifted).num_valid_tokens()) == PACK.num_valid_tokens
     assert view_batch(PACK).num_valid_tokens() == PACK.num_valid_tokens
@@ -175,7 +177,7 @@ def test_all_callbacks_together(tmp_path, make_llama, form, reverse):
     assert monitor.total.tokens == sum(pack.num_tokens for pack in PACKS)
     assert monitor.total.fill == monitor.total.tokens / (3 * 64)
     assert monitor.total.flops > 0
-    assert float(exact.last_loss) == pytest.approx(4.5, abs=0.5)
+    assert 4.0 < float(exact.last_loss) < 5.0  # about the logarithm of 97
     assert (tmp_path / "c" / "last.ckpt").exists()
     assert float(trainer.callback_metrics["throughput/tokens"]) == monitor.total.tokens
 

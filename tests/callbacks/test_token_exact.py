@@ -12,6 +12,7 @@ from lctrain.callbacks import TokenExactLoss
 from lctrain.config import OptimConfig
 from lctrain.module import LongContextModule
 from tests.callbacks.own_module import OwnModule
+from tests.numerics import assert_equal_in_float64, assert_far_apart, near
 from tests.test_module import RecordingModule
 from tests.training import loader, make_batch, make_trainer
 
@@ -83,27 +84,28 @@ def test_gradients_are_bit_equal(tmp_path, make_llama, reference, kind):
         assert torch.equal(mine, theirs)  # clipped by the same norm
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_without_it_tokens_of_short_batches_weigh_more(tmp_path, make_llama, reference):
     module = fit(tmp_path, Means(make_llama()))
-    assert not torch.allclose(module.gradients[0][0], reference.seen[0][0], rtol=1e-2)
+    assert_far_apart(module.gradients[0][0], reference.seen[0][0])
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_means_are_weighed_by_their_tokens(tmp_path, make_llama, reference):
     exact = TokenExactLoss("mean", tokens="tokens")
     module = fit(tmp_path, Means(make_llama()), exact)
-    for mine, theirs in zip(module.gradients, reference.seen, strict=True):
-        for a, b in zip(mine, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert float(exact.last_loss) == pytest.approx(reference.losses[-1], rel=1e-6)
+    assert_equal_in_float64(module.gradients, reference.seen)
+    assert float(exact.last_loss) == near(reference.losses[-1])
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_manual_optimization(tmp_path, make_llama, reference):
     off = {"accumulate_grad_batches": 1, "gradient_clip_val": None}
     module = fit(tmp_path, Manual(make_llama()), TokenExactLoss(), **off)
-    for a, b in zip(module.gradients[0], reference.seen[0], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert_equal_in_float64(module.gradients[0], reference.seen[0])
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_a_skipped_micro_batch_does_not_spoil_the_window(tmp_path, make_llama):
     class Skips(Sums):
         def training_step(self, batch, batch_idx):
@@ -117,15 +119,15 @@ def test_a_skipped_micro_batch_does_not_spoil_the_window(tmp_path, make_llama):
         batches=UNEVEN[:2],
         accumulate_grad_batches=2,
     )
-    for a, b in zip(skipped.gradients[0], whole.gradients[0], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert_equal_in_float64(skipped.gradients[0], whole.gradients[0])
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_the_loss_per_token_is_logged(tmp_path, make_llama):
     exact = TokenExactLoss()
     trainer = make_trainer(tmp_path, [exact], **SETTINGS)
     trainer.fit(Sums(make_llama()), loader(UNEVEN))
-    assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(float(exact.last_loss))
+    assert float(trainer.callback_metrics["train/loss"]) == near(float(exact.last_loss))
 
 
 def test_a_count_function(tmp_path, make_llama, reference):

@@ -12,6 +12,7 @@ import torch
 from lctrain.callbacks import PatchAttention, TokenExactLoss
 from lctrain.process_group import leave_at_exit
 from tests.callbacks.own_module import OwnModule
+from tests.float64 import built_in_float64
 from tests.train_two_ranks import CLIP, WINDOW, batches, make_model
 from tests.training import loader, make_trainer
 
@@ -52,4 +53,5 @@ def main(out: Path) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     leave_at_exit()
-    main(Path(sys.argv[1]))
+    with built_in_float64():
+        main(Path(sys.argv[1]))

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 import lctrain
 from lctrain.data import PackCollator
-from tests.numerics import assert_error_at_most_twice
+from tests.numerics import assert_equal_in_float64, assert_error_at_most_twice, near
 
 pytest.importorskip("accelerate")
 
@@ -96,6 +96,7 @@ def test_steps_equal_those_of_separate_documents(make_trainer, make_llama, loss)
     assert_error_at_most_twice(found, expected, reference, "weights and losses")
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_evaluation_equals_that_of_separate_documents(make_trainer, make_llama):
     model = make_llama()
     lctrain.patch_model(model)
@@ -105,9 +106,10 @@ def test_evaluation_equals_that_of_separate_documents(make_trainer, make_llama):
     found = trainer.evaluate()["eval_loss"]
     with torch.no_grad():
         total, count = separate_losses(make_llama().double(), DOCUMENTS)
-    assert found == pytest.approx(float(total / count), rel=1e-6)
+    assert found == near(float(total / count))
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_a_packed_batch_says_what_to_do_and_that_works(make_trainer, make_llama):
     model = make_llama()
     lctrain.patch_model(model)
@@ -116,4 +118,4 @@ def test_a_packed_batch_says_what_to_do_and_that_works(make_trainer, make_llama)
     batch = lctrain.PackedBatch.from_documents([d["input_ids"] for d in DOCUMENTS])
     packed = copy.deepcopy(model)(**batch.arguments()).loss
     total, count = separate_losses(model, DOCUMENTS)
-    torch.testing.assert_close(packed, total / count)
+    assert_equal_in_float64(packed, total / count)

@@ -37,7 +37,7 @@ def test_key_and_answer_are_where_they_should_be(data, format, depth, with_end):
     before, rest = text.split("\n# The pass key is" + key + ". Remember it.\n")
     after, end = rest.split("\n# What is the pass key?\n# The pass key is" + key)
     assert set(before + after) <= {"x"}
-    assert len(before) == pytest.approx(depth * len(before + after), abs=1)
+    assert abs(len(before) - depth * len(before + after)) <= 1
     assert end == (data.tokenizer.eos_token if with_end else "")
     answer = made.input_ids[made.answer_start : made.answer_start + made.answer_tokens]
     assert data.tokenizer.decode(answer) == key

@@ -10,6 +10,7 @@ from lctrain import patch_model
 from lctrain.data import TokenizedDocument
 from lctrain.eval import Extension, compare_methods, cut_windows, perplexity_by_length
 from lctrain.eval.begin import NO_BEGIN, BeginTokens, begin_tokens
+from tests.numerics import near
 
 BEGIN = 1
 
@@ -29,7 +30,7 @@ def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=97, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
                          num_attention_heads=2)  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config).double().eval()
 
 
 def documents(begun: bool) -> list[TokenizedDocument]:
@@ -89,6 +90,7 @@ def direct_loss(model, ids: np.ndarray, length: int, begin: bool) -> float:
 
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packs"])
 @pytest.mark.parametrize("every", [True, False])
+@pytest.mark.usefixtures("float64_stays_float64")
 def test_the_loss_is_that_of_windows_with_the_token(model, packed, every):
     given = documents(begun=True)
     arguments = {"max_tokens": 64, "begin": BeginTokens((BEGIN,), every)}
@@ -99,7 +101,7 @@ def test_the_loss_is_that_of_windows_with_the_token(model, packed, every):
         table = perplexity_by_length(model, given, [8, 16, 64], **arguments)
     for row in table.rows:
         parts = [direct_loss(model, d.input_ids, row.length, every) for d in given]
-        assert row.loss == pytest.approx(sum(parts) / row.tokens, rel=1e-5)
+        assert row.loss == near(sum(parts) / row.tokens)
     short = table.rows[0]
     assert short.tokens == sum(len(d.input_ids) - 1 for d in given)
     assert short.begun == (short.windows if every else 3)

@@ -10,6 +10,7 @@ import torch
 
 from lctrain.data import TokenizedDocument
 from lctrain.eval import METHODS, Extension, compare_methods
+from tests.numerics import near
 
 WINDOW = 16
 LENGTHS = [16, 32, 64]
@@ -53,21 +54,24 @@ def direct_loss(model, documents, length: int, stride: int, edit=lambda window: 
 
 
 @pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.usefixtures("in_float64")
 def test_scores_what_the_definition_scores(model, documents, length):
     table = compare(model, documents).tables["plain"]
     (row,) = [row for row in table.rows if row.length == length]
     assert row.documents == 2
     assert row.tokens == (89 - 56) + (70 - 56)
-    assert row.loss == pytest.approx(direct_loss(model, documents, length, stride=8), rel=1e-5)
+    assert row.loss == near(direct_loss(model, documents, length, stride=8))
     assert length - 8 < row.mean_context <= length
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_intra_chunk_sees_its_own_chunk_only(model, documents):
     row = compare(model, documents, ["intra_chunk"]).tables["intra_chunk"].rows[-1]
     expected = direct_loss(model, documents, 64, 8, edit=lambda window: window.split(WINDOW))
-    assert row.loss == pytest.approx(expected, rel=1e-5)
+    assert row.loss == near(expected)
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_every_method_scores_the_same_tokens_and_is_plain_at_the_window(model, documents):
     before = model.model.rotary_emb.inv_freq.clone()
     comparison = compare(model, documents, METHODS)
@@ -75,7 +79,7 @@ def test_every_method_scores_the_same_tokens_and_is_plain_at_the_window(model, d
     assert list(rows) == list(METHODS)
     assert len({(row.tokens, row.documents) for table in rows.values() for row in table}) == 1
     for method in METHODS:
-        assert rows[method][0].loss == pytest.approx(rows["plain"][0].loss, abs=1e-5)
+        assert rows[method][0].loss == near(rows["plain"][0].loss)
         assert comparison.ratio(method, rows[method][0]) == 1.0
     assert len({round(table[-1].loss, 6) for table in rows.values()}) == len(METHODS)
     assert model.model.rotary_emb.inv_freq.equal(before)
@@ -99,7 +103,7 @@ def test_files_hold_every_method_and_the_ratio(model, documents, tmp_path):
     assert (content["window"], content["stride"], content["min_context"]) == (16, 8, 57)
     for row in content["rows"]:
         first = next(r for r in content["rows"] if r["method"] == row["method"])
-        assert row["ratio_to_window"] == pytest.approx(row["perplexity"] / first["perplexity"])
+        assert row["ratio_to_window"] == near(row["perplexity"] / first["perplexity"])
     assert paths["png"].read_bytes().startswith(b"\x89PNG")
 
 

@@ -11,6 +11,7 @@ import lctrain
 from lctrain.data import TokenizedDocument
 from lctrain.eval import longest_documents, perplexity_by_length
 from tests.eval.conftest import VOCABULARY
+from tests.numerics import near
 
 LENGTHS = [2, 13, 64]
 
@@ -52,22 +53,22 @@ def test_equals_a_slow_direct_computation(model, documents) -> None:
         losses = [part for part in losses if part]
         tokens = np.concatenate(losses)
         assert (row.length, row.tokens, row.documents) == (length, len(tokens), 3)
-        assert row.loss == pytest.approx(tokens.mean(), rel=1e-12)
-        assert row.perplexity == pytest.approx(math.exp(tokens.mean()), rel=1e-12)
+        assert row.loss == near(tokens.mean())
+        assert row.perplexity == near(math.exp(tokens.mean()))
         residuals = [sum(part) - tokens.mean() * len(part) for part in losses]
         error = math.sqrt(3 / 2 * sum(r * r for r in residuals)) / len(tokens)
-        assert row.stderr == pytest.approx(error, rel=1e-9)
-        assert row.perplexity_low == pytest.approx(math.exp(row.loss - error))
-        assert row.perplexity_high == pytest.approx(math.exp(row.loss + error))
-        assert row.gain == pytest.approx(table.rows[0].loss - row.loss)
+        assert row.stderr == near(error)
+        assert row.perplexity_low == near(math.exp(row.loss - error))
+        assert row.perplexity_high == near(math.exp(row.loss + error))
+        assert row.gain == near(table.rows[0].loss - row.loss)
 
 
 def test_uniform_model_has_the_perplexity_of_its_vocabulary(model, documents) -> None:
     nn.init.zeros_(model.lm_head.weight)
     for row in perplexity_by_length(model, documents, LENGTHS, max_tokens=64).rows:
-        assert row.perplexity == pytest.approx(VOCABULARY, rel=1e-12)
-        assert row.stderr == pytest.approx(0.0, abs=1e-12)
-        assert row.gain == pytest.approx(0.0, abs=1e-12)
+        assert row.perplexity == near(VOCABULARY)
+        assert row.stderr == near(0.0)
+        assert row.gain == near(0.0)
 
 
 class LooksBack(nn.Module):
@@ -86,7 +87,7 @@ class LooksBack(nn.Module):
 
     def forward(self, input_ids, **kwargs) -> dict[str, torch.Tensor]:
         probabilities = torch.full((*input_ids.shape, VOCABULARY), 1 / VOCABULARY).double()
-        seen = nn.functional.one_hot(input_ids, VOCABULARY)[:, : -self.distance + 1]
+        seen = nn.functional.one_hot(input_ids, VOCABULARY)[:, : -self.distance + 1].double()
         probabilities[:, self.distance - 1 :] = 0.9 * seen + 0.1 / VOCABULARY
         return {"logits": probabilities.log()}
 
@@ -104,9 +105,9 @@ def test_model_that_needs_a_certain_context_gains_when_it_gets_it() -> None:
             min_context=distance,
         )
     short, enough, long = (row.perplexity for row in table.rows)
-    assert short == pytest.approx(VOCABULARY)
-    assert enough == pytest.approx(1 / (0.9 + 0.1 / VOCABULARY))
-    assert long == pytest.approx(enough)
+    assert short == near(VOCABULARY)
+    assert enough == near(1 / (0.9 + 0.1 / VOCABULARY))
+    assert long == near(enough)
 
 
 @pytest.mark.parametrize("max_tokens", [13, 100, 10_000])
@@ -114,14 +115,14 @@ def test_batch_size_does_not_matter(max_tokens, model, documents) -> None:
     expected = perplexity_by_length(model, documents, [5, 13], max_tokens=60)
     table = perplexity_by_length(model, documents, [5, 13], max_tokens=max_tokens)
     for row, other in zip(table.rows, expected.rows, strict=True):
-        assert dataclasses.asdict(row) == pytest.approx(dataclasses.asdict(other), rel=1e-10)
+        assert dataclasses.asdict(row) == near(dataclasses.asdict(other))
 
 
 def test_order_of_documents_and_of_lengths_does_not_matter(model, documents) -> None:
     expected = perplexity_by_length(model, documents, [5, 13], max_tokens=60)
     table = perplexity_by_length(model, documents[::-1], [13, 5, 5], max_tokens=60)
     for row, other in zip(table.rows, expected.rows, strict=True):
-        assert dataclasses.asdict(row) == pytest.approx(dataclasses.asdict(other), rel=1e-10)
+        assert dataclasses.asdict(row) == near(dataclasses.asdict(other))
 
 
 def test_documents_do_not_see_one_another(model, documents) -> None:
@@ -131,7 +132,7 @@ def test_documents_do_not_see_one_another(model, documents) -> None:
         parts = [table.rows[index] for table in alone]
         assert row.tokens == sum(part.tokens for part in parts)
         expected = sum(part.loss * part.tokens for part in parts) / row.tokens
-        assert row.loss == pytest.approx(expected, rel=1e-12)
+        assert row.loss == near(expected)
 
 
 def test_lengths_beyond_every_document_give_the_same_row(model, documents) -> None:
@@ -153,10 +154,11 @@ def test_min_context_scores_the_same_late_tokens_at_every_length(model, document
     assert [row.tokens for row in table.rows] == [25, 25]
     assert [row.documents for row in table.rows] == [1, 1]
     expected = slow_losses(model, ids, 20)[19:]
-    assert table.rows[1].loss == pytest.approx(np.mean(expected), rel=1e-12)
+    assert table.rows[1].loss == near(np.mean(expected))
     assert math.isnan(table.rows[1].stderr)
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_model_keeps_its_mode_and_dropout_is_off(make_llama, documents) -> None:
     model = make_llama(attention_dropout=0.5)
     expected = perplexity_by_length(model, documents, [8], max_tokens=60)
@@ -164,12 +166,13 @@ def test_model_keeps_its_mode_and_dropout_is_off(make_llama, documents) -> None:
     model.model.layers[0].eval()
     with lctrain.patch_model(model, attention="flash"):
         table = perplexity_by_length(model, documents, [8], max_tokens=60)
-    assert table.rows[0].loss == pytest.approx(expected.rows[0].loss, rel=1e-6)
+    assert table.rows[0].loss == near(expected.rows[0].loss)
     assert model.training
     assert not model.model.layers[0].training
     assert model.model.layers[1].self_attn.training
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_recurrent_model_without_attention(documents) -> None:
     """Mamba cannot read packs; rows that are padded on the right suit every causal model."""
     torch.manual_seed(0)
@@ -179,7 +182,7 @@ def test_recurrent_model_without_attention(documents) -> None:
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     table = perplexity_by_length(model, documents, [8], max_tokens=64)
     losses = [slow_losses(model, document.input_ids, 8) for document in documents]
-    assert table.rows[0].loss == pytest.approx(np.mean(np.concatenate(losses)), rel=1e-5)
+    assert table.rows[0].loss == near(np.mean(np.concatenate(losses)))
 
 
 def test_longest_documents_first(documents) -> None:
@@ -252,6 +255,7 @@ def test_learned_positions_bound_the_length(name, sizes, documents) -> None:
 
 @pytest.mark.parametrize("patched", [False, True], ids=["rows", "packs"])
 @pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+@pytest.mark.usefixtures("in_float64")
 def test_frequencies_that_follow_the_length_do_not_follow_the_batch(
     rope_type, patched, make_llama, documents
 ) -> None:
@@ -268,5 +272,5 @@ def test_frequencies_that_follow_the_length_do_not_follow_the_batch(
         for lengths, max_tokens in (([8, 48], 48), ([8, 48], 4096), ([48], 512))
     ]
     losses = [table.rows[-1].loss for table in tables]
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
-    assert tables[0].rows[0].loss == pytest.approx(tables[1].rows[0].loss, rel=1e-5)
+    assert losses == near([losses[0]] * 3)
+    assert tables[0].rows[0].loss == near(tables[1].rows[0].loss)

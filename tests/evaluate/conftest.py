@@ -20,7 +20,7 @@ TEXTS = ["It was the best of times. " * 8, "Call me Ishmael.", "In a hole in the
 
 
 def save_model(folder: Path, config: transformers.PretrainedConfig) -> Path:
-    """Saves a random causal LM over bytes, with its tokenizer."""
+    """Saves a random causal LM over bytes in float64, with its tokenizer."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*letters, "<end>"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -30,7 +30,7 @@ def save_model(folder: Path, config: transformers.PretrainedConfig) -> Path:
         tokenizer_object=tokenizer, eos_token="<end>"
     ).save_pretrained(folder)
     torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    transformers.AutoModelForCausalLM.from_config(config).double().save_pretrained(folder)
     return folder
 
 

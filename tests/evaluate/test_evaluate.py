@@ -23,6 +23,7 @@ from lctrain.evaluate import (
 from lctrain.measure import pick_device
 from lctrain.models.pretrained import load_pretrained
 from tests.evaluate.conftest import TEXTS
+from tests.numerics import near
 
 
 def direct_table(model_folder: Path, lengths: list[int]):
@@ -37,6 +38,7 @@ def direct_table(model_folder: Path, lengths: list[int]):
     return perplexity_by_length(model, documents, lengths, max_tokens=1000)
 
 
+@pytest.mark.usefixtures("float64_stays_float64")
 def test_command_line_evaluates_and_writes(
     run_main, model_folder, tmp_path, monkeypatch, capsys
 ) -> None:
@@ -54,22 +56,23 @@ def test_command_line_evaluates_and_writes(
     rows = json.loads((folder / "perplexity_by_length.json").read_text())["rows"]
     for row, expected in zip(rows, direct_table(model_folder, [8, 64]).rows, strict=True):
         assert (row["length"], row["tokens"]) == (expected.length, expected.tokens)
-        assert row["perplexity"] == pytest.approx(expected.perplexity, rel=1e-5)
-        assert row["stderr"] == pytest.approx(expected.stderr, rel=1e-3)
+        assert row["perplexity"] == near(expected.perplexity)
+        assert row["stderr"] == near(expected.stderr)
     with (folder / "metrics.csv").open() as file:
         metrics = next(csv.DictReader(file))
-    assert float(metrics["perplexity_64"]) == pytest.approx(rows[1]["perplexity"])
+    assert float(metrics["perplexity_64"]) == near(rows[1]["perplexity"])
     assert f"name_or_path: {model_folder}" in (folder / "config.yaml").read_text()
     printed = capsys.readouterr().out
     assert "Perplexity by context length" in printed
     assert str(folder / "perplexity_by_length.png") in printed
 
 
+@pytest.mark.usefixtures("float64_stays_float64")
 def test_patched_and_unpatched_models_agree(make_config) -> None:
     packed = evaluate(make_config()).perplexity
     padded = evaluate(make_config(attention=None)).perplexity
     for row, other in zip(packed.rows, padded.rows, strict=True):
-        assert row.loss == pytest.approx(other.loss, rel=1e-6)
+        assert row.loss == near(other.loss)
 
 
 def test_attention_none_on_the_command_line(run_main, model_folder, capsys) -> None:

@@ -1,11 +1,13 @@
 """merge_attn_states: attention over two sets of keys gives attention over their union."""
 
+import math
+
 import pytest
 import torch
 
 from lctrain.kernels import flash_attn_varlen_func, merge_attn_states
 from tests.kernels.oracle import cumulative
-from tests.numerics import assert_error_at_most_twice
+from tests.numerics import assert_equal_in_float64, assert_error_at_most_twice, near_roundings
 
 
 def partial_attention(q, k, v):
@@ -34,7 +36,7 @@ def test_a_split_of_the_keys_changes_nothing(split):
         loss = (out * torch.linspace(-1, 1, 8)).sum() + lse.square().sum()
         results.append((out, lse, *torch.autograd.grad(loss, (q, k, v))))
     for whole, merged in zip(*results, strict=True):
-        torch.testing.assert_close(merged, whole)
+        assert_equal_in_float64(merged, whole)
 
 
 def test_gradcheck_in_all_four():
@@ -47,7 +49,7 @@ def test_large_lse_neither_overflows_nor_vanishes():
     out_a, out_b = torch.ones(1, 1, 2), torch.zeros(1, 1, 2)
     out, lse = merge_attn_states(out_a, torch.tensor([[9000.0]]), out_b, torch.tensor([[9000.0]]))
     assert torch.equal(out, torch.full((1, 1, 2), 0.5))
-    torch.testing.assert_close(lse, torch.tensor([[9000.0]]) + torch.log(torch.tensor(2.0)))
+    assert lse.item() == near_roundings(9000.0 + math.log(2.0), 2)
 
 
 @pytest.mark.parametrize("empty", ["a", "b", "both"])

@@ -10,22 +10,47 @@ from torch.nn import functional
 import lctrain
 from lctrain.batch import PackedBatch
 from lctrain.loss import causal_lm, causal_lm_loss, find_output_head, token_losses
+from tests.float64 import float64_throughout
 from tests.loss.conftest import ARCHITECTURES
-from tests.numerics import assert_error_at_most_twice
+from tests.numerics import (
+    assert_equal_in_float64,
+    assert_errors_at_most_twice,
+    assert_sum_error_at_most_twice,
+)
+
+
+def full_logits_losses(model, batch, reduction="none") -> torch.Tensor:
+    logits = model(**batch.model_kwargs()).logits[0]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return functional.cross_entropy(logits, batch.labels[0], reduction=reduction)
 
 
 def full_logits_loss(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
-    logits = model(**batch.model_kwargs()).logits[0]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return functional.cross_entropy(logits, batch.labels[0], reduction="sum")
+    return full_logits_losses(model, batch, "sum")
 
 
-def loss_and_grads(function, model, batch) -> dict[str, torch.Tensor]:
+def loss_and_grads(function, model, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss, of several their sum, and the gradients of all parameters."""
     model.zero_grad()
     loss = function(model, batch)
-    loss.backward()
+    loss.sum().backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), **grads}
+    return loss.detach(), grads
+
+
+def assert_like_plain_pytorch(ours, plain, exact) -> None:
+    """Each is what loss_and_grads returned; the last two with a loss per token."""
+    assert ours[1].keys() == plain[1].keys() == exact[1].keys() != set()
+    assert_sum_error_at_most_twice(ours[0], plain[0], exact[0], "loss")
+    assert_errors_at_most_twice(ours[1], plain[1], exact[1])
+
+
+def assert_same_bits(one, other) -> None:
+    """Each is what loss_and_grads returned."""
+    assert torch.equal(one[0], other[0])
+    assert one[1].keys() == other[1].keys()
+    for name, grad in one[1].items():
+        assert torch.equal(grad, other[1][name]), name
 
 
 def our_loss(model, batch) -> torch.Tensor:
@@ -44,12 +69,11 @@ def no_warning():
 def test_equals_the_full_logits_with_every_gradient(architecture, make_model, one_document) -> None:
     model = make_model(architecture)
     ours = loss_and_grads(our_loss, model, one_document)
-    plain = loss_and_grads(full_logits_loss, model, one_document)
-    exact = loss_and_grads(full_logits_loss, copy.deepcopy(model).double(), one_document)
-    assert ours["loss"].dtype == torch.float32
-    assert ours.keys() == plain.keys()
-    for name in exact:
-        assert_error_at_most_twice(ours[name], plain[name], exact[name], name)
+    plain = loss_and_grads(full_logits_losses, model, one_document)
+    with float64_throughout():
+        exact = loss_and_grads(full_logits_losses, copy.deepcopy(model).double(), one_document)
+    assert ours[0].dtype == torch.float32
+    assert_like_plain_pytorch(ours, plain, exact)
 
 
 def test_counts_valid_tokens(make_model) -> None:
@@ -67,6 +91,7 @@ def test_batch_without_targets_has_loss_zero_and_zero_gradients(make_model, one_
     assert all(not p.grad.any() for p in model.parameters())
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_packed_documents_equal_separate_documents(make_model) -> None:
     documents = [torch.randint(97, (length,)) for length in (20, 2, 33)]
     model = make_model().double()
@@ -76,8 +101,9 @@ def test_packed_documents_equal_separate_documents(make_model) -> None:
             loss_and_grads(our_loss, model, PackedBatch.from_documents([document]))
             for document in documents
         ]
-    for name, value in packed.items():
-        torch.testing.assert_close(value, sum(row[name] for row in rows), msg=name)
+    assert_equal_in_float64(packed[0], sum(loss for loss, _ in rows))
+    for name, value in packed[1].items():
+        assert_equal_in_float64(value, sum(grads[name] for _, grads in rows), name)
 
 
 @pytest.mark.usefixtures("no_warning")
@@ -89,13 +115,13 @@ def test_first_loss_under_autocast_reaches_every_parameter(tied, make_model, one
         loss, _ = causal_lm_loss(model, one_document)
     loss.backward()
     assert loss.dtype == torch.float32
-    ours = {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
-    assert all(grad is not None for grad in ours.values())
+    ours = loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+    assert all(grad is not None for grad in ours[1].values())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        plain = loss_and_grads(full_logits_loss, copy.deepcopy(model), one_document)
-    exact = loss_and_grads(full_logits_loss, copy.deepcopy(model).double(), one_document)
-    for name in exact:
-        assert_error_at_most_twice(ours[name], plain[name], exact[name], name)
+        plain = loss_and_grads(full_logits_losses, copy.deepcopy(model), one_document)
+    with float64_throughout():
+        exact = loss_and_grads(full_logits_losses, copy.deepcopy(model).double(), one_document)
+    assert_like_plain_pytorch(ours, plain, exact)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -106,8 +132,7 @@ def test_gradient_checkpointing_does_not_change_the_gradients(
     expected = loss_and_grads(our_loss, model, one_document)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
-    for name, value in loss_and_grads(our_loss, model, one_document).items():
-        assert torch.equal(value, expected[name]), name
+    assert_same_bits(loss_and_grads(our_loss, model, one_document), expected)
 
 
 def test_the_head_is_checked_without_drawing_random_numbers(make_model, one_document) -> None:
@@ -187,8 +212,7 @@ def test_other_heads_fall_back_to_full_logits_with_one_warning(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         causal_lm_loss(model, one_document)
-    for name, value in loss_and_grads(full_logits_loss, model, one_document).items():
-        assert torch.equal(value, ours[name]), name
+    assert_same_bits(loss_and_grads(full_logits_loss, model, one_document), ours)
 
 
 def test_hidden_states_scaled_before_the_head_fall_back(make_model, one_document) -> None:
@@ -217,16 +241,17 @@ def test_base_model_that_differs_when_called_alone_falls_back(make_model, one_do
         causal_lm_loss(model, one_document)
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_a_new_output_embedding_is_checked_again(make_model, one_document) -> None:
     model = make_model()
     causal_lm_loss(model, one_document)
     model.resize_token_embeddings(120)
     before = causal_lm_loss(model, one_document)[0]
-    torch.testing.assert_close(before, full_logits_loss(model, one_document))
+    assert_equal_in_float64(before, full_logits_loss(model, one_document))
     replace_head(model)
     with pytest.warns(UserWarning, match="is a ScaledHead"):
         after = causal_lm_loss(model, one_document)[0]
-    torch.testing.assert_close(after, full_logits_loss(model, one_document))
+    assert_equal_in_float64(after, full_logits_loss(model, one_document))
 
 
 def test_zero_initialised_head_is_verified_too(make_model, one_document) -> None:
@@ -247,12 +272,15 @@ def test_compiled_model_runs_its_decoder_compiled(make_model, one_document) -> N
         calls.append(len(inputs))
         return graph.forward
 
-    expected = loss_and_grads(our_loss, model, one_document)
+    plain = full_logits_losses(model, one_document)
+    with float64_throughout():
+        exact = full_logits_losses(copy.deepcopy(model).double(), one_document)
+    causal_lm_loss(model, one_document)
     compiled = torch.compile(model, backend=backend)
     assert not calls
     loss, _ = causal_lm_loss(compiled, one_document)
     assert calls
-    torch.testing.assert_close(loss.detach(), expected["loss"])
+    assert_sum_error_at_most_twice(loss, plain, exact)
 
 
 def test_model_compiled_in_place_gets_a_warning(make_model, one_document) -> None:
@@ -294,6 +322,7 @@ class LossModule(nn.Module):
         return causal_lm_loss(self.model, batch)[0]
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_under_ddp_the_gradients_are_those_of_the_plain_model(
     make_model, one_document, tmp_path
 ) -> None:
@@ -314,10 +343,11 @@ def test_under_ddp_the_gradients_are_those_of_the_plain_model(
     finally:
         torch.distributed.destroy_process_group()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+        assert_equal_in_float64(parameter.grad, expected[1][name], name)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi-head-with-bias", "gemma2-softcap"])
+@pytest.mark.usefixtures("in_float64")
 def test_token_losses_of_chosen_positions(architecture, make_model, one_document) -> None:
     model = make_model(architecture).eval()
     positions = torch.tensor([0, 7, 28])
@@ -325,13 +355,14 @@ def test_token_losses_of_chosen_positions(architecture, make_model, one_document
     logits = model(**one_document.model_kwargs()).logits[0, positions]
     expected = functional.cross_entropy(logits, targets, reduction="none")
     losses = token_losses(model, one_document.model_kwargs(), positions, targets)
-    torch.testing.assert_close(losses, expected)
+    assert_equal_in_float64(losses, expected)
     replaced = token_losses(
         model, {"input_ids": one_document.input_ids, "use_cache": False}, positions, targets
     )
-    torch.testing.assert_close(replaced, expected)
+    assert_equal_in_float64(replaced, expected)
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_token_losses_in_the_fallback(make_model, one_document) -> None:
     model = make_model().eval()
     replace_head(model)
@@ -341,7 +372,7 @@ def test_token_losses_in_the_fallback(make_model, one_document) -> None:
         losses = token_losses(model, one_document.model_kwargs(), positions, targets)
     logits = model(**one_document.model_kwargs()).logits[0, positions]
     expected = functional.cross_entropy(logits, targets, reduction="none")
-    torch.testing.assert_close(losses, expected)
+    assert_equal_in_float64(losses, expected)
 
 
 @pytest.mark.gpu

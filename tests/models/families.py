@@ -1,11 +1,13 @@
 """Tiny random models of every family that the tests patch, and packs to feed them."""
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lctrain.batch import PackedBatch
+from tests.float64 import float64_throughout
 
 VOCABULARY = 61
 LENGTHS = (6, 1, 11, 7)  # a single token among them; longer than the windows below
@@ -136,3 +138,12 @@ def gradients(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[Tensor, 
         if parameter.grad is not None
     }
     return result.detach(), found
+
+
+def exact_gradients(
+    model: nn.Module, packings: Sequence[Sequence[Tensor]]
+) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Returns `gradients` of each pack's outputs, by a copy of the model in float64."""
+    exact = copy.deepcopy(model).double()
+    with float64_throughout():
+        return [gradients(exact, lambda d=d: packed_outputs(exact, d)) for d in packings]

@@ -24,7 +24,7 @@ from tests.models.properties import (
     assert_others_keep_every_bit,
     logits_in_pieces,
 )
-from tests.numerics import assert_error_at_most_twice
+from tests.numerics import assert_equal_in_float64, assert_error_at_most_twice
 
 DIFFERENTIALLY = {"attention": "differential"}
 
@@ -46,12 +46,12 @@ def test_outputs_and_every_gradient_equal_the_unpatched_model_s(family, implemen
         exactly, exact_grads = gradients(exact, lambda: outputs(exact, input_ids=rows))
 
     assert_error_at_most_twice(found, plain, reference, "outputs")
-    torch.testing.assert_close(exactly, reference)
+    assert_equal_in_float64(exactly, reference)
     names = {name for name, _ in model.named_parameters()}
     assert grads.keys() == plain_grads.keys() == names
     for name, grad in reference_grads.items():
         assert grad.norm() > 0, name
-        torch.testing.assert_close(exact_grads[name], grad, msg=lambda m, n=name: n + m)
+        assert_equal_in_float64(exact_grads[name], grad, name)
     assert_error_at_most_twice(
         flattened(grads), flattened(plain_grads), flattened(reference_grads), "gradients"
     )
@@ -64,9 +64,9 @@ def test_a_pack_gives_what_its_documents_give_one_by_one(family):
     plain, plain_grads = gradients(model, lambda: separate_outputs(model, documents))
     with patch_model(model, **DIFFERENTIALLY):
         found, grads = gradients(model, lambda: packed_outputs(model, documents))
-    torch.testing.assert_close(found, plain)
+    assert_equal_in_float64(found, plain)
     for name, grad in plain_grads.items():
-        torch.testing.assert_close(grads[name], grad)
+        assert_equal_in_float64(grads[name], grad)
 
 
 @pytest.mark.parametrize("family", FEW)
@@ -77,16 +77,18 @@ def test_changing_one_document_keeps_every_bit_of_the_others(family):
 
 @pytest.mark.parametrize("family", DIFFERENTIAL)
 @pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.usefixtures("in_float64")
 def test_padding_is_never_seen(family, side):
     model, documents = make_differential(family), make_documents([9, 5, 1])
     input_ids, mask = padded(documents, side)
     expected = separate_outputs(model, documents)
     with patch_model(model, **DIFFERENTIALLY):
         found = outputs(model, input_ids=input_ids, attention_mask=mask)[mask.bool()]
-    torch.testing.assert_close(found, expected)
+    assert_equal_in_float64(found, expected)
 
 
 @pytest.mark.parametrize("family", DIFFERENTIAL)
+@pytest.mark.usefixtures("in_float64")
 def test_generate_gives_the_unpatched_model_s_tokens_and_logits(family):
     model = make_differential(family)
     input_ids, mask = padded(make_documents([9, 5]), "left")
@@ -102,10 +104,11 @@ def test_generate_gives_the_unpatched_model_s_tokens_and_logits(family):
     with patch_model(model, **DIFFERENTIALLY):
         found = model.generate(input_ids, **options)
     assert torch.equal(found.sequences, expected.sequences)
-    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits))
+    assert_equal_in_float64(torch.stack(found.logits), torch.stack(expected.logits))
 
 
 @pytest.mark.parametrize("family", [name for name in DIFFERENTIAL if name != "mistral"])
+@pytest.mark.usefixtures("in_float64")
 def test_prefill_in_pieces(family):
     model = make_differential(family)
     input_ids, mask = padded(make_documents([20, 12]), "left")
@@ -113,7 +116,7 @@ def test_prefill_in_pieces(family):
         expected = model(input_ids, attention_mask=mask, use_cache=False).logits
         found = logits_in_pieces(model, input_ids, mask, [7, 1, 12])
     real = mask.bool()
-    torch.testing.assert_close(found[real], expected[real])
+    assert_equal_in_float64(found[real], expected[real])
 
 
 @pytest.mark.parametrize("family", FEW)
@@ -155,6 +158,7 @@ def test_dropout_of_the_config_and_the_option_that_wins():
     assert not torch.equal(found[0], found[2])
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_dropout_is_that_of_one_attention_over_all_heads_of_version_2():
     """Branch b of pair h draws the mask of query head 2 h + b."""
     model, documents, found = make_differential("llama").train(), make_documents(), []
@@ -162,7 +166,7 @@ def test_dropout_is_that_of_one_attention_over_all_heads_of_version_2():
         torch.manual_seed(5)
         with patch_model(model, attention=attention, dropout=0.3):
             found.append(packed_outputs(model, documents))
-    torch.testing.assert_close(*found)
+    assert_equal_in_float64(*found)
 
 
 @pytest.mark.parametrize("family", FEW)
@@ -227,6 +231,7 @@ def test_deterministic_layers_name_the_portable_kernels_on_hopper(monkeypatch):
 
 @pytest.mark.parametrize("family", FEW)
 @pytest.mark.parametrize("attention", ["differential", "flash"])
+@pytest.mark.usefixtures("in_float64")
 def test_unpatch_gives_back_every_bit(family, attention):
     model, rows = make_differential(family), make_documents([20])[0][None]
     before, names = outputs(model, input_ids=rows), list(model.state_dict())
@@ -234,7 +239,7 @@ def test_unpatch_gives_back_every_bit(family, attention):
     with patch_model(model, attention=attention) as handle:
         assert is_patched(model)
         assert f"sdpa -> lctrain_{attention}" in repr(handle)
-        torch.testing.assert_close(outputs(model, input_ids=rows), before)
+        assert_equal_in_float64(outputs(model, input_ids=rows), before)
         assert list(model.state_dict()) == names
     assert not is_patched(model)
     assert torch.equal(outputs(model, input_ids=rows), before)
@@ -242,12 +247,13 @@ def test_unpatch_gives_back_every_bit(family, attention):
 
 
 @pytest.mark.parametrize("family", FEW)
+@pytest.mark.usefixtures("in_float64")
 def test_checkpoints_of_a_patched_model(family, tmp_path):
     model, documents = make_differential(family), make_documents()
     with patch_model(model, **DIFFERENTIALLY):
         expected = packed_outputs(model, documents)
         model.save_pretrained(tmp_path)
-        torch.testing.assert_close(packed_outputs(copy.deepcopy(model), documents), expected)
+        assert_equal_in_float64(packed_outputs(copy.deepcopy(model), documents), expected)
         buffer = io.BytesIO()
         torch.save(model.model.layers[0].self_attn, buffer)
     found = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -260,6 +266,7 @@ def test_checkpoints_of_a_patched_model(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", FEW)
+@pytest.mark.usefixtures("in_float64")
 def test_loaded_by_name(family, tmp_path):
     model, documents = make_differential(family), make_documents()
     model.save_pretrained(tmp_path)
@@ -268,13 +275,13 @@ def test_loaded_by_name(family, tmp_path):
         tmp_path, attn_implementation="lctrain_differential"
     )
     expected = separate_outputs(model, documents)
-    torch.testing.assert_close(packed_outputs(named, documents), expected)
+    assert_equal_in_float64(packed_outputs(named, documents), expected)
     prompt = documents[2][None]
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     generated = model.generate(prompt, **options)
     assert torch.equal(named.generate(prompt, **options), generated)
     with patch_model(named, **DIFFERENTIALLY):
-        torch.testing.assert_close(packed_outputs(named, documents), expected)
+        assert_equal_in_float64(packed_outputs(named, documents), expected)
     named.set_attn_implementation("sdpa")
     assert torch.equal(separate_outputs(named, documents), expected)
 
@@ -301,7 +308,7 @@ def test_autocast(family):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FEW)
 def test_compiled_without_breaks(family):
-    model = make_differential(family).double().train()
+    model = make_differential(family).train()
     packings = [make_documents(lengths, n) for n, lengths in enumerate(((6, 20), (30, 5, 4)))]
     assert_compiles_without_breaks(model, packings, **DIFFERENTIALLY)
 

@@ -22,6 +22,7 @@ from tests.models.families import (
     padded,
     separate_outputs,
 )
+from tests.numerics import assert_equal_in_float64
 
 PUBLISHED = {"chunk_size": 32, "local_size": 8, "original_max_position_embeddings": 33}
 
@@ -196,6 +197,7 @@ def load(tmp_path):
 
 
 @pytest.mark.parametrize("family", ROTARY)
+@pytest.mark.usefixtures("in_float64_but_frequencies")
 def test_from_pretrained_by_name_is_patched_with_the_defaults(load, family):
     model, loaded = load(family, dual_chunk_attention_config=PUBLISHED)
     documents = make_documents([80, 9, 40])
@@ -204,9 +206,9 @@ def test_from_pretrained_by_name_is_patched_with_the_defaults(load, family):
         found = packed_outputs(loaded, documents)
         found_padded = outputs(loaded, input_ids=input_ids, attention_mask=mask)
         with patch_model(model, attention="dual_chunk"):
-            torch.testing.assert_close(found, packed_outputs(model, documents))
+            assert_equal_in_float64(found, packed_outputs(model, documents))
             expected = outputs(model, input_ids=input_ids, attention_mask=mask)
-    torch.testing.assert_close(found_padded[mask.bool()], expected[mask.bool()])
+    assert_equal_in_float64(found_padded[mask.bool()], expected[mask.bool()])
 
 
 def test_generate_by_name(load):
@@ -218,12 +220,13 @@ def test_generate_by_name(load):
         assert torch.equal(model.generate(prompt, **options), found)
 
 
+@pytest.mark.usefixtures("in_float64_but_frequencies")
 def test_the_inner_model_by_name(load):
     model, loaded = load("llama")
     documents = make_documents([80, 9])
     with patch_model(model, attention="dual_chunk"):
         expected = packed_outputs(model.model, documents)
-    torch.testing.assert_close(packed_outputs(loaded.model, documents), expected)
+    assert_equal_in_float64(packed_outputs(loaded.model, documents), expected)
 
 
 def test_patching_a_model_that_was_loaded_by_name(load):
@@ -241,6 +244,7 @@ def test_patching_a_model_that_was_loaded_by_name(load):
             assert not torch.equal(by_name, patched)
 
 
+@pytest.mark.usefixtures("in_float64_but_frequencies")
 def test_set_attn_implementation_there_and_back():
     model, documents = make_rotary_model("llama"), make_documents([80])
     plain = separate_outputs(model, documents)
@@ -250,11 +254,11 @@ def test_set_attn_implementation_there_and_back():
     model.set_attn_implementation("sdpa")
     assert torch.equal(separate_outputs(model, documents), plain)
     model.set_attn_implementation("lctrain_flash")
-    torch.testing.assert_close(separate_outputs(model, documents), plain)
+    assert_equal_in_float64(separate_outputs(model, documents), plain)
     model.set_attn_implementation("lctrain_dual_chunk")
     assert torch.equal(separate_outputs(model, documents), found)
     with patch_model(make_rotary_model("llama"), attention="dual_chunk") as handle:
-        torch.testing.assert_close(packed_outputs(handle.model, documents), found)
+        assert_equal_in_float64(packed_outputs(handle.model, documents), found)
 
 
 def test_models_that_cannot_have_it_are_refused_by_name_in_the_first_forward():

@@ -10,6 +10,7 @@ from lctrain.batch import PackedBatch
 from lctrain.models import patch_model
 from tests.models.families import make_documents, padded
 from tests.models.tiny import config_for, sharpen, tiny_config
+from tests.numerics import assert_equal_in_float64
 
 LENGTHS = (6, 1, 11, 7)
 DECODERS = ("llama", "qwen3", "mistral", "gemma2", "phi3", "gpt2", "opt", "gpt_neox")
@@ -55,6 +56,7 @@ def skip_unsupported(model):
 @torch.no_grad()
 @pytest.mark.parametrize("by_name", [False, True], ids=["patched", "by-name"])
 @pytest.mark.parametrize("family", [*DECODERS, *ENCODERS])
+@pytest.mark.usefixtures("in_float64")
 def test_sequence_classification(family, by_name):
     model = make_head(family, "AutoModelForSequenceClassification")
     skip_unsupported(model)
@@ -64,14 +66,15 @@ def test_sequence_classification(family, by_name):
     loss = nn.functional.cross_entropy(expected, labels)
     give_attention(model, by_name)
     found = model(**pack(documents, labels=labels))
-    torch.testing.assert_close(found.logits, expected)
-    torch.testing.assert_close(found.loss, loss)
+    assert_equal_in_float64(found.logits, expected)
+    assert_equal_in_float64(found.loss, loss)
     rows, mask = padded(documents, "right")
-    torch.testing.assert_close(model(rows, attention_mask=mask).logits, expected)
+    assert_equal_in_float64(model(rows, attention_mask=mask).logits, expected)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("told_by", ["position_ids", "numbers"])
+@pytest.mark.usefixtures("in_float64")
 def test_sequence_classification_told_otherwise(told_by):
     model = make_head("llama", "AutoModelForSequenceClassification")
     documents = make_documents(LENGTHS)
@@ -85,9 +88,10 @@ def test_sequence_classification_told_otherwise(told_by):
             "attention_mask": (told["attention_mask"] > 0).long(),
             "position_ids": torch.cat([torch.arange(len(t)) for t in (*documents, [0, 0])])[None],
         }
-    torch.testing.assert_close(model(tokens, **told).logits, expected)
+    assert_equal_in_float64(model(tokens, **told).logits, expected)
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_gradients_of_packed_classification():
     model = make_head("llama", "AutoModelForSequenceClassification").double()
     documents = make_documents(LENGTHS)
@@ -100,12 +104,13 @@ def test_gradients_of_packed_classification():
     model(**pack(documents, labels=labels)).loss.backward()
     for name, parameter in model.named_parameters():
         # norms are float32 inside transformers
-        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-4)
+        assert_equal_in_float64(parameter.grad, expected[name])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("by_name", [False, True], ids=["patched", "by-name"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "bert", "electra", "modernbert"])
+@pytest.mark.usefixtures("in_float64")
 def test_question_answering(family, by_name):
     model = make_head(family, "AutoModelForQuestionAnswering", num_labels=2)
     skip_unsupported(model)
@@ -115,24 +120,26 @@ def test_question_answering(family, by_name):
     found = model(**pack(documents))
     for row, one in enumerate(expected):
         length = LENGTHS[row]
-        torch.testing.assert_close(found.start_logits[row, :length], one.start_logits[0])
-        torch.testing.assert_close(found.end_logits[row, :length], one.end_logits[0])
+        assert_equal_in_float64(found.start_logits[row, :length], one.start_logits[0])
+        assert_equal_in_float64(found.end_logits[row, :length], one.end_logits[0])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("by_name", [False, True], ids=["patched", "by-name"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "bert", "electra", "modernbert"])
+@pytest.mark.usefixtures("in_float64")
 def test_token_classification_stays_per_token(family, by_name):
     model = make_head(family, "AutoModelForTokenClassification")
     skip_unsupported(model)
     documents = make_documents(LENGTHS)
     expected = torch.cat([model(tokens[None]).logits[0] for tokens in documents])
     give_attention(model, by_name)
-    torch.testing.assert_close(model(**pack(documents)).logits[0], expected)
+    assert_equal_in_float64(model(**pack(documents)).logits[0], expected)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("by_name", [False, True], ids=["patched", "by-name"])
+@pytest.mark.usefixtures("in_float64")
 def test_multiple_choice(by_name):
     """Rows of choices work; a pack does not say which documents are choices of one question."""
     model = make_head("bert", "AutoModelForMultipleChoice")
@@ -141,13 +148,14 @@ def test_multiple_choice(by_name):
     mask[1, 1, 5:] = 0
     expected = model(rows, attention_mask=mask).logits
     give_attention(model, by_name)
-    torch.testing.assert_close(model(rows, attention_mask=mask).logits, expected)
+    assert_equal_in_float64(model(rows, attention_mask=mask).logits, expected)
     with pytest.raises(ValueError, match=r"choices must come as rows .* got a pack"):
         model(**pack(make_documents(LENGTHS)))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["bert", "albert"])
+@pytest.mark.usefixtures("in_float64")
 def test_an_encoder_pools_per_document(family):
     name = {"bert": "BertModel", "albert": "AlbertModel"}[family]
     torch.manual_seed(0)
@@ -156,10 +164,8 @@ def test_an_encoder_pools_per_document(family):
     expected = [model(tokens[None]) for tokens in documents]
     patch_model(model)
     found = model(**pack(documents))
-    torch.testing.assert_close(
-        found.pooler_output, torch.cat([one.pooler_output for one in expected])
-    )
-    torch.testing.assert_close(
+    assert_equal_in_float64(found.pooler_output, torch.cat([one.pooler_output for one in expected]))
+    assert_equal_in_float64(
         found.last_hidden_state[0], torch.cat([one.last_hidden_state[0] for one in expected])
     )
 
@@ -176,6 +182,7 @@ def test_a_pooled_output_as_wide_as_the_pack_is_long():
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["BertForNextSentencePrediction", "BertForPreTraining"])
+@pytest.mark.usefixtures("in_float64")
 def test_next_sentence(name):
     torch.manual_seed(0)
     model = getattr(transformers, name)(tiny_config("bert")).eval()
@@ -183,7 +190,7 @@ def test_next_sentence(name):
     field = "logits" if "Next" in name else "seq_relationship_logits"
     expected = torch.cat([model(tokens[None])[field] for tokens in documents])
     patch_model(model)
-    torch.testing.assert_close(model(**pack(documents))[field], expected)
+    assert_equal_in_float64(model(**pack(documents))[field], expected)
 
 
 class Reward(transformers.LlamaPreTrainedModel):

@@ -14,10 +14,12 @@ from tests.models.families import (
     packed_outputs,
     padded,
 )
+from tests.numerics import assert_equal_in_float64
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("in_float64")
 def test_padding_is_never_seen(family, side):
     model, documents = make_model(family), make_documents()
     input_ids, mask = padded(documents, side)
@@ -25,9 +27,10 @@ def test_padding_is_never_seen(family, side):
     with patch_model(model), torch.no_grad():
         out = outputs(model, input_ids=input_ids, attention_mask=mask, position_ids=positions)
         expected = packed_outputs(model, documents)
-    torch.testing.assert_close(out[mask.bool()], expected)
+    assert_equal_in_float64(out[mask.bool()], expected)
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_rows_without_padding_are_documents():
     model, documents = make_model("mistral"), make_documents([9, 9, 9])
     rows = torch.stack(documents)
@@ -35,7 +38,7 @@ def test_rows_without_padding_are_documents():
         expected = packed_outputs(model, documents)
         for extra in ({}, {"attention_mask": torch.ones_like(rows)}):
             out = outputs(model, input_ids=rows, **extra)
-            torch.testing.assert_close(out.flatten(0, 1), expected)
+            assert_equal_in_float64(out.flatten(0, 1), expected)
 
 
 def test_positional_arguments():
@@ -58,15 +61,17 @@ def test_generate_while_patched(family):
         assert torch.equal(model.generate(input_ids[1:], **options), single)
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_a_filled_cache_continues_the_rows():
     model, rows = make_model("mistral"), torch.stack(make_documents([9, 9]))
     with patch_model(model), torch.no_grad():
         expected = model(rows).logits[:, 6:]
         cache = model(rows[:, :6], use_cache=True).past_key_values
-        torch.testing.assert_close(model(rows[:, 6:], past_key_values=cache).logits, expected)
+        assert_equal_in_float64(model(rows[:, 6:], past_key_values=cache).logits, expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.usefixtures("in_float64")
 def test_a_mask_may_go_on_behind_the_keys_of_a_cache(family):
     """Columns are tokens of the row from its start, as in transformers' masks."""
     model = make_model(family)
@@ -79,7 +84,7 @@ def test_a_mask_may_go_on_behind_the_keys_of_a_cache(family):
         rest = {"attention_mask": mask, "position_ids": positions[:, 2:7]}
         found = model(input_ids[:, 2:7], **rest, past_key_values=cache).logits
     real = mask[:, 2:7].bool()
-    torch.testing.assert_close(found[real], expected[:, 2:7][real])
+    assert_equal_in_float64(found[real], expected[:, 2:7][real])
 
 
 def test_a_mask_that_ends_before_the_keys_of_a_cache_is_refused():

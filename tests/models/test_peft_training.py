@@ -8,6 +8,8 @@ import torch
 from lctrain.config import AttentionConfig, OptimConfig
 from lctrain.export import export_model
 from lctrain.module import LongContextModule
+from tests.float64 import float64_throughout
+from tests.numerics import assert_equal_in_float64
 from tests.training import loader, make_batch, make_trainer
 
 peft = pytest.importorskip("peft")
@@ -81,11 +83,11 @@ def test_merging_keeps_the_logits_and_the_merged_model_is_exported(trained, tmp_
     from transformers import AutoModelForCausalLM
 
     module, _ = trained
-    with torch.no_grad():
+    with torch.no_grad(), float64_throughout():
         exact = module.model.double()
         before = logits(exact)
         module.model = module.model.merge_and_unload()
-        torch.testing.assert_close(logits(module.model), before)
+        assert_equal_in_float64(logits(module.model), before)
     module.model.float()
     folder = export_model(module, NoTokenizer(), tmp_path / "merged", 128)
     loaded = AutoModelForCausalLM.from_pretrained(folder)

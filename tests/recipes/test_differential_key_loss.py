@@ -13,6 +13,7 @@ from lctrain.data.passkey import Filler, PasskeyFormat
 from lctrain.models import patch_model
 from lctrain.recipes.differential import key_loss as subject
 from lctrain.recipes.differential.key_loss import passkey_loss
+from tests.numerics import near
 
 FORMAT = PasskeyFormat(
     begin=np.array([], dtype=np.int64),
@@ -45,6 +46,7 @@ def made(length, depth, key):
     return FORMAT.make(random, length, depth, filler, with_end=False)
 
 
+@pytest.mark.usefixtures("float64_stays_float64")
 def test_it_is_the_mean_over_documents(model):
     losses = []
     for depth in (0.0, 1.0):
@@ -59,7 +61,7 @@ def test_it_is_the_mean_over_documents(model):
         found = passkey_loss(
             model, FORMAT, DOCUMENTS, 24, (0.0, 1.0), 3, max_tokens=96, device="cpu"
         )
-    assert found == pytest.approx(np.mean(losses), rel=1e-9)
+    assert found == near(np.mean(losses))
 
 
 def test_the_places_are_those_before_the_answer(monkeypatch):

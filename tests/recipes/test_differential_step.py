@@ -22,6 +22,7 @@ from lctrain.recipes.differential.step import (
     random_documents,
     similar_rows,
 )
+from tests.numerics import assert_equal_in_float64
 
 CPU = torch.device("cpu")
 LENGTHS = (3, 40, 17, 16, 1, 2)
@@ -44,6 +45,7 @@ def gradients_one_by_one(contender):
 
 
 @pytest.mark.parametrize("name", CONTENDERS)
+@pytest.mark.usefixtures("float64_stays_float64")
 def test_every_way_computes_the_same_gradients(name):
     contender = CONTENDERS[name]
     expected = gradients_one_by_one(replace(contender, implementation="sdpa"))
@@ -55,11 +57,7 @@ def test_every_way_computes_the_same_gradients(name):
         step()  # gradients are those of one step
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert found.keys() == expected.keys()
-    # the softmax of eager attention and transformers' loss are float32
-    coarse = contender.implementation == "eager" or contender.inputs == "batches"
-    atol = 1e-7 if coarse else 1e-10
-    for parameter, gradient in found.items():
-        torch.testing.assert_close(gradient, expected[parameter], atol=atol, rtol=1e-6)
+    assert_equal_in_float64(found, expected)
     assert tokens >= sum(LENGTHS)
 
 

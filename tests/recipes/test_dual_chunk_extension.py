@@ -14,6 +14,7 @@ from lctrain.recipes.dual_chunk_extension.continuation import _smooth
 from lctrain.recipes.dual_chunk_extension.experiment import Experiment
 from lctrain.recipes.dual_chunk_extension.published import published_gradient
 from lctrain.recipes.dual_chunk_extension.scale import SCALES
+from tests.numerics import assert_equal_in_float64, assert_far_apart, near, near_roundings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,9 +33,11 @@ def test_the_whole_experiment_runs(tmp_path, monkeypatch):
     passkey = json.loads((out / "passkey" / "passkey_retrieval.json").read_text())
     assert len(passkey["rows"]) == len(METHODS) * 5 * 2
     continuation = json.loads((out / "continuation.json").read_text())
-    assert continuation["ratio_at_step_0"] == pytest.approx(1.0, abs=0.02)
+    assert 0.98 < continuation["ratio_at_step_0"] < 1.02
     runs = continuation["runs"]
-    assert runs["exact"]["train"][0] == pytest.approx(runs["published"]["train"][0], rel=1e-4)
+    # the mean over at most 2048 tokens, once more rounded in every addition
+    first = near_roundings(runs["published"]["train"][0], 2 * 2048)
+    assert runs["exact"]["train"][0] == first
     with (out / "continuation.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 2
     for plot in ("continuation", "perplexity/perplexity_by_method", "passkey/passkey_retrieval"):
@@ -61,8 +64,8 @@ def test_the_published_gradient_is_in_place_inside_only():
     with published_gradient():
         published, other = output_and_gradient()
     assert kernels.dual_chunk_attn_varlen_func is exact
-    torch.testing.assert_close(published, out, atol=1e-6, rtol=1e-5)  # float32 angles
-    assert not torch.allclose(other, gradient, rtol=1e-2)
+    assert_equal_in_float64(published, out)
+    assert_far_apart(other, gradient)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +93,7 @@ def test_what_the_published_gradient_cannot_honour_is_refused(name, value):
 
 
 def test_smoothing_begins_at_the_first_value():
-    assert _smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
+    assert _smooth([3.0, 3.0, 3.0]) == near([3.0, 3.0, 3.0])
     assert _smooth([3.0, 1.0])[1] < 3.0
 
 

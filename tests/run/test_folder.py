@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -20,7 +21,7 @@ folder = RunFolder.create(Path(sys.argv[1]), "train", {})
 if len(sys.argv) > 2 and os.fork() == 0:  # as a worker process of a data loader
     time.sleep(60)
 print(folder.id, flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -101,14 +102,20 @@ def test_another_process_holds_it_until_it_is_killed(tmp_path):
 
 
 def test_of_three_at_once_one_gets_the_folder(tmp_path):
-    script = HOLD.replace("time.sleep(60)", "time.sleep(2)")
+    script = HOLD.replace("time.sleep(600)", "sys.stdin.read()")
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path / "1")], stderr=subprocess.DEVNULL
+            [sys.executable, "-c", script, str(tmp_path / "1")],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
         )
         for _ in range(3)
     ]
-    assert sorted(process.wait() for process in started) == [0, 1, 1]
+    while sum(process.poll() is not None for process in started) < 2:
+        time.sleep(0.1)
+    for process in started:
+        process.communicate()  # whoever has the folder holds it until now
+    assert sorted(process.returncode for process in started) == [0, 1, 1]
 
 
 def test_orphans_of_dead_runs_are_deleted(tmp_path):

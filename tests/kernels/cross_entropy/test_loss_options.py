@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from lctrain_kernels.cross_entropy import linear_cross_entropy
 from tests.kernels.cross_entropy.plain_products import CHUNK_TOKENS, plain_linear
-from tests.numerics import assert_error_at_most_twice
+from tests.numerics import assert_equal_in_float64, assert_error_at_most_twice, near_roundings
 
 TOKENS, HIDDEN, VOCABULARY, RANK = 37, 24, 101, 4
 OPTIONS = {
@@ -133,7 +133,9 @@ def test_confident_rows_keep_their_gradient(backend) -> None:
     functional.cross_entropy(logits, labels, reduction="sum").backward()
     expected = logits.grad.t() @ hidden.double()
     assert 0.0 < expected.abs().max() < 0.1
-    torch.testing.assert_close(weight.grad.double(), expected, rtol=2e-3, atol=1e-6)
+    # Logits' gradients and their sum are rounded to float16; 1 - p loses 2^-24 of 0.001 before.
+    found = weight.grad.flatten().tolist()
+    assert found == near_roundings(expected.flatten().tolist(), 3, torch.float16)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
@@ -143,8 +145,11 @@ def test_lse_is_the_normaliser_of_each_token(reduction) -> None:
     _, _, lse = linear_cross_entropy(
         hidden, weight, labels, reduction=reduction, return_lse=True, chunk_tokens=8
     )
-    expected = (hidden @ weight.t()).logsumexp(-1).masked_fill(labels == -100, 0.0)
-    torch.testing.assert_close(lse, expected)
+    plain, exact = (
+        (h @ w.t()).logsumexp(-1).masked_fill(labels == -100, 0.0)
+        for h, w in ((hidden, weight), (hidden.double(), weight.double()))
+    )
+    assert_error_at_most_twice(lse, plain, exact)
 
 
 def test_lse_of_none_carries_gradients() -> None:
@@ -168,11 +173,11 @@ def test_frozen_head_takes_no_memory_of_its_size() -> None:
 
 def test_frozen_hidden_states_train_the_head() -> None:
     tensors, labels, _ = tensors_and_labels("cpu")
-    hidden, weight = tensors[0], tensors[1].requires_grad_()
+    hidden, weight = tensors[0].double(), tensors[1].double().requires_grad_()
     linear_cross_entropy(hidden, weight, labels)[0].backward()
     expected = weight.detach().clone().requires_grad_()
     functional.cross_entropy(hidden @ expected.t(), labels, reduction="sum").backward()
-    torch.testing.assert_close(weight.grad, expected.grad)
+    assert_equal_in_float64(weight.grad, expected.grad)
 
 
 def test_backward_twice_gives_the_same_gradients() -> None:
@@ -192,7 +197,7 @@ def test_tied_embeddings_get_both_gradients() -> None:
     tied = embedding.detach().clone().requires_grad_()
     logits = functional.embedding(tokens, tied) @ tied.t()
     functional.cross_entropy(logits, labels, reduction="sum").backward()
-    torch.testing.assert_close(embedding.grad, tied.grad)
+    assert_equal_in_float64(embedding.grad, tied.grad)
 
 
 def test_weight_of_zero_silences_an_impossible_target() -> None:
@@ -217,4 +222,4 @@ def test_more_logits_than_int32_counts() -> None:
     logits = tail.float() @ weight.float().t()
     functional.cross_entropy(logits, labels[-64:], reduction="sum").backward()
     difference = (grad[-64:].float() - tail.grad.float()).norm() / tail.grad.float().norm()
-    assert difference < 0.02  # a few roundings of bfloat16
+    assert difference < 5 * torch.finfo(torch.bfloat16).eps / 2  # a few roundings of bfloat16

@@ -20,7 +20,7 @@ from tests.kernels.differential.oracle import (
 )
 from tests.kernels.gluon_emulator import emulate
 from tests.kernels.oracle import DROPOUT_SEED, equal_lengths
-from tests.numerics import assert_error_at_most_twice
+from tests.numerics import assert_error_at_most_twice, near_roundings
 
 pytestmark = [
     pytest.mark.usefixtures("nan_filled_memory"),
@@ -156,7 +156,8 @@ def test_drops_the_weights_that_pytorch_drops(hopper):
     out, _, _ = forward(case, inputs)
     expected, _, _ = forward(case, inputs, "pytorch")
     assert len(out.unique()) == 4  # of none, of one, of the other, of both
-    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-3)
+    # Weights are 2^0 before they are divided by their sum: each result is rounded once.
+    assert out.double().numpy() == near_roundings(expected.double().numpy(), 2, FLOAT16)
 
 
 def test_an_empty_pack(hopper):

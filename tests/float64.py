@@ -1,0 +1,77 @@
+"""Models in float64 that compute in float64 throughout, so that they can be references.
+
+with float64_throughout():
+    reference = copy.deepcopy(model).double()(tokens)
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def float64_throughout(float32_frequencies: bool = False) -> Iterator[None]:
+    """Float64 is never rounded to float32, as transformers does in norms, softmax and angles.
+
+    Args:
+        float32_frequencies: Frequencies and scales are, which dual chunk attention takes so.
+
+    Sines of float32 angles are rounded from float64: a vectorised sine differs in its last bit
+    between CPUs, and between the places of one tensor. torch.compile cannot trace these patches.
+    """
+    softmax, to, sum_, matmul = torch.nn.functional.softmax, Tensor.to, torch.sum, Tensor.__matmul__
+
+    def widened(tensor: Tensor, dtype: Any) -> Any:
+        """The dtype that a tensor gets when it is asked for another."""
+        stays = tensor.dtype == torch.float64
+        if float32_frequencies and tensor.dim() == 1 and not tensor.requires_grad:
+            return dtype
+        if torch.get_default_dtype() == torch.float64:
+            stays = stays or not tensor.is_floating_point()
+        return torch.float64 if dtype == torch.float32 and stays else dtype
+
+    def wide_to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        args = tuple(widened(tensor, x) if isinstance(x, torch.dtype) else x for x in args)
+        if "dtype" in kwargs:
+            kwargs["dtype"] = widened(tensor, kwargs["dtype"])
+        return to(tensor, *args, **kwargs)
+
+    def wide_softmax(states: Tensor, dim: Any = None, dtype: Any = None, **kwargs: Any) -> Tensor:
+        return softmax(states, dim=dim, dtype=widened(states, dtype), **kwargs)
+
+    def wide_sum(terms: Tensor, *args: Any, dtype: Any = None, **kwargs: Any) -> Tensor:
+        return sum_(terms, *args, dtype=widened(terms, dtype), **kwargs)
+
+    def wide_matmul(left: Tensor, right: Tensor) -> Tensor:
+        """Frequencies in float64 meet positions in float32."""
+        if {left.dtype, right.dtype} == {torch.float32, torch.float64}:
+            left, right = to(left, torch.float64), to(right, torch.float64)
+        return matmul(left, right)
+
+    def rounded(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda angles: to(function(to(angles, torch.float64)), angles.dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "softmax", wide_softmax)
+        patch.setattr(torch, "sum", wide_sum)
+        patch.setattr(Tensor, "to", wide_to)
+        patch.setattr(Tensor, "float", lambda tensor: wide_to(tensor, torch.float32))
+        patch.setattr(Tensor, "__matmul__", wide_matmul)
+        for name, function in (("cos", Tensor.cos), ("sin", Tensor.sin)):
+            patch.setattr(Tensor, name, rounded(function))
+        yield
+
+
+@contextmanager
+def built_in_float64(float32_frequencies: bool = False) -> Iterator[None]:
+    """Models are built and loaded in float64, and compute in it; see `float64_throughout`."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with float64_throughout(float32_frequencies):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
