@@ -1,4 +1,4 @@
-# make train | test | test-versions | lint | bench | clean
+# make train | test | test-versions | test-cpus | lint | bench | clean
 #
 # `train` and `test` create .venv with the pinned packages of constraints.txt when it is missing or
 # when the pins changed. Settings, as `make train PYTHON=python3.12 ARGS="trainer.max_steps=20"`:
@@ -33,7 +33,7 @@ endif
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: train test test-versions lint bench clean system-python check-python
+.PHONY: train test test-versions test-cpus lint bench clean system-python check-python
 
 train: $(SETUP)
 	$(PY) -m lctrain.train $(if $(findstring experiment=,$(ARGS)),,experiment=first_run) $(ARGS)
@@ -53,6 +53,18 @@ test-versions: $(SETUP)
 	  PYTHONPATH="$$folder" OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS) -m "not slow" $(VERSION_TESTS) \
 	    || exit 1; \
 	done
+
+# The tests of numbers on other instruction sets, without oneDNN, and with other thread counts: a
+# verdict must not depend on the CPU. CI runs a sample (.ci/run).
+test-cpus: $(SETUP)
+	@failed=0; for setting in $(CPU_SETTINGS); do \
+	  echo "Testing with $$setting"; \
+	  env $$setting $(PY) -m pytest $(PYTEST_ARGS) -m "not slow" $(CPU_TESTS) || failed=1; \
+	done; exit $$failed
+
+CPU_SETTINGS ?= "ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1" \
+  "ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=2" "LCTRAIN_TEST_ONEDNN=off OMP_NUM_THREADS=3"
+CPU_TESTS ?= tests --ignore=tests/docs --ignore=tests/house --ignore-glob='*aot*'
 
 VERSION_TESTS := tests/attention tests/models tests/train tests/test_module.py
 
