@@ -141,7 +141,7 @@ def test_loggers_get_metrics_table_and_plot(make_config, monkeypatch) -> None:
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
 def test_dtype_of_the_weights(dtype, model_folder) -> None:
     model = load_pretrained(PretrainedModelConfig(name_or_path=str(model_folder)), dtype)
-    assert model.dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    assert model.dtype == (torch.float64 if dtype == "auto" else getattr(torch, dtype))
     assert not model.training
 
 
