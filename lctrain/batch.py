@@ -176,9 +176,9 @@ class PackedBatch:
         return self._apply(lambda value: value.pin_memory())
 
     def without_targets(self) -> PackedBatch:
-        """Returns the batch with every label -100:
+        """Returns the batch with every label -100.
 
-        a model can run it, and it adds nothing to the loss.
+        A model can run it, and it adds nothing to the loss.
         """
         labels = torch.full_like(self.labels, IGNORE_INDEX)
         return dataclasses.replace(self, labels=labels, num_valid_tokens=0)

@@ -1,7 +1,5 @@
 """Boundaries: where documents begin and end, found once per forward pass in one of four ways.
 
-where documents begin and end. They are found once per forward pass, in one of four ways.
-
 A pack says it itself (`from_cu_seqlens`); padded rows say it by their mask (`from_padding`); packed
 rows without a pack's metadata by position ids that restart (`find_segments`, `from_segments`);
 plain rows are a document each (`from_rows`). Padding and restarts are values on the device: to read

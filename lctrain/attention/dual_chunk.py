@@ -1,7 +1,5 @@
 """Dual chunk attention in transformers' layers: its function and the inputs of its hook.
 
-its function, and the inputs that its hook prepares.
-
 The model rotates queries and keys by RoPE at each token's place in its document modulo c, the
 length of a chunk (c = chunk_size - local_size). The kernel rotates queries on from there; cached
 keys need nothing else. A layer cannot do that by itself: positions are chosen before the first one.

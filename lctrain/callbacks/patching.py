@@ -31,8 +31,6 @@ class Patching(pl.Callback):
     them. When the run ends, also by an error, every model is restored. Subclasses patch one model
     in `_patch_one`.
 
-    Subclasses say by `_patch_one` how one model is patched.
-
     Attributes:
         models: Attribute paths of the models; None for all.
         patches: Handles of the models that are patched now, by attribute path.

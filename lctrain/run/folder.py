@@ -59,8 +59,8 @@ class RunFolder:
             identity: Options that make the run what it is: see `identity_of`.
 
         Raises:
-            ValueError: if the folder has a run. FolderInUseError: if another process is creating a
-                run in it.
+            ValueError: if the folder has a run.
+            FolderInUseError: if another process is creating a run in it.
         """
         record = _new_record(kind, identity)
         if not is_rank_zero():
