@@ -97,7 +97,7 @@ def families() -> frozenset[str]:
     folder = _transformers()
     for path in () if folder is None else (folder / "models" / "auto").glob("*.py"):
         if path.name in ("auto_mappings.py", "configuration_auto.py"):
-            found |= set(re.findall(r'"([\w.-]+)",?:? ?\n? *"(?!Auto)\w+Config"', path.read_text()))
+            found |= set(re.findall(r'"([\w.-]+)",?:? ?\n? *"\w+Config"', path.read_text()))
     return frozenset(found)
 
 
