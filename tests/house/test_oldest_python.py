@@ -1,0 +1,35 @@
+"""Every file has the syntax of the oldest supported Python, whichever runs the tests."""
+
+import ast
+import re
+
+from tests.house.typecheck import ROOT
+
+FOLDERS = ("lctrain", "kernels", "configs", "recipes", "tests", "docs")
+
+
+def oldest_python() -> tuple[int, int]:
+    """The lower end of requires-python."""
+    text = (ROOT / "pyproject.toml").read_text()
+    major, minor = re.search(r'requires-python = ">=(\d+)\.(\d+)', text).groups()
+    return int(major), int(minor)
+
+
+def test_every_file_parses_with_the_oldest_grammar():
+    oldest = oldest_python()
+    assert oldest == (3, 10)
+    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 300
+    for path in files:
+        ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=oldest)
+
+
+def test_newer_syntax_is_refused():
+    """`except*` came with Python 3.11: the check above would find it."""
+    newer = "try:\n    pass\nexcept* ValueError:\n    pass\n"
+    ast.parse(newer)
+    try:
+        ast.parse(newer, feature_version=(3, 10))
+    except SyntaxError:
+        return
+    raise AssertionError("the parser accepts syntax of a newer Python")
