@@ -7,6 +7,7 @@ import pytest
 
 from tests.house.typecheck import ROOT
 
+LONGEST = 450  # lines of a module: one noun or verb has room in 60 to 250
 HOME_OF_SOMEONE = re.compile(rb"(?<![\w./])/(?:work|root|home|Users)/\w")
 
 
@@ -38,3 +39,9 @@ def test_no_output_of_a_run():
     """Weights and checkpoints belong to no commit."""
     suffixes = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
     assert not [name for name in FILES if name.endswith(suffixes)]
+
+
+@pytest.mark.skipif(not FILES, reason="not a git checkout")
+def test_no_long_module():
+    sources = [name for name in FILES if name.endswith(".py")]
+    assert not [name for name in sources if len((ROOT / name).read_text().splitlines()) > LONGEST]
