@@ -20,4 +20,9 @@ def test_the_first_run_reads_eight_windows_and_ends_in_time(tmp_path):
     # 300 CPU-seconds in all: two cores until training ends, and the evaluation
     assert config.trainer.budget_s <= 150
     assert config.trainer.max_steps > 0
-    assert config.optim.warmup_steps < 0.1 * config.trainer.max_steps
+    assert config.optim.warmup_steps is None  # a share, so that a shorter run is possible
+
+
+def test_a_shorter_first_run_is_possible(tmp_path):
+    short = composed("experiment=first_run", "trainer.max_steps=2", output_dir=tmp_path)
+    assert to_dataclass(short, TrainConfig).trainer.max_steps == 2
