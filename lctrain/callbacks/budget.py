@@ -64,8 +64,17 @@ class StepBudget(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sets the length of a resumed run before Lightning checks whether it has ended."""
-        if self.max_steps is not None:
-            set_max_steps(trainer, pl_module, self.max_steps)
+        if self.max_steps is None:
+            return
+        if 0 < trainer.max_steps < self.max_steps:
+            return  # the user has shortened the run
+        set_max_steps(trainer, pl_module, self.max_steps)
+        if trainer.is_global_zero:
+            log.info(
+                "The run takes %s steps, the number that it chose for its budget of time. "
+                "trainer.budget_s=null takes trainer.max_steps instead.",
+                f"{self.max_steps:,}",
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock, unless it has been running."""

@@ -132,6 +132,20 @@ def test_bounds_of_the_length(tmp_path, make_llama, settings, optim, seconds, st
     assert fitted_steps(tmp_path, module, seconds, **settings)[0] == steps
 
 
+@pytest.mark.parametrize(("max_steps", "steps"), [(100, 30), (20, 20)])
+def test_a_resumed_run_says_its_length_and_can_be_shortened(
+    tmp_path, make_llama, caplog, max_steps, steps
+):
+    budget = StepBudget(30.0)
+    budget.load_state_dict({"max_steps": 30})
+    module = LongContextModule(make_llama())
+    trainer = make_trainer(tmp_path, [budget], max_steps=max_steps, max_epochs=-1)
+    with caplog.at_level("INFO", logger="lctrain"):
+        trainer.fit(module, loader([make_batch([9, 5])] * 100))
+    assert trainer.global_step == steps
+    assert ("The run takes 30 steps" in caplog.text) == (steps == 30)
+
+
 def test_without_a_budget_nothing_is_chosen(tmp_path):
     options = config(*RUN, "trainer.budget_s=null", output_dir=tmp_path)
     found = run_callbacks(options, None, {}, None, 0.0)
