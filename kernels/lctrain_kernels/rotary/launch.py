@@ -95,9 +95,9 @@ def rotate(
                 sin,
                 positions,
             ),
-            RotaryStrides(*token_head_strides(q, k), *cos.stride()[:1]),
             tokens,
             cos.shape[0],
+            RotaryStrides(*token_head_strides(q, k), *cos.stride()[:1]),
             options.eps,
             options.weight_offset,
             Q_HEADS=q_heads,
@@ -135,9 +135,9 @@ def norm_rotary_bwd(
     parts = torch.empty(programs, head_dim, dtype=torch.float32, device=x.device)
     norm_rotary_bwd_kernel[(programs,)](
         BackwardPointers(dout, x, dx, weight, parts, cos, sin, positions),
-        BackwardStrides(*token_head_strides(dout, x), *cos.stride()[:1]),
         tokens,
         cos.shape[0],
+        BackwardStrides(*token_head_strides(dout, x), *cos.stride()[:1]),
         options.eps,
         options.weight_offset,
         NUM_HEADS=heads,

@@ -207,9 +207,9 @@ def _rotate_heads(
 @triton.jit(do_not_specialize=["num_tokens", "num_rows"])
 def rotary_kernel(
     pointers: RotaryPointers,
-    strides: RotaryStrides,
     num_tokens,
     num_rows,
+    strides: RotaryStrides,
     eps,
     offset,
     Q_HEADS: tl.constexpr,
@@ -241,9 +241,9 @@ def rotary_kernel(
 @triton.jit(do_not_specialize=["num_tokens", "num_rows"])
 def norm_rotary_bwd_kernel(
     pointers: BackwardPointers,
-    strides: BackwardStrides,
     num_tokens,
     num_rows,
+    strides: BackwardStrides,
     eps,
     offset,
     NUM_HEADS: tl.constexpr,
@@ -257,18 +257,21 @@ def norm_rotary_bwd_kernel(
     Programs walk over groups of TOKENS tokens. dx is contiguous; dweight [programs, D] float32
     holds parts of the sum over tokens and heads. The norm's statistics are computed again.
     """
+    # Locals: on Triton 3.6 the field of a launch constant is no part of a shape.
+    BLOCK_HALF: tl.constexpr = SHAPE.block_half
+    BLOCK_REST: tl.constexpr = SHAPE.block_rest
     heads = tl.arange(0, HEADS)
     first, second, inside = _columns(SHAPE)
     weight_a = tl.load(pointers.weight + first, mask=inside, other=0.0).to(tl.float32) + offset
     weight_b = tl.load(pointers.weight + second, mask=inside, other=0.0).to(tl.float32) + offset
-    sum_a = tl.zeros([TOKENS, HEADS, SHAPE.block_half], tl.float32)
-    sum_b = tl.zeros([TOKENS, HEADS, SHAPE.block_half], tl.float32)
-    if SHAPE.block_rest > 0:
-        columns = 2 * SHAPE.half + tl.arange(0, SHAPE.block_rest)
+    sum_a = tl.zeros([TOKENS, HEADS, BLOCK_HALF], tl.float32)
+    sum_b = tl.zeros([TOKENS, HEADS, BLOCK_HALF], tl.float32)
+    if BLOCK_REST > 0:
+        columns = 2 * SHAPE.half + tl.arange(0, BLOCK_REST)
         inside_rest = columns < SHAPE.head_dim
         weight_c = tl.load(pointers.weight + columns, mask=inside_rest, other=0.0).to(tl.float32)
         weight_c += offset
-        sum_c = tl.zeros([TOKENS, HEADS, SHAPE.block_rest], tl.float32)
+        sum_c = tl.zeros([TOKENS, HEADS, BLOCK_REST], tl.float32)
     begin, step = tl.program_id(0) * TOKENS, tl.num_programs(0) * TOKENS
     for start in tl.range(begin, num_tokens, step, num_stages=STAGES):
         tokens = start + tl.arange(0, TOKENS).to(tl.int64)
@@ -286,7 +289,7 @@ def norm_rotary_bwd_kernel(
         da = out_a * angles.cos + out_b * angles.sin2
         db = out_b * angles.cos2 - out_a * angles.sin
         square = tl.sum(a * a + b * b, axis=2)
-        if SHAPE.block_rest > 0:
+        if BLOCK_REST > 0:
             rest = rows & inside_rest[None, None, :]
             c = tl.load(pointers.x + base + columns[None, None, :], mask=rest, other=0.0)
             dc = tl.load(pointers.dout + dbase + columns[None, None, :], mask=rest, other=0.0)
@@ -298,7 +301,7 @@ def norm_rotary_bwd_kernel(
         sum_b += db * b
         da, db = da * weight_a[None, None, :], db * weight_b[None, None, :]
         dot = tl.sum(da * a + db * b, axis=2)
-        if SHAPE.block_rest > 0:
+        if BLOCK_REST > 0:
             c = c * rstd
             sum_c += dc * c
             dc = dc * weight_c[None, None, :]
@@ -308,11 +311,11 @@ def norm_rotary_bwd_kernel(
         dx = pointers.dx + out_base
         tl.store(dx + first[None, None, :], ((da - a * mean) * rstd).to(dtype), mask=mask)
         tl.store(dx + second[None, None, :], ((db - b * mean) * rstd).to(dtype), mask=mask)
-        if SHAPE.block_rest > 0:
+        if BLOCK_REST > 0:
             dc = ((dc - c * mean) * rstd).to(dtype)
             tl.store(dx + columns[None, None, :], dc, mask=rest)
     part = pointers.dweight + tl.program_id(0) * SHAPE.head_dim
     tl.store(part + first, tl.sum(tl.sum(sum_a, axis=0), axis=0), mask=inside)
     tl.store(part + second, tl.sum(tl.sum(sum_b, axis=0), axis=0), mask=inside)
-    if SHAPE.block_rest > 0:
+    if BLOCK_REST > 0:
         tl.store(part + columns, tl.sum(tl.sum(sum_c, axis=0), axis=0), mask=inside_rest)
