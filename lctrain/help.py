@@ -83,7 +83,7 @@ def describe(command: Interface, overrides: Sequence[str]) -> str:
 
 
 def pasteable(command: Interface, overrides: Sequence[str]) -> str:
-    """The composed configuration as a file that composes to the same again.
+    """Returns the composed configuration as a YAML file that composes to the same configuration.
 
     Args:
         command: The command.

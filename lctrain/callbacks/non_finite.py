@@ -134,7 +134,7 @@ class NonFiniteLossGuard(pl.Callback):
         """Keeps the loss; checks the kept losses at a logging step.
 
         Raises:
-            NonFiniteLossError: if a loss since the last look was not finite, on any rank.
+            NonFiniteLossError: if a kept loss is not finite, on any rank.
         """
         index = trainer.fit_loop.epoch_loop.total_batch_idx
         loss = loss_of(outputs)

@@ -12,7 +12,7 @@ class RowConfig:
     """Tile of the pass over a row of logits.
 
     Attributes:
-        block: Words that a program holds at one time.
+        block: Vocabulary entries that a program loads at a time.
         num_warps: Warps of a program.
         stages: Depth of the load pipeline.
         programs: Programs per multiprocessor. So many rows are between their two readings at one

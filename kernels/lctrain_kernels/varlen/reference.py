@@ -258,7 +258,7 @@ def attend_backward(
     cu_seqlens_k: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Backward of `attend`; returns dq, dk, dv in `dtype` and delta [H, T] in the state's."""
+    """Backward of `attend`. Returns dq, dk, dv in `dtype`, and delta [H, T] in the dtype of lse."""
     grad_out = dout.to(x.dtype).transpose(0, 1)
     delta = torch.zeros_like(lse) if dlse is None else -dlse
     dq, dk, dv = torch.zeros_like(x.q), torch.zeros_like(x.k), torch.zeros_like(x.v)
