@@ -13,7 +13,10 @@ GELU = tl.constexpr(2)
 
 @triton.jit
 def _sigmoid(x, DTYPE: tl.constexpr):
-    """Sigmoid of x and of -x: the latter would lose its digits in a subtraction from 1."""
+    """Returns sigmoid(x) and sigmoid(-x), for data of DTYPE.
+
+    Computing the second as 1 - sigmoid(x) would lose digits.
+    """
     e = tl.minimum(tl.exp2(-x * _LOG2_E), 1e30)
     share = divide(1.0, 1.0 + e, DTYPE)
     return share, e * share

@@ -1,4 +1,4 @@
-"""Division as exact as the data ask for."""
+"""Division, rounded exactly for float32 data."""
 
 import triton
 import triton.language as tl
@@ -6,10 +6,10 @@ import triton.language as tl
 
 @triton.jit
 def divide(x, y, dtype: tl.constexpr):
-    """x / y of float32 values.
+    """Returns x / y of float32 values.
 
-    For data of dtype float32 the quotient is rounded as IEEE 754 asks, like PyTorch's. Triton's own
-    division may be off by two units in the last place, which half precision does not show.
+    For data of dtype float32 the quotient is correctly rounded (IEEE 754), as in PyTorch. Triton's
+    own division may be off by two units in the last place, which half precision does not show.
     """
     if dtype == tl.float32:
         return tl.div_rn(x, y)
