@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -65,7 +67,12 @@ class Preparation:
 
         Raises:
             ValueError: if the data cannot be read, holds no text, or fills no row.
+            OSError: if the cache cannot be written; it names the folder.
         """
+        with names_folder(self.cache_dir):
+            return self._run()
+
+    def _run(self) -> PreparedData:
         tokenizer = self.given_tokenizer()
         train, held_out = self._documents()
         if tokenizer is None:
@@ -229,6 +236,21 @@ def cache_folder(given: str | os.PathLike[str] | None) -> Path:
     if folder := os.environ.get("LCTRAIN_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lctrain"
+
+
+@contextmanager
+def names_folder(folder: Path) -> Iterator[None]:
+    """Context that adds a folder to an error of the operating system that names no file.
+
+    Args:
+        folder: Folder that the block writes into through other libraries.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(folder)
+        raise
 
 
 def fingerprint_settings(settings: dict[str, Any]) -> str:

@@ -209,6 +209,11 @@ def fault(name: str, message: str, text: str | None = None) -> Row:
 
 
 def _damaged(path: str, error: BaseException, after: str) -> str:
+    if isinstance(error, PermissionError):
+        return (
+            f"files must be readable, got {path}, which this user may not read. Change its "
+            "permissions, or leave it out of data.files."
+        )
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return (
         f"files must be readable, got {path}, which is damaged or truncated after {after} "

@@ -236,7 +236,7 @@ def generate(
             writer_batch_size=_ROWS_AT_A_TIME,
         )
     except DatasetGenerationError as error:
-        if isinstance(error.__cause__, ValueError):
+        if isinstance(error.__cause__, (ValueError, OSError)):
             raise error.__cause__ from None
         raise
 

@@ -135,13 +135,14 @@ def _train(documents: Documents, vocab_size: int, folder: Path) -> None:
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = tempfile.mkdtemp(dir=folder.parent)
-    tokenizer.save_pretrained(unfinished)
     try:
+        tokenizer.save_pretrained(unfinished)
         os.rename(unfinished, folder)  # whole or not at all
     except OSError:  # another process was first, with the same result
-        shutil.rmtree(unfinished)
         if not folder.exists():
             raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _texts(documents: Documents) -> Iterator[list[str]]:

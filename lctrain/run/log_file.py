@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import logging
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
 
 _only_file = logging.getLogger("lctrain.run.only_file")
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that a full disk may cut short: what matters is on the terminal, too."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Says nothing about an error of the disk, which ends the run with a message of its own."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        """Closes the file, whether or not what is left to write fits on the disk."""
+        with suppress(OSError):
+            super().close()
 
 
 @contextmanager
@@ -28,7 +43,7 @@ def log_file(path: Path, writes: bool = True) -> Iterator[None]:
     if not writes:
         yield
         return
-    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler = _LogFile(path, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter(FORMAT))
     root, ours = logging.getLogger(), logging.getLogger("lctrain")
     level = ours.level

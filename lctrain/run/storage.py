@@ -70,5 +70,9 @@ def storage_errors(folder: Path, then: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in REFUSED:
             raise
-        what = Path(error.filename).name if error.filename else "a file of the run"
+        what = "a file of the run"
+        if error.filename and Path(error.filename).is_dir():  # as the data name their cache
+            what, folder = "a file of the data", Path(error.filename)
+        elif error.filename:
+            what, folder = Path(error.filename).name, Path(error.filename).parent
         raise storage_error(error, what, folder, then) from error
