@@ -296,8 +296,9 @@ def _write_journal(path: Path, windows: list[Window]) -> None:
     rows: list[list[Any]] = [list(vars(window).values()) for window in windows]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(rows, file)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            written = Path(folder) / path.name
+            written.write_text(json.dumps(rows))
+            os.replace(written, path)
     except OSError as error:
         log.warning("The counts of the stream could not be written to %s: %s", path, error.strerror)

@@ -197,6 +197,19 @@ def test_another_stream_is_refused_in_a_resumed_run(stream, tmp_path, monkeypatc
         batches(data, 40, 10)
 
 
+def test_a_disk_that_refuses_the_counts_ends_no_run(stream, tmp_path, monkeypatch, caplog):
+    stream()
+    whole = batches(module(tmp_path / "1"), 0, 20)
+
+    def refuse(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lctrain.data.streaming.os.replace", refuse)
+    assert batches(module(tmp_path / "2"), 0, 20) == whole
+    assert "No space left on device" in caplog.text
+    assert not list(tmp_path.glob("2/streams/*"))
+
+
 def test_what_a_stream_cannot_do_is_named(stream, tmp_path):
     source = HubSource(dataset="some/stream", streaming=True, window_bytes=10)
     with pytest.raises(ValueError, match=r"passkey_fraction must be 0 for a stream"):
