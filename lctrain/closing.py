@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,17 +63,12 @@ def evaluate_at_end(
         output_dir: Folder of the run.
     """
     held_out = trainer.datamodule.held_out_documents()
-    documents = longest_documents(held_out, config.documents)
+    documents = longest_documents(held_out, config.documents, config.document_tokens)
     if not documents or len(documents[0].input_ids) < 2:
         log.warning(
             "No perplexity by length: data.held_out_fraction holds out no document of two tokens."
         )
         return NOTHING
-    if config.document_tokens is not None:
-        documents = [
-            replace(document, input_ids=document.input_ids[: config.document_tokens])
-            for document in documents
-        ]
     module.to(trainer.strategy.root_device)
     with trainer.precision_plugin.forward_context():
         if not config.methods:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +33,7 @@ def measure_perplexity(
         trained_window,
     )
 
-    chosen = longest_documents(documents, config.documents)
-    if config.document_tokens is not None:
-        chosen = [
-            replace(document, input_ids=document.input_ids[: config.document_tokens])
-            for document in chosen
-        ]
+    chosen = longest_documents(documents, config.documents, config.document_tokens)
     name = Path(config.model.name_or_path).name
     if methods:
         window = trained_window(model, config.window)

@@ -150,12 +150,22 @@ def perplexity_by_length(
 
 
 def longest_documents(
-    documents: Sequence[TokenizedDocument], count: int | None
+    documents: Sequence[TokenizedDocument], count: int | None, tokens: int | None = None
 ) -> list[TokenizedDocument]:
-    """The `count` longest documents (None: all), the longest first; of equal ones the earlier."""
+    """Returns the longest documents, the longest first; of equal ones the earlier first.
+
+    Args:
+        documents: Tokenized documents.
+        count: Most documents; None for all.
+        tokens: Tokens of each document, from its beginning; None for all.
+
+    Raises:
+        ValueError: if `count` is below 1.
+    """
     if count is not None and count < 1:
         raise ValueError(f"documents must be at least 1, got {count}. Use null for all of them.")
-    return sorted(documents, key=lambda document: -len(document.input_ids))[:count]
+    longest = sorted(documents, key=lambda document: -len(document.input_ids))[:count]
+    return [dataclasses.replace(one, input_ids=one.input_ids[:tokens]) for one in longest]
 
 
 def _scorable(

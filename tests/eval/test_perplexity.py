@@ -189,6 +189,8 @@ def test_longest_documents_first(documents) -> None:
     sizes = [len(d.input_ids) for d in longest_documents(documents, 3)]
     assert sizes == [45, 17, 2]
     assert len(longest_documents(documents, None)) == 4
+    sizes = [len(d.input_ids) for d in longest_documents(documents, 3, tokens=20)]
+    assert sizes == [20, 17, 2]
     with pytest.raises(ValueError, match="documents must be at least 1, got 0"):
         longest_documents(documents, 0)
 
