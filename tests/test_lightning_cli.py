@@ -134,8 +134,10 @@ def test_a_data_module_takes_every_setting_of_the_data():
         "tokenizer",
         *(field.name for field in fields(DataSettings)),
     }
-    with pytest.raises(TypeError, match="max_token"):
+    with pytest.raises(TypeError, match=r"settings must be .*, got max_token. Did you mean max_t"):
         lctrain.PackedDataModule(max_token=64)
+    with pytest.raises(TypeError, match=r"settings must be .*, got zzz. Leave it out"):
+        lctrain.PackedDataModule(zzz=1)
 
 
 @pytest.mark.parametrize("model", [LLAMA, "some/name", "module"], ids=["mapping", "name", "module"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,9 +60,11 @@ class PackedDataModule(LightningDataModule):
             **settings: The fields of `lctrain.config.DataSettings`, such as max_tokens.
 
         Raises:
+            TypeError: if a setting does not exist.
             ValueError: if a setting is out of range.
         """
         super().__init__()
+        _check_names(settings)
         self.options = DataSettings(**settings)
         check_seed(self.options.seed)
         if held_out is not None and (source is None or isinstance(source, Source)):
@@ -317,6 +321,16 @@ class PackedDataModule(LightningDataModule):
         if self._progress is not None:
             return self._progress.total.processed
         return self._cursor.batches
+
+
+def _check_names(settings: dict[str, Any]) -> None:
+    """Raises TypeError for a setting that does not exist."""
+    known = [field.name for field in fields(DataSettings)]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            remedy = f"Did you mean {near[0]}?" if near else "Leave it out."
+            raise TypeError(f"settings must be among {', '.join(known)}, got {name}. {remedy}")
 
 
 def _as_source(source: Any, held_out: Any) -> Source:
