@@ -41,13 +41,18 @@ def build(name: str, sizes: dict):
     return model
 
 
+def build_architecture(architecture: str, **overrides):
+    """Returns a tiny random causal LM of ARCHITECTURES."""
+    name, changes = ARCHITECTURES[architecture]
+    return build(name, {**SIZES, **changes, **overrides})
+
+
 @pytest.fixture
 def make_model():
     """Returns a factory of tiny random causal LMs, training: make_model(architecture, **config)."""
 
     def make(architecture: str = "llama", **overrides):
-        name, changes = ARCHITECTURES[architecture]
-        return build(name, {**SIZES, **changes, **overrides}).train()
+        return build_architecture(architecture, **overrides).train()
 
     return make
 
