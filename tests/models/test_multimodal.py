@@ -76,7 +76,7 @@ def test_the_wrapper_s_error_has_a_remedy_that_works(make, family):
 @pytest.mark.parametrize("family", WRAPPERS)
 def test_the_language_model_s_attention_by_name(make, family):
     model, documents = make(family), make_documents()
-    with pytest.raises(ValueError, match="must be one text model|must have masks that are"):
+    with pytest.raises(ValueError, match=r"must be one text model|must have masks that are"):
         model.set_attn_implementation("lctrain_flash")
     model = make(family)
     model.set_attn_implementation(TEXT_ONLY)
