@@ -7,6 +7,7 @@ aligned tensors.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from lctrain_kernels.cross_entropy import aot as cross_entropy
 from lctrain_kernels.differential import aot as differential
@@ -42,4 +43,7 @@ def kernel_variants(
         yield from attention.kernel_variants(table, head_dims, features)
     fused = [variant for operation in FUSED for variant in operation.kernel_variants()]
     first = {variant.kernel.fn: variant for variant in reversed(fused)}
-    yield from fused if table == "sm_90" else first.values()
+    if table == "sm_90":
+        yield from fused
+    else:  # the tiles are tuned for sm_90: elsewhere registers may spill
+        yield from (replace(variant, spill_free=False) for variant in first.values())

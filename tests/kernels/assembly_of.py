@@ -44,14 +44,15 @@ def main(request: dict) -> None:
         (selection[0], variant.name): variant
         for selection in request["selections"]
         for variant in described(*selection)
-        if re.search(request.get("only", ""), variant.name)
     }
     gpus = {target: "sm_90" if target == "hopper" else target for target, _ in variants}
-    keys = {  # taken before a compiler runs, as in aot_compile.py
+    keys = {  # of all variants, before a compiler runs, as in aot_compile.py
         (target, name): variant_key(variant, gpus[target], triton.__version__)
         for (target, name), variant in variants.items()
     }
     for (target, name), variant in variants.items():
+        if not re.search(request.get("only", ""), name):
+            continue
         try:
             digest = hashlib.sha256(assembly(target, variant).encode()).hexdigest()[:16]
         except Exception as error:  # the others are worth knowing about too

@@ -47,7 +47,9 @@ def row_pass_variant(name: str, dtype: str = "bf16", *, everything: bool = False
     }
     label = f"row_pass-{name}-all" if everything else f"row_pass-{name}"
     others = _TYPES | dict.fromkeys(absent)
-    return fused_variant(label, row_pass_kernel, dtype, others, constants, config.num_warps)
+    return fused_variant(
+        label, row_pass_kernel, dtype, others, constants, config.num_warps, not everything
+    )
 
 
 def scale_variant(dtype: str = "bf16") -> KernelVariant:

@@ -86,7 +86,7 @@ def forward_shape(
         block_d=columns,
         q_stages=tile.q_stages,
         stages=tile.stages,
-        sync_before_products=tile.sync_before_products,
+        meet_early=tile.sync_before_products,
         block_dv=value_columns,
         num_k=num_k,
     )

@@ -20,7 +20,7 @@ class ForwardShape(NamedTuple):
         block_d: Columns of a tile of queries and keys.
         q_stages: Pipeline stages of queries.
         stages: Pipeline stages of keys, and of values.
-        sync_before_products: True if the warps of a warpgroup synchronise before the products of a
+        meet_early: True if the warps of a warpgroup synchronise before the products of a
             block.
         block_dv: Columns of a tile of values, where they may differ from block_d.
         num_k: Tensors of keys: 2 for differential attention with one k per branch.
@@ -34,7 +34,7 @@ class ForwardShape(NamedTuple):
     block_d: int
     q_stages: int
     stages: int
-    sync_before_products: bool = False
+    meet_early: bool = False
     block_dv: int = 0
     num_k: int = 1
 

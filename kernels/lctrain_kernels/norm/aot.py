@@ -12,6 +12,7 @@ from lctrain_kernels.tile.variant import KernelVariant
 
 NORMS = {2048: "add_rms", 128: "rms", 768: "layer", 4096: "rms", 8192: "add_gemma"}
 """Hidden size -> norm, one per tile of the tables; larger tiles take "add_rms"."""
+SPILL_FREE_COLUMNS = 8192
 _FLOATS = dict.fromkeys(("eps", "offset"), "fp32")
 
 
@@ -62,7 +63,11 @@ def backward_variant(columns: int, norm: str, dtype: str = "bf16") -> KernelVari
         "CENTERED": norm.endswith("layer"),
     }
     label = f"norm_bwd-H{columns}-{norm}"
-    return fused_variant(label, norm_bwd_kernel, dtype, others, constants, config.num_warps)
+    # Longer rows spill: one row of x, dy, dsum, the weight and its gradient are in registers.
+    spill_free = block <= SPILL_FREE_COLUMNS
+    return fused_variant(
+        label, norm_bwd_kernel, dtype, others, constants, config.num_warps, spill_free
+    )
 
 
 def column_sum_variant(columns: int, dtype: str = "bf16") -> KernelVariant:

@@ -15,8 +15,9 @@ def fused_variant(
     others: Mapping[str, str | None],
     constants: Mapping[str, object],
     num_warps: int,
+    spill_free: bool = True,
 ) -> KernelVariant:
-    """Describes one compilation of a kernel that has no matrix product and must not spill.
+    """Describes one compilation of a kernel that has no matrix product.
 
     Args:
         label: Name for reports and tests; the dtype is appended.
@@ -26,6 +27,7 @@ def fused_variant(
             here nor a pointer is an i32.
         constants: Values of the constexprs.
         num_warps: Warps of a program.
+        spill_free: Whether the kernel must keep everything in registers on the tuned GPU.
     """
 
     def kind(name: str, is_pointer: bool) -> str | None:
@@ -41,5 +43,5 @@ def fused_variant(
             types[name] = group._make(kind(field, name.endswith("pointers")) for field in fields)
     options = {"num_warps": num_warps, "enable_fp_fusion": True}
     return describe_variant(
-        f"{label}-{dtype}", kernel, types, constants, options, spill_free=True, multiplies=False
+        f"{label}-{dtype}", kernel, types, constants, options, spill_free, multiplies=False
     )

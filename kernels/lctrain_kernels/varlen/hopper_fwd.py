@@ -195,7 +195,7 @@ def _consume(
                 previous_stage = stage
                 stage, phase = next_stage(stage, phase, STAGES)
                 mbarrier.wait(shared.k_ready.index(stage), phase)
-                if TILE.sync_before_products:
+                if TILE.meet_early:
                     # Otherwise the wait for values below synchronises the warps.
                     partition_barrier()
                 s_token = warpgroup_mma(
