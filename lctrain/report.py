@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,6 +41,7 @@ class RunReport:
         findings: What the closing evaluation found, sentences by name.
         folder: Folder of the run.
         paths: Paths of the written files, by name.
+        evaluation_arguments: Arguments with which lctrain-eval reads the same held-out text.
     """
 
     steps: int
@@ -58,6 +60,7 @@ class RunReport:
     findings: dict[str, str]
     folder: Path
     paths: dict[str, Path]
+    evaluation_arguments: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """At most ten lines, for readers who are new to all of it; report.json has the rest."""
@@ -77,7 +80,13 @@ class RunReport:
         lines.append(f"details   {shorten(self.folder / 'report.json')} and the files beside it")
         if "model" in self.paths:
             lines.append(
-                f"next      {command('lctrain-eval')} model={shorten(self.paths['model'])}"
+                " ".join(
+                    (
+                        f"next      {command('lctrain-eval')}",
+                        f"model={shorten(self.paths['model'])}",
+                        *self.evaluation_arguments,
+                    )
+                )
             )
         return "\n".join(lines)
 
@@ -97,6 +106,7 @@ def summarize(
     module: LongContextModule,
     closing: Closing,
     folder: Path,
+    evaluation_arguments: Sequence[str] = (),
 ) -> RunReport:
     """Collects the report from the objects of a finished run.
 
@@ -105,6 +115,7 @@ def summarize(
         module: After `fit`.
         closing: Results of the closing evaluation, with the exported model among its paths.
         folder: Folder of the run.
+        evaluation_arguments: Arguments with which lctrain-eval reads the same held-out text.
     """
     found = dict(closing.paths)
     speed = None
@@ -136,6 +147,7 @@ def summarize(
         findings=closing.findings,
         folder=folder,
         paths=found,
+        evaluation_arguments=tuple(evaluation_arguments),
     )
 
 

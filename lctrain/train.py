@@ -142,6 +142,7 @@ def _run(
     from lctrain.build import build_datamodule, build_trainer, instantiate_all, model_factory
     from lctrain.loggers import closing, with_run_id
     from lctrain.module import LongContextModule
+    from lctrain.next_command import evaluation_arguments
     from lctrain.report import summarize
     from lctrain.run.log_file import log_to_file
 
@@ -164,7 +165,7 @@ def _run(
         count_last_step(trainer)
         trainer.validate(module, datamodule, verbose=False)
         found = export_and_evaluate(config, trainer, module, folder.path)
-    report = summarize(trainer, module, found, folder.path)
+    report = summarize(trainer, module, found, folder.path, evaluation_arguments(config))
     if trainer.is_global_zero:
         report.save(folder.path)
         print(report, flush=True)

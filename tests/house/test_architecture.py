@@ -69,6 +69,7 @@ LEVELS = {
     "lctrain.export": 9,
     "lctrain.closing": 8,
     "lctrain.model_card": 8,
+    "lctrain.next_command": 8,
     "lctrain.report": 9,
     "lctrain.measure": 9,
     "lctrain.train": 10,

@@ -73,7 +73,7 @@ def test_report_is_ten_lines_that_name_what_is_to_be_looked_at(finished):
     for name in ("perplexity plot", "model"):
         assert str(report.paths[name]) in str(report)
     assert str(folder / "report.json") in str(report)
-    assert lines[-1].endswith(f"lctrain-eval model={report.paths['model']}")
+    assert f"lctrain-eval model={report.paths['model']} data=text" in lines[-1]
     assert "held-out text" in lines[1]
     assert "(lower is better)" in lines[1]
 

@@ -1,0 +1,81 @@
+"""The arguments with which `lctrain-eval` reads the held-out text of a training run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import MISSING, Field, fields
+from typing import Any
+
+from lctrain.config import EvalConfig, TrainConfig
+from lctrain.schemas import SCHEMAS
+
+# Settings of tokenizing and rows, which an evaluation does not read, and the place of the cache.
+NOT_OF_TEXTS = frozenset(
+    {
+        "vocab_size",
+        "max_tokens",
+        "max_document_tokens",
+        "overlong",
+        "packing_window",
+        "balance_window",
+        "passkey_fraction",
+        "num_workers",
+        "num_proc",
+        "seed",
+        "cache_dir",
+        "tokenizer",
+    }
+)
+_KEYWORDS = frozenset({"null", "true", "false", "nan", "inf"})  # of Hydra
+_PLAIN = re.compile(r"[\w./][\w./*?-]*")
+
+
+def evaluation_arguments(config: TrainConfig) -> list[str]:
+    """Arguments of `lctrain-eval`, besides the model, for the held-out text of a run.
+
+    They name the data and what limits the evaluation, where they differ from the defaults of
+    `lctrain-eval`. Without them it would read other text, also text that the run trained on.
+
+    Args:
+        config: Configuration of the run.
+
+    Returns:
+        Arguments in Hydra's grammar, quoted for a shell; none for data without a name in Hydra.
+    """
+    arguments = []
+    choices = [name for name, schema in SCHEMAS.items() if schema is type(config.data)]
+    if not choices:
+        return []
+    choice = choices[0].removeprefix("data/")
+    if choice != "stdlib":
+        arguments.append(f"data={choice}")
+    for field in fields(config.data):
+        value = getattr(config.data, field.name)
+        if field.name not in NOT_OF_TEXTS and value != _default(field):
+            arguments.append(f"data.{field.name}={_hydra(value)}")
+    if config.evaluation.enabled:
+        for field in fields(EvalConfig):
+            if field.name in ("documents", "document_tokens", "lengths"):
+                value = getattr(config.evaluation, field.name)
+                if value != _default(field):
+                    arguments.append(f"{field.name}={_hydra(value)}")
+    return [shlex.quote(argument) for argument in arguments]
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _hydra(value: Any) -> str:
+    """A value in the grammar of Hydra's overrides."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(_hydra, value))}]"
+    if isinstance(value, str) and (not _PLAIN.fullmatch(value) or value in _KEYWORDS):
+        escaped = value.replace('"', '\\"')
+        return f'"{escaped}"'
+    return str(value)
