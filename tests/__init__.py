@@ -1,1 +1,1 @@
-"""The tests; a package so that `tests.numerics` is this one and no other."""
+"""The tests. They are a package, so that `import tests.numerics` finds this folder and no other."""

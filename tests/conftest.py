@@ -1,7 +1,7 @@
-"""Fixtures of all tests: seeds, the device, float64, tiny models; and skips for GPU tests.
+"""Fixtures for all tests (seed, device, float64, tiny models), and skips of the GPU tests.
 
-Without a GPU the Triton kernels run under Triton's interpreter, which reads its switch when a
-kernel is defined: the variable must be set before anything imports triton.
+Without a GPU the Triton kernels run under Triton's interpreter. Triton reads TRITON_INTERPRET when
+a kernel is defined, so the variable is set before anything imports triton.
 """
 
 import os
@@ -41,34 +41,34 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def seed():
-    """The same random numbers in every test, whatever ran before it."""
+    """Seeds torch, so that a test's random numbers do not depend on the tests before it."""
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def float64_stays_float64():
-    """See `float64_throughout`."""
+    """Runs the test inside `float64_throughout`."""
     with float64_throughout():
         yield
 
 
 @pytest.fixture
 def in_float64_but_frequencies():
-    """See `built_in_float64`; for dual chunk attention."""
+    """Runs the test inside `built_in_float64`, with RoPE frequencies in float32."""
     with built_in_float64(float32_frequencies=True):
         yield
 
 
 @pytest.fixture
 def in_float64():
-    """See `built_in_float64`."""
+    """Runs the test inside `built_in_float64`."""
     with built_in_float64():
         yield
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
+    """Returns the GPU if there is one, otherwise the CPU."""
     return torch.device("cuda" if HAS_GPU else "cpu")
 
 

@@ -1,4 +1,4 @@
-"""Models in float64 that compute in float64 throughout, so that they can be references.
+"""Makes transformers' models compute in float64 throughout, so that they can be references.
 
 with float64_throughout():
     reference = copy.deepcopy(model).double()(tokens)
@@ -15,18 +15,20 @@ from torch import Tensor
 
 @contextmanager
 def float64_throughout(float32_frequencies: bool = False) -> Iterator[None]:
-    """Float64 is never rounded to float32, as transformers does in norms, softmax and angles.
+    """Keeps float64 tensors from being rounded to float32, as transformers' norms and softmax do.
+
+    Sines and cosines of float32 angles are computed in float64 and rounded: a vectorised float32
+    sine differs in its last bit between CPUs, and between positions in one tensor. torch.compile
+    cannot trace these patches.
 
     Args:
-        float32_frequencies: Frequencies and scales are, which dual chunk attention takes so.
-
-    Sines of float32 angles are rounded from float64: a vectorised sine differs in its last bit
-    between CPUs, and between the places of one tensor. torch.compile cannot trace these patches.
+        float32_frequencies: Still rounds 1-D tensors, such as RoPE frequencies, to float32, because
+            dual chunk attention takes frequencies and scales in float32.
     """
     softmax, to, sum_, matmul = torch.nn.functional.softmax, Tensor.to, torch.sum, Tensor.__matmul__
 
     def widened(tensor: Tensor, dtype: Any) -> Any:
-        """The dtype that a tensor gets when it is asked for another."""
+        """Returns the dtype that a conversion of `tensor` to `dtype` really gets."""
         stays = tensor.dtype == torch.float64
         if float32_frequencies and tensor.dim() == 1 and not tensor.requires_grad:
             return dtype
@@ -47,7 +49,7 @@ def float64_throughout(float32_frequencies: bool = False) -> Iterator[None]:
         return sum_(terms, *args, dtype=widened(terms, dtype), **kwargs)
 
     def wide_matmul(left: Tensor, right: Tensor) -> Tensor:
-        """Frequencies in float64 meet positions in float32."""
+        """Multiplies in float64 where float64 frequencies meet float32 positions."""
         if {left.dtype, right.dtype} == {torch.float32, torch.float64}:
             left, right = to(left, torch.float64), to(right, torch.float64)
         return matmul(left, right)
@@ -68,7 +70,7 @@ def float64_throughout(float32_frequencies: bool = False) -> Iterator[None]:
 
 @contextmanager
 def built_in_float64(float32_frequencies: bool = False) -> Iterator[None]:
-    """Models are built and loaded in float64, and compute in it; see `float64_throughout`."""
+    """Builds and loads models in float64, and keeps them in it by `float64_throughout`."""
     torch.set_default_dtype(torch.float64)
     try:
         with float64_throughout(float32_frequencies):

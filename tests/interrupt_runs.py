@@ -1,11 +1,11 @@
-"""Interrupts runs in every way and checks that each goes on as if nothing had happened.
+"""Interrupts training runs at random moments, and checks that each resumes bit for bit.
 
     python -m tests.interrupt_runs --rounds 100 --folder out
 
-A round starts a tiny run, interrupts it at a random moment (SIGKILL, a signal that asks it to stop,
-a full disk, a damaged newest checkpoint), and starts it again with ckpt_path=last until it is
-finished. Losses, rows of metrics and trained weights must equal those of a run that nothing
-interrupted, bit by bit, with no leftovers and at most `keep` checkpoints. Each round is a line.
+Each round starts a tiny run, interrupts it at a random moment (SIGKILL, a signal that asks it to
+stop, a full disk, a damaged newest checkpoint), and starts it again with ckpt_path=last until it
+finishes. Losses, rows of metrics and trained weights must equal an uninterrupted run's, bit by bit.
+No temporary file may be left over, and at most `keep` checkpoints. Each round prints one line.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LONGEST_S = 240
 
 
 def overrides(base: Path) -> list[str]:
-    """Returns the overrides of a run of seconds, with validations and two checkpoints."""
+    """Returns the overrides of a run that takes seconds, with validations and two checkpoints."""
     return [
         "data=text",
         f"data.files=[{base}/corpus/*.txt]",
@@ -68,7 +68,7 @@ def write_corpus(base: Path) -> None:
 
 
 def start(base: Path, folder: Path, *more: str, file_limit: int | None = None) -> subprocess.Popen:
-    """Starts the run; a limit of `file_limit` bytes per file acts as a full disk."""
+    """Starts the run; a size limit of `file_limit` bytes per file simulates a full disk."""
 
     def limit() -> None:
         if file_limit is not None:
@@ -85,7 +85,7 @@ def start(base: Path, folder: Path, *more: str, file_limit: int | None = None) -
 
 
 def rows(folder: Path) -> list[tuple[str, str, str, str]]:
-    """Returns step, losses and learning rate of every row of the metrics."""
+    """Returns step, losses and learning rate for every row of metrics.csv."""
     with (folder / "metrics.csv").open(newline="") as file:
         return [
             (row["step"], row["train/loss"], row["val/loss"], row["train/learning_rate"])
@@ -94,13 +94,13 @@ def rows(folder: Path) -> list[tuple[str, str, str, str]]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Returns the weights in the newest checkpoint."""
+    """Returns the weights of the newest checkpoint."""
     path = folder / "checkpoints" / "last.ckpt"
     return torch.load(path, weights_only=True)["state_dict"]
 
 
 def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
-    """Waits until the step is logged, or the process has ended."""
+    """Waits until the step is logged or the process ends."""
     before = time.monotonic()
     while process.poll() is None and time.monotonic() - before < LONGEST_S:
         try:
@@ -112,13 +112,13 @@ def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
 
 
 def interrupt(kind: str, base: Path, folder: Path, numbers: random.Random) -> str:
-    """Interrupts a new run.
+    """Starts a run and interrupts it.
 
     Returns:
         Description of the interruption.
 
     Raises:
-        AssertionError: if the run ended in another way than expected.
+        AssertionError: if the run does not end as the interruption demands.
     """
     if kind == "disk":
         process = start(base, folder, file_limit=100_000)
@@ -152,7 +152,7 @@ def interrupt(kind: str, base: Path, folder: Path, numbers: random.Random) -> st
 
 
 def damage(path: Path, numbers: random.Random) -> None:
-    """Flips a bit of a file, overwrites a part, cuts it, or empties it."""
+    """Damages a file: flips a bit, overwrites a part, cuts it, or empties it."""
     data = bytearray(path.read_bytes())
     place = numbers.randrange(len(data) - 200)
     how = numbers.randrange(4)
@@ -168,7 +168,7 @@ def damage(path: Path, numbers: random.Random) -> None:
 
 
 def check(folder: Path, whole: Path) -> None:
-    """Raises AssertionError unless the run equals the whole one and left nothing behind."""
+    """Raises AssertionError unless the run equals the uninterrupted one, without extra files."""
     assert rows(folder) == rows(whole), f"metrics differ: {folder}"
     mine, theirs = weights(folder), weights(whole)
     assert mine.keys() == theirs.keys()
@@ -182,7 +182,7 @@ def check(folder: Path, whole: Path) -> None:
 
 
 def run_round(index: int, base: Path, whole: Path, numbers: random.Random) -> str:
-    """Interrupts one run and resumes it to its end; returns a description."""
+    """Interrupts one run and resumes it until it finishes; returns a description."""
     kind = KINDS[index % len(KINDS)]
     folder = base / f"round-{index}"
     done = interrupt(kind, base, folder, numbers)
@@ -195,7 +195,7 @@ def run_round(index: int, base: Path, whole: Path, numbers: random.Random) -> st
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the rounds; raises AssertionError at the first that does not hold."""
+    """Runs the rounds, and raises AssertionError at the first failed round."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)

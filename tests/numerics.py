@@ -1,11 +1,11 @@
-"""Compares numbers. Every tolerance of the tests is defined here.
+"""Compares numbers. Every tolerance of the tests is defined in this module.
 
 | What is compared | By |
 |---|---|
 | the same operations in the same order, on the same shapes | `torch.equal`, `==` |
-| float32 or less with plain PyTorch | `assert_error_at_most_twice` |
-| many tensors, as gradients; a sum, as a loss | `assert_errors_at_most_twice`, \
-`assert_sum_error_at_most_twice` |
+| results in float32 or less with plain PyTorch's | `assert_error_at_most_twice` |
+| many tensors, such as gradients | `assert_errors_at_most_twice` |
+| a sum, such as a loss | `assert_sum_error_at_most_twice` |
 | two float64 computations of one quantity | `assert_equal_in_float64`, `near` |
 | a few counted float32 operations | `near_roundings`, `as_float32` |
 | numbers that must not be equal | `assert_far_apart` |
@@ -29,10 +29,10 @@ def assert_error_at_most_twice(
     """Fails if `actual` is more than twice as far from float64 as plain PyTorch is.
 
     Args:
-        actual: what is tested, any shape and floating dtype.
-        same_precision_reference: plain PyTorch's result from the same inputs.
-        float64_reference: the result from float64 inputs that hold the same values.
-        name: what to call it in the failure.
+        actual: The tested result, any shape and floating dtype.
+        same_precision_reference: Plain PyTorch's result from the same inputs.
+        float64_reference: The result from float64 inputs that hold the same values.
+        name: Name of the result in the error message.
 
     Returns:
         The errors and their ratios (see `lctrain_kernels.bench.accuracy.error_ratio`).
@@ -51,15 +51,15 @@ def assert_errors_at_most_twice(
     same_precision_reference: Mapping[str, torch.Tensor],
     float64_reference: Mapping[str, torch.Tensor],
 ) -> ErrorRatio:
-    """Judges many tensors, such as all gradients, by `assert_error_at_most_twice` at once.
+    """Applies `assert_error_at_most_twice` to many tensors together, such as all gradients.
 
-    Each is divided by its norm in float64, so all count alike. Of one small tensor plain PyTorch's
-    error is partly luck, and so is twice that.
+    Each tensor is divided by the norm of its float64 reference, so all have equal weight. Tensors
+    are not judged singly, because the error of one small tensor is partly luck.
 
     Args:
-        actual: what is tested; only the names of `float64_reference` are read.
-        same_precision_reference: plain PyTorch's results by the same names.
-        float64_reference: the results from float64 inputs.
+        actual: Tested tensors by name; names that `float64_reference` lacks are ignored.
+        same_precision_reference: Plain PyTorch's results by name.
+        float64_reference: Results from float64 inputs by name.
     """
     names = sorted(float64_reference)
     norms = {name: float64_reference[name].norm().clamp(min=1e-300) for name in names}
@@ -83,16 +83,16 @@ def assert_sum_error_at_most_twice(
     float64_terms: torch.Tensor,
     name: str = "sum",
 ) -> None:
-    """Fails if a sum is further from float64 than twice what plain PyTorch's terms add up to.
+    """Fails if a sum's error exceeds twice the summed absolute errors of plain PyTorch's terms.
 
-    The errors of the terms count by their absolute values: that they cancel in plain PyTorch's sum
-    is luck. So do the roundings of the additions, one for each term.
+    Absolute values are summed, because errors of terms cancel only by luck. The bound also allows
+    one rounding per term for the additions.
 
     Args:
-        actual: the sum of the terms, such as a loss.
-        same_precision_terms: plain PyTorch's terms, such as the losses of all tokens.
-        float64_terms: the same in float64.
-        name: what to call it in the failure.
+        actual: The sum of the terms, such as a loss.
+        same_precision_terms: Plain PyTorch's terms, such as the losses of all tokens.
+        float64_terms: The same terms in float64.
+        name: Name of the sum in the error message.
     """
     exact = float64_terms.detach().double()
     terms = (same_precision_terms.detach().double() - exact).abs().sum().item()
@@ -120,10 +120,10 @@ def assert_equal_in_float64(
     """Fails if two results of float64 computations differ by more than rounding explains.
 
     Args:
-        actual: a tensor, or a mapping or sequence of tensors.
-        expected: the same quantity, computed otherwise.
-        name: what to call it in the failure.
-        dtype: what both were rounded to in the end, as a gradient is to its parameter's dtype.
+        actual: A tensor, or a mapping or sequence of tensors.
+        expected: The same quantity, computed in another way.
+        name: Name of the result in the error message.
+        dtype: Dtype of both results, to which the float64 values were rounded at the end.
     """
     if isinstance(expected, Mapping):
         assert actual.keys() == expected.keys(), name
@@ -148,27 +148,27 @@ def assert_equal_in_float64(
 
 
 def near(expected: Any) -> Any:
-    """Returns what equals Python or NumPy floats that were computed otherwise in float64.
+    """Returns an object that equals a float64 result up to its rounding (`pytest.approx`).
 
     Args:
-        expected: a number, or a sequence, mapping or array of such.
+        expected: A number, or a sequence, mapping or array of numbers.
     """
     return pytest.approx(expected, rel=FLOAT64_BOUND, abs=FLOAT64_BOUND)
 
 
 def as_float32(expected: float) -> float:
-    """Returns what a float32 tensor makes of a Python float."""
+    """Rounds a Python float to float32."""
     return torch.tensor(expected, dtype=torch.float32).item()
 
 
 def near_roundings(expected: Any, roundings: float, dtype: torch.dtype = torch.float32) -> Any:
-    """Returns what equals other results up to a number of roundings, which the caller counts.
+    """Returns an object that equals a result up to a counted number of roundings.
 
     Args:
-        expected: a number, or a sequence, mapping or array of such.
-        roundings: how many roundings of a result may lie between: half of its dtype's eps each.
-            Below the smallest normal number a result may be flushed to zero.
-        dtype: the lowest precision on the way.
+        expected: A number, or a sequence, mapping or array of numbers.
+        roundings: Number of roundings allowed between two results, each half of the dtype's eps.
+            Results below the smallest normal number may be flushed to zero.
+        dtype: The lowest precision in the computation.
     """
     format, single = torch.finfo(dtype), torch.finfo(torch.float32)
     smallest = max(single.tiny, format.tiny * format.eps)

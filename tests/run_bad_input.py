@@ -1,9 +1,9 @@
-"""Runs the commands on bad input where torch, Lightning, transformers and datasets cannot load.
+"""Runs the commands on bad input, with torch, Lightning, transformers and datasets blocked.
 
     python -m tests.run_bad_input EVERY
 
-Prints, as JSON, what each case of bad_input.txt gave that is not its message, and the lines of the
-messages. EVERY takes one case of so many.
+Runs every EVERY-th case of bad_input.txt. Prints JSON: the cases whose output differs from their
+message, and all lines of messages.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ CASES = [tuple(part.strip() for part in line.split(" | ")) for line in LINES[1:]
 
 
 class Refused:
-    """An import finder that finds heavy packages as usual, and fails when one is loaded."""
+    """An import finder that finds heavy packages but raises an error when one is loaded."""
 
     def find_spec(self, name, path=None, target=None):
         if name not in HEAVY:
@@ -36,7 +36,7 @@ class Refused:
 
 
 def prepare():
-    """The files that the cases name, in the current folder."""
+    """Writes the files that the cases name into the current folder."""
     Path("FILE").touch()
     Path("LOOP").symlink_to("LOOP")
     Path("bad.yaml").write_text("defaults:\n  - train\n - _self_\n")
@@ -48,7 +48,7 @@ def prepare():
 
 
 def run(main, program, arguments):
-    """Exit status and lines on stderr of a command."""
+    """Returns a command's exit status and its lines on stderr."""
     arguments = arguments.replace("\\r", "\r").split(" ; ")
     sys.argv = [program, *filter(None, arguments)]
     errors = io.StringIO()
@@ -62,7 +62,7 @@ def run(main, program, arguments):
 
 
 def check(every):
-    """The cases that went wrong, and the lines of every message."""
+    """Returns the failed cases, and the message lines of every case."""
     sys.meta_path.insert(0, Refused())
     from lctrain import evaluate, train
 

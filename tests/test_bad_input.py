@@ -1,7 +1,7 @@
-"""Bad input on the command line: each case ends with its message, without loading heavy packages.
+"""Tests bad input on the command line: each case ends with its message, quickly and without torch.
 
-`bad_input.txt` holds command, arguments and the beginning of the message of each case. All of them
-can be told without torch, and so within a second or two.
+`bad_input.txt` holds each case's command, arguments and the beginning of its message. All these
+errors can be found without torch, and so within a second or two.
 """
 
 import json
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def check(every, folder):
-    """Checks that every case ends with status 2 and its message, in a process without torch."""
+    """Checks, in a process without torch, that every case ends with status 2 and its message."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     environment.pop("HYDRA_FULL_ERROR", None)
     done = subprocess.run(

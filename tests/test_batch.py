@@ -1,4 +1,4 @@
-"""PackedBatch: layout, shifted labels, transfer, and every message of its checks."""
+"""Tests PackedBatch: layout, shifted labels, device transfer, and every error message."""
 
 import dataclasses
 import pickle

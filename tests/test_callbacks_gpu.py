@@ -1,6 +1,6 @@
-"""On a GPU, a user's module with callbacks trains as fast as LongContextModule.
+"""Tests on a GPU that a user's module with callbacks trains as fast as LongContextModule.
 
-`python -m tests.test_callbacks_gpu` prints the rates of both, and what was swapped.
+`python -m tests.test_callbacks_gpu` prints both rates and the swaps applied to each model.
 """
 
 import statistics
@@ -23,7 +23,7 @@ OPTIM = OptimConfig(schedule="constant", warmup_fraction=0.0)
 
 
 class OwnModule(pl.LightningModule):
-    """A user's module with the same optimizer."""
+    """A user's module, with the optimizer of LongContextModule."""
 
     def __init__(self, model):
         super().__init__()
@@ -38,7 +38,7 @@ class OwnModule(pl.LightningModule):
 
 
 def make_model():
-    """Returns a model of about 100 million parameters, with heads of 128."""
+    """Returns a model of about 100 million parameters with head dim 128."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -56,7 +56,7 @@ def make_model():
 
 
 def rate(folder, own: bool) -> tuple[float, str]:
-    """Returns tokens/s without padding and the first interval, and the handle's repr."""
+    """Returns tokens/s without padding and without the first interval, and the handle's repr."""
     monitor, patch = ThroughputMonitor(), PatchAttention()
     callbacks = [monitor]
     if own:
@@ -87,7 +87,7 @@ def rate(folder, own: bool) -> tuple[float, str]:
 
 
 def rates(folder) -> tuple[float, float, str]:
-    """Returns medians over alternating runs of LongContextModule and of the callbacks."""
+    """Returns median tokens/s of LongContextModule and of the callbacks, over alternating runs."""
     rate(folder, own=False)  # kernels compile
     pairs = [(rate(folder, own=False)[0], rate(folder, own=True)) for _ in range(REPEATS)]
     ours = statistics.median(first for first, _ in pairs)

@@ -1,4 +1,4 @@
-"""How the commands start and fail: messages, exit status, help, and the configuration as a file."""
+"""Tests the commands: messages, exit status, help, and a configuration given as a file."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ from lctrain.schemas import SCHEMAS
 
 @pytest.fixture
 def fail(monkeypatch, capsys, tmp_path):
-    """Returns a function that runs a command: fail(command, *arguments) -> (status, stderr)."""
+    """Returns fail(command, *arguments), which runs a command and returns (status, stderr)."""
 
     def run(command, *arguments):
         monkeypatch.chdir(tmp_path)

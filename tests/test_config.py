@@ -1,4 +1,4 @@
-"""The schemas; tests/configs tests them together with Hydra."""
+"""Tests the config schemas alone; tests/configs tests them together with Hydra."""
 
 import pytest
 from omegaconf import OmegaConf

@@ -1,4 +1,4 @@
-"""Exports: what the config states, what the card says, and that outputs do not change."""
+"""Tests exports: the config, the model card, and unchanged outputs."""
 
 import json
 
@@ -49,7 +49,7 @@ def tokenizer(tmp_path_factory) -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def export(tokenizer, tmp_path):
-    """Returns a function that exports a model: (folder, config.json, card)."""
+    """Returns a function that exports a model, and returns (folder, config.json, card)."""
 
     def run(model, attention: AttentionConfig | None, length: int | None = 128):
         module = LongContextModule(model, attention=attention)
@@ -141,7 +141,7 @@ def test_the_length_is_stated_where_outputs_do_not_depend_on_it(config, stated):
 
 
 def test_a_leading_tilde_is_the_home_folder(tokenizer, tmp_path, monkeypatch):
-    """In Python as in the options of a run."""
+    """The Python function treats `~` as the options of a run do."""
     from lctrain.callbacks import StepCheckpoint
     from lctrain.loggers import MetricsCSV
 

@@ -1,4 +1,4 @@
-"""Model FLOPs and the table of peaks."""
+"""Tests the count of model FLOPs and the table of peak FLOP/s."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def test_visible_pairs_by_counting(length, window):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_dense_part_is_six_per_weight_of_the_matrix_products(make_llama, tied):
-    """Counted by torch on one token, where attention is negligible but exact: 4 * H * D a layer."""
+    """Torch counts FLOPs of one token, whose attention costs only 4 H D per layer."""
     from torch.utils.flop_counter import FlopCounterMode
 
     model = make_llama(tie_word_embeddings=tied, attn_implementation="eager")
@@ -55,7 +55,7 @@ def test_sliding_layers_see_their_window():
 
 
 def test_differential_heads_weigh_values_of_twice_their_width():
-    """Six units per pair of heads, where transformers' two calls compute eight."""
+    """A pair of heads costs six units; transformers' two calls would cost eight."""
     from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
 
     config = DiffLlamaConfig(

@@ -1,4 +1,4 @@
-"""LightningCLI: every public class is buildable from YAML, and `fit --config` trains."""
+"""Tests LightningCLI: every public class can be built from YAML, and `fit --config` trains."""
 
 import subprocess
 import sys
@@ -50,17 +50,17 @@ OTHERS = {
 
 
 def count(batch):
-    """A function that a YAML file names."""
+    """Returns a batch's token count; a YAML file names this function."""
     return batch.num_valid_tokens
 
 
 def read(batch):
-    """A function that a YAML file names."""
+    """Returns a batch; a YAML file names this function."""
     return batch
 
 
 def build(cls, settings):
-    """Returns the object that jsonargparse builds from a class path and arguments in YAML text."""
+    """Returns the object that jsonargparse builds from a class path and arguments as YAML text."""
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
     parser.add_subclass_arguments(cls, "made")
@@ -109,7 +109,7 @@ def test_data_from_yaml(name, settings):
 
 
 def test_a_collator_from_yaml():
-    """The collator is an argument of a user's class: a function with settings."""
+    """A user's class takes the collator, a function with settings, as an argument."""
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(data.PackCollator, "made")
     made = parser.instantiate_classes(parser.parse_object({"made": {"max_tokens": 8}})).made
@@ -124,7 +124,7 @@ def test_a_data_module_from_yaml():
 
 
 def test_a_data_module_takes_every_setting_of_the_data():
-    """They are declared in DataSettings alone, for this module and for the YAML of Hydra."""
+    """DataSettings alone declares the settings, for this module and for Hydra's YAML."""
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(lctrain.PackedDataModule, "made")
     values = parser.parse_object({"made": {}}).made
@@ -195,7 +195,7 @@ def test_fit_from_a_config(tmp_path):
 
 
 def test_the_guide_s_yaml_builds(tmp_path, monkeypatch):
-    """The configuration in the guide on Lightning, with LightningCLI as the guide calls it."""
+    """Builds the guide's YAML with LightningCLI, called as the guide calls it."""
     from lightning.pytorch.cli import LightningCLI
 
     guide = (ROOT / "docs" / "guides" / "lightning.md").read_text()

@@ -1,4 +1,4 @@
-"""MetricsCSV: one file per run, also across an interruption."""
+"""Tests MetricsCSV: a run has one file, also after an interruption."""
 
 import csv
 from contextlib import nullcontext
@@ -27,7 +27,7 @@ def test_columns_may_come_later(tmp_path):
 
 
 def test_a_resumed_run_continues_the_file(tmp_path):
-    """The run is killed while writing the row of step 4, and resumed from step 2."""
+    """The run is killed while it writes the row of step 4, and resumes from step 2."""
     first = MetricsCSV(str(tmp_path))
     for step in range(4):
         first.log_metrics({"loss": float(step), "speed": 9.0}, step)

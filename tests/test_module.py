@@ -1,4 +1,4 @@
-"""LongContextModule: every token has the same weight, for all packs, windows and clipping."""
+"""Tests LongContextModule: equal token weights for all packs, accumulation windows and clipping."""
 
 import copy
 import math
@@ -29,10 +29,10 @@ MORE = [make_batch([17, 30], 3), make_batch([6], 4)]
 
 
 class RecordingModule(LongContextModule):
-    """Records the gradients before each optimizer step, and the losses.
+    """Records the losses, and the gradients before each optimizer step.
 
-    Plain gradient descent: Adam's first step is the sign of the gradient, which turns a rounding of
-    a gradient near zero into a whole step.
+    Its optimizer is plain SGD, because Adam's first step is the gradient's sign: rounding a
+    gradient near zero could turn it around.
     """
 
     def configure_optimizers(self):
@@ -46,7 +46,7 @@ class RecordingModule(LongContextModule):
 
 
 def one_batch(batches):
-    """Returns one batch with all documents of several packs."""
+    """Returns one batch that holds all documents of several packs."""
     from lctrain.batch import PackedBatch
 
     documents = [
@@ -83,7 +83,7 @@ def test_last_incomplete_window_of_an_epoch_is_exact(tmp_path, make_llama):
 
 
 def test_validation_inside_a_window_does_not_change_it(tmp_path, make_llama):
-    """It validates after every pack, in windows of three; gradients and losses keep every bit."""
+    """Validates after every pack of a window of three; gradients and losses keep every bit."""
     runs = []
     for interval in (1, None):
         module = RecordingModule(make_llama(attention_dropout=0.3), SGD_LIKE)
@@ -117,7 +117,7 @@ def test_loss_is_the_models_own_on_each_document(tmp_path, make_llama):
 
 @pytest.mark.usefixtures("in_float64")
 def test_clipping_sees_the_exact_gradients(tmp_path, make_llama):
-    """The norm is that of one big batch, so clipping scales by the same factor."""
+    """The norm equals that of one big batch, so clipping scales by the same factor."""
     model = make_llama()
     limit = 0.05
     accumulated = fit(tmp_path, model, UNEVEN, accumulate_grad_batches=3, gradient_clip_val=limit)
@@ -128,7 +128,7 @@ def test_clipping_sees_the_exact_gradients(tmp_path, make_llama):
 
 
 def module_losses(model, batch, autocast):
-    """The losses of all tokens of a pack, its documents one by one, by plain PyTorch."""
+    """Returns the token losses of a pack by plain PyTorch, one document at a time."""
     losses = []
     for start, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
         ids = batch.input_ids[:, int(start) : int(end)]
@@ -140,7 +140,7 @@ def module_losses(model, batch, autocast):
 
 
 def test_clipping_works_under_bf16_mixed(tmp_path, make_llama):
-    """Lightning refuses to clip for fused optimizers under mixed precision; the module does not."""
+    """Lightning refuses to clip for fused optimizers in mixed precision; the module does not."""
     module = fit(
         tmp_path,
         make_llama(),
@@ -222,7 +222,7 @@ def test_float16_is_refused(tmp_path, make_llama):
 
 
 def test_dropout_depends_on_seed_and_position_only(tmp_path, make_llama):
-    """Random numbers drawn elsewhere, as by a validation, do not reach the training steps."""
+    """Random numbers drawn elsewhere, such as in a validation, must not change training."""
 
     class Disturbed(RecordingModule):
         def on_train_batch_end(self, outputs, batch, batch_idx):
@@ -241,7 +241,7 @@ def test_dropout_depends_on_seed_and_position_only(tmp_path, make_llama):
 
 
 def test_a_changed_optimizer_is_an_error_at_resume_only(tmp_path, make_llama):
-    """The restored optimizer would ignore the change; a validation has no optimizer."""
+    """Restoring an optimizer would ignore the change, but a validation has no optimizer."""
     path = tmp_path / "x.ckpt"
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.fit(LongContextModule(make_llama(), SGD_LIKE), loader(UNEVEN))
@@ -277,7 +277,7 @@ def test_vectors_do_not_decay(make_llama):
 
 @pytest.mark.usefixtures("in_float64")
 def test_two_ranks_equal_one_big_batch(tmp_path):
-    """DDP with gloo, unequal packs on the ranks, accumulation, an incomplete window, clipping."""
+    """Uses DDP with gloo, unequal packs, accumulation, an incomplete window and clipping."""
     from tests import train_two_ranks as ranks
 
     out = tmp_path / "out.pt"
@@ -305,7 +305,7 @@ def test_two_ranks_equal_one_big_batch(tmp_path):
 
 @pytest.mark.parametrize("given", [True, False], ids=["model", "nothing"])
 def test_load_from_checkpoint(tmp_path, make_llama, given):
-    """The checkpoint holds what builds the module, and its weights."""
+    """The checkpoint holds the module's arguments and its weights."""
     module = LongContextModule(
         make_llama(tie_word_embeddings=True), SGD_LIKE, AttentionConfig(dropout=0.25), seed=3
     )

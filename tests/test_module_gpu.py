@@ -1,4 +1,4 @@
-"""A training step on a GPU never waits for the device."""
+"""Tests on a GPU that a training step never waits for the device."""
 
 import lightning.pytorch as pl
 import pytest
@@ -12,10 +12,10 @@ PACKS = [[130, 70], [200]]  # lengths: one window of two packs
 
 
 class NoSynchronisation(pl.Callback):
-    """Makes every wait of the host for the device an error, after a number of optimizer steps.
+    """Makes each synchronisation an error, after a given number of optimizer steps.
 
-    Inside are the forward and backward passes of every micro-batch, the closing of the window, the
-    clipping and the optimizer. Outside are fetching and copying the batch, and logging.
+    Checked are the forward and backward passes of all micro-batches, the end of the accumulation
+    window, clipping and the optimizer. Fetching and copying batches and logging are not checked.
     """
 
     def __init__(self, after_steps: int) -> None:
@@ -39,7 +39,7 @@ class NoSynchronisation(pl.Callback):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_a_whole_step_does_not_synchronise(tmp_path, make_llama, precision, dropout):
-    """Two windows warm up: kernels are compiled, the head is verified, the optimizer has state."""
+    """Two windows warm up: kernels compile, the head is verified, the optimizer gets state."""
     windows = 4
     packs = [make_batch(lengths, i).to("cuda") for i, lengths in enumerate(PACKS)] * windows
     watch = NoSynchronisation(after_steps=2)

@@ -1,4 +1,4 @@
-"""The learning-rate schedules and their errors."""
+"""Tests the learning-rate schedules and their errors."""
 
 import pytest
 import torch
@@ -135,7 +135,7 @@ def test_biases_and_norms_do_not_decay_whatever_their_shape(make, without):
 
 
 class Odd(nn.Module):
-    """Parameters that a rule by shape would classify wrongly."""
+    """A module with parameters that a rule by shape would classify wrongly."""
 
     def __init__(self):
         super().__init__()
@@ -160,7 +160,7 @@ def test_names_and_modules_decide():
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_restored_scheduler_follows_the_new_length(schedule):
-    """After three steps of three, three more: rates of a run of six."""
+    """Three steps of a run of three are extended by three: rates are those of a run of six."""
     config = OptimConfig(learning_rate=2e-3, schedule=schedule, warmup_steps=1)
 
     def stepped(total, steps, state=None):

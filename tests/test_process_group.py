@@ -1,4 +1,4 @@
-"""A rank leaves its process group before Python ends."""
+"""Tests that a rank leaves its process group before Python exits."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Hydra, LongContextModule in Python, and a user's module give the same losses, bit for bit."""
+"""Tests that Hydra, LongContextModule and a user's module give the same losses, bit for bit."""
 
 import random
 
@@ -29,11 +29,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::U
 
 
 class KilledError(Exception):
-    """Raised in place of the end of a process."""
+    """An error that stands for the death of the process."""
 
 
 class Killed(pl.Callback):
-    """Records the loss of every step; ends the run in the middle of a window."""
+    """A callback that records every step's loss, and ends the run inside an accumulation window."""
 
     def __init__(self, losses, dies):
         self.losses, self.dies = losses, dies
@@ -51,7 +51,7 @@ class Killed(pl.Callback):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """Returns a function from a folder to the config of the Hydra run."""
+    """Returns a function that makes the Hydra run's config for a folder."""
     corpus, cache = tmp_path_factory.mktemp("corpus"), tmp_path_factory.mktemp("cache")
     numbers = random.Random(0)
     for i in range(30):
@@ -85,7 +85,7 @@ def config(tmp_path_factory):
 
 
 class OwnModule(pl.LightningModule):
-    """A user's module: a model, a step that sums, and an optimizer."""
+    """A user's module with a model, a step that returns a summed loss, and an optimizer."""
 
     def __init__(self, model, optim):
         super().__init__()
@@ -108,12 +108,12 @@ RECORDED: list[dict[int, float]] = []  # a config holds plain values only
 
 
 def watch(dies):
-    """Records the objects that the config of the Hydra run builds."""
+    """Records the objects that are built from the Hydra run's config."""
     return Killed(RECORDED[-1], dies)
 
 
 def run_hydra(config, folder, losses, dies, resume):
-    """Runs `lctrain-train` with one more callback, which records."""
+    """Runs `lctrain-train` with an additional callback that records losses."""
     more = ["ckpt_path=last"] if resume else []
     made = config(folder, *more)
     RECORDED.append(losses)
@@ -163,7 +163,7 @@ WAYS = {"hydra": run_hydra, "by-hand": by_hand, "own-module": own_module}
 
 @pytest.fixture(scope="module")
 def uninterrupted(config, tmp_path_factory):
-    """Losses of the run in Python without an interruption."""
+    """Losses of an uninterrupted run with LongContextModule in Python."""
     losses: dict[int, float] = {}
     by_hand(config, tmp_path_factory.mktemp("whole"), losses, dies=False, resume=False)
     return losses

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer on a model with lctrain's attention: packs give the loss of their documents."""
+"""Tests TRL's SFTTrainer with lctrain's attention: a pack's loss is that of its documents."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ LENGTHS = (30, 9, 60, 4)
 
 
 def trained(tmp_path, attention: str, **settings) -> tuple[float, int]:
-    """Returns the loss of one step over four documents, and the rows of its batches."""
+    """Returns the loss of one step over four documents, and the number of rows in its batch."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -56,7 +56,7 @@ def trained(tmp_path, attention: str, **settings) -> tuple[float, int]:
     ids=str,
 )
 def test_a_pack_of_trl_has_the_loss_of_its_documents(tmp_path, settings):
-    """TRL without packing, on transformers' attention, pads four rows."""
+    """The reference is TRL on four padded rows, with transformers' attention and no packing."""
     apart, rows = trained(tmp_path, "sdpa")
     assert rows == len(LENGTHS)
     packed, rows = trained(tmp_path, "lctrain_flash", **settings)

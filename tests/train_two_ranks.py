@@ -1,4 +1,4 @@
-"""Script of tests/test_module.py: two gloo ranks on packs of unequal size, in float64.
+"""Trains in float64 on two gloo ranks with packs of unequal size; tests/test_module.py starts it.
 
 Usage: python -m tests.train_two_ranks OUT_FILE
 """
@@ -27,7 +27,7 @@ def batches(rank: int):
 
 
 def make_model() -> LlamaForCausalLM:
-    """Returns the same model on every rank."""
+    """Returns the same random model on every rank."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -42,7 +42,7 @@ def make_model() -> LlamaForCausalLM:
 
 
 class Recorder(LongContextModule):
-    """A module with plain gradient descent; records losses and norms."""
+    """A module with plain SGD that records losses and gradient norms."""
 
     def __init__(self, model):
         super().__init__(model, OptimConfig())
@@ -60,7 +60,7 @@ class Recorder(LongContextModule):
 
 
 def main(out: Path) -> None:
-    """Trains, and writes the results of rank 0."""
+    """Trains, and writes the results of rank 0 to OUT_FILE."""
     module = Recorder(make_model())
     trainer = make_trainer(
         out.parent,

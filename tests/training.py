@@ -1,4 +1,4 @@
-"""Tiny packs, loaders and trainers for the tests of the Lightning side."""
+"""Tiny packs, loaders and trainers for the tests that train with Lightning."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VOCABULARY = 97
 
 
 def make_batch(lengths: Sequence[int], seed: int = 0) -> PackedBatch:
-    """A pack of random documents."""
+    """Returns a pack of random documents."""
     generator = torch.Generator().manual_seed(seed)
     documents = [torch.randint(3, VOCABULARY, (length,), generator=generator) for length in lengths]
     names = [f"document-{seed}-{i}" for i in range(len(lengths))]
@@ -24,7 +24,7 @@ def make_batch(lengths: Sequence[int], seed: int = 0) -> PackedBatch:
 
 
 class Packs(torch.utils.data.Dataset):
-    """A list of packs as a dataset."""
+    """A dataset made from a list of packs."""
 
     def __init__(self, batches: Sequence[PackedBatch]) -> None:
         self.batches = list(batches)
@@ -37,12 +37,12 @@ class Packs(torch.utils.data.Dataset):
 
 
 def loader(batches: Sequence[PackedBatch]) -> torch.utils.data.DataLoader:
-    """Yields the packs in order."""
+    """Returns a loader that yields the packs in order."""
     return torch.utils.data.DataLoader(Packs(batches), batch_size=None)
 
 
 def make_trainer(tmp_path, callbacks=(), **settings) -> pl.Trainer:
-    """A quiet CPU trainer."""
+    """Returns a CPU trainer that prints nothing."""
     defaults = {
         "accelerator": "cpu",
         "devices": 1,
@@ -61,7 +61,7 @@ def make_trainer(tmp_path, callbacks=(), **settings) -> pl.Trainer:
 
 
 class KillAt(pl.Callback):
-    """Sends its own process a signal after an optimizer step; SIGKILL leaves no chance to act."""
+    """Sends a signal to its own process after an optimizer step; by default SIGKILL."""
 
     def __init__(self, step: int, number: int = signal.SIGKILL) -> None:
         self.step, self.number = step, number

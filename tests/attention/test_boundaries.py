@@ -1,4 +1,4 @@
-"""Boundaries: from a pack, rows, padding and restarting positions."""
+"""Tests how document boundaries are read: from a pack, rows, padding masks and position ids."""
 
 import pytest
 import torch

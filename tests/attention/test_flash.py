@@ -1,4 +1,4 @@
-"""The attention function of lctrain_flash on its own: every argument honoured or refused."""
+"""Tests the attention function of lctrain_flash alone: it honours or refuses every argument."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def layer(causal=True):
 
 
 def dense(query, key, value, visible, scale=D**-0.5, softcap=None, sinks=None):
-    """Returns [B, S, H, Dv] by the definition; `visible` broadcasts to [B, 1, S, Sk]."""
+    """Returns dense attention [B, S, H, Dv]; `visible` broadcasts to [B, 1, S, Sk]."""
     key, value = (x.repeat_interleave(H // HK, dim=1) for x in (key, value))
     logits = query @ key.mT * scale
     if softcap is not None:

@@ -1,4 +1,4 @@
-"""The mask function against transformers' own masks of all pairs."""
+"""Compares the mask function of lctrain's attentions with transformers' dense masks."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
 
 @pytest.fixture
 def mask_of():
-    """Returns make(create, **inputs): transformers' masks under lctrain's name and under SDPA's."""
+    """Returns make(create, attention, **inputs), which calls the mask function `create`."""
     register()
 
     def make(create, attention, **inputs):
@@ -54,7 +54,7 @@ def test_plain_rows_need_no_mask_and_padding_is_passed_on(mask_of, create):
 @pytest.mark.parametrize("beyond", [0, 3])
 @pytest.mark.parametrize("create", [create_causal_mask, create_sliding_window_causal_mask])
 def test_padding_is_that_of_the_keys_which_a_cache_holds(mask_of, create, seen, beyond):
-    """A sliding layer has dropped its first keys; a mask may be longer than the keys."""
+    """A sliding layer's cache drops early keys; a mask may have more columns than keys."""
     padding = torch.ones(2, seen + 6 + beyond, dtype=torch.int64)
     padding[0, : seen + 1] = padding[1, -1 - beyond] = 0
     padding[1, seen + 6 :] = 0

@@ -1,4 +1,4 @@
-"""The specs: frozen, each with its own options, and every wrong value refused with what to do."""
+"""Tests the attention specs: frozen, with options of their own; wrong values are refused."""
 
 import dataclasses
 import pickle

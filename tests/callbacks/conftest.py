@@ -1,4 +1,4 @@
-"""The small corpus and the tiny run of tests/train."""
+"""Imports the fixtures of tests/train: a small corpus, and overrides for a tiny run."""
 
 from tests.train.conftest import corpus, tiny
 

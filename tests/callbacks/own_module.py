@@ -1,4 +1,4 @@
-"""LightningModules as users write them, for the tests of the callbacks."""
+"""LightningModules that stand for a user's own, for the tests of the callbacks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lctrain.loss import causal_lm_loss
 
 
 class OwnModule(pl.LightningModule):
-    """A model and a plain optimizer; returns the summed loss of packs."""
+    """A user's module: a model, plain SGD, and a training step that returns the summed loss."""
 
     def __init__(self, model, learning_rate=0.05):
         super().__init__()
@@ -44,7 +44,7 @@ class OwnModule(pl.LightningModule):
 
 
 def implementation(model):
-    """Name of the attention of the transformers model inside."""
+    """Returns the attention's name in the transformers model inside `model`."""
     from lctrain.models import find_models
 
     (found,) = find_models(model).values()

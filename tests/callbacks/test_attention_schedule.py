@@ -1,4 +1,4 @@
-"""AttentionSchedule: another attention from a step on, resumable to the bit."""
+"""Tests AttentionSchedule: it changes the attention at given steps, and resumes bit by bit."""
 
 import logging
 
@@ -23,7 +23,7 @@ STAGES = {
 
 
 class Staged(OwnModule):
-    """Records the attention at every micro-batch; can kill the run."""
+    """A module that records the attention of every micro-batch, and can kill the run."""
 
     def __init__(self, model, dies_at=None):
         super().__init__(model)
@@ -117,7 +117,7 @@ def test_final_rope_is_what_an_export_needs(make_llama):
 
 @pytest.mark.usefixtures("in_float64")
 def test_a_window_is_that_of_a_model_with_windows(make_llama):
-    """The option gives the result of transformers for a model with sliding windows."""
+    """`sliding_window` gives the logits of a transformers model with sliding-window attention."""
     from transformers import MistralConfig, MistralForCausalLM
 
     sizes = make_llama().config.to_dict() | {"sliding_window": 4}

@@ -1,4 +1,4 @@
-"""BatchView, and the callbacks on modules and batches of the user's own."""
+"""Tests BatchView, and the callbacks on a user's own modules and batches."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_documents_of_rows():
 
 @pytest.mark.usefixtures("in_float64")
 def test_valid_tokens_are_those_of_the_models_own_loss(make_llama):
-    """transformers counts labels after its shift; the view counts the same."""
+    """BatchView counts the labels that transformers' loss counts after its shift."""
     model = make_llama()
     labels = TOKENS.clone()
     labels[0, [0, 4, 9]] = -100
@@ -90,7 +90,7 @@ def test_a_batch_without_labels_has_no_count():
 
 
 class Dicts(OwnModule):
-    """A module whose batches are mappings, and whose model computes its own mean."""
+    """A module whose batches are mappings, and whose model computes its own mean loss."""
 
     def loss_of(self, batch):
         return self.model(**batch, use_cache=False).loss
@@ -121,7 +121,7 @@ def as_tuple(pack):
 
 
 class Manual(OwnModule):
-    """A module that makes two optimizer steps for every batch by manual optimization."""
+    """A module with manual optimization, which takes two optimizer steps per batch."""
 
     def __init__(self, model):
         super().__init__(model)

@@ -1,4 +1,4 @@
-"""StepCheckpoint and its atomic files."""
+"""Tests StepCheckpoint: when it saves, what it keeps, and that it writes files atomically."""
 
 import errno
 import os
@@ -48,7 +48,7 @@ def test_counts_optimizer_steps_not_micro_batches(tmp_path, make_llama):
 
 
 def test_last_step_of_max_steps_is_saved_in_the_middle_of_the_epoch(tmp_path, make_llama):
-    """A longer run can then resume with the rest of the epoch."""
+    """A run resumed with more steps can then finish the epoch."""
     checkpoint = StepCheckpoint(tmp_path / "c", every_n_steps=100)
     fit(tmp_path, make_llama, checkpoint, max_steps=3, max_epochs=-1)
     loops = torch.load(checkpoint.last_path, weights_only=False)["loops"]["fit_loop"]
@@ -63,7 +63,7 @@ def test_numbers_below_one(tmp_path, name):
 
 
 def test_unwritable_directory_is_an_error_before_training(tmp_path, make_llama):
-    """The folder's path is a file, which no user can write into, root included."""
+    """A file stands at the folder's path, so nobody can write into it, not even root."""
     (tmp_path / "file").write_text("")
     module = LongContextModule(make_llama(), OptimConfig())
     trainer = make_trainer(
@@ -94,7 +94,7 @@ def test_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 def test_next_start_deletes_what_a_killed_write_left(tmp_path, make_llama):
-    """After a SIGKILL no handler has run, and the temporary file exists."""
+    """SIGKILL lets no handler run, so the temporary file stays until the next start."""
     folder = tmp_path / "c"
     fit(tmp_path, make_llama, StepCheckpoint(folder, every_n_steps=2), max_steps=2, max_epochs=-1)
     (folder / "step-00000004.ckpt.tmp").write_bytes(b"half a checkpoint")
@@ -105,7 +105,7 @@ def test_next_start_deletes_what_a_killed_write_left(tmp_path, make_llama):
 
 
 class FullDisk(AtomicCheckpointIO):
-    """Raises the error of a full disk from one step on."""
+    """A callback that raises the error of a full disk from a given step on."""
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
         if checkpoint["global_step"] >= 4:
@@ -142,7 +142,7 @@ def test_a_file_system_without_links(tmp_path, make_llama, monkeypatch, caplog):
 
 
 def test_a_checkpoint_gets_its_name_once_its_step_is_logged(tmp_path, make_llama):
-    """A SIGKILL at that moment leaves the file of step 4 under its temporary name."""
+    """A SIGKILL before a step is logged leaves its checkpoint under the temporary name."""
     seen = {}
 
     class Look(CSVLogger):

@@ -1,4 +1,4 @@
-"""IsolationCheck: passes on patched models, stops on leaks, disturbs nothing."""
+"""Tests IsolationCheck: it accepts patched models, stops leaking ones, and alters no training."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_error_says_what_to_do(patched):
 
 
 def test_a_model_that_mixes_packed_documents_is_stopped(make_llama):
-    """Without the boundaries, transformers' attention runs over the whole pack."""
+    """Without boundaries, transformers' attention sees the whole pack."""
     model = make_llama()
 
     class Unaware(torch.nn.Module):
@@ -128,7 +128,7 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 @pytest.mark.parametrize("lengths", [(20, 60, 25), (20, 24, 30), (60, 9, 70)], ids=str)
 @pytest.mark.parametrize(("rope", "window"), [(LONGROPE, 128), (DYNAMIC, 32)], ids=str)
 def test_a_neighbour_s_length_is_varied(make_llama, rope, window, lengths):
-    """transformers keeps these documents apart, and takes frequencies from the longest."""
+    """transformers separates these documents, but takes RoPE frequencies from the longest one."""
     model = make_llama(head_dim=8, rope_parameters=rope, max_position_embeddings=window)
     with pytest.raises(IsolationError, match="a neighbour's length changes a document"):
         check_isolation(model, make_batch(lengths, 0))
@@ -159,7 +159,7 @@ def mixture():
 
 
 def round_by_company(model, size):
-    """Scales the experts' output by 1 + `size` times the tokens of expert 0, modulo 4."""
+    """Scales the experts' output by 1 + `size` * (tokens of expert 0 modulo 4)."""
 
     def scale(module, arguments, output):
         _, chosen, _ = arguments
@@ -201,7 +201,7 @@ def test_a_leak_before_experts_is_stopped_though_it_is_as_small_as_rounding(mixt
 
 
 def test_a_leak_inside_experts_is_stopped(mixture):
-    """Experts of limited capacity: tokens that come late are dropped."""
+    """Simulates experts of limited capacity, which drop late tokens."""
 
     def drop(module, arguments, output):
         _, chosen, _ = arguments
@@ -233,7 +233,7 @@ def test_of_a_large_mixture_fewer_tokens_are_checked(mixture, monkeypatch):
 
 
 def test_a_bar_shows_every_pass(patched, monkeypatch, capfd):
-    """It appears after a second; here at once."""
+    """The progress bar appears after a delay, which this test sets to zero."""
     monkeypatch.setattr("lctrain.callbacks.isolation.BAR_DELAY_S", 0)
     check_isolation(patched, PACKS[0])
     assert "Isolation check" not in capfd.readouterr().err

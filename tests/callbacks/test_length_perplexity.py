@@ -1,4 +1,4 @@
-"""LengthPerplexity measures during training, and does not change the training."""
+"""Tests LengthPerplexity: it measures during training and leaves the training unchanged."""
 
 import lightning.pytorch as pl
 import numpy as np
@@ -62,7 +62,7 @@ def test_nothing_held_out_is_an_error_before_training(tmp_path, make_llama, leng
 
 
 def test_an_error_leaves_every_module_in_its_mode(tmp_path, make_llama, monkeypatch):
-    """A caller that catches it may go on training."""
+    """A caller that catches the error may go on training."""
     model = make_llama()
     losses = causal_lm.linear_cross_entropy
 

@@ -1,4 +1,4 @@
-"""NonFiniteLossGuard: stops, spares the last good checkpoint, names the documents."""
+"""Tests NonFiniteLossGuard: it stops, keeps the last good checkpoint, and names the documents."""
 
 import itertools
 
@@ -16,7 +16,7 @@ PACKS = [make_batch([12, 5], i) for i in range(8)]
 
 
 class PoisonedModule(LongContextModule):
-    """Loss of one batch is not finite."""
+    """A module whose loss is not finite in one batch."""
 
     def __init__(self, model, at, value):
         super().__init__(model, OptimConfig())
@@ -28,7 +28,7 @@ class PoisonedModule(LongContextModule):
 
 
 class PoisonedGradient(LongContextModule):
-    """Loss is finite, a gradient is not."""
+    """A module with a finite loss and one gradient that is not finite."""
 
     def backward(self, loss, *args, **kwargs):
         super().backward(loss, *args, **kwargs)
@@ -65,7 +65,7 @@ def test_stops_and_names_the_documents(tmp_path, make_llama, value, log_every):
 
 
 def test_the_step_that_saves_is_looked_at_first(tmp_path, make_llama):
-    """The loss is not finite in a step that saves a checkpoint, between two logging steps."""
+    """The loss is checked before a checkpoint is saved, also between two logging steps."""
     with pytest.raises(NonFiniteLossError, match="micro-batch 3"):
         run(tmp_path, PoisonedModule(make_llama(), 3, float("nan")), log_every_n_steps=50)
     assert [path.name for path in (tmp_path / "c").glob("step-*")] == ["step-00000002.ckpt"]
@@ -98,7 +98,7 @@ def test_a_good_run_passes(tmp_path, make_llama):
 
 
 class OftenPoisoned(LongContextModule):
-    """Some micro-batches have a loss that is not finite; another one has such a gradient."""
+    """A module with non-finite losses in some micro-batches, and one non-finite gradient."""
 
     bad: frozenset[int] = frozenset()
     bad_gradient = -1
@@ -130,7 +130,7 @@ def skipping(tmp_path, make_llama, bad, bad_gradient=-1, max_in_a_row=3, **setti
 
 
 def test_skip_leaves_the_step_out_and_counts(tmp_path, make_llama, caplog):
-    """Weights do not change in the skipped step, also not by momentum or decay; later they do."""
+    """A skipped step changes no weight, not even by momentum or decay; later steps do."""
     guard, states, trainer = skipping(tmp_path, make_llama, bad={2, 3}, bad_gradient=5)
     assert guard.left_out == 3
     moved = [not torch.equal(*pair) for pair in itertools.pairwise(states)]

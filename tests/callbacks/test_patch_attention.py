@@ -1,4 +1,4 @@
-"""PatchAttention: patches the models of any module for a run, and restores them."""
+"""Tests PatchAttention: it patches the models of any module for a run, then restores them."""
 
 import inspect
 import logging
@@ -24,7 +24,7 @@ PACKS = [make_batch([12, 5], 0), make_batch([30], 1), make_batch([7, 8, 9], 2)]
 
 
 class Built(OwnModule):
-    """Builds its model in `configure_model` or `setup`."""
+    """A module that builds its model in `configure_model` or `setup`."""
 
     def __init__(self, make, hook):
         super().__init__(None)
@@ -40,7 +40,7 @@ class Built(OwnModule):
 
 
 class Pair(OwnModule):
-    """Two models; the second is frozen, and in a list of modules."""
+    """A module with two models; the second is frozen, in a list of modules."""
 
     def __init__(self, model, other):
         super().__init__(model)
@@ -73,7 +73,7 @@ def test_patches_for_the_run_and_gives_back(tmp_path, make_llama, run):
 
 
 def test_a_module_that_shards_in_configure_model(tmp_path, make_llama):
-    """The callback patches the sharded model; one shard has the losses of the whole model."""
+    """PatchAttention patches the sharded model; one shard gives the losses of the whole model."""
 
     def make():
         return make_llama().double()
@@ -106,7 +106,7 @@ def test_a_module_that_shards_in_configure_model(tmp_path, make_llama):
 
 
 def test_the_losses_are_those_of_a_patched_model(tmp_path, make_llama):
-    """The unpatched model mixes the documents of a pack, so the callback is seen in the loss."""
+    """An unpatched model mixes the documents of a pack, so its losses differ."""
     patched = OwnModule(make_llama())
     patch_model(patched.model)
     make_trainer(tmp_path).fit(patched, loader(PACKS))
@@ -153,7 +153,7 @@ def test_a_trainer_is_reused(tmp_path, make_llama):
 
 
 class BreakError(Exception):
-    """Raised to make a run fail."""
+    """An error that the tests raise to make a run fail."""
 
 
 @pytest.mark.parametrize("where", ["training_step", "validation_step", "on_train_start", "setup"])
@@ -192,7 +192,7 @@ def test_a_hidden_model_by_its_path(make_llama):
 
 
 class Untouched(pl.LightningDataModule):
-    """Data that fail when they are read."""
+    """A dataset that fails when it is read."""
 
     def prepare_data(self):
         raise AssertionError("data were prepared")
@@ -265,7 +265,7 @@ def test_wrong_options_are_refused_at_once():
 
 
 def test_every_option_of_a_spec_is_a_parameter():
-    """A YAML file can only set what the signature names."""
+    """YAML can set only the parameters that the signature names."""
     parameters = inspect.signature(PatchAttention).parameters
     named = inspect.signature(patch_model).parameters
     assert set(named) - {"model", "options"} <= set(parameters)
@@ -300,7 +300,7 @@ def test_checkpoints_do_not_notice(tmp_path, make_llama):
 
 @pytest.mark.parametrize("compiled", ["model", "module"])
 def test_compiled_models(tmp_path, make_llama, compiled):
-    """A compiled model is patched after a first run, and unpatched again."""
+    """A compiled model is patched after its first run, and later unpatched."""
     plain = OwnModule(make_llama())
     make_trainer(tmp_path, [PatchAttention()], max_steps=2).fit(plain, loader(PACKS))
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""TokenProgressBar: optimizer steps of the whole run, refreshed without waiting for the device."""
+"""Tests TokenProgressBar: it counts steps of the whole run, and never waits for the device."""
 
 import pytest
 

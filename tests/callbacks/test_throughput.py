@@ -1,4 +1,4 @@
-"""ThroughputMonitor: counts real tokens, and waits for the device only when it logs."""
+"""Tests ThroughputMonitor: it counts real tokens, and waits for the device only when it logs."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_reads_the_clock_of_the_device_only_when_it_logs(tmp_path, make_llama, m
 
 
 def test_checkpoints_and_validation_do_not_count(tmp_path, make_llama, monkeypatch):
-    """Only saving advances this clock, so the measured time is zero."""
+    """Only saving a checkpoint advances this fake clock, so the measured time is zero."""
     now = [0.0]
     monkeypatch.setattr("lctrain.callbacks.throughput.time.perf_counter", lambda: now[0])
 

@@ -1,4 +1,4 @@
-"""TokenExactLoss: the gradients of LongContextModule, to the bit, in a module of the user's own."""
+"""Tests TokenExactLoss: a user's module gets bit for bit the gradients of LongContextModule."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ SETTINGS = {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5}
 
 
 class Sums(OwnModule):
-    """A module that returns a summed loss and a count; records the gradients before each step."""
+    """A module that returns the summed loss and a count, and records gradients before each step."""
 
     def __init__(self, model):
         super().__init__(model, learning_rate=0.5)
@@ -33,14 +33,14 @@ class Sums(OwnModule):
 
 
 class Counted(Sums):
-    """A module that returns the sum alone; the batch has the count."""
+    """A module that returns the summed loss alone; the batch holds the count."""
 
     def loss_of(self, batch):
         return super().loss_of(batch)["loss"]
 
 
 class Means(Sums):
-    """A module that returns the mean of a micro-batch, as transformers' models do."""
+    """A module that returns the mean loss of a micro-batch, as transformers' models do."""
 
     def loss_of(self, batch):
         output = super().loss_of(batch)
@@ -48,7 +48,7 @@ class Means(Sums):
 
 
 class Manual(Sums):
-    """Accumulates three micro-batches by hand. The last window of the epoch is shorter."""
+    """A module that accumulates three micro-batches by hand; the epoch's last window is shorter."""
 
     automatic_optimization = False
 
@@ -67,7 +67,7 @@ def fit(tmp_path, module, *callbacks, batches=(*UNEVEN, *MORE), **settings):
 
 @pytest.fixture
 def reference(tmp_path, make_llama):
-    """Returns the result of LongContextModule for the same unpatched model."""
+    """Returns LongContextModule, trained on the same unpatched model and data."""
     module = RecordingModule(make_llama(), OptimConfig(), attention=None)
     return fit(tmp_path, module)
 
@@ -229,7 +229,7 @@ def test_a_sharding_strategy_is_refused(make_llama):
 
 
 def test_two_ranks_equal_the_module(tmp_path):
-    """DDP with gloo, unequal packs, accumulation, clipping: as LongContextModule on two ranks."""
+    """Two gloo ranks with unequal packs, accumulation and clipping equal LongContextModule."""
     results = []
     for name in ("tests.train_two_ranks", "tests.callbacks.train_two_ranks"):
         out = tmp_path / f"{name}.pt"

@@ -1,4 +1,4 @@
-"""Script of test_token_exact.py: tests.train_two_ranks with a module and callbacks of its own.
+"""Runs tests.train_two_ranks with a user's module and callbacks; test_token_exact.py starts it.
 
 Usage: python -m tests.callbacks.train_two_ranks OUT_FILE
 """
@@ -18,7 +18,7 @@ from tests.training import loader, make_trainer
 
 
 class Recorder(OwnModule):
-    """Records the losses per token; the data are the packs of this rank."""
+    """A module that records the losses per token; its data are the packs of this rank."""
 
     def __init__(self, exact):
         super().__init__(make_model(), learning_rate=0.5)
@@ -34,7 +34,7 @@ class Recorder(OwnModule):
 
 
 def main(out: Path) -> None:
-    """Trains, and writes the results of rank 0."""
+    """Trains, and writes the results of rank 0 to OUT_FILE."""
     exact = TokenExactLoss()
     module = Recorder(exact)
     trainer = make_trainer(

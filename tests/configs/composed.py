@@ -1,4 +1,4 @@
-"""Configurations of lctrain-train, composed as the command composes them."""
+"""Composes configurations of lctrain-train as the command does."""
 
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig

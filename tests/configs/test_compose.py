@@ -1,4 +1,4 @@
-"""Every config composes, converts to plain dataclasses and builds its objects."""
+"""Tests that every config composes, converts to plain dataclasses and builds its objects."""
 
 import dataclasses
 import importlib.util
@@ -44,7 +44,7 @@ NEEDED = {
 
 
 def choices():
-    """Yields group=option for every YAML file that ships."""
+    """Yields "group=option" for every YAML file in the package."""
     for group in (*GROUPS, "paths", "trainer"):
         for file in (resources.files("lctrain.configs") / group).iterdir():
             if file.name.endswith(".yaml"):
@@ -57,7 +57,7 @@ CHOICES = sorted(choices())
 
 
 def no_omegaconf(value) -> bool:
-    """Whether nothing in the tree is an OmegaConf container."""
+    """Returns whether the tree holds no OmegaConf container."""
     if isinstance(value, (DictConfig, ListConfig)):
         return False
     if dataclasses.is_dataclass(value):
@@ -257,7 +257,7 @@ def test_a_tilde_in_the_arguments_of_a_command_is_the_home_folder(monkeypatch):
 
 
 def test_callbacks_are_choices_that_add_up():
-    """callbacks=[...] adds Lightning's own callbacks to the default ones."""
+    """callbacks=[default,...] adds Lightning's own callbacks to the default ones."""
     several = "callbacks=[default,best_checkpoint,early_stopping]"
     metric = "callbacks.early_stopping.monitor=train/loss"
     plain = to_dataclass(

@@ -1,4 +1,4 @@
-"""The experiment of `make train`: what its settings must be for its picture to show something."""
+"""Tests the settings that `make train` needs for its picture to show an effect."""
 
 from lctrain.config import TrainConfig, to_dataclass
 from lctrain.limits import DUAL_CHUNK_METHODS

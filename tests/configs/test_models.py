@@ -1,4 +1,4 @@
-"""The models that configurations describe: what builds, and what is refused."""
+"""Tests which models a configuration can describe, and which ones are refused."""
 
 import pytest
 
@@ -115,7 +115,7 @@ def test_wrong_model_argument_type():
     "family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "mixtral", "gpt2"]
 )
 def test_full_sized_models_are_checked_without_memory(family):
-    """Their special tokens lie far beyond a small tokenizer's vocabulary, as in phi3."""
+    """Special token ids may exceed a small tokenizer's vocabulary, as in phi3."""
     check_model(ScratchModelConfig(model_type=family), AttentionConfig())
 
 

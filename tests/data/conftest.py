@@ -1,4 +1,4 @@
-"""A small text corpus and a data module on it, which most tests of the data share."""
+"""Fixtures for the tests of the data: a small text corpus, and data modules on it."""
 
 import random
 
@@ -22,7 +22,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory):
-    """One cache for all tests: most of them tokenize the same corpus."""
+    """One cache folder for all tests, since most of them tokenize the same corpus."""
     return tmp_path_factory.mktemp("cache")
 
 

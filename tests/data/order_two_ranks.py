@@ -1,6 +1,6 @@
-"""Script of test_dataset.py: a run, a part of it, and the rest, on two ranks with a RowOrder.
+"""Trains on two ranks with a RowOrder: once whole, and once stopped and resumed.
 
-Usage: python -m tests.data.order_two_ranks FOLDER
+test_dataset.py starts it. Usage: python -m tests.data.order_two_ranks FOLDER
 """
 
 import os
@@ -23,7 +23,7 @@ DOCUMENTS = [[3 + (7 * i + j) % 90 for j in range(length)] for i, length in enum
 
 
 class Seen(OwnModule):
-    """Records the tokens of every batch."""
+    """A module that records the tokens of every batch."""
 
     def __init__(self):
         super().__init__(make_model())
@@ -35,12 +35,12 @@ class Seen(OwnModule):
 
 
 def make_rows():
-    """Returns packs of unequal work."""
+    """Returns packs with unequal attention work."""
     return pack(DOCUMENTS, max_tokens=16)
 
 
 def run(folder: Path, steps: int, checkpoint: Path | None = None) -> Seen:
-    """Trains up to a step, from a checkpoint if there is one."""
+    """Trains up to a step, resuming from a checkpoint if one is given."""
     rows = make_rows()
     loader = DataLoader(rows, batch_size=None, sampler=RowOrder(rows, 5))
     trainer = make_trainer(
@@ -59,7 +59,7 @@ def run(folder: Path, steps: int, checkpoint: Path | None = None) -> Seen:
 
 
 def main(folder: Path) -> None:
-    """Trains, and writes the tokens that each rank saw."""
+    """Trains, and writes the tokens that each rank saw into FOLDER."""
     whole = run(folder / "whole", STEPS)
     begun = run(folder / "part", STOP)
     rest = run(folder / "part", STEPS, folder / "part" / "last.ckpt")

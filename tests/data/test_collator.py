@@ -1,4 +1,4 @@
-"""The collator: documents to a PackedBatch, and the rows of a plan."""
+"""Tests the collator: it turns documents, or the rows of a plan, into a PackedBatch."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""PackCollator in transformers' Trainer: every token weighs the same, documents stay apart."""
+"""Tests PackCollator in transformers' Trainer: equal token weights, and isolated documents."""
 
 import copy
 
@@ -54,7 +54,7 @@ def make_trainer(tmp_path, make_llama):
 
 
 def separate_losses(model, documents):
-    """Sum of the token losses of documents alone, and the number of targets."""
+    """Returns the summed token loss of documents run one by one, and the number of targets."""
     total, count = 0.0, 0
     for document in documents:
         tokens = torch.tensor(document["input_ids"])
@@ -65,7 +65,7 @@ def separate_losses(model, documents):
 
 
 def train_separately(model):
-    """The weights after three SGD steps, one document per forward pass, and the losses."""
+    """Returns weights and losses of three SGD steps with one document per forward pass."""
     losses = []
     model.train()
     for start in range(0, len(DOCUMENTS), PACK * ACCUMULATED):

@@ -1,4 +1,4 @@
-"""PackedDataModule: settings, what it offers after setup, and its errors."""
+"""Tests PackedDataModule: its settings, its attributes after setup, and its errors."""
 
 import json
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from lctrain.data.tokenizer import END_TOKEN
 
 
 def as_rank(data: PackedDataModule, rank: int, world_size: int) -> PackedDataModule:
-    """Attaches the attributes of a trainer that the data module reads outside of fit."""
+    """Attaches the trainer attributes that the data module reads outside of fit."""
     data.trainer = SimpleNamespace(
         world_size=world_size, global_rank=rank, state=SimpleNamespace(fn=TrainerFn.VALIDATING)
     )

@@ -1,4 +1,4 @@
-"""pack and RowOrder: datasets of the user's own in a plain DataLoader, resumable to the batch."""
+"""Tests pack and RowOrder: a user's dataset in a plain DataLoader, resumable at any batch."""
 
 import os
 import subprocess
@@ -43,7 +43,7 @@ def arrow(rows):
 
 
 def unpacked(rows):
-    """Returns every document of every row."""
+    """Returns the documents of all rows."""
     found = []
     for batch in (rows[index] for index in range(len(rows))):
         found += [ids.tolist() for ids in batch.input_ids[0].split(list(batch.lengths))]
@@ -162,11 +162,11 @@ def test_wrong_orders():
 
 
 class KilledError(Exception):
-    """Raised in place of the end of a process."""
+    """An error that stands for the death of the process."""
 
 
 class Recorder(OwnModule):
-    """Records the batches. It reads the estimate of steps, which makes Lightning load early."""
+    """Records the batches. It reads estimated_stepping_batches, so Lightning loads data early."""
 
     def __init__(self, model, estimate=False, dies_at=None):
         super().__init__(model)
@@ -237,7 +237,7 @@ def test_a_plain_loader_resumes_to_the_batch(tmp_path, make_llama, settings):
 
 
 def test_two_ranks_share_the_order_and_resume(tmp_path):
-    """Lightning keeps the sampler. Each rank has its own rows, and the same ones after a resume."""
+    """Lightning keeps the sampler: each rank has its own rows, and the same ones after a resume."""
     script = [sys.executable, "-m", "tests.data.order_two_ranks", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]

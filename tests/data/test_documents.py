@@ -1,4 +1,4 @@
-"""Documents: the stable split, the counts, and reading tokens out of the cache."""
+"""Tests the document store: a stable held-out split, counts, and reading tokens from the cache."""
 
 import pickle
 
@@ -82,7 +82,7 @@ def test_fingerprint_follows_texts_and_their_order():
 
 @pytest.fixture
 def store() -> TokenStore:
-    """Five documents in two Arrow chunks."""
+    """A document store with five documents in two Arrow chunks."""
     features = Features({"input_ids": List(Value("int32"))})
     first = Dataset.from_dict({"input_ids": [[1, 2, 3], [4]]}, features=features)
     second = Dataset.from_dict({"input_ids": [[5, 6], [7, 8, 9, 10], [11]]}, features=features)

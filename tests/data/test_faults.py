@@ -1,4 +1,4 @@
-"""Damaged files, foreign formats, other encodings and types, next to good files."""
+"""Tests sources on damaged files, foreign formats and odd encodings that lie beside good files."""
 
 import bz2
 import gzip
@@ -32,7 +32,7 @@ CODECS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": 
 
 @pytest.fixture
 def write(tmp_path):
-    """Returns a function that writes a file and gives its path as text."""
+    """Returns a function that writes a file and returns its path as a string."""
 
     def write_file(name: str, content: str | bytes) -> str:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -43,7 +43,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def read(tmp_path):
-    """Returns a function that reads a source: [(text, fault)]."""
+    """Returns a function that reads a source and returns a list of (text, fault)."""
 
     def read_source(source) -> list[tuple[str | None, str | None]]:
         dataset = source.load(tmp_path / "cache")

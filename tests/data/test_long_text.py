@@ -1,4 +1,4 @@
-"""Long texts in pieces: the tokens of the whole, whatever the tokenizer, in bounded memory."""
+"""Tests tokenizing long texts in pieces: the same tokens as the whole text, in bounded memory."""
 
 import json
 import random
@@ -34,7 +34,7 @@ SPECIAL = "<|endoftext|>"
 
 
 def source_text() -> str:
-    """Sixty thousand characters of code, and of what tokenizers stumble over."""
+    """Sixty thousand characters of code, with character sequences that are hard to tokenize."""
     root = Path(sysconfig.get_paths()["stdlib"])
     text = (root / "argparse.py").read_text()[:40_000]
     chance = random.Random(0)
@@ -84,7 +84,7 @@ def llama3() -> Tokenizer:
 
 
 def llama2() -> Tokenizer:
-    """BPE over the whole text: a normalizer in place of a pre-tokenizer, and bytes to fall back."""
+    """Returns a BPE tokenizer like Llama 2's: a normalizer, no pre-tokenizer, and byte fallback."""
     learnt = Tokenizer(models.BPE())
     learnt.pre_tokenizer = pre_tokenizers.Metaspace()
     special = ["<unk>", SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]

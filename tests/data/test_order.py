@@ -1,4 +1,4 @@
-"""The order of rows: pure, complete, and balanced by attention work."""
+"""Tests the order of rows: deterministic, complete, and balanced by attention work."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Installed packages as a source, on two folders in place of site-packages."""
+"""Tests the source `packages` on two folders that stand for site-packages."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Packing: every token once, best fit decreasing, the counts, and the speed."""
+"""Tests packing: every token once, best fit decreasing, the counts in the report, and the speed."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ def log_normal(count: int, seed: int = 0, mean: float = 6.5, sigma: float = 1.2)
 
 
 def naive_best_fit_decreasing(lengths: list[int], capacity: int) -> list[int]:
-    """Returns the room left in each row, by the definition of the algorithm."""
+    """Returns the free tokens of each row, by the textbook algorithm."""
     rooms: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [(room, row) for row, room in enumerate(rooms) if room >= length]
@@ -29,7 +29,7 @@ def naive_best_fit_decreasing(lengths: list[int], capacity: int) -> list[int]:
 
 
 def tokens_of(plan, lengths: np.ndarray) -> list[np.ndarray]:
-    """Returns how often every token of every document occurs in the rows."""
+    """Returns how often the rows contain each token of each document."""
     seen = [np.zeros(length, dtype=np.int64) for length in lengths]
     for row in range(len(plan)):
         for piece in plan.row(row):
@@ -175,7 +175,7 @@ print(json.dumps({"bytes": peak, "fill": plan.report.fill}))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_a_million_documents_in_one_gibibyte():
-    """In seconds; work that grows by the square would meet the suite's timeout on any machine."""
+    """Takes seconds; an algorithm with quadratic work would exceed the suite's timeout."""
     output = subprocess.run(
         [sys.executable, "-c", MEASURE], check=True, capture_output=True, text=True
     )
@@ -185,7 +185,7 @@ def test_a_million_documents_in_one_gibibyte():
 
 
 def test_a_bar_shows_the_packing(monkeypatch, capfd):
-    """It appears after a second; here at once. Without progress there is none."""
+    """The progress bar appears after a delay, which this test sets to zero."""
     from lctrain.data import packing
 
     monkeypatch.setattr(packing, "BAR_DELAY_S", 0)

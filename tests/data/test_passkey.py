@@ -1,4 +1,4 @@
-"""Passkey documents: positions of key and answer; each document is a function of its number."""
+"""Tests passkey documents: where key and answer stand; a number determines each document."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def format(data) -> PasskeyFormat:
 
 @pytest.fixture
 def filler() -> Filler:
-    """Three documents of which 3, 0 and 4 tokens can be used: 10, 11, 12 and 20, 21, 22, 23."""
+    """Three documents with 3, 0 and 4 usable tokens: 10, 11, 12 and 20, 21, 22, 23."""
     return Filler.of([np.array([10, 11, 12, 99]), np.array([99]), np.array([20, 21, 22, 23, 99])])
 
 

@@ -1,4 +1,4 @@
-"""Rows with a fraction of passkey documents: fraction, lengths and reproducibility."""
+"""Tests rows with a share of passkey documents: the share, the lengths and reproducibility."""
 
 import pickle
 
@@ -91,7 +91,7 @@ def test_the_same_rows_in_another_process_and_another_run(make_data, data):
 
 
 def test_no_stream_of_training_is_one_of_the_evaluation():
-    """NumPy pads seeds by zeros: [2, 64] is [2, 64, 0], key 0 of length 64 with seed 2."""
+    """NumPy pads seeds with zeros: [2, 64] equals [2, 64, 0], the evaluation's seed of one key."""
 
     def states(generators):
         return {generator.bit_generator.state["state"]["state"] for generator in generators}

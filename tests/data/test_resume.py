@@ -1,4 +1,4 @@
-"""Resume: after a death at any batch, batches and losses are bit-equal to a run that never died."""
+"""Tests resuming: a killed run gives the losses of an uninterrupted run, bit by bit."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).with_name("train_recorded.py")
 
 
 class DiedError(Exception):
-    """Raised in place of the end of a process."""
+    """An error that stands for the death of the process."""
 
 
 class MortalRecorder(Recorder):
@@ -34,7 +34,7 @@ def finished_batches(checkpoint: Path) -> int:
 
 @pytest.fixture
 def run(make_data, tmp_path):
-    """Returns run(name, ...), which trains and returns the lines that the run recorded."""
+    """Returns run(name, ...), which trains and returns the lines that the script recorded."""
 
     def train_toy(name, data=None, dies_at=None, resume=None, reads_estimate=True, **trainer):
         record = tmp_path / f"{name}-{resume}.txt"
@@ -51,7 +51,7 @@ def run(make_data, tmp_path):
 
 
 def check_resume(run, tmp_path, dies_at, data=None, **settings):
-    """Compares a whole run with one that dies and is resumed from its last checkpoint."""
+    """Compares a whole run with one that is killed and resumes from its last checkpoint."""
     whole = run("whole", data=data, **settings)
     dead = run("dead", data=data, dies_at=dies_at, **settings)
     assert dead == whole[: dies_at + 1]
@@ -127,7 +127,7 @@ def test_overfitting_repeats_the_same_batches(run):
 
 
 class Peek(Recorder):
-    """Reads batches of the training loader in hooks, as checks at the start of a run do."""
+    """A callback that reads training batches in hooks, as a check at the start of a run does."""
 
     def on_train_start(self) -> None:
         loader = self.trainer.train_dataloader
@@ -171,12 +171,12 @@ def test_batches_pass_through_every_precision(make_data, tmp_path, precision):
 
 
 def recorded(folder: Path) -> dict[str, list[str]]:
-    """Returns the recorded lines of every rank."""
+    """Returns the lines that each rank recorded."""
     return {path.name: path.read_text().splitlines() for path in sorted(folder.glob("rank*.txt"))}
 
 
 def train(corpus, folder: Path, *flags: str, own_process: bool, dies: bool = False) -> None:
-    """Runs the script, in this process or in its own."""
+    """Runs tests.data.train_recorded, in this process or in a process of its own."""
     folder.mkdir(exist_ok=True)
     flags = ("--corpus", str(corpus), "--folder", str(folder), *flags)
     if not own_process:

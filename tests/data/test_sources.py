@@ -1,4 +1,4 @@
-"""Sources: the documents that they read, their limits, and their messages about bad files."""
+"""Tests the sources: the documents they read, their limits, and their errors about bad files."""
 
 import gzip
 import json
@@ -12,7 +12,7 @@ from lctrain.data.documents import read_documents
 
 @pytest.fixture
 def write(tmp_path):
-    """Returns a function that writes a file and gives its path as text."""
+    """Returns a function that writes a file and returns its path as a string."""
 
     def write_file(name: str, content: str | bytes) -> str:
         path = tmp_path / name
@@ -146,7 +146,7 @@ def test_parquet_without_a_text_column_is_an_error(tmp_path, field, message):
 
 @pytest.fixture
 def hub(tmp_path) -> str:
-    """A folder in the layout of a dataset repository."""
+    """A folder with the layout of a dataset repository on the hub."""
     splits = {"train": ["a", "bb", None, "dddd"], "test": ["held out"]}
     for name, rows in splits.items():
         (tmp_path / "repository").mkdir(exist_ok=True)

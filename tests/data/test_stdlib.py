@@ -1,4 +1,4 @@
-"""The default data for real: fill and balance on the standard library of this interpreter."""
+"""Tests the default data: fill and balance of packs of this interpreter's standard library."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A stream without an end: bounded on disk, the same batches after a resume and on every rank."""
+"""Tests streaming: bounded disk use, and the same batches after a resume and on every rank."""
 
 import json
 import random
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::U
 
 
 class Stream:
-    """Replaces `load_dataset(..., streaming=True)`: generates records, and counts their bytes."""
+    """Replaces `load_dataset(..., streaming=True)`: it generates records and counts their bytes."""
 
     def __init__(self, records=None):
         self.records, self.bytes, self.first = records, 0, 0
@@ -42,7 +42,7 @@ class Stream:
 
 @pytest.fixture
 def stream(monkeypatch):
-    """Returns a function that installs a stream: stream(records) -> Stream."""
+    """Returns stream(records=None), which installs a Stream of `records` records; None: endless."""
 
     def install(records=None):
         made = Stream(records)
@@ -69,7 +69,7 @@ def module(folder, rank=0, world_size=1, **settings):
 
 
 def batches(data, first, count):
-    """The token ids and dropout keys of some batches."""
+    """Returns the token ids and the dropout keys of some batches."""
     data._cursor.batches = first
     found = []
     for batch in data.train_dataloader():
@@ -103,7 +103,7 @@ OVERRIDES = [
 
 
 def test_a_run_streams_more_than_the_disk_may_hold_and_resumes(stream, tmp_path, monkeypatch):
-    """Stopped in the middle and resumed, on the same bits; the cache does not grow."""
+    """A run that is stopped and resumed gives the same bits, and the cache does not grow."""
     monkeypatch.setenv("TMPDIR", str(tmp_path / "cache"))
     overrides = [*OVERRIDES, f"data.cache_dir={tmp_path}/cache"]
     read = stream()

@@ -1,4 +1,4 @@
-"""Tokenizers and tokenizing: trained once, cached, and every document ends with the end token."""
+"""Tests tokenizers: trained once and cached; every tokenized document ends with the end token."""
 
 import pytest
 from datasets import Dataset

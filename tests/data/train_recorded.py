@@ -1,4 +1,4 @@
-"""Trains a toy model and writes down what every step saw; run as a script, or imported by tests.
+"""Trains a toy model and records the documents of every step; run as a script or imported by tests.
 
 The script can kill itself with SIGKILL at a batch, on every rank.
 """
@@ -19,7 +19,7 @@ from lctrain.process_group import leave_at_exit
 
 
 class Recorder(LightningModule):
-    """One weight; every step appends "rank epoch documents loss-bits" to a file."""
+    """A model with one weight; each step appends "rank epoch documents loss-bits" to a file."""
 
     def __init__(self, record: Path, reads_estimate: bool = True, dies_at: int | None = None):
         super().__init__()
@@ -38,7 +38,7 @@ class Recorder(LightningModule):
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Does nothing; with it Lightning runs the validation."""
+        """Does nothing, but makes Lightning run the validation."""
 
     def die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -56,7 +56,7 @@ class Recorder(LightningModule):
 
 
 def make_trainer(checkpoints: Path, **settings: Any) -> Trainer:
-    """A silent CPU trainer that keeps its last checkpoint."""
+    """Returns a silent CPU trainer that keeps its last checkpoint."""
     every = settings.pop("checkpoint_every", 4)
     saving = {"every_n_epochs": 1} if every == "epoch" else {"every_n_train_steps": every}
     defaults: dict[str, Any] = {
@@ -73,7 +73,7 @@ def make_trainer(checkpoints: Path, **settings: Any) -> Trainer:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains two epochs; see the flags."""
+    """Trains two epochs, with the options of the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--corpus", required=True)
     parser.add_argument("--folder", type=Path, required=True)

@@ -1,4 +1,4 @@
-"""Every command that the documents print: its options exist, and those of the README run."""
+"""Tests the commands that the documents print: all options exist, and the README's commands run."""
 
 import re
 import shlex
@@ -34,7 +34,7 @@ SMALL = {
 
 
 def printed_commands(text: str) -> list[str]:
-    """Returns the lctrain commands of a page, each on one line, without its comment."""
+    """Returns a page's lctrain commands, each on one line and without its comment."""
     lines = []
     for block in (block for language, block in FENCE.findall(text) if not language):
         for line in block.replace("\\\n", " ").splitlines():
@@ -53,7 +53,7 @@ COMMANDS = sorted({line for page in COMMON for line in printed_commands(page.rea
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """An empty folder to work in, with the files that the printed commands name."""
+    """An empty working folder with the files that the printed commands name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LCTRAIN_CACHE", str(tmp_path / "cache"))
     for number in range(12):
@@ -89,7 +89,7 @@ def run(command: str, monkeypatch) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_the_commands_of_the_readme_run(folder, monkeypatch):
-    """Runs them in their order. The run that the README resumes is started here."""
+    """Runs the README's commands in order, after starting the run that the README resumes."""
     config = transformers.LlamaConfig(
         vocab_size=257,
         hidden_size=16,

@@ -1,4 +1,4 @@
-"""The scripts in docs/examples: short, run as files, and printed in the guide as they are."""
+"""Tests the scripts in docs/examples: they are short, they run, and the guide prints them."""
 
 import os
 import subprocess

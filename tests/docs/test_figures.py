@@ -1,4 +1,4 @@
-"""Figures in the documents come from records: generated, compared here, or listed with a reason."""
+"""Tests that each figure in the documents comes from a record, or is listed with a reason."""
 
 import json
 import re
@@ -50,13 +50,13 @@ def load(*path: str) -> dict:
 
 
 def figures(text: str) -> list[str]:
-    """Returns all figures with a unit outside of code and generated tables."""
+    """Returns all figures with a unit, except those in code and generated tables."""
     prose = CODE.sub("", GENERATED.sub("", text))
     return [" ".join(found[0].split()) for found in FIGURE.finditer(prose)]
 
 
 def step_times() -> dict[tuple[str, str, bool], float | None]:
-    """Returns milliseconds by (contender, workload, checkpointing), of the last run each."""
+    """Returns the newest milliseconds by (contender, workload, checkpointing)."""
     times: dict[tuple[str, str, bool], float | None] = {}
     for name in ("step.json", "step_checkpointing.json"):
         for run in load("differential", "results", name)["results"]:
@@ -66,7 +66,7 @@ def step_times() -> dict[tuple[str, str, bool], float | None]:
 
 
 def step_rows() -> list[str]:
-    """Returns the table of a training step as it must be printed."""
+    """Returns the rows that the recipe's table of training steps must have."""
     times, rows = step_times(), []
     columns = [("mix32k", False), ("1x32k", False), ("mix32k", True)]
     for contender in dict.fromkeys(name for name, *_ in times):
@@ -87,7 +87,7 @@ def step_rows() -> list[str]:
 
 
 def quality_rows() -> list[str]:
-    """Returns the table of the three models as it must be printed."""
+    """Returns the rows that the recipe's table of the three models must have."""
     rows = []
     for name, title in (("plain", "plain"), ("v1", "V1"), ("v2", "V2")):
         of = load("differential", "results", "differential.json")["summary"][name]
@@ -108,7 +108,7 @@ def quality_rows() -> list[str]:
 
 
 def derived() -> dict[str, set[str]]:
-    """Returns the figures of the recipes' prose, computed from their records."""
+    """Returns the figures in the recipes' prose, computed from their records."""
     times = step_times()
     parity = load("differential", "results", "parity.json")
     apart = parity["largest_difference_to_two_calls_with_sdpa"]["float32"]
@@ -141,7 +141,7 @@ _V1_COLUMNS = [("mix32k", False), ("1x32k", False), ("mix32k", True)]
 
 
 def passkey_figures() -> set[str]:
-    """Returns shares of found keys in percent: means over depths, and single depths."""
+    """Returns the shares of passkeys found, in percent: means over depths and single depths."""
     lines = (RECIPES / "dual_chunk_extension" / "results" / "passkey_retrieval.csv").read_text()
     cells: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for line in lines.splitlines()[1:]:

@@ -1,4 +1,4 @@
-"""Follows the how-tos to their end: the command line uses what they add."""
+"""Follows each how-to to its end: lctrain's commands then use what the how-to adds."""
 
 import csv
 import shlex

@@ -1,4 +1,4 @@
-"""Every Python example of the README and the documents runs as printed, in order, page by page."""
+"""Runs every Python example of the README and the documents as printed, in order, page by page."""
 
 import ast
 import importlib.util
@@ -26,14 +26,14 @@ WITH_EXAMPLES = [page for page in PAGES if EXAMPLE.search(page.read_text())]
 
 
 def write_files(page: Path, folder: Path) -> None:
-    """Writes the blocks of a page that have a title into files of that name."""
+    """Writes each titled block of a page into a file of that name."""
     for name, content in FILE.findall(page.read_text()):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content)
 
 
 def run_as_a_file(page: Path, folder: Path, more: str = "") -> None:
-    """Runs all examples of a page, and then `more`, as one script."""
+    """Runs all examples of a page, followed by the code `more`, as one script."""
     write_files(page, folder)
     script = folder / "example.py"
     script.write_text("".join(EXAMPLE.findall(page.read_text())) + more)
@@ -79,7 +79,7 @@ def test_links_lead_somewhere(page: Path):
 
 
 def test_the_readme_s_speeds_are_those_that_were_recorded():
-    """The figures of the README are in the tables that are generated from the records."""
+    """The README's speeds stand in the tables that are generated from the records."""
     text = (ROOT / "README.md").read_text()
     record = BenchmarkRecord.load(report.newest_results()[0])
     workloads = ("1x32k", "mix32k", "16x2k")
@@ -95,7 +95,7 @@ def test_the_readme_s_speeds_are_those_that_were_recorded():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_a_page_names_exist(page: Path):
-    """How-tos also name files that their reader adds."""
+    """How-tos are left out, since they also name files that their reader adds."""
     if page.parent.name == "how_to":
         return
     named = re.findall(

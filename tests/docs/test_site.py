@@ -1,4 +1,4 @@
-"""The documentation site: it builds without a warning, is complete, and opens without a network."""
+"""Tests the documentation site: no warning while it builds, no missing page, no network needed."""
 
 import importlib
 import itertools
@@ -42,7 +42,7 @@ def test_every_local_link_and_image_leads_somewhere(site):
 
 
 def test_the_site_opens_without_a_network(site):
-    """No page loads a script, a style, a font or an image from another host."""
+    """No page loads a script, style sheet, font or image from another host."""
     loading = r'<(?:script|img)[^>]*src="https?:|<link[^>]*rel="stylesheet"[^>]*https?:'
     for page in site.rglob("*.html"):
         text = page.read_text()
@@ -95,7 +95,7 @@ def test_the_page_of_what_was_tested_follows_the_reports_and_pins():
 
 
 def test_supported_ranges_are_those_of_the_package():
-    """README and support matrix name the bounds of pyproject.toml; an upper bound is exclusive."""
+    """README and support matrix state pyproject.toml's bounds, whose upper bounds are exclusive."""
     project = (ROOT / "pyproject.toml").read_text()
     for name, title in (("torch", "PyTorch"), ("transformers", "transformers")):
         found = re.search(rf'"{name}>=(\d+)\.(\d+),<(\d+)\.(\d+)"', project)

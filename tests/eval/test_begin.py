@@ -1,4 +1,4 @@
-"""The begin token: in every window where a tokenizer adds one, and counted in the table."""
+"""Tests the begin token: it opens every window if the tokenizer adds one, and is counted."""
 
 import numpy as np
 import pytest
@@ -75,7 +75,7 @@ def test_windows_leave_room_for_the_begin_and_score_everything_once(length, over
 
 
 def direct_loss(model, ids: np.ndarray, length: int, begin: bool) -> float:
-    """Sum of the losses of one document, window by window, without batches."""
+    """Returns the summed loss of one document, window by window, without batches."""
     windows = cut_windows([len(ids)], length, begin=int(begin))
     total = 0.0
     for start, first, stop in zip(windows.starts, windows.scored_from, windows.stops, strict=True):

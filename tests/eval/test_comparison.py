@@ -1,4 +1,4 @@
-"""The comparison of methods: the tokens it scores, what they see, and the files it writes."""
+"""Tests the comparison of methods: the tokens scored, their contexts, and the files written."""
 
 import csv
 import json
@@ -39,7 +39,7 @@ def compare(model, documents, methods=("plain",), **options):
 
 
 def direct_loss(model, documents, length: int, stride: int, edit=lambda window: [window]) -> float:
-    """Returns the loss by definition: positions from 64 - stride on, in windows `stride` apart."""
+    """Returns the mean loss of positions from 64 - stride on, one window at a time."""
     losses = []
     for document in documents:
         ids = torch.from_numpy(document.input_ids)

@@ -1,4 +1,4 @@
-"""Methods to read beyond the window: their changes to a model, and that they are undone."""
+"""Tests the methods that read beyond the trained window: they change a model and restore it."""
 
 import copy
 import math
@@ -20,7 +20,7 @@ ROTARY = ("linear", "ntk", "yarn")
 
 @pytest.fixture
 def model(make_llama):
-    """A model with large logits in its attention, so that positions have an effect."""
+    """A model with large attention logits, so that positions have an effect."""
     model = make_llama(max_position_embeddings=WINDOW)
     with torch.no_grad():
         for layer in model.model.layers:
@@ -77,7 +77,7 @@ def test_linear_divides_positions(model):
 
 
 def test_ntk_scales_the_base(model):
-    """The fastest frequency stays, the slowest is divided by the factor."""
+    """The fastest frequency stays; the slowest is divided by the factor."""
     before = model.model.rotary_emb.inv_freq.clone()
     with Extension("ntk", WINDOW).at(model, 64):
         after = model.model.rotary_emb.inv_freq
@@ -116,7 +116,7 @@ def test_the_window_may_be_another_than_the_configs(model):
 
 
 def test_the_window_of_a_published_config_is_the_one_that_dual_chunk_attention_takes(make_llama):
-    """Qwen2.5-1M states its trained window beside its options of dual chunk attention."""
+    """Qwen2.5-1M states its trained window among its options of dual chunk attention."""
     published = {"chunk_size": 16, "local_size": 2, "original_max_position_embeddings": WINDOW}
     model = make_llama(max_position_embeddings=62, dual_chunk_attention_config=published)
     assert trained_window(model, None) == WINDOW

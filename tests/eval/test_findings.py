@@ -1,4 +1,4 @@
-"""Sentences about an evaluation: the numbers in them, the verdict, and when there is nothing."""
+"""Tests the sentences about an evaluation: their numbers, the verdict, and missing results."""
 
 import math
 
@@ -28,7 +28,7 @@ def row(length, loss, gain=0.0, gain_stderr=0.0):
     ids=["helps", "unclear", "hurts", "one_document", "no_spread"],
 )
 def test_gain_inside_the_window_in_paired_standard_errors(gain, stderr, verdict):
-    """Compares the longest length within the window with the shortest; longer ones are left out."""
+    """Compares the longest length inside the window with the shortest one, document by document."""
     rows = [row(16, 3.0), row(64, 3.0 - gain, gain, stderr), row(256, 9.0, -6.0, 0.1)]
     sentence = context_gain(rows, 64)
     numbers = f"perplexity 20.1 with 16 tokens of context, {math.exp(3.0 - gain):.1f} with 64 "

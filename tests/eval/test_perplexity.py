@@ -18,7 +18,7 @@ LENGTHS = [2, 13, 64]
 
 @pytest.fixture(params=["packs", "rows"])
 def model(request, make_llama):
-    """A patched model, which reads packs, or an unpatched one, which reads rows; float64."""
+    """A float64 model: patched, so it reads packs, or unpatched, so it reads rows."""
     llama = make_llama().double()
     nn.init.normal_(llama.lm_head.weight)  # far from uniform
     if request.param == "rows":
@@ -72,9 +72,9 @@ def test_uniform_model_has_the_perplexity_of_its_vocabulary(model, documents) ->
 
 
 class LooksBack(nn.Module):
-    """Predicts the token of `distance` positions ago, if it sees it, with probability 0.9.
+    """Predicts the token `distance` positions back with probability 0.9, if it can see it.
 
-    Otherwise it is uniform, so its perplexity at every context length is known.
+    Otherwise its prediction is uniform, so its perplexity is known at every context length.
     """
 
     def __init__(self, distance: int):
@@ -174,7 +174,7 @@ def test_model_keeps_its_mode_and_dropout_is_off(make_llama, documents) -> None:
 
 @pytest.mark.usefixtures("in_float64")
 def test_recurrent_model_without_attention(documents) -> None:
-    """Mamba cannot read packs; rows that are padded on the right suit every causal model."""
+    """Mamba cannot read packs, but rows padded on the right suit every causal model."""
     torch.manual_seed(0)
     config = transformers.MambaConfig(
         vocab_size=VOCABULARY, hidden_size=16, state_size=4, num_hidden_layers=1, use_cache=False

@@ -36,7 +36,7 @@ def test_documents_that_agree_have_standard_error_zero() -> None:
 
 
 def test_standard_error_is_the_spread_of_the_mean_over_samples_of_documents() -> None:
-    """Documents of unequal length with a level of their own: a naive s/sqrt(tokens) is far off."""
+    """Documents differ in length and mean loss, so the naive s / sqrt(tokens) is far too small."""
     generator = np.random.default_rng(0)
 
     def sample() -> tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""Passkey retrieval of models that find keys by construction, and refused settings."""
+"""Tests passkey retrieval on fake models that always find keys, and its refused settings."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ LENGTHS = [64, 128]
 
 @pytest.fixture
 def format() -> PasskeyFormat:
-    """A format of 26 fixed tokens, and ten words of which every second has two tokens."""
+    """A format with 26 fixed tokens and ten words; every second word has two tokens."""
 
     def ids(*values: int) -> np.ndarray:
         return np.array(values, dtype=np.int64)
@@ -46,7 +46,7 @@ def run(model, format, documents, methods=("plain",), **options):
 
 @pytest.fixture
 def looks_up(monkeypatch, format):
-    """Makes the model find a key in the part of the text that is visible from each question."""
+    """Replaces greedy predictions by the key, wherever the question's context holds it."""
 
     def greedy(model, kwargs, places):
         ids = kwargs["input_ids"].flatten()
@@ -102,7 +102,7 @@ def test_a_random_model_finds_none_and_is_left_as_it_was(make_llama, format, doc
 
 
 def test_found_is_what_greedy_decoding_finds(make_llama, format, documents, monkeypatch):
-    """Compares with the answers of generate(), token by token."""
+    """Compares the found keys with the answers of generate(), token by token."""
     model = make_llama()
     filler = Filler.of(documents, 1)
     made = format.make(np.random.default_rng([0, 64, 0]), 64, 0.0, filler, with_end=False)

@@ -10,7 +10,7 @@ SIZES = [1, 2, 3, 9, 10, 11, 12, 64, 100]
 
 
 def scored_positions(windows) -> set[tuple[int, int]]:
-    """Returns all scored (document, position) pairs; fails if one occurs twice."""
+    """Returns all scored (document, position) pairs; fails if a pair occurs twice."""
     pairs = [
         (int(document), position)
         for document, begin, end in zip(

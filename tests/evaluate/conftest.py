@@ -1,4 +1,4 @@
-"""Tiny models over bytes in folders, texts, and functions that evaluate the models on the texts."""
+"""Fixtures: tiny saved models over bytes, texts, and functions that run lctrain-eval on them."""
 
 import itertools
 import sys
@@ -20,7 +20,7 @@ TEXTS = ["It was the best of times. " * 8, "Call me Ishmael.", "In a hole in the
 
 
 def save_model(folder: Path, config: transformers.PretrainedConfig) -> Path:
-    """Saves a random causal LM over bytes in float64, with its tokenizer."""
+    """Saves a random float64 causal LM over bytes, together with its tokenizer."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*letters, "<end>"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -35,7 +35,7 @@ def save_model(folder: Path, config: transformers.PretrainedConfig) -> Path:
 
 
 def llama_config(**settings) -> transformers.LlamaConfig:
-    """Returns a config with one layer of 16 channels over bytes."""
+    """Returns the config of a Llama over bytes, with one layer of width 16."""
     sizes = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 24}
     layers = {"num_hidden_layers": 1, "num_attention_heads": 2}
     return transformers.LlamaConfig(**sizes | layers | settings)
@@ -70,7 +70,7 @@ def texts(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def make_config(model_folder, texts, tmp_path):
-    """Returns a factory of configs that evaluate the Llama on all texts: make_config(**changes)."""
+    """Returns make_config(**changes), which makes an EvalConfig of the Llama on all texts."""
 
     numbers = itertools.count()  # every evaluation has a folder of its own
 
@@ -96,7 +96,7 @@ def make_config(model_folder, texts, tmp_path):
 
 @pytest.fixture
 def run_main(model_folder, texts, tmp_path, monkeypatch):
-    """Returns a function that calls the console script's entry point: run_main(*overrides)."""
+    """Returns run_main(*overrides), which calls the entry point of lctrain-eval."""
 
     def run(*overrides: str) -> None:
         monkeypatch.setenv("HYDRA_FULL_ERROR", "1")

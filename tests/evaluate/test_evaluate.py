@@ -157,7 +157,7 @@ def test_device_is_found() -> None:
 
 
 def other_tokenizer(model_folder: Path, folder: Path) -> Path:
-    """A tokenizer of the same tokens under other ids."""
+    """A tokenizer with the same tokens under other ids."""
     tokenizer = json.loads((model_folder / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     a, b = vocabulary["a"], vocabulary["b"]

@@ -1,4 +1,4 @@
-"""lctrain-eval with several ways to read beyond the window, and with passkeys."""
+"""Tests lctrain-eval with several methods that read beyond the window, and with passkeys."""
 
 import csv
 import json

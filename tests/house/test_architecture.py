@@ -1,7 +1,7 @@
-"""The layout of the packages: who may import whom, and what a folder may hold.
+"""Tests the layout of the packages: which module may import which, and what a folder may hold.
 
-Every module has a level; it imports from lower levels and from its own package only. The walk is
-over the syntax tree, so imports inside functions count too.
+Every module has a level in LEVELS. It imports only from lower levels and from its own package. The
+test reads syntax trees, so imports inside functions count too.
 """
 
 import ast
@@ -91,7 +91,7 @@ FRAMEWORKS = {
 
 
 def source_files() -> dict[str, Path]:
-    """Maps the dotted name of every module that ships to its file."""
+    """Returns the file of every module in the packages, by the module's dotted name."""
     files = {}
     for package, folder in package_folders().items():
         for path in sorted(folder.glob("*.py")):
@@ -103,7 +103,7 @@ SOURCES = source_files()
 
 
 def home(module: str) -> str | None:
-    """The entry of LEVELS that `module` belongs to, or None outside of them."""
+    """Returns the key of LEVELS that covers `module`, or None."""
     while module and module not in LEVELS:
         module = module.rpartition(".")[0]
     return module or None
@@ -134,17 +134,17 @@ IMPORTS = {module: imported_modules(module, path) for module, path in SOURCES.it
 
 
 def modules(prefix: str) -> list[str]:
-    """Every module of a package, itself among them."""
+    """Returns all modules of a package, including the package itself."""
     return [module for module in SOURCES if f"{module}.".startswith(f"{prefix}.")]
 
 
 def is_reference(module: str) -> bool:
-    """Whether a module is a definition in plain PyTorch."""
+    """Returns whether a module is a definition in plain PyTorch."""
     return re.match(r"lctrain_kernels\.(\w+\.)?reference\b", module) is not None
 
 
 def upward(module: str) -> list[str]:
-    """Returns what is wrong with a module's imports of lctrain's packages, in words."""
+    """Returns a sentence for each import of a module that breaks the order of the levels."""
     mine = home(module)
     if mine is None:
         return [f"{module} has no level in LEVELS: decide where it belongs"]
@@ -168,7 +168,7 @@ def test_imports_run_downwards():
 
 
 def test_no_module_imports_itself_through_others():
-    """Not even for type checking, or inside functions: a pair that import each other is a cycle."""
+    """Imports for type checking and inside functions count too: no import cycle is allowed."""
     graph = {
         module: {name for name in names if name in SOURCES and name != module}
         for module, names in IMPORTS.items()
@@ -244,7 +244,7 @@ def test_every_package_on_disk_is_listed():
 
 
 def test_one_module_decides_where_documents_are():
-    """All other modules call it, or read its result."""
+    """Only lctrain.attention.documents imports the functions that read boundaries."""
     found = {f"lctrain.attention.boundaries.from_{way}" for way in WAYS}
     importers = {module for module in SOURCES if imported_names(module) & found}
     assert importers == {"lctrain.attention.documents"}
@@ -254,7 +254,7 @@ WAYS = ("cu_seqlens", "padding", "rows", "segments")
 
 
 def imported_names(module: str) -> set[str]:
-    """Dotted names of everything that a module imports by `from x import y`."""
+    """Returns the dotted names of everything that a module imports by `from x import y`."""
     nodes = ast.walk(ast.parse(SOURCES[module].read_text()))
     return {
         f"{node.module}.{alias.name}"

@@ -1,4 +1,4 @@
-"""Docstrings: every documented argument exists, and no description is a fragment."""
+"""Tests docstrings: every documented argument exists, and no description is a fragment."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ SUMMARY_FRAGMENT = re.compile(r"(Of|Also|Likewise)\b")
 
 
 def documented(file):
-    """Yields (node, docstring) of the module and of every class and function in it."""
+    """Yields (node, docstring) for the file's module, classes and functions."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             docstring = ast.get_docstring(node)
@@ -24,7 +24,7 @@ def documented(file):
 
 
 def section(docstring: str, title: str) -> list[tuple[str, str]]:
-    """Returns (name, first line of its description) of the entries of a section."""
+    """Returns (name, first line of the description) for the entries of a docstring's section."""
     _, found, rest = docstring.partition(f"{title}:\n")
     return ENTRY.findall(rest.split("\n\n")[0]) if found else []
 

@@ -1,4 +1,4 @@
-"""`import lctrain` is light, and works where Triton is not installed."""
+"""Tests that `import lctrain` is quick, and works where Triton is not installed."""
 
 import os
 import re
@@ -36,7 +36,7 @@ sys.meta_path[:] = [WithoutTriton(finder) for finder in sys.meta_path]
 
 
 def run_python(code: str, cwd) -> str:
-    """Runs the code in a fresh interpreter away from the checkout and returns what it prints."""
+    """Runs code in a new interpreter outside the checkout, and returns its output."""
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], cwd=cwd, capture_output=True, text=True
     )
@@ -57,7 +57,7 @@ def test_kernels_alone_load_no_framework(tmp_path):
 
 
 def test_a_plain_checkout_is_used_without_an_install(tmp_path):
-    """Python finds every package by its folder alone, as editors and type checkers do."""
+    """Python finds each package by its folder alone, as editors and type checkers do."""
     code = """
         import lctrain.kernels
         import lctrain.recipes.differential.experiment as recipe

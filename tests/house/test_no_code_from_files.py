@@ -1,4 +1,4 @@
-"""Reading a file of a run never runs code: shipped modules do not unpickle."""
+"""Tests that reading a file of a run never executes code: no module of the packages unpickles."""
 
 import re
 
@@ -11,7 +11,7 @@ RUNS_CODE = re.compile(
 
 
 def test_nothing_unpickles():
-    """Except for a checkpoint that a caller of Lightning trusts (weights_only=False)."""
+    """Allows one exception: a checkpoint that a caller trusts explicitly by weights_only=False."""
     found = {m: RUNS_CODE.findall(path.read_text()) for m, path in SOURCES.items()}
     found = {module: hits for module, hits in found.items() if hits}
     ours = found.pop("lctrain.run.checkpoint_file", [])

@@ -1,4 +1,4 @@
-"""Every file has the syntax of the oldest supported Python, whichever runs the tests."""
+"""Tests that every file has the syntax of the oldest supported Python, on any interpreter."""
 
 import ast
 import re
@@ -9,7 +9,7 @@ FOLDERS = ("lctrain", "kernels", "configs", "recipes", "tests", "docs")
 
 
 def oldest_python() -> tuple[int, int]:
-    """The lower end of requires-python."""
+    """Returns the lower bound of requires-python."""
     text = (ROOT / "pyproject.toml").read_text()
     major, minor = re.search(r'requires-python = ">=(\d+)\.(\d+)', text).groups()
     return int(major), int(minor)
@@ -25,7 +25,7 @@ def test_every_file_parses_with_the_oldest_grammar():
 
 
 def test_newer_syntax_is_refused():
-    """`except*` came with Python 3.11: the check above would find it."""
+    """The check above rejects `except*`, which Python 3.11 introduced."""
     newer = "try:\n    pass\nexcept* ValueError:\n    pass\n"
     ast.parse(newer)
     try:

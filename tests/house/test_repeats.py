@@ -1,4 +1,4 @@
-"""How much of the source repeats itself: `python -m tests.house.test_repeats` says it by folder."""
+"""Measures repeated source lines; `python -m tests.house.test_repeats` prints shares by folder."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -11,13 +11,13 @@ MOST = 0.10
 
 
 def lines_of(path: Path) -> list[str]:
-    """Returns the lines of a file that count, without their indentation."""
+    """Returns a file's lines without blank lines, comments, imports and indentation."""
     lines = (line.strip() for line in path.read_text().splitlines())
     return [line for line in lines if line and not line.startswith(("#", "import ", "from "))]
 
 
 def repeated_share(paths: Iterable[Path]) -> float:
-    """Returns the share of lines that lie in a run of RUN lines which stands in several places."""
+    """Returns the share of lines that lie in a sequence of RUN lines found in several places."""
     files = {path: lines_of(path) for path in paths}
     places = defaultdict(list)
     for path, lines in files.items():
@@ -34,7 +34,7 @@ def repeated_share(paths: Iterable[Path]) -> float:
 
 
 def sources(*folders: str) -> list[Path]:
-    """Returns the Python files below folders of the repository."""
+    """Returns all Python files below some folders of the repository."""
     return [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
 
 

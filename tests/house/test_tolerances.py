@@ -1,6 +1,6 @@
-"""Tolerances are defined in tests/numerics.py, with their argument, and nowhere else.
+"""Tests that every tolerance is defined in tests/numerics.py, with an argument for its size.
 
-A literal that is right on one machine is wrong on another, where sums run in another order.
+A literal that holds on one machine fails on another, where sums run in another order.
 """
 
 import ast
@@ -22,7 +22,7 @@ ALLOWED = {
 
 
 def tolerances(source: str) -> list[int]:
-    """Returns the lines of a test file that compare floats by a tolerance of their own."""
+    """Returns the line numbers at which a test file compares floats with a tolerance of its own."""
     lines = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
@@ -41,7 +41,7 @@ def tolerances(source: str) -> list[int]:
 
 
 def _is_small(bound: ast.expr) -> bool:
-    """Whether a bound is a small float, or a product with one."""
+    """Returns whether a bound is a small float, or a product with a small float."""
     numbers = [part.value for part in ast.walk(bound) if isinstance(part, ast.Constant)]
     return any(isinstance(number, float) and 0 < number < SMALL for number in numbers)
 

@@ -1,4 +1,4 @@
-"""The files that the repository may hold."""
+"""Tests which files the repository may hold."""
 
 import re
 import subprocess
@@ -36,7 +36,7 @@ def test_no_large_file():
 
 @pytest.mark.skipif(not FILES, reason="not a git checkout")
 def test_no_output_of_a_run():
-    """Weights and checkpoints belong to no commit."""
+    """No commit may contain weights or checkpoints."""
     suffixes = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
     assert not [name for name in FILES if name.endswith(suffixes)]
 

@@ -1,7 +1,7 @@
-"""The wheel: built, installed in a clean environment, and used from another folder.
+"""Tests the wheel: builds it, installs it in a clean environment, and uses it from another folder.
 
-Nothing is downloaded: the clean environment finds the dependencies of this one on its path, but not
-lctrain, whose editable hooks Python reads only in a real site folder.
+Nothing is downloaded. The clean environment finds this environment's dependencies on its path, but
+not lctrain: Python reads an editable install's hooks only in a real site folder.
 """
 
 import shutil
@@ -24,7 +24,7 @@ def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess:
 
 
 def site_folders() -> list[str]:
-    """Folders that hold this environment's dependencies; a .pth file may have added some."""
+    """Returns the folders of this environment's dependencies, including those of .pth files."""
     return [sysconfig.get_path("purelib"), *(p for p in sys.path if p.endswith("site-packages"))]
 
 
@@ -46,7 +46,7 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def clean_bin(wheel, tmp_path_factory) -> Path:
-    """The folder of executables of a new environment that holds the wheel."""
+    """The folder of executables of a new environment in which the wheel is installed."""
     environment = tmp_path_factory.mktemp("clean") / "venv"
     result = run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=ROOT)
     assert result.returncode == 0, result.stderr

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def package_folders() -> dict[str, Path]:
-    """Maps every package that pyproject.toml lists to its folder, longest mapped prefix first."""
+    """Returns the folder of every package that pyproject.toml lists, by its dotted name."""
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {}
     for package in setuptools["packages"]:
@@ -26,7 +26,7 @@ def package_folders() -> dict[str, Path]:
 
 
 def main() -> int:
-    """Checks the whole of both packages and returns mypy's exit code."""
+    """Type-checks both packages, and returns mypy's exit code."""
     mypy = (sys.executable, "-m", "mypy", "--config-file", "pyproject.toml")
     return subprocess.run([*mypy, "lctrain", "kernels/lctrain_kernels"], cwd=ROOT).returncode
 

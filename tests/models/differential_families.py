@@ -1,4 +1,4 @@
-"""Tiny random differential models: version 1 with several head counts, version 2 of each family."""
+"""Tiny random differential models: version 1 with several head counts, version 2 by family."""
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ FEW = ("diffllama", "qwen3")
 
 
 def make_differential(family: str, **overrides: object) -> nn.Module:
-    """Returns a tiny random differential model, in float32 and eval mode, by transformers alone."""
+    """Returns a tiny random differential model in float32 and eval mode, unpatched."""
     from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
 
     from lctrain.models.differential_v2 import MODELS

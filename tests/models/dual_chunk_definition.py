@@ -1,7 +1,7 @@
-"""Dual chunk attention by its definition, in a model: the oracle of the tests.
+"""Dual chunk attention by its definition, inside a transformers model: the tests' reference.
 
-Tokens all stand at position 0, where RoPE does nothing; the attention function rotates the query of
-every pair by the relative position that the paper's table gives (arXiv 2402.17463), one by one.
+All tokens get position 0, where RoPE does nothing. The attention function then rotates the query of
+each (query, key) pair by the relative position in the paper's table (arXiv 2402.17463).
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ def defined_outputs(
     local_size: int,
     logit_scales: list[float] | None = None,
 ) -> Tensor:
-    """Returns the outputs [T, V] of the documents, one forward each."""
+    """Returns the outputs [T, V] of the documents, from one forward per document."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(_NAME, _attend)
@@ -51,7 +51,10 @@ def rotary_embeddings(model: nn.Module) -> Any:
 
 
 def relative_positions(length: int, chunk_size: int, local_size: int) -> Tensor:
-    """[S, S] int64: what RoPE sees between a query and a key; meaningless for later keys."""
+    """Returns the relative position of each (query, key) pair, [S, S] int64.
+
+    Entries of keys after their query have no meaning.
+    """
     chunk = chunk_size - local_size
     rows = []
     for i in range(length):

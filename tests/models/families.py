@@ -1,4 +1,4 @@
-"""Tiny random models of every family that the tests patch, and packs to feed them."""
+"""Tiny random models of every family that the tests patch, and packs as their inputs."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -87,12 +87,12 @@ def make_model(family: str, **overrides: object) -> nn.Module:
 
 
 def make_rotary_model(family: str, **overrides: object) -> nn.Module:
-    """Returns make_model(...) of a family of ROTARY, with full attention in every layer."""
+    """Returns make_model(...) for a family of ROTARY, with full attention in every layer."""
     return make_model(family, **({"sliding_window": None} | overrides))
 
 
 def padded(documents: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:
-    """Returns input_ids and attention_mask [B, S], padded at the left or the right."""
+    """Returns input_ids and attention_mask [B, S] of documents padded on the left or the right."""
     width = max(len(tokens) for tokens in documents)
     rows, mask = torch.zeros((len(documents), width), dtype=torch.int64), []
     for row, tokens in zip(rows, documents, strict=True):
@@ -109,24 +109,24 @@ def make_documents(lengths: Sequence[int] = LENGTHS, seed: int = 1) -> list[Tens
 
 
 def outputs(model: nn.Module, **inputs: object) -> Tensor:
-    """Returns the logits [B, S, V], or an encoder's states [B, S, E]."""
+    """Returns the logits [B, S, V], or the hidden states [B, S, E] of an encoder."""
     result = model(**inputs)
     return result.logits if hasattr(result, "logits") else result.last_hidden_state
 
 
 def packed_outputs(model: nn.Module, documents: Sequence[Tensor], **inputs: object) -> Tensor:
-    """Returns the outputs [T, V] of the documents in one pack."""
+    """Returns the outputs [T, V] of documents in one pack."""
     arguments = PackedBatch.from_documents(documents).model_kwargs()
     return outputs(model, **(arguments | inputs))[0]
 
 
 def separate_outputs(model: nn.Module, documents: Sequence[Tensor]) -> Tensor:
-    """Returns the outputs [T, V] of the documents, one forward each."""
+    """Returns the outputs [T, V] of documents, from one forward per document."""
     return torch.cat([outputs(model, input_ids=tokens[None])[0] for tokens in documents])
 
 
 def gradients(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns forward() and the parameters' gradients of its product with fixed random numbers."""
+    """Returns forward() and all parameter gradients, for a fixed random output gradient."""
     model.zero_grad()
     result = forward()
     generator = torch.Generator().manual_seed(2)
@@ -143,7 +143,7 @@ def gradients(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[Tensor, 
 def exact_gradients(
     model: nn.Module, packings: Sequence[Sequence[Tensor]]
 ) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    """Returns `gradients` of each pack's outputs, by a copy of the model in float64."""
+    """Returns `gradients` for each pack, from a float64 copy of the model."""
     exact = copy.deepcopy(model).double()
     with float64_throughout():
         return [gradients(exact, lambda d=d: packed_outputs(exact, d)) for d in packings]

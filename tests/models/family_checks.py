@@ -1,8 +1,8 @@
-"""Checks of one model family: packs, padding, generation, gradients, patching and loading by name.
+"""Checks one model family: packs, padding, generation, gradients, patching and loading by name.
 
-A family is served if `patch_model` takes it. Then its numbers are compared with the unpatched
-model's in float64, by the rule of tests/numerics.py. A model that was given its attention by name
-must get the same verdict, and the same bits.
+A family is served if `patch_model` accepts it. Its numbers are then compared with the unpatched
+model's in float64, by the rule of tests/numerics.py. The same model loaded with
+attn_implementation="lctrain_flash" must be accepted or refused alike, and give the same bits.
 """
 
 import copy
@@ -26,17 +26,17 @@ CHECKS = ("packed", "padded right", "padded left", "gradients", "generate")
 
 @dataclass
 class Verdict:
-    """Result of the checks of one family.
+    """Result of all checks of one family.
 
     Attributes:
         model_type: Model type in its config.
         model_class: Name of its class.
-        refused: Why patch_model refuses it; None if it does not.
-        by_name: "same" if loading by name gives the same verdict and numbers; otherwise the
-            difference.
-        results: Check -> "yes"; "no" if the call is refused with an error that says so; "n/a" if
-            the family does not have it; otherwise the fault.
-        not_built: Why no tiny model could be made; then nothing else is known.
+        refused: Error message of patch_model; None if it accepts the family.
+        by_name: "same" if loading by name is accepted or refused alike, with the same bits;
+            otherwise the difference.
+        results: Result by check: "yes" if right, "no" if the call raises an error that says so,
+            "n/a" if the family lacks the feature; otherwise a description of the fault.
+        not_built: Why no tiny model could be made; then no check was run.
     """
 
     model_type: str
@@ -48,7 +48,7 @@ class Verdict:
 
     @property
     def failures(self) -> list[str]:
-        """Checks that are neither right nor refused with an error that says so."""
+        """Checks with a wrong result, or with an error that does not say what is unsupported."""
         found = [f"{check}: {text}" for check, text in self.results.items()]
         found.append(f"by name: {self.by_name}")
         right = (": yes", ": same", ": n/a", ": no", ": ", TRANSFORMERS_REFUSES)
@@ -56,7 +56,7 @@ class Verdict:
 
 
 def check_family(model_type: str, model_class: type) -> Verdict:
-    """Builds a family's tiny model and runs every check."""
+    """Builds a tiny model of a family and runs every check on it."""
     verdict = Verdict(model_type, model_class.__name__)
     try:
         model = tiny_model(model_type, model_class)
@@ -177,7 +177,7 @@ CHECKERS: dict[str, Callable[[Any], str]] = {
 
 @torch.no_grad()
 def _by_name(model_type: str, model_class: type, model: nn.Module, refused: str | None) -> str:
-    """Compares attn_implementation="lctrain_flash" with patch_model: verdict, then every bit."""
+    """Compares loading with attn_implementation="lctrain_flash" with patch_model, bit for bit."""
     documents = _documents()
     positions = torch.cat([torch.arange(len(tokens)) for tokens in documents])[None]
     rows, mask = padded(documents, "left")
@@ -209,7 +209,7 @@ def _by_name(model_type: str, model_class: type, model: nn.Module, refused: str 
 
 
 def _result(call: Callable[[nn.Module], Tensor], model: nn.Module) -> Tensor | str:
-    """Returns the result of a call, or the message of its error."""
+    """Returns the result of a call, or the first line of its error."""
     try:
         return call(model)
     except (TypeError, ValueError) as error:
@@ -225,7 +225,7 @@ def _exact(model: nn.Module) -> nn.Module:
 
 
 def _plain(model: Any) -> Iterator[nn.Module]:
-    """The model with each attention of plain PyTorch that it has: they differ in rounding."""
+    """Yields the model under each of its PyTorch attentions, whose rounding differs."""
     yield model
     for name in ("eager", "sdpa"):
         other = copy.deepcopy(model)
@@ -239,7 +239,7 @@ def _plain(model: Any) -> Iterator[nn.Module]:
 
 
 def _judge(found: Tensor, plain: list[Tensor], reference: Tensor) -> str:
-    """ "yes" if the error is at most twice the largest that plain PyTorch makes."""
+    """Returns "yes" if the error is at most twice the largest of the plain attentions."""
     finite = [tensor for tensor in plain if tensor.isfinite().all()]
     ratios = [error_ratio(found, tensor, reference.double()) for tensor in finite]
     if any(ratio.passes for ratio in ratios):

@@ -1,4 +1,4 @@
-"""What holds of every attention in a model: isolation, prefill in pieces, compilation, no wait."""
+"""Properties of every attention in a model: isolation, prefill in pieces, compilation, waits."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.numerics import assert_error_at_most_twice, assert_errors_at_most_twi
 
 
 def assert_others_keep_every_bit(model, documents: Sequence[Tensor], **options: Any) -> None:
-    """Outputs and input gradients of all documents but the third, which changes, stay as they are.
+    """Changes the third document; all others must keep their outputs and input gradients.
 
     Args:
         model: A causal language model.
-        documents: At least three.
+        documents: Token ids of at least three documents.
         **options: Options of patch_model.
     """
     changed = [tokens.clone() for tokens in documents]
@@ -40,13 +40,13 @@ def assert_others_keep_every_bit(model, documents: Sequence[Tensor], **options: 
 
 
 def logits_in_pieces(model, input_ids: Tensor, mask: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Returns the logits of rows that a cache takes up piece by piece.
+    """Returns the logits [B, S, V] of rows that are fed to a cache piece by piece.
 
     Args:
         model: A causal language model.
-        input_ids: [B, S].
-        mask: [B, S].
-        sizes: Tokens of the pieces; their sum is S.
+        input_ids: [B, S] int64.
+        mask: [B, S], 0 at padding.
+        sizes: Tokens of each piece; they sum to S.
     """
     found, cache = [], None
     for piece in torch.arange(input_ids.shape[1]).split(list(sizes)):
@@ -64,7 +64,7 @@ def logits_in_pieces(model, input_ids: Tensor, mask: Tensor, sizes: Sequence[int
 def assert_compiles_without_breaks(
     model, packings: Sequence[Sequence[Tensor]], **options: Any
 ) -> None:
-    """One graph gives the outputs and gradients of the model as it is, for every pack."""
+    """Compiles the model into one graph, and compares outputs and gradients of every pack."""
     torch._dynamo.reset()
     with patch_model(model, **options):
         expected = [gradients(model, lambda d=d: packed_outputs(model, d)) for d in packings]
@@ -77,7 +77,7 @@ def assert_compiles_without_breaks(
 
 
 def assert_never_waits(step: Callable[[], None]) -> None:
-    """The second call of a step, whose kernels are compiled, does not synchronise with the GPU."""
+    """Calls `step` twice; the second call must not synchronise with the GPU."""
     step()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -87,11 +87,11 @@ def assert_never_waits(step: Callable[[], None]) -> None:
 
 
 def assert_generates_as_the_whole(model, prompt: Tensor, **options: Any) -> None:
-    """Logits step by step, on a cache, have at most twice the error of those of the whole text.
+    """Decodes on a cache; logits have at most twice the error of one forward over the text.
 
     Args:
         model: A causal language model in low precision.
-        prompt: [1, S].
+        prompt: [1, S] int64.
         **options: Options of patch_model.
     """
     settings = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}

@@ -1,9 +1,9 @@
-"""Checks every causal language model and encoder of transformers that builds tiny.
+"""Checks every causal language model and encoder of transformers that can be built tiny.
 
     python -m tests.models.sweep                      # all, and writes docs/model_families.md
     python -m tests.models.sweep llama gemma2 bert    # these, and prints them
 
-Takes about a quarter of an hour on one core. The exit status is 1 if any family is wrong. CI runs
+Takes about 15 minutes on one core. The exit status is 1 if any check gives a wrong result. CI runs
 a sample: tests/models/test_sweep.py.
 """
 
@@ -30,7 +30,7 @@ _SIGNS = {"yes": "yes", "no": "no", "n/a": "-"}
 
 
 def classes(kind: str) -> dict[str, str]:
-    """Returns family -> class name, for one entry of KINDS."""
+    """Returns class names by family, for one key of KINDS."""
     from transformers.models.auto import modeling_auto
 
     return dict(
@@ -42,9 +42,9 @@ def classes(kind: str) -> dict[str, str]:
 
 
 def families(kind: str) -> dict[str, str]:
-    """Returns family -> class name, for one entry of KINDS.
+    """Returns class names by family, for one key of KINDS.
 
-    Of several families with a class, the shortest name.
+    Where several families share a class, the family with the shortest name is kept.
     """
     shortest: dict[str, str] = {}
     for family, name in classes(kind).items():
@@ -65,12 +65,12 @@ def check(family: str, name: str) -> Verdict:
 
 
 def is_wrong(verdict: Verdict) -> bool:
-    """Returns whether a check is neither right nor refused with an error that says so."""
+    """Returns whether any check of a family has failed; see Verdict.failures."""
     return bool(verdict.failures)
 
 
 def table(verdicts: Iterable[Verdict]) -> str:
-    """The page's three lists: served, refused, not built."""
+    """Returns the page's three lists: families served, refused, and not built."""
     verdicts = list(verdicts)
     served = [v for v in verdicts if v.not_built is None and v.refused is None]
     refused = [v for v in verdicts if v.refused is not None]
@@ -93,7 +93,7 @@ def table(verdicts: Iterable[Verdict]) -> str:
 
 
 def page(verdicts: dict[str, list[Verdict]]) -> str:
-    """Returns the whole page, with all families."""
+    """Returns the whole page, with the families of all kinds."""
     return f"""# Model families
 
 `python -m tests.models.sweep` wrote this page: transformers {transformers.__version__}, torch
@@ -126,7 +126,7 @@ def _sign(result: str) -> str:
 
 
 def _reason(message: str) -> str:
-    """Returns the part of a refusal before its remedy."""
+    """Returns an error message without its remedy."""
     return _cell(message.split(". ")[0])
 
 

@@ -1,4 +1,4 @@
-"""Models that cannot be patched are refused before training, with the reason and a remedy."""
+"""Tests that unsupported models are refused before training, with a reason and a remedy."""
 
 import copy
 
@@ -96,7 +96,7 @@ def test_embeddings_that_hold_their_neighbours_are_refused():
 
 
 def test_heads_wider_than_the_kernels_take():
-    """Gemma 4: 256 columns with a window, 512 without; the PyTorch path takes both."""
+    """Gemma 4 has heads of 256 and of 512; only the PyTorch path takes 512."""
     wide = {"head_dim": 256, "global_head_dim": 512, "layer_types": ["sliding_attention"] * 2}
     wide["layer_types"][1] = "full_attention"
     model = tiny_model("gemma4_text", transformers.Gemma4ForCausalLM, num_hidden_layers=2, **wide)

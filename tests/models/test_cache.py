@@ -1,4 +1,4 @@
-"""The cache is found under its names before and after transformers 5.24."""
+"""Tests that a cache argument is found under its names before and since transformers 5.24."""
 
 import pytest
 

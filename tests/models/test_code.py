@@ -1,4 +1,4 @@
-"""Copies of functions that find other things under a name, decorators included."""
+"""Tests copies of functions in which a global name means another object, under decorators too."""
 
 import functools
 import warnings
@@ -9,12 +9,12 @@ from lctrain.models.code import only_renames_arguments, same_code, with_globals
 
 
 def double(x):
-    """Stands for a rotation."""
+    """Stands for the rotation that is replaced."""
     return 2 * x
 
 
 def plain(x, cache=None):
-    """Stands for an attention's forward."""
+    """Stands for an attention's forward, which calls the rotation."""
     return double(x), cache
 
 
@@ -22,7 +22,7 @@ renamed = deprecate_kwarg("past_key_values", "99.0.0", new_name="cache")(plain)
 
 
 def other(function):
-    """A decorator that no swap knows."""
+    """A decorator that lctrain does not know."""
 
     @functools.wraps(function)
     def call(*args, **kwargs):
@@ -38,7 +38,7 @@ def test_other_things_are_found_under_a_name():
 
 
 def test_renamed_arguments_stay_renamed():
-    """transformers 5.24 renames past_key_values in every attention's forward."""
+    """A decorator of transformers 5.24 renames past_key_values in every attention's forward."""
     found = with_globals(renamed, double=lambda x: 3 * x)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,6 +1,6 @@
-"""torch.compile(fullgraph=True) of models whose attention was set by name.
+"""Tests torch.compile(fullgraph=True) on models loaded with lctrain's attention by name.
 
-For patched ones see test_training.py.
+test_training.py tests compilation of patched models.
 """
 
 import pytest
@@ -42,7 +42,7 @@ def test_rows_are_one_graph():
 
 
 def test_loaded_by_name_is_ready_to_compile(tmp_path):
-    """Nothing is left to prepare in the first forward, which is traced."""
+    """Loading prepares the model, since the first forward is already traced."""
     model, documents = make_model("llama"), make_documents()
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, attn_implementation="lctrain_flash").eval()

@@ -1,4 +1,4 @@
-"""Patched differential models give what transformers' own forwards give; packs, caches, dropout."""
+"""Compares patched differential models with transformers' forwards: packs, caches and dropout."""
 
 import copy
 import io
@@ -160,7 +160,7 @@ def test_dropout_of_the_config_and_the_option_that_wins():
 
 @pytest.mark.usefixtures("in_float64")
 def test_dropout_is_that_of_one_attention_over_all_heads_of_version_2():
-    """Branch b of pair h draws the mask of query head 2 h + b."""
+    """Branch b of pair h draws the dropout mask of query head 2 h + b."""
     model, documents, found = make_differential("llama").train(), make_documents(), []
     for attention in ("differential", "flash"):
         torch.manual_seed(5)
@@ -171,7 +171,7 @@ def test_dropout_is_that_of_one_attention_over_all_heads_of_version_2():
 
 @pytest.mark.parametrize("family", FEW)
 def test_branches_draw_their_own_masks(family, monkeypatch):
-    """Equal branches and lambda 1 cancel, unless their masks differ."""
+    """Equal branches with lambda 1 cancel, unless their dropout masks differ."""
     import lctrain.kernels as kernels
 
     attend, seen = kernels.diff_attn_varlen_func, []
@@ -192,7 +192,7 @@ def test_branches_draw_their_own_masks(family, monkeypatch):
 
 @pytest.mark.parametrize("family", DIFFERENTIAL)
 def test_the_kernel_is_given_views(family, monkeypatch):
-    """Only the values of version 1 are copied; version 2 loads its keys once."""
+    """Both branches are views of one tensor; in version 2 they share a key."""
     import lctrain.kernels as kernels
 
     attend, calls = kernels.diff_attn_varlen_func, []

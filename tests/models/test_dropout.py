@@ -1,4 +1,4 @@
-"""Dropout in a patched model: only in training, a function of the seed, and replayed."""
+"""Tests dropout in a patched model: only in training, set by the seed, equal in recomputation."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_the_default_is_the_config_s_and_the_option_wins():
 
 
 def test_layers_and_heads_draw_their_own_masks(monkeypatch):
-    """Keys and queries are equal everywhere, so heads and layers differ by their masks only."""
+    """All keys and queries are equal, so heads and layers differ only by their dropout masks."""
     import lctrain.kernels as kernels
 
     attend, outs = kernels.flash_attn_varlen_func, []

@@ -1,5 +1,8 @@
-"""Dual chunk attention in models: equal to its definition, to the plain model inside the window,
-and to itself however a text is fed."""
+"""Compares dual chunk attention in models with its definition, and with plain attention.
+
+Inside the window it must equal plain attention. A text must give the same logits whole, in pieces
+on a cache, padded or packed.
+"""
 
 import copy
 import math
@@ -92,7 +95,7 @@ def test_rope_types(kind):
 
 
 def test_frequencies_that_an_unpatched_text_has_changed():
-    """NTK's dynamic scaling keeps the frequencies of a long text until the next short one."""
+    """NTK's dynamic scaling keeps a long text's frequencies until the next short text."""
     model, documents = with_rope("dynamic"), make_documents([40])
     with torch.no_grad():
         with patch_model(model, attention="dual_chunk"):
@@ -180,7 +183,7 @@ def test_rows_and_positions_that_begin_elsewhere():
 @pytest.mark.parametrize("family", ROTARY)
 @pytest.mark.usefixtures("in_float64_but_frequencies")
 def test_prefill_in_pieces_that_straddle_chunks(family):
-    """Pieces of 1 to 19 tokens, chunks of 9, one row padded beyond the first piece."""
+    """Pieces have 1 to 19 tokens, chunks 9; one row is padded beyond the first piece."""
     model, documents = make_rotary_model(family), make_documents([40, 29])
     input_ids, mask = padded(documents, "left")
     with patch_model(model, **SMALL), torch.no_grad():
@@ -335,7 +338,7 @@ def test_compiled_without_breaks():
 
 
 def test_boundaries_and_positions_are_found_without_reading_the_device():
-    """On meta tensors, reading a value is an error."""
+    """Runs on meta tensors, where reading a value is an error."""
     from lctrain.attention.boundaries import Boundaries
     from lctrain.attention.dual_chunk import dual_chunk_logit_scale, dual_chunk_positions
 
@@ -347,7 +350,7 @@ def test_boundaries_and_positions_are_found_without_reading_the_device():
 
 
 def test_training_with_lightning(tmp_path, make_llama):
-    """The isolation check passes at the start, packs of several documents train."""
+    """The isolation check passes, and packs of several documents train."""
     attention = AttentionConfig(name="dual_chunk", chunk_size=S, local_size=L, dropout=0.1)
     optim = OptimConfig(learning_rate=1e-2, warmup_steps=0, schedule="constant")
     module = LongContextModule(make_llama(), optim, attention)

@@ -1,4 +1,4 @@
-"""Options of dual chunk attention: defaults from the model's window, repr, and loading by name."""
+"""Tests the options of dual chunk attention: defaults, repr, and loading by name."""
 
 import copy
 import warnings
@@ -184,7 +184,7 @@ def test_a_layer_called_by_itself():
 
 @pytest.fixture
 def load(tmp_path):
-    """Returns load(family, **config): a tiny model, and the same loaded as lctrain_dual_chunk."""
+    """Returns load(family, **config): a tiny model, and the same model as lctrain_dual_chunk."""
 
     def by_name(family, **config):
         model = make_rotary_model(family, **config)

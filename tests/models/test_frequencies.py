@@ -1,4 +1,4 @@
-"""Rotary frequencies that follow the length of the document, not of the batch."""
+"""Tests RoPE types whose frequencies depend on a length: a document must use its own length."""
 
 import copy
 import pickle
@@ -64,7 +64,7 @@ def scaled(family, rope, window, **options):
 
 
 def alone(model, documents):
-    """Returns the outputs of each document in a fresh copy: 'dynamic' remembers others."""
+    """Returns each document's outputs from a fresh copy, since 'dynamic' keeps frequencies."""
     return torch.cat([separate_outputs(copy.deepcopy(model), [tokens]) for tokens in documents])
 
 
@@ -74,7 +74,7 @@ def model(request):
 
 
 def test_every_type_of_rope_is_known():
-    """For a new type of transformers somebody must decide whether it follows the length."""
+    """Fails when transformers adds a RoPE type, until it is listed as length-dependent or fixed."""
     known = {*FIXED, "longrope", "dynamic"} - {"default"}
     assert set(ROPE_INIT_FUNCTIONS) - {"axial"} <= known
     assert {name for name in known if follows_length(name)} == {"longrope", "dynamic"}
@@ -92,7 +92,7 @@ def test_types_with_fixed_frequencies(name):
 
 
 def alone_with_gradients(model, documents):
-    """Returns alone(...), and the gradients of its product with the numbers of `gradients`."""
+    """Returns alone(...) and parameter gradients, for the random output gradient of `gradients`."""
     total = sum(map(len, documents))
     generator = torch.Generator().manual_seed(2)
     numbers = torch.randn(total, model.config.vocab_size, generator=generator, dtype=torch.float64)
@@ -156,7 +156,7 @@ def test_padded_rows(model, side, positions):
 @torch.no_grad()
 @pytest.mark.usefixtures("in_float64")
 def test_rows_of_restarting_positions(model):
-    """Two rows of two documents each, described by position ids alone."""
+    """Two rows hold two documents each, marked by restarting position ids only."""
     documents = make_documents((30, 10, 8, 32))
     expected = alone(model, documents)
     rows = torch.cat(documents).view(2, 40)
@@ -169,7 +169,7 @@ def test_rows_of_restarting_positions(model):
 @torch.no_grad()
 @pytest.mark.usefixtures("in_float64")
 def test_positions_that_skip_count_as_in_transformers(model):
-    """A document is as long as its highest position says; boundaries come with the pack."""
+    """A document's length is its highest position plus one; its boundaries come with the pack."""
     documents = make_documents((9, 9))
     skipping = [torch.tensor([0, 1, 2, 3, 4, 30, 31, 32, 33]), torch.arange(9)]
     expected = [
@@ -190,7 +190,7 @@ def test_positions_that_skip_count_as_in_transformers(model):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.usefixtures("in_float64")
 def test_generation_of_padded_rows_is_that_of_each_alone(name):
-    """Rows outgrow the window one after the other, and one was beyond it from the start."""
+    """Rows outgrow the window one after another; one is beyond it from the start."""
     model = scaled(*MODELS[name])
     prompts = make_documents((12, 14, 20))
     arguments = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
@@ -329,7 +329,7 @@ def test_a_rotary_embedding_with_a_way_of_its_own_is_refused():
 
 
 def test_a_scale_that_follows_the_longest_is_refused():
-    """Phimoe also scales its rotary embedding by the longest document of the batch."""
+    """Phimoe also scales its RoPE by the length of the longest document in the batch."""
     config = tiny_config("phimoe")
     width = (
         config.head_dim // 2

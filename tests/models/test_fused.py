@@ -1,4 +1,4 @@
-"""fused=True and loss=True: same numbers, same names, reversible, nothing process-wide."""
+"""Tests fused=True and loss=True: same numbers and names, reversible, no global change."""
 
 import copy
 import importlib
@@ -36,7 +36,7 @@ FAMILIES = tuple(SWAPS)
 
 
 def make(family: str) -> nn.Module:
-    """Returns a tiny model in float32; gemma3 and mixtral are built here."""
+    """Returns a tiny float32 model of a family, including gemma3 and mixtral."""
     if family not in ("gemma3", "mixtral"):
         return make_model(family, attn_implementation="eager")
     common = {**SIZES, "attn_implementation": "eager"}
@@ -116,7 +116,7 @@ def test_another_model_of_the_family_is_left_alone() -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_runs_every_layer_twice(family, use_reentrant) -> None:
-    """From transformers 5.23 on, patching a layer's forward silently disables checkpointing."""
+    """Since transformers 5.23, a patched layer forward would silently disable checkpointing."""
     model = make(family).train()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     with lctrain.patch_model(model, fused=True):
@@ -131,7 +131,7 @@ def test_gradient_checkpointing_runs_every_layer_twice(family, use_reentrant) ->
 
 
 def test_checkpoint_stops_before_the_last_product() -> None:
-    """The backward needs only its input; a single operation would be computed again."""
+    """Recomputation stops before the down projection, because the backward needs only its input."""
     model = make("llama").train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     with lctrain.patch_model(model, fused=True):
@@ -213,7 +213,7 @@ def test_flags_must_be_bools(name) -> None:
 
 
 def packed_labels() -> dict:
-    """Returns a pack in transformers' format; labels unshifted, -100 at the start of documents."""
+    """Returns a pack in transformers' format; labels are unshifted, -100 at document starts."""
     documents = make_documents()
     batch = PackedBatch.from_documents(documents)
     labels = batch.input_ids.clone()
@@ -266,7 +266,7 @@ def test_evaluation_and_calls_without_labels_have_logits() -> None:
 
 
 def test_signature_still_names_the_labels() -> None:
-    """transformers' Trainer drops the columns that forward does not name."""
+    """transformers' Trainer drops columns that the signature of forward does not name."""
     import inspect
 
     model = make("llama")

@@ -1,4 +1,7 @@
-"""convert_head_order: between transformers' pairs (h, h + H / 2) and unilm's (2 h, 2 h + 1)."""
+"""Tests convert_head_order, which reorders the query heads of differential attention.
+
+transformers pairs heads (h, h + H / 2), microsoft/unilm pairs heads (2 h, 2 h + 1).
+"""
 
 import math
 
@@ -15,7 +18,7 @@ DIRECTIONS = [("transformers", "unilm"), ("unilm", "transformers")]
 
 
 def unilm_attention(weights, states, layer_idx, head_dim):
-    """multihead_flashdiff_1 of microsoft/unilm, without rotation: states [S, E] -> [S, E]."""
+    """Computes multihead_flashdiff_1 of microsoft/unilm without rotation: [S, E] -> [S, E]."""
     tokens = states.shape[0]
     query = (states @ weights["q_proj.weight"].T).view(tokens, -1, 2, head_dim)
     key = (states @ weights["k_proj.weight"].T).view(tokens, -1, 2, head_dim)

@@ -1,4 +1,4 @@
-"""All sorts of heads on packs: one row per document, or an error."""
+"""Tests models with heads such as classifiers on packs: one row per document, or an error."""
 
 import pytest
 import torch
@@ -141,7 +141,7 @@ def test_token_classification_stays_per_token(family, by_name):
 @pytest.mark.parametrize("by_name", [False, True], ids=["patched", "by-name"])
 @pytest.mark.usefixtures("in_float64")
 def test_multiple_choice(by_name):
-    """Rows of choices work; a pack does not say which documents are choices of one question."""
+    """Rows of choices work; a pack cannot say which documents are choices of one question."""
     model = make_head("bert", "AutoModelForMultipleChoice")
     rows = torch.stack(make_documents([9, 9, 9, 9])).view(2, 2, 9)
     mask = torch.ones_like(rows)
@@ -172,7 +172,7 @@ def test_an_encoder_pools_per_document(family):
 
 @torch.no_grad()
 def test_a_pooled_output_as_wide_as_the_pack_is_long():
-    """The shape alone does not tell such an output from one per token."""
+    """The output's shape [1, T] could also be a value per token; it must still be refused."""
     model = transformers.CLIPTextModel(tiny_config("clip_text_model")).eval()
     patch_model(model)
     lengths = (20, model.config.hidden_size - 20)
@@ -194,7 +194,7 @@ def test_next_sentence(name):
 
 
 class Reward(transformers.LlamaPreTrainedModel):
-    """A custom head: the score of the last token."""
+    """A custom head that scores the last token."""
 
     def __init__(self, config):
         super().__init__(config)

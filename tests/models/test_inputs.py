@@ -1,4 +1,4 @@
-"""Inputs of a patched model: rows, padding, caches, and contradictory inputs."""
+"""Tests the inputs of a patched model: rows, padding, caches, and contradictory inputs."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_a_filled_cache_continues_the_rows():
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @pytest.mark.usefixtures("in_float64")
 def test_a_mask_may_go_on_behind_the_keys_of_a_cache(family):
-    """Columns are tokens of the row from its start, as in transformers' masks."""
+    """A mask's columns count tokens from the start of the row, as in transformers."""
     model = make_model(family)
     input_ids, mask = padded(make_documents([5, 9]), "left")
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -206,7 +206,7 @@ def test_models_that_count_positions_from_padding_take_no_packs(name):
 @pytest.mark.parametrize("by_name", [False, True], ids=["patched", "by_name"])
 @pytest.mark.parametrize("kind", ["rows", "padding", "positions"])
 def test_validation_in_inference_mode_leaves_training_alone(by_name, kind):
-    """Lightning validates in inference mode first: nothing of it may be kept for training."""
+    """Lightning validates in inference mode first; training must not reuse tensors made there."""
     model, rows = make_model("llama"), torch.stack(make_documents([9, 9]))
     mask = torch.ones_like(rows)
     mask[0, 6:] = 0

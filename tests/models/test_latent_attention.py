@@ -1,4 +1,4 @@
-"""Latent attention (MLA) on packs, and fused operations, where frequencies follow the length."""
+"""Tests latent attention (MLA) on packs, and fused operations, with every type of RoPE."""
 
 import copy
 

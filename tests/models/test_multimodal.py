@@ -1,4 +1,4 @@
-"""Models of several modalities: the wrapper is refused, its language model takes packs."""
+"""Tests multimodal models: the wrapper is refused, its language model takes packs."""
 
 import copy
 import functools
@@ -41,12 +41,12 @@ def _built(family):
 
 @pytest.fixture
 def make():
-    """Returns a function that makes a family's tiny wrapper."""
+    """Returns make(family), which copies the family's tiny multimodal wrapper."""
     return lambda family: copy.deepcopy(_built(family))
 
 
 def assert_right(found, plain, documents):
-    """Compares packed outputs with those of the documents alone."""
+    """Compares packed outputs with each document's own outputs."""
     exact = copy.deepcopy(plain).double()
     assert_error_at_most_twice(
         found, separate_outputs(plain, documents), separate_outputs(exact, documents)
@@ -90,7 +90,7 @@ def test_the_language_model_s_attention_by_name(make, family):
 @torch.no_grad()
 @pytest.mark.parametrize("family", M_ROPE)
 def test_positions_of_several_axes(make, family):
-    """Images have positions of time, height and width; a pack's boundaries are given."""
+    """M-RoPE has positions for time, height and width; the pack gives the boundaries."""
     decoder = make(family).get_decoder()
     exact, plain = copy.deepcopy(decoder).double(), copy.deepcopy(decoder)
     documents = make_documents()

@@ -1,4 +1,4 @@
-"""Masks that number documents (`1 1 1 2 2 3`), and masks that do not describe padding."""
+"""Tests attention masks that number documents (`1 1 1 2 2 3`), and masks that are not padding."""
 
 import copy
 
@@ -23,7 +23,10 @@ LENGTHS = (6, 1, 11, 7)
 
 
 def rows_of(documents, padding=3):
-    """A row of all documents with padding after them; one of two with padding before."""
+    """Returns two rows, their numbered mask, and their documents.
+
+    The first row holds all documents and then padding, the second padding and then two documents.
+    """
     numbers = torch.cat([torch.full((len(t),), i + 1) for i, t in enumerate(documents)])
     first = torch.cat([*documents, torch.zeros(padding, dtype=torch.int64)])
     two = documents[0], documents[2]

@@ -1,4 +1,4 @@
-"""Patched models on a GPU: the Triton kernels run, and no step waits for the device."""
+"""Tests patched models on a GPU: the Triton kernels run, and no step waits for the device."""
 
 import copy
 
@@ -73,7 +73,7 @@ DUAL_CHUNK = {"attention": "dual_chunk", "chunk_size": 95, "local_size": 12, "wi
 
 @pytest.mark.parametrize("family", ROTARY)
 def test_dual_chunk_attention_in_bfloat16(family):
-    """On the kernels, against the PyTorch path; chunks of 83 tokens, no multiple of a tile."""
+    """Compares the kernels with the PyTorch path; a chunk of 83 tokens is no multiple of a tile."""
     model = make_rotary_model(family, max_position_embeddings=512).bfloat16()
     exact = copy.deepcopy(model).double()
     documents = make_documents(LENGTHS)
@@ -128,7 +128,7 @@ def test_compiled_with_inductor():
 
 @pytest.mark.parametrize("family", DIFFERENTIAL)
 def test_differential_attention_in_bfloat16(family):
-    """Outputs and gradients on the kernels, against the unpatched model's, document by document."""
+    """Compares the kernels with the unpatched model, document by document, gradients included."""
     model = make_differential(family, max_position_embeddings=512).bfloat16()
     exact, documents = copy.deepcopy(model).double(), make_documents(LENGTHS)
     reference, reference_grads = gradients(exact, lambda: separate_outputs(exact, documents))

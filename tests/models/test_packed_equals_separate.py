@@ -1,4 +1,4 @@
-"""A pack gives the outputs and gradients of its documents one by one."""
+"""Compares a pack's outputs and gradients with those of its documents one by one."""
 
 import copy
 
@@ -91,7 +91,7 @@ def _outputs_and_input_gradients(model, documents):
 
 @pytest.mark.usefixtures("float64_stays_float64")
 def test_padding_after_packed_rows_is_dropped():
-    """Values in the padding change no bit; without padding only the blocking of products may."""
+    """Values in the padding change no bit; without padding only the products' blocking differs."""
     documents, padding = make_documents(), 5
     tokens = torch.cat(documents)
     positions = torch.cat([torch.arange(len(document)) for document in documents])

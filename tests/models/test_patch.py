@@ -1,4 +1,4 @@
-"""patch_model and its handle: options, repr, and unpatching."""
+"""Tests patch_model and its handle: options, repr, and unpatching."""
 
 import copy
 from types import SimpleNamespace
@@ -152,7 +152,7 @@ def test_repr_of_a_model_that_its_backend_cannot_serve(monkeypatch):
 
 
 def test_float32_weights_warn_of_no_slow_path(recwarn, monkeypatch):
-    """Mixed precision keeps weights in float32, and calls attention in bfloat16."""
+    """Mixed precision keeps float32 weights, but calls attention in bfloat16."""
     monkeypatch.setattr(backend, "_warned", set())
     weight = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
     model = SimpleNamespace(parameters=lambda: iter([weight]))

@@ -1,4 +1,4 @@
-"""Adapters of peft on packs: LoRA trains exactly; other methods raise an error with the reason."""
+"""Tests PEFT adapters on packs: LoRA trains exactly; other methods raise an error."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ DOCUMENTS = [list(range(3, 12)), list(range(20, 37)), [5, 6]]
 
 @pytest.fixture
 def lora(make_llama):
-    """A tiny Llama in float64 with LoRA adapters that are not zero, patched."""
+    """A patched tiny Llama in float64, with LoRA adapters that are not zero."""
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(make_llama().double(), config).train()
     for name, parameter in model.named_parameters():
@@ -24,7 +24,7 @@ def lora(make_llama):
 
 
 def losses(model, documents):
-    """Summed loss, and the gradients of the adapters."""
+    """Returns the summed loss and the gradients of the adapters."""
     model.zero_grad()
     batch = lctrain.PackedBatch.from_documents(documents)
     loss, _ = causal_lm_loss(model.get_base_model(), batch)

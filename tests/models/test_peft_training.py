@@ -1,4 +1,4 @@
-"""LongContextModule with PEFT's adapters: trained weights, resuming, and the export."""
+"""Tests LongContextModule with PEFT adapters: trained weights, resuming, and the export."""
 
 import json
 
@@ -19,7 +19,7 @@ OPTIM = OptimConfig(learning_rate=1e-2, schedule="constant", warmup_steps=0)
 
 
 class NoTokenizer:
-    """Replaces a tokenizer in exports."""
+    """Stands for a tokenizer in exports."""
 
     def save_pretrained(self, folder) -> None:
         """Writes nothing."""
@@ -27,7 +27,7 @@ class NoTokenizer:
 
 @pytest.fixture
 def make_module(make_llama):
-    """Returns a function that makes a module with LoRA on all linear layers, with dropout."""
+    """Returns a function that makes a module with LoRA and dropout on all linear layers."""
 
     def make(model=None, **settings):
         config = peft.LoraConfig(

@@ -1,4 +1,4 @@
-"""Models with a table of positions say how many they know, before an index is out of range."""
+"""Tests that models with learned position embeddings name their limit before an index error."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Pretrained models: revision and trust_remote_code reach weights and architecture."""
+"""Tests that revision and trust_remote_code apply to a model's weights and to its config."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""transformers knows lctrain_flash as soon as lctrain is imported, and loads models with it."""
+"""Tests that importing lctrain registers lctrain_flash, by which transformers loads models."""
 
 import copy
 import subprocess
@@ -29,7 +29,7 @@ from tests.numerics import assert_equal_in_float64, assert_error_at_most_twice
 
 @pytest.fixture
 def load(tmp_path):
-    """Returns load(family, **options), which saves a tiny model and loads it by name."""
+    """Returns load(family, **options), which saves a tiny model and loads it with lctrain_flash."""
 
     def by_name(family, **options):
         model = make_model(family)
@@ -59,7 +59,7 @@ def test_from_pretrained(load, family):
 @pytest.mark.parametrize("use_cache", [False, None])
 @pytest.mark.usefixtures("in_float64")
 def test_restarting_position_ids_without_patch_model(load, family, use_cache):
-    """With the cache on, which is the default, documents leak through transformers' own masks."""
+    """With the cache on, as by default, transformers' own masks would let documents leak."""
     model, loaded = load(family)
     documents = make_documents()
     positions = torch.cat([torch.arange(len(tokens)) for tokens in documents])[None]
@@ -118,7 +118,7 @@ REFUSED = (  # family of tests.models.tiny, class, what patch_model says
 
 @pytest.mark.parametrize(("family", "name", "message"), REFUSED, ids=[row[0] for row in REFUSED])
 def test_models_that_patch_model_refuses_are_refused_by_name(family, name, message, tmp_path):
-    """The error comes before a model exists."""
+    """The error is raised before a model exists."""
     by_name = {"attn_implementation": "lctrain_flash"}
     windows = {"sliding_window": 4} if family == "phimoe" else {}
     with pytest.raises(ValueError, match=message):
@@ -147,7 +147,7 @@ def test_several_modalities_are_refused_by_name_and_their_language_model_is_not(
 
 @pytest.mark.usefixtures("in_float64")
 def test_a_model_whose_class_never_says_that_it_is_complete():
-    """Its class does not call post_init, so the first forward checks it."""
+    """The class does not call post_init, so the model is checked in its first forward."""
 
     class Silent(transformers.LlamaForCausalLM):
         def post_init(self):
@@ -243,7 +243,7 @@ def test_importing_lctrain_is_enough(code, tmp_path):
 
 @pytest.mark.parametrize("family", ["phimoe", "lfm2", "llama"])
 def test_a_name_set_in_the_config_goes_past_no_check(family):
-    """Phimoe would lose its window, LFM2 would mix documents."""
+    """Without the check Phimoe would lose its window, and LFM2 would mix documents."""
     name = {"phimoe": "Phimoe", "lfm2": "Lfm2", "llama": "Llama"}[family]
     model = tiny_model(family, getattr(transformers, f"{name}ForCausalLM"))
     model.config._attn_implementation = "lctrain_flash"

@@ -1,4 +1,4 @@
-"""Models that dual chunk attention supports: those that rotate whole heads as Llama does."""
+"""Tests which models dual chunk attention supports: those that rotate whole heads as Llama does."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Swaps: prepared without a change, applied all or none, and undone in reverse order."""
+"""Tests swaps, which change a model: prepared first, applied all or none, undone in reverse."""
 
 import pytest
 
@@ -11,7 +11,7 @@ from lctrain.models.swap import Swap, apply_all, undo_all
 
 
 def state(model):
-    """Returns what a swap may change: classes, configs, hooks and attributes of modules."""
+    """Returns a model's state that swaps may change: classes, attribute names, hooks, configs."""
     return [
         (type(module), sorted(vars(module)), len(module._forward_pre_hooks), id(module.config))
         if hasattr(module, "config")

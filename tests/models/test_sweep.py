@@ -1,4 +1,4 @@
-"""A sample of the sweep over all families, and the page that the whole sweep wrote."""
+"""Runs a sample of the sweep over all families, and checks the page that the full sweep wrote."""
 
 import pytest
 import transformers

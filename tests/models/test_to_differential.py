@@ -1,4 +1,4 @@
-"""to_differential: the same function as before, gradients of all new weights, and checkpoints."""
+"""Tests to_differential: an unchanged function, gradients of all new weights, and checkpoints."""
 
 import copy
 import subprocess
@@ -87,7 +87,7 @@ def test_a_converted_model_trains_away_from_what_it_was():
 @pytest.mark.parametrize("family", [name for name in V2 if name != "qwen3"])
 @pytest.mark.usefixtures("in_float64")
 def test_layers_compute_the_published_definition(family):
-    """A1 v - sigmoid(x W) A2 v over heads (2 h, 2 h + 1) that share a key and a value."""
+    """Layers compute A1 v - sigmoid(x W) A2 v; heads (2 h, 2 h + 1) share a key and a value."""
     model = make_differential(family).double()
     layer = model.model.layers[0].self_attn
     states = torch.randn(1, 11, 32, generator=torch.Generator().manual_seed(0)).double()
@@ -114,7 +114,7 @@ def test_layers_compute_the_published_definition(family):
 
 
 class patch_out_of_the_way:
-    """Removes the spec from a patched model's layers, so that they can be called alone."""
+    """A context that removes the spec from patched layers, so that they can be called alone."""
 
     def __init__(self, model):
         self.layers = [layer.self_attn for layer in model.model.layers]
@@ -147,7 +147,7 @@ def test_config_and_weights(family):
 
 
 def test_frequencies_and_weights_keep_their_dtypes(tmp_path):
-    """Loaded in bfloat16, rotary frequencies stay float32, and a norm may."""
+    """Loaded in bfloat16, RoPE frequencies stay float32, and so may norms."""
     make_model("llama").save_pretrained(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     plain.model.norm.float()

@@ -1,4 +1,4 @@
-"""The tokenizer of a pretrained model: its own, one with the same ids, or another by option."""
+"""Tests which tokenizer a pretrained model uses: its own, one with equal ids, or any by option."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Autocast, torch.compile and DDP of a patched model, with gradients."""
+"""Tests autocast, torch.compile and DDP with a patched model, gradients included."""
 
 import copy
 import os

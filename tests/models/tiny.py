@@ -1,7 +1,7 @@
-"""Tiny random models of any family of transformers, built from its config class alone.
+"""Tiny random models of any transformers family, built from its config class alone.
 
-tiny_config("qwen3_moe") shrinks every size that the family's own default config has. What the
-family is made of stays: kinds of layers, windows, sinks, softcaps, routers, ways of positions.
+tiny_config("qwen3_moe") shrinks every size in the family's default config. The architecture stays:
+kinds of layers, windows, sinks, softcaps, routers and position embeddings.
 """
 
 from typing import Any
@@ -90,7 +90,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(model_type: str, **overrides: Any) -> Any:
-    """Returns the default config of a family with every size that it has made tiny.
+    """Returns a family's default config with every size made tiny.
 
     Args:
         model_type: Key of transformers' CONFIG_MAPPING.
@@ -102,7 +102,7 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
 
 
 def config_for(model_class: type, config: Any) -> Any:
-    """Returns the config of a model class; for a text model the text part of the config."""
+    """Returns the config of a model class; for a text model, the text part of the config."""
     wanted = getattr(model_class, "config_class", None)
     if wanted is None or isinstance(config, wanted):
         return config
@@ -113,7 +113,7 @@ def tiny_model(model_type: str, model_class: type, **overrides: Any) -> nn.Modul
     """Returns a random model in float32 and eval mode, whose attention is far from uniform.
 
     Raises:
-        ValueError: if the family has sizes that `tiny_config` does not know, and stays large.
+        ValueError: if the model stays large, because `tiny_config` does not know some size.
     """
     attention = overrides.pop("attn_implementation", None)
     config = config_for(model_class, tiny_config(model_type, **overrides))
@@ -135,7 +135,7 @@ def tiny_model(model_type: str, model_class: type, **overrides: Any) -> nn.Modul
 
 @torch.no_grad()
 def sharpen(model: nn.Module) -> None:
-    """Moves a fresh model's weights away from zero, so that its layers have a visible effect."""
+    """Moves random weights away from zero, so that each layer has a visible effect."""
     generator = torch.Generator().manual_seed(3)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator).to(parameter)
@@ -178,7 +178,7 @@ def _layer_count(config: Any) -> int | None:
 
 
 def _shorten(values: list[Any]) -> list[Any]:
-    """Returns four entries of a list per layer, each sort among them if there are at most four."""
+    """Returns four entries of a per-layer list, with each of the first four kinds among them."""
     sorts = list(dict.fromkeys(map(str, values)))
     firsts = [next(value for value in values if str(value) == sort) for sort in sorts][:4]
     return (firsts + values)[:4] if len(firsts) == 4 else (values[: 4 - len(firsts)] + firsts)[:4]

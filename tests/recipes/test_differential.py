@@ -1,4 +1,4 @@
-"""The differential recipe, from the data to the plot, at its tiny scale."""
+"""Runs the differential recipe at its tiny scale, from the data to the plot."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""The loss of passkeys, against one document at a time, and of a model that knows the answer."""
+"""Tests the loss of passkeys: one document at a time, and for a model that knows the answer."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The largest attention logit, compared with the inputs of each layer's attention function."""
+"""Compares the largest attention logit with the inputs of each layer's attention function."""
 
 import numpy as np
 import pytest
@@ -39,12 +39,12 @@ def models():
 
 
 def seen_by_the_attention_function(model):
-    """Returns the same number from the queries and keys that the attention function gets.
+    """Computes the largest logit from the queries and keys of the attention function's calls.
 
     Returns:
-        A number per layer, and how many float32 roundings the tested function may be off: 8 in a
-        product over a head dim of 8, and 4 in each factor (itself, and its rotation of two terms),
-        all of the factors' norms instead of their product.
+        The largest logit of each layer, and the float32 roundings allowed in it. Roundings: 8 for
+        a product over a head dim of 8, and 4 for each factor (itself, and its rotation of two
+        terms). They are relative to the product of the factors' norms.
     """
     largest, norms = {}, {}
 

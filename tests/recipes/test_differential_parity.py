@@ -1,4 +1,4 @@
-"""One launch and two calls, trained from the same weights on the same rows."""
+"""Trains V1 with one launch and with two calls, from the same weights on the same rows."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The benchmark of a training step: the contenders compute the same; a failure is a result."""
+"""Tests the benchmark of a training step: all contenders agree, and a failure is a result."""
 
 import json
 from contextlib import nullcontext
@@ -34,7 +34,7 @@ def build(contender):
 
 
 def gradients_one_by_one(contender):
-    """Returns the gradients of the mean loss, one document at a time, in the unpatched model."""
+    """Returns the mean loss's gradients of the unpatched model, one document at a time."""
     model = build(contender)
     documents = [torch.from_numpy(d)[None] for d in random_documents(LENGTHS, TINY) if len(d) > 1]
     targets = sum(LENGTHS) - len(LENGTHS)

@@ -1,4 +1,4 @@
-"""The recipe beyond the window, from training to the last plot, at its tiny scale."""
+"""Runs the dual chunk extension recipe at its tiny scale, from training to the last plot."""
 
 import csv
 import json

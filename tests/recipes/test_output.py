@@ -1,4 +1,4 @@
-"""A recipe that is run again into its folder says so at once, in a few lines."""
+"""Tests that a recipe stops with a short message if its output folder holds an earlier run."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Checkpoint files: sealed, and read without running code."""
+"""Tests checkpoint files: sealed by a checksum, and read without running code."""
 
 import errno
 import os
@@ -37,7 +37,7 @@ def test_torch_and_zip_still_read_the_sealed_file(path):
 
 
 def test_every_flipped_bit_is_found(path):
-    """Bits anywhere in the archive. A flip in the seal's label hides the seal only."""
+    """Flips bits anywhere in the archive. In the seal's label, a flip only hides the seal."""
     whole = path.read_bytes()
     numbers = random.Random(0)
     places = [0, 1, len(whole) // 2, len(whole) - 1, len(whole) - 30]
@@ -75,7 +75,7 @@ def test_files_without_a_seal_are_compared_with_their_own_sums(tmp_path):
 
 
 class Evil:
-    """Runs a command when it is unpickled."""
+    """An object that runs a command when it is unpickled."""
 
     def __init__(self, command):
         self.command = command
@@ -101,7 +101,7 @@ def test_a_checkpoint_runs_no_code(tmp_path, form):
 
 
 class Kept:
-    """A value that a user's callback may store."""
+    """A class whose objects a user's callback may store in a checkpoint."""
 
 
 def test_what_may_be_read_is_a_list(tmp_path, monkeypatch):
@@ -124,7 +124,7 @@ def test_unreadable_and_foreign_files(tmp_path):
 
 
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(path):
-    """A limit on the size of files stands for the full disk: torch hides the error as its own."""
+    """A file size limit simulates the full disk; torch replaces that error by one of its own."""
     import resource
 
     before = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Ends at odd moments: in what follows training, and with a disk that is full before it."""
+"""Tests runs that end at odd moments: after training, or before it because the disk is full."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ TRAINED = ("export", "evaluation")
 
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
-    """The folder of a run that nothing interrupted."""
+    """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("finished") / "1"
     train(config(*tiny, "trainer.max_steps=2", output_dir=folder))
     return folder
@@ -33,7 +33,7 @@ def finished(tiny, tmp_path_factory):
 def test_a_signal_outside_of_training_ends_at_once(
     tiny, tmp_path, monkeypatch, capfd, finished, place
 ):
-    """The same command then does what is left, with the same results."""
+    """The same command then completes the run, with the same results."""
     folder = tmp_path / "1"
     arguments = [*tiny, "trainer.max_steps=2", f"data.cache_dir={tmp_path}/cache"]
 
@@ -56,7 +56,7 @@ def test_a_signal_outside_of_training_ends_at_once(
 
 
 def test_a_half_written_export_is_written_again(tiny, tmp_path, monkeypatch, finished):
-    """As a kill in the middle of the export leaves it."""
+    """Leaves the files that a kill in the middle of the export leaves."""
     folder = tmp_path / "1"
     shutil.copytree(finished, folder, symlinks=True)
     shutil.rmtree(folder / "perplexity")
@@ -73,7 +73,7 @@ def test_a_half_written_export_is_written_again(tiny, tmp_path, monkeypatch, fin
 
 
 def test_a_disk_that_is_full_before_training_names_the_cache(tiny, tmp_path):
-    """RLIMIT_FSIZE stands for the disk, in a process of its own."""
+    """RLIMIT_FSIZE simulates the full disk, in a process of its own."""
     import resource
     import subprocess
     import sys

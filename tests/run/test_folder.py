@@ -1,4 +1,4 @@
-"""A folder belongs to one run: created exclusively, locked, and reopened only to resume."""
+"""Tests run folders: each belongs to one run, is locked, and is reopened only to resume."""
 
 import os
 import signal
@@ -52,7 +52,7 @@ def test_one_run_has_the_folder_and_its_record_says_which(tmp_path):
 
 @pytest.mark.parametrize("result", [None, "metrics.csv", "checkpoints/step-00000002.ckpt"])
 def test_a_folder_without_a_checkpoint_is_free_after_a_failure(tmp_path, result):
-    """The metrics of the failed run stay, under another name."""
+    """The failed run's metrics are kept under another name."""
 
     def fail():
         with RunFolder.create(tmp_path, "train", {}):
@@ -83,7 +83,7 @@ def test_traces_of_an_older_run_are_a_run(tmp_path, trace):
 
 
 def test_another_process_holds_it_until_it_is_killed(tmp_path):
-    """Its forked worker survives, and does not hold the lock."""
+    """The killed process leaves a forked worker, which does not hold the lock."""
     process = hold(tmp_path / "1", "fork")
     try:
         message = rf"which process {process.pid} on \S+ uses"

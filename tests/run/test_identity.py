@@ -1,4 +1,4 @@
-"""The options that identify a run."""
+"""Tests which options identify a run, so that a resumed run may not change them."""
 
 import pytest
 
@@ -65,7 +65,7 @@ def test_unknown_options_are_not_compared():
 
 
 def test_every_free_option_is_one():
-    """A misspelt entry would have no effect."""
+    """Each option that a resumed run may change exists; a misspelt one would have no effect."""
     names = set(_flat(plain_values(load("data=text", "data.files=[x]")))) | {"attention"}
     assert set(MAY_CHANGE) <= names
 

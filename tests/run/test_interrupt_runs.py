@@ -1,4 +1,4 @@
-"""Four rounds of the script that interrupts runs: a kill, a signal, a full disk, a damaged file."""
+"""Runs four rounds of tests.interrupt_runs: a kill, a signal, a full disk, a damaged file."""
 
 import pytest
 

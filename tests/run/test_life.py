@@ -1,4 +1,4 @@
-"""The life of a run from the outside: signals, resuming in its folder, one file of metrics."""
+"""Tests a run from the outside: signals, resuming in its folder, and one file of metrics."""
 
 import json
 import os
@@ -17,12 +17,12 @@ SHORT = ["evaluation.enabled=false", "export=false", "trainer.limit_val_batches=
 
 
 def at(step, number):
-    """Makes the run send itself a signal at the end of a step."""
+    """Makes the run send a signal to itself at the end of a step."""
     return f"+callbacks.stop={{_target_: tests.training.KillAt, step: {step}, number: {number}}}"
 
 
 def command(monkeypatch, *arguments):
-    """Runs lctrain-train in this process; returns the exit status."""
+    """Runs lctrain-train in this process, and returns the exit status."""
     monkeypatch.setattr(sys, "argv", ["lctrain-train", *arguments])
     try:
         main()
@@ -33,7 +33,7 @@ def command(monkeypatch, *arguments):
 
 @pytest.fixture(scope="module")
 def whole(tiny, tmp_path_factory):
-    """The folder of a run of six steps that nothing interrupted."""
+    """The folder of an uninterrupted run of six steps."""
     folder = tmp_path_factory.mktemp("whole") / "1"
     train(config(*tiny, *SHORT, "trainer.validate_every_n_steps=2", output_dir=folder))
     return folder
@@ -41,7 +41,7 @@ def whole(tiny, tmp_path_factory):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_ends_the_step_saves_and_the_run_goes_on(tiny, tmp_path, whole, number, capfd):
-    """It resumes in its folder with the same bits. Metrics have no gap, validation included."""
+    """The run resumes in its folder with the same bits; metrics and validations have no gap."""
     folder = tmp_path / "1"
     overrides = [*tiny, *SHORT, "trainer.validate_every_n_steps=2"]
     before = signal.getsignal(number)
@@ -62,7 +62,7 @@ def test_a_signal_ends_the_step_saves_and_the_run_goes_on(tiny, tmp_path, whole,
 
 
 def test_a_signal_in_the_last_step(tiny, tmp_path, whole):
-    """Training is complete; resuming adds the last validation and keeps every row."""
+    """Training is complete, so resuming adds only the last validation and keeps every row."""
     folder = tmp_path / "1"
     overrides = [*tiny, *SHORT, "trainer.validate_every_n_steps=2"]
     with pytest.raises(SystemExit):
@@ -89,7 +89,7 @@ def test_a_signal_before_training_ends_at_once(tiny, tmp_path, monkeypatch, capf
 
 
 def test_a_second_signal_ends_at_once(tiny, tmp_path):
-    """The second signal arrives in the same step; nothing is saved after it."""
+    """The second signal arrives in the same step, so no checkpoint is saved."""
     twice = [at(3, 2), at(3, 15).replace("callbacks.stop", "callbacks.again")]
     result = run_command([*tiny, *SHORT, *twice], tmp_path / "1", check=False)
     assert result.returncode == 143, result.stderr
@@ -98,7 +98,7 @@ def test_a_second_signal_ends_at_once(tiny, tmp_path):
 
 
 def test_last_goes_on_in_the_folder(tiny, tmp_path, monkeypatch, whole):
-    """No new folder, no new checkpoints beyond `keep`, one metrics.csv."""
+    """Resuming makes no new folder, keeps at most `keep` checkpoints, and extends metrics.csv."""
     arguments = [*tiny, *SHORT, f"paths.root={tmp_path}", "trainer.validate_every_n_steps=2"]
     assert command(monkeypatch, *arguments, at(5, 15)) == 143
     assert command(monkeypatch, *arguments, "ckpt_path=last") == 0
@@ -176,7 +176,7 @@ def test_folders_elsewhere_are_refused(tiny, tmp_path, monkeypatch, capfd, overr
 
 
 def test_evil_checkpoint(tiny, tmp_path, monkeypatch, capfd):
-    """No code path of training trusts the checkpoint."""
+    """Loading a checkpoint in training must never run its code."""
     trace = tmp_path / "ran"
 
     class Evil:
@@ -219,7 +219,7 @@ def test_an_evaluation_has_its_folder_alone(tiny, tmp_path, monkeypatch, capfd, 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_resumed_run_is_one_wandb_run(tiny, tmp_path, monkeypatch):
-    """The resolved options are its hyperparameters."""
+    """W&B gets the resolved options as hyperparameters."""
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_MODE", "offline")
     folder = tmp_path / "1"

@@ -1,4 +1,4 @@
-"""train.log: what was logged and warned of, and the error that ended the run."""
+"""Tests train.log: it holds log lines, warnings, and the error that ended the run."""
 
 import logging
 import warnings

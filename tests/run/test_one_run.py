@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed is one run for TensorBoard and for Weights and Biases."""
+"""Tests that TensorBoard and Weights & Biases show a resumed run as one run."""
 
 import json
 import signal
@@ -16,7 +16,7 @@ OPTIONS = ("weight_decay", "held_out_fraction", "accumulate_grad_batches")
 
 
 def tensorboard_of(folder):
-    """Returns the scalars of a run, as TensorBoard shows them."""
+    """Returns a run's scalars as TensorBoard shows them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tensorboard"))
@@ -25,12 +25,12 @@ def tensorboard_of(folder):
 
 
 def steps_of(folder, tag):
-    """Returns the steps of a curve, as TensorBoard shows it."""
+    """Returns the steps of one scalar as TensorBoard shows them."""
     return [event.step for event in tensorboard_of(folder).Scalars(tag)]
 
 
 def wandb_records(folder):
-    """Returns the records of all parts of a run: (steps with a training loss, options)."""
+    """Returns (steps with a training loss, options) from the records of all parts of a run."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     steps, options = [], set()
@@ -51,7 +51,7 @@ def wandb_records(folder):
 
 
 def log_records(data, header=7, block=2**15):
-    """The records of a file in the log format of LevelDB, after a header of W&B's own."""
+    """Returns the records of a W&B file: a header, then the log format of LevelDB."""
     place, parts = header, []
     while place < len(data):
         left = block - place % block

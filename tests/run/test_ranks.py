@@ -1,4 +1,4 @@
-"""Signals to a run of several processes, and to a job of SLURM."""
+"""Tests signals to a run with several ranks, and to a SLURM job."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ FALSE_WARNING = "It is recommended to use `self.log("
 
 
 def start(overrides, folder=None, launcher="lightning", **variables):
-    """The command in a group of processes of its own, as in a terminal."""
+    """Starts the command in a process group of its own, as a terminal does."""
     named = [] if folder is None else [f"hydra.run.dir={folder}"]
     return subprocess.run(
         [sys.executable, *LAUNCHERS[launcher], "-m", "lctrain.train", *overrides, *named],
@@ -36,7 +36,7 @@ def two_ranks(tiny):
 
 @pytest.fixture(scope="module")
 def whole(two_ranks, tmp_path_factory):
-    """The folder of a run of two ranks that nothing interrupted."""
+    """The folder of an uninterrupted run on two ranks."""
     folder = tmp_path_factory.mktemp("whole") / "1"
     done = start(two_ranks, folder)
     assert done.returncode == 0, done.stderr
@@ -51,7 +51,7 @@ def whole(two_ranks, tmp_path_factory):
     ("name", "number", "to"), [("SIGINT", 2, "group"), ("SIGTERM", 15, "launcher")]
 )
 def test_a_signal_stops_all_ranks_once(two_ranks, tmp_path, whole, launcher, name, number, to):
-    """One message, one checkpoint, the status of the signal; the run goes on bit-equal."""
+    """The run gives one message and one checkpoint, and resumes bit for bit."""
     folder = tmp_path / "1"
     signal_at = f"{{_target_: tests.training.SignalAt, step: 3, number: {number}, to: {to}}}"
     done = start([*two_ranks, f"+callbacks.signal={signal_at}"], folder, launcher)
@@ -69,7 +69,7 @@ def test_a_signal_stops_all_ranks_once(two_ranks, tmp_path, whole, launcher, nam
 
 
 def test_slurm_queues_the_job_again_once(tiny, tmp_path):
-    """SIGUSR1 before the end of the job's time; started again, it goes on in its folder."""
+    """SIGUSR1 arrives before the job's time limit; the requeued job resumes in its folder."""
     calls = tmp_path / "calls"
     (tmp_path / "bin").mkdir()
     scontrol = tmp_path / "bin" / "scontrol"

@@ -1,4 +1,4 @@
-"""Where `ckpt_path` is searched, and which checkpoints are refused."""
+"""Tests in which folders `ckpt_path` is searched, and which checkpoints are refused."""
 
 import json
 import os
@@ -13,7 +13,7 @@ MINE = {"seed": 0, "attention": "AttentionConfig", "attention.name": "flash"}
 
 
 def write(run, step, age, identity=MINE):
-    """Writes a checkpoint of a run, `age` seconds old."""
+    """Writes a checkpoint file that is `age` seconds old."""
     path = run / "checkpoints" / f"step-{step:08d}.ckpt"
     state = {key: {} for key in NEEDED} | {"run": {"id": run.name, "identity": identity}}
     AtomicCheckpointIO().save_checkpoint(state, path)
@@ -87,7 +87,7 @@ def test_last_falls_back_to_the_newest_intact_one(tmp_path, caplog):
 
 
 def test_a_missing_newest_file_is_no_error(tmp_path):
-    """The link points nowhere; an older checkpoint is there."""
+    """The link `last` points to a missing file, but an older checkpoint exists."""
     old, new = write(tmp_path / "1", 2, age=9), write(tmp_path / "1", 4, age=5)
     new.unlink()
     assert find_checkpoint("last", [], tmp_path, MINE) == old

@@ -1,4 +1,4 @@
-"""A small corpus, and a training run of seconds on it."""
+"""Fixtures: a small corpus, and overrides for a training run of seconds."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Runs of lctrain-train, in this process or their own, and the files that they write."""
+"""Runs lctrain-train, in this process or in its own, and reads the files that it writes."""
 
 import csv
 import os
@@ -26,7 +26,7 @@ def config(*overrides, output_dir) -> TrainConfig:
 
 
 def run_command(overrides, folder, check=True):
-    """Runs the command in its own process."""
+    """Runs lctrain-train in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "lctrain.train", *overrides, f"hydra.run.dir={folder}"],
         cwd=folder.parent,
@@ -44,7 +44,7 @@ def rows(folder):
 
 
 def train_losses(folder):
-    """Returns {step: loss} as the decimal strings of the file."""
+    """Returns each step's loss from metrics.csv, as the decimal string in the file."""
     return {row["step"]: row["train/loss"] for row in rows(folder) if row["train/loss"]}
 
 
@@ -53,7 +53,7 @@ def weights(folder):
 
 
 def assert_same_run(one, other):
-    """Checks that losses and trained weights are equal in every bit."""
+    """Checks that two runs have bit-equal losses and trained weights."""
     assert train_losses(one) == train_losses(other)
     mine, theirs = weights(one), weights(other)
     assert mine.keys() == theirs.keys()

@@ -1,4 +1,4 @@
-"""Runs that a signal ends, and that are resumed."""
+"""Tests runs that a signal ends and that are then resumed."""
 
 import json
 import signal
@@ -22,7 +22,7 @@ KILLED = [
 
 
 def test_killed_run_resumes_bit_equal(tiny, tmp_path):
-    """SIGKILL two steps after a checkpoint, in the middle of an epoch; again in the same folder."""
+    """SIGKILL arrives inside an epoch, two steps after a checkpoint; the folder is kept."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(config(*tiny, *KILLED, output_dir=whole))
     kill = "+callbacks.kill={_target_: tests.training.KillAt, step: 10}"
@@ -36,7 +36,7 @@ def test_killed_run_resumes_bit_equal(tiny, tmp_path):
 
 
 def test_sigterm_is_no_success(tiny, tmp_path):
-    """A scheduler stops a job in this way. The exit status and the message say so."""
+    """Schedulers stop jobs by SIGTERM; exit status and message must say so."""
     stop = f"+callbacks.stop={{_target_: tests.training.KillAt, step: 5, number: {signal.SIGTERM}}}"
     result = run_command([*tiny, stop], tmp_path / "stopped", check=False)
     assert result.returncode == 128 + signal.SIGTERM, result.stderr
@@ -47,7 +47,7 @@ def test_sigterm_is_no_success(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_killed_ddp_run_resumes_bit_equal(tiny, tmp_path):
-    """Two processes, gloo; both are killed."""
+    """Kills both processes of a gloo run."""
     ddp = [*tiny, *KILLED, "trainer.strategy=ddp", "trainer.devices=2", "trainer.max_steps=9"]
     ddp += ["data.num_workers=0", "callbacks.checkpoint.every_n_steps=3"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"

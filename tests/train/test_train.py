@@ -1,4 +1,4 @@
-"""lctrain-train from the config to its files."""
+"""Tests lctrain-train from the config to its files."""
 
 import csv
 import json
@@ -132,9 +132,9 @@ def test_differential_models_train_and_their_exports_load(overrides, tiny, tmp_p
 
 
 def test_resume_goes_on_for_longer(finished, tiny, tmp_path):
-    """In a new folder, from the newest run of that name; the beginning is remembered.
+    """Resumes in a new folder from the newest run of that name, and notes the original run.
 
-    The rates are those of a run of eight steps from the first new step on.
+    From the first new step on, the learning rates are those of a run of eight steps.
     """
     first, folder, _ = finished
     report = train(
@@ -263,7 +263,7 @@ def test_folder_that_cannot_be_written(tiny, tmp_path):
 
 
 def test_multirun_and_saved_config(tiny, tmp_path, monkeypatch):
-    """Two runs from the command line; each has its folder with the resolved config."""
+    """Starts two runs with one command; each has a folder with its resolved config."""
     short = ["trainer.max_steps=1", "evaluation.enabled=false", "export=false"]
     sweep = [f"hydra.sweep.dir={tmp_path}/sweep", "seed=3,4", "name=two", "--multirun"]
     monkeypatch.setattr(sys, "argv", ["lctrain-train", *tiny, *short, *sweep])
@@ -294,7 +294,7 @@ def test_first_line_of_every_recipe_runs(tiny, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_wandb_offline(tiny, tmp_path, monkeypatch):
-    """Without a key or a network: scalars, the table and the plot are on disk."""
+    """Without a key or a network, scalars, table and plot are written to the disk."""
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -329,7 +329,7 @@ def test_every_job_of_a_multirun_is_a_wandb_run(tiny, tmp_path, monkeypatch):
 
 
 def test_the_closing_evaluation_compares_ways_beyond_the_window(tiny, tmp_path, capsys):
-    """A model trained on 32 tokens is read at 64, with plain RoPE and with dual chunk attention."""
+    """A model trained at 32 tokens is evaluated at 64, with plain RoPE and dual chunk."""
     settings = [
         "model.config.max_position_embeddings=32",
         "data.max_document_tokens=32",

@@ -1,11 +1,11 @@
-"""Turns oneDNN off in every process that has this folder on its PYTHONPATH and imports torch.
+"""Turns oneDNN off in each process that imports torch with this folder on its PYTHONPATH.
 
-torch loads the entry points of the group torch.backends at the end of its import.
+It is an entry point of the group torch.backends, which torch loads at the end of its import.
 """
 
 
 def turn_off() -> None:
-    """Computes without oneDNN from now on."""
+    """Turns oneDNN off for the rest of the process."""
     import torch
 
     torch.backends.mkldnn.enabled = False
