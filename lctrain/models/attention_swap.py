@@ -1,5 +1,6 @@
 """AttentionSwap: gives a model's attention layers lctrain's attention function, and back."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -46,37 +47,36 @@ class AttentionSwap:
         self.spec = KINDS[spec.kind].fit(model, spec)
         self.layers = attention_layers(model)
         self.previous = str(model.config._attn_implementation)
+        self._undo = ExitStack()
 
     def apply(self) -> None:
         """Swaps configs and layers, and puts hooks on the model and on those inside."""
         from transformers import PreTrainedModel
 
-        make_hook = KINDS[self.spec.kind].hook
+        kind = KINDS[self.spec.kind]
+        self._undo.callback(detach_frequencies, self.model)
         hooks = [
-            (module, make_hook(module, self.spec))
+            (module, kind.hook(module, self.spec))
             for module in self.model.modules()
             if isinstance(module, PreTrainedModel)
         ]
-        self._configs = ConfigSwap(self.model, self.spec.implementation)
-        self._specs = [(layer, vars(layer).get(SPEC_ATTRIBUTE)) for layer in self.layers.values()]
+        configs = ConfigSwap(self.model, self.spec.implementation)
+        self._undo.callback(configs.restore)
+        configs.apply()
         for layer in self.layers.values():
-            setattr(layer, SPEC_ATTRIBUTE, self.spec)
-        self._swap_back = KINDS[self.spec.kind].swap(self.layers)
-        self._hooks = [
-            module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks
-        ] + [module.register_forward_hook(check_outputs, with_kwargs=True) for module, _ in hooks]
+            self._undo.callback(_set_spec, layer, vars(layer).get(SPEC_ATTRIBUTE))
+            _set_spec(layer, self.spec)
+        self._undo.callback(kind.swap(self.layers))
+        for module, hook in hooks:
+            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+            self._undo.callback(handle.remove)
+        for module, _ in hooks:
+            handle = module.register_forward_hook(check_outputs, with_kwargs=True)
+            self._undo.callback(handle.remove)
 
     def undo(self) -> None:
-        """Takes the hooks off, and gives layers and configs back."""
-        for hook in self._hooks:
-            hook.remove()
-        detach_frequencies(self.model)
-        self._swap_back()
-        for layer, spec in self._specs:  # a model that was loaded by name has one of its own
-            delattr(layer, SPEC_ATTRIBUTE)
-            if spec is not None:
-                setattr(layer, SPEC_ATTRIBUTE, spec)
-        self._configs.restore()
+        """Takes the hooks off, and gives layers and configs back: what `apply` has changed."""
+        self._undo.close()
 
     def describe(self) -> str:
         """Returns the names of the attention, before and after."""
@@ -156,3 +156,11 @@ def device_and_dtype(model: nn.Module, spec: AttentionSpec) -> tuple[torch.devic
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     return device, dtype
+
+
+def _set_spec(layer: nn.Module, spec: AttentionSpec | None) -> None:
+    """Sets the options of a layer; a model that was loaded by name has some of its own."""
+    if spec is not None:
+        setattr(layer, SPEC_ATTRIBUTE, spec)
+    elif SPEC_ATTRIBUTE in vars(layer):
+        delattr(layer, SPEC_ATTRIBUTE)

@@ -25,8 +25,12 @@ class ConfigSwap:
                 if isinstance(value, PreTrainedConfig):
                     old, new = self._pairs.setdefault(id(value), (value, copy.copy(value)))
                     setattr(new, _IMPLEMENTATION, implementation)
-                    setattr(module, name, new)
                     self._places.append((module, name, old))
+
+    def apply(self) -> None:
+        """Puts the copies in the places of the configs."""
+        for module, name, old in self._places:
+            setattr(module, name, self._pairs[id(old)][1])
 
     def restore(self) -> None:
         """Restores the old configs, with other values that were written to the copies since."""

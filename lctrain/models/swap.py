@@ -25,7 +25,7 @@ class Swap(Protocol):
         """Changes the model."""
 
     def undo(self) -> None:
-        """Restores the model as it was before `apply`."""
+        """Restores the model as it was before `apply`, also where `apply` failed midway."""
 
     def describe(self) -> str:
         """Returns what was swapped, for people."""
@@ -52,11 +52,11 @@ class Unpatchable(ABC):
 
 def apply_all(swaps: Sequence[Swap]) -> None:
     """Applies swaps in their order: all of them, or, after an error, none."""
-    for done, swap in enumerate(swaps):
+    for number, swap in enumerate(swaps):
         try:
             swap.apply()
         except BaseException:
-            undo_all(swaps[:done])
+            undo_all(swaps[: number + 1])
             raise
 
 
