@@ -7,7 +7,6 @@ between its decoder, its output embedding and its logits is compared with what w
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
 from lctrain.loss.evaluation_mode import evaluation_mode
+from lctrain.warn import warn_caller
 
 # Far beyond the usual soft caps (30 to 50), so that one cannot hide in rounding errors.
 PROBE_LOGIT_SCALE = 100.0
@@ -76,10 +76,9 @@ def find_output_head(
             head: OutputHead | None = _verify(model, inner, make_probe())
         except UnverifiedHeadError as error:
             head = None
-            warnings.warn(
+            warn_caller(
                 f"{type(inner).__name__} computes all of its logits at once, which takes memory "
                 f"for tokens x vocabulary numbers: {error}.",
-                stacklevel=4,
             )
         _warn_of_what_is_skipped(inner, head)
         _verified[model] = (signature, head)
@@ -206,14 +205,12 @@ def _equal_to_rounding(logits: Tensor, projected: Tensor, head: OutputHead) -> b
 
 def _warn_of_what_is_skipped(inner: Any, head: OutputHead | None) -> None:
     if getattr(getattr(inner, "config", None), "output_router_logits", False):
-        warnings.warn(
+        warn_caller(
             "output_router_logits is on, but the router's auxiliary loss is not added to the loss "
             "of the tokens. Set config.output_router_logits=False.",
-            stacklevel=5,
         )
     if head is not None and inner._compiled_call_impl is not None:
-        warnings.warn(
+        warn_caller(
             "model.compile() has no effect on the loss, which calls the base model directly. "
             "Use torch.compile(model), or model.base_model.compile().",
-            stacklevel=5,
         )

@@ -1,7 +1,6 @@
 """Dual chunk attention in a model: options that follow its trained window, and its input hook."""
 
 import dataclasses
-import warnings
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from lctrain.models.frequencies import follows_length, require_document_frequenc
 from lctrain.models.inputs import InputHook
 from lctrain.models.rotary import find_rotary, probe_layers, require_half_split
 from lctrain.models.window import configured_window
+from lctrain.warn import warn_caller
 
 
 def fit_dual_chunk(model: Any, spec: DualChunkSpec) -> DualChunkSpec:
@@ -86,12 +86,11 @@ def follow_window(config: Any, spec: DualChunkSpec) -> DualChunkSpec:
     if local_size is None:
         local_size = (chunk_size + 1) // 8
     if chunk_size > window:
-        warnings.warn(
+        warn_caller(
             f"chunk_size should be below the trained window of {window} tokens, got {chunk_size}: "
             f"relative positions from {window} to {chunk_size} occur, which the model has never "
             "seen, and long texts are read the worse for it. Leave chunk_size out, or pass window= "
             "if the model was trained on longer texts than its config says.",
-            stacklevel=4,
         )
     return dataclasses.replace(spec, window=window, chunk_size=chunk_size, local_size=local_size)
 

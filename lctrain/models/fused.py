@@ -9,7 +9,6 @@ Decoder layers become subclasses too: transformers turns gradient checkpointing 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections import Counter
 from types import FunctionType
 from typing import Any
@@ -20,6 +19,7 @@ from torch import nn
 from lctrain.kernels import geglu, swiglu
 from lctrain.models import fused_modules
 from lctrain.models.code import own_forward, parameters, same_code, unwrapped, with_globals
+from lctrain.warn import warn_caller
 
 _ROTATION = "apply_rotary_pos_emb"
 _LAYER_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
@@ -64,10 +64,9 @@ class FusedSwap:
             if type(module) is fused:
                 module.__class__ = own
             else:
-                warnings.warn(
+                warn_caller(
                     f"a {type(module).__name__} keeps its fused forward: its class was changed "
                     "after patch_model. Call unpatch() before other changes are undone.",
-                    stacklevel=4,
                 )
         self.swapped = []
 
