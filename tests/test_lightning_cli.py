@@ -1,15 +1,17 @@
 """Tests LightningCLI: every public class can be built from YAML, and `fit --config` trains."""
 
+import inspect
 import subprocess
 import sys
 from dataclasses import fields
+from typing import get_type_hints
 
 import pytest
 import yaml
 
 import lctrain
 from lctrain import callbacks, data
-from lctrain.config import DataConfig, DataSettings
+from lctrain.config import DataConfig, DataOptions, DataSettings
 from tests.house.typecheck import ROOT
 
 jsonargparse = pytest.importorskip("jsonargparse")
@@ -124,7 +126,7 @@ def test_a_data_module_from_yaml():
 
 
 def test_a_data_module_takes_every_setting_of_the_data():
-    """DataSettings alone declares the settings, for this module and for Hydra's YAML."""
+    """DataSettings alone declares defaults, for this module and for Hydra's YAML."""
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(lctrain.PackedDataModule, "made")
     values = parser.parse_object({"made": {}}).made
@@ -138,6 +140,13 @@ def test_a_data_module_takes_every_setting_of_the_data():
         lctrain.PackedDataModule(max_token=64)
     with pytest.raises(TypeError, match=r"settings must be .*, got zzz. Leave it out"):
         lctrain.PackedDataModule(zzz=1)
+
+
+def test_editors_and_type_checkers_see_every_setting_of_the_data():
+    assert get_type_hints(DataOptions) == get_type_hints(DataSettings)
+    assert not DataOptions.__required_keys__
+    source = inspect.getsource(lctrain.PackedDataModule.__init__)
+    assert "**settings: Unpack[DataOptions]" in source
 
 
 @pytest.mark.parametrize("model", [LLAMA, "some/name", "module"], ids=["mapping", "name", "module"])

@@ -18,7 +18,7 @@ from lctrain.config.callbacks import (
     ProgressBarConfig,
     ThroughputConfig,
 )
-from lctrain.config.data import DataConfig, DataSettings
+from lctrain.config.data import DataConfig, DataOptions, DataSettings
 from lctrain.config.eval import EvalConfig, PasskeyConfig
 from lctrain.config.evaluation import EvaluationConfig
 from lctrain.config.loggers import CsvLoggerConfig, TensorBoardLoggerConfig, WandbLoggerConfig
@@ -39,6 +39,7 @@ __all__ = [
     "CheckpointConfig",
     "CsvLoggerConfig",
     "DataConfig",
+    "DataOptions",
     "DataSettings",
     "EarlyStoppingConfig",
     "EvalConfig",

@@ -1,12 +1,34 @@
-"""The settings of the data: how documents are tokenized, packed and loaded, declared once."""
+"""The settings of the data: how documents are tokenized, packed and loaded."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import TypedDict
 
 from lctrain.config.paths import expand_paths
 from lctrain.limits import MIN_TOKENS, OVERLONG, SPECIAL_TOKENS, check_stream, named, require
+
+
+class DataOptions(TypedDict, total=False):
+    """The fields of `DataSettings` as keyword arguments, for editors and type checkers.
+
+    Defaults and checks are those of `DataSettings`; a test compares names and types.
+    """
+
+    vocab_size: int
+    max_tokens: int
+    max_document_tokens: int | None
+    overlong: str
+    packing_window: int
+    balance_window: int
+    held_out_fraction: float
+    passkey_fraction: float
+    num_workers: int
+    num_proc: int | None
+    seed: int
+    cache_dir: str | os.PathLike[str] | None
+    special_tokens: str
 
 
 @dataclass(frozen=True)

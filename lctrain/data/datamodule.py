@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,9 @@ from lctrain.limits import check_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+    from typing_extensions import Unpack
+
+    from lctrain.config import DataOptions
 
 
 class PackedDataModule(LightningDataModule):
@@ -43,7 +47,7 @@ class PackedDataModule(LightningDataModule):
         *,
         pin_memory: bool | None = None,
         held_out: Any = None,
-        **settings: Any,
+        **settings: Unpack[DataOptions],
     ) -> None:
         """Checks the settings; nothing is read before `prepare_data` or `setup`.
 
@@ -323,7 +327,11 @@ class PackedDataModule(LightningDataModule):
         return self._cursor.batches
 
 
-def _check_names(settings: dict[str, Any]) -> None:
+# At run time LightningCLI reads types, defaults and help from DataSettings, not from a TypedDict.
+PackedDataModule.__init__.__annotations__["settings"] = "Any"
+
+
+def _check_names(settings: Mapping[str, Any]) -> None:
     """Raises TypeError for a setting that does not exist."""
     known = [field.name for field in fields(DataSettings)]
     for name in settings:
