@@ -1,6 +1,7 @@
 """Data: sources, tokenizing, packing, and loaders that resume to the batch.
 
-Names load on first use: the schemas of the command line need the sources, not torch and Lightning.
+A name's module is imported when the name is first used. The schemas of the command line can thus
+import the sources without torch and Lightning.
 """
 
 from importlib import import_module

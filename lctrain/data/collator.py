@@ -1,4 +1,4 @@
-"""PackCollator and PackedRows: make a PackedBatch of tokenized documents."""
+"""PackCollator and PackedRows: build a PackedBatch from tokenized documents."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from lctrain.data.packing import PackingPlan, PackingReport
 
 @dataclass(frozen=True)
 class PackCollator:
-    """Makes one PackedBatch of the documents of one row; a `collate_fn` for any DataLoader.
+    """Builds one PackedBatch from the documents of one row; a `collate_fn` for any DataLoader.
 
-    A document is a mapping with "input_ids" and optionally "labels" (aligned with the tokens as in
-    transformers, not shifted), "document_id" (the dropout key) and "name".
+    A document is a mapping with "input_ids" and, optionally, "labels", "document_id" and "name".
+    The labels are aligned with the tokens, as in transformers: they are not shifted. The document
+    id is the key of attention dropout.
 
     Attributes:
-        max_tokens: Upper bound of the packed length, >= 2; None for no bound.
-        as_arguments: Make a dictionary of a model's arguments with labels instead of a PackedBatch,
-            for `model(**batch)` and for transformers' Trainer: see PackedBatch.arguments.
+        max_tokens: Largest number of tokens in a batch, >= 2; None for no limit.
+        as_arguments: Whether to return a dictionary of a model's arguments, labels included, for
+            `model(**batch)` and transformers' Trainer: see PackedBatch.arguments. False returns a
+            PackedBatch.
     """
 
     max_tokens: int | None = None
@@ -33,16 +35,16 @@ class PackCollator:
         check_max_tokens(self.max_tokens)
 
     def __call__(self, documents: Sequence[Mapping[str, Any]]) -> PackedBatch | dict[str, Any]:
-        """Packs the documents in their order; see `pack`."""
+        """Packs documents as `pack` does, and returns them in the form that `as_arguments` sets."""
         batch = self.pack(documents)
         return batch.arguments() if self.as_arguments else batch
 
     def pack(self, documents: Sequence[Mapping[str, Any]]) -> PackedBatch:
-        """Packs the documents in their order.
+        """Packs documents into one batch, in the given order.
 
         Raises:
-            ValueError: if a document has no "input_ids", is padded or numbers others by its
-                "attention_mask", or as PackedBatch.from_documents.
+            ValueError: if a document has no "input_ids", if its "attention_mask" holds a value
+                other than 1, or if PackedBatch.from_documents refuses the documents.
         """
         for index, document in enumerate(documents):
             if not isinstance(document, Mapping) or "input_ids" not in document:
@@ -81,17 +83,19 @@ def _all_or_none(documents: Sequence[Mapping[str, Any]], field: str) -> list[Any
 
 
 class PackedRows(torch.utils.data.Dataset[PackedBatch]):
-    """The rows of a packing plan as a map-style dataset.
+    """Map-style dataset of the rows of a packing plan; an item is a PackedBatch.
 
-    Row ~r (that is -r - 1) is row r without targets: it fills up a step in which a rank has no row
-    of its own, and weighs nothing.
+    Index ~r (which is -r - 1) returns row r without targets, so that it adds nothing to the loss. A
+    rank reads such a row in a step for which no row is left for it.
     """
 
     def __init__(self, store: StoredTokens, plan: PackingPlan) -> None:
         """Wraps tokenized documents and the plan that packs them.
 
-        Labels come from the store's method `labels`, where its `has_labels` is true; else every
-        token is a label.
+        Args:
+            store: Tokens of the documents. If its attribute `has_labels` is true, its method
+                `labels` returns the labels; otherwise the tokens themselves are the labels.
+            plan: Pieces of the documents in every row.
         """
         self.store: Any = store
         self.plan = plan
@@ -99,7 +103,7 @@ class PackedRows(torch.utils.data.Dataset[PackedBatch]):
 
     @property
     def report(self) -> PackingReport:
-        """The counts of the packing."""
+        """Counts of rows, documents and tokens of the packing."""
         return self.plan.report
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""The text column of a `datasets.Dataset`, whatever type stores it."""
+"""Reads the text column of a `datasets.Dataset` as strings, whether it stores strings or bytes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ _BYTES = ("binary", "large_binary", "binary_view")
 
 
 def text_column(dataset: Dataset, field: str, label: str) -> Dataset:
-    """Returns the column with the text, as "text", with "name" and "fault" where it is converted.
+    """Returns a dataset with the texts as its column "text".
+
+    A column of strings is only renamed. Another column is converted, and the dataset then has the
+    columns "name" and "fault" as well: see `lctrain.data.readers`.
 
     Args:
-        dataset: Any.
+        dataset: Dataset with the column.
         field: Name of the column, or the path to a nested field, with dots.
-        label: Rows are called label:row.
+        label: Name of the dataset. A document's name is label:row.
 
     Raises:
-        ValueError: if there is no such column, or it holds no text.
+        ValueError: if there is no such column, or it holds neither strings nor bytes.
     """
     columns = dataset.column_names
     way = [field] if field in columns else field.split(".")

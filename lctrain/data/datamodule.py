@@ -1,4 +1,7 @@
-"""PackedDataModule: documents in, packed batches out, resumable to the batch."""
+"""PackedDataModule: the LightningDataModule that turns documents into packed batches.
+
+A resumed run continues with the batch after the last one that training finished.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class PackedDataModule(LightningDataModule):
-    """Loads, splits, tokenizes and packs documents, and feeds them to every rank."""
+    """LightningDataModule that loads, splits, tokenizes and packs documents for every rank."""
 
     def __init__(
         self,
@@ -52,16 +55,16 @@ class PackedDataModule(LightningDataModule):
         """Checks the settings; nothing is read before `prepare_data` or `setup`.
 
         Args:
-            source: A Source that says where documents come from; or a dataset of your own, a
-                `datasets.Dataset` or a list: of texts (column "text"), of token ids (as in
-                `lctrain.data.pack`) or rows that `lctrain.data.pack` returned. Default: the Python
-                standard library.
-            tokenizer: Name or path of a tokenizer of transformers, or one; None trains a byte-level
-                BPE on the training split, once.
-            pin_memory: Copy batches to pinned memory; default: if there is a GPU.
-            held_out: Documents to hold out, of the same type as `source`; not allowed with a
+            source: Documents to train on, in one of four forms: a Source, which reads files or a
+                dataset of the hub; texts, as a list or a `datasets.Dataset` with the column "text";
+                documents of token ids, as in `lctrain.data.pack`; or the rows that
+                `lctrain.data.pack` returned. None reads the Python standard library.
+            tokenizer: A tokenizer of transformers, or its name or path. None trains a byte-level
+                BPE on the training split and keeps it in the cache.
+            pin_memory: Whether to copy batches to pinned memory. None does so if there is a GPU.
+            held_out: Documents to hold out, in the same form as `source`; not allowed with a
                 Source.
-            **settings: The fields of `lctrain.config.DataSettings`, such as max_tokens.
+            **settings: Fields of `lctrain.config.DataSettings`, such as max_tokens.
 
         Raises:
             TypeError: if a setting does not exist.
@@ -92,20 +95,20 @@ class PackedDataModule(LightningDataModule):
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of a row."""
+        """Capacity of a row in tokens."""
         return self.options.max_tokens
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, after `setup()`."""
+        """The tokenizer. It is available after `setup()`."""
         return self._ready.tokenizer
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens of the tokenizer, after `setup()`.
+        """Size of the tokenizer's vocabulary. It is available after `setup()`.
 
         Raises:
-            ValueError: for token ids without a tokenizer.
+            ValueError: if the documents are token ids and no tokenizer object was given.
         """
         if self.tokenizer is None or isinstance(self.tokenizer, (str, os.PathLike)):
             raise ValueError(
@@ -116,24 +119,30 @@ class PackedDataModule(LightningDataModule):
 
     @property
     def longest_document(self) -> int:
-        """Tokens of the longest document, or piece of one, in the training rows."""
-        if self._ready.stream is not None:  # any of those that are still to come
+        """Tokens of the longest document, or piece of a document, in the training rows.
+
+        For an endless stream it is the longest length that a document can have.
+        """
+        if self._ready.stream is not None:
             return document_limit(self.options.max_document_tokens, self.max_tokens)
         return int(self._ready.train_rows.plan.lengths.max())
 
     @property
     def packing_report(self) -> PackingReport:
-        """Counts of the training rows, after `setup()`."""
+        """Counts of the training rows. They are available after `setup()`."""
         return self._ready.train_rows.plan.report
 
     @property
     def held_out_report(self) -> PackingReport:
-        """Counts of the held-out rows, after `setup()`."""
+        """Counts of the held-out rows. They are available after `setup()`."""
         return self._ready.held_out_rows.plan.report
 
     @property
     def imbalance(self) -> float:
-        """Relative work lost by waiting ranks in the first epoch, after `setup()`."""
+        """Heaviest rank's attention work over the mean of all ranks, in the first epoch, >= 1.
+
+        It is available after `setup()`.
+        """
         costs = self._ready.train_rows.plan.costs()
         order = epoch_order(
             costs, self._world_size, self.options.seed, 0, self.options.balance_window
@@ -142,9 +151,9 @@ class PackedDataModule(LightningDataModule):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings that determine the sequence of batches, after `setup()`.
+        """Settings that determine the sequence of batches. They are available after `setup()`.
 
-        A resumed run compares them.
+        A resumed run compares them with those of its checkpoint.
         """
         return self._ready.settings | {
             "seed": self.options.seed,
@@ -154,15 +163,18 @@ class PackedDataModule(LightningDataModule):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the training data and of what decides its rows, after `setup()`."""
+        """Hash of the training texts and of the settings that determine the training rows.
+
+        It is available after `setup()`.
+        """
         return fingerprint_settings(self._ready.settings)
 
     def prepare_data(self) -> None:
-        """Fills the cache, in one process of a node."""
+        """Fills the cache. Lightning calls it in one process of a node."""
         self.preparation.run()
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads the cache and packs, in every process.
+        """Reads the cache and plans the rows. Lightning calls it in every process.
 
         Raises:
             ValueError: if the data cannot be read, holds no text, or fills no row.
@@ -173,11 +185,11 @@ class PackedDataModule(LightningDataModule):
                 check_same_settings(self.settings, self._restored_settings)
 
     def train_dataloader(self) -> PackLoader:
-        """The endless stream of this rank's training batches; `len` is the steps of an epoch.
+        """Returns the loader of this rank's training batches; `len` is the steps of an epoch.
 
-        Where the source itself has no end, no run reaches that of an epoch.
-
-        Outside of `Trainer.fit` an iterator goes on where the last one stopped.
+        The batches never end: an iterator continues with the next epoch. Outside of `Trainer.fit`,
+        a new iterator starts where the last one stopped. If the source is an endless stream, `len`
+        is larger than any run is long.
 
         Raises:
             ValueError: if there are fewer rows than ranks.
@@ -212,7 +224,7 @@ class PackedDataModule(LightningDataModule):
         )
 
     def _stream_loader(self, recipe: StreamRecipe) -> PackLoader:
-        """This rank's batches of a source without an end."""
+        """Returns the loader of this rank's batches of an endless stream."""
         return PackLoader(
             StreamedRows(recipe, self._rank, self._world_size),
             StepNumbers(),
@@ -224,10 +236,11 @@ class PackedDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> PackLoader | list[Any]:
-        """Held-out rows in their order; every rank has the same number of steps.
+        """Returns the loader of this rank's held-out rows, or [] if no documents are held out.
 
-        A rank without a row of its own in the last step repeats one without targets, so that sums
-        over tokens stay exact. Without held-out documents it is an empty list.
+        The rows keep their order, and every rank has the same number of steps. If no row is left
+        for a rank in the last step, it reads the first row without targets, so that sums over
+        tokens stay exact.
         """
         rows, world_size, rank = self._ready.held_out_rows, self._world_size, self._rank
         if len(rows) == 0:
@@ -245,7 +258,7 @@ class PackedDataModule(LightningDataModule):
         )
 
     def held_out_documents(self) -> list[TokenizedDocument]:
-        """The held-out documents, not cut."""
+        """Returns the whole held-out documents, before packing splits or truncates them."""
         store = self._ready.held_out_rows.store
         return [
             TokenizedDocument(store.names[i], store.tokens(i).astype(np.int64), i)
@@ -255,28 +268,28 @@ class PackedDataModule(LightningDataModule):
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
     ) -> PackedBatch:
-        """Moves a batch without waiting for the copy, which pinned memory allows."""
+        """Moves a batch to a device. From pinned memory, the copy does not block."""
         if isinstance(batch, PackedBatch):
             check_vocabulary(batch, getattr(self.trainer, "lightning_module", None))
             return batch.to(device, non_blocking=self.pin_memory)
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def test_dataloader(self) -> PackLoader | list[Any]:
-        """The held-out rows, as in validation."""
+        """Returns the loader of the held-out rows, as `val_dataloader` does."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> PackLoader | list[Any]:
-        """The held-out rows, as in validation."""
+        """Returns the loader of the held-out rows, as `val_dataloader` does."""
         return self.val_dataloader()
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings, and the number of batches that training on each rank has finished."""
+        """Returns the settings, and the number of batches that training on each rank finished."""
         if self._prepared is None:
             return {}
         return {"settings": self.settings, "batches": self._finished_batches()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues after the batches of a checkpoint.
+        """Sets the next training batch to the one after the last batch of a checkpoint.
 
         Raises:
             ValueError: if this run's data or packing settings differ; the message names them.
@@ -304,23 +317,23 @@ class PackedDataModule(LightningDataModule):
 
     @property
     def _progress(self) -> Any:
-        """Lightning's own counts of training batches inside `Trainer.fit`, else None."""
+        """Lightning's counts of training batches inside `Trainer.fit`; None outside of it."""
         if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return None
         return self.trainer.fit_loop.epoch_loop.batch_progress
 
     def _position(self) -> int:
-        """The batch that a new iterator starts with."""
+        """Returns the number of the batch that a new iterator starts with."""
         if self._progress is not None and getattr(self.trainer, "overfit_batches", 0) > 0:
             return self._progress.current.processed  # the same batches in every epoch
         return self._finished_batches()
 
     def _finished_batches(self) -> int:
-        """Batches that training has finished.
+        """Returns the number of batches that training has finished.
 
-        Inside `Trainer.fit` that is Lightning's own count, which it saves and restores with every
-        checkpoint. It is asked when the first batch is fetched, not when the loader is made:
-        `estimated_stepping_batches` makes the loader before Lightning has restored its counts.
+        Inside `Trainer.fit` it is Lightning's own count, which Lightning saves and restores with
+        every checkpoint. The count is read when the first batch is fetched, not when the loader is
+        built: `estimated_stepping_batches` builds the loader before Lightning restores its counts.
         """
         if self._progress is not None:
             return self._progress.total.processed
@@ -350,11 +363,11 @@ def _as_source(source: Any, held_out: Any) -> Source:
 
 
 def check_vocabulary(batch: PackedBatch, module: Any) -> None:
-    """Raises ValueError for tokens without an embedding: on a GPU they would end the process.
+    """Raises ValueError if a token has no embedding in the model; a GPU would abort the process.
 
     Args:
         batch: A batch on the CPU; a batch on a device is not checked.
-        module: The LightningModule, whose `model` is a transformers model if it has one.
+        module: The LightningModule. Its attribute `model` is checked if it is a transformers model.
 
     Raises:
         ValueError: if a token is outside of the vocabulary.

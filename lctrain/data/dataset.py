@@ -1,4 +1,4 @@
-"""pack: packs documents that are token ids already."""
+"""pack: packs documents that are given as token ids."""
 
 from __future__ import annotations
 
@@ -30,20 +30,22 @@ def pack(
 
     Args:
         dataset: A `datasets.Dataset`, another map-style dataset, or an iterable, which is read to
-            its end and kept in memory. A document is a mapping with "input_ids" and perhaps
-            "labels" (aligned with the tokens as in transformers, -100 is not scored) and "name"; or
-            it is the sequence of ids itself. Empty documents are dropped and counted.
-        max_tokens: Capacity of a row, >= 2.
-        max_document_tokens: Limit of a document, in [2, max_tokens]; None for max_tokens.
-        overlong: "split", "truncate" or "drop" documents that are longer than that.
-        window: Documents packed at a time.
+            its end and kept in memory. A document is a sequence of token ids, or a mapping with
+            "input_ids" and, optionally, "labels" and "name". Labels are aligned with the tokens as
+            in transformers, and -100 is not scored. Empty documents are dropped and counted.
+        max_tokens: Capacity of a row in tokens, >= 2.
+        max_document_tokens: Longest document in a row, in tokens, in [2, max_tokens]; None for
+            max_tokens.
+        overlong: Treatment of a document longer than max_document_tokens: "split" it into pieces,
+            "truncate" it to its first tokens, or "drop" it.
+        window: Number of documents that are packed together; a row holds documents of one window.
 
     Returns:
-        The rows, with the counts in `rows.report`.
+        The rows. Their attribute `report` holds the counts.
 
     Raises:
-        ValueError: if there is no document, a document has no token ids, labels do not fit their
-            document, or an argument is out of range; the message names the document.
+        ValueError: if there is no document, a document has no token ids, its labels are not as many
+            as its tokens, or an argument is out of range; the message names the document.
     """
     return pack_tokens(
         DatasetTokens(dataset),
@@ -62,7 +64,7 @@ def pack_tokens(
     overlong: Overlong = "split",
     window: int = 100_000,
 ) -> PackedRows:
-    """Packs documents of known lengths: see `pack`."""
+    """Packs documents whose lengths have been read: see `pack` for the arguments and the errors."""
     kept = np.flatnonzero(tokens.lengths > 0)
     plan = plan_rows(
         tokens.lengths[kept],
@@ -81,16 +83,22 @@ def pack_tokens(
 
 
 class DatasetTokens:
-    """Tokens, labels and names of the documents of a dataset. They are read on access.
+    """Tokens, labels and names of the N documents of a dataset.
+
+    Lengths and names are kept in memory; tokens and labels are read on access.
 
     Attributes:
-        lengths: [N] int64, tokens of each document.
-        names: Their names, or "document <number>".
+        lengths: [N] int64, number of tokens of each document.
+        names: [N] names of the documents; "document <number>" where the dataset has none.
         has_labels: Whether the documents have labels.
     """
 
     def __init__(self, dataset: Any) -> None:
-        """Reads the lengths of all documents. Raises ValueError as `pack`."""
+        """Reads the lengths of all documents.
+
+        Raises:
+            ValueError: if a document has no token ids, or its labels are not as many as its tokens.
+        """
         self._dataset = _indexable(dataset)
         count = len(self._dataset)
         self._places = np.arange(count)
@@ -122,7 +130,7 @@ class DatasetTokens:
         return len(self.lengths)
 
     def select(self, documents: np.ndarray) -> DatasetTokens:
-        """The chosen documents, [n] int64, in that order."""
+        """Returns the documents with the given numbers, [n] int64, in the order of the numbers."""
         chosen = copy.copy(self)
         chosen._places = self._places[documents]
         chosen.lengths = self.lengths[documents]
@@ -135,7 +143,10 @@ class DatasetTokens:
         return ids[start : None if length is None else start + length]
 
     def labels(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
-        """Returns the labels of the same tokens: [length] integers, aligned, not shifted."""
+        """Returns the labels of tokens [start, start + length) of a document: [length] integers.
+
+        Labels are aligned with the tokens, not shifted.
+        """
         _, labels = self._read(document)
         assert labels is not None
         return labels[start : None if length is None else start + length]
@@ -199,7 +210,7 @@ def _is_mapping(document: Any) -> bool:
 
 
 def _read(document: Any, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Token ids and labels of one document."""
+    """Returns the token ids [n] and the labels [n] of one document; None for absent labels."""
     if not _is_mapping(document):
         return _integers(document, TOKENS, index), None
     if document.get(TOKENS) is None:

@@ -1,8 +1,9 @@
-"""Documents: reading them once, the split into train and held-out, and their tokens.
+"""Documents and TokenStore: texts with their hashes, and the tokens of the texts.
 
-A document is held out if the hash of its text falls below the wanted fraction. That is stable: it
-does not depend on the order, on the machine, or on which other documents exist, and copies of one
-text never lie on both sides.
+Documents are split into a training and a held-out part by content: a document is held out if the
+hash of its text, as a number in [0, 1), is below the held-out fraction. A document's part therefore
+does not depend on the order, the machine or the other documents, and all copies of a text are in
+the same part.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ if TYPE_CHECKING:
 OK, EMPTY, UNREADABLE = 0, 1, 2
 _MARK = codecs.BOM_UTF8
 _GLANCE = 1024  # bytes
-GROUP_BYTES = 2**19  # of text that is tokenized at a time
+GROUP_BYTES = 2**19  # UTF-8 bytes of text that are tokenized at a time
 
 
 @dataclass(frozen=True, eq=False)
 class TokenizedDocument:
-    """A whole document as tokens.
+    """A whole document as token ids.
 
     Attributes:
-        name: Source of the document, for messages.
-        input_ids: [n] int64, the end token included.
-        document_id: Its number among the documents of its split.
+        name: Name of the document in messages, such as file:line.
+        input_ids: [n] int64 token ids, the end token included.
+        document_id: Number of the document in its split (training or held-out).
     """
 
     name: str
@@ -46,16 +47,18 @@ class TokenizedDocument:
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """Some rows of a dataset with a column "text".
+    """N documents of text, with the counts of documents that were left out.
 
     Attributes:
-        texts: The rows, none of them empty; read them by `text`.
-        names: Their names.
-        digests: [N] uint64, hashes of their texts.
-        sizes: [N] int64, bytes of their texts in UTF-8.
-        dropped_empty: Rows left out because they hold no text.
-        dropped_unreadable: Rows, lines and files left out because they could not be read.
-        repaired: Rows that were read in part, or with characters replaced.
+        texts: Dataset with N rows and the column "text", none of them empty. The methods `text` and
+            `read` return texts without byte-order marks.
+        names: [N] names of the documents.
+        digests: [N] uint64, hashes of the texts.
+        sizes: [N] int64, bytes of the texts in UTF-8.
+        dropped_empty: Number of documents left out because they hold no text.
+        dropped_unreadable: Number of documents, lines and files left out because they could not be
+            read.
+        repaired: Number of documents that were read in part, or with characters replaced.
     """
 
     texts: Dataset
@@ -71,14 +74,15 @@ class Documents:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the texts in their order."""
+        """Hash of all texts and of their order."""
         return hashlib.sha256(self.digests.tobytes()).hexdigest()[:16]
 
     def split(self, held_out_fraction: float) -> tuple[Documents, Documents]:
-        """Returns (train, held-out); neither is empty if texts differ and the fraction is above 0.
+        """Splits the documents by the hashes of their texts, and returns (train, held-out).
 
-        Rows that were left out or repaired are counted on the train side. Of a single text, the
-        end is held out, from a line break or space on.
+        If the fraction is above 0 and at least two texts differ, neither part is empty. If all
+        documents hold the same text, the end of that text is held out, from a line break or space
+        on. The training part carries the counts of documents that were left out or repaired.
         """
         if held_out_fraction > 0 and len(set(self.digests.tolist())) == 1:
             parts = self._split_text(held_out_fraction)
@@ -102,7 +106,7 @@ class Documents:
         ), self._rows(np.flatnonzero(held_out))
 
     def _split_text(self, held_out_fraction: float) -> tuple[Documents, Documents] | None:
-        """Divides a single text, which may have copies; returns None if it is too short."""
+        """Splits documents that all hold the same text; returns None if the text is too short."""
         text = self.text(0)
         place = _border(text, len(text) - max(1, round(len(text) * held_out_fraction)))
         beginning, end = text[:place], text[place:]
@@ -122,16 +126,19 @@ class Documents:
         ), held_out
 
     def text(self, index: int) -> str:
-        """One text, without a byte-order mark."""
+        """Returns the text of one document, without a byte-order mark."""
         return self.read(range(index, index + 1))[0]
 
     def read(self, rows: range) -> list[str]:
-        """Some texts, without byte-order marks."""
+        """Returns the texts of a range of documents, without byte-order marks."""
         column = self.texts.with_format("arrow")[rows.start : rows.stop]["text"]
         return [value.as_py().removeprefix(BYTE_ORDER_MARK) for value in column]
 
     def groups(self) -> list[range]:
-        """Divides the documents into ranges that fit into memory; a long one is by itself."""
+        """Divides the documents into ranges of at most GROUP_BYTES of text.
+
+        A longer document is a range of its own.
+        """
         groups, first, size = [], 0, 0
         for row, added in enumerate(self.sizes.tolist()):
             if row > first and size + added > GROUP_BYTES:
@@ -151,7 +158,10 @@ def count_shared(held_out: Documents, train: Documents) -> int:
 
 
 def _border(text: str, place: int) -> int:
-    """Returns the position of the last line break before a position, else of the last space."""
+    """Returns the position after the last line break before `place`, else after the last space.
+
+    Only the second half of the text before `place` is searched. Without either, returns `place`.
+    """
     for mark in ("\n", " "):
         found = text.rfind(mark, place // 2, place) + 1
         if found:
@@ -167,12 +177,12 @@ def _from_texts(texts: Sequence[str], names: Sequence[str]) -> Documents:
 
 
 def read_documents(dataset: Dataset, label: str) -> Documents:
-    """Hashes every text and leaves out the empty ones.
+    """Hashes every text of a dataset, and leaves out documents that are empty or unreadable.
 
     Args:
-        dataset: Columns "text" (None: null, or unreadable if there is a fault) and perhaps "name"
-            and "fault".
-        label: Documents without a name are called label:row.
+        dataset: Dataset with the column "text", and optionally "name" and "fault". A null text is
+            unreadable if its row has a fault, and empty otherwise.
+        label: Name of the dataset. A document without a name is called label:row.
     """
     none = np.array([], dtype=np.uint64)
     if len(dataset) == 0:
@@ -230,7 +240,7 @@ def _scan(batch: pa.Table, rows: list[int], label: str) -> pa.Table:
 
 
 def _is_blank(content: memoryview) -> bool:
-    """Whether a text holds nothing but white space; looks at the beginning first."""
+    """Whether a UTF-8 text holds only white space. The first bytes decide where they can."""
     start = bytes(content[:_GLANCE]).decode("utf-8", errors="ignore")
     return not start.strip() and (
         len(content) <= _GLANCE or not bytes(content).decode("utf-8").strip()
@@ -238,7 +248,12 @@ def _is_blank(content: memoryview) -> bool:
 
 
 class StoredTokens(Protocol):
-    """Attributes that a TokenStore, or an object used like one, has: see TokenStore."""
+    """Protocol of an object that holds the tokens of documents; TokenStore is one.
+
+    Attributes:
+        lengths: [N] int64, number of tokens of each document.
+        names: [N] names of the documents.
+    """
 
     lengths: np.ndarray
     names: Sequence[str]
@@ -251,12 +266,12 @@ class StoredTokens(Protocol):
 
 
 class TokenStore:
-    """Tokens of documents in an Arrow cache file. Only the requested tokens are copied.
+    """Tokens of N documents in an Arrow cache file. Only the requested tokens are copied.
 
     Attributes:
-        lengths: [N] int64, tokens of each document, the end token included.
-        names: Their names.
-        special_texts: Special tokens' texts that were found inside the documents.
+        lengths: [N] int64, number of tokens of each document, the end token included.
+        names: [N] names of the documents.
+        special_texts: Number of times that a document holds the text of a special token.
     """
 
     def __init__(self, dataset: Dataset, names: Sequence[str]) -> None:
