@@ -1,4 +1,4 @@
-"""Reports documents that could not be read: a warning with counts, or an error if none is left."""
+"""Warns about documents that could not be read, or raises an error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHOWN = 5
 
 
 def check_on_error(value: str) -> None:
-    """Raises ValueError unless it is one of ON_ERROR."""
+    """Raises ValueError unless `value` is one of ON_ERROR: "skip" or "raise"."""
     if value not in ON_ERROR:
         raise ValueError(
             f"on_error must be one of {', '.join(ON_ERROR)}, got {value!r}. skip reads what can be "
@@ -25,17 +25,18 @@ def check_on_error(value: str) -> None:
 
 
 def report_faults(dataset: Dataset, on_error: str) -> Dataset:
-    """Warns of what a reader left out or repaired; see `lctrain.data.readers`.
+    """Warns about documents that a reader left out or repaired; see `lctrain.data.readers`.
 
     Args:
-        dataset: Dataset with a column "text", and perhaps "name" and "fault".
+        dataset: Dataset with the column "text", and optionally "name" and "fault".
         on_error: One of ON_ERROR.
 
     Returns:
-        The dataset.
+        The same dataset.
 
     Raises:
-        ValueError: if there are faults and no text at all; with on_error="raise", if there is one.
+        ValueError: if there are faults and no text could be read; with on_error="raise", if any
+            document could not be read.
     """
     import pyarrow.compute as pc
 
@@ -63,7 +64,7 @@ def report_faults(dataset: Dataset, on_error: str) -> Dataset:
 
 
 def _one_per_file(names: list[str], messages: list[str]) -> list[str]:
-    """The first fault of each of the first files."""
+    """Returns the first fault of each file, for the first files with faults only."""
     first: dict[str, str] = {}
     for name, message in zip(names, messages, strict=True):
         file, _, number = name.rpartition(":")
@@ -73,13 +74,13 @@ def _one_per_file(names: list[str], messages: list[str]) -> list[str]:
 
 @lru_cache(maxsize=1024)
 def warn_once(message: str) -> None:
-    """Logs a warning once, although every rank sets the data up again."""
+    """Logs a warning on the first rank, and only once per process for the same message."""
     if on_first_rank():
         log.warning(message)
 
 
 def on_first_rank() -> bool:
-    """Whether this process is the first of its run, as Lightning knows it."""
+    """Whether Lightning's rank of this process is 0."""
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
     return getattr(rank_zero_only, "rank", 0) == 0

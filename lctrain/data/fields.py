@@ -1,4 +1,4 @@
-"""The text of a record: a field, or a field of a field (`doc.text`)."""
+"""Finds the text of a record in a field, or in a field of a nested record (`doc.text`)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ _REMEDY = "Set data.field to the field that holds the text."
 
 
 class FieldError(ValueError):
-    """A record without the field, or with another type than text in it."""
+    """Raised if a record lacks the text field, or if the field does not hold text."""
 
 
 def find_field(record: Any, field: str) -> Any:
-    """Returns the value of a field; a null on the way to it is None.
+    """Returns the value of a field; None if the field, or a record that contains it, is null.
 
     Args:
-        record: A record, in JSON an object.
-        field: Its name; where no field has the whole name, dots lead into nested records.
+        record: A mapping, such as a JSON object. Any other value raises FieldError.
+        field: Name of the field. If the record has no field of this name, the name is split at its
+            dots into a path through nested records.
 
     Raises:
         FieldError: if the record has no such field.
@@ -43,10 +44,14 @@ def find_field(record: Any, field: str) -> Any:
 
 
 def decode(value: Any, field: str) -> str | None:
-    """Returns the text of a value: a string, UTF-8 in bytes, or None.
+    """Returns a value as text: strings and None as they are, bytes decoded as UTF-8.
+
+    Args:
+        value: Value of the field.
+        field: Name of the field, for the message.
 
     Raises:
-        FieldError: if the value is no text.
+        FieldError: if the value has another type, or its bytes are not UTF-8.
     """
     if value is None or isinstance(value, str):
         return value
@@ -62,9 +67,12 @@ def decode(value: Any, field: str) -> str | None:
 
 
 def replace_surrogates(text: str) -> tuple[str, str | None]:
-    """Replaces surrogates, which no encoding can store, by U+FFFD; and says which was the first.
+    """Replaces unpaired surrogates by U+FFFD, since no encoding can store them.
 
-    JSON gives one for an escape such as \\ud83d without its second half.
+    JSON yields an unpaired surrogate for an escape such as \\ud83d without its second half.
+
+    Returns:
+        The text, and a description of its first surrogate; None if it has none.
     """
     found = _SURROGATE.search(text)
     if found is None:
@@ -74,7 +82,13 @@ def replace_surrogates(text: str) -> tuple[str, str | None]:
 
 
 def missing_column(field: str, columns: Sequence[str], where: str = "") -> ValueError:
-    """The error for data that lacks the text column."""
+    """Returns the error for data that lacks the text column.
+
+    Args:
+        field: Name of the column that was looked for.
+        columns: Names of the columns that the data have.
+        where: Text at the beginning of the message, such as the path of the file.
+    """
     return FieldError(
         f"{where}field must be a column of the data, got {field!r}; it has {sorted(columns)}. "
         "Set data.field to the column that holds the text."
@@ -82,5 +96,5 @@ def missing_column(field: str, columns: Sequence[str], where: str = "") -> Value
 
 
 def kind(value: Any) -> str:
-    """The type of a value, for messages."""
+    """Returns the name of a value's type for messages; "null" for None."""
     return "null" if value is None else type(value).__name__

@@ -1,4 +1,4 @@
-"""Datasets that the user passes as objects: texts, token ids, or packed rows."""
+"""Prepares datasets that the user passes as objects: texts, token ids, or packed rows."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ TEXT = "text"
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSource(Source):
-    """Texts of a dataset in memory.
+    """Source of the texts in a dataset object.
 
     Attributes:
-        dataset: A `datasets.Dataset` with the column "text", and perhaps "name".
-        held_out: Documents to hold out, of the same type; None holds out some documents of
+        dataset: A `datasets.Dataset` with the column "text" and, optionally, "name"; or a list of
+            texts, or of mappings with these keys.
+        held_out: Documents to hold out, in the same form as `dataset`. None holds out a part of
             `dataset`.
     """
 
@@ -36,25 +37,25 @@ class DatasetSource(Source):
     held_out: Any = field(default=None, repr=False)
 
     def load(self, cache_dir: Path) -> Dataset:
-        """See Source."""
+        """Returns the texts to train on: see Source."""
         return _texts(self.dataset)
 
     def load_held_out(self, cache_dir: Path) -> Dataset | None:
-        """See Source."""
+        """Returns the texts to hold out, or None: see Source."""
         return None if self.held_out is None else _texts(self.held_out)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenPreparation:
-    """Turns documents of token ids into rows.
+    """Splits documents of token ids into training and held-out documents, and packs them into rows.
 
     Attributes:
-        dataset: Documents of token ids, or rows that are packed.
-        held_out: Documents to hold out, of the same type; None holds out some documents of
-            `dataset`.
-        tokenizer: Tokenizer of the token ids; None if no code needs it.
-        settings: Settings of the data module; passkey_fraction and special_tokens apply to texts
-            only.
+        dataset: Documents of token ids, or rows that `lctrain.data.pack` returned.
+        held_out: Documents or rows to hold out, in the same form as `dataset`. None holds out a
+            part of the documents in `dataset`, and none of its rows.
+        tokenizer: Tokenizer that made the token ids, or its name; None if it is unknown.
+        settings: Settings of the data module. passkey_fraction and special_tokens must keep their
+            defaults: they apply to texts.
     """
 
     dataset: Any
@@ -71,10 +72,10 @@ class TokenPreparation:
             )
 
     def run(self) -> PreparedData:
-        """Splits and packs.
+        """Splits and packs the documents.
 
         Raises:
-            ValueError: if the documents have no token ids, or fill no row.
+            ValueError: if a document has no token ids, or if the documents fill no row.
         """
         train, held_out = self.dataset, self.held_out
         if isinstance(train, PackedRows):
@@ -118,7 +119,7 @@ class TokenPreparation:
 
 
 def holds_texts(dataset: Any) -> bool:
-    """Whether a dataset is one of texts that nobody has tokenized."""
+    """Whether a dataset holds texts: its rows are strings, or have "text" and no "input_ids"."""
     columns = getattr(dataset, "column_names", None)
     if isinstance(columns, list):
         return TEXT in columns and "input_ids" not in columns
@@ -140,7 +141,7 @@ def _texts(dataset: Any) -> Dataset:
 
 
 def _digests(tokens: DatasetTokens) -> np.ndarray:
-    """[N] uint64 hashes of the documents: the split follows from the content alone."""
+    """Returns the hash of every document's token ids: [N] uint64."""
     found = (
         hashlib.blake2b(tokens.tokens(index).astype("<i8").tobytes(), digest_size=8).digest()
         for index in range(len(tokens))
@@ -149,14 +150,17 @@ def _digests(tokens: DatasetTokens) -> np.ndarray:
 
 
 def _kept(digests: np.ndarray, held_out_fraction: float) -> np.ndarray:
-    """Returns which documents are kept, [N] bool: all but a fraction of the distinct ones."""
+    """Returns whether each document is kept for training, [N] bool; the rest is held out.
+
+    The documents with the smallest hashes are held out: the given fraction of the distinct hashes.
+    """
     distinct = np.unique(digests)
     count = min(max(1, round(held_out_fraction * len(distinct))), len(distinct) - 1)
     return digests >= distinct[count]
 
 
 def _fingerprint_rows(rows: PackedRows) -> str:
-    """Returns a hash of the positions of all pieces; the tokens are not read."""
+    """Returns a hash of the packing plan, which identifies rows without reading their tokens."""
     plan = rows.plan
     parts = (plan.documents, plan.starts, plan.lengths, plan.row_offsets, plan.row_pieces)
     return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()[:16]

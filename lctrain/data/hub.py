@@ -1,4 +1,4 @@
-"""Documents from a dataset of the Hugging Face hub, or a folder that `load_dataset` understands."""
+"""HubSource: documents from a dataset of the Hugging Face hub, or from a dataset's folder."""
 
 from __future__ import annotations
 
@@ -21,21 +21,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class HubSource(Source):
-    """A dataset of the hub.
+    """Source of the documents in a dataset of the Hugging Face hub, or in a local folder.
 
     Attributes:
-        dataset: Name on the hub, a local folder, or one that `save_to_disk` wrote.
+        dataset: Name on the hub, a folder that `load_dataset` can read, or a folder that
+            `save_to_disk` wrote.
         config: Configuration (subset) of the dataset, if it has several.
-        split: Split to train on; slices such as "train[:1%]" work without streaming.
-        held_out_split: Split to hold out; None holds out some documents of `split`.
-        field: The column that holds the text; `doc.text` for a field in a nested record.
+        split: Split to train on. Slices such as "train[:1%]" work without streaming.
+        held_out_split: Split to hold out. None holds out a part of `split`.
+        field: Name of the column that holds the text; `doc.text` for a field in a nested record.
         revision: Git revision of the dataset.
-        streaming: Read over the network, without downloading the rest. With `max_documents` or
-            `max_bytes`, what was read is cached. Without them the stream has no end: it is read,
-            tokenized and packed a window at a time, from its beginning again after its end, and
-            only its first window is on disk. A resumed run passes over what it has read.
-        window_bytes: Text of a window of such a stream. Documents are packed and shuffled within
-            it; the first one gives the tokenizer, if it is trained, and the held-out documents.
+        streaming: Whether to read records over the network as they are needed, instead of
+            downloading the dataset. With `max_documents` or `max_bytes`, the records up to the
+            limit are read before training and cached. Without these limits, training reads,
+            tokenizes and packs one window of text after another, and starts again after the last
+            record. Only the first window is cached. A resumed run skips the records that it has
+            read.
+        window_bytes: UTF-8 bytes of text in a window of an unlimited stream. Documents are packed
+            and shuffled within a window. The tokenizer, if it is trained, and the held-out
+            documents come from the first window.
     """
 
     dataset: str = ""
@@ -59,23 +63,28 @@ class HubSource(Source):
 
     @property
     def endless(self) -> bool:
-        """Whether the documents are a stream that is not read to its end before training."""
+        """Whether training reads the documents as an endless stream, a window at a time."""
         limited = self.max_documents is not None or self.max_bytes is not None
         return self.streaming and not limited and not is_saved_dataset(Path(self.dataset))
 
     def load(self, cache_dir: Path) -> Dataset:
-        """See Source. Raises ValueError if the column is missing."""
+        """Returns the documents of `split`: see Source.
+
+        Raises:
+            ValueError: if the dataset lacks the column, or holds no text; with on_error="raise", if
+                a document cannot be read.
+        """
         return self._read(self.split, cache_dir)
 
     def load_held_out(self, cache_dir: Path) -> Dataset | None:
-        """See Source; the limits apply to this split too."""
+        """Returns the documents of `held_out_split` up to the limits, or None: see Source."""
         return self._read(self.held_out_split, cache_dir) if self.held_out_split else None
 
     def read_from(self, skip: int) -> Iterator[Row]:
-        """The records of the stream.
+        """Returns an iterator over the documents of the training split, read from the stream.
 
         Args:
-            skip: Records that are left out at the beginning.
+            skip: Number of records to skip at the beginning.
         """
         return _read_stream(self._where(self.split), self.field, None, None, skip)
 
@@ -112,7 +121,7 @@ class HubSource(Source):
 
 
 def _load_saved(folder: str, split: str) -> Dataset:
-    """Loads what `save_to_disk` wrote: a dataset, or the split of a dictionary of them."""
+    """Loads a split from a folder that `save_to_disk` wrote: a Dataset or a DatasetDict."""
     from datasets import DatasetDict, ReadInstruction, load_from_disk
 
     saved = load_from_disk(folder)
@@ -142,7 +151,10 @@ def _read_stream(
     max_bytes: int | None,
     skip: int = 0,
 ) -> Iterator[Row]:
-    """The first documents of a hub dataset after `skip`, up to either limit, at least one."""
+    """Yields the documents of a hub dataset after the first `skip`, up to either limit.
+
+    A single document is yielded even if it is larger than `max_bytes`.
+    """
     from datasets import load_dataset
 
     size = 0

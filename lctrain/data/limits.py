@@ -1,4 +1,4 @@
-"""Limits on how many documents, or how much text, of a source are used."""
+"""Applies `max_documents` and `max_bytes`, the limits on the documents of a source."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def head(dataset: Dataset, max_documents: int | None, max_bytes: int | None) -> Dataset:
-    """Returns the first documents, up to either limit, at least one."""
+    """Returns the first documents of a dataset, up to either limit, but at least one document."""
     import pyarrow.compute as pc
 
     if max_documents is None and max_bytes is None:
@@ -29,7 +29,7 @@ def head(dataset: Dataset, max_documents: int | None, max_bytes: int | None) -> 
 def choose_by_hash(
     files: tuple[File, ...], max_documents: int | None, max_bytes: int | None
 ) -> tuple[File, ...]:
-    """Returns files up to either limit, chosen by a hash of their names, in their own order."""
+    """Chooses files by a hash of their names, up to either limit; keeps the order of the files."""
     if max_documents is None and max_bytes is None:
         return files
     hashes = [hashlib.sha256(name.encode()).digest() for _, name, *_ in files]
@@ -39,7 +39,13 @@ def choose_by_hash(
 
 
 def _count(sizes: np.ndarray, max_documents: int | None, max_bytes: int | None) -> int:
-    """Returns how many leading documents both limits allow, at least one."""
+    """Returns the number of leading documents that both limits allow, but at least one.
+
+    Args:
+        sizes: [N] int64, bytes of the documents.
+        max_documents: Largest number of documents; None for no limit.
+        max_bytes: Largest sum of sizes; None for no limit.
+    """
     count = len(sizes) if max_documents is None else min(max_documents, len(sizes))
     if max_bytes is not None:
         count = min(count, int(np.searchsorted(sizes.cumsum(), max_bytes, side="right")))

@@ -1,12 +1,12 @@
-"""A loader that can start at any batch, so that a run resumes exactly.
+"""PackLoader: a data loader that can start at any batch, so that a run resumes exactly.
 
 The training data is an endless stream of batches: batch n is step n % steps of epoch n // steps.
-Every iterator asks once where to start (the data module answers with the number of batches that
-training has finished) and counts from there, so batches that workers have prepared in advance, or
-that a callback has only looked at, never count as used.
+Every new iterator asks the data module for the number of batches that training has finished, and
+starts with the next one. Batches that workers prefetched, or that a callback only inspected, are
+therefore not counted as trained on.
 
-The worker processes belong to the loader, not to an iterator: they go on across epochs, and are
-restarted only if an iterator starts somewhere else.
+The worker processes belong to the loader, not to an iterator. They continue across epochs, and are
+restarted only if an iterator starts at a batch that does not follow the last one.
 """
 
 from __future__ import annotations
@@ -25,10 +25,16 @@ from lctrain.batch import PackedBatch
 
 
 class RowStream(Sampler[int]):
-    """Rows of one rank from batch `start` on."""
+    """Sampler of one rank's rows: yields the row of batch `start`, then the rows after it."""
 
     def __init__(self, epoch_rows: Callable[[int], np.ndarray], steps: int, endless: bool) -> None:
-        """Takes a function from an epoch to the rows of this rank: [steps] int64."""
+        """Stores the order of the rows.
+
+        Args:
+            epoch_rows: Returns this rank's rows of an epoch: [steps] int64.
+            steps: Steps of an epoch.
+            endless: Whether the next epoch follows an epoch; False ends after epoch 0.
+        """
         self._epoch_rows = lru_cache(maxsize=2)(epoch_rows)
         self._steps = steps
         self._endless = endless
@@ -43,20 +49,23 @@ class RowStream(Sampler[int]):
 
 @dataclass
 class Cursor:
-    """Number of the batch after the last one that any iterator has given out.
+    """Counter of the batches that a loader has yielded; the loader and the data module share it.
 
-    It is an object of its own, so that loader and data module do not refer to each other: Python
-    would collect such a circle only after the workers' queues, and then wait for each worker.
+    With this object, loader and data module need no reference to each other. Python collects such
+    a reference cycle after the queues of the workers, and then waits for each worker.
+
+    Attributes:
+        batches: Number of the batch after the last one that was yielded.
     """
 
     batches: int = 0
 
 
 class PackLoader:
-    """Yields one PackedBatch per step; `len` is the number of steps of an epoch.
+    """Data loader of one rank: yields a PackedBatch per step; `len` is the steps of an epoch.
 
-    It is not a torch DataLoader, so that Lightning does not put its own sampler into it: the rows
-    are already divided among the ranks.
+    It is not a subclass of torch's DataLoader, since Lightning would replace the sampler of one;
+    the rows are already divided among the ranks.
     """
 
     def __init__(
@@ -73,13 +82,13 @@ class PackLoader:
         """Wraps a dataset.
 
         Args:
-            rows: The dataset.
-            stream: Rows of this rank, in order.
+            rows: Dataset whose items are PackedBatches.
+            stream: Sampler of this rank's rows. Its attribute `start` sets the first batch.
             steps: Steps of an epoch.
-            position: Called once per iterator: the batch it starts with.
-            cursor: Set to the batch after each one given out.
-            num_workers: Worker processes.
-            pin_memory: Copy batches to pinned memory.
+            position: Returns the number of the batch that an iterator starts with.
+            cursor: Counter that is set to the number of the next batch; None makes one.
+            num_workers: Number of worker processes; 0 loads in this process.
+            pin_memory: Whether to copy batches to pinned memory.
         """
         self._cursor = Cursor() if cursor is None else cursor
         self._stream = stream
@@ -101,21 +110,21 @@ class PackLoader:
         return self._steps
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        """One epoch's number of batches, from `position()` on."""
+        """Yields as many batches as an epoch has, starting with batch `position()`."""
         first = self._position()
         for number in range(first, first + self._steps):
             self._cursor.batches = number + 1
             yield self._batch(number)
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty, since the data module's state has the position.
+        """Returns an empty state, since the data module saves the position.
 
-        It tells Lightning that the loader can resume.
+        Lightning treats a loader with this method as one that can resume.
         """
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See state_dict."""
+        """Does nothing: the data module restores the position."""
 
     def _batch(self, number: int) -> PackedBatch:
         if self._iterator is None or self._iterator_at != number:

@@ -1,13 +1,14 @@
-"""Tokenizes a long text in pieces, with the same tokens as the whole text.
+"""Tokenizes a long text in pieces, with the same tokens as tokenizing the whole text at once.
 
-A tokenizer needs some fifty times the memory of a text, so long texts are tokenized in overlapping
-windows. Two windows are joined where both give the same tokens, at the same characters, for many
-tokens on either side. What a tokenizer does at a border of words depends on few characters around
-it, if on any, and each window sees far more than those: the left one has tokenized everything
-before the join as in the whole text, and the right one everything after it.
+A tokenizer needs about fifty times the memory of its text, so long texts are tokenized in
+overlapping windows. Two windows are joined at a position where both have the same tokens, at the
+same characters, for 64 tokens on either side. A tokenizer's result at a word border depends on few
+characters around it, and each window holds many more. So the tokens of the left window before the
+join, and those of the right window after it, are the tokens of the whole text.
 
-A tokenizer in Python does not say at which characters its tokens begin. There, a text is cut at a
-line break around which the tokens of the two sides are those of both together.
+A tokenizer written in Python does not return the characters of its tokens. For such a tokenizer,
+the text is cut at a line break for which tokenizing both sides separately and together gives the
+same tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 PIECE = 2**19  # characters
 _OVERLAP = 2**13  # characters that two windows share
 _AGREE = 64  # tokens on either side of a join that must be the same in both
-_CANDIDATES = 256  # places that are looked at
+_CANDIDATES = 256  # positions that are tried for a join
 _AROUND = 2**11  # characters on either side of a cut
 
 
@@ -35,20 +36,20 @@ def encode_long(
     piece: int = PIECE,
     progress: Callable[[int], Any] = lambda characters: None,
 ) -> np.ndarray:
-    """Tokenizes one text without the tokens that the tokenizer adds around it.
+    """Tokenizes one text without the begin and end tokens that the tokenizer adds.
 
-    Where no join is found, as inside a word of millions of letters, windows grow until there is
-    one, at last to the whole text.
+    If two windows cannot be joined, for example inside a word of millions of letters, the window
+    grows until they can, or until it holds the whole text.
 
     Args:
         tokenizer: A transformers tokenizer.
-        text: Any.
-        split_special_tokens: Take the text of special tokens for text.
-        piece: Characters of a window.
-        progress: Called with the number of characters that are done since the last call.
+        text: Text of any length.
+        split_special_tokens: Whether to tokenize the text of special tokens as ordinary text.
+        piece: Number of characters in a window.
+        progress: Called with the number of characters that were finished since the last call.
 
     Returns:
-        [n] int32.
+        Token ids, [n] int32.
     """
 
     def encode(part: str, **options: Any) -> Any:
@@ -80,7 +81,7 @@ def _windows(
 
     start, stop = 0, min(piece, len(text))
     left = window(start, stop)
-    first = 0  # of the left window's tokens, the first that is not given out yet
+    first = 0  # index of the left window's first token that has not been yielded
     while stop < len(text):
         next_start = max(start, stop - min(_OVERLAP, piece // 2))
         next_stop = min(next_start + piece, len(text))
@@ -100,11 +101,11 @@ def _windows(
 def _agreement(
     left: tuple[np.ndarray, np.ndarray], right: tuple[np.ndarray, np.ndarray]
 ) -> tuple[int, int] | None:
-    """Finds where both windows have the same tokens: an index into each of them.
+    """Finds a join of two windows: the index of the same token in each, or None.
 
     Args:
-        left: Token ids [n] and first and last characters [n, 2] of a window.
-        right: The same of the next one.
+        left: Token ids [n], and first and last character [n, 2] of each token, of a window.
+        right: Token ids and characters of the next window.
     """
     (ids_l, places_l), (ids_r, places_r) = left, right
     if len(ids_r) == 0 or len(ids_l) == 0:
@@ -136,7 +137,11 @@ def _parts(
 
 
 def _cut(text: str, start: int, stop: int, encode: Callable[[str], list[int]]) -> int:
-    """Finds a position from `stop` on where a text may be cut, else the last one before."""
+    """Returns the end of the piece that begins at `start`.
+
+    The end is the last line break before `stop` at which a cut does not change the tokens, else
+    the first such line break after `stop`, else the end of the text.
+    """
     before = text.rfind("\n", start, stop) + 1
     while stop < len(text):
         place = before if before > start else text.find("\n", stop) + 1

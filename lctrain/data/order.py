@@ -1,10 +1,12 @@
-"""The order of rows: the row of every rank at every step of an epoch.
+"""Computes the order of rows: the row of every rank at every step of an epoch.
 
-A pure function of (costs, world size, seed, epoch, window), so that a resumed run repeats it. Ranks
-wait for one another at every step, and attention makes rows of equal tokens unequal work (the sum
-of squared document lengths). So rows of similar work share a step: the shuffled rows are sorted by
-work within windows of steps, neighbours form a step, and the steps are shuffled again. Inside a
-step the heaviest row goes to the rank that has done least so far.
+The order is a pure function of (costs, world size, seed, epoch, window), so a resumed run repeats
+it. Rows of equally many tokens differ in attention work, the sum of squared document lengths, and
+the ranks wait for one another at every step. Therefore the rows of a step have similar work:
+
+1. The rows are shuffled, and sorted by work within windows of steps.
+2. Neighbours in this order form a step, and the steps of a window are shuffled.
+3. Within a step, the heaviest row goes to the rank with the least work so far.
 """
 
 from __future__ import annotations
@@ -12,28 +14,29 @@ from __future__ import annotations
 import numpy as np
 
 BALANCE_WINDOW = 256
-"""Default steps of a window.
+"""Default number of steps in a window.
 
-Over 8 ranks, on log-normal documents (32k rows, sigma 1.0; 128k rows, sigma 1.5), the heaviest rank
-of a step does 1.010 and 1.014 times the mean work; windows of 64 steps give 1.042 and 1.052.
+With 8 ranks and log-normal document lengths, the heaviest rank of a step has 1.010 times the mean
+work for 32k rows and sigma 1.0, and 1.014 times for 128k rows and sigma 1.5. Windows of 64 steps
+give 1.042 and 1.052.
 """
 
 
 def epoch_order(
     costs: np.ndarray, world_size: int, seed: int, epoch: int, window: int = BALANCE_WINDOW
 ) -> np.ndarray:
-    """Returns the rows of one epoch: [steps, world_size] int64.
+    """Returns the row of every rank at every step of one epoch: [steps, world_size] int64.
 
-    Every row occurs at most once. The rest of a division by world_size is left out, other rows in
-    every epoch.
+    Every row occurs at most once. If the number of rows is not a multiple of world_size, the
+    remaining rows are left out; they differ between epochs.
 
     Args:
         costs: [R] attention work of every row.
         world_size: Number of ranks.
-        seed: Seed of the run.
+        seed: Seed of the shuffle.
         epoch: Number of the epoch.
-        window: Steps within which rows are sorted by work. A longer window balances better; a
-            shorter one keeps more of the shuffle.
+        window: Number of steps within which rows are sorted by work. A longer window balances the
+            ranks better; a shorter window keeps the order closer to a random one.
     """
     random = np.random.default_rng([seed, epoch])
     steps = len(costs) // world_size
@@ -46,7 +49,10 @@ def epoch_order(
 
 
 def imbalance(order: np.ndarray, costs: np.ndarray) -> float:
-    """Returns the time lost to waiting: the heaviest rank's work over the mean, summed over steps.
+    """Returns the work of the heaviest rank of every step, over the mean work of the ranks, >= 1.
+
+    Both are summed over the steps. If time is proportional to work, ranks that wait for one another
+    need this factor more time than perfectly balanced ones.
 
     Args:
         order: [steps, world_size] int64 rows.
@@ -68,15 +74,16 @@ def _windows(rows: np.ndarray, world_size: int, window: int) -> list[np.ndarray]
 def _similar(
     rows: np.ndarray, costs: np.ndarray, world_size: int, random: np.random.Generator
 ) -> np.ndarray:
-    """Steps of rows with neighbouring work, in random order: [steps, world_size]."""
+    """Groups rows of similar work into steps, in random order: [steps, world_size]."""
     steps = rows[np.argsort(costs[rows], kind="stable")].reshape(-1, world_size)
     return random.permutation(steps)
 
 
 def _balance(steps: np.ndarray, costs: np.ndarray) -> np.ndarray:
-    """Gives the rows of each step, heaviest first, to the ranks that have done least.
+    """Assigns the rows of each step to ranks: the heaviest to the rank with the least work so far.
 
-    So the totals of two ranks never differ by more than two rows of one step do.
+    The total work of two ranks therefore never differs by more than the work of two rows of one
+    step differs.
     """
     done = np.zeros(steps.shape[1])
     balanced = np.empty_like(steps)

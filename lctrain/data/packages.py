@@ -1,4 +1,4 @@
-"""Documents from the installed Python packages: hundreds of megabytes of text on most machines."""
+"""PackagesSource: documents from the Python packages that are installed on this machine."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PackagesSource(Source):
-    """The Python files of the packages that are installed for the running interpreter.
+    """Source of the Python files of all packages installed for the running interpreter.
 
-    Of files with the same text, the first is used. With a limit, the files are chosen by a hash of
-    their path, so that they stay a mixture. Upgrading a package changes the data.
+    A text that occurs in several files is read once. With max_documents or max_bytes, the files are
+    chosen by a hash of their path, which mixes the packages. Upgrading a package changes the data.
 
     Attributes:
         with_stdlib: Whether the files of the standard library are read as well.
-        min_file_bytes: Leave shorter files out.
-        max_file_bytes: Leave longer files out: tables and generated code, for the most part.
+        min_file_bytes: Size of the smallest file that is read.
+        max_file_bytes: Size of the largest file that is read. Larger files are mostly tables and
+            generated code.
     """
 
     with_stdlib: bool = True
@@ -50,7 +51,10 @@ class PackagesSource(Source):
             )
 
     def load(self, cache_dir: Path) -> Dataset:
-        """See Source. Files that are not UTF-8 are counted without a warning: some never are."""
+        """Returns the files as documents: see Source.
+
+        Files that are not UTF-8 are counted without a warning.
+        """
         named: dict[str, Path] = {}
         roots = package_folders()
         for root in roots:
@@ -77,14 +81,14 @@ class PackagesSource(Source):
 
 
 def package_folders() -> list[Path]:
-    """The folders that hold installed packages, existing ones only, without repeats."""
+    """Returns the existing folders that hold installed packages, each once."""
     paths = sysconfig.get_paths()
     folders = [paths["purelib"], paths["platlib"], *site.getsitepackages()]
     return [folder for folder in map(Path, dict.fromkeys(folders)) if folder.is_dir()]
 
 
 def read_distinct(files: tuple[File, ...]) -> Iterator[Row]:
-    """Reads files as `read_text` does, each text once."""
+    """Yields the documents of `read_text`, without those whose text was yielded before."""
     seen: set[bytes] = set()
     for row in read_text(files):
         digest = hashlib.blake2b((row["text"] or "").encode(), digest_size=16).digest()

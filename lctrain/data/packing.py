@@ -1,8 +1,8 @@
-"""Packing: documents to rows of at most max_tokens, by length only.
+"""Packs documents into rows of at most max_tokens. Only the documents' lengths decide.
 
-Best-fit decreasing within a window of documents: the longest piece first, each into the fullest row
-that still holds it. Rows are kept in buckets by the room that is left, and all pieces of one length
-are placed at once, so the time does not depend on the number of open rows.
+The algorithm is best-fit decreasing within a window of documents: pieces are taken longest first,
+and each goes into the fullest row that has room for it. Rows are grouped by their free tokens, and
+all pieces of one length are placed at once, so the time does not depend on the number of open rows.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from lctrain.batch import check_max_tokens
 Overlong = Literal["split", "truncate", "drop"]
 
 _WORD_BITS = 1024
-BAR_DELAY_S = 1.0  # before a bar appears
+BAR_DELAY_S = 1.0  # seconds before a progress bar appears
 
 
 @dataclass(frozen=True)
 class PackingReport:
-    """Counts of a packing.
+    """Counts of the documents and tokens in packed rows, and of those that were left out.
 
     Attributes:
         rows: Number of rows.
-        max_tokens: Capacity of a row.
-        documents: Documents that are in the rows, wholly or in part, those with a passkey included.
-        pieces: Parts that the documents became; equal to documents unless some were split.
+        max_tokens: Capacity of a row in tokens.
+        documents: Documents that are in the rows, whole or in part, passkey documents included.
+        pieces: Pieces in the rows. A document is one piece unless it was split.
         tokens: Tokens in the rows.
-        split: Documents longer than the limit of a document that were split.
-        truncated: Documents that lost their end.
+        split: Documents that were split because they are longer than max_document_tokens.
+        truncated: Documents that were truncated because they are longer than max_document_tokens.
         truncated_tokens: Tokens that truncation removed.
-        dropped: Documents longer than the limit of a document that were dropped.
+        dropped: Documents that were dropped because they are longer than max_document_tokens.
         dropped_tokens: Tokens of the dropped documents.
-        dropped_empty: Documents without text.
+        dropped_empty: Documents that were left out because they hold no text.
         dropped_unreadable: Documents, lines and files that could not be read.
         repaired: Documents that were read in part, or with characters replaced.
-        special_texts: Times that documents hold the text of a special token.
-        passkeys: Documents that were generated with a passkey.
-        passkey_tokens: Their tokens.
+        special_texts: Number of times that a document holds the text of a special token.
+        passkeys: Passkey documents, which are generated to teach retrieval.
+        passkey_tokens: Tokens of the passkey documents.
     """
 
     rows: int
@@ -63,7 +63,7 @@ class PackingReport:
 
     @property
     def fill(self) -> float:
-        """Tokens in the rows over what the rows could hold."""
+        """Fraction of the rows' capacity that holds tokens, in [0, 1]."""
         return self.tokens / (self.rows * self.max_tokens) if self.rows else 0.0
 
     def __str__(self) -> str:
@@ -90,18 +90,19 @@ def _lost(tokens: int) -> str:
 
 @dataclass(frozen=True, eq=False)
 class PackingPlan:
-    """The pieces of documents in every row: P pieces, R rows.
+    """Assignment of P pieces of documents to R rows.
 
-    A piece's index here is its dropout key: it depends on the documents, the limits of a document
-    and a row, and `overlong`, not on the window, the shuffle or the number of ranks.
+    The index of a piece is its key of attention dropout. It depends on the documents, max_tokens,
+    max_document_tokens and overlong, but not on the window, the shuffle or the number of ranks.
 
     Attributes:
-        documents: [P] int64, the document of a piece; rising.
-        starts: [P] int64, its first token in the document.
-        lengths: [P] int64.
-        row_offsets: [R + 1] int64, row r holds row_pieces[row_offsets[r]:row_offsets[r + 1]].
-        row_pieces: [P] int64, pieces ordered by row; longest first in a row, passkeys at its end.
-        report: The counts.
+        documents: [P] int64, number of the document that a piece belongs to, in rising order.
+        starts: [P] int64, position of a piece's first token in its document.
+        lengths: [P] int64, number of tokens of a piece.
+        row_offsets: [R + 1] int64; row r holds row_pieces[row_offsets[r]:row_offsets[r + 1]].
+        row_pieces: [P] int64, indices of the pieces, ordered by row. Within a row the longest piece
+            comes first, and passkey documents come last.
+        report: Counts of the packing.
     """
 
     documents: np.ndarray
@@ -115,11 +116,11 @@ class PackingPlan:
         return len(self.row_offsets) - 1
 
     def row(self, index: int) -> np.ndarray:
-        """Pieces of one row: [n] int64."""
+        """Returns the indices of the pieces in one row: [n] int64."""
         return self.row_pieces[self.row_offsets[index] : self.row_offsets[index + 1]]
 
     def costs(self) -> np.ndarray:
-        """Attention work of every row, the sum of its squared piece lengths: [R] float64."""
+        """Returns the attention work of every row: [R] float64 sums of squared piece lengths."""
         squares = self.lengths[self.row_pieces].astype(np.float64) ** 2
         return np.add.reduceat(squares, self.row_offsets[:-1]) if len(self) else squares
 
@@ -138,18 +139,19 @@ def plan_rows(
     """Packs documents into rows of at most `max_tokens`.
 
     Args:
-        lengths: [N] integers, tokens of each document, all >= 1.
-        max_tokens: Capacity of a row, >= 2.
-        max_document_tokens: Limit of a document, in [2, max_tokens]; None for max_tokens.
-        overlong: Treatment of a longer document: "split" into pieces of the limit and a rest,
-            "truncate" to its first tokens, or "drop".
-        window: Documents packed at a time; a row never mixes windows.
-        dropped_empty: Count of empty documents to carry into the report.
-        dropped_unreadable: Count of what could not be read, to carry into the report.
-        progress: Show a bar over the documents, if packing takes more than a second.
+        lengths: [N] integers, number of tokens of each document, all >= 1.
+        max_tokens: Capacity of a row in tokens, >= 2.
+        max_document_tokens: Longest document in a row, in tokens, in [2, max_tokens]; None for
+            max_tokens.
+        overlong: Treatment of a document longer than max_document_tokens: "split" it into pieces of
+            this length and a shorter last one, "truncate" it to its first tokens, or "drop" it.
+        window: Number of documents that are packed together; a row holds documents of one window.
+        dropped_empty: Number of empty documents, which the report repeats.
+        dropped_unreadable: Number of unreadable documents, which the report repeats.
+        progress: Whether to show a progress bar if packing takes more than a second.
 
     Returns:
-        The plan, with its report.
+        The plan. Its attribute `report` holds the counts.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -185,7 +187,7 @@ def plan_rows(
             rows += _best_fit_decreasing(pieces[part], max_tokens, row_of_piece[part], rows)
             bar.update(end - begin)
             begin = end
-    # by row, then longest first
+    # ordered by row, and longest first within a row
     row_pieces = np.lexsort((-pieces, row_of_piece))
     row_offsets = np.concatenate([[0], np.cumsum(np.bincount(row_of_piece, minlength=rows))])
 
@@ -209,10 +211,10 @@ def plan_rows(
 
 
 def document_limit(max_document_tokens: int | None, max_tokens: int) -> int:
-    """Returns the most tokens of a document.
+    """Returns the longest document in a row, in tokens: max_document_tokens, or max_tokens if None.
 
     Raises:
-        ValueError: if the limit is below 2, or larger than a row.
+        ValueError: if max_document_tokens is below 2 or above max_tokens.
     """
     if max_document_tokens is None:
         return max_tokens
@@ -227,7 +229,11 @@ def document_limit(max_document_tokens: int | None, max_tokens: int) -> int:
 def _cut(
     lengths: np.ndarray, limit: int, overlong: Overlong
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Documents to pieces of at most `limit` tokens: (document, start, length), [P] int64 each."""
+    """Cuts documents into pieces of at most `limit` tokens.
+
+    Returns:
+        The document, the first token and the length of every piece: [P] int64 each.
+    """
     documents = np.arange(len(lengths))
     if overlong == "drop":
         documents = documents[lengths <= limit]
@@ -244,7 +250,14 @@ def _cut(
 def _best_fit_decreasing(
     lengths: np.ndarray, capacity: int, row_of_piece: np.ndarray, first_row: int
 ) -> int:
-    """Writes the row of every piece into `row_of_piece`; returns the number of rows opened."""
+    """Packs the pieces of one window, and returns the number of rows that it opened.
+
+    Args:
+        lengths: [P] int64, number of tokens of each piece.
+        capacity: Capacity of a row in tokens.
+        row_of_piece: [P] int64; the row of every piece is written into it.
+        first_row: Number of the first row to open.
+    """
     order = np.argsort(-lengths, kind="stable")
     distinct, counts = np.unique(lengths, return_counts=True)
     rows_by_room: dict[int, list[int]] = {}
@@ -272,7 +285,7 @@ def _best_fit_decreasing(
             else:
                 candidates = rows_by_room.pop(room)
                 rooms.remove(room)
-            # The fullest row takes pieces until it cannot hold another, then the next one.
+            # A row takes pieces until it has no room for another; then the next row takes pieces.
             per_row = room // length
             full = min(len(candidates), count // per_row)
             filled, others = candidates[:full], candidates[full:]

@@ -1,4 +1,4 @@
-"""Reads one text column of Parquet files, whatever type stores it, row group by row group."""
+"""Reads a column of strings or UTF-8 bytes from Parquet files, one row group after another."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ _ROWS_AT_A_TIME = 256
 
 
 def read_parquet(files: tuple[File, ...], field: str) -> Iterator[Row]:
-    """Reads one document per row.
+    """Yields one document per row of Parquet files.
 
-    Strings, views, dictionaries and UTF-8 binaries are treated alike.
+    The column may hold strings, string views, dictionary-encoded strings or UTF-8 bytes. Of a
+    damaged row group, the rest is left out; the next row group is read.
 
-    What is damaged is left out row group by row group.
+    Args:
+        files: Files to read: see `lctrain.data.readers`.
+        field: Name of the column, or the path to a nested field, with dots.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -47,10 +50,10 @@ def read_parquet(files: tuple[File, ...], field: str) -> Iterator[Row]:
 
 
 def _find(schema: pa.Schema, field: str, path: str) -> tuple[str, ...]:
-    """Returns the path from a column to the text: one name, or those of nested structs.
+    """Returns the names on the path to the text: the column, then the fields of nested structs.
 
     Raises:
-        FieldError: if there is none, or it does not hold text.
+        FieldError: if the file has no such field, or the field does not hold text.
     """
     import pyarrow as pa
 

@@ -1,11 +1,11 @@
-"""Passkey documents: a key in the middle of other text, and a question for it at the end.
+"""Passkey documents: text with a key hidden in it, and a question for the key at the end.
 
-Training and evaluation use the same ones. A document is put together from token ids, never from a
-string that is tokenized as a whole: where the answer lies does not depend on how a tokenizer merges
-neighbours. The key is different words of the tokenizer's own vocabulary in random order, each one
-token. There are many of them, so that a model which cannot look the key up pays dearly for it: from
-keys of digits, small models learn to guess among ten before they learn to look. What precedes the
-answer is word for word what precedes the key.
+Training and evaluation build documents with the same functions. A document is concatenated from
+token ids and never tokenized as a whole, so the position of the answer does not depend on how the
+tokenizer merges neighbouring characters. The key is a random sequence of different words, each one
+token of the tokenizer's vocabulary. The words are drawn from many, so that guessing has a high
+loss: with keys of digits, small models learn to guess one of ten digits before they learn to
+retrieve the key. The words before the key and before the answer are the same.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ QUESTION = "\n# What is the pass key?\n# The pass key is"
 DIGITS = tuple(f" {digit}" for digit in range(10))
 KEY_WORDS = 4
 MOST_WORDS = 1024
-_COMMON_WORDS = 4096  # the first of the vocabulary
+_COMMON_WORDS = 4096  # number of words, from the beginning of the vocabulary, that are considered
 _FEWEST_WORDS = 64
-_WHOLE_WORD = re.compile(r"[Ġ▁][a-z]{3,}")  # a letter of GPT-2 or SentencePiece stands for a space
+_WHOLE_WORD = re.compile(r"[Ġ▁][a-z]{3,}")  # Ġ (GPT-2) and ▁ (SentencePiece) stand for a space
 
 
 @dataclass(frozen=True, eq=False)
 class Passkey:
-    """One document with a key.
+    """A passkey document: its token ids, and the position of the answer.
 
     Attributes:
-        input_ids: [n] int64; without an end token it ends with the answer.
+        input_ids: [n] int64 token ids. The answer comes last, followed by the end token if the
+            document has one.
         answer_start: Position of the answer's first token in `input_ids`.
-        answer_tokens: Its length.
-        key: Its words, as numbers of `PasskeyFormat.words`.
+        answer_tokens: Length of the answer in tokens.
+        key: Indices of the key's words in `PasskeyFormat.words`.
     """
 
     input_ids: np.ndarray
@@ -52,15 +53,15 @@ class Passkey:
 
 @dataclass(frozen=True, eq=False)
 class PasskeyFormat:
-    """The fixed parts of a passkey document as token ids, [n] int64 each.
+    """The fixed texts of passkey documents and the words of keys, as token ids.
 
     Attributes:
-        begin: Tokens that the tokenizer adds before every document.
-        statement: Tokens before the key.
-        reminder: Tokens after the key.
-        question: Tokens before the answer.
-        words: Token ids of the words from which keys are made.
-        end: The end token; none if the tokenizer has none.
+        begin: [n] int64, tokens that the tokenizer adds before every document.
+        statement: [n] int64, tokens before the key.
+        reminder: [n] int64, tokens after the key.
+        question: [n] int64, tokens before the answer.
+        words: Token ids of the words that keys consist of, [n] int64 each.
+        end: [1] int64, the end token; [0] if the tokenizer has none.
     """
 
     begin: np.ndarray
@@ -72,10 +73,10 @@ class PasskeyFormat:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> PasskeyFormat:
-        """Tokenizes the parts, each by itself.
+        """Tokenizes each of the fixed texts, and chooses the words of keys.
 
         Raises:
-            ValueError: if the tokenizer has no tokens for a part.
+            ValueError: if the tokenizer has no tokens for one of the texts.
         """
 
         def ids(text: str) -> np.ndarray:
@@ -100,12 +101,15 @@ class PasskeyFormat:
 
     @property
     def shortest(self) -> int:
-        """Tokens of the longest document without filler, the end token included."""
+        """Largest length in tokens of a document with KEY_WORDS words and no filler text.
+
+        The end token is included.
+        """
         return self._fixed + 2 * KEY_WORDS * self._longest_word
 
     @property
     def _fixed(self) -> int:
-        """Tokens of a document without key and filler, the end token included."""
+        """Length in tokens of a document without key, answer and filler; with the end token."""
         fixed = (self.begin, self.statement, self.reminder, self.question, self.end)
         return sum(map(len, fixed))
 
@@ -114,7 +118,13 @@ class PasskeyFormat:
         return max(map(len, self.words))
 
     def most_words(self, tokens: int) -> int:
-        """Words of a key that leave twice its own length to the filler."""
+        """Returns the largest number of words in the key of a document, at least KEY_WORDS.
+
+        The filler is then at least as long as the key and the answer together.
+
+        Args:
+            tokens: Length of the document in tokens.
+        """
         room = (tokens - self._fixed) // (4 * self._longest_word)
         return max(KEY_WORDS, min(room, len(self.words)))
 
@@ -128,16 +138,16 @@ class PasskeyFormat:
         with_end: bool,
         key_words: int = KEY_WORDS,
     ) -> Passkey:
-        """Makes a document with a new key.
+        """Generates a document with a random key.
 
         Args:
-            random: Chooses key and filler, in this order; in the same state it chooses the same at
-                every depth.
+            random: Random generator that draws the key and then the filler. From the same state, it
+                draws the same key and filler for every depth.
             tokens: Length of the document in tokens, at least `shortest`.
-            depth: Fraction of the filler before the key, in [0, 1].
-            filler: Source of the filler text.
-            with_end: Close the document with the end token.
-            key_words: Words of the key.
+            depth: Fraction of the filler that precedes the key, in [0, 1].
+            filler: Text that the key is hidden in.
+            with_end: Whether the document ends with the end token.
+            key_words: Number of words in the key.
         """
         chosen = random.permutation(len(self.words))[:key_words]
         key = np.concatenate([self.words[word] for word in chosen])
@@ -152,9 +162,10 @@ class PasskeyFormat:
 
 
 def _words(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, ...]:
-    """Words that are one token each, in the order of their tokens; none if there are few.
+    """Returns up to MOST_WORDS words that are one token each; () if fewer than 64 are found.
 
-    Of the common ones those that are least so: others would occur all over the text.
+    They are the last of the vocabulary's first 4096 words: a low token id means a frequent word,
+    and the most frequent words would occur in most filler texts.
     """
     found = []
     for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
@@ -172,7 +183,7 @@ def _unknown(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> bool:
 
 
 class Filler:
-    """Text to hide a key in: documents one after another, from a random token on."""
+    """Text that keys are hidden in: a random range of tokens from concatenated documents."""
 
     def __init__(
         self,
@@ -180,12 +191,12 @@ class Filler:
         read: Callable[[int, int, int], np.ndarray],
         begin: int = 0,
     ) -> None:
-        """Wraps tokenized documents; the last token of each, its end token, is left out.
+        """Concatenates tokenized documents without their begin tokens and their end token.
 
         Args:
-            lengths: [N] tokens of each document.
-            read: (document, start, length) -> [length] token ids.
-            begin: Tokens at the start of each document that are left out.
+            lengths: [N] integers, number of tokens of each document, the end token included.
+            read: Returns the token ids [length] of a document, given (document, start, length).
+            begin: Number of begin tokens in each document.
 
         Raises:
             ValueError: if no tokens remain.
@@ -202,16 +213,21 @@ class Filler:
 
     @classmethod
     def of(cls, documents: Sequence[np.ndarray], begin: int = 0) -> Filler:
-        """Builds a filler from token ids in memory, [n] integers each."""
+        """Builds a filler from documents in memory.
+
+        Args:
+            documents: Token ids of each document, [n] integers, the end token included.
+            begin: Number of begin tokens in each document.
+        """
         lengths = np.array([len(document) for document in documents])
         return cls(
             lengths, lambda index, start, count: documents[index][start : start + count], begin
         )
 
     def take(self, random: np.random.Generator, tokens: int) -> np.ndarray:
-        """Returns `tokens` consecutive tokens, [tokens] int64.
+        """Returns consecutive tokens from a random position on: [tokens] int64.
 
-        It starts again after the last one.
+        The first document follows the last one.
         """
         place = int(random.integers(self._ends[-1]))
         parts = [np.empty(0, dtype=np.int64)]

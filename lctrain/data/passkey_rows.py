@@ -1,9 +1,9 @@
-"""Training rows with a fixed fraction of passkey documents.
+"""Adds passkey documents to training rows: the same fraction of every row.
 
-The share is of every row, not of the data as a whole: packing sorts by length, so mixed in like
-other documents they would meet in some rows, and steps without any would follow steps of little
-else. Everything about a passkey document is a function of its number, so that a resumed run, or
-another worker, makes the same one.
+The fraction holds for every row, not only on average. Packing sorts documents by length, so passkey
+documents that are packed like others would fill some rows and be absent from most. A passkey
+document is a function of its number alone, so a resumed run or another worker generates the same
+document.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from lctrain.data.documents import StoredTokens
 from lctrain.data.packing import PackingPlan
 from lctrain.data.passkey import KEY_WORDS, Filler, PasskeyFormat
 
-SHORTEST = 64  # tokens; shorter ones would teach to look a few lines back only
-LONGEST_KEY = 128  # words; a long key teaches the same in more of a document's tokens
-_LENGTHS, _DOCUMENTS = 1, 2  # what a seed is for
-_TRAINING = 1  # a branch of its own: NumPy pads seeds by zeros, so [2, n] is also [2, n, 0]
+SHORTEST = 64  # tokens; in a shorter document the key is only a few lines before the question
+LONGEST_KEY = 128  # words; with a long key, more of a document's tokens teach retrieval
+_LENGTHS, _DOCUMENTS = 1, 2  # purpose of a random stream
+_TRAINING = 1  # separates these seeds from others: NumPy pads seeds, so [2, n] equals [2, n, 0]
 
 
 def _stream(purpose: int, number: int) -> np.random.Generator:
@@ -30,19 +30,19 @@ def _stream(purpose: int, number: int) -> np.random.Generator:
 def passkey_lengths(
     rows: int, tokens: int, shortest: int, longest: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws the lengths of each row's passkey documents, log-uniform.
+    """Draws the lengths of the passkey documents in every row from a log-uniform distribution.
 
-    The short ones let a model learn to copy the key before it must do so from afar.
+    Short documents let a model learn to copy the key over short distances first.
 
     Args:
         rows: Number of rows, R.
         tokens: Tokens of passkey documents in each row, at least `shortest`.
-        shortest: Tokens of the shortest document.
-        longest: Tokens of the longest document.
+        shortest: Length of the shortest document in tokens.
+        longest: Length of the longest document in tokens.
 
     Returns:
-        lengths [K] int64 and row_offsets [R + 1] int64: row r has those from row_offsets[r] to
-        row_offsets[r + 1].
+        The lengths, [K] int64, and row_offsets, [R + 1] int64: row r contains the documents
+        row_offsets[r] to row_offsets[r + 1] - 1.
     """
     lengths: list[int] = []
     row_offsets = [0]
@@ -52,7 +52,7 @@ def passkey_lengths(
         while room >= shortest:
             drawn = shortest * (longest / shortest) ** random.random()
             length = min(round(drawn), room)
-            if room - length < shortest:  # what is left is too short for another
+            if room - length < shortest:  # the remaining tokens are too few for another document
                 length = min(room, longest)
             lengths.append(length)
             room -= length
@@ -63,17 +63,18 @@ def passkey_lengths(
 def add_passkeys(
     plan: PackingPlan, documents: int, lengths: np.ndarray, row_offsets: np.ndarray, max_tokens: int
 ) -> PackingPlan:
-    """Adds passkey documents to the rows of a plan.
+    """Returns a packing plan whose rows contain passkey documents as well.
 
     Args:
-        plan: Packing plan of the text, whose rows have room for the passkeys; R rows.
-        documents: Number of documents of the text; those with a passkey follow them.
-        lengths: [K] int64, tokens of the passkey documents.
-        row_offsets: [R + 1] int64, which of them belong to which row.
-        max_tokens: Capacity of a row with both.
+        plan: Packing plan of the text documents. Its R rows leave room for the passkey documents.
+        documents: Number of text documents. The passkey documents are numbered from here on.
+        lengths: [K] int64, number of tokens of each passkey document.
+        row_offsets: [R + 1] int64; row r receives the passkey documents row_offsets[r] to
+            row_offsets[r + 1] - 1.
+        max_tokens: Capacity of a row in tokens, passkey documents included.
     """
     pieces, added = len(plan.lengths), np.arange(len(lengths))
-    # the pieces of row r come before passkeys of row r, by inserting those behind each row's end
+    # The passkey documents of row r are inserted after the text pieces of row r.
     ends = np.repeat(plan.row_offsets[1:], np.diff(row_offsets))
     report = replace(
         plan.report,
@@ -95,17 +96,23 @@ def add_passkeys(
 
 
 class PasskeyStore:
-    """Passkey documents that are generated on access; used like a TokenStore.
+    """Tokens of K passkey documents, which are generated on access; used like a TokenStore.
 
     Attributes:
-        lengths: [K] int64, tokens of each document.
-        names: Their names.
+        lengths: [K] int64, number of tokens of each document.
+        names: [K] names of the documents.
     """
 
     def __init__(self, format: PasskeyFormat, lengths: np.ndarray, text: StoredTokens) -> None:
-        """Hides keys in `text`, at a depth that is uniform.
+        """Sets the documents' lengths and the text that keys are hidden in.
 
-        Keys have a log-uniform number of words, from that of the evaluation to LONGEST_KEY.
+        The depth of a key is drawn uniformly. Its number of words is drawn log-uniformly between
+        KEY_WORDS, which the evaluation uses, and LONGEST_KEY.
+
+        Args:
+            format: Fixed texts and words of the documents.
+            lengths: [K] int64, number of tokens of each document.
+            text: Tokens of the text documents that serve as filler.
         """
         self.lengths = lengths
         self.names: Sequence[str] = [f"passkey:{number}" for number in range(len(lengths))]
@@ -130,15 +137,15 @@ class PasskeyStore:
 
 
 class JoinedStore:
-    """Two stores, one after the other; see TokenStore.
+    """Concatenation of two stores of N and K documents; used like a TokenStore.
 
     Attributes:
-        lengths: [N + K] int64, tokens of each document.
-        names: Their names.
+        lengths: [N + K] int64, number of tokens of each document.
+        names: [N + K] names of the documents.
     """
 
     def __init__(self, first: StoredTokens, second: StoredTokens) -> None:
-        """Joins two stores."""
+        """Concatenates the stores: the documents of `second` follow those of `first`."""
         self._first, self._second = first, second
         self.lengths = np.concatenate([first.lengths, second.lengths])
         self.names: Sequence[str] = [*first.names, *second.names]

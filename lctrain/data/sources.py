@@ -1,8 +1,8 @@
-"""Sources of documents. Every source loads a `datasets.Dataset` of texts.
+"""Sources of documents: each source loads texts as a `datasets.Dataset`.
 
 A source is a frozen dataclass of plain values, so that Hydra can build it and errors can show it.
-`load()` gives the documents that are split into train and held-out by content; `load_held_out()`
-gives documents that the user set aside, or None.
+`load()` returns the documents to train on. `load_held_out()` returns the documents that the user
+named to hold out; if it returns None, a part of the documents of `load()` is held out.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _NO_SOURCES = frozenset({"__pycache__"})
-_ROWS_AT_A_TIME = 100  # of long texts, a thousand take gigabytes
+_ROWS_AT_A_TIME = 100  # a thousand long texts take gigabytes
 NOT_STANDARD = _NO_SOURCES | {"site-packages", "dist-packages"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source(abc.ABC):
-    """Base class of all sources.
+    """Base class of all sources of documents.
 
     Attributes:
-        max_documents: Use at most this many documents; None for all.
-        max_bytes: Use documents up to this much text, at least one; None for all.
-        on_error: "skip" leaves out what cannot be read, counts it and warns; "raise" stops at the
-            first fault.
+        max_documents: Largest number of documents to use; None for all.
+        max_bytes: UTF-8 bytes of text to use. The first document is used even if it is longer. None
+            for all.
+        on_error: "skip" leaves out documents that cannot be read, counts them and warns; "raise"
+            stops at the first one.
     """
 
     max_documents: int | None = None
@@ -52,29 +53,37 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def load(self, cache_dir: Path) -> Dataset:
-        """Returns a dataset with the columns "text" and perhaps "name" and "fault".
+        """Returns a dataset with the column "text" and, optionally, "name" and "fault".
 
-        A text is None where it is a null, or where a fault says why it could not be read: see
-        `lctrain.data.readers`.
+        The meaning of the columns is that of the rows in `lctrain.data.readers`: a null text with a
+        fault could not be read, and a null text without a fault is an empty document.
+
+        Args:
+            cache_dir: Cache folder of the data module.
 
         Raises:
-            ValueError: if no document can be read; with on_error="raise", if one cannot.
+            ValueError: if no document can be read; with on_error="raise", if any document cannot be
+                read.
         """
 
     def load_held_out(self, cache_dir: Path) -> Dataset | None:
-        """Returns documents set aside by the user, or None to split off some of `load()`."""
+        """Returns the documents to hold out, or None to hold out a part of those of `load()`."""
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class StdlibSource(Source):
-    """The Python files of the running interpreter's standard library, its tests included.
+    """Source of the Python files of the running interpreter's standard library, tests included.
 
-    With a limit, the files are chosen by a hash of their path, so that they stay a mixture.
+    With max_documents or max_bytes, the files are chosen by a hash of their path, which mixes the
+    modules.
     """
 
     def load(self, cache_dir: Path) -> Dataset:
-        """See Source. Files that are not UTF-8 are counted without a warning: some never are."""
+        """Returns the files as documents: see Source.
+
+        Files that are not UTF-8 are counted without a warning.
+        """
         root = standard_library()
         paths = python_files(root, without=NOT_STANDARD)
         if not paths:
@@ -89,11 +98,12 @@ class StdlibSource(Source):
 
 @dataclass(frozen=True, kw_only=True)
 class FileSource(Source):
-    """Files that the user names.
+    """Base class of the sources that read files which the user names.
 
     Attributes:
-        files: Files or globs (** crosses folders); each must match.
-        held_out_files: Files to hold out; without any, some documents of `files` are held out.
+        files: Files or globs (** crosses folders); each must match a file.
+        held_out_files: Files or globs to hold out. If there are none, a part of the documents of
+            `files` is held out.
     """
 
     suffix: ClassVar[str] = ".txt"
@@ -109,12 +119,17 @@ class FileSource(Source):
             object.__setattr__(self, name, tuple(str(item) for item in value))
 
     def load(self, cache_dir: Path) -> Dataset:
-        """See Source. Raises ValueError for a glob without a match."""
+        """Returns the documents of `files` up to the limits: see Source.
+
+        Raises:
+            ValueError: if a file or glob matches no file, or no document can be read; with
+                on_error="raise", if any document cannot be read.
+        """
         dataset = self._read(self._described(self.files), cache_dir)
         return report_faults(head(dataset, self.max_documents, self.max_bytes), self.on_error)
 
     def load_held_out(self, cache_dir: Path) -> Dataset | None:
-        """See Source."""
+        """Returns the documents of `held_out_files`, or None if there are none: see Source."""
         if not self.held_out_files:
             return None
         dataset = self._read(self._described(self.held_out_files), cache_dir)
@@ -126,16 +141,16 @@ class FileSource(Source):
 
     @abc.abstractmethod
     def _read(self, files: tuple[File, ...], cache_dir: Path) -> Dataset:
-        """Returns what the files hold, faults included."""
+        """Returns the documents of the files as rows of `lctrain.data.readers`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextSource(FileSource):
-    """Text files, one document each; compressed ones are decompressed.
+    """Source of text files, one document each. Compressed files are decompressed.
 
     Attributes:
-        encoding: Encoding of the files. None reads UTF-8, and UTF-16 or UTF-32 after a byte-order
-            mark, which is not part of the text.
+        encoding: Encoding of the files. None takes the encoding of a file's byte-order mark, else
+            UTF-8. The mark is not part of the text.
     """
 
     encoding: str | None = None
@@ -150,13 +165,15 @@ class TextSource(FileSource):
 
 @dataclass(frozen=True, kw_only=True)
 class JsonlSource(FileSource):
-    """JSON objects, one a line; compressed files are decompressed.
+    """Source of JSON lines: one document in each line. Compressed files are decompressed.
 
-    A line that is not JSON or lacks the field is a fault, named by file and line number.
+    A line that is not a JSON object, or lacks the field, is reported with its file and line number,
+    and treated as `on_error` says.
 
     Attributes:
-        field: The field that holds the text; `doc.text` for a field in a nested object.
-        encoding: See TextSource.
+        field: Name of the field that holds the text; `doc.text` for a field in a nested object.
+        encoding: Encoding of the files. None takes the encoding of a file's byte-order mark, else
+            UTF-8.
     """
 
     suffix: ClassVar[str] = ".jsonl"
@@ -181,10 +198,12 @@ class JsonlSource(FileSource):
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetSource(FileSource):
-    """Parquet files, one document a row; a file without the column is a fault.
+    """Source of Parquet files: one document in each row.
+
+    A file without the column is reported, and treated as `on_error` says.
 
     Attributes:
-        field: The column that holds the text; `doc.text` for a field in a struct.
+        field: Name of the column that holds the text; `doc.text` for a field in a struct.
     """
 
     suffix: ClassVar[str] = ".parquet"
@@ -196,12 +215,17 @@ class ParquetSource(FileSource):
 
 
 def standard_library() -> Path:
-    """The folder of the running interpreter's standard library."""
+    """Returns the folder of the running interpreter's standard library."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 
 def python_files(root: Path, without: Set[str] = _NO_SOURCES) -> list[Path]:
-    """The .py files below a folder, sorted, without those below folders of some names."""
+    """Returns the .py files below a folder, sorted.
+
+    Args:
+        root: Folder to search.
+        without: Names of folders that are not searched.
+    """
     return sorted(
         path
         for path in root.rglob("*.py")
@@ -212,16 +236,16 @@ def python_files(root: Path, without: Set[str] = _NO_SOURCES) -> list[Path]:
 def generate(
     reader: Callable[..., Iterator[Row]], cache_dir: Path, on_error: str, **arguments: Any
 ) -> Dataset:
-    """Reads documents into the cache of `datasets`, or finds them there.
+    """Returns the documents that a reader yields, from the cache of `datasets` if they are there.
 
     Args:
-        reader: Yields rows, as in `lctrain.data.readers`.
+        reader: Generator function that yields rows: see `lctrain.data.readers`.
         cache_dir: Cache folder of the data module.
-        on_error: One of ON_ERROR.
+        on_error: One of ON_ERROR: "skip" or "raise".
         **arguments: Arguments of the reader.
 
     Raises:
-        ValueError: the error that the reader raises; with on_error="raise", the first fault.
+        ValueError: if the reader raises it; with on_error="raise", if a document cannot be read.
     """
     from datasets import Dataset, Features, Value
     from datasets.exceptions import DatasetGenerationError
