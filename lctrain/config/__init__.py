@@ -1,9 +1,9 @@
-"""The schemas of every Hydra config group: frozen dataclasses, converted once at the entry point.
+"""The schemas of every Hydra config group, as frozen dataclasses.
 
-A key that a schema does not have, or a value of the wrong type, is an error that names it.
-`lctrain.schemas` puts them into Hydra's ConfigStore as `<group>/<name>_schema`; the YAML files in
-`configs/` build on them and fill in values. Library code receives the dataclasses, never a
-DictConfig.
+An unknown key, or a value of the wrong type, raises an error that names the key. `lctrain.schemas`
+registers the schemas in Hydra's ConfigStore as `<group>/<name>_schema`. The YAML files in
+`configs/` extend the schemas and set values. The console scripts convert the composed configuration
+to these dataclasses, so library code never receives a DictConfig.
 """
 
 from lctrain.config.attention import AttentionConfig

@@ -10,24 +10,29 @@ from lctrain.limits import check_backend
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Options of the patched attention.
+    """Settings of lctrain's attention, which replaces the model's own attention.
 
     Attributes:
-        name: First argument of `lctrain.patch_model` after the model.
-        dropout: Attention dropout in training. None takes the value of the model's configuration.
+        name: Name of the attention: flash, dual_chunk or differential.
+        dropout: Dropout probability of the attention in training. None takes the value of the
+            model's configuration.
         deterministic: Whether the backward must give the same bits in every run.
-        backend: Name of the kernels, as in `lctrain.kernels`. A named backend never falls back to
-            another.
-        fused: Whether training swaps norms, rotary embeddings, MLPs and residual additions as well.
-        sliding_window: Keys that a query sees (flash only); None keeps the model's windows.
-        chunk_size: Largest relative position (dual_chunk only, like all below; see
-            `lctrain.attention.DualChunkSpec`); None for the trained window - 1.
-        local_size: Tokens across a chunk's border that keep exact positions; None for an eighth of
-            the window.
-        scale: none, or yarn for sharper logits beyond the window.
-        scale_coefficient: Strength of yarn.
+        backend: Kernels to use: auto, hopper, triton or pytorch. A named backend never falls back
+            to another.
+        fused: Whether training also replaces norms, rotary embeddings, MLPs and residual additions
+            by fused kernels.
+        sliding_window: Number of keys that a query sees; None keeps the model's windows (flash
+            only).
+        chunk_size: Largest relative position; None takes the value of the model's configuration,
+            else the trained window - 1 (dual_chunk only).
+        local_size: Distance in tokens up to which keys of the previous chunk keep their exact
+            relative positions. None takes the value of the model's configuration, else an eighth of
+            the trained window (dual_chunk only).
+        scale: Scale of the logits beyond the trained window: none, or yarn for sharper logits
+            (dual_chunk only).
+        scale_coefficient: Coefficient of the yarn scale (dual_chunk only).
         window: Length of the texts that the model was trained on, in tokens. None takes the value
-            of its configuration.
+            of the model's configuration (dual_chunk only).
     """
 
     name: str = "flash"
@@ -46,7 +51,7 @@ class AttentionConfig:
         check_backend(self.backend, "attention.backend")
 
     def options(self) -> dict[str, Any]:
-        """Options that are set, for `lctrain.patch_model`; those of other attentions included."""
+        """Returns all options that are not None, as keywords of `lctrain.patch_model`."""
         options = {field.name: getattr(self, field.name) for field in fields(self)}
         del options["name"], options["fused"]
         return {name: value for name, value in options.items() if value is not None}

@@ -1,4 +1,4 @@
-"""The settings of the callbacks, each with the class that it builds."""
+"""The settings of the callbacks. Each schema names the callback's class in `_target_`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lctrain.limits import require
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """`lctrain.callbacks.StepCheckpoint`.
+    """Settings of `lctrain.callbacks.StepCheckpoint`, which saves checkpoints by optimizer step.
 
     Attributes:
         directory: Folder of the checkpoints.
@@ -38,10 +38,11 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class ThroughputConfig:
-    """`lctrain.callbacks.ThroughputMonitor`.
+    """Settings of `lctrain.callbacks.ThroughputMonitor`, which logs the speed of training.
 
     Attributes:
-        max_tokens: Capacity of a row, to which the fill refers; None measures no fill.
+        max_tokens: Capacity of a row in tokens, for the logged fraction of the capacity that is
+            filled; None does not log this fraction.
     """
 
     _target_: str = "lctrain.callbacks.ThroughputMonitor"
@@ -50,19 +51,19 @@ class ThroughputConfig:
 
 @dataclass(frozen=True)
 class IsolationConfig:
-    """`lctrain.callbacks.IsolationCheck`."""
+    """Settings of `lctrain.callbacks.IsolationCheck`, which checks that documents stay separate."""
 
     _target_: str = "lctrain.callbacks.IsolationCheck"
 
 
 @dataclass(frozen=True)
 class NonFiniteGuardConfig:
-    """`lctrain.callbacks.NonFiniteLossGuard`.
+    """Settings of `lctrain.callbacks.NonFiniteLossGuard`, which acts on NaN and infinity.
 
     Attributes:
         on_batch: Action after a loss or gradient that is not finite: "stop" the run, or "skip" the
             optimizer step.
-        max_in_a_row: Steps that may be skipped one after the other; one more stops the run.
+        max_in_a_row: Number of consecutive steps that may be skipped; one more stops the run.
     """
 
     _target_: str = "lctrain.callbacks.NonFiniteLossGuard"
@@ -72,15 +73,15 @@ class NonFiniteGuardConfig:
 
 @dataclass(frozen=True)
 class LengthPerplexityConfig:
-    """`lctrain.callbacks.LengthPerplexity`.
+    """Settings of `lctrain.callbacks.LengthPerplexity`, perplexity by length during training.
 
     Attributes:
         lengths: Context lengths in tokens.
         every_n_steps: Optimizer steps between two measurements.
         max_tokens: Tokens in a forward pass; None takes the longest length.
         documents: Number of held-out documents, the longest first.
-        begin_token: Whether each window begins with the begin token; None where the tokenizer adds
-            one to a text.
+        begin_token: Whether each window begins with the begin token. None does so if the tokenizer
+            adds a begin token to texts.
     """
 
     _target_: str = "lctrain.callbacks.LengthPerplexity"
@@ -93,11 +94,13 @@ class LengthPerplexityConfig:
 
 @dataclass(frozen=True)
 class AttentionScheduleConfig:
-    """`lctrain.callbacks.AttentionSchedule`; attention=none leaves the patching to it.
+    """Settings of `lctrain.callbacks.AttentionSchedule`, which changes the attention at set steps.
+
+    Use it with attention=none, since the callback patches the model.
 
     Attributes:
-        stages: The first optimizer step of each stage, and its description: `attention`, its
-            options, and `rope`.
+        stages: Settings of each stage, by the stage's first optimizer step: `attention`, options of
+            the attention, and `rope`.
     """
 
     _target_: str = "lctrain.callbacks.AttentionSchedule"
@@ -106,16 +109,17 @@ class AttentionScheduleConfig:
 
 @dataclass(frozen=True)
 class BestCheckpointConfig:
-    """Lightning's `ModelCheckpoint`, after validations.
+    """Settings of Lightning's `ModelCheckpoint`, which keeps the best checkpoints by a metric.
 
     Attributes:
-        dirpath: Folder of the checkpoint.
-        monitor: Logged metric that decides.
-        mode: min or max: which value of the metric is best.
+        dirpath: Folder of the checkpoints.
+        monitor: Logged metric that is compared.
+        mode: "min" if the smallest value of the metric is best, "max" if the largest is.
         save_top_k: Number of best checkpoints that stay on disk.
-        filename: Name of the file, with the step.
+        filename: Pattern of the file's name.
         auto_insert_metric_name: Whether Lightning writes the metric's name into the file's name.
-        save_on_train_epoch_end: Whether Lightning saves after a training epoch, too.
+        save_on_train_epoch_end: Whether Lightning saves after training epochs instead of
+            validations.
     """
 
     _target_: str = "lightning.pytorch.callbacks.ModelCheckpoint"
@@ -133,14 +137,15 @@ class BestCheckpointConfig:
 
 @dataclass(frozen=True)
 class EarlyStoppingConfig:
-    """Lightning's `EarlyStopping`, after validations.
+    """Settings of Lightning's `EarlyStopping`, which stops a run that no longer improves.
 
     Attributes:
-        monitor: Logged metric that decides.
-        mode: min or max: which value of the metric is best.
-        patience: Validations without an improvement after which training stops.
+        monitor: Logged metric that is compared.
+        mode: "min" if the smallest value of the metric is best, "max" if the largest is.
+        patience: Number of validations without an improvement after which training stops.
         min_delta: Smallest change that counts as an improvement.
-        check_on_train_epoch_end: Whether Lightning checks after a training epoch, too.
+        check_on_train_epoch_end: Whether Lightning checks after training epochs instead of
+            validations.
     """
 
     _target_: str = "lightning.pytorch.callbacks.EarlyStopping"
@@ -153,7 +158,7 @@ class EarlyStoppingConfig:
 
 @dataclass(frozen=True)
 class ProgressBarConfig:
-    """`lctrain.callbacks.TokenProgressBar`.
+    """Settings of `lctrain.callbacks.TokenProgressBar`.
 
     Attributes:
         refresh_rate: Optimizer steps between two refreshes; 0 hides the bar.

@@ -33,26 +33,30 @@ class DataOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Settings of `lctrain.PackedDataModule`, of its preparation and of the group `data` in YAML.
+    """Settings of `lctrain.PackedDataModule`, which are also keys of the config group `data`.
 
     Attributes:
-        vocab_size: Size of the tokenizer, if it is trained.
-        max_tokens: Capacity of a row, >= 2.
-        max_document_tokens: Tokens of a document in a row, at least 2 and at most what passkeys
-            leave of max_tokens; None for all of that. Training on a short window then needs no
-            short rows.
-        overlong: split, truncate or drop longer documents.
-        packing_window: Documents packed at a time.
-        balance_window: Steps within which ranks get rows of similar attention work.
+        vocab_size: Vocabulary size of the tokenizer, if a tokenizer is trained.
+        max_tokens: Capacity of a row in tokens, >= 2.
+        max_document_tokens: Longest document in a row, in tokens. At least 2; at most, and by
+            default, max_tokens less the tokens of passkey documents. A model with a short window
+            can thus be trained on long rows.
+        overlong: Treatment of a document longer than max_document_tokens: "split" it into pieces,
+            "truncate" it to its first tokens, or "drop" it.
+        packing_window: Number of documents that are packed together; a row holds documents of one
+            window.
+        balance_window: Number of steps within which rows are sorted by attention work, so that the
+            ranks get rows of similar work at every step.
         held_out_fraction: Fraction of the documents to hold out, in [0, 1). Unused if the source
             has its own held-out data.
-        passkey_fraction: Fraction of every training row, in [0, 1), that is filled with passkey
-            documents, which teach retrieval. Held-out rows have none.
-        num_workers: Processes that build batches.
-        num_proc: Processes that tokenize; None for one, in which fast tokenizers use all cores.
+        passkey_fraction: Fraction of the tokens of every training row, in [0, 1), that belong to
+            passkey documents, which teach retrieval. Held-out rows have none.
+        num_workers: Number of worker processes that build batches; 0 builds them in this process.
+        num_proc: Number of processes that tokenize; None for one, in which fast tokenizers use all
+            cores.
         seed: Seed of the shuffle.
-        cache_dir: Folder of documents, tokens and the tokenizer. None takes $LCTRAIN_CACHE, else
-            $XDG_CACHE_HOME/lctrain, else ~/.cache/lctrain.
+        cache_dir: Cache folder of documents, tokens and the trained tokenizer. None takes
+            $LCTRAIN_CACHE, else $XDG_CACHE_HOME/lctrain, else ~/.cache/lctrain.
         special_tokens: "text" keeps the text of a special token inside a document as text; "token"
             makes it the token, for trusted documents.
 
@@ -136,7 +140,7 @@ class DataSettings:
         )
 
     def _check_room_for_text(self, prefix: str) -> None:
-        """Raises ValueError unless a row has room for text beside its passkeys."""
+        """Raises ValueError unless a row has room for text beside its passkey documents."""
         room = self.max_tokens - round(self.max_tokens * self.passkey_fraction)
         require(
             room >= MIN_TOKENS,
@@ -155,13 +159,13 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class DataConfig(DataSettings):
-    """The settings of the data as the YAML has them: see `lctrain.data.PackedDataModule`.
+    """Settings of the config group `data`, without those of a source.
 
-    What is read is added by the classes in `lctrain.schemas`, one for every source.
+    The subclasses in `lctrain.schemas` add the settings of one source each.
 
     Attributes:
-        tokenizer: Name or path. None takes the tokenizer of a pretrained model, and for a model
-            from scratch trains a byte-level BPE once on the training split.
+        tokenizer: Name or path of the tokenizer. None takes the tokenizer of a pretrained model;
+            for a model with random weights it trains a byte-level BPE on the training split.
     """
 
     cache_dir: str | None = None  # OmegaConf knows no os.PathLike

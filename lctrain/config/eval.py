@@ -1,4 +1,4 @@
-"""Everything that an evaluation by itself is set by."""
+"""The settings of the command lctrain-eval."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lctrain.config.paths import PathsConfig
 from lctrain.config.schema import MISSING
 from lctrain.local_paths import check_run_name
 
-MIN_MAX_TOKENS = 8192  # of a forward pass, where nothing else is said
+MIN_MAX_TOKENS = 8192  # smallest default of max_tokens, the tokens in a forward pass
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,11 @@ class PasskeyConfig:
     """Settings of `lctrain.eval.passkey_retrieval`.
 
     Attributes:
-        lengths: Tokens of the texts; None for the lengths of the evaluation.
-        methods: None for the methods of the evaluation.
-        depths: Fraction of the filler text before the key.
-        keys_per_cell: Keys of each length and depth.
-        seed: Seed of keys and text.
+        lengths: Lengths of the texts in tokens; None for `lengths` of the evaluation.
+        methods: Methods to compare; None for `methods` of the evaluation.
+        depths: Depths of the key: fractions of the text before it, in [0, 1].
+        keys_per_cell: Number of keys for each length and depth.
+        seed: Seed of the keys and of the choice of text.
     """
 
     lengths: list[int] | None = None
@@ -35,39 +35,45 @@ class PasskeyConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Everything that `lctrain-eval` does.
+    """Settings of `lctrain-eval`, which evaluates a stored model.
 
     Attributes:
-        name: Name of the evaluation; part of its folder.
+        name: Name of the evaluation; part of the name of its folder.
         model: The evaluated model. On the command line, `model=x` is short for
             `model.name_or_path=x`.
-        data: The documents, with the settings of training; the tokenizer is the model's.
-        attention: How the model's attention is patched; None leaves it as it is. The numbers are
-            the same, up to rounding, unless it is dual chunk attention. With methods, its options
-            are those of the methods that use it, and the others use flash.
+        data: Source of the documents, with the settings used in training. The tokenizer is the
+            model's.
+        attention: Attention that replaces the model's own; None replaces nothing. Flash and
+            differential attention change results by rounding only. With methods, the options apply
+            to the methods that use this attention, and all other methods use flash.
         logger: Loggers by name, each with a `_target_`.
         paths: Folder of the evaluation.
         split: "held_out" for the documents that training on this data holds out; "all" for every
             document.
-        tasks: perplexity, passkey, or both.
-        methods: Methods to compare that read beyond the window: see `lctrain.eval.extension`.
-            Without methods the model is evaluated unchanged.
+        tasks: Tasks to run: perplexity, passkey, or both.
+        methods: Methods of reading beyond the trained window to compare: see
+            `lctrain.eval.extension`. Without methods the model is evaluated unchanged.
         window: Length of the texts that the model was trained on, in tokens. None takes the value
             of its config. For dual chunk attention, `attention.window` takes precedence.
         documents: Number of documents, the longest first; None for all.
-        document_tokens: Tokens of each document, from its beginning; None for all.
+        document_tokens: Number of tokens to read of each document, from its beginning; None for
+            all.
         lengths: Context lengths in tokens.
         max_tokens: Tokens in a forward pass. None takes the longest length, but at least 8,192.
-        overlap: Fraction of a window that is only context; not used with methods.
-        stride: Positions that a window scores at every length; None for a share of each length,
-            with methods for half the shortest length.
-        min_context: Score tokens that have at least this many predecessors; None for all of them,
-            with methods for those for which every length is filled.
-        begin_token: Whether each window begins with the begin token; None where the tokenizer adds
-            one to a text. Of texts with a passkey, each is whole and begins as the tokenizer's.
+        overlap: Fraction of each evaluation window that is context and not scored; unused with
+            methods.
+        stride: Number of positions that an evaluation window scores, the same at every length.
+            Without methods, None scores (1 - overlap) of the window; with methods, half of the
+            shortest length.
+        min_context: Smallest number of preceding tokens of a scored token. Without methods, None
+            scores every token but the first; with methods, only tokens that have the longest
+            length of context, to within a stride.
+        begin_token: Whether each evaluation window begins with the begin token. None does so if the
+            tokenizer adds a begin token to texts. Passkey texts begin as the tokenizer begins
+            texts.
         passkey: Settings of the task passkey.
         dtype: Type of the weights: auto (as they are stored), float32, bfloat16 or float16.
-        device: auto, cpu, cuda, cuda:1, ...
+        device: Device of the model: auto, cpu, cuda, cuda:1, ...
     """
 
     name: str = "eval"
@@ -96,7 +102,7 @@ class EvalConfig:
         check_run_name(self.name)
 
     def forward_tokens(self) -> int:
-        """Largest number of tokens in a forward pass."""
+        """Returns the largest number of tokens in a forward pass."""
         if self.max_tokens is not None:
             return self.max_tokens
         return max([MIN_MAX_TOKENS, *self.lengths, *(self.passkey.lengths or ())])

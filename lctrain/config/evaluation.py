@@ -9,22 +9,24 @@ from lctrain.limits import check_lengths, check_methods, require
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Perplexity by context length at the end of the run.
+    """Settings of the evaluation at the end of a training run: perplexity by context length.
 
     Attributes:
         enabled: Whether to evaluate.
         lengths: Context lengths in tokens.
         documents: Number of held-out documents, the longest first; None for all.
-        document_tokens: Tokens of each document, from its beginning; None for all.
-        max_tokens: Tokens per forward pass; None takes the longest length.
-        methods: Methods to compare on the trained model that read beyond its window, as in
-            lctrain-eval. Without methods the model is measured as it was trained.
-        stride: Positions that a window scores, with methods; None for half the shortest length.
-        passkey_lengths: Tokens of texts in which keys are hidden, to be found with each of the
-            methods; none hides no keys.
-        keys_per_cell: Keys of each length and each of five depths of the text.
-        begin_token: Whether each window begins with the begin token; None where the tokenizer adds
-            one to a text.
+        document_tokens: Number of tokens to read of each document, from its beginning; None for
+            all.
+        max_tokens: Tokens in a forward pass; None takes the longest length.
+        methods: Methods of reading beyond the trained window to compare, as in lctrain-eval.
+            Without methods the model is evaluated as it was trained.
+        stride: Number of positions that an evaluation window scores; None for half of the shortest
+            length. Used with methods only.
+        passkey_lengths: Lengths in tokens of texts with a hidden key, for the passkey test of each
+            method. An empty list runs no passkey test.
+        keys_per_cell: Number of keys for each length and each of five depths of the passkey test.
+        begin_token: Whether each evaluation window begins with the begin token. None does so if the
+            tokenizer adds a begin token to texts.
     """
 
     enabled: bool = True
@@ -71,5 +73,5 @@ class EvaluationConfig:
         )
 
     def forward_tokens(self) -> int:
-        """Most tokens in a forward pass."""
+        """Returns the largest number of tokens in a forward pass."""
         return max([2, *self.lengths]) if self.max_tokens is None else self.max_tokens

@@ -1,4 +1,4 @@
-"""The settings of the loggers, each with the class or function that it builds."""
+"""The settings of the loggers. Each schema names a class or function in `_target_`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lctrain.config.schema import MISSING
 
 @dataclass(frozen=True)
 class CsvLoggerConfig:
-    """`lctrain.loggers.MetricsCSV`: metrics.csv in the run's folder.
+    """Settings of `lctrain.loggers.MetricsCSV`, which writes metrics.csv into the run's folder.
 
     Attributes:
-        save_dir: Folder of the file.
+        save_dir: Folder of metrics.csv.
     """
 
     _target_: str = "lctrain.loggers.MetricsCSV"
@@ -25,15 +25,15 @@ class CsvLoggerConfig:
 
 @dataclass(frozen=True)
 class WandbLoggerConfig:
-    """Weights and Biases; offline by default, without a key or network.
+    """Settings of the Weights and Biases logger. The default is offline: no key and no network.
 
     Attributes:
-        save_dir: Folder of the run's files.
-        project: Project name.
-        name: Name of the run.
-        offline: Keep everything on this machine; `wandb sync` sends it later.
-        id: Id of the run. None takes the id in run.json, so that a resumed run continues the same
-            run.
+        save_dir: Folder of the logger's files.
+        project: Name of the project in Weights and Biases.
+        name: Name of the run in Weights and Biases.
+        offline: Whether to keep all metrics on this machine; `wandb sync` uploads them later.
+        id: Id of the run in Weights and Biases. None takes the id in run.json, so that a resumed
+            run continues the same one.
     """
 
     _target_: str = "lctrain.loggers.wandb_logger"
@@ -49,10 +49,10 @@ class WandbLoggerConfig:
 
 @dataclass(frozen=True)
 class TensorBoardLoggerConfig:
-    """TensorBoard, which the extra lctrain[tensorboard] installs.
+    """Settings of the TensorBoard logger, which the extra lctrain[tensorboard] installs.
 
     Attributes:
-        save_dir: Parent folder of the folder `tensorboard`.
+        save_dir: Folder in which the folder `tensorboard` is created.
     """
 
     _target_: str = "lctrain.loggers.tensorboard_logger"

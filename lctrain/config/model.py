@@ -12,10 +12,10 @@ from lctrain.limits import check_model_sizes, require
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Settings that every model has. Choose `ScratchModelConfig` or `PretrainedModelConfig`.
+    """Base class of `ScratchModelConfig` and `PretrainedModelConfig`.
 
     Attributes:
-        gradient_checkpointing: Recompute activations in the backward pass.
+        gradient_checkpointing: Whether to recompute activations in the backward pass.
     """
 
     gradient_checkpointing: bool = False
@@ -23,15 +23,15 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ScratchModelConfig(ModelConfig):
-    """A transformers causal LM with random weights.
+    """Settings of a transformers causal LM with random weights.
 
     Attributes:
-        model_type: Name of the family in transformers, such as "llama" or "qwen3".
-        config: Arguments of the family's configuration class. Without `vocab_size` the vocabulary
-            size of the tokenizer is used.
-        differential: 2 makes every head a pair of differential attention, version 2, as
-            `lctrain.models.differential.to_differential` does: num_attention_heads is doubled.
-            Version 1 is a family, model_type "diffllama".
+        model_type: Name of the model family in transformers, such as "llama" or "qwen3".
+        config: Arguments of the family's configuration class. The default of `vocab_size` is the
+            size of the tokenizer's vocabulary.
+        differential: Version of differential attention. 2 replaces every attention head by a pair
+            of heads, which doubles num_attention_heads; None changes nothing. For version 1, use
+            model_type "diffllama".
     """
 
     model_type: str = MISSING
@@ -49,14 +49,15 @@ class ScratchModelConfig(ModelConfig):
 
 @dataclass(frozen=True)
 class PretrainedModelConfig(ModelConfig):
-    """A transformers causal LM with trained weights.
+    """Settings of a transformers causal LM with trained weights.
 
     Attributes:
         name_or_path: Name on the Hugging Face hub, or a folder.
         revision: Branch, tag or commit on the hub.
-        trust_remote_code: Run the code of model and tokenizer from the hub or the folder.
-        allow_other_tokenizer: Whether to accept a data.tokenizer whose ids mean other tokens than
-            the model's. The model's embeddings are then useless.
+        trust_remote_code: Whether to run the model's and the tokenizer's own code from the hub or
+            the folder.
+        allow_other_tokenizer: Whether to accept a data.tokenizer whose token ids differ from those
+            of the model's tokenizer. The model's trained embeddings are then useless.
     """
 
     name_or_path: str = MISSING

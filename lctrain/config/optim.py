@@ -12,21 +12,21 @@ SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its learning-rate schedule.
+    """Settings of AdamW and its learning-rate schedule.
 
     Attributes:
         learning_rate: Peak learning rate.
-        beta1: Decay of the first moment.
-        beta2: Decay of the second moment.
-        eps: Added to the denominator.
-        weight_decay: Decoupled decay of the matrices, embeddings included; biases, norms and
-            vectors do not decay.
-        schedule: cosine, linear, constant or warmup_stable_decay.
-        warmup_steps: Optimizer steps of linear warmup; None takes warmup_fraction.
-        warmup_fraction: Fraction of the run with a rising learning rate.
-        decay_fraction: Fraction of the run after warmup with a falling learning rate
+        beta1: Decay rate of AdamW's first moment.
+        beta2: Decay rate of AdamW's second moment.
+        eps: Number that AdamW adds to the denominator of an update.
+        weight_decay: Decoupled weight decay of matrices, embeddings included. Biases, norms and
+            vectors have none.
+        schedule: Learning-rate schedule: cosine, linear, constant or warmup_stable_decay.
+        warmup_steps: Number of optimizer steps of the linear warmup; None takes warmup_fraction.
+        warmup_fraction: Fraction of the run's steps that are warmup.
+        decay_fraction: Fraction of the steps after warmup in which the learning rate falls
             (warmup_stable_decay only).
-        min_learning_rate_ratio: Last over peak learning rate.
+        min_learning_rate_ratio: Final learning rate divided by the peak learning rate.
     """
 
     learning_rate: float = 1e-3

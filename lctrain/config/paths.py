@@ -11,12 +11,12 @@ from lctrain.local_paths import local_path
 
 @dataclass(frozen=True)
 class PathsConfig:
-    """Folders that a run writes into. They are on this machine, since a run locks them.
+    """Folders that a run writes to. They must be local, since a run locks its folder.
 
     Attributes:
         root: Folder of all runs.
-        runs_dir: Folder of the runs of this name; `ckpt_path=last` looks for this run there.
-        output_dir: Folder of this run alone.
+        runs_dir: Folder of all runs with this name. `ckpt_path=last` looks for checkpoints in it.
+        output_dir: Folder of this run.
     """
 
     root: str = "outputs"
@@ -28,7 +28,13 @@ class PathsConfig:
 
 
 def expand_paths(config: Any, group: str, *names: str) -> None:
-    """Expands `~` in the path options of a frozen config, and refuses URLs."""
+    """Expands `~` in the paths of a frozen config; raises ValueError for a URL.
+
+    Args:
+        config: Frozen dataclass, whose attributes are changed in place.
+        group: Prefix of the options in messages, such as "paths.".
+        *names: Names of the attributes that hold paths.
+    """
     for name in names:
         value = getattr(config, name)
         if value is not None and value != MISSING:

@@ -1,4 +1,4 @@
-"""Puts schemas into Hydra's ConfigStore, and converts what Hydra composed back to dataclasses."""
+"""Registers schemas in Hydra's ConfigStore, and converts composed configurations to dataclasses."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ if TYPE_CHECKING:
 
 Schema = TypeVar("Schema")
 
-MISSING: Any = "???"  # OmegaConf's mark of a mandatory value
+MISSING: Any = "???"  # OmegaConf's mark of a mandatory value that is not set
 
 
 def store_schema(name: str, schema: Any) -> None:
-    """Puts one dataclass into Hydra's ConfigStore as `<name>_schema`.
+    """Registers one dataclass in Hydra's ConfigStore as `<name>_schema`.
 
-    OmegaConf marks nodes of frozen dataclasses read-only, and Hydra could then not apply YAML files
-    and overrides: the mark is taken off here and the result becomes frozen in `to_dataclass`.
+    OmegaConf marks the nodes of frozen dataclasses as read-only, which would keep Hydra from
+    applying YAML files and overrides. The mark is therefore removed here; `to_dataclass` returns
+    frozen dataclasses again.
 
     Args:
         name: "group/name", or "name" for the schema of a primary config.
@@ -34,7 +35,7 @@ def store_schema(name: str, schema: Any) -> None:
 
 
 def to_dataclass(config: DictConfig, schema: type[Schema]) -> Schema:
-    """Converts Hydra's config into the dataclass it was made from, with everything resolved.
+    """Converts a composed configuration into its dataclass, with all interpolations resolved.
 
     Args:
         config: Configuration that Hydra composed on top of a stored schema.

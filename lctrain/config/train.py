@@ -1,4 +1,4 @@
-"""Everything that a training run is set by."""
+"""The settings of the command lctrain-train."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from lctrain.local_paths import check_run_name
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that `lctrain-train` does.
+    """Settings of `lctrain-train`, which trains a model.
 
     Attributes:
-        name: Name of the run; part of its folder.
-        seed: Seed of the initialisation, dropout and the order of the data.
-        data: Documents, and how they are packed.
-        model: The trained model.
-        attention: Options of the patched attention; None leaves the model's attention unchanged.
-        optim: Optimizer and schedule.
-        trainer: Hardware, length of the run, accumulation.
+        name: Name of the run; part of the name of its folder.
+        seed: Seed of the initial weights, dropout and the order of the data.
+        data: Source of the documents, and how they are packed.
+        model: The model to train.
+        attention: Attention that replaces the model's own; None replaces nothing.
+        optim: Optimizer and learning-rate schedule.
+        trainer: Hardware, length of the run and gradient accumulation.
         callbacks: Callbacks by name, each with a `_target_`; null switches one off.
         logger: Loggers by name, each with a `_target_`.
         paths: Folders of the run.
-        evaluation: Perplexity by length at the end.
-        ckpt_path: Checkpoint to resume from: a path, or "last" for the newest of this run. The run
-            continues in its folder, unless another folder is chosen.
-        export: Whether to write the trained model for transformers.
+        evaluation: Evaluation at the end of the run.
+        ckpt_path: Checkpoint to resume from: a path, or "last" for the newest checkpoint of this
+            run. The run continues in the checkpoint's folder, unless another folder is set.
+        export: Whether to save the trained model in the format of transformers.
     """
 
     name: str = "default"

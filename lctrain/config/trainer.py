@@ -17,32 +17,34 @@ STRATEGIES = (
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """The part of Lightning's Trainer that a run sets.
+    """Settings of Lightning's Trainer, and of the length of a run.
 
     Attributes:
-        accelerator: auto, cpu or gpu.
-        devices: Number of devices, their numbers with commas (0,2), or auto.
+        accelerator: Type of device: auto, cpu or gpu.
+        devices: Number of devices, their numbers separated by commas (0,2), or auto.
         num_nodes: Number of machines.
-        strategy: auto, single_device, ddp or one of its variants about unused parameters. The loss
-            of a window relies on gradients that every rank holds whole.
-        precision: auto (bf16-mixed on a GPU, else 32-true), 32-true, bf16-mixed or bf16-true.
-        max_steps: Optimizer steps; -1 for no limit.
-        max_time: Stops training after this much time, as days:hours:minutes:seconds; None for no
-            limit. The learning rate is scheduled by `max_steps` all the same.
-        max_epochs: Passes over the data; -1 for no limit.
-        budget_s: Seconds from the start of the run to the end of training: the first steps are
-            timed, and max_steps and the schedule shrink to what fits. A resumed run keeps the
-            number of steps that was chosen. None takes max_steps as it is.
-        accumulate_grad_batches: Packs per rank and optimizer step.
+        strategy: Lightning's strategy: auto, single_device, ddp, or ddp with a setting for unused
+            parameters. Sharded strategies are not supported: loss and clipping need the whole
+            gradients on every rank.
+        precision: Lightning's precision: auto (bf16-mixed on a GPU, else 32-true), 32-true,
+            bf16-mixed or bf16-true.
+        max_steps: Largest number of optimizer steps; -1 for no limit.
+        max_time: Time after which training stops, as days:hours:minutes:seconds; None for no limit.
+            It does not change the learning-rate schedule, which follows `max_steps`.
+        max_epochs: Largest number of passes over the data; -1 for no limit.
+        budget_s: Seconds from the start of the run to the end of training. The first steps are
+            timed, and max_steps and the learning-rate schedule are shortened to fit. A resumed run
+            keeps the chosen number of steps. None does not change max_steps.
+        accumulate_grad_batches: Number of packs per rank in an optimizer step.
         gradient_clip_val: Largest gradient norm; None does not clip.
         log_every_n_steps: Optimizer steps between two rows of metrics.
-        validate_every_n_steps: Optimizer steps between two held-out losses during training,
-            counted in packs: validate_every_n_steps * accumulate_grad_batches of each rank. Where
-            an epoch ends with a shorter window, the later validations come inside a window; they
-            do not change it. None validates before the first and after the last step only.
-        limit_val_batches: Held-out packs per rank and validation; None for all.
+        validate_every_n_steps: Optimizer steps between two validations during training. Each rank
+            counts packs, validate_every_n_steps * accumulate_grad_batches of them. If the last step
+            of an epoch has fewer packs, later validations run between the packs of a step, without
+            changing its result. None validates only before the first and after the last step.
+        limit_val_batches: Number of held-out packs per rank in a validation; None for all.
         deterministic: Whether torch must use deterministic algorithms.
-        enable_progress_bar: Show it.
+        enable_progress_bar: Whether to show a progress bar.
     """
 
     accelerator: str = "auto"

@@ -1,4 +1,4 @@
-"""Preparation: the steps from a source to packed rows, which run once before the first batch."""
+"""Preparation: reads, splits, tokenizes and packs the documents of a source before training."""
 
 from __future__ import annotations
 
@@ -42,11 +42,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """Turns the documents of a source into packed rows.
+    """Prepares packed rows of the documents of a source.
 
     Attributes:
         source: Source of the documents.
-        tokenizer: Name or path of a tokenizer of transformers, or one; None trains one.
+        tokenizer: A tokenizer of transformers, or its name or path. None trains a tokenizer on the
+            training documents.
         settings: Settings of the data module.
     """
 
@@ -59,7 +60,7 @@ class Preparation:
 
     @cached_property
     def cache_dir(self) -> Path:
-        """Folder of documents, tokens and the tokenizer."""
+        """Cache folder, which holds the documents, their tokens and the trained tokenizer."""
         return cache_folder(self.settings.cache_dir)
 
     def run(self) -> PreparedData:
@@ -67,7 +68,7 @@ class Preparation:
 
         Raises:
             ValueError: if the data cannot be read, holds no text, or fills no row.
-            OSError: if the cache cannot be written; it names the folder.
+            OSError: if the cache cannot be written; the message names the folder.
         """
         with names_folder(self.cache_dir):
             return self._run()
@@ -98,7 +99,7 @@ class Preparation:
             "overlong": self.settings.overlong,
             "packing_window": self.settings.packing_window,
         }
-        # Only if they are set: a checkpoint from before they existed still fits.
+        # Defaults are left out, so that checkpoints without these settings can be resumed.
         if self.settings.max_document_tokens is not None:
             settings["max_document_tokens"] = self.settings.max_document_tokens
         if self.settings.special_tokens != "text":
@@ -115,7 +116,7 @@ class Preparation:
     def _stream(
         self, tokenizer: PreTrainedTokenizerBase, held_out: Documents, settings: dict[str, Any]
     ) -> StreamRecipe | None:
-        """How training reads a source without an end; None for any other."""
+        """Returns the recipe by which training reads an endless stream; None for other sources."""
         source = self.source
         if not (isinstance(source, HubSource) and source.endless):
             return None
@@ -130,7 +131,7 @@ class Preparation:
         )
 
     def given_tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer that was named or passed; None if it is to be trained."""
+        """Returns the tokenizer that the user named or passed; None if it is to be trained."""
         given = self.tokenizer
         if given is None:
             return None
@@ -212,14 +213,15 @@ class Preparation:
 
 @dataclass(frozen=True, eq=False)
 class PreparedData:
-    """Packed rows, ready to be read.
+    """Result of the preparation: packed rows, and what determines them.
 
     Attributes:
-        tokenizer: The tokenizer of transformers.
-        train_rows: The training rows.
-        held_out_rows: The held-out rows; none if nothing is held out.
-        settings: Plain values that determine the rows.
-        stream: How the training rows go on after these, where the source has no end.
+        tokenizer: Tokenizer of the token ids. For documents of token ids it is the value that the
+            user gave: a tokenizer, its name, or None.
+        train_rows: The training rows. For an endless stream, they are those of its first window.
+        held_out_rows: The held-out rows; empty if no document is held out.
+        settings: Plain values that determine the rows; a resumed run compares them.
+        stream: Recipe by which training reads an endless stream; None for other sources.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -230,7 +232,11 @@ class PreparedData:
 
 
 def cache_folder(given: str | os.PathLike[str] | None) -> Path:
-    """Returns the folder of the cache: the given one, else that of the environment or the user."""
+    """Returns the cache folder.
+
+    The first that is set is used: the given folder, $LCTRAIN_CACHE, $XDG_CACHE_HOME/lctrain,
+    ~/.cache/lctrain.
+    """
     if given is not None:
         return Path(given).expanduser()
     if folder := os.environ.get("LCTRAIN_CACHE"):
@@ -240,7 +246,7 @@ def cache_folder(given: str | os.PathLike[str] | None) -> Path:
 
 @contextmanager
 def names_folder(folder: Path) -> Iterator[None]:
-    """Context that adds a folder to an error of the operating system that names no file.
+    """Context manager that adds a folder to an OSError that names no file.
 
     Args:
         folder: Folder that the block writes into through other libraries.
@@ -254,13 +260,21 @@ def names_folder(folder: Path) -> Iterator[None]:
 
 
 def fingerprint_settings(settings: dict[str, Any]) -> str:
-    """Returns a hash of settings."""
+    """Returns a hash of settings, without the description of the source."""
     text = json.dumps(_compared(settings), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def check_same_settings(now: dict[str, Any], then: dict[str, Any]) -> None:
-    """Raises ValueError naming what differs between this run and the checkpoint it resumes."""
+    """Raises ValueError if a resumed run has other data settings than its checkpoint.
+
+    Args:
+        now: Settings of this run.
+        then: Settings in the checkpoint.
+
+    Raises:
+        ValueError: if settings differ; the message names them with both values.
+    """
     compared_now, compared_then = _compared(now), _compared(then)
     changes = [
         f"{name} was {compared_then.get(name)!r}, is {compared_now.get(name)!r}"
@@ -278,8 +292,8 @@ def check_same_settings(now: dict[str, Any], then: dict[str, Any]) -> None:
 
 
 def _compared(settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings without the description of the source.
+    """Returns the settings that are compared: all but the description of the source.
 
-    Files may move: the hash of their texts is compared.
+    The hash of the training texts is compared instead, so files may be moved.
     """
     return {name: value for name, value in settings.items() if name != "source"}

@@ -1,11 +1,15 @@
-"""Generators that read documents from files: one row {"text", "name", "fault"} per document.
+"""Readers of text files and JSON lines: generators of one row {"text", "name", "fault"} a document.
 
-A row with a fault and without a text is a line or a file that could not be read; one with both was
-repaired, or ended early. A row without either is a null: an empty document. A fault names the
-place, what is wrong and the remedy.
+The fault of a row is None, or a message that names the place, the error and the remedy:
 
-A file is given as (path, name, size, modification time): the last two are not read, they are there
-so that the cache of `datasets`, which is keyed by the arguments, notices a file that has changed.
+- text and no fault: the document was read;
+- no text and no fault: the document is empty (null);
+- no text and a fault: the line or the file could not be read;
+- text and a fault: the document was repaired, or read in part; a text of "" stands for an empty
+  file.
+
+A file is given as (path, name, size, modification time). Size and modification time are part of the
+arguments because the cache of `datasets` is keyed by them: a changed file is then read again.
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ _RESTORE = "Restore the file, or leave it out of data.files."
 
 
 def describe_files(paths: Sequence[Path], names: Sequence[str]) -> tuple[File, ...]:
-    """Adds size in bytes and modification time in nanoseconds to every file."""
+    """Returns (path, name, size in bytes, modification time in nanoseconds) of every file."""
     stats = [path.stat() for path in paths]
     return tuple(
         (str(path), name, stat.st_size, stat.st_mtime_ns)
@@ -54,11 +58,11 @@ def describe_files(paths: Sequence[Path], names: Sequence[str]) -> tuple[File, .
 
 
 def match_files(patterns: Sequence[str], suffix: str = ".txt") -> list[Path]:
-    """Expands files and globs (** crosses folders), sorted within each pattern, without repeats.
+    """Returns the files that match, each once, sorted within each pattern.
 
     Args:
-        patterns: Files and globs.
-        suffix: Suffix of the files, for the message about a folder.
+        patterns: Files and globs (** crosses folders).
+        suffix: File suffix that the error message suggests if a pattern is a folder.
 
     Raises:
         ValueError: if a pattern matches no file.
@@ -83,7 +87,7 @@ def match_files(patterns: Sequence[str], suffix: str = ".txt") -> list[Path]:
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether `datasets` wrote this folder by `save_to_disk`."""
+    """Whether a folder was written by `save_to_disk` of `datasets`."""
     return (folder / "dataset_dict.json").is_file() or (
         (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
     )
@@ -98,9 +102,12 @@ def _folder_hint(path: Path, suffix: str) -> str:
 
 
 def read_text(files: tuple[File, ...], encoding: str | None = None) -> Iterator[Row]:
-    """Reads one document per file.
+    """Yields one document per text file.
 
-    The encoding is `encoding`, else that of a byte-order mark, else UTF-8.
+    Args:
+        files: Files to read, compressed or not.
+        encoding: Encoding of the files. None takes the encoding of a file's byte-order mark, else
+            UTF-8.
     """
     for path, name, *_ in files:
         parts: list[str] = []
@@ -138,7 +145,14 @@ def _not_text(path: str, encoding: str, place: int) -> str:
 
 
 def read_jsonl(files: tuple[File, ...], field: str, encoding: str | None = None) -> Iterator[Row]:
-    """One document per line; blank lines are skipped."""
+    """Yields one document per line of JSON; blank lines are skipped.
+
+    Args:
+        files: Files to read, compressed or not.
+        field: Name of the field that holds the text, or the path to a nested field, with dots.
+        encoding: Encoding of the files. None takes the encoding of a file's byte-order mark, else
+            UTF-8.
+    """
     for path, name, *_ in files:
         number, rows = 0, 0
         try:
@@ -166,10 +180,10 @@ def read_jsonl(files: tuple[File, ...], field: str, encoding: str | None = None)
 
 
 def _lines(stream: io.BufferedReader, encoding: str) -> Iterator[bytes | str]:
-    """Yields lines of a stream. UTF-8 lines are bytes, since each is decoded on its own."""
+    """Yields the lines of a stream: as bytes for UTF-8, which `_parse` decodes, else as strings."""
     if encoding == "utf-8":
         for line in stream:
-            yield line.removeprefix(_MARK)  # joined files have marks inside
+            yield line.removeprefix(_MARK)  # concatenated files have byte-order marks inside
     else:
         yield from io.TextIOWrapper(stream, encoding=encoding, newline="\n")
 
@@ -204,7 +218,13 @@ def _parse(line: bytes | str) -> Any:
 
 
 def fault(name: str, message: str, text: str | None = None) -> Row:
-    """Returns the row of a record that could not be read, or only in part."""
+    """Returns the row of a document that could not be read, or was read in part.
+
+    Args:
+        name: Name of the document, line or file.
+        message: Place, error and remedy.
+        text: Text that was read in part or repaired; None if nothing could be read.
+    """
     return {"text": text, "name": name, "fault": message}
 
 

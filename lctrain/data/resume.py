@@ -1,4 +1,4 @@
-"""resume_order: starts the data of a resumed run at the batch after the last one trained on."""
+"""resume_order: starts a RowOrder of a resumed run after the last batch that was trained on."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from lctrain.data.row_order import RowOrder
 
 
 def resume_order(trainer: pl.Trainer) -> None:
-    """Starts every RowOrder of the training data at the position of Lightning's own counts.
+    """Starts every RowOrder of the training data at the position that Lightning has restored.
 
-    To be called in `on_train_start`: Lightning has restored its counts by then, and has asked for
-    no batch. A DataLoader with workers has read ahead from the wrong place; its iterator is made
-    anew. Harmless where no data loader has a RowOrder, and in a run that does not resume.
+    Call it in `on_train_start`, after Lightning has restored its counts and before it fetches a
+    batch. In a resumed run the iterators of the data loaders are created again, because workers
+    have prefetched batches from the beginning. The function does nothing if no data loader has a
+    RowOrder.
     """
     loaders, fetcher = trainer.fit_loop._combined_loader, trainer.fit_loop._data_fetcher
     if loaders is None or fetcher is None:
@@ -29,7 +30,7 @@ def resume_order(trainer: pl.Trainer) -> None:
 
 
 class _Position:
-    """Position of a running fit: (epoch, rows finished in it); None outside of a fit."""
+    """Callable that returns (epoch, rows finished in the epoch) of a fit; None outside of a fit."""
 
     def __init__(self, trainer: pl.Trainer, rows_per_batch: int) -> None:
         self._trainer = weakref.ref(trainer)
@@ -48,7 +49,7 @@ class _Position:
 
 
 def _order_of(loader: Any) -> RowOrder | None:
-    """The RowOrder of a DataLoader, also below a batch sampler."""
+    """Returns the RowOrder that a DataLoader or its batch sampler reads; None if there is none."""
     for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
         found = sampler if isinstance(sampler, RowOrder) else getattr(sampler, "sampler", None)
         if isinstance(found, RowOrder):

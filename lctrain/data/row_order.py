@@ -1,4 +1,4 @@
-"""RowOrder: the resumable order of rows as a sampler of any DataLoader."""
+"""RowOrder: a distributed sampler of packed rows that balances the ranks and can resume."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ from lctrain.data.order import BALANCE_WINDOW, epoch_order
 
 
 class RowOrder(DistributedSampler[int]):
-    """Shuffled rows of this rank, a pure function of (rows, world size, seed, epoch).
+    """Distributed sampler: yields the shuffled rows of this rank, with balanced attention work.
 
-    Ranks get rows of similar attention work: see lctrain.data.order. Lightning sets the epoch, and
-    takes the sampler for one of its distributed ones, so it is not replaced. In a resumed run,
-    LongContextModule or the callback ResumeOrder starts it at the batch after the checkpoint's
-    last; without Lightning, call `set_epoch` before every epoch.
+    At every step the ranks get rows of similar attention work: see lctrain.data.order. The order is
+    a pure function of (rows, world size, seed, epoch).
+
+    With Lightning, a subclass of DistributedSampler is not replaced, and its epoch is set. In a
+    resumed run, LongContextModule or the callback ResumeOrder starts the sampler after the last
+    batch of the checkpoint. Without Lightning, call `set_epoch` before every epoch.
 
     Args:
         rows: Rows that `lctrain.data.pack` returned; or any dataset with a length, whose items
             count as equal work.
         seed: Seed of the shuffle.
-        balance_window: Steps within which rows are sorted by work.
-        num_replicas: Number of ranks; None asks torch.distributed when the order is first used.
-        rank: This process among them; None likewise.
+        balance_window: Number of steps within which rows are sorted by attention work.
+        num_replicas: Number of ranks. None takes it from torch.distributed when the sampler is
+            first used.
+        rank: Rank of this process. None takes it from torch.distributed.
 
     Raises:
-        ValueError: if a number is out of range; when it is first used, if there are fewer rows than
-            ranks.
+        ValueError: if an argument is out of range; when the sampler is first used, if there are
+            fewer rows than ranks.
     """
 
     def __init__(
@@ -66,20 +69,23 @@ class RowOrder(DistributedSampler[int]):
         return steps
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch that the next iterator starts with."""
+        """Sets the epoch whose rows the next iterator yields."""
         self.epoch = epoch
 
     def follow(self, position: Callable[[], tuple[int, int] | None]) -> None:
-        """Sets the function that returns the start position of every further iterator.
+        """Sets the function that every new iterator calls for its start position.
 
         Args:
-            position: Returns (epoch, rows of that epoch to leave out), or None for the beginning of
-                the epoch that `set_epoch` chose.
+            position: Returns (epoch, number of the epoch's first rows to skip), or None for the
+                beginning of the epoch that `set_epoch` set.
         """
         self._position = position
 
     def __iter__(self) -> Iterator[int]:
-        """Yields the rows of an epoch from the start position on."""
+        """Yields as many rows as an epoch has, from the start position on.
+
+        After the last row of the epoch follow the first rows of the next one.
+        """
         place = self._position()
         len(self)  # raises for fewer rows than ranks
         return self._numbers(*((self.epoch, 0) if place is None else place))
@@ -89,14 +95,14 @@ class RowOrder(DistributedSampler[int]):
         yield from self._rows_of(epoch + 1)[:offset].tolist()
 
     def _rows_of(self, epoch: int) -> np.ndarray:
-        """[steps] int64, rows of this rank."""
+        """Returns the rows of this rank in an epoch: [steps] int64."""
         ranks, rank = self._place()
         plan = getattr(self.rows, "plan", None)
         costs = np.ones(len(self.rows)) if plan is None else plan.costs()
         return epoch_order(costs, ranks, self.seed, epoch, self.balance_window)[:, rank]
 
     def _place(self) -> tuple[int, int]:
-        """Number of ranks, and this one."""
+        """Returns the number of ranks, and the rank of this process."""
         if self._ranks is not None:
             return self._ranks
         if dist.is_available() and dist.is_initialized():

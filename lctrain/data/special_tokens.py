@@ -1,6 +1,7 @@
-"""The text of special tokens inside documents, such as `<|endoftext|>` on a web page.
+"""Finds the text of special tokens inside documents, such as `<|endoftext|>` on a web page.
 
-Taken for the token, it ends a document, or opens a turn of a conversation, where its author wants.
+If such a text became the special token, the author of a document could end the document, or begin a
+turn of a conversation, in the middle of the text.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ if TYPE_CHECKING:
 
 
 def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """A pattern that finds the text of special tokens; None if there are none."""
+    """Returns a pattern that matches the texts of all special tokens; None if there are none."""
     texts = sorted(filter(None, map(str, tokenizer.all_special_tokens)), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, texts))) if texts else None
 
 
 def break_up(text: str, pattern: re.Pattern[str]) -> list[str]:
-    """Cuts a text inside every special token, so that no part holds one whole."""
+    """Cuts a text inside every special token's text, so that no part contains a whole one."""
     cuts = [match.start() + 1 for match in pattern.finditer(text) if len(match.group()) > 1]
     return [text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
 def holds_special(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> bool:
-    """Returns whether [n] ids contain a special token other than the one for unknown text.
+    """Whether token ids, [n], contain a special token other than the unknown token.
 
-    Some vocabularies hold them among their ordinary pieces (Unigram), where asking the tokenizer
-    to split them does not help.
+    Unigram vocabularies may list special tokens among their ordinary pieces. The tokenizer then
+    returns a special token even with split_special_tokens=True.
     """
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     return bool(np.isin(ids, list(special)).any())

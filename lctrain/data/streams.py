@@ -1,7 +1,7 @@
-"""Opens files as streams of bytes or lines of text, for every known compression and encoding.
+"""Opens files as streams of bytes, and detects their compression and encoding.
 
-What a file is, its first bytes say, not its name: a `.gz` that is not compressed is read, and so is
-a compressed file without the suffix.
+The first bytes of a file decide, not its name. So a `.gz` file that is not compressed can be read,
+and a compressed file without a suffix as well.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import zlib
 from typing import Any
 
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)
-"""What reading a missing, truncated or damaged file raises; pyarrow's errors are OSErrors."""
+"""Exceptions that reading a missing, truncated or damaged file raises; pyarrow's are OSErrors."""
 
-_HEAD = 8192  # bytes that are looked at
+_HEAD = 8192  # bytes at the beginning of a file that are inspected
 _TAR = slice(257, 262)
 _MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -36,14 +36,14 @@ _FOREIGN = (
 
 
 class ForeignFileError(ValueError):
-    """A file whose content is not of the type that was expected."""
+    """Raised if a file is not text but of another type, such as a PDF."""
 
 
 def open_bytes(path: str) -> Any:
     """Opens a file as a binary stream; gzip, bzip2, xz, zstd and lz4 are decompressed.
 
     Raises:
-        OSError: if it cannot be opened. Reading may raise any of DAMAGE.
+        OSError: if the file cannot be opened. Reading the stream may raise any error in DAMAGE.
     """
     with open(path, "rb") as file:
         head = file.read(6)
@@ -63,14 +63,19 @@ def open_bytes(path: str) -> Any:
 
 
 def encoding_of(head: bytes, encoding: str | None) -> str:
-    """Returns the given encoding of a text, else that of its byte-order mark, else UTF-8."""
+    """Returns the encoding of a text: `encoding`, else the byte-order mark's, else UTF-8.
+
+    Args:
+        head: First bytes of the text.
+        encoding: Encoding that the user set, or None.
+    """
     if encoding is not None:
         return codecs.lookup(encoding).name.removesuffix("-sig")
     return next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8")
 
 
 def check_text(head: bytes, path: str, encoding: str) -> None:
-    """Raises ForeignFileError if the first bytes are not those of a text.
+    """Raises ForeignFileError if the first bytes of a file show that it is not text.
 
     Args:
         head: First bytes of the file, decompressed.
@@ -92,7 +97,7 @@ def check_text(head: bytes, path: str, encoding: str) -> None:
 
 
 def check_encoding(encoding: str | None) -> None:
-    """Raises ValueError unless Python can decode text of this encoding; None is fine."""
+    """Raises ValueError unless `encoding` is None or a text encoding that Python knows."""
     try:
         "".encode(encoding or "utf-8")
     except LookupError as error:  # unknown, or not one of text

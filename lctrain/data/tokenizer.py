@@ -1,4 +1,4 @@
-"""The tokenizer: any of transformers, or a byte-level BPE trained once on the training split."""
+"""Loads a tokenizer of transformers, or trains a byte-level BPE on the training split."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def load_tokenizer(
     Args:
         name_or_path: Name on the Hugging Face hub, or a folder.
         revision: Branch, tag or commit on the hub.
-        trust_remote_code: Run tokenizer code from there.
+        trust_remote_code: Whether to run the tokenizer's own code from the hub or the folder.
 
     Raises:
-        ValueError: if there is no tokenizer, or one without a vocabulary. (From a folder without
-            the files, transformers makes a tokenizer of a few special tokens.)
+        ValueError: if no tokenizer can be loaded, or it has no vocabulary. (From a folder without
+            tokenizer files, transformers builds a tokenizer of a few special tokens.)
     """
     from transformers import AutoTokenizer
 
@@ -58,7 +58,7 @@ def load_tokenizer(
 
 
 def tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Returns the tokens that a tokenizer adds before and after every text."""
+    """Returns the token ids that a tokenizer adds before every text, and those it adds after."""
     bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     whole = list(tokenizer("a")["input_ids"])
     for begin in range(len(whole) - len(bare) + 1):
@@ -68,7 +68,7 @@ def tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[i
 
 
 def same_ids(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
-    """Whether tokens mean the same in both: one may have more of them."""
+    """Whether every token of the smaller vocabulary has the same id in the larger vocabulary."""
     smaller, larger = sorted((first.get_vocab(), second.get_vocab()), key=len)
     return smaller.items() <= larger.items()
 
@@ -76,15 +76,16 @@ def same_ids(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) ->
 def train_tokenizer(
     documents: Documents, vocab_size: int, cache_dir: Path
 ) -> PreTrainedTokenizerBase:
-    """Trains a byte-level BPE on the documents, or loads it if it was trained on them before.
+    """Trains a byte-level BPE tokenizer on the documents, or loads it from the cache.
 
     Args:
         documents: The training split.
-        vocab_size: Number of tokens, the 256 bytes and the end token included.
-        cache_dir: It is kept under cache_dir/tokenizers, keyed by the texts and the size.
+        vocab_size: Size of the vocabulary, the 256 bytes and the end token included.
+        cache_dir: Cache folder. The tokenizer is kept in cache_dir/tokenizers, under a hash of the
+            texts and the size.
 
     Raises:
-        ValueError: if vocab_size cannot hold every byte.
+        ValueError: if vocab_size is below 257: the 256 bytes and the end token.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -101,9 +102,9 @@ def train_tokenizer(
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns a hash of everything that decides which tokens a text becomes."""
+    """Returns a hash of a tokenizer, which changes if a text may become other tokens."""
     parts: list[Any] = [type(tokenizer).__name__, tokenizer.eos_token_id]
-    for split in (False, True):  # a tokenizer in Python: its code is only known by what it does
+    for split in (False, True):  # a tokenizer in Python is code: its output stands for it
         parts.append(tokenizer(_PROBE, split_special_tokens=split, verbose=False)["input_ids"])
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -146,7 +147,7 @@ def _train(documents: Documents, vocab_size: int, folder: Path) -> None:
 
 
 def _texts(documents: Documents) -> Iterator[list[str]]:
-    """Texts to learn words from; long ones in parts, since each needs many times its memory."""
+    """Yields lists of texts to train on. Long texts are cut, since training multiplies memory."""
     for group in documents.groups():
         yield [part for text in documents.read(group) for part in _parts(text)]
 

@@ -1,4 +1,4 @@
-"""Tokenizing: documents to token ids, in parallel, each document ending with the end token."""
+"""Tokenizes documents in parallel; each document ends with the end token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lctrain.data.documents import Documents
 
 _RECIPE = "end-token-once-2"  # raise when tokenizing changes, so that old caches are not used
-_SHOWN = 8 * PIECE  # characters from which a text has a progress bar of its own
+_SHOWN = 8 * PIECE  # characters of the shortest text that has a progress bar of its own
 
 
 def tokenize(
@@ -29,18 +29,21 @@ def tokenize(
     num_proc: int | None = None,
     special_tokens: str = "text",
 ) -> TokenStore:
-    """Tokenizes documents, or finds their tokens in the cache.
+    """Tokenizes documents, or loads their tokens from the cache.
 
-    Special tokens that the tokenizer adds by itself (a begin token) are kept; the end token is
-    appended unless it did that already, or the tokenizer has none. A document without a token is
-    left out. Memory is bounded by that of the longest document's text and tokens.
+    Special tokens that the tokenizer adds, such as a begin token, are kept. The end token is
+    appended, unless the tokenizer adds it or has none. Documents without a token are left out.
+    The memory needed is that of the longest document's text and tokens.
 
     Args:
         documents: Documents to tokenize.
         tokenizer: A transformers tokenizer.
-        cache_dir: Tokens are kept under cache_dir/tokens, keyed by texts, tokenizer and mode.
-        num_proc: Processes. None: this one, in which a fast tokenizer uses all cores anyway.
-        special_tokens: "text" or "token": see `lctrain.config.DataSettings`.
+        cache_dir: Cache folder. Tokens are kept in cache_dir/tokens, under a hash of the texts, the
+            tokenizer and special_tokens.
+        num_proc: Number of processes. None tokenizes in this process, where a fast tokenizer uses
+            all cores.
+        special_tokens: "text" keeps the text of a special token inside a document as text; "token"
+            makes it the token.
     """
     from datasets import Dataset
 
@@ -77,12 +80,13 @@ def tokenize(
 def tokenize_window(
     documents: Documents, tokenizer: PreTrainedTokenizerBase, special_tokens: str
 ) -> TokenStore:
-    """Tokenizes a part of a stream in memory, as `tokenize` does in the cache.
+    """Tokenizes one window of a stream as `tokenize` does, but keeps the tokens in memory.
 
     Args:
-        documents: What to tokenize.
+        documents: Documents of the window.
         tokenizer: A transformers tokenizer.
-        special_tokens: What the text of a special token inside a document becomes.
+        special_tokens: "text" keeps the text of a special token inside a document as text; "token"
+            makes it the token.
     """
     from datasets import Dataset
 
@@ -98,7 +102,7 @@ def tokenize_window(
 
 
 def _features() -> Any:
-    """Columns of a dataset of tokens."""
+    """Returns the columns of a dataset of tokens, with their types."""
     from datasets import Features, List, Value
 
     return Features(
@@ -131,7 +135,7 @@ def _tokenize(
 
 
 class _Encoder:
-    """Tokenizes documents with one tokenizer."""
+    """Encoder of documents: tokenizes them, and adds the begin and end tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
@@ -144,7 +148,10 @@ class _Encoder:
         self._begin, self._end = np.array(begin, np.int32), np.array(end, np.int32)
 
     def encode(self, documents: Documents, group: range) -> tuple[list[str], list[np.ndarray]]:
-        """Returns texts and token ids [n] int32, without the special tokens around them."""
+        """Returns the texts and the token ids, [n] int32 each, of a range of documents.
+
+        The ids are without begin and end tokens.
+        """
         from datasets.utils import tqdm
 
         texts = documents.read(group)
@@ -169,7 +176,15 @@ class _Encoder:
         return texts, [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
 
     def finish(self, text: str, ids: np.ndarray) -> tuple[np.ndarray, int]:
-        """Adds the special tokens around ids [n] int32; counts texts of special tokens."""
+        """Adds the begin and end tokens to the token ids of one text.
+
+        Args:
+            text: Text of the document.
+            ids: [n] int32, token ids of the text.
+
+        Returns:
+            The token ids, and how many texts of special tokens the document contains.
+        """
         found = 0 if self._pattern is None else sum(1 for _ in self._pattern.finditer(text))
         if self._pattern and found and self._split and holds_special(self._tokenizer, ids):
             ids = np.concatenate([self._encode_long(p) for p in break_up(text, self._pattern)])
