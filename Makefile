@@ -104,8 +104,9 @@ check-python:
 ifeq ($(strip $(VENV)),)
 # The interpreter's own packages (a GPU machine set up by someone else): only lctrain is installed.
 system-python: check-python
-	@cd / && $(PYTHON) -c 'import lctrain; assert lctrain.__file__.startswith("$(CURDIR)/")' \
-	  2>/dev/null || $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation $(PIP_ARGS) -e "$(CURDIR)"
+	@$(PYTHON) -c 'import sys; sys.path = [p for p in sys.path if p]; import lctrain; \
+	  assert lctrain.__file__.startswith("$(CURDIR)/")' 2>/dev/null || \
+	  $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation $(PIP_ARGS) -e "$(CURDIR)"
 else
 $(SETUP): constraints.txt pyproject.toml | check-python
 	@echo "Installing the pinned packages into $(VENV)"
