@@ -19,14 +19,16 @@ UNTIMED_STEPS = 3  # the first ones, in which kernels compile and memory is take
 FEWEST_TIMED_STEPS = 8
 TIMED_SHARE = 0.05  # of the budget, spent on timing unless a few steps take longer
 KEY = "budget_steps"  # in run.json
+CHOICE_KEY = "budget_chosen_at"
 
 
 class StepBudget(pl.Callback):
     """Times the first optimizer steps and sets `trainer.max_steps` so that training ends in time.
 
-    The learning-rate schedule of LongContextModule follows the new number. The number is chosen
-    once: checkpoints and the run's record store it, and a resumed run reads it from there. All
-    ranks take the number of rank 0.
+    The learning-rate schedule of LongContextModule follows the new number from the step of the
+    choice on. The number is chosen once: checkpoints and the run's record store it with that step,
+    and a resumed run reads both from there. A run that resumes from a checkpoint before the choice
+    therefore takes the same learning rates again. All ranks take the number of rank 0.
 
     Args:
         seconds: Seconds from `started` to the end of training, without the validations in between.
@@ -38,6 +40,7 @@ class StepBudget(pl.Callback):
 
     Attributes:
         max_steps: Optimizer steps of the run; None until they are chosen.
+        chosen_at: Optimizer steps that were taken when `max_steps` was chosen.
     """
 
     def __init__(
@@ -48,27 +51,33 @@ class StepBudget(pl.Callback):
                 f"seconds must be above 0, got {seconds}. It is the time until training ends."
             )
         self.seconds = seconds
-        self.max_steps: int | None = None if folder is None else folder.record.get(KEY)
+        record = {} if folder is None else folder.record
+        self.max_steps: int | None = record.get(KEY)
+        self.chosen_at: int = record.get(CHOICE_KEY, 0)
         self._started = started
         self._folder = folder
         self._timed_from: tuple[int, float] | None = None
+        self._waits = False  # the run has its number, and has not come to the step of the choice
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the number of steps."""
-        return {"max_steps": self.max_steps}
+        """Returns the number of steps, and the step at which it was chosen."""
+        return {"max_steps": self.max_steps, "chosen_at": self.chosen_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the number of steps from a checkpoint, if it was chosen before."""
         if state_dict["max_steps"] is not None:
             self.max_steps = state_dict["max_steps"]
+            self.chosen_at = state_dict.get("chosen_at", 0)  # older checkpoints lack it
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sets the length of a resumed run before Lightning checks whether it has ended."""
+        self._waits = False
         if self.max_steps is None:
             return
         if 0 < trainer.max_steps < self.max_steps:
             return  # the user has shortened the run
-        set_max_steps(trainer, pl_module, self.max_steps)
+        trainer.fit_loop.epoch_loop.max_steps = self.max_steps
+        self._waits = True
         if trainer.is_global_zero:
             log.info(
                 "The run takes %s steps, the number that it chose for its budget of time. "
@@ -77,7 +86,8 @@ class StepBudget(pl.Callback):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the clock, unless it has been running."""
+        """Starts the clock, unless it has been running, and restores the schedule."""
+        self._follow(trainer, pl_module)
         self._timed_from = None
         if self._started is None:
             self._started = time.monotonic()
@@ -91,7 +101,10 @@ class StepBudget(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Times the first optimizer steps, then chooses."""
-        if self.max_steps is not None or trainer.fit_loop._should_accumulate():
+        if trainer.fit_loop._should_accumulate():
+            return
+        if self.max_steps is not None:
+            self._follow(trainer, pl_module)
             return
         step = trainer.global_step
         if self._timed_from is None:
@@ -107,6 +120,13 @@ class StepBudget(pl.Callback):
         fitting = steps_that_fit(step, now - self._started, (now - since) / timed, self.seconds)
         self._choose(trainer, pl_module, trainer.strategy.broadcast(fitting))
 
+    def _follow(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Applies the number of a resumed run to the schedule, from the step of its choice on."""
+        if self._waits and trainer.global_step >= self.chosen_at:
+            assert self.max_steps is not None
+            set_max_steps(trainer, module, self.max_steps)
+            self._waits = False
+
     def _enough(self, trainer: pl.Trainer, timed: int, since: float) -> bool:
         """Whether enough steps are timed; the first rank's clock decides for all."""
         if timed < FEWEST_TIMED_STEPS:
@@ -120,6 +140,7 @@ class StepBudget(pl.Callback):
         warmup = getattr(options, "warmup_steps", None) or 0
         most = trainer.max_steps if trainer.max_steps > 0 else fitting
         self.max_steps = min(max(fitting, warmup, trainer.global_step + 1), max(most, 1))
+        self.chosen_at = trainer.global_step
         set_max_steps(trainer, module, self.max_steps)
         if trainer.is_global_zero:
             log.info(
@@ -129,6 +150,7 @@ class StepBudget(pl.Callback):
                 f"{self.max_steps:,}",
             )
             if self._folder is not None:
+                self._folder.note(CHOICE_KEY, self.chosen_at)
                 self._folder.note(KEY, self.max_steps)
 
 

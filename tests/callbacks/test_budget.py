@@ -1,4 +1,4 @@
-"""Tests StepBudget: it sets the number of steps from a time budget, and a resumed run keeps it."""
+"""StepBudget: the length of a run follows a clock, once, and a resumed run keeps it."""
 
 import json
 import signal
@@ -21,6 +21,7 @@ from tests.training import loader, make_batch, make_trainer
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
 CLOCK = SimpleNamespace(now=0.0)
+KEEP = "callbacks.checkpoint.keep=3"
 RUN = [
     "trainer.max_steps=100",
     "trainer.budget_s=30",
@@ -33,7 +34,7 @@ RUN = [
 
 
 class Tick(pl.Callback):
-    """Advances the fake clock by a fixed number of seconds at every batch."""
+    """Advances the clock by a number of seconds at every batch."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -48,20 +49,36 @@ def tick(seconds):
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
-    """Replaces the clock of StepBudget by one that only Tick advances."""
+    """A clock that only Tick advances."""
     CLOCK.now = 1000.0
-    time = SimpleNamespace(monotonic=lambda: CLOCK.now)
-    monkeypatch.setattr("lctrain.callbacks.budget.time", time)
-    monkeypatch.setattr("lctrain.train.time", time)
+    replace_clock(monkeypatch)
     return CLOCK
 
 
-@pytest.fixture
-def whole(tiny, tmp_path):
-    """The folder of an uninterrupted run whose steps take one second each."""
-    folder = tmp_path / "whole"
-    assert train(config(*tiny, *RUN, tick(1.0), output_dir=folder)).steps == 30
+def replace_clock(monkeypatch):
+    time = SimpleNamespace(monotonic=lambda: CLOCK.now)
+    monkeypatch.setattr("lctrain.callbacks.budget.time", time)
+    monkeypatch.setattr("lctrain.train.time", time)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """The folder of a run whose steps take one second."""
+    folder = tmp_path_factory.mktemp("budget") / "whole"
+    CLOCK.now = 1000.0
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        replace_clock(monkeypatch)
+        assert train(config(*tiny, *RUN, tick(1.0), output_dir=folder)).steps == 30
     return folder
+
+
+def learning_rates(folder):
+    """Returns {step: learning rate} as the decimal strings of the file."""
+    return {row["step"]: row["train/learning_rate"] for row in rows(folder) if row["train/loss"]}
+
+
+def stop_at(step, number=signal.SIGTERM):
+    return f"+callbacks.stop={{_target_: tests.training.KillAt, step: {step}, number: {number}}}"
 
 
 @pytest.mark.parametrize(
@@ -74,39 +91,50 @@ def test_steps_that_fit(done, spent, step_seconds, budget, steps):
 
 
 def test_the_run_ends_in_time_and_the_schedule_with_it(whole):
-    """At a second per step the run takes 30 steps, and the learning rate ends as in a run of 30."""
+    """Thirty steps of a second: the last rates are those of a run of thirty steps."""
     factor = learning_rate_factor(OptimConfig(), 30)
     rates = [float(row["train/learning_rate"]) for row in rows(whole) if row["train/loss"]]
     assert rates[11:] == [as_float32(0.01 * factor(step)) for step in range(11, 30)]
     assert json.loads((whole / "run.json").read_text())["budget_steps"] == 30
 
 
-def test_a_resumed_run_keeps_the_length_on_any_machine(tiny, tmp_path, whole):
-    """Stops at step 15 and resumes at ten seconds per step: same length, same bits."""
+@pytest.mark.parametrize("checkpoint", ["step-00000010", "last"], ids=["before", "after"])
+def test_a_resumed_run_repeats_every_step_on_any_machine(tiny, tmp_path, whole, checkpoint):
+    """The run chooses at step 11, stops at step 15, and resumes at ten seconds per step.
+
+    The checkpoint is that of step 10, as if the process had been killed before the next one, or the
+    last one.
+    """
     folder = tmp_path / "stopped"
-    stop = (
-        f"+callbacks.stop={{_target_: tests.training.KillAt, step: 15, number: {signal.SIGTERM}}}"
-    )
     CLOCK.now = 5.0
     with pytest.raises(SystemExit):
-        train(config(*tiny, *RUN, tick(1.0), stop, output_dir=folder))
-    report = train(config(*tiny, *RUN, tick(10.0), "ckpt_path=last", output_dir=folder))
+        train(config(*tiny, *RUN, KEEP, tick(1.0), stop_at(15), output_dir=folder))
+    if checkpoint != "last":
+        (found,) = (folder / "checkpoints").glob(f"{checkpoint}*.ckpt")
+        checkpoint = str(found)
+    resume = f"ckpt_path='{checkpoint}'"
+    report = train(config(*tiny, *RUN, KEEP, tick(10.0), resume, output_dir=folder))
     assert report.steps == 30
+    assert learning_rates(folder) == learning_rates(whole)
     assert_same_run(whole, folder)
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["budget_chosen_at"], record["budget_steps"]) == (11, 30)
 
 
-def test_a_run_stopped_before_the_choice_chooses_once(tiny, tmp_path):
+def test_a_run_stopped_before_the_choice_chooses_once(tiny, tmp_path, whole):
+    """Both processes take the learning rates of `trainer.max_steps` until the number is chosen."""
     folder = tmp_path / "early"
-    stop = f"+callbacks.stop={{_target_: tests.training.KillAt, step: 5, number: {signal.SIGTERM}}}"
     with pytest.raises(SystemExit):
-        train(config(*tiny, *RUN, tick(1.0), stop, output_dir=folder))
+        train(config(*tiny, *RUN, tick(1.0), stop_at(5), output_dir=folder))
     assert "budget_steps" not in json.loads((folder / "run.json").read_text())
     report = train(config(*tiny, *RUN, tick(2.0), "ckpt_path=last", output_dir=folder))
     assert report.steps == 5 + 15  # thirty seconds from the start of the second process
+    first = [list(learning_rates(of).values())[:11] for of in (folder, whole)]
+    assert first[0] == first[1]
 
 
 def fitted_steps(tmp_path, module, seconds, **settings):
-    """Returns the number of steps that a run with a budget of 30 s takes, and its StepBudget."""
+    """Returns the steps of a run with 30 s, and its callback."""
     budget = StepBudget(30.0, started=CLOCK.now)
     settings = {"max_steps": 100, "max_epochs": -1} | settings
     trainer = make_trainer(tmp_path, [Tick(seconds), budget], **settings)
@@ -127,7 +155,7 @@ def fitted_steps(tmp_path, module, seconds, **settings):
     ids=["in_time", "max_steps", "too_short_to_time", "late", "warmup", "accumulated"],
 )
 def test_bounds_of_the_length(tmp_path, make_llama, settings, optim, seconds, steps):
-    """The run takes at most max_steps, and at least the timed steps plus one and the warmup."""
+    """At most max_steps; at least the timed steps, one more, and the warmup."""
     module = LongContextModule(make_llama(), OptimConfig(**optim))
     assert fitted_steps(tmp_path, module, seconds, **settings)[0] == steps
 
@@ -137,7 +165,7 @@ def test_a_resumed_run_says_its_length_and_can_be_shortened(
     tmp_path, make_llama, caplog, max_steps, steps
 ):
     budget = StepBudget(30.0)
-    budget.load_state_dict({"max_steps": 30})
+    budget.load_state_dict({"max_steps": 30})  # as a checkpoint without the step of the choice
     module = LongContextModule(make_llama())
     trainer = make_trainer(tmp_path, [budget], max_steps=max_steps, max_epochs=-1)
     with caplog.at_level("INFO", logger="lctrain"):
@@ -158,7 +186,7 @@ def test_without_a_budget_nothing_is_chosen(tmp_path):
 
 
 def test_any_module_has_its_length_fitted(tmp_path, make_llama):
-    """A user's module with its own optimizer also ends in time."""
+    """The module has an optimizer of its own; training still ends in time."""
     steps, budget = fitted_steps(tmp_path, OwnModule(make_llama()), 1.5)
     assert steps == budget.max_steps == 20
 
