@@ -22,10 +22,13 @@ from lctrain.eval import (
     trained_window,
 )
 from lctrain.eval.findings import beyond_window, context_gain, keys_found
+from lctrain.limits import require
 from lctrain.loggers import log_evaluation
 from lctrain.module import LongContextModule
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from lctrain.data import TokenizedDocument
 
 log = logging.getLogger(__name__)
@@ -49,6 +52,45 @@ class Closing:
 
 
 NOTHING = Closing((), {}, {})
+
+
+class CheckClosing(pl.Callback):
+    """Checks the options of the closing evaluation that need the tokenizer, before training.
+
+    Lightning sets the data up before its callbacks, and the model after them.
+
+    Args:
+        config: Options of the evaluation.
+    """
+
+    def __init__(self, config: EvaluationConfig) -> None:
+        self.config = config
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Raises ValueError for a begin token that is missing, or a text too short for a key."""
+        check_closing(self.config, trainer.datamodule.tokenizer)
+
+
+def check_closing(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks the options of the closing evaluation against a tokenizer.
+
+    Args:
+        config: Options of the evaluation.
+        tokenizer: Tokenizer of the run's data.
+
+    Raises:
+        ValueError: if the tokenizer lacks the begin token that the options ask for, or the tokens
+            of a passkey, or a text is shorter than key, question and answer.
+    """
+    begin_tokens(tokenizer, config.begin_token)
+    if not config.passkey_lengths:
+        return
+    shortest = PasskeyFormat.of(tokenizer).shortest
+    require(
+        min(config.passkey_lengths) >= shortest,
+        f"evaluation.passkey_lengths must be at least {shortest}, the tokens of key, question and "
+        f"answer, got {min(config.passkey_lengths)}. Leave it out.",
+    )
 
 
 def evaluate_at_end(

@@ -107,6 +107,8 @@ def check_before_data(config: TrainConfig) -> None:
     lengths = {"data.max_tokens": config.data.max_tokens}
     if config.evaluation.enabled:
         lengths["evaluation.lengths"] = max(config.evaluation.lengths)
+        if config.evaluation.passkey_lengths:
+            lengths["evaluation.passkey_lengths"] = max(config.evaluation.passkey_lengths)
     check_model_builds(config.model, config.attention, lengths)
 
 
@@ -117,15 +119,18 @@ def run_callbacks(
     signals: StopSignals,
     started: float,
 ) -> list[pl.Callback]:
-    """Returns the callbacks that every run has: its record, its end by a signal, and its budget."""
+    """Returns the run's own callbacks: its record, its end by a signal, its budget, its checks."""
     from lctrain.callbacks.budget import StepBudget
     from lctrain.callbacks.run_record import RunRecord
     from lctrain.callbacks.stop import StopAtSignal
+    from lctrain.closing import CheckClosing
     from lctrain.run.identity import plain_values
 
     callbacks = [RunRecord(folder, identity, plain_values(config)), StopAtSignal(signals)]
     if config.trainer.budget_s is not None:
         callbacks.append(StepBudget(config.trainer.budget_s, started, folder))
+    if config.evaluation.enabled:
+        callbacks.append(CheckClosing(config.evaluation))
     return callbacks
 
 

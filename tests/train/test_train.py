@@ -246,6 +246,14 @@ def test_models_are_checked_before_data_are_read(tiny, tmp_path, model, message)
         train(replace(plain, model=model))
 
 
+def test_passkey_lengths_fit_the_positions_of_the_model(tiny, tmp_path):
+    keys = ["evaluation.methods=[plain]", "evaluation.passkey_lengths=[64,512]"]
+    plain = config(*tiny, *keys, "data.files=[/no/such/*.txt]", output_dir=tmp_path / "1")
+    model = ScratchModelConfig(model_type="gpt2", config={"n_positions": 256})
+    with pytest.raises(ValueError, match=r"evaluation.passkey_lengths must be at most 256, .* 512"):
+        train(replace(plain, model=model))
+
+
 def test_a_failing_evaluation_does_not_lose_the_export(tiny, tmp_path, monkeypatch):
     def fail(*args):
         raise RuntimeError("the evaluation failed")
@@ -326,6 +334,26 @@ def test_every_job_of_a_multirun_is_a_wandb_run(tiny, tmp_path, monkeypatch):
     main()
     runs = [[*(tmp_path / "sweep" / job / "wandb").glob("offline-run-*")] for job in ("0", "1")]
     assert [len(found) for found in runs] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["evaluation.methods=[plain]", "evaluation.passkey_lengths=[8,256]"],
+            r"evaluation.passkey_lengths must be at least \d+, the tokens of key.* got 8. Leave",
+        ),
+        (
+            ["evaluation.begin_token=true"],
+            "begin_token must be null or false for a tokenizer without a begin token",
+        ),
+    ],
+    ids=["passkey_lengths", "begin_token"],
+)
+def test_the_closing_evaluation_is_checked_before_training(tiny, tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        train(config(*tiny, *overrides, output_dir=tmp_path / "1"))
+    assert not list(tmp_path.glob("1/checkpoints/*"))
 
 
 def test_the_closing_evaluation_compares_ways_beyond_the_window(tiny, tmp_path, capsys):
