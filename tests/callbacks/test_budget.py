@@ -1,4 +1,4 @@
-"""StepBudget: the length of a run follows a clock, once, and a resumed run keeps it."""
+"""Tests StepBudget: it sets the number of steps from a time budget, and a resumed run keeps it."""
 
 import json
 import signal
@@ -34,7 +34,7 @@ RUN = [
 
 
 class Tick(pl.Callback):
-    """Advances the clock by a number of seconds at every batch."""
+    """Advances the fake clock by a fixed number of seconds at every batch."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -49,7 +49,7 @@ def tick(seconds):
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
-    """A clock that only Tick advances."""
+    """Replaces the clock of StepBudget by one that only Tick advances."""
     CLOCK.now = 1000.0
     replace_clock(monkeypatch)
     return CLOCK
@@ -63,7 +63,7 @@ def replace_clock(monkeypatch):
 
 @pytest.fixture(scope="module")
 def whole(tiny, tmp_path_factory):
-    """The folder of a run whose steps take one second."""
+    """The folder of an uninterrupted run whose steps take one second each."""
     folder = tmp_path_factory.mktemp("budget") / "whole"
     CLOCK.now = 1000.0
     with pytest.MonkeyPatch.context() as monkeypatch:
