@@ -1,4 +1,4 @@
-"""Attention of lctrain inside transformers: its specs, its names, and their registration."""
+"""lctrain's attention functions for transformers: their options, names and registration."""
 
 from lctrain.attention.import_hook import register_with_transformers
 from lctrain.attention.spec import (

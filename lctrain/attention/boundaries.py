@@ -1,12 +1,17 @@
-"""Boundaries: where documents begin and end, found once per forward pass in one of four ways.
+"""Boundaries: where the documents of a batch begin and end, found once per forward pass.
 
-A pack says it itself (`from_cu_seqlens`); padded rows say it by their mask (`from_padding`); packed
-rows without a pack's metadata by position ids that restart (`find_segments`, `from_segments`);
-plain rows are a document each (`from_rows`). Padding and restarts are values on the device: to read
-them costs one synchronisation on a GPU, which is why a pack's way is the one for training.
+There are four sources of boundaries:
 
-Boundaries outlive a forward pass, in caches here and in the kernels: they are never tensors of
-inference mode, which a later training step could not save.
+- `from_cu_seqlens` takes the `cu_seq_lens` and lengths that a PackedBatch carries;
+- `from_padding` reads the attention mask of padded rows;
+- `find_segments` and `from_segments` read position ids that restart at every document;
+- `from_rows` makes each row one document.
+
+A mask and position ids are values on the device, so reading them costs one synchronisation on a
+GPU. `cu_seq_lens` needs none, and is the source for training.
+
+Boundaries are cached here and in the kernels after the forward pass. Their tensors are never made
+in inference mode, since autograd cannot save such tensors in a later training step.
 """
 
 from typing import Any, NamedTuple
@@ -19,19 +24,21 @@ PACK_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_
 
 
 class Boundaries(NamedTuple):
-    """The documents of rows [B, S], as `lctrain.kernels.flash_attn_varlen_func` takes them.
+    """The N documents of rows [B, S], as `lctrain.kernels.flash_attn_varlen_func` takes them.
 
     Attributes:
-        cu_seqlens_q: [N + 1] int32, from 0 to the number of real queries.
-        cu_seqlens_k: [N + 1] int32, from 0 to the number of real keys.
-        max_seqlen_q: Longest document in queries.
-        max_seqlen_k: Longest document in keys.
-        queries: (B, S) of the query rows that this describes.
-        keys: (B, S) of the key rows.
-        indices_q: [T] int64, the real queries among the B * S flattened ones; None if all are real.
-        indices_k: As indices_q, for the keys.
-        document_ids: [N] int32, the documents' part of the dropout key; None is their index.
-        schedule: `lctrain.kernels.TileSchedule`, or None.
+        cu_seqlens_q: [N + 1] int32, cumulative number of queries per document, without padding.
+        cu_seqlens_k: [N + 1] int32, cumulative number of keys per document, without padding.
+        max_seqlen_q: Largest number of queries in a document.
+        max_seqlen_k: Largest number of keys in a document.
+        queries: Shape (B, S) of the query rows.
+        keys: Shape (B, Sk) of the key rows.
+        indices_q: [T] int64, indices of the queries that are not padding among the B * S flattened
+            queries; None if there is no padding.
+        indices_k: [Tk] int64, the same indices for the keys.
+        document_ids: [N] int32, the number that keys the dropout mask of each document; None uses
+            the index of the document.
+        schedule: `lctrain.kernels.TileSchedule` of these documents; None lets the kernels build it.
     """
 
     cu_seqlens_q: Tensor
@@ -46,10 +53,11 @@ class Boundaries(NamedTuple):
     schedule: Any = None
 
     def as_arguments(self, queries: str = "_q") -> dict[str, Any]:
-        """Returns what the functions of `lctrain.kernels` take of a pack, under their names.
+        """Returns the boundaries as keyword arguments of the functions in `lctrain.kernels`.
 
         Args:
-            queries: Suffix of the names of the queries' boundaries and length.
+            queries: Suffix of `cu_seqlens` and `max_seqlen` for the queries: "_q", or "" for
+                functions that name them `cu_seqlens` and `max_seqlen`.
         """
         return {
             f"cu_seqlens{queries}": self.cu_seqlens_q,
@@ -62,19 +70,20 @@ class Boundaries(NamedTuple):
 
 
 def is_packed(arguments: dict[str, Any]) -> bool:
-    """Returns whether an argument of a pack is given."""
+    """Returns whether `cu_seq_lens` or `max_length`, for queries or keys, is given."""
     return any(arguments.get(name) is not None for name in PACK_ARGUMENTS)
 
 
 def from_cu_seqlens(
     arguments: dict[str, Any], queries: tuple[int, int], keys: tuple[int, int]
 ) -> Boundaries:
-    """Reads the boundaries from the arguments of a pack. Reads no tensor on a device.
+    """Returns the boundaries that `cu_seq_lens` and `max_length` give, without synchronising.
 
     Args:
-        arguments: `PackedBatch.model_kwargs()`, or what transformers' flattening collator gives.
-        queries: (B, S) of the query rows.
-        keys: (B, S) of the key rows.
+        arguments: `PackedBatch.model_kwargs()`, or a batch of transformers'
+            DataCollatorWithFlattening.
+        queries: Shape (1, S) of the query rows.
+        keys: Shape (1, Sk) of the key rows.
 
     Raises:
         ValueError: if an argument is missing, max_length is not an int, or there are several rows.
@@ -103,9 +112,14 @@ def from_cu_seqlens(
 
 
 def from_rows(batch: int, queries: int, keys: int, device: torch.device) -> Boundaries:
-    """Makes every row one document.
+    """Returns boundaries in which every row is one document.
 
-    With fewer queries than keys, the queries are the last tokens of the row.
+    Args:
+        batch: Number of rows.
+        queries: Queries per row. If there are fewer queries than keys, the queries belong to the
+            last keys of the row.
+        keys: Keys per row.
+        device: Device of the boundaries.
     """
     from lctrain_kernels.pack import row_boundaries
 
@@ -117,13 +131,14 @@ def from_rows(batch: int, queries: int, keys: int, device: torch.device) -> Boun
 @torch.compiler.disable
 @torch.inference_mode(mode=False)
 def from_padding(mask: Tensor, queries: int, *, drop_queries: bool = True) -> Boundaries:
-    """Makes the tokens of every row that are not padding one document.
+    """Returns boundaries in which every row, without its padding, is one document.
 
     Args:
-        mask: [B, S] bool, True at real keys.
-        queries: Queries per row; the last ones of the row, if they are fewer than keys.
-        drop_queries: Whether queries at padding are left out; their output is then zero. Otherwise
-            they see the other keys of the row, as in transformers' own attention.
+        mask: [B, Sk] bool, True at keys that are not padding.
+        queries: Queries per row. If there are fewer queries than keys, the queries belong to the
+            last keys of the row.
+        drop_queries: Whether to leave out queries at padding, whose output is then zero. If False,
+            such queries attend to the other keys of the row, as in transformers' own attention.
     """
     batch, keys = mask.shape
     kept_k = mask.flatten().nonzero().flatten()
@@ -141,10 +156,10 @@ def from_padding(mask: Tensor, queries: int, *, drop_queries: bool = True) -> Bo
 @torch.compiler.disable
 @torch.inference_mode(mode=False)
 def from_segments(segments: Tensor) -> Boundaries:
-    """Makes every run of equal numbers a document.
+    """Returns boundaries in which every run of equal numbers in a row is a document.
 
     Args:
-        segments: [B, S] integers; 0 at padding, else the number of the token's document in its row.
+        segments: [B, S] integers, the number of each token's document; 0 at padding.
     """
     rows = (segments.shape[0], segments.shape[1])
     row = torch.arange(rows[0], device=segments.device)[:, None]
@@ -157,22 +172,25 @@ def from_segments(segments: Tensor) -> Boundaries:
 @torch.compiler.disable
 @torch.inference_mode(mode=False)
 def find_segments(position_ids: Tensor, mask: Tensor | None = None) -> Tensor | None:
-    """Numbers the documents of each row: one ends where the next position is not one higher.
+    """Numbers the documents of each row from its position ids.
 
-    The rule is that of transformers' masks, so that both see the same documents.
+    A document ends where the next position is not one higher. transformers' packed masks follow the
+    same rule.
 
     Args:
         position_ids: [B, S] integers.
-        mask: [B, S] bool, True at real tokens; default all.
+        mask: [B, S] bool, True at tokens that are not padding; None if there is no padding.
 
     Returns:
-        [B, S] int64, 0 at padding, else 1, 2, ...; None if no row holds more than one document.
+        [B, S] int64, the number of each token's document from 1; 0 at padding. None if no row holds
+        more than one document.
     """
     begins = F.pad(position_ids.diff(dim=-1) != 1, (1, 0), value=False)
     segments = begins.cumsum(-1) + 1
     if mask is None:
         return segments if bool(begins.any()) else None
-    # Positions at padding mean nothing: a row is packed if two real tokens lie in two segments.
+    # Positions at padding mean nothing, so a row is packed only if its real tokens lie in more than
+    # one segment.
     highest = segments.masked_fill(~mask, 0).amax(-1)
     lowest = segments.masked_fill(~mask, segments.shape[1] + 1).amin(-1)
     if not bool((highest > lowest).any()):
@@ -181,7 +199,9 @@ def find_segments(position_ids: Tensor, mask: Tensor | None = None) -> Tensor | 
 
 
 def find_positions(boundaries: Boundaries) -> Tensor:
-    """Counts for every query the keys before it in its document. Reads nothing on the device.
+    """Returns the position of every query in its document, cached keys included.
+
+    Does not synchronise with the device.
 
     Returns:
         [B, S] int64, 0 at padding.
@@ -199,22 +219,22 @@ def find_positions(boundaries: Boundaries) -> Tensor:
 
 
 def find_places(boundaries: Boundaries) -> tuple[Tensor, Tensor]:
-    """Returns the document of every query and its position there, [T] int64 each.
+    """Returns the document of every query, and the query's position in that document.
 
-    Padding is left out.
+    Returns:
+        Two tensors [T] int64, where T counts the queries that are not padding.
     """
     tokens, document = _documents(boundaries)
     return document, tokens - boundaries.cu_seqlens_q[document]
 
 
 def find_lengths(boundaries: Boundaries, position_ids: Tensor | None = None) -> Tensor:
-    """Finds the length of every query's document. Reads nothing on the device.
+    """Returns the length of every query's document, without synchronising with the device.
 
     Args:
         boundaries: Boundaries of the documents.
-        position_ids: [B, S] or [1, S] integers. With them a document is as long as its highest
-            position says, which is the length that transformers uses; without them, as long as its
-            number of keys.
+        position_ids: [B, S] or [1, S] integers. If given, the length of a document is its highest
+            position plus 1, as in transformers. If None, it is the document's number of keys.
 
     Returns:
         [B, S] int64, 1 at padding.
@@ -237,13 +257,18 @@ def find_lengths(boundaries: Boundaries, position_ids: Tensor | None = None) -> 
 
 
 def _documents(boundaries: Boundaries) -> tuple[Tensor, Tensor]:
-    """Returns for every query its number without padding, and its document: [T] int64 each."""
+    """Returns the numbers 0 to T - 1 of the queries without padding, and each query's document.
+
+    Returns:
+        Two tensors [T] int64.
+    """
     total = boundaries.queries[0] * boundaries.queries[1]
     real, cu_seqlens = boundaries.indices_q, boundaries.cu_seqlens_q
     count = total if real is None else real.shape[0]
     tokens = torch.arange(count, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens[1:], tokens.to(torch.int32), right=True)
-    return tokens, document.clamp(max=cu_seqlens.shape[0] - 2)  # what lies beyond, kernels refuse
+    # The kernels refuse tokens beyond the last document. Clamping keeps the indices valid here.
+    return tokens, document.clamp(max=cu_seqlens.shape[0] - 2)
 
 
 def _length(name: str, value: Any) -> int:

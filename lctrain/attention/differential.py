@@ -1,10 +1,13 @@
-"""Differential attention in transformers' layers: the attention function of both versions.
+"""The attention function of lctrain_differential, which transformers' layers call.
 
-A pair of query heads is one differential head: softmax(q1 k1') v - lambda softmax(q2 k2') v. In
-version 2 the pairs are heads (2 h, 2 h + 1), which share a key and a value. In version 1, as
-transformers' DiffLlama lays it out, they are heads (h, h + H / 2); with K key/value heads, key head
-g belongs to the first branch and g + K / 2 to the second, and the value of both is value heads g
-and g + K / 2 side by side.
+Two query heads form one differential head, with the two branches
+softmax(q1 k1') v - lambda softmax(q2 k2') v. The two published versions pair their H query heads
+and Hk key/value heads differently:
+
+- Version 2 pairs query heads 2 h and 2 h + 1, which share a key head and a value head.
+- Version 1, in the layout of transformers' DiffLlama, pairs query heads h and h + H / 2. Key head g
+  belongs to the first branch and key head g + Hk / 2 to the second. Both branches use value heads g
+  and g + Hk / 2, concatenated to one value of width 2 D.
 """
 
 from typing import Any, cast
@@ -44,35 +47,37 @@ def differential_attention_forward(
     lctrain_boundaries: Boundaries | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attends differentially within documents, both branches in one launch.
+    """Computes differential attention within documents; one kernel launch does both branches.
 
     Args:
         module: The attention layer; `is_causal` and the DifferentialSpec are read from it.
-        query: [B, H, S, D], an even number of heads.
-        key: [B, Hk, Sk, D]; under autocast float32 like query, while value is low precision.
+        query: [B, H, S, D], with an even number of heads. Under autocast, query and key are float32
+            and value has autocast's dtype.
+        key: [B, Hk, Sk, D].
         value: [B, Hk, Sk, D].
         attention_mask: The result of flash_attention_mask.
-        dropout: Probability of dropping a weight of a branch, 0.0 in eval mode;
-            DifferentialSpec.dropout wins.
-        scaling: Factor of q.k; default D^-0.5.
-        sliding_window: Keys that a query sees to its left, itself among them.
+        dropout: Probability of dropping an attention weight of a branch, 0.0 in eval mode.
+            DifferentialSpec.dropout overrides it.
+        scaling: Factor of q.k; None means D^-0.5.
+        sliding_window: Number of keys that a query sees to its left, its own key included.
         softcap: Must be None or 0.
-        is_causal: Default: the module's own.
+        is_causal: Whether attention is causal; None takes `module.is_causal`.
         s_aux: Must be None.
-        lctrain_lambda: Floating, a scalar or [B, S, H / 2], from the differential layer.
-        lctrain_halves: The pairs are heads (h, h + H / 2), those of version 1, and not
-            (2 h, 2 h + 1), those of version 2.
+        lctrain_lambda: Lambda from the differential layer, a floating-point scalar or
+            [B, S, H / 2].
+        lctrain_halves: True pairs query heads h and h + H / 2 (version 1), False 2 h and 2 h + 1
+            (version 2).
         lctrain_boundaries: Boundaries that the input hook of patch_model found.
-        **kwargs: `cu_seq_lens_q/k`, `max_length_q/k`, `position_ids`, and what the model passes
-            along for others.
+        **kwargs: `cu_seq_lens_q/k`, `max_length_q/k` and `position_ids`; further arguments of the
+            model are checked and not used.
 
     Returns:
-        [B, S, H / 2, D], with `lctrain_halves` [B, S, H / 2, 2 D], zero at padding, and None in
-        place of attention weights.
+        The output, zero at padding: [B, S, H / 2, D], or [B, S, H / 2, 2 D] with `lctrain_halves`;
+        and None in place of attention weights.
 
     Raises:
-        ValueError: for every argument that the kernels cannot honour, and for layers that are not
-            differential.
+        ValueError: if an argument asks for something that the kernels do not have, or the layer is
+            not differential.
     """
     from lctrain.kernels import diff_attn_varlen_func
 
@@ -112,7 +117,7 @@ def differential_attention_forward(
             backend=backend_of(spec, q.device, q.dtype),
             **boundaries.as_arguments(queries=""),
         )
-        # `attend` keeps columns of D; the 2 D of version 1 travel as two heads.
+        # `attend` expects heads of width D, so a head of version 1, 2 D wide, becomes two heads.
         return cast(Tensor, out).unflatten(2, (-1, value.shape[-1])).flatten(1, 2)
 
     out = attend(kernel, query, key, value, boundaries)

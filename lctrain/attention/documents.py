@@ -1,9 +1,9 @@
-"""find_documents: the one place that decides where the documents of a batch begin and end.
+"""find_documents: decides where the documents of a batch begin and end.
 
-The input hook of a patched model asks once per forward pass, and its answer goes to every layer. A
-layer asks for itself where no hook has: on top of a filled cache, in which layers may hold
-different numbers of keys, and in a call by itself. The answer is then remembered for the next
-layers, which are given the same tensors.
+The input hook of a patched model calls it once per forward pass, and passes the Boundaries to every
+layer. A layer calls `find_documents_of_layer` itself in two cases: on top of a filled key/value
+cache, whose number of keys may differ between layers, and when the layer is called without the
+model. The result is then cached on the mask or position ids, which the next layers get too.
 """
 
 from collections.abc import Callable
@@ -35,20 +35,23 @@ def find_documents(
     numbers: Tensor | None = None,
     drop_queries: bool = True,
 ) -> Boundaries:
-    """Returns the documents of rows, from what is known of them.
+    """Returns the boundaries of the documents in a batch.
+
+    The first of `pack`, `numbers` and `real` that is given decides. Without any of them each row is
+    one document.
 
     Args:
-        queries: (B, S) of the query rows.
-        keys: (B, Sk) of the key rows; the queries are the last ones of a row.
+        queries: Shape (B, S) of the query rows.
+        keys: Shape (B, Sk) of the key rows; the queries belong to the last keys of a row.
         device: Device of the rows.
-        pack: The arguments of a pack, `cu_seq_lens_q` and the others; nothing else is read then.
-        real: [B, Sk] bool, True at real keys; None if there is no padding.
-        numbers: [B, S] integers, 0 at padding, else the number of the token's document; wins over
-            `real`. See `number_documents`.
-        drop_queries: As in `from_padding`.
+        pack: `cu_seq_lens_q/k` and `max_length_q/k` by name, as in `PackedBatch.model_kwargs()`.
+        real: [B, Sk] bool, True at keys that are not padding; None if there is no padding.
+        numbers: [B, S] integers, the number of each token's document; 0 at padding. See
+            `number_documents`.
+        drop_queries: Whether to leave out queries at padding; see `from_padding`.
 
     Raises:
-        ValueError: if a pack is incomplete or has a filled cache.
+        ValueError: if `pack` is incomplete, or is given with a filled key/value cache.
     """
     if pack is not None:
         if queries != keys:
@@ -66,18 +69,20 @@ def find_documents(
 
 
 def number_documents(position_ids: Tensor, batch: int, real: Tensor | None = None) -> Tensor | None:
-    """Numbers the documents of rows whose positions restart.
+    """Numbers the documents of rows whose position ids restart at every document.
 
     Args:
-        position_ids: [B, S] or [1, S] integers; a document ends where the next is not one higher.
-        batch: B.
-        real: [B, S] bool, True at real tokens; None if there is no padding.
+        position_ids: [B, S] or [1, S] integers. A document ends where the next position is not one
+            higher.
+        batch: Number of rows B.
+        real: [B, S] bool, True at tokens that are not padding; None if there is no padding.
 
     Returns:
-        [B, S] int64, 0 at padding; None if no row holds more than one document.
+        [B, S] int64, the number of each token's document from 1; 0 at padding. None if no row holds
+        more than one document.
 
     Raises:
-        ValueError: if positions are not one per token.
+        ValueError: if `position_ids` does not have two dimensions.
     """
     if position_ids.dim() != 2:
         raise ValueError(
@@ -88,17 +93,17 @@ def number_documents(position_ids: Tensor, batch: int, real: Tensor | None = Non
 
 
 def divide_documents(numbers: Tensor, position_ids: Tensor) -> Tensor:
-    """Numbers documents again, where restarting positions divide them further.
+    """Splits numbered documents where their position ids restart, and numbers the pieces.
 
     Args:
-        numbers: [B, S] integers, 0 at padding, else the number of the token's document.
+        numbers: [B, S] integers, the number of each token's document; 0 at padding.
         position_ids: [B, S] or [1, S] integers.
 
     Returns:
-        [B, S] int64, 0 at padding.
+        [B, S] int64, the number of each token's document after the split; 0 at padding.
 
     Raises:
-        ValueError: if positions are not one per token.
+        ValueError: if `position_ids` does not have two dimensions.
     """
     if position_ids.dim() != 2:
         raise ValueError(
@@ -118,15 +123,17 @@ def find_documents_of_layer(
     device: torch.device,
     drop_queries: bool,
 ) -> Boundaries:
-    """Returns the documents of one layer's rows, from the arguments that the layer is given.
+    """Returns the boundaries of the documents in one layer's rows, from the layer's arguments.
 
     Args:
-        mask: What flash_attention_mask returned: [B, Sk] bool, or [B, S] numbers of documents.
-        arguments: Arguments of the layer: those of a pack, or `position_ids`.
-        queries: (B, S) of the query rows.
-        keys: (B, Sk) of the key rows.
+        mask: The result of flash_attention_mask: [B, Sk] bool, [B, S] numbers of documents, or
+            None.
+        arguments: Keyword arguments of the layer. `cu_seq_lens_q/k`, `max_length_q/k` and
+            `position_ids` are read.
+        queries: Shape (B, S) of the query rows.
+        keys: Shape (B, Sk) of the key rows.
         device: Device of the rows.
-        drop_queries: As in `from_padding`.
+        drop_queries: Whether to leave out queries at padding; see `from_padding`.
 
     Raises:
         ValueError: if the arguments contradict one another.
@@ -166,7 +173,11 @@ def find_documents_of_layer(
 
 
 def refuse_mask_of_pack(mask: Any) -> None:
-    """Raises a ValueError for a padding mask beside a pack's arguments."""
+    """Raises a ValueError if packed inputs (`cu_seq_lens`) come with a padding mask.
+
+    Args:
+        mask: The padding mask of the call; None if there is none.
+    """
     if mask is not None:
         raise ValueError(
             "attention_mask must be None for packed inputs, got both a padding mask and "
@@ -177,9 +188,15 @@ def refuse_mask_of_pack(mask: Any) -> None:
 
 @torch.compiler.disable
 def _remember(tensor: Any, find: Callable[[], Boundaries], options: tuple[Any, ...]) -> Boundaries:
-    """Calls find() once per forward, since all layers get the same tensor."""
+    """Returns find(), cached on `tensor`: all layers get the same tensor, so find() runs once.
+
+    Args:
+        tensor: The mask or position ids that find() reads.
+        find: Computes the boundaries.
+        options: The other arguments of the computation, part of the cache key.
+    """
     if tensor.is_inference():
-        return find()  # has no version by which to notice a change in place
+        return find()  # inference tensors have no _version that would reveal a change in place
     known = getattr(tensor, "_lctrain_known", {})
     key = (tensor._version, *options)
     if key not in known:

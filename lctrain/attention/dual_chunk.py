@@ -1,8 +1,10 @@
-"""Dual chunk attention in transformers' layers: its function and the inputs of its hook.
+"""The attention function of lctrain_dual_chunk, and the inputs that its layers share.
 
-The model rotates queries and keys by RoPE at each token's place in its document modulo c, the
-length of a chunk (c = chunk_size - local_size). The kernel rotates queries on from there; cached
-keys need nothing else. A layer cannot do that by itself: positions are chosen before the first one.
+The model's RoPE rotates queries and keys at (position in the document) modulo c, where
+c = chunk_size - local_size is the length of a chunk. The kernel then rotates the queries further,
+to the relative positions of dual chunk attention. Keys need no second rotation, so a cache can hold
+them as they are. The input hook sets the positions, since the model computes RoPE before its first
+layer.
 """
 
 from typing import Any, NamedTuple, cast
@@ -27,20 +29,21 @@ DUAL_CHUNK_ARGUMENT = "lctrain_dual_chunk"
 
 
 class DualChunkInputs(NamedTuple):
-    """Inputs that all layers of a model share in one forward pass.
+    """Inputs of dual chunk attention that all layers share in one forward pass.
 
     Attributes:
         rotary: The model's rotary embedding.
-        logit_scale: [N] float32, the factor of each document's logits; None for no factor.
+        logit_scale: [N] float32, the factor of each document's logits; None applies no factor.
     """
 
     rotary: nn.Module
     logit_scale: Tensor | None
 
     def inv_freq(self) -> Tensor:
-        """Returns [D / 2] float32, by which queries and keys were rotated.
+        """Returns the rotary frequencies of queries and keys, [D / 2] float32.
 
-        Types that follow the length ('dynamic', 'longrope') rotate by those of short documents.
+        For rope types whose frequencies depend on the length ('dynamic', 'longrope'), these are the
+        frequencies of short documents.
         """
         kind = getattr(self.rotary, "rope_type", "default")
         follows = "dynamic" in kind or kind == "longrope"
@@ -48,17 +51,19 @@ class DualChunkInputs(NamedTuple):
 
 
 def dual_chunk_positions(spec: DualChunkSpec, boundaries: Boundaries) -> Tensor:
-    """Returns the position by which RoPE rotates each token, [B, S] int64.
+    """Returns the position at which RoPE rotates each token, [B, S] int64.
 
-    Reads nothing on the device.
+    The position is counted from the document's start, modulo the chunk length. Does not synchronise
+    with the device.
     """
     return find_positions(boundaries) % spec.chunk
 
 
 def dual_chunk_logit_scale(spec: DualChunkSpec, boundaries: Boundaries) -> Tensor | None:
-    """Returns [N] float32, (a ln(n / window) + 1)^2 where n > window and 1 elsewhere, or None.
+    """Returns the factor of each document's logits, [N] float32; None with scale="none".
 
-    n counts the document's keys, those in a cache among them. Reads nothing on the device.
+    The factor is (scale_coefficient * ln(n / window) + 1)^2 for a document of n > window keys, and
+    1 for a shorter one. Keys in a cache count. Does not synchronise with the device.
     """
     if spec.scale == "none":
         return None
@@ -84,7 +89,7 @@ def dual_chunk_attention_forward(
     lctrain_dual_chunk: DualChunkInputs | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attends causally within documents, at relative positions of at most chunk_size.
+    """Computes causal attention within documents, with relative positions of at most chunk_size.
 
     Args:
         module: The attention layer, which carries a DualChunkSpec.
@@ -92,22 +97,23 @@ def dual_chunk_attention_forward(
         key: [B, Hk, Sk, D], rotated in the same way; keys of a cache come first.
         value: [B, Hk, Sk, D].
         attention_mask: Ignored, since the boundaries say which keys are visible.
-        dropout: Probability of dropping a weight, 0.0 in eval mode; DualChunkSpec.dropout wins.
-        scaling: Factor of q.k; default D^-0.5.
+        dropout: Probability of dropping an attention weight, 0.0 in eval mode.
+            DualChunkSpec.dropout overrides it.
+        scaling: Factor of q.k; None means D^-0.5.
         sliding_window: Must be None.
         softcap: Must be None or 0.
-        is_causal: Must be True; default: the module's own.
+        is_causal: Must be True; None takes `module.is_causal`, which must be True too.
         s_aux: Must be None.
         lctrain_boundaries: Boundaries that the input hook found.
         lctrain_dual_chunk: Inputs that the input hook prepared.
         **kwargs: Further arguments of the model, which are checked and not used.
 
     Returns:
-        [B, S, H, D], zero at padding, and None in place of attention weights.
+        The output [B, S, H, D], zero at padding; and None in place of attention weights.
 
     Raises:
-        ValueError: for every argument that the kernels cannot honour, and for layers that were
-            reached without the input hook.
+        ValueError: if an argument asks for something that the kernels do not have, or the layer was
+            called without the input hook.
     """
     from lctrain.kernels import dual_chunk_attn_varlen_func
 
@@ -155,7 +161,15 @@ def refuse_for_dual_chunk(
     softcap: float | None,
     s_aux: Tensor | None,
 ) -> None:
-    """Raises a ValueError if a layer passes an argument that these kernels do not implement."""
+    """Raises a ValueError if a layer needs attention that the dual chunk kernels do not have.
+
+    Args:
+        layer: The attention layer.
+        causal: Whether the layer attends causally; must be True.
+        sliding_window: Must be None.
+        softcap: Must be None or 0.
+        s_aux: Must be None.
+    """
     found = {
         "a sliding window": sliding_window is not None,
         "softcapped logits": bool(softcap),

@@ -1,4 +1,4 @@
-"""The attention function of lctrain_flash."""
+"""The attention function of lctrain_flash, which transformers' layers call."""
 
 from typing import Any, cast
 
@@ -34,31 +34,34 @@ def flash_attention_forward(
     lctrain_boundaries: Boundaries | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attends within documents, on lctrain's kernels.
+    """Computes softmax attention within documents, on lctrain's kernels.
 
     Args:
         module: The attention layer; `is_causal` and the AttentionSpec are read from it.
-        query: [B, H, S, D].
-        key: [B, Hk, Sk, D]; under autocast float32 like query, while value is low precision.
+        query: [B, H, S, D]. Under autocast, query and key are float32 and value has autocast's
+            dtype.
+        key: [B, Hk, Sk, D].
         value: [B, Hk, Sk, Dv].
         attention_mask: The result of flash_attention_mask.
-        dropout: Probability of dropping a weight, 0.0 in eval mode; AttentionSpec.dropout wins.
-        scaling: Factor of q.k; default D^-0.5.
-        sliding_window: Keys that a query sees to its left, itself among them; bidirectional layers
-            see as many to the right.
+        dropout: Probability of dropping an attention weight, 0.0 in eval mode.
+            AttentionSpec.dropout overrides it.
+        scaling: Factor of q.k; None means D^-0.5.
+        sliding_window: Number of keys that a query sees to its left, its own key included. In a
+            bidirectional layer the query sees as many keys to its right.
         softcap: c > 0 replaces a logit x by c tanh(x / c).
-        is_causal: Default: the module's own.
-        s_aux: [H], attention sinks: one more logit in every softmax of its head.
-        deterministic: Same bits in every run; AttentionSpec.deterministic wins if set.
+        is_causal: Whether attention is causal; None takes `module.is_causal`.
+        s_aux: [H], attention sinks: one more logit in every softmax of the head.
+        deterministic: Whether the backward must give the same bits in every run. True here or in
+            AttentionSpec.deterministic is enough.
         lctrain_boundaries: Boundaries that the input hook of patch_model found.
-        **kwargs: `cu_seq_lens_q/k`, `max_length_q/k`, `document_ids`, `schedule`, `position_ids`,
-            and what the model passes along for others.
+        **kwargs: `cu_seq_lens_q/k`, `max_length_q/k`, `document_ids`, `schedule` and
+            `position_ids`; further arguments of the model are checked and not used.
 
     Returns:
-        [B, S, H, Dv], zero at padding, and None in place of attention weights.
+        The output [B, S, H, Dv], zero at padding; and None in place of attention weights.
 
     Raises:
-        ValueError: for every argument that the kernels cannot honour.
+        ValueError: if an argument asks for something that the kernels do not have.
     """
     from lctrain.kernels import flash_attn_varlen_func
 

@@ -1,4 +1,4 @@
-"""Code shared by the attention functions, which transformers' layers call instead of SDPA."""
+"""Code shared by lctrain's attention functions, which transformers' layers call."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -32,9 +32,10 @@ Spec = TypeVar("Spec", bound=AttentionSpec)
 
 
 def spec_of(module: nn.Module, kind: type[Spec]) -> Spec | None:
-    """Returns the AttentionSpec of a layer, or None if it has none of this class.
+    """Returns the spec of an attention layer if the spec is an instance of `kind`, else None.
 
-    A model that was loaded by name keeps its layers' specs when it is given another attention.
+    A layer can carry a spec of another class: `set_attn_implementation` changes the attention of a
+    model and leaves the specs of its layers.
     """
     spec = getattr(module, SPEC_ATTRIBUTE, None)
     return spec if isinstance(spec, kind) else None
@@ -45,9 +46,9 @@ def backend_of(
 ) -> str:
     """Returns the backend to pass to the kernels for tensors of this device, dtype and head dim.
 
-    This is the backend of the spec, with one exception. "auto" with `deterministic` becomes
-    "triton" where Hopper kernels would be taken whose gradients differ between runs: those of all
-    attentions but "flash".
+    The result is `spec.backend`, with one exception: backend="auto" with deterministic=True gives
+    "triton" where "auto" would select the Hopper kernels of dual chunk or differential attention,
+    since their gradients differ between runs.
     """
     from lctrain.kernels import select_backend
 
@@ -58,7 +59,11 @@ def backend_of(
 
 
 def refuse_unknown(kwargs: dict[str, Any]) -> None:
-    """Raises a ValueError for every argument of a layer that the kernels cannot honour."""
+    """Raises a ValueError if a layer's keyword arguments ask for something the kernels lack.
+
+    Args:
+        kwargs: Keyword arguments that the model passed to the layer beyond the documented ones.
+    """
     if kwargs.get("output_attentions"):
         raise ValueError(
             "output_attentions must be False, got True: the kernels never form the weights. "
@@ -88,7 +93,14 @@ def lost_boundaries(module: nn.Module) -> ValueError:
 def require_rows(
     module: nn.Module, boundaries: Boundaries, queries: tuple[int, int], keys: tuple[int, int]
 ) -> None:
-    """Raises a ValueError unless the layer has the (B, S) rows that the boundaries describe."""
+    """Raises a ValueError unless the boundaries describe rows of the layer's shapes.
+
+    Args:
+        module: The attention layer, named in the message.
+        boundaries: Boundaries of the documents.
+        queries: Shape (B, S) of the layer's query rows.
+        keys: Shape (B, Sk) of the layer's key rows.
+    """
     if boundaries.queries != queries or boundaries.keys != keys:
         raise ValueError(
             f"queries and keys must have the {boundaries.queries} rows and tokens of the model's "
@@ -106,21 +118,26 @@ def read_documents(
     arguments: dict[str, Any],
     drop_queries: bool,
 ) -> Boundaries:
-    """Returns the documents of a layer's rows: those of the input hook, else what the layer finds.
+    """Returns the boundaries of a layer's documents.
+
+    Boundaries from the input hook are checked and returned. If there are none, they are found from
+    the layer's mask and arguments.
 
     Args:
-        module: The layer.
-        spec: That the layer carries.
-        given: Boundaries from the input hook.
+        module: The attention layer.
+        spec: Spec of the layer; None if it has none.
+        given: Boundaries from the input hook; None if the hook passed none.
         query: [B, H, S, D].
         key: [B, Hk, Sk, D].
-        mask: What flash_attention_mask returned.
-        arguments: All others of the layer.
-        drop_queries: As in `lctrain.attention.boundaries.from_padding`.
+        mask: The result of flash_attention_mask.
+        arguments: The other keyword arguments of the layer.
+        drop_queries: Whether to leave out queries at padding; see
+            `lctrain.attention.boundaries.from_padding`.
 
     Raises:
-        ValueError: if the boundaries were lost on the way, or describe other rows, or the layer
-            belongs to a model of transformers that was never checked.
+        ValueError: if the model did not pass the boundaries on to the layer, the boundaries
+            describe rows of other shapes, or the layer belongs to a transformers model that
+            patch_model or transformers' loading never checked.
     """
     if spec is None and type(module).__module__.startswith(("transformers.", "transformers_mod")):
         raise ValueError(
@@ -138,24 +155,31 @@ def read_documents(
 
 
 def is_causal_layer(module: nn.Module, is_causal: bool | None) -> bool:
-    """Returns whether a layer attends causally: as the call says, else as the module does."""
+    """Returns whether a layer attends causally: `is_causal`, or if None, `module.is_causal`."""
     return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
 
 def dropout_of(module: nn.Module, spec: AttentionSpec, dropout: float) -> float:
-    """Returns the probability of dropping a weight: the spec's in training, else the call's."""
+    """Returns the probability of dropping an attention weight.
+
+    This is `spec.dropout` in training mode and 0 in eval mode. If `spec.dropout` is None, it is the
+    `dropout` of the call.
+    """
     if spec.dropout is None:
         return dropout
     return spec.dropout if module.training else 0.0
 
 
 def scale_of(query: Tensor, scaling: float | None) -> float:
-    """Returns the factor of q.k: the call's, else D^-0.5."""
+    """Returns the factor of q.k: `scaling`, or D^-0.5 if it is None."""
     return query.shape[-1] ** -0.5 if scaling is None else scaling
 
 
 def window_of(sliding_window: int | None, causal: bool) -> tuple[int, int]:
-    """Returns the (left, right) keys that a query sees beside its own; -1 is unbounded."""
+    """Returns FlashAttention's window_size (left, right): keys on each side of the query's own key.
+
+    -1 means no limit.
+    """
     if sliding_window is None:
         return (-1, -1)
     return (sliding_window - 1, 0 if causal else sliding_window - 1)
@@ -167,17 +191,21 @@ Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 def attend(
     kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, boundaries: Boundaries
 ) -> Tensor:
-    """Drops padding, flattens, calls the kernel, puts padding back.
+    """Calls a kernel on the tokens without padding, and puts its output back into rows.
+
+    Queries, keys and values get one head width: the wider of D and Dv, filled up with zeros.
 
     Args:
-        kernel: (q [T, H, D], k [Tk, Hk, D], v [Tk, Hk, D]) -> [T, H, D].
+        kernel: Function (q [T, H, W], k [Tk, Hk, W], v [Tk, Hk, W]) -> [T, H, W], where T and Tk
+            count tokens without padding and W is the larger of D and Dv.
         query: [B, H, S, D].
         key: [B, Hk, Sk, D].
         value: [B, Hk, Sk, Dv].
         boundaries: Boundaries of the documents.
 
     Returns:
-        [B, S, H, Dv] in the dtype of `value`, that of autocast where it is on; zero at padding.
+        [B, S, H, Dv], zero at padding, in the dtype of `value`; under autocast in autocast's dtype
+        if `value` is float32.
     """
     value_dim = value.shape[-1]
     dtype = _compute_dtype(value)
@@ -193,7 +221,10 @@ def attend(
 
 
 def _tokens(states: Tensor, indices: Tensor | None, dtype: torch.dtype, width: int) -> Tensor:
-    """[B, H, S, D] -> [T, H, width]."""
+    """Returns states [B, H, S, D] as tokens [T, H, width] without padding, cast to `dtype`.
+
+    Columns beyond D are zero.
+    """
     tokens = states.transpose(1, 2).flatten(0, 1)
     tokens = tokens if indices is None else tokens.index_select(0, indices)
     if width != tokens.shape[-1]:
@@ -202,7 +233,11 @@ def _tokens(states: Tensor, indices: Tensor | None, dtype: torch.dtype, width: i
 
 
 def _compute_dtype(value: Tensor) -> torch.dtype:
-    """Returns v's dtype. Under autocast q and k are float32 after RoPE, but v is cast already."""
+    """Returns the dtype in which to attend: that of `value`, or autocast's for a float32 `value`.
+
+    Under autocast, RoPE returns float32 queries and keys, while values already have autocast's
+    dtype.
+    """
     device = value.device.type
     if value.dtype == torch.float32 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

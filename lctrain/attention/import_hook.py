@@ -1,8 +1,8 @@
-"""Registers the attention when transformers is imported, so that lctrain need not import it.
+"""Registers lctrain's attention with transformers as soon as transformers is imported.
 
-transformers takes seconds to import, and `lctrain.kernels` is promised to work without it. Yet
-`import lctrain` must be enough for `from_pretrained(..., attn_implementation="lctrain_flash")`.
-What registers is named by its module, since it is built on this package.
+`import lctrain` is enough for `from_pretrained(..., attn_implementation="lctrain_flash")`. It does
+not import transformers, which takes seconds to import and which `lctrain.kernels` works without.
+The module with the registration functions is passed by name, since it imports this package.
 """
 
 import importlib
@@ -17,14 +17,16 @@ _TARGETS = {
     "transformers.modeling_utils": "register",
     "transformers.models.auto.configuration_auto": "register_families_on_demand",
 }
-"""Module of transformers -> the function to call once it is imported."""
+"""Module of transformers -> the registration function to call once that module is imported."""
 
 
 def register_with_transformers(registration: str) -> None:
-    """Registers what belongs to transformers' modules: now, or as soon as they are imported.
+    """Calls the functions of _TARGETS, each as soon as its module of transformers is imported.
+
+    If the module is imported already, its function is called now.
 
     Args:
-        registration: Module that has the functions of _TARGETS.
+        registration: Name of the module that holds the functions of _TARGETS.
     """
     waiting = {finder.target for finder in sys.meta_path if isinstance(finder, _Finder)}
     for target, function in _TARGETS.items():
@@ -35,9 +37,9 @@ def register_with_transformers(registration: str) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """An import finder that finds no module itself.
+    """An import finder that calls a registration function once its target module is loaded.
 
-    It runs a function once its target is loaded.
+    The other finders find and load the module.
     """
 
     def __init__(self, target: str, registration: str, function: str) -> None:

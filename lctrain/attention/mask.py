@@ -1,4 +1,4 @@
-"""The mask function of lctrain's attention: what transformers calls before the first layer."""
+"""The mask function of lctrain's attention, which transformers calls before the first layer."""
 
 from collections.abc import Callable
 
@@ -14,21 +14,22 @@ UNPATCH = (
 
 @torch.compiler.disable
 def read_mask(mask: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Reads a 2-D attention mask: padding as 0 and 1, or the numbers of documents.
+    """Reads a 2-D attention mask, which marks padding by 0 and may number the documents.
 
-    Numbers above 1 are the multipack convention: `1 1 1 2 2 3 0` are three documents and padding.
+    Numbers above 1 follow the multipack convention: `1 1 1 2 2 3 0` is a row of three documents and
+    one token of padding.
 
     Args:
         mask: [B, S] bool, integers or floats.
         device: Device of the result.
 
     Returns:
-        [B, S] bool, True at real tokens, and [B, S] int64 numbers, 0 at padding, or None where the
-        mask numbers no documents.
+        [B, S] bool, True at tokens that are not padding; and [B, S] int64, the number of each
+        token's document, 0 at padding. The second is None if no number exceeds 1.
 
     Raises:
-        ValueError: for negative or broken numbers, an additive mask among them, and for a number
-            that comes back after another one.
+        ValueError: if a value is negative or not an integer (as in an additive mask), or if a
+            document is not in one piece.
     """
     real = mask.to(device=device, dtype=torch.bool)
     if mask.dtype == torch.bool or mask.numel() == 0:
@@ -57,7 +58,7 @@ def read_mask(mask: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None
 
 
 def _come_back(numbers: Tensor) -> bool:
-    """Whether a row [S] of numbers [B, S] has one, 0 aside, in several pieces."""
+    """Returns whether a document number above 0 occurs in several pieces of a row of [B, S]."""
     row = torch.arange(numbers.shape[0], device=numbers.device)[:, None].expand_as(numbers)
     tokens = torch.stack([row[numbers > 0], numbers[numbers > 0]])
     pieces = torch.unique_consecutive(tokens, dim=1)
@@ -79,27 +80,33 @@ def flash_attention_mask(
     device: torch.device | str = "cpu",
     **_: object,
 ) -> Tensor | None:
-    """Returns the padding mask or documents for the layers, never a mask of all pairs.
+    """Returns the mask that the layers get: a padding mask or numbers of documents.
+
+    A mask over pairs of query and key is never made.
 
     Args:
-        batch_size: Rows B.
-        q_length: Queries per row.
+        batch_size: Number of rows B.
+        q_length: Queries per row, S.
         kv_length: Keys per row, Sk.
-        q_offset: Position of the first query; a tensor for caches of fixed size.
+        q_offset: Position of the first query; a tensor with a cache of fixed size.
         kv_offset: Position of the first key.
-        mask_function: transformers' predicate (batch, head, query, key) -> visible.
-        attention_mask: [B, tokens] bool, True at real tokens; of the row from its beginning.
-        allow_is_causal_skip: True if the mask is causal and nothing else.
-        allow_is_bidirectional_skip: True if the mask is all-visible and nothing else.
+        mask_function: transformers' function (batch, head, query, key) -> whether the query sees
+            the key.
+        attention_mask: [B, tokens] bool, True at tokens that are not padding. Column 0 is the first
+            token of the row.
+        allow_is_causal_skip: True if the mask is causal and has no other condition.
+        allow_is_bidirectional_skip: True if every query sees every key that is not padding.
         use_vmap: True if the model adds a mask of its own.
         device: Device of the layers.
 
     Returns:
-        None for rows that are a document each; [B, Sk] bool for padded rows; [B, S] int64 numbers
-        of the documents, from 1, for packed rows.
+        None if each row is one document without padding; [B, Sk] bool, True at keys that are not
+        padding, for padded rows; [B, S] int64, the number of each token's document from 1, for
+        packed rows.
 
     Raises:
-        ValueError: for masks that cannot be expressed by boundaries, and for caches of fixed size.
+        ValueError: if boundaries of documents cannot express the mask, or the cache has a fixed
+            size.
     """
     plain = allow_is_causal_skip or allow_is_bidirectional_skip
     if use_vmap or (attention_mask is not None and not plain and not isinstance(q_offset, Tensor)):
@@ -116,7 +123,7 @@ def flash_attention_mask(
             f"Use a DynamicCache. {UNPATCH}"
         )
     if attention_mask is not None:
-        # A layer of a sliding window may hold the last keys only; a mask may go on behind them.
+        # A sliding-window layer may cache only the last keys; the mask may have more columns.
         return attention_mask[:, kv_offset : kv_offset + kv_length]
     if plain or mask_function is None:
         return None
@@ -126,7 +133,10 @@ def flash_attention_mask(
 def _packed_segments(
     mask_function: Callable, batch_size: int, length: int, device: torch.device | str
 ) -> Tensor:
-    """Numbers documents [B, S]: one begins at a token that does not see its predecessor."""
+    """Returns the number of each token's document from 1, [B, S] int64.
+
+    A document begins at a token that does not see the token before it.
+    """
     batch = torch.arange(batch_size, device=device)[:, None]
     head = torch.zeros((), dtype=torch.int64, device=device)
     token = torch.arange(length, device=device)[None]

@@ -1,4 +1,4 @@
-"""AttentionSpec: what a patched model's attention layers do, fixed when the model is patched."""
+"""AttentionSpec: the options of a patched model's attention, fixed when the model is patched."""
 
 import math
 from dataclasses import asdict, dataclass, fields
@@ -9,12 +9,12 @@ SCALES = ("none", "yarn")
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Options of the attention of one patched model. Every attention layer has the same ones.
+    """Attention options of one patched model, the same in all of its attention layers.
 
-    Each attention has a subclass with the options that only it takes.
+    Each kind of attention has a subclass, which adds the options of that kind.
 
     Attributes:
-        kind: Name of the attention, a key of ATTENTION_NAMES.
+        kind: Name of the kind of attention, a key of ATTENTION_NAMES.
         dropout: Probability of dropping an attention weight in training mode. None keeps the value
             of the model's config.
         deterministic: Whether the backward must give the same bits in every run.
@@ -52,21 +52,21 @@ class AttentionSpec:
 
     @property
     def implementation(self) -> str:
-        """Name of this attention in transformers."""
+        """Name under which transformers knows this attention, such as "lctrain_flash"."""
         return ATTENTION_NAMES[self.kind]
 
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of `make_spec` that give this spec."""
+        """Returns the keyword arguments with which `make_spec` builds this spec."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class FlashSpec(AttentionSpec):
-    """Plain attention: full or sliding windows, causal or not.
+    """Options of softmax attention: causal or bidirectional, over all keys or a sliding window.
 
     Attributes:
-        sliding_window: Keys that a query sees, itself among them; layers with a shorter window of
-            their own keep it. None leaves the windows as the model has them.
+        sliding_window: Number of keys that a query sees, its own key included. A layer with a
+            shorter window keeps its own. None keeps the windows of the model.
     """
 
     kind: ClassVar[str] = "flash"
@@ -86,26 +86,28 @@ class FlashSpec(AttentionSpec):
 
 @dataclass(frozen=True)
 class DualChunkSpec(AttentionSpec):
-    """Dual chunk attention: causal, with no relative position larger than those of training.
+    """Options of dual chunk attention, which is causal and limits relative positions.
 
-    The portable kernels give the same bits in every run; the Hopper kernels do not. So
-    `deterministic` selects the portable ones, and is an error with backend="hopper".
+    No relative position exceeds `chunk_size`, so a model can read texts that are longer than its
+    training texts. `deterministic` excludes the Hopper kernels, whose gradients may differ in their
+    last bits between runs; backend="hopper" is then an error.
 
     Attributes:
-        chunk_size: S, the largest relative position used. None takes the value of the model's
-            config, else `window` - 1. With `window` - 1, texts of up to `window` tokens give the
-            output of plain attention.
-        local_size: L, in tokens, at least 0 and below S; chunks hold S - L tokens. Across a chunk's
-            boundary, keys up to L tokens back (at most a chunk) keep their exact relative
-            positions; those farther back may get smaller ones. None: as the model's config says
-            where `chunk_size` is None too, else (S + 1) // 8, an eighth of the window.
+        chunk_size: Largest relative position. None takes `dual_chunk_attention_config` of the
+            model's config, or `window` - 1 if the config has none. With `window` - 1, documents of
+            up to `window` tokens get the output of plain attention.
+        local_size: Distance in tokens within which keys of the previous chunk keep their exact
+            relative positions; keys farther back may get smaller ones. At least 0 and below
+            `chunk_size`; a chunk holds `chunk_size` - `local_size` tokens. None takes
+            (`chunk_size` + 1) // 8, unless `chunk_size` is None too and the model's config has a
+            local_size.
         scale: "none", or "yarn": the logits of a document of n > `window` keys are multiplied by
-            (`scale_coefficient` * ln(n / window) + 1)^2. With a key/value cache n is the length so
-            far, so that a text read in pieces is scaled by less than the same text read at once.
+            (`scale_coefficient` * ln(n / window) + 1)^2. With a key/value cache, n counts the keys
+            so far, so the first tokens of a text get smaller factors than in a single forward pass.
         scale_coefficient: Coefficient of scale="yarn": 0.1 in YaRN and Qwen2.5-1M, 0.05 in
             ChunkLlama.
         window: Length of the texts that the model was trained on, in tokens. None takes the value
-            of its config.
+            of the model's config.
     """
 
     kind: ClassVar[str] = "dual_chunk"
@@ -146,7 +148,7 @@ class DualChunkSpec(AttentionSpec):
 
     @property
     def chunk(self) -> int:
-        """Tokens of a chunk, once both sizes are known."""
+        """Length of a chunk in tokens; both sizes must be set."""
         assert self.chunk_size is not None
         assert self.local_size is not None
         return self.chunk_size - self.local_size
@@ -154,11 +156,10 @@ class DualChunkSpec(AttentionSpec):
 
 @dataclass(frozen=True)
 class DifferentialSpec(AttentionSpec):
-    """Differential attention, for models that have it. One launch computes both branches of a pair.
+    """Options of differential attention, for models whose layers are differential.
 
-    The portable kernels give the same bits in every run; the Hopper kernels do not. So
-    `deterministic` selects the portable ones, and is an error with backend="hopper". Dropout draws
-    one mask per branch.
+    `deterministic` excludes the Hopper kernels, whose gradients may differ in their last bits
+    between runs; backend="hopper" is then an error. Dropout draws one mask per branch.
     """
 
     kind: ClassVar[str] = "differential"
@@ -168,19 +169,19 @@ _SPECS: dict[str, type[AttentionSpec]] = {
     spec.kind: spec for spec in (FlashSpec, DualChunkSpec, DifferentialSpec)
 }
 ATTENTION_NAMES = {kind: f"lctrain_{kind}" for kind in _SPECS}
-"""attention= of patch_model -> the name registered with transformers."""
+"""Value of patch_model's `attention` -> the name of that attention in transformers."""
 
 
 def make_spec(kind: str = "flash", **options: Any) -> AttentionSpec:
-    """Builds the spec of an attention.
+    """Builds the AttentionSpec of one kind of attention.
 
     Args:
         kind: A key of ATTENTION_NAMES.
-        **options: Fields of its spec.
+        **options: Fields of the AttentionSpec subclass of that kind.
 
     Raises:
-        ValueError: if the attention or an option is unknown, the option belongs to another
-            attention, or its value is out of range.
+        ValueError: if the kind or an option is unknown, an option belongs to another kind of
+            attention, or a value is out of range.
     """
     if kind not in _SPECS:
         raise ValueError(
@@ -202,7 +203,10 @@ def make_spec(kind: str = "flash", **options: Any) -> AttentionSpec:
 
 
 def is_patched(model: Any) -> bool:
-    """Returns whether a model uses an attention of lctrain, which keeps packed documents apart."""
+    """Returns whether a model's config names an attention of lctrain.
+
+    lctrain's attention keeps packed documents apart.
+    """
     config = getattr(model, "config", None)
     return getattr(config, "_attn_implementation", None) in ATTENTION_NAMES.values()
 
