@@ -1,4 +1,4 @@
-"""PackedBatch: the one noun that travels from the collator to the kernels."""
+"""PackedBatch: documents packed into one row, the batch of collator, model and kernels."""
 
 from __future__ import annotations
 
@@ -23,24 +23,25 @@ IntegerSequence = Tensor | np.ndarray | Sequence[int]
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """Documents laid end to end in one row, without padding.
+    """N documents of T tokens in total, concatenated in one row without padding.
 
-    Build it with `from_documents` or `from_packed`: they validate on the CPU, nothing later does.
-    T is the number of packed tokens, N the number of documents.
+    Build a batch with `from_documents` or `from_packed`, which validate it on the CPU. Later steps
+    do not validate it again.
 
     Attributes:
-        input_ids: [1, T] int64.
-        labels: [1, T] int64, already shifted: labels[0, t] is the target of position t, and
-            -100 where there is none (always at the end of a document).
+        input_ids: [1, T] int64, the token ids.
+        labels: [1, T] int64, shifted: labels[0, t] is the token to predict at position t, or -100
+            if there is none, as at the end of every document.
         position_ids: [1, T] int64, counted from 0 in every document.
-        cu_seqlens: [N + 1] int32, where documents start, then T.
+        cu_seqlens: [N + 1] int32, the start of each document, and T.
         max_seqlen: Length of the longest document, a Python int.
-        document_ids: [N] int32, the dropout key of each document.
-        num_tokens: T.
-        lengths: Lengths of the N documents, kept on the CPU.
+        document_ids: [N] int32, the number that keys the dropout mask of each document.
+        num_tokens: Number of tokens T, a Python int.
+        lengths: Lengths of the N documents, Python ints.
         num_valid_tokens: Number of labels that are not -100, a Python int.
-        schedule: Tile schedule of the attention kernels, built once per batch.
-        names: Source of each document, for error messages.
+        schedule: Tile schedule of the attention kernels for these documents; None lets the kernels
+            build it.
+        names: Source of each document, for error messages; None if documents have no names.
     """
 
     input_ids: Tensor
@@ -68,18 +69,19 @@ class PackedBatch:
 
         Args:
             documents: N one-dimensional integer sequences, none of them empty.
-            document_ids: N dropout keys; default 0..N-1.
+            document_ids: N integers that key the dropout masks; None means 0..N-1.
             names: N names for error messages.
-            max_tokens: Upper bound of the packed length.
-            labels: For each document a sequence aligned with its tokens as in transformers
-                (not shifted; -100 is not scored); default the documents themselves.
+            max_tokens: Largest allowed number of packed tokens; None sets no limit.
+            labels: N integer sequences, one label per token, not shifted, as in transformers; -100
+                excludes a token from the loss. None takes the documents.
 
         Returns:
             The batch, on the CPU.
 
         Raises:
-            ValueError: if there is no document or an empty one, or as in `from_packed`.
-            TypeError: if tokens are not integers.
+            ValueError: if there is no document, a document is empty, a length does not fit, or an
+                identifier is out of range.
+            TypeError: if tokens, labels or identifiers are not integers.
         """
         if len(documents) == 0:
             raise ValueError("documents must hold at least one document, got none. Skip this row.")
@@ -113,16 +115,16 @@ class PackedBatch:
         max_tokens: int | None = None,
         labels: IntegerSequence | None = None,
     ) -> PackedBatch:
-        """Wraps tokens that are already laid end to end.
+        """Builds a batch from documents that are already concatenated.
 
         Args:
             input_ids: [T] integers, T >= 1.
             cu_seqlens: [N + 1] int32 on the CPU: starts at 0, does not decrease, ends at T.
-            document_ids: [N] dropout keys; default 0..N-1.
+            document_ids: [N] integers that key the dropout masks; None means 0..N-1.
             names: N names for error messages.
-            max_tokens: Upper bound of T.
-            labels: [T] integers aligned with the tokens as in transformers (not shifted; -100 is
-                not scored); default input_ids.
+            max_tokens: Largest allowed T; None sets no limit.
+            labels: [T] integers, one label per token, not shifted, as in transformers; -100
+                excludes a token from the loss. None takes `input_ids`.
 
         Returns:
             The batch, on the CPU, with its tile schedule.
@@ -168,7 +170,12 @@ class PackedBatch:
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        """Returns the batch with its tensors on `device`; lengths stay on the CPU."""
+        """Returns the batch with its tensors on `device`.
+
+        Args:
+            device: The target device.
+            non_blocking: Whether copies from pinned memory may run asynchronously.
+        """
         return self._apply(lambda value: value.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
@@ -176,15 +183,12 @@ class PackedBatch:
         return self._apply(lambda value: value.pin_memory())
 
     def without_targets(self) -> PackedBatch:
-        """Returns the batch with every label -100.
-
-        A model can run it, and it adds nothing to the loss.
-        """
+        """Returns the batch with every label set to -100, so that it adds nothing to the loss."""
         labels = torch.full_like(self.labels, IGNORE_INDEX)
         return dataclasses.replace(self, labels=labels, num_valid_tokens=0)
 
     def model_kwargs(self) -> dict[str, Any]:
-        """Returns the keywords for `model(**kwargs)`, under the names that transformers uses."""
+        """Returns keyword arguments for a patched model, under transformers' names, no labels."""
         return {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
@@ -198,11 +202,11 @@ class PackedBatch:
         }
 
     def arguments(self) -> dict[str, Any]:
-        """Returns `model_kwargs()` with labels, for a model that computes its own loss.
+        """Returns `model_kwargs()` and labels, for a model that computes its own loss.
 
-        transformers' models shift `labels` themselves. So these labels are aligned with the tokens,
-        [1, T] int64, and -100 at the first token of a document. The tile schedule is left out,
-        since transformers' Trainer cannot transport it; the kernels build one.
+        transformers' models shift labels themselves, so `labels` [1, T] int64 are not shifted: each
+        position holds its own token, and the first position of a document -100. The tile schedule
+        is left out, since transformers' Trainer cannot move it to the device; the kernels build it.
         """
         arguments = self.model_kwargs()
         del arguments["schedule"]
@@ -210,7 +214,7 @@ class PackedBatch:
         return {"labels": labels, **arguments}
 
     def __contains__(self, name: object) -> bool:
-        """Refuses to be read as a mapping, as transformers' Trainer does.
+        """Raises, since a PackedBatch is not a mapping; transformers' Trainer expects one.
 
         Raises:
             TypeError: always.
@@ -231,13 +235,18 @@ class PackedBatch:
         changes = {
             field.name: function(value)
             for field in dataclasses.fields(self)
-            if hasattr(value := getattr(self, field.name), "pin_memory")  # tensors, the schedule
+            if hasattr(value := getattr(self, field.name), "pin_memory")  # tensors and the schedule
         }
         return dataclasses.replace(self, **changes)
 
 
 def check_max_tokens(max_tokens: int | None, num_tokens: int = 0) -> None:
-    """Raises ValueError if a row of `max_tokens` has no target, or cannot hold `num_tokens`."""
+    """Raises a ValueError if `max_tokens` is too small.
+
+    Args:
+        max_tokens: Largest allowed number of tokens in a row, at least 2; None sets no limit.
+        num_tokens: Number of tokens that the row must hold.
+    """
     if max_tokens is None:
         return
     if max_tokens < MIN_TOKENS:
@@ -253,7 +262,16 @@ def check_max_tokens(max_tokens: int | None, num_tokens: int = 0) -> None:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
-    """Raises if cu_seqlens is not [N + 1] int32 on the CPU, rising from 0 to `num_tokens`."""
+    """Raises unless cu_seqlens is [N + 1] int32 on the CPU and rises from 0 to `num_tokens`.
+
+    Args:
+        cu_seqlens: Cumulative lengths of the documents.
+        num_tokens: Number of packed tokens, at least 1.
+
+    Raises:
+        TypeError: if cu_seqlens is not an int32 tensor.
+        ValueError: if its device, shape or values do not fit, or there are no tokens.
+    """
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
         got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"cu_seqlens must be an int32 tensor, got {got}. Call .to(torch.int32).")
@@ -281,7 +299,16 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
 
 
 def _integers(name: str, values: IntegerSequence) -> Tensor:
-    """[T] int64 on the CPU."""
+    """Returns the values as a tensor [T] int64 on the CPU.
+
+    Args:
+        name: Name of the argument, for messages.
+        values: Integers of shape [T] or [1, T].
+
+    Raises:
+        TypeError: if the values are not integers.
+        ValueError: if there is more than one dimension.
+    """
     if isinstance(values, str | bytes):
         raise TypeError(
             f"{name} must hold token ids, got text ({values[:20]!r}). Tokenize it first: "
@@ -302,7 +329,12 @@ def _integers(name: str, values: IntegerSequence) -> Tensor:
 
 
 def _document_ids(document_ids: IntegerSequence | None, documents: int) -> Tensor:
-    """[N] int32, default 0..N-1."""
+    """Returns the document ids as [N] int32 on the CPU; None gives 0..N-1.
+
+    Args:
+        document_ids: N integers in [0, 2^31), or None.
+        documents: Number of documents N.
+    """
     if document_ids is None:
         return torch.arange(documents, dtype=torch.int32)
     ids_N = _integers("document_ids", document_ids)
@@ -329,7 +361,15 @@ def _check_label_lengths(labels: Sequence[IntegerSequence], lengths: list[int]) 
 
 
 def _shift(targets_T: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Moves each target to the position that predicts it; -100 at the end of every document."""
+    """Moves each target to the position before it; the end of every document gets -100.
+
+    Args:
+        targets_T: [T] int64, labels that are not shifted.
+        cu_seqlens: [N + 1] int32, boundaries of the documents.
+
+    Returns:
+        [T] int64, the shifted labels.
+    """
     shifted_T = torch.full_like(targets_T, IGNORE_INDEX)
     shifted_T[:-1] = targets_T[1:]
     ends = cu_seqlens[1:][cu_seqlens.diff() > 0].long() - 1
@@ -338,9 +378,10 @@ def _shift(targets_T: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def _set_unchanged(batch: PackedBatch, name: str, value: Any) -> None:
-    """Raises for a new value of a frozen attribute, but accepts its current value.
+    """The `__setattr__` of PackedBatch: raises unless an attribute is set to its current value.
 
-    Lightning's convert_input (precision "bf16-true", FSDP) writes every field of a dataclass back.
+    A frozen dataclass would raise always. But Lightning's convert_input (precision "bf16-true",
+    FSDP) sets every field of a dataclass to the value that it has.
     """
     if name not in batch.__dict__ or not _same(batch.__dict__[name], value):
         raise dataclasses.FrozenInstanceError(f"cannot assign to field {name!r}")

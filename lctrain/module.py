@@ -1,4 +1,4 @@
-"""LongContextModule: trains any causal LM on packed batches, every token with the same weight."""
+"""LongContextModule: a LightningModule that trains any causal LM on packed batches."""
 
 from __future__ import annotations
 
@@ -31,43 +31,48 @@ from lctrain.optim import build_optimizer, build_scheduler, follow_schedule
 ModelFactory = Callable[[pl.LightningDataModule], nn.Module]
 ModelSource = nn.Module | str | dict[str, Any] | ModelFactory
 
-STATE_KEY = "lctrain"  # in the checkpoint
-HYPER_PARAMETERS = pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY  # from them Lightning builds it
+STATE_KEY = "lctrain"  # checkpoint key of the module's own state
+# Checkpoint key of the arguments with which `load_from_checkpoint` builds the module.
+HYPER_PARAMETERS = pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
 
 
 class LongContextModule(pl.LightningModule):
-    """A causal LM, its packed loss, its optimizer and its schedule.
+    """A LightningModule that holds a causal LM, its loss on packs, its optimizer and its schedule.
 
-    The loss of an optimizer step is (sum of the token losses) / (number of valid tokens), over all
-    micro-batches of the accumulation window and over all ranks. To that end every micro-batch
-    back-propagates its loss *sum*; when the window closes, the gradients are multiplied once by
-    1 / (tokens of the window), before any hook, the clipping or the optimizer sees them. The token
-    counts live on the CPU, and one small all-reduce per window joins the ranks: no host sync.
+    The loss of an optimizer step is (sum of the token losses) / (number of valid tokens), over the
+    micro-batches of the step and all ranks, so every token has the same weight. Each micro-batch
+    back-propagates its summed loss. After the last micro-batch of the step, the gradients are
+    divided once by the number of tokens, before any hook, the clipping or the optimizer reads them.
+    This takes one small all-reduce per step and no synchronisation with the device.
 
-    Dropout is reproducible across interruptions: torch's generators are seeded before every
-    micro-batch from (seed, rank, index of the micro-batch), so a resumed run draws the same masks,
-    whatever else has drawn random numbers in between.
+    A resumed run draws the same dropout masks as an uninterrupted one: torch's generators are
+    seeded before every micro-batch from (seed, rank, index of the micro-batch).
 
-    A checkpoint holds what builds the module: `load_from_checkpoint(path)` needs nothing else,
-    unless the model is wrapped or not of transformers.
+    A checkpoint holds the arguments of the module, so `load_from_checkpoint(path)` needs no others.
+    Exceptions are models with PEFT adapters or other wrappers, and models that are not from
+    transformers.
 
     Args:
-        model: A causal LM, also inside PEFT's adapters; or the name or path of a pretrained one; or
-            its transformers configuration as a mapping with `model_type`; or a function that builds
-            the model from the trainer's data module. All but the first are built on every rank once
-            the data are ready: a vocabulary size may depend on them.
-        optim: Optimizer and schedule; a mapping holds the fields of OptimConfig.
-        attention: Options for patching the model's attention; None leaves the model unchanged. A
-            model that is already patched is not changed either. A mapping holds the fields of
-            AttentionConfig.
-        seed: Seeds the model's initialisation and dropout.
+        model: The causal LM, in one of four forms: a module, which may have PEFT adapters; the name
+            or path of a pretrained model; a transformers configuration as a mapping with
+            `model_type`; or a function that builds the model from the trainer's data module. In the
+            last three forms, every rank builds the model after the data are prepared, since the
+            vocabulary size may depend on the data.
+        optim: Options of optimizer and schedule: an OptimConfig, or a mapping of its fields; None
+            takes the defaults.
+        attention: Options for patching the model's attention: an AttentionConfig, or a mapping of
+            its fields. None leaves the model unpatched. A model that is patched already keeps its
+            patch.
+        seed: Seed of the model's initialisation and of dropout.
 
     Attributes:
-        model: The causal LM; None until the trainer has built it, if `model` is a function.
-        first_loss: Training loss of the first optimizer step, 0-dim float64 tensor, or None.
-        last_loss: The same of the newest closed window.
-        gradient_norm: Norm before clipping, 0-dim float32 tensor; None without clipping.
-        held_out_losses: [(optimizer step, held-out loss)] of every validation so far.
+        model: The causal LM; None until `configure_model` has built it.
+        first_loss: Training loss per token of the first optimizer step, 0-dim float64 tensor; None
+            before that step.
+        last_loss: Training loss per token of the last optimizer step, 0-dim float64 tensor; None
+            before the first.
+        gradient_norm: Gradient norm before clipping, 0-dim float32 tensor; None without clipping.
+        held_out_losses: Pairs (optimizer step, held-out loss per token), one per validation.
     """
 
     def __init__(
@@ -101,7 +106,12 @@ class LongContextModule(pl.LightningModule):
         self._held_out_tokens = 0
 
     def setup(self, stage: str) -> None:
-        """Raises for precisions in which a sum over a long pack overflows."""
+        """Checks the trainer's precision.
+
+        Raises:
+            ValueError: if it is a float16 precision, in which a loss summed over a long pack
+                overflows.
+        """
         if str(self.trainer.precision).startswith(("16", "transformer-engine-float16")):
             raise ValueError(
                 f"trainer.precision must be 32-true, bf16-mixed or bf16-true, got "
@@ -110,7 +120,7 @@ class LongContextModule(pl.LightningModule):
             )
 
     def configure_model(self) -> None:
-        """Builds the model if a function was given, and patches its attention, once."""
+        """Builds the model if it is not built yet, and patches its attention if asked for."""
         if self.model is None:
             torch.manual_seed(self.seed)
             self.model = self._build()
@@ -131,7 +141,11 @@ class LongContextModule(pl.LightningModule):
         return model
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW with decay groups and the schedule, stepped once per optimizer step."""
+        """Returns AdamW and a learning-rate schedule that advances once per optimizer step.
+
+        Raises:
+            ValueError: if the length of the run is unknown.
+        """
         total_steps = self.trainer.estimated_stepping_batches
         if total_steps == float("inf"):
             raise ValueError(
@@ -146,14 +160,14 @@ class LongContextModule(pl.LightningModule):
         }
 
     def on_train_start(self) -> None:
-        """Applies the learning rates and the order of the data of this run, also after a resume."""
+        """After a resume, sets the learning rates of this run and the next row of the data."""
         resume_order(self.trainer)
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, LambdaLR):
                 follow_schedule(config.scheduler)
 
     def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Seeds dropout from (seed, rank, micro-batch): see the class."""
+        """Seeds dropout from (seed, rank, index of the micro-batch)."""
         seed_micro_batch(self.trainer, self.seed)
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
@@ -163,7 +177,11 @@ class LongContextModule(pl.LightningModule):
         return loss_sum
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Back-propagates the sum; divides by the window's tokens when the window closes."""
+        """Back-propagates the summed loss of a micro-batch.
+
+        After the last micro-batch of an optimizer step, divides the gradients by the tokens of the
+        step.
+        """
         loss.backward(*args, **kwargs)
         if not self.trainer.fit_loop._should_accumulate():
             averaged = self.trainer.accumulate_grad_batches * self.trainer.world_size
@@ -178,11 +196,15 @@ class LongContextModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips like Lightning, keeps the norm, and also clips for fused optimizers."""
+        """Clips gradients as Lightning does, and keeps their norm in `gradient_norm`.
+
+        Unlike Lightning, it also clips for fused optimizers under mixed precision.
+        """
         self._learning_rate = optimizer.param_groups[0]["lr"]
         if gradient_clip_val is None or gradient_clip_val <= 0:
             return
-        # In the optimizer's order, as Lightning does: the norm has the same bits.
+        # Lightning takes the parameters in the optimizer's order. Another order would round the
+        # norm differently.
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if gradient_clip_algorithm == "value":
             nn.utils.clip_grad_value_(parameters, gradient_clip_val)
@@ -190,7 +212,7 @@ class LongContextModule(pl.LightningModule):
             self.gradient_norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     def on_train_batch_end(self, outputs: Any, batch: PackedBatch, batch_idx: int) -> None:
-        """Logs the window's loss, the gradient norm and the learning rate, at logging steps."""
+        """Logs the step's loss, its gradient norm and learning rate, at logging steps."""
         if not at_log_step(self.trainer):
             return
         assert self.last_loss is not None
@@ -200,35 +222,36 @@ class LongContextModule(pl.LightningModule):
             self.log("train/gradient_norm", self.gradient_norm)
 
     def on_validation_epoch_start(self) -> None:
-        """Starts a new sum of the held-out loss."""
+        """Sets the sum of the held-out loss to 0."""
         self._start_held_out()
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Adds the loss of one held-out pack."""
+        """Adds the loss of one held-out pack to the sum."""
         self._add_held_out(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs held-out loss and perplexity: one mean over the tokens of all ranks."""
+        """Logs `val/loss`, the mean over the held-out tokens of all ranks, and `val/perplexity`."""
         loss = self._log_held_out("val")
         if not self.trainer.sanity_checking:
             self.held_out_losses.append((self.global_step, loss.item()))
 
     def on_test_epoch_start(self) -> None:
-        """Starts a new sum of the held-out loss."""
+        """Sets the sum of the test loss to 0."""
         self._start_held_out()
 
     def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Adds one pack of the test data."""
+        """Adds the loss of one pack of test data to the sum."""
         self._add_held_out(batch)
 
     def on_test_epoch_end(self) -> None:
-        """Logs `test/loss` and `test/perplexity`, as validation does."""
+        """Logs `test/loss`, the mean over the test tokens of all ranks, and `test/perplexity`."""
         self._log_held_out("test")
 
     def predict_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
-        """Returns the loss of every token: [T] float32 on the CPU, 0 where a token has no target.
+        """Returns the loss at every position of a pack, [T] float32 on the CPU.
 
-        Position t holds -log p of the token that follows position t in its document.
+        Entry t is -log p of the token after position t in the same document; 0 where position t has
+        no target.
         """
         labels = batch.labels.flatten()
         positions = (labels != IGNORE_INDEX).nonzero().flatten()
@@ -247,22 +270,32 @@ class LongContextModule(pl.LightningModule):
         self._held_out_tokens += batch.num_valid_tokens
 
     def _log_held_out(self, stage: str) -> Tensor:
-        """Sums over the ranks, logs, and returns the loss per token, 0-dim float64."""
+        """Logs loss and perplexity over the tokens of all ranks.
+
+        Args:
+            stage: Prefix of the metrics, "val" or "test".
+
+        Returns:
+            The loss per token, 0-dim float64.
+        """
         assert self._held_out_sum is not None
         tokens = self._held_out_sum.new_full((), float(self._held_out_tokens))
         totals = torch.stack([self._held_out_sum, tokens])
         if self.trainer.world_size > 1:
             dist.all_reduce(totals)
         loss = totals[0] / totals[1].clamp(min=1.0)
-        # Every rank has the same value, whose bits a maximum keeps. Without a reduction Lightning
-        # would warn.
+        # Every rank has the same value, and the maximum over ranks keeps its bits. Lightning warns
+        # about metrics that are logged without a reduction.
         same: dict[str, Any] = {"batch_size": 1, "sync_dist": True, "reduce_fx": "max"}
         self.log(f"{stage}/loss", loss.float(), prog_bar=True, **same)
         self.log(f"{stage}/perplexity", loss.exp().float(), **same)
         return loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Stores what builds the module, and the first losses of the run for its report."""
+        """Stores the module's arguments, its optimizer options, and the losses for the report.
+
+        The losses are `first_loss` and `held_out_losses`.
+        """
         description = describe(self.model)
         if description is not None:
             checkpoint[HYPER_PARAMETERS] = {
@@ -278,11 +311,11 @@ class LongContextModule(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores what `on_save_checkpoint` kept.
+        """Restores `first_loss` and `held_out_losses`, and compares the optimizer options.
 
         Raises:
-            ValueError: if training resumes with other optimizer options, which the restored
-                optimizer would ignore; the message names them.
+            ValueError: if training resumes with changed optimizer options, which the restored
+                optimizer would ignore. The message names the options.
         """
         state = checkpoint.get(STATE_KEY)
         if state is None:
@@ -295,11 +328,15 @@ class LongContextModule(pl.LightningModule):
 
 
 def check_same_options(now: OptimConfig, then: Mapping[str, Any]) -> None:
-    """Raises ValueError naming the optimizer options that a resumed run has changed.
+    """Raises a ValueError if a resumed run has other optimizer options than its checkpoint.
 
     Args:
         now: Options of this run.
-        then: Options of the checkpoint, by name; options that are not in it are not compared.
+        then: Options of the checkpoint, by name. Options missing from the checkpoint are not
+            compared.
+
+    Raises:
+        ValueError: if an option has changed; the message names it.
     """
     values = asdict(now)
     changes = [
@@ -315,7 +352,16 @@ def check_same_options(now: OptimConfig, then: Mapping[str, Any]) -> None:
 
 
 def _as_dataclass(name: str, schema: type[Any], value: Any) -> Any:
-    """Returns a frozen dataclass unchanged, or builds it from the mapping of its fields."""
+    """Returns `value` if it is a `schema`, else the `schema` built from a mapping of its fields.
+
+    Args:
+        name: Name of the argument, for messages.
+        schema: A dataclass.
+        value: An instance of `schema`, or a mapping.
+
+    Raises:
+        ValueError: if `value` is neither, or the mapping has an unknown field.
+    """
     if isinstance(value, schema):
         return value
     if not isinstance(value, Mapping):
@@ -334,6 +380,6 @@ def _as_dataclass(name: str, schema: type[Any], value: Any) -> Any:
 
 
 def _vocab_size(datamodule: Any) -> int | None:
-    """Tokens of the data module's tokenizer, if it has one."""
+    """Returns the vocabulary size of the data module's tokenizer; None if it has none."""
     tokenizer = getattr(datamodule, "tokenizer", None)
     return None if tokenizer is None or isinstance(tokenizer, str) else len(tokenizer)

@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule: what `configure_optimizers` builds from OptimConfig."""
+"""Builds the AdamW optimizer and the learning-rate schedule that OptimConfig describes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lctrain.config import OptimConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Builds AdamW over the trainable parameters of `model`.
+    """Builds AdamW over the trainable parameters of a model.
 
-    Matrices decay, embeddings among them; norms, biases and vectors do not: see `decays`. A tied
-    weight is counted once.
+    Weight decay applies to matrices and embeddings, and not to norms, biases and vectors; see
+    `decays`. A tied weight is in the optimizer once.
 
     Args:
         model: The module whose parameters are trained.
         config: Learning rate, betas, eps and weight decay.
 
     Returns:
-        The optimizer, with the fused update where every parameter is on one kind of device.
+        The optimizer; its update is fused if all parameters are on CPUs or CUDA GPUs.
 
     Raises:
         ValueError: if the model has no trainable parameter.
@@ -56,8 +56,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         eps=config.eps,
         fused=all(parameter.device.type in ("cpu", "cuda") for parameter in trainable),
     )
-    # A fused step can unscale the gradients of float16 itself, so Lightning refuses to clip before
-    # it under mixed precision. Nothing is scaled here: float16 is refused.
+    # A fused step can unscale float16 gradients itself, so Lightning refuses to clip gradients for
+    # it under mixed precision. Float16 is refused here, so gradients are never scaled.
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     return optimizer
 
@@ -67,23 +67,24 @@ NORM = re.compile(r"(^|_)(\w*norm\d*)(_|$)", re.IGNORECASE)
 
 
 def decays(module: nn.Module, module_name: str, name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies to a parameter.
+    """Returns whether weight decay applies to a parameter.
 
-    It does to matrices, and to stacks of matrices such as those of experts. It does not, whatever
-    the shape, to
+    Weight decay applies to matrices and to stacks of matrices, such as the weights of experts. It
+    does not apply to these parameters:
 
-    - biases: the parameter or the module that holds it has `bias` in its name
-      (`gate_up_proj_bias`, `relative_attention_bias.weight`);
-    - norms: the class or the name of the module, or the parameter's name, says norm
-      (`CohereLayerNorm`, `q_norm.weight`);
-    - vectors: at most one dimension is longer than 1, outside of linear layers and embeddings;
-    - what its author has marked with `_no_weight_decay`, as state space models do.
+    - biases: the name of the parameter or of its module contains `bias` (`gate_up_proj_bias`,
+      `relative_attention_bias.weight`);
+    - norms: the class or name of the module, or the name of the parameter, contains `norm`
+      (`CohereLayerNorm`, `q_norm.weight`); linear layers and embeddings are never norms;
+    - vectors: parameters with at most one dimension longer than 1, except two-dimensional weights
+      of linear layers and embeddings;
+    - parameters with the attribute `_no_weight_decay`, which state space models set.
 
     Args:
-        module: Holds the parameter directly.
-        module_name: Dotted name of that module; only the last part counts.
+        module: The module that holds the parameter directly.
+        module_name: Dotted name of that module; only its last part is read.
         name: Name of the parameter in the module.
-        parameter: Any shape.
+        parameter: The parameter, of any shape.
     """
     own_name = module_name.rpartition(".")[2]
     if getattr(parameter, "_no_weight_decay", False) or parameter.dim() < 2:
@@ -100,15 +101,15 @@ def decays(module: nn.Module, module_name: str, name: str, parameter: Tensor) ->
 def build_scheduler(
     optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int
 ) -> LambdaLR:
-    """Builds the schedule over optimizer steps.
+    """Builds the learning-rate schedule of an optimizer.
 
     Args:
-        optimizer: Whose learning rates are scaled.
-        config: The name of the schedule and its shape.
-        total_steps: Optimizer steps of the whole run.
+        optimizer: The optimizer whose learning rates are scheduled.
+        config: Name of the schedule, warmup, decay and minimum.
+        total_steps: Number of optimizer steps of the whole run.
 
     Returns:
-        A scheduler to be stepped after every optimizer step.
+        A scheduler; call its `step` after every optimizer step.
 
     Raises:
         ValueError: if the warmup is longer than the run.
@@ -117,13 +118,13 @@ def build_scheduler(
 
 
 def follow_schedule(scheduler: LambdaLR) -> None:
-    """Sets the learning rates to those of the schedule at the step that was restored.
+    """Sets an optimizer's learning rates to the schedule of this run, after a resume.
 
-    A restored optimizer has the rates of the run that was saved. If this run has another length,
-    the schedule has other rates from this step on, the first included.
+    The restored optimizer has the learning rates of the saved run. If this run has another length,
+    its schedule has different rates at the same step.
 
     Args:
-        scheduler: Built for this run; its step and its peak rates are restored.
+        scheduler: Scheduler of this run, with the step and peak learning rates of the checkpoint.
     """
     rates = [
         peak * factor(scheduler.last_epoch)
@@ -135,11 +136,11 @@ def follow_schedule(scheduler: LambdaLR) -> None:
 
 
 def learning_rate_factor(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
-    """Returns the factor on the learning rate as a function of the optimizer step (from 0).
+    """Returns a function from the optimizer step (from 0) to the factor of the peak learning rate.
 
     Args:
-        config: The name of the schedule and its shape.
-        total_steps: Optimizer steps of the whole run.
+        config: Name of the schedule, warmup, decay and minimum.
+        total_steps: Number of optimizer steps of the whole run.
 
     Raises:
         ValueError: if the warmup is longer than the run.

@@ -1,8 +1,8 @@
-"""The public functions of the kernels, which live in the package `lctrain_kernels`.
+"""The public functions of the package `lctrain_kernels`, under the name `lctrain.kernels`.
 
     from lctrain.kernels import flash_attn_varlen_func
 
-Names load on first use.
+Importing this module does not import `lctrain_kernels`; the first use of a function does.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""The loss as (sum, count), without the logits of all tokens at once."""
+"""The language-model loss as a sum and a token count, without the logits of all tokens at once."""
 
 from lctrain.loss.causal_lm import causal_lm_loss, token_losses
 from lctrain.loss.evaluation_mode import evaluation_mode

@@ -19,23 +19,23 @@ PROBE_LENGTHS = (5, 3)
 
 
 def causal_lm_loss(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """Returns the summed cross-entropy of the next tokens of a packed batch, and their number.
+    """Returns the summed next-token cross-entropy of a packed batch, and the number of its targets.
 
-    The base model computes hidden states and `linear_cross_entropy` does the rest, so that the
-    [T, V] logits never exist. This holds where the model's head is verified to be the same function
-    (once per model, on a few tokens: see `find_output_head`); other models compute their
-    logits, and a warning says so. Dividing the sum is left to the caller, who knows how many tokens
-    the other batches and ranks hold.
+    The base model computes hidden states, and `linear_cross_entropy` computes the loss from them
+    without the [T, V] logits. The first call for a model verifies on a few tokens that this gives
+    the loss of the model's own logits (see `find_output_head`). If it does not, the model computes
+    its logits, with a warning. The caller divides the sum by the tokens of all micro-batches and
+    ranks.
 
     Args:
-        model: a transformers causal LM, patched by `lctrain.patch_model` if the batch holds more
-            than one document. Inside DDP, call this in the wrapped module's forward.
-        batch: T packed tokens on the model's device; `labels` are already shifted.
+        model: A transformers causal LM, patched by `lctrain.patch_model` if the batch holds more
+            than one document. Inside DDP, call this function in the wrapped module's forward.
+        batch: T packed tokens on the model's device, with shifted labels.
 
     Returns:
-        The summed loss, float32 0-dim (float64 for a float64 model), and the number of labels that
-        are not -100, int64 0-dim on the batch's device. No device is synchronised, apart from
-        the first call for a model.
+        The summed loss, 0-dim float32 (float64 for a float64 model), and the number of labels that
+        are not -100, 0-dim int64 on the batch's device. Only the first call for a model
+        synchronises with the device.
 
     Raises:
         ValueError: if `model` is a DistributedDataParallel wrapper.
@@ -51,13 +51,14 @@ def token_losses(
 ) -> Tensor:
     """Returns the cross-entropy at chosen positions of a forward pass.
 
-    Logits of other positions are never formed.
+    Where the model's head is verified (see `find_output_head`), logits of other positions are not
+    computed.
 
     Args:
-        model: as in `causal_lm_loss`.
-        model_kwargs: arguments of a forward pass over `input_ids` [B, S].
-        positions: [n] int64, positions in the flattened [B * S] tokens.
-        targets: [n] int64, the token that follows each of them.
+        model: A transformers causal LM, as in `causal_lm_loss`.
+        model_kwargs: Keyword arguments of a forward pass over `input_ids` [B, S].
+        positions: [n] int64, indices into the flattened [B * S] tokens.
+        targets: [n] int64, the token to predict at each position.
 
     Returns:
         [n] float32 (float64 for a float64 model).
@@ -103,7 +104,12 @@ def _loss(
 
 
 def probe(device: torch.device, packed: bool) -> dict[str, Any]:
-    """Returns the arguments of a forward pass over a few tokens, in the format of later calls."""
+    """Returns the keyword arguments of a forward pass over a few tokens, to verify a model's head.
+
+    Args:
+        device: Device of the tensors.
+        packed: True returns a pack of two documents, False one plain row.
+    """
     documents = [torch.arange(length) % 2 for length in PROBE_LENGTHS]
     if packed:
         return PackedBatch.from_documents(documents).to(device).model_kwargs()

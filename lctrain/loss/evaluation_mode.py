@@ -1,4 +1,4 @@
-"""Run a model as in evaluation and leave it as it was."""
+"""evaluation_mode: runs a model in eval mode and restores its training mode afterwards."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Context without dropout and gradients.
+    """Context in which a model runs in eval mode and without gradients.
 
-    Every module gets its own training flag back, also where only a part of the model was training.
+    At the end, the training flag of every module is restored, even if the flags differ.
+
+    Args:
+        model: The model.
     """
     training = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -23,5 +26,5 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training:
             module.training = flag
-        # Autocast would go on using the casts of weights that it made without a gradient.
+        # Autocast caches cast weights. Those that it cast under no_grad have no gradient.
         torch.clear_autocast_cache()

@@ -1,7 +1,7 @@
-"""The loss inside a model: `model(**batch, labels=...)` without the logits of all tokens.
+"""LossSwap: makes `model(**batch, labels=...)` compute its loss without the logits of all tokens.
 
-Plain transformers, its Trainer and TRL compute the loss by calling the model with labels. A model
-whose class is swapped here takes `linear_cross_entropy` for it in training mode.
+transformers' Trainer and TRL compute the loss by calling the model with labels. In training mode, a
+model with this swap uses `linear_cross_entropy` for such calls.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from lctrain.loss.output_head import find_output_head
 
 
 class LossSwap:
-    """Swaps the loss of a causal LM for one without logits: see `lctrain.models.swap.Swap`.
+    """A Swap that makes a causal LM compute its loss without logits in training mode.
+
+    It implements `lctrain.models.swap.Swap`.
 
     Args:
-        model: The model.
+        model: A transformers causal LM.
 
     Raises:
-        ValueError: for a model without an output embedding or without labels.
+        ValueError: if the model is not a causal LM with an output embedding.
     """
 
     name = "loss"
@@ -37,7 +39,7 @@ class LossSwap:
         self._own = cast(Any, type(model))
 
     def apply(self) -> None:
-        """Changes the model's class to one that computes the loss without logits."""
+        """Changes the model's class to a subclass that computes the loss without logits."""
         self._model.__class__ = loss_class(self._own)
 
     def undo(self) -> None:
@@ -45,15 +47,18 @@ class LossSwap:
         self._model.__class__ = self._own
 
     def describe(self) -> str:
-        """Returns how the loss is computed."""
+        """Returns the words "without logits", for the report of PatchHandle."""
         return "without logits"
 
 
 def require_causal_lm(model: Any) -> None:
-    """Raises unless `loss=True` can serve the model.
+    """Raises a ValueError unless `patch_model(model, loss=True)` supports the model.
+
+    Args:
+        model: A transformers model.
 
     Raises:
-        ValueError: for a model without an output embedding or without labels.
+        ValueError: if the model is not a causal LM with an output embedding.
     """
     names = getattr(type(model).forward, "__code__", None)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -67,7 +72,11 @@ def require_causal_lm(model: Any) -> None:
 
 @functools.cache
 def loss_class(own: Any) -> Any:
-    """The subclass of a causal language model whose forward computes the loss without logits."""
+    """Returns a subclass of a causal LM's class whose forward computes the loss without logits.
+
+    Args:
+        own: The model's own class.
+    """
 
     @functools.wraps(own.forward)
     def forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
@@ -87,7 +96,7 @@ def loss_class(own: Any) -> Any:
 
 
 def _is_plain_call(model: Any, kwargs: dict[str, Any]) -> bool:
-    """Returns whether the caller wants only the loss: no tuple, no loss of a router."""
+    """Returns whether a call asks for neither a tuple (return_dict=False) nor a router loss."""
     router = kwargs.get("output_router_logits")
     router = getattr(model.config, "output_router_logits", False) if router is None else router
     return not router and kwargs.get("return_dict", True) is not False

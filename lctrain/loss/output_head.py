@@ -1,8 +1,8 @@
-"""The last step of a causal language model, from hidden states to logits: found and verified.
+"""OutputHead: how a causal language model computes logits from hidden states, found and verified.
 
-`linear_cross_entropy` may replace a model's own logits only where both are the same function. That
-is not read from a list of architectures: the model runs once on a few tokens, and what passes
-between its decoder, its output embedding and its logits is compared with what we would compute.
+`linear_cross_entropy` may replace a model's own logits only if both compute the same function.
+`find_output_head` tests this for each model, without a list of architectures: it runs the model
+once on a few tokens, and compares the model's hidden states and logits with those of OutputHead.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from torch._dynamo import OptimizedModule
 from lctrain.loss.evaluation_mode import evaluation_mode
 from lctrain.warn import warn_caller
 
-# Far beyond the usual soft caps (30 to 50), so that one cannot hide in rounding errors.
+# Scale of the test's logits. Usual soft caps are 30 to 50, so a soft cap changes such logits by
+# far more than rounding.
 PROBE_LOGIT_SCALE = 100.0
 
 
 class UnverifiedHeadError(Exception):
-    """The model's logits differ from those that `OutputHead` computes; the message says how."""
+    """Raised if a model's logits differ from those of OutputHead; the message names the reason."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,10 @@ class OutputHead:
     """The function by which a model computes logits from the hidden states of its decoder.
 
     Attributes:
-        decoder: the model without its output embedding; `last_hidden_state` [B, S, E].
-        projection: the output embedding, weight [V, E] and perhaps bias [V].
-        softcap: `final_logit_softcapping`, or 0.
-        logit_scale: factor of the logits.
+        decoder: The model without its output embedding; it returns hidden states [B, S, E].
+        projection: The output embedding, with weight [V, E] and optionally bias [V].
+        softcap: `final_logit_softcapping` of the model's config; 0 for no soft cap.
+        logit_scale: Factor of the logits, applied before the soft cap.
     """
 
     decoder: nn.Module
@@ -44,7 +45,14 @@ class OutputHead:
     logit_scale: float
 
     def finish(self, projected: Tensor) -> Tensor:
-        """Returns the logits for the output of `projection`, any shape."""
+        """Applies the scale and the soft cap to the output of `projection`, a tensor of any shape.
+
+        Args:
+            projected: Output of `projection`.
+
+        Returns:
+            The logits, in the shape and dtype of `projected`.
+        """
         logits = projected * self.logit_scale
         if self.softcap > 0.0:
             logits = self.softcap * torch.tanh(logits / self.softcap)
@@ -59,15 +67,15 @@ _verified: WeakKeyDictionary[nn.Module, tuple[_Signature, OutputHead | None]] = 
 def find_output_head(
     model: nn.Module, make_probe: Callable[[], Mapping[str, Any]]
 ) -> OutputHead | None:
-    """Returns the verified head of `model`, or None with one warning.
+    """Returns the verified head of a model; None if the model must compute its logits itself.
 
-    With None the model computes its logits itself. The answer is cached per model, until its output
-    embedding is replaced or the configuration of its logits changes.
+    None comes with one warning. The result is cached per model until the model's output embedding
+    is replaced or the options of its logits change.
 
     Args:
-        model: a transformers causal LM, also compiled or with PEFT's adapters.
-        make_probe: gives the keyword arguments of a forward pass over a few tokens; called only
-            where the head has to be verified, since its copies to a device synchronise.
+        model: A transformers causal LM; it may be compiled or have PEFT adapters.
+        make_probe: Returns the keyword arguments of a forward pass over a few tokens. It is called
+            only to verify a head, since it copies tensors to the device, which synchronises.
     """
     inner = _without_wrappers(model)
     signature = _signature(inner)
@@ -86,7 +94,7 @@ def find_output_head(
 
 
 def _without_wrappers(model: nn.Module) -> Any:
-    """The transformers model inside torch.compile's and PEFT's wrappers."""
+    """Returns the transformers model inside the wrappers of torch.compile and PEFT."""
     if isinstance(model, OptimizedModule):
         model = model._orig_mod
     base: Any = getattr(model, "get_base_model", None)
@@ -110,7 +118,7 @@ def _output_embeddings(inner: Any) -> Any:
 
 
 def _config_of_logits(inner: Any) -> tuple[float, float]:
-    """Returns softcap and scale, from the names that transformers' configurations use."""
+    """Returns (softcap, logit_scale) of a model's config, which families store by other names."""
     config: Any = getattr(inner, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
@@ -124,7 +132,16 @@ def _config_of_logits(inner: Any) -> tuple[float, float]:
 
 
 def _verify(model: nn.Module, inner: Any, probe: Mapping[str, Any]) -> OutputHead:
-    """Runs the model on `probe` and compares each step of its head with OutputHead's."""
+    """Returns the head of a model after a test run, which compares it with OutputHead's formula.
+
+    Args:
+        model: The model as the loss will call it.
+        inner: The same model without wrappers.
+        probe: Keyword arguments of the test run.
+
+    Raises:
+        UnverifiedHeadError: if a step of the model's head differs.
+    """
     projection = _output_embeddings(inner)
     _check_projection(projection)
     seen: dict[str, Tensor] = {}
@@ -140,7 +157,7 @@ def _verify(model: nn.Module, inner: Any, probe: Mapping[str, Any]) -> OutputHea
         seen["projected"] = values.to(output.device, output.dtype)
         return seen["projected"].clone()
 
-    # Eager, or a compiled model would skip the hooks or keep them.
+    # The test runs eagerly: a compiled model would skip the hooks, or keep them in its graph.
     with evaluation_mode(model), torch.compiler.set_stance("force_eager"):
         handles = [projection.register_forward_hook(replace_projected)]
         handles += [part.register_forward_hook(watch_decoder) for part in _decoders(inner)]
@@ -149,7 +166,7 @@ def _verify(model: nn.Module, inner: Any, probe: Mapping[str, Any]) -> OutputHea
         finally:
             for handle in handles:
                 handle.remove()
-        # Of nested parts, the outermost that the model's forward calls finishes last.
+        # If decoders are nested, the outermost one finishes last, and is the one to call.
         decoder = next(reversed(hidden_of), None)
         if decoder is None or not seen:
             raise UnverifiedHeadError("its forward does not call its base model and its head")
@@ -169,7 +186,10 @@ def _verify(model: nn.Module, inner: Any, probe: Mapping[str, Any]) -> OutputHea
 
 
 def _decoders(inner: Any) -> list[nn.Module]:
-    """Yields the modules that may compute hidden states: some models skip their base."""
+    """Returns the modules that may compute the hidden states: the base model and the decoder.
+
+    The forward of some models calls the decoder directly, without the base model.
+    """
     decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
     parts = dict.fromkeys([getattr(inner, "base_model", None), decoder])
     return [part for part in parts if part is not None and part is not inner]
@@ -193,7 +213,15 @@ def _same(first: Tensor, second: Tensor) -> bool:
 
 
 def _equal_to_rounding(logits: Tensor, projected: Tensor, head: OutputHead) -> bool:
-    """Whether `logits` are at most twice as far from float64 as our formula in the same dtype."""
+    """Returns whether the model's logits equal OutputHead's up to rounding.
+
+    The error against float64 may be at most twice the error of OutputHead in the same dtype.
+
+    Args:
+        logits: The model's logits, any shape.
+        projected: Output of the output embedding, in the shape of the logits.
+        head: The head to compare with.
+    """
     if logits.shape != projected.shape:
         return False
     exact = head.finish(projected.double())

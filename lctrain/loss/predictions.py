@@ -1,4 +1,4 @@
-"""Predictions of a causal language model at chosen positions, without the logits of the others."""
+"""greedy_tokens: a causal language model's likeliest next tokens at chosen positions."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from lctrain.loss.output_head import find_output_head
 def greedy_tokens(model: nn.Module, model_kwargs: Mapping[str, Any], positions: Tensor) -> Tensor:
     """Returns the likeliest next token at chosen positions of a forward pass.
 
-    Where the inputs hold a text and its answer, the predictions before each token of the answer are
-    all right if and only if greedy decoding after the text gives that answer.
+    Where the model's head is verified (see `find_output_head`), logits of other positions are not
+    computed. To test whether greedy decoding after a prompt gives an expected answer, run prompt
+    and answer in one pass, and compare the prediction before each token of the answer with that
+    token.
 
     Args:
-        model: A causal language model, as in `causal_lm_loss`.
-        model_kwargs: Arguments of a forward pass over `input_ids` [B, S].
-        positions: [n] int64, positions in the flattened [B * S] tokens.
+        model: A transformers causal LM, as in `causal_lm_loss`.
+        model_kwargs: Keyword arguments of a forward pass over `input_ids` [B, S].
+        positions: [n] int64, indices into the flattened [B * S] tokens.
 
     Returns:
-        [n] int64.
+        [n] int64, the predicted token ids.
     """
     packed = "cu_seq_lens_q" in model_kwargs
     head = find_output_head(model, partial(probe, positions.device, packed))

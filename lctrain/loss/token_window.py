@@ -1,4 +1,4 @@
-"""TokenWindow: the loss of one optimizer step, with the same weight for every token."""
+"""TokenWindow: averages the loss of one optimizer step over the tokens of all micro-batches."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 class TokenWindow:
-    """Loss sums and token counts of the micro-batches of one optimizer step.
+    """Collects loss sums and token counts of the micro-batches of one optimizer step.
 
-    Every micro-batch back-propagates its loss sum. `close` multiplies the gradients once by
-    1 / (valid tokens of the window on all ranks). Counts that are Python ints stay on the CPU, and
-    one all-reduce per window joins the ranks: no host sync.
+    These micro-batches form a window. Every micro-batch back-propagates its summed loss. At the end
+    of the window, `close` divides the gradients by the number of valid tokens in the window on all
+    ranks. It needs one all-reduce and no synchronisation with the device.
 
     Attributes:
-        last_loss: Loss per token of the newest closed window, 0-dim float64 tensor, or None.
+        last_loss: Loss per token of the last closed window, 0-dim float64 tensor; None before.
     """
 
     def __init__(self) -> None:
@@ -34,8 +34,8 @@ class TokenWindow:
         """Adds one micro-batch.
 
         Args:
-            loss_sum: 0-dim, the summed loss.
-            tokens: Number of tokens that it sums, an int or a 0-dim tensor.
+            loss_sum: Summed loss of the micro-batch, 0-dim.
+            tokens: Number of valid tokens in the sum, an int or a 0-dim tensor.
         """
         if self._sum is None:
             self._sum = torch.zeros((), dtype=torch.float64, device=loss_sum.device)
@@ -47,9 +47,9 @@ class TokenWindow:
         """Scales the gradients by `averaged` / (valid tokens of the window on all ranks).
 
         Args:
-            parameters: Parameters whose gradients the window has summed.
-            averaged: Factor by which the gradients are divided already: Lightning divides by the
-                micro-batches of a window, DistributedDataParallel by the ranks.
+            parameters: Parameters whose gradients are scaled.
+            averaged: Number by which the gradients have already been divided. Lightning divides by
+                the micro-batches of a window, and DistributedDataParallel by the ranks.
             world_size: Number of ranks.
         """
         assert self._sum is not None
@@ -69,12 +69,12 @@ class TokenWindow:
         self.discard()
 
     def discard(self) -> None:
-        """Resets an open window, whose gradients are dropped."""
+        """Empties the window without scaling gradients."""
         self._sum, self._tokens = None, 0
 
 
 def _by_device_and_dtype(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """Groups tensors so that each group can take one fused operation."""
+    """Groups tensors by device and dtype, so that one fused operation can serve each group."""
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
