@@ -1,4 +1,4 @@
-"""Callbacks of a training run; each is independent of the others."""
+"""Lightning callbacks for training on packs; each can be used without the other callbacks."""
 
 from lctrain.callbacks.attention_schedule import AttentionSchedule
 from lctrain.callbacks.batch_seed import BatchSeed

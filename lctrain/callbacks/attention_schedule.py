@@ -1,4 +1,4 @@
-"""AttentionSchedule: another attention, window, dropout or RoPE from a step of training on."""
+"""AttentionSchedule: changes a model's attention, window, dropout or RoPE during training."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lctrain.models.within import Paths
 
 @dataclass(frozen=True)
 class AttentionStage:
-    """Attention of a model from one optimizer step on.
+    """One stage of an AttentionSchedule: the attention from one optimizer step to the next stage.
 
     Attributes:
-        step: Optimizer step from which on it holds.
-        attention: First argument of `lctrain.patch_model` after the model.
-        options: Its other arguments.
-        rope: Entries of the config's `rope_parameters` that differ, or None.
+        step: First optimizer step of the stage.
+        attention: Argument `attention` of `lctrain.patch_model`.
+        options: Keyword arguments of `lctrain.patch_model`.
+        rope: Entries to change in the config's `rope_parameters`; None changes none.
     """
 
     step: int
@@ -34,7 +34,15 @@ class AttentionStage:
 
     @classmethod
     def read(cls, step: Any, description: Any) -> AttentionStage:
-        """Makes a stage of one entry of the schedule. Raises ValueError if it does not fit."""
+        """Builds a stage from one entry of the schedule.
+
+        Args:
+            step: First optimizer step of the stage.
+            description: Mapping with `attention`, its options, and `rope`.
+
+        Raises:
+            ValueError: if the step, the attention, an option or `rope` is not valid.
+        """
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise ValueError(
                 f"stages must begin at optimizer steps of at least 0, got {step!r}. Use "
@@ -63,7 +71,7 @@ class AttentionStage:
 
 
 class AttentionSchedule(Patching):
-    """Patches the models as PatchAttention does, with other options from given optimizer steps on.
+    """Patches models as PatchAttention does, and changes the options at given optimizer steps.
 
         AttentionSchedule({
             0: {"attention": "flash", "sliding_window": 1024, "dropout": 0.1},
@@ -71,26 +79,28 @@ class AttentionSchedule(Patching):
             2000: {"attention": "dual_chunk", "chunk_size": 8192},
         })
 
-    The stage is a function of the optimizer step, so a resumed run goes on in its stage, to the
-    bit. Every stage is tried on the models before training. A change is logged; `attention/stage`,
-    the step at which the stage began, is logged at logging steps. Validation, test and
-    prediction use the newest stage of the run or of the checkpoint; without either the first.
+    The optimizer step alone decides the stage, so a resumed run gives the same bits as an
+    uninterrupted one. Every stage is tried on the models before training. Each change of stage is
+    logged. The metric `attention/stage`, logged at logging steps, is the first step of the current
+    stage. Validation, test and prediction use the current stage of the run, or the stage that a
+    checkpoint stores; without a run or checkpoint they use the first stage.
 
-    A checkpoint and the model after the run have the original config. If the last stage changes
-    RoPE, set `model.config.rope_parameters` to what `final_rope` says before you export the model.
+    Checkpoints, and the model after the run, keep the original config. If the last stage changes
+    RoPE, update `model.config.rope_parameters` with `final_rope` before you export the model.
 
     Args:
-        stages: A stage by its first optimizer step. A stage has `attention`, the options of
-            `lctrain.patch_model` for it, and `rope`, entries of the config's `rope_parameters`.
-            One stage must start at step 0.
-        models: Attribute paths of the models; None for all.
+        stages: Mapping from the first optimizer step of a stage to the stage. A stage is a mapping
+            with `attention` and its options, as in `lctrain.patch_model`, and `rope`, entries to
+            change in the config's `rope_parameters`. One stage must start at step 0.
+        models: Attribute paths of the models to patch; None for all models.
 
     Attributes:
-        stages: The stages, by rising step.
+        stages: The stages, in the order of their first steps.
         stage: The current stage.
 
     Raises:
-        ValueError: if a stage is wrong; before data are prepared as PatchAttention, for any stage.
+        ValueError: if a stage is not valid. In the run, before data are prepared: if a model cannot
+            be patched for one of the stages.
     """
 
     def __init__(self, stages: dict[int, dict[str, Any]], *, models: Paths = None) -> None:
@@ -108,22 +118,22 @@ class AttentionSchedule(Patching):
 
     @property
     def final_rope(self) -> dict[str, Any] | None:
-        """Entries of `rope_parameters` that the last stage changes; None if it changes none."""
+        """Entries that the last stage changes in `rope_parameters`; None if it changes none."""
         rope = self.stages[-1].rope
         return None if rope is None else dict(rope)
 
     def stage_at(self, step: int) -> AttentionStage:
-        """The stage of an optimizer step."""
+        """Returns the stage of an optimizer step."""
         return [stage for stage in self.stages if stage.step <= step][-1]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Enters the stage of the step that the run starts or resumes at."""
+        """Enters the stage of the optimizer step at which the run starts or resumes."""
         self._enter(self.stage_at(trainer.global_step))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Changes the attention if the next optimizer step is in another stage."""
+        """Changes the attention if a new stage begins at this optimizer step."""
         stage = self.stage_at(trainer.global_step)
         if stage is not self.stage:
             self._enter(stage)
@@ -138,20 +148,20 @@ class AttentionSchedule(Patching):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Logs the stage at logging steps."""
+        """Logs the first step of the current stage, at logging steps."""
         if at_log_step(trainer):
             pl_module.log("attention/stage", float(self.stage.step), batch_size=1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the first step of the stage, for a validation of the checkpoint."""
+        """Returns the first step of the current stage, which a later validation restores."""
         return {"stage": self.stage.step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Enters the stage of a checkpoint."""
+        """Enters the stage that a checkpoint stores."""
         self._enter(self.stage_at(state_dict["stage"]))
 
     def release(self) -> None:
-        """See Patching; rotary embeddings are given back as well."""
+        """Restores the models, their rotary embeddings, and the module's `configure_model`."""
         self._restore_rope()
         super().release()
 
@@ -165,7 +175,7 @@ class AttentionSchedule(Patching):
         self.patches.handles = {path: self._apply(stage, model) for path, model in models.items()}
 
     def _patch_one(self, model: Any) -> PatchHandle:
-        """Tries every stage, then patches for the current one."""
+        """Tries every stage on the model, then patches the model for the current stage."""
         for stage in self.stages:
             try:
                 handle = self._apply(stage, model)

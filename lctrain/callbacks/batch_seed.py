@@ -1,4 +1,4 @@
-"""BatchSeed: dropout that an interruption does not change, in any LightningModule."""
+"""BatchSeed: makes dropout reproducible after a resume, in any LightningModule."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from lctrain.dropout_seed import seed_micro_batch
 
 
 class BatchSeed(pl.Callback):
-    """Seeds torch's generators before every micro-batch, as LongContextModule does.
+    """Seeds torch's random generators before every micro-batch, as LongContextModule does.
 
-    The seed is a function of (seed, rank, index of the micro-batch): a resumed run draws the same
-    dropout masks as one that was never interrupted.
+    The seed is computed from (seed, rank, index of the micro-batch), so a resumed run draws the
+    same dropout masks as an uninterrupted run.
 
     Args:
-        seed: Seed, at least 0.
+        seed: Seed of the run, at least 0.
 
     Raises:
         ValueError: if the seed is negative.
@@ -30,5 +30,5 @@ class BatchSeed(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Seeds all generators."""
+        """Seeds torch's generators for this micro-batch."""
         seed_micro_batch(trainer, self.seed)

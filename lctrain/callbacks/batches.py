@@ -1,8 +1,8 @@
-"""BatchView: the contents of a batch that callbacks need, for every type of batch.
+"""BatchView: gives callbacks the documents, lengths and labels of any type of batch.
 
-A batch is a PackedBatch, or a mapping with transformers' names (`input_ids`, `labels`,
-`attention_mask`, `position_ids`, `cu_seq_lens_q`), or anything that a function of the user's turns
-into one of them. Documents are found as a patched model finds them.
+A batch is a PackedBatch, a mapping with transformers' names (`input_ids`, `labels`,
+`attention_mask`, `position_ids`, `cu_seq_lens_q`), or any object that a function of the user
+converts into one of these two. The boundaries of documents are those that a patched model uses.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ReadBatch = Callable[[Any], Any]
 
 
 def view_batch(batch: Any, read_batch: ReadBatch | None = None) -> BatchView:
-    """Returns the view of one batch; no device is waited for.
+    """Returns the view of one batch, without waiting for the device.
 
     Args:
         batch: A batch of the data loader.
@@ -30,7 +30,7 @@ def view_batch(batch: Any, read_batch: ReadBatch | None = None) -> BatchView:
             names; None if the batch is one of them.
 
     Raises:
-        ValueError: if the batch, or what the function returned, is neither.
+        ValueError: if the batch, or the result of `read_batch`, is neither.
     """
     content = batch if read_batch is None else read_batch(batch)
     if isinstance(content, PackedBatch):
@@ -50,7 +50,7 @@ def view_batch(batch: Any, read_batch: ReadBatch | None = None) -> BatchView:
 
 @dataclass(frozen=True, eq=False)
 class BatchView:
-    """A batch as documents.
+    """Gives access to the documents of a batch.
 
     Attributes:
         content: A PackedBatch, or a mapping with transformers' names.
@@ -60,7 +60,7 @@ class BatchView:
 
     @property
     def input_ids(self) -> Tensor:
-        """[B, S] int64 tokens."""
+        """Token ids [B, S] int64."""
         if isinstance(self.content, PackedBatch):
             return self.content.input_ids
         tokens: Tensor = self.content["input_ids"]
@@ -68,11 +68,14 @@ class BatchView:
 
     @property
     def rows(self) -> int:
-        """B, the number of rows."""
+        """Number of rows B."""
         return int(self.input_ids.shape[0])
 
     def without_tokens(self) -> BatchView:
-        """Returns a view of rows, lengths and names, so that the rest of the batch can be freed."""
+        """Returns a view that keeps only shape, document boundaries and names.
+
+        The tokens and labels of the batch can then be freed.
+        """
         shape = self.input_ids.to("meta")
         if isinstance(self.content, PackedBatch):
             pack = self.content
@@ -86,7 +89,7 @@ class BatchView:
 
     @property
     def says_where_documents_end(self) -> bool:
-        """Returns whether the batch has boundaries: cu_seq_lens, positions or a padding mask."""
+        """Whether the batch has cu_seq_lens, position ids or an attention mask."""
         names = ("cu_seq_lens_q", "position_ids", "attention_mask")
         return isinstance(self.content, PackedBatch) or any(
             self.content.get(name) is not None for name in names
@@ -94,7 +97,10 @@ class BatchView:
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of every document, without padding. Waits for a mapping on a GPU."""
+        """Length of every document in tokens, without padding.
+
+        Waits for the device if the batch is a mapping of tensors on a GPU.
+        """
         if isinstance(self.content, PackedBatch):
             return self.content.lengths
         if "lengths" in self.content:
@@ -117,16 +123,22 @@ class BatchView:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all documents. Waits for a mapping on a GPU."""
+        """Number of tokens in all documents, without padding.
+
+        Waits for the device if the batch is a mapping of tensors on a GPU.
+        """
         if isinstance(self.content, PackedBatch):
             return self.content.num_tokens
         return sum(self.lengths)
 
     def num_valid_tokens(self) -> int | Tensor:
-        """Number of tokens that the loss counts; 0-dim int64 on the device for a mapping.
+        """Returns the number of tokens in the loss, which are the labels that are not -100.
 
-        A PackedBatch and `shift_labels` hold shifted labels. `labels` are aligned with the tokens,
-        as transformers takes them: the first of a row is no target.
+        The labels of a PackedBatch and `shift_labels` are shifted. `labels` of a mapping are not
+        shifted, as in transformers, so the first label of a row is not counted.
+
+        Returns:
+            An int for a PackedBatch, a 0-dim int64 tensor on the device for a mapping.
 
         Raises:
             ValueError: if a mapping has no labels.
@@ -145,7 +157,7 @@ class BatchView:
         )
 
     def document_names(self) -> tuple[str, ...]:
-        """Names of the documents for messages; their numbers where they have no names."""
+        """Returns the documents' names for messages, or their ids or indices without names."""
         if isinstance(self.content, PackedBatch):
             ids = self.content.document_ids.tolist()
             return self.content.names or tuple(f"id {number}" for number in ids)
@@ -158,7 +170,7 @@ class BatchView:
         return tuple(f"number {index}" for index in range(len(self.lengths)))
 
     def model_kwargs(self) -> dict[str, Any]:
-        """Keywords for the model's forward pass, without labels."""
+        """Returns keyword arguments for the model's forward pass, without labels and names."""
         if isinstance(self.content, PackedBatch):
             return self.content.model_kwargs()
         dropped = ("labels", "shift_labels", "names")

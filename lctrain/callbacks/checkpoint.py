@@ -1,4 +1,4 @@
-"""StepCheckpoint: a checkpoint every n optimizer steps that an interruption cannot corrupt."""
+"""StepCheckpoint: saves a checkpoint every n optimizer steps, safe against interruptions."""
 
 from __future__ import annotations
 
@@ -23,27 +23,29 @@ __all__ = ["AtomicCheckpointIO", "StepCheckpoint", "check_writable", "step_check
 log = logging.getLogger(__name__)
 
 UNFINISHED = ".tmp"  # suffix of a checkpoint whose step is not logged yet
+# Errors of a file system without symbolic links.
 NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class StepCheckpoint(Checkpoint):
-    """Saves every n optimizer steps, in the middle of an epoch too, and at the end of training.
+    """Saves a checkpoint every n optimizer steps, also within an epoch, and after the last step.
 
-    A checkpoint is written when its step ends, and gets its name once that step's metrics are
-    logged and a validation that is due has run: a run that is killed in between resumes from the
-    checkpoint before, and no row of the metrics is missing. `last.ckpt` is a link that always
-    points to the newest complete checkpoint, where the file system has links.
+    A checkpoint is written under a temporary name at the end of its step. It gets its final name
+    after the step's metrics are logged and any validation after the step has run. A run that is
+    killed in between resumes from the previous checkpoint, so its metrics have no gap. `last.ckpt`
+    is a symbolic link to the newest complete checkpoint, if the file system supports links.
 
     Args:
         directory: Folder of the checkpoints; created if it does not exist.
         every_n_steps: Optimizer steps between two checkpoints.
-        keep: Number of newest checkpoints that stay on disk. Those of later steps, from which the
-            run has gone back, are deleted.
+        keep: Number of newest checkpoints to keep. If the run resumed from an older checkpoint, the
+            checkpoints of later steps are deleted too.
 
     Raises:
-        ValueError: if a number is below 1, and in `setup`, before any training, if the directory
-            cannot be written.
-        StorageError: on all ranks, if a checkpoint cannot be written; nothing is left of it.
+        ValueError: if a number is below 1. In `setup`, before training: if the directory is not
+            writable.
+        StorageError: on all ranks, if a checkpoint cannot be written. The unfinished file is
+            deleted.
     """
 
     def __init__(self, directory: str | Path, every_n_steps: int = 100, keep: int = 2) -> None:
@@ -60,12 +62,16 @@ class StepCheckpoint(Checkpoint):
 
     @property
     def last_path(self) -> Path:
-        """Path of the link to the newest checkpoint; without links, of that checkpoint."""
+        """Path of the link `last.ckpt`, or of the newest checkpoint if there is no link."""
         link = self.directory / LAST
         return link if link.exists() else next(iter(checkpoints_in(self.directory)), link)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Raises if the directory cannot be written; deletes the temporary files of killed runs."""
+        """Checks that the directory is writable, and deletes the temporary files of killed runs.
+
+        Raises:
+            ValueError: if the directory is not writable.
+        """
         if trainer.is_global_zero:
             check_writable(self.directory)
             for pattern in ORPHANS:
@@ -73,13 +79,13 @@ class StepCheckpoint(Checkpoint):
                     unfinished.unlink(missing_ok=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remembers the step of a resumed checkpoint, so as not to save it again."""
+        """Stores the step at which the run starts or resumes, so that it is not saved again."""
         self._saved_step = trainer.global_step
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Completes the checkpoint of the previous step, whose metrics are logged."""
+        """Completes the checkpoint of the previous step, whose metrics are logged by now."""
         self.complete(trainer)
 
     def on_train_batch_end(
@@ -90,26 +96,27 @@ class StepCheckpoint(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Saves after every n-th optimizer step and after the last one."""
+        """Saves a checkpoint after every n-th optimizer step and after the last step."""
         step = trainer.global_step
         if step % self.every_n_steps == 0 or step == trainer.max_steps:
             self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves the end of training."""
+        """Saves and completes the checkpoint of the last step."""
         self.save(trainer)
         self.complete(trainer)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Completes a written checkpoint after an error."""
+        """Completes the checkpoint that is already written, after an error."""
         self.complete(trainer)
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Writes the state after this step, unless it is written; `complete` names it.
+        """Writes a checkpoint of this optimizer step under a temporary name, unless it exists.
 
-        All ranks call it, at the end of a training batch.
+        All ranks must call this method, at the end of a training batch. `complete` gives the file
+        its final name.
         """
         step = trainer.global_step
         if step == self._saved_step or trainer.fast_dev_run:
@@ -127,7 +134,7 @@ class StepCheckpoint(Checkpoint):
         self._pending = path
 
     def complete(self, trainer: pl.Trainer) -> None:
-        """Renames a written checkpoint, points the link `last.ckpt` to it, and deletes old ones."""
+        """Gives a written checkpoint its final name, links it as last.ckpt, deletes old ones."""
         pending, self._pending = self._pending, None
         if pending is None or not trainer.is_global_zero:
             return
@@ -165,14 +172,15 @@ class StepCheckpoint(Checkpoint):
 
 
 def step_checkpoints(callbacks: Sequence[pl.Callback]) -> list[StepCheckpoint]:
-    """Returns the callbacks that save checkpoints."""
+    """Returns the StepCheckpoints among the callbacks."""
     return [callback for callback in callbacks if isinstance(callback, StepCheckpoint)]
 
 
 def check_writable(directory: Path) -> None:
-    """Raises ValueError if no file can be created in `directory`.
+    """Raises a ValueError if no file can be created in a directory.
 
-    Creates the directory if needed.
+    Args:
+        directory: The directory; created if it does not exist.
     """
     probe = directory / f".writable-{os.getpid()}"
     try:
@@ -189,7 +197,7 @@ def check_writable(directory: Path) -> None:
 
 
 def _step_of(path: Path) -> int:
-    """The step in the name of a checkpoint; -1 if it has none."""
+    """Returns the step in the file name of a checkpoint; -1 if the name has no step."""
     number = path.name.removeprefix("step-").partition(".")[0]
     return int(number) if number.isdigit() else -1
 
@@ -197,7 +205,17 @@ def _step_of(path: Path) -> int:
 def _raise_on_all_ranks(
     trainer: pl.Trainer, error: OSError | None, what: str, checkpoint: StepCheckpoint
 ) -> None:
-    """Raises what happened on the first rank on every rank, so that none waits for it."""
+    """Raises an error of the first rank on every rank, so that no rank waits for it.
+
+    Args:
+        trainer: The trainer.
+        error: The error on this rank; None if there is none.
+        what: What could not be written, for the message.
+        checkpoint: The callback, whose directory is named in the message.
+
+    Raises:
+        StorageError: if the first rank has an error.
+    """
     found: list[tuple[int | None, str] | None] = [
         None if error is None else (error.errno, str(error))
     ]

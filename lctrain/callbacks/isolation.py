@@ -1,4 +1,4 @@
-"""IsolationCheck: before the first step, proof on a real batch that documents do not mix."""
+"""IsolationCheck: tests before the first step that the documents of a real batch do not mix."""
 
 from __future__ import annotations
 
@@ -16,38 +16,41 @@ from lctrain.callbacks.lengths import observed_document, with_other_lengths
 from lctrain.callbacks.routed import RoutedRounding
 from lctrain.callbacks.targets import find_target
 
-LARGEST_LOGITS = 2**28  # elements; above, the last hidden states are compared instead
-BAR_DELAY_S = 1.0  # before a bar appears
-LARGEST_RECORD = 2**30  # elements kept of routed blocks; above, the check takes fewer tokens
+LARGEST_LOGITS = 2**28  # elements; with more, the last hidden states are compared instead
+BAR_DELAY_S = 1.0  # seconds before a progress bar appears
+LARGEST_RECORD = 2**30  # elements recorded of routed blocks; with more, the batch is shortened
 
 
 class IsolationError(RuntimeError):
-    """A document of a pack influenced another one."""
+    """Raised if a document of a pack changes the outputs of another document."""
 
 
 class IsolationCheck(pl.Callback):
-    """Perturbs one document of the first real batch and compares all others bit by bit.
+    """Checks on the first training batch that no document changes the outputs of another document.
 
-    Then it varies the lengths of a document's neighbours: the tokens around the shortest document
-    become documents of other lengths, and its outputs must stay, too.
+    The check has two parts, which both compare outputs bit by bit:
 
-    The check runs before the first training step, on the batch of that step, without gradients or
-    dropout. It leaves the random generators, the training mode of every module and the order of the
-    batches as they were. A batch of one document is checked as its two halves. Compared are the
-    logits, or, where they would have more than 2^28 elements, the last hidden states, from which
-    logits are computed token by token. Experts of a mixture round by how many tokens meet in them:
-    RoutedRounding tells that from a leak.
+    1. It changes the tokens of one document. The outputs of all other documents must not change.
+    2. It changes the boundaries between the documents around the shortest document. The outputs of
+       the shortest document must not change.
 
-    A batch may be a PackedBatch or a mapping with transformers' names that says where documents
-    end. Rows that hold one document each, with or without padding, have nothing to mix.
+    The check runs before the first training step, without gradients and dropout. It does not change
+    the random generators, the training mode of any module, or the order of the batches. A batch of
+    one document is split into two halves. The outputs are the logits, or the last hidden states if
+    there would be more than 2^28 logits. RoutedRounding keeps the rounding of mixture-of-experts
+    blocks from being reported.
+
+    A batch is a PackedBatch, or a mapping with transformers' names that says where documents end.
+    Batches with one document per row, padded or not, are not checked.
 
     Args:
-        model: Attribute path of the model in the module; None for the only one, or the only one
-            with trainable weights.
-        read_batch: Function from a batch to a PackedBatch or a mapping with transformers' names.
+        model: Attribute path of the model in the module; None takes the only model, or the only
+            model with trainable weights.
+        read_batch: Function from a batch to a PackedBatch or a mapping with transformers' names;
+            None if batches are one of them.
 
     Raises:
-        IsolationError: if any other document's outputs change in any bit.
+        IsolationError: if outputs change that must not change.
         ValueError: if the model is not found, or the batch does not say where documents end.
     """
 
@@ -57,13 +60,13 @@ class IsolationCheck(pl.Callback):
         self._checked = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Arms the check for this fit."""
+        """Makes the check run at the first batch of this fit."""
         self._checked = False
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Checks the first batch.
+        """Checks the first batch of the fit.
 
         Raises:
             IsolationError: if documents mix.
@@ -81,7 +84,13 @@ class IsolationCheck(pl.Callback):
 
 
 def as_pack(view: BatchView) -> PackedBatch | None:
-    """Returns the documents of a batch as a pack on its device; None for one document per row.
+    """Returns the documents of a batch as a pack on the batch's device.
+
+    Args:
+        view: The batch.
+
+    Returns:
+        The pack, or None if each row holds one document.
 
     Raises:
         ValueError: if the batch is one row without boundaries of documents.
@@ -106,15 +115,15 @@ def as_pack(view: BatchView) -> PackedBatch | None:
 
 
 def check_isolation(model: nn.Module, batch: PackedBatch, progress: bool = False) -> None:
-    """Runs `model` on `batch`, with one document changed, and with neighbours of other lengths.
+    """Checks that the documents of a pack do not mix in a model, as IsolationCheck does.
 
     Args:
         model: A causal LM that takes the arguments `batch.model_kwargs()`.
         batch: A pack on the model's device.
-        progress: Show a bar over the forward passes, if they take more than a second.
+        progress: Whether to show a bar over the forward passes if they take more than a second.
 
     Raises:
-        IsolationError: if an output outside what was changed differs in any bit.
+        IsolationError: if outputs change that must not change.
     """
     rounding = RoutedRounding(model)
     if rounding.blocks:
@@ -143,9 +152,20 @@ def check_isolation(model: nn.Module, batch: PackedBatch, progress: bool = False
 def _check_contents(
     model: nn.Module, batch: PackedBatch, before: Tensor, rounding: RoutedRounding, bar: Any
 ) -> None:
-    """Changes the tokens of one document; `before` [T, C] are the outputs of the batch."""
+    """Changes the tokens of one document, and compares the outputs of all other documents.
+
+    Args:
+        model: The model.
+        batch: The pack.
+        before: [T, C], outputs of the model for the unchanged pack.
+        rounding: Removes the rounding of routed blocks.
+        bar: Progress bar over the forward passes.
+
+    Raises:
+        IsolationError: if an output of another document changes.
+    """
     documents = _with_tokens(batch)
-    chosen = documents[(len(documents) - 1) // 2]  # never the last: a causal leak runs forwards
+    chosen = documents[(len(documents) - 1) // 2]  # not the last: causal leaks go to later tokens
     start = sum(batch.lengths[:chosen])
     end = start + batch.lengths[chosen]
     others = _all_but(batch, start, end)
@@ -175,7 +195,18 @@ def _check_contents(
 def _check_lengths(
     model: nn.Module, batch: PackedBatch, before: Tensor, rounding: RoutedRounding, bar: Any
 ) -> None:
-    """Changes the lengths of the documents around one; `before` [T, C] are the batch's outputs."""
+    """Changes the boundaries around the shortest document, and compares the document's outputs.
+
+    Args:
+        model: The model.
+        batch: The pack.
+        before: [T, C], outputs of the model for the unchanged pack.
+        rounding: Removes the rounding of routed blocks.
+        bar: Progress bar over the forward passes.
+
+    Raises:
+        IsolationError: if an output of the shortest document changes.
+    """
     index, start, end = observed_document(batch)
     observed = ~_all_but(batch, start, end)
     for changed in with_other_lengths(batch, start, end, model):
@@ -199,20 +230,23 @@ def _largest(before: Tensor, after: Tensor, rows: Tensor) -> float:
 
 
 def _all_but(batch: PackedBatch, start: int, end: int) -> Tensor:
-    """[T] bool, False in [start, end)."""
+    """Returns a mask of the pack's tokens, [T] bool, False at tokens [start, end)."""
     others = torch.ones(batch.num_tokens, dtype=torch.bool, device=batch.input_ids.device)
     others[start:end] = False
     return others
 
 
 def _width(model: nn.Module) -> int:
-    """Returns the hidden size of the model, or its embedding's width if the config has none."""
+    """Returns the hidden size of the model's config, or else the largest last weight dimension."""
     size = getattr(getattr(model, "config", None), "hidden_size", None)
     return int(size) if size else max((p.shape[-1] for p in model.parameters()), default=1)
 
 
 def _shortened(batch: PackedBatch, tokens: int) -> PackedBatch:
-    """Returns the batch, or documents of it cut to half of `tokens`, as many as fit."""
+    """Returns the pack shortened to at most `tokens` tokens.
+
+    Each document is cut to at most half of `tokens`, and documents that do not fit are dropped.
+    """
     if batch.num_tokens <= tokens:
         return batch
     kept, room = [], tokens
@@ -227,9 +261,9 @@ def _shortened(batch: PackedBatch, tokens: int) -> PackedBatch:
 
 
 def _outputs(model: nn.Module, batch: PackedBatch, bar: Any) -> Tensor:
-    """Returns the logits [T, V], or the hidden states [T, E] where logits would be too large.
+    """Returns the logits [T, V], or the last hidden states [T, E] if logits would be too large.
 
-    Advances the bar by one pass.
+    Advances the progress bar by one pass.
     """
     bar.update(1)
     base = getattr(model, "base_model", model)
@@ -239,26 +273,26 @@ def _outputs(model: nn.Module, batch: PackedBatch, bar: Any) -> Tensor:
 
 
 def _perturb(batch: PackedBatch, start: int, end: int, vocabulary: int) -> PackedBatch:
-    """Returns the batch with every token of [start, end) replaced by the next token id."""
+    """Returns the pack with every token id at [start, end) raised by 1, modulo the vocabulary."""
     tokens = batch.input_ids.clone()  # [1, T]
     tokens[:, start:end] = (tokens[:, start:end] + 1) % vocabulary
     return replace(batch, input_ids=tokens)
 
 
 def _vocabulary(model: nn.Module, batch: PackedBatch) -> int:
-    """Returns the number of token ids of the model."""
+    """Returns the model's vocabulary size, or one more than the largest token id if unknown."""
     config = getattr(model, "config", None)
     size = getattr(config, "vocab_size", None)
     return int(batch.input_ids.max()) + 1 if size is None else int(size)
 
 
 def _with_tokens(batch: PackedBatch) -> list[int]:
-    """Indices of the documents that are not empty."""
+    """Returns the indices of the documents that are not empty."""
     return [index for index, length in enumerate(batch.lengths) if length > 0]
 
 
 def _halves(batch: PackedBatch) -> PackedBatch:
-    """Returns the only document with tokens as two documents."""
+    """Returns a pack whose only document with tokens is split into two documents."""
     tokens = batch.input_ids[0].cpu()
     middle = len(tokens) // 2
     only = _with_tokens(batch)[0]
@@ -272,7 +306,7 @@ def _halves(batch: PackedBatch) -> PackedBatch:
 
 
 def _document_of(batch: PackedBatch, token: int) -> int:
-    """Index of the document that holds a token."""
+    """Returns the index of the document that holds the token at index `token` of the pack."""
     end = 0
     for index, length in enumerate(batch.lengths):
         end += length

@@ -1,4 +1,4 @@
-"""LengthPerplexity: perplexity by context length while the model trains."""
+"""LengthPerplexity: measures perplexity at several context lengths during training."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from lctrain.eval.begin import NO_BEGIN, BeginTokens, begin_tokens
 class LengthPerplexity(pl.Callback):
     """Measures held-out perplexity at several context lengths every n optimizer steps.
 
-    Rank 0 measures while the other ranks wait. Training is not changed: every module gets its mode
-    back, also after an error, and dropout is seeded by step.
+    Rank 0 measures while the other ranks wait. The measurement does not change training: the
+    training mode of every module is restored, even after an error.
 
     Args:
         lengths: Context lengths in tokens.
         every_n_steps: Optimizer steps between two measurements.
-        max_tokens: Tokens per forward pass; None takes the longest length.
-        documents: Number of held-out documents, the longest first.
-        held_out: Held-out documents as sequences of token ids; None asks the data module's
-            `held_out_documents()`, as PackedDataModule has it.
-        model: Attribute path of the model in the module; None for the only one, or the only one
-            with trainable weights.
-        begin_token: Whether each window begins with the begin token of the data module's tokenizer;
-            None where that tokenizer adds one to a text.
+        max_tokens: Largest number of tokens per forward pass; None takes the longest length.
+        documents: Number of held-out documents to measure, the longest ones.
+        held_out: Held-out documents as sequences of token ids; None takes those of the data
+            module's method `held_out_documents()`, which PackedDataModule has.
+        model: Attribute path of the model in the module; None takes the only model, or the only
+            model with trainable weights.
+        begin_token: Whether each window starts with the begin token of the data module's tokenizer;
+            None follows the tokenizer, which may add a begin token to a text.
 
     Raises:
         ValueError: if `every_n_steps` or `documents` is below 1 or a length is out of range; in
@@ -66,10 +66,10 @@ class LengthPerplexity(pl.Callback):
         self.begin_token = begin_token
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raises before training if there is no document to measure.
+        """Checks before training that there is a model and a document to measure.
 
         Raises:
-            ValueError: if no held-out document has two tokens.
+            ValueError: if the model is not found, or no held-out document has two tokens.
         """
         find_target(pl_module, self.model, self)
         documents = self._held_out(trainer)
@@ -88,7 +88,7 @@ class LengthPerplexity(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Measures and logs `val/perplexity_<length>` if the step is one of the n-th."""
+        """Measures and logs `val/perplexity_<length>` after every n-th optimizer step."""
         stepped = not trainer.fit_loop._should_accumulate()
         if not stepped or trainer.global_step % self.every_n_steps != 0:
             return

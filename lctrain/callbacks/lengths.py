@@ -1,4 +1,4 @@
-"""Other lengths for the documents around one of a pack, which must not notice."""
+"""Changes the lengths of a document's neighbours in a pack, for IsolationCheck."""
 
 from collections.abc import Iterator
 
@@ -7,14 +7,21 @@ from torch import Tensor, nn
 
 from lctrain.batch import PackedBatch
 
-SHORTEST = 16  # tokens of the shortest neighbours: one document per token would be slow
-REACH = 2  # neighbours grow to so many times the model's window, where the pack has the tokens
+SHORTEST = 16  # tokens of the shortest neighbours; one document per token would be slow
+REACH = 2  # length of the longest neighbours in windows of the model
 
 
 def observed_document(batch: PackedBatch) -> tuple[int, int, int]:
-    """Returns (index, start, end) of the shortest document that has tokens.
+    """Returns the index, first token and end of the shortest document that is not empty.
 
-    What follows the longest document of a row changes for the shortest one, if for any.
+    The shortest document shows best whether a model's outputs depend on the longest document of a
+    row.
+
+    Args:
+        batch: The pack.
+
+    Returns:
+        (index, start, end); the document is tokens [start, end) of the pack.
     """
     lengths = batch.lengths
     index = min((i for i, length in enumerate(lengths) if length > 0), key=lambda i: lengths[i])
@@ -25,11 +32,18 @@ def observed_document(batch: PackedBatch) -> tuple[int, int, int]:
 def with_other_lengths(
     batch: PackedBatch, start: int, end: int, model: nn.Module
 ) -> Iterator[PackedBatch]:
-    """Yields the pack again, with other document lengths for all tokens outside of [start, end).
+    """Yields the pack with other boundaries between the documents outside of [start, end).
 
-    Every token stays where it is. First the neighbours are no longer than the document itself, then
-    as long as the tokens on its side allow: up to twice the model's window if it has rotary
-    embeddings, else up to the longest document of the batch, since a table of positions has an end.
+    The tokens do not change. In the first result, neighbours are at most as long as the document
+    (or 16 tokens). In the second, they are as long as the pack allows: up to twice the model's
+    window with rotary embeddings, else up to the longest document of the pack, since a table of
+    positions is limited. A result with a longest document that occurred before is skipped.
+
+    Args:
+        batch: The pack.
+        start: First token of the document that stays as it is.
+        end: Index after its last token.
+        model: The model, for its window.
     """
     shortest = max(end - start, SHORTEST)
     longest = batch.max_seqlen

@@ -1,4 +1,4 @@
-"""NonFiniteLossGuard: a NaN or infinite loss stops the run, or its step is left out."""
+"""NonFiniteLossGuard: stops the run at a NaN or infinite loss, or skips the optimizer step."""
 
 from __future__ import annotations
 
@@ -23,19 +23,25 @@ ON_BATCH = ("stop", "skip")
 
 
 class NonFiniteLossError(RuntimeError):
-    """The training loss, or a weight, became NaN or infinite."""
+    """Raised if the training loss or a weight has become NaN or infinite."""
 
 
 @dataclass(frozen=True)
 class _Loss:
-    """One micro-batch since the last look: its loss (0-dim, on the device) and its documents."""
+    """One micro-batch whose loss is not checked yet.
+
+    Attributes:
+        index: Index of the micro-batch in the run.
+        value: Its loss, 0-dim, on the device.
+        batch: View of its documents, without tokens.
+    """
 
     index: int
     value: Tensor
     batch: BatchView
 
     def describe(self) -> str:
-        """Names the documents, at most SHOWN_DOCUMENTS of them."""
+        """Returns the loss, the index, and the names of at most SHOWN_DOCUMENTS documents."""
         names = self.batch.document_names()
         more = len(names) - SHOWN_DOCUMENTS
         shown = ", ".join(names[:SHOWN_DOCUMENTS]) + (f" and {more} more" if more > 0 else "")
@@ -43,28 +49,27 @@ class _Loss:
 
 
 class NonFiniteLossGuard(pl.Callback):
-    """Stops the run at a loss that is not finite, and names the documents of its batch.
+    """Stops the run at a loss that is NaN or infinite, and names the documents of its batch.
 
-    With on_batch="skip" the optimizer step is skipped instead. The gradients of the step are
-    dropped on all ranks, so that weights and optimizer state do not change; the learning-rate
-    schedule advances. This mode checks the gradients of every step, and waits for the device to do
-    so.
+    With on_batch="stop", losses stay on the device until a logging step or a checkpoint. The run
+    waits for the device at these points anyway.
 
-    With on_batch="stop" the losses stay on the device until a logging step or a checkpoint, where
-    the device is waited for anyway.
+    With on_batch="skip", the optimizer step is skipped instead. All ranks drop the gradients of the
+    step, so weights and optimizer state do not change; the learning-rate schedule advances. This
+    mode checks the loss and the gradients of every step, and waits for the device at every step.
 
-    Nothing that is not finite reaches a checkpoint: saving raises first, also when the losses were
-    finite and an overflow in the backward pass spoilt the weights.
+    No checkpoint contains weights that are NaN or infinite: saving one raises NonFiniteLossError,
+    even if all losses were finite.
 
     Args:
         read_batch: Function from a batch to a PackedBatch or a mapping with transformers' names,
-            for other batches; it provides the names of the documents.
-        on_batch: stop, or skip to leave out the optimizer step of a batch whose loss or gradient is
+            from which documents are named; None if batches are one of them.
+        on_batch: "stop", or "skip" to skip the optimizer step of a batch whose loss or gradient is
             not finite.
-        max_in_a_row: Steps that may be left out one after the other; one more stops the run.
+        max_in_a_row: Largest number of consecutive skipped steps; one more stops the run.
 
     Attributes:
-        left_out: Number of skipped steps, including those before a resume.
+        left_out: Number of skipped steps, those before a resume included.
 
     Raises:
         ValueError: if an argument is out of range; in training, if the batch cannot be read, or
@@ -109,7 +114,10 @@ class NonFiniteLossGuard(pl.Callback):
         pl_module: pl.LightningModule,
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        """Drops the gradients of a step with a value that is not finite, on all ranks."""
+        """With on_batch="skip", drops all gradients if a loss or gradient is not finite.
+
+        All ranks drop theirs if one rank finds such a value.
+        """
         if self.on_batch != "skip":
             return
         losses, self._step_losses = self._step_losses, []
@@ -131,10 +139,13 @@ class NonFiniteLossGuard(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Keeps the loss; checks the kept losses at a logging step.
+        """Keeps the loss of the micro-batch, and checks all kept losses at logging steps.
+
+        With on_batch="skip", counts the skipped steps instead.
 
         Raises:
-            NonFiniteLossError: if a kept loss is not finite, on any rank.
+            NonFiniteLossError: if a kept loss of any rank is not finite, or too many consecutive
+                steps were skipped.
         """
         index = trainer.fit_loop.epoch_loop.total_batch_idx
         loss = loss_of(outputs)
@@ -152,18 +163,20 @@ class NonFiniteLossGuard(pl.Callback):
             self._check_losses(trainer)
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the counts of skipped steps."""
+        """Returns the number of skipped steps, and of consecutive skipped steps."""
         return {"left_out": self.left_out, "in_a_row": self._in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Restores the counts from a checkpoint."""
+        """Restores both numbers of skipped steps from a checkpoint."""
         self.left_out, self._in_a_row = state_dict["left_out"], state_dict["in_a_row"]
 
     def _count(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Counts the step that just ended, if one did, and names what was left out.
+        """Counts the optimizer step if it was skipped, and logs the documents of its batch.
+
+        Does nothing after a micro-batch that does not end an optimizer step.
 
         Raises:
-            NonFiniteLossError: if too many steps in a row were left out.
+            NonFiniteLossError: if too many consecutive steps were skipped.
         """
         if trainer.fit_loop._should_accumulate():
             return
@@ -188,10 +201,10 @@ class NonFiniteLossGuard(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Checks losses and weights before a file is written.
+        """Checks the kept losses and all weights before a checkpoint is written.
 
         Raises:
-            NonFiniteLossError: if one of them is not finite.
+            NonFiniteLossError: if a loss or a weight is not finite.
         """
         if self.on_batch == "stop":
             self._check_losses(trainer)
@@ -204,16 +217,20 @@ class NonFiniteLossGuard(pl.Callback):
             )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Checks the losses after the last logging step.
+        """Checks the losses that were kept since the last logging step.
 
         Raises:
-            NonFiniteLossError: if one of them is not finite.
+            NonFiniteLossError: if a loss is not finite.
         """
         if self.on_batch == "stop":
             self._check_losses(trainer)
 
     def _check_losses(self, trainer: pl.Trainer) -> None:
-        """Raises on all ranks if a pending loss of any rank is not finite; waits for the device."""
+        """Checks the kept losses of all ranks, which waits for the device.
+
+        Raises:
+            NonFiniteLossError: on all ranks, if a loss of any rank is not finite.
+        """
         pending, self._pending = self._pending, []
         if not pending:
             return
@@ -243,7 +260,7 @@ def _finite(value: Tensor) -> bool:
 
 
 def _remedy(trainer: pl.Trainer) -> str:
-    """Returns the end of an error message: which checkpoint remains, and what to try."""
+    """Returns the end of an error message, which names the last checkpoint and a remedy."""
     checkpoints = [c for c in trainer.callbacks if isinstance(c, StepCheckpoint)]
     kept = [str(c.last_path) for c in checkpoints if c.last_path.is_file()]
     last = f"The last good checkpoint is {kept[0]}." if kept else "There is no checkpoint yet."

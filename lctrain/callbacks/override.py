@@ -1,4 +1,4 @@
-"""Override: another method on one object, and the old one back."""
+"""Override: replaces a method of one object, and restores it."""
 
 from __future__ import annotations
 
@@ -7,25 +7,28 @@ from typing import Any
 
 
 class Override:
-    """Replaces a method of one object by a function, until `restore`.
+    """Replaces a method of one object by a function, until `restore` is called.
 
     Args:
-        target: The object, a LightningModule for example.
+        target: The object, such as a LightningModule.
         name: Name of the method.
-        make: Function from the bound method to the function that replaces it.
+        make: Takes the bound method and returns the function that replaces it.
+
+    Attributes:
+        function: The function that replaces the method.
     """
 
     def __init__(self, target: Any, name: str, make: Callable[[Any], Callable[..., Any]]) -> None:
         self._target = target
         self._name = name
-        self._own = vars(target).get(name)  # torch.compile puts functions there, too
+        self._own = vars(target).get(name)  # an instance attribute, such as torch.compile sets
         self.function = make(getattr(target, name))
         setattr(target, name, self.function)
 
     def restore(self) -> None:
         """Restores the method.
 
-        Does nothing if it is restored, or if something else has replaced it.
+        Does nothing if the method is restored already, or if other code has replaced it since.
         """
         if vars(self._target).get(self._name) is not self.function:
             return

@@ -1,4 +1,4 @@
-"""PatchAttention: lctrain's kernels in the models of any LightningModule, for one run."""
+"""PatchAttention: patches the models of any LightningModule with lctrain's attention for a run."""
 
 from __future__ import annotations
 
@@ -11,40 +11,47 @@ from lctrain.models.within import Paths
 
 
 class PatchAttention(Patching):
-    """Swaps the attention of the module's transformers models for lctrain's kernels.
+    """Replaces the attention of a LightningModule's transformers models by lctrain's for one run.
 
         trainer = L.Trainer(callbacks=[PatchAttention("dual_chunk", chunk_size=8192)])
 
-    It finds the models in any LightningModule, also inside torch.compile and PEFT, and patches them
-    in fit, validate, test and predict. Models that exist are patched before data are prepared,
-    others once `configure_model` has built them. After the run, also after one that fails, every
-    model is as it was; state dicts and checkpoints never see the patch. What was swapped is logged
-    once, and is in the loggers' config.
+    The models are found in any LightningModule, also inside torch.compile and PEFT, and are patched
+    in fit, validate, test and predict. Models that exist before the run are patched before data are
+    prepared; models that `configure_model` builds are patched right after it. After the run, even
+    if it fails, every model is restored. State dicts and checkpoints do not contain the patch. What
+    was swapped is logged once, and stored as a hyperparameter of the loggers.
 
-    Without a Trainer, with Fabric for example, call `lctrain.patch_models(module, ...)`.
+    Without a Trainer, for example with Fabric, call `lctrain.patch_models(module, ...)`.
 
     Args:
         attention: "flash", "dual_chunk" or "differential", as in `lctrain.patch_model`.
-        models: Attribute paths of the models to patch, such as "policy.model"; None for all.
+        models: Attribute paths of the models to patch, such as "policy.model"; None for all models.
         fused: Whether to swap norms, rotary embeddings and MLPs for fused operations as well, as
             LongContextModule does. Results are equal within rounding; on a GPU they are faster and
             take less memory.
-        loss: Have `model(**batch, labels=...)` compute its loss without the logits in training.
-        dropout: Probability of dropping an attention weight in training; None keeps the model's.
+        loss: Whether `model(**batch, labels=...)` computes its loss without the logits in training
+            mode.
+        dropout: Probability of dropping an attention weight in training mode; None keeps the value
+            of the model's config.
         deterministic: Whether the backward must give the same bits in every run.
-        backend: Name of the kernels, as in `lctrain.kernels`. A named backend never falls back to
-            another.
-        sliding_window: Only "flash": keys that a query sees; None keeps the model's windows.
-        chunk_size: Only "dual_chunk", as all options below: the largest relative position.
-        local_size: Neighbours across a chunk border that keep their true distance, in tokens.
-        scale: "none" or "yarn".
-        scale_coefficient: Coefficient of "yarn".
-        window: Tokens that the model was trained on at a time.
+        backend: Name of the kernels' backend, as in `lctrain.kernels`. A named backend is used or
+            an error is raised; "auto" lets the device decide.
+        sliding_window: Only for "flash". Number of keys that a query sees; None keeps the model's
+            windows.
+        chunk_size: Only for "dual_chunk". Largest relative position; None derives it from the
+            model's config, as in DualChunkSpec.
+        local_size: Only for "dual_chunk". Distance in tokens within which keys of the previous
+            chunk keep their exact relative positions; None as for `chunk_size`.
+        scale: Only for "dual_chunk". "none", or "yarn" to scale the logits of long documents; None
+            means "none".
+        scale_coefficient: Only for "dual_chunk". Coefficient of scale="yarn"; None means 0.1.
+        window: Only for "dual_chunk". Length in tokens of the model's training texts; None takes it
+            from the model's config.
 
     Raises:
-        ValueError: if an option is unknown or wrong. Before data are prepared: if the module holds
-            no transformers model, one that cannot be patched, one that is patched or wrapped
-            already, or several that need different options.
+        ValueError: if an option is unknown or wrong. In the run, before data are prepared: if the
+            module has no transformers model, or a model cannot be patched, is patched or wrapped
+            already, or needs other options.
     """
 
     def __init__(

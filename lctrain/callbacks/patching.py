@@ -1,4 +1,4 @@
-"""Patching: the base of PatchAttention and AttentionSchedule."""
+"""Patching: the base class of the callbacks PatchAttention and AttentionSchedule."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from lctrain.module import LongContextModule
 
 log = logging.getLogger(__name__)
 
-LOGGED_AS = "attention_patch"  # in the loggers' config
+LOGGED_AS = "attention_patch"  # name of the hyperparameter in the loggers
 
 
 class Patching(pl.Callback):
     """Patches the transformers models of a LightningModule for the duration of one run.
 
-    Models that exist are patched before data are prepared, others after `configure_model` has built
-    them. When the run ends, also by an error, every model is restored. Subclasses patch one model
-    in `_patch_one`.
+    Models that exist before the run are patched before data are prepared. Models that
+    `configure_model` builds are patched right after it. Every model is restored when the run ends,
+    even if it ends by an error. Subclasses define how one model is patched, in `_patch_one`.
 
     Attributes:
-        models: Attribute paths of the models; None for all.
+        models: Attribute paths of the models to patch, such as "policy.model"; None for all models.
         patches: Handles of the models that are patched now, by attribute path.
     """
 
@@ -44,7 +44,7 @@ class Patching(pl.Callback):
         self._log: Any = None
 
     def _patch_one(self, model: Any) -> PatchHandle:
-        """Patches one model."""
+        """Patches one model and returns its handle; subclasses define it."""
         raise NotImplementedError
 
     @property
@@ -54,7 +54,7 @@ class Patching(pl.Callback):
 
     @log.setter
     def log(self, function: Any) -> None:
-        # Lightning does this before it prepares data: no other hook sees the module so early.
+        # Lightning sets `log` before it prepares data. No hook gets the module that early.
         self._log = function
         module = getattr(function, "__self__", None)
         if isinstance(module, pl.LightningModule):
@@ -63,7 +63,7 @@ class Patching(pl.Callback):
             self._patch_what_is_there(module)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Patches what `configure_model` builds, as soon as it is there.
+        """Makes `configure_model` patch the models that it builds.
 
         Raises:
             ValueError: if there is no transformers model, or one cannot be patched.
@@ -83,19 +83,19 @@ class Patching(pl.Callback):
         self._configure_model = Override(pl_module, "configure_model", make)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Logs what was swapped. By now the models are on their device."""
+        """Logs what was swapped in the models, which are on their device by now."""
         self._tell(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Logs what was swapped."""
+        """Logs what was swapped in the models, unless it is logged already."""
         self._tell(trainer)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Logs what was swapped."""
+        """Logs what was swapped in the models, unless it is logged already."""
         self._tell(trainer)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Logs what was swapped."""
+        """Logs what was swapped in the models, unless it is logged already."""
         self._tell(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -117,7 +117,10 @@ class Patching(pl.Callback):
             self._configure_model = None
 
     def _patch_what_is_there(self, module: pl.LightningModule) -> None:
-        """Patches the models unless the module is going to build them."""
+        """Patches the models that exist.
+
+        If none exists and the module may still build its models, does nothing.
+        """
         refuse_wrapped(module)
         if _builds_later(module):
             try:
@@ -128,7 +131,7 @@ class Patching(pl.Callback):
         self._patch_new(module)
 
     def _patch_new(self, module: pl.LightningModule) -> None:
-        """Patches the models that are not patched yet; all of them, or none."""
+        """Patches the models that are not patched yet. After an error, every model is restored."""
         found = find_models(module, self.models)
         if not found:
             raise ValueError(
@@ -169,7 +172,7 @@ class Patching(pl.Callback):
                     )
 
     def _tell(self, trainer: pl.Trainer) -> None:
-        """Writes what was swapped into the log and the loggers' config, once per run."""
+        """Logs what was swapped, and stores it as a hyperparameter of the loggers, once per run."""
         if self._told or not self.patches.handles:
             return
         self._told = True
@@ -182,7 +185,7 @@ class Patching(pl.Callback):
 
 
 def say(message: str) -> None:
-    """Logs at level INFO with a logger that prints it: lctrain's, else Lightning's."""
+    """Logs a message at level INFO, with lctrain's logger or, if that is off, with Lightning's."""
     if log.isEnabledFor(logging.INFO):
         log.info(message)
     else:
@@ -190,7 +193,10 @@ def say(message: str) -> None:
 
 
 def refuse_wrapped(module: nn.Module) -> None:
-    """Raises ValueError if a model is wrapped for several processes: the trainer does that."""
+    """Raises a ValueError if a part of the module is wrapped in DDP or FSDP.
+
+    The trainer's strategy wraps the module itself.
+    """
     for path, part in module.named_modules():
         if isinstance(part, (DistributedDataParallel, FullyShardedDataParallel)):
             raise ValueError(
@@ -201,13 +207,13 @@ def refuse_wrapped(module: nn.Module) -> None:
 
 
 def _builds_later(module: pl.LightningModule) -> bool:
-    """Whether the module may build models in `setup` or `configure_model`."""
+    """Returns whether the module may build models in its `setup` or `configure_model`."""
     return any(is_overridden(name, module) for name in ("setup", "configure_model"))
 
 
 @contextmanager
 def _without_own_patch(module: pl.LightningModule) -> Iterator[None]:
-    """Context in which LongContextModule does not patch its model, since the callback does."""
+    """Context in which a LongContextModule does not patch its model; the callback patches it."""
     if not isinstance(module, LongContextModule):
         yield
         return

@@ -1,4 +1,4 @@
-"""TokenProgressBar: one bar over the optimizer steps of the whole run."""
+"""TokenProgressBar: one progress bar over the optimizer steps of the whole run."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lctrain.callbacks.targets import loss_of
 from lctrain.callbacks.throughput import ThroughputMonitor
 from lctrain.log_steps import at_log_step
 
-SMOOTHING_STEPS = 20  # over which the mean of the loss runs
+SMOOTHING_STEPS = 20  # time constant of the loss's running mean, in optimizer steps
 
 
 class RunningMean:
-    """An exponential running mean of 0-dim tensors that stays on their device.
+    """An exponential running mean of 0-dim tensors, kept on their device.
 
-    The first SMOOTHING_STEPS values weigh the same.
+    The first SMOOTHING_STEPS values have equal weights.
 
     Attributes:
         value: The mean, a 0-dim tensor; None before the first value.
@@ -30,7 +30,7 @@ class RunningMean:
         self._count = 0
 
     def add(self, value: Any) -> None:
-        """Takes in one value; None is left out."""
+        """Adds one value to the mean; None is ignored."""
         if value is None:
             return
         self._count += 1
@@ -39,10 +39,11 @@ class RunningMean:
 
 
 class TokenProgressBar(ProgressBar):
-    """Shows optimizer steps, loss and tokens per second, without padding.
+    """Shows optimizer steps, the loss, and tokens per second, which exclude padding.
 
     The loss is a running mean, since the loss of one step depends on its documents. Loss and speed
-    are refreshed at logging steps only, so that the bar never waits for the device in between.
+    are refreshed at logging steps only, so that the bar does not wait for the device at other
+    steps.
 
     Args:
         refresh_rate: Optimizer steps between two refreshes; 0 hides the bar.
@@ -58,7 +59,7 @@ class TokenProgressBar(ProgressBar):
         self._averaged_steps = 0
 
     def disable(self) -> None:
-        """Hides the bar; Lightning calls this on all ranks but the first."""
+        """Hides the bar; Lightning calls this method on all ranks except the first."""
         self._enabled = False
 
     def enable(self) -> None:
@@ -70,7 +71,7 @@ class TokenProgressBar(ProgressBar):
         tqdm.write(kwargs.pop("sep", " ").join(map(str, args)))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Opens the bar at the step that the run starts or resumes from."""
+        """Opens the bar at the optimizer step at which the run starts or resumes."""
         total = trainer.estimated_stepping_batches
         self._bar = self._open(
             "training", None if total == float("inf") else int(total), trainer.global_step
@@ -84,7 +85,7 @@ class TokenProgressBar(ProgressBar):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Advances by the optimizer steps taken."""
+        """Advances the bar by the optimizer steps taken; refreshes the loss at logging steps."""
         if self._bar.disable:
             return
         if trainer.global_step > self._averaged_steps:  # once an optimizer step
@@ -124,17 +125,25 @@ class TokenProgressBar(ProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Advances by one pack."""
+        """Advances the validation bar by one pack."""
         self._validation_bar.update(1)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Closes the bar."""
+        """Closes the validation bar."""
         self._validation_bar.close()
 
     def _open(
         self, title: str, total: int | None, initial: int, leave: bool = True, unit: str = "step"
     ) -> Any:
-        """Opens a bar that is refreshed rarely in a log file and often in a terminal."""
+        """Opens a bar, which is refreshed often in a terminal and rarely in a log file.
+
+        Args:
+            title: Words in front of the bar.
+            total: Number of units at the end; None if unknown.
+            initial: Units that are done already.
+            leave: Whether the bar stays visible after it is closed.
+            unit: What the bar counts.
+        """
         return tqdm(
             desc=title,
             total=total,
@@ -148,10 +157,15 @@ class TokenProgressBar(ProgressBar):
 
 
 def newest_loss(trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any) -> Any:
-    """Returns the loss per token of the newest optimizer step, 0-dim, or None if there is none.
+    """Returns the loss per token of the last optimizer step, 0-dim; None if there is none.
 
-    The loss comes from LongContextModule or TokenExactLoss. Without them it is the loss that
-    `training_step` returned for the micro-batch.
+    LongContextModule and TokenExactLoss keep this loss. Without them, the result is the loss that
+    `training_step` returned for the last micro-batch.
+
+    Args:
+        trainer: The trainer.
+        pl_module: The module in training.
+        outputs: Argument `outputs` of on_train_batch_end.
     """
     known = [getattr(c, "last_loss", None) for c in (pl_module, *trainer.callbacks)]
     loss = next((loss for loss in known if loss is not None), None)
@@ -163,7 +177,7 @@ def newest_loss(trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any
 
 
 def _postfix(trainer: pl.Trainer, loss: Any) -> str:
-    """Loss and speed, for the bar."""
+    """Returns the loss and the tokens per second as text for the bar."""
     parts = [] if loss is None else [f"loss {float(loss):.3f}"]
     for callback in trainer.callbacks:
         if isinstance(callback, ThroughputMonitor) and callback.latest.seconds > 0:

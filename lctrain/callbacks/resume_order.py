@@ -1,4 +1,4 @@
-"""ResumeOrder: makes a resumed run continue with the batch after the last one."""
+"""ResumeOrder: makes a resumed run continue with the first batch that it has not trained on."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from lctrain.data.resume import resume_order
 
 
 class ResumeOrder(pl.Callback):
-    """Starts every `lctrain.data.RowOrder` of the training data where the checkpoint ends.
+    """Makes the samplers `lctrain.data.RowOrder` of the training data continue after a resume.
 
-    It reads Lightning's own counts of batches, so the data loader may be any DataLoader.
-    LongContextModule does this itself, and PackedDataModule needs none of it.
+    The first row is computed from Lightning's counts of batches, so any DataLoader can be used.
+    LongContextModule does this itself, and PackedDataModule resumes without it. Use this callback
+    with a module and a DataLoader of your own.
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sets the first row. Lightning has not requested a batch before."""
+        """Sets the first row of the data, before Lightning requests a batch."""
         resume_order(trainer)

@@ -1,9 +1,9 @@
-"""Routed blocks: layers whose rounding depends on how many tokens are routed to an expert.
+"""RoutedRounding: tells the rounding of mixture-of-experts blocks from leaks between documents.
 
-An expert of a mixture multiplies the tokens that were routed to it in one product. Change a
-document, and other tokens meet there; the sums of those that stayed are formed in another order and
-may differ in their last bits. All other layers are row-wise: they give a token the same bits
-whatever the others are.
+An expert multiplies all tokens that are routed to it in one matrix product. If one document
+changes, other tokens are routed to the expert, and the product may add up in another order: the
+outputs of unchanged documents may then differ in their last bits. Other layers are row-wise: the
+bits of a token's output do not depend on other tokens.
 """
 
 import re
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 _EXPERTS = re.compile(r"Experts?(MLP)?$")
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 ULPS = 8
-"""Units in the last place of a block's dtype that its rounding may move a row, as a norm."""
+"""Largest change of an output row by rounding, relative to its norm, in eps of the dtype."""
 
 
 def find_routed(model: nn.Module) -> list[nn.Module]:
-    """Returns the outermost modules that hold experts and no attention."""
+    """Returns a model's routed blocks: the outermost modules that hold experts and no attention."""
     found: list[nn.Module] = []
     pending = [model]
     while pending:
@@ -34,17 +34,23 @@ def find_routed(model: nn.Module) -> list[nn.Module]:
 
 
 class RoutedRounding:
-    """Keeps rounding in routed blocks from being reported as a leak between documents.
+    """Removes differences by rounding from the outputs of a model's routed blocks.
 
-    The first run of a model is recorded: a hash of every row that enters a routed block, and what
-    leaves it. In a later run a row of an unchanged document must enter with the same bits. What
-    leaves may differ by rounding: it is then replaced by the recorded row, so that the layers after
-    it must again agree bit by bit. Rows that enter with other bits, or differ by more, are left as
-    they are, and so reach the outputs.
+    `recording` stores, for one run of the model, a hash of every input row of a routed block, and
+    the block's output rows. In a later run, `replaying` compares the rows of unchanged documents
+    with the stored ones. If the input row has the same bits and the output row differs by rounding
+    only, the stored output row replaces it, so later layers must agree bit by bit. All other rows
+    stay as they are, so a leak reaches the outputs of the model.
 
-    The bound for a row y of a block whose longest sums have K terms: products are sums in float32
-    or better, which another order moves by about sqrt(K) eps(float32) |y|. Results in between are
-    rounded to the block's dtype, which moves them by a few eps(dtype) |y|.
+    The bound on rounding in an output row y: reordering a float32 sum of K terms, K being the
+    longest sum of the block, changes y by about sqrt(K) eps(float32) |y|; rounding intermediate
+    results to the block's dtype changes y by a few eps(dtype) |y|.
+
+    Args:
+        model: The model.
+
+    Attributes:
+        blocks: The routed blocks of the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -55,17 +61,18 @@ class RoutedRounding:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Context in which the model's run is recorded."""
+        """Context in which one run of the model is recorded."""
         self._recorded = {block: [] for block in self.blocks}
         with self._hooks(self._record):
             yield
 
     @contextmanager
     def replaying(self, watched: Tensor) -> Iterator[None]:
-        """Context in which a run of as many tokens gets the recorded rounding.
+        """Context in which a second run, of the same number of tokens, gets the recorded rounding.
 
         Args:
-            watched: [T] bool, True at tokens of documents that were not changed.
+            watched: [T] bool, True at tokens of documents that have not changed since the recorded
+                run.
         """
         self._watched = watched
         self._calls = dict.fromkeys(self.blocks, 0)
@@ -79,7 +86,7 @@ class RoutedRounding:
             return
         handles = [block.register_forward_hook(hook, with_kwargs=True) for block in self.blocks]
         try:
-            with torch.compiler.set_stance("force_eager"):  # compiled code has no such hooks
+            with torch.compiler.set_stance("force_eager"):  # compiled code may skip the hooks
                 yield
         finally:
             for handle in handles:
@@ -128,7 +135,7 @@ def _is_routed(module: nn.Module) -> bool:
 
 
 def _rounding(block: nn.Module, output: Any) -> float:
-    """Returns the bound of RoutedRounding for a row, relative to its norm."""
+    """Returns the largest difference by rounding in an output row, relative to the row's norm."""
     weights = [weight for weight in block.parameters() if weight.dim() > 1]
     dtypes = {value.dtype for value in (*weights, *_tensors(output)) if value.is_floating_point()}
     device = next(_tensors(output)).device.type
@@ -140,7 +147,14 @@ def _rounding(block: nn.Module, output: Any) -> float:
 
 
 def _without_rounding(value: Tensor, recorded: Tensor, same: Tensor, rounding: float) -> Tensor:
-    """Returns `value`, with rows from `recorded` where they differ by rounding only."""
+    """Returns `value`, in which rows that differ from `recorded` by rounding only are replaced.
+
+    Args:
+        value: Output of a block, T rows.
+        recorded: The same output in the recorded run.
+        same: [T] bool, True at rows that may be replaced.
+        rounding: Largest difference by rounding, relative to a row's norm.
+    """
     tokens = len(same)
     if value.shape != recorded.shape or not _has_rows(value, tokens):
         return value
@@ -153,7 +167,12 @@ def _without_rounding(value: Tensor, recorded: Tensor, same: Tensor, rounding: f
 
 
 def _fingerprints(values: Any, tokens: int) -> Tensor:
-    """[T] int64: a hash of the bits of each token's row in all tensors that have one."""
+    """Returns a hash of the bits of each token's rows, [T] int64.
+
+    Args:
+        values: Nested tensors; those with T rows are hashed.
+        tokens: Number of tokens T.
+    """
     rows = [
         value.detach().reshape(tokens, -1) for value in _tensors(values) if _has_rows(value, tokens)
     ]
@@ -190,7 +209,12 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _map(values: Any, function: Any) -> Any:
-    """Returns the same structure with function(tensor) for every tensor, in the order above."""
+    """Returns `values` with function(tensor) in place of every tensor, in the order of `_tensors`.
+
+    Args:
+        values: Nested tuples, lists and dictionaries of tensors.
+        function: Function from a tensor to a tensor.
+    """
     if isinstance(values, Tensor):
         return function(values)
     if isinstance(values, tuple | list):

@@ -12,12 +12,13 @@ from lctrain.run.resume import IDENTITY_KEY
 
 
 class RunRecord(pl.Callback):
-    """Keeps the identity of the run and its resolved options.
+    """Writes a run's identity into its checkpoints, and its options into its folder and loggers.
 
     Args:
         folder: Folder of the run.
         identity: Options that a resumed run must not change.
-        options: All options, resolved, as plain nested values; the loggers' hyperparameters.
+        options: All options of the run, resolved, as nested plain values. Loggers get them as
+            hyperparameters.
     """
 
     def __init__(
@@ -28,7 +29,7 @@ class RunRecord(pl.Callback):
         self.options = dict(options)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes the options. By now data and checkpoint have been accepted."""
+        """Writes the options, after data and checkpoint have been checked."""
         if trainer.is_global_zero:
             self.folder.save_options(self.options)
         for logger in trainer.loggers:
@@ -37,5 +38,5 @@ class RunRecord(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Puts the run's identity into the checkpoint."""
+        """Stores the run's id and identity in the checkpoint."""
         checkpoint[IDENTITY_KEY] = {"id": self.folder.id, "identity": self.identity}

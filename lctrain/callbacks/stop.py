@@ -1,4 +1,4 @@
-"""StopAtSignal: a signal ends the run after the step, with a checkpoint."""
+"""StopAtSignal: ends a run that received a signal after its optimizer step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from lctrain.run.slurm import requeue
 
 
 class StopAtSignal(pl.Callback):
-    """Ends training at the optimizer step in which a signal arrived, on all ranks at the same one.
+    """Ends training, on all ranks together, after the optimizer step in which a signal arrived.
 
-    The step's metrics are logged, and a validation that is due after it runs; then StopRun is
-    raised. Inside a job of SLURM that is not interactive, SIGUSR1 also queues the job again.
+    A checkpoint is saved, the step's metrics are logged, and any validation after the step runs;
+    then StopRun is raised. In a SLURM job that is not interactive, SIGUSR1 also requeues the job.
 
     Args:
-        signals: Signals received so far; it is told when a caller waits for the end of a step.
+        signals: The signals that this process has received. During training, its attribute `waits`
+            is True: a first signal then waits for the end of the step.
     """
 
     def __init__(self, signals: StopSignals) -> None:
@@ -32,21 +33,21 @@ class StopAtSignal(pl.Callback):
         self._requeues = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Installs the handlers again, since Lightning has replaced them by its own."""
+        """Installs the signal handlers again, since Lightning has replaced them by its own."""
         if "SLURM_JOB_ID" in os.environ:
-            # Lightning's plugin has a handler in jobs that are not interactive.
+            # Lightning has installed a handler for SIGUSR1 only if the job is not interactive.
             self._requeues = callable(signal.getsignal(signal.SIGUSR1))
         self.signals.install(*SIGNALS)
         self.signals.waits = True
         if trainer.world_size > 1:
-            # The flag stays on the CPU: no step waits for the device because of it.
+            # gloo reduces the flag on the CPU, so no step waits for the device.
             gloo = dist.get_backend() == "gloo"
             self._group = dist.group.WORLD if gloo else dist.new_group(backend="gloo")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Raises StopRun once the step that was stopped at is logged."""
+        """Raises StopRun if the previous step was the last one; its metrics are logged by now."""
         self._stop(trainer)
 
     def on_train_batch_end(
@@ -57,7 +58,7 @@ class StopAtSignal(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Saves and stops after an optimizer step if any rank has received a signal."""
+        """Saves a checkpoint after an optimizer step if any rank has received a signal."""
         if self._agreed is not None or trainer.fit_loop._should_accumulate():
             return
         self._agreed = self._ask_all_ranks()
@@ -66,13 +67,16 @@ class StopAtSignal(pl.Callback):
                 checkpoint.save(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves before the last validation, during which a second signal may end the process."""
+        """Completes the checkpoint before the last validation, which a second signal may kill."""
         if self._agreed is not None:
             for checkpoint in step_checkpoints(trainer.callbacks):
                 checkpoint.complete(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stops also where the step was the last one: what follows training is left out."""
+        """Raises StopRun if a signal arrived in the last step, so that nothing runs after training.
+
+        Without a signal, does nothing.
+        """
         if self._agreed is None:
             self._agreed = self._ask_all_ranks()
         self._stop(trainer)
@@ -89,7 +93,7 @@ class StopAtSignal(pl.Callback):
         raise StopRun(self._agreed, trainer.global_step)
 
     def _ask_all_ranks(self) -> int | None:
-        """The signal that any rank has received."""
+        """Returns the highest signal number that a rank has received; None if there is none."""
         mine = self.signals.received
         if self._group is None:
             return mine

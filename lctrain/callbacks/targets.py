@@ -1,4 +1,4 @@
-"""Finds the model of a LightningModule that a callback inspects."""
+"""Finds the model and the loss that a callback inspects in a LightningModule."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from lctrain.models.within import find_models
 
 
 def find_target(pl_module: pl.LightningModule, path: str | None, callback: Any) -> Any:
-    """Returns the one model that a callback is about.
+    """Returns the model of a LightningModule that a callback inspects.
 
-    Without a path that is the only transformers model of the module, or the only one with
-    trainable weights; in a module without any, its attribute `model`.
+    If `path` is None, the model is the only transformers model of the module, or the only one with
+    trainable weights. In a module without transformers models, it is the attribute `model`.
 
     Args:
         pl_module: The module in training.
-        path: Attribute path of the model, or None.
-        callback: Name of the callback, for messages.
+        path: Attribute path of the model; None finds it.
+        callback: The callback, whose class is named in messages.
 
     Raises:
         ValueError: if there is no such model, or more than one.
@@ -52,7 +52,12 @@ def find_target(pl_module: pl.LightningModule, path: str | None, callback: Any) 
 
 
 def refuse_twin(trainer: pl.Trainer, callback: pl.Callback) -> None:
-    """Raises ValueError if the trainer has a second callback of the same class."""
+    """Raises a ValueError if the trainer has a second callback of the same class.
+
+    Args:
+        trainer: The trainer.
+        callback: The callback that calls this function.
+    """
     kind = type(callback)
     count = sum(type(other) is kind for other in trainer.callbacks)
     if count > 1:
@@ -62,6 +67,6 @@ def refuse_twin(trainer: pl.Trainer, callback: pl.Callback) -> None:
 
 
 def loss_of(outputs: Any) -> Any:
-    """Returns the loss tensor from the `outputs` of on_train_batch_end; None if there is none."""
+    """Returns the detached loss from `outputs` of on_train_batch_end; None if there is none."""
     loss: Any = outputs.get("loss") if isinstance(outputs, dict) else outputs
     return loss.detach() if hasattr(loss, "detach") else None

@@ -1,4 +1,4 @@
-"""ThroughputMonitor: real tokens per second, model FLOPs, MFU, fill and peak memory."""
+"""ThroughputMonitor: logs tokens per second, model FLOPs, MFU, row fill and peak memory."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from lctrain.log_steps import at_log_step
 
 @dataclass(frozen=True)
 class Throughput:
-    """Counts of all ranks over a span of training.
+    """Totals of an interval of training, summed over all ranks.
 
     Attributes:
-        tokens: Real tokens.
-        capacity: Number of tokens that the rows have room for; 0 if unknown.
-        flops: Model FLOPs.
+        tokens: Number of tokens, without padding.
+        capacity: Number of tokens that would fit into the rows; 0 if unknown.
+        flops: Model FLOPs of forward and backward.
         seconds: Time in training steps, without validation and checkpoints.
     """
 
@@ -42,7 +42,7 @@ class Throughput:
 
     @property
     def fill(self) -> float | None:
-        """Tokens without padding over row capacity; None if the capacity is unknown."""
+        """Fraction of the rows' capacity that holds tokens; None if the capacity is unknown."""
         return self.tokens / self.capacity if self.capacity > 0 else None
 
     def __add__(self, other: Throughput) -> Throughput:
@@ -55,24 +55,25 @@ class Throughput:
 
 
 class ThroughputMonitor(pl.Callback):
-    """Logs tokens per second, document lengths and model FLOPs utilisation at logging steps.
+    """Logs tokens per second, row fill, model FLOPs utilisation and peak memory at logging steps.
 
-    Batches may be PackedBatch or mappings with transformers' names; what such a mapping holds on a
-    device is read when the monitor logs. The device is waited for only then. The clock runs from
-    the first training step on and stops while the run validates or saves a checkpoint.
+    A batch is a PackedBatch or a mapping with transformers' names. The lengths in a mapping are
+    read from the device at logging steps, and the monitor waits for the device only then, and when
+    a validation or a checkpoint begins. Validation and checkpoints do not count as training time.
 
     Args:
-        max_tokens: Capacity of a row; None logs no fill.
-        model: Attribute path of the model in the module whose FLOPs count; None for the only one,
-            or the only one with trainable weights.
-        read_batch: Function from a batch to a PackedBatch or a mapping with transformers' names.
+        max_tokens: Capacity of a row in tokens; None logs no fill.
+        model: Attribute path of the model whose FLOPs are counted; None takes the only model of the
+            module, or the only model with trainable weights.
+        read_batch: Function from a batch to a PackedBatch or a mapping with transformers' names;
+            None if batches are one of them.
 
     Raises:
         ValueError: if the model is not found, or a batch cannot be read.
 
     Attributes:
-        total: Everything up to the newest logging step.
-        latest: Counts between the two newest logging steps.
+        total: Totals from the start of training to the last logging step.
+        latest: Totals between the last two logging steps.
     """
 
     def __init__(
@@ -95,13 +96,16 @@ class ThroughputMonitor(pl.Callback):
 
     @property
     def steady(self) -> Throughput:
-        """Counts without the first interval, in which kernels compile, unless it is alone."""
+        """Totals without the first logging interval, in which kernels compile.
+
+        If there is only one interval, its totals.
+        """
         if self._first is None or self._first == self.total:
             return self.total
         return self.total - self._first
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Reads the sizes of the model and the name of the device."""
+        """Reads the model's sizes and the device's peak FLOPs, and resets the counts."""
         self._counted, self._unread = Throughput(), []
         self._counter = FlopCounter.of(find_target(pl_module, self.model, self))
         if pl_module.device.type == "cuda":
@@ -111,7 +115,7 @@ class ThroughputMonitor(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Starts the clock, at the first batch and after every pause."""
+        """Starts the clock at the first batch and after every pause."""
         self._clock.resume()
 
     def on_train_batch_end(
@@ -122,7 +126,7 @@ class ThroughputMonitor(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Counts the batch, or keeps its lengths until it logs. Logs at logging steps."""
+        """Counts a PackedBatch, or keeps the lengths of another batch; logs at logging steps."""
         view = view_batch(batch, self.read_batch)
         if isinstance(view.content, PackedBatch):
             self._counted += self._count(view)
@@ -143,12 +147,12 @@ class ThroughputMonitor(pl.Callback):
         self._clock.pause(pl_module.device)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Counts the steps after the last logging step into the total."""
+        """Adds the steps after the last logging step to the totals."""
         if self._unread or self._counted.tokens:
             self._close_interval(trainer, pl_module)
 
     def _close_interval(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sums the ranks' counts; waits for the device."""
+        """Sums the counts of all ranks into `latest` and `total`; waits for the device."""
         seconds = self._clock.lap(pl_module.device)
         counted = sum(map(self._count, self._unread), self._counted)
         counts = torch.tensor(
@@ -164,7 +168,7 @@ class ThroughputMonitor(pl.Callback):
         self._counted, self._unread = Throughput(), []
 
     def _count(self, view: BatchView) -> Throughput:
-        """Tokens, capacity and FLOPs of one micro-batch of this rank."""
+        """Returns tokens, capacity and FLOPs of one micro-batch of this rank, without time."""
         assert self._counter is not None
         return Throughput(
             tokens=float(view.num_tokens),
@@ -191,7 +195,7 @@ class ThroughputMonitor(pl.Callback):
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory in GiB: allocated by torch on a GPU, resident of this process on the CPU."""
+    """Returns the peak memory in GiB: torch's allocations on a GPU, else the process's memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
@@ -199,7 +203,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class _Clock:
-    """Seconds of training; waits for the device at every reading."""
+    """Measures seconds of training; waits for the device whenever it is read or stopped."""
 
     def __init__(self) -> None:
         self._since: float | None = None
@@ -218,7 +222,7 @@ class _Clock:
             self._since = None
 
     def lap(self, device: torch.device) -> float:
-        """Seconds since the last lap, without pauses."""
+        """Returns the seconds since the last call of `lap`, without pauses."""
         running = self._since is not None
         self.pause(device)
         seconds, self._seconds = self._seconds, 0.0

@@ -1,4 +1,4 @@
-"""TokenExactLoss: every token of a step weighs the same, in any LightningModule."""
+"""TokenExactLoss: gives all tokens of an optimizer step the same weight, in any LightningModule."""
 
 from __future__ import annotations
 
@@ -21,34 +21,40 @@ Reduction = Literal["sum", "mean"]
 
 
 class TokenExactLoss(pl.Callback):
-    """Divides the loss once, by the valid tokens of the whole accumulation window on all ranks.
+    """Averages the loss over all valid tokens of an optimizer step, on all ranks.
 
-    Lightning averages micro-batches, and DistributedDataParallel averages ranks: tokens of short
-    batches weigh more. With this callback the gradient of an optimizer step is that of
-    (sum of all token losses) / (number of all valid tokens), as in LongContextModule, before any
-    hook, the clipping or the optimizer sees it.
+    Lightning averages micro-batches, and DistributedDataParallel averages ranks, which gives the
+    tokens of short batches more weight. With this callback, the gradient of an optimizer step is
+    that of (sum of all token losses) / (number of all valid tokens), as in LongContextModule. The
+    gradients are scaled before any hook, the clipping or the optimizer reads them.
 
-    The number of tokens of a micro-batch is the entry `tokens` of the dictionary that
-    `training_step` returns; else `count_tokens(batch)`; else what the batch says: the valid labels
-    of a PackedBatch, or of a mapping with transformers' names. In manual optimization the window is
-    everything that is back-propagated between two steps of the one optimizer, and the count must
-    come from the batch.
+    The number of tokens of a micro-batch is found in the first of these places:
+
+    1. the entry `tokens` of the dictionary that `training_step` returns;
+    2. the result of `count_tokens(batch)`;
+    3. the valid labels of the batch, a PackedBatch or a mapping with transformers' names.
+
+    In manual optimization, a step consists of everything that is back-propagated since the last
+    step of the optimizer, and the first place is not read.
 
     Args:
         reduction: Loss that `training_step` returns: the "sum" of the token losses, or their "mean"
             over the micro-batch as in transformers.
         tokens: Name of the count in the dictionary that `training_step` returns.
-        count_tokens: Function from a batch to its number of valid tokens, an int or a 0-dim tensor.
-        read_batch: Function from a batch to a PackedBatch or a mapping with transformers' names.
+        count_tokens: Function from a batch to its number of valid tokens, an int or a 0-dim tensor;
+            None reads the labels.
+        read_batch: Function from a batch to a PackedBatch or a mapping with transformers' names;
+            None if batches are one of them.
         log: Name of the logged loss per token; None logs nothing.
 
     Attributes:
-        last_loss: Loss per token of the newest step, 0-dim float64 tensor, or None.
+        last_loss: Loss per token of the last optimizer step, 0-dim float64 tensor; None before.
 
     Raises:
-        ValueError: if `reduction` is unknown; in `setup`, for a module that divides already, a
-            second TokenExactLoss, float16, several optimizers or a sharding strategy; in training,
-            if no count can be found.
+        ValueError: if `reduction` is unknown. In `setup`: if the module divides by tokens itself,
+            or there is a second TokenExactLoss, a float16 precision or a sharding strategy. At the
+            start of training: if there are several optimizers. In training: if the tokens of a
+            batch cannot be counted.
     """
 
     def __init__(
@@ -80,8 +86,8 @@ class TokenExactLoss(pl.Callback):
         """Replaces `training_step` and `backward` of the module for the duration of a fit.
 
         Raises:
-            ValueError: if the module accumulates or reduces in a way that makes the division wrong;
-                the message names the remedy.
+            ValueError: if the module divides by tokens itself, or there is a second TokenExactLoss,
+                a float16 precision or a sharding strategy.
         """
         if stage != "fit":
             return
@@ -96,7 +102,11 @@ class TokenExactLoss(pl.Callback):
         ]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raises for several optimizers in manual optimization, whose windows are ambiguous."""
+        """Checks that there is one optimizer.
+
+        Raises:
+            ValueError: if there are several, so that the micro-batches of a step are ambiguous.
+        """
         if len(trainer.optimizers) > 1:
             raise ValueError(
                 f"TokenExactLoss needs one optimizer, got {len(trainer.optimizers)}: a window "
@@ -106,13 +116,16 @@ class TokenExactLoss(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Keeps the batch, to count its tokens."""
+        """Keeps the batch, whose tokens are counted later."""
         self._batch, self._count = batch, None
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Closes the window in manual optimization, and where the last micro-batch was skipped."""
+        """Scales the gradients if `backward` has not done so.
+
+        That is the case in manual optimization, and if the last micro-batch returned no loss.
+        """
         if self._window.open:
             micro_batches = trainer.accumulate_grad_batches
             self._close(trainer, pl_module, micro_batches)
@@ -182,7 +195,11 @@ class TokenExactLoss(pl.Callback):
         self._window.add(loss * self._count if self.reduction == "mean" else loss, self._count)
 
     def _tokens_of(self, output: Any) -> int | Tensor:
-        """Valid tokens of this micro-batch."""
+        """Returns the number of valid tokens in this micro-batch, an int or a 0-dim tensor.
+
+        Args:
+            output: The output of `training_step`; None in manual optimization.
+        """
         count: Any
         if isinstance(output, dict) and self.tokens in output:
             count = output[self.tokens]
