@@ -1,6 +1,6 @@
-"""Attention and its companions on packed documents, usable on their own.
+"""Attention, loss, norm, rotary and activation kernels for training on packed documents.
 
-lctrain users import them from `lctrain.kernels`.
+The package works without lctrain. lctrain users import the functions from `lctrain.kernels`.
 """
 
 from lctrain_kernels.backend import select_backend

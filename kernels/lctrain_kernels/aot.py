@@ -1,6 +1,7 @@
-"""Every portable kernel and configuration as input for ahead-of-time compilation, without a GPU.
+"""Lists every portable Triton kernel and configuration for ahead-of-time compilation.
 
-Each operation's folder has its own list, `aot.py`; this module joins them.
+Each operation's folder has a list of its own, `aot.py`; this module joins the lists. Compiling
+needs no GPU:
 `triton.compile(ASTSource(fn=v.kernel, signature=v.signature, constexprs=v.constants,
 attrs=v.attributes), target=..., options=v.options)` compiles a variant as the launchers do for
 aligned tensors.
@@ -30,14 +31,16 @@ def kernel_variants(
     head_dims: tuple[int, ...] = (64, 96, 128, 256),
     features: tuple[str, ...] = FEATURES,
 ) -> Iterator[KernelVariant]:
-    """Yields every attention configuration of one table in bf16, float32's, and the fused kernels.
+    """Yields the kernel variants of one architecture: attention and fused operations.
+
+    Attention is compiled with every configuration in bf16, and once in float32.
 
     Args:
-        table: "sm_80", "sm_90", "sm_100", "gfx942" or "gfx950".
-        head_dims: Head dims of attention to compile; float32 takes the first.
-        features: Subset of FEATURES. float32's table needs "causal". Kernels of fused operations
-            have no features, and one table for all GPUs: "sm_90" compiles all of their variants,
-            the others one per kernel.
+        table: Architecture: "sm_80", "sm_90", "sm_100", "gfx942" or "gfx950".
+        head_dims: Head dims of attention to compile; float32 takes only the first.
+        features: Subset of FEATURES; float32 is compiled only if "causal" is among them. Fused
+            operations have no features and one table for all GPUs: "sm_90" compiles all of their
+            variants, every other architecture compiles one variant per kernel.
     """
     for attention in ATTENTIONS:
         yield from attention.kernel_variants(table, head_dims, features)

@@ -1,9 +1,10 @@
-"""Every Hopper kernel and tile as input for ahead-of-time compilation, without a GPU.
+"""Lists every Hopper kernel and tile for ahead-of-time compilation.
 
-Each operation's folder has its own list, `aot_hopper.py`; this module joins them.
+Each operation's folder has a list of its own, `aot_hopper.py`; this module joins the lists.
+Compiling needs no GPU:
 `triton.compile(GluonASTSource(fn=v.kernel, signature=v.signature, constexprs=v.constants,
 attrs=v.attributes), target=GPUTarget("cuda", 90, 32), options=v.options)` compiles a variant as the
-launchers do for aligned tensors. The tests hold the two together.
+launchers do for aligned tensors. A test checks that they agree.
 """
 
 from collections.abc import Iterator
@@ -23,11 +24,11 @@ def kernel_variants(
     """Yields every tile of gluon/config.py in bf16, and each plain causal kernel once in fp16.
 
     Args:
-        head_dims: Head dims to compile, of passes that the Hopper kernels serve.
-        features: Subset of FEATURES. Without "full", differential attention is that of its two
-            published versions.
-        groups: Query heads per key/value head. The forward packs them; the backward loops over
-            them, so it takes the last.
+        head_dims: Head dims to compile. A pass without a Hopper kernel for a head dim is skipped.
+        features: Subset of FEATURES. Without "full", only the two published versions of
+            differential attention are compiled.
+        groups: Numbers of query heads per key/value head. The forward is compiled for each. The
+            backward is compiled for the last one only, because it loops over the query heads.
     """
     for attention in (varlen, dual_chunk, differential):
         yield from attention.kernel_variants(head_dims, features, groups)

@@ -1,4 +1,6 @@
-"""Chooses the implementation of a call. The choice is explicit, never a silent fallback."""
+"""Chooses the attention implementation of a call: "hopper", "triton" or "pytorch".
+
+A backend that the caller names is used or raises an error; it never falls back silently."""
 
 import importlib.util
 import os
@@ -17,7 +19,11 @@ _warned: set[tuple[torch.dtype, bool]] = set()
 
 
 def _warn_of_slow_path(dtype: torch.dtype, wide: bool) -> None:
-    """Warns once per dtype why a GPU runs the PyTorch path; `wide`: because of the head dim."""
+    """Warns once per dtype that a GPU runs the PyTorch path, and why.
+
+    Args:
+        dtype: Dtype of q, k and v.
+        wide: True if the head dim is the reason, False if the dtype is."""
     if torch.compiler.is_compiling() or (dtype, wide) in _warned:
         return
     _warned.add((dtype, wide))
@@ -61,14 +67,14 @@ def select_backend(
 
     Args:
         device: Device of q, k and v.
-        dtype: Their dtype.
-        backend: "auto" or the name of an implementation.
-        head_dim: D; "auto" sends heads wider than MAX_HEAD_DIM to "pytorch".
+        dtype: Dtype of q, k and v.
+        backend: "auto", "hopper", "triton" or "pytorch".
+        head_dim: Head dim; "auto" chooses "pytorch" if it is larger than MAX_HEAD_DIM.
         warn: Whether to warn once if a GPU will run the slow path.
 
     Returns:
-        "hopper", "triton" or "pytorch". "hopper" is for calls that its kernels can serve: see
-        `lctrain_kernels.gluon.support`; "auto" sends the others to "triton".
+        "hopper", "triton" or "pytorch". "auto" may give "hopper" for a call that the Hopper kernels
+        do not support (see `lctrain_kernels.gluon.support`); "triton" then runs the call.
 
     Raises:
         ValueError: if the name is unknown, or the named implementation cannot serve these tensors.

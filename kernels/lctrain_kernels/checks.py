@@ -1,7 +1,7 @@
-"""Argument checks of the public attention functions: each message names the remedy.
+"""Argument checks of the public attention functions. Each error message names the remedy.
 
-Everything here reads shapes, dtypes and Python values. Values of tensors are read on CPU tensors
-only, so that no check synchronises with a device.
+The checks read shapes, dtypes and Python values. They read the values of CPU tensors only, so no
+check synchronises with a GPU.
 """
 
 import torch
@@ -11,7 +11,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Raises unless a tensor has a dtype in which attention computes."""
+    """Raises TypeError or ValueError unless a tensor has a dtype that attention supports."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
     if tensor.dtype not in _FLOATS:

@@ -1,4 +1,4 @@
-"""Chooses the implementation of a fused element-wise operation."""
+"""Chooses the implementation of a fused element-wise operation: "triton" or "pytorch"."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ def fused_backend(device: torch.device, dtype: torch.dtype, backend: str = "auto
 
     Args:
         device: Device of the tensors.
-        dtype: Their dtype.
-        backend: "auto" takes Triton on a GPU for dtypes of at most 32 bits, else PyTorch.
+        dtype: Dtype of the tensors.
+        backend: "auto", "triton" or "pytorch". "auto" chooses "triton" on a GPU for dtypes of at
+            most 32 bits, and "pytorch" otherwise.
 
     Raises:
         ValueError: if the name is unknown, or the named implementation cannot serve the tensors.

@@ -1,8 +1,8 @@
-"""Registers one operator with torch.library: implementation, fake and autograd.
+"""Registers an operator with torch.library: implementation, fake implementation and autograd.
 
 `torch.library.custom_op` checks every call for aliases, which costs more host time than a small
-kernel takes on the GPU. The operators here return new tensors only, so they go straight to the
-dispatcher.
+kernel takes on the GPU. The operators here return new tensors only, so they need no such check and
+are registered with the dispatcher directly.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def define_operator(
 
     Args:
         schema: Name, arguments and results, in torch.library's syntax. No argument is mutated.
-        implementation: Computes the results. None of them may alias an argument.
-        fake: Gives their shapes and dtypes.
+        implementation: Function that computes the results. No result may alias an argument.
+        fake: Function that returns empty results with the right shapes and dtypes.
 
     Returns:
         The operator.
@@ -40,13 +40,14 @@ def define_autograd(
 ) -> None:
     """Registers the backward of an operator.
 
-    `torch.library.register_autograd` does the same with twice the host time per call.
+    `torch.library.register_autograd` does the same, but takes twice the host time per call.
 
     Args:
         operator: Operator that define_operator returned.
-        setup_context: Saves what the backward needs: (ctx, inputs, output), as in
+        setup_context: Function of (ctx, inputs, output) that saves tensors for the backward, as in
             torch.autograd.Function.
-        backward: Gradients of the inputs, from (ctx, *gradients of the results).
+        backward: Function of (ctx, *gradients of the results) that returns the gradients of the
+            inputs.
     """
 
     def forward(*arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The layout of small tensors that kernels read element by element, with stride 1."""
+"""Gives small tensors the stride 1 with which kernels read their elements."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 def unit_stride(*vectors: Tensor | None) -> tuple[Any, ...]:
-    """Returns each tensor with stride 1, which the kernels assume. Copies only where needed.
+    """Returns each tensor in contiguous memory; copies only where needed.
 
-    An expanded or sliced vector would otherwise be read beyond its elements.
+    The kernels assume stride 1 and would read an expanded or sliced vector beyond its elements.
 
     Args:
         vectors: Tensors of any shape; None stays None.

@@ -1,4 +1,4 @@
-"""merge_attn_states: joins attention over two disjoint sets of keys."""
+"""merge_attn_states: merges the attention of the same queries over two disjoint sets of keys."""
 
 import torch
 from torch import Tensor
@@ -10,14 +10,15 @@ def merge_attn_states(
     """Returns the attention over both sets of keys; differentiable in all four arguments.
 
     Args:
-        out_a: [T, H, D], normalised output over the first set.
-        lse_a: [H, T] float32, natural logarithm of its softmax denominator; -inf where a query saw
-            no key.
-        out_b: [T, H, D], over the second set.
-        lse_b: [H, T] float32.
+        out_a: Attention output over the first set of keys, [T, H, D].
+        lse_a: Log-sum-exp of the logits over the first set, [H, T] float32, natural logarithm;
+            -inf where a query saw no key.
+        out_b: Attention output over the second set of keys, [T, H, D].
+        lse_b: Log-sum-exp of the logits over the second set, [H, T] float32.
 
     Returns:
-        out [T, H, D] in out_a's dtype and lse [H, T]; where both sets are empty, 0 and -inf.
+        out [T, H, D] in out_a's dtype and lse [H, T]. A query that saw no key in either set has
+        out = 0 and lse = -inf.
 
     Raises:
         ValueError: if shapes do not fit.
@@ -29,7 +30,7 @@ def merge_attn_states(
             f"{tuple(out_a.shape)}, {tuple(lse_a.shape)}, {tuple(out_b.shape)}, "
             f"{tuple(lse_b.shape)}."
         )
-    # The result does not depend on the shift, so it carries no gradient.
+    # The result does not depend on the shift, so the shift needs no gradient.
     shift = torch.maximum(lse_a, lse_b).detach()
     shift = shift.masked_fill(shift == float("-inf"), 0.0)
     weight_a, weight_b = torch.exp(lse_a - shift), torch.exp(lse_b - shift)

@@ -1,4 +1,4 @@
-"""Number of multiprocessors of a device, for persistent grids."""
+"""Returns the number of multiprocessors of a device, the grid size of persistent kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ INTERPRETER_PROGRAMS = 3
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Returns the multiprocessors of a GPU; a small number under Triton's interpreter."""
+    """Returns the number of multiprocessors of a GPU; a small number under Triton's interpreter."""
     if device.type != "cuda":
         return INTERPRETER_PROGRAMS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,8 +1,8 @@
-"""Builds the torch.library operators of an attention from its nouns and implementations.
+"""Builds the forward and backward torch.library operators of an attention.
 
-As operators they have fake implementations (torch.compile, meta tensors), autograd and FLOP
-formulas, and selective activation checkpointing can name them in a policy. A schema is flat: the
-fields of the operands, of Pack and of AttentionOptions, in this order.
+Operators have fake implementations (for torch.compile and meta tensors), autograd and FLOP
+formulas, and a policy of selective activation checkpointing can name them. The arguments of an
+operator are the fields of its operands, of Pack and of AttentionOptions, in this order.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,17 +33,18 @@ class Attention:
 
     Attributes:
         name: Name of the operation: its operators are `lctrain::<name>_forward` and `_backward`.
-        operands: Named tuple class of the tensors that only this attention takes. Queries come
-            first; its fields include q or q1, k or k1, and v.
-        results: Results of the forward. The first is out; those that start with "lse" have
-            gradients, the others are kept for the backward alone.
-        saved: Results that the backward reads.
-        gradients: Results of the backward: names of operands, and further ones.
-        fake_forward: Operands -> results without values.
-        fake_backward: Operands, saved results -> gradients without values.
-        products: (forward, backward): FLOP per visible pair and head, from the operands.
+        operands: Named tuple class of the inputs of this attention. Its first field holds queries;
+            its fields include q or q1, k or k1, and v.
+        results: Names of the forward's results. The first is "out". Results whose names start with
+            "lse" have gradients; further results are kept for the backward only.
+        saved: Names of the results that the backward reads.
+        gradients: Names of the backward's results: operands, and intermediate values for `finish`.
+        fake_forward: Function from the operands to empty results of the forward.
+        fake_backward: Function from operands and saved results to empty results of the backward.
+        products: Two functions of the operands, for forward and backward, which return the FLOP per
+            visible pair of query and key, for one head.
         finish: Function from (gradients by name, operands, pack, options, saved results by name) to
-            the gradients of all fields by name. Default: the gradients of the operands.
+            the gradients of all fields by name. By default, the gradients of the operands.
     """
 
     name: str
@@ -58,7 +59,7 @@ class Attention:
 
 
 class Arguments(NamedTuple):
-    """The flat arguments of an operator, as nouns again."""
+    """The arguments of an operator, grouped into operands, Pack and AttentionOptions."""
 
     operands: Any
     pack: Pack
@@ -66,7 +67,7 @@ class Arguments(NamedTuple):
 
 
 def build_operators(attention: Attention) -> Callable[..., tuple[Tensor, ...]]:
-    """Defines both operators of an attention.
+    """Defines the forward and the backward operator of an attention.
 
     Returns:
         A function (operands, pack, options) -> results, which calls the forward operator.
@@ -178,7 +179,7 @@ def _is_tensor(kind: Any) -> bool:
 
 
 def _complete(pack: Pack, operands: Any, options: AttentionOptions) -> Pack | TiledPack:
-    """Returns the pack with its tiles, which the PyTorch path does not read."""
+    """Returns the pack with its tile schedule; unchanged for PyTorch, which reads no schedule."""
     if options.backend == "pytorch":
         return pack
     return pack.with_tiles(operands[0].shape[0], operands.v.shape[0])
@@ -190,7 +191,10 @@ def _flop_formula(
     size: int,
     count: Callable[..., int],
 ) -> Callable[..., int]:
-    """Returns the FLOP formula of an operator: visible pairs times heads times `count`."""
+    """Returns the FLOP formula of an operator.
+
+    The formula multiplies the visible pairs of query and key by the heads and by `count`.
+    """
 
     def formula(*values: Any, out_val: Any = None, **_: Any) -> int:
         operands, pack, options = arguments(values[skipped : skipped + size])
@@ -203,9 +207,9 @@ def _flop_formula(
 def visible_pairs(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, window_left: int, window_right: int
 ) -> int:
-    """Returns how many (query, key) pairs the mask leaves visible, over all documents.
+    """Returns the number of (query, key) pairs that the mask leaves visible, over all documents.
 
-    Reads the lengths, so on a GPU it synchronises; FLOP counters only.
+    The function reads the lengths, so it synchronises with a GPU. Only FLOP counters call it.
     """
     pairs = 0
     lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
@@ -222,7 +226,10 @@ def visible_pairs(
 
 
 def attended_pairs(pack: Pack, options: AttentionOptions, q: Tensor, k: Tensor) -> int:
-    """Returns the visible pairs of a call; meta tensors count as if all documents were equal."""
+    """Returns the number of visible pairs of a call.
+
+    For meta tensors, whose lengths are unknown, all documents count as equally long.
+    """
     cu_q = pack.cu_seqlens_q
     left, right = options.window_left, options.window_right
     if cu_q.is_meta or isinstance(cu_q, torch._subclasses.FakeTensor):

@@ -1,4 +1,4 @@
-"""AttentionOptions: what an attention computes beyond softmax(q k') v, validated once."""
+"""AttentionOptions: scale, mask, softcap, dropout, ALiBi and sink of a call, validated once."""
 
 import math
 from collections.abc import Sequence
@@ -11,23 +11,25 @@ from lctrain_kernels.layout import unit_stride
 
 
 class AttentionOptions(NamedTuple):
-    """Options of an attention, with one name each from the public functions to the launchers.
+    """Options of an attention call.
 
-    Operators take its fields as arguments of their own; `operators.build_operators` reads them
-    here, so that a new field reaches every attention.
+    Each option has the same name in public functions, operators and launchers.
+    `operators.build_operators` gives every operator one argument per field of this class.
 
     Attributes:
         softmax_scale: Positive factor of q.k.
-        window_left: Keys before the own position; -1 is unbounded.
-        window_right: Keys behind it; 0 is a causal mask.
-        window: [2] int32 on the device, which replaces both sides, or None.
-        softcap: c > 0 replaces a logit x by c tanh(x / c); 0 turns it off.
-        dropout_p: Probability of dropping a weight.
-        dropout_seed: [1] int64; None without dropout.
-        alibi_slopes: [H] or [N, H] float32, or None.
-        learnable_sink: [H], or None.
-        deterministic: The backward must give the same bits in every run.
-        backend: "hopper", "triton" or "pytorch".
+        window_left: Number of visible keys before a query's own position; -1 is unbounded.
+        window_right: Number of visible keys after a query's own position; -1 is unbounded, 0 is a
+            causal mask.
+        window: (left, right) as an int32 device tensor [2], which replaces window_left and
+            window_right; or None.
+        softcap: A softcap c > 0 replaces a logit x by c tanh(x / c); 0 turns it off.
+        dropout_p: Probability of dropping an attention weight.
+        dropout_seed: Seed of the dropout mask, [1] int64; None without dropout.
+        alibi_slopes: ALiBi slopes, [H] or [N, H] float32, or None.
+        learnable_sink: Logit of the attention sink of each head, [H], or None.
+        deterministic: Whether the backward must give the same bits in every run.
+        backend: Implementation: "hopper", "triton" or "pytorch".
     """
 
     softmax_scale: float
@@ -65,23 +67,25 @@ def checked_options(
     learnable_sink: Tensor | None = None,
     deterministic: bool = False,
 ) -> AttentionOptions:
-    """Returns the options of a call, from what the public functions take.
+    """Checks the arguments of a public attention function and returns them as AttentionOptions.
 
     Args:
         device: Device of q.
-        head_dim: D.
-        documents: N.
-        heads: H.
+        head_dim: Head dim D of queries and keys.
+        documents: Number of documents N.
+        heads: Number of query heads H.
         backend: Backend that select_backend returned.
-        softmax_scale: Factor of q.k; default D^-0.5.
-        causal: Whether a query sees keys up to its own position.
-        window_size: (left, right), -1 unbounded; two ints or an int32 tensor [2].
+        softmax_scale: Factor of q.k; D^-0.5 by default.
+        causal: Whether a query sees only the keys up to its own position.
+        window_size: (left, right) keys around a query's own position, two ints or an int32 tensor
+            [2]; -1 is unbounded.
         softcap: Softcap c; 0 turns it off.
         dropout_p: Dropout probability, in [0, 1).
-        dropout_seed: An int, one int64 element, or None to draw it.
-        alibi_slopes: [H] or [N, H] float32.
-        learnable_sink: [H].
-        deterministic: Same bits in every run; torch.use_deterministic_algorithms sets it, too.
+        dropout_seed: An int, an int64 tensor of one element, or None to draw a seed.
+        alibi_slopes: ALiBi slopes, [H] or [N, H] float32, or None.
+        learnable_sink: Logit of the attention sink of each head, [H], or None.
+        deterministic: Whether the backward must give the same bits in every run.
+            torch.use_deterministic_algorithms turns it on, too.
 
     Raises:
         TypeError: if an argument has the wrong type or dtype.
@@ -111,7 +115,7 @@ def checked_options(
 def resolve_window(
     window_size: Sequence[int] | Tensor, causal: bool
 ) -> tuple[Tensor | None, int, int]:
-    """Returns (device tensor or None, left, right); causal is right = 0."""
+    """Returns the window as (device tensor or None, left, right); a causal mask has right = 0."""
     if isinstance(window_size, Tensor):
         if causal:
             window_size = torch.cat([window_size[:1], window_size.new_zeros(1)])
@@ -126,10 +130,10 @@ def resolve_seed(
     """Returns the seed as one int64 element [1] on `device`; None without dropout.
 
     Args:
-        dropout_p: Probability of dropping a weight.
-        dropout_seed: An int, one int64 element on `device`, or None to draw it from torch's
-            generator of that device.
-        device: Device of the tensors of the call.
+        dropout_p: Probability of dropping an attention weight.
+        dropout_seed: An int, an int64 tensor of one element on `device`, or None to draw a seed
+            from torch's generator of that device.
+        device: Device of q, k and v.
 
     Raises:
         ValueError: if the seed is a tensor on another device.
@@ -137,7 +141,8 @@ def resolve_seed(
     if dropout_p == 0:
         return None
     if dropout_seed is None:
-        # Drawn here, so that activation checkpointing, which restores the generator, replays it.
+        # The seed is drawn from torch's generator, which activation checkpointing restores, so that
+        # a recomputation draws the same seed.
         return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
     if isinstance(dropout_seed, Tensor):
         if dropout_seed.device != device:

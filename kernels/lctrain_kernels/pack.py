@@ -1,4 +1,4 @@
-"""Pack: the documents of a call as the kernels need them, validated once."""
+"""Pack: document boundaries, tile schedule and document ids of a call, validated once."""
 
 import functools
 from typing import NamedTuple
@@ -12,17 +12,18 @@ from lctrain_kernels.schedule import TileSchedule, complete_schedule
 
 
 class Pack(NamedTuple):
-    """Documents of packed queries and keys.
+    """The documents of packed queries and keys: boundaries, tile schedule and ids.
 
-    Operators take its fields as arguments of their own; `operators.build_operators` reads them
-    here, so that a new field reaches every attention.
+    N is the number of documents. `operators.build_operators` gives every operator one argument per
+    field of this class.
 
     Attributes:
-        cu_seqlens_q: [N + 1] int32, cumulative query lengths.
-        cu_seqlens_k: [N + 1] int32, cumulative key lengths.
-        q_tiles: [n, 2] int32 of a TileSchedule, or None: built on the device.
-        k_tiles: [m, 2] int32, likewise.
-        document_ids: [N] int32, the documents' part of the dropout key; None is the index.
+        cu_seqlens_q: Cumulative query lengths, [N + 1] int32.
+        cu_seqlens_k: Cumulative key lengths, [N + 1] int32.
+        q_tiles: Tiles of queries, [n, 2] int32, as in TileSchedule; None builds them on the device.
+        k_tiles: Tiles of keys, [m, 2] int32, as in TileSchedule; None builds them on the device.
+        document_ids: Ids of the documents in the dropout key, [N] int32; None takes a document's
+            index in the pack.
     """
 
     cu_seqlens_q: Tensor
@@ -40,8 +41,8 @@ class Pack(NamedTuple):
         """Returns the pack with its tile schedule, which is built on the device if it is missing.
 
         Args:
-            total_q: Packed queries.
-            total_k: Packed keys.
+            total_q: Number of packed queries T.
+            total_k: Number of packed keys Tk.
         """
         schedule = complete_schedule(
             self.q_tiles, self.k_tiles, self.cu_seqlens_q, self.cu_seqlens_k, total_q, total_k
@@ -56,7 +57,7 @@ class Pack(NamedTuple):
 
 
 class TiledPack(NamedTuple):
-    """A Pack whose tile schedule is there, as launchers take it; fields as in Pack."""
+    """A Pack whose tiles are never None, which launchers take; the fields are those of Pack."""
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
@@ -83,21 +84,22 @@ def checked_pack(
         "max_seqlen_k",
     ),
 ) -> Pack:
-    """Returns the pack of a call.
+    """Checks boundaries, lengths, ids and schedule of a call and returns them as a Pack.
 
-    Values of tensors are read on the CPU only, so that no check synchronises with a device.
+    Only values of CPU tensors are read, so no check synchronises with a GPU.
 
     Args:
-        cu_seqlens_q: [N + 1] int32.
-        cu_seqlens_k: [N + 1] int32.
-        total_q: Packed queries.
-        total_k: Packed keys.
+        cu_seqlens_q: Cumulative query lengths, [N + 1] int32.
+        cu_seqlens_k: Cumulative key lengths, [N + 1] int32.
+        total_q: Number of packed queries T.
+        total_k: Number of packed keys Tk.
         device: Device of q.
         max_seqlen_q: Longest query length, a Python int.
         max_seqlen_k: Longest key length, a Python int.
-        document_ids: [N] int32, or None.
-        schedule: Schedule of make_schedule, or None.
-        names: The caller's names of both boundaries and both lengths.
+        document_ids: Ids of the documents, [N] int32, part of the dropout key; or None.
+        schedule: Schedule that make_schedule returned, or None.
+        names: Argument names for error messages: boundaries of queries and keys, then longest
+            lengths of queries and keys.
 
     Raises:
         TypeError: if an argument has the wrong type or dtype.
@@ -127,12 +129,14 @@ def checked_pack(
 
 
 def row_boundaries(batch: int, length: int, device: torch.device) -> Tensor:
-    """Returns cu_seqlens [B + 1] of equal rows; one tensor per shape has its schedule built once.
+    """Returns cu_seqlens [B + 1] int32 of a batch whose rows are documents of equal length.
+
+    The tensor is cached per shape, so its tile schedule is built once.
 
     Args:
-        batch: B.
-        length: Tokens of every row.
-        device: Device of the result, which is never a tensor of inference mode.
+        batch: Batch size B.
+        length: Number of tokens in every row.
+        device: Device of the result. The result is never an inference-mode tensor.
     """
     if torch.compiler.is_compiling():
         return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
@@ -146,7 +150,10 @@ def _known_row_boundaries(batch: int, length: int, device: torch.device) -> Tens
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, device: torch.device) -> None:
-    """Checks cu_seqlens: [N + 1] int32 on q's device, from 0 to total; values on the CPU only."""
+    """Checks that cu_seqlens is [N + 1] int32 on q's device.
+
+    For a CPU tensor, also checks that its values never decrease and run from 0 to `total`.
+    """
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(cu_seqlens).__name__}.")
     if cu_seqlens.dtype != torch.int32:
@@ -176,7 +183,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, device: torch.de
 
 
 def check_max_seqlen(name: str, value: object) -> None:
-    """Raises unless the value is a Python int. A device tensor would force a synchronisation."""
+    """Raises TypeError unless the value is a Python int; a tensor would need a synchronisation."""
     if isinstance(value, Tensor) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(
             f"{name} must be a Python int, got {type(value).__name__}. "
@@ -185,7 +192,7 @@ def check_max_seqlen(name: str, value: object) -> None:
 
 
 def check_document_ids(document_ids: Tensor | None, documents: int, device: torch.device) -> None:
-    """Checks document_ids: [N] int32 on q's device, or None."""
+    """Checks that document_ids is [N] int32 on q's device, or None."""
     if document_ids is None:
         return
     if not isinstance(document_ids, Tensor):
@@ -206,7 +213,7 @@ def check_document_ids(document_ids: Tensor | None, documents: int, device: torc
 def check_schedule(
     schedule: TileSchedule, documents: int, total_q: int, total_k: int, device: torch.device
 ) -> None:
-    """Checks that a schedule is for as many documents and tokens, on q's device."""
+    """Checks that a schedule fits the number of documents and tokens, and is on q's device."""
     if schedule.q_tiles.device != device:
         raise ValueError(
             f"schedule must be on q's device ({device}), got {schedule.q_tiles.device}. "

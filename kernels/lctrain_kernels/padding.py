@@ -1,4 +1,4 @@
-"""unpad_input and pad_input, as in FlashAttention: rows [B, S, ...], packed tokens [T, ...]."""
+"""Converts padded rows [B, S, ...] to packed tokens [T, ...] and back, as in FlashAttention."""
 
 import torch
 from torch import Tensor
@@ -12,27 +12,26 @@ def unpad_input(
     num_tokens: int | None = None,
     max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
-    """Drops padding.
+    """Drops the padding of rows and returns the packed tokens with their boundaries.
 
-    How many tokens remain is data: it is read from the mask. With a mask on the CPU, or with
-    `num_tokens` and `max_seqlen` given, no synchronisation happens; with a mask on a GPU and
-    neither, one does.
+    The function synchronises with the GPU only if the mask is on a GPU and `num_tokens` or
+    `max_seqlen` is missing, because it then reads the number of tokens from the mask.
 
     Args:
-        hidden_states: [B, S, ...].
+        hidden_states: Padded rows [B, S, ...].
         attention_mask: [B, S] bool or int, 1 where a token is real.
-        unused_mask: [B, S], 1 for allocated but unused tokens. They are kept in the output and not
-            counted in the last element.
+        unused_mask: [B, S], 1 where a token is allocated but unused. Unused tokens are kept in the
+            output, and are not counted in the real lengths.
         num_tokens: Number of ones in both masks together, if known.
         max_seqlen: Largest number of ones in a row, if known.
 
     Returns:
-        Packed tokens [T, ...], indices [T] int64 into the flattened rows, cu_seqlens [B + 1] int32,
-        the longest length (int), and the real lengths [B] int32.
+        Packed tokens [T, ...]; indices [T] int64 of these tokens in the flattened rows [B * S];
+        cu_seqlens [B + 1] int32; the longest length (int); and the real lengths [B] int32.
 
     Raises:
-        ValueError: if the mask does not have the first two dimensions of hidden_states, or has
-            other values than 0 and 1. Values are read unless `num_tokens` is given on a GPU.
+        ValueError: if the mask is not [B, S], or has values other than 0 and 1. With `num_tokens`
+            on a GPU the values are not checked.
     """
     if attention_mask.shape != hidden_states.shape[:2]:
         raise ValueError(
@@ -66,23 +65,26 @@ def unpad_input(
 
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
-    """Puts packed tokens back into rows; padding is zero.
+    """Puts packed tokens back into rows. The padding is zero.
 
     Args:
-        hidden_states: [T, ...].
-        indices: [T] int64 from unpad_input.
-        batch: B.
-        seqlen: S.
+        hidden_states: Packed tokens [T, ...].
+        indices: Indices [T] int64 that unpad_input returned.
+        batch: Batch size B.
+        seqlen: Row length S, in tokens.
 
     Returns:
-        [B, S, ...].
+        Padded rows [B, S, ...].
     """
     rows = hidden_states.new_zeros((batch * seqlen, *hidden_states.shape[1:]))
     return rows.index_copy(0, indices, hidden_states).unflatten(0, (batch, seqlen))
 
 
 def pad_head_dim(x: Tensor) -> Tensor:
-    """Pads the last of [T, H, D] to a multiple of 8 (16-byte rows); guarantees last stride 1."""
+    """Pads the head dim of x [T, H, D] to a multiple of 8, and returns it with last stride 1.
+
+    Half-precision rows then have a multiple of 16 bytes, as TMA and vector loads need.
+    """
     if x.shape[2] % 8:
         return torch.nn.functional.pad(x, (0, -x.shape[2] % 8))
     return x if x.stride(2) == 1 else x.contiguous()

@@ -1,4 +1,4 @@
-"""The implementations of every pass of every operation, and the calls that they refuse."""
+"""Registers the implementations of every forward and backward, and chooses one for a call."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 FORWARD, BACKWARD = "forward", "backward"
-# What a resolved backend tries, best first. A call that Hopper's kernels refuse goes to Triton's.
+# Backend -> implementations that are tried, in this order.
 PREFERENCES = {
     "hopper": ("hopper", "triton"),
     "triton": ("triton",),
@@ -18,13 +18,13 @@ Run = Callable[..., tuple[Tensor, ...]]
 
 
 class Implementation(NamedTuple):
-    """One implementation of one pass of an operation.
+    """One implementation of the forward or the backward of an operation.
 
     Attributes:
-        backend: "hopper", "triton" or "pytorch".
-        refuses: Function from a call's operands, options and gradient of out to what the
-            implementation does not support, or None.
-        run: Computes the pass.
+        backend: Implementation: "hopper", "triton" or "pytorch".
+        refuses: Function of (operands, options, gradient of out) that names the first property of
+            the call that the implementation does not support; None if it supports all.
+        run: Function that computes the forward or backward.
     """
 
     backend: str
@@ -36,7 +36,7 @@ _IMPLEMENTATIONS: dict[tuple[str, str], dict[str, Implementation]] = {}
 
 
 def serves_all(*_: Any) -> None:
-    """Refuses no call."""
+    """Returns None: the implementation supports every call."""
 
 
 def implements(
@@ -47,8 +47,8 @@ def implements(
     Args:
         operation: Name of the operation, such as "varlen".
         direction: FORWARD or BACKWARD.
-        backend: "hopper", "triton" or "pytorch".
-        refuses: See Implementation.
+        backend: Implementation: "hopper", "triton" or "pytorch".
+        refuses: Function that names an unsupported property of a call; see Implementation.
     """
 
     def register(run: Run) -> Run:
@@ -62,7 +62,7 @@ def implements(
 def refusals(
     operation: str, direction: str, operands: Any, options: Any, dout: Tensor | None = None
 ) -> dict[str, str | None]:
-    """Returns for each implementation of a pass why it does not serve a call; None if it does."""
+    """Returns, per backend, what it does not support in a call; None if it supports the call."""
     found = _IMPLEMENTATIONS[operation, direction]
     return {name: one.refuses(operands, options, dout) for name, one in found.items()}
 
@@ -70,23 +70,24 @@ def refusals(
 def choose(
     operation: str, direction: str, operands: Any, options: Any, dout: Tensor | None = None
 ) -> Implementation:
-    """Returns the first implementation that options.backend prefers and that serves a call."""
+    """Returns the first implementation that supports a call, in the order of PREFERENCES."""
     found = _IMPLEMENTATIONS[operation, direction]
     candidates = [found[name] for name in PREFERENCES[options.backend] if name in found]
     return next(one for one in candidates if one.refuses(operands, options, dout) is None)
 
 
 def require_backend(operation: str, operands: Any, options: Any, trained: Iterable[Tensor]) -> None:
-    """Refuses a call that a backend which the caller named does not serve.
+    """Raises unless the backend that the caller named supports the call.
 
     Args:
         operation: Name of the operation, such as "varlen".
         operands: Operands of the call.
-        options: Options of the call; options.backend is the named one.
-        trained: Tensors that may need a gradient. If one does, the backward must be served, too.
+        options: Options of the call; options.backend is the backend that the caller named.
+        trained: Tensors that may need a gradient. If one does, the backward is checked, else the
+            forward.
 
     Raises:
-        ValueError: if the implementation refuses the call.
+        ValueError: if the backend does not support the call.
     """
     needs_backward = torch.is_grad_enabled() and any(x.requires_grad for x in trained)
     direction = BACKWARD if needs_backward else FORWARD

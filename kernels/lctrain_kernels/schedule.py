@@ -1,7 +1,6 @@
-"""The tile schedule: the tiles of 128 rows that the kernels visit, and their order.
+"""The tile schedule: the tiles of 128 queries or keys that the kernels visit, and their order.
 
-Built once per batch, from lengths that are known on the CPU, and reused by every layer and by every
-recomputation.
+A schedule is built once per batch from the document lengths. Every layer reuses it.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 SCHEDULE_ROWS = 128
-Work = Callable[[Tensor, Tensor], Tensor]  # (document, block) of each tile -> its work
+Work = Callable[[Tensor, Tensor], Tensor]  # (document, block) -> visible keys of a tile
 
 
 class TileSchedule(NamedTuple):
@@ -20,11 +19,12 @@ class TileSchedule(NamedTuple):
 
     Attributes:
         q_tiles: [n, 2] int32, (document, block of SCHEDULE_ROWS queries inside it). Document -1 is
-            an empty slot. Ordered by the work of a causal mask, longest first.
-        k_tiles: [m, 2] int32, the same for keys. Document by document, longest first.
-        total_q: Number of packed queries in the documents; -1 if known on the device only.
-        total_k: Packed keys, likewise.
-        documents: N.
+            an empty slot. Tiles with the most visible keys under a causal mask come first.
+        k_tiles: [m, 2] int32, (document, block of SCHEDULE_ROWS keys inside it). The tiles of a
+            document are adjacent; the longest document comes first.
+        total_q: Number of packed queries in the documents; -1 if only the device knows it.
+        total_k: Number of packed keys in the documents; -1 if only the device knows it.
+        documents: Number of documents N.
     """
 
     q_tiles: Tensor
@@ -49,8 +49,8 @@ def make_schedule(lengths_q: Sequence[int], lengths_k: Sequence[int] | None = No
     """Builds the schedule of a pack on the CPU.
 
     Args:
-        lengths_q: Queries of each document, N values >= 0.
-        lengths_k: Keys of each document; default lengths_q.
+        lengths_q: Number of queries of each of the N documents, at least 0.
+        lengths_k: Number of keys of each document; lengths_q by default.
 
     Returns:
         The schedule, with CPU tensors; move it with `.to(device)`.
@@ -81,15 +81,15 @@ def make_schedule(lengths_q: Sequence[int], lengths_k: Sequence[int] | None = No
 def device_schedule(cu_q: Tensor, cu_k: Tensor, total_q: int, total_k: int) -> TileSchedule:
     """Builds the schedule on the device of cu_q, without a synchronisation, once per (cu_q, cu_k).
 
-    The number of tiles is not known on the CPU, so the lists have the length of their upper bound;
-    unused slots hold document -1. A pack that does not end at total_q (total_k) stops the program
-    with a device-side assertion.
+    The CPU does not know the number of tiles, so q_tiles and k_tiles have as many slots as there
+    may be tiles; unused slots hold document -1. If cu_q does not end at total_q, or cu_k at
+    total_k, a device-side assertion stops the program.
 
     Args:
-        cu_q: [N + 1] int32.
-        cu_k: [N + 1] int32.
-        total_q: Rows of q.
-        total_k: Rows of k.
+        cu_q: Cumulative query lengths, [N + 1] int32.
+        cu_k: Cumulative key lengths, [N + 1] int32.
+        total_q: Number of rows of q.
+        total_k: Number of rows of k.
     """
     if cu_q.is_inference() or cu_k.is_inference():
         return _build_on_device(cu_q, cu_k, total_q, total_k)  # no version shows their changes
@@ -110,7 +110,7 @@ def complete_schedule(
     total_q: int,
     total_k: int,
 ) -> TileSchedule:
-    """Returns the schedule of these tiles, or, where they are missing, builds it on the device."""
+    """Returns the schedule of the given tiles; builds it on the device if a tensor is missing."""
     if q_tiles is not None and k_tiles is not None:
         return TileSchedule(q_tiles, k_tiles, total_q, total_k, cu_q.shape[0] - 1)
     return device_schedule(cu_q, cu_k, total_q, total_k)
@@ -141,23 +141,30 @@ def _blocks(lengths: Tensor) -> Tensor:
 
 
 def _query_work(queries: Tensor, keys: Tensor) -> Work:
-    """Keys that the last query of a block sees under a causal mask."""
+    """Returns the work by which q_tiles are ordered.
+
+    The work of a tile is the number of keys that its last query sees under a causal mask.
+    """
     return lambda document, block: torch.minimum(
         (block + 1) * SCHEDULE_ROWS + (keys - queries)[document], keys[document]
     )
 
 
 def _key_order(queries: Tensor) -> Work:
-    """Keeps the tiles of a document together, in order.
+    """Returns the work by which k_tiles are ordered: the length of the document in queries.
 
-    They add to the same rows of dq in the Hopper kernels, and all read the same queries: done side
-    by side they find them in L2. Under a causal mask the first tile of a document has most work.
+    So the tiles of a document stay together. They read the same queries, and in the Hopper kernels
+    add to the same rows of dq; programs that run side by side find both in L2. Under a causal mask
+    the first tile of a document has the most work.
     """
     return lambda document, block: queries[document]
 
 
 def _tiles(lengths: Tensor, work: Work, slots: int) -> Tensor:
-    """[slots, 2] int32 (document, block) by falling work, equals in order; empty slots -1, last."""
+    """Returns [slots, 2] int32, the (document, block) of every tile, most work first.
+
+    Tiles of equal work keep their order. Empty slots come last, with document -1.
+    """
     if len(lengths) == 0:
         return lengths.new_empty((0, 2), dtype=torch.int32)
     counts = _blocks(lengths)

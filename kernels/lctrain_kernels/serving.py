@@ -1,4 +1,4 @@
-"""Describes which implementations run a model's attention, in words and as a table."""
+"""Describes which kernels (Hopper, portable, PyTorch) run an attention, as text and as a table."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -24,15 +24,18 @@ def serving(
     value_dim: int | None = None,
     shared_k: bool = False,
 ) -> str:
-    """Describes which passes of a model the Hopper kernels run, and which kernels run the others.
+    """Names the backend of a model's attention, and of its backward if that differs.
+
+    The text starts with "hopper" if the Hopper kernels run the forward. Otherwise it names the
+    backend that runs, and in brackets the reason.
 
     Args:
         operation: "varlen", "dual_chunk" or "differential".
-        head_dim: D, of queries and keys.
+        head_dim: Head dim of queries and keys.
         dtype: Dtype of queries, keys and values.
         deterministic: Whether the backward must give the same bits in every run.
-        value_dim: Head dim of the values, default D.
-        shared_k: Both branches of differential attention read one k.
+        value_dim: Head dim of the values; head_dim by default.
+        shared_k: Whether both branches of differential attention read one k.
     """
     operands = shapes(operation, head_dim, dtype, value_dim=value_dim, shared_k=shared_k)
     options = AttentionOptions(head_dim**-0.5, deterministic=deterministic, backend="hopper")
@@ -54,7 +57,10 @@ def shapes(
     value_dim: int | None = None,
     shared_k: bool = False,
 ) -> Any:
-    """Returns the operands of one token and head on the meta device; arguments as in `serving`."""
+    """Returns operands of one token and one head on the meta device.
+
+    The arguments are those of `serving`.
+    """
     x = torch.empty(1, 1, head_dim, dtype=dtype, device="meta")
     v = torch.empty(1, 1, value_dim or head_dim, dtype=dtype, device="meta")
     if operation == "differential":
@@ -67,7 +73,10 @@ def shapes(
 
 
 def support_matrix() -> list[tuple[str, str, str, str]]:
-    """Returns (operation, call, what serves its forward, its backward) on a Hopper GPU."""
+    """Returns a row (operation, call, forward's backend, backward's backend) per kind of call.
+
+    The backends are those of a Hopper GPU.
+    """
     return [
         (operation, name, *_backends(operation, head_dim, options))
         for operation in ("varlen", "dual_chunk", "differential")
@@ -76,7 +85,7 @@ def support_matrix() -> list[tuple[str, str, str, str]]:
 
 
 def _calls(operation: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """Yields (name, D, options) of the calls in the rows of the matrix."""
+    """Yields (name, head dim, options) of each call that support_matrix lists."""
     yield from ((f"D = {head_dim}", head_dim, {}) for head_dim in HEAD_DIMS)
     yield "D = 128, dropout", 128, {"dropout_p": 0.1}
     yield from (

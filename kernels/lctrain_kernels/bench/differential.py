@@ -42,7 +42,7 @@ class DifferentialWorkload(Workload):
     """One pack under a causal mask; heads counts pairs of branches.
 
     Attributes:
-        value_dim: Dv.
+        value_dim: Head dim Dv of the values.
         version: 1 has a k per branch and one lambda, 2 one k and a lambda per token and head.
         backend: Backend of lctrain's kernels.
     """
@@ -86,7 +86,7 @@ class DifferentialInputs:
         v: [T, Hk, Dv].
         lam: scalar, or [T, H] in version 2.
         grad_out: [T, H, Dv].
-        cu_seqlens: [N + 1] int32.
+        cu_seqlens: Cumulative document lengths, [N + 1] int32.
     """
 
     workload: DifferentialWorkload

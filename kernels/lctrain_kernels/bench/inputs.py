@@ -17,7 +17,7 @@ class AttentionInputs:
         k: [T, Hk, D], requires grad.
         v: [T, Hk, D], requires grad.
         grad_out: [T, H, D], the gradient that arrives at the output.
-        cu_seqlens: [N + 1] int32.
+        cu_seqlens: Cumulative document lengths, [N + 1] int32.
         max_seqlen: length of the longest document.
     """
 

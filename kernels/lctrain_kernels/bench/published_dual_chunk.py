@@ -114,12 +114,12 @@ def published_dual_chunk_attn(
         q: [T, H, D], rotated at r(position), as in dual_chunk_attn_varlen_func.
         k: [T, Hk, D], likewise.
         v: [T, Hk, D].
-        cu_seqlens: [N + 1] int32.
+        cu_seqlens: Cumulative document lengths, [N + 1] int32.
         max_seqlen: Kept for the signature.
-        inv_freq: [D/2] float32.
-        chunk_size: S.
-        local_size: L.
-        softmax_scale: Default D^-0.5.
+        inv_freq: RoPE frequencies [D/2] float32, in radians per position.
+        chunk_size: Largest relative position S.
+        local_size: Distance L up to which positions stay exact across a chunk boundary.
+        softmax_scale: Factor of q.k; D^-0.5 by default.
         attend: The attention that is called.
         call_per_chunk: Whether to make three calls per chunk, as published. Otherwise three in all,
             with copies of the keys that several chunks share.

@@ -13,7 +13,7 @@ class RowConfig:
 
     Attributes:
         block: Vocabulary entries that a program loads at a time.
-        num_warps: Warps of a program.
+        num_warps: Warps per program.
         stages: Depth of the load pipeline.
         programs: Programs per multiprocessor. So many rows are between their two readings at one
             time: with few, the second one is served by the L2 cache.

@@ -30,7 +30,7 @@ class LossOptions:
         group_name: Process group whose ranks hold the other rows; "" where this rank holds all.
         chunk_tokens: Tokens whose logits exist at one time.
         matmul_dtype: dtype of the products' inputs.
-        backend: "triton" or "pytorch".
+        backend: Implementation: "triton" or "pytorch".
     """
 
     softcap: float

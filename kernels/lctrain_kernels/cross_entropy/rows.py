@@ -39,7 +39,7 @@ def row_pass(
         statistics: [4, C] in the accumulation dtype; written unless `reads_statistics`.
         token_grad: [C], gradient of the tokens' losses, or None for 1.
         lse_grad: [C], gradient of the tokens' logsumexp, or None.
-        options: See LossOptions.
+        options: Softcap, label smoothing and the other options of the loss.
         reads_statistics: Take the statistics as given.
         writes_gradient: Replace logits by the gradient.
     """

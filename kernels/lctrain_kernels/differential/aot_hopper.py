@@ -52,12 +52,12 @@ def forward_variant(
     """Describes one compilation of differential_fwd_hopper_kernel, without softcap and sinks.
 
     Args:
-        head_dim: D.
-        value_dim: Dv.
-        shared_k: Both branches read one k.
-        features: One of FEATURES of gluon/variant.py.
-        dtype: Triton's name of the tensors' dtype.
-        group: Query heads per key/value head.
+        head_dim: Head dim D of queries and keys.
+        value_dim: Head dim Dv of the values.
+        shared_k: Whether both branches read one k.
+        features: Features of the call that the kernel compiles, one of gluon/variant.py's FEATURES.
+        dtype: Triton's name of the tensors' dtype, such as "bf16".
+        group: Number of query heads per key/value head.
     """
     columns, value_columns = padded_columns(head_dim), padded_columns(value_dim)
     pack = pack_heads(group)
@@ -143,10 +143,10 @@ def prepare_variant(
     """Describes one compilation of differential_prepare_kernel, with gradients of both lse.
 
     Args:
-        head_dim: D.
-        value_dim: Dv.
-        heads: Query heads.
-        dtype: Triton's name of the tensors' dtype.
+        head_dim: Head dim D of queries and keys.
+        value_dim: Head dim Dv of the values.
+        heads: Number of query heads.
+        dtype: Triton's name of the tensors' dtype, such as "bf16".
     """
     kernel = differential_prepare_kernel
     others: dict[str, str | None] = dict.fromkeys(

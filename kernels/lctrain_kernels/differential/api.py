@@ -48,7 +48,7 @@ def diff_attn_varlen_func(
     Args:
         q1: [T, H, D] float16 or bfloat16, any strides with last stride 1, D at most 128. float32
             and float64 are served by the PyTorch path.
-        q2: [T, H, D].
+        q2: Packed queries of branch 2, [T, H, D].
         k1: [Tk, Hk, D]; head h reads head h // (H / Hk).
         k2: [Tk, Hk, D]. The same object as k1 (version 2) is loaded once.
         v: [Tk, Hk, Dv], Dv = D or 2 D.
@@ -57,7 +57,7 @@ def diff_attn_varlen_func(
         max_seqlen: Longest document, a Python int.
         dropout_p: Probability of dropping a weight, in each branch by a mask of its own (that of
             query head 2 h + branch), applied exactly as round(p * 65536) / 65536.
-        softmax_scale: Factor of q.k; default D^-0.5.
+        softmax_scale: Factor of q.k; D^-0.5 by default.
         causal: Whether query i sees only the keys up to its own position.
         window_size: (left, right) keys around the own position, -1 unbounded; two ints or an int32
             device tensor [2].

@@ -21,11 +21,11 @@ class BranchPointers(NamedTuple):
     """Tensors that a consumer warpgroup reads or writes by itself.
 
     Attributes:
-        lam: [T, H] float32, any strides.
-        lse1: [H, T] float32, a result.
-        lse2: [H, T] float32, a result.
-        dropout_seed: [1] int64, or None.
-        document_ids: [N] int32, or None.
+        lam: Lambda of each token and head, [T, H] float32, any strides.
+        lse1: Log-sum-exp of branch 1, [H, T] float32; written.
+        lse2: Log-sum-exp of branch 2, [H, T] float32; written.
+        dropout_seed: Seed of the dropout mask, [1] int64; None without dropout.
+        document_ids: Ids of the documents, [N] int32, part of the dropout key; or None.
     """
 
     lam: Any
@@ -39,14 +39,14 @@ class ForwardInputs(NamedTuple):
     """Inputs of a consumer warpgroup.
 
     Attributes:
-        out_descs: Outputs.
-        shared: ForwardBuffers.
+        out_descs: TMA descriptors of the results.
+        shared: Shared memory of the kernel.
         out_bufs: Results that find no room among the queries, [.., 64, block_dv].
-        window: Window.
-        pointers: BranchPointers.
+        window: Window of the call: left and right bounds, or their device tensor.
+        pointers: Lambda, dropout inputs and the lse results.
         stride_lt: Distance between tokens of lam.
         stride_lh: Distance between heads of lam.
-        scalars: Scalars.
+        scalars: Scale, dropout factors and number of packed queries.
     """
 
     out_descs: Any
@@ -111,11 +111,11 @@ class BackwardInputs(NamedTuple):
         shared: BackwardBuffers; q, lse and delta have two buffers per stage, one per branch.
         dq: Two float32 buffers of partial dq, one per branch.
         ds: dS of both branches and both warpgroups, [4, 64, block_m].
-        results: ResultPointers.
-        strides: BackwardStrides.
-        tile: KeyTile.
-        window: Bounds.
-        scale: softmax_scale.
+        results: Pointers to which the gradients of keys and values are stored.
+        strides: Strides of the stored gradients.
+        tile: Tile of keys that the program works on.
+        window: Keys visible to the left and right of each query.
+        scale: softmax_scale, the factor of q.k.
     """
 
     shared: Any

@@ -14,14 +14,14 @@ class DifferentialCall:
     """Properties of a differential call that decide whether the Hopper kernels support it.
 
     Attributes:
-        q1: [T, H, D].
-        q2: [T, H, D].
-        k1: [Tk, Hk, D].
-        k2: [Tk, Hk, D]; None if both branches read k1.
-        v: [Tk, Hk, Dv].
-        dout: Gradient of out, in the backward.
-        deterministic: dq1 and dq2 must have the same bits in every run.
-        dropout: Weights are dropped.
+        q1: Packed queries of branch 1, [T, H, D].
+        q2: Packed queries of branch 2, [T, H, D].
+        k1: Packed keys of branch 1, [Tk, Hk, D].
+        k2: Packed keys of branch 2, [Tk, Hk, D]; None if both branches read k1.
+        v: Packed values [Tk, Hk, Dv].
+        dout: Gradient of out; None in the forward.
+        deterministic: Whether dq1 and dq2 must have the same bits in every run.
+        dropout: Whether attention weights are dropped.
     """
 
     q1: Tensor

@@ -17,12 +17,12 @@ class Operands(NamedTuple):
     """Tensors that only differential attention takes.
 
     Attributes:
-        q1: [T, H, D].
-        q2: [T, H, D].
-        k1: [Tk, Hk, D].
-        k2: [Tk, Hk, D]; None if both branches read k1.
-        v: [Tk, Hk, Dv].
-        lam: [T, H].
+        q1: Packed queries of branch 1, [T, H, D].
+        q2: Packed queries of branch 2, [T, H, D].
+        k1: Packed keys of branch 1, [Tk, Hk, D].
+        k2: Packed keys of branch 2, [Tk, Hk, D]; None if both branches read k1.
+        v: Packed values [Tk, Hk, Dv].
+        lam: Lambda of each token and head, [T, H].
     """
 
     q1: Tensor

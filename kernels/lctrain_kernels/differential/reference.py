@@ -55,11 +55,11 @@ def dense_differential(
         k2: [Lk, Hk, D].
         v: [Lk, Hk, Dv].
         lam: Scalar, [H] or [Lq, H].
-        softmax_scale: Factor of q.k, default D^-0.5.
+        softmax_scale: Factor of q.k; D^-0.5 by default.
         window: (left, right); causal is (-1, 0).
         dropout_p: Probability of dropping a weight of a branch after its softmax.
-        dropout_seed: Seed of the masks.
-        document_id: Key of the masks.
+        dropout_seed: Seed of the dropout masks.
+        document_id: Id of the document in the key of the dropout masks.
 
     Returns:
         out [Lq, H, Dv] in q1's dtype, lse1 and lse2 [H, Lq].
@@ -93,17 +93,17 @@ def differential_forward(
     """Forward over packed documents, in chunks of queries (reference/varlen.py).
 
     Args:
-        q1: [T, H, D], any floating dtype.
-        q2: [T, H, D].
-        k1: [Tk, Hk, D].
-        k2: [Tk, Hk, D]; None if both branches read k1.
-        v: [Tk, Hk, Dv].
-        lam: [T, H].
-        cu_seqlens_q: [N + 1] int32.
-        cu_seqlens_k: [N + 1] int32.
+        q1: Packed queries of branch 1, [T, H, D], any floating dtype.
+        q2: Packed queries of branch 2, [T, H, D].
+        k1: Packed keys of branch 1, [Tk, Hk, D].
+        k2: Packed keys of branch 2, [Tk, Hk, D]; None if both branches read k1.
+        v: Packed values [Tk, Hk, Dv].
+        lam: Lambda of each token and head, [T, H].
+        cu_seqlens_q: Cumulative query lengths, [N + 1] int32.
+        cu_seqlens_k: Cumulative key lengths, [N + 1] int32.
         options: Scale, window, dropout.
-        dropout_seed: One int64 element; needed with dropout.
-        document_ids: [N] int32, default the index in the pack.
+        dropout_seed: Seed of the dropout mask, one int64 element; required with dropout.
+        document_ids: Ids in the dropout key, [N] int32; by default, a document's index in the pack.
 
     Returns:
         out, out1 = A1 v and out2 = A2 v [T, H, Dv] in q1's dtype, lse1 and lse2 [H, T] float32

@@ -41,21 +41,21 @@ def differential_bwd(
     """Launches the two backward kernels; arguments as differential_fwd.
 
     Args:
-        dout: [T, H, Dv], any strides.
-        dlse1: [H, T] float32 or None.
-        dlse2: [H, T] float32 or None.
-        q1: [T, H, D].
-        q2: [T, H, D].
-        k1: [Tk, Hk, D].
-        k2: [Tk, Hk, D]; None if both branches read k1.
-        v: [Tk, Hk, Dv].
+        dout: Gradient of out, [T, H, Dv], any strides.
+        dlse1: Gradient of lse1, [H, T] float32, or None.
+        dlse2: Gradient of lse2, [H, T] float32, or None.
+        q1: Packed queries of branch 1, [T, H, D].
+        q2: Packed queries of branch 2, [T, H, D].
+        k1: Packed keys of branch 1, [Tk, Hk, D].
+        k2: Packed keys of branch 2, [Tk, Hk, D]; None if both branches read k1.
+        v: Packed values [Tk, Hk, Dv].
         lam: [T, H] float32, any strides; stride 0 along T spares the kernels a number per query.
-        out1: [T, H, Dv] contiguous.
-        out2: [T, H, Dv] contiguous.
-        lse1: [H, T] float32.
-        lse2: [H, T] float32.
-        pack: Documents, with tiles.
-        options: Options of the call.
+        out1: Output A1 v of branch 1, [T, H, Dv], contiguous.
+        out2: Output A2 v of branch 2, [T, H, Dv], contiguous.
+        lse1: Log-sum-exp of branch 1, [H, T] float32.
+        lse2: Log-sum-exp of branch 2, [H, T] float32.
+        pack: Boundaries of the documents, with their tile schedule.
+        options: Mask, scale and the other attention options of the call.
 
     Returns:
         dq1, dq2 [T, H, D], dk1 [Tk, Hk, D], dk2 likewise (empty where k2 is None: dk1 is the sum),

@@ -298,14 +298,14 @@ def differential_fwd(
     """Launches differential_fwd_kernel.
 
     Args:
-        q1: [T, H, D] float16, bfloat16 or float32, last stride 1.
-        q2: [T, H, D].
-        k1: [Tk, Hk, D].
-        k2: [Tk, Hk, D]; None if both branches read k1.
-        v: [Tk, Hk, Dv].
-        lam: [T, H] float32, any strides.
-        pack: Documents, with tiles.
-        options: Options of the call.
+        q1: Queries of branch 1, [T, H, D], float16, bfloat16 or float32, last stride 1.
+        q2: Packed queries of branch 2, [T, H, D].
+        k1: Packed keys of branch 1, [Tk, Hk, D].
+        k2: Packed keys of branch 2, [Tk, Hk, D]; None if both branches read k1.
+        v: Packed values [Tk, Hk, Dv].
+        lam: Lambda of each token and head, [T, H] float32, any strides.
+        pack: Boundaries of the documents, with their tile schedule.
+        options: Mask, scale and the other attention options of the call.
 
     Returns:
         out, out1 = A1 v and out2 = A2 v [T, H, Dv] in q1's dtype, lse1 and lse2 [H, T] float32.

@@ -34,10 +34,10 @@ def _variant(
 
     Args:
         operation: A key of KERNELS.
-        config: Its tile configuration.
-        head_dim: D.
+        config: Tile configuration of the kernel.
+        head_dim: Head dim D of queries and keys.
         features: "causal", "dropout" or "all", which adds logit_scale to dropout.
-        dtype: Triton's name of the tensors' dtype.
+        dtype: Triton's name of the tensors' dtype, such as "bf16".
         is_partial: The launch to whose result a later one adds.
         rotates_keys: dual_chunk_rotate_kernel rotates keys, which have no statistics.
     """

@@ -53,10 +53,10 @@ def forward_variant(
     """Describes one compilation of dual_chunk_fwd_hopper_kernel.
 
     Args:
-        head_dim: D.
-        features: One of FEATURES.
-        dtype: Triton's name of the tensors' dtype.
-        group: Query heads per key/value head.
+        head_dim: Head dim D of queries and keys.
+        features: Features of the call that the kernel compiles, one of FEATURES.
+        dtype: Triton's name of the tensors' dtype, such as "bf16".
+        group: Number of query heads per key/value head.
     """
     columns, pack = padded_columns(head_dim), pack_heads(group)
     tile = forward_tile(columns)
@@ -132,8 +132,8 @@ def round_dq_variant(head_dim: int, heads: int, dtype: str = "bf16") -> KernelVa
     """Describes one compilation of dual_chunk_round_dq_kernel, with a logit scale.
 
     Args:
-        head_dim: D.
-        heads: Query heads.
+        head_dim: Head dim D of queries and keys.
+        heads: Number of query heads.
         dtype: Triton's name of dq's dtype.
     """
     kernel = dual_chunk_round_dq_kernel

@@ -51,7 +51,7 @@ def dual_chunk_attn_varlen_func(
             RoPE in Llama's half-split layout at r(position), not at the position itself. float32
             and float64 are served by the PyTorch path.
         k: [Tk, Hk, D], rotated likewise; query head h reads head h // (H / Hk).
-        v: [Tk, Hk, D].
+        v: Packed values [Tk, Hk, D].
         cu_seqlens: [N + 1] int32, cumulative lengths from 0 to T. Lengths of 0 are legal.
         max_seqlen: Longest document, a Python int.
         inv_freq: [D/2] float32 on q's device, the frequencies that q and k were rotated by, in
@@ -61,7 +61,7 @@ def dual_chunk_attn_varlen_func(
         logit_scale: [N] float32, a positive factor of the logits of each document. It has no
             gradient; requires_grad must be False.
         dropout_p: Probability of dropping a weight, applied exactly as round(p * 65536) / 65536.
-        softmax_scale: Factor of q.k; default D^-0.5.
+        softmax_scale: Factor of q.k; D^-0.5 by default.
         return_lse: Return (out, lse).
         dropout_seed: An int or one int64 element on q's device. Default: drawn from torch's
             generator of that device.

@@ -88,15 +88,15 @@ class ChunkTile(NamedTuple):
     """A tile of keys with the blocks of queries that see it in one range.
 
     Attributes:
-        head_kv: Key/value head.
+        head_kv: Index of the key/value head.
         begin_q: First query of the document in the pack.
         length_q: Queries of the document.
         begin_k: First key of the document in the pack.
         end: End of the keys of this range, in the document.
         length_k: Keys of the document.
         first: First key of the tile in the document.
-        run: QueryRun.
-        blocks: Blocks of queries.
+        run: Start of the blocks of queries, and the gap between two runs of them.
+        blocks: Number of blocks of queries.
     """
 
     head_kv: Any
@@ -114,12 +114,12 @@ class BackwardInputs(NamedTuple):
     """Inputs of a consumer warpgroup.
 
     Attributes:
-        shared: BackwardBuffers.
-        dq: Two float32 buffers of partial dq.
+        shared: Shared memory of the kernel.
+        dq: Two float32 shared-memory buffers of partial dq, one per consumer warpgroup.
         ds: dS of both warpgroups, [4, 64, block_m].
-        results: ResultPointers.
-        strides: BackwardStrides.
-        tile: ChunkTile.
+        results: Pointers to which the gradients of keys and values are stored.
+        strides: Strides of the stored gradients.
+        tile: Tile of keys that the program works on.
     """
 
     shared: Any

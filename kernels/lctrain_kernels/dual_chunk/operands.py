@@ -9,13 +9,13 @@ class Operands(NamedTuple):
     """Arguments of the operators that only dual chunk attention has.
 
     Attributes:
-        q: [T, H, D].
-        k: [Tk, Hk, D].
-        v: [Tk, Hk, D].
-        inv_freq: [D/2] float32.
-        logit_scale: [N] float32, or None.
-        chunk_size: S.
-        local_size: L.
+        q: Packed queries [T, H, D].
+        k: Packed keys [Tk, Hk, D].
+        v: Packed values [Tk, Hk, D].
+        inv_freq: RoPE frequencies [D/2] float32, in radians per position.
+        logit_scale: Factor of the logits of each document, [N] float32, or None.
+        chunk_size: Largest relative position S.
+        local_size: Distance L up to which positions stay exact across a chunk boundary.
     """
 
     q: Tensor
@@ -31,7 +31,7 @@ class Rotation(NamedTuple):
     """Constants by which the kernels rotate queries and keys; see ranges.py.
 
     Attributes:
-        inv_freq: [D/2] float32, radians per position.
+        inv_freq: RoPE frequencies [D/2] float32, in radians per position.
         chunk_length: Tokens of a chunk, c.
         succ_length: Queries of a chunk that have SUCC keys.
         inter_position: Position of a query for its INTER keys.

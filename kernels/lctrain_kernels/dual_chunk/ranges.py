@@ -58,7 +58,7 @@ def keys_of_tile(
     Args:
         first: Position of the tile's first query.
         last: Position of its last query.
-        relation: INTER, SUCC or INTRA.
+        relation: Range of keys: INTER, SUCC or INTRA.
         c: Tokens of a chunk.
         succ_length: Queries of a chunk that have SUCC keys.
         BLOCK_N: Keys of a tile.

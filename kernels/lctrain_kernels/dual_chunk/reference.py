@@ -91,14 +91,14 @@ def dense_dual_chunk_attention(
         q: [Lq, H, D], rotated at r(position); query i stands at position i + Lk - Lq.
         k: [Lk, Hk, D], rotated at r(position); head h reads key/value head h // (H / Hk).
         v: [Lk, Hk, D].
-        inv_freq: [D/2].
-        chunk_size: S.
-        local_size: L.
+        inv_freq: RoPE frequencies [D/2], in radians per position.
+        chunk_size: Largest relative position S.
+        local_size: Distance L up to which positions stay exact across a chunk boundary.
         logit_scale: Factor of every logit.
-        softmax_scale: Factor of q.k, default D^-0.5.
+        softmax_scale: Factor of q.k; D^-0.5 by default.
         dropout_p: Probability of dropping a weight after the softmax.
-        dropout_seed: Seed of the mask.
-        document_id: Key of the mask.
+        dropout_seed: Seed of the dropout mask.
+        document_id: Id of the document in the key of the dropout mask.
 
     Returns:
         out [Lq, H, D] in q's dtype and lse [H, Lq].
@@ -240,17 +240,17 @@ def dual_chunk_forward(
     """Forward of packed dual chunk attention.
 
     Args:
-        q: [T, H, D] rotated at r(position), any floating dtype.
-        k: [Tk, Hk, D], likewise.
-        v: [Tk, Hk, D].
-        cu_seqlens_q: [N + 1] int32.
-        cu_seqlens_k: [N + 1] int32.
+        q: Packed queries [T, H, D], rotated by RoPE at r(position), any floating dtype.
+        k: Packed keys [Tk, Hk, D], rotated by RoPE at r(position).
+        v: Packed values [Tk, Hk, D].
+        cu_seqlens_q: Cumulative query lengths, [N + 1] int32.
+        cu_seqlens_k: Cumulative key lengths, [N + 1] int32.
         options: Scale and dropout; window_right must be 0.
         geometry: Chunks.
-        inv_freq: [D/2].
-        logit_scale: [N].
-        dropout_seed: One int64 element; needed with dropout.
-        document_ids: [N] int32, default the index in the pack.
+        inv_freq: RoPE frequencies [D/2], in radians per position.
+        logit_scale: Factor of the logits of each document, [N].
+        dropout_seed: Seed of the dropout mask, one int64 element; required with dropout.
+        document_ids: Ids in the dropout key, [N] int32; by default, a document's index in the pack.
 
     Returns:
         out [T, H, D] in q's dtype, lse [H, T] float32 (float64 for float64 inputs), natural

@@ -33,14 +33,14 @@ def dual_chunk_bwd(
     Scratch: keys rotated by -c [Tk, Hk, D], and four float32 per query and head.
 
     Args:
-        dout: [T, H, D], any strides.
-        dlse: [H, T] float32 or None.
-        operands: Operands of the operator.
+        dout: Gradient of out, [T, H, D], any strides.
+        dlse: Gradient of lse, [H, T] float32, or None.
+        operands: Queries, keys, values and the other inputs of the operator.
         rotation: Rotation of queries and keys.
-        out: [T, H, D].
-        lse: [H, T] float32.
-        pack: Documents, with tiles.
-        options: Options of the call.
+        out: Output of the forward, [T, H, D].
+        lse: Log-sum-exp of the forward, [H, T] float32.
+        pack: Boundaries of the documents, with their tile schedule.
+        options: Mask, scale and the other attention options of the call.
 
     Returns:
         dq [T, H, D], dk and dv [Tk, Hk, D], contiguous.

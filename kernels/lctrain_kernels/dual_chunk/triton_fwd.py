@@ -232,10 +232,10 @@ def dual_chunk_fwd(
     """Launches dual_chunk_fwd_kernel; scratch: keys rotated by -c [Tk, Hk, D].
 
     Args:
-        operands: Operands of the operator.
+        operands: Queries, keys, values and the other inputs of the operator.
         rotation: Rotation of queries and keys.
-        pack: Documents, with tiles.
-        options: Options of the call.
+        pack: Boundaries of the documents, with their tile schedule.
+        options: Mask, scale and the other attention options of the call.
 
     Returns:
         out [T, H, D] in q's dtype and lse [H, T] float32.

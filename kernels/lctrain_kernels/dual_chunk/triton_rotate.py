@@ -176,16 +176,16 @@ def dual_chunk_rotate(
         x: [T, H, D] queries or keys, last stride 1.
         rotated: [T, H, D], gets the result; rows that are not needed are not written.
         cu_seqlens_x: [N + 1] int32, the documents of x.
-        cu_seqlens_k: [N + 1] int32.
+        cu_seqlens_k: Cumulative key lengths, [N + 1] int32.
         tiles: [n, 2] int32 of x's rows, from a TileSchedule.
         rotation: Rotation of the rows.
         is_query: Rotate to the inter position; otherwise back by c.
         out: [T, H, D], given together with the next ones: the statistics of queries.
-        dout: [T, H, D], last stride 1.
-        lse: [H, T] float32.
-        dlse: [H, T] float32 or None.
+        dout: Gradient of the output, [T, H, D], last stride 1.
+        lse: Log-sum-exp of the forward, [H, T] float32.
+        dlse: Gradient of lse, [H, T] float32, or None.
         stats: [H, T, 4] float32, gets the statistics.
-        scale_kept: 1 / keep probability.
+        scale_kept: 1 / keep probability, the factor of kept weights.
 
     Returns:
         `rotated`.

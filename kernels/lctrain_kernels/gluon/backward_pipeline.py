@@ -84,7 +84,7 @@ def load_rows(desc, buffers, first, ready, rows):
         desc: Descriptor of [T, H, D], in blocks of a buffer's shape.
         buffers: [.., rows, columns].
         first: Buffer of the first half; the other follows.
-        ready: The barrier.
+        ready: mbarrier that the loads complete.
         rows: Rows to load.
     """
     dtype: gl.constexpr = desc.dtype
@@ -120,7 +120,7 @@ def keys_weights(
         multiplier: Factor of s in the base-2 exponent.
         BLOCK_M: Queries of the block.
         s_layout: Layout of s.
-        FLAGS: Flags.
+        FLAGS: Features beyond plain attention, a tile.structures.Flags.
     """
     HALF: gl.constexpr = s.shape[0]
     # Keys beyond the document's end are zero, so 2^(0 - lse) may overflow.

@@ -60,7 +60,7 @@ def barrier_numbers(kernel: str, stages: int) -> dict[str, range]:
 
     Args:
         kernel: "forward", "varlen_bwd", "dual_chunk_bwd" or "differential_bwd".
-        stages: Pipeline stages.
+        stages: Number of pipeline stages.
     """
     counts = _COUNTS | dict.fromkeys(_STAGED, stages)
     return {

@@ -71,8 +71,8 @@ def forward_shape(
     Args:
         tile: Entry of a table of this module.
         columns: Columns of a tile of queries and keys.
-        group: Query heads per key/value head.
-        heads: Query heads.
+        group: Number of query heads per key/value head.
+        heads: Number of query heads.
         pack: Query heads that share a tile.
         value_columns: Columns of a tile of values, of differential attention.
         num_k: Tensors of keys.
@@ -108,11 +108,11 @@ def backward_shape(
     Args:
         tile: Entry of a table of this module.
         columns: Columns of a tile of queries and keys.
-        group: Query heads per key/value head.
-        heads_kv: Key/value heads.
-        head_dim: D.
+        group: Number of query heads per key/value head.
+        heads_kv: Number of key/value heads.
+        head_dim: Head dim D of queries and keys.
         deterministic: Whether partial dq must be added in the order of the keys.
-        value_dim: Dv, of differential attention.
+        value_dim: Head dim Dv of the values in differential attention.
         value_columns: Columns of a tile of values, of differential attention.
         num_k: Tensors of keys.
     """

@@ -13,7 +13,7 @@ class Rows(NamedTuple):
     Attributes:
         end: End of the document in the pack.
         row: Row coordinate of the first one; see ragged_descriptor.
-        head: Head.
+        head: Index of the head.
     """
 
     end: Any
@@ -44,7 +44,7 @@ class OutputKeys(NamedTuple):
         first: First key in the document.
         end: End of the keys to store, in the document.
         begin: First key of the document in the pack.
-        head: Key/value head.
+        head: Index of the key/value head.
     """
 
     first: Any

@@ -17,7 +17,7 @@ def allocate_bars(TILE: gl.constexpr, Q_LOADS: gl.constexpr, K_LOADS: gl.constex
     """Allocates the scheduler's tiles and the mbarriers of all pipelines.
 
     Args:
-        TILE: ForwardShape.
+        TILE: Tile sizes and head counts of the forward kernel, a ForwardShape.
         Q_LOADS: Loads that fill a stage of queries.
         K_LOADS: Loads that fill a stage of keys.
 
@@ -54,7 +54,7 @@ def allocate_forward(dtype: gl.constexpr, TILE: gl.constexpr):
 
     Args:
         dtype: Dtype of queries, keys and values.
-        TILE: ForwardShape.
+        TILE: Tile sizes and head counts of the forward kernel, a ForwardShape.
     """
     BLOCK_N: gl.constexpr = TILE.block_n
     BLOCK_D: gl.constexpr = TILE.block_d
@@ -79,7 +79,7 @@ def allocate_branches(dtype: gl.constexpr, TILE: gl.constexpr):
 
     Args:
         dtype: Dtype of queries, keys and values.
-        TILE: ForwardShape.
+        TILE: Tile sizes and head counts of the forward kernel, a ForwardShape.
 
     Returns:
         (ForwardBuffers, buffers of results).
@@ -123,7 +123,7 @@ def load_queries(
         q_ready: Their mbarriers.
         stage: Pipeline stage to fill.
         rows: QueryRows of the tile.
-        TILE: ForwardShape.
+        TILE: Tile sizes and head counts of the forward kernel, a ForwardShape.
         BRANCH: Number of the 64 rows of a buffer to fill.
         BRANCHES: Rows of a buffer / 64; each of them is loaded by itself, and arrives at q_ready.
     """
@@ -173,7 +173,7 @@ def load_block(desc, buffer, ready, rows):
     Args:
         desc: Descriptor of [T, H, D], in blocks of the buffer's shape.
         buffer: [rows, columns].
-        ready: The barrier.
+        ready: mbarrier that the loads complete.
         rows: Rows to load.
     """
     dtype: gl.constexpr = desc.dtype

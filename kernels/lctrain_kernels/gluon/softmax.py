@@ -315,15 +315,15 @@ def softmax_step(
         m: Running maximum, as initial_state returns it.
         l: Running sum, likewise.
         block: Number of the block of keys.
-        rows: LocalQueries.
-        visible: Visible.
-        bits: Random bits, of block_bits.
-        threshold: Dropout's threshold of 65,536.
-        scale: softmax_scale.
-        softcap: c.
+        rows: Query positions of the rows, a LocalQueries.
+        visible: Range of keys that the rows see, a Visible.
+        bits: Random bits that block_bits returned, 32 per weight.
+        threshold: A weight is dropped if its 16 random bits are below this number.
+        scale: softmax_scale, the factor of q.k.
+        softcap: Softcap c, which replaces a logit x by c tanh(x / c).
         s_layout: Layout of s.
         dtype: Dtype of p.
-        FLAGS: Flags.
+        FLAGS: Features beyond plain attention, a tile.structures.Flags.
         FEW_REGISTERS: Prefer fewer registers to fewer instructions.
         HAS_MAX: True if an earlier block has given m.
     """

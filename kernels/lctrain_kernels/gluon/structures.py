@@ -12,8 +12,8 @@ class ForwardShape(NamedTuple):
     """Constants of a persistent forward kernel.
 
     Attributes:
-        group: Query heads per key/value head.
-        heads: Query heads.
+        group: Number of query heads per key/value head.
+        heads: Number of query heads.
         pack: Query heads of one key/value head that share a tile.
         consumers: Consumer warpgroups of 64 rows each.
         block_n: Keys of a block.
@@ -43,16 +43,16 @@ class BackwardShape(NamedTuple):
     """Constants of a backward kernel.
 
     Attributes:
-        group: Query heads per key/value head.
-        heads_kv: Key/value heads.
-        head_dim: D; columns beyond it are padding.
+        group: Number of query heads per key/value head.
+        heads_kv: Number of key/value heads.
+        head_dim: Head dim D; columns beyond it are padding.
         block_m: Queries of a block.
         block_n: Keys of a tile.
         block_d: Columns of a tile of queries and keys.
         stages: Pipeline stages of queries.
         dq_from_registers: True if the consumer warpgroups add dq to global memory themselves.
         deterministic: True if partial dq must be added in the order of the keys.
-        value_dim: Dv, of differential attention.
+        value_dim: Head dim Dv of the values in differential attention.
         block_dv: Columns of a tile of values, of differential attention.
         num_k: Tensors of keys: 2 for differential attention with one k per branch.
     """
@@ -161,7 +161,7 @@ class KeyTile(NamedTuple):
     """A tile of keys with the blocks of queries that see it.
 
     Attributes:
-        head_kv: Key/value head.
+        head_kv: Index of the key/value head.
         begin_q: First query of the document in the pack.
         length_q: Queries of the document.
         begin_k: First key of the document in the pack.
@@ -185,7 +185,7 @@ class KeySlot(NamedTuple):
     """The tile of keys of a program, and its document.
 
     Attributes:
-        head_kv: Key/value head.
+        head_kv: Index of the key/value head.
         document: Index in the pack; -1 for an empty slot.
         first: First key of the tile in the document.
         begin_q: First query of the document in the pack.
@@ -241,11 +241,11 @@ class Scalars(NamedTuple):
     """Numbers of a call that a consumer warpgroup reads.
 
     Attributes:
-        total_q: Packed queries.
-        scale: softmax_scale.
-        softcap: c, or None.
-        threshold: Dropout's threshold of 65,536.
-        keep_scale: 1 / keep probability.
+        total_q: Number of packed queries T.
+        scale: softmax_scale, the factor of q.k.
+        softcap: Softcap c, which replaces a logit x by c tanh(x / c); None without one.
+        threshold: A weight is dropped if its 16 random bits are below this number.
+        keep_scale: 1 / keep probability, the factor of kept weights.
     """
 
     total_q: Any
@@ -261,8 +261,8 @@ class ConsumerPointers(NamedTuple):
     Attributes:
         lse: [H, T] float32, the result.
         factor: [H] learnable sinks, or [N] factors of the logits; may be None.
-        dropout_seed: [1] int64, or None.
-        document_ids: [N] int32, or None.
+        dropout_seed: Seed of the dropout mask, [1] int64; None without dropout.
+        document_ids: Ids of the documents, [N] int32, part of the dropout key; or None.
     """
 
     lse: Any
@@ -277,7 +277,7 @@ class Statistics(NamedTuple):
     Attributes:
         lse: Base-2 logsumexp, [H, T] float32; with other numbers behind it for some kernels.
         delta: rowsum(dout * out) - dlse, [H, T] float32, or None.
-        total_q: Packed queries.
+        total_q: Number of packed queries T.
     """
 
     lse: Any
@@ -319,10 +319,10 @@ class DropoutInputs(NamedTuple):
     """Dropout of a document.
 
     Attributes:
-        seed: [1] int64, or None.
-        document_ids: [N] int32, or None.
+        seed: Seed of the dropout mask, [1] int64; None without dropout.
+        document_ids: Ids of the documents, [N] int32, part of the dropout key; or None.
         document: Index in the pack.
-        threshold: Threshold, out of 65,536.
+        threshold: A weight is dropped if its 16 random bits are below this number.
     """
 
     seed: Any
@@ -335,9 +335,9 @@ class Factors(NamedTuple):
     """Numbers of a call that the backward multiplies by.
 
     Attributes:
-        scale: softmax_scale.
-        softcap: c.
-        keep_scale: 1 / keep probability.
+        scale: softmax_scale, the factor of q.k.
+        softcap: Softcap c, which replaces a logit x by c tanh(x / c).
+        keep_scale: 1 / keep probability, the factor of kept weights.
     """
 
     scale: Any
@@ -361,8 +361,8 @@ class SchedulerInputs(NamedTuple):
     """Inputs of the tile scheduler.
 
     Attributes:
-        cu_seqlens_q: [N + 1] int32.
-        cu_seqlens_k: [N + 1] int32.
+        cu_seqlens_q: Cumulative query lengths, [N + 1] int32.
+        cu_seqlens_k: Cumulative key lengths, [N + 1] int32.
         tiles: [n, 2] int32 of a TileSchedule.
         counter: A zeroed int32, which programs take their next item from.
         num_items: Items of work.

@@ -20,13 +20,13 @@ class Call:
     """Properties of a call on one q, k and v that decide whether the Hopper kernels support it.
 
     Attributes:
-        q: [T, H, D].
-        k: [Tk, Hk, D].
-        v: [Tk, Hk, D].
-        dout: Gradient of out, in the backward.
-        alibi: Slopes are given.
-        deterministic: dq must have the same bits in every run.
-        dropout: Weights are dropped.
+        q: Packed queries [T, H, D].
+        k: Packed keys [Tk, Hk, D].
+        v: Packed values [Tk, Hk, D].
+        dout: Gradient of out; None in the forward.
+        alibi: Whether ALiBi slopes are given.
+        deterministic: Whether dq must have the same bits in every run.
+        dropout: Whether attention weights are dropped.
     """
 
     q: Tensor

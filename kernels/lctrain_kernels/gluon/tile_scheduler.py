@@ -27,10 +27,10 @@ def schedule_tiles(
     Args:
         tiles: [TILES_AHEAD * TILE_FIELDS, 1] int32 in shared memory.
         tile_bars: Their Pipeline.
-        inputs: SchedulerInputs.
-        window: Window.
-        TILE: ForwardShape.
-        FLAGS: Flags.
+        inputs: Document boundaries, tile schedule and work counter, a SchedulerInputs.
+        window: Window of the call: left and right bounds, or their device tensor.
+        TILE: Tile sizes and head counts of the forward kernel, a ForwardShape.
+        FLAGS: Features beyond plain attention, a tile.structures.Flags.
     """
     POSITIONS: gl.constexpr = TILE.consumers * 64 // TILE.pack
     HEAD_GROUPS: gl.constexpr = TILE.heads // TILE.pack

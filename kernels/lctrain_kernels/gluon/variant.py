@@ -58,8 +58,8 @@ def argument_types(
     """Triton's names of the types of a kernel's arguments.
 
     Args:
-        kernel: The kernel.
-        features: One of FEATURES.
+        kernel: Kernel whose arguments are typed.
+        features: Features of the call that the kernel compiles, one of FEATURES.
         dtype: Dtype of the tensors.
         absent: Further pointers that are None.
         descriptors: Types of the descriptors.

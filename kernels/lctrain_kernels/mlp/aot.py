@@ -27,7 +27,7 @@ def gated_variants(
 
     Args:
         activation: A key of ACTIVATION_NUMBERS.
-        dtype: Triton's name of the tensors' dtype.
+        dtype: Triton's name of the tensors' dtype, such as "bf16".
         writes_product: The backward writes the product again, for the next weight's gradient.
     """
     number = ACTIVATION_NUMBERS[activation]
@@ -48,7 +48,7 @@ def bias_gelu_variants(
 
     Args:
         activation: A key of ACTIVATION_NUMBERS.
-        dtype: Triton's name of the tensors' dtype.
+        dtype: Triton's name of the tensors' dtype, such as "bf16".
         has_bias: A bias is added before the activation.
     """
     number = ACTIVATION_NUMBERS[activation]

@@ -16,7 +16,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> 
     Args:
         gate: [..., I], floating point; or [..., 2 I] with gate and up side by side, without `up`.
         up: [..., I], or None.
-        backend: "auto", "triton" or "pytorch".
+        backend: Implementation: "auto", "triton" or "pytorch".
 
     Returns:
         [..., I] in the dtype of gate.
@@ -50,7 +50,7 @@ def gated_linear(
         up: [..., I].
         weight: [E, I].
         activation: "silu", "gelu_tanh" or "gelu".
-        backend: "auto", "triton" or "pytorch".
+        backend: Implementation: "auto", "triton" or "pytorch".
 
     Returns:
         [..., E].
@@ -87,7 +87,7 @@ def bias_gelu(
         x: [..., I], floating point.
         bias: [I] or None.
         approximate: "none" or "tanh".
-        backend: "auto", "triton" or "pytorch".
+        backend: Implementation: "auto", "triton" or "pytorch".
 
     Raises:
         ValueError: if shapes or dtypes do not fit, or `approximate` is unknown.

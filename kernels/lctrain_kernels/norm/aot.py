@@ -23,7 +23,7 @@ def forward_variant(columns: int, norm: str, dtype: str = "bf16") -> KernelVaria
         columns: Hidden size.
         norm: "rms", "gemma" (rounded after the product with the weight) or "layer" (with a bias);
             "add_" before it adds a residual.
-        dtype: Triton's name of the tensors' dtype.
+        dtype: Triton's name of the tensors' dtype, such as "bf16".
     """
     block = triton.next_power_of_2(columns)
     config = norm_config(FORWARD, block)

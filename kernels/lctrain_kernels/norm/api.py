@@ -31,7 +31,7 @@ def rms_norm(
         weight_offset: 1 for Gemma, whose weights are deviations from 1.
         float32_product: Whether to multiply by the weight in float32, as Gemma does. Otherwise the
             normalised values are rounded to x's dtype before the product, as in Llama.
-        backend: "auto", "triton" or "pytorch".
+        backend: Implementation: "auto", "triton" or "pytorch".
 
     Returns:
         [..., H]; in the dtype of x with `float32_product`, else in the promoted one of x and

@@ -17,9 +17,9 @@ class NormConfig:
 
     Attributes:
         rows: Rows that a program holds at one time.
-        num_warps: Warps of a program.
+        num_warps: Warps per program.
         stages: Depth of the backward's load pipeline.
-        programs: Programs per multiprocessor in the backward.
+        programs: Number of programs per multiprocessor in the backward.
     """
 
     rows: int

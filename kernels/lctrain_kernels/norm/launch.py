@@ -31,7 +31,7 @@ def norm_fwd(
         residual: [T, H] with the same condition, or None.
         weight: [H].
         bias: [H] or None.
-        options: See NormOptions.
+        options: Epsilon and kind of the norm.
         config: Replaces the table's tile.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Attention of one document, written down as its definition: the oracle of the tests."""
+"""Dense attention of one document in plain PyTorch, the reference of the tests."""
 
 import torch
 from torch import Tensor
@@ -15,17 +15,18 @@ def visible_mask(
     rows: Tensor | None = None,
     columns: Tensor | None = None,
 ) -> Tensor:
-    """Returns [M, N] bool, True where query i sees key j, aligned at the bottom right as in
-    FlashAttention-2.
+    """Returns a mask [M, N] bool, True where query i sees key j.
+
+    The mask is aligned at the bottom right, as in FlashAttention-2.
 
     Args:
-        length_q: Queries of the document.
-        length_k: Keys of the document.
+        length_q: Number of queries of the document.
+        length_k: Number of keys of the document.
         window_left: Keys visible to the left of the aligned position; negative is unbounded.
         window_right: Keys visible to the right; negative is unbounded, 0 is causal.
-        device: Device of the result where rows and columns are not given.
-        rows: [M] int64 query positions; default all.
-        columns: [N] int64 key positions; default all.
+        device: Device of the result if rows and columns are not given.
+        rows: Query positions, [M] int64; all queries by default.
+        columns: Key positions, [N] int64; all keys by default.
     """
     rows = torch.arange(length_q, device=device) if rows is None else rows
     columns = torch.arange(length_k, device=device) if columns is None else columns
@@ -52,27 +53,27 @@ def dense_attention(
     dropout_seed: int | Tensor = 0,
     document_id: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One document, one dense softmax, every gradient by autograd.
+    """Computes the attention of one document by one dense softmax; autograd gives all gradients.
 
-    The products run in the dtype of q, the softmax in at least float32, so that in bf16 this is
-    what plain PyTorch computes and in float64 it is the oracle.
+    Products run in the dtype of q, the softmax in at least float32. So bf16 inputs give the result
+    of plain PyTorch, and float64 inputs give the reference of the tests.
 
     Args:
-        q: [Lq, H, D].
-        k: [Lk, Hk, D]; head h reads key/value head h // (H / Hk).
-        v: [Lk, Hk, Dv].
-        softmax_scale: Factor of q.k, default D^-0.5.
+        q: Queries [Lq, H, D].
+        k: Keys [Lk, Hk, D]; query head h reads key/value head h // (H / Hk).
+        v: Values [Lk, Hk, Dv].
+        softmax_scale: Factor of q.k; D^-0.5 by default.
         window: (left, right) as in visible_mask; causal is (-1, 0).
-        softcap: c > 0 turns a logit x into c tanh(x / c).
-        alibi_slopes: [H], adds -slope * |i + Lk - Lq - j|.
-        learnable_sink: [H], a logit that takes part in the softmax and has no value.
+        softcap: A softcap c > 0 replaces a logit x by c tanh(x / c); 0 turns it off.
+        alibi_slopes: ALiBi slopes [H]; -slope * |i + Lk - Lq - j| is added to a logit.
+        learnable_sink: Logits [H] that take part in the softmax of each head and have no value.
         dropout_p: Probability of dropping a weight after the softmax.
-        dropout_seed: Seed of the mask.
-        document_id: Key of the mask.
+        dropout_seed: Seed of the dropout mask.
+        document_id: Id of the document in the key of the dropout mask.
 
     Returns:
-        out [Lq, H, Dv] in q's dtype, lse [H, Lq] and the signed weights [H, Lq, Lk] (dropped ones
-        negative).
+        out [Lq, H, Dv] in q's dtype, lse [H, Lq], and the weights [H, Lq, Lk], which are negative
+        where dropout dropped them.
     """
     length_q, heads, head_dim = q.shape
     length_k, heads_k, _ = k.shape

@@ -1,10 +1,10 @@
-"""The dropout mask of lctrain, defined in PyTorch: a pure function of (seed, document, head, i, j).
+"""Defines the dropout mask in PyTorch: a pure function of (seed, document, head, query i, key j).
 
 Philox-4x32 with seven rounds (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC
-2011) yields 128 bits per counter. Each attention weight takes 16 of them, so one draw serves the
-eight weights ``i in {i0, i0 + 8}``, ``j in {j0, j0 + 8, j0 + 16, j0 + 24}``. Those share one thread
-of the accumulator layout of NVIDIA's matrix instructions, which lets the kernels use every bit
-without moving any; the definition itself knows nothing of tiles.
+2011) yields 128 bits per counter. Each attention weight takes 16 bits, so one draw serves the eight
+weights ``i in {i0, i0 + 8}``, ``j in {j0, j0 + 8, j0 + 16, j0 + 24}``. In the accumulator layout of
+NVIDIA's matrix instructions one thread holds these eight weights. So the kernels use every bit
+without moving bits between threads. The definition does not depend on the size of tiles.
 
     counter = (32-column group of j, 16-row group of i, head, document)    key = (seed low, seed
     high) word    = 2 * bit3(i) + bit4(j)                                        half = bit3(j)
@@ -21,20 +21,22 @@ _MASK = 0xFFFFFFFF
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """Returns how many of the 65,536 values of a draw drop a weight: ``round(p * 65536)``.
+    """Returns the number of 16-bit values that drop a weight: ``round(p * 65536)``.
 
-    At most 65,535, so that no p below 1 drops everything.
+    The result is at most 65,535, so that no p below 1 drops every weight.
     """
     return min(round(dropout_p * 65536), 65535)
 
 
 def keep_scale(dropout_p: float) -> float:
-    """Returns 1 / (the keep probability after rounding), which makes dropout unbiased."""
+    """Returns the factor of kept weights, 1 / (keep probability after rounding to 1/65536)."""
     return 65536 / (65536 - dropout_threshold(dropout_p))
 
 
 def philox(counters: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """Philox-4x32-7 on broadcastable int64 tensors that hold unsigned 32-bit values.
+    """Computes Philox-4x32-7 random words from counters and a key.
+
+    All tensors are int64, hold unsigned 32-bit values and broadcast.
 
     Args:
         counters: Four tensors, int64, each value in [0, 2^32).
@@ -70,12 +72,12 @@ def dropout_keep(
 
     Args:
         seed: 64-bit seed, an int or an int64 tensor of one element.
-        document_id: Id of the document. As part of the key it makes the mask independent of the
-            pack.
-        heads: [H] int64, query head indices.
-        rows: [M] int64, query positions inside the document.
-        columns: [N] int64, key positions inside the document.
-        dropout_p: Probability of dropping, applied as ``round(p * 65536) / 65536``.
+        document_id: Id of the document. It is part of Philox's counter, so that the mask does not
+            depend on the pack.
+        heads: Indices of query heads, [H] int64.
+        rows: Query positions inside the document, [M] int64.
+        columns: Key positions inside the document, [N] int64.
+        dropout_p: Probability of dropping a weight, applied as ``round(p * 65536) / 65536``.
 
     Returns:
         [H, M, N] bool, True where the weight is kept.

@@ -29,7 +29,7 @@ class RotaryCase:
         name: Label of the variant.
         q_heads: Hq.
         k_heads: Hk; 0 if k is rotated by another call.
-        head_dim: D.
+        head_dim: Head dim D of queries and keys.
         rotary: Columns that are rotated.
         has_norm: Queries and keys are normalised first.
         inverse: The rotation of gradients.

@@ -20,7 +20,7 @@ def rotary_table(
     Args:
         inv_freq: [R / 2], floating point.
         positions: [T], integers.
-        scale: Factor of both tables (YaRN's attention factor).
+        scale: Factor of both cos and sin (YaRN's attention factor).
         dtype: Dtype of the tables.
 
     Returns:
@@ -48,7 +48,7 @@ def apply_rotary_emb(
         interleaved: Whether columns 2 i and 2 i + 1 are a pair; otherwise columns i and i + R / 2.
         position_ids: [T], [B, S] or [1, S], integers: each token's row of the tables. Default: the
             token's place in its sequence, for which rows must be enough.
-        backend: "auto", "triton" or "pytorch".
+        backend: Implementation: "auto", "triton" or "pytorch".
 
     Returns:
         The rotated x, contiguous; rounded once, from float32.
@@ -90,7 +90,7 @@ def rotate_qk(
         k: [B, S, Hk, D], in the dtype of q.
         cos: [B, S, R] or [1, S, R]: a column for each of the first R columns of a head.
         sin: Sine, in the shape of cos.
-        backend: "auto", "triton" or "pytorch".
+        backend: Implementation: "auto", "triton" or "pytorch".
 
     Returns:
         The rotated q and k, contiguous.
@@ -129,7 +129,7 @@ def qk_norm_rotary(
         sin: See rotate_qk.
         eps: Added to the mean square.
         weight_offset: Added to the weights: 1 for Gemma.
-        backend: "auto", "triton" or "pytorch".
+        backend: Implementation: "auto", "triton" or "pytorch".
 
     Returns:
         The normalised and rotated q and k, contiguous; nothing is rounded in between.

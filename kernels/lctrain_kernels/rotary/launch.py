@@ -29,9 +29,9 @@ class RotaryConfig:
 
     Attributes:
         size: Numbers of one half that a tile holds, over heads and tokens.
-        num_warps: Warps of a program.
+        num_warps: Warps per program.
         stages: Depth of the backward's load pipeline.
-        programs: Programs per multiprocessor in the backward.
+        programs: Number of programs per multiprocessor in the backward.
     """
 
     size: int

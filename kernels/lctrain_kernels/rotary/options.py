@@ -21,7 +21,7 @@ class RotaryOptions:
             otherwise one per pair, as in FlashAttention.
         eps: Epsilon of the norm before the rotation, if there is one.
         weight_offset: Added to the norm's weights.
-        backend: "triton" or "pytorch".
+        backend: Implementation: "triton" or "pytorch".
     """
 
     interleaved: bool

@@ -14,7 +14,7 @@ class RotaryShape(NamedTuple):
     """Constants of a rotation, one launch argument.
 
     Attributes:
-        head_dim: D.
+        head_dim: Head dim D of queries and keys.
         half: Pairs of columns that are rotated.
         block_half: Power of two that holds them.
         block_rest: Power of two that holds the columns beyond; 0 if there are none.

@@ -1,4 +1,4 @@
-"""Converts arguments of the public functions to arguments of the kernels."""
+"""Converts the arguments of public functions to launch arguments of the kernels."""
 
 import triton
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from lctrain_kernels.options import AttentionOptions
 from lctrain_kernels.tile.mask import UNBOUNDED
 
-# Lengths, counts and windows change from batch to batch: specialising on them would recompile.
+# Lengths, counts and windows change from batch to batch; Triton would recompile for each value.
 RUNTIME_INTEGERS = [
     "num_tiles",
     "total_q",
@@ -19,13 +19,13 @@ RUNTIME_INTEGERS = [
     "inter_position",
 ]
 
-# float32 products are exact; half-precision inputs have one precision, whatever it is called
-# (gfx950 does not know "tf32", also where it would not matter).
+# Products of float32 inputs are computed in float32 ("ieee"). For half-precision inputs the setting
+# has no effect; gfx950 rejects the name "tf32" all the same.
 DOT_PRECISION = "ieee"
 
 
 def token_head_strides(*tensors: Tensor | None) -> tuple[int, ...]:
-    """Returns the strides of tokens and heads of tensors [T, H, D]; 0 and 0 for None."""
+    """Returns the token stride and the head stride of each tensor [T, H, D]; 0 and 0 for None."""
     return tuple(
         stride
         for tensor in tensors
@@ -34,12 +34,12 @@ def token_head_strides(*tensors: Tensor | None) -> tuple[int, ...]:
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """Returns the power of two that holds the head dim; matrix instructions need at least 16."""
+    """Returns the smallest power of two >= the head dim, at least 16 for matrix instructions."""
     return max(16, triton.next_power_of_2(head_dim))
 
 
 def window_arguments(options: AttentionOptions) -> tuple[Tensor | None, int, int, bool, bool]:
-    """Returns (device window, left, right, has_left, has_right)."""
+    """Returns (device window or None, left, right, has_left, has_right) for a kernel launch."""
     if options.window is not None:
         return options.window, -1, -1, True, True
     left, right = (min(side, UNBOUNDED) for side in (options.window_left, options.window_right))
@@ -47,11 +47,14 @@ def window_arguments(options: AttentionOptions) -> tuple[Tensor | None, int, int
 
 
 def dropout_arguments(dropout_p: float) -> tuple[int, float]:
-    """Returns (threshold of 65,536, 1 / keep probability that is applied); reference/philox.py."""
+    """Returns dropout's threshold and 1 / keep probability.
+
+    A weight is dropped if its 16 random bits are below the threshold; see reference/philox.py.
+    """
     threshold = min(round(dropout_p * 65536), 65535)
     return threshold, 65536 / (65536 - threshold)
 
 
 def alibi_strides(alibi_slopes: Tensor | None) -> int:
-    """Distance between the slopes of two documents."""
+    """Returns the stride between the ALiBi slopes of two documents; 0 if they share slopes."""
     return alibi_slopes.stride(0) if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0

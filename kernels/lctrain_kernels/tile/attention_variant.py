@@ -1,4 +1,4 @@
-"""One ahead-of-time compilation of a portable attention kernel."""
+"""Describes an ahead-of-time compilation of a portable attention kernel."""
 
 import math
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ _FLOATS = ("scale", "softcap", "keep_scale")
 
 
 def has_dropout(features: str) -> bool:
-    """Whether a variant with these features drops weights."""
+    """Returns whether a variant with these features drops attention weights."""
     return features == "all" or "dropout" in features
 
 
@@ -55,21 +55,21 @@ def attention_variant(
     note: str = "",
     multiplies: bool = True,
 ) -> KernelVariant:
-    """Describes one compilation.
+    """Describes one compilation of a portable attention kernel.
 
     Args:
         operation: Name of the kernel in the tile table.
         kernel: Kernel to compile.
-        config: Its tile configuration.
-        head_dim: D.
-        features: One of FEATURES.
-        dtype: Triton's name of the tensors' dtype.
-        group: Query heads per key/value head.
-        value_dim: Dv; default D.
-        constants: Constants of this kernel besides its tile, flags and precision.
-        absent: Pointers that this variant does not pass, whatever its features.
-        note: Added to the size in the variant's name.
-        multiplies: The kernel has matrix products.
+        config: Tile configuration of the kernel.
+        head_dim: Head dim D of queries and keys.
+        features: Features of the call that the kernel compiles, one of FEATURES.
+        dtype: Triton's name of the tensors' dtype, such as "bf16".
+        group: Number of query heads per key/value head.
+        value_dim: Head dim Dv of the values; head_dim by default.
+        constants: Values of the kernel's constexprs besides tile, flags and precision.
+        absent: Names of pointers that this variant does not pass, whatever its features.
+        note: Text that is appended to the size in the variant's name.
+        multiplies: Whether the kernel has matrix products.
     """
     value_dim = head_dim if value_dim is None else value_dim
     everything, dropout = features == "all", has_dropout(features)

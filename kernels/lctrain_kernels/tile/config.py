@@ -1,8 +1,8 @@
-"""Tile configurations: one table, (operation, architecture, head dim) -> frozen dataclass.
+"""Tile configurations of the portable kernels, by architecture, operation and head dim.
 
 A configuration depends on nothing that changes from batch to batch (no lengths, no token counts),
-so a document's bits do not depend on the pack it travels in. kernels/bench/NOTES.md holds the
-measurements that the numbers come from.
+so a document gives the same bits in every pack. The sizes come from the measurements in
+bench/NOTES.md.
 """
 
 import functools
@@ -20,15 +20,15 @@ class TileConfig:
     """Tile sizes and launch options of a kernel.
 
     Attributes:
-        block_m: Query rows of a tile; PACK heads times positions.
-        block_n: Keys of a tile.
-        num_warps: Warps of a program.
+        block_m: Number of query rows of a tile: `pack` heads times positions.
+        block_n: Number of keys of a tile.
+        num_warps: Warps per program.
         num_stages: Depth of the load pipeline.
-        pack: Query heads of one key/value head that share a tile (1 in kernels that own keys). A
-            tile of two heads has half the positions, so the masked part of the diagonal is half as
-            large, at the same reuse of keys.
-        spill_free: Promise that the plain causal kernel keeps everything in registers; tested.
-        max_registers: Bound of registers per thread, where more programs per multiprocessor pay.
+        pack: Number of query heads of one key/value head that share a tile; 1 in dk, dv kernels.
+            A tile of two heads has half the positions. So the masked part of the diagonal is half
+            as large, while each loaded key is used as often.
+        spill_free: Whether the plain causal kernel must compile without register spills; tested.
+        max_registers: Most registers per thread, so that more programs fit on a multiprocessor.
     """
 
     block_m: int
@@ -41,7 +41,7 @@ class TileConfig:
 
     @property
     def options(self) -> dict[str, int]:
-        """The compiler's options."""
+        """Triton's compile options: warps, stages and registers."""
         options = {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
@@ -53,15 +53,16 @@ class TileConfig:
 
     @property
     def positions(self) -> int:
-        """Query positions of a tile."""
+        """Number of query positions of a tile."""
         return self.block_m // self.pack
 
 
-# Operation -> {padded head dim: configuration}; head dims up to the key use it. An entry
-# "<operation>_dropout" replaces single sizes where dropout is on. Differential attention
-# ("diff_...") goes by the sum of its two padded head dims: 192 is keys of 64 with values of 128,
-# 256 is both of 128. There "<operation>_shared" replaces sizes where both branches read one k.
-# "<operation>_partial" is the launch of dual chunk attention to whose result a later one adds.
+# Operation -> {largest padded head dim: configuration}. Variants of an operation have suffixes:
+# "_dropout"  sizes that differ with dropout;
+# "_shared"   sizes that differ if both branches of differential attention read one k;
+# "_partial"  the launch of dual chunk attention to whose result a later launch adds.
+# Differential attention ("diff_...") is listed by the sum of both padded head dims: 192 is keys of
+# 64 with values of 128, 256 is keys and values of 128.
 _HOPPER = {
     "varlen_fwd": {
         64: TileConfig(64, 64, 4, 3, pack=2, spill_free=True),
@@ -127,7 +128,7 @@ _HOPPER = {
         256: TileConfig(32, 128, 8, 3),
     },
 }
-# Accumulators of more than 512 columns of tensor memory compile to a trap: half as many keys.
+# Half as many keys: accumulators of more than 512 columns of tensor memory compile to a trap.
 _BLACKWELL = {
     **_HOPPER,
     "diff_dkv": {**_HOPPER["diff_dkv"], 256: TileConfig(32, 64, 4, 2)},
@@ -236,7 +237,7 @@ _FLOAT32 = {
     "diff_dq": {192: TileConfig(32, 32, 4, 1), 384: TileConfig(16, 32, 4, 1)},
     "diff_dkv": {192: TileConfig(16, 32, 4, 1), 384: TileConfig(16, 16, 4, 1)},
 }
-# The interpreter walks programs in Python: small tiles, so that tiny documents still cross them.
+# Small tiles for Triton's interpreter, so that short test documents span several tiles.
 _INTERPRETER = {
     "varlen_fwd": {256: TileConfig(32, 32, 4, 1, pack=2)},
     "varlen_dq": {256: TileConfig(32, 32, 4, 1, pack=2)},
@@ -275,15 +276,14 @@ def table_config(
     """Returns a configuration of the table.
 
     Args:
-        table: A key of TABLES.
+        table: Name of the architecture's table, a key of TABLES.
         operation: "varlen_fwd", "varlen_dq" or "varlen_dkv".
-        head_dim: D, 1 to 256.
-        group: Query heads per key/value head; bounds how many heads can share a tile.
+        head_dim: Head dim of queries and keys, 1 to 256.
+        group: Number of query heads per key/value head, the most heads that can share a tile.
         has_dropout: Whether the kernel draws dropout masks.
-        value_dim: Head dim of the values, for differential attention, whose tables depend on both
-            head dims.
+        value_dim: Head dim of the values; given for differential attention only.
         shared_k: Whether both branches of differential attention read one k.
-        is_partial: A later launch adds to the result; dual chunk attention only.
+        is_partial: Whether a later launch adds to the result; dual chunk attention only.
     """
     width = padded_head_dim(head_dim)
     if value_dim is not None:
@@ -306,7 +306,7 @@ def tile_config(
     shared_k: bool = False,
     is_partial: bool = False,
 ) -> TileConfig:
-    """Returns the configuration for these tensors; never reads their values."""
+    """Returns the tile configuration of an operation for the device, dtype and head dim of q."""
     if q.device.type != "cuda":
         table = "interpreter"
     elif q.dtype == torch.float32:
@@ -325,7 +325,7 @@ _OVERRIDES: dict[str, TileConfig] = {}
 
 
 class override_configs:
-    """Context manager that forces configurations by operation; for tuning and for tests."""
+    """Context manager that replaces the configuration of operations, for tuning and tests."""
 
     def __init__(self, **configs: TileConfig) -> None:
         self._configs = configs

@@ -1,5 +1,6 @@
-"""The dropout mask on a tile: Philox-4x32-7, eight weights per draw; reference/philox.py is the
-definition."""
+"""Draws the dropout mask of a tile with Philox-4x32-7, eight weights per draw.
+
+reference/philox.py defines the mask."""
 
 import triton
 import triton.language as tl
@@ -26,26 +27,26 @@ def load_key(seed_ptr, document_ids_ptr, document):
 def draw_bits(key_0, key_1, document, head, first_query, query, first_key, key):
     """Returns 32 random bits for every weight of a tile; two weights share them, see keep_mask.
 
-    Counters stay as narrow as their inputs for as long as they can: two of the seven rounds cost a
-    row and a column, not a tile. Bits are taken from the positions inside the tile, which the
-    compiler knows per register, so the choice of the word costs nothing.
+    Two of the seven rounds run on vectors (a row or a column of the tile) instead of on the whole
+    tile. The position inside the tile, which the compiler knows for each register, decides which
+    word a weight takes, so choosing the word costs no instruction.
 
     Args:
         key_0: Low half of the seed, uint32.
         key_1: High half of the seed, uint32.
         document: Document id, uint32.
-        head: Query head, uint32, scalar or broadcastable.
-        first_query: Multiple of 16; position of the tile's first query in the document.
-        query: Positions inside the tile, int32, broadcastable ([M, 1] or [1, M]).
-        first_key: Multiple of 32; position of the tile's first key.
-        key: Positions inside the tile, int32, broadcastable.
+        head: Index of the query head, uint32, scalar or broadcastable.
+        first_query: Position of the tile's first query in the document, a multiple of 16.
+        query: Positions of queries inside the tile, int32, broadcastable ([M, 1] or [1, M]).
+        first_key: Position of the tile's first key in the document, a multiple of 32.
+        key: Positions of keys inside the tile, int32, broadcastable ([1, N] or [N, 1]).
     """
     c1 = ((query >> 4) * 8 + (query & 7) + first_query // 2).to(tl.uint32)
     c0 = ((key >> 5) * 8 + (key & 7) + first_key // 4).to(tl.uint32)
     c2 = head
     c3 = document
     for _ in tl.static_range(_ROUNDS):
-        # Widening products: their two halves are one instruction, umulhi and a product are two.
+        # A widening product gives both halves in one instruction; umulhi and a product take two.
         product_0 = c0.to(tl.uint64) * _MULTIPLIER_0
         product_1 = c2.to(tl.uint64) * _MULTIPLIER_1
         c0 = (product_1 >> 32).to(tl.uint32) ^ c1 ^ key_0
@@ -61,30 +62,33 @@ def draw_bits(key_0, key_1, document, head, first_query, query, first_key, key):
 
 @triton.jit
 def top_bits(bits, key):
-    """Returns words whose upper half is a weight's 16 bits of a word.
+    """Returns 32-bit words whose upper half holds the 16 random bits of a weight.
 
     Args:
-        bits: Bits from draw_bits.
-        key: Key, as in draw_bits.
+        bits: Random bits that draw_bits returned, 32 per weight.
+        key: Positions of keys inside the tile, as in draw_bits.
     """
     return tl.where((key & 8) != 0, bits, bits << 16)
 
 
 @triton.jit
 def is_kept(bits, key, threshold):
-    """Returns True where a weight is kept: its 16 bits of the word are not below the threshold.
+    """Returns True where a weight is kept: its 16 random bits are not below the threshold.
 
     Args:
-        bits: Bits from draw_bits.
-        key: Key, as in draw_bits.
-        threshold: Threshold, out of 65,536.
+        bits: Random bits that draw_bits returned, 32 per weight.
+        key: Positions of keys inside the tile, as in draw_bits.
+        threshold: A weight is dropped if its 16 random bits are below this number.
     """
-    # The bits are compared at the top of the word, where the upper half already lies.
+    # Compared in the upper half of the word, so that bits from the upper half need no shift.
     return top_bits(bits, key) >= threshold.to(tl.uint32) << 16
 
 
 @triton.jit
 def keep_mask(key_0, key_1, document, head, first_query, query, first_key, key, threshold):
-    """Returns the mask of a tile, True where the weight is kept; arguments as in draw_bits."""
+    """Returns the dropout mask of a tile, True where the weight is kept.
+
+    The arguments are those of draw_bits and of is_kept.
+    """
     bits = draw_bits(key_0, key_1, document, head, first_query, query, first_key, key)
     return is_kept(bits, key, threshold)

@@ -1,4 +1,4 @@
-"""One ahead-of-time compilation of a fused element-wise kernel."""
+"""Describes an ahead-of-time compilation of a fused element-wise kernel."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,14 +20,14 @@ def fused_variant(
     """Describes one compilation of a kernel that has no matrix product.
 
     Args:
-        label: Name for reports and tests; the dtype is appended.
+        label: Name in reports and tests; the dtype is appended.
         kernel: Kernel to compile.
-        dtype: Triton's name of the dtype of all pointers but those in `others`.
-        others: Argument or field of a group -> its type, None if it is not passed; what is neither
-            here nor a pointer is an i32.
+        dtype: Triton's name of the dtype of all pointers that are not in `others`.
+        others: Name of an argument, or of a field of a named tuple -> its type; None if it is not
+            passed. Arguments that are neither in `others` nor pointers are i32.
         constants: Values of the constexprs.
-        num_warps: Warps of a program.
-        spill_free: Whether the kernel must keep everything in registers on the tuned GPU.
+        num_warps: Warps per program.
+        spill_free: Whether the kernel must compile without register spills on the tuned GPU.
     """
 
     def kind(name: str, is_pointer: bool) -> str | None:

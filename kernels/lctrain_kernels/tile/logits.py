@@ -1,4 +1,4 @@
-"""Converts products q.k to logits in base 2, and differentiates that step."""
+"""Converts products q.k to base-2 logits, with scale, softcap and ALiBi."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 @triton.jit
 def tanh(x):
-    """tanh by one exponential; accurate to a few float32 roundings of 1."""
+    """Returns tanh(x), computed by one exponential; the error is a few units of 2^-24."""
     decay = tl.exp2(tl.abs(x) * (-2.0 * _LOG2_E))
     magnitude = (1.0 - decay) / (1.0 + decay)
     return tl.where(x < 0, -magnitude, magnitude)
@@ -20,18 +20,18 @@ def tanh(x):
 def logits(
     s, query, key, shift, scale, softcap, slope, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr
 ):
-    """Returns x such that 2^(x * multiplier) is the unnormalised weight; see logits_multiplier.
+    """Returns base-2 logits x, so that 2^(x * logits_multiplier(...)) is the unnormalised weight.
 
     Args:
-        s: q.k, float32 tile.
-        query: Query positions, broadcastable to s.
-        key: Key positions, broadcastable to s.
-        shift: Lk - Lq.
-        scale: softmax_scale.
-        softcap: c.
+        s: Tile of products q.k, float32.
+        query: Query positions in the document, broadcastable to s.
+        key: Key positions in the document, broadcastable to s.
+        shift: Number of keys less number of queries of the document.
+        scale: softmax_scale, the factor of q.k.
+        softcap: Softcap c, which replaces a logit x by c tanh(x / c).
         slope: ALiBi slope, broadcastable to s.
-        HAS_SOFTCAP: c tanh(x / c).
-        HAS_ALIBI: Adds -slope * |query + shift - key|.
+        HAS_SOFTCAP: Whether the softcap is applied.
+        HAS_ALIBI: Whether -slope * |query + shift - key| is added.
     """
     if HAS_SOFTCAP:
         s = tanh(s * (scale / softcap)) * (softcap * _LOG2_E)
@@ -44,7 +44,11 @@ def logits(
 
 @triton.jit
 def logits_multiplier(scale, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr):
-    """Returns the factor that logits() leaves to the exponent's multiply-add."""
+    """Returns the factor by which the result of logits() is multiplied in the exponent.
+
+    Without softcap and ALiBi the factor is scale * log2(e), which costs no instruction of its own:
+    it joins the multiply-add of the exponent. Otherwise logits() applies it, and the factor is 1.
+    """
     if HAS_SOFTCAP or HAS_ALIBI:
         return 1.0
     else:
@@ -53,6 +57,6 @@ def logits_multiplier(scale, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr)
 
 @triton.jit
 def softcap_slope(s, scale, softcap):
-    """d(logit) / d(scale * s) under the softcap."""
+    """Returns the derivative of the softcap, d(logit) / d(scale * s) = 1 - tanh^2."""
     bounded = tanh(s * (scale / softcap))
     return 1.0 - bounded * bounded

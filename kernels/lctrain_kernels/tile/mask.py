@@ -1,6 +1,7 @@
-"""The keys that a query sees: ranges of tiles, and the mask inside a tile.
+"""Computes which tiles of keys a query sees, and masks the logits inside a tile.
 
-A window is (left, right) around the position i + shift with shift = Lk - Lq; causal is right = 0.
+Query i of a document with Lq queries and Lk keys is at position i + shift, with shift = Lk - Lq. It
+sees `left` keys before its position and `right` keys after it; a causal mask has right = 0.
 """
 
 import triton
@@ -12,7 +13,10 @@ _UNBOUNDED = tl.constexpr(UNBOUNDED)
 
 @triton.jit
 def load_window(window_ptr, left, right):
-    """Returns (left, right) from device memory where window_ptr is given; negative is unbounded."""
+    """Returns the window (left, right), from device memory if window_ptr is given.
+
+    A negative side is unbounded.
+    """
     if window_ptr is not None:
         left = tl.load(window_ptr)
         right = tl.load(window_ptr + 1)
@@ -33,11 +37,11 @@ def key_ranges(
     HAS_RIGHT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Returns (low, clear_low, clear_high, high) for queries [first, first + positions).
+    """Returns the keys (low, clear_low, clear_high, high) for queries [first, first + positions).
 
-    Tiles of keys start at multiples of BLOCK_N. Those in [clear_low, clear_high) are visible to
-    every query; those in [low, clear_low), empty without a left bound, and [clear_high, high) need
-    a mask.
+    Tiles of keys start at multiples of BLOCK_N. Every query sees all keys of the tiles in
+    [clear_low, clear_high). The tiles in [low, clear_low) and in [clear_high, high) need a mask.
+    Without a left bound, [low, clear_low) is empty.
     """
     high = length_k
     clear_high = length_k // BLOCK_N * BLOCK_N
@@ -68,12 +72,14 @@ def query_ranges(
     HAS_RIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Returns (low, clear_low, clear_high, high) for keys [first, first + keys).
+    """Returns the queries (low, clear_low, clear_high, high) for keys [first, first + keys).
 
-    Tiles of queries start at multiples of BLOCK_M. Those in [clear_low, clear_high) see every key;
-    those in [low, clear_low) and [clear_high, high), empty without a left bound, need a mask.
-    Queries beyond length_q count as clear (they are zero), keys beyond length_k do not: 2^(0 - lse)
-    may overflow.
+    Tiles of queries start at multiples of BLOCK_M. All queries of the tiles in
+    [clear_low, clear_high) see every key. The tiles in [low, clear_low) and in [clear_high, high)
+    need a mask. Without a left bound, [clear_high, high) is empty.
+
+    Queries beyond length_q need no mask, because they are loaded as zero. Keys beyond length_k do,
+    because 2^(0 - lse) may overflow.
     """
     low = 0
     clear_low = 0
@@ -92,17 +98,17 @@ def query_ranges(
 
 @triton.jit
 def mask_logits(x, local, first_seen, last_seen, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr):
-    """Sets x to -inf outside [first_seen, last_seen].
+    """Returns the logits x, set to -inf where the column is outside [first_seen, last_seen].
 
-    Bounds per row against positions inside the tile cost one comparison and one select an element.
+    Each bound costs one comparison and one select per element.
 
     Args:
-        x: [M, N] logits.
-        local: [1, N], positions inside the tile.
-        first_seen: [M], first position that a row sees, relative to the tile.
-        last_seen: [M], last position that a row sees, relative to the tile.
-        HAS_FIRST: Whether first_seen bounds.
-        HAS_LAST: Whether last_seen bounds.
+        x: Logits, [M, N].
+        local: Positions of the columns inside the tile, [1, N].
+        first_seen: First column that each row sees, relative to the tile, [M].
+        last_seen: Last column that each row sees, relative to the tile, [M].
+        HAS_FIRST: Whether to apply first_seen.
+        HAS_LAST: Whether to apply last_seen.
     """
     if HAS_FIRST:
         x = tl.where(local >= first_seen[:, None], x, float("-inf"))

@@ -1,4 +1,4 @@
-"""Tiles of rows between global memory and registers."""
+"""Loads and stores tiles of rows, with zero padding."""
 
 import triton
 import triton.language as tl
@@ -14,7 +14,10 @@ def load_rows(
     BLOCK_D: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):
-    """Loads [M, BLOCK_D]; zero beyond HEAD_DIM and, where BOUNDED, beyond row `length`."""
+    """Loads a tile [M, BLOCK_D] of rows.
+
+    Columns from HEAD_DIM on are zero. With BOUNDED, rows from `length` on are zero, too.
+    """
     if BOUNDED:
         if BLOCK_D == HEAD_DIM:
             return tl.load(ptrs, mask=(rows < length)[:, None], other=0.0)
@@ -30,7 +33,10 @@ def load_rows(
 
 @triton.jit
 def store_rows(ptrs, values, rows, length, columns, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Stores [M, BLOCK_D] in the pointer's dtype, without what lies beyond `length` or HEAD_DIM."""
+    """Stores a tile [M, BLOCK_D] in the pointer's dtype.
+
+    Rows from `length` on and columns from HEAD_DIM on are not stored.
+    """
     inside = (rows < length)[:, None]
     if BLOCK_D != HEAD_DIM:
         inside = inside & (columns < HEAD_DIM)[None, :]

@@ -1,13 +1,15 @@
-"""RoPE on tiles, in Llama's half-split layout: column d is rotated together with column d + D/2.
+"""Rotates tiles by RoPE in Llama's half-split layout, where columns d and d + D/2 are a pair.
 
-A tile of padded width BLOCK_D holds the first halves of its rows in the first half of its columns
-(`pair_columns`), so that partners stay BLOCK_D / 2 apart.
+A tile of padded width BLOCK_D holds the first half of each row in its columns [0, BLOCK_D / 2), and
+the second half in [BLOCK_D / 2, BLOCK_D). So the columns of a pair are BLOCK_D / 2 apart
+(`pair_columns`).
 
-Angles are counted in turns, with the frequency as a sum of two float32: whole turns of any position
-that fits float32 (16,777,216) cancel exactly, and what is left goes into two short polynomials.
+An angle is computed as a number of full turns of the circle. The frequency is a sum of two float32,
+so full turns cancel exactly for positions up to 16,777,216. Two short polynomials give the sine and
+cosine of the remainder.
 
-Every step that could be fused is: a rotated tile has the same bits in whichever kernel it is made,
-and so have the logits, which the backward must meet again to within the rounding of an exponent.
+Multiply-adds are fused explicitly, so every kernel computes the same bits of a rotated tile. The
+backward therefore recomputes the logits of the forward.
 """
 
 import triton
@@ -20,7 +22,10 @@ _TWO_PI = tl.constexpr(6.283185307179586)
 
 @triton.jit
 def load_frequencies(inv_freq_ptr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Returns inv_freq / (2 pi) [BLOCK_D / 2] as a sum of two float32, turns per position."""
+    """Returns the frequencies inv_freq / (2 pi) [BLOCK_D / 2], in full turns per position.
+
+    Each frequency is a pair of float32 whose sum is the value.
+    """
     index = tl.arange(0, BLOCK_D // 2)
     inv_freq = tl.load(inv_freq_ptr + index, mask=index < HEAD_DIM // 2, other=0.0)
     high = inv_freq * _TURNS
@@ -30,12 +35,12 @@ def load_frequencies(inv_freq_ptr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
 
 @triton.jit
 def cos_sin(delta, high, rest):
-    """Returns cos and sin of delta positions, to about 1e-7.
+    """Returns the cosine and sine of a rotation by `delta` positions, accurate to about 1e-7.
 
     Args:
-        delta: float32 that holds integers, broadcastable to the result.
-        high: Turns per position, as load_frequencies gives them, broadcastable.
-        rest: Second float32 of the frequency, in the shape of the first.
+        delta: Number of positions, an integer in float32, broadcastable to the result.
+        high: First float32 of the frequency from load_frequencies, broadcastable to the result.
+        rest: Second float32 of the frequency from load_frequencies, in the shape of `high`.
     """
     whole = tl.floor(delta * high + 0.5)
     turns = tl.fma(delta, high, -whole)  # one rounding, of a value below 1
@@ -60,7 +65,7 @@ def cos_sin(delta, high, rest):
 
 @triton.jit
 def pair_columns(HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Returns, for each column of a tile, the column in memory; see load_pairs for padding."""
+    """Returns, for each column of a tile, its column in memory. load_pairs masks the padding."""
     columns = tl.arange(0, BLOCK_D)
     if BLOCK_D == HEAD_DIM:
         return columns
@@ -81,7 +86,7 @@ def _inside(rows, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDED
 def load_pairs(
     ptrs, rows, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDED: tl.constexpr
 ):
-    """As load_rows, for columns in the order of pair_columns; zero in the padding of each half."""
+    """Loads rows like load_rows, with columns ordered by pair_columns; padding is zero."""
     if BLOCK_D == HEAD_DIM:
         if BOUNDED:
             return tl.load(ptrs, mask=(rows < length)[:, None], other=0.0)
@@ -93,7 +98,7 @@ def load_pairs(
 
 @triton.jit
 def store_pairs(ptrs, values, rows, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """As store_rows, for columns in the order of pair_columns."""
+    """Stores rows like store_rows, from a tile whose columns pair_columns orders."""
     if BLOCK_D == HEAD_DIM:
         tl.store(ptrs, values.to(ptrs.dtype.element_ty), mask=(rows < length)[:, None])
     else:
@@ -106,11 +111,11 @@ def rotate(x, cos, sin, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rotates a tile x [ROWS, BLOCK_D]; the result is float32.
 
     Args:
-        x: Columns as pair_columns orders them.
+        x: Tile whose columns pair_columns orders.
         cos: Cosine of the angles, broadcastable to [ROWS, BLOCK_D / 2].
-        sin: Sine, in the shape of cos.
-        ROWS: Rows of x.
-        BLOCK_D: Columns of x.
+        sin: Sine of the angles, in the shape of cos.
+        ROWS: Number of rows of x.
+        BLOCK_D: Number of columns of x.
     """
     pairs = tl.permute(tl.reshape(x.to(tl.float32), [ROWS, 2, BLOCK_D // 2]), (0, 2, 1))
     low, high = tl.split(pairs)

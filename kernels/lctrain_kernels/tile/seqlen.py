@@ -1,4 +1,4 @@
-"""The position of a program: its tile, its document, its heads."""
+"""Finds the tile, document and heads of a program."""
 
 import triton
 import triton.language as tl
@@ -10,11 +10,11 @@ _SCHEDULE_ROWS = tl.constexpr(SCHEDULE_ROWS)
 
 @triton.jit
 def locate_program(tiles_ptr, num_tiles, POSITIONS: tl.constexpr, HEAD_GROUPS: tl.constexpr):
-    """Returns (key/value head, head group, document, first position).
+    """Returns the (key/value head, head group, document, first position) of this program.
 
-    The programs of one key/value head are neighbours, so that they share its keys and values in L2;
-    among them tiles come longest first. A schedule entry of SCHEDULE_ROWS rows is served by
-    SCHEDULE_ROWS / POSITIONS programs per head group.
+    Programs of one key/value head have adjacent ids, so they share keys and values in L2. Within a
+    head, programs follow the order of the tile schedule. A tile of SCHEDULE_ROWS rows is computed
+    by SCHEDULE_ROWS / POSITIONS programs per head group.
     """
     PARTS: tl.constexpr = _SCHEDULE_ROWS // POSITIONS
     pid = tl.program_id(0)
@@ -31,7 +31,7 @@ def locate_program(tiles_ptr, num_tiles, POSITIONS: tl.constexpr, HEAD_GROUPS: t
 
 @triton.jit
 def document_bounds(cu_seqlens_ptr, document):
-    """Returns (first packed token as int64, length) of a document."""
+    """Returns the index of a document's first token in the pack (int64), and its length."""
     begin = tl.load(cu_seqlens_ptr + document)
     end = tl.load(cu_seqlens_ptr + document + 1)
     return begin.to(tl.int64), end - begin

@@ -1,4 +1,4 @@
-"""The online softmax, in base 2, with a true -inf for what is not visible."""
+"""The online softmax in base 2. Masked logits are -inf."""
 
 import triton
 import triton.language as tl
@@ -10,16 +10,17 @@ _LN_2 = tl.constexpr(LN_2)
 
 @triton.jit
 def softmax_step(x, multiplier, m, l):
-    """One tile of the online softmax along the last axis.
+    """Updates the online softmax by one tile of logits.
 
     Args:
-        x: [M, N] float32 logits; -inf where not visible.
-        multiplier: Positive factor of the exponent.
-        m: [M] running maximum of x * multiplier.
-        l: [M] running sum of 2^(x * multiplier - m).
+        x: Logits [M, N] float32; -inf where masked.
+        multiplier: Positive factor of x in the exponent.
+        m: Running maximum of x * multiplier, [M].
+        l: Running sum of 2^(x * multiplier - m), [M].
 
     Returns:
-        p [M, N] = 2^(x * multiplier - m), alpha [M] for the accumulator, m and l.
+        The weights p [M, N] = 2^(x * multiplier - m), the factor alpha [M] by which the caller
+        rescales its accumulator, and the new m and l.
     """
     m_new = tl.maximum(m, tl.max(x, 1) * multiplier)
     base = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -30,7 +31,11 @@ def softmax_step(x, multiplier, m, l):
 
 @triton.jit
 def add_sink(acc, m, l, sink):
-    """Adds a learnable logit without a value (base 2, may be -inf) to the softmax."""
+    """Adds a learnable sink to the softmax: a logit (base 2, may be -inf) that has no value.
+
+    Returns:
+        The rescaled accumulator acc [M, D], the running maximum m [M] and the running sum l [M].
+    """
     m_new = tl.maximum(m, sink)
     base = tl.where(m_new == float("-inf"), 0.0, m_new)
     alpha = tl.exp2(m - base)
@@ -39,7 +44,10 @@ def add_sink(acc, m, l, sink):
 
 @triton.jit
 def finish(acc, m, l, value_scale):
-    """Returns out [M, D] and the natural lse [M]; 0 and -inf for rows that see no key."""
+    """Returns out = value_scale * acc / l [M, D] and lse [M] in natural logarithm.
+
+    A row that sees no key has out = 0 and lse = -inf.
+    """
     empty = l == 0.0
     inverse = value_scale / tl.where(empty, 1.0, l)
     lse = tl.where(empty, float("-inf"), (m + tl.log2(tl.where(empty, 1.0, l))) * _LN_2)

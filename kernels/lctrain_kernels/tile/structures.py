@@ -1,6 +1,6 @@
-"""Constants that the portable kernels take as one launch argument each.
+"""Named tuples of constants, TileShape and Flags, that portable kernels take as constexprs.
 
-Triton compiles a variant per value. The fields are read by name in device code, `TILE.block_m`.
+Device code reads the fields by name (`TILE.block_m`). Triton compiles a variant per value.
 """
 
 from typing import NamedTuple
@@ -13,14 +13,14 @@ class TileShape(NamedTuple):
     """Sizes of a kernel's tile.
 
     Attributes:
-        head_dim: D, columns of q and k.
-        block_d: Columns of a tile, the power of two that holds D.
-        group: Query heads per key/value head.
-        block_m: Query rows of a tile: `pack` heads times positions.
-        block_n: Keys of a tile.
-        pack: Query heads of one key/value head that share a tile.
-        value_dim: Dv, columns of v.
-        block_dv: Columns of a tile of v.
+        head_dim: Head dim D of q and k.
+        block_d: Columns of a tile of q or k: the smallest power of two >= D, at least 16.
+        group: Number of query heads per key/value head.
+        block_m: Number of query rows of a tile: `pack` heads times positions.
+        block_n: Number of keys of a tile.
+        pack: Number of query heads of one key/value head that share a tile.
+        value_dim: Head dim Dv of v.
+        block_dv: Columns of a tile of v: the smallest power of two >= Dv, at least 16.
     """
 
     head_dim: int
@@ -34,15 +34,15 @@ class TileShape(NamedTuple):
 
 
 class Flags(NamedTuple):
-    """Features of a kernel beyond plain attention.
+    """Constant flags of the features that a kernel computes beyond plain attention.
 
     Attributes:
-        has_left: A left bound of the window.
-        has_right: A right bound of the window; a causal mask is one.
-        has_softcap: Logits pass through c * tanh(x / c).
-        has_alibi: ALiBi slopes are added to the logits.
+        has_left: Whether the window has a left bound.
+        has_right: Whether the window has a right bound; a causal mask is one.
+        has_softcap: Whether logits x become c * tanh(x / c).
+        has_alibi: Whether ALiBi slopes are added to the logits.
         has_sink: Whether a learnable sink takes part in the softmax.
-        has_dropout: Weights are dropped.
+        has_dropout: Whether attention weights are dropped.
     """
 
     has_left: bool = False
@@ -56,13 +56,13 @@ class Flags(NamedTuple):
 def tile_shape(
     config: TileConfig, head_dim: int, group: int, value_dim: int | None = None
 ) -> TileShape:
-    """Returns the constants of one configuration.
+    """Returns the TileShape of a tile configuration and its head dims.
 
     Args:
         config: Tile configuration.
-        head_dim: D.
-        group: Query heads per key/value head.
-        value_dim: Dv; default D.
+        head_dim: Head dim D of queries and keys.
+        group: Number of query heads per key/value head.
+        value_dim: Head dim Dv of the values; head_dim by default.
     """
     value_dim = head_dim if value_dim is None else value_dim
     return TileShape(

@@ -1,4 +1,4 @@
-"""One compilation of a kernel, without a GPU and without tensors."""
+"""Describes one ahead-of-time compilation of a kernel, which needs no GPU and no tensors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,19 +9,20 @@ import triton
 
 @dataclass(frozen=True)
 class KernelVariant:
-    """The arguments of ASTSource (of GluonASTSource, for Gluon's kernels) and the options.
+    """One compilation of a kernel: arguments of triton's ASTSource or GluonASTSource, and options.
 
-    A named tuple of arguments has a named tuple of types; its fields have places (argument, field).
+    If an argument is a named tuple, its type is a named tuple of types. `constants` and
+    `attributes` then identify a field by its indices (argument, field).
 
     Attributes:
-        name: Label for people and tests.
+        name: Name in reports and tests.
         kernel: Kernel to compile.
-        signature: Argument name -> Triton's name of its type, "constexpr" among them.
-        constants: Values of the constexprs, by place.
-        attributes: Alignment of tensors and strides, by place, as launchers find it.
+        signature: Argument name -> Triton's name of its type, "constexpr" for a constant.
+        constants: Indices of an argument -> value of the constexpr.
+        attributes: Indices of an argument -> its alignment, as launchers pass it.
         options: Compiler options.
-        spill_free: True if the kernel must keep everything in registers; tested.
-        multiplies: True if the kernel must use matrix instructions; tested.
+        spill_free: Whether the kernel must compile without register spills; tested.
+        multiplies: Whether the kernel must use matrix instructions; tested.
     """
 
     name: str
@@ -43,16 +44,16 @@ def describe_variant(
     spill_free: bool,
     multiplies: bool = True,
 ) -> KernelVariant:
-    """Describes one compilation by the names of a kernel's arguments.
+    """Makes the KernelVariant of a kernel from the types and constants of its arguments.
 
     Args:
-        name: Name for reports and tests.
+        name: Name in reports and tests.
         kernel: Kernel to compile.
-        types: Argument name -> Triton's name of its type, or a named tuple of them; None is an
-            argument that is not passed.
-        constants: Values of the constexprs; may hold more names than the kernel has.
-        options: The compiler's.
-        spill_free: Whether registers must suffice.
+        types: Argument name -> Triton's name of its type, or a named tuple of such names; None for
+            an argument that is not passed.
+        constants: Argument name -> value of the constexpr. Names that the kernel lacks are ignored.
+        options: Compiler options.
+        spill_free: Whether the kernel must compile without register spills.
         multiplies: Whether the kernel has matrix products.
     """
     signature: dict[str, Any] = {}

@@ -42,11 +42,11 @@ def forward_variant(
     """Describes one compilation of varlen_fwd_hopper_kernel.
 
     Args:
-        head_dim: D.
+        head_dim: Head dim D of queries and keys.
         features: One of FEATURES; "all" adds windows from device memory, softcap, sinks and
             dropout; "deterministic" differs in the backward.
-        dtype: Triton's name of the tensors' dtype.
-        group: Query heads per key/value head.
+        dtype: Triton's name of the tensors' dtype, such as "bf16".
+        group: Number of query heads per key/value head.
     """
     columns, pack = padded_columns(head_dim), pack_heads(group)
     tile = forward_tile(columns, pack, has_dropout(features))
@@ -108,9 +108,9 @@ def prepare_variant(head_dim: int, heads: int, dtype: str = "bf16") -> KernelVar
     """Describes one compilation of varlen_prepare_kernel, before a backward with dropout.
 
     Args:
-        head_dim: D.
-        heads: Query heads.
-        dtype: Triton's name of the tensors' dtype.
+        head_dim: Head dim D of queries and keys.
+        heads: Number of query heads.
+        dtype: Triton's name of the tensors' dtype, such as "bf16".
     """
     kernel = varlen_prepare_kernel
     others: dict[str, str | None] = {"keep_scale": "fp32"}

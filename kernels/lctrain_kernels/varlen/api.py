@@ -51,14 +51,14 @@ def flash_attn_varlen_func(
         q: [T, H, D] float16 or bfloat16, any strides with last stride 1. float32 and float64 are
             served by the PyTorch path.
         k: [Tk, Hk, D]; query head h reads head h // (H / Hk).
-        v: [Tk, Hk, D].
+        v: Packed values [Tk, Hk, D].
         cu_seqlens_q: [N + 1] int32, cumulative query lengths from 0 to T.
         cu_seqlens_k: [N + 1] int32, cumulative key lengths from 0 to Tk.
         max_seqlen_q: Longest query length, a Python int. Kept for the signature: the kernels read
             cu_seqlens.
         max_seqlen_k: Longest key length, likewise.
         dropout_p: Probability of dropping a weight, applied exactly as round(p * 65536) / 65536.
-        softmax_scale: Factor of q.k; default D^-0.5.
+        softmax_scale: Factor of q.k; D^-0.5 by default.
         causal: Whether query i sees only the keys up to its own position.
         window_size: (left, right) keys around the own position, -1 unbounded; two ints or an int32
             device tensor [2].
@@ -162,15 +162,15 @@ def flash_attn_func(
         k: [B, Sk, Hk, D].
         v: [B, Sk, Hk, D].
         dropout_p: As in flash_attn_varlen_func, like all that follow.
-        softmax_scale: Default D^-0.5.
+        softmax_scale: Factor of q.k; D^-0.5 by default.
         causal: Bottom-right aligned where S and Sk differ.
         window_size: (left, right).
         softcap: 0 turns it off.
         alibi_slopes: [H] or [B, H] float32.
-        deterministic: Same bits in every run.
+        deterministic: Whether the backward must give the same bits in every run.
         return_attn_probs: Return (out, lse, weights [B, H, S, Sk]).
         return_lse: Return (out, lse).
-        learnable_sink: [H].
+        learnable_sink: Logit of the attention sink of each head, [H], or None.
         dropout_seed: An int or one int64 element.
         document_ids: [B] int32; default the row.
         backend: See flash_attn_varlen_func.

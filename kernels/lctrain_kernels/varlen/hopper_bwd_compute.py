@@ -136,7 +136,7 @@ def _emit_dq(
         step: Number of the step.
         length_q: Queries of the document.
         last: Last block of queries.
-        TILE: BackwardShape.
+        TILE: Tile sizes and head counts of the backward kernel, a BackwardShape.
         HALF_INDEX: Half of the columns.
         TRANSPOSED: As in start_dq.
     """
@@ -199,14 +199,14 @@ class ComputeInputs(NamedTuple):
     """Inputs of a consumer warpgroup of the backward.
 
     Attributes:
-        shared: BackwardBuffers.
+        shared: Shared memory of the kernel.
         dq_out: Two float32 buffers of partial dq, or DqSlabs.
         ds: dS of both warpgroups, [4, 64, block_m].
-        results: KeyGradients.
-        tile: KeyTile.
-        window: Bounds.
-        dropout: DropoutInputs.
-        factors: Factors.
+        results: Pointers to which dk and dv are stored.
+        tile: Tile of keys that the program works on.
+        window: Keys visible to the left and right of each query.
+        dropout: Seed, document and threshold of dropout.
+        factors: Factors of logits, weights and gradients.
     """
 
     shared: Any

@@ -16,9 +16,9 @@ class Operands(NamedTuple):
     """Tensors that only varlen attention takes.
 
     Attributes:
-        q: [T, H, D].
-        k: [Tk, Hk, D].
-        v: [Tk, Hk, D].
+        q: Packed queries [T, H, D].
+        k: Packed keys [Tk, Hk, D].
+        v: Packed values [Tk, Hk, D].
     """
 
     q: Tensor

@@ -170,16 +170,16 @@ def varlen_forward(
     """Forward of packed attention.
 
     Args:
-        q: [T, H, D], any floating dtype.
-        k: [Tk, Hk, D].
-        v: [Tk, Hk, Dv].
-        cu_seqlens_q: [N + 1] int32.
-        cu_seqlens_k: [N + 1] int32.
+        q: Packed queries [T, H, D], any floating dtype.
+        k: Packed keys [Tk, Hk, D].
+        v: Packed values [Tk, Hk, Dv].
+        cu_seqlens_q: Cumulative query lengths, [N + 1] int32.
+        cu_seqlens_k: Cumulative key lengths, [N + 1] int32.
         options: Scale, window, softcap, dropout.
-        alibi_slopes: [H] or [N, H].
-        learnable_sink: [H].
-        dropout_seed: One int64 element; needed with dropout.
-        document_ids: [N] int32, default the index in the pack.
+        alibi_slopes: ALiBi slopes, [H] or [N, H].
+        learnable_sink: Logit of the attention sink of each head, [H], or None.
+        dropout_seed: Seed of the dropout mask, one int64 element; required with dropout.
+        document_ids: Ids in the dropout key, [N] int32; by default, a document's index in the pack.
 
     Returns:
         out [T, H, Dv] in q's dtype, lse [H, T] float32 (float64 for float64 inputs), natural

@@ -36,15 +36,15 @@ def varlen_bwd(
     """Launches the two backward kernels; arguments as varlen_fwd.
 
     Args:
-        dout: [T, H, D], any strides.
-        dlse: [H, T] float32 or None.
-        q: [T, H, D].
-        k: [Tk, Hk, D].
-        v: [Tk, Hk, D].
-        out: [T, H, D].
-        lse: [H, T] float32.
-        pack: Documents, with tiles.
-        options: Options of the call.
+        dout: Gradient of out, [T, H, D], any strides.
+        dlse: Gradient of lse, [H, T] float32, or None.
+        q: Packed queries [T, H, D].
+        k: Packed keys [Tk, Hk, D].
+        v: Packed values [Tk, Hk, D].
+        out: Output of the forward, [T, H, D].
+        lse: Log-sum-exp of the forward, [H, T] float32.
+        pack: Boundaries of the documents, with their tile schedule.
+        options: Mask, scale and the other attention options of the call.
 
     Returns:
         dq [T, H, D], dk and dv [Tk, Hk, D], contiguous, and delta [H, T] float32.

@@ -71,7 +71,7 @@ def varlen_dq_kernel(
     FLAGS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq of a tile; also writes what the dk, dv kernel reads per query.
+    """Computes dq of a tile; also writes what the dk, dv kernel reads per query.
 
     Grid: as varlen_fwd_kernel. q, out, dout, dq [T, H, D]; k, v [Tk, Hk, D]; lse, dlse and
     delta = rowsum(dout * out) - dlse [H, T] float32. stats [H, T, 4] float32: lse in base 2 (+inf

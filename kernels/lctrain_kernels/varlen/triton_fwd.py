@@ -242,11 +242,11 @@ def varlen_fwd(
     """Launches varlen_fwd_kernel.
 
     Args:
-        q: [T, H, D] float16, bfloat16 or float32, last stride 1.
-        k: [Tk, Hk, D].
-        v: [Tk, Hk, D].
-        pack: Documents, with tiles.
-        options: Options of the call.
+        q: Packed queries [T, H, D], float16, bfloat16 or float32, last stride 1.
+        k: Packed keys [Tk, Hk, D].
+        v: Packed values [Tk, Hk, D].
+        pack: Boundaries of the documents, with their tile schedule.
+        options: Mask, scale and the other attention options of the call.
 
     Returns:
         out [T, H, D] in q's dtype and lse [H, T] float32.
