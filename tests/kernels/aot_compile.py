@@ -51,7 +51,7 @@ INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/ +(@\S+ +)?([A-Z][A-Z0-9_.]*)([^
 
 
 def gpu_target(name: str) -> GPUTarget:
-    """The compiler's name for "sm_90", "hopper" or "gfx942"."""
+    """Returns Triton's GPU target for "sm_90", "hopper", "gfx942" and the like."""
     if name == "hopper":
         name = "sm_90"
     if name.startswith("sm_"):
@@ -64,7 +64,7 @@ def is_nvidia(target: str) -> bool:
 
 
 def spill_bytes(target: str, compiled: triton.compiler.CompiledKernel, log: str) -> int:
-    """Returns the bytes per thread that the assembler spills to local memory."""
+    """Returns the bytes per thread of registers that are spilled to memory."""
     if is_nvidia(target):
         spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
         assert spills, f"ptxas reported nothing: {log!r}"
@@ -75,7 +75,7 @@ def spill_bytes(target: str, compiled: triton.compiler.CompiledKernel, log: str)
 
 
 def machine_code(compiled: triton.compiler.CompiledKernel) -> list[tuple[int, str, str, str]]:
-    """The instructions of an NVIDIA kernel: address, predicate, name and operands."""
+    """Returns the instructions of an NVIDIA kernel: (address, predicate, name, operands)."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -88,15 +88,15 @@ def machine_code(compiled: triton.compiler.CompiledKernel) -> list[tuple[int, st
 
 
 def fingerprint(code: list[tuple[int, str, str, str]]) -> str:
-    """A hash of the instruction stream: equal for equal machine code."""
+    """Returns a hash of the instructions; equal machine code has equal hashes."""
     return hashlib.sha256(repr(code).encode()).hexdigest()[:16]
 
 
 def loop_spills(code: list[tuple[int, str, str, str]]) -> list[int]:
-    """Reads and writes of spilled registers inside each innermost loop of wgmma's products.
+    """Returns the number of spill instructions in each innermost loop that has wgmma products.
 
-    A kernel whose warps are specialised has a loop per warpgroup. A spill outside of the loop costs
-    a few cycles per tile; a spill inside costs cycles for every block of keys.
+    A warp-specialised kernel has one such loop per warpgroup. A spill outside the loop costs a few
+    cycles per tile; a spill inside costs cycles for every block of keys.
     """
     loops = []
     for end, predicate, name, operands in code:
@@ -117,7 +117,7 @@ def loop_spills(code: list[tuple[int, str, str, str]]) -> list[int]:
 
 
 def compile_variant(target: str, variant: KernelVariant) -> dict:
-    """Returns the registers, spills, shared memory and machine code of one compilation."""
+    """Compiles a variant; returns its registers, spills, shared memory and machine code hash."""
     source = (GluonASTSource if variant.kernel.is_gluon() else ASTSource)(
         fn=variant.kernel,
         signature=variant.signature,
@@ -152,7 +152,7 @@ def compile_variant(target: str, variant: KernelVariant) -> dict:
 def described(
     target: str, features: Sequence[str], head_dims: Sequence[int], groups: Sequence[int]
 ) -> Iterator[KernelVariant]:
-    """Returns the variants for a target; groups matter to "hopper" alone."""
+    """Returns the variants for a target; `groups` applies to "hopper" only."""
     if target == "hopper":
         from lctrain_kernels import aot_hopper as hopper_aot  # the others need no Gluon
 
@@ -161,7 +161,7 @@ def described(
 
 
 def report(target: str, variant: KernelVariant) -> dict:
-    """Returns the result of `compile_variant`, or the error."""
+    """Returns the result of `compile_variant`, or its error message."""
     try:
         return compile_variant(target, variant)
     except Exception as error:  # the others are worth knowing about too
@@ -169,7 +169,7 @@ def report(target: str, variant: KernelVariant) -> dict:
 
 
 def main(request: dict) -> None:
-    """Prints a line for every variant; all keys are taken before a compiler runs."""
+    """Prints one line per variant; computes all keys before anything is compiled."""
     variants = [
         (number, selection[0], variant)
         for number, selection in enumerate(request["selections"])

@@ -1,7 +1,7 @@
-"""The key of one compilation: a hash of everything that decides the machine code.
+"""Computes the key of one compilation: a hash of everything that decides the machine code.
 
-Triton's own cache key holds the line of a kernel in its file, comments and docstrings. Those do not
-change machine code, so this key leaves them out: a kernel that moves keeps its key.
+Triton's own cache key includes a kernel's line in its file, comments and docstrings. They do not
+change machine code, so this key omits them: a kernel that moves keeps its key.
 """
 
 import ast
@@ -40,7 +40,7 @@ def variant_key(variant: KernelVariant, target: str, version: str) -> str:
 
 
 def source_key(kernel: JITCallable) -> str:
-    """Returns a hash of a kernel's code and of all device code that it reaches."""
+    """Returns a hash of a kernel's code and of all device functions that it calls."""
     with _keys_of_code():
         return kernel.cache_key
 
@@ -58,7 +58,7 @@ _KEYS: dict[int, str] = {}
 
 
 def _code_key(self: JITCallable) -> str:
-    """Replaces JITCallable.cache_key. As there, the key of a callee is part of its caller's."""
+    """Replaces JITCallable.cache_key; a caller's key includes its callees' keys, as in Triton."""
     if id(self) not in _KEYS:
         _KEYS[id(self)] = f"recursion:{self.__name__}"
         finder = DependenciesFinder(

@@ -1,8 +1,7 @@
-"""Reports of ahead-of-time compilation: kept in the repository, and renewed where one is missing.
+"""Keeps the reports of ahead-of-time compilation, and renews those that are missing.
 
-`python -m tests.kernels.aot_process` brings the kept reports up to date: it compiles what has no
-report, on every Triton that `make test` unpacks, and drops reports that no kernel has any more;
-`--all` compiles everything again.
+`python -m tests.kernels.aot_process` compiles every variant without a report, on each Triton that
+`make test` unpacks, and deletes reports that belong to no variant. `--all` compiles all variants.
 """
 
 import argparse
@@ -55,7 +54,7 @@ ones and float32's.
 
 
 def triton_folder(version: str) -> Path | None:
-    """Returns the folder of a Triton release for PYTHONPATH; None if the environment has it."""
+    """Returns the folder of a Triton release for PYTHONPATH; None if it is installed."""
     folder = Path(sys.prefix) / f"triton-{version}"
     if folder.is_dir():
         return folder
@@ -72,7 +71,7 @@ def triton_folder(version: str) -> Path | None:
 
 
 def on_triton(versions: Sequence[str]) -> list:
-    """Returns parameters for tests: one worker runs all tests of one Triton, which compile once."""
+    """Returns test parameters that run all tests of one Triton on one worker, to compile once."""
     return [
         pytest.param(version, marks=pytest.mark.xdist_group(f"triton-{version}"))
         for version in versions
@@ -80,7 +79,7 @@ def on_triton(versions: Sequence[str]) -> list:
 
 
 def compiled_reports(version: str, target: str) -> list[dict]:
-    """Returns a report for every variant of a target, compiling those that have none.
+    """Returns a report for every variant of a target, compiling variants without a report.
 
     Args:
         version: Triton version, a key of SELECTIONS.
@@ -95,16 +94,16 @@ def _reports(version: str) -> list[dict]:
 
 
 def run(version: str, selections: Sequence[Selection], known: dict[str, dict]) -> list[dict]:
-    """Runs aot_compile.py on one Triton; every variant must compile.
+    """Runs aot_compile.py on one Triton; raises unless every variant compiles.
 
     Args:
         version: Triton version.
         selections: Selections to compile.
-        known: Reports by key; their variants are not compiled.
+        known: Reports by key; variants with these keys are not compiled.
 
     Returns:
-        One report per variant, in order, "compiled" true where the variant had no report, and
-        "multiplies" true where the kernel has matrix products.
+        One report per variant, in order. "compiled" is true if the variant had no report;
+        "multiplies" is true if the kernel has matrix products.
     """
     folder = triton_folder(version)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -132,7 +131,7 @@ def run(version: str, selections: Sequence[Selection], known: dict[str, dict]) -
 
 
 def kept_reports(version: str) -> dict[str, dict]:
-    """Returns the reports in the repository by key; none of them where LCTRAIN_AOT=all."""
+    """Returns the repository's reports by key; an empty dict if LCTRAIN_AOT=all."""
     file = REPORTS / f"triton-{version}.jsonl"
     if os.environ.get("LCTRAIN_AOT") == "all" or not file.is_file():
         return {}
@@ -141,10 +140,10 @@ def kept_reports(version: str) -> dict[str, dict]:
 
 
 def update(version: str, known: dict[str, dict]) -> tuple[int, int]:
-    """Writes the reports of every variant on one Triton.
+    """Writes the reports of all variants on one Triton.
 
     Returns:
-        The number of variants, and how many of them were compiled.
+        The number of variants, and the number that was compiled.
     """
     reports = run(version, SELECTIONS[version], known)
     kept = {}
@@ -159,7 +158,7 @@ def update(version: str, known: dict[str, dict]) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Brings the kept reports up to date."""
+    """Brings the repository's reports up to date."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="compile what has a report, too")
     parser.add_argument("--triton", nargs="*", default=list(SELECTIONS), choices=list(SELECTIONS))

@@ -1,7 +1,7 @@
 """Prints a hash of the assembly of every variant, without running ptxas.
 
-`assembly_of.py REQUEST` takes {"selections": [...]} as aot_compile.py does, and runs on whichever
-Triton and whichever tree come first on PYTHONPATH. PTX for NVIDIA, machine assembly for AMD.
+`assembly_of.py REQUEST` takes {"selections": [...]} like aot_compile.py. It uses the Triton and the
+source tree that come first on PYTHONPATH. Assembly is PTX for NVIDIA, and machine assembly for AMD.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from tests.kernels.aot_key import variant_key
 
 
 def assembly(target: str, variant: KernelVariant) -> str:
-    """Returns what the compiler hands to the assembler, less the kernel's name and comments."""
+    """Returns the compiler's assembly without comments and with a neutral kernel name."""
     source = (GluonASTSource if variant.kernel.is_gluon() else ASTSource)(
         fn=variant.kernel,
         signature=variant.signature,
@@ -38,7 +38,7 @@ def assembly(target: str, variant: KernelVariant) -> str:
 
 
 def main(request: dict) -> None:
-    """Prints a line for every variant."""
+    """Prints one line per variant."""
     CUDABackend.make_cubin = lambda *_, **__: b""
     variants = {
         (selection[0], variant.name): variant

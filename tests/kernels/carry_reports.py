@@ -1,7 +1,8 @@
-"""Keeps the reports of a change that leaves the assembly as it was.
+"""Keeps the reports of a change that leaves the assembly unchanged.
 
-`python -m tests.kernels.carry_reports BASE` gives variants whose assembly equals that of a variant
-of BASE the report that BASE keeps of it, under their new key; `aot_process` compiles the others.
+`python -m tests.kernels.carry_reports BASE` compares the assembly of all variants with the commit
+BASE. A variant with unchanged assembly keeps BASE's report, under its new key. `aot_process`
+compiles the remaining variants.
 """
 
 import argparse
@@ -16,12 +17,12 @@ from tests.kernels.compare_code import assemblies, kept, unpack
 def carried(
     base: dict[tuple[str, str], dict], head: dict[tuple[str, str], dict], known: dict[str, dict]
 ) -> dict[str, dict]:
-    """Returns reports by the keys of the working tree.
+    """Returns BASE's reports of variants with equal assembly, by the working tree's keys.
 
     Args:
         base: Lines of assembly_of.py for BASE, by target and name.
-        head: The same, for the working tree.
-        known: Reports that BASE keeps, by its keys.
+        head: Lines of assembly_of.py for the working tree, by target and name.
+        known: BASE's reports by BASE's keys.
     """
     by_code = {
         (target, line["assembly"]): known[line["key"]]
@@ -37,7 +38,7 @@ def carried(
 
 
 def main() -> None:
-    """Brings the kept reports up to date, carrying what it can."""
+    """Brings the reports up to date, and compiles only variants whose assembly has changed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", help="a commit")
     parser.add_argument("--triton", nargs="*", default=list(SELECTIONS), choices=list(SELECTIONS))

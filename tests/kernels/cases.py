@@ -1,7 +1,7 @@
-"""The grids of the kernel tests: tiny cases for the interpreter and the CPU, broad ones for a GPU.
+"""Cases of the kernel tests: tiny ones for the interpreter and the CPU, broad ones for a GPU.
 
-Each distinct combination of flags, head dim, group and dtype compiles three kernels on a GPU, so
-both grids cover pairs of features, not their product, and other GPU tests reuse these combinations.
+Each distinct combination of flags, head dim, group size and dtype compiles three kernels on a GPU.
+So both lists cover pairs of features, not their product, and other GPU tests reuse these cases.
 """
 
 import dataclasses

@@ -1,13 +1,13 @@
-"""Compares the code of two commits: `python -m tests.kernels.compare_code BASE`.
+"""Compares the compiled code of two commits: `python -m tests.kernels.compare_code BASE`.
 
-For every variant of the ahead-of-time lists, the assembly of the working tree (PTX, or that of AMD)
-is held against that of BASE, on one Triton. ptxas is not run: it gives other machine code for the
-same PTX from run to run (bench/NOTES.md has the counts), so equal PTX is the stronger witness.
+Compares the assembly (PTX, or AMD's assembly) of every ahead-of-time variant in the working tree
+with that of the commit BASE, on one Triton. ptxas is not run, since it gives different machine code
+for the same PTX from run to run (bench/NOTES.md has the counts). Equal PTX is the stronger check.
 
-With `--machine-code`, registers, spills, shared memory and instruction streams are compared
-instead. Reports that a tree keeps in `aot_reports/` are used; other variants are compiled, by that
-tree's own script. Variants that differ are compiled again, `--repeat` times on both sides, and
-count as different if the two sides have no machine code in common.
+`--machine-code` compares registers, spills, shared memory and instructions instead. It uses the
+reports in each tree's `aot_reports/`, and compiles other variants by that tree's own script. A
+variant that differs is compiled `--repeat` more times on both sides. It counts as different only if
+the two sides have no machine code in common.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def unpack(commit: str, folder: Path) -> None:
 
 
 def kept(root: Path, version: str) -> dict[str, dict]:
-    """Returns the reports that a tree keeps, by key."""
+    """Returns the reports in a tree's `aot_reports/`, by key."""
     file = root / "tests" / "kernels" / "aot_reports" / f"triton-{version}.jsonl"
     if not file.is_file():
         return {}
@@ -45,13 +45,13 @@ def kept(root: Path, version: str) -> dict[str, dict]:
 
 
 def run_script(script: Path, root: Path, version: str, request: dict) -> list[dict]:
-    """Returns what a script of the ahead-of-time tests prints about a tree.
+    """Runs a script of the ahead-of-time tests on a tree; returns the JSON that it prints.
 
     Args:
-        script: Takes one JSON object and prints one per variant.
-        root: Root of the tree whose kernels and lists are taken.
+        script: A script that takes one JSON object and prints one per variant.
+        root: Root of the tree whose kernels and variants are used.
         version: Triton version.
-        request: What the script is asked.
+        request: The JSON object for the script.
 
     Raises:
         RuntimeError: if the script fails.
@@ -73,7 +73,7 @@ def run_script(script: Path, root: Path, version: str, request: dict) -> list[di
 
 
 def assemblies(root: Path, version: str, request: dict) -> dict[Name, dict]:
-    """Returns a hash of the assembly of a tree's variants; arguments as of `run_script`."""
+    """Returns the lines of assembly_of.py for a tree, by target and name; see `run_script`."""
     script = Path(__file__).with_name("assembly_of.py")
     return {(r["target"], r["name"]): r for r in run_script(script, root, version, request)}
 
@@ -81,13 +81,13 @@ def assemblies(root: Path, version: str, request: dict) -> dict[Name, dict]:
 def reports(
     root: Path, version: str, selections: Sequence, known: dict[str, dict]
 ) -> dict[Name, dict]:
-    """Returns a tree's reports of all variants of some selections.
+    """Returns the reports of all variants of some selections in a tree.
 
     Args:
         root: Root of the tree.
         version: Triton version.
         selections: Selections, as in aot_compile.py.
-        known: Reports by key, whose variants are not compiled.
+        known: Reports by key; variants with these keys are not compiled.
     """
     script = root / "tests" / "kernels" / "aot_compile.py"
     request = {"selections": selections, "known": sorted(known)}
@@ -96,7 +96,7 @@ def reports(
 
 
 def differences(base: dict[Name, dict], head: dict[Name, dict]) -> dict[Name, list[str]]:
-    """Returns which of COMPARED differ, by variant; and variants that one side lacks."""
+    """Returns the differing fields of COMPARED by variant, and variants that one side lacks."""
     found = {}
     for name in sorted(base.keys() | head.keys()):
         if name not in base or name not in head:
@@ -114,7 +114,7 @@ def machine_code_differences(
     """Compares the machine code of two trees; the second is the working tree.
 
     Returns:
-        How many variants the working tree has, and what differs.
+        The number of variants in the working tree, and the differences by variant.
     """
     base, head = (reports(tree, version, selections, kept(tree, version)) for tree in trees)
     different = differences(base, head)
@@ -143,7 +143,7 @@ def machine_code_differences(
 
 
 def main() -> int:
-    """Prints what differs and returns 1 if anything does."""
+    """Prints all differences; returns 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", help="a commit")
     parser.add_argument("--triton", default="3.6.0", choices=list(SELECTIONS))

@@ -1,4 +1,4 @@
-"""Fixtures of the kernel tests."""
+"""Fixtures for the kernel tests."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture
 def nan_filled_memory(monkeypatch):
-    """Fills what torch.empty returns with NaN, so that a row that no kernel writes is seen."""
+    """Fills the tensors of torch.empty with NaN, so that unwritten rows are noticed."""
     empty, empty_like = torch.empty, torch.empty_like
 
     def nan_filled(*args, **kwargs):
@@ -23,7 +23,7 @@ def nan_filled_memory(monkeypatch):
 
 @pytest.fixture
 def no_synchronisation(device):
-    """Returns a context manager in which a synchronisation with the device is an error."""
+    """Returns a context manager in which synchronising with the device is an error."""
 
     class Guard:
         def __enter__(self) -> None:

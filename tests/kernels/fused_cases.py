@@ -1,4 +1,4 @@
-"""Helpers of the tests of fused operations: backends, and the rule for errors."""
+"""Helpers for the tests of fused operations: backends, and the rule for errors."""
 
 from collections.abc import Callable, Sequence
 
@@ -23,13 +23,13 @@ all_backends = pytest.mark.parametrize(("device", "dtype", "backend"), CASES)
 def assert_error_at_most_twice_plain(
     ours: Callable, plain: Callable, tensors: Sequence[Tensor], dtype: torch.dtype
 ) -> None:
-    """Compares results and gradients of two functions of the same tensors.
+    """Compares results and gradients of an operation with plain PyTorch's and with float64.
 
     Args:
         ours: Function under test.
         plain: The same function in plain PyTorch.
-        tensors: Their arguments.
-        dtype: Dtype in which both run. The float64 reference gets the same values.
+        tensors: Arguments of both functions.
+        dtype: Dtype of both runs. The float64 reference gets the same values.
     """
 
     def results(function: Callable, precision: torch.dtype) -> list[Tensor]:

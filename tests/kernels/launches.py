@@ -1,4 +1,4 @@
-"""Compares a launcher's arguments with the ahead-of-time list, without running a kernel."""
+"""Compares the arguments of launchers with ahead-of-time variants, without running a kernel."""
 
 import torch
 from triton.runtime.jit import JITFunction, mangle_type
@@ -10,14 +10,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def types_of(argument):
-    """Returns Triton's type name of an argument; for a named tuple, those of its fields."""
+    """Returns Triton's type name of an argument; for a named tuple, the names of its fields."""
     if isinstance(argument, tuple):
         return type(argument)(*map(types_of, argument))
     return "constexpr" if argument is None else mangle_type(argument)
 
 
 class Launches:
-    """Replaces a kernel, and records the arguments of its launch."""
+    """Replaces a kernel; records the arguments of its launch."""
 
     def __init__(self, kernel):
         self.kernel = kernel
@@ -32,7 +32,7 @@ class Launches:
         self.options = options
 
     def assert_described_by(self, variant):
-        """Compares the types, constants and options of a variant with the launch."""
+        """Asserts that a variant has the types, constants and options of the recorded launch."""
         constants = {
             name: variant.constants[(i,)]
             for i, name in enumerate(variant.signature)
@@ -46,7 +46,7 @@ class Launches:
 
 
 class EachLaunch:
-    """Replaces a kernel that is launched several times, with one Launches per launch."""
+    """Replaces a kernel that is launched several times; has one Launches per launch."""
 
     def __init__(self, launches):
         self.launches = launches
@@ -62,7 +62,7 @@ def pack_of(cu_seqlens, schedule, dropout):
 
 
 def options_of(features):
-    """Returns options that make a launch use these features."""
+    """Returns attention options that turn the given features on."""
     dropout = features in ("all", "dropout")
     return AttentionOptions(
         softmax_scale=0.1,
@@ -75,7 +75,7 @@ def options_of(features):
 
 
 def launches_of(module, monkeypatch):
-    """Records launches instead of running the kernels of a module: name -> Launches."""
+    """Replaces the kernels of a module by recorders, and returns the recorders by name."""
     if hasattr(module, "multiprocessors"):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     replaced = {}
@@ -86,7 +86,7 @@ def launches_of(module, monkeypatch):
 
 
 def describe_for_a_compiler(module, monkeypatch):
-    """Makes a list describe kernels for a compiler also where Triton interprets."""
+    """Makes an ahead-of-time list compile its kernels even if TRITON_INTERPRET is set."""
     for name in [name for name in vars(module) if name.endswith("_kernel")]:
         kernel = getattr(module, name)
         monkeypatch.setattr(module, name, JITFunction(kernel.fn))

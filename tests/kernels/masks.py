@@ -1,13 +1,12 @@
-"""Reads the dropout mask back from outputs and gradients, one kernel at a time.
+"""Reads the dropout mask from outputs and gradients, one kernel at a time.
 
-With q = 0 every key has the weight 1 / Lk. Then
+With q = 0 every key has the weight 1 / Lk. Z_ij is 1 / (1 - p) where a weight is kept, otherwise 0.
 
-- values that are unit vectors show the forward's mask: out[i, j] = Z_ij / Lk;
-- gradients of out that are unit vectors show the mask of the kernel that owns keys:
-  dv[j, i] = Z_ij / Lk;
-- keys that are unit vectors show the mask of the kernel that owns queries, if v.dout = 1 always:
-  dq[i, j] = scale (Z_ij - mean_j Z_ij + dlse) / Lk, positive where the weight is kept if dlse is a
-  small positive number.
+- Forward: with one-hot values, out[i, j] = Z_ij / Lk.
+- Kernel that owns keys: with one-hot gradients of out, dv[j, i] = Z_ij / Lk.
+- Kernel that owns queries: with one-hot keys and v.dout = 1 everywhere,
+  dq[i, j] = scale (Z_ij - mean_j Z_ij + dlse) / Lk. If dlse is a small positive number, this is
+  positive where the weight is kept.
 """
 
 from collections.abc import Sequence
@@ -32,20 +31,20 @@ def read_masks(
     dropout_seed: int | Tensor = DROPOUT_SEED,
     document_ids: Tensor | None = None,
 ) -> dict[str, list[Tensor]]:
-    """Returns for each kernel the mask of each document, [H, L, L] bool, True where kept.
+    """Returns each document's mask by kernel, [H, L, L] bool, True where a weight is kept.
 
-    One key/value head serves all heads, so tiles that hold several heads are in use.
+    One key/value head serves all query heads, so tiles that hold several heads are tested too.
 
     Args:
-        lengths: Tokens of each document; heads times the longest must fit into head_dim.
-        dropout_p: Probability of dropping; a row must keep at least one weight.
+        lengths: Tokens of each document; heads times the longest must not exceed head_dim.
+        dropout_p: Dropout probability; each row must keep at least one weight.
         backend: Backend, as in the public function.
         device: Device of the tensors.
         heads: Query heads.
         dtype: Dtype of the tensors.
-        head_dim: D; default the smallest that fits.
+        head_dim: Head dim; default the smallest that suffices.
         dropout_seed: Seed, as in the public function.
-        document_ids: Default 0, 1, 2, ...
+        document_ids: Document ids; default 0, 1, 2, ...
     """
     if document_ids is None:
         document_ids = torch.arange(len(lengths), dtype=torch.int32, device=device)

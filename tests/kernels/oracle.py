@@ -1,7 +1,7 @@
-"""One call of the public function, and the same documents one by one in dense PyTorch.
+"""Computes one call of the public function, and its reference in dense PyTorch, by document.
 
-A test describes a call as a `Case`, builds its `Inputs`, runs `attention` on any backend and hands
-the result to `assert_matches_oracle`, which holds it to twice the error of plain PyTorch.
+A test describes a call as a `Case`, makes its `Inputs`, and runs `attention` on any backend.
+`assert_matches_oracle` then requires at most twice plain PyTorch's error against float64.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,27 +20,27 @@ DROPOUT_SEED = -0x1234_5678_9ABC_DEF0  # negative, and both halves of the key in
 
 @dataclass(frozen=True)
 class Case:
-    """A call on packed documents; defaults are attention over everything, without features.
+    """A call on packed documents; by default full attention without further features.
 
     Attributes:
         documents: (queries, keys) of each document.
-        heads: Query heads.
-        heads_k: Key/value heads.
-        head_dim: D.
+        heads: Query heads, H.
+        heads_k: Key/value heads, Hk.
+        head_dim: Head dim, D.
         dtype: Dtype of q, k and v.
-        causal: Argument of the public function, as are all that follow up to dropout_p.
-        window: (left, right).
-        window_on_device: Pass the window as a tensor of two.
-        softcap: 0 turns it off.
-        alibi: "heads" for slopes [H], "documents" for [N, H].
+        causal: Whether attention is causal.
+        window: (left, right), as in the public function.
+        window_on_device: Whether the window is passed as a tensor of two integers.
+        softcap: Softcap of the logits; 0 turns it off.
+        alibi: ALiBi slopes: "heads" for [H], "documents" for [N, H].
         sink: Whether to pass a learnable sink.
-        dropout_p: Passed with DROPOUT_SEED.
+        dropout_p: Dropout probability; the seed is DROPOUT_SEED.
         magnitude: Standard deviation of q and k; logits grow with its square.
-        fused_qkv: q, k and v are strided views of one tensor.
+        fused_qkv: Whether q, k and v are strided views of one tensor.
         dout_order: Memory layout of the gradient of out: a permutation of "thd".
-        chunks: (chunk_size, local_size) of dual chunk attention, which is causal and has dropout
-            and logit_scale only; None for flash_attn_varlen_func.
-        logit_scale: Pass a factor per document; dual chunk attention only.
+        chunks: (chunk_size, local_size) for dual chunk attention, which is causal and supports only
+            dropout and logit_scale; None for flash_attn_varlen_func.
+        logit_scale: Whether to pass a factor per document; dual chunk attention only.
     """
 
     documents: tuple[tuple[int, int], ...]
@@ -63,7 +63,7 @@ class Case:
 
 
 def equal_lengths(*lengths: int) -> tuple[tuple[int, int], ...]:
-    """Documents with as many queries as keys."""
+    """Returns (queries, keys) of documents with as many queries as keys."""
     return tuple((length, length) for length in lengths)
 
 
@@ -102,7 +102,7 @@ class Result:
                 yield field.name, tensor
 
     def document(self, inputs: Inputs, index: int) -> "Result":
-        """The rows of one document; no dsink, which belongs to all."""
+        """Returns the rows of one document, without dsink, which belongs to all documents."""
         queries = slice(*inputs.cu_seqlens_q[index : index + 2].tolist())
         keys = slice(*inputs.cu_seqlens_k[index : index + 2].tolist())
         return Result(
@@ -116,13 +116,13 @@ class Result:
 
 
 def cumulative(lengths: Sequence[int], device: torch.device | str) -> Tensor:
-    """Returns cumulative lengths, [N + 1] int32 on `device`."""
+    """Returns the cumulative lengths [N + 1] int32 on `device`."""
     lengths = torch.tensor([0, *lengths], dtype=torch.int64)
     return lengths.cumsum(0).to(torch.int32).to(device)
 
 
 def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
-    """Random inputs, the same on every device."""
+    """Returns random inputs that are the same on every device."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -168,7 +168,7 @@ def frequencies(case: Case, device: torch.device | str) -> Tensor:
 
 
 def attention(case: Case, inputs: Inputs, **options: object) -> Result:
-    """Forward and backward of the case's function; options override arguments of the call."""
+    """Runs the case's function forward and backward; `options` override its arguments."""
     q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
     sink = None if inputs.sink is None else inputs.sink.detach().requires_grad_()
     dlse = inputs.dlse
@@ -235,16 +235,15 @@ def dense(
     chunk: int | None = None,
     sample: Sequence[int] | None = None,
 ) -> Result:
-    """Returns the same in dense PyTorch, document by document, every product in `dtype`.
+    """Computes the call in dense PyTorch, document by document, with products in `dtype`.
 
     Args:
         case: The call.
         inputs: Its tensors, which are cast to `dtype`.
-        dtype: float64 for the reference, the case's own for plain PyTorch.
-        sample: Documents to compute; the rows of others stay zero.
-        chunk: Queries per chunk, for documents whose logits do not fit into memory. Needs a causal
-            case without dropout: a chunk is then a document of its own, aligned at the bottom
-            right.
+        dtype: float64 for the reference; the case's dtype for plain PyTorch.
+        sample: Documents to compute; the rows of all other documents stay zero.
+        chunk: Queries per chunk, for documents whose logits exceed memory. Needs a causal case
+            without dropout: each chunk is then computed as a document, aligned at the bottom right.
     """
     state = torch.promote_types(dtype, torch.float32)
     # With chunks, the gradients of keys are sums: in the state's precision.
@@ -317,12 +316,12 @@ def assert_matches_oracle(
     chunk: int | None = None,
     sample: Sequence[int] | None = None,
 ) -> None:
-    """Holds every output and gradient to twice the error of plain PyTorch, against float64.
+    """Asserts that each output and gradient has at most twice plain PyTorch's error.
 
     Args:
         actual: Result of `attention`.
-        case: Its case.
-        inputs: Its inputs.
+        case: The call.
+        inputs: The call's inputs.
         chunk: See `dense`.
         sample: Documents to compare, without dsink; default all.
     """
@@ -336,7 +335,7 @@ def assert_matches_oracle(
 
 
 def _gather(result: Result, inputs: Inputs, sample: Sequence[int]) -> Result:
-    """The rows of some documents, one after the other."""
+    """Returns the rows of some documents, concatenated."""
     parts = [result.document(inputs, index) for index in sample]
     return Result(
         torch.cat([part.out for part in parts]),

@@ -1,9 +1,9 @@
-"""Runs every kernel once on tiny packs, on a Hopper GPU those for it too, for NVIDIA's sanitizer:
+"""Runs every kernel once on tiny packs, for NVIDIA's sanitizer; on a Hopper GPU Gluon kernels too.
 
     compute-sanitizer --tool memcheck python tests/kernels/sanitize.py
     compute-sanitizer --tool racecheck python tests/kernels/sanitize.py
 
-Exits with an error if a result is not finite; what the sanitizer finds, it prints itself.
+The exit status is not 0 if a result is not finite. The sanitizer prints its own findings.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ HOPPER_DIFFERENTIAL_NAMES = ("v1-tokens-full", "v2-window_on_device", "D20v40")
 
 
 def main() -> int:
-    """Forward and backward of each configuration."""
+    """Runs forward and backward of each configuration."""
     results = {}
     for name in NAMES:
         case = dataclasses.replace(GPU_CASES[name], documents=DOCUMENTS, fused_qkv=False)

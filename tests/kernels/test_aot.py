@@ -1,7 +1,7 @@
-"""Every kernel and configuration compiles for GPUs that this machine lacks, on both ends of Triton.
+"""Tests that every kernel compiles for all supported GPUs, on the oldest and the newest Triton.
 
-`make` unpacks the oldest and the newest supported Triton beside the environment's packages; each
-compiles in a process of its own. A variant is compiled where `aot_reports/` has no report of it.
+`make` unpacks both Triton releases beside the environment's packages; each compiles in a process of
+its own. Only variants without a report in `aot_reports/` are compiled.
 """
 
 import ast
@@ -47,7 +47,7 @@ def test_every_kernel_compiles_to_matrix_instructions(version, target):
 
 
 def kernels_of(path: Path) -> set[str]:
-    """Names of the kernels that a file defines: compiled functions that are launched."""
+    """Returns the names of the compiled functions in a file that are launched as kernels."""
     functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
     compiled = [n for n in functions if any("jit" in ast.unparse(d) for d in n.decorator_list)]
     return {function.name for function in compiled if function.name.endswith("_kernel")}

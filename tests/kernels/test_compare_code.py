@@ -1,4 +1,4 @@
-"""What counts as a difference between the code of two commits, and whose reports are kept."""
+"""Tests which differences compare_code finds, and whose reports carry_reports keeps."""
 
 from tests.kernels.carry_reports import carried
 from tests.kernels.compare_code import differences

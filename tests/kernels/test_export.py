@@ -1,7 +1,6 @@
-"""torch.export keeps every operation as one node; AOTInductor packages call it.
+"""Tests that torch.export keeps each operation as one node, and that AOTInductor packages call it.
 
-A package made here is loaded by Python, where lctrain.kernels is imported: the operators are
-Python's.
+Python loads the packages, after importing lctrain.kernels, because the operators are in Python.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""The emulator detects kernels with a missing fence, wait or arrival."""
+"""Tests that the emulator detects kernels with a missing fence, wait or arrival."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def squares_kernel(
     WAIT: gl.constexpr,
     FENCE: gl.constexpr,
 ):
-    """Computes y = x x for each of TILES tiles, with a loader and a warpgroup."""
+    """Computes y = x @ x for each of TILES tiles, with a loader warp and a warpgroup."""
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.float16)
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     buffers = gl.allocate_shared_memory(gl.float16, [2, 64, 64], tile)
@@ -93,7 +93,7 @@ def squares_kernel(
 
 
 def squares(seed, tiles=5, **flaws):
-    """Returns (computed, expected) in float16, and float64: each [tiles * 64, 1, 64]."""
+    """Returns (computed, plain PyTorch in float16, float64), each [tiles * 64, 1, 64]."""
     x = torch.randn(tiles * 64, 1, 64, generator=torch.Generator().manual_seed(0)).half()
     y = torch.full_like(x, torch.nan)
     flags = {"ARRIVE": True, "WAIT": True, "FENCE": True} | flaws
@@ -110,7 +110,7 @@ def test_a_sound_kernel_computes(seed):
 
 
 def test_a_release_before_the_wait_is_seen():
-    """A tile can be overwritten while its product runs, which is wrong in some orders."""
+    """Without the wait a tile may be overwritten while its product runs, which some seeds show."""
     assert not all(error_ratio(*squares(seed, WAIT=False)).passes for seed in SEEDS)
 
 
@@ -126,7 +126,7 @@ def test_a_barrier_that_never_completes_is_an_error():
 
 @gluon.jit
 def poll_kernel(counter_ptr, COUNT: gl.constexpr):
-    """Makes program 0 wait for COUNT others."""
+    """Makes program 0 wait until COUNT programs have added to a counter."""
     if gl.program_id(0) == 0:
         there = gl.atomic_add(counter_ptr, 0, sem="acquire")
         while there < COUNT:
@@ -154,7 +154,7 @@ def test_addresses_outside_a_tensor_are_an_error():
 
 @gluon.jit
 def add_kernel(x_ptr, step, COUNT: gl.constexpr):
-    """Adds 0, 1, 2 and 3 from each of COUNT addresses on, but for the first."""
+    """Adds (0, 1, 2, 3) to four elements at each of COUNT addresses, except the first."""
     item = gl.arange(0, COUNT, gl.BlockedLayout([1], [32], [4], [0]))
     x = gl.zeros([COUNT], gl.float32, gl.BlockedLayout([1], [32], [4], [0]))
     red_add_v4(x_ptr + item * step, item, x, x + 1.0, x + 2.0, x + 3.0)
@@ -191,7 +191,7 @@ def test_barriers_count():
 
 @gluon.jit
 def _write_in_turn(pointers, WARPGROUP: gl.constexpr, TURNS: gl.constexpr, STEPS: gl.constexpr):
-    """Appends the warpgroup's number to a list each time that it is this warpgroup's turn."""
+    """Appends the warpgroup's number to a list each time it is its turn."""
     counter_ptr, list_ptr = pointers
     if STEPS[0] and WARPGROUP == 2:
         barrier_arrive(15, 256, 4)
@@ -215,7 +215,7 @@ def turns_kernel(
     TAKE: gl.constexpr,
     CLOSE: gl.constexpr,
 ):
-    """Runs three warpgroups in turn; the last one LAST_TURNS times."""
+    """Runs three warpgroups in turn; the last warpgroup has LAST_TURNS turns."""
     pointers = (counter_ptr, list_ptr)
     STEPS: gl.constexpr = (OPEN, TAKE, CLOSE)
     gl.warp_specialize(
@@ -230,7 +230,7 @@ def turns_kernel(
 
 
 def turns(seed, last_turns=4, **flaws):
-    """Returns the numbers of the warpgroups, in the order in which they ran."""
+    """Returns the warpgroups' numbers in the order in which they ran."""
     counter, found = torch.zeros(1, dtype=torch.int32), torch.full((12,), -1, dtype=torch.int32)
     flags = {"OPEN": True, "TAKE": True, "CLOSE": True} | flaws
     EmulatedKernel(turns_kernel, seed)[(1,)](counter, found, 4, last_turns, **flags)

@@ -1,4 +1,4 @@
-"""Properties that only a GPU shows: synchronisation, recompilation, memory, large offsets."""
+"""Tests properties that only a GPU shows: synchronisation, recompilation, memory, large offsets."""
 
 import os
 import subprocess
@@ -26,13 +26,13 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def leave_memory_to_others():
-    """Frees the allocator's cache of a large test, so that other workers can use the memory."""
+    """Empties the allocator's cache after a test, so that other workers can use the memory."""
     yield
     torch.cuda.empty_cache()
 
 
 def random_qkv(lengths, device, *, heads=4, heads_k=2, head_dim=64):
-    """Returns q, k and v of a pack, bfloat16 leaves."""
+    """Returns q, k and v of a pack as bfloat16 leaves."""
     total = sum(lengths)
     return [
         torch.randn(total, n, head_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
@@ -41,7 +41,7 @@ def random_qkv(lengths, device, *, heads=4, heads_k=2, head_dim=64):
 
 
 def train_step(q, k, v, cu_seqlens, longest, chunks=None, **options) -> None:
-    """Forward and backward, as a layer of a causal model runs them."""
+    """Runs forward and backward of attention, as a layer of a causal model does."""
     if chunks is None:
         out = flash_attn_varlen_func(
             q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True, **options
@@ -76,7 +76,7 @@ OPTIONS = {
 @pytest.mark.parametrize("scheduled", [False, True], ids=["", "schedule"])
 def test_no_synchronisation(options, scheduled, device, no_synchronisation):
     def step(lengths):
-        """Only the batch itself comes from the CPU, as a training loop sends it: pinned."""
+        """Runs one step; only the batch comes from the CPU, pinned, as in a training loop."""
         cu = cumulative(lengths, "cpu").pin_memory().to(device, non_blocking=True)
         schedule = None
         if scheduled:
@@ -128,7 +128,7 @@ def compiled_kernels() -> int:
 @pytest.mark.parametrize("dual_chunk", [False, True], ids=["flash", "dual_chunk"])
 @pytest.mark.parametrize("scheduled", [False, True], ids=["", "schedule"])
 def test_no_recompilation_over_fifty_packings(scheduled, dual_chunk, device):
-    """Lengths, documents, tokens, rates, windows and chunks change; the compiled kernels do not."""
+    """Lengths, documents, tokens, rates, windows and chunks change; no kernel is compiled again."""
     generator = torch.Generator().manual_seed(0)
     counts = []
     for packing in range(51):
@@ -152,7 +152,7 @@ def test_no_recompilation_over_fifty_packings(scheduled, dual_chunk, device):
 
 
 def peak_bytes(call, leaves, grad_out) -> int:
-    """Returns the peak memory of forward and backward above the start, after a first run."""
+    """Returns the peak memory of forward and backward beyond the start, after a first run."""
     for _ in range(2):
         for leaf in leaves:
             leaf.grad = None
@@ -172,7 +172,7 @@ def our_call(inputs):
 
 @pytest.mark.xdist_group("gpu_memory")
 def test_memory_is_linear_and_that_of_torch(device):
-    """At 128k tokens at most 1.1 times torch's varlen_attn, and twice what 64k tokens take."""
+    """128k tokens take at most 1.1 times torch's varlen_attn, and twice the memory of 64k."""
     pytest.importorskip("torch.nn.attention.varlen")
     peaks = {}
     for documents in (4, 8):
@@ -188,7 +188,7 @@ def test_memory_is_linear_and_that_of_torch(device):
 @pytest.mark.xdist_group("gpu_memory")
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_deterministic_needs_no_scratch(backend, device):
-    """Takes no more bytes than without it, and at most O(T H D)."""
+    """deterministic=True takes no more memory than False, and O(T H D) at most."""
     inputs = make_inputs(Workload("memory", (4096,) * 4, 32, 8, 128), device)
     q, k, v = inputs.leaves
     peak, default = (
@@ -206,7 +206,7 @@ def test_deterministic_needs_no_scratch(backend, device):
 
 
 def require_sixty_gigabytes(device) -> None:
-    """Skips a test that would leave too little memory for those that run beside it."""
+    """Skips the test if it would leave too little memory for tests that run in parallel."""
     beside = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) - 1
     needed = 60e9 + beside * 4e9
     if torch.cuda.mem_get_info(device)[0] < needed:
@@ -218,9 +218,9 @@ def require_sixty_gigabytes(device) -> None:
 @pytest.mark.xdist_group("gpu_memory")
 @pytest.mark.parametrize("head_major", [False, True], ids=["tokens-heads", "heads-tokens"])
 def test_offsets_past_two_to_the_31(device, head_major):
-    """q, k, v, out and every gradient have 2.4e9 elements; the last document has its own bits.
+    """q, k, v, out and all gradients have 2.4e9 elements; the last document must keep its bits.
 
-    Bits of dq are promised for deterministic=True alone: programs add it in the order they run in.
+    Only deterministic=True promises the bits of dq: otherwise programs add it in varying order.
     """
     require_sixty_gigabytes(device)
     lengths = [1500] * 399 + [1200, 300]
@@ -246,7 +246,7 @@ def test_offsets_past_two_to_the_31(device, head_major):
 
 @pytest.mark.xdist_group("gpu_memory")
 def test_dual_chunk_attention_with_offsets_past_two_to_the_31(device):
-    """q, out and dq have 2.4e9 elements; the last document has its own bits."""
+    """q, out and dq have 2.4e9 elements; the last document must keep its bits."""
     require_sixty_gigabytes(device)
     lengths = [3000] * 199 + [2700, 300]
     heads, total = 32, sum(lengths)
@@ -277,7 +277,7 @@ def test_dual_chunk_attention_with_offsets_past_two_to_the_31(device):
 
 
 def test_tokens_beyond_the_last_document_are_refused_before_the_launch(device):
-    """The schedule keeps the CPU's totals, so nothing is read from the device."""
+    """The schedule keeps totals on the CPU, so the check reads nothing from the device."""
     q, k, v = random_qkv([70, 10], device)
     cu = cumulative([70], device)
     schedule = make_schedule([70]).to(device)
@@ -286,7 +286,7 @@ def test_tokens_beyond_the_last_document_are_refused_before_the_launch(device):
 
 
 def test_tokens_beyond_the_last_document_stop_the_program_without_a_schedule():
-    """A device-side assertion ends a process, so another one runs it."""
+    """The check is a device-side assertion, which ends a process, so it runs in one of its own."""
     program = """
         import torch
         from lctrain.kernels import flash_attn_varlen_func

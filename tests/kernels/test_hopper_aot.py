@@ -1,6 +1,6 @@
-"""The Hopper kernels compile without a GPU, on both ends of Triton.
+"""Tests that the Hopper kernels compile without a GPU, on the oldest and the newest Triton.
 
-Each operation's test_aot_hopper.py holds its launchers against what is compiled here.
+Each operation's test_aot_hopper.py compares its launchers with the variants compiled here.
 """
 
 import re

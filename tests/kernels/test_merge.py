@@ -1,4 +1,4 @@
-"""merge_attn_states: attention over two sets of keys gives attention over their union."""
+"""Tests merge_attn_states: attention over two sets of keys merges to attention over their union."""
 
 import math
 
@@ -29,7 +29,7 @@ def merged_attention(q, k, v, split):
 
 @pytest.mark.parametrize("split", [0, 4, 11])
 def test_a_split_of_the_keys_changes_nothing(split):
-    """Nor does it change the gradient of lse, which reaches q and k of both parts."""
+    """The gradient of lse is unchanged too; it reaches q and the keys of both parts."""
     q, k, v = random_qkv(torch.float64)
     results = []
     for out, lse in (partial_attention(q, k, v), merged_attention(q, k, v, split)):

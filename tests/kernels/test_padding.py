@@ -1,4 +1,4 @@
-"""unpad_input and pad_input: FlashAttention's five values, there and back."""
+"""Tests unpad_input and pad_input: FlashAttention's five return values, and the way back."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_gradients_go_there_and_back(device):
 
 
 def test_known_counts_give_the_same(device):
-    """With given counts the mask is not read; test_gpu_contract.py tests that."""
+    """With given counts the mask is not read from the GPU; test_gpu_contract.py checks that."""
     rows = torch.randn(3, 4, 2, device=device)
     expected = unpad_input(rows, MASK.to(device))
     actual = unpad_input(rows, MASK.to(device), num_tokens=5, max_seqlen=3)
@@ -71,7 +71,7 @@ def test_a_mask_on_the_cpu_serves_rows_on_a_device(device):
 
 
 def test_unpadded_rows_are_documents():
-    """Attention over the unpadded tokens equals attention over each row alone."""
+    """Attention over unpadded tokens equals attention over each row alone."""
     rows = torch.randn(3, 4, 2, 8, dtype=torch.float64)
     tokens, indices, cu_seqlens, longest, lengths = unpad_input(rows, MASK)
     packed = flash_attn_varlen_func(

@@ -1,4 +1,4 @@
-"""The registry of implementations, and the arguments of the operators."""
+"""Tests the registry of implementations, and the arguments of the operators."""
 
 import functools
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_a_named_backend_refuses_what_a_gradient_will_ask_for():
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_operators_take_the_fields_of_both_nouns(attention):
-    """The backward takes the arguments of the forward, to recompute the same weights."""
+    """Operators take the fields of Pack and AttentionOptions; the backward also the forward's."""
     forward, backward = (
         [argument.name for argument in getattr(torch.ops.lctrain, name).default._schema.arguments]
         for name in (f"{attention}_forward", f"{attention}_backward")

@@ -1,4 +1,4 @@
-"""The tile schedule: every tile once, in its order, the same from the CPU as from the device."""
+"""Tests the tile schedule: each tile once, in order, equal from the CPU and from the device."""
 
 import gc
 
@@ -29,13 +29,13 @@ def expected_tiles(lengths: list[int]) -> set[tuple[int, int]]:
 
 
 def query_work(queries: list[int], keys: list[int], document: int, block: int) -> int:
-    """Returns the keys that the last query of the block sees, for causal attention."""
+    """Returns how many keys the last query of a block sees in causal attention."""
     shift = keys[document] - queries[document]
     return min((block + 1) * SCHEDULE_ROWS + shift, keys[document])
 
 
 def key_order(queries: list[int], keys: list[int], document: int, block: int) -> tuple[int, ...]:
-    """Tiles of a document are adjacent, from its start; documents with more queries come first."""
+    """Returns a sort key: documents with more queries first, each from its start."""
     return queries[document], -document, -block
 
 
@@ -117,7 +117,7 @@ def test_tensors_of_inference_mode_have_schedules_too(device):
 
 
 def test_a_pack_that_ends_elsewhere_is_refused_when_the_device_builds():
-    """On a GPU the same check is a device-side assertion, which no process survives."""
+    """On a GPU this check is a device-side assertion, which would end the process."""
     cu_seqlens = cumulative([5, 4], "cpu")
     with pytest.raises(RuntimeError, match="cu_seqlens_q must start at 0, not decrease and end"):
         device_schedule(cu_seqlens, cu_seqlens, 10, 10)

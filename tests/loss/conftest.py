@@ -42,14 +42,14 @@ def build(name: str, sizes: dict):
 
 
 def build_architecture(architecture: str, **overrides):
-    """Returns a tiny random causal LM of ARCHITECTURES."""
+    """Returns a tiny random causal LM of one of ARCHITECTURES."""
     name, changes = ARCHITECTURES[architecture]
     return build(name, {**SIZES, **changes, **overrides})
 
 
 @pytest.fixture
 def make_model():
-    """Returns a factory of tiny random causal LMs, training: make_model(architecture, **config)."""
+    """Returns make_model(architecture, **config): a tiny random causal LM in training mode."""
 
     def make(architecture: str = "llama", **overrides):
         return build_architecture(architecture, **overrides).train()
@@ -59,6 +59,6 @@ def make_model():
 
 @pytest.fixture
 def one_document() -> PackedBatch:
-    """30 tokens of one document: what a model without a patched attention reads correctly too."""
+    """A batch with one document of 30 tokens, which unpatched models read correctly too."""
     generator = torch.Generator().manual_seed(0)
     return PackedBatch.from_documents([torch.randint(97, (30,), generator=generator)])

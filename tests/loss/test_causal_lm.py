@@ -30,7 +30,7 @@ def full_logits_loss(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
 
 
 def loss_and_grads(function, model, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss, of several their sum, and the gradients of all parameters."""
+    """Returns the loss or losses, and the gradients of their sum in all parameters."""
     model.zero_grad()
     loss = function(model, batch)
     loss.sum().backward()
@@ -39,14 +39,14 @@ def loss_and_grads(function, model, batch) -> tuple[torch.Tensor, dict[str, torc
 
 
 def assert_like_plain_pytorch(ours, plain, exact) -> None:
-    """Each is what loss_and_grads returned; the last two with a loss per token."""
+    """Compares results of loss_and_grads; both references have a loss per token."""
     assert ours[1].keys() == plain[1].keys() == exact[1].keys() != set()
     assert_sum_error_at_most_twice(ours[0], plain[0], exact[0], "loss")
     assert_errors_at_most_twice(ours[1], plain[1], exact[1])
 
 
 def assert_same_bits(one, other) -> None:
-    """Each is what loss_and_grads returned."""
+    """Asserts that two results of loss_and_grads are equal in every bit."""
     assert torch.equal(one[0], other[0])
     assert one[1].keys() == other[1].keys()
     for name, grad in one[1].items():
@@ -109,7 +109,7 @@ def test_packed_documents_equal_separate_documents(make_model) -> None:
 @pytest.mark.usefixtures("no_warning")
 @pytest.mark.parametrize("tied", ["llama", "tied"])
 def test_first_loss_under_autocast_reaches_every_parameter(tied, make_model, one_document) -> None:
-    """The check of the head casts weights without a gradient, which autocast must not remember."""
+    """The head's check casts weights without a gradient; autocast must not cache these casts."""
     model = make_model(tied)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss, _ = causal_lm_loss(model, one_document)
@@ -145,7 +145,7 @@ def test_the_head_is_checked_without_drawing_random_numbers(make_model, one_docu
 
 
 def test_the_probe_is_built_once_for_a_model(make_model, one_document, monkeypatch) -> None:
-    """Building it copies to the device, which a GPU would wait for in every step."""
+    """Building the probe copies to the device, which would synchronise in every step."""
     built = []
     probe = causal_lm.probe
     monkeypatch.setattr(causal_lm, "probe", lambda *args: built.append(args) or probe(*args))
@@ -166,7 +166,7 @@ def test_modules_that_were_in_evaluation_mode_stay_there(make_model, one_documen
 
 
 class ScaledHead(nn.Linear):
-    """An output embedding whose forward does not only multiply by its weight."""
+    """An output embedding whose forward does more than multiply by its weight."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(hidden)
@@ -255,7 +255,7 @@ def test_a_new_output_embedding_is_checked_again(make_model, one_document) -> No
 
 
 def test_zero_initialised_head_is_verified_too(make_model, one_document) -> None:
-    """With a weight of zeros every cap and scale gives the same logits, until it is trained."""
+    """With zero weights every cap and scale gives the same logits, until the head is trained."""
     model = make_model()
     nn.init.zeros_(model.lm_head.weight)
     model.register_forward_hook(cap_logits)
@@ -312,7 +312,7 @@ def test_distributed_wrapper_is_an_error(make_model, one_document, tmp_path) -> 
 
 
 class LossModule(nn.Module):
-    """Computes the loss in its forward, as Lightning's training_step does under DDP."""
+    """A module that computes the loss in its forward, as DDP needs."""
 
     def __init__(self, model: nn.Module):
         super().__init__()

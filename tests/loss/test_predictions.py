@@ -1,4 +1,4 @@
-"""Greedy predictions at chosen positions, with and without a verified head."""
+"""Tests greedy predictions at chosen positions, with and without a verified head."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Small records and workloads for the tests of the benchmark."""
+"""Fixtures for the benchmark's tests: small records and workloads."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def tiny_workload() -> Workload:
 
 @pytest.fixture
 def record() -> BenchmarkRecord:
-    """A record with two peers on 1x32k, and lctrain alone on mix32k_dropout."""
+    """A record with two peers on 1x32k, and with lctrain alone on mix32k_dropout."""
     figures = {"forward_ms": 2.0, "backward_ms": 5.0, "peak_bytes": 2**30}
     speeds = {"forward_tflops": 300.0, "backward_tflops": 250.0}
     slower = {"forward_ms": 3.0, "backward_ms": 6.0, "peak_bytes": 2**31}

@@ -1,4 +1,4 @@
-"""The rule for numerical error: kernels that pass, kernels that fail, and refused inputs."""
+"""Tests the rule for numerical error: kernels that pass or fail, and refused inputs."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The benchmark of differential attention on tiny CPU tensors, with a fake clock."""
+"""Tests the benchmark of differential attention on tiny CPU tensors, with a fake clock."""
 
 import dataclasses
 
@@ -59,7 +59,7 @@ def test_separate_calls_compute_the_same(version):
 
 
 def test_flops_count_units():
-    """Version 1: 6 and 10 units of N^2 D per pair; version 2: 4 and 8."""
+    """In units of N^2 D per pair of heads: version 1 needs 6 and 10, version 2 needs 4 and 8."""
     for version, units in ((1, (6, 10)), (2, (4, 8))):
         workload = dataclasses.replace(TINY[version], lengths=(10,))
         unit = 10**2 * workload.heads * workload.head_dim

@@ -1,4 +1,4 @@
-"""The command line of lctrain-bench."""
+"""Tests the command line of lctrain-bench."""
 
 from pathlib import Path
 

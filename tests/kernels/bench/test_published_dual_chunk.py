@@ -1,4 +1,4 @@
-"""The published formulation: the output of one softmax, with other gradients."""
+"""Tests the published dual chunk attention: the output of one softmax, but other gradients."""
 
 import dataclasses
 

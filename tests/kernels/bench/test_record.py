@@ -1,4 +1,4 @@
-"""The JSON of a run: written, read back, and refused if it has another format."""
+"""Tests the JSON of a run: written, read back, and refused in another format."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Tables for the terminal and the documents are functions of the record."""
+"""Tests the tables for the terminal and the documents, which depend on the record alone."""
 
 import dataclasses
 import re
@@ -70,7 +70,7 @@ def test_the_command_refuses_a_readme_without_markers(tmp_path, capsys):
 
 
 def test_sections_of_other_attentions_come_from_their_folders(record, tmp_path):
-    """Peers and their titles are those of the record; the first one is compared with the others."""
+    """The record names the contenders and their titles; the first is compared with the rest."""
     record.workloads = {"1x32k": {}}
     record.settings["titles"] = {"lctrain": "in one launch", "fa2": "in two"}
     record.results[0] = dataclasses.replace(record.results[0], forward_peak_bytes=2**29)

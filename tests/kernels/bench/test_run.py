@@ -1,4 +1,4 @@
-"""The whole benchmark on tiny CPU tensors, with a fake clock."""
+"""Runs the whole benchmark on tiny CPU tensors, with a fake clock."""
 
 import dataclasses
 

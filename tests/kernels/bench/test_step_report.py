@@ -1,4 +1,4 @@
-"""The table of whole steps takes the newest run of a setting and compares like with like."""
+"""Tests the table of training steps: it shows the newest run of each setting, on equal terms."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from lctrain_kernels.bench.step_report import newest_step_record, step_table
 
 
 def run(contender, checkpointing, tokens, memory=8.0, number=1):
-    """One line of a record."""
+    """Returns one line of a record."""
     return {
         "run": number,
         "contender": contender,

@@ -1,4 +1,4 @@
-"""What the tuners offer is what the tables can hold; a dry run on the CPU times every operation."""
+"""Tests the tuners: tables can hold every candidate, and a dry run times every operation."""
 
 import json
 import re
@@ -70,7 +70,7 @@ on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run o
 
 
 def dry_run(tuner, workload, operations, tmp_path):
-    """Runs the command on the interpreter's tensors, with a timer that says 0.5 ms."""
+    """Runs the tuner in Triton's interpreter, with a timer that always returns 0.5 ms."""
     output = tmp_path / "rows.json"
     arguments = ["--workloads", workload.name, "--operations", operations]
     arguments += ["--candidates", "32,32,4,1", "--output", str(output)]
@@ -103,7 +103,7 @@ def test_a_dry_run_times_differential_attention(name, tmp_path):
 
 
 class FakeCase:
-    """Returns two results; under the candidate "nan" the second is NaN, under "bad" it raises."""
+    """Returns two tensors; candidate "nan" makes the second NaN, candidate "bad" raises."""
 
     candidate = None
 

@@ -1,4 +1,4 @@
-"""The workloads are the same on every machine."""
+"""Tests that the workloads are the same on every machine."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The matrix products of the loss in plain PyTorch, in the shapes that the operator multiplies."""
+"""Computes the loss's matrix products in plain PyTorch, in the shapes that the operator uses."""
 
 import torch
 from torch import Tensor
@@ -8,10 +8,10 @@ CHUNK_TOKENS = 8
 
 
 def plain_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """functional.linear; float32 on a GPU in chunks of tokens, as the operator multiplies.
+    """Computes functional.linear; in float32 on a GPU in chunks of tokens, as the operator does.
 
-    cuBLAS picks an order of additions by shape. In float32, where rounding in a product is all of
-    its error, two shapes can differ by more than the factor of two that the rule allows.
+    cuBLAS chooses the order of additions by shape. A float32 product's error is rounding alone, so
+    two shapes can differ by more than the allowed factor of two.
     """
     if hidden.dtype != torch.float32 or not hidden.is_cuda:
         return functional.linear(hidden, weight, bias)

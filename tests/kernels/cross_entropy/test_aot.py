@@ -1,4 +1,4 @@
-"""The ahead-of-time variants of the loss are what the launchers launch."""
+"""Compares the loss's ahead-of-time variants with the arguments of its launchers."""
 
 import pytest
 import torch

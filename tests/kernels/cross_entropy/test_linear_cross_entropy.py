@@ -74,8 +74,8 @@ def assert_error_at_most_twice_plain(ours, plain, reference, loss_scale=None) ->
 def error_of_a_sum(inputs, exact, **options) -> Tensor:
     """Returns a bound on the error of a sum or mean of losses, from plain PyTorch's losses.
 
-    Errors of the tokens have random signs, so that of one sum may be 0 by luck; the sum of their
-    sizes bounds it.
+    Errors of single tokens have random signs and may cancel by luck, so the bound adds their
+    absolute values.
     """
     reduction = options.pop("reduction", "sum")
     losses = [full_logits_loss(*side, reduction="none", **options) for side in (inputs, exact)]

@@ -1,4 +1,4 @@
-"""z-loss, label smoothing, weights of tokens, adapters and the Triton pass over the logits."""
+"""Tests the options of the loss (z-loss, smoothing, weights, adapters) and its Triton kernel."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ CASES = [
 
 
 def tensors_and_labels(device: str) -> tuple[list[Tensor], Tensor, Tensor]:
-    """hidden, weight, bias, low and up; labels; weights of the tokens."""
+    """Returns [hidden, weight, bias, low, up], labels, and token weights; all random."""
     shapes = ((TOKENS, HIDDEN), (VOCABULARY, HIDDEN), (VOCABULARY,), (TOKENS, RANK))
     tensors = [torch.randn(shape) for shape in (*shapes, (VOCABULARY, RANK))]
     labels = torch.randint(VOCABULARY, (TOKENS,))
@@ -123,7 +123,7 @@ def test_all_options_agree_with_finite_differences(reduction) -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_confident_rows_keep_their_gradient(backend) -> None:
-    """A probability of 0.999 is 1 in bfloat16; its gradient, -0.001, is not 0."""
+    """The probability 0.999 rounds to 1 in bfloat16, but its gradient, -0.001, is not 0."""
     weight = torch.eye(4, 8, dtype=torch.float16).requires_grad_()
     hidden = torch.zeros(3, 8, dtype=torch.float16)
     hidden[:, 0] = 8.0

@@ -1,4 +1,4 @@
-"""The grids of the differential kernels: tiny cases for the interpreter, broad ones for a GPU."""
+"""Cases of differential attention: tiny ones for the interpreter, broad ones for a GPU."""
 
 import dataclasses
 

@@ -1,7 +1,7 @@
-"""One call of diff_attn_varlen_func, and the same documents one by one in dense PyTorch.
+"""Computes one call of diff_attn_varlen_func, and its reference in dense PyTorch, by document.
 
-As oracle.py, for two branches. What is compared of lambda is its gradient per token and head; the
-gradient of a scalar or of one per head is the sum of that, which test_differential.py asserts.
+Like tests/kernels/oracle.py, with two branches. The compared gradient of lambda is per token and
+head. A scalar lambda or one per head gets the sum of it, which test_differential.py checks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,20 +22,20 @@ class DifferentialCase:
 
     Attributes:
         documents: (queries, keys) of each document.
-        heads: Pairs of branches.
-        heads_k: Key/value heads.
-        head_dim: D.
-        value_dim: Dv.
-        shared_k: Both branches read one k.
-        lam: "scalar", "heads" ([H]) or "tokens" ([T, H]).
+        heads: Pairs of branches, H.
+        heads_k: Key/value heads, Hk.
+        head_dim: Head dim of queries and keys, D.
+        value_dim: Head dim of values, Dv.
+        shared_k: Whether both branches use one k.
+        lam: Shape of lambda: "scalar", "heads" ([H]) or "tokens" ([T, H]).
         dtype: Dtype of q, k and v.
-        causal: Argument of the public function, as are all that follow up to dropout_p.
-        window: (left, right).
-        window_on_device: Pass the window as a tensor of two.
-        dropout_p: Passed with DROPOUT_SEED.
+        causal: Whether attention is causal.
+        window: (left, right), as in the public function.
+        window_on_device: Whether the window is passed as a tensor of two integers.
+        dropout_p: Dropout probability; the seed is DROPOUT_SEED.
         magnitude: Standard deviation of q and k; logits grow with its square.
-        views: Memory layout of q1, q2, k1 and k2: "" separate, "adjacent" as x[:, 0::2] and x[:,
-            1::2], "halves" as x[:, :H] and x[:, H:].
+        views: Memory layout of q1, q2, k1 and k2: "" separate tensors, "adjacent" x[:, 0::2] and
+            x[:, 1::2] of one tensor, "halves" x[:, :H] and x[:, H:].
         dout_order: Memory layout of the gradient of out: a permutation of "thd".
     """
 
@@ -75,7 +75,7 @@ class DifferentialInputs:
 
 @dataclass(frozen=True)
 class DifferentialResult:
-    """Outputs and gradients; dk2 is None where k is shared, dlam is [T, H]."""
+    """Outputs and gradients; dk2 is None if k is shared, dlam is [T, H]."""
 
     out: Tensor
     lse1: Tensor
@@ -95,7 +95,7 @@ class DifferentialResult:
                 yield field.name, tensor
 
     def document(self, inputs: DifferentialInputs, index: int) -> "DifferentialResult":
-        """The rows of one document."""
+        """Returns the rows of one document."""
         queries = slice(*inputs.cu_seqlens_q[index : index + 2].tolist())
         keys = slice(*inputs.cu_seqlens_k[index : index + 2].tolist())
         return DifferentialResult(
@@ -114,7 +114,7 @@ class DifferentialResult:
 def make_inputs(
     case: DifferentialCase, device: torch.device | str = "cpu", seed: int = 0
 ) -> DifferentialInputs:
-    """Random inputs, the same on every device."""
+    """Returns random inputs that are the same on every device."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -152,7 +152,7 @@ def make_inputs(
 def attention(
     case: DifferentialCase, inputs: DifferentialInputs, **options: object
 ) -> DifferentialResult:
-    """Forward and backward of the function; options override arguments of the call."""
+    """Runs the function forward and backward; `options` override the call's arguments."""
     q1, q2, k1, v, lam = (
         x.detach().requires_grad_() for x in (inputs.q1, inputs.q2, inputs.k1, inputs.v, inputs.lam)
     )
@@ -195,13 +195,13 @@ def dense(
     *,
     sample: Sequence[int] | None = None,
 ) -> DifferentialResult:
-    """Returns the same in dense PyTorch, document by document, every product in `dtype`.
+    """Computes the call in dense PyTorch, document by document, with products in `dtype`.
 
     Args:
         case: The call.
         inputs: Its tensors, which are cast to `dtype`.
-        dtype: float64 for the reference, the case's own for plain PyTorch.
-        sample: Documents to compute; the rows of others stay zero.
+        dtype: float64 for the reference; the case's dtype for plain PyTorch.
+        sample: Documents to compute; the rows of all other documents stay zero.
     """
     state = torch.promote_types(dtype, torch.float32)
     every_lam = inputs.lam.expand(inputs.q1.shape[:2])
@@ -270,12 +270,12 @@ def assert_matches_oracle(
     *,
     sample: Sequence[int] | None = None,
 ) -> None:
-    """Holds every output and gradient to twice the error of plain PyTorch, against float64.
+    """Asserts that each output and gradient has at most twice plain PyTorch's error.
 
     Args:
         actual: Result of `attention`.
-        case: Its case.
-        inputs: Its inputs.
+        case: The call.
+        inputs: The call's inputs.
         sample: Documents to compare; default all.
     """
     plain = dense(case, inputs, case.dtype, sample=sample)

@@ -1,4 +1,4 @@
-"""Bad arguments of diff_attn_varlen_func: messages with the fault, the value and the remedy."""
+"""Tests bad arguments of diff_attn_varlen_func: each message has fault, value and remedy."""
 
 import pytest
 import torch
@@ -138,7 +138,7 @@ def test_the_unchanged_arguments_are_good():
 
 
 def test_values_on_a_device_are_not_read():
-    """Reading them would synchronise. Meta tensors have no values."""
+    """Reading values would synchronise; meta tensors have none."""
     arguments = {
         name: value.to("meta") if isinstance(value, torch.Tensor) else value
         for name, value in ARGUMENTS.items()

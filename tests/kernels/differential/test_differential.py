@@ -1,7 +1,7 @@
-"""Differential attention against float64, on tiny packs: every feature, forward and all gradients.
+"""Compares differential attention with float64 on tiny packs: every feature and all gradients.
 
-Without a GPU the Triton kernels run under the interpreter, whose tiles are small enough for these
-documents to cross them; test_differential_gpu.py is the grid for a GPU.
+Without a GPU the Triton kernels run under the interpreter, with tiles small enough for documents to
+span several. test_differential_gpu.py has the cases for a GPU.
 """
 
 import dataclasses
@@ -78,7 +78,7 @@ def test_pytorch_path_in_float32(name):
 
 @needs_interpreter
 def test_triton_in_float32():
-    """By the norm, since single entries have the rounding of a float32 lse."""
+    """Compares norms, because single entries carry the rounding of a float32 lse."""
     case = dataclasses.replace(TINY_CASES["full"], dtype=torch.float32)
     inputs = make_inputs(case)
     plain = dict(dense(case, inputs, torch.float32).items())
@@ -96,7 +96,7 @@ def test_logits_up_to_ten_thousand(backend):
 
 @by_version
 def test_lambda_zero_is_plain_attention(base, device):
-    """out, lse1 and the gradients of the first branch are those of flash_attn_varlen_func."""
+    """out, lse1 and the first branch's gradients equal those of flash_attn_varlen_func."""
     case = dataclasses.replace(base, documents=equal_lengths(40, 9), shared_k=False, views="")
     inputs = make_inputs(case, device)
     inputs = dataclasses.replace(inputs, lam=torch.zeros_like(inputs.lam))
@@ -120,7 +120,7 @@ def test_lambda_zero_is_plain_attention(base, device):
 
 @by_version
 def test_equal_branches_with_lambda_one_cancel(base, device):
-    """out is 0 and every gradient but lambda's cancels or is its branch's opposite."""
+    """out is 0; each gradient except lambda's is 0 or the negative of the other branch's."""
     case = dataclasses.replace(base, documents=equal_lengths(33, 18), views="")
     inputs = make_inputs(case, device)
     inputs = dataclasses.replace(
@@ -193,7 +193,7 @@ def lam_gradient(case, inputs, lam, backend):
 
 @by_version
 def test_one_lambda_is_that_lambda_everywhere(base, device):
-    """A scalar, [H] and [T, H] give the same output; gradients are summed."""
+    """lambda as a scalar, [H] or [T, H] gives the same output; gradients are summed."""
     case = dataclasses.replace(base, documents=equal_lengths(21, 40))
     inputs = make_inputs(case, device)
     heads = torch.linspace(0.1, 0.8, case.heads, device=device)
@@ -222,7 +222,7 @@ def test_lambda_may_be_half_precision(device):
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["plain", "dropout"])
 def test_it_is_two_heads_of_plain_attention(dropout_p):
-    """Branch b of head h is query head 2 h + b, also for the dropout mask: the two-call path."""
+    """Branch b of head h equals query head 2 h + b of plain attention, dropout mask included."""
     case = DifferentialCase(
         equal_lengths(20, 13), value_dim=16, shared_k=True, dtype=torch.float64, views="adjacent"
     )

@@ -1,4 +1,4 @@
-"""Differential attention on a GPU: against float64, and what only a GPU can show."""
+"""Tests differential attention on a GPU: float64 comparisons, long documents, recompilation."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ by_version = pytest.mark.parametrize("case", [V1, V2], ids=["v1", "v2"])
 
 @pytest.mark.parametrize("case", GPU_CASES.values(), ids=GPU_CASES.keys())
 def test_matches_float64(case, device):
-    """float32 takes the PyTorch path, since a float32 lse is too coarse for its gradients."""
+    """float32 runs the PyTorch path, since a float32 lse is too coarse for its gradients."""
     inputs = make_inputs(case, device)
     backend = "auto" if case.dtype == torch.float32 else "triton"
     assert (select_backend(device, case.dtype) == "pytorch") == (backend == "auto")
@@ -43,7 +43,7 @@ def test_two_thousand_documents(case, device):
 
 @by_version
 def test_a_long_document_beside_short_ones(case, device):
-    """Four thousand tokens: the loops run far, the oracle still fits."""
+    """4,000 tokens give long loops, and the dense reference still fits into memory."""
     case = dataclasses.replace(case, documents=equal_lengths(20, 4001, 20), lam="tokens")
     inputs = make_inputs(case, device)
     result = attention(case, inputs)
@@ -51,7 +51,7 @@ def test_a_long_document_beside_short_ones(case, device):
 
 
 def leaves_of(case, total, device):
-    """Returns q1, q2, k1, k2, v and lam of a pack, as leaves."""
+    """Returns q1, q2, k1, k2, v and lam of a pack, as autograd leaves."""
 
     def draw(heads, width):
         shape = (total, heads, width)
@@ -101,7 +101,7 @@ def compiled_kernels() -> int:
 
 @by_version
 def test_no_recompilation_over_packings(case, device):
-    """Lengths, documents, tokens and rates change; the compiled kernels do not."""
+    """Lengths, documents, tokens and dropout rates change; no kernel is compiled again."""
     counts = []
     for packing in range(20):
         lengths = [1 + packing % 17, 40 + packing, *([13] * (packing % 5))]

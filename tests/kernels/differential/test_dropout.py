@@ -1,7 +1,8 @@
-"""Reads the dropout masks of both branches back, one kernel at a time, as masks.py does.
+"""Reads the dropout masks of both branches from outputs and gradients, like masks.py.
 
-With q = 0 every key has the weight 1 / L, and lambda = 2 tells the branches apart: a weight of out
-or dv is (Z1 - 2 Z2) / L. dq1 and dq2 show the masks of the kernel that owns queries by their sign.
+With q = 0 every key has the weight 1 / L. With lambda = 2 a weight in out or dv is (Z1 - 2 Z2) / L,
+which tells the branches' masks Z1 and Z2 apart. The signs of dq1 and dq2 show the masks of the
+kernel that owns queries.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ HEADS, WIDTH = 2, 128
 
 
 def branches_of(weights, length):
-    """Masks of both branches from (Z1 - 2 Z2) s / L, whatever s is: kept weights have one size."""
+    """Returns both branches' masks from (Z1 - 2 Z2) s / L, for any scale s."""
     unit = weights.abs()[weights != 0].min()
     value = (weights / unit).round()
     assert set(value.unique().tolist()) <= {-2.0, -1.0, 0.0, 1.0}
@@ -26,7 +27,7 @@ def branches_of(weights, length):
 
 
 def read_masks(backend, device, dropout_p, *, shared_k, seed=DROPOUT_SEED, document_ids=None):
-    """Returns for each kernel the masks [H, 2, L, L] of each document, True where kept."""
+    """Returns the masks [H, 2, L, L] of each document by kernel, True where a weight is kept."""
     total, longest = sum(LENGTHS), max(LENGTHS)
     case = DifferentialCase(
         tuple((length, length) for length in LENGTHS),

@@ -1,6 +1,6 @@
-"""The Hopper kernels of differential attention on a CPU, emulated: float64, dropout, isolation.
+"""Tests the Hopper kernels of differential attention in the emulator: float64, dropout, isolation.
 
-As varlen/test_hopper_emulated.py; test_hopper_gpu.py has the same on the hardware.
+test_hopper_gpu.py has the same tests on the hardware.
 """
 
 import dataclasses
@@ -99,7 +99,7 @@ def test_matches_float64(case, hopper):
 
 @pytest.mark.parametrize("case", FORWARD_CASES.values(), ids=FORWARD_CASES.keys())
 def test_forward_matches_float64(case, hopper):
-    """Cases whose backward runs on the portable kernels."""
+    """Forward-only cases; their backward runs on the portable kernels."""
     inputs = make_inputs(case)
     exact, plain = (dense(case, inputs, dtype) for dtype in (torch.float64, case.dtype))
     for name, tensor in zip(("out", "lse1", "lse2"), forward(case, inputs), strict=True):
@@ -118,7 +118,7 @@ def test_whatever_the_order_of_warps_and_engines(case, seed, monkeypatch):
 
 @pytest.mark.parametrize("size", [0.0, -1e-30, 1e-9, -300.0])
 def test_lam_of_any_size(size, hopper):
-    """In the backward lam p2 is one exponential, whose argument includes log |lam| and a sign."""
+    """The backward computes lam * p2 as a sign and one exponential, which includes log |lam|."""
     case = dataclasses.replace(V1, documents=equal_lengths(140), heads=1, heads_k=1, lam="tokens")
     inputs = make_inputs(case)
     inputs.lam[::2] = size
@@ -127,7 +127,7 @@ def test_lam_of_any_size(size, hopper):
 
 @pytest.mark.parametrize("case", [V1, V2], ids=["v1", "v2"])
 def test_a_document_keeps_its_bits_whatever_its_neighbours(case, hopper):
-    """Without dq1 and dq2, which programs add in an order that varies."""
+    """dq1 and dq2 are not compared, because programs add them in varying order."""
     documents = equal_lengths(100, 140, 30)
     case = dataclasses.replace(case, documents=documents, heads=2, heads_k=1, lam="tokens")
     inputs = make_inputs(case)
@@ -144,7 +144,7 @@ def test_a_document_keeps_its_bits_whatever_its_neighbours(case, hopper):
 
 
 def test_drops_the_weights_that_pytorch_drops(hopper):
-    """With uniform weights and unit vectors for values, out shows the masks of both branches."""
+    """With uniform weights and one-hot values, out shows the masks of both branches."""
     case = DifferentialCase(
         ((77, 64),), 4, 1, 64, 64, lam="scalar", dtype=FLOAT16, causal=False, dropout_p=0.3
     )

@@ -1,4 +1,4 @@
-"""The Hopper kernels of differential attention on a Hopper GPU: float64, dropout, isolation."""
+"""Tests the Hopper kernels of differential attention on a GPU: float64, dropout, isolation."""
 
 import dataclasses
 
@@ -73,7 +73,7 @@ def test_refuses_what_it_cannot_do(name, reason, device):
 
 @pytest.mark.parametrize("name", ["v1-dropout", "v2-dropout", "D96v96", "D128v128"])
 def test_forward_agrees_with_the_portable_kernels(name, device):
-    """Cases whose backward is not served; with dropout both drop the same weights."""
+    """Cases without a Hopper backward; with dropout both backends drop the same weights."""
     case = GPU_CASES[name]
     inputs = make_inputs(case, device)
     results = {}
@@ -102,7 +102,7 @@ def test_forward_agrees_with_the_portable_kernels(name, device):
 
 @by_version
 def test_a_document_keeps_its_bits_whatever_its_neighbours(case, device):
-    """Without dq1 and dq2, which programs add in an order that varies."""
+    """dq1 and dq2 are not compared, because programs add them in varying order."""
     inputs = make_inputs(case, device)
     before = attention(case, inputs, backend="hopper").document(inputs, 2)
     begin = sum(length for length, _ in LONG[:2])

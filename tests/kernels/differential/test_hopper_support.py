@@ -1,4 +1,4 @@
-"""What the Hopper kernels of differential attention serve, decided without a GPU."""
+"""Tests which calls of differential attention the Hopper kernels serve, without a GPU."""
 
 import dataclasses
 

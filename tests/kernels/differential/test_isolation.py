@@ -1,4 +1,4 @@
-"""Documents of differential attention do not touch each other: not by one bit, dropout included."""
+"""Tests that documents of differential attention do not change each other's bits, with dropout."""
 
 import dataclasses
 
@@ -46,7 +46,7 @@ def rows_of(inputs, document):
 
 
 def perturbed(inputs, document, change):
-    """The inputs with every tensor of one document changed."""
+    """Returns the inputs with every tensor of one document changed."""
     queries, keys = rows_of(inputs, document)
     new = {name: getattr(inputs, name).clone() for name in (*PER_QUERY, *PER_KEY)}
     new |= {name: getattr(inputs, name).clone() for name in ("dlse1", "dlse2")}
@@ -60,7 +60,7 @@ def perturbed(inputs, document, change):
 
 
 def select(inputs, case, order):
-    """A pack of some of the documents, in another order."""
+    """Returns a pack of some of the documents, in another order."""
     rows = [rows_of(inputs, index) for index in order]
     new = {name: torch.cat([getattr(inputs, name)[q] for q, _ in rows]) for name in PER_QUERY}
     new |= {name: torch.cat([getattr(inputs, name)[k] for _, k in rows]) for name in PER_KEY}

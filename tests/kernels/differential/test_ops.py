@@ -1,4 +1,4 @@
-"""The differential operators under torch's machinery: schemas, compilation, FLOPs."""
+"""Tests the differential operators in torch: schemas, compilation and FLOP counts."""
 
 import functools
 
@@ -101,7 +101,7 @@ def test_opcheck_backward(case, with_dlse):
 @by_version
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiles_as_one_graph(case, backend):
-    """The compiled function gives the same bits, forward and backward, dropout included."""
+    """The compiled function gives the same bits in both passes, with and without dropout."""
     torch._dynamo.reset()
 
     def function(leaves, cu_q, cu_k):
@@ -157,7 +157,7 @@ def test_fake_tensors_have_the_real_shapes(case, dtype):
 
 @pytest.mark.parametrize(("case", "units"), [(V1, (6, 16)), (V2, (4, 12))], ids=["v1", "v2"])
 def test_flops_are_units_of_visible_pairs(case, units):
-    """Units of 2 D operations per pair of tokens and of heads; version 1: 6 + 10, 2: 4 + 8."""
+    """A unit is 2 D operations per visible pair and head: 6 + 10 in version 1, 4 + 8 in 2."""
     leaves, inputs = leaves_of(case)
     pairs = int(visible_mask(6, 6, -1, 0).sum() + visible_mask(4, 9, -1, 0).sum())
     unit = pairs * case.heads * 2 * case.head_dim

@@ -1,4 +1,4 @@
-"""The Hopper variants of dual chunk attention are what the launchers launch."""
+"""Compares the Hopper variants of dual chunk attention with the arguments of its launchers."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from tests.kernels.launches import (
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Records launches instead of running kernels: name -> Launches, for all but the rotations."""
+    """Replaces all kernels but the rotations by recorders; returns the recorders by name."""
     monkeypatch.setattr(hopper, "dual_chunk_rotate", lambda *_, **__: None)
     monkeypatch.setattr(hopper, "rotated_keys", lambda k, *_, **__: torch.empty_like(k))
     return launches_of(hopper, monkeypatch)

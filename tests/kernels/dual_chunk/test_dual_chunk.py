@@ -1,4 +1,4 @@
-"""Dual chunk attention against its definition in float64, on the CPU: interpreter and PyTorch."""
+"""Compares dual chunk attention on a CPU, interpreted and in PyTorch, with its definition."""
 
 import dataclasses
 
@@ -61,7 +61,7 @@ def test_pytorch_path_is_the_definition(case):
 
 @by_case
 def test_the_definition_of_some_queries_at_a_time(case):
-    """Includes every gradient. Long documents are compared with the definition in this way."""
+    """The definition in chunks of queries, which long documents need, gives the same gradients."""
     case = dataclasses.replace(case, dtype=torch.float64, dropout_p=0.0)
     inputs = make_inputs(case)
     whole = dict(dense(case, inputs, torch.float64).items())
@@ -71,7 +71,7 @@ def test_the_definition_of_some_queries_at_a_time(case):
 
 @pytest.mark.parametrize(("chunk_size", "local_size"), [(20, 5), (20, 0), (20, 17), (7, 3)])
 def test_the_definition_is_attention_over_bounded_relative_positions(chunk_size, local_size):
-    """Pair by pair: rotates each query to where the table of the paper puts it."""
+    """Rotates the query of each pair by the relative position in the paper's table."""
     case = Case(equal_lengths(60), dtype=torch.float64, chunks=(chunk_size, local_size), heads_k=4)
     inputs, c = make_inputs(case), chunk_size - local_size
     position = torch.arange(60)
@@ -100,7 +100,7 @@ def test_the_definition_is_attention_over_bounded_relative_positions(chunk_size,
 
 @pytest.mark.parametrize(("length", "equal"), [(24, True), (31, True), (32, False)])
 def test_documents_of_up_to_chunk_size_plus_one_tokens_are_plain_attention(length, equal):
-    """In float64. The first row that differs is S + 1."""
+    """In float64. With chunk size S, row S + 1 is the first that differs."""
     case = Case(equal_lengths(length), dtype=torch.float64, chunks=(30, 7))
     inputs, inv_freq = make_inputs(case), frequencies(case, "cpu")
     position = torch.arange(length)
@@ -117,7 +117,7 @@ def test_documents_of_up_to_chunk_size_plus_one_tokens_are_plain_attention(lengt
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2], ids=["", "dropout"])
 def test_one_chunk_has_the_bits_of_causal_attention(dropout_p, device):
-    """With equal tiles, which both kernels have under the interpreter and at D = 64 on a GPU."""
+    """Both kernels need equal tiles: under the interpreter always, on a GPU at D = 64."""
     case = dataclasses.replace(
         BASE, documents=equal_lengths(20, 17, 1), chunks=(30, 7), dropout_p=dropout_p
     )
@@ -135,7 +135,7 @@ def test_one_chunk_has_the_bits_of_causal_attention(dropout_p, device):
 
 
 def test_logit_scale_is_a_factor_of_the_logits(device):
-    """Twice the factor is a query that is twice as long, exactly (but for tiny float16 numbers)."""
+    """Doubling the factor equals doubling the query exactly, except for tiny float16 numbers."""
     case = dataclasses.replace(BASE, documents=equal_lengths(40), chunks=(19, 3))
     if device.type == "cpu":
         case = dataclasses.replace(case, dtype=torch.float32)
@@ -151,7 +151,7 @@ def test_logit_scale_is_a_factor_of_the_logits(device):
 
 
 def test_a_filled_cache_gives_the_rows_of_one_full_pass(device):
-    """Any number of last queries, across chunks, gives the rows of the whole document."""
+    """The last queries alone, on all keys, give the last rows of the whole document."""
     case = dataclasses.replace(BASE, documents=equal_lengths(90), chunks=(30, 7))
     inputs = make_inputs(case, device)
     for backend in backends(device):
@@ -189,7 +189,7 @@ def test_a_schedule_changes_no_bit(device):
 @needs_interpreter
 @pytest.mark.parametrize("share", [16, 64], ids=["smaller", "larger"])
 def test_a_launch_adds_what_one_with_other_tiles_has_written(share):
-    """dq, and dk with dv, come from two launches each. Rows that the first skipped are not read."""
+    """Two launches add up dq, and dk with dv; rows that the first skips are not read."""
     case = dataclasses.replace(
         TINY_DUAL_CHUNK_CASES["many_chunks"], documents=equal_lengths(97, 24)
     )
@@ -206,7 +206,7 @@ def test_a_launch_adds_what_one_with_other_tiles_has_written(share):
 
 
 def test_vectors_of_any_stride_are_read_right(device):
-    """One factor for all documents by expand(), and slices of longer vectors."""
+    """Vectors are slices of longer ones, or one number expanded to all documents."""
     case = dataclasses.replace(BASE, documents=equal_lengths(40, 17, 5), dropout_p=0.2)
     inputs = make_inputs(case, device)
     inv_freq = frequencies(case, device)

@@ -1,4 +1,4 @@
-"""Dual chunk attention on a GPU against float64: the broad grid, the body of test_dual_chunk.py."""
+"""Compares dual chunk attention on a GPU with float64, on the broad list of cases."""
 
 import dataclasses
 

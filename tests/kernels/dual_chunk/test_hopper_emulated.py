@@ -1,7 +1,7 @@
-"""The Hopper kernels of dual chunk attention on a CPU, emulated: float64, dropout, isolation.
+"""Tests the Hopper kernels of dual chunk attention in the emulator: float64, dropout, isolation.
 
-In float16: the kernels that rotate run in Triton's interpreter, which rounds to bfloat16 towards
-zero. test_hopper_gpu.py has bfloat16, on the hardware.
+Only in float16: the kernels that rotate q and k run in Triton's interpreter, which rounds to
+bfloat16 towards zero. test_hopper_gpu.py tests bfloat16 on the hardware.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ DROPOUT_CASES = {
 
 
 def forward(case, inputs, backend="hopper"):
-    """(out, lse) without gradients."""
+    """Returns (out, lse), without gradients."""
     options = {"dropout_p": case.dropout_p, "dropout_seed": DROPOUT_SEED}
     with torch.no_grad():
         return api.dual_chunk_attn_varlen_func(
@@ -119,7 +119,7 @@ def test_whatever_the_order_of_warps_and_engines(seed, monkeypatch):
 
 @pytest.mark.parametrize("seed", [0, 2, 4, 5])
 def test_queries_at_the_far_position_stay_while_they_are_needed(seed, monkeypatch):
-    """With these seeds the test fails if their buffer is released one product too early."""
+    """With these seeds, releasing the queries' buffer one product too early fails the test."""
     emulate(monkeypatch, dual_chunk, seed)
     case = Case(equal_lengths(700), 4, 1, 64, chunks=(70, 10))
     inputs = make_inputs(case)
@@ -129,7 +129,7 @@ def test_queries_at_the_far_position_stay_while_they_are_needed(seed, monkeypatc
 
 
 def test_a_document_keeps_its_bits_whatever_its_neighbours(hopper):
-    """out, lse, dk and dv; programs add dq in an order that varies."""
+    """Compares out, lse, dk and dv, but not dq, which programs add in varying order."""
     case = dataclasses.replace(PLAIN, documents=equal_lengths(100, 240, 30), chunks=(90, 20))
     inputs = make_inputs(case)
     before = dict(attention(case, inputs, backend="hopper").items())

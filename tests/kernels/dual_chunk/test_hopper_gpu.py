@@ -1,4 +1,4 @@
-"""The Hopper kernels of dual chunk attention on a Hopper GPU: float64, dropout, isolation."""
+"""Tests the Hopper kernels of dual chunk attention on a Hopper GPU: float64, dropout, isolation."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_dual_chunk_attention_matches_float64(case, device):
 
 @pytest.mark.parametrize("name", ["D64-dropout-scale-fused_qkv", "D128-dropout-g4-float16"])
 def test_dropout_of_dual_chunk_attention(name, device):
-    """Tests the forward; the backward with dropout runs on the portable kernels."""
+    """Tests the forward only; with dropout the backward runs on the portable kernels."""
     case = GPU_DUAL_CHUNK_CASES[name]
     inputs = make_inputs(case, device)
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_dropout_of_dual_chunk_attention(name, device):
 
 
 def test_a_document_of_dual_chunk_attention_keeps_its_bits(device):
-    """out, lse, dk and dv, between neighbours that are NaN or infinite."""
+    """Compares out, lse, dk and dv between neighbours that hold NaN or infinity."""
     case = CASES["D128-many_tiles"]
     inputs = make_inputs(case, device)
     before = dict(attention(case, inputs, backend="hopper").items())

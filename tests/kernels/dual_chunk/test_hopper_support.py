@@ -1,4 +1,4 @@
-"""What the Hopper kernels of dual chunk attention serve, decided without a GPU."""
+"""Tests which calls of dual chunk attention the Hopper kernels serve, without a GPU."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Dual chunk attention with opcheck and torch.compile, and its messages about bad arguments."""
+"""Tests dual chunk attention with opcheck and torch.compile, and its errors on bad arguments."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def forward_arguments(*, schedule=None, requires_grad=True) -> tuple:
 
 @pytest.mark.parametrize("scheduled", [False, True], ids=["", "schedule"])
 def test_opcheck_forward(scheduled):
-    """Schema, autograd registration, fake implementation, and all of them under AOT dispatch."""
+    """Checks schema, autograd registration and fake implementation, also under AOT dispatch."""
     schedule = make_schedule([16, 9]) if scheduled else None
     torch.library.opcheck(FORWARD, forward_arguments(schedule=schedule))
 

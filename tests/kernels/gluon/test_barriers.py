@@ -1,4 +1,4 @@
-"""The named barriers of the Hopper kernels: a kernel whose barriers overlap does not compile."""
+"""Tests that a Hopper kernel whose named barriers overlap does not compile."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The PTX of the Hopper kernels' online softmax, run by the emulator."""
+"""Runs the PTX of the Hopper kernels' online softmax in the emulator."""
 
 import numpy as np
 import pytest

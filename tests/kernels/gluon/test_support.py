@@ -1,4 +1,4 @@
-"""Which calls run on the Hopper kernels and which on the portable ones, decided without a GPU."""
+"""Tests which calls run on the Hopper kernels, and which on the portable ones, without a GPU."""
 
 import pytest
 import torch

@@ -9,14 +9,14 @@ import numpy as np
 def run_on_rows(
     asm: str, constraints: str, pack: int, tensors: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
-    """Runs assembly on the lanes' values of the rows of a product.
+    """Runs PTX on the registers that hold the rows of a product.
 
     Args:
         asm: PTX without loops; its only label is DONE.
-        constraints: Constraints of its operands; a number ties an input to an output. Results in
+        constraints: Constraints of its operands; a number ties an input to an output. Outputs
             "r" are pairs in half precision.
         pack: Elements of each tensor per run of the assembly.
-        tensors: float32, [64, 4] or [64, N // 8, 4, 2] as softmax.py has them, or numbers.
+        tensors: float32 [64, 4] or [64, N // 8, 4, 2], the shapes of softmax.py, or numbers.
     """
     shape = np.broadcast_shapes(*(tensor.shape for tensor in tensors))
     held = [_registers(np.broadcast_to(tensor, shape)) for tensor in tensors]
@@ -30,7 +30,7 @@ def run_on_rows(
 
 
 def _registers(tensor: np.ndarray) -> np.ndarray:
-    """Returns [warp, lane, register] of a tensor."""
+    """Returns a tensor's elements as [warp, lane, register]."""
     split = tensor.reshape(4, 2, 8, -1, 4, 1 if tensor.ndim == 2 else 2)
     return split.transpose(0, 2, 4, 3, 1, 5).reshape(4, 32, -1).astype(np.float32)
 
@@ -41,7 +41,7 @@ def _tensor(registers: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _run(asm: str, constraints: list[str], inputs: list[np.ndarray]) -> list[np.ndarray]:
-    """Interprets the assembly. Operands are [warp, lane]; a warp branches as a whole."""
+    """Interprets PTX on operands [warp, lane]; all lanes of a warp branch together."""
     outputs = sum(constraint.startswith("=") for constraint in constraints)
     values = {}
     for i, (tie, x) in enumerate(zip(constraints[outputs:], inputs, strict=True)):
@@ -111,7 +111,7 @@ def _execute(name: str, x: list[np.ndarray]) -> np.ndarray:
 
 
 def _half(x: np.ndarray, name: str) -> np.ndarray:
-    """Rounds to the precision of one half of bf16x2 or f16x2."""
+    """Rounds to the precision of one element of bf16x2 or f16x2."""
     if name == "f16x2":
         return x.astype(np.float16).astype(np.float32)
     bits = x.view(np.uint32)

@@ -1,4 +1,4 @@
-"""Launches the Python source of a kernel, and of the helpers that it calls."""
+"""Launches the Python source of a kernel and of its helper functions in the emulator."""
 
 import functools
 import itertools
@@ -36,7 +36,7 @@ def _replacement(value: Any) -> Any:
 
 @functools.cache
 def _emulated(kernel: Any) -> types.FunctionType:
-    """Returns the Python function of a `gluon.jit` one, with the emulator's global names."""
+    """Returns the Python function of a `gluon.jit` function, with globals of the emulator."""
     source = kernel.fn
     names: dict[str, Any] = {"__builtins__": source.__globals__["__builtins__"]}
     function = types.FunctionType(
@@ -83,7 +83,7 @@ class EmulatedKernel:
 
 
 def emulate(monkeypatch: Any, module: types.ModuleType, seed: int = 0) -> None:
-    """Makes the launchers of a module run their Gluon kernels in the emulator, as backend="hopper".
+    """Makes backend="hopper" run a module's Gluon kernels in the emulator.
 
     Args:
         monkeypatch: The pytest fixture.

@@ -1,4 +1,4 @@
-"""Warpgroups as threads that run one at a time, mbarriers, and asynchronous engines."""
+"""Emulates warpgroups as threads that run one at a time, mbarriers, and asynchronous engines."""
 
 import random
 import threading
@@ -15,11 +15,11 @@ _PACES = (1, 10, 100)  # how often a thread is chosen, against others
 
 
 class Deadlock(RuntimeError):
-    """Every thread waits for a barrier or an address that no thread can change any more."""
+    """Every thread waits for a barrier or an address that no thread can change."""
 
 
 class Barrier:
-    """An mbarrier, with the arrivals and bytes that its phase waits for."""
+    """An mbarrier: counts the arrivals and the bytes that its current phase still waits for."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -32,7 +32,7 @@ class Barrier:
         self.count = self.pending = count
 
     def change(self, arrivals: int = 0, expected: int = 0) -> None:
-        """Arrives and expects bytes; a negative number adds an arrival and completes bytes."""
+        """Counts arrivals and expected bytes; negative arguments take them back."""
         assert self.count > 0, "not initialised"
         self.pending -= arrivals
         self.bytes += expected
@@ -43,7 +43,7 @@ class Barrier:
 
 
 class NamedBarrier:
-    """A hardware barrier: the warpgroups that have arrived, until its thread count is reached."""
+    """A hardware barrier, which completes when the given number of threads has arrived."""
 
     def __init__(self) -> None:
         self.came: list[Thread] = []
@@ -52,7 +52,7 @@ class NamedBarrier:
         self.rounds = 0
 
     def come(self, threads: int, count: int) -> int:
-        """Counts the current warpgroup's threads, and returns the round."""
+        """Adds the current warpgroup's threads; returns the number of completed rounds."""
         now = self.rounds
         assert current() not in self.came, "a warpgroup comes twice to a barrier"
         assert not self.came or count == self.count, "warpgroups differ in what a barrier counts"
@@ -67,7 +67,7 @@ class NamedBarrier:
 
 
 class Program:
-    """State that the threads of one program share."""
+    """State that all threads of one program share."""
 
     def __init__(self, index: tuple[int, ...], grid: tuple[int, ...]):
         self.index = index
@@ -78,7 +78,7 @@ class Program:
 
 
 class Operation:
-    """An action that an engine runs once, at the latest when a thread waits for it."""
+    """An action that an engine runs once: at a random moment, or when a thread waits for it."""
 
     def __init__(self, function: Callable[[], None]):
         self.function: Callable[[], None] | None = function
@@ -90,7 +90,7 @@ class Operation:
 
 
 class Thread:
-    """One warpgroup, or one warp, of a program."""
+    """One warpgroup or one warp of a program."""
 
     def __init__(
         self, machine: "Machine", program: Program, function: Callable[[], object], pace: float
@@ -123,23 +123,23 @@ class Thread:
         self.machine.next_turn()
 
     def finish_products(self, left: int) -> None:
-        """Waits until at most `left` products are pending; they run in order."""
+        """Runs pending products in order until at most `left` remain."""
         while len(self.products) > left:
             self.products.pop(0)()
 
     def finish_reads(self, left: int) -> None:
-        """Waits until at most `left` copies still read shared memory."""
+        """Runs copies from shared memory until at most `left` have not read it."""
         while len(self.reads) > left:
             self.reads.pop(0).run()
 
     def finish_writes(self, left: int) -> None:
-        """Waits until at most `left` copies are incomplete."""
+        """Runs copies until at most `left` are incomplete."""
         while len(self.writes) > left:
             self.writes.pop(0).run()
 
 
 class Machine:
-    """Runs the threads of some programs, one at a time, in the order of a seed."""
+    """Runs the threads of all programs one at a time, in an order that the seed sets."""
 
     def __init__(self, seed: int):
         self.random = random.Random(seed)
@@ -153,7 +153,7 @@ class Machine:
         self.finished = threading.Semaphore(0)
 
     def run(self, programs: Iterator[Program], function: Callable[[], None], at_once: int) -> None:
-        """Runs a function in every program; the next one starts when one of `at_once` ends."""
+        """Runs a function in every program, at most `at_once` programs at a time."""
 
         def start_next() -> None:
             program = next(programs, None)
@@ -183,7 +183,7 @@ class Machine:
         ]
 
     def next_turn(self) -> None:
-        """Lets one thread run that is not blocked."""
+        """Lets a random thread run that does not wait."""
         self.threads = [thread for thread in self.threads if not thread.done]
         if self.error is not None:
             for thread in self.threads:
@@ -206,7 +206,7 @@ class Machine:
             self.finished.release()
 
     def copy(self) -> None:
-        """Carries out one pending copy."""
+        """Runs one random pending copy."""
         self.engine.pop(self.random.randrange(len(self.engine))).run()
         self.writes += 1
 
@@ -217,7 +217,7 @@ class Machine:
         return operation
 
     def look(self, until: Callable[[], bool] | None = None) -> None:
-        """A point at which copies may complete and other threads may run."""
+        """Lets a pending copy complete or another thread run; waits until `until` is true."""
         if self.engine and self.random.random() < self.engine_pace:
             self.copy()
         if (until is None or until()) and self.random.random() >= self.switching:
@@ -235,29 +235,29 @@ _LOCAL = threading.local()
 
 
 def current() -> Thread:
-    """The thread that is running."""
+    """Returns the running thread."""
     return _LOCAL.thread
 
 
 def note_write(first: int, last: int) -> None:
-    """Records a generic write to shared memory that is not yet visible to the engines."""
+    """Records a thread's write to shared memory, which an engine cannot see before a fence."""
     current().program.unfenced.append((current(), first, last))
 
 
 def fence() -> None:
-    """Makes this thread's writes visible to the engines."""
+    """Makes this thread's writes to shared memory visible to the engines."""
     program = current().program
     program.unfenced = [entry for entry in program.unfenced if entry[0] is not current()]
 
 
 def require_fenced(first: int, last: int) -> None:
-    """Fails if an engine would read a thread's write without a fence between them."""
+    """Fails if bytes that an engine reads were written without a fence."""
     for _, begin, end in current().program.unfenced:
         assert last <= begin or end <= first, "an engine reads a write that no fence showed"
 
 
 def issue_product(product: Callable[[], np.ndarray]) -> list[np.ndarray]:
-    """Starts an asynchronous product; the list holds its result once it is done."""
+    """Starts an asynchronous product; the returned list holds its result when it is done."""
     thread = current()
     result: list[np.ndarray] = []
     thread.products.append(lambda: result.append(product()))

@@ -1,4 +1,4 @@
-"""Shared memory in the layout of tiles, global memory as pointers, and tile descriptors."""
+"""Emulates shared memory in the layout of tiles, pointers to global memory, and descriptors."""
 
 import math
 from typing import Any
@@ -23,11 +23,11 @@ _TL_DTYPES = {
 
 
 class Buffer:
-    """Shared memory.
+    """A tensor in shared memory.
 
-    The last two dimensions of a swizzled tile lie in panels of 128 bytes a row: `array` is
-    [..., panels, rows, columns of a panel]. The permutation of 16-byte pieces inside eight rows is
-    left out: tiles start at multiples of eight rows. Other layouts lie row by row.
+    A swizzled tile is stored in panels of 128 bytes per row: `array` is [..., panels, rows, columns
+    of a panel]. The hardware's permutation of 16-byte pieces within eight rows is omitted, since
+    tiles start at multiples of eight rows. Other layouts are stored row by row.
     """
 
     def __init__(self, array: np.ndarray, shape: tuple[int, ...], dtype: tl.dtype, panels: bool):
@@ -39,7 +39,7 @@ class Buffer:
 
     @classmethod
     def view(cls, flat: np.ndarray, shape: Any, dtype: tl.dtype, layout: Any) -> "Buffer":
-        """Lays a shape over contiguous memory."""
+        """Makes a buffer of a shape and layout over contiguous memory."""
         shape = tuple(int(size) for size in shape)
         width = getattr(layout, "swizzle_byte_width", 0) * 8 // dtype.primitive_bitwidth
         if width == 0:
@@ -55,7 +55,7 @@ class Buffer:
         return Buffer(self.array[int(as_value(i))], self.shape[1:], self.dtype, self.panels)
 
     def slice(self, start: Any, length: int, dim: int = 0) -> "Buffer":
-        """Columns of a tile."""
+        """Returns some columns of a tile."""
         start = int(as_value(start))
         assert self.panels, "only columns of a tile"
         assert (len(self.shape), dim) == (2, 1), "only columns of a tile"
@@ -80,7 +80,7 @@ class Buffer:
         return Buffer.view(self.array.reshape(-1), shape, dtype, layout)
 
     def read(self) -> np.ndarray:
-        """The tile, row by row."""
+        """Returns the elements row by row."""
         array = self.array
         if self.panels:
             array = np.moveaxis(array, -3, -2)
@@ -99,11 +99,11 @@ class Buffer:
             self.array[...] = array.reshape(self.array.shape)
 
     def load(self, layout: Any = None) -> Value:
-        """Into registers."""
+        """Returns the buffer's elements as a tensor in registers."""
         return Value(self.read(), self.dtype)
 
     def store(self, value: Any) -> None:
-        """From registers; the engines need a fence to see it."""
+        """Writes a tensor from registers; engines see it only after a fence."""
         value = as_value(value)
         assert value.dtype == self.dtype
         assert value.shape == self.shape
@@ -111,7 +111,7 @@ class Buffer:
         note_write(*np.lib.array_utils.byte_bounds(self.array))
 
     def show(self) -> None:
-        """Fails if an engine would read a write that no fence has made visible."""
+        """Fails if an engine would read a write without a fence."""
         require_fenced(*np.lib.array_utils.byte_bounds(self.array))
 
 
@@ -151,7 +151,7 @@ class PointerType:
 
 
 class Pointer:
-    """One address or a tensor of them, in elements of a tensor's storage."""
+    """One address, or a tensor of addresses, counted in elements of a tensor's storage."""
 
     def __init__(self, memory: GlobalMemory, place: Value):
         self.memory = memory
@@ -164,7 +164,7 @@ class Pointer:
         return cls(memory, Value(memory.begin, tl.int64))
 
     def to(self, dtype: tl.dtype) -> "Pointer":
-        """Returns the pointer as a number, for assembly."""
+        """Returns the pointer as an integer, for assembly."""
         assert dtype == tl.int64
         return self
 
@@ -175,7 +175,7 @@ class Pointer:
         return Pointer(self.memory, self.place[index])
 
     def load(self, mask: Any = None, other: Any = None) -> Value:
-        """Returns the values here; `other`, or NaN, where the mask is false."""
+        """Returns the elements at these addresses; `other`, or NaN, where the mask is false."""
         place = self.place.array
         if mask is None:
             return Value(self.memory.load(place), self.memory.dtype)
@@ -194,7 +194,7 @@ class Pointer:
 
 
 class Descriptor:
-    """A TensorDescriptor: tiles by coordinates, zero and unwritten outside its shape."""
+    """Emulates a TensorDescriptor: elements outside its shape read as zero and are not written."""
 
     def __init__(self, host: Any):
         self.memory = GlobalMemory(host.base)
@@ -206,11 +206,11 @@ class Descriptor:
 
     @property
     def bytes(self) -> int:
-        """Returns the bytes of a tile as a barrier counts them, also outside of the tensor."""
+        """Number of bytes that a barrier counts for a tile, including bytes outside the tensor."""
         return math.prod(self.block) * self.dtype.primitive_bitwidth // 8
 
     def _places(self, coordinates: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Addresses of a tile and which of them are inside; addresses wrap at 2^64."""
+        """Returns a tile's addresses (modulo 2^64), and whether each is inside the tensor."""
         place = np.zeros((1,) * len(self.block), np.uint64)
         inside = np.ones((1,) * len(self.block), np.bool_)
         for axis, at in enumerate(coordinates):

@@ -1,4 +1,4 @@
-"""The emulator's versions of `gl`, `tl`, `mbarrier` and the names of compat.py."""
+"""Implements `gl`, `tl`, `mbarrier` and the functions of compat.py for the emulator."""
 
 import math
 import re
@@ -30,7 +30,7 @@ _ROUNDINGS = {
 
 
 class BarrierArray:
-    """An array of mbarriers; an array of one acts as its barrier."""
+    """An array of mbarriers; with one element it acts as that mbarrier."""
 
     def __init__(self, barriers: list[Barrier]):
         self.barriers = barriers
@@ -94,7 +94,7 @@ def store(pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> None:
 
 
 def atomic_add(pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> Value:
-    """Adds to global memory. Adding zero polls: a second poll of an address waits for a write."""
+    """Adds to global memory. Adding zero is a poll; polling again waits for some write."""
     thread, machine = current(), current().machine
     polls = not isinstance(value, Value) and value == 0
     address = (id(pointer.memory), int(pointer.place)) if polls else None
@@ -155,7 +155,7 @@ def only_value(x: Value) -> int:
 
 
 def _red_add_v4(pointers: Pointer, left: Value, *values: Value) -> Value:
-    """Adds to four elements from each address on, where left > 0."""
+    """Adds to four consecutive elements at each address whose `left` is positive."""
     first = pointers.place.array
     some = np.broadcast_to(left.array > 0, first.shape)
     aligned = pointers.memory.address + first[some] * pointers.memory.flat.itemsize
@@ -326,7 +326,7 @@ def _tma_out(add: bool) -> Callable:
 
 
 def _copy_async(smem: Buffer, pointer: Pointer, mask: Any = None) -> None:
-    """Elements that the mask leaves out become zero."""
+    """Copies to shared memory; elements that the mask excludes become zero."""
     current().small_copies.append(lambda: smem.write(pointer.load(mask, 0).array))
 
 
@@ -344,7 +344,7 @@ def _copy_arrive(barrier: BarrierArray, increment_count: bool = True) -> None:
 
 
 class Product:
-    """The accumulator of a product that may still be running."""
+    """The accumulator of an asynchronous product."""
 
     def __init__(self, pending: list, shape: tuple[int, ...]):
         self.pending = pending

@@ -1,4 +1,4 @@
-"""Tensors and scalars of a kernel: numpy arrays with Triton's dtypes and rules."""
+"""Tensors and scalars of an emulated kernel: numpy arrays with Triton's dtypes and promotion."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ _STORAGE = {
 
 
 def storage(dtype: tl.dtype) -> type:
-    """The numpy dtype that holds a Triton dtype."""
+    """Returns the numpy dtype that holds a Triton dtype."""
     return _STORAGE[dtype.name]
 
 
@@ -41,7 +41,7 @@ def _cast(array: np.ndarray, dtype: tl.dtype) -> np.ndarray:
 
 
 def _common(x: "Value", y: "Value") -> tl.dtype:
-    """Returns the dtype of an operation on two tensors."""
+    """Returns the result dtype of an operation on two tensors."""
     for first, second in ((x.dtype, y.dtype), (y.dtype, x.dtype)):
         if first.is_floating() and not second.is_floating():
             return first
@@ -68,7 +68,7 @@ class Value:
         return self.array.shape
 
     def to(self, dtype: tl.dtype, bitcast: bool = False) -> "Value":
-        """Converts, or keeps the bits."""
+        """Converts to a dtype, or reinterprets the bits if `bitcast` is true."""
         if bitcast:
             return Value(self.array.view(storage(dtype)), dtype)
         array = self.array
@@ -86,7 +86,7 @@ class Value:
         return int(self.array)
 
     def like(self, other: Any) -> "Value":
-        """Returns a Python number as a value of this tensor's dtype."""
+        """Converts a Python number to a Value, in this tensor's dtype if that can hold it."""
         if isinstance(other, Value):
             return other
         if isinstance(other, float) and not self.dtype.is_floating():
@@ -198,7 +198,7 @@ class Value:
 
 
 def _divide(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Divides integers as C does: towards zero, where numpy rounds down."""
+    """Divides integers towards zero, as C does."""
     quotient = np.floor_divide(x, y)
     return quotient + ((quotient < 0) & (quotient * y != x)).astype(quotient.dtype)
 
@@ -208,7 +208,7 @@ def _remainder(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def as_value(x: Any) -> Value:
-    """Returns a number of the host as a kernel's argument."""
+    """Converts a Python number to a kernel argument."""
     if isinstance(x, Value):
         return x
     if isinstance(x, (bool, np.bool_)):

@@ -1,4 +1,4 @@
-"""The ahead-of-time variants of the activations are what the launchers launch."""
+"""Compares the ahead-of-time variants of the activations with the arguments of their launchers."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.kernels.launches import DTYPES, describe_for_a_compiler, launches_of
 @pytest.mark.parametrize("flag", [False, True], ids=["without", "with"])
 @pytest.mark.parametrize("activation", launch.ACTIVATION_NUMBERS)
 def test_variants_are_what_is_launched(activation, flag, dtype, monkeypatch):
-    """The flag is the product that the gated backward writes, and the bias of the others."""
+    """`flag` is the product written by the gated backward, and the bias of the other kernels."""
     describe_for_a_compiler(aot, monkeypatch)
     launches = launches_of(launch, monkeypatch)
     x = torch.zeros(4, 64, dtype=DTYPES[dtype])

@@ -1,4 +1,4 @@
-"""The ahead-of-time variants of the norms are what the launchers launch."""
+"""Compares the ahead-of-time variants of the norms with the arguments of their launchers."""
 
 import pytest
 import torch

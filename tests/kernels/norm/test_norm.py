@@ -88,7 +88,7 @@ def test_expanded_gradients_and_strided_inputs(backend) -> None:
 
 @pytest.mark.parametrize("backend", ["pytorch", "triton"])
 def test_a_norm_of_a_norm_leaves_saved_tensors_alone(backend) -> None:
-    """Two norms in a row, as in Gemma 2; the backward runs twice on what the forward saved."""
+    """Applies two norms in a row, as in Gemma 2, and runs the backward twice on one graph."""
     x, weight = torch.randn(50, 8).requires_grad_(), torch.randn(8).requires_grad_()
     twice = rms_norm(rms_norm(x, weight, backend=backend), weight, backend=backend).square().sum()
     first = torch.autograd.grad(twice, (x, weight), retain_graph=True)

@@ -1,4 +1,4 @@
-"""The references: the dense oracle against torch, and the CPU path against the oracle."""
+"""Compares the dense reference with torch, and the CPU path with the dense reference."""
 
 import dataclasses
 import math
@@ -44,7 +44,7 @@ def test_the_oracle_is_torchs_attention(causal):
 
 
 def test_the_oracles_features_entry_by_entry():
-    """Softcap, ALiBi, a sink and dropout, written down once more as loops over Python numbers."""
+    """Computes softcap, ALiBi, a sink and dropout a second time, in loops over Python numbers."""
     q, k, v = (torch.randn(n, 1, 2, dtype=torch.float64) for n in (2, 3, 3))
     slope, sink, cap = 0.3, 0.4, 1.5
     out, lse, signed = dense_attention(
@@ -76,7 +76,7 @@ def test_the_oracles_features_entry_by_entry():
 
 
 def test_the_oracle_in_chunks_is_the_oracle():
-    """test_varlen_gpu.py compares long documents with the oracle in chunks."""
+    """test_varlen_gpu.py needs chunks of queries for long documents."""
     case = Case(
         ((30, 30), (9, 25), (25, 9)),
         causal=True,
@@ -93,7 +93,7 @@ def test_the_oracle_in_chunks_is_the_oracle():
 
 @pytest.mark.parametrize("name", ["window_left-causal", "dropout-softcap-gqa4", "everything"])
 def test_chunks_of_queries_change_nothing(name, monkeypatch):
-    """Memory is linear in a document's length because queries come in chunks."""
+    """The CPU path works in chunks of queries, so its memory is linear in a document's length."""
     case = dataclasses.replace(TINY_CASES[name], dtype=torch.float64)
     inputs = make_inputs(case)
     whole = dict(attention(case, inputs).items())
@@ -103,7 +103,7 @@ def test_chunks_of_queries_change_nothing(name, monkeypatch):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the most elements that any operation returned."""
+    """Records the largest number of elements that any operation has returned."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["plain", "dropout"])
 def test_memory_is_bounded(dropout_p, monkeypatch):
-    """No tensor grows with the square of a document: at most the limit, or 16 rows of logits."""
+    """No tensor grows quadratically: at most the limit, or 16 rows of logits."""
     limit, heads, length = 1 << 14, 2, 600
     monkeypatch.setattr(varlen, "_CHUNK_ELEMENTS", limit)
     case = Case(equal_lengths(length), heads=heads, heads_k=1, dropout_p=dropout_p)
@@ -142,7 +142,7 @@ GRADCHECKED = {
 @pytest.mark.parametrize("options", GRADCHECKED.values(), ids=GRADCHECKED.keys())
 @pytest.mark.parametrize("with_sink", [False, True], ids=["", "sink"])
 def test_gradcheck(options, with_sink):
-    """Finite differences of out and lse in q, k, v and the sink. Rows without keys have no lse."""
+    """Finite differences of out and lse in q, k, v and the sink; rows without keys have no lse."""
     cu_q, cu_k = cumulative([3, 4], "cpu"), cumulative([5, 3], "cpu")
     q = torch.randn(7, 2, 3, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(8, 1, 3, dtype=torch.float64, requires_grad=True) for _ in "kv")
@@ -168,7 +168,7 @@ def test_gradcheck(options, with_sink):
 
 
 def test_other_documents_cannot_reach_a_result():
-    """Other documents of the packed tensors are NaN."""
+    """All other documents of the packed tensors hold NaN."""
     case = Case(equal_lengths(9, 7), dtype=torch.float32)
     inputs = make_inputs(case)
     poisoned = dataclasses.replace(inputs, k=inputs.k.clone(), v=inputs.v.clone())

@@ -1,4 +1,4 @@
-"""The ahead-of-time variants of the rotations are what the launchers launch."""
+"""Compares the ahead-of-time variants of the rotations with the arguments of their launchers."""
 
 import pytest
 import torch

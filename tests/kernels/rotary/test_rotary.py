@@ -12,7 +12,7 @@ SIZES = pytest.mark.parametrize(
 
 
 def tables(rotary: int, dtype: torch.dtype, device: str, *, rows: int = 1):
-    """cos and sin [rows, LENGTH, R], rounded to dtype so that every precision sees the same."""
+    """Returns cos and sin [rows, LENGTH, R] in float64, rounded to values that `dtype` can hold."""
     cos, sin = torch.randn(2, rows, LENGTH, rotary).to(dtype).double().to(device).unbind()
     return cos, sin
 
@@ -23,7 +23,7 @@ def turn_half(x):
 
 
 def plain_rotation(x, cos, sin):
-    """transformers' rotation of x [B, S, H, D] by tables [B or 1, S, R]."""
+    """Rotates x [B, S, H, D] by tables [B or 1, S, R], as transformers does."""
     rotary = cos.shape[-1]
     cos, sin = (table.to(x.dtype)[:, :, None] for table in (cos, sin))
     turned, rest = x[..., :rotary], x[..., rotary:]
@@ -75,7 +75,7 @@ def test_qk_norm_rotary(device, dtype, backend, head_dim, rotary, offset) -> Non
 
 
 def plain_pairs(x, cos, sin, interleaved):
-    """Rotation of x [..., H, D] by tables [..., R / 2] of its tokens."""
+    """Rotates x [..., H, D] by the tables [..., R / 2] of its tokens."""
     rotary = 2 * cos.shape[-1]
     cos, sin = (table.to(x.dtype).unsqueeze(-2) for table in (cos, sin))
     places = (slice(0, rotary, 2), slice(1, rotary, 2))

@@ -1,4 +1,4 @@
-"""The Hopper variants of varlen attention are what the launchers launch."""
+"""Compares the Hopper variants of varlen attention with the arguments of its launchers."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Bad arguments: each message names the fault, the value and the remedy."""
+"""Tests bad arguments: each message names the fault, the value and the remedy."""
 
 import pytest
 import torch
@@ -280,7 +280,7 @@ def test_rows_need_one_batch_size():
 
 
 def test_values_on_a_device_are_not_read():
-    """Reading them would synchronise. Meta tensors have no values."""
+    """Reading values would synchronise; meta tensors have none."""
     arguments = {
         name: value.to("meta") if isinstance(value, torch.Tensor) else value
         for name, value in ARGUMENTS.items()

@@ -1,4 +1,4 @@
-"""The dropout mask: its definition, its rate, and what it is independent of."""
+"""Tests the dropout mask: its definition, its rate, and what does not change it."""
 
 import math
 
@@ -24,7 +24,7 @@ LENGTHS = (120, 17, 100) if HAS_GPU else (50, 17)
 
 
 def defined_mask(length: int, document_id: int, dropout_p: float, seed: int = DROPOUT_SEED):
-    """Returns the mask of the reference, [2, L, L], on the CPU."""
+    """Returns the reference's mask [2, L, L], on the CPU."""
     position = torch.arange(length)
     return dropout_keep(seed, document_id, torch.arange(2), position, position, dropout_p)
 
@@ -49,7 +49,7 @@ def test_the_pytorch_path_applies_the_defined_mask():
 
 
 def test_document_ids_and_a_seed_tensor_are_the_key(device):
-    """Ids beyond 2^31 when read as unsigned, and a seed whose low half is zero."""
+    """Ids exceed 2^31 as unsigned numbers, and the seed's lower 32 bits are zero."""
     ids = [-1, 123_456_789, 7][: len(LENGTHS)]
     seed = 5 << 40
     masks = read_masks(
@@ -85,7 +85,7 @@ def test_every_rate_on_a_gpu(dropout_p, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dropout_p", RATES)
 def test_observed_rate_on_a_gpu(dropout_p, device):
-    """Read from a forward over 64 documents of 64 tokens and 8 heads: two million weights."""
+    """Counts dropped weights in 64 documents of 64 tokens with 8 heads: two million weights."""
     case = Case(equal_lengths(*[64] * 64), heads=8, heads_k=8, head_dim=64, dtype=torch.bfloat16)
     inputs = make_inputs(case, device)
     v = torch.eye(64, device=device, dtype=torch.bfloat16).repeat(64, 1)[:, None].repeat(1, 8, 1)
@@ -122,7 +122,7 @@ def test_the_rescale_uses_the_probability_that_is_applied(dropout_p):
 
 
 def test_the_mean_is_unbiased(device):
-    """With values of one, out is the mean of Z over the keys: 1 on average."""
+    """With all values 1, out is the mean over keys of the scaled mask: 1 on average."""
     case = Case(equal_lengths(64), heads=4, heads_k=2)
     inputs = make_inputs(case, device)
     call = (torch.zeros_like(inputs.q), inputs.k, torch.ones_like(inputs.v))
@@ -157,7 +157,7 @@ def test_masks_of_different_keys_are_independent(changed):
 
 
 def test_neighbouring_weights_are_independent():
-    """Weights of one draw lie 8, 16 or 24 apart; weights of different draws 1 or 32."""
+    """Weights 8, 16 or 24 apart may share a random draw; weights 1 or 32 apart never do."""
     position = torch.arange(512)
     keep = dropout_keep(21, 0, torch.arange(2), position, position, 0.5)
     for rows, columns in ((8, 0), (0, 8), (0, 16), (8, 24), (1, 0), (0, 1), (16, 0), (0, 32)):
@@ -168,7 +168,7 @@ def test_neighbouring_weights_are_independent():
 
 
 def python_philox(counter: list[int], key: list[int], rounds: int) -> list[int]:
-    """Philox-4x32 on Python integers, from the paper's description."""
+    """Computes Philox-4x32 on Python integers, from the paper's description."""
     c, k = list(counter), list(key)
     for _ in range(rounds):
         high_0, low_0 = divmod(0xD2511F53 * c[0], 1 << 32)
@@ -196,7 +196,7 @@ def python_philox(counter: list[int], key: list[int], rounds: int) -> list[int]:
     ids=["zeros", "ones", "pi"],
 )
 def test_the_tests_own_philox_gives_the_published_answers(counter, key, expected):
-    """The known answers of Random123 are for ten rounds."""
+    """Random123 publishes known answers for ten rounds."""
     assert python_philox(counter, key, 10) == expected
 
 
@@ -211,7 +211,7 @@ def test_philox_equals_an_implementation_on_python_integers():
 
 
 def test_the_mask_takes_every_bit_of_a_draw_once():
-    """By the definition, weight by weight: 8 weights of 16 bits per draw of 128."""
+    """Checks weight by weight that a 128-bit draw serves 8 weights, with 16 bits each."""
     seed, document, p = (7 << 32) + 11, 3, 0.5
     rows, columns = torch.tensor([0, 9, 31, 1000]), torch.tensor([0, 8, 16, 24, 37, 5000])
     keep = dropout_keep(seed, document, torch.tensor([2]), rows, columns, p)[0]
@@ -258,7 +258,7 @@ def test_activation_checkpointing_replays_the_mask(use_reentrant, device):
 
 
 def test_the_operator_saves_a_seed_not_a_mask(device):
-    """Saved bytes do not grow with dropout but for the seed."""
+    """With dropout, autograd saves one more element: the seed."""
     inputs = make_inputs(Case(equal_lengths(64)), device)
 
     def saved_elements(dropout_p):

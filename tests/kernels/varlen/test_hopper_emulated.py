@@ -1,6 +1,6 @@
-"""The Hopper kernels of varlen attention on a CPU, emulated: float64, dropout, isolation.
+"""Tests the Hopper kernels of varlen attention in the emulator: float64, dropout, isolation.
 
-Documents are long enough for several tiles. test_hopper_gpu.py has the same on the hardware.
+Documents are long enough for several tiles. test_hopper_gpu.py has the same tests on hardware.
 """
 
 import dataclasses
@@ -93,7 +93,7 @@ FORMED = ("D64-causal-unequal", "D64-window-g4", "D128-causal-g3", "D64-dropout-
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 @pytest.mark.parametrize("name", FORMED)
 def test_forms_for_the_tuner(name, form, seed, hopper, monkeypatch):
-    """Variants of the backward that the tuner compares, also those that the table does not use."""
+    """Tests all backward variants that the tuner compares, including ones not in the table."""
     emulate(monkeypatch, varlen, seed)
     inputs = make_inputs(CASES[name])
     with config.override_tiles(backward=form):
@@ -141,9 +141,9 @@ GROWING = {
 @pytest.mark.parametrize("step", [0.2, 1.0, 8.0, -1.0])
 @pytest.mark.parametrize("case", GROWING.values(), ids=GROWING.keys())
 def test_logits_that_grow_from_block_to_block(case, step, hopper):
-    """The growth is below or above the threshold of the lazy maximum.
+    """Logits grow by less or by more than the threshold at which the running maximum is raised.
 
-    Blocks are visited downwards.
+    Kernels visit blocks of keys from the last to the first.
     """
     inputs = make_inputs(case)
     with torch.no_grad():
@@ -192,7 +192,7 @@ def test_whatever_the_order_of_warps_and_engines(seed, monkeypatch):
     ids=["causal", "full-unequal-g2", "window", "window-unequal"],
 )
 def test_deterministic_gradients_whatever_the_order(window, documents, group, hopper, monkeypatch):
-    """Programs add to dq in a fixed order, and each addition is visible to the next program."""
+    """Programs add to dq in a fixed order, and each sees the additions before its own."""
     case = Case(documents, group, 1, 128, BFLOAT16, window=window)
     inputs = make_inputs(case)
     sums = float32_sums(monkeypatch)
@@ -207,7 +207,7 @@ def test_deterministic_gradients_whatever_the_order(window, documents, group, ho
 
 
 def float32_sums(monkeypatch):
-    """Returns a list of the float32 dq, since rounding to half precision would hide the order."""
+    """Returns a list that collects the float32 dq, whose rounding would hide the order."""
     sums = []
     describe = varlen.ragged_descriptor
 
@@ -236,7 +236,7 @@ def test_forward_of_head_dim_256(hopper):
 @pytest.mark.parametrize("from_registers", [False, True], ids=["adder", "registers"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2], ids=["plain", "dropout"])
 def test_a_document_keeps_its_bits_whatever_its_neighbours(dropout_p, from_registers, hopper):
-    """out, lse, dk and dv; programs add dq in an order that varies."""
+    """Compares out, lse, dk and dv, but not dq, which programs add in varying order."""
     with config.override_tiles(backward=config.BackwardTile(64, 3, from_registers)):
         assert_isolated(dropout_p)
 

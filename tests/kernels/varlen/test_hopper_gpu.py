@@ -1,4 +1,4 @@
-"""The Hopper kernels of varlen attention on a Hopper GPU: float64, dropout, isolation, refusals."""
+"""Tests the Hopper kernels of varlen attention on a GPU: float64, dropout, isolation, refusals."""
 
 import dataclasses
 
@@ -38,7 +38,7 @@ LONG_CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_matches_float64(case, device):
-    """The grid of the portable kernels; calls that the Hopper kernels refuse run on those."""
+    """The portable kernels' cases; calls that the Hopper kernels refuse run on portable kernels."""
     inputs = make_inputs(case, device)
     assert select_backend(device, case.dtype) == "hopper"
     assert_matches_oracle(attention(case, inputs), case, inputs)
@@ -72,7 +72,7 @@ def test_a_named_backend_refuses_what_it_cannot_do(name, reason, device):
 
 @pytest.mark.parametrize("heads", [(4, 1), (2, 2)], ids=["g4", "g1"])
 def test_drops_the_same_weights_as_the_portable_kernels(heads, device):
-    """With uniform weights and unit vectors for values, out shows the mask."""
+    """With uniform weights and one-hot values, out shows the mask."""
     lengths = (128, 77, 1, 128)
     cu = cumulative(lengths, device)
     q = torch.zeros(sum(lengths), heads[0], 128, device=device, dtype=torch.bfloat16)
@@ -92,7 +92,7 @@ def test_drops_the_same_weights_as_the_portable_kernels(heads, device):
 
 @pytest.mark.parametrize("name", ["D128-causal-g4", "D64-dropout-window-g1", "D256-causal-g4"])
 def test_a_document_keeps_its_bits_whatever_its_neighbours(name, device):
-    """out, lse, dk and dv; programs add dq in an order that varies."""
+    """Compares out, lse, dk and dv, but not dq, which programs add in varying order."""
     case = LONG_CASES[name]
     inputs = make_inputs(case, device)
     before = dict(attention(case, inputs).items())
@@ -115,7 +115,7 @@ def test_a_document_keeps_its_bits_whatever_its_neighbours(name, device):
 @pytest.mark.parametrize("from_registers", [False, True], ids=["adder", "registers"])
 @pytest.mark.parametrize("name", [name for name in LONG_CASES if not name.startswith("D256")])
 def test_both_ways_of_adding_dq(name, from_registers, device):
-    """The table uses one of them per head dim, the tuner both."""
+    """The tile table uses one way per head dim; the tuner compares both."""
     case = LONG_CASES[name]
     inputs = make_inputs(case, device)
     tile = config.BackwardTile(64, 2, reduce_from_registers=from_registers)

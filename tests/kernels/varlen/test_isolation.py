@@ -1,4 +1,4 @@
-"""Documents do not touch each other: not by one bit, forward or backward, dropout included."""
+"""Tests that documents do not change each other's bits, forward and backward, dropout included."""
 
 import dataclasses
 import functools
@@ -47,7 +47,7 @@ PACKED = pytest.mark.parametrize("case", [CAUSAL, DUAL_CHUNK], ids=["causal", "d
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
-    """Compares bits: 0 differs from -0, and NaN equals NaN."""
+    """Returns whether two tensors have equal bits: 0 differs from -0, NaN equals NaN."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[left.element_size()]
     return left.shape == right.shape and torch.equal(
         left.contiguous().view(integers), right.contiguous().view(integers)
@@ -61,7 +61,7 @@ def assert_same_bits(left: Result, right: Result, what: str) -> None:
 
 
 def perturbed(inputs: Inputs, document: int, change) -> Inputs:
-    """The inputs with every tensor of one document changed."""
+    """Returns the inputs with every tensor of one document changed."""
     queries = slice(*inputs.cu_seqlens_q[document : document + 2].tolist())
     keys = slice(*inputs.cu_seqlens_k[document : document + 2].tolist())
     new = {name: getattr(inputs, name).clone() for name in ("q", "k", "v", "dout", "dlse")}
@@ -72,7 +72,7 @@ def perturbed(inputs: Inputs, document: int, change) -> Inputs:
 
 
 def select(inputs: Inputs, case: Case, order: list[int]) -> tuple[Case, Inputs]:
-    """A pack of some of the documents, in another order."""
+    """Returns a pack of some of the documents, in another order."""
     queries = [slice(*inputs.cu_seqlens_q[i : i + 2].tolist()) for i in order]
     keys = [slice(*inputs.cu_seqlens_k[i : i + 2].tolist()) for i in order]
     documents = tuple(case.documents[i] for i in order)
@@ -111,7 +111,7 @@ def unchanged(case: Case, device: torch.device, backend: str) -> Result:
 )
 @by_change
 def test_changing_one_document_leaves_the_others(case, change, device):
-    """A sink is shared, so its own gradient is not compared."""
+    """All documents share the sink, so its gradient is not compared."""
     for backend in ("triton", "pytorch") if device.type == "cpu" else ("triton",):
         for document in (2,) if device.type == "cpu" else (0, 2, 5):
             inputs = make_inputs(case, device)
@@ -127,7 +127,7 @@ def test_changing_one_document_leaves_the_others(case, change, device):
 
 @PACKED
 def test_packed_equals_separate_in_any_order(case, device):
-    """Each pack gives each of its documents the bits that the full pack gives it."""
+    """Every pack gives a document the same bits as the full pack."""
     inputs = make_inputs(case, device)
     everyone = range(len(case.documents))
     together = attention(
@@ -149,7 +149,7 @@ def test_packed_equals_separate_in_any_order(case, device):
 
 
 def test_options_that_change_no_bit(device):
-    """A schedule built on the CPU, and deterministic=True, which the kernels always are."""
+    """Neither a schedule from the CPU nor deterministic=True changes portable kernels' results."""
     schedule = make_schedule([queries for queries, _ in CAUSAL.documents]).to(device)
     for option in ({"schedule": schedule}, {"deterministic": True}):
         result = attention(CAUSAL, make_inputs(CAUSAL, device), backend="triton", **option)

@@ -1,4 +1,4 @@
-"""The operators under torch's machinery: schemas, compilation, checkpointing policies, FLOPs."""
+"""Tests the varlen operators in torch: schemas, compilation, checkpointing, FLOP counts."""
 
 import functools
 
@@ -24,7 +24,7 @@ BACKWARD = torch.ops.lctrain.varlen_backward.default
 
 
 def operands(case: Case, *, requires_grad: bool = True):
-    """Returns q, k, v and sink as leaves, and both cu_seqlens."""
+    """Returns q, k, v and sink as leaves, and cu_seqlens of queries and keys."""
     inputs = make_inputs(case)
     leaves = [inputs.q, inputs.k, inputs.v, torch.randn(case.heads)]
     leaves = [x.detach().requires_grad_(requires_grad) for x in leaves]
@@ -58,7 +58,7 @@ def forward_arguments(case: Case, *, window=None, schedule=None, requires_grad=T
 
 @pytest.mark.parametrize("variant", ["plain", "schedule", "window-tensor"])
 def test_opcheck_forward(variant):
-    """Schema, autograd registration, fake implementation, and all of them under AOT dispatch."""
+    """Checks schema, autograd registration and fake implementation, also under AOT dispatch."""
     arguments = forward_arguments(
         CASE,
         schedule=make_schedule([6, 4], [6, 9]) if variant == "schedule" else None,
@@ -81,7 +81,7 @@ def test_opcheck_backward(with_dlse):
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiles_as_one_graph(backend):
-    """The compiled function gives the same bits, forward and backward, dropout included."""
+    """The compiled function gives the same bits in both passes, with and without dropout."""
     torch._dynamo.reset()
 
     def function(q, k, v, sink, cu_q, cu_k, slopes, max_q, max_k):
@@ -118,7 +118,7 @@ def test_compiles_as_one_graph(backend):
 
 
 def test_new_lengths_do_not_recompile():
-    """Nor do other numbers of documents and tokens, once they are dynamic."""
+    """Other numbers of documents and tokens do not recompile either, once they are dynamic."""
     torch._dynamo.reset()
     compilations = []
 
@@ -174,7 +174,7 @@ def test_visible_pairs_by_counting(window):
 
 @pytest.mark.parametrize("on_device", [False, True], ids=["ints", "tensor"])
 def test_flops_are_those_of_the_visible_pairs(on_device):
-    """Forward 2 products, backward 5, each 2 H D operations per visible pair."""
+    """The forward has 2 products, the backward 5, each with 2 H D operations per visible pair."""
     (q, k, v, _), inputs = operands(Case(((6, 6), (4, 9)), dtype=torch.float32))
     window = torch.tensor([3, 0], dtype=torch.int32) if on_device else (3, 0)
     pairs = int(visible_mask(6, 6, 3, 0).sum() + visible_mask(4, 9, 3, 0).sum())
@@ -198,7 +198,7 @@ def test_flops_of_fake_tensors_take_documents_as_equal():
 
 @pytest.mark.parametrize("policy", [CheckpointPolicy.MUST_SAVE, CheckpointPolicy.MUST_RECOMPUTE])
 def test_selective_checkpointing_can_name_the_operator(policy):
-    """The gradients are those without it, bit by bit, also where the mask is drawn again."""
+    """Gradients keep every bit, also where dropout masks are drawn again."""
     (q, k, v, sink), inputs = operands(CASE)
     calls = []
 
@@ -261,7 +261,7 @@ def test_selective_checkpointing_counts_flops_once_if_saved():
 
 
 def test_returned_probabilities_carry_the_mask_in_their_sign(device):
-    """[N, H, max_q, max_k]: |p| are the weights before dropout, negative where dropped."""
+    """Returns [N, H, max_q, max_k]; |p| is the weight before dropout, p < 0 where dropped."""
     documents = ((5, 8), (0, 3), (6, 2))
     inputs = make_inputs(Case(documents, dtype=torch.float32), device)
     out, lse, weights = flash_attn_varlen_func(

@@ -1,8 +1,7 @@
-"""Varlen attention against float64, on tiny packs: every feature, forward and all gradients.
+"""Compares varlen attention with float64 on tiny packs: every feature and all gradients.
 
-Without a GPU the Triton kernels run under the interpreter, whose tiles are small enough for these
-documents to cross them; test_varlen_gpu.py is the grid for a GPU. The same cases hold the PyTorch
-path.
+Without a GPU the Triton kernels run under the interpreter, with tiles small enough for documents to
+span several. The PyTorch path runs the same cases. test_varlen_gpu.py has the cases for a GPU.
 """
 
 import dataclasses
@@ -65,7 +64,7 @@ def test_pytorch_path_in_float32(name):
 
 @pytest.mark.parametrize("backend", [pytest.param("triton", marks=needs_interpreter), "pytorch"])
 def test_logits_up_to_ten_thousand(backend):
-    """In half precision: in float32 the rounding of lse itself, |lse| eps, bounds the backward."""
+    """In half precision only: in float32, rounding lse (|lse| eps) limits the backward."""
     case = Case(equal_lengths(34, 10), magnitude=40.0, causal=True)
     inputs = make_inputs(case)
     logits = torch.einsum("ihd,jhd->hij", inputs.q.float(), inputs.k.float().repeat(1, 2, 1)) / 4
@@ -118,7 +117,7 @@ def test_queries_without_keys_and_keys_without_queries(device):
 
 
 def test_more_documents_than_a_tile_has_rows(device):
-    """Documents of one token: out is its value."""
+    """Each document has one token, so out is its value."""
     case = dataclasses.replace(BASE, documents=equal_lengths(*[1] * 40), heads=2, heads_k=1)
     inputs = make_inputs(case, device)
     for backend in backends(device):
@@ -128,7 +127,7 @@ def test_more_documents_than_a_tile_has_rows(device):
 
 
 def test_softmax_scale_is_the_factor_of_the_logits(device):
-    """Twice the scale is a query that is twice as long, exactly."""
+    """Doubling the scale equals doubling the query exactly."""
     case = dataclasses.replace(BASE, documents=equal_lengths(20))
     inputs = make_inputs(case, device)
     longer = dataclasses.replace(inputs, q=inputs.q * 2)
@@ -175,7 +174,7 @@ def test_a_last_stride_other_than_one_is_accepted(device):
 
 @pytest.mark.parametrize("alibi", ["heads", "documents"])
 def test_small_tensors_of_any_stride_are_read_right(device, alibi):
-    """The tensors are slices of others, with other numbers in between."""
+    """The small tensors are slices of tensors with other numbers in between."""
     case = dataclasses.replace(
         BASE,
         documents=((20, 20), (9, 17), (5, 5)),
@@ -208,7 +207,7 @@ def test_small_tensors_of_any_stride_are_read_right(device, alibi):
 
 
 def test_flash_attn_func_is_varlen_on_rows():
-    """[B, S, H, D] of equal lengths, with fewer queries than keys, slopes, sinks and dropout."""
+    """Rows [B, S, H, D] of equal lengths, with fewer queries than keys, slopes, sinks, dropout."""
     case = Case(((6, 9),) * 3, causal=True, dropout_p=0.2, alibi="documents", sink=True)
     inputs = make_inputs(case)
     expected = attention(case, inputs)

@@ -1,4 +1,4 @@
-"""Varlen attention on a GPU against float64: the broad grid, the same body as test_varlen.py."""
+"""Compares varlen attention on a GPU with float64, on the broad list of cases."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_filled_memory")]
 
 @pytest.mark.parametrize("case", GPU_CASES.values(), ids=GPU_CASES.keys())
 def test_matches_float64(case, device):
-    """float32 takes the PyTorch path, since a float32 lse is too coarse for its gradients."""
+    """float32 runs the PyTorch path, since a float32 lse is too coarse for its gradients."""
     inputs = make_inputs(case, device)
     backend = "auto" if case.dtype == torch.float32 else "triton"
     assert (select_backend(device, case.dtype) == "pytorch") == (backend == "auto")
@@ -28,7 +28,7 @@ def test_matches_float64(case, device):
 
 @pytest.mark.parametrize("name", ["D64-causal-unequal", "D128-everything-g8"])
 def test_the_pytorch_path_on_a_gpu(name, device):
-    """By its name; "auto" takes Triton."""
+    """backend="pytorch" selects the PyTorch path; "auto" would take Triton."""
     case = GPU_CASES[name]
     inputs = make_inputs(case, device)
     assert_matches_oracle(attention(case, inputs, backend="pytorch"), case, inputs)
