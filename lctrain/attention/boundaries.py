@@ -86,7 +86,8 @@ def from_cu_seqlens(
         keys: Shape (1, Sk) of the key rows.
 
     Raises:
-        ValueError: if an argument is missing, max_length is not an int, or there are several rows.
+        ValueError: if an argument is missing, max_length is not an int, there are several rows, the
+            boundaries are no vector, or, on the CPU, queries and keys have other documents.
     """
     missing = [name for name in PACK_ARGUMENTS if arguments.get(name) is None]
     if missing:
@@ -99,6 +100,8 @@ def from_cu_seqlens(
             f"packed inputs must be one row [1, T], got {queries[0]} rows. Concatenate the "
             "documents of all rows into one row, as PackedBatch.from_documents does."
         )
+    if not torch.compiler.is_compiling():
+        _check_pack(arguments)
     return Boundaries(
         arguments["cu_seq_lens_q"],
         arguments["cu_seq_lens_k"],
@@ -269,6 +272,40 @@ def _documents(boundaries: Boundaries) -> tuple[Tensor, Tensor]:
     document = torch.searchsorted(cu_seqlens[1:], tokens.to(torch.int32), right=True)
     # The kernels refuse tokens beyond the last document. Clamping keeps the indices valid here.
     return tokens, document.clamp(max=cu_seqlens.shape[0] - 2)
+
+
+def _check_pack(arguments: dict[str, Any]) -> None:
+    """Checks what a pack says of its documents; values only where they are on the CPU."""
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        value = arguments[name]
+        if not isinstance(value, Tensor) or value.dim() != 1 or value.numel() < 2:
+            shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"{name} must be an int32 tensor [documents + 1], got {shape}. Pass "
+                "PackedBatch.model_kwargs()."
+            )
+    ends_q, ends_k = arguments["cu_seq_lens_q"], arguments["cu_seq_lens_k"]
+    if ends_q.device.type != "cpu" or ends_k.device.type != "cpu":
+        return
+    if ends_q is not ends_k and ends_q.tolist() != ends_k.tolist():
+        raise ValueError(
+            f"cu_seq_lens_q must equal cu_seq_lens_k, got {_preview(ends_q)} and "
+            f"{_preview(ends_k)}: the tokens of a pack attend to one another. Pass one tensor as "
+            "both."
+        )
+    longest = int(ends_q.diff().max())
+    for name in ("max_length_q", "max_length_k"):
+        value = arguments[name]
+        if isinstance(value, int) and value < longest:
+            raise ValueError(
+                f"{name} must be at least {longest}, the tokens of the longest document, got "
+                f"{value}. Pass PackedBatch.model_kwargs()."
+            )
+
+
+def _preview(values: Tensor) -> str:
+    shown = ", ".join(str(value) for value in values[:6].tolist())
+    return f"[{shown}, ...]" if values.numel() > 6 else f"[{shown}]"
 
 
 def _length(name: str, value: Any) -> int:

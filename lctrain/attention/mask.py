@@ -1,5 +1,6 @@
 """The mask function of lctrain's attention, which transformers calls before the first layer."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -36,7 +37,10 @@ def read_mask(mask: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None
         return real, None
     numbers = mask.to(device=device)
     low, high = float(numbers.min()), float(numbers.max())
-    if numbers.is_floating_point() and (high <= 0.0 or bool((numbers != numbers.round()).any())):
+    whole = not numbers.is_floating_point() or (
+        high > 0.0 and math.isfinite(high) and not bool((numbers != numbers.round()).any())
+    )
+    if not whole:
         raise ValueError(
             f"attention_mask must be 0 at padding and 1 at real tokens, got {numbers.dtype} values "
             f"from {low:g} to {high:g} (an additive mask?). Pass mask == 0 instead, a bool mask."

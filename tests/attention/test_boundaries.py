@@ -138,6 +138,18 @@ def test_from_cu_seqlens():
             (1, 5),
             "max_length_k must be a Python int, got a tensor on meta",
         ),
+        ({"cu_seq_lens_q": [0, 3, 5]}, (1, 5), "cu_seq_lens_q must be an int32 tensor .* got list"),
+        (
+            {"cu_seq_lens_k": torch.tensor([[0, 3, 5]])},
+            (1, 5),
+            r"cu_seq_lens_k must be an int32 tensor \[documents \+ 1\], got \[1, 3\]",
+        ),
+        (
+            {"cu_seq_lens_k": torch.tensor([0, 2, 5], dtype=torch.int32)},
+            (1, 5),
+            r"must equal cu_seq_lens_k, got \[0, 3, 5\] and \[0, 2, 5\]: .* Pass one tensor",
+        ),
+        ({"max_length_q": 2}, (1, 5), "max_length_q must be at least 3, .*, got 2. Pass Packed"),
     ],
 )
 def test_from_cu_seqlens_refuses(changes, rows, message):

@@ -159,7 +159,7 @@ def pack(**changes):
         ),
         (
             lambda: pack(cu_seq_lens_q=torch.tensor([0, 9], dtype=torch.int32)),
-            "cu_seqlens_q must end at the number of packed tokens",
+            "cu_seq_lens_q must equal cu_seq_lens_k, got \\[0, 9\\] and",
         ),
     ],
 )

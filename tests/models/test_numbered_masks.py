@@ -124,6 +124,10 @@ def test_padding_in_any_dtype(dtype):
 ADDITIVE = torch.tensor([[0.0] * 5 + [torch.finfo(torch.float32).min] * 2])
 BAD = {
     "additive": (ADDITIVE, r"got torch.float32 values from -3.4.* \(an additive mask\?\)"),
+    "infinite": (
+        torch.tensor([[float("inf")] * 3 + [1.0] * 4]),
+        r"values from 1 to inf \(an additive mask\?\)",
+    ),
     "additive-open": (torch.zeros(1, 7), r"values from 0 to 0 \(an additive mask\?\)"),
     "fractions": (torch.full((1, 7), 0.5), "values from 0.5 to 0.5"),
     "negative": (torch.tensor([[1, 1, 1, -1, -1, 1, 1]]), "number documents from 1, got -1"),
