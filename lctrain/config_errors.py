@@ -224,8 +224,22 @@ def _syntax_error(text: str, overrides: Sequence[str]) -> str | None:
         return f"{name} must be followed by a value, got none. Write {name}=..."
     if "hydra.cc/docs/1.2/advanced/override_grammar" in text:
         shown = re.search(r"Error parsing override '([^']*)'", text)
-        return _unreadable(shown[1] if shown else " ".join(overrides))
+        return _unreadable(shown[1] if shown else _first_unreadable(overrides))
     return None
+
+
+def _first_unreadable(overrides: Sequence[str]) -> str:
+    """Returns the first argument that Hydra's grammar does not have; all if none is by itself."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    for override in overrides:
+        try:
+            parser.parse_override(override)
+        except HydraException:
+            return override
+    return " ".join(overrides)
 
 
 def _unreadable(argument: str) -> str:
@@ -238,10 +252,9 @@ def _unreadable(argument: str) -> str:
     if argument.endswith("\\r") or "\r" in argument:
         remedy = "It ends with a carriage return: save the script with the line ends of Unix."
     elif equals and not value.isascii():
-        inside = value.strip("'\"")
-        remedy = (
-            f"A value with such letters needs quotes inside of the shell's: '{key}=\"{inside}\"'."
-        )
+        inside = value.strip("[]'\"")
+        inside = f'["{inside}"]' if value.startswith("[") else f'"{inside}"'
+        remedy = f"A value with such letters needs quotes inside of the shell's: '{key}={inside}'."
     return f"arguments must read key=value, got {argument!r}. {remedy}"
 
 

@@ -28,7 +28,7 @@ NOT_OF_TEXTS = frozenset(
     }
 )
 _KEYWORDS = frozenset({"null", "true", "false", "nan", "inf"})  # of Hydra
-_PLAIN = re.compile(r"[\w./][\w./*?-]*")
+_PLAIN = re.compile(r"[\w./][\w./*?-]*", re.ASCII)
 
 
 def evaluation_arguments(config: TrainConfig) -> list[str]:
@@ -63,6 +63,11 @@ def evaluation_arguments(config: TrainConfig) -> list[str]:
     return [shlex.quote(argument) for argument in arguments]
 
 
+def pasteable(key: str, value: Any) -> str:
+    """Returns `key=value` in Hydra's grammar, quoted for a shell."""
+    return shlex.quote(f"{key}={_hydra(value)}")
+
+
 def _default(field: Field[Any]) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
 
@@ -76,6 +81,7 @@ def _hydra(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(_hydra, value))}]"
     if isinstance(value, str) and (not _PLAIN.fullmatch(value) or value in _KEYWORDS):
-        escaped = value.replace('"', '\\"')
+        # Hydra takes a backslash as it is, except in front of a quote.
+        escaped = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + '\\"' * bool(found[2]), value)
         return f'"{escaped}"'
     return str(value)

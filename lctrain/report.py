@@ -17,6 +17,7 @@ from lctrain.closing import Closing
 from lctrain.data.packing import PackingReport
 from lctrain.loggers import MetricsCSV
 from lctrain.module import LongContextModule
+from lctrain.next_command import pasteable
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class RunReport:
                 " ".join(
                     (
                         f"next      {command('lctrain-eval')}",
-                        f"model={shorten(self.paths['model'])}",
+                        pasteable("model", shorten(self.paths["model"])),
                         *self.evaluation_arguments,
                     )
                 )

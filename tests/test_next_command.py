@@ -4,11 +4,12 @@ import shlex
 from dataclasses import fields
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from lctrain.composition import compose
 from lctrain.config import EvalConfig, TrainConfig, to_dataclass
 from lctrain.evaluate import name_the_model
-from lctrain.next_command import NOT_OF_TEXTS, evaluation_arguments
+from lctrain.next_command import NOT_OF_TEXTS, evaluation_arguments, pasteable
 from tests.configs.composed import composed
 
 
@@ -44,3 +45,17 @@ def test_the_arguments_name_the_text_of_the_run(overrides, tmp_path):
 def test_the_default_text_needs_no_name(tmp_path):
     run = to_dataclass(composed(output_dir=tmp_path), TrainConfig)
     assert not [argument for argument in evaluation_arguments(run) if "data" in argument]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["outputs/läuf 1/model", "größe/model", "a,b/c=d", "it's", 'say "x"', "back\\slash", "end\\"],
+)
+def test_a_printed_argument_reads_back_as_the_path(path):
+    (argument,) = shlex.split(pasteable("model", path))
+    override = OverridesParser.create().parse_override(argument)
+    assert (override.key_or_group, override.value()) == ("model", path)
+
+
+def test_plain_paths_stay_as_they_are():
+    assert pasteable("model", "outputs/run_1/model") == "model=outputs/run_1/model"
