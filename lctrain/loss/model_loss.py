@@ -96,7 +96,11 @@ def loss_class(own: Any) -> Any:
 
 
 def _is_plain_call(model: Any, kwargs: dict[str, Any]) -> bool:
-    """Returns whether a call asks for neither a tuple (return_dict=False) nor a router loss."""
+    """Returns whether a call asks for the usual loss alone: no tuple, router loss or own loss."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    if getattr(model, "loss_function", ForCausalLMLoss) is not ForCausalLMLoss:
+        return False
     router = kwargs.get("output_router_logits")
     router = getattr(model.config, "output_router_logits", False) if router is None else router
     return not router and kwargs.get("return_dict", True) is not False

@@ -251,6 +251,13 @@ def test_loss_divides_by_the_items_of_the_batch(items) -> None:
         assert_equal_in_float64(model(**arguments).loss, expected)
 
 
+def test_a_loss_function_of_the_user_is_followed() -> None:
+    model = make("llama").train()
+    model.loss_function = lambda logits, labels, vocab_size, **_: logits.sum() * 0 + 42
+    with lctrain.patch_model(model, loss=True):
+        assert model(**packed_labels()).loss.item() == 42
+
+
 def test_evaluation_and_calls_without_labels_have_logits() -> None:
     arguments = packed_labels()
     model = make("llama").eval()
