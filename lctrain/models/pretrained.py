@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -22,17 +23,25 @@ def load_pretrained(config: PretrainedModelConfig, dtype: str = "auto") -> Any:
         dtype: Dtype of the weights: auto (as they are stored), float32, bfloat16 or float16.
 
     Raises:
-        ValueError: if the model does not exist or is no causal LM, or the dtype is unknown.
+        ValueError: if the model does not exist, is damaged or no causal LM, lacks a weight, or the
+            dtype is unknown.
     """
     from transformers import AutoModelForCausalLM
 
     check_dtype(dtype)
     with _naming(config):
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             config.name_or_path,
             revision=config.revision or "main",
             trust_remote_code=config.trust_remote_code,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            output_loading_info=True,
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"model must hold every weight, got {config.name_or_path} without {len(missing)} of "
+            f"them, {missing[0]} among them, for which transformers takes random numbers. Restore "
+            "its files, or correct its config.json."
         )
     return model.eval()
 
@@ -67,11 +76,26 @@ def check_dtype(dtype: str) -> None:
 @contextmanager
 def _naming(config: PretrainedModelConfig) -> Iterator[None]:
     """Turns an error of transformers into one that names the model."""
+    from safetensors import SafetensorError
+
     check_model_name(config.name_or_path)
+    damage = (EOFError, RuntimeError, SafetensorError, UnpicklingError)
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
+    except damage as error:
+        raise ValueError(
+            f"model must hold intact weights of the shapes in its config, got "
+            f"{config.name_or_path}, which cannot be loaded: {_first_line(error)}. Restore its "
+            "files, or correct its config.json."
+        ) from error
     except (OSError, ValueError) as error:
         raise ValueError(
             "model must be a folder or a name on the Hugging Face hub, got "
             f"{config.name_or_path}, which cannot be loaded: {error}"
         ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

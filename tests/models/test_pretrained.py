@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from lctrain.config import PretrainedModelConfig
@@ -59,3 +60,41 @@ def test_code_of_a_model_runs_only_if_it_is_trusted(make_llama, tmp_path):
             load_architecture(trusted).config.hidden_size
             == LlamaConfig.from_pretrained(name).hidden_size
         )
+
+
+def without_a_weight(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.0.self_attn.q_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def cut_short(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def of_other_shapes(folder):
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"vocab_size": settings["vocab_size"] + 1}))
+
+
+def a_damaged_pickle(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"no weights")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_a_weight, r"hold every weight, got .* without 1 of them, .*q_proj.weight among"),
+        (cut_short, "hold intact weights .* cannot be loaded: .* Restore its files"),
+        (of_other_shapes, "hold intact weights of the shapes in its config, got"),
+        (a_damaged_pickle, "hold intact weights .* cannot be loaded: .* Restore its files"),
+    ],
+)
+def test_a_damaged_model_is_refused(make_llama, tmp_path, damage, message):
+    make_llama().save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(PretrainedModelConfig(name_or_path=str(tmp_path)))
