@@ -1,4 +1,4 @@
-"""Measures how well a model uses long contexts."""
+"""Evaluation of long contexts: perplexity by context length, and passkey retrieval."""
 
 from lctrain.eval.begin import BeginTokens, begin_tokens
 from lctrain.eval.comparison import MethodComparison, compare_methods

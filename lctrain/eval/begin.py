@@ -1,4 +1,4 @@
-"""The begin token in evaluation: models that were trained with one expect it in every window."""
+"""The begin token in evaluation: a model that was trained with one expects it in every window."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from lctrain.data.tokenizer import tokens_around
 
 @dataclass(frozen=True)
 class BeginTokens:
-    """Tokens with which windows begin.
+    """The begin tokens of evaluation windows.
 
     Attributes:
-        tokens: Token ids, one as a rule; none for tokenizers without a begin token.
-        every_window: Whether each window begins with them; otherwise only those do that begin
-            where a document does.
+        tokens: Token ids, usually one; empty for a tokenizer without a begin token.
+        every_window: Whether every window begins with the tokens. If False, only the first window
+            of a document may begin with them, as part of the document.
     """
 
     tokens: tuple[int, ...] = ()
@@ -26,16 +26,16 @@ NO_BEGIN = BeginTokens()
 
 
 def begin_tokens(tokenizer: Any, option: bool | None) -> BeginTokens:
-    """Returns the tokens with which windows begin, for a tokenizer.
+    """Returns the begin tokens of evaluation windows for a tokenizer.
 
     Args:
         tokenizer: A transformers tokenizer.
-        option: None: every window begins with the tokens that the tokenizer adds before a text, if
-            any. True: with these, else with the begin token. False: windows are parts of documents,
-            unchanged.
+        option: None begins every window with the tokens that the tokenizer adds before a text, if
+            it adds any. True does the same, and uses the begin token if the tokenizer adds none.
+            False adds no tokens to windows.
 
     Raises:
-        ValueError: if `option` is true, and there is no begin token.
+        ValueError: if `option` is true and the tokenizer has no begin token.
     """
     added = tuple(tokens_around(tokenizer)[0])
     if added or not option:

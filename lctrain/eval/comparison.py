@@ -1,4 +1,4 @@
-"""Perplexity by context length for several methods of reading beyond the window, on one model."""
+"""compare_methods: perplexity by context length, for each method of reading beyond the window."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class MethodComparison:
     """Perplexity of the same tokens, by method and context length.
 
     Attributes:
-        tables: A table by method, each with a row per length.
-        window: Tokens that the model was trained on.
-        name: Name of the model.
+        tables: Table of each method, with a row per context length.
+        window: Length of the texts that the model was trained on, in tokens.
+        name: Name of the model; may be empty.
     """
 
     tables: Mapping[str, PerplexityTable]
@@ -43,12 +43,19 @@ class MethodComparison:
     name: str = ""
 
     def ratio(self, method: str, row: PerplexityRow) -> float:
-        """Returns a perplexity over the method's at the longest length in the window."""
+        """Returns a perplexity divided by the method's perplexity at the trained window.
+
+        The divisor is the perplexity at the longest length within the window; NaN if there is none.
+
+        Args:
+            method: Name of the method.
+            row: Row of the method's table.
+        """
         within = [r for r in self.tables[method].rows if r.length <= self.window]
         return row.perplexity / within[-1].perplexity if within else math.nan
 
     def as_dicts(self) -> list[dict[str, Any]]:
-        """One dictionary per method and length: PerplexityRow, the method and the ratio."""
+        """Returns a dictionary per method and length: method, PerplexityRow and `ratio`."""
         return [
             {
                 "method": method,
@@ -123,33 +130,33 @@ def compare_methods(
     progress: bool = False,
     name: str = "",
 ) -> MethodComparison:
-    """Measures the perplexity of the same tokens, at every length and with every method.
+    """Measures the perplexity of the same tokens at every length and with every method.
 
-    Which tokens, and what they see, decides whether a failure beyond the window shows. By default
-    only tokens are scored for which every length is filled: of each document those from place
-    `max(lengths) - stride` on, in windows that score `stride` tokens each, so that at a length of
-    n every scored token has more than n - stride and at most n tokens before it. Scoring from the
-    beginning of a document on would mix in tokens that have not left the window.
+    By default, the first max(lengths) - stride positions of a document are not scored. Each window
+    scores `stride` positions, so at a length of n every scored token is predicted from more than
+    n - stride and at most n tokens. Scoring the first positions as well would include tokens whose
+    context lies within the trained window, and so hide a failure beyond the window.
 
     Args:
-        model: A causal LM without a patch; it is left as it was.
-        documents: Tokenized documents; those too short to fill the longest length are left out.
+        model: A causal LM that is not patched; it is unchanged afterwards.
+        documents: Tokenized documents. Documents that are too short to be scored are left out.
         lengths: Context lengths in tokens.
-        extensions: The methods, all of one window.
-        max_tokens: Most tokens in a forward pass.
-        device: Device of the model; default: that of its first parameter.
-        stride: Positions that a window scores; None for half the shortest length.
-        min_context: Score tokens that have at least this many predecessors; None for those for
-            which every length is filled.
-        begin: Tokens with which windows begin; see `begin_tokens`.
-        progress: Show a progress bar.
+        extensions: The methods to compare, all with the same window.
+        max_tokens: Largest number of tokens in a forward pass.
+        device: Device of the model; None takes the device of its first parameter.
+        stride: Number of positions that a window scores; None for half of the shortest length.
+        min_context: Smallest number of preceding tokens of a scored token; None for
+            max(lengths) - stride + 1.
+        begin: Begin tokens of the windows; see `begin_tokens`.
+        progress: Whether to show a progress bar.
         name: Name of the model.
 
     Returns:
-        The comparison; `str()` of it is readable, `save(folder)` writes files.
+        The comparison. `str()` of it is a table in text, and `save(folder)` writes files.
 
     Raises:
-        ValueError: as in `perplexity_by_length`, or if the model cannot have a method.
+        ValueError: if a length or option is out of range, no token can be scored, or the model does
+            not support a method.
     """
     lengths = check_lengths(lengths, max_tokens)
     stride = max(1, lengths[0] // 2) if stride is None else stride

@@ -20,7 +20,7 @@ from lctrain.eval.plots import (
     style_axes,
 )
 
-# Colours that remain apart for colour-blind readers (Okabe and Ito).
+# Colours that colour-blind readers can tell apart (Okabe and Ito).
 COLOURS = {
     "plain": "#616e7c",
     "linear": "#e69f00",
@@ -31,21 +31,20 @@ COLOURS = {
     "intra_chunk": "#d55e00",
 }
 MARKERS = {"plain": "s", "linear": "^", "ntk": "v", "yarn": "D", "dual_chunk": "o"}
-STYLES = ("-", (0, (6, 2)), (0, (2, 1.5)))  # so that lines which coincide show through
-TALLEST = 1e6  # perplexities beyond it say no more than this one, and would flatten the others
+STYLES = ("-", (0, (6, 2)), (0, (2, 1.5)))  # dashes, so that lines which coincide are visible
+TALLEST = 1e6  # larger perplexities are drawn at this value, so that smaller ones stay readable
 
 
 def plot_comparison(tables: Mapping[str, RowsByLength], window: int, name: str, path: Path) -> None:
-    """Draws one line per method, with one paired standard error, and the window.
+    """Draws perplexity against context length, with a line per method, and marks the window.
 
-    The band is that of the difference from the shortest length, on the same tokens: what documents
-    differ by cancels. Lines that coincide are told apart by dashes and hollow markers.
-
-    The scale of perplexities is logarithmic where they span more than a factor of ten.
+    The band around a line is one standard error of the loss difference from the shortest length.
+    Both losses are of the same tokens, so differences between documents cancel. The perplexity axis
+    is logarithmic if perplexities span more than a factor of ten.
 
     Args:
-        tables: Table of at least one method. A perplexity that is not finite leaves a gap.
-        window: Tokens that the model was trained on.
+        tables: Table of each method, at least one. A perplexity that is not finite leaves a gap.
+        window: Length of the texts that the model was trained on, in tokens.
         name: Name of the model; may be empty.
         path: PNG file to write.
     """

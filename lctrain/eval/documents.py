@@ -1,4 +1,4 @@
-"""Documents of an evaluation, tokenized without the training split."""
+"""Reads and tokenizes the documents of an evaluation."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ SPLITS = ("held_out", "all")
 
 
 def evaluation_documents(preparation: Preparation, split: str) -> list[TokenizedDocument]:
-    """Reads and tokenizes documents; uses the data module's cache where it has them.
+    """Returns the tokenized documents of a split, from the data module's cache if they are there.
 
     Args:
         preparation: Preparation of a PackedDataModule with a tokenizer.
         split: "held_out" for the documents that training on this data holds out; "all" for every
-            document, of data that the model was not trained on.
+            document. Use "all" for data that the model was not trained on.
 
     Raises:
-        ValueError: if there is no such document, no tokenizer, or the data cannot be read.
+        ValueError: if the split has no document, there is no tokenizer, or the data cannot be read.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}.")
@@ -50,7 +50,7 @@ def evaluation_documents(preparation: Preparation, split: str) -> list[Tokenized
 
 
 def _read(preparation: Preparation, split: str) -> Documents:
-    """Reads the documents with the names that the data module uses."""
+    """Returns the documents of a split, with the same names as in the data module."""
     source = preparation.source
     label = type(source).__name__
     if split == "held_out":

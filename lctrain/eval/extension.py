@@ -1,12 +1,17 @@
-"""Methods to read beyond the trained window without training, applied to a model and undone.
+"""Extension: a method of reading texts beyond the trained window, without training.
 
-`plain` is the model as it is. `linear` (position interpolation, arXiv 2306.15595), `ntk` (NTK-aware
-scaling: the base grows to theta * f^(D / (D - 2)), fixed for each length) and `yarn` (arXiv
-2309.00071, with its attention factor) change the rotary embedding by a factor f = length / window;
-transformers' own classes compute it. `dual_chunk` is lctrain's attention, `dual_chunk_yarn` the
-same with sharper logits in texts beyond the window (`scale="yarn"`). `intra_chunk` is what remains
-of it when each chunk sees only itself: documents are cut at multiples of the window. At lengths up
-to the window all of them are `plain`.
+The methods, for a text of f times the window and rotary embeddings of width D and base theta:
+
+- `plain`: the unchanged model.
+- `linear`: position interpolation (arXiv 2306.15595).
+- `ntk`: NTK-aware scaling, with the base theta * f^(D / (D - 2)), fixed for each length.
+- `yarn`: YaRN (arXiv 2309.00071), with its attention factor.
+- `dual_chunk`: lctrain's dual chunk attention.
+- `dual_chunk_yarn`: dual chunk attention with sharper logits beyond the window (`scale="yarn"`).
+- `intra_chunk`: documents are cut at multiples of the window, and attention stays within a part.
+
+transformers computes the rotary embeddings of `linear`, `ntk` and `yarn`. At lengths up to the
+window, every method computes the same as `plain`.
 """
 
 from __future__ import annotations
@@ -30,12 +35,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Extension:
-    """One method, for a model with a window.
+    """A method of reading beyond the trained window, which can be applied to a model and undone.
 
     Attributes:
-        method: One of METHODS.
-        window: Tokens that the model was trained on.
-        options: Options of `lctrain.patch_model` for the attention of the method.
+        method: Name of the method, one of METHODS.
+        window: Length of the texts that the model was trained on, in tokens.
+        options: Options of the method's attention, as keywords of `lctrain.patch_model`.
     """
 
     method: str
@@ -52,7 +57,7 @@ class Extension:
 
     @property
     def segment(self) -> int | None:
-        """Number of tokens after which a document is cut; None if it is not cut."""
+        """Length in tokens of the parts into which documents are cut; None for whole documents."""
         return self.window if self.method == "intra_chunk" else None
 
     def factor(self, length: int) -> float:
@@ -61,13 +66,13 @@ class Extension:
 
     @contextmanager
     def patched(self, model: nn.Module) -> Iterator[None]:
-        """Context in which the model has the attention of this method.
+        """Context manager that patches the model with the attention of this method.
 
-        A model that flash attention does not support is left as it is, with a warning: it is
-        evaluated on padded rows, more slowly.
+        If the method uses flash attention and the model does not support it, the model is not
+        patched and a warning is logged: evaluation then uses padded rows, which is slower.
 
         Raises:
-            ValueError: if the method does not fit the model; the message says why.
+            ValueError: if the model does not support the method; the message says why.
         """
         if self.method in ROPE_METHODS:
             check_rotary(model, self.method)
@@ -90,7 +95,10 @@ class Extension:
 
     @contextmanager
     def at(self, model: nn.Module, length: int) -> Iterator[None]:
-        """Context in which the model is fitted to texts of `length` tokens."""
+        """Context manager that scales the model's rotary embedding for texts of `length` tokens.
+
+        Methods that do not scale rotary embeddings change nothing.
+        """
         factor = self.factor(length)
         if self.method not in ROPE_METHODS or factor == 1.0:
             yield
@@ -107,15 +115,15 @@ class Extension:
 
 
 def trained_window(model: Any, window: int | None) -> int:
-    """The number of tokens that a model was trained on.
+    """Returns the length of the texts that a model was trained on, in tokens.
 
     Args:
         model: A transformers causal LM.
-        window: Value from the user; None takes the value of the model's config, as dual chunk
+        window: Length that the user gave. None takes the value of the model's config, as dual chunk
             attention does.
 
     Raises:
-        ValueError: if the config has no such value.
+        ValueError: if `window` is None and the config has no such value, or the length is below 2.
     """
     if window is None:
         window = configured_window(model.config)
@@ -133,10 +141,14 @@ def trained_window(model: Any, window: int | None) -> int:
 
 
 def check_rotary(model: nn.Module, method: str) -> nn.Module:
-    """Returns the one rotary embedding of a model.
+    """Returns the module that computes a model's rotary embedding.
+
+    Args:
+        model: A transformers causal LM.
+        method: Name of the method that scales the embedding, for messages.
 
     Raises:
-        ValueError: if it has none, several, or one that is scaled already.
+        ValueError: if the model has no rotary embedding, several, or one that is already scaled.
     """
     try:
         rotary: Any = find_rotary(model)
@@ -156,7 +168,7 @@ def check_rotary(model: nn.Module, method: str) -> nn.Module:
 
 
 def _scaled_config(rotary: Any, method: str, factor: float, window: int) -> Any:
-    """The configuration of a rotary embedding for texts of `factor` windows."""
+    """Returns the configuration of a rotary embedding for texts of `factor` times the window."""
     config = copy.deepcopy(rotary.config)
     parameters = dict(config.rope_parameters)
     if method == "ntk":

@@ -1,4 +1,4 @@
-"""Files of an evaluation: its rows as CSV and, beside its settings, as JSON."""
+"""Writes the rows of an evaluation as CSV, and the rows with the settings as JSON."""
 
 import csv
 import json
@@ -16,17 +16,17 @@ def write_rows(
 ) -> dict[str, Path]:
     """Writes <stem>.csv and <stem>.json.
 
-    Numbers that do not exist (the standard error of one document) are empty in the CSV and null in
-    the JSON.
+    A number that is not finite, such as the standard error over a single document, is empty in the
+    CSV file and null in the JSON file.
 
     Args:
-        output_dir: Folder, which is made if needed.
-        stem: Name of the files without their ending.
-        rows: At least one; all have the same keys.
-        settings: What the rows have in common, for the JSON.
+        output_dir: Folder of the files, which is created if needed.
+        stem: Name of the files without their suffix.
+        rows: Rows with the same keys, at least one.
+        settings: Settings of the evaluation, which are written to the JSON file only.
 
     Returns:
-        The paths by "csv", "json" and "png"; the plot is the caller's to draw.
+        The paths of the files by "csv", "json" and "png". The caller draws the PNG file.
     """
     folder = Path(output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,5 +42,5 @@ def write_rows(
 
 
 def _known(value: Any) -> Any:
-    """Returns a value, or None in place of a number that is not finite."""
+    """Returns the value; None if it is a number that is not finite."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""What an evaluation found, in sentences for readers who see such numbers for the first time."""
+"""Describes the results of an evaluation in sentences, for readers who are new to such numbers."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from lctrain.eval.comparison import MethodComparison
 from lctrain.eval.retrieval import PasskeyTable
 from lctrain.eval.table import PerplexityRow
 
-CLEAR = 3.0  # paired standard errors from which on a difference is called clear
+CLEAR = 3.0  # a difference of more paired standard errors is called clear
 
 
 def context_gain(rows: Sequence[PerplexityRow], window: int | None = None) -> str:
-    """Says whether more context makes the text easier to predict, inside the trained window.
+    """Says whether more context lowers the perplexity, within the trained window.
 
-    The difference is that of the same tokens at two lengths, with its paired standard error.
+    The same tokens are compared at the shortest and the longest length, by the paired standard
+    error of the difference.
 
     Args:
-        rows: By rising length.
-        window: Tokens that the model was trained on; longer contexts are left out. None takes all.
+        rows: Perplexity at each length, by rising length.
+        window: Length of the texts that the model was trained on, in tokens. Longer contexts are
+            left out; None compares all lengths.
 
     Returns:
-        A sentence, or nothing where there are no two lengths.
+        A sentence; empty if there are fewer than two lengths, or the perplexity is not finite.
     """
     within = [row for row in rows if window is None or row.length <= window]
     if len(within) < 2 or not math.isfinite(within[-1].perplexity):
@@ -44,10 +46,10 @@ def context_gain(rows: Sequence[PerplexityRow], window: int | None = None) -> st
 
 
 def beyond_window(comparison: MethodComparison) -> str:
-    """Says how perplexity changes from the trained window to the longest length, by method.
+    """Says how the perplexity of each method changes from the trained window to the longest length.
 
     Returns:
-        A sentence, or nothing where no length is beyond the window or none within.
+        A sentence; empty if there is no length beyond the window, or none within it.
     """
     longest = next(iter(comparison.tables.values())).rows[-1].length
     if longest <= comparison.window:

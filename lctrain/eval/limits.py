@@ -1,6 +1,6 @@
-"""Limits of a model: its vocabulary and, if it learned its positions, their number.
+"""Checks that documents fit a model's vocabulary and its table of learned positions.
 
-Beyond either, an embedding is indexed out of its range, which on a GPU ends the process.
+An index beyond an embedding table aborts the process on a GPU.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from lctrain.models.positions import require_positions
 
 
 def check_model(model: Any, tokens: Sequence[np.ndarray], longest_window: int) -> None:
-    """Raises if documents or windows do not fit the model.
+    """Raises ValueError if documents or windows do not fit the model.
 
     Args:
-        model: a causal LM of transformers.
-        tokens: token ids of each document, [n] integers.
-        longest_window: most tokens in a window.
+        model: A causal LM of transformers.
+        tokens: Token ids of each document, [n] integers.
+        longest_window: Number of tokens in the longest window.
 
     Raises:
-        ValueError: for a token outside the vocabulary, or a window beyond learned positions.
-            Computed positions (rotary, ALiBi) may be exceeded: that is what one measures.
+        ValueError: if a token is outside the vocabulary, or a window is longer than the model's
+            table of learned positions. Models with computed positions (rotary, ALiBi) have no such
+            limit.
     """
     vocabulary = model.get_input_embeddings().num_embeddings
     largest = max(int(ids.max()) for ids in tokens)

@@ -1,4 +1,4 @@
-"""What the methods of reading beyond the window are called in pictures."""
+"""Names of the methods of reading beyond the window, as pictures show them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _WORDS = {
 
 
 def method_words(method: str) -> str:
-    """A method in words; its name, if it is another one.
+    """Returns the name of a method for pictures; an unknown method is returned unchanged.
 
     Args:
-        method: As in `lctrain-eval methods=[...]`.
+        method: Name of the method in `lctrain-eval methods=[...]`.
     """
     return _WORDS.get(method, method)

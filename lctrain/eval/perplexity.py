@@ -1,4 +1,4 @@
-"""Perplexity by context length: how much a model gains from more context, on the same tokens."""
+"""perplexity_by_length: how much a model gains from more context, measured on the same tokens."""
 
 from __future__ import annotations
 
@@ -43,47 +43,47 @@ def perplexity_by_length(
 ) -> PerplexityTable:
     """Measures the perplexity of held-out documents with contexts of different lengths.
 
-    At every length the same tokens are scored, each once: all tokens of every document but its
-    first `min_context`. What changes is how much of its document a token sees. Documents are cut
-    into windows of at most `length` tokens that overlap (see `cut_windows`): a token sees more than
-    `overlap * length` and at most `length` tokens before it, or, where its document begins less far
-    back, all of them. So documents that are shorter than a length are not left out; they are
-    scored with all the context that they have, and `mean_context` says how much that is. To look
-    only at tokens for which every length is filled, set `min_context` to the longest one.
+    At every length the same tokens are scored, each once: all tokens of a document except its
+    first `min_context`. Only the length of their context differs. Documents are cut into
+    overlapping windows of at most `length` tokens (see `cut_windows`). A token is predicted from
+    more than `overlap * length` and at most `length` preceding tokens, or from all preceding tokens
+    of its document if there are fewer. Documents shorter than a length are therefore scored too,
+    and the column `mean_context` holds the mean number of tokens seen. To score only tokens whose
+    document is long enough for every length, set `min_context` to the longest length.
 
-    No window crosses a document. With begin tokens every window begins with them, and so does every
-    document; without, special tokens are tokens of their document, and where a tokenizer puts a
-    begin token first, only the first window of a document has it. The mean is over tokens,
-    and its standard error over documents (see `token_mean`).
+    A window never crosses a document boundary. If begin tokens are given, every document and every
+    window begins with them. Otherwise special tokens are part of their document, so only its first
+    window has the begin token. The loss is a mean over tokens, and its standard error is taken over
+    documents (see `token_mean`).
 
     Args:
-        model: a causal LM; packs are used where `lctrain.patch_model` has patched it (see
-            `score_windows`). Its training mode is restored. Precision is the model's dtype,
-            or that of the caller's torch.autocast.
-        documents: tokenized documents; those of up to `min_context` tokens are not scored.
-        lengths: context lengths in tokens, each at least 2; sorted, without duplicates.
-        max_tokens: most tokens in a forward pass.
-        device: device of the model; default: that of its first parameter.
-        overlap: fraction of a window that is only context, in [0, 1). With 0.5 each token runs
-            through the model twice; larger values give every token more context, and take longer.
-        stride: positions that each window but the first of a document scores, at every length
-            the same number; None for `(1 - overlap) * length`. It must be at most the shortest
-            length.
-        min_context: score tokens that have at least this many predecessors. Above the longest
-            length minus `stride`, every scored token sees more than `length - stride` tokens at
-            every length: then a length of n means that positions up to n are read.
-        extension: how the model is fitted to each length; None leaves it as it is. Its attention
-            must be in place: see `Extension.patched`.
-        begin: what windows begin with: see `begin_tokens`. They count as tokens of a window.
-        progress: show a progress bar.
-        name: name of the model, for the title of the plot.
+        model: A causal LM. If `lctrain.patch_model` has patched it, it reads packs (see
+            `score_windows`). Its training mode is restored. It runs in its own dtype, or in the
+            caller's torch.autocast.
+        documents: Tokenized documents. Those of at most `min_context` tokens are not scored.
+        lengths: Context lengths in tokens, each at least 2, in any order.
+        max_tokens: Largest number of tokens in a forward pass.
+        device: Device of the model; None takes the device of its first parameter.
+        overlap: Fraction of a window that is context and not scored, in [0, 1). With 0.5 the model
+            computes each token twice; a larger value gives tokens more context and takes longer.
+        stride: Number of positions that each window of a document after the first scores, the same
+            at every length and at most the shortest length; None for `(1 - overlap) * length`.
+        min_context: Smallest number of preceding tokens of a scored token. If it is above the
+            longest length minus `stride`, every scored token sees more than `length - stride`
+            tokens at every length.
+        extension: Method of reading beyond the window, which scales the model for each length. The
+            model must be patched with its attention: see `Extension.patched`. None scales nothing.
+        begin: Begin tokens of the windows: see `begin_tokens`. They count as tokens of a window.
+        progress: Whether to show a progress bar.
+        name: Name of the model, for the title of the plot.
 
     Returns:
-        A table, one row per length; `str(table)` is readable, `table.save(folder)` writes files.
+        A table with a row per length. `str(table)` is the table in text, and `table.save(folder)`
+        writes files.
 
     Raises:
-        ValueError: if a length or option is out of range, nothing can be scored, or the model
-            cannot take these tokens or lengths.
+        ValueError: if a length or option is out of range, no token can be scored, or the model does
+            not support the tokens or lengths.
     """
     lengths = check_lengths(lengths, max_tokens)
     check_windows(overlap, min_context, stride, lengths[0])
@@ -99,7 +99,7 @@ def perplexity_by_length(
     check_model(model, tokens, min(lengths[-1], longest))
     device = next(model.parameters()).device if device is None else torch.device(device)
 
-    # All lengths beyond the longest document are alike: one run serves them.
+    # All lengths beyond the longest document give the same windows, so they are run once.
     runs = {length: min(length, longest) if extension is None else length for length in lengths}
     distinct = sorted(set(runs.values()))
     windows = {
@@ -152,12 +152,12 @@ def perplexity_by_length(
 def longest_documents(
     documents: Sequence[TokenizedDocument], count: int | None, tokens: int | None = None
 ) -> list[TokenizedDocument]:
-    """Returns the longest documents, the longest first; of equal ones the earlier first.
+    """Returns the longest documents, longest first. Documents of equal length keep their order.
 
     Args:
         documents: Tokenized documents.
-        count: Most documents; None for all.
-        tokens: Tokens of each document, from its beginning; None for all.
+        count: Largest number of documents; None for all.
+        tokens: Number of tokens to keep of each document, from its beginning; None for all.
 
     Raises:
         ValueError: if `count` is below 1.
@@ -171,9 +171,15 @@ def longest_documents(
 def _scorable(
     documents: Sequence[TokenizedDocument], min_context: int, begin: Sequence[int]
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Returns token ids of the documents with scored tokens, and the number of scored tokens each.
+    """Returns the documents that have tokens to score, and the number of scored tokens in each.
 
-    Every document begins with `begin`: those that do not get it.
+    Args:
+        documents: Tokenized documents.
+        min_context: Smallest number of preceding tokens of a scored token.
+        begin: Begin tokens, which are added to documents that do not begin with them.
+
+    Returns:
+        Token ids of each kept document, [n] int64, and the counts, [documents] int64.
     """
     tokens = [np.asarray(document.input_ids, dtype=np.int64) for document in documents]
     prefix = np.array(begin, dtype=np.int64)
@@ -193,7 +199,7 @@ def _begins(ids: np.ndarray, begin: Sequence[int]) -> bool:
 
 
 def _count_begun(tokens: Sequence[np.ndarray], windows: Windows, begin: Sequence[int]) -> int:
-    """The number of windows that begin with the begin tokens."""
+    """Returns the number of windows that begin with the begin tokens."""
     if not begin:
         return 0
     whole = np.array([_begins(ids, begin) for ids in tokens])[windows.documents]

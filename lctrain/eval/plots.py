@@ -20,27 +20,27 @@ MANY_LENGTHS = 8
 
 
 class RowsByLength(Protocol):
-    """What the plots read of a table."""
+    """Protocol of a table that the plots can draw; PerplexityTable is one."""
 
     @property
     def rows(self) -> tuple[PerplexityRow, ...]:
-        """Rows by rising length."""
+        """Rows by rising context length."""
 
     @property
     def name(self) -> str:
-        """What was evaluated; may be empty."""
+        """Name of the evaluated model; may be empty."""
 
 
 def plot_perplexity(table: RowsByLength, path: Path) -> None:
-    """Draws perplexity against context length, with one paired standard error.
+    """Draws perplexity against context length, with a band of one standard error.
 
-    The band is that of the difference from the shortest length, on the same tokens: what documents
-    differ by cancels. With one length it is that over documents.
-
-    The scale of perplexities is logarithmic where they span more than a factor of ten.
+    The band is the standard error of the loss difference from the shortest length. Both losses are
+    of the same tokens, so differences between documents cancel. With a single length, an error bar
+    shows the standard error of the loss over documents. The perplexity axis is logarithmic if
+    perplexities span more than a factor of ten.
 
     Args:
-        table: at least one row; a perplexity that is not finite leaves a gap.
+        table: Table with at least one row. A perplexity that is not finite leaves a gap.
         path: PNG file to write.
     """
     from matplotlib.ticker import FuncFormatter
@@ -71,7 +71,12 @@ def plot_perplexity(table: RowsByLength, path: Path) -> None:
 
 
 def new_figure(width: float = 7.2, height: float = 4.5) -> Figure:
-    """An empty figure that needs no display; inches, 150 dots each."""
+    """Returns an empty figure that needs no display, with 150 dots per inch.
+
+    Args:
+        width: Width in inches.
+        height: Height in inches.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -83,7 +88,7 @@ def new_figure(width: float = 7.2, height: float = 4.5) -> Figure:
 def _draw_errors(
     axes: Axes, table: RowsByLength, lengths: list[int], perplexities: list[float]
 ) -> None:
-    """A band between the points; a bar where there is one point only."""
+    """Draws the standard errors: a band, or an error bar if there is only one point."""
     if table.rows[0].documents < 2:
         return
     if len(lengths) > 1:
@@ -100,13 +105,15 @@ def _draw_errors(
 
 
 def paired_interval(table: RowsByLength) -> tuple[list[float], list[float]]:
-    """One standard error of the difference from the shortest length, around each perplexity.
+    """Returns an interval around each perplexity: one standard error of the loss difference.
+
+    The difference is taken from the loss at the shortest length, on the same tokens.
 
     Args:
-        table: Table of an evaluation; with one document the interval has no width.
+        table: Table of an evaluation. With one document the intervals have no width.
 
     Returns:
-        Lower and upper ends, NaN where a perplexity is not finite.
+        Lower and upper ends of the intervals; NaN for a perplexity that is not finite.
     """
     errors = [0.0 if math.isnan(row.gain_stderr) else row.gain_stderr for row in table.rows]
     ends = [
@@ -150,7 +157,7 @@ def _label_points(axes: Axes, lengths: list[int], perplexities: list[float]) -> 
 
 
 def style_axes(axes: Axes, title: str, subtitle: str) -> None:
-    """Writes the titles and hides the superfluous lines of the frame."""
+    """Writes the title and the subtitle, and hides the top and right lines of the frame."""
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=22)
     axes.text(0, 1.03, subtitle, transform=axes.transAxes, fontsize=9, color=MUTED)
     axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)

@@ -1,4 +1,4 @@
-"""Means over tokens whose uncertainty comes from documents."""
+"""token_mean: a mean over tokens, with its standard error over documents."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import numpy as np
 
 
 def token_mean(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
-    """Token-weighted mean of a per-token quantity, and its standard error over documents.
+    """Returns the mean of a quantity over all tokens, and its standard error over documents.
 
-    The tokens of one document are not independent, so documents are the sample. With S_d the sum
-    over the n_d tokens of document d, the mean R = sum S_d / sum n_d is a ratio of two sums over D
-    sampled documents. Its variance by linearisation (the estimator of cluster sampling: Cochran,
-    Sampling Techniques, 3rd edition, sections 6.3 and 9A.1) is
+    The tokens of a document are not independent, so the documents are the sample. Let S_d be the
+    sum of the quantity over the n_d tokens of document d. The mean R = sum S_d / sum n_d is a ratio
+    of two sums over D documents, and its variance by linearisation is
 
         var(R) = D / (D - 1) * sum (S_d - R n_d)^2 / (sum n_d)^2.
 
-    With documents of one token each, it is the usual s^2 / D.
+    This is the estimator of cluster sampling (Cochran, Sampling Techniques, 3rd edition, sections
+    6.3 and 9A.1). For documents of one token each it equals s^2 / D.
 
     Args:
-        sums: [D] float64, S_d.
-        counts: [D] n_d, all at least 1.
+        sums: [D] float64, sum of the quantity over the tokens of each document (S_d).
+        counts: [D] integers, number of tokens of each document (n_d), all at least 1.
 
     Returns:
-        R and its standard error, which is NaN for a single document.
+        The mean R and its standard error, which is NaN for a single document.
     """
     documents, total = len(sums), float(counts.sum())
     mean = float(sums.sum()) / total

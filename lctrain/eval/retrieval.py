@@ -1,4 +1,4 @@
-"""Passkey retrieval: does a model find a key hidden at some depth of a text of some length?"""
+"""passkey_retrieval: counts how often a model finds a key that is hidden in a long text."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 @dataclass(frozen=True, eq=False)
 class PasskeyTable:
-    """Number of keys that were found, by method, length and depth.
+    """Number of passkeys that a model found, by method, text length and depth.
 
     Attributes:
-        found: Found keys by method, [lengths, depths] int64.
-        lengths: Tokens of the texts, question and answer included.
-        depths: Fraction of the filler before the key.
-        keys: Number of keys in each cell.
-        window: Tokens that the model was trained on.
-        name: Name of the model.
+        found: Number of keys found by each method, [lengths, depths] int64.
+        lengths: Lengths of the texts in tokens, question and answer included.
+        depths: Depths of the key: fractions of the filler text before it.
+        keys: Number of keys for each length and depth.
+        window: Length of the texts that the model was trained on, in tokens.
+        name: Name of the model; may be empty.
     """
 
     found: Mapping[str, np.ndarray]
@@ -55,7 +55,7 @@ class PasskeyTable:
         return self.found[method] / self.keys
 
     def as_dicts(self) -> list[dict[str, Any]]:
-        """One dictionary per method, length and depth."""
+        """Returns a dictionary with counts and accuracy per method, length and depth."""
         return [
             {
                 "method": method,
@@ -114,33 +114,35 @@ def passkey_retrieval(
     progress: bool = False,
     name: str = "",
 ) -> PasskeyTable:
-    """Hides keys in real text and counts how many the model gives back, word for word.
+    """Hides keys in texts, and counts the keys that a model retrieves word for word.
 
-    A key is found if greedy decoding after the question gives all of its tokens. That is read off
-    one forward pass over text, question and answer: the likeliest next token must be right at every
-    token of the answer. Keys and text of a cell depend on the seed, the length and the number of
-    the key, so that every method sees the same, and every depth the same key in the same text.
+    A key is found if greedy decoding after the question yields exactly the tokens of the key. One
+    forward pass over text, question and answer decides: the most likely next token must be right at
+    every token of the answer. The keys and texts depend only on the seed, the length and the number
+    of the key. Every method therefore reads the same texts, and every depth has the same keys in
+    the same filler.
 
     Args:
-        model: A causal LM without a patch; it is left as it was.
+        model: A causal LM that is not patched; it is unchanged afterwards.
         format: Passkey format of the model's tokenizer.
-        documents: Token ids to hide keys in, [n] integers each; none that the model was trained on.
-        lengths: Tokens of the texts, question and answer included.
-        extensions: The methods, all of one window.
-        max_tokens: Most tokens in a forward pass.
-        depths: Fraction of the filler before the key, each in [0, 1].
-        keys_per_cell: Keys of each length and depth.
-        seed: Seed of keys and text.
-        device: Device of the model; default: that of its first parameter.
-        progress: Show a progress bar.
+        documents: Token ids of the documents that keys are hidden in, [n] integers each. The model
+            should not have been trained on these documents.
+        lengths: Lengths of the texts in tokens, question and answer included.
+        extensions: The methods to compare, all with the same window.
+        max_tokens: Largest number of tokens in a forward pass.
+        depths: Depths of the key: fractions of the filler text before it, in [0, 1].
+        keys_per_cell: Number of keys for each length and depth.
+        seed: Seed of the keys and of the choice of filler.
+        device: Device of the model; None takes the device of its first parameter.
+        progress: Whether to show a progress bar.
         name: Name of the model.
 
     Returns:
-        The table; `str()` of it is readable, `save(folder)` writes files.
+        The table. `str()` of it is the table in text, and `save(folder)` writes files.
 
     Raises:
-        ValueError: if an option is out of range, a length cannot hold the prompt, or the model
-            cannot have a method.
+        ValueError: if an option is out of range, a length is too short for key, question and
+            answer, or the model does not support a method.
     """
     lengths = check_lengths(lengths, max_tokens)
     depths = check_passkeys(depths, keys_per_cell, seed)
@@ -187,13 +189,13 @@ def _batches(cells: Sequence[tuple[int, int]], size: int) -> Iterator[Sequence[t
 def _answered(
     model: nn.Module, made: Sequence[Passkey], segment: int | None, device: torch.device
 ) -> list[bool]:
-    """Whether each document's answer is what greedy decoding gives."""
-    inputs = [passkey.input_ids[:-1] for passkey in made]  # nothing is asked after the last token
+    """Returns, for each document, whether greedy decoding yields its answer."""
+    inputs = [passkey.input_ids[:-1] for passkey in made]  # the last token predicts nothing
     if is_patched(model):
         kwargs = packed_kwargs(cut(inputs, segment), device)
     else:
         kwargs = row_kwargs(inputs, len(inputs[0]), device)
-    offsets = np.cumsum([0, *map(len, inputs)])[:-1]  # all are of one length: no padding
+    offsets = np.cumsum([0, *map(len, inputs)])[:-1]  # equal lengths, hence no padding
     before = [
         offset + np.arange(p.answer_start, p.answer_start + p.answer_tokens) - 1
         for offset, p in zip(offsets, made, strict=True)

@@ -12,7 +12,7 @@ from lctrain.eval.method_words import method_words
 from lctrain.eval.plots import INK, MUTED, count, new_figure
 
 COLUMNS = 3
-_DARK = 0.6  # of the colour map: white text from here on
+_DARK = 0.6  # accuracy above which a cell is dark and its text white
 
 
 def plot_retrieval(
@@ -24,14 +24,14 @@ def plot_retrieval(
     name: str,
     path: Path,
 ) -> None:
-    """Draws one panel per method; the dotted line is where the trained window ends.
+    """Draws a heatmap per method, with a dotted line where the trained window ends.
 
     Args:
-        accuracy: [lengths, depths] of at least one method, by its name.
-        lengths: Tokens of the texts.
-        depths: Fraction of the text before the key.
-        keys: Number of keys in each cell.
-        window: Tokens that the model was trained on.
+        accuracy: Fraction of keys found by each method, [lengths, depths]; at least one method.
+        lengths: Lengths of the texts in tokens.
+        depths: Depths of the key: fractions of the filler text before it.
+        keys: Number of keys for each length and depth.
+        window: Length of the texts that the model was trained on, in tokens.
         name: Name of the model; may be empty.
         path: PNG file to write.
     """

@@ -5,25 +5,25 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PerplexityRow:
-    """How well the same tokens are predicted with contexts of at most `length` tokens.
+    """Loss and perplexity of the scored tokens with contexts of at most `length` tokens.
 
     Attributes:
-        length: most tokens of context.
+        length: Largest number of tokens in a context.
         perplexity: exp(loss).
         perplexity_low: exp(loss - stderr).
         perplexity_high: exp(loss + stderr).
-        loss: token-weighted mean of the negative log-likelihood, nats per token.
-        stderr: standard error of `loss` over documents (see `token_mean`); NaN for one document.
-        gain: loss at the shortest length minus this loss. Both are of the same tokens, so the
-            differences between documents cancel, and `gain_stderr` is the right yardstick for
-            whether more context helps.
-        gain_stderr: standard error of `gain` over documents.
-        mean_context: tokens that a scored token really saw, on average. It stops growing with
-            `length` where the documents end.
-        documents: documents with a scored token.
-        tokens: scored tokens.
-        windows: windows that were run.
-        begun: number of windows that began with the begin tokens; 0 without begin tokens.
+        loss: Mean negative log-likelihood over tokens, in nats per token.
+        stderr: Standard error of `loss` over documents (see `token_mean`); NaN for one document.
+        gain: Loss at the shortest length minus `loss`. Both are of the same tokens, so differences
+            between documents cancel. Compare it with `gain_stderr` to tell whether more context
+            helps.
+        gain_stderr: Standard error of `gain` over documents.
+        mean_context: Mean number of tokens that a scored token was predicted from. It stops growing
+            with `length` once the windows hold whole documents.
+        documents: Number of documents with a scored token.
+        tokens: Number of scored tokens.
+        windows: Number of windows that the model read.
+        begun: Number of windows that began with the begin tokens; 0 without begin tokens.
     """
 
     length: int

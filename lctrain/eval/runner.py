@@ -1,4 +1,4 @@
-"""Runs windows of documents through a model and returns the loss of each scored token."""
+"""score_windows: runs windows of documents through a model, and yields the loss of every token."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from lctrain.models.frequencies import row_frequencies
 
 @dataclass(frozen=True, eq=False)
 class ScoredTokens:
-    """Scored positions of some windows, n of them.
+    """Losses of n scored positions.
 
     Attributes:
-        documents: [n] int64, index of the document.
-        positions: [n] int64, position in the document; the loss is that of the next token.
-        losses: [n] float64, negative log-likelihoods in nats.
+        documents: [n] int64, index of the document of each position.
+        positions: [n] int64, position in the document. Its loss is that of the next token.
+        losses: [n] float64, negative log-likelihood of the next token, in nats.
     """
 
     documents: np.ndarray
@@ -44,26 +44,27 @@ def score_windows(
     segment: int | None = None,
     begin: Sequence[int] = (),
 ) -> Iterator[ScoredTokens]:
-    """Scores windows batch by batch, each batch of at most `max_tokens` tokens.
+    """Scores windows in batches of at most `max_tokens` tokens.
 
-    A model with one of lctrain's attentions gets packs without padding. Any other model gets rows
-    that are padded on the right: it is causal, so nothing real sees the padding, and unlike a
-    pack this leaks between documents in no architecture. Rotary frequencies that follow the length
-    are those of each window, so that losses do not depend on the batch. Only scored tokens meet
-    the vocabulary.
+    A model with one of lctrain's attentions reads packs without padding. Any other model reads rows
+    that are padded on the right: a causal model does not see the padding, and documents in
+    different rows stay separate in every architecture. If rotary frequencies depend on the length,
+    each window gets those of its own length, so losses do not depend on the batch. Logits are
+    computed for scored positions only.
 
     Args:
-        model: causal LM; it is in evaluation mode while a batch runs, and left as it was.
-        documents: token ids of each document, [n] integers.
-        windows: what to score; none is longer than `max_tokens`.
-        max_tokens: most tokens in a batch.
-        device: device of the model.
-        segment: cut windows into parts of so many tokens that do not see one another; None for
-            whole windows. Only packs can be cut. Parts after the first have no begin tokens.
-        begin: Token ids to put before windows, as many as their prefixes.
+        model: A causal LM. It is in evaluation mode while a batch runs, and unchanged afterwards.
+        documents: Token ids of each document, [n] integers.
+        windows: Windows to score, each of at most `max_tokens` tokens.
+        max_tokens: Largest number of tokens in a batch.
+        device: Device of the model.
+        segment: Length in tokens of the parts into which windows are cut, without attention between
+            parts; None for whole windows. Only packs can be cut. Parts after the first have no
+            begin tokens.
+        begin: Begin tokens, which are put before a window if its prefix is not 0.
 
     Yields:
-        The scored tokens of one batch; all batches together hold every scored position once.
+        The scored positions of one batch. All batches together hold every scored position once.
     """
     packed = is_patched(model)
     if segment is not None and not packed:
@@ -115,7 +116,7 @@ def _packs(windows: Windows, max_tokens: int) -> Iterator[np.ndarray]:
 
 
 def _rows(windows: Windows, max_tokens: int) -> Iterator[np.ndarray]:
-    """Windows of similar length together, the longest first, so that little is padding."""
+    """Yields batches of windows of similar length, longest first, so that padding is short."""
     order = np.argsort(-windows.lengths, kind="stable")
     begin = 0
     while begin < len(order):
@@ -134,12 +135,12 @@ def cut(parts: Sequence[np.ndarray], segment: int | None) -> list[np.ndarray]:
 
 
 def packed_kwargs(parts: Sequence[np.ndarray], device: torch.device) -> dict[str, Any]:
-    """Arguments of a forward pass over documents in one pack."""
+    """Returns the arguments of a forward pass over documents in one pack."""
     return PackedBatch.from_documents(parts).to(device).model_kwargs()
 
 
 def row_kwargs(parts: Sequence[np.ndarray], width: int, device: torch.device) -> dict[str, Any]:
-    """Arguments of a forward pass over documents in rows of `width`, padded on the right."""
+    """Returns the arguments of a forward pass over rows of `width` tokens, padded on the right."""
     rows = np.zeros((len(parts), width), dtype=np.int64)
     for row, part in zip(rows, parts, strict=True):
         row[: len(part)] = part

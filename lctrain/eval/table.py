@@ -17,15 +17,17 @@ FILE_STEM = "perplexity_by_length"
 
 @dataclass(frozen=True)
 class PerplexityTable:
-    """Perplexity at several context lengths, over the same tokens at each.
+    """Perplexity of the same tokens at several context lengths.
 
     Attributes:
-        rows: by rising length.
-        name: what was evaluated, for the title of the plot.
-        overlap: fraction of a window that was only context.
-        min_context: scored tokens had at least this many predecessors.
-        stride: positions that a window scored at every length; None for a share of each length.
-        begin_tokens: what the tokenizer's texts begin with; none if they do not, or it is unknown.
+        rows: Rows by rising context length.
+        name: Name of the evaluated model, for the title of the plot; may be empty.
+        overlap: Fraction of a window that was context and not scored.
+        min_context: Smallest number of preceding tokens of a scored token.
+        stride: Number of positions that a window scored, the same at every length; None for
+            (1 - overlap) * length.
+        begin_tokens: Begin tokens of the tokenizer's texts; empty if there are none, or the
+            tokenizer is unknown.
     """
 
     rows: tuple[PerplexityRow, ...]
@@ -37,7 +39,7 @@ class PerplexityTable:
 
     @property
     def begun(self) -> str:
-        """Sentence on how many windows began with the begin tokens; may be empty."""
+        """Sentence about the number of windows that began with the begin tokens; may be empty."""
         if not self.begin_tokens:
             return ""
         if all(row.begun == row.windows for row in self.rows):
@@ -48,14 +50,14 @@ class PerplexityTable:
         return f"windows that begin with the begin token: {cells}"
 
     def as_dicts(self) -> list[dict[str, Any]]:
-        """One dictionary per length, with the attributes of PerplexityRow."""
+        """Returns a dictionary per length, with the attributes of PerplexityRow."""
         return [dataclasses.asdict(row) for row in self.rows]
 
     def save(self, output_dir: str | Path) -> dict[str, Path]:
         """Writes perplexity_by_length.csv, .json and .png: see `write_rows`.
 
         Returns:
-            The paths by "csv", "json" and "png".
+            The paths of the files by "csv", "json" and "png".
         """
         settings = {
             "name": self.name,
@@ -69,9 +71,9 @@ class PerplexityTable:
         return paths
 
     def unreached(self) -> list[str]:
-        """A sentence about lengths that the documents do not fill, if there are any.
+        """Returns a warning if the documents are too short for the longest length, else [].
 
-        Such rows have the same contexts as a shorter one: more length added nothing.
+        Without long documents, the contexts at a longer length are the same as at a shorter one.
         """
         last = self.rows[-1]
         alike = [row for row in self.rows if row.mean_context == last.mean_context]

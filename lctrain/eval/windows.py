@@ -1,7 +1,7 @@
-"""Windows: how documents are cut so that every token is scored once with a bounded context.
+"""Windows: parts of documents, cut so that every token is scored once with a bounded context.
 
-Positions are those of the inputs: position p of a document of n tokens holds token p and predicts
-token p + 1, so there are n - 1 of them, and p + 1 tokens are its full context.
+Position p of a document holds token p and predicts token p + 1 from at most p + 1 tokens. A
+document of n tokens therefore has n - 1 positions.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Parts of documents to run through the model, and the part of each that is scored. W windows.
+    """W windows of documents for a model to read, with the positions to score in each.
 
     Attributes:
-        documents: [W] int64, index of the document.
+        documents: [W] int64, index of the document of each window.
         starts: [W] int64, first position of the window.
-        scored_from: [W] int64, first position that is scored; those before are only context.
+        scored_from: [W] int64, first position that is scored. Earlier positions are context.
         stops: [W] int64, end of the window and of the scored positions, exclusive.
-        prefixes: [W] int64, begin tokens that are put before the window.
+        prefixes: [W] int64, number of begin tokens that are put before the window.
     """
 
     documents: np.ndarray
@@ -35,18 +35,18 @@ class Windows:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each window, begin tokens included: [W] int64."""
+        """Number of tokens in each window, begin tokens included: [W] int64."""
         return self.prefixes + self.stops - self.starts
 
     @property
     def scored(self) -> np.ndarray:
-        """Scored positions of each window: [W] int64."""
+        """Number of scored positions in each window: [W] int64."""
         return self.stops - self.scored_from
 
     def mean_context(self) -> float:
-        """Mean number of tokens that the scored positions see, themselves included."""
+        """Returns the mean number of tokens that a scored position sees, itself included."""
         first = self.prefixes + self.scored_from - self.starts + 1
-        contexts = (first + self.lengths) / 2  # of the scored positions of each window
+        contexts = (first + self.lengths) / 2  # mean over the scored positions of each window
         return float(np.average(contexts, weights=self.scored))
 
 
@@ -59,28 +59,27 @@ def cut_windows(
     min_context: int = 1,
     begin: int = 0,
 ) -> Windows:
-    """Slides a window over each document so that every position is scored exactly once.
+    """Slides a window over each document, so that every position is scored exactly once.
 
-    The first window of a document scores all of its positions. Each later window scores the
-    next `(1 - overlap) * length` positions and takes as context what precedes them, so that they
-    see between `overlap * length + 1` and `length` tokens; the last window of a document is moved
-    back to full length. A document that is shorter than `length` is one window. Which positions
-    are scored does not depend on `length`.
+    The first window of a document scores all of its positions. Each later window scores the next
+    `stride` positions; the positions before them in the window are their context. The scored
+    positions of a later window thus see more than `length - stride` and at most `length` tokens.
+    The last window of a document is moved back to full length. A document that is shorter than
+    `length` is one window. The set of scored positions does not depend on `length`.
 
     Args:
-        lengths: tokens of each document.
-        length: most tokens in a window.
-        overlap: fraction of a window that is only context, in [0, 1).
-        stride: positions that a later window scores, in [1, length]; None for
-            `(1 - overlap) * length`. With one that is the same at every length, and `min_context`
-            above the longest length minus it, each scored position sees more than `length -
-            stride` tokens at every length.
-        min_context: score only positions that have at least this many tokens in their document
-            up to and including themselves.
-        begin: Begin tokens to put before each window that does not begin where its document does.
-            They count as tokens of the window. `length` is above it.
+        lengths: Number of tokens of each document.
+        length: Largest number of tokens in a window.
+        overlap: Fraction of a window that is context and not scored, in [0, 1).
+        stride: Number of positions that a later window scores, in [1, length]; None for
+            `(1 - overlap) * length`.
+        min_context: Smallest number of tokens that a scored position sees in its document, itself
+            included. If it is above the longest length minus `stride`, with the same stride at
+            every length, each scored position sees more than `length - stride` tokens.
+        begin: Number of begin tokens before each window that does not start at the beginning of its
+            document. They count as tokens of the window. It must be below `length`.
     """
-    room = length - begin  # of a later window, for the document
+    room = length - begin  # tokens of the document in a later window
     stride = max(1, round(length * (1.0 - overlap))) if stride is None else stride
     stride = max(1, min(stride, room))
     positions = np.maximum(np.asarray(lengths, dtype=np.int64) - 1, 0)
