@@ -226,7 +226,7 @@ class PackedDataModule(LightningDataModule):
     def _stream_loader(self, recipe: StreamRecipe) -> PackLoader:
         """Returns the loader of this rank's batches of an endless stream."""
         return PackLoader(
-            StreamedRows(recipe, self._rank, self._world_size),
+            StreamedRows(recipe, self._rank, self._world_size, self._cursor),
             StepNumbers(),
             ENDLESS,
             self._position,
@@ -283,10 +283,17 @@ class PackedDataModule(LightningDataModule):
         return self.val_dataloader()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the settings, and the number of batches that training on each rank finished."""
+        """Returns the settings, and the number of batches that training on each rank finished.
+
+        For an endless stream the state also identifies the window of the last batch.
+        """
         if self._prepared is None:
             return {}
-        return {"settings": self.settings, "batches": self._finished_batches()}
+        batches = self._finished_batches()
+        state = {"settings": self.settings, "batches": batches}
+        if place := self._cursor.place_before(batches):
+            state["place"] = place
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Sets the next training batch to the one after the last batch of a checkpoint.
@@ -297,6 +304,8 @@ class PackedDataModule(LightningDataModule):
         if self.trainer is not None and self._progress is None:
             return  # a model may be validated on any data
         self._cursor.batches = state_dict["batches"]
+        place = state_dict.get("place")  # older checkpoints lack it
+        self._cursor.places = [] if place is None else [(0, place)]
         self._restored_settings = state_dict["settings"]
         if self._prepared is not None:
             check_same_settings(self.settings, self._restored_settings)

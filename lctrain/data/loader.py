@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +47,21 @@ class RowStream(Sampler[int]):
             yield int(self._epoch_rows(epoch)[step])
 
 
+class PlacedBatch(NamedTuple):
+    """A batch of an endless stream.
+
+    Attributes:
+        batch: The batch.
+        place: Plain values that identify the part of the stream that the batch is from.
+    """
+
+    batch: PackedBatch
+    place: dict[str, Any]
+
+
+PLACES = 16  # kept: more than the batches that Lightning fetches before it finishes one
+
+
 @dataclass
 class Cursor:
     """Counter of the batches that a loader has yielded; the loader and the data module share it.
@@ -56,9 +71,22 @@ class Cursor:
 
     Attributes:
         batches: Number of the batch after the last one that was yielded.
+        places: [(number of the first batch, place)] of the last places of an endless stream.
     """
 
     batches: int = 0
+    places: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+
+    def add_place(self, number: int, place: dict[str, Any]) -> None:
+        """Stores the place of a batch."""
+        self.places = [found for found in self.places if found[0] < number]
+        if not self.places or self.places[-1][1] != place:
+            self.places = [*self.places[1 - PLACES :], (number, place)]
+
+    def place_before(self, number: int) -> dict[str, Any] | None:
+        """Returns the place of the batch before batch `number`; None if it is not known."""
+        found = [place for first, place in self.places if first < number]
+        return found[-1] if found else None
 
 
 class PackLoader:
@@ -70,7 +98,7 @@ class PackLoader:
 
     def __init__(
         self,
-        rows: Dataset[PackedBatch],
+        rows: Dataset[PackedBatch] | Dataset[PlacedBatch],
         stream: Any,
         steps: int,
         position: Callable[[], int],
@@ -82,7 +110,8 @@ class PackLoader:
         """Wraps a dataset.
 
         Args:
-            rows: Dataset whose items are PackedBatches.
+            rows: Dataset whose items are PackedBatches; or PlacedBatches, whose places the cursor
+                stores.
             stream: Sampler of this rank's rows. Its attribute `start` sets the first batch.
             steps: Steps of an epoch.
             position: Returns the number of the batch that an iterator starts with.
@@ -131,4 +160,8 @@ class PackLoader:
             self._stream.start = number
             self._iterator = iter(self._dataloader)
         self._iterator_at = number + 1
-        return next(self._iterator)
+        item = next(self._iterator)
+        if isinstance(item, PlacedBatch):
+            self._cursor.add_place(number, item.place)
+            return item.batch
+        return item

@@ -29,6 +29,7 @@ from lctrain.data.collator import PackedRows
 from lctrain.data.documents import Documents
 from lctrain.data.fields import BYTE_ORDER_MARK
 from lctrain.data.hub import HubSource
+from lctrain.data.loader import Cursor, PlacedBatch
 from lctrain.data.order import epoch_order
 from lctrain.data.packing import Overlong, plan_rows
 from lctrain.data.readers import Row
@@ -90,6 +91,7 @@ class Window:
         rows: Rows of the window.
         next_records: Records of this epoch up to the end of the window; None if the stream ends.
         next_pieces: Pieces up to the end of the window.
+        digest: Hash of the texts of all windows up to the end of this one.
     """
 
     epoch: int
@@ -98,19 +100,35 @@ class Window:
     rows: int
     next_records: int | None
     next_pieces: int
+    digest: str
 
 
-class StreamedRows(torch.utils.data.Dataset[PackedBatch]):
+class StreamedRows(torch.utils.data.Dataset[PlacedBatch]):
     """The pack of every step of one rank, by the number of the step since training began.
+
+    Each pack comes with its place: the number of its window, and the fields of `Window`. Training
+    that goes on after a checkpoint reads the window of the checkpoint's place again and compares
+    it. Other runs may have rewritten the journal, so it is used only if it has that window.
 
     Steps are asked for in rising order. To begin later, the counts of the windows before are read
     from the journal, and their records are passed over without being tokenized. Without a journal
     (on another machine) they are tokenized again, with the same result.
     """
 
-    def __init__(self, recipe: StreamRecipe, rank: int, world_size: int) -> None:
-        """Reads nothing yet."""
+    def __init__(
+        self, recipe: StreamRecipe, rank: int, world_size: int, cursor: Cursor | None = None
+    ) -> None:
+        """Reads nothing yet.
+
+        Args:
+            recipe: How the stream becomes rows.
+            rank: This rank.
+            world_size: Number of ranks.
+            cursor: Holds the place of the checkpoint that training goes on after; None for none.
+        """
         self.recipe = recipe
+        self._cursor = Cursor() if cursor is None else cursor
+        self._place: tuple[int, Window] | None = None  # of the step before the first one
         self._rank, self._world_size = rank, world_size
         self._windows: list[Window] = []  # the known ones
         self._resumes = False
@@ -119,18 +137,20 @@ class StreamedRows(torch.utils.data.Dataset[PackedBatch]):
     def __len__(self) -> int:
         return ENDLESS
 
-    def __getitem__(self, number: int) -> PackedBatch:
-        """Returns the pack of a step.
+    def __getitem__(self, number: int) -> PlacedBatch:
+        """Returns the pack of a step, and its place.
 
         Raises:
-            ValueError: if the stream ends without having filled a row for every rank.
+            ValueError: if the stream ends without having filled a row for every rank, or is not the
+                one that a resumed run was trained on.
         """
         if number < self._first_step:
             self._reset()
         while number >= self._first_step + len(self._order):
             self._first_step += len(self._order)
             self._advance(number)
-        return self._batch(int(self._order[number - self._first_step]))
+        batch = self._batch(int(self._order[number - self._first_step]))
+        return PlacedBatch(batch, {"number": self._at} | vars(self._windows[self._at]))
 
     def _reset(self) -> None:
         self._at = -1  # index of the window
@@ -150,8 +170,16 @@ class StreamedRows(torch.utils.data.Dataset[PackedBatch]):
         if not self._windows:
             self._resumes = number > 0
             self._windows = _read_journal(self.recipe.journal)
+            if place := self._cursor.place_before(number):
+                fields = dict(place)
+                self._place = fields.pop("number"), Window(**fields)
+                at, window = self._place
+                if self._windows[at : at + 1] != [window]:
+                    self._windows = []
         self._at += 1
         while self._at < len(self._windows):
+            if self._place is not None and self._at == self._place[0]:
+                break  # to compare it
             steps = self._windows[self._at].rows // self._world_size
             if number < self._first_step + steps:
                 break
@@ -168,7 +196,7 @@ class StreamedRows(torch.utils.data.Dataset[PackedBatch]):
         if index < len(self._windows):
             return self._windows[index]
         if index == 0:
-            return Window(0, 0, 0, 0, None, 0)
+            return Window(0, 0, 0, 0, None, 0, "")
         last = self._windows[index - 1]
         if last.next_records is None:
             recent = [w for w in self._windows[:index] if w.epoch == last.epoch]
@@ -178,14 +206,15 @@ class StreamedRows(torch.utils.data.Dataset[PackedBatch]):
                     f"window of the stream, got {last.rows} rows. Raise data.window_bytes, or "
                     "lower data.max_tokens."
                 )
-            return Window(last.epoch + 1, 0, last.next_pieces, 0, None, 0)
-        return Window(last.epoch, last.next_records, last.next_pieces, 0, None, 0)
+            return Window(last.epoch + 1, 0, last.next_pieces, 0, None, 0, "")
+        return Window(last.epoch, last.next_records, last.next_pieces, 0, None, 0, "")
 
     def _pack(self, begin: Window) -> None:
         """Reads, tokenizes and packs one window."""
         recipe, settings = self.recipe, self.recipe.settings
         assert self._records is not None
-        documents, taken, ended = _take(self._records, recipe)
+        before = self._windows[self._at - 1].digest if self._at else ""
+        documents, taken, ended, digest = _take(self._records, recipe, before)
         store = tokenize_window(documents, recipe.tokenizer, settings.special_tokens)
         plan = plan_rows(
             store.lengths,
@@ -201,7 +230,10 @@ class StreamedRows(torch.utils.data.Dataset[PackedBatch]):
             len(plan),
             None if ended else begin.records + taken,
             begin.pieces + len(plan.documents),
+            digest,
         )
+        if self._place is not None and self._at == self._place[0] and window != self._place[1]:
+            raise self._other_stream(begin.records)
         if self._windows[self._at : self._at + 1] != [window]:
             if self._resumes and self._at < len(self._windows):
                 raise self._other_stream(begin.records)
@@ -236,11 +268,19 @@ class StepNumbers(Sampler[int]):
         return itertools.count(self.start)
 
 
-def _take(records: Iterator[Row], recipe: StreamRecipe) -> tuple[Documents, int, bool]:
+def _take(
+    records: Iterator[Row], recipe: StreamRecipe, before: str
+) -> tuple[Documents, int, bool, str]:
     """Reads a window.
 
+    Args:
+        records: The stream from the window on.
+        recipe: How the stream becomes rows.
+        before: Hash of the windows before.
+
     Returns:
-        Its documents without those held out, the records read, and whether the stream has ended.
+        Its documents without those held out, the records read, whether the stream has ended, and
+        the hash of the windows up to its end.
     """
     from datasets import Dataset, Features, Value
 
@@ -250,6 +290,7 @@ def _take(records: Iterator[Row], recipe: StreamRecipe) -> tuple[Documents, int,
     sizes: list[int] = []
     faults: list[str] = []
     taken, size, ended = 0, 0, True
+    content_hash = hashlib.blake2b(before.encode(), digest_size=16)
     for record in records:
         taken += 1
         if record["fault"] is not None:
@@ -259,7 +300,9 @@ def _take(records: Iterator[Row], recipe: StreamRecipe) -> tuple[Documents, int,
         text = (record["text"] or "").removeprefix(BYTE_ORDER_MARK)
         content = text.encode("utf-8")
         size += len(content)
-        digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+        short_hash = hashlib.blake2b(content, digest_size=8).digest()
+        content_hash.update(short_hash)
+        digest = int.from_bytes(short_hash, "little")
         if text.strip() and not recipe.held_out(digest):
             texts.append(text)
             names.append(record["name"] or "")
@@ -280,7 +323,7 @@ def _take(records: Iterator[Row], recipe: StreamRecipe) -> tuple[Documents, int,
     found = Documents(
         dataset, names, np.array(digests, dtype=np.uint64), np.array(sizes, dtype=np.int64)
     )
-    return found, taken, ended
+    return found, taken, ended, content_hash.hexdigest()
 
 
 def _read_journal(path: Path) -> list[Window]:

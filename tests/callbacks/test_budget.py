@@ -91,7 +91,7 @@ def test_steps_that_fit(done, spent, step_seconds, budget, steps):
 
 
 def test_the_run_ends_in_time_and_the_schedule_with_it(whole):
-    """Thirty steps of a second: the last rates are those of a run of thirty steps."""
+    """At a second per step the run takes 30 steps, and the learning rate ends as in a run of 30."""
     factor = learning_rate_factor(OptimConfig(), 30)
     rates = [float(row["train/learning_rate"]) for row in rows(whole) if row["train/loss"]]
     assert rates[11:] == [as_float32(0.01 * factor(step)) for step in range(11, 30)]
@@ -134,7 +134,7 @@ def test_a_run_stopped_before_the_choice_chooses_once(tiny, tmp_path, whole):
 
 
 def fitted_steps(tmp_path, module, seconds, **settings):
-    """Returns the steps of a run with 30 s, and its callback."""
+    """Returns the number of steps that a run with a budget of 30 s takes, and its StepBudget."""
     budget = StepBudget(30.0, started=CLOCK.now)
     settings = {"max_steps": 100, "max_epochs": -1} | settings
     trainer = make_trainer(tmp_path, [Tick(seconds), budget], **settings)
@@ -155,7 +155,7 @@ def fitted_steps(tmp_path, module, seconds, **settings):
     ids=["in_time", "max_steps", "too_short_to_time", "late", "warmup", "accumulated"],
 )
 def test_bounds_of_the_length(tmp_path, make_llama, settings, optim, seconds, steps):
-    """At most max_steps; at least the timed steps, one more, and the warmup."""
+    """The run takes at most max_steps, and at least the timed steps plus one and the warmup."""
     module = LongContextModule(make_llama(), OptimConfig(**optim))
     assert fitted_steps(tmp_path, module, seconds, **settings)[0] == steps
 
@@ -186,7 +186,7 @@ def test_without_a_budget_nothing_is_chosen(tmp_path):
 
 
 def test_any_module_has_its_length_fitted(tmp_path, make_llama):
-    """The module has an optimizer of its own; training still ends in time."""
+    """A user's module with its own optimizer also ends in time."""
     steps, budget = fitted_steps(tmp_path, OwnModule(make_llama()), 1.5)
     assert steps == budget.max_steps == 20
 

@@ -20,6 +20,7 @@ class Stream:
 
     def __init__(self, records=None):
         self.records, self.bytes, self.first = records, 0, 0
+        self.changed_from = None  # the record from which on the texts are others, of equal length
 
     def __call__(self, **where):
         assert where["streaming"] is True
@@ -35,6 +36,8 @@ class Stream:
         while self.records is None or number < self.records:
             numbers = random.Random(number)
             text = f"{number} " + " ".join(numbers.choices(WORDS, k=numbers.randrange(50, 400)))
+            if self.changed_from is not None and number >= self.changed_from:
+                text = text.replace("return", "retour")
             self.bytes += len(text)
             yield {"text": text}
             number += 1
@@ -110,15 +113,15 @@ def test_a_run_streams_more_than_the_disk_may_hold_and_resumes(stream, tmp_path,
     train(config(*overrides, "trainer.max_steps=1", output_dir=tmp_path / "first"))
     limit = size_of(tmp_path / "cache") + 5_000  # of the disk: what one step needs, and counts
     before = read.bytes
-    train(config(*overrides, "trainer.max_steps=60", output_dir=tmp_path / "whole"))
+    train(config(*overrides, "trainer.max_steps=40", output_dir=tmp_path / "whole"))
     assert read.bytes - before > limit
     assert size_of(tmp_path / "cache") < limit
-    kill = "+callbacks.stop={_target_: tests.training.KillAt, step: 35, number: 15}"
-    stopped = [*overrides, "trainer.max_steps=60"]
+    kill = "+callbacks.stop={_target_: tests.training.KillAt, step: 23, number: 15}"
+    stopped = [*overrides, "trainer.max_steps=40"]
     with pytest.raises(SystemExit):
         train(config(*stopped, kill, output_dir=tmp_path / "stopped"))
     train(config(*stopped, "ckpt_path=last", output_dir=tmp_path / "stopped"))
-    assert len(train_losses(tmp_path / "whole")) == 60
+    assert len(train_losses(tmp_path / "whole")) == 40
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
@@ -195,6 +198,52 @@ def test_another_stream_is_refused_in_a_resumed_run(stream, tmp_path, monkeypatc
     monkeypatch.setattr("tests.data.test_streaming.WORDS", ("other",))
     with pytest.raises(ValueError, match=r"must read the stream that it was trained on, got"):
         batches(data, 40, 10)
+
+
+def stopped_after(folder, count):
+    """The state of a data module that has given out some batches, as a checkpoint holds it."""
+    data = module(folder)
+    batches(data, 0, count)
+    return data.state_dict()
+
+
+def going_on(folder, state):
+    data = module(folder)
+    data.trainer, trainer = None, data.trainer
+    data.load_state_dict(state)
+    data.trainer = trainer
+    return data
+
+
+@pytest.mark.parametrize("left", [0, 2])  # rows of the checkpoint's window, not trained on yet
+@pytest.mark.parametrize("rewritten", [True, False])
+def test_a_place_is_compared_without_trust_in_the_journal(stream, tmp_path, left, rewritten):
+    """The stream changes after its first window, and another run may rewrite the journal."""
+    read = stream()
+    whole = batches(module(tmp_path / "whole"), 0, 60)
+    journal = json.loads(next(tmp_path.glob("whole/streams/*.json")).read_text())
+    count = sum(window[3] for window in journal[:3]) - left
+    state = stopped_after(tmp_path / "run", count)
+    read.changed_from = journal[0][4]
+    if rewritten:
+        batches(module(tmp_path / "run"), 0, count)
+    with pytest.raises(ValueError, match=r"must read the stream that it was trained on, got"):
+        batches(going_on(tmp_path / "run", state), count, 1)
+    read.changed_from = None
+    assert batches(going_on(tmp_path / "run", state), count, 4) == whole[count : count + 4]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_place_is_that_of_the_last_batch(stream, tmp_path, workers):
+    stream()
+    data = module(tmp_path, num_workers=workers)
+    loader = data.train_dataloader()
+    numbers = [data.state_dict()["place"]["number"] for _ in zip(loader, range(25), strict=False)]
+    journal = json.loads(next(tmp_path.glob("streams/*.json")).read_text())
+    rows = [window[3] for window in journal]
+    assert numbers == [number for number, count in enumerate(rows) for _ in range(count)][:25]
+    assert len(set(numbers)) > 1
+    assert data.state_dict()["place"]["digest"] == journal[numbers[-1]][-1]
 
 
 def test_a_disk_that_refuses_the_counts_ends_no_run(stream, tmp_path, monkeypatch, caplog):
