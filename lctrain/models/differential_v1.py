@@ -61,7 +61,7 @@ class FusedDiffLlamaAttention(DiffLlamaAttention):
 
     def _lambda(self, dtype: torch.dtype) -> Tensor:
         """Returns lambda, a scalar in float32 or wider, unlike transformers, which rounds it."""
-        first = torch.sum(self.lambda_q1 * self.lambda_k1, dim=-1, dtype=torch.float32).exp()
-        second = torch.sum(self.lambda_q2 * self.lambda_k2, dim=-1, dtype=torch.float32).exp()
         state = torch.promote_types(dtype, torch.float32)
-        return first.to(state) - second.to(state) + self.lambda_init
+        first = torch.sum(self.lambda_q1 * self.lambda_k1, dim=-1, dtype=state).exp()
+        second = torch.sum(self.lambda_q2 * self.lambda_k2, dim=-1, dtype=state).exp()
+        return first - second + self.lambda_init

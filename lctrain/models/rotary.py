@@ -199,8 +199,8 @@ def _rotate(states: Tensor, angles: Tensor) -> Tensor:
 
 
 def _normal(shape: Any) -> Tensor:
-    """Returns normal numbers of variance 1 / shape[-1], without torch's global generator."""
+    """Returns float32 normal numbers of variance 1 / shape[-1], without the global generator."""
     generator = torch.Generator(device="cpu").manual_seed(0)
     size = tuple(shape)
-    numbers = torch.randn(size, generator=generator, device="cpu")
+    numbers = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
     return numbers / max(1, size[-1] if size else 1) ** 0.5
