@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -11,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 
 from lctrain.batch import PackedBatch
+from lctrain.run import signals
 
 VOCABULARY = 97
 
@@ -83,6 +85,10 @@ class SignalAt(pl.Callback):
 
     def __init__(self, step: int, number: int, to: str) -> None:
         self.step, self.number, self.to = step, number, to
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        """On a busy machine torchrun may send the signal once more only much later."""
+        signals.ONE_SIGNAL_S = math.inf
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.global_step != self.step or not trainer.is_global_zero:
