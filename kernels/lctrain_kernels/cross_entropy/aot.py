@@ -1,4 +1,4 @@
-"""Kernels of the linear cross-entropy, as input for ahead-of-time compilation."""
+"""Lists the kernels of the linear cross-entropy for ahead-of-time compilation."""
 
 from collections.abc import Iterator
 
@@ -25,10 +25,10 @@ def row_pass_variant(name: str, dtype: str = "bf16", *, everything: bool = False
     """Describes one compilation of row_pass_kernel.
 
     Args:
-        name: A key of PASSES.
-        dtype: Triton's name of the logits' dtype.
-        everything: Whether to include bias, softcap and label smoothing, and the gradient of lse
-            where the gradient is written.
+        name: Kind of pass over the logits, a key of PASSES.
+        dtype: Triton's name of the logits' dtype, such as "bf16".
+        everything: Whether to include bias, softcap and label smoothing. A pass that writes the
+            gradient then also takes the gradient of the logsumexp.
     """
     reads_statistics, writes_gradient = PASSES[name]
     config = row_config(_DTYPES[dtype])
@@ -53,13 +53,13 @@ def row_pass_variant(name: str, dtype: str = "bf16", *, everything: bool = False
 
 
 def scale_variant(dtype: str = "bf16") -> KernelVariant:
-    """Describes one compilation of scale_kernel, from float32 sums to gradients of a dtype."""
+    """Describes one compilation of scale_kernel, which converts float32 sums to `dtype`."""
     others = {"x_ptr": "*fp32", "factor_ptr": "*fp32"}
     return fused_variant("scale", scale_kernel, dtype, others, {"BLOCK": SCALE_BLOCK}, 8)
 
 
 def kernel_variants() -> Iterator[KernelVariant]:
-    """Yields every pass in bf16, plain and with everything, and one in float32."""
+    """Yields every pass in bf16, without and with all options, and one pass in float32."""
     for name in PASSES:
         yield row_pass_variant(name, everything=True)
         yield row_pass_variant(name)

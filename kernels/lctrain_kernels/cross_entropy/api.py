@@ -1,8 +1,9 @@
-"""linear_cross_entropy: checks, options and reductions.
+"""linear_cross_entropy: argument checks, options and reductions.
 
-For "sum" and "mean" the gradients are computed in the forward, since there the upstream gradient is
-one number; it scales them in the backward. "none" has an upstream gradient for every token and
-computes each chunk of logits again. Either way nothing of size [T, V] exists.
+The reductions "sum" and "mean" compute the gradients in the forward; the backward scales them by
+the upstream gradient, which is one number. The reduction "none" has an upstream gradient for every
+token, so its backward computes each chunk of logits again. No tensor of shape [T, V] is ever
+allocated.
 """
 
 from __future__ import annotations
@@ -39,49 +40,57 @@ def linear_cross_entropy(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
-    """Cross-entropy of `labels` under `softmax(logits)`, without the [T, V] tensor of logits.
+    """Returns the cross-entropy of `hidden @ weight.T` and `labels`, without storing all logits.
 
     With `z = logit_scale * (hidden @ weight.T + bias)` the logits are `z`, or
-    `softcap * tanh(z / softcap)` where `softcap` is positive. Matrix products take their inputs in
-    the dtype of `hidden`, or in autocast's dtype where that is on; on a GPU half-precision inputs
-    give half-precision logits. Everything else, with the sums over tokens in the gradients of
-    `weight` and `bias`, is float32 (float64 for float64 inputs). Nothing here synchronises with an
-    accelerator.
+    `softcap * tanh(z / softcap)` if `softcap` is positive. T is the number of tokens, E the hidden
+    size, V the vocabulary size.
+
+    Inputs of matrix products have the dtype of `hidden`, or autocast's dtype under autocast. On a
+    GPU half-precision inputs give half-precision logits. All other arithmetic is float32 (float64
+    for float64 inputs), also the sums over tokens in the gradients of `weight` and `bias`. The
+    function never synchronises with a GPU.
 
     Args:
-        hidden: [T, E], floating point.
-        weight: [V, E], the output embedding, with the dtype of `hidden` (any under autocast). A
-            frozen one costs one product less, and no memory of its size.
-        labels: [T] int64, in [0, V) or `ignore_index`.
-        bias: [V], floating point, or None. Entries of -inf remove a word from the vocabulary.
-        softcap: bound of the logits as in Gemma 2; 0 turns it off.
-        logit_scale: factor of the logits as in Cohere and, as `1 / logits_scaling`, Granite.
-        ignore_index: label of tokens that count neither in the loss nor in the gradients.
-        reduction: "sum", "mean" (over the valid tokens) or "none" (0 for ignored tokens).
-        chunk_tokens: tokens whose logits exist at one time; None picks it from `logits_bytes`.
-        logits_bytes: bytes of the logits that exist at one time. None takes 64 MiB on a CPU; on a
-            GPU 2 GiB, or a quarter of the memory that is free at the first call if that is less.
-        label_smoothing: fraction of the target's probability that is spread over the vocabulary, in
+        hidden: Hidden states [T, E], floating point.
+        weight: Output embedding [V, E], in the dtype of `hidden` (any dtype under autocast). If it
+            needs no gradient, one product and a buffer of its size are saved.
+        labels: Token ids [T] int64, in [0, V) or `ignore_index`.
+        bias: Bias of the logits, [V], floating point, or None. An entry of -inf removes a token
+            from the vocabulary.
+        softcap: Bound of the logits as in Gemma 2; 0 turns it off.
+        logit_scale: Factor of the logits. Cohere calls it `logit_scale`; Granite's
+            `logits_scaling` is its inverse.
+        ignore_index: Label of tokens that have no part in the loss and in the gradients.
+        reduction: "sum", "mean" over the tokens that are not ignored, or "none", which gives
+            ignored tokens a loss of 0.
+        chunk_tokens: Number of tokens per chunk of logits; None derives it from `logits_bytes`.
+        logits_bytes: Size of a chunk of logits, in bytes. None takes 64 MiB on a CPU. On a GPU
+            None takes 2 GiB, or a quarter of the memory that is free at the first call if that is
+            less.
+        label_smoothing: Fraction of the target's probability that is spread over the vocabulary, in
             [0, 1), as in torch.nn.functional.cross_entropy.
-        z_loss: factor of the squared logsumexp that each token adds to the loss.
-        token_weights: [T], floating point, constant: factor of each token's loss. "mean" still
-            divides by the number of valid tokens.
-        adapter: (low [T, R], up [V, R]), which add `low @ up.T` to the products: the trainable part
-            of a head with LoRA.
-        shard: this rank's part of a vocabulary that is divided over ranks.
-        return_lse: also return the logsumexp of each token.
-        backend: "auto", "triton" or "pytorch" for the pass over the logits.
+        z_loss: Factor of the squared logsumexp that each token adds to the loss.
+        token_weights: Constant factor of each token's loss, [T], floating point, or None. "mean"
+            still divides by the number of tokens that are not ignored.
+        adapter: Low-rank adapter (low [T, R], up [V, R]) of the output embedding, as in LoRA:
+            `low @ up.T` is added to `hidden @ weight.T`.
+        shard: Rows of the output embedding on this rank, if the vocabulary is divided over ranks.
+        return_lse: Whether to also return the logsumexp of each token.
+        backend: Implementation of the pass over the logits: "auto", "triton" or "pytorch".
 
     Returns:
-        The loss, float32 (float64 for float64 inputs), 0-dim, or [T] for "none"; the number of
-        labels that are not `ignore_index`, int64 0-dim, on the device of `labels`; and with
-        `return_lse` the logsumexp [T] (0 for ignored tokens), which carries gradients for "none"
-        alone. Without a valid token the loss and all gradients are 0. A token all of whose logits
-        are -inf has an infinite loss and no gradient.
+        - The loss, float32 (float64 for float64 inputs): 0-dim, or [T] for "none".
+        - The number of labels that are not `ignore_index`, int64, 0-dim, on the labels' device.
+        - With `return_lse`, the logsumexp [T], 0 for ignored tokens. It has gradients only if
+          `reduction` is "none".
+
+        If all tokens are ignored, the loss and all gradients are 0. A token all of whose logits are
+        -inf has an infinite loss and no gradient.
 
     Raises:
-        ValueError: for arguments that do not fit together. A label outside the vocabulary is a
-            ValueError on the CPU; on an accelerator it is the caller's to avoid.
+        ValueError: if arguments do not fit together, or, on a CPU, if a label is outside the
+            vocabulary. On a GPU labels are not checked.
     """
     _check(hidden, weight, labels, bias, reduction, adapter)
     _check_numbers(softcap, label_smoothing, z_loss, chunk_tokens, logits_bytes)
@@ -129,7 +138,10 @@ def linear_cross_entropy(
 
 
 def _matmul_dtype(hidden: Tensor) -> torch.dtype:
-    """Returns autocast's dtype where it is on (but float64 stays), else that of `hidden`."""
+    """Returns the dtype of the products' inputs: autocast's if it is on, else that of `hidden`.
+
+    Autocast does not change float64.
+    """
     device_type = hidden.device.type
     if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
@@ -137,7 +149,7 @@ def _matmul_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _backend(device: torch.device, matmul_dtype: torch.dtype, backend: str) -> str:
-    """Returns "triton" where the logits are half precision."""
+    """Returns the backend of the pass over the logits; "auto" gives "triton" for half precision."""
     if backend == "triton" and matmul_dtype not in _HALF:
         raise ValueError(
             f"backend='triton' needs half-precision products, got {matmul_dtype}. "

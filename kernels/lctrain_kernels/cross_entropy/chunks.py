@@ -1,4 +1,4 @@
-"""Chooses the number of tokens whose logits exist at one time."""
+"""Chooses the number of tokens per chunk of logits, from a budget of memory."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 CHUNK_MULTIPLE = 128
 MAX_CHUNK_TOKENS = 8192
 """More tokens make the products no faster (measured on an H200)."""
-# Bytes of one chunk of logits. A CPU takes chunks near its cache. An accelerator takes large ones,
-# since every chunk reads and writes the whole gradient of the weight.
+# Bytes of one chunk of logits. On a CPU a chunk is near the size of the cache. On a GPU chunks are
+# large, because every chunk reads and writes the whole gradient of the weight.
 CPU_CHUNK_BYTES = 64 * 2**20
 ACCELERATOR_CHUNK_BYTES = 2 * 2**30
 MIN_ACCELERATOR_CHUNK_BYTES = 2**28
@@ -25,15 +25,16 @@ def pick_chunk_tokens(
     device: torch.device,
     logits_bytes: int | None = None,
 ) -> int:
-    """Tokens per chunk: chunks of equal size whose logits stay within a budget.
+    """Returns the number of tokens per chunk. Chunks have equal sizes within a memory budget.
 
     Args:
-        tokens: T.
-        vocabulary: V of this rank.
-        element_size: Bytes of one logit.
+        tokens: Number of tokens.
+        vocabulary: Number of vocabulary entries on this rank.
+        element_size: Bytes per logit.
         device: Device of the logits.
-        logits_bytes: The budget; None takes a fixed one on the CPU. On a GPU it is 2 GiB, or a
-            quarter of the memory that was free at the first call, if that is less.
+        logits_bytes: Budget of a chunk of logits, in bytes. None takes a fixed budget on the CPU.
+            On a GPU None takes 2 GiB, or a quarter of the memory that was free at the first call if
+            that is less.
 
     Returns:
         A multiple of 128, at least 128.
@@ -47,7 +48,10 @@ def pick_chunk_tokens(
 
 @functools.cache
 def chunk_bytes(device: torch.device) -> int:
-    """Returns the budget of a device, cached so that it does not change from step to step."""
+    """Returns the default budget of a chunk of logits on a device, in bytes.
+
+    The budget is cached, so it does not change from step to step.
+    """
     if device.type == "cpu":
         return CPU_CHUNK_BYTES
     if device.type != "cuda":

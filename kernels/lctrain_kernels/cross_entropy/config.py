@@ -1,4 +1,4 @@
-"""Launch configurations of the pass over the logits."""
+"""Launch configurations of row_pass_kernel, the pass over the logits."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 @dataclass(frozen=True)
 class RowConfig:
-    """Tile of the pass over a row of logits.
+    """Launch configuration of the pass over the rows of a chunk of logits.
 
     Attributes:
-        block: Vocabulary entries that a program loads at a time.
+        block: Number of logits of a row that a program loads at a time.
         num_warps: Warps per program.
         stages: Depth of the load pipeline.
-        programs: Programs per multiprocessor. So many rows are between their two readings at one
-            time: with few, the second one is served by the L2 cache.
+        programs: Number of programs per multiprocessor. Each program reads its row twice. With few
+            programs the row is still in the L2 cache at the second reading.
     """
 
     block: int
@@ -30,5 +30,5 @@ SINGLE = RowConfig(2048, 8, 2, 2)
 
 
 def row_config(dtype: torch.dtype) -> RowConfig:
-    """The configuration for logits of this dtype."""
+    """Returns the launch configuration for logits of a dtype."""
     return SINGLE if dtype == torch.float32 else HALF

@@ -1,9 +1,12 @@
-"""Linear cross-entropy as operators of torch.library.
+"""Registers the linear cross-entropy as torch.library operators.
 
-`linear_cross_entropy_sum` computes the gradients of the summed loss in the forward: three products
-a chunk, two where the weight is frozen, one without gradients. The backward scales them by the
-upstream gradient. `linear_cross_entropy_tokens` gives one loss per token, whose upstream gradients
-are known in the backward only: that multiplies the logits a second time.
+`linear_cross_entropy_sum` computes the gradients of the summed loss in the forward; its backward
+scales them by the upstream gradient. A chunk takes three matrix products: logits, gradient of
+hidden states, gradient of the weight. It takes two if the weight is frozen, and one without
+gradients.
+
+`linear_cross_entropy_tokens` returns one loss per token. The upstream gradients of the tokens are
+known in the backward only, so its backward computes the logits again.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ NUM_GRADS = 5
 
 
 class _Gradients:
-    """Gradients of the inputs, filled chunk by chunk; one that is not needed has no elements."""
+    """Gradients of the inputs, filled chunk by chunk. Gradients not needed are empty tensors."""
 
     def __init__(
         self,
@@ -49,7 +52,7 @@ class _Gradients:
         ]
 
     def without_tokens(self) -> None:
-        """Sets the sums to 0: there is no chunk that overwrites them."""
+        """Sets the gradients that are sums over tokens to 0, for a batch without tokens."""
         for place in (1, 2, 4):
             self.tensors[place].zero_()
 
@@ -60,14 +63,14 @@ class _Gradients:
         parts: tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None],
         ignored: Tensor,
     ) -> None:
-        """Adds what one chunk gives; logits_grad is [C, V]."""
+        """Adds the gradients of one chunk of C tokens; logits_grad is [C, V]."""
         hidden, weight, adapter = parts
         first = chunk.start == 0
         grads = self.tensors
         if self.needs[0]:
             project_back(logits_grad, weight, grads[0][chunk])
         if self.needs[1]:
-            # The state of an ignored token may be nan, and 0 * nan must not reach the weight.
+            # The hidden state of an ignored token may be NaN; 0 * NaN must not reach the weight.
             kept = hidden.masked_fill(ignored[:, None], 0.0)
             accumulate_outer(grads[1], logits_grad, kept, first=first)
         if self.needs[2]:
@@ -84,12 +87,15 @@ class _Gradients:
 
 
 def _empty_like(tensor: Tensor | None, place: int, needed: bool, dtype: torch.dtype) -> Tensor:
-    """Allocates one gradient: of hidden states in their dtype, of sums in the wide dtype."""
+    """Allocates the gradient of an input; an empty tensor if it is not needed.
+
+    Gradients per token have the dtype of the input. Sums over tokens have `dtype`.
+    """
     if tensor is None or not needed:
         return torch.empty(0)
     if place in (0, 3):
         return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-    # The first chunk overwrites a sum; without a chunk it is 0.
+    # The first chunk overwrites a sum, so it need not be zeroed here.
     return tensor.new_empty(tensor.shape, dtype=dtype)
 
 
@@ -104,7 +110,7 @@ def _sum_forward(
     needs: list[bool],
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    """The summed loss, logsumexp [T] and the gradients of the sum."""
+    """Returns the summed loss, the logsumexp [T] and the gradients of the summed loss."""
     options = LossOptions(*rest)
     check_label_range(labels, options)
     dtype = _accumulation_dtype(options.matmul_dtype, hidden)
@@ -129,7 +135,7 @@ def _sum_forward(
     if not hidden.shape[0]:
         grads.without_tokens()
     if token_weights is not None:
-        # A token without weight counts nothing, also where its loss is infinite.
+        # A token of weight 0 adds 0 to the loss, even if its own loss is infinite.
         loss = (loss * token_weights).masked_fill(token_weights == 0.0, 0.0)
         loss = loss.masked_fill(labels == options.ignore_index, 0.0)
     return loss.sum(), lse, *grads.tensors
@@ -144,7 +150,7 @@ def _tokens_forward(
     labels: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [T], logsumexp [T] and the statistics [4, T]."""
+    """Returns the loss [T], the logsumexp [T] and the softmax statistics [4, T] of each token."""
     options = LossOptions(*rest)
     check_label_range(labels, options)
     dtype = _accumulation_dtype(options.matmul_dtype, hidden)
@@ -175,7 +181,7 @@ def _tokens_backward(
     needs: list[bool],
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    """Gradients of the inputs."""
+    """Returns the gradients of the inputs, from those of each token's loss and logsumexp."""
     options = LossOptions(*rest)
     inputs = [hidden, weight, bias, adapter_hidden, adapter_weight]
     grads = _Gradients(inputs, needs, statistics.dtype)
@@ -205,7 +211,10 @@ def _tokens_backward(
 
 
 def _chunks(inputs: list[Tensor | None], options: LossOptions) -> Any:
-    """Yields the slice of each chunk, its logits [C, V], and the inputs of its product."""
+    """Yields each chunk: its slice of the tokens, its logits [C, V], and its hidden states.
+
+    The hidden states come with the weight and the adapter, the inputs of the chunk's products.
+    """
     hidden, weight, _, low, up = inputs
     assert hidden is not None
     assert weight is not None
@@ -224,9 +233,9 @@ def _chunks(inputs: list[Tensor | None], options: LossOptions) -> Any:
 
 
 def check_label_range(labels: Tensor, options: LossOptions) -> None:
-    """Raises for a label outside of the vocabulary.
+    """Raises ValueError for a label outside the vocabulary.
 
-    Checks on the CPU only, to avoid a synchronisation.
+    Only labels on the CPU are checked; reading them on a GPU would synchronise.
     """
     if labels.device.type != "cpu":
         return
@@ -248,7 +257,10 @@ def _accumulation_dtype(matmul_dtype: torch.dtype, hidden: Tensor) -> torch.dtyp
 def _fake_grads(
     inputs: list[Tensor | None], needs: list[bool], dtype: torch.dtype | None
 ) -> list[Tensor]:
-    """Returns empty gradients; sums are in `dtype`, or in the inputs' dtype if it is None."""
+    """Returns uninitialised gradients for fake tensors.
+
+    Sums over tokens have `dtype`, or the dtype of the input if `dtype` is None.
+    """
     grads = []
     for place, (tensor, need) in enumerate(zip(inputs, needs, strict=True)):
         if tensor is None or not need:

@@ -1,4 +1,4 @@
-"""Options of a linear cross-entropy."""
+"""LossOptions and VocabularyShard: options of the linear cross-entropy."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ SCHEMA = (
 
 @dataclass(frozen=True)
 class LossOptions:
-    """Options of the loss. An operator takes them as separate arguments (`SCHEMA`).
+    """Options of the linear cross-entropy.
+
+    The operators take the fields as separate arguments, in the order of `SCHEMA`.
 
     Attributes:
         softcap: Bound of the logits; 0 turns it off.
         logit_scale: Factor of the logits.
-        ignore_index: Label of tokens that count nowhere.
+        ignore_index: Label of tokens that have no part in the loss and in the gradients.
         label_smoothing: Fraction of the target's probability that is spread over the vocabulary.
-        z_loss: Factor of the squared log-normaliser that is added to the loss.
-        first_word: Token id of the weight's first row.
-        num_words: Words of the whole vocabulary.
-        group_name: Process group whose ranks hold the other rows; "" where this rank holds all.
-        chunk_tokens: Tokens whose logits exist at one time.
-        matmul_dtype: dtype of the products' inputs.
+        z_loss: Factor of the squared logsumexp that each token adds to the loss.
+        first_word: Token id of the weight's first row on this rank.
+        num_words: Size of the whole vocabulary, over all ranks.
+        group_name: Name of the process group that shares the vocabulary; "" if it is not divided.
+        chunk_tokens: Number of tokens per chunk of logits.
+        matmul_dtype: Dtype of the inputs of matrix products.
         backend: Implementation: "triton" or "pytorch".
     """
 
@@ -46,22 +48,22 @@ class LossOptions:
     backend: str
 
     def arguments(self) -> tuple[Any, ...]:
-        """The fields in the order of `SCHEMA`."""
+        """Returns the fields in the order of `SCHEMA`."""
         return astuple(self)
 
 
 @dataclass(frozen=True)
 class VocabularyShard:
-    """This rank's rows of an output embedding that is divided over ranks.
+    """This rank's rows of an output embedding, if the vocabulary is divided over ranks.
 
     Every rank passes all tokens and labels. Maxima and sums of the softmax are reduced over the
-    group, so every rank gets the whole loss. The gradient of `hidden` is this rank's part: the
-    caller adds the parts, as in any layer that is divided by columns.
+    group, so every rank gets the whole loss. The gradient of `hidden` is partial: the caller sums
+    it over the ranks, as for any column-parallel linear layer.
 
     Attributes:
-        first_word: Token id of the weight's first row.
-        num_words: Words of the whole vocabulary.
-        group: Process group of the ranks that hold the other rows.
+        first_word: Token id of the weight's first row on this rank.
+        num_words: Size of the whole vocabulary, over all ranks.
+        group: Process group of the ranks that share the vocabulary.
     """
 
     first_word: int

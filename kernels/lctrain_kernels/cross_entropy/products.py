@@ -1,7 +1,7 @@
-"""The matrix products of a chunk: logits, and the gradients of hidden states, weight and bias.
+"""The matrix products of a chunk of tokens: logits, and gradients of hidden states and weight.
 
-With half-precision inputs on a GPU the logits stay in half precision, in one buffer that all chunks
-share, and the weight's gradient is accumulated in float32 by cuBLAS itself. Elsewhere everything is
+Half-precision inputs on a GPU give half-precision logits, in one buffer that all chunks share, and
+cuBLAS accumulates the weight's gradient in float32. In all other cases logits and gradients are
 float32 (float64 for float64 inputs).
 """
 
@@ -12,18 +12,18 @@ import functools
 import torch
 from torch import Tensor
 
-# Rows of a half-precision weight that are converted to float32 at a time, where the device has no
-# matrix product with half-precision inputs and a float32 result.
+# Number of rows of a half-precision weight that are converted to float32 at a time, if the device
+# has no matrix product with half-precision inputs and a float32 result.
 VOCABULARY_BLOCK = 16384
-# Words between the beginnings of two rows of logits are a multiple of this, so that rows are
-# aligned for vectors and for cuBLAS whatever the vocabulary.
+# The row stride of the logits is a multiple of this number of elements, so that rows are aligned
+# for vector loads and for cuBLAS for any vocabulary size.
 ROW_MULTIPLE = 64
 
 
 def logits_buffer(
     tokens: int, vocabulary: int, matmul_dtype: torch.dtype, backend: str, device: torch.device
 ) -> Tensor:
-    """Allocates the logits of a chunk, [tokens, V], with aligned rows."""
+    """Allocates the logits [tokens, vocabulary] of a chunk, with aligned rows."""
     dtype = (
         matmul_dtype if backend == "triton" else torch.promote_types(matmul_dtype, torch.float32)
     )
@@ -34,7 +34,10 @@ def logits_buffer(
 def project(
     hidden: Tensor, weight: Tensor, adapter: tuple[Tensor, Tensor] | None, out: Tensor
 ) -> None:
-    """out [C, V] = hidden [C, E] @ weight [V, E].T, plus low [C, R] @ up [V, R].T of an adapter."""
+    """Computes the logits out [C, V] = hidden [C, E] @ weight [V, E].T of C tokens.
+
+    An adapter (low [C, R], up [V, R]) adds low @ up.T.
+    """
     _multiply(hidden, weight, out)
     if adapter is not None:
         low, up = adapter
@@ -45,7 +48,7 @@ def project(
 
 
 def project_back(logits_grad: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out [C, E] = logits_grad [C, V] @ weight [V, E], in the dtype of out."""
+    """Computes out [C, E] = logits_grad [C, V] @ weight [V, E], in the dtype of out."""
     if logits_grad.dtype == weight.dtype:
         if out.dtype == weight.dtype:
             torch.mm(logits_grad, weight, out=out)
@@ -65,13 +68,13 @@ def project_back(logits_grad: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def accumulate_outer(total: Tensor, logits_grad: Tensor, hidden: Tensor, *, first: bool) -> None:
-    """total [V, E] float32 (+)= logits_grad [C, V].T @ hidden [C, E].
+    """Adds the weight's gradient of a chunk, logits_grad.T @ hidden, to `total`.
 
     Args:
-        total: Sum over the chunks; overwritten where `first`.
-        logits_grad: [C, V].
-        hidden: [C, E].
-        first: Whether this is the first product that is added.
+        total: Sum over the chunks, [V, E] float32. The first chunk overwrites it.
+        logits_grad: Gradient of the chunk's logits, [C, V].
+        hidden: Hidden states of the chunk, [C, E].
+        first: Whether this is the first chunk.
     """
     if logits_grad.dtype == total.dtype:  # float32 logits, perhaps of half-precision inputs
         total.addmm_(logits_grad.t(), hidden.to(total.dtype), beta=0.0 if first else 1.0)
@@ -107,13 +110,16 @@ def _multiply(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def _has_mixed_products(device: torch.device) -> bool:
-    """Whether this device multiplies half-precision matrices into a float32 result."""
+    """Returns whether a device multiplies half-precision matrices into a float32 result."""
     return device.type == "cuda" and torch.version.hip is None
 
 
 @functools.cache
 def _accumulates_in_place(device: torch.device) -> bool:
-    """Whether addmm adds half-precision products to a float32 matrix: some releases refuse."""
+    """Returns whether addmm adds half-precision products to a float32 matrix on a device.
+
+    Some releases of PyTorch refuse it.
+    """
     if not _has_mixed_products(device):
         return False
     half = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)

@@ -1,8 +1,9 @@
-"""The pass over a chunk of logits, in Triton or in plain PyTorch, and the loss from its result.
+"""The pass over the rows of a chunk of logits, in Triton or PyTorch, and the loss of its tokens.
 
-A row's statistics are four numbers: the maximum m of its logits, the sum of exp(z - m), the logit z
-of its label, and the sum of its logits (0 without label smoothing). m and the sum are kept apart:
-beside a large m, the rounding of m + log(sum) would be most of the error of a small loss.
+The statistics of a row of logits z are four numbers: the maximum m, the sum of exp(z - m), the
+logit of the label, and the sum of the logits (0 without label smoothing). m and the sum of
+exponentials are stored separately, because rounding m + log(sum) beside a large m would dominate
+the error of a small loss.
 """
 
 from __future__ import annotations
@@ -30,18 +31,19 @@ def row_pass(
     reads_statistics: bool,
     writes_gradient: bool,
 ) -> None:
-    """Finds the statistics of the rows, or overwrites logits with their gradient, or both.
+    """Computes the statistics of the rows, overwrites the logits with their gradient, or both.
 
     Args:
-        logits: [C, V], the products; the gradient is written over them.
-        bias: [V] or None.
-        labels: [C] int64.
-        statistics: [4, C] in the accumulation dtype; written unless `reads_statistics`.
-        token_grad: [C], gradient of the tokens' losses, or None for 1.
-        lse_grad: [C], gradient of the tokens' logsumexp, or None.
+        logits: Results of the matrix product, [C, V]; overwritten by the gradient.
+        bias: Bias of the logits, [V], or None.
+        labels: Token ids, [C] int64.
+        statistics: Statistics of each row, [4, C], in the accumulation dtype; written unless
+            `reads_statistics`.
+        token_grad: Gradient of each token's loss, [C]; None for 1.
+        lse_grad: Gradient of each token's logsumexp, [C], or None.
         options: Softcap, label smoothing and the other options of the loss.
-        reads_statistics: Take the statistics as given.
-        writes_gradient: Replace logits by the gradient.
+        reads_statistics: Whether to use the given statistics instead of computing them.
+        writes_gradient: Whether to overwrite the logits with their gradient.
     """
     if options.backend == "triton":
         _launch(
@@ -63,13 +65,13 @@ def row_pass(
 
 
 def token_losses(statistics: Tensor, labels: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
-    """Loss and logsumexp of each token, both [T]; 0 for ignored tokens."""
+    """Returns the loss [T] and the logsumexp [T] of each token; both are 0 for ignored tokens."""
     m, exp_sum, target, logit_sum = statistics
     log_sum = exp_sum.log()
     lse = m + log_sum
     loss = log_sum - (target - m)
     if options.label_smoothing > 0.0:
-        # The mean is taken beside m, as the target is.
+        # m is subtracted from the mean of the logits, as from the label's logit.
         spread = log_sum - (logit_sum / options.num_words - m)
         loss = (1.0 - options.label_smoothing) * loss + options.label_smoothing * spread
     if options.z_loss > 0.0:
@@ -81,7 +83,11 @@ def token_losses(statistics: Tensor, labels: Tensor, options: LossOptions) -> tu
 
 
 def finish_logits(logits: Tensor, bias: Tensor | None, options: LossOptions) -> Tensor:
-    """Returns the logits from the products, a new tensor [C, V] in the accumulation dtype."""
+    """Applies bias, logit scale and softcap to the results of the matrix product.
+
+    Returns:
+        The logits, a new tensor [C, V] in the accumulation dtype.
+    """
     z = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
     if bias is not None:
         z += bias
@@ -93,7 +99,7 @@ def finish_logits(logits: Tensor, bias: Tensor | None, options: LossOptions) -> 
 
 
 def scale_to(x: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    """x * factor in float32, rounded once to dtype; factor is 0-dim."""
+    """Returns x * factor, computed in float32 and rounded once to `dtype`. factor is 0-dim."""
     if backend == "triton":
         import triton
 

@@ -1,4 +1,4 @@
-"""Joins the softmax statistics of a vocabulary that is divided over ranks."""
+"""Reduces the softmax statistics over the ranks that share a vocabulary."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lctrain_kernels.cross_entropy.rows import EXP_SUM, MAXIMUM
 
 
 def reduce_statistics(statistics: Tensor, group_name: str) -> None:
-    """Reduces the statistics [4, C] of all shards of the vocabulary, in place."""
+    """Reduces the statistics [4, C] of C tokens over all shards of the vocabulary, in place."""
     from torch.distributed.distributed_c10d import _resolve_process_group
 
     resolve: Any = _resolve_process_group

@@ -1,8 +1,8 @@
-"""The pass over a chunk of logits in portable Triton: statistics of the softmax, and the gradient.
+"""Triton kernels of the pass over a chunk of logits: softmax statistics and the gradient.
 
-One program owns a row at a time. Its running maximum and sum are kept per lane of GROUP
-neighbouring words, so that rescaling the sum costs one exponential per GROUP words. The gradient
-is written over the logits.
+A program processes one row at a time. It keeps a running maximum and sum per group of GROUP
+adjacent logits, so rescaling the sum costs one exponential per group. The gradient overwrites the
+logits.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ GROUP = tl.constexpr(8)  # words per lane: 16 bytes in half precision
 
 
 class RowPointers(NamedTuple):
-    """Tensors of row_pass_kernel; it says their shapes."""
+    """Tensors of row_pass_kernel, whose docstring gives their shapes."""
 
     logits: Any
     bias: Any
@@ -39,7 +39,7 @@ def _tanh(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def _logits(raw, bias_ptr, words, num_words, softcap, scale, HAS_SOFTCAP: tl.constexpr):
-    """Logits from the products, float32; -inf outside of the vocabulary."""
+    """Applies bias, scale and softcap; returns float32 logits, -inf outside the vocabulary."""
     inside = (words >= 0) & (words < num_words)
     z = raw.to(tl.float32)
     if bias_ptr is not None:
@@ -63,7 +63,10 @@ def _statistics(
     HAS_SOFTCAP: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
 ):
-    """Maximum, sum of exp(z - maximum) and sum of z of one row; without a finite logit 0, 0."""
+    """Returns the maximum, the sum of exp(z - maximum) and the sum of the logits z of a row.
+
+    If no logit is finite, maximum and sum of exponentials are 0.
+    """
     LANES: tl.constexpr = BLOCK // GROUP
     offsets = tl.arange(0, LANES)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     m = tl.full([LANES], float("-inf"), tl.float32)
@@ -102,7 +105,10 @@ def _write_gradient(
     HAS_SOFTCAP: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
 ):
-    """Replaces the products of one row by on_p exp(z - top), less on_target and on_all."""
+    """Overwrites one row with its gradient, on_p * exp(z - top) - on_all.
+
+    on_target is subtracted at the label, too.
+    """
     LANES: tl.constexpr = BLOCK // GROUP
     offsets = tl.arange(0, LANES)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     for start in tl.range(0, num_words, BLOCK, num_stages=STAGES):
@@ -147,12 +153,17 @@ def row_pass_kernel(
     READS_STATISTICS: tl.constexpr,
     WRITES_GRADIENT: tl.constexpr,
 ):
-    """Walks over the rows of a chunk. Grid: any number of programs; few keep a row in the L2 cache.
+    """Computes the statistics of the rows of a chunk, or their gradients, or both.
 
-    logits [C, V], the products, in place replaced by their gradient; all columns up to the stride
-    may be written; bias [V]; labels [C] int64; statistics [4, C] float32: maximum, sum of
-    exp(z - maximum), z of the label, sum of z; token_grad and lse_grad [C] float32, gradients of
-    the token's loss (1 if not passed) and of its logsumexp.
+    Grid: any number of programs; each loops over rows. With few programs a row stays in the L2
+    cache until its second reading.
+
+    - logits [C, V]: results of the matrix product, overwritten by the gradient. All columns up to
+      the row stride may be written.
+    - bias [V]; labels [C] int64.
+    - statistics [4, C] float32: maximum, sum of exp(z - maximum), logit z of the label, sum of z.
+    - token_grad [C] float32: gradient of each token's loss, 1 if not passed.
+    - lse_grad [C] float32: gradient of each token's logsumexp.
     """
     for index in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         row = tl.cast(index, tl.int64)
@@ -206,7 +217,10 @@ def row_pass_kernel(
 
 @triton.jit
 def scale_kernel(x_ptr, factor_ptr, out_ptr, numel, BLOCK: tl.constexpr):
-    """out = x * factor in float32. Grid: (cdiv(numel, BLOCK),). factor is one float32."""
+    """Computes out = x * factor in float32, with one float32 factor.
+
+    Grid: (cdiv(numel, BLOCK),).
+    """
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < numel
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)

@@ -1,4 +1,4 @@
-"""Kernels of gated and biased activations, as input for ahead-of-time compilation."""
+"""Lists the kernels of SwiGLU, GeGLU and bias + GELU for ahead-of-time compilation."""
 
 from collections.abc import Iterator
 
@@ -26,9 +26,10 @@ def gated_variants(
     """Describes one compilation of gated_fwd_kernel and one of gated_bwd_kernel.
 
     Args:
-        activation: A key of ACTIVATION_NUMBERS.
+        activation: Name of the activation, a key of ACTIVATION_NUMBERS.
         dtype: Triton's name of the tensors' dtype, such as "bf16".
-        writes_product: The backward writes the product again, for the next weight's gradient.
+        writes_product: Whether the backward recomputes activation(gate) * up and writes it, as the
+            gradient of the next layer's weight needs it.
     """
     number = ACTIVATION_NUMBERS[activation]
     forward = {"BLOCK": FORWARD_BLOCK, "ACTIVATION": number}
@@ -47,9 +48,9 @@ def bias_gelu_variants(
     """Describes one compilation of bias_gelu_fwd_kernel and one of bias_gelu_bwd_kernel.
 
     Args:
-        activation: A key of ACTIVATION_NUMBERS.
+        activation: Name of the activation, a key of ACTIVATION_NUMBERS.
         dtype: Triton's name of the tensors' dtype, such as "bf16".
-        has_bias: A bias is added before the activation.
+        has_bias: Whether a bias is added before the activation.
     """
     number = ACTIVATION_NUMBERS[activation]
     forward = {"BLOCK": FORWARD_BLOCK, "ACTIVATION": number}
@@ -69,7 +70,7 @@ def bias_gelu_variants(
 
 
 def kernel_variants() -> Iterator[KernelVariant]:
-    """Yields every activation in bf16, and SwiGLU in float32."""
+    """Yields the kernels of every activation in bf16, and those of SwiGLU in float32."""
     yield from gated_variants("silu")
     yield from gated_variants("gelu_tanh")
     yield from gated_variants("gelu", writes_product=False)

@@ -1,4 +1,4 @@
-"""swiglu, geglu, gated_linear and bias_gelu: checks, shapes and the choice of backend."""
+"""Public activation functions: argument checks, reshaping and the choice of backend."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from lctrain_kernels.mlp.reference import ACTIVATIONS
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> Tensor:
-    """`silu(gate) * up`; saves gate and up for the backward and writes nothing into them.
+    """Returns `silu(gate) * up`. The backward recomputes it from gate and up.
 
     Args:
-        gate: [..., I], floating point; or [..., 2 I] with gate and up side by side, without `up`.
-        up: [..., I], or None.
+        gate: Gate [..., I], floating point. If `up` is None, gate and up side by side, [..., 2 I].
+        up: Factor of the activated gate, [..., I], or None.
         backend: Implementation: "auto", "triton" or "pytorch".
 
     Returns:
-        [..., I] in the dtype of gate.
+        The product [..., I], in the dtype of gate.
 
     Raises:
         ValueError: if shapes or dtypes do not fit.
@@ -30,7 +30,13 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> 
 def geglu(
     gate: Tensor, up: Tensor | None = None, *, approximate: str = "tanh", backend: str = "auto"
 ) -> Tensor:
-    """`gelu(gate) * up`; arguments as in swiglu, and `approximate` "tanh" or "none".
+    """Returns `gelu(gate) * up`.
+
+    Args:
+        gate: Gate [..., I], floating point. If `up` is None, gate and up side by side, [..., 2 I].
+        up: Factor of the activated gate, [..., I], or None.
+        approximate: "tanh" or "none", as in torch.nn.functional.gelu.
+        backend: Implementation: "auto", "triton" or "pytorch".
 
     Raises:
         ValueError: if shapes or dtypes do not fit, or `approximate` is unknown.
@@ -41,19 +47,20 @@ def geglu(
 def gated_linear(
     gate: Tensor, up: Tensor, weight: Tensor, *, activation: str = "silu", backend: str = "auto"
 ) -> Tensor:
-    """`(activation(gate) * up) @ weight.T` without keeping the product for the backward.
+    """Returns `(activation(gate) * up) @ weight.T`.
 
-    Under autocast the arguments are cast as those of torch.nn.functional.linear.
+    The backward recomputes `activation(gate) * up` instead of saving it. Under autocast the
+    arguments are cast to autocast's dtype, as in torch.nn.functional.linear.
 
     Args:
-        gate: [..., I].
-        up: [..., I].
-        weight: [E, I].
+        gate: Gate [..., I].
+        up: Factor of the activated gate, [..., I].
+        weight: Weight of the linear layer, [E, I].
         activation: "silu", "gelu_tanh" or "gelu".
         backend: Implementation: "auto", "triton" or "pytorch".
 
     Returns:
-        [..., E].
+        The output of the linear layer, [..., E].
 
     Raises:
         ValueError: if shapes or dtypes do not fit.
@@ -81,12 +88,12 @@ def gated_linear(
 def bias_gelu(
     x: Tensor, bias: Tensor | None = None, *, approximate: str = "none", backend: str = "auto"
 ) -> Tensor:
-    """`gelu(x + bias)`, in float32 inside; saves x and bias.
+    """Returns `gelu(x + bias)`, computed in float32. x and bias are saved for the backward.
 
     Args:
-        x: [..., I], floating point.
-        bias: [I] or None.
-        approximate: "none" or "tanh".
+        x: Input [..., I], floating point.
+        bias: Bias [I], or None.
+        approximate: "none" or "tanh", as in torch.nn.functional.gelu.
         backend: Implementation: "auto", "triton" or "pytorch".
 
     Raises:

@@ -1,4 +1,4 @@
-"""Launches the kernels of gated and biased activations; the same functions as in `reference`."""
+"""Launches the Triton kernels of the activations; its functions match those of `reference`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _grid(rows: int, columns: int, block: int) -> tuple[int]:
 
 
 def gated_fwd(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """activation(gate) * up, [T, I]. Rows of the arguments may be strided, columns not."""
+    """Returns activation(gate) * up, [T, I]. gate and up have any row stride, column stride 1."""
     rows, columns = gate.shape
     out = torch.empty(rows, columns, dtype=gate.dtype, device=gate.device)
     if out.numel():
@@ -53,16 +53,17 @@ def gated_bwd(
     dup: Tensor,
     out: Tensor | None = None,
 ) -> None:
-    """Writes the gradients of gate and up, and the product again.
+    """Writes the gradients of gate and up, and optionally recomputes activation(gate) * up.
 
     Args:
-        dout: [T, I], gradient of the product.
-        gate: [T, I].
-        up: [T, I].
-        activation: One of ACTIVATION_NUMBERS.
-        dgate: [T, I], written.
-        dup: [T, I], written.
-        out: [T, I] with the strides of dout, written if passed; may be dout itself.
+        dout: Gradient of activation(gate) * up, [T, I].
+        gate: Gate [T, I].
+        up: Factor of the activated gate, [T, I].
+        activation: Name of the activation, a key of ACTIVATION_NUMBERS.
+        dgate: Buffer for the gradient of gate, [T, I]; written.
+        dup: Buffer for the gradient of up, [T, I]; written.
+        out: Buffer for activation(gate) * up, [T, I] with the strides of dout, or None. It may be
+            dout itself.
     """
     rows, columns = gate.shape
     if not gate.numel():
@@ -88,7 +89,7 @@ def gated_bwd(
 
 
 def bias_gelu_fwd(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """activation(x + bias), [T, I]."""
+    """Returns activation(x + bias), [T, I]."""
     rows, columns = x.shape
     out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     if out.numel():
@@ -109,7 +110,7 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
 def bias_gelu_bwd(
     dout: Tensor, x: Tensor, bias: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the bias (no elements without one)."""
+    """Returns the gradients of x and of the bias; an empty tensor without a bias."""
     rows, columns = x.shape
     dx = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     parts = min(triton.cdiv(rows, BIAS_ROWS), BIAS_PARTS)

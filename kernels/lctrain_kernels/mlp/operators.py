@@ -1,8 +1,8 @@
-"""Gated and biased activations as operators of torch.library.
+"""Registers SwiGLU, GeGLU, their following linear layer and bias + GELU as torch.library operators.
 
-Saved for the backward are gate and up alone, and nothing is written into them. `gated_linear` adds
-the projection that follows: its weight's gradient needs the product, which the backward computes
-again in the pass that it makes anyway.
+Only gate and up are saved for the backward. `gated_linear` includes the linear layer that follows.
+The gradient of its weight needs activation(gate) * up, which the backward kernel recomputes while
+it computes the gradients of gate and up.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _gated_backward(
 
 
 def _gated_packed_backward(dout: Tensor, packed: Tensor, activation: str, backend: str) -> Tensor:
-    """Gradient of gate and up in one tensor [T, 2 I], gate first."""
+    """Returns the gradients of gate and up in one tensor [T, 2 I], gate first."""
     gate, up = packed.chunk(2, dim=-1)
     grad = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
     dgate, dup = grad.chunk(2, dim=-1)
@@ -98,7 +98,7 @@ def _bias_gelu_backward(
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """Returns the tensor, copied only if its columns are not adjacent."""
+    """Returns the tensor with last stride 1; copies it only if needed."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
@@ -156,7 +156,10 @@ bias_activation_backward = define_operator(
 
 
 def _save(number: int) -> Any:
-    """A setup_context that saves the first `number` arguments and keeps the others."""
+    """Returns a setup_context that saves the first `number` arguments as tensors for the backward.
+
+    The other arguments, which are not tensors, become attributes of ctx.
+    """
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[:number])

@@ -1,4 +1,4 @@
-"""Gated and biased activations in plain PyTorch: the oracle, and the path without a GPU."""
+"""SwiGLU, GeGLU and bias + GELU in plain PyTorch: the reference of the tests, and the CPU path."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """The activation of x, in its dtype."""
+    """Returns activation(x), in the dtype of x."""
     if activation == "silu":
         return functional.silu(x)
     return functional.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def slope(x: Tensor, activation: str) -> Tensor:
-    """Derivative of the activation at x, in its dtype."""
+    """Returns the derivative of the activation at x, in the dtype of x."""
     if activation == "silu":
         share = x.sigmoid()
         return share * (1.0 + x * (-x).sigmoid())
@@ -34,14 +34,14 @@ def slope(x: Tensor, activation: str) -> Tensor:
 
 
 def gated_fwd(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """activation(gate) * up."""
+    """Returns activation(gate) * up."""
     return activate(gate, activation) * up
 
 
 def gated_bwd(
     dout: Tensor, gate: Tensor, up: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of gate and up, and the product again; computed in float32."""
+    """Returns the gradients of gate and up, and activation(gate) * up, computed in float32."""
     wide = torch.promote_types(gate.dtype, torch.float32)
     dout, wide_gate, wide_up = dout.to(wide), gate.to(wide), up.to(wide)
     active = activate(wide_gate, activation)
@@ -51,7 +51,7 @@ def gated_bwd(
 
 
 def bias_gelu_fwd(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """activation(x + bias), in the dtype of x."""
+    """Returns activation(x + bias), in the dtype of x."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return activate(wide if bias is None else wide + bias, activation).to(x.dtype)
 
@@ -59,7 +59,7 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
 def bias_gelu_bwd(
     dout: Tensor, x: Tensor, bias: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the bias (no elements without one)."""
+    """Returns the gradients of x and of the bias; an empty tensor without a bias."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     dx = dout.to(wide.dtype) * slope(wide if bias is None else wide + bias, activation)
     dbias = x.new_empty(0) if bias is None else dx.sum(0).to(bias.dtype)

@@ -1,4 +1,4 @@
-"""Gated activations in portable Triton: forward, and a backward that computes the product again."""
+"""Triton kernels of SwiGLU, GeGLU and bias + GELU, forward and backward."""
 
 import triton
 import triton.language as tl
@@ -13,9 +13,9 @@ GELU = tl.constexpr(2)
 
 @triton.jit
 def _sigmoid(x, DTYPE: tl.constexpr):
-    """Returns sigmoid(x) and sigmoid(-x), for data of DTYPE.
+    """Returns sigmoid(x) and sigmoid(-x), accurate enough for data of DTYPE.
 
-    Computing the second as 1 - sigmoid(x) would lose digits.
+    sigmoid(-x) is not computed as 1 - sigmoid(x), which would lose digits by cancellation.
     """
     e = tl.minimum(tl.exp2(-x * _LOG2_E), 1e30)
     share = divide(1.0, 1.0 + e, DTYPE)
@@ -24,7 +24,7 @@ def _sigmoid(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
-    """Returns the activation of x and its derivative, float32, for data of DTYPE."""
+    """Returns activation(x) and its derivative in float32, accurate enough for data of DTYPE."""
     if ACTIVATION == SILU:
         share, rest = _sigmoid(x, DTYPE)
         return x * share, share * (1.0 + x * rest)
@@ -43,7 +43,7 @@ def activate(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _place(columns, BLOCK: tl.constexpr):
-    """Row and columns of this program, of a grid over rows times blocks of columns."""
+    """Returns the row and the columns of this program. Grid: (rows * cdiv(columns, BLOCK),)."""
     blocks = tl.cdiv(columns, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     return row, (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -61,7 +61,10 @@ def gated_fwd_kernel(
     BLOCK: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """out = activation(gate) * up, [rows, columns]. Grid: (rows * cdiv(columns, BLOCK),)."""
+    """Computes out = activation(gate) * up, each [rows, columns].
+
+    Grid: (rows * cdiv(columns, BLOCK),).
+    """
     row, offsets = _place(columns, BLOCK)
     mask = offsets < columns
     gate = tl.load(gate_ptr + row * stride_gate + offsets, mask=mask, other=0.0)
@@ -88,7 +91,11 @@ def gated_bwd_kernel(
     BLOCK: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """Gradients of gate and up; out, if passed, is the product again and may be dout itself."""
+    """Computes the gradients of gate and up, each [rows, columns].
+
+    If `out` is passed, activation(gate) * up is recomputed and stored there; it may be dout itself.
+    Grid: (rows * cdiv(columns, BLOCK),).
+    """
     row, offsets = _place(columns, BLOCK)
     mask = offsets < columns
     dout = tl.load(dout_ptr + row * stride_dout + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -108,7 +115,10 @@ def gated_bwd_kernel(
 def bias_gelu_fwd_kernel(
     x_ptr, bias_ptr, out_ptr, columns, stride_x, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr
 ):
-    """out = gelu(x + bias), [rows, columns]. Grid: (rows * cdiv(columns, BLOCK),)."""
+    """Computes out = activation(x + bias), [rows, columns], for GELU activations.
+
+    Grid: (rows * cdiv(columns, BLOCK),).
+    """
     row, offsets = _place(columns, BLOCK)
     mask = offsets < columns
     x = tl.load(x_ptr + row * stride_x + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -133,10 +143,11 @@ def bias_gelu_bwd_kernel(
     BLOCK: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """Gradient of x, and parts of the bias's. Grid: (parts, cdiv(columns, BLOCK)).
+    """Computes the gradient of x, and partial sums of the gradient of the bias.
 
-    Program p of a block of columns walks over the groups of ROWS rows p, p + parts, ...; dbias
-    [parts, columns] float32.
+    Grid: (parts, cdiv(columns, BLOCK)). Program p of a block of columns processes the groups of
+    ROWS rows with index p, p + parts, ... and stores its sum in row p of dbias [parts, columns],
+    float32.
     """
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < columns

@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm, also with the residual addition before them."""
+"""Computes RMSNorm and LayerNorm, optionally fused with the residual addition before the norm."""
 
 from lctrain_kernels.norm.api import fused_add_rms_norm, layer_norm, rms_norm
 

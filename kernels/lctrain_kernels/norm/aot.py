@@ -1,4 +1,4 @@
-"""Kernels of the norms, as input for ahead-of-time compilation: each tile of the tables once."""
+"""Lists the norm kernels for ahead-of-time compilation, one variant per tile configuration."""
 
 from collections.abc import Iterator
 
@@ -21,8 +21,8 @@ def forward_variant(columns: int, norm: str, dtype: str = "bf16") -> KernelVaria
 
     Args:
         columns: Hidden size.
-        norm: "rms", "gemma" (rounded after the product with the weight) or "layer" (with a bias);
-            "add_" before it adds a residual.
+        norm: "rms", "gemma" (RMSNorm that multiplies by the weight in float32) or "layer"
+            (LayerNorm with a bias). The prefix "add_" adds a residual before the norm.
         dtype: Triton's name of the tensors' dtype, such as "bf16".
     """
     block = triton.next_power_of_2(columns)
@@ -44,7 +44,7 @@ def forward_variant(columns: int, norm: str, dtype: str = "bf16") -> KernelVaria
 
 
 def backward_variant(columns: int, norm: str, dtype: str = "bf16") -> KernelVariant:
-    """As forward_variant, for norm_bwd_kernel."""
+    """Describes one compilation of norm_bwd_kernel; the arguments are those of forward_variant."""
     block = triton.next_power_of_2(columns)
     config = norm_config(BACKWARD, block)
     others: dict[str, str | None] = dict.fromkeys(
@@ -71,20 +71,20 @@ def backward_variant(columns: int, norm: str, dtype: str = "bf16") -> KernelVari
 
 
 def column_sum_variant(columns: int, dtype: str = "bf16") -> KernelVariant:
-    """Describes one compilation of column_sum_kernel, which adds parts of a weight's gradient."""
+    """Describes one compilation of column_sum_kernel, which adds partial gradients of a weight."""
     constants = {"COLUMNS": columns, "BLOCK": SUM_BLOCK, "PARTS": SUM_PARTS}
     label = f"column_sum-H{columns}"
     return fused_variant(label, column_sum_kernel, dtype, {"parts_ptr": "*fp32"}, constants, 4)
 
 
 def cases() -> tuple[tuple[int, str], ...]:
-    """Returns the hidden size and norm of a variant per tile."""
+    """Returns one (hidden size, norm) for each tile configuration."""
     larger = {size: "add_rms" for size in FORWARD if size > max(NORMS)}
     return tuple((NORMS | larger).items())
 
 
 def kernel_variants() -> Iterator[KernelVariant]:
-    """Yields a variant per tile, and one of float32."""
+    """Yields a variant of each tile configuration in bf16, and one in float32."""
     for columns, norm in cases():
         yield forward_variant(columns, norm)
         yield backward_variant(columns, norm)

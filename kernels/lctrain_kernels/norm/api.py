@@ -1,4 +1,4 @@
-"""rms_norm, fused_add_rms_norm and layer_norm: checks, shapes and the choice of backend."""
+"""Public norm functions: argument checks, reshaping and the choice of backend."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ def rms_norm(
     float32_product: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * (weight + weight_offset)` over the last dimension.
+    """Returns `x / sqrt(mean(x^2) + eps) * (weight + weight_offset)` over the last dimension.
 
-    Statistics, gradients and the sum over rows in the weight's gradient are float32 (float64 for
-    float64 inputs). Saved for the backward: x, and one float32 per row.
+    Arithmetic is in float32 (float64 for float64 inputs), also in the backward. Saved for the
+    backward are x and one float32 per row.
 
     Args:
-        x: [..., H], floating point.
-        weight: [H], floating point.
-        eps: Added to the mean square.
-        weight_offset: 1 for Gemma, whose weights are deviations from 1.
+        x: Hidden states [..., H], floating point.
+        weight: Weight of the norm, [H], floating point.
+        eps: Epsilon that is added to the mean square.
+        weight_offset: Number that is added to the weight; 1 for Gemma, whose weights are stored
+            as deviations from 1.
         float32_product: Whether to multiply by the weight in float32, as Gemma does. Otherwise the
             normalised values are rounded to x's dtype before the product, as in Llama.
         backend: Implementation: "auto", "triton" or "pytorch".
 
     Returns:
-        [..., H]; in the dtype of x with `float32_product`, else in the promoted one of x and
-        weight.
+        The normalised x [..., H], in the dtype of x with `float32_product`, else in the promoted
+        dtype of x and weight.
 
     Raises:
         ValueError: if shapes or dtypes do not fit.
@@ -58,20 +59,20 @@ def fused_add_rms_norm(
     float32_product: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`rms_norm(x + residual)` and `x + residual`, in one pass.
+    """Returns `rms_norm(x + residual)` and `x + residual`, computed by one kernel.
 
     Args:
-        x: [..., H], floating point.
-        residual: The same shape.
-        weight: [H].
-        eps: See rms_norm.
-        weight_offset: See rms_norm.
-        float32_product: See rms_norm.
-        backend: See rms_norm.
+        x: Output of a layer, [..., H], floating point.
+        residual: Residual stream, in the shape of x.
+        weight: Weight of the norm, [H].
+        eps: Epsilon that is added to the mean square.
+        weight_offset: Number that is added to the weight; 1 for Gemma.
+        float32_product: Whether to multiply by the weight in float32; see rms_norm.
+        backend: Implementation: "auto", "triton" or "pytorch".
 
     Returns:
-        The normalised sum and the sum, both [..., H]. The sum has the promoted dtype of x and
-        residual; its gradient is added to that of x and residual.
+        The normalised sum [..., H], and the sum x + residual [..., H] in the promoted dtype of x
+        and residual. Both results are differentiable.
 
     Raises:
         ValueError: if shapes or dtypes do not fit.
@@ -101,17 +102,17 @@ def layer_norm(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """LayerNorm over the last dimension, in float32 inside.
+    """Applies LayerNorm over the last dimension, with float32 arithmetic.
 
     Args:
-        x: [..., H], floating point.
-        weight: [H].
-        bias: [H] in the dtype of weight, or None.
-        eps: Added to the variance.
-        backend: See rms_norm.
+        x: Hidden states [..., H], floating point.
+        weight: Weight of the norm, [H].
+        bias: Bias of the norm, [H] in the dtype of weight, or None.
+        eps: Epsilon that is added to the variance.
+        backend: Implementation: "auto", "triton" or "pytorch".
 
     Returns:
-        [..., H] in the dtype of x.
+        The normalised x [..., H], in the dtype of x.
 
     Raises:
         ValueError: if shapes or dtypes do not fit.
@@ -131,7 +132,7 @@ def layer_norm(
 def _options(
     x: Tensor, eps: float, weight_offset: float, float32_product: bool, backend: str
 ) -> tuple[float, float, bool, bool, str]:
-    """Returns the fields of NormOptions and the backend, as the operator takes them."""
+    """Returns the fields of NormOptions and the backend, in the operator's order of arguments."""
     chosen = fused_backend(x.device, x.dtype, backend)
     if chosen == "triton" and x.shape[-1] > MAX_COLUMNS:
         if backend == "triton":

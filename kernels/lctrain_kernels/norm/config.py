@@ -1,6 +1,6 @@
-"""Launch configurations of the norm's kernels, by hidden size and not by the number of rows.
+"""Launch configurations of the norm kernels, by hidden size.
 
-`bench/NOTES.md` holds the measurements that the numbers come from.
+They do not depend on the number of rows. The sizes come from the measurements in `bench/NOTES.md`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ MAX_COLUMNS = 32768
 
 @dataclass(frozen=True)
 class NormConfig:
-    """Tile of a norm's kernel.
+    """Launch configuration of a norm kernel.
 
     Attributes:
-        rows: Rows that a program holds at one time.
+        rows: Number of rows that a program holds in registers at a time.
         num_warps: Warps per program.
         stages: Depth of the backward's load pipeline.
         programs: Number of programs per multiprocessor in the backward.
@@ -50,5 +50,5 @@ BACKWARD = {
 
 
 def norm_config(table: dict[int, NormConfig], block: int) -> NormConfig:
-    """The configuration of the smallest listed size that holds `block` columns."""
+    """Returns the configuration of the smallest hidden size in `table` that is >= `block`."""
     return next(config for size, config in table.items() if block <= size)

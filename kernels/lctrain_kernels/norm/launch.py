@@ -1,4 +1,4 @@
-"""Launches the norm's kernels; the same functions as in `reference`."""
+"""Launches the Triton kernels of the norms; its functions match those of `reference`."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ def norm_fwd(
     options: NormOptions,
     config: NormConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Normalises rows of x, or of x + residual.
+    """Normalises the rows of x, or of x + residual.
 
     Args:
-        x: [T, H]; it may be strided between rows, not within a row.
-        residual: [T, H] with the same condition, or None.
-        weight: [H].
-        bias: [H] or None.
+        x: Hidden states [T, H]; any row stride, column stride 1.
+        residual: Residual stream [T, H], any row stride, column stride 1; or None.
+        weight: Weight of the norm, [H].
+        bias: Bias of the norm, [H], or None.
         options: Epsilon and kind of the norm.
-        config: Replaces the table's tile.
+        config: Launch configuration that replaces the table's.
 
     Returns:
-        y [T, H]; the sum [T, H] (no elements without a residual), mean and rstd [T] float32.
+        The normalised rows [T, H]; the sum x + residual [T, H] (an empty tensor without a
+        residual); the mean [T] (empty for RMSNorm) and 1 / standard deviation [T], float32.
     """
     rows, columns = x.shape
     block = triton.next_power_of_2(columns)
@@ -83,7 +84,10 @@ def norm_bwd(
     needs_bias: bool,
     config: NormConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of norm_fwd; arguments and results as in `reference.norm_bwd`."""
+    """Returns the gradients of norm_fwd; arguments and results are those of `reference.norm_bwd`.
+
+    `config` replaces the table's launch configuration.
+    """
     rows, columns = x.shape
     block = triton.next_power_of_2(columns)
     config = norm_config(BACKWARD, block) if config is None else config
@@ -120,7 +124,10 @@ def norm_bwd(
 
 
 def column_sum(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum over the first dimension of parts [P, N] float32, contiguous; [N] in dtype."""
+    """Returns the sum over the first dimension of `parts` [P, N], as [N] in `dtype`.
+
+    `parts` is float32 and contiguous.
+    """
     num_parts, columns = parts.shape
     out = torch.empty(columns, dtype=dtype, device=parts.device)
     column_sum_kernel[(triton.cdiv(columns, SUM_BLOCK),)](
@@ -137,6 +144,6 @@ def column_sum(parts: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rows_of(tensor: Tensor, columns: int) -> Tensor:
-    """Returns `tensor` as [T, columns], copied only where the kernels cannot read it in place."""
+    """Returns `tensor` as [T, columns]; copies it only if the kernels cannot read it in place."""
     flat = tensor.reshape(math.prod(tensor.shape[:-1]), columns)
     return flat if flat.stride(1) == 1 or columns == 1 else flat.contiguous()

@@ -1,4 +1,4 @@
-"""Norms as operators of torch.library."""
+"""Registers RMSNorm and LayerNorm as torch.library operators."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OPTIONS = "float eps, float weight_offset, bool float32_product, bool centered,
 
 
 def sum_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
-    """Returns the dtype of x, or of x + residual."""
+    """Returns the dtype of x + residual, or of x if there is no residual."""
     return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
 
@@ -26,7 +26,10 @@ def _norm(
     bias: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, the sum x + residual (no elements without a residual), mean and rstd."""
+    """Returns the normalised rows, the sum x + residual, the mean and 1 / standard deviation.
+
+    Without a residual the sum is an empty tensor.
+    """
     options, backend = NormOptions(*rest[:-1]), rest[-1]
     if backend == "triton":
         from lctrain_kernels.norm import launch

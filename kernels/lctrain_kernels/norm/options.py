@@ -1,4 +1,4 @@
-"""Options of a norm."""
+"""NormOptions: epsilon and kind of a norm."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 @dataclass(frozen=True)
 class NormOptions:
-    """Options of a norm over the last dimension.
+    """Epsilon and kind of a norm over the last dimension.
 
     Attributes:
-        eps: Added to the mean square (to the variance, for LayerNorm).
-        weight_offset: Added to the weight in float32: 1 in Gemma.
-        float32_product: Whether to multiply by the weight before rounding, as Gemma does. Otherwise
-            the normalised values are rounded to the input's dtype first, as Llama does.
-        centered: Subtract the mean: LayerNorm.
+        eps: Epsilon that is added to the mean square (RMSNorm) or to the variance (LayerNorm).
+        weight_offset: Number that is added to the weight in float32; 1 for Gemma.
+        float32_product: Whether to multiply by the weight in float32, as Gemma does. Otherwise the
+            normalised values are rounded to the input's dtype before the product, as in Llama.
+        centered: Whether to subtract the mean. True for LayerNorm, False for RMSNorm.
     """
 
     eps: float
@@ -25,7 +25,10 @@ class NormOptions:
     centered: bool = False
 
     def out_dtype(self, x: torch.dtype, weight: torch.dtype) -> torch.dtype:
-        """dtype of the result: Llama's product promotes, the others return the input's."""
+        """Returns the dtype of the normalised rows, from the dtypes of input and weight.
+
+        It is the promoted dtype for Llama's RMSNorm, and the input's for Gemma and LayerNorm.
+        """
         if self.float32_product or self.centered:
             return x
         return torch.promote_types(x, weight)

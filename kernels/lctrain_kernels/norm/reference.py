@@ -1,6 +1,6 @@
-"""RMSNorm and LayerNorm in plain PyTorch: the oracle, and the path without a GPU.
+"""RMSNorm and LayerNorm in plain PyTorch: the reference of the tests, and the CPU path.
 
-All statistics and gradients are in float32 (float64 for float64 inputs).
+Arithmetic is in float32 (float64 for float64 inputs).
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ def norm_fwd(
     float32_product: bool,
     centered: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalises rows.
+    """Normalises the rows of x.
 
     Args:
-        x: [T, H].
-        weight: [H].
-        bias: [H] or None.
-        eps: See NormOptions, as for the following.
-        weight_offset: Added to the weight.
-        float32_product: Multiply by the weight before rounding.
-        centered: Subtract the mean.
+        x: Hidden states [T, H].
+        weight: Weight of the norm, [H].
+        bias: Bias of the norm, [H], or None.
+        eps: Epsilon that is added to the mean square or to the variance.
+        weight_offset: Number that is added to the weight.
+        float32_product: Whether to multiply by the weight before rounding.
+        centered: Whether to subtract the mean.
 
     Returns:
-        y [T, H], mean [T] (no elements unless centered) and rstd [T].
+        The normalised rows [T, H], the mean [T] (an empty tensor unless centered) and
+        1 / standard deviation [T].
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     out_dtype = torch.promote_types(x.dtype, weight.dtype)
@@ -65,23 +66,23 @@ def norm_bwd(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of norm_fwd.
+    """Returns the gradients of norm_fwd.
 
     Args:
-        dy: [T, H], gradient of y.
-        dsum: [T, H], a gradient to add to that of x, or None.
-        x: [T, H].
-        weight: [H].
-        mean: [T] or no elements.
-        rstd: [T].
-        weight_offset: Added to the weight.
+        dy: Gradient of the normalised rows, [T, H].
+        dsum: Gradient of the sum x + residual, [T, H], which is added to that of x; or None.
+        x: Input of the norm, [T, H].
+        weight: Weight of the norm, [H].
+        mean: Mean of each row, [T]; empty for RMSNorm.
+        rstd: 1 / standard deviation of each row, [T].
+        weight_offset: Number that is added to the weight.
         centered: Whether the mean was subtracted.
-        needs_weight: Whether the gradient of the weight is wanted.
-        needs_bias: Whether the gradient of the bias is needed.
+        needs_weight: Whether to compute the gradient of the weight.
+        needs_bias: Whether to compute the gradient of the bias.
 
     Returns:
-        Gradients of x [T, H], weight [H] and bias [H] (no elements where not wanted), in the dtypes
-        of x and weight.
+        Gradients of x [T, H] in x's dtype, and of weight [H] and bias [H] in weight's dtype.
+        Gradients not needed are empty tensors.
     """
     wide_dtype = rstd.dtype
     wide, wide_dy = x.to(wide_dtype), dy.to(wide_dtype)

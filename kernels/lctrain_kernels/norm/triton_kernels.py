@@ -1,8 +1,9 @@
-"""RMSNorm and LayerNorm in portable Triton, with and without the residual addition before them.
+"""Triton kernels of RMSNorm and LayerNorm, with or without the residual addition before the norm.
 
-The forward holds ROWS whole rows in registers. The backward is a persistent grid: each program
-walks over groups of rows, keeps its part of the weight's gradient in registers and writes it once;
-`column_sum_kernel` adds the parts. No atomics, so the result does not depend on timing.
+A program of the forward holds ROWS whole rows in registers. The backward has a persistent grid:
+each program loops over groups of rows, sums its part of the weight's gradient in registers and
+writes it once; `column_sum_kernel` adds the parts. There are no atomics, so every run gives the
+same bits.
 """
 
 import triton
@@ -40,10 +41,10 @@ def norm_fwd_kernel(
     CENTERED: tl.constexpr,
     FLOAT32_PRODUCT: tl.constexpr,
 ):
-    """Normalises ROWS rows. Grid: (cdiv(rows, ROWS),).
+    """Normalises ROWS rows per program. Grid: (cdiv(rows, ROWS),).
 
-    x and residual [rows, COLUMNS] with strides between rows; y and sum contiguous; mean and rstd
-    [rows] float32. Without a residual, sum is not written.
+    x and residual [rows, COLUMNS] have any row stride; y and sum are contiguous; mean and rstd
+    (1 / standard deviation) are [rows] float32. Without a residual, sum is not written.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
@@ -96,10 +97,11 @@ def norm_bwd_kernel(
     STAGES: tl.constexpr,
     CENTERED: tl.constexpr,
 ):
-    """Walks over groups of ROWS rows. Grid: any number of programs.
+    """Computes dx and partial sums of dweight and dbias. Grid: any number of programs.
 
-    dy, dsum and x [rows, COLUMNS] with strides between rows; dx contiguous; dweight and dbias
-    [programs, COLUMNS] float32, the parts of the sums.
+    Each program loops over groups of ROWS rows. dy, dsum and x [rows, COLUMNS] have any row stride;
+    dx is contiguous; dweight and dbias [programs, COLUMNS] float32 hold one partial sum per
+    program.
     """
     columns = tl.arange(0, BLOCK)
     inside = columns < COLUMNS
@@ -140,7 +142,10 @@ def norm_bwd_kernel(
 def column_sum_kernel(
     parts_ptr, out_ptr, num_parts, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr
 ):
-    """Adds parts [parts, COLUMNS] float32 to out [COLUMNS]. Grid: (cdiv(COLUMNS, BLOCK),)."""
+    """Stores the sum of the rows of parts [num_parts, COLUMNS] float32 in out [COLUMNS].
+
+    Grid: (cdiv(COLUMNS, BLOCK),).
+    """
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([PARTS, BLOCK], tl.float32)
     for start in range(0, num_parts, PARTS):

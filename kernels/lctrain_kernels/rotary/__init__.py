@@ -1,4 +1,4 @@
-"""Rotary position embeddings, also with the norm of queries and keys before them."""
+"""Applies rotary position embeddings, with or without RMSNorm of queries and keys before them."""
 
 from lctrain_kernels.rotary.api import apply_rotary_emb, qk_norm_rotary, rotary_table, rotate_qk
 

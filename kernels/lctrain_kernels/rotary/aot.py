@@ -1,4 +1,4 @@
-"""Kernels of the rotations, as input for ahead-of-time compilation."""
+"""Lists the rotary kernels for ahead-of-time compilation."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _FLOATS = dict.fromkeys(("eps", "offset"), "fp32")
 
 @dataclass(frozen=True)
 class RotaryCase:
-    """A model's rotation.
+    """Sizes and features of the rotary embedding of a model.
 
     Attributes:
-        name: Label of the variant.
-        q_heads: Hq.
-        k_heads: Hk; 0 if k is rotated by another call.
+        name: Name of the variant in reports.
+        q_heads: Number of query heads Hq.
+        k_heads: Number of key heads Hk; 0 if a separate call rotates k.
         head_dim: Head dim D of queries and keys.
-        rotary: Columns that are rotated.
-        has_norm: Queries and keys are normalised first.
-        inverse: The rotation of gradients.
+        rotary: Number of columns of a head that are rotated.
+        has_norm: Whether RMSNorm normalises queries and keys before the rotation.
+        inverse: Whether to rotate by the negative angle, as the backward does.
         published: Whether cos and sin have transformers' layout: one column per rotated column,
-            dtype of q, one row per token. Otherwise they have FlashAttention's: one column per
-            pair, float32, with position ids, interleaved.
+            one row per token, dtype of q. Otherwise they have FlashAttention's layout: one column
+            per pair of columns, float32, rows chosen by position ids, interleaved pairs.
     """
 
     name: str
@@ -48,13 +48,13 @@ class RotaryCase:
     published: bool = True
 
     def shape(self) -> RotaryShape:
-        """Constants that both kernels share."""
+        """Returns the constants that the forward and the backward kernel share."""
         columns = self.rotary if self.published else self.rotary // 2
         options = RotaryOptions(not self.published, self.published, 0.0, 0.0, "triton")
         return rotary_shape(torch.empty(1, columns, device="meta"), self.head_dim, options)
 
     def others(self) -> dict[str, str | None]:
-        """Types of arguments whose dtype is not that of q."""
+        """Returns the Triton types of the arguments whose dtype differs from that of q."""
         if self.published:
             return {**_FLOATS, "positions": None}
         return {**_FLOATS, "positions": "*i64", "cos": "*fp32", "sin": "*fp32"}
@@ -96,7 +96,7 @@ def forward_variant(case: RotaryCase, dtype: str = "bf16") -> KernelVariant:
 
 
 def backward_variant(case: RotaryCase, heads: int, dtype: str = "bf16") -> KernelVariant:
-    """Describes one compilation of norm_rotary_bwd_kernel, for q or k with so many heads."""
+    """Describes one compilation of norm_rotary_bwd_kernel, for q or k with `heads` heads."""
     shape = case.shape()
     block = triton.next_power_of_2(heads)
     numbers = block * shape.block_half
@@ -114,7 +114,7 @@ def backward_variant(case: RotaryCase, heads: int, dtype: str = "bf16") -> Kerne
 
 
 def kernel_variants() -> Iterator[KernelVariant]:
-    """Yields every tile in bf16, and Llama's rotation in float32."""
+    """Yields a variant of every tile configuration in bf16, and Llama's rotation in float32."""
     for case in CASES:
         yield forward_variant(case)
         if case.has_norm:

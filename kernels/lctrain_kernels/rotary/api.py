@@ -1,4 +1,4 @@
-"""Rotary embeddings: checks, shapes and the choice of backend."""
+"""Public rotary functions: argument checks, reshaping and the choice of backend."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from lctrain_kernels.rotary.options import RotaryOptions
 def rotary_table(
     inv_freq: Tensor, positions: Tensor, scale: float = 1.0, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of `position * inv_freq`, with angles in float64: exact at any position.
+    """Returns cos and sin of the angles `position * inv_freq`, computed in float64.
 
-    Angles in float32 are wrong by 0.06 radians at position 1,000,000.
+    In float32 an angle would be wrong by 0.06 radians at position 1,000,000.
 
     Args:
-        inv_freq: [R / 2], floating point.
-        positions: [T], integers.
+        inv_freq: RoPE frequencies [R / 2] of R rotated columns, floating point, in radians per
+            position.
+        positions: Positions of the tokens, [T], integers.
         scale: Factor of both cos and sin (YaRN's attention factor).
-        dtype: Dtype of the tables.
+        dtype: Dtype of cos and sin.
 
     Returns:
-        cos and sin [T, R / 2].
+        cos and sin, each [T, R / 2] in `dtype`.
     """
     angles = positions.to(torch.float64)[:, None] * inv_freq.to(torch.float64)
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
@@ -39,19 +40,21 @@ def apply_rotary_emb(
     position_ids: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Rotates pairs of the first R columns of each head; the others pass through.
+    """Rotates the first R columns of each head by RoPE, and copies the remaining D - R columns.
 
     Args:
-        x: [T, H, D] or [B, S, H, D], floating point.
-        cos: [rows, R / 2], with R at most D.
-        sin: [rows, R / 2].
-        interleaved: Whether columns 2 i and 2 i + 1 are a pair; otherwise columns i and i + R / 2.
-        position_ids: [T], [B, S] or [1, S], integers: each token's row of the tables. Default: the
-            token's place in its sequence, for which rows must be enough.
+        x: Queries or keys, packed [T, H, D] or padded [B, S, H, D], floating point.
+        cos: Cosines [rows, R / 2], one row per position, R at most D.
+        sin: Sines [rows, R / 2].
+        interleaved: Whether columns 2 i and 2 i + 1 are a pair. Otherwise columns i and i + R / 2
+            are a pair.
+        position_ids: Row of cos and sin for each token, [T], [B, S] or [1, S], integers. By
+            default, a token's index in its sequence, so cos needs as many rows as a sequence has
+            tokens.
         backend: Implementation: "auto", "triton" or "pytorch".
 
     Returns:
-        The rotated x, contiguous; rounded once, from float32.
+        The rotated x, contiguous, in x's dtype. It is computed in float32 and rounded once.
 
     Raises:
         ValueError: if shapes or dtypes do not fit.
@@ -83,13 +86,13 @@ def apply_rotary_emb(
 def rotate_qk(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Rotates queries and keys by transformers' tables, in one pass.
+    """Rotates queries and keys in one kernel, by cos and sin in the layout of transformers.
 
     Args:
-        q: [B, S, Hq, D], floating point.
-        k: [B, S, Hk, D], in the dtype of q.
-        cos: [B, S, R] or [1, S, R]: a column for each of the first R columns of a head.
-        sin: Sine, in the shape of cos.
+        q: Queries [B, S, Hq, D], floating point.
+        k: Keys [B, S, Hk, D], in the dtype of q.
+        cos: Cosines [B, S, R] or [1, S, R], one for each of the R rotated columns of a head.
+        sin: Sines, in the shape of cos.
         backend: Implementation: "auto", "triton" or "pytorch".
 
     Returns:
@@ -118,21 +121,23 @@ def qk_norm_rotary(
     weight_offset: float = 0.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """RMSNorm of every head of q and k, then the rotation of `rotate_qk`, in one pass.
+    """Applies RMSNorm to every head of q and k, and then rotates them like `rotate_qk`.
+
+    One kernel does both. Values are rounded once, after the rotation.
 
     Args:
-        q: [B, S, Hq, D], floating point.
-        k: [B, S, Hk, D], in the dtype of q.
-        q_weight: [D].
-        k_weight: [D].
-        cos: See rotate_qk.
-        sin: See rotate_qk.
-        eps: Added to the mean square.
-        weight_offset: Added to the weights: 1 for Gemma.
+        q: Queries [B, S, Hq, D], floating point.
+        k: Keys [B, S, Hk, D], in the dtype of q.
+        q_weight: Weight of the queries' norm, [D].
+        k_weight: Weight of the keys' norm, [D].
+        cos: Cosines [B, S, R] or [1, S, R], one for each of the R rotated columns of a head.
+        sin: Sines, in the shape of cos.
+        eps: Epsilon that is added to the mean square.
+        weight_offset: Number that is added to both weights; 1 for Gemma.
         backend: Implementation: "auto", "triton" or "pytorch".
 
     Returns:
-        The normalised and rotated q and k, contiguous; nothing is rounded in between.
+        The normalised and rotated q and k, contiguous.
 
     Raises:
         ValueError: if shapes or dtypes do not fit.
@@ -153,7 +158,10 @@ def qk_norm_rotary(
 
 
 def _check_pair(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the tables as [rows, R], one row per token or per position of a sequence."""
+    """Checks q, k, cos and sin, and returns cos and sin as [rows, R].
+
+    There is one row per token, or one per position if all sequences share them.
+    """
     fits = q.dim() == k.dim() == 4 and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
     if not fits or q.dtype != k.dtype or not q.is_floating_point():
         raise ValueError(

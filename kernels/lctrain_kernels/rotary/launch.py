@@ -25,10 +25,10 @@ from lctrain_kernels.tile.arguments import token_head_strides
 
 @dataclass(frozen=True)
 class RotaryConfig:
-    """Tile of a rotary kernel; bench/NOTES.md holds the measurements.
+    """Tile configuration of a rotary kernel. The sizes were measured; see bench/NOTES.md.
 
     Attributes:
-        size: Numbers of one half that a tile holds, over heads and tokens.
+        size: Number of column pairs in a tile, over all its heads and tokens.
         num_warps: Warps per program.
         stages: Depth of the backward's load pipeline.
         programs: Number of programs per multiprocessor in the backward.
@@ -40,19 +40,19 @@ class RotaryConfig:
     programs: int = 1
 
     def tokens(self, numbers: int) -> int:
-        """Returns the tokens per tile, from the numbers per token."""
+        """Returns the number of tokens per tile, if each token has `numbers` column pairs."""
         return max(self.size // numbers, 1)
 
 
 def forward_config(numbers: int, has_norm: bool) -> RotaryConfig:
-    """Returns the forward's tile, for heads with `numbers` of one half per token."""
+    """Returns the forward's tile configuration, if each token has `numbers` column pairs."""
     if has_norm:
         return RotaryConfig(1024, 4)
     return RotaryConfig(2048, 8 if numbers < 2048 else 4)
 
 
 def backward_config(numbers: int) -> RotaryConfig:
-    """The tile of the norm's backward."""
+    """Returns the tile configuration of norm_rotary_bwd_kernel."""
     return RotaryConfig(2048, 8, 3, 2) if numbers >= 1024 else RotaryConfig(512, 4, 3, 4)
 
 
@@ -68,10 +68,10 @@ def rotate(
     *,
     inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Normalises (where there are weights) and rotates q [T, Hq, D] and k [T, Hk, D].
+    """Rotates q [T, Hq, D] and k [T, Hk, D]; applies RMSNorm before if norm weights are given.
 
-    Heads and tokens of the arguments may be apart, columns not. Results are contiguous; that of k
-    has no elements without k.
+    Strides of tokens and heads are arbitrary; the stride of columns must be 1. The results are
+    contiguous. If k is None, its result is an empty tensor.
     """
     tokens, q_heads, head_dim = q.shape
     k_heads = 1 if k is None else k.shape[1]
@@ -122,7 +122,7 @@ def norm_rotary_bwd(
     weight: Tensor,
     options: RotaryOptions,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x [T, H, D] and weight [D]."""
+    """Launches norm_rotary_bwd_kernel; returns the gradients of x [T, H, D] and weight [D]."""
     tokens, heads, head_dim = x.shape
     shape = rotary_shape(cos, head_dim, options)
     block = triton.next_power_of_2(heads)
@@ -152,7 +152,7 @@ def norm_rotary_bwd(
 
 
 def rotary_shape(cos: Tensor, head_dim: int, options: RotaryOptions) -> RotaryShape:
-    """Returns the constants that both kernels share."""
+    """Returns the constants that the forward and the backward kernel share."""
     rotary = options.rotary_columns(cos)
     rest = head_dim - rotary
     return RotaryShape(

@@ -1,4 +1,7 @@
-"""Rotations as operators of torch.library. cos, sin and positions have no gradient."""
+"""Registers the rotary embeddings as torch.library operators.
+
+cos, sin and positions get no gradient.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +90,7 @@ def _qk_norm_backward(
 
 
 def _columns(x: Tensor) -> Tensor:
-    """Returns the tensor, copied only if its columns are not adjacent."""
+    """Returns the tensor with last stride 1; copies it only if needed."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 

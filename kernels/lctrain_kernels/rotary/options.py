@@ -1,4 +1,4 @@
-"""Options of a rotation."""
+"""RotaryOptions: layout, norm and backend of a rotary embedding."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ SCHEMA = "bool interleaved, bool full_table, float eps, float weight_offset, str
 
 @dataclass(frozen=True)
 class RotaryOptions:
-    """Options of a rotation. An operator takes them as separate arguments (`SCHEMA`).
+    """Layout, norm and backend of a rotary embedding.
+
+    The operators take the fields as separate arguments, in the order of `SCHEMA`.
 
     Attributes:
-        interleaved: Whether columns 2 i and 2 i + 1 are a pair, as in GPT-J; otherwise columns i
-            and i + R / 2.
-        full_table: Whether cos and sin have a column per rotated column, as in transformers;
-            otherwise one per pair, as in FlashAttention.
-        eps: Epsilon of the norm before the rotation, if there is one.
-        weight_offset: Added to the norm's weights.
+        interleaved: Whether columns 2 i and 2 i + 1 are a pair, as in GPT-J. Otherwise columns i
+            and i + R / 2 of the R rotated columns are a pair.
+        full_table: Whether cos and sin have a column per rotated column, as in transformers.
+            Otherwise they have a column per pair, as in FlashAttention.
+        eps: Epsilon of the RMSNorm before the rotation, if there is one.
+        weight_offset: Number that is added to the norm's weights; 1 for Gemma.
         backend: Implementation: "triton" or "pytorch".
     """
 
@@ -31,13 +33,13 @@ class RotaryOptions:
     backend: str
 
     def rotary_columns(self, cos: Tensor) -> int:
-        """R, the number of columns that are rotated."""
+        """Returns R, the number of columns of a head that are rotated."""
         return cos.shape[1] if self.full_table else 2 * cos.shape[1]
 
     def mathematics(self) -> dict[str, Any]:
-        """All fields but the backend, as keyword arguments of the reference."""
+        """Returns all fields except `backend`, as keyword arguments of the PyTorch reference."""
         return {name: value for name, value in vars(self).items() if name != "backend"}
 
     def arguments(self) -> tuple[Any, ...]:
-        """The fields in the order of `SCHEMA`."""
+        """Returns the fields in the order of `SCHEMA`."""
         return astuple(self)

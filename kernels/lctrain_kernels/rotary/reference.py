@@ -1,4 +1,7 @@
-"""Rotations in plain PyTorch: the oracle, and the path without a GPU. All in float32 inside."""
+"""Rotary embeddings in plain PyTorch: the reference of the tests, and the CPU path.
+
+Arithmetic is in float32 (float64 for float64 inputs).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ def rotate(
     weight_offset: float,
     inverse: bool = False,
 ) -> Tensor:
-    """Normalises (where there is a weight) and rotates x [T, H, D]; rounds once."""
+    """Rotates x [T, H, D], after RMSNorm if a weight is given, and rounds the result once."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if weight is not None:
         rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -40,7 +43,7 @@ def norm_rotary_bwd(
     eps: float,
     weight_offset: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x [T, H, D] and weight [D]."""
+    """Returns the gradients of x [T, H, D] and weight [D], for RMSNorm and rotation."""
     wide_dtype = torch.promote_types(x.dtype, torch.float32)
     wide = x.to(wide_dtype)
     dy = _turn(dout.to(wide_dtype), cos, sin, positions, interleaved, full_table, True)

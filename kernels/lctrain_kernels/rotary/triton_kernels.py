@@ -1,7 +1,8 @@
-"""Rotation of queries and keys in portable Triton, with and without their norm.
+"""Triton kernels of rotary embeddings of queries and keys, with or without RMSNorm before them.
 
-A tile holds all heads of TOKENS tokens as two halves [TOKENS, HEADS, HALF]: the columns that are
-rotated together. Columns beyond the rotated ones pass through.
+A tile holds all heads of TOKENS tokens as two halves [TOKENS, HEADS, HALF]. The first half holds
+the first column of each pair, the second half the second column. Columns that are not rotated are
+copied.
 """
 
 from typing import Any, NamedTuple
@@ -11,15 +12,15 @@ import triton.language as tl
 
 
 class RotaryShape(NamedTuple):
-    """Constants of a rotation, one launch argument.
+    """Constants of a rotary kernel, passed as one launch argument.
 
     Attributes:
         head_dim: Head dim D of queries and keys.
-        half: Pairs of columns that are rotated.
-        block_half: Power of two that holds them.
-        block_rest: Power of two that holds the columns beyond; 0 if there are none.
-        full_table: cos and sin have a column per rotated column, else one per pair.
-        interleaved: Columns 2 i and 2 i + 1 are a pair, else i and i + half.
+        half: Number of column pairs that are rotated.
+        block_half: Smallest power of two >= half.
+        block_rest: Smallest power of two >= the number of unrotated columns; 0 if all are rotated.
+        full_table: Whether cos and sin have a column per rotated column, instead of one per pair.
+        interleaved: Whether columns 2 i and 2 i + 1 are a pair, instead of i and i + half.
     """
 
     head_dim: int
@@ -31,7 +32,7 @@ class RotaryShape(NamedTuple):
 
 
 class RotaryPointers(NamedTuple):
-    """Tensors of rotary_kernel; it says their shapes."""
+    """Tensors of rotary_kernel, whose docstring gives their shapes."""
 
     q: Any
     k: Any
@@ -45,7 +46,7 @@ class RotaryPointers(NamedTuple):
 
 
 class RotaryStrides(NamedTuple):
-    """Distances between tokens and heads of q and k, and between rows of cos and sin."""
+    """Strides of tokens and heads of q and k, and of rows of cos and sin, in elements."""
 
     q_token: Any
     q_head: Any
@@ -55,7 +56,7 @@ class RotaryStrides(NamedTuple):
 
 
 class BackwardPointers(NamedTuple):
-    """Tensors of norm_rotary_bwd_kernel; it says their shapes."""
+    """Tensors of norm_rotary_bwd_kernel, whose docstring gives their shapes."""
 
     dout: Any
     x: Any
@@ -68,7 +69,7 @@ class BackwardPointers(NamedTuple):
 
 
 class BackwardStrides(NamedTuple):
-    """Distances between tokens and heads of dout and x, and between rows of cos and sin."""
+    """Strides of tokens and heads of dout and x, and of rows of cos and sin, in elements."""
 
     dout_token: Any
     dout_head: Any
@@ -78,7 +79,7 @@ class BackwardStrides(NamedTuple):
 
 
 class Angles(NamedTuple):
-    """cos and sin of the first and second column of each pair, [TOKENS, 1, BLOCK_HALF] float32."""
+    """Cosines and sines for both columns of each pair, each [TOKENS, 1, BLOCK_HALF] float32."""
 
     cos: Any
     sin: Any
@@ -88,7 +89,7 @@ class Angles(NamedTuple):
 
 @triton.jit
 def _columns(SHAPE: tl.constexpr):
-    """First and second columns of the pairs, and which of them exist."""
+    """Returns the first column and the second column of each pair, and a mask without padding."""
     pair = tl.arange(0, SHAPE.block_half)
     if SHAPE.interleaved:
         return 2 * pair, 2 * pair + 1, pair < SHAPE.half
@@ -98,7 +99,10 @@ def _columns(SHAPE: tl.constexpr):
 
 @triton.jit
 def _load_angles(pointers, tokens, num_tokens, num_rows, stride_table, SHAPE: tl.constexpr):
-    """Returns the Angles of some tokens; pointers has cos, sin and positions."""
+    """Loads the Angles of a tile's tokens from pointers.cos and pointers.sin.
+
+    The row of a token is pointers.positions if given, else its index modulo num_rows.
+    """
     valid = tokens < num_tokens
     if pointers.positions is not None:
         rows = tl.load(pointers.positions + tokens, mask=valid, other=0)
@@ -120,7 +124,7 @@ def _load_angles(pointers, tokens, num_tokens, num_rows, stride_table, SHAPE: tl
 
 @triton.jit
 def _offsets(tokens, heads, stride_token, stride_head):
-    """[TOKENS, HEADS, 1] offsets of the heads' first columns."""
+    """Returns the offset of the first column of each head, [TOKENS, HEADS, 1], in elements."""
     return tokens[:, None, None] * stride_token + heads[None, :, None] * stride_head
 
 
@@ -136,7 +140,7 @@ def _copy_rest(
     mask,
     SHAPE: tl.constexpr,
 ):
-    """Columns beyond the rotated ones: normalised where there is a weight, else copied."""
+    """Writes the columns that are not rotated, normalised if there is a weight."""
     columns = 2 * SHAPE.half + tl.arange(0, SHAPE.block_rest)
     inside = columns < SHAPE.head_dim
     mask = mask & inside[None, None, :]
@@ -166,7 +170,7 @@ def _rotate_heads(
     SHAPE: tl.constexpr,
     INVERSE: tl.constexpr,
 ):
-    """Normalises (where there is a weight) and rotates all heads of some tokens."""
+    """Rotates all heads of a tile's tokens, after RMSNorm if there is a weight."""
     heads = tl.arange(0, HEADS)
     first, second, inside = _columns(SHAPE)
     rows = (tokens < num_tokens)[:, None, None] & (heads < NUM_HEADS)[None, :, None]
@@ -222,8 +226,9 @@ def rotary_kernel(
 ):
     """Rotates TOKENS tokens of q [T, Hq, D] and, if passed, k [T, Hk, D].
 
-    Grid: (cdiv(T, TOKENS),). q_out and k_out are contiguous; the weights [D] may be None; cos and
-    sin [rows, R or R / 2]; a token's row is positions [T], or its index modulo the rows.
+    With norm weights [D] it applies RMSNorm first. q_out and k_out are contiguous. cos and sin are
+    [rows, R or R / 2]. The row of a token is positions [T] if passed, else the token's index modulo
+    the number of rows. Grid: (cdiv(T, TOKENS),).
     """
     tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     angles = _load_angles(pointers, tokens, num_tokens, num_rows, strides.table, SHAPE)
@@ -252,12 +257,13 @@ def norm_rotary_bwd_kernel(
     STAGES: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
-    """Gradients of the norm and rotation of x [T, H, D]. Grid: any number of programs.
+    """Computes the gradients of RMSNorm followed by rotation, for x [T, H, D].
 
-    Programs walk over groups of TOKENS tokens. dx is contiguous; dweight [programs, D] float32
-    holds parts of the sum over tokens and heads. The norm's statistics are computed again.
+    The grid is persistent: each program loops over groups of TOKENS tokens and recomputes the
+    norm's statistics. dx is contiguous. dweight [programs, D] float32 holds each program's partial
+    sum over tokens and heads. Grid: any number of programs.
     """
-    # Locals: on Triton 3.6 the field of a launch constant is no part of a shape.
+    # Local variables, because Triton 3.6 accepts no field of a launch constant in a shape.
     BLOCK_HALF: tl.constexpr = SHAPE.block_half
     BLOCK_REST: tl.constexpr = SHAPE.block_rest
     heads = tl.arange(0, HEADS)
