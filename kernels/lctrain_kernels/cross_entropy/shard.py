@@ -17,7 +17,7 @@ def reduce_statistics(statistics: Tensor, group_name: str) -> None:
     resolve: Any = _resolve_process_group
     group = resolve(group_name)
     local = statistics[MAXIMUM]
-    empty = statistics[EXP_SUM] == 0.0  # no finite logit here: its maximum of 0 is none
+    empty = statistics[EXP_SUM] == 0.0  # no finite logit: its maximum must not count
     top = local.masked_fill(empty, -float("inf"))
     dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
     top = top.masked_fill(top == -float("inf"), 0.0)

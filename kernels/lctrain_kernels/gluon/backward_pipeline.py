@@ -1,4 +1,4 @@
-"""Tiles of keys, their shared memory, masks and partial dq, for the Hopper backward kernels."""
+"""Device helpers of the Hopper backward kernels: tiles of keys, loads, masks and partial dq."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -25,9 +25,9 @@ from lctrain_kernels.gluon.structures import KeySlot
 def read_slot(cu_q_ptr, cu_k_ptr, tiles_ptr, HEADS_KV: gl.constexpr, BLOCK_N: gl.constexpr):
     """Returns the KeySlot of this program.
 
-    The slots of a document are adjacent: all tiles of one head, then those of the next, because
-    they share queries in L2. The grid has one dimension, because the others end at 65,535. An empty
-    slot has document -1 and the lengths of document 0.
+    The tiles of a document have adjacent programs, head after head, because they share queries in
+    L2. The grid has one dimension, because the second and third dimension are limited to 65,535. An
+    empty slot of the schedule has document -1 and the lengths of document 0.
     """
     program = gl.program_id(0)
     slot = program // HEADS_KV
@@ -46,9 +46,10 @@ def read_slot(cu_q_ptr, cu_k_ptr, tiles_ptr, HEADS_KV: gl.constexpr, BLOCK_N: gl
 
 @gluon.jit
 def next_block(head, block, head_kv, GROUP: gl.constexpr):
-    """Returns the next (head, block): all heads of a block, then the block before it.
+    """Returns the (query head, block of queries) that follows `head` and `block`.
 
-    Tiles of keys that start together visit the same blocks at the same time.
+    All heads of a block come first, then the block before it. In this order, programs that start
+    together visit the same blocks at the same time.
     """
     head += 1
     end = (head_kv + 1) * GROUP
@@ -59,7 +60,7 @@ def next_block(head, block, head_kv, GROUP: gl.constexpr):
 
 @gluon.jit
 def allocate_query_bars(STAGES: gl.constexpr):
-    """Returns the mbarriers of blocks of queries and of dout, (q_ready, dout_ready)."""
+    """Allocates the mbarriers q_ready and dout_ready, one of each per pipeline stage."""
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     dout_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
@@ -78,12 +79,14 @@ def allocate_partial_dq(BLOCK_M: gl.constexpr, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def load_rows(desc, buffers, first, ready, rows):
-    """Loads the halves of a tile of keys; the caller sets the bytes that the mbarrier expects.
+    """Starts the TMA loads of both halves of a tile of keys or values.
+
+    The caller sets the number of bytes that the mbarrier expects.
 
     Args:
-        desc: Descriptor of [T, H, D], in blocks of a buffer's shape.
-        buffers: [.., rows, columns].
-        first: Buffer of the first half; the other follows.
+        desc: TMA descriptor of a tensor [T, H, D], in blocks of a buffer's shape.
+        buffers: Shared memory [.., rows, columns].
+        first: Index of the buffer of the first half; the second half goes to the next buffer.
         ready: mbarrier that the loads complete.
         rows: Rows to load.
     """
@@ -113,12 +116,12 @@ def keys_weights(
     """Returns p [keys, queries] from the scores and the base-2 lse of a block of queries.
 
     Args:
-        s: [keys, queries], in s_layout.
-        lse: [queries].
-        query: First query.
+        s: Scores k q^T, [keys, queries], in s_layout.
+        lse: Base-2 log-sum-exp of the queries, [queries].
+        query: Position of the block's first query.
         bounds: KeyBounds of the tile.
         multiplier: Factor of s in the base-2 exponent.
-        BLOCK_M: Queries of the block.
+        BLOCK_M: Number of queries of the block.
         s_layout: Layout of s.
         FLAGS: Features beyond plain attention, a tile.structures.Flags.
     """
@@ -155,16 +158,16 @@ def key_offsets(
     ROWS: gl.constexpr,
     COLUMNS: gl.constexpr,
 ):
-    """Returns (offsets, mask) of a warpgroup's rows of dk or dv.
+    """Returns the offsets, in elements, and the mask with which a warpgroup stores dk or dv.
 
     Args:
         keys: OutputKeys of the warpgroup.
-        stride_t: Distance between tokens.
-        stride_h: Distance between heads.
-        WIDTH: Columns that there are; those of SHAPE beyond are padding.
-        layout: Layout of the rows.
-        ROWS: Keys.
-        COLUMNS: Columns of the tile.
+        stride_t: Stride of tokens, in elements.
+        stride_h: Stride of heads, in elements.
+        WIDTH: Columns of dk or dv; columns of the tile from WIDTH on are padding.
+        layout: Register layout of the rows.
+        ROWS: Number of keys.
+        COLUMNS: Columns of the tile, with padding.
     """
     key = keys.first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     column = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
@@ -183,10 +186,9 @@ def start_dq(
     HALF_INDEX: gl.constexpr,
     TRANSPOSED: gl.constexpr,
 ):
-    """Issues the products of this warpgroup's columns of dq, over both halves of the keys.
+    """Issues the products of half of the columns of partial dq, over both halves of the keys.
 
-    With TRANSPOSED the result is [columns, queries]. It then has the 64 rows of a product, and
-    store_partial_dq has no bank conflicts.
+    With TRANSPOSED the result is [columns, queries], and store_partial_dq has no bank conflicts.
     """
     token = zero_q
     COLUMNS: gl.constexpr = zero_q.shape[0] if TRANSPOSED else zero_q.shape[1]
@@ -202,7 +204,7 @@ def start_dq(
 
 @gluon.jit
 def store_partial_dq(dq, dq_bufs, step, HALF_INDEX: gl.constexpr, TRANSPOSED: gl.constexpr):
-    """Stores this warpgroup's partial dq of a step for the dQ warp."""
+    """Stores this warpgroup's partial dq of a step to shared memory, for the dQ warp."""
     barrier_wait(DQ_EMPTY + HALF_INDEX, DQ_WARP_AND_CONSUMER, 4, gl.where(step > 0, 1, 0))
     if TRANSPOSED:
         dq_bufs.index(HALF_INDEX).permute((1, 0)).store(dq)
@@ -220,7 +222,11 @@ def drain_partial_dq(steps, HALF_INDEX: gl.constexpr):
 
 @gluon.jit
 def acquire_partial_dq(dq_bufs, INDEX: gl.constexpr, dq_desc):
-    """Makes the dQ warp wait for a buffer of partial dq; returns it in its descriptor's shape."""
+    """Waits, in the dQ warp, until a buffer holds partial dq.
+
+    Returns:
+        The buffer, in the shape of a block of dq_desc.
+    """
     barrier_wait(DQ_READY + INDEX, DQ_WARP_AND_CONSUMER, 1)
     BLOCK_M: gl.constexpr = dq_bufs.shape[1]
     COLUMNS: gl.constexpr = dq_bufs.shape[2]
@@ -231,7 +237,7 @@ def acquire_partial_dq(dq_bufs, INDEX: gl.constexpr, dq_desc):
 
 @gluon.jit
 def release_partial_dq():
-    """Releases both buffers of partial dq, each when the copy of the dQ warp has read it."""
+    """Releases both buffers of partial dq, each as soon as the dQ warp's copy has read it."""
     tma_store_wait(1)
     barrier_arrive(DQ_EMPTY, DQ_WARP_AND_CONSUMER, 1)
     tma_store_wait(0)

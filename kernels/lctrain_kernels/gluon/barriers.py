@@ -1,12 +1,12 @@
-"""The hardware's 16 named barriers, with which the warps of a program wait for each other.
+"""Numbers and operations of the hardware's 16 named barriers, at which warps of a program wait.
 
-An mbarrier operation of Gluon first brings all four warps of a warpgroup together. A named barrier
-does not: each thread arrives by itself, and only threads that wait are held up. Completions of the
-copy engine need an mbarrier.
+In Gluon, an mbarrier operation first synchronises all four warps of a warpgroup. A named barrier
+avoids that: each thread arrives by itself, and only waiting threads stop. TMA copies can only
+signal an mbarrier.
 
-A barrier counts threads that arrive and threads that wait, and starts again when all have come. So
-every arrival needs its wait: where a loop arrives more often than it waits, `drain_stages` waits
-for the rest.
+A named barrier counts the threads that arrive and those that wait, and resets when all have come.
+So every arrival needs a matching wait. If a loop arrives more often than it waits, `drain_stages`
+waits the remaining times.
 """
 
 from enum import IntEnum
@@ -19,9 +19,10 @@ MOST_STAGES = 4  # pipeline stages of a producer
 
 
 class Barrier(IntEnum):
-    """First number of each named barrier; Triton itself takes 0 to 2, and 3 with three warpgroups.
+    """First hardware number of each named barrier of the kernels.
 
-    Barriers of a pipeline have a number per stage, the others as many as `_COUNTS` says.
+    A barrier of a pipeline has one number per stage; `_COUNTS` gives how many numbers the other
+    barriers have. Triton reserves the numbers 0 to 2, and with three warpgroups also 3.
     """
 
     DS_FULL = 3  # both halves of dS are in shared memory
@@ -56,7 +57,7 @@ _USED = {
 
 
 def barrier_numbers(kernel: str, stages: int) -> dict[str, range]:
-    """Returns the numbers of each named barrier of a kernel.
+    """Returns the hardware numbers of each named barrier of a kernel.
 
     Args:
         kernel: "forward", "varlen_bwd", "dual_chunk_bwd" or "differential_bwd".
@@ -69,7 +70,7 @@ def barrier_numbers(kernel: str, stages: int) -> dict[str, range]:
 
 
 def barriers_fit(kernel: str, stages: int) -> bool:
-    """Returns whether a kernel has enough named barriers for all of its purposes."""
+    """Returns whether the hardware has enough named barriers for a kernel with so many stages."""
     numbers = barrier_numbers(kernel, stages)
     overlap = any(set(one) & set(other) for one, other in combinations(numbers.values(), 2))
     return stages <= MOST_STAGES and max(map(max, numbers.values())) < 16 and not overlap
@@ -96,7 +97,7 @@ K_EMPTY = gl.constexpr(Barrier.K_EMPTY.value)
 Q_EMPTY = gl.constexpr(Barrier.Q_EMPTY.value)
 DS_READY = gl.constexpr(Barrier.DS_READY.value)
 DS_READ_1 = gl.constexpr(Barrier.DS_READ_1.value)
-# Threads that a barrier counts: two consumer warpgroups, and single warps beside them.
+# Number of threads that a barrier counts: two consumer warpgroups, with or without single warps.
 CONSUMERS = gl.constexpr(256)
 PRODUCER_AND_CONSUMERS = gl.constexpr(32 + 256)
 DQ_WARP_AND_CONSUMER = gl.constexpr(32 + 128)
@@ -124,19 +125,19 @@ def _execute(INSTRUCTION: gl.constexpr, barrier, threads, wanted, WARPS: gl.cons
 
 @gluon.jit
 def barrier_arrive(barrier, threads, WARPS: gl.constexpr):
-    """Counts this partition's threads without waiting.
+    """Arrives at a named barrier with all threads of this partition, without waiting.
 
     Args:
-        barrier: Number, 3 to 15.
-        threads: Threads that the barrier counts, of all that arrive or wait.
-        WARPS: Warps of this partition.
+        barrier: Hardware number of the barrier, 3 to 15.
+        threads: Number of arriving and waiting threads after which the barrier completes.
+        WARPS: Number of warps of this partition.
     """
     _execute("bar.arrive", barrier, threads, 1, WARPS)
 
 
 @gluon.jit
 def barrier_wait(barrier, threads, WARPS: gl.constexpr, wanted=1):
-    """Counts this partition's threads and waits until all have arrived, if `wanted`."""
+    """Waits at a named barrier until all `threads` have arrived, if `wanted` is not 0."""
     _execute("bar.sync", barrier, threads, wanted, WARPS)
 
 
@@ -145,10 +146,10 @@ def acquire_stage(EMPTY: gl.constexpr, block, STAGES: gl.constexpr, THREADS: gl.
     """Makes a producer wait until the stage of a block is empty.
 
     Args:
-        EMPTY: K_EMPTY, V_EMPTY, Q_EMPTY, DOUT_EMPTY or BLOCK_EMPTY.
-        block: Number of the block, from 0.
+        EMPTY: First number of the barrier of empty stages, such as K_EMPTY or Q_EMPTY.
+        block: Index of the block, from 0.
         STAGES: Pipeline stages, at most MOST_STAGES.
-        THREADS: Threads of the producer and of all consumers.
+        THREADS: Number of threads of the producer and all consumers.
     """
     barrier_wait(EMPTY + block % STAGES, THREADS, 1, gl.where(block >= STAGES, 1, 0))
 
@@ -161,7 +162,7 @@ def release_stage(EMPTY: gl.constexpr, stage, THREADS: gl.constexpr):
 
 @gluon.jit
 def drain_stages(EMPTY: gl.constexpr, blocks, STAGES: gl.constexpr, THREADS: gl.constexpr):
-    """Makes the producer wait for the last releases, of stages that it does not fill again."""
+    """Makes the producer wait until consumers release the stages that it filled last."""
     for stage in gl.static_range(STAGES):
         barrier_wait(EMPTY + stage, THREADS, 1, gl.where(blocks > stage, 1, 0))
 

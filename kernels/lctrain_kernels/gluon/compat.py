@@ -1,7 +1,7 @@
-"""Gluon functions whose names differ between Triton's releases, under one name each.
+"""Gives one name to each Gluon function whose name differs between Triton's releases.
 
-Gluon is experimental: Triton 3.6 has `tma.async_copy_global_to_shared`, 3.9 has `tma.async_load`,
-and so on. Kernels take these names from here, everything else from Gluon itself.
+Gluon is experimental. For example, `tma.async_copy_global_to_shared` of Triton 3.6 is
+`tma.async_load` in 3.9. Kernels import such functions from here, and all others from Gluon.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ else:
 
     @builtin
     def tma_add(tensor_desc: Any, coord: Any, src: Any, _semantic: Any = None) -> None:
-        """Adds a tile of shared memory to global memory; the builder of 3.6 has it unnamed."""
+        """Adds a tile of shared memory to global memory by TMA; Triton 3.6 has no such function."""
         coord = _semantic._convert_to_ir_values(coord, require_i64=False)
         _semantic.builder.create_async_tma_reduce(
             ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle
@@ -34,9 +34,9 @@ else:
 
 @builtin
 def reinterpret(buffer: Any, dtype: Any, shape: Any, layout: Any, _semantic: Any = None) -> Any:
-    """Returns the same shared memory with another shape.
+    """Returns a buffer of shared memory with another dtype, shape and layout, without a copy.
 
-    The method is private before Triton 3.9.
+    Before Triton 3.9 the method that this function calls is private.
     """
     method = getattr(buffer, "reinterpret", None) or buffer._reinterpret
     return method(dtype, shape, layout, _semantic=_semantic)

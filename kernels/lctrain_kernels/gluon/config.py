@@ -1,4 +1,4 @@
-"""Tile configurations of the Hopper kernels. They do not depend on lengths."""
+"""Tile configurations of the Hopper kernels, by head dim. They do not depend on lengths."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,12 +15,13 @@ class ForwardTile(NamedTuple):
     """Tile configuration of the forward kernels.
 
     Attributes:
-        block_n: Keys of a block.
-        stages: Blocks of keys, and of values, in shared memory.
-        q_stages: Tiles of queries in shared memory.
-        consumers: Warpgroups of 64 rows each; other than two in varlen_fwd_hopper_kernel alone.
-        sync_before_products: The warps of a warpgroup synchronise before the products of a block,
-            not after them. varlen_fwd_hopper_kernel alone reads it.
+        block_n: Number of keys of a block.
+        stages: Number of pipeline stages of keys, and of values.
+        q_stages: Number of tiles of queries in shared memory.
+        consumers: Number of consumer warpgroups, of 64 rows each. Only varlen_fwd_hopper_kernel
+            supports numbers other than two.
+        sync_before_products: Whether the warps of a warpgroup synchronise before the products of a
+            block instead of after them. Only varlen_fwd_hopper_kernel reads it.
     """
 
     block_n: int
@@ -34,11 +35,11 @@ class BackwardTile(NamedTuple):
     """Tile configuration of the backward kernels.
 
     Attributes:
-        block_m: Queries of a block, 64.
-        stages: Blocks of queries in shared memory, from 2 to signals.MOST_STAGES.
-        reduce_from_registers: Whether the warpgroups that compute dq add it to global memory
-            themselves, instead of a warp that reads it from shared memory; varlen_bwd_hopper_kernel
-            only.
+        block_m: Number of queries of a block, 64.
+        stages: Number of pipeline stages of queries, 2 to barriers.MOST_STAGES.
+        reduce_from_registers: Whether the consumer warpgroups add partial dq to global memory from
+            registers. Otherwise the dQ warp adds it from shared memory. Only
+            varlen_bwd_hopper_kernel supports True.
     """
 
     block_m: int
@@ -46,7 +47,7 @@ class BackwardTile(NamedTuple):
     reduce_from_registers: bool = False
 
 
-# By the columns of a tile: head dims up to them.
+# Columns of a tile -> configuration; a head dim uses the next larger number of columns.
 _FORWARD = {
     64: ForwardTile(128, 3, 2),
     128: ForwardTile(128, 2, 2, sync_before_products=True),
@@ -69,13 +70,13 @@ def forward_shape(
     """Returns the constants of a forward kernel.
 
     Args:
-        tile: Entry of a table of this module.
+        tile: Tile configuration.
         columns: Columns of a tile of queries and keys.
         group: Number of query heads per key/value head.
         heads: Number of query heads.
-        pack: Query heads that share a tile.
-        value_columns: Columns of a tile of values, of differential attention.
-        num_k: Tensors of keys.
+        pack: Number of query heads of one key/value head that share a tile.
+        value_columns: Columns of a tile of values; given for differential attention only.
+        num_k: Number of key tensors, 2 for differential attention with one k per branch.
     """
     return ForwardShape(
         group=group,
@@ -106,15 +107,15 @@ def backward_shape(
     """Returns the constants of a backward kernel.
 
     Args:
-        tile: Entry of a table of this module.
+        tile: Tile configuration.
         columns: Columns of a tile of queries and keys.
         group: Number of query heads per key/value head.
         heads_kv: Number of key/value heads.
         head_dim: Head dim D of queries and keys.
         deterministic: Whether partial dq must be added in the order of the keys.
         value_dim: Head dim Dv of the values in differential attention.
-        value_columns: Columns of a tile of values, of differential attention.
-        num_k: Tensors of keys.
+        value_columns: Columns of a tile of values; given for differential attention only.
+        num_k: Number of key tensors, 2 for differential attention with one k per branch.
     """
     return BackwardShape(
         group=group,
@@ -133,19 +134,19 @@ def backward_shape(
 
 
 def pack_heads(group: int) -> int:
-    """Query heads of one key/value head that share a tile of 128 rows.
+    """Returns the number of query heads of one key/value head that share a tile of 128 rows.
 
-    They read the same keys, so that the tile has fewer positions and ends closer to a document's
-    end.
+    These heads read the same keys. A tile of several heads has fewer positions, so fewer of its
+    rows lie beyond a document's end.
     """
     return next(heads for heads in (4, 2, 1) if group % heads == 0)
 
 
 def forward_tile(columns: int, pack: int, has_dropout: bool) -> ForwardTile:
-    """Returns the tile of a forward.
+    """Returns the tile configuration of a forward.
 
-    Rows of several heads do not divide among three warpgroups, which have no registers for random
-    bits either.
+    Three warpgroups share a tile only with pack = 1 and without dropout: rows of several heads do
+    not divide by three, and random bits need too many registers.
     """
     free = pack == 1 and not has_dropout
     table = _FORWARD | _FORWARD_OF_ONE_HEAD if free else _FORWARD
@@ -154,17 +155,20 @@ def forward_tile(columns: int, pack: int, has_dropout: bool) -> ForwardTile:
 
 
 def entry_registers(consumers: int) -> int:
-    """Returns the registers per thread at entry of a forward; see REGISTERS."""
+    """Returns the registers per thread with which a forward starts.
+
+    Warp specialisation then divides the registers anew among the warps.
+    """
     return REGISTERS if consumers == CONSUMERS else REGISTERS_OF_THREE
 
 
 def backward_tile(columns: int, deterministic: bool) -> BackwardTile:
-    """Returns the tile of a backward.
+    """Returns the tile configuration of a backward.
 
     Args:
         columns: Columns of a tile.
-        deterministic: Whether dq must have the same bits in every run, for which a warp adds it,
-            whatever is forced.
+        deterministic: Whether dq must have the same bits in every run. The dQ warp then adds
+            partial dq, even if override_tiles asks for registers.
     """
     tile = _backward_override or _BACKWARD[columns]
     return tile._replace(reduce_from_registers=False) if deterministic else tile
@@ -174,7 +178,7 @@ def backward_tile(columns: int, deterministic: bool) -> BackwardTile:
 def override_tiles(
     forward: ForwardTile | None = None, backward: BackwardTile | None = None
 ) -> Iterator[None]:
-    """Forces tiles, for tuning and for tests."""
+    """Context manager that replaces tile configurations, for tuning and tests."""
     global _forward_override, _backward_override
     saved = _forward_override, _backward_override
     _forward_override, _backward_override = forward, backward

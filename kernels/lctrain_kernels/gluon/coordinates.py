@@ -1,4 +1,4 @@
-"""Named tuples with the rows, keys and queries that a part of a Hopper kernel works on."""
+"""Named tuples that give the rows, keys and queries on which a helper of a Hopper kernel works."""
 
 from typing import Any, NamedTuple
 
@@ -8,11 +8,11 @@ RAGGED = gl.constexpr(1 << 30)  # size of a descriptor's row dimension; see ragg
 
 
 class Rows(NamedTuple):
-    """Rows of a document that the copy engine reads or writes.
+    """Coordinates of the rows of a document that a TMA copy reads or writes.
 
     Attributes:
-        end: End of the document in the pack.
-        row: Row coordinate of the first one; see ragged_descriptor.
+        end: Index in the pack after the document's last token.
+        row: TMA row coordinate of the first row; see ragged_descriptor.
         head: Index of the head.
     """
 
@@ -22,13 +22,13 @@ class Rows(NamedTuple):
 
 
 class QueryRows(NamedTuple):
-    """Rows of queries, or of results, of one tile.
+    """Coordinates of the queries, or of the results, of one tile.
 
     Attributes:
-        end: End of the document in the pack.
-        length: Queries of the document.
-        first: First query in the document.
-        head: First query head.
+        end: Index in the pack after the document's last query.
+        length: Number of queries of the document.
+        first: Position of the first query in the document.
+        head: Index of the first query head.
     """
 
     end: Any
@@ -38,12 +38,12 @@ class QueryRows(NamedTuple):
 
 
 class OutputKeys(NamedTuple):
-    """Rows of dk or dv that a warpgroup stores.
+    """Coordinates of the rows of dk or dv that a warpgroup stores.
 
     Attributes:
-        first: First key in the document.
-        end: End of the keys to store, in the document.
-        begin: First key of the document in the pack.
+        first: Position of the first key in the document.
+        end: Position in the document after the last key to store.
+        begin: Index in the pack of the document's first key.
         head: Index of the key/value head.
     """
 
@@ -54,12 +54,12 @@ class OutputKeys(NamedTuple):
 
 
 class Window(NamedTuple):
-    """The window of a call.
+    """Attention window of a call, from device memory or from launch arguments.
 
     Attributes:
-        pointer: int32 [2] on the device, or None.
-        left: Keys to the left, where pointer is None.
-        right: Keys to the right, likewise.
+        pointer: (left, right) in device memory, [2] int32, or None.
+        left: Visible keys before a query's own position, used if pointer is None.
+        right: Visible keys after a query's own position, used if pointer is None.
     """
 
     pointer: Any
@@ -68,11 +68,11 @@ class Window(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """The window in keys; UNBOUNDED where a side has no bound.
+    """Attention window in keys. A side without a bound is UNBOUNDED.
 
     Attributes:
-        left: Keys before the own position.
-        right: Keys behind it.
+        left: Visible keys before a query's own position.
+        right: Visible keys after a query's own position.
     """
 
     left: Any
@@ -80,11 +80,11 @@ class Bounds(NamedTuple):
 
 
 class LocalQueries(NamedTuple):
-    """Queries of a warpgroup's rows.
+    """Query positions of the rows of a warpgroup.
 
     Attributes:
-        first: First query in the document.
-        local_query: Query of each row, counted from it.
+        first: Position of the first query in the document.
+        local_query: Position of each row's query, relative to `first`.
     """
 
     first: Any
@@ -95,12 +95,12 @@ class Visible(NamedTuple):
     """Range of keys that the rows of a warpgroup see.
 
     Attributes:
-        shift: Keys less queries of the document.
-        length_k: Keys of the document.
-        left: Keys before the own position.
-        right: Keys behind it.
-        clear_low: Blocks that start below need a mask.
-        clear_high: Blocks that end above need a mask.
+        shift: Number of keys less number of queries of the document.
+        length_k: Number of keys of the document.
+        left: Visible keys before a query's own position.
+        right: Visible keys after a query's own position.
+        clear_low: Key position; blocks that start before it need a mask.
+        clear_high: Key position; blocks that end after it need a mask.
     """
 
     shift: Any
@@ -112,12 +112,14 @@ class Visible(NamedTuple):
 
 
 class KeyBounds(NamedTuple):
-    """Bounds of the queries that see a warpgroup's keys, relative to the first key.
+    """Bounds from which the mask of a warpgroup's keys is computed.
+
+    All positions are relative to the warpgroup's first key.
 
     Attributes:
-        keys_here: Keys from the first one to the document's end.
-        reach: Last key that query 0 sees.
-        past: First key that query 0 sees.
+        keys_here: Number of keys from the first key to the document's end.
+        reach: Last key that query 0 of the document sees.
+        past: First key that query 0 of the document sees.
     """
 
     keys_here: Any

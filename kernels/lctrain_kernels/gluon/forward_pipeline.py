@@ -1,4 +1,4 @@
-"""Shared memory of the persistent forward kernels, its loads and its stores."""
+"""Allocates, loads and stores the shared memory of the persistent forward kernels."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -14,15 +14,15 @@ _CHUNK = gl.constexpr(64)  # columns of a 128-byte swizzle
 
 @gluon.jit
 def allocate_bars(TILE: gl.constexpr, Q_LOADS: gl.constexpr, K_LOADS: gl.constexpr):
-    """Allocates the scheduler's tiles and the mbarriers of all pipelines.
+    """Allocates the buffer for the scheduler's tiles, and the mbarriers of all pipelines.
 
     Args:
         TILE: Tile sizes and head counts of the forward kernel, a ForwardShape.
-        Q_LOADS: Loads that fill a stage of queries.
-        K_LOADS: Loads that fill a stage of keys.
+        Q_LOADS: Number of TMA loads that fill a stage of queries.
+        K_LOADS: Number of TMA loads that fill a stage of keys.
 
     Returns:
-        (tiles, tile_bars, q_bars, k_ready, v_ready) of ForwardBuffers.
+        The fields tiles, tile_bars, q_bars, k_ready and v_ready of ForwardBuffers.
     """
     CONSUMERS: gl.constexpr = TILE.consumers
     Q_STAGES: gl.constexpr = TILE.q_stages
@@ -50,7 +50,7 @@ def allocate_bars(TILE: gl.constexpr, Q_LOADS: gl.constexpr, K_LOADS: gl.constex
 
 @gluon.jit
 def allocate_forward(dtype: gl.constexpr, TILE: gl.constexpr):
-    """Allocates the ForwardBuffers of an attention with one branch.
+    """Allocates the ForwardBuffers of varlen and dual chunk attention.
 
     Args:
         dtype: Dtype of queries, keys and values.
@@ -72,10 +72,10 @@ def allocate_forward(dtype: gl.constexpr, TILE: gl.constexpr):
 
 @gluon.jit
 def allocate_branches(dtype: gl.constexpr, TILE: gl.constexpr):
-    """Allocates the ForwardBuffers of differential attention, and buffers of results.
+    """Allocates the ForwardBuffers of differential attention, and buffers for results.
 
-    A buffer of queries holds both branches. It takes up to two of the three results; the returned
-    buffers [.., 64, block_dv] take the others.
+    A buffer of queries holds both branches, and later up to two of the three results. The other
+    results are stored in the returned buffers [.., 64, block_dv].
 
     Args:
         dtype: Dtype of queries, keys and values.
@@ -115,17 +115,17 @@ def load_queries(
     BRANCH: gl.constexpr = 0,
     BRANCHES: gl.constexpr = 1,
 ):
-    """Loads the queries of a tile, head after head; a run is the positions of one head.
+    """Starts the TMA loads of a tile's queries, one per head.
 
     Args:
-        desc: Descriptor of [T, H, D], in blocks of a run times 64 columns.
-        q_bufs: Buffers of queries.
-        q_ready: Their mbarriers.
+        desc: TMA descriptor of q [T, H, D], in blocks of one head's positions by 64 columns.
+        q_bufs: Shared memory of the queries.
+        q_ready: mbarriers that the loads complete.
         stage: Pipeline stage to fill.
         rows: QueryRows of the tile.
         TILE: Tile sizes and head counts of the forward kernel, a ForwardShape.
-        BRANCH: Number of the 64 rows of a buffer to fill.
-        BRANCHES: Rows of a buffer / 64; each of them is loaded by itself, and arrives at q_ready.
+        BRANCH: Index of the branch, which selects the 64 rows of a buffer to fill.
+        BRANCHES: Number of branches. Each is loaded separately and arrives at q_ready.
     """
     CONSUMERS: gl.constexpr = TILE.consumers
     BLOCK_D: gl.constexpr = TILE.block_d
@@ -168,11 +168,11 @@ def load_queries(
 
 @gluon.jit
 def load_block(desc, buffer, ready, rows):
-    """Loads a block of rows of one head, and arrives at its mbarrier.
+    """Starts the TMA load of a block of rows of one head, and arrives at its mbarrier.
 
     Args:
-        desc: Descriptor of [T, H, D], in blocks of the buffer's shape.
-        buffer: [rows, columns].
+        desc: TMA descriptor of a tensor [T, H, D], in blocks of the buffer's shape.
+        buffer: Shared memory [rows, columns].
         ready: mbarrier that the loads complete.
         rows: Rows to load.
     """
@@ -191,13 +191,13 @@ def load_block(desc, buffer, ready, rows):
 
 @gluon.jit
 def store_rows(desc, buffer, rows, RUN: gl.constexpr):
-    """Starts the copy of a warpgroup's 64 rows from shared to global memory.
+    """Starts the TMA copy of a warpgroup's 64 rows from shared to global memory.
 
     Args:
-        desc: Descriptor, as in load_queries.
-        buffer: [64, BLOCK_D].
+        desc: TMA descriptor of the result [T, H, D], in blocks of RUN by 64 columns.
+        buffer: Shared memory of the rows, [64, BLOCK_D].
         rows: QueryRows of this warpgroup.
-        RUN: Positions of one head.
+        RUN: Number of positions of one head.
     """
     dtype: gl.constexpr = desc.dtype
     COLUMNS: gl.constexpr = buffer.shape[1] // _CHUNK

@@ -1,4 +1,4 @@
-"""Launch arguments of the Hopper kernels: TMA descriptors, counters, the size of the grid."""
+"""Makes launch arguments of the Hopper kernels: TMA descriptors and the size of the grid."""
 
 import functools
 
@@ -20,15 +20,15 @@ _DTYPES = {
 
 
 def ragged_descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Describes packed rows so that the hardware stops at the end of any document.
+    """Returns a TMA descriptor of packed rows with which copies stop at a document's end.
 
     A tile is read or written at [2^30, begin + length, 2^30 - length + row, head, column]. The row
-    coordinate passes 2^30, the size of its dimension, just where the document ends: what lies
-    beyond is read as zero and not written. The first two coordinates undo that shift in the
-    address, which is computed modulo 2^64. (The trick of triton.tools.ragged_tma.)
+    dimension has size 2^30, so it ends where the document ends: TMA reads rows beyond as zero, and
+    does not write them. The first two coordinates undo the shift of the row coordinate in the
+    address, which is computed modulo 2^64, as in triton.tools.ragged_tma.
 
     Args:
-        tensor: [T, H, D], strides multiples of 16 bytes, last stride 1.
+        tensor: Tensor [T, H, D], strides multiples of 16 bytes, last stride 1.
         rows: Rows of a tile.
         columns: Columns of a tile.
     """
@@ -45,7 +45,7 @@ def ragged_descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescript
 
 
 def padded_columns(head_dim: int) -> int:
-    """Columns of a tile: a power of two, at least one 128-byte row."""
+    """Returns the columns of a tile: the smallest power of two >= head_dim, at least 64."""
     return max(64, padded_head_dim(head_dim))
 
 

@@ -1,8 +1,8 @@
-"""Device helpers of the Hopper kernels.
+"""Device helpers of the Hopper kernels: recompiled portable helpers, PTX instructions, fences.
 
-`gluon.jit(helper.fn)` compiles the source of a portable helper again, with layouts. So the dropout
-mask, windows and logits have one definition for all kernels. The other helpers are single
-instructions that Gluon does not have, and fences against the compiler's scheduling.
+`gluon.jit(helper.fn)` compiles the source of a portable Triton helper as Gluon, with layouts. So
+the dropout mask, windows and logits have one definition for all kernels. The other helpers are
+instructions that Gluon does not offer, and scheduling fences against the compiler.
 """
 
 from types import FunctionType
@@ -22,11 +22,12 @@ tanh = gluon.jit(logits_tile.tanh.fn)
 
 
 def with_callees(helper: Any, **callees: Any) -> Any:
-    """Compiles a portable helper as Gluon, with its calls to other helpers replaced.
+    """Compiles a portable helper as Gluon, and replaces the functions that it calls.
 
     Args:
-        helper: A function of triton.jit.
-        callees: Name in the helper's source -> Gluon function.
+        helper: Function decorated with triton.jit.
+        callees: Name of a called function in the helper's source -> Gluon function that replaces
+            it.
     """
     source = helper.fn
     names = source.__globals__ | callees
@@ -50,16 +51,16 @@ _FINISHED_CONSTRAINTS = gl.constexpr(",".join(["=&r"] * 16 + ["r"] * 48))
 
 @gluon.jit
 def rematerialised(buffers, index, opaque_false):
-    """Returns buffers.index(index), and makes the compiler compute its descriptor in the loop.
+    """Returns buffers.index(index), and forces the compiler to compute its descriptor in the loop.
 
-    The compiler would compute the shared-memory descriptors of constant buffers before the loop.
-    They need more uniform registers than there are. ptxas would spill them to local memory, and
-    every reload would wait behind the products' reads of shared memory.
+    Otherwise the compiler computes the shared-memory descriptors of constant buffers before the
+    loop. They need more uniform registers than there are, so ptxas spills them to local memory.
+    Each reload then waits behind the products' reads of shared memory.
 
     Args:
-        buffers: Shared memory, [.., rows, columns].
+        buffers: Shared memory [.., rows, columns].
         index: Index of a buffer.
-        opaque_false: A condition that is false at run time, which the compiler cannot know.
+        opaque_false: Condition that is always false, but that the compiler cannot evaluate.
     """
     return buffers.index(index + gl.where(opaque_false, 1, 0))
 
@@ -68,7 +69,7 @@ def rematerialised(buffers, index, opaque_false):
 def opaque(bits):
     """Returns 32-bit words unchanged, and hides from LLVM how they were computed.
 
-    LLVM would compute the shifted lower half of each word a second time.
+    Otherwise LLVM computes the shifted lower half of each word a second time.
     """
     return gl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=r,r", [bits], dtype=gl.uint32, is_pure=True, pack=1
@@ -77,9 +78,10 @@ def opaque(bits):
 
 @gluon.jit
 def drop_weights(p, bits, key, threshold):
-    """Returns p where is_kept(bits, key, threshold), else 0.
+    """Returns the weights p with dropped ones set to 0; see is_kept.
 
-    `bits` comes from `opaque`. As plain Triton, LLVM would collect all comparisons first.
+    `bits` are words that `opaque` returned. The function is PTX, because LLVM would collect all
+    comparisons before the selects.
     """
     return gl.inline_asm_elementwise(
         "{ .reg .pred kept; setp.ge.u32 kept, $2, $3; selp.f32 $0, $1, 0f00000000, kept; }",
@@ -95,7 +97,8 @@ def drop_weights(p, bits, key, threshold):
 def rounded(x, dtype: gl.constexpr):
     """Rounds float32 to half precision, two values per instruction.
 
-    The compiler would select after rounding, and then pack the halves with further instructions.
+    Otherwise the compiler moves selects behind the rounding, and packs the halves by further
+    instructions.
     """
     if dtype == gl.bfloat16:
         return gl.inline_asm_elementwise(
@@ -109,14 +112,14 @@ def rounded(x, dtype: gl.constexpr):
 
 @gluon.jit
 def scheduling_fence(p, opaque_false):
-    """Returns p, which is computed before the next wait for products: a scheduling fence.
+    """Returns p, and keeps its computation before the next wait for products.
 
-    ptxas would move that wait above the exponentials, which are to overlap with the products. The
-    fence is a barrier instruction that never runs and depends on all values of a thread.
+    Otherwise ptxas moves that wait above the exponentials, which should overlap with the products.
+    The scheduling fence is a barrier instruction that never runs and depends on all values of p.
 
     Args:
-        p: [64, 64] in half precision, of a warpgroup.
-        opaque_false: A condition that is false at run time, which the compiler cannot know.
+        p: Weights of a warpgroup, [64, 64], in half precision.
+        opaque_false: Condition that is always false, but that the compiler cannot evaluate.
     """
     return gl.inline_asm_elementwise(
         _FINISHED,
@@ -132,10 +135,10 @@ def scheduling_fence(p, opaque_false):
 def wait_bulk_writes(LATER: gl.constexpr):
     """Waits until this warp's copies from shared memory have been written to global memory.
 
-    Gluon's own wait ends when the copies have read shared memory.
+    Gluon's own wait ends earlier, when the copies have read shared memory.
 
     Args:
-        LATER: Most recent copies that may still be in flight, at most two.
+        LATER: Number of the latest copies that may still be in flight, at most two.
     """
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     gl.inline_asm_elementwise(_WAITS[LATER], "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
@@ -143,7 +146,7 @@ def wait_bulk_writes(LATER: gl.constexpr):
 
 @gluon.jit
 def fence_release():
-    """Release fence at GPU scope: earlier writes of this warp are visible before later ones."""
+    """Issues a release fence at GPU scope: this warp's earlier writes become visible first."""
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     gl.inline_asm_elementwise(
         "fence.acq_rel.gpu; mov.b32 $0, $1;",
@@ -157,10 +160,10 @@ def fence_release():
 
 @gluon.jit
 def red_add_v4(pointers, left, x0, x1, x2, x3):
-    """Adds x0 to x3 to the four float32 at each address, where left > 0.
+    """Atomically adds x0, x1, x2 and x3 to the four float32 at each address where left > 0.
 
-    Addresses are multiples of 16 bytes. The additions complete before the kernel ends; no thread
-    waits for them.
+    Addresses are multiples of 16 bytes. No thread waits for the additions, which complete before
+    the kernel ends.
     """
     gl.inline_asm_elementwise(
         "{ .reg .pred some; setp.gt.s32 some, $2, 0; "
@@ -192,7 +195,7 @@ def key_blocks(
     HAS_RIGHT: gl.constexpr,
     BLOCK_N: gl.constexpr,
 ):
-    """Returns blocks [low, high) of keys that queries [first, first + positions) see."""
+    """Returns (low, high): queries [first, first + positions) see key blocks [low, high)."""
     end = length_k
     if HAS_RIGHT:
         end = gl.minimum(end, gl.maximum(first + positions + shift + right, 0))
@@ -215,7 +218,7 @@ def query_blocks(
     HAS_RIGHT: gl.constexpr,
     BLOCK_M: gl.constexpr,
 ):
-    """Returns blocks [low, high) of queries that see keys [first, first + keys)."""
+    """Returns (low, high): query blocks [low, high) see keys [first, first + keys)."""
     end = length_q
     if HAS_LEFT:
         end = gl.minimum(end, gl.maximum(first + keys - shift + left, 0))

@@ -1,18 +1,20 @@
 """The online softmax of the Hopper kernels, with a lazy running maximum.
 
-Four lanes hold a row of a product. Each lane keeps the state of its rows as [64, 4]: the running
-maximum m, equal in all four lanes, and the lane's own part of the sum l.
+Four lanes of a warp hold a row of the scores. The softmax state is m and l, both [64, 4] (row,
+lane): the running maximum m is equal in all four lanes of a row; each lane has its own part of the
+sum l.
 
 m is raised lazily, so it may be less than the largest logit so far:
 
     first block of a row    m is raised if the block exceeds it by more than 8 (base 2);
     later blocks            m is raised if a lane's weights sum to more than 2^13.
 
-The accumulator is rescaled only when m is raised. Half precision represents such weights with full
-precision. In most blocks no row of a warp raises m, and the warp's lanes exchange nothing.
+The accumulator is rescaled only when m is raised. Weights up to 2^13 are as precise in half
+precision as weights up to 1. In most blocks no row of a warp raises m, and the lanes exchange
+nothing.
 
-The PTX below votes and shuffles among all lanes of a warp and is declared pure. That is sound: all
-threads of a program take the same branches around it.
+The PTX below votes and shuffles among all lanes of a warp and is declared pure. Both are allowed,
+because all threads of a program take the same branches around it.
 """
 
 from triton.experimental import gluon
@@ -25,9 +27,9 @@ _LOG2_E = gl.constexpr(LOG2_E)
 # m of a row before its first key: below all logits, and finite, so that -inf - m is -inf.
 INITIAL_MAX = gl.constexpr(-3.4028234663852886e38)
 
-# Results for two rows of a lane: m ($0, $1), factors of the accumulator ($2, $3) and l times them
-# ($4, $5). Operands: m and l in the same registers, the lane's largest s ($10, $11), the multiplier
-# ($12).
+# Results for two rows of a lane: m ($0, $1), factors of the accumulator ($2, $3), and l times these
+# factors ($4, $5). Operands: m and l in the same registers, the lane's largest s ($10, $11) and the
+# multiplier ($12).
 RAISE_MAX = gl.constexpr(
     """{
     .reg .pred far, first, second;
@@ -76,7 +78,7 @@ RAISE_MAX_CONSTRAINTS = gl.constexpr("=&f,=&f,=&f,=&f,=&f,=&f,0,1,4,5,f,f,f,f")
 
 @gluon.constexpr_function
 def quads_layout(columns):
-    """Returns the layout of split_rows' result, for a product with that many columns."""
+    """Returns the layout of split_rows' result, for scores with `columns` columns."""
     registers = [[0, 0, 0, 1], [8, 0, 0, 0]]
     registers += [[0, 1 << i, 0, 0] for i in range((columns // 8).bit_length() - 1)]
     lanes = [[0, 0, 1, 0], [0, 0, 2, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]]
@@ -86,7 +88,7 @@ def quads_layout(columns):
 
 @gluon.constexpr_function
 def lanes_layout(columns):
-    """Returns the layout of the softmax state [64, 4] of a product with that many columns."""
+    """Returns the layout of the softmax state [64, 4], for scores with `columns` columns."""
     return gl.SliceLayout(1, gl.SliceLayout(3, quads_layout(columns)))
 
 
@@ -94,8 +96,8 @@ def lanes_layout(columns):
 def scale_assembly(elements):
     """Returns PTX that multiplies the registers of two rows, unless all factors are 1.
 
-    Registers alternate: two of one row, two of the other. Operands: results, the same registers as
-    inputs, and a factor for each.
+    Registers alternate: two of one row, two of the other. Operands: the results, the inputs in the
+    same registers, and a factor for each input.
     """
     lines = [
         ".reg .pred some;",
@@ -111,18 +113,19 @@ def scale_assembly(elements):
 
 @gluon.constexpr_function
 def scale_constraints(elements):
-    """Returns the constraints of scale_assembly."""
+    """Returns the inline assembly constraints of scale_assembly's operands."""
     tied = [str(i) for i in range(elements)]
     return ",".join(["=&f"] * elements + tied + ["f"] * elements)
 
 
 @gluon.constexpr_function
 def known_max_assembly(elements, half):
-    """Returns PTX for the weights of a later block, computed with the known m.
+    """Returns PTX that computes the weights of a later block with the known maximum m.
 
-    If a lane's weights sum to more than 2^13, the warp computes maxima and the weights again.
+    If a lane's weights sum to more than 2^13, the warp computes the maxima, and then the weights
+    again.
 
-    Results: pairs of weights in half precision; then m of both rows ($0 and $2 of this part),
+    Results: pairs of weights in half precision; then, numbered from 0, m of both rows ($0, $2),
     factors of the accumulator ($1, $3) and sums ($4, $6). Operands: s, m, l and the multiplier.
     Registers alternate: two of one row, two of the other.
     """
@@ -171,13 +174,13 @@ def known_max_assembly(elements, half):
 
 @gluon.constexpr_function
 def known_max_constraints(elements):
-    """Returns the constraints of known_max_assembly."""
+    """Returns the inline assembly constraints of known_max_assembly's operands."""
     return ",".join(["=&r"] * (elements // 2) + ["=&f"] * elements + ["f"] * (4 * elements))
 
 
 @gluon.jit
 def split_rows(x):
-    """Returns a product [64, N] as [64, N // 8, 4, 2]; the third dimension is the lane of four."""
+    """Returns scores [64, N] as [64, N // 8, 4, 2]; the third dimension is the lane of a row."""
     COLUMNS: gl.constexpr = x.shape[1]
     return gl.convert_layout(
         gl.reshape(x, [64, COLUMNS // 8, 4, 2]), quads_layout(COLUMNS), assert_trivial=True
@@ -186,7 +189,7 @@ def split_rows(x):
 
 @gluon.jit
 def _column_block(x, INDEX: gl.constexpr):
-    """Returns x[:, INDEX] of x [64, N, 4]; N is a power of two, and in registers."""
+    """Returns x[:, INDEX] of x [64, N, 4], whose second dimension is in registers."""
     for bit in gl.static_range(8):
         if x.shape[1] > 1:
             halves = gl.reshape(x, [64, x.shape[1] // 2, 2, 4])
@@ -197,7 +200,7 @@ def _column_block(x, INDEX: gl.constexpr):
 
 @gluon.jit
 def _weights_by_known_max(s, m, l, multiplier, s_layout: gl.constexpr, dtype: gl.constexpr):
-    """Computes the weights of a later block, mostly without a maximum; see known_max_assembly."""
+    """Computes the weights of a later block with the known maximum; see known_max_assembly."""
     ELEMENTS: gl.constexpr = s.shape[1] // 2
     lanes: gl.constexpr = lanes_layout(s.shape[1])
     operands = (split_rows(s), m[:, None, :, None], l[:, None, :, None], multiplier)
@@ -229,7 +232,7 @@ def _weights_by_known_max(s, m, l, multiplier, s_layout: gl.constexpr, dtype: gl
 
 @gluon.jit
 def initial_state(BLOCK_N: gl.constexpr):
-    """Returns m and l before the first block."""
+    """Returns the running maximum m and the running sum l before the first block, [64, 4]."""
     layout: gl.constexpr = lanes_layout(BLOCK_N)
     return gl.full([64, 4], INITIAL_MAX, gl.float32, layout), gl.zeros([64, 4], gl.float32, layout)
 
@@ -245,7 +248,7 @@ def reduce_rows(m, l, row_layout: gl.constexpr):
 
 @gluon.jit
 def rescale(acc, alpha, o_layout: gl.constexpr):
-    """Returns acc [64, D] times alpha [64, 4], of online_softmax."""
+    """Returns acc [64, D] times the factor alpha [64, 4] that online_softmax returned."""
     COLUMNS: gl.constexpr = acc.shape[1]
     ELEMENTS: gl.constexpr = COLUMNS // 2
     factor = gl.convert_layout(alpha, lanes_layout(COLUMNS), assert_trivial=True)
@@ -264,7 +267,7 @@ def rescale(acc, alpha, o_layout: gl.constexpr):
 def block_bits(
     random, block, BLOCK_N: gl.constexpr, s_layout: gl.constexpr, HAS_DROPOUT: gl.constexpr
 ):
-    """Draws the random bits of a block of weights, while the product of its scores runs."""
+    """Draws the random bits of a block of weights. The call overlaps with the block's product."""
     return bits_from_key(random, block * BLOCK_N, BLOCK_N, s_layout, HAS_DROPOUT)
 
 
@@ -272,7 +275,7 @@ def block_bits(
 def bits_from_key(
     random, key, BLOCK_N: gl.constexpr, s_layout: gl.constexpr, HAS_DROPOUT: gl.constexpr
 ):
-    """Draws the random bits of a block that starts at `key`, a multiple of 32."""
+    """Draws the random bits of a block of weights whose first key is `key`, a multiple of 32."""
     bits = 0
     if HAS_DROPOUT:
         local_key = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
@@ -308,13 +311,13 @@ def softmax_step(
     FEW_REGISTERS: gl.constexpr = False,
     HAS_MAX: gl.constexpr = False,
 ):
-    """Applies softcap and mask to a block, then online_softmax. Returns (p, alpha, m, l).
+    """Applies softcap and mask to a block of scores, and then online_softmax.
 
     Args:
-        s: [64, BLOCK_N] = q.k.
-        m: Running maximum, as initial_state returns it.
-        l: Running sum, likewise.
-        block: Number of the block of keys.
+        s: Scores q.k, [64, BLOCK_N].
+        m: Running maximum [64, 4].
+        l: Running sum [64, 4].
+        block: Index of the block of keys.
         rows: Query positions of the rows, a LocalQueries.
         visible: Range of keys that the rows see, a Visible.
         bits: Random bits that block_bits returned, 32 per weight.
@@ -324,8 +327,11 @@ def softmax_step(
         s_layout: Layout of s.
         dtype: Dtype of p.
         FLAGS: Features beyond plain attention, a tile.structures.Flags.
-        FEW_REGISTERS: Prefer fewer registers to fewer instructions.
-        HAS_MAX: True if an earlier block has given m.
+        FEW_REGISTERS: Whether to use fewer registers at the cost of more instructions.
+        HAS_MAX: Whether an earlier block has set m.
+
+    Returns:
+        The weights p in `dtype`, the factor alpha of the accumulator, and the new m and l.
     """
     BLOCK_N: gl.constexpr = s.shape[1]
     IN_DOCUMENT: gl.constexpr = FLAGS.has_dropout or FEW_REGISTERS
@@ -364,9 +370,10 @@ def online_softmax(
     HAS_DROPOUT: gl.constexpr,
     HAS_MAX: gl.constexpr,
 ):
-    """One step of the online softmax. Returns (p in dtype, alpha, m, l).
+    """Computes one step of the online softmax. Returns (p in dtype, alpha, m, l).
 
-    s is -inf for masked keys; the exponent is s * multiplier. `rescale` applies alpha.
+    The weights are p = 2^(s * multiplier - m), with s = -inf for masked keys. `rescale` multiplies
+    the accumulator by alpha.
     """
     if HAS_MAX and not HAS_DROPOUT:
         return _weights_by_known_max(s, m, l, multiplier, s_layout, dtype)

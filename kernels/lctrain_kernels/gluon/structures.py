@@ -1,8 +1,8 @@
-"""Named groups that the parts of a Hopper kernel pass to each other.
+"""Named tuples that the functions of a Hopper kernel pass to each other.
 
-Triton 3.6 sets the rules. A group holds constants or run-time values, not both; None may be among
-either. Integers that must not specialise a kernel stay launch arguments of their own. A field is
-never called `values` or `type`, and a group has no properties.
+Triton 3.6 restricts them. A named tuple holds either constants or run-time values; both may include
+None. Integers that must not specialise a kernel are separate launch arguments. No field is named
+`values` or `type`, and a named tuple has no properties.
 """
 
 from typing import Any, NamedTuple
@@ -14,16 +14,16 @@ class ForwardShape(NamedTuple):
     Attributes:
         group: Number of query heads per key/value head.
         heads: Number of query heads.
-        pack: Query heads of one key/value head that share a tile.
-        consumers: Consumer warpgroups of 64 rows each.
-        block_n: Keys of a block.
+        pack: Number of query heads of one key/value head that share a tile.
+        consumers: Number of consumer warpgroups, of 64 rows each.
+        block_n: Number of keys of a block.
         block_d: Columns of a tile of queries and keys.
-        q_stages: Pipeline stages of queries.
-        stages: Pipeline stages of keys, and of values.
-        meet_early: True if the warps of a warpgroup synchronise before the products of a
-            block.
+        q_stages: Number of pipeline stages of queries.
+        stages: Number of pipeline stages of keys, and of values.
+        meet_early: Whether the warps of a warpgroup synchronise before the products of a block
+            instead of after them.
         block_dv: Columns of a tile of values, where they may differ from block_d.
-        num_k: Tensors of keys: 2 for differential attention with one k per branch.
+        num_k: Number of key tensors, 2 for differential attention with one k per branch.
     """
 
     group: int
@@ -46,15 +46,15 @@ class BackwardShape(NamedTuple):
         group: Number of query heads per key/value head.
         heads_kv: Number of key/value heads.
         head_dim: Head dim D; columns beyond it are padding.
-        block_m: Queries of a block.
-        block_n: Keys of a tile.
+        block_m: Number of queries of a block.
+        block_n: Number of keys of a tile.
         block_d: Columns of a tile of queries and keys.
-        stages: Pipeline stages of queries.
-        dq_from_registers: True if the consumer warpgroups add dq to global memory themselves.
-        deterministic: True if partial dq must be added in the order of the keys.
+        stages: Number of pipeline stages of queries.
+        dq_from_registers: Whether the consumer warpgroups add partial dq to global memory.
+        deterministic: Whether partial dq must be added in the order of the keys.
         value_dim: Head dim Dv of the values in differential attention.
         block_dv: Columns of a tile of values, of differential attention.
-        num_k: Tensors of keys: 2 for differential attention with one k per branch.
+        num_k: Number of key tensors, 2 for differential attention with one k per branch.
     """
 
     group: int
@@ -90,11 +90,11 @@ class ForwardBuffers(NamedTuple):
         q: Queries, [q_stages * consumers, rows, block_d].
         k: Keys, [stages * num_k, block_n, block_d].
         v: Values, [stages, block_n, block_dv].
-        tiles: Fields of the tiles from the scheduler, int32.
-        tile_bars: Pipeline of the tiles.
-        q_bars: Pipeline of the queries.
-        k_ready: mbarriers of keys; named barriers say which stages are empty.
-        v_ready: mbarriers of values, likewise.
+        tiles: Tiles that the scheduler warp has written, as int32 fields.
+        tile_bars: mbarriers of the pipeline of tiles.
+        q_bars: mbarriers of the pipeline of queries.
+        k_ready: mbarriers of filled stages of keys; named barriers signal empty stages.
+        v_ready: mbarriers of filled stages of values; named barriers signal empty stages.
     """
 
     q: Any
@@ -111,12 +111,12 @@ class BackwardBuffers(NamedTuple):
     """Shared memory of a backward kernel.
 
     Attributes:
-        k: Halves of the tile's keys, [2 * num_k, 64, block_d].
-        v: Halves of its values, [2, 64, block_dv].
+        k: Two halves of the tile's keys, [2 * num_k, 64, block_d].
+        v: Two halves of the tile's values, [2, 64, block_dv].
         q: Queries, one or two buffers per stage.
         dout: Gradients of out, [stages, block_m, block_dv].
-        lse: Base-2 logsumexp of the queries.
-        delta: rowsum(dout * out), and the other terms that dS subtracts.
+        lse: Base-2 log-sum-exp of the queries.
+        delta: Term that dS subtracts per query: rowsum(dout * out) less the gradient of lse.
         kv_ready: mbarrier of the tile's keys and values.
         q_ready: mbarriers of queries.
         dout_ready: mbarriers of dout.
@@ -134,17 +134,17 @@ class BackwardBuffers(NamedTuple):
 
 
 class WorkTile(NamedTuple):
-    """A tile of queries from the tile scheduler.
+    """A tile of queries that the tile scheduler hands out, with the key blocks [low, high).
 
     Attributes:
-        end_q: End of the document's queries in the pack.
-        length_q: Queries of the document.
-        end_k: End of the document's keys in the pack.
-        length_k: Keys of the document.
-        first: First query of the tile in the document.
-        head: First query head of the tile.
-        low: First block of keys.
-        high: End of the blocks of keys.
+        end_q: Index in the pack after the document's last query.
+        length_q: Number of queries of the document.
+        end_k: Index in the pack after the document's last key.
+        length_k: Number of keys of the document.
+        first: Position in the document of the tile's first query.
+        head: Index of the tile's first query head.
+        low: Index of the first block of keys that the tile sees.
+        high: Index after the last block of keys that the tile sees.
     """
 
     end_q: Any
@@ -158,17 +158,17 @@ class WorkTile(NamedTuple):
 
 
 class KeyTile(NamedTuple):
-    """A tile of keys with the blocks of queries that see it.
+    """A tile of keys with the query blocks [low, high) that see it.
 
     Attributes:
         head_kv: Index of the key/value head.
-        begin_q: First query of the document in the pack.
-        length_q: Queries of the document.
-        begin_k: First key of the document in the pack.
-        length_k: Keys of the document.
-        first: First key of the tile in the document.
-        low: First block of queries.
-        high: End of the blocks of queries.
+        begin_q: Index in the pack of the document's first query.
+        length_q: Number of queries of the document.
+        begin_k: Index in the pack of the document's first key.
+        length_k: Number of keys of the document.
+        first: Position in the document of the tile's first key.
+        low: Index of the first block of queries that sees the tile.
+        high: Index after the last block of queries that sees the tile.
     """
 
     head_kv: Any
@@ -182,16 +182,16 @@ class KeyTile(NamedTuple):
 
 
 class KeySlot(NamedTuple):
-    """The tile of keys of a program, and its document.
+    """The tile of keys that a program works on, and the tile's document.
 
     Attributes:
         head_kv: Index of the key/value head.
-        document: Index in the pack; -1 for an empty slot.
-        first: First key of the tile in the document.
-        begin_q: First query of the document in the pack.
-        length_q: Queries of the document.
-        begin_k: First key of the document in the pack.
-        length_k: Keys of the document.
+        document: Index of the document in the pack; -1 for an empty slot of the schedule.
+        first: Position in the document of the tile's first key.
+        begin_q: Index in the pack of the document's first query.
+        length_q: Number of queries of the document.
+        begin_k: Index in the pack of the document's first key.
+        length_k: Number of keys of the document.
     """
 
     head_kv: Any
@@ -204,12 +204,12 @@ class KeySlot(NamedTuple):
 
 
 class SeedWords(NamedTuple):
-    """Key of the random bits of a document; see draw_bits.
+    """Seed and document id from which a document's random bits are drawn; see draw_bits.
 
     Attributes:
-        key_0: Low half of the seed.
-        key_1: High half of the seed.
-        document: Document id.
+        key_0: Low half of the seed, uint32.
+        key_1: High half of the seed, uint32.
+        document: Document id, uint32.
     """
 
     key_0: Any
@@ -218,15 +218,15 @@ class SeedWords(NamedTuple):
 
 
 class DropoutKey(NamedTuple):
-    """Counters and key of the random bits of a tile; see draw_bits.
+    """Seed, document id, heads and positions from which a tile's random bits are drawn.
 
     Attributes:
-        key_0: Low half of the seed.
-        key_1: High half of the seed.
-        document: Document id.
-        head: Query heads of the rows.
-        first: First query of the tile.
-        local_query: Queries in the tile.
+        key_0: Low half of the seed, uint32.
+        key_1: High half of the seed, uint32.
+        document: Document id, uint32.
+        head: Index of the query head of each row.
+        first: Position in the document of the tile's first query.
+        local_query: Position of each row's query, relative to `first`.
     """
 
     key_0: Any
@@ -238,7 +238,7 @@ class DropoutKey(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """Numbers of a call that a consumer warpgroup reads.
+    """Scalar arguments of a call that a consumer warpgroup of a forward reads.
 
     Attributes:
         total_q: Number of packed queries T.
@@ -256,11 +256,11 @@ class Scalars(NamedTuple):
 
 
 class ConsumerPointers(NamedTuple):
-    """Tensors that a consumer warpgroup of a forward reads or writes by itself.
+    """Tensors that a consumer warpgroup of a forward accesses without TMA.
 
     Attributes:
-        lse: [H, T] float32, the result.
-        factor: [H] learnable sinks, or [N] factors of the logits; may be None.
+        lse: Log-sum-exp of each query, [H, T] float32; written.
+        factor: Learnable sinks [H] (varlen), factors of the logits [N] (dual chunk), or None.
         dropout_seed: Seed of the dropout mask, [1] int64; None without dropout.
         document_ids: Ids of the documents, [N] int32, part of the dropout key; or None.
     """
@@ -272,11 +272,12 @@ class ConsumerPointers(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Numbers per query that the loader of a backward fetches.
+    """Numbers per query that the producer warp of a backward loads.
 
     Attributes:
-        lse: Base-2 logsumexp, [H, T] float32; with other numbers behind it for some kernels.
-        delta: rowsum(dout * out) - dlse, [H, T] float32, or None.
+        lse: Base-2 log-sum-exp, [H, T] float32. In the stats tensors of dual chunk and differential
+            attention further numbers follow.
+        delta: rowsum(dout * out) - dlse, [H, T] float32; None if it is part of `lse`.
         total_q: Number of packed queries T.
     """
 
@@ -286,12 +287,12 @@ class Statistics(NamedTuple):
 
 
 class Semaphores(NamedTuple):
-    """Counters of the partial dq that have reached global memory.
+    """Counters of the partial dq that have been written to global memory, one per block.
 
     Attributes:
-        pointer: Zeroed int32 [H, per_head].
-        per_head: Counters of a head.
-        document: Index in the pack.
+        pointer: Counters [H, per_head] int32, zero at launch.
+        per_head: Number of counters per head.
+        document: Index of the document in the pack.
     """
 
     pointer: Any
@@ -300,13 +301,13 @@ class Semaphores(NamedTuple):
 
 
 class KeyGradients(NamedTuple):
-    """Gradients of one layout that a tile of keys stores.
+    """dk and dv, which share one layout, and their strides.
 
     Attributes:
-        dk: [Tk, Hk, D].
-        dv: [Tk, Hk, D].
-        token: Distance between tokens, in elements.
-        head: Distance between heads.
+        dk: Gradient of k, [Tk, Hk, D].
+        dv: Gradient of v, [Tk, Hk, D].
+        token: Stride of tokens, in elements.
+        head: Stride of heads, in elements.
     """
 
     dk: Any
@@ -316,12 +317,12 @@ class KeyGradients(NamedTuple):
 
 
 class DropoutInputs(NamedTuple):
-    """Dropout of a document.
+    """Dropout inputs of a document.
 
     Attributes:
         seed: Seed of the dropout mask, [1] int64; None without dropout.
         document_ids: Ids of the documents, [N] int32, part of the dropout key; or None.
-        document: Index in the pack.
+        document: Index of the document in the pack.
         threshold: A weight is dropped if its 16 random bits are below this number.
     """
 
@@ -332,7 +333,7 @@ class DropoutInputs(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """Numbers of a call that the backward multiplies by.
+    """Factors of a call that the backward applies to logits and gradients.
 
     Attributes:
         scale: softmax_scale, the factor of q.k.
@@ -346,11 +347,11 @@ class Factors(NamedTuple):
 
 
 class DqSlabs(NamedTuple):
-    """The buffer to which dq is added from registers; see first_slab.
+    """The float32 buffer to which dq is added from registers; first_slab describes its layout.
 
     Attributes:
-        pointer: Slab of the first block of queries of the first head.
-        per_head: Slabs of a head.
+        pointer: Slab of the first head's first block of queries.
+        per_head: Number of slabs per head.
     """
 
     pointer: Any
@@ -363,9 +364,9 @@ class SchedulerInputs(NamedTuple):
     Attributes:
         cu_seqlens_q: Cumulative query lengths, [N + 1] int32.
         cu_seqlens_k: Cumulative key lengths, [N + 1] int32.
-        tiles: [n, 2] int32 of a TileSchedule.
-        counter: A zeroed int32, which programs take their next item from.
-        num_items: Items of work.
+        tiles: Tiles of a TileSchedule, [n, 2] int32.
+        counter: Atomic int32 counter, zero at launch, from which programs take their next tile.
+        num_items: Number of work items: tiles times head groups.
     """
 
     cu_seqlens_q: Any

@@ -1,4 +1,4 @@
-"""One table of what the Hopper kernels do not support; such calls run on the portable kernels."""
+"""Lists the calls that the Hopper kernels do not support. Portable kernels run these calls."""
 
 import re
 import warnings
@@ -17,7 +17,7 @@ MAX_ROWS = 1 << 30  # of a descriptor's row dimension
 
 @dataclass(frozen=True)
 class Call:
-    """Properties of a call on one q, k and v that decide whether the Hopper kernels support it.
+    """Properties of a varlen or dual chunk call that decide whether the Hopper kernels support it.
 
     Attributes:
         q: Packed queries [T, H, D].
@@ -39,9 +39,9 @@ class Call:
 
 
 def unaligned(tensor: Tensor) -> bool:
-    """Returns whether TMA cannot read a tensor.
+    """Returns True if TMA cannot read a tensor.
 
-    TMA needs positive 16-byte strides and a 16-byte base.
+    TMA needs strides that are positive multiples of 16 bytes, and an address aligned to 16 bytes.
     """
     if tensor.numel() == 0:
         return False
@@ -68,7 +68,7 @@ DOUT_LIMIT: tuple[str, Callable[[Any], bool]] = (
     "a gradient of out whose strides are no multiples of 16 bytes",
     lambda c: c.dout is not None and c.dout.stride(2) == 1 and unaligned(c.dout),
 )
-# Only varlen's kernels have these.
+# Calls that only the varlen kernels support.
 ONLY_VARLEN: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ("the backward of dropout", lambda c: c.dropout),
     ("a deterministic backward", lambda c: c.deterministic),
@@ -76,8 +76,8 @@ ONLY_VARLEN: tuple[tuple[str, Callable[[Any], bool]], ...] = (
 BACKWARD_LIMITS: tuple[Limit, ...] = (
     *FORWARD_LIMITS,
     ("the backward of head dims above 128", lambda c: c.q.shape[2] > 128),
-    # They can, but the portable kernels are faster: 29.4 and 1.83 ms on 1x32k_d64 and mix32k_d64,
-    # where these took 36.1 and 3.05.
+    # The Hopper kernels can run this, but the portable kernels are faster: 29.4 against 36.1 ms on
+    # 1x32k_d64, 1.83 against 3.05 ms on mix32k_d64.
     ("a deterministic backward of head dims up to 64",
      lambda c: c.deterministic and c.q.shape[2] <= 64),
     DOUT_LIMIT,
@@ -85,12 +85,12 @@ BACKWARD_LIMITS: tuple[Limit, ...] = (
 
 
 def refusal(call: _Call, limits: tuple[tuple[str, Callable[[_Call], bool]], ...]) -> str | None:
-    """Returns what the Hopper kernels do not support in a call; None if they support all of it."""
+    """Returns the first property of a call that the Hopper kernels do not support, or None."""
     return next((name for name, exceeds in limits if exceeds(call)), None)
 
 
 def _installed_triton() -> tuple[int, int] | None:
-    """(major, minor) of Triton."""
+    """Returns the (major, minor) version of the installed Triton, or None."""
     try:
         found = re.match(r"(\d+)\.(\d+)", metadata.version("triton"))
     except metadata.PackageNotFoundError:
@@ -120,7 +120,7 @@ def _hopper_devices() -> frozenset[int]:
     return frozenset(i for i in devices if torch.cuda.get_device_capability(i)[0] == 9)
 
 
-# Read once, on the first call with a GPU: torch.compile cannot trace how they are found out.
+# Determined once, on the first call with a GPU, because torch.compile cannot trace these checks.
 _DEVICES = _hopper_devices()
 _KNOWN_TRITON = bool(_DEVICES) and knows_triton(_installed_triton())
 

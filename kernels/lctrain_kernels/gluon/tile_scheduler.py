@@ -1,4 +1,4 @@
-"""The tile scheduler of the persistent forward kernels."""
+"""The tile scheduler of the persistent forward kernels: a warp that hands out tiles of queries."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -20,13 +20,14 @@ def schedule_tiles(
     TILE: gl.constexpr,
     FLAGS: gl.constexpr,
 ):
-    """The scheduler warp: takes items of work and writes their tiles to shared memory.
+    """Runs the scheduler warp, which takes work items and writes their tiles to shared memory.
 
-    It runs up to TILES_AHEAD tiles ahead of the consumers. A tile with document -1 ends the work.
+    The warp is up to TILES_AHEAD tiles ahead of the consumers. A tile with document -1 ends the
+    loops of producer and consumers.
 
     Args:
-        tiles: [TILES_AHEAD * TILE_FIELDS, 1] int32 in shared memory.
-        tile_bars: Their Pipeline.
+        tiles: Shared memory of the tiles, [TILES_AHEAD * TILE_FIELDS, 1] int32.
+        tile_bars: mbarriers of the pipeline of tiles.
         inputs: Document boundaries, tile schedule and work counter, a SchedulerInputs.
         window: Window of the call: left and right bounds, or their device tensor.
         TILE: Tile sizes and head counts of the forward kernel, a ForwardShape.
@@ -99,7 +100,7 @@ def schedule_tiles(
 
 @gluon.jit
 def read_tile(tiles, tile_index, WARPS: gl.constexpr):
-    """Returns the WorkTile number `tile_index`, which is ready."""
+    """Reads the WorkTile with number `tile_index` from shared memory; it must be ready."""
     fields = tile_index % TILES_AHEAD * TILE_FIELDS
     end_q = load_scalar(tiles.index(fields + 1), WARPS)
     length_q = load_scalar(tiles.index(fields + 2), WARPS)

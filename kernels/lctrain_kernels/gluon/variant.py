@@ -1,4 +1,4 @@
-"""Types, flags and options of the Hopper kernels' ahead-of-time compilations."""
+"""Argument types, flags and options for ahead-of-time compilations of the Hopper kernels."""
 
 import torch
 import triton
@@ -26,7 +26,7 @@ _FLOATS = ("scale", "softcap", "keep_scale")
 
 
 def descriptor_type(dtype: str, rows: int, columns: int) -> str:
-    """Triton's name of the type of ragged_descriptor's result."""
+    """Returns Triton's name of the type of a ragged_descriptor with tiles of rows by columns."""
     rows_of_heads = torch.empty((1, 1, columns), dtype=_DTYPES[dtype])
     return mangle_type(ragged_descriptor(rows_of_heads, rows, columns))
 
@@ -36,7 +36,7 @@ def has_dropout(features: str) -> bool:
 
 
 def attention_flags(features: str, has_sink: bool = False) -> Flags:
-    """The flags of a kernel of varlen or differential attention."""
+    """Returns the Flags of a varlen or differential attention kernel with these features."""
     everything = features == "all"
     return Flags(
         has_left=everything,
@@ -55,14 +55,14 @@ def argument_types(
     /,
     **descriptors: str | None,
 ) -> dict[str, object]:
-    """Triton's names of the types of a kernel's arguments.
+    """Returns Triton's names of the types of a kernel's arguments.
 
     Args:
         kernel: Kernel whose arguments are typed.
         features: Features of the call that the kernel compiles, one of FEATURES.
-        dtype: Dtype of the tensors.
-        absent: Further pointers that are None.
-        descriptors: Types of the descriptors.
+        dtype: Triton's name of the tensors' dtype, such as "bf16".
+        absent: Names of further pointers that are None.
+        descriptors: Argument name of each TMA descriptor -> its type.
     """
     types: dict[str, object] = {
         name: "fp32" if name in _FLOATS else "i32" for name in kernel.arg_names

@@ -72,7 +72,7 @@ def _gated_linear_backward(
         from lctrain_kernels.mlp import launch
 
         dgate, dup = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gate, up))
-        out = dout  # the product takes the place of its gradient
+        out = dout  # the recomputed product overwrites its gradient
         launch.gated_bwd(dout, gate, up, activation, dgate, dup, out if needs_weight else None)
     else:
         dgate, dup, out = reference.gated_bwd(dout, gate, up, activation)
