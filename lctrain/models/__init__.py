@@ -1,4 +1,4 @@
-"""Patching of transformers models: patch_model, patch_models and their handles."""
+"""Patches transformers models with lctrain's attention: patch_model, patch_models, handles."""
 
 from lctrain.models.patch import PatchHandle, patch_model
 from lctrain.models.within import ModelPatches, find_models, patch_models

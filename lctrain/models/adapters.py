@@ -1,4 +1,4 @@
-"""The transformers model inside PEFT's adapters, which is the one to patch."""
+"""Finds the transformers model inside a PeftModel, which is the model to patch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import Any
 
 
 def inside_adapters(model: Any) -> Any:
-    """Returns the transformers model inside a PeftModel, with its adapters; others as they are.
+    """Returns the transformers model inside a PeftModel, adapters included.
 
     Args:
-        model: Any module.
+        model: A PeftModel, or any other module, which is returned unchanged.
 
     Raises:
-        ValueError: for prompt learning, which puts tokens or cached keys in front of a row.
+        ValueError: if the PeftModel uses prompt learning, which puts virtual tokens or cached keys
+            in front of a row.
     """
     base = getattr(model, "get_base_model", None)
     if base is None:
@@ -27,5 +28,5 @@ def inside_adapters(model: Any) -> Any:
 
 
 def has_virtual_tokens(model: Any) -> bool:
-    """Whether a PeftModel's active adapter is prompt tuning, p-tuning or prefix tuning."""
+    """Returns whether a model is a PeftModel with prompt tuning, p-tuning or prefix tuning."""
     return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))

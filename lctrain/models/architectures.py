@@ -1,4 +1,4 @@
-"""Decides from a model's classes whether it can be patched; errors say why not."""
+"""Decides from a model's classes whether the model can be patched; errors name the reason."""
 
 import itertools
 import re
@@ -18,14 +18,15 @@ _MIXER = re.compile(
 
 
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the layers, by name, that call attention through transformers' AttentionInterface."""
+    """Returns the attention layers that use transformers' AttentionInterface, by name."""
     return {name: module for name, module in model.named_modules() if uses_name(module, _INTERFACE)}
 
 
 def head_dims(model: nn.Module) -> list[int]:
-    """Returns the widths of heads that a model's layers state, each once; [1] if they state none.
+    """Returns the head dims of a model's attention layers, sorted, without repetition.
 
-    Values may be narrower than queries (latent attention): the kernels get both at the wider width.
+    If queries and values of a layer differ in width (multi-head latent attention), the wider width
+    counts, which is the one that the kernels get. If no layer states a width, the result is [1].
     """
     found = set()
     for layer in attention_layers(model).values():
@@ -35,12 +36,15 @@ def head_dims(model: nn.Module) -> list[int]:
 
 
 def require_supported(model: Any) -> None:
-    """Raises a ValueError that says what to do, unless packed documents stay apart in this model.
+    """Raises a ValueError with a remedy if a model cannot be patched.
+
+    Args:
+        model: Any object.
 
     Raises:
-        ValueError: if `model` is a wrapper or no transformers model, is an encoder-decoder or has
-            several modalities, or mixes tokens by anything else than attention over causal, full
-            or sliding windows called through the AttentionInterface.
+        ValueError: if `model` is not a transformers model, is a wrapper or an encoder-decoder, or
+            has several modalities; or if it mixes tokens by anything except causal, full or
+            sliding-window attention that is called through transformers' AttentionInterface.
     """
     from transformers import PreTrainedModel
 
@@ -77,9 +81,12 @@ def require_supported(model: Any) -> None:
 
 
 def require_supported_class(model_class: Any) -> None:
-    """Raises the ValueError of require_supported that a class alone gives cause for.
+    """Raises a ValueError if a model class cannot be patched, before a model is built.
 
-    Before a model is built: a class that looks its attention up by name fails on lctrain's.
+    Such a class does not use the AttentionInterface, so it would fail on lctrain's attention names.
+
+    Args:
+        model_class: A subclass of transformers' PreTrainedModel.
     """
     name = model_class.__name__
     tables = vars(sys.modules[model_class.__module__]).items()
@@ -91,7 +98,7 @@ def require_supported_class(model_class: Any) -> None:
 
 
 def _advice_on_parts(model: Any) -> str:
-    """Returns a remedy for a model of several modalities: patch its decoder, if possible."""
+    """Returns a remedy for a model of several modalities: to patch its decoder, if possible."""
     from transformers import PreTrainedModel
 
     decoder = model.get_decoder()
@@ -177,7 +184,7 @@ def _require_attention_only(model: nn.Module, layers: dict[str, nn.Module]) -> N
         if mixes or (isinstance(module, nn.Conv1d) and module not in within):
             found.add(kind)
     if getattr(model.config, "trigram_input", False):
-        found.add("trigram_input")  # MobileBERT's embeddings hold those of the neighbours
+        found.add("trigram_input")  # MobileBERT's token embeddings contain their neighbours'
     if found:
         raise ValueError(
             f"model must mix tokens by full or sliding-window attention only, got "
@@ -218,7 +225,7 @@ def _has_windows(model: nn.Module) -> bool:
 
 
 def counts_positions_itself(model: nn.Module) -> bool:
-    """Returns whether a model's positions begin at padding_idx + 1, as in RoBERTa."""
+    """Returns whether a model counts positions itself, from padding_idx + 1, as RoBERTa does."""
     return any(
         uses_name(module, "create_position_ids_from_input_ids") for module in model.modules()
     )

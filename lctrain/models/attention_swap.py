@@ -1,4 +1,4 @@
-"""AttentionSwap: gives a model's attention layers lctrain's attention function, and back."""
+"""AttentionSwap: makes a model's layers call lctrain's attention function, reversibly."""
 
 from contextlib import ExitStack
 from typing import Any
@@ -16,24 +16,26 @@ from lctrain.models.kinds import KINDS
 from lctrain.models.registration import register
 
 OPERATIONS = {"flash": "varlen", "dual_chunk": "dual_chunk", "differential": "differential"}
-"""Operation of the kernels behind each attention that has Hopper kernels."""
+"""Kind of attention -> its name in the kernels' table of Hopper kernels."""
 
 
 class AttentionSwap:
-    """Swaps the attention of one model: see `lctrain.models.swap.Swap`.
+    """A Swap that replaces the attention of one model by lctrain's.
+
+    It implements `lctrain.models.swap.Swap`.
 
     Attributes:
         model: The model.
-        spec: The options that its layers carry, with what follows the model filled in.
-        layers: Its attention layers by name.
-        previous: Name of the attention that it had.
+        spec: Options of the attention layers, with defaults filled in from the model's config.
+        layers: The attention layers by name.
+        previous: Name, in transformers, of the attention before the swap.
 
     Args:
-        model: The model.
-        spec: What the user asked for.
+        model: A transformers model.
+        spec: Options from the user.
 
     Raises:
-        ValueError: if the model or an option cannot be honoured; the message says what to do.
+        ValueError: if the model or an option is not supported; the message names the remedy.
     """
 
     name = "attention"
@@ -50,7 +52,7 @@ class AttentionSwap:
         self._undo = ExitStack()
 
     def apply(self) -> None:
-        """Swaps configs and layers, and puts hooks on the model and on those inside."""
+        """Changes configs and layers, and puts hooks on the model and on the models inside it."""
         from transformers import PreTrainedModel
 
         kind = KINDS[self.spec.kind]
@@ -75,22 +77,22 @@ class AttentionSwap:
             self._undo.callback(handle.remove)
 
     def undo(self) -> None:
-        """Takes the hooks off, and gives layers and configs back: what `apply` has changed."""
+        """Removes the hooks and restores layers and configs, as far as `apply` has changed them."""
         self._undo.close()
 
     def describe(self) -> str:
-        """Returns the names of the attention, before and after."""
+        """Returns the names of the attention before and after the swap, as text."""
         return f"{self.previous} -> {self.spec.implementation}"
 
     def describe_options(self) -> str:
-        """Returns the options that the layers carry."""
+        """Returns the options of the attention layers as text."""
         return ", ".join(
             f"{name}={'as in the config' if value is None else repr(value)}"
             for name, value in self.spec.options().items()
         )
 
     def describe_kernels(self) -> str:
-        """Returns which kernels serve the model where it is now."""
+        """Returns as text which kernels the model uses on its current device."""
         try:
             wide = {
                 serving_backend(self.model, self.spec, width) for width in head_dims(self.model)
@@ -110,7 +112,8 @@ class AttentionSwap:
         told = set()
         for layer in self.layers.values():
             head_dim = getattr(layer, "head_dim", 64)
-            version_1 = isinstance(layer, FusedDiffLlamaAttention)  # a k per branch, wide values
+            # Version 1 has a key per branch, and values of width 2 D.
+            version_1 = isinstance(layer, FusedDiffLlamaAttention)
             told.add(
                 serving(
                     operation,
@@ -125,18 +128,18 @@ class AttentionSwap:
 
 
 def serving_backend(model: nn.Module, spec: AttentionSpec, head_dim: int = 1) -> str:
-    """Returns the backend that will run the model on its current device.
+    """Returns the backend that runs a model's attention on the model's current device.
 
-    The dtype is autocast's where it is on. Weights in float32 cause no warning, since under
-    autocast the calls have another dtype.
+    The dtype is that of `device_and_dtype`. Float32 weights cause no warning, since the model may
+    run under autocast later.
 
     Args:
-        model: Model on any device.
+        model: A model on any device.
         spec: Options of its attention.
-        head_dim: Head dim of the layers in question, as in `head_dims`.
+        head_dim: Head dim of the attention layers, as in `head_dims`.
 
     Raises:
-        ValueError: if the backend that the spec names cannot.
+        ValueError: if the backend that the spec names cannot run the model.
     """
     from lctrain.kernels import select_backend
 
@@ -146,7 +149,15 @@ def serving_backend(model: nn.Module, spec: AttentionSpec, head_dim: int = 1) ->
 
 
 def device_and_dtype(model: nn.Module, spec: AttentionSpec) -> tuple[torch.device, torch.dtype]:
-    """Returns where the model's attention runs now, and in which dtype: autocast's if it is on."""
+    """Returns the device and dtype in which a model's attention runs.
+
+    The device is that of the first weight, or the GPU if `spec` names a backend while the model is
+    still on the CPU. The dtype is autocast's if autocast is on, else that of the first weight.
+
+    Args:
+        model: A model on any device.
+        spec: Options of its attention.
+    """
     weight = next(model.parameters(), None)
     device, dtype = torch.device("cpu"), torch.float32
     if weight is not None and weight.device.type != "meta":
@@ -159,7 +170,10 @@ def device_and_dtype(model: nn.Module, spec: AttentionSpec) -> tuple[torch.devic
 
 
 def _set_spec(layer: nn.Module, spec: AttentionSpec | None) -> None:
-    """Sets the options of a layer; a model that was loaded by name has some of its own."""
+    """Sets the spec of an attention layer; None removes it.
+
+    Before patch_model, only the layers of a model that was loaded by an lctrain name have a spec.
+    """
     if spec is not None:
         setattr(layer, SPEC_ATTRIBUTE, spec)
     elif SPEC_ATTRIBUTE in vars(layer):

@@ -1,17 +1,17 @@
-"""The key/value cache among a model's arguments: its name depends on transformers' version."""
+"""Finds the key/value cache in a call's arguments, whose name depends on transformers' version."""
 
 from collections.abc import Mapping
 from typing import Any
 
 CACHE_ARGUMENTS = ("cache", "past_key_values")
-"""`cache` from transformers 5.24 on, which takes `past_key_values` too; only that before."""
+"""Names of the cache. From 5.24 on, transformers takes both; before, `past_key_values` only."""
 
 
 def given_cache(arguments: Mapping[str, Any]) -> Any:
-    """Returns the cache that a model or a layer was called with, None if it got none.
+    """Returns the key/value cache among a call's arguments; None if there is none.
 
     Args:
-        arguments: Keyword arguments of the call.
+        arguments: Keyword arguments of a model or a layer.
     """
     for name in CACHE_ARGUMENTS:
         if arguments.get(name) is not None:
@@ -20,5 +20,9 @@ def given_cache(arguments: Mapping[str, Any]) -> Any:
 
 
 def without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a call without its cache, for a layer that has updated it."""
+    """Returns a call's arguments without the key/value cache.
+
+    Args:
+        arguments: Keyword arguments of a model or a layer.
+    """
     return {name: value for name, value in arguments.items() if name not in CACHE_ARGUMENTS}

@@ -1,4 +1,4 @@
-"""What a model's classes say in their code: the one module that reads bytecode and signatures."""
+"""Reads the bytecode and signatures of a model's classes, to find out what the classes do."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import nn
 
 
 def methods(cls: type) -> Iterator[CodeType]:
-    """Yields the code of every method of a class, its bases in torch and PreTrainedModel left out.
+    """Yields the code of every method of a class, except those of torch.nn and PreTrainedModel.
 
-    Decorators that keep `__wrapped__` are looked through.
+    For a method with decorators that set `__wrapped__`, the innermost function counts.
     """
     for base in cls.__mro__:
         if base.__module__.startswith(("torch.nn", "transformers.modeling_")):
@@ -26,7 +26,7 @@ def methods(cls: type) -> Iterator[CodeType]:
 
 
 def strings(code: CodeType) -> Iterator[str]:
-    """Yields every string constant of a function: names of keyword arguments are among them."""
+    """Yields every string constant in a function's code, names of keyword arguments included."""
     pending = list(code.co_consts)
     while pending:
         constant = pending.pop()
@@ -39,12 +39,12 @@ def strings(code: CodeType) -> Iterator[str]:
 
 
 def uses_name(module: nn.Module, name: str) -> bool:
-    """Returns whether a method of a module's class uses a global name or an attribute."""
+    """Returns whether a method of a module's class uses `name` as a global or an attribute."""
     return any(name in code.co_names for code in methods(type(module)))
 
 
 def reads_argument(module: nn.Module, name: str) -> bool:
-    """Returns whether a module's code names an argument, in a signature or as a key of kwargs."""
+    """Returns whether a method of a module has `name` as an argument, variable or string."""
     return any(name in code.co_varnames or name in strings(code) for code in methods(type(module)))
 
 
@@ -56,7 +56,7 @@ def parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 
 def hands_keywords_on(module: nn.Module) -> bool:
-    """Returns whether a module's forward takes any keyword, and a method passes them on."""
+    """Returns whether a module's forward takes **kwargs, and some method calls with **kwargs."""
     kinds = [parameter.kind for parameter in parameters(module).values()]
     return inspect.Parameter.VAR_KEYWORD in kinds and any(
         instruction.opname == "CALL_FUNCTION_EX"
@@ -74,19 +74,31 @@ def multiplies_matrices(function: Any) -> bool:
 
 
 def unwrapped(function: Any) -> FunctionType | None:
-    """Returns the function inside all decorators that keep `__wrapped__`; None for no function."""
+    """Returns the innermost function of decorators that set `__wrapped__`.
+
+    Returns None if the innermost object is not a Python function.
+    """
     function = inspect.unwrap(function)
     return function if isinstance(function, FunctionType) else None
 
 
 def says(function: Any, word: str) -> bool:
-    """Returns whether the code of a function, or of what it wraps, has a name or constant."""
+    """Returns whether a function's code has `word` as a name or a constant.
+
+    For a function with decorators that set `__wrapped__`, the innermost function counts.
+    """
     code = getattr(inspect.unwrap(function), "__code__", None) if function is not None else None
     return code is not None and word in code.co_names + code.co_consts
 
 
 def find_wrapper(function: Any, name: str, file: str) -> Any:
-    """Returns the decorator around a function that a file defines under a name, or None."""
+    """Returns the wrapper that a certain decorator put around a function; None if it did not.
+
+    Args:
+        function: A function, which may have several decorators.
+        name: Name of the wrapper in the decorator's code.
+        file: Part of the name of the file that defines the decorator.
+    """
     while function is not None:
         code = getattr(function, "__code__", None)
         if code is not None and code.co_name == name and file in code.co_filename:
@@ -96,7 +108,7 @@ def find_wrapper(function: Any, name: str, file: str) -> Any:
 
 
 def own_forward(cls: type) -> FunctionType | None:
-    """Returns a class's forward, unless a decorator around it does more than rename arguments."""
+    """Returns a class's forward; None if a decorator around it does more than rename arguments."""
     forward = getattr(cls, "forward", None)
     plain = isinstance(forward, FunctionType) and only_renames_arguments(forward)
     return forward if plain else None
@@ -105,9 +117,9 @@ def own_forward(cls: type) -> FunctionType | None:
 def same_code(function: Any, other: Any) -> bool:
     """Returns whether two functions have the same bytecode, names and constants.
 
-    Decorators that keep `__wrapped__` are looked through; docstrings and annotations do not count.
-    transformers generates most families from a few, so that a copy of Llama's norm is found in
-    whatever family it is.
+    Docstrings and annotations do not count. For a function with decorators that set `__wrapped__`,
+    the innermost function counts. transformers generates most families from a few templates, so a
+    copy of Llama's norm is recognised in every family.
     """
     function, other = inspect.unwrap(function), inspect.unwrap(other)
     if not isinstance(function, FunctionType) or not isinstance(other, FunctionType):
@@ -125,7 +137,7 @@ def _essence(code: CodeType, doc: str | None) -> tuple[Any, ...]:
 
 
 def only_renames_arguments(function: FunctionType) -> bool:
-    """Whether the decorators of a function, if any, are transformers' for renamed arguments."""
+    """Returns whether all decorators of a function are transformers' for renamed arguments."""
     while hasattr(function, "__wrapped__"):
         if function.__globals__.get("__name__") != "transformers.utils.deprecation":
             return False
@@ -134,9 +146,13 @@ def only_renames_arguments(function: FunctionType) -> bool:
 
 
 def with_globals(function: FunctionType, **names: Any) -> FunctionType:
-    """Returns the same function with other values for some global names of its module.
+    """Returns a copy of a function in which some global names have other values.
 
-    Every decorator is copied around the copy of the function that it wraps.
+    The decorators of the function are copied too, each around the copy of the function it wraps.
+
+    Args:
+        function: A function, with or without decorators.
+        **names: New values of global names that the innermost function uses.
     """
     inner = getattr(function, "__wrapped__", None)
     if inner is None:

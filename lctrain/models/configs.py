@@ -1,4 +1,4 @@
-"""ConfigSwap: replaces the configs of a patched model by copies, until it is unpatched."""
+"""ConfigSwap: replaces the configs of a model by copies while the model is patched."""
 
 import copy
 from typing import Any
@@ -11,8 +11,12 @@ _IMPLEMENTATION = "_attn_implementation_internal"
 class ConfigSwap:
     """Replaces every config in a model by a shallow copy that names another attention.
 
-    transformers reads the attention's name from the config, which models may share: writing into it
-    would patch, and later unpatch, models that nobody asked for.
+    transformers reads the name of the attention from the config. Models may share a config, so
+    changing the config itself would change the attention of other models too.
+
+    Args:
+        model: A transformers model.
+        implementation: Name of the attention in transformers, such as "lctrain_flash".
     """
 
     def __init__(self, model: nn.Module, implementation: str) -> None:
@@ -28,12 +32,15 @@ class ConfigSwap:
                     self._places.append((module, name, old))
 
     def apply(self) -> None:
-        """Puts the copies in the places of the configs."""
+        """Replaces the configs by their copies."""
         for module, name, old in self._places:
             setattr(module, name, self._pairs[id(old)][1])
 
     def restore(self) -> None:
-        """Restores the old configs, with other values that were written to the copies since."""
+        """Restores the original configs.
+
+        Values that were written to the copies meanwhile, except the attention's name, are kept.
+        """
         for old, new in self._pairs.values():
             implementation = getattr(old, _IMPLEMENTATION)
             vars(old).clear()

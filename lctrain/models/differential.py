@@ -1,6 +1,7 @@
-"""Differential models: conversion of plain models, and of one order of heads to another.
+"""Converts models to differential attention, and differential models between two head orders.
 
-`lctrain.patch_model(model, attention="differential")` is what runs them on lctrain's kernels.
+To run a differential model on lctrain's kernels, call
+`lctrain.patch_model(model, attention="differential")`.
 """
 
 import copy
@@ -16,31 +17,30 @@ Weights = TypeVar("Weights", nn.Module, dict[str, Tensor])
 
 
 def to_differential(model: Any, version: int = 2) -> Any:
-    """Returns a differential model (version 2) that computes what a plain model computes.
+    """Returns a differential model (version 2) with the outputs of a plain model.
 
-    Every query head becomes a pair of them that shares its key and value head, and every layer gets
-    the projection of its lambdas:
+    The conversion changes three weights of every attention layer:
 
-    - both query heads of a pair are copies of the old one, so that A1 = A2 = A;
-    - the projection of lambda is zero, so that lambda = sigmoid(0) = 1/2 in every token, and a pair
-      gives (1 - 1/2) A v, which the output projection, twice the old one, undoes.
+    - Every query head becomes a pair of copies, which shares the head's key and value. Both
+      branches of the pair have the old attention weights A.
+    - A new projection for lambda is zero, so lambda = sigmoid(0) = 1/2 at every token, and a pair
+      computes A v - A v / 2 = A v / 2.
+    - The output projection is doubled, which undoes the factor 1/2.
 
-    These are powers of two: in exact arithmetic the function is the old one, in practice it differs
-    by the rounding of the attention, in any dtype. Nothing is at rest, unlike with a lambda near 0:
-    the branches of a pair get gradients of opposite sign, G and -G / 2, and part in the first step,
-    and so does the gradient of lambda not vanish.
+    The factors are powers of two, so outputs differ from the plain model's by the rounding of the
+    attention only, in any dtype. Training separates the two branches from the first step on: their
+    gradients have the form G and -G / 2. The gradient of lambda is not zero either.
 
-    The result has a model_type of its own, such as "lctrain_llama_diff". `save_pretrained` writes
-    it and `from_pretrained` of AutoModelForCausalLM reads it, where lctrain has been imported.
+    The result has its own model_type, such as "lctrain_llama_diff". `save_pretrained` writes the
+    model, and AutoModelForCausalLM.from_pretrained reads it if lctrain is imported.
 
     Args:
         model: A LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM that is
-            not patched. It is left as it is; the result has copies of its weights.
-        version: 2. Version 1 has values of another shape, and a norm that no plain model has.
+            not patched. It does not change; the result has copies of its weights.
+        version: Must be 2. Version 1 has values of another shape and a norm that plain models lack.
 
     Returns:
-        The new model, with weights of the old one's devices and dtypes, in its mode (training or
-        not).
+        The differential model, with the devices, dtypes and training mode of `model`.
 
     Raises:
         ValueError: if the version is not 2, or the model is of another class, patched, quantized,
@@ -70,7 +70,10 @@ def to_differential(model: Any, version: int = 2) -> Any:
 
 
 def _differential_state(model: Any) -> dict[str, Tensor]:
-    """Returns the state dict of version 2, copied; every weight keeps its dtype and device."""
+    """Returns the state dict of the differential model of `to_differential`, as copies.
+
+    Every weight keeps its dtype and device.
+    """
     pairs, state = model.config.num_attention_heads, {}
     for name, weight in model.state_dict().items():
         if name.endswith((".self_attn.q_proj.weight", ".self_attn.q_proj.bias")):
@@ -115,27 +118,32 @@ def _require_plain(model: Any) -> None:
 
 
 def convert_head_order(weights: Weights, *, source: str, target: str) -> Weights:
-    """Reorders the heads of a version 1 model, between transformers' DiffLlama and unilm.
+    """Reorders the heads of a version 1 differential model.
 
-    With H query and K key/value heads of D, transformers pairs query heads h and h + H / 2, and key
-    and value heads g and g + K / 2; unilm (its flash files) pairs neighbours, 2 h and 2 h + 1. What
-    differs are the rows of `q_proj`, `k_proj` and `v_proj`. The output projection does not: in both
-    its columns go pair by pair, 2 D each.
+    There are two orders of H query heads and K key/value heads of width D:
 
-    Names stay, and so does the order of columns inside a head: unilm rotates neighbouring columns
-    (interleaved RoPE), transformers the halves of a head.
+    - "transformers" (DiffLlama) pairs query heads h and h + H / 2, and key and value heads g and
+      g + K / 2;
+    - "unilm" (the flash files of microsoft/unilm) pairs neighbours, heads 2 h and 2 h + 1.
+
+    The rows of `q_proj`, `k_proj` and `v_proj` are reordered. The output projection has the same
+    order in both: 2 D columns per pair.
+
+    Names of weights, and the order of rows inside a head, do not change. Note that unilm's RoPE
+    rotates neighbouring columns of a head (interleaved), and transformers' RoPE its two halves.
 
     Args:
-        weights: A state dict or a model. Its layers have `lambda_q1` [D] beside the projections.
-        source: The order that `weights` has, "transformers" or "unilm".
-        target: The order of the result.
+        weights: A state dict or a model, whose layers have `lambda_q1` [D] beside the projections.
+        source: Order of `weights`, "transformers" or "unilm".
+        target: Order of the result, "transformers" or "unilm".
 
     Returns:
-        A new state dict, with copies of what was reordered; or the same model, changed in place.
+        For a state dict, a new one with copies of the reordered weights; for a model, the same
+        model, changed in place.
 
     Raises:
-        ValueError: if an order is unknown, there is no differential layer, or the heads do not
-            pair.
+        ValueError: if an order is unknown, there is no differential layer, or the number of heads
+            is odd.
     """
     for name, order in (("source", source), ("target", target)):
         if order not in ORDERS:
@@ -184,10 +192,10 @@ def _reordered(
 
 
 def _halves_to_neighbours(heads: Tensor) -> Tensor:
-    """[H, D, ...]: heads 0, H / 2, 1, H / 2 + 1, ..."""
+    """Returns heads [H, D, ...] in the order 0, H / 2, 1, H / 2 + 1, ..."""
     return heads.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
 
 
 def _neighbours_to_halves(heads: Tensor) -> Tensor:
-    """[H, D, ...]: heads 0, 2, ..., 1, 3, ..."""
+    """Returns heads [H, D, ...] in the order 0, 2, ..., 1, 3, ..."""
     return heads.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)

@@ -1,6 +1,6 @@
-"""Configs of the models of version 2: those of their families, under a model_type of their own.
+"""Configs of differential models (version 2), one per family, each with its own model_type.
 
-Imports transformers' configs only; `lctrain.models` reaches it lazily.
+This module imports transformers' configs, so `lctrain.models` imports it only when it is needed.
 """
 
 from typing import Any
@@ -12,25 +12,25 @@ from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 
 class LlamaDifferentialConfig(LlamaConfig):
-    """LlamaConfig; num_attention_heads counts both branches."""
+    """LlamaConfig whose num_attention_heads counts the query heads of both branches."""
 
     model_type = "lctrain_llama_diff"
 
 
 class MistralDifferentialConfig(MistralConfig):
-    """MistralConfig; num_attention_heads counts both branches."""
+    """MistralConfig whose num_attention_heads counts the query heads of both branches."""
 
     model_type = "lctrain_mistral_diff"
 
 
 class Qwen2DifferentialConfig(Qwen2Config):
-    """Qwen2Config; num_attention_heads counts both branches."""
+    """Qwen2Config whose num_attention_heads counts the query heads of both branches."""
 
     model_type = "lctrain_qwen2_diff"
 
 
 class Qwen3DifferentialConfig(Qwen3Config):
-    """Qwen3Config; num_attention_heads counts both branches."""
+    """Qwen3Config whose num_attention_heads counts the query heads of both branches."""
 
     model_type = "lctrain_qwen3_diff"
 
@@ -41,17 +41,17 @@ CONFIGS: dict[str, Any] = {
     "qwen2": Qwen2DifferentialConfig,
     "qwen3": Qwen3DifferentialConfig,
 }
-"""model_type of a family -> its config of version 2."""
+"""model_type of a family -> config class of its differential models."""
 
 
 def differential_config(config: Any) -> Any:
-    """Returns the config of version 2 that has every head of `config` as a pair.
+    """Returns the config of the differential model with a pair of heads for every query head.
 
     Args:
-        config: Configuration of a family in CONFIGS.
+        config: Config of a plain model, of a family in CONFIGS.
 
     Raises:
-        ValueError: if the family has no version 2.
+        ValueError: if the family has no differential models of version 2.
     """
     if config.model_type not in CONFIGS:
         raise ValueError(

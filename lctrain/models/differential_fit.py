@@ -1,4 +1,4 @@
-"""Checks a model for differential attention, and replaces its layers."""
+"""Prepares a model for differential attention: checks its layers, and fuses those of DiffLlama."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,14 +13,14 @@ def fit_differential(model: Any, spec: DifferentialSpec) -> DifferentialSpec:
     """Checks that a model's attention layers are differential and that the kernels serve them.
 
     Args:
-        model: Supported by lctrain's flash attention.
+        model: A transformers model that attention="flash" supports.
         spec: Options from the user.
 
     Returns:
         The spec, unchanged.
 
     Raises:
-        ValueError: if a layer is not differential, or its heads are too large.
+        ValueError: if a layer is not differential, or its head dim is too large for the kernels.
     """
     from lctrain_kernels.differential.checks import MAX_HEAD_DIM
 
@@ -43,7 +43,7 @@ def fit_differential(model: Any, spec: DifferentialSpec) -> DifferentialSpec:
 
 
 def refuse_differential_layers(model: Any) -> None:
-    """Raises a ValueError if a model that is to have dual chunk attention is differential."""
+    """Raises a ValueError if a model has differential layers, for attention="dual_chunk"."""
     found = {type(m).__name__ for m in attention_layers(model).values() if _is_differential(m)}
     if found:
         raise ValueError(
@@ -55,9 +55,15 @@ def refuse_differential_layers(model: Any) -> None:
 
 
 def fuse_layers(layers: dict[str, nn.Module]) -> Callable[[], None]:
-    """Changes DiffLlama's layers to a forward with one launch; returns a function that undoes it.
+    """Changes the class of DiffLlama's attention layers to FusedDiffLlamaAttention.
 
-    Layers of version 2 are served by the attention function and stay what they are.
+    Differential layers of version 2 do not change, since the attention function serves them.
+
+    Args:
+        layers: Attention layers by name.
+
+    Returns:
+        A function that restores the classes.
     """
     from transformers.models.diffllama.modeling_diffllama import DiffLlamaAttention
 

@@ -1,6 +1,6 @@
-"""Version 1 of differential attention in transformers' DiffLlama: one launch instead of two.
+"""FusedDiffLlamaAttention: DiffLlama's differential attention (version 1) in one kernel launch.
 
-Imports transformers; `lctrain.models` reaches it lazily.
+This module imports transformers, so `lctrain.models` imports it only when it is needed.
 """
 
 from typing import Any
@@ -18,11 +18,11 @@ from lctrain.models.cache import given_cache, without_cache
 
 
 class FusedDiffLlamaAttention(DiffLlamaAttention):
-    """The layers of a patched DiffLlama: DiffLlamaAttention with another forward.
+    """The attention layer of a patched DiffLlama: DiffLlamaAttention with a fused forward.
 
-    transformers' own forward calls attention once per half of the values, which an attention
-    function cannot change. Weights and state are those of the base class: patching sets the
-    `__class__` of a layer, and unpatching restores it.
+    transformers' own forward calls the attention function twice, once per half of the values; this
+    forward calls it once. Parameters and state dict are those of DiffLlamaAttention. Patching sets
+    the `__class__` of a layer to this class, and unpatching restores it.
     """
 
     def forward(  # type: ignore[override]  # the cache's name depends on the transformers release
@@ -32,7 +32,14 @@ class FusedDiffLlamaAttention(DiffLlamaAttention):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """See DiffLlamaAttention.forward; hidden_states [B, S, E] -> [B, S, E]."""
+        """Returns the layer's output [B, S, E], and None in place of attention weights.
+
+        Args:
+            hidden_states: [B, S, E].
+            position_embeddings: (cos, sin) of RoPE, each [B or 1, S, D].
+            attention_mask: The result of flash_attention_mask.
+            **kwargs: Further arguments, as for DiffLlamaAttention.forward.
+        """
         if self.config._attn_implementation != ATTENTION_NAMES["differential"]:
             return super().forward(  # the attention was set to something else meanwhile
                 hidden_states, position_embeddings, attention_mask, **kwargs
@@ -60,7 +67,10 @@ class FusedDiffLlamaAttention(DiffLlamaAttention):
         return self.o_proj(out.flatten(2)), None
 
     def _lambda(self, dtype: torch.dtype) -> Tensor:
-        """Returns lambda, a scalar in float32 or wider, unlike transformers, which rounds it."""
+        """Returns the layer's lambda, a scalar in float32, or float64 if `dtype` is float64.
+
+        transformers rounds lambda to the dtype of the queries; this method does not.
+        """
         state = torch.promote_types(dtype, torch.float32)
         first = torch.sum(self.lambda_q1 * self.lambda_k1, dim=-1, dtype=state).exp()
         second = torch.sum(self.lambda_q2 * self.lambda_k2, dim=-1, dtype=state).exp()

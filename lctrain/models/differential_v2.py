@@ -1,12 +1,15 @@
-"""Version 2 of differential attention (microsoft/unilm, January 2026) in Llama, Qwen2 and Qwen3.
+"""Differential attention, version 2 (microsoft/unilm, January 2026), in four transformers families.
 
-Heads (2 h, 2 h + 1) are a pair that shares a key and a value of D:
-``out = A1 v - lambda A2 v``, lambda = sigmoid(x W) per token and pair, no norm. A model is its
-transformers class with other attention layers, and its config that class's, with a model_type of
-its own and with `num_attention_heads` counting the heads of both branches. With any attention but
-lctrain_differential the layers attend over all heads at once and subtract afterwards.
+The families are Llama, Mistral, Qwen2 and Qwen3. Query heads 2 h and 2 h + 1 form a pair, which
+shares a key and a value of width D. The pair computes ``A1 v - lambda A2 v`` with
+lambda = sigmoid(x W) per token and pair, and has no norm.
 
-Imports transformers; `lctrain.models` reaches it lazily.
+Each model class derives from its family's class and replaces the attention layers. Its config has
+its own model_type, and `num_attention_heads` counts the query heads of both branches. With the
+attention lctrain_differential, one kernel computes both branches and their difference. With any
+other attention, the layers attend with all heads, and the output projection subtracts.
+
+This module imports transformers, so `lctrain.models` imports it only when it is needed.
 """
 
 from collections.abc import Iterator
@@ -35,13 +38,21 @@ else:
 
 
 class PairedLinear(nn.Linear):
-    """An output projection that subtracts second branches first, where attention did not."""
+    """An output projection that can subtract the second branches from the first before projecting.
+
+    Attributes:
+        lam: Lambda [B, S, H] of the H pairs inside `subtracting`, else None.
+    """
 
     lam: Tensor | None = None
 
     @contextmanager
     def subtracting(self, lam: Tensor) -> Iterator[None]:
-        """Context in which inputs have both branches; lam is [B, S, H]."""
+        """Context in which the inputs of `forward` have both branches.
+
+        Args:
+            lam: Lambda [B, S, H] of the H pairs.
+        """
         self.lam = lam
         try:
             yield
@@ -49,7 +60,14 @@ class PairedLinear(nn.Linear):
             self.lam = None
 
     def forward(self, attended: Tensor) -> Tensor:
-        """[B, S, H D], or both branches [B, S, 2 H D] -> [B, S, E]."""
+        """Projects the output of the attention.
+
+        Args:
+            attended: [B, S, H D]; inside `subtracting`, [B, S, 2 H D] with both branches.
+
+        Returns:
+            [B, S, E].
+        """
         if self.lam is not None:
             first, second = attended.unflatten(-1, (self.lam.shape[-1], 2, -1)).unbind(-2)
             attended = (first - self.lam[..., None].to(second.dtype) * second).flatten(-2)
@@ -57,7 +75,7 @@ class PairedLinear(nn.Linear):
 
 
 class DifferentialAttention(_Module):
-    """Mixin of the attention layers: the forward of the class it is mixed into, and lambda."""
+    """Mixin for attention layers, which adds the projection of lambda and the subtraction."""
 
     config: Any
     head_dim: int
@@ -77,7 +95,13 @@ class DifferentialAttention(_Module):
         self.lambda_proj = nn.Linear(config.hidden_size, heads // 2, bias=False)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the forward of the class it is mixed into; hidden_states [B, S, E] -> [B, S, E]."""
+        """Returns the layer's output [B, S, E], and attention weights as the base class does.
+
+        Args:
+            hidden_states: [B, S, E].
+            *args: Further arguments of the base class's forward.
+            **kwargs: Further keyword arguments of the base class's forward.
+        """
         logits = self.lambda_proj(hidden_states)
         lam = torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
         if self.config._attn_implementation == ATTENTION_NAMES["differential"]:
@@ -87,23 +111,27 @@ class DifferentialAttention(_Module):
 
 
 class LlamaDifferentialAttention(DifferentialAttention, LlamaAttention):
-    """LlamaAttention of version 2."""
+    """LlamaAttention with differential heads (version 2)."""
 
 
 class MistralDifferentialAttention(DifferentialAttention, MistralAttention):
-    """MistralAttention of version 2."""
+    """MistralAttention with differential heads (version 2)."""
 
 
 class Qwen2DifferentialAttention(DifferentialAttention, Qwen2Attention):
-    """Qwen2Attention of version 2."""
+    """Qwen2Attention with differential heads (version 2)."""
 
 
 class Qwen3DifferentialAttention(DifferentialAttention, Qwen3Attention):
-    """Qwen3Attention of version 2."""
+    """Qwen3Attention with differential heads (version 2)."""
 
 
 class DifferentialModel(_Module):
-    """Mixin of the causal language models that have differential attention layers."""
+    """Mixin for causal language models, which replaces their attention layers by differential ones.
+
+    Attributes:
+        attention_class: Class of the differential attention layers.
+    """
 
     attention_class: ClassVar[Any]
     model: Any
@@ -117,28 +145,28 @@ class DifferentialModel(_Module):
 
 
 class LlamaDifferentialForCausalLM(DifferentialModel, LlamaForCausalLM):
-    """LlamaForCausalLM of version 2."""
+    """LlamaForCausalLM with differential attention (version 2)."""
 
     config: LlamaDifferentialConfig
     attention_class = LlamaDifferentialAttention
 
 
 class MistralDifferentialForCausalLM(DifferentialModel, MistralForCausalLM):
-    """MistralForCausalLM of version 2."""
+    """MistralForCausalLM with differential attention (version 2)."""
 
     config: MistralDifferentialConfig
     attention_class = MistralDifferentialAttention
 
 
 class Qwen2DifferentialForCausalLM(DifferentialModel, Qwen2ForCausalLM):
-    """Qwen2ForCausalLM of version 2."""
+    """Qwen2ForCausalLM with differential attention (version 2)."""
 
     config: Qwen2DifferentialConfig
     attention_class = Qwen2DifferentialAttention
 
 
 class Qwen3DifferentialForCausalLM(DifferentialModel, Qwen3ForCausalLM):
-    """Qwen3ForCausalLM of version 2."""
+    """Qwen3ForCausalLM with differential attention (version 2)."""
 
     config: Qwen3DifferentialConfig
     attention_class = Qwen3DifferentialAttention
@@ -150,4 +178,4 @@ MODELS: dict[str, Any] = {
     "qwen2": Qwen2DifferentialForCausalLM,
     "qwen3": Qwen3DifferentialForCausalLM,
 }
-"""model_type of a family -> its model of version 2."""
+"""model_type of a family -> class of its differential models."""

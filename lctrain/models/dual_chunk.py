@@ -1,4 +1,4 @@
-"""Dual chunk attention in a model: options that follow its trained window, and its input hook."""
+"""Prepares a model for dual chunk attention: checks, default options and the input hook."""
 
 import dataclasses
 from typing import Any
@@ -28,20 +28,19 @@ from lctrain.warn import warn_caller
 
 
 def fit_dual_chunk(model: Any, spec: DualChunkSpec) -> DualChunkSpec:
-    """Checks that a model can have dual chunk attention, and fills in the options from its window.
-
-    The trained window is `spec.window`, else what `lctrain.models.window.configured_window` finds.
+    """Checks that a model can have dual chunk attention, and fills in missing options.
 
     Args:
-        model: Supported by lctrain's flash attention.
+        model: A transformers model that attention="flash" supports.
         spec: Options from the user.
 
     Returns:
-        The spec without None in `chunk_size`, `local_size` and `window`.
+        The spec with `chunk_size`, `local_size` and `window` set, see `follow_window`.
 
     Raises:
-        ValueError: if the model has no rotary embeddings like Llama's, has differential layers or
-            layers that are not causal over all keys, or has no known window.
+        ValueError: if the model does not use rotary embeddings as Llama does, has differential
+            layers or layers that are not causal over all keys, counts positions itself, or has no
+            known window.
     """
     refuse_differential_layers(model)
     spec = follow_window(model.config, spec)
@@ -68,9 +67,17 @@ def fit_dual_chunk(model: Any, spec: DualChunkSpec) -> DualChunkSpec:
 
 
 def follow_window(config: Any, spec: DualChunkSpec) -> DualChunkSpec:
-    """Fills in window, chunk_size and local_size from a model's config: see fit_dual_chunk.
+    """Fills in `window`, `chunk_size` and `local_size` from a model's config, where they are None.
 
-    Warns if relative positions beyond the window would be used.
+    Warns if `chunk_size` exceeds the window, since the model was not trained on such relative
+    positions.
+
+    Args:
+        config: A transformers configuration.
+        spec: Options from the user.
+
+    Raises:
+        ValueError: if `spec` has no window and the config states none.
     """
     published = getattr(config, "dual_chunk_attention_config", None) or {}
     window = spec.window or configured_window(config)
@@ -96,7 +103,12 @@ def follow_window(config: Any, spec: DualChunkSpec) -> DualChunkSpec:
 
 
 def _require_fixed_frequencies(rotary: Any, spec: DualChunkSpec) -> None:
-    """Raises if chunks reach beyond the lengths at which frequencies stay the same."""
+    """Raises a ValueError if chunks are so long that the model's RoPE changes its frequencies.
+
+    Args:
+        rotary: The model's rotary embedding.
+        spec: Options with all sizes set.
+    """
     kind = getattr(rotary, "rope_type", "default")
     if not follows_length(kind):
         return
@@ -104,7 +116,7 @@ def _require_fixed_frequencies(rotary: Any, spec: DualChunkSpec) -> None:
     if kind == "longrope":
         trained = rotary.config.rope_parameters["original_max_position_embeddings"]
         assert spec.chunk_size is not None
-        reach = spec.chunk_size + 1  # the longest document that is read as by plain attention
+        reach = spec.chunk_size + 1  # longest document that gets the output of plain attention
     if reach > trained:
         raise ValueError(
             f"chunks must hold at most the {trained} tokens from which on rope_type {kind!r} "
@@ -113,11 +125,15 @@ def _require_fixed_frequencies(rotary: Any, spec: DualChunkSpec) -> None:
 
 
 class DualChunkHook(InputHook):
-    """An InputHook that also rewrites positions, and prepares what the layers share.
+    """An InputHook that also sets the positions for RoPE, and the inputs that the layers share.
 
-    Boundaries are found from the user's position ids. What the model gets instead are the tokens'
-    places in their documents, those in a cache counted, modulo the chunk: for RoPE only differences
-    count, so that nothing is lost if a user's positions began elsewhere.
+    The user's position ids are read to find the documents, and are then replaced. The new positions
+    are counted from the start of each document, cached tokens included, modulo the chunk length.
+    RoPE depends on differences of positions only, so the user's first position does not matter.
+
+    Args:
+        model: A transformers model that `fit_dual_chunk` accepts.
+        spec: Options with all sizes set.
     """
 
     def __init__(self, model: Any, spec: DualChunkSpec) -> None:
@@ -130,7 +146,7 @@ class DualChunkHook(InputHook):
     def __call__(
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Returns the arguments to call the model with, or None to leave them."""
+        """Returns the arguments for the model's forward; None leaves them unchanged."""
         prepared = super().__call__(model, args, kwargs)
         if prepared is None:
             return None
@@ -145,12 +161,21 @@ class DualChunkHook(InputHook):
         return (), inputs
 
     def _tell_lengths(self, model: nn.Module, lengths: Tensor) -> None:
-        """Passes a length of 1 per token: chunks have the frequencies of short texts."""
+        """Passes a length of 1 per token, so that RoPE uses the frequencies of short texts.
+
+        Args:
+            model: The model.
+            lengths: [B, S], lengths of the documents, which are not used.
+        """
         super()._tell_lengths(model, torch.ones_like(lengths))
 
 
 def _continued_boundaries(inputs: dict[str, Any]) -> Boundaries:
-    """The boundaries of rows that continue those in a cache; every row is a document."""
+    """Returns the boundaries of rows on top of a filled key/value cache; each row is a document.
+
+    Args:
+        inputs: Keyword arguments of the model.
+    """
     tokens = inputs.get("input_ids")
     tokens = inputs["inputs_embeds"] if tokens is None else tokens
     rows, queries = tokens.shape[:2]

@@ -1,10 +1,10 @@
-"""Rotary frequencies that depend on the input, found per document and not per batch.
+"""DocumentFrequencies: rotary frequencies that depend on the document's length, not the batch's.
 
-Two types of RoPE in transformers choose their frequencies in the forward pass: 'longrope' has a
-short and a long set, 'dynamic' (NTK) scales its base with the length. transformers takes the
-longest position of the batch for both, and 'dynamic' remembers earlier batches: a neighbour changes
-a document's output. Here every token is rotated at the frequencies of its own document, which are
-those that transformers takes for the document alone.
+Two rope types of transformers choose their frequencies in the forward pass: 'longrope' has a set
+for short and one for long inputs, and 'dynamic' (NTK) scales its base with the length. transformers
+uses the highest position of the batch for both, and 'dynamic' also depends on earlier batches, so a
+document's output would depend on other documents. DocumentFrequencies rotates every token at the
+frequencies that transformers uses for the token's document alone.
 """
 
 import copy
@@ -25,12 +25,12 @@ _REMEDY = (
 
 
 def follows_length(rope_type: Any) -> bool:
-    """Tells whether transformers changes the frequencies of this rope_type with the length."""
+    """Returns whether the frequencies of a rope type depend on the input's length."""
     return isinstance(rope_type, str) and ("dynamic" in rope_type or rope_type == "longrope")
 
 
 def length_dependent(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the rotary embeddings, by name, whose frequencies follow the length of the input."""
+    """Returns, by name, the rotary embeddings whose frequencies depend on the input's length."""
     found = {}
     for name, module in model.named_modules():
         types = getattr(module, "rope_type", None)
@@ -41,12 +41,17 @@ def length_dependent(model: nn.Module) -> dict[str, nn.Module]:
 
 
 class DocumentFrequencies:
-    """Replaces the forward of one rotary embedding, as an attribute of the module.
+    """A forward for one rotary embedding, with frequencies by the length of each document.
+
+    `attach_frequencies` makes it the module's `forward`.
+
+    Args:
+        rotary: A rotary embedding of transformers.
 
     Attributes:
-        rotary: The module.
-        lengths: [B, S] int64, the length of each token's document. With None every row is a
-            document, as long as its highest position says.
+        rotary: The rotary embedding.
+        lengths: [B, S] int64, the length of each token's document. If None, every row is one
+            document, whose length is its highest position plus 1.
     """
 
     def __init__(self, rotary: Any) -> None:
@@ -58,12 +63,12 @@ class DocumentFrequencies:
     def __call__(
         self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
     ) -> Tensor | tuple[Tensor, ...]:
-        """Returns what the module's own forward returns, for every token by its document's length.
+        """Returns cosines and sines as the module's own forward does, by each document's length.
 
         Args:
             x: Tensor with the device and dtype of the result.
-            position_ids: [B, S], or [A, B, S] for several axes.
-            layer_type: Type of the layer, for modules that serve several types.
+            position_ids: [B, S], or [A, B, S] for A axes of positions.
+            layer_type: Layer type, for modules with frequencies per layer type; else None.
         """
         types = self.rotary.rope_type
         arguments = {} if layer_type is None else {"layer_type": layer_type}
@@ -82,7 +87,15 @@ class DocumentFrequencies:
             return self._rotate(x, position_ids, inv_freq, layer_type)
 
     def frequencies(self, lengths: Tensor, layer_type: str | None = None) -> Tensor:
-        """Returns the frequencies [..., D / 2] float32 of documents of these lengths [...]."""
+        """Returns the rotary frequencies of documents by their lengths.
+
+        Args:
+            lengths: [...] integers.
+            layer_type: Layer type, for modules with frequencies per layer type; else None.
+
+        Returns:
+            [..., D / 2] float32.
+        """
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
         rotary, device = self.rotary, lengths.device
@@ -113,7 +126,14 @@ class DocumentFrequencies:
     def _rotate(
         self, x: Tensor, position_ids: Tensor, inv_freq: Tensor, layer_type: str | None
     ) -> Any:
-        """Calls the module's own forward with frequencies per token, [..., S, D / 2]."""
+        """Returns the result of the module's own forward with frequencies per token.
+
+        Args:
+            x: Tensor with the device and dtype of the result.
+            position_ids: [B, S] or [A, B, S].
+            inv_freq: [..., S, D / 2] float32.
+            layer_type: Layer type, for modules with frequencies per layer type; else None.
+        """
         forward: Any = _decorated(type(self.rotary))
         forward = forward.__wrapped__
         name = f"{_prefix(layer_type)}inv_freq"
@@ -125,7 +145,8 @@ class DocumentFrequencies:
             position = position[..., None, None]
             return forward(_View(self.rotary, name, row), x, position, **arguments)
 
-        # transformers 5.17 multiplies one row of frequencies with all positions: one token a call.
+        # In transformers 5.17, a forward takes one row of frequencies for all positions. So vmap
+        # calls it once per token.
         rows = torch.broadcast_shapes(inv_freq.shape[:-1], position_ids.shape[-2:])
         positions = position_ids.expand(*position_ids.shape[:-2], *rows[-2:]).flatten(-2)
         of_tokens = inv_freq.expand(*rows, -1).flatten(0, -2)
@@ -138,9 +159,9 @@ class DocumentFrequencies:
 
 
 class _View:
-    """A rotary embedding with other frequencies.
+    """Stands for a rotary embedding in its forward, with one buffer of frequencies replaced.
 
-    It has only what a forward reads, without copies.
+    All other attributes are read from the rotary embedding.
     """
 
     def __init__(self, rotary: nn.Module, name: str, inv_freq: Tensor) -> None:
@@ -152,7 +173,11 @@ class _View:
 
 
 def attach_frequencies(rotary: nn.Module) -> DocumentFrequencies:
-    """Returns the DocumentFrequencies of a module of `length_dependent`; gives it one if needed."""
+    """Returns the DocumentFrequencies of a rotary embedding, and creates it if there is none.
+
+    Args:
+        rotary: A module that `length_dependent` returns.
+    """
     found = vars(rotary).get("forward")
     if not isinstance(found, DocumentFrequencies):
         found = DocumentFrequencies(rotary)
@@ -161,7 +186,7 @@ def attach_frequencies(rotary: nn.Module) -> DocumentFrequencies:
 
 
 def detach_frequencies(model: nn.Module) -> None:
-    """Restores the forward of all rotary embeddings of a model."""
+    """Removes every DocumentFrequencies and CrossingCache from a model."""
     for module in model.modules():
         if isinstance(vars(module).get("forward"), DocumentFrequencies):
             del module.forward
@@ -171,11 +196,11 @@ def detach_frequencies(model: nn.Module) -> None:
 
 @contextmanager
 def row_frequencies(model: nn.Module, lengths: Tensor) -> Iterator[None]:
-    """Context in which an unpatched model rotates each row by the frequencies of its length.
+    """Context in which an unpatched model rotates each row at the frequencies of the row's length.
 
     Args:
         model: A transformers model.
-        lengths: [B], real tokens of each row.
+        lengths: [B] integers, tokens of each row without padding.
     """
     modules = length_dependent(model)
     before = {name: vars(module).get("forward") for name, module in modules.items()}
@@ -199,7 +224,7 @@ def _lengths_of_rows(lengths: Tensor) -> Callable[..., None]:
     def tell(rotary: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states = kwargs["x"] if "x" in kwargs else args[0]
         positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-        told = None  # for a call of other rows, such as a probe of the model's head
+        told = None  # the call has other rows, such as those that verify the output head
         if states.shape[0] == len(lengths):
             told = lengths.to(positions.device)[:, None].expand(-1, positions.shape[-1])
         attach_frequencies(rotary).lengths = told
@@ -208,17 +233,21 @@ def _lengths_of_rows(lengths: Tensor) -> Callable[..., None]:
 
 
 class CrossingCache:
-    """Replaces `prepare_inputs_for_generation` of models that drop their cache at a length.
+    """A `prepare_inputs_for_generation` for models that drop their cache at a certain length.
 
-    Phi-3 with 'longrope' computes its cache anew when a text outgrows the short frequencies. It
-    looks at the padded length of the batch; a row that is padded on the left outgrows them later.
+    Phi-3 with 'longrope' recomputes its key/value cache when the padded length of the batch exceeds
+    the range of the short frequencies. A row that is padded on the left exceeds it later. This
+    method also drops the cache at that point.
+
+    Args:
+        model: The model whose method is replaced.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the model's own inputs, without the cache if a row outgrows its frequencies."""
+        """Returns the model's inputs, without the cache if a row outgrows the short frequencies."""
         original = type(self.model).prepare_inputs_for_generation
         cache, mask = given_cache(kwargs), kwargs.get("attention_mask")
         seen = 0 if cache is None else int(cache.get_seq_length())
@@ -232,7 +261,10 @@ class CrossingCache:
 
 
 def attach_crossing(model: nn.Module) -> None:
-    """Adds a CrossingCache to a model with such frequencies. Does nothing for others."""
+    """Adds a CrossingCache to a model that drops its cache at a certain length, as Phi-3 does.
+
+    Does nothing to other models.
+    """
     method = getattr(type(model), "prepare_inputs_for_generation", None)
     drops = says(method, "original_max_position_embeddings")
     if drops and hasattr(getattr(model, "config", None), "original_max_position_embeddings"):
@@ -240,10 +272,14 @@ def attach_crossing(model: nn.Module) -> None:
 
 
 def require_document_frequencies(model: nn.Module) -> None:
-    """Raises for rotary embeddings that mix documents.
+    """Raises a ValueError if packed documents would change each other's rotary frequencies.
+
+    Args:
+        model: A transformers model.
 
     Raises:
-        ValueError: if the frequencies follow the longest document in an unknown way.
+        ValueError: if frequencies depend on the longest document in a way that DocumentFrequencies
+            does not know.
     """
     known = length_dependent(model).values()
     for module in model.modules():
@@ -275,11 +311,16 @@ def _mixes(module: nn.Module) -> bool:
             not torch.equal(one, both[..., :3, :]) for one, both in zip(alone, beside, strict=True)
         )
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-        return False  # it is called in a way of its own
+        return False  # the module takes other arguments than a rotary embedding
 
 
 def _serves(rotary: Any, layer_type: str | None) -> bool:
-    """Whether documents in one row get what the module gives each of them alone."""
+    """Returns whether DocumentFrequencies gives packed documents the same values as each alone.
+
+    Args:
+        rotary: A rotary embedding.
+        layer_type: Layer type, for modules with frequencies per layer type; else None.
+    """
     arguments = {} if layer_type is None else {"layer_type": layer_type}
     copied = _fresh(rotary)
     x = torch.zeros(1, 1, 8)
@@ -304,7 +345,7 @@ def _serves(rotary: Any, layer_type: str | None) -> bool:
         expected = torch.cat([_as_tuple(one)[place] for one in alone], dim=-2)
         if expected.shape != value.shape:
             return False
-        # Not at the far ends: a bit of a frequency is a large angle there.
+        # The far positions are left out: one bit of a frequency is a large angle there.
         near = [i for i in range(expected.shape[-2]) if i % 3 < 2]
         if not torch.allclose(value[..., near, :], expected[..., near, :], atol=1e-5):
             return False
@@ -312,7 +353,7 @@ def _serves(rotary: Any, layer_type: str | None) -> bool:
 
 
 def _threshold(rotary: Any, layer_type: str | None) -> int:
-    """Returns the longest document at which frequencies stay the same."""
+    """Returns the length in tokens up to which documents get the short frequencies."""
     parameters = rotary.config.rope_parameters
     parameters = parameters if layer_type is None else parameters[layer_type]
     if parameters["rope_type"] == "longrope":
@@ -327,7 +368,10 @@ def _layer_types(rotary: Any) -> list[str | None]:
 
 
 def _fresh(rotary: nn.Module) -> Any:
-    """Returns a new copy on the CPU, or a copy without memory and with other frequencies."""
+    """Returns a copy of a rotary embedding on the CPU, as it was before its first forward.
+
+    If the module is on the meta device, the copy gets made-up frequencies.
+    """
     copied: Any = copy.copy(rotary)
     vars(copied).pop("forward", None)
     vars(copied)["_buffers"] = dict(copied._buffers)
@@ -348,12 +392,12 @@ def _fresh(rotary: nn.Module) -> Any:
 
 
 def _broadcasts(rotary: nn.Module) -> bool:
-    """Returns whether the forward accepts one row of frequencies per token."""
+    """Returns whether a rotary embedding's forward accepts frequencies per token, [B, S, D / 2]."""
     return not multiplies_matrices(_decorated(type(rotary)).__wrapped__)
 
 
 def _decorated(kind: type) -> Any:
-    """The wrapper that transformers' dynamic_rope_update put around a class's forward, or None."""
+    """Returns the wrapper of a class's forward by transformers' dynamic_rope_update, or None."""
     return find_wrapper(getattr(kind, "forward", None), "wrapper", "modeling_rope")
 
 

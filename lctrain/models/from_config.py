@@ -1,4 +1,4 @@
-"""Builds a causal LM from a name or from a configuration, as a YAML file or checkpoint holds it."""
+"""Builds a causal LM from its name or its configuration, as YAML files and checkpoints hold it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ def model_from(description: str | Mapping[str, Any], vocab_size: int | None = No
     """Builds a transformers causal LM in float32.
 
     Args:
-        description: Name or path of a pretrained model; or its configuration as a mapping with
-            `model_type`, for random weights.
-        vocab_size: Used where a configuration has no `vocab_size`; None for the family's own.
+        description: Name or path of a pretrained model; or a configuration, a mapping with
+            `model_type`, for a model with random weights.
+        vocab_size: Vocabulary size for a configuration without `vocab_size`; None takes the default
+            of the model's family.
 
     Raises:
-        ValueError: if the model, its family or one of its arguments does not exist.
+        ValueError: if the model, its family or an argument of the configuration does not exist.
     """
     if isinstance(description, str):
         return load_pretrained(PretrainedModelConfig(name_or_path=description), "float32")
@@ -48,7 +49,11 @@ def model_from(description: str | Mapping[str, Any], vocab_size: int | None = No
 
 
 def describe(model: Any) -> dict[str, Any] | None:
-    """Returns the configuration of a model; None for other or wrapped models."""
+    """Returns a model's configuration as a mapping, from which `model_from` builds the model.
+
+    Returns None for models with adapters, wrapped models, and models that are not from
+    transformers.
+    """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):

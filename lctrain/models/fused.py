@@ -1,9 +1,9 @@
-"""Swaps norms, rotary embeddings, MLPs and residual additions of one model for fused operations.
+"""FusedSwap: makes the norms, rotations, MLPs and residual additions of a model fused operations.
 
-A module changes its class to a subclass of its own: nothing else of it changes, and no other model
-does. What can be swapped is found by what a class computes (`same_code`), not by its name.
-Decoder layers become subclasses too: transformers turns gradient checkpointing off for layers whose
-`forward` is patched.
+The `__class__` of each module becomes a subclass of its own class. Nothing else changes in the
+module, and no other model changes. A class is supported if its forward has the same code as a known
+one (`same_code`); its name does not matter. The swap changes classes and does not patch `forward`,
+since transformers turns gradient checkpointing off for layers with a patched `forward`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ _LAYER_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp
 
 
 class FusedSwap:
-    """The fused modules of one model: see `lctrain.models.swap.Swap`.
+    """A Swap that replaces modules of one model by fused ones.
+
+    It implements `lctrain.models.swap.Swap`.
 
     Attributes:
-        swapped: (module, old class, fused class) of every module that changed.
+        swapped: Triples (module, its own class, its fused class), one per changed module.
 
     Args:
-        model: The model.
+        model: A transformers model.
 
     Raises:
         ValueError: if kernels from the hub replace forwards of the model.
@@ -71,7 +73,7 @@ class FusedSwap:
         self.swapped = []
 
     def describe(self) -> str:
-        """Returns how many modules of which class were swapped, as a sentence."""
+        """Returns the number of changed modules per class as text, such as "65 LlamaRMSNorm"."""
         counts = Counter(own.__name__ for _, own, _ in self.swapped)
         return ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing"
 
@@ -104,12 +106,24 @@ class FusedSwap:
 
 @functools.cache
 def fused_class(own: type, mixin: type, attributes: tuple[tuple[str, Any], ...] = ()) -> type:
-    """The subclass of `own` whose forward is `mixin`'s; the same one for every model."""
+    """Returns the subclass of a module's class with the forward of a mixin, cached for all models.
+
+    Args:
+        own: The module's own class.
+        mixin: A class of `fused_modules`.
+        attributes: Pairs (name, value) of class attributes to set.
+    """
     return type(f"Fused{own.__name__}", (mixin, own), {"__module__": __name__, **dict(attributes)})
 
 
 def find_activation(function: Any) -> str | None:
-    """Returns the name of an activation in `gated_linear`, from what it computes; or None."""
+    """Returns the name in `gated_linear` of an activation function; None if it has none.
+
+    The function is recognised by its values.
+
+    Args:
+        function: Activation function from a tensor to a tensor.
+    """
     x = torch.linspace(-8.0, 8.0, 257, dtype=torch.float64)
     ones = torch.ones_like(x)
     known = {
@@ -129,10 +143,12 @@ def find_activation(function: Any) -> str | None:
 
 
 def require_no_hub_kernels(model: nn.Module) -> None:
-    """Raises where Hugging Face's package `kernels` has replaced forwards of the model.
+    """Raises a ValueError if Hugging Face's package `kernels` has replaced forwards of a model.
 
-    Raises:
-        ValueError: since that package replaces them again on train() and eval().
+    That package replaces the forwards again on every train() and eval(), which would undo the swap.
+
+    Args:
+        model: A transformers model.
     """
     if getattr(model, "_use_kernels", False):
         raise ValueError(
@@ -185,7 +201,7 @@ def _rotates_like_llama(forward: FunctionType) -> bool:
 
 
 def _defers_norms(forward: FunctionType) -> bool:
-    """Returns whether only the rotation reads the normalised queries and keys."""
+    """Returns whether an attention's forward uses normalised queries and keys in RoPE only."""
     from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
     from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
@@ -198,7 +214,7 @@ def _is_fused_norm(module: Any) -> bool:
 
 @functools.cache
 def _rotating_mixin(own: type) -> type:
-    """Returns a mixin with the attention's own forward, in which the rotation is the fused one."""
+    """Returns a mixin with an attention class's own forward, which calls the fused rotation."""
     forward = own_forward(own)
     assert forward is not None
     rotating = with_globals(forward, **{_ROTATION: fused_modules.rotate_states})
@@ -206,10 +222,11 @@ def _rotating_mixin(own: type) -> type:
 
 
 def _is_residual_layer(module: nn.Module) -> bool:
-    """Whether a layer is attention and MLP, each after a norm, and nothing else.
+    """Returns whether a module is a decoder layer like Llama's.
 
-    The names that its forward uses, in order, are those of its four parts; the second norm is
-    Llama's. Everything that the forward takes beside the hidden states goes to the attention.
+    Such a layer has two norms, attention and MLP, and its forward uses these four parts in Llama's
+    order and nothing else. The second norm is a LlamaNorm, and the forward passes its keyword
+    arguments on to the attention.
     """
     if tuple(sorted(dict(module.named_children()))) != tuple(sorted(_LAYER_PARTS)):
         return False

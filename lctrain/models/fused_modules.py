@@ -1,8 +1,8 @@
-"""Forwards of the modules that fused=True swaps: same parameters, same result, fewer passes.
+"""Mixins with fused forwards for norms, MLPs, decoder layers and the rotation of queries and keys.
 
-Each is mixed into a subclass of the module's own class (`fused.py`), so that isinstance, names of
-parameters, hooks and checkpoints see what they saw. Where a module is not plain any more (an
-adapter, a distributed tensor), the class's own forward runs.
+`fused.py` mixes each class into a subclass of the module's own class. Parameters, state dicts,
+hooks and isinstance work as before, and results are equal within rounding. If the kernels cannot
+read a module's tensors (a DTensor, for example), the forward computes as the module's own class.
 """
 
 from __future__ import annotations
@@ -24,45 +24,45 @@ from lctrain.kernels import (
 
 
 class LlamaNorm:
-    """RMSNorm that rounds before its product, as in Llama."""
+    """Mixin for RMSNorms that round before multiplying by the weight, as Llama's does."""
 
     weight: Tensor
     variance_epsilon: float
 
     def norm_options(self) -> dict[str, Any]:
-        """Keyword arguments of `rms_norm`."""
+        """Returns the keyword arguments with which `rms_norm` computes this norm."""
         return {"eps": self.variance_epsilon}
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """As the class that this is mixed into."""
+        """Returns the normalised hidden states, any shape, as the module's own forward does."""
         if not is_plain(hidden_states, self.weight):
             return super().forward(hidden_states)  # type: ignore[misc]
         return rms_norm(hidden_states, self.weight, **self.norm_options())
 
 
 class GemmaNorm:
-    """RMSNorm with an offset of 1 and a product in float32, as in Gemma."""
+    """Mixin for RMSNorms that multiply by 1 + weight in float32, as Gemma's does."""
 
     weight: Tensor
     eps: float
 
     def norm_options(self) -> dict[str, Any]:
-        """Keyword arguments of `rms_norm`."""
+        """Returns the keyword arguments with which `rms_norm` computes this norm."""
         return {"eps": self.eps, "weight_offset": 1.0, "float32_product": True}
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the class that this is mixed into."""
+        """Returns the normalised x, any shape, as the module's own forward does."""
         if not is_plain(x, self.weight):
             return super().forward(x)  # type: ignore[misc]
         return rms_norm(x, self.weight, **self.norm_options())
 
 
 class PendingNorm:
-    """A tensor whose norm waits for the rotation that follows it in the attention's forward.
+    """Queries or keys whose norm is postponed, so that one kernel applies norm and rotation.
 
     Attributes:
-        x: [B, S, H, D], or [B, H, S, D] once transposed.
-        module: The norm.
+        x: Queries or keys before the norm, [B, S, H, D], or [B, H, S, D] once transposed.
+        module: The norm module.
     """
 
     def __init__(self, x: Tensor, module: Any) -> None:
@@ -70,19 +70,19 @@ class PendingNorm:
         self.module = module
 
     def transpose(self, first: int, second: int) -> PendingNorm:
-        """Transposes two dimensions as a tensor does; the norm is over the last dimension."""
+        """Transposes two dimensions of x, as Tensor.transpose does. The last one must stay last."""
         return PendingNorm(self.x.transpose(first, second), self.module)
 
     def finish(self) -> Tensor:
-        """Returns the normalised tensor, if it is not rotated."""
+        """Applies the norm, and returns the normalised tensor in the shape of x."""
         return rms_norm(self.x, self.module.weight, **self.module.norm_options())
 
 
 class DeferredNorm:
-    """The norm of queries or keys, which the fused rotation applies."""
+    """Mixin for the norm of queries or keys, which postpones the norm to `rotate_states`."""
 
     def forward(self, x: Tensor) -> Any:
-        """Returns a PendingNorm where the rotation can apply it."""
+        """Returns a PendingNorm of x, or the normalised x if the kernels cannot read it."""
         if not is_plain(x, self.weight):  # type: ignore[attr-defined]
             return super().forward(x)  # type: ignore[misc]
         return PendingNorm(x, self)
@@ -91,14 +91,19 @@ class DeferredNorm:
 def rotate_states(
     q: Any, k: Any, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Replaces transformers' apply_rotary_pos_emb; applies pending norms in the same pass.
+    """Rotates queries and keys by RoPE, after any pending norm; replaces apply_rotary_pos_emb.
+
+    If both norms are pending and have the same options, one kernel applies norms and rotation.
 
     Args:
-        q: [B, Hq, S, D], a tensor or a PendingNorm of one.
-        k: [B, Hk, S, D], a tensor or a PendingNorm of one.
-        cos: [B or 1, S, R].
-        sin: Sine, in the shape of cos.
+        q: Queries [B, Hq, S, D], a tensor or a PendingNorm.
+        k: Keys [B, Hk, S, D], a tensor or a PendingNorm.
+        cos: Cosines [B or 1, S, R] of the R rotated columns.
+        sin: Sines, in the shape of cos.
         unsqueeze_dim: Must be 1, the dimension of the heads.
+
+    Returns:
+        The rotated queries and keys, in the shapes of q and k.
     """
     assert unsqueeze_dim == 1, "the attention layers that call this have heads before tokens"
     both = isinstance(q, PendingNorm) and isinstance(k, PendingNorm)
@@ -117,12 +122,16 @@ def rotate_states(
 
 
 class GatedMLP:
-    """Gate, up and down projections, as in Llama and Gemma."""
+    """Mixin for MLPs with gate, up and down projections, as in Llama and Gemma."""
 
-    fused_activation: str  # of `gated_linear`; set per class
+    fused_activation: str  # name of the activation in `gated_linear`, set per class
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the class that this is mixed into; the product of gate and up is not kept."""
+        """Returns the MLP's output for x [..., E], as the module's own forward does.
+
+        Unless a checkpoint or offload is active, the backward recomputes activation(gate) * up, so
+        that the forward need not keep it.
+        """
         self_: Any = self
         gate, up = self_.gate_proj(x), self_.up_proj(x)
         down = self_.down_proj
@@ -132,12 +141,12 @@ class GatedMLP:
 
 
 class PackedMLP:
-    """Gate and up in one projection, as in Phi3."""
+    """Mixin for MLPs with gate and up in one projection, as in Phi3."""
 
-    fused_activation: str
+    fused_activation: str  # "silu", "gelu" or "gelu_tanh", set per class
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """As the class that this is mixed into."""
+        """Returns the MLP's output for hidden states [..., E], as the module's own forward does."""
         self_: Any = self
         states = self_.gate_up_proj(hidden_states)
         if not is_plain(states):
@@ -147,10 +156,10 @@ class PackedMLP:
 
 
 class ResidualLayer:
-    """A decoder layer whose second norm takes the residual addition along, as in Llama."""
+    """Mixin for Llama's decoder layers, which fuses the first residual addition and second norm."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """As the class that this is mixed into."""
+        """Returns the layer's output [B, S, E], as the module's own forward does."""
         self_: Any = self
         attended, _ = self_.self_attn(hidden_states=self_.input_layernorm(hidden_states), **kwargs)
         norm = self_.post_attention_layernorm
@@ -165,22 +174,28 @@ class ResidualLayer:
 
 
 def gate_states(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
-    """Returns activation(gate) * up; without `up`, `gate` holds both side by side."""
+    """Returns activation(gate) * up.
+
+    Args:
+        gate: [..., I]; if `up` is None, [..., 2 I] with gate and up concatenated.
+        up: [..., I], or None.
+        activation: "silu", "gelu" or "gelu_tanh".
+    """
     if activation == "silu":
         return swiglu(gate, up)
     return geglu(gate, up, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def is_plain(*tensors: Tensor) -> bool:
-    """Whether the kernels can read these: plain tensors, not distributed or wrapped ones."""
+    """Returns whether the kernels can read tensors: no DTensors and no other Tensor subclasses."""
     return all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors)
 
 
 def keeps_tensors_elsewhere() -> bool:
-    """Whether someone decides what the backward keeps: a checkpoint, or an offload.
+    """Returns whether activation checkpointing or an offload handles the tensors for the backward.
 
-    A checkpoint computes the product again anyway, and stops before the projection that follows it:
-    one matrix product less than if both were one operation.
+    A checkpoint recomputes activation(gate) * up itself. Fused with the projection after it, the
+    checkpoint would recompute that projection too.
     """
     if torch.compiler.is_compiling():
         return False
@@ -189,7 +204,7 @@ def keeps_tensors_elsewhere() -> bool:
 
 
 def is_plain_linear(module: Any) -> bool:
-    """Returns whether a module only multiplies by its weight."""
+    """Returns whether a module is an nn.Linear without bias and hooks, on a weight for kernels."""
     return (
         type(module) is nn.Linear
         and module.bias is None

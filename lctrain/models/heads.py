@@ -1,9 +1,9 @@
-"""Heads with one output per row: in a pack they get, and return, one row per document.
+"""Runs models whose head gives one output per row on packs, with one output per document.
 
-Sequence classification, question answering and next sentence prediction pool or normalise over a
-row. A pack is one row of many documents, so its documents become rows, padded on the right, before
-such a model runs; attention leaves the padding out again. Heads that give one output per token need
-nothing. What else loses documents is an error.
+Heads for sequence classification, question answering and next sentence prediction pool or normalise
+over a row. So before such a model runs, the documents of a pack become rows of their own, padded on
+the right; the attention kernels skip the padding. Heads with one output per token run on packs
+unchanged. Other outputs that have one entry per row of several documents raise an error.
 """
 
 import re
@@ -21,12 +21,15 @@ _NO_TOKENS = frozenset({"labels", "attention_mask"})
 
 
 def pools_rows(model: nn.Module) -> bool:
-    """Tells whether a model's head gives one output per row, as it does for padded rows."""
+    """Returns whether a model's head gives one output per row, as for sequence classification."""
     return any(_PER_ROW.search(base.__name__) for base in type(model).__mro__)
 
 
 def refuse_choices(model: nn.Module) -> None:
-    """Raises a ValueError for heads of multiple choice, whose documents belong together."""
+    """Raises a ValueError if a model has a multiple-choice head.
+
+    A pack does not say which documents are choices of one question.
+    """
     if any("ForMultipleChoice" in base.__name__ for base in type(model).__mro__):
         raise ValueError(
             f"choices must come as rows [batch, choices, tokens], got a pack for "
@@ -36,26 +39,27 @@ def refuse_choices(model: nn.Module) -> None:
 
 
 def holds_several(boundaries: Boundaries) -> bool:
-    """Tells whether a row may hold several documents. Reads nothing on the device."""
+    """Returns whether there are more documents than rows, without synchronising with the device."""
     return boundaries.cu_seqlens_q.shape[0] - 1 > boundaries.queries[0]
 
 
 def to_rows(
     model: Any, inputs: dict[str, Any], boundaries: Boundaries
 ) -> tuple[dict[str, Any], Boundaries]:
-    """Makes a row of every document, padded on the right to the longest one.
+    """Rewrites a model's inputs so that every document is a row, padded on the right.
 
     Args:
-        model: Model, for its padding token.
-        inputs: Keyword arguments of the model; tensors [B, S, ...] are cut, others are kept.
-        boundaries: Boundaries of the documents in the rows [B, S]. N documents, the longest of M
-            tokens.
+        model: The model, whose config has the padding token.
+        inputs: Keyword arguments of the model. Tensors [B, S, ...] are cut into documents, except
+            `labels`; other values do not change.
+        boundaries: Boundaries of N documents in rows [B, S]; the longest has M tokens.
 
     Returns:
         The inputs with rows [N, M] and an attention mask, and the boundaries of these rows.
 
     Raises:
-        ValueError: if the model has no padding token, by which its head finds a row's last token.
+        ValueError: if the model has no padding token, which its head needs to find a row's last
+            token.
     """
     config = model.config.get_text_config()
     padding = getattr(config, "pad_token_id", None)
@@ -83,7 +87,7 @@ def to_rows(
 
 
 def row_places(boundaries: Boundaries) -> Tensor:
-    """Returns for each token the index of its place among flattened rows, [T] int64."""
+    """Returns each token's index in flattened rows [N * M] of one document each, [T] int64."""
     document, position = find_places(boundaries)
     return document * boundaries.max_seqlen_q + position
 
@@ -91,7 +95,18 @@ def row_places(boundaries: Boundaries) -> Tensor:
 def spread(
     values: Tensor, boundaries: Boundaries, places: Tensor, rows: tuple[int, int], filler: float = 0
 ) -> Tensor:
-    """Returns values [B, S, ...] as [N, M, ...], one row per document."""
+    """Returns per-token values with one row per document.
+
+    Args:
+        values: [B, S, ...], or [1, S, ...] for values that all rows share.
+        boundaries: Boundaries of N documents in rows [B, S].
+        places: [T] int64, the result of `row_places`.
+        rows: Shape (N, M) of the new rows.
+        filler: Value at padding.
+
+    Returns:
+        [N, M, ...].
+    """
     values = values.expand(boundaries.queries[0], *values.shape[1:]).flatten(0, 1)
     if boundaries.indices_q is not None:
         values = values.index_select(0, boundaries.indices_q)
@@ -100,12 +115,22 @@ def spread(
 
 
 def check_outputs(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], output: Any) -> Any:
-    """A forward hook (with_kwargs=True): pools per document, refuses outputs that lose documents.
+    """A forward hook (with_kwargs=True) that checks a model's outputs for packed documents.
 
-    A `pooler` of an encoder is applied to the documents' rows: [N, E].
+    If the model is an encoder with a pooler, the hook replaces `pooler_output` by one entry per
+    document, [N, E].
+
+    Args:
+        model: The model.
+        args: Positional arguments of its forward.
+        inputs: Keyword arguments of its forward.
+        output: Output of its forward.
+
+    Returns:
+        The output; None if there is nothing to check.
 
     Raises:
-        ValueError: if an output has one entry per row where rows hold several documents.
+        ValueError: if an output has one entry per row although rows hold several documents.
     """
     boundaries = inputs.get(BOUNDARIES_ARGUMENT)
     if boundaries is None or not holds_several(boundaries) or inputs.get("logits_to_keep"):
@@ -134,11 +159,11 @@ def check_outputs(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], out
 
 
 def _pooler_of(model: Any) -> Callable[[Tensor], Tensor] | None:
-    """Returns the function from an encoder's states [B, S, E] to its pooled output [B, E]."""
+    """Returns an encoder's pooler, a function from states [B, S, E] to pooled output [B, E]."""
     pooler: Any = getattr(model, "pooler", None)
     if not isinstance(pooler, nn.Linear):
         return pooler
-    activation: Any = getattr(model, "pooler_activation", None)  # ALBERT takes the first token
+    activation: Any = getattr(model, "pooler_activation", None)  # ALBERT pools the first token
     return None if activation is None else lambda states: activation(pooler(states[:, 0]))
 
 

@@ -1,4 +1,4 @@
-"""The input hook of a patched model: finds the boundaries once, before the first layer."""
+"""InputHook: finds the documents of a patched model's inputs once, before the first layer."""
 
 from typing import Any
 
@@ -37,12 +37,24 @@ _LONGER = "Split or truncate longer ones, or choose a model with rotary embeddin
 
 
 class InputHook:
-    """A forward pre-hook (with_kwargs=True) of every transformers model inside a patched one.
+    """A forward pre-hook (with_kwargs=True) of a patched model and of the models inside it.
 
-    It reads the inputs, refuses what cannot be honoured, and adds the Boundaries as one more
-    keyword argument, which transformers carries to the attention function. The cache is off in
-    training and for packs: transformers fills one by default, and a cache does not know documents.
-    The hook of an inner model leaves alone what an outer one has prepared.
+    The hook checks the inputs, and adds the Boundaries of the documents as a keyword argument,
+    which transformers passes on to the attention function. In training and for packs, it sets
+    use_cache=False: transformers fills a key/value cache by default, and a cache does not keep
+    documents apart. The hook of an inner model does nothing if the outer model's hook has run.
+
+    Args:
+        model: The transformers model that gets the hook.
+        spec: Options of the model's attention.
+
+    Attributes:
+        implementation: Name of the attention in transformers.
+        positions_from_padding: Whether the model counts positions itself, as RoBERTa does.
+        position_limit: Number of positions in the model's table; None without a table.
+        pools_rows: Whether the model's head gives one output per row.
+        rotaries: Names of rotary embeddings whose frequencies depend on the document's length.
+        names: Names of the forward's positional parameters.
     """
 
     def __init__(self, model: nn.Module, spec: AttentionSpec) -> None:
@@ -64,16 +76,16 @@ class InputHook:
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Returns the arguments to call the model with, or None to leave them."""
+        """Returns the arguments for the model's forward; None leaves them unchanged."""
         if BOUNDARIES_ARGUMENT in kwargs or len(args) > len(self.names):
             return None
         inputs = dict(zip(self.names, args, strict=False)) | kwargs
         tokens = inputs.get("input_ids")
         tokens = inputs.get("inputs_embeds") if tokens is None else tokens
         if not isinstance(tokens, Tensor) or tokens.dim() < 2:
-            return None  # the model has its own words for this
+            return None  # the model raises its own error
         if tokens.dim() > (2 if tokens is inputs.get("input_ids") else 3):
-            return None  # [B, choices, S]: the model inside gets rows
+            return None  # [B, choices, S]; the hook of the inner model gets rows
         self._refuse(model, inputs)
         if is_packed(inputs):
             self._give_positions(model, inputs, tokens)
@@ -84,13 +96,13 @@ class InputHook:
             _refuse_numbers(mask)
             if self.rotaries:
                 self._tell_lengths(model, _continued_lengths(inputs, tokens))
-            return (), inputs  # the attention function knows how many keys there are
+            return (), inputs  # the layers find the boundaries, from their number of cached keys
         positions = inputs.get("position_ids")
         boundaries = read_boundaries(inputs, tokens.shape[0], tokens.shape[1], tokens.device)
         if inputs.get("position_ids") is not positions:  # the mask numbers documents
             self._require_positions(model)
         if mask is None and "attention_mask" in self.names:
-            # "No padding", said aloud: otherwise transformers reads the position ids on the device.
+            # Without a mask, transformers would read the position ids on the device.
             inputs["attention_mask"] = torch.ones(
                 tokens.shape[:2], dtype=torch.int64, device=tokens.device
             )
@@ -111,12 +123,17 @@ class InputHook:
         return (), inputs
 
     def rest(self, model: nn.Module) -> None:
-        """Undoes the changes of the hook in a model whose attention was set to another one."""
+        """Undoes the hook's changes to a model whose attention was changed to another one."""
         if self.rotaries:
             detach_frequencies(model)
 
     def _tell_lengths(self, model: nn.Module, lengths: Tensor) -> None:
-        """Passes the length of each token's document to the rotary embeddings, [B, S]."""
+        """Passes the length of each token's document to the model's rotary embeddings.
+
+        Args:
+            model: The model.
+            lengths: [B, S] integers.
+        """
         for name in self.rotaries:
             attach_frequencies(model.get_submodule(name)).lengths = lengths
 
@@ -179,12 +196,16 @@ class InputHook:
 def read_boundaries(
     inputs: dict[str, Any], batch: int, tokens: int, device: torch.device
 ) -> Boundaries:
-    """Returns the documents of rows [batch, tokens], from the argument that describes them.
+    """Returns the boundaries of the documents in a model's inputs.
+
+    If the mask numbers documents, it is replaced in `inputs` by a padding mask. If documents are
+    found in the mask or the position ids, use_cache=False is set in `inputs`.
 
     Args:
-        inputs: The model's arguments: a pack's own, `attention_mask` [B, S], `position_ids` [B, S].
-        batch: B.
-        tokens: S.
+        inputs: Keyword arguments of the model. `cu_seq_lens_q/k` and `max_length_q/k`,
+            `attention_mask` [B, S] and `position_ids` [B, S] are read.
+        batch: Number of rows B.
+        tokens: Tokens per row S.
         device: Device of the inputs.
 
     Raises:
@@ -225,9 +246,15 @@ def read_boundaries(
 
 
 def _numbered(inputs: dict[str, Any], numbers: Tensor) -> Boundaries:
-    """Returns the documents of rows [B, S] that the mask numbers, and replaces the mask.
+    """Returns the boundaries of documents that the attention mask numbers.
 
-    Positions restart with the numbers. Where positions are given, documents also end as they say.
+    In `inputs`, the mask is replaced by a padding mask. Position ids are added if there are none;
+    they restart at every document. If position ids are given, documents also end where they
+    restart.
+
+    Args:
+        inputs: Keyword arguments of the model, which are changed.
+        numbers: [B, S] int64, the number of each token's document; 0 at padding.
     """
     _forgo_cache(inputs, "attention_mask must not number documents")
     inputs["attention_mask"] = (numbers > 0).long()
@@ -258,7 +285,7 @@ def _refuse_numbers(mask: Any) -> None:
 
 
 def _covered_tokens(inputs: dict[str, Any]) -> int | None:
-    """Returns the number of tokens in a pack's documents; None if only the device knows."""
+    """Returns the number of tokens in a pack's documents; None if it is only on the device."""
     schedule, boundaries = inputs.get("schedule"), inputs.get("cu_seq_lens_q")
     if schedule is not None and schedule.total_q >= 0:
         return int(schedule.total_q)
@@ -268,14 +295,26 @@ def _covered_tokens(inputs: dict[str, Any]) -> int | None:
 
 
 def _restarting_positions(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """[1, T] int64 positions that restart at 0 per document; reads nothing on the device."""
+    """Returns positions [1, T] int64 that restart at 0 in every document, without synchronising.
+
+    Args:
+        cu_seqlens: [N + 1] integers, boundaries of the documents.
+        tokens: Number of tokens T.
+    """
     lengths = cu_seqlens.diff()
     starts = torch.repeat_interleave(cu_seqlens[:-1], lengths, output_size=tokens)
     return (torch.arange(tokens, device=cu_seqlens.device) - starts)[None]
 
 
 def _continued_lengths(inputs: dict[str, Any], tokens: Tensor) -> Tensor:
-    """Returns the length of each row with its cache, [B, S] int64, as `find_lengths` does."""
+    """Returns the length of each token's row, cached tokens included, [B, S] int64.
+
+    With position ids, the length is the row's highest position plus 1.
+
+    Args:
+        inputs: Keyword arguments of the model, with a filled cache.
+        tokens: [B, S, ...], tokens or embeddings of the call.
+    """
     rows = tuple(tokens.shape[:2])
     seen = int(given_cache(inputs).get_seq_length())
     position_ids, mask = inputs.get("position_ids"), inputs.get("attention_mask")

@@ -1,4 +1,4 @@
-"""KINDS: for each attention, the checks and changes that patch_model makes."""
+"""KINDS: the checks and changes that patch_model makes for each kind of attention."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,14 +21,14 @@ def _keep(layers: dict[str, nn.Module]) -> Callable[[], None]:
 
 
 class Kind(NamedTuple):
-    """The checks and changes for one attention.
+    """The functions that patch_model calls for one kind of attention.
 
     Attributes:
-        fit: (model, spec) -> the spec with its None values filled in from the model. Raises a
-            ValueError with a remedy if the model cannot have this attention.
-        hook: (model, fitted spec) -> the input hook of a transformers model, or of one inside.
-        swap: (attention layers by name) -> a function that undoes it. Changes layers that no
-            attention function can serve.
+        fit: Takes (model, spec), and returns the spec with its None values filled in from the
+            model. Raises a ValueError with a remedy if the model cannot have this attention.
+        hook: Takes (model, fitted spec), and returns the input hook for a transformers model.
+        swap: Takes the attention layers by name, and changes layers that need another forward.
+            Returns a function that undoes the change.
     """
 
     fit: Callable[[Any, Any], AttentionSpec]

@@ -1,9 +1,9 @@
-"""LateHook: the input hook of a model that was given its attention by name.
+"""LateHook: the input hook of a model whose attention is selected by name.
 
-`attn_implementation="lctrain_flash"` must mean what patch_model means. So a model that is built, or
-set, to one of lctrain's names goes through the same checks and gets the same hooks. transformers
-announces a model before it has layers; the checks run when the outermost model is complete, or, for
-a class that never says so, in the first forward.
+A model that is loaded with `attn_implementation="lctrain_flash"`, or set to it later, gets the
+checks and hooks of patch_model with default options. transformers checks the name before the model
+has layers, so lctrain's checks run later: when the outermost model is complete, or in the first
+forward of a model whose class never calls `post_init`.
 """
 
 import threading
@@ -23,13 +23,16 @@ _threads = threading.local()
 
 
 class LateHook:
-    """An InputHook with the default options of patch_model.
+    """A forward pre-hook that checks the model at its first call, then runs an InputHook.
 
-    It does nothing while the model is patched, or its attention is set to something else.
+    It does nothing while the model is patched by patch_model, or its attention has another name.
+
+    Args:
+        implementation: Name of the attention in transformers, such as "lctrain_flash".
 
     Attributes:
-        implementation: Name of the attention.
-        hook: The InputHook; None until the model was prepared.
+        implementation: Name of the attention in transformers.
+        hook: The InputHook; None until `prepare` has checked the model.
     """
 
     def __init__(self, implementation: str) -> None:
@@ -39,7 +42,7 @@ class LateHook:
     def __call__(
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Returns the arguments to call the model with, or None to leave them."""
+        """Returns the arguments for the model's forward; None leaves them unchanged."""
         if model.config._attn_implementation != self.implementation:
             if self.hook is not None and BOUNDARIES_ARGUMENT not in kwargs:
                 self.hook.rest(model)
@@ -55,38 +58,46 @@ class LateHook:
 
 
 def begin(model: nn.Module, implementation: str) -> None:
-    """Records that a model with this attention is being built; it has no layers yet."""
+    """Records that a model with an attention of lctrain is being built, and has no layers yet.
+
+    Args:
+        model: The model.
+        implementation: Name of the attention in transformers.
+    """
     attach_late_hook(model, implementation)
     building = [entry for entry in _building() if entry[0]() is not None]
     _building()[:] = [*building, (weakref.ref(model), implementation)]
 
 
 def finish(model: nn.Module) -> None:
-    """Checks and prepares a model that is complete, unless it is a part of one being built.
+    """Checks and prepares a complete model, unless a model around it is still being built.
+
+    Args:
+        model: A model whose `post_init` has run.
 
     Raises:
-        ValueError: as patch_model does.
+        ValueError: if the model is not supported, as in patch_model.
     """
     building = _building()
     place = next((i for i, entry in enumerate(building) if entry[0]() is model), None)
     if place is None:
         return
     implementation = building[place][1]
-    del building[place:]  # with parts that never said that they were complete
+    del building[place:]  # the model, and parts of it whose class never calls post_init
     if not building:
         prepare(model, implementation, early=True)
 
 
 def prepare(model: Any, implementation: str, early: bool = False) -> None:
-    """Checks a model and gives it, and the models inside, hooks that are ready.
+    """Checks a model, and puts hooks on it and on the transformers models inside it.
 
     Args:
-        model: Complete with its layers.
-        implementation: Name of the attention.
-        early: Put off what runs layers on numbers until the first forward.
+        model: A transformers model with its layers.
+        implementation: Name of the attention in transformers.
+        early: Whether to postpone checks that run layers on test inputs to the first forward.
 
     Raises:
-        ValueError: as patch_model does.
+        ValueError: if the model is not supported, as in patch_model.
     """
     from transformers import PreTrainedModel
 
@@ -106,7 +117,12 @@ def prepare(model: Any, implementation: str, early: bool = False) -> None:
 
 
 def attach_late_hook(model: nn.Module, implementation: str) -> LateHook:
-    """Returns the LateHook of a model for an attention, and creates it if needed."""
+    """Returns the LateHook of a model for an attention, and registers one if there is none.
+
+    Args:
+        model: The model.
+        implementation: Name of the attention in transformers.
+    """
     for hook in model._forward_pre_hooks.values():
         if isinstance(hook, LateHook) and hook.implementation == implementation:
             return hook
@@ -118,7 +134,11 @@ def attach_late_hook(model: nn.Module, implementation: str) -> LateHook:
 
 
 def _building() -> list[tuple[Any, str]]:
-    """(weak reference, implementation) of models that this thread is building, outermost first."""
+    """Returns the models that this thread is building, the outermost first.
+
+    Returns:
+        A list of (weak reference to the model, name of its attention), to be changed in place.
+    """
     if not hasattr(_threads, "building"):
         _threads.building = []
     return _threads.building

@@ -1,4 +1,4 @@
-"""patch_model: swaps a transformers model's attention for lctrain's, and back."""
+"""patch_model: replaces the attention of a transformers model by lctrain's, reversibly."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -21,11 +21,11 @@ def patch_model(
     loss: bool = False,
     **options: Any,
 ) -> "PatchHandle":
-    """Swaps the attention of a transformers model for lctrain's kernels, in place.
+    """Replaces the attention of a transformers model by lctrain's kernels, in place.
 
-    Packed documents (`model(**PackedBatch.model_kwargs())`) then stay apart exactly. Rows with or
-    without padding work as before. Nothing of the model's code or weights is touched, so that
-    checkpoints, torch.compile, activation checkpointing and DDP do not notice.
+    The patched model keeps packed documents (`model(**PackedBatch.model_kwargs())`) exactly apart.
+    Rows with or without padding work as before. Weights and state dict do not change, and
+    torch.compile, activation checkpointing and DDP work as before.
 
     Args:
         model: A causal language model or encoder that uses AttentionInterface. Patch it before
@@ -33,20 +33,20 @@ def patch_model(
         attention: "flash"; "dual_chunk" for texts beyond the trained window of a causal model with
             rotary embeddings; "differential" for a DiffLlama, or for what
             `lctrain.models.differential.to_differential` returns.
-        fused: Whether to swap norms, rotary embeddings, MLPs and residual additions for fused
+        fused: Whether to replace norms, rotary embeddings, MLPs and residual additions by fused
             operations as well. Results are equal within rounding; on a GPU they are faster and take
             less memory.
-        loss: Have `model(**batch, labels=...)` compute the loss without the logits in training
-            mode; its output then has `logits=None`. For causal language models.
-        **options: Options for every attention: `dropout` (probability, training mode only; default:
-            as the model's config says), `deterministic`, `backend`. Options for "dual_chunk":
-            `chunk_size`, `local_size`, `scale`, `scale_coefficient` and `window`, see
-            DualChunkSpec. Their defaults follow `dual_chunk_attention_config` in the model's
-            config, else `max_position_embeddings`: texts of up to that many tokens give the output
-            of plain attention.
+        loss: Whether `model(**batch, labels=...)` computes the loss without the logits in training
+            mode; its output then has `logits=None`. Only for causal language models.
+        **options: Options of the attention. Every attention has `dropout`, `deterministic` and
+            `backend` (see `lctrain.attention.AttentionSpec`). "flash" also has `sliding_window`
+            (see FlashSpec). "dual_chunk" also has `chunk_size`, `local_size`, `scale`,
+            `scale_coefficient` and `window` (see DualChunkSpec), whose defaults come from the
+            model's config.
 
     Returns:
-        A handle that lists what was swapped and undoes it; also a context manager.
+        A handle that lists the changes and undoes them. It is also a context manager, which undoes
+        them at its end.
 
     Raises:
         ValueError: if the model or an option is not supported; the message names the remedy.
@@ -77,12 +77,18 @@ def _hooks(model: nn.Module) -> list[InputHook]:
 
 
 class PatchHandle(Unpatchable):
-    """Lists what patch_model swapped in one model, and undoes it.
+    """Lists the changes that patch_model made to one model, and undoes them.
+
+    The constructor applies the changes.
+
+    Args:
+        model: The model to patch.
+        swaps: The changes, in the order in which to apply them; the first is an AttentionSwap.
 
     Attributes:
         model: The patched model.
-        swaps: What was swapped, in the order of the swaps; the first is that of the attention.
-        active: False after unpatch().
+        swaps: The changes, in the order in which they were applied.
+        active: True until unpatch() is called.
     """
 
     def __init__(self, model: Any, swaps: Sequence[Swap]) -> None:
@@ -93,31 +99,34 @@ class PatchHandle(Unpatchable):
 
     @property
     def attention(self) -> AttentionSwap:
-        """The swap of the attention."""
+        """The change of the model's attention."""
         return cast(AttentionSwap, self._swap(AttentionSwap))
 
     @property
     def spec(self) -> AttentionSpec:
-        """The options that the attention layers carry."""
+        """The options of the attention layers, with defaults filled in from the model's config."""
         return self.attention.spec
 
     @property
     def layers(self) -> dict[str, nn.Module]:
-        """The swapped attention layers by name."""
+        """The patched attention layers by name."""
         return self.attention.layers
 
     @property
     def fused(self) -> FusedSwap | None:
-        """The swap of fused modules, or None."""
+        """The change of modules to fused ones; None without `fused=True`."""
         return cast(FusedSwap | None, self._swap(FusedSwap))
 
     @property
     def loss(self) -> LossSwap | None:
-        """The swap of the loss, or None."""
+        """The change of the model's loss; None without `loss=True`."""
         return cast(LossSwap | None, self._swap(LossSwap))
 
     def unpatch(self) -> None:
-        """Restores the model; its outputs are bit-equal to before. Does nothing if called again."""
+        """Restores the model, whose outputs then have the same bits as before the patch.
+
+        A second call does nothing.
+        """
         if not self.active:
             return
         self.active = False

@@ -1,4 +1,4 @@
-"""Number of positions of a model that looks positions up in a table."""
+"""Finds how many positions a model supports that looks positions up in a table."""
 
 import re
 from typing import Any
@@ -12,9 +12,10 @@ _RELATIVE = re.compile(r"relative|distance|bias|type")
 
 
 def position_limit(model: Any) -> int | None:
-    """Returns how many positions a model knows; None where positions are computed (RoPE, ALiBi).
+    """Returns the number of positions in a model's position table.
 
-    Beyond them an embedding is indexed out of its range, which on a GPU ends the process.
+    Returns None for models that compute positions (RoPE, ALiBi). A higher position would index the
+    table out of range, which on a GPU ends the process.
 
     Args:
         model: A transformers model on any device, the meta device included.
@@ -35,14 +36,14 @@ def position_limit(model: Any) -> int | None:
 def require_positions(
     model: Any, tokens: int, name: str, remedy: str, limit: int | None = None
 ) -> None:
-    """Raises a ValueError if documents of so many tokens do not fit a model's position table.
+    """Raises a ValueError if a document is longer than a model's position table.
 
     Args:
         model: A transformers model.
         tokens: Length of the longest document, in tokens.
         name: Name of `tokens` in the message.
-        remedy: A sentence.
-        limit: `position_limit(model)`, if known.
+        remedy: Last sentence of the message.
+        limit: `position_limit(model)`; None computes it.
     """
     limit = position_limit(model) if limit is None else limit
     if limit is not None and tokens > limit:
@@ -55,5 +56,5 @@ def require_positions(
 def _offset(model: nn.Module, table: nn.Embedding) -> int:
     """Returns the row of the table that belongs to position 0."""
     if counts_positions_itself(model):
-        return (table.padding_idx or 0) + 1  # RoBERTa and its kin
-    return int(getattr(table, "offset", 0))  # OPT, BART and their kin
+        return (table.padding_idx or 0) + 1  # as in RoBERTa
+    return int(getattr(table, "offset", 0))  # as in OPT and BART

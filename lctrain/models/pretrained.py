@@ -1,4 +1,4 @@
-"""Causal LMs of the Hugging Face hub or a folder, with errors that name the model."""
+"""Loads causal LMs from the Hugging Face hub or a folder; errors name the model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def load_pretrained(config: PretrainedModelConfig, dtype: str = "auto") -> Any:
 
 
 def load_architecture(config: PretrainedModelConfig) -> Any:
-    """Builds the same model without its weights, on the current device.
+    """Builds the model of `load_pretrained` with random weights, on the current default device.
+
+    Args:
+        config: Config of the pretrained model.
 
     Raises:
         ValueError: if the model does not exist, or is no causal LM.
@@ -66,7 +69,7 @@ def load_architecture(config: PretrainedModelConfig) -> Any:
 
 
 def check_dtype(dtype: str) -> None:
-    """Raises ValueError unless the dtype is one of DTYPES."""
+    """Raises a ValueError unless the dtype is one of DTYPES."""
     if dtype not in DTYPES:
         raise ValueError(
             f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}. auto takes what is stored."
@@ -75,7 +78,7 @@ def check_dtype(dtype: str) -> None:
 
 @contextmanager
 def _naming(config: PretrainedModelConfig) -> Iterator[None]:
-    """Turns an error of transformers into one that names the model."""
+    """Context in which an error of transformers becomes a ValueError that names the model."""
     from safetensors import SafetensorError
 
     check_model_name(config.name_or_path)

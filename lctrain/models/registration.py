@@ -1,10 +1,10 @@
-"""Registers lctrain's attention with transformers, so that from_pretrained knows the names too.
+"""Registers lctrain's attention and model families with transformers.
 
-A model that is loaded by name goes through patch_model's checks when it is complete, and gets the
-same hooks: see `lctrain.models.late_hook`.
-
-Models that `to_differential` returns have families of their own, which AutoConfig and
-AutoModelForCausalLM are told of here.
+- `register` adds the attention names, such as "lctrain_flash", so that from_pretrained accepts
+  them. A model that is loaded with such a name is checked and gets hooks as in patch_model; see
+  `lctrain.models.late_hook`.
+- `register_families` adds the families of the models that `to_differential` returns, so that
+  AutoConfig and AutoModelForCausalLM can load them.
 """
 
 import functools
@@ -28,9 +28,9 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 def register() -> None:
-    """Registers attention and mask functions.
+    """Registers lctrain's attention and mask functions with transformers.
 
-    Imports transformers. Does nothing if called again.
+    Imports transformers. A second call changes nothing.
     """
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface, PreTrainedModel
@@ -42,10 +42,10 @@ def register() -> None:
 
 
 def register_families_on_demand() -> None:
-    """Registers the differential families when AutoConfig.from_pretrained is first called.
+    """Makes the first call of AutoConfig.from_pretrained register the differential families.
 
-    Not at once: their classes derive from transformers' own, which cannot be imported yet while
-    AutoConfig's module, or whatever module imported that, is being imported.
+    The families cannot be registered at once: their classes derive from transformers' model
+    classes, which cannot be imported while AutoConfig's module is still being imported.
     """
     from transformers.models.auto.configuration_auto import AutoConfig
 
@@ -74,11 +74,14 @@ def register_families() -> None:
 
 
 def _accept_names(model_class: Any) -> None:
-    """Makes transformers accept lctrain's attention names.
+    """Makes a model class of transformers accept lctrain's attention names.
 
-    transformers treats every name with "flash" in it as a build of FlashAttention. It would look
-    for one on the hub and refuse to construct the model (transformers 5.17 and 5.23), or replace
-    the name by a kernel of its own choice. Other names are handled by transformers' own code.
+    transformers treats every name that contains "flash" as a build of FlashAttention: it looks for
+    a kernel on the hub and refuses to construct the model (transformers 5.17 and 5.23), or replaces
+    the name by another kernel. Names that are not lctrain's are still handled by transformers.
+
+    Args:
+        model_class: transformers' PreTrainedModel.
     """
     original = model_class._check_and_adjust_attn_implementation
     if getattr(original, _MARK, False):
@@ -98,7 +101,7 @@ def _accept_names(model_class: Any) -> None:
 
     @functools.wraps(correct)
     def check_part(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> Any:
-        """For `set_attn_implementation` of an outer model, which asks each part for its own."""
+        """Checks one part of a model; an outer model's set_attn_implementation asks every part."""
         if requested_attention not in ATTENTION_NAMES.values():
             return correct(self, requested_attention, *args, **kwargs)
         return check(self, requested_attention)

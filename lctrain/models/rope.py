@@ -1,4 +1,4 @@
-"""Another rotary embedding for a model, for a while: scaled frequencies without a new config."""
+"""RopeSwap: changes a model's RoPE parameters without changing its config, reversibly."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ STATIC_TYPES = ("default", "linear", "yarn", "llama3")
 
 
 class RopeSwap:
-    """Sets the frequencies of a model to those of other `rope_parameters`, until `restore`.
+    """Sets a model's rotary frequencies to those of other `rope_parameters`, until `restore`.
 
-    transformers' own class computes them. Types whose frequencies depend on the input ("dynamic",
-    "longrope") are refused: a neighbour in the pack would change a document's output.
+    transformers' own class computes the frequencies. Rope types whose frequencies depend on the
+    length of the input ("dynamic", "longrope") are refused, since a document's output would depend
+    on the other documents in its pack.
 
     Args:
         model: A transformers model with one rotary embedding.
-        parameters: Entries of the config's `rope_parameters` to change, such as {"rope_type":
+        parameters: Entries to change in the config's `rope_parameters`, such as {"rope_type":
             "yarn", "factor": 4.0}.
 
     Raises:
-        ValueError: if the model has not one rotary embedding, or the type is refused or unknown.
+        ValueError: if the model does not have exactly one rotary embedding, or the rope type is
+            refused or unknown.
     """
 
     def __init__(self, model: Any, parameters: Mapping[str, Any]) -> None:
@@ -51,12 +53,16 @@ class RopeSwap:
         rotary.attention_scaling = scaled.attention_scaling
 
     def restore(self) -> None:
-        """Restores the model's frequencies, bit for bit. Does nothing if called again."""
+        """Restores the model's frequencies, bit for bit. A second call changes nothing."""
         self._rotary.inv_freq, self._rotary.attention_scaling = self._before
 
 
 def check_rope(parameters: Mapping[str, Any]) -> None:
-    """Raises ValueError for a rope_type that is unknown or follows the input."""
+    """Raises a ValueError for a rope type that is unknown or depends on the length of the input.
+
+    Args:
+        parameters: Entries of `rope_parameters`.
+    """
     kind = parameters.get("rope_type")
     if kind is not None and kind not in STATIC_TYPES:
         raise ValueError(

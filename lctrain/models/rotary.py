@@ -1,8 +1,9 @@
 """Finds the rotary embedding of a model, and checks that its layers use it as Llama does.
 
-Families differ in ways that no name tells: interleaved pairs, heads rotated in part, layers without
-rotation, norms after it. So one layer of each sort is run on a few tokens, at two sets of
-positions, and what reaches its attention function is compared.
+Families differ in their use of RoPE: some rotate interleaved columns, only a part of each head, or
+not in all layers, and some have a norm after the rotation. Names do not show these differences. So
+the check runs one layer of each kind on a few tokens at two sets of positions, and compares the
+queries and keys that reach its attention function.
 """
 
 import copy
@@ -24,14 +25,14 @@ _REMEDY = (
 
 
 class Probe(NamedTuple):
-    """Query and key that one attention layer passes to its attention function.
+    """Queries and keys that one attention layer passes to its attention function in a test run.
 
     Attributes:
         layer: The layer.
-        angles: [S, D / 2] float32, by which its rotary embedding rotates the tokens.
-        still: Query [1, H, S, D] and key [1, Hk, S, D] of tokens that are all at position 0.
-        rotated: The same at the positions of `angles`.
-        arguments: The other arguments of the attention function.
+        angles: [S, D / 2] float32, angles of the rotary embedding at the S test positions.
+        still: Query [1, H, S, D] and key [1, Hk, S, D] of a run with all tokens at position 0.
+        rotated: Query and key of a run with the same tokens at the test positions.
+        arguments: Other keyword arguments that the layer passes to its attention function.
     """
 
     layer: nn.Module
@@ -42,10 +43,13 @@ class Probe(NamedTuple):
 
 
 def find_rotary(model: nn.Module) -> nn.Module:
-    """Returns the module that computes a model's rotary embeddings; its inv_freq is [D / 2].
+    """Returns the one module that computes a model's rotary embeddings, with `inv_freq` [D / 2].
+
+    Args:
+        model: A transformers model.
 
     Raises:
-        ValueError: if there is none, or several.
+        ValueError: if there is no such module, or more than one.
     """
     found = [m for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
     if len(found) == 1:
@@ -59,10 +63,16 @@ def find_rotary(model: nn.Module) -> nn.Module:
 
 
 def probe_layers(model: Any, rotary: nn.Module) -> Iterator[Probe]:
-    """Runs one attention layer of each sort; layers that differ in weights alone are of one sort.
+    """Runs one attention layer of each kind on test inputs, and yields its Probe.
+
+    Layers are of one kind if they differ in their index and weights only.
+
+    Args:
+        model: A transformers model.
+        rotary: The model's rotary embedding.
 
     Raises:
-        ValueError: if a layer cannot be run by itself, or reads positions itself.
+        ValueError: if a layer cannot be run alone, or reads position ids itself.
     """
     from transformers.modeling_utils import AttentionInterface
 
@@ -94,7 +104,11 @@ def probe_layers(model: Any, rotary: nn.Module) -> Iterator[Probe]:
 def require_half_split(probe: Probe) -> None:
     """Raises a ValueError unless a layer rotates whole heads as Llama does, as its last step.
 
-    Then rotating its queries further is the same as moving them to other positions.
+    In such a layer, rotating the queries again is equivalent to moving them to other positions,
+    which dual chunk attention relies on.
+
+    Args:
+        probe: Test run of the layer.
     """
     name = type(probe.layer).__name__
     for still, rotated in zip(probe.still, probe.rotated, strict=True):
@@ -152,17 +166,38 @@ def _record(
     lctrain_probe: list[dict[str, Any]],
     **arguments: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function that records its arguments and returns zeros [B, S, H, Dv]."""
+    """An attention function that appends its arguments to a list and returns zeros.
+
+    Args:
+        module: The attention layer.
+        query: [B, H, S, D].
+        key: [B, Hk, S, D].
+        value: [B, Hk, S, Dv].
+        attention_mask: Ignored.
+        lctrain_probe: The list, which gets a dictionary of query, key and `arguments`.
+        **arguments: The other arguments of the call.
+
+    Returns:
+        Zeros [B, S, H, Dv], and None in place of attention weights.
+    """
     lctrain_probe.append({"query": query, "key": key, **arguments})
     batch, heads, tokens, _ = query.shape
     return value.new_zeros((batch, tokens, heads, value.shape[-1])), None
 
 
 def _runnable(layer: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, torch.device, torch.dtype]:
-    """A copy of a layer for `_record`, with random weights in float32 on the CPU.
+    """Returns a copy of a layer that calls `_record`, with random float32 weights on the CPU.
 
-    So a layer is judged by its form: weights may have no memory yet, and a norm after the rotation
-    does no harm while its weights are all 1. Quantized layers keep their weights and place.
+    Random weights serve two purposes: the layer may still be on the meta device, and a norm after
+    the rotation shows only if its weights are not all 1. A quantized layer keeps its weights and
+    device.
+
+    Args:
+        layer: An attention layer.
+        dtype: Dtype of the model, for quantized layers.
+
+    Returns:
+        The copy, and the device and dtype of its inputs.
     """
     weights = [*layer.parameters(), *layer.buffers()]
     if all(weight.is_floating_point() for weight in layer.parameters()):
@@ -181,7 +216,7 @@ def _runnable(layer: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, torch.de
 
 
 def _runnable_rotary(rotary: nn.Module, device: torch.device) -> nn.Module:
-    """Returns a copy of a rotary embedding, whose forward does not change the model's."""
+    """Returns a copy of a rotary embedding on `device`; running it leaves the model unchanged."""
     rotary = copy.deepcopy(rotary)
     for name, buffer in list(rotary.named_buffers()):
         known = (
@@ -192,14 +227,17 @@ def _runnable_rotary(rotary: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _rotate(states: Tensor, angles: Tensor) -> Tensor:
-    """states [..., S, D] by angles [S, D / 2], half-split."""
+    """Returns states [..., S, D] rotated by angles [S, D / 2], with each head split in halves."""
     first, second = states.chunk(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def _normal(shape: Any) -> Tensor:
-    """Returns float32 normal numbers of variance 1 / shape[-1], without the global generator."""
+    """Returns normal random numbers of variance 1 / shape[-1], float32 on the CPU.
+
+    The numbers come from a generator of their own, so torch's global generator does not change.
+    """
     generator = torch.Generator(device="cpu").manual_seed(0)
     size = tuple(shape)
     numbers = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")

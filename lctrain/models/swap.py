@@ -1,4 +1,4 @@
-"""Swap: a reversible change of a model. What patch_model does is a list of them."""
+"""Swap: a reversible change of a model; patch_model applies a list of swaps."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ Self = TypeVar("Self", bound="Unpatchable")
 
 @runtime_checkable
 class Swap(Protocol):
-    """A reversible change of one model.
+    """A reversible change of one model, such as of its attention or its loss.
 
-    The constructor fits the swap to the model: it changes nothing, and raises a ValueError that
-    says what to do if the model cannot have it.
+    The constructor takes the model and does not change it. If the model does not support the swap,
+    the constructor raises a ValueError with a remedy.
 
     Attributes:
-        name: What is swapped, one word.
+        name: Name of the swap in the report of PatchHandle, one word.
     """
 
     name: str
@@ -25,18 +25,18 @@ class Swap(Protocol):
         """Changes the model."""
 
     def undo(self) -> None:
-        """Restores the model as it was before `apply`, also where `apply` failed midway."""
+        """Restores the model as it was before `apply`, even if `apply` raised an error midway."""
 
     def describe(self) -> str:
-        """Returns what was swapped, for people."""
+        """Returns what was changed, as text for the report of PatchHandle."""
 
 
 class Unpatchable(ABC):
-    """A context manager whose end unpatches."""
+    """A context manager that calls `unpatch` at its end."""
 
     @abstractmethod
     def unpatch(self) -> None:
-        """Undoes every swap. Does nothing if called again."""
+        """Undoes every swap. A second call does nothing."""
 
     def __enter__(self: Self) -> Self:
         return self
@@ -51,7 +51,7 @@ class Unpatchable(ABC):
 
 
 def apply_all(swaps: Sequence[Swap]) -> None:
-    """Applies swaps in their order: all of them, or, after an error, none."""
+    """Applies swaps in order. If one raises an error, undoes all of them and raises it again."""
     for number, swap in enumerate(swaps):
         try:
             swap.apply()

@@ -1,4 +1,4 @@
-"""Chooses the tokenizer of a model: trained weights fit the ids of one tokenizer only."""
+"""Chooses the tokenizer of a model, and refuses one whose ids a pretrained model does not know."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ log = logging.getLogger(__name__)
 
 
 def tokenizer_for(model: ModelConfig, named: str | None) -> PreTrainedTokenizerBase | str | None:
-    """Chooses the tokenizer for a model.
+    """Returns the tokenizer for a model.
 
     Args:
-        model: Pretrained or from scratch.
-        named: Name of the tokenizer in the data config.
+        model: Config of the model, pretrained or from scratch.
+        named: Name of the tokenizer in the data config; None if it names none.
 
     Returns:
-        For a pretrained model its own tokenizer, unless another is named and allowed. For a model
-        from scratch the named one, or None for a tokenizer that is trained on the data.
+        For a pretrained model: the tokenizer `named` if it is given, else the model's own. For a
+        model from scratch: `named`; None means that a tokenizer is trained on the data.
 
     Raises:
-        ValueError: if a pretrained model has no tokenizer and none is named, or one is named whose
-            ids mean other tokens.
+        ValueError: if a pretrained model has no tokenizer and `named` is None, or if the ids of
+            `named` mean other tokens and the config does not allow another tokenizer.
     """
     if not isinstance(model, PretrainedModelConfig):
         return named

@@ -1,15 +1,15 @@
-"""The trained window of a model: on how many tokens at a time it was trained."""
+"""configured_window: the trained window of a model, the length of its training texts in tokens."""
 
 from typing import Any
 
 
 def configured_window(config: Any) -> int | None:
-    """Returns the window that a model's config states, or None.
+    """Returns the trained window that a model's config states, in tokens; None if it states none.
 
-    `original_max_position_embeddings` of `dual_chunk_attention_config` comes first. (In Qwen2.5-1M
-    it is the trained window, while `max_position_embeddings` is the length that dual chunk
-    attention reaches.) Otherwise the window is `max_position_embeddings`, also with scaled RoPE,
-    since the scaled model was trained for it.
+    The window is `original_max_position_embeddings` of the config's `dual_chunk_attention_config`,
+    if there is one: in Qwen2.5-1M, `max_position_embeddings` is the length that dual chunk
+    attention reaches. Otherwise the window is `max_position_embeddings`. With scaled RoPE, that
+    value is the window for which the scaled model was trained.
 
     Args:
         config: A transformers configuration.

@@ -1,4 +1,4 @@
-"""Transformers models inside any module: where they are, and patches of all of them at once."""
+"""Finds the transformers models inside any module, and patches all of them at once."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ Paths = str | Sequence[str] | None
 def find_models(module: nn.Module, paths: Paths = None) -> dict[str, Any]:
     """Returns the transformers models inside a module, by attribute path.
 
-    A model inside another transformers model belongs to the outer one. Wrappers (torch.compile,
-    PEFT, DistributedDataParallel, Fabric) are looked into.
+    Models inside wrappers (torch.compile, PEFT, DistributedDataParallel, Fabric) are found. A model
+    inside another transformers model is a part of it and is not returned.
 
     Args:
-        module: A LightningModule, or any other module; "" is the path of the module itself.
-        paths: Attribute paths, such as "policy.model" or "models.0", of the models or of modules
-            that hold them; None for all models.
+        module: A LightningModule or any other module. If it is a transformers model itself, its
+            path is "".
+        paths: Attribute paths of models, or of modules that contain models, such as "policy.model"
+            or "models.0"; None finds all models.
 
     Raises:
         ValueError: if a path does not exist or holds no transformers model.
@@ -42,10 +43,14 @@ def find_models(module: nn.Module, paths: Paths = None) -> dict[str, Any]:
 
 
 def require_models(module: nn.Module, paths: Paths = None) -> dict[str, Any]:
-    """Returns what `find_models` does.
+    """Returns the result of `find_models`, of at least one model.
+
+    Args:
+        module: A LightningModule or any other module.
+        paths: Attribute paths, as in `find_models`; None finds all models.
 
     Raises:
-        ValueError: as `find_models`, and if there is no transformers model.
+        ValueError: if there is no transformers model, or a path does not exist or holds none.
     """
     found = find_models(module, paths)
     if not found:
@@ -58,17 +63,22 @@ def require_models(module: nn.Module, paths: Paths = None) -> dict[str, Any]:
 
 
 class ModelPatches(Unpatchable):
-    """Patches of the models inside one module; also a context manager.
+    """Holds the patches of the models inside one module, and undoes them.
+
+    It is also a context manager, which undoes the patches at its end.
 
     Attributes:
-        handles: PatchHandle of every model, by attribute path.
+        handles: PatchHandle of every patched model, by attribute path.
     """
 
     def __init__(self, handles: dict[str, PatchHandle]) -> None:
         self.handles = handles
 
     def unpatch(self) -> None:
-        """Restores every model; outputs are bit-equal to before. Does nothing if called again."""
+        """Restores every model, whose outputs then have the same bits as before the patch.
+
+        A second call does nothing.
+        """
         for handle in reversed(self.handles.values()):
             handle.unpatch()
 
@@ -79,19 +89,20 @@ class ModelPatches(Unpatchable):
 def patch_models(
     module: nn.Module, attention: str = "flash", models: Paths = None, **options: Any
 ) -> ModelPatches:
-    """Swaps the attention of every transformers model inside a module for lctrain's kernels.
+    """Replaces the attention of all transformers models inside a module by lctrain's.
 
-    For a module of your own, a Fabric module, or any training loop; with Lightning's Trainer use
-    `lctrain.callbacks.PatchAttention`. Either all models are patched or none.
+    Use this function with Fabric or a training loop of your own. With Lightning's Trainer, use
+    `lctrain.callbacks.PatchAttention`. If a model cannot be patched, all models are restored.
 
     Args:
-        module: Holds the models.
+        module: The module that holds the models.
         attention: Name of the attention, as in `lctrain.patch_model`.
-        models: Attribute paths of the models to patch; None for all.
-        **options: Options of `lctrain.patch_model`.
+        models: Attribute paths of the models to patch, as in `find_models`; None patches all
+            models.
+        **options: Further keyword arguments of `lctrain.patch_model`.
 
     Returns:
-        A handle that lists what was swapped and undoes it.
+        A handle that lists the changes and undoes them.
 
     Raises:
         ValueError: if there is no model, or one cannot be patched; the message names the remedy.
@@ -139,7 +150,11 @@ def _outermost(module: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _resolve(module: nn.Module, path: str) -> Any:
-    """The object at an attribute path; numbers index lists."""
+    """Returns the object at an attribute path, in which a number is the index of a list.
+
+    Raises:
+        ValueError: if there is no such object.
+    """
     target: Any = module
     for name in path.split(".") if path else ():
         if name.isdigit() and isinstance(target, (list, tuple)):
