@@ -36,7 +36,7 @@ class Command(Interface):
             SystemExit: after an error, with status 2 if it was expected, else 1. With
                 HYDRA_FULL_ERROR=1 the error itself is raised.
         """
-        sys.argv[1:] = arguments = expand_home(sys.argv[1:])
+        sys.argv[1:] = arguments = options_first(expand_home(sys.argv[1:]))
         if (show := self._shown(arguments)) is not None:
             self._guard(lambda: print(show(self, overrides_of(arguments)).rstrip()))
         elif os.environ.get(FULL_ERROR) == "1":
@@ -94,16 +94,25 @@ def expand_home(arguments: Sequence[str]) -> list[str]:
     return [_HOME.sub(lambda _: home, argument) for argument in arguments]
 
 
+def options_first(arguments: Sequence[str]) -> list[str]:
+    """Puts options such as --multirun in front: Hydra takes none between arguments key=value."""
+    overrides, options = _separate(arguments)
+    return [*options, *overrides]
+
+
 def overrides_of(arguments: Sequence[str]) -> list[str]:
     """The arguments of the form key=value or ~key, without the options and their values."""
-    overrides = []
+    return _separate(arguments)[0]
+
+
+def _separate(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the arguments of the form key=value or ~key, and the options with their values."""
+    overrides: list[str] = []
+    options: list[str] = []
     takes_value = {*CFG, *OTHER_FILES, "--package", "-p", "--info", "-i", "--experimental-rerun"}
-    skip = False
+    value_follows = False
     for argument in arguments:
-        if skip:
-            skip = False
-        elif argument.startswith("-"):
-            skip = argument in takes_value
-        else:
-            overrides.append(argument)
-    return overrides
+        option = value_follows or argument.startswith("-")
+        (options if option else overrides).append(argument)
+        value_follows = not value_follows and argument in takes_value
+    return overrides, options

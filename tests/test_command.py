@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lctrain import evaluate, train
-from lctrain.command import overrides_of
+from lctrain.command import options_first, overrides_of
 from lctrain.composition import compose, known_keys
 from lctrain.failure import BUG_STATUS, EXPECTED_STATUS, MOST_LINES, explain
 from lctrain.help import attribute_docs, describe, pasteable
@@ -209,3 +209,22 @@ def test_keys_that_there_are():
 
 def test_options_are_no_overrides():
     assert overrides_of(["a=1", "--cfg", "job", "-m", "~b", "--config-dir", "x"]) == ["a=1", "~b"]
+
+
+def test_options_may_stand_anywhere():
+    given = ["debug=fast", "--multirun", "seed=0,1", "-cd", "folder", "name=x"]
+    assert options_first(given) == [
+        "--multirun",
+        "-cd",
+        "folder",
+        "debug=fast",
+        "seed=0,1",
+        "name=x",
+    ]
+    assert options_first(["--cfg", "job", "seed=1"]) == ["--cfg", "job", "seed=1"]
+
+
+def test_an_option_between_arguments_is_taken(fail):
+    status, printed = fail(train, "seed=1", "--multirun", "trainer.max_stepz=4")
+    assert status == EXPECTED_STATUS
+    assert "trainer.max_stepz must be a key of the configuration" in printed.splitlines()[0]

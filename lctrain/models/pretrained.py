@@ -30,13 +30,14 @@ def load_pretrained(config: PretrainedModelConfig, dtype: str = "auto") -> Any:
 
     check_dtype(dtype)
     with _naming(config):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.name_or_path,
             revision=config.revision or "main",
             trust_remote_code=config.trust_remote_code,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             output_loading_info=True,
         )
+    model, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"model must hold every weight, got {config.name_or_path} without {len(missing)} of "
