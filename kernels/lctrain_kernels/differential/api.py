@@ -53,7 +53,7 @@ def diff_attn_varlen_func(
         k2: [Tk, Hk, D]. The same object as k1 (version 2) is loaded once.
         v: [Tk, Hk, Dv], Dv = D or 2 D.
         lam: Floating, a scalar, [H] or [T, H]; has a gradient of its own shape, summed in float32.
-        cu_seqlens: [N + 1] int32, cumulative lengths from 0 to T.
+        cu_seqlens: Cumulative document lengths from 0 to T, [N + 1] int32.
         max_seqlen: Longest document, a Python int.
         dropout_p: Probability of dropping a weight, in each branch by a mask of its own (that of
             query head 2 h + branch), applied exactly as round(p * 65536) / 65536.
@@ -64,16 +64,17 @@ def diff_attn_varlen_func(
         return_lse: Return (out, lse1, lse2).
         dropout_seed: An int or one int64 element on q1's device. Default: drawn from torch's
             generator of that device.
-        document_ids: [N] int32, the documents' part of the dropout key. Default: the index in the
-            pack.
+        document_ids: Ids of the documents in the dropout key, [N] int32. By default, a document's
+            index in the pack.
         schedule: Schedule of make_schedule, on q1's device. Default: built on the device, once per
             cu_seqlens tensor.
-        backend: "auto", "hopper", "triton" or "pytorch". A named backend never falls back. On a
-            Hopper GPU "auto" takes "hopper" unless its kernels do not support the call
-            (`lctrain_kernels.gluon.support`).
-        cu_seqlens_k: [N + 1] int32, where keys are more than queries (a filled cache): queries are
-            then the last ones of their document. Default cu_seqlens.
-        max_seqlen_k: Most keys of a document; default max_seqlen.
+        backend: "auto", "hopper", "triton" or "pytorch". A backend other than "auto" raises an
+            error if it does not support the call. On a Hopper GPU "auto" chooses "hopper" for every
+            forward and backward that the Hopper kernels support.
+        cu_seqlens_k: Cumulative key lengths, [N + 1] int32, if documents have more keys than
+            queries, as with a key/value cache. Queries are then the last positions of their
+            document. By default, cu_seqlens.
+        max_seqlen_k: Most keys of a document; max_seqlen by default.
 
     Returns:
         out [T, H, Dv] in q1's dtype; with return_lse also lse1 and lse2 [H, T] float32, natural

@@ -48,7 +48,7 @@ def differential_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launches the forward kernel; arguments and results as the portable differential_fwd.
 
-    Raises nothing of its own: support.py says beforehand what these kernels cannot do.
+    The function checks nothing: the registry calls it only for calls that the kernels support.
     """
     total_q, heads, head_dim = q1.shape
     heads_kv, value_dim = v.shape[1:]
@@ -154,7 +154,7 @@ def differential_prepare_kernel(
     bits = (e2.to(tl.int32, bitcast=True) & -2) | (lam < 0).to(tl.int32)
     lse1 = tl.load(pointers.lse1 + offset, inside, 0.0)
     lse2 = tl.load(pointers.lse2 + offset, inside, 0.0)
-    # A row that saw nothing has no weights: 2^(x - inf) = 0.
+    # lse = +inf gives a query that saw no key weights of 2^(x - inf) = 0.
     lse1 = tl.where(lse1 == float("-inf"), float("inf"), lse1 * _LOG2_E)
     lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2 * _LOG2_E - tl.log2(size))
     stats = pointers.stats + offset

@@ -73,7 +73,7 @@ def _load(
     tile,
     TILE: gl.constexpr,
 ):
-    """The producer warp: loads a tile's keys and values, then the queries of all heads."""
+    """Runs the producer warp: loads the tile's keys and values, then the queries of all heads."""
     GROUP: gl.constexpr = TILE.group
     BLOCK_M: gl.constexpr = TILE.block_m
     BLOCK_D: gl.constexpr = TILE.block_d
@@ -212,7 +212,7 @@ def _compute(
     for step in range(steps):
         stage = step % STAGES
         phase = (step // STAGES) & 1
-        block = high - 1 - step // GROUP  # as next_block has it
+        block = high - 1 - step // GROUP  # in the order of next_block
         query = block * BLOCK_M
         opaque_false = block < low
         k1 = rematerialised(shared.k, HALF_INDEX, opaque_false)
@@ -353,7 +353,7 @@ def differential_bwd_hopper_kernel(
         FLAGS.has_right,
         BLOCK_M,
     )
-    # An empty slot of the schedule: no queries, and no keys to store.
+    # An empty slot of the schedule has no queries, and no keys to store.
     high = gl.where(slot.document < 0, low, high)
     length_k = gl.where(slot.document < 0, 0, slot.length_k)
 

@@ -58,7 +58,7 @@ def _load(
     shared,
     TILE: gl.constexpr,
 ):
-    """The producer warp: loads tile after tile, as far ahead as stages are empty."""
+    """Runs the producer warp: loads tile after tile, as far ahead as stages are empty."""
     Q_STAGES: gl.constexpr = TILE.q_stages
     STAGES: gl.constexpr = TILE.stages
     THREADS: gl.constexpr = 32 + 128 * TILE.consumers  # of the producer and all consumers

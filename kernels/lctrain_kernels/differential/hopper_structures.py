@@ -60,7 +60,7 @@ class ForwardInputs(NamedTuple):
 
 
 class ForwardPointers(NamedTuple):
-    """Tensors of differential_fwd_hopper_kernel, whose docstring has their shapes."""
+    """Tensors of differential_fwd_hopper_kernel, whose docstring gives their shapes."""
 
     lam: Any
     lse1: Any
@@ -75,7 +75,7 @@ class ForwardPointers(NamedTuple):
 
 
 class BackwardPointers(NamedTuple):
-    """Tensors of differential_bwd_hopper_kernel, whose docstring has their shapes."""
+    """Tensors of differential_bwd_hopper_kernel, whose docstring gives their shapes."""
 
     stats: Any
     dk1: Any

@@ -1,4 +1,4 @@
-"""lctrain::differential_forward and differential_backward, and the implementations behind them."""
+"""Registers lctrain::differential_forward and differential_backward, and their implementations."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from lctrain_kernels.varlen.reference import VarlenOptions
 
 
 class Operands(NamedTuple):
-    """Tensors that only differential attention takes.
+    """Tensor inputs of the operators of differential attention.
 
     Attributes:
         q1: Packed queries of branch 1, [T, H, D].
@@ -53,7 +53,7 @@ def _hopper_refuses(limits: str) -> Refusal:
 
 
 def _reference_options(options: AttentionOptions) -> VarlenOptions:
-    """Returns the options of the PyTorch path, which reads a window on a device."""
+    """Returns the VarlenOptions of the PyTorch path. Reads a window tensor, so it synchronises."""
     left, right = options.window_left, options.window_right
     if options.window is not None:
         left, right = options.window.tolist()
@@ -164,7 +164,7 @@ def _finish(
     options: AttentionOptions,
     saved: dict[str, Tensor],
 ) -> dict[str, Tensor | None]:
-    """Returns the gradients of the operands; without k2, that of k1 is the sum of both."""
+    """Returns the gradients of the operands by field name. Without k2, k1's is that of both."""
     dk2 = None if operands.k2 is None else gradients["k2"]
     return {**gradients, "k2": dk2, "lam": gradients["lam"].t()}
 
@@ -178,7 +178,7 @@ differential_attention = build_operators(
         gradients=("q1", "q2", "k1", "k2", "v", "lam"),
         fake_forward=_fake_forward,
         fake_backward=_fake_backward,
-        # Forward: two products of D and two of Dv. Backward: six and two, however computed.
+        # FLOP of two products of D and two of Dv (forward), and of six and two (backward).
         products=(
             lambda x: 2 * (2 * x.q1.shape[2] + 2 * x.v.shape[2]),
             lambda x: 2 * (6 * x.q1.shape[2] + 2 * x.v.shape[2]),

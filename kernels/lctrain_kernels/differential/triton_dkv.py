@@ -14,7 +14,7 @@ from lctrain_kernels.tile.seqlen import document_bounds, locate_program
 
 
 class DkvPointers(NamedTuple):
-    """Tensors of differential_dkv_kernel, whose docstring has their shapes."""
+    """Tensors of differential_dkv_kernel, whose docstring gives their shapes."""
 
     q1: Any
     q2: Any
@@ -36,7 +36,7 @@ class DkvPointers(NamedTuple):
 
 
 class DkvStrides(NamedTuple):
-    """Distances between tokens and between heads, in elements."""
+    """Strides of tokens and of heads of each tensor, in elements."""
 
     q1_token: Any
     q1_head: Any
@@ -77,8 +77,8 @@ def differential_dkv_kernel(
     """dk1, dk2 and dv of BLOCK_N keys of one key/value head, over all heads of its group.
 
     Grid: (key/value heads * tiles * SCHEDULE_ROWS / BLOCK_N,). Tiles are transposed, keys by
-    queries, so that the weights reach dv and dk as they lie in registers. dk1 and dk2 [Tk, Hk, D]
-    of one layout, only dk1 (the sum) with SHARED_K; dv [Tk, Hk, Dv]. stats as
+    queries, so that the products for dv and dk read the weights from registers. dk1 and dk2 [Tk,
+    Hk, D] of one layout, only dk1 (the sum) with SHARED_K; dv [Tk, Hk, Dv]. stats as
     differential_dq_kernel writes them; with STATS = 4 lam is one number per head.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
@@ -169,7 +169,7 @@ def differential_dkv_kernel(
     if not SHARED_K:
         dk2 = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    # One loop over the heads of the group and their queries: its load pipeline never drains.
+    # One loop runs over heads and queries, so that the load pipeline never drains between heads.
     blocks = tl.cdiv(high - low, BLOCK_M)
     head = head_kv * TILE.group
     start = low
@@ -181,8 +181,8 @@ def differential_dkv_kernel(
     lam_head = pointers.lam + head.to(tl.int64) * strides.lam_head
     lam_only = tl.load(lam_head)
     rewind = tl.cast((1 - blocks) * BLOCK_M, tl.int64)
-    # At least one step, on a tile that is all masked where nothing is visible: an accumulator that
-    # skips the loop makes ptxas serialise the products (C7515).
+    # The loop has at least one step, which is fully masked if no query sees the keys. If an
+    # accumulator could skip the loop, ptxas would serialise the products (C7515).
     steps = tl.maximum(blocks * TILE.group, 1)
     tl.assume(steps > 0)
     for _ in tl.range(0, steps):

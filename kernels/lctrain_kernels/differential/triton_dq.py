@@ -16,7 +16,7 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 
 class DqPointers(NamedTuple):
-    """Tensors of differential_dq_kernel, whose docstring has their shapes."""
+    """Tensors of differential_dq_kernel, whose docstring gives their shapes."""
 
     q1: Any
     q2: Any
@@ -44,7 +44,7 @@ class DqPointers(NamedTuple):
 
 
 class DqStrides(NamedTuple):
-    """Distances between tokens and between heads, in elements."""
+    """Strides of tokens and of heads of each tensor, in elements."""
 
     q1_token: Any
     q1_head: Any
@@ -161,7 +161,7 @@ def differential_dq_kernel(
         e2 += tl.load(pointers.dlse2 + row_lse, mask=inside, other=0.0)
     lse1 = tl.load(pointers.lse1 + row_lse, mask=inside, other=float("inf"))
     lse2 = tl.load(pointers.lse2 + row_lse, mask=inside, other=float("inf"))
-    # A row that saw nothing has no weights: 2^(x - inf) = 0.
+    # lse = +inf gives a query that saw no key weights of 2^(x - inf) = 0.
     lse1 = tl.where(lse1 == float("-inf"), float("inf"), lse1 * _LOG2_E)
     lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2 * _LOG2_E)
     # Dropout: ds1 / keep_scale = [kept] p dp - p e1 / keep_scale, ds2 likewise; the factor goes
@@ -216,7 +216,7 @@ def differential_dq_kernel(
 
     dq1 = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dq2 = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # Ranges: a left bound's tiles, tiles without a mask, the diagonal's.
+    # Ranges of key tiles: those that the left bound cuts, those without a mask, the diagonal's.
     for part in tl.static_range(0 if FLAGS.has_left else 1, 3):
         begin = low if part == 0 else (clear_low if part == 1 else clear_high)
         end = clear_low if part == 0 else (clear_high if part == 1 else high)

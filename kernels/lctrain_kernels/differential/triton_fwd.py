@@ -28,7 +28,7 @@ from lctrain_kernels.tile.structures import Flags, tile_shape
 
 
 class ForwardPointers(NamedTuple):
-    """Tensors of differential_fwd_kernel, whose docstring has their shapes."""
+    """Tensors of differential_fwd_kernel, whose docstring gives their shapes."""
 
     q1: Any
     q2: Any
@@ -50,7 +50,7 @@ class ForwardPointers(NamedTuple):
 
 
 class ForwardStrides(NamedTuple):
-    """Distances between tokens and between heads, in elements."""
+    """Strides of tokens and of heads of each tensor, in elements."""
 
     q1_token: Any
     q1_head: Any
@@ -173,7 +173,7 @@ def differential_fwd_kernel(
     l2 = tl.zeros([BLOCK_M], tl.float32)
     acc1 = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     acc2 = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    # Ranges: a left bound's tiles, tiles without a mask, the diagonal's.
+    # Ranges of key tiles: those that the left bound cuts, those without a mask, the diagonal's.
     for part in tl.static_range(0 if FLAGS.has_left else 1, 3):
         begin = low if part == 0 else (clear_low if part == 1 else clear_high)
         end = clear_low if part == 0 else (clear_high if part == 1 else high)

@@ -52,7 +52,7 @@ def dual_chunk_attn_varlen_func(
             and float64 are served by the PyTorch path.
         k: [Tk, Hk, D], rotated likewise; query head h reads head h // (H / Hk).
         v: Packed values [Tk, Hk, D].
-        cu_seqlens: [N + 1] int32, cumulative lengths from 0 to T. Lengths of 0 are legal.
+        cu_seqlens: Cumulative document lengths from 0 to T, [N + 1] int32. Lengths of 0 are legal.
         max_seqlen: Longest document, a Python int.
         inv_freq: [D/2] float32 on q's device, the frequencies that q and k were rotated by, in
             radians per position.
@@ -60,21 +60,22 @@ def dual_chunk_attn_varlen_func(
         local_size: L, 0 <= L < S: how far positions stay exact across a chunk's boundary.
         logit_scale: [N] float32, a positive factor of the logits of each document. It has no
             gradient; requires_grad must be False.
-        dropout_p: Probability of dropping a weight, applied exactly as round(p * 65536) / 65536.
+        dropout_p: Probability of dropping an attention weight, rounded to a multiple of 1/65536.
         softmax_scale: Factor of q.k; D^-0.5 by default.
         return_lse: Return (out, lse).
         dropout_seed: An int or one int64 element on q's device. Default: drawn from torch's
             generator of that device.
-        document_ids: [N] int32, the documents' part of the dropout key. Default: the index in the
-            pack.
+        document_ids: Ids of the documents in the dropout key, [N] int32. By default, a document's
+            index in the pack.
         schedule: Schedule of make_schedule, on q's device. Default: built on the device, once per
             cu_seqlens tensor.
-        backend: "auto", "hopper", "triton" or "pytorch". A named backend never falls back. On a
-            Hopper GPU "auto" takes "hopper" unless its kernels do not support the call
-            (`lctrain_kernels.gluon.support`).
-        cu_seqlens_k: [N + 1] int32, where keys are more than queries (a filled cache): queries are
-            then the last ones of their document. Default cu_seqlens.
-        max_seqlen_k: Most keys of a document; default max_seqlen.
+        backend: "auto", "hopper", "triton" or "pytorch". A backend other than "auto" raises an
+            error if it does not support the call. On a Hopper GPU "auto" chooses "hopper" for every
+            forward and backward that the Hopper kernels support.
+        cu_seqlens_k: Cumulative key lengths, [N + 1] int32, if documents have more keys than
+            queries, as with a key/value cache. Queries are then the last positions of their
+            document. By default, cu_seqlens.
+        max_seqlen_k: Most keys of a document; max_seqlen by default.
 
     Returns:
         out [T, H, D] in q's dtype; with return_lse also lse [H, T] float32, natural logarithm,

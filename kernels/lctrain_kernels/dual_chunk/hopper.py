@@ -65,7 +65,7 @@ def dual_chunk_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Launches dual_chunk_fwd_hopper_kernel; arguments and results as the portable dual_chunk_fwd.
 
-    Raises nothing of its own: support.py says beforehand what these kernels cannot do.
+    The function checks nothing: the registry calls it only for calls that the kernels support.
     """
     q, k, v = operands.q, operands.k, operands.v
     total_q, heads, head_dim = q.shape

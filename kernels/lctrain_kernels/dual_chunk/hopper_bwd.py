@@ -156,7 +156,7 @@ def _load(
     tile,
     TILE: gl.constexpr,
 ):
-    """The producer warp: loads a tile's keys and values, then the queries of all heads."""
+    """Runs the producer warp: loads the tile's keys and values, then the queries of all heads."""
     GROUP: gl.constexpr = TILE.group
     BLOCK_M: gl.constexpr = TILE.block_m
     STAGES: gl.constexpr = TILE.stages
@@ -258,7 +258,7 @@ def _compute(
     for step in range(steps):
         stage = step % STAGES
         phase = (step // STAGES) & 1
-        block = blocks - 1 - step // GROUP  # as next_block has it
+        block = blocks - 1 - step // GROUP  # in the order of next_block
         opaque_false = block < 0
         mbarrier.wait(shared.q_ready.index(stage), phase)
         s_token = warpgroup_mma(
@@ -395,7 +395,7 @@ def dual_chunk_bwd_hopper_kernel(
     end = length_k
     if RELATION != INTRA:
         end = chunk_begin(length_k - 1, chunk_length)
-    # An empty slot of the schedule: no queries, and no keys to store.
+    # An empty slot of the schedule has no queries, and no keys to store.
     end = gl.where(slot.document < 0, 0, end)
     last = gl.minimum(slot.first + TILE.block_n, end) - 1
     run, blocks = _blocks_of_relation(

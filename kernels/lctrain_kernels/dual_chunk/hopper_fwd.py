@@ -95,7 +95,7 @@ def _load(
     TILE: gl.constexpr,
     FLAGS: gl.constexpr,
 ):
-    """The producer warp: loads tile after tile, as far ahead as stages are empty."""
+    """Runs the producer warp: loads tile after tile, as far ahead as stages are empty."""
     Q_STAGES: gl.constexpr = TILE.q_stages
     STAGES: gl.constexpr = TILE.stages
     THREADS: gl.constexpr = 32 + 128 * TILE.consumers  # of the producer and all consumers
@@ -189,7 +189,7 @@ def _consume(
     FLAGS: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):
-    """A consumer warpgroup: 64 rows of every tile."""
+    """Runs a consumer warpgroup, which computes 64 rows of every tile."""
     CONSUMERS: gl.constexpr = TILE.consumers
     BLOCK_N: gl.constexpr = TILE.block_n
     BLOCK_D: gl.constexpr = TILE.block_d
@@ -326,7 +326,7 @@ def _consume(
                     dtype,
                     HAS_DROPOUT,
                 )
-                # The branch of this wait keeps ptxas from moving the next one above the weights.
+                # A scheduling fence: ptxas moves no later wait above the branch of this wait.
                 mbarrier.wait(shared.v_ready.index(stage), phase)
                 acc = warpgroup_mma_wait(0, deps=[acc_token])
                 release_stage(V_EMPTY, previous_stage, THREADS)
@@ -346,7 +346,7 @@ def _consume(
         lse = gl.where(empty, float("-inf"), (m + gl.log2(whole)) * _LN_2)
         row = tile_head.to(gl.int64) * scalars.total_q + (tile.end_q - tile.length_q + query)
         gl.store(pointers.lse + row, lse, mask=query < tile.length_q)
-        # The result takes the shared memory of the queries.
+        # The result overwrites the queries in shared memory.
         q = shared.q.index(q_stage * CONSUMERS + CONSUMER)
         q.store((acc * inverse[:, None]).to(dtype))
         store_rows(out_desc, q, QueryRows(tile.end_q, tile.length_q, first, head), RUN)

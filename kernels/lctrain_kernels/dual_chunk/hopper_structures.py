@@ -41,7 +41,7 @@ class ForwardPointers(NamedTuple):
 
 
 class BackwardPointers(NamedTuple):
-    """Tensors of dual_chunk_bwd_hopper_kernel, whose docstring has their shapes."""
+    """Tensors of dual_chunk_bwd_hopper_kernel, whose docstring gives their shapes."""
 
     stats: Any
     dk: Any

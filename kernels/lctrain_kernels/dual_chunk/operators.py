@@ -1,4 +1,4 @@
-"""lctrain::dual_chunk_forward and dual_chunk_backward, and the implementations behind them."""
+"""Registers lctrain::dual_chunk_forward and dual_chunk_backward, and their implementations."""
 
 import torch
 from torch import Tensor
@@ -136,7 +136,7 @@ dual_chunk_attention = build_operators(
         gradients=("q", "k", "v"),
         fake_forward=_fake_forward,
         fake_backward=_fake_backward,
-        # Two and five matrix products, however the kernels compute them.
+        # FLOP of two products (forward) and five (backward), whichever kernels compute them.
         products=(lambda x: 2 * 2 * x.q.shape[2], lambda x: 5 * 2 * x.q.shape[2]),
     )
 )

@@ -32,7 +32,7 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 
 class DkvPointers(NamedTuple):
-    """Tensors of dual_chunk_dkv_kernel, whose docstring has their shapes."""
+    """Tensors of dual_chunk_dkv_kernel, whose docstring gives their shapes."""
 
     q: Any
     q_inter: Any
@@ -53,7 +53,7 @@ class DkvPointers(NamedTuple):
 
 
 class DkvStrides(NamedTuple):
-    """Distances between tokens and between heads, in elements."""
+    """Strides of tokens and of heads of each tensor, in elements."""
 
     q_token: Any
     q_head: Any
@@ -94,8 +94,9 @@ def dual_chunk_dkv_kernel(
     (INTRA) and at the inter position (INTER); the SUCC part, which dk and dv hold, is added.
 
     Grid: (key/value heads * tiles * SCHEDULE_ROWS / BLOCK_N,). Tiles are transposed, keys by
-    queries, so that the weights reach dv and dk as they lie in registers. dk and dv [Tk, Hk, D] of
-    one layout; q_inter [T, H, D], k_succ [Tk, Hk, D] and stats as dual_chunk_rotate writes them.
+    queries, so that the products for dv and dk read the weights from registers. dk and dv [Tk, Hk,
+    D] of one layout; q_inter [T, H, D], k_succ [Tk, Hk, D] and stats as dual_chunk_rotate writes
+    them.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n

@@ -33,7 +33,7 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 
 class ForwardPointers(NamedTuple):
-    """Tensors of dual_chunk_fwd_kernel, whose docstring has their shapes."""
+    """Tensors of dual_chunk_fwd_kernel, whose docstring gives their shapes."""
 
     q: Any
     k: Any
@@ -50,7 +50,7 @@ class ForwardPointers(NamedTuple):
 
 
 class ForwardStrides(NamedTuple):
-    """Distances between tokens and between heads, in elements."""
+    """Strides of tokens and of heads of each tensor, in elements."""
 
     q_token: Any
     q_head: Any

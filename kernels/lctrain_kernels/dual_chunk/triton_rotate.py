@@ -32,7 +32,7 @@ ROTATE_CONFIG = TileConfig(block_m=32, block_n=0, num_warps=4, num_stages=1)
 
 
 class RotatePointers(NamedTuple):
-    """Tensors of dual_chunk_rotate_kernel, whose docstring has their shapes."""
+    """Tensors of dual_chunk_rotate_kernel, whose docstring gives their shapes."""
 
     x: Any
     rotated: Any
@@ -48,7 +48,7 @@ class RotatePointers(NamedTuple):
 
 
 class RotateStrides(NamedTuple):
-    """Distances between tokens and between heads, in elements."""
+    """Strides of tokens and of heads of each tensor, in elements."""
 
     x_token: Any
     x_head: Any
@@ -115,7 +115,7 @@ def dual_chunk_rotate_kernel(
         if pointers.dlse is not None:
             delta -= tl.load(pointers.dlse + row_lse, mask=inside, other=0.0)
         lse = tl.load(pointers.lse + row_lse, mask=inside, other=float("inf"))
-        # A row that saw nothing has no weights: 2^(x - inf) = 0.
+        # lse = +inf gives a query that saw no key weights of 2^(x - inf) = 0.
         lse2 = tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)
         tl.store(pointers.stats + row_lse * 4, lse2, mask=inside)
         # Dropout: ds / keep_scale = (Z / keep_scale) p dp - p delta / keep_scale; the factor goes

@@ -1,4 +1,4 @@
-"""Portable kernels of varlen attention, as input for ahead-of-time compilation."""
+"""Lists the portable kernels of varlen attention for ahead-of-time compilation."""
 
 from collections.abc import Iterator
 
@@ -19,10 +19,10 @@ KERNELS = {
 def kernel_variants(
     table: str, head_dims: tuple[int, ...], features: tuple[str, ...]
 ) -> Iterator[KernelVariant]:
-    """Yields the configurations of one table; arguments as `aot.kernel_variants`.
+    """Yields a variant of every configuration of a table; see `aot.kernel_variants`.
 
-    Where dropout has a configuration of its own, the plain kernel is compiled whether it is among
-    the features or not.
+    If dropout has a configuration of its own, the kernel without dropout is compiled even if
+    "causal" is not among the features.
     """
     for operation in OPERATIONS:
         kernel = KERNELS[operation]

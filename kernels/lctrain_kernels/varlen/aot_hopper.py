@@ -1,4 +1,4 @@
-"""Hopper kernels of varlen attention, as input for ahead-of-time compilation."""
+"""Lists the Hopper kernels of varlen attention for ahead-of-time compilation."""
 
 import itertools
 from collections.abc import Iterator
@@ -43,8 +43,8 @@ def forward_variant(
 
     Args:
         head_dim: Head dim D of queries and keys.
-        features: One of FEATURES; "all" adds windows from device memory, softcap, sinks and
-            dropout; "deterministic" differs in the backward.
+        features: One of FEATURES. "all" has windows from device memory, softcap, sinks and
+            dropout; "deterministic" matters in the backward only.
         dtype: Triton's name of the tensors' dtype, such as "bf16".
         group: Number of query heads per key/value head.
     """
@@ -75,7 +75,10 @@ def forward_variant(
 def backward_variant(
     head_dim: int, *, features: str = "causal", dtype: str = "bf16", group: int = 4
 ) -> KernelVariant:
-    """As forward_variant, for varlen_bwd_hopper_kernel, which has no sinks."""
+    """Describes one compilation of varlen_bwd_hopper_kernel, which has no sinks.
+
+    The arguments are those of forward_variant.
+    """
     columns = padded_columns(head_dim)
     deterministic = features == "deterministic"
     tile = backward_tile(columns, deterministic)
@@ -105,7 +108,7 @@ def backward_variant(
 
 
 def prepare_variant(head_dim: int, heads: int, dtype: str = "bf16") -> KernelVariant:
-    """Describes one compilation of varlen_prepare_kernel, before a backward with dropout.
+    """Describes one compilation of varlen_prepare_kernel, with the inputs of dropout.
 
     Args:
         head_dim: Head dim D of queries and keys.
@@ -130,7 +133,10 @@ def prepare_variant(head_dim: int, heads: int, dtype: str = "bf16") -> KernelVar
 
 
 def round_dq_variant(head_dim: int, heads: int, dtype: str = "bf16") -> KernelVariant:
-    """As prepare_variant, for varlen_round_dq_kernel."""
+    """Describes one compilation of varlen_round_dq_kernel.
+
+    The arguments are those of prepare_variant.
+    """
     others: dict[str, str | None] = {"sum_ptr": "*fp32", "cu_q_ptr": "*i32", "scale": "fp32"}
     constants = {
         "HEADS": heads,
@@ -145,18 +151,19 @@ def round_dq_variant(head_dim: int, heads: int, dtype: str = "bf16") -> KernelVa
 def kernel_variants(
     head_dims: tuple[int, ...], features: tuple[str, ...], groups: tuple[int, ...]
 ) -> Iterator[KernelVariant]:
-    """Yields every tile in bf16, and the plain causal kernels once in fp16.
+    """Yields a variant of every tile configuration in bf16, and the plain causal kernels in fp16.
 
     Args:
-        head_dims: Head dims; the backward of those that the Hopper kernels serve.
+        head_dims: Head dims to compile. A backward that the Hopper kernels do not support is
+            skipped.
         features: Subset of FEATURES.
-        groups: Query heads per key/value head. The forward packs them; the backward loops over
-            them, so it takes the last.
+        groups: Numbers of query heads per key/value head. The forward is compiled for each, the
+            backward, which loops over the heads, for the last one only.
     """
     for head_dim in head_dims:
         x = torch.empty((1, 1, head_dim), dtype=torch.bfloat16, device="meta")
         columns = padded_columns(head_dim)
-        # The forward does not know the head dim, only the columns that hold it.
+        # The forward depends only on the padded head dim.
         if head_dim == columns or columns not in head_dims:
             forwards = [name for name in features if name != "deterministic"]
             for group, name in itertools.product(groups, forwards):

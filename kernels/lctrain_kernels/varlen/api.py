@@ -1,4 +1,4 @@
-"""flash_attn_varlen_func and flash_attn_func: FlashAttention-2's signatures, lctrain's kernels."""
+"""flash_attn_varlen_func and flash_attn_func: attention with FlashAttention-2's signatures."""
 
 from collections.abc import Sequence
 
@@ -41,46 +41,51 @@ def flash_attn_varlen_func(
     schedule: TileSchedule | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
-    """Attention over packed documents; the positional part means what it means in FlashAttention-2.
+    """Computes attention over packed documents. Positional arguments are FlashAttention-2's.
 
-    Masks are aligned at the bottom right: query i of a document of Lq queries and Lk keys stands at
-    key i + Lk - Lq. A query that sees no key has out = 0, lse = -inf and zero gradients. Documents
-    of length zero are legal.
+    Masks are aligned at the bottom right: query i of a document with Lq queries and Lk keys has
+    position i + Lk - Lq. A query that sees no key has out = 0, lse = -inf and zero gradients.
+    Documents may have length 0.
+
+    Shapes: T packed queries, Tk packed keys, N documents, H query heads, Hk key/value heads, head
+    dim D.
 
     Args:
-        q: [T, H, D] float16 or bfloat16, any strides with last stride 1. float32 and float64 are
-            served by the PyTorch path.
-        k: [Tk, Hk, D]; query head h reads head h // (H / Hk).
+        q: Packed queries [T, H, D], float16 or bfloat16, any strides with last stride 1. The
+            PyTorch path computes float32 and float64.
+        k: Packed keys [Tk, Hk, D]; query head h reads key/value head h // (H / Hk).
         v: Packed values [Tk, Hk, D].
         cu_seqlens_q: [N + 1] int32, cumulative query lengths from 0 to T.
         cu_seqlens_k: [N + 1] int32, cumulative key lengths from 0 to Tk.
-        max_seqlen_q: Longest query length, a Python int. Kept for the signature: the kernels read
-            cu_seqlens.
-        max_seqlen_k: Longest key length, likewise.
-        dropout_p: Probability of dropping a weight, applied exactly as round(p * 65536) / 65536.
+        max_seqlen_q: Longest query length, a Python int. It is part of FlashAttention's signature;
+            the kernels do not use it.
+        max_seqlen_k: Longest key length, a Python int; the kernels do not use it.
+        dropout_p: Probability of dropping an attention weight, rounded to a multiple of 1/65536.
         softmax_scale: Factor of q.k; D^-0.5 by default.
         causal: Whether query i sees only the keys up to its own position.
-        window_size: (left, right) keys around the own position, -1 unbounded; two ints or an int32
-            device tensor [2].
-        softcap: c > 0 replaces a logit x by c tanh(x / c).
-        alibi_slopes: [H] or [N, H] float32; adds -slope * |i + Lk - Lq - j|. No gradient, as in
-            FlashAttention-2.
-        deterministic: The backward gives the same bits in every run. Otherwise the last bits of the
-            Hopper kernels' dq differ from run to run; those of out, lse, dk and dv do not.
-        return_attn_probs: Return (out, lse, weights [N, H, max_seqlen_q, max_seqlen_k]); dropped
-            weights are negative. For debugging: it forms the whole matrix and reads the lengths.
-        block_table: Paged key/value caches; not supported.
-        return_lse: Return (out, lse).
-        learnable_sink: [H], a logit that takes part in every softmax of its head; has a gradient.
-        dropout_seed: An int or one int64 element on q's device. Default: drawn from torch's
-            generator of that device.
-        document_ids: [N] int32, the documents' part of the dropout key. Default: the index in the
-            pack.
-        schedule: Schedule of make_schedule, on q's device. Default: built on the device, once per
-            cu_seqlens tensor.
-        backend: "auto", "hopper", "triton" or "pytorch". A named backend never falls back. On a
-            Hopper GPU "auto" takes "hopper" unless its kernels do not support the call
-            (`lctrain_kernels.gluon.support`).
+        window_size: (left, right) keys that a query sees before and after its own position; two
+            ints or an int32 device tensor [2]; -1 is unbounded.
+        softcap: A softcap c > 0 replaces a logit x by c tanh(x / c); 0 turns it off.
+        alibi_slopes: ALiBi slopes, [H] or [N, H] float32: -slope * |i + Lk - Lq - j| is added to
+            the logit of query i and key j. They get no gradient, as in FlashAttention-2.
+        deterministic: Whether the backward must give the same bits in every run. If False, the last
+            bits of dq from the Hopper kernels may differ; out, lse, dk and dv do not.
+        return_attn_probs: Whether to return (out, lse, weights), for debugging. The weights
+            [N, H, max_seqlen_q, max_seqlen_k] are stored in full, negative where dropout dropped
+            them. Computing them reads the lengths, so it synchronises with a GPU.
+        block_table: Must be None; paged key/value caches are not supported.
+        return_lse: Whether to return (out, lse) instead of out.
+        learnable_sink: Logit [H] that takes part in every softmax of its head and has no value. It
+            gets a gradient.
+        dropout_seed: Seed of the dropout mask, an int or an int64 tensor of one element on q's
+            device. By default, it is drawn from torch's generator of that device.
+        document_ids: Ids of the documents in the dropout key, [N] int32. By default, a document's
+            index in the pack.
+        schedule: Schedule that make_schedule returned, on q's device. By default, one is built on
+            the device, once per cu_seqlens tensor.
+        backend: "auto", "hopper", "triton" or "pytorch". A backend other than "auto" raises an
+            error if it does not support the call. On a Hopper GPU "auto" chooses "hopper" for every
+            forward and backward that the Hopper kernels support.
 
     Returns:
         out [T, H, D] in q's dtype; with return_lse also lse [H, T] float32, natural logarithm,
@@ -155,28 +160,31 @@ def flash_attn_func(
     document_ids: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
-    """Attention over rows of equal length; each is a document of flash_attn_varlen_func.
+    """Computes attention over a batch of rows of equal length, with FlashAttention-2's signature.
+
+    Each row is one document of flash_attn_varlen_func, which describes the arguments in full.
 
     Args:
-        q: [B, S, H, D].
-        k: [B, Sk, Hk, D].
-        v: [B, Sk, Hk, D].
-        dropout_p: As in flash_attn_varlen_func, like all that follow.
+        q: Queries [B, S, H, D].
+        k: Keys [B, Sk, Hk, D].
+        v: Values [B, Sk, Hk, D].
+        dropout_p: Probability of dropping an attention weight.
         softmax_scale: Factor of q.k; D^-0.5 by default.
-        causal: Bottom-right aligned where S and Sk differ.
-        window_size: (left, right).
-        softcap: 0 turns it off.
-        alibi_slopes: [H] or [B, H] float32.
+        causal: Whether a query sees only the keys up to its own position, aligned at the bottom
+            right if S and Sk differ.
+        window_size: (left, right) keys around a query's own position; -1 is unbounded.
+        softcap: A softcap c > 0 replaces a logit x by c tanh(x / c); 0 turns it off.
+        alibi_slopes: ALiBi slopes, [H] or [B, H] float32, or None.
         deterministic: Whether the backward must give the same bits in every run.
-        return_attn_probs: Return (out, lse, weights [B, H, S, Sk]).
-        return_lse: Return (out, lse).
+        return_attn_probs: Whether to return (out, lse, weights [B, H, S, Sk]), for debugging.
+        return_lse: Whether to return (out, lse) instead of out.
         learnable_sink: Logit of the attention sink of each head, [H], or None.
-        dropout_seed: An int or one int64 element.
-        document_ids: [B] int32; default the row.
-        backend: See flash_attn_varlen_func.
+        dropout_seed: Seed of the dropout mask, an int or an int64 tensor of one element.
+        document_ids: Ids of the rows in the dropout key, [B] int32; by default, the row's index.
+        backend: Implementation: "auto", "hopper", "triton" or "pytorch".
 
     Returns:
-        out [B, S, H, D]; lse is [B, H, S] float32.
+        out [B, S, H, D] in q's dtype; with return_lse also lse [B, H, S] float32.
 
     Raises:
         TypeError: if an argument has the wrong type or dtype.
@@ -228,7 +236,10 @@ def flash_attn_func(
 def _attention_probabilities(
     operands: Operands, pack: Pack, options: AttentionOptions, shape: tuple[int, int]
 ) -> Tensor:
-    """Returns [N, H, max_seqlen_q, max_seqlen_k] in q's dtype, dropped weights negative."""
+    """Returns the weights [N, H, max_seqlen_q, max_seqlen_k] in q's dtype.
+
+    Weights that dropout dropped are negative.
+    """
     q, k, v = operands
     result = q.new_zeros((pack.documents, q.shape[1], *shape))
     begin_q, begin_k = pack.cu_seqlens_q.tolist(), pack.cu_seqlens_k.tolist()

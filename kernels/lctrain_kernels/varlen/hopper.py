@@ -40,9 +40,9 @@ def varlen_fwd(
     pack: TiledPack,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
-    """Launches varlen_fwd_hopper_kernel; arguments and results as the portable varlen_fwd.
+    """Launches varlen_fwd_hopper_kernel; arguments and results are those of triton_fwd.varlen_fwd.
 
-    Raises nothing of its own: support.py says beforehand what these kernels cannot do.
+    The function checks nothing: the registry calls it only for calls that the kernels support.
     """
     total_q, heads, head_dim = q.shape
     group = heads // k.shape[1]
@@ -120,11 +120,10 @@ def varlen_prepare_kernel(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """delta = rowsum(dout * out) - dlse, and lse in base 2.
+    """Computes delta = rowsum(dout * out) - dlse and the base-2 lse, before the backward kernel.
 
-    With dq: zeros in dq for the rows that saw nothing, among those whose out is zero.
-
-    Grid: (blocks of ROWS tokens, heads).
+    If dq is passed, it is set to 0 for queries whose out is 0, which include all queries that saw
+    no key. Grid: (blocks of ROWS tokens, heads).
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1)
@@ -143,14 +142,14 @@ def varlen_prepare_kernel(
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + offset, inside, 0.0)
     lse = tl.load(lse_ptr + offset, inside, 0.0)
-    # A row that saw nothing has no weights: 2^(x - inf) = 0.
+    # lse = +inf gives a query that saw no key weights of 2^(x - inf) = 0.
     lse2 = tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)
     tl.store(delta_ptr + offset, delta, inside)
     tl.store(lse2_ptr + offset, lse2, inside)
     if kept_delta_ptr is not None:
         tl.store(kept_delta_ptr + offset, delta / keep_scale, inside)
     if dq_ptr is not None:
-        # Their out is zero; lse would not tell: with a sink it is the sink.
+        # Queries that saw no key are found by out = 0: with a sink their lse is the sink.
         blind = (tl.max(tl.abs(out.to(tl.float32)), 1) == 0.0)[:, None]
         dq_offset = (token * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
         zero = tl.zeros([ROWS, BLOCK_D], dq_ptr.dtype.element_ty)
@@ -171,9 +170,9 @@ def varlen_round_dq_kernel(
     BLOCK_D: tl.constexpr,
     SLABS: tl.constexpr,
 ):
-    """dq = scale * sum, in dq's dtype, from a sum in the layout of first_slab.
+    """Writes dq = scale * sum in dq's dtype, from a float32 sum in the layout of first_slab.
 
-    The document of a slab is found among all in `rounds` halvings. Grid: (blocks of SLABS slabs,
+    A binary search of `rounds` steps finds the document of a slab. Grid: (blocks of SLABS slabs,
     heads).
     """
     first = tl.program_id(0) * SLABS
@@ -183,7 +182,7 @@ def varlen_round_dq_kernel(
     offset = (head.to(tl.int64) * slabs_per_head + slab) * (16 * HEAD_DIM) + item
     mask = (slab < slabs_per_head) & (item < 16 * HEAD_DIM)
     value = tl.load(sum_ptr + offset, mask, 0.0) * scale
-    # Of eight columns: row % 8, column // 2, row // 8, column % 2.
+    # Order of the numbers of eight columns: row % 8, column // 2, row // 8, column % 2.
     value = tl.reshape(value, (SLABS, BLOCK_D // 8, 8, 4, 2, 2))
     value = tl.reshape(tl.permute(value, (0, 4, 2, 1, 3, 5)), (SLABS * 16, BLOCK_D))
     row = tl.arange(0, SLABS * 16)
@@ -215,12 +214,13 @@ def varlen_bwd(
     pack: TiledPack,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launches the backward; arguments and results as the portable varlen_bwd.
+    """Launches the Hopper backward; arguments and results are those of triton_bwd.varlen_bwd.
 
-    dq is added up in float32. Unless `deterministic`, that happens in the order in which programs
-    come, so its last bits differ from run to run; those of dk and dv do not. Scratch: dq in
-    float32, with at most 16 rows more per document where it is added from registers, and two or
-    three numbers per query and head.
+    Programs add partial dq in float32. Unless `deterministic`, the order depends on timing, so the
+    last bits of dq differ from run to run; those of dk and dv do not.
+
+    Scratch memory: dq in float32 (with up to 16 more rows per document if it is added from
+    registers), and two or three float32 per query and head.
     """
     total_q, heads, head_dim = q.shape
     heads_kv = k.shape[1]
@@ -229,7 +229,7 @@ def varlen_bwd(
     dq = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    # Each for itself: the address of a row of one tensor would be aligned for some lengths only.
+    # Separate tensors: in one tensor, the alignment of a row would depend on the length.
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     kept_delta = torch.empty_like(lse) if options.has_dropout else None
     threshold, scale_kept = dropout_arguments(options.dropout_p)

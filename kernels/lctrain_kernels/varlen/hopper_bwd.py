@@ -1,4 +1,4 @@
-"""Backward of varlen attention for Hopper, in Gluon: five products, dq added up in float32."""
+"""Backward of varlen attention for Hopper, in Gluon: one kernel, partial dq summed in float32."""
 
 from typing import Any, NamedTuple
 
@@ -40,9 +40,9 @@ from lctrain_kernels.varlen.hopper_bwd_dq import add_partial_dq, first_slab, rou
 
 @gluon.jit
 def _locate(pointers, window, TILE: gl.constexpr, FLAGS: gl.constexpr):
-    """Returns (document, KeyTile) of this program.
+    """Returns the document and the KeyTile of this program.
 
-    An empty slot gives document 0 without queries and without keys.
+    An empty slot of the schedule gives document 0, with no queries and no keys.
     """
     slot = read_slot(
         pointers.cu_seqlens_q, pointers.cu_seqlens_k, pointers.tiles, TILE.heads_kv, TILE.block_n
@@ -84,7 +84,7 @@ def _load(
     tile,
     TILE: gl.constexpr,
 ):
-    """The producer warp: loads a tile's keys and values, then the queries of all heads."""
+    """Runs the producer warp: loads the tile's keys and values, then the queries of all heads."""
     GROUP: gl.constexpr = TILE.group
     BLOCK_M: gl.constexpr = TILE.block_m
     STAGES: gl.constexpr = TILE.stages
@@ -115,7 +115,7 @@ def _load(
 
 
 class BackwardPointers(NamedTuple):
-    """Tensors of varlen_bwd_hopper_kernel."""
+    """Tensors of varlen_bwd_hopper_kernel, whose docstring gives their shapes."""
 
     lse: Any
     delta: Any
@@ -133,7 +133,7 @@ class BackwardPointers(NamedTuple):
 
 
 class BackwardStrides(NamedTuple):
-    """Distances between tokens and between heads of dk (and dv) and of dq, in elements."""
+    """Strides of tokens and heads of dk and dv, and of dq, in elements."""
 
     dk_token: Any
     dk_head: Any
@@ -169,17 +169,20 @@ def varlen_bwd_hopper_kernel(
     TILE: gl.constexpr,
     FLAGS: gl.constexpr,
 ):
-    """One program: a tile of keys of one key/value head, and all queries of its group that see it.
+    """Computes dk and dv of a tile of keys, and adds its partial dq to a float32 buffer.
 
-    Grid: (tiles * key/value heads,). lse and delta [H, T] float32: base 2, +inf where nothing was
-    seen, and delta / keep_scale. TILE.block_m is 64.
+    A program processes one tile of keys of one key/value head, and all queries of the head's group
+    that see it. Grid: (tiles * key/value heads,). TILE.block_m is 64.
 
-    With dq_desc, dq_sum is the float32 [T, H, D] that dq_desc describes. The kernel writes dq, of
-    the same layout, except for rows that see no key. semaphores is a zeroed int32 [H, per_head].
-    Programs must start in order, since they wait for earlier ones.
+    - lse [H, T] float32: base-2 log-sum-exp, +inf for a query that saw no key.
+    - delta [H, T] float32: delta / keep_scale.
 
-    With TILE.dq_from_registers, dq_sum is zeroed, has the layout of first_slab and per_head slabs
-    per head; dq_desc, dq and semaphores are None.
+    With dq_desc, dq_sum is the float32 buffer [T, H, D] that dq_desc describes. The kernel also
+    writes dq, in the same layout, except for queries that see no key. semaphores [H, per_head]
+    int32 is zero at launch. Programs must start in order, because they wait for earlier ones.
+
+    With TILE.dq_from_registers, dq_sum is zero at launch, and has the layout of first_slab with
+    per_head slabs per head. dq_desc, dq and semaphores are then None.
     """
     BLOCK_M: gl.constexpr = TILE.block_m
     BLOCK_D: gl.constexpr = TILE.block_d
@@ -246,7 +249,7 @@ def varlen_bwd_hopper_kernel(
             [240, 24, 24],
         )
     if not FROM_REGISTERS:
-        # Computed again, so that the loops hold none of it in registers.
+        # The tile is computed again, so that the loops above hold none of its fields in registers.
         left, right = load_window(pointers.window, window_left, window_right)
         window = Bounds(left, right)
         document, tile = _locate(pointers, window, TILE, FLAGS)

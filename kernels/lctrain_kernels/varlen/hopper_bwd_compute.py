@@ -46,7 +46,7 @@ _LOG2_E = gl.constexpr(LOG2_E)
 
 @gluon.jit
 def _start_product(of_keys, of_queries, stage, zero, opaque_false, HALF_INDEX: gl.constexpr):
-    """Issues S (k and q) or dP (v and dout) of the block of queries in a stage."""
+    """Issues the product S = k q^T or dP = v dout^T for the block of queries in a stage."""
     return warpgroup_mma(
         rematerialised(of_keys, HALF_INDEX, opaque_false),
         of_queries.index(stage).permute((1, 0)),
@@ -58,7 +58,7 @@ def _start_product(of_keys, of_queries, stage, zero, opaque_false, HALF_INDEX: g
 
 @gluon.jit
 def _draw_bits(random, head, query, first_key, s_layout: gl.constexpr, HAS_DROPOUT: gl.constexpr):
-    """Draws the random bits of a block of weights, while the product of its scores runs."""
+    """Draws the random bits of a block of weights. The call overlaps with the block's product."""
     bits = 0
     if HAS_DROPOUT:
         bits = draw_bits(
@@ -88,9 +88,10 @@ def _weights(
     s_layout: gl.constexpr,
     FLAGS: gl.constexpr,
 ):
-    """Returns (p, p times the softcap's slope), both [keys, queries] in half precision.
+    """Returns the weights p, and p times the softcap's derivative, both [keys, queries].
 
-    Dropped weights are negative in both. Without softcap the two are the same.
+    Both are in half precision, and negative where dropout drops the weight. Without a softcap they
+    are equal.
     """
     multiplier = factors.scale * _LOG2_E
     if FLAGS.has_softcap:
@@ -111,7 +112,7 @@ def _weights(
 
 @gluon.jit
 def _kept_weights(p, HAS_DROPOUT: gl.constexpr):
-    """Returns p with dropped weights, which are negative, as zero."""
+    """Returns p with dropped weights, which are negative, set to 0."""
     if HAS_DROPOUT:
         p = gl.where(p < 0.0, gl.zeros_like(p), p)
     return p
@@ -128,17 +129,17 @@ def _emit_dq(
     HALF_INDEX: gl.constexpr,
     TRANSPOSED: gl.constexpr,
 ):
-    """Passes a step's columns of dq to the dQ warp, or adds them to global memory.
+    """Passes this warpgroup's columns of partial dq to the dQ warp, or adds them to global memory.
 
     Args:
-        dq: Half of the columns of the step's dq.
-        dq_out: Buffers of the dQ warp, or DqSlabs with TILE.dq_from_registers.
-        step: Number of the step.
-        length_q: Queries of the document.
-        last: Last block of queries.
+        dq: Half of the columns of the step's partial dq.
+        dq_out: Shared-memory buffers for the dQ warp; DqSlabs with TILE.dq_from_registers.
+        step: Index of the step.
+        length_q: Number of queries of the document.
+        last: Index of the last block of queries.
         TILE: Tile sizes and head counts of the backward kernel, a BackwardShape.
         HALF_INDEX: Half of the columns.
-        TRANSPOSED: As in start_dq.
+        TRANSPOSED: Whether dq is [columns, queries], as in start_dq.
     """
     if TILE.dq_from_registers:
         back = step // TILE.group
@@ -167,10 +168,12 @@ def _accumulate(
     o_layout: gl.constexpr,
     HALF_INDEX: gl.constexpr,
 ):
-    """Computes dS and dv from a step's weights, stores dS for the other warpgroup, and issues dk.
+    """Computes dS and dv from a step's weights, and issues the product of dk.
+
+    dS is stored in shared memory for the other warpgroup.
 
     Returns:
-        dk, whose product is in flight, and dv.
+        dk, whose product is still in flight, and dv.
     """
     STAGES: gl.constexpr = TILE.stages
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
@@ -187,7 +190,7 @@ def _accumulate(
         weights = gl.abs(weights)
     ds = (weights * (dp - delta[None, :])).to(shared.k.dtype)
     ds_operand = gl.convert_layout(ds, p_layout)
-    # Two buffers: the other warpgroup read this one before it stored its last dS.
+    # dS has two buffers. The other warpgroup read this one before it stored its last dS.
     ds_bufs.index((step & 1) * 2 + HALF_INDEX).store(ds)
     fence_async_shared()
     barrier_arrive(DS_READY + 2 * (step & 1) + HALF_INDEX, CONSUMERS, 4)
@@ -200,7 +203,7 @@ class ComputeInputs(NamedTuple):
 
     Attributes:
         shared: Shared memory of the kernel.
-        dq_out: Two float32 buffers of partial dq, or DqSlabs.
+        dq_out: Two float32 shared-memory buffers of partial dq, or DqSlabs.
         ds: dS of both warpgroups, [4, 64, block_m].
         results: Pointers to which dk and dv are stored.
         tile: Tile of keys that the program works on.
@@ -226,10 +229,10 @@ def compute(
     FLAGS: gl.constexpr,
     HALF_INDEX: gl.constexpr,
 ):
-    """A consumer warpgroup: half of the tile's keys, and half of the columns of dq.
+    """Runs a consumer warpgroup: half of the tile's keys, and half of the columns of dq.
 
-    Steps overlap: the weights of the next step are computed while dq runs. The other warpgroup may
-    be a step ahead or behind, so its products run while this one issues none.
+    Steps overlap: the weights of the next step are computed while the product of dq runs. The two
+    warpgroups may be one step apart, so the products of one run while the other issues none.
     """
     shared = inputs.shared
     dq_out = inputs.dq_out
@@ -312,7 +315,7 @@ def compute(
             barrier_wait(DS_READY + 2 * (step & 1) + 1 - HALF_INDEX, CONSUMERS, 4)
             dq = start_dq(ds_bufs, shared.k, step & 1, zero_q, opaque_false, HALF_INDEX, TRANSPOSED)
             if HAS_DROPOUT:
-                # Random bits need the registers of dq, so dq is stored first.
+                # dq is stored before the random bits are drawn: both need the same registers.
                 dk, s, dq = warpgroup_mma_wait(0, deps=[dk, s, dq])
                 _emit_dq(dq, dq_out, step, tile.length_q, high - 1, TILE, HALF_INDEX, TRANSPOSED)
             else:

@@ -1,4 +1,4 @@
-"""The sum of partial dq in the Hopper backward of varlen attention, and its rounding."""
+"""Sums and rounds partial dq in global memory, for the Hopper backward of varlen attention."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -18,14 +18,14 @@ _RELEASE_EVERY = gl.constexpr(4)  # steps
 
 @gluon.jit
 def _earlier_tiles(block, tile, window, TILE: gl.constexpr):
-    """Returns how many earlier tiles of keys see a block of queries."""
+    """Returns the number of earlier tiles of keys that see a block of queries."""
     seen = gl.maximum(block * TILE.block_m + tile.length_k - tile.length_q - window.left, 0)
     return tile.first // TILE.block_n - seen // TILE.block_n
 
 
 @gluon.jit
 def _semaphore(semaphores, tile, step, TILE: gl.constexpr):
-    """Returns the counter of a step's block of dq. Two documents have no counter in common."""
+    """Returns the address of the counter of a step's block of dq. Documents share no counter."""
     head = tile.head_kv * TILE.group + step % TILE.group
     block = tile.high - 1 - step // TILE.group
     return (
@@ -39,7 +39,7 @@ def _semaphore(semaphores, tile, step, TILE: gl.constexpr):
 
 @gluon.jit
 def _release_semaphores(semaphores, tile, begin, end, TILE: gl.constexpr):
-    """Counts the partial dq of steps [begin, end), whose writes this warp has waited for."""
+    """Counts the partial dq of steps [begin, end). The caller has waited for their writes."""
     partition_barrier()
     fence_release()
     for step in range(begin, end):
@@ -63,11 +63,11 @@ def add_partial_dq(
     window,
     TILE: gl.constexpr,
 ):
-    """The dQ warp: adds partial dq from shared memory to the float32 buffer.
+    """Runs the dQ warp, which adds partial dq from shared memory to the float32 buffer.
 
-    The first tile of keys that sees a block of queries stores its partial dq. The others add to it,
-    in the order of their keys if TILE.deterministic. A semaphore counts the partial dq of a block
-    that have reached global memory.
+    The first tile of keys that sees a block of queries stores its partial dq. Later tiles add to
+    it, in the order of their keys if TILE.deterministic. The semaphore of a block counts the
+    partial dq that have been written to global memory.
     """
     GROUP: gl.constexpr = TILE.group
     COLUMNS: gl.constexpr = TILE.block_d // 2
@@ -94,14 +94,14 @@ def add_partial_dq(
                 tma_store(dq_desc, coordinates, partial)
             else:
                 tma_add(dq_desc, coordinates, partial)
-        # Load the next semaphore ahead, so that no step waits for the load. The load needs no
-        # acquire: L2 orders the counted store and the additions of the copy engine. All
-        # lanes load one address at once, so they read one number.
+        # The next semaphore is loaded one step ahead, so that no step waits for the load. The load
+        # needs no acquire, because L2 orders the counted store and the TMA additions. All lanes
+        # load one address at once, so they read one number.
         following = gl.minimum(step + 1, steps - 1)
         arrived = gl.load(_semaphore(semaphores, tile, following, TILE), volatile=True)
         release_partial_dq()
-        # The partial dq of the steps before have arrived by now; this step's has not. A release
-        # costs as much as half a step, so several steps share one unless a program waits for it.
+        # Partial dq of earlier steps are in global memory by now; this step's is not. A release
+        # costs as much as half a step, so several steps share one, unless a program waits.
         if TILE.deterministic or was_first or step % _RELEASE_EVERY == 0:
             wait_bulk_writes(2)
             _release_semaphores(semaphores, tile, released, step, TILE)
@@ -120,8 +120,9 @@ def first_slab(
 ):
     """Returns the slab of the tile's first head and block of queries.
 
-    The buffer is [heads, slabs, D / 8, 32, 4] float32. A slab is 16 queries of one document. For
-    eight columns of a slab, each thread of a warp holds two columns of two rows.
+    The float32 buffer [heads, slabs, D / 8, 32, 4] has the order of the registers of a product. A
+    slab is 16 queries of one document. Of eight columns of a slab, each of 32 threads holds two
+    columns of two rows.
     """
     slab = (tile.head_kv * TILE.group).to(gl.int64) * slabs_per_head
     slab += tile.begin_q // 16 + document + (tile.high - 1) * (TILE.block_m // 16)
@@ -132,22 +133,22 @@ def first_slab(
 def add_dq_from_registers(dq, dq_ptr, rows, HALF_INDEX: gl.constexpr, HEAD_DIM: gl.constexpr):
     """Adds a warpgroup's columns of a block of dq from registers to the float32 buffer.
 
-    An instruction of a warp adds to 512 contiguous bytes.
+    Each instruction of a warp adds to 512 contiguous bytes.
 
     Args:
-        dq: [BLOCK_M, COLUMNS], half of the columns.
-        dq_ptr: The block's first slab, as in first_slab.
-        rows: Queries of the document from the block's first one on.
-        HALF_INDEX: Half of the columns.
-        HEAD_DIM: Columns beyond are padding.
+        dq: Half of the columns of the block's partial dq, [BLOCK_M, COLUMNS].
+        dq_ptr: The block's first slab; see first_slab.
+        rows: Number of queries of the document from the block's first query on.
+        HALF_INDEX: Index of the half of the columns, 0 or 1.
+        HEAD_DIM: Head dim; columns from HEAD_DIM on are padding.
     """
     EIGHTS: gl.constexpr = dq.shape[1] // 8
     fours: gl.constexpr = gl.BlockedLayout(
         [1, EIGHTS, 2, 2], [32, 1, 1, 1], [4, 1, 1, 1], [3, 2, 1, 0]
     )
     layout: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, fours))
-    # Row 16 * warp + 8 * below + lane // 4, column 8 * eight + 2 * (lane % 4) + odd: dimensions of
-    # threads first, then those of registers. No data move.
+    # A number is at row 16 * warp + 8 * below + lane // 4, column 8 * eight + 2 * (lane % 4) + odd.
+    # The reshape puts dimensions of threads before those of registers, and moves no data.
     parts = gl.reshape(dq, [4, 2, 8, EIGHTS, 4, 2])
     parts = gl.reshape(gl.permute(parts, (0, 2, 4, 3, 1, 5)), [128, EIGHTS, 2, 2])
     even, odd = gl.split(gl.convert_layout(parts, fours, assert_trivial=True))
@@ -174,7 +175,7 @@ def round_dq(
     TILE: gl.constexpr,
     FLAGS: gl.constexpr,
 ):
-    """Scales and rounds the blocks of dq that no later tile of keys sees."""
+    """Scales and rounds the blocks of dq that are complete: no later tile of keys sees them."""
     GROUP: gl.constexpr = TILE.group
     BLOCK_M: gl.constexpr = TILE.block_m
     BLOCK_N: gl.constexpr = TILE.block_n
@@ -205,6 +206,6 @@ def round_dq(
         offset = (tile.begin_q + query).to(gl.int64) * stride_t + head * stride_h
         offset = offset[:, None] + column[None, :]
         inside = (query < tile.length_q)[:, None] & (column < TILE.head_dim)[None, :]
-        # Bypass L1, which may hold the values from before the additions.
+        # The load bypasses L1, which may hold values from before the additions.
         whole = gl.load(dq_sum_ptr + offset, mask=inside, other=0.0, cache_modifier=".cg")
         gl.store(dq_ptr + offset, (whole * scale).to(dq_ptr.dtype.element_ty), mask=inside)

@@ -1,4 +1,4 @@
-"""Forward of varlen attention for Hopper, in Gluon: TMA, wgmma, warp specialisation, persistent."""
+"""Forward of varlen attention for Hopper, in Gluon: a persistent, warp-specialised kernel."""
 
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ _LN_2 = gl.constexpr(LN_2)
 
 @gluon.jit
 def _load(q_desc, k_desc, v_desc, shared, TILE: gl.constexpr):
-    """The producer warp: loads tile after tile, as far ahead as stages are empty."""
+    """Runs the producer warp: loads tile after tile, as far ahead as stages are empty."""
     Q_STAGES: gl.constexpr = TILE.q_stages
     STAGES: gl.constexpr = TILE.stages
     THREADS: gl.constexpr = 32 + 128 * TILE.consumers  # of the producer and all consumers
@@ -89,7 +89,7 @@ def _consume(
     FLAGS: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):
-    """A consumer warpgroup: 64 rows of every tile."""
+    """Runs a consumer warpgroup, which computes 64 rows of every tile."""
     CONSUMERS: gl.constexpr = TILE.consumers
     BLOCK_N: gl.constexpr = TILE.block_n
     BLOCK_D: gl.constexpr = TILE.block_d
@@ -98,7 +98,7 @@ def _consume(
     THREADS: gl.constexpr = 32 + 128 * CONSUMERS  # of the producer and all consumers
     POSITIONS: gl.constexpr = CONSUMERS * 64 // TILE.pack
     RUN: gl.constexpr = POSITIONS if POSITIONS < 64 else 64
-    FEW_REGISTERS: gl.constexpr = POSITIONS > RUN  # the code for two runs takes registers
+    FEW_REGISTERS: gl.constexpr = POSITIONS > RUN  # code for several heads per tile takes registers
     FIRST_RUN: gl.constexpr = CONSUMER * (64 // RUN)
     dtype: gl.constexpr = out_desc.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -196,7 +196,7 @@ def _consume(
                 stage, phase = next_stage(stage, phase, STAGES)
                 mbarrier.wait(shared.k_ready.index(stage), phase)
                 if TILE.meet_early:
-                    # Otherwise the wait for values below synchronises the warps.
+                    # Without meet_early, the wait for values below synchronises the warps.
                     partition_barrier()
                 s_token = warpgroup_mma(
                     q, shared.k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True
@@ -222,7 +222,7 @@ def _consume(
                     FEW_REGISTERS,
                     HAS_MAX=True,
                 )
-                # The branch of this wait keeps ptxas from moving the next one above the weights.
+                # A scheduling fence: ptxas moves no later wait above the branch of this wait.
                 mbarrier.wait(shared.v_ready.index(stage), phase)
                 acc = warpgroup_mma_wait(0, deps=[acc_token])
                 release_stage(V_EMPTY, previous_stage, THREADS)
@@ -250,7 +250,7 @@ def _consume(
         lse = gl.where(empty, float("-inf"), (m + gl.log2(whole)) * _LN_2)
         row = tile_head.to(gl.int64) * scalars.total_q + tile.end_q - tile.length_q + query
         gl.store(pointers.lse + row, lse, mask=query < tile.length_q)
-        # The result takes the shared memory of the queries.
+        # The result overwrites the queries in shared memory.
         q.store((acc * inverse[:, None]).to(dtype))
         store_rows(out_desc, q, QueryRows(tile.end_q, tile.length_q, first, head), RUN)
         if Q_STAGES == 1:
@@ -264,7 +264,7 @@ def _consume(
 
 
 class ForwardPointers(NamedTuple):
-    """Tensors of varlen_fwd_hopper_kernel; lse [H, T] float32."""
+    """Tensors that varlen_fwd_hopper_kernel accesses without TMA; lse is [H, T] float32."""
 
     lse: Any
     cu_seqlens_q: Any
@@ -295,11 +295,13 @@ def varlen_fwd_hopper_kernel(
     TILE: gl.constexpr,
     FLAGS: gl.constexpr,
 ):
-    """A persistent program per multiprocessor: consumer warpgroups, a producer and a scheduler.
+    """Computes out and lse, with one persistent program per multiprocessor.
 
-    A tile has 64 rows per consumer warpgroup: TILE.pack query heads of one key/value head times
-    positions; pack is 1 with three warpgroups. Grid: at most one program per multiprocessor.
-    pointers.counter is a zeroed int32.
+    A program has consumer warpgroups, a producer warp and a scheduler warp. A tile has 64 rows per
+    consumer warpgroup: TILE.pack query heads of one key/value head times positions. pack is 1 with
+    three warpgroups. pointers.counter is an int32, zero at launch.
+
+    Grid: at most one program per multiprocessor.
     """
     dtype: gl.constexpr = q_desc.dtype
     gl.static_assert(TILE.stages <= FORWARD_STAGES, "named barriers overlap")

@@ -1,4 +1,4 @@
-"""lctrain::varlen_forward and varlen_backward, and the implementations behind them."""
+"""Registers lctrain::varlen_forward and varlen_backward, and their implementations."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from lctrain_kernels.varlen import reference
 
 
 class Operands(NamedTuple):
-    """Tensors that only varlen attention takes.
+    """Tensor inputs of the operators of varlen attention.
 
     Attributes:
         q: Packed queries [T, H, D].
@@ -43,7 +43,7 @@ def _hopper_refuses(limits: str) -> Refusal:
 
 
 def _reference_options(options: AttentionOptions) -> reference.VarlenOptions:
-    """Returns the options of the PyTorch path, which reads a window on a device."""
+    """Returns the VarlenOptions of the PyTorch path. Reads a window tensor, so it synchronises."""
     left, right = options.window_left, options.window_right
     if options.window is not None:
         left, right = options.window.tolist()
@@ -161,11 +161,11 @@ def _finish(
     options: AttentionOptions,
     saved: dict[str, Tensor],
 ) -> dict[str, Tensor | None]:
-    """Returns the gradients of all fields: those of the operands, and that of the sink."""
+    """Returns the gradients of the operands and of the learnable sink, by field name."""
     sink, delta, lse = options.learnable_sink, gradients.pop("delta"), saved["lse"]
     if sink is None:
         return {**gradients}
-    # The sink has a weight and no value, so its dP is 0 and dS = -p * delta.
+    # A sink has a weight but no value, so dP = 0 and dS = -p * delta.
     weight = torch.exp(sink.to(lse.dtype)[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)
     return {**gradients, "learnable_sink": -(weight * delta).sum(1).to(sink.dtype)}
 
@@ -179,7 +179,7 @@ varlen_attention = build_operators(
         gradients=("q", "k", "v", "delta"),
         fake_forward=_fake_forward,
         fake_backward=_fake_backward,
-        # Two and five matrix products, however the kernels compute them.
+        # FLOP of two products (forward) and five (backward), whichever kernels compute them.
         products=(lambda x: 2 * 2 * x.q.shape[2], lambda x: 5 * 2 * x.q.shape[2]),
         finish=_finish,
     )

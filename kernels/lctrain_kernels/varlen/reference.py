@@ -1,13 +1,12 @@
-"""Packed attention in plain PyTorch: the CPU path.
+"""Attention over packed documents in plain PyTorch, used on CPUs.
 
-It also serves other devices where it is asked for by name; there it reads cu_seqlens, which
-synchronises. Documents are taken one by one and queries in chunks, so memory grows with the length
-of a document, not with its square, and nothing of another document can reach a result. The backward
-recomputes the weights, as the kernels do. Arithmetic is float32, or float64 for float64 inputs;
-callers turn autocast off.
+backend="pytorch" selects it on other devices, too; reading cu_seqlens then synchronises. It
+computes one document at a time, in chunks of queries. So memory is linear in the length of a
+document, and documents cannot affect each other. The backward recomputes the weights, as the
+kernels do. Arithmetic is in float32, or in float64 for float64 inputs; callers turn autocast off.
 
-`Operands` says what a logit is; `attend` and `attend_backward` are the softmax around it, which
-other attentions share.
+`Operands` computes the logits. `attend` and `attend_backward` compute the softmax and its gradient
+from logits; the other attentions use them with logits of their own.
 """
 
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ _ROW_GROUP = 16  # chunks start at a multiple of the dropout mask's row groups
 
 @dataclass(frozen=True)
 class VarlenOptions:
-    """Options of logits and weights; a negative window is unbounded."""
+    """Scale, window, softcap and dropout of an attention. A negative window side is unbounded."""
 
     softmax_scale: float
     window_left: int = -1
@@ -36,7 +35,7 @@ class VarlenOptions:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A run of queries of one document and the keys that any of them sees."""
+    """Consecutive queries of one document, and all keys that at least one of them sees."""
 
     document: int
     rows: Tensor  # [M] int64, positions in the document
@@ -50,7 +49,7 @@ class Chunk:
 def _visit(
     cu_q: list[int], cu_k: list[int], operands: "Operands", device: torch.device
 ) -> Iterator[Chunk]:
-    """Yields every document's queries in runs, each with the keys that any of them sees."""
+    """Yields the chunks of every document: consecutive queries, with the keys that they see."""
     options = operands.options
     for document in range(len(cu_q) - 1):
         length_q = cu_q[document + 1] - cu_q[document]
@@ -74,7 +73,10 @@ def _visit(
 
 
 class Operands:
-    """q, k, v in arithmetic precision, heads first, and the other inputs of a chunk."""
+    """Inputs of the attention of a pack; computes logits and gradients chunk by chunk.
+
+    q, k and v are stored in the dtype of the arithmetic, with heads as the first dimension.
+    """
 
     def __init__(
         self,
@@ -94,18 +96,21 @@ class Operands:
         self.dropout_seed, self.document_ids = dropout_seed, document_ids
 
     def runs(self, length_q: int, length_k: int) -> Iterator[tuple[int, int]]:
-        """Yields (start, stop) of queries that are computed together."""
+        """Yields the (start, stop) of consecutive queries that form one chunk."""
         step = max(1, _CHUNK_ELEMENTS // max(1, self.heads * length_k) // _ROW_GROUP) * _ROW_GROUP
         for start in range(0, length_q, step):
             yield start, min(start + step, length_q)
 
     def grouped(self, x: Tensor, chunk: Chunk) -> Tensor:
-        """[H, T, D] -> the chunk's queries as [Hk, group * M, D]."""
+        """Returns the rows of x [H, T, D] of a chunk's M queries, as [Hk, group * M, D]."""
         rows = x[:, chunk.query]
         return rows.reshape(self.heads_k, -1, rows.shape[-1])
 
     def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
-        """Returns masked logits [H, M, N] and, with a softcap, d(logit)/d(uncapped logit)."""
+        """Returns the masked logits [H, M, N] of a chunk of M queries and N keys.
+
+        With a softcap, also returns d(logit) / d(logit before the softcap), else None.
+        """
         options = self.options
         scores = torch.matmul(self.grouped(self.q, chunk), self.k[:, chunk.key].transpose(1, 2))
         scores = scores.view(self.heads, len(chunk.rows), -1) * options.softmax_scale
@@ -130,14 +135,20 @@ class Operands:
         return scores.masked_fill(~mask, float("-inf")), slope
 
     def add_gradients(self, chunk: Chunk, ds: Tensor, dq: Tensor, dk: Tensor) -> None:
-        """Adds what the logits' gradient ds [H, M, N] gives dq [H, T, D] and dk [Hk, Tk, D]."""
+        """Adds a chunk's gradients to dq [H, T, D] and dk [Hk, Tk, D].
+
+        ds [H, M, N] is the gradient of the chunk's logits before the softcap.
+        """
         ds = (ds * self.options.softmax_scale).view(self.heads_k, -1, ds.shape[-1])
         rows = torch.matmul(ds, self.k[:, chunk.key])
         dq[:, chunk.query] = rows.view(self.heads, len(chunk.rows), -1)
         dk[:, chunk.key] += torch.matmul(ds.transpose(1, 2), self.grouped(self.q, chunk))
 
     def dropout(self, chunk: Chunk) -> Tensor | None:
-        """Returns the multiplier Z [H, M, N] (0 or 1 / keep), or None without dropout."""
+        """Returns the dropout factor of each weight [H, M, N]: 0 or 1 / keep probability.
+
+        Returns None without dropout.
+        """
         if self.options.dropout_p == 0:
             return None
         assert self.dropout_seed is not None
@@ -167,7 +178,7 @@ def varlen_forward(
     dropout_seed: Tensor | None = None,
     document_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Forward of packed attention.
+    """Computes the forward of attention over packed documents.
 
     Args:
         q: Packed queries [T, H, D], any floating dtype.
@@ -175,7 +186,7 @@ def varlen_forward(
         v: Packed values [Tk, Hk, Dv].
         cu_seqlens_q: Cumulative query lengths, [N + 1] int32.
         cu_seqlens_k: Cumulative key lengths, [N + 1] int32.
-        options: Scale, window, softcap, dropout.
+        options: Scale, window, softcap and dropout.
         alibi_slopes: ALiBi slopes, [H] or [N, H].
         learnable_sink: Logit of the attention sink of each head, [H], or None.
         dropout_seed: Seed of the dropout mask, one int64 element; required with dropout.
@@ -204,7 +215,7 @@ def varlen_backward(
     dropout_seed: Tensor | None = None,
     document_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Backward of varlen_forward; arguments as there.
+    """Computes the backward of varlen_forward, from the same arguments and out's gradient.
 
     Returns:
         dq [T, H, D], dk [Tk, Hk, D], dv [Tk, Hk, Dv] in the inputs' dtype, and delta [H, T], which
@@ -221,7 +232,11 @@ def attend(
     dtype: torch.dtype,
     learnable_sink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One softmax over the logits of `x`; returns out [T, H, Dv] in `dtype` and lse [H, T]."""
+    """Computes attention from the logits of `x`.
+
+    Returns:
+        out [T, H, Dv] in `dtype`, and lse [H, T].
+    """
     tokens, device = x.q.shape[1], x.q.device
     out = torch.zeros((tokens, x.heads, x.v.shape[-1]), dtype=dtype, device=device)
     lse = torch.full((x.heads, tokens), float("-inf"), dtype=x.dtype, device=device)
@@ -258,7 +273,12 @@ def attend_backward(
     cu_seqlens_k: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Backward of `attend`. Returns dq, dk, dv in `dtype`, and delta [H, T] in the dtype of lse."""
+    """Computes the backward of `attend`.
+
+    Returns:
+        dq [T, H, D], dk [Tk, Hk, D] and dv [Tk, Hk, Dv] in `dtype`, and delta [H, T] in the dtype
+        of lse.
+    """
     grad_out = dout.to(x.dtype).transpose(0, 1)
     delta = torch.zeros_like(lse) if dlse is None else -dlse
     dq, dk, dv = torch.zeros_like(x.q), torch.zeros_like(x.k), torch.zeros_like(x.v)
@@ -276,7 +296,7 @@ def attend_backward(
         dp = torch.matmul(do, x.v[:, chunk.key].transpose(1, 2)).view_as(p)
         if multiplier is not None:
             dp = dp * multiplier
-        # rowsum(dout * out) from the weights themselves: exact where one weight is 1.
+        # rowsum(dout * out) is computed from the weights, which is exact if one weight is 1.
         delta[:, chunk.query] += (p * dp).sum(-1)
         ds = p * (dp - delta[:, chunk.query, None])
         x.add_gradients(chunk, ds if slope is None else ds * slope, dq, dk)
@@ -285,10 +305,10 @@ def attend_backward(
 
 
 def _weights(logits: Tensor, lse: Tensor) -> Tensor:
-    """exp(logits - lse), zero in rows that see nothing (lse = -inf).
+    """Returns the weights exp(logits - lse); 0 for queries that see no key (lse = -inf).
 
-    Computed as a softmax, because the rounding of a large lse would be an error of every weight.
-    The other factor is the share that a sink leaves; 1 without one.
+    They are computed as softmax(logits) times exp(logsumexp(logits) - lse), because the rounding
+    of a large lse would be an error of every weight. The second factor is 1 without a sink.
     """
     own = torch.logsumexp(logits, dim=-1)
     blind = own == float("-inf")

@@ -1,6 +1,6 @@
-"""Backward of varlen attention: launches the kernel of dq, then that of dk and dv.
+"""Launches the portable backward of varlen attention: the dq kernel, then the dk, dv kernel.
 
-Nothing is added across programs, so the result has the same bits in every run.
+No program adds to results of another program, so every run gives the same bits.
 """
 
 import torch
@@ -33,7 +33,7 @@ def varlen_bwd(
     pack: TiledPack,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launches the two backward kernels; arguments as varlen_fwd.
+    """Launches the two backward kernels.
 
     Args:
         dout: Gradient of out, [T, H, D], any strides.

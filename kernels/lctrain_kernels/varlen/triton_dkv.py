@@ -1,4 +1,4 @@
-"""The backward kernel of varlen attention that owns keys: dk and dv."""
+"""The portable backward kernel of varlen attention that computes dk and dv."""
 
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from lctrain_kernels.tile.seqlen import document_bounds, locate_program
 
 
 class DkvPointers(NamedTuple):
-    """Tensors of varlen_dkv_kernel, whose docstring has their shapes."""
+    """Tensors of varlen_dkv_kernel, whose docstring gives their shapes."""
 
     q: Any
     k: Any
@@ -33,7 +33,7 @@ class DkvPointers(NamedTuple):
 
 
 class DkvStrides(NamedTuple):
-    """Distances between tokens and between heads, in elements."""
+    """Strides of tokens and of heads of each tensor, in elements."""
 
     q_token: Any
     q_head: Any
@@ -64,11 +64,11 @@ def varlen_dkv_kernel(
     FLAGS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dk and dv of BLOCK_N keys of one key/value head, over all query heads of its group.
+    """Computes dk and dv of BLOCK_N keys of one key/value head, over all query heads of its group.
 
     Grid: (key/value heads * tiles * SCHEDULE_ROWS / BLOCK_N,). Tiles are transposed, keys by
-    queries, so that the weights reach dv and dk as they lie in registers. dk and dv [Tk, Hk, D] of
-    one layout; stats as varlen_dq_kernel writes them.
+    queries, so that the products for dv and dk read the weights from registers. dk and dv [Tk, Hk,
+    D] of one layout; stats as varlen_dq_kernel writes them.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
@@ -138,7 +138,7 @@ def varlen_dkv_kernel(
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    # One loop over the heads of the group and their queries: its load pipeline never drains.
+    # One loop runs over heads and queries, so that the load pipeline never drains between heads.
     blocks = tl.cdiv(high - low, BLOCK_M)
     head = head_kv * TILE.group
     start = low
@@ -147,8 +147,8 @@ def varlen_dkv_kernel(
     do_tile = pointers.dout + token * strides.dout_token + head.to(tl.int64) * strides.dout_head
     stats_tile = pointers.stats + (head.to(tl.int64) * total_q + token) * 4
     rewind = tl.cast((1 - blocks) * BLOCK_M, tl.int64)
-    # At least one step, on a tile that is all masked where nothing is visible: an accumulator that
-    # skips the loop makes ptxas serialise the products (C7515).
+    # The loop has at least one step, which is fully masked if no query sees the keys. If an
+    # accumulator could skip the loop, ptxas would serialise the products (C7515).
     steps = tl.maximum(blocks * TILE.group, 1)
     tl.assume(steps > 0)
     for _ in tl.range(0, steps):

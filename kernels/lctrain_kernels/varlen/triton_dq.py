@@ -1,4 +1,4 @@
-"""The backward kernel of varlen attention that owns queries: dq."""
+"""The portable backward kernel of varlen attention that computes dq."""
 
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 
 class DqPointers(NamedTuple):
-    """Tensors of varlen_dq_kernel, whose docstring has their shapes."""
+    """Tensors of varlen_dq_kernel, whose docstring gives their shapes."""
 
     q: Any
     k: Any
@@ -38,7 +38,7 @@ class DqPointers(NamedTuple):
 
 
 class DqStrides(NamedTuple):
-    """Distances between tokens and between heads, in elements."""
+    """Strides of tokens and of heads of each tensor, in elements."""
 
     q_token: Any
     q_head: Any
@@ -71,11 +71,14 @@ def varlen_dq_kernel(
     FLAGS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Computes dq of a tile; also writes what the dk, dv kernel reads per query.
+    """Computes dq of a tile of queries, and writes the statistics that the dk, dv kernel reads.
 
-    Grid: as varlen_fwd_kernel. q, out, dout, dq [T, H, D]; k, v [Tk, Hk, D]; lse, dlse and
-    delta = rowsum(dout * out) - dlse [H, T] float32. stats [H, T, 4] float32: lse in base 2 (+inf
-    where nothing was seen), delta / keep_scale, two unused.
+    Grid: that of varlen_fwd_kernel.
+
+    - q, out, dout, dq [T, H, D]; k, v [Tk, Hk, D].
+    - lse, dlse and delta = rowsum(dout * out) - dlse: [H, T] float32.
+    - stats [H, T, 4] float32: base-2 lse (+inf for a query that saw no key), delta / keep_scale,
+      and two unused numbers.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
@@ -138,12 +141,12 @@ def varlen_dq_kernel(
     if pointers.dlse is not None:
         delta -= tl.load(pointers.dlse + row_lse, mask=inside, other=0.0)
     lse = tl.load(pointers.lse + row_lse, mask=inside, other=float("inf"))
-    # A row that saw nothing has no weights: 2^(x - inf) = 0.
+    # lse = +inf gives a query that saw no key weights of 2^(x - inf) = 0.
     lse2 = tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)
     tl.store(pointers.stats + row_lse * 4, lse2, mask=inside)
     tl.store(pointers.delta + row_lse, delta, mask=inside)
-    # Dropout: ds / keep_scale = (Z / keep_scale) p dp - p delta / keep_scale; the factor goes into
-    # dq and dk.
+    # With the dropout factor Z, ds / keep_scale = (Z / keep_scale) p dp - p delta / keep_scale.
+    # The factor keep_scale is applied to dq and dk at the end.
     delta = delta / keep_scale
     tl.store(pointers.stats + row_lse * 4 + 1, delta, mask=inside)
 
@@ -176,12 +179,12 @@ def varlen_dq_kernel(
     last_seen = tl.minimum(query + shift + right, length_k - 1)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # Ranges: a left bound's tiles, tiles without a mask, the diagonal's.
+    # Ranges of key tiles: those that the left bound cuts, those without a mask, the diagonal's.
     for part in tl.static_range(0 if FLAGS.has_left else 1, 3):
         begin = low if part == 0 else (clear_low if part == 1 else clear_high)
         end = clear_low if part == 0 else (clear_high if part == 1 else high)
-        # The branch keeps the accumulator of an empty range out of the loop's pipeline of products,
-        # and pointers advance by addition; without either ptxas may serialise the products (C7515).
+        # The branch skips the loop for an empty range, and pointers advance by addition. Without
+        # either, ptxas may serialise the products (C7515).
         if begin < end:
             k_tile = k_base + tl.cast(begin, tl.int64) * strides.k_token
             v_tile = v_base + tl.cast(begin, tl.int64) * strides.v_token

@@ -1,4 +1,4 @@
-"""Forward of varlen attention in portable Triton."""
+"""The portable forward kernel of varlen attention, and its launcher."""
 
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 
 class ForwardPointers(NamedTuple):
-    """Tensors of varlen_fwd_kernel, whose docstring has their shapes."""
+    """Tensors of varlen_fwd_kernel, whose docstring gives their shapes."""
 
     q: Any
     k: Any
@@ -49,7 +49,7 @@ class ForwardPointers(NamedTuple):
 
 
 class ForwardStrides(NamedTuple):
-    """Distances between tokens and between heads, in elements."""
+    """Strides of tokens and of heads of each tensor, in elements."""
 
     q_token: Any
     q_head: Any
@@ -78,11 +78,12 @@ def varlen_fwd_kernel(
     FLAGS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: PACK query heads of one key/value head times BLOCK_M / PACK queries of a
-    document.
+    """Computes out and lse of a tile of queries of one document.
+
+    A tile has BLOCK_M rows: PACK query heads of one key/value head times BLOCK_M / PACK queries.
+    Shapes: q and out [T, H, D], k and v [Tk, Hk, D], lse [H, T] float32.
 
     Grid: (key/value heads * tiles * SCHEDULE_ROWS * PACK / BLOCK_M * GROUP / PACK,).
-    q [T, H, D], k and v [Tk, Hk, D], out [T, H, D], lse [H, T] float32.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
@@ -150,12 +151,12 @@ def varlen_fwd_kernel(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # Ranges: a left bound's tiles, tiles without a mask, the diagonal's.
+    # Ranges of key tiles: those that the left bound cuts, those without a mask, the diagonal's.
     for part in tl.static_range(0 if FLAGS.has_left else 1, 3):
         begin = low if part == 0 else (clear_low if part == 1 else clear_high)
         end = clear_low if part == 0 else (clear_high if part == 1 else high)
-        # The branch keeps the accumulator of an empty range out of the loop's pipeline of products,
-        # and pointers advance by addition; without either ptxas may serialise the products (C7515).
+        # The branch skips the loop for an empty range, and pointers advance by addition. Without
+        # either, ptxas may serialise the products (C7515).
         if begin < end:
             k_tile = k_base + tl.cast(begin, tl.int64) * strides.k_token
             v_tile = v_base + tl.cast(begin, tl.int64) * strides.v_token
