@@ -1,4 +1,4 @@
-"""PackedBatch: documents packed into one row, the batch of collator, model and kernels."""
+"""PackedBatch: a batch of documents packed into one row, which the collator gives the model."""
 
 from __future__ import annotations
 
@@ -378,10 +378,10 @@ def _shift(targets_T: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def _set_unchanged(batch: PackedBatch, name: str, value: Any) -> None:
-    """The `__setattr__` of PackedBatch: raises unless an attribute is set to its current value.
+    """Raises unless an attribute is set to its current value; the `__setattr__` of PackedBatch.
 
-    A frozen dataclass would raise always. But Lightning's convert_input (precision "bf16-true",
-    FSDP) sets every field of a dataclass to the value that it has.
+    The `__setattr__` of a frozen dataclass always raises. But Lightning's convert_input (precision
+    "bf16-true", FSDP) sets every field of a dataclass to its current value.
     """
     if name not in batch.__dict__ or not _same(batch.__dict__[name], value):
         raise dataclasses.FrozenInstanceError(f"cannot assign to field {name!r}")

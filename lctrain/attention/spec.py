@@ -56,7 +56,7 @@ class AttentionSpec:
         return ATTENTION_NAMES[self.kind]
 
     def options(self) -> dict[str, Any]:
-        """Returns the keyword arguments with which `make_spec` builds this spec."""
+        """Returns the keyword arguments, without `kind`, that `make_spec` needs for this spec."""
         return asdict(self)
 
 

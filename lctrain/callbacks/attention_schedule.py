@@ -153,7 +153,7 @@ class AttentionSchedule(Patching):
             pl_module.log("attention/stage", float(self.stage.step), batch_size=1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the first step of the current stage, which a later validation restores."""
+        """Returns the first step of the current stage, for the checkpoint to restore the stage."""
         return {"stage": self.stage.step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""IsolationCheck: tests before the first step that the documents of a real batch do not mix."""
+"""IsolationCheck: tests on the first training batch that documents in a pack do not mix."""
 
 from __future__ import annotations
 

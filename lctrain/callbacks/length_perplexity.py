@@ -30,7 +30,7 @@ class LengthPerplexity(pl.Callback):
         model: Attribute path of the model in the module; None takes the only model, or the only
             model with trainable weights.
         begin_token: Whether each window starts with the begin token of the data module's tokenizer;
-            None follows the tokenizer, which may add a begin token to a text.
+            None means that it does if that tokenizer adds a begin token to a text.
 
     Raises:
         ValueError: if `every_n_steps` or `documents` is below 1 or a length is out of range; in

@@ -114,9 +114,9 @@ class NonFiniteLossGuard(pl.Callback):
         pl_module: pl.LightningModule,
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        """With on_batch="skip", drops all gradients if a loss or gradient is not finite.
+        """Drops the gradients of all ranks if a loss or gradient of any rank is not finite.
 
-        All ranks drop theirs if one rank finds such a value.
+        Does nothing with on_batch="stop".
         """
         if self.on_batch != "skip":
             return

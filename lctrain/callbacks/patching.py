@@ -213,7 +213,7 @@ def _builds_later(module: pl.LightningModule) -> bool:
 
 @contextmanager
 def _without_own_patch(module: pl.LightningModule) -> Iterator[None]:
-    """Context in which a LongContextModule does not patch its model; the callback patches it."""
+    """Keeps a LongContextModule, inside the context, from patching its model itself."""
     if not isinstance(module, LongContextModule):
         yield
         return

@@ -61,14 +61,16 @@ class RoutedRounding:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Context in which one run of the model is recorded."""
+        """Records one run of the model inside the context."""
         self._recorded = {block: [] for block in self.blocks}
         with self._hooks(self._record):
             yield
 
     @contextmanager
     def replaying(self, watched: Tensor) -> Iterator[None]:
-        """Context in which a second run, of the same number of tokens, gets the recorded rounding.
+        """Gives a second run of the model, inside the context, the rounding of the recorded run.
+
+        Both runs must have the same number of tokens.
 
         Args:
             watched: [T] bool, True at tokens of documents that have not changed since the recorded

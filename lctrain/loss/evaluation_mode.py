@@ -11,9 +11,10 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Context in which a model runs in eval mode and without gradients.
+    """Puts a model into eval mode and turns gradients off, inside the context.
 
-    At the end, the training flag of every module is restored, even if the flags differ.
+    At the end of the context, the training flag of every module is restored. The flags of different
+    modules may differ.
 
     Args:
         model: The model.

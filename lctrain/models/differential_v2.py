@@ -48,7 +48,7 @@ class PairedLinear(nn.Linear):
 
     @contextmanager
     def subtracting(self, lam: Tensor) -> Iterator[None]:
-        """Context in which the inputs of `forward` have both branches.
+        """Makes `forward`, inside the context, take inputs with both branches and subtract.
 
         Args:
             lam: Lambda [B, S, H] of the H pairs.

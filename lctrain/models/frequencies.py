@@ -87,14 +87,14 @@ class DocumentFrequencies:
             return self._rotate(x, position_ids, inv_freq, layer_type)
 
     def frequencies(self, lengths: Tensor, layer_type: str | None = None) -> Tensor:
-        """Returns the rotary frequencies of documents by their lengths.
+        """Returns the rotary frequencies for documents of given lengths.
 
         Args:
-            lengths: [...] integers.
+            lengths: Lengths of documents in tokens, [...] integers.
             layer_type: Layer type, for modules with frequencies per layer type; else None.
 
         Returns:
-            [..., D / 2] float32.
+            One row of frequencies per length, [..., D / 2] float32.
         """
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -196,7 +196,7 @@ def detach_frequencies(model: nn.Module) -> None:
 
 @contextmanager
 def row_frequencies(model: nn.Module, lengths: Tensor) -> Iterator[None]:
-    """Context in which an unpatched model rotates each row at the frequencies of the row's length.
+    """Makes an unpatched model, inside the context, rotate each row by the row's own length.
 
     Args:
         model: A transformers model.
@@ -247,7 +247,10 @@ class CrossingCache:
         self.model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the model's inputs, without the cache if a row outgrows the short frequencies."""
+        """Returns the model's inputs for the next token, as the model's own method does.
+
+        If a row now exceeds the range of the short frequencies, its inputs have no cache.
+        """
         original = type(self.model).prepare_inputs_for_generation
         cache, mask = given_cache(kwargs), kwargs.get("attention_mask")
         seen = 0 if cache is None else int(cache.get_seq_length())
@@ -353,7 +356,7 @@ def _serves(rotary: Any, layer_type: str | None) -> bool:
 
 
 def _threshold(rotary: Any, layer_type: str | None) -> int:
-    """Returns the length in tokens up to which documents get the short frequencies."""
+    """Returns the length in tokens above which a document's frequencies depend on its length."""
     parameters = rotary.config.rope_parameters
     parameters = parameters if layer_type is None else parameters[layer_type]
     if parameters["rope_type"] == "longrope":

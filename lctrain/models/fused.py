@@ -1,4 +1,4 @@
-"""FusedSwap: makes the norms, rotations, MLPs and residual additions of a model fused operations.
+"""FusedSwap: replaces norms, rotary embeddings, MLPs and residual additions by fused operations.
 
 The `__class__` of each module becomes a subclass of its own class. Nothing else changes in the
 module, and no other model changes. A class is supported if its forward has the same code as a known

@@ -96,7 +96,7 @@ class InputHook:
             _refuse_numbers(mask)
             if self.rotaries:
                 self._tell_lengths(model, _continued_lengths(inputs, tokens))
-            return (), inputs  # the layers find the boundaries, from their number of cached keys
+            return (), inputs  # each layer finds the boundaries from its number of cached keys
         positions = inputs.get("position_ids")
         boundaries = read_boundaries(inputs, tokens.shape[0], tokens.shape[1], tokens.device)
         if inputs.get("position_ids") is not positions:  # the mask numbers documents

@@ -99,7 +99,7 @@ class PatchHandle(Unpatchable):
 
     @property
     def attention(self) -> AttentionSwap:
-        """The change of the model's attention."""
+        """The swap that replaced the model's attention."""
         return cast(AttentionSwap, self._swap(AttentionSwap))
 
     @property
@@ -114,12 +114,12 @@ class PatchHandle(Unpatchable):
 
     @property
     def fused(self) -> FusedSwap | None:
-        """The change of modules to fused ones; None without `fused=True`."""
+        """The swap that replaced modules by fused ones; None without `fused=True`."""
         return cast(FusedSwap | None, self._swap(FusedSwap))
 
     @property
     def loss(self) -> LossSwap | None:
-        """The change of the model's loss; None without `loss=True`."""
+        """The swap that replaced the model's loss; None without `loss=True`."""
         return cast(LossSwap | None, self._swap(LossSwap))
 
     def unpatch(self) -> None:

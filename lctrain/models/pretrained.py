@@ -79,7 +79,7 @@ def check_dtype(dtype: str) -> None:
 
 @contextmanager
 def _naming(config: PretrainedModelConfig) -> Iterator[None]:
-    """Context in which an error of transformers becomes a ValueError that names the model."""
+    """Turns errors of transformers, inside the context, into ValueErrors that name the model."""
     from safetensors import SafetensorError
 
     check_model_name(config.name_or_path)

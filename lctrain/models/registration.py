@@ -101,7 +101,10 @@ def _accept_names(model_class: Any) -> None:
 
     @functools.wraps(correct)
     def check_part(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> Any:
-        """Checks one part of a model; an outer model's set_attn_implementation asks every part."""
+        """Checks the attention name for one part of a model, and prepares the part.
+
+        An outer model's set_attn_implementation calls this method of every part.
+        """
         if requested_attention not in ATTENTION_NAMES.values():
             return correct(self, requested_attention, *args, **kwargs)
         return check(self, requested_attention)

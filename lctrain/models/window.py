@@ -1,4 +1,4 @@
-"""configured_window: the trained window of a model, the length of its training texts in tokens."""
+"""configured_window: returns a model's trained window, the length of its training texts."""
 
 from typing import Any
 
