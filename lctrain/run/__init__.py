@@ -1,1 +1,1 @@
-"""The life of a run: its folder, its lock, its identity, its checkpoint files and its end."""
+"""Folder, lock, identity, checkpoint files, resume and signals of a run."""

@@ -1,7 +1,7 @@
-"""Checkpoint files: written whole or not at all, sealed with a checksum, read without running code.
+"""Checkpoint files: written atomically, with a checksum, and read without running code from them.
 
-A checkpoint is the zip archive that `torch.save` writes. The archive's comment holds the SHA-256 of
-the archive without a comment, so that the checksum stays with the file wherever it goes.
+A checkpoint is the zip archive that `torch.save` writes. The comment of the archive holds the
+SHA-256 of the archive without the comment, so the checksum is part of the file.
 """
 
 from __future__ import annotations
@@ -24,24 +24,30 @@ from lctrain.run.seal import DamagedCheckpointError, seal
 WRITING = ".writing"  # suffix of a file that is being written
 
 ALLOWED: list[Any] = []
-"""Classes and functions that a checkpoint may name besides tensors and plain values. lctrain's need
-none; a callback that keeps an object of its own adds its class here."""
+"""Classes and functions that a checkpoint may contain besides tensors and plain values. lctrain's
+checkpoints contain none. A callback whose state holds other objects adds their classes here."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its target, seals it, flushes it to disk, then renames it.
+    """Lightning plugin that writes checkpoints atomically: a file is complete or does not exist.
 
-    A target is never half written.
+    It writes a temporary file beside the target, adds the checksum, flushes the file to disk and
+    renames it.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Writes `checkpoint` to `path` at once.
+        """Writes a checkpoint atomically.
+
+        Args:
+            checkpoint: State to write.
+            path: File to write.
+            storage_options: Not used.
 
         Raises:
-            OSError: if it cannot be written, also if torch hides that behind an error of its own;
-                nothing is left behind.
+            OSError: if the file cannot be written. torch raises a RuntimeError in some such cases;
+                the OSError is raised instead. No file remains.
         """
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -65,16 +71,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Reads a checkpoint to the CPU; the strategy moves what belongs on a device.
+        """Reads a checkpoint to the CPU. Lightning's strategy then moves states to the device.
 
         Args:
-            path: The file.
-            map_location: See `torch.load`.
-            weights_only: Read tensors, plain values and what ALLOWED lists only; None for yes.
+            path: Checkpoint file.
+            map_location: As in `torch.load`; None reads to the CPU.
+            weights_only: Whether to accept only tensors, plain values and the classes in ALLOWED;
+                None does.
 
         Raises:
-            ValueError: if the file is damaged, or holds other objects than tensors and plain
-                values.
+            ValueError: if the file is damaged, or holds an object that is not accepted.
         """
         location = (lambda storage, _: storage) if map_location is None else map_location
         if weights_only is False:
@@ -83,15 +89,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def read_checkpoint(path: Path, **options: Any) -> dict[str, Any]:
-    """Reads a checkpoint; code that it may hold is not run.
+    """Reads a checkpoint without running code from the file.
 
     Args:
-        path: The file.
-        options: Options of `torch.load`; with mmap=True tensors are read when they are used.
+        path: Checkpoint file.
+        options: Options of `torch.load`. With mmap=True a tensor is read when it is first used.
 
     Raises:
-        DamagedCheckpointError: if torch cannot read it.
-        ValueError: if it holds more than tensors, plain values and what ALLOWED lists.
+        DamagedCheckpointError: if torch cannot read the file.
+        ValueError: if the file holds objects other than tensors, plain values and those of classes
+            in ALLOWED.
     """
     try:
         with torch.serialization.safe_globals(ALLOWED):
@@ -121,7 +128,12 @@ def read_checkpoint(path: Path, **options: Any) -> dict[str, Any]:
 
 
 class _HashingFile:
-    """Passes bytes on to a file, and keeps their hash and the file's first error."""
+    """Wrapper of a file that hashes the written bytes and keeps the first OSError.
+
+    Attributes:
+        digest: SHA-256 of the bytes written so far.
+        error: First error of the file; None without an error.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -142,7 +154,11 @@ class _HashingFile:
 
 
 def _sync(descriptor: int) -> None:
-    """Flushes to disk, if the file system supports that."""
+    """Flushes a file to disk, if the file system supports it.
+
+    Args:
+        descriptor: File descriptor.
+    """
     try:
         os.fsync(descriptor)
     except OSError as error:

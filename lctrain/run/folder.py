@@ -1,4 +1,4 @@
-"""The folder of a run: created for one run, locked while it runs, reopened only to resume it."""
+"""RunFolder: the folder of one run, which is locked while the run is active."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ ORPHANS = ("step-*.ckpt.tmp", "step-*.ckpt.writing", "step-*.ckpt.tmp.writing", 
 
 
 class RunFolder:
-    """The folder of one run, locked until `close`. `run.json` in it has the id of the run.
+    """The folder of one run, which is locked until `close`.
 
-    Ranks other than the first lock nothing.
+    The file `run.json` in the folder describes the run. Only rank 0 locks the folder.
 
     Attributes:
-        path: The folder.
-        record: Contents of `run.json`: `id`, `kind`, `identity` and how the run was started.
+        path: Path of the folder.
+        record: Contents of `run.json`: id, kind and identity of the run, and time, arguments, host
+            and process of its start.
     """
 
     def __init__(self, path: Path, record: dict[str, Any], lock: FolderLock | None) -> None:
-        """Use `create` or `reopen`."""
+        """Stores the attributes; callers use `create` or `reopen`."""
         self.path = path
         self.record = record
         self._locks = [] if lock is None else [lock]
@@ -46,21 +47,21 @@ class RunFolder:
 
     @property
     def id(self) -> str:
-        """Id of the run, also in Weights and Biases."""
+        """Id of the run, which is also its id in Weights and Biases."""
         return str(self.record["id"])
 
     @classmethod
     def create(cls, path: Path, kind: str, identity: Mapping[str, Any]) -> RunFolder:
-        """Creates the folder of a new run, or uses an existing folder without a run.
+        """Creates and locks the folder of a new run. An existing folder must not contain a run.
 
         Args:
-            path: The folder.
-            kind: train or eval.
-            identity: Options that make the run what it is: see `identity_of`.
+            path: Path of the folder.
+            kind: "train" or "eval".
+            identity: Options that a resumed run must not change: see `identity_of`.
 
         Raises:
-            ValueError: if the folder has a run.
-            FolderInUseError: if another process is creating a run in it.
+            ValueError: if the folder contains a run.
+            FolderInUseError: if another process has locked the folder.
         """
         record = _new_record(kind, identity)
         if not is_rank_zero():
@@ -86,15 +87,15 @@ class RunFolder:
 
     @classmethod
     def reopen(cls, path: Path, kind: str, identity: Mapping[str, Any]) -> RunFolder:
-        """Opens the folder of a run that is resumed.
+        """Locks the folder of a run that is resumed.
 
         Args:
-            path: The folder.
-            kind: train or eval.
-            identity: Used if the folder has no record.
+            path: Path of the folder.
+            kind: "train" or "eval". It is used if the folder has no run.json.
+            identity: Identity of the run. It is used if the folder has no run.json.
 
         Raises:
-            FolderInUseError: if the run is running.
+            FolderInUseError: if another process has locked the folder.
         """
         record = read_record(path) or _new_record(kind, identity)
         if not is_rank_zero():
@@ -105,10 +106,12 @@ class RunFolder:
         return cls(path, record, lock)
 
     def save_options(self, options: Mapping[str, Any]) -> None:
-        """Writes the resolved options to `config.yaml`; what it said before a resume is kept.
+        """Writes the resolved options to `config.yaml`.
+
+        A file with other options is first renamed to `config_<number>.yaml`.
 
         Args:
-            options: Plain nested values.
+            options: Options as plain nested values.
         """
         from omegaconf import OmegaConf
 
@@ -120,28 +123,28 @@ class RunFolder:
         path.write_text(text)
 
     def note(self, key: str, value: Any) -> None:
-        """Adds entries to `run.json` that a resumed run needs.
+        """Adds an entry to `run.json`.
 
         Args:
-            key: Its name in the record.
-            value: A plain value of JSON.
+            key: Name of the entry.
+            value: Value of a type that JSON has.
         """
         self.record[key] = value
         if is_rank_zero():
             _write(self.path / RECORD, self.record)
 
     def hold(self, folder: Path) -> None:
-        """Locks another folder that the run writes into.
+        """Locks another folder that the run writes to, unless it is below the run's folder.
 
         Raises:
-            FolderInUseError: if another run uses it.
+            FolderInUseError: if another run has locked the folder.
         """
         if is_rank_zero() and self.path.resolve() not in folder.resolve().parents:
             folder.mkdir(parents=True, exist_ok=True)
             self._locks.append(FolderLock(folder))
 
     def close(self) -> None:
-        """Unlocks the folder for other runs."""
+        """Releases the lock of the run's folder, and those of `hold`."""
         for lock in self._locks:
             lock.release()
         self._locks = []
@@ -160,7 +163,10 @@ class RunFolder:
         self.close()
 
     def _leave(self) -> None:
-        """Unlocks the folder for the next attempt, since there is no checkpoint to resume from."""
+        """Frees the folder for a new run after a failure without a checkpoint.
+
+        It deletes `run.json` and renames `metrics.csv`.
+        """
         with suppress(OSError):
             (self.path / RECORD).unlink(missing_ok=True)
             if (self.path / "metrics.csv").exists():
@@ -168,7 +174,7 @@ class RunFolder:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """Returns the contents of `run.json` in a folder; None if there is none that can be read."""
+    """Returns the contents of `run.json` in a folder; None if it cannot be read."""
     try:
         record = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError):
@@ -177,10 +183,12 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def remove_orphans(runs_dir: Path) -> None:
-    """Deletes half-written checkpoints of runs that were killed, in all runs of this name.
+    """Deletes half-written checkpoints that killed runs left.
+
+    Runs that are still active keep their files.
 
     Args:
-        runs_dir: Folder of the runs of a name; those of a multirun are one folder deeper.
+        runs_dir: Folder of all runs with a name. Runs of a multirun lie one folder deeper.
     """
     if not is_rank_zero():
         return
@@ -202,7 +210,7 @@ def _new_record(kind: str, identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _start() -> dict[str, Any]:
-    """Returns how and where this process was started."""
+    """Returns the start of this process: time, arguments, host, process id and SLURM job."""
     return {
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "arguments": sys.argv[1:],
@@ -213,7 +221,7 @@ def _start() -> dict[str, Any]:
 
 
 def _write(path: Path, record: Mapping[str, Any]) -> None:
-    """Writes JSON at once."""
+    """Writes a JSON file atomically."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=2) + "\n")
     os.replace(temporary, path)

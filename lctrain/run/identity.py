@@ -16,11 +16,11 @@ MAY_CHANGE = (
     "export",
     "evaluation",
     "callbacks",  # built from the new options
-    # length of the run, which the learning-rate schedule follows
+    # length of the run, which determines the learning-rate schedule
     "trainer.max_steps",
     "trainer.max_epochs",
     "trainer.max_time",
-    "trainer.budget_s",  # the number of steps that it led to is in the checkpoint
+    "trainer.budget_s",  # the checkpoint holds the number of steps that was chosen for it
     # intervals of logging and validation
     "trainer.log_every_n_steps",
     "trainer.validate_every_n_steps",
@@ -35,7 +35,7 @@ MAY_CHANGE = (
     "attention.backend",
     "attention.deterministic",
     "model.gradient_checkpointing",
-    # places of the data, whose contents are compared with the checkpoint
+    # paths of the data; a hash of the texts is compared with the checkpoint instead
     "data.files",
     "data.held_out_files",
     "data.tokenizer",
@@ -43,17 +43,17 @@ MAY_CHANGE = (
     "data.num_workers",
     "data.num_proc",
 )
-"""Options, or groups of them, that may differ between a checkpoint and the run that resumes it."""
+"""Options, or groups of options, that a resumed run may change."""
 
 
 def identity_of(config: Any, **resolved: Any) -> dict[str, Any]:
-    """Returns the options that must stay, by dotted name, as plain values of JSON.
+    """Returns the options that a resumed run must not change, as JSON values by dotted name.
 
-    The name of a group stands for its kind: `{"data": "TextData", "data.max_tokens": 2048, ...}`.
+    A group has the name of its dataclass: `{"data": "TextData", "data.max_tokens": 2048, ...}`.
 
     Args:
-        config: The dataclass of the whole run.
-        resolved: Values to use instead of what the config says, by name with `__` for a dot.
+        config: Dataclass of the whole run.
+        resolved: Values that replace those in `config`, by option name with `__` for a dot.
     """
     found: dict[str, Any] = {}
     _collect(config, "", found)
@@ -62,23 +62,23 @@ def identity_of(config: Any, **resolved: Any) -> dict[str, Any]:
 
 
 def plain_values(config: Any) -> dict[str, Any]:
-    """Returns all options as nested values of JSON.
+    """Returns all options of a run as nested JSON values.
 
     Args:
-        config: The dataclass of the whole run.
+        config: Dataclass of the whole run.
     """
     return dict(json.loads(json.dumps(asdict(config), default=str)))
 
 
 def may_change(name: str) -> bool:
-    """Whether the option of this dotted name may differ in a resumed run."""
+    """Whether a resumed run may change the option with this dotted name."""
     return any(name == free or name.startswith(f"{free}.") for free in MAY_CHANGE)
 
 
 def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
-    """Returns the differences as "option was x, is y".
+    """Returns the differences of two identities, as sentences "option was x, is y".
 
-    Options that only one of the two has are left out.
+    Options that are in only one of the identities are left out.
 
     Args:
         now: Identity of this run.

@@ -1,4 +1,4 @@
-"""A lock on a folder that ends with its process, however that process ends."""
+"""FolderLock: a lock on a folder that the operating system releases when the process ends."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ log = logging.getLogger(__name__)
 LOCK = "run.lock"
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
-_held: set[Path] = set()  # of this process, which the operating system would let in again
+_held: set[Path] = set()  # locks of this process: a second lock by the same process would succeed
 
 
 class FolderInUseError(ValueError):
-    """Another run holds the folder."""
+    """Raised if another run has locked the folder."""
 
 
 class FolderLock:
-    """Holds `<folder>/run.lock`.
+    """Exclusive lock on a folder: a POSIX record lock on the file `<folder>/run.lock`.
 
-    It is a POSIX record lock: a worker process that was forked does not inherit it, so that the
-    lock is free as soon as the run's own process is gone. The operating system drops it when the
-    process closes any descriptor of the file: nothing else may open it.
+    Forked worker processes do not inherit a record lock, so the lock is released as soon as the
+    run's own process ends. The operating system also releases the lock if the process closes any
+    descriptor of the file; no other code may open it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,7 +36,7 @@ class FolderLock:
             folder: An existing folder.
 
         Raises:
-            FolderInUseError: if another run, or this process, has the lock.
+            FolderInUseError: if another run has the lock, or this process has it already.
         """
         self.path = folder.resolve() / LOCK
         if self.path in _held:
@@ -61,7 +61,7 @@ class FolderLock:
         )
 
     def release(self) -> None:
-        """Releases the lock. The file stays, since removing it would race with the next run."""
+        """Releases the lock. The file is not deleted, since that would race with the next run."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -69,7 +69,7 @@ class FolderLock:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a run holds the folder."""
+    """Whether a run has locked the folder."""
     if not (folder / LOCK).exists():
         return False
     try:

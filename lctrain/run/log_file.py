@@ -1,4 +1,4 @@
-"""`train.log`: everything that a run logs, its warnings, and the error that ends it."""
+"""Writes a log file, such as train.log: log messages, warnings and the error that ended the run."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ _only_file = logging.getLogger("lctrain.run.only_file")
 
 
 class _LogFile(logging.FileHandler):
-    """A log file that a full disk may cut short: what matters is on the terminal, too."""
+    """Handler of a log file that ignores a full disk; the terminal shows the messages as well."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Says nothing about an error of the disk, which ends the run with a message of its own."""
+        """Ignores errors of the disk, for which the run reports an error of its own."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
 
     def close(self) -> None:
-        """Closes the file, whether or not what is left to write fits on the disk."""
+        """Closes the file, and ignores an error if the buffered text does not fit on the disk."""
         with suppress(OSError):
             super().close()
 
 
 @contextmanager
 def log_file(path: Path, writes: bool = True) -> Iterator[None]:
-    """Context in which log messages are appended to a file.
+    """Context manager that appends log messages, warnings and errors to a file.
 
-    Messages of lctrain are kept from level INFO on, others as the root logger lets them through.
+    lctrain's messages are written from level INFO on. Messages of other packages are written if the
+    root logger accepts their level.
 
     Args:
-        path: The file.
-        writes: False for ranks that write nothing.
+        path: Log file.
+        writes: Whether this rank writes the file.
     """
     if not writes:
         yield
@@ -73,6 +74,6 @@ def log_file(path: Path, writes: bool = True) -> Iterator[None]:
 
 
 def log_to_file(text: str) -> None:
-    """Writes text to the log file that was printed already, and prints nothing."""
+    """Writes text to the log file only, for text that has been printed already."""
     if _only_file.handlers:
         _only_file.info("%s", text)

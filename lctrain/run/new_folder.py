@@ -1,4 +1,4 @@
-"""The folder that Hydra gives a new run: outputs/<name>/<time>_<four digits>/."""
+"""Names the folder of a new run for Hydra: outputs/<name>/<time>_<four digits>/."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 from lctrain.local_paths import check_run_name, local_path
 from lctrain.run.rank import is_rank_zero
 
-TOKEN = secrets.token_hex(2)  # of this process: runs that start in the same second differ
+TOKEN = secrets.token_hex(2)  # tells runs apart that start in the same second
 
 
 def new_run_folder(root: str, name: str, time: str) -> str:
-    """Returns the path of the folder for a run that starts now; does not create it.
+    """Returns the path of a new run's folder, without creating the folder.
 
     Args:
         root: Folder of all runs.
         name: Name of the run.
-        time: When it starts.
+        time: Start of the run, as text.
 
     Raises:
-        ValueError: if the name leads out of the root, or the root is not on this machine.
+        ValueError: if the name leads out of the root, or the root is a URL.
     """
     below = Path(local_path("paths.root", root)) / check_run_name(name)
     if not is_rank_zero():
@@ -33,7 +33,7 @@ def new_run_folder(root: str, name: str, time: str) -> str:
 
 
 def register_new_run_folder() -> None:
-    """Makes the function a resolver of OmegaConf: ${new_run_folder:root,name,time}. Idempotent."""
+    """Registers the OmegaConf resolver ${new_run_folder:root,name,time}. It is idempotent."""
     from omegaconf import OmegaConf
 
     OmegaConf.register_new_resolver("new_run_folder", _resolve, replace=True)

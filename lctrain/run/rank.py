@@ -1,4 +1,4 @@
-"""Decides which process of a run writes, before any process group exists."""
+"""Reads the rank of this process from environment variables, before a process group exists."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Mapping
 
 
 def is_rank_zero(environment: Mapping[str, str] = os.environ) -> bool:
-    """Returns whether this process is the first of its run, by the launcher's variables.
+    """Whether this process is rank 0 of its run.
 
-    torchrun sets RANK, srun SLURM_PROCID, and Lightning LOCAL_RANK and NODE_RANK. Without them the
-    process is the only one, or starts the others.
+    torchrun sets RANK, srun sets SLURM_PROCID, and Lightning sets LOCAL_RANK and NODE_RANK. Without
+    these variables the process is rank 0: the only process, or the one that starts other ranks.
 
     Args:
-        environment: The variables.
+        environment: Environment variables by name.
     """
     for name in ("RANK", "SLURM_PROCID"):
         if environment.get(name, "").isdigit():
@@ -22,5 +22,5 @@ def is_rank_zero(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def is_launched_by_lightning(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether Lightning started this process as a further rank of a run on this machine."""
+    """Whether Lightning started this process as a rank other than 0 on this machine."""
     return "RANK" not in environment and environment.get("LOCAL_RANK", "0") not in ("", "0")

@@ -1,4 +1,4 @@
-"""Finds the checkpoint that a run starts from: `ckpt_path` is a path, or "last" for the newest."""
+"""Finds the checkpoint that a run resumes from, by `ckpt_path`: a path, or "last"."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lctrain.run.seal import DamagedCheckpointError, damage_of
 log = logging.getLogger(__name__)
 
 LAST = "last.ckpt"
-IDENTITY_KEY = "run"  # in the checkpoint
+IDENTITY_KEY = "run"  # key of the run's record in a checkpoint
 NEEDED = ("state_dict", "optimizer_states", "lr_schedulers", "loops")
 
 
@@ -24,18 +24,18 @@ def find_checkpoint(
     runs_dir: Path,
     identity: Mapping[str, Any] | None = None,
 ) -> Path | None:
-    """Resolves `ckpt_path` of a run.
+    """Finds the checkpoint that `ckpt_path` denotes.
 
     Args:
-        ckpt_path: None, a path, or "last".
-        directories: Directories of checkpoints that "last" searches first, for a run that is
-            started again in its folder.
-        runs_dir: Folder of earlier runs of the same name, which "last" searches next, the newest
+        ckpt_path: Path of a checkpoint; "last" for the newest one; None for none.
+        directories: Directories of checkpoints that "last" searches first. They contain checkpoints
+            if a run is started again in its own folder.
+        runs_dir: Folder of earlier runs with the same name, which "last" searches next, the newest
             run first.
-        identity: Identity of this run; None compares nothing.
+        identity: Identity of this run; None skips the comparison with the checkpoint's.
 
     Returns:
-        The intact checkpoint to resume from, or None to start afresh.
+        The intact checkpoint to resume from; None if `ckpt_path` is None.
 
     Raises:
         ValueError: if the checkpoint does not exist, is damaged, or belongs to another run.
@@ -58,11 +58,12 @@ def newest_directory(runs_dir: Path, identity: Mapping[str, Any] | None = None) 
     """Returns the directory of checkpoints of the newest run with this identity.
 
     Args:
-        runs_dir: Folder of earlier runs of the same name.
-        identity: Identity of this run; None compares nothing.
+        runs_dir: Folder of earlier runs with the same name.
+        identity: Identity of this run; None accepts every run.
 
     Raises:
-        ValueError: if no run matches; the message says how the newest one differs.
+        ValueError: if no run has this identity; the message names the options in which the newest
+            run differs.
     """
     runs = sorted(_directories(runs_dir), key=_age, reverse=True)
     for directory in runs:
@@ -82,7 +83,15 @@ def newest_directory(runs_dir: Path, identity: Mapping[str, Any] | None = None) 
 
 
 def check_named(path: Path, identity: Mapping[str, Any] | None) -> Path:
-    """Checks a checkpoint that the user names; returns its absolute path."""
+    """Checks a checkpoint that the user named, and returns its absolute path.
+
+    Args:
+        path: Path of the checkpoint.
+        identity: Identity of this run; None skips the comparison.
+
+    Raises:
+        ValueError: if the file does not exist, is damaged, or belongs to another run.
+    """
     path = path.expanduser()
     if path.is_dir():
         found = checkpoints_in(path) or checkpoints_in(path / "checkpoints")
@@ -108,7 +117,7 @@ def check_named(path: Path, identity: Mapping[str, Any] | None) -> Path:
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
-    """The checkpoints of a directory, the newest first; by step where they are equally old."""
+    """Returns the checkpoints in a directory, newest first; equally old ones by falling step."""
     last = directory / LAST
     newest = last.resolve() if last.exists() else None
     found = [path.resolve() for path in directory.glob("step-*.ckpt")]
@@ -117,10 +126,10 @@ def checkpoints_in(directory: Path) -> list[Path]:
 
 
 def newest_intact(paths: Sequence[Path]) -> Path:
-    """Returns the first intact checkpoint, and warns about damaged ones before it.
+    """Returns the first intact checkpoint of a list, and warns about damaged ones before it.
 
     Raises:
-        DamagedCheckpointError: if all are damaged.
+        DamagedCheckpointError: if all checkpoints are damaged.
     """
     damages: list[str] = []
     for path in paths:
@@ -137,7 +146,12 @@ def newest_intact(paths: Sequence[Path]) -> Path:
 
 
 def check_identity(path: Path, identity: Mapping[str, Any] | None) -> None:
-    """Raises ValueError, naming what differs, if an intact checkpoint is of another run."""
+    """Raises ValueError if a checkpoint belongs to another run; the message names the differences.
+
+    Args:
+        path: Path of an intact checkpoint.
+        identity: Identity of this run; None checks only that it is a checkpoint of training.
+    """
     from lctrain.run.checkpoint_file import read_checkpoint
 
     state = read_checkpoint(path, map_location="cpu", mmap=True)
@@ -157,25 +171,25 @@ def check_identity(path: Path, identity: Mapping[str, Any] | None) -> None:
 
 
 def identity_in(checkpoints: Path) -> Mapping[str, Any]:
-    """Identity of the run that wrote into a directory of checkpoints; empty if none is recorded."""
+    """Returns the identity of the run that wrote a directory of checkpoints; {} if unknown."""
     record = read_record(checkpoints.parent) or {}
     identity = record.get("identity", {})
     return identity if isinstance(identity, dict) else {}
 
 
 def run_folder_of(checkpoint: Path) -> Path | None:
-    """The folder of the run that a checkpoint lies in; None if it lies elsewhere."""
+    """Returns the run's folder that contains a checkpoint; None for a checkpoint elsewhere."""
     folder = checkpoint.resolve().parent.parent
     return folder if read_record(folder) is not None else None
 
 
 def _directories(runs_dir: Path) -> Iterator[Path]:
-    """Directories of checkpoints below a folder of runs."""
+    """Yields the directories below a folder of runs that contain checkpoints."""
     for directory in runs_dir.glob("**/checkpoints"):
         if checkpoints_in(directory):
             yield directory
 
 
 def _age(directory: Path) -> float:
-    """Returns the time at which the newest checkpoint was written."""
+    """Returns the modification time of the newest checkpoint, in seconds since the epoch."""
     return checkpoints_in(directory)[0].stat().st_mtime

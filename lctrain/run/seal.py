@@ -1,4 +1,4 @@
-"""Whether a checkpoint file is what was written: its checksum, read without torch."""
+"""Writes and verifies the checksum of a checkpoint file, without torch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ BLOCK = 2**22  # bytes that are hashed at a time
 
 
 class DamagedCheckpointError(ValueError):
-    """The file is not what was written, or not a checkpoint."""
+    """Raised if a file differs from what was written, or is not a checkpoint."""
 
 
 def seal(file: BinaryIO, digest: str) -> None:
-    """Writes the hash into the comment of the archive.
+    """Writes a hash into the comment of a zip archive.
 
     Args:
-        file: The archive, without a comment.
-        digest: SHA-256 of the archive, as hexadecimal digits.
+        file: Archive without a comment, open for reading and writing.
+        digest: SHA-256 of the archive, in hexadecimal digits.
     """
     file.seek(-len(NO_COMMENT), os.SEEK_END)
     assert file.read(len(NO_COMMENT)) == NO_COMMENT, "torch.save has written a comment"
@@ -33,10 +33,10 @@ def seal(file: BinaryIO, digest: str) -> None:
 
 
 def damage_of(path: Path) -> str | None:
-    """Returns what is wrong with a checkpoint file, in words, or None.
+    """Verifies a checkpoint file, and returns a description of the damage; None if it is intact.
 
-    A file without a seal (from an older lctrain, or from Lightning) is compared with the CRC-32 of
-    each of its records.
+    A file without lctrain's checksum, such as one from Lightning, is verified by the CRC-32 of each
+    record of the archive.
     """
     size = path.stat().st_size
     if size == 0:
@@ -57,7 +57,7 @@ def damage_of(path: Path) -> str | None:
 
 
 def _digest(file: BinaryIO, size: int) -> str:
-    """SHA-256 of the first `size` bytes and NO_COMMENT."""
+    """Returns the SHA-256 of the file's first `size` bytes, followed by NO_COMMENT."""
     digest = hashlib.sha256()
     file.seek(0)
     while size > 0:

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop. The first ends it after its step, the second at once."""
+"""Handles signals that stop a run: the first after its step, the second immediately."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ SIGNALS = tuple(
     if hasattr(signal, name)
 )
 ONE_SIGNAL_S = 3.0
-"""Under torchrun a Ctrl-C comes twice, from the terminal and from torchrun: so close, it is one."""
+"""Seconds within which a second signal is ignored under torchrun, which repeats a Ctrl-C of the
+terminal."""
 
 
 class StopRun(BaseException):
-    """Raised when a signal asks the run to end.
+    """Raised when a signal stops the run.
 
-    No Exception, so that error handlers do not catch it.
+    It is not a subclass of Exception, so that general error handlers do not catch it.
 
     Attributes:
-        number: The signal.
-        step: Optimizer steps taken; None outside of training.
+        number: Number of the signal.
+        step: Number of optimizer steps taken; None outside of training.
     """
 
     def __init__(self, number: int, step: int | None = None) -> None:
@@ -40,25 +41,25 @@ class StopRun(BaseException):
 
     @property
     def status(self) -> int:
-        """Exit status, as a shell reports a process that the signal ended."""
+        """Exit status that a shell reports for a process ended by the signal: 128 + number."""
         return 128 + self.number
 
 
 class StopSignals:
-    """Handles SIGINT, SIGTERM, SIGHUP and SIGUSR1 inside a with block.
+    """Context manager that handles SIGINT, SIGTERM, SIGHUP and SIGUSR1.
 
-    While the training loop runs (`waits` is set), the first signal is kept in `received` until the
-    loop looks; at any other time it raises StopRun where the program is. A second signal ends the
-    process at once, with the same exit status.
+    While the training loop runs (`waits` is true), the first signal is stored in `received`, and
+    the loop ends after its step. At other times the first signal raises StopRun immediately. A
+    second signal ends the process immediately, with the same exit status.
 
     Attributes:
-        received: The first signal; None before.
-        waits: Whether somebody looks at `received` after every step.
-        end_others: Sends a signal to other processes of the run, which this one started.
+        received: Number of the first signal; None before a signal.
+        waits: Whether the training loop checks `received` after every step.
+        end_others: Function that sends a signal to the ranks which this process started.
     """
 
     def __init__(self) -> None:
-        """Creates the object; handlers are installed later."""
+        """Creates the object without installing handlers; the with statement installs them."""
         self.received: int | None = None
         self.waits = False
         self.end_others: Callable[[int], None] = lambda number: None
@@ -66,7 +67,11 @@ class StopSignals:
         self._previous: dict[int, Any] = {}
 
     def install(self, *numbers: int) -> None:
-        """Installs the handlers, in the main thread only, as Python requires."""
+        """Installs handlers of signals. It does nothing outside of the main thread.
+
+        Args:
+            *numbers: Numbers of the signals.
+        """
         if threading.current_thread() is not threading.main_thread():
             return
         for number in numbers:
@@ -74,7 +79,7 @@ class StopSignals:
             self._previous.setdefault(number, previous)
 
     def __enter__(self) -> StopSignals:
-        # SIGUSR1 belongs to Lightning's plugin inside a job of SLURM, until training starts.
+        # In a SLURM job, Lightning's plugin handles SIGUSR1 until training starts.
         slurm = "SLURM_JOB_ID" in os.environ
         self.install(*(n for n in SIGNALS if not (slurm and n == signal.SIGUSR1)))
         return self
@@ -114,15 +119,15 @@ class StopSignals:
 
 @contextmanager
 def ends_in_order(signals: StopSignals, checkpoints: Path | None) -> Iterator[None]:
-    """Context that turns the end by a signal into a message and an exit status.
+    """Context manager that turns StopRun into a message and an exit status.
 
     Args:
-        signals: Signals of the run.
+        signals: Signal handlers of the run.
         checkpoints: Directory of the run's checkpoints; None for a run without checkpoints.
 
     Raises:
-        SystemExit: with 128 + the signal, as a shell would report it; with 0 in a rank that
-            Lightning has started, which would otherwise kill the first one for it.
+        SystemExit: if a signal stopped the run. The status is 128 + the signal's number. It is 0 in
+            a rank that Lightning started, since Lightning would otherwise kill rank 0.
     """
     try:
         yield
@@ -131,7 +136,7 @@ def ends_in_order(signals: StopSignals, checkpoints: Path | None) -> Iterator[No
     except Exception as error:
         if signals.received is None:
             raise
-        stop = StopRun(signals.received)  # another rank was faster, and this one lost it
+        stop = StopRun(signals.received)  # another rank ended first, which raised the error here
         stop.__cause__ = error
     else:
         return
@@ -156,6 +161,6 @@ def _farewell(stop: StopRun, checkpoints: Path | None) -> str:
 
 
 def _say(text: str) -> None:
-    """Writes a line past any buffer, which a signal handler must not touch."""
+    """Writes a line to stderr without a buffer, since a signal handler must not use one."""
     with suppress(OSError):
         os.write(2, f"\n{text}\n".encode())

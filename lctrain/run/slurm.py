@@ -1,4 +1,4 @@
-"""SLURM: which job this is, and how it is queued again."""
+"""Names the SLURM job of this process, and requeues it."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ import subprocess
 
 log = logging.getLogger(__name__)
 
-PATIENCE_S = 60  # for the answer of SLURM
+PATIENCE_S = 60  # seconds to wait for SLURM's answer
 
 
 def slurm_job() -> str | None:
-    """The job and task of SLURM that this process belongs to, the same after a requeue."""
+    """Returns the SLURM job, or array job and task, of this process; a requeue does not change it.
+
+    It is None outside of SLURM.
+    """
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
 
 
 def requeue() -> None:
-    """Asks SLURM to queue this job again; a refusal is a warning.
+    """Asks SLURM to queue this job again, and logs a warning if SLURM refuses.
 
-    Lightning's plugin does the same after writing a checkpoint of its own, which would be loaded in
-    place of the run's later ones.
+    Lightning's plugin is not used for this: it writes a checkpoint of its own, which Lightning would
+    load instead of the run's newer checkpoints.
     """
     job = slurm_job()
     if job is None:

@@ -1,4 +1,4 @@
-"""Chooses the folder of a run: a new one, or that of the run that it resumes."""
+"""Chooses and locks the folder of a run: a new folder, or the folder of the run that it resumes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def folder_to_go_on_in(config: TrainConfig, identity: Mapping[str, Any]) -> Path | None:
-    """Returns the folder of the run to resume, if this run has no folder of its own yet.
+    """Returns the folder of the run to resume.
 
     Args:
-        config: Config of this run; its `paths.output_dir` is a new folder.
+        config: Config of this run. Its `paths.output_dir` is a new folder.
         identity: Identity of this run.
 
     Returns:
-        The folder, or None for a new run, and for a checkpoint that lies in no run's folder.
+        The folder; None for a new run, or if the checkpoint is not in a run's folder.
 
     Raises:
         ValueError: if `ckpt_path` names no usable checkpoint of this run.
@@ -40,7 +40,7 @@ def folder_to_go_on_in(config: TrainConfig, identity: Mapping[str, Any]) -> Path
 
 @contextmanager
 def without_empty_folder(folder: str) -> Iterator[None]:
-    """Context that deletes the folder of Hydra if the block fails before writing a file."""
+    """Context manager that deletes an empty folder, which Hydra created, if the block fails."""
     try:
         yield
     except BaseException:
@@ -50,12 +50,15 @@ def without_empty_folder(folder: str) -> Iterator[None]:
 
 
 def was_requeued() -> bool:
-    """Whether SLURM started this job before."""
+    """Whether SLURM has requeued this job."""
     return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
 
 
 def requeued_folder(runs_dir: Path) -> Path | None:
-    """The folder of this job's run before SLURM queued it again, if it left a checkpoint."""
+    """Returns the folder that this job's run used before SLURM requeued the job.
+
+    It is None if the job was not requeued, or the run wrote no checkpoint.
+    """
     from lctrain.run.resume import checkpoints_in
 
     if not was_requeued():
@@ -76,17 +79,21 @@ def claim_folder(
     runs_dir: Path,
     others: Sequence[Path] = (),
 ) -> RunFolder:
-    """Context in which the folder of a run is locked.
+    """Creates or reopens the folder of a run, and locks it.
 
     Args:
         folder: Folder of the run.
-        checkpoint: Checkpoint to resume from. If it is in the same folder, that run continues.
+        checkpoint: Checkpoint to resume from; None for none. If it lies in `folder` or in one of
+            `others`, the folder is reopened.
         identity: Identity of this run.
-        runs_dir: Folder of all runs of this name, in which orphans are deleted.
-        others: Further folders that it writes into.
+        runs_dir: Folder of all runs with this name. Half-written checkpoints in it are deleted.
+        others: Other folders that the run writes to, which are locked as well.
+
+    Returns:
+        The locked folder, which is a context manager.
 
     Raises:
-        ValueError: if another run is there, or uses one of the folders.
+        ValueError: if `folder` contains another run, or another run has locked one of the folders.
     """
     goes_on = checkpoint is not None and (
         folder.resolve() in checkpoint.resolve().parents
@@ -106,9 +113,9 @@ def claim_folder(
 
 
 def _copy_metrics(checkpoint: Path, folder: Path) -> None:
-    """Copies the metrics up to the checkpoint, for a run that continues in another folder.
+    """Copies metrics.csv of the resumed run, for a run that continues in another folder.
 
-    The logger drops the rows from the checkpoint's step on.
+    The logger then replaces the rows from the checkpoint's step on.
     """
     from lctrain.run.resume import run_folder_of
 

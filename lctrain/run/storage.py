@@ -1,4 +1,4 @@
-"""Errors of storage, such as a full disk, turned into messages with a remedy."""
+"""Turns errors of storage, such as a full disk, into messages with a remedy."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ REMEDIES = {
 
 
 class StorageError(OSError):
-    """A disk is full, a quota is used up, or a file system became read-only."""
+    """Raised if a disk is full, a quota is used up, or a file system is read-only."""
 
 
 def storage_error(error: OSError, what: str, folder: Path, then: str) -> StorageError:
-    """Turns an error of the operating system into one that names the remedy.
+    """Returns a StorageError for an OSError, with a message that names the remedy.
 
     Args:
-        error: The error.
-        what: What could not be written, such as "checkpoint of step 8".
+        error: Error of the operating system.
+        what: Name of what could not be written, such as "checkpoint of step 8".
         folder: Folder of the file.
-        then: What to do once there is room, without a full stop.
+        then: Instruction for the user after the remedy, without a full stop.
 
     Returns:
-        The error to raise, with the same number.
+        The error to raise. Its `errno` is that of `error`.
     """
     free = shutil.disk_usage(folder).free if folder.is_dir() else 0
     reason = os.strerror(error.errno) if error.errno else str(error)
@@ -46,7 +46,7 @@ def storage_error(error: OSError, what: str, folder: Path, then: str) -> Storage
 
 
 class _Message(StorageError):
-    """Shows its message alone, without the number in brackets that OSError puts before it."""
+    """StorageError that shows its message without the error number of OSError."""
 
     def __str__(self) -> str:
         return str(self.args[1])
@@ -54,14 +54,15 @@ class _Message(StorageError):
 
 @contextmanager
 def storage_errors(folder: Path, then: str) -> Iterator[None]:
-    """Context that explains a full disk, a used-up quota or a read-only file system.
+    """Context manager that turns errors of storage into StorageError.
 
     Args:
         folder: Folder of the run.
-        then: What to do once there is room, without a full stop.
+        then: Instruction for the user after the remedy, without a full stop.
 
     Raises:
-        StorageError: instead of the error of the operating system.
+        StorageError: if the block raises an OSError about a full disk, a used-up quota, a file size
+            limit or a read-only file system.
     """
     try:
         yield
