@@ -4,8 +4,8 @@
 
     handle = lctrain.patch_model(model, attention="flash")
 
-Names load on first use, so that `import lctrain` and `lctrain.kernels` pull in neither Lightning
-nor Triton.
+A name's module is imported when the name is first used. So `import lctrain` imports neither
+Lightning nor Triton.
 """
 
 from importlib import import_module
@@ -45,7 +45,8 @@ _HOMES = {
 }
 
 
-# Makes attn_implementation="lctrain_flash" and the others known, now or later.
+# Registers attn_implementation="lctrain_flash" and lctrain's other attentions with transformers, at
+# once or when transformers is imported.
 register_with_transformers("lctrain.models.registration")
 
 

@@ -1,4 +1,4 @@
-"""Builds the objects of a run from its dataclasses: model, callbacks, loggers, trainer."""
+"""Builds the objects of a run from its configuration: data, model, callbacks, loggers, trainer."""
 
 from __future__ import annotations
 
@@ -32,15 +32,16 @@ from lctrain.schemas import source_of
 
 
 def build_datamodule(config: DataConfig, model: ModelConfig | None = None) -> PackedDataModule:
-    """Builds the data module; no data are read yet.
+    """Builds the data module, without reading data.
 
     Args:
-        config: A source, and how its documents become rows.
-        model: Whose tokenizer is the default, if it is pretrained; see `tokenizer_for`.
+        config: Settings of the data, with a source.
+        model: Settings of the model. The tokenizer of a pretrained model is the default tokenizer:
+            see `tokenizer_for`.
 
     Raises:
-        ValueError: if there is no source, a setting is out of range, or the tokenizer is not the
-            model's.
+        ValueError: if there is no source, a setting is out of range, or the tokenizer differs from
+            that of the pretrained model.
     """
     settings = {field.name: getattr(config, field.name) for field in fields(DataSettings)}
     tokenizer = config.tokenizer if model is None else tokenizer_for(model, config.tokenizer)
@@ -51,15 +52,15 @@ def build_model(config: ModelConfig, vocab_size: int) -> nn.Module:
     """Builds a transformers causal LM in float32.
 
     Args:
-        config: Config of a model from scratch or of a pretrained one.
-        vocab_size: Vocabulary size of the tokenizer.
+        config: Settings of a model with random weights, or of a pretrained model.
+        vocab_size: Size of the tokenizer's vocabulary.
 
     Returns:
         The model, in training mode.
 
     Raises:
-        ValueError: if the family, a key of its configuration or the pretrained model is unknown, or
-            the model has fewer embeddings than the tokenizer has tokens.
+        ValueError: if the model family, a key of its configuration or the pretrained model is
+            unknown, or the model has fewer embeddings than the tokenizer has tokens.
     """
     if isinstance(config, ScratchModelConfig):
         model = _from_scratch(config, vocab_size)
@@ -81,17 +82,17 @@ def build_model(config: ModelConfig, vocab_size: int) -> nn.Module:
 def check_model(
     config: ModelConfig, attention: AttentionConfig | None, lengths: Mapping[str, int] | None = None
 ) -> None:
-    """Builds and patches the model without memory for its weights: what fails, fails here.
+    """Checks a model and its attention by building and patching the model without its weights.
 
     Args:
-        config: Config of a model from scratch or of a pretrained one; no weights are read.
-        attention: Config of the attention; None leaves the model unpatched.
-        lengths: Option -> the longest document that it allows, in tokens, for models that look
-            positions up in a table.
+        config: Settings of a model with random weights, or of a pretrained model.
+        attention: Settings of the attention; None leaves the model unpatched.
+        lengths: Longest document in tokens that an option allows, by the option's name. They are
+            checked for models with a table of learned positions.
 
     Raises:
-        ValueError: for the reasons of `build_model`, apart from the tokenizer's size, and of
-            `patch_model`.
+        ValueError: if the model cannot be built (see `build_model`) or patched (see `patch_model`),
+            or a length exceeds the table of positions.
     """
     if attention is not None:
         make_spec(attention.name, **attention.options())
@@ -110,7 +111,7 @@ def check_model(
         patch_model(model, attention=attention.name, **attention.options())
 
 
-LARGE_VOCABULARY = 2**20  # takes no memory, and holds the special tokens of any configuration
+LARGE_VOCABULARY = 2**20  # larger than any special token id; it needs no memory on device meta
 
 
 def _no_model_config(config: Any) -> ValueError:
@@ -121,7 +122,7 @@ def _no_model_config(config: Any) -> ValueError:
 
 
 def enable_checkpointing(model: Any) -> None:
-    """Switches activation checkpointing on, under the name that this transformers gives it."""
+    """Enables activation checkpointing of a model, by the method that this transformers has."""
     name = "activation_checkpointing_enable"
     enable = getattr(model, name, None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
@@ -153,7 +154,7 @@ def _from_scratch(config: ScratchModelConfig, vocab_size: int) -> Any:
 
 
 def model_factory(config: ModelConfig) -> Callable[[pl.LightningDataModule], nn.Module]:
-    """Returns the function that LongContextModule calls once the tokenizer is there."""
+    """Returns the function by which LongContextModule builds the model from the data module."""
 
     def build(datamodule: pl.LightningDataModule) -> nn.Module:
         return build_model(config, datamodule.vocab_size)
@@ -162,21 +163,23 @@ def model_factory(config: ModelConfig) -> Callable[[pl.LightningDataModule], nn.
 
 
 BASES: dict[str, type] = {"callbacks": pl.Callback, "logger": Logger}
-"""What the components of a group must be."""
+"""Base class of the components of each group."""
 
 
 def instantiate_all(group: str, configs: Mapping[str, Any]) -> dict[str, Any]:
-    """Builds every component of a group that is not switched off.
+    """Builds every component of a config group, such as the callbacks.
 
     Args:
-        group: Name for error messages.
-        configs: A dataclass or dictionary with `_target_` by name; None switches an entry off.
+        group: Name of the group.
+        configs: Settings by name: a dataclass or dictionary with `_target_`, or None for a
+            component that is switched off.
 
     Returns:
-        The objects by name, in the same order.
+        The built objects by name, in the same order.
 
     Raises:
-        ValueError: if an entry has no `_target_`, or its class is of another kind.
+        ValueError: if an entry has no `_target_`, or the built object is not of the group's base
+            class.
     """
     from hydra.utils import instantiate
 
@@ -213,13 +216,14 @@ def build_trainer(
     """Builds Lightning's Trainer.
 
     Args:
-        config: Hardware and length of the run.
-        callbacks: All of them, the progress bar included.
+        config: Settings of the Trainer.
+        callbacks: All callbacks of the run, the progress bar included.
         loggers: Loggers of the run.
         root_dir: Folder of the run.
 
     Raises:
-        ValueError: if the run has no end.
+        ValueError: if neither max_steps nor max_epochs is set, or a callback monitors validations
+            and the run has none.
     """
     if config.max_steps < 0 and config.max_epochs < 0:
         raise ValueError(
@@ -252,7 +256,7 @@ def build_trainer(
         enable_progress_bar=config.enable_progress_bar and has_bar,
         enable_model_summary=False,
         enable_checkpointing=any(isinstance(c, pl.callbacks.Checkpoint) for c in callbacks),
-        inference_mode=False,  # buffers made during validation must be usable in training
+        inference_mode=False,  # buffers created in validation are used in training, too
         use_distributed_sampler=False,  # PackedDataModule gives every rank its packs
         plugins=[AtomicCheckpointIO()],
         callbacks=callbacks,
@@ -262,7 +266,7 @@ def build_trainer(
 
 
 def _refuse_monitors(callbacks: list[pl.Callback]) -> None:
-    """Raises ValueError for a callback that waits for validations of a run that has none."""
+    """Raises ValueError if a callback monitors a metric of validations, which the run lacks."""
     for callback in callbacks:
         if str(getattr(callback, "monitor", None)).startswith("val/"):
             raise ValueError(
@@ -275,9 +279,9 @@ NEVER = 10**9  # epochs between two validations that Lightning would start by it
 
 
 def resolve_precision(config: TrainerConfig) -> str:
-    """Returns the precision of a config.
+    """Returns Lightning's precision for a config.
 
-    "auto" is bf16-mixed on a GPU with bfloat16, else 32-true.
+    "auto" becomes bf16-mixed on a GPU that supports bfloat16, and 32-true otherwise.
     """
     if config.precision != "auto":
         return config.precision

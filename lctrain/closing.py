@@ -1,4 +1,4 @@
-"""The evaluation that closes a training run: perplexity by context length, and passkeys."""
+"""The evaluation at the end of a training run: perplexity by context length, and passkeys."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class Closing:
-    """What was found.
+    """Results of the evaluation at the end of a run.
 
     Attributes:
-        perplexities: [(context length, perplexity)], of the last method where there are several.
-        findings: Sentences by name, for the report.
-        paths: The files by name.
+        perplexities: Pairs (context length, perplexity). With methods, those of the last method.
+        findings: Sentences for the report, by name.
+        paths: Paths of the written files, by name.
     """
 
     perplexities: tuple[tuple[int, float], ...]
@@ -96,12 +96,12 @@ def check_closing(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) 
 def evaluate_at_end(
     config: EvaluationConfig, trainer: pl.Trainer, module: LongContextModule, output_dir: Path
 ) -> Closing:
-    """Measures the trained model on held-out documents; writes, plots and logs it.
+    """Evaluates the trained model on held-out documents, and writes, plots and logs the results.
 
     Args:
-        config: Lengths, methods and number of documents.
-        trainer: After `fit`.
-        module: With the trained model.
+        config: Settings of the evaluation.
+        trainer: Trainer that has run `fit`.
+        module: Module with the trained model.
         output_dir: Folder of the run.
     """
     held_out = trainer.datamodule.held_out_documents()
@@ -115,7 +115,7 @@ def evaluate_at_end(
     with trainer.precision_plugin.forward_context():
         if not config.methods:
             return measure_as_trained(config, documents, trainer, module, output_dir)
-        # Each method patches the model in its turn.
+        # The training's patch is removed, since each method patches the model.
         if module.patch_handle is not None:
             module.patch_handle.unpatch()
             module.patch_handle = None
@@ -134,7 +134,7 @@ def measure_as_trained(
     module: LongContextModule,
     output_dir: Path,
 ) -> Closing:
-    """Perplexity by context length with the attention of the training."""
+    """Measures perplexity by context length, with the attention that training used."""
     table = perplexity_by_length(
         module.model,
         documents,
@@ -161,7 +161,7 @@ def compare_beyond_window(
     module: LongContextModule,
     output_dir: Path,
 ) -> Closing:
-    """Perplexity by context length with several ways to read beyond the window."""
+    """Measures perplexity by context length for each method of reading beyond the window."""
     comparison = compare_methods(
         module.model,
         documents,
@@ -197,7 +197,7 @@ def find_keys(
     output_dir: Path,
     closing: Closing,
 ) -> Closing:
-    """Hides keys in the held-out text; adds to `closing` what is found of them."""
+    """Runs the passkey test on held-out text, and returns `closing` with its results added."""
     table = passkey_retrieval(
         module.model,
         PasskeyFormat.of(trainer.datamodule.tokenizer),

@@ -1,4 +1,4 @@
-"""How the commands start, print their help, and fail."""
+"""Command: a console script, with its help, its overrides and its error messages."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _HOME = re.compile(r"(?<=[=\[,])~(?=[/,\]]|$)")
 
 
 class Command(Interface):
-    """A console script: its interface, and how it runs."""
+    """A console script that runs a function with the configuration that Hydra composes."""
 
     def run(self, task: Callable[[Any], None]) -> None:
         """Runs the command with the arguments of sys.argv.
 
         Args:
-            task: Called with the composed configuration.
+            task: Function that is called with the composed configuration.
 
         Raises:
-            SystemExit: after an error, with status 2 if it was expected, else 1. With
-                HYDRA_FULL_ERROR=1 the error itself is raised.
+            SystemExit: after an error. The status is 2 for an expected error, such as a wrong
+                option, and 1 for a bug. With HYDRA_FULL_ERROR=1 the error itself is raised.
         """
         sys.argv[1:] = arguments = options_first(expand_home(sys.argv[1:]))
         if (show := self._shown(arguments)) is not None:
@@ -42,17 +42,17 @@ class Command(Interface):
         elif os.environ.get(FULL_ERROR) == "1":
             self._hydra(task)()
         else:
-            os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would else print in its way
+            os.environ[FULL_ERROR] = "1"  # Hydra then raises errors instead of printing them
             self._guard(self._hydra(self._guarded(task)))
             os.environ.pop(FULL_ERROR, None)
 
     @staticmethod
     def _shown(arguments: Sequence[str]) -> Callable[[Interface, Sequence[str]], str] | None:
-        """Returns the function that prints what --help or --cfg asks for; None for a run."""
+        """Returns the function that makes the text of --help or --cfg job; None for a run."""
         if HELP & set(arguments):
             return describe
         if OTHER_FILES & {argument.partition("=")[0] for argument in arguments}:
-            return None  # Hydra shows a configuration from files that are not lctrain's
+            return None  # Hydra itself prints a configuration from the user's files
         pairs = itertools.pairwise(arguments)
         if "--cfg=job" in arguments or any(f in CFG and value == "job" for f, value in pairs):
             return pasteable
@@ -66,11 +66,11 @@ class Command(Interface):
         return decorated
 
     def _guarded(self, task: Callable[[Any], None]) -> Callable[[Any], None]:
-        """Returns the task with its errors handled before Hydra prints lines of its own."""
+        """Returns a function that runs the task and reports its errors before Hydra can."""
 
         @wraps(task)
         def guarded(config: Any) -> None:
-            os.environ.pop(FULL_ERROR, None)  # what processes of other ranks inherit
+            os.environ.pop(FULL_ERROR, None)  # processes of other ranks must not inherit it
             self._guard(lambda: task(config))
 
         return guarded
@@ -86,9 +86,9 @@ class Command(Interface):
 
 
 def expand_home(arguments: Sequence[str]) -> list[str]:
-    """Replaces `~` where a value begins with it: Hydra's grammar has no such character.
+    """Replaces `~` at the beginning of values, since Hydra's grammar does not allow the character.
 
-    Shells do so for `model=~/x`, if at all, but neither for `paths.root=~/x` nor inside of lists.
+    Shells do not expand it in arguments such as `paths.root=~/x`, or inside lists.
     """
     home = os.path.expanduser("~")
     return [_HOME.sub(lambda _: home, argument) for argument in arguments]
@@ -101,7 +101,7 @@ def options_first(arguments: Sequence[str]) -> list[str]:
 
 
 def overrides_of(arguments: Sequence[str]) -> list[str]:
-    """The arguments of the form key=value or ~key, without the options and their values."""
+    """Returns the arguments of the form key=value or ~key, without options and their values."""
     return _separate(arguments)[0]
 
 

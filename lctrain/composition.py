@@ -1,4 +1,4 @@
-"""Composes a configuration without running anything: for help, and for messages about keys."""
+"""Composes the configuration of a command without a run, for help and for messages about keys."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def compose(config_name: str, overrides: Sequence[str], with_hydra: bool = False
     Args:
         config_name: Name of the primary configuration.
         overrides: Overrides of the command line.
-        with_hydra: Whether to keep the key `hydra`, which has the choices of the groups.
+        with_hydra: Whether to keep the key `hydra`, which contains the chosen option of each group.
     """
     import hydra
     from hydra.core.global_hydra import GlobalHydra
@@ -31,7 +31,7 @@ def compose(config_name: str, overrides: Sequence[str], with_hydra: bool = False
 
 
 def group_choices(config_name: str, overrides: Sequence[str]) -> dict[str, list[str]]:
-    """The choices of every group of a configuration, schemas and Hydra's own groups left out.
+    """Returns the choices of every config group, without schemas and without Hydra's own groups.
 
     Args:
         config_name: Name of the primary configuration.
@@ -46,7 +46,7 @@ def group_choices(config_name: str, overrides: Sequence[str]) -> dict[str, list[
     with hydra.initialize_config_module(CONFIGS, version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         chosen = hydra.compose(config_name, list(overrides), return_hydra_config=True)
-        choices = reversed(list(chosen.hydra.runtime.choices))  # then in the order of the defaults
+        choices = reversed(list(chosen.hydra.runtime.choices))  # in the order of the defaults list
         groups = [name for name in choices if not name.startswith("hydra/")]
         return {
             group: [
@@ -59,12 +59,14 @@ def group_choices(config_name: str, overrides: Sequence[str]) -> dict[str, list[
 
 
 def known_keys(config_name: str, overrides: Sequence[str]) -> list[str]:
-    """Returns all keys of a configuration with dots, its groups, and keys of choices not taken.
+    """Returns all keys of a command: its groups, the keys in use, and those of other choices.
 
     Args:
         config_name: Name of the primary configuration.
-        overrides: Overrides of the command line; those that choose from a group and are valid are
-            used.
+        overrides: Overrides of the command line. Only valid choices of groups are applied.
+
+    Returns:
+        Dotted names. Keys of choices that are not in use are prefixed: data=text:data.files.
     """
     groups = group_choices(config_name, ())
     chosen = [
@@ -77,10 +79,10 @@ def known_keys(config_name: str, overrides: Sequence[str]) -> list[str]:
 
 
 def keys_of_other_choices(keys: Container[str]) -> list[str]:
-    """Returns the keys that other choices of a group have, such as data=text:data.files.
+    """Returns the keys of choices that are not in use, such as data=text:data.files.
 
     Args:
-        keys: Keys of the choices that were taken.
+        keys: Dotted names of the keys in use.
     """
     found = []
     for name, schema in SCHEMAS.items():
@@ -97,9 +99,13 @@ def keys_of_other_choices(keys: Container[str]) -> list[str]:
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns values by key, with dots; branches are entries as well as leaves.
+    """Returns the nodes of a nested configuration by dotted name, branches and leaves.
 
-    References are left unresolved, and a value that must be given is None.
+    Interpolations are not resolved. The node of a mandatory value that is not set is None.
+
+    Args:
+        node: Configuration to flatten.
+        prefix: Text before every name.
     """
     found: dict[str, Any] = {}
     for key in node:

@@ -1,4 +1,4 @@
-"""Messages for configurations that do not compose; they replace those of Hydra and OmegaConf."""
+"""Explains errors of Hydra and OmegaConf, with messages that name the key, value and remedy."""
 
 from __future__ import annotations
 
@@ -34,18 +34,19 @@ Known = Callable[[], Iterable[str]]
 def explain_config_error(
     error: BaseException, overrides: Sequence[str] = (), known: Known = tuple
 ) -> str:
-    """Returns what does not fit, by key and value, with the remedy.
+    """Returns the message for an error of Hydra or OmegaConf: key, value and remedy.
 
     Args:
-        error: An error of Hydra or OmegaConf.
-        overrides: The arguments of the command, from which a value is quoted.
-        known: Gives every key there is, with dots; called for a key that is not there.
+        error: Error of Hydra or OmegaConf.
+        overrides: Overrides of the command line, from which the message quotes a value.
+        known: Returns the dotted names of all keys. It is called for an unknown key, to suggest
+            another one.
     """
     if type(error).__module__.partition(".")[0] == "yaml" or isinstance(error, UnicodeDecodeError):
         return _file_error(error)
     text = f"{error}\n{error.__cause__ or ''}"
     if match := _RESOLVING.search(text):
-        return match["message"]  # of a check of lctrain's
+        return match["message"]  # the message of one of lctrain's own checks
     key = _full_key(text)
     given = _given(overrides)
     message = (
@@ -62,7 +63,7 @@ def explain_config_error(
 
 
 def _file_error(error: BaseException) -> str:
-    """The message about a configuration file that cannot be read."""
+    """Returns the message about a configuration file that cannot be read."""
     if isinstance(error, UnicodeDecodeError):
         return (
             f"a configuration file must be UTF-8, got {_file_of(error) or 'one'} with the byte "
@@ -78,7 +79,7 @@ def _file_error(error: BaseException) -> str:
 
 
 def _file_of(error: BaseException) -> str | None:
-    """The file that Hydra was reading when it failed."""
+    """Returns the file that Hydra was reading when it failed; None if it was reading none."""
     trace, found = error.__traceback__, None
     while trace is not None:
         found = trace.tb_frame.f_locals.get("full_path", found)
@@ -87,7 +88,7 @@ def _file_of(error: BaseException) -> str | None:
 
 
 def _target_error(error: BaseException, text: str) -> str | None:
-    """The message about a class that a `_target_` names, or about its arguments."""
+    """Returns the message about a class that `_target_` names, or about the class's arguments."""
     if match := re.search(r"Error locating target '([^']+)'", text):
         return (
             f"_target_ must be a class that can be imported, got {match[1]!r}. Check the spelling; "
@@ -100,7 +101,7 @@ def _target_error(error: BaseException, text: str) -> str | None:
 
 
 def _place_error(text: str) -> str | None:
-    """The message about --config-dir and --config-name."""
+    """Returns the message about a wrong --config-dir or --config-name."""
     if match := re.search(r"Additional config directory '([^']+)' not found", text):
         return f"--config-dir must be a folder, got {match[1]}, which is not there. Check the path."
     if match := re.search(r"Cannot find primary config '([^']+)'", text):
@@ -114,12 +115,12 @@ def _place_error(text: str) -> str | None:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """The message about a key that the schema does not have.
+    """Returns the message about an unknown key, with the key that was probably meant.
 
     Args:
-        key: The key, with dots.
-        known: All keys, with dots. Keys of choices that were not taken have the choice in front, as
-            in data=text:data.files.
+        key: Dotted name of the unknown key.
+        known: Dotted names of all keys. Keys of choices that are not in use are prefixed, as in
+            data=text:data.files.
     """
     names = list(known)
     homes = [name for name in names if name.endswith(f":{key}")]  # "data=text:data.files"
@@ -131,7 +132,7 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 
 
 def _nearest(key: str, names: Sequence[str]) -> str | None:
-    """Returns the name that was probably meant: one with a like beginning, spelling or end."""
+    """Returns the key that was probably meant, by a similar spelling; None if there is none."""
     path, _, leaf = key.rpartition(".")
     siblings = [name for name in names if name.rpartition(".")[0] == path]
     for name in siblings:
@@ -243,7 +244,7 @@ def _first_unreadable(overrides: Sequence[str]) -> str:
 
 
 def _unreadable(argument: str) -> str:
-    """The message about an argument that Hydra's grammar does not have."""
+    """Returns the message about an argument that Hydra cannot parse."""
     remedy = (
         "Check the brackets and quotes; a value with spaces, commas or = needs quotes inside of "
         "those of the shell."
@@ -263,7 +264,7 @@ def _plain(value: str) -> bool:
 
 
 def _full_key(text: str) -> str:
-    """The key that the message is about, with dots; empty if it names none."""
+    """Returns the dotted name of the key in an error's message; empty if it names none."""
     if found := re.findall(r"full_key: (\S+)", text):
         return str(found[-1])
     for pattern in (_NO_OVERRIDE, re.compile(r"Error merging override (?P<key>[^=\s]+)=")):
@@ -273,6 +274,6 @@ def _full_key(text: str) -> str:
 
 
 def _given(overrides: Sequence[str]) -> dict[str, str]:
-    """Returns values by key, as on the command line."""
+    """Returns the values of overrides by key, as text."""
     pairs = (override.lstrip("+~").partition("=") for override in overrides)
     return {key: value for key, equals, value in pairs if equals}

@@ -23,8 +23,8 @@ def slurm_job() -> str | None:
 def requeue() -> None:
     """Asks SLURM to queue this job again, and logs a warning if SLURM refuses.
 
-    Lightning's plugin is not used for this: it writes a checkpoint of its own, which Lightning would
-    load instead of the run's newer checkpoints.
+    Lightning's plugin is not used for this: it writes a checkpoint of its own, which Lightning
+    would load instead of the run's newer checkpoints.
     """
     job = slurm_job()
     if job is None:
