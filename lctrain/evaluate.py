@@ -1,9 +1,9 @@
-"""`lctrain-eval`: evaluates any causal LM of Hugging Face at several context lengths.
+"""The command `lctrain-eval`: evaluates a causal LM of Hugging Face at several context lengths.
 
     lctrain-eval model=<folder or hub name> data=text 'data.files=[books/*.txt]' split=all \
         lengths=[1024,8192]
 
-With methods, the same for several ways to read beyond the trained window:
+With methods, it compares several methods of reading beyond the trained window:
 
     lctrain-eval model=<folder or hub name> methods=[plain,linear,ntk,yarn,dual_chunk] \
         lengths=[1024,4096,16384] tasks=[perplexity,passkey]
@@ -39,9 +39,9 @@ class Evaluation:
     """Results of an evaluation.
 
     Attributes:
-        perplexity: Perplexity by length, or by method and length; None without this task.
-        passkey: Found keys by method, length and depth; None without this task.
-        paths: The files, as "csv" for instance, or "passkey csv".
+        perplexity: Perplexity by length, or by method and length; None without the task perplexity.
+        passkey: Number of keys found by method, length and depth; None without the task passkey.
+        paths: Paths of the written files by name, such as "csv" or "passkey csv".
     """
 
     perplexity: PerplexityTable | MethodComparison | None
@@ -57,14 +57,14 @@ def evaluate(config: EvalConfig) -> Evaluation:
     """Measures perplexity by context length, finds passkeys, and writes tables and plots.
 
     Args:
-        config: Everything, as plain dataclasses.
+        config: Settings of the evaluation.
 
     Returns:
-        The tables and the files.
+        The results, and the paths of the written files.
 
     Raises:
-        ValueError: if the configuration, the data or the model does not fit, or the folder holds
-            a run.
+        ValueError: if a setting is out of range, the data or the model cannot be used, or the
+            folder contains a run.
     """
     from lctrain.build import build_datamodule, instantiate_all
     from lctrain.data.prepare import Preparation
@@ -86,13 +86,13 @@ def evaluate(config: EvalConfig) -> Evaluation:
     check_tasks(config.tasks)
     methods = check_methods(config.methods)
     check_methods(config.passkey.methods or ())
-    longest_documents((), config.documents)  # raises for a number that cannot be
+    longest_documents((), config.documents)  # raises ValueError if the number is below 1
     check_dtype(config.dtype)
     device = pick_device(config.device)
     check_model_name(config.model.name_or_path)
     loggers = instantiate_all("logger", config.logger)
     with own_folder(config), closing([*loggers.values()]):
-        # First: an error about a name that is also the tokenizer's should blame the model.
+        # The model is loaded before its tokenizer, so that an error about the name is the model's.
         model = load_pretrained(config.model, config.dtype)
         preparation = build_datamodule(config.data, config.model).preparation
         assert isinstance(preparation, Preparation)  # a config names a source of texts
@@ -101,7 +101,7 @@ def evaluate(config: EvalConfig) -> Evaluation:
         perplexity: PerplexityTable | MethodComparison | None = None
         passkey = None
         paths: dict[str, Path] = {}
-        if "passkey" in config.tasks:  # first: it leaves the model as it was
+        if "passkey" in config.tasks:  # first, since it leaves the model unpatched
             chosen = config.passkey.methods or methods or [method_of(config.attention)]
             window = trained_window(model, config.window)
             passkey = find_passkeys(
@@ -125,12 +125,12 @@ def evaluate(config: EvalConfig) -> Evaluation:
 
 @contextmanager
 def own_folder(config: EvalConfig) -> Iterator[None]:
-    """Locks the folder of an evaluation, so that no other evaluation or run writes there.
+    """Context manager that creates and locks the folder of an evaluation.
 
     Raises:
-        ValueError: if one does, or has.
-        StorageError: if the block cannot write for want of space.
-        SystemExit: if a signal ends the block.
+        ValueError: if the folder contains a run or an evaluation, or another process has locked it.
+        StorageError: if the disk is full or read-only.
+        SystemExit: if a signal stops the evaluation.
     """
     from lctrain.run.folder import RunFolder
     from lctrain.run.identity import plain_values
@@ -156,7 +156,7 @@ def log_tables(
     passkey: PasskeyTable | None,
     paths: dict[str, Path],
 ) -> None:
-    """Logs the numbers, and the table and plot of the perplexities, with one logger."""
+    """Logs the results of an evaluation with one logger: numbers, perplexity table and plot."""
     from lctrain.eval import MethodComparison
     from lctrain.loggers import log_evaluation
 
@@ -182,7 +182,7 @@ def log_tables(
 
 
 def name_the_model(arguments: list[str]) -> list[str]:
-    """Turns `model=x` into `model.name_or_path=x`. In Hydra the former chooses a config."""
+    """Replaces `model=x` by `model.name_or_path=x`, since Hydra reads `model=x` as a config."""
     return [
         f"model.name_or_path={argument.removeprefix('model=')}"
         if argument.startswith("model=")
@@ -225,7 +225,7 @@ lctrain-eval evaluates a causal language model of Hugging Face at several contex
 
 
 def run(config: DictConfig) -> None:
-    """Evaluates with the configuration that Hydra composed; prints the tables and files."""
+    """Evaluates with the configuration that Hydra composed, and prints the tables and files."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 

@@ -1,4 +1,4 @@
-"""Writes a trained model so that plain transformers loads it, with a card that describes it."""
+"""Exports a trained model in the format of transformers, with a model card."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from lctrain.models.differential_configs import CONFIGS
 from lctrain.module import LongContextModule
 
 KEY = "trained_as"
-"""Key of an exported config for its trained length, attention, and version of differential."""
-_OF_A_RUN = ("backend", "deterministic")  # options that are no part of the model
+"""Key of an exported config that holds the trained length, the attention, and the version of
+differential attention."""
+_OF_A_RUN = ("backend", "deterministic")  # options of the attention that do not affect the model
 
-_FREE_ROPE = ("default", "linear", "llama3")  # types that do not look at max_position_embeddings
+_FREE_ROPE = ("default", "linear", "llama3")  # RoPE types independent of max_position_embeddings
 
 
 def export_model(
     module: LongContextModule, tokenizer: Any, folder: Path, trained_length: int | None = None
 ) -> Path:
-    """Writes model, tokenizer and a model card so that plain transformers loads them.
+    """Writes model, tokenizer and a model card, so that transformers loads them without lctrain.
 
-    Of a model with PEFT's adapters, only the adapters are written, as PEFT does. For a whole model,
-    set `module.model = module.model.merge_and_unload()` first.
+    If the model has PEFT adapters, only the adapters are written. To write a whole model, set
+    `module.model = module.model.merge_and_unload()` first.
 
     Args:
         module: Module with the trained model. Its attention is unpatched during the export.
         tokenizer: Tokenizer of the run.
         folder: Folder to create.
-        trained_length: Length of the longest document of the training, in tokens; None if unknown.
+        trained_length: Length of the longest document in training, in tokens; None if unknown.
 
     Returns:
         The folder.
@@ -63,16 +64,17 @@ def export_model(
 
 
 def exported_config(config: Any, spec: AttentionSpec | None, trained_length: int | None) -> Any:
-    """A copy of a config that states the trained length and the attention.
+    """Returns a copy of a config that states the trained length and the attention.
 
-    `max_position_embeddings` becomes the trained length: of a model from scratch always, of a
-    pretrained one where it is longer. It stays where outputs depend on it (tables of positions,
-    RoPE types that scale by it), and with dual chunk attention, whose window it is.
+    `max_position_embeddings` is set to the trained length: for a model trained from random weights
+    always, and for a pretrained model if the trained length is larger. It is not changed if outputs
+    depend on it (learned positions, RoPE types that scale by it), or with dual chunk attention,
+    where it is the window.
 
     Args:
-        config: A transformers configuration.
-        spec: The attention in training; None for that of transformers.
-        trained_length: Length of the longest document, in tokens; None if unknown.
+        config: Configuration of a transformers model.
+        spec: Attention used in training; None for that of transformers.
+        trained_length: Length of the longest document in training, in tokens; None if unknown.
     """
     config = copy.deepcopy(config)
     options = {} if spec is None else {"name": spec.kind, **spec.options()}
@@ -99,14 +101,14 @@ def exported_config(config: Any, spec: AttentionSpec | None, trained_length: int
 
 
 def differential_version(config: Any) -> int | None:
-    """Returns the version of differential attention in a config, 1 or 2, or None."""
+    """Returns the version of a model's differential attention, 1 or 2; None if it has none."""
     if config.model_type == "diffllama":
         return 1
     return 2 if config.model_type in {c.model_type for c in CONFIGS.values()} else None
 
 
 def _length_is_free(config: Any) -> bool:
-    """Whether a model computes the same whatever its config's max_position_embeddings."""
+    """Whether a model's outputs are independent of its config's max_position_embeddings."""
     parameters = getattr(config, "rope_parameters", None)
     if not parameters or not hasattr(config, "max_position_embeddings"):
         return False

@@ -1,8 +1,8 @@
-"""Output of a command that fails: a message for an expected error, a traceback for a bug.
+"""Reports the error of a failed command: a message for an expected error, a traceback for a bug.
 
-An error is expected if lctrain raised it on purpose, if a file or the memory is the matter, or if
-the configuration does not compose. Its message names the value and the remedy. Everything else is a
-bug of lctrain or of a library, and keeps its traceback.
+An error is expected if lctrain raised it deliberately, if it is about a file or about memory, or if
+the configuration cannot be composed. Its message names the value and the remedy. Every other error
+is a bug of lctrain or of a library.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from types import TracebackType
 from lctrain.config_errors import Known, explain_config_error
 
 EXPECTED_STATUS = 2
-"""Exit status after an expected error, as for a wrong argument of other commands."""
+"""Exit status after an expected error."""
 BUG_STATUS = 1
 MOST_LINES = 10
-"""Lines of a message, the hint about the traceback included."""
+"""Largest number of lines in a message, the hint about the traceback included."""
 FULL_ERROR = "HYDRA_FULL_ERROR"
 OURS = ("lctrain", "lctrain_kernels")
 _WORKER = re.compile(r"^Caught (\w+) in (\w+) worker process (\d+)\.\n", re.MULTILINE)
@@ -38,14 +38,14 @@ def explain(
 
     Args:
         error: The error, with its traceback.
-        overrides: The arguments of the command.
-        known: Gives every key of the configuration, with dots.
+        overrides: Overrides of the command line.
+        known: Returns the dotted names of all keys of the configuration.
     """
     module = type(error).__module__.partition(".")[0]
     plain = str(error).startswith(("Config group override must be", "Unexpected type for root"))
     if (
         module in _CONFIG_MODULES or plain or _reads_config(error)
-    ):  # errors of Hydra and OmegaConf with a type of Python's
+    ):  # some errors of Hydra and OmegaConf are of Python's own types
         return explain_config_error(error, overrides, known)
     if killed := _KILLED.search(str(error)):
         how = f"by {killed[1]}" if killed[1] else "unexpectedly"
@@ -79,19 +79,20 @@ def report_failure(
 ) -> int:
     """Prints an error to stderr, as a message or a traceback.
 
-    On the ranks of a job that torchrun started, the message also goes to the file from which
-    torchrun takes its summary, and all ranks but the first of a machine print one line.
+    With several ranks on a machine, only local rank 0 prints the whole message; the other ranks
+    print its first line. Under torchrun, the message is also written to the error file, which
+    torchrun's summary shows.
 
     Args:
         program: Name of the command.
         error: The error, with its traceback.
-        overrides: The arguments of the command.
-        known: Gives every key of the configuration, with dots.
+        overrides: Overrides of the command line.
+        known: Returns the dotted names of all keys of the configuration.
 
     Returns:
         The exit status.
     """
-    if isinstance(error, BrokenPipeError):  # the reader of the output has gone, as `head` does
+    if isinstance(error, BrokenPipeError):  # the reader of the output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BUG_STATUS
     message = explain(error, overrides, known)
@@ -117,7 +118,10 @@ def shorten(message: str) -> str:
 
 
 def _raised_on_purpose(error: BaseException) -> bool:
-    """Whether a `raise` statement of lctrain raised it: int("x") in our code is a bug."""
+    """Whether a `raise` statement of lctrain raised an error.
+
+    A ValueError of a call such as int("x") in lctrain is a bug.
+    """
     last = _innermost(error.__traceback__)
     if last is None:
         return False
@@ -147,7 +151,12 @@ def _innermost(trace: TracebackType | None) -> TracebackType | None:
 
 
 def _from_worker(text: str, worker: re.Match[str]) -> str | None:
-    """Returns the message in the traceback of a worker process; None if it is a bug."""
+    """Returns the message of an expected error in a worker process; None if the error is a bug.
+
+    Args:
+        text: Message of the error, which contains the worker's traceback.
+        worker: Match of _WORKER: type of the error, and name and number of the worker.
+    """
     kind, number = worker[1], worker[3]
     frames = re.findall(r'^  File "(.*?)", line \d+, in .*\n    (.*)$', text, re.MULTILINE)
     marked = re.search(rf"^(?:[\w.]+\.)?{kind}: (.*)", text[worker.end() :], re.MULTILINE | re.S)
@@ -161,7 +170,7 @@ def _from_worker(text: str, worker: re.Match[str]) -> str | None:
 
 
 def _tell_torchrun(message: str) -> None:
-    """Writes the error file that torchrun's summary shows, if torchrun started this process."""
+    """Writes torchrun's error file, which its summary shows, if torchrun started this process."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return
@@ -171,4 +180,4 @@ def _tell_torchrun(message: str) -> None:
         with open(path, "w") as file:
             json.dump(record, file)
     except OSError:
-        return  # the message was printed; torchrun's summary lacks it
+        return  # the message has been printed; only torchrun's summary lacks it

@@ -1,4 +1,4 @@
-"""Model FLOPs of a packed batch from its document lengths, and the peaks of known accelerators."""
+"""Counts the model FLOPs of a packed batch, and lists the peak FLOP/s of known accelerators."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-# Dense bf16 matrix FLOP/s of the vendors' data sheets (without sparsity), the first substring of
-# the device's name that fits.
+# Dense bf16 matrix FLOP/s from the vendors' data sheets, without sparsity. The first entry whose
+# name is a part of the device's name applies.
 PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (
     ("B200", 2.25e15),  # NVIDIA DGX B200 data sheet: 36 PFLOP/s of 8 GPUs with sparsity
     ("H200 NVL", 835.5e12),  # NVIDIA H200 data sheet: 1,671 with sparsity
@@ -24,7 +24,7 @@ PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 peak of an accelerator in FLOP/s, or None for one that is not in the table."""
+    """Returns an accelerator's dense bf16 peak in FLOP/s; None if it is not in the table."""
     for fragment, peak in PEAK_BF16_FLOPS:
         if fragment.lower() in device_name.lower():
             return peak
@@ -33,18 +33,19 @@ def peak_flops(device_name: str) -> float | None:
 
 @dataclass(frozen=True)
 class FlopCounter:
-    """FLOPs of one training step of a decoder (forward, and twice that backward).
+    """Counter of the model FLOPs of a training step of a decoder: forward and backward.
 
-    Six per token and matrix weight (the embedding look-up is free, the output projection is not),
-    and per attention layer 12 * attention_width for every visible (query, key) pair: QK^T and PV
-    are two FLOPs each per element, times three. What activation checkpointing computes again is not
+    A step takes 6 FLOPs per token and matrix weight: 2 in the forward and 4 in the backward. The
+    output projection counts as a matrix, the embedding look-up does not. Each attention layer takes
+    12 * attention_width FLOPs per visible (query, key) pair: 2 * attention_width for QK^T, as many
+    for PV, and twice both in the backward. Recomputation by activation checkpointing is not
     counted.
 
     Attributes:
-        matrix_parameters: Weights that multiply every token.
-        attention_width: Mean over keys and values of heads * their width; heads * head_dim, where
-            both are as wide.
-        windows: Number of keys that a query sees, per layer; None for all keys before it.
+        matrix_parameters: Number of matrix weights that multiply every token.
+        attention_width: heads * head_dim. If keys and values differ in width, it is the mean of
+            both products.
+        windows: Number of keys that a query sees in each layer; None for all keys up to the query.
     """
 
     matrix_parameters: float
@@ -53,12 +54,12 @@ class FlopCounter:
 
     @classmethod
     def of(cls, model: nn.Module) -> FlopCounter:
-        """Reads the sizes from a transformers causal LM.
+        """Builds a counter from the sizes of a transformers causal LM.
 
-        Weights of experts count by the share that a token uses.
+        Weights of experts are counted by the fraction of experts that a token uses.
 
         Args:
-            model: Model with a `config`; without one, attention is not counted.
+            model: Model with an attribute `config`. Without it, attention is not counted.
         """
         config = getattr(model, "config", None)
         layers = getattr(config, "num_hidden_layers", 0)
@@ -73,10 +74,10 @@ class FlopCounter:
         )
 
     def step_flops(self, lengths: Iterable[int]) -> float:
-        """FLOPs of forward and backward over one pack.
+        """Returns the FLOPs of forward and backward over one pack.
 
         Args:
-            lengths: Tokens of each document.
+            lengths: Number of tokens of each document.
         """
         lengths = list(lengths)
         dense = 6.0 * self.matrix_parameters * sum(lengths)
@@ -88,18 +89,23 @@ class FlopCounter:
 
 
 def _value_dim(config: Any, head_dim: int) -> int:
-    """Returns the columns of a query head's values: twice the head dim in version 1."""
+    """Returns the width of a head's values: twice the head dim in DiffLlama, else the head dim."""
     return 2 * head_dim if getattr(config, "model_type", None) == "diffllama" else head_dim
 
 
 def visible_pairs(length: int, window: int | None) -> int:
-    """(query, key) pairs of causal attention over one document, each query seeing `window` keys."""
+    """Returns the number of (query, key) pairs in causal attention over one document.
+
+    Args:
+        length: Number of tokens of the document.
+        window: Largest number of keys that a query sees, itself included; None for no limit.
+    """
     seen = length if window is None else min(window, length)
     return seen * (seen + 1) // 2 + (length - seen) * seen
 
 
 def _matrix_parameters(model: nn.Module, config: Any) -> float:
-    """Parameters of matrices that multiply every token."""
+    """Returns the number of matrix weights that multiply every token."""
     inputs = getattr(model, "get_input_embeddings", lambda: None)()
     outputs = getattr(model, "get_output_embeddings", lambda: None)()
     looked_up = {id(inputs.weight)} if inputs is not None else set()
@@ -117,7 +123,7 @@ def _matrix_parameters(model: nn.Module, config: Any) -> float:
 
 
 def _window(config: Any, layer: int) -> int | None:
-    """Sliding window of a layer, None where attention is full."""
+    """Returns the sliding window of a layer in tokens; None for full attention."""
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
     if types is not None:

@@ -1,4 +1,4 @@
-"""The text of --help, and the configuration that --cfg job prints."""
+"""Makes the text of --help, and the configuration that --cfg job prints."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ from lctrain.composition import compose, flatten, group_choices
 
 MOST_COLUMNS = 100
 _INDENT = "      "
-_MADE_OF_OTHERS = ("experiment", "debug")  # what they choose is among the choices, and the values
-_PLUMBING = ("_target_",)  # keys that say which class is built
+_MADE_OF_OTHERS = ("experiment", "debug")  # groups that only set choices and values of others
+_PLUMBING = ("_target_",)  # keys that name the class to build
 _WORDS = {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}
 
 
 @dataclass(frozen=True)
 class Interface:
-    """The interface of a console script.
+    """Interface of a console script: its name, configuration and help.
 
     Attributes:
-        program: Its name.
-        config_name: Its primary configuration.
-        summary: Purpose of the command, and how it is called.
-        unused: Keys of shared groups that it does not read, with dots; --help leaves them out.
-        only: Choices of a shared group that the command accepts, by group. A group that is not
-            named has all choices.
+        program: Name of the console script.
+        config_name: Name of its primary configuration.
+        summary: Purpose of the command, and examples of its use.
+        unused: Dotted names of keys that the command does not read; --help leaves them out.
+        only: Choices that the command accepts, by group. Groups that are not listed accept all.
     """
 
     program: str
@@ -44,8 +43,8 @@ def describe(command: Interface, overrides: Sequence[str]) -> str:
     """Returns the help of a command: its purpose, the choices of each group, and the chosen keys.
 
     Args:
-        command: The command.
-        overrides: Overrides of the command line; a choice among them decides which keys are listed.
+        command: Interface of the command.
+        overrides: Overrides of the command line. The choices among them determine the listed keys.
     """
     config = compose(command.config_name, overrides, with_hydra=True)
     chosen = {
@@ -86,7 +85,7 @@ def pasteable(command: Interface, overrides: Sequence[str]) -> str:
     """Returns the composed configuration as a YAML file that composes to the same configuration.
 
     Args:
-        command: The command.
+        command: Interface of the command.
         overrides: Overrides of the command line.
     """
     config = compose(command.config_name, overrides, with_hydra=True)
@@ -134,7 +133,7 @@ def attribute_docs(schema: type) -> dict[str, str]:
 
 
 def _is_branch(node: Any) -> bool:
-    """Returns whether a node is replaced by the keys below it in the list."""
+    """Whether --help lists the keys below a node instead of the node."""
     if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
         return False
     kind = OmegaConf.get_type(node)
@@ -147,14 +146,14 @@ def _parent(config: DictConfig, key: str) -> tuple[Any, str]:
 
 
 def _schema_of(config: DictConfig, key: str) -> tuple[type | None, str]:
-    """The dataclass that holds a key, and its name there."""
+    """Returns the dataclass that has a key (None if there is none), and the key's last part."""
     parent, name = _parent(config, key)
     kind = OmegaConf.get_type(parent)
     return (kind if is_dataclass(kind) else None), name
 
 
 def _value(config: DictConfig, key: str) -> str:
-    """Returns a value as a command writes it, with references unresolved."""
+    """Returns a key's value as on the command line, with interpolations unresolved."""
     parent, name = _parent(config, key)
     if OmegaConf.is_missing(parent, name):
         return "???"
@@ -182,7 +181,7 @@ def _missing(parent: Any, name: str) -> bool:
 
 
 def _words(annotation: str) -> str:
-    """Returns a type as words, from an annotation such as `int | None`."""
+    """Returns a type in words, such as "integer or null" for the annotation `int | None`."""
     parts = [part.strip() for part in annotation.replace("NoneType", "None").split("|")]
     words = []
     for part in parts:
