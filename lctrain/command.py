@@ -95,7 +95,7 @@ def expand_home(arguments: Sequence[str]) -> list[str]:
 
 
 def options_first(arguments: Sequence[str]) -> list[str]:
-    """Puts options such as --multirun in front: Hydra takes none between arguments key=value."""
+    """Moves options such as --multirun before the overrides; Hydra accepts none between them."""
     overrides, options = _separate(arguments)
     return [*options, *overrides]
 
@@ -106,7 +106,7 @@ def overrides_of(arguments: Sequence[str]) -> list[str]:
 
 
 def _separate(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns the arguments of the form key=value or ~key, and the options with their values."""
+    """Returns the overrides (arguments key=value or ~key), and the options with their values."""
     overrides: list[str] = []
     options: list[str] = []
     takes_value = {*CFG, *OTHER_FILES, "--package", "-p", "--info", "-i", "--experimental-rerun"}

@@ -1,8 +1,8 @@
 """Checks of the values of settings that need neither torch nor a file.
 
-The schemas call them, so that a command fails before it loads anything, and so do the objects that
-are built from Python. Messages name the setting as the caller knows it: `prefix` is "data." on the
-command line.
+The config schemas call these checks, so that a command with a wrong setting fails before it loads
+torch. Objects that are built from Python call the same checks. `prefix` is the text before the name
+of a setting in messages: "data." on the command line, and empty in Python.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 MIN_TOKENS = 2
-"""Tokens of the shortest row, document and context: one token has no target."""
+"""Number of tokens in the shortest row, document and context; a single token has no target."""
 OVERLONG = ("split", "truncate", "drop")
 MODEL_SIZES = (
     "vocab_size",
@@ -32,18 +32,18 @@ SPECIAL_TOKENS = ("text", "token")
 ROPE_METHODS = ("linear", "ntk", "yarn")
 DUAL_CHUNK_METHODS = ("dual_chunk", "dual_chunk_yarn")
 METHODS = ("plain", *ROPE_METHODS, *DUAL_CHUNK_METHODS, "intra_chunk")
-LARGEST_SEED = 2**32 - 1  # of NumPy, which is seeded too
+LARGEST_SEED = 2**32 - 1  # the largest seed that NumPy accepts
 
 
 def require(holds: bool, message: str) -> None:
-    """Raises ValueError with the message unless a condition holds."""
+    """Raises ValueError with the given message unless a condition holds."""
     if not holds:
         raise ValueError(message)
 
 
 @contextmanager
 def named(prefix: str) -> Iterator[None]:
-    """Context that adds a prefix to the messages of errors, which begin with a setting's name."""
+    """Context manager that adds a prefix to a ValueError, whose message begins with a setting."""
     try:
         yield
     except ValueError as error:
@@ -51,7 +51,7 @@ def named(prefix: str) -> Iterator[None]:
 
 
 def check_seed(seed: int, name: str = "seed") -> None:
-    """Raises ValueError for a seed that torch and NumPy do not both take."""
+    """Raises ValueError unless both torch and NumPy accept a seed."""
     require(
         0 <= seed <= LARGEST_SEED,
         f"{name} must be in [0, {LARGEST_SEED}], got {seed}. Choose another one.",
@@ -59,11 +59,12 @@ def check_seed(seed: int, name: str = "seed") -> None:
 
 
 def check_stream(source: Any, passkey_fraction: float, prefix: str = "") -> None:
-    """Raises ValueError for a setting that a stream without an end does not have.
+    """Raises ValueError if an endless stream has a passkey fraction, which it does not support.
 
     Args:
-        source: Has the attribute `endless` if it can be one.
-        passkey_fraction: Share of every row.
+        source: Source of documents. Its attribute `endless`, if it has one, is true for an endless
+            stream.
+        passkey_fraction: Fraction of every row that belongs to passkey documents.
         prefix: Text before the names in messages.
     """
     require(
@@ -80,11 +81,12 @@ def check_lengths(
 
     Args:
         lengths: Context lengths in tokens.
-        max_tokens: Tokens of a forward pass; None for no bound.
+        max_tokens: Largest number of tokens in a forward pass; None for no limit.
         prefix: Text before the names in messages.
 
     Raises:
-        ValueError: if there is none, one is below 2 or no integer, or a batch cannot hold one.
+        ValueError: if the list is empty, or a length is not an integer, below 2 or above
+            max_tokens.
     """
     require(
         len(lengths) > 0,
@@ -109,7 +111,7 @@ def check_lengths(
 
 
 def check_model_sizes(config: Mapping[str, Any]) -> None:
-    """Raises ValueError for a size in a model's configuration that no model has.
+    """Raises ValueError if sizes of a model are not positive integers, or do not fit together.
 
     Args:
         config: Arguments of a configuration class of transformers.
@@ -136,7 +138,7 @@ def check_model_sizes(config: Mapping[str, Any]) -> None:
 
 
 def check_warmup(warmup_steps: int | None, max_steps: int) -> None:
-    """Raises ValueError for a warmup that is longer than the run."""
+    """Raises ValueError if the warmup is longer than the run."""
     require(
         warmup_steps is None or max_steps <= 0 or warmup_steps <= max_steps,
         f"optim.warmup_steps must be at most the {max_steps} steps of the run, got {warmup_steps}. "
@@ -145,10 +147,10 @@ def check_warmup(warmup_steps: int | None, max_steps: int) -> None:
 
 
 def check_trainer(trainer: Any) -> None:
-    """Raises ValueError for hardware, precision or length of a run that Lightning has not.
+    """Raises ValueError if Lightning does not accept a setting of hardware, precision or length.
 
     Args:
-        trainer: Has the attributes of `lctrain.config.TrainerConfig`.
+        trainer: Settings of the Trainer, a `lctrain.config.TrainerConfig`.
     """
     for name, known in (("accelerator", ACCELERATORS), ("precision", PRECISIONS)):
         value = getattr(trainer, name)
@@ -197,10 +199,14 @@ def check_backend(backend: str, name: str) -> None:
 
 
 def check_methods(methods: Sequence[str], name: str = "methods") -> tuple[str, ...]:
-    """Returns the methods to read beyond the window, without duplicates.
+    """Returns the methods of reading beyond the window, without duplicates.
+
+    Args:
+        methods: Names of methods.
+        name: Name of the setting, for the message.
 
     Raises:
-        ValueError: for one that does not exist.
+        ValueError: if a method does not exist.
     """
     for method in methods:
         require(
@@ -213,13 +219,13 @@ def check_methods(methods: Sequence[str], name: str = "methods") -> tuple[str, .
 def check_windows(
     overlap: float, min_context: int | None, stride: int | None, shortest: int
 ) -> None:
-    """Raises ValueError for windows of an evaluation that cannot be.
+    """Raises ValueError if a setting of the evaluation windows is out of range.
 
     Args:
-        overlap: Fraction of a window that is only context.
-        min_context: Predecessors of a scored token; None where it is chosen later.
-        stride: Positions that a window scores; None where it is chosen later.
-        shortest: Shortest context length.
+        overlap: Fraction of a window that is context and not scored.
+        min_context: Smallest number of preceding tokens of a scored token; None is not checked.
+        stride: Number of positions that a window scores; None is not checked.
+        shortest: Shortest context length in tokens.
     """
     require(0.0 <= overlap < 1.0, f"overlap must be in [0, 1), got {overlap}. Try 0.5.")
     require(
@@ -237,10 +243,17 @@ def check_windows(
 def check_passkeys(
     depths: Sequence[float], keys_per_cell: int, seed: int, prefix: str = ""
 ) -> tuple[float, ...]:
-    """Returns depths sorted and without duplicates.
+    """Returns the depths of the passkey test, sorted and without duplicates.
+
+    Args:
+        depths: Fractions of the text before the key.
+        keys_per_cell: Number of keys for each length and depth.
+        seed: Seed of the keys and the text.
+        prefix: Text before the names in messages.
 
     Raises:
-        ValueError: if a depth is outside of [0, 1], or no key is to be hidden.
+        ValueError: if there is no depth, a depth is outside of [0, 1], keys_per_cell is below 1, or
+            the seed is negative.
     """
     require(len(depths) > 0, f"{prefix}depths must name at least one, got none. Try [0.0,0.5,1.0].")
     for depth in depths:

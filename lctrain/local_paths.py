@@ -1,4 +1,4 @@
-"""Names of runs and paths of this machine's file systems: what they may look like."""
+"""Checks the names of runs, and paths that must be on this machine's file systems."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import re
 from pathlib import PurePath
 
 SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:/")
-LONGEST_NAME = 255  # bytes of a folder's name, on every common file system
+LONGEST_NAME = 255  # bytes of the longest folder name on common file systems
 
 
 def check_run_name(name: str) -> str:
-    """Returns the name of a run, which becomes folders below paths.root.
+    """Checks and returns the name of a run, which becomes one or more folders below paths.root.
 
     Raises:
-        ValueError: unless it stays below that folder.
+        ValueError: if the name is not a valid folder name, or leads out of paths.root.
     """
     parts = PurePath(name).parts
     inside = name.strip() == name and name != "" and not name.startswith(("/", "~"))
@@ -30,17 +30,17 @@ def check_run_name(name: str) -> str:
 
 
 def local_path(key: str, path: str) -> str:
-    """Returns a path of a file system of this machine, with `~` expanded.
+    """Checks and returns a path on this machine, with `~` expanded.
 
-    A run locks its folder, appends to its files, flushes them and renames them. Object stores do
-    none of these, so a run in one could lose its checkpoints.
+    URLs are refused: a run locks its folder, and appends to, flushes and renames its files, which
+    object stores do not support.
 
     Args:
-        key: Option that holds the path, for the error.
-        path: Path from the user.
+        key: Name of the option, for the message.
+        path: Path that the user gave.
 
     Raises:
-        ValueError: if it is empty or a URL.
+        ValueError: if the path is empty or a URL, or names the home folder of an unknown user.
     """
     if SCHEME.match(path):
         raise ValueError(

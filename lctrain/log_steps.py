@@ -1,4 +1,4 @@
-"""Decides at which steps metrics are logged; at other steps no code waits for the device."""
+"""Decides at which steps metrics are logged. At other steps no code waits for the device."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import lightning.pytorch as pl
 
 
 def at_log_step(trainer: pl.Trainer) -> bool:
-    """Whether the micro-batch that just ended made an optimizer step whose metrics are logged.
+    """Whether the last micro-batch completed an optimizer step at which metrics are logged.
 
-    To be asked in `on_train_batch_end`. The same on all ranks, and the steps at which Lightning
-    logs. In manual optimization every batch counts as a step, however many optimizers stepped.
+    Call it in `on_train_batch_end`. The result is the same on all ranks, and is true at the steps
+    at which Lightning logs. In manual optimization every batch counts as one step.
     """
     every = trainer.log_every_n_steps
     if every == 0:

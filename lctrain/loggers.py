@@ -1,4 +1,4 @@
-"""Loggers: a CSV file that survives a resumed run, and Weights and Biases without a network."""
+"""Loggers that continue in a resumed run: a CSV file, TensorBoard, and Weights and Biases."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lightning.pytorch.utilities import rank_zero_only
 
 
 class MetricsCSV(Logger):
-    """Writes `<save_dir>/metrics.csv`, one row per logging step, flushed at once.
+    """Lightning logger that writes `<save_dir>/metrics.csv`, with a row per logged step.
 
-    A run that resumes in the same folder continues the file: rows of the interrupted run from the
-    first newly logged step on are replaced, so that the file reads like one run.
+    A run that resumes in the same folder continues the file. It first removes the rows of the
+    interrupted run from its own first logged step on, so every step has one row.
 
     Args:
         save_dir: Folder of the run.
@@ -34,12 +34,12 @@ class MetricsCSV(Logger):
 
     @property
     def name(self) -> str:
-        """Constant, since the folder belongs to one run."""
+        """The logger's name. It is constant, because each run has a folder of its own."""
         return "csv"
 
     @property
     def version(self) -> str:
-        """Constant, since the folder belongs to one run."""
+        """The logger's version. It is empty, because each run has a folder of its own."""
         return ""
 
     @property
@@ -69,10 +69,10 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Appends one row.
+        """Appends a row to the file.
 
         Args:
-            metrics: Values by name; tensors are 0-dim.
+            metrics: Values by name: numbers or 0-dim tensors.
             step: Optimizer step, counted from 0.
         """
         row: dict[str, Any] = {"step": step}
@@ -92,7 +92,7 @@ class MetricsCSV(Logger):
             csv.DictWriter(file, self._columns).writerow(row)
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
-        """Replaces the file by a header and rows, at once."""
+        """Replaces the file atomically by a header and the given rows."""
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self._columns)
@@ -108,14 +108,14 @@ def wandb_logger(
     offline: bool = True,
     id: str | None = None,
 ) -> Logger:
-    """Builds Lightning's WandbLogger; offline it needs neither a key nor a network.
+    """Builds Lightning's WandbLogger. Offline, it needs neither a key nor a network.
 
     Args:
-        save_dir: Folder of the run's files.
-        project: Project name.
-        name: Name of the run.
-        offline: Keep everything on this machine; `wandb sync` sends it later.
-        id: Id of the run. A resumed run with the same id continues the same run.
+        save_dir: Folder of the logger's files.
+        project: Name of the project in Weights and Biases.
+        name: Name of the run in Weights and Biases.
+        offline: Whether to keep all metrics on this machine; `wandb sync` uploads them later.
+        id: Id of the run in Weights and Biases. A resumed run with the same id continues it.
     """
     save_dir = os.path.expanduser(save_dir)
     Path(save_dir).mkdir(parents=True, exist_ok=True)
@@ -123,10 +123,10 @@ def wandb_logger(
 
 
 class TensorBoardRun(TensorBoardLogger):
-    """Lightning's logger, with one curve over an interruption.
+    """Lightning's TensorBoardLogger, with one curve for an interrupted and resumed run.
 
-    A killed run has logged steps after its last checkpoint, which the resumed run logs again. Its
-    first row tells TensorBoard to forget what the folder holds from that step on.
+    A resumed run logs again the steps after its checkpoint, which the interrupted run has logged.
+    Its first event tells TensorBoard to discard earlier events from that step on.
     """
 
     @rank_zero_only
@@ -134,7 +134,7 @@ class TensorBoardRun(TensorBoardLogger):
         """Adds one point to the curve of every metric.
 
         Args:
-            metrics: Values by name; tensors are 0-dim.
+            metrics: Values by name: numbers or 0-dim tensors.
             step: Optimizer step, counted from 0.
         """
         if not getattr(self, "_started", False):
@@ -144,7 +144,7 @@ class TensorBoardRun(TensorBoardLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any = None, *args: Any, **kwargs: Any) -> None:
-        """Shows the options as a text, and writes them to `hparams.yaml` in the logger's folder.
+        """Logs the options as text, and writes them to `hparams.yaml` in the logger's folder.
 
         Args:
             params: A dictionary, nested as the options are, or a Namespace.
@@ -188,10 +188,10 @@ def tensorboard_logger(save_dir: str) -> Logger:
 
 
 def with_run_id(configs: Mapping[str, Any], run_id: str) -> dict[str, Any]:
-    """Passes the run's id to the loggers that take one and have none.
+    """Returns the settings of the loggers, with the run's id where a logger's `id` is None.
 
     Args:
-        configs: Loggers by name, as in `TrainConfig.logger`.
+        configs: Settings of the loggers by name, as in `TrainConfig.logger`.
         run_id: Id of the run.
     """
     return {
@@ -202,12 +202,12 @@ def with_run_id(configs: Mapping[str, Any], run_id: str) -> dict[str, Any]:
 
 @contextmanager
 def closing(loggers: Sequence[Any]) -> Iterator[None]:
-    """Context at whose end the run of Weights and Biases ends, also after an error.
+    """Context manager that ends the run in Weights and Biases, also after an error.
 
-    Otherwise the next job of a --multirun, in the same process, would go on with it.
+    Otherwise the next job of a --multirun, in the same process, would continue this run.
 
     Args:
-        loggers: Loggers of the run; only WandbLogger is affected.
+        loggers: Loggers of the run. Only a WandbLogger is affected.
     """
     failed = True
     try:
@@ -226,7 +226,7 @@ def log_evaluation(logger: Logger, rows: list[dict[str, Any]], plot: Path | None
     Args:
         logger: A Lightning logger; without `log_table` and `log_image` nothing is logged.
         rows: One dictionary per context length.
-        plot: PNG file.
+        plot: PNG file of the plot; None logs no plot.
     """
     if rows and hasattr(logger, "log_table"):
         columns = list(rows[0])
@@ -238,7 +238,7 @@ def log_evaluation(logger: Logger, rows: list[dict[str, Any]], plot: Path | None
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """The complete rows of a CSV file; a last row that a kill cut short is left out."""
+    """Returns the complete rows of a CSV file, without a last row that is cut short."""
     if not path.is_file():
         return []
     with path.open(newline="") as file:

@@ -1,4 +1,4 @@
-"""The measurements of an evaluation: perplexity by context length, and passkeys."""
+"""Measurements of lctrain-eval: perplexity by context length, and passkey retrieval."""
 
 from __future__ import annotations
 
@@ -25,7 +25,15 @@ def measure_perplexity(
     methods: Sequence[str],
     begin: BeginTokens,
 ) -> PerplexityTable | MethodComparison:
-    """Measures perplexity by length of the unchanged model, or of every method."""
+    """Measures perplexity by context length, of the model as it is or with each method.
+
+    Args:
+        config: Settings of the evaluation.
+        model: A transformers causal LM.
+        documents: Tokenized documents.
+        methods: Methods of reading beyond the window; empty for none.
+        begin: Begin tokens of the windows.
+    """
     from lctrain.eval import (
         compare_methods,
         longest_documents,
@@ -71,7 +79,7 @@ def find_passkeys(
     documents: Sequence[TokenizedDocument],
     extensions: Sequence[Extension],
 ) -> PasskeyTable:
-    """Searches passkeys in the documents with every method."""
+    """Hides passkeys in the documents, and counts those that the model finds with each method."""
     from lctrain.data.passkey import PasskeyFormat
     from lctrain.eval import passkey_retrieval
 
@@ -94,9 +102,14 @@ def find_passkeys(
 def make_extensions(
     methods: Sequence[str], window: int, attention: AttentionConfig | None
 ) -> list[Extension]:
-    """The methods, each with the options of the attention that it uses.
+    """Returns an Extension per method, with the options of the method's attention.
 
-    Options that only dual chunk attention has go to it alone.
+    Options of dual chunk attention apply to the dual chunk methods only.
+
+    Args:
+        methods: Names of the methods.
+        window: Length of the texts that the model was trained on, in tokens.
+        attention: Settings of the attention; None for the defaults.
     """
     from lctrain.eval import DUAL_CHUNK_METHODS, Extension
 
@@ -111,17 +124,23 @@ def make_extensions(
 
 
 def method_of(attention: AttentionConfig | None) -> str:
-    """Returns the method that an attention corresponds to."""
+    """Returns the method that uses an attention: dual_chunk or plain."""
     return "dual_chunk" if attention is not None and attention.name == "dual_chunk" else "plain"
 
 
 def patch(model: Any, attention: AttentionConfig | None, window: int | None) -> None:
-    """Patches the model's attention, so that its documents are packed.
+    """Patches the model's attention, so that the model reads packs.
 
-    The window is that of dual chunk attention, unless its options name one.
+    If flash attention does not support the model, the model is not patched and a warning is logged:
+    evaluation then uses padded rows, which changes its speed but not its results.
 
-    A model that plain flash attention does not support is left as it is, with a warning: its
-    numbers do not depend on it, only the speed does. Any other attention is what one measures.
+    Args:
+        model: A transformers causal LM.
+        attention: Settings of the attention; None does not patch the model.
+        window: Window of dual chunk attention, in tokens, unless `attention` sets one.
+
+    Raises:
+        ValueError: if dual chunk or differential attention does not support the model.
     """
     from lctrain.models import patch_model
 
@@ -139,7 +158,7 @@ def patch(model: Any, attention: AttentionConfig | None, window: int | None) -> 
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this name; "auto" is a GPU if there is one.
+    """Returns the device with this name; "auto" is a GPU if there is one, else the CPU.
 
     Raises:
         ValueError: if this machine does not have the device.

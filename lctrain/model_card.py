@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, and what other programs make of it."""
+"""Writes the model card of an exported model: its facts, and how to load it."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def model_card(
     version: int | None,
     adapters: bool = False,
 ) -> str:
-    """Writes the card.
+    """Returns the text of the model card, for README.md.
 
     Args:
-        model: A causal LM of transformers, trained.
-        spec: The attention in training; None for that of transformers.
-        trained_length: Length of the longest document of the training, in tokens, if known.
-        version: Version of differential attention; None for a model without.
-        adapters: Whether the folder holds adapters alone, without the model's own weights.
+        model: Trained causal LM of transformers.
+        spec: Attention used in training; None for that of transformers.
+        trained_length: Length of the longest document in training, in tokens; None if unknown.
+        version: Version of the model's differential attention; None if it has none.
+        adapters: Whether the folder holds only PEFT adapters, without the model's own weights.
     """
     config = model.config
     base = getattr(config, "_name_or_path", "")
@@ -81,7 +81,11 @@ def _trained(model: Any) -> int:
 
 
 def _what_adapters_are(base: str) -> str:
-    """Returns a paragraph about adapters, which need their base model."""
+    """Returns a paragraph that says what adapters need to be loaded.
+
+    Args:
+        base: Name of the base model; may be empty.
+    """
     needed = f"`{base}`" if base else "the base model, which this folder does not name or hold"
     return (
         f"The folder holds adapters of PEFT, not a whole model: loading them needs PEFT and "
@@ -93,7 +97,7 @@ def _what_adapters_are(base: str) -> str:
 def _what_loads(
     config: Any, spec: AttentionSpec | None, trained_length: int | None, version: int | None
 ) -> list[str]:
-    """Returns paragraphs on what plain transformers and other programs compute with these files."""
+    """Returns paragraphs about loading the model in transformers and other programs."""
     if version == 2:
         return [
             f"`{config.model_type}` is a family of lctrain (differential attention, version 2). "
