@@ -1,8 +1,8 @@
-"""Names of the model families of transformers and of their arguments, read from its files.
+"""Checks names of model families and of their arguments against transformers' source files.
 
-To import a configuration class takes seconds, since it loads torch. A name that stands nowhere in
-the files that define the classes is a misspelt one. A name that stands there may still be wrong:
-`lctrain.build` looks at the class itself.
+Importing a configuration class takes seconds, since it imports torch. A name that occurs nowhere in
+the files which define the class is certainly misspelt. A name that occurs there may still be wrong;
+`lctrain.build` checks it against the class later.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SHARED = ("configuration_utils.py", "modeling_rope_utils.py")
 
 
 def check_family(model_type: str, name: str = "model.model_type") -> None:
-    """Raises ValueError for a family that transformers does not have.
+    """Raises ValueError if transformers has no model family of this name.
 
     Args:
         model_type: Name of the family, such as "llama".
@@ -34,10 +34,10 @@ def check_family(model_type: str, name: str = "model.model_type") -> None:
 
 
 def check_arguments(model_type: str, given: Iterable[str]) -> None:
-    """Raises ValueError for an argument that the family's configuration cannot have.
+    """Raises ValueError if a name cannot be an argument of the family's configuration class.
 
     Args:
-        model_type: A family of transformers.
+        model_type: Name of a model family of transformers.
         given: Names of the arguments.
     """
     words = _words_of_family(model_type)
@@ -47,7 +47,7 @@ def check_arguments(model_type: str, given: Iterable[str]) -> None:
 
 
 def check_model_name(name: str) -> None:
-    """Raises ValueError if a model has no name, or a path as its name that is no folder's."""
+    """Raises ValueError if the name of a model is empty, or is a path that is not a folder."""
     require(
         name.strip() != "",
         f"model must be a folder or a name on the Hugging Face hub, got {name!r}. Set "
@@ -70,19 +70,31 @@ def check_tokenizer_name(name: str | None) -> None:
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether a name can be that of a folder alone: on the hub it is `name` or `owner/name`."""
+    """Whether a name can only be a path; names on the hub are `name` or `owner/name`."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
 def unknown_family(model_type: str, known: Collection[str], name: str) -> ValueError:
-    """Returns the error for an unknown family."""
+    """Returns the error for an unknown model family.
+
+    Args:
+        model_type: The unknown name.
+        known: Names of all families, for a suggestion.
+        name: Name of the option, for the message.
+    """
     near = difflib.get_close_matches(model_type, known, n=1)
     remedy = f"Did you mean {near[0]}?" if near else "Use for example llama, qwen3 or mistral."
     return ValueError(f"{name} must be a family of transformers, got {model_type!r}. {remedy}")
 
 
 def unknown_argument(key: str, owner: str, known: Collection[str]) -> ValueError:
-    """Returns the error for an argument that a configuration does not have."""
+    """Returns the error for an argument that a configuration class does not have.
+
+    Args:
+        key: Name of the argument.
+        owner: Name of the class, for the message.
+        known: Names of all arguments, for a suggestion.
+    """
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     remedy = f"Did you mean model.config.{near[0]}?" if near else "Check the spelling."
     return ValueError(
@@ -92,7 +104,7 @@ def unknown_argument(key: str, owner: str, known: Collection[str]) -> ValueError
 
 @cache
 def families() -> frozenset[str]:
-    """Returns the model types in transformers' files; empty if these cannot be read."""
+    """Returns the names of all model families in transformers' files; empty if none is found."""
     found: set[str] = set()
     folder = _transformers()
     for path in () if folder is None else (folder / "models" / "auto").glob("*.py"):
@@ -103,7 +115,7 @@ def families() -> frozenset[str]:
 
 @cache
 def _words_of_family(model_type: str) -> frozenset[str]:
-    """Every word of the files that define a family's configuration; empty if there are none."""
+    """Returns all words in the files that define a family's configuration; empty without files."""
     folder = _transformers()
     own = None if folder is None else folder / "models" / model_type.replace("-", "_")
     if folder is None or own is None or not any(own.glob("configuration_*.py")):
@@ -122,7 +134,7 @@ def _words_of_family(model_type: str) -> frozenset[str]:
 
 
 def _transformers() -> Path | None:
-    """The folder of transformers, which is not imported."""
+    """Returns the folder of transformers without importing it; None if it is not installed."""
     spec = importlib.util.find_spec("transformers")
     places = None if spec is None else spec.submodule_search_locations
     return Path(next(iter(places))) if places else None

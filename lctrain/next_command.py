@@ -1,4 +1,4 @@
-"""The arguments with which `lctrain-eval` reads the held-out text of a training run."""
+"""Makes the arguments with which `lctrain-eval` reads the held-out text of a training run."""
 
 from __future__ import annotations
 
@@ -32,16 +32,17 @@ _PLAIN = re.compile(r"[\w./][\w./*?-]*", re.ASCII)
 
 
 def evaluation_arguments(config: TrainConfig) -> list[str]:
-    """Arguments of `lctrain-eval`, besides the model, for the held-out text of a run.
+    """Returns the arguments of `lctrain-eval`, except the model, for the held-out text of a run.
 
-    They name the data and what limits the evaluation, where they differ from the defaults of
-    `lctrain-eval`. Without them it would read other text, also text that the run trained on.
+    They set the data and the size of the evaluation, where the run's settings differ from the
+    defaults of `lctrain-eval`. Without them, `lctrain-eval` could read text that the run trained
+    on.
 
     Args:
         config: Configuration of the run.
 
     Returns:
-        Arguments in Hydra's grammar, quoted for a shell; none for data without a name in Hydra.
+        Arguments in Hydra's grammar, quoted for a shell; [] for data without a config in Hydra.
     """
     arguments = []
     choices = [name for name, schema in SCHEMAS.items() if schema is type(config.data)]
@@ -73,7 +74,7 @@ def _default(field: Field[Any]) -> Any:
 
 
 def _hydra(value: Any) -> str:
-    """A value in the grammar of Hydra's overrides."""
+    """Returns a value in the grammar of Hydra's overrides."""
     if value is None:
         return "null"
     if isinstance(value, bool):

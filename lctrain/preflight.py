@@ -1,7 +1,7 @@
-"""Checks of a run before anything heavy loads: attention, files and folders.
+"""Checks the attention, model, files and folders of a command before torch is imported.
 
-The schemas have checked keys, types and ranges by then. What needs the model or the text is checked
-later, by those who read them.
+The config schemas have checked keys, types and ranges before. Checks that need the model or the
+texts follow later, where these are loaded.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ DEVICE = r"auto|(cpu|cuda|mps|xpu)(:\d+)?"
 
 
 def check_attention(config: AttentionConfig | None) -> None:
-    """Raises ValueError for an attention that does not exist, or an option it does not have."""
+    """Raises ValueError if an attention does not exist, or does not have one of its options."""
     if config is None:
         return
     require(
@@ -70,7 +70,7 @@ def check_data_files(config: DataConfig) -> None:
     """Raises ValueError if a file or glob matches nothing, or the cache cannot be written.
 
     Args:
-        config: Data config, with or without files.
+        config: Settings of the data, with any source.
     """
     from lctrain.data.readers import match_files
 
@@ -91,11 +91,11 @@ def check_data_files(config: DataConfig) -> None:
 
 
 def check_model(config: ModelConfig, tokenizer: str | None) -> None:
-    """Raises ValueError for a family, an argument of it, or a folder that is not there.
+    """Raises ValueError if a model's family, argument or folder, or the tokenizer, does not exist.
 
     Args:
-        config: Config of a model from scratch or of a pretrained one.
-        tokenizer: Name or folder.
+        config: Settings of a model with random weights, or of a pretrained model.
+        tokenizer: Name or folder of the tokenizer; None for the default.
     """
     check_tokenizer_name(tokenizer)
     if isinstance(config, PretrainedModelConfig):
@@ -106,9 +106,9 @@ def check_model(config: ModelConfig, tokenizer: str | None) -> None:
 
 
 def check_checkpoint(config: TrainConfig) -> None:
-    """Raises ValueError if a checkpoint is named that is not there, or is a folder.
+    """Raises ValueError if `ckpt_path` is not a file, or "last" finds no earlier checkpoint.
 
-    What the checkpoint holds is not read.
+    The content of the checkpoint is not read.
     """
     ckpt_path = config.ckpt_path
     if ckpt_path is None:
@@ -130,7 +130,7 @@ def check_checkpoint(config: TrainConfig) -> None:
             "Leave it out to start afresh."
         )
     if not zipfile.is_zipfile(path):
-        check_named(path, None)  # says so, and which one is intact
+        check_named(path, None)  # raises an error that names an intact checkpoint
 
 
 def _check_last(config: TrainConfig) -> None:
@@ -142,7 +142,7 @@ def _check_last(config: TrainConfig) -> None:
     if any(checkpoints_in(directory) for directory in own):
         return
     identity = identity_of(config)
-    if config.trainer.precision == "auto":  # what it stands for, torch knows
+    if config.trainer.precision == "auto":  # only torch can tell which precision this is
         del identity["trainer.precision"]
     newest_directory(Path(config.paths.runs_dir), identity)
 
@@ -151,8 +151,8 @@ def check_folder(folder: Path, name: str) -> None:
     """Raises ValueError if no file can be created in a folder. Creates the folder if needed.
 
     Args:
-        folder: The folder.
-        name: Name of the setting.
+        folder: Path of the folder.
+        name: Name of the setting, for the message.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -166,11 +166,11 @@ def check_folder(folder: Path, name: str) -> None:
 
 
 def check_targets(group: str, configs: Any) -> None:
-    """Raises ValueError for an entry that does not name a class to build.
+    """Raises ValueError if a component of a group has no `_target_`, or its package does not exist.
 
     Args:
-        group: callbacks or logger.
-        configs: Entries by name; None is switched off.
+        group: Name of the group: "callbacks" or "logger".
+        configs: Settings of the components by name; None for a component that is switched off.
     """
     for name, config in configs.items():
         if config is None:
@@ -190,7 +190,7 @@ def check_targets(group: str, configs: Any) -> None:
 
 
 def check_evaluation(config: EvalConfig) -> None:
-    """Raises ValueError for what shows without torch, in the first second of an evaluation."""
+    """Raises ValueError if a setting of lctrain-eval is wrong. It does not import torch."""
     check_lengths(config.lengths, config.forward_tokens())
     check_tasks(config.tasks)
     check_methods(config.methods)
@@ -225,7 +225,7 @@ def check_evaluation(config: EvalConfig) -> None:
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Raises ValueError unless there are tasks, each one of TASKS."""
+    """Raises ValueError unless `tasks` names at least one task, and only tasks in TASKS."""
     if not tasks or not set(tasks) <= set(TASKS):
         raise ValueError(
             f"tasks must be some of {', '.join(TASKS)}, got {list(tasks)}. The default is "

@@ -1,4 +1,4 @@
-"""The end of a process that was a rank."""
+"""leave_at_exit: destroys the process group of a rank when its process ends."""
 
 import atexit
 import time
@@ -7,9 +7,9 @@ import torch.distributed
 
 
 def leave_at_exit() -> None:
-    """Destroys a gloo process group before the interpreter ends.
+    """Registers a function that destroys a gloo process group before the interpreter ends.
 
-    Its thread would otherwise run while Python shuts down, which sometimes aborts a process that
+    Otherwise the thread of gloo runs while Python shuts down, which sometimes aborts a process that
     has finished (torch 2.13). Lightning does the same for NCCL.
     """
     atexit.register(_leave)
@@ -19,6 +19,6 @@ def _leave() -> None:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     if torch.distributed.get_backend() == "gloo":
-        # While this thread sleeps, gloo's thread gets the interpreter lock and ends its work.
+        # While this thread sleeps, gloo's thread gets the interpreter lock and finishes its work.
         time.sleep(0.1)
         torch.distributed.destroy_process_group()

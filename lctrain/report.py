@@ -1,4 +1,4 @@
-"""The report that a run prints at its end."""
+"""RunReport: the report that a training run prints and saves at its end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lctrain.next_command import pasteable
 
 @dataclass(frozen=True)
 class RunReport:
-    """The outcome of one run.
+    """Results of one training run.
 
     Attributes:
         steps: Optimizer steps in total, including those before a resume.
@@ -30,16 +30,17 @@ class RunReport:
         last_loss: Training loss of the last step; None if this process took no step.
         held_out_first: Held-out loss before the first step.
         held_out_last: Held-out loss after the last step.
-        tokens_per_second: Real tokens of all ranks, without the first logging interval.
-        peak_memory_gib: Peak memory in GiB: of the device on a GPU, else of this process.
-        fill: Real tokens over row capacity of the whole training split.
-        data: The training rows in a line: see `describe_rows`.
-        packing: Counts of the training split, documents cut or dropped among them.
-        held_out_packing: Packing counts of the held-out split.
-        imbalance: Attention work of the heaviest rank of every step over that of the mean, as in
-            `lctrain.data.order`; None with one rank.
-        perplexities: [(context length, perplexity)].
-        findings: What the closing evaluation found, sentences by name.
+        tokens_per_second: Tokens per second of all ranks together, without the first logging
+            interval; None if it was not measured.
+        peak_memory_gib: Peak memory in GiB: of the GPU, or of this process without a GPU.
+        fill: Fraction of the training rows' capacity that holds tokens.
+        data: Description of the training rows in one line: see `describe_rows`.
+        packing: Counts of the training rows, as text: see PackingReport.
+        held_out_packing: Counts of the held-out rows, as text: see PackingReport.
+        imbalance: Attention work of the heaviest rank of every step over the mean of all ranks, see
+            `lctrain.data.order.imbalance`; None with one rank.
+        perplexities: Pairs (context length, perplexity).
+        findings: Sentences about the results of the closing evaluation, by name.
         folder: Folder of the run.
         paths: Paths of the written files, by name.
         evaluation_arguments: Arguments with which lctrain-eval reads the same held-out text.
@@ -64,7 +65,7 @@ class RunReport:
     evaluation_arguments: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """At most ten lines, for readers who are new to all of it; report.json has the rest."""
+        """Returns at most ten lines for new users; report.json holds all figures."""
         lines = [
             f"trained   {self.steps:,} steps, {_number(self.tokens_per_second, ',.0f')} tokens/s, "
             f"{self.peak_memory_gib:.2f} GiB of memory",
@@ -92,7 +93,7 @@ class RunReport:
         return "\n".join(lines)
 
     def save(self, folder: Path) -> None:
-        """Writes report.txt, as it is printed, and report.json, with every figure.
+        """Writes the printed report to report.txt, and all figures to report.json.
 
         Args:
             folder: Folder of the run.
@@ -109,12 +110,12 @@ def summarize(
     folder: Path,
     evaluation_arguments: Sequence[str] = (),
 ) -> RunReport:
-    """Collects the report from the objects of a finished run.
+    """Builds the report of a finished run.
 
     Args:
-        trainer: After `fit`.
-        module: After `fit`.
-        closing: Results of the closing evaluation, with the exported model among its paths.
+        trainer: Trainer that has run `fit`.
+        module: Module that has been trained.
+        closing: Results of the closing evaluation. Its paths include the exported model.
         folder: Folder of the run.
         evaluation_arguments: Arguments with which lctrain-eval reads the same held-out text.
     """
@@ -153,7 +154,7 @@ def summarize(
 
 
 def describe_rows(packing: PackingReport) -> str:
-    """The training rows in a line, with what of the documents was lost, if anything was.
+    """Describes the training rows in one line, with the documents that were cut or left out.
 
     Args:
         packing: Counts of the training rows.
@@ -171,7 +172,7 @@ def describe_rows(packing: PackingReport) -> str:
 
 
 def command(name: str) -> str:
-    """How a console script is called from here: by its name, or by its path beside Python's.
+    """Returns the command that runs a console script: its name, or its path if it is not in PATH.
 
     Args:
         name: Name of the script.
@@ -183,7 +184,7 @@ def command(name: str) -> str:
 
 
 def shorten(path: Path) -> str:
-    """A path as seen from the current folder, if it lies in there."""
+    """Returns a path relative to the current folder if it lies in it, else the path as it is."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 

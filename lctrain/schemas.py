@@ -18,39 +18,39 @@ from lctrain.run.new_folder import register_new_run_folder
 
 @dataclass(frozen=True, kw_only=True)
 class StdlibData(DataConfig, StdlibSource):
-    """data=stdlib"""
+    """Settings of data=stdlib: the Python files of the standard library."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackagesData(DataConfig, PackagesSource):
-    """data=packages"""
+    """Settings of data=packages: the Python files of the installed packages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextData(DataConfig, TextSource):
-    """data=text"""
+    """Settings of data=text: text files, one document each."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JsonlData(DataConfig, JsonlSource):
-    """data=jsonl"""
+    """Settings of data=jsonl: JSON lines, one document each."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetData(DataConfig, ParquetSource):
-    """data=parquet"""
+    """Settings of data=parquet: Parquet files, one document in each row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubData(DataConfig, HubSource):
-    """data=hub"""
+    """Settings of data=hub: a dataset of the Hugging Face hub."""
 
 
 def source_of(data: DataConfig) -> Source:
-    """The source that a data config describes, without the rest.
+    """Returns the source of documents that the settings of the data describe.
 
     Raises:
-        ValueError: if the config has none, or a value of the source does not fit.
+        ValueError: if the settings have no source, or a setting of the source is out of range.
     """
     for base in type(data).__mro__:
         if issubclass(base, Source) and not issubclass(base, DataConfig):
@@ -93,7 +93,7 @@ SCHEMAS: dict[str, Any] = {
 
 
 def register_schemas() -> None:
-    """Puts every schema, and the recipes, into Hydra's ConfigStore. Idempotent."""
+    """Registers all schemas and recipes in Hydra's ConfigStore. It is idempotent."""
     register_new_run_folder()
     for name, schema in SCHEMAS.items():
         store_schema(name, schema)
@@ -101,12 +101,11 @@ def register_schemas() -> None:
 
 
 def register_recipes() -> None:
-    """Makes `experiment=` find the recipes.
+    """Registers lctrain's recipes in Hydra's ConfigStore as choices of the group `experiment`.
 
-    The first line of a recipe is the command that runs it. In files that Hydra reads itself, the
-    first line must be its package directive, so lctrain registers recipes by itself. Recipes in
-    your own folders follow Hydra's rules: first line `# @package _global_`, and
-    hydra.searchpath=[file:///my/recipes].
+    Hydra would require the package directive `# @package _global_` in the first line of a recipe's
+    file, where lctrain's recipes have the command that runs them. Recipes in your own folders need
+    the directive, and the option hydra.searchpath=[file:///my/recipes].
     """
     from hydra.core.config_store import ConfigStore
 

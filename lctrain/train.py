@@ -1,4 +1,4 @@
-"""`lctrain-train`: trains a causal LM on packed documents, from a Hydra config."""
+"""The command `lctrain-train`: trains a causal LM on packed documents, from a Hydra config."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def train(config: TrainConfig) -> RunReport:
     """Runs one training from beginning to end.
 
     Args:
-        config: Everything, as plain dataclasses.
+        config: Settings of the run.
 
     Returns:
         The report, with results and paths.
 
     Raises:
-        ValueError: if the configuration, the data, the checkpoint or the folder does not fit:
-            before training, and before the data are read wherever they have no part in it.
-        NonFiniteLossError: if the loss became NaN or infinite.
-        IsolationError: if documents of a pack mix.
-        StorageError: if a disk is full, a quota used up, or a file system became read-only.
-        SystemExit: if a signal stopped the run, with the status that a shell would report.
+        ValueError: before training, if the configuration, the data, the checkpoint or the folder
+            cannot be used. Errors that do not depend on the data are raised before it is read.
+        NonFiniteLossError: if the loss is NaN or infinite.
+        IsolationError: if documents of a pack influence one another.
+        StorageError: if a disk is full, a quota is used up, or a file system is read-only.
+        SystemExit: if a signal stopped the run. The status is 128 + the signal's number.
     """
     from lctrain.run.signals import StopSignals, ends_in_order
 
@@ -65,7 +65,7 @@ def train(config: TrainConfig) -> RunReport:
 def _train(
     config: TrainConfig, output_dir: Path, signals: StopSignals, started: float
 ) -> RunReport:
-    """Checks everything, locks the folder, and trains."""
+    """Checks the configuration, finds the checkpoint, locks the folder, and trains."""
     from lctrain.build import instantiate_all, resolve_precision
     from lctrain.callbacks.checkpoint import check_writable, step_checkpoints
     from lctrain.run.identity import identity_of
@@ -95,7 +95,10 @@ def _train(
 
 
 def check_before_data(config: TrainConfig) -> None:
-    """Raises ValueError for what does not fit, as far as that shows without the data."""
+    """Raises ValueError if model, attention, optimizer or evaluation cannot be used.
+
+    The checks do not read the data.
+    """
     from lctrain.build import check_model as check_model_builds
     from lctrain.eval import check_lengths
     from lctrain.optim import learning_rate_factor
@@ -179,14 +182,14 @@ def _run(
 
 
 def count_last_step(trainer: pl.Trainer) -> None:
-    """Counts the step and the epoch that end a run, where `fit` found the run finished already.
+    """Corrects Lightning's counts if `fit` resumed a run that was already finished.
 
-    Lightning counts a step for the loggers after its checkpoint is saved, and counts it again when
-    training goes on from there. A finished run does not go on: without this, its last validation
-    would stand in the row of its last step.
+    Lightning counts a step for the loggers after it has saved the step's checkpoint, and counts it
+    when training resumes. In a finished run no training follows, so the last validation would be
+    logged in the row of the last step. This function counts the step and the epoch instead.
 
     Args:
-        trainer: After `fit`.
+        trainer: Trainer that has run `fit`.
     """
     if trainer.fit_loop.restarting:
         trainer.fit_loop.epoch_loop._batches_that_stepped += 1
@@ -194,11 +197,11 @@ def count_last_step(trainer: pl.Trainer) -> None:
 
 
 def end_launched_ranks(trainer: pl.Trainer, number: int) -> None:
-    """Sends a signal to the processes that Lightning started for further ranks, if there are any.
+    """Sends a signal to the other ranks on this machine that Lightning started.
 
     Args:
         trainer: Trainer of this process.
-        number: The signal.
+        number: Number of the signal.
     """
     launcher = trainer.strategy.launcher
     if launcher is not None and getattr(launcher, "procs", None):
@@ -208,14 +211,14 @@ def end_launched_ranks(trainer: pl.Trainer, number: int) -> None:
 def export_and_evaluate(
     config: TrainConfig, trainer: pl.Trainer, module: LongContextModule, output_dir: Path
 ) -> Closing:
-    """Writes the trained model and evaluates it, on rank 0; the others wait."""
+    """Exports and evaluates the trained model on rank 0, while the other ranks wait."""
     from lctrain.closing import NOTHING, evaluate_at_end
     from lctrain.export import export_model
 
     closing = NOTHING
     if trainer.is_global_zero:
         paths: dict[str, Path] = {}
-        if config.export:  # first: whatever happens in the evaluation, the model is there
+        if config.export:  # before the evaluation, whose failure must not lose the model
             data = trainer.datamodule
             paths["model"] = export_model(
                 module, data.tokenizer, output_dir / "model", data.longest_document
@@ -228,7 +231,7 @@ def export_and_evaluate(
 
 
 def quiet_lightning() -> None:
-    """Context without Lightning's messages about itself, and without one of its deprecations."""
+    """Hides Lightning's informational messages, and two warnings that users cannot act on."""
     import lightning.pytorch  # noqa: F401 (its import sets the levels)
 
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -257,7 +260,7 @@ def main() -> None:
 
 
 def run(config: DictConfig) -> None:
-    """Trains with the configuration that Hydra composed, in a folder of its own."""
+    """Trains with the configuration that Hydra composed."""
     from hydra.core.hydra_config import HydraConfig
 
     with without_empty_folder(HydraConfig.get().runtime.output_dir):
@@ -271,19 +274,19 @@ def run(config: DictConfig) -> None:
 
 
 def in_its_folder(config: DictConfig) -> TrainConfig:
-    """Returns the configuration with the folder of the run that it resumes, if there is one.
+    """Returns the settings of the run, with the folder of the run that it resumes, if any.
 
     Args:
-        config: Configuration that Hydra composed; a folder that the user named is kept.
+        config: Configuration that Hydra composed. An output folder that the user named is kept.
     """
     from hydra.core.hydra_config import HydraConfig
 
     plain = to_dataclass(config, TrainConfig)
     check_before_loading(plain)
-    if is_rank_zero():  # in the first second; what follows takes a few
+    if is_rank_zero():  # logged before the imports, which take a few seconds
         log.info("Loading PyTorch and Lightning. The run writes to %s", plain.paths.output_dir)
     given = [*HydraConfig.get().overrides.task, *HydraConfig.get().overrides.hydra]
-    named = ("paths.output_dir=", "hydra.run.dir=")  # which Lightning also gives to further ranks
+    named = ("paths.output_dir=", "hydra.run.dir=")  # Lightning sets them for the other ranks, too
     if is_rank_zero() and any(text.lstrip("+").startswith(named) for text in given):
         return plain
     if plain.ckpt_path is None and not was_requeued():
@@ -295,7 +298,7 @@ def in_its_folder(config: DictConfig) -> TrainConfig:
 
     identity = identity_of(plain, trainer__precision=resolve_precision(plain.trainer))
     if plain.ckpt_path == "last" and checkpoints_in(Path(plain.paths.output_dir) / "checkpoints"):
-        return plain  # a job of a multirun that is started again in its folder
+        return plain  # a job of a multirun that was started again in its own folder
     folder = folder_to_go_on_in(plain, identity)
     if folder is None:
         return plain
@@ -308,7 +311,7 @@ def in_its_folder(config: DictConfig) -> TrainConfig:
 
 
 def check_before_loading(config: TrainConfig) -> None:
-    """Raises ValueError for what shows without torch, in the first second of a run."""
+    """Raises ValueError if a setting of the run is wrong. It does not import torch."""
     check_attention(config.attention)
     check_data_files(config.data)
     check_model(config.model, config.data.tokenizer)

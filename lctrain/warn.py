@@ -1,4 +1,4 @@
-"""warn_caller: a warning that names the line of the user's code which led to it."""
+"""warn_caller: issues a warning that names the line of the user's code that caused it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ WITHIN = ("lctrain", "lctrain_kernels", "torch")
 
 
 def warn_caller(message: str) -> None:
-    """Warns with the innermost line outside of this package and of torch, which calls modules.
+    """Issues a warning at the innermost line of the call stack outside of lctrain and torch.
 
     Args:
-        message: What is wrong, and the remedy.
+        message: Text of the warning: the problem and the remedy.
     """
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and _is_within(str(frame.f_globals.get("__name__"))):
