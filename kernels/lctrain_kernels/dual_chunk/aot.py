@@ -1,4 +1,4 @@
-"""Portable kernels of dual chunk attention, as input for ahead-of-time compilation."""
+"""Lists the portable kernels of dual chunk attention for ahead-of-time compilation."""
 
 import itertools
 from collections.abc import Iterator
@@ -30,16 +30,16 @@ def _variant(
     is_partial: bool = False,
     rotates_keys: bool = False,
 ) -> KernelVariant:
-    """Describes one compilation.
+    """Describes one compilation of a dual chunk kernel.
 
     Args:
-        operation: A key of KERNELS.
+        operation: Name of the kernel, a key of KERNELS.
         config: Tile configuration of the kernel.
         head_dim: Head dim D of queries and keys.
-        features: "causal", "dropout" or "all", which adds logit_scale to dropout.
+        features: "causal", "dropout" or "all" (dropout and logit_scale).
         dtype: Triton's name of the tensors' dtype, such as "bf16".
-        is_partial: The launch to whose result a later one adds.
-        rotates_keys: dual_chunk_rotate_kernel rotates keys, which have no statistics.
+        is_partial: Whether a later launch adds to the result of this one.
+        rotates_keys: Whether dual_chunk_rotate_kernel rotates keys. Keys have no statistics.
     """
     return attention_variant(
         operation,
@@ -58,10 +58,10 @@ def _variant(
 def kernel_variants(
     table: str, head_dims: tuple[int, ...], features: tuple[str, ...]
 ) -> Iterator[KernelVariant]:
-    """Yields the configurations of one table; arguments as `aot.kernel_variants`.
+    """Yields a variant of every configuration of a table; see `aot.kernel_variants`.
 
-    Launches of partial results are compiled for D = 128 only. So are plain kernels where "causal"
-    is the only feature, except on sm_90.
+    Launches of partial results are compiled for head dim 128 only. If "causal" is the only feature,
+    plain kernels are also compiled for head dim 128 only, except on sm_90.
     """
     wanted = [name for name in ("causal", "dropout", "all") if name in features]
     for head_dim in head_dims:

@@ -1,4 +1,4 @@
-"""Hopper kernels of dual chunk attention, as input for ahead-of-time compilation."""
+"""Lists the Hopper kernels of dual chunk attention for ahead-of-time compilation."""
 
 import itertools
 from collections.abc import Iterator
@@ -91,7 +91,11 @@ def backward_variant(
     group: int = 4,
     relation: int = INTRA.value,
 ) -> KernelVariant:
-    """As forward_variant, for one launch of dual_chunk_bwd_hopper_kernel, without dropout."""
+    """Describes one compilation of dual_chunk_bwd_hopper_kernel, without dropout.
+
+    `relation` is the range of keys of the launch: INTER, SUCC or INTRA. The other arguments are
+    those of forward_variant.
+    """
     columns = padded_columns(head_dim)
     tile = backward_tile(columns)
     queries = descriptor_type(dtype, tile.block_m, columns)
@@ -143,7 +147,7 @@ def round_dq_variant(head_dim: int, heads: int, dtype: str = "bf16") -> KernelVa
 
 
 def _rows(head_dim: int) -> dict[str, int]:
-    """Constants of the kernels that rotate or round rows."""
+    """Returns the constants of the kernels that rotate dk or round dq."""
     return {
         "HEAD_DIM": head_dim,
         "BLOCK_D": padded_head_dim(head_dim),
@@ -154,7 +158,7 @@ def _rows(head_dim: int) -> dict[str, int]:
 def kernel_variants(
     head_dims: tuple[int, ...], features: tuple[str, ...], groups: tuple[int, ...]
 ) -> Iterator[KernelVariant]:
-    """Yields every tile in bf16; arguments as of varlen's list."""
+    """Yields a variant of every tile configuration in bf16; see varlen.aot_hopper."""
     wanted = [name for name in FEATURES if name in features]
     for head_dim in head_dims:
         x = torch.empty((1, 1, head_dim), dtype=torch.bfloat16, device="meta")

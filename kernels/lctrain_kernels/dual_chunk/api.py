@@ -1,4 +1,4 @@
-"""dual_chunk_attn_varlen_func: attention whose relative positions never exceed what was trained."""
+"""dual_chunk_attn_varlen_func: attention with relative positions inside the trained window."""
 
 from torch import Tensor
 
@@ -34,41 +34,47 @@ def dual_chunk_attn_varlen_func(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_k: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Causal dual chunk attention over packed documents, in one launch, with exact gradients.
+    """Computes causal dual chunk attention over packed documents, with exact gradients.
 
-    ChunkLlama, "Training-Free Long-Context Scaling of Large Language Models" (arXiv 2402.17463).
-    Every query sees all keys before it. With S = chunk_size, L = local_size, c = S - L and r(x) = x
-    mod c, the relative position that RoPE sees between query i and key j is r(i) - r(j) inside a
-    chunk of c tokens, min(r(i) + c, S) - r(j) towards the chunk before, min(2c - 1, S) - r(j)
-    towards all others: never more than S. Documents of up to S + 1 tokens get what plain causal
-    attention gives them.
+    The method is that of ChunkLlama, "Training-Free Long-Context Scaling of Large Language Models"
+    (arXiv 2402.17463). Every query sees all keys up to its own position. With S = chunk_size,
+    L = local_size, c = S - L and r(x) = x mod c, RoPE sees this relative position between query i
+    and key j, at most S:
 
-    One softmax runs over all three ranges, so gradients are those of the function (those of the
-    published code, which merges three attentions by detached weights, are not).
+        same chunk of c tokens     r(i) - r(j)
+        the chunk before           min(r(i) + c, S) - r(j)
+        all earlier chunks         min(2c - 1, S) - r(j)
+
+    Documents of up to S + 1 tokens have the result of plain causal attention.
+
+    One softmax runs over all three ranges of keys, so the gradients are exact. The published code
+    merges three attentions by detached weights; its gradients are not exact.
 
     Args:
-        q: [T, H, D] float16 or bfloat16 with last stride 1, D even and at most 256, rotated by
-            RoPE in Llama's half-split layout at r(position), not at the position itself. float32
-            and float64 are served by the PyTorch path.
-        k: [Tk, Hk, D], rotated likewise; query head h reads head h // (H / Hk).
+        q: Packed queries [T, H, D], float16 or bfloat16, last stride 1, D even and at most 256.
+            They are rotated by RoPE in Llama's half-split layout at r(position), not at the
+            position itself. The PyTorch path computes float32 and float64.
+        k: Packed keys [Tk, Hk, D], rotated by RoPE at r(position); query head h reads key/value
+            head h // (H / Hk).
         v: Packed values [Tk, Hk, D].
         cu_seqlens: Cumulative document lengths from 0 to T, [N + 1] int32. Lengths of 0 are legal.
         max_seqlen: Longest document, a Python int.
-        inv_freq: [D/2] float32 on q's device, the frequencies that q and k were rotated by, in
+        inv_freq: RoPE frequencies by which q and k were rotated, [D/2] float32 on q's device, in
             radians per position.
-        chunk_size: S, at most the trained window minus one.
-        local_size: L, 0 <= L < S: how far positions stay exact across a chunk's boundary.
-        logit_scale: [N] float32, a positive factor of the logits of each document. It has no
-            gradient; requires_grad must be False.
+        chunk_size: Largest relative position S, at most the trained window minus one.
+        local_size: Distance L, 0 <= L < S, up to which positions stay exact across a chunk
+            boundary.
+        logit_scale: Positive factor of the logits of each document, [N] float32, or None. It gets
+            no gradient; requires_grad must be False.
         dropout_p: Probability of dropping an attention weight, rounded to a multiple of 1/65536.
         softmax_scale: Factor of q.k; D^-0.5 by default.
-        return_lse: Return (out, lse).
-        dropout_seed: An int or one int64 element on q's device. Default: drawn from torch's
-            generator of that device.
+        return_lse: Whether to return (out, lse) instead of out.
+        dropout_seed: Seed of the dropout mask, an int or an int64 tensor of one element on q's
+            device. By default, it is drawn from torch's generator of that device.
         document_ids: Ids of the documents in the dropout key, [N] int32. By default, a document's
             index in the pack.
-        schedule: Schedule of make_schedule, on q's device. Default: built on the device, once per
-            cu_seqlens tensor.
+        schedule: Schedule that make_schedule returned, on q's device. By default, one is built on
+            the device, once per cu_seqlens tensor.
         backend: "auto", "hopper", "triton" or "pytorch". A backend other than "auto" raises an
             error if it does not support the call. On a Hopper GPU "auto" chooses "hopper" for every
             forward and backward that the Hopper kernels support.

@@ -1,4 +1,4 @@
-"""Argument checks of dual_chunk_attn_varlen_func that other attentions do not need."""
+"""Checks the arguments that only dual_chunk_attn_varlen_func has."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,10 @@ def check_chunks(
     documents: int,
     device: torch.device,
 ) -> None:
-    """Checks chunk sizes, and inv_freq [D/2] and logit_scale [N], float32 on q's device."""
+    """Checks chunk_size, local_size, inv_freq and logit_scale.
+
+    inv_freq must be [D/2] and logit_scale [N] or None, both float32 on q's device.
+    """
     for name, value in (("chunk_size", chunk_size), ("local_size", local_size)):
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
             raise TypeError(

@@ -63,7 +63,7 @@ def dual_chunk_fwd(
     pack: TiledPack,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
-    """Launches dual_chunk_fwd_hopper_kernel; arguments and results as the portable dual_chunk_fwd.
+    """Launches the Hopper forward; arguments and results are those of triton_fwd.dual_chunk_fwd.
 
     The function checks nothing: the registry calls it only for calls that the kernels support.
     """
@@ -131,9 +131,10 @@ def dual_chunk_rotate_dk_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Rotates the SUCC part of dk [Tk, Hk, D] float32 by c, in place: from rotated keys to keys.
+    """Rotates the SUCC part of dk [Tk, Hk, D] float32 by c positions, in place.
 
-    Grid: as dual_chunk_rotate_kernel, by tiles of keys.
+    SUCC multiplies keys that are rotated by -c. Rotating dk by c gives the gradient of the keys
+    themselves. Grid: that of dual_chunk_rotate_kernel, over tiles of keys.
     """
     head, _, document, first = locate_program(tiles_ptr, num_tiles, BLOCK_M, 1)
     if document < 0:
@@ -172,9 +173,10 @@ def dual_chunk_round_dq_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """dq = scale * sum, in dq's dtype; rows with INTER keys are rotated back.
+    """Writes dq = scale * sum in dq's dtype; rows with INTER keys are rotated back first.
 
-    Grid: as dual_chunk_rotate_kernel, by tiles of queries. sum [T, H, D] float32, dq [T, H, D].
+    sum is [T, H, D] float32, dq [T, H, D]. Grid: that of dual_chunk_rotate_kernel, over tiles of
+    queries.
     """
     head, _, document, first = locate_program(tiles_ptr, num_tiles, BLOCK_M, 1)
     if document < 0:
@@ -209,18 +211,21 @@ def dual_chunk_bwd(
     pack: TiledPack,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches the backward; arguments and results as the portable dual_chunk_bwd, less dropout.
+    """Launches the Hopper backward, which has no dropout.
 
-    dq is added in float32 in the order in which programs run, so its last bits differ from run to
-    run; those of dk and dv do not. Scratch: keys rotated by -c [Tk, Hk, D], until SUCC is done; dq,
-    dk and dv in float32; four numbers per query and head.
+    Arguments and results are those of triton_bwd.dual_chunk_bwd. Programs add dq in float32 in an
+    order that depends on timing, so the last bits of dq differ from run to run; those of dk and dv
+    do not.
+
+    Scratch memory: keys rotated by -c [Tk, Hk, D], until SUCC is done; dq, dk and dv in float32;
+    four float32 per query and head.
     """
     q, k, v = operands.q, operands.k, operands.v
     total_q, heads, head_dim = q.shape
     heads_kv = k.shape[1]
     dout = dout if dout.stride(2) == 1 else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    # Holds the queries at the inter position until the products are done.
+    # dq holds the queries at the inter position until the products have read them.
     dq = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
     if total_q == 0:
         return dq, k.new_zeros(k.shape), v.new_zeros(v.shape)
@@ -296,7 +301,7 @@ def dual_chunk_bwd(
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     launch(INTRA.value, q, k, dk, dv)
-    # dq of INTER belongs to rotated queries, so the sum is rotated before it is added to.
+    # INTER adds the gradient of rotated queries, so the sum is rotated before that launch.
     dual_chunk_rotate(
         dq_sum,
         dq_sum,

@@ -1,7 +1,7 @@
-"""Backward of dual chunk attention for Hopper, in Gluon: one range of keys per launch.
+"""Backward of dual chunk attention for Hopper, in Gluon: one launch per range of keys.
 
-The ranges are those of ranges.py: SUCC with keys rotated by -c, INTRA with queries and keys as they
-are, INTER with queries at the inter position.
+ranges.py defines the ranges. SUCC multiplies keys rotated by -c, INTRA unrotated queries and keys,
+INTER queries rotated to the inter position.
 """
 
 from triton.experimental import gluon
@@ -69,7 +69,7 @@ def _range_of_relation(
     RELATION: gl.constexpr,
     BLOCK_M: gl.constexpr,
 ):
-    """Returns (first query, blocks) of the queries that see keys first to last in one range."""
+    """Returns the first query that sees keys first to last in one range, and the count of blocks."""
     low, _, _, high = queries_of_tile(first, last, RELATION, chunk_length, succ_length, length_k)
     shift = length_k - length_q
     low = gl.maximum(low - shift, 0)
@@ -88,14 +88,17 @@ def _blocks_of_relation(
     RELATION: gl.constexpr,
     BLOCK_M: gl.constexpr,
 ):
-    """Returns (QueryRun, blocks) of the queries that see keys first to last in one range."""
+    """Returns the QueryRun of the queries that see keys first to last in one range.
+
+    Also returns the number of blocks of these queries.
+    """
     low, blocks = _range_of_relation(
         first, last, chunk_length, succ_length, length_q, length_k, RELATION, BLOCK_M
     )
     first_after_gap = blocks
     gap = 0
     if RELATION == SUCC:
-        # Keys in two chunks have two runs of SUCC queries.
+        # Keys of two chunks have two separate runs of SUCC queries.
         _, blocks_1 = _range_of_relation(
             first, first, chunk_length, succ_length, length_q, length_k, RELATION, BLOCK_M
         )
@@ -115,7 +118,7 @@ def _blocks_of_relation(
 def _first_query(block, run, BLOCK_M: gl.constexpr):
     """Returns the first query of a block.
 
-    Blocks are consecutive, except for a gap before `jump`.
+    Blocks are consecutive, except for the gap before block run.jump.
     """
     return run.low + block * BLOCK_M + gl.where(block < run.first_after_gap, 0, run.gap)
 
@@ -130,7 +133,10 @@ def _clear_blocks(
     RELATION: gl.constexpr,
     BLOCK_M: gl.constexpr,
 ):
-    """Returns (begin, end): the queries of blocks [begin, end), before the gap, see all keys."""
+    """Returns (begin, end). All queries of blocks [begin, end) see all keys of the tile.
+
+    These blocks are before the gap of the QueryRun.
+    """
     last_key = gl.minimum(first_key + keys, tile.end) - 1
     _, clear_low, clear_high, _ = queries_of_tile(
         first_key, last_key, RELATION, chunk_length, succ_length, tile.length_k
@@ -190,7 +196,7 @@ def _load(
 
 @gluon.jit
 def _add_partial_dq(dq_desc, dq_bufs, tile, TILE: gl.constexpr):
-    """The dQ warp: adds partial dq from shared memory to the float32 buffer."""
+    """Runs the dQ warp, which adds partial dq from shared memory to the float32 buffer."""
     GROUP: gl.constexpr = TILE.group
     COLUMNS: gl.constexpr = TILE.block_d // 2
     head = tile.head_kv * GROUP
@@ -215,7 +221,7 @@ def _compute(
     RELATION: gl.constexpr,
     HALF_INDEX: gl.constexpr,
 ):
-    """A consumer warpgroup: half of the tile's keys, and half of the columns of dq."""
+    """Runs a consumer warpgroup: half of the tile's keys, and half of the columns of dq."""
     shared = inputs.shared
     dq_bufs = inputs.dq
     ds_bufs = inputs.ds
@@ -366,18 +372,22 @@ def dual_chunk_bwd_hopper_kernel(
     TILE: gl.constexpr,
     RELATION: gl.constexpr,
 ):
-    """One program: a tile of keys of one key/value head, and all queries of its group that see
-    them in one range.
+    """Computes dk and dv of a tile of keys for one range, and adds its dq to a float32 buffer.
 
-    The launches are SUCC (left out if succ_length is 0), INTRA and INTER, in this order. Keys of
-    all chunks but a document's last one may get dk and dv from each. SUCC stores them in the
-    float32 sums [Tk, Hk, D], which have the strides of dk; dk is unscaled and belongs to the
-    rotated keys. Before INTRA adds to the sums, dk is rotated back. INTER writes the sums to dk
-    and dv. For keys of the last chunk INTRA does.
+    A program processes a tile of keys of one key/value head, and all queries of the head's group
+    that see them in this range. Grid: (tiles * key/value heads,).
 
-    Grid: (tiles * key/value heads,). stats [H, T, 4] float32 as dual_chunk_rotate writes them.
-    dq_desc describes a float32 [T, H, D], to which dq of q_desc's queries is added. It is zeroed
-    before the first launch, and rotated to the inter position before the last.
+    There is a launch for each range, in this order:
+
+    - SUCC (skipped if succ_length is 0) stores dk and dv in float32 sums [Tk, Hk, D], which have
+      the strides of dk. dk is unscaled and is the gradient of the rotated keys; another kernel
+      rotates it before the next launch.
+    - INTRA adds to the sums. It writes the final dk and dv of keys of a document's last chunk.
+    - INTER adds to the sums, and writes the final dk and dv of all other keys.
+
+    stats [H, T, 4] float32 comes from dual_chunk_rotate. dq_desc describes a float32 buffer
+    [T, H, D], to which the gradients of q_desc's queries are added. The buffer is zero before the
+    first launch, and is rotated to the inter position before INTER.
     """
     dtype: gl.constexpr = q_desc.dtype
     BLOCK_M: gl.constexpr = TILE.block_m

@@ -1,7 +1,8 @@
-"""Forward of dual chunk attention for Hopper, in Gluon: each tile has its queries twice.
+"""Forward of dual chunk attention for Hopper, in Gluon: one loop over three ranges of keys.
 
-One softmax runs over the three ranges of ranges.py, as one loop over blocks of keys: INTER with
-queries at the inter position, SUCC with keys rotated by -c, INTRA with both as they are.
+One softmax runs over the ranges of ranges.py: INTER with queries rotated to the inter position,
+SUCC with keys rotated by -c, INTRA with unrotated queries and keys. So a tile has its queries in
+shared memory twice.
 """
 
 from triton.experimental import gluon
@@ -50,7 +51,7 @@ _LN_2 = gl.constexpr(LN_2)
 
 @gluon.jit
 def _blocks_of_relations(first, last, c, succ_length, BLOCK_N: gl.constexpr, ALIGNED: gl.constexpr):
-    """Returns the BlockRanges of the queries at positions first to last."""
+    """Returns the BlockRanges of keys that the queries at positions first to last see."""
     inter_low, inter_clear, inter_high = keys_of_tile(
         first, last, INTER, c, succ_length, BLOCK_N, ALIGNED
     )
@@ -163,7 +164,11 @@ def _weights(
     dtype: gl.constexpr,
     HAS_DROPOUT: gl.constexpr,
 ):
-    """One block of the online softmax: (p in dtype, alpha, m, l); s [64, BLOCK_N] = q.k."""
+    """Computes one block of the online softmax, from scores s = q.k [64, BLOCK_N].
+
+    Returns:
+        The weights p in `dtype`, the factor alpha of the accumulator, and the new m and l.
+    """
     clear = gl.where(block < ranges.intra_block, ranges.succ_clear, ranges.intra_clear)
     if key >= gl.where(block < ranges.succ_block, ranges.inter_clear, clear):
         relation = gl.where(block < ranges.intra_block, SUCC, INTRA)
@@ -376,12 +381,14 @@ def dual_chunk_fwd_hopper_kernel(
     TILE: gl.constexpr,
     FLAGS: gl.constexpr,
 ):
-    """A persistent program per multiprocessor, as varlen_fwd_hopper_kernel.
+    """Computes out and lse, with one persistent program per multiprocessor.
 
-    Grid: at most one program per multiprocessor. k_succ [Tk, Hk, D] as dual_chunk_rotate writes it,
-    logit_scale [N] float32. out holds the queries at the inter position when the kernel starts: a
-    tile alone reads its rows, before it writes them. Three stages of queries hold both of a tile,
-    and one of the next.
+    The roles of the warps are those of varlen_fwd_hopper_kernel. k_succ [Tk, Hk, D] holds the keys
+    rotated by -c, from dual_chunk_rotate. logit_scale is [N] float32. At launch, out holds the
+    queries rotated to the inter position; each tile reads its rows before it overwrites them. The
+    three stages of queries hold both versions of a tile's queries, and one of the next tile.
+
+    Grid: at most one program per multiprocessor.
     """
     dtype: gl.constexpr = q_desc.dtype
     gl.static_assert(TILE.stages <= FORWARD_STAGES, "named barriers overlap")

@@ -1,4 +1,4 @@
-"""The ranges of dual chunk attention, compiled as Gluon."""
+"""Compiles the device functions of ranges.py as Gluon, for the Hopper kernels."""
 
 from triton.experimental import gluon
 

@@ -1,20 +1,20 @@
-"""Named groups of the Hopper kernels of dual chunk attention."""
+"""Named tuples that the Hopper kernels of dual chunk attention take or pass to their functions."""
 
 from typing import Any, NamedTuple
 
 
 class BlockRanges(NamedTuple):
-    """Blocks of keys of a tile of queries: first INTER, then SUCC, then INTRA.
+    """Blocks of keys that a tile of queries sees: first INTER, then SUCC, then INTRA.
 
     Attributes:
-        near_block: First SUCC block.
-        own_block: First INTRA block.
-        blocks: Number of all blocks.
-        near_shift: First key of a SUCC block, less block * BLOCK_N.
-        own_shift: The same of an INTRA block.
-        far_clear: First key of the INTER blocks that need a mask.
-        near_clear: The same of SUCC.
-        own_clear: The same of INTRA.
+        near_block: Index of the first SUCC block.
+        own_block: Index of the first INTRA block.
+        blocks: Number of blocks of all three ranges.
+        near_shift: First key of SUCC block i, less i * BLOCK_N.
+        own_shift: First key of INTRA block i, less i * BLOCK_N.
+        far_clear: Key position from which INTER blocks need a mask.
+        near_clear: Key position from which SUCC blocks need a mask.
+        own_clear: Key position from which INTRA blocks need a mask.
     """
 
     succ_block: Any
@@ -28,7 +28,10 @@ class BlockRanges(NamedTuple):
 
 
 class ForwardPointers(NamedTuple):
-    """Tensors of dual_chunk_fwd_hopper_kernel; lse [H, T] float32, logit_scale [N] float32."""
+    """Tensors that dual_chunk_fwd_hopper_kernel accesses without TMA.
+
+    lse is [H, T] float32, logit_scale [N] float32.
+    """
 
     lse: Any
     cu_seqlens_q: Any
@@ -55,7 +58,7 @@ class BackwardPointers(NamedTuple):
 
 
 class BackwardStrides(NamedTuple):
-    """Distances between tokens and between heads of dk, dv and their sums, in elements."""
+    """Strides of tokens and heads of dk, dv and their float32 sums, in elements."""
 
     token: Any
     head: Any
@@ -71,12 +74,14 @@ class ResultPointers(NamedTuple):
 
 
 class QueryRun(NamedTuple):
-    """First block of the queries that see a tile of keys, for one range.
+    """Positions of the query blocks that see a tile of keys in one range.
+
+    Blocks are consecutive from query `low` on, except for one gap.
 
     Attributes:
-        low: First query.
-        jump: First block behind the gap.
-        gap: Queries that are left out before block `jump`.
+        low: Position of the first query.
+        jump: Index of the first block after the gap.
+        gap: Number of queries that are skipped before block `jump`.
     """
 
     low: Any
@@ -85,16 +90,16 @@ class QueryRun(NamedTuple):
 
 
 class ChunkTile(NamedTuple):
-    """A tile of keys with the blocks of queries that see it in one range.
+    """A tile of keys with the query blocks that see it in one range.
 
     Attributes:
         head_kv: Index of the key/value head.
-        begin_q: First query of the document in the pack.
-        length_q: Queries of the document.
-        begin_k: First key of the document in the pack.
-        end: End of the keys of this range, in the document.
-        length_k: Keys of the document.
-        first: First key of the tile in the document.
+        begin_q: Index in the pack of the document's first query.
+        length_q: Number of queries of the document.
+        begin_k: Index in the pack of the document's first key.
+        end: Position in the document after the last key of this range.
+        length_k: Number of keys of the document.
+        first: Position in the document of the tile's first key.
         run: Start of the blocks of queries, and the gap between two runs of them.
         blocks: Number of blocks of queries.
     """
@@ -111,7 +116,7 @@ class ChunkTile(NamedTuple):
 
 
 class BackwardInputs(NamedTuple):
-    """Inputs of a consumer warpgroup.
+    """Inputs of a consumer warpgroup of the backward.
 
     Attributes:
         shared: Shared memory of the kernel.

@@ -1,4 +1,4 @@
-"""Tensors and sizes that only dual chunk attention takes."""
+"""Inputs of the operators of dual chunk attention, and the constants of its rotations."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Operands(NamedTuple):
-    """Arguments of the operators that only dual chunk attention has.
+    """Inputs of the operators of dual chunk attention.
 
     Attributes:
         q: Packed queries [T, H, D].
@@ -32,9 +32,9 @@ class Rotation(NamedTuple):
 
     Attributes:
         inv_freq: RoPE frequencies [D/2] float32, in radians per position.
-        chunk_length: Tokens of a chunk, c.
-        succ_length: Queries of a chunk that have SUCC keys.
-        inter_position: Position of a query for its INTER keys.
+        chunk_length: Number of tokens c of a chunk.
+        succ_length: Number of queries at the start of a chunk that have SUCC keys.
+        inter_position: Position at which RoPE rotates queries for their INTER keys.
     """
 
     inv_freq: Tensor

@@ -25,7 +25,7 @@ INTRA = tl.constexpr(2)
 
 @triton.jit
 def chunk_begin(position, c):
-    """Returns the first position of the chunk; 0 before the first key."""
+    """Returns the first position of the chunk of `position`; 0 for negative positions."""
     return tl.maximum(position, 0) // c * c
 
 
@@ -38,7 +38,7 @@ def inter_end(position, c, succ_length):
 
 @triton.jit
 def keys_of_query(position, relation, c, succ_length):
-    """Returns (first, last) of one range of keys of the query at `position`."""
+    """Returns the (first, last) key of one range that the query at `position` sees."""
     intra = chunk_begin(position, c)
     inter = inter_end(position, c, succ_length)
     first = tl.where(relation == INTER, 0, tl.where(relation == SUCC, inter, intra))
@@ -50,19 +50,20 @@ def keys_of_query(position, relation, c, succ_length):
 def keys_of_tile(
     first, last, relation, c, succ_length, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr
 ):
-    """Returns (low, clear, high) for the queries at positions first to last.
+    """Returns the keys (low, clear, high) of one range for the queries at positions first to last.
 
-    Tiles of keys start at `low`. Every query sees those before `clear`; those in [clear, high) need
-    the mask of keys_of_query. The range is empty if low >= high.
+    Tiles of keys start at `low`. Every query sees all tiles in [low, clear). Tiles in [clear, high)
+    need the mask of keys_of_query. The range is empty if low >= high.
 
     Args:
         first: Position of the tile's first query.
-        last: Position of its last query.
+        last: Position of the tile's last query.
         relation: Range of keys: INTER, SUCC or INTRA.
-        c: Tokens of a chunk.
-        succ_length: Queries of a chunk that have SUCC keys.
-        BLOCK_N: Keys of a tile.
-        ALIGNED: Lower `low` to a multiple of 32, where a draw of the dropout mask begins.
+        c: Number of tokens of a chunk.
+        succ_length: Number of queries at the start of a chunk that have SUCC keys.
+        BLOCK_N: Number of keys of a tile.
+        ALIGNED: Whether to round `low` down to a multiple of 32, where a draw of the dropout mask
+            begins.
     """
     low, _ = keys_of_query(first, relation, c, succ_length)
     intra = chunk_begin(last, c)
@@ -86,7 +87,7 @@ def keys_of_tile(
 
 @triton.jit
 def queries_of_key(key, relation, c, succ_length, length_k):
-    """Returns (first, last) of the positions of queries that see the key in one range."""
+    """Returns the (first, last) query position that sees a key in one range."""
     end = chunk_begin(key, c) + c
     first = tl.where(relation == INTRA, key, tl.where(relation == SUCC, end, end + succ_length))
     last = tl.where(
@@ -97,9 +98,9 @@ def queries_of_key(key, relation, c, succ_length, length_k):
 
 @triton.jit
 def queries_of_tile(first, last, relation, c, succ_length, length_k):
-    """Returns (low, clear_low, clear_high, high) in positions, for the keys first to last.
+    """Returns the query positions (low, clear_low, clear_high, high) for the keys first to last.
 
-    Queries in [low, high) see some key of the tile; those in [clear_low, clear_high) see all.
+    Queries in [low, high) see at least one key. Queries in [clear_low, clear_high) see all keys.
     """
     low, clear_high = queries_of_key(first, relation, c, succ_length, length_k)
     clear_low, high = queries_of_key(last, relation, c, succ_length, length_k)
@@ -108,5 +109,5 @@ def queries_of_tile(first, last, relation, c, succ_length, length_k):
 
 @triton.jit
 def inter_delta(position, c, inter_position):
-    """Returns the positions from the query at `position` to the inter position, float32."""
+    """Returns by how many positions a query is rotated to the inter position, in float32."""
     return (inter_position - (position - chunk_begin(position, c))).to(tl.float32)

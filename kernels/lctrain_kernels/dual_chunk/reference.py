@@ -1,16 +1,16 @@
-"""Dual chunk attention in plain PyTorch: its definition, and the CPU path.
+"""Dual chunk attention in plain PyTorch: the reference of the tests, and the CPU path.
 
-ChunkLlama, "Training-Free Long-Context Scaling of Large Language Models" (arXiv 2402.17463), as one
-softmax instead of three merged ones, so that its gradients are those of what it computes. With S =
-chunk_size, L = local_size, c = S - L and r(x) = x mod c, query i and key j <= i meet at the
-relative position
+The method is that of ChunkLlama, "Training-Free Long-Context Scaling of Large Language Models"
+(arXiv 2402.17463), with one softmax instead of three merged ones, so that gradients are exact. With
+S = chunk_size, L = local_size, c = S - L and r(x) = x mod c, the relative position of query i and
+key j <= i is
 
     same chunk of c tokens     r(i) - r(j)
     the chunk before           min(r(i) + c, S) - r(j)
     any chunk before that      min(2c - 1, S) - r(j)
 
-q and k arrive rotated at r(position), in the half-split layout of Llama (column d pairs with d +
-D/2), so a logit of the lower two rows takes a query that is rotated further by a delta.
+q and k are passed rotated at r(position), in Llama's half-split layout (columns d and d + D/2 are a
+pair). For keys of earlier chunks the query is rotated further, by the difference of the positions.
 """
 
 from collections.abc import Iterator
@@ -31,11 +31,11 @@ from lctrain_kernels.varlen.reference import (
 
 @dataclass(frozen=True)
 class DualChunkGeometry:
-    """Positions of the chunks, and the rotations of queries.
+    """Sizes of chunks, and the positions at which queries are rotated.
 
     Attributes:
-        chunk_size: S, the largest relative position.
-        local_size: L, 0 <= L < S.
+        chunk_size: Largest relative position S.
+        local_size: Distance L, 0 <= L < S, up to which positions stay exact across a boundary.
     """
 
     chunk_size: int
@@ -43,20 +43,21 @@ class DualChunkGeometry:
 
     @property
     def length(self) -> int:
-        """Tokens of a chunk, c."""
+        """Number of tokens c of a chunk."""
         return self.chunk_size - self.local_size
 
     @property
     def succ_length(self) -> int:
-        """Queries of a chunk whose position is r(i) + c for the chunk before.
+        """Number of queries of a chunk that are at position r(i) + c for keys of the chunk before.
 
-        The others are at `inter_position` for all earlier chunks.
+        These are the chunk's first queries. Later queries are at `inter_position` for the keys of
+        all earlier chunks.
         """
         return min(self.local_size, self.length)
 
     @property
     def inter_position(self) -> int:
-        """Position of a query for the keys of inter-chunk attention."""
+        """Position of a query for keys before the preceding chunk (inter-chunk attention)."""
         return min(2 * self.length - 1, self.chunk_size)
 
 
@@ -82,15 +83,15 @@ def dense_dual_chunk_attention(
     dropout_seed: int | Tensor = 0,
     document_id: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """One document, one dense causal softmax, every gradient by autograd.
+    """Computes dual chunk attention of one document by one dense softmax; gradients by autograd.
 
-    Products run in the dtype of q, rotations and the softmax in at least float32: in bf16 this is
-    what plain PyTorch computes, in float64 it is the oracle.
+    Products run in the dtype of q, rotations and the softmax in at least float32. So bf16 inputs
+    give the result of plain PyTorch, and float64 inputs give the reference of the tests.
 
     Args:
-        q: [Lq, H, D], rotated at r(position); query i stands at position i + Lk - Lq.
-        k: [Lk, Hk, D], rotated at r(position); head h reads key/value head h // (H / Hk).
-        v: [Lk, Hk, D].
+        q: Queries [Lq, H, D], rotated at r(position); query i has position i + Lk - Lq.
+        k: Keys [Lk, Hk, D], rotated at r(position); query head h reads head h // (H / Hk).
+        v: Values [Lk, Hk, D].
         inv_freq: RoPE frequencies [D/2], in radians per position.
         chunk_size: Largest relative position S.
         local_size: Distance L up to which positions stay exact across a chunk boundary.
@@ -144,7 +145,10 @@ def dense_dual_chunk_attention(
 
 
 class DualChunkOperands(Operands):
-    """Queries in runs of one chunk, each with up to three ranges of keys."""
+    """Computes logits and gradients of dual chunk attention, for queries of one chunk at a time.
+
+    Each chunk of queries has up to three ranges of keys.
+    """
 
     def __init__(
         self,
@@ -164,7 +168,7 @@ class DualChunkOperands(Operands):
         self.logit_scale = logit_scale
 
     def runs(self, length_q: int, length_k: int) -> Iterator[tuple[int, int]]:
-        """Yields (start, stop) of queries that are computed together; no run crosses a chunk."""
+        """Yields the (start, stop) of queries that are computed together, all in one chunk."""
         shift = length_k - length_q
         for start, stop in super().runs(length_q, length_k):
             while start < stop:
@@ -186,7 +190,7 @@ class DualChunkOperands(Operands):
         return (scores * self._scale(chunk)).masked_fill(hidden, float("-inf")), None
 
     def add_gradients(self, chunk: Chunk, ds: Tensor, dq: Tensor, dk: Tensor) -> None:
-        """Adds what the logits' gradient ds [H, M, N] gives dq [H, T, D] and dk [Hk, Tk, D]."""
+        """Adds a chunk's gradients to dq [H, T, D] and dk [Hk, Tk, D], from ds [H, M, N]."""
         ranges = list(self._ranges(chunk))
         ds = ds * self._scale(chunk)
         parts = ds.split([keys.stop - keys.start for keys, _ in ranges], dim=-1)
@@ -197,7 +201,7 @@ class DualChunkOperands(Operands):
             dk[:, keys] += torch.matmul(part.transpose(1, 2), self._rotated(chunk, delta))
 
     def _rotated(self, chunk: Chunk, delta: Tensor) -> Tensor:
-        """The chunk's queries, rotated by delta [M], as [Hk, group * M, D]."""
+        """Returns the chunk's M queries rotated by delta [M] positions, as [Hk, group * M, D]."""
         rows = rotate(self.q[:, chunk.query], delta, self.inv_freq)
         return rows.reshape(self.heads_k, -1, rows.shape[-1])
 
@@ -208,7 +212,10 @@ class DualChunkOperands(Operands):
         return scale * self.logit_scale[chunk.document].to(self.dtype)
 
     def _ranges(self, chunk: Chunk) -> Iterator[tuple[slice, Tensor]]:
-        """Yields (keys of the pack, delta [M]) for the far, the preceding and the own chunk."""
+        """Yields (slice of the keys, rotation delta [M] of the queries) for each range of keys.
+
+        The ranges are the chunks before the preceding one, the preceding chunk and the own chunk.
+        """
         c, far = self.geometry.length, self.geometry.inter_position
         position = chunk.rows + chunk.length_k - chunk.length_q
         index = max(0, int(position[0])) // c
@@ -237,7 +244,7 @@ def dual_chunk_forward(
     dropout_seed: Tensor | None = None,
     document_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Forward of packed dual chunk attention.
+    """Computes the forward of dual chunk attention over packed documents.
 
     Args:
         q: Packed queries [T, H, D], rotated by RoPE at r(position), any floating dtype.
@@ -246,7 +253,7 @@ def dual_chunk_forward(
         cu_seqlens_q: Cumulative query lengths, [N + 1] int32.
         cu_seqlens_k: Cumulative key lengths, [N + 1] int32.
         options: Scale and dropout; window_right must be 0.
-        geometry: Chunks.
+        geometry: Sizes of the chunks.
         inv_freq: RoPE frequencies [D/2], in radians per position.
         logit_scale: Factor of the logits of each document, [N].
         dropout_seed: Seed of the dropout mask, one int64 element; required with dropout.
@@ -279,7 +286,7 @@ def dual_chunk_backward(
     dropout_seed: Tensor | None = None,
     document_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward of dual_chunk_forward; arguments as there.
+    """Computes the backward of dual_chunk_forward, from the same arguments and out's gradient.
 
     Returns:
         dq [T, H, D], dk and dv [Tk, Hk, D] in the inputs' dtype.

@@ -1,6 +1,6 @@
-"""Backward of dual chunk attention: rotates queries and keys, then launches the other kernels.
+"""Launches the portable backward of dual chunk attention: rotations, dq, then dk and dv.
 
-Nothing is added across programs, so the result has the same bits in every run.
+No program adds to results of another program, so every run gives the same bits.
 """
 
 import torch
@@ -28,9 +28,9 @@ def dual_chunk_bwd(
     pack: TiledPack,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches the backward kernels; arguments as dual_chunk_fwd.
+    """Launches the kernels of the backward.
 
-    Scratch: keys rotated by -c [Tk, Hk, D], and four float32 per query and head.
+    Scratch memory: keys rotated by -c [Tk, Hk, D], and four float32 per query and head.
 
     Args:
         dout: Gradient of out, [T, H, D], any strides.
@@ -54,7 +54,7 @@ def dual_chunk_bwd(
     threshold, scale_kept = dropout_arguments(options.dropout_p)
     k_succ = rotated_keys(k, pack.cu_seqlens_k, pack.k_tiles, rotation=rotation)
     stats = torch.empty((heads, total_q, 4), dtype=torch.float32, device=q.device)
-    # Holds the queries at the inter position until the kernels of dq have read them.
+    # dq holds the queries at the inter position until the dq kernels have read them.
     dq = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
     dual_chunk_rotate(
         q,

@@ -1,4 +1,4 @@
-"""The backward kernel of dual chunk attention that owns keys: dk and dv."""
+"""The portable backward kernel of dual chunk attention that computes dk and dv."""
 
 from typing import Any, NamedTuple
 
@@ -87,11 +87,13 @@ def dual_chunk_dkv_kernel(
     IS_SUCC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dk and dv of BLOCK_N keys of one key/value head, over all query heads of its group.
+    """Computes dk and dv of BLOCK_N keys of one key/value head, over all query heads of its group.
 
-    In two launches over the ranges of ranges.py. IS_SUCC: keys rotated by -c against their SUCC
-    queries; dk is rotated back by c. Otherwise: keys as they are, against queries as they are
-    (INTRA) and at the inter position (INTER); the SUCC part, which dk and dv hold, is added.
+    There are two launches over the ranges of ranges.py:
+
+    - With IS_SUCC, keys rotated by -c meet their SUCC queries; dk is then rotated by c.
+    - Without, unrotated keys meet unrotated queries (INTRA) and queries at the inter position
+      (INTER). The SUCC part, which dk and dv hold at launch, is added.
 
     Grid: (key/value heads * tiles * SCHEDULE_ROWS / BLOCK_N,). Tiles are transposed, keys by
     queries, so that the products for dv and dk read the weights from registers. dk and dv [Tk, Hk,
@@ -110,7 +112,7 @@ def dual_chunk_dkv_kernel(
         return
     shift = length_k - length_q
     last = tl.minimum(first + BLOCK_N, length_k) - 1
-    # Keys of all chunks but the document's last one have SUCC queries.
+    # Keys of a document's last chunk have no SUCC queries.
     succ_end = tl.where(succ_length > 0, chunk_begin(length_k - 1, chunk_length), 0)
     if IS_SUCC and first >= succ_end:
         return
@@ -171,7 +173,7 @@ def dual_chunk_dkv_kernel(
             first_seen, last_seen = queries_of_key(
                 key, relation, chunk_length, succ_length, length_k
             )
-            # In queries; keys beyond the document are seen by none.
+            # Ranges of query positions; no query sees keys beyond the document.
             first_seen -= shift
             last_seen = tl.where(key < length_k, last_seen - shift, -1)
             clear_low = tl.where(first + BLOCK_N > length_k, high, clear_low - shift)

@@ -1,4 +1,4 @@
-"""The backward kernel of dual chunk attention that owns queries: dq."""
+"""The portable backward kernel of dual chunk attention that computes dq."""
 
 from typing import Any, NamedTuple
 
@@ -83,15 +83,17 @@ def dual_chunk_dq_kernel(
     IS_INTER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq of a tile, in two launches over the ranges of ranges.py.
+    """Computes dq of a tile of queries, in two launches over the ranges of ranges.py.
 
-    IS_INTER: queries at the inter position, which dq holds when the kernel starts, against the
-    INTER keys. Their part of dq is rotated back and stored to dq. Otherwise: queries as they are,
-    against keys rotated by -c (SUCC) and as they are (INTRA); the INTER part is added. In one
-    launch the rotation between the loops would make ptxas serialise the products (C7515).
+    - With IS_INTER, queries at the inter position, which dq holds at launch, meet the INTER keys.
+      Their gradient is rotated back and stored in dq.
+    - Without, unrotated queries meet keys rotated by -c (SUCC) and unrotated keys (INTRA). The
+      INTER part is added.
 
-    Grid: as varlen_fwd_kernel. q, dout, dq [T, H, D]; k, v [Tk, Hk, D]; k_succ and stats as
-    dual_chunk_rotate writes them.
+    In one launch, the rotation between two loops would make ptxas serialise the products (C7515).
+
+    Grid: that of varlen_fwd_kernel. q, dout, dq are [T, H, D]; k, v [Tk, Hk, D]; dual_chunk_rotate
+    writes k_succ [Tk, Hk, D] and stats [H, T, 4].
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n

@@ -1,4 +1,4 @@
-"""Forward of dual chunk attention in portable Triton."""
+"""The portable forward kernel of dual chunk attention, and its launcher."""
 
 from typing import Any, NamedTuple
 
@@ -79,16 +79,17 @@ def dual_chunk_fwd_kernel(
     FLAGS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: PACK query heads of one key/value head times BLOCK_M / PACK queries of a
-    document.
+    """Computes out and lse of a tile of queries of one document.
 
-    One softmax runs over the three ranges of ranges.py, each with its own q and k: INTER with
-    queries at the inter position, SUCC with keys rotated by -c, INTRA with both as they are.
+    A tile has BLOCK_M rows: PACK query heads of one key/value head times BLOCK_M / PACK queries.
+    One softmax runs over the three ranges of ranges.py: INTER with queries at the inter position,
+    SUCC with keys rotated by -c, INTRA with unrotated queries and keys.
 
-    Grid: as varlen_fwd_kernel. q [T, H, D], k and v [Tk, Hk, D], k_succ [Tk, Hk, D] as
-    dual_chunk_rotate writes it, out [T, H, D], lse [H, T] float32, logit_scale [N] float32. out
-    holds the queries at the inter position when the kernel starts: each program reads its own rows
-    before it writes them.
+    Shapes: q and out [T, H, D]; k, v and k_succ [Tk, Hk, D]; lse [H, T] float32; logit_scale [N]
+    float32. dual_chunk_rotate writes k_succ, the rotated keys, and stores the queries at the inter
+    position in out; each program reads its rows of out before it overwrites them.
+
+    Grid: that of varlen_fwd_kernel.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
@@ -229,7 +230,9 @@ def dual_chunk_fwd(
     pack: TiledPack,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
-    """Launches dual_chunk_fwd_kernel; scratch: keys rotated by -c [Tk, Hk, D].
+    """Launches dual_chunk_fwd_kernel, after the rotations of queries and keys.
+
+    Scratch memory: keys rotated by -c [Tk, Hk, D].
 
     Args:
         operands: Queries, keys, values and the other inputs of the operator.

@@ -1,4 +1,4 @@
-"""Rotated queries and keys, and statistics per query, for the kernels of dual chunk attention."""
+"""Rotates queries and keys before the kernels of dual chunk attention, and computes statistics."""
 
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from lctrain_kernels.tile.structures import tile_shape
 
 _LOG2_E = tl.constexpr(LOG2_E)
 
-# Bound by memory: any tile that fills the machine will do.
+# The kernel is bound by memory, so any tile that fills the GPU is as fast.
 ROTATE_CONFIG = TileConfig(block_m=32, block_n=0, num_warps=4, num_stages=1)
 
 
@@ -73,15 +73,17 @@ def dual_chunk_rotate_kernel(
     TILE: tl.constexpr,
     IS_QUERY: tl.constexpr,
 ):
-    """Rotates queries to the inter position, or keys back by a chunk, for one tile and head.
+    """Rotates queries to the inter position, or keys by -c, for one tile of one head.
 
-    A query rotated by c and a key give the same logit as the query and the key rotated by -c. With
-    pointers.stats, which the backward gives for queries, the kernel also writes the numbers per
-    query that the other kernels read.
+    Keys are rotated by -c instead of SUCC queries by c; the logits are equal. If pointers.stats is
+    passed, as in the backward for queries, the kernel also writes the statistics per query that the
+    backward kernels read.
 
-    Grid: (heads * tiles * SCHEDULE_ROWS / BLOCK_M,). x, rotated, out, dout [T, H, D]; lse, dlse [H,
-    T] float32. stats [H, T, 4] float32: lse in base 2 (+inf where nothing was seen), delta /
-    keep_scale with delta = rowsum(dout * out) - dlse, two unused.
+    - x, rotated, out, dout [T, H, D]; lse, dlse [H, T] float32.
+    - stats [H, T, 4] float32: base-2 lse (+inf for a query that saw no key), delta / keep_scale
+      with delta = rowsum(dout * out) - dlse, and two unused numbers.
+
+    Grid: (heads * tiles * SCHEDULE_ROWS / BLOCK_M,).
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_D: tl.constexpr = TILE.block_d
@@ -173,18 +175,19 @@ def dual_chunk_rotate(
     """Launches dual_chunk_rotate_kernel.
 
     Args:
-        x: [T, H, D] queries or keys, last stride 1.
-        rotated: [T, H, D], gets the result; rows that are not needed are not written.
-        cu_seqlens_x: [N + 1] int32, the documents of x.
+        x: Queries or keys, [T, H, D], last stride 1.
+        rotated: Buffer for the rotated x, [T, H, D]. Rows that are not needed are not written.
+        cu_seqlens_x: Cumulative document lengths of x, [N + 1] int32.
         cu_seqlens_k: Cumulative key lengths, [N + 1] int32.
-        tiles: [n, 2] int32 of x's rows, from a TileSchedule.
+        tiles: Tiles of x's rows from a TileSchedule, [n, 2] int32.
         rotation: Rotation of the rows.
-        is_query: Rotate to the inter position; otherwise back by c.
-        out: [T, H, D], given together with the next ones: the statistics of queries.
+        is_query: Whether to rotate queries to the inter position; otherwise keys are rotated by -c.
+        out: Output of the forward, [T, H, D]. It is passed only with dout, lse and stats, to
+            compute statistics of queries.
         dout: Gradient of the output, [T, H, D], last stride 1.
         lse: Log-sum-exp of the forward, [H, T] float32.
         dlse: Gradient of lse, [H, T] float32, or None.
-        stats: [H, T, 4] float32, gets the statistics.
+        stats: Buffer for the statistics, [H, T, 4] float32.
         scale_kept: 1 / keep probability, the factor of kept weights.
 
     Returns:
@@ -228,7 +231,7 @@ def rotated_keys(
     *,
     rotation: Rotation,
 ) -> Tensor:
-    """Returns keys rotated by -c, [Tk, Hk, D] contiguous; arguments as dual_chunk_rotate."""
+    """Returns keys rotated by -c, [Tk, Hk, D], contiguous; see dual_chunk_rotate."""
     return dual_chunk_rotate(
         k,
         torch.empty(k.shape, dtype=k.dtype, device=k.device),

@@ -98,7 +98,7 @@ def _consume(
     THREADS: gl.constexpr = 32 + 128 * CONSUMERS  # of the producer and all consumers
     POSITIONS: gl.constexpr = CONSUMERS * 64 // TILE.pack
     RUN: gl.constexpr = POSITIONS if POSITIONS < 64 else 64
-    FEW_REGISTERS: gl.constexpr = POSITIONS > RUN  # code for several heads per tile takes registers
+    FEW_REGISTERS: gl.constexpr = POSITIONS > RUN  # the code for two runs takes registers
     FIRST_RUN: gl.constexpr = CONSUMER * (64 // RUN)
     dtype: gl.constexpr = out_desc.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])

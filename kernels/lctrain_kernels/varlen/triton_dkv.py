@@ -154,8 +154,8 @@ def varlen_dkv_kernel(
     for _ in tl.range(0, steps):
         query = start + local_m
         q = load_rows(q_tile + tile_q, query, length_q, columns, TILE.head_dim, BLOCK_D, True)
-        # Four numbers per query make the tile large enough to be fetched once, not once per
-        # thread.
+        # As a tile of four numbers per query, the statistics are loaded once. A vector per number
+        # would be loaded once per thread.
         stats = tl.load(stats_tile + tile_stats, mask=(query < length_q)[:, None], other=0.0)
         even, odd = tl.split(tl.reshape(stats, [BLOCK_M, 2, 2]))
         lse2, _ = tl.split(even)
@@ -175,8 +175,8 @@ def varlen_dkv_kernel(
             FLAGS.has_softcap,
             FLAGS.has_alibi,
         )
-        # LLVM turns this branch into selects, which take more instructions than masking every tile
-        # and are still the faster kernel (bench/NOTES.md).
+        # LLVM turns this branch into selects. They take more instructions than masking every tile,
+        # but the kernel is faster (bench/NOTES.md).
         if (start < clear_low) | (start >= clear_high):
             seen = key[:, None] < length_k
             if FLAGS.has_right:
@@ -185,7 +185,7 @@ def varlen_dkv_kernel(
                 seen = seen & (key[:, None] - query[None, :] >= shift - left)
             x = tl.where(seen, x, float("-inf"))
         if FLAGS.has_alibi:
-            # A negative slope would grow without bound on queries beyond the document.
+            # With a negative slope, logits of queries beyond the document grow without bound.
             x = tl.where((query < length_q)[None, :], x, float("-inf"))
         p = tl.exp2(x * multiplier - lse2[None, :])
         do = load_rows(do_tile + tile_do, query, length_q, columns, TILE.head_dim, BLOCK_D, True)
