@@ -1,4 +1,4 @@
-"""Portable kernels of differential attention, as input for ahead-of-time compilation."""
+"""Lists the portable kernels of differential attention for ahead-of-time compilation."""
 
 from collections.abc import Iterator
 
@@ -43,10 +43,10 @@ def _variant(
 def kernel_variants(
     table: str, head_dims: tuple[int, ...], features: tuple[str, ...]
 ) -> Iterator[KernelVariant]:
-    """Yields the configurations of one table; arguments as `aot.kernel_variants`.
+    """Yields a variant of every configuration of a table; see `aot.kernel_variants`.
 
-    All shapes but version 1's are compiled as plain causal kernels; shapes that no version has,
-    only with the feature "causal".
+    Only shapes of version 1 are compiled with all features. All other shapes are compiled as plain
+    causal kernels; shapes of neither version only if "causal" is among the features.
     """
     plain = "causal" in features
     for operation in DIFFERENTIAL_OPERATIONS:

@@ -1,4 +1,4 @@
-"""Hopper kernels of differential attention, as input for ahead-of-time compilation."""
+"""Lists the Hopper kernels of differential attention for ahead-of-time compilation."""
 
 from collections.abc import Iterator
 
@@ -83,7 +83,7 @@ def forward_variant(
     options = OPTIONS | {"maxnreg": REGISTERS}
     dims = f"D{head_dim}v{value_dim}-{'one_k' if shared_k else 'two_k'}"
     label = f"hopper_diff_fwd-{dims}-g{group}-{features}-{dtype}-{CONSUMERS * 64}x{tile.block_n}"
-    # Values of 128 columns leave no room for all arguments; the loop at D = 64 is without spills.
+    # Values of 128 columns leave no registers for all arguments; D = 64 does not spill in the loop.
     spill_free = features == "causal" and value_columns == 64
     return describe_variant(label, kernel, types, constants, options, spill_free)
 
@@ -97,7 +97,10 @@ def backward_variant(
     dtype: str = "bf16",
     group: int = 4,
 ) -> KernelVariant:
-    """As forward_variant, for differential_bwd_hopper_kernel, without dropout."""
+    """Describes one compilation of differential_bwd_hopper_kernel, without dropout.
+
+    The arguments are those of forward_variant.
+    """
     columns, value_columns = padded_columns(head_dim), padded_columns(value_dim)
     tile = backward_tile(columns, value_columns, shared_k)
     queries = descriptor_type(dtype, tile.block_m, columns)
@@ -169,7 +172,7 @@ def prepare_variant(
 
 
 def round_dq_variant(head_dim: int, heads: int, dtype: str = "bf16") -> KernelVariant:
-    """As prepare_variant, for differential_round_dq_kernel."""
+    """Describes one compilation of differential_round_dq_kernel, as prepare_variant does."""
     others: dict[str, str | None] = {"sum1_ptr": "*fp32", "sum2_ptr": "*fp32", "scale": "fp32"}
     constants = {
         "HEADS": heads,
@@ -184,9 +187,10 @@ def round_dq_variant(head_dim: int, heads: int, dtype: str = "bf16") -> KernelVa
 def kernel_variants(
     head_dims: tuple[int, ...], features: tuple[str, ...], groups: tuple[int, ...]
 ) -> Iterator[KernelVariant]:
-    """Yields every tile in bf16; arguments as of varlen's list, of which the last group is taken.
+    """Yields a variant of every tile configuration in bf16; see varlen.aot_hopper.
 
-    Without "full" among the features, only the published versions are compiled.
+    Only the last number of `groups` is compiled. Without "full" among the features, only the two
+    published versions of differential attention are compiled.
     """
     for dims in COLUMNS if "full" in features else VERSIONS:
         head_dim, value_dim, shared_k = dims

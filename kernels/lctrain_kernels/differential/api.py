@@ -1,4 +1,4 @@
-"""diff_attn_varlen_func: the difference of two attentions over one value, in one launch."""
+"""diff_attn_varlen_func: the difference of two attentions over the same values, in one kernel."""
 
 from collections.abc import Sequence
 
@@ -37,37 +37,40 @@ def diff_attn_varlen_func(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_k: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Differential attention over packed documents: softmax(q1 k1') v - lam softmax(q2 k2') v.
+    """Computes softmax(q1 k1') v - lam softmax(q2 k2') v over packed documents.
 
-    "Differential Transformer" (arXiv 2410.05258) and its second version (microsoft/unilm, 2026).
-    A head is a pair of branches. Version 1 has a k per branch and a value of 2 D; version 2 has
-    one k and a value of D, and q1 = q[:, 0::2], q2 = q[:, 1::2]. The norm of version 1 is left to
-    the caller. Masks align at the bottom right; a query that sees no key has out = 0, lse = -inf
-    and zero gradients. Documents of length zero are legal.
+    This is the attention of "Differential Transformer" (arXiv 2410.05258) and of its second version
+    (microsoft/unilm, 2026). A head is a pair of branches. Version 1 has one k per branch and values
+    with head dim 2 D; the caller applies its norm. Version 2 has one k for both branches, values
+    with head dim D, and q1 = q[:, 0::2], q2 = q[:, 1::2].
+
+    Masks are aligned at the bottom right. A query that sees no key has out = 0, lse = -inf and zero
+    gradients. Documents may have length 0.
 
     Args:
-        q1: [T, H, D] float16 or bfloat16, any strides with last stride 1, D at most 128. float32
-            and float64 are served by the PyTorch path.
+        q1: Packed queries of branch 1, [T, H, D], float16 or bfloat16, any strides with last stride
+            1, D at most 128. The PyTorch path computes float32 and float64.
         q2: Packed queries of branch 2, [T, H, D].
-        k1: [Tk, Hk, D]; head h reads head h // (H / Hk).
-        k2: [Tk, Hk, D]. The same object as k1 (version 2) is loaded once.
-        v: [Tk, Hk, Dv], Dv = D or 2 D.
-        lam: Floating, a scalar, [H] or [T, H]; has a gradient of its own shape, summed in float32.
+        k1: Packed keys of branch 1, [Tk, Hk, D]; head h reads head h // (H / Hk).
+        k2: Packed keys of branch 2, [Tk, Hk, D]. Pass the same tensor object as k1 for version 2;
+            it is then loaded once.
+        v: Packed values [Tk, Hk, Dv], Dv = D or 2 D.
+        lam: Lambda, floating point: a scalar, [H] or [T, H]. Its gradient is summed in float32.
         cu_seqlens: Cumulative document lengths from 0 to T, [N + 1] int32.
         max_seqlen: Longest document, a Python int.
-        dropout_p: Probability of dropping a weight, in each branch by a mask of its own (that of
-            query head 2 h + branch), applied exactly as round(p * 65536) / 65536.
+        dropout_p: Probability of dropping an attention weight, rounded to a multiple of 1/65536.
+            Each branch has a mask of its own, that of query head 2 h + branch.
         softmax_scale: Factor of q.k; D^-0.5 by default.
         causal: Whether query i sees only the keys up to its own position.
-        window_size: (left, right) keys around the own position, -1 unbounded; two ints or an int32
-            device tensor [2].
-        return_lse: Return (out, lse1, lse2).
-        dropout_seed: An int or one int64 element on q1's device. Default: drawn from torch's
-            generator of that device.
+        window_size: (left, right) keys that a query sees before and after its own position; two
+            ints or an int32 device tensor [2]; -1 is unbounded.
+        return_lse: Whether to return (out, lse1, lse2) instead of out.
+        dropout_seed: Seed of the dropout mask, an int or an int64 tensor of one element on q1's
+            device. By default, it is drawn from torch's generator of that device.
         document_ids: Ids of the documents in the dropout key, [N] int32. By default, a document's
             index in the pack.
-        schedule: Schedule of make_schedule, on q1's device. Default: built on the device, once per
-            cu_seqlens tensor.
+        schedule: Schedule that make_schedule returned, on q1's device. By default, one is built on
+            the device, once per cu_seqlens tensor.
         backend: "auto", "hopper", "triton" or "pytorch". A backend other than "auto" raises an
             error if it does not support the call. On a Hopper GPU "auto" chooses "hopper" for every
             forward and backward that the Hopper kernels support.
@@ -116,7 +119,7 @@ def diff_attn_varlen_func(
         pad_head_dim(k1),
         None if k2 is k1 else pad_head_dim(k2),
         pad_head_dim(v),
-        # A view: where lam is not per token, its stride along T is 0, and autograd sums.
+        # lam is expanded to [T, H] by a view, so that autograd sums its gradient.
         lam.to(torch.promote_types(q1.dtype, torch.float32)).expand(q1.shape[:2]),
     )
     if backend == "hopper":

@@ -1,4 +1,4 @@
-"""Argument checks of diff_attn_varlen_func that other attentions do not need."""
+"""Checks the arguments that only diff_attn_varlen_func has."""
 
 import torch
 from torch import Tensor

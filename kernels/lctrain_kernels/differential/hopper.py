@@ -46,7 +46,7 @@ def differential_fwd(
     pack: TiledPack,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launches the forward kernel; arguments and results as the portable differential_fwd.
+    """Launches the Hopper forward; arguments and results are those of triton_fwd.differential_fwd.
 
     The function checks nothing: the registry calls it only for calls that the kernels support.
     """
@@ -120,11 +120,11 @@ def differential_prepare_kernel(
     BLOCK_DV: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """dlam, what the backward kernel reads per query, and zeroed float32 dq1 and dq2.
+    """Computes dlam and the statistics that the backward kernel reads, and zeroes dq1 and dq2.
 
-    stats [4, H, T] float32: lse1 and lse2 in base 2, e1 = D1 - dlse1 and e2 = D2 + dlse2 / lam,
-    with D_b = rowsum(dout * A_b v). So that lam p2 is one exponential, log2 |lam| is taken off
-    lse2, and the last bit of e2 is set where lam is negative. A lam below 2^-60 counts as that.
+    stats [4, H, T] float32 holds base-2 lse1 and lse2, e1 = D1 - dlse1 and e2 = D2 + dlse2 / lam,
+    with D_b = rowsum(dout * A_b v). log2 |lam| is subtracted from lse2, so that lam p2 is one
+    exponential. The last bit of e2 is set if lam is negative. |lam| is at least 2^-60 here.
 
     Grid: (blocks of ROWS tokens, heads).
     """
@@ -182,7 +182,10 @@ def differential_round_dq_kernel(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """dq = scale * sum of both branches, in dq's dtype. Grid: (blocks of ROWS tokens, heads)."""
+    """Writes dq = scale * sum in dq's dtype, for both branches.
+
+    Grid: (blocks of ROWS tokens, heads).
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
     mask = (row < total_q)[:, None] & (column < HEAD_DIM)[None, :]
@@ -210,10 +213,11 @@ def differential_bwd(
     pack: TiledPack,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launches the backward; arguments and results as the portable differential_bwd, no dropout.
+    """Launches the Hopper backward, which has no dropout.
 
-    dq1 and dq2 are added up in float32 in the order in which programs come, so their last bits
-    differ from run to run; those of the others do not.
+    Arguments and results are those of triton_bwd.differential_bwd. Programs add dq1 and dq2 in
+    float32 in an order that depends on timing, so their last bits differ from run to run. The other
+    gradients have the same bits in every run.
     """
     total_q, heads, head_dim = q1.shape
     heads_kv, value_dim = v.shape[1:]

@@ -1,4 +1,4 @@
-"""Backward of differential attention for Hopper, in Gluon: dP and dV once for both branches."""
+"""Backward of differential attention for Hopper, in Gluon: both branches share dP and dV."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -134,7 +134,7 @@ def _load(
 
 @gluon.jit
 def _add_partial_dq(dq_descs, dq_bufs, tile, TILE: gl.constexpr):
-    """The dQ warp: adds partial dq1 and dq2, 64 columns at a time, to the float32 buffers."""
+    """Runs the dQ warp, which adds partial dq1 and dq2 to float32 buffers, 64 columns at a time."""
     GROUP: gl.constexpr = TILE.group
     ROUNDS: gl.constexpr = TILE.block_d // _COLUMNS
     head = tile.head_kv * GROUP
@@ -159,7 +159,7 @@ def _compute(
     FLAGS: gl.constexpr,
     HALF_INDEX: gl.constexpr,
 ):
-    """A consumer warpgroup: half of the tile's keys, and dq of one branch."""
+    """Runs a consumer warpgroup: half of the tile's keys, and dq of one branch."""
     shared = inputs.shared
     dq_bufs = inputs.dq
     ds_bufs = inputs.ds
@@ -322,13 +322,17 @@ def differential_bwd_hopper_kernel(
     TILE: gl.constexpr,
     FLAGS: gl.constexpr,
 ):
-    """One program: a tile of keys of one key/value head, and all queries of its group that see it.
+    """Computes dk1, dk2 and dv of a tile of keys, and adds its dq1 and dq2 to float32 buffers.
 
-    Grid: (tiles * key/value heads,). stats [4, H, T] float32: lse1 and lse2 in base 2, +inf where
-    nothing was seen, e1 and e2; lse2 less log2 |lam|, and the last bit of e2 is the sign of lam. So
-    p2 here is lam A2, and ds1 = p1 (dp - e1), ds2 = p2 (e2 - dp). dq1_desc and dq2_desc describe
-    zeroed float32 [T, H, D]. k2_desc and dk2 are None where both branches read k1: dk1 is
-    then the sum.
+    A program processes one tile of keys of one key/value head, and all queries of the head's group
+    that see it. Grid: (tiles * key/value heads,).
+
+    differential_prepare_kernel writes stats [4, H, T] float32: base-2 lse1 (+inf for a query that
+    saw no key), lse2 - log2 |lam|, e1, and e2 with the sign of lam in its last bit. So p2 here is
+    lam A2, and ds1 = p1 (dp - e1), ds2 = p2 (e2 - dp).
+
+    dq1_desc and dq2_desc describe float32 buffers [T, H, D], zero at launch. If both branches read
+    k1, k2_desc and dk2 are None and dk1 is the sum of both gradients.
     """
     dtype: gl.constexpr = v_desc.dtype
     BLOCK_M: gl.constexpr = TILE.block_m

@@ -1,4 +1,4 @@
-"""Forward of differential attention for Hopper, in Gluon: both branches in every warpgroup."""
+"""Forward of differential attention for Hopper, in Gluon: a warpgroup computes both branches."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -99,7 +99,7 @@ def _load(
 
 @gluon.jit
 def _finish(m, l, keep_scale, row_s: gl.constexpr, row_o: gl.constexpr):
-    """Returns (factor of the accumulator, lse) of one branch."""
+    """Returns the final factor of the accumulator, and the lse, of one branch."""
     m, l = reduce_rows(m, l, row_s)
     empty = l == 0.0
     whole = gl.where(empty, 1.0, l)
@@ -114,7 +114,7 @@ def _consume(
     FLAGS: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):
-    """A consumer warpgroup: both branches of 64 rows of every tile."""
+    """Runs a consumer warpgroup, which computes both branches of 64 rows of every tile."""
     out_descs = inputs.out_descs
     shared = inputs.shared
     out_bufs = inputs.out_bufs
@@ -416,12 +416,14 @@ def differential_fwd_hopper_kernel(
     TILE: gl.constexpr,
     FLAGS: gl.constexpr,
 ):
-    """A persistent program per multiprocessor: consumer warpgroups, a producer and a scheduler.
+    """Computes the outputs and lse of both branches, one persistent program per multiprocessor.
 
-    As varlen_fwd_hopper_kernel, with both branches of a row in one warpgroup: while it computes the
-    weights of one, the products of the other run. lam [T, H] float32, any strides; out, out1 = A1 v
-    and out2 = A2 v [T, H, Dv]; lse1, lse2 [H, T] float32. k2_desc is None where both branches
-    read k1. FLAGS have no softcap and no sink.
+    A program has consumer warpgroups, a producer warp and a scheduler warp, as in
+    varlen_fwd_hopper_kernel. A consumer warpgroup computes both branches of its rows: while it
+    computes the weights of one branch, the products of the other branch run.
+
+    Shapes: lam [T, H] float32, any strides; out, out1 = A1 v and out2 = A2 v [T, H, Dv]; lse1, lse2
+    [H, T] float32. k2_desc is None if both branches read k1. FLAGS have no softcap and no sink.
     """
     dtype: gl.constexpr = q1_desc.dtype
     gl.static_assert(TILE.stages <= FORWARD_STAGES, "named barriers overlap")

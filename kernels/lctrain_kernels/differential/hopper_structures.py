@@ -1,15 +1,15 @@
-"""Named groups of the Hopper kernels of differential attention."""
+"""Named tuples that the Hopper kernels of differential attention take or pass to functions."""
 
 from typing import Any, NamedTuple
 
 
 class Outputs(NamedTuple):
-    """Descriptors of the results, [T, H, Dv].
+    """TMA descriptors of the results, each [T, H, Dv].
 
     Attributes:
-        out: out1 - lam * out2.
-        out1: A1 v.
-        out2: A2 v.
+        out: Differential output, out1 - lam * out2.
+        out1: Output A1 v of branch 1.
+        out2: Output A2 v of branch 2.
     """
 
     out: Any
@@ -18,7 +18,7 @@ class Outputs(NamedTuple):
 
 
 class BranchPointers(NamedTuple):
-    """Tensors that a consumer warpgroup reads or writes by itself.
+    """Tensors that a consumer warpgroup of the forward accesses without TMA.
 
     Attributes:
         lam: Lambda of each token and head, [T, H] float32, any strides.
@@ -36,16 +36,17 @@ class BranchPointers(NamedTuple):
 
 
 class ForwardInputs(NamedTuple):
-    """Inputs of a consumer warpgroup.
+    """Inputs of a consumer warpgroup of the forward.
 
     Attributes:
         out_descs: TMA descriptors of the results.
         shared: Shared memory of the kernel.
-        out_bufs: Results that find no room among the queries, [.., 64, block_dv].
+        out_bufs: Shared memory for results that do not fit into the queries' buffer,
+            [.., 64, block_dv].
         window: Window of the call: left and right bounds, or their device tensor.
         pointers: Lambda, dropout inputs and the lse results.
-        stride_lt: Distance between tokens of lam.
-        stride_lh: Distance between heads of lam.
+        stride_lt: Stride of lam's tokens, in elements.
+        stride_lh: Stride of lam's heads, in elements.
         scalars: Scale, dropout factors and number of packed queries.
     """
 
@@ -88,7 +89,7 @@ class BackwardPointers(NamedTuple):
 
 
 class BackwardStrides(NamedTuple):
-    """Distances between tokens and between heads of dk1 (and dk2) and of dv, in elements."""
+    """Strides of tokens and heads of dk1 and dk2, and of dv, in elements."""
 
     k_token: Any
     k_head: Any
@@ -97,7 +98,7 @@ class BackwardStrides(NamedTuple):
 
 
 class ResultPointers(NamedTuple):
-    """Gradients that a tile of keys stores; dk2 may be None."""
+    """Gradients of keys and values that a program stores. dk2 is None if both branches read k1."""
 
     dk1: Any
     dk2: Any
@@ -105,7 +106,7 @@ class ResultPointers(NamedTuple):
 
 
 class BackwardInputs(NamedTuple):
-    """Inputs of a consumer warpgroup.
+    """Inputs of a consumer warpgroup of the backward.
 
     Attributes:
         shared: BackwardBuffers; q, lse and delta have two buffers per stage, one per branch.
@@ -129,7 +130,7 @@ class BackwardInputs(NamedTuple):
 
 
 class PreparePointers(NamedTuple):
-    """Tensors of differential_prepare_kernel; it says their shapes."""
+    """Tensors of differential_prepare_kernel, whose docstring gives their shapes."""
 
     out1: Any
     out2: Any
@@ -146,7 +147,7 @@ class PreparePointers(NamedTuple):
 
 
 class PrepareStrides(NamedTuple):
-    """Distances between tokens and between heads of out1 (and out2) and of dout, in elements."""
+    """Strides of tokens and heads of out1 and out2, and of dout, in elements."""
 
     out_token: Any
     out_head: Any

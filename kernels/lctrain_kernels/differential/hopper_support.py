@@ -1,4 +1,4 @@
-"""What the Hopper kernels of differential attention do not support, and their tiles."""
+"""Limits and tile configurations of the Hopper kernels of differential attention."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class DifferentialCall:
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        """q1, q2, k1, v, and k2 if it is another k."""
+        """Returns q1, q2, k1 and v, and k2 if it is not None."""
         inputs = (self.q1, self.q2, self.k1, self.v)
         return inputs if self.k2 is None else (*inputs, self.k2)
 
@@ -57,7 +57,7 @@ BACKWARD_LIMITS: tuple[_Limit, ...] = (
     *ONLY_VARLEN,
     DOUT_LIMIT,
 )  # fmt: skip
-# By the columns of q and k, those of v, and whether both branches read one k.
+# (columns of q and k, columns of v, whether both branches read one k) -> configuration.
 _FORWARD = {
     (64, 64, False): ForwardTile(64, 4, 2),
     (64, 64, True): ForwardTile(64, 4, 2),
@@ -77,10 +77,10 @@ _BACKWARD = {
 
 
 def forward_tile(columns: int, value_columns: int, shared_k: bool) -> ForwardTile:
-    """Returns the tile of a forward of differential attention."""
+    """Returns the forward's tile configuration."""
     return _FORWARD[columns, value_columns, shared_k]
 
 
 def backward_tile(columns: int, value_columns: int, shared_k: bool) -> BackwardTile:
-    """Returns the tile of a backward of differential attention."""
+    """Returns the backward's tile configuration."""
     return _BACKWARD[columns, value_columns, shared_k]

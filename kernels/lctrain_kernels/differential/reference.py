@@ -1,9 +1,9 @@
-"""Differential attention in plain PyTorch: the definition, and the CPU path.
+"""Differential attention in plain PyTorch: the reference of the tests, and the CPU path.
 
-``out = A1 v - lam A2 v`` with ``A_b = softmax(s q_b k_b^T)``, one pair of branches per head.
-Both branches are heads of one plain attention: branch b of head h is its query head ``2 h + b``.
-That is also its place in the key of the dropout mask, so the mask of a differential head is that
-of flash_attn_varlen_func over the interleaved heads (q1 = q[:, 0::2], q2 = q[:, 1::2]).
+``out = A1 v - lam A2 v`` with ``A_b = softmax(s q_b k_b^T)``; each head is a pair of branches. The
+branches are computed as heads of one plain attention: branch b of head h is query head ``2 h + b``.
+The dropout key uses this head index, too. So the masks are those of flash_attn_varlen_func over the
+interleaved heads (q1 = q[:, 0::2], q2 = q[:, 1::2]).
 """
 
 import torch
@@ -14,21 +14,23 @@ from lctrain_kernels.varlen.reference import VarlenOptions, varlen_backward, var
 
 
 def interleave_heads(first: Tensor, second: Tensor) -> Tensor:
-    """[T, H, D] twice -> [T, 2 H, D], heads first[0], second[0], first[1], ..."""
+    """Interleaves the heads of two tensors [T, H, D] to first[0], second[0], first[1], ...
+
+    Returns a tensor [T, 2 H, D]."""
     return torch.stack((first, second), dim=2).flatten(1, 2)
 
 
 def _branches_as_heads(
     q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns q, k, v of a plain attention over 2 H heads without groups."""
+    """Returns q, k and v of a plain attention with 2 H query heads and 2 H key/value heads."""
     group = q1.shape[1] // k1.shape[1]
     k = interleave_heads(k1.repeat_interleave(group, 1), k2.repeat_interleave(group, 1))
     return interleave_heads(q1, q2), k, v.repeat_interleave(2 * group, 1)
 
 
 def _own(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns a contiguous copy, since results of an operator must not share memory."""
+    """Returns a contiguous copy in `dtype`: results of an operator must not share memory."""
     return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
@@ -46,15 +48,17 @@ def dense_differential(
     dropout_seed: int | Tensor = 0,
     document_id: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One document, two dense softmaxes, every gradient by autograd: the oracle of the tests.
+    """Computes differential attention of one document by two dense softmaxes.
+
+    Autograd gives all gradients. The function is the reference of the tests.
 
     Args:
-        q1: [Lq, H, D].
-        q2: [Lq, H, D].
-        k1: [Lk, Hk, D]; head h reads key/value head h // (H / Hk).
-        k2: [Lk, Hk, D].
-        v: [Lk, Hk, Dv].
-        lam: Scalar, [H] or [Lq, H].
+        q1: Queries of branch 1, [Lq, H, D].
+        q2: Queries of branch 2, [Lq, H, D].
+        k1: Keys of branch 1, [Lk, Hk, D]; head h reads key/value head h // (H / Hk).
+        k2: Keys of branch 2, [Lk, Hk, D].
+        v: Values [Lk, Hk, Dv].
+        lam: Lambda: a scalar, [H] or [Lq, H].
         softmax_scale: Factor of q.k; D^-0.5 by default.
         window: (left, right); causal is (-1, 0).
         dropout_p: Probability of dropping a weight of a branch after its softmax.
@@ -90,7 +94,7 @@ def differential_forward(
     dropout_seed: Tensor | None = None,
     document_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Forward over packed documents, in chunks of queries (reference/varlen.py).
+    """Computes the forward over packed documents, in chunks of queries as in varlen/reference.py.
 
     Args:
         q1: Packed queries of branch 1, [T, H, D], any floating dtype.
@@ -101,7 +105,7 @@ def differential_forward(
         lam: Lambda of each token and head, [T, H].
         cu_seqlens_q: Cumulative query lengths, [N + 1] int32.
         cu_seqlens_k: Cumulative key lengths, [N + 1] int32.
-        options: Scale, window, dropout.
+        options: Scale, window and dropout.
         dropout_seed: Seed of the dropout mask, one int64 element; required with dropout.
         document_ids: Ids in the dropout key, [N] int32; by default, a document's index in the pack.
 
@@ -150,11 +154,12 @@ def differential_backward(
     dropout_seed: Tensor | None = None,
     document_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Backward of differential_forward; arguments as there.
+    """Computes the backward of differential_forward, from its arguments and out's gradient.
 
     Returns:
         dq1, dq2 [T, H, D], dk1, dk2 [Tk, Hk, D], dv [Tk, Hk, Dv] in the inputs' dtype, and
-        dlam [H, T] in the state's. Where k2 is None, dk1 is the sum and dk2 is empty.
+        dlam [H, T] in the dtype of lse. If k2 is None, dk1 is the gradient of the shared k, and dk2
+        is an empty tensor.
     """
     state = torch.promote_types(q1.dtype, torch.float32)
     grad = dout.to(state)

@@ -1,6 +1,6 @@
-"""Backward of differential attention: launches the kernel of dq, then that of dk and dv.
+"""Launches the portable backward of differential attention: the dq kernel, then dk and dv.
 
-Nothing is added across programs, so the result has the same bits in every run.
+No program adds to results of another program, so every run gives the same bits.
 """
 
 import torch
@@ -38,7 +38,7 @@ def differential_bwd(
     pack: TiledPack,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launches the two backward kernels; arguments as differential_fwd.
+    """Launches the two backward kernels.
 
     Args:
         dout: Gradient of out, [T, H, Dv], any strides.
@@ -49,7 +49,8 @@ def differential_bwd(
         k1: Packed keys of branch 1, [Tk, Hk, D].
         k2: Packed keys of branch 2, [Tk, Hk, D]; None if both branches read k1.
         v: Packed values [Tk, Hk, Dv].
-        lam: [T, H] float32, any strides; stride 0 along T spares the kernels a number per query.
+        lam: Lambda of each token and head, [T, H] float32, any strides. With stride 0 along T, the
+            kernels read one number per head instead of one per query.
         out1: Output A1 v of branch 1, [T, H, Dv], contiguous.
         out2: Output A2 v of branch 2, [T, H, Dv], contiguous.
         lse1: Log-sum-exp of branch 1, [H, T] float32.
@@ -58,8 +59,8 @@ def differential_bwd(
         options: Mask, scale and the other attention options of the call.
 
     Returns:
-        dq1, dq2 [T, H, D], dk1 [Tk, Hk, D], dk2 likewise (empty where k2 is None: dk1 is the sum),
-        dv [Tk, Hk, Dv], contiguous, and dlam [H, T] float32.
+        dq1 and dq2 [T, H, D], dk1 and dk2 [Tk, Hk, D], dv [Tk, Hk, Dv], contiguous, and dlam [H, T]
+        float32. If k2 is None, dk1 is the gradient of the shared k, and dk2 is an empty tensor.
     """
     total_q, heads, head_dim = q1.shape
     heads_kv, value_dim = v.shape[1:]

@@ -1,4 +1,4 @@
-"""The backward kernel of differential attention that owns keys: dk1, dk2 and dv."""
+"""The portable backward kernel of differential attention that computes dk1, dk2 and dv."""
 
 from typing import Any, NamedTuple
 
@@ -74,7 +74,7 @@ def differential_dkv_kernel(
     SHARED_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dk1, dk2 and dv of BLOCK_N keys of one key/value head, over all heads of its group.
+    """Computes dk1, dk2 and dv of BLOCK_N keys of one key/value head, over all its query heads.
 
     Grid: (key/value heads * tiles * SCHEDULE_ROWS / BLOCK_N,). Tiles are transposed, keys by
     queries, so that the products for dv and dk read the weights from registers. dk1 and dk2 [Tk,
@@ -211,7 +211,7 @@ def differential_dkv_kernel(
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         x1 = tl.dot(k1, tl.trans(q1), input_precision=PRECISION)
         x2 = tl.dot(k2, tl.trans(q2), input_precision=PRECISION)
-        # As in varlen_dkv_kernel, where a mask by bounds per row was the slower kernel.
+        # Masked by comparisons per element, as in varlen_dkv_kernel; bounds per row are slower.
         if (start < clear_low) | (start >= clear_high):
             seen = key[:, None] < length_k
             if FLAGS.has_right:

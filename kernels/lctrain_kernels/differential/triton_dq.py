@@ -1,4 +1,4 @@
-"""The backward kernel of differential attention that owns queries: dq1, dq2 and dlam."""
+"""The portable backward kernel of differential attention that computes dq1, dq2 and dlam."""
 
 from typing import Any, NamedTuple
 
@@ -83,15 +83,18 @@ def differential_dq_kernel(
     SHARED_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq1 and dq2 of a tile; also writes dlam and what the dk, dv kernel reads per query.
+    """Computes dq1, dq2 and dlam of a tile of queries, and statistics for the dk, dv kernel.
 
     With D_b = rowsum(dout * A_b v): ds1 = p1 (dp - e1) with e1 = D1 - dlse1, and
     ds2 = p2 (e2 - lam dp) with e2 = lam D2 + dlse2; dlam = -D2.
 
-    Grid: as differential_fwd_kernel, whose tensors have the shapes given there. dout [T, H, Dv];
-    dlse1, dlse2 [H, T] float32 or None; dq1, dq2 [T, H, D] of one layout; dlam [H, T] float32.
-    stats [H, T, STATS] float32: lse1 in base 2 (+inf where nothing was seen), e1 / keep_scale,
-    lse2, e2 / keep_scale; with STATS = 8 also lam, and three unused.
+    Grid: that of differential_fwd_kernel, whose docstring gives the shapes of the forward's
+        tensors.
+
+    - dout [T, H, Dv]; dlse1, dlse2 [H, T] float32 or None.
+    - dq1, dq2 [T, H, D] of one layout; dlam [H, T] float32.
+    - stats [H, T, STATS] float32: base-2 lse1 (+inf for a query that saw no key), e1 / keep_scale,
+      base-2 lse2, e2 / keep_scale; with STATS = 8 also lam and three unused numbers.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n

@@ -1,4 +1,4 @@
-"""Forward of differential attention in portable Triton: both branches in one launch."""
+"""The portable forward kernel of differential attention, and its launcher."""
 
 from typing import Any, NamedTuple
 
@@ -84,12 +84,15 @@ def differential_fwd_kernel(
     SHARED_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: both branches of PACK heads of one key/value head times BLOCK_M / PACK queries.
+    """Computes the outputs and lse of both branches, for a tile of queries of one document.
+
+    A tile has BLOCK_M rows: PACK heads of one key/value head times BLOCK_M / PACK queries.
+
+    Shapes: q1, q2 [T, H, D]; k1, k2 [Tk, Hk, D], only k1 with SHARED_K; v [Tk, Hk, Dv]; lam [T, H]
+    float32, any strides; out, out1 = A1 v and out2 = A2 v [T, H, Dv] of one layout; lse1, lse2
+    [H, T] float32.
 
     Grid: (key/value heads * tiles * SCHEDULE_ROWS * PACK / BLOCK_M * GROUP / PACK,).
-    q1, q2 [T, H, D]; k1, k2 [Tk, Hk, D], only k1 with SHARED_K; v [Tk, Hk, Dv]; lam [T, H] float32,
-    any strides; out, out1 = A1 v and out2 = A2 v [T, H, Dv] of one layout; lse1, lse2 [H, T]
-    float32.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n

@@ -69,7 +69,7 @@ def _range_of_relation(
     RELATION: gl.constexpr,
     BLOCK_M: gl.constexpr,
 ):
-    """Returns the first query that sees keys first to last in one range, and the count of blocks."""
+    """Returns the first query that sees keys first to last in one range, and its block count."""
     low, _, _, high = queries_of_tile(first, last, RELATION, chunk_length, succ_length, length_k)
     shift = length_k - length_q
     low = gl.maximum(low - shift, 0)
