@@ -1,4 +1,4 @@
-"""`lctrain-bench`: times lctrain's attention and every installed peer, and writes the results.
+"""`lctrain-bench`: times lctrain's attention and other attention libraries, and writes a record.
 
 lctrain-bench --check --workloads 1x32k,mix32k --peers lctrain,fa2
 """
@@ -20,7 +20,7 @@ from lctrain_kernels.bench.workloads import WORKLOADS
 
 
 def names_of(known: Mapping[str, object], what: str) -> Callable[[str], list[str]]:
-    """An argparse type: comma-separated names from a known set."""
+    """Returns an argparse type that reads comma-separated names from a known set."""
 
     def parse(text: str) -> list[str]:
         names = [name for name in text.split(",") if name]
@@ -35,7 +35,7 @@ def names_of(known: Mapping[str, object], what: str) -> Callable[[str], list[str
 
 
 def positive(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
+    """Reads an integer of at least 1, as an argparse type."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}.")
     return int(text)
@@ -70,7 +70,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def default_output(record: BenchmarkRecord) -> Path:
-    """Returns results/DATE-DEVICE.json in the checkout, else in ./bench-results."""
+    """Returns the path of the record: results/DATE-DEVICE.json in the checkout.
+
+    Outside a checkout the folder is ./bench-results.
+    """
     in_checkout = (RESULTS.parents[3] / "pyproject.toml").is_file()
     folder = RESULTS if in_checkout else Path("bench-results")
     device = re.sub(r"[^a-z0-9]+", "-", record.device.lower()).strip("-")

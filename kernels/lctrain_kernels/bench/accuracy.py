@@ -1,7 +1,7 @@
 """The rule for numerical error: at most twice that of plain PyTorch at the same precision.
 
-Both errors are taken against a float64 reference. The tests assert it (`tests/numerics.py`) and
-`lctrain-bench --check` reports no kernel that breaks it.
+Both errors are measured against a float64 reference. The tests assert the rule
+(`tests/numerics.py`). `lctrain-bench --check` gives no figures for a kernel that breaks it.
 """
 
 from dataclasses import dataclass
@@ -13,13 +13,15 @@ MAX_RATIO = 2.0
 
 @dataclass(frozen=True)
 class ErrorRatio:
-    """Errors against float64, as norms and as largest entries; a ratio of 2 or less passes.
+    """Error of a tensor against float64, relative to the error of plain PyTorch.
+
+    Both ratios must be at most 2.
 
     Attributes:
-        actual_norm: ||actual - reference|| / ||reference||.
-        plain_norm: the same for plain PyTorch at the same precision.
-        norm: actual_norm over plain_norm, after one rounding unit is allowed for.
-        maximum: the like ratio of the largest absolute errors.
+        actual_norm: Relative error of the tensor, ||actual - reference|| / ||reference||.
+        plain_norm: Relative error of plain PyTorch, ||plain - reference|| / ||reference||.
+        norm: actual_norm / plain_norm, where plain_norm counts as at least one float32 rounding.
+        maximum: Largest absolute error of the tensor over that of plain PyTorch.
     """
 
     actual_norm: float
@@ -29,30 +31,29 @@ class ErrorRatio:
 
     @property
     def passes(self) -> bool:
-        """Whether both ratios are within the bound; NaN is not."""
+        """Returns whether both ratios are within the bound; NaN is not."""
         return self.norm <= MAX_RATIO and self.maximum <= MAX_RATIO
 
 
 def error_ratio(actual: torch.Tensor, plain: torch.Tensor, reference: torch.Tensor) -> ErrorRatio:
     """Compares the error of `actual` with that of plain PyTorch.
 
-    Plain PyTorch may be exact by luck (a softmax over one key). So its error counts as at least
-    one float32 rounding of the norm, since the kernels keep their state in float32; in the
-    largest entry, also as the rounding to its own dtype (half a unit).
+    Plain PyTorch may be exact by chance, as in a softmax over one key. So its norm error counts as
+    at least one float32 rounding, because the kernels keep their state in float32. Its largest
+    error counts as at least half a unit in the last place of its dtype.
 
     Args:
-        actual: what is judged, any shape and floating dtype.
-        plain: the same quantity from plain PyTorch at the same precision.
-        reference: the same quantity in float64.
+        actual: Tensor to judge, any shape and floating dtype.
+        plain: The same tensor, computed by plain PyTorch at the same precision.
+        reference: The same tensor, computed in float64.
 
     Returns:
-        The two errors and their ratios. Infinities must sit in the same places with the same
-        signs, else the ratios are infinite; everything else is compared where the reference is
-        finite.
+        Both errors and their ratios, over the entries where the reference is finite. If infinities
+        are not at the same places with the same signs, the ratios are infinite.
 
     Raises:
-        ValueError: if shapes differ, the reference is not float64, or plain PyTorch is not finite
-            where the reference is, which would let anything pass.
+        ValueError: if shapes differ, if the reference is not float64, or if plain PyTorch is not
+            finite where the reference is; any result would then pass.
     """
     if not actual.shape == plain.shape == reference.shape:
         raise ValueError(
@@ -92,7 +93,7 @@ def error_ratio(actual: torch.Tensor, plain: torch.Tensor, reference: torch.Tens
 
 
 def _divide(numerator: float, denominator: float) -> float:
-    """numerator / denominator, with 0 / 0 = 0."""
+    """Returns numerator / denominator, and 0 for 0 / 0."""
     if denominator == 0.0:
         return 0.0 if numerator == 0.0 else float("inf")
     return numerator / denominator

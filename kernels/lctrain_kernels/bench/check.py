@@ -1,4 +1,4 @@
-"""Judges a kernel before it is reported: its error against float64 on the shape of a workload."""
+"""Checks a kernel's error against float64 before its times are reported."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -20,9 +20,9 @@ def scale_down(workload: Workload, longest: int = LONGEST, tokens: int = MOST_TO
     """Shortens the documents in proportion, so that a dense float64 reference fits into memory.
 
     Args:
-        workload: the workload.
-        longest: most tokens of a document.
-        tokens: most tokens of all documents; later documents are left out.
+        workload: Workload to shorten.
+        longest: Most tokens of a document.
+        tokens: Most tokens of all documents together; later documents are left out.
     """
     factor = min(1.0, longest / max(workload.lengths))
     lengths: list[int] = []
@@ -39,11 +39,11 @@ def check_ours(workload: Workload, device: torch.device | str) -> dict[str, Erro
     """Compares the output and every gradient of lctrain with float64 and with plain PyTorch.
 
     Args:
-        workload: its shape is judged, with shorter documents.
-        device: device of the kernel.
+        workload: Workload to check; its documents are shortened.
+        device: Device of the kernel.
 
     Returns:
-        The ratios of out, dq, dk and dv.
+        The error ratios of out, dq, dk and dv.
     """
     inputs = make_inputs(scale_down(workload), device)
     cu, longest = inputs.cu_seqlens, inputs.max_seqlen
@@ -70,7 +70,7 @@ def check_ours(workload: Workload, device: torch.device | str) -> dict[str, Erro
 
 
 def _dense(inputs: AttentionInputs, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Returns (out, dq, dk, dv), one dense softmax per document, computed in `dtype`."""
+    """Returns (out, dq, dk, dv) of plain PyTorch: a dense softmax per document, in `dtype`."""
     parts: list[tuple[torch.Tensor, ...]] = []
     bounds = inputs.cu_seqlens.tolist()
     for document, (begin, end) in enumerate(pairwise(bounds)):

@@ -2,9 +2,10 @@
 
     python -m lctrain_kernels.bench.differential --out run.json [--workloads v1_1x32k,v2_mix32k]
 
-Version 1 is compared with four calls (two branches by two halves of the value; what combines their
-outputs is not timed), version 2 with one call over all heads and a compiled subtraction; the calls
-are FlashAttention-4's and lctrain's own. Ours is judged against float64 before it is timed.
+Version 1 is compared with four calls of plain attention, one per branch and half of the values; the
+combination of their outputs is not timed. Version 2 is compared with one call over all heads and a
+compiled subtraction. Plain attention is that of FlashAttention-4 and of lctrain. lctrain's
+differential attention is checked against float64 before it is timed.
 """
 
 import argparse
@@ -39,11 +40,12 @@ Call = Callable[[], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class DifferentialWorkload(Workload):
-    """One pack under a causal mask; heads counts pairs of branches.
+    """A pack of documents under a causal mask. `heads` counts pairs of branches.
 
     Attributes:
         value_dim: Head dim Dv of the values.
-        version: 1 has a k per branch and one lambda, 2 one k and a lambda per token and head.
+        version: Version of differential attention. Version 1 has one k per branch and one lambda;
+            version 2 has one k for both branches and a lambda per token and head.
         backend: Backend of lctrain's kernels.
     """
 
@@ -53,12 +55,12 @@ class DifferentialWorkload(Workload):
 
     @property
     def forward_flops(self) -> int:
-        """Two products of D and two of Dv over the causal half."""
+        """Returns the FLOPs of the forward: two products of D and two of Dv, causal half."""
         return self._pairs() * (2 * self.head_dim + 2 * self.value_dim)
 
     @property
     def backward_flops(self) -> int:
-        """Six products of D and two of Dv."""
+        """Returns the FLOPs of the backward: six products of D and two of Dv, causal half."""
         return self._pairs() * (6 * self.head_dim + 2 * self.value_dim)
 
     def _pairs(self) -> int:
@@ -80,12 +82,13 @@ class DifferentialInputs:
     """Tensors of a workload.
 
     Attributes:
-        workload: what they belong to.
-        q: version 1: q1 and q2 [T, H, D]; version 2: one [T, 2 H, D], pairs adjacent.
-        k: version 1: k1 and k2 [T, Hk, D]; version 2: one.
-        v: [T, Hk, Dv].
-        lam: scalar, or [T, H] in version 2.
-        grad_out: [T, H, Dv].
+        workload: Workload of the tensors.
+        q: Queries. Version 1: q1 and q2 [T, H, D]; version 2: one tensor [T, 2 H, D], in which the
+            heads of a pair are adjacent.
+        k: Keys. Version 1: k1 and k2 [T, Hk, D]; version 2: one tensor [T, Hk, D].
+        v: Packed values [T, Hk, Dv].
+        lam: Lambda: a scalar in version 1, [T, H] in version 2.
+        grad_out: Gradient of the output, [T, H, Dv].
         cu_seqlens: Cumulative document lengths, [N + 1] int32.
     """
 
@@ -99,11 +102,11 @@ class DifferentialInputs:
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
-        """Tensors that get a gradient."""
+        """Returns the tensors that get a gradient."""
         return (*self.q, *self.k, self.v, self.lam)
 
     def branches(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q1, q2, k1, k2. In version 2 they are views, as in a model."""
+        """Returns q1, q2, k1 and k2. In version 2 they are views, as in a model."""
         if self.workload.version == 1:
             (q1, q2), (k1, k2) = self.q, self.k
             return q1, q2, k1, k2
@@ -144,7 +147,7 @@ def make_inputs(
 
 
 def ours(inputs: DifferentialInputs) -> Call:
-    """Runs diff_attn_varlen_func with the schedule of the batch."""
+    """Returns a call of lctrain's differential attention, with a schedule built beforehand."""
     lengths = inputs.workload.lengths
     schedule = make_schedule(lengths).to(inputs.v.device)
     longest = max(lengths)
@@ -166,7 +169,7 @@ def ours(inputs: DifferentialInputs) -> Call:
 
 
 def our_attention(inputs: DifferentialInputs) -> Attention:
-    """lctrain's plain attention, with portable kernels."""
+    """Returns lctrain's plain attention, run by the portable kernels."""
     lengths = inputs.workload.lengths
     schedule = make_schedule(lengths).to(inputs.v.device)
     cu, longest = inputs.cu_seqlens, max(lengths)
@@ -186,7 +189,7 @@ def our_attention(inputs: DifferentialInputs) -> Attention:
 
 
 def flash_attention_4(inputs: DifferentialInputs) -> Attention:
-    """FlashAttention-4's plain attention."""
+    """Returns FlashAttention-4's plain attention."""
     flash = importlib.import_module("flash_attn.cute").flash_attn_varlen_func
     cu, longest = inputs.cu_seqlens, max(inputs.workload.lengths)
 
@@ -269,9 +272,9 @@ def measure(
 
 
 def check(workload: DifferentialWorkload, device: torch.device | str) -> dict[str, ErrorRatio]:
-    """Compares ours with float64 and with plain PyTorch on shorter documents.
+    """Compares lctrain's result with float64 and with plain PyTorch on shorter documents.
 
-    A single lambda is judged by the gradients of its copies per token and head.
+    If lambda is one number, the gradients of its copies per token and head are compared.
     """
     lengths = scale_down(workload).lengths
     inputs = make_inputs(replace(workload, lengths=lengths), device)
@@ -340,7 +343,7 @@ def run_workload(
             continue
         try:
             forward_ms, backward_ms = measure(CONTENDERS[name], inputs, timer, repetitions)
-        except Exception as error:  # say what happened and time the others
+        except Exception as error:  # record the error and time the other contenders
             cause = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             record.results.append(Result(workload.name, name, "error", cause))
             continue

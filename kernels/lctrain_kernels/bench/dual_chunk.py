@@ -1,9 +1,13 @@
 """Times dual chunk attention: python -m lctrain_kernels.bench.dual_chunk --out FILE.
 
-The portable kernels and those for Hopper, and beside them, on the same tensors in one process: our
-causal kernels, which compute as many products, and the published formulation on FlashAttention-4
-and on FlashAttention-2 in PyTorch. Before any figure, output and gradients are held to twice the
-error of plain PyTorch against float64.
+All contenders run on the same tensors in one process:
+
+- lctrain's dual chunk attention, with portable and with Hopper kernels;
+- lctrain's causal attention, which computes as many products;
+- the published formulation, on FlashAttention-4 and on FlashAttention-2 in PyTorch.
+
+lctrain's output and gradients are checked first: their error against float64 may be at most twice
+that of plain PyTorch.
 """
 
 import argparse
@@ -30,7 +34,7 @@ from lctrain_kernels.dual_chunk.reference import dense_dual_chunk_attention
 
 CHUNK_SIZE, LOCAL_SIZE = 4095, 512  # of a model that was trained on windows of 4,096
 _32K = 32 * 1024
-# Of the mix half of the documents exceed the window of 4,096.
+# In the mix, half of the documents are longer than the window of 4,096.
 _MIX = (9000, 700, 6500, 2900, 5100, 1800, 4700, 2068)
 WORKLOADS = {
     workload.name: workload
@@ -46,13 +50,13 @@ WORKLOADS = {
 
 
 def frequencies(head_dim: int, device: torch.device) -> torch.Tensor:
-    """[D/2] float32, RoPE's of base 10,000."""
+    """Returns the RoPE frequencies [D/2] float32 of base 10,000, in radians per position."""
     columns = torch.arange(0, head_dim, 2, dtype=torch.float64)
     return (10_000 ** -(columns / head_dim)).float().to(device)
 
 
 def lctrain_dual_chunk(inputs: AttentionInputs, backend: str = "auto") -> Call:
-    """lctrain's dual chunk attention, with the schedule of the batch."""
+    """Returns a call of lctrain's dual chunk attention, with a schedule built beforehand."""
     schedule = make_schedule(inputs.workload.lengths).to(inputs.q.device)
     inv_freq = frequencies(inputs.workload.head_dim, inputs.q.device)
 
@@ -133,7 +137,7 @@ def check_dual_chunk(
     """Compares out, dq, dk and dv with float64 and plain PyTorch, on shorter documents and chunks.
 
     Args:
-        workload: Its shape is judged.
+        workload: Workload to check; its documents are shortened.
         device: Device of the kernel.
         backend: Backend of the kernel.
     """
@@ -171,7 +175,7 @@ def _dense(
 
 
 def main() -> None:
-    """Command line: --workloads, --out, --milliseconds, --repetitions."""
+    """Runs the benchmark: --workloads, --out, --milliseconds, --repetitions."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workloads", default=",".join(WORKLOADS))
     parser.add_argument("--out", type=Path, required=True)

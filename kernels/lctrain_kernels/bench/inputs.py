@@ -12,13 +12,13 @@ class AttentionInputs:
     """Random tensors for one workload.
 
     Attributes:
-        workload: what they belong to.
-        q: [T, H, D], requires grad.
-        k: [T, Hk, D], requires grad.
-        v: [T, Hk, D], requires grad.
-        grad_out: [T, H, D], the gradient that arrives at the output.
+        workload: Workload of the tensors.
+        q: Packed queries [T, H, D], require a gradient.
+        k: Packed keys [T, Hk, D], require a gradient.
+        v: Packed values [T, Hk, D], require a gradient.
+        grad_out: Gradient of the output, [T, H, D].
         cu_seqlens: Cumulative document lengths, [N + 1] int32.
-        max_seqlen: length of the longest document.
+        max_seqlen: Length of the longest document.
     """
 
     workload: Workload
@@ -31,7 +31,7 @@ class AttentionInputs:
 
     @property
     def leaves(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tensors that get a gradient."""
+        """Returns the tensors that get a gradient."""
         return self.q, self.k, self.v
 
 

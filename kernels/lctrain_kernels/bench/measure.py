@@ -1,4 +1,4 @@
-"""Times one peer on one workload: forward, backward, and the peak memory of both."""
+"""Measures an attention on a workload: times of forward and backward, and peak memory."""
 
 import gc
 from collections.abc import Callable
@@ -18,10 +18,11 @@ class Timing:
     """Times and memory of one implementation.
 
     Attributes:
-        forward_ms: median milliseconds of a forward without a graph.
-        backward_ms: median milliseconds of a backward through one graph.
-        peak_bytes: peak memory of a forward and backward beyond its inputs; None on a CPU.
-        forward_peak_bytes: peak memory of a forward without a graph, beyond its inputs.
+        forward_ms: Median time of a forward without autograd graph, in milliseconds.
+        backward_ms: Median time of a backward through one autograd graph, in milliseconds.
+        peak_bytes: Peak memory of forward and backward beyond the inputs, in bytes; None on a CPU.
+        forward_peak_bytes: Peak memory of a forward without autograd graph beyond the inputs, in
+            bytes; None on a CPU.
     """
 
     forward_ms: float
@@ -31,7 +32,10 @@ class Timing:
 
 
 def gpu_timer(milliseconds: int) -> Timer:
-    """Medians over repeats that take about `milliseconds`, with a cold L2 cache before each."""
+    """Returns a timer of GPU calls: the median of repeats with a cold L2 cache, in milliseconds.
+
+    The repeats of one call take about `milliseconds` together.
+    """
     from triton.testing import do_bench
 
     return lambda call: do_bench(
@@ -40,13 +44,14 @@ def gpu_timer(milliseconds: int) -> Timer:
 
 
 def measure(peer: Peer, inputs: AttentionInputs, timer: Timer, repetitions: int = 1) -> Timing:
-    """Measures a peer.
+    """Measures the time and memory of a peer.
 
     Args:
-        peer: what is timed.
-        inputs: its tensors.
-        timer: returns the milliseconds of a call.
-        repetitions: how many times forward and backward are timed, alternately; the median counts.
+        peer: Attention to measure.
+        inputs: Tensors of the workload.
+        timer: Function that returns the milliseconds of a call.
+        repetitions: Number of times that forward and backward are timed, alternately. The result is
+            the median.
 
     Raises:
         UnsupportedWorkload: if the peer cannot serve the workload.

@@ -1,8 +1,8 @@
-"""lctrain's attention and every attention that it is compared with.
+"""The peers of the benchmark: lctrain's attention, and other libraries' packed attention.
 
-A peer takes the inputs and returns the call that is timed, which gives the output [T, H, D].
-Whatever a training step prepares once per batch and not once per layer (a tile schedule, a block
-mask) is prepared outside of that call.
+A peer is a function that takes the inputs and returns the call that is timed. The call returns the
+output [T, H, D]. Work that a training step does once per batch (a tile schedule, a block mask) is
+done before the call.
 """
 
 import importlib
@@ -22,7 +22,7 @@ Call = Callable[[], torch.Tensor]
 
 
 class UnsupportedWorkload(Exception):
-    """Raised if a peer does not support a workload; the message says why."""
+    """Error of a peer that does not support a workload. The message names the reason."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Peer:
     """An implementation of packed causal attention.
 
     Attributes:
-        name: what `--peers` calls it.
-        title: what tables call it.
-        module: must import for the peer to be timed.
-        distribution: the package whose version is recorded.
-        prepare: turns inputs into the call that is timed.
+        name: Name of the peer on the command line, in `--peers`.
+        title: Name of the peer in tables.
+        module: Module that must be importable.
+        distribution: Package whose version is recorded.
+        prepare: Function from the inputs to the call that is timed.
     """
 
     name: str
@@ -44,16 +44,16 @@ class Peer:
     prepare: Callable[[AttentionInputs], Call]
 
     def missing(self) -> str | None:
-        """Why the peer cannot be used on this machine; None if it can."""
+        """Returns why the peer cannot be used on this machine, or None if it can."""
         try:
             importlib.import_module(self.module)
-        except Exception as error:  # a peer may fail to load in any way it likes
+        except Exception as error:  # importing a peer may raise any error
             return f"{type(error).__name__}: {error}".splitlines()[0]
         return None
 
 
 def installed_version(distribution: str) -> str | None:
-    """The version of an installed package, None if it is unknown."""
+    """Returns the version of an installed package, or None if it is unknown."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -66,7 +66,7 @@ def _refuse_dropout(inputs: AttentionInputs) -> None:
 
 
 def lctrain(inputs: AttentionInputs, backend: str = "auto", *, deterministic: bool = False) -> Call:
-    """lctrain's attention, with the schedule of the batch."""
+    """Returns a call of lctrain's attention, with a schedule built beforehand."""
     q, k, v = inputs.leaves
     cu, longest = inputs.cu_seqlens, inputs.max_seqlen
     schedule = make_schedule(inputs.workload.lengths).to(q.device)
@@ -87,17 +87,17 @@ def lctrain(inputs: AttentionInputs, backend: str = "auto", *, deterministic: bo
 
 
 def lctrain_deterministic(inputs: AttentionInputs) -> Call:
-    """lctrain's attention, with gradients that have the same bits in every run."""
+    """Returns a call of lctrain's attention with deterministic=True."""
     return lctrain(inputs, deterministic=True)
 
 
 def lctrain_portable(inputs: AttentionInputs) -> Call:
-    """lctrain's portable kernels, also where the GPU has faster ones."""
+    """Returns a call of lctrain's attention with backend="triton", the portable kernels."""
     return lctrain(inputs, backend="triton")
 
 
 def flash_attention_2(inputs: AttentionInputs) -> Call:
-    """FlashAttention-2 in PyTorch: `varlen_attn`, or with dropout the operator below it."""
+    """Returns a call of PyTorch's FlashAttention-2: `varlen_attn`, or its operator for dropout."""
     q, k, v = inputs.leaves
     cu, longest = inputs.cu_seqlens, inputs.max_seqlen
     dropout_p = inputs.workload.dropout_p
@@ -122,7 +122,7 @@ def flash_attention_2(inputs: AttentionInputs) -> Call:
 
 
 def flash_attention_4(inputs: AttentionInputs) -> Call:
-    """FlashAttention-4, CuTe DSL."""
+    """Returns a call of FlashAttention-4 (CuTe DSL)."""
     _refuse_dropout(inputs)
     from flash_attn.cute import flash_attn_varlen_func as flash_attention
 
@@ -146,7 +146,7 @@ def flash_attention_4(inputs: AttentionInputs) -> Call:
 
 
 def flex_attention(inputs: AttentionInputs) -> Call:
-    """FlexAttention with a document mask. The block mask is built once per batch."""
+    """Returns a call of FlexAttention with a document mask. The block mask is built beforehand."""
     _refuse_dropout(inputs)
     import torch._functorch.config
     from torch.nn.attention import flex_attention as flex
@@ -175,7 +175,7 @@ def flex_attention(inputs: AttentionInputs) -> Call:
 
 
 def flash_linear_attention(inputs: AttentionInputs) -> Call:
-    """`parallel_attn` of flash-linear-attention, Triton."""
+    """Returns a call of flash-linear-attention's `parallel_attn` (Triton)."""
     _refuse_dropout(inputs)
     if inputs.workload.tokens > 65_536:
         raise UnsupportedWorkload("left out above 65,536 tokens")
@@ -187,7 +187,10 @@ def flash_linear_attention(inputs: AttentionInputs) -> Call:
 
 
 def cudnn(inputs: AttentionInputs) -> Call:
-    """cuDNN through scaled_dot_product_attention, for documents of one length."""
+    """Returns a call of cuDNN's attention through scaled_dot_product_attention.
+
+    All documents must have the same length.
+    """
     _refuse_dropout(inputs)
     if len(set(inputs.workload.lengths)) > 1:
         raise UnsupportedWorkload("takes documents of one length only")

@@ -1,10 +1,12 @@
-"""Dual chunk attention as it was published: three attentions per chunk, merged by their lse.
+"""Dual chunk attention as published: three attentions per chunk, merged by their log-sum-exps.
 
-ChunkLlama (arXiv 2402.17463) and the systems that followed it call FlashAttention for the keys of a
-query's own chunk, of the chunk before and of all earlier ones, and merge the results by weights
-from their log-sum-exps. The output is that of one softmax. The gradient is not: the weights are
-detached, and FlashAttention has no gradient for its log-sum-exp anyway. A peer of the benchmark,
-and what the recipe trains with to show the difference; not an oracle.
+ChunkLlama (arXiv 2402.17463) and later systems call FlashAttention three times for a query: for the
+keys of its own chunk, of the chunk before and of all earlier chunks. Weights from the log-sum-exps
+merge the three results. The output is that of one softmax. The gradient is not exact, because the
+weights are detached; FlashAttention has no gradient for its log-sum-exp.
+
+The benchmark times this formulation, and a recipe trains with it to show the difference. The tests
+do not use it as a reference.
 """
 
 from collections.abc import Callable, Iterator
@@ -58,7 +60,7 @@ def attend_with_torch(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """FlashAttention-2 in PyTorch."""
+    """Computes one of the three attentions with FlashAttention-2 in PyTorch."""
     result = torch.ops.aten._flash_attention_forward(
         q, k, v, cu_q, cu_k, longest_q, longest_k, 0.0, causal, False, scale=scale
     )
@@ -76,7 +78,7 @@ def attend_with_flash_attention_4(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """FlashAttention-4, CuTe DSL."""
+    """Computes one of the three attentions with FlashAttention-4 (CuTe DSL)."""
     from flash_attn.cute import flash_attn_varlen_func as flash_attention
 
     result = flash_attention(
@@ -108,24 +110,26 @@ def published_dual_chunk_attn(
     attend: Attend = attend_with_lctrain,
     call_per_chunk: bool = False,
 ) -> Tensor:
-    """The published formulation over packed documents; reads the lengths, so it synchronises.
+    """Computes the published dual chunk attention over packed documents.
+
+    The function reads the lengths of the documents, so it synchronises with a GPU.
 
     Args:
-        q: [T, H, D], rotated at r(position), as in dual_chunk_attn_varlen_func.
-        k: [T, Hk, D], likewise.
-        v: [T, Hk, D].
+        q: Packed queries [T, H, D], rotated at r(position) as in dual_chunk_attn_varlen_func.
+        k: Packed keys [T, Hk, D], rotated at r(position).
+        v: Packed values [T, Hk, D].
         cu_seqlens: Cumulative document lengths, [N + 1] int32.
-        max_seqlen: Kept for the signature.
+        max_seqlen: Longest document; not used, part of dual_chunk_attn_varlen_func's signature.
         inv_freq: RoPE frequencies [D/2] float32, in radians per position.
         chunk_size: Largest relative position S.
         local_size: Distance L up to which positions stay exact across a chunk boundary.
         softmax_scale: Factor of q.k; D^-0.5 by default.
-        attend: The attention that is called.
-        call_per_chunk: Whether to make three calls per chunk, as published. Otherwise three in all,
-            with copies of the keys that several chunks share.
+        attend: Function that computes one of the three attentions.
+        call_per_chunk: Whether to call it three times per chunk, as published. Otherwise it is
+            called three times in total, with copies of keys that several chunks share.
 
     Returns:
-        out [T, H, D]. Its gradients are the published ones.
+        out [T, H, D], with the inexact gradients of the published code.
     """
     geometry = DualChunkGeometry(chunk_size, local_size)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
@@ -200,7 +204,10 @@ def _per_chunk(
 
 
 def _chunks(bounds: list[int], length: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yields (document's begin, begin of the chunk before, own begin, own end) of every chunk."""
+    """Yields the token indices that bound every chunk.
+
+    They are the begin of the document, of the chunk before and of the chunk, and the chunk's end.
+    """
     for begin, stop in pairwise(bounds):
         for own in range(begin, stop, length):
             yield begin, max(begin, own - length), own, min(own + length, stop)
@@ -209,7 +216,7 @@ def _chunks(bounds: list[int], length: int) -> Iterator[tuple[int, int, int, int
 def _turned(
     q: Tensor, place: Tensor, way: int, geometry: DualChunkGeometry, inv_freq: Tensor
 ) -> Tensor:
-    """Returns [M, H, D] rotated for keys of the own chunk, the one before, or earlier ones."""
+    """Returns queries [M, H, D], rotated for keys of one of the three ranges."""
     if way == 0:
         return q
     far = geometry.inter_position - place
@@ -221,7 +228,7 @@ def _turned(
 
 
 def _merge(outs: list[Tensor], lses: list[Tensor]) -> Tensor:
-    """Merges outputs by weights in their dtype, without a gradient, as published."""
+    """Merges three outputs by detached weights from their log-sum-exps, as published."""
     if len(outs) == 1:
         return outs[0]
     shares = torch.softmax(torch.stack(lses), dim=0).to(outs[0].dtype)  # [ways, H, T]

@@ -11,20 +11,20 @@ STATUSES = ("ok", "unsupported", "error", "failed_check")
 
 @dataclass(frozen=True)
 class Result:
-    """One peer on one workload.
+    """Result of one peer on one workload.
 
     Attributes:
-        workload: name of the workload.
-        peer: name of the peer.
-        status: "ok", "unsupported", "error" or "failed_check"; only "ok" has figures.
-        reason: why the status is not "ok".
-        forward_ms: median milliseconds.
-        backward_ms: median milliseconds.
-        forward_tflops: TFLOP/s of the FLOPs that the workload counts.
-        backward_tflops: TFLOP/s of the backward.
-        peak_bytes: memory of forward and backward beyond the inputs.
-        forward_peak_bytes: that of a forward without a graph.
-        error_ratios: what `--check` found, per tensor: error over that of plain PyTorch.
+        workload: Name of the workload.
+        peer: Name of the peer.
+        status: "ok", "unsupported", "error" or "failed_check". Only "ok" has figures.
+        reason: Reason why the status is not "ok".
+        forward_ms: Median time of the forward, in milliseconds.
+        backward_ms: Median time of the backward, in milliseconds.
+        forward_tflops: TFLOP/s of the forward, from the workload's count of FLOPs.
+        backward_tflops: TFLOP/s of the backward, from the workload's count of FLOPs.
+        peak_bytes: Peak memory of forward and backward beyond the inputs, in bytes.
+        forward_peak_bytes: Peak memory of a forward without autograd graph, in bytes.
+        error_ratios: Tensor name -> error over that of plain PyTorch, measured with `--check`.
     """
 
     workload: str
@@ -42,15 +42,15 @@ class Result:
 
 @dataclass
 class BenchmarkRecord:
-    """A run: where, when, with what, and the results.
+    """Record of a benchmark run: device, date, versions, settings and results.
 
     Attributes:
-        device: name of the GPU.
-        date: UTC, ISO 8601.
-        versions: version of torch, triton and every peer.
-        settings: dtype, repetitions, milliseconds per timing.
-        workloads: per name, what it consists of.
-        results: one per peer and workload.
+        device: Name of the GPU.
+        date: Time of the run, UTC, ISO 8601.
+        versions: Versions of torch, triton and every peer.
+        settings: Dtype, repetitions and milliseconds per timing.
+        workloads: Name of each workload -> its fields.
+        results: One result per peer and workload.
     """
 
     device: str
@@ -61,7 +61,7 @@ class BenchmarkRecord:
     results: list[Result] = field(default_factory=list)
 
     def find(self, workload: str, peer: str) -> Result | None:
-        """The result with figures, None if there is none."""
+        """Returns the result of a peer on a workload if it has figures, else None."""
         for result in self.results:
             if (result.workload, result.peer, result.status) == (workload, peer, "ok"):
                 return result

@@ -1,9 +1,9 @@
-"""Tables of a benchmark record: for the terminal, and for the documents.
+"""Makes tables from benchmark records, for the terminal and for docs/benchmarks.md.
 
     python -m lctrain_kernels.bench.report docs/benchmarks.md [RESULT.json ...]
 
-writes the page's tables anew from the results, by default the newest file of each device, and
-those of dual chunk and differential attention from the folders of their names.
+rewrites the tables of the page. Results are by default the newest file of each device. The tables
+of dual chunk and differential attention come from the newest files in the folders of these names.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def terminal_table(record: BenchmarkRecord, workload: str) -> str:
 
 
 def speedups(ours: Result, peer: Result) -> tuple[float, float]:
-    """Returns how many times faster lctrain is, forward and backward."""
+    """Returns the speed-up of lctrain over a peer, of the forward and of the backward."""
     assert ours.forward_ms
     assert ours.backward_ms
     assert peer.forward_ms
@@ -101,7 +101,10 @@ def markdown_tables(record: BenchmarkRecord) -> str:
 
 
 def time_tables(record: BenchmarkRecord) -> str:
-    """Returns the tables of a run with its own peers (settings["titles"]); the first is lctrain."""
+    """Returns the tables of times of a run that lists its contenders in settings["titles"].
+
+    The first contender is lctrain.
+    """
     titles = record.settings["titles"]
     ours, *others = titles
     workloads = list(record.workloads)
@@ -144,7 +147,7 @@ def _table(
     cell: Callable[[str, str], str],
     titles: Mapping[str, str] | None = None,
 ) -> str:
-    """A markdown table, one row per peer; workloads without any figure are left out."""
+    """Returns a Markdown table with a row per peer, without workloads that have no figures."""
     titles = {name: peer.title for name, peer in PEERS.items()} if titles is None else titles
     shown = [w for w in workloads if any(cell(name, w) != "-" for name in names)]
     rows = [
@@ -159,7 +162,7 @@ def _table(
 
 
 def newest_results(folder: Path = RESULTS) -> list[Path]:
-    """The newest result file of each device, by the date inside."""
+    """Returns the newest result file of each device, by the date in the file."""
     newest: dict[str, tuple[str, Path]] = {}
     for path in sorted(folder.glob("*.json")):
         record = BenchmarkRecord.load(path)
@@ -168,7 +171,7 @@ def newest_results(folder: Path = RESULTS) -> list[Path]:
 
 
 def readme_with_tables(readme: str, results: Sequence[Path]) -> str:
-    """Returns the page's text with what lies between the markers written anew.
+    """Returns the page's text with the tables between its markers replaced.
 
     Raises:
         ValueError: if the text lacks the markers.
@@ -177,7 +180,7 @@ def readme_with_tables(readme: str, results: Sequence[Path]) -> str:
 
 
 def readme_with_sections(readme: str, folder: Path = RESULTS) -> str:
-    """Returns the page's text with the tables of SECTIONS written anew, where it has them."""
+    """Returns the page's text with the tables of its SECTIONS replaced."""
     for section in SECTIONS:
         begin, end = (f"<!-- {section} tables: {edge} -->" for edge in ("begin", "end"))
         if begin in readme:
@@ -186,7 +189,7 @@ def readme_with_sections(readme: str, folder: Path = RESULTS) -> str:
 
 
 def readme_with_steps(readme: str) -> str:
-    """Returns the page's text with the table of whole steps written anew, where it has one."""
+    """Returns the page's text with its table of training steps replaced, if it has one."""
     begin, end = (f"<!-- step tables: {edge} -->" for edge in ("begin", "end"))
     if begin not in readme:
         return readme
@@ -213,7 +216,7 @@ def _between(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrites the tables of a page."""
+    """Rewrites the tables of a page from result files, as the command line asks."""
     parser = argparse.ArgumentParser(
         prog="python -m lctrain_kernels.bench.report", description=main.__doc__
     )

@@ -55,16 +55,16 @@ def run_workloads(
     """Adds the results to the record, one workload after the other.
 
     Args:
-        record: gets the results.
-        workloads: what is timed.
-        peers: who is timed.
-        device: device of the runs.
-        timer: returns the milliseconds of a call.
-        repetitions: how many times each peer is timed; the median counts.
-        check: whether to compare lctrain with float64 first; a kernel that fails gets no figures.
+        record: Record to which the results are added.
+        workloads: Workloads to time.
+        peers: Peers to time.
+        device: Device of the runs.
+        timer: Function that returns the milliseconds of a call.
+        repetitions: Number of times that each peer is timed. The result is the median.
+        check: Whether to check lctrain against float64 first. A kernel that fails gets no figures.
 
     Yields:
-        The name of each workload as soon as its results are in the record.
+        The name of each workload, after its results have been added to the record.
     """
     for workload in workloads:
         record.workloads[workload.name] = asdict(workload)
@@ -103,7 +103,7 @@ def _time(
         timing = measure(peer, inputs, timer, repetitions)
     except UnsupportedWorkload as reason:
         return Result(workload.name, peer.name, "unsupported", str(reason))
-    except Exception as error:  # say what happened and time the others
+    except Exception as error:  # record the error and time the other peers
         cause = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         return Result(workload.name, peer.name, "error", cause)
     return Result(

@@ -1,4 +1,4 @@
-"""The table of whole training steps, from the records in results/step/."""
+"""Makes the table of whole training steps from the records in results/step/."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def newest_step_record(folder: Path = STEP_RESULTS) -> dict[str, Any]:
 def step_table(record: Mapping[str, Any]) -> str:
     """Returns a Markdown table: tokens/s and peak memory of each contender, and their ratio.
 
-    Of several runs of one setting the newest counts, since earlier ones are of earlier code. A run
-    that keeps attention outputs is compared with checkpointing of every layer, which is what the
-    others have.
+    Of several runs of one setting, the table shows the newest, because earlier runs timed earlier
+    code. A run that keeps attention outputs is compared with contenders that checkpoint every
+    layer, because the other contenders have no other kind of checkpointing.
 
     Args:
         record: The contents of a file in results/step/.

@@ -1,4 +1,4 @@
-"""Times tile configurations against each other: python -m lctrain_kernels.bench.tune --help."""
+"""Times tile configurations of plain attention: python -m lctrain_kernels.bench.tune --help."""
 
 import contextlib
 
@@ -56,15 +56,15 @@ _DUAL_CHUNK_DKV = {
     128: "64,128,8,2 64,64,8,2 32,128,8,2 32,64,4,2",
     256: "32,64,8,1 32,64,8,2",
 }
-# Block of keys, stages of keys and values, stages of queries, warpgroups, whether warps synchronise
-# before the products.
+# Hopper forward: keys of a block, stages of keys and values, stages of queries, warpgroups, whether
+# warps synchronise before the products.
 _HOPPER_FORWARD = {
     64: "64,4,2,3,0 64,4,2,3,1 128,3,2,3,0 128,3,2,3,1 128,3,2,2,0 128,3,2,2,1",
     96: "128,2,2,2,0 128,2,2,2,1 64,4,2,2,0",
     128: "128,2,2,2,0 128,2,2,2,1 64,4,2,2,0",
     256: "64,2,1,2,0 64,2,1,2,1",
 }
-# Block of queries, stages, whether dq is added from registers.
+# Hopper backward: queries of a block, stages, whether dq is added from registers.
 _HOPPER_BACKWARD = {
     64: "64,4,1 64,3,1 64,3,0",
     96: "64,2,0 64,4,1",
@@ -85,7 +85,7 @@ CANDIDATES = {
 
 
 def parse_config(text: str) -> TileConfig:
-    """Reads block_m,block_n,num_warps,num_stages[,pack[,max_registers]]."""
+    """Returns the TileConfig of a text block_m,block_n,num_warps,num_stages[,pack[,registers]]."""
     block_m, block_n, num_warps, num_stages, *rest = (int(part) for part in text.split(","))
     pack = rest[0] if rest else 1
     max_registers = rest[1] if len(rest) > 1 else None
@@ -93,7 +93,7 @@ def parse_config(text: str) -> TileConfig:
 
 
 def override(operation: str, candidate: str) -> contextlib.AbstractContextManager[None]:
-    """Forces the configuration of an operation.
+    """Returns a context manager that replaces the tile configuration of an operation.
 
     Raises:
         ValueError: if the candidate is not a list of as many integers as the operation takes.
@@ -110,7 +110,7 @@ def override(operation: str, candidate: str) -> contextlib.AbstractContextManage
 
 
 class VarlenCase:
-    """The tensors of a workload and the calls of the operation's kernels on them."""
+    """The tensors of a workload, with the kernel calls to time on them."""
 
     def __init__(
         self, workload: Workload, dropout_p: float, operation: str, device: str = "cuda"
@@ -163,7 +163,7 @@ class VarlenCase:
 
 
 def head_dim_of(workload: Workload) -> int:
-    """The head dim, by which candidates are listed."""
+    """Returns the head dim of a workload, by which candidates are listed."""
     return workload.head_dim
 
 
@@ -171,7 +171,7 @@ TUNER = tuning.Tuner(WORKLOADS, CANDIDATES, head_dim_of, VarlenCase, override)
 
 
 def main() -> None:
-    """Command line; `tuning.main` has its options."""
+    """Runs the tuner from the command line; see `tuning.main` for the options."""
     workloads, operations = "1x32k,mix32k,1x32k_d64,mix32k_d64", "varlen_fwd,varlen_dq,varlen_dkv"
     tuning.main(TUNER, __doc__, workloads, operations)
 

@@ -1,4 +1,4 @@
-"""Times tile configurations of differential attention, as tune.py does those of plain attention:
+"""Times tile configurations of differential attention, like tune.py for plain attention.
 
 python -m lctrain_kernels.bench.tune_differential --output rows.json
 """
@@ -19,7 +19,7 @@ from lctrain_kernels.differential.triton_fwd import differential_fwd
 from lctrain_kernels.options import AttentionOptions
 from lctrain_kernels.pack import TiledPack
 
-# By version; none of them makes ptxas serialise the products (sm_90, Triton 3.6.0).
+# Version -> candidates. ptxas serialises the products of none of them (sm_90, Triton 3.6.0).
 CANDIDATES = {
     "diff_fwd": {
         1: "128,64,8,3 128,64,8,2 64,64,4,3 64,64,4,2 128,32,8,3 64,32,4,3",
@@ -38,7 +38,7 @@ CANDIDATES = {
 
 
 class DifferentialCase:
-    """The tensors of a workload and the calls of the portable kernels on them."""
+    """The tensors of a workload, with the portable kernel calls to time on them."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class DifferentialCase:
 
 
 def version_of(workload: DifferentialWorkload) -> int:
-    """The version, by which candidates are listed."""
+    """Returns the version of a workload, by which candidates are listed."""
     return workload.version
 
 
@@ -89,7 +89,7 @@ TUNER = tuning.Tuner(DIFFERENTIAL_WORKLOADS, CANDIDATES, version_of, Differentia
 
 
 def main() -> None:
-    """Command line; `tuning.main` has its options."""
+    """Runs the tuner from the command line; see `tuning.main` for the options."""
     workloads = "v1_1x32k,v1_mix32k,v2_1x32k,v2_mix32k"
     tuning.main(TUNER, __doc__, workloads, ",".join(CANDIDATES))
 

@@ -1,7 +1,7 @@
-"""What the tuners share: compile candidates side by side, time them one by one, keep the rows.
+"""Times candidate tile configurations; tune.py and tune_differential.py share this module.
 
-A candidate that does not compile, does not fit or gives another result than the table's
-configuration is reported and left out.
+Candidates are compiled in parallel and timed one by one. A candidate is reported without a time if
+it does not compile, does not fit, or gives another result than the table's configuration.
 """
 
 import argparse
@@ -29,23 +29,25 @@ TINY_LENGTHS = (300, 20)  # compile what the real workload needs: lengths do not
 
 
 class Case(Protocol):
-    """The tensors of a workload, and the call that runs an operation on them."""
+    """Protocol of a workload's tensors, with the call that runs an operation on them."""
 
     def run(self, operation: str) -> tuple[Tensor, ...]:
-        """Runs the forward or the backward that the operation is part of."""
+        """Runs the forward or the backward to which the operation belongs."""
 
 
 @dataclass(frozen=True)
 class Tuner:
-    """What one tuner times.
+    """Workloads and candidates of a tuner, and how to run them.
 
     Attributes:
-        workloads: Workloads by name.
+        workloads: Name -> workload.
         candidates: Operation -> shape -> candidates, separated by spaces.
-        shape: The part of a workload that candidates go by, such as its head dim.
-        make_case: Makes a Case from workload, dropout probability, operation and device; a function
-            or class of a module, for other processes call it.
-        override: Forces the configuration of an operation; also a function or class of a module.
+        shape: Function that returns the property of a workload by which candidates are listed,
+            such as its head dim.
+        make_case: Function of (workload, dropout probability, operation, device) that returns a
+            Case. It must be importable by name, because other processes call it.
+        override: Function of (operation, candidate) that returns a context manager, which replaces
+            the configuration. It must be importable by name, too.
     """
 
     workloads: Mapping[str, Any]
@@ -55,7 +57,7 @@ class Tuner:
     override: Callable[[str, str], AbstractContextManager[None]]
 
     def offered(self, operation: str, workload: Workload) -> list[str]:
-        """The built-in candidates of an operation; none where its kernels serve no such shape."""
+        """Returns the built-in candidates of an operation for the workload's shape, if any."""
         return self.candidates[operation].get(self.shape(workload), "").split()
 
 
@@ -76,20 +78,20 @@ def time_candidates(
     timer: Timer,
     device: str = "cuda",
 ) -> list[dict[str, Any]]:
-    """Times each candidate on one workload; other kernels keep the table's configuration.
+    """Times each candidate on one workload. Other operations keep the table's configuration.
 
     Args:
-        tuner: What makes the case.
-        workload: What to time.
-        operation: A key of the candidates, such as "varlen_fwd".
-        candidates: Configurations as `override` takes them.
+        tuner: Tuner that makes the case and overrides the configuration.
+        workload: Workload to time.
+        operation: Name of the operation, a key of the candidates such as "varlen_fwd".
+        candidates: Configurations in the text form that `override` reads.
         dropout_p: Dropout probability.
-        timer: Returns the milliseconds of a call.
+        timer: Function that returns the milliseconds of a call.
         device: Device of the tensors.
 
     Returns:
-        A row per candidate: workload, operation, config, dropout_p, ms (None where it failed) and
-        error (None where it did not).
+        One row per candidate: workload, operation, config, dropout_p, ms (None if it failed) and
+        error (None if it did not fail).
     """
     case = tuner.make_case(workload, dropout_p, operation, device)
     # Copies: a later run may write into the memory of this one's results.
@@ -120,7 +122,7 @@ def compile_candidate(
     override: Callable[[str, str], AbstractContextManager[None]],
     job: tuple[str, str, Workload, float],
 ) -> None:
-    """Runs a candidate once on a tiny pack, in a process of its own, so that it is compiled."""
+    """Compiles a candidate by running it once on a tiny pack, in a separate process."""
     operation, candidate, workload, dropout_p = job
     try:
         case = make_case(replace(workload, lengths=TINY_LENGTHS), dropout_p, operation, "cuda")
@@ -140,19 +142,19 @@ def main(
     timer: Timer | None = None,
     device: str = "cuda",
 ) -> list[dict[str, Any]]:
-    """Command line of a tuner: --operations, --workloads, --dropout, --candidates, --output.
+    """Runs a tuner: --operations, --workloads, --dropout, --candidates, --output.
 
     Args:
-        tuner: What is timed.
-        description: For --help.
-        default_workloads: Names, separated by commas.
-        default_operations: Operations, separated by commas.
-        arguments: Replaces those of the command line.
-        timer: Replaces the GPU's; nothing is compiled beforehand then.
+        tuner: Workloads and candidates to time.
+        description: Description of the program in --help.
+        default_workloads: Names of the default workloads, separated by commas.
+        default_operations: Names of the default operations, separated by commas.
+        arguments: Arguments that replace those of the command line.
+        timer: Timer that replaces the GPU's. Candidates are then not compiled beforehand.
         device: Device of the tensors.
 
     Returns:
-        The rows of `time_candidates`; written to --output after every workload.
+        The rows of `time_candidates`, which are also written to --output after every workload.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--operations", default=default_operations)

@@ -1,4 +1,4 @@
-"""Workloads of the benchmarks: packs of documents with their head counts, and their FLOPs."""
+"""Workloads of the benchmarks: document lengths, head counts, head dim, and FLOPs."""
 
 from dataclasses import dataclass
 
@@ -7,15 +7,15 @@ import torch
 
 @dataclass(frozen=True)
 class Workload:
-    """One pack under a causal mask.
+    """A pack of documents under a causal mask.
 
     Attributes:
-        name: what `--workloads` calls it.
-        lengths: tokens of each document.
-        heads: query heads.
-        heads_kv: key/value heads.
-        head_dim: the head dim.
-        dropout_p: probability of dropping an attention weight.
+        name: Name of the workload on the command line, in `--workloads`.
+        lengths: Number of tokens of each document.
+        heads: Number of query heads.
+        heads_kv: Number of key/value heads.
+        head_dim: Head dim of queries, keys and values.
+        dropout_p: Probability of dropping an attention weight.
     """
 
     name: str
@@ -27,21 +27,24 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the pack."""
+        """Returns the number of tokens of the pack."""
         return sum(self.lengths)
 
     @property
     def forward_flops(self) -> int:
-        """2 L^2 H D per document: half of the two products, the causal half."""
+        """Returns the FLOPs of a forward: 2 L^2 H D per document of L tokens.
+
+        That is the causal half of two products, for H heads of head dim D.
+        """
         return sum(2 * length**2 for length in self.lengths) * self.heads * self.head_dim
 
     @property
     def backward_flops(self) -> float:
-        """Five products where the forward has two."""
+        """Returns the FLOPs of a backward: five products, 2.5 times the forward's two."""
         return 2.5 * self.forward_flops
 
     def describe(self) -> str:
-        """Returns one line for the terminal."""
+        """Describes the workload in one line for the terminal."""
         count = len(self.lengths)
         documents = f"{count} document{'s' if count > 1 else ''}"
         dropout = f", dropout {self.dropout_p}" if self.dropout_p else ""
@@ -57,11 +60,11 @@ def lognormal_lengths(
     """Draws document lengths until `tokens` are filled; the last document is cut to fit.
 
     Args:
-        tokens: their sum.
-        mu: mean of the logarithm of a length.
-        sigma: standard deviation of the logarithm.
-        shortest: shorter draws are raised to this.
-        seed: seed of a CPU generator, so that every machine times the same pack.
+        tokens: Sum of the lengths.
+        mu: Mean of the logarithm of a length.
+        sigma: Standard deviation of the logarithm of a length.
+        shortest: Smallest length; shorter draws are raised to it.
+        seed: Seed of a CPU generator, so that every machine times the same pack.
     """
     generator = torch.Generator().manual_seed(seed)
     lengths: list[int] = []
@@ -76,7 +79,7 @@ def lognormal_lengths(
 
 _32K = 32 * 1024
 _MIX = lognormal_lengths(_32K)
-# A heavier tail: one document is 29 % of the tokens, half of all are shorter than 230.
+# A heavier tail: one document has 29 % of the tokens, half of them have fewer than 230.
 _TAIL = lognormal_lengths(_32K, mu=5.5, sigma=1.8)
 
 _ALL = (
