@@ -55,32 +55,34 @@ NOTHING = Closing((), {}, {})
 
 
 class CheckClosing(pl.Callback):
-    """Checks the options of the closing evaluation that need the tokenizer, before training.
+    """Callback that checks settings of the closing evaluation against the tokenizer.
 
-    Lightning sets the data up before its callbacks, and the model after them.
+    The check runs before training: Lightning calls `setup` of callbacks after that of the data
+    module, which loads the tokenizer, and before that of the module.
 
     Args:
-        config: Options of the evaluation.
+        config: Settings of the evaluation.
     """
 
     def __init__(self, config: EvaluationConfig) -> None:
         self.config = config
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Raises ValueError for a begin token that is missing, or a text too short for a key."""
+        """Runs `check_closing`, which raises ValueError for a setting that cannot be used."""
         check_closing(self.config, trainer.datamodule.tokenizer)
 
 
 def check_closing(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Checks the options of the closing evaluation against a tokenizer.
+    """Checks settings of the closing evaluation against the tokenizer.
 
     Args:
-        config: Options of the evaluation.
+        config: Settings of the evaluation.
         tokenizer: Tokenizer of the run's data.
 
     Raises:
-        ValueError: if the tokenizer lacks the begin token that the options ask for, or the tokens
-            of a passkey, or a text is shorter than key, question and answer.
+        ValueError: if `begin_token` is true and the tokenizer has no begin token, if the tokenizer
+            cannot encode the passkey texts, or if a passkey length is too short for key, question
+            and answer.
     """
     begin_tokens(tokenizer, config.begin_token)
     if not config.passkey_lengths:

@@ -59,14 +59,15 @@ def group_choices(config_name: str, overrides: Sequence[str]) -> dict[str, list[
 
 
 def known_keys(config_name: str, overrides: Sequence[str]) -> list[str]:
-    """Returns all keys of a command: its groups, the keys in use, and those of other choices.
+    """Returns all keys of a command: its groups, and the keys of all choices of these groups.
 
     Args:
         config_name: Name of the primary configuration.
         overrides: Overrides of the command line. Only valid choices of groups are applied.
 
     Returns:
-        Dotted names. Keys of choices that are not in use are prefixed: data=text:data.files.
+        Dotted names. A key of a choice that is not in use has the choice before it, such as
+        data=text:data.files.
     """
     groups = group_choices(config_name, ())
     chosen = [

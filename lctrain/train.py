@@ -122,7 +122,11 @@ def run_callbacks(
     signals: StopSignals,
     started: float,
 ) -> list[pl.Callback]:
-    """Returns the run's own callbacks: its record, its end by a signal, its budget, its checks."""
+    """Returns the callbacks that lctrain adds to those of the configuration.
+
+    They write run.json, stop the run at a signal, keep its time budget, and check the settings of
+    the closing evaluation.
+    """
     from lctrain.callbacks.budget import StepBudget
     from lctrain.callbacks.run_record import RunRecord
     from lctrain.callbacks.stop import StopAtSignal
@@ -144,7 +148,7 @@ def _run(
     checkpoint: Path | None,
     signals: StopSignals,
 ) -> RunReport:
-    """Trains, exports, evaluates and reports, in the run's own folder."""
+    """Trains, exports and evaluates the model, and writes the report into the run's folder."""
     import lightning.pytorch as pl
 
     from lctrain.build import build_datamodule, build_trainer, instantiate_all, model_factory

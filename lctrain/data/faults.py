@@ -29,7 +29,7 @@ def report_faults(dataset: Dataset, on_error: str) -> Dataset:
 
     Args:
         dataset: Dataset with the column "text", and optionally "name" and "fault".
-        on_error: One of ON_ERROR.
+        on_error: "skip" warns about documents that could not be read; "raise" raises ValueError.
 
     Returns:
         The same dataset.
