@@ -63,11 +63,10 @@ class EvalConfig:
         overlap: Fraction of each evaluation window that is context and not scored; unused with
             methods.
         stride: Number of positions that an evaluation window scores, the same at every length.
-            Without methods, None scores (1 - overlap) of the window; with methods, half of the
+            The default without methods is (1 - overlap) * length; with methods it is half of the
             shortest length.
-        min_context: Smallest number of preceding tokens of a scored token. Without methods, None
-            scores every token but the first; with methods, only tokens that have the longest
-            length of context, to within a stride.
+        min_context: Smallest number of preceding tokens of a scored token. The default without
+            methods is 1; with methods it is the longest length - stride + 1.
         begin_token: Whether each evaluation window begins with the begin token. None does so if the
             tokenizer adds a begin token to texts. Passkey texts begin as the tokenizer begins
             texts.

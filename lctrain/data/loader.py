@@ -48,43 +48,45 @@ class RowStream(Sampler[int]):
 
 
 class PlacedBatch(NamedTuple):
-    """A batch of an endless stream.
+    """A batch of an endless stream, with its position in the stream.
 
     Attributes:
         batch: The batch.
-        place: Plain values that identify the part of the stream that the batch is from.
+        place: Position in the stream: number of the batch's window, and the fields of
+            `lctrain.data.streaming.Window`. A resumed run reads this window again.
     """
 
     batch: PackedBatch
     place: dict[str, Any]
 
 
-PLACES = 16  # kept: more than the batches that Lightning fetches before it finishes one
+PLACES = 16  # number of positions that are kept: more than the batches that Lightning prefetches
 
 
 @dataclass
 class Cursor:
     """Counter of the batches that a loader has yielded; the loader and the data module share it.
 
-    With this object, loader and data module need no reference to each other. Python collects such
-    a reference cycle after the queues of the workers, and then waits for each worker.
+    Because of this object, loader and data module do not refer to each other. Python would delete
+    such a reference cycle only after the queues of the workers, and then wait for each worker.
 
     Attributes:
         batches: Number of the batch after the last one that was yielded.
-        places: [(number of the first batch, place)] of the last places of an endless stream.
+        places: The last positions in an endless stream, as pairs (number of the first batch at
+            the position, position): see PlacedBatch.
     """
 
     batches: int = 0
     places: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
 
     def add_place(self, number: int, place: dict[str, Any]) -> None:
-        """Stores the place of a batch."""
+        """Stores the position in the stream of the batch with this number."""
         self.places = [found for found in self.places if found[0] < number]
         if not self.places or self.places[-1][1] != place:
             self.places = [*self.places[1 - PLACES :], (number, place)]
 
     def place_before(self, number: int) -> dict[str, Any] | None:
-        """Returns the place of the batch before batch `number`; None if it is not known."""
+        """Returns the position in the stream of batch `number` - 1; None if it is not stored."""
         found = [place for first, place in self.places if first < number]
         return found[-1] if found else None
 
@@ -110,8 +112,8 @@ class PackLoader:
         """Wraps a dataset.
 
         Args:
-            rows: Dataset whose items are PackedBatches; or PlacedBatches, whose places the cursor
-                stores.
+            rows: Dataset whose items are PackedBatches; or PlacedBatches, whose positions in the
+                stream the cursor stores.
             stream: Sampler of this rank's rows. Its attribute `start` sets the first batch.
             steps: Steps of an epoch.
             position: Returns the number of the batch that an iterator starts with.
@@ -129,9 +131,9 @@ class PackLoader:
             sampler=stream,
             num_workers=num_workers,
             pin_memory=pin_memory,
-            generator=torch.Generator(),  # else each start draws from the global random numbers
+            generator=torch.Generator(),  # else every iterator draws a global random number
         )
-        # Under this name Lightning finds the workers and shuts them down at its end.
+        # Lightning finds the workers by this attribute's name, and shuts them down at its end.
         self._iterator: Any = None
         self._iterator_at = 0
 
