@@ -79,7 +79,7 @@ def lognormal_lengths(
 
 _32K = 32 * 1024
 _MIX = lognormal_lengths(_32K)
-# A heavier tail: one document has 29 % of the tokens, half of them have fewer than 230.
+# A heavier tail: one document has 29 % of the tokens; half of the documents have under 230.
 _TAIL = lognormal_lengths(_32K, mu=5.5, sigma=1.8)
 
 _ALL = (
