@@ -1,4 +1,4 @@
-"""Gives small tensors the stride 1 with which kernels read their elements."""
+"""Makes small tensors contiguous, because kernels read their elements with stride 1."""
 
 from typing import Any
 

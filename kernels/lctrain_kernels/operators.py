@@ -70,7 +70,7 @@ def build_operators(attention: Attention) -> Callable[..., tuple[Tensor, ...]]:
     """Defines the forward and the backward operator of an attention.
 
     Returns:
-        A function (operands, pack, options) -> results, which calls the forward operator.
+        Function of (operands, pack, options) that calls the forward operator.
     """
     nouns = (attention.operands, Pack, AttentionOptions)
     fields = {name: kind for noun in nouns for name, kind in get_type_hints(noun).items()}

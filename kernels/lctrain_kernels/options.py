@@ -46,7 +46,7 @@ class AttentionOptions(NamedTuple):
 
     @property
     def has_dropout(self) -> bool:
-        """Whether weights are dropped."""
+        """Returns whether attention weights are dropped."""
         return self.dropout_p > 0
 
 
