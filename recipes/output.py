@@ -1,4 +1,4 @@
-"""The folder that a recipe writes into, and how a recipe fails."""
+"""Protects the folders of earlier runs, and prints a recipe's expected errors as messages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def refuse_earlier_runs(stage: str, folders: Iterable[Path]) -> None:
 
     Args:
         stage: Name of the stage.
-        folders: Folders of the runs that the stage starts.
+        folders: Folders into which the stage would write its runs.
     """
     for folder in folders:
         if (folder / RECORD).exists():
@@ -29,10 +29,10 @@ def refuse_earlier_runs(stage: str, folders: Iterable[Path]) -> None:
 
 @contextmanager
 def messages(program: str) -> Iterator[None]:
-    """Ends the process with the message of an expected error, as the commands of lctrain do.
+    """Ends the process with a short message on an expected error, as lctrain's commands do.
 
     Args:
-        program: How the recipe is called.
+        program: Command line of the recipe, for the message.
     """
     try:
         yield

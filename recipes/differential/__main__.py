@@ -1,4 +1,4 @@
-"""Runs the recipe: `python -m lctrain.recipes.differential`. See the README beside this file."""
+"""Runs the recipe: `python -m lctrain.recipes.differential`. The README beside it describes it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STAGES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the requested stages, in their order."""
+    """Runs the requested stages in their order."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     chosen = _parser().parse_args(given)
     experiment = Experiment(
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def share(text: str) -> tuple[int, int]:
-    """Parses "i/n".
+    """Parses "i/n" into (i, n).
 
     Raises:
         argparse.ArgumentTypeError: unless 0 <= i < n.
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _without_stages(chosen: argparse.Namespace) -> list[str]:
-    """Returns the arguments for a process that trains some of the runs."""
+    """Returns the arguments of a process that trains some runs, without --stages and --share."""
     arguments = [
         *("--output", str(chosen.output)),
         *("--scale", chosen.scale),

@@ -1,4 +1,4 @@
-"""The table over all runs: means and standard errors over seeds, as text and as files."""
+"""Compares all runs: computes means and standard errors over seeds, and writes tables and files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLUMNS = ("held_out_loss", "tokens_per_second", "largest_logit", "key_loss", "p
 
 
 def collect_runs(experiment: Experiment) -> None:
-    """Reads the records of all runs, prints the table, writes differential.json, .csv and .png."""
+    """Reads the records of all runs, prints the table, and writes differential.json, .csv, .png."""
     runs = read_runs(experiment)
     summary = summarize(runs)
     experiment.save("differential", {"summary": summary, "runs": runs})
@@ -26,10 +26,10 @@ def collect_runs(experiment: Experiment) -> None:
 
 
 def read_runs(experiment: Experiment) -> list[dict[str, Any]]:
-    """Returns the results of every run, in the order of variants, then seeds.
+    """Returns the results of every run, ordered by variant, then by seed.
 
     Raises:
-        ValueError: if one is missing.
+        ValueError: if a run is missing.
     """
     paths = {run: experiment.record(*run) for run in experiment.runs}
     missing = [path.stem for path in paths.values() if not path.is_file()]
@@ -43,10 +43,10 @@ def read_runs(experiment: Experiment) -> list[dict[str, Any]]:
 
 
 def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Returns per variant the mean and the standard error over seeds of every result.
+    """Returns the mean and the standard error over seeds of every result, by variant.
 
-    `held_out_loss_difference` is the difference from the plain model with the same seed, which saw
-    the same batches, so that the variation between seeds cancels.
+    `held_out_loss_difference` is the difference from the plain model with the same seed. Both saw
+    the same batches, so part of the variation between seeds cancels.
     """
     by_variant: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
@@ -73,7 +73,7 @@ def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, standard error of the mean (None for one seed) and the values."""
+    """Returns the mean, its standard error (None for one seed) and the values."""
     mean = sum(values) / len(values)
     error = None
     if len(values) > 1:
@@ -83,7 +83,7 @@ def over_seeds(values: Sequence[float]) -> dict[str, Any]:
 
 
 def write_runs(experiment: Experiment, runs: Sequence[dict[str, Any]]) -> None:
-    """One row per run."""
+    """Writes a CSV with one row per run."""
     names = ["variant", "seed", "parameters", "steps", *COLUMNS]
     lengths = list(runs[0]["passkeys"])
     with (experiment.output / "differential.csv").open("w", newline="") as file:
@@ -95,7 +95,7 @@ def write_runs(experiment: Experiment, runs: Sequence[dict[str, Any]]) -> None:
 
 
 def as_text(summary: dict[str, dict[str, Any]]) -> str:
-    """Lines for the terminal."""
+    """Returns the table for the terminal."""
     longest = list(next(iter(summary.values()))["passkeys"])[-1]
     lines = [
         f"{'':<28}{'parameters':>12}{'held-out loss':>18}{'minus plain':>18}{'tokens/s':>20}"

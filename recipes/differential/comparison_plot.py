@@ -1,4 +1,4 @@
-"""Plot of the comparison: loss, largest logit and passkeys, every seed a point."""
+"""Plots held-out loss, largest logit and passkeys of the variants, with a point for every seed."""
 
 from __future__ import annotations
 

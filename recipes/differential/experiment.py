@@ -1,4 +1,4 @@
-"""Experiment: folders, sizes and runs that all stages use."""
+"""Defines the experiment that all stages use: its folders, sizes and runs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Experiment:
     """Folder, sizes, variants and overrides of the experiment.
 
     Attributes:
-        output: Folder of everything that it writes.
+        output: Folder for all files of the experiment.
         scale: Sizes of the whole experiment.
-        variants: Names of the models.
-        seeds: Each model is trained once with each.
-        share: (i, n): train only every n-th run, from the i-th on; n processes train all of them.
-        keep_models: Whether trained models stay on the disk.
+        variants: Names of the models to train.
+        seeds: Seeds; each model is trained once with each seed.
+        share: (i, n): trains only every n-th run, starting with run i; n processes train all runs.
+        keep_models: Whether the trained models stay on the disk.
         overrides: Hydra overrides of every training run.
     """
 
@@ -37,28 +37,25 @@ class Experiment:
 
     @property
     def runs(self) -> list[tuple[Variant, int]]:
-        """Every model with every seed.
-
-        A process that trains a subset has some runs of each model.
-        """
+        """All (variant, seed) pairs of the experiment, seed by seed."""
         return [(VARIANTS[name], seed) for seed in self.seeds for name in self.variants]
 
     @property
     def shared_runs(self) -> list[tuple[Variant, int]]:
-        """Runs that this process trains."""
+        """The runs that this process trains."""
         first, step = self.share
         return self.runs[first::step]
 
     def folder(self, variant: Variant, seed: int) -> Path:
-        """Returns the folder of one run."""
+        """Returns the folder of a run."""
         return self.output / "runs" / f"{variant.name}_{seed}"
 
     def record(self, variant: Variant, seed: int) -> Path:
-        """File with what was measured of one run."""
+        """Returns the JSON file with the measurements of a run."""
         return self.folder(variant, seed).with_suffix(".json")
 
     def compose(self, variant: Variant, seed: int) -> TrainConfig:
-        """Configuration of one run."""
+        """Returns the training configuration of a run."""
         overrides = [
             "experiment=differential",
             *variant.overrides,
@@ -75,12 +72,12 @@ class Experiment:
 
 
 def trained_window(config: TrainConfig) -> int:
-    """Tokens of the longest document in training."""
+    """Returns the tokens of the longest document in training."""
     return config.data.max_document_tokens or config.data.max_tokens
 
 
 def write_json(path: Path, content: Any) -> Path:
-    """Writes a JSON file and the folders above it."""
+    """Writes a JSON file, and creates the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
     return path

@@ -1,4 +1,4 @@
-"""Loss of passkeys: a score that separates models before any of them finds a key."""
+"""Computes the loss of passkeys, which separates models before any of them finds a key."""
 
 from __future__ import annotations
 
@@ -24,20 +24,19 @@ def passkey_loss(
     max_tokens: int,
     device: torch.device | str,
 ) -> float:
-    """Returns the mean loss of the answer's tokens, in nats, over depths and keys.
+    """Returns the mean loss of the answers' tokens, in nats, over all depths and keys.
 
     The keys and texts are those of `lctrain.eval.passkey_retrieval` with its default seed. A model
-    that knows the words of keys, and does not look the key up, gets log(len(format.words)) per
-    word.
+    that guesses among the words of keys has a loss of log(len(format.words)) per word.
 
     Args:
         model: A patched causal LM.
         format: Passkey format of the model's tokenizer.
-        documents: Token ids to hide keys in, [n] integers each.
-        length: Tokens of the texts.
-        depths: Fraction of the filler before the key.
-        keys: Keys of each depth.
-        max_tokens: Most tokens in a forward pass.
+        documents: Token ids of the texts that hide the keys, [n] integers each.
+        length: Tokens of a text.
+        depths: Positions of the key, as fractions of the filler text.
+        keys: Number of keys per depth.
+        max_tokens: Largest number of tokens in a forward pass.
         device: Device of the model.
     """
     filler = Filler.of(documents, len(format.begin))

@@ -1,4 +1,4 @@
-"""The largest attention logit of a model: the largest |s q.k| that a softmax of it is given."""
+"""Finds the largest attention logit of a model: the largest |s q.k| before any softmax."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ CHUNK = 1024  # queries at a time: [heads, CHUNK, tokens] logits exist at once
 def largest_logit(
     model: Any, documents: Sequence[np.ndarray], device: torch.device | str
 ) -> dict[str, float]:
-    """Finds the largest |s q.k| of every layer, over all heads and all causal pairs.
+    """Returns the largest |s q.k| of every layer, over all heads and all causal pairs.
 
-    The outputs of the layer's own projections, in a forward pass of the unpatched model, are
-    rotated by the layer's own rotation and multiplied in float32. Query head h is multiplied with
-    key head h // (H / Hk). This holds for the heads of the plain model, of DiffLlama and of V2, so
-    every branch of differential attention is included.
+    A forward pass of the unpatched model records the outputs of each layer's q_proj and k_proj.
+    They are rotated by the layer's own RoPE and multiplied in float32: query head h with key head
+    h // (H / Hk). The plain model, DiffLlama and V2 all order their heads in this way, so every
+    branch of differential attention is included.
 
     Args:
-        model: A causal LM whose attention layers have q_proj and k_proj, half-split RoPE and no
-            other norm or bias of the logits.
-        documents: Token ids, [n] integers each; one forward pass each.
+        model: A causal LM whose attention layers have q_proj and k_proj, half-split RoPE, and no
+            norm or bias of the logits.
+        documents: Token ids, [n] integers each, with one forward pass per document.
         device: Device of the model.
 
     Returns:
@@ -54,7 +54,7 @@ def largest_logit(
 
 @contextmanager
 def recording(model: nn.Module, largest: dict[str, float]) -> Iterator[None]:
-    """Raises the entries of `largest` at every forward pass of one row inside the block."""
+    """Hooks the model: each forward pass of one row raises `largest` to the logits found."""
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -81,7 +81,7 @@ def recording(model: nn.Module, largest: dict[str, float]) -> Iterator[None]:
 
 
 class _Recorder:
-    """The hooks of one layer."""
+    """The forward hooks of one attention layer."""
 
     def __init__(self, name: str, largest: dict[str, float]) -> None:
         self.name = name
@@ -117,7 +117,7 @@ def rotated(states: Tensor, width: int, position_embeddings: tuple[Tensor, Tenso
 
 
 def largest_product(queries: Tensor, keys: Tensor) -> float:
-    """Returns the largest |q.k| over causal pairs, in the arguments' dtype also under autocast.
+    """Returns the largest |q.k| over causal pairs, in the tensors' dtype without autocast.
 
     Args:
         queries: [H, S, D].

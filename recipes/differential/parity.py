@@ -1,7 +1,7 @@
-"""Compares training with one launch and with two calls: same model, seed and rows.
+"""Compares training with one launch and with two calls per layer: same model, seed and rows.
 
-The yardstick is what two ways to make the two calls differ by: transformers' own with SDPA, and
-transformers' own with eager attention.
+The yardstick is the difference between two forms of the two calls: transformers' attention with
+SDPA, and transformers' eager attention.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ ONE_LAUNCH, TWO_CALLS, YARDSTICK = "one launch", "two calls, sdpa", "two calls, 
 
 
 def compare_kernels(experiment: Experiment) -> None:
-    """Trains V1 with three implementations from the same start, and writes parity.json and .csv.
+    """Trains V1 with three attentions from the same weights, and writes parity.json and .csv.
 
-    On a GPU twice: in float32, and with bfloat16 as in training.
+    On a GPU it trains twice: in float32, and in bfloat16.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = experiment.compose(VARIANTS["v1"], experiment.seeds[0])
@@ -74,11 +74,11 @@ def compare_kernels(experiment: Experiment) -> None:
 
 
 def equal_rows(datamodule: PackedDataModule, steps: int, rows: int, tokens: int) -> list[Tensor]:
-    """Cuts the training packs into rows of one document each.
+    """Cuts the training packs into rows, each with the tokens of one document.
 
     Args:
-        datamodule: After `setup`.
-        steps: Number of steps to cut rows for.
+        datamodule: A data module after `setup`.
+        steps: Number of steps.
         rows: Rows per step.
         tokens: Tokens per row.
 
@@ -98,10 +98,10 @@ def train_rows(model: Any, batches: Sequence[Tensor], way: str, precision: str) 
     """Trains a model on rows.
 
     Args:
-        model: A DiffLlama that is not patched.
-        batches: [rows, tokens] int64 of every step.
-        way: Implementation, one of WAYS.
-        precision: "float32", or "bfloat16" for the products.
+        model: An unpatched DiffLlama.
+        batches: [rows, tokens] int64 for each step.
+        way: Name of the attention, one of WAYS.
+        precision: "float32", or "bfloat16" for matrix products under autocast.
 
     Returns:
         The loss of every step, before its update.
@@ -145,12 +145,12 @@ WAYS: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {
 
 
 def largest_difference(first: Sequence[float], second: Sequence[float]) -> float:
-    """Returns the largest difference of two curves over all steps."""
+    """Returns the largest absolute difference of two loss curves."""
     return max(abs(a - b) for a, b in zip(first, second, strict=True))
 
 
 def write_curves(path: Path, curves: dict[tuple[str, str], list[float]]) -> None:
-    """Writes a CSV with one row per step and one column per precision and implementation."""
+    """Writes a CSV with a row per step, and a column per precision and attention."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["step", *(f"{precision}, {name}" for precision, name in curves)])

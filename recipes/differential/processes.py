@@ -17,15 +17,14 @@ def visible_devices(environment: dict[str, str], count: int) -> list[str]:
 
 
 def train_in_processes(arguments: Sequence[str], devices: Sequence[str]) -> None:
-    """Starts the recipe's stage `train` once for each device, and waits for all of them.
+    """Runs the recipe's stage `train` in one process per device, and waits for all of them.
 
     Args:
-        arguments: Arguments of the recipe, without its stages and share; overrides may follow a
-            "--".
-        devices: CUDA_VISIBLE_DEVICES of each process.
+        arguments: Arguments of the recipe, without --stages and --share; overrides may follow "--".
+        devices: Value of CUDA_VISIBLE_DEVICES for each process.
 
     Raises:
-        RuntimeError: if a process failed; its output says why.
+        RuntimeError: if a process fails; its output says why.
     """
     started = [
         subprocess.Popen(

@@ -1,4 +1,4 @@
-"""One run: trains a model, and measures what the table compares."""
+"""Trains one model, and measures the quantities of the comparison."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from lctrain.train import quiet_lightning, train
 
 
 class AsItIs(Extension):
-    """Reads with the model's current attention, at every length."""
+    """An extension that leaves the model's attention as it is, at every length."""
 
     @contextmanager
     def patched(self, model: nn.Module) -> Iterator[None]:
-        """See Extension."""
+        """Leaves the model unchanged; see Extension."""
         yield
 
 
 def prepare_data(experiment: Experiment) -> None:
-    """Tokenizes once; every run finds the tokens in the cache."""
+    """Tokenizes the data into the cache, from which all runs read the tokens."""
     variant, seed = experiment.runs[0]
     module = build_datamodule(experiment.compose(variant, seed).data)
     module.prepare_data()
@@ -45,7 +45,7 @@ def prepare_data(experiment: Experiment) -> None:
 
 
 def train_runs(experiment: Experiment) -> None:
-    """Trains the runs of this process, and writes one JSON file for each."""
+    """Trains the runs of this process, and writes one JSON file per run."""
     quiet_lightning()
     for variant, seed in experiment.shared_runs:
         config = experiment.compose(variant, seed)
@@ -73,7 +73,7 @@ def train_runs(experiment: Experiment) -> None:
 def measure(
     variant: Variant, folder: Path, config: TrainConfig, scale: Scale, device: torch.device
 ) -> dict[str, Any]:
-    """Measures a trained model from its folder: parameters, largest attention logit, passkeys."""
+    """Loads a trained model, and returns its parameters, largest logit and passkey results."""
     model = load_pretrained(PretrainedModelConfig(name_or_path=str(folder)), "float32")
     datamodule = build_datamodule(config.data)
     datamodule.setup()

@@ -1,4 +1,4 @@
-"""Sizes of the experiment: the one for a GPU, and one that runs the same code in a minute."""
+"""Sizes of the experiment: one for a GPU, and one that runs the same code in minutes on a CPU."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ class Scale:
     """Sizes of the experiment.
 
     Attributes:
-        shares: Lengths of the texts with a passkey, as fractions of the window, which comes last.
-        keys_per_cell: Passkeys of each length and depth.
-        depths: Fraction of the filler before the key.
-        logit_documents: Held-out documents that are searched for the largest logit.
+        shares: Lengths of the passkey texts as fractions of the window, ascending; the last is 1.
+        keys_per_cell: Number of passkeys per length and depth.
+        depths: Positions of the key, as fractions of the filler text.
+        logit_documents: Number of held-out documents searched for the largest logit.
         max_tokens: Tokens in a forward pass of the evaluations.
-        parity_rows: Rows, each as long as the window, in a step of the comparison of kernels.
-        parity_steps: Steps of it.
+        parity_rows: Rows per step of the stage `parity`; a row is as long as the window.
+        parity_steps: Steps of the stage `parity`.
         train: Overrides of the experiment `differential`.
-        of_variant: More of them for one variant: V2 has twice the query heads, and its
-            feed-forward layers pay for them.
+        of_variant: Further overrides by variant. V2 has smaller feed-forward layers, because it
+            has twice the query heads.
     """
 
     shares: tuple[float, ...]

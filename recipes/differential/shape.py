@@ -1,4 +1,4 @@
-"""The models whose training step is timed: plain, V1 and V2 of one shape."""
+"""Builds the models whose training step is timed: plain, V1 and V2 of one shape."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 
 @dataclass(frozen=True)
 class Shape:
-    """Shape of a Llama, and the changes that give V2 as many parameters.
+    """Shape of a Llama, and the change that gives V2 the same number of parameters.
 
     Attributes:
-        layers: Decoder layers.
-        hidden_size: Width.
-        heads: Query heads of 64, in V1 the branches of half as many pairs.
+        layers: Number of decoder layers.
+        hidden_size: Width of the hidden states.
+        heads: Query heads of dim 64; V1 uses them as the branches of heads / 2 pairs.
         heads_kv: Key/value heads.
         intermediate_size: Width of the feed-forward layers.
-        v2_intermediate_size: The same in V2, whose query projections are twice as large.
-        vocab_size: Tokens of the vocabulary.
-        max_tokens: Positions.
+        v2_intermediate_size: Width of V2's feed-forward layers; its query projections are larger.
+        vocab_size: Number of tokens in the vocabulary.
+        max_tokens: Number of positions.
     """
 
     layers: int
@@ -45,8 +45,8 @@ def build_step_model(
     """Builds a model with random weights, in training mode.
 
     Args:
-        shape: Its sizes.
-        version: 0 for the plain Llama, 1 for DiffLlama, 2 for that Llama with differential
+        shape: Shape of the model.
+        version: 0 for the plain Llama, 1 for DiffLlama, 2 for V2, a Llama with differential
             attention.
         implementation: transformers' name of the attention, before any patch.
         device: Device of the model.

@@ -1,16 +1,18 @@
-"""Times a training step, forward and backward without an optimizer, of a 1B-class DiffLlama.
+"""Times a training step (forward and backward, no optimizer) of a 1B-class DiffLlama.
 
     python -m lctrain.recipes.differential.step --out step.json [--workloads mix32k,1x32k]
 
-It is compared with the plain Llama of equal parameters on lctrain's kernels, with the two
-calls per layer that DiffLlama makes of lctrain's own plain attention, and with transformers' own
-DiffLlama, which knows no packs. "As it comes" that gets the same documents in batches of rows, in
-their order, padded, with a mask and with its own loss. The others all have lctrain's fused linear
-cross-entropy: transformers' own then gets rows of similar length, padded on the right (being
-causal, they need no mask), or one row of all documents with a mask that it makes of the positions.
+The step is compared with three others:
 
-All have the same random tokens and bfloat16 weights, with and without full activation
-checkpointing. Times are medians over steps, between two synchronisations with the device.
+- the plain Llama of equal parameters, on lctrain's kernels;
+- DiffLlama with two calls of lctrain's plain attention per layer;
+- transformers' own DiffLlama, which cannot read packs. As it comes, it gets the documents in
+  batches of padded rows, in their order, with a mask and its own loss. With lctrain's fused linear
+  cross-entropy it gets rows of similar length, padded on the right without a mask, or one row of
+  all documents, whose mask it makes from the position ids.
+
+All contenders have the same random tokens and bfloat16 weights, and run with and without full
+activation checkpointing. Times are medians over steps, between synchronisations with the device.
 """
 
 from __future__ import annotations
@@ -52,10 +54,10 @@ class Contender:
 
     Attributes:
         name: Name in the results.
-        version: 0 is the plain Llama, 1 is DiffLlama, 2 is V2.
+        version: Model: 0 is the plain Llama, 1 is DiffLlama, 2 is V2.
         attention: Attention of `lctrain.patch_model`; None leaves the model unpatched.
         inputs: "pack"; "rows" of similar length, padded; "positions": one row, whose position ids
-            begin anew at every document; or "batches" of padded rows, with a mask and labels.
+            restart at every document; or "batches" of padded rows, with a mask and labels.
         implementation: transformers' own attention.
     """
 
@@ -83,23 +85,23 @@ CONTENDERS = {
 
 @dataclass(frozen=True)
 class StepResult:
-    """One contender on one workload.
+    """Result of one contender on one workload.
 
     Attributes:
-        workload: Its name.
-        contender: Its name.
-        checkpointing: Whether every layer is computed again in the backward pass.
+        workload: Name of the workload.
+        contender: Name of the contender.
+        checkpointing: Whether the backward pass recomputes every layer.
         status: "ok", "out_of_memory" or "error".
-        reason: Why it is not "ok".
+        reason: Error message if the status is not "ok".
         inputs: See Contender.
         parameters: Number of parameters of the model.
-        tokens: Real ones of a step, padding not counted.
-        padded_tokens: Number of tokens that the model computed, padding included.
-        step_ms: Median.
-        all_step_ms: Times of all steps, in order.
-        tokens_per_second: tokens / median.
-        peak_gib: Most memory that a step had allocated, weights and gradients included; None on a
-            CPU.
+        tokens: Number of tokens per step, without padding.
+        padded_tokens: Number of tokens per step, with padding.
+        step_ms: Median time of a step, in milliseconds.
+        all_step_ms: Times of all steps in order, in milliseconds.
+        tokens_per_second: tokens / median time.
+        peak_gib: Peak allocated memory of a step in GiB, weights and gradients included; None on
+            a CPU.
     """
 
     workload: str
@@ -127,7 +129,7 @@ def measure_step(
     steps: int,
     device: torch.device,
 ) -> StepResult:
-    """Times the steps of one contender; what fails is a result too."""
+    """Times the steps of one contender; a failure is returned as a result."""
     known: dict[str, Any] = {
         "workload": workload,
         "contender": contender.name,
@@ -184,18 +186,18 @@ def _time_steps(
 
 
 def random_documents(lengths: Sequence[int], shape: Shape) -> list[np.ndarray]:
-    """The same tokens for every contender: [n] int64 each."""
+    """Returns the same random token ids for every contender: [n] int64 each."""
     random = np.random.default_rng(0)
     return [random.integers(shape.vocab_size, size=length) for length in lengths]
 
 
 def make_step(inputs: str, model: Any, documents: Sequence[np.ndarray]) -> tuple[Step, int]:
-    """Returns a function that computes the mean loss and its gradients, and the tokens it computes.
+    """Returns a function that computes the mean loss and gradients, and its tokens with padding.
 
     Args:
         inputs: See Contender.
-        model: A causal LM; its gradients are dropped before every step.
-        documents: [n] int64 each.
+        model: A causal LM; its gradients are reset before every step.
+        documents: Token ids, [n] int64 each.
     """
     device = next(model.parameters()).device
     targets = sum(len(document) - 1 for document in documents)
@@ -244,13 +246,12 @@ def make_step(inputs: str, model: Any, documents: Sequence[np.ndarray]) -> tuple
 def padded_batches(
     documents: Sequence[np.ndarray], device: torch.device
 ) -> Iterator[tuple[dict[str, Any], int]]:
-    """As a data loader makes them: documents in their order, padded to the longest of the batch.
+    """Batches documents as a data loader does: in their order, padded to the batch's longest.
 
-    The batches have as many documents as would fill the tokens of all of them, were each as long as
-    the longest.
+    A batch has as many documents as fit into the pack's tokens if all were as long as the longest.
 
     Yields:
-        Arguments of the model, and how many targets its loss is the mean of.
+        Arguments of the model, and the number of targets over which its loss is the mean.
     """
     rows = max(1, sum(map(len, documents)) // max(map(len, documents)))
     for start in range(0, len(documents), rows):
@@ -269,7 +270,7 @@ def padded_batches(
 def similar_rows(
     documents: Sequence[np.ndarray], max_tokens: int
 ) -> Iterator[Sequence[np.ndarray]]:
-    """Batches of documents of similar length, the longest first, of `max_tokens` with padding."""
+    """Yields batches of documents of similar length, longest first, of at most `max_tokens`."""
     ordered = sorted(documents, key=len, reverse=True)
     while ordered:
         rows = max(1, max_tokens // len(ordered[0]))
@@ -278,7 +279,7 @@ def similar_rows(
 
 
 def _row_part(documents: Sequence[np.ndarray], device: torch.device) -> tuple[Any, Any, Any]:
-    """Returns arguments of the model, positions of the predictions [n], and targets [n]."""
+    """Returns the model's arguments, the positions of predictions [n], and the targets [n]."""
     width = max(map(len, documents))
     places = [row * width + np.arange(len(d) - 1) for row, d in enumerate(documents)]
     wanted = [document[1:] for document in documents]
@@ -309,7 +310,7 @@ def _free(device: torch.device) -> None:
 
 
 def describe(result: StepResult, others: Sequence[StepResult]) -> str:
-    """Returns a line for the terminal: time, memory, and ratios to the plain model and lctrain."""
+    """Returns a line for the terminal: time, memory, and ratios to the plain model and to `v1`."""
     head = (
         f"{result.workload:8s} {'ckpt' if result.checkpointing else '    '} {result.contender:24s}"
     )
@@ -326,7 +327,7 @@ def describe(result: StepResult, others: Sequence[StepResult]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the benchmark, and writes what it has after every contender."""
+    """Runs the benchmark, and writes the results so far after every contender."""
     parser = argparse.ArgumentParser(
         prog="python -m lctrain.recipes.differential.step", description=__doc__
     )

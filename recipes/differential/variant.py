@@ -1,4 +1,4 @@
-"""The models that are compared, as diffs of `experiment=differential`."""
+"""The models that the recipe compares, as overrides of `experiment=differential`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Variant:
-    """One variant of the model.
+    """One of the compared models.
 
     Attributes:
         name: Name in tables and file names.
         title: Name in plots.
         attention: Attention of `lctrain.patch_model`.
-        overrides: Hydra overrides that make the plain model this one.
+        overrides: Hydra overrides that turn the plain model into this one.
     """
 
     name: str

@@ -37,7 +37,7 @@ FOLDERS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the requested stages, in their order."""
+    """Runs the requested stages in their order."""
     parser = argparse.ArgumentParser(
         prog="python -m lctrain.recipes.dual_chunk_extension",
         description="Trains on a short window, and reads far beyond it with dual chunk attention.",

@@ -1,7 +1,8 @@
-"""Stage 4: continues training at eight windows with dual chunk attention, with two gradients.
+"""Stage 4: continues training at eight windows with dual chunk attention, by two gradients.
 
-Training on long documents starts from the loss on short ones, or it starts by repairing damage. So
-the held-out text is scored first as in training, cut at the window, and then in long documents.
+The held-out text is scored first: in documents of one window as in training, and in documents of
+eight windows. The two losses show whether training on long documents starts from the loss on short
+ones, or must first repair damage.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ COLOURS = {"exact": "#0b6e99", "published": "#d55e00"}
 
 
 def continue_training(experiment: Experiment) -> None:
-    """Measures the losses before, trains twice, and writes continuation.json, .csv and .png."""
+    """Measures the first losses, trains with each gradient, and writes the results and a plot."""
     window = experiment.scale.window
     long = TRAIN_RATIO * window
     data = replace(experiment.data(), passkey_fraction=0.0, max_tokens=4 * long)
@@ -63,9 +64,9 @@ def continue_training(experiment: Experiment) -> None:
 
 
 def held_out_loss(model_folder: Path, data: DataConfig, limit: int, attention: str) -> float:
-    """Returns the mean loss of held-out tokens in documents of at most `limit` tokens.
+    """Returns the mean loss of held-out tokens, in documents of at most `limit` tokens.
 
-    Each length scores all tokens but the last of each document, nearly the same ones.
+    Every `limit` scores all tokens except one of each document, so nearly the same tokens.
     """
     from transformers import AutoModelForCausalLM
 
@@ -142,7 +143,7 @@ def _plot(
 
 
 def _smooth(values: Sequence[float], share: float = 0.9) -> list[float]:
-    """Returns an exponential moving average, corrected for its start."""
+    """Returns an exponential moving average with bias correction for the first values."""
     smoothed, mean, weight = [], 0.0, 0.0
     for value in values:
         mean, weight = share * mean + (1 - share) * value, share * weight + (1 - share)

@@ -1,4 +1,4 @@
-"""Experiment: folders, sizes, and the configuration of the first training run."""
+"""Defines the experiment: its folders, sizes, and the configuration of the first training run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Experiment:
     """Folder, sizes and overrides of the experiment.
 
     Attributes:
-        output: Folder of everything that it writes.
+        output: Folder for all files of the experiment.
         scale: Sizes of the whole experiment.
         overrides: Hydra overrides of the first training run.
     """
@@ -31,7 +31,7 @@ class Experiment:
 
     @property
     def model(self) -> Path:
-        """Folder of the model trained on the short window, in half precision."""
+        """Folder of the model trained on the short window, in bfloat16."""
         return self.output / "model"
 
     def short_training(self) -> list[str]:
@@ -39,7 +39,7 @@ class Experiment:
         return ["experiment=dual_chunk_extension", *self.scale.train, *self.overrides]
 
     def data(self) -> DataConfig:
-        """Returns the documents of the training, for the trained model's tokenizer."""
+        """Returns the training's documents, tokenized for the trained model."""
         if not self.model.is_dir():
             raise ValueError(
                 f"output must hold the trained model, got {self.output} without the folder "
@@ -57,13 +57,13 @@ class Experiment:
 
 
 def run_training(overrides: Sequence[str], folder: Path) -> RunReport:
-    """Trains as `lctrain-train <overrides>` does, in this process."""
+    """Trains in this process, as `lctrain-train <overrides>` does."""
     quiet_lightning()
     return train(compose_training(overrides, folder))
 
 
 def compose_training(overrides: Sequence[str], folder: Path) -> TrainConfig:
-    """The configuration of `lctrain-train <overrides>`, writing into `folder`."""
+    """Returns the configuration of `lctrain-train <overrides>`, which writes into `folder`."""
     from hydra import compose, initialize_config_module
 
     register_schemas()

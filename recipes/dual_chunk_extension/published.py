@@ -16,10 +16,11 @@ _WITHOUT_EFFECT = ("dropout_seed", "document_ids", "schedule", "max_seqlen_k")
 
 @contextmanager
 def published_gradient() -> Iterator[None]:
-    """Context in which `attention=dual_chunk` computes the published formulation.
+    """Makes `attention=dual_chunk` compute the published formulation inside the context.
 
-    Its output is the same, its gradient is not: see `lctrain_kernels.bench.published_dual_chunk`. A
-    call with an option that it does not support raises a ValueError.
+    Its output is that of lctrain's attention, but its gradient is not: see
+    `lctrain_kernels.bench.published_dual_chunk`. An option that the formulation does not support
+    raises a ValueError.
     """
     exact = kernels.dual_chunk_attn_varlen_func
     kernels.dual_chunk_attn_varlen_func = _published
@@ -43,7 +44,7 @@ def _published(
     cu_seqlens_k: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """Computes the public function's call; arguments that change nothing here are ignored."""
+    """Replaces the public function; ignores arguments that cannot change the result here."""
     from lctrain_kernels.bench.published_dual_chunk import published_dual_chunk_attn
 
     same = cu_seqlens_k is None or cu_seqlens_k is cu_seqlens or cu_seqlens_k.equal(cu_seqlens)

@@ -1,4 +1,4 @@
-"""Sizes of the experiment: the one for a GPU, and one that runs the same code in a minute."""
+"""Sizes of the experiment: one for a GPU, and one that runs the same code in minutes on a CPU."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Scale:
     """Sizes of the experiment.
 
     Attributes:
-        window: Tokens of the longest document in training, W.
-        documents: Number of held-out documents for the perplexities, the longest first.
-        keys_per_cell: Passkeys of each length and depth.
-        depths: Fraction of the filler before the key.
+        window: Tokens of the longest document in training.
+        documents: Number of held-out documents for perplexity, the longest first.
+        keys_per_cell: Number of passkeys per length and depth.
+        depths: Positions of the key, as fractions of the filler text.
         max_tokens: Tokens in a forward pass of the evaluations.
         continued: Overrides of the continued training.
         train: Overrides of the experiment `dual_chunk_extension`.
@@ -32,17 +32,17 @@ class Scale:
 
     @property
     def lengths(self) -> list[int]:
-        """Context lengths, 1 to 16 windows."""
+        """Context lengths in tokens: 1 to 16 times the window."""
         return [ratio * self.window for ratio in RATIOS]
 
     @property
     def stride(self) -> int:
-        """Positions that a window of the perplexities scores."""
+        """Number of positions that each window scores, for perplexity."""
         return self.window // 2
 
     @property
     def document_tokens(self) -> int:
-        """Tokens of each document: five windows that score, and one token to predict."""
+        """Tokens used of each document for perplexity: the longest length, 4 strides and 1."""
         return self.lengths[-1] + 4 * self.stride + 1
 
 

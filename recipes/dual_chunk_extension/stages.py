@@ -1,4 +1,4 @@
-"""Stages 1 to 3: training on the short window, perplexities beyond it, passkeys beyond it."""
+"""Stages 1 to 3: trains on the short window, then measures perplexity and passkeys beyond it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHARD = "14MB"
 
 
 def train_short(experiment: Experiment) -> None:
-    """Trains on the short window, and stores the model in half precision."""
+    """Trains on the short window, and stores the model in bfloat16."""
     report = run_training(experiment.short_training(), experiment.output / "train")
     store_half(experiment.output / "train" / "model", experiment.model)
     experiment.save(
@@ -31,17 +31,17 @@ def train_short(experiment: Experiment) -> None:
 
 
 def measure_perplexity(experiment: Experiment) -> None:
-    """Measures perplexity of long held-out documents at 1 to 16 windows, with every method."""
+    """Measures the perplexity of long held-out documents at 1 to 16 windows, by every method."""
     print(run_evaluation(experiment, "perplexity"), flush=True)
 
 
 def find_passkeys(experiment: Experiment) -> None:
-    """Searches passkeys at 1 to 16 windows, with every method."""
+    """Measures the share of passkeys found at 1 to 16 windows, by every method."""
     print(run_evaluation(experiment, "passkey"), flush=True)
 
 
 def run_evaluation(experiment: Experiment, task: str) -> Any:
-    """Runs one task of `lctrain-eval` on the trained model; it writes into a folder of its name."""
+    """Runs a task of `lctrain-eval` on the trained model, in a folder with the task's name."""
     scale = experiment.scale
     return evaluate(
         EvalConfig(
@@ -63,7 +63,7 @@ def run_evaluation(experiment: Experiment, task: str) -> Any:
 
 
 def store_half(source: Path, target: Path) -> None:
-    """Copies a model in bfloat16, with its tokenizer, in files of at most 14 MB."""
+    """Stores a model in bfloat16 with its tokenizer, in files of at most 14 MB."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
