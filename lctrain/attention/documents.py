@@ -24,6 +24,9 @@ from lctrain.attention.boundaries import (
 )
 from lctrain.attention.mask import UNPATCH
 
+# Other names under which callers tell documents apart; no layer with these kernels reads them.
+_OTHER_NUMBERS = ("block_sequence_ids", "document_ids", "doc_ids", "segment_ids", "sequence_ids")
+
 
 def find_documents(
     queries: tuple[int, int],
@@ -115,6 +118,52 @@ def divide_documents(numbers: Tensor, position_ids: Tensor) -> Tensor:
     return (begins.cumsum(-1) + 1).masked_fill(numbers == 0, 0)
 
 
+def number_by_index(
+    arguments: dict[str, Any], rows: tuple[int, int], real: Tensor | None = None
+) -> Tensor | None:
+    """Numbers the documents that `seq_idx` tells apart, if it is given without `cu_seq_lens`.
+
+    Args:
+        arguments: Keyword arguments of the model or layer. `seq_idx`, [B, S] or [1, S] integers, is
+            the index of each token's document, negative at padding.
+        rows: Shape (B, S) of the tokens.
+        real: [B, S] bool, True at tokens that are not padding; None if there is no padding.
+
+    Returns:
+        [B, S] int64, the number of each token's document from 1; 0 at padding. None without
+        `seq_idx`, and for packed inputs, whose `cu_seq_lens` decides.
+
+    Raises:
+        ValueError: if `seq_idx` has another shape or dtype, or documents are given by a name that
+            is not read.
+    """
+    if is_packed(arguments):
+        return None
+    for name in _OTHER_NUMBERS:
+        if isinstance(arguments.get(name), Tensor):
+            raise ValueError(
+                f"{name} must be None, got a tensor, which these kernels do not read. Say where "
+                "documents end by cu_seq_lens_q/k and max_length_q/k, or by seq_idx."
+            )
+    index = arguments.get("seq_idx")
+    if index is None:
+        return None
+    if (
+        not isinstance(index, Tensor)
+        or index.is_floating_point()
+        or tuple(index.shape) not in (rows, (1, rows[1]))
+    ):
+        got = f"{index.dtype} {list(index.shape)}" if isinstance(index, Tensor) else repr(index)
+        raise ValueError(
+            f"seq_idx must be integers of the inputs' shape {list(rows)}, got {got}. Pass the "
+            "index of each token's document, or cu_seq_lens_q/k and max_length_q/k."
+        )
+    index = index.expand(rows)
+    padding = index < 0 if real is None else (index < 0) | ~real.to(index.device)
+    numbers = F.pad(index.diff(dim=-1) != 0, (1, 0), value=False).cumsum(-1) + 1
+    return numbers.masked_fill(padding, 0)
+
+
 def find_documents_of_layer(
     mask: Tensor | None,
     arguments: dict[str, Any],
@@ -128,8 +177,8 @@ def find_documents_of_layer(
     Args:
         mask: The result of flash_attention_mask: [B, Sk] bool, [B, S] numbers of documents, or
             None.
-        arguments: Keyword arguments of the layer. `cu_seq_lens_q/k`, `max_length_q/k` and
-            `position_ids` are read.
+        arguments: Keyword arguments of the layer. `cu_seq_lens_q/k`, `max_length_q/k`,
+            `seq_idx` and `position_ids` are read.
         queries: Shape (B, S) of the query rows.
         keys: Shape (B, Sk) of the key rows.
         device: Device of the rows.
@@ -144,6 +193,13 @@ def find_documents_of_layer(
             f"by cu_seq_lens and padding by a 2-D mask. {UNPATCH}"
         )
     is_padding = mask is not None and mask.dtype == torch.bool
+    if arguments.get("seq_idx") is not None and queries != keys and not is_packed(arguments):
+        refuse_index_of_cache(arguments)
+    index = number_by_index(arguments, queries, mask if is_padding else None)
+    if index is not None:
+        if mask is not None and not is_padding:
+            refuse_two_numbers()
+        return find_documents(queries, keys, device, numbers=index)
     if is_packed(arguments):
         refuse_mask_of_pack(mask if is_padding else None)
         return find_documents(queries, keys, device, pack=arguments)
@@ -183,6 +239,27 @@ def refuse_mask_of_pack(mask: Any) -> None:
             "attention_mask must be None for packed inputs, got both a padding mask and "
             "cu_seq_lens. Drop the mask: a pack holds no padding. If you passed none, an outer "
             "model made it: call the patched language model by itself, model.get_decoder()."
+        )
+
+
+def refuse_two_numbers() -> None:
+    """Raises the ValueError for documents that a mask numbers beside `seq_idx`."""
+    raise ValueError(
+        "attention_mask must be 0 or 1 beside seq_idx, got numbers of documents in both. Pass one "
+        "of the two."
+    )
+
+
+def refuse_index_of_cache(arguments: dict[str, Any]) -> None:
+    """Raises a ValueError if `seq_idx` comes with a filled key/value cache.
+
+    Args:
+        arguments: Keyword arguments of the model or layer.
+    """
+    if arguments.get("seq_idx") is not None:
+        raise ValueError(
+            "seq_idx must be None on top of a filled key/value cache, got an index of documents. "
+            "Pass use_cache=False and no past_key_values, or leave seq_idx out."
         )
 
 

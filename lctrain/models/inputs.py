@@ -15,8 +15,11 @@ from lctrain.attention.boundaries import (
 from lctrain.attention.documents import (
     divide_documents,
     find_documents,
+    number_by_index,
     number_documents,
+    refuse_index_of_cache,
     refuse_mask_of_pack,
+    refuse_two_numbers,
 )
 from lctrain.attention.forward import BOUNDARIES_ARGUMENT
 from lctrain.attention.mask import read_mask
@@ -94,14 +97,15 @@ class InputHook:
         if _filled(given_cache(inputs)):
             _refuse_restart(inputs, tokens.shape[1])
             _refuse_numbers(mask)
+            refuse_index_of_cache(inputs)
             if self.rotaries:
                 self._tell_lengths(model, _continued_lengths(inputs, tokens))
             return (), inputs  # each layer finds the boundaries from its number of cached keys
         positions = inputs.get("position_ids")
         boundaries = read_boundaries(inputs, tokens.shape[0], tokens.shape[1], tokens.device)
-        if inputs.get("position_ids") is not positions:  # the mask numbers documents
+        if inputs.get("position_ids") is not positions:  # the mask or seq_idx numbers documents
             self._require_positions(model)
-        if mask is None and "attention_mask" in self.names:
+        if inputs.get("attention_mask") is None and "attention_mask" in self.names:
             # Without a mask, transformers would read the position ids on the device.
             inputs["attention_mask"] = torch.ones(
                 tokens.shape[:2], dtype=torch.int64, device=tokens.device
@@ -203,7 +207,7 @@ def read_boundaries(
 
     Args:
         inputs: Keyword arguments of the model. `cu_seq_lens_q/k` and `max_length_q/k`,
-            `attention_mask` [B, S] and `position_ids` [B, S] are read.
+            `seq_idx` [B, S], `attention_mask` [B, S] and `position_ids` [B, S] are read.
         batch: Number of rows B.
         tokens: Tokens per row S.
         device: Device of the inputs.
@@ -236,8 +240,12 @@ def read_boundaries(
             )
         mask, numbers = read_mask(mask, device)
         if numbers is not None:
+            if inputs.get("seq_idx") is not None:
+                refuse_two_numbers()
             return _numbered(inputs, numbers)
-    numbers = None
+    numbers = number_by_index(inputs, rows, mask)
+    if numbers is not None:
+        return _numbered(inputs, numbers.to(device), "seq_idx must not be given")
     if position_ids is not None:
         numbers = number_documents(position_ids, batch, mask)
         if numbers is not None:
@@ -245,8 +253,12 @@ def read_boundaries(
     return find_documents(rows, rows, device, real=mask, numbers=numbers)
 
 
-def _numbered(inputs: dict[str, Any], numbers: Tensor) -> Boundaries:
-    """Returns the boundaries of documents that the attention mask numbers.
+def _numbered(
+    inputs: dict[str, Any],
+    numbers: Tensor,
+    what: str = "attention_mask must not number documents",
+) -> Boundaries:
+    """Returns the boundaries of documents that the attention mask or `seq_idx` numbers.
 
     In `inputs`, the mask is replaced by a padding mask. Position ids are added if there are none;
     they restart at every document. If position ids are given, documents also end where they
@@ -255,8 +267,9 @@ def _numbered(inputs: dict[str, Any], numbers: Tensor) -> Boundaries:
     Args:
         inputs: Keyword arguments of the model, which are changed.
         numbers: [B, S] int64, the number of each token's document; 0 at padding.
+        what: First words of the error beside a key/value cache.
     """
-    _forgo_cache(inputs, "attention_mask must not number documents")
+    _forgo_cache(inputs, what)
     inputs["attention_mask"] = (numbers > 0).long()
     rows, position_ids = (numbers.shape[0], numbers.shape[1]), inputs.get("position_ids")
     if position_ids is not None:
