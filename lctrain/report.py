@@ -164,7 +164,7 @@ def describe_rows(packing: PackingReport) -> str:
     lost = {
         "cut off": packing.truncated,
         "dropped": packing.dropped,
-        "empty": packing.dropped_empty,
+        "empty documents": packing.dropped_empty,
         "unreadable": packing.dropped_unreadable,
     }
     found = [f"{number:,} {what}" for what, number in lost.items() if number]

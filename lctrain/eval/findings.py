@@ -10,6 +10,7 @@ from lctrain.eval.retrieval import PasskeyTable
 from lctrain.eval.table import PerplexityRow
 
 CLEAR = 3.0  # a difference of more paired standard errors is called clear
+NOTABLE = math.log(1.05)  # a smaller gain, in nats (5 % of the perplexity), is called slight
 
 
 def context_gain(rows: Sequence[PerplexityRow], window: int | None = None) -> str:
@@ -39,7 +40,7 @@ def context_gain(rows: Sequence[PerplexityRow], window: int | None = None) -> st
     errors = last.gain / last.gain_stderr
     verdict = "no clear change"
     if errors > CLEAR:
-        verdict = "context helps"
+        verdict = "context helps" if last.gain > NOTABLE else "slightly lower with more context"
     elif errors < -CLEAR:
         verdict = "context hurts"
     return f"{numbers} (lower is better): {verdict}, {abs(errors):.1f} standard errors"

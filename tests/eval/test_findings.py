@@ -20,12 +20,13 @@ def row(length, loss, gain=0.0, gain_stderr=0.0):
     ("gain", "stderr", "verdict"),
     [
         (0.4, 0.1, ": context helps, 4.0 standard errors"),
+        (0.04, 0.01, ": slightly lower with more context, 4.0 standard errors"),
         (0.3, 0.1, ": no clear change, 3.0 standard errors"),
         (-0.5, 0.1, ": context hurts, 5.0 standard errors"),
         (0.4, math.nan, "(lower is better)"),
         (0.4, 0.0, "(lower is better)"),
     ],
-    ids=["helps", "unclear", "hurts", "one_document", "no_spread"],
+    ids=["helps", "slight", "unclear", "hurts", "one_document", "no_spread"],
 )
 def test_gain_inside_the_window_in_paired_standard_errors(gain, stderr, verdict):
     """Compares the longest length inside the window with the shortest one, document by document."""
