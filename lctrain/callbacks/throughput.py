@@ -18,6 +18,8 @@ from lctrain.callbacks.targets import find_target
 from lctrain.flops import FlopCounter, peak_flops
 from lctrain.log_steps import at_log_step
 
+EARLIER_TOKENS = "throughput_tokens"  # key in a checkpoint
+
 
 @dataclass(frozen=True)
 class Throughput:
@@ -71,8 +73,11 @@ class ThroughputMonitor(pl.Callback):
     Raises:
         ValueError: if the model is not found, or a batch cannot be read.
 
+    The metric `throughput/tokens` counts the tokens of the whole run. A checkpoint holds the count,
+    so a resumed run continues it. Speeds are those of this process.
+
     Attributes:
-        total: Totals from the start of training to the last logging step.
+        total: Totals from the start of training in this process to the last logging step.
         latest: Totals between the last two logging steps.
     """
 
@@ -87,6 +92,7 @@ class ThroughputMonitor(pl.Callback):
         self.read_batch = read_batch
         self.total = Throughput()
         self.latest = Throughput()
+        self._earlier_tokens = 0.0
         self._first: Throughput | None = None
         self._counter: FlopCounter | None = None
         self._peak: float | None = None
@@ -143,8 +149,17 @@ class ThroughputMonitor(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Stops the clock until the next batch."""
+        """Stops the clock until the next batch, and keeps the number of tokens so far."""
         self._clock.pause(pl_module.device)
+        counted = sum(map(self._count, self._unread), self._counted)
+        (tokens,) = _sum_over_ranks([counted.tokens], trainer, pl_module.device)
+        checkpoint[EARLIER_TOKENS] = self._earlier_tokens + self.total.tokens + tokens
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Continues the count of tokens of the run."""
+        self._earlier_tokens = checkpoint.get(EARLIER_TOKENS, 0.0) - self.total.tokens
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Adds the steps after the last logging step to the totals."""
@@ -155,12 +170,9 @@ class ThroughputMonitor(pl.Callback):
         """Sums the counts of all ranks into `latest` and `total`; waits for the device."""
         seconds = self._clock.lap(pl_module.device)
         counted = sum(map(self._count, self._unread), self._counted)
-        counts = torch.tensor(
-            [counted.tokens, counted.capacity, counted.flops], dtype=torch.float64
-        ).to(pl_module.device)
-        if trainer.world_size > 1:
-            dist.all_reduce(counts)
-        tokens, capacity, flops = counts.tolist()
+        tokens, capacity, flops = _sum_over_ranks(
+            [counted.tokens, counted.capacity, counted.flops], trainer, pl_module.device
+        )
         self.latest = Throughput(tokens, capacity, flops, seconds)
         self.total = self.total + self.latest
         if self._first is None:
@@ -180,7 +192,7 @@ class ThroughputMonitor(pl.Callback):
         latest = self.latest
         metrics = {
             "throughput/tokens_per_second": latest.tokens_per_second,
-            "throughput/tokens": self.total.tokens,
+            "throughput/tokens": self._earlier_tokens + self.total.tokens,
             "memory/peak_gib": peak_memory_gib(pl_module.device),
         }
         if latest.fill is not None:
@@ -200,6 +212,15 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _sum_over_ranks(counts: list[float], trainer: pl.Trainer, device: torch.device) -> list[float]:
+    """Returns the sums of the counts over all ranks. All ranks must call it."""
+    if trainer.world_size == 1:
+        return counts
+    sums = torch.tensor(counts, dtype=torch.float64).to(device)
+    dist.all_reduce(sums)
+    return list(sums.tolist())
 
 
 class _Clock:

@@ -45,6 +45,24 @@ def test_steps_after_the_last_logging_step_count(tmp_path, make_llama):
     assert monitor.total.fill is None
 
 
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("stop", [2, 3])
+def test_a_resumed_run_continues_the_count_of_tokens(tmp_path, make_llama, every, stop):
+    """Also from a checkpoint between two logging steps, and with mappings for batches."""
+    settings = {"log_every_n_steps": every, "enable_checkpointing": True}
+    saves = StepCheckpoint(tmp_path, every_n_steps=1, keep=4)
+    fit(tmp_path, make_llama, ThroughputMonitor(), [saves], **settings)
+    resumed = ThroughputMonitor()
+    saves = StepCheckpoint(tmp_path / "resumed", every_n_steps=1)
+    trainer = make_trainer(tmp_path, [resumed, saves], **settings)
+    module = LongContextModule(make_llama(), OptimConfig())
+    path = tmp_path / f"step-{stop:08d}.ckpt"
+    trainer.fit(module, loader(PACKS), ckpt_path=path, weights_only=True)
+    before = sum(batch.num_tokens for batch in PACKS[:stop])
+    assert resumed.total.tokens > 0
+    assert float(trainer.callback_metrics["throughput/tokens"]) == before + resumed.total.tokens
+
+
 def test_reads_the_clock_of_the_device_only_when_it_logs(tmp_path, make_llama, monkeypatch):
     waits = []
     monkeypatch.setattr("lctrain.callbacks.throughput._wait", lambda device: waits.append(device))
