@@ -70,7 +70,11 @@ def float64_throughout(float32_frequencies: bool = False) -> Iterator[None]:
 
 @contextmanager
 def built_in_float64(float32_frequencies: bool = False) -> Iterator[None]:
-    """Builds and loads models in float64, and keeps them in it by `float64_throughout`."""
+    """Inside the block, models are built and loaded in float64 and compute in float64 throughout.
+
+    Args:
+        float32_frequencies: As in `float64_throughout`.
+    """
     torch.set_default_dtype(torch.float64)
     try:
         with float64_throughout(float32_frequencies):

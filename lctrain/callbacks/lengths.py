@@ -34,10 +34,11 @@ def with_other_lengths(
 ) -> Iterator[PackedBatch]:
     """Yields the pack with other boundaries between the documents outside of [start, end).
 
-    The tokens do not change. In the first result, neighbours are at most as long as the document
-    (or 16 tokens). In the second, they are as long as the pack allows: up to twice the model's
-    window with rotary embeddings, else up to the longest document of the pack, since a table of
-    positions is limited. A result with a longest document that occurred before is skipped.
+    The tokens do not change. In the first pack that is yielded, neighbours are at most as long as
+    the document (or 16 tokens). In the second pack, they are as long as the pack allows: up to
+    twice the model's window with rotary embeddings, else up to the longest document of the pack,
+    since a table of positions is limited. A pack is skipped if its longest document is as long as
+    that of an earlier pack.
 
     Args:
         batch: The pack.

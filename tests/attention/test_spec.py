@@ -1,4 +1,4 @@
-"""Tests the attention specs: frozen, with options of their own; wrong values are refused."""
+"""Tests that attention specs are frozen, have options of their own, and refuse wrong values."""
 
 import dataclasses
 import pickle

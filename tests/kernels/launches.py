@@ -10,7 +10,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def types_of(argument):
-    """Returns Triton's type name of an argument; for a named tuple, the names of its fields."""
+    """Returns Triton's type name of an argument; for a named tuple, that of each field."""
     if isinstance(argument, tuple):
         return type(argument)(*map(types_of, argument))
     return "constexpr" if argument is None else mangle_type(argument)

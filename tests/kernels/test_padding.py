@@ -53,7 +53,7 @@ def test_gradients_go_there_and_back(device):
 
 
 def test_known_counts_give_the_same(device):
-    """With given counts the mask is not read from the GPU; test_gpu_contract.py checks that."""
+    """Given the counts of tokens, which spares reading the mask, unpadding returns the same."""
     rows = torch.randn(3, 4, 2, device=device)
     expected = unpad_input(rows, MASK.to(device))
     actual = unpad_input(rows, MASK.to(device), num_tokens=5, max_seqlen=3)

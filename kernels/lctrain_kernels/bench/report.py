@@ -2,8 +2,9 @@
 
     python -m lctrain_kernels.bench.report docs/benchmarks.md [RESULT.json ...]
 
-rewrites the tables of the page. Results are by default the newest file of each device. The tables
-of dual chunk and differential attention come from the newest files in the folders of these names.
+The command rewrites the tables of the page. By default it reads the newest result file of each
+device. The tables of dual chunk and differential attention come from the newest files in the
+folders `dual_chunk` and `differential`.
 """
 
 import argparse

@@ -75,7 +75,8 @@ def dual_chunk_rotate_kernel(
 ):
     """Rotates queries to the inter position, or keys by -c, for one tile of one head.
 
-    Keys are rotated by -c instead of SUCC queries by c; the logits are equal. If pointers.stats is
+    c is the number of tokens of a chunk. Rotating the keys by -c gives the same logits as rotating
+    the SUCC queries by c. If pointers.stats is
     passed, as in the backward for queries, the kernel also writes the statistics per query that the
     backward kernels read.
 
@@ -231,7 +232,10 @@ def rotated_keys(
     *,
     rotation: Rotation,
 ) -> Tensor:
-    """Returns keys rotated by -c, [Tk, Hk, D], contiguous; see dual_chunk_rotate."""
+    """Returns keys rotated back by c positions, the tokens of a chunk: [Tk, Hk, D], contiguous.
+
+    See dual_chunk_rotate.
+    """
     return dual_chunk_rotate(
         k,
         torch.empty(k.shape, dtype=k.dtype, device=k.device),

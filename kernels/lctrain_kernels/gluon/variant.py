@@ -59,7 +59,7 @@ def argument_types(
 
     Args:
         kernel: Kernel whose arguments are typed.
-        features: Features of the call that the kernel compiles, one of FEATURES.
+        features: Name of the set of features to compile, one of FEATURES.
         dtype: Triton's name of the tensors' dtype, such as "bf16".
         absent: Names of further pointers that are None.
         descriptors: Argument name of each TMA descriptor -> its type.

@@ -62,10 +62,11 @@ def draw_bits(key_0, key_1, document, head, first_query, query, first_key, key):
 
 @triton.jit
 def top_bits(bits, key):
-    """Returns 32-bit words whose upper half holds the 16 random bits of a weight.
+    """Returns 32-bit words whose upper half holds the 16 random bits of an attention weight.
 
     Args:
-        bits: Random bits that draw_bits returned, 32 per weight.
+        bits: Words that draw_bits returned, one of 32 bits for each attention weight. Keys whose
+            position has bit 3 set use the upper half, the others the lower half.
         key: Positions of keys inside the tile, as in draw_bits.
     """
     return tl.where((key & 8) != 0, bits, bits << 16)
