@@ -48,7 +48,7 @@ def test_steps_after_the_last_logging_step_count(tmp_path, make_llama):
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("stop", [2, 3])
 def test_a_resumed_run_continues_the_count_of_tokens(tmp_path, make_llama, every, stop):
-    """Also from a checkpoint between two logging steps, and with mappings for batches."""
+    """The count continues from a checkpoint between two logging steps, too."""
     settings = {"log_every_n_steps": every, "enable_checkpointing": True}
     saves = StepCheckpoint(tmp_path, every_n_steps=1, keep=4)
     fit(tmp_path, make_llama, ThroughputMonitor(), [saves], **settings)

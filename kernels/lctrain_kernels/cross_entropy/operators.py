@@ -259,8 +259,8 @@ def _fake_grads(
 ) -> list[Tensor]:
     """Returns uninitialised gradients for fake tensors.
 
-    Gradients that are sums over tokens (of weight and bias) have `dtype`, or the dtype of their input
-    if `dtype` is None.
+    Gradients that are sums over tokens (of weight and bias) have `dtype`, or the dtype of their
+    input if `dtype` is None.
     """
     grads = []
     for place, (tensor, need) in enumerate(zip(inputs, needs, strict=True)):

@@ -39,11 +39,7 @@ from lctrain_kernels.gluon.softmax import (
     rescale,
     softmax_step,
 )
-from lctrain_kernels.gluon.structures import (
-    DropoutKey,
-    Scalars,
-    SchedulerInputs,
-)
+from lctrain_kernels.gluon.structures import DropoutKey, Scalars, SchedulerInputs
 from lctrain_kernels.gluon.tile_scheduler import TILE_FIELDS, TILES_AHEAD, read_tile, schedule_tiles
 from lctrain_kernels.tile.logits import LN_2
 

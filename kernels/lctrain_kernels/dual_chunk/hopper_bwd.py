@@ -88,10 +88,7 @@ def _blocks_of_relation(
     RELATION: gl.constexpr,
     BLOCK_M: gl.constexpr,
 ):
-    """Returns the QueryRun of the queries that see keys first to last in one range.
-
-    Also returns the number of blocks of these queries.
-    """
+    """Returns the QueryRun of the queries that see keys first to last, and its block count."""
     low, blocks = _range_of_relation(
         first, last, chunk_length, succ_length, length_q, length_k, RELATION, BLOCK_M
     )
@@ -133,10 +130,7 @@ def _clear_blocks(
     RELATION: gl.constexpr,
     BLOCK_M: gl.constexpr,
 ):
-    """Returns (begin, end). All queries of blocks [begin, end) see all keys of the tile.
-
-    These blocks are before the gap of the QueryRun.
-    """
+    """Returns (begin, end): queries of blocks [begin, end), before the gap, see all keys."""
     last_key = gl.minimum(first_key + keys, tile.end) - 1
     _, clear_low, clear_high, _ = queries_of_tile(
         first_key, last_key, RELATION, chunk_length, succ_length, tile.length_k
@@ -375,9 +369,7 @@ def dual_chunk_bwd_hopper_kernel(
     """Computes dk and dv of a tile of keys for one range, and adds its dq to a float32 buffer.
 
     A program processes a tile of keys of one key/value head, and all queries of the head's group
-    that see them in this range. Grid: (tiles * key/value heads,).
-
-    There is a launch for each range, in this order:
+    that see them in this range. Grid: (tiles * key/value heads,). The launches, in this order:
 
     - SUCC (skipped if succ_length is 0) stores dk and dv in float32 sums [Tk, Hk, D], which have
       the strides of dk. dk is unscaled and is the gradient of the rotated keys; another kernel
