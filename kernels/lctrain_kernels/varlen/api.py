@@ -238,9 +238,11 @@ def _attention_probabilities(
 ) -> Tensor:
     """Returns the weights [N, H, max_seqlen_q, max_seqlen_k] in q's dtype.
 
-    Weights that dropout dropped are negative.
+    Weights that dropout dropped are negative. They are computed in float32, or in float64 for
+    float64 inputs.
     """
     q, k, v = operands
+    dtype = torch.promote_types(q.dtype, torch.float32)
     result = q.new_zeros((pack.documents, q.shape[1], *shape))
     begin_q, begin_k = pack.cu_seqlens_q.tolist(), pack.cu_seqlens_k.tolist()
     window = (options.window_left, options.window_right)
@@ -255,9 +257,9 @@ def _attention_probabilities(
         key = document if pack.document_ids is None else int(pack.document_ids[document])
         with torch.autocast(q.device.type, enabled=False):
             _, _, signed = dense_attention(
-                q[rows].detach().float(),
-                k[columns].detach().float(),
-                v[columns].detach().float(),
+                q[rows].detach().to(dtype),
+                k[columns].detach().to(dtype),
+                v[columns].detach().to(dtype),
                 softmax_scale=options.softmax_scale,
                 window=window,
                 softcap=options.softcap,

@@ -263,7 +263,7 @@ def test_selective_checkpointing_counts_flops_once_if_saved():
 def test_returned_probabilities_carry_the_mask_in_their_sign(device):
     """Returns [N, H, max_q, max_k]; |p| is the weight before dropout, p < 0 where dropped."""
     documents = ((5, 8), (0, 3), (6, 2))
-    inputs = make_inputs(Case(documents, dtype=torch.float32), device)
+    inputs = make_inputs(Case(documents, dtype=torch.float64), device)
     out, lse, weights = flash_attn_varlen_func(
         inputs.q,
         inputs.k,
@@ -295,3 +295,17 @@ def test_returned_probabilities_carry_the_mask_in_their_sign(device):
         kept = own.clamp(min=0) * (65536 / (65536 - round(0.4 * 65536)))
         values = inputs.v[keys].repeat_interleave(2, dim=1)
         assert_equal_in_float64(out[rows], torch.einsum("hij,jhd->ihd", kept, values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_returned_probabilities_are_computed_in_at_least_float32(dtype, device):
+    """The weights equal the dense softmax of float32 or float64, rounded to the inputs' dtype."""
+    inputs = make_inputs(Case(((5, 8),), dtype=dtype), device)
+    arguments = (inputs.cu_seqlens_q, inputs.cu_seqlens_k, 5, 8)
+    *_, weights = flash_attn_varlen_func(
+        inputs.q, inputs.k, inputs.v, *arguments, return_attn_probs=True, backend="pytorch"
+    )
+    precise = torch.promote_types(dtype, torch.float32)
+    *_, expected = dense_attention(*(x.to(precise) for x in (inputs.q, inputs.k, inputs.v)))
+    assert weights.dtype == dtype
+    assert torch.equal(weights[0], expected.to(dtype))
