@@ -140,9 +140,9 @@ def check_outputs(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], out
         places = row_places(boundaries)
         rows = (boundaries.cu_seqlens_q.shape[0] - 1, boundaries.max_seqlen_q)
         output["pooler_output"] = pooler(spread(output[0], boundaries, places, rows))
-    lengths = {boundaries.queries[1]}
+    lengths = [boundaries.queries[1]]  # a set would make torch.compile recompile for each length
     if getattr(model, "get_output_embeddings", lambda: None)() is not None:
-        lengths.add(boundaries.queries[1] - 1)  # one entry per predicted token, as in TRL
+        lengths.append(boundaries.queries[1] - 1)  # one entry per predicted token, as in TRL
     named = output.items() if hasattr(output, "items") else enumerate(_as_tuple(output))
     for name, value in named:
         if not isinstance(value, Tensor) or value.dim() == 0 or name == "loss":
