@@ -141,9 +141,15 @@ def gradients(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[Tensor, 
 
 
 def exact_gradients(
-    model: nn.Module, packings: Sequence[Sequence[Tensor]]
+    model: nn.Module, packings: Sequence[Sequence[Tensor]], float32_frequencies: bool = False
 ) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    """Returns `gradients` for each pack, from a float64 copy of the model."""
+    """Returns `gradients` for each pack, from a float64 copy of the model.
+
+    Args:
+        model: The model.
+        packings: The documents of each pack.
+        float32_frequencies: See `float64_throughout`; needed by dual chunk attention.
+    """
     exact = copy.deepcopy(model).double()
-    with float64_throughout():
+    with float64_throughout(float32_frequencies):
         return [gradients(exact, lambda d=d: packed_outputs(exact, d)) for d in packings]
