@@ -140,7 +140,9 @@ def number_by_index(
     if is_packed(arguments):
         return None
     for name in _OTHER_NUMBERS:
-        if isinstance(arguments.get(name), Tensor):
+        value = arguments.get(name)
+        # lctrain's own document_ids [N] key the dropout masks of documents that are known already.
+        if isinstance(value, Tensor) and (name != "document_ids" or value.dim() > 1):
             raise ValueError(
                 f"{name} must be None, got a tensor, which these kernels do not read. Say where "
                 "documents end by cu_seq_lens_q/k and max_length_q/k, or by seq_idx."
