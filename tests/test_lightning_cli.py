@@ -40,6 +40,7 @@ CALLBACKS = {
     "TokenProgressBar": {"refresh_rate": 2},
     "BatchSeed": {"seed": 5},
     "ResumeOrder": {},
+    "StepBudget": {"seconds": 60.0},
 }
 OTHERS = {
     "AttentionSchedule": {"stages": {0: {"attention": "flash"}, 5: {"attention": "dual_chunk"}}},
