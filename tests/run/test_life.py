@@ -227,9 +227,8 @@ def test_a_resumed_run_is_one_wandb_run(tiny, tmp_path, monkeypatch):
         arguments = [*tiny, *SHORT, "logger=wandb", f"trainer.max_steps={steps}", *more]
         train(config(*arguments, output_dir=folder))
     run_id = json.loads((folder / "run.json").read_text())["id"]
-    runs = [*(folder / "wandb").glob("offline-run-*")]
-    assert runs
-    assert {path.name.rpartition("-")[2] for path in runs} == {run_id}
+    parts = [path.name for path in folder.glob("wandb/offline-run-*/*.wandb")]
+    assert parts == [f"run-{run_id}.wandb"] * 2
     recorded = b"".join(path.read_bytes() for path in folder.rglob("*.wandb"))
     for option in (b"weight_decay", b"held_out_fraction", b"accumulate_grad_batches"):
         assert option in recorded

@@ -102,8 +102,8 @@ def test_wandb_has_every_step_once(tiny, tmp_path, monkeypatch):
         train(config(*overrides, at(3, int(signal.SIGTERM)), output_dir=folder))
     train(config(*overrides, "ckpt_path=last", output_dir=folder))
     run_id = json.loads((folder / "run.json").read_text())["id"]
-    parts = [path.name for path in (folder / "wandb").glob("offline-run-*")]
-    assert {name.rpartition("-")[2] for name in parts} == {run_id}
+    parts = [path.name for path in folder.glob("wandb/offline-run-*/*.wandb")]
+    assert parts == [f"run-{run_id}.wandb"] * 2
     steps, options = wandb_records(folder)
     assert steps == [0, 1, 2, 3, 4, 5]
     assert set(OPTIONS) <= options
