@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
+import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +15,13 @@ from typing import Any
 
 import yaml
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
+
+log = logging.getLogger(__name__)
+
+LONGEST_WAIT = 5.0  # seconds; a machine's clock that lags by more is wrong
+EVENT_FILE = "events.out.tfevents."  # then the second of its creation, host, process and number
 
 
 class MetricsCSV(Logger):
@@ -127,7 +135,40 @@ class TensorBoardRun(TensorBoardLogger):
 
     A resumed run logs again the steps after its checkpoint, which the interrupted run has logged.
     Its first event tells TensorBoard to discard earlier events from that step on.
+
+    TensorBoard reads the event files of a folder in the order of their names, which start with the
+    second of their creation. Within a second the order of names is not that of creation, so a
+    logger opens one file only, in a later second than the files that are there.
     """
+
+    _experiment: Any  # the SummaryWriter, or None before the file is opened
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The SummaryWriter. The first access opens its event file, within about a second."""
+        if self._experiment is None:
+            _wait_until_names_sort_last(Path(self.log_dir))
+        return super().experiment
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Writes all points to disk. The event file stays open for the next fit or validation.
+
+        Args:
+            status: "success", or how the fit or validation failed.
+        """
+        if self._experiment is not None:
+            self._experiment.flush()
+        if status == "success":
+            self.save()
+
+    @rank_zero_only
+    def close(self) -> None:
+        """Closes the event file. A point that is logged later opens another one."""
+        if self._experiment is not None:
+            self._experiment.close()
+            self._experiment = None
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -202,18 +243,21 @@ def with_run_id(configs: Mapping[str, Any], run_id: str) -> dict[str, Any]:
 
 @contextmanager
 def closing(loggers: Sequence[Any]) -> Iterator[None]:
-    """Context manager that ends the run in Weights and Biases, also after an error.
+    """Context manager that ends the run in Weights and Biases and TensorBoard, also after an error.
 
     Otherwise the next job of a --multirun, in the same process, would continue this run.
 
     Args:
-        loggers: Loggers of the run. Only a WandbLogger is affected.
+        loggers: Loggers of the run. Only a WandbLogger and a TensorBoardRun are affected.
     """
     failed = True
     try:
         yield
         failed = False
     finally:
+        for logger in loggers:
+            if isinstance(logger, TensorBoardRun):
+                logger.close()
         if any(isinstance(logger, WandbLogger) for logger in loggers):
             import wandb
 
@@ -235,6 +279,25 @@ def log_evaluation(logger: Logger, rows: list[dict[str, Any]], plot: Path | None
         )
     if plot is not None and hasattr(logger, "log_image"):
         logger.log_image("perplexity_by_length_plot", images=[str(plot)])
+
+
+def _wait_until_names_sort_last(folder: Path) -> None:
+    """Waits for the second after that of the newest event file in the folder."""
+    seconds = [path.name.removeprefix(EVENT_FILE) for path in folder.glob(f"{EVENT_FILE}*")]
+    newest = max(
+        (int(text) for name in seconds if (text := name.split(".")[0]).isdigit()), default=0
+    )
+    ahead = newest + 1 - time.time()
+    if ahead > LONGEST_WAIT:
+        log.warning(
+            "The event files in %s are %.0f s ahead of this machine's clock, so TensorBoard may "
+            "show steps twice or not at all. Set the clock.",
+            folder,
+            ahead,
+        )
+        return
+    while time.time() < newest + 1:
+        time.sleep(0.02)
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -1,12 +1,14 @@
-"""Tests MetricsCSV: a run has one file, also after an interruption."""
+"""Tests the loggers: an interrupted and resumed run has one file, or one curve."""
 
 import csv
+import logging
+import time
 from contextlib import nullcontext
 
 import pytest
 import torch
 
-from lctrain.loggers import MetricsCSV, closing, wandb_logger
+from lctrain.loggers import MetricsCSV, closing, tensorboard_logger, wandb_logger
 
 
 def rows(path):
@@ -61,3 +63,45 @@ def test_the_wandb_run_ends_with_its_job(tmp_path, monkeypatch, fails):
     with pytest.raises(RuntimeError, match="stopped") if fails else nullcontext():
         job(wandb_logger(str(tmp_path)))
     assert wandb.run is None
+
+
+def event_files(folder):
+    return sorted(path.name for path in (folder / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_a_new_event_file_is_read_last(tmp_path):
+    """Whatever the second's other files are called."""
+    (tmp_path / "tensorboard").mkdir()
+    earlier = f"events.out.tfevents.{int(time.time()) + 1}.~.9.9"
+    (tmp_path / "tensorboard" / earlier).touch()
+    logger = tensorboard_logger(str(tmp_path))
+    with closing([logger]):
+        logger.log_metrics({"loss": 1.0}, 0)
+    names = event_files(tmp_path)
+    assert len(names) == 2
+    assert names[0] == earlier
+
+
+def test_a_logger_has_one_event_file_for_all_phases(tmp_path):
+    """A validation comes before fit; each ends with finalize, which leaves all points on disk."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = tensorboard_logger(str(tmp_path))
+    with closing([logger]):
+        for step in range(3):
+            logger.log_metrics({"loss": 1.0}, step)
+            logger.finalize("success")
+            events = EventAccumulator(str(tmp_path / "tensorboard"))
+            events.Reload()
+            assert [event.step for event in events.Scalars("loss")] == [*range(step + 1)]
+    assert len(event_files(tmp_path)) == 1
+
+
+def test_event_files_far_ahead_of_the_clock_are_named(tmp_path, caplog):
+    (tmp_path / "tensorboard").mkdir()
+    ahead = f"events.out.tfevents.{int(time.time()) + 10**6}.host.1.0"
+    (tmp_path / "tensorboard" / ahead).touch()
+    logger = tensorboard_logger(str(tmp_path))
+    with caplog.at_level(logging.WARNING, "lctrain.loggers"), closing([logger]):
+        logger.log_metrics({"loss": 1.0}, 0)
+    assert "ahead of this machine's clock" in caplog.text
