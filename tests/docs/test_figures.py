@@ -21,7 +21,7 @@ DOCUMENTS = [
     *sorted(RECIPES.glob("*/README.md")),
 ]
 
-# Figures that are no measurement, or whose record is no file: figure -> reason.
+# Figures that are no measurement: figure -> reason.
 ALLOWED = {
     "docs/benchmarks.md": {
         "10 %": "a setting of the workload: dropout_p=0.1",
@@ -29,11 +29,6 @@ ALLOWED = {
     },
     "docs/guides/extend.md": {"16 times": "the range of the picture, a setting of the recipe"},
     "docs/guides/pretrain.md": {"64 MiB": "the default of data.window_bytes"},
-    "kernels/lctrain_kernels/README.md": {
-        "0.7 GB": "read off a profiler on 2026-11-24; the run kept no file",
-        "13 GB": "read off a profiler; bench/NOTES.md has it too",
-        "7 times": "the reason of a design that avoids it, so no test can repeat it",
-    },
     "recipes/differential/README.md": {
         "80GB": "the name of the GPU",
         "80 GB": "the memory of that GPU",
