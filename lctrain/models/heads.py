@@ -140,14 +140,18 @@ def check_outputs(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], out
         places = row_places(boundaries)
         rows = (boundaries.cu_seqlens_q.shape[0] - 1, boundaries.max_seqlen_q)
         output["pooler_output"] = pooler(spread(output[0], boundaries, places, rows))
-    lengths = [boundaries.queries[1]]  # a set would make torch.compile recompile for each length
+    tokens = boundaries.queries[1]
+    # Language models may leave out the last token, which predicts nothing, as in TRL.
+    shortest = tokens
     if getattr(model, "get_output_embeddings", lambda: None)() is not None:
-        lengths.append(boundaries.queries[1] - 1)  # one entry per predicted token, as in TRL
+        shortest = tokens - 1
     named = output.items() if hasattr(output, "items") else enumerate(_as_tuple(output))
     for name, value in named:
         if not isinstance(value, Tensor) or value.dim() == 0 or name == "loss":
             continue
-        per_row = value.dim() == 1 or value.shape[1] not in lengths or name == "pooler_output"
+        # torch.compile traces comparisons of lengths, and no `in`, without one graph per length.
+        per_row = value.dim() == 1 or name == "pooler_output"
+        per_row = per_row or not (value.shape[1] == tokens or value.shape[1] == shortest)
         if value.shape[0] == boundaries.queries[0] and per_row:
             raise ValueError(
                 f"outputs must have one entry per token or per document for packed inputs, got "
