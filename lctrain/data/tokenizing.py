@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,24 +58,26 @@ def tokenize(
     folder = cache_dir / "tokens"
     folder.mkdir(parents=True, exist_ok=True)
     groups = documents.groups()
-    dataset = Dataset.from_dict(
+    bounds = Dataset.from_dict(
         {"first": [group.start for group in groups], "stop": [group.stop for group in groups]}
-    ).map(
-        _tokenize,
-        batched=True,
-        batch_size=1,  # a group
-        fn_kwargs={
-            "documents": documents,
-            "tokenizer": tokenizer,
-            "split_special_tokens": special_tokens == "text",
-        },
-        remove_columns=["first", "stop"],
-        features=features,
-        num_proc=num_proc if num_proc is not None and num_proc > 1 else None,
-        cache_file_name=str(folder / f"{key}.arrow"),
-        new_fingerprint=key,
-        desc="Tokenizing",
     )
+    with _keep_environment():
+        dataset = bounds.map(
+            _tokenize,
+            batched=True,
+            batch_size=1,  # a group
+            fn_kwargs={
+                "documents": documents,
+                "tokenizer": tokenizer,
+                "split_special_tokens": special_tokens == "text",
+            },
+            remove_columns=["first", "stop"],
+            features=features,
+            num_proc=num_proc if num_proc is not None and num_proc > 1 else None,
+            cache_file_name=str(folder / f"{key}.arrow"),
+            new_fingerprint=key,
+            desc="Tokenizing",
+        )
     rows = dataset.data.column("document").to_pylist()
     return TokenStore(dataset, [documents.names[row] for row in rows])
 
@@ -99,6 +104,24 @@ def tokenize_window(
             found[name] += values
     dataset = Dataset.from_dict(found, _features())
     return TokenStore(dataset, [documents.names[row] for row in found["document"]])
+
+
+@contextmanager
+def _keep_environment() -> Iterator[None]:
+    """Keeps the object `os.environ` and the environment variables.
+
+    `Dataset.map` with several processes assigns a copy to `os.environ`, which code that holds the
+    object does not see.
+    """
+    environment, parallelism = os.environ, os.environ.get("TOKENIZERS_PARALLELISM")
+    try:
+        yield
+    finally:
+        os.environ = environment  # noqa: B003 - the same object as before
+        if parallelism is None:
+            os.environ.pop("TOKENIZERS_PARALLELISM", None)
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = parallelism
 
 
 def _features() -> Any:

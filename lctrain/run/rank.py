@@ -6,21 +6,28 @@ import os
 from collections.abc import Mapping
 
 
-def is_rank_zero(environment: Mapping[str, str] = os.environ) -> bool:
+def is_rank_zero(environment: Mapping[str, str] | None = None) -> bool:
     """Whether this process is rank 0 of its run.
 
     torchrun sets RANK, srun sets SLURM_PROCID, and Lightning sets LOCAL_RANK and NODE_RANK. Without
     these variables the process is rank 0: the only process, or the one that starts other ranks.
 
     Args:
-        environment: Environment variables by name.
+        environment: Environment variables by name; None for those of this process.
     """
+    environment = _of_this_process(environment)
     for name in ("RANK", "SLURM_PROCID"):
         if environment.get(name, "").isdigit():
             return environment[name] == "0"
     return all(environment.get(name, "0") in ("", "0") for name in ("LOCAL_RANK", "NODE_RANK"))
 
 
-def is_launched_by_lightning(environment: Mapping[str, str] = os.environ) -> bool:
+def is_launched_by_lightning(environment: Mapping[str, str] | None = None) -> bool:
     """Whether Lightning started this process as a rank other than 0 on this machine."""
+    environment = _of_this_process(environment)
     return "RANK" not in environment and environment.get("LOCAL_RANK", "0") not in ("", "0")
+
+
+def _of_this_process(environment: Mapping[str, str] | None) -> Mapping[str, str]:
+    # Read at each call: `Dataset.map` with several processes assigns a copy to `os.environ`.
+    return os.environ if environment is None else environment

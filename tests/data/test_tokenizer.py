@@ -1,5 +1,7 @@
 """Tests tokenizers: trained once and cached; every tokenized document ends with the end token."""
 
+import os
+
 import pytest
 from datasets import Dataset
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -102,6 +104,13 @@ def test_fingerprint_sees_the_vocabulary_and_the_end_token(documents, tokenizer,
     bare = without_end_token(tokenizer)
     fingerprints = {fingerprint_tokenizer(t) for t in (tokenizer, other, bare)}
     assert len(fingerprints) == 3
+
+
+def test_tokenizing_in_processes_keeps_the_environment(documents, tokenizer, tmp_path):
+    environment, before = os.environ, dict(os.environ)
+    tokenize(documents, tokenizer, tmp_path, 2)
+    assert os.environ is environment
+    assert dict(os.environ) == before
 
 
 @pytest.mark.parametrize("num_proc", [None, 2])

@@ -1,5 +1,6 @@
 """Tests run folders: each belongs to one run, is locked, and is reopened only to resume."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from lctrain.local_paths import check_run_name, local_path
 from lctrain.run.folder import RunFolder, read_record, remove_orphans
 from lctrain.run.lock import FolderInUseError
 from lctrain.run.new_folder import new_run_folder
+from lctrain.run.rank import is_launched_by_lightning, is_rank_zero
 
 HOLD = """
 import sys, os, time
@@ -185,6 +187,16 @@ def test_home_is_expanded(monkeypatch, tmp_path):
     assert local_path("paths.root", "~/runs") == str(tmp_path / "runs")
     with pytest.raises(ValueError, match=r"paths.root must be a path"):
         local_path("paths.root", " ")
+
+
+def test_the_rank_is_read_from_a_copied_environment(monkeypatch):
+    # `Dataset.map` with several processes assigns a copy to `os.environ`.
+    monkeypatch.setattr(os, "environ", copy.deepcopy(os.environ))
+    monkeypatch.setenv("RANK", "1")
+    assert not is_rank_zero()
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert is_launched_by_lightning()
 
 
 def test_other_ranks_get_no_folder_of_the_run(tmp_path, monkeypatch):
