@@ -4,8 +4,10 @@ with float64_throughout():
     reference = copy.deepcopy(model).double()(tokens)
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -21,11 +23,14 @@ def float64_throughout(float32_frequencies: bool = False) -> Iterator[None]:
     sine differs in its last bit between CPUs, and between positions in one tensor. torch.compile
     cannot trace these patches.
 
+    Only calls from transformers' code are changed, so that tests find a wrong cast anywhere else.
+
     Args:
         float32_frequencies: Still rounds 1-D tensors, such as RoPE frequencies, to float32, because
             dual chunk attention takes frequencies and scales in float32.
     """
-    softmax, to, sum_, matmul = torch.nn.functional.softmax, Tensor.to, torch.sum, Tensor.__matmul__
+    softmax, sum_ = torch.nn.functional.softmax, torch.sum
+    to, float_, matmul = Tensor.to, Tensor.float, Tensor.__matmul__
 
     def widened(tensor: Tensor, dtype: Any) -> Any:
         """Returns the dtype that a conversion of `tensor` to `dtype` really gets."""
@@ -37,20 +42,32 @@ def float64_throughout(float32_frequencies: bool = False) -> Iterator[None]:
         return torch.float64 if dtype == torch.float32 and stays else dtype
 
     def wide_to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not _is_transformers(sys._getframe(1)):
+            return to(tensor, *args, **kwargs)
         args = tuple(widened(tensor, x) if isinstance(x, torch.dtype) else x for x in args)
         if "dtype" in kwargs:
             kwargs["dtype"] = widened(tensor, kwargs["dtype"])
         return to(tensor, *args, **kwargs)
 
+    def wide_float(tensor: Tensor, **kwargs: Any) -> Tensor:
+        if not _is_transformers(sys._getframe(1)):
+            return float_(tensor, **kwargs)
+        return to(tensor, widened(tensor, torch.float32), **kwargs)
+
     def wide_softmax(states: Tensor, dim: Any = None, dtype: Any = None, **kwargs: Any) -> Tensor:
-        return softmax(states, dim=dim, dtype=widened(states, dtype), **kwargs)
+        if _is_transformers(sys._getframe(1)):
+            dtype = widened(states, dtype)
+        return softmax(states, dim=dim, dtype=dtype, **kwargs)
 
     def wide_sum(terms: Tensor, *args: Any, dtype: Any = None, **kwargs: Any) -> Tensor:
-        return sum_(terms, *args, dtype=widened(terms, dtype), **kwargs)
+        if _is_transformers(sys._getframe(1)):
+            dtype = widened(terms, dtype)
+        return sum_(terms, *args, dtype=dtype, **kwargs)
 
     def wide_matmul(left: Tensor, right: Tensor) -> Tensor:
         """Multiplies in float64 where float64 frequencies meet float32 positions."""
-        if {left.dtype, right.dtype} == {torch.float32, torch.float64}:
+        mixed = {left.dtype, right.dtype} == {torch.float32, torch.float64}
+        if mixed and _is_transformers(sys._getframe(1)):
             left, right = to(left, torch.float64), to(right, torch.float64)
         return matmul(left, right)
 
@@ -61,11 +78,15 @@ def float64_throughout(float32_frequencies: bool = False) -> Iterator[None]:
         patch.setattr(torch.nn.functional, "softmax", wide_softmax)
         patch.setattr(torch, "sum", wide_sum)
         patch.setattr(Tensor, "to", wide_to)
-        patch.setattr(Tensor, "float", lambda tensor: wide_to(tensor, torch.float32))
+        patch.setattr(Tensor, "float", wide_float)
         patch.setattr(Tensor, "__matmul__", wide_matmul)
         for name, function in (("cos", Tensor.cos), ("sin", Tensor.sin)):
             patch.setattr(Tensor, name, rounded(function))
         yield
+
+
+def _is_transformers(caller: FrameType) -> bool:
+    return str(caller.f_globals.get("__name__")).startswith("transformers.")
 
 
 @contextmanager
