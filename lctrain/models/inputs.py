@@ -34,7 +34,12 @@ from lctrain.models.frequencies import (
     length_dependent,
 )
 from lctrain.models.heads import holds_several, pools_rows, refuse_choices, to_rows
-from lctrain.models.positions import position_limit, require_positions
+from lctrain.models.positions import (
+    first_position,
+    position_limit,
+    require_first_position,
+    require_positions,
+)
 
 _LONGER = "Split or truncate longer ones, or choose a model with rotary embeddings."
 
@@ -53,7 +58,8 @@ class InputHook:
 
     Attributes:
         implementation: Name of the attention in transformers.
-        positions_from_padding: Whether the model counts positions itself, as RoBERTa does.
+        first_position: Position id of a document's first token; above 0 for models that count
+            positions themselves, as RoBERTa does.
         position_limit: Number of positions in the model's table; None without a table.
         pools_rows: Whether the model's head gives one output per row.
         rotaries: Names of rotary embeddings whose frequencies depend on the document's length.
@@ -63,6 +69,7 @@ class InputHook:
     def __init__(self, model: nn.Module, spec: AttentionSpec) -> None:
         self.implementation = spec.implementation
         self.positions_from_padding = counts_positions_itself(model)
+        self.first_position = first_position(model)
         self.position_limit = position_limit(model)
         self.pools_rows = pools_rows(model)
         self.rotaries = tuple(length_dependent(model))
@@ -116,6 +123,8 @@ class InputHook:
         several = holds_several(boundaries)
         if several:
             refuse_choices(model)
+            if positions is not None:
+                self._require_own_positions(model, positions, boundaries)
         if several and self.pools_rows:
             inputs, boundaries = to_rows(model, inputs, boundaries)
         if self.rotaries:
@@ -166,6 +175,21 @@ class InputHook:
                 f"{type(model).__name__}, which counts them itself. Pass padded rows with an "
                 "attention_mask."
             )
+
+    def _require_own_positions(
+        self, model: nn.Module, positions: Tensor, boundaries: Boundaries
+    ) -> None:
+        """Raises a ValueError if a row of several documents gets other positions than each alone.
+
+        Args:
+            model: The model.
+            positions: Position ids of the call.
+            boundaries: Boundaries of the documents.
+        """
+        if "position_ids" not in self.names:
+            self._require_positions(model)
+        elif self.first_position:
+            require_first_position(model, positions, boundaries, self.first_position)
 
     def _give_positions(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> None:
         self._require_positions(model)

@@ -1,10 +1,12 @@
-"""Finds how many positions a model supports that looks positions up in a table."""
+"""Finds which positions a model supports that looks positions up in a table."""
 
 import re
-from typing import Any
+from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
+from lctrain.attention.boundaries import Boundaries
 from lctrain.models.architectures import counts_positions_itself
 
 _TABLE = re.compile(r"(^|_)(wpe|pos|positions?)(_|$)")
@@ -22,15 +24,53 @@ def position_limit(model: Any) -> int | None:
     """
     limits = []
     for name, module in model.named_modules():
-        own = name.rpartition(".")[2]
-        if _RELATIVE.search(own):
-            continue
-        if isinstance(module, nn.Embedding) and _TABLE.search(own):
+        if _is_table(name, module):
             limits.append(module.num_embeddings - _offset(model, module))
+        if _RELATIVE.search(name.rpartition(".")[2]):
+            continue
         table = getattr(module, "pos_encoding", None)  # sinusoids in a tensor, as in CTRL
         if isinstance(table, Tensor):
             limits.append(table.shape[0])
     return min(limits, default=None)
+
+
+def first_position(model: nn.Module) -> int:
+    """Returns the position id of a document's first token, as the model itself counts them.
+
+    Args:
+        model: A transformers model. Models like RoBERTa count from padding_idx + 1, others from 0.
+    """
+    if not counts_positions_itself(model):
+        return 0
+    tables = (module for name, module in model.named_modules() if _is_table(name, module))
+    return max((_offset(model, table) for table in tables), default=0)
+
+
+@torch.compiler.disable
+def require_first_position(
+    model: nn.Module, position_ids: Tensor, boundaries: Boundaries, first: int
+) -> None:
+    """Raises a ValueError unless the position ids of every document begin at `first`.
+
+    Synchronises with the device.
+
+    Args:
+        model: A transformers model, named in the message.
+        position_ids: [B, S] or [1, S] integers.
+        boundaries: Boundaries of the documents in rows [B, S].
+        first: `first_position(model)`.
+    """
+    positions = position_ids.expand(boundaries.queries).flatten()
+    if boundaries.indices_q is not None:
+        positions = positions[boundaries.indices_q.to(positions.device)]
+    begins = positions[boundaries.cu_seqlens_q[:-1].to(positions.device)]
+    wrong = begins[begins != first]
+    if wrong.numel():
+        raise ValueError(
+            f"position_ids must begin at {first} in every document of {type(model).__name__}, "
+            f"which counts positions from there, got {int(wrong[0])}. Add {first} to position ids "
+            "that count from 0, or pass padded rows with an attention_mask."
+        )
 
 
 def require_positions(
@@ -51,6 +91,16 @@ def require_positions(
             f"{name} must be at most {limit}, the number of positions in the table of "
             f"{type(model).__name__}, got {tokens}. {remedy}"
         )
+
+
+def _is_table(name: str, module: nn.Module) -> TypeGuard[nn.Embedding]:
+    """Returns whether a module is a table of absolute positions."""
+    own = name.rpartition(".")[2]
+    return (
+        isinstance(module, nn.Embedding)
+        and _TABLE.search(own) is not None
+        and _RELATIVE.search(own) is None
+    )
 
 
 def _offset(model: nn.Module, table: nn.Embedding) -> int:
