@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lctrain.attention import is_patched
 from lctrain.batch import IGNORE_INDEX, PackedBatch
 from lctrain.config import AttentionConfig, OptimConfig
+from lctrain.data.own_tokenizer import require_own_tokenizer
 from lctrain.data.resume import resume_order
 from lctrain.dropout_seed import seed_micro_batch
 from lctrain.log_steps import at_log_step
@@ -133,11 +134,18 @@ class LongContextModule(pl.LightningModule):
             )
         self.model.train()
 
+    @property
+    def pretrained_name(self) -> str | None:
+        """Name or path of the pretrained model that is still to be loaded; None for others."""
+        return self._source if self.model is None and isinstance(self._source, str) else None
+
     def _build(self) -> nn.Module:
         datamodule = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
         if isinstance(self._source, (str, Mapping)):
             return model_from(self._source, _vocab_size(datamodule))
         model: nn.Module = self._source(datamodule)
+        if getattr(datamodule, "trains_tokenizer", False):
+            require_own_tokenizer(model)
         return model
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

@@ -22,6 +22,7 @@ from lctrain.data.documents import TokenizedDocument
 from lctrain.data.given import DatasetSource, TokenPreparation, holds_texts
 from lctrain.data.loader import Cursor, PackLoader, RowStream
 from lctrain.data.order import epoch_order, imbalance
+from lctrain.data.own_tokenizer import require_own_tokenizer, warn_of_other_ids
 from lctrain.data.packing import PackingReport, document_limit
 from lctrain.data.prepare import (
     Preparation,
@@ -60,7 +61,8 @@ class PackedDataModule(LightningDataModule):
                 documents of token ids, as in `lctrain.data.pack`; or the rows that
                 `lctrain.data.pack` returned. None reads the Python standard library.
             tokenizer: A tokenizer of transformers, or its name or path. None trains a byte-level
-                BPE on the training split and keeps it in the cache.
+                BPE on the training split and keeps it in the cache; a pretrained model needs the
+                tokenizer that it was trained with.
             pin_memory: Whether to copy batches to pinned memory. None does so if there is a GPU.
             held_out: Documents to hold out, in the same form as `source`; not allowed with a
                 Source.
@@ -102,6 +104,11 @@ class PackedDataModule(LightningDataModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer. It is available after `setup()`."""
         return self._ready.tokenizer
+
+    @property
+    def trains_tokenizer(self) -> bool:
+        """Whether the data module trains a tokenizer of its own."""
+        return isinstance(self.preparation, Preparation) and self.preparation.tokenizer is None
 
     @property
     def vocab_size(self) -> int:
@@ -170,17 +177,26 @@ class PackedDataModule(LightningDataModule):
         return fingerprint_settings(self._ready.settings)
 
     def prepare_data(self) -> None:
-        """Fills the cache. Lightning calls it in one process of a node."""
+        """Fills the cache. Lightning calls it in one process of a node.
+
+        Raises:
+            ValueError: as in `setup`.
+        """
+        self._require_own_tokenizer()
         self.preparation.run()
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the cache and plans the rows. Lightning calls it in every process.
 
         Raises:
-            ValueError: if the data cannot be read, holds no text, or fills no row.
+            ValueError: if the data cannot be read, holds no text, or fills no row; or if a new
+                tokenizer would be trained for a pretrained model.
         """
         if self._prepared is None:
+            self._require_own_tokenizer()
             self._prepared = self.preparation.run()
+            module = getattr(self.trainer, "lightning_module", None)
+            warn_of_other_ids(module, self._prepared.tokenizer)
             if self._restored_settings:
                 check_same_settings(self.settings, self._restored_settings)
 
@@ -309,6 +325,11 @@ class PackedDataModule(LightningDataModule):
         self._restored_settings = state_dict["settings"]
         if self._prepared is not None:
             check_same_settings(self.settings, self._restored_settings)
+
+    def _require_own_tokenizer(self) -> None:
+        """Raises a ValueError if a new tokenizer would be trained for a pretrained model."""
+        if self.trains_tokenizer:
+            require_own_tokenizer(getattr(self.trainer, "lightning_module", None))
 
     @property
     def _ready(self) -> PreparedData:
