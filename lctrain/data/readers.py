@@ -185,7 +185,8 @@ def _lines(stream: io.BufferedReader, encoding: str) -> Iterator[bytes | str]:
         for line in stream:
             yield line.removeprefix(_MARK)  # concatenated files have byte-order marks inside
     else:
-        yield from io.TextIOWrapper(stream, encoding=encoding, newline="\n")
+        for text in io.TextIOWrapper(stream, encoding=encoding, newline="\n"):
+            yield text.removeprefix(BYTE_ORDER_MARK)
 
 
 def _read_line(line: bytes | str, field: str, where: str, name: str) -> Row:

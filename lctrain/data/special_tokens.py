@@ -15,9 +15,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Returns the ids of all special tokens by their texts.
+
+    A vocabulary may mark more tokens as special than the tokenizer has names for (bos_token, ...),
+    such as Llama 3's `<|eot_id|>`.
+    """
+    named = zip(map(str, tokenizer.all_special_tokens), tokenizer.all_special_ids, strict=True)
+    added = tokenizer.added_tokens_decoder.items()
+    return dict(named) | {token.content: index for index, token in added if token.special}
+
+
 def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
     """Returns a pattern that matches the texts of all special tokens; None if there are none."""
-    texts = sorted(filter(None, map(str, tokenizer.all_special_tokens)), key=len, reverse=True)
+    texts = sorted(filter(None, special_ids(tokenizer)), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, texts))) if texts else None
 
 
@@ -33,5 +44,5 @@ def holds_special(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> bool:
     Unigram vocabularies may list special tokens among their ordinary pieces. The tokenizer then
     returns a special token even with split_special_tokens=True.
     """
-    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    special = set(special_ids(tokenizer).values()) - {tokenizer.unk_token_id}
     return bool(np.isin(ids, list(special)).any())

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from lctrain.data.documents import Documents
 
-_RECIPE = "end-token-once-2"  # raise when tokenizing changes, so that old caches are not used
+_RECIPE = "end-token-once-3"  # raise when tokenizing changes, so that old caches are not used
 _SHOWN = 8 * PIECE  # characters of the shortest text that has a progress bar of its own
 
 

@@ -1,6 +1,7 @@
 """Tests sources on damaged files, foreign formats and odd encodings that lie beside good files."""
 
 import bz2
+import codecs
 import gzip
 import json
 import logging
@@ -173,6 +174,13 @@ def test_lines_in_utf16_and_lines_that_are_not_utf8(write, read):
     assert [text for text, _ in rows] == ["é", "b", "a", None, "c", ""]
     assert "torn.jsonl:2" in rows[3][1]
     assert "which is empty" in rows[5][1]
+
+
+@pytest.mark.parametrize("encoding", [None, "utf-16-le"])
+def test_byte_order_marks_of_utf16_files_joined_into_one(write, read, encoding):
+    part = codecs.BOM_UTF16_LE + '{"text": "é"}\n'.encode("utf-16-le")
+    source = JsonlSource(files=write("joined.jsonl", part + part), encoding=encoding)
+    assert read(source) == [("é", None), ("é", None)]
 
 
 def test_nested_fields_and_nulls_on_the_way(write, read, tmp_path):

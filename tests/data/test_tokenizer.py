@@ -5,7 +5,13 @@ import os
 import pytest
 from datasets import Dataset
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, ByT5Tokenizer, GPT2Config, PreTrainedTokenizerFast
+from transformers import (
+    AddedToken,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    GPT2Config,
+    PreTrainedTokenizerFast,
+)
 
 from lctrain.data.documents import read_documents
 from lctrain.data.tokenizer import (
@@ -183,6 +189,41 @@ def test_special_tokens_among_the_ordinary_pieces_stay_text(tmp_path):
     assert store.tokens(0).tolist().count(1) == 1
     assert store.tokens(0)[-1] == 1
     assert store.tokens(1).tolist() == [*tokenizer("a?")["input_ids"], 1]
+    assert store.special_texts == 1
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["unnamed", "extra"])
+def test_special_tokens_without_a_name_are_counted_as_well(tokenizer, tmp_path, named):
+    """Llama 3's vocabulary marks `<|eot_id|>` as special, and no attribute names it."""
+    turn = AddedToken("<|eot_id|>", special=True, normalized=False)
+    if named:
+        tokenizer.add_special_tokens({"extra_special_tokens": [turn]})
+    else:
+        tokenizer.backend_tokenizer.add_special_tokens([turn])
+        tokenizer.save_pretrained(tmp_path / "saved")
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved")
+        assert "<|eot_id|>" not in tokenizer.all_special_tokens
+    documents = read_documents(Dataset.from_dict({"text": ["a<|eot_id|>b<|eot_id|>"]}), "t")
+    (number,) = tokenizer("<|eot_id|>")["input_ids"]
+    safe = tokenize(documents, tokenizer, tmp_path)
+    assert number not in safe.tokens(0)
+    trusted = tokenize(documents, tokenizer, tmp_path, special_tokens="token")
+    assert trusted.tokens(0).tolist().count(number) == 2
+    assert (safe.special_texts, trusted.special_texts) == (2, 2)
+
+
+def test_unnamed_special_tokens_among_the_ordinary_pieces_stay_text(tmp_path):
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("<turn>", 0.0)]
+    unigram = Tokenizer(models.Unigram([*pieces, *((c, -9.0) for c in "▁<>/surntab")], unk_id=0))
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    unigram.add_special_tokens([AddedToken("<turn>", special=True, normalized=False)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=unigram, eos_token="</s>", unk_token="<unk>"
+    )
+    assert 2 in tokenizer("a<turn>b", split_special_tokens=True)["input_ids"]  # the trap
+    documents = read_documents(Dataset.from_dict({"text": ["a<turn>b"]}), "t")
+    store = tokenize(documents, tokenizer, tmp_path)
+    assert 2 not in store.tokens(0)
     assert store.special_texts == 1
 
 
