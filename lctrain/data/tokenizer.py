@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 END_TOKEN = "<|endoftext|>"
 _SMALLEST_VOCABULARY = 257  # all bytes and the end token
 _PART = 2**20  # characters
+_PROBES = 16  # tokens that are tried as a text
 _PROBE = " The  cat's\n\n\tna\u00efve caf\u0065\u0301 \U0001f600 1234,56 </s><|endoftext|> END"
 _RECIPE = "byte-level-bpe-2"  # raise when training changes, so that old caches are not used
 
@@ -59,12 +60,20 @@ def load_tokenizer(
 
 def tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Returns the token ids that a tokenizer adds before every text, and those it adds after."""
-    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    whole = list(tokenizer("a")["input_ids"])
-    for begin in range(len(whole) - len(bare) + 1):
-        if bare and whole[begin : begin + len(bare)] == bare:
-            return whole[:begin], whole[begin + len(bare) :]
+    for text in _short_texts(tokenizer):
+        bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        whole = list(tokenizer(text)["input_ids"])
+        for begin in range(len(whole) - len(bare) + 1):
+            if bare and whole[begin : begin + len(bare)] == bare:
+                return whole[:begin], whole[begin + len(bare) :]
     return [], []
+
+
+def _short_texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Yields texts, at least one of which has tokens; a vocabulary may lack the letter a."""
+    yield "a"
+    ordinary = tokenizer.get_vocab().keys() - tokenizer.added_tokens_encoder.keys()
+    yield from sorted(ordinary)[:_PROBES]
 
 
 def same_ids(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:

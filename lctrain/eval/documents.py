@@ -42,7 +42,14 @@ def evaluation_documents(preparation: Preparation, split: str) -> list[Tokenized
             f"{preparation.source}. Raise data.held_out_fraction, use more data, or evaluate on "
             "all of it with split=all."
         )
-    store = tokenize(documents, tokenizer, preparation.cache_dir, preparation.settings.num_proc)
+    settings = preparation.settings
+    store = tokenize(
+        documents,
+        tokenizer,
+        preparation.cache_dir,
+        settings.num_proc,
+        settings.special_tokens,
+    )
     return [
         TokenizedDocument(store.names[index], store.tokens(index).astype(np.int64), index)
         for index in range(len(store))

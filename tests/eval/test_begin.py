@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lctrain import patch_model
 from lctrain.data import TokenizedDocument
+from lctrain.data.tokenizer import tokens_around
 from lctrain.eval import Extension, compare_methods, cut_windows, perplexity_by_length
 from lctrain.eval.begin import NO_BEGIN, BeginTokens, begin_tokens
 from tests.numerics import near
@@ -52,6 +53,17 @@ def test_what_windows_begin_with_follows_tokenizer_and_option():
     assert begin_tokens(without, None).tokens == ()
     with pytest.raises(ValueError, match="begin_token must be null or false for a tokenizer with"):
         begin_tokens(without, True)
+
+
+def test_the_begin_is_found_for_a_vocabulary_without_the_letter_a():
+    letters = Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "C": 2, "G": 3}, []))
+    letters.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, bos_token="<s>", eos_token="</s>")
+    assert tokenizer("a", add_special_tokens=False)["input_ids"] == []
+    assert tokens_around(tokenizer) == ([0], [1])
+    assert begin_tokens(tokenizer, None) == BeginTokens((0,), True)
 
 
 @pytest.mark.parametrize("begin", [1, 2])

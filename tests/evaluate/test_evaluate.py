@@ -107,6 +107,16 @@ def test_held_out_documents_are_those_of_training(
         assert document.input_ids.tolist() == other.input_ids.tolist()
 
 
+@pytest.mark.parametrize("special_tokens", ["text", "token"])
+def test_special_tokens_in_text_are_read_as_in_training(model_folder, tmp_path, special_tokens):
+    (tmp_path / "0.txt").write_text("one<end>two")
+    settings = {"cache_dir": tmp_path, "special_tokens": special_tokens, "held_out_fraction": 0.0}
+    source = TextSource(files=(f"{tmp_path}/0.txt",))
+    module = PackedDataModule(source, str(model_folder), **settings)
+    (document,) = evaluation_documents(module.preparation, "all")
+    assert len(document.input_ids) == (12 if special_tokens == "text" else 8)
+
+
 def test_documents_that_were_set_aside(texts, model_folder, tmp_path) -> None:
     source = TextSource(files=(f"{texts}/0.txt",), held_out_files=(f"{texts}/1.txt",))
     module = PackedDataModule(source, str(model_folder), cache_dir=tmp_path)
