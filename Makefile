@@ -88,7 +88,7 @@ lint: $(SETUP)
 	fi
 
 bench: $(SETUP)
-	$(PY) -m lctrain_kernels.bench $(ARGS)
+	$(PY) -m lctrain.bench $(ARGS)
 
 clean:
 	rm -rf .venv build dist lctrain.egg-info .pytest_cache .ruff_cache .mypy_cache

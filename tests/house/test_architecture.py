@@ -75,6 +75,7 @@ LEVELS = {
     "lctrain.measure": 9,
     "lctrain.train": 10,
     "lctrain.evaluate": 10,
+    "lctrain.bench": 10,
     "lctrain.recipes": 11,
 }
 OURS = {"lctrain", "lctrain_kernels"}

@@ -5,6 +5,7 @@ output [T, H, D]. Work that a training step does once per batch (a tile schedule
 done before the call.
 """
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable
@@ -96,15 +97,28 @@ def lctrain_portable(inputs: AttentionInputs) -> Call:
     return lctrain(inputs, backend="triton")
 
 
-def flash_attention_2(inputs: AttentionInputs) -> Call:
-    """Returns a call of PyTorch's FlashAttention-2: `varlen_attn`, or its operator for dropout."""
-    q, k, v = inputs.leaves
-    cu, longest = inputs.cu_seqlens, inputs.max_seqlen
-    dropout_p = inputs.workload.dropout_p
-    if dropout_p:
-        forward = torch.ops.aten._flash_attention_forward
-        return lambda: forward(q, k, v, cu, cu, longest, longest, dropout_p, True, False)[0]
+def fa2_varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+) -> torch.Tensor:
+    """Returns causal attention over a pack, by PyTorch's FlashAttention-2 (`varlen_attn`).
 
+    Args:
+        q: Queries [T, H, D].
+        k: Keys [T, Hk, D].
+        v: Values [T, Hk, D].
+        cu_seqlens: Cumulative document lengths, [N + 1] int32.
+        max_seqlen: Length of the longest document.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    boundaries = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    out = varlen_attn(q, k, v, *boundaries, **_causal_options())
+    return out[0] if isinstance(out, tuple) else out
+
+
+@functools.cache
+def _causal_options() -> dict[str, Any]:
+    """Returns the options of this PyTorch's `varlen_attn` for causal grouped-query attention."""
     from torch.nn.attention.varlen import varlen_attn
 
     parameters = inspect.signature(varlen_attn).parameters
@@ -113,36 +127,44 @@ def flash_attention_2(inputs: AttentionInputs) -> Call:
         options = {"is_causal": True}
     if "enable_gqa" in parameters:
         options["enable_gqa"] = True
+    return options
 
-    def call() -> torch.Tensor:
-        out = varlen_attn(q, k, v, cu, cu, longest, longest, **options)
-        return out[0] if isinstance(out, tuple) else out
 
-    return call
+def fa4_varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+) -> torch.Tensor:
+    """Returns causal attention over a pack, by FlashAttention-4. Arguments as in `fa2_varlen`."""
+    from flash_attn.cute import flash_attn_varlen_func as flash_attention
+
+    out = flash_attention(
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+        causal=True,
+    )
+    return out[0] if isinstance(out, tuple) else out
+
+
+def flash_attention_2(inputs: AttentionInputs) -> Call:
+    """Returns a call of PyTorch's FlashAttention-2: `varlen_attn`, or its operator for dropout."""
+    q, k, v = inputs.leaves
+    cu, longest = inputs.cu_seqlens, inputs.max_seqlen
+    dropout_p = inputs.workload.dropout_p
+    if dropout_p:
+        forward = torch.ops.aten._flash_attention_forward
+        return lambda: forward(q, k, v, cu, cu, longest, longest, dropout_p, True, False)[0]
+    return lambda: fa2_varlen(q, k, v, cu, longest)
 
 
 def flash_attention_4(inputs: AttentionInputs) -> Call:
     """Returns a call of FlashAttention-4 (CuTe DSL)."""
     _refuse_dropout(inputs)
-    from flash_attn.cute import flash_attn_varlen_func as flash_attention
-
     q, k, v = inputs.leaves
-    cu, longest = inputs.cu_seqlens, inputs.max_seqlen
-
-    def call() -> torch.Tensor:
-        out = flash_attention(
-            q,
-            k,
-            v,
-            cu_seqlens_q=cu,
-            cu_seqlens_k=cu,
-            max_seqlen_q=longest,
-            max_seqlen_k=longest,
-            causal=True,
-        )
-        return out[0] if isinstance(out, tuple) else out
-
-    return call
+    return lambda: fa4_varlen(q, k, v, inputs.cu_seqlens, inputs.max_seqlen)
 
 
 def flex_attention(inputs: AttentionInputs) -> Call:

@@ -21,7 +21,7 @@ def newest_step_record(folder: Path = STEP_RESULTS) -> dict[str, Any]:
 
 
 def step_table(record: Mapping[str, Any]) -> str:
-    """Returns a Markdown table: tokens/s and peak memory of each contender, and their ratio.
+    """Returns Markdown tables: tokens/s, memory and MFU of each contender, and their ratios.
 
     Of several runs of one setting, the table shows the newest, because earlier runs timed earlier
     code. A run that keeps attention outputs is compared with contenders that checkpoint every
@@ -36,20 +36,33 @@ def step_table(record: Mapping[str, Any]) -> str:
         dict.fromkeys((run["shape"], run["workload"], run["checkpointing"]) for run in runs)
     )
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    with_optimizer = record["settings"].get("optimizer", False)
+    work = "with fused AdamW" if with_optimizer else "without an optimizer"
     lines = [
-        f"One {record['device']}, {record['date']}, {record['settings']['dtype']}, forward and "
-        f"backward without an optimizer, each contender in a process of its own; {versions}.",
+        f"One {record['device']}, {record['date'][:10]}, {record['settings']['dtype']}, forward "
+        f"and backward {work}, each contender in a process of its own; {versions}.",
         "",
         f"| shape | pack | checkpointing | {' | '.join(contenders)} | ratio |",
         "|---|---|---|" + "---|" * (len(contenders) + 1),
     ]
-    for shape, workload, checkpointing in settings:
-        found = [
-            _newest(runs, contender, shape, workload, checkpointing) for contender in contenders
+    ratios = []
+    for setting in settings:
+        found = [_newest(runs, contender, *setting) for contender in contenders]
+        head = f"| {' | '.join(setting)} | "
+        lines.append(f"{head}{' | '.join(_cell(run) for run in found)} | {_best(found)} |")
+        ratios.append(f"{head}{' | '.join(_ratio(found[0], run) for run in found[1:])} |")
+    if len(contenders) > 2:
+        lines += [
+            "",
+            "The ratio is over the fastest of the others. Tokens/s over those of each:",
+            "",
+            f"| shape | pack | checkpointing | {' | '.join(contenders[1:])} |",
+            "|---|---|---|" + "---|" * (len(contenders) - 1),
+            *ratios,
         ]
-        cells = " | ".join(_cell(run) for run in found)
-        ratio = "-" if None in found else f"{_ratio(found):.2f}"
-        lines.append(f"| {shape} | {workload} | {checkpointing} | {cells} | {ratio} |")
+    if missing := record.get("missing"):
+        names = "; ".join(f"{title} ({reason})" for title, reason in missing.items())
+        lines += ["", f"Not measured: {names}."]
     return "\n".join([*lines, ""])
 
 
@@ -64,9 +77,30 @@ def _newest(
     return max(found, key=lambda run: run["run"], default=None)
 
 
-def _ratio(found: Sequence[Any]) -> float:
-    return found[0]["tokens_per_s"] / max(run["tokens_per_s"] for run in found[1:])
+def _speed(run: Run | None) -> float | None:
+    """Returns a run's tokens/s; None if it has none."""
+    return None if run is None else run.get("tokens_per_s")
+
+
+def _best(found: Sequence[Run | None]) -> str:
+    """Returns the ratio of the first run to the fastest of the others; a dash without either."""
+    others = [run for run in found[1:] if _speed(run)]
+    return _ratio(found[0], max(others, key=lambda run: _speed(run) or 0.0, default=None))
+
+
+def _ratio(ours: Run | None, theirs: Run | None) -> str:
+    mine, other = _speed(ours), _speed(theirs)
+    return f"{mine / other:.2f}" if mine and other else "-"
 
 
 def _cell(run: Run | None) -> str:
-    return "-" if run is None else f"{run['tokens_per_s']:,.0f} ({run['peak_gib']:.1f} GiB)"
+    if run is None:
+        return "-"
+    if not _speed(run):
+        return str(run["status"]).replace("_", " ")
+    notes = []
+    if run.get("peak_gib") is not None:
+        notes.append(f"{run['peak_gib']:.1f} GiB")
+    if run.get("mfu") is not None:
+        notes.append(f"MFU {run['mfu']:.2f}")
+    return f"{run['tokens_per_s']:,.0f}" + (f" ({', '.join(notes)})" if notes else "")

@@ -47,6 +47,25 @@ def test_a_missing_contender_is_a_dash():
     assert "| every layer | - | 100 (8.0 GiB) | - |" in step_table(RECORD)
 
 
+def test_several_peers_have_a_table_of_ratios():
+    runs = [*RECORD["runs"], {**run("third", "none", 50.0), "mfu": 0.25}]
+    text = step_table({**RECORD, "runs": runs})
+    assert "| 200 (8.0 GiB) | 160 (9.0 GiB) | 50 (8.0 GiB, MFU 0.25) | 1.25 |" in text
+    assert "| 1B | mix32k | none | 1.25 | 4.00 |" in text
+
+
+def test_failures_and_missing_contenders_are_named():
+    failed = {**run("theirs", "none", None), "status": "out_of_memory", "reason": "too large"}
+    record = {**RECORD, "runs": [RECORD["runs"][0], failed], "missing": {"third": "no module"}}
+    assert "| none | 100 (8.0 GiB) | out of memory | - |" in step_table(record)
+    assert "Not measured: third (no module)." in step_table(record)
+
+
+def test_the_optimizer_is_named():
+    record = {**RECORD, "settings": {"dtype": "bfloat16", "optimizer": True}}
+    assert "forward and backward with fused AdamW" in step_table(record)
+
+
 def test_a_page_without_the_end_marker_is_refused():
     with pytest.raises(ValueError, match="must hold the lines"):
         report.readme_with_steps("<!-- step tables: begin -->")

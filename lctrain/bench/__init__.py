@@ -1,0 +1,1 @@
+"""Benchmarks that need whole models: training steps, loss curves, and the balance of ranks."""

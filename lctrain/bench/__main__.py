@@ -1,0 +1,43 @@
+"""`lctrain-bench`: measures lctrain beside other libraries.
+
+    lctrain-bench --check --workloads 1x32k,mix32k --peers lctrain,fa2
+    lctrain-bench step --shapes llama-1b
+
+Without the name of a benchmark, it times attention.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+BENCHMARKS = {
+    "attention": ("lctrain_kernels.bench.__main__", "packed attention (the default)"),
+    "ops": ("lctrain_kernels.bench.operations", "linear cross-entropy and fused operations"),
+    "step": ("lctrain.bench.step", "whole training steps, one process per contender"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmark that the first argument names, with the other arguments."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given in (["--help"], ["-h"]):
+        print("usage: lctrain-bench [BENCHMARK] [options]; lctrain-bench BENCHMARK --help\n")
+        print("\n".join(f"  {name:10s} {words}" for name, (_, words) in BENCHMARKS.items()))
+        return 0
+    name = "attention"
+    if given and not given[0].startswith("-"):
+        name, *given = given
+    if name not in BENCHMARKS:
+        print(
+            f"lctrain-bench: the benchmark must be one of {', '.join(BENCHMARKS)}, got {name!r}. "
+            "Options begin with --.",
+            file=sys.stderr,
+        )
+        return 2
+    return importlib.import_module(BENCHMARKS[name][0]).main(given)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
