@@ -1,11 +1,13 @@
 """Measures an attention on a workload: times of forward and backward, and peak memory."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from lctrain_kernels.bench.inputs import AttentionInputs
 from lctrain_kernels.bench.peers import Peer
@@ -43,6 +45,43 @@ def gpu_timer(milliseconds: int) -> Timer:
     )
 
 
+def graph_timer(milliseconds: int) -> Timer:
+    """Returns a timer that replays CUDA graphs of a call, so the host's time does not count.
+
+    The current stream must not be the default one, and what the call differentiates must have been
+    computed on it. The repeats of one call take about `milliseconds` together.
+    """
+
+    def time(call: Callable[[], object]) -> float:
+        stream = torch.cuda.current_stream()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        for _ in range(3):
+            call()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        estimate = max(begin.elapsed_time(end), 1e-3)
+        calls = max(1, min(50, int(milliseconds / GRAPH_REPLAYS / estimate)))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(calls):
+                call()
+        times = []
+        for _ in range(1 + GRAPH_REPLAYS):
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / calls)
+        return median(times[1:])  # the first replay uploads the graph
+
+    return time
+
+
+GRAPH_REPLAYS = 5
+
+
 def measure(peer: Peer, inputs: AttentionInputs, timer: Timer, repetitions: int = 1) -> Timing:
     """Measures the time and memory of a peer.
 
@@ -57,20 +96,37 @@ def measure(peer: Peer, inputs: AttentionInputs, timer: Timer, repetitions: int 
         UnsupportedWorkload: if the peer cannot serve the workload.
     """
     call = peer.prepare(inputs)
+    return measure_call(call, inputs.leaves, inputs.grad_out, timer, repetitions)
+
+
+def measure_call(
+    call: Callable[[], Any], leaves: Sequence[Tensor], grads: Any, timer: Timer, repetitions: int
+) -> Timing:
+    """Measures the time and memory of a differentiable call.
+
+    Args:
+        call: Function that returns a tensor or a tuple of tensors.
+        leaves: Tensors that get a gradient.
+        grads: Gradients of what the call returns: a tensor or a tuple of tensors.
+        timer: Function that returns the milliseconds of a call.
+        repetitions: Number of times that forward and backward are timed, alternately. The result is
+            the median.
+    """
+    device = leaves[0].device
 
     def step() -> None:
-        torch.autograd.grad(call(), inputs.leaves, inputs.grad_out)
+        torch.autograd.grad(call(), leaves, grads)
 
     def forward() -> None:
         with torch.no_grad():
             call()
 
-    peak_bytes = _peak_bytes(step, inputs.q.device)
-    forward_peak_bytes = _peak_bytes(forward, inputs.q.device)
+    peak_bytes = peak_bytes_of(step, device)
+    forward_peak_bytes = peak_bytes_of(forward, device)
     out = call()
 
     def backward() -> None:
-        torch.autograd.grad(out, inputs.leaves, inputs.grad_out, retain_graph=True)
+        torch.autograd.grad(out, leaves, grads, retain_graph=True)
 
     times = [(timer(forward), timer(backward)) for _ in range(repetitions)]
     return Timing(
@@ -81,7 +137,7 @@ def measure(peer: Peer, inputs: AttentionInputs, timer: Timer, repetitions: int 
     )
 
 
-def _peak_bytes(step: Callable[[], None], device: torch.device) -> int | None:
+def peak_bytes_of(step: Callable[[], object], device: torch.device) -> int | None:
     """Returns the peak memory of a compiled step beyond its inputs, in bytes."""
     step()
     if device.type != "cuda":

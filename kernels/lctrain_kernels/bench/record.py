@@ -22,6 +22,8 @@ class Result:
         backward_ms: Median time of the backward, in milliseconds.
         forward_tflops: TFLOP/s of the forward, from the workload's count of FLOPs.
         backward_tflops: TFLOP/s of the backward, from the workload's count of FLOPs.
+        step_ms: Median time of forward and backward together, where only that is measured, in
+            milliseconds.
         peak_bytes: Peak memory of forward and backward beyond the inputs, in bytes.
         forward_peak_bytes: Peak memory of a forward without autograd graph, in bytes.
         error_ratios: Tensor name -> error over that of plain PyTorch, measured with `--check`.
@@ -35,6 +37,7 @@ class Result:
     backward_ms: float | None = None
     forward_tflops: float | None = None
     backward_tflops: float | None = None
+    step_ms: float | None = None
     peak_bytes: int | None = None
     forward_peak_bytes: int | None = None
     error_ratios: dict[str, float] | None = None

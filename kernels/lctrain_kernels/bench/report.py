@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from lctrain_kernels.bench.operation_report import newest_operation_record, operation_tables
 from lctrain_kernels.bench.peers import OURS, PEERS
 from lctrain_kernels.bench.record import BenchmarkRecord, Result
 from lctrain_kernels.bench.step_report import newest_step_record, step_table
@@ -190,15 +191,28 @@ def readme_with_sections(readme: str, folder: Path = RESULTS) -> str:
 
 
 def readme_with_steps(readme: str) -> str:
-    """Returns the page's text with its table of training steps replaced, if it has one."""
-    begin, end = (f"<!-- step tables: {edge} -->" for edge in ("begin", "end"))
-    if begin not in readme:
-        return readme
-    before, _, rest = readme.partition(begin)
-    _, has_end, after = rest.partition(end)
-    if not has_end:
-        raise ValueError(f"the page must hold the lines {begin!r} and {end!r}. Add them.")
-    return f"{before}{begin}\n\n{step_table(newest_step_record())}\n{end}{after}"
+    """Returns the page's text with its tables of steps and fused operations replaced.
+
+    A page without the markers of such a table is left as it is.
+
+    Raises:
+        ValueError: if the text has the first marker of a table but not the last one.
+    """
+    operations = newest_operation_record()
+    tables = {
+        "step": step_table(newest_step_record()),
+        "ops": NOTHING_MEASURED if operations is None else operation_tables(operations),
+    }
+    for name, table in tables.items():
+        begin, end = (f"<!-- {name} tables: {edge} -->" for edge in ("begin", "end"))
+        if begin not in readme:
+            continue
+        before, _, rest = readme.partition(begin)
+        _, has_end, after = rest.partition(end)
+        if not has_end:
+            raise ValueError(f"the page must hold the lines {begin!r} and {end!r}. Add them.")
+        readme = f"{before}{begin}\n\n{table}\n{end}{after}"
+    return readme
 
 
 def _between(
