@@ -28,6 +28,7 @@ from lctrain.models import patch_model
 from lctrain.models.adapters import inside_adapters
 from lctrain.models.from_config import describe, model_from
 from lctrain.optim import build_optimizer, build_scheduler, follow_schedule
+from lctrain.run.length import STEPS_KEY, warn_if_ended
 
 ModelFactory = Callable[[pl.LightningDataModule], nn.Module]
 ModelSource = nn.Module | str | dict[str, Any] | ModelFactory
@@ -319,16 +320,19 @@ class LongContextModule(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores `first_loss` and `held_out_losses`, and compares the optimizer options.
+        """Restores `first_loss` and `held_out_losses`, and compares options and length of the run.
+
+        If the checkpoint has taken all steps of the run, it warns.
 
         Raises:
             ValueError: if training resumes with changed optimizer options, which the restored
-                optimizer would ignore. The message names the options.
+                optimizer would ignore, or with fewer steps than the checkpoint has taken.
         """
         state = checkpoint.get(STATE_KEY)
         if state is None:
             return
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            warn_if_ended(checkpoint[STEPS_KEY], self._trainer.max_steps)
             check_same_options(self.optim, state.get("optim", {}))
         if state["first_loss"] is not None:
             self.first_loss = torch.tensor(state["first_loss"], dtype=torch.float64)

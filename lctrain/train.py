@@ -69,6 +69,7 @@ def _train(
     from lctrain.build import instantiate_all, resolve_precision
     from lctrain.callbacks.checkpoint import check_writable, step_checkpoints
     from lctrain.run.identity import identity_of
+    from lctrain.run.length import nothing_left
     from lctrain.run.log_file import log_file
     from lctrain.run.resume import find_checkpoint
     from lctrain.run.start import claim_folder
@@ -85,11 +86,14 @@ def _train(
     runs_dir = Path(config.paths.runs_dir)
     identity = identity_of(config, trainer__precision=resolve_precision(config.trainer))
     checkpoint = find_checkpoint(config.ckpt_path, directories, runs_dir, identity)
+    warning = None if checkpoint is None else nothing_left(config.trainer, checkpoint)
     with (
         claim_folder(output_dir, checkpoint, identity, runs_dir, directories) as folder,
         log_file(output_dir / "train.log", writes=is_rank_zero()),
         storage_errors(output_dir, "go on with ckpt_path=last"),
     ):
+        if warning is not None and is_rank_zero():
+            log.warning("%s", warning)
         callbacks += run_callbacks(config, folder, identity, signals, started)
         return _run(config, folder, callbacks, checkpoint, signals)
 
@@ -235,13 +239,16 @@ def export_and_evaluate(
 
 
 def quiet_lightning() -> None:
-    """Hides Lightning's informational messages, and two warnings that users cannot act on."""
+    """Hides Lightning's informational messages, and warnings that users need not act on."""
     import lightning.pytorch  # noqa: F401 (its import sets the levels)
+
+    from lctrain.run.length import NOTHING_LEFT
 
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=NOTHING_LEFT)  # the run has logged it earlier
 
 
 COMMAND = Command(
@@ -287,31 +294,39 @@ def in_its_folder(config: DictConfig) -> TrainConfig:
 
     plain = to_dataclass(config, TrainConfig)
     check_before_loading(plain)
-    if is_rank_zero():  # logged before the imports, which take a few seconds
-        log.info("Loading PyTorch and Lightning. The run writes to %s", plain.paths.output_dir)
     given = [*HydraConfig.get().overrides.task, *HydraConfig.get().overrides.hydra]
     named = ("paths.output_dir=", "hydra.run.dir=")  # Lightning sets them for the other ranks, too
-    if is_rank_zero() and any(text.lstrip("+").startswith(named) for text in given):
+    is_named = is_rank_zero() and any(text.lstrip("+").startswith(named) for text in given)
+    is_new = plain.ckpt_path is None and not was_requeued()
+    if is_named or is_new:
+        _say(f"Loading PyTorch and Lightning. The run writes to {plain.paths.output_dir}")
         return plain
-    if plain.ckpt_path is None and not was_requeued():
-        return plain
+    _say("Loading PyTorch and Lightning.")  # only they can tell the checkpoint, and its folder
 
     from lctrain.build import resolve_precision
     from lctrain.run.identity import identity_of
     from lctrain.run.resume import checkpoints_in
 
     identity = identity_of(plain, trainer__precision=resolve_precision(plain.trainer))
-    if plain.ckpt_path == "last" and checkpoints_in(Path(plain.paths.output_dir) / "checkpoints"):
-        return plain  # a job of a multirun that was started again in its own folder
-    folder = folder_to_go_on_in(plain, identity)
+    own = Path(plain.paths.output_dir) / "checkpoints"
+    goes_on = plain.ckpt_path == "last" and checkpoints_in(own)  # a job of a multirun, once more
+    folder = None if goes_on else folder_to_go_on_in(plain, identity)
     if folder is None:
+        _say(f"The run writes to {plain.paths.output_dir}")
         return plain
     with suppress(OSError):
         Path(plain.paths.output_dir).rmdir()
+    _say(f"The run goes on in {folder}")
     config.paths.output_dir = str(folder)
     if plain.ckpt_path is None:
         config.ckpt_path = "last"
     return to_dataclass(config, TrainConfig)
+
+
+def _say(text: str) -> None:
+    """Logs a line on rank 0."""
+    if is_rank_zero():
+        log.info("%s", text)
 
 
 def check_before_loading(config: TrainConfig) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 import warnings
 
-WITHIN = ("lctrain", "lctrain_kernels", "torch")
+WITHIN = ("lctrain", "lctrain_kernels", "torch", "lightning", "pytorch_lightning")
 
 
 def warn_caller(message: str) -> None:
-    """Issues a warning at the innermost line of the call stack outside of lctrain and torch.
+    """Issues a warning at the innermost line on the stack outside of lctrain, torch and Lightning.
 
     Args:
         message: Text of the warning: the problem and the remedy.

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -254,6 +255,31 @@ def test_a_changed_optimizer_is_an_error_at_resume_only(tmp_path, make_llama):
     make_trainer(tmp_path).validate(
         changed, loader(UNEVEN), ckpt_path=path, verbose=False, weights_only=False
     )
+
+
+def test_a_run_that_has_no_steps_left(tmp_path, make_llama):
+    """The warning names the caller's line of `fit`; a validation has no length."""
+    path = tmp_path / "x.ckpt"
+    trainer = make_trainer(tmp_path, max_steps=2, max_epochs=-1)
+    trainer.fit(LongContextModule(make_llama(), SGD_LIKE), loader(UNEVEN))
+    trainer.save_checkpoint(path)
+
+    def resume(how, **settings):
+        module = LongContextModule(make_llama(), SGD_LIKE)
+        trainer = make_trainer(tmp_path, **settings)
+        getattr(trainer, how)(module, loader(UNEVEN), ckpt_path=path, weights_only=True)
+        return trainer.global_step
+
+    with pytest.warns(UserWarning, match=r"all 2 steps of trainer\.max_steps\. Raise") as caught:
+        assert resume("fit", max_steps=2, max_epochs=-1) == 2
+    (warning,) = (one for one in caught if "Nothing is left to train" in str(one.message))
+    assert warning.filename == __file__
+    with pytest.raises(ValueError, match=r"max_steps must be at least 2, .* got 1\. Raise it"):
+        resume("fit", max_steps=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Nothing is left")
+        assert resume("fit", max_steps=3, max_epochs=-1) == 3
+        resume("validate", max_steps=1)
 
 
 def test_metrics_reach_the_trainer(tmp_path, make_llama):

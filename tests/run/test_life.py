@@ -118,6 +118,31 @@ def test_last_goes_on_in_the_folder(tiny, tmp_path, monkeypatch, whole):
     assert "max_steps: 7" in (folders[0] / "hparams.yaml").read_text()
 
 
+def test_a_resumed_run_names_its_folder_and_says_that_nothing_is_left(
+    tiny, tmp_path, monkeypatch, capfd
+):
+    """It says both before the data are prepared."""
+    arguments = [*tiny, *SHORT, f"paths.root={tmp_path}"]
+    assert command(monkeypatch, *arguments, "trainer.max_steps=2") == 0
+    (folder,) = (tmp_path / "default").iterdir()
+    printed = capfd.readouterr()
+    assert f"The run writes to {folder}\n" in printed.out + printed.err
+
+    def prepare(self):
+        raise ValueError("no data")
+
+    monkeypatch.setattr("lctrain.data.prepare.Preparation.run", prepare)
+    assert command(monkeypatch, *arguments, "trainer.max_steps=2", "ckpt_path=last") == 1
+    printed = capfd.readouterr()
+    text = printed.out + printed.err
+    assert f"The run goes on in {folder}\n" in text
+    assert "The run writes to" not in text
+    assert "step-00000002.ckpt has taken all 2 steps of trainer.max_steps." in text
+    assert command(monkeypatch, *arguments, "trainer.max_steps=1", "ckpt_path=last") == 2
+    assert "trainer.max_steps must be at least 2, the steps that" in capfd.readouterr().err
+    assert [*(tmp_path / "default").iterdir()] == [folder]
+
+
 def test_another_experiment_s_checkpoint_is_not_taken(tiny, tmp_path, monkeypatch, capfd):
     arguments = [*tiny, *SHORT, f"paths.root={tmp_path}", "trainer.max_steps=1"]
     assert command(monkeypatch, *arguments) == 0
