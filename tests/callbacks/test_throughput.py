@@ -1,5 +1,7 @@
 """Tests ThroughputMonitor: it counts real tokens, and waits for the device only when it logs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -73,11 +75,12 @@ def test_reads_the_clock_of_the_device_only_when_it_logs(tmp_path, make_llama, m
 def test_checkpoints_and_validation_do_not_count(tmp_path, make_llama, monkeypatch):
     """Only saving a checkpoint advances this fake clock, so the measured time is zero."""
     now = [0.0]
-    monkeypatch.setattr("lctrain.callbacks.throughput.time.perf_counter", lambda: now[0])
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr("lctrain.callbacks.throughput.time", clock)
 
     class SlowCheckpoint(StepCheckpoint):
-        def _save(self, trainer):
-            super()._save(trainer)
+        def save(self, trainer):
+            super().save(trainer)
             now[0] += 100.0
 
     monitor = ThroughputMonitor()
@@ -88,6 +91,7 @@ def test_checkpoints_and_validation_do_not_count(tmp_path, make_llama, monkeypat
         [SlowCheckpoint(tmp_path / "c", every_n_steps=1)],
         enable_checkpointing=True,
     )
+    assert now[0] > 0.0
     assert monitor.total.seconds == 0.0
     assert monitor.total.tokens_per_second == 0.0
 

@@ -1,6 +1,8 @@
 """A second signal: it ends the process, unless torchrun has sent the first one once more."""
 
+import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,8 +23,10 @@ def second(monkeypatch):
 
     def after(seconds):
         now = iter((100.0, 100.0 + seconds))
-        monkeypatch.setattr(module.time, "monotonic", lambda: next(now))
-        monkeypatch.setattr(module.os, "_exit", ended)
+        # Replaced in the module only, since other threads read the clock as well.
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(now)))
+        system = SimpleNamespace(environ=os.environ, write=os.write, _exit=ended)
+        monkeypatch.setattr(module, "os", system)
         stop, sent = StopSignals(), []
         stop.waits, stop.end_others = True, sent.append
         stop._handle(signal.SIGINT, None)
