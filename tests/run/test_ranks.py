@@ -6,26 +6,43 @@ import sys
 
 import pytest
 
-from tests.run.test_life import SHORT, at
-from tests.train.runs import PYTHONPATH, assert_same_run, rows, train_losses
+from lctrain.train import train
+from tests.run.test_life import SHORT, at, command
+from tests.train.runs import PYTHONPATH, assert_same_run, config, rows, train_losses
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
 LAUNCHERS = {
     "lightning": [],
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
 }
+STOPS = (  # launcher, signal, its number, and which processes get it
+    ("lightning", "SIGINT", 2, "group"),
+    ("torchrun", "SIGTERM", 15, "launcher"),
+    ("lightning", "SIGTERM", 15, "launcher"),
+    ("torchrun", "SIGINT", 2, "group"),
+)
+JOB = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_JOB_NAME": "train",
+    "SLURM_NTASKS": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_JOB_NUM_NODES": "1",
+}
 FALSE_WARNING = "It is recommended to use `self.log("
 
 
-def start(overrides, folder=None, launcher="lightning", **variables):
+def start(overrides, folder, launcher="lightning"):
     """Starts the command in a process group of its own, as a terminal does."""
-    named = [] if folder is None else [f"hydra.run.dir={folder}"]
+    command = [*LAUNCHERS[launcher], "-m", "lctrain.train", *overrides, f"hydra.run.dir={folder}"]
     return subprocess.run(
-        [sys.executable, *LAUNCHERS[launcher], "-m", "lctrain.train", *overrides, *named],
-        env=os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"} | variables,
+        [sys.executable, *command],
+        env=os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         start_new_session=True,
-        timeout=300,
     )
 
 
@@ -46,63 +63,54 @@ def whole(two_ranks, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize(
-    ("name", "number", "to"), [("SIGINT", 2, "group"), ("SIGTERM", 15, "launcher")]
-)
-def test_a_signal_stops_all_ranks_once(request, two_ranks, tmp_path, launcher, name, number, to):
-    """The run gives one message and one checkpoint; from either launcher's, it resumes exactly."""
+@pytest.mark.timeout(1800)
+def test_signals_stop_all_ranks_once(two_ranks, whole, tmp_path):
+    """Each signal gives one message and one checkpoint, from which the other launcher resumes."""
     folder = tmp_path / "1"
-    signal_at = f"{{_target_: tests.training.SignalAt, step: 3, number: {number}, to: {to}}}"
-    done = start([*two_ranks, f"+callbacks.signal={signal_at}"], folder, launcher)
-    # torchrun has a status of its own, and a traceback of its own, for a signal to itself.
-    assert done.returncode == (1 if launcher == "torchrun" else 128 + number), done.stderr
-    assert done.stderr.count(f"{name}: ending this step and saving a checkpoint.") == 1
-    assert done.stderr.count(f"Stopped by {name} at step 3.") == 1
-    assert "ending at once" not in done.stderr
-    assert list(train_losses(folder)) == ["0", "1", "2"]
-    assert [path.name for path in (folder / "checkpoints").glob("step-*")] == ["step-00000003.ckpt"]
-    if name == "SIGINT":
-        return  # resuming depends on the checkpoint, which SIGTERM leaves as well
-    done = start([*two_ranks, "ckpt_path=last"], folder, launcher)
+    last = []
+    for step, (launcher, name, number, to) in enumerate(STOPS, start=1):
+        signal_at = (
+            f"{{_target_: tests.training.SignalAt, step: {step}, number: {number}, to: {to}}}"
+        )
+        done = start([*two_ranks, *last, f"+callbacks.signal={signal_at}"], folder, launcher)
+        # torchrun has a status of its own, and a traceback of its own, for a signal to itself.
+        assert done.returncode == (1 if launcher == "torchrun" else 128 + number), done.stderr
+        assert done.stderr.count(f"{name}: ending this step and saving a checkpoint.") == 1
+        assert done.stderr.count(f"Stopped by {name} at step {step}.") == 1
+        assert "ending at once" not in done.stderr
+        assert list(train_losses(folder)) == [str(earlier) for earlier in range(step)]
+        last = ["ckpt_path=last"]
+        saved = {path.name for path in (folder / "checkpoints").glob("step-*")}
+        assert saved == {f"step-{kept:08d}.ckpt" for kept in (step - 1, step) if kept}
+    done = start([*two_ranks, *last], folder)
     assert done.returncode == 0, done.stderr
-    whole = request.getfixturevalue("whole")
     assert_same_run(whole, folder)
     assert [row["step"] for row in rows(folder)] == [row["step"] for row in rows(whole)]
 
 
-@pytest.mark.slow
-def test_slurm_queues_the_job_again_once(tiny, tmp_path):
+def test_slurm_queues_the_job_again_once(tiny, tmp_path, monkeypatch):
     """SIGUSR1 arrives before the job's time limit; the requeued job resumes in its folder."""
+    overrides = [*tiny, *SHORT]
+    whole = tmp_path / "whole"
+    train(config(*overrides, output_dir=whole))
     calls = tmp_path / "calls"
     (tmp_path / "bin").mkdir()
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n')
     scontrol.chmod(0o755)
-    job = {
-        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
-        "SLURM_JOB_ID": "77",
-        "SLURM_JOB_NAME": "train",
-        "SLURM_NTASKS": "1",
-        "SLURM_PROCID": "0",
-        "SLURM_LOCALID": "0",
-        "SLURM_NODEID": "0",
-        "SLURM_JOB_NUM_NODES": "1",
-    }
-    overrides = [*tiny, *SHORT]
-    whole = start(overrides, tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    command = [*overrides, f"paths.root={tmp_path}/runs"]
-    first = start([*command, at(3, 10)], **job)
-    assert first.returncode == 128 + 10, first.stderr
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    for name, value in JOB.items():
+        monkeypatch.setenv(name, value)
+    arguments = [*overrides, f"paths.root={tmp_path}/runs"]
+    assert command(monkeypatch, *arguments, at(3, 10)) == 128 + 10
     assert calls.read_text().splitlines() == ["requeue 77"]
     (folder,) = (tmp_path / "runs" / "default").iterdir()
     assert (folder / "checkpoints" / "step-00000003.ckpt").exists()
-    again = start(command, **job, SLURM_RESTART_COUNT="1")
-    assert again.returncode == 0, again.stderr
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert command(monkeypatch, *arguments) == 0
     assert [*(tmp_path / "runs" / "default").iterdir()] == [folder]
-    assert_same_run(tmp_path / "whole", folder)
+    assert_same_run(whole, folder)
     # The closing validation is that of the trained weights, not of those before the requeue.
-    assert rows(folder)[-1]["val/loss"] == rows(tmp_path / "whole")[-1]["val/loss"]
+    assert rows(folder)[-1]["val/loss"] == rows(whole)[-1]["val/loss"]
     assert not [*folder.glob("hpc_ckpt*")]
     assert calls.read_text().splitlines() == ["requeue 77"]
