@@ -58,10 +58,8 @@ def explain(
     if module in OURS or (isinstance(error, ValueError) and _raised_on_purpose(error)):
         return str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return (
-            f"{error.filename}: {error.strerror}. Check the path, its permissions and the free "
-            "space."
-        )
+        place = error.filename if error.filename2 is None else error.filename2  # of a renaming
+        return f"{place}: {error.strerror}. Check the path, its permissions and the free space."
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} (errno {error.errno}). Check the disk and the permissions."
     if type(error).__name__ == "OutOfMemoryError":

@@ -1,9 +1,10 @@
-"""Checks the names of runs, and paths that must be on this machine's file systems."""
+"""Checks names of runs and paths on this machine's file systems, and finds the cache."""
 
 from __future__ import annotations
 
+import os
 import re
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:/")
 LONGEST_NAME = 255  # bytes of the longest folder name on common file systems
@@ -54,8 +55,6 @@ def local_path(key: str, path: str) -> str:
 
 
 def _expanded(key: str, path: str) -> str:
-    from pathlib import Path
-
     try:
         return str(Path(path).expanduser())
     except RuntimeError as error:
@@ -63,3 +62,16 @@ def _expanded(key: str, path: str) -> str:
             f"{key} must begin with the home folder of a user there is, got {path!r}. Write the "
             "whole path."
         ) from error
+
+
+def cache_folder(given: str | os.PathLike[str] | None) -> Path:
+    """Returns the cache folder.
+
+    The first that is set is used: the given folder, $LCTRAIN_CACHE, $XDG_CACHE_HOME/lctrain,
+    ~/.cache/lctrain.
+    """
+    if given is not None:
+        return Path(given).expanduser()
+    if folder := os.environ.get("LCTRAIN_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lctrain"

@@ -301,9 +301,9 @@ def _wait_until_names_sort_last(folder: Path) -> None:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Returns the complete rows of a CSV file, without a last row that is cut short."""
+    """Returns the complete rows of a CSV file, without damaged rows and a last row cut short."""
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        rows = list(csv.DictReader(line.replace("\0", "") for line in file))
     return [row for row in rows if None not in row.values() and str(row.get("step", "")).isdigit()]

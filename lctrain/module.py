@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from typing import Any
@@ -36,6 +37,8 @@ ModelSource = nn.Module | str | dict[str, Any] | ModelFactory
 STATE_KEY = "lctrain"  # checkpoint key of the module's own state
 # Checkpoint key of the arguments with which `load_from_checkpoint` builds the module.
 HYPER_PARAMETERS = pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
+
+LONGEST_REASON = 160  # characters of a line of torch in a message
 
 
 class LongContextModule(pl.LightningModule):
@@ -338,6 +341,20 @@ class LongContextModule(pl.LightningModule):
             self.first_loss = torch.tensor(state["first_loss"], dtype=torch.float64)
         self.held_out_losses = [tuple(pair) for pair in state["held_out_losses"]]
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Loads weights as torch does.
+
+        Raises:
+            ValueError: if names or shapes differ from the model's; the message names them.
+        """
+        try:
+            return super().load_state_dict(*args, **kwargs)
+        except RuntimeError as error:
+            raise ValueError(
+                f"checkpoint must hold the weights of this model, got others: {_reasons(error)}. "
+                "Use a checkpoint of this model, or build the model that the checkpoint is of."
+            ) from error
+
 
 def check_same_options(now: OptimConfig, then: Mapping[str, Any]) -> None:
     """Raises a ValueError if a resumed run has other optimizer options than its checkpoint.
@@ -361,6 +378,15 @@ def check_same_options(now: OptimConfig, then: Mapping[str, Any]) -> None:
             "a resumed run must have the optimizer options of its checkpoint, got others: "
             f"{'; '.join(changes)}. Restore them, or start a new run without ckpt_path."
         )
+
+
+def _reasons(error: RuntimeError) -> str:
+    """Returns what torch says about weights that do not fit, shortened to about two lines."""
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines()]
+    found = [line for line in lines if line and not line.startswith("Error(s) in loading")]
+    shown = [textwrap.shorten(line, LONGEST_REASON, placeholder=" ...") for line in found[:2]]
+    more = len(found) - len(shown)
+    return "; ".join(shown) + (f"; and {more} more" if more > 0 else "")
 
 
 def _as_dataclass(name: str, schema: type[Any], value: Any) -> Any:

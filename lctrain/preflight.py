@@ -26,6 +26,7 @@ from lctrain.limits import (
     named,
     require,
 )
+from lctrain.local_paths import cache_folder
 from lctrain.model_names import (
     check_arguments,
     check_family,
@@ -84,10 +85,9 @@ def check_data_files(config: DataConfig) -> None:
         if patterns:
             with named("data.") if name == "files" else named("data.held_out_"):
                 match_files(patterns)
-    if config.cache_dir is not None:
-        check_folder(Path(config.cache_dir), "data.cache_dir")
-    elif (folder := os.environ.get("LCTRAIN_CACHE")) is not None:
-        check_folder(Path(folder), "LCTRAIN_CACHE")
+    from_environment = config.cache_dir is None and os.environ.get("LCTRAIN_CACHE")
+    name = "LCTRAIN_CACHE" if from_environment else "data.cache_dir"
+    check_folder(cache_folder(config.cache_dir), name)
 
 
 def check_model(config: ModelConfig, tokenizer: str | None) -> None:
@@ -165,6 +165,20 @@ def check_folder(folder: Path, name: str) -> None:
         ) from error
 
 
+def check_logger_folders(configs: Any, output_dir: str) -> None:
+    """Raises ValueError if the folder of a logger cannot be written.
+
+    Args:
+        configs: Settings of the loggers by name; None for a logger that is switched off.
+        output_dir: Folder of the run, which is checked with the checkpoints.
+    """
+    for name, config in configs.items():
+        get = getattr(config, "get", None)
+        folder = get("save_dir") if get is not None else getattr(config, "save_dir", None)
+        if isinstance(folder, str) and folder != output_dir:
+            check_folder(Path(folder).expanduser(), f"logger.{name}.save_dir")
+
+
 def check_targets(group: str, configs: Any) -> None:
     """Raises ValueError if a component of a group has no `_target_`, or its package does not exist.
 
@@ -216,6 +230,7 @@ def check_evaluation(config: EvalConfig) -> None:
     check_attention(config.attention)
     check_data_files(config.data)
     check_targets("logger", config.logger)
+    check_logger_folders(config.logger, config.paths.output_dir)
     if config.window is not None:
         require(
             config.window >= 2,

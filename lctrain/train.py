@@ -17,6 +17,7 @@ from lctrain.preflight import (
     check_attention,
     check_checkpoint,
     check_data_files,
+    check_logger_folders,
     check_model,
     check_targets,
 )
@@ -337,6 +338,7 @@ def check_before_loading(config: TrainConfig) -> None:
     check_checkpoint(config)
     check_targets("callbacks", config.callbacks)
     check_targets("logger", config.logger)
+    check_logger_folders(config.logger, config.paths.output_dir)
 
 
 register_schemas()

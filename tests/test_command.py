@@ -41,6 +41,15 @@ def test_an_expected_error_is_its_message(fail):
     assert len(printed.splitlines()) <= MOST_LINES
 
 
+def test_the_default_cache_must_be_writable(fail, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.delenv("LCTRAIN_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    status, printed = fail(train)
+    assert status == EXPECTED_STATUS
+    assert f"data.cache_dir must be a folder that can be written, got {tmp_path}/file/lc" in printed
+
+
 def test_a_bug_keeps_its_traceback(fail, monkeypatch):
     def broken(config):
         return int("no number")
@@ -90,6 +99,8 @@ def test_what_is_expected():
     assert explain(raised(lambda: Path("/no/such/file").read_text())).startswith(
         "/no/such/file: No such file"
     )
+    renamed = raised(lambda: Path("/no").rename("/no/such/file"))
+    assert explain(renamed).startswith("/no/such/file: ")
     assert explain(raised(lambda: [][0])) is None
     assert explain(raised(lambda: int("x"))) is None
     killed = RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. ")

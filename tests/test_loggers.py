@@ -42,6 +42,17 @@ def test_a_resumed_run_continues_the_file(tmp_path):
     assert [row["speed"] for row in rows(second.path)] == ["9.0", "9.0", "", ""]
 
 
+def test_damaged_rows_are_left_out(tmp_path):
+    logger = MetricsCSV(str(tmp_path))
+    for step in range(3):
+        logger.log_metrics({"loss": float(step)}, step)
+    lines = logger.path.read_bytes().splitlines(keepends=True)
+    lines[2] = b"\xff\xfe\0\0" + lines[2][4:]
+    logger.path.write_bytes(b"".join(lines))
+    MetricsCSV(str(tmp_path)).log_metrics({"loss": 3.0}, 3)
+    assert [row["step"] for row in rows(logger.path)] == ["0", "2", "3"]
+
+
 def test_nothing_is_lost_before_the_first_row(tmp_path):
     MetricsCSV(str(tmp_path)).log_metrics({"loss": 1.0}, 0)
     again = MetricsCSV(str(tmp_path))

@@ -257,6 +257,25 @@ def test_a_changed_optimizer_is_an_error_at_resume_only(tmp_path, make_llama):
     )
 
 
+def test_a_checkpoint_of_another_model_is_named(tmp_path, make_llama):
+    path = tmp_path / "x.ckpt"
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(LongContextModule(make_llama(), SGD_LIKE), loader(UNEVEN))
+    trainer.save_checkpoint(path)
+    wider = LongContextModule(make_llama(intermediate_size=64), SGD_LIKE)
+    names = (
+        r"of this model, got others: size mismatch for model.*; size mismatch .*; and 4 more\. Use"
+    )
+    with pytest.raises(ValueError, match=names) as error:
+        make_trainer(tmp_path).validate(wider, loader(UNEVEN), ckpt_path=path, weights_only=True)
+    assert len(str(error.value)) < 600
+    deeper = LongContextModule(make_llama(num_hidden_layers=3), SGD_LIKE)
+    with pytest.raises(
+        ValueError, match=r"got others: Missing key\(s\) in state_dict: .* \.\.\.\. Use"
+    ):
+        make_trainer(tmp_path).fit(deeper, loader(UNEVEN), ckpt_path=path, weights_only=True)
+
+
 def test_a_run_that_has_no_steps_left(tmp_path, make_llama):
     """The warning names the caller's line of `fit`; a validation has no length."""
     path = tmp_path / "x.ckpt"

@@ -171,7 +171,7 @@ def _check_contents(
     others = _all_but(batch, start, end)
     with rounding.replaying(others):
         after = _outputs(model, _perturb(batch, start, end, _vocabulary(model, batch)), bar)
-    differs = (before != after).flatten(1).any(dim=1)  # [T] bool
+    differs = _differs(before, after)
     if not bool(differs[start:end].any()):
         raise IsolationError(
             "changing a document's tokens did not change its own outputs: the check would prove "
@@ -212,7 +212,7 @@ def _check_lengths(
     for changed in with_other_lengths(batch, start, end, model):
         with rounding.replaying(observed):
             after = _outputs(model, changed, bar)
-        differs = (before != after).flatten(1).any(dim=1) & observed
+        differs = _differs(before, after) & observed
         if not bool(differs.any()):
             continue
         raise IsolationError(
@@ -223,6 +223,12 @@ def _check_lengths(
             "follow the longest document of a row (rope_type 'longrope' or 'dynamic') do this: "
             "patch the model with lctrain.patch_model(model), which finds them per document."
         )
+
+
+def _differs(before: Tensor, after: Tensor) -> Tensor:
+    """Returns which tokens have other outputs, [T] bool. A NaN equals a NaN."""
+    same = (before == after) | (before.isnan() & after.isnan())
+    return ~same.flatten(1).all(dim=1)
 
 
 def _largest(before: Tensor, after: Tensor, rows: Tensor) -> float:

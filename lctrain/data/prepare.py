@@ -35,6 +35,7 @@ from lctrain.data.tokenizer import (
 )
 from lctrain.data.tokenizing import tokenize
 from lctrain.limits import check_stream
+from lctrain.local_paths import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -229,19 +230,6 @@ class PreparedData:
     held_out_rows: PackedRows
     settings: dict[str, Any]
     stream: StreamRecipe | None = None
-
-
-def cache_folder(given: str | os.PathLike[str] | None) -> Path:
-    """Returns the cache folder.
-
-    The first that is set is used: the given folder, $LCTRAIN_CACHE, $XDG_CACHE_HOME/lctrain,
-    ~/.cache/lctrain.
-    """
-    if given is not None:
-        return Path(given).expanduser()
-    if folder := os.environ.get("LCTRAIN_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lctrain"
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from lctrain.data.streams import (
     open_bytes,
     peek,
 )
+from lctrain.local_paths import SCHEME
 
 File = tuple[str, str, int, int]
 Row = dict[str, str | None]
@@ -94,6 +95,8 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def _folder_hint(path: Path, suffix: str) -> str:
+    if SCHEME.match(str(path)):
+        return "; it is a URL, download the file or read a data set of the hub with data=hub"
     if not path.is_dir():
         return ""
     if is_saved_dataset(path):

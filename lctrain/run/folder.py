@@ -117,7 +117,7 @@ class RunFolder:
 
         path = self.path / "config.yaml"
         text = OmegaConf.to_yaml(OmegaConf.create(dict(options)))
-        if path.exists() and path.read_text() != text:
+        if path.exists() and path.read_text(errors="replace") != text:
             count = len([*self.path.glob("config_*.yaml")])
             os.replace(path, self.path / f"config_{count}.yaml")
         path.write_text(text)
@@ -174,12 +174,14 @@ class RunFolder:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """Returns the contents of `run.json` in a folder; None if it cannot be read."""
+    """Returns the contents of `run.json` in a folder; None if it cannot be read or is damaged."""
     try:
         record = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and "id" in record else None
+    if not isinstance(record, dict) or "id" not in record:
+        return None
+    return record if isinstance(record.get("resumed", []), list) else None
 
 
 def remove_orphans(runs_dir: Path) -> None:

@@ -15,7 +15,15 @@ log = logging.getLogger(__name__)
 
 LAST = "last.ckpt"
 IDENTITY_KEY = "run"  # key of the run's record in a checkpoint
-NEEDED = ("state_dict", "optimizer_states", "lr_schedulers", "loops")
+NEEDED: dict[str, type] = {
+    "state_dict": Mapping,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "loops": Mapping,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+}
+"""Keys of a checkpoint of training, with the types of their values, which must not be empty."""
 
 
 def find_checkpoint(
@@ -155,14 +163,20 @@ def check_identity(path: Path, identity: Mapping[str, Any] | None) -> None:
     from lctrain.run.checkpoint_file import read_checkpoint
 
     state = read_checkpoint(path, map_location="cpu", mmap=True)
-    missing = [key for key in NEEDED if key not in state]
+    missing = [
+        key
+        for key, kind in NEEDED.items()
+        if not isinstance(state.get(key), kind) or state[key] in ({}, [])
+    ]
     if missing:
         raise ValueError(
             f"ckpt_path must be a checkpoint of a training run, got {path} without "
             f"{', '.join(missing)}. Give a file that StepCheckpoint wrote; weights alone are "
             "loaded by model=hf model.name_or_path=FOLDER."
         )
-    changes = differences(identity or {}, state.get(IDENTITY_KEY, {}).get("identity", {}))
+    record = state.get(IDENTITY_KEY)
+    then = record.get("identity", {}) if isinstance(record, Mapping) else {}
+    changes = differences(identity or {}, then)
     if changes:
         raise ValueError(
             f"a resumed run must have the options of its checkpoint, got others than those of "

@@ -83,6 +83,18 @@ def test_a_model_that_ignores_its_input_proves_nothing(patched):
         check_isolation(patched, PACKS[0])
 
 
+def test_weights_that_are_not_finite_are_no_leak(patched):
+    torch.nn.init.constant_(patched.lm_head.weight, float("nan"))
+    with pytest.raises(IsolationError, match=r"or its weights are all zero or not finite"):
+        check_isolation(patched, PACKS[0])
+
+
+def test_outputs_that_are_never_numbers_are_no_leak(patched):
+    with torch.no_grad():
+        patched.lm_head.weight[3] = float("nan")
+    check_isolation(patched, PACKS[0])
+
+
 def test_nothing_is_disturbed(patched):
     model = patched
     model.train()

@@ -76,6 +76,17 @@ def test_a_folder_without_a_checkpoint_is_free_after_a_failure(tmp_path, result)
             RunFolder.create(tmp_path, kind, {})
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"id": "1", "resumed": {}}', "\ufffd"])
+def test_a_damaged_record_is_replaced(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    (tmp_path / "config.yaml").write_bytes(b"\xff\0")
+    assert read_record(tmp_path) is None
+    with RunFolder.reopen(tmp_path, "train", {"seed": 1}) as folder:
+        folder.save_options({"seed": 1})
+    assert read_record(tmp_path)["identity"] == {"seed": 1}
+    assert (tmp_path / "config.yaml").read_text() == "seed: 1\n"
+
+
 @pytest.mark.parametrize("trace", ["metrics.csv", "checkpoints/step-00000002.ckpt"])
 def test_traces_of_an_older_run_are_a_run(tmp_path, trace):
     (tmp_path / trace).parent.mkdir(exist_ok=True)

@@ -9,13 +9,21 @@ from lctrain.run.checkpoint_file import AtomicCheckpointIO
 from lctrain.run.resume import NEEDED, find_checkpoint
 from lctrain.run.seal import DamagedCheckpointError
 
+STATE = {
+    "state_dict": {"weight": 0},
+    "optimizer_states": [{}],
+    "lr_schedulers": [{}],
+    "loops": {"fit_loop": {}},
+    "global_step": 1,
+    "pytorch-lightning_version": "2.6.0",
+}
 MINE = {"seed": 0, "attention": "AttentionConfig", "attention.name": "flash"}
 
 
 def write(run, step, age, identity=MINE):
     """Writes a checkpoint file that is `age` seconds old."""
     path = run / "checkpoints" / f"step-{step:08d}.ckpt"
-    state = {key: {} for key in NEEDED} | {"run": {"id": run.name, "identity": identity}}
+    state = STATE | {"run": {"id": run.name, "identity": identity}}
     AtomicCheckpointIO().save_checkpoint(state, path)
     os.utime(path, (1e9 - age, 1e9 - age))
     (run / "run.json").write_text(json.dumps({"id": run.name, "identity": identity}))
@@ -93,9 +101,24 @@ def test_a_missing_newest_file_is_no_error(tmp_path):
     assert find_checkpoint("last", [], tmp_path, MINE) == old
 
 
+@pytest.mark.parametrize("key", NEEDED)
+def test_a_checkpoint_lacks_a_part(tmp_path, key):
+    """Without optimizer or schedule, a run would resume with new ones."""
+    path = tmp_path / "x.ckpt"
+    spoiled = [{name: value for name, value in STATE.items() if name != key}, STATE | {key: None}]
+    if isinstance(STATE[key], (list, dict)):
+        spoiled.append(STATE | {key: type(STATE[key])()})
+    for state in spoiled:
+        AtomicCheckpointIO().save_checkpoint(state, path)
+        with pytest.raises(ValueError, match=rf"x.ckpt without {key}\. Give a file that"):
+            find_checkpoint(str(path), [], tmp_path)
+    AtomicCheckpointIO().save_checkpoint(STATE | {"run": 3}, path)
+    assert find_checkpoint(str(path), [], tmp_path, MINE) == path
+
+
 def test_weights_alone_are_no_checkpoint(tmp_path):
     import torch
 
     torch.save({"state_dict": {}}, tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match=r"x.ckpt without optimizer_states, lr_schedulers, loops"):
+    with pytest.raises(ValueError, match=r"x.ckpt without state_dict, optimizer_states, lr_"):
         find_checkpoint(str(tmp_path / "x.ckpt"), [], tmp_path)
