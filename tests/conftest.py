@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.float64 import built_in_float64, float64_throughout
+from tests.process_state import process_state_kept
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -37,6 +38,20 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(skip)
     # The long tests first: short ones fill what is left, so no worker waits for the other.
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def state_after_a_module():
+    """Runs a module's fixtures and tests inside `process_state_kept`."""
+    with process_state_kept():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def state_after_a_test():
+    """Runs each test inside `process_state_kept`."""
+    with process_state_kept():
+        yield
 
 
 @pytest.fixture(autouse=True)
