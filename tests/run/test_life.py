@@ -240,20 +240,3 @@ def test_an_evaluation_has_its_folder_alone(tiny, tmp_path, monkeypatch, capfd, 
         assert status(f"hydra.run.dir={folder}") == 2
         assert "must be a folder without a run" in capfd.readouterr().err
     assert status("name=../x") == 2
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_resumed_run_is_one_wandb_run(tiny, tmp_path, monkeypatch):
-    """W&B gets the resolved options as hyperparameters."""
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    folder = tmp_path / "1"
-    for steps, more in ((2, []), (3, ["ckpt_path=last"])):
-        arguments = [*tiny, *SHORT, "logger=wandb", f"trainer.max_steps={steps}", *more]
-        train(config(*arguments, output_dir=folder))
-    run_id = json.loads((folder / "run.json").read_text())["id"]
-    parts = [path.name for path in folder.glob("wandb/offline-run-*/*.wandb")]
-    assert parts == [f"run-{run_id}.wandb"] * 2
-    recorded = b"".join(path.read_bytes() for path in folder.rglob("*.wandb"))
-    for option in (b"weight_decay", b"held_out_fraction", b"accumulate_grad_batches"):
-        assert option in recorded

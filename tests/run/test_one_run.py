@@ -8,7 +8,7 @@ import pytest
 
 from lctrain.train import train
 from tests.run.test_life import SHORT, at
-from tests.train.runs import config, run_command
+from tests.train.runs import config, run_command, wandb_files
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
@@ -34,7 +34,7 @@ def wandb_records(folder):
     from wandb.proto.wandb_internal_pb2 import Record
 
     steps, options = [], set()
-    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+    for path in wandb_files(folder):
         for data in log_records(path.read_bytes()):
             record = Record()
             record.ParseFromString(data)
@@ -102,7 +102,7 @@ def test_wandb_has_every_step_once(tiny, tmp_path, monkeypatch):
         train(config(*overrides, at(3, int(signal.SIGTERM)), output_dir=folder))
     train(config(*overrides, "ckpt_path=last", output_dir=folder))
     run_id = json.loads((folder / "run.json").read_text())["id"]
-    parts = [path.name for path in folder.glob("wandb/offline-run-*/*.wandb")]
+    parts = [path.name for path in wandb_files(folder)]
     assert parts == [f"run-{run_id}.wandb"] * 2
     steps, options = wandb_records(folder)
     assert steps == [0, 1, 2, 3, 4, 5]

@@ -48,6 +48,14 @@ def train_losses(folder):
     return {row["step"]: row["train/loss"] for row in rows(folder) if row["train/loss"]}
 
 
+def wandb_files(folder):
+    """Returns the files of a run's W&B records, once W&B's service has written and closed them."""
+    import wandb
+
+    wandb.teardown()
+    return sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+
+
 def weights(folder):
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
 

@@ -20,7 +20,7 @@ from lctrain.data.prepare import Preparation
 from lctrain.optim import learning_rate_factor
 from lctrain.train import main, train
 from tests.numerics import as_float32, assert_equal_in_float64
-from tests.train.runs import config, rows, train_losses, weights
+from tests.train.runs import config, rows, train_losses, wandb_files, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
@@ -307,8 +307,8 @@ def test_wandb_offline(tiny, tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
     report = train(config(*tiny, "logger=wandb", "trainer.max_steps=2", output_dir=tmp_path / "1"))
-    folder = next((tmp_path / "1" / "wandb").glob("offline-run-*"))
-    recorded = b"".join(path.read_bytes() for path in folder.glob("*.wandb"))
+    (file,) = wandb_files(tmp_path / "1")
+    folder, recorded = file.parent, file.read_bytes()
     for name in (
         "train/loss",
         "throughput/tokens_per_second",
