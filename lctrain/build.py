@@ -246,8 +246,8 @@ def build_trainer(
         root_dir: Folder of the run.
 
     Raises:
-        ValueError: if neither max_steps nor max_epochs is set, or a callback monitors validations
-            and the run has none.
+        ValueError: if neither max_steps nor max_epochs is set, a callback that has a state is given
+            twice, or a callback monitors validations and the run has none.
     """
     if config.max_steps < 0 and config.max_epochs < 0:
         raise ValueError(
@@ -255,6 +255,7 @@ def build_trainer(
         )
     if config.validate_every_n_steps is None:
         _refuse_monitors(callbacks)
+    _refuse_twins(callbacks)
     has_bar = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks)
     if not config.enable_progress_bar:
         callbacks = [c for c in callbacks if not isinstance(c, pl.callbacks.ProgressBar)]
@@ -296,6 +297,18 @@ def _refuse_monitors(callbacks: list[pl.Callback]) -> None:
             raise ValueError(
                 f"trainer.validate_every_n_steps must be set for {type(callback).__name__} with "
                 f"monitor={callback.monitor}, got null. Set it, or monitor train/loss."
+            )
+
+
+def _refuse_twins(callbacks: list[pl.Callback]) -> None:
+    """Raises ValueError if two callbacks would save their state under the same key."""
+    keys = [c.state_key for c in callbacks if type(c).state_dict is not pl.Callback.state_dict]
+    for key in dict.fromkeys(keys):
+        if keys.count(key) > 1:
+            remedy = "Remove the others, or trainer.budget_s, which adds a StepBudget."
+            raise ValueError(
+                f"callbacks must hold one {key}, got {keys.count(key)}. "
+                + (remedy if key == "StepBudget" else "Remove the others.")
             )
 
 

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 
 import torch
 
-CURRENT_TEST = "PYTEST_CURRENT_TEST"  # pytest's own variable
+# Variables that are not restored: pytest's own, and the address of the service that W&B starts once
+# in a process.
+LEFT_ALONE = {"PYTEST_CURRENT_TEST", "WANDB_SERVICE"}
 
 
 @contextmanager
@@ -25,7 +27,7 @@ def process_state_kept() -> Iterator[None]:
     - torch's default dtype, deterministic algorithms and number of threads.
     """
     environment = os.environ
-    variables = {name: text for name, text in environment.items() if name != CURRENT_TEST}
+    variables = {name: text for name, text in environment.items() if name not in LEFT_ALONE}
     root, excepthook = logging.getLogger(), sys.excepthook
     handlers, levels = list(root.handlers), {root: root.level} | _levels()
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
@@ -34,7 +36,7 @@ def process_state_kept() -> Iterator[None]:
         yield
     finally:
         os.environ = environment  # noqa: B003 - the same object as before
-        for name in os.environ.keys() - variables.keys() - {CURRENT_TEST}:
+        for name in os.environ.keys() - variables.keys() - LEFT_ALONE:
             del os.environ[name]
         os.environ.update(variables)
         for handler in list(root.handlers):

@@ -70,8 +70,14 @@ class StepCheckpoint(Checkpoint):
         """Checks that the directory is writable, and deletes the temporary files of killed runs.
 
         Raises:
-            ValueError: if the directory is not writable.
+            ValueError: if the directory is not writable, or another StepCheckpoint has it.
         """
+        others = [other for other in step_checkpoints(trainer.callbacks) if other is not self]
+        if any(other.directory.resolve() == self.directory.resolve() for other in others):
+            raise ValueError(
+                f"callbacks must hold one StepCheckpoint per directory, got two for "
+                f"{self.directory}. Remove one, or give it another directory."
+            )
         if trainer.is_global_zero:
             check_writable(self.directory)
             for pattern in ORPHANS:

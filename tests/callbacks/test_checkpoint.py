@@ -74,6 +74,21 @@ def test_unwritable_directory_is_an_error_before_training(tmp_path, make_llama):
     assert trainer.global_step == 0
 
 
+def test_two_for_one_directory_are_an_error_before_training(tmp_path, make_llama):
+    module = LongContextModule(make_llama(), OptimConfig())
+    (tmp_path / "c").mkdir()
+    twins = [StepCheckpoint(tmp_path / "c"), StepCheckpoint(tmp_path / "a" / ".." / "c")]
+    trainer = make_trainer(tmp_path, twins, enable_checkpointing=True)
+    with pytest.raises(ValueError, match=r"one StepCheckpoint per directory, got two for .*/c\. "):
+        trainer.fit(module, loader(PACKS))
+    assert trainer.global_step == 0
+    apart = [StepCheckpoint(tmp_path / name, every_n_steps=2) for name in "ab"]
+    make_trainer(tmp_path, apart, enable_checkpointing=True).fit(module, loader(PACKS))
+    assert [path.name for path in (tmp_path / "a").iterdir()] == [
+        path.name for path in (tmp_path / "b").iterdir()
+    ]
+
+
 def test_check_writable_leaves_nothing(tmp_path):
     check_writable(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []

@@ -19,6 +19,7 @@ from lctrain.build import (
     instantiate_all,
     resolve_precision,
 )
+from lctrain.callbacks import NonFiniteLossGuard, StepBudget
 from lctrain.command import expand_home
 from lctrain.config import (
     STRATEGIES,
@@ -186,6 +187,23 @@ def test_options_reach_the_spec_of_their_kind():
     )
     flash = load("attention=flash", "attention.dropout=0.1").attention
     assert make_spec(flash.name, **flash.options()) == FlashSpec(dropout=0.1)
+
+
+@pytest.mark.parametrize(
+    ("make", "remedy"),
+    [
+        (NonFiniteLossGuard, r"one NonFiniteLossGuard, got 2\. Remove the others\.$"),
+        (
+            lambda: StepBudget(9.0),
+            r"one StepBudget, got 2\. Remove .* or trainer.budget_s",
+        ),
+    ],
+    ids=["guard", "budget"],
+)
+def test_callbacks_with_a_state_are_given_once(tmp_path, make, remedy):
+    """Lightning would save their states under the same key."""
+    with pytest.raises(ValueError, match=remedy):
+        build_trainer(load().trainer, [make(), make()], [], str(tmp_path))
 
 
 def test_a_run_without_end(tmp_path):
