@@ -108,6 +108,8 @@ class InputHook:
             if self.rotaries:
                 self._tell_lengths(model, _continued_lengths(inputs, tokens))
             return (), inputs  # each layer finds the boundaries from its number of cached keys
+        if torch.compiler.is_exporting():
+            _refuse_unread(inputs)
         positions = inputs.get("position_ids")
         boundaries = read_boundaries(inputs, tokens.shape[0], tokens.shape[1], tokens.device)
         if inputs.get("position_ids") is not positions:  # the mask or seq_idx numbers documents
@@ -321,14 +323,26 @@ def _refuse_numbers(mask: Any) -> None:
         )
 
 
+def _refuse_unread(inputs: dict[str, Any]) -> None:
+    """Raises a ValueError if documents are given by values, which torch.export does not know."""
+    names = ("attention_mask", "position_ids", "seq_idx")
+    given = [name for name in names if inputs.get(name) is not None]
+    if given and not is_packed(inputs):
+        raise ValueError(
+            "torch.export must be told documents by cu_seq_lens_q/k and max_length_q/k, got "
+            f"{', '.join(given)}, whose values are not known while tracing. Pass "
+            "PackedBatch.model_kwargs(), or only input_ids if each row is one document."
+        )
+
+
 def _covered_tokens(inputs: dict[str, Any]) -> int | None:
-    """Returns the number of tokens in a pack's documents; None if it is only on the device."""
+    """Returns the number of tokens in a pack's documents; None while tracing or if on a device."""
     schedule, boundaries = inputs.get("schedule"), inputs.get("cu_seq_lens_q")
     if schedule is not None and schedule.total_q >= 0:
         return int(schedule.total_q)
-    if boundaries is not None and boundaries.device.type == "cpu":
-        return int(boundaries[-1])
-    return None
+    if torch.compiler.is_compiling() or boundaries is None or boundaries.device.type != "cpu":
+        return None
+    return int(boundaries[-1])
 
 
 def _restarting_positions(cu_seqlens: Tensor, tokens: int) -> Tensor:
