@@ -140,7 +140,7 @@ def check_isolation(model: nn.Module, batch: PackedBatch, progress: bool = False
     with torch.no_grad(), torch.random.fork_rng(devices=devices), bar:
         try:
             model.eval()
-            with rounding.recording():
+            with rounding.recording(batch.num_tokens):
                 before = _outputs(model, batch, bar)
             _check_contents(model, batch, before, rounding, bar)
             _check_lengths(model, batch, before, rounding, bar)

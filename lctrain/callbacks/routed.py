@@ -6,9 +6,11 @@ outputs of unchanged documents may then differ in their last bits. Other layers 
 bits of a token's output do not depend on other tokens.
 """
 
+import itertools
+import operator
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -40,7 +42,8 @@ class RoutedRounding:
     the block's output rows. In a later run, `replaying` compares the rows of unchanged documents
     with the stored ones. If the input row has the same bits and the output row differs by rounding
     only, the stored output row replaces it, so later layers must agree bit by bit. All other rows
-    stay as they are, so a leak reaches the outputs of the model.
+    stay as they are, so a leak reaches the outputs of the model. For a block without a forward,
+    such as JetMoe's mixture of attention heads, this applies to each method that is called.
 
     The bound on rounding in an output row y: reordering a float32 sum of K terms, K being the
     longest sum of the block, changes y by about sqrt(K) eps(float32) |y|; rounding intermediate
@@ -58,10 +61,16 @@ class RoutedRounding:
         self._recorded: dict[nn.Module, list[tuple[Tensor, list[Tensor]]]] = {}
         self._calls: dict[nn.Module, int] = {}
         self._watched: Tensor | None = None
+        self._count = 0
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Records one run of the model inside the context."""
+    def recording(self, tokens: int) -> Iterator[None]:
+        """Records one run of the model inside the context.
+
+        Args:
+            tokens: Number of tokens T of the run.
+        """
+        self._count = tokens
         self._recorded = {block: [] for block in self.blocks}
         with self._hooks(self._record):
             yield
@@ -86,9 +95,16 @@ class RoutedRounding:
         if not self.blocks:
             yield
             return
-        handles = [block.register_forward_hook(hook, with_kwargs=True) for block in self.blocks]
+        called = [block for block in self.blocks if _has_forward(block)]
+        handles = [block.register_forward_hook(hook, with_kwargs=True) for block in called]
         try:
-            with torch.compiler.set_stance("force_eager"):  # compiled code may skip the hooks
+            with (
+                torch.compiler.set_stance("force_eager"),  # compiled code may skip the hooks
+                ExitStack() as wrapped,
+            ):
+                for block in self.blocks:
+                    if block not in called:
+                        wrapped.enter_context(_hooked_methods(block, hook))
                 yield
         finally:
             for handle in handles:
@@ -97,10 +113,8 @@ class RoutedRounding:
     def _record(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        tokens = _tokens(output)
-        self._recorded[block].append(
-            (_fingerprints((args, kwargs), tokens), [value.clone() for value in _tensors(output)])
-        )
+        fingerprints = _fingerprints((args, kwargs), self._count)
+        self._recorded[block].append((fingerprints, [value.clone() for value in _tensors(output)]))
 
     def _replay(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -111,10 +125,7 @@ class RoutedRounding:
         if call >= len(self._recorded[block]):
             return output
         fingerprints, recorded = self._recorded[block][call]
-        tokens = len(self._watched)
-        if len(fingerprints) != tokens or _tokens(output) != tokens:
-            return output
-        same = self._watched & (_fingerprints((args, kwargs), tokens) == fingerprints)
+        same = self._watched & (_fingerprints((args, kwargs), self._count) == fingerprints)
         rounding = _rounding(block, output)
         pending = iter(recorded)
 
@@ -188,15 +199,48 @@ def _fingerprints(values: Any, tokens: int) -> Tensor:
     return found
 
 
-def _tokens(output: Any) -> int:
-    """Returns the number of rows of a block's first output."""
-    first = next(iter(_tensors(output)), None)
-    return 0 if first is None or first.dim() < 2 else first.numel() // first.shape[-1]
-
-
 def _has_rows(value: Tensor, tokens: int) -> bool:
-    rows = value.numel() // value.shape[-1] if value.dim() > 1 and value.numel() else 0
-    return rows == tokens
+    """Returns whether the first dimensions of a tensor, but not all, count `tokens` rows."""
+    return value.numel() > 0 and tokens in itertools.accumulate(value.shape[:-1], operator.mul)
+
+
+def _has_forward(block: nn.Module) -> bool:
+    """Returns whether a block is run by calling it, so that its hooks run."""
+    code = getattr(type(block).forward, "__code__", None)
+    return code is None or "NotImplementedError" not in code.co_names
+
+
+@contextmanager
+def _hooked_methods(block: nn.Module, hook: Any) -> Iterator[None]:
+    """Calls a hook after each method of a block that has no forward, inside the context.
+
+    Args:
+        block: The block.
+        hook: Function (block, args, kwargs, output) -> output or None, as a forward hook.
+    """
+
+    def hooked(method: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            output = method(*args, **kwargs)
+            changed = hook(block, args, kwargs, output)
+            return output if changed is None else changed
+
+        return call
+
+    names = [
+        name
+        for name, value in vars(type(block)).items()
+        if callable(value) and name != "forward" and not name.startswith("_")
+    ]
+    own = {name: vars(block)[name] for name in names if name in vars(block)}
+    for name in names:
+        setattr(block, name, hooked(getattr(block, name)))
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(block, name)
+        vars(block).update(own)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -231,6 +231,54 @@ def test_a_leak_after_experts_is_stopped(mixture):
         check_isolation(mixture, PACKS[0])
 
 
+@pytest.fixture
+def mixture_of_heads():
+    """A JetMoe, whose attention layers route queries through experts that no module calls."""
+    torch.manual_seed(0)
+    config = transformers.JetMoeConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        kv_channels=8,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+    )
+    model = transformers.JetMoeForCausalLM(config)
+    patch_model(model)
+    for module in model.modules():
+        if type(module).__name__ == "JetMoeParallelExperts":
+            module.register_forward_hook(
+                lambda m, arguments, output: output * (1 + 2**-23 * (int(arguments[1][0]) % 4))
+            )
+    return model
+
+
+def test_rounding_of_routed_attention_heads_is_no_leak(mixture_of_heads, monkeypatch):
+    for batch in PACKS:
+        check_isolation(mixture_of_heads, batch)
+    methods = [set(vars(module)) & {"map", "reduce"} for module in mixture_of_heads.modules()]
+    assert not any(methods)  # nothing is left behind
+    monkeypatch.setattr("lctrain.callbacks.routed._has_forward", lambda block: True)
+    with pytest.raises(IsolationError):  # so there was something to tell from a leak
+        check_isolation(mixture_of_heads, PACKS[0])
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["before", "inside"])
+def test_a_leak_beside_routed_attention_heads_is_stopped(mixture_of_heads, inside):
+    if inside:
+        heads = mixture_of_heads.model.layers[1].self_attention.experts
+        whole = heads.reduce
+        heads.reduce = lambda *args: 0.99 * whole(*args) + 0.01 * whole(*args).roll(1, dims=1)
+    else:  # as small as rounding
+        mixture_of_heads.model.embed_tokens.register_forward_hook(
+            lambda m, a, hidden: hidden + 1e-6 * hidden.roll(1, dims=1)
+        )
+    with pytest.raises(IsolationError, match="documents of a pack mix"):
+        check_isolation(mixture_of_heads, PACKS[0])
+
+
 def test_of_a_large_mixture_fewer_tokens_are_checked(mixture, monkeypatch):
     monkeypatch.setattr("lctrain.callbacks.isolation.LARGEST_RECORD", 2 * 32 * 40)
     seen = []
