@@ -63,6 +63,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 BIAS = re.compile(r"(^|_)bias(es)?(_|\d|$)")
+SCALE = re.compile(r"^(A_log|(\w+_)?scales?)$", re.IGNORECASE)
 NORM = re.compile(r"(^|_)(\w*norm\d*)(_|$)", re.IGNORECASE)
 
 
@@ -76,9 +77,11 @@ def decays(module: nn.Module, module_name: str, name: str, parameter: Tensor) ->
       `relative_attention_bias.weight`);
     - norms: the class or name of the module, or the name of the parameter, contains `norm`
       (`CohereLayerNorm`, `q_norm.weight`); linear layers and embeddings are never norms;
+    - scales: the name of the parameter is `scale` or ends in `_scale`, such as the gains of each
+      head, or it is `A_log`, the decay rates of a state space model;
     - vectors: parameters with at most one dimension longer than 1, except two-dimensional weights
       of linear layers and embeddings;
-    - parameters with the attribute `_no_weight_decay`, which state space models set.
+    - parameters with the attribute `_no_weight_decay`.
 
     Args:
         module: The module that holds the parameter directly.
@@ -89,7 +92,7 @@ def decays(module: nn.Module, module_name: str, name: str, parameter: Tensor) ->
     own_name = module_name.rpartition(".")[2]
     if getattr(parameter, "_no_weight_decay", False) or parameter.dim() < 2:
         return False
-    if BIAS.search(name) or BIAS.search(own_name):
+    if BIAS.search(name) or BIAS.search(own_name) or SCALE.search(name):
         return False
     if isinstance(module, (nn.Linear, nn.Embedding)):
         return True

@@ -115,8 +115,12 @@ def family(name, **sizes):
             lambda: family("qwen3_moe", num_experts=4, num_experts_per_tok=2, head_dim=8),
             {"q_norm", "k_norm", "layernorm", "norm"},
         ),
+        (
+            lambda: family("mamba", state_size=4),
+            {"A_log", "D", "bias", "norm", "norm_f"},
+        ),
     ],
-    ids=["biases-of-experts", "norms-by-head", "gemma", "stacked-experts"],
+    ids=["biases-of-experts", "norms-by-head", "gemma", "stacked-experts", "state-space"],
 )
 def test_biases_and_norms_do_not_decay_whatever_their_shape(make, without):
     model = make()
@@ -144,9 +148,10 @@ class Odd(nn.Module):
         self.relative_attention_bias = nn.Embedding(4, 2)
         self.norm_weight = nn.Parameter(torch.ones(2, 4))
         self.input_norm = nn.Linear(8, 8)
-        self.a_log = nn.Parameter(torch.ones(4, 4))
-        self.a_log._no_weight_decay = True
+        self.rates = nn.Parameter(torch.ones(4, 4))
+        self.rates._no_weight_decay = True
         self.experts = nn.Parameter(torch.ones(2, 4, 4))
+        self.head_scale = nn.Parameter(torch.ones(4, 8))
         self.convolution = nn.Conv1d(4, 4, 3, groups=4)
 
 
