@@ -85,7 +85,7 @@ class PackedBatch:
         """
         if len(documents) == 0:
             raise ValueError("documents must hold at least one document, got none. Skip this row.")
-        rows = [_integers(f"documents[{i}]", tokens) for i, tokens in enumerate(documents)]
+        rows = [as_integers(f"documents[{i}]", tokens) for i, tokens in enumerate(documents)]
         lengths = [len(row) for row in rows]
         if 0 in lengths:
             where = lengths.index(0)
@@ -95,7 +95,7 @@ class PackedBatch:
             )
         if labels is not None:
             _check_label_lengths(labels, lengths)
-            labels_T = torch.cat([_integers(f"labels[{i}]", row) for i, row in enumerate(labels)])
+            labels_T = torch.cat([as_integers(f"labels[{i}]", row) for i, row in enumerate(labels)])
         return cls.from_packed(
             torch.cat(rows),
             torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32),
@@ -135,12 +135,12 @@ class PackedBatch:
         """
         from lctrain.kernels import make_schedule
 
-        tokens_T = _integers("input_ids", input_ids)
+        tokens_T = as_integers("input_ids", input_ids)
         num_tokens = len(tokens_T)
         check_max_tokens(max_tokens, num_tokens)
         check_cu_seqlens(cu_seqlens, num_tokens)
         lengths = cu_seqlens.diff()
-        targets_T = tokens_T if labels is None else _integers("labels", labels)
+        targets_T = tokens_T if labels is None else as_integers("labels", labels)
         if len(targets_T) != num_tokens:
             raise ValueError(
                 f"labels must have as many entries as input_ids ({num_tokens}), got "
@@ -298,7 +298,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
         raise ValueError("input_ids must hold at least one token, got none. Skip this row.")
 
 
-def _integers(name: str, values: IntegerSequence) -> Tensor:
+def as_integers(name: str, values: IntegerSequence) -> Tensor:
     """Returns the values as a tensor [T] int64 on the CPU.
 
     Args:
@@ -337,7 +337,7 @@ def _document_ids(document_ids: IntegerSequence | None, documents: int) -> Tenso
     """
     if document_ids is None:
         return torch.arange(documents, dtype=torch.int32)
-    ids_N = _integers("document_ids", document_ids)
+    ids_N = as_integers("document_ids", document_ids)
     if len(ids_N) != documents:
         raise ValueError(
             f"document_ids must have one entry per document ({documents}), got {len(ids_N)}."

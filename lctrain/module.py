@@ -165,7 +165,8 @@ class LongContextModule(pl.LightningModule):
                 "learning-rate schedule needs the length of the run."
             )
         optimizer = build_optimizer(self.model, self.optim)
-        scheduler = build_scheduler(optimizer, self.optim, int(total_steps))
+        # Without training batches Lightning estimates -1 steps.
+        scheduler = build_scheduler(optimizer, self.optim, max(int(total_steps), 0))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},

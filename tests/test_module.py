@@ -276,6 +276,15 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path, make_llama):
         make_trainer(tmp_path).fit(deeper, loader(UNEVEN), ckpt_path=path, weights_only=True)
 
 
+def test_a_run_without_training_batches_validates(tmp_path, make_llama):
+    module = LongContextModule(make_llama(), SGD_LIKE)
+    trainer = make_trainer(tmp_path, limit_train_batches=0)
+    trainer.fit(module, loader(UNEVEN), loader(MORE))
+    trainer.validate(module, loader(MORE), verbose=False)
+    assert trainer.global_step == 0
+    assert len(module.held_out_losses) == 1
+
+
 def test_a_run_that_has_no_steps_left(tmp_path, make_llama):
     """The warning names the caller's line of `fit`; a validation has no length."""
     path = tmp_path / "x.ckpt"

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 
+from lctrain.batch import as_integers
 from lctrain.callbacks.targets import find_target
 from lctrain.data.documents import TokenizedDocument
 from lctrain.eval import check_lengths, longest_documents, perplexity_by_length
@@ -120,7 +120,9 @@ class LengthPerplexity(pl.Callback):
     def _held_out(self, trainer: pl.Trainer) -> list[TokenizedDocument]:
         if self.held_out is not None:
             return [
-                TokenizedDocument(f"document {index}", np.asarray(ids, dtype=np.int64), index)
+                TokenizedDocument(
+                    f"document {index}", as_integers(f"held_out[{index}]", ids).numpy(), index
+                )
                 for index, ids in enumerate(self.held_out)
             ]
         find = getattr(getattr(trainer, "datamodule", None), "held_out_documents", None)

@@ -129,8 +129,8 @@ class GatedMLP:
     def forward(self, x: Tensor) -> Tensor:
         """Returns the MLP's output for x [..., E], as the module's own forward does.
 
-        Unless a checkpoint or offload is active, the backward recomputes activation(gate) * up, so
-        that the forward need not keep it.
+        The forward does not keep activation(gate) * up; the backward computes it again. Under
+        activation checkpointing or offloading, the forward keeps it.
         """
         self_: Any = self
         gate, up = self_.gate_proj(x), self_.up_proj(x)

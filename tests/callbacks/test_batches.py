@@ -248,6 +248,9 @@ def test_length_perplexity_says_what_it_needs(tmp_path, make_llama):
     trainer = make_trainer(tmp_path, [LengthPerplexity([8], every_n_steps=1)])
     with pytest.raises(ValueError, match=r"got no data module that has them\. Pass held_out="):
         trainer.fit(OwnModule(make_llama()), loader(PACKS))
+    text = LengthPerplexity([8], every_n_steps=1, held_out=["some text"])
+    with pytest.raises(TypeError, match=r"held_out\[0\] must hold token ids, got text \('some"):
+        make_trainer(tmp_path, [text]).fit(OwnModule(make_llama()), loader(PACKS))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -78,11 +78,11 @@ def test_a_printed_command_has_options_that_exist(command, folder):
     to_dataclass(compose(name, settings), schema)
 
 
-def run(command: str, monkeypatch) -> None:
+def run(command: str, monkeypatch, *more: str) -> None:
     program, *overrides = shlex.split(command)
     main = train.main if program == "lctrain-train" else evaluate.main
     small = shlex.split(SMALL[program])
-    monkeypatch.setattr(sys, "argv", [program, *overrides, *small])
+    monkeypatch.setattr(sys, "argv", [program, *overrides, *small, *more])
     main()
 
 
@@ -103,7 +103,7 @@ def test_the_commands_of_the_readme_run(folder, monkeypatch):
     assert {command.split()[0] for command in commands} == {"lctrain-train", "lctrain-eval"}
     for command in commands:
         if "ckpt_path=last" in command:
-            run(command.replace("ckpt_path=last", "trainer.max_steps=1"), monkeypatch)
+            run(command.replace("ckpt_path=last", ""), monkeypatch, "trainer.max_steps=1")
         run(command, monkeypatch)
     assert list(folder.rglob("metrics.csv"))
     assert list(folder.rglob("passkey_retrieval.csv"))
