@@ -2,7 +2,7 @@
 
 Operators have fake implementations (for torch.compile and meta tensors), autograd and FLOP
 formulas, and a policy of selective activation checkpointing can name them. The arguments of an
-operator are the fields of its operands, of Pack and of AttentionOptions, in this order.
+operator are the fields of its operands, of PackTensors and of AttentionOptions, in this order.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lctrain_kernels.options import AttentionOptions
-from lctrain_kernels.pack import Pack, TiledPack
+from lctrain_kernels.pack import Pack, PackTensors, TiledPack
 from lctrain_kernels.registry import BACKWARD, FORWARD, choose
 
 _KINDS = {
@@ -59,10 +59,10 @@ class Attention:
 
 
 class Arguments(NamedTuple):
-    """The arguments of an operator, grouped into operands, Pack and AttentionOptions."""
+    """The arguments of an operator: operands, PackTensors and AttentionOptions."""
 
     operands: Any
-    pack: Pack
+    pack: PackTensors
     options: AttentionOptions
 
 
@@ -72,7 +72,7 @@ def build_operators(attention: Attention) -> Callable[..., tuple[Tensor, ...]]:
     Returns:
         Function of (operands, pack, options) that calls the forward operator.
     """
-    nouns = (attention.operands, Pack, AttentionOptions)
+    nouns = (attention.operands, PackTensors, AttentionOptions)
     fields = {name: kind for noun in nouns for name, kind in get_type_hints(noun).items()}
     flat = ", ".join(f"{_KINDS[kind]} {name}" for name, kind in fields.items())
     lse = [name for name in attention.results if name.startswith("lse")]
@@ -169,7 +169,8 @@ def build_operators(attention: Attention) -> Callable[..., tuple[Tensor, ...]]:
         )
 
     def call(operands: Any, pack: Pack, options: AttentionOptions) -> tuple[Tensor, ...]:
-        return getattr(torch.ops.lctrain, f"{attention.name}_forward")(*operands, *pack, *options)
+        run = getattr(torch.ops.lctrain, f"{attention.name}_forward")
+        return run(*operands, *pack.tensors(), *options)
 
     return call
 
@@ -178,7 +179,9 @@ def _is_tensor(kind: Any) -> bool:
     return _KINDS[kind].startswith("Tensor")
 
 
-def _complete(pack: Pack, operands: Any, options: AttentionOptions) -> Pack | TiledPack:
+def _complete(
+    pack: PackTensors, operands: Any, options: AttentionOptions
+) -> PackTensors | TiledPack:
     """Returns the pack with its tile schedule; unchanged for PyTorch, which reads no schedule."""
     if options.backend == "pytorch":
         return pack
@@ -225,7 +228,7 @@ def visible_pairs(
     return pairs
 
 
-def attended_pairs(pack: Pack, options: AttentionOptions, q: Tensor, k: Tensor) -> int:
+def attended_pairs(pack: PackTensors, options: AttentionOptions, q: Tensor, k: Tensor) -> int:
     """Returns the number of visible pairs of a call.
 
     For meta tensors, whose lengths are unknown, all documents count as equally long.

@@ -1,18 +1,27 @@
-"""Pack: document boundaries, tile schedule and document ids of a call, validated once."""
+"""Pack: document boundaries, lengths, tile schedule and document ids, validated once per batch.
+
+A Pack is built where the documents of a batch are decided, and serves every layer. `PackTensors`
+are the part of it that operators take, `TiledPack` the part that launchers take.
+"""
 
 import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from lctrain_kernels.layout import unit_stride
+from lctrain_kernels.pack_checks import (
+    check_cu_seqlens,
+    check_document_ids,
+    check_max_seqlen,
+    check_schedule,
+)
 from lctrain_kernels.schedule import TileSchedule, complete_schedule
 
 
-class Pack(NamedTuple):
-    """The documents of packed queries and keys: boundaries, tile schedule and ids.
+class PackTensors(NamedTuple):
+    """Tensors of a Pack, which the operators take.
 
     N is the number of documents. `operators.build_operators` gives every operator one argument per
     field of this class.
@@ -38,7 +47,7 @@ class Pack(NamedTuple):
         return self.cu_seqlens_q.shape[0] - 1
 
     def with_tiles(self, total_q: int, total_k: int) -> "TiledPack":
-        """Returns the pack with its tile schedule, which is built on the device if it is missing.
+        """Returns the tensors with a tile schedule, which is built on the device if it is missing.
 
         Args:
             total_q: Number of packed queries T.
@@ -57,13 +66,77 @@ class Pack(NamedTuple):
 
 
 class TiledPack(NamedTuple):
-    """A Pack whose tiles are never None, which launchers take; the fields are those of Pack."""
+    """PackTensors whose tiles are never None, which launchers take; the fields are the same."""
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     q_tiles: Tensor
     k_tiles: Tensor
     document_ids: Tensor | None = None
+
+
+class Pack(NamedTuple):
+    """The documents of packed queries and keys: everything that the attention of a batch knows.
+
+    `checked_pack` validates and builds a Pack from a caller's arguments, `rows_pack` builds that of
+    rows of equal length. N is the number of documents.
+
+    Attributes:
+        cu_seqlens_q: Cumulative query lengths, [N + 1] int32.
+        cu_seqlens_k: Cumulative key lengths, [N + 1] int32.
+        total_q: Number of packed queries T.
+        total_k: Number of packed keys Tk.
+        max_seqlen_q: Largest number of queries in a document.
+        max_seqlen_k: Largest number of keys in a document.
+        document_ids: Ids of the documents in the dropout key, [N] int32; None takes a document's
+            index in the pack.
+        schedule: Tile schedule of the documents; None builds it on the device, once per pair of
+            boundary tensors.
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    total_q: int
+    total_k: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+    document_ids: Tensor | None = None
+    schedule: TileSchedule | None = None
+
+    @property
+    def documents(self) -> int:
+        """N, the number of documents."""
+        return self.cu_seqlens_q.shape[0] - 1
+
+    def tensors(self) -> PackTensors:
+        """Returns the tensors that the operators take."""
+        return PackTensors(
+            self.cu_seqlens_q,
+            self.cu_seqlens_k,
+            None if self.schedule is None else self.schedule.q_tiles,
+            None if self.schedule is None else self.schedule.k_tiles,
+            self.document_ids,
+        )
+
+    def check_tokens(self, q: Tensor, k: Tensor) -> None:
+        """Checks that the pack describes the tokens of q [T, H, D] and k [Tk, Hk, D].
+
+        Raises:
+            ValueError: if the number of tokens or the device differs.
+        """
+        if torch.compiler.is_compiling():
+            return
+        for name, expected, found in (("q", self.total_q, q), ("k", self.total_k, k)):
+            if found.shape[0] != expected:
+                raise ValueError(
+                    f"{name} must hold the {expected} tokens of its pack, got {found.shape[0]}. "
+                    "Build the pack from the lengths of these documents."
+                )
+        if self.cu_seqlens_q.device != q.device:
+            raise ValueError(
+                f"q must be on the device of its pack ({self.cu_seqlens_q.device}), got "
+                f"{q.device}. Move one of them with .to()."
+            )
 
 
 def checked_pack(
@@ -84,7 +157,7 @@ def checked_pack(
         "max_seqlen_k",
     ),
 ) -> Pack:
-    """Checks boundaries, lengths, ids and schedule of a call and returns them as a Pack.
+    """Checks boundaries, lengths, ids and schedule of a batch and returns them as a Pack.
 
     Only values of CPU tensors are read, so no check synchronises with a GPU.
 
@@ -106,7 +179,8 @@ def checked_pack(
         ValueError: if shapes, devices or values do not fit; the message names the remedy.
     """
     check_cu_seqlens(names[0], cu_seqlens_q, total_q, device)
-    check_cu_seqlens(names[1], cu_seqlens_k, total_k, device)
+    if cu_seqlens_k is not cu_seqlens_q or total_k != total_q:
+        check_cu_seqlens(names[1], cu_seqlens_k, total_k, device)
     documents = cu_seqlens_q.shape[0] - 1
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
@@ -122,8 +196,46 @@ def checked_pack(
     return Pack(
         cu_seqlens_q,
         cu_seqlens_k,
-        None if schedule is None else schedule.q_tiles,
-        None if schedule is None else schedule.k_tiles,
+        total_q,
+        total_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        document_ids,
+        schedule,
+    )
+
+
+def rows_pack(
+    batch: int,
+    length_q: int,
+    length_k: int,
+    device: torch.device,
+    document_ids: Tensor | None = None,
+) -> Pack:
+    """Returns the pack of a batch whose rows are documents of equal length.
+
+    Args:
+        batch: Batch size B.
+        length_q: Queries per row.
+        length_k: Keys per row.
+        device: Device of the boundaries.
+        document_ids: Ids of the rows in the dropout key, [B] int32; None takes the row's index.
+
+    Raises:
+        TypeError: if document_ids is not an int32 tensor.
+        ValueError: if its shape or device does not fit.
+    """
+    check_document_ids(document_ids, batch, device)
+    cu_seqlens_q = row_boundaries(batch, length_q, device)
+    cu_seqlens_k = cu_seqlens_q if length_q == length_k else row_boundaries(batch, length_k, device)
+    (document_ids,) = unit_stride(document_ids)
+    return Pack(
+        cu_seqlens_q,
+        cu_seqlens_k,
+        batch * length_q,
+        batch * length_k,
+        length_q,
+        length_k,
         document_ids,
     )
 
@@ -147,90 +259,3 @@ def row_boundaries(batch: int, length: int, device: torch.device) -> Tensor:
 @torch.inference_mode(mode=False)
 def _known_row_boundaries(batch: int, length: int, device: torch.device) -> Tensor:
     return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
-
-
-def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, device: torch.device) -> None:
-    """Checks that cu_seqlens is [N + 1] int32 on q's device.
-
-    For a CPU tensor, also checks that its values never decrease and run from 0 to `total`.
-    """
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(cu_seqlens).__name__}.")
-    if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"{name} must be int32, got {cu_seqlens.dtype}. Call .to(torch.int32).")
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-        raise ValueError(
-            f"{name} must have shape [documents + 1], got {tuple(cu_seqlens.shape)}. "
-            "Pass the cumulative lengths with a leading 0."
-        )
-    if cu_seqlens.device != device:
-        raise ValueError(
-            f"{name} must be on q's device ({device}), got {cu_seqlens.device}. Move it with .to()."
-        )
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if isinstance(cu_seqlens, FakeTensor):
-        return
-    if int(cu_seqlens[0]) != 0:
-        raise ValueError(f"{name} must start at 0, got {int(cu_seqlens[0])}. Prepend a 0.")
-    if bool((cu_seqlens.diff() < 0).any()):
-        raise ValueError(f"{name} must not decrease. Pass cumulative lengths, not lengths.")
-    if int(cu_seqlens[-1]) != total:
-        raise ValueError(
-            f"{name} must end at the number of packed tokens ({total}), got {int(cu_seqlens[-1])}. "
-            "Drop the tokens beyond the last document, or give them a document of their own."
-        )
-
-
-def check_max_seqlen(name: str, value: object) -> None:
-    """Raises TypeError unless the value is a Python int; a tensor would need a synchronisation."""
-    if isinstance(value, Tensor) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(
-            f"{name} must be a Python int, got {type(value).__name__}. "
-            "Compute it from the CPU lengths; reading a device tensor would stall the GPU."
-        )
-
-
-def check_document_ids(document_ids: Tensor | None, documents: int, device: torch.device) -> None:
-    """Checks that document_ids is [N] int32 on q's device, or None."""
-    if document_ids is None:
-        return
-    if not isinstance(document_ids, Tensor):
-        raise TypeError(f"document_ids must be a torch.Tensor, got {type(document_ids).__name__}.")
-    if tuple(document_ids.shape) != (documents,):
-        raise ValueError(
-            f"document_ids must have shape [{documents}], got {tuple(document_ids.shape)}."
-        )
-    if document_ids.dtype != torch.int32:
-        raise TypeError(f"document_ids must be int32, got {document_ids.dtype}. Cast it.")
-    if document_ids.device != device:
-        raise ValueError(
-            f"document_ids must be on q's device ({device}), got {document_ids.device}. Move it "
-            "with .to()."
-        )
-
-
-def check_schedule(
-    schedule: TileSchedule, documents: int, total_q: int, total_k: int, device: torch.device
-) -> None:
-    """Checks that a schedule fits the number of documents and tokens, and is on q's device."""
-    if schedule.q_tiles.device != device:
-        raise ValueError(
-            f"schedule must be on q's device ({device}), got {schedule.q_tiles.device}. "
-            "Call schedule.to(device)."
-        )
-    if schedule.documents != documents:
-        raise ValueError(
-            f"cu_seqlens must describe the {schedule.documents} documents that schedule was built "
-            f"for, got {documents}. Build the schedule from the lengths of this pack."
-        )
-    for name, expected, total in (
-        ("q", schedule.total_q, total_q),
-        ("k", schedule.total_k, total_k),
-    ):
-        if expected != total:
-            raise ValueError(
-                f"{name} must hold the {expected} tokens that schedule was built for, got {total}. "
-                "Build the schedule from the lengths of this pack, and drop tokens beyond the "
-                "last document."
-            )

@@ -16,7 +16,8 @@ from tests.house.typecheck import ROOT, package_folders
 LEVELS = {
     "lctrain_kernels.layout": -7,
     "lctrain_kernels.schedule": -7,  # the layout of the tile lists, which the kernels read
-    "lctrain_kernels.pack": -6,
+    "lctrain_kernels.pack_checks": -6,
+    "lctrain_kernels.pack": -5,
     "lctrain_kernels.options": -6,
     "lctrain_kernels.tile": -4,
     "lctrain_kernels.reference": -3,

@@ -8,7 +8,7 @@ import torch
 
 import lctrain_kernels  # noqa: F401  (registers the attentions)
 from lctrain_kernels.options import AttentionOptions
-from lctrain_kernels.pack import Pack
+from lctrain_kernels.pack import PackTensors
 from lctrain_kernels.registry import BACKWARD, FORWARD, choose, refusals, require_backend
 from lctrain_kernels.serving import serving, support_matrix
 from lctrain_kernels.varlen.operators import Operands
@@ -58,12 +58,12 @@ def test_a_named_backend_refuses_what_a_gradient_will_ask_for():
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_operators_take_the_fields_of_both_nouns(attention):
-    """Operators take the fields of Pack and AttentionOptions; the backward also the forward's."""
+    """Operators take the fields of PackTensors and AttentionOptions; the backward takes more."""
     forward, backward = (
         [argument.name for argument in getattr(torch.ops.lctrain, name).default._schema.arguments]
         for name in (f"{attention}_forward", f"{attention}_backward")
     )
-    shared = [*Pack._fields, *AttentionOptions._fields]
+    shared = [*PackTensors._fields, *AttentionOptions._fields]
     assert forward[-len(shared) :] == shared
     assert set(forward) < set(backward)
 

@@ -1,15 +1,20 @@
-"""diff_attn_varlen_func: the difference of two attentions over the same values, in one kernel."""
+"""diff_attn_varlen_func: the difference of two attentions over the same values, in one kernel.
+
+The function builds a Pack from its arguments. Callers that have a Pack, as a model's layers do,
+call diff_attn_pack_func.
+"""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lctrain_kernels.backend import select_backend
-from lctrain_kernels.differential import checks as checks_differential
+from lctrain_kernels.differential.checks import check_branches, check_lam
 from lctrain_kernels.differential.operators import Operands, differential_attention
 from lctrain_kernels.options import checked_options
-from lctrain_kernels.pack import checked_pack
+from lctrain_kernels.pack import Pack, checked_pack
 from lctrain_kernels.padding import pad_head_dim
 from lctrain_kernels.registry import require_backend
 from lctrain_kernels.schedule import TileSchedule
@@ -87,8 +92,8 @@ def diff_attn_varlen_func(
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if shapes, devices or values do not fit; the message names the remedy.
     """
-    checks_differential.check_branches(q1, q2, k1, k2, v)
-    checks_differential.check_lam(lam, q1.shape[0], q1.shape[1], q1.device)
+    check_branches(q1, q2, k1, k2, v)
+    check_lam(lam, q1.shape[0], q1.shape[1], q1.device)
     pack = checked_pack(
         cu_seqlens,
         cu_seqlens if cu_seqlens_k is None else cu_seqlens_k,
@@ -101,17 +106,87 @@ def diff_attn_varlen_func(
         schedule=schedule,
         names=("cu_seqlens", "cu_seqlens_k", "max_seqlen", "max_seqlen_k"),
     )
+    out, lse1, lse2 = _attend(
+        q1,
+        q2,
+        k1,
+        k2,
+        v,
+        lam,
+        pack,
+        backend,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+    )
+    return (out, lse1, lse2) if return_lse else out
+
+
+def diff_attn_pack_func(
+    q1: Tensor,
+    q2: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    pack: Pack,
+    *,
+    backend: str = "auto",
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes diff_attn_varlen_func over the documents of a Pack.
+
+    The Pack was validated when it was built, so a call reads none of its values.
+
+    Args:
+        q1: Packed queries of branch 1, [T, H, D].
+        q2: Packed queries of branch 2, [T, H, D].
+        k1: Packed keys of branch 1, [Tk, Hk, D].
+        k2: Packed keys of branch 2, [Tk, Hk, D]; the same tensor object as k1 for version 2.
+        v: Packed values [Tk, Hk, Dv], Dv = D or 2 D.
+        lam: Lambda: a scalar, [H] or [T, H].
+        pack: Documents of the queries and keys.
+        backend: Implementation: "auto", "hopper", "triton" or "pytorch".
+        **options: softmax_scale, causal (False by default), window_size, dropout_p and
+            dropout_seed of diff_attn_varlen_func.
+
+    Returns:
+        out [T, H, Dv] in q1's dtype, and lse1 and lse2 [H, T] float32.
+
+    Raises:
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if shapes, devices or values do not fit; the message names the remedy.
+    """
+    check_branches(q1, q2, k1, k2, v)
+    check_lam(lam, q1.shape[0], q1.shape[1], q1.device)
+    pack.check_tokens(q1, k1)
+    return _attend(q1, q2, k1, k2, v, lam, pack, backend, **options)
+
+
+def _attend(
+    q1: Tensor,
+    q2: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    pack: Pack,
+    backend: str,
+    **arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns out [T, H, Dv], lse1 and lse2 [H, T].
+
+    The keyword arguments are softmax_scale, causal, window_size, dropout_p and dropout_seed.
+    """
     options = checked_options(
         q1.device,
         q1.shape[2],
         pack.documents,
         q1.shape[1],
         select_backend(q1.device, q1.dtype, backend),
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
+        **arguments,
     )
     operands = Operands(
         pad_head_dim(q1),
@@ -128,4 +203,4 @@ def diff_attn_varlen_func(
     out, _, _, lse1, lse2 = differential_attention(operands, pack, options)
     if out.shape[2] != v.shape[2]:
         out = out[..., : v.shape[2]]
-    return (out, lse1, lse2) if return_lse else out
+    return out, lse1, lse2

@@ -8,7 +8,7 @@ from torch import Tensor
 from lctrain_kernels.differential import reference
 from lctrain_kernels.operators import Attention, build_operators
 from lctrain_kernels.options import AttentionOptions
-from lctrain_kernels.pack import Pack, TiledPack
+from lctrain_kernels.pack import PackTensors, TiledPack
 from lctrain_kernels.registry import BACKWARD, FORWARD, Refusal, implements
 from lctrain_kernels.varlen.reference import VarlenOptions
 
@@ -61,7 +61,7 @@ def _reference_options(options: AttentionOptions) -> VarlenOptions:
 
 
 @implements("differential", FORWARD, "pytorch")
-def _pytorch_forward(operands: Operands, pack: Pack, options: AttentionOptions) -> Results:
+def _pytorch_forward(operands: Operands, pack: PackTensors, options: AttentionOptions) -> Results:
     with torch.autocast(operands.q1.device.type, enabled=False):
         return reference.differential_forward(
             *operands,
@@ -89,7 +89,7 @@ def _hopper_forward(operands: Operands, pack: TiledPack, options: AttentionOptio
 
 @implements("differential", BACKWARD, "pytorch")
 def _pytorch_backward(
-    douts: Gradients, operands: Operands, saved: Saved, pack: Pack, options: AttentionOptions
+    douts: Gradients, operands: Operands, saved: Saved, pack: PackTensors, options: AttentionOptions
 ) -> Backward:
     dout, dlse1, dlse2 = douts
     _, out2, lse1, lse2 = saved
@@ -160,7 +160,7 @@ def _fake_backward(operands: Operands, saved: Saved) -> Backward:
 def _finish(
     gradients: dict[str, Tensor],
     operands: Operands,
-    pack: Pack,
+    pack: PackTensors,
     options: AttentionOptions,
     saved: dict[str, Tensor],
 ) -> dict[str, Tensor | None]:

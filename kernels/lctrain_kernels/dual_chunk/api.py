@@ -1,4 +1,10 @@
-"""dual_chunk_attn_varlen_func: attention with relative positions inside the trained window."""
+"""dual_chunk_attn_varlen_func: attention with relative positions inside the trained window.
+
+The function builds a Pack from its arguments. Callers that have a Pack, as a model's layers do,
+call dual_chunk_attn_pack_func.
+"""
+
+from typing import Any
 
 from torch import Tensor
 
@@ -8,7 +14,7 @@ from lctrain_kernels.dual_chunk.checks import check_chunks
 from lctrain_kernels.dual_chunk.operators import Operands, dual_chunk_attention
 from lctrain_kernels.layout import unit_stride
 from lctrain_kernels.options import checked_options
-from lctrain_kernels.pack import checked_pack
+from lctrain_kernels.pack import Pack, checked_pack
 from lctrain_kernels.registry import require_backend
 from lctrain_kernels.schedule import TileSchedule
 
@@ -104,6 +110,68 @@ def dual_chunk_attn_varlen_func(
         schedule=schedule,
         names=("cu_seqlens", "cu_seqlens_k", "max_seqlen", "max_seqlen_k"),
     )
+    out, lse = _attend(
+        q,
+        k,
+        v,
+        pack,
+        backend,
+        inv_freq=inv_freq,
+        chunk_size=chunk_size,
+        local_size=local_size,
+        logit_scale=logit_scale,
+        softmax_scale=softmax_scale,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+    )
+    return (out, lse) if return_lse else out
+
+
+def dual_chunk_attn_pack_func(
+    q: Tensor, k: Tensor, v: Tensor, pack: Pack, *, backend: str = "auto", **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Computes dual_chunk_attn_varlen_func over the documents of a Pack.
+
+    The Pack was validated when it was built, so a call reads none of its values.
+
+    Args:
+        q: Packed queries [T, H, D], rotated at r(position).
+        k: Packed keys [Tk, Hk, D], rotated at r(position).
+        v: Packed values [Tk, Hk, D].
+        pack: Documents of q and k.
+        backend: Implementation: "auto", "hopper", "triton" or "pytorch".
+        **options: inv_freq, chunk_size, local_size, logit_scale, softmax_scale, dropout_p and
+            dropout_seed of dual_chunk_attn_varlen_func.
+
+    Returns:
+        out [T, H, D] in q's dtype, and lse [H, T] float32.
+
+    Raises:
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if shapes, devices or values do not fit; the message names the remedy.
+    """
+    checks.check_qkv(q, k, v)
+    pack.check_tokens(q, k)
+    return _attend(q, k, v, pack, backend, **options)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pack: Pack,
+    backend: str,
+    *,
+    inv_freq: Tensor,
+    chunk_size: int,
+    local_size: int,
+    logit_scale: Tensor | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, Tensor]:
+    """Returns out [T, H, D] and lse [H, T].
+
+    Further keyword arguments are softmax_scale, dropout_p and dropout_seed.
+    """
     check_chunks(
         chunk_size, local_size, inv_freq, logit_scale, q.shape[2], pack.documents, q.device
     )
@@ -113,10 +181,8 @@ def dual_chunk_attn_varlen_func(
         pack.documents,
         q.shape[1],
         select_backend(q.device, q.dtype, backend, head_dim=q.shape[2]),
-        softmax_scale=softmax_scale,
         causal=True,
-        dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
+        **arguments,
     )
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     inv_freq, logit_scale = unit_stride(inv_freq, logit_scale)
@@ -124,4 +190,4 @@ def dual_chunk_attn_varlen_func(
     if backend == "hopper":
         require_backend("dual_chunk", operands, options, (q, k, v))
     out, lse = dual_chunk_attention(operands, pack, options)
-    return (out, lse) if return_lse else out
+    return out, lse

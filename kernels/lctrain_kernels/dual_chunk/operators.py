@@ -7,7 +7,7 @@ from lctrain_kernels.dual_chunk import reference
 from lctrain_kernels.dual_chunk.operands import Operands, Rotation
 from lctrain_kernels.operators import Attention, build_operators
 from lctrain_kernels.options import AttentionOptions
-from lctrain_kernels.pack import Pack, TiledPack
+from lctrain_kernels.pack import PackTensors, TiledPack
 from lctrain_kernels.registry import BACKWARD, FORWARD, Refusal, implements
 from lctrain_kernels.varlen.reference import VarlenOptions
 
@@ -45,7 +45,7 @@ def _reference_options(options: AttentionOptions) -> VarlenOptions:
 
 
 @implements("dual_chunk", FORWARD, "pytorch")
-def _pytorch_forward(operands: Operands, pack: Pack, options: AttentionOptions) -> Saved:
+def _pytorch_forward(operands: Operands, pack: PackTensors, options: AttentionOptions) -> Saved:
     with torch.autocast(operands.q.device.type, enabled=False):
         return reference.dual_chunk_forward(
             *operands[:3],
@@ -76,7 +76,7 @@ def _hopper_forward(operands: Operands, pack: TiledPack, options: AttentionOptio
 
 @implements("dual_chunk", BACKWARD, "pytorch")
 def _pytorch_backward(
-    douts: Gradients, operands: Operands, saved: Saved, pack: Pack, options: AttentionOptions
+    douts: Gradients, operands: Operands, saved: Saved, pack: PackTensors, options: AttentionOptions
 ) -> Backward:
     _, lse = saved
     with torch.autocast(operands.q.device.type, enabled=False):

@@ -1,19 +1,23 @@
-"""flash_attn_varlen_func and flash_attn_func: attention with FlashAttention-2's signatures."""
+"""flash_attn_varlen_func and flash_attn_func: attention with FlashAttention-2's signatures.
+
+Both build a Pack from their arguments. Callers that have a Pack, as a model's layers do, call
+flash_attn_pack_func.
+"""
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from lctrain_kernels import checks
 from lctrain_kernels.backend import select_backend
 from lctrain_kernels.options import AttentionOptions, checked_options
-from lctrain_kernels.pack import Pack, checked_pack, row_boundaries
+from lctrain_kernels.pack import Pack, checked_pack, rows_pack
 from lctrain_kernels.padding import pad_head_dim
-from lctrain_kernels.reference.attention import dense_attention
 from lctrain_kernels.registry import require_backend
 from lctrain_kernels.schedule import TileSchedule
 from lctrain_kernels.varlen.operators import Operands, varlen_attention
+from lctrain_kernels.varlen.probabilities import attention_probabilities
 
 
 def flash_attn_varlen_func(
@@ -112,13 +116,12 @@ def flash_attn_varlen_func(
         document_ids=document_ids,
         schedule=schedule,
     )
-    head_dim = q.shape[2]
-    options = checked_options(
-        q.device,
-        head_dim,
-        pack.documents,
-        q.shape[1],
-        select_backend(q.device, q.dtype, backend, head_dim=head_dim),
+    out, lse, options = _attend(
+        q,
+        k,
+        v,
+        pack,
+        backend,
         softmax_scale=softmax_scale,
         causal=causal,
         window_size=window_size,
@@ -129,16 +132,36 @@ def flash_attn_varlen_func(
         learnable_sink=learnable_sink,
         deterministic=deterministic,
     )
-    operands = Operands(pad_head_dim(q), pad_head_dim(k), pad_head_dim(v))
-    if backend == "hopper":
-        require_backend("varlen", operands, options, operands)
-    out, lse = varlen_attention(operands, pack, options)
-    if out.shape[2] != head_dim:
-        out = out[..., :head_dim]
     if return_attn_probs:
-        shape = (max_seqlen_q, max_seqlen_k)
-        return out, lse, _attention_probabilities(Operands(q, k, v), pack, options, shape)
+        return out, lse, attention_probabilities(Operands(q, k, v), pack, options)
     return (out, lse) if return_lse else out
+
+
+def flash_attn_pack_func(
+    q: Tensor, k: Tensor, v: Tensor, pack: Pack, *, backend: str = "auto", **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Computes flash_attn_varlen_func over the documents of a Pack.
+
+    The Pack was validated when it was built, so a call reads none of its values.
+
+    Args:
+        q: Packed queries [T, H, D].
+        k: Packed keys [Tk, Hk, D].
+        v: Packed values [Tk, Hk, D].
+        pack: Documents of q and k.
+        backend: Implementation: "auto", "hopper", "triton" or "pytorch".
+        **options: Keyword arguments of `lctrain_kernels.options.checked_options`.
+
+    Returns:
+        out [T, H, D] in q's dtype, and lse [H, T] float32.
+
+    Raises:
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if shapes, devices or values do not fit; the message names the remedy.
+    """
+    checks.check_qkv(q, k, v)
+    pack.check_tokens(q, k)
+    return _attend(q, k, v, pack, backend, **options)[:2]
 
 
 def flash_attn_func(
@@ -202,72 +225,50 @@ def flash_attn_func(
             f"q, k and v must have one batch size, got {q.shape[0]}, {k.shape[0]} and {v.shape[0]}."
         )
     batch, length_q, length_k = q.shape[0], q.shape[1], k.shape[1]
-    cu_q = row_boundaries(batch, length_q, q.device)
-    cu_k = cu_q if length_q == length_k else row_boundaries(batch, length_k, q.device)
-    result = flash_attn_varlen_func(
-        q.flatten(0, 1),
-        k.flatten(0, 1),
-        v.flatten(0, 1),
-        cu_q,
-        cu_k,
-        length_q,
-        length_k,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-        return_lse=True,
-        learnable_sink=learnable_sink,
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    checks.check_qkv(q, k, v)
+    pack = rows_pack(batch, length_q, length_k, q.device, document_ids)
+    out, lse, options = _attend(
+        q,
+        k,
+        v,
+        pack,
+        backend,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        dropout_p=dropout_p,
         dropout_seed=dropout_seed,
-        document_ids=document_ids,
-        backend=backend,
+        alibi_slopes=alibi_slopes,
+        learnable_sink=learnable_sink,
+        deterministic=deterministic,
     )
-    out = result[0].unflatten(0, (batch, length_q))
-    lse = result[1].unflatten(1, (batch, length_q)).transpose(0, 1)
+    out = out.unflatten(0, (batch, length_q))
+    lse = lse.unflatten(1, (batch, length_q)).transpose(0, 1)
     if return_attn_probs:
-        return out, lse, result[2]
+        return out, lse, attention_probabilities(Operands(q, k, v), pack, options)
     return (out, lse) if return_lse else out
 
 
-def _attention_probabilities(
-    operands: Operands, pack: Pack, options: AttentionOptions, shape: tuple[int, int]
-) -> Tensor:
-    """Returns the weights [N, H, max_seqlen_q, max_seqlen_k] in q's dtype.
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, pack: Pack, backend: str, **arguments: Any
+) -> tuple[Tensor, Tensor, AttentionOptions]:
+    """Returns out [T, H, D], lse [H, T] and the options of the call.
 
-    Weights that dropout dropped are negative. They are computed in float32, or in float64 for
-    float64 inputs.
+    The keyword arguments are those of `checked_options`.
     """
-    q, k, v = operands
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    result = q.new_zeros((pack.documents, q.shape[1], *shape))
-    begin_q, begin_k = pack.cu_seqlens_q.tolist(), pack.cu_seqlens_k.tolist()
-    window = (options.window_left, options.window_right)
-    if options.window is not None:
-        window = tuple(options.window.tolist())
-    for document in range(pack.documents):
-        rows = slice(begin_q[document], begin_q[document + 1])
-        columns = slice(begin_k[document], begin_k[document + 1])
-        slopes = options.alibi_slopes
-        if slopes is not None and slopes.dim() == 2:
-            slopes = slopes[document]
-        key = document if pack.document_ids is None else int(pack.document_ids[document])
-        with torch.autocast(q.device.type, enabled=False):
-            _, _, signed = dense_attention(
-                q[rows].detach().to(dtype),
-                k[columns].detach().to(dtype),
-                v[columns].detach().to(dtype),
-                softmax_scale=options.softmax_scale,
-                window=window,
-                softcap=options.softcap,
-                alibi_slopes=slopes,
-                learnable_sink=options.learnable_sink,
-                dropout_p=options.dropout_p,
-                dropout_seed=0 if options.dropout_seed is None else options.dropout_seed,
-                document_id=key,
-            )
-        result[document, :, : signed.shape[1], : signed.shape[2]] = signed.to(q.dtype)
-    return result
+    head_dim = q.shape[2]
+    options = checked_options(
+        q.device,
+        head_dim,
+        pack.documents,
+        q.shape[1],
+        select_backend(q.device, q.dtype, backend, head_dim=head_dim),
+        **arguments,
+    )
+    operands = Operands(pad_head_dim(q), pad_head_dim(k), pad_head_dim(v))
+    if backend == "hopper":
+        require_backend("varlen", operands, options, operands)
+    out, lse = varlen_attention(operands, pack, options)
+    return (out if out.shape[2] == head_dim else out[..., :head_dim]), lse, options

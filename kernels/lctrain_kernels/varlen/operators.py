@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lctrain_kernels.operators import Attention, build_operators
 from lctrain_kernels.options import AttentionOptions
-from lctrain_kernels.pack import Pack, TiledPack
+from lctrain_kernels.pack import PackTensors, TiledPack
 from lctrain_kernels.registry import BACKWARD, FORWARD, Refusal, implements
 from lctrain_kernels.varlen import reference
 
@@ -54,7 +54,7 @@ def _reference_options(options: AttentionOptions) -> reference.VarlenOptions:
 
 @implements("varlen", FORWARD, "pytorch")
 def _pytorch_forward(
-    operands: Operands, pack: Pack, options: AttentionOptions
+    operands: Operands, pack: PackTensors, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(operands.q.device.type, enabled=False):
         return reference.varlen_forward(
@@ -96,7 +96,7 @@ def _pytorch_backward(
     douts: Gradients,
     operands: Operands,
     saved: tuple[Tensor, Tensor],
-    pack: Pack,
+    pack: PackTensors,
     options: AttentionOptions,
 ) -> Backward:
     _, lse = saved
@@ -157,7 +157,7 @@ def _fake_backward(operands: Operands, saved: tuple[Tensor, Tensor]) -> Backward
 def _finish(
     gradients: dict[str, Tensor],
     operands: Operands,
-    pack: Pack,
+    pack: PackTensors,
     options: AttentionOptions,
     saved: dict[str, Tensor],
 ) -> dict[str, Tensor | None]:

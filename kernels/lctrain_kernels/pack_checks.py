@@ -1,0 +1,97 @@
+"""Checks what a caller says of packed documents. Each error message names the remedy.
+
+Only values of CPU tensors are read, so no check synchronises with a GPU.
+"""
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from lctrain_kernels.schedule import TileSchedule
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, device: torch.device) -> None:
+    """Checks that cu_seqlens is [N + 1] int32 on q's device.
+
+    For a CPU tensor, also checks that its values never decrease and run from 0 to `total`.
+    """
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(cu_seqlens).__name__}.")
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {cu_seqlens.dtype}. Call .to(torch.int32).")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(
+            f"{name} must have shape [documents + 1], got {tuple(cu_seqlens.shape)}. "
+            "Pass the cumulative lengths with a leading 0."
+        )
+    if cu_seqlens.device != device:
+        raise ValueError(
+            f"{name} must be on q's device ({device}), got {cu_seqlens.device}. Move it with .to()."
+        )
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if isinstance(cu_seqlens, FakeTensor):
+        return
+    if int(cu_seqlens[0]) != 0:
+        raise ValueError(f"{name} must start at 0, got {int(cu_seqlens[0])}. Prepend a 0.")
+    if bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(f"{name} must not decrease. Pass cumulative lengths, not lengths.")
+    if int(cu_seqlens[-1]) != total:
+        raise ValueError(
+            f"{name} must end at the number of packed tokens ({total}), got {int(cu_seqlens[-1])}. "
+            "Drop the tokens beyond the last document, or give them a document of their own."
+        )
+
+
+def check_max_seqlen(name: str, value: object) -> None:
+    """Raises TypeError unless the value is a Python int; a tensor would need a synchronisation."""
+    if isinstance(value, Tensor) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(
+            f"{name} must be a Python int, got {type(value).__name__}. "
+            "Compute it from the CPU lengths; reading a device tensor would stall the GPU."
+        )
+
+
+def check_document_ids(document_ids: Tensor | None, documents: int, device: torch.device) -> None:
+    """Checks that document_ids is [N] int32 on q's device, or None."""
+    if document_ids is None:
+        return
+    if not isinstance(document_ids, Tensor):
+        raise TypeError(f"document_ids must be a torch.Tensor, got {type(document_ids).__name__}.")
+    if tuple(document_ids.shape) != (documents,):
+        raise ValueError(
+            f"document_ids must have shape [{documents}], got {tuple(document_ids.shape)}."
+        )
+    if document_ids.dtype != torch.int32:
+        raise TypeError(f"document_ids must be int32, got {document_ids.dtype}. Cast it.")
+    if document_ids.device != device:
+        raise ValueError(
+            f"document_ids must be on q's device ({device}), got {document_ids.device}. Move it "
+            "with .to()."
+        )
+
+
+def check_schedule(
+    schedule: TileSchedule, documents: int, total_q: int, total_k: int, device: torch.device
+) -> None:
+    """Checks that a schedule fits the number of documents and tokens, and is on q's device."""
+    if schedule.q_tiles.device != device:
+        raise ValueError(
+            f"schedule must be on q's device ({device}), got {schedule.q_tiles.device}. "
+            "Call schedule.to(device)."
+        )
+    if schedule.documents != documents:
+        raise ValueError(
+            f"cu_seqlens must describe the {schedule.documents} documents that schedule was built "
+            f"for, got {documents}. Build the schedule from the lengths of this pack."
+        )
+    for name, expected, total in (
+        ("q", schedule.total_q, total_q),
+        ("k", schedule.total_k, total_k),
+    ):
+        if expected != total:
+            raise ValueError(
+                f"{name} must hold the {expected} tokens that schedule was built for, got {total}. "
+                "Build the schedule from the lengths of this pack, and drop tokens beyond the "
+                "last document."
+            )
