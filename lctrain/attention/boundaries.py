@@ -1,4 +1,4 @@
-"""Boundaries: where the documents of a batch begin and end, found once per forward pass.
+"""Boundaries: the Pack of a batch's documents and its rows, found once per forward pass.
 
 There are four sources of boundaries:
 
@@ -14,59 +14,36 @@ Boundaries are cached here and in the kernels after the forward pass. Their tens
 in inference mode, since autograd cannot save such tensors in a later training step.
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from lctrain_kernels.pack import Pack
+
 PACK_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 class Boundaries(NamedTuple):
-    """The N documents of rows [B, S], as `lctrain.kernels.flash_attn_varlen_func` takes them.
+    """The documents of rows [B, S] as a Pack, and the tokens of the rows that are packed.
 
     Attributes:
-        cu_seqlens_q: [N + 1] int32, cumulative number of queries per document, without padding.
-        cu_seqlens_k: [N + 1] int32, cumulative number of keys per document, without padding.
-        max_seqlen_q: Largest number of queries in a document.
-        max_seqlen_k: Largest number of keys in a document.
+        pack: Boundaries, lengths, ids and tile schedule of the documents, without padding, as
+            every layer passes them to the kernels.
         queries: Shape (B, S) of the query rows.
         keys: Shape (B, Sk) of the key rows.
         indices_q: [T] int64, indices of the queries that are not padding among the B * S flattened
             queries; None if there is no padding.
         indices_k: [Tk] int64, the same indices for the keys.
-        document_ids: [N] int32, the number that keys the dropout mask of each document; None uses
-            the index of the document.
-        schedule: `lctrain.kernels.TileSchedule` of these documents; None lets the kernels build it.
     """
 
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-    max_seqlen_q: int
-    max_seqlen_k: int
+    pack: "Pack"
     queries: tuple[int, int]
     keys: tuple[int, int]
     indices_q: Tensor | None = None
     indices_k: Tensor | None = None
-    document_ids: Tensor | None = None
-    schedule: Any = None
-
-    def as_arguments(self, queries: str = "_q") -> dict[str, Any]:
-        """Returns the boundaries as keyword arguments of the functions in `lctrain.kernels`.
-
-        Args:
-            queries: Suffix of `cu_seqlens` and `max_seqlen` for the queries: "_q", or "" for
-                functions that name them `cu_seqlens` and `max_seqlen`.
-        """
-        return {
-            f"cu_seqlens{queries}": self.cu_seqlens_q,
-            f"max_seqlen{queries}": self.max_seqlen_q,
-            "cu_seqlens_k": self.cu_seqlens_k,
-            "max_seqlen_k": self.max_seqlen_k,
-            "document_ids": self.document_ids,
-            "schedule": self.schedule,
-        }
 
 
 def is_packed(arguments: dict[str, Any]) -> bool:
@@ -75,7 +52,10 @@ def is_packed(arguments: dict[str, Any]) -> bool:
 
 
 def from_cu_seqlens(
-    arguments: dict[str, Any], queries: tuple[int, int], keys: tuple[int, int]
+    arguments: dict[str, Any],
+    queries: tuple[int, int],
+    keys: tuple[int, int],
+    device: torch.device,
 ) -> Boundaries:
     """Returns the boundaries that `cu_seq_lens` and `max_length` give, without synchronising.
 
@@ -84,11 +64,16 @@ def from_cu_seqlens(
             DataCollatorWithFlattening.
         queries: Shape (1, S) of the query rows.
         keys: Shape (1, Sk) of the key rows.
+        device: Device of the rows.
 
     Raises:
+        TypeError: if an argument has the wrong dtype.
         ValueError: if an argument is missing, max_length is not an int, there are several rows, the
-            boundaries are no vector, or, on the CPU, queries and keys have other documents.
+            boundaries are no vector, an id or the schedule does not fit, or, on the CPU, the
+            boundaries do not cover the row, or queries and keys have other documents.
     """
+    from lctrain_kernels.pack import checked_pack
+
     missing = [name for name in PACK_ARGUMENTS if arguments.get(name) is None]
     if missing:
         raise ValueError(
@@ -102,16 +87,19 @@ def from_cu_seqlens(
         )
     if not torch.compiler.is_compiling():
         _check_pack(arguments)
-    return Boundaries(
+    pack = checked_pack(
         arguments["cu_seq_lens_q"],
         arguments["cu_seq_lens_k"],
-        _length("max_length_q", arguments["max_length_q"]),
-        _length("max_length_k", arguments["max_length_k"]),
-        queries,
-        keys,
+        queries[1],
+        keys[1],
+        device,
+        max_seqlen_q=_length("max_length_q", arguments["max_length_q"]),
+        max_seqlen_k=_length("max_length_k", arguments["max_length_k"]),
         document_ids=arguments.get("document_ids"),
         schedule=arguments.get("schedule"),
+        names=PACK_ARGUMENTS,
     )
+    return Boundaries(pack, queries, keys)
 
 
 def from_rows(batch: int, queries: int, keys: int, device: torch.device) -> Boundaries:
@@ -124,11 +112,9 @@ def from_rows(batch: int, queries: int, keys: int, device: torch.device) -> Boun
         keys: Keys per row.
         device: Device of the boundaries.
     """
-    from lctrain_kernels.pack import row_boundaries
+    from lctrain_kernels.pack import rows_pack
 
-    cu_seqlens_q = row_boundaries(batch, queries, device)
-    cu_seqlens_k = cu_seqlens_q if keys == queries else row_boundaries(batch, keys, device)
-    return Boundaries(cu_seqlens_q, cu_seqlens_k, queries, keys, (batch, queries), (batch, keys))
+    return Boundaries(rows_pack(batch, queries, keys, device), (batch, queries), (batch, keys))
 
 
 @torch.compiler.disable
@@ -210,11 +196,11 @@ def find_positions(boundaries: Boundaries) -> Tensor:
         [B, S] int64, 0 at padding.
     """
     total = boundaries.queries[0] * boundaries.queries[1]
-    real, cu_seqlens = boundaries.indices_q, boundaries.cu_seqlens_q
+    real, cu_seqlens = boundaries.indices_q, boundaries.pack.cu_seqlens_q
     tokens, document = _documents(boundaries)
     positions = tokens - cu_seqlens[document]
-    if boundaries.cu_seqlens_k is not cu_seqlens:
-        cached = boundaries.cu_seqlens_k.diff() - cu_seqlens.diff()
+    if boundaries.pack.cu_seqlens_k is not cu_seqlens:
+        cached = boundaries.pack.cu_seqlens_k.diff() - cu_seqlens.diff()
         positions = positions + cached[document]
     if real is not None:
         positions = positions.new_zeros(total).index_copy(0, real, positions)
@@ -228,7 +214,7 @@ def find_places(boundaries: Boundaries) -> tuple[Tensor, Tensor]:
         Two tensors [T] int64, where T counts the queries that are not padding.
     """
     tokens, document = _documents(boundaries)
-    return document, tokens - boundaries.cu_seqlens_q[document]
+    return document, tokens - boundaries.pack.cu_seqlens_q[document]
 
 
 def find_lengths(boundaries: Boundaries, position_ids: Tensor | None = None) -> Tensor:
@@ -245,7 +231,7 @@ def find_lengths(boundaries: Boundaries, position_ids: Tensor | None = None) -> 
     total = boundaries.queries[0] * boundaries.queries[1]
     real = boundaries.indices_q
     _, document = _documents(boundaries)
-    keys = boundaries.cu_seqlens_k.diff().long()
+    keys = boundaries.pack.cu_seqlens_k.diff().long()
     if position_ids is None:
         lengths = keys
     else:
@@ -265,9 +251,8 @@ def _documents(boundaries: Boundaries) -> tuple[Tensor, Tensor]:
     Returns:
         Two tensors [T] int64.
     """
-    total = boundaries.queries[0] * boundaries.queries[1]
-    real, cu_seqlens = boundaries.indices_q, boundaries.cu_seqlens_q
-    count = total if real is None else real.shape[0]
+    real, cu_seqlens = boundaries.indices_q, boundaries.pack.cu_seqlens_q
+    count = boundaries.pack.total_q if real is None else real.shape[0]
     tokens = torch.arange(count, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens[1:], tokens.to(torch.int32), right=True)
     # The kernels refuse tokens beyond the last document. Clamping keeps the indices valid here.
@@ -328,16 +313,23 @@ def _from_lengths(
     queries: tuple[int, int],
     keys: tuple[int, int],
 ) -> Boundaries:
+    from lctrain_kernels.pack import Pack
+
     cu_seqlens_q = _cumulative(lengths_q)
-    return Boundaries(
+    pack = Pack(
         cu_seqlens_q,
         cu_seqlens_q if lengths_k is lengths_q else _cumulative(lengths_k),
+        kept_q.shape[0],
+        kept_k.shape[0],
         int(lengths_q.max()) if lengths_q.numel() else 0,
         int(lengths_k.max()) if lengths_k.numel() else 0,
+    )
+    return Boundaries(
+        pack,
         queries,
         keys,
-        None if kept_q.numel() == queries[0] * queries[1] else kept_q,
-        None if kept_k.numel() == keys[0] * keys[1] else kept_k,
+        None if pack.total_q == queries[0] * queries[1] else kept_q,
+        None if pack.total_k == keys[0] * keys[1] else kept_k,
     )
 
 

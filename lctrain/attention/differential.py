@@ -10,7 +10,7 @@ and Hk key/value heads differently:
   and g + Hk / 2, concatenated to one value of width 2 D.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ def differential_attention_forward(
         ValueError: if an argument asks for something that the kernels do not have, or the layer is
             not differential.
     """
-    from lctrain.kernels import diff_attn_varlen_func
+    from lctrain_kernels.differential.api import diff_attn_pack_func
 
     refuse_unknown(kwargs)
     _refuse_for_differential(module, softcap=softcap, s_aux=s_aux, lam=lctrain_lambda)
@@ -103,22 +103,22 @@ def differential_attention_forward(
             v = torch.cat(v.chunk(2, 1), -1)
         else:
             q1, q2, k1, k2 = q[:, 0::2], q[:, 1::2], k, k
-        out = diff_attn_varlen_func(
+        out, _, _ = diff_attn_pack_func(
             q1,
             q2,
             k1,
             k2,
             v,
             lam,
+            boundaries.pack,
             dropout_p=dropout_of(module, spec, dropout),
             softmax_scale=scale_of(query, scaling),
             causal=causal,
             window_size=window_of(sliding_window, causal),
             backend=backend_of(spec, q.device, q.dtype),
-            **boundaries.as_arguments(queries=""),
         )
         # `attend` expects heads of width D, so a head of version 1, 2 D wide, becomes two heads.
-        return cast(Tensor, out).unflatten(2, (-1, value.shape[-1])).flatten(1, 2)
+        return out.unflatten(2, (-1, value.shape[-1])).flatten(1, 2)
 
     out = attend(kernel, query, key, value, boundaries)
     return out.unflatten(2, (query.shape[1] // 2, -1)).flatten(3), None

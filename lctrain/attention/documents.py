@@ -63,7 +63,7 @@ def find_documents(
                 "(a filled cache or cross-attention). Pass use_cache=False, and generate without "
                 "cu_seq_lens."
             )
-        return from_cu_seqlens(pack, queries, keys)
+        return from_cu_seqlens(pack, queries, keys, device)
     if numbers is not None:
         return from_segments(numbers)
     if real is not None:

@@ -68,7 +68,7 @@ def dual_chunk_logit_scale(spec: DualChunkSpec, boundaries: Boundaries) -> Tenso
     if spec.scale == "none":
         return None
     assert spec.window is not None
-    lengths = boundaries.cu_seqlens_k.diff().float()
+    lengths = boundaries.pack.cu_seqlens_k.diff().float()
     growth = (lengths / spec.window).clamp(min=1.0).log()
     return (spec.scale_coefficient * growth + 1.0).square()
 
@@ -115,7 +115,7 @@ def dual_chunk_attention_forward(
         ValueError: if an argument asks for something that the kernels do not have, or the layer was
             called without the input hook.
     """
-    from lctrain.kernels import dual_chunk_attn_varlen_func
+    from lctrain_kernels.dual_chunk.api import dual_chunk_attn_pack_func
 
     refuse_unknown(kwargs)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
@@ -135,10 +135,11 @@ def dual_chunk_attention_forward(
     logit_scale = lctrain_dual_chunk.logit_scale
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = dual_chunk_attn_varlen_func(
+        out, _ = dual_chunk_attn_pack_func(
             q,
             k,
             v,
+            boundaries.pack,
             inv_freq=inv_freq.to(device=q.device, dtype=torch.float32),
             chunk_size=chunk_size,
             local_size=local_size,
@@ -146,9 +147,8 @@ def dual_chunk_attention_forward(
             dropout_p=dropout_of(module, spec, dropout),
             softmax_scale=scale_of(query, scaling),
             backend=backend_of(spec, q.device, q.dtype, q.shape[-1]),
-            **boundaries.as_arguments(queries=""),
         )
-        return cast(Tensor, out)
+        return out
 
     return attend(kernel, query, key, value, boundaries), None
 

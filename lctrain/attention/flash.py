@@ -1,6 +1,6 @@
 """The attention function of lctrain_flash, which transformers' layers call."""
 
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -63,7 +63,7 @@ def flash_attention_forward(
     Raises:
         ValueError: if an argument asks for something that the kernels do not have.
     """
-    from lctrain.kernels import flash_attn_varlen_func
+    from lctrain_kernels.varlen.api import flash_attn_pack_func
 
     refuse_unknown(kwargs)
     spec = spec_of(module, FlashSpec)
@@ -77,10 +77,11 @@ def flash_attention_forward(
         sliding_window = min(spec.sliding_window, sliding_window or spec.sliding_window)
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = flash_attn_varlen_func(
+        out, _ = flash_attn_pack_func(
             q,
             k,
             v,
+            boundaries.pack,
             dropout_p=dropout_of(module, spec, dropout),
             softmax_scale=scale_of(query, scaling),
             causal=causal,
@@ -89,8 +90,7 @@ def flash_attention_forward(
             deterministic=spec.deterministic or bool(deterministic),
             learnable_sink=s_aux,
             backend=spec.backend,
-            **boundaries.as_arguments(),
         )
-        return cast(Tensor, out)
+        return out
 
     return attend(kernel, query, key, value, boundaries), None

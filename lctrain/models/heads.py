@@ -40,7 +40,7 @@ def refuse_choices(model: nn.Module) -> None:
 
 def holds_several(boundaries: Boundaries) -> bool:
     """Returns whether there are more documents than rows, without synchronising with the device."""
-    return boundaries.cu_seqlens_q.shape[0] - 1 > boundaries.queries[0]
+    return boundaries.pack.documents > boundaries.queries[0]
 
 
 def to_rows(
@@ -69,7 +69,7 @@ def to_rows(
             "head finds a document's last token by it. Set model.config.pad_token_id."
         )
     places = row_places(boundaries)
-    rows = (boundaries.cu_seqlens_q.shape[0] - 1, boundaries.max_seqlen_q)
+    rows = (boundaries.pack.documents, boundaries.pack.max_seqlen_q)
     kept = {
         name: value
         for name, value in inputs.items()
@@ -89,7 +89,7 @@ def to_rows(
 def row_places(boundaries: Boundaries) -> Tensor:
     """Returns each token's index in flattened rows [N * M] of one document each, [T] int64."""
     document, position = find_places(boundaries)
-    return document * boundaries.max_seqlen_q + position
+    return document * boundaries.pack.max_seqlen_q + position
 
 
 def spread(
@@ -138,7 +138,7 @@ def check_outputs(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], out
     pooler = _pooler_of(model)
     if pooler is not None and getattr(output, "pooler_output", None) is not None:
         places = row_places(boundaries)
-        rows = (boundaries.cu_seqlens_q.shape[0] - 1, boundaries.max_seqlen_q)
+        rows = (boundaries.pack.documents, boundaries.pack.max_seqlen_q)
         output["pooler_output"] = pooler(spread(output[0], boundaries, places, rows))
     tokens = boundaries.queries[1]
     # Language models may leave out the last token, which predicts nothing, as in TRL.
@@ -156,7 +156,7 @@ def check_outputs(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], out
             raise ValueError(
                 f"outputs must have one entry per token or per document for packed inputs, got "
                 f"{name} {list(value.shape)} from {type(model).__name__} for "
-                f"{boundaries.cu_seqlens_q.shape[0] - 1} documents. Pass one document per row, "
+                f"{boundaries.pack.documents} documents. Pass one document per row, "
                 "with padding and an attention_mask."
             )
     return output

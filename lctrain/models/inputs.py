@@ -120,7 +120,7 @@ class InputHook:
                 tokens.shape[:2], dtype=torch.int64, device=tokens.device
             )
         if self.position_limit is not None:
-            longest = boundaries.max_seqlen_k
+            longest = boundaries.pack.max_seqlen_k
             require_positions(model, longest, "documents", _LONGER, self.position_limit)
         several = holds_several(boundaries)
         if several:

@@ -63,7 +63,7 @@ def require_first_position(
     positions = position_ids.expand(boundaries.queries).flatten()
     if boundaries.indices_q is not None:
         positions = positions[boundaries.indices_q.to(positions.device)]
-    begins = positions[boundaries.cu_seqlens_q[:-1].to(positions.device)]
+    begins = positions[boundaries.pack.cu_seqlens_q[:-1].to(positions.device)]
     wrong = begins[begins != first]
     if wrong.numel():
         raise ValueError(

@@ -17,26 +17,33 @@ CPU = torch.device("cpu")
 
 def test_from_rows():
     found = from_rows(3, 4, 4, CPU)
-    assert found.cu_seqlens_q.tolist() == found.cu_seqlens_k.tolist() == [0, 4, 8, 12]
-    assert found.cu_seqlens_q.dtype == torch.int32
-    assert (found.max_seqlen_q, found.max_seqlen_k) == (4, 4)
+    assert found.pack.cu_seqlens_q.tolist() == found.pack.cu_seqlens_k.tolist() == [0, 4, 8, 12]
+    assert found.pack.cu_seqlens_q.dtype == torch.int32
+    assert (found.pack.max_seqlen_q, found.pack.max_seqlen_k) == (4, 4)
     assert found.indices_q is found.indices_k is None
-    assert from_rows(3, 4, 4, CPU).cu_seqlens_q is found.cu_seqlens_q  # one schedule for all layers
+    assert (
+        from_rows(3, 4, 4, CPU).pack.cu_seqlens_q is found.pack.cu_seqlens_q
+    )  # one schedule for all layers
 
 
 def test_from_rows_with_more_keys_than_queries():
     found = from_rows(2, 1, 5, CPU)
-    assert found.cu_seqlens_q.tolist() == [0, 1, 2]
-    assert found.cu_seqlens_k.tolist() == [0, 5, 10]
+    assert found.pack.cu_seqlens_q.tolist() == [0, 1, 2]
+    assert found.pack.cu_seqlens_k.tolist() == [0, 5, 10]
     assert (found.queries, found.keys) == ((2, 1), (2, 5))
 
 
 def test_from_padding():
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]]).bool()
     found = from_padding(mask, 4)
-    assert found.cu_seqlens_q.tolist() == [0, 2, 5, 5]  # an empty row is a document of length 0
+    assert found.pack.cu_seqlens_q.tolist() == [
+        0,
+        2,
+        5,
+        5,
+    ]  # an empty row is a document of length 0
     assert found.indices_q.tolist() == found.indices_k.tolist() == [2, 3, 4, 5, 6]
-    assert (found.max_seqlen_q, found.max_seqlen_k) == (3, 3)
+    assert (found.pack.max_seqlen_q, found.pack.max_seqlen_k) == (3, 3)
 
 
 def test_from_padding_of_nothing():
@@ -46,8 +53,8 @@ def test_from_padding_of_nothing():
 def test_from_padding_with_more_keys_than_queries():
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]).bool()
     found = from_padding(mask, 2)
-    assert found.cu_seqlens_q.tolist() == [0, 2, 4]
-    assert found.cu_seqlens_k.tolist() == [0, 3, 7]
+    assert found.pack.cu_seqlens_q.tolist() == [0, 2, 4]
+    assert found.pack.cu_seqlens_k.tolist() == [0, 3, 7]
     assert found.indices_q is None
     assert found.indices_k.tolist() == [1, 2, 3, 4, 5, 6, 7]
 
@@ -55,8 +62,8 @@ def test_from_padding_with_more_keys_than_queries():
 def test_from_padding_keeping_queries():
     mask = torch.tensor([[1, 0, 0], [1, 1, 1]]).bool()
     found = from_padding(mask, 3, drop_queries=False)
-    assert found.cu_seqlens_q.tolist() == [0, 3, 6]
-    assert found.cu_seqlens_k.tolist() == [0, 1, 4]
+    assert found.pack.cu_seqlens_q.tolist() == [0, 3, 6]
+    assert found.pack.cu_seqlens_k.tolist() == [0, 1, 4]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +97,7 @@ def test_positions_of_a_pack_with_empty_documents():
     edges = torch.tensor([0, 0, 2, 2, 5, 5], dtype=torch.int32)
     pack = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), edges)
     pack |= dict.fromkeys(("max_length_q", "max_length_k"), 3)
-    found = find_positions(from_cu_seqlens(pack, (1, 5), (1, 5)))
+    found = find_positions(from_cu_seqlens(pack, (1, 5), (1, 5), CPU))
     assert found.tolist() == [[0, 1, 0, 1, 2]]
     assert found.dtype == torch.int64
 
@@ -103,9 +110,9 @@ def test_positions_go_on_after_cached_keys():
 
 def test_from_segments():
     found = from_segments(torch.tensor([[1, 1, 2, 0], [0, 1, 1, 1]]))
-    assert found.cu_seqlens_q.tolist() == [0, 2, 3, 6]
+    assert found.pack.cu_seqlens_q.tolist() == [0, 2, 3, 6]
     assert found.indices_q.tolist() == [0, 1, 2, 5, 6, 7]
-    assert (found.max_seqlen_q, found.queries) == (3, (2, 4))
+    assert (found.pack.max_seqlen_q, found.queries) == (3, (2, 4))
 
 
 def pack(**changes):
@@ -121,11 +128,11 @@ def pack(**changes):
 
 def test_from_cu_seqlens():
     arguments = pack()
-    found = from_cu_seqlens(arguments, (1, 5), (1, 5))
-    assert found.cu_seqlens_q is arguments["cu_seq_lens_q"]
-    assert (found.max_seqlen_q, found.max_seqlen_k) == (3, 3)
-    assert type(found.max_seqlen_k) is int
-    assert found.document_ids.tolist() == [7, 8]
+    found = from_cu_seqlens(arguments, (1, 5), (1, 5), CPU)
+    assert found.pack.cu_seqlens_q is arguments["cu_seq_lens_q"]
+    assert (found.pack.max_seqlen_q, found.pack.max_seqlen_k) == (3, 3)
+    assert type(found.pack.max_seqlen_k) is int
+    assert found.pack.document_ids.tolist() == [7, 8]
 
 
 @pytest.mark.parametrize(
@@ -154,4 +161,4 @@ def test_from_cu_seqlens():
 )
 def test_from_cu_seqlens_refuses(changes, rows, message):
     with pytest.raises(ValueError, match=message):
-        from_cu_seqlens(pack(**changes), rows, rows)
+        from_cu_seqlens(pack(**changes), rows, rows, CPU)

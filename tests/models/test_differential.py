@@ -172,15 +172,16 @@ def test_dropout_is_that_of_one_attention_over_all_heads_of_version_2():
 @pytest.mark.parametrize("family", FEW)
 def test_branches_draw_their_own_masks(family, monkeypatch):
     """Equal branches with lambda 1 cancel, unless their dropout masks differ."""
-    import lctrain.kernels as kernels
+    from lctrain_kernels.differential import api
 
-    attend, seen = kernels.diff_attn_varlen_func, []
+    attend, seen = api.diff_attn_pack_func, []
 
     def record(q1, q2, k1, k2, v, lam, *args, **kwargs):
-        seen.append(attend(q1, q1, k1, k1, v, torch.ones(()), *args, **kwargs).abs().amax())
+        out, _, _ = attend(q1, q1, k1, k1, v, torch.ones(()), *args, **kwargs)
+        seen.append(out.abs().amax())
         return attend(q1, q2, k1, k2, v, lam, *args, **kwargs)
 
-    monkeypatch.setattr(kernels, "diff_attn_varlen_func", record)
+    monkeypatch.setattr(api, "diff_attn_pack_func", record)
     model = make_differential(family).train()
     for dropout, cancels in ((0.0, True), (0.3, False)):
         seen.clear()
@@ -193,15 +194,15 @@ def test_branches_draw_their_own_masks(family, monkeypatch):
 @pytest.mark.parametrize("family", DIFFERENTIAL)
 def test_the_kernel_is_given_views(family, monkeypatch):
     """Both branches are views of one tensor; in version 2 they share a key."""
-    import lctrain.kernels as kernels
+    from lctrain_kernels.differential import api
 
-    attend, calls = kernels.diff_attn_varlen_func, []
+    attend, calls = api.diff_attn_pack_func, []
 
     def record(*args, **kwargs):
         calls.append(args)
         return attend(*args, **kwargs)
 
-    monkeypatch.setattr(kernels, "diff_attn_varlen_func", record)
+    monkeypatch.setattr(api, "diff_attn_pack_func", record)
     with patch_model(make_differential(family), **DIFFERENTIALLY) as handle:
         packed_outputs(handle.model, make_documents())
     assert len(calls) == 2
@@ -214,12 +215,13 @@ def test_the_kernel_is_given_views(family, monkeypatch):
 
 
 def test_deterministic_layers_name_the_portable_kernels_on_hopper(monkeypatch):
-    import lctrain.kernels as kernels
+    from lctrain import kernels
+    from lctrain_kernels.differential import api
 
     def attend(*_, backend, **__):
         raise InterruptedError(backend)
 
-    monkeypatch.setattr(kernels, "diff_attn_varlen_func", attend)
+    monkeypatch.setattr(api, "diff_attn_pack_func", attend)
     monkeypatch.setattr(kernels, "select_backend", lambda *_, **__: "hopper")
     for deterministic, name in ((False, "auto"), (True, "triton")):
         handle = patch_model(

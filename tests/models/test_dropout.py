@@ -42,16 +42,17 @@ def test_the_default_is_the_config_s_and_the_option_wins():
 
 def test_layers_and_heads_draw_their_own_masks(monkeypatch):
     """All keys and queries are equal, so heads and layers differ only by their dropout masks."""
-    import lctrain.kernels as kernels
+    from lctrain_kernels.varlen import api
 
-    attend, outs = kernels.flash_attn_varlen_func, []
+    attend, outs = api.flash_attn_pack_func, []
 
     def record(q, k, v, *args, **kwargs):
         equal = torch.ones_like(q), torch.ones_like(k), torch.ones_like(v).cumsum(0)
-        outs.append(attend(*equal, *args, **kwargs))
-        return outs[-1]
+        out, lse = attend(*equal, *args, **kwargs)
+        outs.append(out)
+        return out, lse
 
-    monkeypatch.setattr(kernels, "flash_attn_varlen_func", record)
+    monkeypatch.setattr(api, "flash_attn_pack_func", record)
     model = make_model("llama").train()
     with patch_model(model, dropout=0.3):
         packed_outputs(model, make_documents([20]))

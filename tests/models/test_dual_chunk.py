@@ -303,12 +303,13 @@ def test_dropout_in_training_only_and_replayed_by_checkpointing():
 
 
 def test_deterministic_layers_name_the_portable_kernels_on_hopper(monkeypatch):
-    import lctrain.kernels as kernels
+    from lctrain import kernels
+    from lctrain_kernels.dual_chunk import api
 
     def attend(*_, backend, **__):
         raise InterruptedError(backend)
 
-    monkeypatch.setattr(kernels, "dual_chunk_attn_varlen_func", attend)
+    monkeypatch.setattr(api, "dual_chunk_attn_pack_func", attend)
     monkeypatch.setattr(kernels, "select_backend", lambda *_, **__: "hopper")
     for deterministic, name in ((False, "auto"), (True, "triton")):
         handle = patch_model(make_rotary_model("llama"), **SMALL, deterministic=deterministic)
@@ -341,9 +342,10 @@ def test_boundaries_and_positions_are_found_without_reading_the_device():
     """Runs on meta tensors, where reading a value is an error."""
     from lctrain.attention.boundaries import Boundaries
     from lctrain.attention.dual_chunk import dual_chunk_logit_scale, dual_chunk_positions
+    from lctrain_kernels.pack import Pack
 
     edges = torch.zeros(7, dtype=torch.int32, device="meta")
-    boundaries = Boundaries(edges, edges, 40, 40, (1, 94), (1, 94))
+    boundaries = Boundaries(Pack(edges, edges, 94, 94, 40, 40), (1, 94), (1, 94))
     spec = DualChunkSpec(chunk_size=S, local_size=L, scale="yarn", window=20)
     assert dual_chunk_positions(spec, boundaries).shape == (1, 94)
     assert dual_chunk_logit_scale(spec, boundaries).shape == (6,)

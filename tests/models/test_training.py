@@ -43,16 +43,16 @@ def test_autocast(family):
 
 
 def test_autocast_casts_to_the_dtype_of_the_values(monkeypatch):
-    import lctrain.kernels as kernels
+    from lctrain_kernels.varlen import api
 
     seen = []
-    attend = kernels.flash_attn_varlen_func
+    attend = api.flash_attn_pack_func
 
     def record(q, k, v, *args, **kwargs):
         seen.append({q.dtype, k.dtype, v.dtype})
         return attend(q, k, v, *args, **kwargs)
 
-    monkeypatch.setattr(kernels, "flash_attn_varlen_func", record)
+    monkeypatch.setattr(api, "flash_attn_pack_func", record)
     with patch_model(make_model("llama")) as handle, torch.autocast("cpu", torch.bfloat16):
         packed_outputs(handle.model, make_documents())
     assert seen == [{torch.bfloat16}] * 2
