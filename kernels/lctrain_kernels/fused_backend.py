@@ -1,45 +1,89 @@
-"""Chooses the implementation of a fused element-wise operation: "triton" or "pytorch"."""
+"""Chooses the implementation of a fused operation, "triton" or "pytorch", from the registry."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
+from lctrain_kernels.backend import TRITON_INSTALLED, interpreting
+from lctrain_kernels.registry import Refusal, refusal_of
+
 BACKENDS = ("auto", "triton", "pytorch")
-TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def fused_backend(device: torch.device, dtype: torch.dtype, backend: str = "auto") -> str:
-    """Returns "triton" or "pytorch" for tensors of this device and dtype.
+class FusedCall(NamedTuple):
+    """Properties of a call by which an implementation of a fused operation refuses it.
 
-    Args:
+    Attributes:
         device: Device of the tensors.
         dtype: Dtype of the tensors.
-        backend: "auto", "triton" or "pytorch". "auto" chooses "triton" on a GPU for dtypes of at
-            most 32 bits, and "pytorch" otherwise.
+        columns: Number of columns of a row; 0 if no implementation has a limit.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    columns: int = 0
+
+
+Limit = Callable[[FusedCall], str | None]
+
+
+def triton_refuses(*limits: Limit) -> Refusal:
+    """Returns the refusal of the Triton implementation of a fused operation.
+
+    Args:
+        limits: Functions that name what the operation's kernels do not support in a call, beyond
+            what all fused kernels refuse; None if they support the call.
+    """
+
+    def refuses(call: FusedCall, *_: Any) -> str | None:
+        for limit in limits:
+            reason = limit(call)
+            if reason is not None:
+                return reason
+        return _refused_by_all(call)
+
+    return refuses
+
+
+def fused_backend(operation: str, call: FusedCall, backend: str = "auto") -> str:
+    """Returns the implementation of a call, "triton" or "pytorch", the same for both passes.
+
+    Args:
+        operation: Name of the operation in the registry, such as "norm".
+        call: Properties of the call.
+        backend: "auto", "triton" or "pytorch". "auto" chooses "triton" on a GPU for calls that the
+            kernels support, and "pytorch" otherwise.
 
     Raises:
-        ValueError: if the name is unknown, or the named implementation cannot serve the tensors.
+        ValueError: if the name is unknown, or the named implementation does not support the call.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
     if backend == "pytorch":
         return backend
-    on_gpu = device.type == "cuda"  # ROCm devices carry this name too
-    serves = dtype in _DTYPES and TRITON_INSTALLED
+    if backend == "auto" and call.device.type != "cuda":  # ROCm devices carry this name too
+        return "pytorch"
+    reason = refusal_of(operation, "triton", call)
+    if reason is None:
+        return "triton"
     if backend == "auto":
-        return "triton" if on_gpu and serves else "pytorch"
-    if not serves:
-        raise ValueError(
-            f"backend='triton' needs the package triton and tensors of at most 32 bits, got "
-            f"{dtype}. Cast the tensors, or pass backend='auto'."
-        )
-    if not on_gpu and os.environ.get("TRITON_INTERPRET", "0") != "1":
-        raise ValueError(
-            f"backend='triton' needs tensors on a GPU, got {device.type}. Move them, pass "
-            "backend='auto', or set TRITON_INTERPRET=1 before the first import."
-        )
-    return backend
+        return "pytorch"
+    raise ValueError(
+        f"backend='triton' does not serve {reason}. Pass backend='auto', which takes PyTorch for "
+        "that."
+    )
+
+
+def _refused_by_all(call: FusedCall) -> str | None:
+    """Returns what the Triton kernels of all fused operations do not support in a call, or None."""
+    if call.dtype not in _DTYPES:
+        return f"{call.dtype}, but floats of at most 32 bits"
+    if not TRITON_INSTALLED:
+        return "a Python without the package triton"
+    if call.device.type != "cuda" and not interpreting():
+        return f"tensors on {call.device.type}, unless TRITON_INTERPRET=1 is set before the import"
+    return None

@@ -14,7 +14,7 @@ PREFERENCES = {
     "pytorch": ("pytorch",),
 }
 Refusal = Callable[..., str | None]
-Run = Callable[..., tuple[Tensor, ...]]
+Run = Callable[..., Any]
 
 
 class Implementation(NamedTuple):
@@ -22,8 +22,9 @@ class Implementation(NamedTuple):
 
     Attributes:
         backend: Implementation: "hopper", "triton" or "pytorch".
-        refuses: Function of (operands, options, gradient of out) that names the first property of
-            the call that the implementation does not support; None if it supports all.
+        refuses: Function that names the first property of the call that the implementation does
+            not support; None if it supports all. It takes (operands, options, gradient of out) of
+            an attention, and a FusedCall of a fused operation.
         run: Function that computes the forward or backward.
     """
 
@@ -65,6 +66,25 @@ def refusals(
     """Returns, per backend, what it does not support in a call; None if it supports the call."""
     found = _IMPLEMENTATIONS[operation, direction]
     return {name: one.refuses(operands, options, dout) for name, one in found.items()}
+
+
+def implementation(operation: str, direction: str, backend: str) -> Run:
+    """Returns the function of a backend that computes the forward or the backward."""
+    return _IMPLEMENTATIONS[operation, direction][backend].run
+
+
+def refusal_of(operation: str, backend: str, *call: Any) -> str | None:
+    """Returns what a backend does not support in one of the passes of a call, or None."""
+    asked = None
+    for direction in (FORWARD, BACKWARD):
+        found = _IMPLEMENTATIONS.get((operation, direction), {}).get(backend)
+        if found is None or found.refuses is asked:
+            continue
+        asked = found.refuses
+        reason = asked(*call)
+        if reason is not None:
+            return reason
+    return None
 
 
 def choose(

@@ -1,4 +1,4 @@
-"""Describes which kernels (Hopper, portable, PyTorch) run an attention, as text and as a table."""
+"""Describes which kernels (Hopper, portable, PyTorch) run an operation, as text and as tables."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,11 +8,14 @@ from torch import Tensor
 
 from lctrain_kernels.differential import operators as differential
 from lctrain_kernels.dual_chunk import operands as dual_chunk
+from lctrain_kernels.fused_backend import FusedCall, fused_backend
 from lctrain_kernels.options import AttentionOptions
 from lctrain_kernels.registry import BACKWARD, FORWARD, choose, refusals
 from lctrain_kernels.varlen import operators as varlen
 
 HEAD_DIMS = (64, 128, 256)
+FUSED = ("norm", "rotary", "qk_norm_rotary", "gated", "bias_gelu", "linear_cross_entropy")
+"""Fused operations of the registry; "gated" serves swiglu, geglu and gated_linear."""
 
 
 def serving(
@@ -81,6 +84,20 @@ def support_matrix() -> list[tuple[str, str, str, str]]:
         (operation, name, *_backends(operation, head_dim, options))
         for operation in ("varlen", "dual_chunk", "differential")
         for name, head_dim, options in _calls(operation)
+    ]
+
+
+def fused_matrix() -> list[tuple[str, ...]]:
+    """Returns a row (operation, backends of half precision, float32, float64) per fused operation.
+
+    The backends are those of backend="auto" on a GPU; forward and backward have the same.
+    """
+    calls = [*((operation, operation, 0) for operation in FUSED)]
+    calls.append(("norm of 65,536 columns", "norm", 65536))
+    dtypes, device = (torch.bfloat16, torch.float32, torch.float64), torch.device("cuda")
+    return [
+        (name, *(fused_backend(operation, FusedCall(device, x, columns)) for x in dtypes))
+        for name, operation, columns in calls
     ]
 
 

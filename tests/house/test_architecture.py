@@ -14,18 +14,18 @@ from tests.house.typecheck import ROOT, package_folders
 
 # Longest matching prefix decides. A package's modules share its level and see each other.
 LEVELS = {
-    "lctrain_kernels.layout": -7,
-    "lctrain_kernels.schedule": -7,  # the layout of the tile lists, which the kernels read
-    "lctrain_kernels.pack_checks": -6,
-    "lctrain_kernels.pack": -5,
-    "lctrain_kernels.options": -6,
-    "lctrain_kernels.tile": -4,
-    "lctrain_kernels.reference": -3,
-    "lctrain_kernels.gluon": -3,
-    "lctrain_kernels.backend": -2,
+    "lctrain_kernels.layout": -8,
+    "lctrain_kernels.schedule": -8,  # the layout of the tile lists, which the kernels read
+    "lctrain_kernels.pack_checks": -7,
+    "lctrain_kernels.pack": -6,
+    "lctrain_kernels.options": -7,
+    "lctrain_kernels.tile": -5,
+    "lctrain_kernels.reference": -4,
+    "lctrain_kernels.gluon": -4,
+    "lctrain_kernels.backend": -3,
     "lctrain_kernels.checks": -2,
     "lctrain_kernels.padding": -2,
-    "lctrain_kernels.registry": -3,
+    "lctrain_kernels.registry": -4,
     "lctrain_kernels.operators": -2,
     "lctrain_kernels.fused_backend": -2,
     "lctrain_kernels.fused_operator": -2,

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import lctrain_kernels  # noqa: F401  (registers the attentions)
+from lctrain_kernels.fused_backend import FusedCall, fused_backend
 from lctrain_kernels.options import AttentionOptions
 from lctrain_kernels.pack import PackTensors
 from lctrain_kernels.registry import BACKWARD, FORWARD, choose, refusals, require_backend
-from lctrain_kernels.serving import serving, support_matrix
+from lctrain_kernels.serving import FUSED, fused_matrix, serving, support_matrix
 from lctrain_kernels.varlen.operators import Operands
 
 ROOT = Path(__file__).parents[2]
@@ -99,5 +100,45 @@ def test_what_a_differential_model_is_told():
 def test_the_support_matrix_is_that_of_the_registry():
     """docs/support.md agrees with the registry."""
     page = (ROOT / "docs" / "support.md").read_text()
-    for row in support_matrix():
+    for row in (*support_matrix(), *fused_matrix()):
         assert f"| {' | '.join(row)} |" in page, row
+
+
+@pytest.mark.parametrize("operation", FUSED)
+def test_fused_operations_say_what_they_refuse(operation):
+    """rotary has no BACKWARD of its own: it rotates back by the forward."""
+    wide = FusedCall(torch.device("cuda"), torch.float64)
+    half = wide._replace(dtype=torch.bfloat16)
+    for direction in (FORWARD,) if operation == "rotary" else (FORWARD, BACKWARD):
+        found = refusals(operation, direction, wide, None)
+        assert found.keys() == {"triton", "pytorch"}
+        assert found["pytorch"] is None
+        assert "torch.float64, but" in found["triton"]
+        assert refusals(operation, direction, half, None) == {"triton": None, "pytorch": None}
+
+
+@pytest.mark.parametrize("operation", FUSED)
+def test_a_named_fused_backend_says_why_it_cannot_serve(operation, monkeypatch):
+    monkeypatch.setattr("lctrain_kernels.fused_backend.interpreting", lambda: False)
+    call = FusedCall(torch.device("cpu"), torch.bfloat16)
+    assert fused_backend(operation, call) == "pytorch"
+    message = r"backend='triton' does not serve tensors on cpu, unless TRITON_INTERPRET=1 .* Pass"
+    with pytest.raises(ValueError, match=message):
+        fused_backend(operation, call, "triton")
+    with pytest.raises(ValueError, match="backend must be one of auto, triton, pytorch, got 'gpu'"):
+        fused_backend(operation, call, "gpu")
+
+
+def test_a_fused_backend_without_triton(monkeypatch):
+    monkeypatch.setattr("lctrain_kernels.fused_backend.TRITON_INSTALLED", False)
+    call = FusedCall(torch.device("cuda"), torch.bfloat16)
+    assert fused_backend("norm", call) == "pytorch"
+    with pytest.raises(ValueError, match="does not serve a Python without the package triton"):
+        fused_backend("norm", call, "triton")
+
+
+def test_rows_beyond_the_kernels_of_a_norm():
+    call = FusedCall(torch.device("cuda"), torch.bfloat16, 32769)
+    assert fused_backend("norm", call) == "pytorch"
+    with pytest.raises(ValueError, match="does not serve rows of more than 32768 columns"):
+        fused_backend("norm", call, "triton")

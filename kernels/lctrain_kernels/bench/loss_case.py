@@ -16,7 +16,7 @@ from lctrain_kernels.bench.measure import Timer, peak_bytes_of
 from lctrain_kernels.bench.record import Result
 from lctrain_kernels.cross_entropy import products
 from lctrain_kernels.cross_entropy.chunks import pick_chunk_tokens
-from lctrain_kernels.fused_backend import fused_backend
+from lctrain_kernels.fused_backend import FusedCall, fused_backend
 
 PRODUCTS, OURS, SMALL = "products", "lctrain", "lctrain_small"
 TITLES = {
@@ -167,8 +167,7 @@ def matrix_products(hidden: Tensor, weight: Tensor, frozen: bool) -> Callable[[]
         frozen: Whether the head needs no gradient.
     """
     device, dtype = hidden.device, hidden.dtype
-    backend = fused_backend(device, dtype, "auto")
-    backend = backend if dtype in (torch.bfloat16, torch.float16) else "pytorch"
+    backend = fused_backend("linear_cross_entropy", FusedCall(device, dtype))
     vocabulary = weight.shape[0]
     size = (dtype if backend == "triton" else torch.float32).itemsize
     chunk = pick_chunk_tokens(hidden.shape[0], vocabulary, size, device)

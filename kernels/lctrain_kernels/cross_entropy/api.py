@@ -14,10 +14,9 @@ from torch import Tensor
 from lctrain_kernels.cross_entropy.chunks import pick_chunk_tokens
 from lctrain_kernels.cross_entropy.operators import cross_entropy_sum, cross_entropy_tokens
 from lctrain_kernels.cross_entropy.options import LossOptions, VocabularyShard
-from lctrain_kernels.fused_backend import fused_backend
+from lctrain_kernels.fused_backend import FusedCall, fused_backend
 
 REDUCTIONS = ("sum", "mean", "none")
-_HALF = (torch.bfloat16, torch.float16)
 
 
 def linear_cross_entropy(
@@ -96,7 +95,8 @@ def linear_cross_entropy(
     _check_numbers(softcap, label_smoothing, z_loss, chunk_tokens, logits_bytes)
     _check_token_weights(token_weights, labels)
     matmul_dtype = _matmul_dtype(hidden)
-    backend = _backend(hidden.device, matmul_dtype, backend)
+    call = FusedCall(hidden.device, matmul_dtype)
+    backend = fused_backend("linear_cross_entropy", call, backend)
     if chunk_tokens is None:
         size = (matmul_dtype if backend == "triton" else torch.float32).itemsize
         chunk_tokens = pick_chunk_tokens(
@@ -146,17 +146,6 @@ def _matmul_dtype(hidden: Tensor) -> torch.dtype:
     if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return hidden.dtype
-
-
-def _backend(device: torch.device, matmul_dtype: torch.dtype, backend: str) -> str:
-    """Returns the backend of the pass over the logits; "auto" gives "triton" for half precision."""
-    if backend == "triton" and matmul_dtype not in _HALF:
-        raise ValueError(
-            f"backend='triton' needs half-precision products, got {matmul_dtype}. "
-            "Cast hidden, use torch.autocast, or pass backend='auto'."
-        )
-    chosen = fused_backend(device, matmul_dtype, backend)
-    return chosen if matmul_dtype in _HALF else "pytorch"
 
 
 def _check(

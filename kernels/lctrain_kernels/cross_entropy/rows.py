@@ -12,11 +12,21 @@ import torch
 from torch import Tensor
 
 from lctrain_kernels.cross_entropy.options import LossOptions
+from lctrain_kernels.fused_backend import FusedCall, triton_refuses
 from lctrain_kernels.multiprocessors import multiprocessors
+from lctrain_kernels.registry import BACKWARD, FORWARD, implementation, implements
 
 MAXIMUM, EXP_SUM, TARGET, LOGIT_SUM = range(4)
 NUM_STATISTICS = 4
 SCALE_BLOCK = 4096
+HALF = (torch.bfloat16, torch.float16)
+
+
+def _wide_products(call: FusedCall) -> str | None:
+    return None if call.dtype in HALF else f"products of {call.dtype}, but of half precision"
+
+
+_refuses = triton_refuses(_wide_products)
 
 
 def row_pass(
@@ -45,12 +55,26 @@ def row_pass(
         reads_statistics: Whether to use the given statistics instead of computing them.
         writes_gradient: Whether to overwrite the logits with their gradient.
     """
-    if options.backend == "triton":
-        _launch(
-            logits, bias, labels, statistics, token_grad, lse_grad, options,
-            reads_statistics, writes_gradient,
-        )  # fmt: skip
-        return
+    direction = BACKWARD if writes_gradient else FORWARD
+    implementation("linear_cross_entropy", direction, options.backend)(
+        logits, bias, labels, statistics, token_grad, lse_grad, options,
+        reads_statistics, writes_gradient,
+    )  # fmt: skip
+
+
+@implements("linear_cross_entropy", FORWARD, "pytorch")
+@implements("linear_cross_entropy", BACKWARD, "pytorch")
+def _pytorch_row_pass(
+    logits: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    statistics: Tensor,
+    token_grad: Tensor | None,
+    lse_grad: Tensor | None,
+    options: LossOptions,
+    reads_statistics: bool,
+    writes_gradient: bool,
+) -> None:
     z = finish_logits(logits, bias, options)
     ignored = labels == options.ignore_index
     target = (labels - options.first_word).masked_fill(ignored, -1)
@@ -100,17 +124,25 @@ def finish_logits(logits: Tensor, bias: Tensor | None, options: LossOptions) -> 
 
 def scale_to(x: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """Returns x * factor, computed in float32 and rounded once to `dtype`. factor is 0-dim."""
-    if backend == "triton":
-        import triton
+    return implementation("scale_gradient", FORWARD, backend)(x, factor, dtype)
 
-        from lctrain_kernels.cross_entropy.triton_kernels import scale_kernel
 
-        out = torch.empty(x.shape, dtype=dtype, device=x.device)
-        if x.numel():
-            scale_kernel[(triton.cdiv(x.numel(), SCALE_BLOCK),)](
-                x, factor, out, x.numel(), BLOCK=SCALE_BLOCK, num_warps=8, enable_fp_fusion=True
-            )
-        return out
+@implements("scale_gradient", FORWARD, "triton", _refuses)
+def _triton_scale(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    import triton
+
+    from lctrain_kernels.cross_entropy.triton_kernels import scale_kernel
+
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if x.numel():
+        scale_kernel[(triton.cdiv(x.numel(), SCALE_BLOCK),)](
+            x, factor, out, x.numel(), BLOCK=SCALE_BLOCK, num_warps=8, enable_fp_fusion=True
+        )
+    return out
+
+
+@implements("scale_gradient", FORWARD, "pytorch")
+def _pytorch_scale(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.to(torch.promote_types(x.dtype, factor.dtype)) * factor).to(dtype)
 
 
@@ -165,7 +197,9 @@ def _write_gradient(
     logits.copy_(d.masked_fill_(ignored[:, None], 0.0))
 
 
-def _launch(
+@implements("linear_cross_entropy", FORWARD, "triton", _refuses)
+@implements("linear_cross_entropy", BACKWARD, "triton", _refuses)
+def _triton_row_pass(
     logits: Tensor,
     bias: Tensor | None,
     labels: Tensor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lctrain_kernels.fused_backend import fused_backend
+from lctrain_kernels.fused_backend import FusedCall, fused_backend
 from lctrain_kernels.mlp import operators
 from lctrain_kernels.mlp.reference import ACTIVATIONS
 
@@ -77,7 +77,7 @@ def gated_linear(
             f"weight must be {gate.dtype} of shape [E, {gate.shape[-1]}], got {weight.dtype} of "
             f"shape {tuple(weight.shape)}. Pass the weight of the projection after the product."
         )
-    chosen = fused_backend(gate.device, gate.dtype, backend)
+    chosen = fused_backend("gated", FusedCall(gate.device, gate.dtype), backend)
     columns = gate.shape[-1]
     out = operators.gated_linear(
         _flat(gate, columns), _flat(up, columns), weight, activation, chosen
@@ -107,12 +107,12 @@ def bias_gelu(
             f"bias must have shape ({x.shape[-1]},), got {tuple(bias.shape)}. "
             "Pass one value per column of x."
         )
-    chosen = fused_backend(x.device, x.dtype, backend)
+    chosen = fused_backend("bias_gelu", FusedCall(x.device, x.dtype), backend)
     return operators.bias_activation(_flat(x, x.shape[-1]), bias, activation, chosen).view(x.shape)
 
 
 def _gated(gate: Tensor, up: Tensor | None, activation: str, backend: str) -> Tensor:
-    chosen = fused_backend(gate.device, gate.dtype, backend)
+    chosen = fused_backend("gated", FusedCall(gate.device, gate.dtype), backend)
     if up is None:
         if gate.dim() < 1 or gate.shape[-1] % 2 or not gate.is_floating_point():
             raise ValueError(

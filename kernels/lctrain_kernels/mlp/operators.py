@@ -12,43 +12,84 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lctrain_kernels.fused_backend import triton_refuses
 from lctrain_kernels.fused_operator import define_autograd, define_operator
 from lctrain_kernels.mlp import reference
+from lctrain_kernels.registry import BACKWARD, FORWARD, implementation, implements
+
+_refuses = triton_refuses()
+
+
+@implements("gated", FORWARD, "triton", _refuses)
+def _triton_gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    from lctrain_kernels.mlp import launch
+
+    return launch.gated_fwd(gate, up, activation)
+
+
+@implements("gated", BACKWARD, "triton", _refuses)
+def _triton_gated_backward(dout: Tensor, *arguments: Any) -> None:
+    from lctrain_kernels.mlp import launch
+
+    launch.gated_bwd(_rows(dout), *arguments)
+
+
+@implements("gated", BACKWARD, "pytorch")
+def _pytorch_gated_backward(
+    dout: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    dgate: Tensor,
+    dup: Tensor,
+    out: Tensor | None = None,
+) -> None:
+    """Writes the gradients to dgate and dup, and the recomputed product to out (dout or None)."""
+    results = reference.gated_bwd(dout, gate, up, activation)
+    for target, result in zip((dgate, dup, out), results, strict=True):
+        if target is not None:
+            target.copy_(result)
+
+
+@implements("bias_gelu", FORWARD, "triton", _refuses)
+def _triton_bias_gelu(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    from lctrain_kernels.mlp import launch
+
+    return launch.bias_gelu_fwd(x, bias, activation)
+
+
+@implements("bias_gelu", BACKWARD, "triton", _refuses)
+def _triton_bias_gelu_backward(
+    dout: Tensor, x: Tensor, bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    from lctrain_kernels.mlp import launch
+
+    return launch.bias_gelu_bwd(_rows(dout), x, bias, activation)
+
+
+implements("gated", FORWARD, "pytorch")(reference.gated_fwd)
+implements("bias_gelu", FORWARD, "pytorch")(reference.bias_gelu_fwd)
+implements("bias_gelu", BACKWARD, "pytorch")(reference.bias_gelu_bwd)
 
 
 def _gated(gate: Tensor, up: Tensor, activation: str, backend: str) -> Tensor:
-    if backend == "triton":
-        from lctrain_kernels.mlp import launch
-
-        return launch.gated_fwd(gate, up, activation)
-    return reference.gated_fwd(gate, up, activation)
+    return implementation("gated", FORWARD, backend)(gate, up, activation)
 
 
 def _gated_backward(
     dout: Tensor, gate: Tensor, up: Tensor, activation: str, backend: str
 ) -> tuple[Tensor, Tensor]:
-    if backend == "triton":
-        from lctrain_kernels.mlp import launch
-
-        dgate, dup = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gate, up))
-        launch.gated_bwd(_rows(dout), gate, up, activation, dgate, dup)
-        return dgate, dup
-    return reference.gated_bwd(dout, gate, up, activation)[:2]
+    dgate, dup = _contiguous(gate), _contiguous(up)
+    implementation("gated", BACKWARD, backend)(dout, gate, up, activation, dgate, dup)
+    return dgate, dup
 
 
 def _gated_packed_backward(dout: Tensor, packed: Tensor, activation: str, backend: str) -> Tensor:
     """Returns the gradients of gate and up in one tensor [T, 2 I], gate first."""
     gate, up = packed.chunk(2, dim=-1)
-    grad = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
-    dgate, dup = grad.chunk(2, dim=-1)
-    if backend == "triton":
-        from lctrain_kernels.mlp import launch
-
-        launch.gated_bwd(_rows(dout), gate, up, activation, dgate, dup)
-    else:
-        results = reference.gated_bwd(dout, gate, up, activation)
-        dgate.copy_(results[0])
-        dup.copy_(results[1])
+    grad = _contiguous(packed)
+    halves = grad.chunk(2, dim=-1)
+    implementation("gated", BACKWARD, backend)(dout, gate, up, activation, *halves)
     return grad
 
 
@@ -68,33 +109,25 @@ def _gated_linear_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout = dy @ weight  # [T, I]
-    if backend == "triton":
-        from lctrain_kernels.mlp import launch
-
-        dgate, dup = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gate, up))
-        out = dout  # the recomputed product overwrites its gradient
-        launch.gated_bwd(dout, gate, up, activation, dgate, dup, out if needs_weight else None)
-    else:
-        dgate, dup, out = reference.gated_bwd(dout, gate, up, activation)
-    return dgate, dup, dy.t() @ out if needs_weight else weight.new_empty(0)
+    dgate, dup = _contiguous(gate), _contiguous(up)
+    out = dout if needs_weight else None  # the recomputed product overwrites its gradient
+    implementation("gated", BACKWARD, backend)(dout, gate, up, activation, dgate, dup, out)
+    return dgate, dup, weight.new_empty(0) if out is None else dy.t() @ out
 
 
 def _bias_gelu(x: Tensor, bias: Tensor | None, activation: str, backend: str) -> Tensor:
-    if backend == "triton":
-        from lctrain_kernels.mlp import launch
-
-        return launch.bias_gelu_fwd(x, bias, activation)
-    return reference.bias_gelu_fwd(x, bias, activation)
+    return implementation("bias_gelu", FORWARD, backend)(x, bias, activation)
 
 
 def _bias_gelu_backward(
     dout: Tensor, x: Tensor, bias: Tensor | None, activation: str, backend: str
 ) -> tuple[Tensor, Tensor]:
-    if backend == "triton":
-        from lctrain_kernels.mlp import launch
+    return implementation("bias_gelu", BACKWARD, backend)(dout, x, bias, activation)
 
-        return launch.bias_gelu_bwd(_rows(dout), x, bias, activation)
-    return reference.bias_gelu_bwd(dout, x, bias, activation)
+
+def _contiguous(x: Tensor) -> Tensor:
+    """Returns an empty contiguous tensor like x."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _rows(tensor: Tensor) -> Tensor:

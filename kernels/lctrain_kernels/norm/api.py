@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lctrain_kernels.fused_backend import fused_backend
+from lctrain_kernels.fused_backend import FusedCall, fused_backend
 from lctrain_kernels.norm.operators import norm
-
-MAX_COLUMNS = 32768  # of the Triton kernels
 
 
 def rms_norm(
@@ -133,14 +131,7 @@ def _options(
     x: Tensor, eps: float, weight_offset: float, float32_product: bool, backend: str
 ) -> tuple[float, float, bool, bool, str]:
     """Returns the fields of NormOptions and the backend, in the operator's order of arguments."""
-    chosen = fused_backend(x.device, x.dtype, backend)
-    if chosen == "triton" and x.shape[-1] > MAX_COLUMNS:
-        if backend == "triton":
-            raise ValueError(
-                f"x must have at most {MAX_COLUMNS} columns for backend='triton', got "
-                f"{x.shape[-1]}. Pass backend='auto'."
-            )
-        chosen = "pytorch"
+    chosen = fused_backend("norm", FusedCall(x.device, x.dtype, x.shape[-1]), backend)
     return float(eps), float(weight_offset), bool(float32_product), False, chosen
 
 

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lctrain_kernels.fused_backend import FusedCall, triton_refuses
 from lctrain_kernels.fused_operator import define_autograd, define_operator
 from lctrain_kernels.norm import reference
+from lctrain_kernels.norm.config import MAX_COLUMNS
 from lctrain_kernels.norm.options import NormOptions
+from lctrain_kernels.registry import BACKWARD, FORWARD, implementation, implements
 
 _OPTIONS = "float eps, float weight_offset, bool float32_product, bool centered, str backend"
 
@@ -19,28 +22,40 @@ def sum_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
     return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
 
+def _many_columns(call: FusedCall) -> str | None:
+    return f"rows of more than {MAX_COLUMNS} columns" if call.columns > MAX_COLUMNS else None
+
+
+_refuses = triton_refuses(_many_columns)
+Forward = tuple[Tensor, Tensor, Tensor, Tensor]
+Backward = tuple[Tensor, Tensor, Tensor]
+
+
 def _norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> Forward:
     """Returns the normalised rows, the sum x + residual, the mean and 1 / standard deviation.
 
     Without a residual the sum is an empty tensor.
     """
-    options, backend = NormOptions(*rest[:-1]), rest[-1]
-    if backend == "triton":
-        from lctrain_kernels.norm import launch
+    run = implementation("norm", FORWARD, rest[-1])
+    return run(x, residual, weight, bias, NormOptions(*rest[:-1]))
 
-        return launch.norm_fwd(
-            launch.rows_of(x, x.shape[-1]),
-            None if residual is None else launch.rows_of(residual, x.shape[-1]),
-            weight,
-            bias,
-            options,
-        )
+
+@implements("norm", FORWARD, "triton", _refuses)
+def _triton_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, options: NormOptions
+) -> Forward:
+    from lctrain_kernels.norm import launch
+
+    residual = None if residual is None else launch.rows_of(residual, x.shape[-1])
+    return launch.norm_fwd(launch.rows_of(x, x.shape[-1]), residual, weight, bias, options)
+
+
+@implements("norm", FORWARD, "pytorch")
+def _pytorch_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, options: NormOptions
+) -> Forward:
     total = x.new_empty(0)
     if residual is not None:
         x = total = x + residual
@@ -50,7 +65,7 @@ def _norm(
 
 def _norm_fake(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Forward:
     options = NormOptions(*rest[:-1])
     rows, dtype = x.shape[0], sum_dtype(x, residual)
     total = x.new_empty(0 if residual is None else x.shape, dtype=dtype)
@@ -63,25 +78,34 @@ def _norm_fake(
     )
 
 
-def _norm_backward(
+def _norm_backward(*arguments: Any) -> Backward:
+    """Returns the gradients of x, weight and bias; the last two are empty if not needed."""
+    *tensors, needs_weight, needs_bias = arguments[:8]
+    run = implementation("norm", BACKWARD, arguments[-1])
+    return run(*tensors, NormOptions(*arguments[8:-1]), needs_weight, needs_bias)
+
+
+@implements("norm", BACKWARD, "triton", _refuses)
+def _triton_backward(dy: Tensor, dsum: Tensor | None, x: Tensor, *rest: Any) -> Backward:
+    from lctrain_kernels.norm import launch
+
+    columns = x.shape[-1]
+    dsum = None if dsum is None else launch.rows_of(dsum, columns)
+    return launch.norm_bwd(launch.rows_of(dy, columns), dsum, launch.rows_of(x, columns), *rest)
+
+
+@implements("norm", BACKWARD, "pytorch")
+def _pytorch_backward(
     dy: Tensor,
     dsum: Tensor | None,
     x: Tensor,
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    options: NormOptions,
     needs_weight: bool,
     needs_bias: bool,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    options, backend = NormOptions(*rest[:-1]), rest[-1]
-    if backend == "triton":
-        from lctrain_kernels.norm import launch
-
-        columns = x.shape[-1]
-        dsum = None if dsum is None else launch.rows_of(dsum, columns)
-        x, dy = launch.rows_of(x, columns), launch.rows_of(dy, columns)
-        return launch.norm_bwd(dy, dsum, x, weight, mean, rstd, options, needs_weight, needs_bias)
+) -> Backward:
     return reference.norm_bwd(
         dy,
         dsum,
@@ -106,7 +130,7 @@ def _norm_backward_fake(
     needs_weight: bool,
     needs_bias: bool,
     *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Backward:
     return (
         x.new_empty(x.shape),
         weight.new_empty(weight.shape if needs_weight else 0),

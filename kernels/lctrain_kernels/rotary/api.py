@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lctrain_kernels.fused_backend import fused_backend
+from lctrain_kernels.fused_backend import FusedCall, fused_backend
 from lctrain_kernels.rotary import operators
 from lctrain_kernels.rotary.options import RotaryOptions
 
@@ -76,7 +76,8 @@ def apply_rotary_emb(
     else:
         position_ids = _positions(position_ids, x)
     flat = x.reshape(-1, *x.shape[-2:])
-    options = RotaryOptions(interleaved, False, 0.0, 0.0, fused_backend(x.device, x.dtype, backend))
+    backend = fused_backend("rotary", FusedCall(x.device, x.dtype), backend)
+    options = RotaryOptions(interleaved, False, 0.0, 0.0, backend)
     out, _ = operators.rotary(
         flat, None, _rows(cos), _rows(sin), position_ids, False, *options.arguments()
     )
@@ -102,7 +103,8 @@ def rotate_qk(
         ValueError: if shapes or dtypes do not fit.
     """
     cos, sin = _check_pair(q, k, cos, sin)
-    options = RotaryOptions(False, True, 0.0, 0.0, fused_backend(q.device, q.dtype, backend))
+    backend = fused_backend("rotary", FusedCall(q.device, q.dtype), backend)
+    options = RotaryOptions(False, True, 0.0, 0.0, backend)
     q_out, k_out = operators.rotary(
         q.flatten(0, 1), k.flatten(0, 1), cos, sin, None, False, *options.arguments()
     )
@@ -149,7 +151,7 @@ def qk_norm_rotary(
                 f"{name} must have shape ({q.shape[-1]},), got {tuple(weight.shape)}. "
                 "Pass one value per column of a head."
             )
-    backend = fused_backend(q.device, q.dtype, backend)
+    backend = fused_backend("qk_norm_rotary", FusedCall(q.device, q.dtype), backend)
     options = RotaryOptions(False, True, float(eps), float(weight_offset), backend)
     q_out, k_out = operators.qk_norm_rotary(
         q.flatten(0, 1), k.flatten(0, 1), q_weight, k_weight, cos, sin, None, *options.arguments()

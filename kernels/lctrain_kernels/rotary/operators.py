@@ -9,9 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
+from lctrain_kernels.fused_backend import triton_refuses
 from lctrain_kernels.fused_operator import define_autograd, define_operator
+from lctrain_kernels.registry import BACKWARD, FORWARD, implementation, implements
 from lctrain_kernels.rotary import reference
 from lctrain_kernels.rotary.options import SCHEMA, RotaryOptions
+
+_refuses = triton_refuses()
+Pair = tuple[Tensor, Tensor]
 
 
 def _rotate(
@@ -22,15 +27,39 @@ def _rotate(
     positions: Tensor | None,
     inverse: bool,
     *rest: Any,
-) -> tuple[Tensor, Tensor]:
+) -> Pair:
+    """Returns the rotated q and k; the second is empty if there is no k."""
     options = RotaryOptions(*rest)
-    if options.backend == "triton":
-        from lctrain_kernels.rotary import launch
+    run = implementation("rotary", FORWARD, options.backend)
+    return run(q, k, cos, sin, positions, inverse, options)
 
-        k = None if k is None else _columns(k)
-        return launch.rotate(
-            _columns(q), k, cos, sin, positions, None, None, options, inverse=inverse
-        )
+
+@implements("rotary", FORWARD, "triton", _refuses)
+def _triton_rotate(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    inverse: bool,
+    options: RotaryOptions,
+) -> Pair:
+    from lctrain_kernels.rotary import launch
+
+    k = None if k is None else _columns(k)
+    return launch.rotate(_columns(q), k, cos, sin, positions, None, None, options, inverse=inverse)
+
+
+@implements("rotary", FORWARD, "pytorch")
+def _pytorch_rotate(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    inverse: bool,
+    options: RotaryOptions,
+) -> Pair:
     turned = [
         reference.rotate(x, cos, sin, positions, None, inverse=inverse, **options.mathematics())
         for x in (q, k)
@@ -48,17 +77,41 @@ def _qk_norm(
     sin: Tensor,
     positions: Tensor | None,
     *rest: Any,
-) -> tuple[Tensor, Tensor]:
+) -> Pair:
     options = RotaryOptions(*rest)
-    if options.backend == "triton":
-        from lctrain_kernels.rotary import launch
+    run = implementation("qk_norm_rotary", FORWARD, options.backend)
+    return run(q, k, q_weight, k_weight, (cos, sin, positions), options)
 
-        return launch.rotate(
-            _columns(q), _columns(k), cos, sin, positions, q_weight, k_weight, options
-        )
+
+Table = tuple[Tensor, Tensor, Tensor | None]
+
+
+@implements("qk_norm_rotary", FORWARD, "triton", _refuses)
+def _triton_qk_norm(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    table: Table,
+    options: RotaryOptions,
+) -> Pair:
+    from lctrain_kernels.rotary import launch
+
+    return launch.rotate(_columns(q), _columns(k), *table, q_weight, k_weight, options)
+
+
+@implements("qk_norm_rotary", FORWARD, "pytorch")
+def _pytorch_qk_norm(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    table: Table,
+    options: RotaryOptions,
+) -> Pair:
     return (
-        reference.rotate(q, cos, sin, positions, q_weight, **options.mathematics()),
-        reference.rotate(k, cos, sin, positions, k_weight, **options.mathematics()),
+        reference.rotate(q, *table, q_weight, **options.mathematics()),
+        reference.rotate(k, *table, k_weight, **options.mathematics()),
     )
 
 
@@ -74,19 +127,27 @@ def _qk_norm_backward(
     positions: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = RotaryOptions(*rest)
-    grads = []
-    for grad, x, weight in ((dq, q, q_weight), (dk, k, k_weight)):
-        if options.backend == "triton":
-            from lctrain_kernels.rotary import launch
-
-            tensors = (_columns(grad), _columns(x), cos, sin, positions, weight)
-            grads.append(launch.norm_rotary_bwd(*tensors, options))
-        else:
-            tensors = (grad, x, cos, sin, positions, weight)
-            grads.append(reference.norm_rotary_bwd(*tensors, **options.mathematics()))
-    (dq, dq_weight), (dk, dk_weight) = grads
+    options, table = RotaryOptions(*rest), (cos, sin, positions)
+    run = implementation("qk_norm_rotary", BACKWARD, options.backend)
+    dq, dq_weight = run(dq, q, q_weight, table, options)
+    dk, dk_weight = run(dk, k, k_weight, table, options)
     return dq, dk, dq_weight, dk_weight
+
+
+@implements("qk_norm_rotary", BACKWARD, "triton", _refuses)
+def _triton_norm_backward(
+    dout: Tensor, x: Tensor, weight: Tensor, table: Table, options: RotaryOptions
+) -> Pair:
+    from lctrain_kernels.rotary import launch
+
+    return launch.norm_rotary_bwd(_columns(dout), _columns(x), *table, weight, options)
+
+
+@implements("qk_norm_rotary", BACKWARD, "pytorch")
+def _pytorch_norm_backward(
+    dout: Tensor, x: Tensor, weight: Tensor, table: Table, options: RotaryOptions
+) -> Pair:
+    return reference.norm_rotary_bwd(dout, x, *table, weight, **options.mathematics())
 
 
 def _columns(x: Tensor) -> Tensor:

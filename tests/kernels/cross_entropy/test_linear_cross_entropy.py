@@ -355,7 +355,10 @@ BAD_INPUTS = {
     ),
     "adapter": ({"adapter": (torch.ones(4, 2), torch.ones(4, 2))}, "adapter must be"),
     "backend": ({"backend": "cuda"}, "backend must be one of"),
-    "backend-dtype": ({"backend": "triton"}, "needs half-precision products"),
+    "backend-dtype": (
+        {"backend": "triton"},
+        "does not serve products of torch.float32, but of half",
+    ),
     "chunk": ({"chunk_tokens": 0}, "chunk_tokens must be at least 1"),
 }
 
