@@ -5,7 +5,6 @@ call diff_attn_pack_func.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +92,6 @@ def diff_attn_varlen_func(
         ValueError: if shapes, devices or values do not fit; the message names the remedy.
     """
     check_branches(q1, q2, k1, k2, v)
-    check_lam(lam, q1.shape[0], q1.shape[1], q1.device)
     pack = checked_pack(
         cu_seqlens,
         cu_seqlens if cu_seqlens_k is None else cu_seqlens_k,
@@ -106,7 +104,7 @@ def diff_attn_varlen_func(
         schedule=schedule,
         names=("cu_seqlens", "cu_seqlens_k", "max_seqlen", "max_seqlen_k"),
     )
-    out, lse1, lse2 = _attend(
+    out, lse1, lse2 = diff_attn_pack_func(
         q1,
         q2,
         k1,
@@ -114,12 +112,12 @@ def diff_attn_varlen_func(
         v,
         lam,
         pack,
-        backend,
+        dropout_p=dropout_p,
         softmax_scale=softmax_scale,
         causal=causal,
         window_size=window_size,
-        dropout_p=dropout_p,
         dropout_seed=dropout_seed,
+        backend=backend,
     )
     return (out, lse1, lse2) if return_lse else out
 
@@ -133,24 +131,16 @@ def diff_attn_pack_func(
     lam: Tensor,
     pack: Pack,
     *,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    window_size: Sequence[int] | Tensor = (-1, -1),
+    dropout_seed: int | Tensor | None = None,
     backend: str = "auto",
-    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes diff_attn_varlen_func over the documents of a Pack.
+    """Computes diff_attn_varlen_func over the documents of a Pack, which is not read again.
 
-    The Pack was validated when it was built, so a call reads none of its values.
-
-    Args:
-        q1: Packed queries of branch 1, [T, H, D].
-        q2: Packed queries of branch 2, [T, H, D].
-        k1: Packed keys of branch 1, [Tk, Hk, D].
-        k2: Packed keys of branch 2, [Tk, Hk, D]; the same tensor object as k1 for version 2.
-        v: Packed values [Tk, Hk, Dv], Dv = D or 2 D.
-        lam: Lambda: a scalar, [H] or [T, H].
-        pack: Documents of the queries and keys.
-        backend: Implementation: "auto", "hopper", "triton" or "pytorch".
-        **options: softmax_scale, causal (False by default), window_size, dropout_p and
-            dropout_seed of diff_attn_varlen_func.
+    The other arguments are those of diff_attn_varlen_func.
 
     Returns:
         out [T, H, Dv] in q1's dtype, and lse1 and lse2 [H, T] float32.
@@ -162,31 +152,17 @@ def diff_attn_pack_func(
     check_branches(q1, q2, k1, k2, v)
     check_lam(lam, q1.shape[0], q1.shape[1], q1.device)
     pack.check_tokens(q1, k1)
-    return _attend(q1, q2, k1, k2, v, lam, pack, backend, **options)
-
-
-def _attend(
-    q1: Tensor,
-    q2: Tensor,
-    k1: Tensor,
-    k2: Tensor,
-    v: Tensor,
-    lam: Tensor,
-    pack: Pack,
-    backend: str,
-    **arguments: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns out [T, H, Dv], lse1 and lse2 [H, T].
-
-    The keyword arguments are softmax_scale, causal, window_size, dropout_p and dropout_seed.
-    """
     options = checked_options(
         q1.device,
         q1.shape[2],
         pack.documents,
         q1.shape[1],
         select_backend(q1.device, q1.dtype, backend),
-        **arguments,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
     )
     operands = Operands(
         pad_head_dim(q1),

@@ -4,8 +4,6 @@ The function builds a Pack from its arguments. Callers that have a Pack, as a mo
 call dual_chunk_attn_pack_func.
 """
 
-from typing import Any
-
 from torch import Tensor
 
 from lctrain_kernels import checks
@@ -110,38 +108,41 @@ def dual_chunk_attn_varlen_func(
         schedule=schedule,
         names=("cu_seqlens", "cu_seqlens_k", "max_seqlen", "max_seqlen_k"),
     )
-    out, lse = _attend(
+    out, lse = dual_chunk_attn_pack_func(
         q,
         k,
         v,
         pack,
-        backend,
         inv_freq=inv_freq,
         chunk_size=chunk_size,
         local_size=local_size,
         logit_scale=logit_scale,
-        softmax_scale=softmax_scale,
         dropout_p=dropout_p,
+        softmax_scale=softmax_scale,
         dropout_seed=dropout_seed,
+        backend=backend,
     )
     return (out, lse) if return_lse else out
 
 
 def dual_chunk_attn_pack_func(
-    q: Tensor, k: Tensor, v: Tensor, pack: Pack, *, backend: str = "auto", **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pack: Pack,
+    *,
+    inv_freq: Tensor,
+    chunk_size: int,
+    local_size: int,
+    logit_scale: Tensor | None = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    dropout_seed: int | Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Computes dual_chunk_attn_varlen_func over the documents of a Pack.
+    """Computes dual_chunk_attn_varlen_func over the documents of a Pack, which is not read again.
 
-    The Pack was validated when it was built, so a call reads none of its values.
-
-    Args:
-        q: Packed queries [T, H, D], rotated at r(position).
-        k: Packed keys [Tk, Hk, D], rotated at r(position).
-        v: Packed values [Tk, Hk, D].
-        pack: Documents of q and k.
-        backend: Implementation: "auto", "hopper", "triton" or "pytorch".
-        **options: inv_freq, chunk_size, local_size, logit_scale, softmax_scale, dropout_p and
-            dropout_seed of dual_chunk_attn_varlen_func.
+    The other arguments are those of dual_chunk_attn_varlen_func.
 
     Returns:
         out [T, H, D] in q's dtype, and lse [H, T] float32.
@@ -152,26 +153,6 @@ def dual_chunk_attn_pack_func(
     """
     checks.check_qkv(q, k, v)
     pack.check_tokens(q, k)
-    return _attend(q, k, v, pack, backend, **options)
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pack: Pack,
-    backend: str,
-    *,
-    inv_freq: Tensor,
-    chunk_size: int,
-    local_size: int,
-    logit_scale: Tensor | None = None,
-    **arguments: Any,
-) -> tuple[Tensor, Tensor]:
-    """Returns out [T, H, D] and lse [H, T].
-
-    Further keyword arguments are softmax_scale, dropout_p and dropout_seed.
-    """
     check_chunks(
         chunk_size, local_size, inv_freq, logit_scale, q.shape[2], pack.documents, q.device
     )
@@ -181,8 +162,10 @@ def _attend(
         pack.documents,
         q.shape[1],
         select_backend(q.device, q.dtype, backend, head_dim=q.shape[2]),
+        softmax_scale=softmax_scale,
         causal=True,
-        **arguments,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
     )
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     inv_freq, logit_scale = unit_stride(inv_freq, logit_scale)
