@@ -17,7 +17,7 @@ from lctrain_kernels.pack_checks import (
     check_max_seqlen,
     check_schedule,
 )
-from lctrain_kernels.schedule import TileSchedule, complete_schedule
+from lctrain_kernels.schedule import TileSchedule, device_schedule
 
 
 class PackTensors(NamedTuple):
@@ -53,16 +53,12 @@ class PackTensors(NamedTuple):
             total_q: Number of packed queries T.
             total_k: Number of packed keys Tk.
         """
-        schedule = complete_schedule(
-            self.q_tiles, self.k_tiles, self.cu_seqlens_q, self.cu_seqlens_k, total_q, total_k
-        )
-        return TiledPack(
-            self.cu_seqlens_q,
-            self.cu_seqlens_k,
-            schedule.q_tiles,
-            schedule.k_tiles,
-            self.document_ids,
-        )
+        q_tiles, k_tiles = self.q_tiles, self.k_tiles
+        if q_tiles is None or k_tiles is None:
+            q_tiles, k_tiles, *_ = device_schedule(
+                self.cu_seqlens_q, self.cu_seqlens_k, total_q, total_k
+            )
+        return TiledPack(self.cu_seqlens_q, self.cu_seqlens_k, q_tiles, k_tiles, self.document_ids)
 
 
 class TiledPack(NamedTuple):

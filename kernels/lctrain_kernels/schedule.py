@@ -102,20 +102,6 @@ def device_schedule(cu_q: Tensor, cu_k: Tensor, total_q: int, total_k: int) -> T
     return known[1]
 
 
-def complete_schedule(
-    q_tiles: Tensor | None,
-    k_tiles: Tensor | None,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    total_q: int,
-    total_k: int,
-) -> TileSchedule:
-    """Returns the schedule of the given tiles; builds it on the device if a tensor is missing."""
-    if q_tiles is not None and k_tiles is not None:
-        return TileSchedule(q_tiles, k_tiles, total_q, total_k, cu_q.shape[0] - 1)
-    return device_schedule(cu_q, cu_k, total_q, total_k)
-
-
 _device_schedules: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
