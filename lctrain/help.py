@@ -16,7 +16,7 @@ from lctrain.composition import compose, flatten, group_choices
 MOST_COLUMNS = 100
 _INDENT = "      "
 _MADE_OF_OTHERS = ("experiment", "debug")  # groups that only set choices and values of others
-_PLUMBING = ("_target_",)  # keys that name the class to build
+_TARGET = "_target_"  # names the class to build; only keys with a description are for users
 _WORDS = {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}
 
 
@@ -68,7 +68,9 @@ def describe(command: Interface, overrides: Sequence[str]) -> str:
     OmegaConf.set_struct(config, False)
     del config["hydra"]
     for key, node in flatten(config).items():
-        if key in command.unused or key.rpartition(".")[2] in _PLUMBING or _is_branch(node):
+        if key in command.unused or _is_branch(node):
+            continue
+        if key.rpartition(".")[2] == _TARGET and not _meaning(config, key):
             continue
         lines.append(f"  {key}={_value(config, key)}  ({_type(config, key)})")
         if words := _meaning(config, key):

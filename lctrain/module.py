@@ -29,6 +29,7 @@ from lctrain.models import patch_model
 from lctrain.models.adapters import inside_adapters
 from lctrain.models.from_config import describe, model_from
 from lctrain.optim import build_optimizer, build_scheduler, follow_schedule
+from lctrain.optimizers import check_optimizer
 from lctrain.run.length import STEPS_KEY, warn_if_ended
 
 ModelFactory = Callable[[pl.LightningDataModule], nn.Module]
@@ -96,6 +97,7 @@ class LongContextModule(pl.LightningModule):
         self.model: Any = model if isinstance(model, nn.Module) else None
         self._source: Any = None if isinstance(model, nn.Module) else model
         self.optim = _as_dataclass("optim", OptimConfig, {} if optim is None else optim)
+        check_optimizer(self.optim)
         self.attention = (
             None if attention is None else _as_dataclass("attention", AttentionConfig, attention)
         )
@@ -153,7 +155,7 @@ class LongContextModule(pl.LightningModule):
         return model
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Returns AdamW and a learning-rate schedule that advances once per optimizer step.
+        """Returns the optimizer and a learning-rate schedule that advances once per optimizer step.
 
         Raises:
             ValueError: if the length of the run is unknown.

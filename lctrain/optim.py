@@ -1,34 +1,46 @@
-"""Builds the AdamW optimizer and the learning-rate schedule that OptimConfig describes."""
+"""Builds the optimizer and the learning-rate schedule that OptimConfig describes."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lctrain.config import OptimConfig
+from lctrain.optimizers import (
+    OptimizerPair,
+    check_optimizer,
+    has_moments,
+    optimizer_class,
+    parameters_of,
+)
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Builds AdamW over the trainable parameters of a model.
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """Builds the optimizer over the trainable parameters of a model.
 
     Weight decay applies to matrices and embeddings, and not to norms, biases and vectors; see
     `decays`. A tied weight is in the optimizer once.
 
     Args:
         model: The module whose parameters are trained.
-        config: Learning rate, betas, eps and weight decay.
+        config: Class of the optimizer, learning rate, betas, eps and weight decay.
 
     Returns:
-        The optimizer; its update is fused if all parameters are on CPUs or CUDA GPUs.
+        The optimizer. The update of AdamW, Adam and SGD is fused if all parameters are on CPUs or
+        CUDA GPUs.
 
     Raises:
-        ValueError: if the model has no trainable parameter.
+        ValueError: if the model has no trainable parameter, or `check_optimizer` or the class
+            refuses the options.
     """
+    check_optimizer(config)
     owners = [
         (module, module_name, name, parameter)
         for module_name, module in model.named_modules()
@@ -42,24 +54,78 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         raise ValueError(
             "model must have a trainable parameter, got none. Set requires_grad on what is trained."
         )
-    groups = [
-        {
-            "params": [p for p in trainable if decaying[id(p)]],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [p for p in trainable if not decaying[id(p)]], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=all(parameter.device.type in ("cpu", "cuda") for parameter in trainable),
-    )
+    kind = optimizer_class(config._target_)
+    if config.matrices_only:
+        inside = _inner_matrices(model, decaying)
+        matrices = [parameter for parameter in trainable if id(parameter) in inside]
+        others = [parameter for parameter in trainable if id(parameter) not in inside]
+        if not matrices:
+            raise ValueError(
+                "optim.matrices_only needs trainable matrices between embeddings and output "
+                "projection, got none. Set optim.matrices_only=false."
+            )
+        adamw = replace(config, _target_="torch.optim.AdamW", arguments={})
+        parts = [_build(kind, [{"params": matrices, "weight_decay": config.weight_decay}], config)]
+        if others:
+            groups = _decay_groups(others, decaying, config.weight_decay)
+            parts.append(_build(torch.optim.AdamW, groups, adamw))
+        optimizer: torch.optim.Optimizer = OptimizerPair(parts)
+    else:
+        optimizer = _build(kind, _decay_groups(trainable, decaying, config.weight_decay), config)
     # A fused step can unscale float16 gradients itself, so Lightning refuses to clip gradients for
     # it under mixed precision. Float16 is refused here, so gradients are never scaled.
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     return optimizer
+
+
+def _decay_groups(
+    parameters: Sequence[nn.Parameter], decaying: Mapping[int, bool], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Returns the parameter groups with and without weight decay, those that have parameters."""
+    groups = [
+        {"params": [p for p in parameters if decaying[id(p)]], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if not decaying[id(p)]], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _inner_matrices(model: nn.Module, decaying: Mapping[int, bool]) -> set[int]:
+    """Returns the ids of matrices that decay, without embeddings and the output projection."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    outside = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    outside += [] if output is None else [output]
+    excluded = {id(p) for module in outside for p in module.parameters(recurse=False)}
+    return {
+        id(p)
+        for p in model.parameters()
+        if p.dim() == 2 and decaying[id(p)] and id(p) not in excluded
+    }
+
+
+def _build(
+    kind: type[torch.optim.Optimizer], groups: list[dict[str, Any]], config: OptimConfig
+) -> torch.optim.Optimizer:
+    """Builds an optimizer of a class over parameter groups."""
+    known = parameters_of(kind)
+    options: dict[str, Any] = {"lr": config.learning_rate, **config.arguments}
+    if has_moments(kind):
+        options["betas"] = (config.beta1, config.beta2)
+        options.setdefault("eps", config.eps)
+    if "weight_decay" not in known:
+        groups = [{"params": [p for group in groups for p in group["params"]]}]
+    if kind in FUSED and "fused" not in options:
+        devices = {p.device.type for group in groups for p in group["params"]}
+        options["fused"] = devices <= {"cpu", "cuda"}
+    try:
+        return kind(groups, **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"optim must fit {config._target_}, got: {error}. Correct optim.arguments; a class for "
+            "matrices alone, such as Muon, needs optim.matrices_only=true."
+        ) from error
+
+
+FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 
 
 BIAS = re.compile(r"(^|_)bias(es)?(_|\d|$)")

@@ -1,10 +1,13 @@
-"""Tests the learning-rate schedules and their errors."""
+"""Tests the optimizers, the learning-rate schedules and their errors."""
+
+import copy
 
 import pytest
 import torch
 from torch import nn
 
 from lctrain.config import SCHEDULES, OptimConfig
+from lctrain.module import LongContextModule
 from lctrain.optim import (
     build_optimizer,
     build_scheduler,
@@ -74,6 +77,200 @@ def test_nothing_to_train():
     model = nn.Linear(2, 2).requires_grad_(False)
     with pytest.raises(ValueError, match="model must have a trainable parameter, got none"):
         build_optimizer(model, OptimConfig())
+
+
+TARGETS = [
+    ("torch.optim.AdamW", {}),
+    ("torch.optim.Adam", {"amsgrad": True}),
+    ("torch.optim.NAdam", {}),
+    ("torch.optim.SGD", {"momentum": 0.9}),
+    ("torch.optim.RMSprop", {}),
+    ("torch.optim.Adafactor", {}),
+    ("tests.test_optim.SignDescent", {"power": 0.5}),
+]
+
+
+class SignDescent(torch.optim.Optimizer):
+    """An optimizer of a user: descends along the signs of the gradients."""
+
+    def __init__(self, params, lr=1.0, power=1.0, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "power": power, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                gradient = parameter.grad.sign() * parameter.grad.abs() ** group["power"]
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * gradient)
+
+
+class Two(nn.Module):
+    """A model with an embedding, an inner matrix, a norm and an output projection."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(12, 8)
+        self.inner = nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
+        self.output = nn.Linear(8, 12, bias=False)
+
+    def get_output_embeddings(self):
+        return self.output
+
+    def forward(self, tokens):
+        return self.output(self.norm(self.inner(self.embedding(tokens)))).square().mean()
+
+
+def trained(config, steps, state=None):
+    """Trains a model and returns its parameters and the state to resume from."""
+    model = Two()
+    optimizer = build_optimizer(model, config)
+    if state is not None:
+        model.load_state_dict(state[0])
+        optimizer.load_state_dict(copy.deepcopy(state[1]))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        optimizer.step(lambda: model(torch.arange(12)).backward())
+    return [p.detach().clone() for p in model.parameters()], (
+        copy.deepcopy(model.state_dict()),
+        copy.deepcopy(optimizer.state_dict()),
+    )
+
+
+@pytest.mark.parametrize(("target", "arguments"), TARGETS, ids=[name for name, _ in TARGETS])
+def test_any_class_trains_decays_matrices_only_and_resumes(target, arguments):
+    config = OptimConfig(_target_=target, arguments=arguments, weight_decay=0.3)
+    optimizer = build_optimizer(Two(), config)
+    assert type(optimizer).__name__ == target.rpartition(".")[2]
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    assert decays == [0.3, 0.0]
+    for group in optimizer.param_groups:
+        assert arguments.items() <= group.items()
+    begin, _ = trained(config, 0)
+    whole, _ = trained(config, 4)
+    _, state = trained(config, 2)
+    resumed, _ = trained(config, 2, state)
+    assert all(torch.equal(one, two) for one, two in zip(whole, resumed, strict=True))
+    assert not any(torch.equal(one, two) for one, two in zip(begin[:2], whole[:2], strict=True))
+
+
+MUON = {
+    "_target_": "torch.optim.Muon",
+    "arguments": {"adjust_lr_fn": "match_rms_adamw"},
+    "matrices_only": True,
+}
+
+
+def test_muon_gets_the_inner_matrices_and_adamw_the_rest():
+    model = Two()
+    optimizer = build_optimizer(model, OptimConfig(**MUON, weight_decay=0.3))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [{names[id(p)] for p in group["params"]} for group in optimizer.param_groups]
+    assert groups == [
+        {"inner.weight"},
+        {"embedding.weight", "output.weight"},
+        {"inner.bias", "norm.weight", "norm.bias"},
+    ]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.3, 0.0]
+
+
+def test_muon_resumes_bit_exact_and_follows_the_schedule():
+    config = OptimConfig(**MUON, learning_rate=0.01, warmup_steps=1)
+    whole, _ = trained(config, 4)
+    _, state = trained(config, 2)
+    resumed, _ = trained(config, 2, state)
+    assert all(torch.equal(one, two) for one, two in zip(whole, resumed, strict=True))
+    optimizer = build_optimizer(Two(), config)
+    optimizer.load_state_dict(copy.deepcopy(state[1]))
+    scheduler = build_scheduler(optimizer, config, 10)
+    optimizer.step()
+    scheduler.step()
+    rates = {group["lr"] for one in optimizer.optimizers for group in one.param_groups}
+    assert rates == {group["lr"] for group in optimizer.param_groups}
+    assert len(rates) == 1
+
+
+def test_a_pair_does_what_its_parts_do():
+    config = OptimConfig(**MUON, weight_decay=0.3)
+    joined, _ = trained(config, 3)
+    model = Two()
+    pair = build_optimizer(model, config)
+    muon, adamw = copy.deepcopy(pair.optimizers)
+    own = Two()
+    parameters = dict(own.named_parameters())
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for mine, theirs in zip((muon, adamw), pair.optimizers, strict=True):
+        for group, source in zip(mine.param_groups, theirs.param_groups, strict=True):
+            group["params"] = [parameters[names[id(p)]] for p in source["params"]]
+    for _ in range(3):
+        own.zero_grad()
+        own(torch.arange(12)).backward()
+        muon.step()
+        adamw.step()
+    assert all(torch.equal(p, q) for p, q in zip(own.parameters(), joined, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"_target_": "AdamW"}, r"_target_ must be a class with its module, got 'AdamW'. Write"),
+        (
+            {"_target_": "torch.optim.AdamX"},
+            r"got 'torch.optim.AdamX'. Did you mean torch.optim.Ad",
+        ),
+        ({"_target_": "no_such.Adam"}, r"must be a class that can be imported, got 'no_such.Adam'"),
+        (
+            {"_target_": "torch.nn.Linear"},
+            r"must be a torch.optim.Optimizer, got 'torch.nn.Linear'",
+        ),
+        ({"_target_": "torch.optim.Optimizer"}, r"must be a torch.optim.Optimizer, got"),
+        ({"_target_": "torch.optim.LBFGS"}, r"reads each gradient once, got 'torch.optim.LBFGS'"),
+        (
+            {"_target_": "torch.optim.SGD", "arguments": {"momentun": 0.9}},
+            r"arguments must be arguments of torch.optim.SGD \(lr, .*'momentun'. Did you mean",
+        ),
+        (
+            {"_target_": "torch.optim.SGD", "arguments": {"zzz": 1}},
+            r"arguments must be arguments of .*, got 'zzz'. Remove it",
+        ),
+        ({"arguments": {"lr": 1.0}}, r"arguments must not hold lr, got 1.0. Set optim.learning_ra"),
+        (
+            {"arguments": {"betas": (0.9, 0.9)}},
+            r"not hold betas, .* Set optim.beta1 and optim.beta2",
+        ),
+        (
+            {"_target_": "torch.optim.SGD", "beta1": 0.8},
+            r"beta1 must be left out for torch.optim.SGD, .* got 0.8. Use optim.arguments",
+        ),
+        ({"_target_": "torch.optim.Rprop"}, r"weight_decay must be 0 for torch.optim.Rprop, .*0.1"),
+        (
+            {"_target_": "torch.optim.Muon"},
+            r"optim must fit torch.optim.Muon, .*optim.matrices_only",
+        ),
+        (
+            {"_target_": "torch.optim.SGD", "arguments": {"momentum": -1.0}},
+            r"optim must fit torch.optim.SGD, got: Invalid momentum.*Correct optim.arguments",
+        ),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(next(iter(value.values()))),
+)
+def test_classes_and_arguments_that_do_not_fit(options, message):
+    with pytest.raises(ValueError, match=rf"optim\.?\w* ?{message}|{message}"):
+        build_optimizer(Two(), OptimConfig(**options))
+
+
+def test_matrices_that_are_not_there():
+    with pytest.raises(ValueError, match="matrices_only needs trainable matrices"):
+        build_optimizer(nn.Embedding(3, 4), OptimConfig(**MUON))
+
+
+def test_the_module_refuses_a_class_before_data_are_read():
+    with pytest.raises(ValueError, match=r"Did you mean torch.optim.Adam"):
+        LongContextModule("some/model", {"_target_": "torch.optim.AdamV"})
 
 
 def test_scheduler_scales_the_learning_rate():

@@ -40,7 +40,7 @@ def schema_table(name: str, schema: type) -> str:
         "|---|---|---|---|",
     ]
     for field in fields(schema):
-        if field.name == "_target_":
+        if field.name == "_target_" and field.name not in meanings:
             continue
         kind = str(field.type).replace("|", "or")
         meaning = meanings.get(field.name, "").replace("|", "\\|")

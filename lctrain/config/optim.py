@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from lctrain.limits import require
 
+TYPED = {
+    "lr": "optim.learning_rate",
+    "weight_decay": "optim.weight_decay",
+    "betas": "optim.beta1 and optim.beta2",
+}
+"""Arguments of optimizers that have a key of their own -> that key."""
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Settings of AdamW and its learning-rate schedule.
+    """Settings of the optimizer and its learning-rate schedule.
 
     Attributes:
+        _target_: Class of the optimizer, such as torch.optim.AdamW. Parameters that do not decay
+            are in a group of their own.
+        arguments: Further arguments of the class, such as {momentum: 0.9}.
+        matrices_only: True if the class gets the matrices between embeddings and output projection,
+            and AdamW the other parameters. Muon needs it.
         learning_rate: Peak learning rate.
-        beta1: Decay rate of AdamW's first moment.
-        beta2: Decay rate of AdamW's second moment.
-        eps: Number that AdamW adds to the denominator of an update.
-        weight_decay: Decoupled weight decay of matrices, embeddings included. Biases, norms and
-            vectors have none.
+        beta1: Decay rate of the first moment of AdamW and its relatives.
+        beta2: Decay rate of their second moment.
+        eps: Number that they add to the denominator of an update.
+        weight_decay: Weight decay of matrices, embeddings included; decoupled from the gradient in
+            AdamW. Biases, norms and vectors have none.
         schedule: Learning-rate schedule: cosine, linear, constant or warmup_stable_decay.
         warmup_steps: Number of optimizer steps of the linear warmup; None takes warmup_fraction.
         warmup_fraction: Fraction of the run's steps that are warmup.
@@ -29,6 +41,9 @@ class OptimConfig:
         min_learning_rate_ratio: Final learning rate divided by the peak learning rate.
     """
 
+    _target_: str = "torch.optim.AdamW"
+    arguments: dict[str, Any] = field(default_factory=dict)
+    matrices_only: bool = False
     learning_rate: float = 1e-3
     beta1: float = 0.9
     beta2: float = 0.95
@@ -41,6 +56,17 @@ class OptimConfig:
     min_learning_rate_ratio: float = 0.1
 
     def __post_init__(self) -> None:
+        require(
+            "." in self._target_.strip("."),
+            f"optim._target_ must be a class with its module, got {self._target_!r}. Write for "
+            "example torch.optim.AdamW.",
+        )
+        for name in self.arguments:
+            require(
+                name not in TYPED,
+                f"optim.arguments must not hold {name}, got {self.arguments.get(name)!r}. Set "
+                f"{TYPED.get(name)}.",
+            )
         if self.schedule not in SCHEDULES:
             raise ValueError(
                 f"optim.schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}. "

@@ -7,6 +7,7 @@ from importlib import resources
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 from hydra.errors import ConfigCompositionException
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -27,7 +28,7 @@ from lctrain.config import (
     TrainerConfig,
     to_dataclass,
 )
-from lctrain.optim import learning_rate_factor
+from lctrain.optim import build_optimizer, learning_rate_factor
 from lctrain.schemas import register_schemas
 from tests.configs.composed import composed, load
 
@@ -206,14 +207,22 @@ def test_callbacks_with_a_state_are_given_once(tmp_path, make, remedy):
         build_trainer(load().trainer, [make(), make()], [], str(tmp_path))
 
 
+def test_an_optimizer_is_chosen_by_its_class():
+    muon = load("optim=muon", "+optim.arguments.momentum=0.9").optim
+    assert (muon._target_, muon.matrices_only) == ("torch.optim.Muon", True)
+    assert muon.arguments == {"adjust_lr_fn": "match_rms_adamw", "momentum": 0.9}
+    sgd = load("optim._target_=torch.optim.SGD", "+optim.arguments={nesterov: true, momentum: 0.9}")
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), sgd.optim)
+    assert type(optimizer) is torch.optim.SGD
+    assert optimizer.param_groups[0]["nesterov"]
+
+
 def test_a_run_without_end(tmp_path):
     with pytest.raises(ValueError, match=r"max_steps or trainer.max_epochs must be set"):
         build_trainer(TrainerConfig(), [], [], str(tmp_path))
 
 
 def test_precision(monkeypatch):
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     assert resolve_precision(TrainerConfig(max_steps=1)) == "bf16-mixed"

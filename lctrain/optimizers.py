@@ -1,0 +1,149 @@
+"""Finds the class of an optimizer by its name, checks its options, and joins two optimizers."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from lctrain.config import OptimConfig
+
+
+def optimizer_class(target: str) -> type[Optimizer]:
+    """Returns the class of an optimizer.
+
+    Args:
+        target: Dotted name of the class, such as "torch.optim.AdamW".
+
+    Raises:
+        ValueError: if the name is not that of an optimizer, or the class cannot be used with
+            packed batches.
+    """
+    module_name, _, name = target.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(
+            f"optim._target_ must be a class that can be imported, got {target!r} ({error}). Check "
+            "the spelling, or install the package."
+        ) from error
+    kind = getattr(module, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, Optimizer)) or kind is Optimizer:
+        raise ValueError(
+            f"optim._target_ must be a torch.optim.Optimizer, got {target!r}. "
+            f"{_suggestion(name, module)}"
+        )
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"optim._target_ must be an optimizer that reads each gradient once, got {target!r}, "
+            "which computes the loss several times per step. Use torch.optim.AdamW."
+        )
+    return kind
+
+
+def _suggestion(name: str, module: Any) -> str:
+    names = [key for key, value in vars(module).items() if _is_optimizer(value)]
+    close = difflib.get_close_matches(name, names, 1)
+    if close:
+        return f"Did you mean {module.__name__}.{close[0]}?"
+    return "Check the spelling; torch.optim.AdamW is one."
+
+
+def _is_optimizer(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
+
+
+def parameters_of(kind: type[Optimizer]) -> Mapping[str, inspect.Parameter]:
+    """Returns the constructor's parameters of an optimizer's class, without the model's."""
+    found = dict(inspect.signature(kind).parameters)
+    found.pop("params", None)
+    return found
+
+
+def has_moments(kind: type[Optimizer]) -> bool:
+    """Returns whether a class has two decay rates and an eps, as AdamW has."""
+    known = parameters_of(kind)
+    betas = known["betas"].default if "betas" in known else None
+    eps = known["eps"].default if "eps" in known else None
+    return isinstance(betas, tuple) and len(betas) == 2 and isinstance(eps, float)
+
+
+def check_optimizer(config: OptimConfig) -> None:
+    """Raises ValueError if the optimizer's class does not exist or does not take the options.
+
+    An option with its default value is left to the class where the class has none of the kind.
+
+    Args:
+        config: Options of the optimizer.
+    """
+    kind = optimizer_class(config._target_)
+    known = parameters_of(kind)
+    any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+    for name in config.arguments:
+        if name not in known and not any_name:
+            close = difflib.get_close_matches(name, known, 1)
+            raise ValueError(
+                f"optim.arguments must be arguments of {config._target_} ({', '.join(known)}), got "
+                f"{name!r}. {f'Did you mean {close[0]}?' if close else 'Remove it.'}"
+            )
+    if not has_moments(kind) and not config.matrices_only:
+        for field in fields(config):
+            value = getattr(config, field.name)
+            if field.name in ("beta1", "beta2", "eps") and value != field.default:
+                raise ValueError(
+                    f"optim.{field.name} must be left out for {config._target_}, which has no "
+                    f"betas and eps like AdamW's, got {value}. Use optim.arguments."
+                )
+    if "weight_decay" not in known and config.weight_decay > 0.0:
+        raise ValueError(
+            f"optim.weight_decay must be 0 for {config._target_}, which has none, got "
+            f"{config.weight_decay}. Set optim.weight_decay=0."
+        )
+
+
+class OptimizerPair(Optimizer):
+    """Joins optimizers of disjoint parameters into one, whose state is saved and loaded as a whole.
+
+    Args:
+        optimizers: Optimizers that have not stepped yet.
+
+    Attributes:
+        optimizers: The joined optimizers. They share this optimizer's state and parameter groups.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self.optimizers = tuple(optimizers)
+        self._counts = [len(optimizer.param_groups) for optimizer in self.optimizers]
+        super().__init__([group for one in self.optimizers for group in one.param_groups], {})
+        self._link()
+
+    def _link(self) -> None:
+        """Gives each optimizer its part of the groups, and the common state."""
+        begin = 0
+        for optimizer, count in zip(self.optimizers, self._counts, strict=True):
+            optimizer.param_groups = self.param_groups[begin : begin + count]
+            optimizer.state = self.state
+            begin += count
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Updates all parameters, after one call of the closure if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Restores the state of all optimizers."""
+        super().load_state_dict(dict(state_dict))
+        self._link()
