@@ -1,0 +1,50 @@
+"""Makes the table of the balance over ranks from the record in results/balance/."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+BALANCE_RESULTS = Path(__file__).parent / "results" / "balance"
+
+
+def newest_balance_record(folder: Path = BALANCE_RESULTS) -> dict[str, Any] | None:
+    """Returns the newest record by its date; None without records."""
+    records = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    return max(records, key=lambda record: record["date"], default=None)
+
+
+def balance_table(record: Mapping[str, Any]) -> str:
+    """Returns a Markdown table: the heaviest rank over the mean, by mix and packs per rank.
+
+    Args:
+        record: Record that `lctrain-bench balance` wrote.
+    """
+    settings = record["settings"]
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for result in record["results"]:
+        mix = result["mix"]
+        groups.setdefault((mix["max_tokens"], mix["sigma"]), []).append(result)
+    lines = [
+        f"Simulated {record['date'][:10]}: {settings['ranks']} ranks, balance_window "
+        f"{settings['window']}, means of {settings['seeds']} seeds.",
+        "",
+        "| rows | sigma | packs per rank | plain shuffle | lctrain | fill |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (max_tokens, sigma), results in groups.items():
+        fill = min(result["fill"] for result in results)
+        for packs in results[0]["balanced"]:
+            drawn = fmean(result["as_drawn"][packs] for result in results)
+            balanced = fmean(result["balanced"][packs] for result in results)
+            cells = (
+                f"{max_tokens:,}",
+                sigma,
+                packs,
+                *(f"{x:.3f}" for x in (drawn, balanced, fill)),
+            )
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join([*lines, ""])
