@@ -67,11 +67,13 @@ class Contender:
         found = {name: installed_version(name) for name in self.distributions}
         return {name: version for name, version in found.items() if version is not None}
 
-    def build(self, shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Any:
-        """Builds and patches a model of a shape."""
+    def build(
+        self, shape: ModelShape, device: torch.device, dtype: torch.dtype, seed: int = 0
+    ) -> Any:
+        """Builds and patches a model of a shape, with random weights of a seed."""
         if self.register is not None:
             self.register()
-        model = build_shape(shape, self.implementation, device, dtype)
+        model = build_shape(shape, self.implementation, device, dtype, seed)
         if self.patch is not None:
             self.patch(model)
         return model

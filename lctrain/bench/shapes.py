@@ -70,6 +70,18 @@ _ALL = (
 )
 SHAPES = {shape.name: shape for shape in _ALL}
 
+llama_100m = ModelShape(
+    "llama-100m",
+    "Llama, 100M",
+    "llama",
+    {
+        **_settings(768, 12, 12, 4, 64),
+        "intermediate_size": 2048,
+        "vocab_size": 32_768,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
+    },
+)
+
 
 def tiny(shape: ModelShape) -> ModelShape:
     """Returns the shape with two narrow layers and a vocabulary of 256, for a trial on a CPU."""

@@ -267,7 +267,9 @@ def test_the_overview_and_unknown_names(capsys):
     assert bench.main(["--help"]) == 0
     assert "lctrain-bench BENCHMARK --help" in capsys.readouterr().out
     assert bench.main(["steps"]) == 2
-    assert "must be one of attention, ops, step, got 'steps'" in (capsys.readouterr().err)
+    assert "must be one of attention, ops, step, curves, balance, got 'steps'" in (
+        capsys.readouterr().err
+    )
 
 
 def test_without_a_name_attention_is_timed(monkeypatch):

@@ -69,16 +69,17 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def default_output(record: BenchmarkRecord) -> Path:
-    """Returns the path of the record: results/DATE-DEVICE.json in the checkout.
-
-    Outside a checkout the folder is ./bench-results.
-    """
+def results_folder() -> Path:
+    """Returns the folder of records: results/ in the checkout, else ./bench-results."""
     in_checkout = (RESULTS.parents[3] / "pyproject.toml").is_file()
-    folder = RESULTS if in_checkout else Path("bench-results")
+    return RESULTS if in_checkout else Path("bench-results")
+
+
+def default_output(record: BenchmarkRecord) -> Path:
+    """Returns the path of the record: DATE-DEVICE.json in the folder of records."""
     device = re.sub(r"[^a-z0-9]+", "-", record.device.lower()).strip("-")
     date = re.sub(r"[^0-9T]", "", record.date.partition("+")[0])
-    return folder / f"{date}-{device}.json"
+    return results_folder() / f"{date}-{device}.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
