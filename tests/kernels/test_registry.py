@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import lctrain_kernels  # noqa: F401  (registers the attentions)
+from lctrain.kernels import rms_norm  # registers all operations, too
 from lctrain_kernels.fused_backend import FusedCall, fused_backend
 from lctrain_kernels.options import AttentionOptions
 from lctrain_kernels.pack import PackTensors
@@ -142,3 +142,17 @@ def test_rows_beyond_the_kernels_of_a_norm():
     assert fused_backend("norm", call) == "pytorch"
     with pytest.raises(ValueError, match="does not serve rows of more than 32768 columns"):
         fused_backend("norm", call, "triton")
+
+
+def test_the_choice_of_a_fused_backend_is_traced(monkeypatch):
+    """On a GPU, torch.compile(fullgraph=True) traces the refusals; here the kernel is not run."""
+    monkeypatch.setattr("lctrain_kernels.fused_backend.interpreting", lambda: True)
+
+    class Norm(torch.nn.Module):
+        def forward(self, x, weight):
+            return rms_norm(x, weight, backend="triton")
+
+    torch._dynamo.reset()
+    program = torch.export.export(Norm(), (torch.randn(4, 8), torch.ones(8)), strict=True)
+    calls = [node for node in program.graph.nodes if "lctrain.norm" in str(node.target)]
+    assert [node.args[-1] for node in calls] == ["triton"]
