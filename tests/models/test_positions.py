@@ -41,8 +41,8 @@ UNTOLD = {  # family -> class; they take no position ids
     "bart": "BartForCausalLM",
     "blenderbot-small": "BlenderbotSmallForCausalLM",
     "marian": "MarianForCausalLM",
-    "musicgen": "MusicgenForCausalLM",
     "pegasus": "PegasusForCausalLM",
+    "plbart": "PLBartForCausalLM",
     "whisper": "WhisperForCausalLM",
 }
 
