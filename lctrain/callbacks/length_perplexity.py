@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import lightning.pytorch as pl
 from lctrain.batch import as_integers
 from lctrain.callbacks.targets import find_target
 from lctrain.data.documents import TokenizedDocument
+from lctrain.data.tokenizer import load_tokenizer
 from lctrain.eval import check_lengths, longest_documents, perplexity_by_length
 from lctrain.eval.begin import NO_BEGIN, BeginTokens, begin_tokens
 
@@ -30,11 +32,13 @@ class LengthPerplexity(pl.Callback):
         model: Attribute path of the model in the module; None takes the only model, or the only
             model with trainable weights.
         begin_token: Whether each window starts with the begin token of the data module's tokenizer;
-            None means that it does if that tokenizer adds a begin token to a text.
+            None means that it does if that tokenizer adds a begin token to a text. Without a
+            tokenizer, windows have no begin token.
 
     Raises:
         ValueError: if `every_n_steps` or `documents` is below 1 or a length is out of range; in
-            `on_fit_start`, if nothing is held out or the model is not found.
+            `on_fit_start`, if nothing is held out, the model is not found, or `begin_token` is true
+            and there is no begin token.
     """
 
     def __init__(
@@ -64,14 +68,17 @@ class LengthPerplexity(pl.Callback):
         self.held_out = held_out
         self.model = model
         self.begin_token = begin_token
+        self._begin = NO_BEGIN
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks before training that there is a model and a document to measure.
 
         Raises:
-            ValueError: if the model is not found, or no held-out document has two tokens.
+            ValueError: if the model is not found, no held-out document has two tokens, or there is
+                no begin token although `begin_token` is true.
         """
         find_target(pl_module, self.model, self)
+        self._begin = self._find_begin(trainer)
         documents = self._held_out(trainer)
         if all(len(document.input_ids) < 2 for document in documents):
             raise ValueError(
@@ -107,15 +114,20 @@ class LengthPerplexity(pl.Callback):
                 documents,
                 self.lengths,
                 max_tokens=self.max_tokens,
-                begin=self._begin(trainer),
+                begin=self._begin,
             )
         return {f"val/perplexity_{row.length}": row.perplexity for row in table.rows}
 
-    def _begin(self, trainer: pl.Trainer) -> BeginTokens:
+    def _find_begin(self, trainer: pl.Trainer) -> BeginTokens:
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-        if tokenizer is None or self.held_out is not None:
-            return NO_BEGIN
-        return begin_tokens(tokenizer, self.begin_token)
+        if isinstance(tokenizer, (str, os.PathLike)):
+            tokenizer = load_tokenizer(os.fspath(tokenizer))
+        if tokenizer is None and self.begin_token:
+            raise ValueError(
+                "begin_token must be null or false without a tokenizer, got true. Pass tokenizer= "
+                "to the data module, or put the token into held_out."
+            )
+        return NO_BEGIN if tokenizer is None else begin_tokens(tokenizer, self.begin_token)
 
     def _held_out(self, trainer: pl.Trainer) -> list[TokenizedDocument]:
         if self.held_out is not None:

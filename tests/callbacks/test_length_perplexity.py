@@ -3,10 +3,13 @@
 import lightning.pytorch as pl
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, processors
+from transformers import PreTrainedTokenizerFast
 
 from lctrain.callbacks import LengthPerplexity
 from lctrain.config import OptimConfig
-from lctrain.data import TokenizedDocument
+from lctrain.data import PackedDataModule, TokenizedDocument
+from lctrain.eval import perplexity_by_length
 from lctrain.loggers import MetricsCSV
 from lctrain.loss import causal_lm
 from lctrain.module import LongContextModule
@@ -86,3 +89,45 @@ def test_documents_below_one():
 def test_interval_below_one():
     with pytest.raises(ValueError, match="every_n_steps must be at least 1, got 0"):
         LengthPerplexity([8], every_n_steps=0, max_tokens=8)
+
+
+def make_tokenizer():
+    """Returns a tokenizer that puts token 1 in front of every text."""
+    words = Tokenizer(models.WordLevel({"a": 0, "<s>": 1, "b": 2}, unk_token="a"))
+    words.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>")
+
+
+@pytest.mark.parametrize("by_name", [False, True], ids=["object", "name"])
+@pytest.mark.parametrize("given", [False, True], ids=["data-module", "held_out"])
+def test_windows_begin_as_the_tokenizer_of_the_data_says(
+    tmp_path, make_llama, monkeypatch, by_name, given
+):
+    tokenizer = make_tokenizer()
+    if by_name:
+        tokenizer.save_pretrained(tmp_path / "words")
+        tokenizer = str(tmp_path / "words")
+    seen = []
+
+    def measure(model, documents, lengths, **options):
+        seen.append(options["begin"].tokens)
+        return perplexity_by_length(model, documents, lengths, **options)
+
+    monkeypatch.setattr("lctrain.callbacks.length_perplexity.perplexity_by_length", measure)
+    documents = [list(range(3, 40))] * 4
+    data = PackedDataModule(documents, tokenizer, held_out=documents, max_tokens=64)
+    held_out = documents if given else None
+    callback = LengthPerplexity([8], every_n_steps=1, held_out=held_out)
+    trainer = make_trainer(tmp_path, [callback], max_steps=1, limit_val_batches=0)
+    trainer.fit(LongContextModule(make_llama(), OptimConfig()), datamodule=data)
+    assert seen == [(1,)]
+
+
+def test_a_begin_token_that_nothing_tells_is_an_error_before_training(tmp_path, make_llama):
+    callback = LengthPerplexity([8], every_n_steps=2, begin_token=True)
+    trainer = make_trainer(tmp_path, [callback])
+    with pytest.raises(ValueError, match="begin_token must be null or false without a tokenizer"):
+        trainer.fit(LongContextModule(make_llama(), OptimConfig()), datamodule=Data())
+    assert trainer.global_step == 0
