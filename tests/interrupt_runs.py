@@ -31,7 +31,7 @@ WORDS = ("def", "return", "class", "self", "None", "for", "in", "while", "yield"
 KINDS = ("kill", "signal", "disk", "damage")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 BETWEEN_S = 0.05  # between two looks at the folder
-LONGEST_S = 240
+LONGEST_S = 600
 
 
 def overrides(base: Path) -> list[str]:

@@ -341,7 +341,6 @@ def test_two_ranks_equal_one_big_batch(tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,
         capture_output=True,
-        timeout=300,
     )
     result = torch.load(out)
     windows = [

@@ -238,7 +238,6 @@ def test_two_ranks_equal_the_module(tmp_path):
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             check=True,
             capture_output=True,
-            timeout=300,
         )
         results.append(torch.load(out))
     module, callback = results

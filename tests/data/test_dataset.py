@@ -241,9 +241,7 @@ def test_two_ranks_share_the_order_and_resume(tmp_path):
     script = [sys.executable, "-m", "tests.data.order_two_ranks", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]
-    ran = subprocess.run(
-        script, cwd=root, env=environment, capture_output=True, text=True, timeout=300
-    )
+    ran = subprocess.run(script, cwd=root, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     rows = order_two_ranks.make_rows()
     steps = len(rows) // 2

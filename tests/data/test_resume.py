@@ -188,7 +188,6 @@ def train(corpus, folder: Path, *flags: str, own_process: bool, dies: bool = Fal
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert done.returncode == (-signal.SIGKILL if dies else 0), done.stderr[-2000:]
 

@@ -31,7 +31,6 @@ def test_scripts_run(name, tmp_path):
         env=os.environ | {"LCTRAIN_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     swapped = done.stdout + done.stderr

@@ -44,7 +44,6 @@ def run_as_a_file(page: Path, folder: Path, more: str = "") -> None:
         env=os.environ | {"LCTRAIN_CACHE": str(folder / "cache"), "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -6,6 +6,7 @@ from tests import interrupt_runs
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_interrupted_runs_end_bit_equal(tmp_path, capsys):
     interrupt_runs.main(["--rounds", "4", "--folder", str(tmp_path / "runs")])
     assert capsys.readouterr().out.count(": bit-equal") == 4

@@ -34,7 +34,6 @@ def run_command(overrides, folder, check=True):
         capture_output=True,
         text=True,
         check=check,
-        timeout=300,
     )
 
 
