@@ -68,10 +68,11 @@ class Preparation:
         """Reads, splits, tokenizes and packs the documents; uses cached results where they exist.
 
         Raises:
-            ValueError: if the data cannot be read, holds no text, or fills no row.
+            ValueError: if the data cannot be read, holds no text, or fills no row, or a file of the
+                cache is damaged.
             OSError: if the cache cannot be written; the message names the folder.
         """
-        with names_folder(self.cache_dir):
+        with cache_errors(self.cache_dir):
             return self._run()
 
     def _run(self) -> PreparedData:
@@ -233,18 +234,39 @@ class PreparedData:
 
 
 @contextmanager
-def names_folder(folder: Path) -> Iterator[None]:
-    """Context manager that adds a folder to an OSError that names no file.
+def cache_errors(folder: Path) -> Iterator[None]:
+    """Context manager that names the cache folder in the errors of libraries that use it.
 
     Args:
-        folder: Folder that the block writes into through other libraries.
+        folder: The cache folder.
+
+    Raises:
+        ValueError: if a file of the cache is damaged.
+        OSError: if a file cannot be written; its `filename` is the folder if it had none.
     """
     try:
         yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
+    except Exception as error:
+        if _is_damage(error):
+            reason = next(iter(str(error).splitlines()), "")
+            raise ValueError(
+                f"data.cache_dir must hold intact files, got {folder} with a damaged one "
+                f"({type(error).__name__}: {reason}). Delete the folder; the next run fills it."
+            ) from error
+        if isinstance(error, OSError) and error.filename is None and error.errno is not None:
             error.filename = str(folder)
         raise
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether pyarrow, json or the tokenizers library could not read what a file holds."""
+    if isinstance(error, OSError):
+        return error.errno is None and "IPC" in str(error)  # pyarrow's
+    return (
+        isinstance(error, (json.JSONDecodeError, UnicodeDecodeError))
+        or type(error).__name__ in ("ArrowInvalid", "ArrowSerializationError")
+        or type(error) is Exception  # the tokenizers library's
+    )
 
 
 def fingerprint_settings(settings: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Tests PackedDataModule: its settings, its attributes after setup, and its errors."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -306,6 +307,33 @@ def test_resuming_with_moved_files_is_fine(make_data, data, corpus, tmp_path):
     moved = make_data(source=TextSource(files=f"{tmp_path}/*.txt"))
     moved.setup()
     moved.load_state_dict(data.state_dict())
+
+
+def test_a_damaged_cache_is_named(corpus, tmp_path):
+    """Cuts, empties or overwrites each file of a cache: it is named, or written again."""
+
+    def prepare(cache):
+        files = (f"{corpus}/*.txt",)
+        return PackedDataModule(
+            TextSource(files=files), max_tokens=256, vocab_size=300, cache_dir=cache
+        ).preparation.run()
+
+    prepare(tmp_path / "whole")
+    files = [path for path in (tmp_path / "whole").rglob("*") if path.suffix in (".arrow", ".json")]
+    cache, messages = tmp_path / "damaged", []
+    for path in files:
+        for damage in (lambda data: data[:100], lambda data: b"", lambda data: b"\xff" * len(data)):
+            shutil.rmtree(cache, ignore_errors=True)
+            shutil.copytree(tmp_path / "whole", cache)
+            place = cache / path.relative_to(tmp_path / "whole")
+            place.write_bytes(damage(place.read_bytes()))
+            try:
+                prepare(cache)
+            except ValueError as error:
+                messages.append(str(error))
+    named = f"data.cache_dir must hold intact files, got {cache} with a damaged one ("
+    assert len(messages) >= len(files)
+    assert all(message.startswith(named) for message in messages), messages
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
