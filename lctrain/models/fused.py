@@ -37,19 +37,30 @@ class FusedSwap:
         model: A transformers model.
 
     Raises:
-        ValueError: if kernels from the hub replace forwards of the model.
+        ValueError: if kernels from the hub replace forwards of the model, or another library has
+            replaced modules of transformers.
     """
 
     name = "fused"
 
     def __init__(self, model: nn.Module) -> None:
         require_no_hub_kernels(model)
+        require_own_modules()
         self.model = model
         self.swapped: list[tuple[nn.Module, type, type]] = []
 
     def apply(self) -> None:
-        """Changes every module of a supported class to its fused class."""
+        """Changes every module of a supported class to its fused class.
+
+        A module with a forward of its own keeps it, with a warning.
+        """
         model = self.model
+        own = [module for module in model.modules() if "forward" in vars(module)]
+        if own:
+            warn_caller(
+                f"{len(own)} modules keep their forward, which was replaced on the module, such as "
+                f"that of {type(own[0]).__name__}. Patch a model before other libraries change it.",
+            )
         for module in model.modules():
             if _norm_mixin(type(module)) is not None:
                 self._swap(module, _norm_mixin(type(module)))
@@ -78,6 +89,8 @@ class FusedSwap:
         return ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing"
 
     def _swap(self, module: Any, mixin: Any, **attributes: Any) -> None:
+        if "forward" in vars(module):
+            return
         own: Any = type(module)
         fused = fused_class(own, mixin, tuple(sorted(attributes.items())))
         module.__class__ = fused
@@ -156,6 +169,30 @@ def require_no_hub_kernels(model: nn.Module) -> None:
             "again on every train() and eval(). Load it with use_kernels=False, or pass "
             "fused=False."
         )
+
+
+def require_own_modules() -> None:
+    """Raises a ValueError if another library has replaced the modules that classes are compared to.
+
+    Liger-Kernel does so for the whole process; its `apply_liger_kernel_to_*` cannot be undone.
+    """
+    from transformers.models.gemma2 import modeling_gemma2
+    from transformers.models.llama import modeling_llama
+    from transformers.models.phi3 import modeling_phi3
+
+    known = {
+        modeling_llama: ("LlamaRMSNorm", "LlamaMLP", _ROTATION),
+        modeling_gemma2: ("Gemma2RMSNorm",),
+        modeling_phi3: ("Phi3MLP", _ROTATION),
+    }
+    for module, names in known.items():
+        for name in names:
+            home = getattr(module, name).__module__
+            if not home.startswith("transformers."):
+                raise ValueError(
+                    f"transformers must have its own {name} for fused=True, got one of {home}. Do "
+                    "not call that library's process-wide patch, or pass fused=False."
+                )
 
 
 def _norm_mixin(own: type) -> type | None:

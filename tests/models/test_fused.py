@@ -206,6 +206,41 @@ def test_kernels_of_the_hub_are_refused() -> None:
         lctrain.patch_model(model, fused=True)
 
 
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("llama", "LlamaRMSNorm"), ("llama", "apply_rotary_pos_emb"), ("phi3", "Phi3MLP")],
+)
+def test_modules_that_another_library_replaced_are_refused(module, name, monkeypatch) -> None:
+    """Liger-Kernel replaces them for the whole process."""
+    home = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    model = make("llama")
+    theirs = type("Theirs", (), {"__module__": "liger_kernel.transformers"})
+    monkeypatch.setattr(home, name, theirs)
+    message = rf"its own {name} for fused=True, got one of liger_kernel.transformers. Do not"
+    with pytest.raises(ValueError, match=message):
+        lctrain.patch_model(model, fused=True)
+
+
+def test_a_forward_replaced_on_the_module_is_kept_with_a_warning() -> None:
+    """Liger-Kernel patches a built model so."""
+    model = make("llama")
+    norm = model.model.norm
+    calls = []
+
+    def forward(states):
+        calls.append(states.shape)
+        return type(norm).forward(norm, states)
+
+    norm.forward = forward
+    with pytest.warns(UserWarning, match="1 modules keep their forward.*LlamaRMSNorm. Patch"):
+        handle = lctrain.patch_model(model, fused=True)
+    with handle:
+        packed_outputs(model, make_documents())
+        assert len(calls) == 1
+        assert norm not in [module for module, *_ in handle.fused.swapped]
+    assert norm.forward is forward
+
+
 @pytest.mark.parametrize("name", ["fused", "loss"])
 def test_flags_must_be_bools(name) -> None:
     with pytest.raises(ValueError, match=f"{name} must be True or False"):

@@ -108,6 +108,28 @@ def test_operators_satisfy_the_rules_of_torch_library(name) -> None:
     torch.library.opcheck(operator, (*tensors, activation, "pytorch"))
 
 
+def test_compiled_graph_has_no_break() -> None:
+    gate, up, weight, bias = torch.randn(5, 8), torch.randn(5, 8), torch.randn(3, 8), torch.randn(3)
+
+    def function(gate, up, weight, bias):
+        out = bias_gelu(gated_linear(swiglu(gate, up), up, weight), bias)
+        return out.square().sum() + geglu(torch.cat((gate, up), -1)).sum()
+
+    leaves = [tensor.requires_grad_() for tensor in (gate, up, weight, bias)]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    gradients = torch.autograd.grad(compiled(*leaves), leaves)
+    assert all(map(torch.equal, gradients, torch.autograd.grad(function(*leaves), leaves)))
+
+
+@pytest.mark.gpu
+def test_more_elements_than_int32_counts() -> None:
+    columns = 8192
+    shape = (2**31 // columns + 8, columns)
+    gate, up = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    tail = swiglu(gate, up)[-8:]
+    assert torch.equal(tail, swiglu(gate[-8:].clone(), up[-8:].clone()))
+
+
 BAD_CALLS = {
     "shapes": (lambda: swiglu(torch.ones(2, 3), torch.ones(2, 4)), "gate and up must be"),
     "odd": (lambda: swiglu(torch.ones(2, 3)), "gate without up must hold both"),

@@ -149,6 +149,48 @@ def test_operators_satisfy_the_rules_of_torch_library(name) -> None:
     torch.library.opcheck(operator, (q, k, *weights, cos, sin, None, *inverse, *options))
 
 
+def test_compiled_graph_has_no_break() -> None:
+    q, k = torch.randn(1, 5, 3, 8), torch.randn(1, 5, 2, 8)
+    weight, (cos, sin) = torch.randn(8), torch.randn(2, 1, 5, 8).unbind()
+
+    def function(q, k, weight):
+        q, k = qk_norm_rotary(q, k, weight, weight, cos, sin)
+        q, k = rotate_qk(q, k, cos, sin)
+        return q.square().sum() + apply_rotary_emb(k, cos[0, :, :4], sin[0, :, :4]).sum()
+
+    leaves = [tensor.requires_grad_() for tensor in (q, k, weight)]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    gradients = torch.autograd.grad(compiled(*leaves), leaves)
+    assert all(map(torch.equal, gradients, torch.autograd.grad(function(*leaves), leaves)))
+
+
+def test_nothing_is_written_into_inputs_or_gradients() -> None:
+    """Liger's rotary embedding rotates its inputs and gradients in place."""
+    q, k = torch.randn(1, 5, 3, 8), torch.randn(1, 5, 2, 8)
+    weight, (cos, sin) = torch.randn(8), torch.randn(2, 1, 5, 8).unbind()
+    leaves = [tensor.requires_grad_() for tensor in (q, k, weight)]
+    for function in (
+        lambda q, k, weight: rotate_qk(q, k * weight, cos, sin),
+        lambda q, k, weight: qk_norm_rotary(q, k, weight, weight, cos, sin),
+    ):
+        before = [leaf.detach().clone() for leaf in leaves]
+        outputs = function(*leaves)
+        grads = [torch.randn_like(out) for out in outputs]
+        given = [grad.clone() for grad in grads]
+        first = torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+        assert all(map(torch.equal, first, torch.autograd.grad(outputs, leaves, grads)))
+        assert all(map(torch.equal, [*before, *given], [*leaves, *grads]))
+
+
+@pytest.mark.gpu
+def test_more_elements_than_int32_counts() -> None:
+    rows = 2**31 // (64 * 128) + 8
+    x = torch.randn(rows, 64, 128, device="cuda", dtype=torch.bfloat16)
+    cos, sin = torch.randn(2, rows, 64, device="cuda").unbind()
+    tail = apply_rotary_emb(x, cos, sin)[-8:]
+    assert torch.equal(tail, apply_rotary_emb(x[-8:].clone(), cos[-8:], sin[-8:]))
+
+
 X, TABLE = torch.ones(4, 2, 8), torch.ones(4, 4)
 Q, FULL = torch.ones(1, 4, 2, 8), torch.ones(1, 4, 8)
 BAD_CALLS = {
