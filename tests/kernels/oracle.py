@@ -13,7 +13,12 @@ from torch import Tensor
 from lctrain.kernels import dual_chunk_attn_varlen_func, flash_attn_varlen_func
 from lctrain_kernels.dual_chunk.reference import dense_dual_chunk_attention
 from lctrain_kernels.reference.attention import dense_attention
-from tests.numerics import assert_error_at_most_twice
+from tests.numerics import (
+    assert_equal_in_float64,
+    assert_error_at_most_twice,
+    assert_errors_at_most_twice,
+    assert_sum_error_at_most_twice,
+)
 
 DROPOUT_SEED = -0x1234_5678_9ABC_DEF0  # negative, and both halves of the key in use
 
@@ -315,6 +320,7 @@ def assert_matches_oracle(
     *,
     chunk: int | None = None,
     sample: Sequence[int] | None = None,
+    together: bool = False,
 ) -> None:
     """Asserts that each output and gradient has at most twice plain PyTorch's error.
 
@@ -324,14 +330,34 @@ def assert_matches_oracle(
         inputs: The call's inputs.
         chunk: See `dense`.
         sample: Documents to compare, without dsink; default all.
+        together: Whether tensors are judged together, and dsink as a sum. This is for PyTorch paths
+            in float32: both sides add in an order that depends on the CPU, so the error of one
+            small tensor is partly luck.
     """
     plain = dense(case, inputs, inputs.q.dtype, chunk=chunk, sample=sample)
     exact = dense(case, inputs, torch.float64, chunk=chunk, sample=sample)
     if sample is not None:
         actual, plain, exact = (_gather(x, inputs, sample) for x in (actual, plain, exact))
     expected, precise = dict(plain.items()), dict(exact.items())
+    if together:
+        dsink = precise.pop("dsink", None)
+        assert_errors_at_most_twice(dict(actual.items()), expected, precise)
+        if dsink is not None:
+            terms, exact_terms = _dsink_terms(plain, inputs), _dsink_terms(exact, inputs)
+            assert_equal_in_float64(exact_terms.sum(1), dsink.double(), "dsink")
+            for head, found in enumerate(actual.dsink):
+                assert_sum_error_at_most_twice(found, terms[head], exact_terms[head], "dsink")
+        return
     for name, tensor in actual.items():
         assert_error_at_most_twice(tensor, expected[name], precise[name], name)
+
+
+def _dsink_terms(result: Result, inputs: Inputs) -> Tensor:
+    """Returns what each query adds to dsink, [H, T]: p_sink (dlse - out . dout)."""
+    dtype = result.lse.dtype
+    weights = (inputs.sink.to(dtype)[:, None] - result.lse).exp()
+    delta = (result.out.to(dtype) * inputs.dout.to(dtype)).sum(-1).T
+    return weights * (inputs.dlse.to(dtype) - delta)
 
 
 def _gather(result: Result, inputs: Inputs, sample: Sequence[int]) -> Result:
