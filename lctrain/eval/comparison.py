@@ -16,6 +16,7 @@ from lctrain.eval.begin import NO_BEGIN, BeginTokens
 from lctrain.eval.comparison_plot import plot_comparison
 from lctrain.eval.extension import Extension
 from lctrain.eval.files import write_rows
+from lctrain.eval.method_words import of_methods
 from lctrain.eval.perplexity import perplexity_by_length
 from lctrain.eval.plots import count
 from lctrain.eval.row import PerplexityRow
@@ -163,7 +164,7 @@ def compare_methods(
     if min_context is None:
         min_context = max(1, lengths[-1] - stride + 1)
     tables = {}
-    for extension in extensions:
+    for extension, words in zip(extensions, of_methods(extensions), strict=True):
         with extension.patched(model):
             tables[extension.method] = perplexity_by_length(
                 model,
@@ -175,7 +176,7 @@ def compare_methods(
                 min_context=min_context,
                 extension=extension,
                 begin=begin,
-                progress=progress,
+                progress=words if progress else False,
                 name=extension.method,
             )
     return MethodComparison(tables, extensions[0].window, name)

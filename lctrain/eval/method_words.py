@@ -1,6 +1,10 @@
-"""Names of the methods of reading beyond the window, as pictures show them."""
+"""Names of the methods of reading beyond the window, for pictures and progress bars."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lctrain.eval.extension import Extension
 
 _WORDS = {
     "plain": "plain RoPE",
@@ -20,3 +24,9 @@ def method_words(method: str) -> str:
         method: Name of the method in `lctrain-eval methods=[...]`.
     """
     return _WORDS.get(method, method)
+
+
+def of_methods(extensions: Sequence[Extension]) -> list[str]:
+    """Returns texts for progress bars, such as "dual chunk attention, 2 of 3"."""
+    total = len(extensions)
+    return [f"{method_words(e.method)}, {i} of {total}" for i, e in enumerate(extensions, 1)]

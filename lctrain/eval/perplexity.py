@@ -38,7 +38,7 @@ def perplexity_by_length(
     min_context: int = 1,
     extension: Extension | None = None,
     begin: BeginTokens = NO_BEGIN,
-    progress: bool = False,
+    progress: bool | str = False,
     name: str = "",
 ) -> PerplexityTable:
     """Measures the perplexity of held-out documents with contexts of different lengths.
@@ -74,7 +74,7 @@ def perplexity_by_length(
         extension: Method of reading beyond the window, which scales the model for each length. The
             model must be patched with its attention: see `Extension.patched`. None scales nothing.
         begin: Begin tokens of the windows: see `begin_tokens`. They count as tokens of a window.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a progress bar. A text is shown with it.
         name: Name of the model, for the title of the plot.
 
     Returns:
@@ -115,7 +115,8 @@ def perplexity_by_length(
     }
     sums = {length: np.zeros(len(tokens)) for length in distinct}
     total = int(counts.sum()) * len(distinct)
-    with tqdm(total=total, desc="Perplexity", unit="token", disable=not progress) as bar:
+    label = f"Perplexity, {progress}" if isinstance(progress, str) else "Perplexity"
+    with tqdm(total=total, desc=label, unit="token", disable=not progress) as bar:
         for length in distinct:
             fitted = nullcontext() if extension is None else extension.at(model, length)
             with fitted:

@@ -18,6 +18,7 @@ from lctrain.data.passkey import Filler, Passkey, PasskeyFormat
 from lctrain.eval.extension import Extension
 from lctrain.eval.files import write_rows
 from lctrain.eval.limits import check_model
+from lctrain.eval.method_words import of_methods
 from lctrain.eval.plots import count
 from lctrain.eval.retrieval_plot import plot_retrieval
 from lctrain.eval.runner import cut, packed_kwargs, row_kwargs
@@ -158,7 +159,8 @@ def passkey_retrieval(
     found = {e.method: np.zeros((len(lengths), len(depths)), np.int64) for e in extensions}
     total = len(extensions) * len(lengths) * len(depths) * keys_per_cell
     with tqdm(total=total, desc="Passkeys", unit="key", disable=not progress) as bar:
-        for extension in extensions:
+        for extension, words in zip(extensions, of_methods(extensions), strict=True):
+            bar.set_description(f"Passkeys, {words}")
             with extension.patched(model):
                 for i, length in enumerate(lengths):
                     cells = [(j, key) for j in range(len(depths)) for key in range(keys_per_cell)]

@@ -137,3 +137,12 @@ def test_documents_too_short_for_the_longest_length_are_an_error(model, document
 def test_a_stride_beyond_the_shortest_length_is_an_error(model, documents, stride):
     with pytest.raises(ValueError, match=r"stride must be in \[1, shortest length = 16\]"):
         compare(model, documents, stride=stride)
+
+
+def test_progress_bars_name_the_method(model, documents, capsys):
+    compare(model, documents, ("plain", "dual_chunk"), progress=True)
+    shown = capsys.readouterr().err
+    assert "Perplexity, plain RoPE, 1 of 2" in shown
+    assert "Perplexity, dual chunk attention, 2 of 2" in shown
+    compare(model, documents)
+    assert not capsys.readouterr().err

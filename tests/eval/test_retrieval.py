@@ -192,3 +192,9 @@ def test_a_length_too_short_for_the_prompt_is_an_error(make_llama, format, docum
         passkey_retrieval(
             make_llama(), format, documents, [10], [Extension("plain", WINDOW)], max_tokens=100
         )
+
+
+def test_the_progress_bar_names_the_method(make_llama, format, documents, capsys):
+    methods = ("plain", "dual_chunk")
+    run(make_llama(), format, documents, methods, keys_per_cell=1, progress=True)
+    assert "Passkeys, dual chunk attention, 2 of 2" in capsys.readouterr().err
