@@ -66,6 +66,8 @@ def test_wheel_holds_every_source_file(wheel):
         wanted = [*folder.glob("*.py"), *folder.glob("py.typed")]
         if package in ("lctrain.configs", "lctrain.recipes"):
             wanted += folder.rglob("*.yaml")
+        if package == "lctrain.eval":
+            wanted += folder.glob("shipped_model/*")
         inside = package.replace(".", "/")
         missing += [p for p in wanted if f"{inside}/{p.relative_to(folder)}" not in names]
     assert not missing
