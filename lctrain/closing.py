@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
+import numpy as np
 
 from lctrain.config import EvaluationConfig
 from lctrain.data.passkey import PasskeyFormat
@@ -22,6 +23,7 @@ from lctrain.eval import (
     trained_window,
 )
 from lctrain.eval.findings import beyond_window, context_gain, keys_found
+from lctrain.eval.shipped import PasskeyModel, load_passkey_model, passkey_tokenizer
 from lctrain.limits import require
 from lctrain.loggers import log_evaluation
 from lctrain.module import LongContextModule
@@ -81,12 +83,14 @@ def check_closing(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) 
 
     Raises:
         ValueError: if `begin_token` is true and the tokenizer has no begin token, if the tokenizer
-            cannot encode the passkey texts, or if a passkey length is too short for key, question
-            and answer.
+            cannot encode the passkey texts, if a passkey length is too short for key, question and
+            answer, or if the tokenizer of `passkey_model` cannot be loaded.
     """
     begin_tokens(tokenizer, config.begin_token)
     if not config.passkey_lengths:
         return
+    if config.passkey_model is not None:
+        tokenizer = passkey_tokenizer(config.passkey_model)
     shortest = PasskeyFormat.of(tokenizer).shortest
     require(
         min(config.passkey_lengths) >= shortest,
@@ -126,7 +130,7 @@ def evaluate_at_end(
         closing = compare_beyond_window(config, documents, extensions, trainer, module, output_dir)
         if not config.passkey_lengths:
             return closing
-        return find_keys(config, held_out, extensions, trainer, module, output_dir, closing)
+        return find_keys(config, held_out, trainer, module, output_dir, closing)
 
 
 def measure_as_trained(
@@ -192,30 +196,44 @@ def compare_beyond_window(
 
 def find_keys(
     config: EvaluationConfig,
-    documents: Sequence[TokenizedDocument],
-    extensions: Sequence[Extension],
+    held_out: Sequence[TokenizedDocument],
     trainer: pl.Trainer,
     module: LongContextModule,
     output_dir: Path,
     closing: Closing,
 ) -> Closing:
     """Runs the passkey test on held-out text, and returns `closing` with its results added."""
+    tokenizer = trainer.datamodule.tokenizer
+    documents = [document.input_ids for document in held_out]
+    if config.passkey_model is None:
+        reader = PasskeyModel(module.model, tokenizer, output_dir.parent.name)
+    else:
+        reader = load_passkey_model(config.passkey_model)
+        reader.model.to(trainer.strategy.root_device)
+        chosen = longest_documents(held_out, config.documents, config.document_tokens)
+        texts = [tokenizer.decode(d.input_ids, skip_special_tokens=True) for d in chosen]
+        encoded = reader.tokenizer(texts, verbose=False)["input_ids"]
+        documents = [np.array(ids) for ids in encoded if len(ids)]
+    window = trained_window(reader.model, None)
     table = passkey_retrieval(
-        module.model,
-        PasskeyFormat.of(trainer.datamodule.tokenizer),
-        [document.input_ids for document in documents],
+        reader.model,
+        PasskeyFormat.of(reader.tokenizer),
+        documents,
         config.passkey_lengths,
-        extensions,
+        [Extension(method, window) for method in config.methods],
         max_tokens=max(config.forward_tokens(), *config.passkey_lengths),
         depths=DEPTHS,
         keys_per_cell=config.keys_per_cell,
         progress=trainer.progress_bar_callback is not None,
-        name=output_dir.parent.name,
+        name=reader.name,
     )
     files = table.save(output_dir / "passkeys")
     print(table, flush=True)
+    found = keys_found(table)
+    if config.passkey_model is not None:
+        found += f" (by {reader.name}; not by the model of this run)"
     return Closing(
         closing.perplexities,
-        closing.findings | {"keys": keys_found(table)},
+        closing.findings | {"keys": found},
         closing.paths | {"passkey table": files["csv"], "passkey plot": files["png"]},
     )

@@ -32,6 +32,7 @@ from lctrain.model_names import (
     check_family,
     check_model_name,
     check_tokenizer_name,
+    looks_like_path,
 )
 from lctrain.run.identity import identity_of
 from lctrain.run.resume import check_named, checkpoints_in, newest_directory
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         AttentionConfig,
         DataConfig,
         EvalConfig,
+        EvaluationConfig,
         ModelConfig,
         TrainConfig,
     )
@@ -103,6 +105,25 @@ def check_model(config: ModelConfig, tokenizer: str | None) -> None:
     elif isinstance(config, ScratchModelConfig):
         check_family(config.model_type)
         check_arguments(config.model_type, config.config)
+
+
+def check_passkey_model(config: EvaluationConfig) -> None:
+    """Raises ValueError if the model of the passkey test is a path that is not a folder.
+
+    Args:
+        config: Settings of the evaluation at the end of a training run.
+    """
+    name = config.passkey_model
+    require(
+        name is None or bool(name.strip()),
+        "evaluation.passkey_model must be shipped, a folder or a name on the Hugging Face hub, got "
+        f"{name!r}. null tests the trained model.",
+    )
+    require(
+        name is None or not looks_like_path(name) or Path(name).expanduser().is_dir(),
+        "evaluation.passkey_model must be shipped, a folder or a name on the Hugging Face hub, got "
+        f"{name}, which does not exist. null tests the trained model.",
+    )
 
 
 def check_checkpoint(config: TrainConfig) -> None:

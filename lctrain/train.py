@@ -19,6 +19,7 @@ from lctrain.preflight import (
     check_data_files,
     check_logger_folders,
     check_model,
+    check_passkey_model,
     check_targets,
 )
 from lctrain.run.rank import is_rank_zero
@@ -115,7 +116,7 @@ def check_before_data(config: TrainConfig) -> None:
     lengths = {"data.max_tokens": config.data.max_tokens}
     if config.evaluation.enabled:
         lengths["evaluation.lengths"] = max(config.evaluation.lengths)
-        if config.evaluation.passkey_lengths:
+        if config.evaluation.passkey_lengths and config.evaluation.passkey_model is None:
             lengths["evaluation.passkey_lengths"] = max(config.evaluation.passkey_lengths)
     check_model_builds(config.model, config.attention, lengths)
 
@@ -335,6 +336,7 @@ def check_before_loading(config: TrainConfig) -> None:
     check_attention(config.attention)
     check_data_files(config.data)
     check_model(config.model, config.data.tokenizer)
+    check_passkey_model(config.evaluation)
     check_checkpoint(config)
     check_targets("callbacks", config.callbacks)
     check_targets("logger", config.logger)

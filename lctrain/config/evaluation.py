@@ -25,6 +25,9 @@ class EvaluationConfig:
         passkey_lengths: Lengths in tokens of texts with a hidden key, for the passkey test of each
             method. An empty list runs no passkey test.
         keys_per_cell: Number of keys for each length and each of five depths of the passkey test.
+        passkey_model: Model that the passkey test reads with instead of the trained model:
+            "shipped" for the small model in lctrain's wheel, a folder, or a name on the Hugging
+            Face hub. None tests the trained model. Unused without passkey_lengths.
         begin_token: Whether each evaluation window begins with the begin token. None does so if the
             tokenizer adds a begin token to texts.
     """
@@ -39,6 +42,7 @@ class EvaluationConfig:
     begin_token: bool | None = None
     passkey_lengths: list[int] = field(default_factory=list)
     keys_per_cell: int = 10
+    passkey_model: str | None = None
 
     def __post_init__(self) -> None:
         if self.documents is not None and self.documents < 1:

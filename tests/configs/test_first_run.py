@@ -17,6 +17,8 @@ def test_the_first_run_reads_eight_windows_and_ends_in_time(tmp_path):
     assert set(evaluation.methods) & set(DUAL_CHUNK_METHODS)
     assert evaluation.document_tokens > max(evaluation.lengths) + evaluation.stride
     assert evaluation.documents > 2  # a standard error is one over documents
+    assert evaluation.passkey_model == "shipped"
+    assert max(evaluation.passkey_lengths) >= 8 * 128  # the window of that model
     # 300 CPU-seconds in all: two cores until training ends, and the evaluation
     assert config.trainer.budget_s <= 150
     assert config.trainer.max_steps > 0

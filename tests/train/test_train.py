@@ -387,3 +387,24 @@ def test_the_closing_evaluation_compares_ways_beyond_the_window(tiny, tmp_path, 
     assert len(str(report).splitlines()) <= 10
     assert report.paths["passkey plot"].is_file()
     assert f"lctrain-eval model={report.paths['model']}" in printed.splitlines()[-1]
+
+
+def test_the_closing_passkeys_can_be_of_the_shipped_model(tiny, tmp_path, capsys):
+    """The report and the table name the model; the lengths may exceed the trained model's."""
+    settings = [
+        "evaluation.methods=[dual_chunk]",
+        "evaluation.passkey_model=shipped",
+        "evaluation.passkey_lengths=[64,512]",
+        "evaluation.keys_per_cell=1",
+        "trainer.max_steps=1",
+    ]
+    report = train(config(*tiny, *settings, output_dir=tmp_path / "1"))
+    shipped = "lctrain's shipped model, trained on passkeys only"
+    assert report.findings["keys"].endswith(f"(by {shipped}; not by the model of this run)")
+    assert "in texts of 512 tokens, 4 times the trained length" in report.findings["keys"]
+    saved = json.loads((tmp_path / "1" / "passkeys" / "passkey_retrieval.json").read_text())
+    assert saved["name"] == shipped
+    assert saved["window"] == 128  # the shipped model's
+    assert sum(row["found"] for row in saved["rows"]) > 0
+    assert f"Passkeys found by {shipped}" in capsys.readouterr().out
+    assert len(str(report).splitlines()) <= 10
