@@ -346,7 +346,7 @@ def _run(options: argparse.Namespace, processes: Mapping[str, StepProcess]) -> i
     failed = OURS in options.contenders and OURS not in present
     for setting in settings_of(options):
         for run in run_setting(options, present, setting):
-            record["runs"].append({"run": first, **run})
+            record["runs"].append({"run": first, "steps": options.steps, **run})
             print(describe(run), flush=True)
             failed |= run["contender"] == CONTENDERS[OURS].title and run["status"] != "ok"
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -374,8 +374,8 @@ def _new_record(
         "versions": versions,
         "settings": {
             "dtype": "bfloat16" if device.type == "cuda" else "float32",
-            "steps": f"forward and backward, {work}; median over {options.rounds} interleaved "
-            f"rounds of the median of {options.steps}",
+            "steps": f"forward and backward, {work}; median over interleaved rounds of the median "
+            "of a round's steps",
             "processes": "each contender in a process of its own",
             "mfu": MFU,
             "optimizer": options.optimizer,
