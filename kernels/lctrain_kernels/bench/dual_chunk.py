@@ -11,7 +11,8 @@ that of plain PyTorch.
 """
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -174,14 +175,21 @@ def _dense(
     return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
 
-def main() -> None:
-    """Runs the benchmark: --workloads, --out, --milliseconds, --repetitions."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark: --workloads, --out, --milliseconds, --repetitions.
+
+    Returns:
+        The exit status: 2 without a GPU, otherwise 0.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workloads", default=",".join(WORKLOADS))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--milliseconds", type=int, default=200)
     parser.add_argument("--repetitions", type=int, default=3)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("This benchmark needs a GPU, and torch sees none.", file=sys.stderr)
+        return 2
     device = torch.device("cuda")
     workloads = [WORKLOADS[name] for name in arguments.workloads.split(",")]
     peers = []
@@ -219,7 +227,8 @@ def main() -> None:
                 flush=True,
             )
         record.save(arguments.out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lctrain_kernels.bench import __main__ as bench
+from lctrain_kernels.bench import dual_chunk
 from tests.house.typecheck import ROOT
 
 
@@ -13,6 +14,8 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.main([]) == 2
     assert "lctrain-bench needs a GPU" in capsys.readouterr().err
+    assert dual_chunk.main(["--out", "record.json"]) == 2
+    assert "needs a GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
