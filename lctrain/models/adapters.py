@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
 from typing import Any
 
 
@@ -30,3 +32,24 @@ def inside_adapters(model: Any) -> Any:
 def has_virtual_tokens(model: Any) -> bool:
     """Returns whether a model is a PeftModel with prompt tuning, p-tuning or prefix tuning."""
     return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
+def refuse_virtual_tokens() -> None:
+    """Refuses a call that a PeftModel with virtual tokens makes, for embeddings of a pack.
+
+    Such a model prepends its tokens to the embeddings and to the mask, so that only the first
+    document would have them. The model inside cannot see that, so the callers are searched.
+
+    Raises:
+        ValueError: if a calling function belongs to a PeftModel with virtual tokens.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if caller is not None and has_virtual_tokens(caller):
+            raise ValueError(
+                f"A row must hold one document, got several with "
+                f"{caller.active_peft_config.peft_type.value}, whose virtual tokens would stand in "
+                "front of the first document only. Pass one document per row, or train LoRA."
+            )
+        frame = frame.f_back

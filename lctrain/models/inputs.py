@@ -24,6 +24,7 @@ from lctrain.attention.documents import (
 from lctrain.attention.forward import BOUNDARIES_ARGUMENT
 from lctrain.attention.mask import read_mask
 from lctrain.attention.spec import AttentionSpec
+from lctrain.models.adapters import refuse_virtual_tokens
 from lctrain.models.architectures import counts_positions_itself
 from lctrain.models.cache import given_cache
 from lctrain.models.code import parameters
@@ -125,6 +126,8 @@ class InputHook:
         several = holds_several(boundaries)
         if several:
             refuse_choices(model)
+            if inputs.get("input_ids") is None and not torch.compiler.is_compiling():
+                refuse_virtual_tokens()
             if positions is not None:
                 self._require_own_positions(model, positions, boundaries)
         if several and self.pools_rows:

@@ -130,3 +130,20 @@ def test_prompt_learning_is_refused_before_the_data(make_llama, tmp_path):
         module = LongContextModule(peft.get_peft_model(make_llama(), config), optim=OPTIM)
         with pytest.raises(ValueError, match=r"virtual tokens stand in front .* Train LoRA"):
             module.configure_model()
+
+
+@pytest.mark.parametrize("kind", [peft.PromptTuningConfig, peft.PromptEncoderConfig])
+def test_virtual_tokens_in_front_of_a_pack_are_refused(make_llama, kind):
+    """The patched model inside gets embeddings and a mask with the virtual tokens in them."""
+    from lctrain import patch_model
+
+    base = make_llama()
+    patch_model(base)
+    options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+    if kind is peft.PromptEncoderConfig:
+        options["encoder_hidden_size"] = 8
+    model = peft.get_peft_model(base, kind(**options))
+    tokens = torch.randint(2, 97, (2, 6))
+    assert model(tokens, attention_mask=torch.ones_like(tokens)).logits.shape == (2, 9, 97)
+    with pytest.raises(ValueError, match=r"got several with P\w+, whose virtual .* train LoRA"):
+        model(tokens, attention_mask=torch.tensor([[1, 1, 1, 2, 2, 2]] * 2))
