@@ -19,6 +19,7 @@ from lctrain.optimizers import (
     has_moments,
     optimizer_class,
     parameters_of,
+    takes_any_name,
 )
 
 
@@ -111,17 +112,18 @@ def _build(
     if has_moments(kind):
         options["betas"] = (config.beta1, config.beta2)
         options.setdefault("eps", config.eps)
-    if "weight_decay" not in known:
+    if "weight_decay" not in known and not takes_any_name(kind):
         groups = [{"params": [p for group in groups for p in group["params"]]}]
-    if kind in FUSED and "fused" not in options:
+    if kind in FUSED and not {"fused", "foreach", "differentiable"} & options.keys():
         devices = {p.device.type for group in groups for p in group["params"]}
         options["fused"] = devices <= {"cpu", "cuda"}
     try:
         return kind(groups, **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"optim must fit {config._target_}, got: {error}. Correct optim.arguments; a class for "
-            "matrices alone, such as Muon, needs optim.matrices_only=true."
+            f"optim must fit {config._target_}, got: {str(error).rstrip('.')}. Correct "
+            "optim.arguments; a class for matrices alone, such as Muon, needs "
+            "optim.matrices_only=true."
         ) from error
 
 

@@ -61,10 +61,28 @@ def _is_optimizer(value: Any) -> bool:
 
 
 def parameters_of(kind: type[Optimizer]) -> Mapping[str, inspect.Parameter]:
-    """Returns the constructor's parameters of an optimizer's class, without the model's."""
-    found = dict(inspect.signature(kind).parameters)
-    found.pop("params", None)
-    return found
+    """Returns the constructor's parameters of an optimizer's class, without the model's.
+
+    A constructor with `**kwargs` passes them on to the next class, whose parameters are added.
+    """
+    found: dict[str, inspect.Parameter] = {}
+    for owner in kind.__mro__[: kind.__mro__.index(Optimizer)]:
+        if "__init__" not in vars(owner):
+            continue
+        own = dict(inspect.signature(vars(owner)["__init__"]).parameters)
+        found = own | {name: p for name, p in found.items() if not _is_open(p)}
+        if not any(map(_is_open, own.values())):
+            break
+    return {name: p for name, p in found.items() if name not in ("self", "params")}
+
+
+def _is_open(parameter: inspect.Parameter) -> bool:
+    return parameter.kind is inspect.Parameter.VAR_KEYWORD
+
+
+def takes_any_name(kind: type[Optimizer]) -> bool:
+    """Returns whether the constructor takes arguments of any name, as `**kwargs` does."""
+    return any(map(_is_open, parameters_of(kind).values()))
 
 
 def has_moments(kind: type[Optimizer]) -> bool:
@@ -85,7 +103,7 @@ def check_optimizer(config: OptimConfig) -> None:
     """
     kind = optimizer_class(config._target_)
     known = parameters_of(kind)
-    any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+    any_name = takes_any_name(kind)
     for name in config.arguments:
         if name not in known and not any_name:
             close = difflib.get_close_matches(name, known, 1)
@@ -101,7 +119,12 @@ def check_optimizer(config: OptimConfig) -> None:
                     f"optim.{field.name} must be left out for {config._target_}, which has no "
                     f"betas and eps like AdamW's, got {value}. Use optim.arguments."
                 )
-    if "weight_decay" not in known and config.weight_decay > 0.0:
+    if has_moments(kind) and "eps" in config.arguments:
+        raise ValueError(
+            f"optim.arguments must not hold eps for {config._target_}, got "
+            f"{config.arguments['eps']!r}. Set optim.eps."
+        )
+    if "weight_decay" not in known and not any_name and config.weight_decay > 0.0:
         raise ValueError(
             f"optim.weight_decay must be 0 for {config._target_}, which has none, got "
             f"{config.weight_decay}. Set optim.weight_decay=0."

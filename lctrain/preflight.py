@@ -26,7 +26,7 @@ from lctrain.limits import (
     named,
     require,
 )
-from lctrain.local_paths import cache_folder
+from lctrain.local_paths import SCHEME, cache_folder
 from lctrain.model_names import (
     check_arguments,
     check_family,
@@ -196,7 +196,7 @@ def check_logger_folders(configs: Any, output_dir: str) -> None:
     for name, config in configs.items():
         get = getattr(config, "get", None)
         folder = get("save_dir") if get is not None else getattr(config, "save_dir", None)
-        if isinstance(folder, str) and folder != output_dir:
+        if isinstance(folder, str) and folder != output_dir and not SCHEME.match(folder):
             check_folder(Path(folder).expanduser(), f"logger.{name}.save_dir")
 
 

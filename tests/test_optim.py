@@ -87,6 +87,9 @@ TARGETS = [
     ("torch.optim.RMSprop", {}),
     ("torch.optim.Adafactor", {}),
     ("tests.test_optim.SignDescent", {"power": 0.5}),
+    ("torch.optim.AdamW", {"foreach": True}),
+    ("torch.optim.SGD", {"foreach": True, "momentum": 0.9}),
+    ("tests.test_optim.PassesOn", {"amsgrad": True}),
 ]
 
 
@@ -105,6 +108,19 @@ class SignDescent(torch.optim.Optimizer):
             for parameter in group["params"]:
                 gradient = parameter.grad.sign() * parameter.grad.abs() ** group["power"]
                 parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * gradient)
+
+
+class PassesOn(torch.optim.AdamW):
+    """An optimizer of a user that passes its arguments on."""
+
+    def __init__(self, params, **kwargs):
+        super().__init__(params, **kwargs)
+
+
+def test_arguments_that_a_constructor_passes_on_are_known():
+    config = OptimConfig(_target_="tests.test_optim.PassesOn", beta1=0.8, eps=1e-5)
+    (group, _) = build_optimizer(Two(), config).param_groups
+    assert (group["betas"], group["eps"]) == ((0.8, config.beta2), 1e-5)
 
 
 class Two(nn.Module):
@@ -242,6 +258,7 @@ def test_a_pair_does_what_its_parts_do():
             {"arguments": {"betas": (0.9, 0.9)}},
             r"not hold betas, .* Set optim.beta1 and optim.beta2",
         ),
+        ({"arguments": {"eps": 1e-3}}, r"arguments must not hold eps .*got 0.001. Set optim.eps"),
         (
             {"_target_": "torch.optim.SGD", "beta1": 0.8},
             r"beta1 must be left out for torch.optim.SGD, .* got 0.8. Use optim.arguments",

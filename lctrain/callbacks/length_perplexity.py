@@ -122,6 +122,8 @@ class LengthPerplexity(pl.Callback):
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         if isinstance(tokenizer, (str, os.PathLike)):
             tokenizer = load_tokenizer(os.fspath(tokenizer))
+        if self.held_out is not None and not hasattr(tokenizer, "added_tokens_encoder"):
+            tokenizer = None  # held_out then has ids of a tokenizer that is not transformers'
         if tokenizer is None and self.begin_token:
             raise ValueError(
                 "begin_token must be null or false without a tokenizer, got true. Pass tokenizer= "

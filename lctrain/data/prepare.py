@@ -29,6 +29,7 @@ from lctrain.data.passkey_rows import (
 from lctrain.data.sources import Source
 from lctrain.data.streaming import HeldOut, StreamRecipe
 from lctrain.data.tokenizer import (
+    DamagedTokenizerError,
     fingerprint_tokenizer,
     load_tokenizer,
     train_tokenizer,
@@ -251,7 +252,8 @@ def cache_errors(folder: Path) -> Iterator[None]:
             reason = next(iter(str(error).splitlines()), "")
             raise ValueError(
                 f"data.cache_dir must hold intact files, got {folder} with a damaged one "
-                f"({type(error).__name__}: {reason}). Delete the folder; the next run fills it."
+                f"({type(error).__name__}: {reason}). Delete the folder; the next run fills it. "
+                "An error of your own Source must be mended there."
             ) from error
         if isinstance(error, OSError) and error.filename is None and error.errno is not None:
             error.filename = str(folder)
@@ -265,7 +267,7 @@ def _is_damage(error: Exception) -> bool:
     return (
         isinstance(error, (json.JSONDecodeError, UnicodeDecodeError))
         or type(error).__name__ in ("ArrowInvalid", "ArrowSerializationError")
-        or type(error) is Exception  # the tokenizers library's
+        or isinstance(error, DamagedTokenizerError)
     )
 
 

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +62,9 @@ def load_tokenizer(
 def tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Returns the token ids that a tokenizer adds before every text, and those it adds after."""
     for text in _short_texts(tokenizer):
-        bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        whole = list(tokenizer(text)["input_ids"])
+        with name_unencodable(tokenizer):
+            bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+            whole = list(tokenizer(text)["input_ids"])
         for begin in range(len(whole) - len(bare) + 1):
             if bare and whole[begin : begin + len(bare)] == bare:
                 return whole[:begin], whole[begin + len(bare) :]
@@ -80,6 +82,24 @@ def same_ids(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) ->
     """Whether every token of the smaller vocabulary has the same id in the larger vocabulary."""
     smaller, larger = sorted((first.get_vocab(), second.get_vocab()), key=len)
     return smaller.items() <= larger.items()
+
+
+@contextmanager
+def name_unencodable(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Turns the tokenizers library's error for a text into a ValueError with the remedy."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is Exception:  # what the library raises
+            raise ValueError(
+                f"tokenizer must encode any text, got {error} from {type(tokenizer).__name__}. "
+                "Give its vocabulary an unknown token."
+            ) from error
+        raise
+
+
+class DamagedTokenizerError(Exception):
+    """A tokenizer's file in the cache cannot be read."""
 
 
 def train_tokenizer(
@@ -107,14 +127,20 @@ def train_tokenizer(
     folder = cache_dir / "tokenizers" / key[:16]
     if not folder.exists():
         _train(documents, vocab_size, folder)
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:
+        if type(error) is Exception:  # what the tokenizers library raises
+            raise DamagedTokenizerError(str(error)) from error
+        raise
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns a hash of a tokenizer, which changes if a text may become other tokens."""
     parts: list[Any] = [type(tokenizer).__name__, tokenizer.eos_token_id]
     for split in (False, True):  # a tokenizer in Python is code: its output stands for it
-        parts.append(tokenizer(_PROBE, split_special_tokens=split, verbose=False)["input_ids"])
+        with name_unencodable(tokenizer):
+            parts.append(tokenizer(_PROBE, split_special_tokens=split, verbose=False)["input_ids"])
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         parts.append(backend.to_str())

@@ -14,7 +14,7 @@ import numpy as np
 from lctrain.data.documents import TokenStore
 from lctrain.data.long_text import PIECE, encode_long
 from lctrain.data.special_tokens import break_up, holds_special, special_pattern
-from lctrain.data.tokenizer import fingerprint_tokenizer, tokens_around
+from lctrain.data.tokenizer import fingerprint_tokenizer, name_unencodable, tokens_around
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -144,10 +144,11 @@ def _tokenize(
     split_special_tokens: bool,
 ) -> dict[str, list[Any]]:
     group = range(batch["first"][0], batch["stop"][0])
-    encoder = _Encoder(tokenizer, split_special_tokens)
     rows = []
-    for row, text, ids in zip(group, *encoder.encode(documents, group), strict=True):
-        rows.append((row, *encoder.finish(text, ids)))
+    with name_unencodable(tokenizer):
+        encoder = _Encoder(tokenizer, split_special_tokens)
+        for row, text, ids in zip(group, *encoder.encode(documents, group), strict=True):
+            rows.append((row, *encoder.finish(text, ids)))
     kept = [row for row in rows if len(row[1])]
     numbers, input_ids, special_texts = zip(*kept, strict=True) if kept else ((), (), ())
     return {

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -165,7 +166,8 @@ def test_mixed_steps_have_other_lengths_each():
 def test_a_process_that_dies_is_an_error_and_is_started_again(monkeypatch):
     monkeypatch.setattr(step, "PROCESS", "this")  # prints a poem and ends
     process = step.StepProcess("sdpa")
-    monkeypatch.setattr(step.json, "loads", lambda line: {"missing": None, "versions": {}})
+    answer = SimpleNamespace(loads=lambda line: {"missing": None, "versions": {}})
+    monkeypatch.setattr(step, "json", answer)
     process.wait()
     process.close()
     monkeypatch.undo()

@@ -125,6 +125,16 @@ def test_windows_begin_as_the_tokenizer_of_the_data_says(
     assert seen == [(1,)]
 
 
+def test_a_tokenizer_that_is_not_transformers_leaves_held_out_ids_alone(tmp_path, make_llama):
+    class Foreign(Data):
+        tokenizer = object()
+
+    callback = LengthPerplexity([8], every_n_steps=1, held_out=[list(range(3, 40))] * 4)
+    trainer = make_trainer(tmp_path, [callback], max_steps=1, limit_val_batches=0)
+    trainer.fit(LongContextModule(make_llama(), OptimConfig()), datamodule=Foreign())
+    assert callback._begin.tokens == ()
+
+
 def test_a_begin_token_that_nothing_tells_is_an_error_before_training(tmp_path, make_llama):
     callback = LengthPerplexity([8], every_n_steps=2, begin_token=True)
     trainer = make_trainer(tmp_path, [callback])

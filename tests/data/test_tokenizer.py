@@ -112,6 +112,12 @@ def test_fingerprint_sees_the_vocabulary_and_the_end_token(documents, tokenizer,
     assert len(fingerprints) == 3
 
 
+def test_a_vocabulary_without_an_unknown_token_is_not_blamed_on_the_cache(tmp_path, documents):
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0})))
+    with pytest.raises(ValueError, match=r"tokenizer must encode any text, got .*unknown token"):
+        tokenize(documents, words, tmp_path)
+
+
 def test_tokenizing_in_processes_keeps_the_environment(documents, tokenizer, tmp_path):
     environment, before = os.environ, dict(os.environ)
     tokenize(documents, tokenizer, tmp_path, 2)

@@ -10,7 +10,7 @@ from torch import nn
 
 import lctrain
 from lctrain.batch import PackedBatch
-from lctrain.models.fused import find_activation
+from lctrain.models.fused import find_activation, require_own_modules
 from tests.models.families import (
     SIZES,
     exact_gradients,
@@ -219,6 +219,13 @@ def test_modules_that_another_library_replaced_are_refused(module, name, monkeyp
     message = rf"its own {name} for fused=True, got one of liger_kernel.transformers. Do not"
     with pytest.raises(ValueError, match=message):
         lctrain.patch_model(model, fused=True)
+
+
+def test_functions_that_hugging_face_s_kernels_wraps_are_transformers_own(monkeypatch) -> None:
+    home = importlib.import_module("transformers.models.llama.modeling_llama")
+    wrapped = type("Func", (), {"__module__": "kernels.layer.layer"})
+    monkeypatch.setattr(home, "apply_rotary_pos_emb", wrapped)
+    require_own_modules()
 
 
 def test_a_forward_replaced_on_the_module_is_kept_with_a_warning() -> None:

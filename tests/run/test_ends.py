@@ -4,6 +4,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 
 import pytest
 
@@ -79,6 +80,7 @@ def test_a_disk_that_is_full_before_training_names_the_cache(tiny, tmp_path, mon
     overrides = [*tiny, *SHORT, f"data.files=[{tmp_path}/long.txt]"]
     folders = [f"data.cache_dir={tmp_path}/cache", f"hydra.run.dir={tmp_path}/run"]
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # or the limit cuts off a .pyc file
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limit[1]))
     try:
         status = command(monkeypatch, *overrides, *folders)

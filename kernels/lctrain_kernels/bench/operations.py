@@ -293,7 +293,6 @@ def fill_record(
                 yield case.name
             continue
         element = CASES[operation]
-        element = CASES[operation]
         for columns in (32,) if options.tiny else element.columns:
             setting = Setting(rows, columns, device, dtype, options.repetitions)
             forward, backward = element.moved_bytes(setting.leaves(element))
