@@ -15,6 +15,7 @@ import hydra
 from lctrain.composition import CONFIGS, known_keys
 from lctrain.failure import FULL_ERROR, report_failure
 from lctrain.help import Interface, describe, pasteable
+from lctrain.run.new_folder import begin_command
 
 HELP = frozenset({"--help", "-h"})
 CFG = frozenset({"--cfg", "-c"})
@@ -36,6 +37,7 @@ class Command(Interface):
             SystemExit: after an error. The status is 2 for an expected error, such as a wrong
                 option, and 1 for a bug. With HYDRA_FULL_ERROR=1 the error itself is raised.
         """
+        begin_command()
         sys.argv[1:] = arguments = options_first(expand_home(sys.argv[1:]))
         if (show := self._shown(arguments)) is not None:
             self._guard(lambda: print(show(self, overrides_of(arguments)).rstrip()))

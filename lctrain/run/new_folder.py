@@ -11,7 +11,13 @@ from typing import Any
 from lctrain.local_paths import check_run_name, local_path
 from lctrain.run.rank import is_rank_zero
 
-TOKEN = secrets.token_hex(2)  # tells runs apart that start in the same second
+_digits = secrets.token_hex(2)  # tell runs apart that start in the same second
+
+
+def begin_command() -> None:
+    """Chooses the digits of the next command's folders; a process may run several commands."""
+    global _digits
+    _digits = secrets.token_hex(2)
 
 
 def new_run_folder(root: str, name: str, time: str) -> str:
@@ -29,7 +35,7 @@ def new_run_folder(root: str, name: str, time: str) -> str:
     if not is_rank_zero():
         # Hydra creates a folder for every rank of torchrun or srun; only rank 0's is used.
         below = Path(tempfile.gettempdir()) / f"lctrain-{os.getuid()}"
-    return str(below / f"{time}_{TOKEN}")
+    return str(below / f"{time}_{_digits}")
 
 
 def register_new_run_folder() -> None:

@@ -12,7 +12,7 @@ import pytest
 from lctrain.local_paths import check_run_name, local_path
 from lctrain.run.folder import RunFolder, read_record, remove_orphans
 from lctrain.run.lock import FolderInUseError
-from lctrain.run.new_folder import new_run_folder
+from lctrain.run.new_folder import begin_command, new_run_folder
 from lctrain.run.rank import is_launched_by_lightning, is_rank_zero
 
 HOLD = """
@@ -208,6 +208,13 @@ def test_the_rank_is_read_from_a_copied_environment(monkeypatch):
     monkeypatch.delenv("RANK")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert is_launched_by_lightning()
+
+
+def test_two_commands_of_one_process_and_second_get_two_folders(tmp_path):
+    first = new_run_folder(str(tmp_path), "a", "now")
+    assert new_run_folder(str(tmp_path), "a", "now") == first
+    begin_command()
+    assert new_run_folder(str(tmp_path), "a", "now") != first
 
 
 def test_other_ranks_get_no_folder_of_the_run(tmp_path, monkeypatch):
