@@ -80,9 +80,13 @@ class StdlibSource(Source):
     """
 
     def load(self, cache_dir: Path) -> Dataset:
-        """Returns the files as documents: see Source.
+        """Returns the files as documents, one row per file; Source.load describes the columns.
 
-        Files that are not UTF-8 are counted without a warning.
+        A file that is not UTF-8 is a row with a fault. The data module counts these rows and does
+        not warn: the standard library contains such files on purpose, as test data.
+
+        Raises:
+            ValueError: if the standard library has no Python files.
         """
         root = standard_library()
         paths = python_files(root, without=NOT_STANDARD)

@@ -347,10 +347,12 @@ class Factors(NamedTuple):
 
 
 class DqSlabs(NamedTuple):
-    """The float32 buffer to which dq is added from registers; first_slab describes its layout.
+    """The float32 buffer to which warps add partial dq from their registers.
+
+    `first_slab` in varlen/hopper_bwd_dq.py describes its layout.
 
     Attributes:
-        pointer: Slab of the first head's first block of queries.
+        pointer: Pointer to the slab of the first head and first block of queries.
         per_head: Number of slabs per head.
     """
 

@@ -170,10 +170,24 @@ def varlen_round_dq_kernel(
     BLOCK_D: tl.constexpr,
     SLABS: tl.constexpr,
 ):
-    """Writes dq = scale * sum in dq's dtype, from a float32 sum in the layout of first_slab.
+    """Scales the float32 sum of dq, rounds it to dq's dtype, and writes it in dq's layout.
 
-    A binary search of `rounds` steps finds the document of a slab. Grid: (blocks of SLABS slabs,
-    heads).
+    Grid: (blocks of SLABS slabs, heads). A binary search of `rounds` steps finds the document of
+    each slab.
+
+    Args:
+        sum_ptr: Sum of the partial dq, [heads, slabs, D / 8, 32, 4] float32. `first_slab` in
+            hopper_bwd_dq.py describes the order of a slab's numbers.
+        dq_ptr: The gradient to write, [T, heads, D] bfloat16 or float16.
+        cu_q_ptr: Cumulative query lengths, [documents + 1] int32.
+        documents: Number of documents.
+        rounds: Steps of the binary search, enough to tell `documents` documents apart.
+        slabs_per_head: Number of slabs per head in the sum.
+        scale: Softmax scale, by which the sum is multiplied.
+        HEADS: Number of query heads.
+        HEAD_DIM: Head dim D.
+        BLOCK_D: D rounded up to a power of two.
+        SLABS: Number of slabs that a program writes.
     """
     first = tl.program_id(0) * SLABS
     head = tl.program_id(1)

@@ -118,11 +118,12 @@ def first_slab(
     document,
     TILE: gl.constexpr,
 ):
-    """Returns the slab of the tile's first head and block of queries.
+    """Returns a pointer to the slab of the tile's first query head and first block of queries.
 
-    The float32 buffer [heads, slabs, D / 8, 32, 4] has the order of the registers of a product. A
-    slab is 16 queries of one document. Of eight columns of a slab, each of 32 threads holds two
-    columns of two rows.
+    The buffer is [heads, slabs, D / 8, 32, 4] float32. A slab holds dq of 16 queries of one
+    document, [16, D], in the order in which the threads of a warp hold it after a matrix product:
+    D / 8 groups of eight columns, 32 threads, and four numbers per thread. Thread t holds columns
+    2 * (t % 4) and 2 * (t % 4) + 1 of its group, first for row t // 4, then for row t // 4 + 8.
     """
     slab = (tile.head_kv * TILE.group).to(gl.int64) * slabs_per_head
     slab += tile.begin_q // 16 + document + (tile.high - 1) * (TILE.block_m // 16)
