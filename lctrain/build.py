@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from lctrain.config import (
     TrainerConfig,
 )
 from lctrain.data import PackedDataModule
+from lctrain.eval.extension import check_supported
 from lctrain.model_names import unknown_argument, unknown_family
 from lctrain.models import patch_model
 from lctrain.models.positions import require_positions
@@ -82,7 +83,10 @@ def build_model(config: ModelConfig, vocab_size: int) -> nn.Module:
 
 
 def check_model(
-    config: ModelConfig, attention: AttentionConfig | None, lengths: Mapping[str, int] | None = None
+    config: ModelConfig,
+    attention: AttentionConfig | None,
+    lengths: Mapping[str, int] | None = None,
+    methods: Sequence[str] = (),
 ) -> None:
     """Checks a model and its attention by building and patching the model without its weights.
 
@@ -91,10 +95,11 @@ def check_model(
         attention: Settings of the attention; None leaves the model unpatched.
         lengths: Longest document in tokens that an option allows, by the option's name. They are
             checked for models with a table of learned positions.
+        methods: Methods of reading beyond the window that the closing evaluation compares.
 
     Raises:
         ValueError: if the model cannot be built (see `build_model`) or patched (see `patch_model`),
-            or a length exceeds the table of positions.
+            a length exceeds the table of positions, or the model does not support a method.
     """
     if attention is not None:
         make_spec(attention.name, **attention.options())
@@ -109,6 +114,13 @@ def check_model(
         require_positions(
             model, tokens, option, "Shorten it, or choose a model with more positions."
         )
+    try:
+        check_supported(model, methods)
+    except ValueError as error:
+        raise ValueError(
+            f"evaluation.methods must be methods that the model supports, got {list(methods)}: "
+            f"{error}"
+        ) from error
     if attention is not None:
         patch_model(model, attention=attention.name, **attention.options())
 

@@ -23,14 +23,11 @@ from lctrain.eval import (
     trained_window,
 )
 from lctrain.eval.findings import beyond_window, context_gain, keys_found
-from lctrain.eval.shipped import PasskeyModel, load_passkey_model, passkey_tokenizer
-from lctrain.limits import require
+from lctrain.eval.shipped import PasskeyModel, load_passkey_model
 from lctrain.loggers import log_evaluation
 from lctrain.module import LongContextModule
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from lctrain.data import TokenizedDocument
 
 log = logging.getLogger(__name__)
@@ -54,49 +51,6 @@ class Closing:
 
 
 NOTHING = Closing((), {}, {})
-
-
-class CheckClosing(pl.Callback):
-    """Callback that checks settings of the closing evaluation against the tokenizer.
-
-    The check runs before training: Lightning calls `setup` of callbacks after that of the data
-    module, which loads the tokenizer, and before that of the module.
-
-    Args:
-        config: Settings of the evaluation.
-    """
-
-    def __init__(self, config: EvaluationConfig) -> None:
-        self.config = config
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Runs `check_closing`, which raises ValueError for a setting that cannot be used."""
-        check_closing(self.config, trainer.datamodule.tokenizer)
-
-
-def check_closing(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Checks settings of the closing evaluation against the tokenizer.
-
-    Args:
-        config: Settings of the evaluation.
-        tokenizer: Tokenizer of the run's data.
-
-    Raises:
-        ValueError: if `begin_token` is true and the tokenizer has no begin token, if the tokenizer
-            cannot encode the passkey texts, if a passkey length is too short for key, question and
-            answer, or if the tokenizer of `passkey_model` cannot be loaded.
-    """
-    begin_tokens(tokenizer, config.begin_token)
-    if not config.passkey_lengths:
-        return
-    if config.passkey_model is not None:
-        tokenizer = passkey_tokenizer(config.passkey_model)
-    shortest = PasskeyFormat.of(tokenizer).shortest
-    require(
-        min(config.passkey_lengths) >= shortest,
-        f"evaluation.passkey_lengths must be at least {shortest}, the tokens of key, question and "
-        f"answer, got {min(config.passkey_lengths)}. Leave it out.",
-    )
 
 
 def evaluate_at_end(

@@ -118,7 +118,8 @@ def check_before_data(config: TrainConfig) -> None:
         lengths["evaluation.lengths"] = max(config.evaluation.lengths)
         if config.evaluation.passkey_lengths and config.evaluation.passkey_model is None:
             lengths["evaluation.passkey_lengths"] = max(config.evaluation.passkey_lengths)
-    check_model_builds(config.model, config.attention, lengths)
+    methods = config.evaluation.methods if config.evaluation.enabled else []
+    check_model_builds(config.model, config.attention, lengths, methods)
 
 
 def run_callbacks(
@@ -136,7 +137,7 @@ def run_callbacks(
     from lctrain.callbacks.budget import StepBudget
     from lctrain.callbacks.run_record import RunRecord
     from lctrain.callbacks.stop import StopAtSignal
-    from lctrain.closing import CheckClosing
+    from lctrain.closing_checks import CheckClosing
     from lctrain.run.identity import plain_values
 
     callbacks = [RunRecord(folder, identity, plain_values(config)), StopAtSignal(signals)]

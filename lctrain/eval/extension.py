@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,6 +138,30 @@ def trained_window(model: Any, window: int | None) -> int:
             "was trained on."
         )
     return window
+
+
+def check_supported(model: Any, methods: Sequence[str]) -> None:
+    """Checks that a model supports methods of reading beyond its window, by patching the model.
+
+    Args:
+        model: A transformers causal LM that is not patched, on any device, such as meta.
+        methods: Names of the methods. Their window is that of the model's config.
+
+    Raises:
+        ValueError: if the model's config states no window, or the model does not support a method.
+    """
+    if not methods:
+        return
+    if configured_window(model.config) is None:
+        raise ValueError(
+            f"methods must be empty for {type(model).__name__}, whose config does not say on how "
+            f"many tokens it was trained, got {list(methods)}. Give its config "
+            "max_position_embeddings."
+        )
+    window = trained_window(model, None)
+    for method in methods:
+        with Extension(method, window).patched(model):
+            pass
 
 
 def check_rotary(model: nn.Module, method: str) -> nn.Module:

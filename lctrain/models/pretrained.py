@@ -80,6 +80,7 @@ def check_dtype(dtype: str) -> None:
 @contextmanager
 def _naming(config: PretrainedModelConfig) -> Iterator[None]:
     """Turns errors of transformers, inside the context, into ValueErrors that name the model."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     check_model_name(config.name_or_path)
@@ -94,7 +95,7 @@ def _naming(config: PretrainedModelConfig) -> Iterator[None]:
             f"{config.name_or_path}, which cannot be loaded: {_first_line(error)}. Restore its "
             "files, or correct its config.json."
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, StrictDataclassError, ValueError) as error:
         raise ValueError(
             "model must be a folder or a name on the Hugging Face hub, got "
             f"{config.name_or_path}, which cannot be loaded: {error}"

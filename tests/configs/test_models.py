@@ -144,6 +144,26 @@ def test_pretrained_models_are_checked_without_their_weights(tmp_path):
     check_model(PretrainedModelConfig(name_or_path=str(tmp_path)), AttentionConfig())
 
 
+@pytest.mark.parametrize(
+    ("family", "method", "message"),
+    [
+        (
+            "gpt2",
+            "yarn",
+            "methods must not name yarn for GPT2LMHeadModel, which has not one rotary",
+        ),
+        ("mistral", "dual_chunk", "got a sliding window in MistralAttention"),
+        ("bloom", "plain", "methods must be empty for BloomForCausalLM, whose config does not say"),
+    ],
+)
+def test_methods_of_the_closing_evaluation_are_checked_before_training(family, method, message):
+    beginning = (
+        rf"^evaluation.methods must be methods that the model supports, got \['{method}'\]: "
+    )
+    with pytest.raises(ValueError, match=f"{beginning}.*{message}"):
+        check_model(ScratchModelConfig(model_type=family), None, methods=[method])
+
+
 def test_pretrained_model_that_does_not_exist():
     config = load("model=hf", "model.name_or_path=/no/such")
     message = "model must be a folder or a name on the Hugging Face hub, got /no/such, which does"

@@ -71,6 +71,7 @@ LEVELS = {
     "lctrain.build": 9,
     "lctrain.export": 9,
     "lctrain.closing": 8,
+    "lctrain.closing_checks": 8,
     "lctrain.model_card": 8,
     "lctrain.next_command": 8,
     "lctrain.report": 9,

@@ -389,6 +389,16 @@ def test_the_closing_evaluation_compares_ways_beyond_the_window(tiny, tmp_path, 
     assert f"lctrain-eval model={report.paths['model']}" in printed.splitlines()[-1]
 
 
+def test_methods_that_the_model_lacks_are_refused_before_the_data_is_read(tiny, tmp_path):
+    settings = config(*tiny, "evaluation.methods=[ntk]", output_dir=tmp_path / "1")
+    gpt2 = ScratchModelConfig(model_type="gpt2", config={"n_embd": 16, "n_layer": 1, "n_head": 2})
+    with pytest.raises(
+        ValueError, match=r"^evaluation\.methods must be methods that the model sup"
+    ):
+        train(replace(settings, model=gpt2, attention=None))
+    assert not (tmp_path / "1" / "metrics.csv").exists()
+
+
 def test_the_closing_passkeys_can_be_of_the_shipped_model(tiny, tmp_path, capsys):
     """The report and the table name the model; the lengths may exceed the trained model's."""
     settings = [
