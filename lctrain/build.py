@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from lctrain.attention import make_spec
 from lctrain.config import (
+    AdapterConfig,
     AttentionConfig,
     DataConfig,
     DataSettings,
@@ -27,6 +28,7 @@ from lctrain.data import PackedDataModule
 from lctrain.eval.extension import check_supported
 from lctrain.model_names import unknown_argument, unknown_family
 from lctrain.models import patch_model
+from lctrain.models.low_rank import add_adapter, quantization_of, require_trainable_weights
 from lctrain.models.positions import require_positions
 from lctrain.models.pretrained import load_architecture, load_pretrained
 from lctrain.models.tokenizer import tokenizer_for
@@ -51,24 +53,30 @@ def build_datamodule(config: DataConfig, model: ModelConfig | None = None) -> Pa
     return PackedDataModule(source_of(config), tokenizer, **settings)
 
 
-def build_model(config: ModelConfig, vocab_size: int) -> nn.Module:
-    """Builds a transformers causal LM in float32.
+def build_model(
+    config: ModelConfig, vocab_size: int, adapter: AdapterConfig | None = None
+) -> nn.Module:
+    """Builds a transformers causal LM on torch's default device, which Lightning sets to the GPU.
 
     Args:
         config: Settings of a model with random weights, or of a pretrained model.
         vocab_size: Size of the tokenizer's vocabulary.
+        adapter: Settings of adapters on a pretrained model; None for none.
 
     Returns:
-        The model, in training mode.
+        The model, in training mode; with adapters, a PeftModel.
 
     Raises:
         ValueError: if the model family, a key of its configuration or the pretrained model is
-            unknown, or the model has fewer embeddings than the tokenizer has tokens.
+            unknown, the model has fewer embeddings than the tokenizer has tokens, or adapters
+            cannot be added (see `add_adapter`).
     """
+    dtype = config.dtype or ("float32" if adapter is None else "bfloat16")
     if isinstance(config, ScratchModelConfig):
-        model = _from_scratch(config, vocab_size)
+        model = _from_scratch(config, vocab_size, getattr(torch, dtype))
     elif isinstance(config, PretrainedModelConfig):
-        model = load_pretrained(config, "float32")
+        model = load_pretrained(config, dtype, quantization_of(adapter))
+        require_trainable_weights(model.config, adapter is not None)
     else:
         raise _no_model_config(config)
     known = model.get_input_embeddings().num_embeddings
@@ -79,6 +87,8 @@ def build_model(config: ModelConfig, vocab_size: int) -> nn.Module:
         )
     if config.gradient_checkpointing:
         enable_checkpointing(model)
+    if adapter is not None:
+        model = add_adapter(model, adapter)
     return model.train()
 
 
@@ -87,6 +97,7 @@ def check_model(
     attention: AttentionConfig | None,
     lengths: Mapping[str, int] | None = None,
     methods: Sequence[str] = (),
+    adapter: AdapterConfig | None = None,
 ) -> None:
     """Checks a model and its attention by building and patching the model without its weights.
 
@@ -96,10 +107,12 @@ def check_model(
         lengths: Longest document in tokens that an option allows, by the option's name. They are
             checked for models with a table of learned positions.
         methods: Methods of reading beyond the window that the closing evaluation compares.
+        adapter: Settings of adapters; None for none.
 
     Raises:
         ValueError: if the model cannot be built (see `build_model`) or patched (see `patch_model`),
-            a length exceeds the table of positions, or the model does not support a method.
+            a length exceeds the table of positions, the model does not support a method, or it
+            takes no adapters.
     """
     if attention is not None:
         make_spec(attention.name, **attention.options())
@@ -108,6 +121,7 @@ def check_model(
             model = _from_scratch(config, LARGE_VOCABULARY)
         elif isinstance(config, PretrainedModelConfig):
             model = load_architecture(config)
+            require_trainable_weights(model.config, adapter is not None)
         else:
             raise _no_model_config(config)
     for option, tokens in (lengths or {}).items():
@@ -123,6 +137,8 @@ def check_model(
         ) from error
     if attention is not None:
         patch_model(model, attention=attention.name, **attention.options())
+    if adapter is not None:
+        add_adapter(model, adapter)
 
 
 LARGE_VOCABULARY = 2**20  # larger than any special token id; it needs no memory on device meta
@@ -164,7 +180,9 @@ def _keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> C
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _from_scratch(config: ScratchModelConfig, vocab_size: int) -> Any:
+def _from_scratch(
+    config: ScratchModelConfig, vocab_size: int, dtype: torch.dtype = torch.float32
+) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -186,14 +204,16 @@ def _from_scratch(config: ScratchModelConfig, vocab_size: int) -> Any:
     if config.differential == 2:
         register_families()
         model_config = differential_config(model_config)
-    return AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(model_config, dtype=dtype)
 
 
-def model_factory(config: ModelConfig) -> Callable[[pl.LightningDataModule], nn.Module]:
+def model_factory(
+    config: ModelConfig, adapter: AdapterConfig | None = None
+) -> Callable[[pl.LightningDataModule], nn.Module]:
     """Returns the function by which LongContextModule builds the model from the data module."""
 
     def build(datamodule: pl.LightningDataModule) -> nn.Module:
-        return build_model(config, datamodule.vocab_size)
+        return build_model(config, datamodule.vocab_size, adapter)
 
     return build
 

@@ -88,9 +88,9 @@ def keys_of_other_choices(keys: Container[str]) -> list[str]:
     found = []
     for name, schema in SCHEMAS.items():
         group, _, choice = name.partition("/")
-        if group not in ("data", "model", "attention"):
+        if group not in ("data", "model", "adapter", "attention"):
             continue
-        choice = {"pretrained": "hf", "scratch": "tiny"}.get(choice, choice)
+        choice = {"pretrained": "hf", "scratch": "tiny", "adapter": "lora"}.get(choice, choice)
         found += [
             f"{group}={choice}:{group}.{field.name}"
             for field in fields(schema)

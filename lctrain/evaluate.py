@@ -216,6 +216,7 @@ lctrain-eval evaluates a causal language model of Hugging Face at several contex
         "data.num_workers",
         "data.seed",
         "model.gradient_checkpointing",
+        "model.dtype",  # the option dtype
         "attention.dropout",
         "attention.deterministic",
         "attention.fused",

@@ -22,18 +22,24 @@ _FREE_ROPE = ("default", "linear", "llama3")  # RoPE types independent of max_po
 
 
 def export_model(
-    module: LongContextModule, tokenizer: Any, folder: Path, trained_length: int | None = None
+    module: LongContextModule,
+    tokenizer: Any,
+    folder: Path,
+    trained_length: int | None = None,
+    *,
+    merge: bool = False,
 ) -> Path:
     """Writes model, tokenizer and a model card, so that transformers loads them without lctrain.
 
-    If the model has PEFT adapters, only the adapters are written. To write a whole model, set
-    `module.model = module.model.merge_and_unload()` first.
+    If the model has PEFT adapters, only the adapters are written, unless `merge` is true.
 
     Args:
         module: Module with the trained model. Its attention is unpatched during the export.
         tokenizer: Tokenizer of the run.
         folder: Folder to create.
         trained_length: Length of the longest document in training, in tokens; None if unknown.
+        merge: Whether to add PEFT adapters to the weights, by peft, and to write a whole model. The
+            module then holds the merged model.
 
     Returns:
         The folder.
@@ -43,6 +49,8 @@ def export_model(
         spec = module.patch_handle.spec
         module.patch_handle.unpatch()
         module.patch_handle = None
+    if merge and hasattr(module.model, "merge_and_unload"):
+        module.model = module.model.merge_and_unload(safe_merge=True)
     model = module.model.cpu()
     model.save_pretrained(folder)
     adapters = not (folder / "config.json").exists()

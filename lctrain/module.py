@@ -28,6 +28,7 @@ from lctrain.loss.token_window import TokenWindow
 from lctrain.models import patch_model
 from lctrain.models.adapters import inside_adapters
 from lctrain.models.from_config import describe, model_from
+from lctrain.models.low_rank import adapter_state, has_reloaded_base, load_adapter_state
 from lctrain.optim import build_optimizer, build_scheduler, follow_schedule
 from lctrain.optimizers import check_optimizer
 from lctrain.run.length import STEPS_KEY, warn_if_ended
@@ -39,6 +40,7 @@ STATE_KEY = "lctrain"  # checkpoint key of the module's own state
 # Checkpoint key of the arguments with which `load_from_checkpoint` builds the module.
 HYPER_PARAMETERS = pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
 
+_MODEL = "model."  # prefix of the model's names in the module's state dict
 LONGEST_REASON = 160  # characters of a line of torch in a message
 
 
@@ -309,8 +311,12 @@ class LongContextModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Stores the module's arguments, its optimizer options, and the losses for the report.
 
-        The losses are `first_loss` and `held_out_losses`.
+        The losses are `first_loss` and `held_out_losses`. Of a pretrained model with adapters that
+        lctrain has added, the checkpoint holds the adapters only.
         """
+        if has_reloaded_base(self.model):
+            adapters = adapter_state(self.model)
+            checkpoint["state_dict"] = {f"{_MODEL}{name}": x for name, x in adapters.items()}
         description = describe(self.model)
         if description is not None:
             checkpoint[HYPER_PARAMETERS] = {
@@ -334,6 +340,10 @@ class LongContextModule(pl.LightningModule):
             ValueError: if training resumes with changed optimizer options, which the restored
                 optimizer would ignore, or with fewer steps than the checkpoint has taken.
         """
+        if has_reloaded_base(self.model):
+            saved = checkpoint["state_dict"]
+            load_adapter_state(self.model, {n.removeprefix(_MODEL): x for n, x in saved.items()})
+            checkpoint["state_dict"] = self.state_dict()
         state = checkpoint.get(STATE_KEY)
         if state is None:
             return

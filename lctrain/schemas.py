@@ -70,6 +70,7 @@ SCHEMAS: dict[str, Any] = {
     "data/hub": HubData,
     "model/scratch": config.ScratchModelConfig,
     "model/pretrained": config.PretrainedModelConfig,
+    "adapter/adapter": config.AdapterConfig,
     "attention/attention": config.AttentionConfig,
     "optim/adamw": config.OptimConfig,
     "trainer/trainer": config.TrainerConfig,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lctrain.command import Command
 from lctrain.config import TrainConfig, to_dataclass
+from lctrain.config.adapter import require_packages
 from lctrain.preflight import (
     check_attention,
     check_checkpoint,
@@ -119,7 +120,7 @@ def check_before_data(config: TrainConfig) -> None:
         if config.evaluation.passkey_lengths and config.evaluation.passkey_model is None:
             lengths["evaluation.passkey_lengths"] = max(config.evaluation.passkey_lengths)
     methods = config.evaluation.methods if config.evaluation.enabled else []
-    check_model_builds(config.model, config.attention, lengths, methods)
+    check_model_builds(config.model, config.attention, lengths, methods, config.adapter)
 
 
 def run_callbacks(
@@ -168,7 +169,10 @@ def _run(
     pl.seed_everything(config.seed, verbose=False)
     datamodule = build_datamodule(config.data, config.model)
     module = LongContextModule(
-        model_factory(config.model), config.optim, config.attention, seed=config.seed
+        model_factory(config.model, config.adapter),
+        config.optim,
+        config.attention,
+        seed=config.seed,
     )
     loggers = list(instantiate_all("logger", with_run_id(config.logger, folder.id)).values())
     trainer = build_trainer(config.trainer, callbacks, loggers, str(folder.path))
@@ -232,7 +236,11 @@ def export_and_evaluate(
         if config.export:  # before the evaluation, whose failure must not lose the model
             data = trainer.datamodule
             paths["model"] = export_model(
-                module, data.tokenizer, output_dir / "model", data.longest_document
+                module,
+                data.tokenizer,
+                output_dir / "model",
+                data.longest_document,
+                merge=config.adapter is not None and config.adapter.merge,
             )
         if config.evaluation.enabled:
             closing = evaluate_at_end(config.evaluation, trainer, module, output_dir)
@@ -337,6 +345,8 @@ def check_before_loading(config: TrainConfig) -> None:
     check_attention(config.attention)
     check_data_files(config.data)
     check_model(config.model, config.data.tokenizer)
+    if config.adapter is not None:
+        require_packages(config.adapter)
     check_passkey_model(config.evaluation)
     check_checkpoint(config)
     check_targets("callbacks", config.callbacks)

@@ -6,6 +6,7 @@ registers the schemas in Hydra's ConfigStore as `<group>/<name>_schema`. The YAM
 to these dataclasses, so library code never receives a DictConfig.
 """
 
+from lctrain.config.adapter import AdapterConfig
 from lctrain.config.attention import AttentionConfig
 from lctrain.config.callbacks import (
     AttentionScheduleConfig,
@@ -33,6 +34,7 @@ __all__ = [
     "MISSING",
     "SCHEDULES",
     "STRATEGIES",
+    "AdapterConfig",
     "AttentionConfig",
     "AttentionScheduleConfig",
     "BestCheckpointConfig",

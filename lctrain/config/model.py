@@ -9,6 +9,8 @@ from typing import Any
 from lctrain.config.schema import MISSING
 from lctrain.limits import check_model_sizes, require
 
+WEIGHT_DTYPES = ("float32", "bfloat16")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -16,9 +18,19 @@ class ModelConfig:
 
     Attributes:
         gradient_checkpointing: Whether to recompute activations in the backward pass.
+        dtype: Dtype of the weights: float32 or bfloat16. None takes bfloat16 for the frozen weights
+            under adapters, else float32.
     """
 
     gradient_checkpointing: bool = False
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            self.dtype in (None, *WEIGHT_DTYPES),
+            f"model.dtype must be null, {' or '.join(WEIGHT_DTYPES)}, got {self.dtype!r}. null "
+            "takes float32, and bfloat16 under adapters.",
+        )
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,7 @@ class ScratchModelConfig(ModelConfig):
     differential: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             self.differential in (None, 2),
             f"model.differential must be 2 or null, got {self.differential}. Version 1 is "
@@ -66,4 +79,5 @@ class PretrainedModelConfig(ModelConfig):
     allow_other_tokenizer: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "name_or_path", os.path.expanduser(self.name_or_path))

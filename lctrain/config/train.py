@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from lctrain.config.adapter import AdapterConfig
 from lctrain.config.attention import AttentionConfig
 from lctrain.config.data import DataConfig
 from lctrain.config.evaluation import EvaluationConfig
-from lctrain.config.model import ModelConfig
+from lctrain.config.model import ModelConfig, PretrainedModelConfig
 from lctrain.config.optim import OptimConfig
 from lctrain.config.paths import PathsConfig, expand_paths
 from lctrain.config.schema import MISSING
@@ -26,6 +27,7 @@ class TrainConfig:
         seed: Seed of the initial weights, dropout and the order of the data.
         data: Source of the documents, and how they are packed.
         model: The model to train.
+        adapter: Adapters that are trained instead of the model's weights; None trains the weights.
         attention: Attention that replaces the model's own; None replaces nothing.
         optim: Optimizer and learning-rate schedule.
         trainer: Hardware, length of the run and gradient accumulation.
@@ -42,6 +44,7 @@ class TrainConfig:
     seed: int = 0
     data: DataConfig = MISSING
     model: ModelConfig = MISSING
+    adapter: AdapterConfig | None = None
     attention: AttentionConfig | None = None
     optim: OptimConfig = MISSING
     trainer: TrainerConfig = MISSING
@@ -60,6 +63,11 @@ class TrainConfig:
             not getattr(self.data, "endless", False) or self.trainer.max_steps > 0,
             f"trainer.max_steps must be set for a stream without an end, got "
             f"{self.trainer.max_steps}. It has no epochs that could be counted.",
+        )
+        require(
+            self.adapter is None or isinstance(self.model, PretrainedModelConfig),
+            "adapter must be none for a model with random weights, whose frozen weights would stay "
+            "random, got adapters. Choose model=hf and model.name_or_path, or leave adapter out.",
         )
         check_warmup(self.optim.warmup_steps, self.trainer.max_steps)
         expand_paths(self, "", "ckpt_path")

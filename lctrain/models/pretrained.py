@@ -15,12 +15,15 @@ from lctrain.model_names import check_model_name
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load_pretrained(config: PretrainedModelConfig, dtype: str = "auto") -> Any:
-    """Loads a causal LM in evaluation mode.
+def load_pretrained(
+    config: PretrainedModelConfig, dtype: str = "auto", quantization: Any = None
+) -> Any:
+    """Loads a causal LM in evaluation mode, straight to torch's default device.
 
     Args:
         config: Config of the pretrained model.
         dtype: Dtype of the weights: auto (as they are stored), float32, bfloat16 or float16.
+        quantization: Quantization config of transformers; None loads the weights as they are.
 
     Raises:
         ValueError: if the model does not exist, is damaged or no causal LM, lacks a weight, or the
@@ -36,6 +39,7 @@ def load_pretrained(config: PretrainedModelConfig, dtype: str = "auto") -> Any:
             trust_remote_code=config.trust_remote_code,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             output_loading_info=True,
+            **({} if quantization is None else {"quantization_config": quantization}),
         )
     model, found = loaded
     if missing := sorted(found["missing_keys"]):

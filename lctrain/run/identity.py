@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "attention.backend",
     "attention.deterministic",
     "model.gradient_checkpointing",
+    "adapter.merge",  # a step after training
     # paths of the data; a hash of the texts is compared with the checkpoint instead
     "data.files",
     "data.held_out_files",

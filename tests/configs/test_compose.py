@@ -32,13 +32,25 @@ from lctrain.optim import build_optimizer, learning_rate_factor
 from lctrain.schemas import register_schemas
 from tests.configs.composed import composed, load
 
-GROUPS = ("attention", "callbacks", "data", "debug", "evaluation", "logger", "model", "optim")
+GROUPS = (
+    "adapter",
+    "attention",
+    "callbacks",
+    "data",
+    "debug",
+    "evaluation",
+    "logger",
+    "model",
+    "optim",
+)
 NEEDED = {
     "data=text": ["data.files=[x.txt]"],
     "data=jsonl": ["data.files=[x.jsonl]"],
     "data=parquet": ["data.files=[x.parquet]"],
     "data=hub": ["data.dataset=owner/name"],
     "model=hf": ["model.name_or_path=owner/name"],
+    "adapter=lora": ["model=hf", "model.name_or_path=owner/name"],
+    "adapter=dora": ["model=hf", "model.name_or_path=owner/name"],
     "callbacks=attention_schedule": ["callbacks.attention_schedule.stages={0:{attention:flash}}"],
     "callbacks=best_checkpoint": ["trainer.validate_every_n_steps=5"],
     "callbacks=early_stopping": ["trainer.validate_every_n_steps=5"],
@@ -106,6 +118,7 @@ def test_a_run_may_end_by_time(tmp_path):
         ("paths.out=x", "paths.out"),
         ("evaluation.length=[1]", "evaluation.length"),
         ("attention.kind=flash", "attention.kind"),
+        ("adapter.rank=8", "adapter.rank"),
         ("model.hidden_size=32", "model.hidden_size"),
     ],
 )

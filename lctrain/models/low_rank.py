@@ -1,0 +1,145 @@
+"""Adds peft's low-rank adapters to a pretrained model, and saves and restores them by peft."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lctrain.config.adapter import ALL_LINEAR, AdapterConfig, require_packages
+
+_MARK = "lctrain_base_is_reloaded"
+_REFUSED = {
+    "gptq": "peft cannot merge adapters into GPTQ weights",
+    "awq": "peft cannot merge adapters into AWQ weights",
+    "fp8": "its products round activations to float8, which the gradient does not see",
+    "fbgemm_fp8": "its products round activations to float8, which the gradient does not see",
+}
+_TRAINABLE = ("bitsandbytes", "torchao")
+
+
+def quantization_of(config: AdapterConfig | None) -> Any:
+    """Returns transformers' quantization config of the frozen weights; None for dense weights.
+
+    Args:
+        config: Settings of the adapters; None for a model without adapters.
+
+    Raises:
+        ValueError: if the package of the format is not installed.
+    """
+    if config is None or config.quantize is None:
+        return None
+    require_packages(config)
+    import transformers
+
+    if config.quantize == "nf4":
+        return transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return transformers.TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def require_trainable_weights(architecture: Any, has_adapter: bool) -> None:
+    """Raises ValueError for a pretrained model whose quantized weights cannot be trained on.
+
+    Args:
+        architecture: Configuration of the pretrained model.
+        has_adapter: Whether adapters are trained instead of the weights.
+    """
+    found = getattr(architecture, "quantization_config", None)
+    if found is None:
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+    method = str(getattr(method, "value", method) or "an unknown format")
+    name = getattr(architecture, "_name_or_path", "") or "a model"
+    if not any(method.startswith(known) for known in _TRAINABLE):
+        reason = _REFUSED.get(method, "lctrain trains on those of bitsandbytes and torchao only")
+        raise ValueError(
+            f"model must have weights that adapters are trained on, got {name} in {method}: "
+            f"{reason}. Load its weights in bfloat16; adapter.quantize=nf4 stores them in 4 bits."
+        )
+    if not has_adapter:
+        raise ValueError(
+            f"model must have weights that an optimizer can change, got {name} in {method}. Train "
+            "adapters on it: adapter=lora."
+        )
+
+
+def add_adapter(model: Any, config: AdapterConfig) -> Any:
+    """Returns a PeftModel: a pretrained causal LM with frozen weights and trainable adapters.
+
+    The adapters are float32, on the device of the weights. A checkpoint of the returned model holds
+    the adapters only; the frozen weights are loaded again from their source.
+
+    Args:
+        model: A causal LM of transformers; its layers are changed in place.
+        config: Settings of the adapters.
+
+    Raises:
+        ValueError: if peft is not installed, or finds no layer of a given name.
+    """
+    require_packages(config)
+    import peft
+
+    whole = config.targets == [ALL_LINEAR]
+    lora = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        use_dora=config.dora,
+        target_modules=ALL_LINEAR if whole else list(config.targets),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        adapted = peft.get_peft_model(model, lora)
+    except ValueError as error:
+        linear = {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        }
+        raise ValueError(
+            f"adapter.targets must name linear layers of the model ({', '.join(sorted(linear))}), "
+            f"got {', '.join(config.targets)}: {error}"
+        ) from error
+    setattr(adapted, _MARK, True)
+    return adapted
+
+
+def has_reloaded_base(model: Any) -> bool:
+    """Returns whether a model comes from `add_adapter`: its checkpoints hold adapters only."""
+    return bool(getattr(model, _MARK, False))
+
+
+def adapter_state(model: Any) -> dict[str, Any]:
+    """Returns the trained tensors of a PeftModel by peft's names."""
+    import peft
+
+    return dict(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+
+
+def load_adapter_state(model: Any, state: dict[str, Any]) -> None:
+    """Restores the trained tensors of a PeftModel, in place.
+
+    Args:
+        model: The PeftModel.
+        state: What `adapter_state` returned for a model of the same kind.
+
+    Raises:
+        ValueError: if the state is that of other adapters.
+    """
+    import peft
+
+    known = adapter_state(model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if shapes != {name: tuple(tensor.shape) for name, tensor in known.items()}:
+        raise ValueError(
+            "checkpoint must hold adapters of this model's targets and rank, got others. Use the "
+            "adapter options of the checkpoint's run."
+        )
+    peft.set_peft_model_state_dict(model, state)
