@@ -216,6 +216,11 @@ def _value_error(text: str, key: str, given: dict[str, str]) -> str | None:
 def _syntax_error(text: str, overrides: Sequence[str]) -> str | None:
     if "Unexpected type for root" in text:
         off = [o for o in overrides if o.endswith(("=none", "=null"))]
+        if not off:
+            return (
+                "keys of a group that is switched off must not be set, got "
+                f"{' '.join(overrides)}. Choose an option of the group first, as in adapter=lora."
+            )
         return (
             f"keys of a group that is switched off must not be set, got {' '.join(off)} and "
             f"{' '.join(o for o in overrides if o not in off)}. Leave one of them out."

@@ -118,7 +118,6 @@ def test_a_run_may_end_by_time(tmp_path):
         ("paths.out=x", "paths.out"),
         ("evaluation.length=[1]", "evaluation.length"),
         ("attention.kind=flash", "attention.kind"),
-        ("adapter.rank=8", "adapter.rank"),
         ("model.hidden_size=32", "model.hidden_size"),
     ],
 )

@@ -66,7 +66,8 @@ def test_unknown_options_are_not_compared():
 
 def test_every_free_option_is_one():
     """Each option that a resumed run may change exists; a misspelt one would have no effect."""
-    names = set(_flat(plain_values(load("data=text", "data.files=[x]")))) | {"attention"}
+    model = ("model=hf", "model.name_or_path=x", "adapter=lora")
+    names = set(_flat(plain_values(load("data=text", "data.files=[x]", *model)))) | {"attention"}
     assert set(MAY_CHANGE) <= names
 
 
