@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import Logger
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from lctrain.attention import make_spec
 from lctrain.config import (
@@ -85,8 +83,6 @@ def build_model(
             f"model must have at least the tokenizer's {vocab_size} embeddings, got {known}. Use "
             "the model's own tokenizer (data.tokenizer) or leave model.config.vocab_size out."
         )
-    if config.gradient_checkpointing:
-        enable_checkpointing(model)
     if adapter is not None:
         model = add_adapter(model, adapter)
     return model.train()
@@ -149,35 +145,6 @@ def _no_model_config(config: Any) -> ValueError:
         f"model must be a ScratchModelConfig or a PretrainedModelConfig, got "
         f"{type(config).__name__}. Choose model=llama_5m or model=hf, or build on one of them."
     )
-
-
-def enable_checkpointing(model: Any, *, keep_attention: bool = False) -> None:
-    """Enables activation checkpointing of a model, by the method that this transformers has.
-
-    Args:
-        model: A transformers model.
-        keep_attention: Whether to keep the outputs of lctrain's attention, so that the backward
-            recomputes everything but attention. It has no effect on a model that is not patched.
-    """
-    name = "activation_checkpointing_enable"
-    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
-    options: dict[str, Any] = {"use_reentrant": False}
-    if keep_attention:
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_attention)
-    enable(options)
-
-
-ATTENTION_OPERATORS = frozenset(
-    f"lctrain::{name}_forward" for name in ("varlen", "dual_chunk", "differential")
-)
-
-
-def _keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Returns the policy of selective checkpointing for one operator."""
-    kept = getattr(operator, "_schema", None) is not None
-    if kept and operator._schema.name in ATTENTION_OPERATORS:
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _from_scratch(

@@ -215,7 +215,6 @@ lctrain-eval evaluates a causal language model of Hugging Face at several contex
         "data.passkey_fraction",
         "data.num_workers",
         "data.seed",
-        "model.gradient_checkpointing",
         "model.dtype",  # the option dtype
         "attention.dropout",
         "attention.deterministic",

@@ -64,8 +64,8 @@ def explain(
         return f"{error.strerror} (errno {error.errno}). Check the disk and the permissions."
     if type(error).__name__ == "OutOfMemoryError":
         return (
-            f"{str(error).splitlines()[0]} Lower data.max_tokens, set "
-            "model.gradient_checkpointing=true, or use a smaller model."
+            f"{str(error).splitlines()[0]} Set memory=checkpoint or memory=offload, or lower "
+            "data.max_tokens."
         )
     if type(error).__name__ == "MisconfigurationException":  # Lightning's, about its settings
         return f"{' '.join(str(error).split())} Check the settings of trainer."

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lctrain.attention import is_patched
 from lctrain.batch import IGNORE_INDEX, PackedBatch
-from lctrain.config import AttentionConfig, OptimConfig
+from lctrain.config import AttentionConfig, MemoryConfig, OptimConfig
 from lctrain.data.own_tokenizer import require_own_tokenizer
 from lctrain.data.resume import resume_order
 from lctrain.dropout_seed import seed_micro_batch
@@ -25,6 +25,7 @@ from lctrain.log_steps import at_log_step
 from lctrain.loss import causal_lm_loss
 from lctrain.loss.causal_lm import token_losses
 from lctrain.loss.token_window import TokenWindow
+from lctrain.memory.policy import apply_config
 from lctrain.models import patch_model
 from lctrain.models.adapters import inside_adapters
 from lctrain.models.from_config import describe, model_from
@@ -72,6 +73,8 @@ class LongContextModule(pl.LightningModule):
             its fields. None leaves the model unpatched. A model that is patched already keeps its
             patch.
         seed: Seed of the model's initialisation and of dropout.
+        memory: What the layers keep for the backward, and where: a MemoryConfig, or a mapping of
+            its fields. None leaves the model as it is.
 
     Attributes:
         model: The causal LM; None until `configure_model` has built it.
@@ -89,6 +92,7 @@ class LongContextModule(pl.LightningModule):
         optim: OptimConfig | dict[str, Any] | None = None,
         attention: AttentionConfig | dict[str, Any] | None = AttentionConfig(),  # noqa: B008
         seed: int = 0,
+        memory: MemoryConfig | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if not (isinstance(model, (nn.Module, str, Mapping)) or callable(model)):
@@ -103,7 +107,9 @@ class LongContextModule(pl.LightningModule):
         self.attention = (
             None if attention is None else _as_dataclass("attention", AttentionConfig, attention)
         )
+        self.memory = None if memory is None else _as_dataclass("memory", MemoryConfig, memory)
         self.seed = seed
+        self.memory_handle: Any = None
         self.patch_handle: Any = None
         self.first_loss: Tensor | None = None
         self.last_loss: Tensor | None = None
@@ -129,7 +135,7 @@ class LongContextModule(pl.LightningModule):
             )
 
     def configure_model(self) -> None:
-        """Builds the model if it is not built yet, and patches its attention if asked for."""
+        """Builds the model if it is not built yet, patches it, and sets its memory policy."""
         if self.model is None:
             torch.manual_seed(self.seed)
             self.model = self._build()
@@ -140,6 +146,12 @@ class LongContextModule(pl.LightningModule):
                 fused=self.attention.fused,
                 **self.attention.options(),
             )
+        if self.memory is not None and self.memory_handle is None:
+            datamodule = (
+                None if self._trainer is None else getattr(self.trainer, "datamodule", None)
+            )
+            tokens = getattr(datamodule, "max_tokens", None)
+            self.memory_handle = apply_config(self.model, self.memory, tokens)
         self.model.train()
 
     @property

@@ -72,6 +72,7 @@ SCHEMAS: dict[str, Any] = {
     "model/pretrained": config.PretrainedModelConfig,
     "adapter/adapter": config.AdapterConfig,
     "attention/attention": config.AttentionConfig,
+    "memory/memory": config.MemoryConfig,
     "optim/adamw": config.OptimConfig,
     "trainer/trainer": config.TrainerConfig,
     "callbacks/checkpoint": config.CheckpointConfig,

@@ -173,6 +173,7 @@ def _run(
         config.optim,
         config.attention,
         seed=config.seed,
+        memory=config.memory,
     )
     loggers = list(instantiate_all("logger", with_run_id(config.logger, folder.id)).values())
     trainer = build_trainer(config.trainer, callbacks, loggers, str(folder.path))

@@ -25,8 +25,8 @@ from lctrain.batch import PackedBatch
 from lctrain.bench.contenders import CONTENDERS, Contender
 from lctrain.bench.shapes import SHAPES, ModelShape, tiny
 from lctrain.bench.step_profile import profile_step
-from lctrain.build import enable_checkpointing
 from lctrain.flops import FlopCounter, peak_flops
+from lctrain.memory import use_policy
 
 WARMUP = 2
 CHECKPOINTING = ("none", "full", "kept")
@@ -89,7 +89,8 @@ def _measure(contender: Contender, job: Job, device: torch.device) -> dict[str, 
     on_gpu = device.type == "cuda"
     model = contender.build(shape, device, torch.bfloat16 if on_gpu else torch.float32)
     if job.checkpointing != "none":
-        enable_checkpointing(model, keep_attention=job.checkpointing == "kept")
+        kept = model.config.num_hidden_layers if job.checkpointing == "kept" else 0
+        use_policy(model, "checkpoint", keep_attention=kept)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def make_step(lengths: Sequence[int], seed: int = 0) -> Callable[[], torch.Tensor]:

@@ -23,6 +23,7 @@ from lctrain.config.data import DataConfig, DataOptions, DataSettings
 from lctrain.config.eval import EvalConfig, PasskeyConfig
 from lctrain.config.evaluation import EvaluationConfig
 from lctrain.config.loggers import CsvLoggerConfig, TensorBoardLoggerConfig, WandbLoggerConfig
+from lctrain.config.memory import MemoryConfig
 from lctrain.config.model import ModelConfig, PretrainedModelConfig, ScratchModelConfig
 from lctrain.config.optim import SCHEDULES, OptimConfig
 from lctrain.config.paths import PathsConfig
@@ -48,6 +49,7 @@ __all__ = [
     "EvaluationConfig",
     "IsolationConfig",
     "LengthPerplexityConfig",
+    "MemoryConfig",
     "ModelConfig",
     "NonFiniteGuardConfig",
     "OptimConfig",

@@ -17,12 +17,10 @@ class ModelConfig:
     """Base class of `ScratchModelConfig` and `PretrainedModelConfig`.
 
     Attributes:
-        gradient_checkpointing: Whether to recompute activations in the backward pass.
         dtype: Dtype of the weights: float32 or bfloat16. None takes bfloat16 for the frozen weights
             under adapters, else float32.
     """
 
-    gradient_checkpointing: bool = False
     dtype: str | None = None
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from lctrain.config.adapter import AdapterConfig
 from lctrain.config.attention import AttentionConfig
 from lctrain.config.data import DataConfig
 from lctrain.config.evaluation import EvaluationConfig
+from lctrain.config.memory import MemoryConfig
 from lctrain.config.model import ModelConfig, PretrainedModelConfig
 from lctrain.config.optim import OptimConfig
 from lctrain.config.paths import PathsConfig, expand_paths
@@ -29,6 +30,7 @@ class TrainConfig:
         model: The model to train.
         adapter: Adapters that are trained instead of the model's weights; None trains the weights.
         attention: Attention that replaces the model's own; None replaces nothing.
+        memory: What the layers keep for the backward, and where.
         optim: Optimizer and learning-rate schedule.
         trainer: Hardware, length of the run and gradient accumulation.
         callbacks: Callbacks by name, each with a `_target_`; null switches one off.
@@ -46,6 +48,7 @@ class TrainConfig:
     model: ModelConfig = MISSING
     adapter: AdapterConfig | None = None
     attention: AttentionConfig | None = None
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     optim: OptimConfig = MISSING
     trainer: TrainerConfig = MISSING
     callbacks: dict[str, Any] = field(default_factory=dict)

@@ -69,7 +69,7 @@ class TrainerConfig:
             raise ValueError(
                 f"trainer.strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}. "
                 "Where parameters are sharded, the loss and the clipping of a window would be "
-                "wrong: use ddp, and model.gradient_checkpointing=true if memory is short."
+                "wrong: use ddp, and memory=checkpoint if memory is short."
             )
         remedies = {
             "num_nodes": "One machine is 1.",

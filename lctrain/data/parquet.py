@@ -41,12 +41,12 @@ def read_parquet(files: tuple[File, ...], field: str) -> Iterator[Row]:
                     try:
                         yield from _read_group(file, group, column, field, (path, name, first))
                     except damage as error:
-                        yield fault(f"{name}:{first}", _damaged(path, error, group))
+                        yield fault(f"{name}:{first}", damaged(path, error, group))
                     first += file.metadata.row_group(group).num_rows
         except FieldError as error:
             yield fault(name, str(error))
         except damage as error:
-            yield fault(name, _damaged(path, error))
+            yield fault(name, damaged(path, error))
 
 
 def _find(schema: pa.Schema, field: str, path: str) -> tuple[str, ...]:
@@ -110,7 +110,8 @@ def _read_group(
             row += 1
 
 
-def _damaged(path: str, error: BaseException, group: int | None = None) -> str:
+def damaged(path: str, error: BaseException, group: int | None = None) -> str:
+    """Returns the message for a Parquet file, or one of its row groups, that cannot be read."""
     where = "is damaged or no Parquet file"
     if group is not None:
         where = f"is damaged in row group {group}, which is left out"

@@ -19,7 +19,8 @@ import glob
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,28 @@ def read_jsonl(files: tuple[File, ...], field: str, encoding: str | None = None)
         encoding: Encoding of the files. None takes the encoding of a file's byte-order mark, else
             UTF-8.
     """
+    yield from read_json_lines(files, partial(_text_of, field=field), f"field {field!r}", encoding)
+
+
+def _text_of(record: Any, field: str) -> str | None:
+    return decode(find_field(record, field), field)
+
+
+def read_json_lines(
+    files: tuple[File, ...],
+    read: Callable[[Any], str | None],
+    what: str,
+    encoding: str | None = None,
+) -> Iterator[Row]:
+    """Yields what `read` makes of every line of JSON; blank lines are skipped.
+
+    Args:
+        files: Files to read, compressed or not.
+        read: Takes the value of a line, and returns the text of the document, or None for an empty
+            one. Raises FieldError if there is no document.
+        what: What holds the text, for messages.
+        encoding: Encoding of the files, as in `read_jsonl`.
+    """
     for path, name, *_ in files:
         number, rows = 0, 0
         try:
@@ -166,7 +189,7 @@ def read_jsonl(files: tuple[File, ...], field: str, encoding: str | None = None)
                 for number, line in enumerate(_lines(stream, chosen), start=1):
                     if line.strip():
                         rows += 1
-                        yield _read_line(line, field, f"{path}:{number}", f"{name}:{number}")
+                        yield _read_line(line, read, what, f"{path}:{number}", f"{name}:{number}")
             if rows == 0:
                 message = f"files must hold JSON lines, got {path}, which is empty. Leave it out."
                 yield fault(name, message, "")
@@ -192,9 +215,11 @@ def _lines(stream: io.BufferedReader, encoding: str) -> Iterator[bytes | str]:
             yield text.removeprefix(BYTE_ORDER_MARK)
 
 
-def _read_line(line: bytes | str, field: str, where: str, name: str) -> Row:
+def _read_line(
+    line: bytes | str, read: Callable[[Any], str | None], what: str, where: str, name: str
+) -> Row:
     try:
-        text = decode(find_field(_parse(line), field), field)
+        text = read(_parse(line))
     except FieldError as error:
         return fault(name, f"{where}: {error}")
     if text is None:
@@ -204,7 +229,7 @@ def _read_line(line: bytes | str, field: str, where: str, name: str) -> Row:
         return {"text": text, "name": name, "fault": None}
     return fault(
         name,
-        f"{where}: field {field!r} must be Unicode text, got {surrogate}. It is replaced by "
+        f"{where}: {what} must be Unicode text, got {surrogate}. It is replaced by "
         "U+FFFD; fix this line.",
         text,
     )

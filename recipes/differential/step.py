@@ -31,9 +31,9 @@ import numpy as np
 import torch
 
 from lctrain.batch import IGNORE_INDEX, PackedBatch
-from lctrain.build import enable_checkpointing
 from lctrain.eval.runner import row_kwargs
 from lctrain.loss import causal_lm_loss, token_losses
+from lctrain.memory import use_policy
 from lctrain.models import patch_model
 from lctrain.recipes.differential.experiment import write_json
 from lctrain.recipes.differential.shape import SHAPES, Shape, build_step_model
@@ -161,7 +161,7 @@ def _time_steps(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = build_step_model(shape, contender.version, contender.implementation, device, dtype)
     if checkpointing:
-        enable_checkpointing(model)
+        use_policy(model, "checkpoint")
     patch = (
         nullcontext() if contender.attention is None else patch_model(model, contender.attention)
     )

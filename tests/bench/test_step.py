@@ -15,7 +15,7 @@ from lctrain.bench.contenders import CONTENDERS, OURS, _registration
 from lctrain.bench.shapes import SHAPES, build_shape, tiny
 from lctrain.bench.step_process import Job, measure, random_pack, time_step
 from lctrain.bench.step_profile import summarize
-from lctrain.build import enable_checkpointing
+from lctrain.memory import use_policy
 from lctrain.models import patch_model
 from tests.float64 import float64_throughout
 from tests.numerics import assert_equal_in_float64, near
@@ -59,7 +59,7 @@ def test_kept_attention_is_not_computed_again():
     for keep in (True, False):
         model = build_shape(tiny(SHAPES["llama-1b"]), "sdpa", CPU, torch.float32)
         patch_model(model, attention="flash")
-        enable_checkpointing(model, keep_attention=keep)
+        use_policy(model, "checkpoint", keep_attention=2 if keep else 0)
         batch = random_pack(LENGTHS, tiny(SHAPES["llama-1b"]))
         with FlopCounterMode(display=False) as counter:
             model(**batch.arguments()).loss.backward()

@@ -40,6 +40,7 @@ GROUPS = (
     "debug",
     "evaluation",
     "logger",
+    "memory",
     "model",
     "optim",
 )

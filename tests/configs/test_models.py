@@ -85,12 +85,6 @@ def test_the_model_of_the_recipe_beyond_the_window_fits_60_mb_in_half_precision(
     assert config.data.max_document_tokens == model.config.max_position_embeddings == 1024
 
 
-def test_gradient_checkpointing_is_switched_on():
-    config = load("model=tiny", "model.gradient_checkpointing=true")
-    model = build_model(config.model, 300)
-    assert all(layer.gradient_checkpointing for layer in model.model.layers)
-
-
 def test_unknown_model_family():
     config = load("model.model_type=lama")
     with pytest.raises(ValueError, match=r"must be a family of transformers, got 'lama'"):

@@ -56,6 +56,7 @@ LEVELS = {
     "lctrain.optimizers": 4,
     "lctrain.process_group": 4,
     "lctrain.model_names": 4,
+    "lctrain.memory": 6,
     "lctrain.models": 5,
     "lctrain.run": 4,
     "lctrain.schemas": 5,

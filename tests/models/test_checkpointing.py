@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import lctrain
-from lctrain.build import enable_checkpointing
+from lctrain.memory import use_policy
 from tests.models.families import make_documents, make_model
 
 LAYERS = 2
@@ -28,7 +28,7 @@ def test_kept_attention_runs_once_and_changes_no_bit(family, arguments) -> None:
     with lctrain.patch_model(model, fused=True, loss=True):
         model(**arguments)  # the first call checks the head by calls of its own
         for keep in (True, False):
-            enable_checkpointing(model, keep_attention=keep)
+            use_policy(model, "checkpoint", keep_attention=LAYERS if keep else 0)
             model.zero_grad()
             with FlopCounterMode(display=False) as counter:
                 model(**arguments).loss.backward()
@@ -49,7 +49,7 @@ def test_a_checkpoint_function_gets_one_hidden_state_per_layer(arguments) -> Non
 
     with lctrain.patch_model(model, fused=True, loss=True):
         model(**arguments)  # the first call checks the head by calls of its own
-        enable_checkpointing(model)
+        use_policy(model)
         model._set_gradient_checkpointing(True, function)
         model(**arguments).loss.backward()
     tokens = arguments["input_ids"].shape[1]
@@ -109,7 +109,7 @@ def test_selective_checkpointing_can_keep_any_fused_operation(arguments) -> None
 
         contexts = partial(create_selective_checkpoint_contexts, choose)
         with lctrain.patch_model(model, fused=True, loss=True):
-            enable_checkpointing(model)
+            use_policy(model)
             model._set_gradient_checkpointing(
                 True, partial(checkpoint, use_reentrant=False, context_fn=contexts)
             )

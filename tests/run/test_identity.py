@@ -26,7 +26,7 @@ def changes(*overrides):
         "export=false",
         "data.num_workers=2",
         "data.cache_dir=/elsewhere",
-        "model.gradient_checkpointing=true",
+        "memory=checkpoint",
         "attention.backend=pytorch",
     ],
 )

@@ -1,0 +1,66 @@
+"""The settings of memory: what a step keeps for the backward, where, and what it recomputes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lctrain.limits import require
+
+POLICIES = ("none", "checkpoint", "offload")
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Settings of what the layers keep from the forward to the backward. Results do not change.
+
+    Attributes:
+        name: Policy: none (everything stays on the GPU), checkpoint (only the inputs of the layers
+            stay there, the rest is recomputed) or offload (inputs of layers go to the host).
+        keep_attention: Number of layers, from the last, whose attention results stay on the GPU,
+            so that attention is not recomputed.
+        host_attention: Number of layers before those whose attention results go to the host
+            (offload only).
+        keep_inputs: Number of layers, from the last, whose inputs stay on the GPU (offload only).
+        host_gib: Most host memory in GiB for a rank; None takes what the process may still use
+            (offload only).
+        tokens: Tokens of the longest pack, for the arenas; None takes data.max_tokens.
+    """
+
+    name: str = "none"
+    keep_attention: int = 0
+    host_attention: int = 0
+    keep_inputs: int = 2
+    host_gib: float | None = None
+    tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            self.name in POLICIES,
+            f"memory.name must be one of {', '.join(POLICIES)}, got {self.name!r}. Choose "
+            "memory=checkpoint if memory is short.",
+        )
+        for option in ("keep_attention", "host_attention", "keep_inputs"):
+            value = getattr(self, option)
+            require(
+                value >= 0,
+                f"memory.{option} must be at least 0, got {value}. It is a number of layers.",
+            )
+        require(
+            self.host_attention == 0 or self.name == "offload",
+            f"memory.host_attention must be 0 for memory={self.name}, got {self.host_attention}. "
+            "Choose memory=offload.",
+        )
+        require(
+            self.keep_attention == 0 or self.name in ("checkpoint", "offload"),
+            f"memory.keep_attention must be 0 for memory={self.name}, got {self.keep_attention}. "
+            "Choose memory=checkpoint or memory=offload.",
+        )
+        require(
+            self.host_gib is None or 0.0 < self.host_gib < float("inf"),
+            f"memory.host_gib must be above 0 and finite, got {self.host_gib}. Use null for what "
+            "the process may use.",
+        )
+        require(
+            self.tokens is None or self.tokens >= 2,
+            f"memory.tokens must be at least 2, got {self.tokens}. Use null for data.max_tokens.",
+        )

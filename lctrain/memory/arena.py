@@ -1,0 +1,117 @@
+"""Arena: one block of host memory, pinned for a GPU, that is divided into slots of any size."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 64  # bytes; a copy of aligned memory is at full speed, and every dtype fits
+PAGE = 4096
+
+
+class Arena:
+    """A block of host memory, divided into slots that are used again once they are released.
+
+    torch rounds every pinned block up to a power of two. The arena pins ordinary memory instead, so
+    it takes the bytes that it is asked for. If pinning fails, it warns and stays unpinned: copies
+    are then slower, and results the same.
+
+    Attributes:
+        capacity: Size of the block, in bytes.
+        used: Bytes in slots.
+        pinned: Whether the block is pinned.
+
+    Args:
+        capacity: Size of the block, in bytes.
+        pin: Whether to pin the block, for copies from and to a GPU.
+    """
+
+    def __init__(self, capacity: int, pin: bool) -> None:
+        self.capacity = capacity
+        self.used = 0
+        memory = torch.empty(capacity + PAGE, dtype=torch.uint8, device="cpu")
+        begin = -memory.data_ptr() % PAGE
+        self._memory = memory[begin : begin + capacity]
+        self._free = [(0, capacity)]  # ranges of bytes, in order and apart
+        self.pinned = pin and self._pin(memory)
+
+    def _pin(self, memory: Tensor) -> bool:
+        """Pins the block until the arena is collected. Returns whether that succeeded."""
+        runtime: Any = torch.cuda.cudart()
+        address = self._memory.data_ptr()
+        try:
+            status = int(runtime.cudaHostRegister(address, self.capacity, 0))
+        except RuntimeError as error:
+            status, reason = 1, str(error).splitlines()[0]
+        else:
+            reason = f"CUDA error {status}"
+        if status != 0:
+            warnings.warn(
+                f"{self.capacity / 2**30:.1f} GiB of host memory cannot be pinned ({reason}): "
+                "copies to the host are slower. Lower memory.host_gib, or raise the limit of "
+                "locked memory.",
+                stacklevel=2,
+            )
+            return False
+        weakref.finalize(self, _unpin, runtime, address, memory)
+        return True
+
+    def reserve(self, size: int) -> Slot | None:
+        """Returns a slot of `size` bytes; None if no free range is large enough."""
+        needed = aligned(size)
+        for index, (begin, end) in enumerate(self._free):
+            if end - begin < needed:
+                continue
+            rest = [(begin + needed, end)] if end - begin > needed else []
+            self._free[index : index + 1] = rest
+            self.used += needed
+            return Slot(self, begin, size)
+        return None
+
+    def release(self, begin: int, size: int) -> None:
+        """Makes the bytes of a slot free again, and joins adjacent free ranges."""
+        self.used -= aligned(size)
+        ranges = sorted([*self._free, (begin, begin + aligned(size))])
+        joined = ranges[:1]
+        for first, last in ranges[1:]:
+            if first == joined[-1][1]:
+                joined[-1] = (joined[-1][0], last)
+            else:
+                joined.append((first, last))
+        self._free = joined
+
+    def bytes_of(self, begin: int, size: int) -> Tensor:
+        """Returns bytes of the block, [size] uint8, as a view."""
+        return self._memory[begin : begin + size]
+
+
+class Slot:
+    """Part of an arena. It is released when nothing refers to it.
+
+    Args:
+        arena: The arena.
+        begin: First byte.
+        size: Number of bytes that are asked for.
+    """
+
+    def __init__(self, arena: Arena, begin: int, size: int) -> None:
+        self._bytes = arena.bytes_of(begin, size)
+        weakref.finalize(self, arena.release, begin, size).atexit = False
+
+    def view(self, like: Tensor) -> Tensor:
+        """Returns the slot as a tensor with dtype, shape and strides of a dense tensor `like`."""
+        return self._bytes.view(like.dtype).as_strided(like.shape, like.stride())
+
+
+def aligned(size: int) -> int:
+    """Returns the bytes that a slot of `size` bytes takes."""
+    return -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
+
+
+def _unpin(runtime: Any, address: int, memory: Tensor) -> None:
+    """Unpins a block whose memory is still held by the argument `memory`."""
+    runtime.cudaHostUnregister(address)

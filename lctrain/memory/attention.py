@@ -1,0 +1,76 @@
+"""Keeps the results of attention in the forward, and gives them back instead of recomputing them.
+
+The attentions of lctrain are operators of torch.library, so a dispatch mode sees their calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ATTENTION_OPERATORS = frozenset(
+    f"lctrain::{name}_forward" for name in ("varlen", "dual_chunk", "differential")
+)
+Keep = Callable[[Tensor], Any]  # from a tensor to an object with `get`
+
+
+class KeptResults:
+    """Results of the attention calls of one layer in one forward pass.
+
+    Args:
+        keep: Function from a result to an object whose `get` returns the result again.
+    """
+
+    def __init__(self, keep: Keep) -> None:
+        self.keep = keep
+        self.calls: list[tuple[Any, ...]] = []
+
+    def contexts(self) -> tuple[TorchDispatchMode, TorchDispatchMode]:
+        """Returns the contexts of the forward and of a recomputation, for torch's checkpoint."""
+        return _Recording(self), _Replaying(self)
+
+
+class _Recording(TorchDispatchMode):
+    """Keeps the results of every attention call."""
+
+    def __init__(self, results: KeptResults) -> None:
+        super().__init__()
+        self.results = results
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if _is_attention(func):
+            self.results.calls.append(tuple(self.results.keep(x) for x in found))
+        return found
+
+
+class _Replaying(TorchDispatchMode):
+    """Returns the kept results, in order, instead of calling attention."""
+
+    def __init__(self, results: KeptResults) -> None:
+        super().__init__()
+        self.results = results
+        self.position = 0
+
+    def __enter__(self) -> Any:
+        self.position = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if not _is_attention(func):
+            return func(*args, **(kwargs or {}))
+        call = self.results.calls[self.position]
+        self.position += 1
+        return tuple(kept.get() for kept in call)
+
+
+def _is_attention(func: Any) -> bool:
+    schema = getattr(func, "_schema", None)  # operators of higher order have none
+    return schema is not None and schema.name in ATTENTION_OPERATORS

@@ -1,0 +1,120 @@
+"""The function that checkpoints a layer, and the handle that gives it to every layer of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lctrain.memory.attention import KeptResults
+from lctrain.memory.store import HostStore, OnDevice
+
+DEVICE, HOST, RECOMPUTE = "device", "host", "recompute"
+INPUT, ATTENTION = "input", "attention"
+
+
+@dataclass(frozen=True)
+class LayerPolicy:
+    """What a layer keeps from its forward to its backward. Everything else is recomputed.
+
+    Attributes:
+        inputs: Place of the layer's input: "device" or "host".
+        attention: Place of the results of its attention: "device", "host" or "recompute".
+    """
+
+    inputs: str = DEVICE
+    attention: str = RECOMPUTE
+
+
+class LayerCheckpoints:
+    """Gives every decoder layer of a transformers model a checkpoint function, by its policy.
+
+    The model calls the function instead of the layer, in training mode. No forward changes.
+
+    Attributes:
+        policies: Policy of every layer, in the model's order.
+        store: What is on the host; None if the policies keep nothing there.
+
+    Args:
+        model: A transformers model, without adapters around it.
+        policies: Policy of every layer.
+        store: Store for the host.
+    """
+
+    def __init__(
+        self, model: Any, policies: Sequence[LayerPolicy], store: HostStore | None = None
+    ) -> None:
+        self._model = model
+        self.policies = tuple(policies)
+        self.store = store
+        plain = partial(checkpoint, use_reentrant=False)
+        # Inputs of the model need no gradient: torch's checkpoint without reentrance works without.
+        model._set_gradient_checkpointing(True, plain)
+        for layer, policy in zip(checkpointed_layers(model), self.policies, strict=True):
+            layer._gradient_checkpointing_func = partial(self.run, policy)
+
+    def remove(self) -> None:
+        """Switches checkpointing off."""
+        self._model._set_gradient_checkpointing(False)
+
+    def run(
+        self, policy: LayerPolicy, layer: Callable[..., Any], *given: Any, **options: Any
+    ) -> Any:
+        """Calls a layer, and keeps what its policy says for the backward.
+
+        Args:
+            policy: The layer's policy.
+            layer: The layer's forward.
+            *given: Arguments; the first one is the hidden states.
+            **options: Keyword arguments.
+
+        Returns:
+            The layer's output.
+        """
+        plain = policy == LayerPolicy() or torch.compiler.is_compiling()
+        x = given[0] if given else None
+        if plain or not isinstance(x, Tensor) or not torch.is_grad_enabled():
+            return checkpoint(layer, *given, use_reentrant=False, **options)
+        group = None if self.store is None else self.store.group()
+        contexts: dict[str, Any] = {}
+        if policy.attention != RECOMPUTE:
+            tokens = x.shape[:-1].numel()
+            results = KeptResults(partial(self._keep_result, policy.attention, group, tokens))
+            contexts["context_fn"] = results.contexts
+        if policy.inputs == DEVICE:
+            return checkpoint(layer, *given, use_reentrant=False, **contexts, **options)
+        assert self.store is not None
+        assert group is not None
+        kept, needs_gradient = (
+            self.store.put(x, INPUT, group, x.shape[:-1].numel()),
+            x.requires_grad,
+        )
+        first = [x]
+
+        def call(_: Tensor, *rest: Any, **named: Any) -> Any:
+            states = first.pop() if first else kept.get().requires_grad_(needs_gradient)
+            return layer(states, *rest, **named)
+
+        # The empty tensor tells torch whose random generator and autocast to restore.
+        device = x.new_empty(0)
+        del x
+        rest = given[1:]
+        del given
+        return checkpoint(call, device, *rest, use_reentrant=False, **contexts, **options)
+
+    def _keep_result(self, place: str, group: Any, tokens: int, x: Tensor) -> Any:
+        if place == DEVICE or self.store is None:
+            return OnDevice(x)
+        return self.store.put(x, f"{ATTENTION} {x.dim()}", group, tokens)
+
+
+def checkpointed_layers(model: nn.Module) -> list[Any]:
+    """Returns the layers of a transformers model that get a function of their own, in its order."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]

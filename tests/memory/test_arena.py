@@ -1,0 +1,74 @@
+"""Tests the arena of host memory: slots of any tensor, reuse, and pinning that fails."""
+
+import gc
+
+import pytest
+import torch
+
+from lctrain.memory import arena as arenas
+from lctrain.memory.arena import ALIGNMENT, Arena
+
+
+def test_slots_are_apart_and_come_back():
+    arena = Arena(4 * 1000, pin=False)
+    x = [torch.full((100,), float(number)) for number in range(4)]
+    slots = [arena.reserve(400) for _ in x]
+    for slot, value in zip(slots, x, strict=True):
+        slot.view(value).copy_(value)
+    assert all(torch.equal(slot.view(v), v) for slot, v in zip(slots, x, strict=True))
+    assert arena.used == 4 * 448
+    assert arena.reserve(4000) is None
+    del slots[1:3], slot
+    assert arena.used == 2 * 448
+    large = arena.reserve(2 * 448)  # where the two were
+    assert large is not None
+    del slots, large
+    assert arena.used == 0
+    assert arena.reserve(4000 - 4000 % ALIGNMENT) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.bool])
+def test_a_view_has_dtype_shape_and_strides(dtype):
+    arena = Arena(10_000, pin=False)
+    arena.reserve(3)  # the next slot begins behind an odd number of bytes
+    like = torch.ones(6, 5, 4, dtype=dtype).transpose(0, 2)
+    view = arena.reserve(like.numel() * like.element_size()).view(like)
+    view.copy_(like)
+    assert (view.dtype, view.shape, view.stride()) == (dtype, like.shape, like.stride())
+    assert torch.equal(view, like)
+
+
+class Runtime:
+    """Stands for CUDA's runtime; returns the given status."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+        self.calls: list[tuple] = []
+
+    def cudaHostRegister(self, address, size, flags):
+        self.calls.append(("register", address, size))
+        return self.status
+
+    def cudaHostUnregister(self, address):
+        self.calls.append(("unregister", address))
+
+
+def test_the_bytes_that_are_pinned_are_those_of_the_arena(monkeypatch):
+    runtime = Runtime(0)
+    monkeypatch.setattr(arenas.torch.cuda, "cudart", lambda: runtime)
+    arena = Arena(100_001, pin=True)
+    assert arena.pinned
+    ((name, address, size),) = runtime.calls
+    assert (name, size) == ("register", 100_001)
+    assert address % arenas.PAGE == 0
+    del arena
+    gc.collect()
+    assert runtime.calls[1:] == [("unregister", address)]
+
+
+def test_pinning_that_fails_warns_and_goes_on(monkeypatch):
+    monkeypatch.setattr(arenas.torch.cuda, "cudart", lambda: Runtime(2))
+    with pytest.warns(UserWarning, match=r"cannot be pinned \(CUDA error 2\).*memory\.host_gib"):
+        arena = Arena(1024, pin=True)
+    assert not arena.pinned
+    assert arena.reserve(1000) is not None

@@ -1,0 +1,228 @@
+"""Tests memory policies on tiny models: gradients are those of plain checkpointing, bit by bit."""
+
+import gc
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import lctrain
+from lctrain.config import MemoryConfig
+from lctrain.memory import LayerPolicy, use_policy
+from lctrain.memory.policy import policies_of
+from lctrain.models.low_rank import add_adapter
+from tests.configs.composed import load
+from tests.models.families import make_documents, make_model
+
+POLICIES = {
+    "attention-kept": ("checkpoint", {"keep_attention": 2}),
+    "offload": ("offload", {"keep_inputs": 0}),
+    "offload-last-kept": ("offload", {"keep_inputs": 1}),
+    "offload-attention": ("offload", {"keep_inputs": 0, "host_attention": 2}),
+    "mixed": ("offload", {"keep_inputs": 1, "keep_attention": 1, "host_attention": 1}),
+}
+
+
+@pytest.fixture
+def packs():
+    """Two packs of different lengths in transformers' format."""
+    documents = make_documents()
+    return [
+        lctrain.PackedBatch.from_documents(part).arguments() for part in (documents, documents[2:])
+    ]
+
+
+def step(model, packs):
+    """Returns the gradients of a step that accumulates over packs."""
+    model.zero_grad()
+    torch.manual_seed(3)
+    for arguments in packs:
+        model(**arguments).loss.backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def same(one, two):
+    return len(one) == len(two) > 0 and all(map(torch.equal, one, two))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
+def test_gradients_are_those_of_plain_checkpointing(family, dropout, packs):
+    model = make_model(family).train()
+    with lctrain.patch_model(model, fused=True, loss=True, dropout=dropout):
+        model(**packs[0])  # the first call checks the head by calls of its own
+        use_policy(model, "checkpoint")
+        expected = step(model, packs)
+        for name, (policy, options) in POLICIES.items():
+            handle = use_policy(model, policy, **options)
+            assert same(step(model, packs), expected), name
+            with torch.no_grad():  # an evaluation in between, in training mode too
+                model(**packs[1])
+                model.eval()(**packs[0])
+            model.train()
+            assert same(step(model, packs), expected), name
+            if handle.store is not None:
+                assert handle.store.stored_bytes == 0
+
+
+def test_an_aborted_step_gives_its_slots_back(packs):
+    model = make_model("llama").train()
+    with lctrain.patch_model(model, fused=True, loss=True):
+        model(**packs[0])
+        use_policy(model, "checkpoint")
+        expected = step(model, packs)
+        handle = use_policy(model, "offload", keep_inputs=0, host_attention=2)
+        loss = model(**packs[0]).loss
+        assert handle.store.stored_bytes > 0
+        del loss  # a forward without a backward
+        handle.store.finish()
+        assert handle.store.stored_bytes == 0
+
+        def fail(*given):
+            raise KeyboardInterrupt
+
+        hook = model.model.layers[1].mlp.register_forward_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            model(**packs[0])
+        hook.remove()
+        gc.collect()
+        handle.store.finish()
+        assert handle.store.stored_bytes == 0
+        capacity = handle.store.capacity
+        assert same(step(model, packs), expected)
+        assert handle.store.capacity == capacity
+
+        # On a CPU torch's engine holds the tasks of a backward that failed, and so their layer.
+        hook = model.model.layers[0].mlp.down_proj.weight.register_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            model(**packs[0]).loss.backward()
+        hook.remove()
+        assert same(step(model, packs), expected)
+
+
+def test_kept_attention_is_not_computed_again(packs):
+    model = make_model("llama").train()
+    flops = {}
+    with lctrain.patch_model(model, fused=True, loss=True):
+        model(**packs[0])
+        for name, (policy, options) in {**POLICIES, "plain": ("checkpoint", {})}.items():
+            use_policy(model, policy, **options)
+            with FlopCounterMode(display=False) as counter:
+                model(**packs[0]).loss.backward()
+            flops[name] = counter.get_flop_counts()["Global"][torch.ops.lctrain.varlen_forward]
+    once = flops["plain"] / 2  # in the forward only
+    kept = {"attention-kept", "offload-attention", "mixed"}
+    assert {name for name, count in flops.items() if count == once} == kept
+
+
+def test_hidden_dropout_draws_the_same_mask_again():
+    """The hidden dropout of GPT-2 draws from torch's generator, not from a seed of ours."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.5
+    )
+    model = GPT2LMHeadModel(config).train()
+    arguments = {"input_ids": torch.arange(20)[None], "labels": torch.arange(20)[None]}
+    gradients = []
+    for policy in ("none", "checkpoint", "offload"):
+        handle = use_policy(model, policy, **({"keep_inputs": 0} if policy == "offload" else {}))
+        gradients.append(step(model, [arguments]))
+        if handle is not None:
+            handle.remove()
+    assert same(gradients[1], gradients[0])
+    assert same(gradients[2], gradients[0])
+
+
+def test_adapters_of_the_first_layer_learn_under_frozen_embeddings(packs):
+    from lctrain.config import AdapterConfig
+
+    pytest.importorskip("peft")
+    torch.manual_seed(1)
+    model = add_adapter(make_model("llama"), AdapterConfig(rank=2, dropout=0.3)).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    with lctrain.patch_model(model.get_base_model(), fused=True, loss=True):
+        model(**packs[0])
+        expected = step(model, packs)
+        for policy, options in (("checkpoint", {}), *POLICIES.values()):
+            use_policy(model, policy, **options)
+            assert same(step(model, packs), expected)
+    first = model.get_base_model().model.layers[0].self_attn.q_proj.lora_A
+    assert all(p.grad.abs().max() > 0 for p in first.parameters())
+
+
+def test_a_policy_can_be_removed(packs):
+    model = make_model("llama").train()
+    handle = use_policy(model, "offload", keep_inputs=0)
+    handle.remove()
+    with lctrain.patch_model(model, fused=True, loss=True):
+        model(**packs[0]).loss.backward()
+    assert handle.store.capacity == 0
+
+
+def test_a_graph_that_is_kept_can_be_read_twice(packs):
+    model = make_model("llama").train()
+    with lctrain.patch_model(model, fused=True, loss=True):
+        model(**packs[0])
+        use_policy(model, "offload", keep_inputs=0, host_attention=2)
+        expected = step(model, packs[:1])
+        model.zero_grad()
+        loss = model(**packs[0]).loss
+        loss.backward(retain_graph=True)
+        model.zero_grad()
+        loss.backward()
+    assert same([p.grad for p in model.parameters()], expected)
+
+
+def test_which_layer_does_what():
+    offload = MemoryConfig(name="offload", keep_inputs=1, keep_attention=1, host_attention=2)
+    assert policies_of(offload, 4) == [
+        LayerPolicy("host", "recompute"),
+        LayerPolicy("host", "host"),
+        LayerPolicy("host", "host"),
+        LayerPolicy("device", "device"),
+    ]
+    kept = MemoryConfig(name="checkpoint", keep_attention=1)
+    assert policies_of(kept, 2) == [LayerPolicy(), LayerPolicy("device", "device")]
+
+
+def test_a_module_gets_its_policy(make_llama):
+    from lctrain.module import LongContextModule
+
+    module = LongContextModule(make_llama(), memory={"name": "checkpoint"})
+    module.configure_model()
+    assert all(layer.gradient_checkpointing for layer in module.model.model.layers)
+    with pytest.raises(ValueError, match=r"memory must have fields of MemoryConfig .*got layers"):
+        LongContextModule(make_llama(), memory={"layers": 3})
+
+
+def test_a_model_without_such_layers_is_refused():
+    class Model(torch.nn.Linear):
+        """A model that transformers knows nothing of."""
+
+    with pytest.raises(ValueError, match=r"memory must be none for Model, .*got checkpoint"):
+        use_policy(Model(2, 2))
+    assert use_policy(Model(2, 2), "none") is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("memory.name=all",), r"memory\.name must be one of none, checkpoint, offload, got 'all'"),
+        (("memory=checkpoint", "memory.keep_attention=-1"), r"keep_attention must be at least 0"),
+        (("memory=offload", "memory.keep_inputs=-1"), r"memory\.keep_inputs must be at least 0"),
+        (
+            ("memory=checkpoint", "memory.host_attention=1"),
+            r"host_attention must be 0 for memory=c",
+        ),
+        (("memory.keep_attention=1",), r"keep_attention must be 0 for memory=none"),
+        (("memory=offload", "memory.host_gib=0"), r"memory\.host_gib must be above 0 and finite"),
+        (("memory=offload", "memory.tokens=1"), r"memory\.tokens must be at least 2, got 1"),
+    ],
+)
+def test_settings_that_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load(*overrides)
