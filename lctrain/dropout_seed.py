@@ -5,6 +5,8 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import torch
 
+from lctrain.distributed import Topology
+
 
 def seed_micro_batch(trainer: pl.Trainer, seed: int) -> None:
     """Seeds torch's generators from (seed, rank, index of the micro-batch in the run).
@@ -17,7 +19,7 @@ def seed_micro_batch(trainer: pl.Trainer, seed: int) -> None:
         seed: Seed of the run.
     """
     index = trainer.fit_loop.epoch_loop.total_batch_idx
-    torch.manual_seed(mix(seed, trainer.global_rank, index))
+    torch.manual_seed(mix(seed, Topology.of(trainer).rank, index))
 
 
 def mix(seed: int, rank: int, index: int) -> int:

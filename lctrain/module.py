@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from lctrain.batch import IGNORE_INDEX, PackedBatch
 from lctrain.config import AttentionConfig, MemoryConfig, OptimConfig
 from lctrain.data.own_tokenizer import require_own_tokenizer
 from lctrain.data.resume import resume_order
+from lctrain.distributed import Topology
 from lctrain.dropout_seed import seed_micro_batch
 from lctrain.log_steps import at_log_step
 from lctrain.loss import causal_lm_loss
@@ -213,8 +213,9 @@ class LongContextModule(pl.LightningModule):
         """
         loss.backward(*args, **kwargs)
         if not self.trainer.fit_loop._should_accumulate():
-            averaged = self.trainer.accumulate_grad_batches * self.trainer.world_size
-            self._window.close(self.parameters(), averaged, self.trainer.world_size)
+            ranks = Topology.of(self.trainer)
+            averaged = self.trainer.accumulate_grad_batches * ranks.size
+            self._window.close(self.parameters(), averaged, ranks)
             self.last_loss = self._window.last_loss
             if self.first_loss is None:
                 self.first_loss = self.last_loss
@@ -309,9 +310,7 @@ class LongContextModule(pl.LightningModule):
         """
         assert self._held_out_sum is not None
         tokens = self._held_out_sum.new_full((), float(self._held_out_tokens))
-        totals = torch.stack([self._held_out_sum, tokens])
-        if self.trainer.world_size > 1:
-            dist.all_reduce(totals)
+        totals = Topology.of(self.trainer).sum(torch.stack([self._held_out_sum, tokens]))
         loss = totals[0] / totals[1].clamp(min=1.0)
         # Every rank has the same value, and the maximum over ranks keeps its bits. Lightning warns
         # about metrics that are logged without a reduction.

@@ -15,6 +15,7 @@ from lctrain.callbacks import StepCheckpoint, ThroughputMonitor
 from lctrain.callbacks.throughput import peak_memory_gib
 from lctrain.closing import Closing
 from lctrain.data.packing import PackingReport
+from lctrain.distributed import Topology
 from lctrain.loggers import MetricsCSV
 from lctrain.module import LongContextModule
 from lctrain.next_command import pasteable
@@ -144,7 +145,7 @@ def summarize(
         data=describe_rows(packing),
         packing=str(packing),
         held_out_packing=str(data.held_out_report),
-        imbalance=data.imbalance if trainer.world_size > 1 else None,
+        imbalance=data.imbalance if Topology.of(trainer).data_size > 1 else None,
         perplexities=closing.perplexities,
         findings=closing.findings,
         folder=folder,

@@ -160,6 +160,7 @@ def _run(
     import lightning.pytorch as pl
 
     from lctrain.build import build_datamodule, build_trainer, instantiate_all, model_factory
+    from lctrain.distributed import Topology
     from lctrain.loggers import closing, with_run_id
     from lctrain.module import LongContextModule
     from lctrain.next_command import evaluation_arguments
@@ -190,7 +191,7 @@ def _run(
         trainer.validate(module, datamodule, verbose=False)
         found = export_and_evaluate(config, trainer, module, folder.path)
     report = summarize(trainer, module, found, folder.path, evaluation_arguments(config))
-    if trainer.is_global_zero:
+    if Topology.of(trainer).is_first:
         report.save(folder.path)
         print(report, flush=True)
         log_to_file(f"Report\n{report}")
@@ -229,10 +230,11 @@ def export_and_evaluate(
 ) -> Closing:
     """Exports and evaluates the trained model on rank 0, while the other ranks wait."""
     from lctrain.closing import NOTHING, evaluate_at_end
+    from lctrain.distributed import Topology
     from lctrain.export import export_model
 
     closing = NOTHING
-    if trainer.is_global_zero:
+    if Topology.of(trainer).is_first:
         paths: dict[str, Path] = {}
         if config.export:  # before the evaluation, whose failure must not lose the model
             data = trainer.datamodule

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 
 from lctrain.attention import make_spec
 from lctrain.callbacks.patching import Patching, say
+from lctrain.distributed import Topology
 from lctrain.log_steps import at_log_step
 from lctrain.models.patch import PatchHandle, patch_model
 from lctrain.models.rope import RopeSwap, check_rope
@@ -137,7 +138,7 @@ class AttentionSchedule(Patching):
         stage = self.stage_at(trainer.global_step)
         if stage is not self.stage:
             self._enter(stage)
-            if trainer.is_global_zero:
+            if Topology.of(trainer).is_first:
                 say(f"Attention from step {trainer.global_step} on: {stage}\n{self.patches!r}")
 
     def on_train_batch_end(

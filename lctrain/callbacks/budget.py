@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from lctrain.distributed import Topology
 from lctrain.optim import follow_schedule, learning_rate_factor
 from lctrain.run.folder import RunFolder
 
@@ -78,7 +79,7 @@ class StepBudget(pl.Callback):
             return  # the user has shortened the run
         trainer.fit_loop.epoch_loop.max_steps = self.max_steps
         self._waits = True
-        if trainer.is_global_zero:
+        if Topology.of(trainer).is_first:
             log.info(
                 "The run takes %s steps, the number that it chose for its budget of time. "
                 "trainer.budget_s=null takes trainer.max_steps instead.",
@@ -142,7 +143,7 @@ class StepBudget(pl.Callback):
         self.max_steps = min(max(fitting, warmup, trainer.global_step + 1), max(most, 1))
         self.chosen_at = trainer.global_step
         set_max_steps(trainer, module, self.max_steps)
-        if trainer.is_global_zero:
+        if Topology.of(trainer).is_first:
             log.info(
                 "%s steps fit into the %g s of trainer.budget_s; the run takes %s.",
                 f"{fitting:,}",

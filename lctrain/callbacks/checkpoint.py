@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
 
+from lctrain.distributed import Topology
 from lctrain.run.checkpoint_file import AtomicCheckpointIO
 from lctrain.run.folder import ORPHANS
 from lctrain.run.resume import LAST, checkpoints_in
@@ -78,7 +78,7 @@ class StepCheckpoint(Checkpoint):
                 f"callbacks must hold one StepCheckpoint per directory, got two for "
                 f"{self.directory}. Remove one, or give it another directory."
             )
-        if trainer.is_global_zero:
+        if Topology.of(trainer).is_first:
             check_writable(self.directory)
             for pattern in ORPHANS:
                 for unfinished in self.directory.glob(pattern):
@@ -142,7 +142,7 @@ class StepCheckpoint(Checkpoint):
     def complete(self, trainer: pl.Trainer) -> None:
         """Gives a written checkpoint its final name, links it as last.ckpt, deletes old ones."""
         pending, self._pending = self._pending, None
-        if pending is None or not trainer.is_global_zero:
+        if pending is None or not Topology.of(trainer).is_first:
             return
         path = pending.with_suffix("")
         os.replace(pending, path)
@@ -222,14 +222,10 @@ def _raise_on_all_ranks(
     Raises:
         StorageError: if the first rank has an error.
     """
-    found: list[tuple[int | None, str] | None] = [
-        None if error is None else (error.errno, str(error))
-    ]
-    if trainer.world_size > 1:
-        dist.broadcast_object_list(found, src=0)
-    if found[0] is None:
+    found = Topology.of(trainer).of_first(None if error is None else (error.errno, str(error)))
+    if found is None:
         return
-    number, message = found[0]
+    number, message = found
     newest = next(iter(checkpoints_in(checkpoint.directory)), None)
     then = (
         "start anew: there is no checkpoint yet"

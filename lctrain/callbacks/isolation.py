@@ -15,6 +15,7 @@ from lctrain.callbacks.batches import BatchView, ReadBatch, view_batch
 from lctrain.callbacks.lengths import observed_document, with_other_lengths
 from lctrain.callbacks.routed import RoutedRounding
 from lctrain.callbacks.targets import find_target
+from lctrain.distributed import Topology
 
 LARGEST_LOGITS = 2**28  # elements; with more, the last hidden states are compared instead
 BAR_DELAY_S = 1.0  # seconds before a progress bar appears
@@ -78,7 +79,7 @@ class IsolationCheck(pl.Callback):
         model = find_target(pl_module, self.model, self)
         pack = as_pack(view_batch(batch, self.read_batch))
         if pack is not None:
-            shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+            shown = Topology.of(trainer).is_first and trainer.progress_bar_callback is not None
             with trainer.precision_plugin.forward_context():
                 check_isolation(model, pack, progress=shown)
 

@@ -12,6 +12,7 @@ from lctrain.batch import as_integers
 from lctrain.callbacks.targets import find_target
 from lctrain.data.documents import TokenizedDocument
 from lctrain.data.tokenizer import load_tokenizer
+from lctrain.distributed import Topology
 from lctrain.eval import check_lengths, longest_documents, perplexity_by_length
 from lctrain.eval.begin import NO_BEGIN, BeginTokens, begin_tokens
 
@@ -99,7 +100,7 @@ class LengthPerplexity(pl.Callback):
         stepped = not trainer.fit_loop._should_accumulate()
         if not stepped or trainer.global_step % self.every_n_steps != 0:
             return
-        if trainer.is_global_zero:
+        if Topology.of(trainer).is_first:
             metrics = self._measure(trainer, pl_module)
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step - 1)

@@ -8,12 +8,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lctrain.callbacks.batches import BatchView, ReadBatch, view_batch
 from lctrain.callbacks.checkpoint import StepCheckpoint
 from lctrain.callbacks.targets import loss_of
+from lctrain.distributed import Topology
 from lctrain.log_steps import at_log_step
 
 log = logging.getLogger(__name__)
@@ -124,9 +124,7 @@ class NonFiniteLossGuard(pl.Callback):
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         checks = [value.isfinite().all() for value in [*losses, *gradients]]
         finite = torch.stack([check.to(pl_module.device) for check in checks]).all().int()
-        if trainer.world_size > 1:
-            dist.all_reduce(finite, dist.ReduceOp.MIN)
-        self._leaves_out = not bool(finite)
+        self._leaves_out = not bool(Topology.of(trainer).minimum(finite))
         if self._leaves_out:
             for parameter in pl_module.parameters():
                 parameter.grad = None  # an optimizer leaves such a parameter alone
@@ -235,23 +233,15 @@ class NonFiniteLossGuard(pl.Callback):
         if not pending:
             return
         finite = torch.stack([loss.value for loss in pending]).isfinite()
-        all_finite = finite.all()
-        if trainer.world_size > 1:
-            flag = all_finite.int()
-            dist.all_reduce(flag, dist.ReduceOp.MIN)
-            all_finite = flag.bool()
-        if bool(all_finite):
+        ranks = Topology.of(trainer)
+        if bool(ranks.minimum(finite.all().int())):
             return
         first = next(
             (loss for loss, ok in zip(pending, finite.tolist(), strict=True) if not ok), None
         )
-        found = None if first is None else (first.index, trainer.global_rank, first.describe())
-        ranks: list[tuple[int, int, str] | None] = [found]
-        if trainer.world_size > 1:
-            ranks = [None] * trainer.world_size
-            dist.all_gather_object(ranks, found)
-        _, rank, description = min(entry for entry in ranks if entry is not None)
-        where = f" on rank {rank}" if trainer.world_size > 1 else ""
+        found = None if first is None else (first.index, ranks.rank, first.describe())
+        _, rank, description = min(entry for entry in ranks.gather(found) if entry is not None)
+        where = f" on rank {rank}" if ranks.size > 1 else ""
         raise NonFiniteLossError(f"training loss became {description}{where}. {_remedy(trainer)}")
 
 

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from lctrain.callbacks.override import Override
+from lctrain.distributed import Topology
 from lctrain.models.patch import PatchHandle
 from lctrain.models.within import ModelPatches, Paths, find_models
 from lctrain.module import LongContextModule
@@ -178,7 +179,7 @@ class Patching(pl.Callback):
         self._told = True
         with trainer.precision_plugin.forward_context():
             text = repr(self.patches)
-        if trainer.is_global_zero:
+        if Topology.of(trainer).is_first:
             say(f"{type(self).__name__} swapped:\n{text}")
             for logger in trainer.loggers:
                 logger.log_hyperparams({LOGGED_AS: text})

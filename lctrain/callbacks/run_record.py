@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lctrain.distributed import Topology
 from lctrain.run.folder import RunFolder
 from lctrain.run.resume import IDENTITY_KEY
 
@@ -30,7 +31,7 @@ class RunRecord(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes the options, after data and checkpoint have been checked."""
-        if trainer.is_global_zero:
+        if Topology.of(trainer).is_first:
             self.folder.save_options(self.options)
         for logger in trainer.loggers:
             logger.log_hyperparams(self.options)

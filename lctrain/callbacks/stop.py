@@ -8,9 +8,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 
 from lctrain.callbacks.checkpoint import step_checkpoints
+from lctrain.distributed import Topology
 from lctrain.run.signals import SIGNALS, StopRun, StopSignals
 from lctrain.run.slurm import requeue
 
@@ -29,6 +29,7 @@ class StopAtSignal(pl.Callback):
     def __init__(self, signals: StopSignals) -> None:
         self.signals = signals
         self._agreed: int | None = None
+        self._ranks = Topology()
         self._group: Any = None
         self._requeues = False
 
@@ -39,10 +40,8 @@ class StopAtSignal(pl.Callback):
             self._requeues = callable(signal.getsignal(signal.SIGUSR1))
         self.signals.install(*SIGNALS)
         self.signals.waits = True
-        if trainer.world_size > 1:
-            # gloo reduces the flag on the CPU, so no step waits for the device.
-            gloo = dist.get_backend() == "gloo"
-            self._group = dist.group.WORLD if gloo else dist.new_group(backend="gloo")
+        self._ranks = Topology.of(trainer)
+        self._group = self._ranks.cpu_group()  # so that no step waits for the device
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -88,15 +87,11 @@ class StopAtSignal(pl.Callback):
         for checkpoint in step_checkpoints(trainer.callbacks):
             checkpoint.save(trainer)
             checkpoint.complete(trainer)
-        if self._agreed == signal.SIGUSR1 and self._requeues and trainer.is_global_zero:
+        if self._agreed == signal.SIGUSR1 and self._requeues and Topology.of(trainer).is_first:
             requeue()
         raise StopRun(self._agreed, trainer.global_step)
 
     def _ask_all_ranks(self) -> int | None:
         """Returns the highest signal number that a rank has received; None if there is none."""
-        mine = self.signals.received
-        if self._group is None:
-            return mine
-        flag = torch.tensor(mine or 0)
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
-        return int(flag) or None
+        flag = torch.tensor(self.signals.received or 0)
+        return int(self._ranks.maximum(flag, self._group)) or None

@@ -10,11 +10,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 
 from lctrain.batch import PackedBatch
 from lctrain.callbacks.batches import BatchView, ReadBatch, view_batch
 from lctrain.callbacks.targets import find_target
+from lctrain.distributed import Topology
 from lctrain.flops import FlopCounter, peak_flops
 from lctrain.log_steps import at_log_step
 
@@ -198,7 +198,7 @@ class ThroughputMonitor(pl.Callback):
         if latest.fill is not None:
             metrics["throughput/fill"] = latest.fill
         if latest.seconds > 0:
-            per_device = latest.flops / latest.seconds / trainer.world_size
+            per_device = latest.flops / latest.seconds / Topology.of(trainer).size
             metrics["throughput/tflops_per_device"] = per_device / 1e12
             if self._peak is not None:
                 metrics["throughput/mfu"] = per_device / self._peak
@@ -216,11 +216,11 @@ def peak_memory_gib(device: torch.device) -> float:
 
 def _sum_over_ranks(counts: list[float], trainer: pl.Trainer, device: torch.device) -> list[float]:
     """Returns the sums of the counts over all ranks. All ranks must call it."""
-    if trainer.world_size == 1:
+    ranks = Topology.of(trainer)
+    if ranks.size == 1:
         return counts
     sums = torch.tensor(counts, dtype=torch.float64).to(device)
-    dist.all_reduce(sums)
-    return list(sums.tolist())
+    return list(ranks.sum(sums).tolist())
 
 
 class _Clock:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lctrain.callbacks.batches import ReadBatch, view_batch
 from lctrain.callbacks.override import Override
 from lctrain.callbacks.targets import refuse_twin
+from lctrain.distributed import Topology
 from lctrain.log_steps import at_log_step
 from lctrain.loss.token_window import TokenWindow
 from lctrain.module import LongContextModule
@@ -217,8 +218,8 @@ class TokenExactLoss(pl.Callback):
         )
 
     def _close(self, trainer: pl.Trainer, pl_module: pl.LightningModule, averaged: int) -> None:
-        world_size = trainer.world_size
-        self._window.close(pl_module.parameters(), averaged * world_size, world_size)
+        ranks = Topology.of(trainer)
+        self._window.close(pl_module.parameters(), averaged * ranks.size, ranks)
         self.last_loss = self._window.last_loss
 
     def _give_back(self) -> None:

@@ -32,6 +32,7 @@ from lctrain.data.prepare import (
 )
 from lctrain.data.sources import Source, StdlibSource
 from lctrain.data.streaming import ENDLESS, StepNumbers, StreamedRows, StreamRecipe
+from lctrain.distributed import Topology
 from lctrain.limits import check_seed
 
 if TYPE_CHECKING:
@@ -339,11 +340,11 @@ class PackedDataModule(LightningDataModule):
 
     @property
     def _world_size(self) -> int:
-        return 1 if self.trainer is None else self.trainer.world_size
+        return Topology.of(self.trainer).data_size
 
     @property
     def _rank(self) -> int:
-        return 0 if self.trainer is None else self.trainer.global_rank
+        return Topology.of(self.trainer).data_rank
 
     @property
     def _progress(self) -> Any:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from torch.utils.data import DistributedSampler
 
 from lctrain.data.order import BALANCE_WINDOW, epoch_order
+from lctrain.distributed import Topology
 
 
 class RowOrder(DistributedSampler[int]):
@@ -105,9 +105,8 @@ class RowOrder(DistributedSampler[int]):
         """Returns the number of ranks, and the rank of this process."""
         if self._ranks is not None:
             return self._ranks
-        if dist.is_available() and dist.is_initialized():
-            return dist.get_world_size(), dist.get_rank()
-        return 1, 0
+        ranks = Topology.of_process()
+        return ranks.data_size, ranks.data_rank
 
 
 def _nowhere() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from lctrain.distributed import Topology
 
 
 class TokenWindow:
@@ -43,14 +44,14 @@ class TokenWindow:
         self._sum += loss_sum.detach()
         self._tokens = self._tokens + tokens
 
-    def close(self, parameters: Iterable[Tensor], averaged: int, world_size: int) -> None:
+    def close(self, parameters: Iterable[Tensor], averaged: int, ranks: Topology) -> None:
         """Scales the gradients by `averaged` / (valid tokens of the window on all ranks).
 
         Args:
             parameters: Parameters whose gradients are scaled.
             averaged: Number by which the gradients have already been divided. Lightning divides by
                 the micro-batches of a window, and DistributedDataParallel by the ranks.
-            world_size: Number of ranks.
+            ranks: Ranks over which loss sums and tokens are added up.
         """
         assert self._sum is not None
         if isinstance(self._tokens, Tensor):
@@ -58,8 +59,7 @@ class TokenWindow:
         else:
             tokens = self._sum.new_full((), float(self._tokens))
         totals = torch.stack([self._sum, tokens])  # [2] float64: loss sum, tokens
-        if world_size > 1:
-            dist.all_reduce(totals)
+        ranks.sum(totals)
         loss_sum, tokens = totals[0], totals[1].clamp(min=1.0)
         gradients = [p.grad for p in parameters if p.grad is not None]
         for group in _by_device_and_dtype(gradients):

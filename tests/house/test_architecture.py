@@ -51,6 +51,7 @@ LEVELS = {
     "lctrain.local_paths": 2,
     "lctrain.attention": 4,
     "lctrain.data": 4,
+    "lctrain.distributed": 2,
     "lctrain.loggers": 4,
     "lctrain.optim": 5,
     "lctrain.optimizers": 4,

@@ -1,0 +1,141 @@
+"""Topology: the ranks of a run, what each of them holds, and reductions over them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The ranks of a run, in the order replica, shard, context, of which context varies fastest.
+
+    A replica is a set of ranks that together hold the parameters once. The ranks of a context group
+    share one pack. Every other rank trains on a pack of its own.
+
+    This class is the only source of rank and size: `Topology.of(trainer)`.
+
+    Attributes:
+        rank: Number of this rank, from 0.
+        size: Number of ranks.
+        replicas: Number of copies of the parameters; None for one copy per rank.
+        context: Number of ranks that share one pack.
+        is_sharded: Whether parameters, gradients and optimizer states are DTensors. That is so
+            with FSDP2, even with one rank.
+        context_group: Process group of the ranks that share this rank's pack; None without one.
+
+    Raises:
+        ValueError: if the sizes do not divide the number of ranks.
+    """
+
+    rank: int = 0
+    size: int = 1
+    replicas: int | None = None
+    context: int = 1
+    is_sharded: bool = False
+    context_group: Any = None
+
+    def __post_init__(self) -> None:
+        copies = 1 if self.replicas is None else self.replicas
+        if self.size % (copies * self.context) != 0:
+            raise ValueError(
+                f"trainer.replicas * trainer.context_parallel must divide the number of ranks, got "
+                f"{copies} * {self.context} and {self.size} ranks. Change trainer.devices or "
+                "trainer.num_nodes, or one of the two."
+            )
+
+    @classmethod
+    def of(cls, trainer: Any) -> Topology:
+        """Returns the ranks of a trainer; one rank for None.
+
+        Args:
+            trainer: Lightning's Trainer. A strategy of lctrain knows its topology; every other one
+                has a copy of the parameters on each rank.
+        """
+        if trainer is None:
+            return cls()
+        known = getattr(getattr(trainer, "strategy", None), "topology", None)
+        return known if isinstance(known, cls) else cls(trainer.global_rank, trainer.world_size)
+
+    @classmethod
+    def of_process(cls) -> Topology:
+        """Returns the ranks of torch's default process group; one rank if there is none."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes files and messages."""
+        return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Number of this rank's pack among the packs of a micro-batch."""
+        return self.rank // self.context
+
+    @property
+    def data_size(self) -> int:
+        """Number of packs in a micro-batch of all ranks."""
+        return self.size // self.context
+
+    @property
+    def context_rank(self) -> int:
+        """Number of this rank's share of its pack."""
+        return self.rank % self.context
+
+    @property
+    def shards(self) -> int:
+        """Number of ranks among which one copy of the parameters is divided."""
+        return 1 if self.replicas is None else self.size // self.replicas
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Adds up a tensor over all ranks, in place. All ranks must call it."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def minimum(self, tensor: Tensor) -> Tensor:
+        """Replaces a tensor by the minimum over all ranks, in place. All ranks must call it."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        return tensor
+
+    def maximum(self, tensor: Tensor, group: Any = None) -> Tensor:
+        """Replaces a tensor by the maximum over all ranks, in place. All ranks must call it.
+
+        Args:
+            tensor: The tensor.
+            group: Process group of all ranks; None for the default one.
+        """
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=group)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Returns the values of all ranks, which are pickled, in the order of the ranks."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def of_first(self, value: Any) -> Any:
+        """Returns the value of rank 0, which is pickled. All ranks must call it."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def cpu_group(self) -> Any:
+        """Returns a process group that reduces on the CPU; None with one rank.
+
+        All ranks must call it.
+        """
+        if self.size == 1:
+            return None
+        # A reduction with gloo does not wait for the device.
+        gloo = dist.get_backend() == "gloo"
+        return dist.group.WORLD if gloo else dist.new_group(backend="gloo")

@@ -1,0 +1,71 @@
+"""Tests Topology, and that it is the only source of rank and size."""
+
+import ast
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lctrain.distributed import Topology
+from tests.house.typecheck import ROOT
+
+OWN_RANKS = {"world_size", "global_rank", "is_global_zero", "get_world_size", "get_rank"}
+EXCEPT = ("lctrain/distributed", "lctrain/process_group.py")
+
+
+def reads_ranks(source: str) -> list[int]:
+    """Returns the lines that read rank or size from Lightning, or import torch.distributed."""
+    nodes = list(ast.walk(ast.parse(source)))
+    reads = [node.lineno for node in nodes if getattr(node, "attr", None) in OWN_RANKS]
+    imports = [node for node in nodes if isinstance(node, ast.Import)]
+    names = [(node.lineno, alias.name) for node in imports for alias in node.names]
+    return reads + [line for line, name in names if name == "torch.distributed"]
+
+
+def test_nothing_else_asks_for_rank_or_size():
+    paths = sorted((ROOT / "lctrain").rglob("*.py"))
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in paths
+        if not path.relative_to(ROOT).as_posix().startswith(EXCEPT)
+        for line in reads_ranks(path.read_text())
+    ]
+    assert not found, f"ask lctrain.distributed.Topology: {found}"
+    for source in ("trainer.world_size", "import torch.distributed as dist"):
+        assert reads_ranks(source) == [1]
+
+
+def test_ranks_of_a_trainer():
+    assert Topology.of(None) == Topology()
+    plain = SimpleNamespace(global_rank=3, world_size=4)
+    assert Topology.of(plain) == Topology(3, 4)
+    sharded = Topology(5, 8, replicas=2, context=2, is_sharded=True)
+    of_strategy = SimpleNamespace(
+        global_rank=5, world_size=8, strategy=SimpleNamespace(topology=sharded)
+    )
+    assert Topology.of(of_strategy) is sharded
+
+
+@pytest.mark.parametrize("context", [1, 2, 4])
+@pytest.mark.parametrize("replicas", [None, 1, 2])
+def test_every_pack_belongs_to_one_context_group(context, replicas):
+    ranks = [Topology(rank, 8, replicas, context) for rank in range(8)]
+    places = [(each.data_rank, each.context_rank) for each in ranks]
+    assert places == [(pack, share) for pack in range(8 // context) for share in range(context)]
+    assert {each.data_size for each in ranks} == {8 // context}
+    assert ranks[0].shards == {None: 1, 1: 8, 2: 4}[replicas]
+
+
+def test_one_rank_reduces_without_a_process_group():
+    ranks = Topology()
+    tensor = torch.tensor([2.0])
+    for reduce in (ranks.sum, ranks.minimum, ranks.maximum):
+        assert reduce(tensor).item() == 2.0
+    assert ranks.gather("a") == ["a"]
+    assert ranks.of_first("a") == "a"
+    assert ranks.cpu_group() is None
+
+
+def test_sizes_must_divide_the_ranks():
+    with pytest.raises(ValueError, match=r"must divide the number of ranks, got 2 \* 3 and 8 "):
+        Topology(0, 8, replicas=2, context=3)
