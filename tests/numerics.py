@@ -6,6 +6,7 @@
 | results in float32 or less with plain PyTorch's | `assert_error_at_most_twice` |
 | many tensors, such as gradients | `assert_errors_at_most_twice` |
 | a sum, such as a loss | `assert_sum_error_at_most_twice` |
+| float32 sums of the same terms in another order | `assert_equal_sums` |
 | two float64 computations of one quantity | `assert_equal_in_float64`, `near` |
 | a few counted float32 operations | `near_roundings`, `as_float32` |
 | numbers that must not be equal | `assert_far_apart` |
@@ -146,6 +147,21 @@ def assert_equal_in_float64(
             rounded = torch.finfo(dtype).eps * expected.abs()  # half of it in each of the two
             error = ((actual - expected).abs() - rounded).max().item()
             assert error <= bound, f"{name}: differs by {error:.1e}, at most {bound:.1e}"
+
+
+def assert_equal_sums(actual: torch.Tensor, expected: torch.Tensor, terms: int = 1024) -> None:
+    """Fails if two float32 sums of the same terms differ by more than the order of additions.
+
+    Args:
+        actual: Sums, rounded to the dtype of the tensor.
+        expected: The same sums in another order, in the same dtype.
+        terms: Number of terms. No partial sum is larger than the largest entry, or nearly so.
+    """
+    actual, scale = actual.detach().double(), expected.detach().abs().max().item()
+    rounded = torch.finfo(expected.dtype).eps * expected.detach().double().abs()
+    bound = rounded + terms * torch.finfo(torch.float32).eps / 2 * scale
+    error = ((actual - expected.double()).abs() - bound).max().item()
+    assert error <= 0, f"differs by {error:.1e} more than the order of additions explains"
 
 
 def near(expected: Any) -> Any:

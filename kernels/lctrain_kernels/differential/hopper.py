@@ -129,7 +129,7 @@ def differential_prepare_kernel(
     Grid: (blocks of ROWS tokens, heads).
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     value_column = tl.arange(0, BLOCK_DV)
     inside = row < total_q
@@ -142,9 +142,9 @@ def differential_prepare_kernel(
     dout = tl.load(pointers.dout + dout_offset, value_mask, 0.0).to(tl.float32)
     e1 = tl.sum(tl.load(pointers.out1 + out_offset, value_mask, 0.0).to(tl.float32) * dout, 1)
     e2 = tl.sum(tl.load(pointers.out2 + out_offset, value_mask, 0.0).to(tl.float32) * dout, 1)
-    offset = head.to(tl.int64) * total_q + token
+    offset = head * total_q + token
     tl.store(pointers.dlam + offset, -e2, inside)
-    lam = tl.load(pointers.lam + token * stride_lt + head.to(tl.int64) * stride_lh, inside, 1.0)
+    lam = tl.load(pointers.lam + token * stride_lt + head * stride_lh, inside, 1.0)
     size = tl.maximum(tl.abs(lam), _SMALLEST_LAM)
     if pointers.dlse1 is not None:
         e1 -= tl.load(pointers.dlse1 + offset, inside, 0.0)

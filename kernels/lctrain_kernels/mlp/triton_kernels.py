@@ -6,9 +6,22 @@ import triton.language as tl
 from lctrain_kernels.tile.divide import divide
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+_LOG2_E_REST = tl.constexpr(1.9259629911266175e-08)  # log2(e) minus its float32 value
+_LN_2 = tl.constexpr(0.6931471805599453)
 SILU = tl.constexpr(0)
 GELU_TANH = tl.constexpr(1)
 GELU = tl.constexpr(2)
+
+
+@triton.jit
+def _exp(x, dtype: tl.constexpr):
+    """Returns exp(x) in float32 for x up to 88, accurate enough for data of dtype."""
+    x = tl.maximum(x, -110.0)  # exp(-110) is 0; -inf would give nan below
+    power = x * _LOG2_E
+    result = tl.exp2(power)
+    if dtype == tl.float32:  # the rounding of `power` would cost up to |x| roundings
+        result += result * _LN_2 * (tl.fma(x, _LOG2_E, -power) + x * _LOG2_E_REST)
+    return result
 
 
 @triton.jit
@@ -17,7 +30,7 @@ def _sigmoid(x, DTYPE: tl.constexpr):
 
     sigmoid(-x) is not computed as 1 - sigmoid(x), which would lose digits by cancellation.
     """
-    e = tl.minimum(tl.exp2(-x * _LOG2_E), 1e30)
+    e = _exp(tl.minimum(-x, 69.0), DTYPE)  # about 1e30 at most: e * share stays finite
     share = divide(1.0, 1.0 + e, DTYPE)
     return share, e * share
 
@@ -37,7 +50,7 @@ def activate(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
         return x * share, share * (1.0 + x * slope * rest)
     else:
         share = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
-        density = 0.3989422804014327 * tl.exp2(x * x * (-0.5 * _LOG2_E))
+        density = 0.3989422804014327 * _exp(-0.5 * x * x, DTYPE)
         return x * share, share + x * density
 
 

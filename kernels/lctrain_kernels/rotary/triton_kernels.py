@@ -125,7 +125,8 @@ def _load_angles(pointers, tokens, num_tokens, num_rows, stride_table, SHAPE: tl
 @triton.jit
 def _offsets(tokens, heads, stride_token, stride_head):
     """Returns the offset of the first column of each head, [TOKENS, HEADS, 1], in elements."""
-    return tokens[:, None, None] * stride_token + heads[None, :, None] * stride_head
+    heads = heads[None, :, None].to(tl.int64)
+    return tokens[:, None, None] * stride_token + heads * stride_head
 
 
 @triton.jit

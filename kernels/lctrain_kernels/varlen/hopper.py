@@ -126,7 +126,7 @@ def varlen_prepare_kernel(
     no key. Grid: (blocks of ROWS tokens, heads).
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     inside = row < total_q
     mask = inside[:, None] & (column < HEAD_DIM)[None, :]
@@ -138,7 +138,7 @@ def varlen_prepare_kernel(
         dout_ptr + token[:, None] * stride_dot + head * stride_doh + column[None, :], mask, 0.0
     )
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    offset = head.to(tl.int64) * total_q + token
+    offset = head * total_q + token
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + offset, inside, 0.0)
     lse = tl.load(lse_ptr + offset, inside, 0.0)
