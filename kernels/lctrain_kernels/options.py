@@ -26,6 +26,8 @@ class AttentionOptions(NamedTuple):
         softcap: A softcap c > 0 replaces a logit x by c tanh(x / c); 0 turns it off.
         dropout_p: Probability of dropping an attention weight.
         dropout_seed: Seed of the dropout mask, [1] int64; None without dropout.
+        first_head: Index of the call's first query head in the dropout key. A rank that holds a
+            slice of the heads passes its first one: its dropout mask is then that of all heads.
         alibi_slopes: ALiBi slopes, [H] or [N, H] float32, or None.
         learnable_sink: Logit of the attention sink of each head, [H], or None.
         deterministic: Whether the backward must give the same bits in every run.
@@ -39,6 +41,7 @@ class AttentionOptions(NamedTuple):
     softcap: float = 0.0
     dropout_p: float = 0.0
     dropout_seed: Tensor | None = None
+    first_head: int = 0
     alibi_slopes: Tensor | None = None
     learnable_sink: Tensor | None = None
     deterministic: bool = False
@@ -63,6 +66,7 @@ def checked_options(
     softcap: float = 0.0,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
+    first_head: int = 0,
     alibi_slopes: Tensor | None = None,
     learnable_sink: Tensor | None = None,
     deterministic: bool = False,
@@ -82,6 +86,7 @@ def checked_options(
         softcap: Softcap c; 0 turns it off.
         dropout_p: Dropout probability, in [0, 1).
         dropout_seed: An int, an int64 tensor of one element, or None to draw a seed.
+        first_head: Index of the call's first query head in the dropout key.
         alibi_slopes: ALiBi slopes, [H] or [N, H] float32, or None.
         learnable_sink: Logit of the attention sink of each head, [H], or None.
         deterministic: Whether the backward must give the same bits in every run.
@@ -92,6 +97,7 @@ def checked_options(
         ValueError: if shapes, devices or values do not fit; the message names the remedy.
     """
     check_dropout(dropout_p, dropout_seed)
+    check_first_head(first_head)
     check_window(window_size, device)
     check_softcap_and_scale(softcap, softmax_scale)
     check_head_tensors(documents, heads, device, alibi_slopes, learnable_sink)
@@ -105,6 +111,7 @@ def checked_options(
         softcap=float(softcap),
         dropout_p=float(dropout_p),
         dropout_seed=resolve_seed(dropout_p, dropout_seed, device),
+        first_head=first_head,
         alibi_slopes=alibi_slopes,
         learnable_sink=learnable_sink,
         deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
@@ -170,6 +177,20 @@ def check_dropout(dropout_p: float, dropout_seed: object) -> None:
         raise TypeError(
             "dropout_seed must be an int64 value or a tensor of one int64 element, got "
             f"{dropout_seed!r}."
+        )
+
+
+def check_first_head(first_head: object) -> None:
+    """Raises unless first_head is a Python int from 0 on; a tensor would need a synchronisation."""
+    if not isinstance(first_head, (int, torch.SymInt)):
+        raise TypeError(
+            f"first_head must be a Python int, got {type(first_head).__name__}. Pass the index of "
+            "this rank's first query head."
+        )
+    if not 0 <= first_head < 2**30:
+        raise ValueError(
+            f"first_head must be at least 0 and below 2^30, got {first_head}. Pass the index of "
+            "this rank's first query head."
         )
 
 

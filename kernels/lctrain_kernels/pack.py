@@ -1,4 +1,4 @@
-"""Pack: document boundaries, lengths, tile schedule and document ids, validated once per batch.
+"""Pack: boundaries, lengths, tile schedule, ids and offsets of documents, validated once per batch.
 
 A Pack is built where the documents of a batch are decided, and serves every layer. `PackTensors`
 are the part of it that operators take, `TiledPack` the part that launchers take.
@@ -15,6 +15,7 @@ from lctrain_kernels.pack_checks import (
     check_cu_seqlens,
     check_document_ids,
     check_max_seqlen,
+    check_query_offsets,
     check_schedule,
 )
 from lctrain_kernels.schedule import TileSchedule, device_schedule
@@ -33,6 +34,8 @@ class PackTensors(NamedTuple):
         k_tiles: Tiles of keys, [m, 2] int32, as in TileSchedule; None builds them on the device.
         document_ids: Ids of the documents in the dropout key, [N] int32; None takes a document's
             index in the pack.
+        query_offsets: Positions of the documents' first queries in the dropout key, [N] int32; None
+            takes 0.
     """
 
     cu_seqlens_q: Tensor
@@ -40,6 +43,7 @@ class PackTensors(NamedTuple):
     q_tiles: Tensor | None = None
     k_tiles: Tensor | None = None
     document_ids: Tensor | None = None
+    query_offsets: Tensor | None = None
 
     @property
     def documents(self) -> int:
@@ -58,7 +62,14 @@ class PackTensors(NamedTuple):
             q_tiles, k_tiles, *_ = device_schedule(
                 self.cu_seqlens_q, self.cu_seqlens_k, total_q, total_k
             )
-        return TiledPack(self.cu_seqlens_q, self.cu_seqlens_k, q_tiles, k_tiles, self.document_ids)
+        return TiledPack(
+            self.cu_seqlens_q,
+            self.cu_seqlens_k,
+            q_tiles,
+            k_tiles,
+            self.document_ids,
+            self.query_offsets,
+        )
 
 
 class TiledPack(NamedTuple):
@@ -69,6 +80,7 @@ class TiledPack(NamedTuple):
     q_tiles: Tensor
     k_tiles: Tensor
     document_ids: Tensor | None = None
+    query_offsets: Tensor | None = None
 
 
 class Pack(NamedTuple):
@@ -86,6 +98,9 @@ class Pack(NamedTuple):
         max_seqlen_k: Largest number of keys in a document.
         document_ids: Ids of the documents in the dropout key, [N] int32; None takes a document's
             index in the pack.
+        query_offsets: Positions of the documents' first queries in the dropout key, [N] int32,
+            multiples of 16; None takes 0. A rank that holds queries from position a of a document
+            passes a: its dropout mask is then that of the whole document.
         schedule: Tile schedule of the documents; None builds it on the device, once per pair of
             boundary tensors.
     """
@@ -97,6 +112,7 @@ class Pack(NamedTuple):
     max_seqlen_q: int
     max_seqlen_k: int
     document_ids: Tensor | None = None
+    query_offsets: Tensor | None = None
     schedule: TileSchedule | None = None
 
     @property
@@ -112,6 +128,7 @@ class Pack(NamedTuple):
             None if self.schedule is None else self.schedule.q_tiles,
             None if self.schedule is None else self.schedule.k_tiles,
             self.document_ids,
+            self.query_offsets,
         )
 
     def check_tokens(self, q: Tensor, k: Tensor) -> None:
@@ -145,6 +162,7 @@ def checked_pack(
     max_seqlen_q: int,
     max_seqlen_k: int,
     document_ids: Tensor | None = None,
+    query_offsets: Tensor | None = None,
     schedule: TileSchedule | None = None,
     names: tuple[str, str, str, str] = (
         "cu_seqlens_q",
@@ -166,6 +184,8 @@ def checked_pack(
         max_seqlen_q: Longest query length, a Python int.
         max_seqlen_k: Longest key length, a Python int.
         document_ids: Ids of the documents, [N] int32, part of the dropout key; or None.
+        query_offsets: Positions of the documents' first queries in the dropout key, [N] int32,
+            multiples of 16; or None. See Pack.
         schedule: Schedule that make_schedule returned, or None.
         names: Argument names for error messages: boundaries of queries and keys, then longest
             lengths of queries and keys.
@@ -186,9 +206,12 @@ def checked_pack(
     check_max_seqlen(names[2], max_seqlen_q)
     check_max_seqlen(names[3], max_seqlen_k)
     check_document_ids(document_ids, documents, device)
+    check_query_offsets(query_offsets, documents, device)
     if schedule is not None:
         check_schedule(schedule, documents, total_q, total_k, device)
-    cu_seqlens_q, cu_seqlens_k, document_ids = unit_stride(cu_seqlens_q, cu_seqlens_k, document_ids)
+    cu_seqlens_q, cu_seqlens_k, document_ids, query_offsets = unit_stride(
+        cu_seqlens_q, cu_seqlens_k, document_ids, query_offsets
+    )
     return Pack(
         cu_seqlens_q,
         cu_seqlens_k,
@@ -197,6 +220,7 @@ def checked_pack(
         max_seqlen_q,
         max_seqlen_k,
         document_ids,
+        query_offsets,
         schedule,
     )
 

@@ -9,6 +9,8 @@ from torch._subclasses import FakeTensor
 
 from lctrain_kernels.schedule import TileSchedule
 
+DRAW_ROWS = 16  # queries that share draws of dropout's random bits; see reference/philox.py
+
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, device: torch.device) -> None:
     """Checks that cu_seqlens is [N + 1] int32 on q's device.
@@ -54,20 +56,43 @@ def check_max_seqlen(name: str, value: object) -> None:
 
 def check_document_ids(document_ids: Tensor | None, documents: int, device: torch.device) -> None:
     """Checks that document_ids is [N] int32 on q's device, or None."""
-    if document_ids is None:
+    _check_per_document("document_ids", document_ids, documents, device)
+
+
+def check_query_offsets(query_offsets: Tensor | None, documents: int, device: torch.device) -> None:
+    """Checks that query_offsets is [N] int32 on q's device, or None.
+
+    For a CPU tensor, also checks that its values are multiples of DRAW_ROWS, from 0 on.
+    """
+    _check_per_document("query_offsets", query_offsets, documents, device)
+    if query_offsets is None or query_offsets.device.type != "cpu":
         return
-    if not isinstance(document_ids, Tensor):
-        raise TypeError(f"document_ids must be a torch.Tensor, got {type(document_ids).__name__}.")
-    if tuple(document_ids.shape) != (documents,):
+    if torch.compiler.is_compiling() or isinstance(query_offsets, FakeTensor):
+        return
+    wrong = query_offsets[(query_offsets < 0) | (query_offsets % DRAW_ROWS != 0)]
+    if len(wrong):
         raise ValueError(
-            f"document_ids must have shape [{documents}], got {tuple(document_ids.shape)}."
+            f"query_offsets must be multiples of {DRAW_ROWS}, from 0 on, got {int(wrong[0])}. "
+            f"{DRAW_ROWS} queries share draws of dropout's random bits: split documents between "
+            "ranks at multiples of 128, which also keeps every bit of the unsharded result."
         )
-    if document_ids.dtype != torch.int32:
-        raise TypeError(f"document_ids must be int32, got {document_ids.dtype}. Cast it.")
-    if document_ids.device != device:
+
+
+def _check_per_document(
+    name: str, tensor: Tensor | None, documents: int, device: torch.device
+) -> None:
+    """Checks that a tensor is [N] int32 on q's device, or None."""
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+    if tuple(tensor.shape) != (documents,):
+        raise ValueError(f"{name} must have shape [{documents}], got {tuple(tensor.shape)}.")
+    if tensor.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {tensor.dtype}. Cast it.")
+    if tensor.device != device:
         raise ValueError(
-            f"document_ids must be on q's device ({device}), got {document_ids.device}. Move it "
-            "with .to()."
+            f"{name} must be on q's device ({device}), got {tensor.device}. Move it with .to()."
         )
 
 

@@ -42,7 +42,7 @@ MATRIX_INSTRUCTIONS = {
 TMA_LOADS = re.compile(r"\bcp\.async\.bulk\.tensor\.\d+d\.shared")
 # ptxas' notes that it runs asynchronous products one by one, or has no registers for them.
 SERIALISED = re.compile(r"C751[0-9]")
-# Named barriers by number, as Triton writes them; those of signals.py are in registers.
+# Named barriers by number, as Triton writes them; those of gluon/barriers.py are in registers.
 BARRIERS = re.compile(r"\bbar(?:rier)?(?:\.cta)?\.(?:sync|arrive|red)\S*\s+(\d+)")
 # Divisions that may be off by two units in the last place.
 FAST_DIVISIONS = re.compile(r"\bdiv\.(?:full|approx)")

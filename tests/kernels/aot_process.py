@@ -35,12 +35,14 @@ def _selections(version: str) -> tuple[Selection, ...]:
     oldest = version == VERSIONS[0]
     part = ("all",) if oldest else ("causal",)
     portable = (
-        (target, ("causal", "all") if target == TUNED else part, _DIMS, ()) for target in TARGETS
+        (target, ("causal", "offset_dropout", "all") if target == TUNED else part, _DIMS, ())
+        for target in TARGETS
     )
     return (
         *portable,
         ("hopper", ("causal", "deterministic"), _DIMS, (1, 2, 4) if oldest else (4,)),
         ("hopper", ("all",), _DIMS if oldest else (64,), (4,)),
+        ("hopper", ("offset_dropout",), (128,), (4,)),
     )
 
 

@@ -55,21 +55,23 @@ class EachLaunch:
         return next(self.launches)
 
 
-def pack_of(cu_seqlens, schedule, dropout):
-    """Returns a pack of two documents, with document ids if there is dropout."""
-    ids = torch.arange(2, dtype=torch.int32) if dropout else None
-    return TiledPack(cu_seqlens, cu_seqlens, schedule.q_tiles, schedule.k_tiles, ids)
+def pack_of(cu_seqlens, schedule, features):
+    """Returns a pack of two documents with document ids, and the query offsets of some features."""
+    ids = torch.arange(2, dtype=torch.int32)
+    offsets = 128 * ids if features == "offset_dropout" else None
+    return TiledPack(cu_seqlens, cu_seqlens, schedule.q_tiles, schedule.k_tiles, ids, offsets)
 
 
 def options_of(features):
     """Returns attention options that turn the given features on."""
-    dropout = features in ("all", "dropout")
+    dropout = features == "all" or "dropout" in features
     return AttentionOptions(
         softmax_scale=0.1,
         window_right=-1 if features == "full" else 0,
         window=torch.tensor([64, 0], dtype=torch.int32) if features == "all" else None,
         dropout_p=0.1 if dropout else 0.0,
         dropout_seed=torch.tensor([7]) if dropout else None,
+        first_head=16 if features == "offset_dropout" else 0,
         deterministic=features == "deterministic",
     )
 

@@ -51,7 +51,9 @@ def test_compiles_to_what_the_hardware_has(version):
             for r in backwards
             if any(r["loop_spills"][:-1]) or r["loop_spills"][-1] > 13 * bool(wide.match(r["name"]))
         }
-        assert not spilling, "products wait for spilled registers: see held in step.py"
+        assert not spilling, (
+            "products wait for spilled registers: see rematerialised in gluon/primitives.py"
+        )
     if version == VERSIONS[0]:  # the newest stores a few arguments away when a program begins
         spilling = {r["name"]: r["spill_bytes"] for r in promised if r["spill_bytes"]}
         assert not spilling, "these spill registers"

@@ -151,7 +151,7 @@ def test_rows_are_documents_of_equal_length():
     pack = rows_pack(3, 2, 5, CPU)
     assert pack.cu_seqlens_q.tolist() == [0, 2, 4, 6]
     assert pack.cu_seqlens_k.tolist() == [0, 5, 10, 15]
-    assert pack[2:] == (6, 15, 2, 5, None, None)
+    assert pack[2:] == (6, 15, 2, 5, None, None, None)
     assert pack.documents == 3
     assert rows_pack(3, 4, 4, CPU).cu_seqlens_q is rows_pack(3, 4, 4, CPU).cu_seqlens_k
 

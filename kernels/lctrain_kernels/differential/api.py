@@ -136,6 +136,7 @@ def diff_attn_pack_func(
     causal: bool = True,
     window_size: Sequence[int] | Tensor = (-1, -1),
     dropout_seed: int | Tensor | None = None,
+    first_head: int = 0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes diff_attn_varlen_func over the documents of a Pack, which is not read again.
@@ -163,6 +164,7 @@ def diff_attn_pack_func(
         window_size=window_size,
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
+        first_head=first_head,
     )
     operands = Operands(
         pad_head_dim(q1),

@@ -27,7 +27,12 @@ from lctrain_kernels.gluon.launch import multiprocessors, padded_columns, ragged
 from lctrain_kernels.options import AttentionOptions
 from lctrain_kernels.pack import TiledPack
 from lctrain_kernels.schedule import SCHEDULE_ROWS
-from lctrain_kernels.tile.arguments import dropout_arguments, token_head_strides, window_arguments
+from lctrain_kernels.tile.arguments import (
+    dropout_arguments,
+    dropout_tensors,
+    token_head_strides,
+    window_arguments,
+)
 from lctrain_kernels.tile.logits import LOG2_E
 from lctrain_kernels.tile.structures import Flags
 
@@ -67,7 +72,7 @@ def differential_fwd(
     run = min(64, positions)
     num_k = 1 if k2 is None else 2
     window_ptr, left, right, has_left, has_right = window_arguments(options)
-    threshold, scale_kept = dropout_arguments(options.dropout_p)
+    threshold, scale_kept, first_head = dropout_arguments(options)
     differential_fwd_hopper_kernel[(min(items, multiprocessors(q1.device)),)](
         ragged_descriptor(q1, run, 64),
         ragged_descriptor(q2, run, 64),
@@ -86,8 +91,7 @@ def differential_fwd(
             pack.q_tiles,
             torch.zeros(1, dtype=torch.int32, device=q1.device),
             window_ptr,
-            options.dropout_seed,
-            pack.document_ids,
+            *dropout_tensors(options, pack),
         ),
         *lam.stride(),
         items,
@@ -97,6 +101,7 @@ def differential_fwd(
         options.softmax_scale,
         threshold,
         scale_kept,
+        first_head,
         TILE=forward_shape(tile, columns, group, heads, heads_per_tile, value_columns, num_k),
         FLAGS=Flags(has_left=has_left, has_right=has_right, has_dropout=options.has_dropout),
         num_warps=4,

@@ -25,21 +25,21 @@ from lctrain_kernels.gluon.barriers import (
 )
 from lctrain_kernels.gluon.compat import reinterpret, tma_store_wait
 from lctrain_kernels.gluon.coordinates import RAGGED, LocalQueries, QueryRows, Rows, Visible, Window
+from lctrain_kernels.gluon.dropout import block_bits, branch_key, dropout_key
 from lctrain_kernels.gluon.forward_pipeline import (
     allocate_branches,
     load_block,
     load_queries,
     store_rows,
 )
-from lctrain_kernels.gluon.primitives import load_key, load_scalar, load_window
+from lctrain_kernels.gluon.primitives import load_scalar, load_window
 from lctrain_kernels.gluon.softmax import (
-    block_bits,
     initial_state,
     reduce_rows,
     rescale,
     softmax_step,
 )
-from lctrain_kernels.gluon.structures import DropoutKey, Scalars, SchedulerInputs
+from lctrain_kernels.gluon.structures import Scalars, SchedulerInputs
 from lctrain_kernels.gluon.tile_scheduler import TILE_FIELDS, TILES_AHEAD, read_tile, schedule_tiles
 from lctrain_kernels.tile.logits import LN_2
 
@@ -180,17 +180,13 @@ def _consume(
         clear_low = 0
         if FLAGS.has_left:
             clear_low = first + RUN - 1 + shift - left
-        key_0 = 0
-        key_1 = 0
-        document_key = 0
-        if HAS_DROPOUT:
-            key_0, key_1, document_key = load_key(
-                pointers.dropout_seed, pointers.document_ids, document
-            )
         rows = LocalQueries(first, local_query)
         visible = Visible(shift, length_k, left, right, clear_low, clear_high)
-        random1 = DropoutKey(key_0, key_1, document_key, 2 * tile_head, first, local_query)
-        random2 = DropoutKey(key_0, key_1, document_key, 2 * tile_head + 1, first, local_query)
+        random = dropout_key(
+            pointers, scalars.first_head, document, tile_head, first, local_query, HAS_DROPOUT
+        )
+        random1 = branch_key(random, 0)
+        random2 = branch_key(random, 1)
         m1, l1 = initial_state(BLOCK_N)
         m2, l2 = initial_state(BLOCK_N)
         acc1 = gl.zeros([64, BLOCK_DV], gl.float32, o_layout)
@@ -381,13 +377,8 @@ def _consume(
 
 @gluon.jit(
     do_not_specialize=[
-        "stride_lt",
-        "stride_lh",
-        "num_items",
-        "total_q",
-        "window_left",
-        "window_right",
-        "threshold",
+        *("stride_lt", "stride_lh", "num_items", "total_q", "window_left", "window_right"),
+        *("threshold", "first_head"),
     ]
 )
 def differential_fwd_hopper_kernel(
@@ -409,6 +400,7 @@ def differential_fwd_hopper_kernel(
     scale,
     threshold,
     keep_scale,
+    first_head,
     TILE: gl.constexpr,
     FLAGS: gl.constexpr,
 ):
@@ -429,9 +421,14 @@ def differential_fwd_hopper_kernel(
     )
     window = Window(pointers.window, window_left, window_right)
     rows = BranchPointers(
-        pointers.lam, pointers.lse1, pointers.lse2, pointers.dropout_seed, pointers.document_ids
+        pointers.lam,
+        pointers.lse1,
+        pointers.lse2,
+        pointers.dropout_seed,
+        pointers.document_ids,
+        pointers.query_offsets,
     )
-    scalars = Scalars(total_q, scale, None, threshold, keep_scale)
+    scalars = Scalars(total_q, scale, None, threshold, keep_scale, first_head)
     outs = Outputs(out_desc, out1_desc, out2_desc)
     consumer = ForwardInputs(outs, shared, out_bufs, window, rows, stride_lt, stride_lh, scalars)
     q_descs = (q1_desc, q2_desc)

@@ -26,6 +26,8 @@ class BranchPointers(NamedTuple):
         lse2: Log-sum-exp of branch 2, [H, T] float32; written.
         dropout_seed: Seed of the dropout mask, [1] int64; None without dropout.
         document_ids: Ids of the documents, [N] int32, part of the dropout key; or None.
+        query_offsets: Position of each document's first query in the dropout key, [N] int32; or
+            None.
     """
 
     lam: Any
@@ -33,6 +35,7 @@ class BranchPointers(NamedTuple):
     lse2: Any
     dropout_seed: Any
     document_ids: Any
+    query_offsets: Any
 
 
 class ForwardInputs(NamedTuple):
@@ -73,6 +76,7 @@ class ForwardPointers(NamedTuple):
     window: Any
     dropout_seed: Any
     document_ids: Any
+    query_offsets: Any
 
 
 class BackwardPointers(NamedTuple):

@@ -57,7 +57,9 @@ def _reference_options(options: AttentionOptions) -> VarlenOptions:
     left, right = options.window_left, options.window_right
     if options.window is not None:
         left, right = options.window.tolist()
-    return VarlenOptions(options.softmax_scale, left, right, 0.0, options.dropout_p)
+    # The branches are computed as 2 H heads: branch b of head h is head 2 h + b.
+    first_head = 2 * options.first_head
+    return VarlenOptions(options.softmax_scale, left, right, 0.0, options.dropout_p, first_head)
 
 
 @implements("differential", FORWARD, "pytorch")
@@ -70,6 +72,7 @@ def _pytorch_forward(operands: Operands, pack: PackTensors, options: AttentionOp
             _reference_options(options),
             dropout_seed=options.dropout_seed,
             document_ids=pack.document_ids,
+            query_offsets=pack.query_offsets,
         )
 
 
@@ -107,6 +110,7 @@ def _pytorch_backward(
             _reference_options(options),
             dropout_seed=options.dropout_seed,
             document_ids=pack.document_ids,
+            query_offsets=pack.query_offsets,
         )
 
 

@@ -47,6 +47,8 @@ def dense_differential(
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor = 0,
     document_id: int = 0,
+    first_query: int = 0,
+    first_head: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes differential attention of one document by two dense softmaxes.
 
@@ -64,6 +66,8 @@ def dense_differential(
         dropout_p: Probability of dropping a weight of a branch after its softmax.
         dropout_seed: Seed of the dropout masks.
         document_id: Id of the document in the key of the dropout masks.
+        first_query: Position of the first query in the key of the dropout masks.
+        first_head: Index of the first head in the key of the dropout masks.
 
     Returns:
         out [Lq, H, Dv] in q1's dtype, lse1 and lse2 [H, Lq].
@@ -75,6 +79,8 @@ def dense_differential(
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
         document_id=document_id,
+        first_query=first_query,
+        first_head=2 * first_head,
     )
     factor = lam.expand(q1.shape[:2]).to(out.dtype)[..., None]
     return out[:, 0::2] - factor * out[:, 1::2], lse[0::2], lse[1::2]
@@ -93,6 +99,7 @@ def differential_forward(
     *,
     dropout_seed: Tensor | None = None,
     document_ids: Tensor | None = None,
+    query_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Computes the forward over packed documents, in chunks of queries as in varlen/reference.py.
 
@@ -108,6 +115,7 @@ def differential_forward(
         options: Scale, window and dropout.
         dropout_seed: Seed of the dropout mask, one int64 element; required with dropout.
         document_ids: Ids in the dropout key, [N] int32; by default, a document's index in the pack.
+        query_offsets: Positions of the first queries in the dropout key, [N] int32; 0 by default.
 
     Returns:
         out, out1 = A1 v and out2 = A2 v [T, H, Dv] in q1's dtype, lse1 and lse2 [H, T] float32
@@ -122,6 +130,7 @@ def differential_forward(
         options,
         dropout_seed=dropout_seed,
         document_ids=document_ids,
+        query_offsets=query_offsets,
     )
     out1, out2 = both[:, 0::2], both[:, 1::2]
     out = out1 - lam.to(state)[..., None] * out2
@@ -153,6 +162,7 @@ def differential_backward(
     *,
     dropout_seed: Tensor | None = None,
     document_ids: Tensor | None = None,
+    query_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Computes the backward of differential_forward, from its arguments and out's gradient.
 
@@ -178,6 +188,7 @@ def differential_backward(
         options,
         dropout_seed=dropout_seed,
         document_ids=document_ids,
+        query_offsets=query_offsets,
     )
     heads_k = k1.shape[1]
     dk1, dk2 = dk.unflatten(1, (heads_k, -1, 2)).sum(2).unbind(2)

@@ -14,6 +14,7 @@ from lctrain_kernels.schedule import SCHEDULE_ROWS
 from lctrain_kernels.tile.arguments import (
     DOT_PRECISION,
     dropout_arguments,
+    dropout_tensors,
     token_head_strides,
     window_arguments,
 )
@@ -81,10 +82,10 @@ def differential_bwd(
     stats_width = 8 if per_token else 4
     stats = torch.empty((heads, total_q, stats_width), dtype=torch.float32, device=device)
     window_ptr, left, right, has_left, has_right = window_arguments(options)
-    threshold, scale_kept = dropout_arguments(options.dropout_p)
+    threshold, scale_kept, first_head = dropout_arguments(options)
     flags = Flags(has_left=has_left, has_right=has_right, has_dropout=options.has_dropout)
     input_strides = token_head_strides(q1, q2, k1, k1 if k2 is None else k2, v)
-    numbers = (total_q, left, right, options.softmax_scale, threshold, scale_kept)
+    numbers = (total_q, left, right, options.softmax_scale, threshold, scale_kept, first_head)
     config = tile_config("diff_dq", q1, group, options.has_dropout, value_dim, k2 is None)
     parts = SCHEDULE_ROWS // config.positions * (group // config.pack)
     grid = (heads_kv * pack.q_tiles.shape[0] * parts,)
@@ -112,8 +113,7 @@ def differential_bwd(
                 pack.cu_seqlens_k,
                 pack.q_tiles,
                 window_ptr,
-                options.dropout_seed,
-                pack.document_ids,
+                *dropout_tensors(options, pack),
             ),
             DqStrides._make((*input_strides, *lam.stride(), *token_head_strides(out1, dout, dq1))),
             pack.q_tiles.shape[0],
@@ -145,8 +145,7 @@ def differential_bwd(
                 pack.cu_seqlens_k,
                 pack.k_tiles,
                 window_ptr,
-                options.dropout_seed,
-                pack.document_ids,
+                *dropout_tensors(options, pack),
             ),
             DkvStrides._make((*input_strides, lam.stride(1), *token_head_strides(dout, dk1, dv))),
             pack.k_tiles.shape[0],

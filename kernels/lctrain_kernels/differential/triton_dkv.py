@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from lctrain_kernels.tile.arguments import RUNTIME_INTEGERS
-from lctrain_kernels.tile.dropout import keep_mask, load_key
+from lctrain_kernels.tile.dropout import dropout_head, keep_mask, load_key
 from lctrain_kernels.tile.logits import logits_multiplier
 from lctrain_kernels.tile.mask import load_window, query_ranges
 from lctrain_kernels.tile.memory import load_rows, store_rows
@@ -33,6 +33,7 @@ class DkvPointers(NamedTuple):
     window: Any
     dropout_seed: Any
     document_ids: Any
+    query_offsets: Any
 
 
 class DkvStrides(NamedTuple):
@@ -68,6 +69,7 @@ def differential_dkv_kernel(
     scale,
     threshold,
     keep_scale,
+    first_head,
     TILE: tl.constexpr,
     FLAGS: tl.constexpr,
     STATS: tl.constexpr,
@@ -159,9 +161,10 @@ def differential_dkv_kernel(
     key_0 = 0
     key_1 = 0
     document_key = 0
+    query_offset = 0
     if FLAGS.has_dropout:
-        key_0, key_1, document_key = load_key(
-            pointers.dropout_seed, pointers.document_ids, document
+        key_0, key_1, document_key, query_offset = load_key(
+            pointers.dropout_seed, pointers.document_ids, pointers.query_offsets, document
         )
     multiplier = logits_multiplier(scale, False, False)
 
@@ -227,8 +230,8 @@ def differential_dkv_kernel(
                 key_0,
                 key_1,
                 document_key,
-                (2 * head).to(tl.uint32),
-                start,
+                (2 * dropout_head(head, first_head)).to(tl.uint32),
+                start + query_offset,
                 local_m[None, :],
                 first,
                 local_n[:, None],
@@ -244,8 +247,8 @@ def differential_dkv_kernel(
                 key_0,
                 key_1,
                 document_key,
-                (2 * head + 1).to(tl.uint32),
-                start,
+                (2 * dropout_head(head, first_head) + 1).to(tl.uint32),
+                start + query_offset,
                 local_m[None, :],
                 first,
                 local_n[:, None],

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from lctrain_kernels.tile.arguments import RUNTIME_INTEGERS
-from lctrain_kernels.tile.dropout import keep_mask, load_key
+from lctrain_kernels.tile.dropout import dropout_head, keep_mask, load_key
 from lctrain_kernels.tile.logits import LOG2_E, logits_multiplier
 from lctrain_kernels.tile.mask import key_ranges, load_window, mask_logits
 from lctrain_kernels.tile.memory import load_rows, store_rows
@@ -41,6 +41,7 @@ class DqPointers(NamedTuple):
     window: Any
     dropout_seed: Any
     document_ids: Any
+    query_offsets: Any
 
 
 class DqStrides(NamedTuple):
@@ -77,6 +78,7 @@ def differential_dq_kernel(
     scale,
     threshold,
     keep_scale,
+    first_head,
     TILE: tl.constexpr,
     FLAGS: tl.constexpr,
     STATS: tl.constexpr,
@@ -209,9 +211,10 @@ def differential_dq_kernel(
     key_0 = 0
     key_1 = 0
     document_key = 0
+    query_offset = 0
     if FLAGS.has_dropout:
-        key_0, key_1, document_key = load_key(
-            pointers.dropout_seed, pointers.document_ids, document
+        key_0, key_1, document_key, query_offset = load_key(
+            pointers.dropout_seed, pointers.document_ids, pointers.query_offsets, document
         )
     multiplier = logits_multiplier(scale, False, False)
     first_seen = query + shift - left
@@ -272,8 +275,8 @@ def differential_dq_kernel(
                         key_0,
                         key_1,
                         document_key,
-                        (2 * tile_head)[:, None].to(tl.uint32),
-                        first,
+                        (2 * dropout_head(tile_head, first_head))[:, None].to(tl.uint32),
+                        first + query_offset,
                         local_query[:, None],
                         n,
                         local_n[None, :],
@@ -294,8 +297,8 @@ def differential_dq_kernel(
                         key_0,
                         key_1,
                         document_key,
-                        (2 * tile_head + 1)[:, None].to(tl.uint32),
-                        first,
+                        (2 * dropout_head(tile_head, first_head) + 1)[:, None].to(tl.uint32),
+                        first + query_offset,
                         local_query[:, None],
                         n,
                         local_n[None, :],

@@ -14,11 +14,12 @@ from lctrain_kernels.tile.arguments import (
     DOT_PRECISION,
     RUNTIME_INTEGERS,
     dropout_arguments,
+    dropout_tensors,
     token_head_strides,
     window_arguments,
 )
 from lctrain_kernels.tile.config import tile_config
-from lctrain_kernels.tile.dropout import keep_mask, load_key
+from lctrain_kernels.tile.dropout import dropout_head, keep_mask, load_key
 from lctrain_kernels.tile.logits import logits_multiplier
 from lctrain_kernels.tile.mask import key_ranges, load_window, mask_logits
 from lctrain_kernels.tile.memory import load_rows, store_rows
@@ -47,6 +48,7 @@ class ForwardPointers(NamedTuple):
     window: Any
     dropout_seed: Any
     document_ids: Any
+    query_offsets: Any
 
 
 class ForwardStrides(NamedTuple):
@@ -79,6 +81,7 @@ def differential_fwd_kernel(
     scale,
     threshold,
     keep_scale,
+    first_head,
     TILE: tl.constexpr,
     FLAGS: tl.constexpr,
     SHARED_K: tl.constexpr,
@@ -162,9 +165,10 @@ def differential_fwd_kernel(
     key_0 = 0
     key_1 = 0
     document_key = 0
+    query_offset = 0
     if FLAGS.has_dropout:
-        key_0, key_1, document_key = load_key(
-            pointers.dropout_seed, pointers.document_ids, document
+        key_0, key_1, document_key, query_offset = load_key(
+            pointers.dropout_seed, pointers.document_ids, pointers.query_offsets, document
         )
     multiplier = logits_multiplier(scale, False, False)
     first_seen = query + shift - left
@@ -233,8 +237,8 @@ def differential_fwd_kernel(
                         key_0,
                         key_1,
                         document_key,
-                        (2 * tile_head)[:, None].to(tl.uint32),
-                        first,
+                        (2 * dropout_head(tile_head, first_head))[:, None].to(tl.uint32),
+                        first + query_offset,
                         local_query[:, None],
                         n,
                         local_n[None, :],
@@ -249,8 +253,8 @@ def differential_fwd_kernel(
                         key_0,
                         key_1,
                         document_key,
-                        (2 * tile_head + 1)[:, None].to(tl.uint32),
-                        first,
+                        (2 * dropout_head(tile_head, first_head) + 1)[:, None].to(tl.uint32),
+                        first + query_offset,
                         local_query[:, None],
                         n,
                         local_n[None, :],
@@ -322,7 +326,7 @@ def differential_fwd(
     group = heads // heads_kv
     config = tile_config("diff_fwd", q1, group, options.has_dropout, value_dim, k2 is None)
     window_ptr, left, right, has_left, has_right = window_arguments(options)
-    threshold, scale_kept = dropout_arguments(options.dropout_p)
+    threshold, scale_kept, first_head = dropout_arguments(options)
     parts = SCHEDULE_ROWS // config.positions * (group // config.pack)
     grid = (heads_kv * pack.q_tiles.shape[0] * parts,)
     if grid[0] == 0:
@@ -344,8 +348,7 @@ def differential_fwd(
             pack.cu_seqlens_k,
             pack.q_tiles,
             window_ptr,
-            options.dropout_seed,
-            pack.document_ids,
+            *dropout_tensors(options, pack),
         ),
         ForwardStrides(
             *token_head_strides(q1, q2, k1, k1 if k2 is None else k2, v),
@@ -359,6 +362,7 @@ def differential_fwd(
         options.softmax_scale,
         threshold,
         scale_kept,
+        first_head,
         TILE=tile_shape(config, head_dim, group, value_dim),
         FLAGS=Flags(has_left=has_left, has_right=has_right, has_dropout=options.has_dropout),
         SHARED_K=k2 is None,

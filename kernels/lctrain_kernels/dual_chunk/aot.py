@@ -7,7 +7,7 @@ from lctrain_kernels.dual_chunk.triton_dkv import dual_chunk_dkv_kernel
 from lctrain_kernels.dual_chunk.triton_dq import dual_chunk_dq_kernel
 from lctrain_kernels.dual_chunk.triton_fwd import dual_chunk_fwd_kernel
 from lctrain_kernels.dual_chunk.triton_rotate import ROTATE_CONFIG, dual_chunk_rotate_kernel
-from lctrain_kernels.tile.attention_variant import attention_variant
+from lctrain_kernels.tile.attention_variant import OFFSET_HEAD_DIM, attention_variant
 from lctrain_kernels.tile.config import DUAL_CHUNK_OPERATIONS, TileConfig, table_config
 from lctrain_kernels.tile.variant import KernelVariant
 
@@ -17,6 +17,7 @@ KERNELS = {
     "dual_chunk_dkv": dual_chunk_dkv_kernel,
     "dual_chunk_rotate": dual_chunk_rotate_kernel,
 }
+_FEATURES = ("causal", "dropout", "offset_dropout", "all")
 _STATISTICS = ("out", "dout", "lse", "stats")  # of queries; the rotation of keys has none
 
 
@@ -36,7 +37,7 @@ def _variant(
         operation: Name of the kernel, a key of KERNELS.
         config: Tile configuration of the kernel.
         head_dim: Head dim D of queries and keys.
-        features: "causal", "dropout" or "all" (dropout and logit_scale).
+        features: "causal", "dropout", "offset_dropout" or "all" (dropout and logit_scale).
         dtype: Triton's name of the tensors' dtype, such as "bf16".
         is_partial: Whether a later launch adds to the result of this one.
         rotates_keys: Whether dual_chunk_rotate_kernel rotates keys. Keys have no statistics.
@@ -63,13 +64,15 @@ def kernel_variants(
     Launches of partial results are compiled for head dim 128 only. If "causal" is the only feature,
     plain kernels are also compiled for head dim 128 only, except on sm_90.
     """
-    wanted = [name for name in ("causal", "dropout", "all") if name in features]
+    wanted = [name for name in _FEATURES if name in features]
     for head_dim in head_dims:
         if wanted == ["causal"] and table != "sm_90" and head_dim != 128:
             continue
         for operation, feature in itertools.product(DUAL_CHUNK_OPERATIONS, wanted):
-            drop = feature != "causal"
-            one_launch = operation == "dual_chunk_fwd" or head_dim != 128
+            drop, offsets = feature != "causal", feature == "offset_dropout"
+            if offsets and head_dim != OFFSET_HEAD_DIM:
+                continue
+            one_launch = operation == "dual_chunk_fwd" or head_dim != 128 or offsets
             for is_partial in (False,) if one_launch else (False, True):
                 config = table_config(
                     table, operation, head_dim, 4, has_dropout=drop, is_partial=is_partial

@@ -36,7 +36,7 @@ from lctrain_kernels.tile.fused_variant import fused_variant
 from lctrain_kernels.tile.structures import Flags
 from lctrain_kernels.tile.variant import KernelVariant, describe_variant
 
-FEATURES = ("causal", "dropout", "all")
+FEATURES = ("causal", "dropout", "offset_dropout", "all")
 """Of the features of attention; "all" adds logit_scale to dropout."""
 RELATIONS = {SUCC.value: "succ", INTRA.value: "intra", INTER.value: "inter"}
 """Launches of the backward, by the chunks that queries and keys are in."""
@@ -168,7 +168,7 @@ def kernel_variants(
             for group, name in itertools.product(groups, wanted):
                 yield forward_variant(head_dim, features=name, group=group)
         for relation, name in itertools.product(RELATIONS, wanted):
-            if name != "dropout":
+            if "dropout" not in name:
                 yield backward_variant(head_dim, features=name, group=groups[-1], relation=relation)
         if "causal" in features:
             yield rotate_dk_variant(head_dim)

@@ -138,6 +138,7 @@ def dual_chunk_attn_pack_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     dropout_seed: int | Tensor | None = None,
+    first_head: int = 0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Computes dual_chunk_attn_varlen_func over the documents of a Pack, which is not read again.
@@ -166,6 +167,7 @@ def dual_chunk_attn_pack_func(
         causal=True,
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
+        first_head=first_head,
     )
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     inv_freq, logit_scale = unit_stride(inv_freq, logit_scale)

@@ -42,6 +42,7 @@ from lctrain_kernels.schedule import SCHEDULE_ROWS
 from lctrain_kernels.tile.arguments import (
     RUNTIME_INTEGERS,
     dropout_arguments,
+    dropout_tensors,
     padded_head_dim,
     token_head_strides,
 )
@@ -84,7 +85,7 @@ def dual_chunk_fwd(
         q, out, pack.cu_seqlens_q, pack.cu_seqlens_k, pack.q_tiles, is_query=True, rotation=rotation
     )
     run = min(64, positions)
-    threshold, scale_kept = dropout_arguments(options.dropout_p)
+    threshold, scale_kept, first_head = dropout_arguments(options)
     dual_chunk_fwd_hopper_kernel[(min(items, multiprocessors(q.device)),)](
         ragged_descriptor(q, run, 64),
         ragged_descriptor(k, tile.block_n, columns),
@@ -98,8 +99,7 @@ def dual_chunk_fwd(
             pack.q_tiles,
             torch.zeros(1, dtype=torch.int32, device=q.device),
             operands.logit_scale,
-            options.dropout_seed,
-            pack.document_ids,
+            *dropout_tensors(options, pack),
         ),
         items,
         total_q,
@@ -108,6 +108,7 @@ def dual_chunk_fwd(
         options.softmax_scale,
         threshold,
         scale_kept,
+        first_head,
         TILE=forward_shape(tile, columns, group, heads, heads_per_tile),
         FLAGS=Flags(has_dropout=options.has_dropout),
         num_warps=4,

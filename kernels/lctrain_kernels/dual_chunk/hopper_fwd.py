@@ -27,21 +27,21 @@ from lctrain_kernels.gluon.barriers import (
 )
 from lctrain_kernels.gluon.compat import tma_store_wait
 from lctrain_kernels.gluon.coordinates import RAGGED, QueryRows, Rows, Window
+from lctrain_kernels.gluon.dropout import bits_from_key, dropout_key
 from lctrain_kernels.gluon.forward_pipeline import (
     allocate_forward,
     load_block,
     load_queries,
     store_rows,
 )
-from lctrain_kernels.gluon.primitives import load_key, load_scalar
+from lctrain_kernels.gluon.primitives import load_scalar
 from lctrain_kernels.gluon.softmax import (
-    bits_from_key,
     initial_state,
     online_softmax,
     reduce_rows,
     rescale,
 )
-from lctrain_kernels.gluon.structures import ConsumerPointers, DropoutKey, Scalars, SchedulerInputs
+from lctrain_kernels.gluon.structures import ConsumerPointers, Scalars, SchedulerInputs
 from lctrain_kernels.gluon.tile_scheduler import TILE_FIELDS, TILES_AHEAD, read_tile, schedule_tiles
 from lctrain_kernels.tile.logits import LN_2, LOG2_E
 
@@ -240,14 +240,9 @@ def _consume(
         multiplier = scalars.scale * _LOG2_E
         if pointers.factor is not None:
             multiplier = multiplier * gl.load(pointers.factor + document)
-        key_0 = 0
-        key_1 = 0
-        document_key = 0
-        if HAS_DROPOUT:
-            key_0, key_1, document_key = load_key(
-                pointers.dropout_seed, pointers.document_ids, document
-            )
-        random = DropoutKey(key_0, key_1, document_key, tile_head, first, local_query)
+        random = dropout_key(
+            pointers, scalars.first_head, document, tile_head, first, local_query, HAS_DROPOUT
+        )
         m, l = initial_state(BLOCK_N)
         acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
         # Queries at the inter position come first, if the tile has INTER keys.
@@ -363,7 +358,16 @@ def _consume(
     tma_store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["num_items", "total_q", "chunk_length", "succ_length", "threshold"])
+@gluon.jit(
+    do_not_specialize=[
+        "num_items",
+        "total_q",
+        "chunk_length",
+        "succ_length",
+        "threshold",
+        "first_head",
+    ]
+)
 def dual_chunk_fwd_hopper_kernel(
     q_desc,
     k_desc,
@@ -378,6 +382,7 @@ def dual_chunk_fwd_hopper_kernel(
     scale,
     threshold,
     keep_scale,
+    first_head,
     TILE: gl.constexpr,
     FLAGS: gl.constexpr,
 ):
@@ -397,9 +402,13 @@ def dual_chunk_fwd_hopper_kernel(
         pointers.cu_seqlens_q, pointers.cu_seqlens_k, pointers.tiles, pointers.counter, num_items
     )
     rows = ConsumerPointers(
-        pointers.lse, pointers.logit_scale, pointers.dropout_seed, pointers.document_ids
+        pointers.lse,
+        pointers.logit_scale,
+        pointers.dropout_seed,
+        pointers.document_ids,
+        pointers.query_offsets,
     )
-    scalars = Scalars(total_q, scale, None, threshold, keep_scale)
+    scalars = Scalars(total_q, scale, None, threshold, keep_scale, first_head)
     gl.warp_specialize(
         [
             (

@@ -7,14 +7,14 @@ class BlockRanges(NamedTuple):
     """Blocks of keys that a tile of queries sees: first INTER, then SUCC, then INTRA.
 
     Attributes:
-        near_block: Index of the first SUCC block.
-        own_block: Index of the first INTRA block.
+        succ_block: Index of the first SUCC block.
+        intra_block: Index of the first INTRA block.
         blocks: Number of blocks of all three ranges.
-        near_shift: First key of SUCC block i, less i * BLOCK_N.
-        own_shift: First key of INTRA block i, less i * BLOCK_N.
-        far_clear: Key position from which INTER blocks need a mask.
-        near_clear: Key position from which SUCC blocks need a mask.
-        own_clear: Key position from which INTRA blocks need a mask.
+        succ_shift: First key of SUCC block i, less i * BLOCK_N.
+        intra_shift: First key of INTRA block i, less i * BLOCK_N.
+        inter_clear: Key position from which INTER blocks need a mask.
+        succ_clear: Key position from which SUCC blocks need a mask.
+        intra_clear: Key position from which INTRA blocks need a mask.
     """
 
     succ_block: Any
@@ -41,6 +41,7 @@ class ForwardPointers(NamedTuple):
     logit_scale: Any
     dropout_seed: Any
     document_ids: Any
+    query_offsets: Any
 
 
 class BackwardPointers(NamedTuple):
@@ -80,8 +81,8 @@ class QueryRun(NamedTuple):
 
     Attributes:
         low: Position of the first query.
-        jump: Index of the first block after the gap.
-        gap: Number of queries that are skipped before block `jump`.
+        first_after_gap: Index of the first block after the gap.
+        gap: Number of queries that are skipped before that block.
     """
 
     low: Any

@@ -41,7 +41,13 @@ def _hopper_refuses(limits: str) -> Refusal:
 
 
 def _reference_options(options: AttentionOptions) -> VarlenOptions:
-    return VarlenOptions(options.softmax_scale, -1, 0, dropout_p=options.dropout_p)
+    return VarlenOptions(
+        options.softmax_scale,
+        -1,
+        0,
+        dropout_p=options.dropout_p,
+        first_head=options.first_head,
+    )
 
 
 @implements("dual_chunk", FORWARD, "pytorch")
@@ -57,6 +63,7 @@ def _pytorch_forward(operands: Operands, pack: PackTensors, options: AttentionOp
             logit_scale=operands.logit_scale,
             dropout_seed=options.dropout_seed,
             document_ids=pack.document_ids,
+            query_offsets=pack.query_offsets,
         )
 
 
@@ -92,6 +99,7 @@ def _pytorch_backward(
             logit_scale=operands.logit_scale,
             dropout_seed=options.dropout_seed,
             document_ids=pack.document_ids,
+            query_offsets=pack.query_offsets,
         )
 
 

@@ -82,6 +82,8 @@ def dense_dual_chunk_attention(
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor = 0,
     document_id: int = 0,
+    first_query: int = 0,
+    first_head: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Computes dual chunk attention of one document by one dense softmax; gradients by autograd.
 
@@ -100,6 +102,8 @@ def dense_dual_chunk_attention(
         dropout_p: Probability of dropping a weight after the softmax.
         dropout_seed: Seed of the dropout mask.
         document_id: Id of the document in the key of the dropout mask.
+        first_query: Position of the first query in the key of the dropout mask.
+        first_head: Index of the first query head in the key of the dropout mask.
 
     Returns:
         out [Lq, H, D] in q's dtype and lse [H, Lq].
@@ -138,8 +142,9 @@ def dense_dual_chunk_attention(
     lse = lse.masked_fill(blind[..., 0], float("-inf"))
     weights = torch.softmax(logits.masked_fill(blind, 0.0), dim=-1).masked_fill(blind, 0.0)
     if dropout_p > 0:
-        head_index = torch.arange(heads, device=q.device)
-        keep = dropout_keep(dropout_seed, document_id, head_index, rows, columns, dropout_p)
+        key_rows = rows + first_query
+        head_index = torch.arange(heads, device=q.device) + first_head
+        keep = dropout_keep(dropout_seed, document_id, head_index, key_rows, columns, dropout_p)
         weights = torch.where(keep, weights * keep_scale(dropout_p), 0.0)
     return torch.einsum("hij,jhd->ihd", weights.to(v.dtype), v), lse
 
@@ -161,8 +166,9 @@ class DualChunkOperands(Operands):
         logit_scale: Tensor | None,
         dropout_seed: Tensor | None,
         document_ids: Tensor | None,
+        query_offsets: Tensor | None,
     ) -> None:
-        super().__init__(q, k, v, options, dropout_seed=dropout_seed, document_ids=document_ids)
+        super().__init__(q, k, v, options, None, dropout_seed, document_ids, query_offsets)
         self.geometry = geometry
         self.inv_freq = inv_freq.to(self.dtype)
         self.logit_scale = logit_scale
@@ -243,6 +249,7 @@ def dual_chunk_forward(
     logit_scale: Tensor | None = None,
     dropout_seed: Tensor | None = None,
     document_ids: Tensor | None = None,
+    query_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes the forward of dual chunk attention over packed documents.
 
@@ -258,13 +265,15 @@ def dual_chunk_forward(
         logit_scale: Factor of the logits of each document, [N].
         dropout_seed: Seed of the dropout mask, one int64 element; required with dropout.
         document_ids: Ids in the dropout key, [N] int32; by default, a document's index in the pack.
+        query_offsets: Positions of the first queries in the dropout key, [N] int32; 0 by default.
 
     Returns:
         out [T, H, D] in q's dtype, lse [H, T] float32 (float64 for float64 inputs), natural
         logarithm.
     """
     operands = DualChunkOperands(
-        q, k, v, options, geometry, inv_freq, logit_scale, dropout_seed, document_ids
+        *(q, k, v, options, geometry, inv_freq, logit_scale),
+        *(dropout_seed, document_ids, query_offsets),
     )
     return attend(operands, cu_seqlens_q, cu_seqlens_k, q.dtype)
 
@@ -285,6 +294,7 @@ def dual_chunk_backward(
     logit_scale: Tensor | None = None,
     dropout_seed: Tensor | None = None,
     document_ids: Tensor | None = None,
+    query_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the backward of dual_chunk_forward, from the same arguments and out's gradient.
 
@@ -292,6 +302,7 @@ def dual_chunk_backward(
         dq [T, H, D], dk and dv [Tk, Hk, D] in the inputs' dtype.
     """
     operands = DualChunkOperands(
-        q, k, v, options, geometry, inv_freq, logit_scale, dropout_seed, document_ids
+        *(q, k, v, options, geometry, inv_freq, logit_scale),
+        *(dropout_seed, document_ids, query_offsets),
     )
     return attend_backward(operands, dout, dlse, lse, cu_seqlens_q, cu_seqlens_k, q.dtype)[:3]

@@ -13,7 +13,12 @@ from lctrain_kernels.dual_chunk.triton_rotate import dual_chunk_rotate, rotated_
 from lctrain_kernels.options import AttentionOptions
 from lctrain_kernels.pack import TiledPack
 from lctrain_kernels.schedule import SCHEDULE_ROWS
-from lctrain_kernels.tile.arguments import DOT_PRECISION, dropout_arguments, token_head_strides
+from lctrain_kernels.tile.arguments import (
+    DOT_PRECISION,
+    dropout_arguments,
+    dropout_tensors,
+    token_head_strides,
+)
 from lctrain_kernels.tile.config import tile_config
 from lctrain_kernels.tile.structures import Flags, tile_shape
 
@@ -51,7 +56,7 @@ def dual_chunk_bwd(
     group = heads // heads_kv
     dout = dout if dout.stride(2) == 1 else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    threshold, scale_kept = dropout_arguments(options.dropout_p)
+    threshold, scale_kept, first_head = dropout_arguments(options)
     k_succ = rotated_keys(k, pack.cu_seqlens_k, pack.k_tiles, rotation=rotation)
     stats = torch.empty((heads, total_q, 4), dtype=torch.float32, device=q.device)
     # dq holds the queries at the inter position until the dq kernels have read them.
@@ -95,8 +100,7 @@ def dual_chunk_bwd(
                 pack.k_tiles,
                 rotation.inv_freq,
                 operands.logit_scale,
-                options.dropout_seed,
-                pack.document_ids,
+                *dropout_tensors(options, pack),
             ),
             DkvStrides(*token_head_strides(q, dq, k, k_succ, v, dout, dk)),
             pack.k_tiles.shape[0],
@@ -106,6 +110,7 @@ def dual_chunk_bwd(
             options.softmax_scale,
             threshold,
             scale_kept,
+            first_head,
             TILE=tile_shape(config, head_dim, group),
             FLAGS=flags,
             IS_SUCC=is_succ,
@@ -132,8 +137,7 @@ def dual_chunk_bwd(
                 pack.q_tiles,
                 rotation.inv_freq,
                 operands.logit_scale,
-                options.dropout_seed,
-                pack.document_ids,
+                *dropout_tensors(options, pack),
             ),
             DqStrides(*token_head_strides(q, k, k_succ, v, dout, dq)),
             pack.q_tiles.shape[0],
@@ -144,6 +148,7 @@ def dual_chunk_bwd(
             options.softmax_scale,
             threshold,
             scale_kept,
+            first_head,
             TILE=tile_shape(config, head_dim, group),
             FLAGS=flags,
             IS_INTER=is_inter,

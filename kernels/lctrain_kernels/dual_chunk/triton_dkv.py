@@ -14,7 +14,7 @@ from lctrain_kernels.dual_chunk.ranges import (
     queries_of_tile,
 )
 from lctrain_kernels.tile.arguments import RUNTIME_INTEGERS
-from lctrain_kernels.tile.dropout import keep_mask, load_key
+from lctrain_kernels.tile.dropout import dropout_head, keep_mask, load_key
 from lctrain_kernels.tile.logits import LOG2_E
 from lctrain_kernels.tile.mask import mask_logits
 from lctrain_kernels.tile.memory import load_rows, store_rows
@@ -50,6 +50,7 @@ class DkvPointers(NamedTuple):
     logit_scale: Any
     dropout_seed: Any
     document_ids: Any
+    query_offsets: Any
 
 
 class DkvStrides(NamedTuple):
@@ -82,6 +83,7 @@ def dual_chunk_dkv_kernel(
     scale,
     threshold,
     keep_scale,
+    first_head,
     TILE: tl.constexpr,
     FLAGS: tl.constexpr,
     IS_SUCC: tl.constexpr,
@@ -149,9 +151,10 @@ def dual_chunk_dkv_kernel(
     key_0 = 0
     key_1 = 0
     document_key = 0
+    query_offset = 0
     if FLAGS.has_dropout:
-        key_0, key_1, document_key = load_key(
-            pointers.dropout_seed, pointers.document_ids, document
+        key_0, key_1, document_key, query_offset = load_key(
+            pointers.dropout_seed, pointers.document_ids, pointers.query_offsets, document
         )
     multiplier = scale * _LOG2_E
     dk_scale = scale * keep_scale
@@ -221,8 +224,8 @@ def dual_chunk_dkv_kernel(
                         key_0,
                         key_1,
                         document_key,
-                        head.to(tl.uint32),
-                        start,
+                        dropout_head(head, first_head).to(tl.uint32),
+                        start + query_offset,
                         local_m[None, :],
                         first,
                         local_n[:, None],

@@ -13,7 +13,7 @@ from lctrain_kernels.dual_chunk.ranges import (
     keys_of_tile,
 )
 from lctrain_kernels.tile.arguments import RUNTIME_INTEGERS
-from lctrain_kernels.tile.dropout import keep_mask, load_key
+from lctrain_kernels.tile.dropout import dropout_head, keep_mask, load_key
 from lctrain_kernels.tile.logits import LOG2_E
 from lctrain_kernels.tile.mask import mask_logits
 from lctrain_kernels.tile.memory import load_rows
@@ -47,6 +47,7 @@ class DqPointers(NamedTuple):
     logit_scale: Any
     dropout_seed: Any
     document_ids: Any
+    query_offsets: Any
 
 
 class DqStrides(NamedTuple):
@@ -78,6 +79,7 @@ def dual_chunk_dq_kernel(
     scale,
     threshold,
     keep_scale,
+    first_head,
     TILE: tl.constexpr,
     FLAGS: tl.constexpr,
     IS_INTER: tl.constexpr,
@@ -160,9 +162,10 @@ def dual_chunk_dq_kernel(
     key_0 = 0
     key_1 = 0
     document_key = 0
+    query_offset = 0
     if FLAGS.has_dropout:
-        key_0, key_1, document_key = load_key(
-            pointers.dropout_seed, pointers.document_ids, document
+        key_0, key_1, document_key, query_offset = load_key(
+            pointers.dropout_seed, pointers.document_ids, pointers.query_offsets, document
         )
     multiplier = scale * _LOG2_E
     dq_scale = scale * keep_scale
@@ -215,8 +218,8 @@ def dual_chunk_dq_kernel(
                             key_0,
                             key_1,
                             document_key,
-                            tile_head[:, None].to(tl.uint32),
-                            first,
+                            dropout_head(tile_head, first_head)[:, None].to(tl.uint32),
+                            first + query_offset,
                             local_query[:, None],
                             n,
                             local_n[None, :],

@@ -17,10 +17,11 @@ from lctrain_kernels.tile.arguments import (
     DOT_PRECISION,
     RUNTIME_INTEGERS,
     dropout_arguments,
+    dropout_tensors,
     token_head_strides,
 )
 from lctrain_kernels.tile.config import tile_config
-from lctrain_kernels.tile.dropout import keep_mask, load_key
+from lctrain_kernels.tile.dropout import dropout_head, keep_mask, load_key
 from lctrain_kernels.tile.logits import LOG2_E
 from lctrain_kernels.tile.mask import mask_logits
 from lctrain_kernels.tile.memory import load_rows, store_rows
@@ -47,6 +48,7 @@ class ForwardPointers(NamedTuple):
     logit_scale: Any
     dropout_seed: Any
     document_ids: Any
+    query_offsets: Any
 
 
 class ForwardStrides(NamedTuple):
@@ -75,6 +77,7 @@ def dual_chunk_fwd_kernel(
     scale,
     threshold,
     keep_scale,
+    first_head,
     TILE: tl.constexpr,
     FLAGS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -127,9 +130,10 @@ def dual_chunk_fwd_kernel(
     key_0 = 0
     key_1 = 0
     document_key = 0
+    query_offset = 0
     if FLAGS.has_dropout:
-        key_0, key_1, document_key = load_key(
-            pointers.dropout_seed, pointers.document_ids, document
+        key_0, key_1, document_key, query_offset = load_key(
+            pointers.dropout_seed, pointers.document_ids, pointers.query_offsets, document
         )
     multiplier = scale * _LOG2_E
     if pointers.logit_scale is not None:
@@ -189,8 +193,8 @@ def dual_chunk_fwd_kernel(
                                 key_0,
                                 key_1,
                                 document_key,
-                                tile_head[:, None].to(tl.uint32),
-                                first,
+                                dropout_head(tile_head, first_head)[:, None].to(tl.uint32),
+                                first + query_offset,
                                 local_query[:, None],
                                 n,
                                 local_n[None, :],
@@ -250,7 +254,7 @@ def dual_chunk_fwd(
     lse = torch.empty((heads, total_q), dtype=torch.float32, device=q.device)
     group = heads // heads_kv
     config = tile_config("dual_chunk_fwd", q, group, options.has_dropout)
-    threshold, scale_kept = dropout_arguments(options.dropout_p)
+    threshold, scale_kept, first_head = dropout_arguments(options)
     parts = SCHEDULE_ROWS // config.positions * (group // config.pack)
     grid = (heads_kv * pack.q_tiles.shape[0] * parts,)
     if grid[0] == 0:
@@ -271,8 +275,7 @@ def dual_chunk_fwd(
             pack.cu_seqlens_k,
             pack.q_tiles,
             operands.logit_scale,
-            options.dropout_seed,
-            pack.document_ids,
+            *dropout_tensors(options, pack),
         ),
         ForwardStrides(*token_head_strides(q, k, k_succ, v, out)),
         pack.q_tiles.shape[0],
@@ -282,6 +285,7 @@ def dual_chunk_fwd(
         options.softmax_scale,
         threshold,
         scale_kept,
+        first_head,
         TILE=tile_shape(config, head_dim, group),
         FLAGS=Flags(has_dropout=options.has_dropout),
         PRECISION=DOT_PRECISION,

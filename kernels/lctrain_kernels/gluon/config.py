@@ -87,7 +87,7 @@ def forward_shape(
         block_d=columns,
         q_stages=tile.q_stages,
         stages=tile.stages,
-        meet_early=tile.sync_before_products,
+        sync_before_products=tile.sync_before_products,
         block_dv=value_columns,
         num_k=num_k,
     )

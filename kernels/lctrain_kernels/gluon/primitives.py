@@ -17,6 +17,7 @@ from lctrain_kernels.tile import logits as logits_tile
 draw_bits = gluon.jit(dropout.draw_bits.fn)
 top_bits = gluon.jit(dropout.top_bits.fn)
 load_key = gluon.jit(dropout.load_key.fn)
+dropout_head = gluon.jit(dropout.dropout_head.fn)
 load_window = gluon.jit(mask.load_window.fn)
 tanh = gluon.jit(logits_tile.tanh.fn)
 

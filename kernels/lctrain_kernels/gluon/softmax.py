@@ -20,7 +20,11 @@ because all threads of a program take the same branches around it.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from lctrain_kernels.gluon.primitives import draw_bits, drop_weights, opaque, rounded, tanh
+from lctrain_kernels.gluon.primitives import (
+    drop_weights,
+    rounded,
+    tanh,
+)
 from lctrain_kernels.tile.logits import LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
@@ -261,36 +265,6 @@ def rescale(acc, alpha, o_layout: gl.constexpr):
         pack=ELEMENTS,
     )
     return gl.convert_layout(gl.reshape(acc, [64, COLUMNS]), o_layout, assert_trivial=True)
-
-
-@gluon.jit
-def block_bits(
-    random, block, BLOCK_N: gl.constexpr, s_layout: gl.constexpr, HAS_DROPOUT: gl.constexpr
-):
-    """Draws the random bits of a block of weights. The call overlaps with the block's product."""
-    return bits_from_key(random, block * BLOCK_N, BLOCK_N, s_layout, HAS_DROPOUT)
-
-
-@gluon.jit
-def bits_from_key(
-    random, key, BLOCK_N: gl.constexpr, s_layout: gl.constexpr, HAS_DROPOUT: gl.constexpr
-):
-    """Draws the random bits of a block of weights whose first key is `key`, a multiple of 32."""
-    bits = 0
-    if HAS_DROPOUT:
-        local_key = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
-        bits = draw_bits(
-            random.key_0,
-            random.key_1,
-            random.document,
-            random.head[:, None].to(gl.uint32),
-            random.first,
-            random.local_query[:, None],
-            key,
-            local_key[None, :],
-        )
-        bits = opaque(bits)
-    return bits
 
 
 @gluon.jit

@@ -20,8 +20,8 @@ class ForwardShape(NamedTuple):
         block_d: Columns of a tile of queries and keys.
         q_stages: Number of pipeline stages of queries.
         stages: Number of pipeline stages of keys, and of values.
-        meet_early: Whether the warps of a warpgroup synchronise before the products of a block
-            instead of after them.
+        sync_before_products: Whether the warps of a warpgroup synchronise before the products of a
+            block instead of after them.
         block_dv: Columns of a tile of values, where they may differ from block_d.
         num_k: Number of key tensors, 2 for differential attention with one k per branch.
     """
@@ -34,7 +34,7 @@ class ForwardShape(NamedTuple):
     block_d: int
     q_stages: int
     stages: int
-    meet_early: bool = False
+    sync_before_products: bool = False
     block_dv: int = 0
     num_k: int = 1
 
@@ -204,17 +204,21 @@ class KeySlot(NamedTuple):
 
 
 class SeedWords(NamedTuple):
-    """Seed and document id from which a document's random bits are drawn; see draw_bits.
+    """What a document's random bits are drawn from, besides head and positions; see draw_bits.
 
     Attributes:
         key_0: Low half of the seed, uint32.
         key_1: High half of the seed, uint32.
         document: Document id, uint32.
+        query_offset: Position of the document's first query in the dropout key.
+        first_head: Index of the call's first query head in the dropout key; None instead of 0.
     """
 
     key_0: Any
     key_1: Any
     document: Any
+    query_offset: Any
+    first_head: Any
 
 
 class DropoutKey(NamedTuple):
@@ -224,8 +228,8 @@ class DropoutKey(NamedTuple):
         key_0: Low half of the seed, uint32.
         key_1: High half of the seed, uint32.
         document: Document id, uint32.
-        head: Index of the query head of each row.
-        first: Position in the document of the tile's first query.
+        head: Index in the dropout key of the query head of each row; see dropout_head.
+        first: Position in the dropout key of the tile's first query.
         local_query: Position of each row's query, relative to `first`.
     """
 
@@ -246,6 +250,7 @@ class Scalars(NamedTuple):
         softcap: Softcap c, which replaces a logit x by c tanh(x / c); None without one.
         threshold: A weight is dropped if its 16 random bits are below this number.
         keep_scale: 1 / keep probability, the factor of kept weights.
+        first_head: Index of the call's first query head in the dropout key; None instead of 0.
     """
 
     total_q: Any
@@ -253,6 +258,7 @@ class Scalars(NamedTuple):
     softcap: Any
     threshold: Any
     keep_scale: Any
+    first_head: Any
 
 
 class ConsumerPointers(NamedTuple):
@@ -263,12 +269,15 @@ class ConsumerPointers(NamedTuple):
         factor: Learnable sinks [H] (varlen), factors of the logits [N] (dual chunk), or None.
         dropout_seed: Seed of the dropout mask, [1] int64; None without dropout.
         document_ids: Ids of the documents, [N] int32, part of the dropout key; or None.
+        query_offsets: Position of each document's first query in the dropout key, [N] int32; or
+            None.
     """
 
     lse: Any
     factor: Any
     dropout_seed: Any
     document_ids: Any
+    query_offsets: Any
 
 
 class Statistics(NamedTuple):
@@ -322,14 +331,19 @@ class DropoutInputs(NamedTuple):
     Attributes:
         seed: Seed of the dropout mask, [1] int64; None without dropout.
         document_ids: Ids of the documents, [N] int32, part of the dropout key; or None.
+        query_offsets: Position of each document's first query in the dropout key, [N] int32; or
+            None.
         document: Index of the document in the pack.
         threshold: A weight is dropped if its 16 random bits are below this number.
+        first_head: Index of the call's first query head in the dropout key; None instead of 0.
     """
 
     seed: Any
     document_ids: Any
+    query_offsets: Any
     document: Any
     threshold: Any
+    first_head: Any
 
 
 class Factors(NamedTuple):

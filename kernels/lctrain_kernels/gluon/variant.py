@@ -7,9 +7,9 @@ from triton.runtime.jit import mangle_type
 from lctrain_kernels.gluon.launch import ragged_descriptor
 from lctrain_kernels.tile.structures import Flags
 
-FEATURES = ("causal", "full", "dropout", "deterministic", "all")
+FEATURES = ("causal", "full", "dropout", "offset_dropout", "deterministic", "all")
 """What a variant computes; "all" adds windows from device memory, softcap, sinks and dropout,
-"deterministic" differs in the backward."""
+"deterministic" differs in the backward, "offset_dropout" has query offsets and a first head."""
 HEADS_KV = 8
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # Triton 3.10 flips the default of fusion
 
@@ -19,7 +19,7 @@ _POINTERS = {
     **dict.fromkeys(("dq_sum", "dk_sum", "dv_sum"), "*fp32"),
     **dict.fromkeys(("learnable_sink", "logit_scale"), "*fp32"),
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "tiles", "counter", "semaphores"), "*i32"),
-    **dict.fromkeys(("window", "document_ids"), "*i32"),
+    **dict.fromkeys(("window", "document_ids", "query_offsets"), "*i32"),
     "dropout_seed": "*i64",
 }
 _FLOATS = ("scale", "softcap", "keep_scale")
@@ -32,7 +32,7 @@ def descriptor_type(dtype: str, rows: int, columns: int) -> str:
 
 
 def has_dropout(features: str) -> bool:
-    return features in ("dropout", "all")
+    return features in ("dropout", "offset_dropout", "all")
 
 
 def attention_flags(features: str, has_sink: bool = False) -> Flags:
@@ -64,13 +64,16 @@ def argument_types(
         absent: Names of further pointers that are None.
         descriptors: Argument name of each TMA descriptor -> its type.
     """
-    types: dict[str, object] = {
-        name: "fp32" if name in _FLOATS else "i32" for name in kernel.arg_names
-    }
     if features != "all":
         absent = (*absent, "window", "learnable_sink", "logit_scale")
     if not has_dropout(features):
         absent = (*absent, "dropout_seed", "document_ids")
+    if features != "offset_dropout":
+        absent = (*absent, "query_offsets", "first_head")
+    types: dict[str, object] = {
+        name: "fp32" if name in _FLOATS else None if name in absent else "i32"
+        for name in kernel.arg_names
+    }
     pointers = kernel.fn.__annotations__["pointers"]
     types["pointers"] = pointers._make(
         None if name in absent else _POINTERS.get(name, f"*{dtype}") for name in pointers._fields

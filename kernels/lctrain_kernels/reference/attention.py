@@ -52,6 +52,8 @@ def dense_attention(
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor = 0,
     document_id: int = 0,
+    first_query: int = 0,
+    first_head: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the attention of one document by one dense softmax; autograd gives all gradients.
 
@@ -70,6 +72,8 @@ def dense_attention(
         dropout_p: Probability of dropping a weight after the softmax.
         dropout_seed: Seed of the dropout mask.
         document_id: Id of the document in the key of the dropout mask.
+        first_query: Position of the first query in the key of the dropout mask.
+        first_head: Index of the first query head in the key of the dropout mask.
 
     Returns:
         out [Lq, H, Dv] in q's dtype, lse [H, Lq], and the weights [H, Lq, Lk], which are negative
@@ -104,8 +108,9 @@ def dense_attention(
     weights = weights[..., :length_k]
     signed = weights
     if dropout_p > 0:
-        head_index = torch.arange(heads, device=q.device)
-        keep = dropout_keep(dropout_seed, document_id, head_index, rows, columns, dropout_p)
+        key_rows = rows + first_query
+        head_index = torch.arange(heads, device=q.device) + first_head
+        keep = dropout_keep(dropout_seed, document_id, head_index, key_rows, columns, dropout_p)
         signed = torch.where(keep, weights, -weights)
         weights = torch.where(keep, weights * keep_scale(dropout_p), 0.0)
     out = torch.einsum("hij,jhd->ihd", weights.to(v.dtype), v)

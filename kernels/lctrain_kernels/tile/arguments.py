@@ -4,6 +4,7 @@ import triton
 from torch import Tensor
 
 from lctrain_kernels.options import AttentionOptions
+from lctrain_kernels.pack import TiledPack
 from lctrain_kernels.tile.mask import UNBOUNDED
 
 # Lengths, counts and windows change from batch to batch; Triton would recompile for each value.
@@ -13,6 +14,7 @@ RUNTIME_INTEGERS = [
     "window_left",
     "window_right",
     "threshold",
+    "first_head",
     "stride_alibi",
     "chunk_length",
     "succ_length",
@@ -46,13 +48,24 @@ def window_arguments(options: AttentionOptions) -> tuple[Tensor | None, int, int
     return None, left, right, left >= 0, right >= 0
 
 
-def dropout_arguments(dropout_p: float) -> tuple[int, float]:
-    """Returns dropout's threshold and 1 / keep probability.
+def dropout_arguments(options: AttentionOptions) -> tuple[int, float, int | None]:
+    """Returns dropout's threshold, 1 / keep probability, and the first head of the dropout key.
 
-    A weight is dropped if its 16 random bits are below the threshold; see reference/philox.py.
+    A weight is dropped if its 16 random bits are below the threshold; see reference/philox.py. The
+    first head is None instead of 0, and without dropout: Triton then compiles no argument for it.
     """
-    threshold = min(round(dropout_p * 65536), 65535)
-    return threshold, 65536 / (65536 - threshold)
+    threshold = min(round(options.dropout_p * 65536), 65535)
+    first_head = (options.first_head or None) if options.has_dropout else None
+    return threshold, 65536 / (65536 - threshold), first_head
+
+
+def dropout_tensors(
+    options: AttentionOptions, pack: TiledPack
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Returns dropout_seed, document_ids and query_offsets of a call; all None without dropout."""
+    if not options.has_dropout:
+        return None, None, None
+    return options.dropout_seed, pack.document_ids, pack.query_offsets
 
 
 def alibi_strides(alibi_slopes: Tensor | None) -> int:

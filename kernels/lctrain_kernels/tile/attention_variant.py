@@ -9,14 +9,17 @@ from lctrain_kernels.tile.config import TileConfig
 from lctrain_kernels.tile.structures import Flags, tile_shape
 from lctrain_kernels.tile.variant import KernelVariant, describe_variant
 
-FEATURES = ("causal", "full", "dropout", "softcap_dropout", "all")
+FEATURES = ("causal", "full", "dropout", "offset_dropout", "softcap_dropout", "all")
 """What a variant computes; "all" adds windows from device memory, softcap, ALiBi slopes, sinks,
-gradients of lse and dropout."""
+gradients of lse and dropout. "offset_dropout" has query offsets and a first head, as ranks of
+context parallelism pass them. It is compiled for one head dim of each kernel."""
+OFFSET_HEAD_DIM = 128
+"""Head dim of varlen and dual chunk attention for which "offset_dropout" is compiled."""
 
 _POINTERS = {
     **dict.fromkeys(("inv_freq", "logit_scale"), "*fp32"),
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_x"), "*i32"),
-    **dict.fromkeys(("tiles", "window", "document_ids"), "*i32"),
+    **dict.fromkeys(("tiles", "window", "document_ids", "query_offsets"), "*i32"),
     **dict.fromkeys(("lse", "dlse", "delta", "stats"), "*fp32"),
     **dict.fromkeys(("alibi_slopes", "learnable_sink"), "*fp32"),
     **dict.fromkeys(("lam", "dlam", "lse1", "lse2", "dlse1", "dlse2"), "*fp32"),
@@ -32,6 +35,7 @@ _ONLY_ALL = (
     "dlse2",
 )
 _ONLY_DROPOUT = ("document_ids", "dropout_seed")
+_ONLY_OFFSETS = ("query_offsets", "first_head")
 _FLOATS = ("scale", "softcap", "keep_scale")
 
 
@@ -77,6 +81,8 @@ def attention_variant(
         absent = (*absent, *_ONLY_ALL)
     if not dropout:
         absent = (*absent, *_ONLY_DROPOUT)
+    if features != "offset_dropout":
+        absent = (*absent, *_ONLY_OFFSETS)
     tile = tile_shape(config, head_dim, group, value_dim)
     values: dict[str, object] = {
         "TILE": tile._replace(pack=math.gcd(config.pack, group)),
@@ -93,7 +99,8 @@ def attention_variant(
     }
     groups = kernel.fn.__annotations__
     types: dict[str, object] = {
-        name: "fp32" if name in _FLOATS else "i32" for name in kernel.arg_names
+        name: "fp32" if name in _FLOATS else None if name in absent else "i32"
+        for name in kernel.arg_names
     }
     types["pointers"] = groups["pointers"]._make(
         None if name in absent else _POINTERS.get(name, f"*{dtype}")

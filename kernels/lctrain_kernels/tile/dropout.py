@@ -13,14 +13,35 @@ _ROUNDS = tl.constexpr(7)
 
 
 @triton.jit
-def load_key(seed_ptr, document_ids_ptr, document):
-    """Returns (seed low, seed high, document id) as uint32."""
+def load_key(seed_ptr, document_ids_ptr, query_offsets_ptr, document):
+    """Returns (seed low, seed high, document id) as uint32, and the document's query offset, int32.
+
+    The query offset is the position of the document's first query in the dropout key; 0 if
+    query_offsets_ptr is None.
+    """
     seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
+    query_offset = 0
+    if query_offsets_ptr is not None:
+        query_offset = tl.load(query_offsets_ptr + document)
     if document_ids_ptr is not None:
         document = tl.load(document_ids_ptr + document)
     low = (seed & 0xFFFFFFFF).to(tl.uint32)
     high = (seed >> 32).to(tl.uint32)
-    return low, high, document.to(tl.uint32, bitcast=True)
+    return low, high, document.to(tl.uint32, bitcast=True), query_offset
+
+
+@triton.jit
+def dropout_head(head, first_head):
+    """Returns the index of a query head in the dropout key: head + first_head.
+
+    Args:
+        head: Index of the query head in the call.
+        first_head: Index of the call's first query head among the heads of all calls that share a
+            seed; None instead of 0.
+    """
+    if first_head is not None:
+        head = head + first_head
+    return head
 
 
 @triton.jit
@@ -35,8 +56,9 @@ def draw_bits(key_0, key_1, document, head, first_query, query, first_key, key):
         key_0: Low half of the seed, uint32.
         key_1: High half of the seed, uint32.
         document: Document id, uint32.
-        head: Index of the query head, uint32, scalar or broadcastable.
-        first_query: Position of the tile's first query in the document, a multiple of 16.
+        head: Index of the query head that dropout_head returned, uint32, scalar or broadcastable.
+        first_query: Position of the tile's first query in the document, plus the document's query
+            offset; a multiple of 16.
         query: Positions of queries inside the tile, int32, broadcastable ([M, 1] or [1, M]).
         first_key: Position of the tile's first key in the document, a multiple of 32.
         key: Positions of keys inside the tile, int32, broadcastable ([1, N] or [N, 1]).

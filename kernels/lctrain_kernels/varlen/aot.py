@@ -2,7 +2,11 @@
 
 from collections.abc import Iterator
 
-from lctrain_kernels.tile.attention_variant import attention_variant, has_dropout
+from lctrain_kernels.tile.attention_variant import (
+    OFFSET_HEAD_DIM,
+    attention_variant,
+    has_dropout,
+)
 from lctrain_kernels.tile.config import OPERATIONS, table_config
 from lctrain_kernels.tile.variant import KernelVariant
 from lctrain_kernels.varlen.triton_dkv import varlen_dkv_kernel
@@ -31,6 +35,8 @@ def kernel_variants(
             drop = table_config(table, operation, head_dim, 4, has_dropout=True)
             wanted = features if plain == drop else (*features, "causal")
             for name in dict.fromkeys(wanted):
+                if name == "offset_dropout" and head_dim != OFFSET_HEAD_DIM:
+                    continue
                 config = drop if has_dropout(name) else plain
                 yield attention_variant(operation, kernel, config, head_dim, features=name)
         if "causal" in features:

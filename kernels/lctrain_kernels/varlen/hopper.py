@@ -19,7 +19,12 @@ from lctrain_kernels.gluon.launch import multiprocessors, padded_columns, ragged
 from lctrain_kernels.options import AttentionOptions
 from lctrain_kernels.pack import TiledPack
 from lctrain_kernels.schedule import SCHEDULE_ROWS
-from lctrain_kernels.tile.arguments import dropout_arguments, token_head_strides, window_arguments
+from lctrain_kernels.tile.arguments import (
+    dropout_arguments,
+    dropout_tensors,
+    token_head_strides,
+    window_arguments,
+)
 from lctrain_kernels.tile.logits import LOG2_E
 from lctrain_kernels.tile.structures import Flags
 from lctrain_kernels.varlen.hopper_bwd import (
@@ -59,7 +64,7 @@ def varlen_fwd(
         return out, lse
     run = min(64, positions)
     window_ptr, left, right, has_left, has_right = window_arguments(options)
-    threshold, scale_kept = dropout_arguments(options.dropout_p)
+    threshold, scale_kept, first_head = dropout_arguments(options)
     varlen_fwd_hopper_kernel[(min(items, multiprocessors(q.device)),)](
         ragged_descriptor(q, run, 64),
         ragged_descriptor(k, tile.block_n, columns),
@@ -73,8 +78,7 @@ def varlen_fwd(
             torch.zeros(1, dtype=torch.int32, device=q.device),
             window_ptr,
             options.learnable_sink,
-            options.dropout_seed,
-            pack.document_ids,
+            *dropout_tensors(options, pack),
         ),
         items,
         total_q,
@@ -84,6 +88,7 @@ def varlen_fwd(
         options.softcap,
         threshold,
         scale_kept,
+        first_head,
         TILE=forward_shape(tile, columns, group, heads, heads_per_tile),
         FLAGS=Flags(
             has_left=has_left,
@@ -246,7 +251,7 @@ def varlen_bwd(
     # Separate tensors: in one tensor, the alignment of a row would depend on the length.
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     kept_delta = torch.empty_like(lse) if options.has_dropout else None
-    threshold, scale_kept = dropout_arguments(options.dropout_p)
+    threshold, scale_kept, first_head = dropout_arguments(options)
     columns = padded_columns(head_dim)
     if total_q == 0:
         return dq, dk.zero_(), dv.zero_(), delta
@@ -303,8 +308,7 @@ def varlen_bwd(
             pack.cu_seqlens_k,
             pack.k_tiles,
             window_ptr,
-            options.dropout_seed,
-            pack.document_ids,
+            *dropout_tensors(options, pack),
             semaphores,
         ),
         per_head,
@@ -316,6 +320,7 @@ def varlen_bwd(
         options.softcap,
         threshold,
         scale_kept,
+        first_head,
         TILE=backward_shape(
             tile, columns, heads // heads_kv, heads_kv, head_dim, options.deterministic
         ),

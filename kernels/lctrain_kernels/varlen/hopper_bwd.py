@@ -129,6 +129,7 @@ class BackwardPointers(NamedTuple):
     window: Any
     dropout_seed: Any
     document_ids: Any
+    query_offsets: Any
     semaphores: Any
 
 
@@ -148,6 +149,7 @@ class BackwardStrides(NamedTuple):
         "window_left",
         "window_right",
         "threshold",
+        "first_head",
     ]
 )
 def varlen_bwd_hopper_kernel(
@@ -166,6 +168,7 @@ def varlen_bwd_hopper_kernel(
     softcap,
     threshold,
     keep_scale,
+    first_head,
     TILE: gl.constexpr,
     FLAGS: gl.constexpr,
 ):
@@ -222,7 +225,14 @@ def varlen_bwd_hopper_kernel(
         k_bufs, v_bufs, q_bufs, do_bufs, lse_bufs, delta_bufs, kv_ready, q_ready, dout_ready
     )
     results = KeyGradients(pointers.dk, pointers.dv, strides.dk_token, strides.dk_head)
-    dropout = DropoutInputs(pointers.dropout_seed, pointers.document_ids, document, threshold)
+    dropout = DropoutInputs(
+        pointers.dropout_seed,
+        pointers.document_ids,
+        pointers.query_offsets,
+        document,
+        threshold,
+        first_head,
+    )
     factors = Factors(scale, softcap, keep_scale)
     stats = Statistics(pointers.lse, pointers.delta, total_q)
     semaphores = Semaphores(pointers.semaphores, per_head, document)

@@ -30,6 +30,7 @@ from lctrain_kernels.gluon.barriers import (
 from lctrain_kernels.gluon.coordinates import KeyBounds, OutputKeys
 from lctrain_kernels.gluon.primitives import (
     draw_bits,
+    dropout_head,
     is_kept,
     load_key,
     rematerialised,
@@ -65,8 +66,8 @@ def _draw_bits(random, head, query, first_key, s_layout: gl.constexpr, HAS_DROPO
             random.key_0,
             random.key_1,
             random.document,
-            head.to(gl.uint32),
-            query,
+            dropout_head(head, random.first_head).to(gl.uint32),
+            query + random.query_offset,
             gl.arange(0, 64, gl.SliceLayout(0, s_layout))[None, :],
             first_key,
             gl.arange(0, 64, gl.SliceLayout(1, s_layout))[:, None],
@@ -268,9 +269,12 @@ def compute(
     key_0 = 0
     key_1 = 0
     document_key = 0
+    query_offset = 0
     if HAS_DROPOUT:
-        key_0, key_1, document_key = load_key(dropout.seed, dropout.document_ids, dropout.document)
-    random = SeedWords(key_0, key_1, document_key)
+        key_0, key_1, document_key, query_offset = load_key(
+            dropout.seed, dropout.document_ids, dropout.query_offsets, dropout.document
+        )
+    random = SeedWords(key_0, key_1, document_key, query_offset, dropout.first_head)
     dk = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
     dv = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
     zero_s = gl.zeros([HALF, BLOCK_M], gl.float32, s_layout)

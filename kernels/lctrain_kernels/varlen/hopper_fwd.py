@@ -21,21 +21,21 @@ from lctrain_kernels.gluon.barriers import (
 )
 from lctrain_kernels.gluon.compat import partition_barrier, tma_store_wait
 from lctrain_kernels.gluon.coordinates import RAGGED, LocalQueries, QueryRows, Rows, Visible, Window
+from lctrain_kernels.gluon.dropout import block_bits, dropout_key
 from lctrain_kernels.gluon.forward_pipeline import (
     allocate_forward,
     load_block,
     load_queries,
     store_rows,
 )
-from lctrain_kernels.gluon.primitives import load_key, load_scalar, load_window
+from lctrain_kernels.gluon.primitives import load_scalar, load_window
 from lctrain_kernels.gluon.softmax import (
-    block_bits,
     initial_state,
     reduce_rows,
     rescale,
     softmax_step,
 )
-from lctrain_kernels.gluon.structures import ConsumerPointers, DropoutKey, Scalars, SchedulerInputs
+from lctrain_kernels.gluon.structures import ConsumerPointers, Scalars, SchedulerInputs
 from lctrain_kernels.gluon.tile_scheduler import TILE_FIELDS, TILES_AHEAD, read_tile, schedule_tiles
 from lctrain_kernels.tile.logits import LN_2, LOG2_E
 
@@ -147,16 +147,11 @@ def _consume(
         clear_low = 0
         if FLAGS.has_left:
             clear_low = first + RUN - 1 + shift - left
-        key_0 = 0
-        key_1 = 0
-        document_key = 0
-        if FLAGS.has_dropout:
-            key_0, key_1, document_key = load_key(
-                pointers.dropout_seed, pointers.document_ids, document
-            )
         rows = LocalQueries(first, local_query)
         visible = Visible(shift, length_k, left, right, clear_low, clear_high)
-        random = DropoutKey(key_0, key_1, document_key, tile_head, first, local_query)
+        random = dropout_key(
+            pointers, scalars.first_head, document, tile_head, first, local_query, FLAGS.has_dropout
+        )
         m, l = initial_state(BLOCK_N)
         acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
         q = shared.q.index(q_stage * CONSUMERS + CONSUMER)
@@ -195,8 +190,8 @@ def _consume(
                 previous_stage = stage
                 stage, phase = next_stage(stage, phase, STAGES)
                 mbarrier.wait(shared.k_ready.index(stage), phase)
-                if TILE.meet_early:
-                    # Without meet_early, the wait for values below synchronises the warps.
+                if TILE.sync_before_products:
+                    # Without this barrier, the wait for values below synchronises the warps.
                     partition_barrier()
                 s_token = warpgroup_mma(
                     q, shared.k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True
@@ -275,9 +270,19 @@ class ForwardPointers(NamedTuple):
     learnable_sink: Any
     dropout_seed: Any
     document_ids: Any
+    query_offsets: Any
 
 
-@gluon.jit(do_not_specialize=["num_items", "total_q", "window_left", "window_right", "threshold"])
+@gluon.jit(
+    do_not_specialize=[
+        "num_items",
+        "total_q",
+        "window_left",
+        "window_right",
+        "threshold",
+        "first_head",
+    ]
+)
 def varlen_fwd_hopper_kernel(
     q_desc,
     k_desc,
@@ -292,6 +297,7 @@ def varlen_fwd_hopper_kernel(
     softcap,
     threshold,
     keep_scale,
+    first_head,
     TILE: gl.constexpr,
     FLAGS: gl.constexpr,
 ):
@@ -311,9 +317,13 @@ def varlen_fwd_hopper_kernel(
     )
     window = Window(pointers.window, window_left, window_right)
     rows = ConsumerPointers(
-        pointers.lse, pointers.learnable_sink, pointers.dropout_seed, pointers.document_ids
+        pointers.lse,
+        pointers.learnable_sink,
+        pointers.dropout_seed,
+        pointers.document_ids,
+        pointers.query_offsets,
     )
-    scalars = Scalars(total_q, scale, softcap, threshold, keep_scale)
+    scalars = Scalars(total_q, scale, softcap, threshold, keep_scale, first_head)
     if TILE.consumers == 2:
         gl.warp_specialize(
             [

@@ -48,7 +48,7 @@ def _reference_options(options: AttentionOptions) -> reference.VarlenOptions:
     if options.window is not None:
         left, right = options.window.tolist()
     return reference.VarlenOptions(
-        options.softmax_scale, left, right, options.softcap, options.dropout_p
+        options.softmax_scale, left, right, options.softcap, options.dropout_p, options.first_head
     )
 
 
@@ -66,6 +66,7 @@ def _pytorch_forward(
             learnable_sink=options.learnable_sink,
             dropout_seed=options.dropout_seed,
             document_ids=pack.document_ids,
+            query_offsets=pack.query_offsets,
         )
 
 
@@ -111,6 +112,7 @@ def _pytorch_backward(
             alibi_slopes=options.alibi_slopes,
             dropout_seed=options.dropout_seed,
             document_ids=pack.document_ids,
+            query_offsets=pack.query_offsets,
         )
 
 

@@ -30,6 +30,7 @@ def attention_probabilities(operands: Operands, pack: Pack, options: AttentionOp
         if slopes is not None and slopes.dim() == 2:
             slopes = slopes[document]
         key = document if pack.document_ids is None else int(pack.document_ids[document])
+        offsets = pack.query_offsets
         with torch.autocast(q.device.type, enabled=False):
             _, _, signed = dense_attention(
                 q[rows].detach().to(dtype),
@@ -43,6 +44,8 @@ def attention_probabilities(operands: Operands, pack: Pack, options: AttentionOp
                 dropout_p=options.dropout_p,
                 dropout_seed=0 if options.dropout_seed is None else options.dropout_seed,
                 document_id=key,
+                first_query=0 if offsets is None else int(offsets[document]),
+                first_head=options.first_head,
             )
         result[document, :, : signed.shape[1], : signed.shape[2]] = signed.to(q.dtype)
     return result

@@ -24,13 +24,17 @@ _ROW_GROUP = 16  # chunks start at a multiple of the dropout mask's row groups
 
 @dataclass(frozen=True)
 class VarlenOptions:
-    """Scale, window, softcap and dropout of an attention. A negative window side is unbounded."""
+    """Scale, window, softcap and dropout of an attention. A negative window side is unbounded.
+
+    `first_head` is the index of the first query head in the dropout key.
+    """
 
     softmax_scale: float
     window_left: int = -1
     window_right: int = -1
     softcap: float = 0.0
     dropout_p: float = 0.0
+    first_head: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class Operands:
         alibi_slopes: Tensor | None = None,
         dropout_seed: Tensor | None = None,
         document_ids: Tensor | None = None,
+        query_offsets: Tensor | None = None,
     ) -> None:
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.heads, self.heads_k = q.shape[1], k.shape[1]
@@ -94,6 +99,7 @@ class Operands:
         self.q, self.k, self.v = (x.to(self.dtype).transpose(0, 1) for x in (q, k, v))
         self.options, self.alibi_slopes = options, alibi_slopes
         self.dropout_seed, self.document_ids = dropout_seed, document_ids
+        self.query_offsets = query_offsets
 
     def runs(self, length_q: int, length_k: int) -> Iterator[tuple[int, int]]:
         """Yields the (start, stop) of consecutive queries that form one chunk."""
@@ -154,11 +160,13 @@ class Operands:
         assert self.dropout_seed is not None
         ids = self.document_ids
         document_id = chunk.document if ids is None else int(ids[chunk.document])
+        offsets = self.query_offsets
+        first_query = 0 if offsets is None else int(offsets[chunk.document])
         keep = dropout_keep(
             self.dropout_seed,
             document_id,
-            torch.arange(self.heads, device=chunk.rows.device),
-            chunk.rows,
+            torch.arange(self.heads, device=chunk.rows.device) + self.options.first_head,
+            chunk.rows + first_query,
             chunk.columns,
             self.options.dropout_p,
         )
@@ -177,6 +185,7 @@ def varlen_forward(
     learnable_sink: Tensor | None = None,
     dropout_seed: Tensor | None = None,
     document_ids: Tensor | None = None,
+    query_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes the forward of attention over packed documents.
 
@@ -191,12 +200,13 @@ def varlen_forward(
         learnable_sink: Logit of the attention sink of each head, [H], or None.
         dropout_seed: Seed of the dropout mask, one int64 element; required with dropout.
         document_ids: Ids in the dropout key, [N] int32; by default, a document's index in the pack.
+        query_offsets: Positions of the first queries in the dropout key, [N] int32; 0 by default.
 
     Returns:
         out [T, H, Dv] in q's dtype, lse [H, T] float32 (float64 for float64 inputs), natural
         logarithm.
     """
-    operands = Operands(q, k, v, options, alibi_slopes, dropout_seed, document_ids)
+    operands = Operands(q, k, v, options, alibi_slopes, dropout_seed, document_ids, query_offsets)
     return attend(operands, cu_seqlens_q, cu_seqlens_k, q.dtype, learnable_sink)
 
 
@@ -214,6 +224,7 @@ def varlen_backward(
     alibi_slopes: Tensor | None = None,
     dropout_seed: Tensor | None = None,
     document_ids: Tensor | None = None,
+    query_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes the backward of varlen_forward, from the same arguments and out's gradient.
 
@@ -221,7 +232,7 @@ def varlen_backward(
         dq [T, H, D], dk [Tk, Hk, D], dv [Tk, Hk, Dv] in the inputs' dtype, and delta [H, T], which
         is rowsum(dout * out) - dlse.
     """
-    operands = Operands(q, k, v, options, alibi_slopes, dropout_seed, document_ids)
+    operands = Operands(q, k, v, options, alibi_slopes, dropout_seed, document_ids, query_offsets)
     return attend_backward(operands, dout, dlse, lse, cu_seqlens_q, cu_seqlens_k, q.dtype)
 
 

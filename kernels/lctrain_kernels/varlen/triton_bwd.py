@@ -13,6 +13,7 @@ from lctrain_kernels.tile.arguments import (
     DOT_PRECISION,
     alibi_strides,
     dropout_arguments,
+    dropout_tensors,
     token_head_strides,
     window_arguments,
 )
@@ -60,7 +61,7 @@ def varlen_bwd(
     delta = torch.empty((heads, total_q), dtype=torch.float32, device=q.device)
     stats = torch.empty((heads, total_q, 4), dtype=torch.float32, device=q.device)
     window_ptr, left, right, has_left, has_right = window_arguments(options)
-    threshold, scale_kept = dropout_arguments(options.dropout_p)
+    threshold, scale_kept, first_head = dropout_arguments(options)
     flags = Flags(
         has_left=has_left,
         has_right=has_right,
@@ -68,7 +69,16 @@ def varlen_bwd(
         has_alibi=options.alibi_slopes is not None,
         has_dropout=options.has_dropout,
     )
-    numbers = (total_q, left, right, options.softmax_scale, options.softcap, threshold, scale_kept)
+    numbers = (
+        total_q,
+        left,
+        right,
+        options.softmax_scale,
+        options.softcap,
+        threshold,
+        scale_kept,
+        first_head,
+    )
     config = tile_config("varlen_dq", q, group, options.has_dropout)
     parts = SCHEDULE_ROWS // config.positions * (group // config.pack)
     grid = (heads_kv * pack.q_tiles.shape[0] * parts,)
@@ -90,8 +100,7 @@ def varlen_bwd(
                 pack.q_tiles,
                 window_ptr,
                 options.alibi_slopes,
-                options.dropout_seed,
-                pack.document_ids,
+                *dropout_tensors(options, pack),
             ),
             DqStrides(*token_head_strides(q, k, v, out, dout, dq)),
             alibi_strides(options.alibi_slopes),
@@ -119,8 +128,7 @@ def varlen_bwd(
                 pack.k_tiles,
                 window_ptr,
                 options.alibi_slopes,
-                options.dropout_seed,
-                pack.document_ids,
+                *dropout_tensors(options, pack),
             ),
             DkvStrides(*token_head_strides(q, k, v, dout, dk)),
             alibi_strides(options.alibi_slopes),

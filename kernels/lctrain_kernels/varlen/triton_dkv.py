@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from lctrain_kernels.tile.arguments import RUNTIME_INTEGERS
-from lctrain_kernels.tile.dropout import keep_mask, load_key
+from lctrain_kernels.tile.dropout import dropout_head, keep_mask, load_key
 from lctrain_kernels.tile.logits import logits, logits_multiplier, softcap_slope
 from lctrain_kernels.tile.mask import load_window, query_ranges
 from lctrain_kernels.tile.memory import load_rows, store_rows
@@ -30,6 +30,7 @@ class DkvPointers(NamedTuple):
     alibi_slopes: Any
     dropout_seed: Any
     document_ids: Any
+    query_offsets: Any
 
 
 class DkvStrides(NamedTuple):
@@ -60,6 +61,7 @@ def varlen_dkv_kernel(
     softcap,
     threshold,
     keep_scale,
+    first_head,
     TILE: tl.constexpr,
     FLAGS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -130,9 +132,10 @@ def varlen_dkv_kernel(
     key_0 = 0
     key_1 = 0
     document_key = 0
+    query_offset = 0
     if FLAGS.has_dropout:
-        key_0, key_1, document_key = load_key(
-            pointers.dropout_seed, pointers.document_ids, document
+        key_0, key_1, document_key, query_offset = load_key(
+            pointers.dropout_seed, pointers.document_ids, pointers.query_offsets, document
         )
     multiplier = logits_multiplier(scale, FLAGS.has_softcap, FLAGS.has_alibi)
 
@@ -196,8 +199,8 @@ def varlen_dkv_kernel(
                 key_0,
                 key_1,
                 document_key,
-                head.to(tl.uint32),
-                start,
+                dropout_head(head, first_head).to(tl.uint32),
+                start + query_offset,
                 local_m[None, :],
                 first,
                 local_n[:, None],

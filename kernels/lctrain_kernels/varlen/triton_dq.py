@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from lctrain_kernels.tile.arguments import RUNTIME_INTEGERS
-from lctrain_kernels.tile.dropout import keep_mask, load_key
+from lctrain_kernels.tile.dropout import dropout_head, keep_mask, load_key
 from lctrain_kernels.tile.logits import LOG2_E, logits, logits_multiplier, softcap_slope
 from lctrain_kernels.tile.mask import key_ranges, load_window, mask_logits
 from lctrain_kernels.tile.memory import load_rows, store_rows
@@ -35,6 +35,7 @@ class DqPointers(NamedTuple):
     alibi_slopes: Any
     dropout_seed: Any
     document_ids: Any
+    query_offsets: Any
 
 
 class DqStrides(NamedTuple):
@@ -67,6 +68,7 @@ def varlen_dq_kernel(
     softcap,
     threshold,
     keep_scale,
+    first_head,
     TILE: tl.constexpr,
     FLAGS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -170,9 +172,10 @@ def varlen_dq_kernel(
     key_0 = 0
     key_1 = 0
     document_key = 0
+    query_offset = 0
     if FLAGS.has_dropout:
-        key_0, key_1, document_key = load_key(
-            pointers.dropout_seed, pointers.document_ids, document
+        key_0, key_1, document_key, query_offset = load_key(
+            pointers.dropout_seed, pointers.document_ids, pointers.query_offsets, document
         )
     multiplier = logits_multiplier(scale, FLAGS.has_softcap, FLAGS.has_alibi)
     first_seen = query + shift - left
@@ -231,8 +234,8 @@ def varlen_dq_kernel(
                         key_0,
                         key_1,
                         document_key,
-                        tile_head[:, None].to(tl.uint32),
-                        first,
+                        dropout_head(tile_head, first_head)[:, None].to(tl.uint32),
+                        first + query_offset,
                         local_query[:, None],
                         n,
                         local_n[None, :],

@@ -15,11 +15,12 @@ from lctrain_kernels.tile.arguments import (
     RUNTIME_INTEGERS,
     alibi_strides,
     dropout_arguments,
+    dropout_tensors,
     token_head_strides,
     window_arguments,
 )
 from lctrain_kernels.tile.config import tile_config
-from lctrain_kernels.tile.dropout import keep_mask, load_key
+from lctrain_kernels.tile.dropout import dropout_head, keep_mask, load_key
 from lctrain_kernels.tile.logits import LOG2_E, logits, logits_multiplier
 from lctrain_kernels.tile.mask import key_ranges, load_window, mask_logits
 from lctrain_kernels.tile.memory import load_rows, store_rows
@@ -46,6 +47,7 @@ class ForwardPointers(NamedTuple):
     learnable_sink: Any
     dropout_seed: Any
     document_ids: Any
+    query_offsets: Any
 
 
 class ForwardStrides(NamedTuple):
@@ -74,6 +76,7 @@ def varlen_fwd_kernel(
     softcap,
     threshold,
     keep_scale,
+    first_head,
     TILE: tl.constexpr,
     FLAGS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -141,9 +144,10 @@ def varlen_fwd_kernel(
     key_0 = 0
     key_1 = 0
     document_key = 0
+    query_offset = 0
     if FLAGS.has_dropout:
-        key_0, key_1, document_key = load_key(
-            pointers.dropout_seed, pointers.document_ids, document
+        key_0, key_1, document_key, query_offset = load_key(
+            pointers.dropout_seed, pointers.document_ids, pointers.query_offsets, document
         )
     multiplier = logits_multiplier(scale, FLAGS.has_softcap, FLAGS.has_alibi)
     first_seen = query + shift - left
@@ -195,8 +199,8 @@ def varlen_fwd_kernel(
                         key_0,
                         key_1,
                         document_key,
-                        tile_head[:, None].to(tl.uint32),
-                        first,
+                        dropout_head(tile_head, first_head)[:, None].to(tl.uint32),
+                        first + query_offset,
                         local_query[:, None],
                         n,
                         local_n[None, :],
@@ -260,7 +264,7 @@ def varlen_fwd(
     group = heads // heads_kv
     config = tile_config("varlen_fwd", q, group, options.has_dropout)
     window_ptr, left, right, has_left, has_right = window_arguments(options)
-    threshold, scale_kept = dropout_arguments(options.dropout_p)
+    threshold, scale_kept, first_head = dropout_arguments(options)
     parts = SCHEDULE_ROWS // config.positions * (group // config.pack)
     grid = (heads_kv * pack.q_tiles.shape[0] * parts,)
     if grid[0] == 0:
@@ -278,8 +282,7 @@ def varlen_fwd(
             window_ptr,
             options.alibi_slopes,
             options.learnable_sink,
-            options.dropout_seed,
-            pack.document_ids,
+            *dropout_tensors(options, pack),
         ),
         ForwardStrides(*token_head_strides(q, k, v, out)),
         alibi_strides(options.alibi_slopes),
@@ -291,6 +294,7 @@ def varlen_fwd(
         options.softcap,
         threshold,
         scale_kept,
+        first_head,
         TILE=tile_shape(config, head_dim, group),
         FLAGS=Flags(
             has_left=has_left,

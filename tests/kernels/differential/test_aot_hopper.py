@@ -18,7 +18,6 @@ from tests.kernels.launches import describe_for_a_compiler, launches_of, options
 def test_variants_are_what_is_launched(features, dims, group, dtype, monkeypatch):
     launches = launches_of(hopper, monkeypatch)
     head_dim, value_dim, shared_k = dims
-    dropout = features in ("all", "dropout")
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     schedule = make_schedule([200, 100])
     tokens, heads = 300, HEADS_KV * group
@@ -28,12 +27,12 @@ def test_variants_are_what_is_launched(features, dims, group, dtype, monkeypatch
     lam = torch.zeros(()).expand(tokens, heads)
     operands = (q, q, k, None if shared_k else k, v, lam)
     cu = torch.tensor([0, 200, 300], dtype=torch.int32)
-    pack, options = pack_of(cu, schedule, dropout), options_of(features)
+    pack, options = pack_of(cu, schedule, features), options_of(features)
     out, *results = hopper.differential_fwd(*operands, pack, options)
     described = {"features": features, "dtype": dtype, "group": group}
     variant = aot.forward_variant(*dims, **described)
     launches["differential_fwd_hopper_kernel"].assert_described_by(variant)
-    if features == "dropout" or (head_dim == 128 and not shared_k):
+    if "dropout" in features or (head_dim == 128 and not shared_k):
         return  # the portable kernels have this backward
     hopper.differential_bwd(out, None, None, *operands, *results, pack, options)
     variant = aot.backward_variant(*dims, **described)
@@ -49,7 +48,8 @@ def test_variants_of_the_kernels_beside_are_what_is_launched(monkeypatch):
     v = torch.zeros(300, HEADS_KV, 128, dtype=torch.bfloat16)
     out, lse = torch.zeros(300, heads, 128, dtype=torch.bfloat16), torch.zeros(heads, 300)
     lam = torch.zeros(()).expand(300, heads)
-    pack = pack_of(torch.tensor([0, 200, 300], dtype=torch.int32), make_schedule([200, 100]), False)
+    cu = torch.tensor([0, 200, 300], dtype=torch.int32)
+    pack = pack_of(cu, make_schedule([200, 100]), "causal")
     operands = (q, q, k, k, v, lam, out, out, lse, lse)
     hopper.differential_bwd(out, lse, lse, *operands, pack, options_of("causal"))
     prepare = aot.prepare_variant(64, 128, heads)

@@ -16,14 +16,14 @@ from tests.kernels.launches import describe_for_a_compiler, launches_of, options
 @pytest.mark.parametrize("features", FEATURES)
 def test_variants_are_what_is_launched(features, head_dim, group, dtype, monkeypatch):
     launches = launches_of(hopper, monkeypatch)
-    everything, dropout = features == "all", features in ("all", "dropout")
+    everything = features == "all"
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     schedule = make_schedule([200, 100])
     tokens, heads = 300, HEADS_KV * group
     q = torch.zeros(tokens, heads, head_dim, dtype=kind)
     k = torch.zeros(tokens, HEADS_KV, head_dim, dtype=kind)
     cu = torch.tensor([0, 200, 300], dtype=torch.int32)
-    pack = pack_of(cu, schedule, dropout)
+    pack = pack_of(cu, schedule, features)
     options = options_of(features)._replace(
         softcap=20.0 if everything else 0.0,
         learnable_sink=torch.zeros(heads) if everything else None,
@@ -45,7 +45,7 @@ def test_variants_of_the_kernels_beside_are_what_is_launched(head_dim, monkeypat
     q = torch.zeros(300, HEADS_KV * 4, head_dim, dtype=torch.bfloat16)
     k = torch.zeros(300, HEADS_KV, head_dim, dtype=torch.bfloat16)
     cu, lse = torch.tensor([0, 200, 300], dtype=torch.int32), torch.zeros(HEADS_KV * 4, 300)
-    pack = pack_of(cu, make_schedule([200, 100]), True)
+    pack = pack_of(cu, make_schedule([200, 100]), "dropout")
     hopper.varlen_bwd(q, lse, q, k, k, q, lse, pack, options_of("dropout"))
     prepare = aot.prepare_variant(head_dim, HEADS_KV * 4)
     launches["varlen_prepare_kernel"].assert_described_by(prepare)

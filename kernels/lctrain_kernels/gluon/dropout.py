@@ -1,0 +1,76 @@
+"""Draws the random bits of dropout in the Hopper forwards, by the helpers of tile/dropout.py."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from lctrain_kernels.gluon.primitives import draw_bits, dropout_head, load_key, opaque
+from lctrain_kernels.gluon.structures import DropoutKey
+
+
+@gluon.jit
+def dropout_key(
+    pointers, first_head, document, head, first, local_query, HAS_DROPOUT: gl.constexpr
+):
+    """Returns the DropoutKey of a tile of queries; without dropout, nothing reads its fields.
+
+    Args:
+        pointers: Tensors of a call: dropout_seed, document_ids and query_offsets.
+        first_head: Index of the call's first query head in the dropout key; None instead of 0.
+        document: Index of the document in the pack.
+        head: Index of each row's query head in the call.
+        first: Position in the document of the tile's first query.
+        local_query: Position of each row's query, relative to `first`.
+        HAS_DROPOUT: Whether attention weights are dropped.
+    """
+    key_0 = 0
+    key_1 = 0
+    document_key = 0
+    if HAS_DROPOUT:
+        key_0, key_1, document_key, query_offset = load_key(
+            pointers.dropout_seed, pointers.document_ids, pointers.query_offsets, document
+        )
+        head = dropout_head(head, first_head)
+        first = first + query_offset
+    return DropoutKey(key_0, key_1, document_key, head, first, local_query)
+
+
+@gluon.jit
+def branch_key(random, BRANCH: gl.constexpr):
+    """Returns the DropoutKey of a branch of differential attention, 0 or 1.
+
+    In the dropout key, branch b of head h is head 2 h + b.
+    """
+    head = 2 * random.head + BRANCH
+    return DropoutKey(
+        random.key_0, random.key_1, random.document, head, random.first, random.local_query
+    )
+
+
+@gluon.jit
+def block_bits(
+    random, block, BLOCK_N: gl.constexpr, s_layout: gl.constexpr, HAS_DROPOUT: gl.constexpr
+):
+    """Draws the random bits of a block of weights. The call overlaps with the block's product."""
+    return bits_from_key(random, block * BLOCK_N, BLOCK_N, s_layout, HAS_DROPOUT)
+
+
+@gluon.jit
+def bits_from_key(
+    random, key, BLOCK_N: gl.constexpr, s_layout: gl.constexpr, HAS_DROPOUT: gl.constexpr
+):
+    """Draws the random bits of a block of weights whose first key is `key`, a multiple of 32."""
+    bits = 0
+    if HAS_DROPOUT:
+        local_key = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
+        bits = draw_bits(
+            random.key_0,
+            random.key_1,
+            random.document,
+            random.head[:, None].to(gl.uint32),
+            random.first,
+            random.local_query[:, None],
+            key,
+            local_key[None, :],
+        )
+        bits = opaque(bits)
+    return bits
