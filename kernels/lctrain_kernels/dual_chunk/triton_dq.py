@@ -241,8 +241,8 @@ def dual_chunk_dq_kernel(
         cos, sin = cos_sin(moved[:, None], turns[None, :], turns_rest[None, :])
         dq = rotate(dq, cos, -sin, BLOCK_M, BLOCK_D)
     elif has_inter:
-        meets_inter = tl.where(inter_end(position, chunk_length, succ_length) > 0, query, length_q)
-        dq += load_pairs(dq_rows, meets_inter, length_q, TILE.head_dim, BLOCK_D, True).to(
+        inter_rows = tl.where(inter_end(position, chunk_length, succ_length) > 0, query, length_q)
+        dq += load_pairs(dq_rows, inter_rows, length_q, TILE.head_dim, BLOCK_D, True).to(
             tl.float32
         )
     store_pairs(dq_rows, dq, query, length_q, TILE.head_dim, BLOCK_D)
