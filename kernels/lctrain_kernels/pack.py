@@ -206,7 +206,7 @@ def checked_pack(
     check_max_seqlen(names[2], max_seqlen_q)
     check_max_seqlen(names[3], max_seqlen_k)
     check_document_ids(document_ids, documents, device)
-    check_query_offsets(query_offsets, documents, device)
+    check_query_offsets(query_offsets, cu_seqlens_q, device)
     if schedule is not None:
         check_schedule(schedule, documents, total_q, total_k, device)
     cu_seqlens_q, cu_seqlens_k, document_ids, query_offsets = unit_stride(
@@ -222,6 +222,36 @@ def checked_pack(
         document_ids,
         query_offsets,
         schedule,
+    )
+
+
+def checked_shared_pack(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen: int,
+    max_seqlen_k: int | None,
+    *,
+    document_ids: Tensor | None,
+    schedule: TileSchedule | None,
+) -> Pack:
+    """Returns the checked_pack of q [T, H, D] and k [Tk, Hk, D].
+
+    Keys have the boundaries `cu_seqlens` and the longest length `max_seqlen` of the queries, unless
+    cu_seqlens_k and max_seqlen_k are given. Error messages name these arguments.
+    """
+    return checked_pack(
+        cu_seqlens,
+        cu_seqlens if cu_seqlens_k is None else cu_seqlens_k,
+        q.shape[0],
+        k.shape[0],
+        q.device,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen if max_seqlen_k is None else max_seqlen_k,
+        document_ids=document_ids,
+        schedule=schedule,
+        names=("cu_seqlens", "cu_seqlens_k", "max_seqlen", "max_seqlen_k"),
     )
 
 

@@ -59,17 +59,21 @@ def check_document_ids(document_ids: Tensor | None, documents: int, device: torc
     _check_per_document("document_ids", document_ids, documents, device)
 
 
-def check_query_offsets(query_offsets: Tensor | None, documents: int, device: torch.device) -> None:
+def check_query_offsets(
+    query_offsets: Tensor | None, cu_seqlens_q: Tensor, device: torch.device
+) -> None:
     """Checks that query_offsets is [N] int32 on q's device, or None.
 
-    For a CPU tensor, also checks that its values are multiples of DRAW_ROWS, from 0 on.
+    For a CPU tensor, also checks that the offsets of documents with queries are multiples of
+    DRAW_ROWS, from 0 on.
     """
-    _check_per_document("query_offsets", query_offsets, documents, device)
+    _check_per_document("query_offsets", query_offsets, cu_seqlens_q.shape[0] - 1, device)
     if query_offsets is None or query_offsets.device.type != "cpu":
         return
     if torch.compiler.is_compiling() or isinstance(query_offsets, FakeTensor):
         return
-    wrong = query_offsets[(query_offsets < 0) | (query_offsets % DRAW_ROWS != 0)]
+    wrong = (query_offsets < 0) | (query_offsets % DRAW_ROWS != 0)
+    wrong = query_offsets[wrong & (cu_seqlens_q.diff() > 0)]
     if len(wrong):
         raise ValueError(
             f"query_offsets must be multiples of {DRAW_ROWS}, from 0 on, got {int(wrong[0])}. "

@@ -133,6 +133,47 @@ def test_tokens_on_another_device_are_refused():
         flash_attn_pack_func(q, q, q, make_pack())
 
 
+@pytest.mark.parametrize(
+    ("offsets", "error", "message"),
+    [
+        (
+            [0, 0, 24, 0],
+            ValueError,
+            r"must be multiples of 16, from 0 on, got 24\. 16 queries .* of 128",
+        ),
+        ([-16, 0, 0, 0], ValueError, r"must be multiples of 16, from 0 on, got -16\. 16 queries"),
+        ([0, 16], ValueError, r"must have shape \[4\], got \(2,\)"),
+        ([0.0, 0.0, 0.0, 0.0], TypeError, r"must be int32, got torch\.float32\. Cast it"),
+    ],
+    ids=["24", "negative", "shape", "dtype"],
+)
+def test_query_offsets_are_checked(offsets, error, message):
+    dtype = torch.int32 if isinstance(offsets[0], int) else torch.float32
+    with pytest.raises(error, match=f"query_offsets {message}"):
+        make_pack(query_offsets=torch.tensor(offsets, dtype=dtype))
+
+
+def test_query_offsets_of_documents_without_queries_are_free():
+    offsets = torch.tensor([16, 5, 128, 0], dtype=torch.int32)  # the second document is empty
+    pack = make_pack(query_offsets=offsets)
+    assert pack.tensors().query_offsets is offsets
+    assert pack.tensors().with_tiles(TOTAL, TOTAL).query_offsets is offsets
+    with pytest.raises(ValueError, match=r"query_offsets must be on q's device \(cpu\), got meta"):
+        make_pack(query_offsets=offsets.to("meta"))
+
+
+@pytest.mark.parametrize(
+    ("first_head", "error"),
+    [(torch.tensor(2), TypeError), (1.0, TypeError), (-1, ValueError), (2**30, ValueError)],
+    ids=["tensor", "float", "negative", "large"],
+)
+def test_the_first_head_is_checked(first_head, error):
+    q, k, v = leaves(4, 2, 2)
+    message = r"first_head must be .*, got .*\. Pass the index of this rank's first query head"
+    with pytest.raises(error, match=message):
+        flash_attn_pack_func(q, k, v, make_pack(), first_head=first_head)
+
+
 def test_one_tensor_of_boundaries_is_checked_once(monkeypatch):
     checked, check = [], pack_checks.check_cu_seqlens
     monkeypatch.setattr(

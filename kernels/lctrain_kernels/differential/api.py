@@ -13,7 +13,7 @@ from lctrain_kernels.backend import select_backend
 from lctrain_kernels.differential.checks import check_branches, check_lam
 from lctrain_kernels.differential.operators import Operands, differential_attention
 from lctrain_kernels.options import checked_options
-from lctrain_kernels.pack import Pack, checked_pack
+from lctrain_kernels.pack import Pack, checked_shared_pack
 from lctrain_kernels.padding import pad_head_dim
 from lctrain_kernels.registry import require_backend
 from lctrain_kernels.schedule import TileSchedule
@@ -92,17 +92,15 @@ def diff_attn_varlen_func(
         ValueError: if shapes, devices or values do not fit; the message names the remedy.
     """
     check_branches(q1, q2, k1, k2, v)
-    pack = checked_pack(
+    pack = checked_shared_pack(
+        q1,
+        k1,
         cu_seqlens,
-        cu_seqlens if cu_seqlens_k is None else cu_seqlens_k,
-        q1.shape[0],
-        k1.shape[0],
-        q1.device,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_k=max_seqlen if max_seqlen_k is None else max_seqlen_k,
+        cu_seqlens_k,
+        max_seqlen,
+        max_seqlen_k,
         document_ids=document_ids,
         schedule=schedule,
-        names=("cu_seqlens", "cu_seqlens_k", "max_seqlen", "max_seqlen_k"),
     )
     out, lse1, lse2 = diff_attn_pack_func(
         q1,
@@ -142,6 +140,8 @@ def diff_attn_pack_func(
     """Computes diff_attn_varlen_func over the documents of a Pack, which is not read again.
 
     The other arguments are those of diff_attn_varlen_func.
+    `first_head` is the index of the call's first head, a pair of branches, in the dropout key: a
+    rank that holds a slice of the heads passes its first one, and draws the masks of all heads.
 
     Returns:
         out [T, H, Dv] in q1's dtype, and lse1 and lse2 [H, T] float32.

@@ -12,7 +12,7 @@ from lctrain_kernels.dual_chunk.checks import check_chunks
 from lctrain_kernels.dual_chunk.operators import Operands, dual_chunk_attention
 from lctrain_kernels.layout import unit_stride
 from lctrain_kernels.options import checked_options
-from lctrain_kernels.pack import Pack, checked_pack
+from lctrain_kernels.pack import Pack, checked_shared_pack
 from lctrain_kernels.registry import require_backend
 from lctrain_kernels.schedule import TileSchedule
 
@@ -96,17 +96,15 @@ def dual_chunk_attn_varlen_func(
         ValueError: if shapes, devices or values do not fit; the message names the remedy.
     """
     checks.check_qkv(q, k, v)
-    pack = checked_pack(
+    pack = checked_shared_pack(
+        q,
+        k,
         cu_seqlens,
-        cu_seqlens if cu_seqlens_k is None else cu_seqlens_k,
-        q.shape[0],
-        k.shape[0],
-        q.device,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_k=max_seqlen if max_seqlen_k is None else max_seqlen_k,
+        cu_seqlens_k,
+        max_seqlen,
+        max_seqlen_k,
         document_ids=document_ids,
         schedule=schedule,
-        names=("cu_seqlens", "cu_seqlens_k", "max_seqlen", "max_seqlen_k"),
     )
     out, lse = dual_chunk_attn_pack_func(
         q,
@@ -144,6 +142,8 @@ def dual_chunk_attn_pack_func(
     """Computes dual_chunk_attn_varlen_func over the documents of a Pack, which is not read again.
 
     The other arguments are those of dual_chunk_attn_varlen_func.
+    `first_head` is the index of the call's first query head in the dropout key: a
+    rank that holds a slice of the heads passes its first one, and draws the masks of all heads.
 
     Returns:
         out [T, H, D] in q's dtype, and lse [H, T] float32.

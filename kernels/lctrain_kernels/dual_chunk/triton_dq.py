@@ -242,7 +242,5 @@ def dual_chunk_dq_kernel(
         dq = rotate(dq, cos, -sin, BLOCK_M, BLOCK_D)
     elif has_inter:
         inter_rows = tl.where(inter_end(position, chunk_length, succ_length) > 0, query, length_q)
-        dq += load_pairs(dq_rows, inter_rows, length_q, TILE.head_dim, BLOCK_D, True).to(
-            tl.float32
-        )
+        dq += load_pairs(dq_rows, inter_rows, length_q, TILE.head_dim, BLOCK_D, True).to(tl.float32)
     store_pairs(dq_rows, dq, query, length_q, TILE.head_dim, BLOCK_D)

@@ -150,7 +150,8 @@ def flash_attn_pack_func(
         v: Packed values [Tk, Hk, D].
         pack: Documents of q and k.
         backend: Implementation: "auto", "hopper", "triton" or "pytorch".
-        **options: Keyword arguments of `lctrain_kernels.options.checked_options`.
+        **options: Keyword arguments of `lctrain_kernels.options.checked_options`, among them
+            `first_head`, which a rank with a slice of the heads passes.
 
     Returns:
         out [T, H, D] in q's dtype, and lse [H, T] float32.
