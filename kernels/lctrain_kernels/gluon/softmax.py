@@ -20,11 +20,7 @@ because all threads of a program take the same branches around it.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from lctrain_kernels.gluon.primitives import (
-    drop_weights,
-    rounded,
-    tanh,
-)
+from lctrain_kernels.gluon.primitives import drop_weights, rounded, tanh
 from lctrain_kernels.tile.logits import LOG2_E
 
 _LOG2_E = gl.constexpr(LOG2_E)
