@@ -150,18 +150,18 @@ def test_slices_of_heads_in_the_interpreter(attention, large_tiles):
     assert_slices_of_heads(attention, inputs, [1], "triton")
 
 
-EMULATED = {
-    "varlen": (varlen, 128, False),
-    "dual_chunk": (dual_chunk, 64, True),
-    "differential": (differential, 64, True),
-}
+EMULATED = [
+    ("varlen", varlen, 128),
+    ("dual_chunk", dual_chunk, 64),
+    ("differential", differential, 64),
+]
 
 
-@pytest.mark.parametrize(("module", "head_dim", "forward"), EMULATED.values(), ids=EMULATED)
+@pytest.mark.parametrize(("attention", "module", "head_dim"), EMULATED, ids=ATTENTIONS)
 @pytest.mark.skipif(HAS_GPU, reason="the tests on a GPU run the kernels themselves")
-def test_hopper_kernels_in_the_emulator(module, head_dim, forward, request, monkeypatch):
+def test_hopper_kernels_in_the_emulator(attention, module, head_dim, monkeypatch):
     """With dropout, only varlen attention has a Hopper backward."""
-    attention = request.node.callspec.id
+    forward = attention != "varlen"
     emulate(monkeypatch, module)
     inputs = make_inputs(attention, LENGTHS, 2, 1, head_dim, torch.float16)
     assert_runs_of_queries(attention, inputs, RANKS[1:], "hopper", forward=forward)
@@ -176,18 +176,16 @@ BACKENDS = [
 
 
 @by_attention
-@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_runs_of_queries_on_a_gpu(backend, head_dim, attention, device):
-    inputs = make_inputs(attention, GPU_LENGTHS, 4, 2, head_dim, torch.bfloat16, device)
+def test_runs_of_queries_on_a_gpu(backend, attention, device):
+    inputs = make_inputs(attention, GPU_LENGTHS, 4, 2, 128, torch.bfloat16, device)
     assert_runs_of_queries(attention, inputs, GPU_RANKS, backend)
 
 
 @by_attention
-@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_slices_of_heads_on_a_gpu(backend, head_dim, attention, device):
-    inputs = make_inputs(attention, GPU_LENGTHS, 8, 2, head_dim, torch.bfloat16, device)
+def test_slices_of_heads_on_a_gpu(backend, attention, device):
+    inputs = make_inputs(attention, GPU_LENGTHS, 4, 2, 128, torch.bfloat16, device)
     assert_slices_of_heads(attention, inputs, [0, 1], backend)
 
 
@@ -195,7 +193,7 @@ def test_slices_of_heads_on_a_gpu(backend, head_dim, attention, device):
 @by_attention
 def test_ranks_compile_no_kernel_of_their_own(attention, device):
     """Query offsets and first heads change; after the first rank, no kernel is compiled."""
-    inputs = make_inputs(attention, (300, 640), 4, 2, 64, torch.bfloat16, device)
+    inputs = make_inputs(attention, (300, 640), 4, 2, 128, torch.bfloat16, device)
     counts = []
     for start, first_head in ((128, 1), (256, 2), (128, 16), (16, 8)):
         shard = queries_of_a_rank(inputs, [(start, 300), (0, 640)])
