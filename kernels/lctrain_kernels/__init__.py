@@ -8,9 +8,10 @@ from lctrain_kernels.cross_entropy.api import linear_cross_entropy
 from lctrain_kernels.cross_entropy.options import VocabularyShard
 from lctrain_kernels.differential.api import diff_attn_varlen_func
 from lctrain_kernels.dual_chunk.api import dual_chunk_attn_varlen_func
+from lctrain_kernels.linear.api import linear_add, merged_linear
 from lctrain_kernels.merge import merge_attn_states
 from lctrain_kernels.mlp.api import bias_gelu, gated_linear, geglu, swiglu
-from lctrain_kernels.norm.api import fused_add_rms_norm, layer_norm, rms_norm
+from lctrain_kernels.norm.api import fused_add_rms_norm, layer_norm, rms_norm, rms_norm_residual
 from lctrain_kernels.padding import pad_input, unpad_input
 from lctrain_kernels.rotary.api import (
     apply_rotary_emb,
@@ -34,12 +35,15 @@ __all__ = [
     "gated_linear",
     "geglu",
     "layer_norm",
+    "linear_add",
     "linear_cross_entropy",
     "make_schedule",
     "merge_attn_states",
+    "merged_linear",
     "pad_input",
     "qk_norm_rotary",
     "rms_norm",
+    "rms_norm_residual",
     "rotary_table",
     "rotate_qk",
     "select_backend",

@@ -246,6 +246,18 @@ def _defers_norms(forward: FunctionType) -> bool:
     return any(same_code(forward, own.forward) for own in (Qwen3Attention, Gemma3Attention))
 
 
+def _projects_like_llama(forward: FunctionType) -> bool:
+    """Returns whether an attention's forward passes its hidden states to q, k and v layers only."""
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
+    from transformers.models.llama.modeling_llama import LlamaAttention
+    from transformers.models.mistral.modeling_mistral import MistralAttention
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+    known = (LlamaAttention, MistralAttention, Qwen3Attention, Gemma2Attention, Gemma3Attention)
+    return any(same_code(forward, own.forward) for own in known)
+
+
 def _is_fused_norm(module: Any) -> bool:
     return isinstance(module, fused_modules.LlamaNorm | fused_modules.GemmaNorm)
 
@@ -256,7 +268,15 @@ def _rotating_mixin(own: type) -> type:
     forward = own_forward(own)
     assert forward is not None
     rotating = with_globals(forward, **{_ROTATION: fused_modules.rotate_states})
-    return type("FusedRotation", (), {"forward": rotating})
+    if not _projects_like_llama(forward):
+        return type("FusedRotation", (), {"forward": rotating})
+
+    @functools.wraps(rotating)
+    def projecting(self: Any, hidden_states: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+        shared = fused_modules.share_input(self, hidden_states)
+        return rotating(self, shared, *arguments, **named)
+
+    return type("FusedProjections", (), {"forward": projecting})
 
 
 def _is_residual_layer(module: nn.Module) -> bool:

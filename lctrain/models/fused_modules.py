@@ -1,4 +1,4 @@
-"""Mixins with fused forwards for norms, MLPs, decoder layers and the rotation of queries and keys.
+"""Fused forwards for norms, MLPs, decoder layers, projections and the rotation of q and k.
 
 `fused.py` mixes each class into a subclass of the module's own class. Parameters, state dicts,
 hooks and isinstance work as before, and results are equal within rounding. If the kernels cannot
@@ -7,6 +7,7 @@ read a module's tensors (a DTensor, for example), the forward computes as the mo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,8 +17,11 @@ from lctrain.kernels import (
     fused_add_rms_norm,
     gated_linear,
     geglu,
+    linear_add,
+    merged_linear,
     qk_norm_rotary,
     rms_norm,
+    rms_norm_residual,
     rotate_qk,
     swiglu,
 )
@@ -121,23 +125,86 @@ def rotate_states(
     return q.transpose(1, 2), k.transpose(1, 2)
 
 
+class SharedInput:
+    """Hidden states on which several linear layers work, with the outputs computed together.
+
+    It takes the place of the hidden states in an attention's own forward, which reads their shape
+    and passes them to `nn.Linear` layers.
+
+    Attributes:
+        shape: Shape of the hidden states, [B, S, E].
+
+    Args:
+        x: Hidden states [B, S, E].
+        linears: The layers, all of them plain (`is_plain_linear`).
+    """
+
+    def __init__(self, x: Tensor, linears: Sequence[nn.Linear]) -> None:
+        weights = [linear.weight for linear in linears]
+        self.shape = x.shape
+        self._outs = dict(zip(map(id, weights), merged_linear(x, *weights), strict=True))
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, arguments: Any = (), named: Any = None
+    ) -> Tensor:
+        """Returns the output of a layer, once, in place of torch.nn.functional.linear."""
+        if function is not torch.nn.functional.linear or len(arguments) != 3:
+            raise TypeError(f"hidden states of an attention layer do not serve {function}")
+        x, weight, _ = arguments
+        return x._outs.pop(id(weight))
+
+
+def share_input(module: nn.Module, hidden_states: Tensor) -> Any:
+    """Returns a SharedInput for the queries, keys and values of an attention layer.
+
+    If the layer's projections are not plain, or inside torch.compile, the hidden states themselves.
+
+    Args:
+        module: Attention layer with q_proj, k_proj and v_proj.
+        hidden_states: Hidden states [B, S, E].
+    """
+    linears = [getattr(module, name) for name in ("q_proj", "k_proj", "v_proj")]
+    if torch.compiler.is_compiling() or not is_plain(hidden_states):
+        return hidden_states
+    if len(set(linears)) < 3 or not all(is_plain_linear(linear) for linear in linears):
+        return hidden_states
+    return SharedInput(hidden_states, linears)
+
+
 class GatedMLP:
     """Mixin for MLPs with gate, up and down projections, as in Llama and Gemma."""
 
     fused_activation: str  # name of the activation in `gated_linear`, set per class
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Returns the MLP's output for x [..., E], as the module's own forward does.
 
         The forward does not keep activation(gate) * up; the backward computes it again. Under
         activation checkpointing or offloading, the forward keeps it.
+
+        Args:
+            x: Hidden states [..., E].
+            residual: Residual stream [..., E] to add to the output, or None.
         """
         self_: Any = self
-        gate, up = self_.gate_proj(x), self_.up_proj(x)
+        linears = (self_.gate_proj, self_.up_proj)
+        if is_plain(x) and all(is_plain_linear(linear) for linear in linears):
+            gate, up = merged_linear(x, *(linear.weight for linear in linears))
+        else:
+            gate, up = (linear(x) for linear in linears)
         down = self_.down_proj
         if is_plain(gate, up) and is_plain_linear(down) and not keeps_tensors_elsewhere():
-            return gated_linear(gate, up, down.weight, activation=self.fused_activation)
-        return down(gate_states(gate, up, self.fused_activation))
+            inside = residual if can_add(gate, residual) else None
+            out = gated_linear(
+                gate, up, down.weight, activation=self.fused_activation, residual=inside
+            )
+            return out if residual is inside else residual + out
+        states = gate_states(gate, up, self.fused_activation)
+        if is_plain(states) and is_plain_linear(down) and can_add(states, residual):
+            return linear_add(states, down.weight, residual)
+        out = down(states)
+        return out if residual is None else residual + out
 
 
 class PackedMLP:
@@ -156,13 +223,22 @@ class PackedMLP:
 
 
 class ResidualLayer:
-    """Mixin for Llama's decoder layers, which fuses the first residual addition and second norm."""
+    """Mixin for Llama's decoder layers, which fuses the residual additions and their gradients.
+
+    The first addition is part of the second norm, the second one of the MLP's last product.
+    """
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """Returns the layer's output [B, S, E], as the module's own forward does."""
         self_: Any = self
-        attended, _ = self_.self_attn(hidden_states=self_.input_layernorm(hidden_states), **kwargs)
-        norm = self_.post_attention_layernorm
+        first, norm, mlp = self_.input_layernorm, self_.post_attention_layernorm, self_.mlp
+        if is_plain(hidden_states, first.weight) and is_unobserved(first, LlamaNorm):
+            normalised, hidden_states = rms_norm_residual(
+                hidden_states, first.weight, **first.norm_options()
+            )
+        else:
+            normalised = first(hidden_states)
+        attended, _ = self_.self_attn(hidden_states=normalised, **kwargs)
         if is_plain(attended, hidden_states, norm.weight) and isinstance(norm, LlamaNorm):
             normalised, residual = fused_add_rms_norm(
                 attended, hidden_states, norm.weight, **norm.norm_options()
@@ -170,7 +246,9 @@ class ResidualLayer:
         else:
             residual = hidden_states + attended
             normalised = norm(residual)
-        return residual + self_.mlp(normalised)
+        if is_unobserved(mlp, GatedMLP):
+            return mlp(normalised, residual=residual)
+        return residual + mlp(normalised)
 
 
 def gate_states(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
@@ -201,6 +279,28 @@ def keeps_tensors_elsewhere() -> bool:
         return False
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is not None and top(True) is not None
+
+
+def can_add(states: Tensor, residual: Tensor | None) -> bool:
+    """Returns whether a product of states can add the residual: it has the product's dtype.
+
+    Inside torch.compile the addition is left to Inductor.
+    """
+    if residual is None or not is_plain(residual) or torch.compiler.is_compiling():
+        return False
+    device_type = states.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    return residual.dtype == (torch.get_autocast_dtype(device_type) if autocast else states.dtype)
+
+
+def is_unobserved(module: nn.Module, mixin: type) -> bool:
+    """Returns whether a module has a mixin's forward, and no hook sees its inputs or output."""
+    return (
+        isinstance(module, mixin)
+        and "forward" not in vars(module)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+    )
 
 
 def is_plain_linear(module: Any) -> bool:

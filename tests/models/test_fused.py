@@ -19,7 +19,11 @@ from tests.models.families import (
     make_model,
     packed_outputs,
 )
-from tests.numerics import assert_equal_in_float64, assert_error_at_most_twice
+from tests.numerics import (
+    assert_equal_in_float64,
+    assert_equal_sums,
+    assert_error_at_most_twice,
+)
 
 # Classes that are swapped, and their number per model of two layers.
 SWAPS = {
@@ -348,3 +352,55 @@ def test_training_runs_swap_unless_told_not_to() -> None:
         module = LongContextModule(make("llama"), attention=AttentionConfig(fused=fused))
         module.configure_model()
         assert (module.patch_handle.fused is not None) == fused
+
+
+class Products(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts matrix products, and additions of tensors as large as the hidden states."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements = elements
+        self.counts = {"mm": 0, "addmm": 0, "add": 0}
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator._schema.name.removeprefix("aten::").rstrip("_")
+        if name in self.counts and (name != "add" or args[0].numel() == self.elements):
+            self.counts[name] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+def test_gradients_and_residuals_are_added_inside_the_products(family) -> None:
+    """Projections of one input share its gradient, and the MLP's product adds the residual."""
+    model, documents = make(family).train(), make_documents()
+    batch = PackedBatch.from_documents(documents)
+    elements = batch.input_ids.numel() * model.config.hidden_size
+    counts = []
+    for fused in (True, False):
+        with lctrain.patch_model(model, fused=fused), Products(elements) as seen:
+            model(**batch.model_kwargs()).logits.sum().backward()
+        counts.append(seen.counts)
+    layers = model.config.num_hidden_layers
+    assert counts[0]["add"] == 0
+    assert counts[1]["add"] >= 6 * layers
+    assert counts[0]["addmm"] == 3 * layers  # k, v and up
+    inside = 3 * layers  # products of the down projection, which are part of gated_linear
+    assert counts[0]["mm"] + counts[0]["addmm"] + inside == counts[1]["mm"]
+
+
+@pytest.mark.parametrize("name", ["mlp", "input_layernorm", "self_attn.q_proj", "mlp.gate_proj"])
+def test_hooks_see_what_they_would_see_without_fusion(name) -> None:
+    model, documents = make("llama"), make_documents()
+    seen = []
+    for layer in model.model.layers:
+        layer.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output: seen.append((inputs[0].detach(), output.detach()))
+        )
+    for fused in (True, False):
+        with lctrain.patch_model(model, fused=fused):
+            packed_outputs(model, documents)
+    half = len(seen) // 2
+    assert half == model.config.num_hidden_layers
+    for fused_pair, own_pair in zip(seen[:half], seen[half:], strict=True):
+        for actual, expected in zip(fused_pair, own_pair, strict=True):
+            assert_equal_sums(actual, expected)

@@ -45,9 +45,15 @@ def geglu(
 
 
 def gated_linear(
-    gate: Tensor, up: Tensor, weight: Tensor, *, activation: str = "silu", backend: str = "auto"
+    gate: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    *,
+    activation: str = "silu",
+    residual: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
-    """Returns `(activation(gate) * up) @ weight.T`.
+    """Returns `(activation(gate) * up) @ weight.T`, plus the residual if there is one.
 
     The backward recomputes `activation(gate) * up` instead of saving it. Under autocast the
     arguments are cast to autocast's dtype, as in torch.nn.functional.linear.
@@ -57,6 +63,7 @@ def gated_linear(
         up: Factor of the activated gate, [..., I].
         weight: Weight of the linear layer, [E, I].
         activation: "silu", "gelu_tanh" or "gelu".
+        residual: Residual stream [..., E] in the dtype of gate, which the product adds; or None.
         backend: Implementation: "auto", "triton" or "pytorch".
 
     Returns:
@@ -71,18 +78,29 @@ def gated_linear(
     if torch.is_autocast_enabled(device_type) and gate.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         gate, up, weight = gate.to(dtype), up.to(dtype), weight.to(dtype)
+        residual = None if residual is None else residual.to(dtype)
     _check(gate, up)
     if weight.dim() != 2 or weight.shape[1] != gate.shape[-1] or weight.dtype != gate.dtype:
         raise ValueError(
             f"weight must be {gate.dtype} of shape [E, {gate.shape[-1]}], got {weight.dtype} of "
             f"shape {tuple(weight.shape)}. Pass the weight of the projection after the product."
         )
+    columns, shape = gate.shape[-1], (*gate.shape[:-1], weight.shape[0])
+    if residual is not None and (residual.shape != shape or residual.dtype != gate.dtype):
+        raise ValueError(
+            f"residual must be {gate.dtype} of shape {shape}, got {residual.dtype} of shape "
+            f"{tuple(residual.shape)}. Pass the tensor that the output is added to."
+        )
     chosen = fused_backend("gated", FusedCall(gate.device, gate.dtype), backend)
-    columns = gate.shape[-1]
     out = operators.gated_linear(
-        _flat(gate, columns), _flat(up, columns), weight, activation, chosen
+        _flat(gate, columns),
+        _flat(up, columns),
+        weight,
+        None if residual is None else _flat(residual, shape[-1]),
+        activation,
+        chosen,
     )
-    return out.view(*gate.shape[:-1], weight.shape[0])
+    return out.view(shape)
 
 
 def bias_gelu(

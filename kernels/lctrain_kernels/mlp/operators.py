@@ -94,9 +94,10 @@ def _gated_packed_backward(dout: Tensor, packed: Tensor, activation: str, backen
 
 
 def _gated_linear(
-    gate: Tensor, up: Tensor, weight: Tensor, activation: str, backend: str
+    gate: Tensor, up: Tensor, weight: Tensor, residual: Tensor | None, activation: str, backend: str
 ) -> Tensor:
-    return _gated(gate, up, activation, backend) @ weight.t()
+    active = _gated(gate, up, activation, backend)
+    return active @ weight.t() if residual is None else torch.addmm(residual, active, weight.t())
 
 
 def _gated_linear_backward(
@@ -161,7 +162,8 @@ gated_packed_backward = define_operator(
     lambda dout, packed, *rest: _new(packed),
 )
 gated_linear = define_operator(
-    "gated_linear(Tensor gate, Tensor up, Tensor weight, str activation, str backend) -> Tensor",
+    "gated_linear(Tensor gate, Tensor up, Tensor weight, Tensor? residual, str activation, "
+    "str backend) -> Tensor",
     _gated_linear,
     lambda gate, up, weight, *rest: gate.new_empty(gate.shape[0], weight.shape[0]),
 )
@@ -191,12 +193,12 @@ bias_activation_backward = define_operator(
 def _save(number: int) -> Any:
     """Returns a setup_context that saves the first `number` arguments as tensors for the backward.
 
-    The other arguments, which are not tensors, become attributes of ctx.
+    The arguments after them become `ctx.rest`, with None for a tensor, which is not kept.
     """
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[:number])
-        ctx.rest = inputs[number:]
+        ctx.rest = [None if isinstance(i, Tensor) else i for i in inputs[number:]]
 
     return setup
 
@@ -210,9 +212,9 @@ def _gated_packed_autograd(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
 
 
 def _gated_linear_autograd(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    needs = ctx.needs_input_grad[2]
-    dgate, dup, dweight = gated_linear_backward(dy, *ctx.saved_tensors, needs, *ctx.rest)
-    return dgate, dup, dweight if needs else None, None, None
+    needs, needs_residual = ctx.needs_input_grad[2:4]
+    dgate, dup, dweight = gated_linear_backward(dy, *ctx.saved_tensors, needs, *ctx.rest[1:])
+    return dgate, dup, dweight if needs else None, dy if needs_residual else None, None, None
 
 
 def _bias_gelu_autograd(ctx: Any, dout: Tensor) -> tuple[Any, ...]:

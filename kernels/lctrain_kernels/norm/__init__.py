@@ -1,5 +1,5 @@
 """Computes RMSNorm and LayerNorm, optionally fused with the residual addition before the norm."""
 
-from lctrain_kernels.norm.api import fused_add_rms_norm, layer_norm, rms_norm
+from lctrain_kernels.norm.api import fused_add_rms_norm, layer_norm, rms_norm, rms_norm_residual
 
-__all__ = ["fused_add_rms_norm", "layer_norm", "rms_norm"]
+__all__ = ["fused_add_rms_norm", "layer_norm", "rms_norm", "rms_norm_residual"]

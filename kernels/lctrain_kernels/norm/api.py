@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lctrain_kernels.fused_backend import FusedCall, fused_backend
 from lctrain_kernels.norm.operators import norm
+from lctrain_kernels.norm.residual import NormAndInput
 
 
 def rms_norm(
@@ -90,6 +92,44 @@ def fused_add_rms_norm(
         *_options(x, eps, weight_offset, float32_product, backend),
     )
     return y.view(x.shape), total.view(x.shape)
+
+
+def rms_norm_residual(
+    x: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    *,
+    weight_offset: float = 0.0,
+    float32_product: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Returns `rms_norm(x)` and x, whose gradients the backward adds in the norm's kernel.
+
+    A layer that normalises the residual stream and later adds to it uses x twice. Use the returned
+    x for the addition, and no kernel of its own has to add the two gradients.
+
+    Args:
+        x: Residual stream [..., H], floating point.
+        weight: Weight of the norm, [H].
+        eps: Epsilon that is added to the mean square.
+        weight_offset: Number that is added to the weight; 1 for Gemma.
+        float32_product: Whether to multiply by the weight in float32; see rms_norm.
+        backend: Implementation: "auto", "triton" or "pytorch".
+
+    Returns:
+        The normalised x [..., H] as in rms_norm, and a view of x.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit.
+    """
+    _check(x, weight, eps)
+    options = _options(x, eps, weight_offset, float32_product, backend)
+    flat = x.reshape(-1, x.shape[-1])
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        y, passed = norm(flat, None, weight, None, *options)[0], x
+    else:
+        y, passed = NormAndInput.apply(flat, weight, *options)
+    return y.view(x.shape), passed.view(x.shape)
 
 
 def layer_norm(

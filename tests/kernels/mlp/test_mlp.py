@@ -54,6 +54,18 @@ def test_gated_linear_computes_the_product_again(device, dtype, backend, name) -
     )
 
 
+@all_backends
+def test_gated_linear_adds_the_residual(device, dtype, backend) -> None:
+    gate, up = torch.randn(2, 3, 7, 33, device=device).unbind()
+    residual = torch.randn(3, 7, 12, device=device)
+    assert_error_at_most_twice_plain(
+        lambda g, u, w, r: gated_linear(g, u, w, residual=r, backend=backend),
+        lambda g, u, w, r: functional.linear(functional.silu(g) * u, w) + r,
+        (gate, up, torch.randn(12, 33, device=device), residual),
+        dtype,
+    )
+
+
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 @all_backends
 def test_bias_gelu(device, dtype, backend, approximate) -> None:
@@ -100,7 +112,7 @@ def test_operators_satisfy_the_rules_of_torch_library(name) -> None:
     tensors = {
         "gated": (gate, up),
         "gated_packed": (gate,),
-        "gated_linear": (gate, up, torch.randn(3, 8)),
+        "gated_linear": (gate, up, torch.randn(3, 8), torch.randn(len(gate), 3)),
         "bias_gelu": (gate, torch.randn(8)),
     }[name]
     activation = "gelu" if name == "bias_gelu" else "silu"

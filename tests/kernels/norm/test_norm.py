@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lctrain_kernels.norm import fused_add_rms_norm, layer_norm, rms_norm
+from lctrain_kernels.norm import fused_add_rms_norm, layer_norm, rms_norm, rms_norm_residual
 from tests.kernels.fused_cases import all_backends, assert_error_at_most_twice_plain
 from tests.numerics import assert_errors_at_most_twice
 
@@ -40,6 +40,28 @@ def test_fused_add_rms_norm_adds_the_gradient_of_the_sum(device, dtype, backend,
         (x, residual, torch.randn(100, device=device)),
         dtype,
     )
+
+
+@pytest.mark.parametrize("options", [{}, GEMMA], ids=["llama", "gemma"])
+@all_backends
+def test_rms_norm_residual_adds_both_gradients_of_x(device, dtype, backend, options) -> None:
+    x = torch.randn(37, 100, device=device)
+    assert_error_at_most_twice_plain(
+        lambda x, w: rms_norm_residual(x, w, backend=backend, **options),
+        lambda x, w: (plain_norm(x, w, **options), x * 1.0),
+        (x, torch.randn(100, device=device)),
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_result_of_rms_norm_residual_may_be_unused(used) -> None:
+    x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    rms_norm_residual(x, weight)[used].sum().backward()
+    expected = x.detach().clone().requires_grad_()
+    (rms_norm(expected, weight) if used == 0 else expected).sum().backward()
+    assert torch.equal(x.grad, expected.grad)
+    assert (weight.grad is None) == (used == 1)
 
 
 @pytest.mark.parametrize("columns", [8, 100])

@@ -1,0 +1,88 @@
+"""Public linear functions: argument checks, autocast, and the choice of products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from lctrain_kernels.linear.merged import MergedLinear
+
+
+def merged_linear(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """Returns `x @ weight.T` for each weight, as the projections to queries, keys and values do.
+
+    The backward adds the gradients of x inside the matrix products. Separate linear layers add them
+    afterwards, with one more read and write of all hidden states per layer. Under autocast the
+    arguments are cast to autocast's dtype, as in torch.nn.functional.linear. Inside torch.compile
+    the function computes separate linear layers, whose additions Inductor fuses.
+
+    Args:
+        x: Hidden states [..., E], floating point.
+        weights: Weights [N_i, E] of the layers, in the dtype of x.
+
+    Returns:
+        One tensor [..., N_i] per weight, in the dtype of x.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit.
+    """
+    if not weights:
+        raise ValueError("weights must not be empty. Pass one weight per linear layer.")
+    x, *weights = _cast(x, *weights)
+    for weight in weights:
+        _check(x, weight)
+    if torch.compiler.is_compiling():
+        return tuple(linear(x, weight) for weight in weights)
+    outs = MergedLinear.apply(x.reshape(-1, x.shape[-1]), *weights)
+    return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
+
+
+def linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    """Returns `residual + x @ weight.T`, added inside the matrix product.
+
+    Under autocast all arguments are cast to autocast's dtype.
+
+    Args:
+        x: Hidden states [..., I], floating point.
+        weight: Weight of the linear layer, [E, I], in the dtype of x.
+        residual: Residual stream [..., E], in the dtype of x.
+
+    Returns:
+        The sum [..., E], in the dtype of x.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit.
+    """
+    x, weight, residual = _cast(x, weight, residual)
+    _check(x, weight)
+    shape = (*x.shape[:-1], weight.shape[0])
+    if residual.shape != shape or residual.dtype != x.dtype:
+        raise ValueError(
+            f"residual must be {x.dtype} of shape {shape}, got {residual.dtype} of shape "
+            f"{tuple(residual.shape)}. Pass the tensor that the output is added to."
+        )
+    rows = residual.reshape(-1, shape[-1])
+    return torch.addmm(rows, x.reshape(-1, x.shape[-1]), weight.t()).view(shape)
+
+
+def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Returns the tensors in autocast's dtype if autocast is on, as they are otherwise."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type) or tensors[0].dtype == torch.float64:
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
+    if not x.is_floating_point() or x.dim() < 1:
+        raise ValueError(
+            f"x must be floating point with at least one dimension, got {x.dtype} of shape "
+            f"{tuple(x.shape)}. Convert it."
+        )
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.dtype != x.dtype:
+        raise ValueError(
+            f"weight must be {x.dtype} of shape [N, {x.shape[-1]}], got {weight.dtype} of shape "
+            f"{tuple(weight.shape)}. Pass the weight of a linear layer on x."
+        )

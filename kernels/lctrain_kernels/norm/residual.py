@@ -1,0 +1,43 @@
+"""A norm that also returns its input, so that its backward adds both gradients of the input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lctrain_kernels.norm.operators import norm, norm_backward
+
+
+class NormAndInput(torch.autograd.Function):
+    """Computes the operator `norm` of x, and returns x beside it.
+
+    An operator of torch.library must not return its argument, hence this class.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        """Returns the normalised rows and a view of x [T, H]; options are those of `norm`."""
+        y, _, mean, rstd = norm(x, None, weight, None, *options)
+        ctx.options = options
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.set_materialize_grads(False)
+        return y, x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dpassed: Tensor | None) -> tuple[Any, ...]:
+        """Returns the gradients of x and weight; dpassed is the gradient of the returned x."""
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        dx, dweight = dpassed, None
+        if dy is not None:
+            dx, dweight, _ = norm_backward(
+                dy, dpassed, *ctx.saved_tensors, needs_weight, False, *ctx.options
+            )
+        return (
+            dx if needs_x else None,
+            dweight if needs_weight else None,
+            *(None for _ in ctx.options),
+        )
