@@ -58,6 +58,21 @@ def check_seed(seed: int, name: str = "seed") -> None:
     )
 
 
+def check_chat(source: Any, passkey_fraction: float, prefix: str = "") -> None:
+    """Raises ValueError if conversations are to be mixed with passkey documents.
+
+    Args:
+        source: Source of documents, or the settings of one.
+        passkey_fraction: Fraction of every row that belongs to passkey documents.
+        prefix: Text before the names in messages.
+    """
+    require(
+        not hasattr(source, "train_on") or passkey_fraction == 0,
+        f"{prefix}passkey_fraction must be 0 for conversations, got {passkey_fraction}. Passkey "
+        "documents are plain text.",
+    )
+
+
 def check_stream(source: Any, passkey_fraction: float, prefix: str = "") -> None:
     """Raises ValueError if an endless stream has a passkey fraction, which it does not support.
 

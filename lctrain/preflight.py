@@ -79,7 +79,8 @@ def check_data_files(config: DataConfig) -> None:
 
     for name in ("files", "held_out_files"):
         patterns = getattr(config, name, ())
-        if name == "files" and hasattr(config, "files") and not patterns:
+        from_hub = bool(getattr(config, "dataset", ""))
+        if name == "files" and hasattr(config, "files") and not patterns and not from_hub:
             raise ValueError(
                 "data.files must name at least one file or glob, got none. Write for example "
                 "'data.files=[books/*.txt]', with the quotes."
@@ -105,6 +106,22 @@ def check_model(config: ModelConfig, tokenizer: str | None) -> None:
     elif isinstance(config, ScratchModelConfig):
         check_family(config.model_type)
         check_arguments(config.model_type, config.config)
+
+
+def check_chat_tokenizer(data: DataConfig, model: ModelConfig) -> None:
+    """Raises ValueError if conversations come without a tokenizer, and so without a chat template.
+
+    Args:
+        data: Settings of the data.
+        model: Settings of the model. A pretrained model has a tokenizer of its own.
+    """
+    require(
+        not hasattr(data, "train_on")
+        or data.tokenizer is not None
+        or isinstance(model, PretrainedModelConfig),
+        "data.tokenizer must be given for conversations, got null. Name the tokenizer of an "
+        "instruct model, which has a chat template.",
+    )
 
 
 def check_passkey_model(config: EvaluationConfig) -> None:

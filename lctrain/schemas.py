@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from lctrain import config
 from lctrain.config import DataConfig, store_schema
+from lctrain.data.chat import ChatSource
 from lctrain.data.hub import HubSource
 from lctrain.data.packages import PackagesSource
 from lctrain.data.sources import JsonlSource, ParquetSource, Source, StdlibSource, TextSource
@@ -46,6 +47,11 @@ class HubData(DataConfig, HubSource):
     """Settings of data=hub: a dataset of the Hugging Face hub."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ChatData(DataConfig, ChatSource):
+    """Settings of data=chat: conversations in JSON lines, Parquet files or a hub dataset."""
+
+
 def source_of(data: DataConfig) -> Source:
     """Returns the source of documents that the settings of the data describe.
 
@@ -57,7 +63,7 @@ def source_of(data: DataConfig) -> Source:
             return base(**{field.name: getattr(data, field.name) for field in fields(base)})
     raise ValueError(
         f"data must name a source, got {type(data).__name__}. Choose data=stdlib, packages, "
-        "text, jsonl, parquet or hub."
+        "text, jsonl, parquet, hub or chat."
     )
 
 
@@ -68,6 +74,7 @@ SCHEMAS: dict[str, Any] = {
     "data/jsonl": JsonlData,
     "data/parquet": ParquetData,
     "data/hub": HubData,
+    "data/chat": ChatData,
     "model/scratch": config.ScratchModelConfig,
     "model/pretrained": config.PretrainedModelConfig,
     "adapter/adapter": config.AdapterConfig,

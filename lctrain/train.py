@@ -16,6 +16,7 @@ from lctrain.config import TrainConfig, to_dataclass
 from lctrain.config.adapter import require_packages
 from lctrain.preflight import (
     check_attention,
+    check_chat_tokenizer,
     check_checkpoint,
     check_data_files,
     check_logger_folders,
@@ -274,6 +275,8 @@ lctrain-train trains a causal language model on packed documents.
   lctrain-train                                      a small model on this machine's Python library
   lctrain-train data=text 'data.files=[books/*.txt]' on text of your own
   lctrain-train model=hf model.name_or_path=NAME 'data.tokenizer=${model.name_or_path}'
+  lctrain-train data=chat 'data.files=[chats/*.jsonl]' model=hf model.name_or_path=NAME show=3
+                                                     prints 3 conversations, what is trained green
   lctrain-train ckpt_path=last                       goes on with a run that was interrupted
 """,
 )
@@ -289,6 +292,9 @@ def run(config: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     with without_empty_folder(HydraConfig.get().runtime.output_dir):
+        if config.show:
+            show(to_dataclass(config, TrainConfig))
+            return
         plain = in_its_folder(config)
 
         from lctrain.process_group import leave_at_exit
@@ -296,6 +302,19 @@ def run(config: DictConfig) -> None:
         quiet_lightning()
         leave_at_exit()
         train(plain)
+
+
+def show(config: TrainConfig) -> None:
+    """Prints training documents with the tokens to train on, and trains nothing."""
+    check_before_loading(config)
+
+    from lctrain.build import build_datamodule
+    from lctrain.show import show_documents
+
+    quiet_lightning()
+    datamodule = build_datamodule(config.data, config.model)
+    datamodule.setup()
+    show_documents(datamodule, config.show)
 
 
 def in_its_folder(config: DictConfig) -> TrainConfig:
@@ -348,6 +367,7 @@ def check_before_loading(config: TrainConfig) -> None:
     check_attention(config.attention)
     check_data_files(config.data)
     check_model(config.model, config.data.tokenizer)
+    check_chat_tokenizer(config.data, config.model)
     if config.adapter is not None:
         require_packages(config.adapter)
     check_passkey_model(config.evaluation)

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from lctrain.config.paths import expand_paths
-from lctrain.limits import MIN_TOKENS, OVERLONG, SPECIAL_TOKENS, check_stream, named, require
+from lctrain.limits import (
+    MIN_TOKENS,
+    OVERLONG,
+    SPECIAL_TOKENS,
+    check_chat,
+    check_stream,
+    named,
+    require,
+)
 
 
 class DataOptions(TypedDict, total=False):
@@ -179,3 +187,4 @@ class DataConfig(DataSettings):
             with named("data."):
                 check_source()
             check_stream(self, self.passkey_fraction, "data.")
+            check_chat(self, self.passkey_fraction, "data.")

@@ -40,6 +40,8 @@ class TrainConfig:
         ckpt_path: Checkpoint to resume from: a path, or "last" for the newest checkpoint of this
             run. The run continues in the checkpoint's folder, unless another folder is set.
         export: Whether to save the trained model in the format of transformers.
+        show: Number of training documents to print, with the tokens to train on in colour, instead
+            of training. 0 trains.
     """
 
     name: str = "default"
@@ -57,6 +59,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = MISSING
     ckpt_path: str | None = None
     export: bool = True
+    show: int = 0
 
     def __post_init__(self) -> None:
         check_run_name(self.name)
@@ -71,6 +74,10 @@ class TrainConfig:
             self.adapter is None or isinstance(self.model, PretrainedModelConfig),
             "adapter must be none for a model with random weights, whose frozen weights would stay "
             "random, got adapters. Choose model=hf and model.name_or_path, or leave adapter out.",
+        )
+        require(
+            self.show >= 0,
+            f"show must be at least 0, got {self.show}. It is a number of documents; 0 trains.",
         )
         check_warmup(self.optim.warmup_steps, self.trainer.max_steps)
         expand_paths(self, "", "ckpt_path")

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lctrain.data.chat import ChatSource
     from lctrain.data.collator import PackCollator, PackedRows
     from lctrain.data.datamodule import PackedDataModule
     from lctrain.data.dataset import pack
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from lctrain.data.sources import JsonlSource, ParquetSource, Source, StdlibSource, TextSource
 
 __all__ = [
+    "ChatSource",
     "HubSource",
     "JsonlSource",
     "PackCollator",
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ChatSource": "chat.source",
     "HubSource": "hub",
     "JsonlSource": "sources",
     "PackCollator": "collator",

@@ -77,14 +77,18 @@ class Documents:
         """Hash of all texts and of their order."""
         return hashlib.sha256(self.digests.tobytes()).hexdigest()[:16]
 
-    def split(self, held_out_fraction: float) -> tuple[Documents, Documents]:
+    def split(self, held_out_fraction: float, cut: bool = True) -> tuple[Documents, Documents]:
         """Splits the documents by the hashes of their texts, and returns (train, held-out).
 
         If the fraction is above 0 and at least two texts differ, neither part is empty. If all
         documents hold the same text, the end of that text is held out, from a line break or space
         on. The training part carries the counts of documents that were left out or repaired.
+
+        Args:
+            held_out_fraction: Fraction of the documents to hold out, in [0, 1).
+            cut: Whether a single text may be cut in two.
         """
-        if held_out_fraction > 0 and len(set(self.digests.tolist())) == 1:
+        if cut and held_out_fraction > 0 and len(set(self.digests.tolist())) == 1:
             parts = self._split_text(held_out_fraction)
             if parts is not None:
                 return parts

@@ -97,14 +97,8 @@ class HubSource(Source):
         }
 
     def _read(self, split: str, cache_dir: Path) -> Dataset:
-        from datasets import load_dataset
-
         where = self._where(split)
-        if is_saved_dataset(Path(self.dataset)):
-            dataset = _load_saved(self.dataset, split)
-        elif not self.streaming:
-            dataset = load_dataset(**where, cache_dir=str(cache_dir / "datasets"))
-        else:
+        if self.streaming and not is_saved_dataset(Path(self.dataset)):
             streamed = generate(
                 _read_stream,
                 cache_dir,
@@ -115,9 +109,24 @@ class HubSource(Source):
                 max_bytes=self.window_bytes if self.endless else self.max_bytes,
             )
             return report_faults(streamed, self.on_error)
+        dataset = load_split(where, cache_dir)
         texts = text_column(dataset, self.field, self.dataset)
         texts = head(texts, self.max_documents, self.max_bytes)
         return report_faults(texts, self.on_error)
+
+
+def load_split(where: dict[str, Any], cache_dir: Path) -> Dataset:
+    """Loads a split from the hub, or from a folder that `save_to_disk` wrote.
+
+    Args:
+        where: Arguments of `load_dataset`: path, name, split and revision.
+        cache_dir: Cache folder of the data module.
+    """
+    from datasets import load_dataset
+
+    if is_saved_dataset(Path(where["path"])):
+        return _load_saved(where["path"], where["split"])
+    return load_dataset(**where, cache_dir=str(cache_dir / "datasets"))
 
 
 def _load_saved(folder: str, split: str) -> Dataset:

@@ -7,6 +7,7 @@ all pieces of one length are placed at once, so the time does not depend on the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -16,6 +17,8 @@ from tqdm import tqdm
 from lctrain.batch import check_max_tokens
 
 Overlong = Literal["split", "truncate", "drop"]
+
+CountTrained = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 _WORD_BITS = 1024
 BAR_DELAY_S = 1.0  # seconds before a progress bar appears
@@ -42,6 +45,9 @@ class PackingReport:
         special_texts: Number of times that a document holds the text of a special token.
         passkeys: Passkey documents, which are generated to teach retrieval.
         passkey_tokens: Tokens of the passkey documents.
+        untrained: Pieces of overlong conversations that were left out, since none of their tokens
+            is trained on.
+        trained_tokens: Tokens that are trained on, if only some are; None for all.
     """
 
     rows: int
@@ -60,6 +66,8 @@ class PackingReport:
     special_texts: int = 0
     passkeys: int = 0
     passkey_tokens: int = 0
+    untrained: int = 0
+    trained_tokens: int | None = None
 
     @property
     def fill(self) -> float:
@@ -75,13 +83,19 @@ class PackingReport:
             f"{self.dropped_empty:,} empty, {self.dropped_unreadable:,} unreadable"
             f"{f', {self.repaired:,} repaired' if self.repaired else ''}"
             f"{f', {self.special_texts:,} texts of special tokens' if self.special_texts else ''}"
-            f"{self._passkeys()}"
+            f"{self._passkeys()}{self._trained()}"
         )
 
     def _passkeys(self) -> str:
         if not self.passkeys:
             return ""
         return f"; {self.passkeys:,} with a passkey ({self.passkey_tokens:,} tokens)"
+
+    def _trained(self) -> str:
+        if self.trained_tokens is None:
+            return ""
+        lost = f", {self.untrained:,} pieces without one left out" if self.untrained else ""
+        return f"; {self.trained_tokens:,} tokens to train on{lost}"
 
 
 def _lost(tokens: int) -> str:
@@ -135,6 +149,7 @@ def plan_rows(
     dropped_empty: int = 0,
     dropped_unreadable: int = 0,
     progress: bool = False,
+    count_trained: CountTrained | None = None,
 ) -> PackingPlan:
     """Packs documents into rows of at most `max_tokens`.
 
@@ -149,6 +164,9 @@ def plan_rows(
         dropped_empty: Number of empty documents, which the report repeats.
         dropped_unreadable: Number of unreadable documents, which the report repeats.
         progress: Whether to show a progress bar if packing takes more than a second.
+        count_trained: Takes the documents, first tokens and lengths of P pieces, and returns how
+            many of their tokens are trained on, [P] int64. Pieces without one are left out. None
+            trains on every token.
 
     Returns:
         The plan. Its attribute `report` holds the counts.
@@ -170,6 +188,11 @@ def plan_rows(
         raise ValueError("lengths must be at least 1, got a smaller one. Drop empty documents.")
 
     documents, starts, pieces = _cut(lengths, limit, overlong)
+    trained_tokens, untrained = None, 0
+    if count_trained is not None:
+        trained = count_trained(documents, starts, pieces)
+        trained_tokens, untrained = int(trained.sum()), int((trained == 0).sum())
+        documents, starts, pieces = (part[trained > 0] for part in (documents, starts, pieces))
     row_of_piece = np.empty(len(pieces), dtype=np.int64)
     rows = 0
     ends = np.searchsorted(documents, np.arange(window, len(lengths) + window, window))
@@ -196,7 +219,7 @@ def plan_rows(
     report = PackingReport(
         rows=rows,
         max_tokens=max_tokens,
-        documents=len(lengths) - (over if overlong == "drop" else 0),
+        documents=len(np.unique(documents)),
         pieces=len(pieces),
         tokens=int(pieces.sum()),
         split=over if overlong == "split" else 0,
@@ -206,6 +229,8 @@ def plan_rows(
         dropped_tokens=over_tokens if overlong == "drop" else 0,
         dropped_empty=dropped_empty,
         dropped_unreadable=dropped_unreadable,
+        untrained=untrained,
+        trained_tokens=trained_tokens,
     )
     return PackingPlan(documents, starts, pieces, row_offsets, row_pieces, report)
 

@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lctrain.config import DataSettings
+from lctrain.data.chat.source import ChatSource
+from lctrain.data.chat.store import ChatStore
+from lctrain.data.chat.template import ChatTemplate
+from lctrain.data.chat.tokenizing import ChatTokenizing
 from lctrain.data.collator import PackedRows
 from lctrain.data.documents import Documents, TokenStore, count_shared, read_documents
 from lctrain.data.faults import on_first_rank, warn_once
@@ -35,7 +39,7 @@ from lctrain.data.tokenizer import (
     train_tokenizer,
 )
 from lctrain.data.tokenizing import tokenize
-from lctrain.limits import check_stream
+from lctrain.limits import check_chat, check_stream
 from lctrain.local_paths import cache_folder
 
 if TYPE_CHECKING:
@@ -59,6 +63,12 @@ class Preparation:
 
     def __post_init__(self) -> None:
         check_stream(self.source, self.settings.passkey_fraction)
+        check_chat(self.source, self.settings.passkey_fraction)
+        if isinstance(self.source, ChatSource) and self.tokenizer is None:
+            raise ValueError(
+                "tokenizer must be given for conversations, got None. Set data.tokenizer to the "
+                "tokenizer of an instruct model, which has a chat template."
+            )
 
     @cached_property
     def cache_dir(self) -> Path:
@@ -81,7 +91,9 @@ class Preparation:
         train, held_out = self._documents()
         if tokenizer is None:
             tokenizer = train_tokenizer(train, self.settings.vocab_size, self.cache_dir)
-        if tokenizer.eos_token_id is None:
+        if isinstance(self.source, ChatSource):
+            ChatTemplate(tokenizer, self.source.rendering)  # raises before anything is tokenized
+        elif tokenizer.eos_token_id is None:
             warn_once(
                 "The tokenizer has no end token: documents end without one, and the model does not "
                 "learn to stop. To change that, set tokenizer.eos_token, save the tokenizer, and "
@@ -109,6 +121,8 @@ class Preparation:
             settings["special_tokens"] = self.settings.special_tokens
         if self.settings.passkey_fraction:
             settings["passkey_fraction"] = self.settings.passkey_fraction
+        if isinstance(self.source, ChatSource):
+            settings["chat"] = self._chat(tokenizer).fingerprint
         if getattr(self.source, "endless", False):
             settings["window_bytes"] = self.source.window_bytes  # type: ignore[attr-defined]
         stream = self._stream(tokenizer, held_out, settings)
@@ -147,7 +161,7 @@ class Preparation:
         train = read_documents(self.source.load(self.cache_dir), label)
         set_aside = self.source.load_held_out(self.cache_dir)
         if set_aside is None:
-            train, held_out = train.split(self.settings.held_out_fraction)
+            train, held_out = self.split(train)
         else:
             held_out = read_documents(set_aside, f"{label}.held_out")
             shared = count_shared(held_out, train)
@@ -164,19 +178,18 @@ class Preparation:
             )
         return train, held_out
 
+    def split(self, documents: Documents) -> tuple[Documents, Documents]:
+        """Returns the documents to train on, and those to hold out. A conversation is not cut."""
+        cut = not isinstance(self.source, ChatSource)
+        return documents.split(self.settings.held_out_fraction, cut)
+
     def _pack(
         self,
         documents: Documents,
         tokenizer: PreTrainedTokenizerBase,
         passkey_fraction: float = 0.0,
     ) -> PackedRows:
-        store: TokenStore = tokenize(
-            documents,
-            tokenizer,
-            self.cache_dir,
-            self.settings.num_proc,
-            self.settings.special_tokens,
-        )
+        store: Any = self.tokenize(documents, tokenizer)
         passkey_tokens = round(self.settings.max_tokens * passkey_fraction)
         plan = plan_rows(
             store.lengths,
@@ -185,8 +198,9 @@ class Preparation:
             overlong=cast(Overlong, self.settings.overlong),
             window=self.settings.packing_window,
             dropped_empty=documents.dropped_empty,
-            dropped_unreadable=documents.dropped_unreadable,
+            dropped_unreadable=documents.dropped_unreadable + len(getattr(store, "faults", ())),
             progress=on_first_rank(),
+            count_trained=getattr(store, "count_trained", None),
         )
         report = replace(
             plan.report, repaired=documents.repaired, special_texts=store.special_texts
@@ -195,6 +209,32 @@ class Preparation:
         if passkey_fraction == 0 or len(plan) == 0:
             return PackedRows(store, plan)
         return self._add_passkeys(store, plan, PasskeyFormat.of(tokenizer), passkey_tokens)
+
+    def tokenize(
+        self, documents: Documents, tokenizer: PreTrainedTokenizerBase
+    ) -> TokenStore | ChatStore:
+        """Returns the tokens of documents of the source, from the cache if they are there.
+
+        Args:
+            documents: Texts, or conversations as JSON text.
+            tokenizer: A transformers tokenizer.
+        """
+        settings = self.settings
+        if isinstance(self.source, ChatSource):
+            return self._chat(tokenizer).run(documents, self.cache_dir, settings.num_proc)
+        return tokenize(
+            documents, tokenizer, self.cache_dir, settings.num_proc, settings.special_tokens
+        )
+
+    def _chat(self, tokenizer: PreTrainedTokenizerBase) -> ChatTokenizing:
+        """Returns what tokenizes the conversations of a ChatSource."""
+        assert isinstance(self.source, ChatSource)
+        return ChatTokenizing(
+            tokenizer=tokenizer,
+            rendering=self.source.rendering,
+            keep_special=self.settings.special_tokens == "token",
+            on_error=self.source.on_error,
+        )
 
     def _add_passkeys(
         self, store: TokenStore, plan: PackingPlan, format: PasskeyFormat, tokens: int

@@ -61,7 +61,7 @@ def tokenize(
     bounds = Dataset.from_dict(
         {"first": [group.start for group in groups], "stop": [group.stop for group in groups]}
     )
-    with _keep_environment():
+    with keep_environment():
         dataset = bounds.map(
             _tokenize,
             batched=True,
@@ -107,7 +107,7 @@ def tokenize_window(
 
 
 @contextmanager
-def _keep_environment() -> Iterator[None]:
+def keep_environment() -> Iterator[None]:
     """Keeps the object `os.environ` and the environment variables.
 
     `Dataset.map` with several processes assigns a copy to `os.environ`, which code that holds the

@@ -8,7 +8,6 @@ import numpy as np
 
 from lctrain.data import TokenizedDocument
 from lctrain.data.documents import Documents, read_documents
-from lctrain.data.tokenizing import tokenize
 
 if TYPE_CHECKING:
     from lctrain.data.prepare import Preparation
@@ -42,14 +41,7 @@ def evaluation_documents(preparation: Preparation, split: str) -> list[Tokenized
             f"{preparation.source}. Raise data.held_out_fraction, use more data, or evaluate on "
             "all of it with split=all."
         )
-    settings = preparation.settings
-    store = tokenize(
-        documents,
-        tokenizer,
-        preparation.cache_dir,
-        settings.num_proc,
-        settings.special_tokens,
-    )
+    store = preparation.tokenize(documents, tokenizer)
     return [
         TokenizedDocument(store.names[index], store.tokens(index).astype(np.int64), index)
         for index in range(len(store))
@@ -65,6 +57,4 @@ def _read(preparation: Preparation, split: str) -> Documents:
         if set_aside is not None:
             return read_documents(set_aside, f"{label}.held_out")
     documents = read_documents(source.load(preparation.cache_dir), label)
-    return (
-        documents if split == "all" else documents.split(preparation.settings.held_out_fraction)[1]
-    )
+    return documents if split == "all" else preparation.split(documents)[1]

@@ -14,6 +14,7 @@ MAY_CHANGE = (
     "logger",
     "ckpt_path",
     "export",
+    "show",
     "evaluation",
     "callbacks",  # built from the new options
     # length of the run, which determines the learning-rate schedule

@@ -49,6 +49,7 @@ NEEDED = {
     "data=jsonl": ["data.files=[x.jsonl]"],
     "data=parquet": ["data.files=[x.parquet]"],
     "data=hub": ["data.dataset=owner/name"],
+    "data=chat": ["data.files=[x.jsonl]", "data.tokenizer=owner/name"],
     "model=hf": ["model.name_or_path=owner/name"],
     "adapter=lora": ["model=hf", "model.name_or_path=owner/name"],
     "adapter=dora": ["model=hf", "model.name_or_path=owner/name"],

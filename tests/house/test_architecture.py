@@ -78,6 +78,7 @@ LEVELS = {
     "lctrain.next_command": 8,
     "lctrain.report": 9,
     "lctrain.measure": 9,
+    "lctrain.show": 9,
     "lctrain.train": 10,
     "lctrain.evaluate": 10,
     "lctrain.bench": 10,

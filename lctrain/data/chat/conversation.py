@@ -1,0 +1,210 @@
+"""Reads a record as a conversation: `messages`, ShareGPT, or prompt and completion.
+
+A conversation travels as JSON text, so that it is split, cached and hashed like any other text:
+`{"messages": [...], "tools": [...], "prompt": 2}`. `tools` is left out where there are none, and
+`prompt` is the number of messages in the prompt of a record with prompt and completion.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lctrain.data.fields import FieldError, find_field, kind
+
+ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_call": "assistant",  # its text is a call, or a list of calls, in JSON
+}
+"""Names of roles in data sets -> roles of chat templates."""
+FIELDS = ("messages", "conversations")
+USED = (*FIELDS, "prompt", "completion", "system", "tools")
+_REMEDY = "Fix or remove it."
+
+
+def read_conversation(record: Any, field: str | None = None, without_nulls: bool = False) -> str:
+    """Returns the conversation of a record as JSON text.
+
+    Args:
+        record: A mapping, such as a JSON object.
+        field: Name of the field that holds the messages; None takes `messages`, `conversations`, or
+            `prompt` and `completion`, whichever the record has.
+        without_nulls: Whether to leave out keys without a value at any depth: columns of Parquet
+            have every key of every row.
+
+    Raises:
+        FieldError: if the record holds no conversation, or one that cannot be trained on.
+    """
+    if not isinstance(record, Mapping):
+        raise FieldError(f"a record must be an object, got {kind(record)}. {_REMEDY}")
+    if without_nulls:
+        record = _without_nulls(record)
+    found: dict[str, Any] = {}
+    messages = _messages(record, field, found)
+    if record.get("system") and messages[0]["role"] not in ("system", "developer"):
+        messages.insert(0, {"role": "system", "content": _text(record["system"], "system")})
+        if "prompt" in found:
+            found["prompt"] += 1
+    _check_order(messages)
+    tools = _decoded(record.get("tools"))
+    if tools:
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise FieldError(f"tools must be a list of objects, got {kind(tools)}. {_REMEDY}")
+        found["tools"] = tools
+    return json.dumps({"messages": messages, **found}, ensure_ascii=False, separators=(",", ":"))
+
+
+def _messages(
+    record: Mapping[str, Any], field: str | None, found: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Returns the messages of a record, and writes the length of its prompt into `found`."""
+    name = field or next((name for name in FIELDS if record.get(name) is not None), None)
+    if name is not None:
+        return _turns(find_field(record, name), name)
+    if record.get("prompt") is None or record.get("completion") is None:
+        raise FieldError(
+            "a record must have messages, conversations, or prompt and completion, got fields "
+            f"{sorted(record)}. Set data.field to the field that holds the messages."
+        )
+    prompt = _side(record["prompt"], "prompt", "user")
+    completion = _side(record["completion"], "completion", "assistant")
+    found["prompt"] = len(prompt)
+    return prompt + completion
+
+
+def _side(value: Any, name: str, role: str) -> list[dict[str, Any]]:
+    """Returns the messages of a prompt or a completion: a text is one message."""
+    decoded = _decoded(value)
+    if isinstance(decoded, list):
+        return _turns(decoded, name)
+    if not _text(value, name).strip():
+        raise FieldError(f"{name} must hold text, got an empty one. {_REMEDY}")
+    return [{"role": role, "content": value}]
+
+
+def _turns(value: Any, name: str) -> list[dict[str, Any]]:
+    turns = _decoded(value)
+    if not isinstance(turns, list):
+        raise FieldError(f"{name} must be a list of messages, got {kind(turns)}. {_REMEDY}")
+    if not turns:
+        raise FieldError(f"{name} must hold at least one message, got none. {_REMEDY}")
+    return [_message(turn, f"{name}[{index}]") for index, turn in enumerate(turns)]
+
+
+def _message(turn: Any, name: str) -> dict[str, Any]:
+    """Returns a message with role and content, and the keys of its tool calls."""
+    if not isinstance(turn, Mapping):
+        raise FieldError(f"{name} must be an object with role and content, got {kind(turn)}.")
+    given = turn.get("role", turn.get("from"))
+    role = ROLES.get(given) if isinstance(given, str) else None
+    if role is None:
+        raise FieldError(f"{name}.role must be one of {', '.join(ROLES)}, got {given!r}. {_REMEDY}")
+    message = {
+        key: value
+        for key, value in turn.items()
+        if value is not None and key not in ("role", "from", "content", "value")
+    }
+    content = turn.get("content", turn.get("value"))
+    if given == "function_call":
+        calls = _decoded(content)
+        message["tool_calls"] = calls if isinstance(calls, list) else [calls]
+        content = None
+    if message.get("tool_calls"):
+        message["tool_calls"] = [_call(call, f"{name}.tool_calls") for call in turn_calls(message)]
+    else:
+        message.pop("tool_calls", None)
+    if content is not None or role != "assistant":
+        message["content"] = _content(content, role, name)
+    blank = not str(message.get("content", "")).strip()
+    if role == "assistant" and blank and "tool_calls" not in message:
+        raise FieldError(f"{name} must have content or tool_calls, got an empty turn. {_REMEDY}")
+    return {"role": role, **message}
+
+
+def turn_calls(message: Mapping[str, Any]) -> list[Any]:
+    """Returns the tool calls of a message, which may be stored as JSON text."""
+    calls = _decoded(message["tool_calls"])
+    return calls if isinstance(calls, list) else [calls]
+
+
+def _content(content: Any, role: str, name: str) -> Any:
+    """Returns the content of a message: text, or the JSON value of a tool's result."""
+    if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
+        kinds = {part.get("type", "text") for part in content}
+        if kinds <= {"text"} and all(isinstance(part.get("text"), str) for part in content):
+            return "".join(part["text"] for part in content)
+        if role != "tool":
+            raise FieldError(
+                f"{name}.content must be text, got parts of type {', '.join(sorted(kinds))}. Leave "
+                "records with images or sound out."
+            )
+    if role == "tool" and content is not None:
+        return content
+    return "" if content is None else _text(content, f"{name}.content")
+
+
+def _call(call: Any, name: str) -> dict[str, Any]:
+    """Returns a tool call whose arguments are an object where they can be read as one."""
+    if not isinstance(call, Mapping):
+        raise FieldError(f"{name} must be objects with a function, got {kind(call)}. {_REMEDY}")
+    inner = call.get("function", call)
+    if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
+        raise FieldError(f"{name} must name a function, got {json.dumps(call)[:80]}. {_REMEDY}")
+    function = {**inner, "arguments": _decoded(inner.get("arguments", {}))}
+    return (
+        {"type": "function", **call, "function": function}
+        if "function" in call
+        else {
+            "type": "function",
+            "function": function,
+        }
+    )
+
+
+def _check_order(messages: list[dict[str, Any]]) -> None:
+    """Raises FieldError if the roles of a conversation are out of order."""
+    roles = [message["role"] for message in messages]
+    first = next((i for i, role in enumerate(roles) if role not in ("system", "developer")), None)
+    if first is None or roles[first] != "user":
+        got = "none" if first is None else f"{roles[first]} in message {first}"
+        raise FieldError(f"a conversation must begin with a user turn, got {got}. {_REMEDY}")
+    for index, role in enumerate(roles):
+        before = messages[index - 1]
+        called = before["role"] == "tool" or before.get("tool_calls")
+        if role == "tool" and not called:
+            raise FieldError(
+                f"a tool turn must follow a tool call, got message {index} after "
+                f"{before['role']} without tool_calls. {_REMEDY}"
+            )
+
+
+def _decoded(value: Any) -> Any:
+    """Returns the value of JSON text that holds a list or an object, and anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise FieldError(f"{name} must be text, got {kind(value)}. {_REMEDY}")
+    return value
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,120 @@
+"""ChatStore: tokens of conversations, with the spans of tokens to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lctrain.batch import IGNORE_INDEX
+from lctrain.data.documents import TokenStore
+from lctrain.data.faults import warn_once
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_SHOWN = 5
+
+
+class ChatStore:
+    """Tokens and labels of N conversations in an Arrow cache file; used like a TokenStore.
+
+    Conversations that could not be rendered are left out.
+
+    Attributes:
+        lengths: [N] int64, number of tokens of each conversation.
+        names: [N] names of the conversations.
+        trained_tokens: [N] int64, number of tokens of each conversation that are trained on: those
+            with a label, except the first token, which nothing predicts.
+        special_texts: Number of texts of special tokens inside messages.
+        faults: Messages for the conversations that were left out, with file and line.
+        has_labels: Always true: `labels` returns the labels of tokens.
+    """
+
+    has_labels = True
+
+    def __init__(self, dataset: Dataset, names: Sequence[str]) -> None:
+        """Wraps a dataset of tokenized conversations, one row per name."""
+        self._dataset, self._names = dataset, names
+        self._all = TokenStore(dataset, names)
+        self._rows = np.flatnonzero(self._all.lengths > 0)
+        self.lengths = self._all.lengths[self._rows]
+        self.names: Sequence[str] = [names[row] for row in self._rows]
+        self.special_texts = self._all.special_texts
+        flat = dataset.data.column("spans").to_numpy() if len(dataset) else []
+        self._spans = [np.asarray(flat[row], np.int64).reshape(-1, 2) for row in self._rows]
+        self.trained_tokens = np.array(
+            [int((s[:, 1] - np.maximum(s[:, 0], 1)).sum()) for s in self._spans], dtype=np.int64
+        )
+        messages = dataset.data.column("fault").to_pylist() if len(dataset) else []
+        self.faults = [
+            f"{name}: {text}"
+            for name, text in zip(names, messages, strict=True)
+            if text is not None
+        ]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ChatStore, (self._dataset, self._names)
+
+    def tokens(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
+        """Returns tokens [start, start + length) of a conversation: [length] int32, read-only."""
+        return self._all.tokens(int(self._rows[document]), start, length)
+
+    def labels(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
+        """Returns the labels of tokens [start, start + length) of a conversation: [length] int32.
+
+        A label is the token itself, or -100 for a token that is not trained on.
+        """
+        tokens = self.tokens(document, start, length)
+        labels = np.full_like(tokens, IGNORE_INDEX)
+        for begin, end in np.clip(self._spans[document] - start, 0, len(tokens)).tolist():
+            labels[begin:end] = tokens[begin:end]
+        return labels
+
+    def count_trained(
+        self, documents: np.ndarray, starts: np.ndarray, lengths: np.ndarray
+    ) -> np.ndarray:
+        """Returns the number of trained tokens in pieces of conversations: [P] int64.
+
+        The first token of a piece does not count: nothing predicts it.
+
+        Args:
+            documents: [P] integers, the conversation of each piece.
+            starts: [P] integers, first token of each piece.
+            lengths: [P] integers, number of tokens of each piece.
+        """
+        found = self.trained_tokens[documents]
+        for piece in np.flatnonzero(lengths < self.lengths[documents]):
+            first, stop = int(starts[piece]) + 1, int(starts[piece] + lengths[piece])
+            spans = np.clip(self._spans[documents[piece]], first, stop)
+            found[piece] = (spans[:, 1] - spans[:, 0]).sum()
+        return found
+
+    def report(self, on_error: str) -> None:
+        """Warns about conversations that were left out.
+
+        Args:
+            on_error: "skip" warns; "raise" raises ValueError at the first fault.
+
+        Raises:
+            ValueError: with on_error="raise", if a conversation was left out; if all were.
+        """
+        count = len(self.faults)
+        if not count:
+            return
+        if on_error == "raise":
+            raise ValueError(self.faults[0])
+        if not len(self):
+            more = f" There are {count - 1:,} more faults." if count > 1 else ""
+            raise ValueError(f"{self.faults[0]} Nothing else could be used.{more}")
+        rest = f"\n  and {count - _SHOWN:,} more" if count > _SHOWN else ""
+        warn_once(
+            f"{count:,} of {count + len(self):,} conversations could not be used "
+            "(data.on_error=raise stops at the first):\n  "
+            + "\n  ".join(self.faults[:_SHOWN])
+            + rest
+        )

@@ -1,0 +1,347 @@
+"""ChatTemplate: renders a conversation, and finds the characters that each assistant turn adds.
+
+A template with generation markers (`{% generation %}`) says itself what an assistant generates. For
+other templates, the turns are found by rendering the conversation a second time, with a marker: a
+private character at the end of every message's text. An assistant turn begins where the text that
+the template puts after the message before, generation prompt included, ends. It ends with the token
+that ends a turn. Without its markers, the second text must equal the first.
+
+The text of a special token inside a message is cut by such a character, too. The tokenizer then
+reads it as ordinary text, so that the author of a message cannot end a turn.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+
+from lctrain.data.chat.source import Rendering
+from lctrain.data.special_tokens import special_pattern
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_FIRST, _CUT = 0x100000, "\U0010fffd"  # supplementary private use area B
+_PRIVATE = re.compile("[\U00100000-\U0010fffd]")
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Span = tuple[int, int]
+Messages = list[dict[str, Any]]
+
+
+class ConversationError(ValueError):
+    """Raised for a conversation that the template refuses, or whose turns cannot be found."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Text of a conversation.
+
+    Attributes:
+        text: The text, without markers.
+        spans: Characters to train on, as pairs (begin, end) in rising order.
+        cuts: Positions inside the texts of special tokens in messages.
+    """
+
+    text: str
+    spans: list[Span]
+    cuts: list[int]
+
+
+@dataclass(frozen=True)
+class _Marked:
+    """A text whose markers were taken out.
+
+    Attributes:
+        text: The text.
+        ends: Last position of each message's marker, by the number of the message.
+        last: Number of the message of the last marker; None without markers.
+        cuts: Positions inside the texts of special tokens.
+    """
+
+    text: str
+    ends: dict[int, int]
+    last: int | None
+    cuts: list[int]
+
+    @property
+    def tail(self) -> str:
+        """Text after the last marker."""
+        return self.text if self.last is None else self.text[self.ends[self.last] :]
+
+
+class ChatTemplate:
+    """Chat template of a tokenizer, with the turns to train on.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        rendering: Template, its variables, and the turns to train on.
+        keep_special: Whether the text of a special token inside a message becomes that token.
+
+    Raises:
+        ValueError: if there is no chat template, or it cannot render a question and an answer.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering, keep_special: bool = False
+    ) -> None:
+        self._template = template_of(tokenizer, rendering)
+        self._tool_template = template_of(tokenizer, rendering, tools=True)
+        self._train_on = rendering.train_on
+        self._arguments = {**tokenizer.special_tokens_map, **rendering.arguments}
+        self._special = special_pattern(tokenizer)
+        self._protected = None if keep_special else self._special
+        try:
+            self._render([{"role": "user", "content": "a"}], None, prompt=True)
+        except ConversationError as error:
+            raise ValueError(
+                f"chat_template must render a user turn, got an error: {error}. Correct the "
+                "template."
+            ) from error
+
+    def render(self, text: str) -> Rendered:
+        """Renders a conversation.
+
+        Args:
+            text: The conversation as JSON, as `read_conversation` returns it.
+
+        Raises:
+            ConversationError: if the template refuses the conversation, an assistant turn cannot be
+                found in its text, or the conversation lacks the turns to train on.
+        """
+        if _PRIVATE.search(text):
+            raise ConversationError(
+                "a conversation must be without characters of Unicode's private use area B, got "
+                "one. Remove it."
+            )
+        conversation = json.loads(text)
+        messages: Messages = conversation["messages"]
+        tools = conversation.get("tools")
+        first = self._first_trained(messages, conversation.get("prompt"))
+        if self._train_on == "all":
+            marked = self._strip(self._render(self._mark(messages, ends=False), tools))
+            return Rendered(marked.text, [(0, len(marked.text))], marked.cuts)
+        if _GENERATION.search(self._choose(tools)):
+            return self._by_markers(messages, tools, first)
+        return self._by_alignment(messages, tools, first)
+
+    def _first_trained(self, messages: Messages, prompt: int | None) -> int:
+        """Returns the number of the first message that may be trained on."""
+        if self._train_on == "completion" and prompt is None:
+            raise ConversationError(
+                "a record must have prompt and completion for train_on=completion, got messages. "
+                "Use data.train_on=last_assistant."
+            )
+        if self._train_on == "completion":
+            return cast(int, prompt)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not turns and self._train_on != "all":
+            raise ConversationError("a conversation must have an assistant turn, got none.")
+        return turns[-1] if self._train_on == "last_assistant" else 0
+
+    def _by_markers(self, messages: Messages, tools: Any, first: int) -> Rendered:
+        """Takes the turns from the template's generation markers."""
+        text, spans = self._with_generation(self._mark(messages, ends=False), tools)
+        before = 0
+        if any(message["role"] == "assistant" for message in messages[:first]):
+            before = len(self._with_generation(messages[:first], tools)[1])
+        places = [match.start() for match in _PRIVATE.finditer(text)]
+        moved = [tuple(p - bisect_left(places, p) for p in span) for span in spans[before:]]
+        marked = self._strip(text)
+        return Rendered(marked.text, cast(list[Span], moved), marked.cuts)
+
+    def _by_alignment(self, messages: Messages, tools: Any, first: int) -> Rendered:
+        """Finds the turns by markers at the ends of messages."""
+        marked = self._strip(self._render(self._mark(messages), tools))
+        if marked.text != self._render(messages, tools):
+            raise ConversationError(
+                "the chat template must write messages as they are, got a text that depends on "
+                "how a message ends. Add generation markers to it, or use data.train_on=all."
+            )
+        spans = []
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant" and index >= first:
+                begin = self._begin(messages, tools, index, marked)
+                spans.append((begin, self._end(messages, tools, index, marked)))
+        return Rendered(marked.text, spans, marked.cuts)
+
+    def _begin(self, messages: Messages, tools: Any, index: int, marked: _Marked) -> int:
+        """Returns the position at which the assistant begins to generate a turn."""
+        before = messages[index - 1]
+        end = marked.ends.get(index - 1)
+        if end is not None and before["role"] == "user":
+            for prompt in (self._after_user, _trailing_space(before) + self._after_user):
+                if marked.text.startswith(prompt, end):
+                    return end + len(prompt)
+        prefix = self._strip(self._render(self._mark(messages[:index]), tools, prompt=True))
+        place = 0 if prefix.last is None else marked.ends.get(prefix.last)
+        if place is not None and marked.text.startswith(prefix.tail, place):
+            return place + len(prefix.tail)
+        if place is not None:  # the turn lacks an end of the generation prompt, as <think>
+            common = _common_prefix(prefix.tail, marked.text[place:])
+            content = str(messages[index].get("content", "")).strip()
+            stop = place + common + len(content)
+            found = marked.text.rfind(content, place, stop) if content else -1
+            if found >= 0:
+                return found
+        raise _not_found(index)
+
+    def _end(self, messages: Messages, tools: Any, index: int, marked: _Marked) -> int:
+        """Returns the position after the token that ends a turn."""
+        end = marked.ends.get(index)
+        if end is None:
+            raise _not_found(index)
+        stop = min((p for i, p in marked.ends.items() if i > index), default=len(marked.text))
+        if self._end_of_turn:
+            found = marked.text.find(self._end_of_turn, end, max(stop, end))
+            if found >= 0 and found + 1 not in marked.cuts:
+                return found + len(self._end_of_turn)
+        tail = self._strip(self._render(self._mark(messages[: index + 1]), tools)).tail
+        special = self._special.search(tail) if self._special else None
+        generated = tail[: special.end()] if special else tail.rstrip()
+        if not marked.text.startswith(generated, end):
+            raise _not_found(index)
+        return end + len(generated)
+
+    @cached_property
+    def _after_user(self) -> str:
+        """Text between a user's message and what the assistant generates."""
+        messages = self._mark([{"role": "user", "content": "a"}])
+        return self._strip(self._render(messages, None, prompt=True)).tail
+
+    @cached_property
+    def _end_of_turn(self) -> str | None:
+        """Text of the special token that ends an assistant turn; None without one."""
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        tail = self._strip(self._render(self._mark(messages), None)).tail
+        found = self._special.search(tail) if self._special else None
+        return found.group() if found else None
+
+    def _mark(self, messages: Messages, ends: bool = True) -> Messages:
+        """Returns messages with markers at their ends, and cuts in texts of special tokens."""
+
+        def leaf(text: str, marker: str) -> str:
+            if self._protected is not None:
+                text = self._protected.sub(_cut_in_two, text)
+            body = text.rstrip()
+            return body + marker + text[len(body) :] if body else text
+
+        def walk(value: Any, marker: str) -> Any:
+            if isinstance(value, str):
+                return leaf(value, marker)
+            if isinstance(value, Mapping):
+                return {key: walk(item, marker) for key, item in value.items()}
+            return [walk(item, marker) for item in value] if isinstance(value, list) else value
+
+        def call(given: Mapping[str, Any], marker: str) -> dict[str, Any]:
+            function = given["function"]
+            arguments = walk(function["arguments"], marker)
+            name = function["name"]
+            if not _PRIVATE.search(json.dumps(arguments, ensure_ascii=False)):
+                name = leaf(name, marker)
+            return {**given, "function": {**function, "name": name, "arguments": arguments}}
+
+        found = []
+        for index, message in enumerate(messages):
+            marker = chr(_FIRST + index) if ends else ""
+            copy = {k: walk(v, "") if k in _REASONING else v for k, v in message.items()}
+            if "content" in message:
+                copy["content"] = walk(message["content"], marker)
+            if "tool_calls" in message:
+                copy["tool_calls"] = [call(given, marker) for given in message["tool_calls"]]
+            found.append(copy)
+        return found
+
+    def _strip(self, text: str) -> _Marked:
+        ends: dict[int, int] = {}
+        last: int | None = None
+        cuts: list[int] = []
+        for taken, match in enumerate(_PRIVATE.finditer(text)):
+            place = match.start() - taken
+            if match.group() == _CUT:
+                cuts.append(place)
+            else:
+                last = ord(match.group()) - _FIRST
+                ends[last] = place
+        return _Marked(_PRIVATE.sub("", text) if ends or cuts else text, ends, last, cuts)
+
+    def _choose(self, tools: Any) -> str:
+        return self._tool_template if tools else self._template
+
+    def _render(self, messages: Messages, tools: Any, prompt: bool = False) -> str:
+        return self._call(messages, tools, add_generation_prompt=prompt)[0]
+
+    def _with_generation(self, messages: Messages, tools: Any) -> tuple[str, Sequence[Span]]:
+        return self._call(messages, tools, return_assistant_tokens_mask=True)
+
+    def _call(self, messages: Messages, tools: Any, **options: Any) -> tuple[str, Sequence[Span]]:
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, spans = cast(Any, render_jinja_template)(
+                conversations=[messages],
+                tools=tools,
+                chat_template=self._choose(tools),
+                **options,
+                **self._arguments,
+            )
+        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConversationError(f"the chat template refuses it: {reason}") from error
+        return texts[0], spans[0] if spans else ()
+
+
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+def template_of(
+    tokenizer: PreTrainedTokenizerBase, rendering: Rendering, tools: bool = False
+) -> str:
+    """Returns the text of the chat template.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        rendering: Settings, which may hold a template.
+        tools: Whether the template is for conversations with tools.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if rendering.template is not None:
+        return rendering.template
+    try:
+        return tokenizer.get_chat_template(tools=[{}] if tools else None)
+    except ValueError as error:
+        raise ValueError(
+            f"data.tokenizer must have a chat template for conversations, got "
+            f"{tokenizer.name_or_path or type(tokenizer).__name__} without one. Name the tokenizer "
+            "of an instruct model, or a template file as data.chat_template."
+        ) from error
+
+
+def _cut_in_two(match: re.Match[str]) -> str:
+    found = match.group()
+    return found[0] + _CUT + found[1:] if len(found) > 1 else found
+
+
+def _trailing_space(message: Mapping[str, Any]) -> str:
+    content = str(message.get("content", ""))
+    return content[len(content.rstrip()) :]
+
+
+def _common_prefix(first: str, second: str) -> int:
+    """Returns the number of characters with which both texts begin."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def _not_found(index: int) -> ConversationError:
+    return ConversationError(
+        f"the chat template must write every assistant turn after its generation prompt, got none "
+        f"for message {index}. Add generation markers to it, or use data.train_on=all."
+    )

@@ -1,0 +1,223 @@
+"""Tokenizes conversations, and marks the tokens to train on."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lctrain.data.chat.source import Rendering
+from lctrain.data.chat.store import ChatStore
+from lctrain.data.chat.template import ChatTemplate, ConversationError, Rendered, template_of
+from lctrain.data.documents import Documents
+from lctrain.data.tokenizer import fingerprint_tokenizer, name_unencodable
+from lctrain.data.tokenizing import keep_environment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_NONE = np.array([], dtype=np.int32)
+_RECIPE = "chat-1"  # raise when tokenizing changes, so that old caches are not used
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatTokenizing:
+    """Tokenizes conversations by a chat template.
+
+    Attributes:
+        tokenizer: A transformers tokenizer with offsets ("fast").
+        rendering: Template, its variables, and the turns to train on.
+        keep_special: Whether the text of a special token inside a message becomes that token.
+        on_error: "skip" leaves out conversations that cannot be used; "raise" stops at the first.
+
+    Raises:
+        ValueError: if the tokenizer has no offsets.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    rendering: Rendering
+    keep_special: bool = False
+    on_error: str = "skip"
+
+    def __post_init__(self) -> None:
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                "data.tokenizer must be a fast tokenizer for conversations, got "
+                f"{type(self.tokenizer).__name__}, which does not tell the characters of a token. "
+                "Use one with a tokenizer.json."
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides tokens and labels."""
+        parts = (
+            _RECIPE,
+            fingerprint_tokenizer(self.tokenizer),
+            template_of(self.tokenizer, self.rendering),
+            template_of(self.tokenizer, self.rendering, tools=True),
+            sorted(map(str, self.tokenizer.special_tokens_map.items())),
+            self.rendering.fingerprint,
+            self.keep_special,
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def run(self, documents: Documents, cache_dir: Path, num_proc: int | None = None) -> ChatStore:
+        """Tokenizes conversations, or loads their tokens from the cache.
+
+        Args:
+            documents: Conversations as JSON text.
+            cache_dir: Cache folder. Tokens are kept in cache_dir/tokens.
+            num_proc: Number of processes. None tokenizes in this process, where a fast tokenizer
+                uses all cores.
+
+        Raises:
+            ValueError: with on_error="raise", if a conversation cannot be used.
+        """
+        from datasets import Dataset
+
+        features = _features()
+        if len(documents) == 0:
+            return ChatStore(Dataset.from_dict({name: [] for name in features}, features), [])
+        key = hashlib.sha256(f"{documents.fingerprint} {self.fingerprint}".encode())
+        name = key.hexdigest()[:16]
+        folder = cache_dir / "tokens"
+        folder.mkdir(parents=True, exist_ok=True)
+        groups = documents.groups()
+        bounds = Dataset.from_dict(
+            {"first": [group.start for group in groups], "stop": [group.stop for group in groups]}
+        )
+        with keep_environment():
+            dataset = bounds.map(
+                self._tokenize_group,
+                batched=True,
+                batch_size=1,  # a group
+                fn_kwargs={"documents": documents},
+                remove_columns=["first", "stop"],
+                features=features,
+                num_proc=num_proc if num_proc is not None and num_proc > 1 else None,
+                cache_file_name=str(folder / f"{name}.arrow"),
+                new_fingerprint=name,
+                desc="Tokenizing conversations",
+            )
+        store = ChatStore(dataset, documents.names)
+        store.report(self.on_error)
+        return store
+
+    def _tokenize_group(self, batch: dict[str, list[int]], documents: Documents) -> dict[str, Any]:
+        group = range(batch["first"][0], batch["stop"][0])
+        rows = self.tokenize(documents.read(group))
+        if self.on_error == "raise":
+            for number, row in zip(group, rows, strict=True):
+                if row["fault"] is not None:
+                    raise ValueError(f"{documents.names[number]}: {row['fault']}")
+        columns: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in rows[0]}
+        return columns | {"document": list(group)}
+
+    def tokenize(self, texts: list[str]) -> list[dict[str, Any]]:
+        """Returns a row for each conversation: token ids, spans of trained tokens, and its fault.
+
+        Args:
+            texts: Conversations as JSON text.
+        """
+        template = ChatTemplate(self.tokenizer, self.rendering, self.keep_special)
+        rendered: list[Rendered | str] = []
+        for text in texts:
+            try:
+                rendered.append(template.render(text))
+            except ConversationError as error:
+                rendered.append(str(error))
+        whole = [found.text for found in rendered if isinstance(found, Rendered) and not found.cuts]
+        encoded = iter(self._encode(whole))
+        rows = []
+        for found in rendered:
+            if isinstance(found, str):
+                rows.append(_row(fault=found))
+                continue
+            ids, ends = self._encode_parts(found) if found.cuts else next(encoded)
+            spans = _token_spans(ends, found.spans)
+            if not any(end > max(begin, 1) for begin, end in spans):
+                fault = "a conversation must have a token to train on, got none. Leave it out."
+                rows.append(_row(fault=fault))
+                continue
+            flat = np.array(spans, dtype=np.int32).reshape(-1)
+            rows.append(_row(ids, flat, special_texts=len(found.cuts)))
+        return rows
+
+    def _encode(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Returns token ids [n] and the characters of each token, [n, 2], of every text."""
+        if not texts:
+            return []
+        with name_unencodable(self.tokenizer):
+            found = self.tokenizer(
+                texts,
+                add_special_tokens=False,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,  # longer than the model's length
+            )
+        return [
+            (np.array(ids, np.int32), np.array(places, np.int64).reshape(-1, 2))
+            for ids, places in zip(found["input_ids"], found["offset_mapping"], strict=True)
+        ]
+
+    def _encode_parts(self, rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:
+        """Tokenizes the parts between cuts on their own, so that no special token spans a cut."""
+        bounds = [0, *rendered.cuts, len(rendered.text)]
+        starts = bounds[:-1]
+        parts = [rendered.text[a:b] for a, b in zip(starts, bounds[1:], strict=True)]
+        encoded = self._encode(parts)
+        return (
+            np.concatenate([ids for ids, _ in encoded]),
+            np.concatenate([p + a for (_, p), a in zip(encoded, starts, strict=True)]),
+        )
+
+
+def _row(
+    ids: np.ndarray = _NONE,
+    spans: np.ndarray = _NONE,
+    special_texts: int = 0,
+    fault: str | None = None,
+) -> dict[str, Any]:
+    return {"input_ids": ids, "spans": spans, "special_texts": special_texts, "fault": fault}
+
+
+def _features() -> Any:
+    """Returns the columns of a dataset of tokenized conversations, with their types."""
+    from datasets import Features, List, Value
+
+    return Features(
+        {
+            "input_ids": List(Value("int32")),
+            "spans": List(Value("int32")),
+            "document": Value("int64"),
+            "special_texts": Value("int64"),
+            "fault": Value("string"),
+        }
+    )
+
+
+def _token_spans(places: np.ndarray, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Returns the tokens that hold a character of a span, as pairs (first, past the last).
+
+    A token covers the characters from the end of the token before: tokenizers leave white space out
+    of a token's characters. Tokens of one character, such as its bytes, all cover it.
+
+    Args:
+        places: [n, 2] int64, first and past the last character of each token.
+        spans: Characters, as pairs (begin, end) in rising order.
+    """
+    ends = np.maximum.accumulate(places[:, 1]) if len(places) else places[:, 1]
+    before = np.concatenate([[0], ends[:-1]])
+    begins = np.where(ends > before, before, np.minimum(places[:, 0], ends - 1))
+    found = []
+    for begin, end in spans:
+        # begins and ends rise, so the tokens of a span are consecutive
+        first = int(np.searchsorted(ends, begin, side="right"))
+        last = int(np.searchsorted(begins, end, side="left"))
+        if last > first:
+            found.append((first, last))
+    return found
