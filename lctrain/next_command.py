@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
@@ -54,7 +55,8 @@ def evaluation_arguments(config: TrainConfig) -> list[str]:
     for field in fields(config.data):
         value = getattr(config.data, field.name)
         if field.name not in NOT_OF_TEXTS and value != _default(field):
-            arguments.append(f"data.{field.name}={_hydra(value)}")
+            new = "+" if isinstance(value, Mapping) else ""  # its keys are not in the schema
+            arguments.append(f"{new}data.{field.name}={_hydra(value)}")
     if config.evaluation.enabled:
         for field in fields(EvalConfig):
             if field.name in ("documents", "document_tokens", "lengths"):
@@ -81,6 +83,8 @@ def _hydra(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(_hydra, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}:{_hydra(item)}' for key, item in value.items())}}}"
     if isinstance(value, str) and (not _PLAIN.fullmatch(value) or value in _KEYWORDS):
         # Hydra takes a backslash as it is, except in front of a quote.
         escaped = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + '\\"' * bool(found[2]), value)

@@ -25,6 +25,11 @@ from tests.configs.composed import composed
         ],
         ["data=jsonl", "data.files=[a.jsonl]", "data.field=doc.text", "evaluation.documents=null"],
         ["data=hub", "data.dataset=owner/name", "data.split='train[:10%]'"],
+        [
+            "data=chat",
+            "data.files=[a.jsonl]",
+            "+data.template_arguments={thinking:false,name:'a, b'}",
+        ],
     ],
     ids=lambda overrides: overrides[0],
 )

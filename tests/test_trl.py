@@ -63,3 +63,36 @@ def test_a_pack_of_trl_has_the_loss_of_its_documents(tmp_path, settings):
     assert rows == 1
     # Both are means over the same tokens: two float32 sums of about a hundred terms.
     assert packed == near_roundings(apart, 2 * 100)
+
+
+def test_conversations_have_the_labels_of_trl(tmp_path):
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from lctrain.data.chat.conversation import read_conversation
+    from lctrain.data.chat.source import Rendering
+    from lctrain.data.chat.tokenizing import ChatTokenizing
+    from tests.data.chat.conftest import CONVERSATIONS, make_tokenizer
+
+    tokenizer = make_tokenizer("chatml_generation", merges=40)
+    tokenizer.pad_token = tokenizer.eos_token
+    records = [{"messages": CONVERSATIONS[name]["messages"]} for name in ("two_turns", "system")]
+    arguments = trl.SFTConfig(
+        str(tmp_path), assistant_only_loss=True, use_cpu=True, bf16=False, report_to="none"
+    )
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=2, **sizes)
+    trainer = trl.SFTTrainer(
+        AutoModelForCausalLM.from_config(config),
+        arguments,
+        train_dataset=Dataset.from_list(records),
+        processing_class=tokenizer,
+    )
+    ours = ChatTokenizing(tokenizer=tokenizer, rendering=Rendering("assistant", None, {}))
+    rows = ours.tokenize([read_conversation(record) for record in records])
+    for theirs, row in zip(trainer.train_dataset, rows, strict=True):
+        labels = [-100] * len(row["input_ids"])
+        for begin, end in row["spans"].reshape(-1, 2).tolist():
+            labels[begin:end] = row["input_ids"][begin:end].tolist()
+        assert theirs["input_ids"] == row["input_ids"].tolist()
+        assert theirs["labels"] == labels

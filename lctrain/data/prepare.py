@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -92,7 +93,12 @@ class Preparation:
         if tokenizer is None:
             tokenizer = train_tokenizer(train, self.settings.vocab_size, self.cache_dir)
         if isinstance(self.source, ChatSource):
-            ChatTemplate(tokenizer, self.source.rendering)  # raises before anything is tokenized
+            template = ChatTemplate(tokenizer, self.source.rendering)  # raises a ValueError early
+            if not template.ends_turns:
+                warn_once(
+                    "The chat template ends an assistant turn without a special token: the model "
+                    "does not learn to stop. Name another template as data.chat_template."
+                )
         elif tokenizer.eos_token_id is None:
             warn_once(
                 "The tokenizer has no end token: documents end without one, and the model does not "
@@ -148,13 +154,22 @@ class Preparation:
         )
 
     def given_tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """Returns the tokenizer that the user named or passed; None if it is to be trained."""
+        """Returns the tokenizer that the user named or passed; None if it is to be trained.
+
+        If the source names a chat template, the tokenizer has this template, so that it is saved
+        with the trained model. A tokenizer that the user passed is not changed.
+        """
         given = self.tokenizer
         if given is None:
             return None
         if isinstance(given, (str, os.PathLike)):
-            return load_tokenizer(os.fspath(given))
-        return given
+            tokenizer = load_tokenizer(os.fspath(given))
+        else:
+            tokenizer = given
+        if isinstance(self.source, ChatSource) and self.source.rendering.template is not None:
+            tokenizer = copy.copy(tokenizer)
+            tokenizer.chat_template = self.source.rendering.template
+        return tokenizer
 
     def _documents(self) -> tuple[Documents, Documents]:
         label = type(self.source).__name__

@@ -95,6 +95,9 @@ class ChatTemplate:
         self._arguments = {**tokenizer.special_tokens_map, **rendering.arguments}
         self._special = special_pattern(tokenizer)
         self._protected = None if keep_special else self._special
+        self._specials = None  # one special token, and others without a character between
+        if self._special is not None:
+            self._specials = re.compile(f"(?:{self._special.pattern})+")
         try:
             self._render([{"role": "user", "content": "a"}], None, prompt=True)
         except ConversationError as error:
@@ -102,6 +105,11 @@ class ChatTemplate:
                 f"chat_template must render a user turn, got an error: {error}. Correct the "
                 "template."
             ) from error
+
+    @property
+    def ends_turns(self) -> bool:
+        """Whether an assistant turn ends with a special token, by which a model learns to stop."""
+        return bool(_GENERATION.search(self._template)) or self._end_of_turn is not None
 
     def render(self, text: str) -> Rendered:
         """Renders a conversation.
@@ -181,7 +189,10 @@ class ChatTemplate:
         place = 0 if prefix.last is None else marked.ends.get(prefix.last)
         if place is not None and marked.text.startswith(prefix.tail, place):
             return place + len(prefix.tail)
-        if place is not None:  # the turn lacks an end of the generation prompt, as <think>
+        if place is not None:  # the turn lacks an end of the generation prompt
+            header = _THOUGHT.sub("", prefix.tail)
+            if marked.text.startswith(header, place):
+                return place + len(header)
             common = _common_prefix(prefix.tail, marked.text[place:])
             content = str(messages[index].get("content", "")).strip()
             stop = place + common + len(content)
@@ -201,7 +212,7 @@ class ChatTemplate:
             if found >= 0 and found + 1 not in marked.cuts:
                 return found + len(self._end_of_turn)
         tail = self._strip(self._render(self._mark(messages[: index + 1]), tools)).tail
-        special = self._special.search(tail) if self._special else None
+        special = self._specials.search(tail) if self._specials else None
         generated = tail[: special.end()] if special else tail.rstrip()
         if not marked.text.startswith(generated, end):
             raise _not_found(index)
@@ -215,10 +226,10 @@ class ChatTemplate:
 
     @cached_property
     def _end_of_turn(self) -> str | None:
-        """Text of the special token that ends an assistant turn; None without one."""
+        """Text of the special tokens that end an assistant turn; None without any."""
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         tail = self._strip(self._render(self._mark(messages), None)).tail
-        found = self._special.search(tail) if self._special else None
+        found = self._specials.search(tail) if self._specials else None
         return found.group() if found else None
 
     def _mark(self, messages: Messages, ends: bool = True) -> Messages:
@@ -296,6 +307,7 @@ class ChatTemplate:
         return texts[0], spans[0] if spans else ()
 
 
+_THOUGHT = re.compile(r"<think>\s*(</think>\s*)?$")  # as a generation prompt may open it
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 

@@ -132,11 +132,28 @@ def test_the_empty_thought_belongs_to_the_prompt_where_the_template_says_so(toke
 def test_a_prompt_that_ends_in_a_thought_the_text_does_not_have(tokenizer_of):
     template = template_text("chatml").replace("assistant\\n'", "assistant\\n<think>\\n'")
     tokenizer = tokenizer_of("chatml")
-    for answer in ("It is 4.", "<table>"):
+    for answer in ("It is 4.", "<table>", "<think></think>4"):
         record = {"prompt": "2 + 2?", "completion": answer}
         found = tokenized(tokenizer, record, template=template)
         assert found[2] is None
         assert f"⟦{answer}<|im_end|>⟧" in shown(tokenizer, *found[:2])
+
+
+def test_all_tokens_that_end_a_turn_are_trained_on(tokenizer_of):
+    """Cohere's template writes two; Phi's ends the text with one more, which is not of the turn."""
+    end = "{% if m.role == 'assistant' %}{{ '<|end|>' }}{% endif %}<|im_end|>\n"
+    template = "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}" + end
+    template += "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    template += "{% else %}{{ '<|end|>' }}{% endif %}"
+    tokenizer = tokenizer_of("chatml", 1)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|end|>"]})
+    found = tokenized(tokenizer, CONVERSATIONS["two_turns"], template=template)
+    text = shown(tokenizer, *found[:2])
+    assert re.findall("⟦.*?⟧", text) == [
+        "⟦It is 4.<|end|><|im_end|>⟧",
+        "⟦8, of course.<|end|><|im_end|>⟧",
+    ]
+    assert text.endswith("⟧\n<|end|>")
 
 
 def test_a_template_without_special_tokens_trains_on_the_words(tokenizer_of):
@@ -147,6 +164,8 @@ def test_a_template_without_special_tokens_trains_on_the_words(tokenizer_of):
     tokenizer = tokenizer_of("chatml")
     found = tokenized(tokenizer, CONVERSATIONS["two_turns"], template=template)
     assert "assistant: ⟦It is 4.⟧\nuser:" in shown(tokenizer, *found[:2])
+    assert not ChatTemplate(tokenizer, Rendering("assistant", template, {})).ends_turns
+    assert ChatTemplate(tokenizer, Rendering("assistant", None, {})).ends_turns
 
 
 @pytest.mark.parametrize(
