@@ -23,6 +23,7 @@ from lctrain.config import (
     TrainerConfig,
 )
 from lctrain.data import PackedDataModule
+from lctrain.distributed.strategy import ShardedStrategy
 from lctrain.eval.extension import check_supported
 from lctrain.model_names import unknown_argument, unknown_family
 from lctrain.models import patch_model
@@ -264,7 +265,7 @@ def build_trainer(
         accelerator=config.accelerator,
         devices=int(config.devices) if config.devices.isdigit() else config.devices,
         num_nodes=config.num_nodes,
-        strategy=config.strategy,
+        strategy=build_strategy(config),
         precision=resolve_precision(config),  # type: ignore[arg-type]
         max_steps=config.max_steps,
         max_time=config.max_time,
@@ -287,6 +288,17 @@ def build_trainer(
         logger=loggers or False,
         default_root_dir=root_dir,
     )
+
+
+def build_strategy(config: TrainerConfig) -> Any:
+    """Returns the strategy of Lightning's Trainer: its name, or a ShardedStrategy for fsdp2.
+
+    Args:
+        config: Settings of the Trainer.
+    """
+    if config.strategy != "fsdp2":
+        return config.strategy
+    return ShardedStrategy(config.replicas)
 
 
 def _refuse_monitors(callbacks: list[pl.Callback]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from lctrain.config import EvaluationConfig
 from lctrain.data.passkey import PasskeyFormat
+from lctrain.distributed import Topology
 from lctrain.eval import (
     Extension,
     begin_tokens,
@@ -104,7 +105,7 @@ def measure_as_trained(
         progress=trainer.progress_bar_callback is not None,
     )
     files = table.save(output_dir / "perplexity")
-    for logger in trainer.loggers:
+    for logger in trainer.loggers if Topology.of(trainer).is_first else ():
         log_evaluation(logger, table.as_dicts(), files["png"])
     return Closing(
         tuple((row.length, row.perplexity) for row in table.rows),
@@ -134,9 +135,10 @@ def compare_beyond_window(
         name=output_dir.parent.name,
     )
     files = comparison.save(output_dir / "perplexity")
-    for logger in trainer.loggers:
+    for logger in trainer.loggers if Topology.of(trainer).is_first else ():
         log_evaluation(logger, comparison.as_dicts(), files["png"])
-    print(comparison, flush=True)
+    if Topology.of(trainer).is_first:
+        print(comparison, flush=True)
     last = comparison.tables[config.methods[-1]]
     return Closing(
         tuple((row.length, row.perplexity) for row in last.rows),
@@ -182,7 +184,8 @@ def find_keys(
         name=reader.name,
     )
     files = table.save(output_dir / "passkeys")
-    print(table, flush=True)
+    if Topology.of(trainer).is_first:
+        print(table, flush=True)
     found = keys_found(table)
     if config.passkey_model is not None:
         found += f" (by {reader.name}; not by the model of this run)"

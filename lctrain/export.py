@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lctrain.attention import AttentionSpec, DualChunkSpec
+from lctrain.distributed import Topology
+from lctrain.distributed.hugging_face import is_sharded, save_weights
 from lctrain.model_card import model_card
 from lctrain.models.adapters import inside_adapters
 from lctrain.models.differential_configs import CONFIGS
@@ -34,7 +36,8 @@ def export_model(
     If the model has PEFT adapters, only the adapters are written, unless `merge` is true.
 
     Args:
-        module: Module with the trained model. Its attention is unpatched during the export.
+        module: Module with the trained model. Its attention is unpatched during the export. If the
+            model is sharded, all ranks must call this function.
         tokenizer: Tokenizer of the run.
         folder: Folder to create.
         trained_length: Length of the longest document in training, in tokens; None if unknown.
@@ -45,6 +48,8 @@ def export_model(
         The folder.
     """
     spec, folder = None, Path(folder).expanduser()
+    if is_sharded(module.model):
+        return _export_shards(module, tokenizer, folder, trained_length)
     if module.patch_handle is not None:
         spec = module.patch_handle.spec
         module.patch_handle.unpatch()
@@ -53,9 +58,35 @@ def export_model(
         module.model = module.model.merge_and_unload(safe_merge=True)
     model = module.model.cpu()
     model.save_pretrained(folder)
-    adapters = not (folder / "config.json").exists()
+    _save_description(model, tokenizer, folder, spec, trained_length)
+    module.configure_model()
+    return folder
+
+
+def _export_shards(
+    module: LongContextModule, tokenizer: Any, folder: Path, trained_length: int | None
+) -> Path:
+    """Writes a sharded model as `export_model` does. All ranks call it; the model stays patched."""
+    spec = None if module.patch_handle is None else module.patch_handle.spec
+    ranks = Topology.of(module.trainer)
+    save_weights(module.model, folder, ranks)
+    if ranks.is_first:
+        _save_description(module.model, tokenizer, folder, spec, trained_length)
+    return folder
+
+
+def _save_description(
+    model: Any, tokenizer: Any, folder: Path, spec: AttentionSpec | None, trained_length: int | None
+) -> None:
+    """Writes the config, the tokenizer and the model card beside the weights."""
+    adapters = (folder / "adapter_config.json").exists()
     if not adapters:
-        exported_config(model.config, spec, trained_length).save_pretrained(folder)
+        config = exported_config(model.config, spec, trained_length)
+        config.architectures = [type(model).__name__.removeprefix("FSDP")]
+        config.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        config.save_pretrained(folder)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(
         model_card(
@@ -67,8 +98,6 @@ def export_model(
         ),
         encoding="utf-8",
     )
-    module.configure_model()
-    return folder
 
 
 def exported_config(config: Any, spec: AttentionSpec | None, trained_length: int | None) -> Any:

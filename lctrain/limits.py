@@ -32,6 +32,12 @@ SPECIAL_TOKENS = ("text", "token")
 ROPE_METHODS = ("linear", "ntk", "yarn")
 DUAL_CHUNK_METHODS = ("dual_chunk", "dual_chunk_yarn")
 METHODS = ("plain", *ROPE_METHODS, *DUAL_CHUNK_METHODS, "intra_chunk")
+REFUSED_STRATEGIES = {
+    "deepspeed": "DeepSpeed runs a backward of its own, which would not divide by the tokens",
+    "fsdp": "FSDP1 hides the parameters from loss and clipping",
+    "modelparallel": "tensor and expert parallelism are not supported",
+}
+"""Why a strategy is refused, by the beginning of its name in lower case."""
 LARGEST_SEED = 2**32 - 1  # the largest seed that NumPy accepts
 
 
@@ -203,6 +209,16 @@ def check_trainer(trainer: Any) -> None:
         trainer.max_steps >= 0 or trainer.max_epochs >= 0,
         "trainer.max_steps or trainer.max_epochs must be set, got neither. A run needs an end.",
     )
+
+
+def why_refused(strategy: str) -> str | None:
+    """Returns why a strategy of Lightning is refused; None for every other strategy.
+
+    Args:
+        strategy: Name of the strategy, as Lightning's Trainer takes it, or of its class.
+    """
+    name = strategy.lower().replace("_", "")
+    return next((why for start, why in REFUSED_STRATEGIES.items() if name.startswith(start)), None)
 
 
 def check_backend(backend: str, name: str) -> None:

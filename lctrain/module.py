@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,6 +21,8 @@ from lctrain.config import AttentionConfig, MemoryConfig, OptimConfig
 from lctrain.data.own_tokenizer import require_own_tokenizer
 from lctrain.data.resume import resume_order
 from lctrain.distributed import Topology
+from lctrain.distributed.sharding import parameters_on_meta, through_root, whole_value
+from lctrain.distributed.strategy import ShardedStrategy, check_strategy
 from lctrain.dropout_seed import seed_micro_batch
 from lctrain.log_steps import at_log_step
 from lctrain.loss import causal_lm_loss
@@ -32,7 +35,9 @@ from lctrain.models.from_config import describe, model_from
 from lctrain.models.low_rank import adapter_state, has_reloaded_base, load_adapter_state
 from lctrain.optim import build_optimizer, build_scheduler, follow_schedule
 from lctrain.optimizers import check_optimizer
+from lctrain.options import as_dataclass, check_same_options
 from lctrain.run.length import STEPS_KEY, warn_if_ended
+from lctrain.run.progress import convert_progress
 
 ModelFactory = Callable[[pl.LightningDataModule], nn.Module]
 ModelSource = nn.Module | str | dict[str, Any] | ModelFactory
@@ -84,7 +89,11 @@ class LongContextModule(pl.LightningModule):
             before the first.
         gradient_norm: Gradient norm before clipping, 0-dim float32 tensor; None without clipping.
         held_out_losses: Pairs (optimizer step, held-out loss per token), one per validation.
+        converts_progress: True, since a checkpoint can go on with another number of ranks and
+            accumulated packs.
     """
+
+    converts_progress = True
 
     def __init__(
         self,
@@ -102,12 +111,12 @@ class LongContextModule(pl.LightningModule):
             )
         self.model: Any = model if isinstance(model, nn.Module) else None
         self._source: Any = None if isinstance(model, nn.Module) else model
-        self.optim = _as_dataclass("optim", OptimConfig, {} if optim is None else optim)
+        self.optim = as_dataclass("optim", OptimConfig, {} if optim is None else optim)
         check_optimizer(self.optim)
         self.attention = (
-            None if attention is None else _as_dataclass("attention", AttentionConfig, attention)
+            None if attention is None else as_dataclass("attention", AttentionConfig, attention)
         )
-        self.memory = None if memory is None else _as_dataclass("memory", MemoryConfig, memory)
+        self.memory = None if memory is None else as_dataclass("memory", MemoryConfig, memory)
         self.seed = seed
         self.memory_handle: Any = None
         self.patch_handle: Any = None
@@ -133,12 +142,19 @@ class LongContextModule(pl.LightningModule):
                 f"{self.trainer.precision!r}. A loss summed over a long pack overflows float16; "
                 "use bf16-mixed."
             )
+        check_strategy(self.trainer.strategy)
 
     def configure_model(self) -> None:
-        """Builds the model if it is not built yet, patches it, and sets its memory policy."""
+        """Builds the model if needed, patches it, sets its memory policy, and shards it.
+
+        With ShardedStrategy only rank 0 needs the memory of the whole model, on the CPU.
+        """
         if self.model is None:
             torch.manual_seed(self.seed)
-            self.model = self._build()
+            ranks = Topology.of(self._trainer)
+            is_whole = ranks.is_first or not ranks.is_sharded
+            with nullcontext() if is_whole else parameters_on_meta():
+                self.model = self._build()
         if self.patch_handle is None and self.attention is not None and not is_patched(self.model):
             self.patch_handle = patch_model(
                 inside_adapters(self.model),
@@ -153,6 +169,9 @@ class LongContextModule(pl.LightningModule):
             tokens = getattr(datamodule, "max_tokens", None)
             self.memory_handle = apply_config(self.model, self.memory, tokens)
         self.model.train()
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if isinstance(strategy, ShardedStrategy) and strategy.root is None:
+            strategy.shard(self.model)
 
     @property
     def pretrained_name(self) -> str | None:
@@ -180,6 +199,11 @@ class LongContextModule(pl.LightningModule):
                 "trainer.max_steps must be set for a stream of unknown length, got none. The "
                 "learning-rate schedule needs the length of the run."
             )
+        if self.optim.matrices_only and Topology.of(self.trainer).is_sharded:
+            raise ValueError(
+                "optim.matrices_only must be false with trainer.strategy=fsdp2, got true. It "
+                "updates whole matrices: use optim=adamw, or trainer.strategy=ddp."
+            )
         optimizer = build_optimizer(self.model, self.optim)
         # Without training batches Lightning estimates -1 steps.
         scheduler = build_scheduler(optimizer, self.optim, max(int(total_steps), 0))
@@ -201,7 +225,7 @@ class LongContextModule(pl.LightningModule):
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Returns the summed loss of one micro-batch, 0-dim float32."""
-        loss_sum, _ = causal_lm_loss(self.model, batch)
+        loss_sum, _ = through_root(self.trainer, causal_lm_loss, self.model, batch)
         self._window.add(loss_sum, batch.num_valid_tokens)
         return loss_sum
 
@@ -239,7 +263,9 @@ class LongContextModule(pl.LightningModule):
         if gradient_clip_algorithm == "value":
             nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         else:
-            self.gradient_norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+            self.gradient_norm = whole_value(
+                nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+            )
 
     def on_train_batch_end(self, outputs: Any, batch: PackedBatch, batch_idx: int) -> None:
         """Logs the step's loss, its gradient norm and learning rate, at logging steps."""
@@ -285,7 +311,14 @@ class LongContextModule(pl.LightningModule):
         """
         labels = batch.labels.flatten()
         positions = (labels != IGNORE_INDEX).nonzero().flatten()
-        losses = token_losses(self.model, batch.model_kwargs(), positions, labels[positions])
+        losses = through_root(
+            self._trainer,
+            token_losses,
+            self.model,
+            batch.model_kwargs(),
+            positions,
+            labels[positions],
+        )
         scores = torch.zeros(len(labels), dtype=torch.float32, device=labels.device)
         return scores.index_copy(0, positions, losses.float()).cpu()
 
@@ -295,7 +328,7 @@ class LongContextModule(pl.LightningModule):
 
     def _add_held_out(self, batch: PackedBatch) -> None:
         assert self._held_out_sum is not None
-        loss_sum, _ = causal_lm_loss(self.model, batch)
+        loss_sum, _ = through_root(self.trainer, causal_lm_loss, self.model, batch)
         self._held_out_sum += loss_sum
         self._held_out_tokens += batch.num_valid_tokens
 
@@ -340,6 +373,7 @@ class LongContextModule(pl.LightningModule):
             "optim": asdict(self.optim),
             "first_loss": None if self.first_loss is None else self.first_loss.item(),
             "held_out_losses": list(self.held_out_losses),
+            "accumulated": self.trainer.accumulate_grad_batches,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -361,6 +395,8 @@ class LongContextModule(pl.LightningModule):
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             warn_if_ended(checkpoint[STEPS_KEY], self._trainer.max_steps)
             check_same_options(self.optim, state.get("optim", {}))
+            now = self.trainer.accumulate_grad_batches
+            convert_progress(checkpoint, state.get("accumulated", now), now)
         if state["first_loss"] is not None:
             self.first_loss = torch.tensor(state["first_loss"], dtype=torch.float64)
         self.held_out_losses = [tuple(pair) for pair in state["held_out_losses"]]
@@ -380,30 +416,6 @@ class LongContextModule(pl.LightningModule):
             ) from error
 
 
-def check_same_options(now: OptimConfig, then: Mapping[str, Any]) -> None:
-    """Raises a ValueError if a resumed run has other optimizer options than its checkpoint.
-
-    Args:
-        now: Options of this run.
-        then: Options of the checkpoint, by name. Options missing from the checkpoint are not
-            compared.
-
-    Raises:
-        ValueError: if an option has changed; the message names it.
-    """
-    values = asdict(now)
-    changes = [
-        f"optim.{name} was {value!r}, is {values[name]!r}"
-        for name, value in then.items()
-        if name in values and values[name] != value
-    ]
-    if changes:
-        raise ValueError(
-            "a resumed run must have the optimizer options of its checkpoint, got others: "
-            f"{'; '.join(changes)}. Restore them, or start a new run without ckpt_path."
-        )
-
-
 def _reasons(error: RuntimeError) -> str:
     """Returns what torch says about weights that do not fit, shortened to about two lines."""
     lines = [line.strip().rstrip(".") for line in str(error).splitlines()]
@@ -411,34 +423,6 @@ def _reasons(error: RuntimeError) -> str:
     shown = [textwrap.shorten(line, LONGEST_REASON, placeholder=" ...") for line in found[:2]]
     more = len(found) - len(shown)
     return "; ".join(shown) + (f"; and {more} more" if more > 0 else "")
-
-
-def _as_dataclass(name: str, schema: type[Any], value: Any) -> Any:
-    """Returns `value` if it is a `schema`, else the `schema` built from a mapping of its fields.
-
-    Args:
-        name: Name of the argument, for messages.
-        schema: A dataclass.
-        value: An instance of `schema`, or a mapping.
-
-    Raises:
-        ValueError: if `value` is neither, or the mapping has an unknown field.
-    """
-    if isinstance(value, schema):
-        return value
-    if not isinstance(value, Mapping):
-        raise ValueError(
-            f"{name} must be a {schema.__name__} or a mapping of its fields, got "
-            f"{type(value).__name__}. Pass {schema.__name__}(...)."
-        )
-    known = [field.name for field in fields(schema)]
-    unknown = sorted(set(value) - set(known))
-    if unknown:
-        raise ValueError(
-            f"{name} must have fields of {schema.__name__} ({', '.join(known)}), got "
-            f"{', '.join(unknown)}. Check the spelling."
-        )
-    return schema(**value)
 
 
 def _vocab_size(datamodule: Any) -> int | None:

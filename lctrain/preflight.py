@@ -36,6 +36,7 @@ from lctrain.model_names import (
 )
 from lctrain.run.identity import identity_of
 from lctrain.run.resume import check_named, checkpoints_in, newest_directory
+from lctrain.run.seal import is_checkpoint
 
 if TYPE_CHECKING:
     from lctrain.config import (
@@ -155,19 +156,19 @@ def check_checkpoint(config: TrainConfig) -> None:
         _check_last(config)
         return
     path = Path(ckpt_path)
-    if path.is_dir():
+    if path.is_dir() and not is_checkpoint(path):
         inside = sorted(path.rglob("*.ckpt"))
         remedy = f"Name a file in it, such as {inside[-1]}" if inside else "It holds no checkpoint"
         raise ValueError(
             f"ckpt_path must be a checkpoint file or last, got {ckpt_path!r}, which is a folder. "
             f"{remedy}."
         )
-    if not path.is_file():
+    if not is_checkpoint(path):
         raise ValueError(
             f"ckpt_path must be a checkpoint file or last, got {ckpt_path!r}, which is not there. "
             "Leave it out to start afresh."
         )
-    if not zipfile.is_zipfile(path):
+    if path.is_file() and not zipfile.is_zipfile(path):
         check_named(path, None)  # raises an error that names an intact checkpoint
 
 

@@ -16,6 +16,7 @@ from lctrain.distributed import Topology
 from lctrain.run.checkpoint_file import AtomicCheckpointIO
 from lctrain.run.folder import ORPHANS
 from lctrain.run.resume import LAST, checkpoints_in
+from lctrain.run.seal import remove
 from lctrain.run.storage import storage_error
 
 __all__ = ["AtomicCheckpointIO", "StepCheckpoint", "check_writable", "step_checkpoints"]
@@ -82,7 +83,7 @@ class StepCheckpoint(Checkpoint):
             check_writable(self.directory)
             for pattern in ORPHANS:
                 for unfinished in self.directory.glob(pattern):
-                    unfinished.unlink(missing_ok=True)
+                    remove(unfinished)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stores the step at which the run starts or resumes, so that it is not saved again."""
@@ -145,6 +146,8 @@ class StepCheckpoint(Checkpoint):
         if pending is None or not Topology.of(trainer).is_first:
             return
         path = pending.with_suffix("")
+        if path.is_dir():
+            remove(path)
         os.replace(pending, path)
         self._link(path)
         step = _step_of(path)
@@ -152,7 +155,7 @@ class StepCheckpoint(Checkpoint):
         later = [old for old in found if _step_of(old) > step]
         for old in [*[old for old in found if old not in later][: -self.keep], *later]:
             try:
-                old.unlink()
+                remove(old)
             except OSError as error:
                 log.warning("The old checkpoint %s could not be deleted: %s", old, error.strerror)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +17,7 @@ from lctrain.callbacks.lengths import observed_document, with_other_lengths
 from lctrain.callbacks.routed import RoutedRounding
 from lctrain.callbacks.targets import find_target
 from lctrain.distributed import Topology
+from lctrain.distributed.sharding import through_root
 
 LARGEST_LOGITS = 2**28  # elements; with more, the last hidden states are compared instead
 BAR_DELAY_S = 1.0  # seconds before a progress bar appears
@@ -78,10 +80,14 @@ class IsolationCheck(pl.Callback):
         self._checked = True
         model = find_target(pl_module, self.model, self)
         pack = as_pack(view_batch(batch, self.read_batch))
+        ranks = Topology.of(trainer)
+        if ranks.is_sharded:  # all ranks call the same layers: they check the pack of rank 0
+            pack = ranks.of_first(None if pack is None else pack.to("cpu"))
+            pack = None if pack is None else pack.to(pl_module.device)
         if pack is not None:
-            shown = Topology.of(trainer).is_first and trainer.progress_bar_callback is not None
+            shown = ranks.is_first and trainer.progress_bar_callback is not None
             with trainer.precision_plugin.forward_context():
-                check_isolation(model, pack, progress=shown)
+                through_root(trainer, partial(check_isolation, model, pack, progress=shown))
 
 
 def as_pack(view: BatchView) -> PackedBatch | None:

@@ -13,6 +13,7 @@ from lctrain.callbacks.targets import find_target
 from lctrain.data.documents import TokenizedDocument
 from lctrain.data.tokenizer import load_tokenizer
 from lctrain.distributed import Topology
+from lctrain.distributed.sharding import through_root
 from lctrain.eval import check_lengths, longest_documents, perplexity_by_length
 from lctrain.eval.begin import NO_BEGIN, BeginTokens, begin_tokens
 
@@ -100,9 +101,10 @@ class LengthPerplexity(pl.Callback):
         stepped = not trainer.fit_loop._should_accumulate()
         if not stepped or trainer.global_step % self.every_n_steps != 0:
             return
-        if Topology.of(trainer).is_first:
-            metrics = self._measure(trainer, pl_module)
-            for logger in trainer.loggers:
+        ranks = Topology.of(trainer)
+        if ranks.is_first or ranks.is_sharded:  # a sharded model needs all ranks
+            metrics = through_root(trainer, self._measure, trainer, pl_module)
+            for logger in trainer.loggers if ranks.is_first else ():
                 logger.log_metrics(metrics, step=trainer.global_step - 1)
         trainer.strategy.barrier("LengthPerplexity")
 

@@ -14,6 +14,7 @@ from lctrain.callbacks.batches import BatchView, ReadBatch, view_batch
 from lctrain.callbacks.checkpoint import StepCheckpoint
 from lctrain.callbacks.targets import loss_of
 from lctrain.distributed import Topology
+from lctrain.distributed.sharding import local_part
 from lctrain.log_steps import at_log_step
 
 log = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ class NonFiniteLossGuard(pl.Callback):
         if self.on_batch != "skip":
             return
         losses, self._step_losses = self._step_losses, []
-        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        gradients = [local_part(p.grad) for p in pl_module.parameters() if p.grad is not None]
         checks = [value.isfinite().all() for value in [*losses, *gradients]]
         finite = torch.stack([check.to(pl_module.device) for check in checks]).all().int()
         self._leaves_out = not bool(Topology.of(trainer).minimum(finite))
@@ -206,9 +207,12 @@ class NonFiniteLossGuard(pl.Callback):
         """
         if self.on_batch == "stop":
             self._check_losses(trainer)
-        finite = [value.isfinite().all() for value in pl_module.parameters()]
-        if finite and not bool(torch.stack(finite).all()):
-            names = [name for name, value in pl_module.named_parameters() if not _finite(value)]
+        weights = {name: local_part(value) for name, value in pl_module.named_parameters()}
+        finite = [value.isfinite().all() for value in weights.values()]
+        ranks = Topology.of(trainer)
+        if finite and not bool(ranks.minimum(torch.stack(finite).all().int())):
+            own = [name for name, value in weights.items() if not _finite(value)]
+            names = next(found for found in ranks.gather(own) if found)
             raise NonFiniteLossError(
                 f"weights became NaN or infinite at step {trainer.global_step} with finite losses "
                 f"({', '.join(names[:SHOWN_DOCUMENTS])}). {_remedy(trainer)}"
@@ -252,6 +256,6 @@ def _finite(value: Tensor) -> bool:
 def _remedy(trainer: pl.Trainer) -> str:
     """Returns the end of an error message, which names the last checkpoint and a remedy."""
     checkpoints = [c for c in trainer.callbacks if isinstance(c, StepCheckpoint)]
-    kept = [str(c.last_path) for c in checkpoints if c.last_path.is_file()]
+    kept = [str(c.last_path) for c in checkpoints if c.last_path.exists()]
     last = f"The last good checkpoint is {kept[0]}." if kept else "There is no checkpoint yet."
     return f"{last} Look at these documents, or lower the learning rate or clip the gradients."

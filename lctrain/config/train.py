@@ -79,5 +79,21 @@ class TrainConfig:
             self.show >= 0,
             f"show must be at least 0, got {self.show}. It is a number of documents; 0 trains.",
         )
+        if self.trainer.strategy == "fsdp2":
+            require(
+                self.adapter is None,
+                "adapter must be none with trainer.strategy=fsdp2, whose checkpoints hold all "
+                "weights, got adapters. Use trainer.strategy=ddp.",
+            )
+            require(
+                self.memory.name != "offload",
+                "memory must be none or checkpoint with trainer.strategy=fsdp2, got offload. "
+                "Choose memory=checkpoint.",
+            )
+            require(
+                not self.optim.matrices_only,
+                "optim.matrices_only must be false with trainer.strategy=fsdp2, which divides the "
+                "matrices, got true. Use optim=adamw, or trainer.strategy=ddp.",
+            )
         check_warmup(self.optim.warmup_steps, self.trainer.max_steps)
         expand_paths(self, "", "ckpt_path")

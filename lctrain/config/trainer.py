@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lctrain.limits import check_trainer, require
+from lctrain.limits import check_trainer, require, why_refused
 
 STRATEGIES = (
     "auto",
@@ -12,6 +12,7 @@ STRATEGIES = (
     "ddp",
     "ddp_find_unused_parameters_false",
     "ddp_find_unused_parameters_true",
+    "fsdp2",
 )
 
 
@@ -23,9 +24,11 @@ class TrainerConfig:
         accelerator: Type of device: auto, cpu or gpu.
         devices: Number of devices, their numbers separated by commas (0,2), or auto.
         num_nodes: Number of machines.
-        strategy: Lightning's strategy: auto, single_device, ddp, or ddp with a setting for unused
-            parameters. Sharded strategies are not supported: loss and clipping need the whole
-            gradients on every rank.
+        strategy: auto, single_device, ddp, ddp with a setting for unused parameters, or fsdp2.
+            With ddp every rank has a copy of the parameters. fsdp2 divides parameters, gradients
+            and optimizer states over the ranks; it is not measured on several GPUs.
+        replicas: Number of copies of the parameters with strategy=fsdp2. Each copy is divided over
+            ranks / replicas ranks.
         precision: Lightning's precision: auto (bf16-mixed on a GPU, else 32-true), 32-true,
             bf16-mixed or bf16-true.
         max_steps: Largest number of optimizer steps; -1 for no limit.
@@ -51,6 +54,7 @@ class TrainerConfig:
     devices: str = "1"
     num_nodes: int = 1
     strategy: str = "auto"
+    replicas: int = 1
     precision: str = "auto"
     max_steps: int = -1
     max_time: str | None = None
@@ -66,12 +70,19 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
+            reason = why_refused(self.strategy)
+            why = "" if reason is None else f"{reason}. "
             raise ValueError(
                 f"trainer.strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}. "
-                "Where parameters are sharded, the loss and the clipping of a window would be "
-                "wrong: use ddp, and memory=checkpoint if memory is short."
+                f"{why}Use fsdp2 to divide the parameters over the ranks, or ddp to copy them."
             )
+        require(
+            self.replicas == 1 or self.strategy == "fsdp2",
+            f"trainer.replicas must be 1 with trainer.strategy={self.strategy}, got "
+            f"{self.replicas}. Set trainer.strategy=fsdp2, or leave it out.",
+        )
         remedies = {
+            "replicas": "1 divides one copy of the parameters over all ranks.",
             "num_nodes": "One machine is 1.",
             "accumulate_grad_batches": "1 takes an optimizer step after every pack.",
             "log_every_n_steps": "A large number logs little.",

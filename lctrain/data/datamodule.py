@@ -21,7 +21,7 @@ from lctrain.config import DataSettings
 from lctrain.data.documents import TokenizedDocument
 from lctrain.data.given import DatasetSource, TokenPreparation, holds_texts
 from lctrain.data.loader import Cursor, PackLoader, RowStream
-from lctrain.data.order import epoch_order, imbalance
+from lctrain.data.order import epoch_order, imbalance, micro_batches
 from lctrain.data.own_tokenizer import require_own_tokenizer, warn_of_other_ids
 from lctrain.data.packing import PackingReport, document_limit
 from lctrain.data.prepare import (
@@ -151,21 +151,23 @@ class PackedDataModule(LightningDataModule):
 
         It is available after `setup()`.
         """
-        costs = self._ready.train_rows.plan.costs()
-        order = epoch_order(
-            costs, self._world_size, self.options.seed, 0, self.options.balance_window
-        )
-        return imbalance(order, costs)
+        return imbalance(self._order(0), self._ready.train_rows.plan.costs())
 
     @property
     def settings(self) -> dict[str, Any]:
         """Settings that determine the sequence of batches. They are available after `setup()`.
 
-        A resumed run compares them with those of its checkpoint.
+        A resumed run compares them with those of its checkpoint. Rows are ordered by the packs of
+        an optimizer step, so a run may go on with other ranks and accumulation. An endless stream
+        is ordered by ranks.
         """
+        if self._ready.stream is not None:
+            size = {"world_size": self._world_size}
+        else:
+            size = {"packs_per_step": self._packs}
         return self._ready.settings | {
             "seed": self.options.seed,
-            "world_size": self._world_size,
+            **size,
             "balance_window": self.options.balance_window,
         }
 
@@ -213,32 +215,33 @@ class PackedDataModule(LightningDataModule):
         """
         if self._ready.stream is not None:
             return self._stream_loader(self._ready.stream)
-        rows, world_size, rank, seed = (
-            self._ready.train_rows,
-            self._world_size,
-            self._rank,
-            self.options.seed,
-        )
-        steps = len(rows) // world_size
+        rows, world_size, rank = self._ready.train_rows, self._world_size, self._rank
+        full = len(rows) // self._packs
+        steps = full * self._accumulated or len(rows) // world_size
         if steps == 0:
             raise ValueError(
                 f"data must fill at least one row for each of {world_size} ranks, got {len(rows)} "
                 "rows. Use more data, fewer ranks, or a smaller max_tokens."
             )
-        costs, window = rows.plan.costs(), self.options.balance_window
-
-        def epoch_rows(epoch: int) -> np.ndarray:
-            return epoch_order(costs, world_size, seed, epoch, window)[:, rank]
-
         return PackLoader(
             rows,
-            RowStream(epoch_rows, steps, endless=True),
+            RowStream(lambda epoch: self._order(epoch)[:, rank], steps, endless=True),
             steps,
             self._position,
             self._cursor,
             num_workers=self.options.num_workers,
             pin_memory=self.pin_memory,
         )
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Returns the row of every rank at every micro-batch of an epoch: [micro-batches, ranks].
+
+        Rows that do not fill an optimizer step are left out, unless an epoch has no other rows.
+        """
+        costs, options = self._ready.train_rows.plan.costs(), self.options
+        packs = self._packs if len(costs) >= self._packs else self._world_size
+        steps = epoch_order(costs, packs, options.seed, epoch, options.balance_window)
+        return micro_batches(steps, costs, self._world_size)
 
     def _stream_loader(self, recipe: StreamRecipe) -> PackLoader:
         """Returns the loader of this rank's batches of an endless stream."""
@@ -307,7 +310,11 @@ class PackedDataModule(LightningDataModule):
         if self._prepared is None:
             return {}
         batches = self._finished_batches()
-        state = {"settings": self.settings, "batches": batches}
+        state = {
+            "settings": self.settings,
+            "batches": batches,
+            "accumulated": self._accumulated,
+        }
         if place := self._cursor.place_before(batches):
             state["place"] = place
         return state
@@ -316,11 +323,21 @@ class PackedDataModule(LightningDataModule):
         """Sets the next training batch to the one after the last batch of a checkpoint.
 
         Raises:
-            ValueError: if this run's data or packing settings differ; the message names them.
+            ValueError: if this run's data or packing settings differ; the message names them. Or if
+                another number of packs is accumulated and the module does not convert Lightning's
+                counts.
         """
         if self.trainer is not None and self._progress is None:
             return  # a model may be validated on any data
-        self._cursor.batches = state_dict["batches"]
+        then = state_dict.get("accumulated", self._accumulated)  # older checkpoints lack it
+        module = getattr(self.trainer, "lightning_module", None)
+        if then != self._accumulated and not getattr(module, "converts_progress", False):
+            raise ValueError(
+                f"accumulate_grad_batches must be {then}, as in the checkpoint, for a "
+                f"{type(module).__name__}, got {self._accumulated}. Restore it, or train with "
+                "LongContextModule."
+            )
+        self._cursor.batches = state_dict["batches"] // then * self._accumulated
         place = state_dict.get("place")  # older checkpoints lack it
         self._cursor.places = [] if place is None else [(0, place)]
         self._restored_settings = state_dict["settings"]
@@ -345,6 +362,16 @@ class PackedDataModule(LightningDataModule):
     @property
     def _rank(self) -> int:
         return Topology.of(self.trainer).data_rank
+
+    @property
+    def _accumulated(self) -> int:
+        """Number of packs per rank in an optimizer step."""
+        return int(getattr(self.trainer, "accumulate_grad_batches", 1))
+
+    @property
+    def _packs(self) -> int:
+        """Number of packs of all ranks in an optimizer step."""
+        return self._world_size * self._accumulated
 
     @property
     def _progress(self) -> Any:

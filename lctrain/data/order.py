@@ -92,3 +92,23 @@ def _balance(steps: np.ndarray, costs: np.ndarray) -> np.ndarray:
         balanced[step, ranks] = rows[::-1]  # rows are in rising order of work
         done[ranks] += costs[rows[::-1]]
     return balanced
+
+
+def micro_batches(steps: np.ndarray, costs: np.ndarray, ranks: int) -> np.ndarray:
+    """Divides the rows of every optimizer step into micro-batches of one row per rank.
+
+    Rows of similar work are in one micro-batch, and the heaviest goes to the rank with the least
+    work so far. Which rows belong to a step does not depend on the number of ranks.
+
+    Args:
+        steps: [steps, packs] int64, the rows of every optimizer step.
+        costs: [R] attention work of every row.
+        ranks: Number of ranks, which divides `packs`.
+
+    Returns:
+        [steps * packs / ranks, ranks] int64.
+    """
+    if steps.shape[1] == ranks:
+        return steps
+    sorted_rows = np.take_along_axis(steps, np.argsort(costs[steps], axis=1, kind="stable"), axis=1)
+    return _balance(sorted_rows.reshape(-1, ranks), costs)

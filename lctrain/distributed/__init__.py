@@ -1,4 +1,4 @@
-"""Several GPUs: ranks and their roles, sharded parameters, and packs shared by several ranks."""
+"""Several GPUs: ranks and their roles, and parameters that are divided over ranks."""
 
 from lctrain.distributed.topology import Topology
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lctrain.distributed import Topology
+from lctrain.distributed.sharding import local_part
 
 
 class TokenWindow:
@@ -61,7 +62,7 @@ class TokenWindow:
         totals = torch.stack([self._sum, tokens])  # [2] float64: loss sum, tokens
         ranks.sum(totals)
         loss_sum, tokens = totals[0], totals[1].clamp(min=1.0)
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
         for group in _by_device_and_dtype(gradients):
             factor_dtype = torch.promote_types(group[0].dtype, torch.float32)
             torch._foreach_mul_(group, (averaged / tokens).to(factor_dtype))

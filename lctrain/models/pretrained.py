@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lctrain.config import PretrainedModelConfig
+from lctrain.distributed.sharding import has_parameters_on_meta
 from lctrain.model_names import check_model_name
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -32,6 +33,8 @@ def load_pretrained(
     from transformers import AutoModelForCausalLM
 
     check_dtype(dtype)
+    if has_parameters_on_meta():
+        return load_architecture(config, dtype).eval()
     with _naming(config):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.name_or_path,
@@ -51,11 +54,12 @@ def load_pretrained(
     return model.eval()
 
 
-def load_architecture(config: PretrainedModelConfig) -> Any:
+def load_architecture(config: PretrainedModelConfig, dtype: str = "auto") -> Any:
     """Builds the model of `load_pretrained` with random weights, on the current default device.
 
     Args:
         config: Config of the pretrained model.
+        dtype: Dtype of the weights, as in `load_pretrained`.
 
     Raises:
         ValueError: if the model does not exist, or is no causal LM.
@@ -69,7 +73,9 @@ def load_architecture(config: PretrainedModelConfig) -> Any:
             trust_remote_code=config.trust_remote_code,
         )
         return AutoModelForCausalLM.from_config(
-            architecture, trust_remote_code=config.trust_remote_code
+            architecture,
+            trust_remote_code=config.trust_remote_code,
+            **({} if dtype == "auto" else {"dtype": getattr(torch, dtype)}),
         )
 
 

@@ -19,7 +19,7 @@ from typing import IO, Any, BinaryIO, cast
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from lctrain.run.seal import DamagedCheckpointError, seal
+from lctrain.run.seal import META, DamagedCheckpointError, seal
 
 WRITING = ".writing"  # suffix of a file that is being written
 
@@ -74,7 +74,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Reads a checkpoint to the CPU. Lightning's strategy then moves states to the device.
 
         Args:
-            path: Checkpoint file.
+            path: Checkpoint file, or the folder of a sharded checkpoint.
             map_location: As in `torch.load`; None reads to the CPU.
             weights_only: Whether to accept only tensors, plain values and the classes in ALLOWED;
                 None does.
@@ -82,6 +82,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             ValueError: if the file is damaged, or holds an object that is not accepted.
         """
+        if Path(path).is_dir():
+            from lctrain.run.sharded_checkpoint import read_whole
+
+            return read_whole(Path(path))
         location = (lambda storage, _: storage) if map_location is None else map_location
         if weights_only is False:
             return dict(torch.load(path, map_location=location, weights_only=False))
@@ -92,7 +96,8 @@ def read_checkpoint(path: Path, **options: Any) -> dict[str, Any]:
     """Reads a checkpoint without running code from the file.
 
     Args:
-        path: Checkpoint file.
+        path: Checkpoint file; or the folder of a sharded checkpoint, whose weights and optimizer
+            states are not read.
         options: Options of `torch.load`. With mmap=True a tensor is read when it is first used.
 
     Raises:
@@ -100,6 +105,7 @@ def read_checkpoint(path: Path, **options: Any) -> dict[str, Any]:
         ValueError: if the file holds objects other than tensors, plain values and those of classes
             in ALLOWED.
     """
+    path = path / META if path.is_dir() else path
     try:
         with torch.serialization.safe_globals(ALLOWED):
             loaded: Mapping[str, Any] = torch.load(path, weights_only=True, **options)

@@ -17,6 +17,7 @@ from typing import Any
 
 from lctrain.run.lock import FolderLock, is_locked
 from lctrain.run.rank import is_rank_zero
+from lctrain.run.seal import remove
 from lctrain.run.slurm import slurm_job
 
 log = logging.getLogger(__name__)
@@ -200,7 +201,7 @@ def remove_orphans(runs_dir: Path) -> None:
             continue
         for orphan in orphans:
             try:
-                orphan.unlink(missing_ok=True)
+                remove(orphan)
             except OSError as error:
                 log.warning("Could not delete %s: %s", orphan, error.strerror)
             else:

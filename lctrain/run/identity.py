@@ -27,11 +27,13 @@ MAY_CHANGE = (
     "trainer.validate_every_n_steps",
     "trainer.limit_val_batches",
     "trainer.enable_progress_bar",
-    # the machine; the number of ranks is checked with the data
+    # the machine; the packs of an optimizer step of all ranks are checked with the data
+    "trainer.accumulate_grad_batches",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.strategy",
+    "trainer.replicas",
     "trainer.deterministic",
     "attention.backend",
     "attention.deterministic",

@@ -9,7 +9,7 @@ from typing import Any
 
 from lctrain.run.folder import read_record
 from lctrain.run.identity import differences
-from lctrain.run.seal import DamagedCheckpointError, damage_of
+from lctrain.run.seal import DamagedCheckpointError, damage_of, is_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -101,11 +101,11 @@ def check_named(path: Path, identity: Mapping[str, Any] | None) -> Path:
         ValueError: if the file does not exist, is damaged, or belongs to another run.
     """
     path = path.expanduser()
-    if path.is_dir():
+    if path.is_dir() and not is_checkpoint(path):
         found = checkpoints_in(path) or checkpoints_in(path / "checkpoints")
         advice = f"Give its newest file, {found[0]}." if found else "It holds no checkpoint."
         raise ValueError(f"ckpt_path must be a file or last, got the folder {path}. {advice}")
-    if not path.is_file():
+    if not is_checkpoint(path):
         raise ValueError(
             f"ckpt_path must be a checkpoint file or last, got {str(path)!r}, which is not "
             "there. Leave it out to start afresh."
@@ -163,9 +163,11 @@ def check_identity(path: Path, identity: Mapping[str, Any] | None) -> None:
     from lctrain.run.checkpoint_file import read_checkpoint
 
     state = read_checkpoint(path, map_location="cpu", mmap=True)
+    in_shards = ("state_dict", "optimizer_states") if path.is_dir() else ()
     missing = [
         key
         for key, kind in NEEDED.items()
+        if key not in in_shards
         if not isinstance(state.get(key), kind) or state[key] in ({}, [])
     ]
     if missing:

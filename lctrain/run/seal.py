@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import shutil
 import struct
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 TAG = b"lctrain sha256 "
 SEAL_BYTES = len(TAG) + 64
 NO_COMMENT = b"\0\0"  # length of the comment, the last two bytes of an archive without one
+META = "meta.pt"  # file of a sharded checkpoint with everything but tensors of model and optimizer
+MANIFEST = "manifest.json"  # file of a sharded checkpoint with the SHA-256 of every other file
 BLOCK = 2**22  # bytes that are hashed at a time
 
 
@@ -32,12 +37,48 @@ def seal(file: BinaryIO, digest: str) -> None:
     file.write(struct.pack("<H", SEAL_BYTES) + TAG + digest.encode())
 
 
-def damage_of(path: Path) -> str | None:
-    """Verifies a checkpoint file, and returns a description of the damage; None if it is intact.
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a file, or the folder of a sharded checkpoint."""
+    return path.is_file() or (path / MANIFEST).is_file()
 
-    A file without lctrain's checksum, such as one from Lightning, is verified by the CRC-32 of each
-    record of the archive.
+
+def remove(path: Path) -> None:
+    """Deletes a checkpoint, a file or a folder, if it exists.
+
+    Args:
+        path: Path of the checkpoint.
+
+    Raises:
+        OSError: if it cannot be deleted.
     """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_manifest(folder: Path, digests: Mapping[str, str]) -> None:
+    """Writes the hashes of a sharded checkpoint's files, by name, into its folder."""
+    with (folder / MANIFEST).open("w") as file:
+        json.dump(digests, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def digest_of(path: Path) -> str:
+    """Returns the SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return _digest(file, path.stat().st_size, b"")
+
+
+def damage_of(path: Path) -> str | None:
+    """Verifies a checkpoint, and returns a description of the damage; None if it is intact.
+
+    Every file of a sharded checkpoint is verified. A file without lctrain's checksum, such as one
+    from Lightning, is verified by the CRC-32 of each record of the archive.
+    """
+    if path.is_dir():
+        return _damage_of_folder(path)
     size = path.stat().st_size
     if size == 0:
         return "it is empty"
@@ -45,7 +86,7 @@ def damage_of(path: Path) -> str | None:
         file.seek(max(0, size - SEAL_BYTES))
         comment = file.read()
         if comment.startswith(TAG):
-            digest = _digest(file, size - SEAL_BYTES - len(NO_COMMENT))
+            digest = _digest(file, size - SEAL_BYTES - len(NO_COMMENT), NO_COMMENT)
             then = comment[len(TAG) :].decode(errors="replace")
             return None if digest == then else f"its SHA-256 is {digest[:12]}, not {then[:12]}"
     try:
@@ -56,8 +97,22 @@ def damage_of(path: Path) -> str | None:
     return None if record is None else f"its record {record} does not have its CRC-32"
 
 
-def _digest(file: BinaryIO, size: int) -> str:
-    """Returns the SHA-256 of the file's first `size` bytes, followed by NO_COMMENT."""
+def _damage_of_folder(folder: Path) -> str | None:
+    try:
+        digests: dict[str, str] = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return f"its {MANIFEST} cannot be read"
+    for name, then in digests.items():
+        if not (folder / name).is_file():
+            return f"its file {name} is missing"
+        digest = digest_of(folder / name)
+        if digest != then:
+            return f"the SHA-256 of its file {name} is {digest[:12]}, not {then[:12]}"
+    return None
+
+
+def _digest(file: BinaryIO, size: int, end: bytes) -> str:
+    """Returns the SHA-256 of the file's first `size` bytes, followed by `end`."""
     digest = hashlib.sha256()
     file.seek(0)
     while size > 0:
@@ -66,5 +121,5 @@ def _digest(file: BinaryIO, size: int) -> str:
             break
         digest.update(block)
         size -= len(block)
-    digest.update(NO_COMMENT)
+    digest.update(end)
     return digest.hexdigest()

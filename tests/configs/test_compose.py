@@ -28,6 +28,7 @@ from lctrain.config import (
     TrainerConfig,
     to_dataclass,
 )
+from lctrain.distributed.strategy import ShardedStrategy
 from lctrain.optim import build_optimizer, learning_rate_factor
 from lctrain.schemas import register_schemas
 from tests.configs.composed import composed, load
@@ -148,17 +149,44 @@ def test_wrong_types_are_named(override):
     assert value.strip("[]") in str(error.value.__cause__)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_2", "ddp_spawn", "dpp"])
-def test_strategies_that_would_train_wrongly(strategy):
-    with pytest.raises(ValueError, match=rf"trainer.strategy must be .* got '{strategy}'.*use ddp"):
+@pytest.mark.parametrize(
+    ("strategy", "reason"),
+    [
+        ("fsdp", "FSDP1 hides the parameters"),
+        ("deepspeed_stage_2", "DeepSpeed runs a backward of its own"),
+        ("model_parallel", "tensor and expert parallelism are not supported"),
+        ("ddp_spawn", "Use fsdp2"),
+    ],
+)
+def test_strategies_that_would_train_wrongly(strategy, reason):
+    with pytest.raises(ValueError, match=rf"strategy must be .* got '{strategy}'. {reason}"):
         load(f"trainer.strategy={strategy}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.replicas=2"], "trainer.replicas must be 1 with trainer.strategy=auto, got 2"),
+        (["trainer.strategy=fsdp2", "trainer.replicas=0"], "trainer.replicas must be at least 1"),
+        (["trainer.strategy=fsdp2", "optim=muon"], "optim.matrices_only must be false with"),
+        (["trainer.strategy=fsdp2", "memory=offload"], "memory must be none or checkpoint with"),
+        (
+            ["trainer.strategy=fsdp2", "model=hf", "model.name_or_path=a", "adapter=lora"],
+            "adapter must be none with trainer.strategy=fsdp2",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_the_strategy(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load(*overrides)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_strategies_that_lightning_builds(strategy, tmp_path):
     config = load("trainer=cpu", f"trainer.strategy={strategy}")
     trainer = build_trainer(config.trainer, [], [], str(tmp_path))
-    assert isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+    kinds = ShardedStrategy if strategy == "fsdp2" else (SingleDeviceStrategy, DDPStrategy)
+    assert isinstance(trainer.strategy, kinds)
 
 
 def test_keys_appended_to_a_schema_are_named():

@@ -287,11 +287,44 @@ def test_resuming_with_other_settings_is_noticed_at_setup_too(make_data, data):
         other.setup()
 
 
-def test_resuming_on_another_number_of_ranks_is_an_error(make_data, data):
+def test_resuming_with_other_packs_per_step_is_an_error(make_data, data):
     other = make_data()
     other.load_state_dict(data.state_dict())
-    with pytest.raises(ValueError, match="others: world_size was 1, is 2"):
+    with pytest.raises(ValueError, match="others: packs_per_step was 1, is 2"):
         as_rank(other, 0, 2).setup()
+
+
+def test_the_packs_of_a_step_do_not_depend_on_the_ranks(make_data):
+    """4 packs per step, by ranks and packs that each rank accumulates."""
+    steps = {}
+    for ranks, accumulated in ((1, 4), (2, 2), (4, 1)):
+        modules = [as_rank(make_data(), rank, ranks) for rank in range(ranks)]
+        for module in modules:
+            module.trainer.accumulate_grad_batches = accumulated
+            module.setup()
+        assert modules[0].settings["packs_per_step"] == 4
+        epochs = [
+            [tuple(batch.document_ids.tolist()) for batch in module.train_dataloader()]
+            for module in modules
+        ]
+        batches = list(zip(*epochs, strict=True))
+        assert len(batches) == modules[0].packing_report.rows // 4 * accumulated
+        steps[ranks] = [
+            {pack for micro in batches[first : first + accumulated] for pack in micro}
+            for first in range(0, len(batches), accumulated)
+        ]
+    assert steps[1] == steps[2] == steps[4]
+    assert len(steps[1]) >= 2
+
+
+def test_another_module_must_accumulate_as_before(make_data, data):
+    """Only LongContextModule converts Lightning's counts to another number of packs per rank."""
+    state = data.state_dict() | {"accumulated": 3}
+    other = as_rank(make_data(), 0, 1)
+    other.trainer.state.fn = TrainerFn.FITTING
+    other.trainer.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=object()))
+    with pytest.raises(ValueError, match="accumulate_grad_batches must be 3, as in the checkpoint"):
+        other.load_state_dict(state)
 
 
 def test_resuming_with_other_documents_names_both_sources(make_data, data, corpus):

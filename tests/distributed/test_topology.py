@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lctrain.distributed import Topology
+from lctrain.distributed.strategy import ShardedStrategy, check_strategy
 from tests.house.typecheck import ROOT
 
 OWN_RANKS = {"world_size", "global_rank", "is_global_zero", "get_world_size", "get_rank"}
@@ -69,3 +70,11 @@ def test_one_rank_reduces_without_a_process_group():
 def test_sizes_must_divide_the_ranks():
     with pytest.raises(ValueError, match=r"must divide the number of ranks, got 2 \* 3 and 8 "):
         Topology(0, 8, replicas=2, context=3)
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
+def test_other_sharded_strategies_are_refused(name):
+    with pytest.raises(ValueError, match=rf"strategy must be ShardedStrategy .*got {name}: "):
+        check_strategy(type(name, (), {})())
+    check_strategy(ShardedStrategy())
+    check_strategy(type("DDPStrategy", (), {})())

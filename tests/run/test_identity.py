@@ -44,7 +44,6 @@ def test_may_change(override):
         ("optim.weight_decay=0.2", "optim.weight_decay was 0.1, is 0.2"),
         ("optim.warmup_steps=3", "optim.warmup_steps was None, is 3"),
         ("optim=wsd", "optim.schedule was 'cosine', is 'warmup_stable_decay'"),
-        ("trainer.accumulate_grad_batches=4", "trainer.accumulate_grad_batches was 1, is 4"),
         ("trainer.gradient_clip_val=null", "trainer.gradient_clip_val was 1.0, is None"),
         ("trainer.precision=bf16-mixed", "trainer.precision was 'auto', is 'bf16-mixed'"),
         ("data.max_tokens=99", "data.max_tokens was 2048, is 99"),

@@ -1,0 +1,185 @@
+"""shard_model: divides a model's parameters over ranks with FSDP2, one group per decoder layer.
+
+The parameters of rank 0 are the ones that count. The other ranks build the model without memory
+for parameters, and receive their shards from rank 0, one parameter at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+
+class ShardRoot(nn.Module):
+    """Root of a sharded model: calls any function while the root's parameters are gathered.
+
+    Every use of a sharded model runs inside such a call, on all ranks with the same sequence of
+    layers. Layers gather their own parameters when they are called.
+
+    Args:
+        model: The model that is sharded.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        """Returns `function()`."""
+        return function()
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Context manager in which modules get parameters on device meta, and buffers as usual."""
+
+    def replace(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+        if parameter is None or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def has_parameters_on_meta() -> bool:
+    """Whether modules that are built now get parameters on device meta."""
+    return nn.Linear(1, 1, bias=False).weight.is_meta
+
+
+def take_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Replaces every parameter by one on device meta, and returns the old ones by name.
+
+    A shared parameter stays shared, and has one name in the result.
+
+    Args:
+        model: A model with parameters on any device.
+    """
+    taken = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    replaced: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in replaced:
+                empty = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+                replaced[id(parameter)] = empty
+            module._parameters[name] = replaced[id(parameter)]
+    return taken
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """Returns the modules whose parameters are gathered one module at a time.
+
+    They are those that transformers does not split over devices. If the model does not name any,
+    they are the entries of its longest list of modules.
+
+    Args:
+        model: A transformers model, which may have PEFT adapters.
+    """
+    names: set[str] = set()
+    for module in model.modules():
+        names |= set(getattr(module, "_no_split_modules", None) or ())
+    found: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if module in inside or not names & {kind.__name__ for kind in type(module).__mro__}:
+            continue
+        found.append(module)
+        inside |= set(module.modules())
+    if found:
+        return found
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=lambda modules: len(modules), default=nn.ModuleList()))
+
+
+def shard_model(
+    model: nn.Module, mesh: DeviceMesh, device: torch.device, policy: MixedPrecisionPolicy
+) -> ShardRoot:
+    """Divides a model's parameters over the ranks of a mesh.
+
+    Args:
+        model: The model, complete on rank 0. The parameters of other ranks are not read. Patches
+            are applied already.
+        mesh: Mesh of the ranks: one dimension, or two for (replicas, shards).
+        device: Device of this rank.
+        policy: Dtypes of gathered parameters and of the reduction of gradients.
+
+    Returns:
+        The root, through which the model is called. The parameters of `model` are DTensors.
+    """
+    is_first = torch.distributed.get_rank() == 0
+    whole = take_parameters(model)
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    root = ShardRoot(model)
+    fully_shard(root, mesh=mesh, mp_policy=policy)
+    _materialize(model, device)
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter.data, DTensor)
+        value = whole.pop(name)
+        full = value.to(device) if is_first else torch.empty_like(value, device=device)
+        shards = distribute_tensor(full, mesh, parameter.data.placements)
+        parameter.data.to_local().copy_(shards.to_local())
+    return root
+
+
+def _materialize(model: nn.Module, device: torch.device) -> None:
+    """Gives parameters on device meta memory on a device, and moves the buffers there."""
+    kept = [
+        (module, name, buffer.to(device))
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    model.to_empty(device=device)
+    for module, name, buffer in kept:
+        module._buffers[name] = buffer
+
+
+def through_root(trainer: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """Returns `function(*args)`, called inside the root of the trainer's model if it is sharded.
+
+    Args:
+        trainer: Lightning's Trainer; None for none.
+        function: Any function that calls the model or a part of it. If the model is sharded, all
+            ranks must call the same layers in the same order.
+        *args: Arguments of the function.
+    """
+    root = getattr(getattr(trainer, "strategy", None), "root", None)
+    if root is None:
+        return function(*args)
+    result = root(partial(function, *args))
+    if not torch.is_grad_enabled():
+        root.reshard()  # a backward does it otherwise; optimizers and checkpoints need the shards
+    return result
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Returns this rank's shard of a DTensor, which shares its memory; other tensors as they are.
+
+    Args:
+        tensor: A tensor of any shape.
+    """
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_value(tensor: Tensor) -> Tensor:
+    """Returns the whole value of a DTensor, on every rank; other tensors as they are.
+
+    Args:
+        tensor: A tensor of any shape. If it is a DTensor, all ranks must call this function.
+    """
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,35 @@
+"""convert_progress: counts of a checkpoint for a run that accumulates another number of packs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def convert_progress(checkpoint: Mapping[str, Any], then: int, now: int) -> None:
+    """Converts Lightning's counts of micro-batches in a checkpoint, in place.
+
+    A run that goes on with another number of ranks accumulates another number of packs per rank.
+    Optimizer steps stay the same, and every step has other micro-batches.
+
+    Args:
+        checkpoint: Lightning's checkpoint.
+        then: Packs per rank in an optimizer step of the checkpoint's run.
+        now: Packs per rank in an optimizer step of this run.
+
+    Raises:
+        ValueError: if the checkpoint lies within an optimizer step.
+    """
+    if then == now:
+        return
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        if counts["processed"] % then != 0:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches must be {then} for a checkpoint within an "
+                f"optimizer step, got {now}. Restore it, and trainer.devices with it."
+            )
+        unfinished = counts["processed"] - counts["completed"]  # of the batch that saved it
+        batches = counts["processed"] // then * now
+        counts |= {"ready": batches, "started": batches, "processed": batches}
+        counts["completed"] = batches - unfinished
