@@ -31,7 +31,7 @@ from lctrain.models.low_rank import add_adapter, quantization_of, require_traina
 from lctrain.models.positions import require_positions
 from lctrain.models.pretrained import load_architecture, load_pretrained
 from lctrain.models.tokenizer import tokenizer_for
-from lctrain.run.checkpoint_file import AtomicCheckpointIO
+from lctrain.run.sharded_checkpoint import AnyCheckpointIO
 from lctrain.schemas import source_of
 
 
@@ -283,7 +283,7 @@ def build_trainer(
         enable_checkpointing=any(isinstance(c, pl.callbacks.Checkpoint) for c in callbacks),
         inference_mode=False,  # buffers created in validation are used in training, too
         use_distributed_sampler=False,  # PackedDataModule gives every rank its packs
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AnyCheckpointIO()],
         callbacks=callbacks,
         logger=loggers or False,
         default_root_dir=root_dir,

@@ -74,7 +74,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Reads a checkpoint to the CPU. Lightning's strategy then moves states to the device.
 
         Args:
-            path: Checkpoint file, or the folder of a sharded checkpoint.
+            path: Checkpoint file.
             map_location: As in `torch.load`; None reads to the CPU.
             weights_only: Whether to accept only tensors, plain values and the classes in ALLOWED;
                 None does.
@@ -82,10 +82,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             ValueError: if the file is damaged, or holds an object that is not accepted.
         """
-        if Path(path).is_dir():
-            from lctrain.run.sharded_checkpoint import read_whole
-
-            return read_whole(Path(path))
         location = (lambda storage, _: storage) if map_location is None else map_location
         if weights_only is False:
             return dict(torch.load(path, map_location=location, weights_only=False))

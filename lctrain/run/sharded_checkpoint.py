@@ -26,6 +26,27 @@ from lctrain.run.checkpoint_file import WRITING, AtomicCheckpointIO, read_checkp
 from lctrain.run.seal import META, digest_of, remove, write_manifest
 
 
+class AnyCheckpointIO(AtomicCheckpointIO):
+    """Lightning plugin that also reads sharded checkpoints, for strategies that do not shard."""
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Reads a checkpoint, a file or a folder, to the CPU.
+
+        Args:
+            path: Checkpoint file, or folder of a sharded checkpoint.
+            map_location: As in `AtomicCheckpointIO.load_checkpoint`; not used for a folder.
+            weights_only: As in `AtomicCheckpointIO.load_checkpoint`; not used for a folder.
+
+        Raises:
+            ValueError: if the file is damaged, or holds an object that is not accepted.
+        """
+        if Path(path).is_dir():
+            return read_whole(Path(path))
+        return super().load_checkpoint(path, map_location, weights_only)
+
+
 def save_sharded(checkpoint: dict[str, Any], path: Path, ranks: Topology) -> None:
     """Writes a checkpoint as a folder. All ranks must call it.
 
