@@ -13,6 +13,7 @@ from lctrain.distributed.sharding import whole_value
 from lctrain.distributed.strategy import ShardedStrategy
 from lctrain.loss.output_head import _verified
 from lctrain.train import train
+from tests.distributed.context_cases import all_shared
 from tests.distributed.ranks import join
 from tests.float64 import built_in_float64
 from tests.train.runs import config, train_losses
@@ -70,7 +71,7 @@ def fit(folder, make, replicas, precision="32-true"):
 def main() -> None:
     """Trains, and writes the results of rank 0."""
     rank, size, folder, overrides = join()
-    found = {}
+    found = {"context": all_shared()}
     with built_in_float64():
         for name, make in MODELS.items():
             for replicas in (1, size) if name == "plain" else (1,):

@@ -15,6 +15,7 @@ from lctrain.run.sharded_checkpoint import read_whole
 from lctrain.train import train
 from tests.distributed.ranks import run_ranks
 from tests.distributed.sharded_ranks import MODELS
+from tests.distributed.test_context import check
 from tests.float64 import built_in_float64
 from tests.numerics import assert_equal_in_float64, near, near_roundings
 from tests.test_module import one_batch
@@ -74,6 +75,10 @@ def test_sharded_training_equals_one_big_batch(found, tmp_path, name, replicas):
     for mine, theirs in zip(records, module.records, strict=True):
         assert mine == near(theirs)
     assert_equal_in_float64(weights, {n: p.data for n, p in module.model.named_parameters()})
+
+
+def test_attention_on_a_shared_pack_equals_one_rank(found):
+    check(found["context"])
 
 
 def test_mixed_precision_keeps_float32_weights_and_gradients(found):
