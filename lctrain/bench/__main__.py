@@ -17,6 +17,7 @@ BENCHMARKS = {
     "ops": ("lctrain_kernels.bench.operations", "linear cross-entropy and fused operations"),
     "step": ("lctrain.bench.step", "whole training steps, one process per contender"),
     "curves": ("lctrain.bench.curves", "loss curves with everything on and with everything off"),
+    "scale": ("lctrain.bench.scale", "training steps and shared attention on several GPUs"),
     "balance": ("lctrain.bench.balance", "balance of attention work over ranks, on a CPU"),
 }
 

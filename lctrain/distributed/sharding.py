@@ -102,7 +102,7 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     if found:
         return found
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=lambda modules: len(modules), default=nn.ModuleList()))
+    return max(map(list, lists), key=len, default=[])
 
 
 def shard_model(

@@ -4,11 +4,13 @@ Usage: python -m tests.distributed.sharded_ranks RANK SIZE FOLDER OVERRIDES...
 """
 
 import copy
+import os
 import shutil
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from lctrain.bench import scale
 from lctrain.distributed.sharding import whole_value
 from lctrain.distributed.strategy import ShardedStrategy
 from lctrain.loss.output_head import _verified
@@ -82,6 +84,8 @@ def main() -> None:
     found["mixed"] = (mixed.records, mixed.dtypes)
     sharded = [*overrides, "trainer.strategy=fsdp2", f"trainer.devices={size}"]
     kept = f"ckpt_path={folder}/one/checkpoints/step-00000003.ckpt"
+    os.environ["LOCAL_WORLD_SIZE"] = str(size)
+    scale.main(["--tiny", "--steps=1", f"--output={folder}/scale.json"])
     quick = ("export=false", "evaluation.enabled=false")
     train(config(*sharded, output_dir=folder / "whole"))
     train(config(*sharded, *quick, kept, "memory=checkpoint", output_dir=folder / "other"))

@@ -81,6 +81,17 @@ def test_attention_on_a_shared_pack_equals_one_rank(found):
     check(found["context"])
 
 
+def test_the_benchmark_measures_every_way(folder):
+    record = json.loads((folder / "scale.json").read_text())
+    assert record["settings"]["ranks"] == 2
+    assert [row["strategy"] for row in record["steps"]] == ["ddp", "fsdp2"]
+    assert [row["exchange"] for row in record["context"]] == ["heads", "keys"]
+    for row in record["steps"]:
+        assert row["tokens_per_second"] * row["seconds"] == near(2 * 256)
+    for row in record["context"]:
+        assert row["efficiency"] > 0
+
+
 def test_mixed_precision_keeps_float32_weights_and_gradients(found):
     records, dtypes = found["mixed"]
     assert dtypes == {(torch.float32, torch.float32)}
