@@ -20,11 +20,14 @@ from lctrain.config import (
     ModelConfig,
     PretrainedModelConfig,
     ScratchModelConfig,
+    TrainConfig,
     TrainerConfig,
 )
 from lctrain.data import PackedDataModule
 from lctrain.distributed.strategy import ShardedStrategy
 from lctrain.eval.extension import check_supported
+from lctrain.memory.plan import Plan
+from lctrain.memory.policy import plan_for
 from lctrain.model_names import unknown_argument, unknown_family
 from lctrain.models import patch_model
 from lctrain.models.low_rank import add_adapter, quantization_of, require_trainable_weights
@@ -113,14 +116,7 @@ def check_model(
     """
     if attention is not None:
         make_spec(attention.name, **attention.options())
-    with torch.device("meta"):
-        if isinstance(config, ScratchModelConfig):
-            model = _from_scratch(config, LARGE_VOCABULARY)
-        elif isinstance(config, PretrainedModelConfig):
-            model = load_architecture(config)
-            require_trainable_weights(model.config, adapter is not None)
-        else:
-            raise _no_model_config(config)
+    model = _without_weights(config, adapter, LARGE_VOCABULARY)
     for option, tokens in (lengths or {}).items():
         require_positions(
             model, tokens, option, "Shorten it, or choose a model with more positions."
@@ -136,6 +132,40 @@ def check_model(
         patch_model(model, attention=attention.name, **attention.options())
     if adapter is not None:
         add_adapter(model, adapter)
+
+
+def _without_weights(config: ModelConfig, adapter: AdapterConfig | None, vocab_size: int) -> Any:
+    """Returns the model of `build_model` on device meta, before adapters are added."""
+    with torch.device("meta"):
+        if isinstance(config, ScratchModelConfig):
+            return _from_scratch(config, vocab_size)
+        if isinstance(config, PretrainedModelConfig):
+            model = load_architecture(config)
+            require_trainable_weights(model.config, adapter is not None)
+            return model
+    raise _no_model_config(config)
+
+
+def plan_memory(config: TrainConfig) -> Plan:
+    """Returns the plan of memory of a run, without its data, its weights or a GPU.
+
+    Args:
+        config: Settings of the run. A model with random weights gets data.vocab_size embeddings.
+
+    Raises:
+        ValueError: if the model cannot be built, patched or planned.
+    """
+    model = _without_weights(config.model, config.adapter, config.data.vocab_size)
+    default = "float32" if config.adapter is None else "bfloat16"
+    model = model.to(getattr(torch, config.model.dtype or default))
+    if config.attention is not None:
+        options = config.attention.options()
+        patch_model(model, config.attention.name, fused=config.attention.fused, **options)
+    if config.adapter is not None:
+        model = add_adapter(model, config.adapter)
+    tokens = config.memory.tokens or config.data.max_tokens
+    mixed = config.trainer.precision in ("auto", "bf16-mixed")
+    return plan_for(model, config.memory, tokens, "bf16-mixed" if mixed else "true")
 
 
 LARGE_VOCABULARY = 2**20  # larger than any special token id; it needs no memory on device meta

@@ -64,8 +64,8 @@ def explain(
         return f"{error.strerror} (errno {error.errno}). Check the disk and the permissions."
     if type(error).__name__ == "OutOfMemoryError":
         return (
-            f"{str(error).splitlines()[0]} Set memory=checkpoint or memory=offload, or lower "
-            "data.max_tokens."
+            f"{str(error).splitlines()[0]} Set memory=auto, or lower data.max_tokens; "
+            "memory.plan=true says what a step takes and what fits."
         )
     if type(error).__name__ == "MisconfigurationException":  # Lightning's, about its settings
         return f"{' '.join(str(error).split())} Check the settings of trainer."

@@ -32,7 +32,12 @@ from lctrain.memory.policy import apply_config
 from lctrain.models import patch_model
 from lctrain.models.adapters import inside_adapters
 from lctrain.models.from_config import describe, model_from
-from lctrain.models.low_rank import adapter_state, has_reloaded_base, load_adapter_state
+from lctrain.models.low_rank import (
+    adapter_state,
+    has_reloaded_base,
+    leave_casts_to_autocast,
+    load_adapter_state,
+)
 from lctrain.optim import build_optimizer, build_scheduler, follow_schedule
 from lctrain.optimizers import check_optimizer
 from lctrain.options import as_dataclass, check_same_options
@@ -162,16 +167,22 @@ class LongContextModule(pl.LightningModule):
                 fused=self.attention.fused,
                 **self.attention.options(),
             )
+        if self._precision() == "bf16-mixed":
+            leave_casts_to_autocast(self.model)
         if self.memory is not None and self.memory_handle is None:
             datamodule = (
                 None if self._trainer is None else getattr(self.trainer, "datamodule", None)
             )
             tokens = getattr(datamodule, "max_tokens", None)
-            self.memory_handle = apply_config(self.model, self.memory, tokens)
+            self.memory_handle = apply_config(self.model, self.memory, tokens, self._precision())
         self.model.train()
         strategy = None if self._trainer is None else self.trainer.strategy
         if isinstance(strategy, ShardedStrategy) and strategy.root is None:
             strategy.shard(self.model)
+
+    def _precision(self) -> str:
+        mixed = self._trainer is not None and self.trainer.precision == "bf16-mixed"
+        return "bf16-mixed" if mixed else "true"
 
     @property
     def pretrained_name(self) -> str | None:

@@ -323,6 +323,11 @@ def run(config: DictConfig) -> None:
         from lctrain.process_group import leave_at_exit
 
         quiet_lightning()
+        if plain.memory.plan:
+            from lctrain.build import plan_memory
+
+            print(plan_memory(plain))
+            return
         leave_at_exit()
         train(plain)
 

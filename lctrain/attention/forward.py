@@ -239,6 +239,8 @@ def _compute_dtype(value: Tensor) -> torch.dtype:
     dtype.
     """
     device = value.device.type
-    if value.dtype == torch.float32 and torch.is_autocast_enabled(device):
+    if value.dtype != torch.float32 or device == "meta":  # device meta has no autocast
+        return value.dtype
+    if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return value.dtype

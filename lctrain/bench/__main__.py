@@ -16,6 +16,7 @@ BENCHMARKS = {
     "attention": ("lctrain_kernels.bench.__main__", "packed attention (the default)"),
     "ops": ("lctrain_kernels.bench.operations", "linear cross-entropy and fused operations"),
     "step": ("lctrain.bench.step", "whole training steps, one process per contender"),
+    "memory": ("lctrain.bench.memory", "peak memory and speed against context length"),
     "curves": ("lctrain.bench.curves", "loss curves with everything on and with everything off"),
     "scale": ("lctrain.bench.scale", "training steps and shared attention on several GPUs"),
     "balance": ("lctrain.bench.balance", "balance of attention work over ranks, on a CPU"),

@@ -70,6 +70,19 @@ _ALL = (
 )
 SHAPES = {shape.name: shape for shape in _ALL}
 
+llama_8b = ModelShape(
+    "llama-8b",
+    "Llama-3.1-8B",
+    "llama",
+    {
+        **_settings(4096, 32, 32, 8, 128),
+        "intermediate_size": 14_336,
+        "vocab_size": 128_256,
+        "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
+    },
+)
+
 llama_100m = ModelShape(
     "llama-100m",
     "Llama, 100M",

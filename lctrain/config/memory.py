@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lctrain.limits import require
 
-POLICIES = ("none", "checkpoint", "offload")
+POLICIES = ("none", "checkpoint", "offload", "auto")
 
 
 @dataclass(frozen=True)
@@ -15,29 +15,34 @@ class MemoryConfig:
 
     Attributes:
         name: Policy: none (everything stays on the GPU), checkpoint (only the inputs of the layers
-            stay there, the rest is recomputed) or offload (inputs of layers go to the host).
+            stay there, the rest is recomputed), offload (inputs of layers go to the host) or auto
+            (chosen by the plan of memory).
         keep_attention: Number of layers, from the last, whose attention results stay on the GPU,
             so that attention is not recomputed.
         host_attention: Number of layers before those whose attention results go to the host
             (offload only).
         keep_inputs: Number of layers, from the last, whose inputs stay on the GPU (offload only).
+        device_gib: Memory of the GPU in GiB that the plan counts with; None takes what is free.
         host_gib: Most host memory in GiB for a rank; None takes what the process may still use
-            (offload only).
-        tokens: Tokens of the longest pack, for the arenas; None takes data.max_tokens.
+            (offload and auto).
+        tokens: Tokens of the longest pack, for arenas and the plan; None takes data.max_tokens.
+        plan: Whether to print the plan of memory and stop, without data or a GPU.
     """
 
     name: str = "none"
     keep_attention: int = 0
     host_attention: int = 0
     keep_inputs: int = 2
+    device_gib: float | None = None
     host_gib: float | None = None
     tokens: int | None = None
+    plan: bool = False
 
     def __post_init__(self) -> None:
         require(
             self.name in POLICIES,
             f"memory.name must be one of {', '.join(POLICIES)}, got {self.name!r}. Choose "
-            "memory=checkpoint if memory is short.",
+            "memory=auto if in doubt.",
         )
         for option in ("keep_attention", "host_attention", "keep_inputs"):
             value = getattr(self, option)
@@ -55,11 +60,13 @@ class MemoryConfig:
             f"memory.keep_attention must be 0 for memory={self.name}, got {self.keep_attention}. "
             "Choose memory=checkpoint or memory=offload.",
         )
-        require(
-            self.host_gib is None or 0.0 < self.host_gib < float("inf"),
-            f"memory.host_gib must be above 0 and finite, got {self.host_gib}. Use null for what "
-            "the process may use.",
-        )
+        for option in ("device_gib", "host_gib"):
+            gib = getattr(self, option)
+            require(
+                gib is None or 0.0 < gib < float("inf"),
+                f"memory.{option} must be above 0 and finite, got {gib}. Use null for what is "
+                "free.",
+            )
         require(
             self.tokens is None or self.tokens >= 2,
             f"memory.tokens must be at least 2, got {self.tokens}. Use null for data.max_tokens.",

@@ -78,9 +78,11 @@ class LayerCheckpoints:
         """
         plain = policy == LayerPolicy() or torch.compiler.is_compiling()
         x = given[0] if given else None
+        group = None if self.store is None else self.store.group()
+        if self.store is not None and HOST not in (policy.inputs, policy.attention):
+            self.store.advance()
         if plain or not isinstance(x, Tensor) or not torch.is_grad_enabled():
             return checkpoint(layer, *given, use_reentrant=False, **options)
-        group = None if self.store is None else self.store.group()
         contexts: dict[str, Any] = {}
         if policy.attention != RECOMPUTE:
             tokens = x.shape[:-1].numel()

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from typing import Any
 
+import torch
+
 from lctrain.config import MemoryConfig
-from lctrain.memory.budget import HOST_SHARE, free_host_bytes
+from lctrain.memory.budget import HOST_SHARE, free_device_bytes, free_host_bytes
 from lctrain.memory.layers import (
     ATTENTION,
-    DEVICE,
     HOST,
     INPUT,
-    RECOMPUTE,
     LayerCheckpoints,
-    LayerPolicy,
     checkpointed_layers,
 )
+from lctrain.memory.plan import GIB, Plan, plan_of, policies_of
+from lctrain.memory.profile import profile
 from lctrain.memory.store import HostStore
+
+log = logging.getLogger(__name__)
 
 
 def use_policy(
@@ -29,8 +34,8 @@ def use_policy(
     Args:
         model: A transformers model, or a PeftModel around one. Patch it by `lctrain.patch_model`
             first: only lctrain's attention can be kept.
-        policy: "none", "checkpoint" or "offload"; see `MemoryConfig`.
-        tokens: Number of tokens of the longest pack. Arenas have its size.
+        policy: "none", "checkpoint", "offload" or "auto"; see `MemoryConfig`.
+        tokens: Number of tokens of the longest pack. Arenas have its size; "auto" needs it.
         **options: Further fields of `MemoryConfig`, such as `keep_attention`.
 
     Returns:
@@ -44,7 +49,7 @@ def use_policy(
 
 
 def apply_config(
-    model: Any, config: MemoryConfig, tokens: int | None = None
+    model: Any, config: MemoryConfig, tokens: int | None = None, precision: str = "true"
 ) -> LayerCheckpoints | None:
     """Applies a configuration; see `use_policy`.
 
@@ -52,6 +57,7 @@ def apply_config(
         model: A transformers model, or a PeftModel around one.
         config: Settings of the policy.
         tokens: Number of tokens of the longest pack, if the configuration has none.
+        precision: "true" or "bf16-mixed", for the plan of "auto".
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if config.name == "none":
@@ -61,8 +67,15 @@ def apply_config(
             f"memory must be none for {type(inner).__name__}, whose layers transformers cannot "
             f"checkpoint, got {config.name}. Use memory=none."
         )
-    layers = len(checkpointed_layers(inner))
-    policies = policies_of(config, layers)
+    tokens = config.tokens or tokens
+    if config.name == "auto":
+        chosen = plan_for(model, config, tokens, precision)
+        log.info("%s", chosen)
+        if not chosen.policies:
+            return None
+        policies = list(chosen.policies)
+    else:
+        policies = policies_of(config, len(checkpointed_layers(inner)))
     store = None
     if any(HOST in (policy.inputs, policy.attention) for policy in policies):
         attention = sum(policy.attention == HOST for policy in policies)
@@ -71,31 +84,46 @@ def apply_config(
             f"{ATTENTION} 2": attention,  # lse
             f"{ATTENTION} 3": attention,  # outputs
         }
-        store = HostStore(counts, host_bytes(config), tokens=config.tokens or tokens)
+        store = HostStore(counts, host_bytes(config), tokens=tokens)
     return LayerCheckpoints(inner, policies, store)
 
 
-def policies_of(config: MemoryConfig, layers: int) -> list[LayerPolicy]:
-    """Returns the policy of every layer.
+def plan_for(model: Any, config: MemoryConfig, tokens: int | None, precision: str) -> Plan:
+    """Returns the plan of a model with the limits of this machine.
+
+    The device's limit is `memory.device_gib`, else what the model's device has free and the memory
+    that the model has on it. For a model on device meta without `memory.device_gib`, it is that of
+    the GPU, or unknown.
 
     Args:
-        config: Settings of the policy checkpoint or offload.
-        layers: Number of layers.
+        model: A transformers model, or a PeftModel around one.
+        config: Settings of the policy.
+        tokens: Number of tokens of the longest pack.
+        precision: "true" or "bf16-mixed".
+
+    Raises:
+        ValueError: if the number of tokens is unknown, or the model cannot be planned.
     """
-    found = []
-    for from_last in reversed(range(layers)):
-        on_host = config.name == "offload" and from_last >= config.keep_inputs
-        attention = RECOMPUTE
-        if from_last < config.keep_attention:
-            attention = DEVICE
-        elif from_last < config.keep_attention + config.host_attention:
-            attention = HOST
-        found.append(LayerPolicy(HOST if on_host else DEVICE, attention))
-    return found
+    if tokens is None:
+        raise ValueError(
+            f"memory.tokens must be set for memory={config.name}, got none. It is the number of "
+            "tokens of the longest pack."
+        )
+    device = next(model.parameters()).device
+    limit = None
+    if config.device_gib is not None:
+        limit = int(config.device_gib * GIB)
+    elif device.type == "meta" and torch.cuda.is_available():
+        limit = free_device_bytes(torch.device("cuda"))
+    elif device.type != "meta":
+        limit = free_device_bytes(device)
+        limit += sum(p.numel() * p.element_size() for p in model.parameters())
+    return plan_of(profile(model, tokens, precision), config, limit, host_bytes(config))
 
 
 def host_bytes(config: MemoryConfig) -> int:
-    """Returns the most bytes that a policy may take on the host."""
+    """Returns the most bytes that a policy may take on the host, for this rank."""
     if config.host_gib is not None:
-        return int(config.host_gib * 2**30)
-    return int(HOST_SHARE * free_host_bytes())
+        return int(config.host_gib * GIB)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(HOST_SHARE * free_host_bytes()) // ranks

@@ -151,6 +151,11 @@ class HostStore:
         if event is not None:
             torch.cuda.current_stream(x.device).wait_event(event)
 
+    def advance(self) -> None:
+        """Lets go of the oldest tensor that waits, when a layer has nothing for the host."""
+        if self._waiting:
+            self._finish_one()
+
     def finish(self) -> None:
         """Lets go of all tensors that wait for their copy."""
         while self._waiting:
@@ -217,7 +222,8 @@ class OnHost:
     def get(self) -> Tensor:
         """Returns the tensor on its device, and starts the copies of the layer before."""
         self._store.finish()
-        self._group.fetch()
+        if self._fetched is None:
+            self._group.fetch()
         assert self._fetched is not None
         x, event = self._fetched
         self._fetched = None

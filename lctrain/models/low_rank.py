@@ -111,6 +111,20 @@ def add_adapter(model: Any, config: AdapterConfig) -> Any:
     return adapted
 
 
+def leave_casts_to_autocast(model: Any) -> None:
+    """Lets adapters read their input in its own dtype, where autocast casts their weights.
+
+    peft casts the input to float32, and autocast casts it back: the same values, with a copy of the
+    input of every linear layer for the backward.
+
+    Args:
+        model: A PeftModel, or any other model, which has no such layers.
+    """
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
+
+
 def has_reloaded_base(model: Any) -> bool:
     """Returns whether a model comes from `add_adapter`: its checkpoints hold adapters only."""
     return bool(getattr(model, _MARK, False))

@@ -62,6 +62,15 @@ def test_the_layer_before_is_fetched_while_a_layer_computes():
     assert [one._fetched is not None for one in kept] == [False, True, False]
 
 
+def test_a_layer_s_tensors_are_copied_once():
+    store = HostStore({"input": 1, "attention": 1})
+    group = store.group()
+    kept = [store.put(torch.ones(4), kind, group, tokens=4) for kind in ("input", "attention")]
+    kept[0].get()
+    kept[1].get()
+    assert [one._fetched for one in kept] == [None, None]
+
+
 def test_slots_are_used_again_and_sized_for_the_longest_pack():
     store = HostStore({"input": 3}, tokens=64)
     sizes = set()

@@ -75,7 +75,9 @@ def gated_linear(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}.")
     device_type = gate.device.type
-    if torch.is_autocast_enabled(device_type) and gate.dtype != torch.float64:
+    if device_type == "meta":  # it has no autocast, and only plans of memory run on it
+        weight = weight.to(gate.dtype)
+    elif torch.is_autocast_enabled(device_type) and gate.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         gate, up, weight = gate.to(dtype), up.to(dtype), weight.to(dtype)
         residual = None if residual is None else residual.to(dtype)

@@ -1,0 +1,297 @@
+"""Plan: what a training step takes on device and host, and which policy fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+from torch import nn
+
+from lctrain.config import MemoryConfig
+from lctrain.memory.arena import aligned
+from lctrain.memory.layers import DEVICE, HOST, RECOMPUTE, LayerPolicy
+from lctrain.memory.profile import LayerBytes, Profile, profile
+from lctrain.memory.store import MOST_WAITING
+
+GIB = 2**30
+RESERVE = GIB
+"""Device bytes for CUDA's context, its libraries and what the allocator cannot use."""
+LARGEST = 2**27
+"""Most tokens of a pack for which a context length is searched."""
+_STEP = 1024  # tokens; the longest context is given in multiples of it
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training step of a model takes.
+
+    Attributes:
+        tokens: Number of tokens of the pack.
+        policy: Name of the policy: none, checkpoint or offload.
+        policies: Policy of every layer; empty for none.
+        device_bytes: Peak of the device, weights, gradients and optimizer included.
+        host_bytes: Bytes of the arenas.
+        longest: Most tokens that fit with this policy; None without limits.
+        fits: Whether the step is within the limits; None without limits.
+        parts: Bytes of the device's peak, by what they hold.
+        rows: Bytes of the layers, one for each.
+        device_limit: Bytes that the device has; None if unknown.
+        host_limit: Bytes that the host may give.
+    """
+
+    tokens: int
+    policy: str
+    policies: tuple[LayerPolicy, ...]
+    device_bytes: int
+    host_bytes: int
+    longest: int | None
+    fits: bool | None
+    parts: dict[str, int]
+    rows: tuple[LayerBytes, ...]
+    device_limit: int | None
+    host_limit: int | None
+
+    def __str__(self) -> str:
+        limit = "" if self.device_limit is None else f" of {self.device_limit / GIB:.1f}"
+        room = "" if self.host_limit is None else f" of {self.host_limit / GIB:.1f}"
+        lines = [
+            f"Memory of a step on {self.tokens:,} tokens: memory={self.policy}",
+            f"device {self.device_bytes / GIB:.2f}{limit} GiB, "
+            f"host {self.host_bytes / GIB:.2f}{room} GiB",
+            *(f"  {name:<34}{size / GIB:>9.2f} GiB" for name, size in self.parts.items()),
+            *_layer_lines(self),
+        ]
+        if self.longest is not None:
+            lines.append(f"longest context that fits with these settings: {self.longest:,} tokens")
+        return "\n".join([*lines, self.advice()])
+
+    def advice(self) -> str:
+        """Returns a sentence that says what to change, or that nothing needs to be changed."""
+        if self.fits is None:
+            return "Set memory.device_gib to compare it with a device."
+        if self.fits:
+            return "It fits."
+        if self.longest:
+            shorter = f"lower data.max_tokens to {self.longest}"
+        else:
+            shorter = "train adapters (adapter=lora), or choose a smaller model"
+        more = {
+            "none": "set memory=checkpoint",
+            "checkpoint": "set memory=offload",
+        }.get(self.policy, "raise memory.host_gib")
+        if self.host_bytes <= (self.host_limit or 0) and self.policy == "offload":
+            return f"It does not fit: {shorter}."
+        return f"It does not fit: {more}, or {shorter}."
+
+
+def _layer_lines(plan: Plan) -> list[str]:
+    """Returns a line for each range of layers with the same policy."""
+    lines: list[str] = []
+    policies: Sequence[LayerPolicy | None] = plan.policies or (None,) * len(plan.rows)
+    for policy, group in groupby(range(len(plan.rows)), key=lambda index: policies[index]):
+        layers = list(group)
+        name = f"layer {layers[0]}"
+        if len(layers) > 1:
+            name = f"layers {layers[0]} to {layers[-1]}"
+        kept = "all kept on the device"
+        if policy is not None:
+            kept = f"input on {policy.inputs}, attention "
+            kept += "recomputed" if policy.attention == RECOMPUTE else f"on {policy.attention}"
+        rows = [plan.rows[index] for index in layers]
+        sizes = {
+            "input": max(row.inputs for row in rows),
+            "attention": max(row.attention for row in rows),
+            "backward": max(row.backward for row in rows),
+        }
+        shown = ", ".join(f"{what} {size / 2**20:,.1f}" for what, size in sizes.items())
+        lines.append(f"  {name}: {kept} (MiB each: {shown})")
+    return lines
+
+
+def plan(
+    model: nn.Module,
+    tokens: int,
+    policy: str = "auto",
+    *,
+    device_gib: float | None = None,
+    host_gib: float | None = None,
+    precision: str = "true",
+    **options: Any,
+) -> Plan:
+    """Says what a training step of a model takes, without a GPU and without running it.
+
+    Args:
+        model: A transformers causal LM, or a PeftModel around one, on any device. Patch it first:
+            only lctrain's attention can be kept.
+        tokens: Number of tokens of the pack, which is one document.
+        policy: "none", "checkpoint", "offload", or "auto" for the first that fits.
+        device_gib: Memory of the device in GiB; None for a plan without this limit.
+        host_gib: Memory of the host in GiB; None for no limit.
+        precision: "true" if everything has the dtype of the weights, or "bf16-mixed".
+        **options: Further fields of `MemoryConfig`, such as `keep_attention`.
+
+    Raises:
+        ValueError: if an option is out of range, or the model does not run on device meta.
+    """
+    config = MemoryConfig(name=policy, host_gib=host_gib, device_gib=device_gib, **options)
+    limits = tuple(None if gib is None else int(gib * GIB) for gib in (device_gib, host_gib))
+    return plan_of(profile(model, tokens, precision), config, *limits)
+
+
+def plan_of(
+    measured: Profile, config: MemoryConfig, device_limit: int | None, host_limit: int | None
+) -> Plan:
+    """Returns the plan of a policy for a measured step.
+
+    Args:
+        measured: Bytes of a step.
+        config: Settings of the policy; "auto" takes the first policy that fits.
+        device_limit: Bytes of the device; None for no limit.
+        host_limit: Bytes of the host; None for no limit.
+    """
+    count = len(measured.layers)
+    if config.name != "auto":
+        return _plan(measured, config, device_limit, host_limit)
+    found = None
+    for candidate in _candidates(config, count):
+        found = _plan(measured, candidate, device_limit, host_limit)
+        if found.fits is not False:
+            return found
+    assert found is not None
+    return found
+
+
+def _candidates(config: MemoryConfig, layers: int) -> list[MemoryConfig]:
+    """Returns policies for "auto", the fastest first and the one that takes least last."""
+
+    def make(name: str, **options: Any) -> MemoryConfig:
+        return replace(config, name=name, **options)
+
+    ends = [make("none"), make("checkpoint", keep_attention=layers)]
+    ends.append(make("offload", keep_attention=layers))
+    for kept in reversed(range(layers)):  # the attention of the others on the host, if it has room
+        ends.append(make("offload", keep_attention=kept, host_attention=layers - kept))
+    for kept in reversed(range(layers)):
+        ends.append(make("offload", keep_attention=kept))
+    return [*ends, make("checkpoint"), make("offload", keep_inputs=0)]
+
+
+def _plan(
+    measured: Profile, config: MemoryConfig, device_limit: int | None, host_limit: int | None
+) -> Plan:
+    policies = policies_of(config, len(measured.layers))
+    parts, device, host = _needed(measured, policies)
+    limited = device_limit is not None
+    fits = None
+    if limited:
+        fits = device <= (device_limit or 0) and (host_limit is None or host <= host_limit)
+    return Plan(
+        tokens=measured.tokens,
+        policy=config.name,
+        policies=tuple(policies),
+        device_bytes=device,
+        host_bytes=host,
+        longest=_longest(measured, policies, device_limit, host_limit) if limited else None,
+        fits=fits,
+        parts=parts,
+        rows=measured.layers,
+        device_limit=device_limit,
+        host_limit=host_limit,
+    )
+
+
+def policies_of(config: MemoryConfig, layers: int) -> list[LayerPolicy]:
+    """Returns the policy of every layer; an empty list for the policy none.
+
+    Args:
+        config: Settings of the policy none, checkpoint or offload.
+        layers: Number of layers.
+    """
+    if config.name == "none":
+        return []
+    found = []
+    for from_last in reversed(range(layers)):
+        on_host = config.name == "offload" and from_last >= config.keep_inputs
+        attention = RECOMPUTE
+        if from_last < config.keep_attention:
+            attention = DEVICE
+        elif from_last < config.keep_attention + config.host_attention:
+            attention = HOST
+        found.append(LayerPolicy(HOST if on_host else DEVICE, attention))
+    return found
+
+
+def _needed(
+    measured: Profile, policies: Sequence[LayerPolicy], scale: float = 1.0
+) -> tuple[dict[str, int], int, int]:
+    """Returns the parts of the device's peak, their sum, and the bytes of the host.
+
+    Args:
+        measured: Bytes of a step.
+        policies: Policy of every layer; empty if everything is kept.
+        scale: Factor of everything that grows with the tokens.
+    """
+    layers = measured.layers
+    if policies:
+        kept, working, host = _checkpointed(layers, policies)
+    else:
+        kept = sum(layer.saved + layer.inputs for layer in layers)
+        working = max(layer.backward - layer.saved for layer in layers)
+        host = 0
+    head = scale * measured.head + measured.loss
+    parts = {
+        "weights": measured.weights,
+        "gradients": measured.gradients,
+        "optimizer": measured.optimizer,
+        "kept for the backward": int(scale * kept),
+        "outside of the layers": int(scale * measured.around),
+        "largest layer, or the loss": int(max(scale * working, head)),
+        "reserve": RESERVE,
+    }
+    return parts, sum(parts.values()), int(scale * host)
+
+
+def _checkpointed(
+    layers: Sequence[LayerBytes], policies: Sequence[LayerPolicy]
+) -> tuple[int, int, int]:
+    """Returns the bytes that the device keeps, those of the largest layer, and those of the host.
+
+    The largest layer is that with the largest sum of its backward and of what is kept before it,
+    less what all layers keep: what later layers keep is freed by then.
+    """
+    kept, host, most = 0, 0, 0
+    for layer, policy in zip(layers, policies, strict=True):
+        kept += layer.inputs if policy.inputs == DEVICE else 0
+        kept += layer.attention if policy.attention == DEVICE else 0
+        host += aligned(layer.inputs) if policy.inputs == HOST else 0
+        host += layer.attention if policy.attention == HOST else 0
+        # A tensor from the host is there for this layer and, prefetched, for the one before; in the
+        # forward two tensors wait for their copies.
+        fetched = MOST_WAITING * layer.inputs if policy.inputs == HOST else 0
+        fetched += MOST_WAITING * layer.attention if policy.attention == HOST else 0
+        again = layer.attention if policy.attention != RECOMPUTE else 0
+        backward = layer.backward - again + layer.inputs  # with the gradient that comes in
+        most = max(most, kept + fetched + max(backward, layer.forward))
+    return kept, most - kept, host
+
+
+def _longest(
+    measured: Profile,
+    policies: Sequence[LayerPolicy],
+    device_limit: int | None,
+    host_limit: int | None,
+) -> int:
+    """Returns the most tokens within the limits, a multiple of 1024; 0 if none fit."""
+
+    def fit(tokens: int) -> bool:
+        _, device, host = _needed(measured, policies, tokens / measured.tokens)
+        on_host = host_limit is None or host <= host_limit
+        return on_host and (device_limit is None or device <= device_limit)
+
+    low, high = 0, LARGEST // _STEP
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fit(middle * _STEP) else (low, middle - 1)
+    return low * _STEP

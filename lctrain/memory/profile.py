@@ -1,0 +1,227 @@
+"""Profile: the bytes of a training step, layer by layer, from a run without memory or a device."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lctrain.batch import PackedBatch
+from lctrain.memory.attention import KeptResults
+from lctrain.memory.layers import checkpointed_layers
+from lctrain.memory.tracker import Bfloat16Products, Tracker, skeleton
+from lctrain.models.low_rank import leave_casts_to_autocast
+from lctrain_kernels.cross_entropy.chunks import ACCELERATOR_CHUNK_BYTES, pick_chunk_tokens
+
+PRECISIONS = ("true", "bf16-mixed")
+OPTIMIZER_STATES = 2
+"""Tensors per weight that AdamW keeps."""
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """Bytes of one layer.
+
+    Attributes:
+        inputs: The layer's input.
+        attention: Results of its attention, with the logarithms of the sums (lse).
+        saved: What its backward reads, if nothing is recomputed.
+        forward: Most bytes that its forward takes beyond its input, if it is checkpointed.
+        backward: Most bytes that its recomputation and backward take beyond its input.
+    """
+
+    inputs: int
+    attention: int
+    saved: int
+    forward: int
+    backward: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Bytes of a training step with every layer checkpointed.
+
+    Attributes:
+        tokens: Number of tokens of the pack.
+        weights: Weights and buffers.
+        gradients: Gradients of the trained weights.
+        optimizer: States of AdamW.
+        layers: Bytes of every layer.
+        around: Tensors that live during the whole step outside of the layers.
+        head: Most bytes of the last norm and the gradient of its output.
+        loss: A chunk of logits, and the gradient of a trained head.
+    """
+
+    tokens: int
+    weights: int
+    gradients: int
+    optimizer: int
+    layers: tuple[LayerBytes, ...]
+    around: int
+    head: int
+    loss: int
+
+
+def profile(model: nn.Module, tokens: int, precision: str = "true") -> Profile:
+    """Runs forward and backward on device meta, and counts the bytes.
+
+    The loss is that of `lctrain.loss.causal_lm_loss`, which never holds all logits.
+
+    Args:
+        model: A transformers causal LM, or a PeftModel around one, patched or not, on any device.
+        tokens: Number of tokens of the pack, which is one document.
+        precision: "true" if everything has the dtype of the weights, or "bf16-mixed".
+
+    Raises:
+        ValueError: if the model cannot be checkpointed, or does not run without its weights.
+    """
+    model = skeleton(model).train()
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    decoder = inner.base_model if hasattr(inner, "base_model") else inner
+    if precision == "bf16-mixed":
+        leave_casts_to_autocast(model)
+    layers = checkpointed_layers(decoder)
+    if not layers:
+        raise ValueError(
+            f"model must have layers that transformers can checkpoint, got {type(inner).__name__}. "
+            "Its memory cannot be planned."
+        )
+    try:
+        plain = _Run(decoder, tokens, precision, checkpointed=False).layers
+        run = _Run(decoder, tokens, precision, checkpointed=True)
+    except (NotImplementedError, RuntimeError) as error:
+        raise ValueError(
+            f"model must run without its weights, got {type(inner).__name__}, which reads their "
+            f"values: {str(error).splitlines()[0]} Its memory cannot be planned."
+        ) from error
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = sum(map(_bytes, trained))
+    weights = sum(map(_bytes, [*model.parameters(), *model.buffers()]))
+    return Profile(
+        tokens=tokens,
+        weights=weights,
+        gradients=gradients,
+        optimizer=OPTIMIZER_STATES * gradients,
+        layers=tuple(
+            LayerBytes(one.inputs, one.attention, whole.saved, one.forward, one.backward)
+            for one, whole in zip(run.layers, plain, strict=True)
+        ),
+        around=run.around,
+        head=run.head,
+        loss=_loss_bytes(inner, tokens, precision),
+    )
+
+
+class _Layer:
+    """What a run measures of one layer; the fields of LayerBytes."""
+
+    def __init__(self) -> None:
+        self.inputs = self.attention = self.saved = self.forward = self.backward = 0
+
+
+class _Run:
+    """One forward and backward of a decoder on device meta.
+
+    Attributes:
+        layers: What was measured of each layer.
+        around: Bytes that are alive before the first layer.
+        head: Most bytes between the last layer's forward and its backward.
+    """
+
+    def __init__(self, decoder: Any, tokens: int, precision: str, checkpointed: bool) -> None:
+        self.tracker = Tracker()
+        self.layers: list[_Layer] = []
+        self.around = self.head = 0
+        self._checkpointed = checkpointed
+        self._mixed = precision == "bf16-mixed"
+        self._weights: dict[int, Tensor] = {}  # casts of weights, which autocast keeps
+        self._last: tuple[str, int, int] | None = None  # phase, layer, bytes at its begin
+        decoder._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
+        for layer in checkpointed_layers(decoder):
+            layer._gradient_checkpointing_func = self._layer
+        pack = PackedBatch.from_documents([torch.zeros(tokens, dtype=torch.int64)])
+        batch = pack.to("meta").model_kwargs()
+        self.tracker.ignore([*decoder.parameters(), *decoder.buffers()])
+        with ExitStack() as stack:
+            stack.enter_context(torch.device("meta"))
+            stack.enter_context(self.tracker)
+            hidden = decoder(**batch)[0]
+            self._weights.clear()
+            gradient = torch.empty_like(hidden)
+            if checkpointed:
+                hidden.backward(gradient)
+                self._close()
+
+    def _layer(self, layer: Any, *given: Any, **options: Any) -> Any:
+        x = given[0]
+        index = len(self.layers)
+        measured = _Layer()
+        measured.inputs = _bytes(x)
+        self.layers.append(measured)
+        self._open("forward", index)
+        begin = self.tracker.live
+        if not self._checkpointed:
+            with self._precision(self._weights):
+                found = layer(*given, **options)
+            out = found[0] if isinstance(found, tuple) else found
+            measured.saved = self.tracker.live - begin - _bytes(out)
+            return found
+        results = KeptResults(lambda result: _bytes(result))
+        recording, _ = results.contexts()
+        calls = []
+
+        def call(*args: Any, **named: Any) -> Any:
+            calls.append(index)
+            if len(calls) == 1:
+                with recording, self._precision(self._weights):
+                    return layer(*args, **named)
+            self._open("backward", index)
+            with self._precision({}):
+                return layer(*args, **named)
+
+        found = checkpoint(call, *given, use_reentrant=False, **options)
+        measured.attention = sum(sum(sizes) for sizes in results.calls)
+        self._open("head", index)
+        return found
+
+    def _precision(self, weights: dict[int, Tensor]) -> Any:
+        return Bfloat16Products(weights) if self._mixed else nullcontext()
+
+    def _open(self, phase: str, index: int) -> None:
+        """Closes the phase before, and begins a new one."""
+        if phase == "forward" and index == 0:
+            self.around = self.tracker.live - self.layers[0].inputs
+        self._close()
+        self._last = phase, index, self.tracker.live
+        self.tracker.restart()
+
+    def _close(self) -> None:
+        if self._last is None:
+            return
+        phase, index, begin = self._last
+        taken = self.tracker.peak - begin
+        if phase == "head":
+            self.head = taken
+        else:
+            setattr(self.layers[index], phase, taken)
+
+
+def _loss_bytes(inner: Any, tokens: int, precision: str) -> int:
+    """Returns the bytes of a chunk of logits, and of the head's gradient in float32."""
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    weight = getattr(head, "weight", None)
+    if weight is None:
+        return 0
+    size = 2 if precision == "bf16-mixed" else weight.element_size()
+    vocabulary = weight.shape[0]
+    chunk = pick_chunk_tokens(tokens, vocabulary, size, weight.device, ACCELERATOR_CHUNK_BYTES)
+    return chunk * vocabulary * size + (4 * weight.numel() if weight.requires_grad else 0)
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()

@@ -1,0 +1,115 @@
+"""Tracker: counts the bytes of the tensors of a model that runs on device meta, without memory."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_BACKWARD_WORKSPACE = {"varlen_backward": 1, "dual_chunk_backward": 1, "differential_backward": 2}
+"""Attention's backward operators -> tensors of the size of q that they accumulate in float32."""
+
+
+class Tracker(TorchDispatchMode):
+    """Counts the bytes of storages that are made and freed while it is active.
+
+    Attributes:
+        live: Bytes that are alive.
+        peak: Most bytes that were alive since `restart`, with the work space of attention.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._known: set[int] = set()
+
+    def restart(self) -> None:
+        """Begins a new peak at the bytes that are alive."""
+        self.peak = self.live
+
+    def ignore(self, tensors: Sequence[Tensor]) -> None:
+        """Leaves the storages of tensors out of the count."""
+        for tensor in tensors:
+            self._known.add(tensor.untyped_storage()._cdata)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, Tensor):
+                self._add(leaf)
+        schema = getattr(func, "_schema", None)
+        name = "" if schema is None else schema.name.removeprefix("lctrain::")
+        space = 0
+        if name in _BACKWARD_WORKSPACE:
+            sizes = [x.numel() for x in tree_leaves(args) if isinstance(x, Tensor) and x.dim() == 3]
+            space = _BACKWARD_WORKSPACE[name] * 4 * max(sizes)
+        self.peak = max(self.peak, self.live + space)
+        return found
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known or size == 0:
+            return
+        self._known.add(key)
+        self.live += size
+        weakref.finalize(storage, self._drop, key, size).atexit = False
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+class Bfloat16Products(TorchFunctionMode):
+    """Gives float32 inputs of products to them in bfloat16, as bf16-mixed precision does on a GPU.
+
+    Device meta has no autocast.
+
+    Args:
+        weights: Casts of weights by the weight's id, which grow; the caller lets go of them.
+    """
+
+    def __init__(self, weights: dict[int, Tensor]) -> None:
+        super().__init__()
+        self._weights = weights
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func in (nn.functional.linear, torch.matmul, torch.bmm, torch.mm):
+            args = [self._cast(value) for value in args]
+        return func(*args, **(kwargs or {}))
+
+    def _cast(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dtype != torch.float32:
+            return value
+        if not isinstance(value, nn.Parameter):
+            return value.to(torch.bfloat16)
+        if id(value) not in self._weights:
+            self._weights[id(value)] = value.to(torch.bfloat16)
+        return self._weights[id(value)]
+
+
+def skeleton(model: nn.Module) -> Any:
+    """Returns a copy of a model on device meta, with its patches and adapters, without its weights.
+
+    Args:
+        model: A model on any device, which is not changed.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+        if isinstance(tensor, nn.Parameter):
+            empty = nn.Parameter(empty, tensor.requires_grad)
+        memo[id(tensor)] = empty
+    return copy.deepcopy(model, memo)

@@ -1,0 +1,197 @@
+"""Tests the plan of memory against the bytes that a step really takes, counted tensor by tensor."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lctrain
+from lctrain.build import plan_memory
+from lctrain.config import AdapterConfig, MemoryConfig
+from lctrain.loss import causal_lm_loss
+from lctrain.memory import plan, use_policy
+from lctrain.memory.plan import GIB, RESERVE, plan_of
+from lctrain.memory.profile import profile
+from lctrain.memory.tracker import Tracker, skeleton
+from lctrain.models.low_rank import add_adapter
+from tests.configs.composed import load
+
+TOKENS, LAYERS = 384, 6
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A patched Llama with adapters, whose activations are larger than its weights' gradients."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    pytest.importorskip("peft")
+    model = LlamaForCausalLM(config)
+    lctrain.patch_model(model, fused=True)
+    return add_adapter(model, AdapterConfig(rank=2)).train()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    tokens = torch.randint(64, (TOKENS,), generator=torch.Generator().manual_seed(0))
+    return lctrain.PackedBatch.from_documents([tokens])
+
+
+def measured(model, batch, handle):
+    """Returns the most bytes of a step beyond weights, gradients and the host's arenas."""
+    causal_lm_loss(model, batch)[0].backward()  # verifies the head, makes gradients and arenas
+    tracker = Tracker()
+    tracker.ignore([*model.parameters(), *model.buffers()])
+    if handle is not None and handle.store is not None:
+        arenas = [arena for some in handle.store._arenas.values() for arena in some]
+        tracker.ignore([arena._memory for arena in arenas])
+    with tracker:
+        causal_lm_loss(model, batch)[0].backward()
+    model.zero_grad()
+    return tracker.peak
+
+
+POLICIES = {
+    "checkpoint": {},
+    "attention-kept": {"policy": "checkpoint", "keep_attention": LAYERS},
+    "offload": {"keep_inputs": 2},
+    "offload-attention": {"policy": "offload", "keep_attention": 2, "host_attention": 4},
+}
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_the_plan_is_within_5_percent_of_what_a_step_takes(name, model, batch):
+    options = dict(POLICIES[name])
+    policy = options.pop("policy", name)
+    handle = use_policy(model, policy, tokens=TOKENS, **options)
+    taken = measured(model, batch, handle)
+    handle.remove()
+    planned = plan(model, TOKENS, policy, **options)
+    # A dispatch mode such as the tracker's makes torch add gradients out of place.
+    static = sum(planned.parts[part] for part in ("weights", "optimizer", "reserve"))
+    expected = planned.device_bytes - static
+    assert abs(expected - taken) <= 0.05 * taken, (expected, taken)
+    if handle.store is not None:
+        assert planned.host_bytes == handle.store.capacity
+
+
+def test_no_policy_keeps_everything(model, batch):
+    planned = plan(model, TOKENS, "none")
+    parts = (
+        "gradients",
+        "kept for the backward",
+        "outside of the layers",
+        "largest layer, or the loss",
+    )
+    expected = sum(planned.parts[part] for part in parts)
+    taken = measured(model, batch, None)
+    assert abs(expected - taken) <= 0.05 * taken, (expected, taken)
+    assert planned.policies == ()
+
+
+def limits(found, device=0, host=0):
+    """Returns limits in bytes that are `device` and `host` above what a plan takes."""
+    return found.device_bytes + device, found.host_bytes + host
+
+
+def test_auto_takes_the_first_that_fits(model):
+    bytes_of = profile(model, TOKENS)
+    auto = MemoryConfig(name="auto")
+
+    def planned(name, **options):
+        return plan_of(bytes_of, MemoryConfig(name=name, **options), None, None)
+
+    def chosen(device, host):
+        return plan_of(bytes_of, auto, device, host)
+
+    whole = planned("none")
+    kept = planned("checkpoint", keep_attention=LAYERS)
+    away = planned("offload", keep_attention=LAYERS)
+    assert whole.device_bytes > kept.device_bytes > away.device_bytes
+    assert chosen(*limits(whole)).policy == "none"
+    assert chosen(*limits(kept)).policies == kept.policies
+    assert chosen(*limits(away)).policies == away.policies
+    fewer = chosen(away.device_bytes - 1, 10 * away.host_bytes)
+    assert fewer.fits
+    assert [layer.attention for layer in fewer.policies] == ["host"] + ["device"] * (LAYERS - 1)
+    without_host = chosen(kept.device_bytes - 1, 0)
+    assert without_host.fits is False or without_host.host_bytes == 0
+    least = chosen(1, 1)
+    assert least.fits is False
+    assert "It does not fit" in str(least)
+
+
+def test_the_longest_context_fits_and_one_more_step_does_not(model):
+    limit = 2 * GIB
+    found = plan(model, TOKENS, "checkpoint", device_gib=2)
+    assert found.fits
+    assert found.longest > TOKENS
+    again = plan(model, found.longest, "checkpoint", device_gib=2)
+    assert again.device_bytes <= limit
+    beyond = plan(model, int(1.05 * found.longest), "checkpoint", device_gib=2)
+    assert beyond.device_bytes > limit
+    assert not beyond.fits
+    assert f"lower data.max_tokens to {beyond.longest}" in str(beyond)
+
+
+def test_the_plan_says_what_each_layer_does(model):
+    text = str(plan(model, TOKENS, "offload", keep_attention=1, device_gib=8, host_gib=1))
+    assert "layers 0 to 3: input on host, attention recomputed" in text
+    assert "layer 4: input on device, attention recomputed" in text
+    assert "layer 5: input on device, attention on device" in text
+    assert "longest context that fits" in text
+    assert text.endswith("It fits.")
+
+
+def test_planning_leaves_the_model_as_it_is(model):
+    before = {name: (p.data_ptr(), p.requires_grad) for name, p in model.named_parameters()}
+    copy = skeleton(model)
+    assert {p.device.type for p in copy.parameters()} == {"meta"}
+    plan(model, TOKENS)
+    assert before == {n: (p.data_ptr(), p.requires_grad) for n, p in model.named_parameters()}
+    assert not model.get_base_model().is_gradient_checkpointing
+
+
+def test_mixed_precision_counts_products_in_half(model):
+    whole = profile(model, TOKENS)
+    mixed = profile(model, TOKENS, "bf16-mixed")
+    assert mixed.layers[0].attention < whole.layers[0].attention
+    assert mixed.layers[0].saved < whole.layers[0].saved
+    assert mixed.layers[0].inputs == whole.layers[0].inputs  # sums of float32 weights
+
+
+def test_a_run_is_planned_from_its_configuration():
+    options = ("memory=auto", "data.max_tokens=4096", "memory.device_gib=1", "memory.host_gib=1")
+    found = plan_memory(load("model=llama_5m", *options))
+    assert found.tokens == 4096
+    assert found.parts["reserve"] == RESERVE
+    assert found.device_limit == found.host_limit == GIB
+    longer = plan_memory(load("model=llama_5m", *options, "memory.tokens=8192"))
+    assert longer.device_bytes > found.device_bytes or longer.policy != found.policy
+
+
+def test_a_module_chooses_by_the_plan(make_llama, caplog):
+    from lctrain.module import LongContextModule
+
+    memory = {"name": "auto", "tokens": 64, "device_gib": 8.0}
+    module = LongContextModule(make_llama(), memory=memory)
+    with caplog.at_level("INFO", "lctrain.memory.policy"):
+        module.configure_model()
+    assert module.memory_handle is None  # everything fits
+    assert "Memory of a step on 64 tokens: memory=none" in caplog.text
+    with pytest.raises(ValueError, match=r"memory\.tokens must be set for memory=auto"):
+        use_policy(make_llama(), "auto")
+
+
+def test_a_model_that_reads_its_weights_is_refused():
+    class Model(torch.nn.Linear):
+        """A model that transformers knows nothing of."""
+
+    with pytest.raises(ValueError, match=r"layers that transformers can checkpoint, got Model"):
+        profile(Model(2, 2), 4)
