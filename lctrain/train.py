@@ -318,16 +318,14 @@ def run(config: DictConfig) -> None:
         if config.show:
             show(to_dataclass(config, TrainConfig))
             return
+        if config.memory.plan:
+            print_plan(to_dataclass(config, TrainConfig))
+            return
         plain = in_its_folder(config)
 
         from lctrain.process_group import leave_at_exit
 
         quiet_lightning()
-        if plain.memory.plan:
-            from lctrain.build import plan_memory
-
-            print(plan_memory(plain))
-            return
         leave_at_exit()
         train(plain)
 
@@ -343,6 +341,16 @@ def show(config: TrainConfig) -> None:
     datamodule = build_datamodule(config.data, config.model)
     datamodule.setup()
     show_documents(datamodule, config.show)
+
+
+def print_plan(config: TrainConfig) -> None:
+    """Prints the plan of a run's memory; it needs no data, no weights and no GPU."""
+    check_before_loading(config)
+
+    from lctrain.build import plan_memory
+
+    quiet_lightning()
+    print(plan_memory(config))
 
 
 def in_its_folder(config: DictConfig) -> TrainConfig:

@@ -175,6 +175,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, default=2, help="timed steps; default 2")
     parser.add_argument("--warmup", type=positive, default=1, help="steps before; default 1")
     parser.add_argument("--keep-attention", type=int, default=0, help="as memory.keep_attention")
+    parser.add_argument("--mlp-tokens", type=positive, help="as memory.mlp_tokens")
     parser.add_argument("--device-gib", type=float, help="as memory.device_gib")
     parser.add_argument("--host-gib", type=float, help="as memory.host_gib")
     parser.add_argument("--plan-only", action="store_true", help="print the plans, and run nothing")
@@ -210,6 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "shape": shape.title,
         "layers": shape.settings["num_hidden_layers"],
         "rank": options.rank,
+        "mlp_tokens": options.mlp_tokens,
         "precision": "float32" if options.tiny else "bfloat16 weights, bf16-mixed",
         "planned": "without the reserve for CUDA's context and what the allocator cannot use",
         "runs": [],
@@ -225,6 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = MemoryConfig(
                 name=policy,
                 keep_attention=kept,
+                mlp_tokens=None if policy == "none" else options.mlp_tokens,
                 host_gib=options.host_gib,
                 device_gib=options.device_gib,
             )

@@ -22,6 +22,8 @@ class MemoryConfig:
         host_attention: Number of layers before those whose attention results go to the host
             (offload only).
         keep_inputs: Number of layers, from the last, whose inputs stay on the GPU (offload only).
+        mlp_tokens: Number of tokens for which an MLP computes at once in training; None computes
+            all tokens at once. Results are equal within rounding (all policies but none).
         device_gib: Memory of the GPU in GiB that the plan counts with; None takes what is free.
         host_gib: Most host memory in GiB for a rank; None takes what the process may still use
             (offload and auto).
@@ -33,6 +35,7 @@ class MemoryConfig:
     keep_attention: int = 0
     host_attention: int = 0
     keep_inputs: int = 2
+    mlp_tokens: int | None = None
     device_gib: float | None = None
     host_gib: float | None = None
     tokens: int | None = None
@@ -67,6 +70,15 @@ class MemoryConfig:
                 f"memory.{option} must be above 0 and finite, got {gib}. Use null for what is "
                 "free.",
             )
+        require(
+            self.mlp_tokens is None or self.mlp_tokens >= 1,
+            f"memory.mlp_tokens must be at least 1, got {self.mlp_tokens}. Try 4096.",
+        )
+        require(
+            self.mlp_tokens is None or self.name != "none",
+            f"memory.mlp_tokens must be null for memory=none, got {self.mlp_tokens}. Choose "
+            "memory=checkpoint, offload or auto.",
+        )
         require(
             self.tokens is None or self.tokens >= 2,
             f"memory.tokens must be at least 2, got {self.tokens}. Use null for data.max_tokens.",

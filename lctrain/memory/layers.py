@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lctrain.memory.attention import KeptResults
 from lctrain.memory.store import HostStore, OnDevice
+from lctrain.memory.tiles import TiledMLPs
 
 DEVICE, HOST, RECOMPUTE = "device", "host", "recompute"
 INPUT, ATTENTION = "input", "attention"
@@ -44,22 +45,31 @@ class LayerCheckpoints:
         model: A transformers model, without adapters around it.
         policies: Policy of every layer.
         store: Store for the host.
+        mlp_tokens: Number of tokens of a tile of the MLPs; None for no tiles.
     """
 
     def __init__(
-        self, model: Any, policies: Sequence[LayerPolicy], store: HostStore | None = None
+        self,
+        model: Any,
+        policies: Sequence[LayerPolicy],
+        store: HostStore | None = None,
+        mlp_tokens: int | None = None,
     ) -> None:
         self._model = model
+        layers = checkpointed_layers(model)
+        self._tiles = None if mlp_tokens is None else TiledMLPs(layers, mlp_tokens)
         self.policies = tuple(policies)
         self.store = store
         plain = partial(checkpoint, use_reentrant=False)
         # Inputs of the model need no gradient: torch's checkpoint without reentrance works without.
         model._set_gradient_checkpointing(True, plain)
-        for layer, policy in zip(checkpointed_layers(model), self.policies, strict=True):
+        for layer, policy in zip(layers, self.policies, strict=True):
             layer._gradient_checkpointing_func = partial(self.run, policy)
 
     def remove(self) -> None:
-        """Switches checkpointing off."""
+        """Switches checkpointing and tiles off."""
+        if self._tiles is not None:
+            self._tiles.remove()
         self._model._set_gradient_checkpointing(False)
 
     def run(

@@ -137,7 +137,8 @@ def plan(
     """
     config = MemoryConfig(name=policy, host_gib=host_gib, device_gib=device_gib, **options)
     limits = tuple(None if gib is None else int(gib * GIB) for gib in (device_gib, host_gib))
-    return plan_of(profile(model, tokens, precision), config, *limits)
+    measured = profile(model, tokens, precision, config.mlp_tokens)
+    return plan_of(measured, config, *limits)
 
 
 def plan_of(
@@ -151,9 +152,12 @@ def plan_of(
         device_limit: Bytes of the device; None for no limit.
         host_limit: Bytes of the host; None for no limit.
     """
-    count = len(measured.layers)
     if config.name != "auto":
         return _plan(measured, config, device_limit, host_limit)
+    count = len(measured.layers)
+    if host_limit is not None:  # the inputs for which the host has no room stay on the device
+        on_host = host_limit // max(aligned(layer.inputs) for layer in measured.layers)
+        config = replace(config, keep_inputs=max(config.keep_inputs, count - on_host))
     found = None
     for candidate in _candidates(config, count):
         found = _plan(measured, candidate, device_limit, host_limit)
@@ -169,7 +173,8 @@ def _candidates(config: MemoryConfig, layers: int) -> list[MemoryConfig]:
     def make(name: str, **options: Any) -> MemoryConfig:
         return replace(config, name=name, **options)
 
-    ends = [make("none"), make("checkpoint", keep_attention=layers)]
+    ends = [] if config.mlp_tokens else [make("none")]
+    ends += [make("checkpoint", keep_attention=layers)]
     ends.append(make("offload", keep_attention=layers))
     for kept in reversed(range(layers)):  # the attention of the others on the host, if it has room
         ends.append(make("offload", keep_attention=kept, host_attention=layers - kept))

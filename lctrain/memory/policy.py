@@ -85,7 +85,7 @@ def apply_config(
             f"{ATTENTION} 3": attention,  # outputs
         }
         store = HostStore(counts, host_bytes(config), tokens=tokens)
-    return LayerCheckpoints(inner, policies, store)
+    return LayerCheckpoints(inner, policies, store, config.mlp_tokens)
 
 
 def plan_for(model: Any, config: MemoryConfig, tokens: int | None, precision: str) -> Plan:
@@ -118,7 +118,8 @@ def plan_for(model: Any, config: MemoryConfig, tokens: int | None, precision: st
     elif device.type != "meta":
         limit = free_device_bytes(device)
         limit += sum(p.numel() * p.element_size() for p in model.parameters())
-    return plan_of(profile(model, tokens, precision), config, limit, host_bytes(config))
+    measured = profile(model, tokens, precision, config.mlp_tokens)
+    return plan_of(measured, config, limit, host_bytes(config))
 
 
 def host_bytes(config: MemoryConfig) -> int:

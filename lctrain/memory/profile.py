@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from lctrain.batch import PackedBatch
 from lctrain.memory.attention import KeptResults
 from lctrain.memory.layers import checkpointed_layers
+from lctrain.memory.tiles import TiledMLPs
 from lctrain.memory.tracker import Bfloat16Products, Tracker, skeleton
 from lctrain.models.low_rank import leave_casts_to_autocast
 from lctrain_kernels.cross_entropy.chunks import ACCELERATOR_CHUNK_BYTES, pick_chunk_tokens
@@ -67,7 +68,9 @@ class Profile:
     loss: int
 
 
-def profile(model: nn.Module, tokens: int, precision: str = "true") -> Profile:
+def profile(
+    model: nn.Module, tokens: int, precision: str = "true", mlp_tokens: int | None = None
+) -> Profile:
     """Runs forward and backward on device meta, and counts the bytes.
 
     The loss is that of `lctrain.loss.causal_lm_loss`, which never holds all logits.
@@ -76,6 +79,7 @@ def profile(model: nn.Module, tokens: int, precision: str = "true") -> Profile:
         model: A transformers causal LM, or a PeftModel around one, patched or not, on any device.
         tokens: Number of tokens of the pack, which is one document.
         precision: "true" if everything has the dtype of the weights, or "bf16-mixed".
+        mlp_tokens: Number of tokens of a tile of the MLPs; None for no tiles.
 
     Raises:
         ValueError: if the model cannot be checkpointed, or does not run without its weights.
@@ -91,6 +95,8 @@ def profile(model: nn.Module, tokens: int, precision: str = "true") -> Profile:
             f"model must have layers that transformers can checkpoint, got {type(inner).__name__}. "
             "Its memory cannot be planned."
         )
+    if mlp_tokens is not None:
+        TiledMLPs(layers, mlp_tokens)
     try:
         plain = _Run(decoder, tokens, precision, checkpointed=False).layers
         run = _Run(decoder, tokens, precision, checkpointed=True)
@@ -139,7 +145,12 @@ class _Run:
         self.around = self.head = 0
         self._checkpointed = checkpointed
         self._mixed = precision == "bf16-mixed"
-        self._weights: dict[int, Tensor] = {}  # casts of weights, which autocast keeps
+        self._casts: dict[int, Tensor] = {}  # casts of weights, which autocast keeps
+        if self._mixed and checkpointed:
+            # A checkpoint inside of a layer recomputes without the modes of its caller.
+            for module in decoder.modules():
+                if isinstance(module, nn.Linear):
+                    module.forward = partial(self._linear, module)
         self._last: tuple[str, int, int] | None = None  # phase, layer, bytes at its begin
         decoder._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
         for layer in checkpointed_layers(decoder):
@@ -151,7 +162,7 @@ class _Run:
             stack.enter_context(torch.device("meta"))
             stack.enter_context(self.tracker)
             hidden = decoder(**batch)[0]
-            self._weights.clear()
+            self._casts = {}
             gradient = torch.empty_like(hidden)
             if checkpointed:
                 hidden.backward(gradient)
@@ -166,7 +177,7 @@ class _Run:
         self._open("forward", index)
         begin = self.tracker.live
         if not self._checkpointed:
-            with self._precision(self._weights):
+            with self._precision():
                 found = layer(*given, **options)
             out = found[0] if isinstance(found, tuple) else found
             measured.saved = self.tracker.live - begin - _bytes(out)
@@ -178,10 +189,11 @@ class _Run:
         def call(*args: Any, **named: Any) -> Any:
             calls.append(index)
             if len(calls) == 1:
-                with recording, self._precision(self._weights):
+                with recording, self._precision():
                     return layer(*args, **named)
             self._open("backward", index)
-            with self._precision({}):
+            self._casts = {}
+            with self._precision():
                 return layer(*args, **named)
 
         found = checkpoint(call, *given, use_reentrant=False, **options)
@@ -189,8 +201,12 @@ class _Run:
         self._open("head", index)
         return found
 
-    def _precision(self, weights: dict[int, Tensor]) -> Any:
-        return Bfloat16Products(weights) if self._mixed else nullcontext()
+    def _precision(self) -> Any:
+        return Bfloat16Products(self._casts) if self._mixed else nullcontext()
+
+    def _linear(self, module: nn.Module, x: Tensor) -> Tensor:
+        with self._precision():
+            return type(module).forward(module, x)
 
     def _open(self, phase: str, index: int) -> None:
         """Closes the phase before, and begins a new one."""

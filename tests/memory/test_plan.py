@@ -76,7 +76,7 @@ def test_the_plan_is_within_5_percent_of_what_a_step_takes(name, model, batch):
     # A dispatch mode such as the tracker's makes torch add gradients out of place.
     static = sum(planned.parts[part] for part in ("weights", "optimizer", "reserve"))
     expected = planned.device_bytes - static
-    assert abs(expected - taken) <= 0.05 * taken, (expected, taken)
+    assert 20 * abs(expected - taken) <= taken, (expected, taken)  # 5 %, as the guide says
     if handle.store is not None:
         assert planned.host_bytes == handle.store.capacity
 
@@ -91,7 +91,7 @@ def test_no_policy_keeps_everything(model, batch):
     )
     expected = sum(planned.parts[part] for part in parts)
     taken = measured(model, batch, None)
-    assert abs(expected - taken) <= 0.05 * taken, (expected, taken)
+    assert 20 * abs(expected - taken) <= taken, (expected, taken)  # 5 %, as the guide says
     assert planned.policies == ()
 
 
@@ -120,6 +120,9 @@ def test_auto_takes_the_first_that_fits(model):
     fewer = chosen(away.device_bytes - 1, 10 * away.host_bytes)
     assert fewer.fits
     assert [layer.attention for layer in fewer.policies] == ["host"] + ["device"] * (LAYERS - 1)
+    some = chosen(away.device_bytes + 3 * bytes_of.layers[0].inputs, away.host_bytes // 2)
+    assert some.fits
+    assert [layer.inputs for layer in some.policies] == ["host"] * 2 + ["device"] * 4
     without_host = chosen(kept.device_bytes - 1, 0)
     assert without_host.fits is False or without_host.host_bytes == 0
     least = chosen(1, 1)

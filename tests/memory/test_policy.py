@@ -220,6 +220,8 @@ def test_a_model_without_such_layers_is_refused():
         ),
         (("memory.keep_attention=1",), r"keep_attention must be 0 for memory=none"),
         (("memory=offload", "memory.host_gib=0"), r"memory\.host_gib must be above 0 and finite"),
+        (("memory=auto", "memory.mlp_tokens=0"), r"memory\.mlp_tokens must be at least 1, got 0"),
+        (("memory.mlp_tokens=8",), r"memory\.mlp_tokens must be null for memory=none, got 8"),
         (("memory=offload", "memory.tokens=1"), r"memory\.tokens must be at least 2, got 1"),
     ],
 )

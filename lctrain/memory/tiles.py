@@ -1,0 +1,67 @@
+"""Splits MLPs over the sequence, so that a layer takes the memory of a few tokens."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+_PARTS = {"gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn", "activation_fn"}
+_LOW = (torch.bfloat16, torch.float16)
+
+
+class TiledMLPs:
+    """Lets every MLP of a model's layers compute tile by tile, in training.
+
+    A tile's activations are recomputed in the backward, so only one tile's are there at a time.
+    Each parameter's gradient is the sum over the tiles, in the parameter's float32. Outputs and
+    gradients are equal to those without tiles within rounding.
+
+    Args:
+        layers: Layers of a transformers model; their child `mlp` is split.
+        tokens: Number of tokens of a tile.
+
+    Raises:
+        ValueError: if no layer has a dense MLP, or trained weights of an MLP are in half precision,
+            in which a sum over tiles would lose bits.
+    """
+
+    def __init__(self, layers: list[Any], tokens: int) -> None:
+        self._mlps = [layer.mlp for layer in layers if _is_dense(getattr(layer, "mlp", None))]
+        if not self._mlps:
+            raise ValueError(
+                f"memory.mlp_tokens must be null for a model without dense MLPs, got {tokens}. "
+                "Leave it out."
+            )
+        trained = {p.dtype for mlp in self._mlps for p in mlp.parameters() if p.requires_grad}
+        if trained & set(_LOW):
+            raise ValueError(
+                f"memory.mlp_tokens needs trained weights in float32, got {trained.pop()}: the sum "
+                "of their gradients over tiles would be rounded at every tile. Set "
+                "model.dtype=float32 with trainer.precision=bf16-mixed, or train adapters."
+            )
+        for mlp in self._mlps:
+            mlp.forward = partial(_forward, mlp, tokens)
+
+    def remove(self) -> None:
+        """Lets the MLPs compute all tokens at once again."""
+        for mlp in self._mlps:
+            vars(mlp).pop("forward", None)
+
+
+def _forward(mlp: Any, tokens: int, x: Tensor) -> Tensor:
+    """Returns an MLP's output for x [..., S, E], tile by tile if it is trained."""
+    own = partial(type(mlp).forward, mlp)
+    if x.shape[-2] <= tokens or not (mlp.training and torch.is_grad_enabled()):
+        return own(x)
+    tiles = x.split(tokens, dim=-2)
+    return torch.cat([checkpoint(own, tile, use_reentrant=False) for tile in tiles], dim=-2)
+
+
+def _is_dense(module: nn.Module | None) -> bool:
+    """Returns whether a module is an MLP of linear layers, which computes each token by itself."""
+    names = set() if module is None else set(dict(module.named_children()))
+    return "down_proj" in names and names <= _PARTS

@@ -1,0 +1,91 @@
+"""Tests MLPs that compute tile by tile: gradients, memory, and the models that are refused."""
+
+import pytest
+import torch
+
+import lctrain
+from lctrain.memory import plan, use_policy
+from lctrain.memory.layers import checkpointed_layers
+from lctrain.memory.tiles import TiledMLPs
+from tests.float64 import float64_throughout
+from tests.models.families import make_documents, make_model
+from tests.numerics import assert_equal_in_float64
+
+FAMILIES = ("llama", "gemma2", "phi3")
+
+
+@pytest.fixture
+def arguments():
+    """A pack in transformers' format."""
+    return lctrain.PackedBatch.from_documents(make_documents()).arguments()
+
+
+def gradients(model, arguments):
+    model.zero_grad()
+    model(**arguments).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("policy", ["checkpoint", "offload"])
+def test_gradients_are_those_without_tiles(family, policy, arguments):
+    with float64_throughout():
+        model = make_model(family).double().train()
+        with lctrain.patch_model(model, fused=True, loss=True):
+            model(**arguments)
+            use_policy(model, policy)
+            expected = gradients(model, arguments)
+            handle = use_policy(model, policy, mlp_tokens=7)
+            found = gradients(model, arguments)
+            handle.remove()
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert_equal_in_float64(found[name], value)
+        assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_an_mlp_sees_one_tile_at_a_time_and_each_gradient_arrives_once(arguments):
+    model = make_model("llama").train()
+    seen, arrived = [], []
+    with lctrain.patch_model(model, fused=True, loss=True):
+        model(**arguments)
+        use_policy(model, "checkpoint", mlp_tokens=7)
+        projection = model.model.layers[0].mlp.down_proj
+        hook = model.model.layers[0].mlp.gate_proj.register_forward_pre_hook(
+            lambda module, given: seen.append(given[0].shape[-2])
+        )
+        other = projection.weight.register_hook(lambda gradient: arrived.append(gradient.dtype))
+        gradients(model, arguments)
+        assert max(seen) == 7
+        assert arrived == [torch.float32]
+        seen.clear()
+        with torch.no_grad():
+            model.eval()(**arguments)
+        assert seen == [arguments["input_ids"].shape[-1]]
+        hook.remove()
+        other.remove()
+
+
+@pytest.mark.parametrize("precision", ["true", "bf16-mixed"])
+def test_the_plan_knows_the_tiles(precision):
+    model = make_model("llama", intermediate_size=512).train()
+    with lctrain.patch_model(model, fused=True):
+        whole = plan(model, 512, "checkpoint", precision=precision)
+        tiled = plan(model, 512, "checkpoint", mlp_tokens=64, precision=precision)
+    assert tiled.device_bytes < whole.device_bytes
+    assert tiled.rows[0].backward < 0.5 * whole.rows[0].backward
+
+
+def test_trained_weights_in_half_precision_are_refused():
+    model = make_model("llama").bfloat16()
+    layers = checkpointed_layers(model)
+    with pytest.raises(ValueError, match=r"mlp_tokens needs trained weights in float32, got .*16"):
+        TiledMLPs(layers, 4)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    TiledMLPs(layers, 4).remove()
+
+
+def test_a_model_of_experts_is_refused():
+    with pytest.raises(ValueError, match=r"must be null for a model without dense MLPs, got 4"):
+        TiledMLPs(checkpointed_layers(make_model("gpt_oss")), 4)
