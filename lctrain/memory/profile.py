@@ -150,7 +150,7 @@ class _Run:
             # A checkpoint inside of a layer recomputes without the modes of its caller.
             for module in decoder.modules():
                 if isinstance(module, nn.Linear):
-                    module.forward = partial(self._linear, module)
+                    vars(module)["forward"] = partial(self._linear, module)
         self._last: tuple[str, int, int] | None = None  # phase, layer, bytes at its begin
         decoder._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
         for layer in checkpointed_layers(decoder):
