@@ -171,15 +171,21 @@ class LongContextModule(pl.LightningModule):
         if self._precision() == "bf16-mixed":
             leave_casts_to_autocast(self.model)
         if self.memory is not None and self.memory_handle is None:
-            datamodule = (
-                None if self._trainer is None else getattr(self.trainer, "datamodule", None)
-            )
-            tokens = getattr(datamodule, "max_tokens", None)
-            self.memory_handle = apply_config(self.model, self.memory, tokens, self._precision())
+            self.memory_handle = apply_config(self.model, self.memory, **self._memory_facts())
         self.model.train()
         strategy = None if self._trainer is None else self.trainer.strategy
         if isinstance(strategy, ShardedStrategy) and strategy.root is None:
             strategy.shard(self.model)
+
+    def _memory_facts(self) -> dict[str, Any]:
+        """Returns what the plan of memory needs to know of the trainer."""
+        if self._trainer is None:
+            return {}
+        return {
+            "tokens": getattr(getattr(self.trainer, "datamodule", None), "max_tokens", None),
+            "precision": self._precision(),
+            "device": self.trainer.strategy.root_device,
+        }
 
     def _precision(self) -> str:
         mixed = self._trainer is not None and self.trainer.precision == "bf16-mixed"

@@ -11,6 +11,7 @@ from lctrain.attention.boundaries import Boundaries
 from lctrain.attention.documents import find_documents_of_layer
 from lctrain.attention.mask import UNPATCH
 from lctrain.attention.spec import AttentionSpec
+from lctrain_kernels.autocast import autocast_dtype
 
 SPEC_ATTRIBUTE = "lctrain_attention_spec"
 BOUNDARIES_ARGUMENT = "lctrain_boundaries"
@@ -238,9 +239,5 @@ def _compute_dtype(value: Tensor) -> torch.dtype:
     Under autocast, RoPE returns float32 queries and keys, while values already have autocast's
     dtype.
     """
-    device = value.device.type
-    if value.dtype != torch.float32 or device == "meta":  # device meta has no autocast
-        return value.dtype
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return value.dtype
+    dtype = autocast_dtype(value.device.type) if value.dtype == torch.float32 else None
+    return dtype or value.dtype

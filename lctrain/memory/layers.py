@@ -66,6 +66,10 @@ class LayerCheckpoints:
         for layer, policy in zip(layers, self.policies, strict=True):
             layer._gradient_checkpointing_func = partial(self.run, policy)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerCheckpoints:
+        """Returns itself: copies of a model share the policy and its store, which hold no model."""
+        return self
+
     def remove(self) -> None:
         """Switches checkpointing and tiles off."""
         if self._tiles is not None:

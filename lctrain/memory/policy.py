@@ -49,7 +49,11 @@ def use_policy(
 
 
 def apply_config(
-    model: Any, config: MemoryConfig, tokens: int | None = None, precision: str = "true"
+    model: Any,
+    config: MemoryConfig,
+    tokens: int | None = None,
+    precision: str = "true",
+    device: torch.device | None = None,
 ) -> LayerCheckpoints | None:
     """Applies a configuration; see `use_policy`.
 
@@ -58,6 +62,7 @@ def apply_config(
         config: Settings of the policy.
         tokens: Number of tokens of the longest pack, if the configuration has none.
         precision: "true" or "bf16-mixed", for the plan of "auto".
+        device: Device on which the model is trained; None for the device on which it is.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if config.name == "none":
@@ -69,7 +74,7 @@ def apply_config(
         )
     tokens = config.tokens or tokens
     if config.name == "auto":
-        chosen = plan_for(model, config, tokens, precision)
+        chosen = plan_for(model, config, tokens, precision, device)
         log.info("%s", chosen)
         if not chosen.policies:
             return None
@@ -88,7 +93,13 @@ def apply_config(
     return LayerCheckpoints(inner, policies, store, config.mlp_tokens)
 
 
-def plan_for(model: Any, config: MemoryConfig, tokens: int | None, precision: str) -> Plan:
+def plan_for(
+    model: Any,
+    config: MemoryConfig,
+    tokens: int | None,
+    precision: str,
+    device: torch.device | None = None,
+) -> Plan:
     """Returns the plan of a model with the limits of this machine.
 
     The device's limit is `memory.device_gib`, else what the model's device has free and the memory
@@ -100,6 +111,7 @@ def plan_for(model: Any, config: MemoryConfig, tokens: int | None, precision: st
         config: Settings of the policy.
         tokens: Number of tokens of the longest pack.
         precision: "true" or "bf16-mixed".
+        device: Device on which the model is trained; None for the device on which it is.
 
     Raises:
         ValueError: if the number of tokens is unknown, or the model cannot be planned.
@@ -109,7 +121,7 @@ def plan_for(model: Any, config: MemoryConfig, tokens: int | None, precision: st
             f"memory.tokens must be set for memory={config.name}, got none. It is the number of "
             "tokens of the longest pack."
         )
-    device = next(model.parameters()).device
+    device = next(model.parameters()).device if device is None else device
     limit = None
     if config.device_gib is not None:
         limit = int(config.device_gib * GIB)
@@ -117,7 +129,8 @@ def plan_for(model: Any, config: MemoryConfig, tokens: int | None, precision: st
         limit = free_device_bytes(torch.device("cuda"))
     elif device.type != "meta":
         limit = free_device_bytes(device)
-        limit += sum(p.numel() * p.element_size() for p in model.parameters())
+        there = [p for p in model.parameters() if p.device.type == device.type]
+        limit += sum(p.numel() * p.element_size() for p in there)
     measured = profile(model, tokens, precision, config.mlp_tokens)
     return plan_of(measured, config, limit, host_bytes(config))
 

@@ -17,6 +17,7 @@ from lctrain.memory.layers import checkpointed_layers
 from lctrain.memory.tiles import TiledMLPs
 from lctrain.memory.tracker import Bfloat16Products, Tracker, skeleton
 from lctrain.models.low_rank import leave_casts_to_autocast
+from lctrain_kernels.autocast import autocast_on_meta
 from lctrain_kernels.cross_entropy.chunks import ACCELERATOR_CHUNK_BYTES, pick_chunk_tokens
 
 PRECISIONS = ("true", "bf16-mixed")
@@ -147,10 +148,11 @@ class _Run:
         self._mixed = precision == "bf16-mixed"
         self._casts: dict[int, Tensor] = {}  # casts of weights, which autocast keeps
         if self._mixed and checkpointed:
-            # A checkpoint inside of a layer recomputes without the modes of its caller.
-            for module in decoder.modules():
-                if isinstance(module, nn.Linear):
-                    vars(module)["forward"] = partial(self._linear, module)
+            # A checkpoint inside of a layer, of a tile, recomputes without the modes of its caller.
+            for tiled in [module for module in decoder.modules() if "forward" in vars(module)]:
+                for module in tiled.modules():
+                    if isinstance(module, nn.Linear):
+                        vars(module)["forward"] = partial(self._linear, module)
         self._last: tuple[str, int, int] | None = None  # phase, layer, bytes at its begin
         decoder._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
         for layer in checkpointed_layers(decoder):
@@ -160,6 +162,8 @@ class _Run:
         self.tracker.ignore([*decoder.parameters(), *decoder.buffers()])
         with ExitStack() as stack:
             stack.enter_context(torch.device("meta"))
+            dtype = torch.bfloat16 if self._mixed else None
+            stack.enter_context(autocast_on_meta(dtype))
             stack.enter_context(self.tracker)
             hidden = decoder(**batch)[0]
             self._casts = {}

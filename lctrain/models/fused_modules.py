@@ -25,6 +25,7 @@ from lctrain.kernels import (
     rotate_qk,
     swiglu,
 )
+from lctrain_kernels.autocast import autocast_dtype
 
 
 class LlamaNorm:
@@ -288,9 +289,7 @@ def can_add(states: Tensor, residual: Tensor | None) -> bool:
     """
     if residual is None or not is_plain(residual) or torch.compiler.is_compiling():
         return False
-    device_type = states.device.type
-    autocast = torch.is_autocast_enabled(device_type)
-    return residual.dtype == (torch.get_autocast_dtype(device_type) if autocast else states.dtype)
+    return residual.dtype == (autocast_dtype(states.device.type) or states.dtype)
 
 
 def is_unobserved(module: nn.Module, mixin: type) -> bool:

@@ -192,6 +192,24 @@ def test_a_module_chooses_by_the_plan(make_llama, caplog):
         use_policy(make_llama(), "auto")
 
 
+def test_the_device_of_the_trainer_counts(make_llama, tmp_path, monkeypatch):
+    """A model that is on the CPU until the trainer moves it is planned for the trainer's device."""
+    from lctrain.memory import policy
+    from lctrain.module import LongContextModule
+    from tests.training import loader, make_batch, make_trainer
+
+    asked = []
+    monkeypatch.setattr(policy, "free_device_bytes", lambda device: asked.append(device) or 10**9)
+    module = LongContextModule(make_llama(), memory={"name": "auto", "tokens": 64})
+    make_trainer(tmp_path, max_steps=1).fit(module, loader([make_batch((5, 9))]))
+    assert asked == [torch.device("cpu")]
+    elsewhere = policy.plan_for(
+        make_llama(), MemoryConfig(name="auto"), 64, "true", torch.device("cuda:0")
+    )
+    assert asked[1:] == [torch.device("cuda:0")]
+    assert elsewhere.device_limit == 10**9  # the weights are not there yet
+
+
 def test_a_model_that_reads_its_weights_is_refused():
     class Model(torch.nn.Linear):
         """A model that transformers knows nothing of."""

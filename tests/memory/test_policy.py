@@ -154,6 +154,18 @@ def test_adapters_of_the_first_layer_learn_under_frozen_embeddings(packs):
     assert all(p.grad.abs().max() > 0 for p in first.parameters())
 
 
+def test_a_copy_of_a_model_shares_the_policy(packs):
+    import copy
+
+    model = make_model("llama").train()
+    with lctrain.patch_model(model, fused=True):
+        handle = use_policy(model, "offload", keep_inputs=0)
+        expected = step(model, packs)
+        again = copy.deepcopy(model)
+        assert same(step(again, packs), expected)
+    assert handle.store.stored_bytes == 0
+
+
 def test_a_policy_can_be_removed(packs):
     model = make_model("llama").train()
     handle = use_policy(model, "offload", keep_inputs=0)

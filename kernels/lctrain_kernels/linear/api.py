@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from lctrain_kernels.autocast import autocast_dtype
 from lctrain_kernels.linear.merged import MergedLinear
 
 
@@ -68,10 +69,9 @@ def linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
 
 def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Returns the tensors in autocast's dtype if autocast is on, as they are otherwise."""
-    device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type) or tensors[0].dtype == torch.float64:
+    dtype = autocast_dtype(tensors[0].device.type)
+    if dtype is None or tensors[0].dtype == torch.float64:
         return tensors
-    dtype = torch.get_autocast_dtype(device_type)
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lctrain_kernels.autocast import autocast_dtype
 from lctrain_kernels.fused_backend import FusedCall, fused_backend
 from lctrain_kernels.mlp import operators
 from lctrain_kernels.mlp.reference import ACTIVATIONS
@@ -74,11 +75,8 @@ def gated_linear(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}.")
-    device_type = gate.device.type
-    if device_type == "meta":  # it has no autocast, and only plans of memory run on it
-        weight = weight.to(gate.dtype)
-    elif torch.is_autocast_enabled(device_type) and gate.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = autocast_dtype(gate.device.type)
+    if dtype is not None and gate.dtype != torch.float64:
         gate, up, weight = gate.to(dtype), up.to(dtype), weight.to(dtype)
         residual = None if residual is None else residual.to(dtype)
     _check(gate, up)
