@@ -104,7 +104,8 @@ def profile(
     except (NotImplementedError, RuntimeError) as error:
         raise ValueError(
             f"model must run without its weights, got {type(inner).__name__}, which reads their "
-            f"values: {str(error).splitlines()[0]} Its memory cannot be planned."
+            f"values: {str(error).splitlines()[0]} Patch it by lctrain.patch_model "
+            "before it is planned."
         ) from error
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(map(_bytes, trained))

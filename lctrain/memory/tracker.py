@@ -86,7 +86,8 @@ class Bfloat16Products(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        if func in (nn.functional.linear, torch.matmul, torch.bmm, torch.mm):
+        products = (nn.functional.linear, torch.matmul, torch.bmm, torch.mm)
+        if func in products and isinstance(args[0], Tensor):
             args = [self._cast(value) for value in args]
         return func(*args, **(kwargs or {}))
 

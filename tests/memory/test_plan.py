@@ -203,10 +203,13 @@ def test_the_device_of_the_trainer_counts(make_llama, tmp_path, monkeypatch):
     module = LongContextModule(make_llama(), memory={"name": "auto", "tokens": 64})
     make_trainer(tmp_path, max_steps=1).fit(module, loader([make_batch((5, 9))]))
     assert asked == [torch.device("cpu")]
-    elsewhere = policy.plan_for(
-        make_llama(), MemoryConfig(name="auto"), 64, "true", torch.device("cuda:0")
-    )
-    assert asked[1:] == [torch.device("cuda:0")]
+    model = make_llama()
+    auto = MemoryConfig(name="auto")
+    with pytest.raises(ValueError, match=r"without its weights, .* Patch it by lctrain.patch_mod"):
+        policy.plan_for(model, auto, 64, "true")
+    lctrain.patch_model(model)
+    elsewhere = policy.plan_for(model, auto, 64, "true", torch.device("cuda:0"))
+    assert asked[-1] == torch.device("cuda:0")
     assert elsewhere.device_limit == 10**9  # the weights are not there yet
 
 
