@@ -18,7 +18,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from lctrain.attention import is_patched
 from lctrain.batch import IGNORE_INDEX, PackedBatch
 from lctrain.config import AttentionConfig, MemoryConfig, OptimConfig
-from lctrain.config.from_mapping import as_dataclass
 from lctrain.data.own_tokenizer import require_own_tokenizer
 from lctrain.data.resume import resume_order
 from lctrain.distributed import Topology
