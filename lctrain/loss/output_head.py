@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +59,25 @@ class OutputHead:
 
 
 _Signature = tuple[Any, ...]
-_verified: WeakKeyDictionary[nn.Module, tuple[_Signature, OutputHead | None]] = WeakKeyDictionary()
+_ATTRIBUTE = "_lctrain_output_head"
+
+
+class _Verified:
+    """A verified head and its signature, an attribute of its model; copies of a model get none.
+
+    A dictionary with weak keys would keep every model whose layers refer to it, as those of a
+    memory policy do: the head refers to the layers.
+    """
+
+    def __init__(self, signature: _Signature = (), head: OutputHead | None = None) -> None:
+        self.signature = signature
+        self.head = head
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Verified:
+        return _Verified()
+
+    def __reduce__(self) -> tuple[type[_Verified], tuple[()]]:
+        return _Verified, ()
 
 
 @torch.compiler.disable  # inside a compiled training step, the verification runs eagerly
@@ -79,7 +96,8 @@ def find_output_head(
     """
     inner = _without_wrappers(model)
     signature = _signature(inner)
-    if model not in _verified or _verified[model][0] != signature:
+    found: _Verified | None = vars(model).get(_ATTRIBUTE)
+    if found is None or found.signature != signature:
         try:
             head: OutputHead | None = _verify(model, inner, make_probe())
         except UnverifiedHeadError as error:
@@ -89,8 +107,8 @@ def find_output_head(
                 f"for tokens x vocabulary numbers: {error}.",
             )
         _warn_of_what_is_skipped(inner, head)
-        _verified[model] = (signature, head)
-    return _verified[model][1]
+        found = vars(model)[_ATTRIBUTE] = _Verified(signature, head)
+    return found.head
 
 
 def _without_wrappers(model: nn.Module) -> Any:

@@ -200,12 +200,13 @@ class GatedMLP:
             out = gated_linear(
                 gate, up, down.weight, activation=self.fused_activation, residual=inside
             )
-            return out if residual is inside else residual + out
+            return out if residual is None or inside is not None else residual + out
         states = gate_states(gate, up, self.fused_activation)
+        if residual is None:
+            return down(states)
         if is_plain(states) and is_plain_linear(down) and can_add(states, residual):
             return linear_add(states, down.weight, residual)
-        out = down(states)
-        return out if residual is None else residual + out
+        return residual + down(states)
 
 
 class PackedMLP:

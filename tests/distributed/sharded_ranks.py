@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 from lctrain.bench import scale
 from lctrain.distributed.sharding import whole_value
 from lctrain.distributed.strategy import ShardedStrategy
-from lctrain.loss.output_head import _verified
 from lctrain.train import train
 from tests.distributed.context_cases import all_shared
 from tests.distributed.ranks import join
@@ -66,7 +65,7 @@ def fit(folder, make, replicas, precision="32-true"):
     )
     trainer.fit(module)
     assert all(isinstance(p.data, DTensor) for p in module.model.parameters())
-    assert _verified[module.model][1] is not None, "the loss is not fused"
+    assert vars(module.model)["_lctrain_output_head"].head is not None, "the loss is not fused"
     return module
 
 

@@ -1,5 +1,6 @@
 import copy
 import os
+import pickle
 import warnings
 
 import pytest
@@ -15,6 +16,7 @@ from tests.loss.conftest import ARCHITECTURES, build_architecture
 from tests.numerics import (
     assert_equal_in_float64,
     assert_errors_at_most_twice,
+    assert_far_apart,
     assert_sum_error_at_most_twice,
 )
 
@@ -252,6 +254,18 @@ def test_a_new_output_embedding_is_checked_again(make_model, one_document) -> No
     with pytest.warns(UserWarning, match="is a ScaledHead"):
         after = causal_lm_loss(model, one_document)[0]
     assert_equal_in_float64(after, full_logits_loss(model, one_document))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_of_a_model_is_verified_anew(make_model, one_document, copied) -> None:
+    """The copy's loss uses the copy's weights."""
+    model = make_model()
+    before = causal_lm_loss(model, one_document)[0]
+    other = copied(model)
+    nn.init.normal_(other.lm_head.weight)
+    after = causal_lm_loss(other, one_document)[0]
+    assert_far_apart(after, before)
+    assert list(other.state_dict()) == list(model.state_dict())
 
 
 def test_zero_initialised_head_is_verified_too(make_model, one_document) -> None:

@@ -1,6 +1,7 @@
 """Tests memory policies on tiny models: gradients are those of plain checkpointing, bit by bit."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -240,3 +241,16 @@ def test_a_model_without_such_layers_is_refused():
 def test_settings_that_are_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         load(*overrides)
+
+
+@pytest.mark.parametrize("policy", ["none", "checkpoint", "offload"])
+def test_a_model_is_freed_with_its_policy_and_loss(policy, packs):
+    """What the loss and the policy remember of a model does not keep it alive."""
+    model = make_model("llama").train()
+    lctrain.patch_model(model, fused=True, loss=True)
+    use_policy(model, policy)
+    step(model, packs)
+    freed = weakref.ref(model)
+    del model
+    gc.collect()
+    assert freed() is None

@@ -30,12 +30,12 @@ def merged_linear(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """
     if not weights:
         raise ValueError("weights must not be empty. Pass one weight per linear layer.")
-    x, *weights = _cast(x, *weights)
-    for weight in weights:
+    x, *cast = _cast(x, *weights)
+    for weight in cast:
         _check(x, weight)
     if torch.compiler.is_compiling():
-        return tuple(linear(x, weight) for weight in weights)
-    outs = MergedLinear.apply(x.reshape(-1, x.shape[-1]), *weights)
+        return tuple(linear(x, weight) for weight in cast)
+    outs = MergedLinear.apply(x.reshape(-1, x.shape[-1]), *cast)
     return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
 
 
