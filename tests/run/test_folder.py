@@ -14,6 +14,7 @@ from lctrain.run.folder import RunFolder, read_record, remove_orphans
 from lctrain.run.lock import FolderInUseError
 from lctrain.run.new_folder import begin_command, new_run_folder
 from lctrain.run.rank import is_launched_by_lightning, is_rank_zero
+from lctrain.run.resume import checkpoints_in
 
 HOLD = """
 import sys, os, time
@@ -137,10 +138,15 @@ def test_orphans_of_dead_runs_are_deleted(tmp_path):
         checkpoints.mkdir(parents=True)
         for name in ("step-00000004.ckpt.tmp", "step-00000004.ckpt", "mine.tmp"):
             (checkpoints / name).write_text("")
+        shards = checkpoints / "step-00000006.ckpt.tmp.writing"  # ranks were killed while writing
+        shards.mkdir()
+        (shards / "__0_0.distcp").write_text("")
+        assert checkpoints_in(checkpoints) == [checkpoints / "step-00000004.ckpt"]
     with RunFolder.reopen(tmp_path / "alive", "train", {}):
         remove_orphans(tmp_path)
     left = {str(p.parent.parent.relative_to(tmp_path)) for p in tmp_path.glob("**/*.ckpt.tmp")}
     assert left == {"alive"}
+    assert [path.parts[-3] for path in tmp_path.glob("**/*.writing")] == ["alive"]
     assert len([*tmp_path.glob("**/step-00000004.ckpt")]) == 3
     assert len([*tmp_path.glob("**/mine.tmp")]) == 3
 
