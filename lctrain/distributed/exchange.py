@@ -95,7 +95,7 @@ def exchange_keys(
     chunks = shard.chunks[rank]
     if not chunks:
         # The gradients of other ranks pass through this rank's gather, so it stays in the graph.
-        return q.new_empty((0, q.shape[1], v.shape[2])) + 0 * (k.sum() + v.sum())
+        return q.new_empty((0, q.shape[1], v.shape[2])) + 0 * (q.sum() + k.sum() + v.sum())
     lengths_q = [chunk.stop - chunk.start for chunk in chunks]
     lengths_k = [chunk.stop for chunk in chunks]
     ends_q, ends_k = (_cumulative(lengths, q.device) for lengths in (lengths_q, lengths_k))

@@ -13,28 +13,28 @@ from lctrain.kernels import (
     flash_attn_varlen_func,
 )
 
-LENGTHS = (700, 1, 300, 64, 130)
+PACKS = ((700, 1, 300, 64, 130), (3,))  # the second one has tokens for one rank
 HEADS, KEY_HEADS, DIM = 8, 8, 16
 SOFTCAP, WINDOW = 5.0, 200
 CASES = ("plain", "window", "softcap", "dual_chunk", "differential")
 BY_KEYS = ("plain", "window", "softcap")  # the others take no separate boundaries of keys
 
 
-def inputs(case):
+def inputs(case, lengths):
     """Returns the whole tensors of a case, and the weights of the loss."""
     generator = torch.Generator().manual_seed(0)
     heads = [HEADS, KEY_HEADS, KEY_HEADS]
     if case == "differential":
         heads = [HEADS, HEADS, KEY_HEADS, KEY_HEADS, KEY_HEADS]
-    tokens = sum(LENGTHS)
+    tokens = sum(lengths)
     made = [torch.randn(tokens, h, DIM, generator=generator, dtype=torch.float64) for h in heads]
     return made, torch.randn(tokens, HEADS, DIM, generator=generator, dtype=torch.float64)
 
 
-def attention(case):
+def attention(case, lengths):
     """Returns the attention of a case on tensors of whole documents."""
-    ends = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
-    longest = max(LENGTHS)
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    longest = max(lengths)
     if case == "dual_chunk":
         inv_freq = 10_000 ** -(torch.arange(0, DIM, 2) / DIM)
         options = {"inv_freq": inv_freq, "chunk_size": 128, "local_size": 32}
@@ -52,24 +52,24 @@ def by_keys(case):
     return partial(flash_attn_varlen_func, causal=True, **options.get(case, {}))
 
 
-def whole(case):
+def whole(case, lengths):
     """Returns output and gradients of one rank."""
-    tensors, weights = inputs(case)
+    tensors, weights = inputs(case, lengths)
     tensors = [tensor.requires_grad_() for tensor in tensors]
-    out = attention(case)(*tensors)
+    out = attention(case, lengths)(*tensors)
     (out * weights).sum().backward()
     return [out.detach(), *(tensor.grad for tensor in tensors)]
 
 
-def shared(case, exchange, lengths=LENGTHS):
+def shared(case, exchange, lengths):
     """Returns output and gradients, put together from all ranks of the default group."""
     size, rank = dist.get_world_size(), dist.get_rank()
     shard = ContextShard.of(lengths, size)
     own = torch.from_numpy(shard.indices(rank))
-    tensors, weights = inputs(case)
+    tensors, weights = inputs(case, lengths)
     mine = [tensor[own].requires_grad_() for tensor in tensors]
     if exchange == "heads":
-        out = exchange_heads(attention(case), mine, shard)
+        out = exchange_heads(attention(case, lengths), mine, shard)
     else:
         out = exchange_keys(by_keys(case), *mine, shard)
     (out * weights[own]).sum().backward()
@@ -83,9 +83,10 @@ def shared(case, exchange, lengths=LENGTHS):
 
 
 def all_shared():
-    """Returns the results of every case and exchange."""
+    """Returns the results of every case, exchange and pack."""
     return {
-        (case, exchange): shared(case, exchange)
+        (case, exchange, lengths): shared(case, exchange, lengths)
+        for lengths in PACKS
         for case in CASES
         for exchange in ("heads", "keys")
         if exchange == "heads" or case in BY_KEYS

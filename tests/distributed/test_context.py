@@ -81,16 +81,16 @@ def test_heads_that_cannot_be_exchanged():
 
 def check(found):
     """Compares the results of a group with those of one rank."""
-    references = {case: whole(case) for case, _ in found}
-    for (case, exchange), results in found.items():
-        for mine, theirs in zip(results, references[case], strict=True):
+    references = {(case, lengths): whole(case, lengths) for case, _, lengths in found}
+    for (case, exchange, lengths), results in found.items():
+        for mine, theirs in zip(results, references[case, lengths], strict=True):
             assert_equal_in_float64(mine, theirs, f"{case} by {exchange}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [4, 8])
 def test_more_ranks_compute_what_one_does(tmp_path, size):
-    """Two ranks are tested in test_sharded.py; here some ranks have no token of a document."""
+    """Two ranks are tested in test_sharded.py."""
     run_ranks("tests.distributed.test_context", size, tmp_path)
     check(torch.load(tmp_path / "found.pt"))
 
