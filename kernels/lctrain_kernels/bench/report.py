@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lctrain_kernels.bench.balance_report import balance_table, newest_balance_record
+from lctrain_kernels.bench.curves_report import curves_table, newest_curves_record
 from lctrain_kernels.bench.operation_report import newest_operation_record, operation_tables
 from lctrain_kernels.bench.peers import OURS, PEERS
 from lctrain_kernels.bench.record import BenchmarkRecord, Result
@@ -192,7 +193,7 @@ def readme_with_sections(readme: str, folder: Path = RESULTS) -> str:
 
 
 def readme_with_steps(readme: str) -> str:
-    """Returns the page's text with its tables of steps, fused operations and balance replaced.
+    """Returns the page's text with its tables of steps, operations, balance and curves replaced.
 
     A page without the markers of such a table is left as it is.
 
@@ -200,7 +201,9 @@ def readme_with_steps(readme: str) -> str:
         ValueError: if the text has the first marker of a table but not the last one.
     """
     operations, balance = newest_operation_record(), newest_balance_record()
+    curves = newest_curves_record()
     tables = {
+        "curves": NOTHING_MEASURED if curves is None else curves_table(curves),
         "balance": NOTHING_MEASURED if balance is None else balance_table(balance),
         "step": step_table(newest_step_record()),
         "ops": NOTHING_MEASURED if operations is None else operation_tables(operations),

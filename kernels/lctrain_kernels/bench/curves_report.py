@@ -1,0 +1,39 @@
+"""Makes the table of the loss curves from the newest record in results/curves/."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+CURVE_RESULTS = Path(__file__).parent / "results" / "curves"
+
+
+def newest_curves_record(folder: Path = CURVE_RESULTS) -> dict[str, Any] | None:
+    """Returns the newest record by its date; None without records."""
+    records = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    return max(records, key=lambda record: record["date"], default=None)
+
+
+def curves_table(record: Mapping[str, Any]) -> str:
+    """Returns a Markdown table: final losses, and on minus off beside the spread of the seeds.
+
+    Args:
+        record: Record that `lctrain-bench curves` wrote.
+    """
+    settings, found = record["settings"], record["comparison"]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return "\n".join(
+        [
+            f"One {record['device']}, {record['date'][:10]}: {settings['shape']}, "
+            f"{settings['steps']} steps of {settings['tokens']:,} tokens, {settings['seeds']} "
+            f"seeds, {settings['precision']}; {versions}.",
+            "",
+            "| last loss, everything off | on | on - off | spread of the seeds |",
+            "|---|---|---|---|",
+            f"| {found['final_loss_off']:.3f} | {found['final_loss_on']:.3f} "
+            f"| {found['difference']:.3f} | {found['spread']:.3f} |",
+            "",
+        ]
+    )
