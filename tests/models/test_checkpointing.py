@@ -1,5 +1,6 @@
 """Tests activation checkpointing of patched models: what is called again, and what is kept."""
 
+import inspect
 from functools import partial
 
 import pytest
@@ -68,6 +69,27 @@ def test_every_other_layer_can_be_checkpointed(arguments) -> None:
             layer.mlp.down_proj.register_forward_pre_hook(lambda *_: calls.append(1))
         model(**arguments).loss.backward()
     assert len(calls) == LAYERS + LAYERS // 2
+
+
+@pytest.mark.gpu  # transformers pins memory
+def test_offload_of_transformers_changes_no_gradient_and_gives_way_to_a_policy(arguments) -> None:
+    """Its offload copies on the stream that computes; `use_policy` replaces it whole."""
+    model = make_model("llama").train().cuda()
+    arguments = {n: x.cuda() if torch.is_tensor(x) else x for n, x in arguments.items()}
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None or "offload" not in inspect.signature(enable).parameters:
+        pytest.skip("this transformers has no offload of its own")
+    gradients = []
+    with lctrain.patch_model(model, fused=True, loss=True):
+        for offload in (False, True):
+            enable({"use_reentrant": False}, offload=offload)
+            model.zero_grad()
+            model(**arguments).loss.backward()
+            gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+        handle = use_policy(model)
+        functions = [layer._gradient_checkpointing_func for layer in model.model.layers]
+    assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
+    assert all(function.func == handle.run for function in functions)
 
 
 class Operators(TorchDispatchMode):
