@@ -30,6 +30,8 @@ def make_head(family, auto, **overrides):
         setattr(config, name, value)
     torch.manual_seed(0)
     model = model_class(config).eval()
+    if family == "gemma2":  # up to transformers 5.22 its default is SDPA, which has no soft cap
+        model.set_attn_implementation("eager")
     sharpen(model)
     return model
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 
 from lctrain.models import patch_model
 from tests.models.families import make_documents, packed_outputs
@@ -34,6 +35,8 @@ def make(family, rope, **options):
     parameters = ROPES[rope] | {"rope_theta": 1e4}
     if rope == "longrope":
         parameters |= {"short_factor": [1.0] * pairs, "long_factor": [8.0, 3.0, 2.0, 5.0][:pairs]}
+        if Version(transformers.__version__) < Version("5.23"):
+            parameters["factor"] = 1.0  # the default, which these models read themselves
     options |= {"rope_parameters": parameters, "max_position_embeddings": WINDOW}
     return tiny_model(family, getattr(transformers, name), **options)
 
