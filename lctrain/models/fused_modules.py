@@ -168,8 +168,10 @@ def share_input(module: nn.Module, hidden_states: Tensor) -> Any:
     linears = [getattr(module, name) for name in ("q_proj", "k_proj", "v_proj")]
     if torch.compiler.is_compiling() or not is_plain(hidden_states):
         return hidden_states
-    if len(set(linears)) < 3 or not all(is_plain_linear(linear) for linear in linears):
+    if not all(is_plain_linear(linear) for linear in linears):
         return hidden_states
+    if len({id(linear.weight) for linear in linears}) < len(linears):
+        return hidden_states  # a SharedInput finds each output by its weight
     return SharedInput(hidden_states, linears)
 
 
@@ -295,12 +297,7 @@ def can_add(states: Tensor, residual: Tensor | None) -> bool:
 
 def is_unobserved(module: nn.Module, mixin: type) -> bool:
     """Returns whether a module has a mixin's forward, and no hook sees its inputs or output."""
-    return (
-        isinstance(module, mixin)
-        and "forward" not in vars(module)
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
-    )
+    return isinstance(module, mixin) and "forward" not in vars(module) and not has_hooks(module)
 
 
 def is_plain_linear(module: Any) -> bool:
@@ -309,7 +306,16 @@ def is_plain_linear(module: Any) -> bool:
         type(module) is nn.Linear
         and module.bias is None
         and is_plain(module.weight)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
+        and not has_hooks(module)
         and "forward" not in vars(module)
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Returns whether a hook sees the module's inputs, its output or their gradients."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )

@@ -404,3 +404,32 @@ def test_hooks_see_what_they_would_see_without_fusion(name) -> None:
     for fused_pair, own_pair in zip(seen[:half], seen[half:], strict=True):
         for actual, expected in zip(fused_pair, own_pair, strict=True):
             assert_equal_sums(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj", "mlp"])
+def test_backward_hooks_see_what_they_would_see_without_fusion(name) -> None:
+    documents = make_documents()
+    seen = []
+    for fused in (True, False):
+        model = make("llama")
+        gradients_of: list[torch.Tensor] = []
+        model.model.layers[1].get_submodule(name).register_full_backward_hook(
+            lambda module, inputs, outputs, to=gradients_of: to.extend((inputs[0], outputs[0]))
+        )
+        with lctrain.patch_model(model, fused=fused):
+            packed_outputs(model, documents).sum().backward()
+        seen.append(gradients_of)
+    assert len(seen[0]) == 2
+    for actual, expected in zip(*seen, strict=True):
+        assert_equal_sums(actual, expected)
+
+
+def test_projections_may_share_a_weight() -> None:
+    model, documents = make("llama"), make_documents()
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.weight = layer.self_attn.k_proj.weight
+    results = []
+    for fused in (True, False):
+        with lctrain.patch_model(model, fused=fused):
+            results.append(packed_outputs(model, documents))
+    assert_equal_sums(*results)

@@ -115,7 +115,7 @@ def _blocks_of_relation(
 def _first_query(block, run, BLOCK_M: gl.constexpr):
     """Returns the first query of a block.
 
-    Blocks are consecutive, except for the gap before block run.jump.
+    Blocks are consecutive, except for the gap before block run.first_after_gap.
     """
     return run.low + block * BLOCK_M + gl.where(block < run.first_after_gap, 0, run.gap)
 

@@ -1,3 +1,5 @@
+"""Tests linear layers that add inside their products, beside plain layers and additions."""
+
 import pytest
 import torch
 from torch.nn import functional
