@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import warnings
 import weakref
+from collections import deque
 from typing import Any
 
 import torch
@@ -22,22 +25,30 @@ class Arena:
 
     Attributes:
         capacity: Size of the block, in bytes.
-        used: Bytes in slots.
         pinned: Whether the block is pinned.
 
     Args:
         capacity: Size of the block, in bytes.
         pin: Whether to pin the block, for copies from and to a GPU.
+        stream: Stream of the copies, which end before the block is unpinned; None for none.
     """
 
-    def __init__(self, capacity: int, pin: bool) -> None:
+    def __init__(self, capacity: int, pin: bool, stream: Any = None) -> None:
         self.capacity = capacity
-        self.used = 0
+        self._stream = stream
+        self._used = 0
+        self._released: deque[tuple[int, int]] = deque()  # (begin, size) of slots that are gone
         memory = torch.empty(capacity + PAGE, dtype=torch.uint8, device="cpu")
         begin = -memory.data_ptr() % PAGE
         self._memory = memory[begin : begin + capacity]
         self._free = [(0, capacity)]  # ranges of bytes, in order and apart
         self.pinned = pin and self._pin(memory)
+
+    @property
+    def used(self) -> int:
+        """Bytes in slots."""
+        self._merge_released()
+        return self._used
 
     def _pin(self, memory: Tensor) -> bool:
         """Pins the block until the arena is collected. Returns whether that succeeded."""
@@ -50,6 +61,7 @@ class Arena:
         else:
             reason = f"CUDA error {status}"
         if status != 0:
+            _clear_error(runtime)
             warnings.warn(
                 f"{self.capacity / 2**30:.1f} GiB of host memory cannot be pinned ({reason}): "
                 "copies to the host are slower. Lower memory.host_gib, or raise the limit of "
@@ -57,25 +69,40 @@ class Arena:
                 stacklevel=2,
             )
             return False
-        weakref.finalize(self, _unpin, runtime, address, memory)
+        weakref.finalize(self, _unpin, runtime, address, memory, self._stream)
         return True
 
     def reserve(self, size: int) -> Slot | None:
         """Returns a slot of `size` bytes; None if no free range is large enough."""
+        self._merge_released()
         needed = aligned(size)
         for index, (begin, end) in enumerate(self._free):
             if end - begin < needed:
                 continue
             rest = [(begin + needed, end)] if end - begin > needed else []
             self._free[index : index + 1] = rest
-            self.used += needed
+            self._used += needed
             return Slot(self, begin, size)
         return None
 
     def release(self, begin: int, size: int) -> None:
-        """Makes the bytes of a slot free again, and joins adjacent free ranges."""
-        self.used -= aligned(size)
-        ranges = sorted([*self._free, (begin, begin + aligned(size))])
+        """Notes that a slot is gone. The next call of `reserve` or `used` makes its bytes free.
+
+        Python may collect a slot at any allocation, also inside of `reserve`, so this function
+        leaves the free ranges alone.
+        """
+        self._released.append((begin, size))
+
+    def _merge_released(self) -> None:
+        """Makes the bytes of released slots free again, and joins adjacent free ranges."""
+        if not self._released:
+            return
+        ranges = list(self._free)
+        while self._released:
+            begin, size = self._released.popleft()
+            ranges.append((begin, begin + aligned(size)))
+            self._used -= aligned(size)
+        ranges.sort()
         joined = ranges[:1]
         for first, last in ranges[1:]:
             if first == joined[-1][1]:
@@ -112,6 +139,18 @@ def aligned(size: int) -> int:
     return -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
 
 
-def _unpin(runtime: Any, address: int, memory: Tensor) -> None:
-    """Unpins a block whose memory is still held by the argument `memory`."""
+def _clear_error(runtime: Any) -> None:
+    """Resets CUDA's last error, which the check after the next kernel would raise."""
+    if not hasattr(runtime, "cudaGetLastError"):  # torch binds a part of the runtime
+        major = (torch.version.cuda or "").partition(".")[0]
+        with contextlib.suppress(OSError):  # the library that torch has loaded
+            runtime = ctypes.CDLL(f"libcudart.so.{major}")
+    if hasattr(runtime, "cudaGetLastError"):
+        runtime.cudaGetLastError()
+
+
+def _unpin(runtime: Any, address: int, memory: Tensor, stream: Any) -> None:
+    """Unpins a block after its copies; the argument `memory` still holds the memory."""
+    if stream is not None:
+        stream.synchronize()
     runtime.cudaHostUnregister(address)

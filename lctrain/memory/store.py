@@ -94,7 +94,7 @@ class HostStore:
         like = torch.empty_like(x, device="meta")  # the strides of a dense copy of x
         size = like.numel() * like.element_size()
         longest = max(self.tokens or 0, tokens)
-        slot = self._slot(size, kind, x.device.type, size * longest // max(tokens, 1))
+        slot = self._slot(size, kind, x.device, size * longest // max(tokens, 1))
         if slot is None:
             self.left_on_device += 1
             if self.left_on_device == 1:
@@ -110,20 +110,33 @@ class HostStore:
             self._finish_one()
         return OnHost(self, slot, view, x.device, group)
 
-    def _slot(self, size: int, kind: str, device_type: str, largest: int) -> Slot | None:
+    def _slot(self, size: int, kind: str, device: torch.device, largest: int) -> Slot | None:
         """Returns a slot; None if the host has no room. A kind gets further arenas as needed."""
         arenas = self._arenas.setdefault(kind, [])
         for arena in arenas:
             if (slot := arena.reserve(size)) is not None:
                 return slot
-        arenas[:] = [arena for arena in arenas if arena.used > 0]  # the others are too small
+        self._drop_unused(arenas)  # they are too small
         needed = self.counts[kind] * aligned(largest)
         if self.host_bytes is not None:
             needed = min(needed, self.host_bytes - self.capacity)
         if needed < aligned(size):
             return None
-        arenas.append(Arena(needed, pin=device_type == "cuda"))
+        arenas.append(Arena(needed, device.type == "cuda", self._stream_of(device)))
         return arenas[-1].reserve(size)
+
+    def _drop_unused(self, arenas: list[Arena]) -> None:
+        """Removes arenas without slots, after the copies that may still read or write them."""
+        used = [arena for arena in arenas if arena.used > 0]
+        if len(used) < len(arenas) and self._stream is not None:
+            self._stream.synchronize()
+        arenas[:] = used
+
+    def _stream_of(self, device: torch.device) -> Any:
+        """Returns the side stream; None on a CPU."""
+        if self._stream is None and device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+        return self._stream
 
     def side_stream(self, device: torch.device) -> Any:
         """Returns a context in which copies run beside the compute stream, after its work so far.
@@ -132,10 +145,9 @@ class HostStore:
         """
         if device.type != "cuda":
             return contextlib.nullcontext()
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
-        self._stream.wait_stream(torch.cuda.current_stream(device))
-        return torch.cuda.stream(self._stream)
+        stream = self._stream_of(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        return torch.cuda.stream(stream)
 
     def _copy(self, target: Tensor, source: Tensor) -> None:
         device = source.device if source.device.type == "cuda" else target.device

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lctrain_kernels.autocast import autocast_dtype
+
 _PARTS = {"gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn", "activation_fn"}
 _LOW = (torch.bfloat16, torch.float16)
 
@@ -54,11 +56,24 @@ class TiledMLPs:
 
 def _forward(mlp: Any, tokens: int, x: Tensor) -> Tensor:
     """Returns an MLP's output for x [..., S, E], tile by tile if it is trained."""
-    own = partial(type(mlp).forward, mlp)
+    own = partial(_uncached, mlp)
     if x.shape[-2] <= tokens or not (mlp.training and torch.is_grad_enabled()):
-        return own(x)
+        return type(mlp).forward(mlp, x)
     tiles = x.split(tokens, dim=-2)
     return torch.cat([checkpoint(own, tile, use_reentrant=False) for tile in tiles], dim=-2)
+
+
+def _uncached(mlp: Any, x: Tensor) -> Tensor:
+    """Returns an MLP's output without autocast's cache of cast weights.
+
+    All tiles would share a cached weight, and their gradients would be summed in its bfloat16.
+    """
+    device = x.device.type
+    dtype = autocast_dtype(device)
+    if dtype is None or device == "meta":
+        return type(mlp).forward(mlp, x)
+    with torch.autocast(device, dtype, cache_enabled=False):
+        return type(mlp).forward(mlp, x)
 
 
 def _is_dense(module: nn.Module | None) -> bool:

@@ -30,12 +30,35 @@ def test_slots_are_apart_and_come_back():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.bool])
 def test_a_view_has_dtype_shape_and_strides(dtype):
     arena = Arena(10_000, pin=False)
-    arena.reserve(3)  # the next slot begins behind an odd number of bytes
+    first = arena.reserve(3)  # the next slot begins behind an odd number of bytes
     like = torch.ones(6, 5, 4, dtype=dtype).transpose(0, 2)
     view = arena.reserve(like.numel() * like.element_size()).view(like)
     view.copy_(like)
     assert (view.dtype, view.shape, view.stride()) == (dtype, like.shape, like.stride())
     assert torch.equal(view, like)
+    assert view.data_ptr() == first.view(torch.empty(3, dtype=torch.uint8)).data_ptr() + ALIGNMENT
+
+
+def test_slots_that_are_collected_inside_reserve_change_no_range_there():
+    """Python may collect an unreachable slot at any line, as between search and assignment."""
+    arena = Arena(512, pin=False)
+    slots = [arena.reserve(size) for size in (64, 128, 64, 128, 128)]
+
+    class Collecting(list):
+        def __setitem__(self, key, value):
+            cycle.clear()  # the slots between two free ranges
+            super().__setitem__(key, value)
+
+    cycle = [slots[1], slots[2]]
+    slots[0] = slots[1] = slots[2] = slots[3] = None
+    assert arena.used == 512 - 64 - 128
+    arena._free = Collecting(arena._free)
+    first = arena.reserve(128)
+    assert not cycle
+    found = [first, *(arena.reserve(128) for _ in range(3))]
+    begins = [one._bytes.storage_offset() for one in found if one is not None]
+    assert len(set(begins)) == len(begins) == 3
+    assert arena.used == 512
 
 
 class Runtime:
@@ -52,23 +75,31 @@ class Runtime:
     def cudaHostUnregister(self, address):
         self.calls.append(("unregister", address))
 
+    def cudaGetLastError(self):
+        self.calls.append(("clear",))
+
+    def synchronize(self):
+        self.calls.append(("synchronize",))
+
 
 def test_the_bytes_that_are_pinned_are_those_of_the_arena(monkeypatch):
     runtime = Runtime(0)
     monkeypatch.setattr(arenas.torch.cuda, "cudart", lambda: runtime)
-    arena = Arena(100_001, pin=True)
+    arena = Arena(100_001, pin=True, stream=runtime)
     assert arena.pinned
     ((name, address, size),) = runtime.calls
     assert (name, size) == ("register", 100_001)
     assert address % arenas.PAGE == 0
     del arena
     gc.collect()
-    assert runtime.calls[1:] == [("unregister", address)]
+    assert runtime.calls[1:] == [("synchronize",), ("unregister", address)]
 
 
 def test_pinning_that_fails_warns_and_goes_on(monkeypatch):
-    monkeypatch.setattr(arenas.torch.cuda, "cudart", lambda: Runtime(2))
+    runtime = Runtime(2)
+    monkeypatch.setattr(arenas.torch.cuda, "cudart", lambda: runtime)
     with pytest.warns(UserWarning, match=r"cannot be pinned \(CUDA error 2\).*memory\.host_gib"):
         arena = Arena(1024, pin=True)
     assert not arena.pinned
+    assert runtime.calls[1:] == [("clear",)]  # else the next kernel raises it
     assert arena.reserve(1000) is not None

@@ -96,6 +96,20 @@ def test_without_the_longest_pack_the_arena_grows():
     assert store.capacity == 2 * 64 * 8 * 4  # the small arena is gone
 
 
+def test_an_arena_is_dropped_after_its_copies(monkeypatch):
+    store = HostStore({"input": 1})
+    capacities = []
+
+    class Stream:
+        def synchronize(self):
+            capacities.append(store.capacity)
+
+    store._stream = Stream()
+    for tokens in (8, 64):
+        store.put(torch.randn(1, tokens, 8), "input", store.group(), tokens)
+    assert capacities == [8 * 8 * 4]
+
+
 def test_a_full_host_leaves_tensors_on_the_device_with_one_warning():
     store = HostStore({"input": 4}, host_bytes=1000)
     x = torch.randn(100)

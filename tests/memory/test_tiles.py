@@ -1,12 +1,14 @@
 """Tests MLPs that compute tile by tile: gradients, memory, and the models that are refused."""
 
+from functools import partial
+
 import pytest
 import torch
 
 import lctrain
 from lctrain.memory import plan, use_policy
 from lctrain.memory.layers import checkpointed_layers
-from lctrain.memory.tiles import TiledMLPs
+from lctrain.memory.tiles import TiledMLPs, _forward
 from tests.float64 import float64_throughout
 from tests.models.families import make_documents, make_model
 from tests.numerics import assert_equal_in_float64
@@ -64,6 +66,26 @@ def test_an_mlp_sees_one_tile_at_a_time_and_each_gradient_arrives_once(arguments
         assert seen == [arguments["input_ids"].shape[-1]]
         hook.remove()
         other.remove()
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "uncached"])
+def test_under_autocast_the_sum_over_tiles_is_as_exact_as_without_tiles(cached):
+    """The bound is twice the error of the MLP at once, which rounds each gradient once."""
+    mlp = make_model("llama").model.layers[0].mlp.train()
+    torch.manual_seed(0)
+    x = torch.randn(1, 4096, mlp.gate_proj.in_features)
+
+    def gradient(autocast):
+        mlp.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=cached):
+            found = mlp(x)
+        found.backward(torch.ones_like(found))  # of one sign, so that roundings add up
+        return torch.cat([p.grad.double().flatten() for p in mlp.parameters()])
+
+    exact, whole = gradient(False), gradient(True)
+    mlp.forward = partial(_forward, mlp, 16)
+    tiled = gradient(True)
+    assert (tiled - exact).norm() < 2 * (whole - exact).norm()
 
 
 @pytest.mark.parametrize("precision", ["true", "bf16-mixed"])
