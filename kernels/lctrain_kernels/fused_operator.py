@@ -7,10 +7,12 @@ are registered with the dispatcher directly.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _LIBRARY = torch.library.Library("lctrain", "FRAGMENT")
 
@@ -35,6 +37,47 @@ def define_operator(
     return getattr(torch.ops.lctrain, name).default
 
 
+class _NoSecondDerivative(torch.autograd.Function):
+    """Returns the results of a backward, whose own backward is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, results: list[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        raise RuntimeError(
+            "lctrain's fused operations have no second derivative. Patch the model with "
+            "fused=False and loss=False."
+        )
+
+
+def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a backward whose gradients cannot be differentiated again.
+
+    `torch.autograd.function.once_differentiable` loses the graph from the gradients to the
+    parameters, so that torch.autograd.grad returns None for them, without an error.
+
+    Args:
+        backward: Function of (ctx, *gradients of the results) that returns the gradients of the
+            inputs.
+    """
+
+    @functools.wraps(backward)
+    def first(ctx: Any, *gradients: Tensor | None) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
+        with torch.no_grad():
+            found = backward(ctx, *gradients)
+        found = found if isinstance(found, tuple) else (found,)
+        inputs = [x for x in (*gradients, *ctx.saved_tensors) if x is not None and x.requires_grad]
+        results = [x for x in found if x is not None]
+        outs = iter(_NoSecondDerivative.apply(results, *inputs))
+        return tuple(None if x is None else next(outs) for x in found)
+
+    return first
+
+
 def define_autograd(
     operator: Any, setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> None:
@@ -47,7 +90,7 @@ def define_autograd(
         setup_context: Function of (ctx, inputs, output) that saves tensors for the backward, as in
             torch.autograd.Function.
         backward: Function of (ctx, *gradients of the results) that returns the gradients of the
-            inputs.
+            inputs. Differentiating it again is an error of torch.
     """
 
     def forward(*arguments: Any) -> Any:
@@ -60,7 +103,7 @@ def define_autograd(
         {
             "forward": staticmethod(forward),
             "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(backward),
+            "backward": staticmethod(first_derivative_only(backward)),
         },
     )
 

@@ -144,6 +144,8 @@ def find_activation(function: Any) -> str | None:
         "gelu_tanh": geglu(x, ones, approximate="tanh"),
         "gelu": geglu(x, ones, approximate="none"),
     }
+    if isinstance(function, nn.Module):
+        function = function.forward  # hooks are not to see this call
     try:
         with torch.no_grad():
             value = function(x)

@@ -87,8 +87,8 @@ class DeferredNorm:
     """Mixin for the norm of queries or keys, which postpones the norm to `rotate_states`."""
 
     def forward(self, x: Tensor) -> Any:
-        """Returns a PendingNorm of x, or the normalised x if the kernels cannot read it."""
-        if not is_plain(x, self.weight):  # type: ignore[attr-defined]
+        """Returns a PendingNorm of x; the normalised x for hooks, or if kernels cannot read it."""
+        if not is_plain(x, self.weight) or has_hooks(self):  # type: ignore[attr-defined]
             return super().forward(x)  # type: ignore[misc]
         return PendingNorm(x, self)
 
@@ -191,6 +191,9 @@ class GatedMLP:
             residual: Residual stream [..., E] to add to the output, or None.
         """
         self_: Any = self
+        if has_hooks(self_.act_fn):
+            out = super().forward(x)  # type: ignore[misc]
+            return out if residual is None else residual + out
         linears = (self_.gate_proj, self_.up_proj)
         if is_plain(x) and all(is_plain_linear(linear) for linear in linears):
             gate, up = merged_linear(x, *(linear.weight for linear in linears))
@@ -220,7 +223,7 @@ class PackedMLP:
         """Returns the MLP's output for hidden states [..., E], as the module's own forward does."""
         self_: Any = self
         states = self_.gate_up_proj(hidden_states)
-        if not is_plain(states):
+        if not is_plain(states) or has_hooks(self_.activation_fn):
             gate, up = states.chunk(2, dim=-1)
             return self_.down_proj(up * self_.activation_fn(gate))
         return self_.down_proj(gate_states(states, None, self.fused_activation))
@@ -243,7 +246,7 @@ class ResidualLayer:
         else:
             normalised = first(hidden_states)
         attended, _ = self_.self_attn(hidden_states=normalised, **kwargs)
-        if is_plain(attended, hidden_states, norm.weight) and isinstance(norm, LlamaNorm):
+        if is_plain(attended, hidden_states, norm.weight) and is_unobserved(norm, LlamaNorm):
             normalised, residual = fused_add_rms_norm(
                 attended, hidden_states, norm.weight, **norm.norm_options()
             )
@@ -311,9 +314,9 @@ def is_plain_linear(module: Any) -> bool:
     )
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Returns whether a hook sees the module's inputs, its output or their gradients."""
-    return bool(
+def has_hooks(module: Any) -> bool:
+    """Returns whether a hook sees a module's inputs, its output or their gradients."""
+    return isinstance(module, nn.Module) and bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

@@ -269,7 +269,7 @@ def test_the_overview_and_unknown_names(capsys):
     assert bench.main(["--help"]) == 0
     assert "lctrain-bench BENCHMARK --help" in capsys.readouterr().out
     assert bench.main(["steps"]) == 2
-    assert "must be one of attention, ops, step, curves, balance, got 'steps'" in (
+    assert "must be one of attention, ops, step, memory, curves, scale, balance, got 'steps'" in (
         capsys.readouterr().err
     )
 

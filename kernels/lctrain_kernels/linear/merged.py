@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from lctrain_kernels.fused_operator import first_derivative_only
 
 
 class MergedLinear(torch.autograd.Function):
@@ -29,7 +30,7 @@ class MergedLinear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
         """Returns the gradients of x and of each weight; None for those that are not needed."""
         x, *weights = ctx.saved_tensors

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lctrain_kernels.fused_operator import first_derivative_only
 from lctrain_kernels.norm.operators import norm, norm_backward
 
 
@@ -27,7 +27,7 @@ class NormAndInput(torch.autograd.Function):
         return y, x.view_as(x)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, dy: Tensor | None, dpassed: Tensor | None) -> tuple[Any, ...]:
         """Returns the gradients of x and weight; dpassed is the gradient of the returned x."""
         needs_x, needs_weight = ctx.needs_input_grad[:2]
