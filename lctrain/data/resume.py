@@ -24,7 +24,7 @@ def resume_order(trainer: pl.Trainer) -> None:
         return
     ordered = [(loader, order) for loader in loaders.flattened if (order := _order_of(loader))]
     for loader, order in ordered:
-        order.follow(_Position(trainer, getattr(loader, "batch_size", None) or 1))
+        order.follow(_Position(trainer, _rows_per_batch(loader)))
     if ordered and trainer.fit_loop.epoch_loop.batch_progress.total.processed:
         iter(fetcher)
 
@@ -48,9 +48,19 @@ class _Position:
         return epoch, batch * self._rows_per_batch
 
 
+def _rows_per_batch(loader: Any) -> int:
+    """Returns the rows of a full batch, which the loader or its own batch sampler defines."""
+    sizes = (getattr(part, "batch_size", None) for part in (loader, _batch_sampler(loader)))
+    return next((size for size in sizes if size is not None), 1)
+
+
+def _batch_sampler(loader: Any) -> Any:
+    return getattr(loader, "batch_sampler", None)
+
+
 def _order_of(loader: Any) -> RowOrder | None:
     """Returns the RowOrder that a DataLoader or its batch sampler reads; None if there is none."""
-    for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+    for sampler in (getattr(loader, "sampler", None), _batch_sampler(loader)):
         found = sampler if isinstance(sampler, RowOrder) else getattr(sampler, "sampler", None)
         if isinstance(found, RowOrder):
             return found

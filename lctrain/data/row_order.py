@@ -82,17 +82,11 @@ class RowOrder(DistributedSampler[int]):
         self._position = position
 
     def __iter__(self) -> Iterator[int]:
-        """Yields as many rows as an epoch has, from the start position on.
-
-        After the last row of the epoch follow the first rows of the next one.
-        """
+        """Yields the rows of the epoch from the start position on."""
         place = self._position()
         len(self)  # raises for fewer rows than ranks
-        return self._numbers(*((self.epoch, 0) if place is None else place))
-
-    def _numbers(self, epoch: int, offset: int) -> Iterator[int]:
-        yield from self._rows_of(epoch)[offset:].tolist()
-        yield from self._rows_of(epoch + 1)[:offset].tolist()
+        epoch, offset = (self.epoch, 0) if place is None else place
+        return iter(self._rows_of(epoch)[offset:].tolist())
 
     def _rows_of(self, epoch: int) -> np.ndarray:
         """Returns the rows of this rank in an epoch: [steps] int64."""
