@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lctrain.data.chat.literal import LiteralEncoder
 from lctrain.data.chat.source import Rendering
 from lctrain.data.chat.store import ChatStore
 from lctrain.data.chat.template import ChatTemplate, ConversationError, Rendered, template_of
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _NONE = np.array([], dtype=np.int32)
-_RECIPE = "chat-1"  # raise when tokenizing changes, so that old caches are not used
+_RECIPE = "chat-2"  # raise when tokenizing changes, so that old caches are not used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +139,11 @@ class ChatTokenizing:
             if isinstance(found, str):
                 rows.append(_row(fault=found))
                 continue
-            ids, ends = self._encode_parts(found) if found.cuts else next(encoded)
+            try:
+                ids, ends = self._encode_cut(found) if found.cuts else next(encoded)
+            except ConversationError as error:
+                rows.append(_row(fault=str(error)))
+                continue
             spans = _token_spans(ends, found.spans)
             if not any(end > max(begin, 1) for begin, end in spans):
                 fault = "a conversation must have a token to train on, got none. Leave it out."
@@ -164,16 +171,36 @@ class ChatTokenizing:
             for ids, places in zip(found["input_ids"], found["offset_mapping"], strict=True)
         ]
 
-    def _encode_parts(self, rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:
-        """Tokenizes the parts between cuts on their own, so that no special token spans a cut."""
-        bounds = [0, *rendered.cuts, len(rendered.text)]
-        starts = bounds[:-1]
-        parts = [rendered.text[a:b] for a, b in zip(starts, bounds[1:], strict=True)]
-        encoded = self._encode(parts)
-        return (
-            np.concatenate([ids for ids, _ in encoded]),
-            np.concatenate([p + a for (_, p), a in zip(encoded, starts, strict=True)]),
-        )
+    @cached_property
+    def _literal(self) -> LiteralEncoder:
+        return LiteralEncoder(self.tokenizer)
+
+    def _encode_cut(self, rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:
+        """Tokenizes a text in which the special tokens with a cut inside are ordinary text.
+
+        Raises:
+            ConversationError: if the tokenizer cannot read them as ordinary text.
+        """
+        text, cuts = rendered.text, rendered.cuts
+        with name_unencodable(self.tokenizer):
+            found = self._literal.encode(text, cuts)
+        if found is not None:
+            return found
+        bounds = [0, *cuts, len(text)]
+        parts = self._encode([text[a:b] for a, b in pairwise(bounds)])
+        ids = np.concatenate([ids for ids, _ in parts])
+        ((whole, _),) = self._encode([text])
+        if self._decode(ids) != self._decode(whole):
+            raise ConversationError(
+                "a message must be without the text of a special token, since the tokenizer cannot "
+                f"read it as ordinary text; got {text[cuts[0] - 1 :][:20]!r}. Remove it, or use "
+                "data.special_tokens=token."
+            )
+        places = [place + start for (_, place), start in zip(parts, bounds, strict=False)]
+        return ids, np.concatenate(places)
+
+    def _decode(self, ids: np.ndarray) -> Any:
+        return self.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
 
 
 def _row(

@@ -1,0 +1,94 @@
+"""LiteralEncoder: tokenizes text in which the texts of some special tokens are ordinary text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lctrain.data.special_tokens import special_ids, special_pattern
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_FIRST, _LAST = 0x100000, 0x10FFFD  # supplementary private use area B
+
+
+class LiteralEncoder:
+    """Encoder of texts that hold both special tokens and the same texts as ordinary text.
+
+    It works on a copy of the tokenizer, which reads special tokens as ordinary text. Every special
+    token has a stand-in there: an added token of one private character, which takes its place in
+    the text. The tokenizer thus sees the whole text at once. Tokenizing the parts of a text on
+    their own would differ: many tokenizers write a space ("▁") before each of them.
+
+    Args:
+        tokenizer: A fast tokenizer of transformers.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        from tokenizers import AddedToken, Tokenizer
+
+        backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+        self._backend = Tokenizer.from_str(backend.to_str())
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = True
+        self._pattern = special_pattern(tokenizer)
+        known = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+        ids = special_ids(tokenizer)
+        self._stand_ins = {text: chr(_FIRST + n) for n, text in enumerate(filter(None, ids))}
+        assert _FIRST + len(self._stand_ins) <= _LAST
+        self._backend.add_tokens(
+            [
+                AddedToken(
+                    stand_in,
+                    lstrip=text in known and known[text].lstrip,
+                    rstrip=text in known and known[text].rstrip,
+                    single_word=text in known and known[text].single_word,
+                    normalized=False,
+                    special=False,
+                )
+                for text, stand_in in self._stand_ins.items()
+            ]
+        )
+        self._special = np.array(sorted(set(ids.values()) - {tokenizer.unk_token_id}))
+        self._ids = {
+            self._backend.token_to_id(stand_in): ids[text]
+            for text, stand_in in self._stand_ins.items()
+        }
+
+    def encode(self, text: str, cuts: Sequence[int]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Returns token ids [n] int32, and the characters of each token, [n, 2] int64.
+
+        Args:
+            text: Text without characters of Unicode's private use area B.
+            cuts: Positions in rising order. A special token's text with one of them inside is
+                ordinary text.
+
+        Returns:
+            None if the vocabulary yields a special token for ordinary text, as a Unigram vocabulary
+            may.
+        """
+        bounds = np.asarray(cuts, np.int64)
+        pieces: list[str] = []
+        origin: list[np.ndarray] = []  # position in the text of each character of the pieces
+        done = count = 0
+        for match in self._pattern.finditer(text) if self._pattern else ():
+            begin, end = match.span()
+            if np.searchsorted(bounds, begin, "right") < np.searchsorted(bounds, end, "left"):
+                continue
+            pieces += text[done:begin], self._stand_ins[match.group()]
+            origin += np.arange(done, begin), np.array([begin])
+            done, count = end, count + 1
+        pieces.append(text[done:])
+        origin.append(np.arange(done, len(text) + 1))
+        encoded = self._backend.encode("".join(pieces), add_special_tokens=False)
+        ids = np.array(encoded.ids, dtype=np.int64)
+        taken = np.isin(ids, list(self._ids))
+        if int(taken.sum()) != count or np.isin(ids, self._special).any():
+            return None
+        ids[taken] = [self._ids[index] for index in ids[taken].tolist()]
+        places = np.concatenate(origin)[np.array(encoded.offsets, np.int64).reshape(-1, 2)]
+        return ids.astype(np.int32), places
