@@ -51,8 +51,15 @@ def read_conversation(record: Any, field: str | None = None, without_nulls: bool
         record = _without_nulls(record)
     found: dict[str, Any] = {}
     messages = _messages(record, field, found)
-    if record.get("system") and messages[0]["role"] not in ("system", "developer"):
-        messages.insert(0, {"role": "system", "content": _text(record["system"], "system")})
+    system = _text(record.get("system") or "", "system")
+    if messages[0]["role"] in ("system", "developer"):
+        if system.strip() not in ("", str(messages[0].get("content", "")).strip()):
+            raise FieldError(
+                f"system must be left out of a record whose messages begin with a "
+                f"{messages[0]['role']} turn, got another text in each. {_REMEDY}"
+            )
+    elif system:
+        messages.insert(0, {"role": "system", "content": system})
         if "prompt" in found:
             found["prompt"] += 1
     _check_order(messages)
@@ -83,10 +90,9 @@ def _messages(
 
 
 def _side(value: Any, name: str, role: str) -> list[dict[str, Any]]:
-    """Returns the messages of a prompt or a completion: a text is one message."""
-    decoded = _decoded(value)
-    if isinstance(decoded, list):
-        return _turns(decoded, name)
+    """Returns the messages of a prompt or a completion: a text is one message, JSON or not."""
+    if isinstance(value, list):
+        return _turns(value, name)
     if not _text(value, name).strip():
         raise FieldError(f"{name} must hold text, got an empty one. {_REMEDY}")
     return [{"role": role, "content": value}]

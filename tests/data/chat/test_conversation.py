@@ -42,9 +42,26 @@ def test_system_texts_beside_the_turns():
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
     record = {"system": "Be brief.", "conversations": turns}
     assert messages(record) == [SYSTEM, *PLAIN]
-    assert messages({"system": "Be loud.", "messages": [SYSTEM, *PLAIN]}) == [SYSTEM, *PLAIN]
+    assert messages({"system": "Be brief. ", "messages": [SYSTEM, *PLAIN]}) == [SYSTEM, *PLAIN]
+    with pytest.raises(FieldError, match="system must be left out of a record whose messages beg"):
+        messages({"system": "Be loud.", "messages": [SYSTEM, *PLAIN]})
     record = {"system": "Be brief.", "prompt": "Hi", "completion": "Hello"}
     assert json.loads(read_conversation(record)) == {"messages": [SYSTEM, *PLAIN], "prompt": 2}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[1, 2, 3]", "[]", '{"a": 1}', '[{"name": "Bob"}]'),
+        json.dumps(PLAIN),
+    ],
+)
+def test_a_prompt_or_completion_that_is_json_stays_text(text):
+    user, assistant = PLAIN
+    found = messages({"prompt": "Hi", "completion": text})
+    assert found == [user, {**assistant, "content": text}]
+    found = messages({"prompt": text, "completion": "Hello"})
+    assert found == [{**user, "content": text}, assistant]
 
 
 @pytest.mark.parametrize(
