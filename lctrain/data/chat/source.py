@@ -55,7 +55,8 @@ class ChatSource(FileSource):
     A record holds `messages` (role and content), `conversations` (ShareGPT: from and value), or
     `prompt` and `completion`, each a text or a list of messages. It may hold `tools`, and a turn
     `tool_calls`. A record that holds no conversation, or one that the template refuses, is treated
-    as `on_error` says.
+    as `on_error` says. data=chat truncates conversations that are too long; a PackedDataModule
+    splits them by default, as for any source: pass overlong="truncate" to it.
 
     Attributes:
         dataset: Name on the hub, or a folder, as in HubSource; instead of `files`.
