@@ -99,6 +99,11 @@ class Preparation:
                     "The chat template ends an assistant turn without a special token: the model "
                     "does not learn to stop. Name another template as data.chat_template."
                 )
+            if template.written_date is not None:
+                warn_once(
+                    "The chat template writes today's date into conversations: on another day "
+                    "their tokens differ, and this run cannot be resumed. " + template.date_remedy
+                )
         elif tokenizer.eos_token_id is None:
             warn_once(
                 "The tokenizer has no end token: documents end without one, and the model does not "
@@ -129,11 +134,13 @@ class Preparation:
             settings["passkey_fraction"] = self.settings.passkey_fraction
         if isinstance(self.source, ChatSource):
             settings["chat"] = self._chat(tokenizer).fingerprint
+            if template.written_date is not None:
+                settings["chat_date"] = template.written_date
         if getattr(self.source, "endless", False):
             settings["window_bytes"] = self.source.window_bytes  # type: ignore[attr-defined]
         stream = self._stream(tokenizer, held_out, settings)
         return PreparedData(
-            tokenizer, train_rows, self._pack(held_out, tokenizer), settings, stream
+            tokenizer, train_rows, self._pack(held_out, tokenizer, held_out=True), settings, stream
         )
 
     def _stream(
@@ -203,8 +210,9 @@ class Preparation:
         documents: Documents,
         tokenizer: PreTrainedTokenizerBase,
         passkey_fraction: float = 0.0,
+        held_out: bool = False,
     ) -> PackedRows:
-        store: Any = self.tokenize(documents, tokenizer)
+        store: Any = self.tokenize(documents, tokenizer, may_be_empty=held_out)
         passkey_tokens = round(self.settings.max_tokens * passkey_fraction)
         plan = plan_rows(
             store.lengths,
@@ -226,17 +234,22 @@ class Preparation:
         return self._add_passkeys(store, plan, PasskeyFormat.of(tokenizer), passkey_tokens)
 
     def tokenize(
-        self, documents: Documents, tokenizer: PreTrainedTokenizerBase
+        self,
+        documents: Documents,
+        tokenizer: PreTrainedTokenizerBase,
+        may_be_empty: bool = False,
     ) -> TokenStore | ChatStore:
         """Returns the tokens of documents of the source, from the cache if they are there.
 
         Args:
             documents: Texts, or conversations as JSON text.
             tokenizer: A transformers tokenizer.
+            may_be_empty: Whether it is only a warning if no conversation can be used.
         """
         settings = self.settings
         if isinstance(self.source, ChatSource):
-            return self._chat(tokenizer).run(documents, self.cache_dir, settings.num_proc)
+            chat = self._chat(tokenizer)
+            return chat.run(documents, self.cache_dir, settings.num_proc, may_be_empty)
         return tokenize(
             documents, tokenizer, self.cache_dir, settings.num_proc, settings.special_tokens
         )
@@ -352,6 +365,11 @@ def check_same_settings(now: dict[str, Any], then: dict[str, Any]) -> None:
         return
     if now.get("training_documents") != then.get("training_documents"):
         changes.append(f"source was {then.get('source')}, is {now.get('source')}")
+    if now.get("chat_date") != then.get("chat_date"):
+        changes.append(
+            "the chat template writes today's date (a new run with a fixed date in "
+            "data.template_arguments can be resumed on any day)"
+        )
     raise ValueError(
         "a resumed run must have the data and packing settings of its checkpoint, got others: "
         f"{'; '.join(changes)}. Restore them, or start a new run without ckpt_path."

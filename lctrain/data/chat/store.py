@@ -29,6 +29,7 @@ class ChatStore:
             with a label, except the first token, which nothing predicts.
         special_texts: Number of texts of special tokens inside messages.
         faults: Messages for the conversations that were left out, with file and line.
+        lost: Parts of conversations that the chat template left out, with file and line.
         has_labels: Always true: `labels` returns the labels of tokens.
     """
 
@@ -47,12 +48,13 @@ class ChatStore:
         self.trained_tokens = np.array(
             [int((s[:, 1] - np.maximum(s[:, 0], 1)).sum()) for s in self._spans], dtype=np.int64
         )
-        messages = dataset.data.column("fault").to_pylist() if len(dataset) else []
-        self.faults = [
-            f"{name}: {text}"
-            for name, text in zip(names, messages, strict=True)
-            if text is not None
-        ]
+        self.faults, self.lost = self._texts("fault"), self._texts("lost")
+
+    def _texts(self, column: str) -> list[str]:
+        """Returns the texts of a column, each after the name of its conversation."""
+        texts = self._dataset.data.column(column).to_pylist() if len(self._dataset) else []
+        pairs = zip(self._names, texts, strict=False)
+        return [f"{name}: {text}" for name, text in pairs if text is not None]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -94,27 +96,36 @@ class ChatStore:
             found[piece] = (spans[:, 1] - spans[:, 0]).sum()
         return found
 
-    def report(self, on_error: str) -> None:
-        """Warns about conversations that were left out.
+    def report(self, on_error: str, may_be_empty: bool = False) -> None:
+        """Warns about conversations that were left out, or of which the template left out a part.
 
         Args:
             on_error: "skip" warns; "raise" raises ValueError at the first fault.
+            may_be_empty: Whether it is only a warning if all were left out.
 
         Raises:
             ValueError: with on_error="raise", if a conversation was left out; if all were.
         """
         count = len(self.faults)
-        if not count:
-            return
-        if on_error == "raise":
+        if count and on_error == "raise":
             raise ValueError(self.faults[0])
-        if not len(self):
+        if count and not len(self) and not may_be_empty:
             more = f" There are {count - 1:,} more faults." if count > 1 else ""
             raise ValueError(f"{self.faults[0]} Nothing else could be used.{more}")
-        rest = f"\n  and {count - _SHOWN:,} more" if count > _SHOWN else ""
-        warn_once(
-            f"{count:,} of {count + len(self):,} conversations could not be used "
-            "(data.on_error=raise stops at the first):\n  "
-            + "\n  ".join(self.faults[:_SHOWN])
-            + rest
-        )
+        if count:
+            warn_once(
+                f"{count:,} of {count + len(self):,} conversations could not be used "
+                f"(data.on_error=raise stops at the first):{_listed(self.faults)}"
+            )
+        if self.lost:
+            warn_once(
+                f"The chat template leaves out parts of {len(self.lost):,} of {len(self):,} "
+                "conversations. To train on them, name another template as data.chat_template:"
+                f"{_listed(self.lost)}"
+            )
+
+
+def _listed(lines: list[str]) -> str:
+    """Returns the first lines as a list, and the number of the others."""
+    rest = f"\n  and {len(lines) - _SHOWN:,} more" if len(lines) > _SHOWN else ""
+    return "\n  " + "\n  ".join(lines[:_SHOWN]) + rest

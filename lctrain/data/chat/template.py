@@ -16,7 +16,8 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,8 +30,12 @@ if TYPE_CHECKING:
 _FIRST, _CUT = 0x100000, "\U0010fffd"  # supplementary private use area B
 _PRIVATE = re.compile("[\U00100000-\U0010fffd]")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_OTHER_DATE = "{%- macro strftime_now(format) -%}another day{%- endmacro -%}"
+_DATE_VARIABLE = re.compile(r"set\s+(\w+)\s*=\s*strftime_now")
+_TOOL = {"type": "function", "function": {"name": "a", "description": "a", "parameters": {}}}
 Span = tuple[int, int]
 Messages = list[dict[str, Any]]
+_TURN: Messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 class ConversationError(ValueError):
@@ -45,11 +50,13 @@ class Rendered:
         text: The text, without markers.
         spans: Characters to train on, as pairs (begin, end) in rising order.
         cuts: Positions inside the texts of special tokens in messages.
+        lost: Parts of the conversation that the template leaves out.
     """
 
     text: str
     spans: list[Span]
     cuts: list[int]
+    lost: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,34 @@ class ChatTemplate:
     @property
     def ends_turns(self) -> bool:
         """Whether an assistant turn ends with a special token, by which a model learns to stop."""
-        return bool(_GENERATION.search(self._template)) or self._end_of_turn is not None
+        if not _GENERATION.search(self._template):
+            return self._end_of_turn is not None
+        text, spans = self._with_generation(_TURN, None)
+        generated = [text[begin:end] for begin, end in spans]
+        return self._special is not None and any(map(self._special.search, generated))
+
+    @cached_property
+    def written_date(self) -> str | None:
+        """Today's date in ISO format if the template writes it into conversations; else None."""
+        if "strftime_now" not in self._template + self._tool_template:
+            return None
+        system = {"role": "system", "content": "a"}
+        for messages, tools in ((_TURN, None), ([system, *_TURN], None), (_TURN, [_TOOL])):
+            try:
+                text = self._call(messages, tools)[0]
+                if text != self._call(messages, tools, before=_OTHER_DATE)[0]:
+                    return date.today().isoformat()
+            except ConversationError:
+                continue  # a template without system turns or tools
+        return None
+
+    @property
+    def date_remedy(self) -> str:
+        """Sentence that says how to set the date of a template that writes today's."""
+        variable = _DATE_VARIABLE.search(self._template + self._tool_template)
+        if variable is None:
+            return "Name a template file with a fixed date as data.chat_template."
+        return f"Set a fixed date as data.template_arguments.{variable.group(1)}."
 
     def render(self, text: str) -> Rendered:
         """Renders a conversation.
@@ -130,12 +164,45 @@ class ChatTemplate:
         messages: Messages = conversation["messages"]
         tools = conversation.get("tools")
         first = self._first_trained(messages, conversation.get("prompt"))
+        found = self._find(messages, tools, first)
+        return replace(found, lost=self._lost(messages, tools))
+
+    def _find(self, messages: Messages, given_tools: Any, first: int) -> Rendered:
+        """Returns the text of a conversation, with the turns from message `first` on."""
+        cut, tools = self._mark(messages, ends=False), self._protect(given_tools)
+        if cut != messages or tools != given_tools:
+            text = self._strip(self._render(cut, tools)).text
+            if text != self._render(messages, given_tools):
+                raise ConversationError(
+                    "the chat template must write messages as they are, got a text that depends on "
+                    "the text of a special token in a message. Remove it, or use "
+                    "data.special_tokens=token."
+                )
         if self._train_on == "all":
-            marked = self._strip(self._render(self._mark(messages, ends=False), tools))
+            marked = self._strip(self._render(cut, tools))
             return Rendered(marked.text, [(0, len(marked.text))], marked.cuts)
         if _GENERATION.search(self._choose(tools)):
             return self._by_markers(messages, tools, first)
         return self._by_alignment(messages, tools, first)
+
+    def _lost(self, messages: Messages, tools: Any) -> tuple[str, ...]:
+        """Returns the names of the messages, texts and tools that the template leaves out."""
+        marked, names = self._mark(messages), {}
+        for index, message in enumerate(marked):
+            mark, beside = chr(_FIRST + index), chr(_FIRST + len(marked) + index)
+            names[mark] = f"the {message['role']} turn in message {index}"
+            if message.get("tool_calls") and isinstance(message.get("content"), str):
+                message["content"] = message["content"].replace(mark, beside)
+                names[mark] = f"the tool calls in message {index}"
+                names[beside] = f"the text beside the tool calls in message {index}"
+        given = json.dumps(marked, ensure_ascii=False)
+        try:
+            text = self._render(marked, tools)
+            unused = tools and self._render(marked, None) == text
+        except ConversationError:
+            return ()  # a template that compares texts; it cannot be told what it leaves out
+        lost = [name for mark, name in names.items() if mark in given and mark not in text]
+        return tuple(["the tools"] * bool(unused) + lost)
 
     def _first_trained(self, messages: Messages, prompt: int | None) -> int:
         """Returns the number of the first message that may be trained on."""
@@ -165,7 +232,7 @@ class ChatTemplate:
     def _by_alignment(self, messages: Messages, tools: Any, first: int) -> Rendered:
         """Finds the turns by markers at the ends of messages."""
         marked = self._strip(self._render(self._mark(messages), tools))
-        if marked.text != self._render(messages, tools):
+        if marked.text != self._strip(self._render(messages, tools)).text:
             raise ConversationError(
                 "the chat template must write messages as they are, got a text that depends on "
                 "how a message ends. Add generation markers to it, or use data.train_on=all."
@@ -227,8 +294,7 @@ class ChatTemplate:
     @cached_property
     def _end_of_turn(self) -> str | None:
         """Text of the special tokens that end an assistant turn; None without any."""
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        tail = self._strip(self._render(self._mark(messages), None)).tail
+        tail = self._strip(self._render(self._mark(_TURN), None)).tail
         found = self._specials.search(tail) if self._specials else None
         return found.group() if found else None
 
@@ -236,10 +302,8 @@ class ChatTemplate:
         """Returns messages with markers at their ends, and cuts in texts of special tokens."""
 
         def leaf(text: str, marker: str) -> str:
-            if self._protected is not None:
-                text = self._protected.sub(_cut_in_two, text)
             body = text.rstrip()
-            return body + marker + text[len(body) :] if body else text
+            return body + marker + text[len(body) :] if body and marker else text
 
         def walk(value: Any, marker: str) -> Any:
             if isinstance(value, str):
@@ -252,20 +316,31 @@ class ChatTemplate:
             function = given["function"]
             arguments = walk(function["arguments"], marker)
             name = function["name"]
-            if not _PRIVATE.search(json.dumps(arguments, ensure_ascii=False)):
+            if marker not in json.dumps(arguments, ensure_ascii=False):
                 name = leaf(name, marker)
             return {**given, "function": {**function, "name": name, "arguments": arguments}}
 
         found = []
         for index, message in enumerate(messages):
             marker = chr(_FIRST + index) if ends else ""
-            copy = {k: walk(v, "") if k in _REASONING else v for k, v in message.items()}
+            message = {k: v if k == "role" else self._protect(v) for k, v in message.items()}
+            copy = dict(message)
             if "content" in message:
                 copy["content"] = walk(message["content"], marker)
             if "tool_calls" in message:
                 copy["tool_calls"] = [call(given, marker) for given in message["tool_calls"]]
             found.append(copy)
         return found
+
+    def _protect(self, value: Any) -> Any:
+        """Returns a JSON value with cuts in the texts of special tokens, keys included."""
+        if self._protected is None:
+            return value
+        if isinstance(value, str):
+            return self._protected.sub(_cut_in_two, value)
+        if isinstance(value, Mapping):
+            return {self._protect(key): self._protect(item) for key, item in value.items()}
+        return [self._protect(item) for item in value] if isinstance(value, list) else value
 
     def _strip(self, text: str) -> _Marked:
         ends: dict[int, int] = {}
@@ -289,7 +364,9 @@ class ChatTemplate:
     def _with_generation(self, messages: Messages, tools: Any) -> tuple[str, Sequence[Span]]:
         return self._call(messages, tools, return_assistant_tokens_mask=True)
 
-    def _call(self, messages: Messages, tools: Any, **options: Any) -> tuple[str, Sequence[Span]]:
+    def _call(
+        self, messages: Messages, tools: Any, before: str = "", **options: Any
+    ) -> tuple[str, Sequence[Span]]:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -297,7 +374,7 @@ class ChatTemplate:
             texts, spans = cast(Any, render_jinja_template)(
                 conversations=[messages],
                 tools=tools,
-                chat_template=self._choose(tools),
+                chat_template=before + self._choose(tools),
                 **options,
                 **self._arguments,
             )
@@ -308,7 +385,6 @@ class ChatTemplate:
 
 
 _THOUGHT = re.compile(r"<think>\s*(</think>\s*)?$")  # as a generation prompt may open it
-_REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def template_of(

@@ -64,10 +64,17 @@ class ChatTokenizing:
             sorted(map(str, self.tokenizer.special_tokens_map.items())),
             self.rendering.fingerprint,
             self.keep_special,
+            ChatTemplate(self.tokenizer, self.rendering).written_date,
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
-    def run(self, documents: Documents, cache_dir: Path, num_proc: int | None = None) -> ChatStore:
+    def run(
+        self,
+        documents: Documents,
+        cache_dir: Path,
+        num_proc: int | None = None,
+        may_be_empty: bool = False,
+    ) -> ChatStore:
         """Tokenizes conversations, or loads their tokens from the cache.
 
         Args:
@@ -75,9 +82,10 @@ class ChatTokenizing:
             cache_dir: Cache folder. Tokens are kept in cache_dir/tokens.
             num_proc: Number of processes. None tokenizes in this process, where a fast tokenizer
                 uses all cores.
+            may_be_empty: Whether it is only a warning if no conversation can be used.
 
         Raises:
-            ValueError: with on_error="raise", if a conversation cannot be used.
+            ValueError: if no conversation can be used; with on_error="raise", if one cannot.
         """
         from datasets import Dataset
 
@@ -106,7 +114,7 @@ class ChatTokenizing:
                 desc="Tokenizing conversations",
             )
         store = ChatStore(dataset, documents.names)
-        store.report(self.on_error)
+        store.report(self.on_error, may_be_empty)
         return store
 
     def _tokenize_group(self, batch: dict[str, list[int]], documents: Documents) -> dict[str, Any]:
@@ -150,7 +158,8 @@ class ChatTokenizing:
                 rows.append(_row(fault=fault))
                 continue
             flat = np.array(spans, dtype=np.int32).reshape(-1)
-            rows.append(_row(ids, flat, special_texts=len(found.cuts)))
+            lost = ", ".join(found.lost) or None
+            rows.append(_row(ids, flat, special_texts=len(found.cuts), lost=lost))
         return rows
 
     def _encode(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -208,8 +217,10 @@ def _row(
     spans: np.ndarray = _NONE,
     special_texts: int = 0,
     fault: str | None = None,
+    lost: str | None = None,
 ) -> dict[str, Any]:
-    return {"input_ids": ids, "spans": spans, "special_texts": special_texts, "fault": fault}
+    texts = {"fault": fault, "lost": lost}
+    return {"input_ids": ids, "spans": spans, "special_texts": special_texts, **texts}
 
 
 def _features() -> Any:
@@ -223,6 +234,7 @@ def _features() -> Any:
             "document": Value("int64"),
             "special_texts": Value("int64"),
             "fault": Value("string"),
+            "lost": Value("string"),
         }
     )
 
