@@ -31,7 +31,7 @@ class LiteralEncoder:
         from tokenizers import AddedToken, Tokenizer
 
         backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
-        self._backend = Tokenizer.from_str(backend.to_str())
+        self._backend: Any = Tokenizer.from_str(backend.to_str())
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
