@@ -20,6 +20,9 @@ KEY = "trained_as"
 differential attention."""
 _OF_A_RUN = ("backend", "deterministic")  # options of the attention that do not affect the model
 
+_OF_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+"""Files of peft's adapters."""
+
 _FREE_ROPE = ("default", "linear", "llama3")  # RoPE types independent of max_position_embeddings
 
 
@@ -57,6 +60,8 @@ def export_model(
     if merge and hasattr(module.model, "merge_and_unload"):
         module.model = module.model.merge_and_unload(safe_merge=True)
     model = module.model.cpu()
+    if inside_adapters(model) is model:
+        _delete_adapters(folder)
     model.save_pretrained(folder)
     _save_description(model, tokenizer, folder, spec, trained_length)
     module.configure_model()
@@ -71,8 +76,15 @@ def _export_shards(
     ranks = Topology.of(module.trainer)
     save_weights(module.model, folder, ranks)
     if ranks.is_first:
+        _delete_adapters(folder)
         _save_description(module.model, tokenizer, folder, spec, trained_length)
     return folder
+
+
+def _delete_adapters(folder: Path) -> None:
+    """Deletes adapters of an earlier export, which transformers would load with the whole model."""
+    for name in _OF_ADAPTERS:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _save_description(

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lctrain.attention import is_patched
 from lctrain.batch import IGNORE_INDEX, PackedBatch
 from lctrain.config import AttentionConfig, MemoryConfig, OptimConfig
+from lctrain.config.memory import check_tiles
 from lctrain.data.own_tokenizer import require_own_tokenizer
 from lctrain.data.resume import resume_order
 from lctrain.distributed import Topology
@@ -31,7 +32,7 @@ from lctrain.loss.token_window import TokenWindow
 from lctrain.memory.policy import apply_config
 from lctrain.models import patch_model
 from lctrain.models.adapters import inside_adapters
-from lctrain.models.from_config import describe, model_from
+from lctrain.models.from_config import describe, model_from, vocab_size_of
 from lctrain.models.low_rank import (
     adapter_state,
     has_reloaded_base,
@@ -124,6 +125,7 @@ class LongContextModule(pl.LightningModule):
         self.memory = None if memory is None else as_dataclass("memory", MemoryConfig, memory)
         self.seed = seed
         self.memory_handle: Any = None
+        self._has_policy = False  # of memory, which may be none
         self.patch_handle: Any = None
         self.first_loss: Tensor | None = None
         self.last_loss: Tensor | None = None
@@ -147,6 +149,7 @@ class LongContextModule(pl.LightningModule):
                 f"{self.trainer.precision!r}. A loss summed over a long pack overflows float16; "
                 "use bf16-mixed."
             )
+        check_tiles(self.memory, str(self.trainer.precision))
         check_strategy(self.trainer.strategy)
 
     def configure_model(self) -> None:
@@ -169,7 +172,8 @@ class LongContextModule(pl.LightningModule):
             )
         if self._precision() == "bf16-mixed":
             leave_casts_to_autocast(self.model)
-        if self.memory is not None and self.memory_handle is None:
+        if self.memory is not None and not self._has_policy:
+            self._has_policy = True
             self.memory_handle = apply_config(self.model, self.memory, **self._memory_facts())
         self.model.train()
         strategy = None if self._trainer is None else self.trainer.strategy
@@ -184,6 +188,7 @@ class LongContextModule(pl.LightningModule):
             "tokens": getattr(getattr(self.trainer, "datamodule", None), "max_tokens", None),
             "precision": self._precision(),
             "device": self.trainer.strategy.root_device,
+            "ranks": self.trainer.num_devices,
         }
 
     def _precision(self) -> str:
@@ -198,7 +203,7 @@ class LongContextModule(pl.LightningModule):
     def _build(self) -> nn.Module:
         datamodule = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
         if isinstance(self._source, (str, Mapping)):
-            return model_from(self._source, _vocab_size(datamodule))
+            return model_from(self._source, vocab_size_of(datamodule))
         model: nn.Module = self._source(datamodule)
         if getattr(datamodule, "trains_tokenizer", False):
             require_own_tokenizer(model)
@@ -385,6 +390,7 @@ class LongContextModule(pl.LightningModule):
                 "optim": asdict(self.optim),
                 "attention": None if self.attention is None else asdict(self.attention),
                 "seed": self.seed,
+                "memory": None if self.memory is None else asdict(self.memory),
             }
         checkpoint[STATE_KEY] = {
             "optim": asdict(self.optim),
@@ -405,7 +411,7 @@ class LongContextModule(pl.LightningModule):
         if has_reloaded_base(self.model):
             saved = checkpoint["state_dict"]
             load_adapter_state(self.model, {n.removeprefix(_MODEL): x for n, x in saved.items()})
-            checkpoint["state_dict"] = self.state_dict()
+            checkpoint["state_dict"] = {}  # the base is loaded from its source
         state = checkpoint.get(STATE_KEY)
         if state is None:
             return
@@ -418,14 +424,16 @@ class LongContextModule(pl.LightningModule):
             self.first_loss = torch.tensor(state["first_loss"], dtype=torch.float64)
         self.held_out_losses = [tuple(pair) for pair in state["held_out_losses"]]
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Loads weights as torch does.
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Loads weights as torch does; no weights for a model whose base comes from its source.
 
         Raises:
             ValueError: if names or shapes differ from the model's; the message names them.
         """
+        if has_reloaded_base(self.model) and not state_dict:
+            return super().load_state_dict({}, strict=False)
         try:
-            return super().load_state_dict(*args, **kwargs)
+            return super().load_state_dict(state_dict, *args, **kwargs)
         except RuntimeError as error:
             raise ValueError(
                 f"checkpoint must hold the weights of this model, got others: {_reasons(error)}. "
@@ -440,9 +448,3 @@ def _reasons(error: RuntimeError) -> str:
     shown = [textwrap.shorten(line, LONGEST_REASON, placeholder=" ...") for line in found[:2]]
     more = len(found) - len(shown)
     return "; ".join(shown) + (f"; and {more} more" if more > 0 else "")
-
-
-def _vocab_size(datamodule: Any) -> int | None:
-    """Returns the vocabulary size of the data module's tokenizer; None if it has none."""
-    tokenizer = getattr(datamodule, "tokenizer", None)
-    return None if tokenizer is None or isinstance(tokenizer, str) else len(tokenizer)

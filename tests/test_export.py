@@ -15,12 +15,13 @@ from transformers import (
 
 from lctrain import patch_model
 from lctrain.attention import make_spec
-from lctrain.config import AttentionConfig
+from lctrain.config import AdapterConfig, AttentionConfig
 from lctrain.data.documents import read_documents
 from lctrain.data.tokenizer import train_tokenizer
 from lctrain.export import export_model, exported_config
 from lctrain.models.differential import to_differential
 from lctrain.models.dual_chunk import follow_window
+from lctrain.models.low_rank import add_adapter
 from lctrain.module import LongContextModule
 
 IDS = torch.arange(3, 43)[None] % 97
@@ -106,6 +107,19 @@ def test_dual_chunk_is_in_the_config_and_gives_the_same_attention_again(export):
     with patch_model(loaded, "dual_chunk", **options):
         assert torch.equal(logits(loaded), before)
     assert "texts of up to 15 tokens" in card
+
+
+def test_a_merged_export_replaces_adapters_in_the_same_folder(tokenizer, tmp_path):
+    pytest.importorskip("peft")
+    AutoModelForCausalLM.from_config(llama()).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    module = LongContextModule(add_adapter(base, AdapterConfig(rank=2)), attention=None)
+    folder = export_model(module, tokenizer, tmp_path / "model")
+    assert (folder / "adapter_config.json").exists()
+    export_model(module, tokenizer, folder, merge=True)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert not any("lora" in name for name, _ in loaded.named_parameters())
+    assert (folder / "config.json").exists()
 
 
 @pytest.mark.parametrize("version", [1, 2])

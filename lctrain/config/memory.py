@@ -83,3 +83,18 @@ class MemoryConfig:
             self.tokens is None or self.tokens >= 2,
             f"memory.tokens must be at least 2, got {self.tokens}. Use null for data.max_tokens.",
         )
+
+
+def check_tiles(memory: MemoryConfig | None, precision: str) -> None:
+    """Raises ValueError for tiles of MLPs whose gradients would be summed in half precision.
+
+    Args:
+        memory: Settings of memory; None for none.
+        precision: Precision of Lightning's Trainer.
+    """
+    mlp_tokens = None if memory is None else memory.mlp_tokens
+    require(
+        mlp_tokens is None or precision not in ("bf16-true", "16-true"),
+        f"memory.mlp_tokens must be null with trainer.precision={precision}, got {mlp_tokens}: the "
+        "sum of the gradients over tiles would be rounded at every tile. Use bf16-mixed.",
+    )

@@ -9,7 +9,7 @@ from lctrain.config.adapter import AdapterConfig
 from lctrain.config.attention import AttentionConfig
 from lctrain.config.data import DataConfig
 from lctrain.config.evaluation import EvaluationConfig
-from lctrain.config.memory import MemoryConfig
+from lctrain.config.memory import MemoryConfig, check_tiles
 from lctrain.config.model import ModelConfig, PretrainedModelConfig
 from lctrain.config.optim import OptimConfig
 from lctrain.config.paths import PathsConfig, expand_paths
@@ -79,6 +79,7 @@ class TrainConfig:
             self.show >= 0,
             f"show must be at least 0, got {self.show}. It is a number of documents; 0 trains.",
         )
+        check_tiles(self.memory, self.trainer.precision)
         if self.trainer.strategy == "fsdp2":
             require(
                 self.adapter is None,

@@ -17,6 +17,7 @@ from lctrain.memory.tiles import TiledMLPs
 
 DEVICE, HOST, RECOMPUTE = "device", "host", "recompute"
 INPUT, ATTENTION = "input", "attention"
+_HANDLE = "_lctrain_memory"  # attribute of a model: the handle of its policy
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class LayerCheckpoints:
         self._model = model
         layers = checkpointed_layers(model)
         self._tiles = None if mlp_tokens is None else TiledMLPs(layers, mlp_tokens)
+        remove_policy(model)  # its tiles end; those above stay
+        vars(model)[_HANDLE] = self
         self.policies = tuple(policies)
         self.store = store
         plain = partial(checkpoint, use_reentrant=False)
@@ -66,12 +69,11 @@ class LayerCheckpoints:
         for layer, policy in zip(layers, self.policies, strict=True):
             layer._gradient_checkpointing_func = partial(self.run, policy)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LayerCheckpoints:
-        """Returns itself: copies of a model share the policy and its store, which hold no model."""
-        return self
-
     def remove(self) -> None:
-        """Switches checkpointing and tiles off."""
+        """Switches checkpointing and tiles off, unless the model has another policy by now."""
+        if vars(self._model).get(_HANDLE) is not self:
+            return
+        del vars(self._model)[_HANDLE]
         if self._tiles is not None:
             self._tiles.remove()
         self._model._set_gradient_checkpointing(False)
@@ -127,6 +129,17 @@ class LayerCheckpoints:
         if place == DEVICE or self.store is None:
             return OnDevice(x)
         return self.store.put(x, f"{ATTENTION} {x.dim()}", group, tokens)
+
+
+def remove_policy(model: Any) -> None:
+    """Ends the policy that a model has, if any.
+
+    Args:
+        model: A transformers model, without adapters around it.
+    """
+    handle = vars(model).get(_HANDLE)
+    if handle is not None:
+        handle.remove()
 
 
 def checkpointed_layers(model: nn.Module) -> list[Any]:

@@ -16,10 +16,12 @@ from lctrain.memory.layers import (
     INPUT,
     LayerCheckpoints,
     checkpointed_layers,
+    remove_policy,
 )
 from lctrain.memory.plan import GIB, Plan, plan_of, policies_of
 from lctrain.memory.profile import profile
 from lctrain.memory.store import HostStore
+from lctrain.warn import warn_caller
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ def apply_config(
     tokens: int | None = None,
     precision: str = "true",
     device: torch.device | None = None,
+    ranks: int | None = None,
 ) -> LayerCheckpoints | None:
     """Applies a configuration; see `use_policy`.
 
@@ -63,9 +66,11 @@ def apply_config(
         tokens: Number of tokens of the longest pack, if the configuration has none.
         precision: "true" or "bf16-mixed", for the plan of "auto".
         device: Device on which the model is trained; None for the device on which it is.
+        ranks: Number of ranks that share the host; None for that of torchrun, or 1.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if config.name == "none":
+        remove_policy(inner)
         return None
     if not getattr(inner, "supports_gradient_checkpointing", False):
         raise ValueError(
@@ -74,9 +79,12 @@ def apply_config(
         )
     tokens = config.tokens or tokens
     if config.name == "auto":
-        chosen = plan_for(model, config, tokens, precision, device)
+        chosen = plan_for(model, config, tokens, precision, device, ranks)
         log.info("%s", chosen)
+        if chosen.fits is False:
+            warn_caller(f"memory=auto found no policy that fits. {chosen.advice()}")
         if not chosen.policies:
+            remove_policy(inner)
             return None
         policies = list(chosen.policies)
     else:
@@ -89,7 +97,7 @@ def apply_config(
             f"{ATTENTION} 2": attention,  # lse
             f"{ATTENTION} 3": attention,  # outputs
         }
-        store = HostStore(counts, host_bytes(config), tokens=tokens)
+        store = HostStore(counts, host_bytes(config, ranks), tokens=tokens)
     return LayerCheckpoints(inner, policies, store, config.mlp_tokens)
 
 
@@ -99,6 +107,7 @@ def plan_for(
     tokens: int | None,
     precision: str,
     device: torch.device | None = None,
+    ranks: int | None = None,
 ) -> Plan:
     """Returns the plan of a model with the limits of this machine.
 
@@ -112,6 +121,7 @@ def plan_for(
         tokens: Number of tokens of the longest pack.
         precision: "true" or "bf16-mixed".
         device: Device on which the model is trained; None for the device on which it is.
+        ranks: Number of ranks that share the host; None for that of torchrun, or 1.
 
     Raises:
         ValueError: if the number of tokens is unknown, or the model cannot be planned.
@@ -132,12 +142,18 @@ def plan_for(
         there = [p for p in model.parameters() if p.device.type == device.type]
         limit += sum(p.numel() * p.element_size() for p in there)
     measured = profile(model, tokens, precision, config.mlp_tokens)
-    return plan_of(measured, config, limit, host_bytes(config))
+    return plan_of(measured, config, limit, host_bytes(config, ranks))
 
 
-def host_bytes(config: MemoryConfig) -> int:
-    """Returns the most bytes that a policy may take on the host, for this rank."""
+def host_bytes(config: MemoryConfig, ranks: int | None = None) -> int:
+    """Returns the most bytes that a policy may take on the host, for this rank.
+
+    Args:
+        config: Settings of the policy.
+        ranks: Number of ranks that share the host; None for that of torchrun, or 1.
+    """
     if config.host_gib is not None:
         return int(config.host_gib * GIB)
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if ranks is None:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # Lightning's launcher leaves it unset
     return int(HOST_SHARE * free_host_bytes()) // ranks

@@ -62,6 +62,10 @@ class HostStore:
         self._stream: Any = None
         self._last: weakref.ref[Group] | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> HostStore:
+        """Returns an empty store with the same settings, for a copy of the model."""
+        return HostStore(self.counts, self.host_bytes, self.tokens)
+
     @property
     def stored_bytes(self) -> int:
         """Bytes that are in the arenas now."""

@@ -45,13 +45,15 @@ class TiledMLPs:
                 "of their gradients over tiles would be rounded at every tile. Set "
                 "model.dtype=float32 with trainer.precision=bf16-mixed, or train adapters."
             )
-        for mlp in self._mlps:
-            mlp.forward = partial(_forward, mlp, tokens)
+        self._forwards = [partial(_forward, mlp, tokens) for mlp in self._mlps]
+        for mlp, forward in zip(self._mlps, self._forwards, strict=True):
+            mlp.forward = forward
 
     def remove(self) -> None:
-        """Lets the MLPs compute all tokens at once again."""
-        for mlp in self._mlps:
-            vars(mlp).pop("forward", None)
+        """Lets the MLPs compute all tokens at once again, unless they have other tiles by now."""
+        for mlp, forward in zip(self._mlps, self._forwards, strict=True):
+            if vars(mlp).get("forward") is forward:
+                del mlp.forward
 
 
 def _forward(mlp: Any, tokens: int, x: Tensor) -> Tensor:

@@ -59,3 +59,13 @@ def describe(model: Any) -> dict[str, Any] | None:
     if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
         return None  # a configuration says nothing of adapters
     return model.config.to_dict()
+
+
+def vocab_size_of(datamodule: Any) -> int | None:
+    """Returns the vocabulary size of a data module's tokenizer; None if it has none.
+
+    Args:
+        datamodule: The data module; None for none.
+    """
+    tokenizer = getattr(datamodule, "tokenizer", None)
+    return None if tokenizer is None or isinstance(tokenizer, str) else len(tokenizer)

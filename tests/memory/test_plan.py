@@ -188,6 +188,11 @@ def test_a_module_chooses_by_the_plan(make_llama, caplog):
         module.configure_model()
     assert module.memory_handle is None  # everything fits
     assert "Memory of a step on 64 tokens: memory=none" in caplog.text
+    caplog.clear()
+    module.configure_model()
+    assert not caplog.text  # it is planned once
+    with pytest.warns(UserWarning, match=r"memory=auto found no policy that fits\. It does not"):
+        use_policy(module.model, "auto", tokens=64, device_gib=0.01)
     with pytest.raises(ValueError, match=r"memory\.tokens must be set for memory=auto"):
         use_policy(make_llama(), "auto")
 

@@ -155,7 +155,7 @@ def test_adapters_of_the_first_layer_learn_under_frozen_embeddings(packs):
     assert all(p.grad.abs().max() > 0 for p in first.parameters())
 
 
-def test_a_copy_of_a_model_shares_the_policy(packs):
+def test_a_copy_of_a_model_has_a_policy_of_its_own(packs):
     import copy
 
     model = make_model("llama").train()
@@ -164,7 +164,15 @@ def test_a_copy_of_a_model_shares_the_policy(packs):
         expected = step(model, packs)
         again = copy.deepcopy(model)
         assert same(step(again, packs), expected)
-    assert handle.store.stored_bytes == 0
+        copied = vars(again)["_lctrain_memory"]
+        assert copied.store is not handle.store
+        copied.remove()
+        assert all(layer.gradient_checkpointing for layer in model.model.layers)
+        assert not any(layer.gradient_checkpointing for layer in again.model.layers)
+    freed = weakref.ref(model)
+    del model, handle
+    gc.collect()
+    assert freed() is None
 
 
 def test_a_policy_can_be_removed(packs):
@@ -174,6 +182,39 @@ def test_a_policy_can_be_removed(packs):
     with lctrain.patch_model(model, fused=True, loss=True):
         model(**packs[0]).loss.backward()
     assert handle.store.capacity == 0
+
+
+def test_a_model_has_one_policy_at_a_time():
+    model = make_model("llama").train()
+    layers = model.model.layers
+
+    def state():
+        return {(x.gradient_checkpointing, "forward" in vars(x.mlp)) for x in layers}
+
+    first = use_policy(model, "checkpoint", mlp_tokens=7)
+    assert state() == {(True, True)}
+    second = use_policy(model, "offload", mlp_tokens=5)
+    first.remove()
+    assert state() == {(True, True)}
+    third = use_policy(model, "checkpoint")
+    assert state() == {(True, False)}
+    second.remove()
+    assert state() == {(True, False)}
+    use_policy(model, "none")
+    assert state() == {(False, False)}
+    third.remove()
+
+
+def test_ranks_of_a_node_share_the_host(monkeypatch):
+    from lctrain.memory import policy
+
+    monkeypatch.setattr(policy, "free_host_bytes", lambda: 1000)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    offload = MemoryConfig(name="offload")
+    assert policy.host_bytes(offload) == 800
+    assert policy.host_bytes(offload, 8) == 100
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # by torchrun
+    assert policy.host_bytes(offload) == 200
 
 
 def test_a_graph_that_is_kept_can_be_read_twice(packs):
@@ -235,6 +276,10 @@ def test_a_model_without_such_layers_is_refused():
         (("memory=offload", "memory.host_gib=0"), r"memory\.host_gib must be above 0 and finite"),
         (("memory=auto", "memory.mlp_tokens=0"), r"memory\.mlp_tokens must be at least 1, got 0"),
         (("memory.mlp_tokens=8",), r"memory\.mlp_tokens must be null for memory=none, got 8"),
+        (
+            ("memory=checkpoint", "memory.mlp_tokens=8", "trainer.precision=bf16-true"),
+            r"mlp_tokens must be null with trainer\.precision=bf16-true, got 8",
+        ),
         (("memory=offload", "memory.tokens=1"), r"memory\.tokens must be at least 2, got 1"),
     ],
 )

@@ -9,9 +9,11 @@ import lctrain
 from lctrain.memory import plan, use_policy
 from lctrain.memory.layers import checkpointed_layers
 from lctrain.memory.tiles import TiledMLPs, _forward
+from lctrain.module import LongContextModule
 from tests.float64 import float64_throughout
 from tests.models.families import make_documents, make_model
 from tests.numerics import assert_equal_in_float64
+from tests.training import loader, make_batch, make_trainer
 
 FAMILIES = ("llama", "gemma2", "phi3")
 
@@ -106,6 +108,14 @@ def test_trained_weights_in_half_precision_are_refused():
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     TiledMLPs(layers, 4).remove()
+
+
+def test_a_module_refuses_tiles_in_bf16_true(tmp_path, make_llama):
+    """The trainer casts the weights after the model is built in float32."""
+    memory = {"name": "checkpoint", "mlp_tokens": 3}
+    trainer = make_trainer(tmp_path, max_steps=1, precision="bf16-true")
+    with pytest.raises(ValueError, match=r"mlp_tokens must be null with trainer\.precision=bf"):
+        trainer.fit(LongContextModule(make_llama(), memory=memory), loader([make_batch((5, 9))]))
 
 
 def test_a_model_of_experts_is_refused():
