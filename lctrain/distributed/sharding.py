@@ -1,7 +1,8 @@
 """shard_model: divides a model's parameters over ranks with FSDP2, one group per decoder layer.
 
-The parameters of rank 0 are the ones that count. The other ranks build the model without memory
-for parameters, and receive their shards from rank 0, one parameter at a time.
+The parameters and buffers of rank 0 are the ones that count. The other ranks build the model
+without memory for parameters, and receive their shards from rank 0, one parameter at a time.
+Buffers are copied from rank 0, and are not divided.
 """
 
 from __future__ import annotations
@@ -111,8 +112,8 @@ def shard_model(
     """Divides a model's parameters over the ranks of a mesh.
 
     Args:
-        model: The model, complete on rank 0. The parameters of other ranks are not read. Patches
-            are applied already.
+        model: The model, complete on rank 0. The parameters and buffers of other ranks are not
+            read. Patches are applied already.
         mesh: Mesh of the ranks: one dimension, or two for (replicas, shards).
         device: Device of this rank.
         policy: Dtypes of gathered parameters and of the reduction of gradients.
@@ -137,7 +138,7 @@ def shard_model(
 
 
 def _materialize(model: nn.Module, device: torch.device) -> None:
-    """Gives parameters on device meta memory on a device, and moves the buffers there."""
+    """Gives parameters on device meta memory on a device, and copies rank 0's buffers there."""
     kept = [
         (module, name, buffer.to(device))
         for module in model.modules()
@@ -146,7 +147,8 @@ def _materialize(model: nn.Module, device: torch.device) -> None:
     ]
     model.to_empty(device=device)
     for module, name, buffer in kept:
-        module._buffers[name] = buffer
+        module._buffers[name] = buffer.contiguous()
+        torch.distributed.broadcast(module._buffers[name], src=0)
 
 
 def through_root(trainer: Any, function: Callable[..., Any], *args: Any) -> Any:

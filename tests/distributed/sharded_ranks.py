@@ -8,10 +8,12 @@ import os
 import shutil
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from lctrain.bench import scale
-from lctrain.distributed.sharding import whole_value
+from lctrain.distributed.sharding import shard_model, whole_value
 from lctrain.distributed.strategy import ShardedStrategy
 from lctrain.train import train
 from tests.distributed.context_cases import all_shared
@@ -69,10 +71,23 @@ def fit(folder, make, replicas, precision="32-true"):
     return module
 
 
+def buffers_of_ranks(rank, size):
+    """Returns the buffers of every rank after sharding; before it, they hold the rank."""
+    model = make_model()
+    model.register_buffer("bias", torch.full((4,), float(rank)))
+    model.register_buffer("turned", torch.full((3, 2), rank).T, persistent=False)
+    model.register_buffer("flag", torch.tensor(bool(rank)))
+    mesh = init_device_mesh("cpu", (size,))
+    shard_model(model, mesh, torch.device("cpu"), MixedPrecisionPolicy())
+    found = [None] * size
+    torch.distributed.all_gather_object(found, dict(model.named_buffers()))
+    return found
+
+
 def main() -> None:
     """Trains, and writes the results of rank 0."""
     rank, size, folder, overrides = join()
-    found = {"context": all_shared()}
+    found = {"context": all_shared(), "buffers": buffers_of_ranks(rank, size)}
     with built_in_float64():
         for name, make in MODELS.items():
             for replicas in (1, size) if name == "plain" else (1,):

@@ -81,6 +81,15 @@ def test_attention_on_a_shared_pack_equals_one_rank(found):
     check(found["context"])
 
 
+def test_buffers_of_all_ranks_are_those_of_the_first(found):
+    first, *others = found["buffers"]
+    assert len(others) == 1
+    assert not any(first[name].any() for name in ("bias", "turned", "flag"))
+    for other in others:
+        assert other.keys() == first.keys()
+        assert all(torch.equal(other[name], first[name]) for name in first)
+
+
 def test_the_benchmark_measures_every_way(folder):
     record = json.loads((folder / "scale.json").read_text())
     assert record["settings"]["ranks"] == 2
