@@ -137,11 +137,11 @@ class LongContextModule(pl.LightningModule):
         self._held_out_tokens = 0
 
     def setup(self, stage: str) -> None:
-        """Checks the trainer's precision.
+        """Checks the trainer's precision and strategy.
 
         Raises:
-            ValueError: if it is a float16 precision, in which a loss summed over a long pack
-                overflows.
+            ValueError: if the precision is float16, in which a loss summed over a long pack
+                overflows; or if the strategy does not support this module or its memory policy.
         """
         if str(self.trainer.precision).startswith(("16", "transformer-engine-float16")):
             raise ValueError(
@@ -150,7 +150,7 @@ class LongContextModule(pl.LightningModule):
                 "use bf16-mixed."
             )
         check_tiles(self.memory, str(self.trainer.precision))
-        check_strategy(self.trainer.strategy)
+        check_strategy(self.trainer.strategy, self.memory)
 
     def configure_model(self) -> None:
         """Builds the model if needed, patches it, sets its memory policy, and shards it.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lctrain.limits import require
 
 POLICIES = ("none", "checkpoint", "offload", "auto")
+WITH_SHARDS = ("none", "checkpoint")  # policies that trainer.strategy=fsdp2 supports
 
 
 @dataclass(frozen=True)

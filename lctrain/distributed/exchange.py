@@ -44,7 +44,7 @@ def exchange_heads(
     for tensor in tensors:
         if tensor.shape[1] % shard.size != 0:
             raise ValueError(
-                f"context_parallel must divide the heads, got {shard.size} ranks and "
+                f"shard.size must divide the heads, got {shard.size} ranks and "
                 f"{tensor.shape[1]} heads. Exchange keys instead, or use fewer ranks."
             )
     rank = dist.get_rank(group)

@@ -1,4 +1,4 @@
-"""ShardedStrategy: Lightning's strategy for FSDP2, with replicas and context-parallel groups."""
+"""ShardedStrategy: Lightning's strategy for FSDP2, with replicas."""
 
 from __future__ import annotations
 
@@ -13,37 +13,35 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from lctrain.config.memory import WITH_SHARDS, MemoryConfig
 from lctrain.distributed.sharding import ShardRoot, shard_model
 from lctrain.distributed.topology import Topology
 from lctrain.limits import why_refused
-from lctrain.run.sharded_checkpoint import load_file_into_shards, save_sharded
+from lctrain.run.sharded_checkpoint import (
+    load_file_into_shards,
+    load_folder_into_shards,
+    save_sharded,
+)
 
 
 class ShardedStrategy(ModelParallelStrategy):
     """Divides parameters, gradients and optimizer states over ranks, with torch's FSDP2.
 
-    The ranks form a mesh (replicas, shards, context). A replica holds the parameters once; they are
-    divided over its shards x context ranks. LongContextModule shards its model with this strategy;
+    The ranks form a mesh (replicas, shards). A replica holds the parameters once; they are divided
+    over its shards. LongContextModule shards its model with this strategy;
     another module calls `shard` in its `configure_model`, and `root` in its steps.
 
     Args:
         replicas: Number of copies of the parameters.
-        context_parallel: Number of ranks that share one pack.
         timeout: Time after which a collective fails.
 
     Raises:
-        ValueError: when the ranks are known, if the sizes do not divide their number.
+        ValueError: when the ranks are known, if `replicas` does not divide their number.
     """
 
-    def __init__(
-        self,
-        replicas: int = 1,
-        context_parallel: int = 1,
-        timeout: timedelta | None = default_pg_timeout,
-    ) -> None:
+    def __init__(self, replicas: int = 1, timeout: timedelta | None = default_pg_timeout) -> None:
         super().__init__(save_distributed_checkpoint=True, timeout=timeout)
         self.replicas = replicas
-        self.context_parallel = context_parallel
         self.root: ShardRoot | None = None
         self._topology: Topology | None = None
 
@@ -68,21 +66,13 @@ class ShardedStrategy(ModelParallelStrategy):
         self.lightning_module._device_mesh = self._device_mesh
 
     def _build_mesh(self) -> None:
-        ranks = Topology(
-            self.global_rank, self.world_size, self.replicas, self.context_parallel, is_sharded=True
-        )
-        kind = self.root_device.type
-        group = None
-        if ranks.context > 1:
-            shape = (ranks.data_size, ranks.context)
-            packs = init_device_mesh(kind, shape, mesh_dim_names=("data", "context"))
-            group = packs.get_group("context")
+        ranks = Topology(self.global_rank, self.world_size, self.replicas, is_sharded=True)
         self._device_mesh = init_device_mesh(
-            kind, (self.replicas, ranks.shards), mesh_dim_names=("replicate", "shard")
+            self.root_device.type,
+            (self.replicas, ranks.shards),
+            mesh_dim_names=("replicate", "shard"),
         )
-        self._topology = Topology(
-            ranks.rank, ranks.size, ranks.replicas, ranks.context, True, group
-        )
+        self._topology = ranks
 
     def shard(self, model: nn.Module) -> ShardRoot:
         """Divides a model's parameters over the ranks, and returns the root that calls the model.
@@ -121,16 +111,24 @@ class ShardedStrategy(ModelParallelStrategy):
         Args:
             checkpoint_path: The checkpoint, of this strategy or another one, and of any number of
                 ranks.
-            weights_only: Whether to accept only tensors and plain values in a folder's `meta.pt`.
+            weights_only: Whether to accept only tensors and plain values; None does. False runs
+                the code that a folder may hold.
 
         Returns:
             The checkpoint without weights and optimizer states.
+
+        Raises:
+            ValueError: if the checkpoint holds more than tensors and plain values.
         """
         path = Path(self.broadcast(str(checkpoint_path)))
-        if path.is_dir():
+        if path.is_dir() and weights_only is False:
             return super().load_checkpoint(path, weights_only)
-        assert self.lightning_module is not None
-        return load_file_into_shards(path, self.lightning_module, self.optimizers)
+        module = self.lightning_module
+        assert module is not None
+        if path.is_dir():
+            assert self.model is not None
+            return load_folder_into_shards(path, self.model, self.optimizers, module.strict_loading)
+        return load_file_into_shards(path, module, self.optimizers)
 
     def _policy(self) -> MixedPrecisionPolicy:
         """Returns the dtypes of gathered parameters and of the reduction of gradients."""
@@ -141,16 +139,23 @@ class ShardedStrategy(ModelParallelStrategy):
         )
 
 
-def check_strategy(strategy: Any) -> None:
+def check_strategy(strategy: Any, memory: MemoryConfig | None = None) -> None:
     """Raises ValueError for a strategy with which a LongContextModule would train wrongly.
 
     Args:
         strategy: Strategy of Lightning's Trainer.
+        memory: What the layers keep for the backward; None for everything.
     """
     name = type(strategy).__name__
-    reason = None if isinstance(strategy, ShardedStrategy) else why_refused(name)
+    is_sharded = isinstance(strategy, ShardedStrategy)
+    reason = None if is_sharded else why_refused(name)
     if reason is not None:
         raise ValueError(
             f"strategy must be ShardedStrategy (trainer.strategy=fsdp2), ddp or a single device, "
             f"got {name}: {reason}. Use lctrain.distributed.strategy.ShardedStrategy()."
+        )
+    if is_sharded and memory is not None and memory.name not in WITH_SHARDS:
+        raise ValueError(
+            f"memory must be none or checkpoint with ShardedStrategy, got {memory.name}. Choose "
+            "memory=checkpoint."
         )

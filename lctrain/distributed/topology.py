@@ -42,9 +42,9 @@ class Topology:
         copies = 1 if self.replicas is None else self.replicas
         if self.size % (copies * self.context) != 0:
             raise ValueError(
-                f"trainer.replicas * trainer.context_parallel must divide the number of ranks, got "
-                f"{copies} * {self.context} and {self.size} ranks. Change trainer.devices or "
-                "trainer.num_nodes, or one of the two."
+                f"replicas * context must divide the number of ranks, got {copies} * "
+                f"{self.context} and {self.size} ranks. Change trainer.replicas, trainer.devices "
+                "or trainer.num_nodes."
             )
 
     @classmethod

@@ -16,14 +16,19 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from lctrain.distributed import Topology
 from lctrain.run.checkpoint_file import WRITING, AtomicCheckpointIO, read_checkpoint
 from lctrain.run.seal import META, digest_of, remove, write_manifest
+from lctrain.run.shard_reader import METADATA, read_all_shards, read_shards
 
 
 class AnyCheckpointIO(AtomicCheckpointIO):
@@ -58,7 +63,7 @@ def save_sharded(checkpoint: dict[str, Any], path: Path, ranks: Topology) -> Non
         ranks: Ranks of the run.
 
     Raises:
-        OSError: on all ranks, if a shard cannot be written; on rank 0, if another file cannot.
+        OSError: on all ranks, if a file cannot be written. The unfinished folder is deleted.
     """
     rest = dict(checkpoint)
     state = {"state_dict": rest.pop("state_dict")}
@@ -70,21 +75,75 @@ def save_sharded(checkpoint: dict[str, Any], path: Path, ranks: Topology) -> Non
             remove(folder)
     ranks.of_first(None)
     try:
+        hashes = _write_shards(state, folder, ranks)
+        error = _finish(rest, folder, path, hashes) if ranks.is_first else None
+        if (error := ranks.of_first(error)) is not None:
+            raise error
+    except OSError:  # on all ranks
+        if ranks.is_first:
+            with suppress(OSError):
+                remove(folder)
+        raise
+
+
+def _write_shards(state: dict[str, Any], folder: Path, ranks: Topology) -> dict[str, str]:
+    """Writes the shards of all ranks, and returns their hashes by file name.
+
+    Raises:
+        OSError: on all ranks, if one of them cannot write or read its shards.
+    """
+    try:
         dcp.save(state, storage_writer=dcp.FileSystemWriter(folder))
     except CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values()]
         raise next((c for c in causes if isinstance(c, OSError)), OSError(str(error))) from error
-    mine = sorted(folder.glob(f"__{ranks.rank}_*"))
-    hashes = ranks.gather({file.name: digest_of(file) for file in mine})
-    if not ranks.is_first:
-        return
-    AtomicCheckpointIO().save_checkpoint(rest, folder / META)
-    known = {name: digest for of_rank in hashes for name, digest in of_rank.items()}
-    for name in (META, ".metadata"):
-        known[name] = digest_of(folder / name)
-    write_manifest(folder, known)
-    remove(path)
-    os.replace(folder, path)
+    mine: dict[str, str] | OSError
+    try:
+        mine = {file.name: digest_of(file) for file in sorted(folder.glob(f"__{ranks.rank}_*"))}
+    except OSError as error:
+        mine = _plain(error)
+    hashes: dict[str, str] = {}
+    for of_rank in ranks.gather(mine):
+        if isinstance(of_rank, OSError):
+            raise of_rank
+        hashes |= of_rank
+    return hashes
+
+
+def _finish(
+    rest: dict[str, Any], folder: Path, path: Path, hashes: dict[str, str]
+) -> OSError | None:
+    """Writes the files of rank 0, and gives the folder its name.
+
+    Args:
+        rest: Lightning's checkpoint without weights and optimizer states.
+        folder: Folder with the shards.
+        path: Final name of the folder.
+        hashes: Hashes of the shards of all ranks, by file name.
+
+    Returns:
+        The error, for all ranks; None if there is none.
+    """
+    try:
+        missing = [name for name in sorted(hashes) if not (folder / name).is_file()]
+        if missing:
+            raise OSError(
+                f"{missing[0]}, which another rank wrote, is not in {folder}. The folder of the "
+                "run must be on a file system that all machines share"
+            )
+        AtomicCheckpointIO().save_checkpoint(rest, folder / META)
+        own = {name: digest_of(folder / name) for name in (META, METADATA)}
+        write_manifest(folder, hashes | own)
+        remove(path)
+        os.replace(folder, path)
+    except OSError as error:
+        return _plain(error)
+    return None
+
+
+def _plain(error: OSError) -> OSError:
+    """Returns an error that can be sent to other ranks."""
+    return OSError(*(str(error),) if error.errno is None else (error.errno, error.strerror))
 
 
 def read_whole(path: Path) -> dict[str, Any]:
@@ -92,14 +151,11 @@ def read_whole(path: Path) -> dict[str, Any]:
 
     Args:
         path: Folder of the checkpoint.
+
+    Raises:
+        ValueError: if the checkpoint holds more than tensors and plain values.
     """
-    state: dict[str, Any] = {}
-    _load_state_dict(
-        state,
-        storage_reader=dcp.FileSystemReader(path),
-        planner=_EmptyStateDictLoadPlanner(),
-        no_dist=True,
-    )
+    state = read_all_shards(path)
     checkpoint = read_checkpoint(path / META, map_location="cpu")
     checkpoint["state_dict"] = state.pop("state_dict")
     numbers = sorted(int(name.removeprefix("optimizer_")) for name in state)
@@ -123,6 +179,36 @@ def _by_number(optimizer: dict[str, Any]) -> dict[str, Any]:
         "state": {number[name]: value for name, value in optimizer["state"].items()},
         "param_groups": groups,
     }
+
+
+def load_folder_into_shards(
+    path: Path, module: nn.Module, optimizers: Sequence[Optimizer], strict: bool = True
+) -> dict[str, Any]:
+    """Loads a folder of shards into a sharded module and its optimizers. All ranks must call it.
+
+    Args:
+        path: The folder, which any number of ranks may have written.
+        module: Module whose parameters are DTensors.
+        optimizers: Optimizers of the module's parameters, in the order of the checkpoint.
+        strict: Whether the names of weights must be those of the module.
+
+    Returns:
+        The checkpoint without weights and optimizer states.
+
+    Raises:
+        ValueError: if the checkpoint holds more than tensors and plain values.
+    """
+    weights: dict[str, Any] = {"state_dict": get_model_state_dict(module)}
+    read_shards(path, weights)
+    module.load_state_dict(weights["state_dict"], strict=strict)
+    for number, optimizer in enumerate(optimizers):
+        name = f"optimizer_{number}"
+        state: dict[str, Any] = {name: get_optimizer_state_dict(module, optimizer)}
+        read_shards(path, state)
+        set_optimizer_state_dict(
+            module, optimizer, state[name], options=StateDictOptions(cpu_offload=True)
+        )
+    return read_checkpoint(path, map_location="cpu")
 
 
 def load_file_into_shards(

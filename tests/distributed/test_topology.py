@@ -8,6 +8,7 @@ import torch
 
 from lctrain.distributed import Topology
 from lctrain.distributed.strategy import ShardedStrategy, check_strategy
+from lctrain.module import LongContextModule
 from tests.house.typecheck import ROOT
 
 OWN_RANKS = {"world_size", "global_rank", "is_global_zero", "get_world_size", "get_rank"}
@@ -70,6 +71,21 @@ def test_one_rank_reduces_without_a_process_group():
 def test_sizes_must_divide_the_ranks():
     with pytest.raises(ValueError, match=r"must divide the number of ranks, got 2 \* 3 and 8 "):
         Topology(0, 8, replicas=2, context=3)
+
+
+def test_no_strategy_shares_packs_yet():
+    """Both ranks would train on the same pack."""
+    with pytest.raises(TypeError, match="context_parallel"):
+        ShardedStrategy(context_parallel=2)
+
+
+@pytest.mark.parametrize("memory", ["offload", "auto"])
+def test_memory_that_shards_do_not_support_is_refused(make_llama, monkeypatch, memory):
+    module = LongContextModule(make_llama(), memory={"name": memory})
+    trainer = SimpleNamespace(precision="32-true", strategy=ShardedStrategy())
+    monkeypatch.setattr(LongContextModule, "trainer", trainer)
+    with pytest.raises(ValueError, match=f"none or checkpoint with ShardedStrategy, got {memory}"):
+        module.setup("fit")
 
 
 @pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])

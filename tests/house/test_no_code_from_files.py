@@ -11,12 +11,17 @@ RUNS_CODE = re.compile(
 
 
 def test_nothing_unpickles():
-    """Allows one exception: a checkpoint that a caller trusts explicitly by weights_only=False."""
+    """Allows a checkpoint that a caller trusts explicitly by weights_only=False.
+
+    The Unpickler of shards accepts a list of classes only: tests/run/test_sharded_checkpoint.py.
+    """
     found = {m: RUNS_CODE.findall(path.read_text()) for m, path in SOURCES.items()}
     found = {module: hits for module, hits in found.items() if hits}
     ours = found.pop("lctrain.run.checkpoint_file", [])
     assert len(RUNS_CODE.findall("torch.load(path, weights_only=False)")) == 1
     assert len(ours) == 1
+    assert found.pop("lctrain.run.shard_reader", []) == ["Unpickler("] * 2  # class and call
+    assert "def find_class" in SOURCES["lctrain.run.shard_reader"].read_text()
     assert not found
 
 
