@@ -146,7 +146,7 @@ class StepCheckpoint(Checkpoint):
         if pending is None or not Topology.of(trainer).is_first:
             return
         path = pending.with_suffix("")
-        if path.is_dir():
+        if path.is_dir() or pending.is_dir():  # a folder replaces nothing, and nothing replaces it
             remove(path)
         os.replace(pending, path)
         self._link(path)

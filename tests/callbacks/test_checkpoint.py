@@ -94,6 +94,29 @@ def test_check_writable_leaves_nothing(tmp_path):
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
+@pytest.mark.parametrize("old", ["file", "folder", "nothing"])
+@pytest.mark.parametrize("new", ["file", "folder"])
+def test_a_checkpoint_replaces_one_of_the_other_kind(tmp_path, old, new):
+    """A run that went back, with another strategy, writes files where folders were, and so on."""
+
+    def write(path, kind):
+        if kind == "folder":
+            path.mkdir()
+            (path / "manifest.json").write_text("{}")
+        elif kind == "file":
+            path.write_bytes(b"x")
+
+    checkpoint = StepCheckpoint(tmp_path)
+    final, pending = (tmp_path / f"step-00000200.ckpt{end}" for end in ("", ".tmp"))
+    write(final, old)
+    write(pending, new)
+    checkpoint._pending = pending
+    checkpoint.complete(make_trainer(tmp_path))
+    assert final.is_dir() == (new == "folder")
+    assert not pending.exists()
+    assert checkpoint.last_path.resolve() == final
+
+
 def test_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "x.ckpt"
     plugin = AtomicCheckpointIO()
