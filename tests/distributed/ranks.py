@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch.distributed as dist
@@ -10,10 +11,13 @@ import torch.distributed as dist
 from lctrain.process_group import leave_at_exit
 
 ROOT = Path(__file__).parents[2]
+LIMIT_S = 900  # ranks that wait for each other for ever end after it
 
 
 def run_ranks(module: str, size: int, folder: Path, *arguments: str) -> None:
     """Runs `python -m MODULE RANK SIZE FOLDER ARGUMENTS` for every rank, and waits for all.
+
+    If a rank fails, the others are ended, since they would wait for it.
 
     Args:
         module: Dotted name of a module that calls `join`.
@@ -23,21 +27,37 @@ def run_ranks(module: str, size: int, folder: Path, *arguments: str) -> None:
     """
     command = [sys.executable, "-W", "ignore", "-m", module]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NODE_RANK": "0"}
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(size), str(folder), *arguments],
-            cwd=ROOT,
-            # Lightning takes a process with LOCAL_RANK for one that a launcher has started.
-            env=environment | {"LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    outputs = [process.communicate()[0] for process in processes]
-    for rank, process in enumerate(processes):
-        assert process.returncode == 0, f"rank {rank}: {outputs[rank]}"
+    outputs = [folder / f"rank_{rank}.txt" for rank in range(size)]
+    processes = []
+    for rank, path in enumerate(outputs):
+        with path.open("w") as output:
+            started = subprocess.Popen(
+                [*command, str(rank), str(size), str(folder), *arguments],
+                cwd=ROOT,
+                # Lightning takes a process with LOCAL_RANK for one that a launcher has started.
+                env=environment | {"LOCAL_RANK": str(rank)},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        processes.append(started)
+    failed = _wait(processes)
+    assert not failed, "\n".join(f"rank {rank}: {outputs[rank].read_text()}" for rank in failed)
+
+
+def _wait(processes: list[subprocess.Popen]) -> list[int]:
+    """Waits for processes, and returns the numbers of those that failed or had to be ended."""
+    last = time.monotonic() + LIMIT_S
+    try:
+        while (running := [p for p in processes if p.poll() is None]) and time.monotonic() < last:
+            if failed := [rank for rank, p in enumerate(processes) if p.returncode]:
+                return failed
+            time.sleep(0.05)
+        return [rank for rank, p in enumerate(processes) if p in running or p.returncode]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
 
 
 def join() -> tuple[int, int, Path, list[str]]:
