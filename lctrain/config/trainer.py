@@ -38,12 +38,13 @@ class TrainerConfig:
         budget_s: Seconds from the start of the run to the end of training. The first steps are
             timed, and max_steps and the learning-rate schedule are shortened to fit. A resumed run
             keeps the chosen number of steps. None does not change max_steps.
-        accumulate_grad_batches: Number of packs per rank in an optimizer step.
+        accumulate_grad_batches: Number of packs per rank in an optimizer step. Rows that do not
+            fill the last step of an epoch are left out, unless an epoch has no other rows.
         gradient_clip_val: Largest gradient norm; None does not clip.
         log_every_n_steps: Optimizer steps between two rows of metrics.
         validate_every_n_steps: Optimizer steps between two validations during training. Each rank
-            counts packs, validate_every_n_steps * accumulate_grad_batches of them. If the last step
-            of an epoch has fewer packs, later validations run between the packs of a step, without
+            counts packs, validate_every_n_steps * accumulate_grad_batches of them. If an epoch has
+            fewer packs than a step, later validations run between the packs of a step, without
             changing its result. None validates only before the first and after the last step.
         limit_val_batches: Number of held-out packs per rank in a validation; None for all.
         deterministic: Whether torch must use deterministic algorithms.
@@ -100,3 +101,17 @@ class TrainerConfig:
             "for no clipping.",
         )
         check_trainer(self)
+        ranks = self._ranks()
+        require(
+            ranks is None or ranks % self.replicas == 0,
+            f"trainer.replicas must divide the number of ranks, got {self.replicas} and {ranks} "
+            "ranks. Change trainer.replicas, trainer.devices or trainer.num_nodes.",
+        )
+
+    def _ranks(self) -> int | None:
+        """Returns the number of ranks; None if it depends on the machine."""
+        if self.devices in ("auto", "-1"):
+            return None
+        numbers = [number for number in self.devices.split(",") if number]
+        devices = len(numbers) if "," in self.devices else int(self.devices)
+        return devices * self.num_nodes

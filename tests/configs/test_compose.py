@@ -170,6 +170,15 @@ def test_strategies_that_would_train_wrongly(strategy, reason):
         (["trainer.strategy=fsdp2", "trainer.replicas=0"], "trainer.replicas must be at least 1"),
         (["trainer.strategy=fsdp2", "optim=muon"], "optim.matrices_only must be false with"),
         (["trainer.strategy=fsdp2", "memory=offload"], "memory must be none or checkpoint with"),
+        (["trainer.strategy=fsdp2", "memory=auto"], "fsdp2, got auto. Choose memory=checkpoint"),
+        (
+            ["trainer.strategy=fsdp2", "trainer.replicas=3", "trainer.devices=8"],
+            "trainer.replicas must divide the number of ranks, got 3 and 8 ranks",
+        ),
+        (
+            ["trainer.strategy=fsdp2", "trainer.replicas=2", "trainer.devices='0,2,3'"],
+            "trainer.replicas must divide the number of ranks, got 2 and 3 ranks",
+        ),
         (
             ["trainer.strategy=fsdp2", "model=hf", "model.name_or_path=a", "adapter=lora"],
             "adapter must be none with trainer.strategy=fsdp2",
