@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -43,7 +43,7 @@ class Closing:
     Attributes:
         perplexities: Pairs (context length, perplexity). With methods, those of the last method.
         findings: Sentences for the report, by name.
-        paths: Paths of the written files, by name.
+        paths: Paths of the written files, by name; those of the first rank.
     """
 
     perplexities: tuple[tuple[int, float], ...]
@@ -102,15 +102,15 @@ def measure_as_trained(
         config.lengths,
         max_tokens=config.forward_tokens(),
         begin=begin_tokens(trainer.datamodule.tokenizer, config.begin_token),
-        progress=trainer.progress_bar_callback is not None,
+        progress=_shows_progress(trainer),
     )
-    files = table.save(output_dir / "perplexity")
+    files = _save(table, output_dir / "perplexity", trainer)
     for logger in trainer.loggers if Topology.of(trainer).is_first else ():
         log_evaluation(logger, table.as_dicts(), files["png"])
     return Closing(
         tuple((row.length, row.perplexity) for row in table.rows),
         {"context": context_gain(table.rows)},
-        {"perplexity table": files["csv"], "perplexity plot": files["png"]},
+        _named(files, "perplexity"),
     )
 
 
@@ -131,10 +131,10 @@ def compare_beyond_window(
         max_tokens=config.forward_tokens(),
         stride=config.stride,
         begin=begin_tokens(trainer.datamodule.tokenizer, config.begin_token),
-        progress=trainer.progress_bar_callback is not None,
+        progress=_shows_progress(trainer),
         name=output_dir.parent.name,
     )
-    files = comparison.save(output_dir / "perplexity")
+    files = _save(comparison, output_dir / "perplexity", trainer)
     for logger in trainer.loggers if Topology.of(trainer).is_first else ():
         log_evaluation(logger, comparison.as_dicts(), files["png"])
     if Topology.of(trainer).is_first:
@@ -146,7 +146,7 @@ def compare_beyond_window(
             "context": context_gain(last.rows, comparison.window),
             "beyond": beyond_window(comparison),
         },
-        {"perplexity table": files["csv"], "perplexity plot": files["png"]},
+        _named(files, "perplexity"),
     )
 
 
@@ -180,10 +180,10 @@ def find_keys(
         max_tokens=max(config.forward_tokens(), *config.passkey_lengths),
         depths=DEPTHS,
         keys_per_cell=config.keys_per_cell,
-        progress=trainer.progress_bar_callback is not None,
+        progress=_shows_progress(trainer),
         name=reader.name,
     )
-    files = table.save(output_dir / "passkeys")
+    files = _save(table, output_dir / "passkeys", trainer)
     if Topology.of(trainer).is_first:
         print(table, flush=True)
     found = keys_found(table)
@@ -192,5 +192,21 @@ def find_keys(
     return Closing(
         closing.perplexities,
         closing.findings | {"keys": found},
-        closing.paths | {"passkey table": files["csv"], "passkey plot": files["png"]},
+        closing.paths | _named(files, "passkey"),
     )
+
+
+def _shows_progress(trainer: pl.Trainer) -> bool:
+    """Whether this rank shows a progress bar."""
+    return trainer.progress_bar_callback is not None and Topology.of(trainer).is_first
+
+
+def _save(table: Any, folder: Path, trainer: pl.Trainer) -> dict[str, Path]:
+    """Writes the files of a table on the first rank, and returns them by kind; {} on others."""
+    return dict(table.save(folder)) if Topology.of(trainer).is_first else {}
+
+
+def _named(files: dict[str, Path], what: str) -> dict[str, Path]:
+    """Returns the files of a table by their names in the report."""
+    kinds = {"table": "csv", "plot": "png"}
+    return {f"{what} {name}": files[kind] for name, kind in kinds.items() if kind in files}
