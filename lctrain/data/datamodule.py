@@ -30,6 +30,7 @@ from lctrain.data.prepare import (
     check_same_settings,
     fingerprint_settings,
 )
+from lctrain.data.restored import restored_settings
 from lctrain.data.sources import Source, StdlibSource
 from lctrain.data.streaming import ENDLESS, StepNumbers, StreamedRows, StreamRecipe
 from lctrain.distributed import Topology
@@ -94,7 +95,7 @@ class PackedDataModule(LightningDataModule):
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self._prepared: PreparedData | None = None
         self._cursor = Cursor()
-        self._restored_settings: dict[str, Any] = {}
+        self._restored: tuple[dict[str, Any], int | None] | None = None
 
     @property
     def max_tokens(self) -> int:
@@ -158,13 +159,13 @@ class PackedDataModule(LightningDataModule):
         """Settings that determine the sequence of batches. They are available after `setup()`.
 
         A resumed run compares them with those of its checkpoint. Rows are ordered by the packs of
-        an optimizer step, so a run may go on with other ranks and accumulation. An endless stream
-        is ordered by ranks.
+        an optimizer step, so a run may go on with other ranks and accumulation. An endless stream,
+        or an epoch with fewer rows than a step has packs, is ordered by ranks and micro-batches.
         """
-        if self._ready.stream is not None:
-            size = {"world_size": self._world_size}
-        else:
-            size = {"packs_per_step": self._packs}
+        is_stream = self._ready.stream is not None
+        size = {} if is_stream else {"packs_per_step": self._packs}
+        if is_stream or len(self._ready.train_rows) < self._packs:
+            size |= {"world_size": self._world_size, "accumulated": self._accumulated}
         return self._ready.settings | {
             "seed": self.options.seed,
             **size,
@@ -200,8 +201,7 @@ class PackedDataModule(LightningDataModule):
             self._prepared = self.preparation.run()
             module = getattr(self.trainer, "lightning_module", None)
             warn_of_other_ids(module, self._prepared.tokenizer)
-            if self._restored_settings:
-                check_same_settings(self.settings, self._restored_settings)
+            self._check_restored()
 
     def train_dataloader(self) -> PackLoader:
         """Returns the loader of this rank's training batches; `len` is the steps of an epoch.
@@ -329,7 +329,8 @@ class PackedDataModule(LightningDataModule):
         """
         if self.trainer is not None and self._progress is None:
             return  # a model may be validated on any data
-        then = state_dict.get("accumulated", self._accumulated)  # older checkpoints lack it
+        known = state_dict.get("accumulated")  # older checkpoints lack it
+        then = self._accumulated if known is None else known
         module = getattr(self.trainer, "lightning_module", None)
         if then != self._accumulated and not getattr(module, "converts_progress", False):
             raise ValueError(
@@ -340,9 +341,15 @@ class PackedDataModule(LightningDataModule):
         self._cursor.batches = state_dict["batches"] // then * self._accumulated
         place = state_dict.get("place")  # older checkpoints lack it
         self._cursor.places = [] if place is None else [(0, place)]
-        self._restored_settings = state_dict["settings"]
-        if self._prepared is not None:
-            check_same_settings(self.settings, self._restored_settings)
+        self._restored = state_dict["settings"], known
+        self._check_restored()
+
+    def _check_restored(self) -> None:
+        """Raises a ValueError if the settings of the checkpoint are not those of this run."""
+        if self._restored is not None and self._prepared is not None:
+            is_stream = self._prepared.stream is not None
+            then = restored_settings(*self._restored, self._accumulated, is_stream)
+            check_same_settings(self.settings, then)
 
     def _require_own_tokenizer(self) -> None:
         """Raises a ValueError if a new tokenizer would be trained for a pretrained model."""

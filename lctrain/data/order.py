@@ -1,8 +1,9 @@
-"""Computes the order of rows: the row of every rank at every step of an epoch.
+"""Computes the order of rows: the rows of every step of an epoch, and the rank of each of them.
 
-The order is a pure function of (costs, world size, seed, epoch, window), so a resumed run repeats
-it. Rows of equally many tokens differ in attention work, the sum of squared document lengths, and
-the ranks wait for one another at every step. Therefore the rows of a step have similar work:
+A step has one row per pack: per rank, or per rank and accumulated micro-batch. The order is a pure
+function of (costs, packs, seed, epoch, window), so a resumed run repeats it. Rows of equally many
+tokens differ in attention work, the sum of squared document lengths, and the ranks wait for one
+another. Therefore the rows of a step have similar work:
 
 1. The rows are shuffled, and sorted by work within windows of steps.
 2. Neighbours in this order form a step, and the steps of a window are shuffled.
@@ -23,29 +24,30 @@ give 1.042 and 1.052.
 
 
 def epoch_order(
-    costs: np.ndarray, world_size: int, seed: int, epoch: int, window: int = BALANCE_WINDOW
+    costs: np.ndarray, packs: int, seed: int, epoch: int, window: int = BALANCE_WINDOW
 ) -> np.ndarray:
-    """Returns the row of every rank at every step of one epoch: [steps, world_size] int64.
+    """Returns the rows of every step of one epoch: [steps, packs] int64.
 
-    Every row occurs at most once. If the number of rows is not a multiple of world_size, the
+    Every row occurs at most once. If the number of rows is not a multiple of packs, the
     remaining rows are left out; they differ between epochs.
 
     Args:
         costs: [R] attention work of every row.
-        world_size: Number of ranks.
+        packs: Number of packs of a step: of ranks, or of all micro-batches of all ranks.
         seed: Seed of the shuffle.
         epoch: Number of the epoch.
         window: Number of steps within which rows are sorted by work. A longer window balances the
-            ranks better; a shorter window keeps the order closer to a random one.
+            packs better; a shorter window keeps the order closer to a random one. With a window of
+            1 the rows of every step are drawn at random.
     """
     random = np.random.default_rng([seed, epoch])
-    steps = len(costs) // world_size
-    rows = random.permutation(len(costs))[: steps * world_size]
-    if world_size == 1:
+    steps = len(costs) // packs
+    rows = random.permutation(len(costs))[: steps * packs]
+    if packs == 1:
         return rows[:, None]
-    windows = _windows(rows, world_size, window)
-    steps_of = [_similar(rows_w, costs, world_size, random) for rows_w in windows]
-    return _balance(np.concatenate(steps_of), costs) if steps_of else rows.reshape(0, world_size)
+    windows = _windows(rows, packs, window)
+    steps_of = [_similar(rows_w, costs, packs, random) for rows_w in windows]
+    return _balance(np.concatenate(steps_of), costs) if steps_of else rows.reshape(0, packs)
 
 
 def imbalance(order: np.ndarray, costs: np.ndarray) -> float:
@@ -62,20 +64,20 @@ def imbalance(order: np.ndarray, costs: np.ndarray) -> float:
     return float(work.max(axis=1).sum() / work.mean(axis=1).sum())
 
 
-def _windows(rows: np.ndarray, world_size: int, window: int) -> list[np.ndarray]:
-    steps = len(rows) // world_size
+def _windows(rows: np.ndarray, packs: int, window: int) -> list[np.ndarray]:
+    steps = len(rows) // packs
     if steps == 0:
         return []
     count = max(1, round(steps / window))
-    cuts = np.linspace(0, steps, count + 1).astype(np.int64)[1:-1] * world_size
+    cuts = np.linspace(0, steps, count + 1).astype(np.int64)[1:-1] * packs
     return np.split(rows, cuts)
 
 
 def _similar(
-    rows: np.ndarray, costs: np.ndarray, world_size: int, random: np.random.Generator
+    rows: np.ndarray, costs: np.ndarray, packs: int, random: np.random.Generator
 ) -> np.ndarray:
-    """Groups rows of similar work into steps, in random order: [steps, world_size]."""
-    steps = rows[np.argsort(costs[rows], kind="stable")].reshape(-1, world_size)
+    """Groups rows of similar work into steps, in random order: [steps, packs]."""
+    steps = rows[np.argsort(costs[rows], kind="stable")].reshape(-1, packs)
     return random.permutation(steps)
 
 

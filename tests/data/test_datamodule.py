@@ -327,6 +327,46 @@ def test_another_module_must_accumulate_as_before(make_data, data):
         other.load_state_dict(state)
 
 
+def as_saved_before(state, ranks):
+    """Returns a state as it was when rows were ordered by ranks, not by the packs of a step."""
+    settings = {name: v for name, v in state["settings"].items() if name != "packs_per_step"}
+    return {"settings": settings | {"world_size": ranks}, "batches": state["batches"]}
+
+
+def test_a_checkpoint_that_names_ranks_resumes_without_accumulation(make_data, data):
+    make_data().load_state_dict(as_saved_before(data.state_dict(), 1))  # before setup
+    data.load_state_dict(as_saved_before(data.state_dict(), 1))
+    with pytest.raises(ValueError, match="others: packs_per_step was 2, is 1"):
+        data.load_state_dict(as_saved_before(data.state_dict(), 2))
+
+
+def test_a_checkpoint_that_names_ranks_does_not_resume_with_accumulation(make_data, data):
+    other = make_data()
+    other.load_state_dict(as_saved_before(data.state_dict(), 1))
+    as_rank(other, 0, 1).trainer.accumulate_grad_batches = 2
+    with pytest.raises(ValueError, match="accumulate_grad_batches must be 1 to resume from a"):
+        other.setup()
+
+
+def test_epochs_shorter_than_a_step_keep_ranks_and_accumulation(make_data):
+    """Their micro-batches do not form whole steps, so their number cannot be converted."""
+
+    def of_ranks(ranks, accumulated):
+        module = make_data()
+        module.load_state_dict(state)
+        as_rank(module, 0, ranks).trainer.accumulate_grad_batches = accumulated
+        module.setup()
+        return module
+
+    first = as_rank(make_data(), 0, 1)
+    first.trainer.accumulate_grad_batches = 1000
+    first.setup()
+    state = first.state_dict() | {"accumulated": 1}  # which a module without a trainer has
+    assert of_ranks(1, 1000).settings == state["settings"]
+    with pytest.raises(ValueError, match="world_size was 1, is 2; accumulated was 1000, is 500"):
+        of_ranks(2, 500)
+
+
 def test_resuming_with_other_documents_names_both_sources(make_data, data, corpus):
     other = make_data(source=TextSource(files=f"{corpus}/[0-3]*.txt"))
     other.setup()

@@ -77,3 +77,10 @@ def test_imbalance_of_equal_work_is_one():
 
 def test_fewer_rows_than_ranks_make_no_step():
     assert epoch_order(np.ones(3), 4, 0, 0).shape == (0, 4)
+
+
+def test_a_window_of_one_step_draws_its_rows_at_random():
+    shuffled = np.random.default_rng([5, 2]).permutation(len(COSTS))
+    drawn = epoch_order(COSTS, 8, seed=5, epoch=2, window=1)
+    expected = shuffled[: drawn.size].reshape(drawn.shape)
+    assert np.array_equal(np.sort(drawn, axis=1), np.sort(expected, axis=1))

@@ -3,9 +3,11 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lctrain.data import HubSource, PackedDataModule
 from lctrain.train import train
@@ -286,3 +288,25 @@ def test_what_a_stream_cannot_do_is_named(stream, tmp_path):
     small = module(tmp_path, world_size=10_000)
     with pytest.raises(ValueError, match=r"at least one row for each of 10000 ranks in a window"):
         next(iter(small.train_dataloader()))
+
+
+def test_a_resumed_stream_accumulates_as_before(stream, tmp_path):
+    """Its packs have an order by micro-batches, whose number is not converted."""
+    stream()
+
+    def resumed(state, accumulated):
+        data = module(tmp_path / "a")
+        data.trainer.accumulate_grad_batches = accumulated
+        data.trainer.state.fn = TrainerFn.FITTING
+        data.trainer.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=object()))
+        data.trainer.lightning_module = SimpleNamespace(converts_progress=True)
+        data.load_state_dict(state)
+        return data._cursor.batches
+
+    state = module(tmp_path / "a").state_dict() | {"batches": 3}
+    assert resumed(state, 1) == 3
+    older = {n: v for n, v in state["settings"].items() if n != "accumulated"}
+    for saved in (state, state | {"settings": older}):
+        with pytest.raises(ValueError, match="others: accumulated was 1, is 4"):
+            resumed(saved, 4)
+    assert resumed({"settings": older, "batches": 3}, 1) == 3
