@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from lctrain import closing
 from lctrain.closing_checks import CheckClosing, check_closing
 from lctrain.config import EvaluationConfig
 from lctrain.eval.shipped import FOLDER
@@ -123,3 +124,37 @@ def test_a_damaged_reader_is_found_before_the_first_step(reader, tiny, tmp_path)
         train(config(*tiny, *settings, output_dir=tmp_path / "1"))
     assert not [*tmp_path.rglob("*.ckpt")]
     assert not (tmp_path / "1" / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_rank_shows_progress_and_writes(monkeypatch, tmp_path, rank):
+    """All ranks of a sharded model evaluate it."""
+    shown = []
+
+    class Table:
+        rows = ()
+
+        def save(self, folder):
+            folder.mkdir()
+            return {"csv": folder / "a.csv", "png": folder / "a.png"}
+
+    def measure(*args, progress, **options):
+        shown.append(progress)
+        return Table()
+
+    monkeypatch.setattr(closing, "perplexity_by_length", measure)
+    monkeypatch.setattr(closing, "context_gain", lambda rows: "")
+    monkeypatch.setattr(closing, "begin_tokens", lambda *args: [])
+    trainer = SimpleNamespace(
+        global_rank=rank,
+        world_size=2,
+        progress_bar_callback=object(),
+        datamodule=SimpleNamespace(tokenizer=None),
+        loggers=(),
+    )
+    found = closing.measure_as_trained(
+        EvaluationConfig(), [], trainer, SimpleNamespace(model=None), tmp_path
+    )
+    assert shown == [rank == 0]
+    assert (tmp_path / "perplexity").exists() == (rank == 0)
+    assert set(found.paths) == ({"perplexity table", "perplexity plot"} if rank == 0 else set())
