@@ -73,7 +73,7 @@ def build_model(
             unknown, the model has fewer embeddings than the tokenizer has tokens, or adapters
             cannot be added (see `add_adapter`).
     """
-    dtype = config.dtype or ("float32" if adapter is None else "bfloat16")
+    dtype = _dtype(config, adapter)
     if isinstance(config, ScratchModelConfig):
         model = _from_scratch(config, vocab_size, getattr(torch, dtype))
     elif isinstance(config, PretrainedModelConfig):
@@ -156,16 +156,25 @@ def plan_memory(config: TrainConfig) -> Plan:
         ValueError: if the model cannot be built, patched or planned.
     """
     model = _without_weights(config.model, config.adapter, config.data.vocab_size)
-    default = "float32" if config.adapter is None else "bfloat16"
-    model = model.to(getattr(torch, config.model.dtype or default))
+    precision = config.trainer.precision
+    if precision == "auto":  # a plan without a GPU is for a run on one
+        precision = "32-true" if config.trainer.accelerator == "cpu" else "bf16-mixed"
+    model = model.to(getattr(torch, _dtype(config.model, config.adapter)))
     if config.attention is not None:
         options = config.attention.options()
         patch_model(model, config.attention.name, fused=config.attention.fused, **options)
     if config.adapter is not None:
         model = add_adapter(model, config.adapter)
+    if precision == "bf16-true":  # Lightning casts all weights, those of adapters too
+        model = model.to(torch.bfloat16)
     tokens = config.memory.tokens or config.data.max_tokens
-    mixed = config.trainer.precision in ("auto", "bf16-mixed")
-    return plan_for(model, config.memory, tokens, "bf16-mixed" if mixed else "true")
+    mixed = "bf16-mixed" if precision == "bf16-mixed" else "true"
+    return plan_for(model, config.memory, tokens, mixed)
+
+
+def _dtype(config: ModelConfig, adapter: AdapterConfig | None) -> str:
+    """Returns the name of the weights' dtype."""
+    return config.dtype or ("float32" if adapter is None else "bfloat16")
 
 
 LARGE_VOCABULARY = 2**20  # larger than any special token id; it needs no memory on device meta

@@ -81,7 +81,8 @@ class Plan:
             "none": "set memory=checkpoint",
             "checkpoint": "set memory=offload",
         }.get(self.policy, "raise memory.host_gib")
-        if self.host_bytes <= (self.host_limit or 0) and self.policy == "offload":
+        has_room = self.host_limit is None or self.host_bytes <= self.host_limit
+        if has_room and self.policy == "offload":
             return f"It does not fit: {shorter}."
         return f"It does not fit: {more}, or {shorter}."
 
@@ -189,9 +190,10 @@ def _plan(
     policies = policies_of(config, len(measured.layers))
     parts, device, host = _needed(measured, policies)
     limited = device_limit is not None
-    fits = None
-    if limited:
-        fits = device <= (device_limit or 0) and (host_limit is None or host <= host_limit)
+    has_room = host_limit is None or host <= host_limit
+    fits = None if has_room else False  # without a device's limit only the host is known
+    if device_limit is not None:
+        fits = device <= device_limit and has_room
     return Plan(
         tokens=measured.tokens,
         policy=config.name,

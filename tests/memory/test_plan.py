@@ -14,6 +14,7 @@ from lctrain.memory.profile import profile
 from lctrain.memory.tracker import Tracker, skeleton
 from lctrain.models.low_rank import add_adapter
 from tests.configs.composed import load
+from tests.models.families import make_model
 
 TOKENS, LAYERS = 384, 6
 
@@ -177,6 +178,29 @@ def test_a_run_is_planned_from_its_configuration():
     assert found.device_limit == found.host_limit == GIB
     longer = plan_memory(load("model=llama_5m", *options, "memory.tokens=8192"))
     assert longer.device_bytes > found.device_bytes or longer.policy != found.policy
+
+
+def test_advice_without_a_limit_of_the_host_or_of_the_device():
+    model = make_model("llama").train()
+    with lctrain.patch_model(model, fused=True):
+        small = plan(model, 512, "offload", device_gib=0.5)
+        full = plan(model, 512, "offload", keep_inputs=0, host_gib=1e-6)
+    assert small.fits is False
+    assert "host_gib" not in small.advice()
+    assert full.fits is False
+    assert "raise memory.host_gib" in full.advice()
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "auto"])
+def test_a_run_is_planned_in_the_trainer_s_precision(precision):
+    """auto is 32-true on a CPU; weights and gradients have two bytes in bf16-true."""
+    options = ("model=llama_5m", "memory=checkpoint", "trainer.accelerator=cpu")
+    found, whole = (
+        plan_memory(load(*options, f"trainer.precision={name}")) for name in (precision, "32-true")
+    )
+    factor = 2 if precision == "bf16-true" else 1
+    assert found.parts["gradients"] * factor == whole.parts["gradients"]
+    assert found.parts["kept for the backward"] * factor == whole.parts["kept for the backward"]
 
 
 def test_a_module_chooses_by_the_plan(make_llama, caplog):
