@@ -76,6 +76,7 @@ class TokenProgressBar(ProgressBar):
         self._bar = self._open(
             "training", None if total == float("inf") else int(total), trainer.global_step
         )
+        self._averaged_steps = trainer.global_step
 
     def on_train_batch_end(
         self,
@@ -159,8 +160,8 @@ class TokenProgressBar(ProgressBar):
 def newest_loss(trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any) -> Any:
     """Returns the loss per token of the last optimizer step, 0-dim; None if there is none.
 
-    LongContextModule and TokenExactLoss keep this loss. Without them, the result is the loss that
-    `training_step` returned for the last micro-batch.
+    LongContextModule and TokenExactLoss store this loss in `last_loss`. Without them, the result is
+    the loss that `training_step` returned for the last micro-batch.
 
     Args:
         trainer: The trainer.

@@ -1,8 +1,10 @@
 """Tests TokenProgressBar: it counts steps of the whole run, and never waits for the device."""
 
+import lightning.pytorch as pl
 import pytest
 
 from lctrain.callbacks import ThroughputMonitor, TokenProgressBar
+from lctrain.callbacks.progress import RunningMean
 from lctrain.config import OptimConfig
 from lctrain.module import LongContextModule
 from tests.training import loader, make_batch, make_trainer
@@ -56,6 +58,42 @@ def test_error_closes_the_bar(tmp_path, make_llama, capsys):
 def test_print_goes_above_the_bar(capsys):
     TokenProgressBar().print("a", 1)
     assert capsys.readouterr().out == "a 1\n"
+
+
+def test_a_resumed_step_is_averaged_once_it_is_complete(tmp_path, make_llama):
+    import torch
+
+    class Losses(RunningMean):
+        def __init__(self):
+            super().__init__()
+            self.added = []
+
+        def add(self, value):
+            self.added.append(value)
+            super().add(value)
+
+    class Counting(LongContextModule):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.last_loss = torch.tensor(float(self.trainer.fit_loop.total_batch_idx))
+            return loss
+
+    path = tmp_path / "middle.ckpt"
+
+    class SaveWithinAStep(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 2:
+                trainer.save_checkpoint(path)
+
+    first = make_trainer(tmp_path, [SaveWithinAStep()], accumulate_grad_batches=2)
+    first.fit(LongContextModule(make_llama(), OptimConfig()), loader(PACKS))
+    bar = TokenProgressBar()
+    bar._average = losses = Losses()
+    trainer = make_trainer(tmp_path, [bar], accumulate_grad_batches=2, enable_progress_bar=True)
+    module = Counting(make_llama(), OptimConfig())
+    trainer.fit(module, loader(PACKS), ckpt_path=path)
+    assert trainer.global_step == 3
+    assert len(losses.added) == 2  # steps 2 and 3; step 1 is before the checkpoint
 
 
 def test_the_loss_of_the_bar_is_a_running_mean():
