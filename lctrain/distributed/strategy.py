@@ -28,8 +28,9 @@ class ShardedStrategy(ModelParallelStrategy):
     """Divides parameters, gradients and optimizer states over ranks, with torch's FSDP2.
 
     The ranks form a mesh (replicas, shards). A replica holds the parameters once; they are divided
-    over its shards. LongContextModule shards its model with this strategy;
-    another module calls `shard` in its `configure_model`, and `root` in its steps.
+    over its shards. LongContextModule shards its model with this strategy; another module calls
+    `shard` in its `configure_model`, and runs the model by
+    `lctrain.distributed.sharding.through_root` in its steps.
 
     Args:
         replicas: Number of copies of the parameters.
