@@ -60,9 +60,9 @@ def shapes(
     value_dim: int | None = None,
     shared_k: bool = False,
 ) -> Any:
-    """Returns operands of one token and one head on the meta device.
+    """Returns the operands of an attention call with one token and one head, on the meta device.
 
-    The arguments are those of `serving`.
+    The arguments have the meanings of those of `serving`.
     """
     x = torch.empty(1, 1, head_dim, dtype=dtype, device="meta")
     v = torch.empty(1, 1, value_dim or head_dim, dtype=dtype, device="meta")

@@ -159,7 +159,7 @@ def check_isolation(model: nn.Module, batch: PackedBatch, progress: bool = False
 def _check_contents(
     model: nn.Module, batch: PackedBatch, before: Tensor, rounding: RoutedRounding, bar: Any
 ) -> None:
-    """Changes the tokens of one document, and compares the outputs of all other documents.
+    """Checks that changing the tokens of one document does not change the outputs of the others.
 
     Args:
         model: The model.

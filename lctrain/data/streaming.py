@@ -106,25 +106,25 @@ class Window:
 class StreamedRows(torch.utils.data.Dataset[PlacedBatch]):
     """The pack of every step of one rank, by the number of the step since training began.
 
-    Each pack comes with its place: the number of its window, and the fields of `Window`. Training
-    that goes on after a checkpoint reads the window of the checkpoint's place again and compares
-    it. Other runs may have rewritten the journal, so it is used only if it has that window.
+    Each pack comes with its place: the number of its window, and the fields of `Window`. A resumed
+    run reads the window of the checkpoint's place again and compares it with the checkpoint. Other
+    runs may have rewritten the journal, so it is used only if it has that window.
 
-    Steps are asked for in rising order. To begin later, the counts of the windows before are read
-    from the journal, and their records are passed over without being tokenized. Without a journal
-    (on another machine) they are tokenized again, with the same result.
+    Steps must be requested in rising order. A run that starts at a later step reads the counts of
+    earlier windows from the journal, and skips their records without tokenizing them. Without a
+    journal (on another machine) it tokenizes them again, with the same result.
     """
 
     def __init__(
         self, recipe: StreamRecipe, rank: int, world_size: int, cursor: Cursor | None = None
     ) -> None:
-        """Reads nothing yet.
+        """Stores the arguments; the stream is opened by the first request.
 
         Args:
             recipe: How the stream becomes rows.
             rank: This rank.
             world_size: Number of ranks.
-            cursor: Holds the place of the checkpoint that training goes on after; None for none.
+            cursor: Place of the checkpoint from which the run resumes; None for a new run.
         """
         self.recipe = recipe
         self._cursor = Cursor() if cursor is None else cursor

@@ -82,10 +82,10 @@ def take_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """Returns the modules whose parameters are gathered one module at a time.
+    """Returns the modules that gather their parameters one after another: the decoder layers.
 
-    They are those that transformers does not split over devices. If the model does not name any,
-    they are the entries of its longest list of modules.
+    These are the modules whose classes `_no_split_modules` of the model lists. Without such a list,
+    they are the entries of the model's longest ModuleList.
 
     Args:
         model: A transformers model, which may have PEFT adapters.

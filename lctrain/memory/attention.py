@@ -1,4 +1,4 @@
-"""Keeps the results of attention in the forward, and gives them back instead of recomputing them.
+"""KeptResults: attention results of the forward, reused when a layer is recomputed.
 
 The attentions of lctrain are operators of torch.library, so a dispatch mode sees their calls.
 """
@@ -50,7 +50,7 @@ class _Recording(TorchDispatchMode):
 
 
 class _Replaying(TorchDispatchMode):
-    """Returns the kept results, in order, instead of calling attention."""
+    """Replaces each attention call of a recomputation by the result that the forward kept."""
 
     def __init__(self, results: KeptResults) -> None:
         super().__init__()

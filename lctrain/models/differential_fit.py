@@ -57,7 +57,8 @@ def refuse_differential_layers(model: Any) -> None:
 def fuse_layers(layers: dict[str, nn.Module]) -> Callable[[], None]:
     """Changes the class of DiffLlama's attention layers to FusedDiffLlamaAttention.
 
-    Differential layers of version 2 do not change, since the attention function serves them.
+    Differential layers of version 2 keep their class: they call the kernels through the attention
+    function.
 
     Args:
         layers: Attention layers by name.

@@ -1,4 +1,4 @@
-"""convert_progress: counts of a checkpoint for a run that accumulates another number of packs."""
+"""convert_progress: adapts the batch counts of a checkpoint to another accumulation."""
 
 from __future__ import annotations
 
