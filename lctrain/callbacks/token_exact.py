@@ -36,7 +36,11 @@ class TokenExactLoss(pl.Callback):
     3. the valid labels of the batch, a PackedBatch or a mapping with transformers' names.
 
     In manual optimization, a step consists of everything that is back-propagated since the last
-    step of the optimizer, and the first place is not read.
+    step of the optimizer, and the first place is not read. `training_step` may back-propagate the
+    loss in parts: within an optimizer step, the tokens of a batch are counted once. The parts must
+    add up to the loss of the batch, which is its sum or its mean over all tokens of the batch.
+
+    A micro-batch without valid tokens adds nothing to the loss.
 
     Args:
         reduction: Loss that `training_step` returns: the "sum" of the token losses, or their "mean"
@@ -172,11 +176,12 @@ class TokenExactLoss(pl.Callback):
         def make(backward: Any) -> Any:
             def step(loss: Tensor, *args: Any, **kwargs: Any) -> None:
                 if not pl_module.automatic_optimization:
-                    self._count = self._tokens_of(None)
-                    self._add(loss)
+                    first = self._count is None  # part of the batch's loss in this window
+                    self._count = self._tokens_of(None) if first else self._count
+                    self._add(loss, counted=not first)
                 if self.reduction == "mean":
                     assert self._count is not None
-                    loss = loss * self._count
+                    loss = _sum_of(loss, self._count)
                 backward(loss, *args, **kwargs)
                 if pl_module.automatic_optimization and not trainer.fit_loop._should_accumulate():
                     self._close(trainer, pl_module, trainer.accumulate_grad_batches)
@@ -185,7 +190,8 @@ class TokenExactLoss(pl.Callback):
 
         return make
 
-    def _add(self, loss: Tensor) -> None:
+    def _add(self, loss: Tensor, counted: bool = False) -> None:
+        """Adds a loss to the window, and the tokens of the batch unless they are counted."""
         assert self._count is not None
         loss = loss.detach()
         if loss.dim() != 0:
@@ -193,7 +199,8 @@ class TokenExactLoss(pl.Callback):
                 f"training_step must return a loss of one number, got shape {tuple(loss.shape)}. "
                 "Sum the token losses."
             )
-        self._window.add(loss * self._count if self.reduction == "mean" else loss, self._count)
+        loss_sum = _sum_of(loss, self._count) if self.reduction == "mean" else loss
+        self._window.add(loss_sum, 0 if counted else self._count)
 
     def _tokens_of(self, output: Any) -> int | Tensor:
         """Returns the number of valid tokens in this micro-batch, an int or a 0-dim tensor.
@@ -221,11 +228,19 @@ class TokenExactLoss(pl.Callback):
         ranks = Topology.of(trainer)
         self._window.close(pl_module.parameters(), averaged * ranks.size, ranks)
         self.last_loss = self._window.last_loss
+        self._count = None
 
     def _give_back(self) -> None:
         for override in reversed(self._overrides):
             override.restore()
         self._overrides = []
+
+
+def _sum_of(mean: Tensor, count: int | Tensor) -> Tensor:
+    """Returns the summed loss of a mean over `count` tokens; 0 without tokens, also from a NaN."""
+    if isinstance(count, Tensor):
+        return torch.where((count == 0).to(mean.device), 0.0, mean * count)
+    return mean * count if count else mean.nan_to_num(0.0, 0.0, 0.0) * 0
 
 
 def _refuse_module(pl_module: pl.LightningModule) -> None:

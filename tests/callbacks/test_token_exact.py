@@ -106,6 +106,66 @@ def test_manual_optimization(tmp_path, make_llama, reference):
 
 
 @pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_a_loss_in_parts_counts_its_tokens_once(tmp_path, make_llama, reference, reduction):
+    class Parts(Sums):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            output = self.loss_of(batch)
+            loss = output["loss"]
+            if reduction == "mean":
+                loss = loss / output["num_tokens"]
+            self.manual_backward(0.25 * loss, retain_graph=True)
+            self.manual_backward(0.75 * loss)
+            if batch_idx == 2:
+                self.optimizers().step()
+
+    off = {"accumulate_grad_batches": 1, "gradient_clip_val": None}
+    exact = TokenExactLoss(reduction)
+    module = fit(tmp_path, Parts(make_llama()), exact, batches=UNEVEN, **off)
+    assert_equal_in_float64(module.gradients[0], reference.seen[0])
+    assert float(exact.last_loss) == near(reference.losses[0])
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_two_steps_in_a_batch_count_its_tokens_twice(tmp_path, make_llama):
+    class Twice(Sums):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for _ in range(2):
+                self.zero_grad()
+                self.manual_backward(self.loss_of(batch)["loss"])
+                self.optimizers().step()
+
+    off = {"accumulate_grad_batches": 1, "gradient_clip_val": None}
+    twice = fit(tmp_path, Twice(make_llama()), TokenExactLoss(), batches=UNEVEN[:1], **off)
+    batches = [UNEVEN[0], UNEVEN[0]]
+    once = fit(tmp_path, Sums(make_llama()), TokenExactLoss(), batches=batches, **off)
+    assert_equal_in_float64(twice.gradients, once.gradients)
+
+
+@pytest.mark.parametrize("kind", [int, torch.tensor], ids=["int", "tensor"])
+def test_a_micro_batch_without_valid_labels_adds_nothing(tmp_path, make_llama, kind):
+    class Empty(Means):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 1:  # what transformers' mean over no token is
+                nothing = sum((p * 0).sum() for p in self.parameters())
+                return {"loss": nothing + float("nan"), "tokens": kind(0)}
+            output = super().training_step(batch, batch_idx)
+            return output | {"tokens": kind(int(output["tokens"]))}
+
+    exact, without = (TokenExactLoss("mean", tokens="tokens") for _ in range(2))
+    off = {"accumulate_grad_batches": 2, "gradient_clip_val": None}
+    module = fit(tmp_path, Empty(make_llama()), exact, batches=UNEVEN[:2], **off)
+    off["accumulate_grad_batches"] = 1
+    alone = fit(tmp_path, Means(make_llama()), without, batches=UNEVEN[:1], **off)
+    assert float(exact.last_loss) == near(float(without.last_loss))
+    assert torch.allclose(module.gradients[0][0], alone.gradients[0][0])
+
+
+@pytest.mark.usefixtures("in_float64")
 def test_a_skipped_micro_batch_does_not_spoil_the_window(tmp_path, make_llama):
     class Skips(Sums):
         def training_step(self, batch, batch_idx):
