@@ -71,6 +71,7 @@ class LengthPerplexity(pl.Callback):
         self.model = model
         self.begin_token = begin_token
         self._begin = NO_BEGIN
+        self._step = 0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks before training that there is a model and a document to measure.
@@ -89,6 +90,10 @@ class LengthPerplexity(pl.Callback):
                 "callbacks.length_perplexity=null."
             )
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stores the optimizer step at which the run starts or resumes."""
+        self._step = trainer.global_step
+
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,
@@ -97,9 +102,12 @@ class LengthPerplexity(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Measures and logs `val/perplexity_<length>` after every n-th optimizer step."""
-        stepped = not trainer.fit_loop._should_accumulate()
-        if not stepped or trainer.global_step % self.every_n_steps != 0:
+        """Measures and logs `val/perplexity_<length>` after every n-th optimizer step.
+
+        A batch with several optimizer steps is measured once, if an n-th step is among them.
+        """
+        before, self._step = self._step, trainer.global_step
+        if self._step // self.every_n_steps == before // self.every_n_steps:
             return
         ranks = Topology.of(trainer)
         if ranks.is_first or ranks.is_sharded:  # a sharded model needs all ranks

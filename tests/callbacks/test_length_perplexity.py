@@ -13,6 +13,7 @@ from lctrain.eval import perplexity_by_length
 from lctrain.loggers import MetricsCSV
 from lctrain.loss import causal_lm
 from lctrain.module import LongContextModule
+from tests.callbacks.own_module import OwnModule
 from tests.training import loader, make_batch, make_trainer
 
 PACKS = [make_batch([12, 5], i) for i in range(4)]
@@ -48,6 +49,28 @@ def test_logs_perplexities_and_leaves_training_alone(tmp_path, make_llama):
     column = rows[0].split(",").index("val/perplexity_8")
     measured = [row.split(",") for row in rows[1:] if row.split(",")[column]]
     assert [row[0] for row in measured] == ["1", "3"]
+
+
+def test_manual_optimization_measures_at_optimizer_steps(tmp_path, make_llama):
+    class Manual(OwnModule):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(self.loss_of(batch)["loss"] / 50)
+            for _ in range({1: 1, 3: 2}.get(batch_idx, 0)):  # steps 1, then 2 and 3
+                self.optimizers().step()
+
+    for every, measured in ((1, [0, 2]), (2, [2])):
+        logger = MetricsCSV(str(tmp_path / str(every)))
+        steps = []
+        logger.log_metrics = lambda metrics, step, steps=steps: (
+            steps.append(step) if "val/perplexity_8" in metrics else None
+        )
+        callback = LengthPerplexity([8], every_n_steps=every, documents=1)
+        make_trainer(tmp_path, [callback], logger=logger).fit(
+            Manual(make_llama()), datamodule=Data()
+        )
+        assert steps == measured
 
 
 def test_lengths_are_checked_before_training():
