@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 SHOWN_DOCUMENTS = 8
 ON_BATCH = ("stop", "skip")
+NOTHING = 2  # stands for a step without loss and gradient, beside 0 (not finite) and 1 (finite)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -100,7 +101,7 @@ class NonFiniteLossGuard(pl.Callback):
         self._in_a_row = 0
         self._pending: list[_Loss] = []
         self._step_losses: list[Tensor] = []
-        self._leaves_out = False
+        self._skipped: dict[int, bool] = {}  # by optimizer step, of the current batch
 
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
@@ -123,10 +124,14 @@ class NonFiniteLossGuard(pl.Callback):
             return
         losses, self._step_losses = self._step_losses, []
         gradients = [local_part(p.grad) for p in pl_module.parameters() if p.grad is not None]
-        checks = [value.isfinite().all() for value in [*losses, *gradients]]
-        finite = torch.stack([check.to(pl_module.device) for check in checks]).all().int()
-        self._leaves_out = not bool(Topology.of(trainer).minimum(finite))
-        if self._leaves_out:
+        checks = [value.isfinite().all().to(pl_module.device) for value in [*losses, *gradients]]
+        nothing = torch.tensor(NOTHING, dtype=torch.int32, device=pl_module.device)
+        finite = torch.stack(checks).all().int() if checks else nothing
+        agreed = int(Topology.of(trainer).minimum(finite))
+        if agreed == NOTHING:
+            return
+        self._skipped[trainer.global_step] = agreed == 0
+        if agreed == 0:
             for parameter in pl_module.parameters():
                 parameter.grad = None  # an optimizer leaves such a parameter alone
 
@@ -170,32 +175,43 @@ class NonFiniteLossGuard(pl.Callback):
         self.left_out, self._in_a_row = state_dict["left_out"], state_dict["in_a_row"]
 
     def _count(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Counts the optimizer step if it was skipped, and logs the documents of its batch.
+        """Counts the skipped ones among the batch's optimizer steps, and logs their documents.
 
-        Does nothing after a micro-batch that does not end an optimizer step.
+        A batch without an optimizer step changes no count.
 
         Raises:
             NonFiniteLossError: if too many consecutive steps were skipped.
         """
-        if trainer.fit_loop._should_accumulate():
-            return
-        pending, self._pending = self._pending, []
-        if self._leaves_out:
-            self._leaves_out = False
-            self.left_out += 1
-            self._in_a_row += 1
-            bad = [loss for loss in pending if not _finite(loss.value)]
-            what = bad[0].describe() if bad else "a gradient on some rank"
-            log.warning("Step %d left out: not finite: %s.", trainer.global_step, what)
-            if self._in_a_row > self.max_in_a_row:
-                raise NonFiniteLossError(
-                    f"steps left out in a row must be at most {self.max_in_a_row}, got "
-                    f"{self._in_a_row}; the newest: {what}. {_remedy(trainer)}"
-                )
-        else:
-            self._in_a_row = 0
+        steps, self._skipped = self._skipped, {}
+        if steps:
+            pending, self._pending = self._pending, []
+            for step, skipped in steps.items():
+                self._in_a_row = self._in_a_row + 1 if skipped else 0
+                if skipped:
+                    self._leave_out(trainer, step + 1, pending)
         if at_log_step(trainer):
             pl_module.log("train/left_out_steps", float(self.left_out))
+
+    def _leave_out(self, trainer: pl.Trainer, step: int, pending: list[_Loss]) -> None:
+        """Counts one skipped step, and logs it.
+
+        Args:
+            trainer: The trainer.
+            step: Number of the optimizer step, from 1.
+            pending: Micro-batches since the last optimizer step.
+
+        Raises:
+            NonFiniteLossError: if too many consecutive steps were skipped.
+        """
+        self.left_out += 1
+        bad = [loss for loss in pending if not _finite(loss.value)]
+        what = bad[0].describe() if bad else "a gradient or a loss on some rank"
+        log.warning("Step %d left out: not finite: %s.", step, what)
+        if self._in_a_row > self.max_in_a_row:
+            raise NonFiniteLossError(
+                f"steps left out in a row must be at most {self.max_in_a_row}, got "
+                f"{self._in_a_row}; the newest: {what}. {_remedy(trainer)}"
+            )
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -10,6 +10,7 @@ from lctrain.batch import PackedBatch
 from lctrain.callbacks import NonFiniteLossError, NonFiniteLossGuard, StepCheckpoint
 from lctrain.config import OptimConfig
 from lctrain.module import LongContextModule
+from tests.callbacks.own_module import OwnModule
 from tests.training import loader, make_batch, make_trainer
 
 PACKS = [make_batch([12, 5], i) for i in range(8)]
@@ -158,6 +159,56 @@ def test_skip_ends_after_too_many_in_a_row(tmp_path, make_llama):
     with pytest.raises(NonFiniteLossError, match=r"at most 2, got 3; the newest: nan in micro-bat"):
         skipping(tmp_path, make_llama, bad={1, 3, 4, 5, 6}, max_in_a_row=2)
     assert all_finite(tmp_path / "c" / "last.ckpt")
+
+
+class ManualSteps(OwnModule):
+    """A module that takes so many optimizer steps in a batch, some after a loss of NaN."""
+
+    automatic_optimization = False
+
+    def __init__(self, model, steps, bad):
+        super().__init__(model)
+        self.steps, self.bad = steps, bad
+
+    def training_step(self, batch, batch_idx):
+        for number in range(max(self.steps[batch_idx], 1)):
+            loss = self.loss_of(batch)["loss"] / 100
+            self.manual_backward(loss * float("nan") if (batch_idx, number) in self.bad else loss)
+            if self.steps[batch_idx]:
+                optimizer = self.optimizers()
+                optimizer.step()
+                optimizer.zero_grad()
+        return {"loss": loss.detach()}
+
+
+def test_skip_counts_each_step_of_a_batch(tmp_path, make_llama):
+    guard = NonFiniteLossGuard(on_batch="skip", max_in_a_row=1)
+    module = ManualSteps(make_llama(), [2, 2, 2], bad={(0, 0), (1, 0)})
+    make_trainer(tmp_path, [guard]).fit(module, loader(PACKS[:3]))
+    assert guard.left_out == 2  # a good step lies between them
+    assert all(bool(p.isfinite().all()) for p in module.parameters())
+
+
+def test_skip_counts_on_over_batches_without_a_step(tmp_path, make_llama):
+    guard = NonFiniteLossGuard(on_batch="skip", max_in_a_row=1)
+    module = ManualSteps(make_llama(), [0, 1, 0, 1], bad={(0, 0), (2, 0)})
+    with pytest.raises(NonFiniteLossError, match="must be at most 1, got 2"):
+        make_trainer(tmp_path, [guard]).fit(module, loader(PACKS[:4]))
+    assert guard.left_out == 2
+
+
+def test_skip_passes_over_a_batch_without_a_loss(tmp_path, make_llama):
+    class Sometimes(OwnModule):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)["loss"] / 100
+            return [loss * float("nan"), None, loss * float("nan"), loss][batch_idx]
+
+    guard = NonFiniteLossGuard(on_batch="skip", max_in_a_row=2)
+    make_trainer(tmp_path, [guard]).fit(Sometimes(make_llama()), loader(PACKS[:4]))
+    assert guard.left_out == 2
+    guard = NonFiniteLossGuard(on_batch="skip", max_in_a_row=1)
+    with pytest.raises(NonFiniteLossError, match="must be at most 1, got 2"):
+        make_trainer(tmp_path, [guard]).fit(Sometimes(make_llama()), loader(PACKS[:4]))
 
 
 @pytest.mark.parametrize(
