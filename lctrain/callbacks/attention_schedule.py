@@ -83,8 +83,10 @@ class AttentionSchedule(Patching):
     The optimizer step alone decides the stage, so a resumed run gives the same bits as an
     uninterrupted one. Every stage is tried on the models before training. Each change of stage is
     logged. The metric `attention/stage`, logged at logging steps, is the first step of the current
-    stage. Validation, test and prediction use the current stage of the run, or the stage that a
-    checkpoint stores; without a run or checkpoint they use the first stage.
+    stage. A schedule with `models` has a state and a metric of its own, such as
+    `attention/stage/policy.model`. Validation, test and prediction use the current stage of the
+    run, or the stage that a checkpoint stores; without a run or checkpoint they use the first
+    stage.
 
     Checkpoints, and the model after the run, keep the original config. If the last stage changes
     RoPE, update `model.config.rope_parameters` with `final_rope` before you export the model.
@@ -151,7 +153,19 @@ class AttentionSchedule(Patching):
     ) -> None:
         """Logs the first step of the current stage, at logging steps."""
         if at_log_step(trainer):
-            pl_module.log("attention/stage", float(self.stage.step), batch_size=1)
+            name = "/".join(["attention/stage", *self._paths])
+            pl_module.log(name, float(self.stage.step), batch_size=1)
+
+    @property
+    def state_key(self) -> str:
+        """Name of the state in a checkpoint, which contains the paths of the models."""
+        if not self._paths:
+            return super().state_key
+        return self._generate_state_key(models=self._paths)
+
+    @property
+    def _paths(self) -> list[str]:
+        return [self.models] if isinstance(self.models, str) else list(self.models or ())
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the first step of the current stage, for the checkpoint to restore the stage."""

@@ -7,6 +7,7 @@ import torch
 
 from lctrain.attention import is_patched
 from lctrain.callbacks import AttentionSchedule, BatchSeed, PatchAttention, StepCheckpoint
+from lctrain.loss import causal_lm_loss
 from lctrain.models import patch_model
 from lctrain.models.rope import RopeSwap
 from tests.callbacks.own_module import OwnModule
@@ -90,6 +91,35 @@ def test_a_validation_of_a_checkpoint_has_its_stage(tmp_path, make_llama):
         trainer = make_trainer(tmp_path, [AttentionSchedule(STAGES)])
         trainer.validate(other, loader(PACKS[:1]), ckpt_path=path, verbose=False)
         assert other.implementations == [name]
+
+
+def test_each_of_two_schedules_keeps_its_stage(tmp_path, make_llama):
+    class Two(OwnModule):
+        def __init__(self):
+            super().__init__(make_llama())
+            self.other = make_llama()
+
+        def training_step(self, batch, batch_idx):
+            return causal_lm_loss(self.model, batch)[0] + causal_lm_loss(self.other, batch)[0]
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    def schedules():
+        return [
+            AttentionSchedule({0: {}, 1: {"sliding_window": 4}}, models="model"),
+            AttentionSchedule({0: {}, 2: {"sliding_window": 4}}, models=["other"]),
+        ]
+
+    trainer = make_trainer(tmp_path, schedules(), max_steps=2)
+    trainer.fit(Two(), loader(PACKS[:2]))
+    assert float(trainer.callback_metrics["attention/stage/model"]) == 1
+    assert float(trainer.callback_metrics["attention/stage/other"]) == 0
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    again = schedules()
+    trainer = make_trainer(tmp_path, again)
+    trainer.validate(Two(), loader(PACKS[:1]), ckpt_path=tmp_path / "x.ckpt", verbose=False)
+    assert [schedule.stage.step for schedule in again] == [1, 0]
 
 
 def test_a_change_is_said(tmp_path, make_llama, caplog):
