@@ -147,8 +147,8 @@ def _materialize(model: nn.Module, device: torch.device) -> None:
     ]
     model.to_empty(device=device)
     for module, name, buffer in kept:
-        module._buffers[name] = buffer.contiguous()
-        torch.distributed.broadcast(module._buffers[name], src=0)
+        module._buffers[name] = value = buffer.contiguous()
+        torch.distributed.broadcast(value, src=0)
 
 
 def through_root(trainer: Any, function: Callable[..., Any], *args: Any) -> Any:
