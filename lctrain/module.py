@@ -419,7 +419,7 @@ class LongContextModule(pl.LightningModule):
             warn_if_ended(checkpoint[STEPS_KEY], self._trainer.max_steps)
             check_same_options(self.optim, state.get("optim", {}))
             now = self.trainer.accumulate_grad_batches
-            convert_progress(checkpoint, state.get("accumulated", now), now)
+            convert_progress(checkpoint, state.get("accumulated"), now)
         if state["first_loss"] is not None:
             self.first_loss = torch.tensor(state["first_loss"], dtype=torch.float64)
         self.held_out_losses = [tuple(pair) for pair in state["held_out_losses"]]

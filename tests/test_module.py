@@ -356,26 +356,6 @@ def test_two_ranks_equal_one_big_batch(tmp_path):
     assert_equal_in_float64(result["weights"], dict(module.model.state_dict()))
 
 
-def test_adapters_load_beside_the_extra_keys_of_quantized_weights(make_llama):
-    """bitsandbytes adds keys to the state dict, which torch's strict loading refuses."""
-    pytest.importorskip("peft")
-    from lctrain.config import AdapterConfig
-    from lctrain.models.low_rank import adapter_state, add_adapter
-
-    model = add_adapter(make_llama(), AdapterConfig(rank=2))
-
-    def add_key(module, state, prefix, metadata):
-        state[f"{prefix}absmax"] = torch.ones(1)
-
-    model.model.model.layers[0].self_attn.q_proj.base_layer.register_state_dict_post_hook(add_key)
-    module = LongContextModule(model)
-    saved = {f"model.{name}": x + 1 for name, x in adapter_state(model).items()}
-    checkpoint = {"state_dict": dict(saved)}
-    module.on_load_checkpoint(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"], strict=True)
-    assert all(torch.equal(x, saved[f"model.{name}"]) for name, x in adapter_state(model).items())
-
-
 @pytest.mark.parametrize("given", [True, False], ids=["model", "nothing"])
 def test_load_from_checkpoint(tmp_path, make_llama, given):
     """The checkpoint holds the module's arguments and its weights."""

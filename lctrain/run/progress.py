@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def convert_progress(checkpoint: Mapping[str, Any], then: int, now: int) -> None:
+def convert_progress(checkpoint: Mapping[str, Any], then: int | None, now: int) -> None:
     """Converts Lightning's counts of micro-batches in a checkpoint, in place.
 
     A run that goes on with another number of ranks accumulates another number of packs per rank.
@@ -14,15 +14,26 @@ def convert_progress(checkpoint: Mapping[str, Any], then: int, now: int) -> None
 
     Args:
         checkpoint: Lightning's checkpoint.
-        then: Packs per rank in an optimizer step of the checkpoint's run.
+        then: Packs per rank in an optimizer step of the checkpoint's run; None if an older version
+            wrote the checkpoint, which orders the rows of an accumulating run in another way.
         now: Packs per rank in an optimizer step of this run.
 
     Raises:
-        ValueError: if the checkpoint lies within an optimizer step.
+        ValueError: if the checkpoint lies within an optimizer step, or an older version wrote it in
+            a run that accumulated.
     """
     if then == now:
         return
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    if then is None:
+        batches, steps = progress["total"]["processed"], checkpoint["global_step"]
+        if batches > 1.25 * steps:  # 1.5 at least if two packs were accumulated
+            raise ValueError(
+                "the checkpoint must be of a run that does not accumulate, or of this version of "
+                f"lctrain, got {batches} batches in {steps} optimizer steps of an older version, "
+                "which orders rows in another way. Start a new run without ckpt_path."
+            )
+        return
     for counts in (progress["total"], progress["current"]):
         if counts["processed"] % then != 0:
             raise ValueError(

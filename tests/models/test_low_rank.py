@@ -16,6 +16,7 @@ from lctrain.models.low_rank import (
     load_adapter_state,
     require_trainable_weights,
 )
+from lctrain.module import LongContextModule
 from tests.configs.composed import load
 
 peft = pytest.importorskip("peft")
@@ -168,3 +169,19 @@ def test_a_missing_package_is_named(monkeypatch, quantize, package):
 def test_settings_that_are_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         load(*overrides)
+
+
+def test_adapters_load_beside_the_extra_keys_of_quantized_weights(make_llama):
+    """bitsandbytes adds keys to the state dict, which torch's strict loading refuses."""
+    model = add_adapter(make_llama(), AdapterConfig(rank=2))
+
+    def add_key(module, state, prefix, metadata):
+        state[f"{prefix}absmax"] = torch.ones(1)
+
+    model.model.model.layers[0].self_attn.q_proj.base_layer.register_state_dict_post_hook(add_key)
+    module = LongContextModule(model)
+    saved = {f"model.{name}": x + 1 for name, x in adapter_state(model).items()}
+    checkpoint = {"state_dict": dict(saved)}
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"], strict=True)
+    assert all(torch.equal(x, saved[f"model.{name}"]) for name, x in adapter_state(model).items())

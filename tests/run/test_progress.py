@@ -29,3 +29,15 @@ def test_optimizer_steps_stay_the_same(then, now, batches):
 def test_a_checkpoint_within_a_step_is_refused():
     with pytest.raises(ValueError, match="accumulate_grad_batches must be 4 for a checkpoint with"):
         convert_progress(checkpoint(6), 4, 2)
+
+
+@pytest.mark.parametrize(("steps", "accepted"), [(6, True), (3, False), (4, False)])
+def test_an_older_run_that_accumulated_is_refused(steps, accepted):
+    """Its rows are in another order, and its checkpoint does not say so."""
+    found = {**checkpoint(6), "global_step": steps}
+    if accepted:
+        convert_progress(found, None, 1)
+        assert found == {**checkpoint(6), "global_step": steps}
+    else:
+        with pytest.raises(ValueError, match=r"got 6 batches in .* Start a new run"):
+            convert_progress(found, None, 1)

@@ -86,7 +86,7 @@ class LiteralEncoder:
         origin.append(np.arange(done, len(text) + 1))
         encoded = self._backend.encode("".join(pieces), add_special_tokens=False)
         ids = np.array(encoded.ids, dtype=np.int64)
-        taken = np.isin(ids, list(self._ids))
+        taken = np.isin(ids, np.array(list(self._ids), dtype=np.int64))
         if int(taken.sum()) != count or np.isin(ids, self._special).any():
             return None
         ids[taken] = [self._ids[index] for index in ids[taken].tolist()]
