@@ -96,7 +96,7 @@ def has_moments(kind: type[Optimizer]) -> bool:
 def check_optimizer(config: OptimConfig) -> None:
     """Raises ValueError if the optimizer's class does not exist or does not take the options.
 
-    An option with its default value is left to the class where the class has none of the kind.
+    An option at its default is not checked if the class has no such argument.
 
     Args:
         config: Options of the optimizer.

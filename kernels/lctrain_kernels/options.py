@@ -26,7 +26,7 @@ class AttentionOptions(NamedTuple):
         softcap: A softcap c > 0 replaces a logit x by c tanh(x / c); 0 turns it off.
         dropout_p: Probability of dropping an attention weight.
         dropout_seed: Seed of the dropout mask, [1] int64; None without dropout.
-        first_head: Index of the call's first query head in the dropout key. A rank that holds a
+        first_head: Index of the call's first query head for the dropout RNG. A rank that holds a
             slice of the heads passes its first one: its dropout mask is then that of all heads.
         alibi_slopes: ALiBi slopes, [H] or [N, H] float32, or None.
         learnable_sink: Logit of the attention sink of each head, [H], or None.
@@ -86,7 +86,7 @@ def checked_options(
         softcap: Softcap c; 0 turns it off.
         dropout_p: Dropout probability, in [0, 1).
         dropout_seed: An int, an int64 tensor of one element, or None to draw a seed.
-        first_head: Index of the call's first query head in the dropout key.
+        first_head: Index of the call's first query head for the dropout RNG.
         alibi_slopes: ALiBi slopes, [H] or [N, H] float32, or None.
         learnable_sink: Logit of the attention sink of each head, [H], or None.
         deterministic: Whether the backward must give the same bits in every run.

@@ -165,7 +165,7 @@ def _check_contents(
         model: The model.
         batch: The pack.
         before: [T, C], outputs of the model for the unchanged pack.
-        rounding: Removes the rounding of routed blocks.
+        rounding: Gives MoE blocks their recorded outputs where these differ by rounding only.
         bar: Progress bar over the forward passes.
 
     Raises:
@@ -258,7 +258,8 @@ def _width(model: nn.Module) -> int:
 def _shortened(batch: PackedBatch, tokens: int) -> PackedBatch:
     """Returns the pack shortened to at most `tokens` tokens.
 
-    Each document is cut to at most half of `tokens`, and documents that do not fit are dropped.
+    Each document is cut to at most half of `tokens`, and to the room that is left. Documents
+    without room are dropped.
     """
     if batch.num_tokens <= tokens:
         return batch

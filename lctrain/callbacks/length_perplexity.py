@@ -21,8 +21,9 @@ from lctrain.eval.begin import NO_BEGIN, BeginTokens, begin_tokens
 class LengthPerplexity(pl.Callback):
     """Measures held-out perplexity at several context lengths every n optimizer steps.
 
-    Rank 0 measures while the other ranks wait. The measurement does not change training: the
-    training mode of every module is restored, even after an error.
+    Rank 0 measures while the other ranks wait; of a sharded model, all ranks measure. The
+    measurement does not change training: the training mode of every module is restored, even after
+    an error.
 
     Args:
         lengths: Context lengths in tokens.

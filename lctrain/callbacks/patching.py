@@ -214,7 +214,7 @@ def _builds_later(module: pl.LightningModule) -> bool:
 
 @contextmanager
 def _without_own_patch(module: pl.LightningModule) -> Iterator[None]:
-    """Keeps a LongContextModule, inside the context, from patching its model itself."""
+    """Context manager: inside it, a LongContextModule does not patch its own model."""
     if not isinstance(module, LongContextModule):
         yield
         return

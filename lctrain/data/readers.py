@@ -170,13 +170,13 @@ def read_json_lines(
     what: str,
     encoding: str | None = None,
 ) -> Iterator[Row]:
-    """Yields what `read` makes of every line of JSON; blank lines are skipped.
+    """Yields `read(value)` for the JSON value of every line; blank lines are skipped.
 
     Args:
         files: Files to read, compressed or not.
         read: Takes the value of a line, and returns the text of the document, or None for an empty
             one. Raises FieldError if there is no document.
-        what: What holds the text, for messages.
+        what: Name of the thing that is read, such as "a conversation", for error messages.
         encoding: Encoding of the files, as in `read_jsonl`.
     """
     for path, name, *_ in files:

@@ -171,7 +171,9 @@ class DualChunkHook(InputHook):
 
 
 def _continued_boundaries(inputs: dict[str, Any]) -> Boundaries:
-    """Returns the boundaries of rows on top of a filled key/value cache; each row is a document.
+    """Returns the boundaries of a batch whose first keys are in the key/value cache.
+
+    Each row is one document.
 
     Args:
         inputs: Keyword arguments of the model.

@@ -29,7 +29,7 @@ from lctrain_kernels.autocast import autocast_dtype
 
 
 class LlamaNorm:
-    """Mixin for RMSNorms that round before multiplying by the weight, as Llama's does."""
+    """Mixin for RMSNorms that cast to the input's dtype before they multiply, as Llama's does."""
 
     weight: Tensor
     variance_epsilon: float

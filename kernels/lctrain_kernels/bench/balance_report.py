@@ -18,7 +18,9 @@ def newest_balance_record(folder: Path = BALANCE_RESULTS) -> dict[str, Any] | No
 
 
 def balance_table(record: Mapping[str, Any]) -> str:
-    """Returns a Markdown table: the heaviest rank over the mean, by mix and packs per rank.
+    """Returns a Markdown table of the imbalance, with a row per mix and number of packs per rank.
+
+    The imbalance is the attention work of the heaviest rank over the mean of all ranks.
 
     Args:
         record: Record that `lctrain-bench balance` wrote.

@@ -3,7 +3,7 @@
 All contenders run on the same tensors in one process:
 
 - lctrain's dual chunk attention, with portable and with Hopper kernels;
-- lctrain's causal attention, which computes as many products;
+- lctrain's causal attention, whose matrix products have as many FLOPs;
 - the published formulation, on FlashAttention-4 and on FlashAttention-2 in PyTorch.
 
 lctrain's output and gradients are checked first: their error against float64 may be at most twice

@@ -68,7 +68,7 @@ class LossCase:
 
 
 def loss_functions() -> dict[str, Callable[[], Loss]]:
-    """Returns, for each contender, a function that imports its summed loss."""
+    """Returns a loader per contender, which imports the library and returns its summed loss."""
 
     def liger() -> Loss:
         name = "liger_kernel.ops.fused_linear_cross_entropy"

@@ -100,7 +100,8 @@ def time_case(
         case: Operation to time.
         names: Contenders, among TITLES.
         setting: Sizes and place.
-        timers: Timers to try in order: the next one serves a contender that cannot be captured.
+        timers: Timers to try in order. If one fails, for example because a CUDA graph cannot
+            capture the contender, the next one is used.
 
     Yields:
         One result per contender.

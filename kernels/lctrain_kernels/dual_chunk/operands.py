@@ -34,7 +34,7 @@ class Rotation(NamedTuple):
         inv_freq: RoPE frequencies [D/2] float32, in radians per position.
         chunk_length: Number of tokens c of a chunk.
         succ_length: Number of queries at the start of a chunk that have SUCC keys.
-        inter_position: Position at which RoPE rotates queries for their INTER keys.
+        inter_position: Constant position of every query, for RoPE, when it attends to INTER keys.
     """
 
     inv_freq: Tensor

@@ -232,7 +232,9 @@ def rotated_keys(
     *,
     rotation: Rotation,
 ) -> Tensor:
-    """Returns keys rotated back by c positions, the tokens of a chunk: [Tk, Hk, D], contiguous.
+    """Returns the keys with RoPE applied by -c positions, where c is the chunk length.
+
+    The result is [Tk, Hk, D], contiguous.
 
     See dual_chunk_rotate.
     """

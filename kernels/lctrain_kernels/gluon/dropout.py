@@ -15,7 +15,7 @@ def dropout_key(
 
     Args:
         pointers: Tensors of a call: dropout_seed, document_ids and query_offsets.
-        first_head: Index of the call's first query head in the dropout key; None instead of 0.
+        first_head: Index of the call's first query head for the dropout RNG; None instead of 0.
         document: Index of the document in the pack.
         head: Index of each row's query head in the call.
         first: Position in the document of the tile's first query.

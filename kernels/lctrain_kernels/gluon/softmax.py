@@ -290,8 +290,8 @@ def softmax_step(
         block: Index of the block of keys.
         rows: Query positions of the rows, a LocalQueries.
         visible: Range of keys that the rows see, a Visible.
-        bits: Random bits that block_bits returned, 32 per weight.
-        threshold: A weight is dropped if its 16 random bits are below this number.
+        bits: One random 32-bit word per weight, from block_bits.
+        threshold: A weight is dropped if the 16 bits taken from its word are below this number.
         scale: softmax_scale, the factor of q.k.
         softcap: Softcap c, which replaces a logit x by c tanh(x / c).
         s_layout: Layout of s.

@@ -211,7 +211,7 @@ class SeedWords(NamedTuple):
         key_1: High half of the seed, uint32.
         document: Document id, uint32.
         query_offset: Position of the document's first query in the dropout key.
-        first_head: Index of the call's first query head in the dropout key; None instead of 0.
+        first_head: Index of the call's first query head for the dropout RNG; None instead of 0.
     """
 
     key_0: Any
@@ -250,7 +250,7 @@ class Scalars(NamedTuple):
         softcap: Softcap c, which replaces a logit x by c tanh(x / c); None without one.
         threshold: A weight is dropped if its 16 random bits are below this number.
         keep_scale: 1 / keep probability, the factor of kept weights.
-        first_head: Index of the call's first query head in the dropout key; None instead of 0.
+        first_head: Index of the call's first query head for the dropout RNG; None instead of 0.
     """
 
     total_q: Any
@@ -335,7 +335,7 @@ class DropoutInputs(NamedTuple):
             None.
         document: Index of the document in the pack.
         threshold: A weight is dropped if its 16 random bits are below this number.
-        first_head: Index of the call's first query head in the dropout key; None instead of 0.
+        first_head: Index of the call's first query head for the dropout RNG; None instead of 0.
     """
 
     seed: Any

@@ -44,7 +44,10 @@ def _pytorch_gated_backward(
     dup: Tensor,
     out: Tensor | None = None,
 ) -> None:
-    """Writes the gradients to dgate and dup, and the recomputed product to out (dout or None)."""
+    """Writes the gradients to dgate and dup, and activation(gate) * up to out.
+
+    out may be dout itself, or None to skip it.
+    """
     results = reference.gated_bwd(dout, gate, up, activation)
     for target, result in zip((dgate, dup, out), results, strict=True):
         if target is not None:

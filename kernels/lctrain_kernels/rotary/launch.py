@@ -45,7 +45,7 @@ class RotaryConfig:
 
 
 def forward_config(numbers: int, has_norm: bool) -> RotaryConfig:
-    """Returns the forward's tile configuration, if each token has `numbers` column pairs."""
+    """Returns the forward's tile sizes for `numbers` rotated pairs per token, over all heads."""
     if has_norm:
         return RotaryConfig(1024, 4)
     return RotaryConfig(2048, 8 if numbers < 2048 else 4)

@@ -304,8 +304,9 @@ def varlen_fwd_hopper_kernel(
     """Computes out and lse, with one persistent program per multiprocessor.
 
     A program has consumer warpgroups, a producer warp and a scheduler warp. A tile has 64 rows per
-    consumer warpgroup: TILE.pack query heads of one key/value head times positions. pack is 1 with
-    three warpgroups. pointers.counter is an int32, zero at launch.
+    consumer warpgroup. A row is a pair of query head and position; a tile covers TILE.pack query
+    heads that share a key/value head. With three consumer warpgroups TILE.pack is 1.
+    pointers.counter is an int32, zero at launch.
 
     Grid: at most one program per multiprocessor.
     """
