@@ -6,13 +6,16 @@ turn of a conversation, in the middle of the text.
 
 from __future__ import annotations
 
+import json
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_UNWRITTEN = "\U000f0000" * 8  # private characters, which no document is expected to hold
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -46,3 +49,56 @@ def holds_special(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> bool:
     """
     special = set(special_ids(tokenizer).values()) - {tokenizer.unk_token_id}
     return bool(np.isin(ids, list(special)).any())
+
+
+def literal_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Returns a `tokenizers.Tokenizer` for which the texts of special tokens are ordinary text.
+
+    It has the ids of the given tokenizer. A vocabulary may list a special token among its ordinary
+    pieces, as Unigram vocabularies do. Such a piece gets a name that documents do not contain. In a
+    BPE vocabulary, a piece that merges produce keeps its name.
+
+    Args:
+        tokenizer: A fast tokenizer of transformers.
+    """
+    from tokenizers import Tokenizer
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    model = state["model"]
+    kept = {tokenizer.unk_token, *("".join(pair) for pair in _merges(model))}
+    names = {
+        text: f"{_UNWRITTEN}{index}"
+        for text, index in special_ids(tokenizer).items()
+        if text and text not in kept
+    }
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {names.get(piece, piece): index for piece, index in vocabulary.items()}
+    else:  # Unigram: pairs of a piece and its score
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
+    for token in state["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    backend = Tokenizer.from_str(json.dumps(state))
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend
+
+
+def literal_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer of `literal_backend` as a tokenizer of transformers.
+
+    Pass split_special_tokens=True when it is called.
+
+    Args:
+        tokenizer: A fast tokenizer of transformers.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=literal_backend(tokenizer))
+
+
+def _merges(model: dict[str, Any]) -> list[list[str]]:
+    """Returns the merges of a BPE model, as pairs of pieces; none for other models."""
+    merges = model.get("merges", [])
+    return [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +11,13 @@ import numpy as np
 
 from lctrain.data.documents import TokenStore
 from lctrain.data.long_text import PIECE, encode_long
-from lctrain.data.special_tokens import break_up, holds_special, special_pattern
+from lctrain.data.special_tokens import (
+    break_up,
+    holds_special,
+    literal_tokenizer,
+    special_pattern,
+)
+from lctrain.data.token_cache import map_groups
 from lctrain.data.tokenizer import fingerprint_tokenizer, name_unencodable, tokens_around
 
 if TYPE_CHECKING:
@@ -21,7 +25,7 @@ if TYPE_CHECKING:
 
     from lctrain.data.documents import Documents
 
-_RECIPE = "end-token-once-3"  # raise when tokenizing changes, so that old caches are not used
+_RECIPE = "end-token-once-4"  # raise when tokenizing changes, so that old caches are not used
 _SHOWN = 8 * PIECE  # characters of the shortest text that has a progress bar of its own
 
 
@@ -48,38 +52,17 @@ def tokenize(
         special_tokens: "text" keeps the text of a special token inside a document as text; "token"
             makes it the token.
     """
-    from datasets import Dataset
-
-    features = _features()
-    if len(documents) == 0:
-        return TokenStore(Dataset.from_dict({name: [] for name in features}, features), [])
-    parts = (_RECIPE, documents.fingerprint, fingerprint_tokenizer(tokenizer), special_tokens)
-    key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
-    folder = cache_dir / "tokens"
-    folder.mkdir(parents=True, exist_ok=True)
-    groups = documents.groups()
-    bounds = Dataset.from_dict(
-        {"first": [group.start for group in groups], "stop": [group.stop for group in groups]}
+    rows = map_groups(
+        documents,
+        _Encoder(tokenizer, special_tokens),
+        _features(),
+        cache_dir,
+        parts=(_RECIPE, fingerprint_tokenizer(tokenizer), special_tokens),
+        num_proc=num_proc,
+        description="Tokenizing",
     )
-    with keep_environment():
-        dataset = bounds.map(
-            _tokenize,
-            batched=True,
-            batch_size=1,  # a group
-            fn_kwargs={
-                "documents": documents,
-                "tokenizer": tokenizer,
-                "split_special_tokens": special_tokens == "text",
-            },
-            remove_columns=["first", "stop"],
-            features=features,
-            num_proc=num_proc if num_proc is not None and num_proc > 1 else None,
-            cache_file_name=str(folder / f"{key}.arrow"),
-            new_fingerprint=key,
-            desc="Tokenizing",
-        )
-    rows = dataset.data.column("document").to_pylist()
-    return TokenStore(dataset, [documents.names[row] for row in rows])
+    numbers = rows.data.column("document").to_pylist()
+    return TokenStore(rows, [documents.names[number] for number in numbers])
 
 
 def tokenize_window(
@@ -95,33 +78,14 @@ def tokenize_window(
     """
     from datasets import Dataset
 
+    encoder = _Encoder(tokenizer, special_tokens)
     found: dict[str, list[Any]] = {name: [] for name in _features()}
     for group in documents.groups():
         bounds = {"first": [group.start], "stop": [group.stop]}
-        for name, values in _tokenize(
-            bounds, documents, tokenizer, special_tokens == "text"
-        ).items():
+        for name, values in encoder(bounds, documents).items():
             found[name] += values
     dataset = Dataset.from_dict(found, _features())
     return TokenStore(dataset, [documents.names[row] for row in found["document"]])
-
-
-@contextmanager
-def keep_environment() -> Iterator[None]:
-    """Keeps the object `os.environ` and the environment variables.
-
-    `Dataset.map` with several processes assigns a copy to `os.environ`, which code that holds the
-    object does not see.
-    """
-    environment, parallelism = os.environ, os.environ.get("TOKENIZERS_PARALLELISM")
-    try:
-        yield
-    finally:
-        os.environ = environment  # noqa: B003 - the same object as before
-        if parallelism is None:
-            os.environ.pop("TOKENIZERS_PARALLELISM", None)
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = parallelism
 
 
 def _features() -> Any:
@@ -137,39 +101,34 @@ def _features() -> Any:
     )
 
 
-def _tokenize(
-    batch: dict[str, list[int]],
-    documents: Documents,
-    tokenizer: PreTrainedTokenizerBase,
-    split_special_tokens: bool,
-) -> dict[str, list[Any]]:
-    group = range(batch["first"][0], batch["stop"][0])
-    rows = []
-    with name_unencodable(tokenizer):
-        encoder = _Encoder(tokenizer, split_special_tokens)
-        for row, text, ids in zip(group, *encoder.encode(documents, group), strict=True):
-            rows.append((row, *encoder.finish(text, ids)))
-    kept = [row for row in rows if len(row[1])]
-    numbers, input_ids, special_texts = zip(*kept, strict=True) if kept else ((), (), ())
-    return {
-        "input_ids": list(input_ids),
-        "document": list(numbers),
-        "special_texts": list(special_texts),
-    }
-
-
 class _Encoder:
     """Encoder of documents: tokenizes them, and adds the begin and end tokens."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, special_tokens: str) -> None:
         self._tokenizer = tokenizer
-        self._split = split_special_tokens
+        self._split = special_tokens == "text"
         self._pattern = special_pattern(tokenizer)
         begin, end = tokens_around(tokenizer)
         stop = tokenizer.eos_token_id
         if stop is not None and (not end or end[-1] != stop):
             end = [*end, stop]
         self._begin, self._end = np.array(begin, np.int32), np.array(end, np.int32)
+
+    def __call__(self, batch: dict[str, list[int]], documents: Documents) -> dict[str, list[Any]]:
+        """Returns the columns of the documents of one group that have tokens."""
+        group = range(batch["first"][0], batch["stop"][0])
+        with name_unencodable(self._tokenizer):
+            rows = [
+                (row, *self.finish(text, ids))
+                for row, text, ids in zip(group, *self.encode(documents, group), strict=True)
+            ]
+        kept = [row for row in rows if len(row[1])]
+        numbers, input_ids, special_texts = zip(*kept, strict=True) if kept else ((), (), ())
+        return {
+            "input_ids": list(input_ids),
+            "document": list(numbers),
+            "special_texts": list(special_texts),
+        }
 
     def encode(self, documents: Documents, group: range) -> tuple[list[str], list[np.ndarray]]:
         """Returns the texts and the token ids, [n] int32 each, of a range of documents.
@@ -188,7 +147,7 @@ class _Encoder:
                 unit_scale=True,
                 disable=len(text) < _SHOWN,
             ) as bar:
-                return texts, [self._encode_long(text, bar.update)]
+                return texts, [self._encode_long(self._tokenizer, text, bar.update)]
         encoded = self._tokenizer(
             texts,
             add_special_tokens=False,
@@ -211,7 +170,7 @@ class _Encoder:
         """
         found = 0 if self._pattern is None else sum(1 for _ in self._pattern.finditer(text))
         if self._pattern and found and self._split and holds_special(self._tokenizer, ids):
-            ids = np.concatenate([self._encode_long(p) for p in break_up(text, self._pattern)])
+            ids = self._encode_literally(text, self._pattern)
         end = self._end
         if len(end) == 1 and len(ids) and ids[-1] == end[0]:
             end = end[:0]
@@ -219,7 +178,24 @@ class _Encoder:
             return ids, found
         return np.concatenate([self._begin, ids, end]), found
 
-    def _encode_long(self, text: str, progress: Any = lambda characters: None) -> np.ndarray:
-        return encode_long(
-            self._tokenizer, text, split_special_tokens=self._split, progress=progress
-        )
+    def _encode_literally(self, text: str, pattern: re.Pattern[str]) -> np.ndarray:
+        """Returns the token ids of a text without a special token, [n] int32."""
+        if self._literal is not None:
+            ids = self._encode_long(self._literal, text)
+            if not holds_special(self._tokenizer, ids):
+                return ids
+        parts = break_up(text, pattern)
+        return np.concatenate([self._encode_long(self._tokenizer, part) for part in parts])
+
+    @cached_property
+    def _literal(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer without its special tokens; None for a tokenizer written in Python."""
+        return literal_tokenizer(self._tokenizer) if self._tokenizer.is_fast else None
+
+    def _encode_long(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str,
+        progress: Any = lambda characters: None,
+    ) -> np.ndarray:
+        return encode_long(tokenizer, text, split_special_tokens=self._split, progress=progress)

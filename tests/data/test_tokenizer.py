@@ -160,7 +160,8 @@ def test_tokens_come_from_the_cache_the_second_time(documents, tokenizer, tmp_pa
     first = tokenize(documents, tokenizer, tmp_path)
     calls = []
     monkeypatch.setattr(
-        "lctrain.data.tokenizing._tokenize", lambda *a, **k: calls.append(1) or {"input_ids": []}
+        "lctrain.data.tokenizing._Encoder.__call__",
+        lambda *a, **k: calls.append(1) or {"input_ids": []},
     )
     second = tokenize(documents, tokenizer, tmp_path)
     assert not calls
@@ -182,6 +183,11 @@ def test_special_tokens_in_text_stay_text_unless_they_are_trusted(tokenizer, tmp
     assert safe.tokens(1).tolist() == trusted.tokens(1).tolist()
 
 
+def written(tokenizer, ids):
+    """Returns the texts of the tokens as the vocabulary writes them."""
+    return "".join(tokenizer.convert_ids_to_tokens(ids.tolist()))
+
+
 def test_special_tokens_among_the_ordinary_pieces_stay_text(tmp_path):
     scores = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -9.0) for letter in "▁</s>abc")]
     unigram = Tokenizer(models.Unigram(scores, unk_id=0))
@@ -194,6 +200,7 @@ def test_special_tokens_among_the_ordinary_pieces_stay_text(tmp_path):
     store = tokenize(documents, tokenizer, tmp_path)
     assert store.tokens(0).tolist().count(1) == 1
     assert store.tokens(0)[-1] == 1
+    assert written(tokenizer, store.tokens(0)[:-1]) == "▁a</s>b"  # one space, before the text
     assert store.tokens(1).tolist() == [*tokenizer("a?")["input_ids"], 1]
     assert store.special_texts == 1
 
@@ -229,6 +236,7 @@ def test_unnamed_special_tokens_among_the_ordinary_pieces_stay_text(tmp_path):
     assert 2 in tokenizer("a<turn>b", split_special_tokens=True)["input_ids"]  # the trap
     documents = read_documents(Dataset.from_dict({"text": ["a<turn>b"]}), "t")
     store = tokenize(documents, tokenizer, tmp_path)
+    assert written(tokenizer, store.tokens(0)[:-1]) == "▁a<turn>b"
     assert 2 not in store.tokens(0)
     assert store.special_texts == 1
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lctrain.data.special_tokens import special_ids, special_pattern
+from lctrain.data.special_tokens import literal_backend, special_ids, special_pattern
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,13 +28,9 @@ class LiteralEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        from tokenizers import AddedToken, Tokenizer
+        from tokenizers import AddedToken
 
-        backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
-        self._backend: Any = Tokenizer.from_str(backend.to_str())
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._backend.encode_special_tokens = True
+        self._backend: Any = literal_backend(tokenizer)
         self._pattern = special_pattern(tokenizer)
         known = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
         ids = special_ids(tokenizer)
@@ -68,8 +64,8 @@ class LiteralEncoder:
                 ordinary text.
 
         Returns:
-            None if the vocabulary yields a special token for ordinary text, as a Unigram vocabulary
-            may.
+            None if the vocabulary yields a special token for ordinary text, as a BPE vocabulary may
+            whose merges produce one.
         """
         bounds = np.asarray(cuts, np.int64)
         pieces: list[str] = []

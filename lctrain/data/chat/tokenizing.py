@@ -16,14 +16,14 @@ from lctrain.data.chat.source import Rendering
 from lctrain.data.chat.store import ChatStore
 from lctrain.data.chat.template import ChatTemplate, ConversationError, Rendered, template_of
 from lctrain.data.documents import Documents
+from lctrain.data.token_cache import map_groups
 from lctrain.data.tokenizer import fingerprint_tokenizer, name_unencodable
-from lctrain.data.tokenizing import keep_environment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _NONE = np.array([], dtype=np.int32)
-_RECIPE = "chat-2"  # raise when tokenizing changes, so that old caches are not used
+_RECIPE = "chat-3"  # raise when tokenizing changes, so that old caches are not used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,33 +87,16 @@ class ChatTokenizing:
         Raises:
             ValueError: if no conversation can be used; with on_error="raise", if one cannot.
         """
-        from datasets import Dataset
-
-        features = _features()
-        if len(documents) == 0:
-            return ChatStore(Dataset.from_dict({name: [] for name in features}, features), [])
-        key = hashlib.sha256(f"{documents.fingerprint} {self.fingerprint}".encode())
-        name = key.hexdigest()[:16]
-        folder = cache_dir / "tokens"
-        folder.mkdir(parents=True, exist_ok=True)
-        groups = documents.groups()
-        bounds = Dataset.from_dict(
-            {"first": [group.start for group in groups], "stop": [group.stop for group in groups]}
+        rows = map_groups(
+            documents,
+            self._tokenize_group,
+            _features(),
+            cache_dir,
+            parts=(self.fingerprint,),
+            num_proc=num_proc,
+            description="Tokenizing conversations",
         )
-        with keep_environment():
-            dataset = bounds.map(
-                self._tokenize_group,
-                batched=True,
-                batch_size=1,  # a group
-                fn_kwargs={"documents": documents},
-                remove_columns=["first", "stop"],
-                features=features,
-                num_proc=num_proc if num_proc is not None and num_proc > 1 else None,
-                cache_file_name=str(folder / f"{name}.arrow"),
-                new_fingerprint=name,
-                desc="Tokenizing conversations",
-            )
-        store = ChatStore(dataset, documents.names)
+        store = ChatStore(rows, documents.names)
         store.report(self.on_error, may_be_empty)
         return store
 

@@ -123,14 +123,34 @@ def unigram(prefix):
     return tokenizer
 
 
-def test_a_vocabulary_with_special_tokens_among_its_pieces():
-    tokenizer = unigram(prefix=False)
-    ids, trained, _ = read(tokenizer, "end with </s> ok")
+@pytest.mark.parametrize("prefix", [False, True])
+def test_a_vocabulary_with_special_tokens_among_its_pieces(prefix):
+    tokenizer = unigram(prefix)
+    ids, trained, tokens = read(tokenizer, "end with </s> ok")
     assert (ids == tokenizer.eos_token_id).sum() == 1
     assert shown(tokenizer, ids, trained).endswith("⟦ end with </s> ok</s>⟧")
-    fault = tokenized(unigram(prefix=True), {"prompt": "hi", "completion": "end with </s> ok"})[2]
-    assert "since the tokenizer cannot read it as ordinary text; got '</s> ok" in fault
-    ids, _, _ = tokenized(
-        unigram(prefix=True), {"prompt": "hi", "completion": "a </s> b"}, keep_special=True
-    )
+    _, _, expected = read(tokenizer, "end with <xs> ok")
+    assert "".join(tokens).replace("</s>", "<xs>") == "".join(expected).replace("</s>", "<xs>")
+    ids, _, _ = tokenized(tokenizer, {"prompt": "hi", "completion": "a </s> b"}, keep_special=True)
     assert (ids == tokenizer.eos_token_id).sum() == 2
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_a_vocabulary_whose_merges_write_a_special_token(prefix):
+    """The parts of the text are read on their own, unless that would add a space."""
+    letters = {letter: number for number, letter in enumerate("</s>ab ▁[INST]hi", start=1)}
+    merges = [("<", "/"), ("</", "s"), ("</s", ">")]
+    written = {"".join(pair): 30 + number for number, pair in enumerate(merges)}
+    model = Tokenizer(models.BPE({"<unk>": 0, **letters, **written}, merges, unk_token="<unk>"))
+    model.decoder = decoders.Fuse()
+    if prefix:
+        metaspace("always")(model)
+        model.decoder = SPACE
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = TEMPLATE
+    ids, _, fault = tokenized(tokenizer, {"prompt": "hi", "completion": "a</s>b"})
+    if prefix:
+        assert "since the tokenizer cannot read it as ordinary text; got '</s>b" in fault
+    else:
+        assert fault is None
+        assert (ids == tokenizer.eos_token_id).sum() == 1
