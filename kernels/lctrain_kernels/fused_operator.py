@@ -3,6 +3,9 @@
 `torch.library.custom_op` checks every call for aliases, which costs more host time than a small
 kernel takes on the GPU. The operators here return new tensors only, so they need no such check and
 are registered with the dispatcher directly.
+
+Dynamo never traces into an implementation: after a graph break it would compile the launches of the
+kernels, and some versions of torch fail at a number that varies.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ def define_operator(
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, torch._disable_dynamo(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"lctrain::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.lctrain, name).default
 
@@ -114,4 +117,4 @@ def define_autograd(
             return function.apply(*arguments)
         return forward(*arguments)
 
-    _LIBRARY.impl(operator.name().partition("::")[2], autograd, "Autograd")
+    _LIBRARY.impl(operator.name().partition("::")[2], torch._disable_dynamo(autograd), "Autograd")

@@ -37,6 +37,8 @@ class Boundaries(NamedTuple):
         indices_q: [T] int64, indices of the queries that are not padding among the B * S flattened
             queries; None if there is no padding.
         indices_k: [Tk] int64, the same indices for the keys.
+        shared_rows: Whether a row holds several documents; None if this is not known without a
+            synchronisation.
     """
 
     pack: "Pack"
@@ -44,6 +46,7 @@ class Boundaries(NamedTuple):
     keys: tuple[int, int]
     indices_q: Tensor | None = None
     indices_k: Tensor | None = None
+    shared_rows: bool | None = None
 
 
 def is_packed(arguments: dict[str, Any]) -> bool:
@@ -154,8 +157,10 @@ def from_segments(segments: Tensor) -> Boundaries:
     row = torch.arange(rows[0], device=segments.device)[:, None]
     keys = (segments + row * (rows[1] + 1)).flatten()
     kept = segments.flatten().nonzero().flatten()
-    lengths = keys[kept].unique_consecutive(return_counts=True)[1]
-    return _from_lengths(lengths, lengths, kept, kept, queries=rows, keys=rows)
+    numbers, lengths = keys[kept].unique_consecutive(return_counts=True)
+    boundaries = _from_lengths(lengths, lengths, kept, kept, queries=rows, keys=rows)
+    places = numbers // (rows[1] + 1)  # each document's row; a row may hold padding only
+    return boundaries._replace(shared_rows=bool((places.diff() == 0).any()))
 
 
 @torch.compiler.disable

@@ -39,7 +39,9 @@ def refuse_choices(model: nn.Module) -> None:
 
 
 def holds_several(boundaries: Boundaries) -> bool:
-    """Returns whether there are more documents than rows, without synchronising with the device."""
+    """Returns whether a row holds several documents, without synchronising with the device."""
+    if boundaries.shared_rows is not None:
+        return boundaries.shared_rows
     return boundaries.pack.documents > boundaries.queries[0]
 
 
@@ -83,7 +85,9 @@ def to_rows(
             kept[name] = spread(value, boundaries, places, rows, filler)
     real = torch.zeros(rows[0] * rows[1], dtype=torch.int64, device=places.device)
     kept["attention_mask"] = real.index_fill(0, places, 1).view(rows)
-    return kept, boundaries._replace(queries=rows, keys=rows, indices_q=places, indices_k=places)
+    return kept, boundaries._replace(
+        queries=rows, keys=rows, indices_q=places, indices_k=places, shared_rows=False
+    )
 
 
 def row_places(boundaries: Boundaries) -> Tensor:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import lctrain_kernels.cross_entropy.chunks as chunks
 from lctrain.kernels import flash_attn_varlen_func, linear_cross_entropy, rms_norm
 from tests.kernels.oracle import cumulative
 
@@ -35,3 +36,41 @@ def test_a_float_that_varies_gives_what_the_eager_call_gives(function, device, b
         expected, found = function(x, number), compiled(x, number)
         assert found.dtype == expected.dtype
         assert torch.equal(found, expected)
+
+
+def test_reading_the_free_memory_does_not_break_the_graph(monkeypatch):
+    def read(device):
+        torch._dynamo.graph_break()  # as torch.cuda.mem_get_info does
+        return 2**20
+
+    monkeypatch.setattr(chunks, "_read_chunk_bytes", read)
+    torch._dynamo.reset()
+    x = torch.randn(24, 16, dtype=torch.bfloat16)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, 0.5), loss(x, 0.5))
+
+
+@pytest.mark.gpu
+def test_the_loss_compiles_to_one_graph():
+    torch._dynamo.reset()
+    x = torch.randn(24, 16, device="cuda", dtype=torch.bfloat16)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, 0.5), loss(x, 0.5))
+
+
+def test_implementations_are_not_traced():
+    """After a graph break, torch.compile would compile what the dispatcher calls."""
+    traced = []
+
+    def backend(module, inputs):
+        traced.append(module.print_readable(print_output=False))
+        return module.forward
+
+    @torch._dynamo.disable(recursive=False)
+    def call(x):
+        return torch.ops.lctrain.bias_gelu.default(x, None, "gelu", "pytorch")
+
+    torch._dynamo.reset()
+    x = torch.randn(24, 16)
+    assert torch.equal(torch.compile(lambda x: call(x) + 1, backend=backend)(x), call(x) + 1)
+    assert len(traced) == 1

@@ -93,6 +93,25 @@ def test_sequence_classification_told_otherwise(told_by):
     assert_equal_in_float64(model(tokens, **told).logits, expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("told_by", ["position_ids", "numbers"])
+@pytest.mark.usefixtures("in_float64")
+def test_a_row_of_padding_beside_a_row_of_two_documents(told_by):
+    model = make_head("llama", "AutoModelForSequenceClassification")
+    documents = make_documents((6, 11))
+    expected = torch.cat([model(tokens[None]).logits for tokens in documents])
+    patch_model(model)
+    tokens = torch.stack([torch.cat(documents), torch.zeros(17, dtype=torch.int64)])
+    told = {"attention_mask": torch.tensor([[1] * 6 + [2] * 11, [0] * 17])}
+    if told_by == "position_ids":
+        positions = torch.cat([torch.arange(6), torch.arange(11)])
+        told = {
+            "attention_mask": (told["attention_mask"] > 0).long(),
+            "position_ids": positions.expand(2, -1),
+        }
+    assert_equal_in_float64(model(tokens, **told).logits, expected)
+
+
 @pytest.mark.usefixtures("in_float64")
 def test_gradients_of_packed_classification():
     model = make_head("llama", "AutoModelForSequenceClassification").double()

@@ -46,12 +46,21 @@ def pick_chunk_tokens(
     return min(-(-tokens // (chunks * CHUNK_MULTIPLE)) * CHUNK_MULTIPLE or CHUNK_MULTIPLE, most)
 
 
-@functools.cache
 def chunk_bytes(device: torch.device) -> int:
     """Returns the default budget of a chunk of logits on a device, in bytes.
 
-    The budget is cached, so it does not change from step to step.
+    The budget is cached, so it does not change from step to step. To torch.compile it is a
+    constant: reading the free memory would break the graph.
     """
+    return _read_chunk_bytes(device)
+
+
+chunk_bytes._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# torch.compiler.assume_constant_result does the same, but imports the compiler.
+
+
+@functools.cache
+def _read_chunk_bytes(device: torch.device) -> int:
     if device.type == "cpu":
         return CPU_CHUNK_BYTES
     if device.type != "cuda":

@@ -6,8 +6,8 @@ import triton.language as tl
 from lctrain_kernels.tile.divide import divide
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_LOG2_E_REST = tl.constexpr(1.9259629911266175e-08)  # log2(e) minus its float32 value
-_LN_2 = tl.constexpr(0.6931471805599453)
+_LN_2 = tl.constexpr(0.693359375)  # log(2) in 10 bits: its products with whole numbers are exact
+_LN_2_REST = tl.constexpr(-2.121944400547138e-4)  # log(2) minus these 10 bits
 SILU = tl.constexpr(0)
 GELU_TANH = tl.constexpr(1)
 GELU = tl.constexpr(2)
@@ -17,11 +17,34 @@ GELU = tl.constexpr(2)
 def _exp(x, dtype: tl.constexpr):
     """Returns exp(x) in float32 for x up to 88, accurate enough for data of dtype."""
     x = tl.maximum(x, -110.0)  # exp(-110) is 0; -inf would give nan below
-    power = x * _LOG2_E
-    result = tl.exp2(power)
-    if dtype == tl.float32:  # the rounding of `power` would cost up to |x| roundings
-        result += result * _LN_2 * (tl.fma(x, _LOG2_E, -power) + x * _LOG2_E_REST)
+    if dtype == tl.float32:
+        # tl.exp2(x * log2(e)) costs |x| roundings in the product and two in the GPU's exp2. So
+        # exp(x) = 2^whole exp(part) with |part| <= log(2) / 2, and exp(part) is a polynomial.
+        whole = tl.floor(x * _LOG2_E + 0.5)
+        part = (x - whole * _LN_2) - whole * _LN_2_REST
+        result = 1.0 + part * _exp_slope(part)
+        half = tl.floor(0.5 * whole)  # 2^whole itself may be no normal number
+        result = (result * _power_of_two(half)) * _power_of_two(whole - half)
+    else:
+        result = tl.exp2(x * _LOG2_E)
     return result
+
+
+@triton.jit
+def _exp_slope(x):
+    """Returns (exp(x) - 1) / x for |x| <= log(2) / 2: Taylor's polynomial, within 6e-9."""
+    slope = x * (1.0 / 5040.0) + (1.0 / 720.0)
+    slope = x * slope + (1.0 / 120.0)
+    slope = x * slope + (1.0 / 24.0)
+    slope = x * slope + (1.0 / 6.0)
+    slope = x * slope + 0.5
+    return x * slope + 1.0
+
+
+@triton.jit
+def _power_of_two(exponent):
+    """Returns 2^exponent for whole exponents from -126 to 127."""
+    return ((exponent.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
