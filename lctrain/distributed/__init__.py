@@ -1,4 +1,4 @@
-"""Several GPUs: ranks and their roles, and parameters that are divided over ranks."""
+"""Training on several GPUs: ranks, sharded parameters (FSDP2), and packs divided over ranks."""
 
 from lctrain.distributed.topology import Topology
 

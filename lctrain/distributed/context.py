@@ -1,8 +1,8 @@
-"""ContextShard: which tokens of a pack each rank of a context group computes.
+"""ContextShard: which tokens of a pack each rank of a context-parallel group computes.
 
-A document is cut into chunks, and a rank gets chunks from both ends of it (a zigzag), because a
-query at the end of a document attends to more keys than one at its beginning. Short documents are
-divided over fewer ranks, the ones with the fewest tokens so far, or not at all.
+A document is cut into chunks, and a rank gets one chunk from each end of the document (zigzag). A
+query near the end attends to more keys than one near the beginning, so this balances the work. A
+short document is divided over fewer ranks, those with the fewest tokens so far, or not at all.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Chunk(NamedTuple):
     """Consecutive tokens of one document.
 
     Attributes:
-        document: Index of the document in the pack.
-        start: First token, counted in the document.
-        stop: Token after the last one.
+        document: Index of the document in the pack, from 0.
+        start: First token of the chunk, counted from the document's first token.
+        stop: End of the chunk, exclusive, counted in the same way.
     """
 
     document: int
@@ -36,10 +36,13 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class ContextShard:
-    """Division of a pack over the ranks of a context group, a function of lengths and size alone.
+    """Assignment of a pack's tokens to the ranks of a context-parallel group.
+
+    It depends only on the documents' lengths and the number of ranks, so every rank computes the
+    same one.
 
     Attributes:
-        lengths: Tokens of every document.
+        lengths: Number of tokens of every document.
         size: Number of ranks.
         chunks: Chunks of every rank, in the order of the pack.
     """
@@ -88,38 +91,42 @@ class ContextShard:
 
     @cached_property
     def work(self) -> tuple[int, ...]:
-        """Number of pairs (query, key) of every rank under causal attention."""
+        """Number of (query, key) pairs that each rank computes under causal attention."""
         return tuple(
             sum((c.stop * (c.stop + 1) - c.start * (c.start + 1)) // 2 for c in own)
             for own in self.chunks
         )
 
     def indices(self, rank: int) -> np.ndarray:
-        """Returns the places of a rank's tokens in the pack: [tokens[rank]] int64."""
+        """Returns the indices of a rank's tokens in the pack: [tokens[rank]] int64."""
         begins = self._begins
         own = [np.arange(begins[d] + first, begins[d] + end) for d, first, end in self.chunks[rank]]
         return np.concatenate([np.zeros(0, dtype=np.int64), *own])
 
     @cached_property
     def _begins(self) -> np.ndarray:
-        """First token of every document, and the number of tokens: [documents + 1] int64."""
+        """Index in the pack of every document's first token, then T: [documents + 1] int64."""
         return np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
 
     @cached_property
     def order(self) -> np.ndarray:
-        """Place in the pack of every token when the ranks' tokens follow one another: [T] int64."""
+        """Index in the pack of every token, rank 0's tokens first: [T] int64."""
         return np.concatenate([self.indices(rank) for rank in range(self.size)])
 
     def keys(self, rank: int, stride: int) -> np.ndarray:
-        """Returns the keys that a rank's chunks attend to: for each chunk its document to its end.
+        """Returns which gathered keys a rank's queries need.
+
+        For every chunk of queries these are the keys of its document, from the document's first
+        token to the chunk's end. An all-gather puts the keys of all ranks one after another;
+        `stride` rows belong to each rank.
 
         Args:
             rank: The rank.
-            stride: Distance of the ranks' first tokens in the gathered keys.
+            stride: Number of rows per rank in the gathered keys; the keys of rank r begin at row
+                stride * r.
 
         Returns:
-            [keys] int64, indices into the gathered keys, in which rank r's tokens begin at
-            r * stride.
+            [keys] int64, indices into the gathered keys, chunk by chunk.
         """
         counts = np.array(self.tokens)
         first = np.repeat(np.arange(self.size) * stride - (counts.cumsum() - counts), counts)

@@ -1,4 +1,4 @@
-"""Attention on a pack that several ranks share: by exchanging heads, or by gathering keys.
+"""Context-parallel attention: several ranks share one pack, by exchanging heads or keys.
 
 Both functions take any attention on packed tokens, such as those of `lctrain.kernels`, and need
 nothing of Lightning. Every rank has the tokens that ContextShard gives it. With a dropout above 0
@@ -22,16 +22,17 @@ Attention = Callable[..., Tensor]
 def exchange_heads(
     attention: Attention, tensors: Sequence[Tensor], shard: ContextShard, group: Any = None
 ) -> Tensor:
-    """Computes attention on whole documents and a share of the heads (Ulysses).
+    """Computes attention with all tokens and a part of the heads on each rank (Ulysses).
 
     Four all-to-all exchanges per call with queries, keys and values, and as many in the backward.
     The result has the bits of one rank.
 
     Args:
-        attention: Function from tensors [T, heads / size, D], in the order of the pack, to the
-            output [T, heads / size, D].
-        tensors: Queries, keys and values, or the five tensors of differential attention, each
-            [tokens of this rank, heads, D]. The number of heads may differ between tensors.
+        attention: Function from the input tensors, each [T, heads / size, D] in the order of the
+            pack, to the output [T, heads / size, D].
+        tensors: Queries, keys and values, or the five inputs of differential attention, each
+            [tokens of this rank, heads, D] in the order of the rank's chunks. The number of heads
+            may differ between tensors.
         shard: Division of the pack over the ranks of the group.
         group: Process group; None for the default one.
 
@@ -76,9 +77,9 @@ def exchange_keys(
     float32. Every chunk of queries attends to its document up to the chunk's end.
 
     Args:
-        attention: Function (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) to the
-            output [tokens, H, Dv]. It is causal, and aligns queries to the last keys, as
-            `flash_attn_varlen_func` does.
+        attention: Causal attention function (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+            max_seqlen_k) -> output [tokens, H, Dv]. Its queries are the last tokens of the key
+            sequence, as in `flash_attn_varlen_func`.
         q: [tokens of this rank, H, D].
         k: [tokens of this rank, Hk, D].
         v: [tokens of this rank, Hk, Dv].
@@ -94,7 +95,7 @@ def exchange_keys(
     k, v = (_Gather.apply(tensor, longest, group).index_select(0, keys) for tensor in (k, v))
     chunks = shard.chunks[rank]
     if not chunks:
-        # The gradients of other ranks pass through this rank's gather, so it stays in the graph.
+        # The backward's collective needs every rank, so a rank without tokens stays in the graph.
         return q.new_empty((0, q.shape[1], v.shape[2])) + 0 * (q.sum() + k.sum() + v.sum())
     lengths_q = [chunk.stop - chunk.start for chunk in chunks]
     lengths_k = [chunk.stop for chunk in chunks]
@@ -108,7 +109,7 @@ def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Sends rows to every rank, and receives rows from every rank."""
+    """All-to-all of rows: every rank sends some of its rows to every rank."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
@@ -124,7 +125,7 @@ class _AllToAll(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """Gathers the rows of all ranks, each filled up to `longest` rows."""
+    """All-gather of rows, in which every rank's rows are padded to `longest` rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, longest: int, group: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""save_weights: writes a sharded model as safetensors of Hugging Face, from the shards."""
+"""save_weights: writes an FSDP2 model as Hugging Face safetensors, each rank its own shards."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def save_weights(model: Any, folder: Path, ranks: Topology) -> None:
 
 
 def _is_converted(model: Any, weights: dict[str, Tensor]) -> bool:
-    """Whether transformers stores a model's weights under other names than the model has.
+    """Whether transformers saves a model's weights under other names than the model's own.
 
     Args:
         model: A transformers model.
@@ -82,7 +82,7 @@ def _is_converted(model: Any, weights: dict[str, Tensor]) -> bool:
 
 
 def _files(weights: dict[str, Tensor]) -> dict[str, int]:
-    """Returns the number of the file of every weight, from 1."""
+    """Returns the number of the safetensors file that gets each weight, from 1."""
     number, size = 1, 0
     files: dict[str, int] = {}
     for name, value in weights.items():

@@ -1,8 +1,8 @@
 """shard_model: divides a model's parameters over ranks with FSDP2, one group per decoder layer.
 
-The parameters and buffers of rank 0 are the ones that count. The other ranks build the model
-without memory for parameters, and receive their shards from rank 0, one parameter at a time.
-Buffers are copied from rank 0, and are not divided.
+Only rank 0 needs the model's parameters and buffers. The other ranks build the model with
+parameters on the meta device, and receive their shards from rank 0, one parameter at a time.
+Buffers are copied from rank 0 and are not sharded.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 
 class ShardRoot(nn.Module):
-    """Root of a sharded model: calls any function while the root's parameters are gathered.
+    """Root module of a sharded model: calls a function while the root's parameters are gathered.
 
-    Every use of a sharded model runs inside such a call, on all ranks with the same sequence of
-    layers. Layers gather their own parameters when they are called.
+    Every use of a sharded model, such as a forward pass, runs inside such a call. All ranks must
+    then call the same layers in the same order. Each layer gathers its own parameters when it is
+    called.
 
     Args:
         model: The model that is sharded.
@@ -61,7 +62,7 @@ def has_parameters_on_meta() -> bool:
 
 
 def take_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Replaces every parameter by one on device meta, and returns the old ones by name.
+    """Moves a model's parameters to the meta device, and returns the original ones by name.
 
     A shared parameter stays shared, and has one name in the result.
 
@@ -82,7 +83,7 @@ def take_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """Returns the modules that gather their parameters one after another: the decoder layers.
+    """Returns the modules that FSDP2 shards as one group each: the decoder layers.
 
     These are the modules whose classes `_no_split_modules` of the model lists. Without such a list,
     they are the entries of the model's longest ModuleList.
@@ -138,7 +139,7 @@ def shard_model(
 
 
 def _materialize(model: nn.Module, device: torch.device) -> None:
-    """Gives parameters on device meta memory on a device, and copies rank 0's buffers there."""
+    """Allocates the parameters that are on the meta device, and copies rank 0's buffers."""
     kept = [
         (module, name, buffer.to(device))
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""ShardedStrategy: Lightning's strategy for FSDP2, with replicas."""
+"""ShardedStrategy: Lightning's strategy for FSDP2, optionally with replicas (HSDP)."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from lctrain.run.sharded_checkpoint import (
 class ShardedStrategy(ModelParallelStrategy):
     """Divides parameters, gradients and optimizer states over ranks, with torch's FSDP2.
 
-    The ranks form a mesh (replicas, shards). A replica holds the parameters once; they are divided
-    over its shards. LongContextModule shards its model with this strategy; another module calls
-    `shard` in its `configure_model`, and runs the model by
-    `lctrain.distributed.sharding.through_root` in its steps.
+    The ranks form a device mesh (replicas, shards): each replica is one full copy of the
+    parameters, divided over its shards. LongContextModule shards its model when it finds this
+    strategy. Another module calls `shard` in its `configure_model`, and calls its model by
+    `lctrain.distributed.sharding.through_root`.
 
     Args:
         replicas: Number of copies of the parameters.
@@ -55,7 +55,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Number of packs in a micro-batch of all ranks, and the number of this rank's pack."""
+        """Arguments of a DistributedSampler: one replica per pack, and the index of this pack."""
         return {"num_replicas": self.topology.data_size, "rank": self.topology.data_rank}
 
     def setup_environment(self) -> None:
@@ -141,7 +141,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def check_strategy(strategy: Any, memory: MemoryConfig | None = None) -> None:
-    """Raises ValueError for a strategy with which a LongContextModule would train wrongly.
+    """Raises ValueError for a strategy that would give a LongContextModule wrong gradients.
 
     Args:
         strategy: Strategy of Lightning's Trainer.

@@ -1,4 +1,4 @@
-"""Topology: the ranks of a run, what each of them holds, and reductions over them."""
+"""Topology: the ranks of a run, how they divide parameters and packs, and their collectives."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Topology:
-    """The ranks of a run, in the order replica, shard, context, of which context varies fastest.
+    """The ranks of a run, and how they divide the parameters and the packs.
 
-    A replica is a set of ranks that together hold the parameters once. The ranks of a context group
-    share one pack. Every other rank trains on a pack of its own.
+    Ranks are numbered by (replica, shard, context rank); the context rank varies fastest.
 
-    This class is the only source of rank and size: `Topology.of(trainer)`.
+    - A replica is a set of ranks that together hold all parameters once; each rank holds a shard.
+    - A context group is a set of ranks that compute one pack together.
+    - Different context groups train on different packs.
+
+    Code gets rank and number of ranks from this class only, by `Topology.of(trainer)`.
 
     Attributes:
         rank: Number of this rank, from 0.
         size: Number of ranks.
         replicas: Number of copies of the parameters; None for one copy per rank.
-        context: Number of ranks that share one pack.
-        is_sharded: Whether parameters, gradients and optimizer states are DTensors. That is so
-            with FSDP2, even with one rank.
-        context_group: Process group of the ranks that share this rank's pack; None without one.
+        context: Number of ranks in a context group.
+        is_sharded: Whether parameters, gradients and optimizer states are DTensors, as with FSDP2
+            (even with one rank).
+        context_group: Process group of this rank's context group; None if `context` is 1.
 
     Raises:
         ValueError: if the sizes do not divide the number of ranks.
@@ -49,7 +52,7 @@ class Topology:
 
     @classmethod
     def of(cls, trainer: Any) -> Topology:
-        """Returns the ranks of a trainer; one rank for None.
+        """Returns the topology of a trainer's ranks; one rank for None.
 
         Args:
             trainer: Lightning's Trainer. A strategy of lctrain knows its topology; every other one
@@ -62,7 +65,7 @@ class Topology:
 
     @classmethod
     def of_process(cls) -> Topology:
-        """Returns the ranks of torch's default process group; one rank if there is none."""
+        """Returns the topology of torch's default process group; one rank without a group."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
@@ -74,17 +77,17 @@ class Topology:
 
     @property
     def data_rank(self) -> int:
-        """Number of this rank's pack among the packs of a micro-batch."""
+        """Index of this rank's pack among the packs that all ranks compute at the same time."""
         return self.rank // self.context
 
     @property
     def data_size(self) -> int:
-        """Number of packs in a micro-batch of all ranks."""
+        """Number of packs that all ranks compute at the same time."""
         return self.size // self.context
 
     @property
     def context_rank(self) -> int:
-        """Number of this rank's share of its pack."""
+        """Index of this rank in its context group."""
         return self.rank % self.context
 
     @property
@@ -116,14 +119,14 @@ class Topology:
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
-        """Returns the values of all ranks, which are pickled, in the order of the ranks."""
+        """Returns the values of all ranks in rank order, on every rank. Values are pickled."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
 
     def of_first(self, value: Any) -> Any:
-        """Returns the value of rank 0, which is pickled. All ranks must call it."""
+        """Returns the value of rank 0, which is pickled, on every rank. All ranks must call it."""
         values = [value]
         if self.size > 1:
             dist.broadcast_object_list(values, src=0)

@@ -1,4 +1,8 @@
-"""Memory of a training step: policies of what is kept, offloaded or recomputed, and their plan."""
+"""Memory of a training step: which activations stay on the GPU, move to the host or are recomputed.
+
+A memory policy makes this choice for every layer. A plan predicts the bytes of a step under a
+policy.
+"""
 
 from lctrain.memory.layers import LayerCheckpoints, LayerPolicy
 from lctrain.memory.plan import Plan, plan

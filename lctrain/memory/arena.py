@@ -1,4 +1,4 @@
-"""Arena: one block of host memory, pinned for a GPU, that is divided into slots of any size."""
+"""Arena: one large block of host memory, pinned for a GPU, that is divided into slots."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ PAGE = 4096
 
 
 class Arena:
-    """A block of host memory, divided into slots that are used again once they are released.
+    """A block of host memory that hands out slots of any size, and reuses released slots.
 
-    torch rounds every pinned block up to a power of two. The arena pins ordinary memory instead, so
-    it takes the bytes that it is asked for. If pinning fails, it warns and stays unpinned: copies
-    are then slower, and results the same.
+    torch's own allocator of pinned memory rounds every block up to a power of two. The arena pins
+    ordinary memory instead, so it takes the bytes that it is asked for. If pinning fails, the arena
+    warns and stays unpinned: copies are then slower, and results the same.
 
     Attributes:
         capacity: Size of the block, in bytes.
@@ -30,14 +30,15 @@ class Arena:
     Args:
         capacity: Size of the block, in bytes.
         pin: Whether to pin the block, for copies from and to a GPU.
-        stream: Stream of the copies, which end before the block is unpinned; None for none.
+        stream: CUDA stream of the copies from and to the arena, which must end before the block is
+            unpinned; None without a GPU.
     """
 
     def __init__(self, capacity: int, pin: bool, stream: Any = None) -> None:
         self.capacity = capacity
         self._stream = stream
         self._used = 0
-        self._released: deque[tuple[int, int]] = deque()  # (begin, size) of slots that are gone
+        self._released: deque[tuple[int, int]] = deque()  # (begin, size) of collected slots
         memory = torch.empty(capacity + PAGE, dtype=torch.uint8, device="cpu")
         begin = -memory.data_ptr() % PAGE
         self._memory = memory[begin : begin + capacity]
@@ -46,12 +47,12 @@ class Arena:
 
     @property
     def used(self) -> int:
-        """Bytes in slots."""
+        """Number of bytes in slots that are in use."""
         self._merge_released()
         return self._used
 
     def _pin(self, memory: Tensor) -> bool:
-        """Pins the block until the arena is collected. Returns whether that succeeded."""
+        """Pins the block until the arena is garbage-collected. Returns whether that succeeded."""
         runtime: Any = torch.cuda.cudart()
         address = self._memory.data_ptr()
         try:
@@ -86,10 +87,10 @@ class Arena:
         return None
 
     def release(self, begin: int, size: int) -> None:
-        """Notes that a slot is gone. The next call of `reserve` or `used` makes its bytes free.
+        """Records that a slot was garbage-collected. The next `reserve` or `used` frees its bytes.
 
-        Python may collect a slot at any allocation, also inside of `reserve`, so this function
-        leaves the free ranges alone.
+        Python may collect a slot at any allocation, also while `reserve` runs, so this method does
+        not change the list of free ranges.
         """
         self._released.append((begin, size))
 
@@ -117,12 +118,12 @@ class Arena:
 
 
 class Slot:
-    """Part of an arena. It is released when nothing refers to it.
+    """A range of bytes of an arena, which is released when no object refers to the slot.
 
     Args:
         arena: The arena.
-        begin: First byte.
-        size: Number of bytes that are asked for.
+        begin: First byte of the slot in the arena's block.
+        size: Number of bytes that were requested.
     """
 
     def __init__(self, arena: Arena, begin: int, size: int) -> None:
@@ -135,7 +136,7 @@ class Slot:
 
 
 def aligned(size: int) -> int:
-    """Returns the bytes that a slot of `size` bytes takes."""
+    """Returns the bytes that a slot of `size` bytes occupies: `size` rounded up to ALIGNMENT."""
     return -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
 
 
@@ -150,7 +151,7 @@ def _clear_error(runtime: Any) -> None:
 
 
 def _unpin(runtime: Any, address: int, memory: Tensor, stream: Any) -> None:
-    """Unpins a block after its copies; the argument `memory` still holds the memory."""
+    """Unpins a block of host memory after its copies have ended."""
     if stream is not None:
         stream.synchronize()
     runtime.cudaHostUnregister(address)

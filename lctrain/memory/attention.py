@@ -1,6 +1,8 @@
-"""KeptResults: attention results of the forward, reused when a layer is recomputed.
+"""KeptResults: keeps attention outputs of the forward for layers that the backward recomputes.
 
-The attentions of lctrain are operators of torch.library, so a dispatch mode sees their calls.
+With activation checkpointing, the backward runs a layer's forward a second time. KeptResults gives
+the second run the attention outputs of the first one, so attention is not computed twice. lctrain's
+attentions are operators of torch.library, so a TorchDispatchMode sees their calls.
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ Keep = Callable[[Tensor], Any]  # from a tensor to an object with `get`
 
 
 class KeptResults:
-    """Results of the attention calls of one layer in one forward pass.
+    """Outputs and lse of the attention calls in one forward of one layer.
 
     Args:
-        keep: Function from a result to an object whose `get` returns the result again.
+        keep: Takes an output tensor, and returns an object whose `get` returns the tensor again.
     """
 
     def __init__(self, keep: Keep) -> None:
@@ -29,12 +31,12 @@ class KeptResults:
         self.calls: list[tuple[Any, ...]] = []
 
     def contexts(self) -> tuple[TorchDispatchMode, TorchDispatchMode]:
-        """Returns the contexts of the forward and of a recomputation, for torch's checkpoint."""
+        """Returns (context of the forward, context of the recomputation)."""
         return _Recording(self), _Replaying(self)
 
 
 class _Recording(TorchDispatchMode):
-    """Keeps the results of every attention call."""
+    """Dispatch mode of the forward: stores the results of every attention call."""
 
     def __init__(self, results: KeptResults) -> None:
         super().__init__()
@@ -50,7 +52,7 @@ class _Recording(TorchDispatchMode):
 
 
 class _Replaying(TorchDispatchMode):
-    """Replaces each attention call of a recomputation by the result that the forward kept."""
+    """Dispatch mode of the recomputation: returns the stored results of each attention call."""
 
     def __init__(self, results: KeptResults) -> None:
         super().__init__()
@@ -72,5 +74,5 @@ class _Replaying(TorchDispatchMode):
 
 
 def _is_attention(func: Any) -> bool:
-    schema = getattr(func, "_schema", None)  # operators of higher order have none
+    schema = getattr(func, "_schema", None)  # torch's higher-order operators have none
     return schema is not None and schema.name in ATTENTION_OPERATORS

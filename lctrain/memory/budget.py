@@ -1,4 +1,4 @@
-"""How much memory this process may still use, on its device and on the host."""
+"""Reads how many bytes this process may still allocate, on its GPU and on the host."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HOST_SHARE = 0.8
 
 
 def free_device_bytes(device: torch.device) -> int:
-    """Returns the bytes that are free on a device: for a CPU, on the host."""
+    """Returns the free bytes of a GPU; for a CPU device, the free bytes of the host."""
     if device.type != "cuda":
         return free_host_bytes()
     free, _ = torch.cuda.mem_get_info(device)

@@ -1,4 +1,4 @@
-"""The function that checkpoints a layer, and the handle that gives it to every layer of a model."""
+"""Applies a memory policy to a model: activation checkpointing with a choice for every layer."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ _HANDLE = "_lctrain_memory"  # attribute of a model: the handle of its policy
 
 @dataclass(frozen=True)
 class LayerPolicy:
-    """What a layer keeps from its forward to its backward. Everything else is recomputed.
+    """Which activations one layer keeps from its forward to its backward, and where.
+
+    The backward recomputes all other activations of the layer.
 
     Attributes:
-        inputs: Place of the layer's input: "device" or "host".
-        attention: Place of the results of its attention: "device", "host" or "recompute".
+        inputs: Storage of the layer's input, its hidden states: "device" or "host".
+        attention: Storage of the outputs and the lse of the layer's attention: "device" or "host";
+            or "recompute" if the backward computes attention again.
     """
 
     inputs: str = DEVICE
@@ -34,19 +37,21 @@ class LayerPolicy:
 
 
 class LayerCheckpoints:
-    """Gives every decoder layer of a transformers model a checkpoint function, by its policy.
+    """Makes a transformers model run every decoder layer under activation checkpointing, by policy.
 
-    The model calls the function instead of the layer, in training mode. No forward changes.
+    In training mode, transformers calls a layer through the layer's `_gradient_checkpointing_func`.
+    This class sets that function, so no `forward` is replaced.
 
     Attributes:
-        policies: Policy of every layer, in the model's order.
-        store: What is on the host; None if the policies keep nothing there.
+        policies: LayerPolicy of every layer, in the model's order.
+        store: The HostStore that holds what the policies move to the host; None if they move
+            nothing.
 
     Args:
         model: A transformers model, without adapters around it.
-        policies: Policy of every layer.
-        store: Store for the host.
-        mlp_tokens: Number of tokens of a tile of the MLPs; None for no tiles.
+        policies: LayerPolicy of every layer.
+        store: The HostStore for tensors on the host; None if the policies move nothing.
+        mlp_tokens: Number of tokens that an MLP computes at a time; None for all tokens at once.
     """
 
     def __init__(
@@ -59,18 +64,18 @@ class LayerCheckpoints:
         self._model = model
         layers = checkpointed_layers(model)
         self._tiles = None if mlp_tokens is None else TiledMLPs(layers, mlp_tokens)
-        remove_policy(model)  # its tiles end; those above stay
+        remove_policy(model)  # the earlier policy's tiles; the tiles made above stay
         vars(model)[_HANDLE] = self
         self.policies = tuple(policies)
         self.store = store
         plain = partial(checkpoint, use_reentrant=False)
-        # Inputs of the model need no gradient: torch's checkpoint without reentrance works without.
+        # Unlike reentrant checkpoints, these do not require an input that needs a gradient.
         model._set_gradient_checkpointing(True, plain)
         for layer, policy in zip(layers, self.policies, strict=True):
             layer._gradient_checkpointing_func = partial(self.run, policy)
 
     def remove(self) -> None:
-        """Switches checkpointing and tiles off, unless the model has another policy by now."""
+        """Undoes checkpointing and MLP tiles, unless another policy has replaced this one."""
         if vars(self._model).get(_HANDLE) is not self:
             return
         del vars(self._model)[_HANDLE]
@@ -81,13 +86,13 @@ class LayerCheckpoints:
     def run(
         self, policy: LayerPolicy, layer: Callable[..., Any], *given: Any, **options: Any
     ) -> Any:
-        """Calls a layer, and keeps what its policy says for the backward.
+        """Calls a layer, and keeps the tensors that its policy names for the backward.
 
         Args:
             policy: The layer's policy.
             layer: The layer's forward.
-            *given: Arguments; the first one is the hidden states.
-            **options: Keyword arguments.
+            *given: Positional arguments of the layer; the first one is the hidden states [B, S, E].
+            **options: Keyword arguments of the layer.
 
         Returns:
             The layer's output.
@@ -118,7 +123,7 @@ class LayerCheckpoints:
             states = first.pop() if first else kept.get().requires_grad_(needs_gradient)
             return layer(states, *rest, **named)
 
-        # The empty tensor tells torch whose random generator and autocast to restore.
+        # From this empty tensor torch reads the device whose RNG and autocast state to restore.
         device = x.new_empty(0)
         del x
         rest = given[1:]
@@ -132,7 +137,7 @@ class LayerCheckpoints:
 
 
 def remove_policy(model: Any) -> None:
-    """Ends the policy that a model has, if any.
+    """Removes the memory policy of a model, if it has one.
 
     Args:
         model: A transformers model, without adapters around it.
@@ -143,7 +148,7 @@ def remove_policy(model: Any) -> None:
 
 
 def checkpointed_layers(model: nn.Module) -> list[Any]:
-    """Returns the layers of a transformers model that get a function of their own, in its order."""
+    """Returns the layers that transformers can run under checkpointing, in the model's order."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]

@@ -1,4 +1,4 @@
-"""Plan: what a training step takes on device and host, and which policy fits."""
+"""plan: predicts the memory of a training step on GPU and host, and chooses a policy that fits."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ _STEP = 1024  # tokens; the longest context is given in multiples of it
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training step of a model takes.
+    """Predicted memory of one training step (forward, backward, optimizer) under one memory policy.
 
     Attributes:
         tokens: Number of tokens of the pack.
-        policy: Name of the policy: none, checkpoint or offload.
-        policies: Policy of every layer; empty for none.
-        device_bytes: Peak of the device, weights, gradients and optimizer included.
-        host_bytes: Bytes of the arenas.
-        longest: Most tokens that fit with this policy; None without limits.
-        fits: Whether the step is within the limits; None without limits.
-        parts: Bytes of the device's peak, by what they hold.
-        rows: Bytes of the layers, one for each.
-        device_limit: Bytes that the device has; None if unknown.
-        host_limit: Bytes that the host may give.
+        policy: Name of the memory policy: none, checkpoint or offload.
+        policies: LayerPolicy of every layer; empty for the policy none.
+        device_bytes: Peak bytes on the GPU, with weights, gradients and optimizer states.
+        host_bytes: Bytes of host memory for tensors that the policy moves there.
+        longest: Largest number of tokens that fits with this policy, a multiple of 1024; None if
+            the GPU's memory is unknown.
+        fits: Whether the step fits into the GPU's and the host's memory; None if that is unknown.
+        parts: `device_bytes` by purpose, such as "weights" or "optimizer".
+        rows: Bytes of every layer.
+        device_limit: Memory of the GPU in bytes; None if unknown.
+        host_limit: Bytes that the step may use on the host; None for no limit.
     """
 
     tokens: int
@@ -68,7 +69,7 @@ class Plan:
         return "\n".join([*lines, self.advice()])
 
     def advice(self) -> str:
-        """Returns a sentence that says what to change, or that nothing needs to be changed."""
+        """Returns a sentence: whether the step fits, and if not, which option to change."""
         if self.fits is None:
             return "Set memory.device_gib to compare it with a device."
         if self.fits:
@@ -121,20 +122,25 @@ def plan(
     precision: str = "true",
     **options: Any,
 ) -> Plan:
-    """Says what a training step of a model takes, without a GPU and without running it.
+    """Predicts the memory of a training step, without a GPU and without running the step.
+
+    The model runs on the meta device, where tensors have shapes but no memory. The bytes of these
+    tensors are counted.
 
     Args:
-        model: A transformers causal LM, or a PeftModel around one, on any device. Patch it first:
-            only lctrain's attention can be kept.
+        model: A transformers causal LM, or a PeftModel around one, on any device. Apply
+            `lctrain.patch_model` first: only the outputs of lctrain's attention can be kept.
         tokens: Number of tokens of the pack, which is one document.
-        policy: "none", "checkpoint", "offload", or "auto" for the first that fits.
-        device_gib: Memory of the device in GiB; None for a plan without this limit.
-        host_gib: Memory of the host in GiB; None for no limit.
-        precision: "true" if everything has the dtype of the weights, or "bf16-mixed".
+        policy: Name of the memory policy: "none", "checkpoint", "offload", or "auto" for the first
+            that fits.
+        device_gib: Memory of the GPU in GiB; None if it is unknown.
+        host_gib: Host memory in GiB that the step may use; None for no limit.
+        precision: "true" if activations have the dtype of the weights, or "bf16-mixed" as in
+            Lightning.
         **options: Further fields of `MemoryConfig`, such as `keep_attention`.
 
     Raises:
-        ValueError: if an option is out of range, or the model does not run on device meta.
+        ValueError: if an option is out of range, or the model cannot run on the meta device.
     """
     config = MemoryConfig(name=policy, host_gib=host_gib, device_gib=device_gib, **options)
     limits = tuple(None if gib is None else int(gib * GIB) for gib in (device_gib, host_gib))
@@ -145,18 +151,18 @@ def plan(
 def plan_of(
     measured: Profile, config: MemoryConfig, device_limit: int | None, host_limit: int | None
 ) -> Plan:
-    """Returns the plan of a policy for a measured step.
+    """Returns the plan of a memory policy, from the measured bytes of a step.
 
     Args:
-        measured: Bytes of a step.
+        measured: Bytes of the step, from `profile`.
         config: Settings of the policy; "auto" takes the first policy that fits.
-        device_limit: Bytes of the device; None for no limit.
-        host_limit: Bytes of the host; None for no limit.
+        device_limit: Memory of the GPU in bytes; None if unknown.
+        host_limit: Host memory in bytes that the step may use; None for no limit.
     """
     if config.name != "auto":
         return _plan(measured, config, device_limit, host_limit)
     count = len(measured.layers)
-    if host_limit is not None:  # the inputs for which the host has no room stay on the device
+    if host_limit is not None:  # inputs of layers that do not fit on the host stay on the GPU
         on_host = host_limit // max(aligned(layer.inputs) for layer in measured.layers)
         config = replace(config, keep_inputs=max(config.keep_inputs, count - on_host))
     found = None
@@ -169,7 +175,7 @@ def plan_of(
 
 
 def _candidates(config: MemoryConfig, layers: int) -> list[MemoryConfig]:
-    """Returns policies for "auto", the fastest first and the one that takes least last."""
+    """Returns the policies that "auto" tries in turn: the fastest first, the most frugal last."""
 
     def make(name: str, **options: Any) -> MemoryConfig:
         return replace(config, name=name, **options)
@@ -177,7 +183,7 @@ def _candidates(config: MemoryConfig, layers: int) -> list[MemoryConfig]:
     ends = [] if config.mlp_tokens else [make("none")]
     ends += [make("checkpoint", keep_attention=layers)]
     ends.append(make("offload", keep_attention=layers))
-    for kept in reversed(range(layers)):  # the attention of the others on the host, if it has room
+    for kept in reversed(range(layers)):  # attention outputs of the other layers on the host
         ends.append(make("offload", keep_attention=kept, host_attention=layers - kept))
     for kept in reversed(range(layers)):
         ends.append(make("offload", keep_attention=kept))
@@ -191,7 +197,7 @@ def _plan(
     parts, device, host = _needed(measured, policies)
     limited = device_limit is not None
     has_room = host_limit is None or host <= host_limit
-    fits = None if has_room else False  # without a device's limit only the host is known
+    fits = None if has_room else False  # the GPU's memory is unknown so far
     if device_limit is not None:
         fits = device <= device_limit and has_room
     return Plan(
@@ -210,7 +216,7 @@ def _plan(
 
 
 def policies_of(config: MemoryConfig, layers: int) -> list[LayerPolicy]:
-    """Returns the policy of every layer; an empty list for the policy none.
+    """Returns the LayerPolicy of every layer; an empty list for the policy none.
 
     Args:
         config: Settings of the policy none, checkpoint or offload.
@@ -233,12 +239,12 @@ def policies_of(config: MemoryConfig, layers: int) -> list[LayerPolicy]:
 def _needed(
     measured: Profile, policies: Sequence[LayerPolicy], scale: float = 1.0
 ) -> tuple[dict[str, int], int, int]:
-    """Returns the parts of the device's peak, their sum, and the bytes of the host.
+    """Returns the bytes on the GPU by purpose, their sum, and the bytes on the host.
 
     Args:
-        measured: Bytes of a step.
-        policies: Policy of every layer; empty if everything is kept.
-        scale: Factor of everything that grows with the tokens.
+        measured: Bytes of a step, from `profile`.
+        policies: LayerPolicy of every layer; empty if no layer is checkpointed.
+        scale: Number of tokens divided by the measured number of tokens: factor of all activations.
     """
     layers = measured.layers
     if policies:
@@ -263,10 +269,15 @@ def _needed(
 def _checkpointed(
     layers: Sequence[LayerBytes], policies: Sequence[LayerPolicy]
 ) -> tuple[int, int, int]:
-    """Returns the bytes that the device keeps, those of the largest layer, and those of the host.
+    """Returns three numbers of bytes for checkpointed layers.
 
-    The largest layer is that with the largest sum of its backward and of what is kept before it,
-    less what all layers keep: what later layers keep is freed by then.
+    The backward goes from the last layer to the first, and frees what a layer kept once that layer
+    is done. The peak is therefore reached at the layer with the largest sum of two terms: its own
+    forward or backward, and what this layer and all earlier layers keep.
+
+    Returns:
+        Bytes that all layers together keep on the GPU; bytes at the peak beyond these; bytes on the
+        host.
     """
     kept, host, most = 0, 0, 0
     for layer, policy in zip(layers, policies, strict=True):
@@ -274,12 +285,12 @@ def _checkpointed(
         kept += layer.attention if policy.attention == DEVICE else 0
         host += aligned(layer.inputs) if policy.inputs == HOST else 0
         host += layer.attention if policy.attention == HOST else 0
-        # A tensor from the host is there for this layer and, prefetched, for the one before; in the
-        # forward two tensors wait for their copies.
+        # Backward: this layer's tensor is on the GPU, and the earlier layer's is prefetched there.
+        # Forward: two tensors wait on the GPU for their copies to the host.
         fetched = MOST_WAITING * layer.inputs if policy.inputs == HOST else 0
         fetched += MOST_WAITING * layer.attention if policy.attention == HOST else 0
         again = layer.attention if policy.attention != RECOMPUTE else 0
-        backward = layer.backward - again + layer.inputs  # with the gradient that comes in
+        backward = layer.backward - again + layer.inputs  # + the gradient of the layer's output
         most = max(most, kept + fetched + max(backward, layer.forward))
     return kept, most - kept, host
 
@@ -290,7 +301,7 @@ def _longest(
     device_limit: int | None,
     host_limit: int | None,
 ) -> int:
-    """Returns the most tokens within the limits, a multiple of 1024; 0 if none fit."""
+    """Returns the largest number of tokens that fits, a multiple of 1024; 0 if none fits."""
 
     def fit(tokens: int) -> bool:
         _, device, host = _needed(measured, policies, tokens / measured.tokens)

@@ -1,4 +1,4 @@
-"""Gives a model the memory policy of a configuration."""
+"""use_policy: applies a memory policy (what layers keep, offload or recompute) to a model."""
 
 from __future__ import annotations
 
@@ -29,23 +29,24 @@ log = logging.getLogger(__name__)
 def use_policy(
     model: Any, policy: str = "checkpoint", *, tokens: int | None = None, **options: Any
 ) -> LayerCheckpoints | None:
-    """Lets the layers of a model keep, offload and recompute what the backward needs.
+    """Applies a memory policy to a model: its layers keep, offload or recompute their activations.
 
-    Gradients are those of plain checkpointing, bit by bit.
+    Gradients have the same bits as with plain activation checkpointing.
 
     Args:
-        model: A transformers model, or a PeftModel around one. Patch it by `lctrain.patch_model`
-            first: only lctrain's attention can be kept.
-        policy: "none", "checkpoint", "offload" or "auto"; see `MemoryConfig`.
-        tokens: Number of tokens of the longest pack. Arenas have its size; "auto" needs it.
+        model: A transformers model, or a PeftModel around one. Apply `lctrain.patch_model` first:
+            only the outputs of lctrain's attention can be kept.
+        policy: Name of the policy: "none", "checkpoint", "offload" or "auto"; see `MemoryConfig`.
+        tokens: Number of tokens of the longest pack, by which host memory is reserved. "auto"
+            requires it.
         **options: Further fields of `MemoryConfig`, such as `keep_attention`.
 
     Returns:
-        The handle, whose `remove` ends the policy; None for "none".
+        A handle, whose method `remove` undoes the policy; None if no layer is checkpointed.
 
     Raises:
-        ValueError: if an option is out of range, or the model has no layers that can be
-            checkpointed.
+        ValueError: if an option is out of range, or transformers cannot checkpoint the model's
+            layers.
     """
     return apply_config(model, MemoryConfig(name=policy, **options), tokens)
 
@@ -58,15 +59,16 @@ def apply_config(
     device: torch.device | None = None,
     ranks: int | None = None,
 ) -> LayerCheckpoints | None:
-    """Applies a configuration; see `use_policy`.
+    """Applies the memory policy that a configuration describes; see `use_policy`.
 
     Args:
         model: A transformers model, or a PeftModel around one.
         config: Settings of the policy.
-        tokens: Number of tokens of the longest pack, if the configuration has none.
-        precision: "true" or "bf16-mixed", for the plan of "auto".
-        device: Device on which the model is trained; None for the device on which it is.
-        ranks: Number of ranks that share the host; None for that of torchrun, or 1.
+        tokens: Number of tokens of the longest pack; `config.tokens` takes precedence.
+        precision: "true" or "bf16-mixed", which the plan of "auto" assumes.
+        device: Device on which the model is trained; None for the model's current device.
+        ranks: Number of ranks on this machine, which share its memory; None takes torchrun's
+            LOCAL_WORLD_SIZE, else 1.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if config.name == "none":
@@ -109,19 +111,20 @@ def plan_for(
     device: torch.device | None = None,
     ranks: int | None = None,
 ) -> Plan:
-    """Returns the plan of a model with the limits of this machine.
+    """Returns the plan of a model's memory, with this machine's GPU and host memory as limits.
 
-    The device's limit is `memory.device_gib`, else what the model's device has free and the memory
-    that the model has on it. For a model on device meta without `memory.device_gib`, it is that of
-    the GPU, or unknown.
+    The GPU's limit is `memory.device_gib` if it is set. Otherwise it is the sum of the GPU's free
+    memory and the memory of the model's weights that are already there. For a model on the meta
+    device it is the free memory of the GPU, or unknown without a GPU.
 
     Args:
         model: A transformers model, or a PeftModel around one.
         config: Settings of the policy.
         tokens: Number of tokens of the longest pack.
-        precision: "true" or "bf16-mixed".
-        device: Device on which the model is trained; None for the device on which it is.
-        ranks: Number of ranks that share the host; None for that of torchrun, or 1.
+        precision: "true" if activations have the dtype of the weights, or "bf16-mixed".
+        device: Device on which the model is trained; None for the model's current device.
+        ranks: Number of ranks on this machine, which share its memory; None takes torchrun's
+            LOCAL_WORLD_SIZE, else 1.
 
     Raises:
         ValueError: if the number of tokens is unknown, or the model cannot be planned.
@@ -146,11 +149,12 @@ def plan_for(
 
 
 def host_bytes(config: MemoryConfig, ranks: int | None = None) -> int:
-    """Returns the most bytes that a policy may take on the host, for this rank.
+    """Returns the host memory in bytes that a policy may use on this rank.
 
     Args:
         config: Settings of the policy.
-        ranks: Number of ranks that share the host; None for that of torchrun, or 1.
+        ranks: Number of ranks on this machine, which share its memory; None takes torchrun's
+            LOCAL_WORLD_SIZE, else 1.
     """
     if config.host_gib is not None:
         return int(config.host_gib * GIB)

@@ -1,4 +1,8 @@
-"""Profile: the bytes of a training step, layer by layer, from a run without memory or a device."""
+"""profile: counts the bytes of a training step, layer by layer, on the meta device.
+
+Tensors on the meta device have shapes and dtypes but no memory, so neither a GPU nor weights are
+needed.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +31,14 @@ OPTIMIZER_STATES = 2
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """Bytes of one layer.
+    """Bytes of one decoder layer in a training step.
 
     Attributes:
-        inputs: The layer's input.
-        attention: Results of its attention, with the logarithms of the sums (lse).
-        saved: What its backward reads, if nothing is recomputed.
-        forward: Most bytes that its forward takes beyond its input, if it is checkpointed.
-        backward: Most bytes that its recomputation and backward take beyond its input.
+        inputs: Bytes of the layer's input, its hidden states.
+        attention: Bytes of the outputs and the lse of the layer's attention.
+        saved: Bytes that autograd saves for the layer's backward without activation checkpointing.
+        forward: Peak bytes of the layer's forward under checkpointing, without the layer's input.
+        backward: Peak bytes of the layer's recomputation and backward, without the layer's input.
     """
 
     inputs: int
@@ -46,17 +50,19 @@ class LayerBytes:
 
 @dataclass(frozen=True)
 class Profile:
-    """Bytes of a training step with every layer checkpointed.
+    """Bytes of a training step in which every decoder layer is checkpointed.
 
     Attributes:
         tokens: Number of tokens of the pack.
-        weights: Weights and buffers.
-        gradients: Gradients of the trained weights.
-        optimizer: States of AdamW.
+        weights: Bytes of weights and buffers.
+        gradients: Bytes of the gradients of the trained weights.
+        optimizer: Bytes of AdamW's two moments.
         layers: Bytes of every layer.
-        around: Tensors that live during the whole step outside of the layers.
-        head: Most bytes of the last norm and the gradient of its output.
-        loss: A chunk of logits, and the gradient of a trained head.
+        around: Bytes of tensors outside of the layers that live during the whole step.
+        head: Peak bytes between the last layer's forward and its backward: the final norm, and the
+            gradient of the norm's output.
+        loss: Bytes of one chunk of logits, and of the float32 gradient of the output embedding if
+            it is trained.
     """
 
     tokens: int
@@ -72,18 +78,19 @@ class Profile:
 def profile(
     model: nn.Module, tokens: int, precision: str = "true", mlp_tokens: int | None = None
 ) -> Profile:
-    """Runs forward and backward on device meta, and counts the bytes.
+    """Runs forward and backward of a model on the meta device, and counts the bytes.
 
-    The loss is that of `lctrain.loss.causal_lm_loss`, which never holds all logits.
+    The loss is assumed to be `lctrain.loss.causal_lm_loss`, which computes logits in chunks.
 
     Args:
         model: A transformers causal LM, or a PeftModel around one, patched or not, on any device.
         tokens: Number of tokens of the pack, which is one document.
-        precision: "true" if everything has the dtype of the weights, or "bf16-mixed".
-        mlp_tokens: Number of tokens of a tile of the MLPs; None for no tiles.
+        precision: "true" if activations have the dtype of the weights, or "bf16-mixed".
+        mlp_tokens: Number of tokens that an MLP computes at a time; None for all tokens at once.
 
     Raises:
-        ValueError: if the model cannot be checkpointed, or does not run without its weights.
+        ValueError: if transformers cannot checkpoint the model's layers, or the model reads values
+            of its weights.
     """
     model = skeleton(model).train()
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
@@ -126,19 +133,20 @@ def profile(
 
 
 class _Layer:
-    """What a run measures of one layer; the fields of LayerBytes."""
+    """Measured bytes of one layer; LayerBytes describes the fields."""
 
     def __init__(self) -> None:
         self.inputs = self.attention = self.saved = self.forward = self.backward = 0
 
 
 class _Run:
-    """One forward and backward of a decoder on device meta.
+    """One forward, and with checkpointing one backward, of a decoder on the meta device.
 
     Attributes:
-        layers: What was measured of each layer.
-        around: Bytes that are alive before the first layer.
-        head: Most bytes between the last layer's forward and its backward.
+        tracker: Counter of the bytes of live tensors.
+        layers: Measured bytes of each layer.
+        around: Bytes of live tensors before the first layer, without the layer's input.
+        head: Peak bytes between the last layer's forward and its backward.
     """
 
     def __init__(self, decoder: Any, tokens: int, precision: str, checkpointed: bool) -> None:
@@ -147,14 +155,14 @@ class _Run:
         self.around = self.head = 0
         self._checkpointed = checkpointed
         self._mixed = precision == "bf16-mixed"
-        self._casts: dict[int, Tensor] = {}  # casts of weights, which autocast keeps
+        self._casts: dict[int, Tensor] = {}  # bfloat16 copies of weights, as in autocast's cache
         if self._mixed and checkpointed:
-            # A checkpoint inside of a layer, of a tile, recomputes without the modes of its caller.
+            # The backward recomputes an MLP's tile outside of the modes that `call` enters below.
             for tiled in [module for module in decoder.modules() if "forward" in vars(module)]:
                 for module in tiled.modules():
                     if isinstance(module, nn.Linear):
                         vars(module)["forward"] = partial(self._linear, module)
-        self._last: tuple[str, int, int] | None = None  # phase, layer, bytes at its begin
+        self._last: tuple[str, int, int] | None = None  # phase, layer, live bytes at its start
         decoder._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
         for layer in checkpointed_layers(decoder):
             layer._gradient_checkpointing_func = self._layer
@@ -214,7 +222,7 @@ class _Run:
             return type(module).forward(module, x)
 
     def _open(self, phase: str, index: int) -> None:
-        """Closes the phase before, and begins a new one."""
+        """Ends the current phase (forward, head or backward), and starts a new one."""
         if phase == "forward" and index == 0:
             self.around = self.tracker.live - self.layers[0].inputs
         self._close()
@@ -233,7 +241,7 @@ class _Run:
 
 
 def _loss_bytes(inner: Any, tokens: int, precision: str) -> int:
-    """Returns the bytes of a chunk of logits, and of the head's gradient in float32."""
+    """Returns the bytes of a chunk of logits plus the output embedding's float32 gradient."""
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     weight = getattr(head, "weight", None)
     if weight is None:

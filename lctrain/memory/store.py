@@ -1,8 +1,9 @@
-"""HostStore: keeps tensors of the forward on the host until the backward needs them.
+"""HostStore: moves activations to host memory in the forward, and back for the backward.
 
-Copies run on a side stream beside the compute stream. In the forward, at most two tensors wait for
-their copy. In the backward, the tensors of the layer before the current one are copied back while
-the current layer computes. On a CPU the same code copies within the host's memory.
+Copies run on a CUDA stream of their own (the side stream), beside the computation. In the forward,
+at most two tensors wait on the GPU for their copy to end. In the backward, while one layer
+computes, the tensors of the layer that comes next in the backward are copied to the GPU. On a CPU
+the same code copies within host memory.
 """
 
 from __future__ import annotations
@@ -22,32 +23,36 @@ MOST_WAITING = 2
 
 
 class OnDevice:
-    """A tensor that stays where it is.
+    """A kept activation that stays on its device; it has the method `get` of OnHost.
 
     Args:
-        x: The tensor; what computed it is not kept.
+        x: The activation, of any shape. Its autograd history is dropped.
     """
 
     def __init__(self, x: Tensor) -> None:
         self._x = x.detach()
 
     def get(self) -> Tensor:
-        """Returns the tensor, without a gradient's history."""
+        """Returns the activation, without autograd history."""
         return self._x.detach()
 
 
 class HostStore:
-    """Keeps tensors on the host, each kind in arenas of its own.
+    """Keeps activations in host memory, with an arena or more for each kind of activation.
 
     Attributes:
-        stored_bytes: Bytes that are in the arenas now.
-        left_on_device: Number of tensors that stayed on the device, because the host had no room.
+        counts: Number of tensors that one forward pass stores, by kind of activation, such as
+            "input".
+        host_bytes: Largest number of bytes of all arenas together; None for no limit.
+        tokens: Number of tokens of the longest pack; None if it is unknown.
+        left_on_device: Number of tensors that stayed on the GPU because host memory was full.
 
     Args:
-        counts: Number of tensors of a forward pass, by kind. The first tensor of a kind determines
-            the size of the kind's arena.
-        host_bytes: Most bytes of all arenas together; None for no limit.
-        tokens: Number of tokens of the longest pack; None sizes arenas by the packs that come.
+        counts: Number of tensors that one forward pass stores, by kind. The size of a kind's arena
+            follows from this number and the kind's first tensor.
+        host_bytes: Largest number of bytes of all arenas together; None for no limit.
+        tokens: Number of tokens of the longest pack, for which arenas are made. None makes them for
+            the packs that arrive.
     """
 
     def __init__(
@@ -68,31 +73,32 @@ class HostStore:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes that are in the arenas now."""
+        """Number of arena bytes in slots that are in use."""
         return sum(arena.used for arenas in self._arenas.values() for arena in arenas)
 
     @property
     def capacity(self) -> int:
-        """Bytes of all arenas."""
+        """Bytes of all arenas, in use or not."""
         return sum(arena.capacity for arenas in self._arenas.values() for arena in arenas)
 
     def group(self) -> Group:
-        """Returns a new group, for the tensors of the next layer of the forward."""
+        """Returns a new Group for the tensors of the layer that runs next in the forward."""
         group = Group(self, self._last)
         self._last = weakref.ref(group)
         return group
 
     def put(self, x: Tensor, kind: str, group: Group, tokens: int) -> OnHost | OnDevice:
-        """Starts the copy of a tensor to the host.
+        """Starts to copy an activation to the host.
 
         Args:
-            x: Tensor of any shape and strides.
-            kind: A key of `counts`.
+            x: Activation of any shape and strides.
+            kind: Kind of the activation, a key of `counts`.
             group: Group of the layer.
             tokens: Number of tokens of the pack.
 
         Returns:
-            The place from which to get the tensor back; the device, if the host has no room.
+            An object whose `get` returns the activation: OnHost, or OnDevice if host memory is
+            full.
         """
         x = x.detach()
         like = torch.empty_like(x, device="meta")  # the strides of a dense copy of x
@@ -115,7 +121,7 @@ class HostStore:
         return OnHost(self, slot, view, x.device, group)
 
     def _slot(self, size: int, kind: str, device: torch.device, largest: int) -> Slot | None:
-        """Returns a slot; None if the host has no room. A kind gets further arenas as needed."""
+        """Returns a slot, in a new arena if needed; None if the host memory's limit is reached."""
         arenas = self._arenas.setdefault(kind, [])
         for arena in arenas:
             if (slot := arena.reserve(size)) is not None:
@@ -137,13 +143,13 @@ class HostStore:
         arenas[:] = used
 
     def _stream_of(self, device: torch.device) -> Any:
-        """Returns the side stream; None on a CPU."""
+        """Returns the side stream, on which copies run; None on a CPU."""
         if self._stream is None and device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
         return self._stream
 
     def side_stream(self, device: torch.device) -> Any:
-        """Returns a context in which copies run beside the compute stream, after its work so far.
+        """Returns a context in which copies run on the side stream, after all work queued so far.
 
         On a CPU the context does nothing.
         """
@@ -162,28 +168,31 @@ class HostStore:
         return self._stream.record_event() if x.device.type == "cuda" else None
 
     def _finish_one(self) -> None:
-        """Lets the compute stream wait for the oldest copy, and then lets go of its tensor."""
+        """Makes the compute stream wait for the oldest copy, and drops its source tensor."""
         event, x = self._waiting.popleft()
         if event is not None:
             torch.cuda.current_stream(x.device).wait_event(event)
 
     def advance(self) -> None:
-        """Lets go of the oldest tensor that waits, when a layer has nothing for the host."""
+        """Drops the oldest waiting tensor, at a layer that moves nothing to the host."""
         if self._waiting:
             self._finish_one()
 
     def finish(self) -> None:
-        """Lets go of all tensors that wait for their copy."""
+        """Drops all tensors that wait for their copy to the host."""
         while self._waiting:
             self._finish_one()
 
 
 class Group:
-    """The tensors of one layer in one forward pass. They come back together.
+    """The activations of one layer in one forward pass that are on the host.
+
+    They are copied back to the GPU together.
 
     Args:
-        store: The store.
-        previous: The group of the layer before, by a weak reference; None for the first layer.
+        store: The HostStore that holds the activations.
+        previous: Weak reference to the group of the layer before this one; None for the first
+            layer.
     """
 
     def __init__(self, store: HostStore, previous: weakref.ref[Group] | None) -> None:
@@ -192,24 +201,24 @@ class Group:
         self._members: list[weakref.ref[OnHost]] = []
 
     def add(self, member: OnHost) -> None:
-        """Adds a tensor to the group."""
+        """Adds an activation to the group."""
         self._members.append(weakref.ref(member))
 
     def fetch(self) -> None:
-        """Starts copies to the device of all tensors of the group that are not there."""
+        """Starts to copy all activations of the group to the GPU, except those already copied."""
         for reference in self._members:
             if (member := reference()) is not None:
                 member.fetch()
 
 
 class OnHost:
-    """A tensor whose values are in a slot of the host.
+    """An activation whose values are in a slot of a host arena.
 
     Args:
-        store: The store.
-        slot: The slot.
-        view: The slot as a tensor.
-        device: Device from which the tensor came.
+        store: The HostStore that holds the activation.
+        slot: Slot with the values. It is released together with this object.
+        view: The slot as a tensor with the activation's shape, strides and dtype.
+        device: Device on which the activation was computed.
         group: Group of the layer.
     """
 
@@ -225,10 +234,10 @@ class OnHost:
         group.add(self)
 
     def fetch(self) -> None:
-        """Starts the copy to the device, unless it has started."""
+        """Starts to copy the activation to its device, unless that has started."""
         if self._fetched is not None:
             return
-        # Allocated on the compute stream, which is the one that uses and frees it.
+        # Allocated on the compute stream, since that stream uses and frees the tensor.
         x = torch.empty_strided(
             self._view.shape, self._view.stride(), dtype=self._view.dtype, device=self._device
         )
@@ -236,7 +245,7 @@ class OnHost:
         self._fetched = x, self._store._event(x)
 
     def get(self) -> Tensor:
-        """Returns the tensor on its device, and starts the copies of the layer before."""
+        """Returns the activation on its device, and starts to copy the layer before."""
         self._store.finish()
         if self._fetched is None:
             self._group.fetch()
@@ -251,7 +260,7 @@ class OnHost:
         return x
 
     def __del__(self) -> None:
-        # A tensor that nobody got may still be written by the side stream.
+        # If `get` was never called, the side stream may still write to the fetched tensor.
         fetched = getattr(self, "_fetched", None)
         if fetched is not None and fetched[1] is not None:
             torch.cuda.current_stream(self._device).wait_event(fetched[1])

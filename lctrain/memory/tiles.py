@@ -1,4 +1,4 @@
-"""Splits MLPs over the sequence, so that a layer takes the memory of a few tokens."""
+"""TiledMLPs: computes an MLP for a few tokens at a time, to save activation memory."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _LOW = (torch.bfloat16, torch.float16)
 
 
 class TiledMLPs:
-    """Lets every MLP of a model's layers compute tile by tile, in training.
+    """Makes the MLPs of a model's layers compute tile by tile in training; a tile is a few tokens.
 
-    A tile's activations are recomputed in the backward, so only one tile's are there at a time.
-    Each parameter's gradient is the sum over the tiles, in the parameter's float32. Outputs and
-    gradients are equal to those without tiles within rounding.
+    Each tile runs under activation checkpointing, so only one tile's activations exist at a time.
+    The gradient of a weight is the sum over the tiles, in the weight's dtype, float32. Outputs and
+    gradients equal those without tiles within rounding.
 
     Args:
-        layers: Layers of a transformers model; their child `mlp` is split.
+        layers: Layers of a transformers model. Their attribute `mlp` is the MLP.
         tokens: Number of tokens of a tile.
 
     Raises:
-        ValueError: if no layer has a dense MLP, or trained weights of an MLP are in half precision,
-            in which a sum over tiles would lose bits.
+        ValueError: if no layer has a dense MLP, or a trained weight of an MLP is float16 or
+            bfloat16, in which the sum over tiles would lose bits.
     """
 
     def __init__(self, layers: list[Any], tokens: int) -> None:
@@ -50,14 +50,14 @@ class TiledMLPs:
             mlp.forward = forward
 
     def remove(self) -> None:
-        """Lets the MLPs compute all tokens at once again, unless they have other tiles by now."""
+        """Restores the MLPs' own forward, unless a later TiledMLPs has replaced it."""
         for mlp, forward in zip(self._mlps, self._forwards, strict=True):
             if vars(mlp).get("forward") is forward:
                 del mlp.forward
 
 
 def _forward(mlp: Any, tokens: int, x: Tensor) -> Tensor:
-    """Returns an MLP's output for x [..., S, E], tile by tile if it is trained."""
+    """Returns an MLP's output for x [..., S, E]; in training, computed tile by tile."""
     own = partial(_uncached, mlp)
     if x.shape[-2] <= tokens or not (mlp.training and torch.is_grad_enabled()):
         return type(mlp).forward(mlp, x)
@@ -66,9 +66,10 @@ def _forward(mlp: Any, tokens: int, x: Tensor) -> Tensor:
 
 
 def _uncached(mlp: Any, x: Tensor) -> Tensor:
-    """Returns an MLP's output without autocast's cache of cast weights.
+    """Returns an MLP's output, with autocast's cache of bfloat16 weights turned off.
 
-    All tiles would share a cached weight, and their gradients would be summed in its bfloat16.
+    With the cache, all tiles would use the same bfloat16 copy of a weight, and autograd would sum
+    their gradients in bfloat16.
     """
     device = x.device.type
     dtype = autocast_dtype(device)
@@ -79,6 +80,6 @@ def _uncached(mlp: Any, x: Tensor) -> Tensor:
 
 
 def _is_dense(module: nn.Module | None) -> bool:
-    """Returns whether a module is an MLP of linear layers, which computes each token by itself."""
+    """Returns whether a module is an MLP of linear layers, not a mixture of experts."""
     names = set() if module is None else set(dict(module.named_children()))
     return "down_proj" in names and names <= _PARTS

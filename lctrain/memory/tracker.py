@@ -1,4 +1,4 @@
-"""Tracker: counts the bytes of the tensors of a model that runs on device meta, without memory."""
+"""Tracker: counts the bytes of live tensors while a model runs on the meta device."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _BACKWARD_WORKSPACE = {"varlen_backward": 1, "dual_chunk_backward": 1, "differen
 
 
 class Tracker(TorchDispatchMode):
-    """Counts the bytes of storages that are made and freed while it is active.
+    """Dispatch mode that counts the bytes of tensor storages that are allocated and freed.
 
     Attributes:
-        live: Bytes that are alive.
-        peak: Most bytes that were alive since `restart`, with the work space of attention.
+        live: Bytes of the storages that exist now.
+        peak: Largest value of `live` since `restart`, with the workspace of attention backwards.
     """
 
     def __init__(self) -> None:
@@ -32,11 +32,11 @@ class Tracker(TorchDispatchMode):
         self._known: set[int] = set()
 
     def restart(self) -> None:
-        """Begins a new peak at the bytes that are alive."""
+        """Sets `peak` to the bytes that exist now."""
         self.peak = self.live
 
     def ignore(self, tensors: Sequence[Tensor]) -> None:
-        """Leaves the storages of tensors out of the count."""
+        """Excludes the storages of tensors, such as weights, from the count."""
         for tensor in tensors:
             self._known.add(tensor.untyped_storage()._cdata)
 
@@ -71,12 +71,13 @@ class Tracker(TorchDispatchMode):
 
 
 class Bfloat16Products(TorchFunctionMode):
-    """Gives float32 inputs of products to them in bfloat16, as bf16-mixed precision does on a GPU.
+    """Casts float32 inputs of matrix products to bfloat16, as bf16-mixed precision does on a GPU.
 
-    Device meta has no autocast.
+    torch has no autocast for the meta device.
 
     Args:
-        weights: Casts of weights by the weight's id, which grow; the caller lets go of them.
+        weights: Cache of bfloat16 weights by the id of the float32 weight, like autocast's. This
+            mode adds to the cache, and the caller clears it.
     """
 
     def __init__(self, weights: dict[int, Tensor]) -> None:
@@ -102,7 +103,7 @@ class Bfloat16Products(TorchFunctionMode):
 
 
 def skeleton(model: nn.Module) -> Any:
-    """Returns a copy of a model on device meta, with its patches and adapters, without its weights.
+    """Returns a copy of a model on the meta device, with its patches and adapters.
 
     Args:
         model: A model on any device, which is not changed.
