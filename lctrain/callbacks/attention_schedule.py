@@ -23,9 +23,9 @@ class AttentionStage:
 
     Attributes:
         step: First optimizer step of the stage.
-        attention: Argument `attention` of `lctrain.patch_model`.
-        options: Keyword arguments of `lctrain.patch_model`.
-        rope: Entries to change in the config's `rope_parameters`; None changes none.
+        attention: Name of the attention, as in `lctrain.patch_model`.
+        options: Options of the attention, keyword arguments of `lctrain.patch_model`.
+        rope: Entries of the config's `rope_parameters` that the stage changes; None changes none.
     """
 
     step: int
@@ -39,7 +39,7 @@ class AttentionStage:
 
         Args:
             step: First optimizer step of the stage.
-            description: Mapping with `attention`, its options, and `rope`.
+            description: Mapping with `attention`, the attention's options, and `rope`.
 
         Raises:
             ValueError: if the step, the attention, an option or `rope` is not valid.
@@ -74,19 +74,17 @@ class AttentionStage:
 class AttentionSchedule(Patching):
     """Patches models as PatchAttention does, and changes the options at given optimizer steps.
 
-        AttentionSchedule({
-            0: {"attention": "flash", "sliding_window": 1024, "dropout": 0.1},
-            1000: {"attention": "flash", "rope": {"rope_type": "yarn", "factor": 4.0}},
-            2000: {"attention": "dual_chunk", "chunk_size": 8192},
+        AttentionSchedule({ 0: {"attention": "flash", "sliding_window": 1024, "dropout": 0.1}, 1000:
+        {"attention": "flash", "rope": {"rope_type": "yarn", "factor": 4.0}}, 2000: {"attention":
+        "dual_chunk", "chunk_size": 8192},
         })
 
     The optimizer step alone decides the stage, so a resumed run gives the same bits as an
-    uninterrupted one. Every stage is tried on the models before training. Each change of stage is
-    logged. The metric `attention/stage`, logged at logging steps, is the first step of the current
-    stage. A schedule with `models` has a state and a metric of its own, such as
-    `attention/stage/policy.model`. Validation, test and prediction use the current stage of the
-    run, or the stage that a checkpoint stores; without a run or checkpoint they use the first
-    stage.
+    uninterrupted one. Before training, every stage is applied to the models once, so that errors
+    appear early. Each change of stage is logged. The metric `attention/stage`, logged at logging
+    steps, is the first step of the current stage. A schedule with `models` has a state and a metric
+    of its own, such as `attention/stage/policy.model`. Validation, test and prediction use the
+    run's current stage, or the stage that a checkpoint stores; otherwise they use the first stage.
 
     Checkpoints, and the model after the run, keep the original config. If the last stage changes
     RoPE, update `model.config.rope_parameters` with `final_rope` before you export the model.
@@ -158,7 +156,7 @@ class AttentionSchedule(Patching):
 
     @property
     def state_key(self) -> str:
-        """Name of the state in a checkpoint, which contains the paths of the models."""
+        """Key of the callback's state in a checkpoint; it contains the paths of the models."""
         if not self._paths:
             return super().state_key
         return self._generate_state_key(models=self._paths)
@@ -190,7 +188,7 @@ class AttentionSchedule(Patching):
         self.patches.handles = {path: self._apply(stage, model) for path, model in models.items()}
 
     def _patch_one(self, model: Any) -> PatchHandle:
-        """Tries every stage on the model, then patches the model for the current stage."""
+        """Applies every stage to the model once, to find errors, then applies the current stage."""
         for stage in self.stages:
             try:
                 handle = self._apply(stage, model)

@@ -1,4 +1,4 @@
-"""BatchView: gives callbacks the documents, lengths and labels of any type of batch.
+"""BatchView: gives callbacks the documents, lengths and labels of a batch of any type.
 
 A batch is a PackedBatch, a mapping with transformers' names (`input_ids`, `labels`,
 `attention_mask`, `position_ids`, `cu_seq_lens_q`), or any object that a function of the user
@@ -26,8 +26,8 @@ def view_batch(batch: Any, read_batch: ReadBatch | None = None) -> BatchView:
 
     Args:
         batch: A batch of the data loader.
-        read_batch: Function from such a batch to a PackedBatch or a mapping with transformers'
-            names; None if the batch is one of them.
+        read_batch: Function from the user's batch to a PackedBatch or a mapping with transformers'
+            names; None if the batch is one of these.
 
     Raises:
         ValueError: if the batch, or the result of `read_batch`, is neither.
@@ -50,7 +50,7 @@ def view_batch(batch: Any, read_batch: ReadBatch | None = None) -> BatchView:
 
 @dataclass(frozen=True, eq=False)
 class BatchView:
-    """Gives access to the documents of a batch.
+    """Reads the documents of a batch: their lengths, names, tokens and labels.
 
     Attributes:
         content: A PackedBatch, or a mapping with transformers' names.
@@ -72,9 +72,9 @@ class BatchView:
         return int(self.input_ids.shape[0])
 
     def without_tokens(self) -> BatchView:
-        """Returns a view that keeps only shape, document boundaries and names.
+        """Returns a view with shape, document boundaries and names, but without tokens and labels.
 
-        The tokens and labels of the batch can then be freed.
+        The memory of the batch's tokens and labels can then be freed.
         """
         shape = self.input_ids.to("meta")
         if isinstance(self.content, PackedBatch):
@@ -89,7 +89,7 @@ class BatchView:
 
     @property
     def says_where_documents_end(self) -> bool:
-        """Whether the batch has cu_seq_lens, position ids or an attention mask."""
+        """Whether the batch has cu_seq_lens, position ids or a mask, which show the documents."""
         names = ("cu_seq_lens_q", "position_ids", "attention_mask")
         return isinstance(self.content, PackedBatch) or any(
             self.content.get(name) is not None for name in names
@@ -157,7 +157,7 @@ class BatchView:
         )
 
     def document_names(self) -> tuple[str, ...]:
-        """Returns the documents' names for messages, or their ids or indices without names."""
+        """Returns the documents' names for messages; without names, their ids or indices."""
         if isinstance(self.content, PackedBatch):
             ids = self.content.document_ids.tolist()
             return self.content.names or tuple(f"id {number}" for number in ids)

@@ -1,4 +1,4 @@
-"""StepBudget: limits the number of optimizer steps to what fits into a time."""
+"""StepBudget: chooses the number of optimizer steps that fit into a given time."""
 
 from __future__ import annotations
 
@@ -16,32 +16,34 @@ from lctrain.run.folder import RunFolder
 
 log = logging.getLogger(__name__)
 
-UNTIMED_STEPS = 3  # the first ones, in which kernels compile and memory is taken
+UNTIMED_STEPS = 3  # first steps, which are slower: kernels compile and memory is allocated
 FEWEST_TIMED_STEPS = 8
-TIMED_SHARE = 0.05  # of the budget, spent on timing unless a few steps take longer
-KEY = "budget_steps"  # in run.json
+TIMED_SHARE = 0.05  # fraction of the budget in which steps are timed, if enough steps fit
+KEY = "budget_steps"  # key in run.json
 CHOICE_KEY = "budget_chosen_at"
 
 
 class StepBudget(pl.Callback):
-    """Times the first optimizer steps and sets `trainer.max_steps` so that training ends in time.
+    """Times the first optimizer steps, then sets `trainer.max_steps` so that training ends in time.
 
-    The learning-rate schedule of LongContextModule follows the new number from the step of the
-    choice on. The number is chosen once: checkpoints and the run's record store it with that step,
-    and a resumed run reads both from there. A run that resumes from a checkpoint before the choice
-    therefore takes the same learning rates again. All ranks take the number of rank 0.
+    From then on, the learning-rate schedule of LongContextModule follows the new number of steps.
+
+    The number is chosen once per run, by rank 0. Checkpoints and `run.json` store the number, and
+    the step at which it was chosen. A resumed run reads both. Even if it resumes from an earlier
+    step, it changes its schedule at the same step again, so learning rates repeat.
 
     Args:
         seconds: Seconds from `started` to the end of training, without the validations in between.
         started: `time.monotonic()` at the start of the run; None for the start of training.
-        folder: Keeps the number in its record; None for no record.
+        folder: Folder of the run, whose `run.json` stores the number of steps; None does not store
+            it.
 
     Raises:
         ValueError: if `seconds` is not above 0.
 
     Attributes:
-        max_steps: Optimizer steps of the run; None until they are chosen.
-        chosen_at: Optimizer steps that were taken when `max_steps` was chosen.
+        max_steps: Number of optimizer steps of the run; None until it is chosen.
+        chosen_at: Number of optimizer steps that had been taken when `max_steps` was chosen.
     """
 
     def __init__(
@@ -58,20 +60,20 @@ class StepBudget(pl.Callback):
         self._started = started
         self._folder = folder
         self._timed_from: tuple[int, float] | None = None
-        self._waits = False  # the run has its number, and has not come to the step of the choice
+        self._waits = False  # max_steps is known, but the step `chosen_at` is not reached yet
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the number of steps, and the step at which it was chosen."""
         return {"max_steps": self.max_steps, "chosen_at": self.chosen_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the number of steps from a checkpoint, if it was chosen before."""
+        """Restores the number of steps, if it was chosen before the checkpoint."""
         if state_dict["max_steps"] is not None:
             self.max_steps = state_dict["max_steps"]
             self.chosen_at = state_dict.get("chosen_at", 0)  # older checkpoints lack it
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sets the length of a resumed run before Lightning checks whether it has ended."""
+        """Sets max_steps of a resumed run before Lightning checks whether the run has ended."""
         self._waits = False
         if self.max_steps is None:
             return
@@ -87,7 +89,7 @@ class StepBudget(pl.Callback):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the clock, unless it has been running, and restores the schedule."""
+        """Starts the clock if `started` is None, and adapts the schedule of a resumed run."""
         self._follow(trainer, pl_module)
         self._timed_from = None
         if self._started is None:
@@ -101,7 +103,7 @@ class StepBudget(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Times the first optimizer steps, then chooses."""
+        """Times the first optimizer steps, then chooses the number of steps."""
         if trainer.fit_loop._should_accumulate():
             return
         if self.max_steps is not None:
@@ -122,21 +124,28 @@ class StepBudget(pl.Callback):
         self._choose(trainer, pl_module, trainer.strategy.broadcast(fitting))
 
     def _follow(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Applies the number of a resumed run to the schedule, from the step of its choice on."""
+        """Changes the schedule of a resumed run, once the step `chosen_at` is reached."""
         if self._waits and trainer.global_step >= self.chosen_at:
             assert self.max_steps is not None
             set_max_steps(trainer, module, self.max_steps)
             self._waits = False
 
     def _enough(self, trainer: pl.Trainer, timed: int, since: float) -> bool:
-        """Whether enough steps are timed; the first rank's clock decides for all."""
+        """Whether enough steps were timed; rank 0's clock decides for all ranks."""
         if timed < FEWEST_TIMED_STEPS:
             return False
         enough = time.monotonic() - since >= TIMED_SHARE * self.seconds
         return bool(trainer.strategy.broadcast(enough))
 
     def _choose(self, trainer: pl.Trainer, module: pl.LightningModule, fitting: int) -> None:
-        """Sets the length of the run, at most what `trainer.max_steps` was, and keeps it."""
+        """Sets the number of steps of the run, at most `trainer.max_steps`, and stores it.
+
+        Args:
+            trainer: The trainer inside `fit`.
+            module: The module in training.
+            fitting: Number of optimizer steps that fit into the time, from the beginning of the
+                run.
+        """
         options = getattr(module, "optim", None)
         warmup = getattr(options, "warmup_steps", None) or 0
         most = trainer.max_steps if trainer.max_steps > 0 else fitting
@@ -156,24 +165,24 @@ class StepBudget(pl.Callback):
 
 
 def steps_that_fit(done: int, spent: float, step_seconds: float, budget: float) -> int:
-    """The number of optimizer steps of a whole run.
+    """Returns the number of optimizer steps, from the beginning of a run, that fit into a time.
 
     Args:
-        done: Steps that have been taken.
+        done: Number of steps that have been taken.
         spent: Seconds since the start of the run.
-        step_seconds: Seconds per step.
+        step_seconds: Seconds that one further step takes.
         budget: Seconds from the start of the run to the end of training.
     """
     return done + max(0, int((budget - spent) / max(step_seconds, 1e-9)))
 
 
 def set_max_steps(trainer: pl.Trainer, module: pl.LightningModule, max_steps: int) -> None:
-    """Changes the length of a run, and with it the learning-rate schedules of a LongContextModule.
+    """Changes the number of steps of a run, and the schedules of a LongContextModule.
 
     Args:
-        trainer: Inside `fit`.
+        trainer: The trainer inside `fit`.
         module: Module of the run; only the schedule of a LongContextModule changes.
-        max_steps: Optimizer steps of the whole run.
+        max_steps: Number of optimizer steps of the whole run.
     """
     trainer.fit_loop.epoch_loop.max_steps = max_steps
     options = getattr(module, "optim", None)

@@ -23,24 +23,25 @@ __all__ = ["AtomicCheckpointIO", "StepCheckpoint", "check_writable", "step_check
 
 log = logging.getLogger(__name__)
 
-UNFINISHED = ".tmp"  # suffix of a checkpoint whose step is not logged yet
-# Errors of a file system without symbolic links.
+UNFINISHED = ".tmp"  # suffix of a checkpoint whose step's metrics are not logged yet
+# Error numbers of a file system that has no symbolic links.
 NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class StepCheckpoint(Checkpoint):
     """Saves a checkpoint every n optimizer steps, also within an epoch, and after the last step.
 
-    A checkpoint is written under a temporary name at the end of its step. It gets its final name
-    after the step's metrics are logged and any validation after the step has run. A run that is
-    killed in between resumes from the previous checkpoint, so its metrics have no gap. `last.ckpt`
-    is a symbolic link to the newest complete checkpoint, if the file system supports links.
+    At the end of a step, the checkpoint is written under a temporary name. It gets its final name
+    after the step's metrics are logged and the validation after the step, if any, has run. If the
+    run is killed in between, it resumes from the previous checkpoint, so the logged metrics have no
+    gap. `last.ckpt` is a symbolic link to the newest complete checkpoint, if the file system
+    supports links.
 
     Args:
         directory: Folder of the checkpoints; created if it does not exist.
         every_n_steps: Optimizer steps between two checkpoints.
         keep: Number of newest checkpoints to keep. If the run resumed from an older checkpoint, the
-            checkpoints of later steps are deleted too.
+            checkpoints of later steps are deleted.
 
     Raises:
         ValueError: if a number is below 1. In `setup`, before training: if the directory is not
@@ -68,10 +69,10 @@ class StepCheckpoint(Checkpoint):
         return link if link.exists() else next(iter(checkpoints_in(self.directory)), link)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Checks that the directory is writable, and deletes the temporary files of killed runs.
+        """Checks that the directory is writable, and deletes unfinished files of killed runs.
 
         Raises:
-            ValueError: if the directory is not writable, or another StepCheckpoint has it.
+            ValueError: if the directory is not writable, or another StepCheckpoint uses it.
         """
         others = [other for other in step_checkpoints(trainer.callbacks) if other is not self]
         if any(other.directory.resolve() == self.directory.resolve() for other in others):
@@ -116,7 +117,7 @@ class StepCheckpoint(Checkpoint):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Completes the checkpoint that is already written, after an error."""
+        """Gives the checkpoint that is already written its final name, after an error."""
         self.complete(trainer)
 
     def save(self, trainer: pl.Trainer) -> None:
@@ -146,7 +147,7 @@ class StepCheckpoint(Checkpoint):
         if pending is None or not Topology.of(trainer).is_first:
             return
         path = pending.with_suffix("")
-        if path.is_dir() or pending.is_dir():  # a folder replaces nothing, and nothing replaces it
+        if path.is_dir() or pending.is_dir():  # os.replace cannot replace a folder
             remove(path)
         os.replace(pending, path)
         self._link(path)
@@ -214,7 +215,7 @@ def _step_of(path: Path) -> int:
 def _raise_on_all_ranks(
     trainer: pl.Trainer, error: OSError | None, what: str, checkpoint: StepCheckpoint
 ) -> None:
-    """Raises an error of the first rank on every rank, so that no rank waits for it.
+    """Raises rank 0's error on every rank, so that no rank waits in a collective.
 
     Args:
         trainer: The trainer.

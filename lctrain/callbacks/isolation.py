@@ -21,7 +21,7 @@ from lctrain.distributed.sharding import through_root
 
 LARGEST_LOGITS = 2**28  # elements; with more, the last hidden states are compared instead
 BAR_DELAY_S = 1.0  # seconds before a progress bar appears
-LARGEST_RECORD = 2**30  # elements recorded of routed blocks; with more, the batch is shortened
+LARGEST_RECORD = 2**30  # recorded elements of mixture-of-experts outputs; more shorten the batch
 
 
 class IsolationError(RuntimeError):
@@ -38,10 +38,10 @@ class IsolationCheck(pl.Callback):
        the shortest document must not change.
 
     The check runs before the first training step, without gradients and dropout. It does not change
-    the random generators, the training mode of any module, or the order of the batches. A batch of
-    one document is split into two halves. The outputs are the logits, or the last hidden states if
-    there would be more than 2^28 logits. RoutedRounding keeps the rounding of mixture-of-experts
-    blocks from being reported.
+    random generators, training modes or the order of batches. A batch of one document is split into
+    two halves. The compared outputs are the logits, or the last hidden states if there would be
+    more than 2^28 logits. In mixture-of-experts blocks, other documents can change the last bits of
+    an output without a leak; RoutedRounding removes these differences.
 
     A batch is a PackedBatch, or a mapping with transformers' names that says where documents end.
     Batches with one document per row, padded or not, are not checked.
@@ -165,7 +165,8 @@ def _check_contents(
         model: The model.
         batch: The pack.
         before: [T, C], outputs of the model for the unchanged pack.
-        rounding: Gives MoE blocks their recorded outputs where these differ by rounding only.
+        rounding: Replaces outputs of mixture-of-experts blocks that differ from `before` by
+            rounding only.
         bar: Progress bar over the forward passes.
 
     Raises:
@@ -202,13 +203,14 @@ def _check_contents(
 def _check_lengths(
     model: nn.Module, batch: PackedBatch, before: Tensor, rounding: RoutedRounding, bar: Any
 ) -> None:
-    """Changes the boundaries around the shortest document, and compares the document's outputs.
+    """Checks that other boundaries do not change the outputs of the shortest document.
 
     Args:
         model: The model.
         batch: The pack.
         before: [T, C], outputs of the model for the unchanged pack.
-        rounding: Removes the rounding of routed blocks.
+        rounding: Replaces outputs of mixture-of-experts blocks that differ from `before` by
+            rounding only.
         bar: Progress bar over the forward passes.
 
     Raises:
@@ -233,7 +235,7 @@ def _check_lengths(
 
 
 def _differs(before: Tensor, after: Tensor) -> Tensor:
-    """Returns which tokens have other outputs, [T] bool. A NaN equals a NaN."""
+    """Returns at which tokens the outputs differ, [T] bool. A NaN counts as equal to a NaN."""
     same = (before == after) | (before.isnan() & after.isnan())
     return ~same.flatten(1).all(dim=1)
 
@@ -243,7 +245,7 @@ def _largest(before: Tensor, after: Tensor, rows: Tensor) -> float:
 
 
 def _all_but(batch: PackedBatch, start: int, end: int) -> Tensor:
-    """Returns a mask of the pack's tokens, [T] bool, False at tokens [start, end)."""
+    """Returns a mask of the pack's tokens, [T] bool: False at tokens [start, end), else True."""
     others = torch.ones(batch.num_tokens, dtype=torch.bool, device=batch.input_ids.device)
     others[start:end] = False
     return others
@@ -258,8 +260,8 @@ def _width(model: nn.Module) -> int:
 def _shortened(batch: PackedBatch, tokens: int) -> PackedBatch:
     """Returns the pack shortened to at most `tokens` tokens.
 
-    Each document is cut to at most half of `tokens`, and to the room that is left. Documents
-    without room are dropped.
+    Each document is cut to at most half of `tokens`, and to the number of tokens that are left.
+    Documents for which no tokens are left are dropped.
     """
     if batch.num_tokens <= tokens:
         return batch

@@ -21,9 +21,9 @@ from lctrain.eval.begin import NO_BEGIN, BeginTokens, begin_tokens
 class LengthPerplexity(pl.Callback):
     """Measures held-out perplexity at several context lengths every n optimizer steps.
 
-    Rank 0 measures while the other ranks wait; of a sharded model, all ranks measure. The
-    measurement does not change training: the training mode of every module is restored, even after
-    an error.
+    Rank 0 measures while the other ranks wait. If the model is sharded, all ranks measure together.
+    The measurement does not change training: the training mode of every module is restored, even
+    after an error.
 
     Args:
         lengths: Context lengths in tokens.
@@ -34,8 +34,8 @@ class LengthPerplexity(pl.Callback):
             module's method `held_out_documents()`, which PackedDataModule has.
         model: Attribute path of the model in the module; None takes the only model, or the only
             model with trainable weights.
-        begin_token: Whether each window starts with the begin token of the data module's tokenizer;
-            None means that it does if that tokenizer adds a begin token to a text. Without a
+        begin_token: Whether each window of text starts with the begin token of the data module's
+            tokenizer. None uses one if that tokenizer adds a begin token to every text. Without a
             tokenizer, windows have no begin token.
 
     Raises:

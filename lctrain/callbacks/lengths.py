@@ -1,4 +1,4 @@
-"""Changes the lengths of a document's neighbours in a pack, for IsolationCheck."""
+"""Changes the document boundaries around one document of a pack, for IsolationCheck."""
 
 from collections.abc import Iterator
 
@@ -7,21 +7,20 @@ from torch import Tensor, nn
 
 from lctrain.batch import PackedBatch
 
-SHORTEST = 16  # tokens of the shortest neighbours; one document per token would be slow
-REACH = 2  # length of the longest neighbours in windows of the model
+SHORTEST = 16  # tokens of the shortest other documents; one document per token would be slow
+REACH = 2  # length of the longest other documents, in multiples of the model's trained window
 
 
 def observed_document(batch: PackedBatch) -> tuple[int, int, int]:
-    """Returns the index, first token and end of the shortest document that is not empty.
+    """Returns the shortest document of a pack that is not empty.
 
-    The shortest document shows best whether a model's outputs depend on the longest document of a
-    row.
+    If a model's outputs depend on the longest document of a row, this document shows it best.
 
     Args:
         batch: The pack.
 
     Returns:
-        (index, start, end); the document is tokens [start, end) of the pack.
+        (index, start, end): the document's index, and its tokens [start, end) in the pack.
     """
     lengths = batch.lengths
     index = min((i for i, length in enumerate(lengths) if length > 0), key=lambda i: lengths[i])
@@ -32,19 +31,19 @@ def observed_document(batch: PackedBatch) -> tuple[int, int, int]:
 def with_other_lengths(
     batch: PackedBatch, start: int, end: int, model: nn.Module
 ) -> Iterator[PackedBatch]:
-    """Yields the pack with other boundaries between the documents outside of [start, end).
+    """Yields packs with the same tokens and other document boundaries outside of [start, end).
 
-    The tokens do not change. In the first pack that is yielded, neighbours are at most as long as
-    the document (or 16 tokens). In the second pack, they are as long as the pack allows: up to
-    twice the model's window with rotary embeddings, else up to the longest document of the pack,
-    since a table of positions is limited. A pack is skipped if its longest document is as long as
-    that of an earlier pack.
+    In the first pack, all other documents are at most as long as the document [start, end), or 16
+    tokens. In the second pack, they are as long as possible. If the model has rotary embeddings,
+    that is up to twice the model's window or the pack's longest document, whichever is larger.
+    Otherwise it is up to the pack's longest document, since a table of positions is limited. A pack
+    is skipped if its longest document is as long as that of an earlier pack.
 
     Args:
         batch: The pack.
-        start: First token of the document that stays as it is.
+        start: First token of the document that keeps its boundaries.
         end: Index after its last token.
-        model: The model, for its window.
+        model: The model, whose config states the trained window.
     """
     shortest = max(end - start, SHORTEST)
     longest = batch.max_seqlen

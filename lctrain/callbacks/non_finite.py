@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 SHOWN_DOCUMENTS = 8
 ON_BATCH = ("stop", "skip")
-NOTHING = 2  # stands for a step without loss and gradient, beside 0 (not finite) and 1 (finite)
+NOTHING = 2  # state of a step without loss and gradient; 0 is not finite, 1 is finite
 
 
 class NonFiniteLossError(RuntimeError):
@@ -34,8 +34,8 @@ class _Loss:
 
     Attributes:
         index: Index of the micro-batch in the run.
-        value: Its loss, 0-dim, on the device.
-        batch: View of its documents, without tokens.
+        value: Loss of the micro-batch, 0-dim tensor on the device.
+        batch: Documents of the micro-batch, for messages; its tokens are dropped.
     """
 
     index: int
@@ -53,8 +53,8 @@ class _Loss:
 class NonFiniteLossGuard(pl.Callback):
     """Stops the run at a loss that is NaN or infinite, and names the documents of its batch.
 
-    With on_batch="stop", losses stay on the device until a logging step or a checkpoint. The run
-    waits for the device at these points anyway.
+    With on_batch="stop", losses stay on the device until a logging step or a checkpoint, and are
+    then checked together. The run waits for the device at these points anyway.
 
     With on_batch="skip", the optimizer step is skipped instead. All ranks drop the gradients of the
     step, so weights and optimizer state do not change; the learning-rate schedule advances. This
@@ -71,7 +71,7 @@ class NonFiniteLossGuard(pl.Callback):
         max_in_a_row: Largest number of consecutive skipped steps; one more stops the run.
 
     Attributes:
-        left_out: Number of skipped steps, those before a resume included.
+        left_out: Number of skipped steps of the run, also before a resume.
 
     Raises:
         ValueError: if an argument is out of range; in training, if the batch cannot be read, or
@@ -133,7 +133,7 @@ class NonFiniteLossGuard(pl.Callback):
         self._skipped[trainer.global_step] = agreed == 0
         if agreed == 0:
             for parameter in pl_module.parameters():
-                parameter.grad = None  # an optimizer leaves such a parameter alone
+                parameter.grad = None  # optimizers skip parameters without a gradient
 
     def on_train_batch_end(
         self,
@@ -175,7 +175,7 @@ class NonFiniteLossGuard(pl.Callback):
         self.left_out, self._in_a_row = state_dict["left_out"], state_dict["in_a_row"]
 
     def _count(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Counts the skipped ones among the batch's optimizer steps, and logs their documents.
+        """Counts the skipped optimizer steps of a batch, and logs the documents of these steps.
 
         A batch without an optimizer step changes no count.
 
@@ -193,7 +193,7 @@ class NonFiniteLossGuard(pl.Callback):
             pl_module.log("train/left_out_steps", float(self.left_out))
 
     def _leave_out(self, trainer: pl.Trainer, step: int, pending: list[_Loss]) -> None:
-        """Counts one skipped step, and logs it.
+        """Counts and logs one skipped optimizer step.
 
         Args:
             trainer: The trainer.
@@ -270,7 +270,7 @@ def _finite(value: Tensor) -> bool:
 
 
 def _remedy(trainer: pl.Trainer) -> str:
-    """Returns the end of an error message, which names the last checkpoint and a remedy."""
+    """Returns the end of an error message: the last checkpoint, and what to do."""
     checkpoints = [c for c in trainer.callbacks if isinstance(c, StepCheckpoint)]
     kept = [str(c.last_path) for c in checkpoints if c.last_path.exists()]
     last = f"The last good checkpoint is {kept[0]}." if kept else "There is no checkpoint yet."

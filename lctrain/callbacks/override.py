@@ -1,4 +1,4 @@
-"""Override: replaces a method of one object, and restores it."""
+"""Override: replaces a method of one object, and restores the method later."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Override:
     Args:
         target: The object, such as a LightningModule.
         name: Name of the method.
-        make: Takes the bound method and returns the function that replaces it.
+        make: Function from the bound method to the function that replaces it.
 
     Attributes:
         function: The function that replaces the method.
@@ -21,7 +21,7 @@ class Override:
     def __init__(self, target: Any, name: str, make: Callable[[Any], Callable[..., Any]]) -> None:
         self._target = target
         self._name = name
-        self._own = vars(target).get(name)  # an instance attribute, such as torch.compile sets
+        self._own = vars(target).get(name)  # set on the instance, as torch.compile does
         self.function = make(getattr(target, name))
         setattr(target, name, self.function)
 

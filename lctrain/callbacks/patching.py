@@ -118,9 +118,9 @@ class Patching(pl.Callback):
             self._configure_model = None
 
     def _patch_what_is_there(self, module: pl.LightningModule) -> None:
-        """Patches the models that exist.
+        """Patches the models that exist now.
 
-        If none exists and the module may still build its models, does nothing.
+        Does nothing if no model exists and the module may build its models later.
         """
         refuse_wrapped(module)
         if _builds_later(module):
@@ -132,7 +132,7 @@ class Patching(pl.Callback):
         self._patch_new(module)
 
     def _patch_new(self, module: pl.LightningModule) -> None:
-        """Patches the models that are not patched yet. After an error, every model is restored."""
+        """Patches the models that are not patched yet. On an error, restores every model."""
         found = find_models(module, self.models)
         if not found:
             raise ValueError(
@@ -173,7 +173,7 @@ class Patching(pl.Callback):
                     )
 
     def _tell(self, trainer: pl.Trainer) -> None:
-        """Logs what was swapped, and stores it as a hyperparameter of the loggers, once per run."""
+        """Logs what was swapped, and adds it to the loggers' hyperparameters, once per run."""
         if self._told or not self.patches.handles:
             return
         self._told = True
@@ -194,9 +194,9 @@ def say(message: str) -> None:
 
 
 def refuse_wrapped(module: nn.Module) -> None:
-    """Raises a ValueError if a part of the module is wrapped in DDP or FSDP.
+    """Raises a ValueError if a part of the module is already wrapped in DDP or FSDP.
 
-    The trainer's strategy wraps the module itself.
+    Patches must be applied before wrapping; the trainer's strategy wraps the module later.
     """
     for path, part in module.named_modules():
         if isinstance(part, (DistributedDataParallel, FullyShardedDataParallel)):
@@ -214,7 +214,7 @@ def _builds_later(module: pl.LightningModule) -> bool:
 
 @contextmanager
 def _without_own_patch(module: pl.LightningModule) -> Iterator[None]:
-    """Context manager: inside it, a LongContextModule does not patch its own model."""
+    """Context manager in which a LongContextModule does not patch its own model."""
     if not isinstance(module, LongContextModule):
         yield
         return

@@ -13,7 +13,7 @@ from lctrain.callbacks.targets import loss_of
 from lctrain.callbacks.throughput import ThroughputMonitor
 from lctrain.log_steps import at_log_step
 
-SMOOTHING_STEPS = 20  # time constant of the loss's running mean, in optimizer steps
+SMOOTHING_STEPS = 20  # time constant of the running mean of the loss, in optimizer steps
 
 
 class RunningMean:
@@ -139,11 +139,11 @@ class TokenProgressBar(ProgressBar):
         """Opens a bar, which is refreshed often in a terminal and rarely in a log file.
 
         Args:
-            title: Words in front of the bar.
+            title: Text in front of the bar.
             total: Number of units at the end; None if unknown.
-            initial: Units that are done already.
+            initial: Number of units that are done already.
             leave: Whether the bar stays visible after it is closed.
-            unit: What the bar counts.
+            unit: Name of the unit that the bar counts.
         """
         return tqdm(
             desc=title,

@@ -8,7 +8,7 @@ from lctrain.data.resume import resume_order
 
 
 class ResumeOrder(pl.Callback):
-    """Makes the samplers `lctrain.data.RowOrder` of the training data continue after a resume.
+    """Makes `lctrain.data.RowOrder` samplers of the training data continue after a resume.
 
     The first row is computed from Lightning's counts of batches, so any DataLoader can be used.
     LongContextModule does this itself, and PackedDataModule resumes without it. Use this callback

@@ -1,9 +1,12 @@
-"""RoutedRounding: tells the rounding of mixture-of-experts blocks from leaks between documents.
+"""RoutedRounding: removes the rounding of mixture-of-experts blocks, which is no leak.
 
-An expert multiplies all tokens that are routed to it in one matrix product. If one document
-changes, other tokens are routed to the expert, and the product may add up in another order: the
-outputs of unchanged documents may then differ in their last bits. Other layers are row-wise: the
-bits of a token's output do not depend on other tokens.
+An expert multiplies all tokens that are routed to it in one matrix product. If one document of a
+pack changes, other tokens are routed to the expert. The product may then add up in another order,
+and the outputs of unchanged documents may differ in their last bits. IsolationCheck compares bits,
+so it would report this as a leak between documents. In all other layers, the bits of a token's
+output do not depend on other tokens of the batch.
+
+A routed block is a module with experts, to which a router sends tokens.
 """
 
 import itertools
@@ -23,7 +26,7 @@ ULPS = 8
 
 
 def find_routed(model: nn.Module) -> list[nn.Module]:
-    """Returns a model's routed blocks: the outermost modules that hold experts and no attention."""
+    """Returns a model's routed blocks: the outermost modules with experts and without attention."""
     found: list[nn.Module] = []
     pending = [model]
     while pending:
@@ -36,18 +39,19 @@ def find_routed(model: nn.Module) -> list[nn.Module]:
 
 
 class RoutedRounding:
-    """Removes differences by rounding from the outputs of a model's routed blocks.
+    """Removes differences by rounding from the outputs of a model's mixture-of-experts blocks.
 
-    `recording` stores, for one run of the model, a hash of every input row of a routed block, and
-    the block's output rows. In a later run, `replaying` compares the rows of unchanged documents
-    with the stored ones. If the input row has the same bits and the output row differs by rounding
-    only, the stored output row replaces it, so later layers must agree bit by bit. All other rows
-    stay as they are, so a leak reaches the outputs of the model. For a block without a forward,
-    such as JetMoe's mixture of attention heads, this applies to each method that is called.
+    `recording` stores, for one forward pass of the model, a hash of every input row of a block and
+    the block's output rows. In a later pass, `replaying` compares the rows of unchanged documents
+    with the stored ones. If an input row has the same bits, and the output row differs by rounding
+    only, the stored output row replaces it, so that later layers get the same bits. All other rows
+    stay as they are, so a leak still reaches the outputs of the model. For a block without a
+    forward, such as JetMoe's mixture of attention heads, this applies to each of its methods that
+    is called.
 
-    The bound on rounding in an output row y: reordering a float32 sum of K terms, K being the
-    longest sum of the block, changes y by about sqrt(K) eps(float32) |y|; rounding intermediate
-    results to the block's dtype changes y by a few eps(dtype) |y|.
+    Bound on rounding in an output row y: reordering a float32 sum of K terms changes y by about
+    sqrt(K) eps(float32) |y|, where K is the longest sum of the block. Rounding intermediate results
+    to the block's dtype changes y by a few eps(dtype) |y|.
 
     Args:
         model: The model.
@@ -65,10 +69,10 @@ class RoutedRounding:
 
     @contextmanager
     def recording(self, tokens: int) -> Iterator[None]:
-        """Records one run of the model inside the context.
+        """Context manager: records one forward pass of the model.
 
         Args:
-            tokens: Number of tokens T of the run.
+            tokens: Number of tokens T of the pass.
         """
         self._count = tokens
         self._recorded = {block: [] for block in self.blocks}
@@ -77,13 +81,13 @@ class RoutedRounding:
 
     @contextmanager
     def replaying(self, watched: Tensor) -> Iterator[None]:
-        """Gives a second run of the model, inside the context, the rounding of the recorded run.
+        """Context manager: gives a second forward pass the rounding of the recorded pass.
 
-        Both runs must have the same number of tokens.
+        Both passes must have the same number of tokens.
 
         Args:
             watched: [T] bool, True at tokens of documents that have not changed since the recorded
-                run.
+                pass.
         """
         self._watched = watched
         self._calls = dict.fromkeys(self.blocks, 0)
@@ -148,7 +152,7 @@ def _is_routed(module: nn.Module) -> bool:
 
 
 def _rounding(block: nn.Module, output: Any) -> float:
-    """Returns the largest difference by rounding in an output row, relative to the row's norm."""
+    """Returns the bound on rounding in an output row of a block, relative to the row's norm."""
     weights = [weight for weight in block.parameters() if weight.dim() > 1]
     dtypes = {value.dtype for value in (*weights, *_tensors(output)) if value.is_floating_point()}
     device = next(_tensors(output)).device.type
@@ -160,13 +164,13 @@ def _rounding(block: nn.Module, output: Any) -> float:
 
 
 def _without_rounding(value: Tensor, recorded: Tensor, same: Tensor, rounding: float) -> Tensor:
-    """Returns `value`, in which rows that differ from `recorded` by rounding only are replaced.
+    """Returns `value`, with the recorded row where a row differs from it by rounding only.
 
     Args:
         value: Output of a block, T rows.
-        recorded: The same output in the recorded run.
+        recorded: Output of the block in the recorded pass, T rows.
         same: [T] bool, True at rows that may be replaced.
-        rounding: Largest difference by rounding, relative to a row's norm.
+        rounding: Bound on rounding, relative to a row's norm.
     """
     tokens = len(same)
     if value.shape != recorded.shape or not _has_rows(value, tokens):
@@ -183,7 +187,7 @@ def _fingerprints(values: Any, tokens: int) -> Tensor:
     """Returns a hash of the bits of each token's rows, [T] int64.
 
     Args:
-        values: Nested tensors; those with T rows are hashed.
+        values: Nested tuples, lists and dictionaries of tensors. Tensors with T rows are hashed.
         tokens: Number of tokens T.
     """
     rows = [
@@ -205,14 +209,14 @@ def _has_rows(value: Tensor, tokens: int) -> bool:
 
 
 def _has_forward(block: nn.Module) -> bool:
-    """Returns whether a block is run by calling it, so that its hooks run."""
+    """Returns whether a block has a forward of its own, so that forward hooks see its calls."""
     code = getattr(type(block).forward, "__code__", None)
     return code is None or "NotImplementedError" not in code.co_names
 
 
 @contextmanager
 def _hooked_methods(block: nn.Module, hook: Any) -> Iterator[None]:
-    """Calls a hook after each method of a block that has no forward, inside the context.
+    """Context manager that calls a hook after each method of a block without a forward.
 
     Args:
         block: The block.

@@ -13,11 +13,11 @@ from lctrain.run.resume import IDENTITY_KEY
 
 
 class RunRecord(pl.Callback):
-    """Writes a run's identity into its checkpoints, and its options into its folder and loggers.
+    """Writes a run's id and identity into checkpoints, and its options into folder and loggers.
 
     Args:
         folder: Folder of the run.
-        identity: Options that a resumed run must not change.
+        identity: Identity of the run: the options that a resumed run must not change.
         options: All options of the run, resolved, as nested plain values. Loggers get them as
             hyperparameters.
     """

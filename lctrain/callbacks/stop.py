@@ -1,4 +1,4 @@
-"""StopAtSignal: ends a run that received a signal after its optimizer step, with a checkpoint."""
+"""StopAtSignal: ends a run after the step in which a signal arrived, and saves a checkpoint."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class StopAtSignal(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Raises StopRun if the previous step was the last one; its metrics are logged by now."""
+        """Raises StopRun if a signal arrived in the previous step, whose metrics are now logged."""
         self._stop(trainer)
 
     def on_train_batch_end(
@@ -66,13 +66,13 @@ class StopAtSignal(pl.Callback):
                 checkpoint.save(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Completes the checkpoint before the last validation, which a second signal may kill."""
+        """Completes the checkpoint before the last validation, which a second signal may end."""
         if self._agreed is not None:
             for checkpoint in step_checkpoints(trainer.callbacks):
                 checkpoint.complete(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raises StopRun if a signal arrived in the last step, so that nothing runs after training.
+        """Raises StopRun if a signal arrived in the last step, so that no evaluation follows.
 
         Without a signal, does nothing.
         """

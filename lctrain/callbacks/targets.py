@@ -1,4 +1,4 @@
-"""Finds the model and the loss that a callback inspects in a LightningModule."""
+"""find_target: finds the model in a LightningModule that a callback inspects."""
 
 from __future__ import annotations
 

@@ -23,13 +23,13 @@ EARLIER_TOKENS = "throughput_tokens"  # key in a checkpoint
 
 @dataclass(frozen=True)
 class Throughput:
-    """Totals of an interval of training, summed over all ranks.
+    """Counts and seconds of an interval of training. Counts are summed over all ranks.
 
     Attributes:
         tokens: Number of tokens, without padding.
         capacity: Number of tokens that would fit into the rows; 0 if unknown.
         flops: Model FLOPs of forward and backward.
-        seconds: Time in training steps, without validation and checkpoints.
+        seconds: Seconds in training steps, without validation and checkpoints.
     """
 
     tokens: float = 0.0
@@ -59,9 +59,10 @@ class Throughput:
 class ThroughputMonitor(pl.Callback):
     """Logs tokens per second, row fill, model FLOPs utilisation and peak memory at logging steps.
 
-    A batch is a PackedBatch or a mapping with transformers' names. The lengths in a mapping are
-    read from the device at logging steps, and the monitor waits for the device only then, and when
-    a validation or a checkpoint begins. Validation and checkpoints do not count as training time.
+    A batch is a PackedBatch or a mapping with transformers' names. Lengths in a mapping are
+    tensors: they are read at logging steps, so that other steps do not wait for the device. The
+    monitor also waits when a validation or a checkpoint begins, since these do not count as
+    training time.
 
     Args:
         max_tokens: Capacity of a row in tokens; None logs no fill.
@@ -104,7 +105,7 @@ class ThroughputMonitor(pl.Callback):
     def steady(self) -> Throughput:
         """Totals without the first logging interval, in which kernels compile.
 
-        If there is only one interval, its totals.
+        If there is only one interval, the totals of that interval.
         """
         if self._first is None or self._first == self.total:
             return self.total
@@ -132,7 +133,7 @@ class ThroughputMonitor(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Counts a PackedBatch, or keeps the lengths of another batch; logs at logging steps."""
+        """Counts the tokens of a batch; at logging steps, logs the metrics."""
         view = view_batch(batch, self.read_batch)
         if isinstance(view.content, PackedBatch):
             self._counted += self._count(view)
@@ -149,7 +150,7 @@ class ThroughputMonitor(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Stops the clock until the next batch, and keeps the number of tokens so far."""
+        """Stops the clock until the next batch, and saves the number of tokens so far."""
         self._clock.pause(pl_module.device)
         counted = sum(map(self._count, self._unread), self._counted)
         (tokens,) = _sum_over_ranks([counted.tokens], trainer, pl_module.device)
@@ -158,7 +159,7 @@ class ThroughputMonitor(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Continues the count of tokens of the run."""
+        """Restores the number of tokens of the run so far."""
         self._earlier_tokens = checkpoint.get(EARLIER_TOKENS, 0.0) - self.total.tokens
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -207,7 +208,7 @@ class ThroughputMonitor(pl.Callback):
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Returns the peak memory in GiB: torch's allocations on a GPU, else the process's memory."""
+    """Returns the peak memory in GiB: allocated by torch on a GPU, else used by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024

@@ -35,10 +35,10 @@ class TokenExactLoss(pl.Callback):
     2. the result of `count_tokens(batch)`;
     3. the valid labels of the batch, a PackedBatch or a mapping with transformers' names.
 
-    In manual optimization, a step consists of everything that is back-propagated since the last
-    step of the optimizer, and the first place is not read. `training_step` may back-propagate the
-    loss in parts: within an optimizer step, the tokens of a batch are counted once. The parts must
-    add up to the loss of the batch, which is its sum or its mean over all tokens of the batch.
+    In manual optimization, an optimizer step covers everything that was back-propagated since the
+    optimizer's last step, and the first place is not read. `training_step` may back-propagate the
+    loss in parts; the tokens of a batch are counted once per optimizer step. The parts must add up
+    to the loss of the batch: its sum, or its mean over all tokens of the batch.
 
     A micro-batch without valid tokens adds nothing to the loss.
 
@@ -53,7 +53,8 @@ class TokenExactLoss(pl.Callback):
         log: Name of the logged loss per token; None logs nothing.
 
     Attributes:
-        last_loss: Loss per token of the last optimizer step, 0-dim float64 tensor; None before.
+        last_loss: Loss per token of the last optimizer step, 0-dim float64 tensor; None before the
+            first step.
 
     Raises:
         ValueError: if `reduction` is unknown. In `setup`: if the module divides by tokens itself,
@@ -129,7 +130,7 @@ class TokenExactLoss(pl.Callback):
     ) -> None:
         """Scales the gradients if `backward` has not done so.
 
-        That is the case in manual optimization, and if the last micro-batch returned no loss.
+        This is needed in manual optimization, and if the last micro-batch returned no loss.
         """
         if self._window.open:
             micro_batches = trainer.accumulate_grad_batches
@@ -191,7 +192,7 @@ class TokenExactLoss(pl.Callback):
         return make
 
     def _add(self, loss: Tensor, counted: bool = False) -> None:
-        """Adds a loss to the window, and the tokens of the batch unless they are counted."""
+        """Adds a loss to the optimizer step, and the batch's tokens unless already counted."""
         assert self._count is not None
         loss = loss.detach()
         if loss.dim() != 0:
@@ -237,7 +238,7 @@ class TokenExactLoss(pl.Callback):
 
 
 def _sum_of(mean: Tensor, count: int | Tensor) -> Tensor:
-    """Returns the summed loss of a mean over `count` tokens; 0 without tokens, also from a NaN."""
+    """Returns the summed loss from a mean over `count` tokens; 0 if `count` is 0."""
     if isinstance(count, Tensor):
         return torch.where((count == 0).to(mean.device), 0.0, mean * count)
     return mean * count if count else mean.nan_to_num(0.0, 0.0, 0.0) * 0

@@ -1,4 +1,4 @@
-"""PackCollator and PackedRows: build a PackedBatch from tokenized documents."""
+"""PackCollator (a `collate_fn`) and PackedRows (a dataset): tokenized documents to PackedBatch."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class PackCollator:
     """Builds one PackedBatch from the documents of one row; a `collate_fn` for any DataLoader.
 
     A document is a mapping with "input_ids" and, optionally, "labels", "document_id" and "name".
-    The labels are aligned with the tokens, as in transformers: they are not shifted. The document
-    id is the key of attention dropout.
+    Labels are not shifted, as in transformers: labels[i] belongs to token i. The document id keys
+    the document's attention dropout mask.
 
     Attributes:
         max_tokens: Largest number of tokens in a batch, >= 2; None for no limit.
@@ -85,8 +85,8 @@ def _all_or_none(documents: Sequence[Mapping[str, Any]], field: str) -> list[Any
 class PackedRows(torch.utils.data.Dataset[PackedBatch]):
     """Map-style dataset of the rows of a packing plan; an item is a PackedBatch.
 
-    Index ~r (which is -r - 1) returns row r without targets, so that it adds nothing to the loss. A
-    rank reads such a row in a step for which no row is left for it.
+    Index ~r (the negative number -r - 1) returns row r with every label -100, so that the row adds
+    nothing to the loss. In the last step, a rank for which no row is left reads such a row.
     """
 
     def __init__(self, store: StoredTokens, plan: PackingPlan) -> None:
@@ -95,7 +95,7 @@ class PackedRows(torch.utils.data.Dataset[PackedBatch]):
         Args:
             store: Tokens of the documents. If its attribute `has_labels` is true, its method
                 `labels` returns the labels; otherwise the tokens themselves are the labels.
-            plan: Pieces of the documents in every row.
+            plan: Plan of the packing: which pieces of documents each row holds.
         """
         self.store: Any = store
         self.plan = plan

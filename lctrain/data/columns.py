@@ -1,4 +1,4 @@
-"""Reads the text column of a `datasets.Dataset` as strings, whether it stores strings or bytes."""
+"""text_column: reads the text column of a `datasets.Dataset`, strings or UTF-8 bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pack: packs documents that are given as token ids."""
+"""pack: packs documents of token ids into rows of at most `max_tokens`, as a map-style dataset."""
 
 from __future__ import annotations
 

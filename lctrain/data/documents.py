@@ -47,7 +47,7 @@ class TokenizedDocument:
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """N documents of text, with the counts of documents that were left out.
+    """N text documents and their hashes, with counts of documents that could not be used.
 
     Attributes:
         texts: Dataset with N rows and the column "text", none of them empty. The methods `text` and
@@ -86,7 +86,7 @@ class Documents:
 
         Args:
             held_out_fraction: Fraction of the documents to hold out, in [0, 1).
-            cut: Whether a single text may be cut in two.
+            cut: Whether a text may be cut in two if all documents hold the same text.
         """
         if cut and held_out_fraction > 0 and len(set(self.digests.tolist())) == 1:
             parts = self._split_text(held_out_fraction)
@@ -157,12 +157,12 @@ class Documents:
 
 
 def count_shared(held_out: Documents, train: Documents) -> int:
-    """Returns the number of held-out documents whose text is in the training data as well."""
+    """Returns the number of held-out documents whose text is also a training document."""
     return int(np.isin(held_out.digests, train.digests).sum())
 
 
 def _border(text: str, place: int) -> int:
-    """Returns the position after the last line break before `place`, else after the last space.
+    """Returns the position after the last line break before `place`, or else after the last space.
 
     Only the second half of the text before `place` is searched. Without either, returns `place`.
     """
@@ -244,7 +244,7 @@ def _scan(batch: pa.Table, rows: list[int], label: str) -> pa.Table:
 
 
 def _is_blank(content: memoryview) -> bool:
-    """Whether a UTF-8 text holds only white space. The first bytes decide where they can."""
+    """Whether a UTF-8 text holds only white space; most texts show it in their first bytes."""
     start = bytes(content[:_GLANCE]).decode("utf-8", errors="ignore")
     return not start.strip() and (
         len(content) <= _GLANCE or not bytes(content).decode("utf-8").strip()

@@ -1,4 +1,4 @@
-"""Warns about documents that could not be read, or raises an error."""
+"""Reports documents that could not be read: a warning, or an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds the text of a record in a field, or in a field of a nested record (`doc.text`)."""
+"""Finds the text field of a record, also inside nested records (`doc.text`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prepares datasets that the user passes as objects: texts, token ids, or packed rows."""
+"""Prepares data that the user passes as Python objects: texts, token ids, or packed rows."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def _kept(digests: np.ndarray, held_out_fraction: float) -> np.ndarray:
 
 
 def _fingerprint_rows(rows: PackedRows) -> str:
-    """Returns a hash of the packing plan, which identifies rows without reading their tokens."""
+    """Returns a hash of the packing plan; it identifies the rows without reading their tokens."""
     plan = rows.plan
     parts = (plan.documents, plan.starts, plan.lengths, plan.row_offsets, plan.row_pieces)
     return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()[:16]

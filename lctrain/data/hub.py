@@ -130,7 +130,7 @@ def load_split(where: dict[str, Any], cache_dir: Path) -> Dataset:
 
 
 def _load_saved(folder: str, split: str) -> Dataset:
-    """Loads a split from a folder that `save_to_disk` wrote: a Dataset or a DatasetDict."""
+    """Loads a split from a folder of `save_to_disk`, which holds a Dataset or a DatasetDict."""
     from datasets import DatasetDict, ReadInstruction, load_from_disk
 
     saved = load_from_disk(folder)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def head(dataset: Dataset, max_documents: int | None, max_bytes: int | None) -> Dataset:
-    """Returns the first documents of a dataset, up to either limit, but at least one document."""
+    """Returns the first documents of a dataset, within both limits, but at least one document."""
     import pyarrow.compute as pc
 
     if max_documents is None and max_bytes is None:
@@ -29,7 +29,7 @@ def head(dataset: Dataset, max_documents: int | None, max_bytes: int | None) -> 
 def choose_by_hash(
     files: tuple[File, ...], max_documents: int | None, max_bytes: int | None
 ) -> tuple[File, ...]:
-    """Chooses files by a hash of their names, up to either limit; keeps the order of the files."""
+    """Chooses files by a hash of their names, within both limits, in the given order of files."""
     if max_documents is None and max_bytes is None:
         return files
     hashes = [hashlib.sha256(name.encode()).digest() for _, name, *_ in files]

@@ -48,12 +48,12 @@ class RowStream(Sampler[int]):
 
 
 class PlacedBatch(NamedTuple):
-    """A batch of an endless stream, with its position in the stream.
+    """A PackedBatch of an endless stream, with its position in the stream.
 
     Attributes:
         batch: The batch.
-        place: Position in the stream: number of the batch's window, and the fields of
-            `lctrain.data.streaming.Window`. A resumed run reads this window again.
+        place: Position in the stream: the key "number" (index of the batch's window), and the
+            fields of `lctrain.data.streaming.Window`. A resumed run reads this window again.
     """
 
     batch: PackedBatch
@@ -67,13 +67,14 @@ PLACES = 16  # number of positions that are kept: more than the batches that Lig
 class Cursor:
     """Counter of the batches that a loader has yielded; the loader and the data module share it.
 
-    Because of this object, loader and data module do not refer to each other. Python would delete
-    such a reference cycle only after the queues of the workers, and then wait for each worker.
+    The loader and the data module share this object so that neither refers to the other. Python
+    would destroy such a reference cycle only after the queues of the worker processes, and then
+    wait for each worker.
 
     Attributes:
         batches: Number of the batch after the last one that was yielded.
-        places: The last positions in an endless stream, as pairs (number of the first batch at
-            the position, position): see PlacedBatch.
+        places: The last positions in an endless stream, as pairs (number of the first batch at the
+            position, position): see PlacedBatch.
     """
 
     batches: int = 0

@@ -1,9 +1,9 @@
-"""Computes the order of rows: the rows of every step of an epoch, and the rank of each of them.
+"""Computes which rows form each optimizer step of an epoch, and which rank gets each row.
 
-A step has one row per pack: per rank, or per rank and accumulated micro-batch. The order is a pure
-function of (costs, packs, seed, epoch, window), so a resumed run repeats it. Rows of equally many
-tokens differ in attention work, the sum of squared document lengths, and the ranks wait for one
-another. Therefore the rows of a step have similar work:
+A step has one row per pack: one per rank, or one per rank and accumulated micro-batch. The order is
+a pure function of (costs, packs, seed, epoch, window), so a resumed run repeats it. Rows with
+equally many tokens differ in attention work, the sum of the squared document lengths, and the ranks
+of a step wait for the slowest one. So the rows of a step are chosen with similar work:
 
 1. The rows are shuffled, and sorted by work within windows of steps.
 2. Neighbours in this order form a step, and the steps of a window are shuffled.
@@ -28,12 +28,12 @@ def epoch_order(
 ) -> np.ndarray:
     """Returns the rows of every step of one epoch: [steps, packs] int64.
 
-    Every row occurs at most once. If the number of rows is not a multiple of packs, the
-    remaining rows are left out; they differ between epochs.
+    Every row occurs at most once. If the number of rows is not a multiple of packs, the remaining
+    rows are left out; they differ between epochs.
 
     Args:
         costs: [R] attention work of every row.
-        packs: Number of packs of a step: of ranks, or of all micro-batches of all ranks.
+        packs: Number of packs of a step: of all ranks, or of all micro-batches of all ranks.
         seed: Seed of the shuffle.
         epoch: Number of the epoch.
         window: Number of steps within which rows are sorted by work. A longer window balances the
@@ -51,10 +51,10 @@ def epoch_order(
 
 
 def imbalance(order: np.ndarray, costs: np.ndarray) -> float:
-    """Returns the work of the heaviest rank of every step, over the mean work of the ranks, >= 1.
+    """Returns the work of the heaviest rank of a step over the mean work of the ranks, >= 1.
 
-    Both are summed over the steps. If time is proportional to work, ranks that wait for one another
-    need this factor more time than perfectly balanced ones.
+    Both are summed over all steps. If time is proportional to work, the run takes this factor more
+    time than with perfectly balanced ranks, since ranks wait for one another.
 
     Args:
         order: [steps, world_size] int64 rows.

@@ -1,4 +1,4 @@
-"""Keeps pretrained weights from ids that mean other tokens than those they were trained on."""
+"""Checks that a pretrained model gets the token ids of the tokenizer that it was trained with."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from lctrain.data.tokenizer import load_tokenizer, same_ids
 
 
 def require_own_tokenizer(module: Any) -> None:
-    """Raises a ValueError if a LightningModule holds, or will load, pretrained weights.
+    """Raises a ValueError if a LightningModule has, or will load, pretrained weights.
 
-    A data module calls it before it trains a tokenizer.
+    A data module calls this function before it trains a new tokenizer, whose ids would mean other
+    tokens than those of the pretrained model.
 
     Args:
         module: The LightningModule, with any models inside; None is accepted.
@@ -27,9 +28,10 @@ def require_own_tokenizer(module: Any) -> None:
 
 
 def warn_of_other_ids(module: Any, tokenizer: Any) -> None:
-    """Warns if a tokenizer's ids mean other tokens than those of a pretrained model's own.
+    """Warns if a tokenizer's ids mean other tokens than those of the pretrained model's own.
 
-    Nothing is said where that is unknown: without pretrained weights, or without a tokenizer.
+    There is no warning if this cannot be compared: without pretrained weights, or without a
+    tokenizer.
 
     Args:
         module: The LightningModule, with any models inside; None is accepted.
@@ -51,11 +53,11 @@ def warn_of_other_ids(module: Any, tokenizer: Any) -> None:
 
 
 def pretrained_name(module: Any) -> str | None:
-    """Returns the name or path of pretrained weights in a module.
+    """Returns the name or path of the pretrained weights in a module, or that it will load.
 
     Args:
-        module: A LightningModule or a model; None is accepted. Its attribute `pretrained_name`
-            decides if it is a string: the weights that the module will load.
+        module: A LightningModule or a model; None is accepted. If its attribute `pretrained_name`
+            is a string, it is the result.
 
     Returns:
         The name; None if no model inside was loaded by transformers' from_pretrained.
@@ -80,7 +82,7 @@ def _name_of(tokenizer: Any) -> Any:
 
 
 def _is_loaded(model: Any) -> bool:
-    """Returns whether from_pretrained filled a model's weights, and not only its config."""
+    """Returns whether from_pretrained loaded a model's weights, and not only its config."""
     return hasattr(model, "_weight_conversions") or any(
         getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters()
     )

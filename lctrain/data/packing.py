@@ -1,8 +1,9 @@
 """Packs documents into rows of at most max_tokens. Only the documents' lengths decide.
 
-The algorithm is best-fit decreasing within a window of documents: pieces are taken longest first,
-and each goes into the fullest row that has room for it. Rows are grouped by their free tokens, and
-all pieces of one length are placed at once, so the time does not depend on the number of open rows.
+The algorithm is best-fit decreasing within a window of documents (`packing_window`). A document
+longer than the limit is first split into pieces. Pieces are taken longest first, and each goes into
+the fullest row that has room for it. Rows are grouped by their number of free tokens, and all
+pieces of one length are placed together, so the time does not depend on the number of open rows.
 """
 
 from __future__ import annotations
@@ -106,8 +107,9 @@ def _lost(tokens: int) -> str:
 class PackingPlan:
     """Assignment of P pieces of documents to R rows.
 
-    The index of a piece is its key of attention dropout. It depends on the documents, max_tokens,
-    max_document_tokens and overlong, but not on the window, the shuffle or the number of ranks.
+    The index of a piece is its document id, which keys the attention dropout mask. It depends on
+    the documents, max_tokens, max_document_tokens and overlong, but not on the window, the shuffle
+    or the number of ranks.
 
     Attributes:
         documents: [P] int64, number of the document that a piece belongs to, in rising order.
@@ -161,11 +163,12 @@ def plan_rows(
         overlong: Treatment of a document longer than max_document_tokens: "split" it into pieces of
             this length and a shorter last one, "truncate" it to its first tokens, or "drop" it.
         window: Number of documents that are packed together; a row holds documents of one window.
-        dropped_empty: Number of empty documents, which the report repeats.
-        dropped_unreadable: Number of unreadable documents, which the report repeats.
+        dropped_empty: Number of empty documents that were left out before, for the report.
+        dropped_unreadable: Number of unreadable documents that were left out before, for the
+            report.
         progress: Whether to show a progress bar if packing takes more than a second.
-        count_trained: Takes the documents, first tokens and lengths of P pieces, and returns how
-            many of their tokens are trained on, [P] int64. Pieces without one are left out. None
+        count_trained: Function (documents, first tokens, lengths of P pieces, [P] int64 each) ->
+            number of trained tokens of each piece, [P] int64. Pieces with none are left out. None
             trains on every token.
 
     Returns:
@@ -310,7 +313,7 @@ def _best_fit_decreasing(
             else:
                 candidates = rows_by_room.pop(room)
                 rooms.remove(room)
-            # A row takes pieces until it has no room for another; then the next row takes pieces.
+            # Pieces fill one row until no other piece fits; then they fill the next row.
             per_row = room // length
             full = min(len(candidates), count // per_row)
             filled, others = candidates[:full], candidates[full:]
@@ -334,11 +337,11 @@ def _best_fit_decreasing(
 
 
 class _SortedRooms:
-    """A set of integers up to `largest` that finds its smallest member >= x in constant time."""
+    """A set of integers in [0, largest] that finds its smallest member >= x in constant time."""
 
     def __init__(self, largest: int) -> None:
         self._words = [0] * (largest // _WORD_BITS + 1)
-        self._occupied = 0  # bit w: word w is not empty
+        self._occupied = 0  # bit w is set if word w of the bit set is not 0
 
     def add(self, value: int) -> None:
         word, bit = divmod(value, _WORD_BITS)

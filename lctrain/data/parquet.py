@@ -18,8 +18,9 @@ _ROWS_AT_A_TIME = 256
 def read_parquet(files: tuple[File, ...], field: str) -> Iterator[Row]:
     """Yields one document per row of Parquet files.
 
-    The column may hold strings, string views, dictionary-encoded strings or UTF-8 bytes. Of a
-    damaged row group, the rest is left out; the next row group is read.
+    The column may hold strings, string views, dictionary-encoded strings or UTF-8 bytes. If a row
+    group is damaged, its remaining rows are left out, and reading continues with the next row
+    group.
 
     Args:
         files: Files to read: see `lctrain.data.readers`.

@@ -53,7 +53,7 @@ class Passkey:
 
 @dataclass(frozen=True, eq=False)
 class PasskeyFormat:
-    """The fixed texts of passkey documents and the words of keys, as token ids.
+    """Token ids of the fixed texts in passkey documents, and of the words that keys consist of.
 
     Attributes:
         begin: [n] int64, tokens that the tokenizer adds before every document.
@@ -101,7 +101,7 @@ class PasskeyFormat:
 
     @property
     def shortest(self) -> int:
-        """Largest length in tokens of a document with KEY_WORDS words and no filler text.
+        """Largest length, in tokens, of a document with KEY_WORDS words and no filler text.
 
         The end token is included.
         """
@@ -196,7 +196,7 @@ class Filler:
         Args:
             lengths: [N] integers, number of tokens of each document, the end token included.
             read: Returns the token ids [length] of a document, given (document, start, length).
-            begin: Number of begin tokens in each document.
+            begin: Number of begin tokens in each document, which are left out.
 
         Raises:
             ValueError: if no tokens remain.
@@ -217,7 +217,7 @@ class Filler:
 
         Args:
             documents: Token ids of each document, [n] integers, the end token included.
-            begin: Number of begin tokens in each document.
+            begin: Number of begin tokens in each document, which are left out.
         """
         lengths = np.array([len(document) for document in documents])
         return cls(
@@ -225,9 +225,9 @@ class Filler:
         )
 
     def take(self, random: np.random.Generator, tokens: int) -> np.ndarray:
-        """Returns consecutive tokens from a random position on: [tokens] int64.
+        """Returns consecutive filler tokens from a random position: [tokens] int64.
 
-        The first document follows the last one.
+        After the last document, the text continues with the first one.
         """
         place = int(random.integers(self._ends[-1]))
         parts = [np.empty(0, dtype=np.int64)]

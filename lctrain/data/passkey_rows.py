@@ -1,9 +1,9 @@
-"""Adds passkey documents to training rows: the same fraction of every row.
+"""Adds passkey documents to training rows: the same number of tokens to every row.
 
-The fraction holds for every row, not only on average. Packing sorts documents by length, so passkey
-documents that are packed like others would fill some rows and be absent from most. A passkey
-document is a function of its number alone, so a resumed run or another worker generates the same
-document.
+Every row gets the fraction, not only the average row. Packing sorts documents by length, so passkey
+documents that are packed like other documents would fill some rows and be absent from most. The
+text of a passkey document depends only on the document's number, so a resumed run or another worker
+process generates the same document.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lctrain.data.passkey import KEY_WORDS, Filler, PasskeyFormat
 
 SHORTEST = 64  # tokens; in a shorter document the key is only a few lines before the question
 LONGEST_KEY = 128  # words; with a long key, more of a document's tokens teach retrieval
-_LENGTHS, _DOCUMENTS = 1, 2  # purpose of a random stream
+_LENGTHS, _DOCUMENTS = 1, 2  # purposes of random streams: lengths, and texts
 _TRAINING = 1  # separates these seeds from others: NumPy pads seeds, so [2, n] equals [2, n, 0]
 
 

@@ -1,4 +1,4 @@
-"""Preparation: reads, splits, tokenizes and packs the documents of a source before training."""
+"""Preparation: turns the documents of a source into packed rows, before training."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class Preparation:
     def _stream(
         self, tokenizer: PreTrainedTokenizerBase, held_out: Documents, settings: dict[str, Any]
     ) -> StreamRecipe | None:
-        """Returns the recipe by which training reads an endless stream; None for other sources."""
+        """Returns what determines the rows of an endless stream; None for other sources."""
         source = self.source
         if not (isinstance(source, HubSource) and source.endless):
             return None
@@ -255,7 +255,7 @@ class Preparation:
         )
 
     def _chat(self, tokenizer: PreTrainedTokenizerBase) -> ChatTokenizing:
-        """Returns what tokenizes the conversations of a ChatSource."""
+        """Returns the object that tokenizes the conversations of a ChatSource."""
         assert isinstance(self.source, ChatSource)
         return ChatTokenizing(
             tokenizer=tokenizer,
@@ -284,7 +284,7 @@ class Preparation:
 
 @dataclass(frozen=True, eq=False)
 class PreparedData:
-    """Result of the preparation: packed rows, and what determines them.
+    """Result of Preparation: packed rows, and the settings that determine them.
 
     Attributes:
         tokenizer: Tokenizer of the token ids. For documents of token ids it is the value that the
@@ -304,7 +304,7 @@ class PreparedData:
 
 @contextmanager
 def cache_errors(folder: Path) -> Iterator[None]:
-    """Context manager that names the cache folder in the errors of libraries that use it.
+    """Context manager that adds the cache folder to errors of `datasets` and pyarrow.
 
     Args:
         folder: The cache folder.

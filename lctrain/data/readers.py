@@ -1,4 +1,4 @@
-"""Readers of text files and JSON lines: generators of one row {"text", "name", "fault"} a document.
+"""Readers of text files and JSON lines: each yields one row {"text", "name", "fault"} per document.
 
 The fault of a row is None, or a message that names the place, the error and the remedy:
 
@@ -170,13 +170,13 @@ def read_json_lines(
     what: str,
     encoding: str | None = None,
 ) -> Iterator[Row]:
-    """Yields `read(value)` for the JSON value of every line; blank lines are skipped.
+    """Yields one document per line of JSON, made by `read`; blank lines are skipped.
 
     Args:
         files: Files to read, compressed or not.
-        read: Takes the value of a line, and returns the text of the document, or None for an empty
-            one. Raises FieldError if there is no document.
-        what: Name of the thing that is read, such as "a conversation", for error messages.
+        read: Function from the JSON value of a line to the text of the document; None is an empty
+            document. It raises FieldError if the value holds no document.
+        what: Name of what a line holds, such as "a conversation", for error messages.
         encoding: Encoding of the files, as in `read_jsonl`.
     """
     for path, name, *_ in files:
@@ -206,7 +206,7 @@ def read_json_lines(
 
 
 def _lines(stream: io.BufferedReader, encoding: str) -> Iterator[bytes | str]:
-    """Yields the lines of a stream: as bytes for UTF-8, which `_parse` decodes, else as strings."""
+    """Yields the lines of a stream: bytes for UTF-8, which `_parse` decodes, else strings."""
     if encoding == "utf-8":
         for line in stream:
             yield line.removeprefix(_MARK)  # concatenated files have byte-order marks inside

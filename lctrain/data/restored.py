@@ -1,4 +1,4 @@
-"""restored_settings: the settings of a checkpoint, named as this version names them."""
+"""restored_settings: converts the data settings of an older checkpoint to today's names."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 def restored_settings(
     settings: dict[str, Any], then: int | None, now: int, is_stream: bool
 ) -> dict[str, Any]:
-    """Returns the data settings of a checkpoint with the names of this version.
+    """Returns the data settings of a checkpoint under the names that this version uses.
 
-    In an older checkpoint rows are ordered by ranks. That is the order by the packs of a step if
-    every rank has one pack per step.
+    An older checkpoint records an order of rows by rank. Today the order is by packs of an
+    optimizer step. Both are the same order if every rank has one pack per step.
 
     Args:
         settings: Settings in the checkpoint.
@@ -20,7 +20,8 @@ def restored_settings(
         is_stream: Whether the data are an endless stream.
 
     Raises:
-        ValueError: if the rows of the checkpoint are ordered by ranks, and this run accumulates.
+        ValueError: if the checkpoint's rows are ordered by rank, and this run accumulates
+            gradients.
     """
     if is_stream:
         return {"accumulated": now if then is None else then} | settings

@@ -1,4 +1,4 @@
-"""resume_order: starts a RowOrder of a resumed run after the last batch that was trained on."""
+"""resume_order: makes a RowOrder sampler continue after the last batch that was trained on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lctrain.data.row_order import RowOrder
 
 
 def resume_order(trainer: pl.Trainer) -> None:
-    """Starts every RowOrder of the training data at the position that Lightning has restored.
+    """Sets the start of every RowOrder of the training data to Lightning's restored position.
 
     Call it in `on_train_start`, after Lightning has restored its counts and before it fetches a
     batch. In a resumed run the iterators of the data loaders are created again, because workers

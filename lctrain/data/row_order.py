@@ -89,7 +89,7 @@ class RowOrder(DistributedSampler[int]):
         return iter(self._rows_of(epoch)[offset:].tolist())
 
     def _rows_of(self, epoch: int) -> np.ndarray:
-        """Returns the rows of this rank in an epoch: [steps] int64."""
+        """Returns the rows that this rank reads in an epoch: [steps] int64."""
         ranks, rank = self._place()
         plan = getattr(self.rows, "plan", None)
         costs = np.ones(len(self.rows)) if plan is None else plan.costs()

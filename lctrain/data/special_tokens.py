@@ -36,7 +36,7 @@ def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | Non
 
 
 def break_up(text: str, pattern: re.Pattern[str]) -> list[str]:
-    """Cuts a text inside every special token's text, so that no part contains a whole one."""
+    """Cuts a text inside each text of a special token, so that no part contains a whole one."""
     cuts = [match.start() + 1 for match in pattern.finditer(text) if len(match.group()) > 1]
     return [text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
@@ -54,9 +54,9 @@ def holds_special(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> bool:
 def literal_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
     """Returns a `tokenizers.Tokenizer` for which the texts of special tokens are ordinary text.
 
-    It has the ids of the given tokenizer. A vocabulary may list a special token among its ordinary
-    pieces, as Unigram vocabularies do. Such a piece gets a name that documents do not contain. In a
-    BPE vocabulary, a piece that merges produce keeps its name.
+    The result has the same ids as the given tokenizer. A vocabulary may list a special token among
+    its ordinary pieces, as Unigram vocabularies do; that piece gets a name that no document
+    contains. In a BPE vocabulary, a piece that merges can produce keeps its name.
 
     Args:
         tokenizer: A fast tokenizer of transformers.

@@ -1,8 +1,9 @@
-"""Training rows of a stream that has no end: read, tokenized and packed a window at a time.
+"""StreamedRows: training rows from a hub stream without end, read and packed a window at a time.
 
-Nothing of the stream is written to disk but the counts of its windows, and memory holds one window.
-Documents are packed and shuffled within their window. Every rank reads the whole stream and takes
-its share of the rows of a window, so that the ranks never wait for each other's documents.
+A window is the stream's next `window_bytes` of text. Its documents are tokenized, packed and
+shuffled together. Memory holds one window, and the disk only counts per window (the journal). Every
+rank reads the whole stream and takes its share of each window's rows, so no rank waits for data of
+another one.
 """
 
 from __future__ import annotations
@@ -42,16 +43,20 @@ log = logging.getLogger(__name__)
 
 ENDLESS = 2**40
 """Steps of an epoch of a stream: more than any run takes."""
-MOST_DOCUMENTS = 2**31  # that a dropout key tells apart
+MOST_DOCUMENTS = 2**31  # number of different document ids, which key the dropout masks
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Tells which texts of a stream are held out: as `Documents.split` does, by their hash.
+    """Decides which texts of a stream are held out, by their hash as `Documents.split` does.
+
+    Call it with the hash of a text, an unsigned 64-bit integer. The result is True if the text is
+    held out.
 
     Attributes:
-        fraction: Share of the documents.
-        digests: Hashes of further ones, those that the first part of the stream held out.
+        fraction: Fraction of the documents to hold out.
+        digests: Hashes of texts that are held out whatever the fraction: those held out of the
+            first window.
     """
 
     fraction: float
@@ -63,14 +68,14 @@ class HeldOut:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamRecipe:
-    """How a stream becomes rows.
+    """What determines the rows of an endless stream.
 
     Attributes:
-        source: Without an end.
-        held_out: Whether the text of this digest is held out.
-        tokenizer: The tokenizer of transformers.
-        settings: Settings of the rows.
-        journal: File that keeps the counts of the windows.
+        source: Source of the documents, with `endless` true.
+        held_out: Function from the hash of a text to whether the text is held out.
+        tokenizer: A transformers tokenizer.
+        settings: Settings of packing, order and special tokens.
+        journal: File with the counts of the windows that earlier runs have read.
     """
 
     source: HubSource
@@ -82,15 +87,17 @@ class StreamRecipe:
 
 @dataclass(frozen=True)
 class Window:
-    """A part of the stream.
+    """Position and counts of one window of a stream.
 
     Attributes:
-        epoch: Times that the stream was read to its end before.
-        records: Records of this epoch before the window.
-        pieces: Pieces of documents before the window, over all epochs; numbers the documents.
-        rows: Rows of the window.
-        next_records: Records of this epoch up to the end of the window; None if the stream ends.
-        next_pieces: Pieces up to the end of the window.
+        epoch: Number of times that the stream had been read to its end before this window.
+        records: Number of records of this epoch before the window.
+        pieces: Number of pieces of documents before the window, in all epochs. Document ids
+            continue from this number.
+        rows: Number of rows of the window.
+        next_records: Number of records of this epoch up to the window's end; None if the stream
+            ends there.
+        next_pieces: Number of pieces up to the window's end, in all epochs.
         digest: Hash of the texts of all windows up to the end of this one.
     """
 
@@ -104,33 +111,34 @@ class Window:
 
 
 class StreamedRows(torch.utils.data.Dataset[PlacedBatch]):
-    """The pack of every step of one rank, by the number of the step since training began.
+    """Map-style dataset: item n is the pack of one rank at step n since training began.
 
-    Each pack comes with its place: the number of its window, and the fields of `Window`. A resumed
-    run reads the window of the checkpoint's place again and compares it with the checkpoint. Other
-    runs may have rewritten the journal, so it is used only if it has that window.
+    An item is a PlacedBatch: the pack, and its position in the stream (the number of its window,
+    and the fields of `Window`). Items must be requested in rising order.
 
-    Steps must be requested in rising order. A run that starts at a later step reads the counts of
-    earlier windows from the journal, and skips their records without tokenizing them. Without a
-    journal (on another machine) it tokenizes them again, with the same result.
+    A run that starts at a later step skips the windows before that step. Their counts come from the
+    journal, so the skipped records are not tokenized. Without a journal, as on another machine,
+    they are tokenized again, with the same result. A resumed run reads the window of its checkpoint
+    again, and raises an error if the window's texts have changed. Another run may have rewritten
+    the journal, so the journal is used only if it has the checkpoint's window.
     """
 
     def __init__(
         self, recipe: StreamRecipe, rank: int, world_size: int, cursor: Cursor | None = None
     ) -> None:
-        """Stores the arguments; the stream is opened by the first request.
+        """Stores the arguments; the first request of an item opens the stream.
 
         Args:
-            recipe: How the stream becomes rows.
+            recipe: What determines the rows.
             rank: This rank.
             world_size: Number of ranks.
-            cursor: Place of the checkpoint from which the run resumes; None for a new run.
+            cursor: Position of the checkpoint from which the run resumes; None for a new run.
         """
         self.recipe = recipe
         self._cursor = Cursor() if cursor is None else cursor
-        self._place: tuple[int, Window] | None = None  # of the step before the first one
+        self._place: tuple[int, Window] | None = None  # position of the checkpoint's last pack
         self._rank, self._world_size = rank, world_size
-        self._windows: list[Window] = []  # the known ones
+        self._windows: list[Window] = []  # windows read so far, or known from the journal
         self._resumes = False
         self._reset()
 
@@ -138,11 +146,11 @@ class StreamedRows(torch.utils.data.Dataset[PlacedBatch]):
         return ENDLESS
 
     def __getitem__(self, number: int) -> PlacedBatch:
-        """Returns the pack of a step, and its place.
+        """Returns the pack of a step, and its position in the stream.
 
         Raises:
-            ValueError: if the stream ends without having filled a row for every rank, or is not the
-                one that a resumed run was trained on.
+            ValueError: if no window of the stream fills a row for every rank, or the texts differ
+                from those that a resumed run was trained on.
         """
         if number < self._first_step:
             self._reset()
@@ -166,7 +174,7 @@ class StreamedRows(torch.utils.data.Dataset[PlacedBatch]):
         return replace(batch, document_ids=(batch.document_ids + first) % MOST_DOCUMENTS)
 
     def _advance(self, number: int) -> None:
-        """Skips windows that are known to end before a step."""
+        """Skips windows that end before step `number`, then reads and packs the next one."""
         if not self._windows:
             self._resumes = number > 0
             self._windows = _read_journal(self.recipe.journal)
@@ -179,7 +187,7 @@ class StreamedRows(torch.utils.data.Dataset[PlacedBatch]):
         self._at += 1
         while self._at < len(self._windows):
             if self._place is not None and self._at == self._place[0]:
-                break  # to compare it
+                break  # `_pack` compares this window with the checkpoint
             steps = self._windows[self._at].rows // self._world_size
             if number < self._first_step + steps:
                 break
@@ -187,12 +195,12 @@ class StreamedRows(torch.utils.data.Dataset[PlacedBatch]):
             self._at += 1
             self._records = None
         begin = self._begin(self._at)
-        if self._records is None or begin.records == 0:  # an epoch begins
+        if self._records is None or begin.records == 0:  # a new epoch of the stream begins
             self._records = self.recipe.source.read_from(begin.records)
         self._pack(begin)
 
     def _begin(self, index: int) -> Window:
-        """Starts a window, whose position follows from the windows before it."""
+        """Returns a window of known position and unknown contents, or the known window."""
         if index < len(self._windows):
             return self._windows[index]
         if index == 0:
@@ -210,7 +218,7 @@ class StreamedRows(torch.utils.data.Dataset[PlacedBatch]):
         return Window(last.epoch, last.next_records, last.next_pieces, 0, None, 0, "")
 
     def _pack(self, begin: Window) -> None:
-        """Reads, tokenizes and packs one window."""
+        """Reads, tokenizes and packs one window, and compares it with earlier runs."""
         recipe, settings = self.recipe, self.recipe.settings
         assert self._records is not None
         before = self._windows[self._at - 1].digest if self._at else ""
@@ -258,10 +266,10 @@ class StreamedRows(torch.utils.data.Dataset[PlacedBatch]):
 
 
 class StepNumbers(Sampler[int]):
-    """0, 1, 2, ... from `start` on: what StreamedRows is asked for."""
+    """Sampler of StreamedRows: yields the steps `start`, `start` + 1, ... without end."""
 
     def __init__(self) -> None:
-        """Starts at 0."""
+        """Sets the first step to 0."""
         self.start = 0
 
     def __iter__(self) -> Iterator[int]:
@@ -271,16 +279,16 @@ class StepNumbers(Sampler[int]):
 def _take(
     records: Iterator[Row], recipe: StreamRecipe, before: str
 ) -> tuple[Documents, int, bool, str]:
-    """Reads a window.
+    """Reads the next window of a stream.
 
     Args:
-        records: The stream from the window on.
-        recipe: How the stream becomes rows.
-        before: Hash of the windows before.
+        records: Iterator over the stream's records, at the window's first record.
+        recipe: What determines the rows.
+        before: Hash of the texts of all earlier windows.
 
     Returns:
-        Its documents without those held out, the records read, whether the stream has ended, and
-        the hash of the windows up to its end.
+        The window's documents that are not held out; the number of records read; whether the stream
+        has ended; the hash of all texts up to the window's end.
     """
     from datasets import Dataset, Features, Value
 
@@ -327,7 +335,7 @@ def _take(
 
 
 def _read_journal(path: Path) -> list[Window]:
-    """The windows that earlier runs counted; none if there is no journal that can be read."""
+    """Returns the windows that earlier runs have counted; [] without a readable journal."""
     try:
         return [Window(*fields) for fields in json.loads(path.read_text())]
     except (OSError, ValueError, TypeError):
@@ -335,7 +343,10 @@ def _read_journal(path: Path) -> list[Window]:
 
 
 def _write_journal(path: Path, windows: list[Window]) -> None:
-    """Writes the counts at once; a disk that refuses them costs a later resume time only."""
+    """Replaces the journal atomically.
+
+    An error of the disk is only logged: without a journal, a resume takes longer.
+    """
     rows: list[list[Any]] = [list(vars(window).values()) for window in windows]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

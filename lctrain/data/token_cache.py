@@ -1,4 +1,4 @@
-"""Runs a function on groups of documents in parallel, and keeps its rows in the cache folder."""
+"""Applies a function to groups of documents in parallel, and caches the rows that it returns."""
 
 from __future__ import annotations
 
@@ -33,11 +33,13 @@ def map_groups(
 
     Args:
         documents: Documents to read.
-        read_group: Function of one group; with several processes it is pickled.
+        read_group: Function from one group's row numbers and the documents to columns of rows. With
+            several processes it is pickled.
         features: Columns of the rows with their types, a `datasets.Features`.
         cache_dir: Cache folder. The rows are kept in cache_dir/tokens, under a hash of the texts
             and of `parts`.
-        parts: Everything but the texts that decides the rows.
+        parts: Texts that, together with the documents' texts, determine the rows; the cache key is
+            their hash.
         num_proc: Number of processes; None or 1 for this process.
         description: Text of the progress bar.
     """
@@ -70,7 +72,7 @@ def map_groups(
 
 @contextmanager
 def keep_environment() -> Iterator[None]:
-    """Keeps the object `os.environ` and the environment variables.
+    """Context manager that restores the object `os.environ`, with its variables.
 
     `Dataset.map` with several processes assigns a copy to `os.environ`, which code that holds the
     object does not see.

@@ -72,7 +72,7 @@ def tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[i
 
 
 def _short_texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Yields texts, at least one of which has tokens; a vocabulary may lack the letter a."""
+    """Yields short texts until one has tokens; a vocabulary may lack the letter a."""
     yield "a"
     ordinary = tokenizer.get_vocab().keys() - tokenizer.added_tokens_encoder.keys()
     yield from sorted(ordinary)[:_PROBES]
@@ -86,7 +86,7 @@ def same_ids(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) ->
 
 @contextmanager
 def name_unencodable(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Turns the tokenizers library's error for a text into a ValueError with the remedy."""
+    """Context manager that turns a tokenizer's error into a ValueError with a remedy."""
     try:
         yield
     except Exception as error:
@@ -99,7 +99,7 @@ def name_unencodable(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
 
 
 class DamagedTokenizerError(Exception):
-    """A tokenizer's file in the cache cannot be read."""
+    """Raised if the file of a trained tokenizer in the cache cannot be read."""
 
 
 def train_tokenizer(
@@ -138,7 +138,7 @@ def train_tokenizer(
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns a hash of a tokenizer, which changes if a text may become other tokens."""
     parts: list[Any] = [type(tokenizer).__name__, tokenizer.eos_token_id]
-    for split in (False, True):  # a tokenizer in Python is code: its output stands for it
+    for split in (False, True):  # of a tokenizer written in Python, the output is hashed
         with name_unencodable(tokenizer):
             parts.append(tokenizer(_PROBE, split_special_tokens=split, verbose=False)["input_ids"])
     backend = getattr(tokenizer, "backend_tokenizer", None)

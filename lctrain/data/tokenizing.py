@@ -102,7 +102,7 @@ def _features() -> Any:
 
 
 class _Encoder:
-    """Encoder of documents: tokenizes them, and adds the begin and end tokens."""
+    """Encodes groups of documents to token ids, with begin and end tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, special_tokens: str) -> None:
         self._tokenizer = tokenizer
@@ -115,7 +115,7 @@ class _Encoder:
         self._begin, self._end = np.array(begin, np.int32), np.array(end, np.int32)
 
     def __call__(self, batch: dict[str, list[int]], documents: Documents) -> dict[str, list[Any]]:
-        """Returns the columns of the documents of one group that have tokens."""
+        """Returns the columns of one group's documents, without documents that have no token."""
         group = range(batch["first"][0], batch["stop"][0])
         with name_unencodable(self._tokenizer):
             rows = [
@@ -179,7 +179,7 @@ class _Encoder:
         return np.concatenate([self._begin, ids, end]), found
 
     def _encode_literally(self, text: str, pattern: re.Pattern[str]) -> np.ndarray:
-        """Returns the token ids of a text without a special token, [n] int32."""
+        """Returns the ids [n] int32 of a text whose special tokens are ordinary text."""
         if self._literal is not None:
             ids = self._encode_long(self._literal, text)
             if not holds_special(self._tokenizer, ids):
@@ -189,7 +189,7 @@ class _Encoder:
 
     @cached_property
     def _literal(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer without its special tokens; None for a tokenizer written in Python."""
+        """The tokenizer with special tokens as ordinary text; None for one written in Python."""
         return literal_tokenizer(self._tokenizer) if self._tokenizer.is_fast else None
 
     def _encode_long(

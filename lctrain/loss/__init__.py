@@ -1,4 +1,4 @@
-"""The language-model loss as a sum and a token count, without the logits of all tokens at once."""
+"""Language-model losses that never hold the logits of all tokens: each is a sum and a count."""
 
 from lctrain.loss.causal_lm import causal_lm_loss, token_losses
 from lctrain.loss.evaluation_mode import evaluation_mode

@@ -1,4 +1,4 @@
-"""The loss of a causal language model on packed documents, as a sum and a count."""
+"""causal_lm_loss: next-token cross-entropy of packed documents, as a sum and a token count."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ PROBE_LENGTHS = (5, 3)
 def causal_lm_loss(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """Returns the summed next-token cross-entropy of a packed batch, and the number of its targets.
 
-    The base model computes hidden states, and `linear_cross_entropy` computes the loss from them
-    without the [T, V] logits. The first call for a model verifies on a few tokens that this gives
-    the loss of the model's own logits (see `find_output_head`). If it does not, the model computes
-    its logits, with a warning. The caller divides the sum by the tokens of all micro-batches and
-    ranks.
+    The decoder computes hidden states [T, E]. `linear_cross_entropy` computes the loss from these,
+    without the [T, V] logits. This is possible if the model's logits are a linear layer of the
+    hidden states, optionally scaled and soft-capped. The first call for a model verifies this on a
+    few tokens (see `find_output_head`). Otherwise the model computes its logits, and there is a
+    warning. The caller divides the sum by the number of tokens of all micro-batches and ranks.
 
     Args:
         model: A transformers causal LM, patched by `lctrain.patch_model` if the batch holds more
@@ -49,10 +49,10 @@ def causal_lm_loss(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor
 def token_losses(
     model: nn.Module, model_kwargs: Mapping[str, Any], positions: Tensor, targets: Tensor
 ) -> Tensor:
-    """Returns the cross-entropy at chosen positions of a forward pass.
+    """Returns the next-token cross-entropy at chosen positions of a forward pass.
 
-    Where the model's head is verified (see `find_output_head`), logits of other positions are not
-    computed.
+    If the model's output head is verified (see `find_output_head`), only the logits of these
+    positions are computed.
 
     Args:
         model: A transformers causal LM, as in `causal_lm_loss`.
@@ -104,7 +104,7 @@ def _loss(
 
 
 def probe(device: torch.device, packed: bool) -> dict[str, Any]:
-    """Returns the keyword arguments of a forward pass over a few tokens, to verify a model's head.
+    """Returns the arguments of a small forward pass, by which `find_output_head` verifies a model.
 
     Args:
         device: Device of the tensors.

@@ -11,10 +11,9 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts a model into eval mode and turns gradients off, inside the context.
+    """Context manager: puts a model into eval mode, without gradients.
 
-    At the end of the context, the training flag of every module is restored. The flags of different
-    modules may differ.
+    At its end, every module gets its own training flag back; flags may differ between modules.
 
     Args:
         model: The model.
@@ -27,5 +26,5 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training:
             module.training = flag
-        # Autocast caches cast weights. Those that it cast under no_grad have no gradient.
+        # Autocast caches bfloat16 copies of weights. A copy made under no_grad has no gradient.
         torch.clear_autocast_cache()

@@ -1,4 +1,4 @@
-"""LossSwap: makes `model(**batch, labels=...)` compute its loss without the logits of all tokens.
+"""LossSwap: makes `model(**batch, labels=...)` compute its loss without holding all logits.
 
 transformers' Trainer and TRL compute the loss by calling the model with labels. In training mode, a
 model with this swap uses `linear_cross_entropy` for such calls.
@@ -20,9 +20,9 @@ from lctrain.loss.output_head import find_output_head
 
 
 class LossSwap:
-    """A Swap that makes a causal LM compute its loss without logits in training mode.
+    """A reversible change of a causal LM: it computes its loss without logits in training mode.
 
-    It implements `lctrain.models.swap.Swap`.
+    It implements the protocol `lctrain.models.swap.Swap`.
 
     Args:
         model: A transformers causal LM.
@@ -96,7 +96,7 @@ def loss_class(own: Any) -> Any:
 
 
 def _is_plain_call(model: Any, kwargs: dict[str, Any]) -> bool:
-    """Returns whether a call asks for the usual loss alone: no tuple, router loss or own loss."""
+    """Returns whether a call asks only for the usual loss: no tuple, router loss or other loss."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     if getattr(model, "loss_function", ForCausalLMLoss) is not ForCausalLMLoss:

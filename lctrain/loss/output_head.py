@@ -1,8 +1,9 @@
-"""OutputHead: how a causal language model computes logits from hidden states, found and verified.
+"""OutputHead: how a causal LM computes logits from hidden states; found in the model and verified.
 
 `linear_cross_entropy` may replace a model's own logits only if both compute the same function.
 `find_output_head` tests this for each model, without a list of architectures: it runs the model
-once on a few tokens, and compares the model's hidden states and logits with those of OutputHead.
+once on a few tokens, and compares the model's logits with those of OutputHead on the model's hidden
+states.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ class UnverifiedHeadError(Exception):
 
 @dataclass(frozen=True)
 class OutputHead:
-    """The function by which a model computes logits from the hidden states of its decoder.
+    """The function from a decoder's hidden states to the logits: linear, scaled and soft-capped.
 
     Attributes:
-        decoder: The model without its output embedding; it returns hidden states [B, S, E].
+        decoder: The model without its output embedding. It returns hidden states [B, S, E].
         projection: The output embedding, with weight [V, E] and optionally bias [V].
-        softcap: `final_logit_softcapping` of the model's config; 0 for no soft cap.
+        softcap: c > 0 replaces a logit x by c tanh(x / c); `final_logit_softcapping` of the config.
+            0 for none.
         logit_scale: Factor of the logits, applied before the soft cap.
     """
 
@@ -63,10 +65,11 @@ _ATTRIBUTE = "_lctrain_output_head"
 
 
 class _Verified:
-    """A verified head and its signature, an attribute of its model; copies of a model get none.
+    """The verified head of a model and the settings it depends on, stored as the model's attribute.
 
-    A dictionary with weak keys would keep every model whose layers refer to it, as those of a
-    memory policy do: the head refers to the layers.
+    A deep copy or pickle of a model gets an empty one, so the copy is verified again. A dictionary
+    with weak keys is not used: the head refers to the model's layers, which may refer to the model,
+    so the dictionary would keep the model alive.
     """
 
     def __init__(self, signature: _Signature = (), head: OutputHead | None = None) -> None:
@@ -84,15 +87,16 @@ class _Verified:
 def find_output_head(
     model: nn.Module, make_probe: Callable[[], Mapping[str, Any]]
 ) -> OutputHead | None:
-    """Returns the verified head of a model; None if the model must compute its logits itself.
+    """Returns a model's verified OutputHead; None if the model must compute its logits itself.
 
-    None comes with one warning. The result is cached per model until the model's output embedding
-    is replaced or the options of its logits change.
+    If the result is None, one warning says why. The result is cached per model, until the model's
+    output embedding is replaced or the config's softcap or logit scale changes.
 
     Args:
         model: A transformers causal LM; it may be compiled or have PEFT adapters.
-        make_probe: Returns the keyword arguments of a forward pass over a few tokens. It is called
-            only to verify a head, since it copies tensors to the device, which synchronises.
+        make_probe: Function that returns the keyword arguments of a forward pass over a few tokens.
+            It is called only when a head is verified, since it copies tensors to the device, which
+            synchronises.
     """
     inner = _without_wrappers(model)
     signature = _signature(inner)
@@ -136,7 +140,7 @@ def _output_embeddings(inner: Any) -> Any:
 
 
 def _config_of_logits(inner: Any) -> tuple[float, float]:
-    """Returns (softcap, logit_scale) of a model's config, which families store by other names."""
+    """Returns (softcap, logit_scale) from a config, where families use different names."""
     config: Any = getattr(inner, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
@@ -150,7 +154,7 @@ def _config_of_logits(inner: Any) -> tuple[float, float]:
 
 
 def _verify(model: nn.Module, inner: Any, probe: Mapping[str, Any]) -> OutputHead:
-    """Returns the head of a model after a test run, which compares it with OutputHead's formula.
+    """Runs a model on a few tokens, and returns its head if the logits are those of OutputHead.
 
     Args:
         model: The model as the loss will call it.
@@ -158,7 +162,7 @@ def _verify(model: nn.Module, inner: Any, probe: Mapping[str, Any]) -> OutputHea
         probe: Keyword arguments of the test run.
 
     Raises:
-        UnverifiedHeadError: if a step of the model's head differs.
+        UnverifiedHeadError: if the model's logits differ from those of OutputHead.
     """
     projection = _output_embeddings(inner)
     _check_projection(projection)
@@ -204,7 +208,7 @@ def _verify(model: nn.Module, inner: Any, probe: Mapping[str, Any]) -> OutputHea
 
 
 def _decoders(inner: Any) -> list[nn.Module]:
-    """Returns the modules that may compute the hidden states: the base model and the decoder.
+    """Returns the modules that may compute the hidden states: the base model, and the decoder.
 
     The forward of some models calls the decoder directly, without the base model.
     """
@@ -231,7 +235,7 @@ def _same(first: Tensor, second: Tensor) -> bool:
 
 
 def _equal_to_rounding(logits: Tensor, projected: Tensor, head: OutputHead) -> bool:
-    """Returns whether the model's logits equal OutputHead's up to rounding.
+    """Returns whether the model's logits equal those of OutputHead up to rounding.
 
     The error against float64 may be at most twice the error of OutputHead in the same dtype.
 

@@ -1,4 +1,4 @@
-"""greedy_tokens: a causal language model's likeliest next tokens at chosen positions."""
+"""greedy_tokens: the most likely next token at chosen positions of a forward pass."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lctrain.loss.output_head import find_output_head
 
 
 def greedy_tokens(model: nn.Module, model_kwargs: Mapping[str, Any], positions: Tensor) -> Tensor:
-    """Returns the likeliest next token at chosen positions of a forward pass.
+    """Returns the most likely next token at chosen positions of a forward pass.
 
-    Where the model's head is verified (see `find_output_head`), logits of other positions are not
-    computed. To test whether greedy decoding after a prompt gives an expected answer, run prompt
-    and answer in one pass, and compare the prediction before each token of the answer with that
-    token.
+    If the model's output head is verified (see `find_output_head`), only the logits of these
+    positions are computed. To test whether greedy decoding after a prompt gives an expected answer,
+    run prompt and answer in one pass. Then compare the prediction before each token of the answer
+    with that token.
 
     Args:
         model: A transformers causal LM, as in `causal_lm_loss`.

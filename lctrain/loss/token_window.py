@@ -1,4 +1,4 @@
-"""TokenWindow: averages the loss of one optimizer step over the tokens of all micro-batches."""
+"""TokenWindow: averages the loss of an optimizer step over the tokens of all micro-batches."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from lctrain.distributed.sharding import local_part
 
 
 class TokenWindow:
-    """Collects loss sums and token counts of the micro-batches of one optimizer step.
+    """Sums the losses and counts the tokens of the micro-batches of one optimizer step.
 
     These micro-batches form a window. Every micro-batch back-propagates its summed loss. At the end
     of the window, `close` divides the gradients by the number of valid tokens in the window on all
     ranks. It needs one all-reduce and no synchronisation with the device.
 
     Attributes:
-        last_loss: Loss per token of the last closed window, 0-dim float64 tensor; None before.
+        last_loss: Loss per token of the last closed window, 0-dim float64 tensor; None before the
+            first.
     """
 
     def __init__(self) -> None:

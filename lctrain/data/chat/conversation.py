@@ -1,8 +1,8 @@
-"""Reads a record as a conversation: `messages`, ShareGPT, or prompt and completion.
+"""read_conversation: reads a record of `messages`, ShareGPT, or prompt and completion.
 
-A conversation travels as JSON text, so that it is split, cached and hashed like any other text:
-`{"messages": [...], "tools": [...], "prompt": 2}`. `tools` is left out where there are none, and
-`prompt` is the number of messages in the prompt of a record with prompt and completion.
+The result is JSON text, so that conversations can be split, cached and hashed like any other
+documents: `{"messages": [...], "tools": [...], "prompt": 2}`. `tools` is absent if there are none.
+`prompt` is present for records with prompt and completion: the number of messages in the prompt.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def read_conversation(record: Any, field: str | None = None, without_nulls: bool
 def _messages(
     record: Mapping[str, Any], field: str | None, found: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Returns the messages of a record, and writes the length of its prompt into `found`."""
+    """Returns the messages of a record; for prompt and completion, sets found["prompt"]."""
     name = field or next((name for name in FIELDS if record.get(name) is not None), None)
     if name is not None:
         return _turns(find_field(record, name), name)
@@ -90,7 +90,7 @@ def _messages(
 
 
 def _side(value: Any, name: str, role: str) -> list[dict[str, Any]]:
-    """Returns the messages of a prompt or a completion: a text is one message, JSON or not."""
+    """Returns the messages of a prompt or a completion; a string is one message with that text."""
     if isinstance(value, list):
         return _turns(value, name)
     if not _text(value, name).strip():
@@ -108,7 +108,7 @@ def _turns(value: Any, name: str) -> list[dict[str, Any]]:
 
 
 def _message(turn: Any, name: str) -> dict[str, Any]:
-    """Returns a message with role and content, and the keys of its tool calls."""
+    """Returns a message with its role, content and tool calls, by the names of chat templates."""
     if not isinstance(turn, Mapping):
         raise FieldError(f"{name} must be an object with role and content, got {kind(turn)}.")
     given = turn.get("role", turn.get("from"))
@@ -160,7 +160,7 @@ def _content(content: Any, role: str, name: str) -> Any:
 
 
 def _call(call: Any, name: str) -> dict[str, Any]:
-    """Returns a tool call whose arguments are an object where they can be read as one."""
+    """Returns a tool call; arguments that are JSON text become an object."""
     if not isinstance(call, Mapping):
         raise FieldError(f"{name} must be objects with a function, got {kind(call)}. {_REMEDY}")
     inner = call.get("function", call)
@@ -195,7 +195,7 @@ def _check_order(messages: list[dict[str, Any]]) -> None:
 
 
 def _decoded(value: Any) -> Any:
-    """Returns the value of JSON text that holds a list or an object, and anything else as it is."""
+    """Returns the parsed value of text that is a JSON list or object; other values unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)

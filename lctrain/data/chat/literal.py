@@ -1,4 +1,4 @@
-"""LiteralEncoder: tokenizes text in which the texts of some special tokens are ordinary text."""
+"""LiteralEncoder: tokenizes text in which some texts of special tokens are ordinary text."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ _FIRST, _LAST = 0x100000, 0x10FFFD  # supplementary private use area B
 
 
 class LiteralEncoder:
-    """Encoder of texts that hold both special tokens and the same texts as ordinary text.
+    """Encodes a text in which some "<|im_end|>" are special tokens and others are ordinary text.
 
-    It works on a copy of the tokenizer, which reads special tokens as ordinary text. Every special
-    token has a stand-in there: an added token of one private character, which takes its place in
-    the text. The tokenizer thus sees the whole text at once. Tokenizing the parts of a text on
-    their own would differ: many tokenizers write a space ("▁") before each of them.
+    The encoder uses a copy of the tokenizer that reads special tokens as ordinary text. In this
+    copy, each special token has a substitute: an added token of one private-use Unicode character,
+    which replaces the special token in the text. So the tokenizer sees the whole text at once.
+    Tokenizing the parts of a text separately would give other tokens: many tokenizers put a space
+    ("▁") before each part.
 
     Args:
         tokenizer: A fast tokenizer of transformers.
@@ -56,16 +57,16 @@ class LiteralEncoder:
         }
 
     def encode(self, text: str, cuts: Sequence[int]) -> tuple[np.ndarray, np.ndarray] | None:
-        """Returns token ids [n] int32, and the characters of each token, [n, 2] int64.
+        """Returns token ids [n] int32, and (begin, end) characters of each token, [n, 2] int64.
 
         Args:
             text: Text without characters of Unicode's private use area B.
-            cuts: Positions in rising order. A special token's text with one of them inside is
-                ordinary text.
+            cuts: Positions in rising order. The text of a special token is ordinary text if one of
+                these positions lies inside it.
 
         Returns:
-            None if the vocabulary yields a special token for ordinary text, as a BPE vocabulary may
-            whose merges produce one.
+            The ids and characters; None if the tokenizer produces a special token even from
+            ordinary text, as a BPE vocabulary may whose merges produce one.
         """
         bounds = np.asarray(cuts, np.int64)
         pieces: list[str] = []

@@ -25,7 +25,7 @@ _PARQUET = b"PAR1"
 def read_chat(
     files: tuple[File, ...], field: str | None = None, encoding: str | None = None
 ) -> Iterator[Row]:
-    """Yields one conversation per JSON line or Parquet row. The first bytes tell the two apart.
+    """Yields one conversation per JSON line or Parquet row; the file's first bytes tell its type.
 
     Args:
         files: Files to read: see `lctrain.data.readers`.

@@ -29,7 +29,7 @@ TRAIN_ON = ("assistant", "last_assistant", "completion", "all")
 
 @dataclass(frozen=True)
 class Rendering:
-    """What decides, beside the tokenizer, how a conversation becomes tokens and labels.
+    """Settings that decide, beside the tokenizer, how a conversation becomes tokens and labels.
 
     Attributes:
         train_on: Turns to train on, one of TRAIN_ON.
@@ -117,7 +117,7 @@ class ChatSource(FileSource):
 
     @cached_property
     def rendering(self) -> Rendering:
-        """What decides how a conversation becomes tokens and labels. Reads the template file.
+        """Settings that decide how conversations become tokens and labels. Reads the template file.
 
         Raises:
             ValueError: if the template file is not UTF-8.

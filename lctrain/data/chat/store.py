@@ -1,4 +1,4 @@
-"""ChatStore: tokens of conversations, with the spans of tokens to train on."""
+"""ChatStore: token ids of conversations, with the tokens that have a label."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ _SHOWN = 5
 
 
 class ChatStore:
-    """Tokens and labels of N conversations in an Arrow cache file; used like a TokenStore.
+    """Tokens and labels of N conversations in an Arrow cache file; has the methods of TokenStore.
 
     Conversations that could not be rendered are left out.
 
     Attributes:
         lengths: [N] int64, number of tokens of each conversation.
         names: [N] names of the conversations.
-        trained_tokens: [N] int64, number of tokens of each conversation that are trained on: those
-            with a label, except the first token, which nothing predicts.
-        special_texts: Number of texts of special tokens inside messages.
+        trained_tokens: [N] int64, number of tokens of each conversation that the loss counts:
+            tokens with a label, except a conversation's first token, which no token predicts.
+        special_texts: Number of times that a message holds the text of a special token.
         faults: Messages for the conversations that were left out, with file and line.
-        lost: Parts of conversations that the chat template left out, with file and line.
+        lost: Names of message parts that the chat template did not write into the text, with file
+            and line.
         has_labels: Always true: `labels` returns the labels of tokens.
     """
 
@@ -82,7 +83,7 @@ class ChatStore:
     ) -> np.ndarray:
         """Returns the number of trained tokens in pieces of conversations: [P] int64.
 
-        The first token of a piece does not count: nothing predicts it.
+        The first token of a piece does not count, since no token predicts it.
 
         Args:
             documents: [P] integers, the conversation of each piece.
@@ -97,11 +98,11 @@ class ChatStore:
         return found
 
     def report(self, on_error: str, may_be_empty: bool = False) -> None:
-        """Warns about conversations that were left out, or of which the template left out a part.
+        """Warns about conversations that were left out, or whose template left out a part.
 
         Args:
             on_error: "skip" warns; "raise" raises ValueError at the first fault.
-            may_be_empty: Whether it is only a warning if all were left out.
+            may_be_empty: Whether the function only warns if every conversation was left out.
 
         Raises:
             ValueError: with on_error="raise", if a conversation was left out; if all were.
@@ -126,6 +127,6 @@ class ChatStore:
 
 
 def _listed(lines: list[str]) -> str:
-    """Returns the first lines as a list, and the number of the others."""
+    """Returns the first lines as a bulleted list, and how many more there are."""
     rest = f"\n  and {len(lines) - _SHOWN:,} more" if len(lines) > _SHOWN else ""
     return "\n  " + "\n  ".join(lines[:_SHOWN]) + rest

@@ -1,13 +1,18 @@
 """ChatTemplate: renders a conversation, and finds the characters that each assistant turn adds.
 
-A template with generation markers (`{% generation %}`) says itself what an assistant generates. For
-other templates, the turns are found by rendering the conversation a second time, with a marker: a
-private character at the end of every message's text. An assistant turn begins where the text that
-the template puts after the message before, generation prompt included, ends. It ends with the token
-that ends a turn. Without its markers, the second text must equal the first.
+A template with generation markers (`{% generation %}`) states which characters the assistant
+generates. For other templates, the conversation is rendered twice. In the second rendering, every
+message's text ends with a marker, a private-use Unicode character, so the markers show where each
+message ends up:
 
-The text of a special token inside a message is cut by such a character, too. The tokenizer then
-reads it as ordinary text, so that the author of a message cannot end a turn.
+- An assistant turn begins after the text that the template writes behind the previous message,
+  generation prompt included.
+- It ends with the token that ends a turn.
+
+Apart from the markers, both renderings must be equal.
+
+If a message contains the text of a special token, such a character is put inside that text (a cut).
+The tokenizer then reads the text as ordinary text, so the author of a message cannot end a turn.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ from lctrain.data.special_tokens import special_pattern
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FIRST, _CUT = 0x100000, "\U0010fffd"  # supplementary private use area B
+_FIRST, _CUT = 0x100000, "\U0010fffd"  # first marker, and the cut: private-use characters
 _PRIVATE = re.compile("[\U00100000-\U0010fffd]")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _OTHER_DATE = "{%- macro strftime_now(format) -%}another day{%- endmacro -%}"
@@ -44,13 +49,13 @@ class ConversationError(ValueError):
 
 @dataclass(frozen=True)
 class Rendered:
-    """Text of a conversation.
+    """A conversation as text, with the characters to train on.
 
     Attributes:
         text: The text, without markers.
         spans: Characters to train on, as pairs (begin, end) in rising order.
-        cuts: Positions inside the texts of special tokens in messages.
-        lost: Parts of the conversation that the template leaves out.
+        cuts: Positions inside those texts of special tokens that are ordinary text.
+        lost: Names of message parts that the template did not write into the text.
     """
 
     text: str
@@ -61,13 +66,13 @@ class Rendered:
 
 @dataclass(frozen=True)
 class _Marked:
-    """A text whose markers were taken out.
+    """A rendered text after its markers were removed, with their positions.
 
     Attributes:
-        text: The text.
-        ends: Last position of each message's marker, by the number of the message.
-        last: Number of the message of the last marker; None without markers.
-        cuts: Positions inside the texts of special tokens.
+        text: The text, without markers.
+        ends: Position of each message's last marker, by the number of the message.
+        last: Number of the message whose marker comes last in the text; None without markers.
+        cuts: Positions inside those texts of special tokens that are ordinary text.
     """
 
     text: str
@@ -77,12 +82,12 @@ class _Marked:
 
     @property
     def tail(self) -> str:
-        """Text after the last marker."""
+        """The text after the last marker."""
         return self.text if self.last is None else self.text[self.ends[self.last] :]
 
 
 class ChatTemplate:
-    """Chat template of a tokenizer, with the turns to train on.
+    """Chat template of a tokenizer, which also finds the turns to train on.
 
     Args:
         tokenizer: A transformers tokenizer.
@@ -102,7 +107,7 @@ class ChatTemplate:
         self._arguments = {**tokenizer.special_tokens_map, **rendering.arguments}
         self._special = special_pattern(tokenizer)
         self._protected = None if keep_special else self._special
-        self._specials = None  # one special token, and others without a character between
+        self._specials = None  # pattern of one or more special tokens in a row
         if self._special is not None:
             self._specials = re.compile(f"(?:{self._special.pattern})+")
         try:
@@ -139,7 +144,7 @@ class ChatTemplate:
 
     @property
     def date_remedy(self) -> str:
-        """Sentence that says how to set the date of a template that writes today's."""
+        """Sentence that says how to fix the date for a template that writes today's date."""
         variable = _DATE_VARIABLE.search(self._template + self._tool_template)
         if variable is None:
             return "Name a template file with a fixed date as data.chat_template."
@@ -168,7 +173,7 @@ class ChatTemplate:
         return replace(found, lost=self._lost(messages, tools))
 
     def _find(self, messages: Messages, given_tools: Any, first: int) -> Rendered:
-        """Returns the text of a conversation, with the turns from message `first` on."""
+        """Returns the rendered conversation; only turns from message `first` on are trained."""
         cut, tools = self._mark(messages, ends=False), self._protect(given_tools)
         if cut != messages or tools != given_tools:
             text = self._strip(self._render(cut, tools)).text
@@ -186,7 +191,7 @@ class ChatTemplate:
         return self._by_alignment(messages, tools, first)
 
     def _lost(self, messages: Messages, tools: Any) -> tuple[str, ...]:
-        """Returns the names of the messages, texts and tools that the template leaves out."""
+        """Returns the names of messages, parts and tools that the template does not write."""
         marked, names = self._mark(messages), {}
         for index, message in enumerate(marked):
             mark, beside = chr(_FIRST + index), chr(_FIRST + len(marked) + index)
@@ -200,12 +205,12 @@ class ChatTemplate:
             text = self._render(marked, tools)
             unused = tools and self._render(marked, None) == text
         except ConversationError:
-            return ()  # a template that compares texts; it cannot be told what it leaves out
+            return ()  # the template refuses marked messages, so what it leaves out is unknown
         lost = [name for mark, name in names.items() if mark in given and mark not in text]
         return tuple(["the tools"] * bool(unused) + lost)
 
     def _first_trained(self, messages: Messages, prompt: int | None) -> int:
-        """Returns the number of the first message that may be trained on."""
+        """Returns the number of the first message that `train_on` allows to train on."""
         if self._train_on == "completion" and prompt is None:
             raise ConversationError(
                 "a record must have prompt and completion for train_on=completion, got messages. "
@@ -219,7 +224,7 @@ class ChatTemplate:
         return turns[-1] if self._train_on == "last_assistant" else 0
 
     def _by_markers(self, messages: Messages, tools: Any, first: int) -> Rendered:
-        """Takes the turns from the template's generation markers."""
+        """Finds the characters to train on by the template's generation markers."""
         text, spans = self._with_generation(self._mark(messages, ends=False), tools)
         before = 0
         if any(message["role"] == "assistant" for message in messages[:first]):
@@ -230,7 +235,7 @@ class ChatTemplate:
         return Rendered(marked.text, cast(list[Span], moved), marked.cuts)
 
     def _by_alignment(self, messages: Messages, tools: Any, first: int) -> Rendered:
-        """Finds the turns by markers at the ends of messages."""
+        """Finds the characters to train on by markers at the ends of messages."""
         marked = self._strip(self._render(self._mark(messages), tools))
         if marked.text != self._strip(self._render(messages, tools)).text:
             raise ConversationError(
@@ -245,7 +250,7 @@ class ChatTemplate:
         return Rendered(marked.text, spans, marked.cuts)
 
     def _begin(self, messages: Messages, tools: Any, index: int, marked: _Marked) -> int:
-        """Returns the position at which the assistant begins to generate a turn."""
+        """Returns the position in the text at which an assistant's message begins."""
         before = messages[index - 1]
         end = marked.ends.get(index - 1)
         if end is not None and before["role"] == "user":
@@ -256,7 +261,7 @@ class ChatTemplate:
         place = 0 if prefix.last is None else marked.ends.get(prefix.last)
         if place is not None and marked.text.startswith(prefix.tail, place):
             return place + len(prefix.tail)
-        if place is not None:  # the turn lacks an end of the generation prompt
+        if place is not None:  # the text holds only the beginning of the generation prompt
             header = _THOUGHT.sub("", prefix.tail)
             if marked.text.startswith(header, place):
                 return place + len(header)
@@ -269,7 +274,7 @@ class ChatTemplate:
         raise _not_found(index)
 
     def _end(self, messages: Messages, tools: Any, index: int, marked: _Marked) -> int:
-        """Returns the position after the token that ends a turn."""
+        """Returns the position after the token that ends an assistant's message."""
         end = marked.ends.get(index)
         if end is None:
             raise _not_found(index)
@@ -287,19 +292,19 @@ class ChatTemplate:
 
     @cached_property
     def _after_user(self) -> str:
-        """Text between a user's message and what the assistant generates."""
+        """Text that the template writes between a user's message and the assistant's."""
         messages = self._mark([{"role": "user", "content": "a"}])
         return self._strip(self._render(messages, None, prompt=True)).tail
 
     @cached_property
     def _end_of_turn(self) -> str | None:
-        """Text of the special tokens that end an assistant turn; None without any."""
+        """Special tokens, as text, that end an assistant turn; None if there are none."""
         tail = self._strip(self._render(self._mark(_TURN), None)).tail
         found = self._specials.search(tail) if self._specials else None
         return found.group() if found else None
 
     def _mark(self, messages: Messages, ends: bool = True) -> Messages:
-        """Returns messages with markers at their ends, and cuts in texts of special tokens."""
+        """Returns messages with a marker at each end, and cuts inside texts of special tokens."""
 
         def leaf(text: str, marker: str) -> str:
             body = text.rstrip()
@@ -333,7 +338,7 @@ class ChatTemplate:
         return found
 
     def _protect(self, value: Any) -> Any:
-        """Returns a JSON value with cuts in the texts of special tokens, keys included."""
+        """Returns a JSON value with a cut inside every text of a special token, also in keys."""
         if self._protected is None:
             return value
         if isinstance(value, str):
@@ -394,8 +399,8 @@ def template_of(
 
     Args:
         tokenizer: A transformers tokenizer.
-        rendering: Settings, which may hold a template.
-        tools: Whether the template is for conversations with tools.
+        rendering: Settings of the rendering; its `template`, if set, is the result.
+        tools: Whether to return the template for conversations with tools.
 
     Raises:
         ValueError: if there is none.

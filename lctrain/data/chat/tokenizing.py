@@ -1,4 +1,4 @@
-"""Tokenizes conversations, and marks the tokens to train on."""
+"""ChatTokenizing: tokenizes conversations, and marks the tokens to train on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _RECIPE = "chat-3"  # raise when tokenizing changes, so that old caches are not 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatTokenizing:
-    """Tokenizes conversations by a chat template.
+    """Tokenizes conversations by the chat template of a tokenizer.
 
     Attributes:
         tokenizer: A transformers tokenizer with offsets ("fast").
@@ -55,7 +55,7 @@ class ChatTokenizing:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything that decides tokens and labels."""
+        """Hash of everything that determines tokens and labels."""
         parts = (
             _RECIPE,
             fingerprint_tokenizer(self.tokenizer),
@@ -82,7 +82,7 @@ class ChatTokenizing:
             cache_dir: Cache folder. Tokens are kept in cache_dir/tokens.
             num_proc: Number of processes. None tokenizes in this process, where a fast tokenizer
                 uses all cores.
-            may_be_empty: Whether it is only a warning if no conversation can be used.
+            may_be_empty: Whether the method only warns if no conversation can be used.
 
         Raises:
             ValueError: if no conversation can be used; with on_error="raise", if one cannot.
@@ -111,10 +111,14 @@ class ChatTokenizing:
         return columns | {"document": list(group)}
 
     def tokenize(self, texts: list[str]) -> list[dict[str, Any]]:
-        """Returns a row for each conversation: token ids, spans of trained tokens, and its fault.
+        """Tokenizes conversations, and returns one row per conversation.
 
         Args:
             texts: Conversations as JSON text.
+
+        Returns:
+            Rows with the token ids, the ranges of tokens to train on, and the fault: None, or why
+            the conversation cannot be used.
         """
         template = ChatTemplate(self.tokenizer, self.rendering, self.keep_special)
         rendered: list[Rendered | str] = []
@@ -146,7 +150,7 @@ class ChatTokenizing:
         return rows
 
     def _encode(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Returns token ids [n] and the characters of each token, [n, 2], of every text."""
+        """Returns token ids [n] and (begin, end) characters [n, 2] of the tokens of each text."""
         if not texts:
             return []
         with name_unencodable(self.tokenizer):
@@ -168,7 +172,7 @@ class ChatTokenizing:
         return LiteralEncoder(self.tokenizer)
 
     def _encode_cut(self, rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:
-        """Tokenizes a text in which the special tokens with a cut inside are ordinary text.
+        """Tokenizes a text whose special tokens are ordinary text where they have a cut.
 
         Raises:
             ConversationError: if the tokenizer cannot read them as ordinary text.
@@ -223,13 +227,14 @@ def _features() -> Any:
 
 
 def _token_spans(places: np.ndarray, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Returns the tokens that hold a character of a span, as pairs (first, past the last).
+    """Returns the ranges of tokens that hold a character of a span, as pairs (begin, end).
 
-    A token covers the characters from the end of the token before: tokenizers leave white space out
-    of a token's characters. Tokens of one character, such as its bytes, all cover it.
+    A token covers the characters from the end of the token before it: tokenizers do not count white
+    space as a token's characters. If a character is several tokens, such as its bytes, each of them
+    covers the character.
 
     Args:
-        places: [n, 2] int64, first and past the last character of each token.
+        places: [n, 2] int64, begin and end (exclusive) of each token's characters.
         spans: Characters, as pairs (begin, end) in rising order.
     """
     ends = np.maximum.accumulate(places[:, 1]) if len(places) else places[:, 1]
@@ -237,7 +242,7 @@ def _token_spans(places: np.ndarray, spans: list[tuple[int, int]]) -> list[tuple
     begins = np.where(ends > before, before, np.minimum(places[:, 0], ends - 1))
     found = []
     for begin, end in spans:
-        # begins and ends rise, so the tokens of a span are consecutive
+        # Begins and ends rise with the token, so the tokens of a span are consecutive.
         first = int(np.searchsorted(ends, begin, side="right"))
         last = int(np.searchsorted(begins, end, side="left"))
         if last > first:
