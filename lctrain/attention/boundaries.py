@@ -26,6 +26,20 @@ if TYPE_CHECKING:
 PACK_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
+class Padding(NamedTuple):
+    """The padded rows that the tokens of a pack come from; see `lctrain.models.unpadding`.
+
+    Attributes:
+        rows: Shape (B, S) of the rows.
+        places: [T] int64, index of each token among the B * S flattened tokens of the rows.
+        owner: Class name of the model whose outputs go back into rows.
+    """
+
+    rows: tuple[int, int]
+    places: Tensor
+    owner: str
+
+
 class Boundaries(NamedTuple):
     """The documents of rows [B, S] as a Pack, and the tokens of the rows that are packed.
 
@@ -39,6 +53,7 @@ class Boundaries(NamedTuple):
         indices_k: [Tk] int64, the same indices for the keys.
         shared_rows: Whether a row holds several documents; None if this is not known without a
             synchronisation.
+        padding: The rows that the tokens come from, if an encoder's input hook has packed them.
     """
 
     pack: "Pack"
@@ -47,6 +62,7 @@ class Boundaries(NamedTuple):
     indices_q: Tensor | None = None
     indices_k: Tensor | None = None
     shared_rows: bool | None = None
+    padding: Padding | None = None
 
 
 def is_packed(arguments: dict[str, Any]) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lctrain.models.code import hands_keywords_on, methods, strings, uses_name
+from lctrain.models.code import hands_keywords_on, methods, parameters, strings, uses_name
 
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
@@ -166,7 +166,7 @@ def _require_interface(model: nn.Module, layers: dict[str, nn.Module]) -> None:
 
 
 def _require_windows(model: nn.Module, layers: dict[str, nn.Module]) -> None:
-    for layer in layers.values() if _has_windows(model) else ():
+    for layer in layers.values() if has_windows(model) else ():
         if not any("sliding_window" in strings(code) for code in methods(type(layer))):
             raise ValueError(
                 "layers must hand their sliding window to the attention function, got "
@@ -212,7 +212,8 @@ def _dotted(prefix: str, name: str) -> str:
     return f"{prefix}.{name}"
 
 
-def _has_windows(model: nn.Module) -> bool:
+def has_windows(model: nn.Module) -> bool:
+    """Returns whether layers of a model attend within sliding windows."""
     layer_types = getattr(model.config, "layer_types", None)
     if layer_types is not None:
         return "sliding_attention" in layer_types
@@ -228,4 +229,12 @@ def counts_positions_itself(model: nn.Module) -> bool:
     """Returns whether a model counts positions itself, from padding_idx + 1, as RoBERTa does."""
     return any(
         uses_name(module, "create_position_ids_from_input_ids") for module in model.modules()
+    )
+
+
+def embeddings_read_mask(model: nn.Module) -> bool:
+    """Returns whether a model's embeddings depend on a row's attention mask, as ESM's do."""
+    return any(
+        type(module).__name__.endswith("Embeddings") and "attention_mask" in parameters(module)
+        for module in model.modules()
     )

@@ -25,7 +25,11 @@ from lctrain.attention.forward import BOUNDARIES_ARGUMENT
 from lctrain.attention.mask import read_mask
 from lctrain.attention.spec import AttentionSpec
 from lctrain.models.adapters import refuse_virtual_tokens
-from lctrain.models.architectures import counts_positions_itself
+from lctrain.models.architectures import (
+    counts_positions_itself,
+    embeddings_read_mask,
+    has_windows,
+)
 from lctrain.models.cache import given_cache
 from lctrain.models.code import parameters
 from lctrain.models.frequencies import (
@@ -40,7 +44,9 @@ from lctrain.models.positions import (
     position_limit,
     require_first_position,
     require_positions,
+    restarting_positions,
 )
+from lctrain.models.unpadding import find_unpadded, is_packable, is_padded, row_positions, unpad
 
 _LONGER = "Split or truncate longer ones, or choose a model with rotary embeddings."
 
@@ -61,18 +67,24 @@ class InputHook:
         implementation: Name of the attention in transformers.
         first_position: Position id of a document's first token; above 0 for models that count
             positions themselves, as RoBERTa does.
+        reads_mask: Whether the embeddings depend on a row's attention mask.
         position_limit: Number of positions in the model's table; None without a table.
         pools_rows: Whether the model's head gives one output per row.
         rotaries: Names of rotary embeddings whose frequencies depend on the document's length.
         names: Names of the forward's positional parameters.
+        windows: Whether layers of the model attend within windows.
+        unpads: Whether rows with padding become one pack; UnpadSwap sets it.
     """
 
     def __init__(self, model: nn.Module, spec: AttentionSpec) -> None:
         self.implementation = spec.implementation
         self.positions_from_padding = counts_positions_itself(model)
         self.first_position = first_position(model)
+        self.reads_mask = embeddings_read_mask(model)
         self.position_limit = position_limit(model)
         self.pools_rows = pools_rows(model)
+        self.windows = getattr(spec, "sliding_window", None) is not None or has_windows(model)
+        self.unpads = False
         self.rotaries = tuple(length_dependent(model))
         for name in self.rotaries:
             attach_frequencies(model.get_submodule(name))
@@ -88,7 +100,8 @@ class InputHook:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Returns the arguments for the model's forward; None leaves them unchanged."""
-        if BOUNDARIES_ARGUMENT in kwargs or len(args) > len(self.names):
+        given = kwargs.get(BOUNDARIES_ARGUMENT)
+        if len(args) > len(self.names) or (given is not None and not self.unpads):
             return None
         inputs = dict(zip(self.names, args, strict=False)) | kwargs
         tokens = inputs.get("input_ids")
@@ -97,6 +110,9 @@ class InputHook:
             return None  # the model raises its own error
         if tokens.dim() > (2 if tokens is inputs.get("input_ids") else 3):
             return None  # [B, choices, S]; the hook of the inner model gets rows
+        if given is not None:
+            packs = is_padded(given) and is_packable(model, inputs)
+            return ((), self._unpad(model, inputs, tokens, given)) if packs else None
         self._refuse(model, inputs)
         if is_packed(inputs):
             self._give_positions(model, inputs, tokens)
@@ -112,9 +128,10 @@ class InputHook:
         if torch.compiler.is_exporting():
             _refuse_unread(inputs)
         positions = inputs.get("position_ids")
-        boundaries = read_boundaries(inputs, tokens.shape[0], tokens.shape[1], tokens.device)
+        boundaries = self._read(model, inputs, tokens)
         if inputs.get("position_ids") is not positions:  # the mask or seq_idx numbers documents
             self._require_positions(model)
+            inputs["position_ids"] = inputs["position_ids"] + self.first_position
         if inputs.get("attention_mask") is None and "attention_mask" in self.names:
             # Without a mask, transformers would read the position ids on the device.
             inputs["attention_mask"] = torch.ones(
@@ -130,20 +147,50 @@ class InputHook:
                 refuse_virtual_tokens()
             if positions is not None:
                 self._require_own_positions(model, positions, boundaries)
-        if several and self.pools_rows:
+        if self.pools_rows and (several or (self.unpads and is_padded(boundaries))):
+            if not several and positions is None:
+                inputs["position_ids"] = row_positions(model, inputs, tokens)
             inputs, boundaries = to_rows(model, inputs, boundaries)
-        if self.rotaries:
-            position_ids = inputs.get("position_ids")
-            if position_ids is not None and position_ids.dim() == 3:  # [axes, B, S]
-                position_ids = position_ids.amax(0)
-            self._tell_lengths(model, find_lengths(boundaries, position_ids))
+        elif self.unpads and is_padded(boundaries) and is_packable(model, inputs):
+            return (), self._unpad(model, inputs, tokens, boundaries)
+        self._tell_documents(model, inputs, boundaries)
         inputs[BOUNDARIES_ARGUMENT] = boundaries
         return (), inputs
+
+    def _read(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> Boundaries:
+        """Returns the boundaries of the inputs' documents; see `read_boundaries`."""
+        mask, rows = inputs.get("attention_mask"), tuple(tokens.shape[:2])
+        if self.unpads and isinstance(mask, Tensor) and tuple(mask.shape) == rows:
+            others = [inputs.get(name) for name in ("position_ids", "seq_idx", "cu_seq_lens_q")]
+            windows = type(model).__name__ if self.windows else None
+            found = find_unpadded(mask, tokens.device, windows)
+            if found is not None and all(other is None for other in others):
+                if self.position_limit is not None and not self.positions_from_padding:
+                    require_positions(model, rows[1], "rows", _LONGER, self.position_limit)
+                return found
+        return read_boundaries(inputs, *rows, tokens.device)
+
+    def _unpad(
+        self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor, boundaries: Boundaries
+    ) -> dict[str, Any]:
+        inputs, boundaries = unpad(model, inputs, tokens, boundaries)
+        self._tell_documents(model, inputs, boundaries)
+        return inputs
 
     def rest(self, model: nn.Module) -> None:
         """Undoes the hook's changes to a model whose attention was changed to another one."""
         if self.rotaries:
             detach_frequencies(model)
+
+    def _tell_documents(
+        self, model: nn.Module, inputs: dict[str, Any], boundaries: Boundaries
+    ) -> None:
+        """Calls `_tell_lengths` with the documents' lengths, if a rotary embedding reads them."""
+        if self.rotaries:
+            position_ids = inputs.get("position_ids")
+            if position_ids is not None and position_ids.dim() == 3:  # [axes, B, S]
+                position_ids = position_ids.amax(0)
+            self._tell_lengths(model, find_lengths(boundaries, position_ids))
 
     def _tell_lengths(self, model: nn.Module, lengths: Tensor) -> None:
         """Passes the length of each token's document to the model's rotary embeddings.
@@ -174,7 +221,7 @@ class InputHook:
             )
 
     def _require_positions(self, model: nn.Module) -> None:
-        if "position_ids" not in self.names or self.positions_from_padding:
+        if "position_ids" not in self.names or self.reads_mask:
             raise ValueError(
                 "packed inputs must go to a model whose positions restart at 0 per document, got "
                 f"{type(model).__name__}, which counts them itself. Pass padded rows with an "
@@ -207,7 +254,12 @@ class InputHook:
                 "where a pack has no document: train LoRA on packs, or one document per row."
             )
         if inputs.get("position_ids") is None and boundaries is not None:
-            inputs["position_ids"] = _restarting_positions(boundaries, tokens.shape[1])
+            inputs["position_ids"] = restarting_positions(boundaries, tokens.shape[1])
+        positions = inputs.get("position_ids")
+        if self.first_position and isinstance(positions, Tensor):
+            # A pack counts from 0, which such a model never uses.
+            from_zero = positions.flatten()[:1] == 0
+            inputs["position_ids"] = positions + from_zero * self.first_position
 
     def _turn_cache_off(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         packed = is_packed(inputs)
@@ -346,18 +398,6 @@ def _covered_tokens(inputs: dict[str, Any]) -> int | None:
     if torch.compiler.is_compiling() or boundaries is None or boundaries.device.type != "cpu":
         return None
     return int(boundaries[-1])
-
-
-def _restarting_positions(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """Returns positions [1, T] int64 that restart at 0 in every document, without synchronising.
-
-    Args:
-        cu_seqlens: [N + 1] integers, boundaries of the documents.
-        tokens: Number of tokens T.
-    """
-    lengths = cu_seqlens.diff()
-    starts = torch.repeat_interleave(cu_seqlens[:-1], lengths, output_size=tokens)
-    return (torch.arange(tokens, device=cu_seqlens.device) - starts)[None]
 
 
 def _continued_lengths(inputs: dict[str, Any], tokens: Tensor) -> Tensor:

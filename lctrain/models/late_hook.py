@@ -18,6 +18,7 @@ from lctrain.models.architectures import attention_layers, require_supported
 from lctrain.models.heads import check_outputs
 from lctrain.models.inputs import InputHook
 from lctrain.models.kinds import KINDS
+from lctrain.models.unpadding import unpad_late, why_padded
 
 _threads = threading.local()
 
@@ -47,9 +48,9 @@ class LateHook:
             if self.hook is not None and BOUNDARIES_ARGUMENT not in kwargs:
                 self.hook.rest(model)
             return None
-        if BOUNDARIES_ARGUMENT in kwargs or any(
-            isinstance(hook, InputHook) for hook in model._forward_pre_hooks.values()
-        ):
+        if any(isinstance(hook, InputHook) for hook in model._forward_pre_hooks.values()):
+            return None
+        if BOUNDARIES_ARGUMENT in kwargs and self.hook is None:
             return None
         if self.hook is None:
             prepare(model, self.implementation)
@@ -111,9 +112,13 @@ def prepare(model: Any, implementation: str, early: bool = False) -> None:
     for layer in layers.values():
         setattr(layer, SPEC_ATTRIBUTE, spec)
     KINDS[kind].swap(layers)
+    unpads = why_padded(model) is None
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            attach_late_hook(module, implementation).hook = KINDS[kind].hook(module, spec)
+            hook = KINDS[kind].hook(module, spec)
+            attach_late_hook(module, implementation).hook = hook
+            if unpads:
+                unpad_late(module, hook)
 
 
 def attach_late_hook(model: nn.Module, implementation: str) -> LateHook:

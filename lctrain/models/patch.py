@@ -11,6 +11,7 @@ from lctrain.models.attention_swap import AttentionSwap
 from lctrain.models.fused import FusedSwap
 from lctrain.models.inputs import InputHook
 from lctrain.models.swap import Swap, Unpatchable, apply_all, undo_all
+from lctrain.models.unpadding import UnpadSwap, why_padded
 
 
 def patch_model(
@@ -19,6 +20,7 @@ def patch_model(
     *,
     fused: bool = False,
     loss: bool = False,
+    unpad: bool | None = None,
     **options: Any,
 ) -> "PatchHandle":
     """Replaces the attention of a transformers model by lctrain's kernels, in place.
@@ -38,6 +40,9 @@ def patch_model(
             less memory.
         loss: Whether `model(**batch, labels=...)` computes the loss without the logits in training
             mode; its output then has `logits=None`. Only for causal language models.
+        unpad: Whether an encoder computes nothing for padding: rows with a 2-D attention mask
+            become one pack before the embeddings, and outputs become rows again, zero at padding.
+            None means True for encoders that support it, and False for other models.
         **options: Options of the attention. Every attention has `dropout`, `deterministic` and
             `backend` (see `lctrain.attention.AttentionSpec`). "flash" also has `sliding_window`
             (see FlashSpec). "dual_chunk" also has `chunk_size`, `local_size`, `scale`,
@@ -57,7 +62,9 @@ def patch_model(
             "model must not be patched, got one that is. Call unpatch() on its handle first."
         )
     swaps: list[Swap] = [AttentionSwap(model, spec)]
-    _require_bools(fused=fused, loss=loss)
+    _require_bools(fused=fused, loss=loss, **({} if unpad is None else {"unpad": unpad}))
+    if unpad or (unpad is None and why_padded(model) is None):
+        swaps.append(UnpadSwap(model))
     if fused:
         swaps.append(FusedSwap(model))
     if loss:

@@ -93,6 +93,18 @@ def require_positions(
         )
 
 
+def restarting_positions(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """Returns positions [1, T] int64 that restart at 0 in every document, without synchronising.
+
+    Args:
+        cu_seqlens: [N + 1] integers, boundaries of the documents.
+        tokens: Number of tokens T.
+    """
+    lengths = cu_seqlens.diff()
+    starts = torch.repeat_interleave(cu_seqlens[:-1], lengths, output_size=tokens)
+    return (torch.arange(tokens, device=cu_seqlens.device) - starts)[None]
+
+
 def _is_table(name: str, module: nn.Module) -> TypeGuard[nn.Embedding]:
     """Returns whether a module is a table of absolute positions."""
     own = name.rpartition(".")[2]

@@ -13,6 +13,7 @@ from tests.models.families import (
     outputs,
     packed_outputs,
     padded,
+    separate_outputs,
 )
 from tests.numerics import assert_equal_in_float64
 
@@ -185,7 +186,8 @@ def test_restarting_positions_on_top_of_a_cache_are_refused():
 
 
 @pytest.mark.parametrize("name", ["Roberta", "Esm"])
-def test_models_that_count_positions_from_padding_take_no_packs(name):
+@pytest.mark.usefixtures("in_float64")
+def test_packs_for_models_that_count_positions_from_padding(name):
     import transformers
 
     config = getattr(transformers, f"{name}Config")(
@@ -195,12 +197,18 @@ def test_models_that_count_positions_from_padding_take_no_packs(name):
         num_hidden_layers=1,
         num_attention_heads=4,
         pad_token_id=1,
+        mask_token_id=3,
     )
-    model = getattr(transformers, f"{name}Model")(config).eval()
-    with patch_model(model):
-        with pytest.raises(ValueError, match="positions restart at 0 per document, got"):
-            packed_outputs(model, make_documents())
-        assert outputs(model, input_ids=make_documents([5])[0][None]).isfinite().all()
+    model, documents = getattr(transformers, f"{name}Model")(config).eval(), make_documents()
+    with torch.no_grad():
+        expected = separate_outputs(model, documents)
+        with patch_model(model):
+            if name == "Roberta":
+                assert_equal_in_float64(packed_outputs(model, documents), expected)
+            else:  # the embeddings average over a row
+                with pytest.raises(ValueError, match="positions restart at 0 per document, got"):
+                    packed_outputs(model, documents)
+                assert outputs(model, input_ids=documents[0][None]).isfinite().all()
 
 
 @pytest.mark.parametrize("by_name", [False, True], ids=["patched", "by_name"])

@@ -170,6 +170,7 @@ def test_numbers_and_a_cache_exclude_one_another():
         model(input_ids=tokens[:, 5:], attention_mask=numbers, past_key_values=cache)
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_positions_that_a_model_counts_itself():
     import transformers
 
@@ -181,9 +182,10 @@ def test_positions_that_a_model_counts_itself():
         intermediate_size=48,
         max_position_embeddings=40,
     )
-    model = transformers.RobertaModel(config).eval()
-    patch_model(model)
-    with pytest.raises(ValueError, match="positions restart at 0 per document, got RobertaModel"):
-        model(
-            input_ids=make_documents([5])[0][None], attention_mask=torch.tensor([[1, 1, 1, 2, 2]])
-        )
+    model, documents = transformers.RobertaModel(config).eval(), make_documents([3, 2])
+    with torch.no_grad():
+        expected = separate_outputs(model, documents)
+        patch_model(model)
+        numbers = torch.tensor([[1, 1, 1, 2, 2]])
+        found = outputs(model, input_ids=torch.cat(documents)[None], attention_mask=numbers)[0]
+    assert_equal_in_float64(found, expected)

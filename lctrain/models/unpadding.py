@@ -1,0 +1,281 @@
+"""UnpadSwap: runs an encoder on the tokens of padded rows only, from the embeddings to the heads.
+
+The input hook turns rows [B, S] with padding into one pack [1, T] before the embeddings. A forward
+hook puts the outputs back into rows, with zeros at padding. So embeddings, norms, projections, MLPs
+and heads compute nothing for padding, and no layer packs tokens by itself. A batch that comes
+packed stays packed.
+
+A model with one output per token is packed as a whole. A model whose head pools rows, as for
+sequence classification, packs its base model.
+"""
+
+import re
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lctrain.attention.boundaries import Boundaries, Padding
+from lctrain.attention.documents import find_documents
+from lctrain.attention.forward import BOUNDARIES_ARGUMENT, is_causal_layer
+from lctrain.attention.mask import read_mask
+from lctrain.models.architectures import (
+    attention_layers,
+    counts_positions_itself,
+    embeddings_read_mask,
+)
+from lctrain.models.cache import given_cache
+from lctrain.models.code import parameters
+from lctrain.models.positions import first_position
+
+_PER_TOKEN = re.compile(r"For(MaskedLM|TokenClassification)$")
+
+
+class UnpadSwap:
+    """A Swap that makes a patched encoder compute nothing for padding.
+
+    It implements `lctrain.models.swap.Swap`, and is applied after an AttentionSwap.
+
+    Args:
+        model: A transformers model.
+
+    Raises:
+        ValueError: if padding cannot be left out of the model; the message names the reason.
+    """
+
+    name = "padding"
+
+    def __init__(self, model: nn.Module) -> None:
+        reason = why_padded(model)
+        if reason is not None:
+            raise ValueError(
+                f"unpad=True needs an encoder that works on single tokens outside its attention, "
+                f"got {type(model).__name__}: {reason}. Pass unpad=False; the attention still "
+                "skips padding."
+            )
+        self._model = model
+        self._handles: list[Any] = []
+        self._hooks: list[Any] = []
+
+    def apply(self) -> None:
+        """Turns the unpadding of the model's input hooks on, and hooks its outputs."""
+        for module in self._model.modules():
+            for hook in module._forward_pre_hooks.values():
+                if hasattr(hook, "unpads") and (is_per_token(module) or hook.pools_rows):
+                    hook.unpads = True
+                    self._hooks.append(hook)
+            if is_per_token(module):
+                self._handles.append(module.register_forward_hook(restore_rows, with_kwargs=True))
+
+    def undo(self) -> None:
+        """Turns the unpadding off, and removes the hooks on outputs."""
+        for hook in self._hooks:
+            hook.unpads = False
+        for handle in self._handles:
+            handle.remove()
+        self._hooks, self._handles = [], []
+
+    def describe(self) -> str:
+        """Returns what happens to padding, for the report of PatchHandle."""
+        return "left out from the embeddings to the heads"
+
+
+def unpad_late(module: nn.Module, hook: Any) -> None:
+    """Turns the unpadding on for a model whose attention is selected by name.
+
+    Args:
+        module: A transformers model in an encoder for which `why_padded` returns None.
+        hook: Its InputHook, which a LateHook runs.
+    """
+    hook.unpads = is_per_token(module) or hook.pools_rows
+    if is_per_token(module) and restore_rows not in module._forward_hooks.values():
+        module.register_forward_hook(restore_rows, with_kwargs=True)
+
+
+def is_per_token(module: nn.Module) -> bool:
+    """Returns whether a module is a transformers model with inputs and outputs per token."""
+    from transformers import PreTrainedModel
+
+    return isinstance(module, PreTrainedModel) and (
+        module.base_model is module or _PER_TOKEN.search(_class_name(module)) is not None
+    )
+
+
+def why_padded(model: Any) -> str | None:
+    """Returns the reason why padding cannot be left out of a model; None if it can.
+
+    Args:
+        model: A transformers model that patch_model supports.
+    """
+    base = model.base_model
+    if getattr(model.config, "is_decoder", False) or any(
+        is_causal_layer(layer, None) for layer in attention_layers(model).values()
+    ):
+        return "its attention is causal"
+    if any("ForQuestionAnswering" in name for name in _class_names(model)):
+        return "its head compares all positions of a row, padding included"
+    if "position_ids" not in parameters(base):
+        return f"{type(base).__name__} takes no position_ids"
+    if "lang_ids" in parameters(base):
+        return f"{type(base).__name__} has one language per row"
+    if embeddings_read_mask(model):
+        return "its embeddings read the attention mask"
+    return None
+
+
+@torch.compiler.disable
+@torch.inference_mode(mode=False)
+def find_unpadded(mask: Tensor, device: torch.device, windows: str | None) -> Boundaries | None:
+    """Returns the boundaries of padded rows from their mask, with at most one synchronisation.
+
+    Lengths are counted on the CPU. A mask on the CPU costs no synchronisation.
+
+    Args:
+        mask: [B, S], 0 at padding and 1 elsewhere, on any device.
+        device: Device of the boundaries.
+        windows: Name of the model if layers attend within windows, for the message; None if not.
+
+    Returns:
+        The boundaries; None if the mask numbers documents.
+
+    Raises:
+        ValueError: if the mask has other values, or if windows would have to count padding between
+            the tokens of a row.
+    """
+    real, numbers = read_mask(mask.to("cpu"), torch.device("cpu"))
+    if windows is not None:
+        _refuse_holes(real if numbers is None else numbers, windows)
+    if numbers is not None:
+        return None
+    rows = (real.shape[0], real.shape[1])
+    found = find_documents(rows, rows, real.device, real=real)
+    if device.type == "cpu":
+        return found
+    ends, tokens = (_moved(x, device) for x in (found.pack.cu_seqlens_q, found.indices_q))
+    pack = found.pack._replace(cu_seqlens_q=ends, cu_seqlens_k=ends)
+    return Boundaries(pack, found.queries, found.keys, tokens, tokens)
+
+
+def _moved(values: Tensor | None, device: torch.device) -> Any:
+    if values is None:
+        return None
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def _refuse_holes(real: Tensor, name: str) -> None:
+    """Raises a ValueError if a row of [B, S] has zeros between other values."""
+    begins = F.pad(real != 0, (1, 0))[:, :-1] < (real != 0)
+    if bool((begins.sum(1) > 1).any()):
+        raise ValueError(
+            f"attention_mask must have padding only at the ends of a row for {name}, whose windows "
+            "count the tokens between query and key, got padding between tokens. Remove the "
+            "padding from within the rows."
+        )
+
+
+def is_padded(boundaries: Boundaries) -> bool:
+    """Returns whether rows have padding to leave out, and at least one token."""
+    return boundaries.indices_q is not None and boundaries.indices_q.shape[0] > 0
+
+
+def is_packable(model: Any, inputs: dict[str, Any]) -> bool:
+    """Returns whether a call can run on a pack: it has named outputs and no key/value cache."""
+    given = inputs.get("return_dict")
+    named = getattr(model.config, "return_dict", True) if given is None else given
+    return bool(named) and given_cache(inputs) is None
+
+
+def row_positions(model: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> Tensor:
+    """Returns the position ids that an unpatched encoder gives rows without position ids.
+
+    Args:
+        model: The encoder.
+        inputs: Keyword arguments of its forward.
+        tokens: Its `input_ids` [B, S] or `inputs_embeds` [B, S, E].
+
+    Returns:
+        [B, S] int64. A model like RoBERTa counts tokens that are not the padding token, from
+        padding_idx + 1. Others count columns from 0.
+    """
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    if not counts_positions_itself(model):
+        return columns.expand(tokens.shape[:2])
+    first = first_position(model)
+    if inputs.get("input_ids") is None:
+        return (columns + first).expand(tokens.shape[:2])
+    real = tokens != first - 1
+    return real.cumsum(1) * real + first - 1
+
+
+def unpad(
+    model: nn.Module, inputs: dict[str, Any], tokens: Tensor, boundaries: Boundaries
+) -> tuple[dict[str, Any], Boundaries]:
+    """Rewrites an encoder's inputs from rows with padding to one pack.
+
+    Args:
+        model: The encoder; `restore_rows` must be its forward hook.
+        inputs: Keyword arguments of its forward. Tensors [B, S, ...] are packed.
+        tokens: `input_ids` [B, S] or `inputs_embeds` [B, S, E] among the inputs.
+        boundaries: Boundaries of N documents with T tokens in rows [B, S]; `indices_q` is given.
+
+    Returns:
+        The inputs as one row [1, T, ...] with an attention mask of ones, and the boundaries of this
+        row.
+    """
+    places, rows = boundaries.indices_q, boundaries.queries
+    assert places is not None
+    packed = dict(inputs)
+    if packed.get("position_ids") is None:
+        packed["position_ids"] = row_positions(model, inputs, tokens)
+    if packed["position_ids"].shape[0] == 1:
+        packed["position_ids"] = packed["position_ids"].expand(rows)
+    for name, value in packed.items():
+        if isinstance(value, Tensor) and value.dim() >= 2 and tuple(value.shape[:2]) == rows:
+            packed[name] = value.flatten(0, 1).index_select(0, places.to(value.device))[None]
+    count = (1, places.shape[0])
+    packed["attention_mask"] = torch.ones(count, dtype=torch.int64, device=tokens.device)
+    packing = Padding(rows, places, _class_name(model))
+    found = Boundaries(boundaries.pack, count, count, padding=packing)
+    packed[BOUNDARIES_ARGUMENT] = found
+    return packed, found
+
+
+def restore_rows(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], output: Any) -> Any:
+    """A forward hook (with_kwargs=True) that puts the outputs of an unpadded encoder into rows.
+
+    Args:
+        model: The encoder.
+        args: Positional arguments of its forward.
+        inputs: Keyword arguments of its forward.
+        output: Output of its forward; values [1, T, ...] become [B, S, ...], zero at padding.
+
+    Returns:
+        The output; None if the inputs were not unpadded for this model.
+    """
+    boundaries = inputs.get(BOUNDARIES_ARGUMENT)
+    padding = None if boundaries is None else boundaries.padding
+    if padding is None or padding.owner != _class_name(model):
+        return None
+    for name, value in list(output.items()):
+        if isinstance(value, tuple):
+            output[name] = tuple(_in_rows(one, boundaries, padding) for one in value)
+        elif isinstance(value, Tensor):
+            output[name] = _in_rows(value, boundaries, padding)
+    return output
+
+
+def _in_rows(value: Any, boundaries: Boundaries, padding: Padding) -> Any:
+    if not isinstance(value, Tensor) or value.dim() < 3 or value.shape[1] != boundaries.queries[1]:
+        return value
+    rows = padding.rows[0] * padding.rows[1]
+    empty = value.new_zeros((rows, *value.shape[2:]))
+    return empty.index_copy(0, padding.places, value.flatten(0, 1)).unflatten(0, padding.rows)
+
+
+def _class_name(model: nn.Module) -> str:
+    return type(model).__name__
+
+
+def _class_names(model: nn.Module) -> list[str]:
+    return [base.__name__ for base in type(model).__mro__]
