@@ -33,9 +33,11 @@ class PackedBatch:
         labels: [1, T] int64, shifted: labels[0, t] is the token to predict at position t, or -100
             if there is none, as at the end of every document.
         position_ids: [1, T] int64, counted from 0 in every document.
-        cu_seqlens: [N + 1] int32, the start of each document, and T.
+        cu_seqlens: [N + 1] int32, cumulative lengths: the index of each document's first token, and
+            T.
         max_seqlen: Length of the longest document, a Python int.
-        document_ids: [N] int32, the number that keys the dropout mask of each document.
+        document_ids: [N] int32, number of each document, which determines its attention dropout
+            mask.
         num_tokens: Number of tokens T, a Python int.
         lengths: Lengths of the N documents, Python ints.
         num_valid_tokens: Number of labels that are not -100, a Python int.
@@ -204,13 +206,14 @@ class PackedBatch:
     def arguments(self) -> dict[str, Any]:
         """Returns `model_kwargs()` and labels, for a model that computes its own loss.
 
-        transformers' models shift labels themselves, so `labels` [1, T] int64 are not shifted: each
-        position holds its own token, and the first position of a document -100. The tile schedule
-        is left out, since transformers' Trainer cannot move it to the device; the kernels build it.
+        transformers' models shift labels themselves, so here `labels` [1, T] int64 are not shifted:
+        each position holds its own token, and the first position of a document -100. The tile
+        schedule is left out, since transformers' Trainer cannot move it to the device; the kernels
+        build it.
         """
         arguments = self.model_kwargs()
         del arguments["schedule"]
-        labels = self.labels.roll(1, dims=-1)  # the last one is -100
+        labels = self.labels.roll(1, dims=-1)  # the last label, -100, moves to the first position
         return {"labels": labels, **arguments}
 
     def __contains__(self, name: object) -> bool:
@@ -361,7 +364,7 @@ def _check_label_lengths(labels: Sequence[IntegerSequence], lengths: list[int]) 
 
 
 def _shift(targets_T: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Moves each target to the position before it; the end of every document gets -100.
+    """Moves each label to the position before it; the last position of each document gets -100.
 
     Args:
         targets_T: [T] int64, labels that are not shifted.
@@ -378,7 +381,7 @@ def _shift(targets_T: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def _set_unchanged(batch: PackedBatch, name: str, value: Any) -> None:
-    """Raises unless an attribute is set to its current value; the `__setattr__` of PackedBatch.
+    """The `__setattr__` of PackedBatch: accepts only an attribute's current value.
 
     The `__setattr__` of a frozen dataclass always raises. But Lightning's convert_input (precision
     "bf16-true", FSDP) sets every field of a dataclass to its current value.

@@ -1,4 +1,4 @@
-"""Builds the objects of a run from its configuration: data, model, callbacks, loggers, trainer."""
+"""Builds a run's objects from its configuration: data, model, callbacks, loggers and trainer."""
 
 from __future__ import annotations
 
@@ -104,9 +104,10 @@ def check_model(
     Args:
         config: Settings of a model with random weights, or of a pretrained model.
         attention: Settings of the attention; None leaves the model unpatched.
-        lengths: Longest document in tokens that an option allows, by the option's name. They are
-            checked for models with a table of learned positions.
-        methods: Methods of reading beyond the window that the closing evaluation compares.
+        lengths: Longest document in tokens that an option allows, by the option's name. It is
+            checked against a model's table of learned positions.
+        methods: Methods of reading beyond the trained window (see `lctrain.eval.extension`) that
+            the closing evaluation compares.
         adapter: Settings of adapters; None for none.
 
     Raises:
@@ -147,7 +148,7 @@ def _without_weights(config: ModelConfig, adapter: AdapterConfig | None, vocab_s
 
 
 def plan_memory(config: TrainConfig) -> Plan:
-    """Returns the plan of memory of a run, without its data, its weights or a GPU.
+    """Returns the memory plan of a run, without reading its data or weights, and without a GPU.
 
     Args:
         config: Settings of the run. A model with random weights gets data.vocab_size embeddings.
@@ -157,7 +158,7 @@ def plan_memory(config: TrainConfig) -> Plan:
     """
     model = _without_weights(config.model, config.adapter, config.data.vocab_size)
     precision = config.trainer.precision
-    if precision == "auto":  # a plan without a GPU is for a run on one
+    if precision == "auto":  # without a GPU here, the plan is for a run on a GPU
         precision = "32-true" if config.trainer.accelerator == "cpu" else "bf16-mixed"
     model = model.to(getattr(torch, _dtype(config.model, config.adapter)))
     if config.attention is not None:
@@ -177,7 +178,7 @@ def _dtype(config: ModelConfig, adapter: AdapterConfig | None) -> str:
     return config.dtype or ("float32" if adapter is None else "bfloat16")
 
 
-LARGE_VOCABULARY = 2**20  # larger than any special token id; it needs no memory on device meta
+LARGE_VOCABULARY = 2**20  # above any special token's id; on the meta device it takes no memory
 
 
 def _no_model_config(config: Any) -> ValueError:
@@ -217,7 +218,7 @@ def _from_scratch(
 def model_factory(
     config: ModelConfig, adapter: AdapterConfig | None = None
 ) -> Callable[[pl.LightningDataModule], nn.Module]:
-    """Returns the function by which LongContextModule builds the model from the data module."""
+    """Returns the function by which LongContextModule builds its model from the data module."""
 
     def build(datamodule: pl.LightningDataModule) -> nn.Module:
         return build_model(config, datamodule.vocab_size, adapter)

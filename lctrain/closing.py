@@ -41,9 +41,10 @@ class Closing:
     """Results of the evaluation at the end of a run.
 
     Attributes:
-        perplexities: Pairs (context length, perplexity). With methods, those of the last method.
-        findings: Sentences for the report, by name.
-        paths: Paths of the written files, by name; those of the first rank.
+        perplexities: Pairs (context length, perplexity). If methods are compared, those of the last
+            method.
+        findings: Sentences about the results, for the report, by name.
+        paths: Paths of the written files, by name; files of rank 0.
     """
 
     perplexities: tuple[tuple[int, float], ...]
@@ -76,7 +77,7 @@ def evaluate_at_end(
     with trainer.precision_plugin.forward_context():
         if not config.methods:
             return measure_as_trained(config, documents, trainer, module, output_dir)
-        # The training's patch is removed, since each method patches the model.
+        # The patch of training is removed, since each method patches the model itself.
         if module.patch_handle is not None:
             module.patch_handle.unpatch()
             module.patch_handle = None
@@ -122,7 +123,7 @@ def compare_beyond_window(
     module: LongContextModule,
     output_dir: Path,
 ) -> Closing:
-    """Measures perplexity by context length for each method of reading beyond the window."""
+    """Measures perplexity by context length, for each method of reading beyond the window."""
     comparison = compare_methods(
         module.model,
         documents,
@@ -202,11 +203,11 @@ def _shows_progress(trainer: pl.Trainer) -> bool:
 
 
 def _save(table: Any, folder: Path, trainer: pl.Trainer) -> dict[str, Path]:
-    """Writes the files of a table on the first rank, and returns them by kind; {} on others."""
+    """Writes the files of a table on rank 0, and returns their paths by kind; {} on other ranks."""
     return dict(table.save(folder)) if Topology.of(trainer).is_first else {}
 
 
 def _named(files: dict[str, Path], what: str) -> dict[str, Path]:
-    """Returns the files of a table by their names in the report."""
+    """Returns the files of a table under the names that the report uses."""
     kinds = {"table": "csv", "plot": "png"}
     return {f"{what} {name}": files[kind] for name, kind in kinds.items() if kind in files}

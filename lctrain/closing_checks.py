@@ -1,4 +1,4 @@
-"""Checks, before training, that the evaluation at the end of the run will find what it needs."""
+"""Checks the settings of the closing evaluation before training starts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class CheckClosing(pl.Callback):
 
 
 def check_closing(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Checks settings of the closing evaluation, and the model of the passkey test.
+    """Checks settings of the closing evaluation against the tokenizer, and loads the passkey model.
 
     Args:
         config: Settings of the evaluation.
@@ -65,10 +65,10 @@ def check_closing(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) 
 
 
 def check_reader(config: EvaluationConfig) -> PreTrainedTokenizerBase:
-    """Checks the model that the passkey test reads with instead of the trained model.
+    """Loads the model `passkey_model`, which reads the passkey test, and checks it.
 
-    The weights are loaded as at the end of the run, since no header shows that they are intact, and
-    are released again.
+    The weights are loaded as at the end of the run, since only loading shows that they are intact,
+    and are then released.
 
     Args:
         config: Settings of the evaluation, with `passkey_model`.

@@ -1,4 +1,4 @@
-"""Command: a console script, with its help, its overrides and its error messages."""
+"""Command: runs a console script with Hydra, and prints its help and its errors."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Command(Interface):
         if HELP & set(arguments):
             return describe
         if OTHER_FILES & {argument.partition("=")[0] for argument in arguments}:
-            return None  # Hydra itself prints a configuration from the user's files
+            return None  # Hydra prints the configuration if it comes from the user's own files
         pairs = itertools.pairwise(arguments)
         if "--cfg=job" in arguments or any(f in CFG and value == "job" for f, value in pairs):
             return pasteable

@@ -1,4 +1,4 @@
-"""Composes the configuration of a command without a run, for help and for messages about keys."""
+"""Composes a command's configuration without running it, for help and for messages about keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Explains errors of Hydra and OmegaConf, with messages that name the key, value and remedy."""
+"""Turns errors of Hydra and OmegaConf into messages that name the key, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def _syntax_error(text: str, overrides: Sequence[str]) -> str | None:
 
 
 def _first_unreadable(overrides: Sequence[str]) -> str:
-    """Returns the first argument that Hydra's grammar does not have; all if none is by itself."""
+    """Returns the first override that Hydra cannot parse alone; all of them if each one parses."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 

@@ -1,4 +1,4 @@
-"""seed_micro_batch: seeds dropout per micro-batch, so that a resumed run draws the same masks."""
+"""seed_micro_batch: seeds dropout, so that a resumed run draws the same dropout masks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exports a trained model in the format of transformers, with a model card."""
+"""export_model: writes a trained model in transformers' format, with a model card."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lctrain.module import LongContextModule
 KEY = "trained_as"
 """Key of an exported config that holds the trained length, the attention, and the version of
 differential attention."""
-_OF_A_RUN = ("backend", "deterministic")  # options of the attention that do not affect the model
+_OF_A_RUN = ("backend", "deterministic")  # attention options that are not part of the model
 
 _OF_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 """Files of peft's adapters."""
 
-_FREE_ROPE = ("default", "linear", "llama3")  # RoPE types independent of max_position_embeddings
+_FREE_ROPE = ("default", "linear", "llama3")  # RoPE types that ignore max_position_embeddings
 
 
 def export_model(
@@ -90,7 +90,7 @@ def _delete_adapters(folder: Path) -> None:
 def _save_description(
     model: Any, tokenizer: Any, folder: Path, spec: AttentionSpec | None, trained_length: int | None
 ) -> None:
-    """Writes the config, the tokenizer and the model card beside the weights."""
+    """Writes the config, the tokenizer and the model card into the folder of the weights."""
     adapters = (folder / "adapter_config.json").exists()
     if not adapters:
         config = exported_config(model.config, spec, trained_length)
@@ -143,7 +143,7 @@ def exported_config(config: Any, spec: AttentionSpec | None, trained_length: int
             "original_max_position_embeddings": spec.window,
         }
     elif trained_length is not None and _length_is_free(text):
-        known = getattr(config, "_name_or_path", "") != ""  # of a pretrained model
+        known = getattr(config, "_name_or_path", "") != ""  # the model was pretrained
         least = text.max_position_embeddings if known else 0
         text.max_position_embeddings = max(trained_length, least)
     return config

@@ -45,7 +45,7 @@ def explain(
     plain = str(error).startswith(("Config group override must be", "Unexpected type for root"))
     if (
         module in _CONFIG_MODULES or plain or _reads_config(error)
-    ):  # some errors of Hydra and OmegaConf are of Python's own types
+    ):  # Hydra and OmegaConf also raise errors of Python's own types
         return explain_config_error(error, overrides, known)
     if killed := _KILLED.search(str(error)):
         how = f"by {killed[1]}" if killed[1] else "unexpectedly"
@@ -58,7 +58,7 @@ def explain(
     if module in OURS or (isinstance(error, ValueError) and _raised_on_purpose(error)):
         return str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        place = error.filename if error.filename2 is None else error.filename2  # of a renaming
+        place = error.filename if error.filename2 is None else error.filename2  # a rename's target
         return f"{place}: {error.strerror}. Check the path, its permissions and the free space."
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} (errno {error.errno}). Check the disk and the permissions."
@@ -67,7 +67,7 @@ def explain(
             f"{str(error).splitlines()[0]} Set memory=auto, or lower data.max_tokens; "
             "memory.plan=true says what a step takes and what fits."
         )
-    if type(error).__name__ == "MisconfigurationException":  # Lightning's, about its settings
+    if type(error).__name__ == "MisconfigurationException":  # Lightning refuses a setting
         return f"{' '.join(str(error).split())} Check the settings of trainer."
     return None
 
@@ -133,7 +133,7 @@ def _raised_on_purpose(error: BaseException) -> bool:
 
 
 def _reads_config(error: BaseException) -> bool:
-    """Whether Hydra was reading a configuration file that is not UTF-8."""
+    """Whether Hydra failed because a configuration file is not UTF-8."""
     trace = error.__traceback__
     while isinstance(error, UnicodeDecodeError) and trace is not None:
         if trace.tb_frame.f_globals.get("__name__") == "hydra._internal.config_repository":

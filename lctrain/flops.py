@@ -43,8 +43,7 @@ class FlopCounter:
 
     Attributes:
         matrix_parameters: Number of matrix weights that multiply every token.
-        attention_width: heads * head_dim. If keys and values differ in width, it is the mean of
-            both products.
+        attention_width: Number of query heads times the mean of the head dims of keys and values.
         windows: Number of keys that a query sees in each layer; None for all keys up to the query.
     """
 

@@ -15,8 +15,8 @@ from lctrain.composition import compose, flatten, group_choices
 
 MOST_COLUMNS = 100
 _INDENT = "      "
-_MADE_OF_OTHERS = ("experiment", "debug")  # groups that only set choices and values of others
-_TARGET = "_target_"  # names the class to build; only keys with a description are for users
+_MADE_OF_OTHERS = ("experiment", "debug")  # groups that only set values of other groups
+_TARGET = "_target_"  # the class to build; --help shows it only if the schema describes it
 _WORDS = {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}
 
 
@@ -135,7 +135,7 @@ def attribute_docs(schema: type) -> dict[str, str]:
 
 
 def _is_branch(node: Any) -> bool:
-    """Whether --help lists the keys below a node instead of the node."""
+    """Whether --help lists the keys inside a node, and not the node itself."""
     if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
         return False
     kind = OmegaConf.get_type(node)

@@ -1,4 +1,4 @@
-"""Checks of the values of settings that need neither torch nor a file.
+"""Checks the values of settings; needs neither torch nor a file.
 
 The config schemas call these checks, so that a command with a wrong setting fails before it loads
 torch. Objects that are built from Python call the same checks. `prefix` is the text before the name

@@ -1,4 +1,4 @@
-"""Decides at which steps metrics are logged. At other steps no code waits for the device."""
+"""at_log_step: decides at which steps metrics are logged; only there code waits for the device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 
 
 def at_log_step(trainer: pl.Trainer) -> bool:
-    """Whether the last micro-batch completed an optimizer step at which metrics are logged.
+    """Whether the last micro-batch completed an optimizer step whose metrics are logged.
 
     Call it in `on_train_batch_end`. The result is the same on all ranks, and is true at the steps
     at which Lightning logs. In manual optimization every batch counts as one step.

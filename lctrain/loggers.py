@@ -20,8 +20,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 log = logging.getLogger(__name__)
 
-LONGEST_WAIT = 5.0  # seconds; a machine's clock that lags by more is wrong
-EVENT_FILE = "events.out.tfevents."  # then the second of its creation, host, process and number
+LONGEST_WAIT = 5.0  # seconds; a file that is dated further ahead has a wrong clock
+EVENT_FILE = "events.out.tfevents."  # followed by second of creation, host, process and number
 
 
 class MetricsCSV(Logger):
@@ -137,8 +137,8 @@ class TensorBoardRun(TensorBoardLogger):
     Its first event tells TensorBoard to discard earlier events from that step on.
 
     TensorBoard reads the event files of a folder in the order of their names, which start with the
-    second of their creation. Within a second the order of names is not that of creation, so a
-    logger opens one file only, in a later second than the files that are there.
+    second of creation. Two files of the same second have no reliable order. So each TensorBoardRun
+    opens one file only, in a later second than those of the existing files.
     """
 
     _experiment: Any  # the SummaryWriter, or None before the file is opened
@@ -243,7 +243,7 @@ def with_run_id(configs: Mapping[str, Any], run_id: str) -> dict[str, Any]:
 
 @contextmanager
 def closing(loggers: Sequence[Any]) -> Iterator[None]:
-    """Context manager that ends the run in Weights and Biases and TensorBoard, also after an error.
+    """Context manager that ends the runs of loggers, also after an error.
 
     Otherwise the next job of a --multirun, in the same process, would continue this run.
 

@@ -124,7 +124,7 @@ def make_extensions(
 
 
 def method_of(attention: AttentionConfig | None) -> str:
-    """Returns the method that uses an attention: dual_chunk or plain."""
+    """Returns the method whose attention this is: "dual_chunk", or else "plain"."""
     return "dual_chunk" if attention is not None and attention.name == "dual_chunk" else "plain"
 
 

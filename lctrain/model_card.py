@@ -81,7 +81,7 @@ def _trained(model: Any) -> int:
 
 
 def _what_adapters_are(base: str) -> str:
-    """Returns a paragraph that says what adapters need to be loaded.
+    """Returns a paragraph that says which model the adapters need.
 
     Args:
         base: Name of the base model; may be empty.

@@ -53,7 +53,7 @@ STATE_KEY = "lctrain"  # checkpoint key of the module's own state
 HYPER_PARAMETERS = pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
 
 _MODEL = "model."  # prefix of the model's names in the module's state dict
-LONGEST_REASON = 160  # characters of a line of torch in a message
+LONGEST_REASON = 160  # characters that a message quotes of torch's error
 
 
 class LongContextModule(pl.LightningModule):
@@ -84,8 +84,8 @@ class LongContextModule(pl.LightningModule):
             its fields. None leaves the model unpatched. A model that is patched already keeps its
             patch.
         seed: Seed of the model's initialisation and of dropout.
-        memory: What the layers keep for the backward, and where: a MemoryConfig, or a mapping of
-            its fields. None leaves the model as it is.
+        memory: Memory policy: which activations the layers keep, offload or recompute. A
+            MemoryConfig, or a mapping of its fields. None leaves the model as it is.
 
     Attributes:
         model: The causal LM; None until `configure_model` has built it.
@@ -95,8 +95,8 @@ class LongContextModule(pl.LightningModule):
             before the first.
         gradient_norm: Gradient norm before clipping, 0-dim float32 tensor; None without clipping.
         held_out_losses: Pairs (optimizer step, held-out loss per token), one per validation.
-        converts_progress: True, since a checkpoint can go on with another number of ranks and
-            accumulated packs.
+        converts_progress: True: this module converts a checkpoint's batch counts if a run resumes
+            with other numbers of ranks and accumulated packs. PackedDataModule reads it.
     """
 
     converts_progress = True
@@ -125,7 +125,7 @@ class LongContextModule(pl.LightningModule):
         self.memory = None if memory is None else as_dataclass("memory", MemoryConfig, memory)
         self.seed = seed
         self.memory_handle: Any = None
-        self._has_policy = False  # of memory, which may be none
+        self._has_policy = False  # whether a memory policy was applied
         self.patch_handle: Any = None
         self.first_loss: Tensor | None = None
         self.last_loss: Tensor | None = None
@@ -153,7 +153,7 @@ class LongContextModule(pl.LightningModule):
         check_strategy(self.trainer.strategy, self.memory)
 
     def configure_model(self) -> None:
-        """Builds the model if needed, patches it, sets its memory policy, and shards it.
+        """Builds the model if needed, patches it, applies its memory policy, and shards it.
 
         With ShardedStrategy only rank 0 needs the memory of the whole model, on the CPU.
         """
@@ -181,7 +181,7 @@ class LongContextModule(pl.LightningModule):
             strategy.shard(self.model)
 
     def _memory_facts(self) -> dict[str, Any]:
-        """Returns what the plan of memory needs to know of the trainer."""
+        """Returns what the trainer knows and the memory plan needs: precision, device and ranks."""
         if self._trainer is None:
             return {}
         return {
@@ -235,7 +235,7 @@ class LongContextModule(pl.LightningModule):
         }
 
     def on_train_start(self) -> None:
-        """After a resume, sets the learning rates of this run and the next row of the data."""
+        """After a resume, sets this run's learning rates and the next row of the data."""
         resume_order(self.trainer)
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, LambdaLR):
@@ -279,8 +279,8 @@ class LongContextModule(pl.LightningModule):
         self._learning_rate = optimizer.param_groups[0]["lr"]
         if gradient_clip_val is None or gradient_clip_val <= 0:
             return
-        # Lightning takes the parameters in the optimizer's order. Another order would round the
-        # norm differently.
+        # Lightning sums the norm in the optimizer's order of parameters. Another order would round
+        # differently.
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if gradient_clip_algorithm == "value":
             nn.utils.clip_grad_value_(parameters, gradient_clip_val)
@@ -377,8 +377,8 @@ class LongContextModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Stores the module's arguments, its optimizer options, and the losses for the report.
 
-        The losses are `first_loss` and `held_out_losses`. Of a pretrained model with adapters that
-        lctrain has added, the checkpoint holds the adapters only.
+        The losses are `first_loss` and `held_out_losses`. If lctrain has added adapters to a
+        pretrained model, the checkpoint holds only the adapters' weights.
         """
         if has_reloaded_base(self.model):
             adapters = adapter_state(self.model)
@@ -400,9 +400,9 @@ class LongContextModule(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores `first_loss` and `held_out_losses`, and compares options and length of the run.
+        """Restores `first_loss` and `held_out_losses`, and compares the run with its checkpoint.
 
-        If the checkpoint has taken all steps of the run, it warns.
+        Warns if the checkpoint has already taken all steps of the run.
 
         Raises:
             ValueError: if training resumes with changed optimizer options, which the restored
@@ -411,7 +411,7 @@ class LongContextModule(pl.LightningModule):
         if has_reloaded_base(self.model):
             saved = checkpoint["state_dict"]
             load_adapter_state(self.model, {n.removeprefix(_MODEL): x for n, x in saved.items()})
-            checkpoint["state_dict"] = {}  # the base is loaded from its source
+            checkpoint["state_dict"] = {}  # the frozen weights are loaded from their source
         state = checkpoint.get(STATE_KEY)
         if state is None:
             return
@@ -425,7 +425,7 @@ class LongContextModule(pl.LightningModule):
         self.held_out_losses = [tuple(pair) for pair in state["held_out_losses"]]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Loads weights as torch does; no weights for a model whose base comes from its source.
+        """Loads weights as torch does.
 
         Raises:
             ValueError: if names or shapes differ from the model's; the message names them.

@@ -1,4 +1,4 @@
-"""Makes the arguments with which `lctrain-eval` reads the held-out text of a training run."""
+"""Makes the arguments for `lctrain-eval` to read the held-out text of a training run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from lctrain.config import EvalConfig, TrainConfig
 from lctrain.schemas import SCHEMAS
 
-# Settings of tokenizing and rows, which an evaluation does not read, and the place of the cache.
+# Settings that an evaluation does not read: those of tokenizing, rows and the cache folder.
 NOT_OF_TEXTS = frozenset(
     {
         "vocab_size",

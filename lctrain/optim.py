@@ -82,7 +82,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 def _decay_groups(
     parameters: Sequence[nn.Parameter], decaying: Mapping[int, bool], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Returns the parameter groups with and without weight decay, those that have parameters."""
+    """Returns two parameter groups, with and without weight decay; empty groups are left out."""
     groups = [
         {"params": [p for p in parameters if decaying[id(p)]], "weight_decay": weight_decay},
         {"params": [p for p in parameters if not decaying[id(p)]], "weight_decay": 0.0},
@@ -91,7 +91,7 @@ def _decay_groups(
 
 
 def _inner_matrices(model: nn.Module, decaying: Mapping[int, bool]) -> set[int]:
-    """Returns the ids of matrices that decay, without embeddings and the output projection."""
+    """Returns the ids of decaying matrices, without embeddings and the output projection."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     outside = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     outside += [] if output is None else [output]
@@ -189,13 +189,14 @@ def build_scheduler(
 
 
 def follow_schedule(scheduler: LambdaLR) -> None:
-    """Sets an optimizer's learning rates to the schedule of this run, after a resume.
+    """After a resume, sets an optimizer's learning rates to the schedule of this run.
 
     The restored optimizer has the learning rates of the saved run. If this run has another length,
     its schedule has different rates at the same step.
 
     Args:
-        scheduler: Scheduler of this run, with the step and peak learning rates of the checkpoint.
+        scheduler: Scheduler of this run. Its step and peak learning rates were restored from the
+            checkpoint.
     """
     rates = [
         peak * factor(scheduler.last_epoch)

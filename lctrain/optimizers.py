@@ -1,4 +1,4 @@
-"""Finds the class of an optimizer by its name, checks its options, and joins two optimizers."""
+"""Finds an optimizer's class by its name, checks its options, and joins two optimizers."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _is_optimizer(value: Any) -> bool:
 
 
 def parameters_of(kind: type[Optimizer]) -> Mapping[str, inspect.Parameter]:
-    """Returns the constructor's parameters of an optimizer's class, without the model's.
+    """Returns the arguments of an optimizer's constructor by name, without `params`.
 
     A constructor with `**kwargs` passes them on to the next class, whose parameters are added.
     """

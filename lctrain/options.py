@@ -1,4 +1,4 @@
-"""Builds the options of LongContextModule from mappings, and compares them at a resume."""
+"""Builds LongContextModule's options from mappings, and compares them after a resume."""
 
 from __future__ import annotations
 

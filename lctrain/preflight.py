@@ -1,7 +1,7 @@
 """Checks the attention, model, files and folders of a command before torch is imported.
 
-The config schemas have checked keys, types and ranges before. Checks that need the model or the
-texts follow later, where these are loaded.
+The config schemas have already checked keys, types and ranges. Checks that need the model or the
+texts run later, when these are loaded.
 """
 
 from __future__ import annotations

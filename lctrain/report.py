@@ -33,12 +33,12 @@ class RunReport:
         held_out_last: Held-out loss after the last step.
         tokens_per_second: Tokens per second of all ranks together, without the first logging
             interval; None if it was not measured.
-        peak_memory_gib: Peak memory in GiB: of the GPU, or of this process without a GPU.
-        fill: Fraction of the training rows' capacity that holds tokens.
+        peak_memory_gib: Peak memory in GiB: allocated on the GPU, or of this process without a GPU.
+        fill: Tokens in the training rows, as a fraction of what the rows could hold.
         data: Description of the training rows in one line: see `describe_rows`.
         packing: Counts of the training rows, as text: see PackingReport.
         held_out_packing: Counts of the held-out rows, as text: see PackingReport.
-        imbalance: Attention work of the heaviest rank of every step over the mean of all ranks, see
+        imbalance: Attention work of the heaviest rank of each step over the mean of all ranks, see
             `lctrain.data.order.imbalance`; None with one rank.
         perplexities: Pairs (context length, perplexity).
         findings: Sentences about the results of the closing evaluation, by name.
@@ -185,7 +185,7 @@ def command(name: str) -> str:
 
 
 def shorten(path: Path) -> str:
-    """Returns a path relative to the current folder if it lies in it, else the path as it is."""
+    """Returns a path relative to the current folder if it lies inside; other paths unchanged."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 

@@ -134,8 +134,8 @@ def run_callbacks(
 ) -> list[pl.Callback]:
     """Returns the callbacks that lctrain adds to those of the configuration.
 
-    They write run.json, stop the run at a signal, keep its time budget, and check the settings of
-    the closing evaluation.
+    They write run.json, stop the run at a signal, limit the number of steps to its time budget, and
+    check the settings of the closing evaluation.
     """
     from lctrain.callbacks.budget import StepBudget
     from lctrain.callbacks.run_record import RunRecord
@@ -344,7 +344,7 @@ def show(config: TrainConfig) -> None:
 
 
 def print_plan(config: TrainConfig) -> None:
-    """Prints the plan of a run's memory; it needs no data, no weights and no GPU."""
+    """Prints the memory plan of a run; needs no data, no weights and no GPU."""
     check_before_loading(config)
 
     from lctrain.build import plan_memory
@@ -354,7 +354,7 @@ def print_plan(config: TrainConfig) -> None:
 
 
 def in_its_folder(config: DictConfig) -> TrainConfig:
-    """Returns the settings of the run, with the folder of the run that it resumes, if any.
+    """Returns the settings of the run, with the output folder of the run that it resumes.
 
     Args:
         config: Configuration that Hydra composed. An output folder that the user named is kept.
@@ -370,7 +370,7 @@ def in_its_folder(config: DictConfig) -> TrainConfig:
     if is_named or is_new:
         _say(f"Loading PyTorch and Lightning. The run writes to {plain.paths.output_dir}")
         return plain
-    _say("Loading PyTorch and Lightning.")  # only they can tell the checkpoint, and its folder
+    _say("Loading PyTorch and Lightning.")  # they are needed to find the checkpoint's folder
 
     from lctrain.build import resolve_precision
     from lctrain.run.identity import identity_of
@@ -378,7 +378,7 @@ def in_its_folder(config: DictConfig) -> TrainConfig:
 
     identity = identity_of(plain, trainer__precision=resolve_precision(plain.trainer))
     own = Path(plain.paths.output_dir) / "checkpoints"
-    goes_on = plain.ckpt_path == "last" and checkpoints_in(own)  # a job of a multirun, once more
+    goes_on = plain.ckpt_path == "last" and checkpoints_in(own)  # a multirun's job is repeated
     folder = None if goes_on else folder_to_go_on_in(plain, identity)
     if folder is None:
         _say(f"The run writes to {plain.paths.output_dir}")

@@ -1,4 +1,4 @@
-"""lctrain's attention functions for transformers: their options, names and registration."""
+"""lctrain's attention functions for transformers, with their options, masks and registration."""
 
 from lctrain.attention.import_hook import register_with_transformers
 from lctrain.attention.spec import (

@@ -1,17 +1,19 @@
-"""Boundaries: the Pack of a batch's documents and its rows, found once per forward pass.
+"""Boundaries: where the documents of a batch begin and end, found once per forward pass.
 
-There are four sources of boundaries:
+Boundaries hold a `Pack`, the object by which the kernels know the documents, and map rows with
+padding to the pack. There are four ways to find them:
 
 - `from_cu_seqlens` takes the `cu_seq_lens` and lengths that a PackedBatch carries;
 - `from_padding` reads the attention mask of padded rows;
 - `find_segments` and `from_segments` read position ids that restart at every document;
 - `from_rows` makes each row one document.
 
-A mask and position ids are values on the device, so reading them costs one synchronisation on a
-GPU. `cu_seq_lens` needs none, and is the source for training.
+A mask and position ids are tensors on the device, so reading their values costs one synchronisation
+on a GPU. `cu_seq_lens` costs none, so training uses it.
 
-Boundaries are cached here and in the kernels after the forward pass. Their tensors are never made
-in inference mode, since autograd cannot save such tensors in a later training step.
+Boundaries are cached on the mask or the position ids, and may be used again in a later forward
+pass. So their tensors are never created in inference mode: autograd could not save such tensors in
+a training step.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -41,18 +43,19 @@ class Padding(NamedTuple):
 
 
 class Boundaries(NamedTuple):
-    """The documents of rows [B, S] as a Pack, and the tokens of the rows that are packed.
+    """The documents in rows of tokens [B, S], and which of these tokens the kernels compute.
 
     Attributes:
-        pack: Boundaries, lengths, ids and tile schedule of the documents, without padding, as
-            every layer passes them to the kernels.
-        queries: Shape (B, S) of the query rows.
-        keys: Shape (B, Sk) of the key rows.
-        indices_q: [T] int64, indices of the queries that are not padding among the B * S flattened
+        pack: Pack of the documents, without padding: boundaries, lengths, document ids and tile
+            schedule. Every layer passes it to the kernels.
+        queries: Shape (B, S) of the rows of queries.
+        keys: Shape (B, Sk) of the rows of keys; with a key/value cache, Sk exceeds S.
+        indices_q: [T] int64, indices of the queries that are not padding, in the B * S flattened
             queries; None if there is no padding.
-        indices_k: [Tk] int64, the same indices for the keys.
-        shared_rows: Whether a row holds several documents; None if this is not known without a
-            synchronisation.
+        indices_k: [Tk] int64, indices of the keys that are not padding, in the B * Sk flattened
+            keys; None if there is no padding.
+        shared_rows: Whether a row holds several documents; None if only a synchronisation would
+            tell.
         padding: The rows that the tokens come from, if an encoder's input hook has packed them.
     """
 
@@ -66,7 +69,7 @@ class Boundaries(NamedTuple):
 
 
 def is_packed(arguments: dict[str, Any]) -> bool:
-    """Returns whether `cu_seq_lens` or `max_length`, for queries or keys, is given."""
+    """Returns whether a call passes `cu_seq_lens` or `max_length`, for queries or keys."""
     return any(arguments.get(name) is not None for name in PACK_ARGUMENTS)
 
 
@@ -164,7 +167,7 @@ def from_padding(mask: Tensor, queries: int, *, drop_queries: bool = True) -> Bo
 @torch.compiler.disable
 @torch.inference_mode(mode=False)
 def from_segments(segments: Tensor) -> Boundaries:
-    """Returns boundaries in which every run of equal numbers in a row is a document.
+    """Returns boundaries in which each run of equal document numbers in a row is a document.
 
     Args:
         segments: [B, S] integers, the number of each token's document; 0 at padding.
@@ -229,7 +232,7 @@ def find_positions(boundaries: Boundaries) -> Tensor:
 
 
 def find_places(boundaries: Boundaries) -> tuple[Tensor, Tensor]:
-    """Returns the document of every query, and the query's position in that document.
+    """Returns the index of every query's document, and the query's position in the document.
 
     Returns:
         Two tensors [T] int64, where T counts the queries that are not padding.
@@ -267,10 +270,10 @@ def find_lengths(boundaries: Boundaries, position_ids: Tensor | None = None) -> 
 
 
 def _documents(boundaries: Boundaries) -> tuple[Tensor, Tensor]:
-    """Returns the numbers 0 to T - 1 of the queries without padding, and each query's document.
+    """Returns the indices of the queries that are not padding, and each query's document.
 
     Returns:
-        Two tensors [T] int64.
+        Two tensors [T] int64: the numbers 0 to T - 1, and the index of each query's document.
     """
     real, cu_seqlens = boundaries.indices_q, boundaries.pack.cu_seqlens_q
     count = boundaries.pack.total_q if real is None else real.shape[0]
@@ -281,7 +284,7 @@ def _documents(boundaries: Boundaries) -> tuple[Tensor, Tensor]:
 
 
 def _check_pack(arguments: dict[str, Any]) -> None:
-    """Checks what a pack says of its documents; values only where they are on the CPU."""
+    """Checks the arguments that describe a pack. Values are checked only for tensors on the CPU."""
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
         value = arguments[name]
         if not isinstance(value, Tensor) or value.dim() != 1 or value.numel() < 2:

@@ -1,8 +1,8 @@
-"""The attention function of lctrain_differential, which transformers' layers call.
+"""The attention function that transformers calls for attn_implementation="lctrain_differential".
 
-Two query heads form one differential head, with the two branches
-softmax(q1 k1') v - lambda softmax(q2 k2') v. The two published versions pair their H query heads
-and Hk key/value heads differently:
+Two query heads form one differential head, with the two branches softmax(q1 k1') v - lambda
+softmax(q2 k2') v. The two published versions pair their H query heads and Hk key/value heads
+differently:
 
 - Version 2 pairs query heads 2 h and 2 h + 1, which share a key head and a value head.
 - Version 1, in the layout of transformers' DiffLlama, pairs query heads h and h + H / 2. Key head g

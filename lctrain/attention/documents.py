@@ -1,9 +1,10 @@
 """find_documents: decides where the documents of a batch begin and end.
 
-The input hook of a patched model calls it once per forward pass, and passes the Boundaries to every
-layer. A layer calls `find_documents_of_layer` itself in two cases: on top of a filled key/value
-cache, whose number of keys may differ between layers, and when the layer is called without the
-model. The result is then cached on the mask or position ids, which the next layers get too.
+The input hook (the forward pre-hook of a patched model) calls it once per forward pass, and passes
+the Boundaries to every layer. A layer calls `find_documents_of_layer` itself in two cases: if the
+key/value cache is filled, since its number of keys may differ between layers; and if the layer is
+called without the model. The result is then cached on the mask or position ids, which the next
+layers get too.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from lctrain.attention.boundaries import (
 )
 from lctrain.attention.mask import UNPATCH
 
-# Other names under which callers tell documents apart; no layer with these kernels reads them.
+# Arguments by which other libraries describe documents, and which lctrain does not read.
 _OTHER_NUMBERS = ("block_sequence_ids", "document_ids", "doc_ids", "segment_ids", "sequence_ids")
 
 
@@ -121,7 +122,7 @@ def divide_documents(numbers: Tensor, position_ids: Tensor) -> Tensor:
 def number_by_index(
     arguments: dict[str, Any], rows: tuple[int, int], real: Tensor | None = None
 ) -> Tensor | None:
-    """Numbers the documents that `seq_idx` tells apart, if it is given without `cu_seq_lens`.
+    """Numbers the documents that the argument `seq_idx` describes.
 
     Args:
         arguments: Keyword arguments of the model or layer. `seq_idx`, [B, S] or [1, S] integers, is
@@ -130,18 +131,18 @@ def number_by_index(
         real: [B, S] bool, True at tokens that are not padding; None if there is no padding.
 
     Returns:
-        [B, S] int64, the number of each token's document from 1; 0 at padding. None without
-        `seq_idx`, and for packed inputs, whose `cu_seq_lens` decides.
+        [B, S] int64, the number of each token's document from 1; 0 at padding. None if there is no
+        `seq_idx`, or if `cu_seq_lens` describes the documents.
 
     Raises:
-        ValueError: if `seq_idx` has another shape or dtype, or documents are given by a name that
-            is not read.
+        ValueError: if `seq_idx` has another shape or dtype, or an argument describes documents that
+            lctrain does not read.
     """
     if is_packed(arguments):
         return None
     for name in _OTHER_NUMBERS:
         value = arguments.get(name)
-        # lctrain's own document_ids [N] key the dropout masks of documents that are known already.
+        # document_ids [N] of a PackedBatch is allowed: it keys dropout, and describes no documents.
         if isinstance(value, Tensor) and (name != "document_ids" or value.dim() > 1):
             raise ValueError(
                 f"{name} must be None, got a tensor, which these kernels do not read. Say where "
@@ -245,7 +246,7 @@ def refuse_mask_of_pack(mask: Any) -> None:
 
 
 def refuse_two_numbers() -> None:
-    """Raises the ValueError for documents that a mask numbers beside `seq_idx`."""
+    """Raises a ValueError: both the mask and `seq_idx` number the documents."""
     raise ValueError(
         "attention_mask must be 0 or 1 beside seq_idx, got numbers of documents in both. Pass one "
         "of the two."
@@ -253,7 +254,7 @@ def refuse_two_numbers() -> None:
 
 
 def refuse_index_of_cache(arguments: dict[str, Any]) -> None:
-    """Raises a ValueError if `seq_idx` comes with a filled key/value cache.
+    """Raises a ValueError if `seq_idx` is given while a key/value cache is filled.
 
     Args:
         arguments: Keyword arguments of the model or layer.
@@ -267,12 +268,14 @@ def refuse_index_of_cache(arguments: dict[str, Any]) -> None:
 
 @torch.compiler.disable
 def _remember(tensor: Any, find: Callable[[], Boundaries], options: tuple[Any, ...]) -> Boundaries:
-    """Returns find(), cached on `tensor`: all layers get the same tensor, so find() runs once.
+    """Returns find(), which runs once per tensor: the result is stored as an attribute of `tensor`.
+
+    All layers of a model get the same tensor.
 
     Args:
         tensor: The mask or position ids that find() reads.
-        find: Computes the boundaries.
-        options: The other arguments of the computation, part of the cache key.
+        find: Function that computes the boundaries.
+        options: All other inputs of the computation; a part of the cache key.
     """
     if tensor.is_inference():
         return find()  # inference tensors have no _version that would reveal a change in place

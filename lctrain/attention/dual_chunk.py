@@ -1,10 +1,10 @@
-"""The attention function of lctrain_dual_chunk, and the inputs that its layers share.
+"""The attention function that transformers calls for attn_implementation="lctrain_dual_chunk".
 
-The model's RoPE rotates queries and keys at (position in the document) modulo c, where
-c = chunk_size - local_size is the length of a chunk. The kernel then rotates the queries further,
-to the relative positions of dual chunk attention. Keys need no second rotation, so a cache can hold
-them as they are. The input hook sets the positions, since the model computes RoPE before its first
-layer.
+The model's RoPE rotates queries and keys at (position in the document) modulo c, where c =
+chunk_size - local_size is the length of a chunk. The input hook, a forward pre-hook of the model,
+sets these positions, since the model computes RoPE before its first layer. The kernel then rotates
+the queries further, to the relative positions of dual chunk attention. Keys need no second
+rotation, so a key/value cache can hold them as they are.
 """
 
 from typing import Any, NamedTuple, cast

@@ -1,4 +1,4 @@
-"""The attention function of lctrain_flash, which transformers' layers call."""
+"""The attention function that transformers calls for attn_implementation="lctrain_flash"."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Code shared by lctrain's attention functions, which transformers' layers call."""
+"""Steps that lctrain's attention functions share: options, documents, and the kernel call."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -83,7 +83,7 @@ def refuse_unknown(kwargs: dict[str, Any]) -> None:
 
 
 def lost_boundaries(module: nn.Module) -> ValueError:
-    """Returns the error for a layer that was called without its model's input hook."""
+    """Returns the error for a layer that got no Boundaries from its model's input hook."""
     return ValueError(
         f"{type(module).__name__} must be reached through the patched model, got a call that lost "
         "the document boundaries on the way. Call the model itself, not its layers; if you did, "
@@ -202,7 +202,7 @@ def attend(
         query: [B, H, S, D].
         key: [B, Hk, Sk, D].
         value: [B, Hk, Sk, Dv].
-        boundaries: Boundaries of the documents.
+        boundaries: Boundaries of the documents; they say which tokens are padding.
 
     Returns:
         [B, S, H, Dv], zero at padding, in the dtype of `value`; under autocast in autocast's dtype
@@ -210,7 +210,7 @@ def attend(
     """
     value_dim = value.shape[-1]
     dtype = _compute_dtype(value)
-    width = max(query.shape[-1], value_dim)  # multi-head latent attention: Dv differs from D
+    width = max(query.shape[-1], value_dim)  # in multi-head latent attention Dv differs from D
     q = _tokens(query, boundaries.indices_q, dtype, width)
     k = _tokens(key, boundaries.indices_k, dtype, width)
     v = _tokens(value, boundaries.indices_k, dtype, width)

@@ -1,8 +1,8 @@
 """Registers lctrain's attention with transformers as soon as transformers is imported.
 
-`import lctrain` is enough for `from_pretrained(..., attn_implementation="lctrain_flash")`. It does
-not import transformers, which takes seconds to import and which `lctrain.kernels` works without.
-The module with the registration functions is passed by name, since it imports this package.
+After `import lctrain`, `from_pretrained(..., attn_implementation="lctrain_flash")` works. But
+`import lctrain` does not import transformers, which takes seconds, and which `lctrain.kernels` does
+not need. The module with the registration functions imports this package, so it is passed by name.
 """
 
 import importlib
@@ -21,9 +21,9 @@ _TARGETS = {
 
 
 def register_with_transformers(registration: str) -> None:
-    """Calls the functions of _TARGETS, each as soon as its module of transformers is imported.
+    """Calls each function of _TARGETS when the transformers module it needs is imported.
 
-    If the module is imported already, its function is called now.
+    If that module is imported already, its function is called immediately.
 
     Args:
         registration: Name of the module that holds the functions of _TARGETS.
@@ -37,9 +37,9 @@ def register_with_transformers(registration: str) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """An import finder that calls a registration function once its target module is loaded.
+    """Import finder that calls a registration function after its target module is loaded.
 
-    The other finders find and load the module.
+    Python's other finders find and load the module.
     """
 
     def __init__(self, target: str, registration: str, function: str) -> None:

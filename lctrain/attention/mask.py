@@ -1,4 +1,4 @@
-"""The mask function of lctrain's attention, which transformers calls before the first layer."""
+"""flash_attention_mask: the mask function that transformers calls before the first layer."""
 
 import math
 from collections.abc import Callable
@@ -17,8 +17,8 @@ UNPATCH = (
 def read_mask(mask: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Reads a 2-D attention mask, which marks padding by 0 and may number the documents.
 
-    Numbers above 1 follow the multipack convention: `1 1 1 2 2 3 0` is a row of three documents and
-    one token of padding.
+    Numbers above 1 number the documents of a row: `1 1 1 2 2 3 0` is a row of three documents and
+    one token of padding. Multipack collators use this convention.
 
     Args:
         mask: [B, S] bool, integers or floats.
@@ -62,7 +62,7 @@ def read_mask(mask: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None
 
 
 def _come_back(numbers: Tensor) -> bool:
-    """Returns whether a document number above 0 occurs in several pieces of a row of [B, S]."""
+    """Returns whether a document number occurs in several separate parts of a row [B, S]."""
     row = torch.arange(numbers.shape[0], device=numbers.device)[:, None].expand_as(numbers)
     tokens = torch.stack([row[numbers > 0], numbers[numbers > 0]])
     pieces = torch.unique_consecutive(tokens, dim=1)
@@ -84,9 +84,9 @@ def flash_attention_mask(
     device: torch.device | str = "cpu",
     **_: object,
 ) -> Tensor | None:
-    """Returns the mask that the layers get: a padding mask or numbers of documents.
+    """Returns the mask that layers get: a padding mask, or the number of each token's document.
 
-    A mask over pairs of query and key is never made.
+    A mask of S x Sk pairs of query and key is never computed.
 
     Args:
         batch_size: Number of rows B.
@@ -127,7 +127,7 @@ def flash_attention_mask(
             f"Use a DynamicCache. {UNPATCH}"
         )
     if attention_mask is not None:
-        # A sliding-window layer may cache only the last keys; the mask may have more columns.
+        # A sliding-window layer may cache only the last keys, fewer than the mask has columns.
         return attention_mask[:, kv_offset : kv_offset + kv_length]
     if plain or mask_function is None:
         return None

@@ -1,4 +1,4 @@
-"""AttentionSpec: the options of a patched model's attention, fixed when the model is patched."""
+"""AttentionSpec: the options of a patched model's attention."""
 
 import math
 from dataclasses import asdict, dataclass, fields
@@ -11,15 +11,16 @@ SCALES = ("none", "yarn")
 class AttentionSpec:
     """Attention options of one patched model, the same in all of its attention layers.
 
-    Each kind of attention has a subclass, which adds the options of that kind.
+    Each kind of attention ("flash", "dual_chunk", "differential") has a subclass with its own
+    options.
 
     Attributes:
         kind: Name of the kind of attention, a key of ATTENTION_NAMES.
         dropout: Probability of dropping an attention weight in training mode. None keeps the value
             of the model's config.
         deterministic: Whether the backward must give the same bits in every run.
-        backend: Name of the kernels, as in `lctrain.kernels`. A named backend never falls back to
-            another.
+        backend: Backend of the kernels, as in `lctrain.kernels`. A named backend never falls back
+            to another.
     """
 
     kind: ClassVar[str]
@@ -52,7 +53,7 @@ class AttentionSpec:
 
     @property
     def implementation(self) -> str:
-        """Name under which transformers knows this attention, such as "lctrain_flash"."""
+        """Name of this attention in transformers, such as "lctrain_flash"."""
         return ATTENTION_NAMES[self.kind]
 
     def options(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Finds the transformers model inside a PeftModel, which is the model to patch."""
+"""Finds the transformers model inside a PeftModel; patches apply to that inner model."""
 
 from __future__ import annotations
 
@@ -35,13 +35,14 @@ def has_virtual_tokens(model: Any) -> bool:
 
 
 def refuse_virtual_tokens() -> None:
-    """Refuses a call that a PeftModel with virtual tokens makes, for embeddings of a pack.
+    """Refuses a pack of embeddings that comes from a PeftModel with virtual tokens.
 
-    Such a model prepends its tokens to the embeddings and to the mask, so that only the first
-    document would have them. The model inside cannot see that, so the callers are searched.
+    Such a PeftModel puts virtual tokens before the embeddings and the mask, so only the first
+    document of a pack would have them. The inner model cannot see this in its arguments. So this
+    function searches the call stack for the PeftModel.
 
     Raises:
-        ValueError: if a calling function belongs to a PeftModel with virtual tokens.
+        ValueError: if a function on the call stack belongs to a PeftModel with virtual tokens.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

@@ -1,4 +1,4 @@
-"""Decides from a model's classes whether the model can be patched; errors name the reason."""
+"""require_supported: checks whether a model can be patched; the error names the reason."""
 
 import itertools
 import re
@@ -23,10 +23,11 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def head_dims(model: nn.Module) -> list[int]:
-    """Returns the head dims of a model's attention layers, sorted, without repetition.
+    """Returns the different head dims of a model's attention layers, in rising order.
 
-    If queries and values of a layer differ in width (multi-head latent attention), the wider width
-    counts, which is the one that the kernels get. If no layer states a width, the result is [1].
+    If a layer's values are wider or narrower than its queries (multi-head latent attention), the
+    larger width counts, since the kernels get both at that width. If no layer states a width, the
+    result is [1].
     """
     found = set()
     for layer in attention_layers(model).values():
@@ -43,8 +44,9 @@ def require_supported(model: Any) -> None:
 
     Raises:
         ValueError: if `model` is not a transformers model, is a wrapper or an encoder-decoder, or
-            has several modalities; or if it mixes tokens by anything except causal, full or
-            sliding-window attention that is called through transformers' AttentionInterface.
+            has several modalities; or if tokens influence one another by anything except causal,
+            full or sliding-window attention that is called through transformers'
+            AttentionInterface.
     """
     from transformers import PreTrainedModel
 
@@ -83,7 +85,7 @@ def require_supported(model: Any) -> None:
 def require_supported_class(model_class: Any) -> None:
     """Raises a ValueError if a model class cannot be patched, before a model is built.
 
-    Such a class does not use the AttentionInterface, so it would fail on lctrain's attention names.
+    A class that does not use the AttentionInterface cannot call lctrain's attention.
 
     Args:
         model_class: A subclass of transformers' PreTrainedModel.
@@ -98,7 +100,7 @@ def require_supported_class(model_class: Any) -> None:
 
 
 def _advice_on_parts(model: Any) -> str:
-    """Returns a remedy for a model of several modalities: to patch its decoder, if possible."""
+    """Returns the remedy for a model of several modalities: to patch its decoder, if possible."""
     from transformers import PreTrainedModel
 
     decoder = model.get_decoder()
@@ -184,7 +186,7 @@ def _require_attention_only(model: nn.Module, layers: dict[str, nn.Module]) -> N
         if mixes or (isinstance(module, nn.Conv1d) and module not in within):
             found.add(kind)
     if getattr(model.config, "trigram_input", False):
-        found.add("trigram_input")  # MobileBERT's token embeddings contain their neighbours'
+        found.add("trigram_input")  # MobileBERT concatenates the embeddings of adjacent tokens
     if found:
         raise ValueError(
             f"model must mix tokens by full or sliding-window attention only, got "
@@ -226,7 +228,7 @@ def has_windows(model: nn.Module) -> bool:
 
 
 def counts_positions_itself(model: nn.Module) -> bool:
-    """Returns whether a model counts positions itself, from padding_idx + 1, as RoBERTa does."""
+    """Returns whether a model computes position ids from padding_idx + 1 on, as RoBERTa does."""
     return any(
         uses_name(module, "create_position_ids_from_input_ids") for module in model.modules()
     )

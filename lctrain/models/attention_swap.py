@@ -20,9 +20,9 @@ OPERATIONS = {"flash": "varlen", "dual_chunk": "dual_chunk", "differential": "di
 
 
 class AttentionSwap:
-    """A Swap that replaces the attention of one model by lctrain's.
+    """Replaces the attention of one model by lctrain's, and can restore the model.
 
-    It implements `lctrain.models.swap.Swap`.
+    It implements the protocol `lctrain.models.swap.Swap`.
 
     Attributes:
         model: The model.
@@ -52,7 +52,7 @@ class AttentionSwap:
         self._undo = ExitStack()
 
     def apply(self) -> None:
-        """Changes configs and layers, and puts hooks on the model and on the models inside it."""
+        """Changes configs and layers, and registers input hooks on the model and inner models."""
         from transformers import PreTrainedModel
 
         kind = KINDS[self.spec.kind]
@@ -92,12 +92,12 @@ class AttentionSwap:
         )
 
     def describe_kernels(self) -> str:
-        """Returns as text which kernels the model uses on its current device."""
+        """Returns as text which kernels would run the attention on the model's current device."""
         try:
             wide = {
                 serving_backend(self.model, self.spec, width) for width in head_dims(self.model)
             }
-        except ValueError as error:  # the model has moved since; the next forward raises this
+        except ValueError as error:  # the model was moved; its next forward raises this error
             return f"none: {error}"
         if len(wide) > 1:
             return ", ".join(sorted(wide))
@@ -112,7 +112,7 @@ class AttentionSwap:
         told = set()
         for layer in self.layers.values():
             head_dim = getattr(layer, "head_dim", 64)
-            # Version 1 has a key per branch, and values of width 2 D.
+            # In version 1 each branch has its own key, and a value is 2 D wide.
             version_1 = isinstance(layer, FusedDiffLlamaAttention)
             told.add(
                 serving(
@@ -149,7 +149,7 @@ def serving_backend(model: nn.Module, spec: AttentionSpec, head_dim: int = 1) ->
 
 
 def device_and_dtype(model: nn.Module, spec: AttentionSpec) -> tuple[torch.device, torch.dtype]:
-    """Returns the device and dtype in which a model's attention runs.
+    """Returns the device and dtype in which a model's attention will run.
 
     The device is that of the first weight, or the GPU if `spec` names a backend while the model is
     still on the CPU. The dtype is autocast's if autocast is on, else that of the first weight.

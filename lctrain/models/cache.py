@@ -1,4 +1,4 @@
-"""Finds the key/value cache in a call's arguments, whose name depends on transformers' version."""
+"""Finds the key/value cache among a call's arguments, where its name depends on the model."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,8 @@
-"""Reads the bytecode and signatures of a model's classes, to find out what the classes do."""
+"""Reads the bytecode and signatures of a model's classes, to find out what they compute.
+
+transformers has hundreds of model families, most of them copies of a few templates. So lctrain
+recognises a module by what its code does, and not by its name.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from torch import nn
 def methods(cls: type) -> Iterator[CodeType]:
     """Yields the code of every method of a class, except those of torch.nn and PreTrainedModel.
 
-    For a method with decorators that set `__wrapped__`, the innermost function counts.
+    Decorators that set `__wrapped__` are removed first.
     """
     for base in cls.__mro__:
         if base.__module__.startswith(("torch.nn", "transformers.modeling_")):
@@ -56,7 +60,7 @@ def parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 
 def hands_keywords_on(module: nn.Module) -> bool:
-    """Returns whether a module's forward takes **kwargs, and some method calls with **kwargs."""
+    """Returns whether a module's forward accepts **kwargs, and some method passes **kwargs on."""
     kinds = [parameter.kind for parameter in parameters(module).values()]
     return inspect.Parameter.VAR_KEYWORD in kinds and any(
         instruction.opname == "CALL_FUNCTION_EX"
@@ -74,29 +78,29 @@ def multiplies_matrices(function: Any) -> bool:
 
 
 def unwrapped(function: Any) -> FunctionType | None:
-    """Returns the innermost function of decorators that set `__wrapped__`.
+    """Removes decorators that set `__wrapped__`, and returns the innermost function.
 
-    Returns None if the innermost object is not a Python function.
+    Returns None if that object is not a Python function.
     """
     function = inspect.unwrap(function)
     return function if isinstance(function, FunctionType) else None
 
 
 def says(function: Any, word: str) -> bool:
-    """Returns whether a function's code has `word` as a name or a constant.
+    """Returns whether a function's bytecode contains `word` as a name or a constant.
 
-    For a function with decorators that set `__wrapped__`, the innermost function counts.
+    Decorators that set `__wrapped__` are removed first.
     """
     code = getattr(inspect.unwrap(function), "__code__", None) if function is not None else None
     return code is not None and word in code.co_names + code.co_consts
 
 
 def find_wrapper(function: Any, name: str, file: str) -> Any:
-    """Returns the wrapper that a certain decorator put around a function; None if it did not.
+    """Returns the function that one decorator put around another function; None if it was not used.
 
     Args:
         function: A function, which may have several decorators.
-        name: Name of the wrapper in the decorator's code.
+        name: Name of the wrapping function inside the decorator, such as "wrapper".
         file: Part of the name of the file that defines the decorator.
     """
     while function is not None:
@@ -108,7 +112,7 @@ def find_wrapper(function: Any, name: str, file: str) -> Any:
 
 
 def own_forward(cls: type) -> FunctionType | None:
-    """Returns a class's forward; None if a decorator around it does more than rename arguments."""
+    """Returns a class's forward; None if its decorators do more than rename arguments."""
     forward = getattr(cls, "forward", None)
     plain = isinstance(forward, FunctionType) and only_renames_arguments(forward)
     return forward if plain else None
@@ -117,9 +121,8 @@ def own_forward(cls: type) -> FunctionType | None:
 def same_code(function: Any, other: Any) -> bool:
     """Returns whether two functions have the same bytecode, names and constants.
 
-    Docstrings and annotations do not count. For a function with decorators that set `__wrapped__`,
-    the innermost function counts. transformers generates most families from a few templates, so a
-    copy of Llama's norm is recognised in every family.
+    Docstrings and annotations are ignored, and decorators that set `__wrapped__` are removed first.
+    So a copy of Llama's norm is recognised in every model family.
     """
     function, other = inspect.unwrap(function), inspect.unwrap(other)
     if not isinstance(function, FunctionType) or not isinstance(other, FunctionType):
@@ -137,7 +140,7 @@ def _essence(code: CodeType, doc: str | None) -> tuple[Any, ...]:
 
 
 def only_renames_arguments(function: FunctionType) -> bool:
-    """Returns whether all decorators of a function are transformers' for renamed arguments."""
+    """Returns whether a function's only decorators are transformers' for renamed arguments."""
     while hasattr(function, "__wrapped__"):
         if function.__globals__.get("__name__") != "transformers.utils.deprecation":
             return False
@@ -146,7 +149,7 @@ def only_renames_arguments(function: FunctionType) -> bool:
 
 
 def with_globals(function: FunctionType, **names: Any) -> FunctionType:
-    """Returns a copy of a function in which some global names have other values.
+    """Returns a copy of a function that sees other values of some global names.
 
     The decorators of the function are copied too, each around the copy of the function it wraps.
 

@@ -1,7 +1,10 @@
-"""Converts models to differential attention, and differential models between two head orders.
+"""to_differential and convert_head_order: convert weights for differential attention.
 
-To run a differential model on lctrain's kernels, call
-`lctrain.patch_model(model, attention="differential")`.
+- `to_differential` turns a plain model into a differential one (version 2) with equal outputs.
+- `convert_head_order` reorders the heads of a version 1 model between transformers and unilm.
+
+To run a differential model on lctrain's kernels, call `lctrain.patch_model(model,
+attention="differential")`.
 """
 
 import copy
@@ -17,7 +20,7 @@ Weights = TypeVar("Weights", nn.Module, dict[str, Tensor])
 
 
 def to_differential(model: Any, version: int = 2) -> Any:
-    """Returns a differential model (version 2) with the outputs of a plain model.
+    """Returns a differential model (version 2) with the same outputs as a plain model.
 
     The conversion changes three weights of every attention layer:
 
@@ -122,8 +125,8 @@ def convert_head_order(weights: Weights, *, source: str, target: str) -> Weights
 
     There are two orders of H query heads and K key/value heads of width D:
 
-    - "transformers" (DiffLlama) pairs query heads h and h + H / 2, and key and value heads g and
-      g + K / 2;
+    - "transformers" (DiffLlama) pairs query heads h and h + H / 2, and key and value heads g and g
+      + K / 2;
     - "unilm" (the flash files of microsoft/unilm) pairs neighbours, heads 2 h and 2 h + 1.
 
     The rows of `q_proj`, `k_proj` and `v_proj` are reordered. The output projection has the same
@@ -133,7 +136,8 @@ def convert_head_order(weights: Weights, *, source: str, target: str) -> Weights
     rotates neighbouring columns of a head (interleaved), and transformers' RoPE its two halves.
 
     Args:
-        weights: A state dict or a model, whose layers have `lambda_q1` [D] beside the projections.
+        weights: A state dict or a model. Its layers have a weight `lambda_q1` [D] beside the
+            projections.
         source: Order of `weights`, "transformers" or "unilm".
         target: Order of the result, "transformers" or "unilm".
 

@@ -1,4 +1,4 @@
-"""Prepares a model for differential attention: checks its layers, and fuses those of DiffLlama."""
+"""Prepares a model for differential attention: checks its layers, and replaces DiffLlama's."""
 
 from collections.abc import Callable
 from typing import Any
@@ -55,13 +55,13 @@ def refuse_differential_layers(model: Any) -> None:
 
 
 def fuse_layers(layers: dict[str, nn.Module]) -> Callable[[], None]:
-    """Changes the class of DiffLlama's attention layers to FusedDiffLlamaAttention.
+    """Sets the class of DiffLlama's attention layers to FusedDiffLlamaAttention.
 
     Differential layers of version 2 keep their class: they call the kernels through the attention
     function.
 
     Args:
-        layers: Attention layers by name.
+        layers: Attention layers of the model, by name.
 
     Returns:
         A function that restores the classes.

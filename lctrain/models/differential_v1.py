@@ -25,7 +25,7 @@ class FusedDiffLlamaAttention(DiffLlamaAttention):
     the `__class__` of a layer to this class, and unpatching restores it.
     """
 
-    def forward(  # type: ignore[override]  # the cache's name depends on the transformers release
+    def forward(  # type: ignore[override]  # the cache argument's name depends on the release
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
@@ -36,12 +36,12 @@ class FusedDiffLlamaAttention(DiffLlamaAttention):
 
         Args:
             hidden_states: [B, S, E].
-            position_embeddings: (cos, sin) of RoPE, each [B or 1, S, D].
+            position_embeddings: Cosines and sines of RoPE, each [B or 1, S, D].
             attention_mask: The result of flash_attention_mask.
             **kwargs: Further arguments, as for DiffLlamaAttention.forward.
         """
         if self.config._attn_implementation != ATTENTION_NAMES["differential"]:
-            return super().forward(  # the attention was set to something else meanwhile
+            return super().forward(  # set_attn_implementation chose another attention
                 hidden_states, position_embeddings, attention_mask, **kwargs
             )
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)

@@ -38,20 +38,20 @@ else:
 
 
 class PairedLinear(nn.Linear):
-    """An output projection that can subtract the second branches from the first before projecting.
+    """Output projection that can first subtract each pair's second branch from the first.
 
     Attributes:
-        lam: Lambda [B, S, H] of the H pairs inside `subtracting`, else None.
+        lam: Lambda [B, S, H] of the H pairs of heads inside `subtracting`; None outside.
     """
 
     lam: Tensor | None = None
 
     @contextmanager
     def subtracting(self, lam: Tensor) -> Iterator[None]:
-        """Makes `forward`, inside the context, take inputs with both branches and subtract.
+        """Context manager in which `forward` gets both branches, and subtracts them.
 
         Args:
-            lam: Lambda [B, S, H] of the H pairs.
+            lam: Lambda [B, S, H] of the H pairs of heads.
         """
         self.lam = lam
         try:
@@ -75,7 +75,7 @@ class PairedLinear(nn.Linear):
 
 
 class DifferentialAttention(_Module):
-    """Mixin for attention layers, which adds the projection of lambda and the subtraction."""
+    """Mixin for attention layers: adds the projection of lambda, and the subtraction."""
 
     config: Any
     head_dim: int

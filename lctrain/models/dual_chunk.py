@@ -1,4 +1,4 @@
-"""Prepares a model for dual chunk attention: checks, default options and the input hook."""
+"""Prepares a model for dual chunk attention: checks, default options, and the input hook."""
 
 import dataclasses
 from typing import Any
@@ -28,7 +28,7 @@ from lctrain.warn import warn_caller
 
 
 def fit_dual_chunk(model: Any, spec: DualChunkSpec) -> DualChunkSpec:
-    """Checks that a model can have dual chunk attention, and fills in missing options.
+    """Checks that a model supports dual chunk attention, and fills in missing options.
 
     Args:
         model: A transformers model that attention="flash" supports.
@@ -116,7 +116,7 @@ def _require_fixed_frequencies(rotary: Any, spec: DualChunkSpec) -> None:
     if kind == "longrope":
         trained = rotary.config.rope_parameters["original_max_position_embeddings"]
         assert spec.chunk_size is not None
-        reach = spec.chunk_size + 1  # longest document that gets the output of plain attention
+        reach = spec.chunk_size + 1  # longest document whose output is that of plain attention
     if reach > trained:
         raise ValueError(
             f"chunks must hold at most the {trained} tokens from which on rope_type {kind!r} "
@@ -125,11 +125,12 @@ def _require_fixed_frequencies(rotary: Any, spec: DualChunkSpec) -> None:
 
 
 class DualChunkHook(InputHook):
-    """An InputHook that also sets the positions for RoPE, and the inputs that the layers share.
+    """The input hook for dual chunk attention: also sets the positions for RoPE.
 
-    The user's position ids are read to find the documents, and are then replaced. The new positions
-    are counted from the start of each document, cached tokens included, modulo the chunk length.
-    RoPE depends on differences of positions only, so the user's first position does not matter.
+    The user's position ids are read to find the documents, and are then replaced: by positions
+    counted from the start of each document, cached tokens included, modulo the chunk length. RoPE
+    depends only on differences of positions, so the user's first position does not matter. The hook
+    also passes DualChunkInputs to all layers.
 
     Args:
         model: A transformers model that `fit_dual_chunk` accepts.
@@ -140,7 +141,7 @@ class DualChunkHook(InputHook):
         super().__init__(model, spec)
         self.spec = spec
         rotary = find_rotary(model)
-        # Stored by name, so that a replaced rotary embedding is found too.
+        # The name is stored, so that a rotary embedding that is replaced later is found too.
         self.rotary = next(name for name, module in model.named_modules() if module is rotary)
 
     def __call__(
@@ -161,7 +162,7 @@ class DualChunkHook(InputHook):
         return (), inputs
 
     def _tell_lengths(self, model: nn.Module, lengths: Tensor) -> None:
-        """Passes a length of 1 per token, so that RoPE uses the frequencies of short texts.
+        """Sets every document's length to 1, so that RoPE uses the frequencies of short texts.
 
         Args:
             model: The model.
@@ -191,6 +192,6 @@ def _continued_boundaries(inputs: dict[str, Any]) -> Boundaries:
             f"attention_mask must be [batch, tokens] and cover the {keys} keys in the cache and "
             f"the input, got {shape}. Pass one value per token, those in the cache included."
         )
-    # As in transformers, column i is token i of the row; the mask may be longer than the keys.
+    # As in transformers, column i is the row's token i, and the mask may have further columns.
     real = mask[:, :keys].to(device=tokens.device, dtype=torch.bool)
     return find_documents(*shapes, tokens.device, real=real)

@@ -1,4 +1,4 @@
-"""DocumentFrequencies: rotary frequencies that depend on the document's length, not the batch's.
+"""DocumentFrequencies: rotary frequencies by the length of each document, not of the batch.
 
 Two rope types of transformers choose their frequencies in the forward pass: 'longrope' has a set
 for short and one for long inputs, and 'dynamic' (NTK) scales its base with the length. transformers
@@ -41,9 +41,10 @@ def length_dependent(model: nn.Module) -> dict[str, nn.Module]:
 
 
 class DocumentFrequencies:
-    """A forward for one rotary embedding, with frequencies by the length of each document.
+    """Computes cosines and sines of RoPE with frequencies by each document's length.
 
-    `attach_frequencies` makes it the module's `forward`.
+    It is the `forward` of one rotary embedding whose rope type depends on the input's length.
+    `attach_frequencies` sets it.
 
     Args:
         rotary: A rotary embedding of transformers.
@@ -63,7 +64,7 @@ class DocumentFrequencies:
     def __call__(
         self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
     ) -> Tensor | tuple[Tensor, ...]:
-        """Returns cosines and sines as the module's own forward does, by each document's length.
+        """Returns cosines and sines, as the rotary embedding's own forward does.
 
         Args:
             x: Tensor with the device and dtype of the result.
@@ -145,7 +146,7 @@ class DocumentFrequencies:
             position = position[..., None, None]
             return forward(_View(self.rotary, name, row), x, position, **arguments)
 
-        # In transformers 5.17, a forward takes one row of frequencies for all positions. So vmap
+        # In transformers 5.17, a forward uses one row of frequencies for all positions, so vmap
         # calls it once per token.
         rows = torch.broadcast_shapes(inv_freq.shape[:-1], position_ids.shape[-2:])
         positions = position_ids.expand(*position_ids.shape[:-2], *rows[-2:]).flatten(-2)
@@ -159,9 +160,9 @@ class DocumentFrequencies:
 
 
 class _View:
-    """Stands for a rotary embedding in its forward, with one buffer of frequencies replaced.
+    """A rotary embedding with another buffer of frequencies, for one call of its forward.
 
-    All other attributes are read from the rotary embedding.
+    All other attributes are those of the rotary embedding.
     """
 
     def __init__(self, rotary: nn.Module, name: str, inv_freq: Tensor) -> None:
@@ -173,7 +174,7 @@ class _View:
 
 
 def attach_frequencies(rotary: nn.Module) -> DocumentFrequencies:
-    """Returns the DocumentFrequencies of a rotary embedding, and creates it if there is none.
+    """Returns a rotary embedding's DocumentFrequencies, which it sets if there is none yet.
 
     Args:
         rotary: A module that `length_dependent` returns.
@@ -186,7 +187,7 @@ def attach_frequencies(rotary: nn.Module) -> DocumentFrequencies:
 
 
 def detach_frequencies(model: nn.Module) -> None:
-    """Removes every DocumentFrequencies and CrossingCache from a model."""
+    """Removes every DocumentFrequencies and CrossingCache from a model and its modules."""
     for module in model.modules():
         if isinstance(vars(module).get("forward"), DocumentFrequencies):
             del module.forward
@@ -196,7 +197,7 @@ def detach_frequencies(model: nn.Module) -> None:
 
 @contextmanager
 def row_frequencies(model: nn.Module, lengths: Tensor) -> Iterator[None]:
-    """Makes an unpatched model, inside the context, rotate each row by the row's own length.
+    """Context manager: an unpatched model rotates each row by the row's own length.
 
     Args:
         model: A transformers model.
@@ -224,7 +225,7 @@ def _lengths_of_rows(lengths: Tensor) -> Callable[..., None]:
     def tell(rotary: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states = kwargs["x"] if "x" in kwargs else args[0]
         positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-        told = None  # the call has other rows, such as those that verify the output head
+        told = None  # a call with other rows, such as the verification of the output head
         if states.shape[0] == len(lengths):
             told = lengths.to(positions.device)[:, None].expand(-1, positions.shape[-1])
         attach_frequencies(rotary).lengths = told
@@ -233,11 +234,12 @@ def _lengths_of_rows(lengths: Tensor) -> Callable[..., None]:
 
 
 class CrossingCache:
-    """A `prepare_inputs_for_generation` for models that drop their cache at a certain length.
+    """A `prepare_inputs_for_generation` that drops a cache whose keys have outdated frequencies.
 
-    Phi-3 with 'longrope' recomputes its key/value cache when the padded length of the batch exceeds
-    the range of the short frequencies. A row that is padded on the left exceeds it later. This
-    method also drops the cache at that point.
+    With rope type 'longrope', texts longer than `original_max_position_embeddings` use other
+    frequencies, so the keys cached before are invalid. Phi-3 recomputes its key/value cache when
+    the padded length of the batch exceeds that value. A row that is padded on the left exceeds it
+    later. This method drops the cache at that later step, too.
 
     Args:
         model: The model whose method is replaced.
@@ -249,7 +251,8 @@ class CrossingCache:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the model's inputs for the next token, as the model's own method does.
 
-        If a row now exceeds the range of the short frequencies, its inputs have no cache.
+        If a row has just become longer than `original_max_position_embeddings`, the inputs have no
+        cache.
         """
         original = type(self.model).prepare_inputs_for_generation
         cache, mask = given_cache(kwargs), kwargs.get("attention_mask")
@@ -264,7 +267,7 @@ class CrossingCache:
 
 
 def attach_crossing(model: nn.Module) -> None:
-    """Adds a CrossingCache to a model that drops its cache at a certain length, as Phi-3 does.
+    """Sets a CrossingCache on a model that drops its cache at a certain length, as Phi-3 does.
 
     Does nothing to other models.
     """
@@ -282,11 +285,11 @@ def require_document_frequencies(model: nn.Module) -> None:
 
     Raises:
         ValueError: if frequencies depend on the longest document in a way that DocumentFrequencies
-            does not know.
+            does not support.
     """
     known = length_dependent(model).values()
     for module in model.modules():
-        with torch.device("cpu"):  # a model that is being loaded is built on "meta"
+        with torch.device("cpu"):  # while transformers loads a model, the default device is meta
             if module in known:
                 serves = all(_serves(module, layer_type) for layer_type in _layer_types(module))
             else:
@@ -300,7 +303,7 @@ def require_document_frequencies(model: nn.Module) -> None:
 
 
 def _mixes(module: nn.Module) -> bool:
-    """Returns whether the output of an unknown rotary embedding depends on other positions."""
+    """Returns whether an unknown rotary embedding's output at a position depends on others."""
     if not any(name.endswith("inv_freq") for name in module._buffers):
         return False
     if "position_ids" not in parameters(module):
@@ -318,7 +321,7 @@ def _mixes(module: nn.Module) -> bool:
 
 
 def _serves(rotary: Any, layer_type: str | None) -> bool:
-    """Returns whether DocumentFrequencies gives packed documents the same values as each alone.
+    """Returns whether DocumentFrequencies gives a packed document the values it has alone.
 
     Args:
         rotary: A rotary embedding.
@@ -348,7 +351,7 @@ def _serves(rotary: Any, layer_type: str | None) -> bool:
         expected = torch.cat([_as_tuple(one)[place] for one in alone], dim=-2)
         if expected.shape != value.shape:
             return False
-        # The far positions are left out: one bit of a frequency is a large angle there.
+        # The last positions are not compared: there one bit of a frequency is a large angle.
         near = [i for i in range(expected.shape[-2]) if i % 3 < 2]
         if not torch.allclose(value[..., near, :], expected[..., near, :], atol=1e-5):
             return False
@@ -373,7 +376,8 @@ def _layer_types(rotary: Any) -> list[str | None]:
 def _fresh(rotary: nn.Module) -> Any:
     """Returns a copy of a rotary embedding on the CPU, as it was before its first forward.
 
-    If the module is on the meta device, the copy gets made-up frequencies.
+    If the module is on the meta device, its frequencies have no values, and the copy gets arbitrary
+    ones.
     """
     copied: Any = copy.copy(rotary)
     vars(copied).pop("forward", None)

@@ -1,9 +1,9 @@
-"""FusedSwap: replaces norms, rotary embeddings, MLPs and residual additions by fused operations.
+"""FusedSwap: replaces norms, rotary embeddings, MLPs and residual additions by fused kernels.
 
 The `__class__` of each module becomes a subclass of its own class. Nothing else changes in the
-module, and no other model changes. A class is supported if its forward has the same code as a known
-one (`same_code`); its name does not matter. The swap changes classes and does not patch `forward`,
-since transformers turns gradient checkpointing off for layers with a patched `forward`.
+module, and no other model changes. A class is supported if its forward has the same bytecode as a
+known one (`same_code`); its name does not matter. The swap changes classes instead of patching
+`forward`, since transformers turns gradient checkpointing off for layers with a patched `forward`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LAYER_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp
 class FusedSwap:
     """A Swap that replaces modules of one model by fused ones.
 
-    It implements `lctrain.models.swap.Swap`.
+    It implements the protocol `lctrain.models.swap.Swap`.
 
     Attributes:
         swapped: Triples (module, its own class, its fused class), one per changed module.
@@ -37,8 +37,8 @@ class FusedSwap:
         model: A transformers model.
 
     Raises:
-        ValueError: if kernels from the hub replace forwards of the model, or another library has
-            replaced modules of transformers.
+        ValueError: if the hub's package `kernels` has replaced forwards of the model, or another
+            library has replaced modules of transformers.
     """
 
     name = "fused"
@@ -52,7 +52,7 @@ class FusedSwap:
     def apply(self) -> None:
         """Changes every module of a supported class to its fused class.
 
-        A module with a forward of its own keeps it, with a warning.
+        A module whose own `forward` was patched keeps it, and there is a warning.
         """
         model = self.model
         own = [module for module in model.modules() if "forward" in vars(module)]
@@ -119,20 +119,20 @@ class FusedSwap:
 
 @functools.cache
 def fused_class(own: type, mixin: type, attributes: tuple[tuple[str, Any], ...] = ()) -> type:
-    """Returns the subclass of a module's class with the forward of a mixin, cached for all models.
+    """Returns a subclass of a module's class with a mixin's fused forward; cached.
 
     Args:
         own: The module's own class.
-        mixin: A class of `fused_modules`.
+        mixin: A class of `lctrain.models.fused_modules`.
         attributes: Pairs (name, value) of class attributes to set.
     """
     return type(f"Fused{own.__name__}", (mixin, own), {"__module__": __name__, **dict(attributes)})
 
 
 def find_activation(function: Any) -> str | None:
-    """Returns the name in `gated_linear` of an activation function; None if it has none.
+    """Returns the name of an activation function in `gated_linear`; None if it is another one.
 
-    The function is recognised by its values.
+    The function is recognised by its values on test inputs.
 
     Args:
         function: Activation function from a tensor to a tensor.
@@ -145,7 +145,7 @@ def find_activation(function: Any) -> str | None:
         "gelu": geglu(x, ones, approximate="none"),
     }
     if isinstance(function, nn.Module):
-        function = function.forward  # hooks are not to see this call
+        function = function.forward  # so that hooks do not see this call
     try:
         with torch.no_grad():
             value = function(x)
@@ -174,9 +174,10 @@ def require_no_hub_kernels(model: nn.Module) -> None:
 
 
 def require_own_modules() -> None:
-    """Raises a ValueError if another library has replaced the modules that classes are compared to.
+    """Raises a ValueError if another library has replaced transformers' modules.
 
-    Liger-Kernel does so for the whole process; its `apply_liger_kernel_to_*` cannot be undone.
+    FusedSwap compares classes with these modules. Liger-Kernel's `apply_liger_kernel_to_*` replaces
+    them for the whole process and cannot be undone.
     """
     from transformers.models.gemma2 import modeling_gemma2
     from transformers.models.llama import modeling_llama
@@ -190,7 +191,7 @@ def require_own_modules() -> None:
     for module, names in known.items():
         for name in names:
             home = getattr(module, name).__module__
-            # Hugging Face's kernels wraps transformers' own functions in modules of its own.
+            # The package `kernels` wraps transformers' functions in modules, which are accepted.
             if home.partition(".")[0] not in ("transformers", "kernels"):
                 raise ValueError(
                     f"transformers must have its own {name} for fused=True, got one of {home}. Do "
@@ -241,7 +242,7 @@ def _rotates_like_llama(forward: FunctionType) -> bool:
 
 
 def _defers_norms(forward: FunctionType) -> bool:
-    """Returns whether an attention's forward uses normalised queries and keys in RoPE only."""
+    """Returns whether an attention's forward passes normalised queries and keys only to RoPE."""
     from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
     from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
@@ -249,7 +250,7 @@ def _defers_norms(forward: FunctionType) -> bool:
 
 
 def _projects_like_llama(forward: FunctionType) -> bool:
-    """Returns whether an attention's forward passes its hidden states to q, k and v layers only."""
+    """Returns whether an attention's forward passes its hidden states only to q, k and v_proj."""
     from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
     from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
     from transformers.models.llama.modeling_llama import LlamaAttention

@@ -1,8 +1,9 @@
-"""Fused forwards for norms, MLPs, decoder layers, projections and the rotation of q and k.
+"""Fused forwards for norms, MLPs, decoder layers, q/k/v projections and RoPE.
 
-`fused.py` mixes each class into a subclass of the module's own class. Parameters, state dicts,
-hooks and isinstance work as before, and results are equal within rounding. If the kernels cannot
-read a module's tensors (a DTensor, for example), the forward computes as the module's own class.
+`fused.py` builds subclasses of a module's own class and one of these mixins. Parameters, state
+dicts, hooks and isinstance work as before, and results are equal within rounding. If the kernels
+cannot read a module's tensors (a DTensor, for example), the forward calls that of the module's own
+class.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class LlamaNorm:
         return {"eps": self.variance_epsilon}
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Returns the normalised hidden states, any shape, as the module's own forward does."""
+        """Returns the normalised hidden states [..., E], as the module's own forward does."""
         if not is_plain(hidden_states, self.weight):
             return super().forward(hidden_states)  # type: ignore[misc]
         return rms_norm(hidden_states, self.weight, **self.norm_options())
@@ -56,7 +57,7 @@ class GemmaNorm:
         return {"eps": self.eps, "weight_offset": 1.0, "float32_product": True}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the normalised x, any shape, as the module's own forward does."""
+        """Returns the normalised x [..., E], as the module's own forward does."""
         if not is_plain(x, self.weight):
             return super().forward(x)  # type: ignore[misc]
         return rms_norm(x, self.weight, **self.norm_options())
@@ -84,10 +85,13 @@ class PendingNorm:
 
 
 class DeferredNorm:
-    """Mixin for the norm of queries or keys, which postpones the norm to `rotate_states`."""
+    """Mixin for the norm of queries or keys: `rotate_states` applies the norm later, with RoPE."""
 
     def forward(self, x: Tensor) -> Any:
-        """Returns a PendingNorm of x; the normalised x for hooks, or if kernels cannot read it."""
+        """Returns a PendingNorm of x, [B, S, H, D].
+
+        If the module has hooks, or the kernels cannot read x, the norm is applied immediately.
+        """
         if not is_plain(x, self.weight) or has_hooks(self):  # type: ignore[attr-defined]
             return super().forward(x)  # type: ignore[misc]
         return PendingNorm(x, self)
@@ -114,7 +118,7 @@ def rotate_states(
     both = isinstance(q, PendingNorm) and isinstance(k, PendingNorm)
     if both and q.module.norm_options() == k.module.norm_options():
         options = q.module.norm_options()
-        options.pop("float32_product", None)  # nothing is rounded in between
+        options.pop("float32_product", None)  # the kernel does not round between its steps
         weights = (q.module.weight, k.module.weight)
         states = (q.x.transpose(1, 2), k.x.transpose(1, 2))
         q, k = qk_norm_rotary(*states, *weights, cos, sin, **options)
@@ -127,17 +131,18 @@ def rotate_states(
 
 
 class SharedInput:
-    """Hidden states on which several linear layers work, with the outputs computed together.
+    """Stands for the hidden states of an attention layer, whose q, k and v are computed together.
 
-    It takes the place of the hidden states in an attention's own forward, which reads their shape
-    and passes them to `nn.Linear` layers.
+    The layer's own forward runs with this object: it reads the shape, and calls `nn.Linear` layers,
+    each of which returns its part of one matrix product.
 
     Attributes:
         shape: Shape of the hidden states, [B, S, E].
 
     Args:
         x: Hidden states [B, S, E].
-        linears: The layers, all of them plain (`is_plain_linear`).
+        linears: The linear layers. All must satisfy `is_plain_linear`, and no two may share a
+            weight.
     """
 
     def __init__(self, x: Tensor, linears: Sequence[nn.Linear]) -> None:
@@ -149,7 +154,7 @@ class SharedInput:
     def __torch_function__(
         cls, function: Any, types: Any, arguments: Any = (), named: Any = None
     ) -> Tensor:
-        """Returns the output of a layer, once, in place of torch.nn.functional.linear."""
+        """Returns one layer's output, in place of torch.nn.functional.linear; once per layer."""
         if function is not torch.nn.functional.linear or len(arguments) != 3:
             raise TypeError(f"hidden states of an attention layer do not serve {function}")
         x, weight, _ = arguments
@@ -157,9 +162,9 @@ class SharedInput:
 
 
 def share_input(module: nn.Module, hidden_states: Tensor) -> Any:
-    """Returns a SharedInput for the queries, keys and values of an attention layer.
+    """Returns a SharedInput of an attention layer's hidden states, if its projections support that.
 
-    If the layer's projections are not plain, or inside torch.compile, the hidden states themselves.
+    Otherwise, and inside torch.compile, the hidden states are returned unchanged.
 
     Args:
         module: Attention layer with q_proj, k_proj and v_proj.
@@ -171,7 +176,7 @@ def share_input(module: nn.Module, hidden_states: Tensor) -> Any:
     if not all(is_plain_linear(linear) for linear in linears):
         return hidden_states
     if len({id(linear.weight) for linear in linears}) < len(linears):
-        return hidden_states  # a SharedInput finds each output by its weight
+        return hidden_states  # SharedInput stores each output under its weight
     return SharedInput(hidden_states, linears)
 
 
@@ -184,7 +189,8 @@ class GatedMLP:
         """Returns the MLP's output for x [..., E], as the module's own forward does.
 
         The forward does not keep activation(gate) * up; the backward computes it again. Under
-        activation checkpointing or offloading, the forward keeps it.
+        activation checkpointing or offloading, the forward keeps it, since the checkpoint already
+        recomputes it.
 
         Args:
             x: Hidden states [..., E].
@@ -215,7 +221,7 @@ class GatedMLP:
 
 
 class PackedMLP:
-    """Mixin for MLPs with gate and up in one projection, as in Phi3."""
+    """Mixin for MLPs whose gate and up projections are one linear layer, as in Phi3."""
 
     fused_activation: str  # "silu", "gelu" or "gelu_tanh", set per class
 
@@ -230,9 +236,10 @@ class PackedMLP:
 
 
 class ResidualLayer:
-    """Mixin for Llama's decoder layers, which fuses the residual additions and their gradients.
+    """Mixin for decoder layers like Llama's: fuses the two residual additions with other kernels.
 
-    The first addition is part of the second norm, the second one of the MLP's last product.
+    The kernel of the second norm does the first addition; the MLP's last matrix product does the
+    second one.
     """
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
@@ -272,15 +279,15 @@ def gate_states(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
 
 
 def is_plain(*tensors: Tensor) -> bool:
-    """Returns whether the kernels can read tensors: no DTensors and no other Tensor subclasses."""
+    """Returns whether the kernels can read tensors: no DTensor or other Tensor subclass."""
     return all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors)
 
 
 def keeps_tensors_elsewhere() -> bool:
-    """Returns whether activation checkpointing or an offload handles the tensors for the backward.
+    """Returns whether activation checkpointing or an offload handles saved tensors now.
 
-    A checkpoint recomputes activation(gate) * up itself. Fused with the projection after it, the
-    checkpoint would recompute that projection too.
+    In that case activation(gate) * up is not fused with the projection after it: the checkpoint
+    recomputes the former anyway, and would have to recompute the projection too.
     """
     if torch.compiler.is_compiling():
         return False
@@ -289,7 +296,7 @@ def keeps_tensors_elsewhere() -> bool:
 
 
 def can_add(states: Tensor, residual: Tensor | None) -> bool:
-    """Returns whether a product of states can add the residual: it has the product's dtype.
+    """Returns whether a matrix product of `states` can add the residual: both have one dtype.
 
     Inside torch.compile the addition is left to Inductor.
     """
@@ -299,12 +306,12 @@ def can_add(states: Tensor, residual: Tensor | None) -> bool:
 
 
 def is_unobserved(module: nn.Module, mixin: type) -> bool:
-    """Returns whether a module has a mixin's forward, and no hook sees its inputs or output."""
+    """Returns whether a module uses a mixin's forward, and no hook sees its inputs or output."""
     return isinstance(module, mixin) and "forward" not in vars(module) and not has_hooks(module)
 
 
 def is_plain_linear(module: Any) -> bool:
-    """Returns whether a module is an nn.Linear without bias and hooks, on a weight for kernels."""
+    """Returns whether a module is an nn.Linear without bias and hooks, with a plain weight."""
     return (
         type(module) is nn.Linear
         and module.bias is None

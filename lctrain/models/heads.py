@@ -1,9 +1,9 @@
-"""Runs models whose head gives one output per row on packs, with one output per document.
+"""Runs models with one output per row, such as classifiers, on packs: one output per document.
 
 Heads for sequence classification, question answering and next sentence prediction pool or normalise
-over a row. So before such a model runs, the documents of a pack become rows of their own, padded on
-the right; the attention kernels skip the padding. Heads with one output per token run on packs
-unchanged. Other outputs that have one entry per row of several documents raise an error.
+over a row. So, before such a model runs, every document of a pack becomes a row of its own, padded
+on the right; the attention kernels skip the padding. Heads with one output per token need no
+change. Any other output with one entry per row raises an error if a row holds several documents.
 """
 
 import re
@@ -39,7 +39,7 @@ def refuse_choices(model: nn.Module) -> None:
 
 
 def holds_several(boundaries: Boundaries) -> bool:
-    """Returns whether a row holds several documents, without synchronising with the device."""
+    """Returns whether a row holds several documents, as far as known without synchronising."""
     if boundaries.shared_rows is not None:
         return boundaries.shared_rows
     return boundaries.pack.documents > boundaries.queries[0]
@@ -91,7 +91,7 @@ def to_rows(
 
 
 def row_places(boundaries: Boundaries) -> Tensor:
-    """Returns each token's index in flattened rows [N * M] of one document each, [T] int64."""
+    """Returns each token's index in the flattened rows [N * M] of `to_rows`, [T] int64."""
     document, position = find_places(boundaries)
     return document * boundaries.pack.max_seqlen_q + position
 
@@ -99,7 +99,7 @@ def row_places(boundaries: Boundaries) -> Tensor:
 def spread(
     values: Tensor, boundaries: Boundaries, places: Tensor, rows: tuple[int, int], filler: float = 0
 ) -> Tensor:
-    """Returns per-token values with one row per document.
+    """Moves per-token values from packed rows to one row per document.
 
     Args:
         values: [B, S, ...], or [1, S, ...] for values that all rows share.
@@ -145,7 +145,7 @@ def check_outputs(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], out
         rows = (boundaries.pack.documents, boundaries.pack.max_seqlen_q)
         output["pooler_output"] = pooler(spread(output[0], boundaries, places, rows))
     tokens = boundaries.queries[1]
-    # Language models may leave out the last token, which predicts nothing, as in TRL.
+    # Under TRL, outputs have one token less: it drops the last token, which has no target.
     shortest = tokens
     if getattr(model, "get_output_embeddings", lambda: None)() is not None:
         shortest = tokens - 1
@@ -153,7 +153,7 @@ def check_outputs(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], out
     for name, value in named:
         if not isinstance(value, Tensor) or value.dim() == 0 or name == "loss":
             continue
-        # Lengths are compared by ==: with `in`, torch.compile compiles each length anew, or fails.
+        # With `in` instead of ==, torch.compile would recompile for each length, or fail.
         per_row = value.dim() == 1 or name == "pooler_output"
         per_row = per_row or not (value.shape[1] == tokens or value.shape[1] == shortest)
         if value.shape[0] == boundaries.queries[0] and per_row:

@@ -1,4 +1,4 @@
-"""InputHook: finds the documents of a patched model's inputs once, before the first layer."""
+"""InputHook: finds the documents in a patched model's inputs, once per forward pass."""
 
 from typing import Any
 
@@ -64,7 +64,7 @@ class InputHook:
         spec: Options of the model's attention.
 
     Attributes:
-        implementation: Name of the attention in transformers.
+        implementation: Name of the attention in transformers, such as "lctrain_flash".
         first_position: Position id of a document's first token; above 0 for models that count
             positions themselves, as RoBERTa does.
         reads_mask: Whether the embeddings depend on a row's attention mask.
@@ -109,7 +109,7 @@ class InputHook:
         if not isinstance(tokens, Tensor) or tokens.dim() < 2:
             return None  # the model raises its own error
         if tokens.dim() > (2 if tokens is inputs.get("input_ids") else 3):
-            return None  # [B, choices, S]; the hook of the inner model gets rows
+            return None  # input [B, choices, S]; the inner model's hook gets rows [B * choices, S]
         if given is not None:
             packs = is_padded(given) and is_packable(model, inputs)
             return ((), self._unpad(model, inputs, tokens, given)) if packs else None
@@ -124,7 +124,7 @@ class InputHook:
             refuse_index_of_cache(inputs)
             if self.rotaries:
                 self._tell_lengths(model, _continued_lengths(inputs, tokens))
-            return (), inputs  # each layer finds the boundaries from its number of cached keys
+            return (), inputs  # each layer finds its boundaries, since cached keys may differ
         if torch.compiler.is_exporting():
             _refuse_unread(inputs)
         positions = inputs.get("position_ids")
@@ -178,7 +178,7 @@ class InputHook:
         return inputs
 
     def rest(self, model: nn.Module) -> None:
-        """Undoes the hook's changes to a model whose attention was changed to another one."""
+        """Removes what the hook set on a model whose attention was changed to another one."""
         if self.rotaries:
             detach_frequencies(model)
 
@@ -193,7 +193,7 @@ class InputHook:
             self._tell_lengths(model, find_lengths(boundaries, position_ids))
 
     def _tell_lengths(self, model: nn.Module, lengths: Tensor) -> None:
-        """Passes the length of each token's document to the model's rotary embeddings.
+        """Sets the length of each token's document on the model's rotary embeddings.
 
         Args:
             model: The model.
@@ -231,11 +231,11 @@ class InputHook:
     def _require_own_positions(
         self, model: nn.Module, positions: Tensor, boundaries: Boundaries
     ) -> None:
-        """Raises a ValueError if a row of several documents gets other positions than each alone.
+        """Raises a ValueError if packed documents get other positions than each would get alone.
 
         Args:
             model: The model.
-            positions: Position ids of the call.
+            positions: Position ids of the call, [B, S] or [1, S] integers.
             boundaries: Boundaries of the documents.
         """
         if "position_ids" not in self.names:
@@ -348,7 +348,7 @@ def _numbered(
     Args:
         inputs: Keyword arguments of the model, which are changed.
         numbers: [B, S] int64, the number of each token's document; 0 at padding.
-        what: First words of the error beside a key/value cache.
+        what: First words of the error that is raised if a key/value cache is given, too.
     """
     _forgo_cache(inputs, what)
     inputs["attention_mask"] = (numbers > 0).long()
@@ -379,7 +379,7 @@ def _refuse_numbers(mask: Any) -> None:
 
 
 def _refuse_unread(inputs: dict[str, Any]) -> None:
-    """Raises a ValueError if documents are given by values, which torch.export does not know."""
+    """Raises a ValueError if torch.export would have to read tensor values to find documents."""
     names = ("attention_mask", "position_ids", "seq_idx")
     given = [name for name in names if inputs.get(name) is not None]
     if given and not is_packed(inputs):
@@ -391,7 +391,7 @@ def _refuse_unread(inputs: dict[str, Any]) -> None:
 
 
 def _covered_tokens(inputs: dict[str, Any]) -> int | None:
-    """Returns the number of tokens in a pack's documents; None while tracing or if on a device."""
+    """Returns a pack's number of tokens; None while tracing, or if the boundaries are on a GPU."""
     schedule, boundaries = inputs.get("schedule"), inputs.get("cu_seq_lens_q")
     if schedule is not None and schedule.total_q >= 0:
         return int(schedule.total_q)
@@ -435,7 +435,7 @@ def _refuse_restart(inputs: dict[str, Any], tokens: int) -> None:
     if isinstance(mask, Tensor) and mask.dim() == 2:
         seen = int(given_cache(inputs).get_seq_length())
         if mask.shape[1] < seen + tokens:
-            return  # the attention function, or the hook of dual chunk attention, refuses it
+            return  # such a mask is refused by the attention function or DualChunkHook
         mask = mask[:, seen : seen + tokens].to(device=position_ids.device, dtype=torch.bool)
         position_ids = position_ids.expand(mask.shape[0], -1)
     if find_segments(position_ids, mask if isinstance(mask, Tensor) else None) is not None:

@@ -1,4 +1,4 @@
-"""KINDS: the checks and changes that patch_model makes for each kind of attention."""
+"""KINDS: the functions by which patch_model checks and changes a model, by kind of attention."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,11 +24,12 @@ class Kind(NamedTuple):
     """The functions that patch_model calls for one kind of attention.
 
     Attributes:
-        fit: Takes (model, spec), and returns the spec with its None values filled in from the
-            model. Raises a ValueError with a remedy if the model cannot have this attention.
-        hook: Takes (model, fitted spec), and returns the input hook for a transformers model.
-        swap: Takes the attention layers by name, and changes layers that need another forward.
-            Returns a function that undoes the change.
+        fit: Function (model, spec) -> the spec with its None values filled in from the model. It
+            raises a ValueError with a remedy if the model does not support this attention.
+        hook: Function (model, fitted spec) -> the input hook, a forward pre-hook of a transformers
+            model.
+        swap: Function that gets the attention layers by name, and changes those that need another
+            forward. It returns a function that undoes the change.
     """
 
     fit: Callable[[Any, Any], AttentionSpec]

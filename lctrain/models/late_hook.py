@@ -1,9 +1,9 @@
-"""LateHook: the input hook of a model whose attention is selected by name.
+"""LateHook: prepares a model whose attention is selected by name, without patch_model.
 
 A model that is loaded with `attn_implementation="lctrain_flash"`, or set to it later, gets the
-checks and hooks of patch_model with default options. transformers checks the name before the model
-has layers, so lctrain's checks run later: when the outermost model is complete, or in the first
-forward of a model whose class never calls `post_init`.
+checks and input hooks of patch_model with default options. transformers checks the name before the
+model has layers. So lctrain's checks run later: when the outermost model is complete, or in the
+first forward of a model whose class never calls `post_init`.
 """
 
 import threading
@@ -26,7 +26,8 @@ _threads = threading.local()
 class LateHook:
     """A forward pre-hook that checks the model at its first call, then runs an InputHook.
 
-    It does nothing while the model is patched by patch_model, or its attention has another name.
+    It does nothing while the model is patched by patch_model, or while its attention has another
+    name.
 
     Args:
         implementation: Name of the attention in transformers, such as "lctrain_flash".
@@ -59,7 +60,7 @@ class LateHook:
 
 
 def begin(model: nn.Module, implementation: str) -> None:
-    """Records that a model with an attention of lctrain is being built, and has no layers yet.
+    """Records that transformers is building a model with lctrain's attention; it has no layers yet.
 
     Args:
         model: The model.
@@ -71,7 +72,7 @@ def begin(model: nn.Module, implementation: str) -> None:
 
 
 def finish(model: nn.Module) -> None:
-    """Checks and prepares a complete model, unless a model around it is still being built.
+    """Checks and prepares a model that is complete, unless an outer model is still being built.
 
     Args:
         model: A model whose `post_init` has run.
@@ -84,13 +85,13 @@ def finish(model: nn.Module) -> None:
     if place is None:
         return
     implementation = building[place][1]
-    del building[place:]  # the model, and parts of it whose class never calls post_init
+    del building[place:]  # the model, and its inner models whose class never calls post_init
     if not building:
         prepare(model, implementation, early=True)
 
 
 def prepare(model: Any, implementation: str, early: bool = False) -> None:
-    """Checks a model, and puts hooks on it and on the transformers models inside it.
+    """Checks a model, and registers input hooks on it and on the transformers models inside it.
 
     Args:
         model: A transformers model with its layers.
@@ -122,7 +123,7 @@ def prepare(model: Any, implementation: str, early: bool = False) -> None:
 
 
 def attach_late_hook(model: nn.Module, implementation: str) -> LateHook:
-    """Returns the LateHook of a model for an attention, and registers one if there is none.
+    """Returns the LateHook of a model for one attention name, and registers it if needed.
 
     Args:
         model: The model.

@@ -1,4 +1,4 @@
-"""Adds peft's low-rank adapters to a pretrained model, and saves and restores them by peft."""
+"""Adds peft's low-rank adapters (LoRA, DoRA) to a pretrained model, and saves and restores them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def quantization_of(config: AdapterConfig | None) -> Any:
         config: Settings of the adapters; None for a model without adapters.
 
     Raises:
-        ValueError: if the package of the format is not installed.
+        ValueError: if the package of the quantized format is not installed.
     """
     if config is None or config.quantize is None:
         return None
@@ -112,13 +112,13 @@ def add_adapter(model: Any, config: AdapterConfig) -> Any:
 
 
 def leave_casts_to_autocast(model: Any) -> None:
-    """Lets adapters read their input in its own dtype, where autocast casts their weights.
+    """Makes adapters read their input in its own dtype under autocast, to save memory.
 
-    peft casts the input to float32, and autocast casts it back: the same values, with a copy of the
-    input of every linear layer for the backward.
+    peft casts the input of every adapter to float32, and autocast casts it back. The values are the
+    same, but the float32 copy would be kept for the backward.
 
     Args:
-        model: A PeftModel, or any other model, which has no such layers.
+        model: A PeftModel; other models are not changed.
     """
     for module in model.modules():
         if hasattr(module, "cast_input_dtype_enabled"):
@@ -126,12 +126,12 @@ def leave_casts_to_autocast(model: Any) -> None:
 
 
 def has_reloaded_base(model: Any) -> bool:
-    """Returns whether a model comes from `add_adapter`: its checkpoints hold adapters only."""
+    """Returns whether a model comes from `add_adapter`, so that checkpoints hold adapters only."""
     return bool(getattr(model, _MARK, False))
 
 
 def adapter_state(model: Any) -> dict[str, Any]:
-    """Returns the trained tensors of a PeftModel by peft's names."""
+    """Returns the trained tensors of a PeftModel, by the names that peft uses."""
     import peft
 
     return dict(peft.get_peft_model_state_dict(model, save_embedding_layers=False))

@@ -25,9 +25,9 @@ def patch_model(
 ) -> "PatchHandle":
     """Replaces the attention of a transformers model by lctrain's kernels, in place.
 
-    The patched model keeps packed documents (`model(**PackedBatch.model_kwargs())`) exactly apart.
-    Rows with or without padding work as before. Weights and state dict do not change, and
-    torch.compile, activation checkpointing and DDP work as before.
+    In the patched model, the documents of a pack (`model(**PackedBatch.model_kwargs())`) do not
+    influence one another. Rows with or without padding work as before. Weights and state dict do
+    not change, and torch.compile, activation checkpointing and DDP work as before.
 
     Args:
         model: A causal language model or encoder that uses AttentionInterface. Patch it before

@@ -1,4 +1,4 @@
-"""Finds which positions a model supports that looks positions up in a table."""
+"""Finds how many positions a model with a position table supports."""
 
 import re
 from typing import Any, TypeGuard
@@ -35,7 +35,7 @@ def position_limit(model: Any) -> int | None:
 
 
 def first_position(model: nn.Module) -> int:
-    """Returns the position id of a document's first token, as the model itself counts them.
+    """Returns the position id that a model gives to the first token of a document.
 
     Args:
         model: A transformers model. Models like RoBERTa count from padding_idx + 1, others from 0.

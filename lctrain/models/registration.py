@@ -1,7 +1,7 @@
 """Registers lctrain's attention and model families with transformers.
 
 - `register` adds the attention names, such as "lctrain_flash", so that from_pretrained accepts
-  them. A model that is loaded with such a name is checked and gets hooks as in patch_model; see
+  them. A model that is loaded with such a name gets the checks and input hooks of patch_model; see
   `lctrain.models.late_hook`.
 - `register_families` adds the families of the models that `to_differential` returns, so that
   AutoConfig and AutoModelForCausalLM can load them.
@@ -42,7 +42,7 @@ def register() -> None:
 
 
 def register_families_on_demand() -> None:
-    """Makes the first call of AutoConfig.from_pretrained register the differential families.
+    """Makes AutoConfig register the differential model families when it is first used.
 
     The families cannot be registered at once: their classes derive from transformers' model
     classes, which cannot be imported while AutoConfig's module is still being imported.

@@ -12,7 +12,7 @@ STATIC_TYPES = ("default", "linear", "yarn", "llama3")
 
 
 class RopeSwap:
-    """Sets a model's rotary frequencies to those of other `rope_parameters`, until `restore`.
+    """Gives a model the rotary frequencies of other `rope_parameters`, until `restore`.
 
     transformers' own class computes the frequencies. Rope types whose frequencies depend on the
     length of the input ("dynamic", "longrope") are refused, since a document's output would depend

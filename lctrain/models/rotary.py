@@ -2,8 +2,8 @@
 
 Families differ in their use of RoPE: some rotate interleaved columns, only a part of each head, or
 not in all layers, and some have a norm after the rotation. Names do not show these differences. So
-the check runs one layer of each kind on a few tokens at two sets of positions, and compares the
-queries and keys that reach its attention function.
+the check is an experiment: it runs one layer of each kind on a few tokens at two sets of positions,
+and compares the queries and keys that reach the layer's attention function.
 """
 
 import copy
@@ -30,8 +30,8 @@ class Probe(NamedTuple):
     Attributes:
         layer: The layer.
         angles: [S, D / 2] float32, angles of the rotary embedding at the S test positions.
-        still: Query [1, H, S, D] and key [1, Hk, S, D] of a run with all tokens at position 0.
-        rotated: Query and key of a run with the same tokens at the test positions.
+        still: Query [1, H, S, D] and key [1, Hk, S, D] of a test run with all tokens at position 0.
+        rotated: Query and key of a test run with the same tokens at the test positions.
         arguments: Other keyword arguments that the layer passes to its attention function.
     """
 
@@ -43,7 +43,7 @@ class Probe(NamedTuple):
 
 
 def find_rotary(model: nn.Module) -> nn.Module:
-    """Returns the one module that computes a model's rotary embeddings, with `inv_freq` [D / 2].
+    """Returns the one module of a model that computes rotary embeddings.
 
     Args:
         model: A transformers model.
@@ -108,7 +108,7 @@ def require_half_split(probe: Probe) -> None:
     which dual chunk attention relies on.
 
     Args:
-        probe: Test run of the layer.
+        probe: Result of the layer's test run.
     """
     name = type(probe.layer).__name__
     for still, rotated in zip(probe.still, probe.rotated, strict=True):

@@ -1,4 +1,4 @@
-"""Swap: a reversible change of a model; patch_model applies a list of swaps."""
+"""Swap: a change of a model that can be undone; patch_model applies a list of swaps."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ Self = TypeVar("Self", bound="Unpatchable")
 
 @runtime_checkable
 class Swap(Protocol):
-    """A reversible change of one model, such as of its attention or its loss.
+    """A change of one model that can be undone, such as of its attention or its loss.
 
     The constructor takes the model and does not change it. If the model does not support the swap,
     the constructor raises a ValueError with a remedy.

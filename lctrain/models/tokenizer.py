@@ -1,4 +1,4 @@
-"""Chooses the tokenizer of a model, and refuses one whose ids a pretrained model does not know."""
+"""tokenizer_for: chooses a model's tokenizer, and refuses one with other token ids."""
 
 from __future__ import annotations
 

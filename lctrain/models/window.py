@@ -1,4 +1,4 @@
-"""configured_window: returns a model's trained window, the length of its training texts."""
+"""configured_window: the trained window (length of the training texts) that a config states."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ def configured_window(config: Any) -> int | None:
     """Returns the trained window that a model's config states, in tokens; None if it states none.
 
     The window is `original_max_position_embeddings` of the config's `dual_chunk_attention_config`,
-    if there is one: in Qwen2.5-1M, `max_position_embeddings` is the length that dual chunk
-    attention reaches. Otherwise the window is `max_position_embeddings`. With scaled RoPE, that
-    value is the window for which the scaled model was trained.
+    if there is one: in Qwen2.5-1M, `max_position_embeddings` is the longer length that dual chunk
+    attention reaches. Otherwise the window is `max_position_embeddings`. If RoPE is scaled (YaRN,
+    for example), that is the length for which the scaled model was trained.
 
     Args:
         config: A transformers configuration.

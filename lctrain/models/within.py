@@ -43,7 +43,7 @@ def find_models(module: nn.Module, paths: Paths = None) -> dict[str, Any]:
 
 
 def require_models(module: nn.Module, paths: Paths = None) -> dict[str, Any]:
-    """Returns the result of `find_models`, of at least one model.
+    """Returns the result of `find_models`, and raises a ValueError if it is empty.
 
     Args:
         module: A LightningModule or any other module.
