@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 
 CGROUP = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
 MEMINFO = Path("/proc/meminfo")
 HOST_SHARE = 0.8
 """Part of the free host memory that offloading may take; the rest is for data and checkpoints."""
@@ -21,29 +22,53 @@ def free_device_bytes(device: torch.device) -> int:
     return int(free + cached)
 
 
-def free_host_bytes(cgroup: Path = CGROUP, meminfo: Path = MEMINFO) -> int:
+def free_host_bytes(
+    cgroup: Path = CGROUP, meminfo: Path = MEMINFO, own_groups: Path = OWN_GROUPS
+) -> int:
     """Returns the host memory that this process may still take, in bytes.
 
-    It is the smaller of what the machine has available and what the limit of the control group
-    (version 2, or version 1 in `memory/`) leaves. In a container, the machine's memory says
-    nothing about the limit.
+    It is the smallest of what the machine has available and what the limits of the process's
+    control group and of the groups around it leave (version 2, or version 1 in `memory/`). In a
+    container, the machine's memory says nothing about the limit.
 
     Args:
         cgroup: Folder of the control groups.
         meminfo: File of the machine's memory.
+        own_groups: File that names the control groups of this process.
     """
     found = []
     for line in _lines(meminfo):
         if line.startswith("MemAvailable:"):
             found.append(int(line.split()[1]) * 1024)
-    pairs = (("memory.max", "memory.current"),)
-    older = (("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),)
-    for limit_name, used_name in (*pairs, *older):
-        limit, used = _lines(cgroup / limit_name), _lines(cgroup / used_name)
-        if limit and used and limit[0].isdigit() and used[0].isdigit():
-            reclaimable = _reclaimable(cgroup / Path(used_name).parent / "memory.stat")
-            found.append(max(int(limit[0]) - int(used[0]) + reclaimable, 0))
+    newer, older = _own_paths(own_groups)
+    for root, path, limit_name, used_name in (
+        (cgroup, newer, "memory.max", "memory.current"),
+        (cgroup / "memory", older, "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        # A path of the host may be missing inside of a container; its root is the container's.
+        for group in (root / path, *(root / parent for parent in path.parents)):
+            limit, used = _lines(group / limit_name), _lines(group / used_name)
+            if limit and used and limit[0].isdigit() and used[0].isdigit():
+                reclaimable = _reclaimable(group / "memory.stat")
+                found.append(max(int(limit[0]) - int(used[0]) + reclaimable, 0))
     return min(found, default=0)
+
+
+def _own_paths(own_groups: Path) -> tuple[PurePosixPath, PurePosixPath]:
+    """Returns the relative paths of this process's groups of version 2, and of version 1's memory.
+
+    Args:
+        own_groups: File with lines "number:controllers:/path"; version 2 names no controllers.
+    """
+    newer = older = PurePosixPath()
+    for line in _lines(own_groups):
+        _, controllers, path = line.split(":", 2)
+        parts = [part for part in PurePosixPath(path).parts if part not in ("/", "..")]
+        if controllers == "":
+            newer = PurePosixPath(*parts)
+        elif "memory" in controllers.split(","):
+            older = PurePosixPath(*parts)
+    return newer, older
 
 
 def _reclaimable(stat: Path) -> int:
