@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lctrain.models.fused import CALLS_CLASS
 from lctrain_kernels.autocast import autocast_dtype
 
 _PARTS = {"gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn", "activation_fn"}
@@ -46,6 +47,8 @@ class TiledMLPs:
                 "model.dtype=float32 with trainer.precision=bf16-mixed, or train adapters."
             )
         self._forwards = [partial(_forward, mlp, tokens) for mlp in self._mlps]
+        for forward in self._forwards:
+            setattr(forward, CALLS_CLASS, True)  # patch_model may change the class below
         for mlp, forward in zip(self._mlps, self._forwards, strict=True):
             mlp.forward = forward
 

@@ -22,6 +22,8 @@ from lctrain.models.code import own_forward, parameters, same_code, unwrapped, w
 from lctrain.warn import warn_caller
 
 _ROTATION = "apply_rotary_pos_emb"
+CALLS_CLASS = "calls_class"
+"""Attribute of a forward on a module that calls the forward of the module's class."""
 _LAYER_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
 
@@ -55,7 +57,7 @@ class FusedSwap:
         A module whose own `forward` was patched keeps it, and there is a warning.
         """
         model = self.model
-        own = [module for module in model.modules() if "forward" in vars(module)]
+        own = [module for module in model.modules() if _has_own_forward(module)]
         if own:
             warn_caller(
                 f"{len(own)} modules keep their forward, which was replaced on the module, such as "
@@ -89,7 +91,7 @@ class FusedSwap:
         return ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing"
 
     def _swap(self, module: Any, mixin: Any, **attributes: Any) -> None:
-        if "forward" in vars(module):
+        if _has_own_forward(module):
             return
         own: Any = type(module)
         fused = fused_class(own, mixin, tuple(sorted(attributes.items())))
@@ -115,6 +117,12 @@ class FusedSwap:
         activation = find_activation(function)
         if activation is not None:
             self._swap(module, mixin, fused_activation=activation)
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Returns whether a forward on the module replaces that of its class."""
+    forward = vars(module).get("forward")
+    return forward is not None and not getattr(forward, CALLS_CLASS, False)
 
 
 @functools.cache
