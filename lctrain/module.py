@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -38,7 +37,9 @@ from lctrain.models.low_rank import (
     has_reloaded_base,
     leave_casts_to_autocast,
     load_adapter_state,
+    restore_casts,
 )
+from lctrain.models.mismatch import reasons
 from lctrain.optim import build_optimizer, build_scheduler, follow_schedule
 from lctrain.optimizers import check_optimizer
 from lctrain.options import as_dataclass, check_same_options
@@ -53,7 +54,6 @@ STATE_KEY = "lctrain"  # checkpoint key of the module's own state
 HYPER_PARAMETERS = pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
 
 _MODEL = "model."  # prefix of the model's names in the module's state dict
-LONGEST_REASON = 160  # characters that a message quotes of torch's error
 
 
 class LongContextModule(pl.LightningModule):
@@ -127,6 +127,7 @@ class LongContextModule(pl.LightningModule):
         self.memory_handle: Any = None
         self._has_policy = False  # whether a memory policy was applied
         self.patch_handle: Any = None
+        self._uncast: list[Any] = []  # layers whose inputs autocast casts, instead of peft
         self.first_loss: Tensor | None = None
         self.last_loss: Tensor | None = None
         self.gradient_norm: Tensor | None = None
@@ -170,8 +171,6 @@ class LongContextModule(pl.LightningModule):
                 fused=self.attention.fused,
                 **self.attention.options(),
             )
-        if self._precision() == "bf16-mixed":
-            leave_casts_to_autocast(self.model)
         if self.memory is not None and not self._has_policy:
             self._has_policy = True
             self.memory_handle = apply_config(self.model, self.memory, **self._memory_facts())
@@ -236,10 +235,16 @@ class LongContextModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """After a resume, sets this run's learning rates and the next row of the data."""
+        if self._precision() == "bf16-mixed":
+            self._uncast = leave_casts_to_autocast(self.model)
         resume_order(self.trainer)
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, LambdaLR):
                 follow_schedule(config.scheduler)
+
+    def on_train_end(self) -> None:
+        """Lets adapters cast their inputs again, for a model that is used without autocast."""
+        restore_casts(self._uncast)
 
     def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
         """Seeds dropout from (seed, rank, index of the micro-batch)."""
@@ -436,15 +441,6 @@ class LongContextModule(pl.LightningModule):
             return super().load_state_dict(state_dict, *args, **kwargs)
         except RuntimeError as error:
             raise ValueError(
-                f"checkpoint must hold the weights of this model, got others: {_reasons(error)}. "
+                f"checkpoint must hold the weights of this model, got others: {reasons(error)}. "
                 "Use a checkpoint of this model, or build the model that the checkpoint is of."
             ) from error
-
-
-def _reasons(error: RuntimeError) -> str:
-    """Returns what torch says about weights that do not fit, shortened to about two lines."""
-    lines = [line.strip().rstrip(".") for line in str(error).splitlines()]
-    found = [line for line in lines if line and not line.startswith("Error(s) in loading")]
-    shown = [textwrap.shorten(line, LONGEST_REASON, placeholder=" ...") for line in found[:2]]
-    more = len(found) - len(shown)
-    return "; ".join(shown) + (f"; and {more} more" if more > 0 else "")

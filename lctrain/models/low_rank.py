@@ -111,18 +111,35 @@ def add_adapter(model: Any, config: AdapterConfig) -> Any:
     return adapted
 
 
-def leave_casts_to_autocast(model: Any) -> None:
-    """Makes adapters read their input in its own dtype under autocast, to save memory.
+_CASTS = "cast_input_dtype_enabled"  # peft's attribute of layers with adapters
 
-    peft casts the input of every adapter to float32, and autocast casts it back. The values are the
-    same, but the float32 copy would be kept for the backward.
+
+def leave_casts_to_autocast(model: Any) -> list[Any]:
+    """Lets adapters read their input in its own dtype, where autocast casts their weights.
+
+    peft casts the input to float32, and autocast casts it back: the same values, with a copy of the
+    input of every linear layer for the backward. Without autocast, dtypes would differ.
 
     Args:
-        model: A PeftModel; other models are not changed.
+        model: A PeftModel, or any other model, which has no such layers.
+
+    Returns:
+        The layers that have changed, for `restore_casts`.
     """
-    for module in model.modules():
-        if hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False
+    changed = [module for module in model.modules() if getattr(module, _CASTS, False)]
+    for module in changed:
+        setattr(module, _CASTS, False)
+    return changed
+
+
+def restore_casts(layers: list[Any]) -> None:
+    """Lets peft cast the inputs of layers again, as it does outside of autocast.
+
+    Args:
+        layers: What `leave_casts_to_autocast` returned; it is emptied.
+    """
+    while layers:
+        setattr(layers.pop(), _CASTS, True)
 
 
 def has_reloaded_base(model: Any) -> bool:

@@ -18,6 +18,7 @@ from lctrain.models.low_rank import (
 )
 from lctrain.module import LongContextModule
 from tests.configs.composed import load
+from tests.training import loader, make_batch, make_trainer
 
 peft = pytest.importorskip("peft")
 
@@ -94,6 +95,20 @@ def test_the_state_is_that_of_the_adapters_and_comes_back(make_llama):
         load_adapter_state(other, state)
 
 
+def test_adapters_cast_their_inputs_again_after_mixed_precision(base, tmp_path):
+    model = build_model(base, 97, AdapterConfig(rank=2))
+    module = LongContextModule(model)
+    trainer = make_trainer(tmp_path, max_steps=1, precision="bf16-mixed")
+    seen = []
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    hook = layer.register_forward_hook(lambda *given: seen.append(layer.cast_input_dtype_enabled))
+    trainer.fit(module, loader([make_batch((5, 9))]))
+    hook.remove()
+    assert seen
+    assert not any(seen)
+    model.eval()(torch.arange(3, 9)[None])  # without autocast, dtypes would differ
+
+
 def test_unknown_targets_are_named_before_the_weights_are_loaded(base):
     adapter = AdapterConfig(targets=["query"])
     with pytest.raises(ValueError, match=r"adapter\.targets must name .*down_proj, .* got query"):
@@ -134,13 +149,11 @@ def test_a_base_in_four_bits_needs_adapters(make_llama):
     ("quantize", "package"), [(None, "peft"), ("nf4", "bitsandbytes"), ("int8", "torchao")]
 )
 def test_a_missing_package_is_named(monkeypatch, quantize, package):
-    find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == package else object()
     )
     with pytest.raises(ValueError, match=rf"needs the package {package}, .*pip install {package}"):
         require_packages(AdapterConfig(quantize=quantize))
-    monkeypatch.setattr(importlib.util, "find_spec", find)
 
 
 @pytest.mark.parametrize(
