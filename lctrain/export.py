@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,10 @@ _OF_A_RUN = ("backend", "deterministic")  # attention options that are not part 
 _OF_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 """Files of peft's adapters."""
 
-_FREE_ROPE = ("default", "linear", "llama3")  # RoPE types that ignore max_position_embeddings
+_OF_A_MODEL = ("config.json", "generation_config.json", "model*.safetensors*")
+"""Files of a whole model that an export writes."""
+
+_FREE_ROPE = ("default", "linear", "llama3")  # RoPE types independent of max_position_embeddings
 
 
 def export_model(
@@ -62,6 +66,8 @@ def export_model(
     model = module.model.cpu()
     if inside_adapters(model) is model:
         _delete_adapters(folder)
+    else:
+        _delete_whole_model(folder, model)
     model.save_pretrained(folder)
     _save_description(model, tokenizer, folder, spec, trained_length)
     module.configure_model()
@@ -85,6 +91,23 @@ def _delete_adapters(folder: Path) -> None:
     """Deletes adapters of an earlier export, which transformers would load with the whole model."""
     for name in _OF_ADAPTERS:
         (folder / name).unlink(missing_ok=True)
+
+
+def _delete_whole_model(folder: Path, model: Any) -> None:
+    """Deletes the whole model of an earlier export, whose files adapters do not overwrite.
+
+    A model that lctrain did not export, or that the adapters are for, is kept.
+    """
+    bases = {config.base_model_name_or_path for config in model.peft_config.values()}
+    if any(base and Path(base).absolute() == folder.absolute() for base in bases):
+        return
+    try:
+        is_ours = KEY in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if is_ours:
+        for path in [found for pattern in _OF_A_MODEL for found in folder.glob(pattern)]:
+            path.unlink()
 
 
 def _save_description(

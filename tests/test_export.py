@@ -1,6 +1,7 @@
 """Tests exports: the config, the model card, and unchanged outputs."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -120,6 +121,38 @@ def test_a_merged_export_replaces_adapters_in_the_same_folder(tokenizer, tmp_pat
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert not any("lora" in name for name, _ in loaded.named_parameters())
     assert (folder / "config.json").exists()
+
+
+def test_adapters_replace_a_whole_model_of_an_earlier_export_only(tokenizer, tmp_path):
+    pytest.importorskip("peft")
+    AutoModelForCausalLM.from_config(llama()).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    folder = tmp_path / "model"
+    export_model(LongContextModule(base, attention=None), tokenizer, folder)
+    module = LongContextModule(add_adapter(base, AdapterConfig(rank=2)), attention=None)
+    export_model(module, tokenizer, folder)
+    names = {path.name for path in folder.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= names
+    assert not names & {"config.json", "model.safetensors", "generation_config.json"}
+    export_model(module, tokenizer, tmp_path / "base")  # whose weights the adapters need
+    assert (tmp_path / "base" / "model.safetensors").exists()
+
+
+def test_an_export_leaves_fused_modules_and_tiles_as_they_were(tokenizer, tmp_path):
+    model = AutoModelForCausalLM.from_config(llama())
+    attention = AttentionConfig(fused=True)
+    memory = {"name": "checkpoint", "mlp_tokens": 8}
+    module = LongContextModule(model, attention=attention, memory=memory)
+    module.configure_model()
+    before = [type(part) for part in model.modules()]
+    tiles = [layer.mlp.forward for layer in model.model.layers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export_model(module, tokenizer, tmp_path / "model")
+    assert [type(part) for part in model.modules()] == before
+    assert [layer.mlp.forward for layer in model.model.layers] == tiles
+    module.patch_handle.unpatch()
+    assert type(model.model.layers[0].mlp).__name__ == "LlamaMLP"
 
 
 @pytest.mark.parametrize("version", [1, 2])
