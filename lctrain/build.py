@@ -170,7 +170,8 @@ def plan_memory(config: TrainConfig) -> Plan:
         model = model.to(torch.bfloat16)
     tokens = config.memory.tokens or config.data.max_tokens
     mixed = "bf16-mixed" if precision == "bf16-mixed" else "true"
-    return plan_for(model, config.memory, tokens, mixed)
+    quantize = None if config.adapter is None else config.adapter.quantize
+    return plan_for(model, config.memory, tokens, mixed, quantize=quantize)
 
 
 def _dtype(config: ModelConfig, adapter: AdapterConfig | None) -> str:

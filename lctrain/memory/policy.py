@@ -20,6 +20,7 @@ from lctrain.memory.layers import (
 )
 from lctrain.memory.plan import GIB, Plan, plan_of, policies_of
 from lctrain.memory.profile import profile
+from lctrain.memory.quantized import stored_bytes
 from lctrain.memory.store import HostStore
 from lctrain.warn import warn_caller
 
@@ -110,6 +111,7 @@ def plan_for(
     precision: str,
     device: torch.device | None = None,
     ranks: int | None = None,
+    quantize: str | None = None,
 ) -> Plan:
     """Returns the plan of a model's memory, with this machine's GPU and host memory as limits.
 
@@ -125,6 +127,7 @@ def plan_for(
         device: Device on which the model is trained; None for the model's current device.
         ranks: Number of ranks on this machine, which share its memory; None takes torchrun's
             LOCAL_WORLD_SIZE, else 1.
+        quantize: Format in which frozen dense weights will be stored: nf4, int8 or None.
 
     Raises:
         ValueError: if the number of tokens is unknown, or the model cannot be planned.
@@ -143,8 +146,8 @@ def plan_for(
     elif device.type != "meta":
         limit = free_device_bytes(device)
         there = [p for p in model.parameters() if p.device.type == device.type]
-        limit += sum(p.numel() * p.element_size() for p in there)
-    measured = profile(model, tokens, precision, config.mlp_tokens)
+        limit += sum(map(stored_bytes, there))
+    measured = profile(model, tokens, precision, config.mlp_tokens, quantize)
     return plan_of(measured, config, limit, host_bytes(config, ranks))
 
 

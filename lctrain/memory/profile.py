@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from lctrain.batch import PackedBatch
 from lctrain.memory.attention import KeptResults
 from lctrain.memory.layers import checkpointed_layers
+from lctrain.memory.quantized import weight_bytes
 from lctrain.memory.tiles import TiledMLPs
 from lctrain.memory.tracker import Bfloat16Products, Tracker, skeleton
 from lctrain.models.low_rank import leave_casts_to_autocast
@@ -76,7 +77,11 @@ class Profile:
 
 
 def profile(
-    model: nn.Module, tokens: int, precision: str = "true", mlp_tokens: int | None = None
+    model: nn.Module,
+    tokens: int,
+    precision: str = "true",
+    mlp_tokens: int | None = None,
+    quantize: str | None = None,
 ) -> Profile:
     """Runs forward and backward of a model on the meta device, and counts the bytes.
 
@@ -87,11 +92,13 @@ def profile(
         tokens: Number of tokens of the pack, which is one document.
         precision: "true" if activations have the dtype of the weights, or "bf16-mixed".
         mlp_tokens: Number of tokens that an MLP computes at a time; None for all tokens at once.
+        quantize: Format in which frozen dense weights will be stored: nf4, int8 or None.
 
     Raises:
         ValueError: if transformers cannot checkpoint the model's layers, or the model reads values
             of its weights.
     """
+    weights, dequantized = weight_bytes(model, quantize)
     model = skeleton(model).train()
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     decoder = inner.base_model if hasattr(inner, "base_model") else inner
@@ -116,14 +123,19 @@ def profile(
         ) from error
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(map(_bytes, trained))
-    weights = sum(map(_bytes, [*model.parameters(), *model.buffers()]))
     return Profile(
         tokens=tokens,
         weights=weights,
         gradients=gradients,
         optimizer=OPTIMIZER_STATES * gradients,
         layers=tuple(
-            LayerBytes(one.inputs, one.attention, whole.saved, one.forward, one.backward)
+            LayerBytes(
+                inputs=one.inputs,
+                attention=one.attention,
+                saved=whole.saved,
+                forward=one.forward + dequantized,
+                backward=one.backward + dequantized,
+            )
             for one, whole in zip(run.layers, plain, strict=True)
         ),
         around=run.around,

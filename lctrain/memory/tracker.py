@@ -13,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lctrain.memory.quantized import is_quantized, make_dense
+
 _BACKWARD_WORKSPACE = {"varlen_backward": 1, "dual_chunk_backward": 1, "differential_backward": 2}
 """Attention's backward operators -> tensors of the size of q that they accumulate in float32."""
 
@@ -105,13 +107,20 @@ class Bfloat16Products(TorchFunctionMode):
 def skeleton(model: nn.Module) -> Any:
     """Returns a copy of a model on the meta device, with its patches and adapters.
 
+    Quantized weights are dense in the copy.
+
     Args:
         model: A model on any device, which is not changed.
     """
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
+        if is_quantized(tensor):
+            memo[id(tensor)] = tensor  # until its layer is replaced by a dense one
+            continue
         empty = torch.empty_like(tensor, device="meta", requires_grad=False)
         if isinstance(tensor, nn.Parameter):
             empty = nn.Parameter(empty, tensor.requires_grad)
         memo[id(tensor)] = empty
-    return copy.deepcopy(model, memo)
+    found = copy.deepcopy(model, memo)
+    make_dense(found)
+    return found
