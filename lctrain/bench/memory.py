@@ -27,7 +27,7 @@ import torch
 from lctrain.bench.shapes import ModelShape, build_shape, llama_8b, tiny
 from lctrain.bench.step_process import random_pack, time_step
 from lctrain.config import AdapterConfig, MemoryConfig
-from lctrain.config.memory import POLICIES
+from lctrain.config.memory import POLICIES, WITH_HOST
 from lctrain.loss import causal_lm_loss
 from lctrain.memory.plan import GIB
 from lctrain.memory.policy import apply_config, plan_for
@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 name=policy,
                 keep_attention=kept,
                 mlp_tokens=None if policy == "none" else options.mlp_tokens,
-                host_gib=options.host_gib,
+                host_gib=options.host_gib if policy in WITH_HOST else None,
                 device_gib=options.device_gib,
             )
             run = bench.planned(config, tokens)

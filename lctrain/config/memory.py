@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lctrain.limits import require
 
 POLICIES = ("none", "checkpoint", "offload", "auto")
+WITH_HOST = ("offload", "auto")  # policies that keep tensors on the host
 WITH_SHARDS = ("none", "checkpoint")  # policies that trainer.strategy=fsdp2 supports
 
 
@@ -22,7 +23,8 @@ class MemoryConfig:
             so that attention is not recomputed.
         host_attention: Number of layers before those whose attention results go to the host
             (offload only).
-        keep_inputs: Number of layers, from the last, whose inputs stay on the GPU (offload only).
+        keep_inputs: Number of layers, from the last, whose inputs stay on the GPU (offload and
+            auto); None takes 2.
         mlp_tokens: Number of tokens for which an MLP computes at once in training; None computes
             all tokens at once. Results are equal within rounding (all policies but none).
         device_gib: Memory of the GPU in GiB that the plan counts with; None takes what is free.
@@ -35,7 +37,7 @@ class MemoryConfig:
     name: str = "none"
     keep_attention: int = 0
     host_attention: int = 0
-    keep_inputs: int = 2
+    keep_inputs: int | None = None
     mlp_tokens: int | None = None
     device_gib: float | None = None
     host_gib: float | None = None
@@ -51,7 +53,7 @@ class MemoryConfig:
         for option in ("keep_attention", "host_attention", "keep_inputs"):
             value = getattr(self, option)
             require(
-                value >= 0,
+                value is None or value >= 0,
                 f"memory.{option} must be at least 0, got {value}. It is a number of layers.",
             )
         require(
@@ -64,6 +66,13 @@ class MemoryConfig:
             f"memory.keep_attention must be 0 for memory={self.name}, got {self.keep_attention}. "
             "Choose memory=checkpoint or memory=offload.",
         )
+        for option in ("keep_inputs", "host_gib"):
+            value = getattr(self, option)
+            require(
+                value is None or self.name in WITH_HOST,
+                f"memory.{option} must be null for memory={self.name}, which keeps nothing on the "
+                f"host, got {value}. Choose memory=offload or memory=auto.",
+            )
         for option in ("device_gib", "host_gib"):
             gib = getattr(self, option)
             require(

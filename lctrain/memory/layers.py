@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lctrain.attention import is_patched
 from lctrain.memory.attention import KeptResults
 from lctrain.memory.store import HostStore, OnDevice
 from lctrain.memory.tiles import TiledMLPs
@@ -66,6 +67,7 @@ class LayerCheckpoints:
         self._tiles = None if mlp_tokens is None else TiledMLPs(layers, mlp_tokens)
         remove_policy(model)  # the earlier policy's tiles; the tiles made above stay
         vars(model)[_HANDLE] = self
+        self._has_operators = False  # whether the model is known to have lctrain's attention
         self.policies = tuple(policies)
         self.store = store
         plain = partial(checkpoint, use_reentrant=False)
@@ -96,8 +98,16 @@ class LayerCheckpoints:
 
         Returns:
             The layer's output.
+
+        Raises:
+            ValueError: if the policy keeps more than inputs on the GPU under torch.compile, or
+                attention that is not lctrain's.
         """
-        plain = policy == LayerPolicy() or torch.compiler.is_compiling()
+        plain = policy == LayerPolicy()
+        if not plain and torch.compiler.is_compiling():
+            _refuse_compilation()
+        if policy.attention != RECOMPUTE and not self._has_operators:
+            self._require_operators()
         x = given[0] if given else None
         group = None if self.store is None else self.store.group()
         if self.store is not None and HOST not in (policy.inputs, policy.attention):
@@ -130,10 +140,29 @@ class LayerCheckpoints:
         del given
         return checkpoint(call, device, *rest, use_reentrant=False, **contexts, **options)
 
+    def _require_operators(self) -> None:
+        """Raises ValueError if no attention of the model is an operator of lctrain."""
+        if not any(map(is_patched, self._model.modules())):
+            raise ValueError(
+                "memory must recompute the attention of a model that is not patched, got "
+                "keep_attention or host_attention above 0: only lctrain's attention can be kept. "
+                "Choose attention=flash (lctrain.patch_model), or set both to 0."
+            )
+        self._has_operators = True
+
     def _keep_result(self, place: str, group: Any, tokens: int, x: Tensor) -> Any:
         if place == DEVICE or self.store is None:
             return OnDevice(x)
         return self.store.put(x, f"{ATTENTION} {x.dim()}", group, tokens)
+
+
+@torch.compiler.disable(reason="memory=offload and kept attention need a model as it is")
+def _refuse_compilation() -> None:
+    """Raises ValueError inside of torch.compile, which would trace neither copies nor reuse."""
+    raise ValueError(
+        "memory must keep nothing but inputs on the GPU under torch.compile, got offloaded inputs "
+        "or kept attention. Use memory=checkpoint with keep_attention=0, or do not compile."
+    )
 
 
 def remove_policy(model: Any) -> None:

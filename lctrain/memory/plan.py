@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 
 from lctrain.config import MemoryConfig
+from lctrain.config.memory import WITH_HOST
+from lctrain.limits import require
 from lctrain.memory.arena import aligned
 from lctrain.memory.layers import DEVICE, HOST, RECOMPUTE, LayerPolicy
 from lctrain.memory.profile import LayerBytes, Profile, profile
@@ -20,6 +22,8 @@ RESERVE = GIB
 """Device bytes for CUDA's context, its libraries and what the allocator cannot use."""
 LARGEST = 2**27
 """Most tokens of a pack for which a context length is searched."""
+DEFAULT_INPUTS = 2
+"""Layers, from the last, whose inputs stay on the device unless memory.keep_inputs is set."""
 _STEP = 1024  # tokens; the longest context is given in multiples of it
 
 
@@ -142,7 +146,9 @@ def plan(
     Raises:
         ValueError: if an option is out of range, or the model cannot run on the meta device.
     """
-    config = MemoryConfig(name=policy, host_gib=host_gib, device_gib=device_gib, **options)
+    if policy in WITH_HOST:
+        options = {**options, "host_gib": host_gib}
+    config = MemoryConfig(name=policy, device_gib=device_gib, **options)
     limits = tuple(None if gib is None else int(gib * GIB) for gib in (device_gib, host_gib))
     measured = profile(model, tokens, precision, config.mlp_tokens)
     return plan_of(measured, config, *limits)
@@ -164,9 +170,11 @@ def plan_of(
     count = len(measured.layers)
     if host_limit is not None:  # inputs of layers that do not fit on the host stay on the GPU
         on_host = host_limit // max(aligned(layer.inputs) for layer in measured.layers)
-        config = replace(config, keep_inputs=max(config.keep_inputs, count - on_host))
+        config = replace(config, keep_inputs=max(_kept_inputs(config, count), count - on_host))
     found = None
-    for candidate in _candidates(config, count):
+    # Only lctrain's attention can be kept; it is that of all layers, or of none.
+    can_keep = any(layer.attention for layer in measured.layers)
+    for candidate in _candidates(config, count if can_keep else 0):
         found = _plan(measured, candidate, device_limit, host_limit)
         if found.fits is not False:
             return found
@@ -175,10 +183,16 @@ def plan_of(
 
 
 def _candidates(config: MemoryConfig, layers: int) -> list[MemoryConfig]:
-    """Returns the policies that "auto" tries in turn: the fastest first, the most frugal last."""
+    """Returns the policies that "auto" tries in turn: the fastest first, the most frugal last.
+
+    Args:
+        config: Settings of "auto".
+        layers: Number of layers whose attention can be kept.
+    """
 
     def make(name: str, **options: Any) -> MemoryConfig:
-        return replace(config, name=name, **options)
+        unused = {} if name in WITH_HOST else {"keep_inputs": None, "host_gib": None}
+        return replace(config, name=name, **(unused | options))
 
     ends = [] if config.mlp_tokens else [make("none")]
     ends += [make("checkpoint", keep_attention=layers)]
@@ -221,12 +235,26 @@ def policies_of(config: MemoryConfig, layers: int) -> list[LayerPolicy]:
     Args:
         config: Settings of the policy none, checkpoint or offload.
         layers: Number of layers.
+
+    Raises:
+        ValueError: if a setting counts more layers than there are.
     """
     if config.name == "none":
         return []
+    counts = {
+        "keep_inputs": config.keep_inputs or 0,
+        "keep_attention": config.keep_attention,
+        "keep_attention + memory.host_attention": config.keep_attention + config.host_attention,
+    }
+    for option, count in counts.items():
+        require(
+            count <= layers,
+            f"memory.{option} must be at most the model's {layers} layers, got {count}. Lower it.",
+        )
     found = []
+    kept = _kept_inputs(config, layers)
     for from_last in reversed(range(layers)):
-        on_host = config.name == "offload" and from_last >= config.keep_inputs
+        on_host = config.name == "offload" and from_last >= kept
         attention = RECOMPUTE
         if from_last < config.keep_attention:
             attention = DEVICE
@@ -234,6 +262,11 @@ def policies_of(config: MemoryConfig, layers: int) -> list[LayerPolicy]:
             attention = HOST
         found.append(LayerPolicy(HOST if on_host else DEVICE, attention))
     return found
+
+
+def _kept_inputs(config: MemoryConfig, layers: int) -> int:
+    """Returns the number of layers whose inputs stay on the device under the policy offload."""
+    return min(DEFAULT_INPUTS, layers) if config.keep_inputs is None else config.keep_inputs
 
 
 def _needed(

@@ -1,5 +1,7 @@
 """Tests the plan of memory against the bytes that a step really takes, counted tensor by tensor."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -82,7 +84,7 @@ def test_the_plan_is_within_5_percent_of_what_a_step_takes(name, model, batch):
         assert planned.host_bytes == handle.store.capacity
 
 
-def test_no_policy_keeps_everything(model, batch):
+def test_the_policy_none_keeps_everything(model, batch):
     planned = plan(model, TOKENS, "none")
     parts = (
         "gradients",
@@ -125,13 +127,25 @@ def test_auto_takes_the_first_that_fits(model):
     assert some.fits
     assert [layer.inputs for layer in some.policies] == ["host"] * 2 + ["device"] * 4
     without_host = chosen(kept.device_bytes - 1, 0)
-    assert without_host.fits is False or without_host.host_bytes == 0
+    assert without_host.fits
+    assert without_host.host_bytes == 0
+    found = [layer.attention for layer in without_host.policies]
+    assert found == ["recompute"] + ["device"] * (LAYERS - 1)
     least = chosen(1, 1)
     assert least.fits is False
     assert "It does not fit" in str(least)
 
 
-def test_the_longest_context_fits_and_one_more_step_does_not(model):
+def test_auto_keeps_no_attention_that_is_not_ours(model):
+    bytes_of = profile(model, TOKENS)
+    bare = replace(bytes_of, layers=tuple(replace(x, attention=0) for x in bytes_of.layers))
+    whole = plan_of(bare, MemoryConfig(), None, None)
+    found = plan_of(bare, MemoryConfig(name="auto"), whole.device_bytes - 1, None)
+    assert found.policy == "checkpoint"
+    assert {layer.attention for layer in found.policies} == {"recompute"}
+
+
+def test_the_longest_context_fits_and_a_twentieth_more_does_not(model):
     limit = 2 * GIB
     found = plan(model, TOKENS, "checkpoint", device_gib=2)
     assert found.fits

@@ -281,11 +281,66 @@ def test_a_model_without_such_layers_is_refused():
             r"mlp_tokens must be null with trainer\.precision=bf16-true, got 8",
         ),
         (("memory=offload", "memory.tokens=1"), r"memory\.tokens must be at least 2, got 1"),
+        (("memory=checkpoint", "memory.keep_inputs=1"), r"keep_inputs must be null for memory=ch"),
+        (("memory=checkpoint", "memory.host_gib=8"), r"host_gib must be null for memory=checkp"),
+        (("memory.host_gib=8",), r"memory\.host_gib must be null for memory=none, .*got 8"),
     ],
 )
 def test_settings_that_are_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         load(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "message"),
+    [
+        (
+            "checkpoint",
+            {"keep_attention": 3},
+            r"memory\.keep_attention must be at most .* 2 layers",
+        ),
+        ("offload", {"keep_inputs": 3}, r"memory\.keep_inputs must be at most .* 2 layers, got 3"),
+        (
+            "offload",
+            {"keep_attention": 1, "host_attention": 2},
+            r"keep_attention \+ memory\.host_attention must be at most the model's 2 layers, got 3",
+        ),
+    ],
+)
+def test_more_layers_than_a_model_has_are_refused(policy, options, message):
+    with pytest.raises(ValueError, match=message):
+        use_policy(make_model("llama"), policy, **options)
+
+
+def test_attention_that_is_not_ours_cannot_be_kept(packs):
+    model = make_model("llama").train()
+    rows = {"input_ids": packs[0]["input_ids"], "labels": packs[0]["input_ids"]}
+    use_policy(model, "checkpoint", keep_attention=1)
+    with pytest.raises(ValueError, match=r"memory must recompute the attention of a model that is"):
+        model(**rows)
+    with lctrain.patch_model(model):
+        use_policy(model, "checkpoint", keep_attention=1)
+        model(**packs[0]).loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "fullgraph"),
+    [
+        ({"keep_inputs": 0}, False),
+        ({"keep_inputs": 0}, True),
+        ({"keep_attention": 1, "keep_inputs": 2}, True),
+    ],
+)
+def test_offloading_is_refused_by_name_under_torch_compile(options, fullgraph, packs):
+    model = make_model("llama").train()
+    rows = {name: value for name, value in packs[0].items() if name != "labels"}
+    with lctrain.patch_model(model, fused=True):
+        use_policy(model, "offload", **options)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=fullgraph)
+        with pytest.raises((ValueError, RuntimeError), match=r"memory.* kept attention"):
+            compiled(**rows)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("policy", ["none", "checkpoint", "offload"])
