@@ -27,7 +27,7 @@ _OF_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_mod
 _OF_A_MODEL = ("config.json", "generation_config.json", "model*.safetensors*")
 """Files of a whole model that an export writes."""
 
-_FREE_ROPE = ("default", "linear", "llama3")  # RoPE types independent of max_position_embeddings
+_FREE_ROPE = ("default", "linear", "llama3")  # RoPE types that ignore max_position_embeddings
 
 
 def export_model(
