@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lctrain.batch import IGNORE_INDEX
 from lctrain.kernels import linear_cross_entropy
 from lctrain.loss.causal_lm import probe
+from lctrain.loss.masked_lm import has_known_head, head_losses
 from lctrain.loss.output_head import find_output_head
 
 
@@ -25,49 +26,107 @@ class LossSwap:
     It implements the protocol `lctrain.models.swap.Swap`.
 
     Args:
-        model: A transformers causal LM.
+        model: A transformers model for causal or masked language modeling.
 
     Raises:
-        ValueError: if the model is not a causal LM with an output embedding.
+        ValueError: if the model is neither, or has no output embedding.
     """
 
     name = "loss"
 
     def __init__(self, model: nn.Module) -> None:
-        require_causal_lm(model)
+        require_language_model(model)
         self._model: Any = model
         self._own = cast(Any, type(model))
+        self._masked = is_masked_lm(model)
 
     def apply(self) -> None:
         """Changes the model's class to a subclass that computes the loss without logits."""
-        self._model.__class__ = loss_class(self._own)
+        make = masked_loss_class if self._masked else loss_class
+        self._model.__class__ = make(self._own)
 
     def undo(self) -> None:
         """Restores the model's class."""
         self._model.__class__ = self._own
 
     def describe(self) -> str:
-        """Returns the words "without logits", for the report of PatchHandle."""
-        return "without logits"
+        """Returns which logits are not computed, for the report of PatchHandle."""
+        return "at masked positions, without logits" if self._masked else "without logits"
 
 
-def require_causal_lm(model: Any) -> None:
+def require_language_model(model: Any) -> None:
     """Raises a ValueError unless `patch_model(model, loss=True)` supports the model.
 
     Args:
         model: A transformers model.
 
     Raises:
-        ValueError: if the model is not a causal LM with an output embedding.
+        ValueError: if the model is not a causal or masked LM with an output embedding.
     """
     names = getattr(type(model).forward, "__code__", None)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     causal = type(model).__name__.endswith("ForCausalLM")
-    if head is None or not causal or names is None:
+    if head is None or not (causal or is_masked_lm(model)) or names is None:
         raise ValueError(
-            f"loss=True needs a causal language model with an output embedding, got "
-            f"{type(model).__name__}. Pass loss=False."
+            f"loss=True needs a causal language model, or a masked one, with an output embedding, "
+            f"got {type(model).__name__}. Pass loss=False."
         )
+
+
+def is_masked_lm(model: Any) -> bool:
+    """Returns whether a model is a transformers model for masked language modeling."""
+    return type(model).__name__.endswith("ForMaskedLM")
+
+
+@functools.cache
+def masked_loss_class(own: Any) -> Any:
+    """Returns a subclass of a masked LM's class whose forward computes logits for no token.
+
+    Args:
+        own: The model's own class.
+    """
+
+    @functools.wraps(own.forward)
+    def forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        plain = partial(own.forward, self, *args, **kwargs)
+        if labels is None:
+            return plain()
+        fits = self.training and not args and kwargs.get("return_dict", True) is not False
+        if not fits or not has_known_head(self, self, labels.device):
+            return plain(labels=labels)
+        return _masked_loss(self, labels, kwargs)
+
+    changes = {
+        "forward": forward,
+        "__module__": own.__module__,
+        "lctrain_own_forward": own.forward,  # which `head_states` runs
+    }
+    return type(own.__name__, (own,), changes)
+
+
+def _masked_loss(model: Any, labels: Tensor, kwargs: dict[str, Any]) -> Any:
+    from transformers.modeling_outputs import MaskedLMOutput
+
+    kwargs = dict(kwargs)
+    divisor = kwargs.pop("num_items_in_batch", None)
+    outputs = model.base_model(**kwargs)
+    hidden = outputs[0].flatten(0, 1)
+    labels = labels.flatten()
+    masked = (labels != IGNORE_INDEX).nonzero().flatten()
+    loss = head_losses(
+        model,
+        hidden.index_select(0, masked.to(hidden.device)),
+        labels[masked].to(hidden.device),
+        "mean" if divisor is None else "sum",
+    )
+    if divisor is not None:
+        loss = loss / (divisor.to(loss.device) if torch.is_tensor(divisor) else divisor)
+    return MaskedLMOutput(
+        loss=loss,
+        logits=None,
+        hidden_states=outputs.get("hidden_states"),
+        attentions=outputs.get("attentions"),
+    )
 
 
 @functools.cache

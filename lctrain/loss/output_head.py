@@ -98,7 +98,7 @@ def find_output_head(
             It is called only when a head is verified, since it copies tensors to the device, which
             synchronises.
     """
-    inner = _without_wrappers(model)
+    inner = without_wrappers(model)
     signature = _signature(inner)
     found: _Verified | None = vars(model).get(_ATTRIBUTE)
     if found is None or found.signature != signature:
@@ -115,7 +115,7 @@ def find_output_head(
     return found.head
 
 
-def _without_wrappers(model: nn.Module) -> Any:
+def without_wrappers(model: nn.Module) -> Any:
     """Returns the transformers model inside the wrappers of torch.compile and PEFT."""
     if isinstance(model, OptimizedModule):
         model = model._orig_mod
@@ -165,7 +165,7 @@ def _verify(model: nn.Module, inner: Any, probe: Mapping[str, Any]) -> OutputHea
         UnverifiedHeadError: if the model's logits differ from those of OutputHead.
     """
     projection = _output_embeddings(inner)
-    _check_projection(projection)
+    check_projection(projection)
     seen: dict[str, Tensor] = {}
     hidden_of: dict[nn.Module, Tensor] = {}
 
@@ -217,7 +217,8 @@ def _decoders(inner: Any) -> list[nn.Module]:
     return [part for part in parts if part is not None and part is not inner]
 
 
-def _check_projection(projection: Any) -> None:
+def check_projection(projection: Any) -> None:
+    """Raises an UnverifiedHeadError unless an output embedding is a plain nn.Linear."""
     if type(projection) is not nn.Linear:
         raise UnverifiedHeadError(
             f"its output embedding is a {type(projection).__name__}, not a torch.nn.Linear"

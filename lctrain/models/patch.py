@@ -39,7 +39,8 @@ def patch_model(
             operations as well. Results are equal within rounding; on a GPU they are faster and take
             less memory.
         loss: Whether `model(**batch, labels=...)` computes the loss without the logits in training
-            mode; its output then has `logits=None`. Only for causal language models.
+            mode; its output then has `logits=None`. For causal and masked language models; the
+            head of a masked one then runs on masked positions only.
         unpad: Whether an encoder computes nothing for padding: rows with a 2-D attention mask
             become one pack before the embeddings, and outputs become rows again, zero at padding.
             None means True for encoders that support it, and False for other models.
