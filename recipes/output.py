@@ -1,4 +1,4 @@
-"""Protects the folders of earlier runs, and prints a recipe's expected errors as messages."""
+"""Refuses to overwrite earlier runs, and prints a recipe's expected errors as messages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def refuse_earlier_runs(stage: str, folders: Iterable[Path]) -> None:
 
 @contextmanager
 def messages(program: str) -> Iterator[None]:
-    """Ends the process with a short message on an expected error, as lctrain's commands do.
+    """Context manager that ends the process with a short message on an expected error.
 
     Args:
         program: Command line of the recipe, for the message.

@@ -1,1 +1,1 @@
-"""Pages and pictures of the site that are generated."""
+"""Builds the pages and pictures of the site that are generated."""

@@ -1,4 +1,4 @@
-"""The API reference: one page for every public package, one entry for every public name.
+"""Builds the API reference: one page per public package, with an entry for every public name.
 
 The packages are read, not imported, so that the site is built on a machine without a GPU.
 """

@@ -1,4 +1,4 @@
-"""The configuration reference: a table of keys for every schema."""
+"""Builds the configuration reference: a table of keys for every schema."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Pictures of the architecture as SVG: rows of boxes with an arrow from each row to the next.
+"""Draws the pictures of the architecture as SVG: rows of boxes, with arrows between rows.
 
-`python docs/builders/pictures.py` writes them into docs/pictures. Mermaid is not used: it loads its
-script from another host whenever a page is opened.
+`python docs/builders/pictures.py` writes them into docs/pictures. Mermaid is not used, since it
+loads its script over the network whenever a page is opened.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The page of what was compiled and run: tables from the reports, the records and the pins."""
+"""Builds the page of what was compiled and run, from compile reports and benchmark records."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def run_section() -> str:
     rows = []
     for file in sorted(RECORDS.rglob("*.json")):
         record = json.loads(file.read_text())
-        if "device" not in record:  # a simulation
+        if "device" not in record:  # the record of a simulation
             continue
         versions = record["versions"]
         cells = [versions.get(name, "") for name in ("torch", "triton", "transformers")]

@@ -1,10 +1,11 @@
-"""`lctrain-bench balance`: simulates how evenly attention work is spread over ranks, on a CPU.
+"""`lctrain-bench balance`: simulates, on a CPU, how evenly attention work is spread over ranks.
 
     lctrain-bench balance                    # writes a JSON record, prints the table
 
-Documents of log-normal lengths are packed, and the rows are ordered as a run orders them. The work
-of a row is the sum of its squared document lengths. A figure is the work of the heaviest rank over
-the mean of all ranks, averaged over the optimizer steps of an epoch.
+Documents with log-normal lengths are packed into rows, and the rows are ordered as in a training
+run. The work of a row is the sum of its squared document lengths. The reported figure is the work
+of the heaviest rank over the mean of all ranks, averaged over the optimizer steps of an epoch; 1 is
+perfect.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ PACKS = (1, 4)
 
 @dataclass(frozen=True)
 class Mix:
-    """Documents of log-normal lengths, and the rows that hold them.
+    """A distribution of document lengths, and the rows that hold the documents.
 
     Attributes:
         max_tokens: Capacity of a row in tokens.
-        sigma: Standard deviation of the logarithm of a length.
+        sigma: Standard deviation of the natural logarithm of a length in tokens.
         documents: Number of documents.
-        mu: Mean of the logarithm of a length.
-        shortest: Smallest length; shorter draws are raised to it.
+        mu: Mean of the natural logarithm of a length in tokens.
+        shortest: Smallest length in tokens; shorter draws are raised to it.
     """
 
     max_tokens: int
@@ -48,7 +49,7 @@ class Mix:
     shortest: int = 16
 
     def plan(self, seed: int) -> PackingPlan:
-        """Draws the documents and packs them; longer ones than a row are split."""
+        """Draws the documents and packs them; documents longer than a row are split."""
         lengths = np.random.default_rng(seed).lognormal(self.mu, self.sigma, self.documents)
         return plan_rows(np.maximum(self.shortest, lengths).astype(np.int64), self.max_tokens)
 
@@ -61,7 +62,7 @@ def spread(order: np.ndarray, costs: np.ndarray, packs: int) -> float:
 
     Args:
         order: Row of every rank at every step, [steps, ranks].
-        costs: Attention work of every row.
+        costs: [R] attention work of every row.
         packs: Number of packs per rank in an optimizer step.
     """
     work = costs[order]
@@ -71,16 +72,17 @@ def spread(order: np.ndarray, costs: np.ndarray, packs: int) -> float:
 
 
 def simulate(mix: Mix, ranks: int, seed: int, window: int = BALANCE_WINDOW) -> dict[str, Any]:
-    """Packs and orders the documents of one seed.
+    """Draws, packs and orders documents, and measures the balance of the ranks.
 
     Args:
-        mix: Documents and rows.
+        mix: Distribution of document lengths.
         ranks: Number of ranks.
         seed: Seed of the lengths and of the shuffle.
         window: Number of steps within which rows are sorted by work.
 
     Returns:
-        fill, rows, steps, and by packs per rank the spread as_drawn (a plain shuffle) and balanced.
+        A dictionary: "fill", "rows", "steps", and for each number of packs per rank the result of
+        `spread` for a plain shuffle ("as_drawn") and for lctrain's order ("balanced").
     """
     plan = mix.plan(seed)
     costs = plan.costs()

@@ -1,4 +1,4 @@
-"""The contenders of the step benchmark: lctrain, and what one assembles from other libraries.
+"""The contenders of the step benchmark: lctrain, and combinations of other libraries.
 
 Every contender trains the same model with the same weights on the same pack. Liger patches
 transformers' modules for the whole process, so each contender has a process of its own.
@@ -36,9 +36,9 @@ class Contender:
         title: Name in tables and records.
         modules: Modules that must be importable.
         distributions: Packages whose versions are recorded.
-        implementation: transformers' name of the attention.
+        implementation: Name of the attention in transformers.
         register: Function that registers the attention of that name, if transformers has none.
-        patch: Function that changes the built model.
+        patch: Function that changes the model after it is built.
         on_cpu: True if it runs without a GPU.
     """
 

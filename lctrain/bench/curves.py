@@ -1,4 +1,4 @@
-"""`lctrain-bench curves`: loss curves with everything of lctrain on, and with everything off.
+"""`lctrain-bench curves`: loss curves with all kernels of lctrain, and without any.
 
     lctrain-bench curves                     # on a GPU: 200 steps, three seeds, minutes
     lctrain-bench curves --tiny              # on a CPU: a tiny model, seconds
@@ -108,7 +108,7 @@ def compare(curves: Curves) -> dict[str, float | bool]:
     """Compares the difference between on and off with the spread of the seeds.
 
     Args:
-        curves: Losses by kind, seed and step.
+        curves: Losses by kind ("on" or "off"), seed and step.
 
     Returns:
         Means over the second half of the steps: spread (highest minus lowest seed of "off"),
@@ -133,7 +133,7 @@ def plot(curves: Curves, title: str, path: Path) -> None:
     """Draws the means over seeds with a band from lowest to highest, and the differences.
 
     Args:
-        curves: Losses by kind, seed and step.
+        curves: Losses by kind ("on" or "off"), seed and step.
         title: Title of the picture.
         path: PNG file to write.
     """

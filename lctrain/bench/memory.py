@@ -1,4 +1,4 @@
-"""Measures peak memory and tokens per second against context length, beside the plan's prediction.
+"""`lctrain-bench memory`: measures peak memory and speed by context length, beside the plan.
 
     lctrain-bench memory --tokens 32768,131072 --policies offload,auto --output memory.json
     lctrain-bench memory --tiny --tokens 64,128
@@ -40,15 +40,15 @@ from lctrain_kernels.bench.run import new_record
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured.
+    """The model that is measured, and how.
 
     Attributes:
         model: A patched PeftModel, on the device on which it is measured.
         shape: Shape of the model.
-        precision: "bf16-mixed" on a GPU, as training has it, else "true".
+        precision: "bf16-mixed" on a GPU, as in training, else "true".
         warmup: Number of steps before the timed ones.
         steps: Number of timed steps.
-        initial: Values of the trained weights at the begin of every run.
+        initial: Values of the trained weights at the beginning of every measurement.
     """
 
     model: Any
@@ -64,7 +64,7 @@ class Bench:
         return next(self.model.parameters()).device
 
     def planned(self, config: MemoryConfig, tokens: int) -> dict[str, Any]:
-        """Returns the plan's figures of a policy, without the reserve."""
+        """Returns the predicted bytes of a memory policy, without the reserve for CUDA."""
         begin = time.perf_counter()
         plan = plan_for(self.model, config, tokens, self.precision)
         return {
@@ -80,10 +80,10 @@ class Bench:
         }
 
     def measured(self, config: MemoryConfig, tokens: int) -> dict[str, Any]:
-        """Returns status and, unless memory runs out, the measured figures of a policy.
+        """Runs training steps under a memory policy, and returns the measured figures.
 
-        They are step_ms of every step, tokens_per_s, loss, host_gib and, on a GPU, peak_gib and
-        reserved_gib.
+        The result holds `status`. Unless memory runs out, it also holds step_ms of every step,
+        tokens_per_s, loss, host_gib and, on a GPU, peak_gib and reserved_gib.
         """
         handle = None
         try:
@@ -140,7 +140,7 @@ class Bench:
 
 
 def describe(run: dict[str, Any]) -> str:
-    """Returns a line about a run."""
+    """Returns one measurement as a line for the terminal."""
     line = f"{run['tokens']:>9,} tokens  {run['policy']:<10}  planned {run['planned_gib']:8.2f} GiB"
     line += f", host {run['planned_host_gib']:7.2f}"
     if run["status"] != "ok":

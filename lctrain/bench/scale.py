@@ -4,9 +4,10 @@
     torchrun --standalone --nproc-per-node 8 -m lctrain.bench scale
     torchrun --standalone --nproc-per-node 2 -m lctrain.bench scale --tiny  # a trial on CPUs
 
-Every rank trains on packs of equally many tokens, with copied and with divided parameters. Then all
-ranks share one document, by exchanged heads and by gathered keys. A share is compared with the
-whole document on one rank: efficiency is (whole / ranks) / share.
+Every rank trains on packs of equally many tokens: first with a copy of the parameters on every rank
+(DDP), then with sharded parameters (FSDP2). Then all ranks compute attention on one shared
+document, by exchanging heads and by gathering keys. The efficiency of this attention is (seconds
+for the whole document on one rank / ranks) / (seconds for a rank's share).
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ from lctrain_kernels.bench.__main__ import positive, results_folder
 WARM_UP = 3  # steps or calls before the timed ones
 STRATEGIES = ("ddp", "fsdp2")
 EXCHANGES = ("heads", "keys")
-HEADS, KEY_HEADS, HEAD_DIM = 32, 8, 128  # of the shared attention
+HEADS, KEY_HEADS, HEAD_DIM = 32, 8, 128  # shape of the shared attention
 
 
 class Times(pl.Callback):
     """Callback that times optimizer steps.
 
     Attributes:
-        seconds: Seconds of every step.
+        seconds: Seconds of every optimizer step.
     """
 
     def __init__(self) -> None:
@@ -71,11 +72,11 @@ class Times(pl.Callback):
 
 
 class RandomPacks(torch.utils.data.IterableDataset[PackedBatch]):
-    """Endless packs of random tokens, of one length and of equal documents.
+    """Endless stream of packs of random tokens, all with the same documents' lengths.
 
     Args:
-        tokens: Tokens of a pack.
-        documents: Documents of a pack.
+        tokens: Number of tokens of a pack.
+        documents: Number of documents of a pack, all of one length.
         vocabulary: Number of different tokens.
         seed: Seed of the tokens.
     """

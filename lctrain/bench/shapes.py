@@ -17,7 +17,7 @@ class ModelShape:
         name: Name on the command line, in `--shapes`.
         title: Name in tables and records.
         model_type: transformers' name of the family.
-        settings: Arguments of the family's configuration.
+        settings: Arguments of the family's configuration class.
     """
 
     name: str
@@ -123,4 +123,4 @@ def build_shape(
             dtype=dtype,
             attn_implementation=implementation,
         )
-    return model.to(device).train()  # at once, should transformers build elsewhere
+    return model.to(device).train()  # in case transformers did not build it on this device

@@ -3,10 +3,11 @@
     lctrain-bench step                                     # every figure of the documents' table
     lctrain-bench step --shapes llama-1b --checkpointing none --contenders lctrain,fa4_liger
 
-A step is forward and backward of a transformers model on one pack, in bfloat16, with AdamW if
-asked for. Each contender has a process of its own, because Liger patches transformers for the whole
-process. The processes take turns: every round measures each contender once, so a change of the
-GPU's clock meets all of them. A figure is the median over rounds of the median over steps.
+A step is forward and backward of a transformers model on one pack, in bfloat16, with AdamW if asked
+for. Each contender has a process of its own, because Liger patches transformers for the whole
+process. The processes take turns: every round measures each contender once, so that a change of the
+GPU's clock affects all of them. A reported figure is the median over rounds of the median over
+steps.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ Turns = list[dict[str, Any]]
 
 
 class StepProcess:
-    """The process of one contender: it takes jobs one at a time, and starts again if it dies.
+    """The process of one contender: it runs jobs one at a time, and is restarted if it dies.
 
     Args:
         name: Name of the contender.
@@ -71,7 +72,7 @@ class StepProcess:
         self._ready = False
 
     def wait(self) -> None:
-        """Waits until the process has imported its libraries, and reads what it has."""
+        """Waits until the process has imported its libraries, and reads its first answer."""
         if self._process is None:
             self.start()
         hello = self._answer()
@@ -80,7 +81,7 @@ class StepProcess:
         self._ready = True
 
     def measure(self, job: Job) -> dict[str, Any]:
-        """Returns the answer to a job; a process that died gives an error."""
+        """Sends a job, and returns the answer; if the process dies, an answer with the error."""
         if self._process is None or not self._ready:
             self.wait()
         if self.missing is not None or self._process is None or self._process.stdin is None:

@@ -2,9 +2,9 @@
 
     python -m lctrain.bench.step_process CONTENDER
 
-The process reads one job per line from its standard input, as JSON, and writes one line per job.
-The first line that it writes has the contender's versions, or the reason why it cannot run.
-Between two jobs it holds no model, so other contenders can use the GPU.
+The process reads one job per line from its standard input, as JSON, and writes one line of results
+per job. The first line that it writes holds the contender's versions, or the reason why it cannot
+run. Between two jobs it holds no model, so that other contenders can use the GPU.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Job:
             outputs are kept).
         optimizer: True if a step updates the weights, by fused AdamW.
         steps: Number of timed steps.
-        mixed: Documents of further packs, one per untimed step. These steps show whether the
-            allocator copes with changing lengths.
+        mixed: Documents of further packs of other lengths, one pack per untimed step. They show
+            whether the memory allocator handles changing lengths.
         profile: True if one further step is profiled.
         tiny: True for a model of a few thousand parameters.
     """
@@ -60,7 +60,7 @@ class Job:
 
 
 def measure(contender: Contender, job: Job, device: torch.device) -> dict[str, Any]:
-    """Measures one job.
+    """Builds the contender's model and measures its steps.
 
     Args:
         contender: Contender to measure.
@@ -68,14 +68,15 @@ def measure(contender: Contender, job: Job, device: torch.device) -> dict[str, A
         device: Device of the model.
 
     Returns:
-        status, and either reason or the figures: step_ms of every step, host_ms, loss, parameters,
-        flops of a step, and on a GPU peak_gib, reserved_gib and allocator_retries.
+        A dictionary with "status", and either "reason" or the figures: step_ms of every step,
+        host_ms, loss, parameters, flops of a step, and on a GPU peak_gib, reserved_gib and
+        allocator_retries.
     """
     try:
         return {"status": "ok", **_measure(contender, job, device)}
     except torch.OutOfMemoryError as error:
         return {"status": "out_of_memory", "reason": str(error).splitlines()[0][:200]}
-    except Exception as error:  # say what happened; the parent measures the others
+    except Exception as error:  # reported as a result; the parent measures the others
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         return {"status": "error", "reason": reason}
     finally:
@@ -145,7 +146,7 @@ def random_pack(lengths: Sequence[int], shape: ModelShape, seed: int = 0) -> Pac
 
 
 def time_step(step: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Returns the milliseconds of a step, and those until the host has issued it.
+    """Returns the milliseconds of a step, and those until the host has launched its last kernel.
 
     The device is idle when the step begins.
     """

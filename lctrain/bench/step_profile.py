@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-KERNELS = 40  # that a profile lists
+KERNELS = 40  # number of kernels that a profile lists
 
 
 def profile_step(step: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    """Profiles a warm step on a GPU.
+    """Profiles a step that has run before, on a GPU.
 
     Args:
-        step: Function of the step.
+        step: Function that runs the step.
         device: A GPU; on a CPU the profile is empty.
 
     Returns:
@@ -27,7 +27,7 @@ def profile_step(step: Callable[[], object], device: torch.device) -> dict[str, 
 
     torch.cuda.synchronize(device)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-        # Two steps without a pause: the first one hides how long the host takes to begin.
+        # Two steps without a pause: during the first, the host can launch kernels ahead.
         step()
         step()
         torch.cuda.synchronize(device)
@@ -41,7 +41,7 @@ def profile_step(step: Callable[[], object], device: torch.device) -> dict[str, 
 
 
 def summarize(spans: Iterable[tuple[str, float, float]], steps: int = 1) -> dict[str, Any]:
-    """Summarizes the spans of kernels.
+    """Summarizes the kernel times of a profile.
 
     Args:
         spans: Name, begin and end of every kernel, in microseconds.

@@ -20,7 +20,7 @@ class AdapterConfig:
         targets: Names of the linear layers that get an adapter, such as [q_proj, v_proj]. The
             single name all-linear takes every linear layer except the output projection.
         rank: Rank of an adapter.
-        alpha: Scale of an adapter; its product is multiplied by alpha / rank.
+        alpha: Scale of an adapter: the product of its two matrices is multiplied by alpha / rank.
         dropout: Dropout probability of an adapter's input in training.
         dora: Whether an adapter also trains the norm of every row of the weight (DoRA).
         quantize: Format of the frozen weights: nf4 (4 bits, by bitsandbytes) or int8 (8 bits, by

@@ -167,16 +167,16 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class DataConfig(DataSettings):
-    """Settings of the config group `data`, without those of a source.
+    """Settings of the config group `data` that do not depend on the source of documents.
 
-    The subclasses in `lctrain.schemas` add the settings of one source each.
+    Each subclass in `lctrain.schemas` adds the settings of one source.
 
     Attributes:
         tokenizer: Name or path of the tokenizer. None takes the tokenizer of a pretrained model;
             for a model with random weights it trains a byte-level BPE on the training split.
     """
 
-    cache_dir: str | None = None  # OmegaConf knows no os.PathLike
+    cache_dir: str | None = None  # OmegaConf does not support os.PathLike
     tokenizer: str | None = None
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The settings of memory: what a step keeps for the backward, where, and what it recomputes."""
+"""The settings of memory: which activations a step keeps, where, and which it recomputes."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ WITH_SHARDS = ("none", "checkpoint")  # policies that trainer.strategy=fsdp2 sup
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """Settings of what the layers keep from the forward to the backward. Results do not change.
+    """Settings of activation memory: what the layers keep from forward to backward.
 
     Attributes:
-        name: Policy: none (everything stays on the GPU), checkpoint (only the inputs of the layers
-            stay there, the rest is recomputed), offload (inputs of layers go to the host) or auto
-            (chosen by the plan of memory).
-        keep_attention: Number of layers, from the last, whose attention results stay on the GPU,
-            so that attention is not recomputed.
-        host_attention: Number of layers before those whose attention results go to the host
-            (offload only).
-        keep_inputs: Number of layers, from the last, whose inputs stay on the GPU (offload and
-            auto); None takes 2.
-        mlp_tokens: Number of tokens for which an MLP computes at once in training; None computes
-            all tokens at once. Results are equal within rounding (all policies but none).
-        device_gib: Memory of the GPU in GiB that the plan counts with; None takes what is free.
-        host_gib: Most host memory in GiB for a rank; None takes what the process may still use
+        name: Policy: none (all activations stay on the GPU), checkpoint (only the inputs of the
+            layers stay there, the rest is recomputed), offload (inputs of layers move to the host)
+            or auto (the fastest policy that fits into memory).
+        keep_attention: Number of layers, counted from the last, whose attention outputs stay on the
+            GPU, so that attention is not recomputed.
+        host_attention: Number of further layers, counted from there, whose attention outputs move
+            to the host (offload only).
+        keep_inputs: Number of layers, counted from the last, whose inputs stay on the GPU (offload
+            and auto); None takes 2.
+        mlp_tokens: Number of tokens that an MLP computes at a time in training; None computes all
+            tokens at once. Results are equal within rounding (all policies but none).
+        device_gib: Memory of the GPU in GiB that the plan assumes; None takes the free memory.
+        host_gib: Largest host memory in GiB for a rank; None takes what the process may still use
             (offload and auto).
-        tokens: Tokens of the longest pack, for arenas and the plan; None takes data.max_tokens.
-        plan: Whether to print the plan of memory and stop, without data or a GPU.
+        tokens: Number of tokens of the longest pack, for which host memory is reserved and planned;
+            None takes data.max_tokens.
+        plan: Whether to print the memory plan and stop, without data or a GPU.
     """
 
     name: str = "none"
@@ -96,7 +97,7 @@ class MemoryConfig:
 
 
 def check_tiles(memory: MemoryConfig | None, precision: str) -> None:
-    """Raises ValueError for tiles of MLPs whose gradients would be summed in half precision.
+    """Raises ValueError if mlp_tokens would sum gradients of float16 or bfloat16 weights.
 
     Args:
         memory: Settings of memory; None for none.

@@ -1,4 +1,4 @@
-"""The settings of the model: random weights or trained ones."""
+"""The settings of the model: random weights, or a pretrained model."""
 
 from __future__ import annotations
 

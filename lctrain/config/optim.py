@@ -25,12 +25,12 @@ class OptimConfig:
         _target_: Class of the optimizer, such as torch.optim.AdamW. Parameters that do not decay
             are in a group of their own.
         arguments: Further arguments of the class, such as {momentum: 0.9}.
-        matrices_only: True if the class gets the matrices between embeddings and output projection,
-            and AdamW the other parameters. Muon needs it.
+        matrices_only: True if the class updates only the matrices between embeddings and output
+            projection, and AdamW updates the other parameters. Muon needs it.
         learning_rate: Peak learning rate.
-        beta1: Decay rate of the first moment of AdamW and its relatives.
-        beta2: Decay rate of their second moment.
-        eps: Number that they add to the denominator of an update.
+        beta1: Decay rate of the running mean of gradients, as in AdamW.
+        beta2: Decay rate of the running mean of squared gradients, as in AdamW.
+        eps: Number added to the denominator of an update, as in AdamW.
         weight_decay: Weight decay of matrices, embeddings included; decoupled from the gradient in
             AdamW. Biases, norms and vectors have none.
         schedule: Learning-rate schedule: cosine, linear, constant or warmup_stable_decay.

@@ -30,7 +30,7 @@ class TrainConfig:
         model: The model to train.
         adapter: Adapters that are trained instead of the model's weights; None trains the weights.
         attention: Attention that replaces the model's own; None replaces nothing.
-        memory: What the layers keep for the backward, and where.
+        memory: Memory policy: which activations the layers keep, offload or recompute.
         optim: Optimizer and learning-rate schedule.
         trainer: Hardware, length of the run and gradient accumulation.
         callbacks: Callbacks by name, each with a `_target_`; null switches one off.

@@ -1,4 +1,4 @@
-"""The begin token in evaluation: a model that was trained with one expects it in every window."""
+"""BeginTokens: the begin tokens (such as <s>) that precede windows of text in an evaluation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from lctrain.data.tokenizer import tokens_around
 
 @dataclass(frozen=True)
 class BeginTokens:
-    """The begin tokens of evaluation windows.
+    """The begin tokens, such as <s>, of evaluation windows.
+
+    A model that was trained with a begin token before every text expects one in every window.
 
     Attributes:
         tokens: Token ids, usually one; empty for a tokenizer without a begin token.

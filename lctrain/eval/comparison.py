@@ -131,11 +131,11 @@ def compare_methods(
     progress: bool = False,
     name: str = "",
 ) -> MethodComparison:
-    """Measures the perplexity of the same tokens at every length and with every method.
+    """Measures the perplexity of the same tokens, at every length and with every method.
 
     By default, the first max(lengths) - stride positions of a document are not scored. Each window
-    scores `stride` positions, so at a length of n every scored token is predicted from more than
-    n - stride and at most n tokens. Scoring the first positions as well would include tokens whose
+    scores `stride` positions, so at a length of n every scored token is predicted from more than n
+    - stride and at most n tokens. Scoring the first positions as well would include tokens whose
     context lies within the trained window, and so hide a failure beyond the window.
 
     Args:
@@ -146,8 +146,8 @@ def compare_methods(
         max_tokens: Largest number of tokens in a forward pass.
         device: Device of the model; None takes the device of its first parameter.
         stride: Number of positions that a window scores; None for half of the shortest length.
-        min_context: Smallest number of preceding tokens of a scored token; None for
-            max(lengths) - stride + 1.
+        min_context: Smallest number of preceding tokens of a scored token; None for max(lengths) -
+            stride + 1.
         begin: Begin tokens of the windows; see `begin_tokens`.
         progress: Whether to show a progress bar.
         name: Name of the model.

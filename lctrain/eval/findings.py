@@ -1,4 +1,4 @@
-"""Describes the results of an evaluation in sentences, for readers who are new to such numbers."""
+"""Describes the results of an evaluation in sentences, for the report."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from lctrain.eval.comparison import MethodComparison
 from lctrain.eval.retrieval import PasskeyTable
 from lctrain.eval.table import PerplexityRow
 
-CLEAR = 3.0  # a difference of more paired standard errors is called clear
-NOTABLE = math.log(1.05)  # a smaller gain, in nats (5 % of the perplexity), is called slight
+CLEAR = 3.0  # a difference above this number of standard errors is called clear
+NOTABLE = math.log(1.05)  # nats; a smaller gain (below 5 % of the perplexity) is called slight
 
 
 def context_gain(rows: Sequence[PerplexityRow], window: int | None = None) -> str:
     """Says whether more context lowers the perplexity, within the trained window.
 
-    The same tokens are compared at the shortest and the longest length, by the paired standard
-    error of the difference.
+    The losses of the same tokens at the shortest and the longest length are compared. The standard
+    error is that of their difference.
 
     Args:
         rows: Perplexity at each length, by rising length.

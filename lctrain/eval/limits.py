@@ -1,6 +1,6 @@
 """Checks that documents fit a model's vocabulary and its table of learned positions.
 
-An index beyond an embedding table aborts the process on a GPU.
+On a GPU, an index beyond an embedding table aborts the process, so it is checked on the CPU.
 """
 
 from __future__ import annotations

@@ -27,6 +27,6 @@ def method_words(method: str) -> str:
 
 
 def of_methods(extensions: Sequence[Extension]) -> list[str]:
-    """Returns texts for progress bars, such as "dual chunk attention, 2 of 3"."""
+    """Returns one text per method for progress bars, such as "dual chunk attention, 2 of 3"."""
     total = len(extensions)
     return [f"{method_words(e.method)}, {i} of {total}" for i, e in enumerate(extensions, 1)]

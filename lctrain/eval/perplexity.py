@@ -1,4 +1,4 @@
-"""perplexity_by_length: how much a model gains from more context, measured on the same tokens."""
+"""perplexity_by_length: perplexity of the same tokens with contexts of different lengths."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def perplexity_by_length(
 ) -> PerplexityTable:
     """Measures the perplexity of held-out documents with contexts of different lengths.
 
-    At every length the same tokens are scored, each once: all tokens of a document except its
-    first `min_context`. Only the length of their context differs. Documents are cut into
-    overlapping windows of at most `length` tokens (see `cut_windows`). A token is predicted from
-    more than `overlap * length` and at most `length` preceding tokens, or from all preceding tokens
-    of its document if there are fewer. Documents shorter than a length are therefore scored too,
-    and the column `mean_context` holds the mean number of tokens seen. To score only tokens whose
-    document is long enough for every length, set `min_context` to the longest length.
+    At every length the same tokens are scored, each once: all tokens of a document except its first
+    `min_context`. Only the length of their context differs. Documents are cut into overlapping
+    windows of at most `length` tokens (see `cut_windows`). A token is predicted from more than
+    `overlap * length` and at most `length` preceding tokens, or from all preceding tokens of its
+    document if there are fewer. Documents shorter than a length are therefore scored too, and the
+    column `mean_context` holds the mean number of tokens seen. To score only tokens whose document
+    is long enough for every length, set `min_context` to the longest length.
 
     A window never crosses a document boundary. If begin tokens are given, every document and every
     window begins with them. Otherwise special tokens are part of their document, so only its first
@@ -74,7 +74,7 @@ def perplexity_by_length(
         extension: Method of reading beyond the window, which scales the model for each length. The
             model must be patched with its attention: see `Extension.patched`. None scales nothing.
         begin: Begin tokens of the windows: see `begin_tokens`. They count as tokens of a window.
-        progress: Whether to show a progress bar. A text is shown with it.
+        progress: Whether to show a progress bar; a text is the bar's title.
         name: Name of the model, for the title of the plot.
 
     Returns:

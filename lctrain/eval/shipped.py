@@ -1,7 +1,7 @@
-"""The small model in lctrain's wheel, which was trained to find passkeys.
+"""Loads the small model in lctrain's wheel, which finds passkeys.
 
-`recipes/passkey_model/` trains it. A model that a CPU trains in minutes does not find passkeys, so
-the first run shows the passkey test on this model.
+`recipes/passkey_model/` trains it. The model of a first run, which a CPU trains in minutes, does
+not find passkeys. So the first run shows the passkey test on the shipped model.
 """
 
 from __future__ import annotations

@@ -24,10 +24,10 @@ class PerplexityTable:
         name: Name of the evaluated model, for the title of the plot; may be empty.
         overlap: Fraction of a window that was context and not scored.
         min_context: Smallest number of preceding tokens of a scored token.
-        stride: Number of positions that a window scored, the same at every length; None for
-            (1 - overlap) * length.
-        begin_tokens: Begin tokens of the tokenizer's texts; empty if there are none, or the
-            tokenizer is unknown.
+        stride: Number of positions that a window scored, the same at every length; None for (1 -
+            overlap) * length.
+        begin_tokens: Begin tokens that the tokenizer adds; empty if it adds none, or the tokenizer
+            is unknown.
     """
 
     rows: tuple[PerplexityRow, ...]
@@ -39,7 +39,7 @@ class PerplexityTable:
 
     @property
     def begun(self) -> str:
-        """Sentence about the number of windows that began with the begin tokens; may be empty."""
+        """Sentence about the windows that began with the begin tokens; may be empty."""
         if not self.begin_tokens:
             return ""
         if all(row.begun == row.windows for row in self.rows):
@@ -71,7 +71,7 @@ class PerplexityTable:
         return paths
 
     def unreached(self) -> list[str]:
-        """Returns a warning if the documents are too short for the longest length, else [].
+        """Returns a warning in a list if the documents are too short for the longest length.
 
         Without long documents, the contexts at a longer length are the same as at a shorter one.
         """

@@ -79,7 +79,7 @@ def cut_windows(
         begin: Number of begin tokens before each window that does not start at the beginning of its
             document. They count as tokens of the window. It must be below `length`.
     """
-    room = length - begin  # tokens of the document in a later window
+    room = length - begin  # document tokens that fit into a later window
     stride = max(1, round(length * (1.0 - overlap))) if stride is None else stride
     stride = max(1, min(stride, room))
     positions = np.maximum(np.asarray(lengths, dtype=np.int64) - 1, 0)
@@ -91,6 +91,6 @@ def cut_windows(
     scored_from = np.maximum(scored_from, min_context - 1)
     kept = scored_from < stops
     starts = np.where(index == 0, 0, stops - room)
-    starts = np.where(starts <= begin, 0, starts)  # the document's own begin is in the room
+    starts = np.where(starts <= begin, 0, starts)  # the document's first tokens replace `begin`
     prefixes = np.where(starts > 0, begin, 0)
     return Windows(documents[kept], starts[kept], scored_from[kept], stops[kept], prefixes[kept])

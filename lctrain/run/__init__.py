@@ -1,1 +1,1 @@
-"""Folder, lock, identity, checkpoint files, resume and signals of a run."""
+"""A run on disk: its folder, lock, identity and checkpoints, resume, and signals that stop it."""

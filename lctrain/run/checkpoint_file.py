@@ -1,4 +1,4 @@
-"""Checkpoint files: written atomically, with a checksum, and read without running code from them.
+"""Reads and writes checkpoint files: atomically, with a checksum, without running stored code.
 
 A checkpoint is the zip archive that `torch.save` writes. The comment of the archive holds the
 SHA-256 of the archive without the comment, so the checksum is part of the file.
@@ -77,7 +77,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             path: Checkpoint file.
             map_location: As in `torch.load`; None reads to the CPU.
             weights_only: Whether to accept only tensors, plain values and the classes in ALLOWED;
-                None does.
+                None means True.
 
         Raises:
             ValueError: if the file is damaged, or holds an object that is not accepted.
@@ -130,7 +130,7 @@ def read_checkpoint(path: Path, **options: Any) -> dict[str, Any]:
 
 
 class _HashingFile:
-    """Wrapper of a file that hashes the written bytes and keeps the first OSError.
+    """Wrapper of a file that hashes the bytes written and remembers the first OSError.
 
     Attributes:
         digest: SHA-256 of the bytes written so far.

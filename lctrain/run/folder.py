@@ -35,8 +35,8 @@ class RunFolder:
 
     Attributes:
         path: Path of the folder.
-        record: Contents of `run.json`: id, kind and identity of the run, and time, arguments, host
-            and process of its start.
+        record: Contents of `run.json`: id, kind and identity of the run, and time, command line,
+            host and process id of its start.
     """
 
     def __init__(self, path: Path, record: dict[str, Any], lock: FolderLock | None) -> None:
@@ -107,7 +107,7 @@ class RunFolder:
         return cls(path, record, lock)
 
     def save_options(self, options: Mapping[str, Any]) -> None:
-        """Writes the resolved options to `config.yaml`.
+        """Writes all options to `config.yaml`, with interpolations resolved.
 
         A file with other options is first renamed to `config_<number>.yaml`.
 
@@ -128,14 +128,14 @@ class RunFolder:
 
         Args:
             key: Name of the entry.
-            value: Value of a type that JSON has.
+            value: Value that JSON can store.
         """
         self.record[key] = value
         if is_rank_zero():
             _write(self.path / RECORD, self.record)
 
     def hold(self, folder: Path) -> None:
-        """Locks another folder that the run writes to, unless it is below the run's folder.
+        """Locks another folder that the run writes to, if it is outside of the run's folder.
 
         Raises:
             FolderInUseError: if another run has locked the folder.
@@ -164,7 +164,7 @@ class RunFolder:
         self.close()
 
     def _leave(self) -> None:
-        """Frees the folder for a new run after a failure without a checkpoint.
+        """Makes the folder usable for a new run, after a failure without a checkpoint.
 
         It deletes `run.json` and renames `metrics.csv`.
         """

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 MAY_CHANGE = (
-    # paths, loggers, and the steps after training
+    # Paths, loggers, and what happens after training.
     "name",
     "paths",
     "logger",

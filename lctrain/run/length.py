@@ -1,4 +1,4 @@
-"""Compares the length of a resumed run with what its checkpoint has trained already."""
+"""Compares the length of a resumed run with the steps that its checkpoint has taken."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STEPS_KEY = "global_step"  # Lightning's key of a checkpoint's optimizer steps
 
 
 def require_steps(step: int, max_steps: int, checkpoint: str) -> None:
-    """Raises ValueError if a resumed run must end before the step of its checkpoint.
+    """Raises ValueError if `max_steps` of a resumed run is below its checkpoint's steps.
 
     Args:
         step: Optimizer steps that the checkpoint has taken.
@@ -32,7 +32,7 @@ def require_steps(step: int, max_steps: int, checkpoint: str) -> None:
 
 
 def warn_if_ended(step: int, max_steps: int) -> None:
-    """Warns the caller of `Trainer.fit` if a resumed run will take no optimizer step.
+    """Warns if a resumed run will take no optimizer step; the warning names the caller's line.
 
     Args:
         step: Optimizer steps that the checkpoint has taken.
@@ -103,7 +103,7 @@ def finished_epochs(state: Mapping[str, Any]) -> int:
 
 
 def trained_time(state: Mapping[str, Any]) -> timedelta:
-    """Returns the time of training that Lightning's Timer stored in a checkpoint; 0 if none did.
+    """Returns the training time that Lightning's Timer stored in a checkpoint; 0 without a Timer.
 
     Args:
         state: Contents of a checkpoint of Lightning.
@@ -114,7 +114,7 @@ def trained_time(state: Mapping[str, Any]) -> timedelta:
 
 
 def _duration(text: str) -> timedelta:
-    """Returns the time that `days:hours:minutes:seconds` stands for."""
+    """Returns the time in a text `days:hours:minutes:seconds`."""
     days, hours, minutes, seconds = map(int, text.strip().split(":"))
     return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
 

@@ -1,4 +1,4 @@
-"""Writes a log file, such as train.log: log messages, warnings and the error that ended the run."""
+"""log_file: appends log messages, warnings and the final error of a run to a file."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _only_file = logging.getLogger("lctrain.run.only_file")
 
 
 class _LogFile(logging.FileHandler):
-    """Handler of a log file that ignores a full disk; the terminal shows the messages as well."""
+    """Log file handler that ignores errors of the disk; the terminal shows the messages as well."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Ignores errors of the disk, for which the run reports an error of its own."""
+        """Ignores an error of the disk, which the run reports by itself."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
 

@@ -1,4 +1,4 @@
-"""Names the folder of a new run for Hydra: outputs/<name>/<time>_<four digits>/."""
+"""Chooses the path of a new run's folder for Hydra: outputs/<name>/<time>_<four digits>/."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from lctrain.local_paths import check_run_name, local_path
 from lctrain.run.rank import is_rank_zero
 
-_digits = secrets.token_hex(2)  # tell runs apart that start in the same second
+_digits = secrets.token_hex(2)  # different for runs that start in the same second
 
 
 def begin_command() -> None:
-    """Chooses the digits of the next command's folders; a process may run several commands."""
+    """Draws new digits for the folders of the next command in this process."""
     global _digits
     _digits = secrets.token_hex(2)
 

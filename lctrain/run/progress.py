@@ -1,4 +1,4 @@
-"""convert_progress: adapts the batch counts of a checkpoint to another accumulation."""
+"""convert_progress: converts a checkpoint's batch counts for another gradient accumulation."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 def convert_progress(checkpoint: Mapping[str, Any], then: int | None, now: int) -> None:
     """Converts Lightning's counts of micro-batches in a checkpoint, in place.
 
-    A run that goes on with another number of ranks accumulates another number of packs per rank.
-    Optimizer steps stay the same, and every step has other micro-batches.
+    A resumed run with another number of ranks accumulates another number of packs per rank. The
+    optimizer steps are the same, but a step has other micro-batches, so Lightning's counts of
+    micro-batches must change.
 
     Args:
         checkpoint: Lightning's checkpoint.
@@ -19,15 +20,15 @@ def convert_progress(checkpoint: Mapping[str, Any], then: int | None, now: int) 
         now: Packs per rank in an optimizer step of this run.
 
     Raises:
-        ValueError: if the checkpoint lies within an optimizer step, or an older version wrote it in
-            a run that accumulated.
+        ValueError: if the checkpoint was saved within an optimizer step, or an older version wrote
+            it in a run that accumulated.
     """
     if then == now:
         return
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     if then is None:
         batches, steps = progress["total"]["processed"], checkpoint["global_step"]
-        if batches > 1.25 * steps:  # 1.5 at least if two packs were accumulated
+        if batches > 1.25 * steps:  # with two accumulated packs, at least 1.5 batches per step
             raise ValueError(
                 "the checkpoint must be of a run that does not accumulate, or of this version of "
                 f"lctrain, got {batches} batches in {steps} optimizer steps of an older version, "
@@ -40,7 +41,7 @@ def convert_progress(checkpoint: Mapping[str, Any], then: int | None, now: int) 
                 f"trainer.accumulate_grad_batches must be {then} for a checkpoint within an "
                 f"optimizer step, got {now}. Restore it, and trainer.devices with it."
             )
-        unfinished = counts["processed"] - counts["completed"]  # of the batch that saved it
+        unfinished = counts["processed"] - counts["completed"]  # 1 if saved in a batch's hook
         batches = counts["processed"] // then * now
         counts |= {"ready": batches, "started": batches, "processed": batches}
         counts["completed"] = batches - unfinished

@@ -10,7 +10,7 @@ def is_rank_zero(environment: Mapping[str, str] | None = None) -> bool:
     """Whether this process is rank 0 of its run.
 
     torchrun sets RANK, srun sets SLURM_PROCID, and Lightning sets LOCAL_RANK and NODE_RANK. Without
-    these variables the process is rank 0: the only process, or the one that starts other ranks.
+    these variables the process is rank 0: it is the only process, or it starts the other ranks.
 
     Args:
         environment: Environment variables by name; None for those of this process.

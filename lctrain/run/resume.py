@@ -1,4 +1,4 @@
-"""Finds the checkpoint that a run resumes from, by `ckpt_path`: a path, or "last"."""
+"""Finds the checkpoint from which a run resumes, by `ckpt_path`: a path, or "last"."""
 
 from __future__ import annotations
 
@@ -36,11 +36,12 @@ def find_checkpoint(
 
     Args:
         ckpt_path: Path of a checkpoint; "last" for the newest one; None for none.
-        directories: Directories of checkpoints that "last" searches first. They contain checkpoints
-            if a run is started again in its own folder.
+        directories: Directories of checkpoints that "last" searches first. They hold checkpoints if
+            a run starts again in its own folder.
         runs_dir: Folder of earlier runs with the same name, which "last" searches next, the newest
             run first.
-        identity: Identity of this run; None skips the comparison with the checkpoint's.
+        identity: Identity of this run (see `lctrain.run.identity`); None skips the comparison with
+            the checkpoint's identity.
 
     Returns:
         The intact checkpoint to resume from; None if `ckpt_path` is None.
@@ -125,7 +126,7 @@ def check_named(path: Path, identity: Mapping[str, Any] | None) -> Path:
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
-    """Returns the checkpoints in a directory, newest first; equally old ones by falling step."""
+    """Returns the checkpoints in a directory, newest first; of equal age, the higher step first."""
     last = directory / LAST
     newest = last.resolve() if last.exists() else None
     found = [path.resolve() for path in directory.glob("step-*.ckpt")]

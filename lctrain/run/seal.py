@@ -1,4 +1,4 @@
-"""Writes and verifies the checksum of a checkpoint file, without torch."""
+"""Writes and verifies checksums of checkpoints, without torch."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from typing import BinaryIO
 
 TAG = b"lctrain sha256 "
 SEAL_BYTES = len(TAG) + 64
-NO_COMMENT = b"\0\0"  # length of the comment, the last two bytes of an archive without one
-META = "meta.pt"  # file of a sharded checkpoint with everything but tensors of model and optimizer
-MANIFEST = "manifest.json"  # file of a sharded checkpoint with the SHA-256 of every other file
+NO_COMMENT = b"\0\0"  # last two bytes of a zip archive without comment: the comment's length 0
+META = "meta.pt"  # file of a sharded checkpoint: all except weights and optimizer states
+MANIFEST = "manifest.json"  # file of a sharded checkpoint: the SHA-256 of every other file
 BLOCK = 2**22  # bytes that are hashed at a time
 
 
 class DamagedCheckpointError(ValueError):
-    """Raised if a file differs from what was written, or is not a checkpoint."""
+    """Raised if a checkpoint's bytes differ from those written, or it is no checkpoint."""
 
 
 def seal(file: BinaryIO, digest: str) -> None:
-    """Writes a hash into the comment of a zip archive.
+    """Writes a hash into the comment field of a zip archive.
 
     Args:
         file: Archive without a comment, open for reading and writing.

@@ -1,7 +1,7 @@
-"""Reads the shards of a checkpoint without running code from its files.
+"""Reads sharded checkpoints without running code from their files.
 
-torch.distributed.checkpoint unpickles the file `.metadata` and the values that are not tensors.
-Here both may hold only what a checkpoint needs.
+torch.distributed.checkpoint unpickles the file `.metadata` and all values that are not tensors, and
+pickles can run code. The readers here accept only the classes that a checkpoint needs.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class ShardReader(dcp.FileSystemReader):
 
 
 class _PlainValues(DefaultLoadPlanner):
-    """Planner that accepts only plain values where a checkpoint holds no tensor."""
+    """Load planner that accepts only plain values where a checkpoint holds no tensor."""
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         try:
@@ -99,7 +99,7 @@ class _PlainValues(DefaultLoadPlanner):
 
 
 class _AllPlainValues(_PlainValues, _EmptyStateDictLoadPlanner):
-    """Planner that reads every value of a checkpoint, as `_PlainValues` does."""
+    """Load planner that reads every value of a checkpoint, and accepts what `_PlainValues` does."""
 
 
 def read_shards(path: Path, state: dict[str, Any]) -> None:
@@ -107,13 +107,13 @@ def read_shards(path: Path, state: dict[str, Any]) -> None:
 
     Args:
         path: Folder of the checkpoint.
-        state: Values to read by name, which may be nested, with DTensors in it.
+        state: Values to fill in, by name; nested dictionaries with DTensors are allowed.
 
     Raises:
         ValueError: if the checkpoint holds more than tensors and plain values.
     """
     reader = ShardReader(path)
-    reader.read_metadata()  # torch hides the errors of its own call
+    reader.read_metadata()  # raises errors that torch would hide in its own call
     with _own_errors():
         dcp.load(state, storage_reader=reader, planner=_PlainValues())
 
@@ -137,7 +137,7 @@ def read_all_shards(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _own_errors() -> Iterator[None]:
-    """Context manager that raises a ValueError as itself, which torch wraps."""
+    """Context manager that raises a ValueError of lctrain unwrapped, since torch wraps it."""
     try:
         yield
     except CheckpointException as error:

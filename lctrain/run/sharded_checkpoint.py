@@ -1,4 +1,4 @@
-"""Sharded checkpoints: folders in which every rank has written its shards, complete or absent.
+"""Sharded checkpoints: a folder with the shards of every rank, which is complete or absent.
 
 A folder holds the files of torch.distributed.checkpoint, with weights and optimizer states;
 `meta.pt`, with the rest of Lightning's checkpoint; and `manifest.json`, with a hash of every file.
@@ -32,7 +32,7 @@ from lctrain.run.shard_reader import METADATA, read_all_shards, read_shards
 
 
 class AnyCheckpointIO(AtomicCheckpointIO):
-    """Lightning plugin that also reads sharded checkpoints, for strategies that do not shard."""
+    """Lightning plugin that also reads sharded checkpoints into a model that is not sharded."""
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -79,7 +79,7 @@ def save_sharded(checkpoint: dict[str, Any], path: Path, ranks: Topology) -> Non
         error = _finish(rest, folder, path, hashes) if ranks.is_first else None
         if (error := ranks.of_first(error)) is not None:
             raise error
-    except OSError:  # on all ranks
+    except OSError:  # raised on all ranks
         if ranks.is_first:
             with suppress(OSError):
                 remove(folder)
@@ -113,7 +113,7 @@ def _write_shards(state: dict[str, Any], folder: Path, ranks: Topology) -> dict[
 def _finish(
     rest: dict[str, Any], folder: Path, path: Path, hashes: dict[str, str]
 ) -> OSError | None:
-    """Writes the files of rank 0, and gives the folder its name.
+    """Writes rank 0's files, and gives the folder its final name.
 
     Args:
         rest: Lightning's checkpoint without weights and optimizer states.
@@ -142,12 +142,12 @@ def _finish(
 
 
 def _plain(error: OSError) -> OSError:
-    """Returns an error that can be sent to other ranks."""
+    """Returns an OSError that can be pickled and sent to other ranks."""
     return OSError(*(str(error),) if error.errno is None else (error.errno, error.strerror))
 
 
 def read_whole(path: Path) -> dict[str, Any]:
-    """Returns a sharded checkpoint as the single file would hold it, in the memory of this process.
+    """Reads a sharded checkpoint into memory, in the form of a single-file checkpoint.
 
     Args:
         path: Folder of the checkpoint.
@@ -164,10 +164,10 @@ def read_whole(path: Path) -> dict[str, Any]:
 
 
 def _by_number(optimizer: dict[str, Any]) -> dict[str, Any]:
-    """Returns an optimizer's state with numbers for parameters, as torch's `state_dict` has them.
+    """Returns an optimizer's state with parameters by number instead of name, as in `state_dict`.
 
     Args:
-        optimizer: State with the names of parameters.
+        optimizer: State of an optimizer, with parameters by name.
     """
     names = [name for group in optimizer["param_groups"] for name in group["params"]]
     number = {name: index for index, name in enumerate(names)}
@@ -243,7 +243,7 @@ def load_file_into_shards(
 
 
 def _like(own: Any, value: Any) -> Any:
-    """Returns a whole tensor as a DTensor with the shards of `own`; other values as they are."""
+    """Returns a tensor as a DTensor that is sharded like `own`; other values unchanged."""
     if not isinstance(own, DTensor) or not isinstance(value, Tensor) or own.shape != value.shape:
         return value
     whole = value.to(own.device)

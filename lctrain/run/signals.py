@@ -136,7 +136,7 @@ def ends_in_order(signals: StopSignals, checkpoints: Path | None) -> Iterator[No
     except Exception as error:
         if signals.received is None:
             raise
-        stop = StopRun(signals.received)  # another rank ended first, which raised the error here
+        stop = StopRun(signals.received)  # another rank stopped first, so a collective failed here
         stop.__cause__ = error
     else:
         return

@@ -12,7 +12,7 @@ PATIENCE_S = 60  # seconds to wait for SLURM's answer
 
 
 def slurm_job() -> str | None:
-    """Returns the SLURM job, or array job and task, of this process; a requeue does not change it.
+    """Returns this process's SLURM job, or array job and task; it stays the same after a requeue.
 
     It is None outside of SLURM.
     """

@@ -40,7 +40,7 @@ def folder_to_go_on_in(config: TrainConfig, identity: Mapping[str, Any]) -> Path
 
 @contextmanager
 def without_empty_folder(folder: str) -> Iterator[None]:
-    """Context manager that deletes an empty folder, which Hydra created, if the block fails."""
+    """Context manager that deletes the empty folder that Hydra created, after an error."""
     try:
         yield
     except BaseException:
@@ -55,7 +55,7 @@ def was_requeued() -> bool:
 
 
 def requeued_folder(runs_dir: Path) -> Path | None:
-    """Returns the folder that this job's run used before SLURM requeued the job.
+    """Returns the folder in which this SLURM job ran before it was requeued.
 
     It is None if the job was not requeued, or the run wrote no checkpoint.
     """
@@ -83,8 +83,8 @@ def claim_folder(
 
     Args:
         folder: Folder of the run.
-        checkpoint: Checkpoint to resume from; None for none. If it lies in `folder` or in one of
-            `others`, the folder is reopened.
+        checkpoint: Checkpoint to resume from; None for a new run. If it lies in `folder` or in one
+            of `others`, `folder` is reopened.
         identity: Identity of this run.
         runs_dir: Folder of all runs with this name. Half-written checkpoints in it are deleted.
         others: Other folders that the run writes to, which are locked as well.

@@ -1,4 +1,4 @@
-"""Turns errors of storage, such as a full disk, into messages with a remedy."""
+"""Turns storage errors, such as a full disk, into messages with a remedy."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def storage_errors(folder: Path, then: str) -> Iterator[None]:
         if error.errno not in REFUSED:
             raise
         what = "a file of the run"
-        if error.filename and Path(error.filename).is_dir():  # as the data name their cache
+        if error.filename and Path(error.filename).is_dir():  # the cache, named by `cache_errors`
             what, folder = "a file of the data", Path(error.filename)
         elif error.filename:
             what, folder = Path(error.filename).name, Path(error.filename).parent

@@ -1,4 +1,4 @@
-"""Runs the recipe: `python -m lctrain.recipes.differential`. The README beside it describes it."""
+"""Runs the recipe: `python -m lctrain.recipes.differential`; see the README beside this file."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _without_stages(chosen: argparse.Namespace) -> list[str]:
-    """Returns the arguments of a process that trains some runs, without --stages and --share."""
+    """Returns the arguments for a process that trains some of the runs: no --stages, no --share."""
     arguments = [
         *("--output", str(chosen.output)),
         *("--scale", chosen.scale),

@@ -1,4 +1,4 @@
-"""Compares all runs: computes means and standard errors over seeds, and writes tables and files."""
+"""Compares all runs: means and standard errors over seeds, as a table and files."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ class Experiment:
         scale: Sizes of the whole experiment.
         variants: Names of the models to train.
         seeds: Seeds; each model is trained once with each seed.
-        share: (i, n): trains only every n-th run, starting with run i; n processes train all runs.
+        share: (i, n): this process trains only every n-th run, starting with run i, so that n
+            processes train all runs.
         keep_models: Whether the trained models stay on the disk.
         overrides: Hydra overrides of every training run.
     """
@@ -51,7 +52,7 @@ class Experiment:
         return self.output / "runs" / f"{variant.name}_{seed}"
 
     def record(self, variant: Variant, seed: int) -> Path:
-        """Returns the JSON file with the measurements of a run."""
+        """Returns the path of the JSON file with the measurements of a run."""
         return self.folder(variant, seed).with_suffix(".json")
 
     def compose(self, variant: Variant, seed: int) -> TrainConfig:
@@ -72,7 +73,7 @@ class Experiment:
 
 
 def trained_window(config: TrainConfig) -> int:
-    """Returns the tokens of the longest document in training."""
+    """Returns the number of tokens of the longest document in training."""
     return config.data.max_document_tokens or config.data.max_tokens
 
 

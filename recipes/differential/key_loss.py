@@ -1,4 +1,4 @@
-"""Computes the loss of passkeys, which separates models before any of them finds a key."""
+"""passkey_loss: loss of the keys' tokens; models differ in it before any of them finds a key."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def passkey_loss(
         model: A patched causal LM.
         format: Passkey format of the model's tokenizer.
         documents: Token ids of the texts that hide the keys, [n] integers each.
-        length: Tokens of a text.
+        length: Number of tokens of a text.
         depths: Positions of the key, as fractions of the filler text.
         keys: Number of keys per depth.
         max_tokens: Largest number of tokens in a forward pass.

@@ -1,4 +1,4 @@
-"""Finds the largest attention logit of a model: the largest |s q.k| before any softmax."""
+"""largest_logit: finds the largest attention logit of a model, |s q.k| with s the softmax scale."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lctrain.attention import is_patched
 from lctrain.eval.runner import packed_kwargs, row_kwargs
 from lctrain.loss import evaluation_mode
 
-CHUNK = 1024  # queries at a time: [heads, CHUNK, tokens] logits exist at once
+CHUNK = 1024  # queries per matrix product, which gives logits [heads, CHUNK, tokens]
 
 
 def largest_logit(
@@ -54,7 +54,7 @@ def largest_logit(
 
 @contextmanager
 def recording(model: nn.Module, largest: dict[str, float]) -> Iterator[None]:
-    """Hooks the model: each forward pass of one row raises `largest` to the logits found."""
+    """Context manager: each forward pass of one row raises `largest` to the logits it has."""
     layers = {
         name: module
         for name, module in model.named_modules()

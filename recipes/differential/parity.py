@@ -1,7 +1,8 @@
-"""Compares training with one launch and with two calls per layer: same model, seed and rows.
+"""Compares the training of V1 (DiffLlama) with one kernel launch and with two attention calls.
 
-The yardstick is the difference between two forms of the two calls: transformers' attention with
-SDPA, and transformers' eager attention.
+Model, seed and rows of tokens are the same. As a yardstick, the two attention calls are also
+computed in two ways, by transformers' SDPA and eager attention; their difference shows what
+rounding does.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ ONE_LAUNCH, TWO_CALLS, YARDSTICK = "one launch", "two calls, sdpa", "two calls, 
 
 
 def compare_kernels(experiment: Experiment) -> None:
-    """Trains V1 with three attentions from the same weights, and writes parity.json and .csv.
+    """Trains V1 with three attentions from the same weights; writes parity.json and parity.csv.
 
     On a GPU it trains twice: in float32, and in bfloat16.
     """
@@ -74,7 +75,7 @@ def compare_kernels(experiment: Experiment) -> None:
 
 
 def equal_rows(datamodule: PackedDataModule, steps: int, rows: int, tokens: int) -> list[Tensor]:
-    """Cuts the training packs into rows, each with the tokens of one document.
+    """Cuts training packs into rows of one length, each with the tokens of one document.
 
     Args:
         datamodule: A data module after `setup`.

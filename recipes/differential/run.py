@@ -1,4 +1,4 @@
-"""Trains one model, and measures the quantities of the comparison."""
+"""Trains one model, and measures its held-out loss, largest logit and passkeys."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lctrain.train import quiet_lightning, train
 
 
 class AsItIs(Extension):
-    """An extension that leaves the model's attention as it is, at every length."""
+    """A method for the evaluation that leaves the model's attention unchanged at every length."""
 
     @contextmanager
     def patched(self, model: nn.Module) -> Iterator[None]:

@@ -11,16 +11,17 @@ class Scale:
     """Sizes of the experiment.
 
     Attributes:
-        shares: Lengths of the passkey texts as fractions of the window, ascending; the last is 1.
+        shares: Lengths of the passkey texts as fractions of the trained window, rising; the last is
+            1.
         keys_per_cell: Number of passkeys per length and depth.
         depths: Positions of the key, as fractions of the filler text.
         logit_documents: Number of held-out documents searched for the largest logit.
         max_tokens: Tokens in a forward pass of the evaluations.
         parity_rows: Rows per step of the stage `parity`; a row is as long as the window.
         parity_steps: Steps of the stage `parity`.
-        train: Overrides of the experiment `differential`.
-        of_variant: Further overrides by variant. V2 has smaller feed-forward layers, because it
-            has twice the query heads.
+        train: Hydra overrides of the experiment `differential`.
+        of_variant: Further Hydra overrides by variant. V2 has smaller feed-forward layers, because
+            it has twice the query heads.
     """
 
     shares: tuple[float, ...]

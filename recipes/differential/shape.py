@@ -1,4 +1,4 @@
-"""Builds the models whose training step is timed: plain, V1 and V2 of one shape."""
+"""Builds the models whose training step is timed: plain, V1 and V2 with one shape."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ class Shape:
     Attributes:
         layers: Number of decoder layers.
         hidden_size: Width of the hidden states.
-        heads: Query heads of dim 64; V1 uses them as the branches of heads / 2 pairs.
+        heads: Query heads of head dim 64; V1 uses them as the branches of heads / 2 pairs.
         heads_kv: Key/value heads.
         intermediate_size: Width of the feed-forward layers.
-        v2_intermediate_size: Width of V2's feed-forward layers; its query projections are larger.
+        v2_intermediate_size: Width of V2's feed-forward layers, which is smaller, since its query
+            projections are larger.
         vocab_size: Number of tokens in the vocabulary.
         max_tokens: Number of positions.
     """
@@ -81,4 +82,4 @@ def build_step_model(
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=implementation
         )
-    return model.to(device).train()  # at once, should transformers build elsewhere
+    return model.to(device).train()  # in case transformers did not build it on this device

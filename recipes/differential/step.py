@@ -6,10 +6,11 @@ The step is compared with three others:
 
 - the plain Llama of equal parameters, on lctrain's kernels;
 - DiffLlama with two calls of lctrain's plain attention per layer;
-- transformers' own DiffLlama, which cannot read packs. As it comes, it gets the documents in
-  batches of padded rows, in their order, with a mask and its own loss. With lctrain's fused linear
-  cross-entropy it gets rows of similar length, padded on the right without a mask, or one row of
-  all documents, whose mask it makes from the position ids.
+- transformers' own DiffLlama, which cannot read packs. It is timed with three kinds of input.
+  "batches": padded rows in the documents' order, with a mask and the model's own loss. "rows":
+  padded rows of similar length without a mask, with lctrain's fused linear cross-entropy.
+  "positions": one row of all documents, whose mask it makes from the position ids, with that
+  cross-entropy, too.
 
 All contenders have the same random tokens and bfloat16 weights, and run with and without full
 activation checkpointing. Times are medians over steps, between synchronisations with the device.
@@ -54,11 +55,11 @@ class Contender:
 
     Attributes:
         name: Name in the results.
-        version: Model: 0 is the plain Llama, 1 is DiffLlama, 2 is V2.
-        attention: Attention of `lctrain.patch_model`; None leaves the model unpatched.
+        version: Version of the attention: 0 is the plain Llama, 1 is DiffLlama, 2 is V2.
+        attention: Name of the attention for `lctrain.patch_model`; None leaves the model unpatched.
         inputs: "pack"; "rows" of similar length, padded; "positions": one row, whose position ids
             restart at every document; or "batches" of padded rows, with a mask and labels.
-        implementation: transformers' own attention.
+        implementation: Name of the attention in transformers, before any patch.
     """
 
     name: str
@@ -93,15 +94,15 @@ class StepResult:
         checkpointing: Whether the backward pass recomputes every layer.
         status: "ok", "out_of_memory" or "error".
         reason: Error message if the status is not "ok".
-        inputs: See Contender.
+        inputs: Kind of input, as in Contender.
         parameters: Number of parameters of the model.
         tokens: Number of tokens per step, without padding.
         padded_tokens: Number of tokens per step, with padding.
         step_ms: Median time of a step, in milliseconds.
         all_step_ms: Times of all steps in order, in milliseconds.
         tokens_per_second: tokens / median time.
-        peak_gib: Peak allocated memory of a step in GiB, weights and gradients included; None on
-            a CPU.
+        peak_gib: Peak allocated memory of a step in GiB, weights and gradients included; None on a
+            CPU.
     """
 
     workload: str
@@ -141,7 +142,7 @@ def measure_step(
         found = _time_steps(contender, lengths, shape, checkpointing, steps, device)
     except torch.OutOfMemoryError as error:
         known |= {"status": "out_of_memory", "reason": str(error).splitlines()[0][:200]}
-    except Exception as error:  # say what happened and time the others
+    except Exception as error:  # reported as a result; the other contenders are still timed
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         known |= {"status": "error", "reason": reason}
     else:
@@ -192,10 +193,10 @@ def random_documents(lengths: Sequence[int], shape: Shape) -> list[np.ndarray]:
 
 
 def make_step(inputs: str, model: Any, documents: Sequence[np.ndarray]) -> tuple[Step, int]:
-    """Returns a function that computes the mean loss and gradients, and its tokens with padding.
+    """Returns a function that runs forward and backward, and its number of tokens with padding.
 
     Args:
-        inputs: See Contender.
+        inputs: Kind of input, as in Contender.
         model: A causal LM; its gradients are reset before every step.
         documents: Token ids, [n] int64 each.
     """

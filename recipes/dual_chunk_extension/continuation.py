@@ -1,8 +1,8 @@
-"""Stage 4: continues training at eight windows with dual chunk attention, by two gradients.
+"""Stage 4: continues training on longer texts, with the exact and the published gradient.
 
-The held-out text is scored first: in documents of one window as in training, and in documents of
-eight windows. The two losses show whether training on long documents starts from the loss on short
-ones, or must first repair damage.
+Before that, it measures the held-out loss in documents of one trained window and of eight windows.
+If both losses are equal, training on long documents starts without damage that it must first
+repair.
 """
 
 from __future__ import annotations
@@ -64,9 +64,10 @@ def continue_training(experiment: Experiment) -> None:
 
 
 def held_out_loss(model_folder: Path, data: DataConfig, limit: int, attention: str) -> float:
-    """Returns the mean loss of held-out tokens, in documents of at most `limit` tokens.
+    """Returns the mean loss per held-out token, with documents cut to at most `limit` tokens.
 
-    Every `limit` scores all tokens except one of each document, so nearly the same tokens.
+    All tokens are scored except the first of each piece, so different limits score nearly the same
+    tokens.
     """
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""Trains with the published gradient of dual chunk attention, for comparison."""
+"""Trains with the published formulation of dual chunk attention, whose gradient is not exact."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lctrain import kernels
 
-# Of dropout; of speed; of keys beside those of the queries.
+# Arguments of dropout, of speed, and of keys with documents of their own.
 _WITHOUT_EFFECT = ("dropout_seed", "document_ids", "schedule", "max_seqlen_k")
 
 

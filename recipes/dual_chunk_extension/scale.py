@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 RATIOS = (1, 2, 4, 8, 16)
-TRAIN_RATIO = 8  # of the continued training
+TRAIN_RATIO = 8  # length of texts in the continued training, in trained windows
 
 
 @dataclass(frozen=True)
@@ -13,13 +13,13 @@ class Scale:
     """Sizes of the experiment.
 
     Attributes:
-        window: Tokens of the longest document in training.
+        window: Number of tokens of the longest document in the first training.
         documents: Number of held-out documents for perplexity, the longest first.
         keys_per_cell: Number of passkeys per length and depth.
         depths: Positions of the key, as fractions of the filler text.
         max_tokens: Tokens in a forward pass of the evaluations.
-        continued: Overrides of the continued training.
-        train: Overrides of the experiment `dual_chunk_extension`.
+        continued: Hydra overrides of the continued training.
+        train: Hydra overrides of the experiment `dual_chunk_extension`.
     """
 
     window: int

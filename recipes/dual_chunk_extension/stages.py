@@ -63,7 +63,7 @@ def run_evaluation(experiment: Experiment, task: str) -> Any:
 
 
 def store_half(source: Path, target: Path) -> None:
-    """Stores a model in bfloat16 with its tokenizer, in files of at most 14 MB."""
+    """Saves a model in bfloat16 with its tokenizer, in files of at most 14 MB."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

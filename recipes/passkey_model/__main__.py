@@ -24,7 +24,7 @@ from lctrain.recipes.passkey_model.training import Material, train_network
 WINDOW = 128
 SEED = 0
 TEXT_BYTES = 2_000_000
-HELD_OUT = 10  # every tenth file
+HELD_OUT = 10  # every tenth file is held out
 RATIOS = (1, 2, 4, 8, 16, 32)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 METHODS = ("plain", "dual_chunk")

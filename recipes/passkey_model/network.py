@@ -1,4 +1,4 @@
-"""Builds the passkey model: two layers of Qwen2; one head starts by looking back a token."""
+"""Builds the passkey model: a small Qwen2 in which one head starts as a previous-token head."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WIDTH = 64
 HEADS = 2
 LAYERS = 2
 THETA = 1000.0
-SHARPNESS = 5.4  # of the head that looks back; its logit one token further is lower by 3
+SHARPNESS = 5.4  # scale of the previous-token head; one position further its logit is lower by 3
 
 
 def build_network(vocab_size: int, window: int) -> Any:
@@ -53,8 +53,9 @@ def build_network(vocab_size: int, window: int) -> Any:
 def _look_back(model: Any, head: int) -> None:
     """Sets the biases of a head in the first layer so that it attends to the previous token.
 
-    RoPE turns pair i of a query at p and a key at j by angles p f_i and j f_i. The query's bias is
-    the key's, turned by -f_i, so their product is largest at j = p - 1.
+    RoPE rotates pair i of a query at position p by the angle p f_i, and of a key at position j by j
+    f_i. The query's bias is the key's bias, rotated by -f_i, so their product is largest at j = p -
+    1.
     """
     attention = model.model.layers[0].self_attn
     frequencies = model.model.rotary_emb.inv_freq

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 VOCABULARY = 1024
-COMMONEST = 60  # words that occur in most texts, and so are no good keys
+COMMONEST = 60  # number of most common words, which occur in most texts and make no good keys
 WORDS = 160
 REPEATS = 20_000  # more often than any pair of letters in the text, so that these words come first
 _WORD = re.compile(r"(?<= )[a-z]{4,7}\b")

@@ -1,4 +1,4 @@
-"""Trains the passkey model: first to copy, then to find keys in longer and longer texts."""
+"""Trains the passkey model: first to copy words, then to find keys in longer and longer texts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lctrain.data.passkey import KEY_WORDS, Filler, PasskeyFormat
 
 LEARNING_RATE = 3e-3
 LAST_RATE = 1e-4
-WARMUP = 50  # steps
-AVERAGED = 30  # steps
+WARMUP = 50  # steps of the learning-rate warmup
+AVERAGED = 30  # steps over which the accuracy is averaged
 IGNORED = -100
 COPY_TOKENS = 32
 SHORTEST_PERIOD = 6
@@ -27,14 +27,14 @@ Rows = tuple[Tensor, Tensor]  # token ids and labels, [rows, tokens] int64 each
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of training, on texts of up to some length.
+    """A stage of training, with rows of up to a certain length.
 
     Attributes:
-        name: What the rows hold.
-        longest: Tokens of the longest row.
-        rows: Rows in a step.
+        name: Name of what the rows hold, for the report.
+        longest: Number of tokens of the longest row.
+        rows: Number of rows in a step.
         steps: Largest number of steps.
-        accuracy: Share of the labels that ends the stage early, averaged over 30 steps.
+        accuracy: Fraction of correctly predicted labels at which the stage ends early.
         copies: Whether every second step has rows of copied words; "only" for every step.
         decays: Whether the learning rate falls during the stage.
     """
@@ -49,11 +49,11 @@ class Stage:
 
 
 def stages(shortest: int, window: int) -> tuple[Stage, ...]:
-    """Returns the stages.
+    """Returns the stages of training, in order.
 
     Args:
-        shortest: Tokens of the shortest passkey document.
-        window: Tokens of the longest one.
+        shortest: Number of tokens of the shortest passkey document.
+        window: Number of tokens of the longest passkey document.
     """
     return (
         Stage("copies", COPY_TOKENS, 64, 800, 0.95, copies="only"),
@@ -65,7 +65,7 @@ def stages(shortest: int, window: int) -> tuple[Stage, ...]:
 
 
 class Material:
-    """Random rows to train on.
+    """Generator of random training rows.
 
     Args:
         format: Passkey format of the tokenizer.
@@ -120,10 +120,10 @@ def train_network(
     """Trains a model through all stages.
 
     Args:
-        model: A causal LM, which is changed.
-        material: Rows to train on.
-        window: Tokens of the longest row.
-        report: Takes a line per stage.
+        model: A causal LM, which is trained in place.
+        material: Generator of rows to train on.
+        window: Number of tokens of the longest row.
+        report: Function that gets one line of text per stage.
 
     Returns:
         Number of steps.
