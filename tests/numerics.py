@@ -7,6 +7,7 @@
 | many tensors, such as gradients | `assert_errors_at_most_twice` |
 | a sum, such as a loss | `assert_sum_error_at_most_twice` |
 | float32 sums of the same terms in another order | `assert_equal_sums` |
+| float64 attention of several ranks with that of one | `assert_equals_one_rank` |
 | two float64 computations of one quantity | `assert_equal_in_float64`, `near` |
 | a few counted float32 operations | `near_roundings`, `as_float32` |
 | numbers that must not be equal | `assert_far_apart` |
@@ -162,6 +163,30 @@ def assert_equal_sums(actual: torch.Tensor, expected: torch.Tensor, terms: int =
     bound = rounded + terms * torch.finfo(torch.float32).eps / 2 * scale
     error = ((actual - expected.double()).abs() - bound).max().item()
     assert error <= 0, f"differs by {error:.1e} more than the order of additions explains"
+
+
+SHARED_BOUND = 1e-12
+"""What attention in float64 may differ by between one rank and several, over the largest entry.
+
+The ranks compute the same terms. Only sums of at most 1e3 gradients, each rounded by 1.1e-16, run
+in another order.
+"""
+
+
+def assert_equals_one_rank(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    """Fails if results of several ranks in float64 differ from those of one rank.
+
+    Args:
+        actual: Results that were put together from several ranks.
+        expected: The same results of one rank.
+    """
+    for index, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        assert one.dtype == other.dtype == torch.float64
+        assert one.shape == other.shape
+        assert one.isfinite().all()
+        if other.numel():
+            error = ((one - other).abs().max() / other.abs().max()).item()
+            assert error <= SHARED_BOUND, f"result {index} differs by {error:.1e} of its largest"
 
 
 def near(expected: Any) -> Any:

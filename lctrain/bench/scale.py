@@ -36,10 +36,10 @@ from lctrain.bench.shapes import SHAPES, ModelShape, tiny
 from lctrain.callbacks.throughput import peak_memory_gib
 from lctrain.config import OptimConfig
 from lctrain.distributed import Topology
-from lctrain.distributed.context import ContextShard
-from lctrain.distributed.exchange import exchange_heads, exchange_keys
+from lctrain.distributed.attention import flash_attn_shared_func
+from lctrain.distributed.context import ContextShard, choose_heads
+from lctrain.distributed.shared_pack import SharedPack
 from lctrain.distributed.strategy import ShardedStrategy
-from lctrain.kernels import flash_attn_varlen_func
 from lctrain.module import LongContextModule
 from lctrain_kernels.bench.__main__ import positive, results_folder
 
@@ -133,25 +133,20 @@ def time_exchange(exchange: str, tokens: int, calls: int, device: torch.device) 
     """Times forward and backward of attention on one document that all ranks share."""
     ranks = _ranks()
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    attention: Callable[..., Any] = partial(flash_attn_varlen_func, causal=True)
-    ends = torch.tensor([0, tokens], dtype=torch.int32, device=device)
 
-    def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = attention(q, k, v, ends, ends, tokens, tokens)
-        return out
+    def attention(size: int, heads: int, rank: int) -> Callable[..., Tensor]:
+        shared = SharedPack.of(ContextShard.of([tokens], size, heads), rank, device)
+        return partial(flash_attn_shared_func, shared=shared, causal=True)
 
     def drawn(rows: int) -> list[Tensor]:
         heads = (HEADS, KEY_HEADS, KEY_HEADS)
         made = [torch.randn(rows, count, HEAD_DIM, device=device) for count in heads]
         return [tensor.to(dtype).requires_grad_() for tensor in made]
 
-    alone = _seconds(whole, drawn(tokens), calls)
-    shard = ContextShard.of([tokens], ranks.size)
-    own = drawn(shard.tokens[ranks.rank])
-    if exchange == "heads":
-        share = _seconds(lambda *t: exchange_heads(whole, t, shard), own, calls)
-    else:
-        share = _seconds(lambda q, k, v: exchange_keys(attention, q, k, v, shard), own, calls)
+    heads = choose_heads(exchange, ranks.size, KEY_HEADS, ranks.size)
+    own = ContextShard.of([tokens], ranks.size, heads).tokens[ranks.rank]
+    alone = _seconds(attention(1, 1, 0), drawn(tokens), calls)
+    share = _seconds(attention(ranks.size, heads, ranks.rank), drawn(own), calls)
     slowest = ranks.maximum(torch.tensor([alone, share], device=device)).tolist()
     return {
         "exchange": exchange,

@@ -1,9 +1,4 @@
-"""Context-parallel attention: several ranks share one pack, by exchanging heads or keys.
-
-Both functions take any attention on packed tokens, such as those of `lctrain.kernels`, and need
-nothing of Lightning. Every rank has the tokens that ContextShard gives it. With a dropout above 0
-the masks would differ from those of one rank, so it is not supported here.
-"""
+"""Attention on a pack that several ranks share: ranks exchange heads, or gather keys, or both."""
 
 from __future__ import annotations
 
@@ -14,25 +9,115 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lctrain.distributed.collectives import Selection, all_to_all, gather_rows
 from lctrain.distributed.context import ContextShard
+from lctrain.distributed.shared_pack import SharedPack
 
 Attention = Callable[..., Tensor]
+
+
+def exchange(
+    attention: Attention, queries: Sequence[Tensor], keys: Sequence[Tensor], shared: SharedPack
+) -> Tensor:
+    """Computes attention of this rank's queries, which needs tensors of other ranks.
+
+    In a heads group, ranks exchange heads (Ulysses): one all-to-all per tensor and one of the
+    output, and as many in the backward. Between heads groups, ranks gather keys: one all-gather per
+    tensor of keys, and one reduce-scatter of its gradient, in float32 or more.
+
+    An exchange of heads gives the bits of one rank. If keys are gathered, the output and the
+    gradients of queries have the bits of one rank; gradients of keys are sums over heads groups,
+    which are rounded once more.
+
+    The attention keeps its arguments for the backward: as many queries as this rank has, and as
+    many keys too, unless keys are gathered. It then keeps the keys of the longest chunk of every
+    document, [Tk, Hk / heads, D], up to the whole pack; activation checkpointing frees them after
+    each layer.
+
+    Args:
+        attention: Function of the tensors of queries and keys, on the documents of `shared.pack`
+            and a share of the heads, to the output [tokens of the heads group, H / heads, Dv].
+        queries: Tensors [tokens of this rank, H, D]. H may differ between tensors.
+        keys: Tensors [tokens of this rank, Hk, D]. A tensor that occurs twice is exchanged once.
+        shared: The pack.
+
+    Returns:
+        Output of this rank's tokens, [tokens of this rank, H, Dv].
+
+    Raises:
+        ValueError: if a tensor has other tokens than this rank, or the size of a heads group does
+            not divide its heads.
+    """
+    _check(queries, keys, shared)
+    asked = [_to_heads(tensor, shared) for tensor in queries]
+    found: dict[int, Tensor] = {}
+    for tensor in keys:
+        if id(tensor) not in found:
+            found[id(tensor)] = _all_keys(_to_heads(tensor, shared), shared)
+    out = attention(*asked, *(found[id(tensor)] for tensor in keys))
+    return _to_tokens(out, shared)
+
+
+def _all_keys(rows: Tensor, shared: SharedPack) -> Tensor:
+    """Returns the keys of all heads groups that this rank's chunks attend to."""
+    if shared.selection is None:
+        return rows
+    return gather_rows(rows, shared.selection, shared.groups.keys)
+
+
+def _to_heads(rows: Tensor, shared: SharedPack) -> Tensor:
+    """Returns [tokens of the heads group, H / heads, D] from [tokens of this rank, H, D]."""
+    size, (sent, received) = shared.shard.heads, _counts(shared)
+    if size == 1:
+        return rows
+    parts = rows.unflatten(1, (size, -1)).transpose(0, 1).flatten(0, 1)
+    return all_to_all(parts, sent, received, shared.groups.heads)
+
+
+def _to_tokens(out: Tensor, shared: SharedPack) -> Tensor:
+    """Returns [tokens of this rank, H, D] from [tokens of the heads group, H / heads, D]."""
+    size, (sent, received) = shared.shard.heads, _counts(shared)
+    if size == 1:
+        return out
+    parts = all_to_all(out, received, sent, shared.groups.heads)
+    return parts.unflatten(0, (size, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _counts(shared: SharedPack) -> tuple[list[int], list[int]]:
+    """Returns the rows that _to_heads sends to and receives from each rank of the heads group."""
+    shard, first = shared.shard, shared.rank - shared.place
+    own = shard.tokens[shared.rank]
+    return [own] * shard.heads, list(shard.tokens[first : first + shard.heads])
+
+
+def _check(queries: Sequence[Tensor], keys: Sequence[Tensor], shared: SharedPack) -> None:
+    own, size = shared.shard.tokens[shared.rank], shared.shard.heads
+    for tensor in (*queries, *keys):
+        if tensor.shape[0] != own:
+            raise ValueError(
+                f"tensors must hold the {own} tokens of rank {shared.rank}, got {tensor.shape[0]}. "
+                "Select the tokens shard.indices(rank) of the pack."
+            )
+        if tensor.shape[1] % size != 0:
+            raise ValueError(
+                f"the ranks of a heads group must divide the heads, got {size} ranks and "
+                f"{tensor.shape[1]} heads. Gather keys instead (heads=1), or use fewer ranks."
+            )
 
 
 def exchange_heads(
     attention: Attention, tensors: Sequence[Tensor], shard: ContextShard, group: Any = None
 ) -> Tensor:
-    """Computes attention with all tokens and a part of the heads on each rank (Ulysses).
+    """Computes attention on whole documents and a share of the heads (Ulysses).
 
     Four all-to-all exchanges per call with queries, keys and values, and as many in the backward.
     The result has the bits of one rank.
 
     Args:
-        attention: Function from the input tensors, each [T, heads / size, D] in the order of the
-            pack, to the output [T, heads / size, D].
-        tensors: Queries, keys and values, or the five inputs of differential attention, each
-            [tokens of this rank, heads, D] in the order of the rank's chunks. The number of heads
-            may differ between tensors.
+        attention: Function from tensors [T, heads / size, D], in the order of the pack, to the
+            output [T, heads / size, D].
+        tensors: Queries, keys and values, or the five tensors of differential attention, each
+            [tokens of this rank, heads, D]. The number of heads may differ between tensors.
         shard: Division of the pack over the ranks of the group.
         group: Process group; None for the default one.
 
@@ -56,10 +141,10 @@ def exchange_heads(
     whole = []
     for tensor in tensors:
         parts = tensor.unflatten(1, (shard.size, -1)).transpose(0, 1).flatten(0, 1)
-        received = _AllToAll.apply(parts, [own] * shard.size, counts, group)
+        received = all_to_all(parts, [own] * shard.size, counts, group)
         whole.append(received.index_select(0, place))
     out = attention(*whole).index_select(0, order)
-    returned = _AllToAll.apply(out, counts, [own] * shard.size, group)
+    returned = all_to_all(out, counts, [own] * shard.size, group)
     return returned.unflatten(0, (shard.size, own)).transpose(0, 1).flatten(1, 2)
 
 
@@ -77,9 +162,9 @@ def exchange_keys(
     float32. Every chunk of queries attends to its document up to the chunk's end.
 
     Args:
-        attention: Causal attention function (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-            max_seqlen_k) -> output [tokens, H, Dv]. Its queries are the last tokens of the key
-            sequence, as in `flash_attn_varlen_func`.
+        attention: Function (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) to the
+            output [tokens, H, Dv]. It is causal, and aligns queries to the last keys, as
+            `flash_attn_varlen_func` does.
         q: [tokens of this rank, H, D].
         k: [tokens of this rank, Hk, D].
         v: [tokens of this rank, Hk, Dv].
@@ -91,11 +176,13 @@ def exchange_keys(
     """
     rank = dist.get_rank(group)
     longest = max(shard.tokens)
-    keys = torch.from_numpy(shard.keys(rank, longest)).to(q.device)
-    k, v = (_Gather.apply(tensor, longest, group).index_select(0, keys) for tensor in (k, v))
+    found = (torch.from_numpy(part).to(q.device) for part in shard.keys(rank))
+    places, *parts = found
+    selection = Selection(longest, places, tuple(parts))
+    k, v = (gather_rows(tensor, selection, group) for tensor in (k, v))
     chunks = shard.chunks[rank]
     if not chunks:
-        # The backward's collective needs every rank, so a rank without tokens stays in the graph.
+        # The gradients of other ranks pass through this rank's gather, so it stays in the graph.
         return q.new_empty((0, q.shape[1], v.shape[2])) + 0 * (q.sum() + k.sum() + v.sum())
     lengths_q = [chunk.stop - chunk.start for chunk in chunks]
     lengths_k = [chunk.stop for chunk in chunks]
@@ -106,40 +193,3 @@ def exchange_keys(
 def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
     ends = torch.tensor([0, *lengths]).cumsum(0)
     return ends.to(device=device, dtype=torch.int32)
-
-
-class _AllToAll(torch.autograd.Function):
-    """All-to-all of rows: every rank sends some of its rows to every rank."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        out = rows.new_empty((sum(received), *rows.shape[1:]))
-        dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (gradient,) = gradients
-        return _AllToAll.apply(gradient, ctx.received, ctx.sent, ctx.group), None, None, None
-
-
-class _Gather(torch.autograd.Function):
-    """All-gather of rows, in which every rank's rows are padded to `longest` rows."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, longest: int, group: Any) -> Tensor:
-        ctx.count, ctx.longest, ctx.group = rows.shape[0], longest, group
-        filled = rows.new_zeros((longest, *rows.shape[1:]))
-        filled[: rows.shape[0]] = rows
-        out = rows.new_empty((longest * dist.get_world_size(group), *rows.shape[1:]))
-        dist.all_gather_into_tensor(out, filled, group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (gradient,) = gradients
-        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).contiguous()
-        own = wide.new_empty((ctx.longest, *wide.shape[1:]))
-        dist.reduce_scatter_tensor(own, wide, group=ctx.group)
-        return own[: ctx.count].to(gradient.dtype), None, None

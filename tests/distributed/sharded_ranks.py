@@ -87,7 +87,8 @@ def buffers_of_ranks(rank, size):
 def main() -> None:
     """Trains, and writes the results of rank 0."""
     rank, size, folder, overrides = join()
-    found = {"context": all_shared(), "buffers": buffers_of_ranks(rank, size)}
+    found = {("context", heads): all_shared(heads) for heads in (1, 2)}
+    found["buffers"] = buffers_of_ranks(rank, size)
     with built_in_float64():
         for name, make in MODELS.items():
             for replicas in (1, size) if name == "plain" else (1,):

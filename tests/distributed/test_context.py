@@ -1,14 +1,12 @@
-"""Tests the division of packs over a context group, and attention on divided packs."""
+"""Tests the division of packs over the ranks of a context group."""
+
+from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 
-from lctrain.distributed.context import BORDER, ContextShard
-from lctrain.distributed.exchange import exchange_heads
-from tests.distributed.context_cases import all_shared, whole
-from tests.distributed.ranks import join, run_ranks
-from tests.numerics import assert_equal_in_float64
+from lctrain.distributed.context import BORDER, ContextShard, choose_heads
+from tests.numerics import near
 
 PACKS = {
     "one": [4096],
@@ -18,32 +16,62 @@ PACKS = {
 }
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 8, 64, 1024])
+def random_lengths(random, sigma, tokens=2**17):
+    """Returns log-normal lengths that fill a pack."""
+    lengths, left = [], tokens
+    while left:
+        drawn = int(random.lognormal(8.5 - sigma**2 / 2, sigma))
+        lengths.append(min(left, max(1, drawn)))
+        left -= lengths[-1]
+    return lengths
+
+
+@pytest.mark.parametrize(
+    ("size", "heads"),
+    [(1, 1), (2, 1), (3, 3), (8, 1), (8, 4), (8, 8), (64, 1), (64, 8), (1024, 1), (1024, 8)],
+)
 @pytest.mark.parametrize("name", PACKS)
-def test_every_token_is_computed_once(name, size):
+def test_every_token_is_computed_once(name, size, heads):
     lengths = PACKS[name]
-    shard = ContextShard.of(lengths, size)
+    shard = ContextShard.of(lengths, size, heads)
     assert sorted(shard.order.tolist()) == list(range(sum(lengths)))
-    assert sum(shard.work) == sum(length * (length + 1) // 2 for length in lengths)
-    for rank, chunks in enumerate(shard.chunks):
-        assert len(shard.indices(rank)) == shard.tokens[rank]
+    assert sum(shard.work) == near(sum(length * (length + 1) // 2 for length in lengths))
+    assert sum(shard.tokens) == sum(shard.group_tokens) == sum(lengths)
+    assert len(shard.tokens) == len(shard.work) == size
+    parts = [shard.indices(rank) for rank in range(size)]
+    assert np.array_equal(np.concatenate(parts), shard.order)
+    for rank, own in enumerate(parts):
+        assert len(own) == shard.tokens[rank]
+    assert len(shard.chunks) == size // heads
+    for chunks in shard.chunks:
         assert list(chunks) == sorted(chunks)
         assert all(chunk.start % BORDER == 0 for chunk in chunks)
-    assert len(shard.keys(0, 7)) == sum(chunk.stop for chunk in shard.chunks[0])
-    assert shard == ContextShard.of(list(lengths), size)
+        for one, two in pairwise(chunks):
+            assert one.document < two.document or one.stop < two.start, "chunks that meet are one"
+    assert shard == ContextShard.of(list(lengths), size, heads)
 
 
-def test_keys_are_the_document_up_to_the_chunk():
-    shard = ContextShard.of([600, 300], 2)
-    stride = max(shard.tokens)
-    gathered = np.full(2 * stride, -1)
-    for rank in range(2):
-        places = shard.indices(rank)
-        gathered[rank * stride : rank * stride + len(places)] = places
-    begins = [0, 600]
-    for rank in range(2):
-        expected = [begins[d] + i for d, _, stop in shard.chunks[rank] for i in range(stop)]
-        assert gathered[shard.keys(rank, stride)].tolist() == expected
+@pytest.mark.parametrize(("size", "heads"), [(2, 1), (8, 1), (8, 2), (1024, 8)])
+@pytest.mark.parametrize("name", PACKS)
+def test_keys_are_the_document_up_to_the_chunk(name, size, heads):
+    lengths = PACKS[name]
+    shard = ContextShard.of(lengths, size, heads)
+    stride, begins = max(shard.group_tokens), np.concatenate([[0], np.cumsum(lengths)])
+    gathered = np.full(size // heads * stride, -1)
+    first = 0
+    for group, count in enumerate(shard.group_tokens):
+        gathered[group * stride :][:count] = shard.order[first : first + count]
+        first += count
+    for rank in range(0, size, heads)[:64]:
+        chunks = shard.chunks[rank // heads]
+        keys = shard.keys(rank)
+        expected = [begins[d] + i for d, _, stop in chunks for i in range(stop)]
+        assert gathered[keys.places].tolist() == expected
+        together = np.concatenate([keys.last, keys.repeated])
+        assert sorted(together.tolist()) == list(range(len(expected)))
+        for part in (keys.last, keys.repeated):
+            assert len(set(keys.places[part].tolist())) == len(part)
+        assert set(keys.places[keys.repeated]) <= set(keys.places[keys.last])
 
 
 @pytest.mark.parametrize("sigma", [1.0, 1.5])
@@ -52,11 +80,7 @@ def test_eight_ranks_have_equal_work(sigma):
     random = np.random.default_rng(0)
     work, tokens = [], []
     for _ in range(20):
-        lengths, left = [], 2**17
-        while left:
-            drawn = int(random.lognormal(8.5 - sigma**2 / 2, sigma))
-            lengths.append(min(left, max(1, drawn)))
-            left -= lengths[-1]
+        lengths = random_lengths(random, sigma)
         shard = ContextShard.of(lengths, 8)
         work.append(max(shard.work) / np.mean(shard.work))
         tokens.append(max(shard.tokens) / np.mean(shard.tokens))
@@ -66,37 +90,43 @@ def test_eight_ranks_have_equal_work(sigma):
 
 @pytest.mark.parametrize(
     ("lengths", "size", "message"),
-    [([5], 0, "size must be at least 1, got 0"), ([5, -1], 2, "lengths must be at least 0, got -")],
+    [
+        ([5], (0,), "size must be at least 1, got 0"),
+        ([5, -1], (2,), "lengths must be at least 0, got -"),
+        ([5], (4, 3), "heads must divide the 4 ranks, got 3"),
+    ],
 )
 def test_what_cannot_be_divided(lengths, size, message):
     with pytest.raises(ValueError, match=message):
-        ContextShard.of(lengths, size)
+        ContextShard.of(lengths, *size)
 
 
-def test_heads_that_cannot_be_exchanged():
-    shard = ContextShard.of([10], 4)
-    with pytest.raises(ValueError, match="must divide the heads, got 4 ranks and 6 heads"):
-        exchange_heads(torch.add, [torch.zeros(10, 6, 8)], shard)
+def test_a_heads_group_has_equal_tokens():
+    shard = ContextShard.of(PACKS["mixed"], 8, 8)
+    assert max(shard.tokens) - min(shard.tokens) <= 1
+    assert np.array_equal(shard.order, np.arange(sum(PACKS["mixed"])))
 
 
-def check(found):
-    """Compares the results of a group with those of one rank."""
-    references = {(case, lengths): whole(case, lengths) for case, _, lengths in found}
-    for (case, exchange, lengths), results in found.items():
-        for mine, theirs in zip(results, references[case, lengths], strict=True):
-            assert_equal_in_float64(mine, theirs, f"{case} by {exchange}")
+@pytest.mark.parametrize(
+    ("exchange", "size", "key_heads", "on_machine", "expected"),
+    [
+        ("heads", 4, 8, 8, 4),
+        ("keys", 4, 8, 8, 1),
+        ("auto", 8, 8, 8, 8),
+        ("auto", 16, 8, 8, 8),  # heads inside a machine, keys between
+        ("auto", 8, 2, 8, 2),
+        ("auto", 8, 3, 8, 1),
+        ("auto", 6, 8, 4, 2),  # no heads group crosses machines
+    ],
+)
+def test_heads_are_exchanged_inside_a_machine(exchange, size, key_heads, on_machine, expected):
+    assert choose_heads(exchange, size, key_heads, on_machine) == expected
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [4, 8])
-def test_more_ranks_compute_what_one_does(tmp_path, size):
-    """Two ranks are tested in test_sharded.py."""
-    run_ranks("tests.distributed.test_context", size, tmp_path)
-    check(torch.load(tmp_path / "found.pt"))
-
-
-if __name__ == "__main__":
-    rank, _, folder, _ = join()
-    found = all_shared()
-    if rank == 0:
-        torch.save(found, folder / "found.pt")
+def test_exchanges_that_do_not_exist():
+    with pytest.raises(ValueError, match="exchange must be one of auto, heads, keys, got 'ring'"):
+        choose_heads("ring", 2, 8, 8)
+    with pytest.raises(
+        ValueError, match=r"must divide the key/value heads .* 16 ranks and 8 heads"
+    ):
+        choose_heads("heads", 16, 8, 8)

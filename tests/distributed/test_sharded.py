@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 from lctrain.run.seal import MANIFEST, damage_of
 from lctrain.run.sharded_checkpoint import read_whole
 from lctrain.train import train
+from tests.distributed.context_cases import Settings
 from tests.distributed.ranks import run_ranks
 from tests.distributed.sharded_ranks import MODELS
-from tests.distributed.test_context import check
+from tests.distributed.test_exchange import check
 from tests.float64 import built_in_float64
 from tests.numerics import assert_equal_in_float64, near, near_roundings
 from tests.test_module import one_batch
@@ -77,8 +78,9 @@ def test_sharded_training_equals_one_big_batch(found, tmp_path, name, replicas):
     assert_equal_in_float64(weights, {n: p.data for n, p in module.model.named_parameters()})
 
 
-def test_attention_on_a_shared_pack_equals_one_rank(found):
-    check(found["context"])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_attention_on_a_shared_pack_equals_one_rank(found, heads):
+    check(found["context", heads], Settings())
 
 
 def test_buffers_of_all_ranks_are_those_of_the_first(found):

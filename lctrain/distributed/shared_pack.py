@@ -1,0 +1,193 @@
+"""SharedPack: what a rank's attention knows of a pack that a context group shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lctrain.distributed.collectives import Selection
+from lctrain.distributed.context import Chunk, ContextShard
+
+if TYPE_CHECKING:
+    from lctrain_kernels.pack import Pack
+
+
+@dataclass(frozen=True)
+class ContextGroups:
+    """Process groups of the ranks that share this rank's pack; None is the default group.
+
+    Attributes:
+        whole: All ranks of the context group.
+        heads: Ranks of this rank's heads group, which are consecutive.
+        keys: Ranks with this rank's place in every heads group.
+    """
+
+    whole: Any = None
+    heads: Any = None
+    keys: Any = None
+
+    @classmethod
+    def of(cls, size: int, heads: int, whole: Any = None) -> ContextGroups:
+        """Returns the groups of this rank, and makes those that do not exist.
+
+        All ranks must call it. Ranks of a context group are consecutive.
+
+        Args:
+            size: Number of ranks of a context group.
+            heads: Number of ranks of a heads group, as in ContextShard.
+            whole: Process group of this rank's context group; None for the default one.
+        """
+        if heads in (1, size):
+            return cls(whole, whole, whole)
+        rank, found = dist.get_rank(), {}
+        for first in range(0, dist.get_world_size(), size):
+            everyone = list(range(first, first + size))
+            parts = [("heads", everyone[i : i + heads]) for i in range(0, size, heads)]
+            parts += [("keys", everyone[i::heads]) for i in range(heads)]
+            for name, ranks in parts:
+                group = dist.new_group(ranks)
+                if rank in ranks:
+                    found[name] = group
+        return cls(whole, **found)
+
+
+@dataclass(frozen=True, eq=False)
+class SharedPack:
+    """A pack that a context group shares, as one rank's attention needs it.
+
+    It is made once per batch, and serves every layer. It holds indices, no activations.
+
+    Attributes:
+        shard: Division of the pack.
+        rank: This rank's number in the context group.
+        groups: Process groups.
+        pack: Documents of the kernel's call: those of the pack, or the chunks of the heads group,
+            each with the keys of its document up to the chunk's end.
+        documents: Index in the whole pack of every document of `pack`, [n] int64; None if they are
+            those of the whole pack.
+        selection: Keys of `pack` among the gathered keys; None if no keys are gathered.
+    """
+
+    shard: ContextShard
+    rank: int
+    groups: ContextGroups
+    pack: Pack
+    documents: Tensor | None = None
+    selection: Selection | None = None
+
+    @classmethod
+    def of(
+        cls,
+        shard: ContextShard,
+        rank: int,
+        device: torch.device | str,
+        groups: ContextGroups | None = None,
+        document_ids: Tensor | None = None,
+    ) -> SharedPack:
+        """Prepares the attention of one rank. Does not synchronise with the device.
+
+        Args:
+            shard: Division of the pack, the same on every rank.
+            rank: This rank's number in the context group.
+            device: Device of the queries.
+            groups: Process groups; by default, the default group is the context group, which needs
+                shard.heads to be 1 or shard.size.
+            document_ids: Ids of the pack's documents in the dropout key, [N] int32, on any device.
+                By default, a document's index in the pack.
+        """
+        groups = ContextGroups() if groups is None else groups
+        device = torch.device(device)
+        if shard.groups == 1:
+            lengths = list(shard.lengths)
+            return cls(shard, rank, groups, _pack(lengths, lengths, device, document_ids))
+        # A rank without tokens has one empty chunk, so that it joins every collective.
+        chunks = shard.chunks[rank // shard.heads] or (Chunk(0, 0, 0),)
+        documents = _on_device([chunk.document for chunk in chunks], device)
+        ids = documents.int()
+        if document_ids is not None:
+            ids = document_ids.to(device, non_blocking=True).index_select(0, documents)
+        keys = shard.keys(rank)
+        return cls(
+            shard,
+            rank,
+            groups,
+            _pack(
+                [chunk.stop - chunk.start for chunk in chunks],
+                [chunk.stop for chunk in chunks],
+                device,
+                ids,
+                _on_device([chunk.start for chunk in chunks], device).int(),
+            ),
+            documents,
+            Selection(
+                max(shard.group_tokens),
+                _on_device(keys.places, device),
+                tuple(_on_device(part, device) for part in (keys.last, keys.repeated) if len(part)),
+            ),
+        )
+
+    @property
+    def place(self) -> int:
+        """This rank's number in its heads group."""
+        return self.rank % self.shard.heads
+
+    def first_head(self, heads: int) -> int:
+        """Returns the first of this rank's heads during attention.
+
+        Args:
+            heads: Number of query heads of all ranks.
+        """
+        return heads // self.shard.heads * self.place
+
+    def of_heads(self, values: Tensor | None) -> Tensor | None:
+        """Returns the values of this rank's heads, from a tensor [..., H] or None."""
+        if values is None or self.shard.heads == 1:
+            return values
+        return values.chunk(self.shard.heads, -1)[self.place]
+
+    def of_documents(self, values: Tensor | None) -> Tensor | None:
+        """Returns values per document of the whole pack, [N, ...], for the documents of `pack`."""
+        if values is None or self.documents is None:
+            return values
+        return values.index_select(0, self.documents)
+
+
+def _pack(
+    lengths_q: list[int],
+    lengths_k: list[int],
+    device: torch.device,
+    document_ids: Tensor | None,
+    query_offsets: Tensor | None = None,
+) -> Pack:
+    from lctrain_kernels.pack import checked_pack
+
+    if document_ids is not None:
+        document_ids = document_ids.to(device, non_blocking=True)
+    ends_q = _boundaries(lengths_q, device)
+    return checked_pack(
+        ends_q,
+        ends_q if lengths_k == lengths_q else _boundaries(lengths_k, device),
+        sum(lengths_q),
+        sum(lengths_k),
+        device,
+        max_seqlen_q=max(lengths_q, default=0),
+        max_seqlen_k=max(lengths_k, default=0),
+        document_ids=document_ids,
+        query_offsets=query_offsets,
+    )
+
+
+def _boundaries(lengths: list[int], device: torch.device) -> Tensor:
+    return _on_device(torch.tensor([0, *lengths]).cumsum(0), device).int()
+
+
+def _on_device(values: Any, device: torch.device) -> Tensor:
+    """Returns int64 values on a device, copied without a synchronisation."""
+    tensor = torch.as_tensor(values, dtype=torch.int64)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
