@@ -19,6 +19,7 @@ BENCHMARKS = {
     "memory": ("lctrain.bench.memory", "peak memory and speed against context length"),
     "curves": ("lctrain.bench.curves", "loss curves with everything on and with everything off"),
     "scale": ("lctrain.bench.scale", "training steps and shared attention on several GPUs"),
+    "shares": ("lctrain.bench.shares", "shares of a document and sharded steps, on one GPU"),
     "balance": ("lctrain.bench.balance", "balance of attention work over ranks, on a CPU"),
 }
 

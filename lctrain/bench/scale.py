@@ -62,27 +62,26 @@ class Times(pl.Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, index: int) -> None:
         """Starts the clock."""
-        self._since = _now(pl_module.device)
+        self._since = now(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, index: int
     ) -> None:
         """Stops the clock."""
-        self.seconds.append(_now(pl_module.device) - self._since)
+        self.seconds.append(now(pl_module.device) - self._since)
 
 
 class RandomPacks(torch.utils.data.IterableDataset[PackedBatch]):
     """Endless stream of packs of random tokens, all with the same documents' lengths.
 
     Args:
-        tokens: Number of tokens of a pack.
-        documents: Number of documents of a pack, all of one length.
+        lengths: Number of tokens of every document.
         vocabulary: Number of different tokens.
         seed: Seed of the tokens.
     """
 
-    def __init__(self, tokens: int, documents: int, vocabulary: int, seed: int) -> None:
-        self.lengths = [tokens // documents] * documents
+    def __init__(self, lengths: Sequence[int], vocabulary: int, seed: int) -> None:
+        self.lengths = list(lengths)
         self.vocabulary = vocabulary
         self.seed = seed
 
@@ -94,7 +93,7 @@ class RandomPacks(torch.utils.data.IterableDataset[PackedBatch]):
 
 
 def time_steps(
-    strategy: str, shape: ModelShape, tokens: int, documents: int, steps: int, accelerator: str
+    strategy: str, shape: ModelShape, lengths: Sequence[int], steps: int, accelerator: str
 ) -> dict[str, Any]:
     """Trains with a strategy, and returns seconds per step, tokens per second and peak memory."""
     ranks, on_node = _ranks(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -117,14 +116,14 @@ def time_steps(
     module = LongContextModule(
         {"model_type": shape.model_type, **shape.settings}, OptimConfig(warmup_steps=0)
     )
-    rows = RandomPacks(tokens, documents, shape.vocab_size, ranks.rank)
+    rows = RandomPacks(lengths, shape.vocab_size, ranks.rank)
     trainer.fit(module, torch.utils.data.DataLoader(rows, batch_size=None))
     seconds = statistics.median(times.seconds[WARM_UP:])
     slowest = ranks.maximum(torch.tensor(seconds, device=module.device)).item()
     return {
         "strategy": strategy,
         "seconds": slowest,
-        "tokens_per_second": tokens * ranks.size / slowest,
+        "tokens_per_second": sum(lengths) * ranks.size / slowest,
         "peak_memory_gib": max(ranks.gather(peak_memory_gib(trainer.strategy.root_device))),
     }
 
@@ -160,13 +159,14 @@ def _seconds(function: Callable[..., Tensor], tensors: Sequence[Tensor], calls: 
     """Returns the median seconds of forward and backward."""
     times = []
     for _ in range(WARM_UP + calls):
-        since = _now(tensors[0].device)
+        since = now(tensors[0].device)
         function(*tensors).sum().backward()
-        times.append(_now(tensors[0].device) - since)
+        times.append(now(tensors[0].device) - since)
     return statistics.median(times[WARM_UP:])
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Returns the seconds of a clock, after the device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -185,8 +185,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     times = partial(
         time_steps,
         shape=shape,
-        tokens=tokens,
-        documents=options.documents,
+        lengths=[tokens // options.documents] * options.documents,
         steps=options.steps,
         accelerator="gpu" if on_gpu else "cpu",
     )
