@@ -11,7 +11,13 @@ from lctrain_kernels.dual_chunk.api import dual_chunk_attn_varlen_func
 from lctrain_kernels.linear.api import linear_add, merged_linear
 from lctrain_kernels.merge import merge_attn_states
 from lctrain_kernels.mlp.api import bias_gelu, gated_linear, geglu, swiglu
-from lctrain_kernels.norm.api import fused_add_rms_norm, layer_norm, rms_norm, rms_norm_residual
+from lctrain_kernels.norm.api import (
+    fused_add_layer_norm,
+    fused_add_rms_norm,
+    layer_norm,
+    rms_norm,
+    rms_norm_residual,
+)
 from lctrain_kernels.padding import pad_input, unpad_input
 from lctrain_kernels.rotary.api import (
     apply_rotary_emb,
@@ -31,6 +37,7 @@ __all__ = [
     "dual_chunk_attn_varlen_func",
     "flash_attn_func",
     "flash_attn_varlen_func",
+    "fused_add_layer_norm",
     "fused_add_rms_norm",
     "gated_linear",
     "geglu",

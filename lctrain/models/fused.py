@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lctrain.kernels import geglu, swiglu
-from lctrain.models import fused_modules
+from lctrain.models import fused_encoders, fused_modules
 from lctrain.models.code import own_forward, parameters, same_code, unwrapped, with_globals
 from lctrain.warn import warn_caller
 
@@ -72,6 +72,8 @@ class FusedSwap:
         for module in list(model.modules()):
             if _is_residual_layer(module):
                 self._swap(module, fused_modules.ResidualLayer)
+            elif (encoder_mixin := fused_encoders.find_mixin(module)) is not None:
+                self._swap(module, encoder_mixin)
 
     def undo(self) -> None:
         """Restores the class of every module."""
@@ -236,6 +238,7 @@ def _mlp_mixin(own: type) -> type | None:
 
 def _rotates_like_llama(forward: FunctionType) -> bool:
     from transformers.models.llama import modeling_llama
+    from transformers.models.modernbert import modeling_modernbert
     from transformers.models.phi3 import modeling_phi3
 
     inner = unwrapped(forward)
@@ -243,7 +246,8 @@ def _rotates_like_llama(forward: FunctionType) -> bool:
         return False
     rotation = inner.__globals__.get(_ROTATION)
     half = inner.__globals__.get("rotate_half")
-    known = (modeling_llama.apply_rotary_pos_emb, modeling_phi3.apply_rotary_pos_emb)
+    known = [module.apply_rotary_pos_emb for module in (modeling_llama, modeling_phi3)]
+    known.append(modeling_modernbert.apply_rotary_pos_emb)  # in float32
     return same_code(half, modeling_llama.rotate_half) and any(
         same_code(rotation, function) for function in known
     )

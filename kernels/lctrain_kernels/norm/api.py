@@ -156,15 +156,57 @@ def layer_norm(
         ValueError: if shapes or dtypes do not fit.
     """
     _check(x, weight, eps)
+    _check_bias(bias, weight)
+    flat = x.reshape(-1, x.shape[-1])
+    rest = _options(x, eps, 0.0, False, backend)
+    y, _, _, _ = norm(flat, None, weight, bias, *rest[:3], True, rest[-1])
+    return y.view(x.shape)
+
+
+def fused_add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Returns `layer_norm(x + residual)` and `x + residual`, computed by one kernel.
+
+    Args:
+        x: Output of a layer, [..., H], floating point.
+        residual: Residual stream, in the shape and dtype of x.
+        weight: Weight of the norm, [H].
+        bias: Bias of the norm, [H] in the dtype of weight, or None.
+        eps: Epsilon that is added to the variance.
+        backend: Implementation: "auto", "triton" or "pytorch".
+
+    Returns:
+        The normalised sum and the sum, [..., H] in the dtype of x. Both are differentiable.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit.
+    """
+    _check(x, weight, eps)
+    _check_bias(bias, weight)
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ValueError(
+            f"residual must be {x.dtype} of shape {tuple(x.shape)}, got {residual.dtype} of shape "
+            f"{tuple(residual.shape)}. Pass the tensor that x is added to."
+        )
+    rows = [tensor.reshape(-1, x.shape[-1]) for tensor in (x, residual)]
+    rest = _options(x, eps, 0.0, False, backend)
+    y, total, _, _ = norm(*rows, weight, bias, *rest[:3], True, rest[-1])
+    return y.view(x.shape), total.view(x.shape)
+
+
+def _check_bias(bias: Tensor | None, weight: Tensor) -> None:
     if bias is not None and (bias.shape != weight.shape or bias.dtype != weight.dtype):
         raise ValueError(
             f"bias must have the shape and dtype of weight, {tuple(weight.shape)} and "
             f"{weight.dtype}, got {tuple(bias.shape)} and {bias.dtype}. Convert one of them."
         )
-    flat = x.reshape(-1, x.shape[-1])
-    rest = _options(x, eps, 0.0, False, backend)
-    y, _, _, _ = norm(flat, None, weight, bias, *rest[:3], True, rest[-1])
-    return y.view(x.shape)
 
 
 def _options(
