@@ -20,6 +20,7 @@ BENCHMARKS = {
     "curves": ("lctrain.bench.curves", "loss curves with everything on and with everything off"),
     "scale": ("lctrain.bench.scale", "training steps and shared attention on several GPUs"),
     "shares": ("lctrain.bench.shares", "shares of a document and sharded steps, on one GPU"),
+    "encoder": ("lctrain.bench.encoder", "encoders on padded rows, beside padded peers"),
     "balance": ("lctrain.bench.balance", "balance of attention work over ranks, on a CPU"),
 }
 

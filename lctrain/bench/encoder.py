@@ -1,0 +1,394 @@
+"""Times forward and backward of encoders on padded rows: lctrain beside padded and unpadding peers.
+
+    lctrain-bench encoder --output encoder.json
+    lctrain-bench encoder --tiny --output encoder.json
+
+Lengths are spread evenly from 0.2 to 1 times the row, so they average 0.6 of it. All contenders
+have the same weights and rows. On a GPU a contender trains in bfloat16. Small batches are bound by
+launches: `graph` cases replay a CUDA graph of the step on every side, and lctrain gets a finished
+pack, as from a collator. A record is written after every case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lctrain.batch import PackedBatch
+from lctrain.models import patch_model
+from lctrain_kernels.bench.__main__ import names_of, positive
+from lctrain_kernels.bench.measure import Timer, graph_timer, peak_bytes_of
+from lctrain_kernels.bench.peers import installed_version
+from lctrain_kernels.bench.record import BenchmarkRecord, Result
+from lctrain_kernels.bench.run import new_record
+
+FA4_NAME = "bench_fa4_rows"
+BERT = {"vocab_size": 30_522, "hidden_size": 768, "num_hidden_layers": 12}
+MODERNBERT = {"vocab_size": 50_368, "hidden_size": 768, "num_hidden_layers": 22}
+TINY = {
+    **{"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+    **{f"{name}_token_id": index for index, name in enumerate(("pad", "bos", "eos", "cls", "sep"))},
+}
+
+
+@dataclass(frozen=True)
+class EncoderCase:
+    """A model and the rows it reads.
+
+    Attributes:
+        model_type: transformers' name of the family.
+        rows: Rows B.
+        tokens: Tokens S of a row, padding included.
+        graph: Whether a CUDA graph of the step is replayed.
+    """
+
+    model_type: str
+    rows: int
+    tokens: int
+    graph: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name on the command line and in records."""
+        return f"{self.model_type}_b{self.rows}_s{self.tokens}" + ("_graph" if self.graph else "")
+
+    def lengths(self) -> list[int]:
+        """Returns the tokens of each row without padding: 0.6 of the row on average."""
+        shares = torch.linspace(0.2, 1.0, self.rows, dtype=torch.float64)
+        order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(0))
+        return [max(1, round(share * self.tokens)) for share in shares[order].tolist()]
+
+    def build(self, implementation: str, device: torch.device, tiny: bool) -> Any:
+        """Builds the encoder with random weights of a fixed seed, without dropout."""
+        from transformers import AutoModel, BertConfig, ModernBertConfig
+
+        torch.manual_seed(0)
+        if self.model_type == "bert":
+            config: Any = BertConfig(
+                **(BERT | (TINY if tiny else {})),
+                max_position_embeddings=max(512, self.tokens),
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+            )
+        else:
+            config = ModernBertConfig(
+                **(MODERNBERT | (TINY if tiny else {})), max_position_embeddings=self.tokens
+            )
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        model = AutoModel.from_config(config, attn_implementation=implementation, dtype=dtype)
+        if hasattr(model, "pooler"):
+            model.pooler = None
+        return model.to(device).train()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The inputs of a case.
+
+    Attributes:
+        input_ids: [B, S] int64.
+        mask: [B, S] int64, 1 at tokens and 0 at padding.
+        gradient: [B, S, E], gradient of the hidden states, 0 at padding.
+        lengths: Tokens of each row.
+    """
+
+    input_ids: Tensor
+    mask: Tensor
+    gradient: Tensor
+    lengths: list[int]
+
+    @classmethod
+    def of(cls, case: EncoderCase, model: Any) -> Rows:
+        """Returns random rows for a model of a case, on its device."""
+        weight = next(model.parameters())
+        generator = torch.Generator().manual_seed(1)
+        shape, lengths = (case.rows, case.tokens), case.lengths()
+        mask = (torch.arange(case.tokens) < torch.tensor(lengths)[:, None]).long()
+        ids = torch.randint(5, model.config.vocab_size, shape, generator=generator) * mask
+        gradient = torch.randn((*shape, model.config.hidden_size), generator=generator)
+        gradient = gradient * mask[..., None] / case.tokens
+        return cls(ids.to(weight.device), mask.to(weight.device), gradient.to(weight), lengths)
+
+    def pack(self) -> tuple[dict[str, Any], Tensor]:
+        """Returns the rows as a pack's model arguments, and the gradient [1, T, E] of the pack."""
+        rows = zip(self.input_ids.cpu(), self.lengths, strict=True)
+        batch = PackedBatch.from_documents([row[:length] for row, length in rows])
+        arguments = batch.to(self.input_ids.device).model_kwargs()
+        arguments.pop("use_cache")
+        return arguments, self.gradient[self.mask.bool()][None].contiguous()
+
+
+def build_ours(case: EncoderCase, device: torch.device, tiny: bool) -> Any:
+    """Returns the encoder with lctrain's attention and fused modules, without padding."""
+    model = case.build("sdpa", device, tiny)
+    patch_model(model, fused=True, unpad=True)
+    return model
+
+
+def build_sdpa(case: EncoderCase, device: torch.device, tiny: bool) -> Any:
+    """Returns the encoder as transformers has it, on padding."""
+    return case.build("sdpa", device, tiny)
+
+
+def build_fa4(case: EncoderCase, device: torch.device, tiny: bool) -> Any:
+    """Returns the encoder with a FlashAttention-4 that packs and pads in each layer."""
+    import flash_attn.cute  # noqa: F401  (raises if it is not installed)
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import flash_attention_mask
+
+    AttentionInterface.register(FA4_NAME, fa4_rows)
+    AttentionMaskInterface.register(FA4_NAME, flash_attention_mask)
+    return case.build(FA4_NAME, device, tiny)
+
+
+def fa4_rows(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attends without padding, which each call leaves out as transformers' own functions do.
+
+    Args:
+        module: The attention layer.
+        query: [B, H, S, D].
+        key: [B, H, S, D].
+        value: [B, H, S, D].
+        attention_mask: [B, S], 0 at padding; None without padding.
+        scaling: Factor of q.k.
+        sliding_window: Keys on each side, the query's own included; None for all.
+
+    Returns:
+        [B, S, H, D], 0 at padding, and None.
+    """
+    from flash_attn.cute import flash_attn_varlen_func
+
+    from lctrain.kernels import pad_input, unpad_input
+
+    states = [x.transpose(1, 2) for x in (query, key, value)]
+    rows, tokens = states[0].shape[:2]
+    mask = attention_mask
+    if mask is None:
+        mask = torch.ones((rows, tokens), dtype=torch.bool, device=query.device)
+    _, indices, ends, longest, _ = unpad_input(states[0][..., 0, 0], mask)
+    q, k, v = (x.flatten(0, 1).index_select(0, indices) for x in states)
+    side = None if sliding_window is None else sliding_window - 1
+    out = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q=ends,
+        cu_seqlens_k=ends,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        softmax_scale=scaling,
+        causal=False,
+        window_size=(side, side),
+    )
+    out = out[0] if isinstance(out, tuple) else out
+    return pad_input(out, indices, rows, tokens), None
+
+
+CONTENDERS: dict[str, Callable[[EncoderCase, torch.device, bool], Any]] = {
+    "lctrain": build_ours,
+    "sdpa": build_sdpa,
+    "fa4": build_fa4,
+}
+_ALL = (
+    EncoderCase("bert", 64, 512),
+    EncoderCase("bert", 32, 1024),
+    EncoderCase("bert", 16, 512),
+    EncoderCase("bert", 16, 512, graph=True),
+    EncoderCase("modernbert", 8, 8192),
+)
+CASES = {case.name: case for case in _ALL}
+CPU_CASES = (EncoderCase("bert", 8, 512),)
+TINY_CASES = (EncoderCase("bert", 4, 32), EncoderCase("modernbert", 3, 48))
+
+
+def run_case(
+    record: BenchmarkRecord,
+    case: EncoderCase,
+    contenders: Sequence[str],
+    device: torch.device,
+    milliseconds: int,
+    tiny: bool = False,
+) -> None:
+    """Adds the results of a case to the record.
+
+    Args:
+        record: Record to which the results are added.
+        case: Model and rows.
+        contenders: Names in CONTENDERS; the first one that runs is the reference of differences.
+        device: Device of the runs.
+        milliseconds: Time to spend on one timing.
+        tiny: Whether to run a tiny model.
+    """
+    record.workloads[case.name] = {**asdict(case), "tokens_of_rows": sum(case.lengths())}
+    differences: dict[str, float] = {}
+    reference = None
+    for name in contenders:
+        try:
+            model = CONTENDERS[name](case, device, tiny)
+            rows = Rows.of(case, model)
+            with torch.no_grad():
+                hidden = model(rows.input_ids, attention_mask=rows.mask)[0][rows.mask.bool()]
+            reference = hidden if reference is None else reference
+            distance = (hidden.float() - reference.float()).norm() / reference.float().norm()
+            differences[name] = round(distance.item(), 6)
+            step_ms, peak = _time(name, case, model, rows, milliseconds)
+        except Exception as error:  # record the error and time the others
+            text = str(error).splitlines() or [""]
+            cause = f"{type(error).__name__}: {text[0]}"[:300]
+            record.results.append(Result(case.name, name, "error", cause))
+        else:
+            result = Result(case.name, name, "ok", step_ms=step_ms, peak_bytes=peak)
+            record.results.append(result)
+        model = rows = hidden = None
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    record.workloads[case.name]["differences"] = differences
+
+
+def _time(
+    name: str, case: EncoderCase, model: Any, rows: Rows, milliseconds: int
+) -> tuple[float, int | None]:
+    """Returns the milliseconds of forward and backward, and their peak memory in bytes."""
+    device = rows.input_ids.device
+    if not case.graph:
+        step = step_of(
+            model, {"input_ids": rows.input_ids, "attention_mask": rows.mask}, rows.gradient
+        )
+        return timer_of(device, milliseconds)(step), peak_bytes_of(step, device)
+    if device.type != "cuda":
+        raise ValueError(f"{case.name} must run on a GPU, got {device}. Choose other --cases.")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        arguments: dict[str, Any] = {"input_ids": rows.input_ids, "attention_mask": rows.mask}
+        gradient = rows.gradient
+        if name == "lctrain":
+            arguments, gradient = rows.pack()
+        return graph_timer(milliseconds)(step_of(model, arguments, gradient)), None
+
+
+def step_of(model: Any, arguments: dict[str, Any], gradient: Tensor) -> Callable[[], None]:
+    """Returns a function that runs forward and backward, and discards the gradients."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+
+    def step() -> None:
+        hidden = model(**arguments)[0]
+        torch.autograd.grad(hidden, weights, gradient, allow_unused=True)
+
+    return step
+
+
+def timer_of(device: torch.device, milliseconds: int) -> Timer:
+    """Returns a timer of whole steps: the median of repeats, host time included, in milliseconds.
+
+    Args:
+        device: Device of the steps.
+        milliseconds: Time to spend on the repeats of one timing.
+    """
+
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def timed(call: Callable[[], object]) -> float:
+        synchronize()
+        begin = time.perf_counter()
+        call()
+        synchronize()
+        return 1e3 * (time.perf_counter() - begin)
+
+    def timer(call: Callable[[], object]) -> float:
+        for _ in range(2):
+            once = timed(call)
+        repeats = max(3, min(50, int(milliseconds / max(once, 1e-3))))
+        return median(timed(call) for _ in range(repeats))
+
+    return timer
+
+
+def describe(record: BenchmarkRecord, case: str) -> str:
+    """Returns lines with each contender's time, and how much longer it takes than lctrain."""
+    ours = record.find(case, "lctrain")
+    lines = []
+    for result in record.results:
+        if result.workload != case:
+            continue
+        if result.step_ms is None:
+            lines.append(f"{case:24s} {result.peer:8s} {result.reason}")
+            continue
+        line = f"{case:24s} {result.peer:8s} {result.step_ms:9.2f} ms"
+        if ours is not None and ours.step_ms:
+            line += f"  {result.step_ms / ours.step_ms:5.2f}x"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="lctrain-bench encoder",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    cases = {case.name: case for case in (*_ALL, *CPU_CASES)}
+    parser.add_argument("--cases", type=names_of(cases, "cases"), help=f"of {', '.join(cases)}")
+    parser.add_argument(
+        "--contenders",
+        type=names_of(CONTENDERS, "contenders"),
+        default=list(CONTENDERS),
+        help="default lctrain,sdpa,fa4",
+    )
+    parser.add_argument(
+        "--milliseconds", type=positive, default=1500, help="of one timing; default 1500"
+    )
+    parser.add_argument("--tiny", action="store_true", help="tiny models, in seconds on a CPU")
+    parser.add_argument("--output", type=Path, default=Path("encoder.json"), help="JSON file")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmark. Returns 1 if lctrain failed in a case."""
+    options = parse_arguments(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = TINY_CASES if options.tiny else _ALL if device.type == "cuda" else CPU_CASES
+    if options.cases and not options.tiny:
+        known = {case.name: case for case in (*_ALL, *CPU_CASES)}
+        chosen = tuple(known[name] for name in options.cases)
+    record = new_record([], device, 1, options.milliseconds)
+    record.settings["dtype"] = "bfloat16" if device.type == "cuda" else "float32"
+    record.settings["threads"] = torch.get_num_threads()
+    for name in ("transformers", "flash-attn-4"):
+        version = installed_version(name)
+        if version is not None:
+            record.versions[name] = version
+    for case in chosen:
+        run_case(record, case, options.contenders, device, options.milliseconds, options.tiny)
+        print(describe(record, case.name), flush=True)
+        record.save(options.output)
+    print(f"Wrote {options.output}")
+    ours = [result for result in record.results if result.peer == "lctrain"]
+    return int(any(result.status != "ok" for result in ours))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
