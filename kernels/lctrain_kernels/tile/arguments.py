@@ -1,4 +1,7 @@
-"""Converts the arguments of public functions to launch arguments of the kernels."""
+"""Makes the launch arguments that all portable attention kernels share.
+
+The arguments are strides, the padded head dim, the window, dropout and ALiBi.
+"""
 
 import triton
 from torch import Tensor
@@ -27,7 +30,10 @@ DOT_PRECISION = "ieee"
 
 
 def token_head_strides(*tensors: Tensor | None) -> tuple[int, ...]:
-    """Returns the token stride and the head stride of each tensor [T, H, D]; 0 and 0 for None."""
+    """Returns the strides of tokens and of heads, in elements, of each tensor [T, H, D].
+
+    The result has two numbers per tensor, in order; a tensor that is None has strides 0 and 0.
+    """
     return tuple(
         stride
         for tensor in tensors
@@ -36,12 +42,19 @@ def token_head_strides(*tensors: Tensor | None) -> tuple[int, ...]:
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """Returns the smallest power of two >= the head dim, at least 16 for matrix instructions."""
+    """Returns the columns of a kernel's tile: the smallest power of two >= head_dim, at least 16.
+
+    Triton's tiles have powers of two as sizes; tl.dot needs at least 16 columns.
+    """
     return max(16, triton.next_power_of_2(head_dim))
 
 
 def window_arguments(options: AttentionOptions) -> tuple[Tensor | None, int, int, bool, bool]:
-    """Returns (device window or None, left, right, has_left, has_right) for a kernel launch."""
+    """Returns the window arguments of a kernel launch: (tensor, left, right, has_left, has_right).
+
+    If the window is a device tensor ([2] int32), the kernel reads it, and both sides count as
+    bounded. Otherwise the tensor is None, and left and right are numbers of keys; -1 is unbounded.
+    """
     if options.window is not None:
         return options.window, -1, -1, True, True
     left, right = (min(side, UNBOUNDED) for side in (options.window_left, options.window_right))
@@ -49,10 +62,11 @@ def window_arguments(options: AttentionOptions) -> tuple[Tensor | None, int, int
 
 
 def dropout_arguments(options: AttentionOptions) -> tuple[int, float, int | None]:
-    """Returns dropout's threshold, 1 / keep probability, and the first head of the dropout key.
+    """Returns a launch's dropout arguments: (threshold, 1 / keep probability, first head).
 
-    A weight is dropped if its 16 random bits are below the threshold; see reference/philox.py. The
-    first head is None instead of 0, and without dropout: Triton then compiles no argument for it.
+    The threshold is round(65536 * dropout_p). A weight is dropped if its 16 random bits are below
+    the threshold; see reference/philox.py. The first head is None instead of 0, and without
+    dropout: Triton then compiles no argument for it.
     """
     threshold = min(round(options.dropout_p * 65536), 65535)
     first_head = (options.first_head or None) if options.has_dropout else None
@@ -62,12 +76,18 @@ def dropout_arguments(options: AttentionOptions) -> tuple[int, float, int | None
 def dropout_tensors(
     options: AttentionOptions, pack: TiledPack
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Returns dropout_seed, document_ids and query_offsets of a call; all None without dropout."""
+    """Returns the tensors that the dropout RNG reads: dropout_seed, document_ids and query_offsets.
+
+    dropout_seed is [1] int64, the others are [N] int32 or None. Without dropout all three are None.
+    """
     if not options.has_dropout:
         return None, None, None
     return options.dropout_seed, pack.document_ids, pack.query_offsets
 
 
 def alibi_strides(alibi_slopes: Tensor | None) -> int:
-    """Returns the stride between the ALiBi slopes of two documents; 0 if they share slopes."""
+    """Returns the stride, in elements, between the ALiBi slopes of two documents.
+
+    The stride is 0 for slopes [H], which all documents share, and without slopes.
+    """
     return alibi_slopes.stride(0) if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0

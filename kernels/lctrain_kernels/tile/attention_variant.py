@@ -1,4 +1,7 @@
-"""Describes an ahead-of-time compilation of a portable attention kernel."""
+"""Describes one compilation of a portable attention kernel for the ahead-of-time checks.
+
+CI compiles these variants without a GPU.
+"""
 
 import math
 from collections.abc import Mapping
@@ -40,7 +43,7 @@ _FLOATS = ("scale", "softcap", "keep_scale")
 
 
 def has_dropout(features: str) -> bool:
-    """Returns whether a variant with these features drops attention weights."""
+    """Returns whether a variant of FEATURES drops attention weights."""
     return features == "all" or "dropout" in features
 
 

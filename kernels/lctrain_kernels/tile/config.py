@@ -1,8 +1,8 @@
-"""Tile configurations of the portable kernels, by architecture, operation and head dim.
+"""Tile sizes and launch options of the portable attention kernels.
 
-A configuration depends on nothing that changes from batch to batch (no lengths, no token counts),
-so a document gives the same bits in every pack. The sizes come from the measurements in
-bench/NOTES.md.
+One table per architecture maps an operation and a head dim to its configuration. A configuration
+depends on nothing that changes from batch to batch (no lengths, no token counts), so a document
+gives the same bits in every pack. The sizes come from the measurements in bench/NOTES.md.
 """
 
 import functools
@@ -17,18 +17,23 @@ from lctrain_kernels.tile.arguments import padded_head_dim
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Tile sizes and launch options of a kernel.
+    """Tile sizes and launch options of a portable attention kernel.
+
+    A tile of the forward and of dq is block_m query rows, and the kernel loops over blocks of
+    block_n keys. A tile of dk and dv is block_n keys, and the kernel loops over blocks of block_m
+    queries.
 
     Attributes:
-        block_m: Number of query rows of a tile: `pack` heads times positions.
-        block_n: Number of keys of a tile.
+        block_m: Number of query rows. A row is a pair of query head and position.
+        block_n: Number of keys.
         num_warps: Warps per program.
-        num_stages: Depth of the load pipeline.
-        pack: Number of query heads of one key/value head that share a tile; 1 in dk, dv kernels.
-            A tile of two heads has half the positions. So the masked part of the diagonal is half
-            as large, while each loaded key is used as often.
+        num_stages: Triton's num_stages, the depth of the software pipeline of loads.
+        pack: Number of query heads of one key/value head that share a tile, so that a tile has
+            block_m / pack positions; 1 in kernels of dk and dv. With two heads, the masked part of
+            the diagonal is half as large, while each loaded key is used as often.
         spill_free: Whether the plain causal kernel must compile without register spills; tested.
-        max_registers: Most registers per thread, so that more programs fit on a multiprocessor.
+        max_registers: Limit of registers per thread, Triton's maxnreg, so that more programs fit on
+            a multiprocessor; None for no limit.
     """
 
     block_m: int
@@ -41,7 +46,7 @@ class TileConfig:
 
     @property
     def options(self) -> dict[str, int]:
-        """Triton's compile options: warps, stages and registers."""
+        """Triton's compile options: num_warps, num_stages, maxnreg, and fused multiply-adds."""
         options = {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
@@ -53,7 +58,7 @@ class TileConfig:
 
     @property
     def positions(self) -> int:
-        """Number of query positions of a tile."""
+        """Number of query positions of a tile, block_m / pack."""
         return self.block_m // self.pack
 
 
@@ -273,11 +278,11 @@ def table_config(
     shared_k: bool = False,
     is_partial: bool = False,
 ) -> TileConfig:
-    """Returns a configuration of the table.
+    """Returns the tile configuration of an operation from one architecture's table.
 
     Args:
         table: Name of the architecture's table, a key of TABLES.
-        operation: "varlen_fwd", "varlen_dq" or "varlen_dkv".
+        operation: A key of the table, such as "varlen_fwd", "dual_chunk_dq" or "diff_dkv".
         head_dim: Head dim of queries and keys, 1 to 256.
         group: Number of query heads per key/value head, the most heads that can share a tile.
         has_dropout: Whether the kernel draws dropout masks.
@@ -306,7 +311,11 @@ def tile_config(
     shared_k: bool = False,
     is_partial: bool = False,
 ) -> TileConfig:
-    """Returns the tile configuration of an operation for the device, dtype and head dim of q."""
+    """Returns the tile configuration of an operation for the device, dtype and head dim of q.
+
+    An override of override_configs comes before the tables. The other arguments are those of
+    table_config; q is [T, H, D].
+    """
     if q.device.type != "cuda":
         table = "interpreter"
     elif q.dtype == torch.float32:
@@ -325,7 +334,10 @@ _OVERRIDES: dict[str, TileConfig] = {}
 
 
 class override_configs:
-    """Context manager that replaces the configuration of operations, for tuning and tests."""
+    """Context manager that replaces tile configurations, for tuning and tests.
+
+    Each keyword argument is an operation, such as varlen_fwd, with its TileConfig.
+    """
 
     def __init__(self, **configs: TileConfig) -> None:
         self._configs = configs

@@ -1,6 +1,8 @@
-"""Draws the dropout mask of a tile with Philox-4x32-7, eight weights per draw.
+"""Draws the dropout mask of a tile of attention weights with Philox-4x32-7.
 
-reference/philox.py defines the mask."""
+Seed, document id, query head and positions decide a weight's mask, not the size of tiles. One
+Philox draw gives the bits of eight weights. reference/philox.py defines the mask in PyTorch.
+"""
 
 import triton
 import triton.language as tl
@@ -14,10 +16,18 @@ _ROUNDS = tl.constexpr(7)
 
 @triton.jit
 def load_key(seed_ptr, document_ids_ptr, query_offsets_ptr, document):
-    """Returns (seed low, seed high, document id) as uint32, and the document's query offset, int32.
+    """Loads the inputs of the dropout RNG that a document's weights share.
 
-    The query offset is the position of the document's first query in the dropout key; 0 if
-    query_offsets_ptr is None.
+    Args:
+        seed_ptr: Seed, [1] int64.
+        document_ids_ptr: Ids of the documents, [N] int32; None takes the index in the pack.
+        query_offsets_ptr: Position of each document's first query for the RNG, [N] int32; None is
+            0.
+        document: Index of the document in the pack.
+
+    Returns:
+        (low half of the seed, high half of the seed, document id), all uint32, and the document's
+        query offset, int32.
     """
     seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
     query_offset = 0
@@ -32,7 +42,7 @@ def load_key(seed_ptr, document_ids_ptr, query_offsets_ptr, document):
 
 @triton.jit
 def dropout_head(head, first_head):
-    """Returns the index of a query head in the dropout key: head + first_head.
+    """Returns the index of a query head for the dropout RNG: head + first_head.
 
     Args:
         head: Index of the query head in the call.
@@ -46,11 +56,15 @@ def dropout_head(head, first_head):
 
 @triton.jit
 def draw_bits(key_0, key_1, document, head, first_query, query, first_key, key):
-    """Returns 32 random bits for every weight of a tile; two weights share them, see keep_mask.
+    """Returns a random 32-bit word for every weight of a tile, [M, N] or transposed.
 
-    Two of the seven rounds run on vectors (a row or a column of the tile) instead of on the whole
-    tile. The position inside the tile, which the compiler knows for each register, decides which
-    word a weight takes, so choosing the word costs no instruction.
+    A weight uses 16 bits of its word, which keep_mask selects. Keys that differ in bit 3 of their
+    position share a word: one uses its upper half, the other its lower half.
+
+    The arguments are split into the tile's position and the position inside the tile. The compiler
+    knows the latter for each register, so choosing one of Philox's four words costs no instruction.
+    The products of Philox's first two rounds are vectors: each depends on the queries or on the
+    keys only.
 
     Args:
         key_0: Low half of the seed, uint32.
@@ -96,10 +110,10 @@ def top_bits(bits, key):
 
 @triton.jit
 def is_kept(bits, key, threshold):
-    """Returns True where a weight is kept: its 16 random bits are not below the threshold.
+    """Returns the dropout mask from random words: True where a weight is kept.
 
     Args:
-        bits: Random bits that draw_bits returned, 32 per weight.
+        bits: Words that draw_bits returned, one of 32 bits for each attention weight.
         key: Positions of keys inside the tile, as in draw_bits.
         threshold: A weight is dropped if its 16 random bits are below this number.
     """
@@ -109,7 +123,7 @@ def is_kept(bits, key, threshold):
 
 @triton.jit
 def keep_mask(key_0, key_1, document, head, first_query, query, first_key, key, threshold):
-    """Returns the dropout mask of a tile, True where the weight is kept.
+    """Draws the dropout mask of a tile of weights: True where a weight is kept.
 
     The arguments are those of draw_bits and of is_kept.
     """

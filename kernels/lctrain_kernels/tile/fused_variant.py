@@ -1,4 +1,7 @@
-"""Describes an ahead-of-time compilation of a fused element-wise kernel."""
+"""Describes one compilation of a fused element-wise kernel for the ahead-of-time checks.
+
+CI compiles these variants without a GPU.
+"""
 
 from collections.abc import Mapping
 from typing import Any

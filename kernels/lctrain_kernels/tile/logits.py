@@ -1,4 +1,7 @@
-"""Converts products q.k to base-2 logits, with scale, softcap and ALiBi."""
+"""Turns scores q.k into base-2 logits: scale, softcap and ALiBi.
+
+A base-2 logit is the logit times log2(e), so that the softmax uses exp2 instead of exp.
+"""
 
 import triton
 import triton.language as tl
@@ -10,7 +13,7 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 @triton.jit
 def tanh(x):
-    """Returns tanh(x), computed by one exponential; the error is a few units of 2^-24."""
+    """Returns tanh(x) of float32 values, by one exp2; the error is a few units of 2^-24."""
     decay = tl.exp2(tl.abs(x) * (-2.0 * _LOG2_E))
     magnitude = (1.0 - decay) / (1.0 + decay)
     return tl.where(x < 0, -magnitude, magnitude)
@@ -20,10 +23,12 @@ def tanh(x):
 def logits(
     s, query, key, shift, scale, softcap, slope, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr
 ):
-    """Returns base-2 logits x, so that 2^(x * logits_multiplier(...)) is the unnormalised weight.
+    """Returns x [M, N] such that x * logits_multiplier(...) is the base-2 logit.
+
+    The caller multiplies in the exponent, where the product is part of a fused multiply-add.
 
     Args:
-        s: Tile of products q.k, float32.
+        s: Tile of scores q.k, float32.
         query: Query positions in the document, broadcastable to s.
         key: Key positions in the document, broadcastable to s.
         shift: Number of keys less number of queries of the document.
@@ -44,10 +49,10 @@ def logits(
 
 @triton.jit
 def logits_multiplier(scale, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr):
-    """Returns the factor by which the result of logits() is multiplied in the exponent.
+    """Returns the factor that turns the result of logits() into base-2 logits.
 
-    Without softcap and ALiBi the factor is scale * log2(e), which costs no instruction of its own:
-    it joins the multiply-add of the exponent. Otherwise logits() applies it, and the factor is 1.
+    Without softcap and ALiBi, logits() returns s unchanged, and the factor is scale * log2(e).
+    Otherwise logits() has applied this factor, and 1 is returned.
     """
     if HAS_SOFTCAP or HAS_ALIBI:
         return 1.0
@@ -57,6 +62,12 @@ def logits_multiplier(scale, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr)
 
 @triton.jit
 def softcap_slope(s, scale, softcap):
-    """Returns the derivative of the softcap, d(logit) / d(scale * s) = 1 - tanh^2."""
+    """Returns the softcap's derivative by its input scale * s: 1 - tanh^2(scale * s / softcap).
+
+    Args:
+        s: Scores q.k, float32.
+        scale: softmax_scale, the factor of q.k.
+        softcap: Softcap c, which replaces a logit x by c tanh(x / c).
+    """
     bounded = tanh(s * (scale / softcap))
     return 1.0 - bounded * bounded

@@ -1,7 +1,8 @@
-"""Computes which tiles of keys a query sees, and masks the logits inside a tile.
+"""Causal and window masks: which keys a tile of queries sees, and the mask inside a tile.
 
-Query i of a document with Lq queries and Lk keys is at position i + shift, with shift = Lk - Lq. It
-sees `left` keys before its position and `right` keys after it; a causal mask has right = 0.
+Masks are aligned at the bottom right. Query i of a document with Lq queries and Lk keys is at
+position i + shift, with shift = Lk - Lq. It sees `left` keys before its position and `right` keys
+after it; a causal mask has right = 0.
 """
 
 import triton
@@ -13,9 +14,13 @@ _UNBOUNDED = tl.constexpr(UNBOUNDED)
 
 @triton.jit
 def load_window(window_ptr, left, right):
-    """Returns the window (left, right), from device memory if window_ptr is given.
+    """Returns the attention window (left, right), with 2^30 for a side that is unbounded.
 
-    A negative side is unbounded.
+    Args:
+        window_ptr: (left, right) in device memory, [2] int32, or None.
+        left: Visible keys before a query's own position, if window_ptr is None; negative is
+            unbounded.
+        right: Visible keys after a query's own position, likewise.
     """
     if window_ptr is not None:
         left = tl.load(window_ptr)
@@ -37,11 +42,23 @@ def key_ranges(
     HAS_RIGHT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Returns the keys (low, clear_low, clear_high, high) for queries [first, first + positions).
+    """Returns the positions (low, clear_low, clear_high, high) that split a loop over keys.
 
-    Tiles of keys start at multiples of BLOCK_N. Every query sees all keys of the tiles in
-    [clear_low, clear_high). The tiles in [low, clear_low) and in [clear_high, high) need a mask.
-    Without a left bound, [low, clear_low) is empty.
+    Queries [first, first + positions) see keys in [low, high) only. Blocks of BLOCK_N keys in
+    [clear_low, clear_high) need no mask, because every query sees all their keys. Blocks in
+    [low, clear_low) and in [clear_high, high) need one. Without a left bound, [low, clear_low) is
+    empty. All numbers except `high` are multiples of BLOCK_N, or equal to `high`.
+
+    Args:
+        first: Position of the first query in the document.
+        positions: Number of queries.
+        shift: Number of keys less number of queries of the document.
+        length_k: Number of keys of the document.
+        left: Visible keys before a query's own position.
+        right: Visible keys after a query's own position.
+        HAS_LEFT: Whether the window has a left bound.
+        HAS_RIGHT: Whether the window has a right bound.
+        BLOCK_N: Number of keys of a block.
     """
     high = length_k
     clear_high = length_k // BLOCK_N * BLOCK_N
@@ -72,14 +89,27 @@ def query_ranges(
     HAS_RIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Returns the queries (low, clear_low, clear_high, high) for keys [first, first + keys).
+    """Returns the positions (low, clear_low, clear_high, high) that split a loop over queries.
 
-    Tiles of queries start at multiples of BLOCK_M. All queries of the tiles in
-    [clear_low, clear_high) see every key. The tiles in [low, clear_low) and in [clear_high, high)
-    need a mask. Without a left bound, [clear_high, high) is empty.
+    Only queries in [low, high) see any of the keys [first, first + keys). Blocks of BLOCK_M queries
+    in [clear_low, clear_high) need no mask, because their queries see all these keys. Blocks in
+    [low, clear_low) and in [clear_high, high) need one. Without a left bound, [clear_high, high) is
+    empty.
 
     Queries beyond length_q need no mask, because they are loaded as zero. Keys beyond length_k do,
     because 2^(0 - lse) may overflow.
+
+    Args:
+        first: Position of the first key in the document.
+        keys: Number of keys.
+        shift: Number of keys less number of queries of the document.
+        length_q: Number of queries of the document.
+        length_k: Number of keys of the document.
+        left: Visible keys before a query's own position.
+        right: Visible keys after a query's own position.
+        HAS_LEFT: Whether the window has a left bound.
+        HAS_RIGHT: Whether the window has a right bound.
+        BLOCK_M: Number of queries of a block.
     """
     low = 0
     clear_low = 0
@@ -98,7 +128,7 @@ def query_ranges(
 
 @triton.jit
 def mask_logits(x, local, first_seen, last_seen, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr):
-    """Returns the logits x, set to -inf where the column is outside [first_seen, last_seen].
+    """Returns the logits x [M, N], with -inf where a column is outside [first_seen, last_seen].
 
     Each bound costs one comparison and one select per element.
 

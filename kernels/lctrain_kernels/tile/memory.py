@@ -1,4 +1,4 @@
-"""Loads and stores tiles of rows, with zero padding."""
+"""Loads and stores tiles of rows of one document, masked at its end and beyond the head dim."""
 
 import triton
 import triton.language as tl
@@ -14,9 +14,16 @@ def load_rows(
     BLOCK_D: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):
-    """Loads a tile [M, BLOCK_D] of rows.
+    """Loads a tile [M, BLOCK_D] of rows, with zeros in its padding.
 
-    Columns from HEAD_DIM on are zero. With BOUNDED, rows from `length` on are zero, too.
+    Args:
+        ptrs: Addresses of the elements, [M, BLOCK_D].
+        rows: Position of each row in the document, [M].
+        length: Number of rows of the document.
+        columns: Index of each column, [BLOCK_D].
+        HEAD_DIM: Number of columns in memory; the others are padding.
+        BLOCK_D: Number of columns of the tile.
+        BOUNDED: Whether rows from `length` on are padding; False if the tile has none.
     """
     if BOUNDED:
         if BLOCK_D == HEAD_DIM:
@@ -33,9 +40,16 @@ def load_rows(
 
 @triton.jit
 def store_rows(ptrs, values, rows, length, columns, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Stores a tile [M, BLOCK_D] in the pointer's dtype.
+    """Stores a tile [M, BLOCK_D] in the pointers' dtype, without its padding.
 
-    Rows from `length` on and columns from HEAD_DIM on are not stored.
+    Args:
+        ptrs: Addresses of the elements, [M, BLOCK_D].
+        values: Tile to store, [M, BLOCK_D].
+        rows: Position of each row in the document, [M].
+        length: Number of rows of the document; later rows are not stored.
+        columns: Index of each column, [BLOCK_D].
+        HEAD_DIM: Number of columns in memory; later columns are not stored.
+        BLOCK_D: Number of columns of the tile.
     """
     inside = (rows < length)[:, None]
     if BLOCK_D != HEAD_DIM:

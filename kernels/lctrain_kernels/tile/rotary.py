@@ -1,8 +1,8 @@
-"""Rotates tiles by RoPE in Llama's half-split layout, where columns d and d + D/2 are a pair.
+"""Applies RoPE to tiles in Llama's half-split layout, where columns d and d + D/2 are a pair.
 
-A tile of padded width BLOCK_D holds the first half of each row in its columns [0, BLOCK_D / 2), and
-the second half in [BLOCK_D / 2, BLOCK_D). So the columns of a pair are BLOCK_D / 2 apart
-(`pair_columns`).
+A tile is padded to BLOCK_D columns, a power of two. It holds the first half of each row in its
+columns [0, BLOCK_D / 2), and the second half in [BLOCK_D / 2, BLOCK_D). So the columns of a pair
+are BLOCK_D / 2 apart. load_pairs and store_pairs convert from and to memory's D columns.
 
 An angle is computed as a number of full turns of the circle. The frequency is a sum of two float32,
 so full turns cancel exactly for positions up to 16,777,216. Two short polynomials give the sine and
@@ -22,9 +22,14 @@ _TWO_PI = tl.constexpr(6.283185307179586)
 
 @triton.jit
 def load_frequencies(inv_freq_ptr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Returns the frequencies inv_freq / (2 pi) [BLOCK_D / 2], in full turns per position.
+    """Returns the RoPE frequencies in full turns per position, as a pair (high, rest).
 
-    Each frequency is a pair of float32 whose sum is the value.
+    Both are [BLOCK_D / 2] float32, and their sum is inv_freq / (2 pi). Padding is 0.
+
+    Args:
+        inv_freq_ptr: RoPE frequencies [HEAD_DIM / 2] float32, in radians per position.
+        HEAD_DIM: Head dim D.
+        BLOCK_D: Number of columns of a tile.
     """
     index = tl.arange(0, BLOCK_D // 2)
     inv_freq = tl.load(inv_freq_ptr + index, mask=index < HEAD_DIM // 2, other=0.0)
@@ -65,7 +70,10 @@ def cos_sin(delta, high, rest):
 
 @triton.jit
 def pair_columns(HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Returns, for each column of a tile, its column in memory. load_pairs masks the padding."""
+    """Returns the memory column of each column of a tile in half-split layout, [BLOCK_D] int32.
+
+    Columns of the padding also get a number; load_pairs masks them.
+    """
     columns = tl.arange(0, BLOCK_D)
     if BLOCK_D == HEAD_DIM:
         return columns
@@ -86,7 +94,16 @@ def _inside(rows, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDED
 def load_pairs(
     ptrs, rows, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDED: tl.constexpr
 ):
-    """Loads rows like load_rows, with columns ordered by pair_columns; padding is zero."""
+    """Loads a tile [M, BLOCK_D] in the half-split layout of this module, with zeros in its padding.
+
+    Args:
+        ptrs: Addresses of the elements, [M, BLOCK_D], in the order of pair_columns.
+        rows: Position of each row in the document, [M].
+        length: Number of rows of the document.
+        HEAD_DIM: Head dim D, the number of columns in memory.
+        BLOCK_D: Number of columns of the tile.
+        BOUNDED: Whether rows from `length` on are padding; False if the tile has none.
+    """
     if BLOCK_D == HEAD_DIM:
         if BOUNDED:
             return tl.load(ptrs, mask=(rows < length)[:, None], other=0.0)
@@ -98,7 +115,10 @@ def load_pairs(
 
 @triton.jit
 def store_pairs(ptrs, values, rows, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Stores rows like store_rows, from a tile whose columns pair_columns orders."""
+    """Stores a tile [M, BLOCK_D] in the half-split layout of this module, without its padding.
+
+    The arguments are those of load_pairs, with `values` as the tile.
+    """
     if BLOCK_D == HEAD_DIM:
         tl.store(ptrs, values.to(ptrs.dtype.element_ty), mask=(rows < length)[:, None])
     else:
@@ -108,10 +128,10 @@ def store_pairs(ptrs, values, rows, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.
 
 @triton.jit
 def rotate(x, cos, sin, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rotates a tile x [ROWS, BLOCK_D]; the result is float32.
+    """Returns the tile x [ROWS, BLOCK_D] rotated by RoPE, in float32.
 
     Args:
-        x: Tile whose columns pair_columns orders.
+        x: Tile in the half-split layout of this module.
         cos: Cosine of the angles, broadcastable to [ROWS, BLOCK_D / 2].
         sin: Sine of the angles, in the shape of cos.
         ROWS: Number of rows of x.

@@ -1,4 +1,4 @@
-"""Finds the tile, document and heads of a program."""
+"""Finds a program's tile, document and heads from its program id."""
 
 import triton
 import triton.language as tl
@@ -12,9 +12,16 @@ _SCHEDULE_ROWS = tl.constexpr(SCHEDULE_ROWS)
 def locate_program(tiles_ptr, num_tiles, POSITIONS: tl.constexpr, HEAD_GROUPS: tl.constexpr):
     """Returns the (key/value head, head group, document, first position) of this program.
 
-    Programs of one key/value head have adjacent ids, so they share keys and values in L2. Within a
-    head, programs follow the order of the tile schedule. A tile of SCHEDULE_ROWS rows is computed
-    by SCHEDULE_ROWS / POSITIONS programs per head group.
+    The tile schedule lists tiles of 128 positions (SCHEDULE_ROWS) of all documents. A scheduled
+    tile is computed by 128 / POSITIONS programs per head group. Programs of one key/value head have
+    adjacent ids, so they share keys and values in L2. Document -1 is an empty slot of the schedule.
+
+    Args:
+        tiles_ptr: Tile schedule, [num_tiles, 2] int32: document and index of the tile in it.
+        num_tiles: Number of scheduled tiles.
+        POSITIONS: Number of positions of a program's tile.
+        HEAD_GROUPS: Number of head groups per key/value head. The query heads of a head group share
+            a program.
     """
     PARTS: tl.constexpr = _SCHEDULE_ROWS // POSITIONS
     pid = tl.program_id(0)

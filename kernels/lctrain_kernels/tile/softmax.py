@@ -1,4 +1,4 @@
-"""The online softmax in base 2. Masked logits are -inf."""
+"""The online softmax of the portable kernels, in base 2. Masked logits are -inf."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ _LN_2 = tl.constexpr(LN_2)
 
 @triton.jit
 def softmax_step(x, multiplier, m, l):
-    """Updates the online softmax by one tile of logits.
+    """Updates the online softmax by one block of logits.
 
     Args:
         x: Logits [M, N] float32; -inf where masked.
@@ -31,7 +31,13 @@ def softmax_step(x, multiplier, m, l):
 
 @triton.jit
 def add_sink(acc, m, l, sink):
-    """Adds a learnable sink to the softmax: a logit (base 2, may be -inf) that has no value.
+    """Adds a learnable sink to the online softmax: a logit without a value.
+
+    Args:
+        acc: Accumulator of the output, [M, D] float32.
+        m: Running maximum, [M], base 2.
+        l: Running sum, [M].
+        sink: The sink's base-2 logit of each row, [M]; may be -inf.
 
     Returns:
         The rescaled accumulator acc [M, D], the running maximum m [M] and the running sum l [M].
@@ -44,9 +50,15 @@ def add_sink(acc, m, l, sink):
 
 @triton.jit
 def finish(acc, m, l, value_scale):
-    """Returns out = value_scale * acc / l [M, D] and lse [M] in natural logarithm.
+    """Returns out = value_scale * acc / l [M, D] and lse [M], both float32.
 
     A row that sees no key has out = 0 and lse = -inf.
+
+    Args:
+        acc: Accumulator of the output, [M, D] float32.
+        m: Maximum of each row's base-2 logits, [M].
+        l: Sum of each row's weights, [M].
+        value_scale: Factor of the output, 1 / keep probability of dropout.
     """
     empty = l == 0.0
     inverse = value_scale / tl.where(empty, 1.0, l)

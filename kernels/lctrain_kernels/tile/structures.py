@@ -1,6 +1,7 @@
-"""Named tuples of constants, TileShape and Flags, that portable kernels take as constexprs.
+"""Named tuples of compile-time constants, TileShape and Flags, of the portable kernels.
 
-Device code reads the fields by name (`TILE.block_m`). Triton compiles a variant per value.
+A kernel takes each as one constexpr and reads the fields by name (`TILE.block_m`). Triton compiles
+the kernel anew for every combination of values.
 """
 
 from typing import NamedTuple

@@ -1,4 +1,8 @@
-"""Describes one ahead-of-time compilation of a kernel, which needs no GPU and no tensors."""
+"""Describes one ahead-of-time compilation of a kernel, which needs no GPU and no tensors.
+
+The tests compile every variant with Triton and ptxas, and check registers, spills and matrix
+instructions.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,17 +13,19 @@ import triton
 
 @dataclass(frozen=True)
 class KernelVariant:
-    """One compilation of a kernel: arguments of triton's ASTSource or GluonASTSource, and options.
+    """One compilation of a kernel: its argument types, constants and compiler options.
 
-    If an argument is a named tuple, its type is a named tuple of types. `constants` and
-    `attributes` then identify a field by its indices (argument, field).
+    The fields are arguments of Triton's ASTSource or GluonASTSource. If an argument is a named
+    tuple, its type is a named tuple of types. `constants` and `attributes` then identify a field by
+    its indices (argument, field).
 
     Attributes:
         name: Name in reports and tests.
         kernel: Kernel to compile.
         signature: Argument name -> Triton's name of its type, "constexpr" for a constant.
         constants: Indices of an argument -> value of the constexpr.
-        attributes: Indices of an argument -> its alignment, as launchers pass it.
+        attributes: Indices of an argument -> its divisibility by 16, Triton's "tt.divisibility", as
+            at a launch.
         options: Compiler options.
         spill_free: Whether the kernel must compile without register spills; tested.
         multiplies: Whether the kernel must use matrix instructions; tested.
