@@ -1,4 +1,9 @@
-"""Device helpers of the Hopper backward kernels: tiles of keys, loads, masks and partial dq."""
+"""Device helpers that the Hopper backward kernels share.
+
+They find a program's tile of keys, load it by TMA, recompute its attention weights, and pass
+partial dq from the consumer warpgroups to the dQ warp. Partial dq is the dq of one block of queries
+from one tile of keys.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -23,11 +28,18 @@ from lctrain_kernels.gluon.structures import KeySlot
 
 @gluon.jit
 def read_slot(cu_q_ptr, cu_k_ptr, tiles_ptr, HEADS_KV: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Returns the KeySlot of this program.
+    """Returns the KeySlot of this program: its tile of keys, document and key/value head.
 
     The tiles of a document have adjacent programs, head after head, because they share queries in
     L2. The grid has one dimension, because the second and third dimension are limited to 65,535. An
     empty slot of the schedule has document -1 and the lengths of document 0.
+
+    Args:
+        cu_q_ptr: Cumulative query lengths, [N + 1] int32.
+        cu_k_ptr: Cumulative key lengths, [N + 1] int32.
+        tiles_ptr: Tile schedule of keys, [n, 2] int32: document and index of the tile in it.
+        HEADS_KV: Number of key/value heads.
+        BLOCK_N: Number of keys of a tile.
     """
     program = gl.program_id(0)
     slot = program // HEADS_KV
@@ -46,10 +58,16 @@ def read_slot(cu_q_ptr, cu_k_ptr, tiles_ptr, HEADS_KV: gl.constexpr, BLOCK_N: gl
 
 @gluon.jit
 def next_block(head, block, head_kv, GROUP: gl.constexpr):
-    """Returns the (query head, block of queries) that follows `head` and `block`.
+    """Returns the (query head, block of queries) of the next step of a program's loop.
 
-    All heads of a block come first, then the block before it. In this order, programs that start
-    together visit the same blocks at the same time.
+    The loop visits all query heads of a block of queries, and then the block before it. In this
+    order, programs that start together visit the same blocks at the same time.
+
+    Args:
+        head: Index of this step's query head.
+        block: Index of this step's block of queries in the document.
+        head_kv: Index of the program's key/value head.
+        GROUP: Number of query heads per key/value head.
     """
     head += 1
     end = (head_kv + 1) * GROUP
@@ -60,7 +78,10 @@ def next_block(head, block, head_kv, GROUP: gl.constexpr):
 
 @gluon.jit
 def allocate_query_bars(STAGES: gl.constexpr):
-    """Allocates the mbarriers q_ready and dout_ready, one of each per pipeline stage."""
+    """Allocates the mbarriers q_ready and dout_ready, one of each per pipeline stage.
+
+    Loads of a block of queries complete q_ready of their stage, loads of dout complete dout_ready.
+    """
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     dout_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
@@ -72,23 +93,27 @@ def allocate_query_bars(STAGES: gl.constexpr):
 
 @gluon.jit
 def allocate_partial_dq(BLOCK_M: gl.constexpr, COLUMNS: gl.constexpr):
-    """Allocates two float32 buffers of partial dq, one per consumer warpgroup."""
+    """Allocates the two shared-memory buffers that pass partial dq to the dQ warp.
+
+    The result is [2, BLOCK_M, COLUMNS] float32. Each of the two consumer warpgroups writes one
+    buffer, which holds half of the columns of dq.
+    """
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, COLUMNS], gl.float32)
     return gl.allocate_shared_memory(gl.float32, [2, BLOCK_M, COLUMNS], layout)
 
 
 @gluon.jit
 def load_rows(desc, buffers, first, ready, rows):
-    """Starts the TMA loads of both halves of a tile of keys or values.
+    """Starts the TMA loads of a program's tile of keys or values, in two halves of its rows.
 
     The caller sets the number of bytes that the mbarrier expects.
 
     Args:
         desc: TMA descriptor of a tensor [T, H, D], in blocks of a buffer's shape.
-        buffers: Shared memory [.., rows, columns].
+        buffers: Shared memory [n, rows, columns], with half of the tile's rows in each buffer.
         first: Index of the buffer of the first half; the second half goes to the next buffer.
         ready: mbarrier that the loads complete.
-        rows: Rows to load.
+        rows: Coordinates of the tile's rows, a Rows.
     """
     dtype: gl.constexpr = desc.dtype
     ROWS: gl.constexpr = buffers.shape[1]
@@ -113,13 +138,15 @@ def keys_weights(
     s_layout: gl.constexpr,
     FLAGS: gl.constexpr,
 ):
-    """Returns p [keys, queries] from the scores and the base-2 lse of a block of queries.
+    """Recomputes the attention weights p [keys, queries] = 2^(s * multiplier - lse), masked.
+
+    The tile is transposed: rows are a warpgroup's keys, and columns are a block of queries.
 
     Args:
-        s: Scores k q^T, [keys, queries], in s_layout.
-        lse: Base-2 log-sum-exp of the queries, [queries].
+        s: Scores k q^T, [keys, queries] float32, in s_layout.
+        lse: Base-2 log-sum-exp of the queries, [queries] float32.
         query: Position of the block's first query.
-        bounds: KeyBounds of the tile.
+        bounds: Window and document end relative to the warpgroup's first key, a KeyBounds.
         multiplier: Factor of s in the base-2 exponent.
         BLOCK_M: Number of queries of the block.
         s_layout: Layout of s.
@@ -158,10 +185,12 @@ def key_offsets(
     ROWS: gl.constexpr,
     COLUMNS: gl.constexpr,
 ):
-    """Returns the offsets, in elements, and the mask with which a warpgroup stores dk or dv.
+    """Returns the offsets, in elements, and the mask with which a warpgroup stores its dk or dv.
+
+    Both are [ROWS, COLUMNS]. The mask excludes keys beyond the document's end and padding columns.
 
     Args:
-        keys: OutputKeys of the warpgroup.
+        keys: Coordinates of the warpgroup's keys, an OutputKeys.
         stride_t: Stride of tokens, in elements.
         stride_h: Stride of heads, in elements.
         WIDTH: Columns of dk or dv; columns of the tile from WIDTH on are padding.
@@ -186,9 +215,21 @@ def start_dq(
     HALF_INDEX: gl.constexpr,
     TRANSPOSED: gl.constexpr,
 ):
-    """Issues the products of half of the columns of partial dq, over both halves of the keys.
+    """Issues a warpgroup's asynchronous products of partial dq = dS^T k, without waiting for them.
 
-    With TRANSPOSED the result is [columns, queries], and store_partial_dq has no bank conflicts.
+    A warpgroup computes half of the columns of dq, from all keys of the tile. It reads its own dS
+    and that of the other warpgroup from shared memory.
+
+    Args:
+        ds_bufs: dS in shared memory, [4, keys, queries]: two buffers per step parity, one per
+            warpgroup.
+        k_bufs: Two halves of the tile's keys in shared memory, [2, keys, columns].
+        buffer: Index of the pair of dS buffers, 0 or 1.
+        zero_q: Accumulator of zeros, in the result's shape.
+        opaque_false: Condition that is always false, but that the compiler cannot evaluate.
+        HALF_INDEX: Which half of the columns to compute, 0 or 1.
+        TRANSPOSED: Whether the result is [columns, queries] instead of [queries, columns]; the
+            store to shared memory then has no bank conflicts.
     """
     token = zero_q
     COLUMNS: gl.constexpr = zero_q.shape[0] if TRANSPOSED else zero_q.shape[1]
@@ -204,7 +245,18 @@ def start_dq(
 
 @gluon.jit
 def store_partial_dq(dq, dq_bufs, step, HALF_INDEX: gl.constexpr, TRANSPOSED: gl.constexpr):
-    """Stores this warpgroup's partial dq of a step to shared memory, for the dQ warp."""
+    """Stores a warpgroup's partial dq to shared memory, and signals the dQ warp.
+
+    Before the store, the warpgroup waits until the dQ warp has read the partial dq of the last
+    step.
+
+    Args:
+        dq: Partial dq in registers, as start_dq returns it, complete.
+        dq_bufs: Buffers that allocate_partial_dq returned.
+        step: Index of the step; the first one does not wait.
+        HALF_INDEX: Index of the warpgroup and of its half of the columns, 0 or 1.
+        TRANSPOSED: Whether dq is [columns, queries].
+    """
     barrier_wait(DQ_EMPTY + HALF_INDEX, DQ_WARP_AND_CONSUMER, 4, gl.where(step > 0, 1, 0))
     if TRANSPOSED:
         dq_bufs.index(HALF_INDEX).permute((1, 0)).store(dq)
@@ -216,16 +268,24 @@ def store_partial_dq(dq, dq_bufs, step, HALF_INDEX: gl.constexpr, TRANSPOSED: gl
 
 @gluon.jit
 def drain_partial_dq(steps, HALF_INDEX: gl.constexpr):
-    """Waits until the dQ warp has read the last partial dq."""
+    """Makes a consumer warpgroup wait until the dQ warp has read its last partial dq.
+
+    Without a step there is none, and the warpgroup does not wait.
+    """
     barrier_wait(DQ_EMPTY + HALF_INDEX, DQ_WARP_AND_CONSUMER, 4, gl.where(steps > 0, 1, 0))
 
 
 @gluon.jit
 def acquire_partial_dq(dq_bufs, INDEX: gl.constexpr, dq_desc):
-    """Waits, in the dQ warp, until a buffer holds partial dq.
+    """Makes the dQ warp wait until a warpgroup has stored its partial dq.
+
+    Args:
+        dq_bufs: Buffers that allocate_partial_dq returned.
+        INDEX: Index of the warpgroup, 0 or 1.
+        dq_desc: TMA descriptor of the float32 buffer to which the dQ warp adds.
 
     Returns:
-        The buffer, in the shape of a block of dq_desc.
+        The warpgroup's buffer in shared memory, in the shape of a block of dq_desc.
     """
     barrier_wait(DQ_READY + INDEX, DQ_WARP_AND_CONSUMER, 1)
     BLOCK_M: gl.constexpr = dq_bufs.shape[1]
@@ -237,7 +297,10 @@ def acquire_partial_dq(dq_bufs, INDEX: gl.constexpr, dq_desc):
 
 @gluon.jit
 def release_partial_dq():
-    """Releases both buffers of partial dq, each as soon as the dQ warp's copy has read it."""
+    """Signals, from the dQ warp, that both buffers of partial dq may be overwritten.
+
+    The signal for each buffer follows as soon as the TMA copy has read the buffer.
+    """
     tma_store_wait(1)
     barrier_arrive(DQ_EMPTY, DQ_WARP_AND_CONSUMER, 1)
     tma_store_wait(0)

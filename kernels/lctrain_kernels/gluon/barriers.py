@@ -19,10 +19,11 @@ MOST_STAGES = 4  # pipeline stages of a producer
 
 
 class Barrier(IntEnum):
-    """First hardware number of each named barrier of the kernels.
+    """Hardware numbers of the named barriers of the Hopper kernels; the first one for each name.
 
     A barrier of a pipeline has one number per stage; `_COUNTS` gives how many numbers the other
-    barriers have. Triton reserves the numbers 0 to 2, and with three warpgroups also 3.
+    barriers have. Numbers of different kernels overlap. Triton reserves the numbers 0 to 2, and
+    with three warpgroups also 3.
     """
 
     DS_FULL = 3  # both halves of dS are in shared memory
@@ -137,17 +138,26 @@ def barrier_arrive(barrier, threads, WARPS: gl.constexpr):
 
 @gluon.jit
 def barrier_wait(barrier, threads, WARPS: gl.constexpr, wanted=1):
-    """Waits at a named barrier until all `threads` have arrived, if `wanted` is not 0."""
+    """Arrives at a named barrier with all threads of this partition, and waits until it completes.
+
+    Args:
+        barrier: Hardware number of the barrier, 3 to 15.
+        threads: Number of arriving and waiting threads after which the barrier completes.
+        WARPS: Number of warps of this partition.
+        wanted: 0 to skip the barrier, a run-time condition.
+    """
     _execute("bar.sync", barrier, threads, wanted, WARPS)
 
 
 @gluon.jit
 def acquire_stage(EMPTY: gl.constexpr, block, STAGES: gl.constexpr, THREADS: gl.constexpr):
-    """Makes a producer wait until the stage of a block is empty.
+    """Makes a producer warp wait until the pipeline stage of a block is empty.
+
+    Blocks fill the stages in turn, so the first STAGES blocks do not wait.
 
     Args:
         EMPTY: First number of the barrier of empty stages, such as K_EMPTY or Q_EMPTY.
-        block: Index of the block, from 0.
+        block: Number of blocks that the producer has loaded before.
         STAGES: Pipeline stages, at most MOST_STAGES.
         THREADS: Number of threads of the producer and all consumers.
     """
@@ -156,19 +166,38 @@ def acquire_stage(EMPTY: gl.constexpr, block, STAGES: gl.constexpr, THREADS: gl.
 
 @gluon.jit
 def release_stage(EMPTY: gl.constexpr, stage, THREADS: gl.constexpr):
-    """Signals that this consumer warpgroup has read a stage."""
+    """Signals the producer warp that this consumer warpgroup has read a pipeline stage.
+
+    Args:
+        EMPTY: First number of the barrier of empty stages, such as K_EMPTY or Q_EMPTY.
+        stage: Index of the stage.
+        THREADS: Number of threads of the producer and all consumers.
+    """
     barrier_arrive(EMPTY + stage, THREADS, 4)
 
 
 @gluon.jit
 def drain_stages(EMPTY: gl.constexpr, blocks, STAGES: gl.constexpr, THREADS: gl.constexpr):
-    """Makes the producer wait until consumers release the stages that it filled last."""
+    """Makes the producer warp wait, after its loop, until consumers have read its last stages.
+
+    Args:
+        EMPTY: First number of the barrier of empty stages, such as K_EMPTY or Q_EMPTY.
+        blocks: Number of blocks that the producer has loaded.
+        STAGES: Pipeline stages, at most MOST_STAGES.
+        THREADS: Number of threads of the producer and all consumers.
+    """
     for stage in gl.static_range(STAGES):
         barrier_wait(EMPTY + stage, THREADS, 1, gl.where(blocks > stage, 1, 0))
 
 
 @gluon.jit
 def next_stage(stage, phase, STAGES: gl.constexpr):
-    """Returns the stage of the next block and the phase of its mbarrier."""
+    """Returns the pipeline stage of the next block, and the phase (0 or 1) of its mbarrier.
+
+    Args:
+        stage: Stage of this block.
+        phase: Phase of this block's mbarrier, which flips when the stages wrap around.
+        STAGES: Number of pipeline stages.
+    """
     last = stage == STAGES - 1
     return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)

@@ -25,7 +25,16 @@ else:
 
     @builtin
     def tma_add(tensor_desc: Any, coord: Any, src: Any, _semantic: Any = None) -> None:
-        """Adds a tile of shared memory to global memory by TMA; Triton 3.6 has no such function."""
+        """Adds a tile of shared memory to global memory by TMA, asynchronously.
+
+        Triton 3.6 lacks this function, so it is built here from the operation of its compiler.
+
+        Args:
+            tensor_desc: TMA descriptor of the tensor in global memory.
+            coord: Coordinates of the tile's first element, one per dimension.
+            src: Tile in shared memory, in the shape of the descriptor's block.
+            _semantic: Argument that Triton passes to every built-in function.
+        """
         coord = _semantic._convert_to_ir_values(coord, require_i64=False)
         _semantic.builder.create_async_tma_reduce(
             ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle

@@ -1,4 +1,8 @@
-"""Tile configurations of the Hopper kernels, by head dim. They do not depend on lengths."""
+"""Tile configurations of the Hopper kernels, by head dim.
+
+A configuration does not depend on the documents' lengths, so a document gives the same bits in
+every pack.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,12 +16,12 @@ REGISTERS_OF_THREE = 128  # the same, where a forward has three warpgroups
 
 
 class ForwardTile(NamedTuple):
-    """Tile configuration of the forward kernels.
+    """Tile sizes and pipeline stages of a Hopper forward kernel.
 
     Attributes:
         block_n: Number of keys of a block.
         stages: Number of pipeline stages of keys, and of values.
-        q_stages: Number of tiles of queries in shared memory.
+        q_stages: Number of pipeline stages of queries, each of which holds a tile of them.
         consumers: Number of consumer warpgroups, of 64 rows each. Only varlen_fwd_hopper_kernel
             supports numbers other than two.
         sync_before_products: Whether the warps of a warpgroup synchronise before the products of a
@@ -32,7 +36,7 @@ class ForwardTile(NamedTuple):
 
 
 class BackwardTile(NamedTuple):
-    """Tile configuration of the backward kernels.
+    """Tile sizes and pipeline stages of a Hopper backward kernel.
 
     Attributes:
         block_m: Number of queries of a block, 64.
@@ -67,11 +71,11 @@ def forward_shape(
     value_columns: int = 0,
     num_k: int = 1,
 ) -> ForwardShape:
-    """Returns the constants of a forward kernel.
+    """Returns the compile-time constants of a Hopper forward kernel.
 
     Args:
         tile: Tile configuration.
-        columns: Columns of a tile of queries and keys.
+        columns: Columns of a tile of queries and keys: the head dim, padded.
         group: Number of query heads per key/value head.
         heads: Number of query heads.
         pack: Number of query heads of one key/value head that share a tile.
@@ -104,11 +108,11 @@ def backward_shape(
     value_columns: int = 0,
     num_k: int = 1,
 ) -> BackwardShape:
-    """Returns the constants of a backward kernel.
+    """Returns the compile-time constants of a Hopper backward kernel.
 
     Args:
         tile: Tile configuration.
-        columns: Columns of a tile of queries and keys.
+        columns: Columns of a tile of queries and keys: the head dim, padded.
         group: Number of query heads per key/value head.
         heads_kv: Number of key/value heads.
         head_dim: Head dim D of queries and keys.
@@ -143,10 +147,15 @@ def pack_heads(group: int) -> int:
 
 
 def forward_tile(columns: int, pack: int, has_dropout: bool) -> ForwardTile:
-    """Returns the tile configuration of a forward.
+    """Returns the tile configuration of a Hopper forward kernel.
 
     Three warpgroups share a tile only with pack = 1 and without dropout: rows of several heads do
     not divide by three, and random bits need too many registers.
+
+    Args:
+        columns: Columns of a tile of queries and keys: 64, 128 or 256.
+        pack: Number of query heads of one key/value head that share a tile.
+        has_dropout: Whether attention weights are dropped.
     """
     free = pack == 1 and not has_dropout
     table = _FORWARD | _FORWARD_OF_ONE_HEAD if free else _FORWARD
@@ -155,18 +164,21 @@ def forward_tile(columns: int, pack: int, has_dropout: bool) -> ForwardTile:
 
 
 def entry_registers(consumers: int) -> int:
-    """Returns the registers per thread with which a forward starts.
+    """Returns the registers per thread with which a forward kernel starts, its maxnreg.
 
-    Warp specialisation then divides the registers anew among the warps.
+    Warp specialisation then divides the registers anew among producer and consumer warps.
+
+    Args:
+        consumers: Number of consumer warpgroups, 2 or 3.
     """
     return REGISTERS if consumers == CONSUMERS else REGISTERS_OF_THREE
 
 
 def backward_tile(columns: int, deterministic: bool) -> BackwardTile:
-    """Returns the tile configuration of a backward.
+    """Returns the tile configuration of a Hopper backward kernel.
 
     Args:
-        columns: Columns of a tile.
+        columns: Columns of a tile of queries and keys: 64 or 128.
         deterministic: Whether dq must have the same bits in every run. The dQ warp then adds
             partial dq, even if override_tiles asks for registers.
     """

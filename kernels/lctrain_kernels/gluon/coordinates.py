@@ -1,4 +1,8 @@
-"""Named tuples that give the rows, keys and queries on which a helper of a Hopper kernel works."""
+"""Named tuples that tell a device function of a Hopper kernel where its rows or keys are.
+
+Positions count from a document's first token; indices in the pack count from the first token of
+all documents.
+"""
 
 from typing import Any, NamedTuple
 
@@ -54,12 +58,12 @@ class OutputKeys(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Attention window of a call, from device memory or from launch arguments.
+    """Arguments from which a kernel reads its attention window; load_window turns them into Bounds.
 
     Attributes:
         pointer: (left, right) in device memory, [2] int32, or None.
-        left: Visible keys before a query's own position, used if pointer is None.
-        right: Visible keys after a query's own position, used if pointer is None.
+        left: Visible keys before a query's own position, used if pointer is None; -1 is unbounded.
+        right: Visible keys after a query's own position, used if pointer is None; -1 is unbounded.
     """
 
     pointer: Any
@@ -68,7 +72,7 @@ class Window(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """Attention window in keys. A side without a bound is UNBOUNDED.
+    """Attention window of a call, in numbers of keys. A side without a bound is 2^30.
 
     Attributes:
         left: Visible keys before a query's own position.
@@ -80,11 +84,11 @@ class Bounds(NamedTuple):
 
 
 class LocalQueries(NamedTuple):
-    """Query positions of the rows of a warpgroup.
+    """Query positions of the 64 rows of a consumer warpgroup.
 
     Attributes:
         first: Position of the first query in the document.
-        local_query: Position of each row's query, relative to `first`.
+        local_query: Position of each row's query relative to `first`, [64] int32.
     """
 
     first: Any
@@ -92,15 +96,15 @@ class LocalQueries(NamedTuple):
 
 
 class Visible(NamedTuple):
-    """Range of keys that the rows of a warpgroup see.
+    """Range of keys that the rows of a consumer warpgroup see.
 
     Attributes:
         shift: Number of keys less number of queries of the document.
         length_k: Number of keys of the document.
         left: Visible keys before a query's own position.
         right: Visible keys after a query's own position.
-        clear_low: Key position; blocks that start before it need a mask.
-        clear_high: Key position; blocks that end after it need a mask.
+        clear_low: Key position; blocks of keys that start before it need a mask.
+        clear_high: Key position; blocks of keys that end after it need a mask.
     """
 
     shift: Any
@@ -112,14 +116,14 @@ class Visible(NamedTuple):
 
 
 class KeyBounds(NamedTuple):
-    """Bounds from which the mask of a warpgroup's keys is computed.
+    """Bounds from which the backward masks a warpgroup's keys against a block of queries.
 
     All positions are relative to the warpgroup's first key.
 
     Attributes:
-        keys_here: Number of keys from the first key to the document's end.
-        reach: Last key that query 0 of the document sees.
-        past: First key that query 0 of the document sees.
+        keys_here: Number of keys from the warpgroup's first key to the document's end.
+        reach: Last key that query 0 of the document sees. Query i sees up to key i + reach.
+        past: First key that query 0 of the document sees. Query i sees keys from i + past on.
     """
 
     keys_here: Any

@@ -1,4 +1,7 @@
-"""Draws the random bits of dropout in the Hopper forwards, by the helpers of tile/dropout.py."""
+"""Draws the random bits of dropout in the Hopper forward kernels.
+
+The bits are those of tile/dropout.py, which the portable kernels use.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -11,10 +14,13 @@ from lctrain_kernels.gluon.structures import DropoutKey
 def dropout_key(
     pointers, first_head, document, head, first, local_query, HAS_DROPOUT: gl.constexpr
 ):
-    """Returns the DropoutKey of a tile of queries; without dropout, nothing reads its fields.
+    """Returns the DropoutKey of a tile of queries: all inputs of the dropout RNG except the keys.
+
+    Without dropout, nothing reads its fields.
 
     Args:
-        pointers: Tensors of a call: dropout_seed, document_ids and query_offsets.
+        pointers: Tensors of a call: dropout_seed [1] int64, document_ids and query_offsets [N]
+            int32.
         first_head: Index of the call's first query head for the dropout RNG; None instead of 0.
         document: Index of the document in the pack.
         head: Index of each row's query head in the call.
@@ -38,7 +44,7 @@ def dropout_key(
 def branch_key(random, BRANCH: gl.constexpr):
     """Returns the DropoutKey of a branch of differential attention, 0 or 1.
 
-    In the dropout key, branch b of head h is head 2 h + b.
+    For the dropout RNG, branch b of head h has the head index 2 h + b.
     """
     head = 2 * random.head + BRANCH
     return DropoutKey(
@@ -50,7 +56,18 @@ def branch_key(random, BRANCH: gl.constexpr):
 def block_bits(
     random, block, BLOCK_N: gl.constexpr, s_layout: gl.constexpr, HAS_DROPOUT: gl.constexpr
 ):
-    """Draws the random bits of a block of weights. The call overlaps with the block's product."""
+    """Draws one random 32-bit word per weight of a block of keys, [rows, BLOCK_N] uint32.
+
+    The caller has started the block's product q k^T, with which the drawing overlaps. Without
+    dropout the result is 0. `drop_weights` selects the 16 bits of each word that its weight uses.
+
+    Args:
+        random: DropoutKey of the rows.
+        block: Index of the block of keys in the document.
+        BLOCK_N: Number of keys of a block.
+        s_layout: Layout of the scores.
+        HAS_DROPOUT: Whether attention weights are dropped.
+    """
     return bits_from_key(random, block * BLOCK_N, BLOCK_N, s_layout, HAS_DROPOUT)
 
 
@@ -58,7 +75,10 @@ def block_bits(
 def bits_from_key(
     random, key, BLOCK_N: gl.constexpr, s_layout: gl.constexpr, HAS_DROPOUT: gl.constexpr
 ):
-    """Draws the random bits of a block of weights whose first key is `key`, a multiple of 32."""
+    """Draws the random words of block_bits for the BLOCK_N keys from position `key` on.
+
+    `key` is a multiple of 32. The other arguments are those of block_bits.
+    """
     bits = 0
     if HAS_DROPOUT:
         local_key = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))

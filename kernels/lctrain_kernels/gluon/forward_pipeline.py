@@ -1,4 +1,4 @@
-"""Allocates, loads and stores the shared memory of the persistent forward kernels."""
+"""Shared memory of the persistent Hopper forward kernels: allocation, and TMA loads and stores."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -72,10 +72,10 @@ def allocate_forward(dtype: gl.constexpr, TILE: gl.constexpr):
 
 @gluon.jit
 def allocate_branches(dtype: gl.constexpr, TILE: gl.constexpr):
-    """Allocates the ForwardBuffers of differential attention, and buffers for results.
+    """Allocates the shared memory of the forward of differential attention.
 
     A buffer of queries holds both branches, and later up to two of the three results. The other
-    results are stored in the returned buffers [.., 64, block_dv].
+    results are stored in the returned buffers [n, 64, block_dv].
 
     Args:
         dtype: Dtype of queries, keys and values.
@@ -115,14 +115,14 @@ def load_queries(
     BRANCH: gl.constexpr = 0,
     BRANCHES: gl.constexpr = 1,
 ):
-    """Starts the TMA loads of a tile's queries, one per head.
+    """Starts the TMA loads of a tile of queries, in pieces of up to 64 positions of one head.
 
     Args:
-        desc: TMA descriptor of q [T, H, D], in blocks of one head's positions by 64 columns.
+        desc: TMA descriptor of q [T, H, D], in blocks of a piece's positions by 64 columns.
         q_bufs: Shared memory of the queries.
-        q_ready: mbarriers that the loads complete.
+        q_ready: mbarriers that the loads complete, one per stage.
         stage: Pipeline stage to fill.
-        rows: QueryRows of the tile.
+        rows: Coordinates of the tile's queries, a QueryRows.
         TILE: Tile sizes and head counts of the forward kernel, a ForwardShape.
         BRANCH: Index of the branch, which selects the 64 rows of a buffer to fill.
         BRANCHES: Number of branches. Each is loaded separately and arrives at q_ready.
@@ -168,13 +168,15 @@ def load_queries(
 
 @gluon.jit
 def load_block(desc, buffer, ready, rows):
-    """Starts the TMA load of a block of rows of one head, and arrives at its mbarrier.
+    """Starts the TMA load of a block of rows of one head, which completes an mbarrier.
+
+    The function also tells the mbarrier the number of bytes to expect.
 
     Args:
         desc: TMA descriptor of a tensor [T, H, D], in blocks of the buffer's shape.
         buffer: Shared memory [rows, columns].
-        ready: mbarrier that the loads complete.
-        rows: Rows to load.
+        ready: mbarrier that the load completes.
+        rows: Coordinates of the rows to load, a Rows.
     """
     dtype: gl.constexpr = desc.dtype
     BYTES: gl.constexpr = dtype.primitive_bitwidth // 8
@@ -191,13 +193,13 @@ def load_block(desc, buffer, ready, rows):
 
 @gluon.jit
 def store_rows(desc, buffer, rows, RUN: gl.constexpr):
-    """Starts the TMA copy of a warpgroup's 64 rows from shared to global memory.
+    """Starts the TMA copy of a warpgroup's 64 rows of the result from shared to global memory.
 
     Args:
         desc: TMA descriptor of the result [T, H, D], in blocks of RUN by 64 columns.
         buffer: Shared memory of the rows, [64, BLOCK_D].
-        rows: QueryRows of this warpgroup.
-        RUN: Number of positions of one head.
+        rows: Coordinates of this warpgroup's rows, a QueryRows.
+        RUN: Number of the 64 rows that belong to one head: consecutive positions.
     """
     dtype: gl.constexpr = desc.dtype
     COLUMNS: gl.constexpr = buffer.shape[1] // _CHUNK

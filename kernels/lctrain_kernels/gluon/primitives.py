@@ -1,8 +1,8 @@
-"""Device helpers of the Hopper kernels: recompiled portable helpers, PTX instructions, fences.
+"""Device helpers of the Hopper kernels: PTX instructions, scheduling fences, and portable helpers.
 
-`gluon.jit(helper.fn)` compiles the source of a portable Triton helper as Gluon, with layouts. So
-the dropout mask, windows and logits have one definition for all kernels. The other helpers are
-instructions that Gluon does not offer, and scheduling fences against the compiler.
+`gluon.jit(helper.fn)` compiles the source of a portable Triton helper as Gluon. So the dropout
+mask, windows and logits have one definition for all kernels. The other helpers are instructions
+that Gluon does not offer, and fences that keep ptxas from reordering instructions.
 """
 
 from types import FunctionType
@@ -23,7 +23,7 @@ tanh = gluon.jit(logits_tile.tanh.fn)
 
 
 def with_callees(helper: Any, **callees: Any) -> Any:
-    """Compiles a portable helper as Gluon, and replaces the functions that it calls.
+    """Compiles a portable Triton helper as Gluon, and replaces the functions that it calls.
 
     Args:
         helper: Function decorated with triton.jit.
@@ -52,14 +52,14 @@ _FINISHED_CONSTRAINTS = gl.constexpr(",".join(["=&r"] * 16 + ["r"] * 48))
 
 @gluon.jit
 def rematerialised(buffers, index, opaque_false):
-    """Returns buffers.index(index), and forces the compiler to compute its descriptor in the loop.
+    """Returns buffers.index(index), with its shared-memory descriptor computed inside the loop.
 
-    Otherwise the compiler computes the shared-memory descriptors of constant buffers before the
-    loop. They need more uniform registers than there are, so ptxas spills them to local memory.
-    Each reload then waits behind the products' reads of shared memory.
+    Otherwise the compiler computes the descriptors of constant buffers before the loop. They need
+    more uniform registers than there are, so ptxas spills them to local memory. Each reload then
+    waits behind the products' reads of shared memory.
 
     Args:
-        buffers: Shared memory [.., rows, columns].
+        buffers: Shared memory [n, rows, columns].
         index: Index of a buffer.
         opaque_false: Condition that is always false, but that the compiler cannot evaluate.
     """
@@ -68,7 +68,7 @@ def rematerialised(buffers, index, opaque_false):
 
 @gluon.jit
 def opaque(bits):
-    """Returns 32-bit words unchanged, and hides from LLVM how they were computed.
+    """Returns 32-bit words unchanged, through an instruction that LLVM cannot see through.
 
     Otherwise LLVM computes the shifted lower half of each word a second time.
     """
@@ -79,10 +79,15 @@ def opaque(bits):
 
 @gluon.jit
 def drop_weights(p, bits, key, threshold):
-    """Returns the weights p with dropped ones set to 0; see is_kept.
+    """Returns the weights p with dropped ones set to 0.
 
-    `bits` are words that `opaque` returned. The function is PTX, because LLVM would collect all
-    comparisons before the selects.
+    The function is PTX, because LLVM would collect all comparisons before the selects.
+
+    Args:
+        p: Weights, float32.
+        bits: One random word per weight, uint32, that `opaque` returned.
+        key: Positions of keys inside the tile, broadcastable to p.
+        threshold: A weight is dropped if the 16 bits taken from its word are below this number.
     """
     return gl.inline_asm_elementwise(
         "{ .reg .pred kept; setp.ge.u32 kept, $2, $3; selp.f32 $0, $1, 0f00000000, kept; }",
@@ -96,10 +101,14 @@ def drop_weights(p, bits, key, threshold):
 
 @gluon.jit
 def rounded(x, dtype: gl.constexpr):
-    """Rounds float32 to half precision, two values per instruction.
+    """Returns float32 values rounded to half precision, by an instruction that rounds two values.
 
     Otherwise the compiler moves selects behind the rounding, and packs the halves by further
     instructions.
+
+    Args:
+        x: Values, float32; adjacent registers are rounded together.
+        dtype: bfloat16 or float16.
     """
     if dtype == gl.bfloat16:
         return gl.inline_asm_elementwise(
@@ -113,10 +122,11 @@ def rounded(x, dtype: gl.constexpr):
 
 @gluon.jit
 def scheduling_fence(p, opaque_false):
-    """Returns p, and keeps its computation before the next wait for products.
+    """Returns p unchanged, as a fence against instruction scheduling by ptxas.
 
-    Otherwise ptxas moves that wait above the exponentials, which should overlap with the products.
-    The scheduling fence is a barrier instruction that never runs and depends on all values of p.
+    The next wait for products stays behind p's computation. Without the fence, ptxas moves it above
+    the exponentials, which should overlap with the products. The fence is a barrier instruction
+    that never runs and depends on all values of p.
 
     Args:
         p: Weights of a warpgroup, [64, 64], in half precision.
@@ -134,7 +144,7 @@ def scheduling_fence(p, opaque_false):
 
 @gluon.jit
 def wait_bulk_writes(LATER: gl.constexpr):
-    """Waits until this warp's copies from shared memory have been written to global memory.
+    """Waits until this warp's TMA copies from shared memory are written to global memory.
 
     Gluon's own wait ends earlier, when the copies have read shared memory.
 
@@ -147,7 +157,10 @@ def wait_bulk_writes(LATER: gl.constexpr):
 
 @gluon.jit
 def fence_release():
-    """Issues a release fence at GPU scope: this warp's earlier writes become visible first."""
+    """Issues a release fence at GPU scope.
+
+    Other programs then see this warp's earlier writes before its later ones.
+    """
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     gl.inline_asm_elementwise(
         "fence.acq_rel.gpu; mov.b32 $0, $1;",
@@ -161,10 +174,17 @@ def fence_release():
 
 @gluon.jit
 def red_add_v4(pointers, left, x0, x1, x2, x3):
-    """Atomically adds x0, x1, x2 and x3 to the four float32 at each address where left > 0.
+    """Atomically adds four float32 per thread to global memory, in one vector instruction.
 
-    Addresses are multiples of 16 bytes. No thread waits for the additions, which complete before
-    the kernel ends.
+    No thread waits for the additions, which complete before the kernel ends.
+
+    Args:
+        pointers: Address of the first of four float32, a multiple of 16 bytes.
+        left: Nothing is added where this number is 0 or less.
+        x0: Number to add to the first float32.
+        x1: Number to add to the second float32.
+        x2: Number to add to the third float32.
+        x3: Number to add to the fourth float32.
     """
     gl.inline_asm_elementwise(
         "{ .reg .pred some; setp.gt.s32 some, $2, 0; "
@@ -179,7 +199,7 @@ def red_add_v4(pointers, left, x0, x1, x2, x3):
 
 @gluon.jit
 def load_scalar(buffer, warps: gl.constexpr):
-    """Loads the element of a [1] buffer in shared memory."""
+    """Returns the element of a [1] buffer in shared memory, which `warps` warps read together."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [warps], [0])
     return gl.max(buffer.load(layout), 0)
 
@@ -196,7 +216,11 @@ def key_blocks(
     HAS_RIGHT: gl.constexpr,
     BLOCK_N: gl.constexpr,
 ):
-    """Returns (low, high): queries [first, first + positions) see key blocks [low, high)."""
+    """Returns the range (low, high) of blocks of keys that a tile of queries sees.
+
+    Queries [first, first + positions) see no key outside of blocks [low, high). The arguments are
+    those of tile.mask.key_ranges.
+    """
     end = length_k
     if HAS_RIGHT:
         end = gl.minimum(end, gl.maximum(first + positions + shift + right, 0))
@@ -219,7 +243,11 @@ def query_blocks(
     HAS_RIGHT: gl.constexpr,
     BLOCK_M: gl.constexpr,
 ):
-    """Returns (low, high): query blocks [low, high) see keys [first, first + keys)."""
+    """Returns the range (low, high) of blocks of queries that see a tile of keys.
+
+    No query outside of blocks [low, high) sees any of the keys [first, first + keys). The arguments
+    are those of tile.mask.query_ranges.
+    """
     end = length_q
     if HAS_LEFT:
         end = gl.minimum(end, gl.maximum(first + keys - shift + left, 0))

@@ -1,8 +1,8 @@
-"""The online softmax of the Hopper kernels, with a lazy running maximum.
+"""The online softmax of the Hopper forward kernels, which rescales the accumulator rarely.
 
-Four lanes of a warp hold a row of the scores. The softmax state is m and l, both [64, 4] (row,
-lane): the running maximum m is equal in all four lanes of a row; each lane has its own part of the
-sum l.
+A consumer warpgroup has 64 rows of scores. In the layout of wgmma's result, four lanes of a warp
+hold a row. The softmax state is m and l, both [64, 4] (row, lane): the running maximum m is equal
+in all four lanes of a row; each lane has its own part of the running sum l.
 
 m is raised lazily, so it may be less than the largest logit so far:
 
@@ -78,7 +78,7 @@ RAISE_MAX_CONSTRAINTS = gl.constexpr("=&f,=&f,=&f,=&f,=&f,=&f,0,1,4,5,f,f,f,f")
 
 @gluon.constexpr_function
 def quads_layout(columns):
-    """Returns the layout of split_rows' result, for scores with `columns` columns."""
+    """Returns the register layout of split_rows' result, for scores [64, columns]."""
     registers = [[0, 0, 0, 1], [8, 0, 0, 0]]
     registers += [[0, 1 << i, 0, 0] for i in range((columns // 8).bit_length() - 1)]
     lanes = [[0, 0, 1, 0], [0, 0, 2, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]]
@@ -88,16 +88,20 @@ def quads_layout(columns):
 
 @gluon.constexpr_function
 def lanes_layout(columns):
-    """Returns the layout of the softmax state [64, 4], for scores with `columns` columns."""
+    """Returns the register layout of m and l, [64, 4], for scores [64, columns]."""
     return gl.SliceLayout(1, gl.SliceLayout(3, quads_layout(columns)))
 
 
 @gluon.constexpr_function
 def scale_assembly(elements):
-    """Returns PTX that multiplies the registers of two rows, unless all factors are 1.
+    """Returns PTX that multiplies a thread's accumulator by the factors of its two rows.
 
-    Registers alternate: two of one row, two of the other. Operands: the results, the inputs in the
-    same registers, and a factor for each input.
+    If all factors of a warp are 1, the multiplications are skipped. Registers alternate: two of one
+    row, two of the other. Operands: the results, the inputs in the same registers, and a factor for
+    each input.
+
+    Args:
+        elements: Number of accumulator registers of a thread.
     """
     lines = [
         ".reg .pred some;",
@@ -113,21 +117,26 @@ def scale_assembly(elements):
 
 @gluon.constexpr_function
 def scale_constraints(elements):
-    """Returns the inline assembly constraints of scale_assembly's operands."""
+    """Returns the inline assembly constraints of the operands of scale_assembly(elements)."""
     tied = [str(i) for i in range(elements)]
     return ",".join(["=&f"] * elements + tied + ["f"] * elements)
 
 
 @gluon.constexpr_function
 def known_max_assembly(elements, half):
-    """Returns PTX that computes the weights of a later block with the known maximum m.
+    """Returns PTX that computes a thread's weights of a block of keys after a row's first block.
 
-    If a lane's weights sum to more than 2^13, the warp computes the maxima, and then the weights
-    again.
+    The weights are computed with the running maximum m of the blocks before. Only if a lane's
+    weights sum to more than 2^13, the warp raises m to the block's maximum, and computes the
+    weights again.
 
     Results: pairs of weights in half precision; then, numbered from 0, m of both rows ($0, $2),
     factors of the accumulator ($1, $3) and sums ($4, $6). Operands: s, m, l and the multiplier.
     Registers alternate: two of one row, two of the other.
+
+    Args:
+        elements: Number of scores of a thread.
+        half: PTX name of the weights' dtype, "bf16" or "f16".
     """
     out, s = elements // 2, elements * 3 // 2
     m, l, multiplier = s + elements, s + 2 * elements, f"${s + 3 * elements}"
@@ -174,13 +183,16 @@ def known_max_assembly(elements, half):
 
 @gluon.constexpr_function
 def known_max_constraints(elements):
-    """Returns the inline assembly constraints of known_max_assembly's operands."""
+    """Returns the inline assembly constraints of the operands of known_max_assembly."""
     return ",".join(["=&r"] * (elements // 2) + ["=&f"] * elements + ["f"] * (4 * elements))
 
 
 @gluon.jit
 def split_rows(x):
-    """Returns scores [64, N] as [64, N // 8, 4, 2]; the third dimension is the lane of a row."""
+    """Returns scores [64, N] as [64, N // 8, 4, 2], without moving data between threads.
+
+    The third dimension is the lane of a row that holds the scores.
+    """
     COLUMNS: gl.constexpr = x.shape[1]
     return gl.convert_layout(
         gl.reshape(x, [64, COLUMNS // 8, 4, 2]), quads_layout(COLUMNS), assert_trivial=True
@@ -200,7 +212,7 @@ def _column_block(x, INDEX: gl.constexpr):
 
 @gluon.jit
 def _weights_by_known_max(s, m, l, multiplier, s_layout: gl.constexpr, dtype: gl.constexpr):
-    """Computes the weights of a later block with the known maximum; see known_max_assembly."""
+    """Computes the weights of a block by known_max_assembly; see online_softmax for the results."""
     ELEMENTS: gl.constexpr = s.shape[1] // 2
     lanes: gl.constexpr = lanes_layout(s.shape[1])
     operands = (split_rows(s), m[:, None, :, None], l[:, None, :, None], multiplier)
@@ -232,14 +244,17 @@ def _weights_by_known_max(s, m, l, multiplier, s_layout: gl.constexpr, dtype: gl
 
 @gluon.jit
 def initial_state(BLOCK_N: gl.constexpr):
-    """Returns the running maximum m and the running sum l before the first block, [64, 4]."""
+    """Returns m and l of the online softmax before a row's first block, [64, 4] float32.
+
+    m is the most negative finite float32, so that masked scores of -inf give weights of 0; l is 0.
+    """
     layout: gl.constexpr = lanes_layout(BLOCK_N)
     return gl.full([64, 4], INITIAL_MAX, gl.float32, layout), gl.zeros([64, 4], gl.float32, layout)
 
 
 @gluon.jit
 def reduce_rows(m, l, row_layout: gl.constexpr):
-    """Returns m and l as [64], reduced over the four lanes of each row."""
+    """Returns m and l of each row, [64] in row_layout, from the state [64, 4] of its four lanes."""
     return (
         gl.convert_layout(gl.max(m, 1), row_layout, assert_trivial=True),
         gl.convert_layout(gl.sum(l, 1), row_layout, assert_trivial=True),
@@ -248,7 +263,7 @@ def reduce_rows(m, l, row_layout: gl.constexpr):
 
 @gluon.jit
 def rescale(acc, alpha, o_layout: gl.constexpr):
-    """Returns acc [64, D] times the factor alpha [64, 4] that online_softmax returned."""
+    """Returns the accumulator acc [64, D] float32 times the factor alpha [64, 4] of its rows."""
     COLUMNS: gl.constexpr = acc.shape[1]
     ELEMENTS: gl.constexpr = COLUMNS // 2
     factor = gl.convert_layout(alpha, lanes_layout(COLUMNS), assert_trivial=True)
@@ -281,12 +296,12 @@ def softmax_step(
     FEW_REGISTERS: gl.constexpr = False,
     HAS_MAX: gl.constexpr = False,
 ):
-    """Applies softcap and mask to a block of scores, and then online_softmax.
+    """Applies softcap and mask to a block of scores, and updates the online softmax by it.
 
     Args:
-        s: Scores q.k, [64, BLOCK_N].
-        m: Running maximum [64, 4].
-        l: Running sum [64, 4].
+        s: Scores q.k, [64, BLOCK_N] float32.
+        m: Running maximum, [64, 4] float32.
+        l: Running sum, [64, 4] float32.
         block: Index of the block of keys.
         rows: Query positions of the rows, a LocalQueries.
         visible: Range of keys that the rows see, a Visible.
@@ -301,7 +316,8 @@ def softmax_step(
         HAS_MAX: Whether an earlier block has set m.
 
     Returns:
-        The weights p in `dtype`, the factor alpha of the accumulator, and the new m and l.
+        The weights p [64, BLOCK_N] in `dtype`, the factor alpha [64, 4] of the accumulator, and the
+        new m and l.
     """
     BLOCK_N: gl.constexpr = s.shape[1]
     IN_DOCUMENT: gl.constexpr = FLAGS.has_dropout or FEW_REGISTERS
@@ -340,10 +356,23 @@ def online_softmax(
     HAS_DROPOUT: gl.constexpr,
     HAS_MAX: gl.constexpr,
 ):
-    """Computes one step of the online softmax. Returns (p in dtype, alpha, m, l).
+    """Updates the online softmax by a block of masked scores.
 
-    The weights are p = 2^(s * multiplier - m), with s = -inf for masked keys. `rescale` multiplies
-    the accumulator by alpha.
+    Args:
+        s: Scores, [64, BLOCK_N] float32; -inf where masked.
+        m: Running maximum of s * multiplier, [64, 4] float32.
+        l: Running sum of the weights, [64, 4] float32.
+        bits: One random 32-bit word per weight, from block_bits.
+        threshold: A weight is dropped if the 16 bits taken from its word are below this number.
+        multiplier: Factor of s in the base-2 exponent.
+        s_layout: Layout of s.
+        dtype: Dtype of p.
+        HAS_DROPOUT: Whether weights are dropped.
+        HAS_MAX: Whether an earlier block has set m.
+
+    Returns:
+        The weights p = 2^(s * multiplier - m), [64, BLOCK_N] in `dtype`, the factor alpha [64, 4]
+        by which `rescale` multiplies the accumulator, and the new m and l.
     """
     if HAS_MAX and not HAS_DROPOUT:
         return _weights_by_known_max(s, m, l, multiplier, s_layout, dtype)

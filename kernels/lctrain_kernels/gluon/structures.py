@@ -134,7 +134,7 @@ class BackwardBuffers(NamedTuple):
 
 
 class WorkTile(NamedTuple):
-    """A tile of queries that the tile scheduler hands out, with the key blocks [low, high).
+    """A tile of queries from the tile scheduler, and the blocks of keys that the tile sees.
 
     Attributes:
         end_q: Index in the pack after the document's last query.
@@ -158,7 +158,7 @@ class WorkTile(NamedTuple):
 
 
 class KeyTile(NamedTuple):
-    """A tile of keys with the query blocks [low, high) that see it.
+    """A tile of keys of a backward kernel's program, and the blocks of queries that see the tile.
 
     Attributes:
         head_kv: Index of the key/value head.
@@ -182,7 +182,7 @@ class KeyTile(NamedTuple):
 
 
 class KeySlot(NamedTuple):
-    """The tile of keys that a program works on, and the tile's document.
+    """A backward program's tile of keys, and the tile's document, as the tile schedule lists them.
 
     Attributes:
         head_kv: Index of the key/value head.
@@ -204,13 +204,13 @@ class KeySlot(NamedTuple):
 
 
 class SeedWords(NamedTuple):
-    """What a document's random bits are drawn from, besides head and positions; see draw_bits.
+    """Inputs of the dropout RNG that a document's weights share, in the backward; see draw_bits.
 
     Attributes:
         key_0: Low half of the seed, uint32.
         key_1: High half of the seed, uint32.
         document: Document id, uint32.
-        query_offset: Position of the document's first query in the dropout key.
+        query_offset: Position of the document's first query for the dropout RNG.
         first_head: Index of the call's first query head for the dropout RNG; None instead of 0.
     """
 
@@ -222,14 +222,14 @@ class SeedWords(NamedTuple):
 
 
 class DropoutKey(NamedTuple):
-    """Seed, document id, heads and positions from which a tile's random bits are drawn.
+    """Inputs of the dropout RNG for a tile of queries, in the forward; see draw_bits.
 
     Attributes:
         key_0: Low half of the seed, uint32.
         key_1: High half of the seed, uint32.
         document: Document id, uint32.
-        head: Index in the dropout key of the query head of each row; see dropout_head.
-        first: Position in the dropout key of the tile's first query.
+        head: Index, for the dropout RNG, of the query head of each row; see dropout_head.
+        first: Position, for the dropout RNG, of the tile's first query.
         local_query: Position of each row's query, relative to `first`.
     """
 
@@ -268,8 +268,8 @@ class ConsumerPointers(NamedTuple):
         lse: Log-sum-exp of each query, [H, T] float32; written.
         factor: Learnable sinks [H] (varlen), factors of the logits [N] (dual chunk), or None.
         dropout_seed: Seed of the dropout mask, [1] int64; None without dropout.
-        document_ids: Ids of the documents, [N] int32, part of the dropout key; or None.
-        query_offsets: Position of each document's first query in the dropout key, [N] int32; or
+        document_ids: Ids of the documents, [N] int32, an input of the dropout RNG; or None.
+        query_offsets: Position of each document's first query for the dropout RNG, [N] int32; or
             None.
     """
 
@@ -281,12 +281,12 @@ class ConsumerPointers(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Numbers per query that the producer warp of a backward loads.
+    """Float32 numbers per query and head that the producer warp of a backward loads.
 
     Attributes:
-        lse: Base-2 log-sum-exp, [H, T] float32. In the stats tensors of dual chunk and differential
-            attention further numbers follow.
-        delta: rowsum(dout * out) - dlse, [H, T] float32; None if it is part of `lse`.
+        lse: Base-2 log-sum-exp, [H, T]. In the stats tensors of dual chunk and differential
+            attention, [H, T, n], further numbers follow the lse of each query.
+        delta: rowsum(dout * out) - dlse, [H, T]; None if it is part of `lse`.
         total_q: Number of packed queries T.
     """
 
@@ -296,7 +296,9 @@ class Statistics(NamedTuple):
 
 
 class Semaphores(NamedTuple):
-    """Counters of the partial dq that have been written to global memory, one per block.
+    """Counters, in global memory, of the partial dq added so far to each block of dq of each head.
+
+    A later program waits until a counter shows that the earlier ones have added theirs.
 
     Attributes:
         pointer: Counters [H, per_head] int32, zero at launch.
@@ -326,12 +328,12 @@ class KeyGradients(NamedTuple):
 
 
 class DropoutInputs(NamedTuple):
-    """Dropout inputs of a document.
+    """Launch arguments of dropout, and the document whose weights are dropped.
 
     Attributes:
         seed: Seed of the dropout mask, [1] int64; None without dropout.
-        document_ids: Ids of the documents, [N] int32, part of the dropout key; or None.
-        query_offsets: Position of each document's first query in the dropout key, [N] int32; or
+        document_ids: Ids of the documents, [N] int32, an input of the dropout RNG; or None.
+        query_offsets: Position of each document's first query for the dropout RNG, [N] int32; or
             None.
         document: Index of the document in the pack.
         threshold: A weight is dropped if its 16 random bits are below this number.
@@ -361,12 +363,13 @@ class Factors(NamedTuple):
 
 
 class DqSlabs(NamedTuple):
-    """The float32 buffer to which warps add partial dq from their registers.
+    """The float32 buffer to which consumer warpgroups add partial dq from their registers.
 
-    `first_slab` in varlen/hopper_bwd_dq.py describes its layout.
+    A slab holds dq of 16 queries; `first_slab` in varlen/hopper_bwd_dq.py describes the layout.
 
     Attributes:
-        pointer: Pointer to the slab of the first head and first block of queries.
+        pointer: Pointer to the slab of the first head and of the first block of queries that the
+            program visits.
         per_head: Number of slabs per head.
     """
 

@@ -1,4 +1,4 @@
-"""Lists the calls that the Hopper kernels do not support. Portable kernels run these calls."""
+"""States which calls the Hopper kernels support. The portable kernels run the others."""
 
 import re
 import warnings
@@ -85,7 +85,12 @@ BACKWARD_LIMITS: tuple[Limit, ...] = (
 
 
 def refusal(call: _Call, limits: tuple[tuple[str, Callable[[_Call], bool]], ...]) -> str | None:
-    """Returns the first property of a call that the Hopper kernels do not support, or None."""
+    """Returns the name of a call's first property that the kernels do not support, or None.
+
+    Args:
+        call: Properties of the call.
+        limits: Pairs of a property's name and a function that returns whether a call has it.
+    """
     return next((name for name, exceeds in limits if exceeds(call)), None)
 
 
@@ -126,7 +131,7 @@ _KNOWN_TRITON = bool(_DEVICES) and knows_triton(_installed_triton())
 
 
 def available(device: torch.device) -> bool:
-    """Returns whether the Hopper kernels run on a device."""
+    """Returns whether the Hopper kernels run on a device: a Hopper GPU, with a supported Triton."""
     if device.type != "cuda" or not _KNOWN_TRITON:
         return False
     index = torch.cuda.current_device() if device.index is None else device.index

@@ -1,4 +1,7 @@
-"""The tile scheduler of the persistent forward kernels: a warp that hands out tiles of queries."""
+"""The tile scheduler of the persistent Hopper forward kernels.
+
+One warp of each program hands out tiles of queries to the program's producer and consumers.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -20,10 +23,11 @@ def schedule_tiles(
     TILE: gl.constexpr,
     FLAGS: gl.constexpr,
 ):
-    """Runs the scheduler warp, which takes work items and writes their tiles to shared memory.
+    """Runs the scheduler warp: takes work items, and writes their tiles to shared memory.
 
-    The warp is up to TILES_AHEAD tiles ahead of the consumers. A tile with document -1 ends the
-    loops of producer and consumers.
+    A work item is a tile of queries and a group of heads. The programs take items from one atomic
+    counter in global memory. The warp is up to TILES_AHEAD tiles ahead of the consumers. A tile
+    with document -1 ends the loops of producer and consumers.
 
     Args:
         tiles: Shared memory of the tiles, [TILES_AHEAD * TILE_FIELDS, 1] int32.
@@ -100,7 +104,15 @@ def schedule_tiles(
 
 @gluon.jit
 def read_tile(tiles, tile_index, WARPS: gl.constexpr):
-    """Reads the WorkTile with number `tile_index` from shared memory; it must be ready."""
+    """Returns the WorkTile that the scheduler warp has written as the program's tile_index-th tile.
+
+    The caller has waited for the tile's mbarrier.
+
+    Args:
+        tiles: Shared memory of the tiles, [TILES_AHEAD * TILE_FIELDS, 1] int32.
+        tile_index: Number of tiles that the program has worked on before.
+        WARPS: Number of warps that read the tile.
+    """
     fields = tile_index % TILES_AHEAD * TILE_FIELDS
     end_q = load_scalar(tiles.index(fields + 1), WARPS)
     length_q = load_scalar(tiles.index(fields + 2), WARPS)

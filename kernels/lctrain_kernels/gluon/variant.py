@@ -1,4 +1,4 @@
-"""Argument types, flags and options for ahead-of-time compilations of the Hopper kernels."""
+"""Types and constants of the Hopper kernels' arguments, to compile them without a GPU."""
 
 import torch
 import triton
@@ -36,7 +36,7 @@ def has_dropout(features: str) -> bool:
 
 
 def attention_flags(features: str, has_sink: bool = False) -> Flags:
-    """Returns the Flags of a varlen or differential attention kernel with these features."""
+    """Returns the Flags of a varlen or differential attention kernel, by a name among FEATURES."""
     everything = features == "all"
     return Flags(
         has_left=everything,
@@ -55,7 +55,7 @@ def argument_types(
     /,
     **descriptors: str | None,
 ) -> dict[str, object]:
-    """Returns Triton's names of the types of a kernel's arguments.
+    """Returns Triton's names of the types of a Hopper kernel's arguments, for one variant.
 
     Args:
         kernel: Kernel whose arguments are typed.
