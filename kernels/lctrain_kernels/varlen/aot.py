@@ -1,4 +1,4 @@
-"""Lists the portable kernels of varlen attention for ahead-of-time compilation."""
+"""Lists the portable kernels of varlen attention that CI compiles ahead of time, without a GPU."""
 
 from collections.abc import Iterator
 
@@ -23,10 +23,11 @@ KERNELS = {
 def kernel_variants(
     table: str, head_dims: tuple[int, ...], features: tuple[str, ...]
 ) -> Iterator[KernelVariant]:
-    """Yields a variant of every configuration of a table; see `aot.kernel_variants`.
+    """Yields the variants of the forward, dq and dk, dv kernels to compile for one architecture.
 
-    If dropout has a configuration of its own, the kernel without dropout is compiled even if
-    "causal" is not among the features.
+    The arguments are those of `lctrain_kernels.aot.kernel_variants`. If an operation has another
+    tile configuration with dropout, its kernel without dropout is compiled even if "causal" is not
+    among the features.
     """
     for operation in OPERATIONS:
         kernel = KERNELS[operation]

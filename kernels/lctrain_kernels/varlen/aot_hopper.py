@@ -1,4 +1,4 @@
-"""Lists the Hopper kernels of varlen attention for ahead-of-time compilation."""
+"""Lists the Hopper kernels of varlen attention that CI compiles ahead of time, without a GPU."""
 
 import itertools
 from collections.abc import Iterator
@@ -75,9 +75,10 @@ def forward_variant(
 def backward_variant(
     head_dim: int, *, features: str = "causal", dtype: str = "bf16", group: int = 4
 ) -> KernelVariant:
-    """Describes one compilation of varlen_bwd_hopper_kernel, which has no sinks.
+    """Describes one compilation of varlen_bwd_hopper_kernel.
 
-    The arguments are those of forward_variant.
+    The arguments are those of forward_variant. The kernel itself has no sinks: their gradient
+    follows from lse and delta.
     """
     columns = padded_columns(head_dim)
     deterministic = features == "deterministic"
@@ -108,7 +109,9 @@ def backward_variant(
 
 
 def prepare_variant(head_dim: int, heads: int, dtype: str = "bf16") -> KernelVariant:
-    """Describes one compilation of varlen_prepare_kernel, with the inputs of dropout.
+    """Describes one compilation of varlen_prepare_kernel, which runs before the backward kernel.
+
+    The variant has the inputs of dropout.
 
     Args:
         head_dim: Head dim D of queries and keys.
@@ -133,7 +136,7 @@ def prepare_variant(head_dim: int, heads: int, dtype: str = "bf16") -> KernelVar
 
 
 def round_dq_variant(head_dim: int, heads: int, dtype: str = "bf16") -> KernelVariant:
-    """Describes one compilation of varlen_round_dq_kernel.
+    """Describes one compilation of varlen_round_dq_kernel, which runs after the backward kernel.
 
     The arguments are those of prepare_variant.
     """
@@ -151,7 +154,9 @@ def round_dq_variant(head_dim: int, heads: int, dtype: str = "bf16") -> KernelVa
 def kernel_variants(
     head_dims: tuple[int, ...], features: tuple[str, ...], groups: tuple[int, ...]
 ) -> Iterator[KernelVariant]:
-    """Yields a variant of every tile configuration in bf16, and the plain causal kernels in fp16.
+    """Yields the variants of the Hopper kernels to compile.
+
+    Every tile configuration is compiled in bf16, and the plain causal kernels in fp16, too.
 
     Args:
         head_dims: Head dims to compile. A backward that the Hopper kernels do not support is

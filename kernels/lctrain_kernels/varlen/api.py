@@ -83,7 +83,7 @@ def flash_attn_varlen_func(
             gets a gradient.
         dropout_seed: Seed of the dropout mask, an int or an int64 tensor of one element on q's
             device. By default, it is drawn from torch's generator of that device.
-        document_ids: Ids of the documents in the dropout key, [N] int32. By default, a document's
+        document_ids: Ids of the documents for the dropout RNG, [N] int32. By default, a document's
             index in the pack.
         schedule: Schedule that make_schedule returned, on q's device. By default, one is built on
             the device, once per cu_seqlens tensor.
@@ -204,7 +204,7 @@ def flash_attn_func(
         return_lse: Whether to return (out, lse) instead of out.
         learnable_sink: Logit of the attention sink of each head, [H], or None.
         dropout_seed: Seed of the dropout mask, an int or an int64 tensor of one element.
-        document_ids: Ids of the rows in the dropout key, [B] int32; by default, the row's index.
+        document_ids: Ids of the rows for the dropout RNG, [B] int32; by default, the row's index.
         backend: Implementation: "auto", "hopper", "triton" or "pytorch".
 
     Returns:

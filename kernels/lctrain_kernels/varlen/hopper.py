@@ -1,4 +1,7 @@
-"""Launches the Hopper kernels of varlen attention."""
+"""Launches the Hopper kernels of varlen attention.
+
+Two Triton kernels run before and after the backward kernel; they are defined here.
+"""
 
 import torch
 import triton
@@ -45,9 +48,10 @@ def varlen_fwd(
     pack: TiledPack,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
-    """Launches varlen_fwd_hopper_kernel; arguments and results are those of triton_fwd.varlen_fwd.
+    """Launches varlen_fwd_hopper_kernel and returns out [T, H, D] and lse [H, T] float32.
 
-    The function checks nothing: the registry calls it only for calls that the kernels support.
+    Arguments and results are those of varlen.triton_fwd.varlen_fwd. The function checks nothing:
+    the registry calls it only for calls that the kernels support.
     """
     total_q, heads, head_dim = q.shape
     group = heads // k.shape[1]
@@ -127,8 +131,28 @@ def varlen_prepare_kernel(
 ):
     """Computes delta = rowsum(dout * out) - dlse and the base-2 lse, before the backward kernel.
 
-    If dq is passed, it is set to 0 for queries whose out is 0, which include all queries that saw
-    no key. Grid: (blocks of ROWS tokens, heads).
+    Grid: (blocks of ROWS tokens, heads).
+
+    Args:
+        out_ptr: Output of the forward, [T, HEADS, D].
+        dout_ptr: Gradient of out, [T, HEADS, D].
+        lse_ptr: Log-sum-exp, natural logarithm, [HEADS, T] float32.
+        dlse_ptr: Gradient of lse, [HEADS, T] float32, or None.
+        dq_ptr: If given, dq [T, HEADS, D] is set to 0 for queries whose out is 0. They include all
+            queries that see no key, for which the backward kernel writes no dq.
+        delta_ptr: delta, [HEADS, T] float32; written.
+        lse2_ptr: Base-2 log-sum-exp, [HEADS, T] float32, +inf for a query that saw no key; written.
+        kept_delta_ptr: delta / keep_scale, [HEADS, T] float32, written; None without dropout.
+        stride_ot: Stride of out's tokens, in elements.
+        stride_oh: Stride of out's heads, in elements.
+        stride_dot: Stride of dout's tokens, in elements.
+        stride_doh: Stride of dout's heads, in elements.
+        total_q: Number of packed queries T.
+        keep_scale: 1 / keep probability of dropout.
+        HEADS: Number of query heads.
+        HEAD_DIM: Head dim D.
+        BLOCK_D: D rounded up to a power of two.
+        ROWS: Number of tokens of a program.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1).to(tl.int64)
@@ -175,10 +199,10 @@ def varlen_round_dq_kernel(
     BLOCK_D: tl.constexpr,
     SLABS: tl.constexpr,
 ):
-    """Scales the float32 sum of dq, rounds it to dq's dtype, and writes it in dq's layout.
+    """Scales the float32 sum of partial dq, rounds it to dq's dtype, and writes it in dq's layout.
 
-    Grid: (blocks of SLABS slabs, heads). A binary search of `rounds` steps finds the document of
-    each slab.
+    A slab of the sum holds 16 queries of one document. Grid: (blocks of SLABS slabs, heads). A
+    binary search of `rounds` steps finds the document of each slab.
 
     Args:
         sum_ptr: Sum of the partial dq, [heads, slabs, D / 8, 32, 4] float32. `first_slab` in
@@ -233,9 +257,10 @@ def varlen_bwd(
     pack: TiledPack,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launches the Hopper backward; arguments and results are those of triton_bwd.varlen_bwd.
+    """Launches the Hopper backward, and returns dq, dk, dv and delta.
 
-    Programs add partial dq in float32. Unless `deterministic`, the order depends on timing, so the
+    Arguments and results are those of varlen.triton_bwd.varlen_bwd. Programs add partial dq in
+    float32. Unless options.deterministic is set, the order of additions depends on timing, so the
     last bits of dq differ from run to run; those of dk and dv do not.
 
     Scratch memory: dq in float32 (with up to 16 more rows per document if it is added from

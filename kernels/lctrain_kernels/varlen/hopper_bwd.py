@@ -1,4 +1,8 @@
-"""Backward of varlen attention for Hopper, in Gluon: one kernel, partial dq summed in float32."""
+"""Backward of varlen attention for Hopper, in Gluon: one kernel computes dq, dk and dv.
+
+A program computes dk and dv of one tile of keys. Its partial dq is added to a float32 buffer in
+global memory, because programs of other tiles of keys add to the same queries.
+"""
 
 from typing import Any, NamedTuple
 
@@ -40,9 +44,15 @@ from lctrain_kernels.varlen.hopper_bwd_dq import add_partial_dq, first_slab, rou
 
 @gluon.jit
 def _locate(pointers, window, TILE: gl.constexpr, FLAGS: gl.constexpr):
-    """Returns the document and the KeyTile of this program.
+    """Returns the index of this program's document, and its tile of keys, a KeyTile.
 
     An empty slot of the schedule gives document 0, with no queries and no keys.
+
+    Args:
+        pointers: Tensors of the call, a BackwardPointers.
+        window: Attention window of the call, a Bounds.
+        TILE: Tile sizes and head counts of the backward kernel, a BackwardShape.
+        FLAGS: Features beyond plain attention, a tile.structures.Flags.
     """
     slot = read_slot(
         pointers.cu_seqlens_q, pointers.cu_seqlens_k, pointers.tiles, TILE.heads_kv, TILE.block_n
@@ -84,7 +94,20 @@ def _load(
     tile,
     TILE: gl.constexpr,
 ):
-    """Runs the producer warp: loads the tile's keys and values, then the queries of all heads."""
+    """Runs the producer warp: loads the tile's keys and values, then blocks of queries and dout.
+
+    The lse and delta of a block are loaded with it. All query heads of the group are visited.
+
+    Args:
+        q_desc: TMA descriptor of q [T, H, D].
+        do_desc: TMA descriptor of dout [T, H, D].
+        k_desc: TMA descriptor of k [Tk, Hk, D].
+        v_desc: TMA descriptor of v [Tk, Hk, D].
+        shared: Shared memory of the kernel, a BackwardBuffers.
+        stats: lse and delta in global memory, a Statistics.
+        tile: The program's tile of keys, a KeyTile.
+        TILE: Tile sizes and head counts of the backward kernel, a BackwardShape.
+    """
     GROUP: gl.constexpr = TILE.group
     BLOCK_M: gl.constexpr = TILE.block_m
     STAGES: gl.constexpr = TILE.stages

@@ -1,4 +1,8 @@
-"""The consumer warpgroups of the Hopper backward of varlen attention."""
+"""The consumer warpgroups of the Hopper backward of varlen attention.
+
+Each of two warpgroups computes dk and dv of half of a tile's keys, and half of the columns of the
+tile's partial dq.
+"""
 
 from typing import Any, NamedTuple
 
@@ -47,7 +51,16 @@ _LOG2_E = gl.constexpr(LOG2_E)
 
 @gluon.jit
 def _start_product(of_keys, of_queries, stage, zero, opaque_false, HALF_INDEX: gl.constexpr):
-    """Issues the product S = k q^T or dP = v dout^T for the block of queries in a stage."""
+    """Issues the asynchronous product S = k q^T or dP = v dout^T, [keys, queries], without waiting.
+
+    Args:
+        of_keys: Two halves of the tile's keys or values in shared memory, [2, keys, columns].
+        of_queries: Queries or dout in shared memory, [stages, queries, columns].
+        stage: Pipeline stage of the block of queries.
+        zero: Accumulator of zeros, [keys, queries] float32.
+        opaque_false: Condition that is always false, but that the compiler cannot evaluate.
+        HALF_INDEX: Index of this warpgroup's half of the keys, 0 or 1.
+    """
     return warpgroup_mma(
         rematerialised(of_keys, HALF_INDEX, opaque_false),
         of_queries.index(stage).permute((1, 0)),
@@ -59,7 +72,19 @@ def _start_product(of_keys, of_queries, stage, zero, opaque_false, HALF_INDEX: g
 
 @gluon.jit
 def _draw_bits(random, head, query, first_key, s_layout: gl.constexpr, HAS_DROPOUT: gl.constexpr):
-    """Draws the random bits of a block of weights. The call overlaps with the block's product."""
+    """Draws one random 32-bit word per weight of a block, [keys, queries] uint32.
+
+    Without dropout the result is 0. The caller has started the block's product S, with which the
+    drawing overlaps.
+
+    Args:
+        random: Inputs of the dropout RNG, a SeedWords.
+        head: Index of the query head in the call.
+        query: Position in the document of the block's first query.
+        first_key: Position in the document of the warpgroup's first key.
+        s_layout: Layout of S.
+        HAS_DROPOUT: Whether attention weights are dropped.
+    """
     bits = 0
     if HAS_DROPOUT:
         bits = draw_bits(
@@ -93,6 +118,19 @@ def _weights(
 
     Both are in half precision, and negative where dropout drops the weight. Without a softcap they
     are equal.
+
+    Args:
+        s: Scores k q^T, [keys, queries] float32.
+        bits: Random words that _draw_bits returned.
+        lse: Base-2 log-sum-exp of the queries, [queries] float32.
+        query: Position in the document of the block's first query.
+        bounds: Window and document end relative to the warpgroup's first key, a KeyBounds.
+        threshold: A weight is dropped if the 16 bits taken from its word are below this number.
+        factors: Softmax scale and softcap, a Factors.
+        opaque_false: Condition that is always false, but that the compiler cannot evaluate.
+        dtype: Dtype of the results, bfloat16 or float16.
+        s_layout: Layout of s.
+        FLAGS: Features beyond plain attention, a tile.structures.Flags.
     """
     multiplier = factors.scale * _LOG2_E
     if FLAGS.has_softcap:
@@ -113,7 +151,7 @@ def _weights(
 
 @gluon.jit
 def _kept_weights(p, HAS_DROPOUT: gl.constexpr):
-    """Returns p with dropped weights, which are negative, set to 0."""
+    """Returns the weights p that _weights returned, with dropped (negative) ones set to 0."""
     if HAS_DROPOUT:
         p = gl.where(p < 0.0, gl.zeros_like(p), p)
     return p
@@ -130,16 +168,19 @@ def _emit_dq(
     HALF_INDEX: gl.constexpr,
     TRANSPOSED: gl.constexpr,
 ):
-    """Passes this warpgroup's columns of partial dq to the dQ warp, or adds them to global memory.
+    """Passes a warpgroup's columns of partial dq on, so that they are added to dq's float32 buffer.
+
+    Partial dq goes to the dQ warp through shared memory. With TILE.dq_from_registers this warpgroup
+    adds it to the buffer itself.
 
     Args:
-        dq: Half of the columns of the step's partial dq.
+        dq: Half of the columns of the step's partial dq, float32.
         dq_out: Shared-memory buffers for the dQ warp; DqSlabs with TILE.dq_from_registers.
         step: Index of the step.
         length_q: Number of queries of the document.
         last: Index of the last block of queries.
         TILE: Tile sizes and head counts of the backward kernel, a BackwardShape.
-        HALF_INDEX: Half of the columns.
+        HALF_INDEX: Index of the warpgroup and of its half of the columns, 0 or 1.
         TRANSPOSED: Whether dq is [columns, queries], as in start_dq.
     """
     if TILE.dq_from_registers:
@@ -169,9 +210,25 @@ def _accumulate(
     o_layout: gl.constexpr,
     HALF_INDEX: gl.constexpr,
 ):
-    """Computes dS and dv from a step's weights, and issues the product of dk.
+    """Computes dS of a step, adds p^T dout to dv, and issues the product that adds dS q to dk.
 
-    dS is stored in shared memory for the other warpgroup.
+    dS is also stored in shared memory, from which both warpgroups compute their columns of dq.
+
+    Args:
+        shared: Shared memory of the kernel, a BackwardBuffers.
+        ds_bufs: dS of two steps and both warpgroups, [4, keys, queries].
+        step: Index of the step.
+        p: Weights from _weights, [keys, queries].
+        weights: p times the softcap's derivative, from _weights.
+        zero: Accumulator of zeros, [keys, queries] float32.
+        dk: Accumulator of dk, [keys, columns] float32.
+        dv: Accumulator of dv, [keys, columns] float32.
+        opaque_false: Condition that is always false, but that the compiler cannot evaluate.
+        TILE: Tile sizes and head counts of the backward kernel, a BackwardShape.
+        FLAGS: Features beyond plain attention, a tile.structures.Flags.
+        s_layout: Layout of the scores.
+        o_layout: Layout of dk and dv.
+        HALF_INDEX: Index of this warpgroup and of its half of the keys, 0 or 1.
 
     Returns:
         dk, whose product is still in flight, and dv.
@@ -203,14 +260,14 @@ class ComputeInputs(NamedTuple):
     """Inputs of a consumer warpgroup of the backward.
 
     Attributes:
-        shared: Shared memory of the kernel.
+        shared: Shared memory of the kernel, a BackwardBuffers.
         dq_out: Two float32 shared-memory buffers of partial dq, or DqSlabs.
-        ds: dS of both warpgroups, [4, 64, block_m].
-        results: Pointers to which dk and dv are stored.
-        tile: Tile of keys that the program works on.
-        window: Keys visible to the left and right of each query.
-        dropout: Seed, document and threshold of dropout.
-        factors: Factors of logits, weights and gradients.
+        ds: dS of two steps and both warpgroups, [4, 64, block_m].
+        results: Pointers to which dk and dv are stored, a KeyGradients.
+        tile: Tile of keys that the program works on, a KeyTile.
+        window: Keys visible to the left and right of each query, a Bounds.
+        dropout: Seed, document and threshold of dropout, a DropoutInputs.
+        factors: Factors of logits, weights and gradients, a Factors.
     """
 
     shared: Any
@@ -230,10 +287,18 @@ def compute(
     FLAGS: gl.constexpr,
     HALF_INDEX: gl.constexpr,
 ):
-    """Runs a consumer warpgroup: half of the tile's keys, and half of the columns of dq.
+    """Runs a consumer warpgroup of the backward kernel.
 
-    Steps overlap: the weights of the next step are computed while the product of dq runs. The two
-    warpgroups may be one step apart, so the products of one run while the other issues none.
+    A warpgroup computes dk and dv of half of the tile's keys, and half of the columns of dq. A step
+    is one block of queries of one head. Steps overlap: the weights of the next step are computed
+    while the product of dq runs. The two warpgroups may be one step apart, so the products of one
+    run while the other issues none.
+
+    Args:
+        inputs: Tensors, coordinates and factors, a ComputeInputs.
+        TILE: Tile sizes and head counts of the backward kernel, a BackwardShape.
+        FLAGS: Features beyond plain attention, a tile.structures.Flags.
+        HALF_INDEX: Index of this warpgroup, 0 or 1.
     """
     shared = inputs.shared
     dq_out = inputs.dq_out

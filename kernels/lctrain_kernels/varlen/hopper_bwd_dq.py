@@ -1,4 +1,8 @@
-"""Sums and rounds partial dq in global memory, for the Hopper backward of varlen attention."""
+"""Adds partial dq in global memory and rounds the sum, for the Hopper backward of varlen attention.
+
+Partial dq is the dq of one block of queries from one tile of keys. The dQ warp adds it from shared
+memory, or the consumer warpgroups add it from registers.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -18,14 +22,31 @@ _RELEASE_EVERY = gl.constexpr(4)  # steps
 
 @gluon.jit
 def _earlier_tiles(block, tile, window, TILE: gl.constexpr):
-    """Returns the number of earlier tiles of keys that see a block of queries."""
+    """Returns how many tiles of keys that see a block of queries come before this program's tile.
+
+    Args:
+        block: Index of the block of queries in the document.
+        tile: The program's tile of keys, a KeyTile.
+        window: Attention window of the call, a Bounds.
+        TILE: Tile sizes and head counts of the backward kernel, a BackwardShape.
+    """
     seen = gl.maximum(block * TILE.block_m + tile.length_k - tile.length_q - window.left, 0)
     return tile.first // TILE.block_n - seen // TILE.block_n
 
 
 @gluon.jit
 def _semaphore(semaphores, tile, step, TILE: gl.constexpr):
-    """Returns the address of the counter of a step's block of dq. Documents share no counter."""
+    """Returns the address of the semaphore of the block of dq to which a step of the program adds.
+
+    A semaphore counts the partial dq added so far. Each block of queries of each document and head
+    has its own.
+
+    Args:
+        semaphores: Counters of the call, a Semaphores.
+        tile: The program's tile of keys, a KeyTile.
+        step: Index of the step of the program's loop over blocks and heads.
+        TILE: Tile sizes and head counts of the backward kernel, a BackwardShape.
+    """
     head = tile.head_kv * TILE.group + step % TILE.group
     block = tile.high - 1 - step // TILE.group
     return (
@@ -39,7 +60,11 @@ def _semaphore(semaphores, tile, step, TILE: gl.constexpr):
 
 @gluon.jit
 def _release_semaphores(semaphores, tile, begin, end, TILE: gl.constexpr):
-    """Counts the partial dq of steps [begin, end). The caller has waited for their writes."""
+    """Counts the partial dq of steps [begin, end) in their semaphores, after a release fence.
+
+    The caller has waited until these partial dq are in global memory. The other arguments are those
+    of _semaphore.
+    """
     partition_barrier()
     fence_release()
     for step in range(begin, end):
@@ -48,7 +73,12 @@ def _release_semaphores(semaphores, tile, begin, end, TILE: gl.constexpr):
 
 @gluon.jit
 def _acquire_semaphore(semaphore, count):
-    """Waits until `count` partial dq of a block are in global memory."""
+    """Waits until a semaphore shows that `count` partial dq of its block are in global memory.
+
+    Args:
+        semaphore: Address of the counter, int32.
+        count: Number of partial dq to wait for.
+    """
     arrived = gl.atomic_add(semaphore, 0, sem="acquire")
     while arrived < count:
         arrived = gl.atomic_add(semaphore, 0, sem="acquire")
@@ -63,11 +93,19 @@ def add_partial_dq(
     window,
     TILE: gl.constexpr,
 ):
-    """Runs the dQ warp, which adds partial dq from shared memory to the float32 buffer.
+    """Runs the dQ warp, which adds partial dq from shared memory to the float32 buffer by TMA.
 
     The first tile of keys that sees a block of queries stores its partial dq. Later tiles add to
     it, in the order of their keys if TILE.deterministic. The semaphore of a block counts the
     partial dq that have been written to global memory.
+
+    Args:
+        dq_desc: TMA descriptor of the float32 buffer [T, H, D], in blocks of half of its columns.
+        dq_bufs: Shared memory of partial dq, [2, block_m, columns] float32, one per warpgroup.
+        semaphores: Counters of the call, a Semaphores.
+        tile: The program's tile of keys, a KeyTile.
+        window: Attention window of the call, a Bounds.
+        TILE: Tile sizes and head counts of the backward kernel, a BackwardShape.
     """
     GROUP: gl.constexpr = TILE.group
     COLUMNS: gl.constexpr = TILE.block_d // 2
@@ -118,12 +156,19 @@ def first_slab(
     document,
     TILE: gl.constexpr,
 ):
-    """Returns a pointer to the slab of the tile's first query head and first block of queries.
+    """Returns a pointer to the slab of the tile's first query head and last block of queries.
 
     The buffer is [heads, slabs, D / 8, 32, 4] float32. A slab holds dq of 16 queries of one
     document, [16, D], in the order in which the threads of a warp hold it after a matrix product:
     D / 8 groups of eight columns, 32 threads, and four numbers per thread. Thread t holds columns
     2 * (t % 4) and 2 * (t % 4) + 1 of its group, first for row t // 4, then for row t // 4 + 8.
+
+    Args:
+        dq_sum_ptr: Pointer to the buffer.
+        slabs_per_head: Number of slabs per head.
+        tile: The program's tile of keys, a KeyTile, whose last block of queries comes first.
+        document: Index of the document in the pack.
+        TILE: Tile sizes and head counts of the backward kernel, a BackwardShape.
     """
     slab = (tile.head_kv * TILE.group).to(gl.int64) * slabs_per_head
     slab += tile.begin_q // 16 + document + (tile.high - 1) * (TILE.block_m // 16)
@@ -176,7 +221,23 @@ def round_dq(
     TILE: gl.constexpr,
     FLAGS: gl.constexpr,
 ):
-    """Scales and rounds the blocks of dq that are complete: no later tile of keys sees them."""
+    """Writes to dq, scaled and rounded, the blocks whose sum is complete after this program.
+
+    A block is complete if no later tile of keys sees its queries. The function waits until all
+    earlier tiles have added their partial dq.
+
+    Args:
+        dq_sum_ptr: Sum of the partial dq, [T, H, D] float32.
+        dq_ptr: Gradient to write, of the same layout, in half precision.
+        stride_t: Stride of tokens of both, in elements.
+        stride_h: Stride of heads of both, in elements.
+        semaphores: Counters of the call, a Semaphores.
+        tile: The program's tile of keys, a KeyTile.
+        window: Attention window of the call, a Bounds.
+        scale: Factor of the sum: softmax scale times 1 / keep probability.
+        TILE: Tile sizes and head counts of the backward kernel, a BackwardShape.
+        FLAGS: Features beyond plain attention, a tile.structures.Flags.
+    """
     GROUP: gl.constexpr = TILE.group
     BLOCK_M: gl.constexpr = TILE.block_m
     BLOCK_N: gl.constexpr = TILE.block_n

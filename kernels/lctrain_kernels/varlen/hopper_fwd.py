@@ -45,7 +45,17 @@ _LN_2 = gl.constexpr(LN_2)
 
 @gluon.jit
 def _load(q_desc, k_desc, v_desc, shared, TILE: gl.constexpr):
-    """Runs the producer warp: loads tile after tile, as far ahead as stages are empty."""
+    """Runs the producer warp: loads the queries, keys and values of one tile after the other.
+
+    The warp loads as far ahead of the consumers as pipeline stages are empty.
+
+    Args:
+        q_desc: TMA descriptor of q [T, H, D].
+        k_desc: TMA descriptor of k [Tk, Hk, D].
+        v_desc: TMA descriptor of v [Tk, Hk, D].
+        shared: Shared memory of the kernel, a ForwardBuffers.
+        TILE: Tile sizes and head counts of the forward kernel, a ForwardShape.
+    """
     Q_STAGES: gl.constexpr = TILE.q_stages
     STAGES: gl.constexpr = TILE.stages
     THREADS: gl.constexpr = 32 + 128 * TILE.consumers  # of the producer and all consumers
@@ -89,7 +99,18 @@ def _consume(
     FLAGS: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):
-    """Runs a consumer warpgroup, which computes 64 rows of every tile."""
+    """Runs a consumer warpgroup, which computes out and lse of its 64 rows of every tile.
+
+    Args:
+        out_desc: TMA descriptor of out [T, H, D].
+        shared: Shared memory of the kernel, a ForwardBuffers.
+        window: Attention window of the call, a Window.
+        pointers: Tensors that the warpgroup accesses without TMA, a ConsumerPointers.
+        scalars: Scalar arguments of the call, a Scalars.
+        TILE: Tile sizes and head counts of the forward kernel, a ForwardShape.
+        FLAGS: Features beyond plain attention, a tile.structures.Flags.
+        CONSUMER: Index of this consumer warpgroup.
+    """
     CONSUMERS: gl.constexpr = TILE.consumers
     BLOCK_N: gl.constexpr = TILE.block_n
     BLOCK_D: gl.constexpr = TILE.block_d

@@ -1,4 +1,7 @@
-"""Registers lctrain::varlen_forward and varlen_backward, and their implementations."""
+"""Registers torch's operators lctrain::varlen_forward and lctrain::varlen_backward.
+
+Each has three implementations: PyTorch, portable Triton kernels and Hopper kernels.
+"""
 
 from typing import NamedTuple
 
@@ -43,7 +46,7 @@ def _hopper_refuses(limits: str) -> Refusal:
 
 
 def _reference_options(options: AttentionOptions) -> reference.VarlenOptions:
-    """Returns the VarlenOptions of the PyTorch path. Reads a window tensor, so it synchronises."""
+    """Returns the options of the PyTorch path. A window tensor is read, which synchronises."""
     left, right = options.window_left, options.window_right
     if options.window is not None:
         left, right = options.window.tolist()
@@ -163,7 +166,15 @@ def _finish(
     options: AttentionOptions,
     saved: dict[str, Tensor],
 ) -> dict[str, Tensor | None]:
-    """Returns the gradients of the operands and of the learnable sink, by field name."""
+    """Returns the gradients of the inputs by name: q, k, v, and the learnable sink if given.
+
+    Args:
+        gradients: Results of the backward, by name: q, k, v, and delta [H, T].
+        operands: Inputs of the forward; not used.
+        pack: Documents of the call; not used.
+        options: Options of the call, among them the learnable sink [H].
+        saved: out [T, H, D] and lse [H, T] of the forward.
+    """
     sink, delta, lse = options.learnable_sink, gradients.pop("delta"), saved["lse"]
     if sink is None:
         return {**gradients}

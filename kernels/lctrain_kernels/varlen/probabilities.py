@@ -10,10 +10,15 @@ from lctrain_kernels.varlen.operators import Operands
 
 
 def attention_probabilities(operands: Operands, pack: Pack, options: AttentionOptions) -> Tensor:
-    """Returns the weights [N, H, max_seqlen_q, max_seqlen_k] in q's dtype.
+    """Computes all attention weights of a call, [N, H, max_seqlen_q, max_seqlen_k] in q's dtype.
 
-    Weights that dropout dropped are negative. They are computed in float32, or in float64 for
+    Weights that dropout dropped are negative. The arithmetic is in float32, or in float64 for
     float64 inputs.
+
+    Args:
+        operands: Tensors q [T, H, D], k and v [Tk, Hk, D].
+        pack: Documents of the call; its lengths are read, which synchronises with a GPU.
+        options: Mask, scale and the other attention options of the call.
     """
     q, k, v = operands
     dtype = torch.promote_types(q.dtype, torch.float32)

@@ -6,7 +6,7 @@ document, and documents cannot affect each other. The backward recomputes the we
 kernels do. Arithmetic is in float32, or in float64 for float64 inputs; callers turn autocast off.
 
 `Operands` computes the logits. `attend` and `attend_backward` compute the softmax and its gradient
-from logits; the other attentions use them with logits of their own.
+from logits. Dual chunk and differential attention call them with other logits.
 """
 
 from collections.abc import Iterator
@@ -24,9 +24,15 @@ _ROW_GROUP = 16  # chunks start at a multiple of the dropout mask's row groups
 
 @dataclass(frozen=True)
 class VarlenOptions:
-    """Scale, window, softcap and dropout of an attention. A negative window side is unbounded.
+    """Options of the PyTorch path of an attention.
 
-    `first_head` is the index of the first query head in the dropout key.
+    Attributes:
+        softmax_scale: Factor of q.k.
+        window_left: Visible keys before a query's own position; negative is unbounded.
+        window_right: Visible keys after a query's own position; negative is unbounded.
+        softcap: A softcap c > 0 replaces a logit x by c tanh(x / c); 0 turns it off.
+        dropout_p: Probability of dropping an attention weight.
+        first_head: Index of the first query head for the dropout RNG.
     """
 
     softmax_scale: float
@@ -39,7 +45,17 @@ class VarlenOptions:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive queries of one document, and all keys that at least one of them sees."""
+    """M consecutive queries of one document, and the N keys that at least one of them sees.
+
+    Attributes:
+        document: Index of the document in the pack.
+        rows: Positions of the queries in the document, [M] int64.
+        columns: Positions of the keys in the document, [N] int64.
+        query: Slice of the pack's queries.
+        key: Slice of the pack's keys.
+        length_q: Number of queries of the document.
+        length_k: Number of keys of the document.
+    """
 
     document: int
     rows: Tensor  # [M] int64, positions in the document
@@ -53,7 +69,14 @@ class Chunk:
 def _visit(
     cu_q: list[int], cu_k: list[int], operands: "Operands", device: torch.device
 ) -> Iterator[Chunk]:
-    """Yields the chunks of every document: consecutive queries, with the keys that they see."""
+    """Yields the chunks of every document: consecutive queries, with the keys that they see.
+
+    Args:
+        cu_q: Cumulative query lengths, N + 1 numbers.
+        cu_k: Cumulative key lengths, N + 1 numbers.
+        operands: Inputs of the attention, which decide the length of a chunk.
+        device: Device of the chunks' tensors.
+    """
     options = operands.options
     for document in range(len(cu_q) - 1):
         length_q = cu_q[document + 1] - cu_q[document]
@@ -79,7 +102,7 @@ def _visit(
 class Operands:
     """Inputs of the attention of a pack; computes logits and gradients chunk by chunk.
 
-    q, k and v are stored in the dtype of the arithmetic, with heads as the first dimension.
+    q [H, T, D], k [Hk, Tk, D] and v [Hk, Tk, Dv] are stored in the dtype of the arithmetic.
     """
 
     def __init__(
@@ -102,13 +125,23 @@ class Operands:
         self.query_offsets = query_offsets
 
     def runs(self, length_q: int, length_k: int) -> Iterator[tuple[int, int]]:
-        """Yields the (start, stop) of consecutive queries that form one chunk."""
+        """Yields the (start, stop) of consecutive queries that form one chunk.
+
+        A chunk has at most about 4 million logits over all heads, which bounds the memory.
+
+        Args:
+            length_q: Number of queries of the document.
+            length_k: Number of keys of the document.
+        """
         step = max(1, _CHUNK_ELEMENTS // max(1, self.heads * length_k) // _ROW_GROUP) * _ROW_GROUP
         for start in range(0, length_q, step):
             yield start, min(start + step, length_q)
 
     def grouped(self, x: Tensor, chunk: Chunk) -> Tensor:
-        """Returns the rows of x [H, T, D] of a chunk's M queries, as [Hk, group * M, D]."""
+        """Returns the rows of x [H, T, D] of a chunk's M queries, as [Hk, group * M, D].
+
+        A group is the query heads of one key/value head, so one batched product serves them all.
+        """
         rows = x[:, chunk.query]
         return rows.reshape(self.heads_k, -1, rows.shape[-1])
 
@@ -141,9 +174,13 @@ class Operands:
         return scores.masked_fill(~mask, float("-inf")), slope
 
     def add_gradients(self, chunk: Chunk, ds: Tensor, dq: Tensor, dk: Tensor) -> None:
-        """Adds a chunk's gradients to dq [H, T, D] and dk [Hk, Tk, D].
+        """Adds a chunk's gradients to dk [Hk, Tk, D], and writes them to dq [H, T, D].
 
-        ds [H, M, N] is the gradient of the chunk's logits before the softcap.
+        Args:
+            chunk: Queries and keys of the gradients.
+            ds: Gradient of the chunk's logits before the softcap, [H, M, N].
+            dq: Gradient of the queries, written for the chunk's queries.
+            dk: Gradient of the keys, added to for the chunk's keys.
         """
         ds = (ds * self.options.softmax_scale).view(self.heads_k, -1, ds.shape[-1])
         rows = torch.matmul(ds, self.k[:, chunk.key])
@@ -199,8 +236,9 @@ def varlen_forward(
         alibi_slopes: ALiBi slopes, [H] or [N, H].
         learnable_sink: Logit of the attention sink of each head, [H], or None.
         dropout_seed: Seed of the dropout mask, one int64 element; required with dropout.
-        document_ids: Ids in the dropout key, [N] int32; by default, a document's index in the pack.
-        query_offsets: Positions of the first queries in the dropout key, [N] int32; 0 by default.
+        document_ids: Ids of the documents for the dropout RNG, [N] int32. By default, a document's
+            index in the pack.
+        query_offsets: Positions of the first queries for the dropout RNG, [N] int32; 0 by default.
 
     Returns:
         out [T, H, Dv] in q's dtype, lse [H, T] float32 (float64 for float64 inputs), natural
@@ -243,10 +281,17 @@ def attend(
     dtype: torch.dtype,
     learnable_sink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes attention from the logits of `x`.
+    """Computes the softmax over the logits of `x`, and its product with the values.
+
+    Args:
+        x: Inputs of the attention, whose `logits` method defines the attention.
+        cu_seqlens_q: Cumulative query lengths, [N + 1] int32.
+        cu_seqlens_k: Cumulative key lengths, [N + 1] int32.
+        dtype: Dtype of out.
+        learnable_sink: Logit of the attention sink of each head, [H], or None.
 
     Returns:
-        out [T, H, Dv] in `dtype`, and lse [H, T].
+        out [T, H, Dv] in `dtype`, and lse [H, T] in the dtype of the arithmetic.
     """
     tokens, device = x.q.shape[1], x.q.device
     out = torch.zeros((tokens, x.heads, x.v.shape[-1]), dtype=dtype, device=device)
@@ -286,6 +331,15 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes the backward of `attend`.
 
+    Args:
+        x: Inputs of the attention.
+        dout: Gradient of out, [T, H, Dv].
+        dlse: Gradient of lse, [H, T], or None.
+        lse: Log-sum-exp of the forward, [H, T].
+        cu_seqlens_q: Cumulative query lengths, [N + 1] int32.
+        cu_seqlens_k: Cumulative key lengths, [N + 1] int32.
+        dtype: Dtype of dq, dk and dv.
+
     Returns:
         dq [T, H, D], dk [Tk, Hk, D] and dv [Tk, Hk, Dv] in `dtype`, and delta [H, T] in the dtype
         of lse.
@@ -316,10 +370,14 @@ def attend_backward(
 
 
 def _weights(logits: Tensor, lse: Tensor) -> Tensor:
-    """Returns the weights exp(logits - lse); 0 for queries that see no key (lse = -inf).
+    """Returns the weights exp(logits - lse) [H, M, N]; 0 for queries that see no key (lse = -inf).
 
     They are computed as softmax(logits) times exp(logsumexp(logits) - lse), because the rounding
     of a large lse would be an error of every weight. The second factor is 1 without a sink.
+
+    Args:
+        logits: Masked logits, [H, M, N].
+        lse: Log-sum-exp of each row, [H, M].
     """
     own = torch.logsumexp(logits, dim=-1)
     blind = own == float("-inf")

@@ -68,9 +68,13 @@ def varlen_dkv_kernel(
 ):
     """Computes dk and dv of BLOCK_N keys of one key/value head, over all query heads of its group.
 
-    Grid: (key/value heads * tiles * SCHEDULE_ROWS / BLOCK_N,). Tiles are transposed, keys by
-    queries, so that the products for dv and dk read the weights from registers. dk and dv [Tk, Hk,
-    D] of one layout; stats as varlen_dq_kernel writes them.
+    Tiles of scores are transposed, keys by queries, so that the products for dv and dk read the
+    weights from registers.
+
+    - q, dout [T, H, D]; k, v, dk, dv [Tk, Hk, D]. dk and dv have the same strides.
+    - stats [H, T, 4] float32, as varlen_dq_kernel writes it.
+
+    Grid: (key/value heads * tiles * SCHEDULE_ROWS / BLOCK_N,).
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n

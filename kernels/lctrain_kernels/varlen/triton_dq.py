@@ -78,9 +78,9 @@ def varlen_dq_kernel(
     Grid: that of varlen_fwd_kernel.
 
     - q, out, dout, dq [T, H, D]; k, v [Tk, Hk, D].
-    - lse, dlse and delta = rowsum(dout * out) - dlse: [H, T] float32.
-    - stats [H, T, 4] float32: base-2 lse (+inf for a query that saw no key), delta / keep_scale,
-      and two unused numbers.
+    - lse (read), dlse (read) and delta = rowsum(dout * out) - dlse (written): [H, T] float32.
+    - stats [H, T, 4] float32 (written): base-2 lse (+inf for a query that saw no key), delta /
+      keep_scale, and two unused numbers.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n

@@ -83,11 +83,11 @@ def varlen_fwd_kernel(
 ):
     """Computes out and lse of a tile of queries of one document.
 
-    A tile has BLOCK_M rows: PACK query heads of one key/value head times BLOCK_M / PACK queries.
+    A tile has BLOCK_M rows: PACK query heads of one key/value head times BLOCK_M / PACK positions.
     Shapes: q and out [T, H, D], k and v [Tk, Hk, D], lse [H, T] float32.
 
     The grid has one axis: key/value heads x scheduled tiles x blocks of a tile (SCHEDULE_ROWS *
-    PACK / BLOCK_M) x packs of heads (GROUP / PACK). A scheduled tile has SCHEDULE_ROWS queries.
+    PACK / BLOCK_M) x packs of heads (GROUP / PACK). A scheduled tile has SCHEDULE_ROWS positions.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
