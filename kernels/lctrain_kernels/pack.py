@@ -32,10 +32,10 @@ class PackTensors(NamedTuple):
         cu_seqlens_k: Cumulative key lengths, [N + 1] int32.
         q_tiles: Tiles of queries, [n, 2] int32, as in TileSchedule; None builds them on the device.
         k_tiles: Tiles of keys, [m, 2] int32, as in TileSchedule; None builds them on the device.
-        document_ids: Ids of the documents in the dropout key, [N] int32; None takes a document's
+        document_ids: Ids of the documents for the dropout RNG, [N] int32; None takes a document's
             index in the pack.
-        query_offsets: Positions of the documents' first queries in the dropout key, [N] int32; None
-            takes 0.
+        query_offsets: Positions of the documents' first queries for the dropout RNG, [N] int32;
+            None takes 0.
     """
 
     cu_seqlens_q: Tensor
@@ -96,9 +96,9 @@ class Pack(NamedTuple):
         total_k: Number of packed keys Tk.
         max_seqlen_q: Largest number of queries in a document.
         max_seqlen_k: Largest number of keys in a document.
-        document_ids: Ids of the documents in the dropout key, [N] int32; None takes a document's
+        document_ids: Ids of the documents for the dropout RNG, [N] int32; None takes a document's
             index in the pack.
-        query_offsets: Positions of the documents' first queries in the dropout key, [N] int32,
+        query_offsets: Positions of the documents' first queries for the dropout RNG, [N] int32,
             multiples of 16; None takes 0. A rank that holds queries from position a of a document
             passes a: its dropout mask is then that of the whole document.
         schedule: Tile schedule of the documents; None builds it on the device, once per pair of
@@ -183,8 +183,8 @@ def checked_pack(
         device: Device of q.
         max_seqlen_q: Longest query length, a Python int.
         max_seqlen_k: Longest key length, a Python int.
-        document_ids: Ids of the documents, [N] int32, part of the dropout key; or None.
-        query_offsets: Positions of the documents' first queries in the dropout key, [N] int32,
+        document_ids: Ids of the documents, [N] int32, an input of the dropout RNG; or None.
+        query_offsets: Positions of the documents' first queries for the dropout RNG, [N] int32,
             multiples of 16; or None. See Pack.
         schedule: Schedule that make_schedule returned, or None.
         names: Argument names for error messages: boundaries of queries and keys, then longest
@@ -269,7 +269,7 @@ def rows_pack(
         length_q: Queries per row.
         length_k: Keys per row.
         device: Device of the boundaries.
-        document_ids: Ids of the rows in the dropout key, [B] int32; None takes the row's index.
+        document_ids: Ids of the rows for the dropout RNG, [B] int32; None takes the row's index.
 
     Raises:
         TypeError: if document_ids is not an int32 tensor.

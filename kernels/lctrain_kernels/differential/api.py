@@ -71,7 +71,7 @@ def diff_attn_varlen_func(
         return_lse: Whether to return (out, lse1, lse2) instead of out.
         dropout_seed: Seed of the dropout mask, an int or an int64 tensor of one element on q1's
             device. By default, it is drawn from torch's generator of that device.
-        document_ids: Ids of the documents in the dropout key, [N] int32. By default, a document's
+        document_ids: Ids of the documents for the dropout RNG, [N] int32. By default, a document's
             index in the pack.
         schedule: Schedule that make_schedule returned, on q1's device. By default, one is built on
             the device, once per cu_seqlens tensor.
@@ -140,7 +140,7 @@ def diff_attn_pack_func(
     """Computes diff_attn_varlen_func over the documents of a Pack, which is not read again.
 
     The other arguments are those of diff_attn_varlen_func.
-    `first_head` is the index of the call's first head, a pair of branches, in the dropout key: a
+    `first_head` is the index of the call's first head, a pair of branches, for the dropout RNG: a
     rank that holds a slice of the heads passes its first one, and draws the masks of all heads.
 
     Returns:

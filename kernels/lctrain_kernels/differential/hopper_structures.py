@@ -25,8 +25,8 @@ class BranchPointers(NamedTuple):
         lse1: Log-sum-exp of branch 1, [H, T] float32; written.
         lse2: Log-sum-exp of branch 2, [H, T] float32; written.
         dropout_seed: Seed of the dropout mask, [1] int64; None without dropout.
-        document_ids: Ids of the documents, [N] int32, part of the dropout key; or None.
-        query_offsets: Position of each document's first query in the dropout key, [N] int32; or
+        document_ids: Ids of the documents, [N] int32, an input of the dropout RNG; or None.
+        query_offsets: Position of each document's first query for the dropout RNG, [N] int32; or
             None.
     """
 

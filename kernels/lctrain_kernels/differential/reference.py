@@ -2,7 +2,7 @@
 
 ``out = A1 v - lam A2 v`` with ``A_b = softmax(s q_b k_b^T)``; each head is a pair of branches. The
 branches are computed as heads of one plain attention: branch b of head h is query head ``2 h + b``.
-The dropout key uses this head index, too. So the masks are those of flash_attn_varlen_func over the
+The dropout RNG uses this head index, too. So the masks are those of flash_attn_varlen_func over the
 interleaved heads (q1 = q[:, 0::2], q2 = q[:, 1::2]).
 """
 
@@ -114,8 +114,9 @@ def differential_forward(
         cu_seqlens_k: Cumulative key lengths, [N + 1] int32.
         options: Scale, window and dropout.
         dropout_seed: Seed of the dropout mask, one int64 element; required with dropout.
-        document_ids: Ids in the dropout key, [N] int32; by default, a document's index in the pack.
-        query_offsets: Positions of the first queries in the dropout key, [N] int32; 0 by default.
+        document_ids: Ids of the documents for the dropout RNG, [N] int32. By default, a document's
+            index in the pack.
+        query_offsets: Positions of the first queries for the dropout RNG, [N] int32; 0 by default.
 
     Returns:
         out, out1 = A1 v and out2 = A2 v [T, H, Dv] in q1's dtype, lse1 and lse2 [H, T] float32

@@ -264,8 +264,9 @@ def dual_chunk_forward(
         inv_freq: RoPE frequencies [D/2], in radians per position.
         logit_scale: Factor of the logits of each document, [N].
         dropout_seed: Seed of the dropout mask, one int64 element; required with dropout.
-        document_ids: Ids in the dropout key, [N] int32; by default, a document's index in the pack.
-        query_offsets: Positions of the first queries in the dropout key, [N] int32; 0 by default.
+        document_ids: Ids of the documents for the dropout RNG, [N] int32. By default, a document's
+            index in the pack.
+        query_offsets: Positions of the first queries for the dropout RNG, [N] int32; 0 by default.
 
     Returns:
         out [T, H, D] in q's dtype, lse [H, T] float32 (float64 for float64 inputs), natural
