@@ -284,8 +284,9 @@ class Statistics(NamedTuple):
     """Float32 numbers per query and head that the producer warp of a backward loads.
 
     Attributes:
-        lse: Base-2 log-sum-exp, [H, T]. In the stats tensors of dual chunk and differential
-            attention, [H, T, n], further numbers follow the lse of each query.
+        lse: Base-2 log-sum-exp, [H, T]. Dual chunk attention passes stats [H, T, 4] here, whose
+            first two numbers are lse and delta. Differential attention passes stats [4, H, T]: the
+            lse of both branches, then the deltas of both.
         delta: rowsum(dout * out) - dlse, [H, T]; None if it is part of `lse`.
         total_q: Number of packed queries T.
     """
