@@ -1,4 +1,4 @@
-"""Lists the portable kernels of dual chunk attention for ahead-of-time compilation."""
+"""Lists the portable kernels of dual chunk attention that CI compiles ahead of time."""
 
 import itertools
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def _variant(
     is_partial: bool = False,
     rotates_keys: bool = False,
 ) -> KernelVariant:
-    """Describes one compilation of a dual chunk kernel.
+    """Describes one compilation of a portable dual chunk kernel.
 
     Args:
         operation: Name of the kernel, a key of KERNELS.
@@ -40,7 +40,8 @@ def _variant(
         features: "causal", "dropout", "offset_dropout" or "all" (dropout and logit_scale).
         dtype: Triton's name of the tensors' dtype, such as "bf16".
         is_partial: Whether a later launch adds to the result of this one.
-        rotates_keys: Whether dual_chunk_rotate_kernel rotates keys. Keys have no statistics.
+        rotates_keys: Whether dual_chunk_rotate_kernel rotates keys, for which it computes no
+            statistics; otherwise it rotates queries.
     """
     return attention_variant(
         operation,
@@ -59,10 +60,11 @@ def _variant(
 def kernel_variants(
     table: str, head_dims: tuple[int, ...], features: tuple[str, ...]
 ) -> Iterator[KernelVariant]:
-    """Yields a variant of every configuration of a table; see `aot.kernel_variants`.
+    """Yields the variants of the dual chunk kernels to compile for one architecture.
 
-    Launches of partial results are compiled for head dim 128 only. If "causal" is the only feature,
-    plain kernels are also compiled for head dim 128 only, except on sm_90.
+    The arguments are those of `lctrain_kernels.aot.kernel_variants`. Launches of partial results
+    are compiled for head dim 128 only. If "causal" is the only feature, plain kernels are also
+    compiled for head dim 128 only, except on sm_90.
     """
     wanted = [name for name in _FEATURES if name in features]
     for head_dim in head_dims:

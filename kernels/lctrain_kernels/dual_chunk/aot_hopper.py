@@ -1,4 +1,4 @@
-"""Lists the Hopper kernels of dual chunk attention for ahead-of-time compilation."""
+"""Lists the Hopper kernels of dual chunk attention that CI compiles ahead of time."""
 
 import itertools
 from collections.abc import Iterator
@@ -125,7 +125,7 @@ def backward_variant(
 
 
 def rotate_dk_variant(head_dim: int) -> KernelVariant:
-    """Describes one compilation of dual_chunk_rotate_dk_kernel."""
+    """Describes one compilation of dual_chunk_rotate_dk_kernel, for keys of head dim `head_dim`."""
     kernel = dual_chunk_rotate_dk_kernel
     constants = {"HEADS": HEADS_KV, **_rows(head_dim)}
     label = f"hopper_dual_chunk_rotate_dk-D{head_dim}"
@@ -147,7 +147,7 @@ def round_dq_variant(head_dim: int, heads: int, dtype: str = "bf16") -> KernelVa
 
 
 def _rows(head_dim: int) -> dict[str, int]:
-    """Returns the constants of the kernels that rotate dk or round dq."""
+    """Returns the tile constants of dual_chunk_rotate_dk_kernel and dual_chunk_round_dq_kernel."""
     return {
         "HEAD_DIM": head_dim,
         "BLOCK_D": padded_head_dim(head_dim),
@@ -158,7 +158,10 @@ def _rows(head_dim: int) -> dict[str, int]:
 def kernel_variants(
     head_dims: tuple[int, ...], features: tuple[str, ...], groups: tuple[int, ...]
 ) -> Iterator[KernelVariant]:
-    """Yields a variant of every tile configuration in bf16; see varlen.aot_hopper."""
+    """Yields the variants of the Hopper kernels to compile: every tile configuration, in bf16.
+
+    The arguments are those of varlen.aot_hopper.kernel_variants.
+    """
     wanted = [name for name in FEATURES if name in features]
     for head_dim in head_dims:
         x = torch.empty((1, 1, head_dim), dtype=torch.bfloat16, device="meta")

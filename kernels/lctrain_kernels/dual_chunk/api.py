@@ -139,11 +139,26 @@ def dual_chunk_attn_pack_func(
     first_head: int = 0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Computes dual_chunk_attn_varlen_func over the documents of a Pack, which is not read again.
+    """Computes dual_chunk_attn_varlen_func over the documents of a Pack.
 
-    The other arguments are those of dual_chunk_attn_varlen_func.
-    `first_head` is the index of the call's first query head for the dropout RNG: a
-    rank that holds a slice of the heads passes its first one, and draws the masks of all heads.
+    The Pack was validated when it was built, so a call reads none of its values.
+
+    Args:
+        q: Packed queries [T, H, D], rotated by RoPE at r(position).
+        k: Packed keys [Tk, Hk, D], rotated by RoPE at r(position).
+        v: Packed values [Tk, Hk, D].
+        pack: Documents of q and k.
+        inv_freq: RoPE frequencies [D/2] float32, in radians per position.
+        chunk_size: Largest relative position S.
+        local_size: Distance L, 0 <= L < S, up to which positions stay exact across a chunk
+            boundary.
+        logit_scale: Positive factor of the logits of each document, [N] float32, or None.
+        dropout_p: Probability of dropping an attention weight.
+        softmax_scale: Factor of q.k; D^-0.5 by default.
+        dropout_seed: Seed of the dropout mask, an int or an int64 tensor of one element.
+        first_head: Index of the call's first query head for the dropout RNG. A rank that holds a
+            slice of the heads passes its first one, and so draws its part of the mask of all heads.
+        backend: Implementation: "auto", "hopper", "triton" or "pytorch".
 
     Returns:
         out [T, H, D] in q's dtype, and lse [H, T] float32.

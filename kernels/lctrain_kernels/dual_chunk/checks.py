@@ -14,7 +14,7 @@ def check_chunks(
     documents: int,
     device: torch.device,
 ) -> None:
-    """Checks chunk_size, local_size, inv_freq and logit_scale.
+    """Checks chunk_size, local_size, inv_freq and logit_scale of dual_chunk_attn_varlen_func.
 
     inv_freq must be [D/2] and logit_scale [N] or None, both float32 on q's device.
     """

@@ -1,4 +1,7 @@
-"""Launches the Hopper kernels of dual chunk attention."""
+"""Launches the Hopper kernels of dual chunk attention.
+
+Two Triton kernels between and after the backward launches are defined here.
+"""
 
 import torch
 import triton
@@ -64,9 +67,10 @@ def dual_chunk_fwd(
     pack: TiledPack,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
-    """Launches the Hopper forward; arguments and results are those of triton_fwd.dual_chunk_fwd.
+    """Launches dual_chunk_fwd_hopper_kernel, after the rotations of queries and keys.
 
-    The function checks nothing: the registry calls it only for calls that the kernels support.
+    Arguments and results are those of triton_fwd.dual_chunk_fwd. The function checks nothing: the
+    registry calls it only for calls that the kernels support.
     """
     q, k, v = operands.q, operands.k, operands.v
     total_q, heads, head_dim = q.shape
@@ -132,10 +136,11 @@ def dual_chunk_rotate_dk_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Rotates the SUCC part of dk [Tk, Hk, D] float32 by c positions, in place.
+    """Rotates dk [Tk, Hk, D] float32 by c positions, in place, after the backward's SUCC launch.
 
-    SUCC multiplies keys that are rotated by -c. Rotating dk by c gives the gradient of the keys
-    themselves. Grid: that of dual_chunk_rotate_kernel, over tiles of keys.
+    c is the number of tokens of a chunk. SUCC multiplies keys that are rotated by -c. Rotating the
+    gradient of these keys by c gives the gradient of the keys themselves. Grid: that of
+    dual_chunk_rotate_kernel, over tiles of keys.
     """
     head, _, document, first = locate_program(tiles_ptr, num_tiles, BLOCK_M, 1)
     if document < 0:
@@ -174,10 +179,11 @@ def dual_chunk_round_dq_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Writes dq = scale * sum in dq's dtype; rows with INTER keys are rotated back first.
+    """Writes dq = scale * sum in dq's dtype, after the last launch of the backward.
 
-    sum is [T, H, D] float32, dq [T, H, D]. Grid: that of dual_chunk_rotate_kernel, over tiles of
-    queries.
+    sum is [T, H, D] float32, dq [T, H, D]. In tiles with INTER keys, the sum is the gradient of
+    queries rotated to the inter position, so it is rotated back first. Grid: that of
+    dual_chunk_rotate_kernel, over tiles of queries.
     """
     head, _, document, first = locate_program(tiles_ptr, num_tiles, BLOCK_M, 1)
     if document < 0:

@@ -69,7 +69,7 @@ def _range_of_relation(
     RELATION: gl.constexpr,
     BLOCK_M: gl.constexpr,
 ):
-    """Returns the first query that sees keys first to last in one range, and its block count."""
+    """Returns (first query that sees keys [first, last] in one range, number of query blocks)."""
     low, _, _, high = queries_of_tile(first, last, RELATION, chunk_length, succ_length, length_k)
     shift = length_k - length_q
     low = gl.maximum(low - shift, 0)
@@ -88,7 +88,7 @@ def _blocks_of_relation(
     RELATION: gl.constexpr,
     BLOCK_M: gl.constexpr,
 ):
-    """Returns the QueryRun of the queries that see keys first to last, and its block count."""
+    """Returns (QueryRun of the queries that see keys [first, last] in a range, its block count)."""
     low, blocks = _range_of_relation(
         first, last, chunk_length, succ_length, length_q, length_k, RELATION, BLOCK_M
     )
@@ -113,7 +113,7 @@ def _blocks_of_relation(
 
 @gluon.jit
 def _first_query(block, run, BLOCK_M: gl.constexpr):
-    """Returns the first query of a block.
+    """Returns the position in the document of a block's first query.
 
     Blocks are consecutive, except for the gap before block run.first_after_gap.
     """
@@ -130,7 +130,7 @@ def _clear_blocks(
     RELATION: gl.constexpr,
     BLOCK_M: gl.constexpr,
 ):
-    """Returns (begin, end): queries of blocks [begin, end), before the gap, see all keys."""
+    """Returns (begin, end): blocks of queries [begin, end) see all keys, and so need no mask."""
     last_key = gl.minimum(first_key + keys, tile.end) - 1
     _, clear_low, clear_high, _ = queries_of_tile(
         first_key, last_key, RELATION, chunk_length, succ_length, tile.length_k
@@ -156,7 +156,7 @@ def _load(
     tile,
     TILE: gl.constexpr,
 ):
-    """Runs the producer warp: loads the tile's keys and values, then the queries of all heads."""
+    """Runs the producer warp: loads the tile's keys and values, then blocks of queries and dout."""
     GROUP: gl.constexpr = TILE.group
     BLOCK_M: gl.constexpr = TILE.block_m
     STAGES: gl.constexpr = TILE.stages
@@ -215,7 +215,7 @@ def _compute(
     RELATION: gl.constexpr,
     HALF_INDEX: gl.constexpr,
 ):
-    """Runs a consumer warpgroup: half of the tile's keys, and half of the columns of dq."""
+    """Runs a consumer warpgroup: dk, dv of half of the tile's keys, half of the columns of dq."""
     shared = inputs.shared
     dq_bufs = inputs.dq
     ds_bufs = inputs.ds

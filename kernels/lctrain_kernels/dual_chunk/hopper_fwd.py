@@ -51,7 +51,7 @@ _LN_2 = gl.constexpr(LN_2)
 
 @gluon.jit
 def _blocks_of_relations(first, last, c, succ_length, BLOCK_N: gl.constexpr, ALIGNED: gl.constexpr):
-    """Returns the BlockRanges of keys that the queries at positions first to last see."""
+    """Returns the BlockRanges of the queries at positions [first, last]; a chunk has c tokens."""
     inter_low, inter_clear, inter_high = keys_of_tile(
         first, last, INTER, c, succ_length, BLOCK_N, ALIGNED
     )
@@ -78,7 +78,7 @@ def _blocks_of_relations(first, last, c, succ_length, BLOCK_N: gl.constexpr, ALI
 
 @gluon.jit
 def _first_key(block, ranges, BLOCK_N: gl.constexpr):
-    """Returns the first key of a block."""
+    """Returns the position of the first key of a block of keys; see BlockRanges."""
     shift = gl.where(block < ranges.intra_block, ranges.succ_shift, ranges.intra_shift)
     return block * BLOCK_N + gl.where(block < ranges.succ_block, 0, shift)
 
@@ -96,7 +96,7 @@ def _load(
     TILE: gl.constexpr,
     FLAGS: gl.constexpr,
 ):
-    """Runs the producer warp: loads tile after tile, as far ahead as stages are empty."""
+    """Runs the producer warp: loads the queries, keys and values of one tile after the other."""
     Q_STAGES: gl.constexpr = TILE.q_stages
     STAGES: gl.constexpr = TILE.stages
     THREADS: gl.constexpr = 32 + 128 * TILE.consumers  # of the producer and all consumers
@@ -164,10 +164,10 @@ def _weights(
     dtype: gl.constexpr,
     HAS_DROPOUT: gl.constexpr,
 ):
-    """Computes one block of the online softmax, from scores s = q.k [64, BLOCK_N].
+    """Masks one block of scores s = q.k [64, BLOCK_N], and updates the online softmax by it.
 
     Returns:
-        The weights p in `dtype`, the factor alpha of the accumulator, and the new m and l.
+        The weights p in `dtype`, the factor alpha of the accumulator, and the new m and l, [64, 4].
     """
     clear = gl.where(block < ranges.intra_block, ranges.succ_clear, ranges.intra_clear)
     if key >= gl.where(block < ranges.succ_block, ranges.inter_clear, clear):
@@ -194,7 +194,7 @@ def _consume(
     FLAGS: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):
-    """Runs a consumer warpgroup, which computes 64 rows of every tile."""
+    """Runs a consumer warpgroup, which computes out and lse of its 64 rows of every tile."""
     CONSUMERS: gl.constexpr = TILE.consumers
     BLOCK_N: gl.constexpr = TILE.block_n
     BLOCK_D: gl.constexpr = TILE.block_d

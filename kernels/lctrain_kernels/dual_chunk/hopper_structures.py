@@ -6,12 +6,15 @@ from typing import Any, NamedTuple
 class BlockRanges(NamedTuple):
     """Blocks of keys that a tile of queries sees: first INTER, then SUCC, then INTRA.
 
+    ranges.py defines these ranges. The blocks are numbered from 0 through all three ranges. The
+    first key of block i is i * BLOCK_N plus the shift of its range; INTER has no shift.
+
     Attributes:
-        succ_block: Index of the first SUCC block.
-        intra_block: Index of the first INTRA block.
+        succ_block: Number of the first SUCC block.
+        intra_block: Number of the first INTRA block.
         blocks: Number of blocks of all three ranges.
-        succ_shift: First key of SUCC block i, less i * BLOCK_N.
-        intra_shift: First key of INTRA block i, less i * BLOCK_N.
+        succ_shift: Shift of SUCC blocks, in keys.
+        intra_shift: Shift of INTRA blocks, in keys.
         inter_clear: Key position from which INTER blocks need a mask.
         succ_clear: Key position from which SUCC blocks need a mask.
         intra_clear: Key position from which INTRA blocks need a mask.
@@ -30,7 +33,17 @@ class BlockRanges(NamedTuple):
 class ForwardPointers(NamedTuple):
     """Tensors that dual_chunk_fwd_hopper_kernel accesses without TMA.
 
-    lse is [H, T] float32, logit_scale [N] float32.
+    Attributes:
+        lse: Log-sum-exp, [H, T] float32; written.
+        cu_seqlens_q: Cumulative query lengths, [N + 1] int32.
+        cu_seqlens_k: Cumulative key lengths, [N + 1] int32.
+        tiles: Tiles of queries of a TileSchedule, [n, 2] int32.
+        counter: Atomic int32 counter, zero at launch, from which programs take their next tile.
+        logit_scale: Factor of the logits of each document, [N] float32, or None.
+        dropout_seed: Seed of the dropout mask, [1] int64; None without dropout.
+        document_ids: Ids of the documents, [N] int32, an input of the dropout RNG; or None.
+        query_offsets: Position of each document's first query for the dropout RNG, [N] int32; or
+            None.
     """
 
     lse: Any
@@ -45,7 +58,19 @@ class ForwardPointers(NamedTuple):
 
 
 class BackwardPointers(NamedTuple):
-    """Tensors of dual_chunk_bwd_hopper_kernel, whose docstring gives their shapes."""
+    """Tensors that dual_chunk_bwd_hopper_kernel accesses without TMA.
+
+    Attributes:
+        stats: Statistics per query from dual_chunk_rotate, [H, T, 4] float32.
+        dk: Gradient of k, [Tk, Hk, D]; None in the SUCC launch.
+        dv: Gradient of v, [Tk, Hk, D]; None in the SUCC launch.
+        dk_sum: dk of the launches so far, [Tk, Hk, D] float32, unscaled.
+        dv_sum: dv of the launches so far, [Tk, Hk, D] float32.
+        cu_seqlens_q: Cumulative query lengths, [N + 1] int32.
+        cu_seqlens_k: Cumulative key lengths, [N + 1] int32.
+        tiles: Tiles of keys of a TileSchedule, [n, 2] int32.
+        logit_scale: Factor of the logits of each document, [N] float32, or None.
+    """
 
     stats: Any
     dk: Any
@@ -66,7 +91,10 @@ class BackwardStrides(NamedTuple):
 
 
 class ResultPointers(NamedTuple):
-    """Gradients of keys and values, and the float32 sums that one launch passes to the next."""
+    """Gradients of keys and values, and the float32 sums that one launch passes to the next.
+
+    The shapes are those of BackwardPointers.
+    """
 
     dk: Any
     dv: Any
@@ -77,7 +105,8 @@ class ResultPointers(NamedTuple):
 class QueryRun(NamedTuple):
     """Positions of the query blocks that see a tile of keys in one range.
 
-    Blocks are consecutive from query `low` on, except for one gap.
+    Blocks are consecutive from query `low` on, except for one gap. SUCC has a gap if the tile's
+    keys are in two chunks, because each chunk's keys are seen by the start of the next chunk.
 
     Attributes:
         low: Position of the first query.
@@ -91,7 +120,7 @@ class QueryRun(NamedTuple):
 
 
 class ChunkTile(NamedTuple):
-    """A tile of keys with the query blocks that see it in one range.
+    """A tile of keys of a backward program, and the query blocks that see it in one range.
 
     Attributes:
         head_kv: Index of the key/value head.
@@ -101,7 +130,7 @@ class ChunkTile(NamedTuple):
         end: Position in the document after the last key of this range.
         length_k: Number of keys of the document.
         first: Position in the document of the tile's first key.
-        run: Start of the blocks of queries, and the gap between two runs of them.
+        run: Positions of the blocks of queries, a QueryRun.
         blocks: Number of blocks of queries.
     """
 
@@ -120,12 +149,12 @@ class BackwardInputs(NamedTuple):
     """Inputs of a consumer warpgroup of the backward.
 
     Attributes:
-        shared: Shared memory of the kernel.
+        shared: Shared memory of the kernel, a gluon.structures.BackwardBuffers.
         dq: Two float32 shared-memory buffers of partial dq, one per consumer warpgroup.
-        ds: dS of both warpgroups, [4, 64, block_m].
-        results: Pointers to which the gradients of keys and values are stored.
+        ds: dS of two steps and both warpgroups, [4, 64, block_m].
+        results: Pointers to which the gradients of keys and values are stored, a ResultPointers.
         strides: Strides of the stored gradients.
-        tile: Tile of keys that the program works on.
+        tile: Tile of keys that the program works on, a ChunkTile.
     """
 
     shared: Any

@@ -1,4 +1,4 @@
-"""Limits and tile configurations of the Hopper kernels of dual chunk attention."""
+"""States which calls the Hopper kernels of dual chunk attention support, and their tile sizes."""
 
 from lctrain_kernels.gluon.config import BackwardTile, ForwardTile
 from lctrain_kernels.gluon.support import DOUT_LIMIT, ONLY_VARLEN, Limit
@@ -20,10 +20,10 @@ _BACKWARD = {64: BackwardTile(64, 3), 128: BackwardTile(64, 2)}
 
 
 def forward_tile(columns: int) -> ForwardTile:
-    """Returns the forward's tile configuration."""
+    """Returns the forward's tile configuration for tiles of `columns` columns: 64, 128 or 256."""
     return _FORWARD[columns]
 
 
 def backward_tile(columns: int) -> BackwardTile:
-    """Returns the tile configuration of all launches of the backward."""
+    """Returns the tile configuration of all backward launches, for tiles of 64 or 128 columns."""
     return _BACKWARD[columns]

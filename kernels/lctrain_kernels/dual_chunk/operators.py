@@ -1,4 +1,7 @@
-"""Registers lctrain::dual_chunk_forward and dual_chunk_backward, and their implementations."""
+"""Registers torch's operators lctrain::dual_chunk_forward and lctrain::dual_chunk_backward.
+
+Each has three implementations: PyTorch, portable Triton kernels and Hopper kernels.
+"""
 
 import torch
 from torch import Tensor

@@ -31,14 +31,21 @@ def chunk_begin(position, c):
 
 @triton.jit
 def inter_end(position, c, succ_length):
-    """Returns the end of the INTER keys of the query at `position`."""
+    """Returns the position after the last INTER key of the query at `position`.
+
+    It is also the first SUCC key, if the query has SUCC keys.
+    """
     intra = chunk_begin(position, c)
     return tl.where(position - intra >= succ_length, intra, tl.maximum(intra - c, 0))
 
 
 @triton.jit
 def keys_of_query(position, relation, c, succ_length):
-    """Returns the (first, last) key of one range that the query at `position` sees."""
+    """Returns the positions (first, last) of the keys that a query sees in one range.
+
+    position is the query's position in the document, relation the range: INTER, SUCC or INTRA. The
+    range is empty if first > last. c is the number of tokens of a chunk.
+    """
     intra = chunk_begin(position, c)
     inter = inter_end(position, c, succ_length)
     first = tl.where(relation == INTER, 0, tl.where(relation == SUCC, inter, intra))
@@ -87,7 +94,10 @@ def keys_of_tile(
 
 @triton.jit
 def queries_of_key(key, relation, c, succ_length, length_k):
-    """Returns the (first, last) query position that sees a key in one range."""
+    """Returns the positions (first, last) of the queries that see the key in one range.
+
+    The range is empty if first > last. length_k is the number of keys of the document.
+    """
     end = chunk_begin(key, c) + c
     first = tl.where(relation == INTRA, key, tl.where(relation == SUCC, end, end + succ_length))
     last = tl.where(
@@ -98,9 +108,10 @@ def queries_of_key(key, relation, c, succ_length, length_k):
 
 @triton.jit
 def queries_of_tile(first, last, relation, c, succ_length, length_k):
-    """Returns the query positions (low, clear_low, clear_high, high) for the keys first to last.
+    """Returns the query positions (low, clear_low, clear_high, high) for the keys [first, last].
 
-    Queries in [low, high) see at least one key. Queries in [clear_low, clear_high) see all keys.
+    Queries in [low, high) see at least one of the keys in one range. Queries in
+    [clear_low, clear_high) see all of them, and so need no mask.
     """
     low, clear_high = queries_of_key(first, relation, c, succ_length, length_k)
     clear_low, high = queries_of_key(last, relation, c, succ_length, length_k)
@@ -109,5 +120,8 @@ def queries_of_tile(first, last, relation, c, succ_length, length_k):
 
 @triton.jit
 def inter_delta(position, c, inter_position):
-    """Returns by how many positions a query is rotated to the inter position, in float32."""
+    """Returns by how many positions RoPE must rotate a query to be at the inter position, float32.
+
+    q is passed rotated at `position` mod c, which is subtracted.
+    """
     return (inter_position - (position - chunk_begin(position, c))).to(tl.float32)

@@ -31,7 +31,7 @@ from lctrain_kernels.varlen.reference import (
 
 @dataclass(frozen=True)
 class DualChunkGeometry:
-    """Sizes of chunks, and the positions at which queries are rotated.
+    """Sizes of the chunks of dual chunk attention, and the query positions that follow from them.
 
     Attributes:
         chunk_size: Largest relative position S.
@@ -48,21 +48,24 @@ class DualChunkGeometry:
 
     @property
     def succ_length(self) -> int:
-        """Number of queries of a chunk that are at position r(i) + c for keys of the chunk before.
+        """Number of a chunk's first queries that have SUCC keys: the keys of the chunk before.
 
-        These are the chunk's first queries. Later queries are at `inter_position` for the keys of
-        all earlier chunks.
+        For these keys, RoPE sees such a query at position r(i) + c. Later queries of the chunk are
+        at `inter_position` for the keys of all earlier chunks.
         """
         return min(self.local_size, self.length)
 
     @property
     def inter_position(self) -> int:
-        """Position of a query for keys before the preceding chunk (inter-chunk attention)."""
+        """Position at which RoPE sees every query for its INTER keys, min(2c - 1, S)."""
         return min(2 * self.length - 1, self.chunk_size)
 
 
 def rotate(x: Tensor, delta: Tensor, inv_freq: Tensor) -> Tensor:
-    """Rotates x [..., M, D] by the angles delta [M] * inv_freq [D/2], in x's dtype."""
+    """Applies RoPE to x [..., M, D] by the angles delta [M] * inv_freq [D/2], in x's dtype.
+
+    delta is in positions, inv_freq in radians per position. Columns d and d + D/2 are a pair.
+    """
     angles = delta.to(x.dtype)[:, None] * inv_freq.to(x.dtype)
     cos, sin = angles.cos(), angles.sin()
     low, high = x.chunk(2, dim=-1)
@@ -150,9 +153,10 @@ def dense_dual_chunk_attention(
 
 
 class DualChunkOperands(Operands):
-    """Computes logits and gradients of dual chunk attention, for queries of one chunk at a time.
+    """Inputs of dual chunk attention of a pack; computes logits and gradients chunk by chunk.
 
-    Each chunk of queries has up to three ranges of keys.
+    The class is used like varlen.reference.Operands. Queries of one Chunk are in one chunk of the
+    attention, too, and have up to three ranges of keys, each with a rotation of its own.
     """
 
     def __init__(
@@ -184,7 +188,10 @@ class DualChunkOperands(Operands):
                 start = end
 
     def logits(self, chunk: Chunk) -> tuple[Tensor, None]:
-        """Returns masked logits [H, M, N]."""
+        """Returns the masked logits [H, M, N] of a chunk of M queries and N keys, and None.
+
+        None stands for the derivative of a softcap, which this attention does not have.
+        """
         parts = [
             torch.matmul(self._rotated(chunk, delta), self.k[:, keys].transpose(1, 2))
             for keys, delta in self._ranges(chunk)
@@ -196,7 +203,10 @@ class DualChunkOperands(Operands):
         return (scores * self._scale(chunk)).masked_fill(hidden, float("-inf")), None
 
     def add_gradients(self, chunk: Chunk, ds: Tensor, dq: Tensor, dk: Tensor) -> None:
-        """Adds a chunk's gradients to dq [H, T, D] and dk [Hk, Tk, D], from ds [H, M, N]."""
+        """Adds a chunk's gradients to dq [H, T, D] and dk [Hk, Tk, D].
+
+        ds [H, M, N] is the gradient of the chunk's logits.
+        """
         ranges = list(self._ranges(chunk))
         ds = ds * self._scale(chunk)
         parts = ds.split([keys.stop - keys.start for keys, _ in ranges], dim=-1)

@@ -33,7 +33,7 @@ def dual_chunk_bwd(
     pack: TiledPack,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches the kernels of the backward.
+    """Launches the portable kernels of the backward: rotations, dq (twice), and dk, dv (twice).
 
     Scratch memory: keys rotated by -c [Tk, Hk, D], and four float32 per query and head.
 

@@ -91,16 +91,19 @@ def dual_chunk_dkv_kernel(
 ):
     """Computes dk and dv of BLOCK_N keys of one key/value head, over all query heads of its group.
 
-    There are two launches over the ranges of ranges.py:
+    There are two launches over the ranges of ranges.py, with c tokens per chunk:
 
-    - With IS_SUCC, keys rotated by -c meet their SUCC queries; dk is then rotated by c.
-    - Without, unrotated keys meet unrotated queries (INTRA) and queries at the inter position
-      (INTER). The SUCC part, which dk and dv hold at launch, is added.
+    - With IS_SUCC, keys rotated by -c are multiplied by their SUCC queries; dk is then rotated by
+      c.
+    - Without, unrotated keys are multiplied by unrotated queries (INTRA) and by queries at the
+      inter position (INTER). dk and dv of SUCC, which dk and dv hold at launch, are added.
 
-    Grid: (key/value heads * tiles * SCHEDULE_ROWS / BLOCK_N,). Tiles are transposed, keys by
-    queries, so that the products for dv and dk read the weights from registers. dk and dv [Tk, Hk,
-    D] of one layout; q_inter [T, H, D], k_succ [Tk, Hk, D] and stats as dual_chunk_rotate writes
-    them.
+    Tiles of scores are transposed, keys by queries, so that the products for dv and dk read the
+    weights from registers. q_inter [T, H, D] (queries at the inter position), k_succ [Tk, Hk, D]
+    (keys rotated by -c) and stats [H, T, 4] come from dual_chunk_rotate. dk and dv [Tk, Hk, D] have
+    the same strides.
+
+    Grid: (key/value heads * tiles * SCHEDULE_ROWS / BLOCK_N,).
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n

@@ -87,10 +87,10 @@ def dual_chunk_dq_kernel(
 ):
     """Computes dq of a tile of queries, in two launches over the ranges of ranges.py.
 
-    - With IS_INTER, queries at the inter position, which dq holds at launch, meet the INTER keys.
-      Their gradient is rotated back and stored in dq.
-    - Without, unrotated queries meet keys rotated by -c (SUCC) and unrotated keys (INTRA). The
-      INTER part is added.
+    - With IS_INTER, queries at the inter position, which dq holds at launch, are multiplied by the
+      INTER keys. Their gradient is rotated back and stored in dq.
+    - Without, unrotated queries are multiplied by keys rotated by -c (SUCC) and by unrotated keys
+      (INTRA). The INTER part, which dq holds at launch, is added.
 
     In one launch, the rotation between two loops would make ptxas serialise the products (C7515).
 

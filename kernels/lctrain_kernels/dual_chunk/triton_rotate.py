@@ -1,4 +1,7 @@
-"""Rotates queries and keys before the kernels of dual chunk attention, and computes statistics."""
+"""Rotates queries and keys by RoPE before the kernels of dual chunk attention.
+
+For the backward, it also computes statistics per query: base-2 lse and delta.
+"""
 
 from typing import Any, NamedTuple
 
@@ -76,9 +79,8 @@ def dual_chunk_rotate_kernel(
     """Rotates queries to the inter position, or keys by -c, for one tile of one head.
 
     c is the number of tokens of a chunk. Rotating the keys by -c gives the same logits as rotating
-    the SUCC queries by c. If pointers.stats is
-    passed, as in the backward for queries, the kernel also writes the statistics per query that the
-    backward kernels read.
+    the SUCC queries by c. If pointers.stats is given, as for queries in the backward, the kernel
+    also writes the statistics per query that the backward kernels read.
 
     - x, rotated, out, dout [T, H, D]; lse, dlse [H, T] float32.
     - stats [H, T, 4] float32: base-2 lse (+inf for a query that saw no key), delta / keep_scale
@@ -234,9 +236,13 @@ def rotated_keys(
 ) -> Tensor:
     """Returns the keys with RoPE applied by -c positions, where c is the chunk length.
 
-    The result is [Tk, Hk, D], contiguous.
+    The result is [Tk, Hk, D], contiguous, in k's dtype.
 
-    See dual_chunk_rotate.
+    Args:
+        k: Packed keys [Tk, Hk, D], last stride 1.
+        cu_seqlens_k: Cumulative key lengths, [N + 1] int32.
+        k_tiles: Tiles of keys from a TileSchedule, [n, 2] int32.
+        rotation: RoPE frequencies and chunk length.
     """
     return dual_chunk_rotate(
         k,
