@@ -1,4 +1,4 @@
-"""Lists the portable kernels of differential attention for ahead-of-time compilation."""
+"""Lists the portable kernels of differential attention that CI compiles ahead of time."""
 
 from collections.abc import Iterator
 
@@ -43,10 +43,12 @@ def _variant(
 def kernel_variants(
     table: str, head_dims: tuple[int, ...], features: tuple[str, ...]
 ) -> Iterator[KernelVariant]:
-    """Yields a variant of every configuration of a table; see `aot.kernel_variants`.
+    """Yields the variants of the differential attention kernels to compile for one architecture.
 
-    Only shapes of version 1 are compiled with all features. All other shapes are compiled as plain
-    causal kernels; shapes of neither version only if "causal" is among the features.
+    The arguments are those of `lctrain_kernels.aot.kernel_variants`. Only shapes of version 1
+    (values of head dim 2 D, one k per branch) are compiled with all features. All other shapes are
+    compiled as plain causal kernels; shapes of neither version only if "causal" is among the
+    features.
     """
     plain = "causal" in features
     for operation in DIFFERENTIAL_OPERATIONS:

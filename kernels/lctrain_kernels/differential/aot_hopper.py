@@ -1,4 +1,4 @@
-"""Lists the Hopper kernels of differential attention for ahead-of-time compilation."""
+"""Lists the Hopper kernels of differential attention that CI compiles ahead of time."""
 
 from collections.abc import Iterator
 
@@ -143,7 +143,9 @@ def backward_variant(
 def prepare_variant(
     head_dim: int, value_dim: int, heads: int, dtype: str = "bf16"
 ) -> KernelVariant:
-    """Describes one compilation of differential_prepare_kernel, with gradients of both lse.
+    """Describes one compilation of differential_prepare_kernel, which prepares the backward.
+
+    The variant has gradients of both lse.
 
     Args:
         head_dim: Head dim D of queries and keys.
@@ -172,7 +174,10 @@ def prepare_variant(
 
 
 def round_dq_variant(head_dim: int, heads: int, dtype: str = "bf16") -> KernelVariant:
-    """Describes one compilation of differential_round_dq_kernel, as prepare_variant does."""
+    """Describes one compilation of differential_round_dq_kernel, which ends the backward.
+
+    The arguments are those of prepare_variant.
+    """
     others: dict[str, str | None] = {"sum1_ptr": "*fp32", "sum2_ptr": "*fp32", "scale": "fp32"}
     constants = {
         "HEADS": heads,
@@ -187,10 +192,11 @@ def round_dq_variant(head_dim: int, heads: int, dtype: str = "bf16") -> KernelVa
 def kernel_variants(
     head_dims: tuple[int, ...], features: tuple[str, ...], groups: tuple[int, ...]
 ) -> Iterator[KernelVariant]:
-    """Yields a variant of every tile configuration in bf16; see varlen.aot_hopper.
+    """Yields the variants of the Hopper kernels to compile: every tile configuration, in bf16.
 
     Only the last number of `groups` is compiled. Without "full" among the features, only the two
-    published versions of differential attention are compiled.
+    published versions of differential attention are compiled. The arguments are those of
+    varlen.aot_hopper.kernel_variants.
     """
     for dims in COLUMNS if "full" in features else VERSIONS:
         head_dim, value_dim, shared_k = dims

@@ -137,11 +137,28 @@ def diff_attn_pack_func(
     first_head: int = 0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes diff_attn_varlen_func over the documents of a Pack, which is not read again.
+    """Computes diff_attn_varlen_func over the documents of a Pack.
 
-    The other arguments are those of diff_attn_varlen_func.
-    `first_head` is the index of the call's first head, a pair of branches, for the dropout RNG: a
-    rank that holds a slice of the heads passes its first one, and draws the masks of all heads.
+    The Pack was validated when it was built, so a call reads none of its values.
+
+    Args:
+        q1: Packed queries of branch 1, [T, H, D].
+        q2: Packed queries of branch 2, [T, H, D].
+        k1: Packed keys of branch 1, [Tk, Hk, D].
+        k2: Packed keys of branch 2, [Tk, Hk, D]; the same tensor object as k1 if branches share
+            keys.
+        v: Packed values [Tk, Hk, Dv], Dv = D or 2 D.
+        lam: Lambda, floating point: a scalar, [H] or [T, H].
+        pack: Documents of the queries and keys.
+        dropout_p: Probability of dropping an attention weight.
+        softmax_scale: Factor of q.k; D^-0.5 by default.
+        causal: Whether query i sees only the keys up to its own position.
+        window_size: (left, right) keys around a query's own position; -1 is unbounded.
+        dropout_seed: Seed of the dropout mask, an int or an int64 tensor of one element.
+        first_head: Index of the call's first head (a pair of branches) for the dropout RNG. A rank
+            that holds a slice of the heads passes its first one, and so draws its part of the mask
+            of all heads.
+        backend: Implementation: "auto", "hopper", "triton" or "pytorch".
 
     Returns:
         out [T, H, Dv] in q1's dtype, and lse1 and lse2 [H, T] float32.

@@ -9,7 +9,10 @@ MAX_HEAD_DIM = 128
 
 
 def check_branches(q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor, v: Tensor) -> None:
-    """Checks shapes: q1, q2 [T, H, D]; k1, k2 [Tk, Hk, D]; v [Tk, Hk, D or 2D]; D <= 128."""
+    """Checks that q1 and q2 are [T, H, D], k1 and k2 [Tk, Hk, D], and v [Tk, Hk, Dv].
+
+    D is at most 128, and Dv is D or 2 D.
+    """
     tensors = {"q1": q1, "q2": q2, "k1": k1, "k2": k2, "v": v}
     for name, tensor in tensors.items():
         check_floating(name, tensor)

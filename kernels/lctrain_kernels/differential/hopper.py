@@ -1,4 +1,7 @@
-"""Launches the Hopper kernels of differential attention."""
+"""Launches the Hopper kernels of differential attention.
+
+Two Triton kernels run before and after the backward kernel; they are defined here.
+"""
 
 import torch
 import triton
@@ -51,9 +54,10 @@ def differential_fwd(
     pack: TiledPack,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launches the Hopper forward; arguments and results are those of triton_fwd.differential_fwd.
+    """Launches differential_fwd_hopper_kernel.
 
-    The function checks nothing: the registry calls it only for calls that the kernels support.
+    Arguments and results are those of triton_fwd.differential_fwd. The function checks nothing: the
+    registry calls it only for calls that the kernels support.
     """
     total_q, heads, head_dim = q1.shape
     heads_kv, value_dim = v.shape[1:]
@@ -125,13 +129,17 @@ def differential_prepare_kernel(
     BLOCK_DV: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Computes dlam and the statistics that the backward kernel reads, and zeroes dq1 and dq2.
+    """Computes dlam and the statistics that the backward kernel reads; zeroes the sums of dq.
 
-    stats [4, H, T] float32 holds base-2 lse1 and lse2, e1 = D1 - dlse1 and e2 = D2 + dlse2 / lam,
-    with D_b = rowsum(dout * A_b v). log2 |lam| is subtracted from lse2, so that lam p2 is one
-    exponential. The last bit of e2 is set if lam is negative. |lam| is at least 2^-60 here.
+    With D_b = rowsum(dout * A_b v), stats [4, H, T] float32 holds, per query and head:
 
-    Grid: (blocks of ROWS tokens, heads).
+    - base-2 lse1, +inf for a query that saw no key;
+    - base-2 lse2 - log2 |lam|, with which the exponential for p2 gives |lam| p2;
+    - e1 = D1 - dlse1;
+    - e2 = D2 + dlse2 / lam, with the sign of lam in the last bit of the mantissa.
+
+    |lam| is at least 2^-60 here. dlam = -D2 is [H, T] float32. Grid: (blocks of ROWS tokens,
+    heads).
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1).to(tl.int64)
@@ -187,9 +195,10 @@ def differential_round_dq_kernel(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Writes dq = scale * sum in dq's dtype, for both branches.
+    """Writes dq = scale * sum in dq's dtype, for both branches, after the backward kernel.
 
-    Grid: (blocks of ROWS tokens, heads).
+    The sums are [T, H, D] float32, dq1 and dq2 are [T, H, D], all contiguous. Grid: (blocks of ROWS
+    tokens, heads).
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
@@ -220,9 +229,9 @@ def differential_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launches the Hopper backward, which has no dropout.
 
-    Arguments and results are those of triton_bwd.differential_bwd. Programs add dq1 and dq2 in
-    float32 in an order that depends on timing, so their last bits differ from run to run. The other
-    gradients have the same bits in every run.
+    Arguments and results are those of triton_bwd.differential_bwd. Programs add partial dq1 and dq2
+    in float32 in an order that depends on timing, so the last bits of dq1 and dq2 differ from run
+    to run. The other gradients have the same bits in every run.
     """
     total_q, heads, head_dim = q1.shape
     heads_kv, value_dim = v.shape[1:]

@@ -1,4 +1,8 @@
-"""Backward of differential attention for Hopper, in Gluon: both branches share dP and dV."""
+"""Backward of differential attention for Hopper, in Gluon: one kernel for both branches.
+
+The branches share dP = v dout^T and dV. A program computes dk1, dk2 and dv of one tile of keys. It
+adds its partial dq1 and dq2 to float32 buffers in global memory.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -73,7 +77,11 @@ def _load(
     tile,
     TILE: gl.constexpr,
 ):
-    """Runs the producer warp: loads the tile's keys and values, then the queries of all heads."""
+    """Runs the producer warp: loads the tile's keys and values, then blocks of queries and dout.
+
+    The lse and delta of a block are loaded with it, for both branches. `stats_size` is H * T, the
+    distance of two numbers of a query in stats [4, H, T].
+    """
     GROUP: gl.constexpr = TILE.group
     BLOCK_M: gl.constexpr = TILE.block_m
     BLOCK_D: gl.constexpr = TILE.block_d
@@ -134,7 +142,10 @@ def _load(
 
 @gluon.jit
 def _add_partial_dq(dq_descs, dq_bufs, tile, TILE: gl.constexpr):
-    """Runs the dQ warp, which adds partial dq1 and dq2 to float32 buffers, 64 columns at a time."""
+    """Runs the dQ warp, which adds partial dq1 and dq2 to float32 buffers by TMA.
+
+    A buffer in shared memory holds 64 columns, so wider heads take two rounds per step.
+    """
     GROUP: gl.constexpr = TILE.group
     ROUNDS: gl.constexpr = TILE.block_d // _COLUMNS
     head = tile.head_kv * GROUP
@@ -159,7 +170,11 @@ def _compute(
     FLAGS: gl.constexpr,
     HALF_INDEX: gl.constexpr,
 ):
-    """Runs a consumer warpgroup: half of the tile's keys, and dq of one branch."""
+    """Runs a consumer warpgroup: dk, dv of half of the tile's keys, partial dq of one branch.
+
+    Both warpgroups compute dS of both branches for their keys, and exchange it through shared
+    memory.
+    """
     shared = inputs.shared
     dq_bufs = inputs.dq
     ds_bufs = inputs.ds

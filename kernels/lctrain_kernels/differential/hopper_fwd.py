@@ -54,7 +54,7 @@ def _load(
     shared,
     TILE: gl.constexpr,
 ):
-    """Runs the producer warp: loads tile after tile, as far ahead as stages are empty."""
+    """Runs the producer warp: loads the queries, keys and values of one tile after the other."""
     Q_STAGES: gl.constexpr = TILE.q_stages
     STAGES: gl.constexpr = TILE.stages
     THREADS: gl.constexpr = 32 + 128 * TILE.consumers  # of the producer and all consumers
@@ -95,7 +95,7 @@ def _load(
 
 @gluon.jit
 def _finish(m, l, keep_scale, row_s: gl.constexpr, row_o: gl.constexpr):
-    """Returns the final factor of the accumulator, and the lse, of one branch."""
+    """Returns a branch's (keep_scale / l, lse), both [64]; the first scales the accumulator."""
     m, l = reduce_rows(m, l, row_s)
     empty = l == 0.0
     whole = gl.where(empty, 1.0, l)
@@ -110,7 +110,7 @@ def _consume(
     FLAGS: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):
-    """Runs a consumer warpgroup, which computes both branches of 64 rows of every tile."""
+    """Runs a consumer warpgroup, which computes both branches of its 64 rows of every tile."""
     out_descs = inputs.out_descs
     shared = inputs.shared
     out_bufs = inputs.out_bufs

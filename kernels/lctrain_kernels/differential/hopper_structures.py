@@ -42,15 +42,15 @@ class ForwardInputs(NamedTuple):
     """Inputs of a consumer warpgroup of the forward.
 
     Attributes:
-        out_descs: TMA descriptors of the results.
-        shared: Shared memory of the kernel.
+        out_descs: TMA descriptors of the results, an Outputs.
+        shared: Shared memory of the kernel, a gluon.structures.ForwardBuffers.
         out_bufs: Shared memory for results that do not fit into the queries' buffer,
-            [.., 64, block_dv].
+            [n, 64, block_dv].
         window: Window of the call: left and right bounds, or their device tensor.
-        pointers: Lambda, dropout inputs and the lse results.
+        pointers: Lambda, dropout inputs and the lse results, a BranchPointers.
         stride_lt: Stride of lam's tokens, in elements.
         stride_lh: Stride of lam's heads, in elements.
-        scalars: Scale, dropout factors and number of packed queries.
+        scalars: Scale, dropout factors and number of packed queries, a gluon.structures.Scalars.
     """
 
     out_descs: Any
@@ -102,7 +102,10 @@ class BackwardStrides(NamedTuple):
 
 
 class ResultPointers(NamedTuple):
-    """Gradients of keys and values that a program stores. dk2 is None if both branches read k1."""
+    """Gradients that a backward program stores: dk1 and dk2 [Tk, Hk, D], and dv [Tk, Hk, Dv].
+
+    dk2 is None if both branches read k1.
+    """
 
     dk1: Any
     dk2: Any
@@ -113,12 +116,13 @@ class BackwardInputs(NamedTuple):
     """Inputs of a consumer warpgroup of the backward.
 
     Attributes:
-        shared: BackwardBuffers; q, lse and delta have two buffers per stage, one per branch.
-        dq: Two float32 buffers of partial dq, one per branch.
+        shared: Shared memory of the kernel, a gluon.structures.BackwardBuffers; q, lse and delta
+            have two buffers per stage, one per branch.
+        dq: Two float32 shared-memory buffers of partial dq, one per branch.
         ds: dS of both branches and both warpgroups, [4, 64, block_m].
-        results: Pointers to which the gradients of keys and values are stored.
+        results: Pointers to which the gradients of keys and values are stored, a ResultPointers.
         strides: Strides of the stored gradients.
-        tile: Tile of keys that the program works on.
+        tile: Tile of keys that the program works on, a gluon.structures.KeyTile.
         window: Keys visible to the left and right of each query.
         scale: softmax_scale, the factor of q.k.
     """

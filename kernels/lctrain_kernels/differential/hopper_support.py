@@ -1,4 +1,4 @@
-"""Limits and tile configurations of the Hopper kernels of differential attention."""
+"""States which calls the Hopper kernels of differential attention support, and their tile sizes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,10 +77,16 @@ _BACKWARD = {
 
 
 def forward_tile(columns: int, value_columns: int, shared_k: bool) -> ForwardTile:
-    """Returns the forward's tile configuration."""
+    """Returns the forward's tile configuration.
+
+    Args:
+        columns: Columns of a tile of queries and keys: 64 or 128.
+        value_columns: Columns of a tile of values: 64 or 128.
+        shared_k: Whether both branches read one k.
+    """
     return _FORWARD[columns, value_columns, shared_k]
 
 
 def backward_tile(columns: int, value_columns: int, shared_k: bool) -> BackwardTile:
-    """Returns the backward's tile configuration."""
+    """Returns the backward's tile configuration; the arguments are those of forward_tile."""
     return _BACKWARD[columns, value_columns, shared_k]

@@ -1,4 +1,7 @@
-"""Registers lctrain::differential_forward and differential_backward, and their implementations."""
+"""Registers torch's operators lctrain::differential_forward and lctrain::differential_backward.
+
+Each has three implementations: PyTorch, portable Triton kernels and Hopper kernels.
+"""
 
 from typing import NamedTuple
 
@@ -53,7 +56,7 @@ def _hopper_refuses(limits: str) -> Refusal:
 
 
 def _reference_options(options: AttentionOptions) -> VarlenOptions:
-    """Returns the VarlenOptions of the PyTorch path. Reads a window tensor, so it synchronises."""
+    """Returns the options of the PyTorch path. A window tensor is read, which synchronises."""
     left, right = options.window_left, options.window_right
     if options.window is not None:
         left, right = options.window.tolist()
@@ -168,7 +171,10 @@ def _finish(
     options: AttentionOptions,
     saved: dict[str, Tensor],
 ) -> dict[str, Tensor | None]:
-    """Returns the gradients of the operands by field name. Without k2, k1's is that of both."""
+    """Returns the gradients of the inputs by name: q1, q2, k1, k2, v and lam.
+
+    If both branches read k1, its gradient is the sum of both branches', and k2's is None.
+    """
     dk2 = None if operands.k2 is None else gradients["k2"]
     return {**gradients, "k2": dk2, "lam": gradients["lam"].t()}
 

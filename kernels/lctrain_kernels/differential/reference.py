@@ -23,7 +23,11 @@ def interleave_heads(first: Tensor, second: Tensor) -> Tensor:
 def _branches_as_heads(
     q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns q, k and v of a plain attention with 2 H query heads and 2 H key/value heads."""
+    """Returns q, k and v of one plain attention whose heads are the branches.
+
+    The shapes are q [T, 2 H, D], k [Tk, 2 H, D] and v [Tk, 2 H, Dv]. Key/value heads are repeated,
+    so that query head 2 h + b reads key/value head 2 h + b.
+    """
     group = q1.shape[1] // k1.shape[1]
     k = interleave_heads(k1.repeat_interleave(group, 1), k2.repeat_interleave(group, 1))
     return interleave_heads(q1, q2), k, v.repeat_interleave(2 * group, 1)

@@ -78,10 +78,12 @@ def differential_dkv_kernel(
 ):
     """Computes dk1, dk2 and dv of BLOCK_N keys of one key/value head, over all its query heads.
 
-    Grid: (key/value heads * tiles * SCHEDULE_ROWS / BLOCK_N,). Tiles are transposed, keys by
-    queries, so that the products for dv and dk read the weights from registers. dk1 and dk2 [Tk,
-    Hk, D] of one layout, only dk1 (the sum) with SHARED_K; dv [Tk, Hk, Dv]. stats as
-    differential_dq_kernel writes them; with STATS = 4 lam is one number per head.
+    Tiles of scores are transposed, keys by queries, so that the products for dv and dk read the
+    weights from registers. dk1 and dk2 [Tk, Hk, D] have the same strides. With SHARED_K, both
+    branches read k1, and dk1 alone is written: the sum of both gradients. dv is [Tk, Hk, Dv]. stats
+    comes from differential_dq_kernel; with STATS = 4, lam is one number per head.
+
+    Grid: (key/value heads * tiles * SCHEDULE_ROWS / BLOCK_N,).
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n

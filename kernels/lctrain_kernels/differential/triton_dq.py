@@ -91,12 +91,12 @@ def differential_dq_kernel(
     ds2 = p2 (e2 - lam dp) with e2 = lam D2 + dlse2; dlam = -D2.
 
     Grid: that of differential_fwd_kernel, whose docstring gives the shapes of the forward's
-        tensors.
+    tensors.
 
     - dout [T, H, Dv]; dlse1, dlse2 [H, T] float32 or None.
-    - dq1, dq2 [T, H, D] of one layout; dlam [H, T] float32.
-    - stats [H, T, STATS] float32: base-2 lse1 (+inf for a query that saw no key), e1 / keep_scale,
-      base-2 lse2, e2 / keep_scale; with STATS = 8 also lam and three unused numbers.
+    - dq1, dq2 [T, H, D] with the same strides; dlam [H, T] float32.
+    - stats [H, T, STATS] float32 (written): base-2 lse1 (+inf for a query that saw no key), e1 /
+      keep_scale, base-2 lse2, e2 / keep_scale; with STATS = 8 also lam and three unused numbers.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
