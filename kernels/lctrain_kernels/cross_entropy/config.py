@@ -1,4 +1,4 @@
-"""Launch configurations of row_pass_kernel, the pass over the logits."""
+"""Launch configurations of row_pass_kernel, which computes softmax statistics and gradients."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 @dataclass(frozen=True)
 class RowConfig:
-    """Launch configuration of the pass over the rows of a chunk of logits.
+    """Launch configuration of row_pass_kernel, whose programs process one row of logits at a time.
 
     Attributes:
         block: Number of logits of a row that a program loads at a time.
         num_warps: Warps per program.
-        stages: Depth of the load pipeline.
+        stages: Triton's num_stages, the depth of the load pipeline.
         programs: Number of programs per multiprocessor. Each program reads its row twice. With few
             programs the row is still in the L2 cache at the second reading.
     """
@@ -30,5 +30,5 @@ SINGLE = RowConfig(2048, 8, 2, 2)
 
 
 def row_config(dtype: torch.dtype) -> RowConfig:
-    """Returns the launch configuration for logits of a dtype."""
+    """Returns the launch configuration of row_pass_kernel for logits of a dtype."""
     return SINGLE if dtype == torch.float32 else HALF

@@ -37,7 +37,11 @@ NUM_GRADS = 5
 
 
 class _Gradients:
-    """Gradients of the inputs, filled chunk by chunk. Gradients not needed are empty tensors."""
+    """Gradients of the loss by its inputs, which are filled chunk by chunk.
+
+    The inputs are hidden [T, E], weight [V, E], bias [V], and both matrices of the adapter. A
+    gradient that is not needed is an empty tensor.
+    """
 
     def __init__(
         self,
@@ -63,7 +67,15 @@ class _Gradients:
         parts: tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None],
         ignored: Tensor,
     ) -> None:
-        """Adds the gradients of one chunk of C tokens; logits_grad is [C, V]."""
+        """Adds the gradients of one chunk of C tokens.
+
+        Args:
+            chunk: Slice of the tokens.
+            logits_grad: Gradient of the chunk's logits, [C, V].
+            parts: Inputs of the chunk's products, from `_chunks`: hidden states [C, E], weight [V,
+                E], and the adapter or None.
+            ignored: Which of the chunk's tokens are ignored, [C] bool.
+        """
         hidden, weight, adapter = parts
         first = chunk.start == 0
         grads = self.tensors
@@ -211,9 +223,9 @@ def _tokens_backward(
 
 
 def _chunks(inputs: list[Tensor | None], options: LossOptions) -> Any:
-    """Yields each chunk: its slice of the tokens, its logits [C, V], and its hidden states.
+    """Yields each chunk of tokens: its slice, its logits [C, V], and the inputs of its products.
 
-    The hidden states come with the weight and the adapter, the inputs of the chunk's products.
+    The inputs are the hidden states [C, E], the weight [V, E], and the adapter or None.
     """
     hidden, weight, _, low, up = inputs
     assert hidden is not None

@@ -1,4 +1,4 @@
-"""LossOptions and VocabularyShard: options of the linear cross-entropy."""
+"""LossOptions and VocabularyShard: options of linear_cross_entropy."""
 
 from __future__ import annotations
 

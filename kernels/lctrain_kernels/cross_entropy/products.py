@@ -23,7 +23,15 @@ ROW_MULTIPLE = 64
 def logits_buffer(
     tokens: int, vocabulary: int, matmul_dtype: torch.dtype, backend: str, device: torch.device
 ) -> Tensor:
-    """Allocates the logits [tokens, vocabulary] of a chunk, with aligned rows."""
+    """Allocates the buffer for the logits of one chunk, [tokens, vocabulary], with aligned rows.
+
+    Args:
+        tokens: Number of tokens of a chunk.
+        vocabulary: Number of vocabulary entries on this rank.
+        matmul_dtype: Dtype of the products' inputs.
+        backend: Implementation of the pass over the logits: "triton" or "pytorch".
+        device: Device of the logits.
+    """
     dtype = (
         matmul_dtype if backend == "triton" else torch.promote_types(matmul_dtype, torch.float32)
     )

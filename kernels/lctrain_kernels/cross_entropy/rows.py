@@ -1,9 +1,9 @@
-"""The pass over the rows of a chunk of logits, in Triton or PyTorch, and the loss of its tokens.
+"""The pass over a chunk's logits: softmax statistics, gradient of the logits, loss of its tokens.
 
 The statistics of a row of logits z are four numbers: the maximum m, the sum of exp(z - m), the
 logit of the label, and the sum of the logits (0 without label smoothing). m and the sum of
 exponentials are stored separately, because rounding m + log(sum) beside a large m would dominate
-the error of a small loss.
+the error of a small loss. `row_pass` runs in Triton or in PyTorch.
 """
 
 from __future__ import annotations
@@ -89,7 +89,13 @@ def _pytorch_row_pass(
 
 
 def token_losses(statistics: Tensor, labels: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
-    """Returns the loss [T] and the logsumexp [T] of each token; both are 0 for ignored tokens."""
+    """Returns the loss [T] and the logsumexp [T] of each token; both are 0 for ignored tokens.
+
+    Args:
+        statistics: Statistics of each row of logits, [4, T].
+        labels: Token ids, [T] int64.
+        options: Label smoothing, z-loss and ignore_index.
+    """
     m, exp_sum, target, logit_sum = statistics
     log_sum = exp_sum.log()
     lse = m + log_sum
@@ -123,7 +129,7 @@ def finish_logits(logits: Tensor, bias: Tensor | None, options: LossOptions) -> 
 
 
 def scale_to(x: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    """Returns x * factor, computed in float32 and rounded once to `dtype`. factor is 0-dim."""
+    """Returns x * factor, computed in float32 and rounded once to `dtype`; factor is 0-dim."""
     return implementation("scale_gradient", FORWARD, backend)(x, factor, dtype)
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels of the pass over a chunk of logits: softmax statistics and the gradient.
+"""Triton kernels of linear_cross_entropy: softmax statistics and gradient of a chunk of logits.
 
 A program processes one row at a time. It keeps a running maximum and sum per group of GROUP
 adjacent logits, so rescaling the sum costs one exponential per group. The gradient overwrites the
@@ -39,7 +39,17 @@ def _tanh(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def _logits(raw, bias_ptr, words, num_words, softcap, scale, HAS_SOFTCAP: tl.constexpr):
-    """Applies bias, scale and softcap; returns float32 logits, -inf outside the vocabulary."""
+    """Returns float32 logits from matrix products, with bias, scale and softcap applied.
+
+    Args:
+        raw: Results of the matrix product.
+        bias_ptr: Bias [V], or None.
+        words: Index in the vocabulary of each logit, in raw's shape.
+        num_words: Size of the vocabulary on this rank; logits outside are -inf.
+        softcap: Softcap c, which replaces a logit x by c tanh(x / c).
+        scale: Factor of the logits.
+        HAS_SOFTCAP: Whether the softcap is applied.
+    """
     inside = (words >= 0) & (words < num_words)
     z = raw.to(tl.float32)
     if bias_ptr is not None:
@@ -63,9 +73,21 @@ def _statistics(
     HAS_SOFTCAP: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
 ):
-    """Returns the maximum, the sum of exp(z - maximum) and the sum of the logits z of a row.
+    """Returns the maximum, the sum of exp(z - maximum) and the sum of the logits z of one row.
 
     If no logit is finite, maximum and sum of exponentials are 0.
+
+    Args:
+        base: Pointer to the row.
+        width: Number of elements of the row that may be read, its stride.
+        num_words: Number of logits in the row.
+        bias_ptr: Bias [V], or None.
+        softcap: Softcap of the logits.
+        scale: Factor of the logits.
+        BLOCK: Number of logits that are loaded at a time.
+        STAGES: Depth of the load pipeline.
+        HAS_SOFTCAP: Whether the softcap is applied.
+        HAS_SMOOTHING: Whether the sum of the logits is needed.
     """
     LANES: tl.constexpr = BLOCK // GROUP
     offsets = tl.arange(0, LANES)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -105,9 +127,27 @@ def _write_gradient(
     HAS_SOFTCAP: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
 ):
-    """Overwrites one row with its gradient, on_p * exp(z - top) - on_all.
+    """Overwrites one row of logits with its gradient.
 
-    on_target is subtracted at the label, too.
+    The gradient of logit z is on_p * exp(z - top) - on_all, less on_target at the label, times the
+    derivative of the softcap.
+
+    Args:
+        base: Pointer to the row.
+        width: Number of elements of the row that may be written, its stride.
+        num_words: Number of logits in the row.
+        bias_ptr: Bias [V], or None.
+        softcap: Softcap of the logits.
+        scale: Factor of the logits.
+        top: Maximum of the row's logits.
+        target: Index of the label in the row.
+        on_p: Factor of exp(z - top).
+        on_target: Number to subtract at the label.
+        on_all: Number to subtract from all entries, for label smoothing.
+        BLOCK: Number of logits that are loaded at a time.
+        STAGES: Depth of the load pipeline.
+        HAS_SOFTCAP: Whether the softcap is applied.
+        HAS_SMOOTHING: Whether on_all is subtracted.
     """
     LANES: tl.constexpr = BLOCK // GROUP
     offsets = tl.arange(0, LANES)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]

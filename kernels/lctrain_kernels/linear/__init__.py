@@ -1,4 +1,4 @@
-"""Linear layers whose additions happen inside matrix products."""
+"""Linear layers whose additions (of gradients, of the residual) happen inside matrix products."""
 
 from lctrain_kernels.linear.api import linear_add, merged_linear
 

@@ -1,4 +1,4 @@
-"""Public linear functions: argument checks, autocast, and the choice of products."""
+"""Public linear functions merged_linear and linear_add: argument checks and autocast."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
 
 
 def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Returns the tensors in autocast's dtype if autocast is on, as they are otherwise."""
+    """Returns the tensors, cast to autocast's dtype if autocast is on."""
     dtype = autocast_dtype(tensors[0].device.type)
     if dtype is None or tensors[0].dtype == torch.float64:
         return tensors

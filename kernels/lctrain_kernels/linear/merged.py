@@ -1,4 +1,7 @@
-"""Several linear layers on one input, whose gradients are added inside the matrix products."""
+"""The autograd function of merged_linear: several linear layers with one input.
+
+The backward adds the layers' gradients of the input inside the matrix products.
+"""
 
 from __future__ import annotations
 

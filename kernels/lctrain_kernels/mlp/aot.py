@@ -1,4 +1,4 @@
-"""Lists the kernels of SwiGLU, GeGLU and bias + GELU for ahead-of-time compilation."""
+"""Lists the kernels of SwiGLU, GeGLU and bias + GELU that CI compiles ahead of time."""
 
 from collections.abc import Iterator
 
@@ -70,7 +70,7 @@ def bias_gelu_variants(
 
 
 def kernel_variants() -> Iterator[KernelVariant]:
-    """Yields the kernels of every activation in bf16, and those of SwiGLU in float32."""
+    """Yields the variants to compile: every activation in bf16, and SwiGLU in float32."""
     yield from gated_variants("silu")
     yield from gated_variants("gelu_tanh")
     yield from gated_variants("gelu", writes_product=False)

@@ -12,7 +12,7 @@ from lctrain_kernels.mlp.reference import ACTIVATIONS
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> Tensor:
-    """Returns `silu(gate) * up`. The backward recomputes it from gate and up.
+    """Returns `silu(gate) * up`; gate and up are saved for the backward, not the product.
 
     Args:
         gate: Gate [..., I], floating point. If `up` is None, gate and up side by side, [..., 2 I].
@@ -31,13 +31,16 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> 
 def geglu(
     gate: Tensor, up: Tensor | None = None, *, approximate: str = "tanh", backend: str = "auto"
 ) -> Tensor:
-    """Returns `gelu(gate) * up`.
+    """Returns `gelu(gate) * up`; gate and up are saved for the backward, not the product.
 
     Args:
         gate: Gate [..., I], floating point. If `up` is None, gate and up side by side, [..., 2 I].
         up: Factor of the activated gate, [..., I], or None.
         approximate: "tanh" or "none", as in torch.nn.functional.gelu.
         backend: Implementation: "auto", "triton" or "pytorch".
+
+    Returns:
+        The product [..., I], in the dtype of gate.
 
     Raises:
         ValueError: if shapes or dtypes do not fit, or `approximate` is unknown.
@@ -106,13 +109,16 @@ def gated_linear(
 def bias_gelu(
     x: Tensor, bias: Tensor | None = None, *, approximate: str = "none", backend: str = "auto"
 ) -> Tensor:
-    """Returns `gelu(x + bias)`, computed in float32. x and bias are saved for the backward.
+    """Returns `gelu(x + bias)`, computed in float32; x and bias are saved for the backward.
 
     Args:
         x: Input [..., I], floating point.
         bias: Bias [I], or None.
         approximate: "none" or "tanh", as in torch.nn.functional.gelu.
         backend: Implementation: "auto", "triton" or "pytorch".
+
+    Returns:
+        The activated input [..., I], in the dtype of x.
 
     Raises:
         ValueError: if shapes or dtypes do not fit, or `approximate` is unknown.

@@ -1,4 +1,4 @@
-"""Launches the Triton kernels of the activations; its functions match those of `reference`."""
+"""Launches the Triton kernels of the activations. The functions match those of `reference`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def _grid(rows: int, columns: int, block: int) -> tuple[int]:
 
 
 def gated_fwd(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """Returns activation(gate) * up, [T, I]. gate and up have any row stride, column stride 1."""
+    """Returns activation(gate) * up, [T, I], in gate's dtype.
+
+    gate and up are [T, I] with any row stride and column stride 1.
+    """
     rows, columns = gate.shape
     out = torch.empty(rows, columns, dtype=gate.dtype, device=gate.device)
     if out.numel():
@@ -89,7 +92,7 @@ def gated_bwd(
 
 
 def bias_gelu_fwd(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """Returns activation(x + bias), [T, I]."""
+    """Returns activation(x + bias), [T, I], for x [T, I] and bias [I] or None."""
     rows, columns = x.shape
     out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     if out.numel():
@@ -110,7 +113,10 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
 def bias_gelu_bwd(
     dout: Tensor, x: Tensor, bias: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of x and of the bias; an empty tensor without a bias."""
+    """Returns the gradients of x [T, I] and of the bias [I]; the second is empty without a bias.
+
+    dout [T, I] is the gradient of activation(x + bias).
+    """
     rows, columns = x.shape
     dx = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     parts = min(triton.cdiv(rows, BIAS_ROWS), BIAS_PARTS)

@@ -1,8 +1,8 @@
-"""Registers SwiGLU, GeGLU, their following linear layer and bias + GELU as torch.library operators.
+"""Registers SwiGLU, GeGLU, gated_linear and bias + GELU as torch.library operators.
 
-Only gate and up are saved for the backward. `gated_linear` includes the linear layer that follows.
-The gradient of its weight needs activation(gate) * up, which the backward kernel recomputes while
-it computes the gradients of gate and up.
+Only the inputs are saved for the backward, not the product activation(gate) * up. `gated_linear`
+includes the linear layer that follows the product. The gradient of its weight needs the product,
+which the backward kernel recomputes while it computes the gradients of gate and up.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _gated_backward(
 
 
 def _gated_packed_backward(dout: Tensor, packed: Tensor, activation: str, backend: str) -> Tensor:
-    """Returns the gradients of gate and up in one tensor [T, 2 I], gate first."""
+    """Returns the gradient [T, 2 I] of `packed`, which holds gate and up side by side."""
     gate, up = packed.chunk(2, dim=-1)
     grad = _contiguous(packed)
     halves = grad.chunk(2, dim=-1)
@@ -130,7 +130,7 @@ def _bias_gelu_backward(
 
 
 def _contiguous(x: Tensor) -> Tensor:
-    """Returns an empty contiguous tensor like x."""
+    """Returns an uninitialised contiguous tensor with the shape, dtype and device of x."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
@@ -194,9 +194,9 @@ bias_activation_backward = define_operator(
 
 
 def _save(number: int) -> Any:
-    """Returns a setup_context that saves the first `number` arguments as tensors for the backward.
+    """Returns a setup_context that saves an operator's first `number` arguments for the backward.
 
-    The arguments after them become `ctx.rest`, with None for a tensor, which is not kept.
+    The arguments after them become `ctx.rest`, with None in place of a tensor.
     """
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -34,14 +34,17 @@ def slope(x: Tensor, activation: str) -> Tensor:
 
 
 def gated_fwd(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """Returns activation(gate) * up."""
+    """Returns activation(gate) * up, in the shape of gate."""
     return activate(gate, activation) * up
 
 
 def gated_bwd(
     dout: Tensor, gate: Tensor, up: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of gate and up, and activation(gate) * up, computed in float32."""
+    """Returns the gradients of gate and up, and activation(gate) * up, computed in float32.
+
+    dout is the gradient of activation(gate) * up. All tensors have one shape.
+    """
     wide = torch.promote_types(gate.dtype, torch.float32)
     dout, wide_gate, wide_up = dout.to(wide), gate.to(wide), up.to(wide)
     active = activate(wide_gate, activation)
@@ -51,7 +54,7 @@ def gated_bwd(
 
 
 def bias_gelu_fwd(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """Returns activation(x + bias), in the dtype of x."""
+    """Returns activation(x + bias), in the shape and dtype of x; bias is [I] or None."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return activate(wide if bias is None else wide + bias, activation).to(x.dtype)
 
@@ -59,7 +62,10 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
 def bias_gelu_bwd(
     dout: Tensor, x: Tensor, bias: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of x and of the bias; an empty tensor without a bias."""
+    """Returns the gradients of x [T, I] and of the bias [I]; the second is empty without a bias.
+
+    dout [T, I] is the gradient of activation(x + bias).
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     dx = dout.to(wide.dtype) * slope(wide if bias is None else wide + bias, activation)
     dbias = x.new_empty(0) if bias is None else dx.sum(0).to(bias.dtype)

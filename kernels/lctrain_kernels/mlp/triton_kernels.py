@@ -15,7 +15,11 @@ GELU = tl.constexpr(2)
 
 @triton.jit
 def _exp(x, dtype: tl.constexpr):
-    """Returns exp(x) in float32 for x up to 88, accurate enough for data of dtype."""
+    """Returns exp(x) in float32 for x up to 88.
+
+    For float32 data the result is accurate enough for the error bound of the tests; otherwise the
+    faster approximation of the hardware is used. `dtype` is the dtype of the data.
+    """
     x = tl.maximum(x, -110.0)  # exp(-110) is 0; -inf would give nan below
     if dtype == tl.float32:
         # tl.exp2(x * log2(e)) costs |x| roundings in the product and two in the GPU's exp2. So
@@ -79,7 +83,10 @@ def activate(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _place(columns, BLOCK: tl.constexpr):
-    """Returns the row and the columns of this program. Grid: (rows * cdiv(columns, BLOCK),)."""
+    """Returns (row index, column indices [BLOCK]) of this program.
+
+    The grid is (rows * cdiv(columns, BLOCK),).
+    """
     blocks = tl.cdiv(columns, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     return row, (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -127,10 +134,11 @@ def gated_bwd_kernel(
     BLOCK: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """Computes the gradients of gate and up, each [rows, columns].
+    """Computes the gradients of gate and up from dout, each [rows, columns].
 
-    If `out` is passed, activation(gate) * up is recomputed and stored there; it may be dout itself.
-    Grid: (rows * cdiv(columns, BLOCK),).
+    If out_ptr is given, activation(gate) * up is recomputed and stored there; out may be dout
+    itself. Each tensor has a row stride of its own, and column stride 1. Grid: (rows *
+    cdiv(columns, BLOCK),).
     """
     row, offsets = _place(columns, BLOCK)
     mask = offsets < columns

@@ -1,4 +1,4 @@
-"""Computes RMSNorm and LayerNorm, optionally fused with the residual addition before the norm."""
+"""RMSNorm and LayerNorm, optionally fused with the residual addition before the norm."""
 
 from lctrain_kernels.norm.api import (
     fused_add_layer_norm,

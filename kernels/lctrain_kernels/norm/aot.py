@@ -1,4 +1,4 @@
-"""Lists the norm kernels for ahead-of-time compilation, one variant per tile configuration."""
+"""Lists the norm kernels that CI compiles ahead of time, one variant per tile configuration."""
 
 from collections.abc import Iterator
 
@@ -71,7 +71,12 @@ def backward_variant(columns: int, norm: str, dtype: str = "bf16") -> KernelVari
 
 
 def column_sum_variant(columns: int, dtype: str = "bf16") -> KernelVariant:
-    """Describes one compilation of column_sum_kernel, which adds partial gradients of a weight."""
+    """Describes one compilation of column_sum_kernel, which adds partial gradients of a weight.
+
+    Args:
+        columns: Number of columns to add, the hidden size.
+        dtype: Triton's name of the weight's dtype, such as "bf16".
+    """
     constants = {"COLUMNS": columns, "BLOCK": SUM_BLOCK, "PARTS": SUM_PARTS}
     label = f"column_sum-H{columns}"
     return fused_variant(label, column_sum_kernel, dtype, {"parts_ptr": "*fp32"}, constants, 4)

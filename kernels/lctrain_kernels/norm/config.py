@@ -1,6 +1,7 @@
 """Launch configurations of the norm kernels, by hidden size.
 
-They do not depend on the number of rows. The sizes come from the measurements in `bench/NOTES.md`.
+A configuration does not depend on the number of rows. The sizes come from the measurements in
+`bench/NOTES.md`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Launches the Triton kernels of the norms; its functions match those of `reference`."""
+"""Launches the Triton kernels of the norms. norm_fwd and norm_bwd match those of `reference`."""
 
 from __future__ import annotations
 
@@ -84,9 +84,10 @@ def norm_bwd(
     needs_bias: bool,
     config: NormConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of norm_fwd; arguments and results are those of `reference.norm_bwd`.
+    """Returns the gradients of norm_fwd's x, weight and bias.
 
-    `config` replaces the table's launch configuration.
+    Arguments and results are those of `reference.norm_bwd`. `config` replaces the table's launch
+    configuration.
     """
     rows, columns = x.shape
     block = triton.next_power_of_2(columns)
@@ -144,6 +145,6 @@ def column_sum(parts: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rows_of(tensor: Tensor, columns: int) -> Tensor:
-    """Returns `tensor` as [T, columns]; copies it only if the kernels cannot read it in place."""
+    """Returns a tensor [..., columns] as [T, columns] with column stride 1; copies if needed."""
     flat = tensor.reshape(math.prod(tensor.shape[:-1]), columns)
     return flat if flat.stride(1) == 1 or columns == 1 else flat.contiguous()

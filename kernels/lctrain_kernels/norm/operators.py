@@ -34,9 +34,11 @@ Backward = tuple[Tensor, Tensor, Tensor]
 def _norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> Forward:
-    """Returns the normalised rows, the sum x + residual, the mean and 1 / standard deviation.
+    """Runs the forward operator: normalises the rows of x [T, H], or of x + residual.
 
-    Without a residual the sum is an empty tensor.
+    Returns:
+        The results of launch.norm_fwd: normalised rows, sum x + residual (empty without a
+        residual), mean and 1 / standard deviation.
     """
     run = implementation("norm", FORWARD, rest[-1])
     return run(x, residual, weight, bias, NormOptions(*rest[:-1]))
@@ -79,7 +81,10 @@ def _norm_fake(
 
 
 def _norm_backward(*arguments: Any) -> Backward:
-    """Returns the gradients of x, weight and bias; the last two are empty if not needed."""
+    """Runs the backward operator: gradients of x [T, H], weight [H] and bias [H].
+
+    The last two are empty tensors if not needed.
+    """
     *tensors, needs_weight, needs_bias = arguments[:8]
     run = implementation("norm", BACKWARD, arguments[-1])
     return run(*tensors, NormOptions(*arguments[8:-1]), needs_weight, needs_bias)

@@ -1,4 +1,4 @@
-"""NormOptions: epsilon and kind of a norm."""
+"""NormOptions: epsilon and kind (RMSNorm, Gemma's RMSNorm, LayerNorm) of a norm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A norm that also returns its input, so that its backward adds both gradients of the input."""
+"""RMSNorm that also returns its input, for use as the residual.
+
+The backward then adds both gradients of the input in the norm's kernel.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,17 @@ from lctrain_kernels.norm.operators import norm, norm_backward
 
 
 class NormAndInput(torch.autograd.Function):
-    """Computes the operator `norm` of x, and returns x beside it.
+    """Autograd function that returns the RMSNorm of x, and x itself.
 
-    An operator of torch.library must not return its argument, hence this class.
+    An operator of torch.library must not return its argument, so this is an autograd function.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-        """Returns the normalised rows and a view of x [T, H]; options are those of `norm`."""
+        """Returns the normalised rows and a view of x, both [T, H].
+
+        `options` are the arguments of the operator `norm` after the bias.
+        """
         y, _, mean, rstd = norm(x, None, weight, None, *options)
         ctx.options = options
         ctx.save_for_backward(x, weight, mean, rstd)

@@ -41,10 +41,13 @@ def norm_fwd_kernel(
     CENTERED: tl.constexpr,
     FLOAT32_PRODUCT: tl.constexpr,
 ):
-    """Normalises ROWS rows per program. Grid: (cdiv(rows, ROWS),).
+    """Normalises ROWS rows of x [rows, COLUMNS], or of x + residual, per program.
 
-    x and residual [rows, COLUMNS] have any row stride; y and sum are contiguous; mean and rstd
-    (1 / standard deviation) are [rows] float32. Without a residual, sum is not written.
+    - x and residual have any row stride; y (normalised) and sum (x + residual) are contiguous.
+    - weight and bias [COLUMNS]; `offset` is added to the weight.
+    - mean and rstd (1 / standard deviation) [rows] float32 are written, mean for LayerNorm only.
+
+    Without a residual, sum is not written. Grid: (cdiv(rows, ROWS),).
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
@@ -97,11 +100,16 @@ def norm_bwd_kernel(
     STAGES: tl.constexpr,
     CENTERED: tl.constexpr,
 ):
-    """Computes dx and partial sums of dweight and dbias. Grid: any number of programs.
+    """Computes dx, and each program's partial sums of dweight and dbias.
 
-    Each program loops over groups of ROWS rows. dy, dsum and x [rows, COLUMNS] have any row stride;
-    dx is contiguous; dweight and dbias [programs, COLUMNS] float32 hold one partial sum per
-    program.
+    Each program loops over groups of ROWS rows.
+
+    - dy, dsum (gradient of x + residual, or None) and x [rows, COLUMNS] have any row stride.
+    - mean and rstd [rows] float32 come from norm_fwd_kernel; weight is [COLUMNS].
+    - dx [rows, COLUMNS] is contiguous.
+    - dweight and dbias [programs, COLUMNS] float32 hold one partial sum per program.
+
+    Grid: any number of programs.
     """
     columns = tl.arange(0, BLOCK)
     inside = columns < COLUMNS

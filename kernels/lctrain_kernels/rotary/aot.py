@@ -1,4 +1,4 @@
-"""Lists the rotary kernels for ahead-of-time compilation."""
+"""Lists the rotary kernels that CI compiles ahead of time."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def backward_variant(case: RotaryCase, heads: int, dtype: str = "bf16") -> Kerne
 
 
 def kernel_variants() -> Iterator[KernelVariant]:
-    """Yields a variant of every tile configuration in bf16, and Llama's rotation in float32."""
+    """Yields the variants to compile: every tile in bf16, and Llama's rotation in float32."""
     for case in CASES:
         yield forward_variant(case)
         if case.has_norm:

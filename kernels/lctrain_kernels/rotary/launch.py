@@ -1,4 +1,4 @@
-"""Launches the rotary kernels."""
+"""Launches the Triton kernels of rotary embeddings."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from lctrain_kernels.tile.arguments import token_head_strides
 
 @dataclass(frozen=True)
 class RotaryConfig:
-    """Tile configuration of a rotary kernel. The sizes were measured; see bench/NOTES.md.
+    """Tile configuration of a rotary kernel. bench/NOTES.md has the measurements behind it.
 
     Attributes:
         size: Number of column pairs in a tile, over all its heads and tokens.
         num_warps: Warps per program.
-        stages: Depth of the backward's load pipeline.
+        stages: Triton's num_stages of the backward's loop, the depth of its load pipeline.
         programs: Number of programs per multiprocessor in the backward.
     """
 
@@ -40,7 +40,7 @@ class RotaryConfig:
     programs: int = 1
 
     def tokens(self, numbers: int) -> int:
-        """Returns the number of tokens per tile, if each token has `numbers` column pairs."""
+        """Returns the tokens per tile, for `numbers` column pairs per token over all heads."""
         return max(self.size // numbers, 1)
 
 
@@ -52,7 +52,7 @@ def forward_config(numbers: int, has_norm: bool) -> RotaryConfig:
 
 
 def backward_config(numbers: int) -> RotaryConfig:
-    """Returns the tile configuration of norm_rotary_bwd_kernel."""
+    """Returns the tile sizes of norm_rotary_bwd_kernel for `numbers` column pairs per token."""
     return RotaryConfig(2048, 8, 3, 2) if numbers >= 1024 else RotaryConfig(512, 4, 3, 4)
 
 
@@ -70,8 +70,20 @@ def rotate(
 ) -> tuple[Tensor, Tensor]:
     """Rotates q [T, Hq, D] and k [T, Hk, D]; applies RMSNorm before if norm weights are given.
 
-    Strides of tokens and heads are arbitrary; the stride of columns must be 1. The results are
-    contiguous. If k is None, its result is an empty tensor.
+    Args:
+        q: Queries, any strides of tokens and heads, column stride 1.
+        k: Keys, strides likewise; or None.
+        cos: Cosines [rows, R or R / 2].
+        sin: Sines, in the shape of cos.
+        positions: Row of cos and sin for each token, [T], integers. None takes the token's index
+            modulo the number of rows.
+        q_weight: Weight of the queries' norm, [D], or None.
+        k_weight: Weight of the keys' norm, [D], or None.
+        options: Layout of pairs and table, and epsilon of the norm.
+        inverse: Whether to rotate by the negative angle, as the backward does.
+
+    Returns:
+        The rotated q and k, contiguous. If k is None, its result is an empty tensor.
     """
     tokens, q_heads, head_dim = q.shape
     k_heads = 1 if k is None else k.shape[1]
@@ -122,7 +134,17 @@ def norm_rotary_bwd(
     weight: Tensor,
     options: RotaryOptions,
 ) -> tuple[Tensor, Tensor]:
-    """Launches norm_rotary_bwd_kernel; returns the gradients of x [T, H, D] and weight [D]."""
+    """Returns the gradients of x [T, H, D] and weight [D], for RMSNorm followed by the rotation.
+
+    Args:
+        dout: Gradient of the rotated x, [T, H, D].
+        x: Queries or keys before the norm, [T, H, D].
+        cos: Cosines [rows, R or R / 2].
+        sin: Sines, in the shape of cos.
+        positions: Row of cos and sin for each token, [T], or None; see rotate.
+        weight: Weight of the norm, [D].
+        options: Layout of pairs and table, and epsilon of the norm.
+    """
     tokens, heads, head_dim = x.shape
     shape = rotary_shape(cos, head_dim, options)
     block = triton.next_power_of_2(heads)

@@ -28,7 +28,10 @@ def _rotate(
     inverse: bool,
     *rest: Any,
 ) -> Pair:
-    """Returns the rotated q and k; the second is empty if there is no k."""
+    """Runs the operator: returns q and k rotated by RoPE; the second is empty if k is None.
+
+    Shapes are those of launch.rotate.
+    """
     options = RotaryOptions(*rest)
     run = implementation("rotary", FORWARD, options.backend)
     return run(q, k, cos, sin, positions, inverse, options)

@@ -37,7 +37,7 @@ class RotaryOptions:
         return cos.shape[1] if self.full_table else 2 * cos.shape[1]
 
     def mathematics(self) -> dict[str, Any]:
-        """Returns all fields except `backend`, as keyword arguments of the PyTorch reference."""
+        """Returns all fields except `backend`, as keyword arguments of reference.py's functions."""
         return {name: value for name, value in vars(self).items() if name != "backend"}
 
     def arguments(self) -> tuple[Any, ...]:

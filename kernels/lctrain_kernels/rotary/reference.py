@@ -22,7 +22,20 @@ def rotate(
     weight_offset: float,
     inverse: bool = False,
 ) -> Tensor:
-    """Rotates x [T, H, D], after RMSNorm if a weight is given, and rounds the result once."""
+    """Rotates x [T, H, D] by RoPE, after RMSNorm if a weight is given, and rounds the result once.
+
+    Args:
+        x: Queries or keys, [T, H, D].
+        cos: Cosines [rows, R or R / 2].
+        sin: Sines, in the shape of cos.
+        positions: Row of cos and sin for each token, [T], integers; or None, see launch.rotate.
+        weight: Weight of the norm, [D], or None for no norm.
+        interleaved: Whether columns 2 i and 2 i + 1 are a pair, instead of i and i + R / 2.
+        full_table: Whether cos and sin have R columns instead of R / 2.
+        eps: Epsilon of the norm.
+        weight_offset: Number that is added to the weight.
+        inverse: Whether to rotate by the negative angle.
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if weight is not None:
         rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -43,7 +56,10 @@ def norm_rotary_bwd(
     eps: float,
     weight_offset: float,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of x [T, H, D] and weight [D], for RMSNorm and rotation."""
+    """Returns the gradients of x [T, H, D] and weight [D], for RMSNorm followed by the rotation.
+
+    dout [T, H, D] is the gradient of the result. The other arguments are those of `rotate`.
+    """
     wide_dtype = torch.promote_types(x.dtype, torch.float32)
     wide = x.to(wide_dtype)
     dy = _turn(dout.to(wide_dtype), cos, sin, positions, interleaved, full_table, True)

@@ -79,7 +79,14 @@ class BackwardStrides(NamedTuple):
 
 
 class Angles(NamedTuple):
-    """Cosines and sines for both columns of each pair, each [TOKENS, 1, BLOCK_HALF] float32."""
+    """Cosines and sines of a tile's tokens, each [TOKENS, 1, BLOCK_HALF] float32.
+
+    Attributes:
+        cos: Cosines for the first column of each pair.
+        sin: Sines for the first column of each pair.
+        cos2: Cosines for the second column of each pair.
+        sin2: Sines for the second column of each pair.
+    """
 
     cos: Any
     sin: Any
@@ -89,7 +96,10 @@ class Angles(NamedTuple):
 
 @triton.jit
 def _columns(SHAPE: tl.constexpr):
-    """Returns the first column and the second column of each pair, and a mask without padding."""
+    """Returns (first column of each pair, second column of each pair, mask of real pairs).
+
+    Each is [block_half]; pairs from `half` on are padding.
+    """
     pair = tl.arange(0, SHAPE.block_half)
     if SHAPE.interleaved:
         return 2 * pair, 2 * pair + 1, pair < SHAPE.half
@@ -141,7 +151,19 @@ def _copy_rest(
     mask,
     SHAPE: tl.constexpr,
 ):
-    """Writes the columns that are not rotated, normalised if there is a weight."""
+    """Copies the columns that are not rotated; with a norm weight, they are normalised.
+
+    Args:
+        x_ptr: Input [T, H, D].
+        out_ptr: Output [T, H, D], contiguous.
+        factor: 1 / root mean square of each head, [TOKENS, HEADS, 1]; 1 without a norm.
+        weight_ptr: Weight of the norm, [D], or None.
+        offset: Number that is added to the weight.
+        x_offsets: Offset of each head's first column in the input, [TOKENS, HEADS, 1], in elements.
+        out_offsets: Offset of each head's first column in the output, likewise.
+        mask: Which heads and tokens are not padding, [TOKENS, HEADS, 1].
+        SHAPE: Constants of the kernel.
+    """
     columns = 2 * SHAPE.half + tl.arange(0, SHAPE.block_rest)
     inside = columns < SHAPE.head_dim
     mask = mask & inside[None, None, :]
@@ -171,7 +193,24 @@ def _rotate_heads(
     SHAPE: tl.constexpr,
     INVERSE: tl.constexpr,
 ):
-    """Rotates all heads of a tile's tokens, after RMSNorm if there is a weight."""
+    """Rotates all heads of a tile's tokens, after RMSNorm if weight_ptr is not None.
+
+    Args:
+        x_ptr: Input [T, NUM_HEADS, D].
+        out_ptr: Output [T, NUM_HEADS, D], contiguous.
+        weight_ptr: Weight of the norm, [D], or None.
+        angles: Cosines and sines of the tokens, an Angles.
+        tokens: Indices of the tokens, [TOKENS] int64.
+        num_tokens: Number of tokens T.
+        stride_token: Stride of the input's tokens, in elements.
+        stride_head: Stride of the input's heads, in elements.
+        eps: Epsilon of the norm.
+        offset: Number that is added to the weight.
+        NUM_HEADS: Number of heads.
+        HEADS: NUM_HEADS rounded up to a power of two.
+        SHAPE: Constants of the kernel.
+        INVERSE: Whether to rotate by the negative angle.
+    """
     heads = tl.arange(0, HEADS)
     first, second, inside = _columns(SHAPE)
     rows = (tokens < num_tokens)[:, None, None] & (heads < NUM_HEADS)[None, :, None]
