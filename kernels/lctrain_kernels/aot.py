@@ -1,4 +1,4 @@
-"""Lists every portable Triton kernel and configuration for ahead-of-time compilation.
+"""Lists every compilation (variant) of the portable Triton kernels that CI makes ahead of time.
 
 Each operation's folder has a list of its own, `aot.py`; this module joins the lists. Compiling
 needs no GPU:

@@ -1,4 +1,4 @@
-"""Lists every Hopper kernel and tile for ahead-of-time compilation.
+"""Lists every compilation (variant) of the Hopper kernels that CI makes ahead of time.
 
 Each operation's folder has a list of its own, `aot_hopper.py`; this module joins the lists.
 Compiling needs no GPU:
@@ -21,7 +21,7 @@ def kernel_variants(
     features: tuple[str, ...] = FEATURES,
     groups: tuple[int, ...] = (1, 2, 4),
 ) -> Iterator[KernelVariant]:
-    """Yields every tile of gluon/config.py in bf16, and each plain causal kernel once in fp16.
+    """Yields the variants of all Hopper kernels: every tile in bf16, the plain causal ones in fp16.
 
     Args:
         head_dims: Head dims to compile. A pass without a Hopper kernel for a head dim is skipped.

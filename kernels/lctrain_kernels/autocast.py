@@ -1,4 +1,4 @@
-"""The dtype of torch's autocast on a device, with one for device meta, which has none."""
+"""Reads the dtype of torch's autocast, and sets one for device meta, which torch lacks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ON_META: ContextVar[torch.dtype | None] = ContextVar("autocast_on_meta", defaul
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """Returns autocast's dtype if autocast is on for a type of device, else None.
+    """Returns autocast's dtype for a type of device; None if autocast is off.
 
     Args:
         device_type: Type of a torch.device, such as "cuda".
@@ -26,7 +26,7 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 @contextmanager
 def autocast_on_meta(dtype: torch.dtype | None) -> Iterator[None]:
-    """Lets `autocast_dtype` return a dtype for device meta, inside the context.
+    """Context manager in which `autocast_dtype("meta")` returns a dtype, as if autocast were on.
 
     Args:
         dtype: The dtype; None for no autocast.

@@ -19,11 +19,12 @@ _warned: set[tuple[torch.dtype, bool]] = set()
 
 
 def _warn_of_slow_path(dtype: torch.dtype, wide: bool) -> None:
-    """Warns once per dtype that a GPU runs the PyTorch path, and why.
+    """Warns, once per dtype and reason, that attention on a GPU runs on the slow PyTorch path.
 
     Args:
         dtype: Dtype of q, k and v.
-        wide: True if the head dim is the reason, False if the dtype is."""
+        wide: True if the head dim is the reason, False if the dtype is.
+    """
     if torch.compiler.is_compiling() or (dtype, wide) in _warned:
         return
     _warned.add((dtype, wide))
@@ -47,7 +48,7 @@ def interpreting() -> bool:
 
 
 def hopper_serves(device: torch.device) -> bool:
-    """Returns whether the Hopper kernels run on a device."""
+    """Returns whether the Hopper kernels run on a device: a Hopper GPU with a supported Triton."""
     if device.type != "cuda" or not TRITON_INSTALLED:
         return False
     from lctrain_kernels.gluon.support import available

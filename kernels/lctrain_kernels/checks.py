@@ -11,7 +11,15 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Raises TypeError or ValueError unless a tensor has a dtype that attention supports."""
+    """Raises unless a tensor has a floating dtype that attention supports.
+
+    Args:
+        name: Name of the argument, for the message.
+        tensor: Tensor to check.
+
+    Raises:
+        TypeError: if the argument is not a tensor, or its dtype is not supported.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
     if tensor.dtype not in _FLOATS:
@@ -21,7 +29,10 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Checks q [T, H, D], k and v [Tk, Hk, D]: one dtype and device, H a multiple of Hk, D >= 1."""
+    """Raises unless q is [T, H, D], and k and v are [Tk, Hk, D], of one dtype and device.
+
+    H must be a multiple of Hk, and D at least 1.
+    """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_floating(name, tensor)
         if tensor.dim() != 3:

@@ -1,4 +1,7 @@
-"""Chooses the implementation of a fused operation, "triton" or "pytorch", from the registry."""
+"""Chooses the implementation of a fused operation (norm, rotary, MLP, loss): "triton" or "pytorch".
+
+The implementations are those that the registry lists.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class FusedCall(NamedTuple):
-    """Properties of a call by which an implementation of a fused operation refuses it.
+    """Properties of a call that decide whether an implementation of a fused operation supports it.
 
     Attributes:
         device: Device of the tensors.
@@ -32,11 +35,13 @@ Limit = Callable[[FusedCall], str | None]
 
 
 def triton_refuses(*limits: Limit) -> Refusal:
-    """Returns the refusal of the Triton implementation of a fused operation.
+    """Returns a function that names what a fused operation's Triton kernels do not support.
+
+    The returned function takes a FusedCall and returns text, or None if the call is supported.
 
     Args:
-        limits: Functions that name what the operation's kernels do not support in a call, beyond
-            what all fused kernels refuse; None if they support the call.
+        limits: Functions of the same kind, for limits of this operation. They are asked before the
+            limits that all fused Triton kernels have.
     """
 
     def refuses(call: FusedCall, *_: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""Makes small tensors contiguous, because kernels read their elements with stride 1."""
+"""Copies small tensors, such as boundaries and ALiBi slopes, that are not contiguous."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 def unit_stride(*vectors: Tensor | None) -> tuple[Any, ...]:
     """Returns each tensor in contiguous memory; copies only where needed.
 
-    The kernels assume stride 1 and would read an expanded or sliced vector beyond its elements.
+    The kernels assume stride 1 and would read an expanded or sliced tensor beyond its elements.
 
     Args:
         vectors: Tensors of any shape; None stays None.

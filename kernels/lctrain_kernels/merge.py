@@ -1,4 +1,7 @@
-"""merge_attn_states: merges the attention of the same queries over two disjoint sets of keys."""
+"""merge_attn_states: merges the attention of the same queries over two disjoint sets of keys.
+
+Context parallelism and split-KV decoding merge their partial results so.
+"""
 
 import torch
 from torch import Tensor
@@ -7,7 +10,9 @@ from torch import Tensor
 def merge_attn_states(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Returns the attention over both sets of keys; differentiable in all four arguments.
+    """Returns the attention over both sets of keys, from the output and lse over each set.
+
+    Both results are differentiable in all four arguments.
 
     Args:
         out_a: Attention output over the first set of keys, [T, H, D].

@@ -1,4 +1,4 @@
-"""Returns the number of multiprocessors of a device, the grid size of persistent kernels."""
+"""Counts a device's multiprocessors, for the grid size of persistent kernels."""
 
 from __future__ import annotations
 

@@ -59,7 +59,13 @@ class Attention:
 
 
 class Arguments(NamedTuple):
-    """The arguments of an operator: operands, PackTensors and AttentionOptions."""
+    """All arguments of an attention operator, grouped.
+
+    Attributes:
+        operands: Tensor inputs of the attention, such as q, k and v.
+        pack: Document boundaries and tile schedule.
+        options: Mask, scale, dropout and the other options of the call.
+    """
 
     operands: Any
     pack: PackTensors
@@ -67,10 +73,13 @@ class Arguments(NamedTuple):
 
 
 def build_operators(attention: Attention) -> Callable[..., tuple[Tensor, ...]]:
-    """Defines the forward and the backward operator of an attention.
+    """Defines the forward and the backward operator of an attention in torch.library.
+
+    Args:
+        attention: Description of the attention.
 
     Returns:
-        Function of (operands, pack, options) that calls the forward operator.
+        Function of (operands, Pack, AttentionOptions) that calls the forward operator.
     """
     nouns = (attention.operands, PackTensors, AttentionOptions)
     fields = {name: kind for noun in nouns for name, kind in get_type_hints(noun).items()}
@@ -182,7 +191,10 @@ def _is_tensor(kind: Any) -> bool:
 def _complete(
     pack: PackTensors, operands: Any, options: AttentionOptions
 ) -> PackTensors | TiledPack:
-    """Returns the pack with its tile schedule; unchanged for PyTorch, which reads no schedule."""
+    """Returns the pack with its tile schedule, which is built on the device if it is missing.
+
+    The PyTorch path reads no schedule, so for backend "pytorch" the pack is returned unchanged.
+    """
     if options.backend == "pytorch":
         return pack
     return pack.with_tiles(operands[0].shape[0], operands.v.shape[0])
@@ -194,9 +206,15 @@ def _flop_formula(
     size: int,
     count: Callable[..., int],
 ) -> Callable[..., int]:
-    """Returns the FLOP formula of an operator.
+    """Returns the function with which torch's FlopCounterMode counts the FLOP of an operator.
 
-    The formula multiplies the visible pairs of query and key by the heads and by `count`.
+    The count is visible (query, key) pairs times heads times `count(operands)`.
+
+    Args:
+        arguments: Function that groups the operator's flat arguments.
+        skipped: Number of the operator's leading arguments that `arguments` does not take.
+        size: Number of arguments that `arguments` takes.
+        count: Function from operands to the FLOP per visible pair and head.
     """
 
     def formula(*values: Any, out_val: Any = None, **_: Any) -> int:
@@ -229,9 +247,15 @@ def visible_pairs(
 
 
 def attended_pairs(pack: PackTensors, options: AttentionOptions, q: Tensor, k: Tensor) -> int:
-    """Returns the number of visible pairs of a call.
+    """Returns the number of visible (query, key) pairs of a call.
 
     For meta tensors, whose lengths are unknown, all documents count as equally long.
+
+    Args:
+        pack: Boundaries of the documents.
+        options: Options of the call, of which the window is read.
+        q: Queries [T, H, D].
+        k: Keys [Tk, Hk, D].
     """
     cu_q = pack.cu_seqlens_q
     left, right = options.window_left, options.window_right

@@ -1,4 +1,7 @@
-"""AttentionOptions: scale, mask, softcap, dropout, ALiBi and sink of a call, validated once."""
+"""AttentionOptions: scale, mask, softcap, dropout, ALiBi and sink of an attention call.
+
+`checked_options` validates a call's arguments once and returns them as one object.
+"""
 
 import math
 from collections.abc import Sequence
@@ -162,7 +165,7 @@ def resolve_seed(
 
 
 def check_dropout(dropout_p: float, dropout_seed: object) -> None:
-    """Checks 0 <= p < 1, and that the seed is an int or one int64 element."""
+    """Raises unless 0 <= dropout_p < 1, and the seed is None, an int or one int64 element."""
     if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}.")
     if isinstance(dropout_seed, Tensor):
@@ -181,7 +184,7 @@ def check_dropout(dropout_p: float, dropout_seed: object) -> None:
 
 
 def check_first_head(first_head: object) -> None:
-    """Raises unless first_head is a Python int from 0 on; a tensor would need a synchronisation."""
+    """Raises unless first_head is a Python int from 0 on; reading a tensor would synchronise."""
     if not isinstance(first_head, (int, torch.SymInt)):
         raise TypeError(
             f"first_head must be a Python int, got {type(first_head).__name__}. Pass the index of "
@@ -195,7 +198,7 @@ def check_first_head(first_head: object) -> None:
 
 
 def check_window(window_size: Sequence[int] | Tensor, device: torch.device) -> None:
-    """Checks that a window is two ints, or an int32 tensor of two on q's device."""
+    """Raises unless a window is two ints, or an int32 tensor of two elements on q's device."""
     if isinstance(window_size, Tensor):
         if window_size.shape != (2,) or window_size.dtype != torch.int32:
             raise TypeError(
@@ -224,7 +227,10 @@ def check_head_tensors(
     alibi_slopes: Tensor | None,
     learnable_sink: Tensor | None,
 ) -> None:
-    """Checks alibi_slopes [H] or [N, H] float32 and learnable_sink [H], on q's device."""
+    """Raises unless alibi_slopes is [H] or [N, H] float32 and learnable_sink [H], on q's device.
+
+    Both may be None. N is the number of documents, H the number of query heads.
+    """
     optional = {"alibi_slopes": alibi_slopes, "learnable_sink": learnable_sink}
     for name, tensor in optional.items():
         if tensor is not None and not isinstance(tensor, Tensor):
@@ -251,7 +257,7 @@ def check_head_tensors(
 
 
 def check_softcap_and_scale(softcap: float, softmax_scale: float | None) -> None:
-    """Checks that softcap >= 0 and scale > 0, both finite."""
+    """Raises unless softcap is finite and >= 0, and softmax_scale finite and > 0, or None."""
     if softcap < 0 or not softcap < math.inf:
         raise ValueError(f"softcap must be finite and >= 0 (0 turns it off), got {softcap}.")
     if softmax_scale is not None and not 0 < softmax_scale < math.inf:

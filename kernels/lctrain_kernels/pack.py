@@ -1,7 +1,7 @@
-"""Pack: boundaries, lengths, tile schedule, ids and offsets of documents, validated once per batch.
+"""Pack: boundaries, lengths, tile schedule, ids and offsets of packed documents.
 
-A Pack is built where the documents of a batch are decided, and serves every layer. `PackTensors`
-are the part of it that operators take, `TiledPack` the part that launchers take.
+A Pack is validated and built once per batch, and serves every layer. `PackTensors` holds the
+fields that torch.library operators take, `TiledPack` those that kernel launchers take.
 """
 
 import functools
@@ -22,7 +22,7 @@ from lctrain_kernels.schedule import TileSchedule, device_schedule
 
 
 class PackTensors(NamedTuple):
-    """Tensors of a Pack, which the operators take.
+    """The tensors of a Pack, which are arguments of the attention operators.
 
     N is the number of documents. `operators.build_operators` gives every operator one argument per
     field of this class.
@@ -73,7 +73,10 @@ class PackTensors(NamedTuple):
 
 
 class TiledPack(NamedTuple):
-    """PackTensors whose tiles are never None, which launchers take; the fields are the same."""
+    """The tensors of a Pack that kernel launchers take: PackTensors whose tiles are never None.
+
+    The fields are those of PackTensors.
+    """
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
@@ -84,9 +87,9 @@ class TiledPack(NamedTuple):
 
 
 class Pack(NamedTuple):
-    """The documents of packed queries and keys: everything that the attention of a batch knows.
+    """The documents of packed queries and keys: boundaries, lengths, and what is derived from them.
 
-    `checked_pack` validates and builds a Pack from a caller's arguments, `rows_pack` builds that of
+    `checked_pack` validates a caller's arguments and builds a Pack; `rows_pack` builds the Pack of
     rows of equal length. N is the number of documents.
 
     Attributes:
@@ -236,10 +239,20 @@ def checked_shared_pack(
     document_ids: Tensor | None,
     schedule: TileSchedule | None,
 ) -> Pack:
-    """Returns the checked_pack of q [T, H, D] and k [Tk, Hk, D].
+    """Checks and builds the Pack of a call whose queries and keys usually share their boundaries.
 
     Keys have the boundaries `cu_seqlens` and the longest length `max_seqlen` of the queries, unless
     cu_seqlens_k and max_seqlen_k are given. Error messages name these arguments.
+
+    Args:
+        q: Packed queries [T, H, D].
+        k: Packed keys [Tk, Hk, D].
+        cu_seqlens: Cumulative query lengths, [N + 1] int32.
+        cu_seqlens_k: Cumulative key lengths, [N + 1] int32, or None.
+        max_seqlen: Longest query length, a Python int.
+        max_seqlen_k: Longest key length, a Python int, or None.
+        document_ids: Ids of the documents for the dropout RNG, [N] int32, or None.
+        schedule: Schedule that make_schedule returned, or None.
     """
     return checked_pack(
         cu_seqlens,

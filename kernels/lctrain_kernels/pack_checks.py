@@ -1,4 +1,4 @@
-"""Checks what a caller says of packed documents. Each error message names the remedy.
+"""Checks the arguments that describe packed documents. Each error message names the remedy.
 
 Only values of CPU tensors are read, so no check synchronises with a GPU.
 """
@@ -13,9 +13,9 @@ DRAW_ROWS = 16  # queries that share draws of dropout's random bits; see referen
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, device: torch.device) -> None:
-    """Checks that cu_seqlens is [N + 1] int32 on q's device.
+    """Raises unless cu_seqlens is [N + 1] int32 on q's device.
 
-    For a CPU tensor, also checks that its values never decrease and run from 0 to `total`.
+    For a CPU tensor, its values must also never decrease and run from 0 to `total`.
     """
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(cu_seqlens).__name__}.")
@@ -46,7 +46,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, device: torch.de
 
 
 def check_max_seqlen(name: str, value: object) -> None:
-    """Raises TypeError unless the value is a Python int; a tensor would need a synchronisation."""
+    """Raises TypeError unless the length is a Python int; reading a tensor would synchronise."""
     if isinstance(value, Tensor) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(
             f"{name} must be a Python int, got {type(value).__name__}. "
@@ -55,17 +55,17 @@ def check_max_seqlen(name: str, value: object) -> None:
 
 
 def check_document_ids(document_ids: Tensor | None, documents: int, device: torch.device) -> None:
-    """Checks that document_ids is [N] int32 on q's device, or None."""
+    """Raises unless document_ids is [N] int32 on q's device, or None."""
     _check_per_document("document_ids", document_ids, documents, device)
 
 
 def check_query_offsets(
     query_offsets: Tensor | None, cu_seqlens_q: Tensor, device: torch.device
 ) -> None:
-    """Checks that query_offsets is [N] int32 on q's device, or None.
+    """Raises unless query_offsets is [N] int32 on q's device, or None.
 
-    For a CPU tensor, also checks that the offsets of documents with queries are multiples of
-    DRAW_ROWS, from 0 on.
+    For a CPU tensor, the offsets of documents with queries must also be multiples of DRAW_ROWS,
+    from 0 on.
     """
     _check_per_document("query_offsets", query_offsets, cu_seqlens_q.shape[0] - 1, device)
     if query_offsets is None or query_offsets.device.type != "cpu":
@@ -85,7 +85,7 @@ def check_query_offsets(
 def _check_per_document(
     name: str, tensor: Tensor | None, documents: int, device: torch.device
 ) -> None:
-    """Checks that a tensor is [N] int32 on q's device, or None."""
+    """Raises unless a tensor is [N] int32 on q's device, or None."""
     if tensor is None:
         return
     if not isinstance(tensor, Tensor):
@@ -103,7 +103,7 @@ def _check_per_document(
 def check_schedule(
     schedule: TileSchedule, documents: int, total_q: int, total_k: int, device: torch.device
 ) -> None:
-    """Checks that a schedule fits the number of documents and tokens, and is on q's device."""
+    """Raises unless a tile schedule fits the documents and tokens, and is on q's device."""
     if schedule.q_tiles.device != device:
         raise ValueError(
             f"schedule must be on q's device ({device}), got {schedule.q_tiles.device}. "

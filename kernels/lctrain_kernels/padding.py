@@ -81,7 +81,7 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
 
 
 def pad_head_dim(x: Tensor) -> Tensor:
-    """Pads the head dim of x [T, H, D] to a multiple of 8, and returns it with last stride 1.
+    """Pads the head dim of x [T, H, D] with zeros to a multiple of 8; the result has last stride 1.
 
     Half-precision rows then have a multiple of 16 bytes, as TMA and vector loads need.
     """

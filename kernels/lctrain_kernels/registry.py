@@ -1,4 +1,4 @@
-"""Registers the implementations of every forward and backward, and chooses one for a call."""
+"""Registers the implementations of each operation's forward and backward, and chooses one."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -37,13 +37,13 @@ _IMPLEMENTATIONS: dict[tuple[str, str], dict[str, Implementation]] = {}
 
 
 def serves_all(*_: Any) -> None:
-    """Returns None: the implementation supports every call."""
+    """Returns None for any call: the `refuses` of an implementation that supports every call."""
 
 
 def implements(
     operation: str, direction: str, backend: str, refuses: Refusal = serves_all
 ) -> Callable[[Run], Run]:
-    """Registers the decorated function as an implementation.
+    """Returns a decorator that registers a function as an implementation.
 
     Args:
         operation: Name of the operation, such as "varlen".
@@ -63,18 +63,26 @@ def implements(
 def refusals(
     operation: str, direction: str, operands: Any, options: Any, dout: Tensor | None = None
 ) -> dict[str, str | None]:
-    """Returns, per backend, what it does not support in a call; None if it supports the call."""
+    """Returns, for each backend, the first property of a call that it does not support, else None.
+
+    Args:
+        operation: Name of the operation, such as "varlen".
+        direction: FORWARD or BACKWARD.
+        operands: Tensor inputs of the call; a FusedCall for a fused operation.
+        options: Options of the call.
+        dout: Gradient of out in a backward, else None.
+    """
     found = _IMPLEMENTATIONS[operation, direction]
     return {name: one.refuses(operands, options, dout) for name, one in found.items()}
 
 
 def implementation(operation: str, direction: str, backend: str) -> Run:
-    """Returns the function of a backend that computes the forward or the backward."""
+    """Returns the function of a backend that computes an operation's forward or backward."""
     return _IMPLEMENTATIONS[operation, direction][backend].run
 
 
 def refusal_of(operation: str, backend: str, *call: Any) -> str | None:
-    """Returns what a backend does not support in one of the passes of a call, or None."""
+    """Returns what a backend does not support in the forward or the backward of a call, or None."""
     asked = None
     for direction in (FORWARD, BACKWARD):
         found = _IMPLEMENTATIONS.get((operation, direction), {}).get(backend)
@@ -90,7 +98,10 @@ def refusal_of(operation: str, backend: str, *call: Any) -> str | None:
 def choose(
     operation: str, direction: str, operands: Any, options: Any, dout: Tensor | None = None
 ) -> Implementation:
-    """Returns the first implementation that supports a call, in the order of PREFERENCES."""
+    """Returns the first implementation that supports a call, in the order of PREFERENCES.
+
+    The arguments are those of refusals.
+    """
     found = _IMPLEMENTATIONS[operation, direction]
     candidates = [found[name] for name in PREFERENCES[options.backend] if name in found]
     return next(one for one in candidates if one.refuses(operands, options, dout) is None)

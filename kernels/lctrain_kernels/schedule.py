@@ -1,6 +1,7 @@
-"""The tile schedule: the tiles of 128 queries or keys that the kernels visit, and their order.
+"""The tile schedule: which tile of 128 queries or keys each program of a kernel works on.
 
-A schedule is built once per batch from the document lengths. Every layer reuses it.
+The schedule lists the tiles of all documents of a pack, the most expensive first. It is built once
+per batch from the document lengths, and every layer reuses it.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,12 +16,14 @@ Work = Callable[[Tensor, Tensor], Tensor]  # (document, block) -> visible keys o
 
 
 class TileSchedule(NamedTuple):
-    """Tiles of SCHEDULE_ROWS rows, in the order in which programs take them.
+    """The tiles of a pack's documents, in the order in which a kernel's programs take them.
+
+    A tile is SCHEDULE_ROWS (128) consecutive queries or keys of one document.
 
     Attributes:
-        q_tiles: [n, 2] int32, (document, block of SCHEDULE_ROWS queries inside it). Document -1 is
+        q_tiles: [n, 2] int32, (document, index of the tile of queries in it). Document -1 is
             an empty slot. Tiles with the most visible keys under a causal mask come first.
-        k_tiles: [m, 2] int32, (document, block of SCHEDULE_ROWS keys inside it). The tiles of a
+        k_tiles: [m, 2] int32, (document, index of the tile of keys in it). The tiles of a
             document are adjacent; the longest document comes first.
         total_q: Number of packed queries in the documents; -1 if only the device knows it.
         total_k: Number of packed keys in the documents; -1 if only the device knows it.
@@ -127,7 +130,7 @@ def _blocks(lengths: Tensor) -> Tensor:
 
 
 def _query_work(queries: Tensor, keys: Tensor) -> Work:
-    """Returns the work by which q_tiles are ordered.
+    """Returns the work of each tile of queries, by which q_tiles are ordered.
 
     The work of a tile is the number of keys that its last query sees under a causal mask.
     """
@@ -137,7 +140,7 @@ def _query_work(queries: Tensor, keys: Tensor) -> Work:
 
 
 def _key_order(queries: Tensor) -> Work:
-    """Returns the work by which k_tiles are ordered: the length of the document in queries.
+    """Returns the number by which tiles of keys are ordered: their document's length in queries.
 
     So the tiles of a document stay together. They read the same queries, and in the Hopper kernels
     add to the same rows of dq; programs that run side by side find both in L2. Under a causal mask

@@ -1,4 +1,4 @@
-"""Describes which kernels (Hopper, portable, PyTorch) run an operation, as text and as tables."""
+"""Reports which kernels (Hopper, portable, PyTorch) run an operation, as text and as tables."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -60,9 +60,10 @@ def shapes(
     value_dim: int | None = None,
     shared_k: bool = False,
 ) -> Any:
-    """Returns the operands of an attention call with one token and one head, on the meta device.
+    """Returns meta tensors with the shapes of an attention call of one token and one head.
 
-    The arguments have the meanings of those of `serving`.
+    The result is the Operands of the operation; the arguments have the meanings of those of
+    `serving`.
     """
     x = torch.empty(1, 1, head_dim, dtype=dtype, device="meta")
     v = torch.empty(1, 1, value_dim or head_dim, dtype=dtype, device="meta")
@@ -76,9 +77,9 @@ def shapes(
 
 
 def support_matrix() -> list[tuple[str, str, str, str]]:
-    """Returns a row (operation, call, forward's backend, backward's backend) per kind of call.
+    """Returns the table of attention calls and the backends that serve them on a Hopper GPU.
 
-    The backends are those of a Hopper GPU.
+    A row is (operation, kind of call, backend of the forward, backend of the backward).
     """
     return [
         (operation, name, *_backends(operation, head_dim, options))
@@ -88,9 +89,10 @@ def support_matrix() -> list[tuple[str, str, str, str]]:
 
 
 def fused_matrix() -> list[tuple[str, ...]]:
-    """Returns a row (operation, backends of half precision, float32, float64) per fused operation.
+    """Returns the table of fused operations and the backends that backend="auto" chooses on a GPU.
 
-    The backends are those of backend="auto" on a GPU; forward and backward have the same.
+    A row is (operation, backend for half precision, for float32, for float64). Forward and backward
+    have the same backend.
     """
     calls = [*((operation, operation, 0) for operation in FUSED)]
     calls.append(("norm of 65,536 columns", "norm", 65536))

@@ -59,7 +59,7 @@ def scale_variant(dtype: str = "bf16") -> KernelVariant:
 
 
 def kernel_variants() -> Iterator[KernelVariant]:
-    """Yields the variants to compile: each pass, plain and with all options, in bf16; one in float32."""
+    """Yields the variants to compile: every pass in bf16 (plain and full), and one in float32."""
     for name in PASSES:
         yield row_pass_variant(name, everything=True)
         yield row_pass_variant(name)

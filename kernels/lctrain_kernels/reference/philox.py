@@ -1,14 +1,15 @@
 """Defines the dropout mask in PyTorch: a pure function of (seed, document, head, query i, key j).
 
 Philox-4x32 with seven rounds (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC
-2011) yields 128 bits per counter. Each attention weight takes 16 bits, so one draw serves the eight
-weights ``i in {i0, i0 + 8}``, ``j in {j0, j0 + 8, j0 + 16, j0 + 24}``. In the accumulator layout of
-NVIDIA's matrix instructions one thread holds these eight weights. So the kernels use every bit
-without moving bits between threads. The definition does not depend on the size of tiles.
+2011) yields four 32-bit words per counter. Each attention weight takes 16 bits, so one draw serves
+the eight weights ``i in {i0, i0 + 8}``, ``j in {j0, j0 + 8, j0 + 16, j0 + 24}``. In the accumulator
+layout of NVIDIA's matrix instructions one thread holds these eight weights. So the kernels use
+every bit without moving bits between threads. The definition does not depend on the size of tiles.
 
-    counter = (32-column group of j, 16-row group of i, head, document)    key = (seed low, seed
-    high) word    = 2 * bit3(i) + bit4(j)                                        half = bit3(j)
-    keep    = 16 bits >= threshold,  threshold = round(p * 65536)
+- Counter: (32-column group of j, 16-row group of i, head, document).
+- Key: (low half of the seed, high half of the seed).
+- Word of a weight: number 2 * bit3(i) + bit4(j) of the four; bit3(j) selects its half.
+- A weight is kept if its 16 bits are at least round(p * 65536).
 """
 
 import torch
