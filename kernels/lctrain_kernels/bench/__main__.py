@@ -1,4 +1,4 @@
-"""`lctrain-bench`: times lctrain's attention and other attention libraries, and writes a record.
+"""`lctrain-bench`: times lctrain's and other libraries' attention, and writes a record.
 
 lctrain-bench --check --workloads 1x32k,mix32k --peers lctrain,fa2
 """
@@ -20,7 +20,12 @@ from lctrain_kernels.bench.workloads import WORKLOADS
 
 
 def names_of(known: Mapping[str, object], what: str) -> Callable[[str], list[str]]:
-    """Returns an argparse type that reads comma-separated names from a known set."""
+    """Returns a function, for argparse, that reads comma-separated names and refuses unknown ones.
+
+    Args:
+        known: Names that are accepted, as keys.
+        what: What the names stand for, for the error message.
+    """
 
     def parse(text: str) -> list[str]:
         names = [name for name in text.split(",") if name]
@@ -42,7 +47,7 @@ def positive(text: str) -> int:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
+    """Reads the options of `lctrain-bench` from the command line, or from `arguments`."""
     parser = argparse.ArgumentParser(
         prog="lctrain-bench",
         description="Times lctrain's attention and every installed peer on one GPU.",
@@ -83,7 +88,12 @@ def default_output(record: BenchmarkRecord) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the benchmark. Returns 1 if an lctrain kernel failed, 2 if the machine cannot run it."""
+    """Runs `lctrain-bench`: times the peers, prints tables, and writes the record.
+
+    Returns:
+        The exit status: 1 if an lctrain kernel failed, 2 if the machine cannot run the benchmark,
+        otherwise 0.
+    """
     options = parse_arguments(arguments)
     if not torch.cuda.is_available():
         print(

@@ -1,4 +1,4 @@
-"""Makes the table of the balance over ranks from the record in results/balance/."""
+"""Makes the Markdown table of work per rank from the newest record in results/balance/."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BALANCE_RESULTS = Path(__file__).parent / "results" / "balance"
 
 
 def newest_balance_record(folder: Path = BALANCE_RESULTS) -> dict[str, Any] | None:
-    """Returns the newest record by its date; None without records."""
+    """Returns a folder's newest record of `lctrain-bench balance`, by date; None without one."""
     records = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     return max(records, key=lambda record: record["date"], default=None)
 

@@ -36,14 +36,14 @@ def scale_down(workload: Workload, longest: int = LONGEST, tokens: int = MOST_TO
 
 
 def check_ours(workload: Workload, device: torch.device | str) -> dict[str, ErrorRatio]:
-    """Compares the output and every gradient of lctrain with float64 and with plain PyTorch.
+    """Measures lctrain's error in the output and every gradient, on a shortened workload.
 
     Args:
         workload: Workload to check; its documents are shortened.
         device: Device of the kernel.
 
     Returns:
-        The error ratios of out, dq, dk and dv.
+        The errors of out, dq, dk and dv against float64, relative to those of plain PyTorch.
     """
     inputs = make_inputs(scale_down(workload), device)
     cu, longest = inputs.cu_seqlens, inputs.max_seqlen
@@ -70,7 +70,7 @@ def check_ours(workload: Workload, device: torch.device | str) -> dict[str, Erro
 
 
 def _dense(inputs: AttentionInputs, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Returns (out, dq, dk, dv) of plain PyTorch: a dense softmax per document, in `dtype`."""
+    """Returns (out, dq, dk, dv) of plain PyTorch in `dtype`, by one dense softmax per document."""
     parts: list[tuple[torch.Tensor, ...]] = []
     bounds = inputs.cu_seqlens.tolist()
     for document, (begin, end) in enumerate(pairwise(bounds)):

@@ -1,4 +1,4 @@
-"""Makes the table of the loss curves from the newest record in results/curves/."""
+"""Makes the Markdown table of loss curves from the newest record in results/curves/."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ CURVE_RESULTS = Path(__file__).parent / "results" / "curves"
 
 
 def newest_curves_record(folder: Path = CURVE_RESULTS) -> dict[str, Any] | None:
-    """Returns the newest record by its date; None without records."""
+    """Returns a folder's newest record of `lctrain-bench curves`, by date; None without one."""
     records = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     return max(records, key=lambda record: record["date"], default=None)
 
 
 def curves_table(record: Mapping[str, Any]) -> str:
-    """Returns a Markdown table: final losses, and on minus off beside the spread of the seeds.
+    """Returns a Markdown table of the final losses with and without each feature.
+
+    Beside the difference, the table gives the spread of the loss over seeds.
 
     Args:
         record: Record that `lctrain-bench curves` wrote.

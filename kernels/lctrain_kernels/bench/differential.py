@@ -40,7 +40,9 @@ Call = Callable[[], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class DifferentialWorkload(Workload):
-    """A pack of documents under a causal mask. `heads` counts pairs of branches.
+    """A pack of documents under a causal mask, for differential attention.
+
+    The fields of Workload apply; `heads` counts pairs of branches.
 
     Attributes:
         value_dim: Head dim Dv of the values.
@@ -106,7 +108,7 @@ class DifferentialInputs:
         return (*self.q, *self.k, self.v, self.lam)
 
     def branches(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns q1, q2, k1 and k2. In version 2 they are views, as in a model."""
+        """Returns q1, q2, k1, k2. Version 2's q1 and q2 are views of one tensor, as in a model."""
         if self.workload.version == 1:
             (q1, q2), (k1, k2) = self.q, self.k
             return q1, q2, k1, k2
@@ -119,7 +121,7 @@ def make_inputs(
     device: torch.device | str,
     dtype: torch.dtype = torch.bfloat16,
 ) -> DifferentialInputs:
-    """Draws standard normal tensors, the same ones on every call; lambda lies in (0, 1)."""
+    """Draws standard normal tensors, and lambda in (0, 1); every call draws the same numbers."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -169,7 +171,7 @@ def ours(inputs: DifferentialInputs) -> Call:
 
 
 def our_attention(inputs: DifferentialInputs) -> Attention:
-    """Returns lctrain's plain attention, run by the portable kernels."""
+    """Returns a function of (q, k, v): lctrain's plain attention, by portable kernels."""
     lengths = inputs.workload.lengths
     schedule = make_schedule(lengths).to(inputs.v.device)
     cu, longest = inputs.cu_seqlens, max(lengths)
@@ -189,7 +191,7 @@ def our_attention(inputs: DifferentialInputs) -> Attention:
 
 
 def flash_attention_4(inputs: DifferentialInputs) -> Attention:
-    """Returns FlashAttention-4's plain attention."""
+    """Returns a function of (q, k, v): plain attention by FlashAttention-4."""
     flash = importlib.import_module("flash_attn.cute").flash_attn_varlen_func
     cu, longest = inputs.cu_seqlens, max(inputs.workload.lengths)
 
@@ -210,7 +212,15 @@ def flash_attention_4(inputs: DifferentialInputs) -> Attention:
 
 
 def separate_calls(inputs: DifferentialInputs, attention: Attention) -> Call:
-    """Runs version 1 as four calls, version 2 as one call and a subtraction."""
+    """Returns a call that computes differential attention by separate calls of a plain attention.
+
+    Version 1 takes four calls (two branches, two halves of the values), version 2 one call over all
+    heads and a compiled subtraction.
+
+    Args:
+        inputs: Tensors of the workload.
+        attention: Function of (q, k, v) that computes plain attention.
+    """
     if inputs.workload.version == 1:
         q1, q2, k1, k2 = inputs.branches()
         # Contiguous halves, as a model would project them.
@@ -227,7 +237,7 @@ def _subtract(both: Tensor, lam: Tensor) -> Tensor:
 
 
 def _gradients(inputs: DifferentialInputs, outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Returns the gradient of each output: halves of grad_out, or the whole."""
+    """Returns the gradient of each output of separate_calls: grad_out, or halves of it."""
     if len(outputs) == 1:
         return [inputs.grad_out]
     halves = [half.contiguous() for half in inputs.grad_out.split(inputs.workload.head_dim, 2)]
@@ -252,7 +262,11 @@ def measure(
     timer: Timer,
     repetitions: int = 1,
 ) -> tuple[float, float]:
-    """Returns median milliseconds of a forward without a graph and of a backward through one."""
+    """Returns the median milliseconds of a forward and of a backward.
+
+    The forward is timed without an autograd graph, the backward through one graph, which is kept.
+    `prepare` is one of CONTENDERS.
+    """
     call = prepare(inputs)
     outputs = call()
     gradients = _gradients(inputs, outputs)
@@ -272,9 +286,10 @@ def measure(
 
 
 def check(workload: DifferentialWorkload, device: torch.device | str) -> dict[str, ErrorRatio]:
-    """Compares lctrain's result with float64 and with plain PyTorch on shorter documents.
+    """Measures lctrain's error against float64 over plain PyTorch's, on shortened documents.
 
-    If lambda is one number, the gradients of its copies per token and head are compared.
+    If lambda is one number, the gradients of its copies per token and
+    head are compared.
     """
     lengths = scale_down(workload).lengths
     inputs = make_inputs(replace(workload, lengths=lengths), device)
@@ -328,7 +343,7 @@ def run_workload(
     timer: Timer,
     repetitions: int = 1,
 ) -> None:
-    """Adds the results of one workload to the record."""
+    """Times contenders (keys of CONTENDERS) on one workload, and adds the results to the record."""
     record.workloads[workload.name] = asdict(workload)
     found = check(workload, device)
     ratios = {name: round(max(r.norm, r.maximum), 3) for name, r in found.items()}
@@ -362,7 +377,7 @@ def run_workload(
 
 
 def describe(record: BenchmarkRecord, workload: str) -> str:
-    """Returns lines for the terminal: times, and the speed-up of lctrain."""
+    """Returns lines for the terminal: times of one workload, and lctrain's speed-ups."""
     mine = record.find(workload, OURS)
     lines = [workload]
     for result in record.results:

@@ -57,7 +57,10 @@ def frequencies(head_dim: int, device: torch.device) -> torch.Tensor:
 
 
 def lctrain_dual_chunk(inputs: AttentionInputs, backend: str = "auto") -> Call:
-    """Returns a call of lctrain's dual chunk attention, with a schedule built beforehand."""
+    """Returns the call of lctrain's dual chunk attention that is timed.
+
+    Its tile schedule is built beforehand, as once per batch in training.
+    """
     schedule = make_schedule(inputs.workload.lengths).to(inputs.q.device)
     inv_freq = frequencies(inputs.workload.head_dim, inputs.q.device)
 
@@ -135,10 +138,12 @@ DUAL_CHUNK_PEERS = (
 def check_dual_chunk(
     workload: Workload, device: torch.device, backend: str = "triton"
 ) -> dict[str, ErrorRatio]:
-    """Compares out, dq, dk and dv with float64 and plain PyTorch, on shorter documents and chunks.
+    """Measures lctrain's errors against float64, relative to those of plain PyTorch.
+
+    The result is the error ratios of out, dq, dk and dv. Documents and chunks are shortened.
 
     Args:
-        workload: Workload to check; its documents are shortened.
+        workload: Workload to check.
         device: Device of the kernel.
         backend: Backend of the kernel.
     """

@@ -1,4 +1,4 @@
-"""The tensors of a workload, shared by every peer."""
+"""The tensors of an attention workload, which all timed libraries share."""
 
 from dataclasses import dataclass
 
@@ -38,7 +38,7 @@ class AttentionInputs:
 def make_inputs(
     workload: Workload, device: torch.device | str, dtype: torch.dtype = torch.bfloat16
 ) -> AttentionInputs:
-    """Draws standard normal tensors, the same ones on every call."""
+    """Draws the tensors of a workload: standard normal, the same numbers on every call."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(heads: int, requires_grad: bool) -> torch.Tensor:

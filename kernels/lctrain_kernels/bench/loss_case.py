@@ -38,13 +38,13 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class LossCase:
-    """Sizes of one loss.
+    """Sizes of a linear cross-entropy that is timed.
 
     Attributes:
         tokens: Number of tokens T.
         vocabulary: Number of tokens in the vocabulary V.
         hidden: Width of the hidden states E.
-        frozen: True if the head needs no gradient.
+        frozen: Whether the output embedding (head) needs no gradient.
     """
 
     tokens: int
@@ -107,7 +107,7 @@ def time_losses(
     timer: Timer,
     repetitions: int,
 ) -> list[Result]:
-    """Times contenders in turns, on the same tensors.
+    """Times forward and backward of each contender, in turns, on the same tensors.
 
     Args:
         case: Sizes of the loss.

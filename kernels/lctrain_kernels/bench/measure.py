@@ -34,9 +34,10 @@ class Timing:
 
 
 def gpu_timer(milliseconds: int) -> Timer:
-    """Returns a timer of GPU calls: the median of repeats with a cold L2 cache, in milliseconds.
+    """Returns a function that times a call on a GPU: the median of repeats, in milliseconds.
 
-    The repeats of one call take about `milliseconds` together.
+    The L2 cache is emptied before each repeat. The repeats of one call take about `milliseconds`
+    together.
     """
     from triton.testing import do_bench
 
@@ -138,7 +139,10 @@ def measure_call(
 
 
 def peak_bytes_of(step: Callable[[], object], device: torch.device) -> int | None:
-    """Returns the peak memory of a compiled step beyond its inputs, in bytes."""
+    """Returns the peak GPU memory of a step that has run before, beyond its inputs, in bytes.
+
+    Returns None on a CPU.
+    """
     step()
     if device.type != "cuda":
         return None

@@ -33,16 +33,17 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class OperationCase:
-    """An element-wise operation over rows.
+    """A fused operation over rows, with the contenders that are timed on it.
+
+    The leaves are the tensors that get a gradient: inputs, then weights.
 
     Attributes:
         name: Name on the command line, in `--operations`.
         columns: Widths of a row that are timed.
         shapes: Function from (rows, columns) to the shapes of the leaves, those of weights last.
-        main: Number of leaves whose elements count as read and written; the others are weights.
-        forward_moves: Number of tensors that a forward reads or writes once, over `main` leaves
-            together.
-        backward_moves: Number of tensors that a backward reads or writes once.
+        main: Number of leaves that are inputs. The bytes of weights are not counted.
+        forward_moves: Bytes that a forward reads and writes, in units of the mean size of an input.
+        backward_moves: Bytes that a backward reads and writes, in the same unit.
         contenders: Name -> function that returns the outputs from leaves and constants.
         constants: Function from the leaves to further arguments without gradients.
     """
@@ -57,7 +58,7 @@ class OperationCase:
     constants: Callable[[Leaves], Sequence[Tensor]] = lambda leaves: ()
 
     def leaves(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Leaves:
-        """Draws standard normal leaves, the same ones on every call."""
+        """Draws the leaves: standard normal, the same numbers on every call."""
         generator = torch.Generator(device).manual_seed(0)
         return [
             torch.randn(shape, generator=generator, device=device, dtype=dtype).requires_grad_()
@@ -65,7 +66,7 @@ class OperationCase:
         ]
 
     def moved_bytes(self, leaves: Leaves) -> tuple[float, float]:
-        """Returns the bytes that a forward and a backward move, each counted once."""
+        """Returns the bytes that a forward and a backward must read and write at least."""
         size = sum(leaf.numel() * leaf.element_size() for leaf in leaves[: self.main]) / self.main
         return self.forward_moves * size, self.backward_moves * size
 
@@ -90,7 +91,10 @@ HEADS_KV, WIDE_HEAD = 8, 128
 
 
 def _heads(rows: int, columns: int) -> list[tuple[int, ...]]:
-    """Returns the shapes of queries [1, T, Hq, D] and keys; D is 64 for 2,048 columns."""
+    """Returns the shapes of queries [1, T, Hq, D] and keys [1, T, Hk, D].
+
+    D is 64 for 2,048 columns.
+    """
     dim = 64 if columns == 2048 else min(WIDE_HEAD, columns // 2)
     return [(1, rows, columns // dim, dim), (1, rows, min(HEADS_KV, columns // dim), dim)]
 

@@ -1,4 +1,4 @@
-"""Makes the tables of the fused operations and of linear cross-entropy from a record."""
+"""Makes the Markdown tables of fused operations and of linear cross-entropy from a record."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ OPERATION_RESULTS = Path(__file__).parent / "results" / "ops"
 
 
 def operation_tables(record: BenchmarkRecord) -> str:
-    """Returns Markdown tables: shares of copy bandwidth, memory, and the times of the loss.
+    """Returns the Markdown tables of `lctrain-bench ops`.
+
+    Fused operations are given as shares of the bandwidth of a copy, and by memory; linear
+    cross-entropy by times.
 
     Args:
         record: Record that `lctrain-bench ops` wrote.
@@ -68,9 +71,9 @@ def operation_tables(record: BenchmarkRecord) -> str:
 
 
 def newest_operation_record(folder: Path = OPERATION_RESULTS) -> BenchmarkRecord | None:
-    """Returns the newest record; workloads that it lacks come from older ones of its kind.
+    """Returns the newest record of `lctrain-bench ops`; None without one.
 
-    Records are of one kind if device, versions and dtype are the same.
+    Workloads that it lacks come from older records with the same device, versions and dtype.
 
     Args:
         folder: Folder of the records.

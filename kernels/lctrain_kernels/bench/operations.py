@@ -59,7 +59,15 @@ def wall_timer(call: Callable[[], object]) -> float:
 
 
 def copy_bandwidth(device: torch.device, timer: Timer, tiny: bool) -> dict[str, float]:
-    """Returns the bytes per second, read and written, of copies by size in MiB."""
+    """Returns the bandwidth of copies on a device, by their size in MiB.
+
+    The bandwidth is in bytes per second, where read and written bytes both count.
+
+    Args:
+        device: Device of the copies.
+        timer: Function that returns the milliseconds of a call.
+        tiny: Whether to time a copy of 1 MiB only.
+    """
     found = {}
     for mebibytes in (1,) if tiny else COPY_MEBIBYTES:
         source = torch.empty(mebibytes * 2**19, dtype=torch.bfloat16, device=device)
@@ -70,7 +78,7 @@ def copy_bandwidth(device: torch.device, timer: Timer, tiny: bool) -> dict[str, 
 
 @dataclass(frozen=True)
 class Setting:
-    """Sizes and place of a measurement.
+    """Sizes, device and repetitions of a measurement.
 
     Attributes:
         rows: Number of rows.
@@ -87,7 +95,7 @@ class Setting:
     repetitions: int = 1
 
     def leaves(self, case: OperationCase, rows: int | None = None) -> Sequence[torch.Tensor]:
-        """Draws the leaves of a case; `rows` replaces the number of rows."""
+        """Draws the tensors of a case that get a gradient; `rows` replaces the number of rows."""
         return case.leaves(rows or self.rows, self.columns, self.device, self.dtype)
 
 
@@ -148,7 +156,7 @@ def _result(
 
 
 def _time(case: OperationCase, name: str, setting: Setting, timer: Timer) -> tuple[Timing, int]:
-    """Returns the times of a contender, and the bytes of its gradients."""
+    """Returns the times of a contender, and the bytes of the gradients that it returns."""
     leaves = setting.leaves(case)
     constants = case.constants(leaves)
     function = _function(case, name)
@@ -174,7 +182,7 @@ def _function(case: OperationCase, name: str) -> Callable[..., Any]:
 
 
 def _outputs(case: OperationCase, name: str, setting: Setting) -> Sequence[torch.Tensor]:
-    """Returns the outputs of one contender on the first rows, in float32."""
+    """Returns a contender's outputs on the first rows, in float32, for comparison with others."""
     leaves = setting.leaves(case, min(setting.rows, 64))
     with torch.no_grad():
         outputs = _as_tuple(_function(case, name)(*leaves, *case.constants(leaves)))
@@ -198,7 +206,7 @@ def _free(device: torch.device) -> None:
 
 
 def missing_libraries(device: torch.device) -> dict[str, str]:
-    """Returns why libraries cannot be timed, by the contender's name."""
+    """Returns contender -> reason for each library that cannot be timed on this machine."""
     found = {}
     for name, module in MODULES.items():
         try:
@@ -212,7 +220,7 @@ def missing_libraries(device: torch.device) -> dict[str, str]:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
+    """Reads the options of `lctrain-bench ops` from the command line, or from `arguments`."""
     parser = argparse.ArgumentParser(
         prog="lctrain-bench ops",
         description=__doc__,
@@ -240,7 +248,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the benchmark. Returns 1 if lctrain failed, 2 if the machine cannot run it."""
+    """Runs `lctrain-bench ops`, prints its tables, and writes the record.
+
+    Returns:
+        The exit status: 1 if lctrain failed, 2 if the machine cannot run the benchmark, otherwise
+        0.
+    """
     options = parse_arguments(arguments)
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not options.tiny:
@@ -270,7 +283,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def fill_record(
     record: BenchmarkRecord, options: argparse.Namespace, names: Sequence[str], device: torch.device
 ) -> Iterator[str]:
-    """Adds the results to the record, one operation and width after the other.
+    """Times all operations, and adds the results to the record, one operation and width at a time.
+
+    Args:
+        record: Record to which the results are added.
+        options: Options of the command line.
+        names: Contenders, among TITLES.
+        device: Device of the tensors.
 
     Yields:
         The name of each operation and width, after its results have been added.

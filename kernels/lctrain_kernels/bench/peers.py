@@ -2,7 +2,7 @@
 
 A peer is a function that takes the inputs and returns the call that is timed. The call returns the
 output [T, H, D]. Work that a training step does once per batch (a tile schedule, a block mask) is
-done before the call.
+done by the peer, before the call.
 """
 
 import functools
@@ -67,7 +67,13 @@ def _refuse_dropout(inputs: AttentionInputs) -> None:
 
 
 def lctrain(inputs: AttentionInputs, backend: str = "auto", *, deterministic: bool = False) -> Call:
-    """Returns a call of lctrain's attention, with a schedule built beforehand."""
+    """Returns the call of lctrain's attention that is timed; the tile schedule is built beforehand.
+
+    Args:
+        inputs: Tensors of the workload.
+        backend: "auto", "hopper", "triton" or "pytorch".
+        deterministic: Whether the backward must give the same bits in every run.
+    """
     q, k, v = inputs.leaves
     cu, longest = inputs.cu_seqlens, inputs.max_seqlen
     schedule = make_schedule(inputs.workload.lengths).to(q.device)
@@ -150,7 +156,10 @@ def fa4_varlen(
 
 
 def flash_attention_2(inputs: AttentionInputs) -> Call:
-    """Returns a call of PyTorch's FlashAttention-2: `varlen_attn`, or its operator for dropout."""
+    """Returns a call of the FlashAttention-2 that PyTorch contains.
+
+    The call is `varlen_attn`, or the operator below it for workloads with dropout.
+    """
     q, k, v = inputs.leaves
     cu, longest = inputs.cu_seqlens, inputs.max_seqlen
     dropout_p = inputs.workload.dropout_p
@@ -168,7 +177,7 @@ def flash_attention_4(inputs: AttentionInputs) -> Call:
 
 
 def flex_attention(inputs: AttentionInputs) -> Call:
-    """Returns a call of FlexAttention with a document mask. The block mask is built beforehand."""
+    """Returns a call of PyTorch's FlexAttention with a causal document mask, built beforehand."""
     _refuse_dropout(inputs)
     import torch._functorch.config
     from torch.nn.attention import flex_attention as flex

@@ -33,7 +33,22 @@ def attend_with_lctrain(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Computes one of the three attentions with lctrain's kernels."""
+    """Computes one of the three attentions with lctrain's kernels.
+
+    Args:
+        q: Packed queries [T, H, D].
+        k: Packed keys [Tk, Hk, D].
+        v: Packed values [Tk, Hk, D].
+        cu_q: Cumulative query lengths, [N + 1] int32.
+        cu_k: Cumulative key lengths, [N + 1] int32.
+        longest_q: Longest query length.
+        longest_k: Longest key length.
+        causal: Whether the attention is causal.
+        scale: Factor of q.k.
+
+    Returns:
+        out [T, H, D] and lse [H, T] float32.
+    """
     result = flash_attn_varlen_func(
         q,
         k,
@@ -60,7 +75,10 @@ def attend_with_torch(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Computes one of the three attentions with FlashAttention-2 in PyTorch."""
+    """Computes one of the three attentions with the FlashAttention-2 that PyTorch contains.
+
+    Arguments and results are those of attend_with_lctrain.
+    """
     result = torch.ops.aten._flash_attention_forward(
         q, k, v, cu_q, cu_k, longest_q, longest_k, 0.0, causal, False, scale=scale
     )
@@ -78,7 +96,10 @@ def attend_with_flash_attention_4(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Computes one of the three attentions with FlashAttention-4 (CuTe DSL)."""
+    """Computes one of the three attentions with FlashAttention-4 (CuTe DSL).
+
+    Arguments and results are those of attend_with_lctrain.
+    """
     from flash_attn.cute import flash_attn_varlen_func as flash_attention
 
     result = flash_attention(
@@ -204,9 +225,14 @@ def _per_chunk(
 
 
 def _chunks(bounds: list[int], length: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yields the token indices that bound every chunk.
+    """Yields, for every chunk, four token indices in the pack.
 
-    They are the begin of the document, of the chunk before and of the chunk, and the chunk's end.
+    They are the first token of the document, of the chunk before and of the chunk, and the index
+    after the chunk's last token.
+
+    Args:
+        bounds: Cumulative document lengths.
+        length: Number of tokens of a chunk.
     """
     for begin, stop in pairwise(bounds):
         for own in range(begin, stop, length):
@@ -216,7 +242,16 @@ def _chunks(bounds: list[int], length: int) -> Iterator[tuple[int, int, int, int
 def _turned(
     q: Tensor, place: Tensor, way: int, geometry: DualChunkGeometry, inv_freq: Tensor
 ) -> Tensor:
-    """Returns queries [M, H, D], rotated for keys of one of the three ranges."""
+    """Returns queries [M, H, D] rotated by RoPE for one of the three ranges of keys.
+
+    Args:
+        q: Queries [M, H, D], rotated at their position in their chunk.
+        place: Position of each query in its chunk, [M].
+        way: Range of keys: 0 for the query's own chunk, 1 for the chunk before, 2 for all earlier
+            ones.
+        geometry: Sizes of the chunks.
+        inv_freq: RoPE frequencies [D/2] float32, in radians per position.
+    """
     if way == 0:
         return q
     far = geometry.inter_position - place
@@ -228,7 +263,10 @@ def _turned(
 
 
 def _merge(outs: list[Tensor], lses: list[Tensor]) -> Tensor:
-    """Merges three outputs by detached weights from their log-sum-exps, as published."""
+    """Merges three outputs [T, H, D] by weights from their log-sum-exps [H, T], as published.
+
+    The weights are detached, so they get no gradient.
+    """
     if len(outs) == 1:
         return outs[0]
     shares = torch.softmax(torch.stack(lses), dim=0).to(outs[0].dtype)  # [ways, H, T]

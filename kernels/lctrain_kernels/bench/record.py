@@ -1,4 +1,4 @@
-"""The record of a benchmark run: one JSON file, checked when it is read."""
+"""The record of a benchmark run: a JSON file whose fields are checked when it is read."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -71,13 +71,13 @@ class BenchmarkRecord:
         return None
 
     def save(self, path: Path) -> None:
-        """Writes the JSON file and the folders above it."""
+        """Writes the record as a JSON file, and creates the folders above it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "BenchmarkRecord":
-        """Reads a file that `save` wrote.
+        """Reads a record from a JSON file that `save` wrote.
 
         Raises:
             ValueError: if the file is not such a record.

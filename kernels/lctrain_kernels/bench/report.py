@@ -58,7 +58,7 @@ def terminal_table(record: BenchmarkRecord, workload: str) -> str:
 
 
 def speedups(ours: Result, peer: Result) -> tuple[float, float]:
-    """Returns the speed-up of lctrain over a peer, of the forward and of the backward."""
+    """Returns the speed-up over a peer (forward, backward): its time over lctrain's."""
     assert ours.forward_ms
     assert ours.backward_ms
     assert peer.forward_ms
@@ -67,7 +67,7 @@ def speedups(ours: Result, peer: Result) -> tuple[float, float]:
 
 
 def markdown_tables(record: BenchmarkRecord) -> str:
-    """Returns the tables of one run: TFLOP/s, speed-ups over each peer, and peak memory."""
+    """Returns Markdown tables of one run: TFLOP/s, speed-ups over each peer, peak memory."""
     workloads = [name for name in WORKLOADS if record.find(name, OURS)]
     rivals = [name for name in PEERS if any(record.find(w, name) for w in workloads)]
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
@@ -105,9 +105,9 @@ def markdown_tables(record: BenchmarkRecord) -> str:
 
 
 def time_tables(record: BenchmarkRecord) -> str:
-    """Returns the tables of times of a run that lists its contenders in settings["titles"].
+    """Returns the Markdown tables of times of a run whose settings["titles"] names its contenders.
 
-    The first contender is lctrain.
+    The first contender is lctrain, whose speed-ups over the others are given.
     """
     titles = record.settings["titles"]
     ours, *others = titles
@@ -175,7 +175,11 @@ def newest_results(folder: Path = RESULTS) -> list[Path]:
 
 
 def readme_with_tables(readme: str, results: Sequence[Path]) -> str:
-    """Returns the page's text with the tables between its markers replaced.
+    """Returns a page's text, with the tables of plain attention between its markers replaced.
+
+    Args:
+        readme: Text of the page, Markdown.
+        results: Records whose tables are shown.
 
     Raises:
         ValueError: if the text lacks the markers.
@@ -184,7 +188,12 @@ def readme_with_tables(readme: str, results: Sequence[Path]) -> str:
 
 
 def readme_with_sections(readme: str, folder: Path = RESULTS) -> str:
-    """Returns the page's text with the tables of its SECTIONS replaced."""
+    """Returns a page's text, with the tables of dual chunk and differential attention replaced.
+
+    Args:
+        readme: Text of the page, Markdown.
+        folder: Folder of the records, with one subfolder per key of SECTIONS.
+    """
     for section in SECTIONS:
         begin, end = (f"<!-- {section} tables: {edge} -->" for edge in ("begin", "end"))
         if begin in readme:
@@ -236,7 +245,7 @@ def _between(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrites the tables of a page from result files, as the command line asks."""
+    """Rewrites the tables of a page from result files; see the module's docstring."""
     parser = argparse.ArgumentParser(
         prog="python -m lctrain_kernels.bench.report", description=main.__doc__
     )

@@ -1,4 +1,4 @@
-"""Runs the benchmark: every peer on every workload, in one process, on the same tensors."""
+"""Runs `lctrain-bench`: times every peer on every workload, in one process, on the same tensors."""
 
 import datetime
 import gc
@@ -21,7 +21,7 @@ DTYPE = torch.bfloat16
 def new_record(
     peers: Sequence[Peer], device: torch.device, repetitions: int, milliseconds: int
 ) -> BenchmarkRecord:
-    """Returns an empty record with the device, the date, the settings and the versions."""
+    """Returns a record without results, with the device, date, settings and versions."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     if torch.version.cuda:
         versions["CUDA"] = torch.version.cuda

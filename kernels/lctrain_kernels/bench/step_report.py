@@ -1,4 +1,4 @@
-"""Makes the table of whole training steps from the records in results/step/."""
+"""Makes the Markdown tables of whole training steps from the records in results/step/."""
 
 from __future__ import annotations
 
@@ -83,7 +83,10 @@ def _speed(run: Run | None) -> float | None:
 
 
 def _best(found: Sequence[Run | None]) -> str:
-    """Returns the ratio of the first run to the fastest of the others; a dash without either."""
+    """Returns the ratio of the first run's speed to that of the fastest other run, as text.
+
+    The text is a dash if the first run or all others are missing.
+    """
     others = [run for run in found[1:] if _speed(run)]
     return _ratio(found[0], max(others, key=lambda run: _speed(run) or 0.0, default=None))
 

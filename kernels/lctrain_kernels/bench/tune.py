@@ -1,4 +1,7 @@
-"""Times tile configurations of plain attention: python -m lctrain_kernels.bench.tune --help."""
+"""Times tile configurations of plain attention on a GPU, to find the best ones for the tables.
+
+The command is python -m lctrain_kernels.bench.tune; --help lists its options.
+"""
 
 import contextlib
 
@@ -85,7 +88,10 @@ CANDIDATES = {
 
 
 def parse_config(text: str) -> TileConfig:
-    """Returns the TileConfig of a text block_m,block_n,num_warps,num_stages[,pack[,registers]]."""
+    """Returns the TileConfig of a candidate on the command line.
+
+    The text is block_m,block_n,num_warps,num_stages[,pack[,max_registers]].
+    """
     block_m, block_n, num_warps, num_stages, *rest = (int(part) for part in text.split(","))
     pack = rest[0] if rest else 1
     max_registers = rest[1] if len(rest) > 1 else None
@@ -110,7 +116,7 @@ def override(operation: str, candidate: str) -> contextlib.AbstractContextManage
 
 
 class VarlenCase:
-    """The tensors of a workload, with the kernel calls to time on them."""
+    """The tensors of a workload of plain attention, and the kernel calls that are timed on them."""
 
     def __init__(
         self, workload: Workload, dropout_p: float, operation: str, device: str = "cuda"
@@ -163,7 +169,7 @@ class VarlenCase:
 
 
 def head_dim_of(workload: Workload) -> int:
-    """Returns the head dim of a workload, by which candidates are listed."""
+    """Returns the head dim of a workload; the built-in candidates are listed by head dim."""
     return workload.head_dim
 
 

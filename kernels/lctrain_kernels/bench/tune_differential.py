@@ -1,4 +1,4 @@
-"""Times tile configurations of differential attention, like tune.py for plain attention.
+"""Times tile configurations of differential attention on a GPU; tune.py does so for plain one.
 
 python -m lctrain_kernels.bench.tune_differential --output rows.json
 """
@@ -38,7 +38,7 @@ CANDIDATES = {
 
 
 class DifferentialCase:
-    """The tensors of a workload, with the portable kernel calls to time on them."""
+    """The tensors of a differential workload, and the portable kernel calls that are timed."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class DifferentialCase:
 
 
 def version_of(workload: DifferentialWorkload) -> int:
-    """Returns the version of a workload, by which candidates are listed."""
+    """Returns the version (1 or 2) of a workload, by which the candidates are listed."""
     return workload.version
 
 

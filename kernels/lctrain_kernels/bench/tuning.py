@@ -1,4 +1,4 @@
-"""Times candidate tile configurations; tune.py and tune_differential.py share this module.
+"""Times candidate tile configurations, for tune.py and tune_differential.py.
 
 Candidates are compiled in parallel and timed one by one. A candidate is reported without a time if
 it does not compile, does not fit, or gives another result than the table's configuration.
@@ -29,15 +29,17 @@ TINY_LENGTHS = (300, 20)  # compile what the real workload needs: lengths do not
 
 
 class Case(Protocol):
-    """Protocol of a workload's tensors, with the call that runs an operation on them."""
+    """Protocol of a workload's tensors with the calls of its operations."""
 
     def run(self, operation: str) -> tuple[Tensor, ...]:
-        """Runs the forward or the backward to which the operation belongs."""
+        """Runs the forward or the backward that contains an operation, such as "varlen_dq"."""
 
 
 @dataclass(frozen=True)
 class Tuner:
-    """Workloads and candidates of a tuner, and how to run them.
+    """What a tuner times: workloads, candidates, and how to run an operation with a candidate.
+
+    A candidate is a tile configuration as text.
 
     Attributes:
         workloads: Name -> workload.
@@ -62,7 +64,10 @@ class Tuner:
 
 
 def relative_difference(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
-    """Returns the largest relative norm of the differences; infinite where a result is NaN."""
+    """Returns the largest ||found - expected|| / ||expected|| over pairs of tensors.
+
+    The result is infinite if a difference is NaN.
+    """
     pairs = [(a.float(), b.float()) for a, b in zip(found, expected, strict=True)]
     differences = [float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in pairs]
     # Not `max` alone: comparisons with NaN are false, so a NaN that comes second would be lost.
@@ -122,7 +127,15 @@ def compile_candidate(
     override: Callable[[str, str], AbstractContextManager[None]],
     job: tuple[str, str, Workload, float],
 ) -> None:
-    """Compiles a candidate by running it once on a tiny pack, in a separate process."""
+    """Fills Triton's cache with a candidate's kernels, by running it once on a tiny pack.
+
+    Runs in a process of its own.
+
+    Args:
+        make_case: Tuner.make_case.
+        override: Tuner.override.
+        job: (operation, candidate, workload, dropout probability).
+    """
     operation, candidate, workload, dropout_p = job
     try:
         case = make_case(replace(workload, lengths=TINY_LENGTHS), dropout_p, operation, "cuda")
@@ -142,7 +155,9 @@ def main(
     timer: Timer | None = None,
     device: str = "cuda",
 ) -> list[dict[str, Any]]:
-    """Runs a tuner: --operations, --workloads, --dropout, --candidates, --output.
+    """Runs a tuner with the options of the command line.
+
+    The options are --operations, --workloads, --dropout, --candidates and --output.
 
     Args:
         tuner: Workloads and candidates to time.

@@ -7,7 +7,7 @@ import torch
 
 @dataclass(frozen=True)
 class Workload:
-    """A pack of documents under a causal mask.
+    """Sizes of a pack of documents, to which causal attention is applied.
 
     Attributes:
         name: Name of the workload on the command line, in `--workloads`.
