@@ -64,7 +64,13 @@ def is_nvidia(target: str) -> bool:
 
 
 def spill_bytes(target: str, compiled: triton.compiler.CompiledKernel, log: str) -> int:
-    """Returns the bytes per thread of registers that are spilled to memory."""
+    """Returns the bytes per thread that a compiled kernel spills from registers to local memory.
+
+    Args:
+        target: Target of the compilation.
+        compiled: The compiled kernel.
+        log: Output of ptxas.
+    """
     if is_nvidia(target):
         spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
         assert spills, f"ptxas reported nothing: {log!r}"
@@ -96,7 +102,8 @@ def loop_spills(code: list[tuple[int, str, str, str]]) -> list[int]:
     """Returns the number of spill instructions in each innermost loop that has wgmma products.
 
     A warp-specialised kernel has one such loop per warpgroup. A spill outside the loop costs a few
-    cycles per tile; a spill inside costs cycles for every block of keys.
+    cycles per tile; a spill inside costs cycles for every block of keys. `code` comes from
+    machine_code.
     """
     loops = []
     for end, predicate, name, operands in code:
@@ -152,7 +159,7 @@ def compile_variant(target: str, variant: KernelVariant) -> dict:
 def described(
     target: str, features: Sequence[str], head_dims: Sequence[int], groups: Sequence[int]
 ) -> Iterator[KernelVariant]:
-    """Returns the variants for a target; `groups` applies to "hopper" only."""
+    """Yields a target's variants from the ahead-of-time lists; `groups` is for "hopper" only."""
     if target == "hopper":
         from lctrain_kernels import aot_hopper as hopper_aot  # the others need no Gluon
 

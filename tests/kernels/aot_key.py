@@ -1,7 +1,8 @@
-"""Computes the key of one compilation: a hash of everything that decides the machine code.
+"""Computes the key of a variant: a hash of everything that decides its machine code.
 
-Triton's own cache key includes a kernel's line in its file, comments and docstrings. They do not
-change machine code, so this key omits them: a kernel that moves keeps its key.
+A variant is one ahead-of-time compilation of a kernel. Triton's own cache key includes a kernel's
+line in its file, comments and docstrings. They do not change machine code, so this key omits them:
+a kernel that moves keeps its key.
 """
 
 import ast

@@ -1,5 +1,6 @@
-"""Keeps the reports of ahead-of-time compilation, and renews those that are missing.
+"""Keeps a report of every ahead-of-time compilation in the repository, and renews missing ones.
 
+A report holds the registers, spills and machine code hash of one variant.
 `python -m tests.kernels.aot_process` compiles every variant without a report, on each Triton that
 `make test` unpacks, and deletes reports that belong to no variant. `--all` compiles all variants.
 """
@@ -133,7 +134,7 @@ def run(version: str, selections: Sequence[Selection], known: dict[str, dict]) -
 
 
 def kept_reports(version: str) -> dict[str, dict]:
-    """Returns the repository's reports by key; an empty dict if LCTRAIN_AOT=all."""
+    """Returns the repository's reports for a Triton version, by key; none if LCTRAIN_AOT=all."""
     file = REPORTS / f"triton-{version}.jsonl"
     if os.environ.get("LCTRAIN_AOT") == "all" or not file.is_file():
         return {}
@@ -160,7 +161,7 @@ def update(version: str, known: dict[str, dict]) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Brings the repository's reports up to date."""
+    """Compiles variants without a report, and writes their reports to the repository."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="compile what has a report, too")
     parser.add_argument("--triton", nargs="*", default=list(SELECTIONS), choices=list(SELECTIONS))

@@ -1,4 +1,4 @@
-"""Prints a hash of the assembly of every variant, without running ptxas.
+"""Prints a hash of the assembly of every ahead-of-time variant, without running ptxas.
 
 `assembly_of.py REQUEST` takes {"selections": [...]} like aot_compile.py. It uses the Triton and the
 source tree that come first on PYTHONPATH. Assembly is PTX for NVIDIA, and machine assembly for AMD.
@@ -24,7 +24,7 @@ from tests.kernels.aot_key import variant_key
 
 
 def assembly(target: str, variant: KernelVariant) -> str:
-    """Returns the compiler's assembly without comments and with a neutral kernel name."""
+    """Returns a variant's assembly as text, without comments and with a neutral kernel name."""
     source = (GluonASTSource if variant.kernel.is_gluon() else ASTSource)(
         fn=variant.kernel,
         signature=variant.signature,

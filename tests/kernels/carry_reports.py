@@ -1,4 +1,4 @@
-"""Keeps the reports of a change that leaves the assembly unchanged.
+"""Keeps the ahead-of-time reports of kernels whose source has changed but not their assembly.
 
 `python -m tests.kernels.carry_reports BASE` compares the assembly of all variants with the commit
 BASE. A variant with unchanged assembly keeps BASE's report, under its new key. `aot_process`
@@ -38,7 +38,7 @@ def carried(
 
 
 def main() -> None:
-    """Brings the reports up to date, and compiles only variants whose assembly has changed."""
+    """Brings the reports up to date; compiles only variants whose assembly has changed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", help="a commit")
     parser.add_argument("--triton", nargs="*", default=list(SELECTIONS), choices=list(SELECTIONS))

@@ -37,7 +37,7 @@ def unpack(commit: str, folder: Path) -> None:
 
 
 def kept(root: Path, version: str) -> dict[str, dict]:
-    """Returns the reports in a tree's `aot_reports/`, by key."""
+    """Returns the ahead-of-time reports that a source tree keeps for a Triton version, by key."""
     file = root / "tests" / "kernels" / "aot_reports" / f"triton-{version}.jsonl"
     if not file.is_file():
         return {}
@@ -96,7 +96,7 @@ def reports(
 
 
 def differences(base: dict[Name, dict], head: dict[Name, dict]) -> dict[Name, list[str]]:
-    """Returns the differing fields of COMPARED by variant, and variants that one side lacks."""
+    """Returns the differing fields of COMPARED, by variant; also variants that one side lacks."""
     found = {}
     for name in sorted(base.keys() | head.keys()):
         if name not in base or name not in head:

@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture
 def nan_filled_memory(monkeypatch):
-    """Fills the tensors of torch.empty with NaN, so that unwritten rows are noticed."""
+    """Fixture: torch.empty returns NaN, so that rows that a kernel does not write are noticed."""
     empty, empty_like = torch.empty, torch.empty_like
 
     def nan_filled(*args, **kwargs):
@@ -23,7 +23,7 @@ def nan_filled_memory(monkeypatch):
 
 @pytest.fixture
 def no_synchronisation(device):
-    """Returns a context manager in which synchronising with the device is an error."""
+    """Fixture: a context manager in which synchronising the host with the device is an error."""
 
     class Guard:
         def __enter__(self) -> None:

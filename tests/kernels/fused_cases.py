@@ -1,4 +1,4 @@
-"""Helpers for the tests of fused operations: backends, and the rule for errors."""
+"""Helpers for the tests of fused operations: the list of backends, and the error bound."""
 
 from collections.abc import Callable, Sequence
 
@@ -23,7 +23,9 @@ all_backends = pytest.mark.parametrize(("device", "dtype", "backend"), CASES)
 def assert_error_at_most_twice_plain(
     ours: Callable, plain: Callable, tensors: Sequence[Tensor], dtype: torch.dtype
 ) -> None:
-    """Compares results and gradients of an operation with plain PyTorch's and with float64.
+    """Asserts that an operation's error against float64 is at most twice that of plain PyTorch.
+
+    The results and the gradients of all tensors are compared.
 
     Args:
         ours: Function under test.

@@ -1,4 +1,4 @@
-"""Compares the arguments of launchers with ahead-of-time variants, without running a kernel."""
+"""Compares kernel launches with ahead-of-time variants, without running a kernel."""
 
 import torch
 from triton.runtime.jit import JITFunction, mangle_type
@@ -17,7 +17,7 @@ def types_of(argument):
 
 
 class Launches:
-    """Replaces a kernel; records the arguments of its launch."""
+    """Stand-in for a kernel that records the arguments of its launch instead of running."""
 
     def __init__(self, kernel):
         self.kernel = kernel
@@ -46,7 +46,7 @@ class Launches:
 
 
 class EachLaunch:
-    """Replaces a kernel that is launched several times; has one Launches per launch."""
+    """Stand-in for a kernel with several launches; takes an iterator with a Launches for each."""
 
     def __init__(self, launches):
         self.launches = launches
@@ -56,14 +56,14 @@ class EachLaunch:
 
 
 def pack_of(cu_seqlens, schedule, features):
-    """Returns a pack of two documents with document ids, and the query offsets of some features."""
+    """Returns a TiledPack of two documents with ids; with query offsets for "offset_dropout"."""
     ids = torch.arange(2, dtype=torch.int32)
     offsets = 128 * ids if features == "offset_dropout" else None
     return TiledPack(cu_seqlens, cu_seqlens, schedule.q_tiles, schedule.k_tiles, ids, offsets)
 
 
 def options_of(features):
-    """Returns attention options that turn the given features on."""
+    """Returns the AttentionOptions of a call with the given features, one of FEATURES."""
     dropout = features == "all" or "dropout" in features
     return AttentionOptions(
         softmax_scale=0.1,
@@ -77,7 +77,12 @@ def options_of(features):
 
 
 def launches_of(module, monkeypatch):
-    """Replaces the kernels of a module by recorders, and returns the recorders by name."""
+    """Replaces a module's kernels by Launches, and returns them by the kernels' names.
+
+    Args:
+        module: Module with launchers.
+        monkeypatch: The pytest fixture.
+    """
     if hasattr(module, "multiprocessors"):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     replaced = {}

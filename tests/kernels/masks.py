@@ -1,10 +1,10 @@
-"""Reads the dropout mask from outputs and gradients, one kernel at a time.
+"""Reads the dropout mask of each attention kernel from its outputs or gradients.
 
 With q = 0 every key has the weight 1 / Lk. Z_ij is 1 / (1 - p) where a weight is kept, otherwise 0.
 
 - Forward: with one-hot values, out[i, j] = Z_ij / Lk.
-- Kernel that owns keys: with one-hot gradients of out, dv[j, i] = Z_ij / Lk.
-- Kernel that owns queries: with one-hot keys and v.dout = 1 everywhere,
+- Kernel of dk and dv: with one-hot gradients of out, dv[j, i] = Z_ij / Lk.
+- Kernel of dq: with one-hot keys and v.dout = 1 everywhere,
   dq[i, j] = scale (Z_ij - mean_j Z_ij + dlse) / Lk. If dlse is a small positive number, this is
   positive where the weight is kept.
 """

@@ -1,4 +1,4 @@
-"""Computes one call of the public function, and its reference in dense PyTorch, by document.
+"""Computes a call of flash_attn_varlen_func, and its reference in dense PyTorch, by document.
 
 A test describes a call as a `Case`, makes its `Inputs`, and runs `attention` on any backend.
 `assert_matches_oracle` then requires at most twice plain PyTorch's error against float64.
@@ -25,7 +25,7 @@ DROPOUT_SEED = -0x1234_5678_9ABC_DEF0  # negative, and both halves of the key in
 
 @dataclass(frozen=True)
 class Case:
-    """A call on packed documents; by default full attention without further features.
+    """A call of an attention on packed documents; by default full, without further features.
 
     Attributes:
         documents: (queries, keys) of each document.
@@ -90,7 +90,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Result:
-    """Outputs and gradients; dsink is None without a sink."""
+    """Results of a call: out, lse and all gradients; dsink is None without a sink."""
 
     out: Tensor
     lse: Tensor
@@ -127,7 +127,7 @@ def cumulative(lengths: Sequence[int], device: torch.device | str) -> Tensor:
 
 
 def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
-    """Returns random inputs that are the same on every device."""
+    """Draws the tensors of a case; a seed gives the same numbers on every device."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -173,7 +173,7 @@ def frequencies(case: Case, device: torch.device | str) -> Tensor:
 
 
 def attention(case: Case, inputs: Inputs, **options: object) -> Result:
-    """Runs the case's function forward and backward; `options` override its arguments."""
+    """Runs a case's attention forward and backward; `options` override the call's arguments."""
     q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
     sink = None if inputs.sink is None else inputs.sink.detach().requires_grad_()
     dlse = inputs.dlse
@@ -361,7 +361,7 @@ def _dsink_terms(result: Result, inputs: Inputs) -> Tensor:
 
 
 def _gather(result: Result, inputs: Inputs, sample: Sequence[int]) -> Result:
-    """Returns the rows of some documents, concatenated."""
+    """Returns a Result with the rows of some documents only, one document after the other."""
     parts = [result.document(inputs, index) for index in sample]
     return Result(
         torch.cat([part.out for part in parts]),

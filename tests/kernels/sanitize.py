@@ -1,4 +1,6 @@
-"""Runs every kernel once on tiny packs, for NVIDIA's sanitizer; on a Hopper GPU Gluon kernels too.
+"""Runs every kernel once on tiny packs, under NVIDIA's compute-sanitizer.
+
+On a Hopper GPU the Gluon kernels run, too.
 
     compute-sanitizer --tool memcheck python tests/kernels/sanitize.py
     compute-sanitizer --tool racecheck python tests/kernels/sanitize.py
@@ -39,7 +41,7 @@ HOPPER_DIFFERENTIAL_NAMES = ("v1-tokens-full", "v2-window_on_device", "D20v40")
 
 
 def main() -> int:
-    """Runs forward and backward of each configuration."""
+    """Runs forward and backward of each configuration; returns the exit status."""
     results = {}
     for name in NAMES:
         case = dataclasses.replace(GPU_CASES[name], documents=DOCUMENTS, fused_qkv=False)

@@ -1,7 +1,8 @@
-"""Computes attention with dropout as ranks of context parallelism do: by queries, and by heads.
+"""Computes attention with dropout as ranks of context or tensor parallelism do.
 
-A rank holds a run of every document's queries and the keys up to the end of the run, or a slice of
-the heads. `run` computes a call; `queries_of_a_rank` and `heads_of_a_rank` select its inputs.
+A rank of context parallelism holds a run of every document's queries, and the keys up to the end of
+the run. A rank of tensor parallelism holds a slice of the heads. `run` computes a call;
+`queries_of_a_rank` and `heads_of_a_rank` select a rank's inputs.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ DROPOUT_P = 0.1
 
 @dataclass(frozen=True)
 class ShardInputs:
-    """Inputs of a rank.
+    """Inputs of one rank's attention call; also those of the call on all queries and heads.
 
     Attributes:
         queries: q, or q1 and q2, each [T, H, D].
@@ -45,7 +46,14 @@ class ShardInputs:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """Results of a rank: out, every lse, and the gradients of queries and keys."""
+    """Results of one rank's attention call.
+
+    Attributes:
+        out: Output [T, H, D].
+        lse: Log-sum-exp [H, T]; two of them for differential attention.
+        dqueries: Gradients of ShardInputs.queries.
+        dkeys: Gradients of ShardInputs.keys.
+    """
 
     out: Tensor
     lse: tuple[Tensor, ...]
@@ -62,7 +70,7 @@ def make_inputs(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> ShardInputs:
-    """Returns random inputs of the unsharded call, the same on every device."""
+    """Draws the inputs of the call on all queries and heads, the same on every device."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -82,7 +90,12 @@ def make_inputs(
 def rows_of(
     runs: Sequence[tuple[int, int]], whole: Sequence[tuple[int, int]]
 ) -> tuple[Tensor, Tensor]:
-    """Returns the indices in the unsharded pack of a rank's queries and of its keys."""
+    """Returns the indices, in the pack of all queries, of a rank's queries and of its keys, int64.
+
+    Args:
+        runs: (first query, end) of the rank's run of each document.
+        whole: (0, length) of each document.
+    """
     queries, keys, begin = [], [], 0
     for (start, stop), (_, length) in zip(runs, whole, strict=True):
         queries.append(torch.arange(begin + start, begin + stop))
@@ -92,7 +105,7 @@ def rows_of(
 
 
 def queries_of_a_rank(whole: ShardInputs, runs: Sequence[tuple[int, int]]) -> ShardInputs:
-    """Returns the inputs of the rank that holds a run of each document's queries."""
+    """Returns the inputs of the rank that holds the run `runs[i]` of the queries of document i."""
     queries, keys = (x.to(whole.dout.device) for x in rows_of(runs, whole.runs))
     return dataclasses.replace(
         whole,
@@ -105,14 +118,18 @@ def queries_of_a_rank(whole: ShardInputs, runs: Sequence[tuple[int, int]]) -> Sh
 
 
 def without_gradients_elsewhere(whole: ShardInputs, runs: Sequence[tuple[int, int]]) -> ShardInputs:
-    """Returns the unsharded inputs with zero gradients of out and lse outside a rank's queries."""
+    """Returns the inputs of the whole call, with zero gradients outside a rank's queries.
+
+    The gradients dout and dlse are set to 0 for the other queries. So the whole call has the
+    gradients that the rank computes.
+    """
     kept = torch.zeros(len(whole.dout), dtype=torch.bool, device=whole.dout.device)
     kept[rows_of(runs, whole.runs)[0].to(kept.device)] = True
     return dataclasses.replace(whole, dout=whole.dout * kept[:, None, None], dlse=whole.dlse * kept)
 
 
 def heads_of_a_rank(whole: ShardInputs, heads: slice, heads_k: slice) -> ShardInputs:
-    """Returns the inputs of the rank that holds a slice of the heads."""
+    """Returns the inputs of the rank that holds slices of the query and the key/value heads."""
     return dataclasses.replace(
         whole,
         queries=tuple(x[:, heads] for x in whole.queries),
@@ -124,7 +141,7 @@ def heads_of_a_rank(whole: ShardInputs, heads: slice, heads_k: slice) -> ShardIn
 
 
 def pack_of(inputs: ShardInputs, query_offsets: Sequence[int] | None = None) -> Pack:
-    """Returns the pack of a rank.
+    """Returns the Pack of a rank's call.
 
     Args:
         inputs: Inputs of the rank.

@@ -1,4 +1,7 @@
-"""Computes the loss's matrix products in plain PyTorch, in the shapes that the operator uses."""
+"""Computes the matrix products of linear cross-entropy in plain PyTorch, for comparison.
+
+The shapes are those of the operator's products.
+"""
 
 import torch
 from torch import Tensor
@@ -10,8 +13,8 @@ CHUNK_TOKENS = 8
 def plain_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Computes functional.linear; in float32 on a GPU in chunks of tokens, as the operator does.
 
-    cuBLAS chooses the order of additions by shape. A float32 product's error is rounding alone, so
-    two shapes can differ by more than the allowed factor of two.
+    cuBLAS chooses the order of additions by shape. The error of a float32 product is rounding
+    alone, so two shapes can differ by more than the allowed factor of two.
     """
     if hidden.dtype != torch.float32 or not hidden.is_cuda:
         return functional.linear(hidden, weight, bias)

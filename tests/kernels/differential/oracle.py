@@ -1,7 +1,8 @@
-"""Computes one call of diff_attn_varlen_func, and its reference in dense PyTorch, by document.
+"""Computes a call of diff_attn_varlen_func, and its reference in dense PyTorch, by document.
 
-Like tests/kernels/oracle.py, with two branches. The compared gradient of lambda is per token and
-head. A scalar lambda or one per head gets the sum of it, which test_differential.py checks.
+The module is like tests/kernels/oracle.py. The compared gradient of lambda is per token and head. A
+scalar lambda, or one per head, has the sum of these as its gradient, which test_differential.py
+checks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from tests.numerics import assert_error_at_most_twice
 
 @dataclass(frozen=True)
 class DifferentialCase:
-    """A call on packed documents.
+    """A call of differential attention on packed documents.
 
     Attributes:
         documents: (queries, keys) of each document.
@@ -75,7 +76,7 @@ class DifferentialInputs:
 
 @dataclass(frozen=True)
 class DifferentialResult:
-    """Outputs and gradients; dk2 is None if k is shared, dlam is [T, H]."""
+    """Results of a call: outputs, lse and gradients; dk2 is None if k is shared, dlam is [T, H]."""
 
     out: Tensor
     lse1: Tensor
@@ -114,7 +115,7 @@ class DifferentialResult:
 def make_inputs(
     case: DifferentialCase, device: torch.device | str = "cpu", seed: int = 0
 ) -> DifferentialInputs:
-    """Returns random inputs that are the same on every device."""
+    """Draws the tensors of a case; a seed gives the same numbers on every device."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -152,7 +153,7 @@ def make_inputs(
 def attention(
     case: DifferentialCase, inputs: DifferentialInputs, **options: object
 ) -> DifferentialResult:
-    """Runs the function forward and backward; `options` override the call's arguments."""
+    """Runs diff_attn_varlen_func forward and backward; `options` override the call's arguments."""
     q1, q2, k1, v, lam = (
         x.detach().requires_grad_() for x in (inputs.q1, inputs.q2, inputs.k1, inputs.v, inputs.lam)
     )

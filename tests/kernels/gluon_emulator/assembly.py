@@ -9,7 +9,7 @@ import numpy as np
 def run_on_rows(
     asm: str, constraints: str, pack: int, tensors: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
-    """Runs PTX on the registers that hold the rows of a product.
+    """Runs inline PTX on tensors, as gl.inline_asm_elementwise does, for all lanes of a warpgroup.
 
     Args:
         asm: PTX without loops; its only label is DONE.
@@ -17,6 +17,9 @@ def run_on_rows(
             "r" are pairs in half precision.
         pack: Elements of each tensor per run of the assembly.
         tensors: float32 [64, 4] or [64, N // 8, 4, 2], the shapes of softmax.py, or numbers.
+
+    Returns:
+        The outputs, in the order of the constraints.
     """
     shape = np.broadcast_shapes(*(tensor.shape for tensor in tensors))
     held = [_registers(np.broadcast_to(tensor, shape)) for tensor in tensors]
@@ -41,7 +44,7 @@ def _tensor(registers: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _run(asm: str, constraints: list[str], inputs: list[np.ndarray]) -> list[np.ndarray]:
-    """Interprets PTX on operands [warp, lane]; all lanes of a warp branch together."""
+    """Interprets PTX on operands [warp, lane]; all lanes of a warp take the same branch."""
     outputs = sum(constraint.startswith("=") for constraint in constraints)
     values = {}
     for i, (tie, x) in enumerate(zip(constraints[outputs:], inputs, strict=True)):

@@ -36,7 +36,7 @@ def _replacement(value: Any) -> Any:
 
 @functools.cache
 def _emulated(kernel: Any) -> types.FunctionType:
-    """Returns the Python function of a `gluon.jit` function, with globals of the emulator."""
+    """Returns a `gluon.jit` function as a Python function that calls the emulator."""
     source = kernel.fn
     names: dict[str, Any] = {"__builtins__": source.__globals__["__builtins__"]}
     function = types.FunctionType(
@@ -59,7 +59,10 @@ def _argument(value: Any) -> Any:
 
 
 class EmulatedKernel:
-    """Replaces a Gluon kernel: `EmulatedKernel(kernel)[grid](*arguments, **constants)`."""
+    """Stand-in for a Gluon kernel that runs it in the emulator.
+
+    A launch is `EmulatedKernel(kernel)[grid](*arguments, **constants)`, as on a GPU.
+    """
 
     def __init__(self, kernel: Any, seed: int = 0):
         self.kernel = kernel

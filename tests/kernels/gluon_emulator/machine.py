@@ -1,4 +1,7 @@
-"""Emulates warpgroups as threads that run one at a time, mbarriers, and asynchronous engines."""
+"""Emulates a GPU's warpgroups as threads that run one at a time, its barriers, and its engines.
+
+An engine is a unit that copies or multiplies asynchronously, such as TMA.
+"""
 
 import random
 import threading
@@ -15,11 +18,11 @@ _PACES = (1, 10, 100)  # how often a thread is chosen, against others
 
 
 class Deadlock(RuntimeError):
-    """Every thread waits for a barrier or an address that no thread can change."""
+    """Error: every thread waits for a barrier or an address that no thread can change."""
 
 
 class Barrier:
-    """An mbarrier: counts the arrivals and the bytes that its current phase still waits for."""
+    """An mbarrier, whose phase completes when all its arrivals and bytes have come."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -32,7 +35,10 @@ class Barrier:
         self.count = self.pending = count
 
     def change(self, arrivals: int = 0, expected: int = 0) -> None:
-        """Counts arrivals and expected bytes; negative arguments take them back."""
+        """Counts arrivals, and adds `expected` to the bytes that the phase waits for.
+
+        Bytes that have come are a negative `expected`.
+        """
         assert self.count > 0, "not initialised"
         self.pending -= arrivals
         self.bytes += expected
@@ -43,7 +49,7 @@ class Barrier:
 
 
 class NamedBarrier:
-    """A hardware barrier, which completes when the given number of threads has arrived."""
+    """A hardware named barrier, which completes when the given number of threads has arrived."""
 
     def __init__(self) -> None:
         self.came: list[Thread] = []
@@ -52,7 +58,15 @@ class NamedBarrier:
         self.rounds = 0
 
     def come(self, threads: int, count: int) -> int:
-        """Adds the current warpgroup's threads; returns the number of completed rounds."""
+        """Counts the arrival of the current warpgroup's threads.
+
+        Args:
+            threads: Number of arriving threads.
+            count: Number of threads at which the barrier completes.
+
+        Returns:
+            The number of times that the barrier had completed before.
+        """
         now = self.rounds
         assert current() not in self.came, "a warpgroup comes twice to a barrier"
         assert not self.came or count == self.count, "warpgroups differ in what a barrier counts"
@@ -78,7 +92,10 @@ class Program:
 
 
 class Operation:
-    """An action that an engine runs once: at a random moment, or when a thread waits for it."""
+    """An asynchronous copy or product, which runs once.
+
+    It runs at a random moment, or at the latest when a thread waits for it.
+    """
 
     def __init__(self, function: Callable[[], None]):
         self.function: Callable[[], None] | None = function
@@ -90,7 +107,7 @@ class Operation:
 
 
 class Thread:
-    """One warpgroup or one warp of a program."""
+    """A warpgroup or a single warp of an emulated program, and its asynchronous operations."""
 
     def __init__(
         self, machine: "Machine", program: Program, function: Callable[[], object], pace: float
@@ -123,17 +140,17 @@ class Thread:
         self.machine.next_turn()
 
     def finish_products(self, left: int) -> None:
-        """Runs pending products in order until at most `left` remain."""
+        """Runs this thread's pending products, oldest first, until at most `left` are pending."""
         while len(self.products) > left:
             self.products.pop(0)()
 
     def finish_reads(self, left: int) -> None:
-        """Runs copies from shared memory until at most `left` have not read it."""
+        """Runs this thread's copies out of shared memory, until at most `left` have not read it."""
         while len(self.reads) > left:
             self.reads.pop(0).run()
 
     def finish_writes(self, left: int) -> None:
-        """Runs copies until at most `left` are incomplete."""
+        """Runs this thread's copies to global memory, until at most `left` are incomplete."""
         while len(self.writes) > left:
             self.writes.pop(0).run()
 
@@ -183,7 +200,7 @@ class Machine:
         ]
 
     def next_turn(self) -> None:
-        """Lets a random thread run that does not wait."""
+        """Lets a random thread run, among those that do not wait."""
         self.threads = [thread for thread in self.threads if not thread.done]
         if self.error is not None:
             for thread in self.threads:
@@ -206,12 +223,12 @@ class Machine:
             self.finished.release()
 
     def copy(self) -> None:
-        """Runs one random pending copy."""
+        """Runs a random pending copy."""
         self.engine.pop(self.random.randrange(len(self.engine))).run()
         self.writes += 1
 
     def post(self, function: Callable[[], None]) -> Operation:
-        """Queues an operation for the engines."""
+        """Queues an asynchronous operation, which runs later."""
         operation = Operation(function)
         self.engine.append(operation)
         return operation
@@ -235,7 +252,7 @@ _LOCAL = threading.local()
 
 
 def current() -> Thread:
-    """Returns the running thread."""
+    """Returns the emulated thread that is running."""
     return _LOCAL.thread
 
 
@@ -251,7 +268,7 @@ def fence() -> None:
 
 
 def require_fenced(first: int, last: int) -> None:
-    """Fails if bytes that an engine reads were written without a fence."""
+    """Fails if bytes [first, last) that an engine reads were written without a fence."""
     for _, begin, end in current().program.unfenced:
         assert last <= begin or end <= first, "an engine reads a write that no fence showed"
 

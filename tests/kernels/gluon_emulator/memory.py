@@ -1,4 +1,4 @@
-"""Emulates shared memory in the layout of tiles, pointers to global memory, and descriptors."""
+"""Emulates shared memory, pointers to global memory, and TMA descriptors."""
 
 import math
 from typing import Any
@@ -39,7 +39,7 @@ class Buffer:
 
     @classmethod
     def view(cls, flat: np.ndarray, shape: Any, dtype: tl.dtype, layout: Any) -> "Buffer":
-        """Makes a buffer of a shape and layout over contiguous memory."""
+        """Returns a buffer of a shape and layout over contiguous memory, without a copy."""
         shape = tuple(int(size) for size in shape)
         width = getattr(layout, "swizzle_byte_width", 0) * 8 // dtype.primitive_bitwidth
         if width == 0:
@@ -55,7 +55,7 @@ class Buffer:
         return Buffer(self.array[int(as_value(i))], self.shape[1:], self.dtype, self.panels)
 
     def slice(self, start: Any, length: int, dim: int = 0) -> "Buffer":
-        """Returns some columns of a tile."""
+        """Returns a view of `length` columns of a tile, from column `start` on."""
         start = int(as_value(start))
         assert self.panels, "only columns of a tile"
         assert (len(self.shape), dim) == (2, 1), "only columns of a tile"
@@ -111,12 +111,12 @@ class Buffer:
         note_write(*np.lib.array_utils.byte_bounds(self.array))
 
     def show(self) -> None:
-        """Fails if an engine would read a write without a fence."""
+        """Fails if the buffer has writes without a fence, which an engine may not see."""
         require_fenced(*np.lib.array_utils.byte_bounds(self.array))
 
 
 class GlobalMemory:
-    """The storage of a CPU tensor."""
+    """The storage of a CPU tensor, read and written by element index."""
 
     def __init__(self, tensor: torch.Tensor):
         self.dtype = _TL_DTYPES[tensor.dtype]
@@ -194,7 +194,7 @@ class Pointer:
 
 
 class Descriptor:
-    """Emulates a TensorDescriptor: elements outside its shape read as zero and are not written."""
+    """Emulates a TMA descriptor: elements outside its shape read as zero and are not written."""
 
     def __init__(self, host: Any):
         self.memory = GlobalMemory(host.base)

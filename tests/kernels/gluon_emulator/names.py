@@ -1,4 +1,7 @@
-"""Implements `gl`, `tl`, `mbarrier` and the functions of compat.py for the emulator."""
+"""Implements `gl`, `tl`, `mbarrier` and the functions of compat.py for the emulator.
+
+A kernel's source sees these names instead of Triton's.
+"""
 
 import math
 import re
@@ -30,7 +33,7 @@ _ROUNDINGS = {
 
 
 class BarrierArray:
-    """An array of mbarriers; with one element it acts as that mbarrier."""
+    """An array of mbarriers in shared memory; an array of one acts as that mbarrier."""
 
     def __init__(self, barriers: list[Barrier]):
         self.barriers = barriers
@@ -94,7 +97,10 @@ def store(pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> None:
 
 
 def atomic_add(pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> Value:
-    """Adds to global memory. Adding zero is a poll; polling again waits for some write."""
+    """Adds to global memory, and returns the values before.
+
+    Adding zero is a poll: a second poll of an unchanged address waits for some thread's write.
+    """
     thread, machine = current(), current().machine
     polls = not isinstance(value, Value) and value == 0
     address = (id(pointer.memory), int(pointer.place)) if polls else None
@@ -155,7 +161,7 @@ def only_value(x: Value) -> int:
 
 
 def _red_add_v4(pointers: Pointer, left: Value, *values: Value) -> Value:
-    """Adds to four consecutive elements at each address whose `left` is positive."""
+    """Emulates red_add_v4: adds four numbers at each address where `left` is positive."""
     first = pointers.place.array
     some = np.broadcast_to(left.array > 0, first.shape)
     aligned = pointers.memory.address + first[some] * pointers.memory.flat.itemsize
@@ -344,7 +350,7 @@ def _copy_arrive(barrier: BarrierArray, increment_count: bool = True) -> None:
 
 
 class Product:
-    """The accumulator of an asynchronous product."""
+    """The accumulator of an asynchronous product, whose value is known once the product has run."""
 
     def __init__(self, pending: list, shape: tuple[int, ...]):
         self.pending = pending

@@ -41,7 +41,7 @@ def _cast(array: np.ndarray, dtype: tl.dtype) -> np.ndarray:
 
 
 def _common(x: "Value", y: "Value") -> tl.dtype:
-    """Returns the result dtype of an operation on two tensors."""
+    """Returns the dtype of the result of an operation on two tensors, by Triton's promotion."""
     for first, second in ((x.dtype, y.dtype), (y.dtype, x.dtype)):
         if first.is_floating() and not second.is_floating():
             return first
@@ -57,7 +57,7 @@ def _common(x: "Value", y: "Value") -> tl.dtype:
 
 
 class Value:
-    """A tensor, or a scalar as a tensor without dimensions."""
+    """A tensor of an emulated kernel, or a scalar as a tensor without dimensions."""
 
     def __init__(self, array: Any, dtype: tl.dtype):
         self.array = np.asarray(array, storage(dtype))
@@ -208,7 +208,7 @@ def _remainder(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def as_value(x: Any) -> Value:
-    """Converts a Python number to a kernel argument."""
+    """Converts a Python number that is a kernel argument to a Value."""
     if isinstance(x, Value):
         return x
     if isinstance(x, (bool, np.bool_)):
@@ -219,7 +219,7 @@ def as_value(x: Any) -> Value:
 
 
 def elementwise(function: Any) -> Any:
-    """Returns an elementwise function of floats that rounds to the dtype of its argument."""
+    """Returns a function that applies `function` to a Value's elements, and rounds to its dtype."""
 
     def apply(x: Any) -> Value:
         x = as_value(x)
