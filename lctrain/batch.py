@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lctrain.limits import MIN_TOKENS
+from lctrain.pluralize import pluralize
 
 if TYPE_CHECKING:
     from lctrain.kernels import TileSchedule
@@ -230,7 +231,8 @@ class PackedBatch:
 
     def __repr__(self) -> str:
         return (
-            f"PackedBatch({len(self.lengths)} documents, {self.num_tokens} tokens, longest "
+            f"PackedBatch({pluralize(len(self.lengths), 'document')}, "
+            f"{pluralize(self.num_tokens, 'token')}, longest "
             f"{self.max_seqlen}, on {self.input_ids.device})"
         )
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from lctrain.config_errors import Known, explain_config_error
+from lctrain.pluralize import pluralize
 
 EXPECTED_STATUS = 2
 """Exit status after an expected error."""
@@ -112,7 +113,7 @@ def shorten(message: str) -> str:
     if len(lines) < MOST_LINES:
         return "\n".join(lines)
     kept = lines[: MOST_LINES - 2]
-    return "\n".join([*kept, f"... and {len(lines) - len(kept)} more lines"])
+    return "\n".join([*kept, f"... and {pluralize(len(lines) - len(kept), 'more line')}"])
 
 
 def _raised_on_purpose(error: BaseException) -> bool:

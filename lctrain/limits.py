@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from lctrain.pluralize import pluralize
+
 MIN_TOKENS = 2
 """Number of tokens in the shortest row, document and context; a single token has no target."""
 OVERLONG = ("split", "truncate", "drop")
@@ -162,7 +164,8 @@ def check_warmup(warmup_steps: int | None, max_steps: int) -> None:
     """Raises ValueError if the warmup is longer than the run."""
     require(
         warmup_steps is None or max_steps <= 0 or warmup_steps <= max_steps,
-        f"optim.warmup_steps must be at most the {max_steps} steps of the run, got {warmup_steps}. "
+        f"optim.warmup_steps must be at most the {pluralize(max_steps, 'step')} of the run, got "
+        f"{warmup_steps}. "
         "Shorten the warmup or train longer.",
     )
 

@@ -21,6 +21,7 @@ from lctrain.optimizers import (
     parameters_of,
     takes_any_name,
 )
+from lctrain.pluralize import pluralize
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -222,7 +223,8 @@ def learning_rate_factor(config: OptimConfig, total_steps: int) -> Callable[[int
         warmup = round(config.warmup_fraction * total_steps)
     if warmup > total_steps:
         raise ValueError(
-            f"optim.warmup_steps must be at most the {total_steps} steps of the run, got "
+            f"optim.warmup_steps must be at most the {pluralize(total_steps, 'step')} of the run, "
+            "got "
             f"{warmup}. Shorten the warmup or train longer."
         )
     floor = config.min_learning_rate_ratio

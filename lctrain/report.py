@@ -19,6 +19,7 @@ from lctrain.distributed import Topology
 from lctrain.loggers import MetricsCSV
 from lctrain.module import LongContextModule
 from lctrain.next_command import pasteable
+from lctrain.pluralize import pluralize
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class RunReport:
     def __str__(self) -> str:
         """Returns at most ten lines for new users; report.json holds all figures."""
         lines = [
-            f"trained   {self.steps:,} steps, {_number(self.tokens_per_second, ',.0f')} tokens/s, "
+            f"trained   {pluralize(self.steps, 'step')}, {_number(self.tokens_per_second, ',.0f')} "
+            "tokens/s, "
             f"{self.peak_memory_gib:.2f} GiB of memory",
             f"loss      {_change(self.held_out_first, self.held_out_last)} on held-out text, "
             f"{_change(self.first_loss, self.last_loss)} in training (lower is better)",
@@ -160,12 +162,12 @@ def describe_rows(packing: PackingReport) -> str:
     Args:
         packing: Counts of the training rows.
     """
-    text = f"{packing.tokens:,} tokens of {packing.documents:,} documents"
+    text = f"{pluralize(packing.tokens, 'token')} of {pluralize(packing.documents, 'document')}"
     text += f", in rows that are {packing.fill:.1%} full"
     lost = {
         "cut off": packing.truncated,
         "dropped": packing.dropped,
-        "empty documents": packing.dropped_empty,
+        "empty": packing.dropped_empty,
         "unreadable": packing.dropped_unreadable,
     }
     found = [f"{number:,} {what}" for what, number in lost.items() if number]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lctrain.batch import IGNORE_INDEX, PackedBatch
 from lctrain.data import PackedDataModule
+from lctrain.pluralize import pluralize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,7 +78,7 @@ def describe(
             text = _visible(str(tokenizer.decode(ids[first:stop])))
             parts.append(_paint(text, trained[first], colour))
             first = stop
-    heading = f"--- {name}: {len(ids):,} tokens, {sum(trained):,} trained on"
+    heading = f"--- {name}: {pluralize(len(ids), 'token')}, {sum(trained):,} trained on"
     return f"{heading}\n{''.join(parts)}\n"
 
 

@@ -298,7 +298,7 @@ def test_a_run_that_has_no_steps_left(tmp_path, make_llama):
         getattr(trainer, how)(module, loader(UNEVEN), ckpt_path=path, weights_only=True)
         return trainer.global_step
 
-    with pytest.warns(UserWarning, match=r"all 2 steps of trainer\.max_steps\. Raise") as caught:
+    with pytest.warns(UserWarning, match=r"the 2 steps of trainer\.max_steps\. Raise") as caught:
         assert resume("fit", max_steps=2, max_epochs=-1) == 2
     (warning,) = (one for one in caught if "Nothing is left to train" in str(one.message))
     assert warning.filename == __file__

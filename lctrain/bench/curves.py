@@ -32,6 +32,7 @@ from lctrain.data.packing import plan_rows
 from lctrain.data.sources import StdlibSource
 from lctrain.eval.plots import INK, LINE, MUTED, new_figure
 from lctrain.optim import build_optimizer, build_scheduler
+from lctrain.pluralize import pluralize
 from lctrain_kernels.bench.__main__ import default_output, positive
 from lctrain_kernels.bench.peers import installed_version
 from lctrain_kernels.bench.run import new_record
@@ -58,7 +59,8 @@ def read_packs(count: int, max_tokens: int) -> list[PackedBatch]:
     order = np.random.default_rng(0).permutation(len(plan))[:count]
     if len(order) < count:
         raise ValueError(
-            f"the standard library must fill {count} packs of {max_tokens} tokens, got "
+            f"the standard library must fill {pluralize(count, 'pack')} of {max_tokens} tokens, "
+            "got "
             f"{len(order)}. Use fewer --steps or fewer --tokens."
         )
     return [

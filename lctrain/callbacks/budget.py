@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lctrain.distributed import Topology
 from lctrain.optim import follow_schedule, learning_rate_factor
+from lctrain.pluralize import pluralize
 from lctrain.run.folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -83,9 +84,9 @@ class StepBudget(pl.Callback):
         self._waits = True
         if Topology.of(trainer).is_first:
             log.info(
-                "The run takes %s steps, the number that it chose for its budget of time. "
+                "The run takes %s, the number that it chose for its budget of time. "
                 "trainer.budget_s=null takes trainer.max_steps instead.",
-                f"{self.max_steps:,}",
+                pluralize(self.max_steps, "step"),
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -154,8 +155,8 @@ class StepBudget(pl.Callback):
         set_max_steps(trainer, module, self.max_steps)
         if Topology.of(trainer).is_first:
             log.info(
-                "%s steps fit into the %g s of trainer.budget_s; the run takes %s.",
-                f"{fitting:,}",
+                "%s of training fit into the %g s of trainer.budget_s; the run takes %s.",
+                pluralize(fitting, "step"),
                 self.seconds,
                 f"{self.max_steps:,}",
             )

@@ -18,6 +18,7 @@ from lctrain.callbacks.routed import RoutedRounding
 from lctrain.callbacks.targets import find_target
 from lctrain.distributed import Topology
 from lctrain.distributed.sharding import through_root
+from lctrain.pluralize import pluralize
 
 LARGEST_LOGITS = 2**28  # elements; with more, the last hidden states are compared instead
 BAR_DELAY_S = 1.0  # seconds before a progress bar appears
@@ -192,7 +193,8 @@ def _check_contents(
     first = int(positions[0])
     raise IsolationError(
         f"documents of a pack mix: changing document {_name(batch, chosen)} (tokens {start} to "
-        f"{end - 1}) changed the outputs of {len(positions)} tokens of other documents by up to "
+        f"{end - 1}) changed the outputs of {pluralize(len(positions), 'token')} of other "
+        "documents by up to "
         f"{_largest(before, after, differs):.3g}, the first in "
         f"{_name(batch, _document_of(batch, first))} at token {first}. "
         "The model's attention ignores the document boundaries: patch it with "
@@ -226,9 +228,10 @@ def _check_lengths(
             continue
         raise IsolationError(
             f"a neighbour's length changes a document: document {_name(batch, index)} of "
-            f"{end - start} tokens has other outputs, by up to "
+            f"{pluralize(end - start, 'token')} has other outputs, by up to "
             f"{_largest(before, after, differs):.3g}, when the longest document of its pack has "
-            f"{changed.max_seqlen} tokens and not {batch.max_seqlen}. Rotary frequencies that "
+            f"{pluralize(changed.max_seqlen, 'token')} and not {batch.max_seqlen}. Rotary "
+            "frequencies that "
             "follow the longest document of a row (rope_type 'longrope' or 'dynamic') do this: "
             "patch the model with lctrain.patch_model(model), which finds them per document."
         )

@@ -220,8 +220,8 @@ class PackedDataModule(LightningDataModule):
         steps = full * self._accumulated or len(rows) // world_size
         if steps == 0:
             raise ValueError(
-                f"data must fill at least one row for each of {world_size} ranks, got {len(rows)} "
-                "rows. Use more data, fewer ranks, or a smaller max_tokens."
+                f"data must fill at least one row for each rank, got {len(rows)} for {world_size}. "
+                "Use more data, fewer ranks, or a smaller max_tokens."
             )
         return PackLoader(
             rows,

@@ -11,6 +11,7 @@ import numpy as np
 
 from lctrain.data.collator import PackedRows
 from lctrain.data.packing import Overlong, plan_rows
+from lctrain.pluralize import pluralize
 
 TOKENS, LABELS = "input_ids", "labels"
 
@@ -163,7 +164,8 @@ class DatasetTokens:
         got = "none" if lengths[first] < 0 else f"{lengths[first]}"
         raise ValueError(
             f"labels must have one entry per token in every document, got {got} for the "
-            f"{self.lengths[first]} tokens of document {first}. Align them as transformers does "
+            f"{pluralize(self.lengths[first], 'token')} of document {first}. Align them as "
+            "transformers does "
             "(-100 is not scored), or leave them out everywhere."
         )
 

@@ -6,6 +6,8 @@ import logging
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from lctrain.pluralize import pluralize
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -50,7 +52,7 @@ def report_faults(dataset: Dataset, on_error: str) -> Dataset:
     texts, names, messages = (table[column].filter(faulty) for column in ("text", "name", "fault"))
     shown = _one_per_file(names.to_pylist(), messages.to_pylist())
     if not pc.any(pc.greater(pc.fill_null(pc.binary_length(table["text"]), 0), 0)).as_py():
-        more = f" There are {count - 1:,} more faults." if count > 1 else ""
+        more = f" The data hold {pluralize(count - 1, 'more fault')}." if count > 1 else ""
         raise ValueError(f"{shown[0]} Nothing else could be read.{more}")
     skipped = texts.null_count
     if on_error == "raise" and skipped:

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lctrain.batch import check_max_tokens
+from lctrain.pluralize import pluralize
 
 Overlong = Literal["split", "truncate", "drop"]
 
@@ -77,8 +78,9 @@ class PackingReport:
 
     def __str__(self) -> str:
         return (
-            f"{self.rows:,} rows of {self.max_tokens:,}: {self.tokens:,} tokens of "
-            f"{self.documents:,} documents, fill {self.fill:.4f}; {self.split:,} split, "
+            f"{pluralize(self.rows, 'row')} of {self.max_tokens:,}: "
+            f"{pluralize(self.tokens, 'token')} of "
+            f"{pluralize(self.documents, 'document')}, fill {self.fill:.4f}; {self.split:,} split, "
             f"{self.truncated:,} truncated{_lost(self.truncated_tokens)}, "
             f"{self.dropped:,} dropped{_lost(self.dropped_tokens)}, "
             f"{self.dropped_empty:,} empty, {self.dropped_unreadable:,} unreadable"
@@ -90,17 +92,19 @@ class PackingReport:
     def _passkeys(self) -> str:
         if not self.passkeys:
             return ""
-        return f"; {self.passkeys:,} with a passkey ({self.passkey_tokens:,} tokens)"
+        return f"; {self.passkeys:,} with a passkey ({pluralize(self.passkey_tokens, 'token')})"
 
     def _trained(self) -> str:
         if self.trained_tokens is None:
             return ""
-        lost = f", {self.untrained:,} pieces without one left out" if self.untrained else ""
-        return f"; {self.trained_tokens:,} tokens to train on{lost}"
+        lost = (
+            f", {pluralize(self.untrained, 'piece')} without one left out" if self.untrained else ""
+        )
+        return f"; {pluralize(self.trained_tokens, 'token')} to train on{lost}"
 
 
 def _lost(tokens: int) -> str:
-    return f" ({tokens:,} tokens lost)" if tokens else ""
+    return f" ({pluralize(tokens, 'token')} lost)" if tokens else ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lctrain.data.tokenizer import tokens_around
+from lctrain.pluralize import pluralize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -207,7 +208,8 @@ class Filler:
         self._read = read
         if len(usable) == 0 or self._ends[-1] == 0:
             raise ValueError(
-                f"passkeys must be hidden in text, got {len(usable)} documents without a token. "
+                f"passkeys must be hidden in text, got {pluralize(len(usable), 'document')} "
+                "without a token. "
                 "Use more data."
             )
 

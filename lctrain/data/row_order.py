@@ -10,6 +10,7 @@ from torch.utils.data import DistributedSampler
 
 from lctrain.data.order import BALANCE_WINDOW, epoch_order
 from lctrain.distributed import Topology
+from lctrain.pluralize import pluralize
 
 
 class RowOrder(DistributedSampler[int]):
@@ -63,7 +64,8 @@ class RowOrder(DistributedSampler[int]):
         steps = len(self.rows) // ranks
         if steps == 0:
             raise ValueError(
-                f"rows must be at least one for each of {ranks} ranks, got {len(self.rows)}. Use "
+                f"rows must be at least one for each of {pluralize(ranks, 'rank')}, got "
+                f"{len(self.rows)}. Use "
                 "more data, fewer ranks, or a smaller max_tokens."
             )
         return steps

@@ -35,6 +35,7 @@ from lctrain.data.order import epoch_order
 from lctrain.data.packing import Overlong, plan_rows
 from lctrain.data.readers import Row
 from lctrain.data.tokenizing import tokenize_window
+from lctrain.pluralize import pluralize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -210,8 +211,10 @@ class StreamedRows(torch.utils.data.Dataset[PlacedBatch]):
             recent = [w for w in self._windows[:index] if w.epoch == last.epoch]
             if not any(window.rows >= self._world_size for window in recent):
                 raise ValueError(
-                    f"data must fill at least one row for each of {self._world_size} ranks in a "
-                    f"window of the stream, got {last.rows} rows. Raise data.window_bytes, or "
+                    "data must fill at least one row for each of "
+                    f"{pluralize(self._world_size, 'rank')} in a "
+                    f"window of the stream, got {pluralize(last.rows, 'row')}. Raise "
+                    "data.window_bytes, or "
                     "lower data.max_tokens."
                 )
             return Window(last.epoch + 1, 0, last.next_pieces, 0, None, 0, "")

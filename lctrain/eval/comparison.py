@@ -18,10 +18,10 @@ from lctrain.eval.extension import Extension
 from lctrain.eval.files import write_rows
 from lctrain.eval.method_words import of_methods
 from lctrain.eval.perplexity import perplexity_by_length
-from lctrain.eval.plots import count
 from lctrain.eval.row import PerplexityRow
 from lctrain.eval.table import PerplexityTable
 from lctrain.limits import check_lengths
+from lctrain.pluralize import pluralize
 
 if TYPE_CHECKING:
     from lctrain.data import TokenizedDocument
@@ -91,7 +91,8 @@ class MethodComparison:
         widths = {method: max(20, len(method) + 2) for method in self.tables}
         lines = [
             f"Perplexity by context length and method{f' of {self.name}' if self.name else ''}: "
-            f"{count(head.tokens, 'token')} of {count(head.documents, 'document')}, the same in "
+            f"{pluralize(head.tokens, 'token')} of {pluralize(head.documents, 'document')}, the "
+            "same in "
             f"every cell; window {self.window:,}",
             f"{'length':>10}" + "".join(f"{m:>{width}}" for m, width in widths.items()),
         ]

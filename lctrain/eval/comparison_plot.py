@@ -13,12 +13,12 @@ from lctrain.eval.plots import (
     LINEAR_SPAN,
     MUTED,
     RowsByLength,
-    count,
     new_figure,
     paired_interval,
     scale_lengths,
     style_axes,
 )
+from lctrain.pluralize import pluralize
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito).
 COLOURS = {
@@ -98,7 +98,8 @@ def plot_comparison(tables: Mapping[str, RowsByLength], window: int, name: str, 
     style_axes(
         axes,
         f"Reading beyond the window{of_model}",
-        f"{count(row.tokens, 'held-out token')} of {count(row.documents, 'document')}, the same "
+        f"{pluralize(row.tokens, 'held-out token')} of {pluralize(row.documents, 'document')}, the "
+        "same "
         f"everywhere; trained on texts of {window:,}",
     )
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)

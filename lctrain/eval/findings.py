@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from lctrain.eval.comparison import MethodComparison
 from lctrain.eval.retrieval import PasskeyTable
 from lctrain.eval.table import PerplexityRow
+from lctrain.pluralize import pluralize
 
 CLEAR = 3.0  # a difference above this number of standard errors is called clear
 NOTABLE = math.log(1.05)  # nats; a smaller gain (below 5 % of the perplexity) is called slight
@@ -70,7 +71,7 @@ def keys_found(table: PasskeyTable) -> str:
     hidden = table.keys * len(table.depths)
     found = [f"{method} {int(counts[-1].sum())}" for method, counts in table.found.items()]
     return (
-        f"of {hidden:,} keys hidden in texts of {_times(longest, table.window)}, found: "
+        f"of {pluralize(hidden, 'key')} hidden in texts of {_times(longest, table.window)}, found: "
         f"{', '.join(found)}"
     )
 

@@ -21,6 +21,7 @@ from lctrain.eval.runner import score_windows
 from lctrain.eval.table import PerplexityRow, PerplexityTable
 from lctrain.eval.windows import Windows, cut_windows
 from lctrain.limits import check_lengths, check_windows
+from lctrain.pluralize import pluralize
 
 if TYPE_CHECKING:
     from lctrain.data import TokenizedDocument
@@ -90,7 +91,8 @@ def perplexity_by_length(
     prefix = begin.tokens if begin.every_window else ()
     if lengths[0] < len(prefix) + MIN_TOKENS:
         raise ValueError(
-            f"lengths must be at least {len(prefix) + MIN_TOKENS} with {len(prefix)} begin tokens, "
+            f"lengths must be at least {len(prefix) + MIN_TOKENS} with "
+            f"{pluralize(len(prefix), 'begin token')}, "
             f"got {lengths[0]}. Leave it out, or set begin_token=false."
         )
     tokens, counts = _scorable(documents, min_context, prefix)
@@ -187,9 +189,10 @@ def _scorable(
     tokens = [ids if _begins(ids, begin) else np.concatenate([prefix, ids]) for ids in tokens]
     kept = [ids for ids in tokens if len(ids) > min_context]
     if not kept:
-        longest = f", the longest of {max(map(len, tokens))} tokens" if tokens else ""
+        longest = f", the longest of {pluralize(max(map(len, tokens)), 'token')}" if tokens else ""
         raise ValueError(
-            f"documents must hold one of more than {min_context} tokens, got {len(tokens)}{longest}"
+            f"documents must hold one of more than {pluralize(min_context, 'token')}, got "
+            f"{len(tokens)}{longest}"
             ". Hold out more or longer documents, or lower min_context."
         )
     return kept, np.array([len(ids) - min_context for ids in kept], dtype=np.int64)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from lctrain.eval.row import PerplexityRow
+from lctrain.pluralize import pluralize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,7 +65,7 @@ def plot_perplexity(table: RowsByLength, path: Path) -> None:
     style_axes(
         axes,
         "Perplexity by context length" + (f": {table.name}" if table.name else ""),
-        f"{count(row.tokens, 'held-out token')} of {count(row.documents, 'document')}, "
+        f"{pluralize(row.tokens, 'held-out token')} of {pluralize(row.documents, 'document')}, "
         "the same at every length",
     )
     figure.savefig(path)
@@ -164,11 +165,6 @@ def style_axes(axes: Axes, title: str, subtitle: str) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=MUTED, which="both")
-
-
-def count(number: int, noun: str) -> str:
-    """Returns a number with its noun, such as "1 document" or "2,000 documents"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _finite(value: float) -> float:

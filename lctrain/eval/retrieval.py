@@ -19,13 +19,13 @@ from lctrain.eval.extension import Extension
 from lctrain.eval.files import write_rows
 from lctrain.eval.limits import check_model
 from lctrain.eval.method_words import of_methods
-from lctrain.eval.plots import count
 from lctrain.eval.retrieval_plot import plot_retrieval
 from lctrain.eval.runner import cut, packed_kwargs, row_kwargs
 from lctrain.limits import check_lengths, check_passkeys
 from lctrain.loss import evaluation_mode
 from lctrain.loss.predictions import greedy_tokens
 from lctrain.models.frequencies import row_frequencies
+from lctrain.pluralize import pluralize
 
 FILE_STEM = "passkey_retrieval"
 DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -87,7 +87,8 @@ class PasskeyTable:
     def __str__(self) -> str:
         lines = [
             f"Passkeys found{f' by {self.name}' if self.name else ''}: "
-            f"{count(self.keys, 'key')} in each cell, window {self.window:,}; depth is the share "
+            f"{pluralize(self.keys, 'key')} in each cell, window {self.window:,}; depth is the "
+            "share "
             "of the text before the key"
         ]
         for method in self.found:

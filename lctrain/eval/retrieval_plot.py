@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from lctrain.eval.method_words import method_words
-from lctrain.eval.plots import INK, MUTED, count, new_figure
+from lctrain.eval.plots import INK, MUTED, new_figure
+from lctrain.pluralize import pluralize
 
 COLUMNS = 3
 _DARK = 0.6  # accuracy above which a cell is dark and its text white
@@ -62,7 +63,7 @@ def plot_retrieval(
         axes.set_visible(False)
     of_model = f": {name}" if name else ""
     figure.suptitle(
-        f"Passkeys found by depth and length{of_model}\n{count(keys, 'key')} in each cell; "
+        f"Passkeys found by depth and length{of_model}\n{pluralize(keys, 'key')} in each cell; "
         f"dotted: the trained window, {window:,} tokens",
         fontsize=10,
         color=INK,

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lctrain.eval.files import write_rows
-from lctrain.eval.plots import count, plot_perplexity
+from lctrain.eval.plots import plot_perplexity
 from lctrain.eval.row import PerplexityRow
+from lctrain.pluralize import pluralize
 
 FILE_STEM = "perplexity_by_length"
 
@@ -89,7 +90,7 @@ class PerplexityTable:
         head = self.rows[0]
         lines = [
             f"Perplexity by context length{f' of {self.name}' if self.name else ''}: "
-            f"{count(head.tokens, 'token')} of {count(head.documents, 'document')}, "
+            f"{pluralize(head.tokens, 'token')} of {pluralize(head.documents, 'document')}, "
             "the same at every length",
             f"{'length':>10}{'mean context':>14}{'perplexity':>20}{'loss':>18}{'gain':>20}",
         ]

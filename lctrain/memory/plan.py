@@ -16,6 +16,7 @@ from lctrain.memory.arena import aligned
 from lctrain.memory.layers import DEVICE, HOST, RECOMPUTE, LayerPolicy
 from lctrain.memory.profile import LayerBytes, Profile, profile
 from lctrain.memory.store import MOST_WAITING
+from lctrain.pluralize import pluralize
 
 GIB = 2**30
 RESERVE = GIB
@@ -249,7 +250,8 @@ def policies_of(config: MemoryConfig, layers: int) -> list[LayerPolicy]:
     for option, count in counts.items():
         require(
             count <= layers,
-            f"memory.{option} must be at most the model's {layers} layers, got {count}. Lower it.",
+            f"memory.{option} must be at most the model's {pluralize(layers, 'layer')}, got "
+            f"{count}. Lower it.",
         )
     found = []
     kept = _kept_inputs(config, layers)

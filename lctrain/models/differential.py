@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lctrain.pluralize import pluralize
+
 ORDERS = ("transformers", "unilm")
 _INITIAL_LAMBDA = 0.5  # sigmoid(0)
 Weights = TypeVar("Weights", nn.Module, dict[str, Tensor])
@@ -189,7 +191,8 @@ def _reordered(
     head_dim = layers[layer]
     if weight.shape[0] % (2 * head_dim):
         raise ValueError(
-            f"{name} must have an even number of heads of {head_dim}, got {weight.shape[0]} rows. "
+            f"{name} must have an even number of heads of {head_dim}, got "
+            f"{pluralize(weight.shape[0], 'row')}. "
             "Every head is one of a pair."
         )
     return reorder(weight.unflatten(0, (-1, head_dim))).flatten(0, 1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lctrain.models.cache import CACHE_ARGUMENTS, given_cache
 from lctrain.models.code import find_wrapper, multiplies_matrices, parameters, says
+from lctrain.pluralize import pluralize
 
 _REMEDY = (
     "Set the config's rope_parameters to a type with fixed frequencies ('yarn' or 'linear', for "
@@ -80,8 +81,10 @@ class DocumentFrequencies:
             lengths = (position_ids.amax(-1, keepdim=True) + 1).expand_as(position_ids)
         elif lengths.shape[-1] != position_ids.shape[-1]:
             raise ValueError(
-                f"rotary embeddings must be made for the {lengths.shape[-1]} tokens of the input, "
-                f"got {position_ids.shape[-1]} positions in {type(self.rotary).__name__}. {_REMEDY}"
+                f"rotary embeddings must be made for the {pluralize(lengths.shape[-1], 'token')} "
+                "of the input, "
+                f"got {pluralize(position_ids.shape[-1], 'position')} in "
+                f"{type(self.rotary).__name__}. {_REMEDY}"
             )
         with torch.no_grad():
             inv_freq = self.frequencies(lengths.to(x.device), layer_type)

@@ -47,6 +47,7 @@ from lctrain.models.positions import (
     restarting_positions,
 )
 from lctrain.models.unpadding import find_unpadded, is_packable, is_padded, row_positions, unpad
+from lctrain.pluralize import pluralize
 
 _LONGER = "Split or truncate longer ones, or choose a model with rotary embeddings."
 
@@ -249,7 +250,8 @@ class InputHook:
         covered = _covered_tokens(inputs)
         if covered is not None and covered != tokens.shape[1]:
             raise ValueError(
-                f"cu_seq_lens_q must cover the {tokens.shape[1]} tokens of the row, got boundaries "
+                f"cu_seq_lens_q must cover the {pluralize(tokens.shape[1], 'token')} of the row, "
+                "got boundaries "
                 f"for {covered}. Prompt tuning and p-tuning put virtual tokens in front of a row, "
                 "where a pack has no document: train LoRA on packs, or one document per row."
             )

@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lctrain.pluralize import pluralize
 from lctrain.warn import warn_caller
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def warn_if_ended(step: int, max_steps: int) -> None:
     require_steps(step, max_steps, "the checkpoint")
     if step == max_steps:
         warn_caller(
-            f"{NOTHING_LEFT}: the checkpoint has taken all {step} steps of trainer.max_steps. "
+            f"{NOTHING_LEFT}: the checkpoint has taken the {pluralize(step, 'step')} of "
+            "trainer.max_steps. "
             "Raise it to train on."
         )
 
@@ -68,13 +70,15 @@ def nothing_left(config: TrainerConfig, checkpoint: Path) -> str | None:
     step = int(state[STEPS_KEY])
     require_steps(step, config.max_steps, str(checkpoint))
     if step == config.max_steps:
-        return _ended(checkpoint, f"all {step} steps of trainer.max_steps", "Raise it")
+        return _ended(checkpoint, f"the {pluralize(step, 'step')} of trainer.max_steps", "Raise it")
     if config.budget_s is not None and 0 < budget_steps(state) <= step:
-        limit = f"all {budget_steps(state)} steps that the run chose for trainer.budget_s"
+        limit = (
+            f"the {pluralize(budget_steps(state), 'step')} that the run chose for trainer.budget_s"
+        )
         return _ended(checkpoint, limit, "Set trainer.budget_s=null")
     epochs = finished_epochs(state)
     if 0 <= config.max_epochs <= epochs:
-        limit = f"{epochs} epochs, and trainer.max_epochs is {config.max_epochs}"
+        limit = f"{pluralize(epochs, 'epoch')}, and trainer.max_epochs is {config.max_epochs}"
         return _ended(checkpoint, limit, "Raise it")
     if config.max_time is not None and trained_time(state) >= _duration(config.max_time):
         return _ended(checkpoint, f"the whole trainer.max_time={config.max_time}", "Raise it")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lctrain.pluralize import pluralize
+
 
 def convert_progress(checkpoint: Mapping[str, Any], then: int | None, now: int) -> None:
     """Converts Lightning's counts of micro-batches in a checkpoint, in place.
@@ -31,7 +33,8 @@ def convert_progress(checkpoint: Mapping[str, Any], then: int | None, now: int) 
         if batches > 1.25 * steps:  # with two accumulated packs, at least 1.5 batches per step
             raise ValueError(
                 "the checkpoint must be of a run that does not accumulate, or of this version of "
-                f"lctrain, got {batches} batches in {steps} optimizer steps of an older version, "
+                f"lctrain, got {batches} batches in {pluralize(steps, 'optimizer step')} of an "
+                "older version, "
                 "which orders rows in another way. Start a new run without ckpt_path."
             )
         return

@@ -110,7 +110,7 @@ def test_options_of_packing():
         ),
         (
             [{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [1]}],
-            "got none for the 1 tokens of document 1",
+            "got none for the 1 token of document 1",
         ),
     ],
 )
@@ -123,7 +123,7 @@ def test_wrong_columns():
     with pytest.raises(ValueError, match=r"must have the column 'input_ids', got 'text'\. Tokeniz"):
         pack(arrow([{"text": "x"}]), max_tokens=8)
     null = arrow([{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [1], "labels": None}])
-    with pytest.raises(ValueError, match="got none for the 1 tokens of document 1"):
+    with pytest.raises(ValueError, match="got none for the 1 token of document 1"):
         pack(null, max_tokens=8)
 
 

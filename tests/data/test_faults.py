@@ -204,7 +204,9 @@ def test_nested_fields_and_nulls_on_the_way(write, read, tmp_path):
 
 def test_nothing_to_read_at_all_names_the_first_fault(write, read):
     files = [write("a.jsonl", '{"body": 1}\n{"body": 2}'), write("b.jsonl", "")]
-    with pytest.raises(ValueError, match=r"a\.jsonl:1: .*Set data\.field.*There are 2 more faults"):
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl:1: .*Set data\.field.*The data hold 2 more faults"
+    ):
         read(JsonlSource(files=files))
 
 

@@ -114,7 +114,7 @@ def test_filler_leaves_begin_tokens_out():
 
 
 def test_no_filler_is_an_error():
-    with pytest.raises(ValueError, match="passkeys must be hidden in text, got 1 documents"):
+    with pytest.raises(ValueError, match="passkeys must be hidden in text, got 1 document without"):
         Filler.of([np.array([99])])
 
 

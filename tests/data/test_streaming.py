@@ -286,7 +286,7 @@ def test_what_a_stream_cannot_do_is_named(stream, tmp_path):
         config(*OVERRIDES, "trainer.max_epochs=1", "trainer.max_steps=-1", output_dir=tmp_path)
     stream(records=3)
     small = module(tmp_path, world_size=10_000)
-    with pytest.raises(ValueError, match=r"at least one row for each of 10000 ranks in a window"):
+    with pytest.raises(ValueError, match=r"at least one row for each of 10,000 ranks in a window"):
         next(iter(small.train_dataloader()))
 
 

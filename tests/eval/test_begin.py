@@ -134,7 +134,7 @@ def test_documents_without_the_token_get_it(model):
 
 
 def test_a_length_must_hold_more_than_the_token(model):
-    with pytest.raises(ValueError, match="lengths must be at least 3 with 1 begin tokens, got 2"):
+    with pytest.raises(ValueError, match="lengths must be at least 3 with 1 begin token, got 2"):
         perplexity_by_length(
             model, documents(True), [2], max_tokens=64, begin=BeginTokens((BEGIN,))
         )

@@ -221,7 +221,7 @@ def test_bad_input_is_an_error_that_names_it(change, message, make_llama, docume
 
 
 def test_no_documents_is_an_error(make_llama) -> None:
-    with pytest.raises(ValueError, match=r"more than 1 tokens, got 0. Hold out"):
+    with pytest.raises(ValueError, match=r"more than 1 token, got 0. Hold out"):
         perplexity_by_length(make_llama(), [], [8], max_tokens=64)
 
 

@@ -47,6 +47,7 @@ LEVELS = {
     "lctrain.config_errors": 2,
     "lctrain.dropout_seed": 3,
     "lctrain.limits": 1,
+    "lctrain.pluralize": 0,
     "lctrain.warn": 1,
     "lctrain.flops": 3,
     "lctrain.local_paths": 2,

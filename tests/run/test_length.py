@@ -37,12 +37,12 @@ def checkpoints(tmp_path_factory):
 @pytest.mark.parametrize(
     ("step", "settings", "limit"),
     [
-        (10, {"max_steps": 10}, r"all 10 steps of trainer.max_steps\. .* Raise it to train on"),
-        (7, {"max_steps": 7}, "all 7 steps"),
+        (10, {"max_steps": 10}, r"the 10 steps of trainer.max_steps\. .* Raise it to train on"),
+        (7, {"max_steps": 7}, "the 7 steps"),
         (7, {"max_steps": 8}, None),
         (10, {"max_steps": -1, "max_epochs": 2}, r"2 epochs, and trainer.max_epochs is 2\."),
-        (7, {"max_epochs": 1}, r"1 epochs, and trainer.max_epochs is 1\."),
-        (5, {"max_epochs": 1}, r"1 epochs, and trainer.max_epochs is 1\."),
+        (7, {"max_epochs": 1}, r"1 epoch, and trainer.max_epochs is 1\."),
+        (5, {"max_epochs": 1}, r"1 epoch, and trainer.max_epochs is 1\."),
         (4, {"max_epochs": 1}, None),
         (9, {"max_epochs": 2}, None),
         (10, {"max_epochs": 3}, None),

@@ -137,7 +137,7 @@ def test_a_resumed_run_names_its_folder_and_says_that_nothing_is_left(
     text = printed.out + printed.err
     assert f"The run goes on in {folder}\n" in text
     assert "The run writes to" not in text
-    assert "step-00000002.ckpt has taken all 2 steps of trainer.max_steps." in text
+    assert "step-00000002.ckpt has taken the 2 steps of trainer.max_steps." in text
     assert command(monkeypatch, *arguments, "trainer.max_steps=1", "ckpt_path=last") == 2
     assert "trainer.max_steps must be at least 2, the steps that" in capfd.readouterr().err
     assert [*(tmp_path / "default").iterdir()] == [folder]

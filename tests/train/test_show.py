@@ -31,7 +31,7 @@ def test_conversations_are_printed_and_nothing_is_trained(tmp_path, monkeypatch,
     assert printed.count("--- ") == 2
     assert printed.count("<|im_start|>user\nIs ") == 2
     assert printed.count("<|im_start|>assistant\n⟦Yes.<|im_end|>⟧\n") + printed.count("⟦No.") == 2
-    assert "⟦trained on⟧; training rows: 1 rows of" in printed
+    assert "⟦trained on⟧; training rows: 1 row of" in printed
     assert "tokens to train on" in printed
     assert not [*tmp_path.rglob("*.ckpt"), *tmp_path.rglob("run.json")]
 

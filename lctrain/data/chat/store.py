@@ -10,6 +10,7 @@ import numpy as np
 from lctrain.batch import IGNORE_INDEX
 from lctrain.data.documents import TokenStore
 from lctrain.data.faults import warn_once
+from lctrain.pluralize import pluralize
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -111,17 +112,18 @@ class ChatStore:
         if count and on_error == "raise":
             raise ValueError(self.faults[0])
         if count and not len(self) and not may_be_empty:
-            more = f" There are {count - 1:,} more faults." if count > 1 else ""
+            more = f" The data hold {pluralize(count - 1, 'more fault')}." if count > 1 else ""
             raise ValueError(f"{self.faults[0]} Nothing else could be used.{more}")
         if count:
             warn_once(
-                f"{count:,} of {count + len(self):,} conversations could not be used "
+                f"{count:,} of {pluralize(count + len(self), 'conversation')} could not be used "
                 f"(data.on_error=raise stops at the first):{_listed(self.faults)}"
             )
         if self.lost:
             warn_once(
-                f"The chat template leaves out parts of {len(self.lost):,} of {len(self):,} "
-                "conversations. To train on them, name another template as data.chat_template:"
+                f"The chat template leaves out parts of {len(self.lost):,} of "
+                f"{pluralize(len(self), 'conversation')}. To train on them, name another template "
+                "as data.chat_template:"
                 f"{_listed(self.lost)}"
             )
 
