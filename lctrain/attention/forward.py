@@ -33,7 +33,7 @@ Spec = TypeVar("Spec", bound=AttentionSpec)
 
 
 def spec_of(module: nn.Module, kind: type[Spec]) -> Spec | None:
-    """Returns the spec of an attention layer if the spec is an instance of `kind`, else None.
+    """Returns the AttentionSpec of a layer if it is an instance of `kind`, else None.
 
     A layer can carry a spec of another class: `set_attn_implementation` changes the attention of a
     model and leaves the specs of its layers.

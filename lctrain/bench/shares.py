@@ -1,12 +1,13 @@
-"""`lctrain-bench shares`: measures on one GPU what can be known of several GPUs before having them.
+"""`lctrain-bench shares`: estimates on one GPU how well several GPUs would share a document.
 
     lctrain-bench shares           # one GPU
     lctrain-bench shares --tiny    # a trial on a CPU
 
-- Attention, forward and backward, of every rank's share of one document, one share after the other,
-  with exchanged heads and with gathered keys. Nothing is exchanged. Efficiency is (whole / ranks) /
-  (slowest share): what uneven shares and shorter calls of the kernels leave of a perfect division.
-- Training steps with FSDP2 on one rank, against the same steps without.
+- Attention, forward and backward: the share of one document that each rank would compute is timed,
+  one rank after the other, with exchanged heads and with gathered keys. There is no communication.
+  The efficiency is (seconds of the whole document / ranks) / (seconds of the slowest share). It is
+  below 1 because shares are uneven, and because kernels are less efficient on short calls.
+- Training steps with FSDP2 on one rank, compared with the same steps without FSDP2.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ def share_call(
     """Returns a function that runs forward and backward of a rank's share of one document.
 
     Args:
-        tokens: Tokens of the document.
+        tokens: Number of tokens of the document.
         size: Number of ranks.
-        heads: Number of ranks of a heads group; see ContextShard.
+        heads: Number of ranks in a heads group; see ContextShard.
         rank: The rank.
         dropout_p: Probability of dropping an attention weight.
         device: Device of the tensors, which are bfloat16 on a GPU and float32 on a CPU.
@@ -83,10 +84,10 @@ def share_call(
 def time_shares(
     tokens: int, size: int, rounds: int, dropout_p: float, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Times the whole document and every share in turn, and returns a row per exchange.
+    """Times a whole document and every rank's share of it; returns a row per way to exchange.
 
     Every round runs the whole document and then all shares once, so that a change of the GPU's
-    clock meets all of them. A time is the median over rounds.
+    clock affects all of them. A time is the median over rounds.
     """
     names = [name for name in EXCHANGES if name == "keys" or KEY_HEADS % size == 0]
     layouts = {("whole", 0): (1, 1)}

@@ -111,7 +111,7 @@ class StepProcess:
 
 
 def settings_of(options: argparse.Namespace) -> list[tuple[str, str, str]]:
-    """Returns the measured combinations of shape, workload and checkpointing, in order."""
+    """Returns the combinations (shape, workload, checkpointing) to measure, in order."""
     return [
         (shape, workload, checkpointing)
         for shape in options.shapes
@@ -149,7 +149,7 @@ def make_job(
 
 
 def combine(turns: Turns, tokens: int) -> dict[str, Any]:
-    """Combines the rounds of one contender on one setting into a result.
+    """Combines all rounds of one contender on one setting into one result, with medians.
 
     Args:
         turns: Answers of the contender's process, one per round.

@@ -84,19 +84,19 @@ class Patching(pl.Callback):
         self._configure_model = Override(pl_module, "configure_model", make)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Logs what was swapped in the models, which are on their device by now."""
+        """Logs which modules of the models were replaced; the models are on their device now."""
         self._tell(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Logs what was swapped in the models, unless it is logged already."""
+        """Logs which modules of the models were replaced, unless it is logged already."""
         self._tell(trainer)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Logs what was swapped in the models, unless it is logged already."""
+        """Logs which modules of the models were replaced, unless it is logged already."""
         self._tell(trainer)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Logs what was swapped in the models, unless it is logged already."""
+        """Logs which modules of the models were replaced, unless it is logged already."""
         self._tell(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -173,7 +173,7 @@ class Patching(pl.Callback):
                     )
 
     def _tell(self, trainer: pl.Trainer) -> None:
-        """Logs what was swapped, and adds it to the loggers' hyperparameters, once per run."""
+        """Logs which modules were replaced, also to the loggers, once per run."""
         if self._told or not self.patches.handles:
             return
         self._told = True

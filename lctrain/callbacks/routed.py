@@ -1,4 +1,4 @@
-"""RoutedRounding: removes the rounding of mixture-of-experts blocks, which is no leak.
+"""RoutedRounding: keeps rounding in mixture-of-experts blocks from being reported as a leak.
 
 An expert multiplies all tokens that are routed to it in one matrix product. If one document of a
 pack changes, other tokens are routed to the expert. The product may then add up in another order,

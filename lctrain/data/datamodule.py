@@ -158,9 +158,11 @@ class PackedDataModule(LightningDataModule):
     def settings(self) -> dict[str, Any]:
         """Settings that determine the sequence of batches. They are available after `setup()`.
 
-        A resumed run compares them with those of its checkpoint. Rows are ordered by the packs of
-        an optimizer step, so a run may go on with other ranks and accumulation. An endless stream,
-        or an epoch with fewer rows than a step has packs, is ordered by ranks and micro-batches.
+        A resumed run compares them with those of its checkpoint. Which rows belong to an optimizer
+        step depends only on the step's number of packs, so a run may resume with another number of
+        ranks if gradient accumulation makes up for it. The exceptions are an endless stream, and an
+        epoch with fewer rows than a step has packs: their rows are assigned to ranks and
+        micro-batches directly.
         """
         is_stream = self._ready.stream is not None
         size = {} if is_stream else {"packs_per_step": self._packs}

@@ -134,7 +134,7 @@ class Documents:
         return self.read(range(index, index + 1))[0]
 
     def read(self, rows: range) -> list[str]:
-        """Returns the texts of a range of documents, without byte-order marks."""
+        """Returns the texts of the documents with indices in `rows`, without byte-order marks."""
         column = self.texts.with_format("arrow")[rows.start : rows.stop]["text"]
         return [value.as_py().removeprefix(BYTE_ORDER_MARK) for value in column]
 

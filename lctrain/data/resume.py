@@ -30,7 +30,7 @@ def resume_order(trainer: pl.Trainer) -> None:
 
 
 class _Position:
-    """Callable that returns (epoch, rows finished in the epoch) of a fit; None outside of a fit."""
+    """Function object for RowOrder: returns (epoch, rows finished in it) in a fit; else None."""
 
     def __init__(self, trainer: pl.Trainer, rows_per_batch: int) -> None:
         self._trainer = weakref.ref(trainer)

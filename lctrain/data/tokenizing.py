@@ -115,7 +115,7 @@ class _Encoder:
         self._begin, self._end = np.array(begin, np.int32), np.array(end, np.int32)
 
     def __call__(self, batch: dict[str, list[int]], documents: Documents) -> dict[str, list[Any]]:
-        """Returns the columns of one group's documents, without documents that have no token."""
+        """Tokenizes one group; returns columns of rows, without documents that have no token."""
         group = range(batch["first"][0], batch["stop"][0])
         with name_unencodable(self._tokenizer):
             rows = [

@@ -1,7 +1,9 @@
-"""The attentions of lctrain.kernels on a pack that several ranks share.
+"""Context parallelism: lctrain's attention functions on a pack that several ranks share.
 
-Each function takes the tokens of one rank, and gives the output of one call on the whole pack, with
-the same dropout mask. All ranks of the context group must call it, in the same order.
+A context group is a set of ranks that compute one pack together; each rank holds t of the pack's T
+tokens. Each function here takes the tensors of one rank's tokens. The outputs of all ranks together
+are those of one call on the whole pack, with the same dropout mask. All ranks of the context group
+must call the functions in the same order.
 """
 
 from __future__ import annotations
@@ -19,20 +21,20 @@ from lctrain.distributed.shared_pack import SharedPack
 def flash_attn_shared_func(
     q: Tensor, k: Tensor, v: Tensor, shared: SharedPack, **options: Any
 ) -> Tensor:
-    """Computes flash_attn_varlen_func on a shared pack.
+    """Computes this rank's part of flash_attn_varlen_func on a shared pack.
 
     Args:
-        q: Queries of this rank, [t, H, D].
-        k: Keys of this rank, [t, Hk, D].
-        v: Values of this rank, [t, Hk, D].
-        shared: The pack.
+        q: Queries of this rank's t tokens, [t, H, D].
+        k: Keys of this rank's tokens, [t, Hk, D].
+        v: Values of this rank's tokens, [t, Hk, D].
+        shared: The shared pack, as this rank sees it.
         **options: Options of flash_attn_varlen_func after max_seqlen_k, except `schedule`,
-            `document_ids`, `block_table`, `return_lse` and `return_attn_probs`. Slopes and sinks
-            are those of all heads, and of all documents of the pack. Without `dropout_seed`, the
+            `document_ids`, `block_table`, `return_lse` and `return_attn_probs`. ALiBi slopes and
+            sinks are given for all heads and all documents of the pack. Without `dropout_seed`, the
             first rank of the context group draws the seed.
 
     Returns:
-        The output [t, H, D].
+        The output of this rank's tokens, [t, H, D].
 
     Raises:
         ValueError: if attention is not causal and keys are gathered, or an argument does not fit.
@@ -62,20 +64,20 @@ def flash_attn_shared_func(
 def dual_chunk_attn_shared_func(
     q: Tensor, k: Tensor, v: Tensor, shared: SharedPack, **options: Any
 ) -> Tensor:
-    """Computes dual_chunk_attn_varlen_func on a shared pack.
+    """Computes this rank's part of dual_chunk_attn_varlen_func on a shared pack.
 
     Args:
-        q: Queries of this rank, [t, H, D], rotated as for dual_chunk_attn_varlen_func.
-        k: Keys of this rank, [t, Hk, D].
-        v: Values of this rank, [t, Hk, D].
-        shared: The pack.
+        q: Queries of this rank's t tokens, [t, H, D], rotated as for dual_chunk_attn_varlen_func.
+        k: Keys of this rank's tokens, [t, Hk, D], rotated in the same way.
+        v: Values of this rank's tokens, [t, Hk, D].
+        shared: The shared pack, as this rank sees it.
         **options: inv_freq, chunk_size, local_size, and optionally logit_scale of all documents of
             the pack, dropout_p, softmax_scale, dropout_seed and backend, as for
             dual_chunk_attn_varlen_func. Without `dropout_seed`, the first rank of the context group
             draws the seed.
 
     Returns:
-        The output [t, H, D].
+        The output of this rank's tokens, [t, H, D].
 
     Raises:
         ValueError: if an argument does not fit.
@@ -104,22 +106,22 @@ def diff_attn_shared_func(
     shared: SharedPack,
     **options: Any,
 ) -> Tensor:
-    """Computes diff_attn_varlen_func on a shared pack.
+    """Computes this rank's part of diff_attn_varlen_func on a shared pack.
 
     Args:
-        q1: Queries of branch 1 of this rank, [t, H, D].
+        q1: Queries of branch 1 for this rank's t tokens, [t, H, D].
         q2: Queries of branch 2, [t, H, D].
         k1: Keys of branch 1, [t, Hk, D].
         k2: Keys of branch 2, [t, Hk, D]; k1 itself for version 2, which is then exchanged once.
         v: Values of this rank, [t, Hk, Dv].
         lam: Lambda: a scalar or [H], the same on every rank, or [t, H] of this rank's tokens.
-        shared: The pack.
+        shared: The shared pack, as this rank sees it.
         **options: Options of diff_attn_varlen_func, except `schedule`, `document_ids` and
             `return_lse`. Without `dropout_seed`, the first rank of the context group draws the
             seed.
 
     Returns:
-        The output [t, H, Dv].
+        The output of this rank's tokens, [t, H, Dv].
 
     Raises:
         ValueError: if attention is not causal and keys are gathered, or an argument does not fit.
@@ -153,9 +155,9 @@ def shared_seed(options: dict[str, Any], shared: SharedPack, device: torch.devic
     """Returns the dropout seed of a call, the same on all ranks of the context group.
 
     Args:
-        options: Options of the attention. If dropout is on and there is no `dropout_seed`, every
-            rank draws one from torch's generator, and takes that of the first rank.
-        shared: The pack.
+        options: Options of the attention. If dropout is on and `dropout_seed` is missing, every
+            rank draws a seed from torch's generator, and uses the one of the first rank.
+        shared: The shared pack.
         device: Device of the queries.
     """
     from lctrain_kernels.options import resolve_seed

@@ -9,35 +9,38 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PIECE = 2**16  # rows whose gradients are added at once
+PIECE = 2**16  # number of rows whose gradients are added in one operation
 
 
 def all_to_all(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: Any) -> Tensor:
     """Sends rows to every rank of a group, and receives rows from every rank.
 
-    Nothing is kept for the backward, which is the reverse exchange.
+    The backward is the reverse exchange, and needs no saved tensors.
 
     Args:
-        rows: [sum of sent, ...], the rows for rank 0 first.
-        sent: Number of rows for every rank.
-        received: Number of rows from every rank.
+        rows: Rows to send, [sum of sent, ...]: those for rank 0 first, then those for rank 1, and
+            so on.
+        sent: Number of rows to send to each rank.
+        received: Number of rows to receive from each rank.
         group: Process group; None for the default one.
 
     Returns:
-        [sum of received, ...], the rows of rank 0 first.
+        Received rows, [sum of received, ...], those of rank 0 first.
     """
     out: Tensor = _AllToAll.apply(rows, list(sent), list(received), group)
     return out
 
 
 class Selection(NamedTuple):
-    """Rows that a rank selects from gathered rows.
+    """The rows that a rank selects from the gathered rows of all ranks.
 
     Attributes:
-        longest: Largest number of rows of a rank. The rows of rank r begin at r * longest.
-        places: Index of every selected row in the gathered rows, [n] int64. An index may occur
+        longest: Largest number of rows of a rank, to which the others are padded. In the gathered
+            rows, rank r's rows begin at r * longest.
+        places: Index of every selected row in the gathered rows, [n] int64. A row may be selected
             twice.
-        parts: Numbers of the selected rows, int64, in tensors of which none has an index twice.
+        parts: Division of the numbers 0 to n - 1 of the selected rows into int64 tensors. Within a
+            tensor no row is selected twice, so that the backward can add without collisions.
     """
 
     longest: int
@@ -48,9 +51,10 @@ class Selection(NamedTuple):
 def gather_rows(rows: Tensor, selection: Selection, group: Any) -> Tensor:
     """Gathers the rows of all ranks of a group, and selects some of them.
 
-    The result is all that the backward of its user may keep. The gathered rows exist only during
-    the call. The backward holds a sum of all gathered rows in float32 or more. It adds gradients to
-    it piece by piece, in the same order in every run, and sums it over the ranks.
+    Memory: the gathered rows of all ranks exist only during this call; the attention saves only the
+    result for its backward. The backward holds one sum of gradients for all gathered rows, in
+    float32 or more. It adds gradients to the sum piece by piece, in the same order in every run,
+    and reduces it over the ranks.
 
     Args:
         rows: [rows of this rank, ...].

@@ -1,13 +1,15 @@
 """ContextShard: which tokens of a pack each rank of a context-parallel group computes.
 
-The ranks of the group share one pack. They form heads groups of `heads` consecutive ranks each:
+A context group is a set of ranks that share one pack. It is divided into heads groups, each of
+`heads` consecutive ranks:
 
-- A heads group exchanges heads. Each of its ranks attends to all tokens of the heads group, with a
-  share of the heads. So the tokens of the heads group are cut into equal consecutive parts.
-- Heads groups gather keys from each other. A document is cut into chunks, and a heads group gets
-  chunks from both ends of it (a zigzag), because a query at the end of a document attends to more
-  keys than one at its beginning. Short documents are divided over fewer heads groups, the ones with
-  the fewest tokens so far, or not at all.
+- Within a heads group, ranks exchange heads (Ulysses): during attention each rank has all tokens of
+  the heads group and a part of the heads. Outside of attention, each rank has an equal consecutive
+  part of these tokens.
+- Between heads groups, ranks gather keys. A document is cut into chunks, and a heads group gets one
+  chunk from each end of the document (zigzag). A query near the end attends to more keys than one
+  near the beginning, so this balances the work. A short document is divided over fewer heads
+  groups, those with the fewest tokens so far, or not at all.
 
 With heads = size, all ranks form one heads group; with heads = 1, each rank is a heads group.
 """
@@ -33,9 +35,9 @@ class Chunk(NamedTuple):
     """Consecutive tokens of one document.
 
     Attributes:
-        document: Index of the document in the pack.
-        start: First token, counted in the document.
-        stop: Token after the last one.
+        document: Index of the document in the pack, from 0.
+        start: First token of the chunk, counted from the document's first token.
+        stop: End of the chunk, exclusive, counted in the same way.
     """
 
     document: int
@@ -44,14 +46,19 @@ class Chunk(NamedTuple):
 
 
 class KeyRows(NamedTuple):
-    """The keys that a rank selects from the keys that it gathered.
+    """The gathered keys that the queries of one rank need.
+
+    For each chunk of queries these are its document's keys, from the document's start to the
+    chunk's end. If a heads group has two chunks of one document, the keys of the first chunk occur
+    twice.
 
     Attributes:
-        places: Index of every selected key in the gathered keys, in which the tokens of heads group
-            g begin at g * max(group_tokens): [keys] int64.
-        last: Numbers of the selected keys that belong to the last chunk of their document: int64.
-            No place occurs twice among them.
-        repeated: Numbers of the other ones, whose places occur among `last` again: int64.
+        places: Index of every needed key in the gathered keys, [keys] int64. In the gathered keys,
+            the tokens of heads group g begin at g * max(group_tokens).
+        last: Indices into `places` of the keys that belong to the last chunk of their document,
+            int64. No key occurs twice among them.
+        repeated: Indices into `places` of all other keys, int64. These keys occur among `last`,
+            too.
     """
 
     places: np.ndarray
@@ -61,14 +68,15 @@ class KeyRows(NamedTuple):
 
 @dataclass(frozen=True)
 class ContextShard:
-    """Division of a pack over the ranks of a context group, a function of its arguments alone.
+    """Assignment of a pack's tokens to the ranks of a context group.
 
-    `of` builds it. Rank r belongs to heads group r // heads.
+    `of` builds it from the documents' lengths alone, so every rank builds the same one. Rank r
+    belongs to heads group r // heads.
 
     Attributes:
         lengths: Number of tokens of every document.
         size: Number of ranks.
-        heads: Number of ranks of a heads group.
+        heads: Number of ranks in a heads group.
         chunks: Chunks of every heads group, in the order of the pack.
     """
 
@@ -79,12 +87,12 @@ class ContextShard:
 
     @classmethod
     def of(cls, lengths: Sequence[int], size: int, heads: int = 1) -> ContextShard:
-        """Divides a pack.
+        """Assigns the tokens of a pack to ranks.
 
         Args:
-            lengths: Tokens of every document; a document may be empty.
+            lengths: Number of tokens of every document; a document may be empty.
             size: Number of ranks, at least 1.
-            heads: Number of ranks of a heads group, a divisor of `size`. See `choose_heads`.
+            heads: Number of ranks in a heads group, a divisor of `size`. See `choose_heads`.
 
         Raises:
             ValueError: if `size` is below 1, `heads` does not divide it, or a length is negative.
@@ -122,7 +130,7 @@ class ContextShard:
 
     @cached_property
     def work(self) -> tuple[float, ...]:
-        """Work of every rank: pairs (query, key) under causal attention, times its share of heads.
+        """Number of causal (query, key) pairs of each rank, times its share of the heads.
 
         The sum over ranks is the number of pairs of the pack.
         """
@@ -133,17 +141,17 @@ class ContextShard:
         return tuple(count / self.heads for count in pairs for _ in range(self.heads))
 
     def indices(self, rank: int) -> np.ndarray:
-        """Returns the places of a rank's tokens in the pack: [tokens[rank]] int64."""
+        """Returns the indices of a rank's tokens in the pack: [tokens[rank]] int64."""
         first = sum(self.tokens[rank - rank % self.heads : rank])
         return self._group_indices(rank // self.heads)[first : first + self.tokens[rank]]
 
     @cached_property
     def order(self) -> np.ndarray:
-        """Place in the pack of every token when the ranks' tokens follow one another: [T] int64."""
+        """Index in the pack of every token, rank 0's tokens first: [T] int64."""
         return np.concatenate([self._group_indices(group) for group in range(self.groups)])
 
     def keys(self, rank: int) -> KeyRows:
-        """Returns the keys that a rank's chunks attend to: for each chunk its document to its end.
+        """Returns which of the gathered keys a rank's queries need.
 
         Args:
             rank: The rank.
@@ -154,7 +162,7 @@ class ContextShard:
         place[self.order] = np.repeat(first, counts) + np.arange(len(self.order))
         begins, own = self._begins, self.chunks[rank // self.heads]
         parts = [place[begins[d] : begins[d] + stop] for d, _, stop in own]
-        # A document has at most two chunks in a heads group, one after the other.
+        # A heads group has at most two chunks of a document, adjacent in this list.
         last = np.ones(len(own), dtype=bool)
         last[:-1] = [one.document != two.document for one, two in pairwise(own)]
         is_last = np.repeat(last, [chunk.stop for chunk in own])
@@ -165,7 +173,7 @@ class ContextShard:
         )
 
     def _group_indices(self, group: int) -> np.ndarray:
-        """Returns the places of a heads group's tokens in the pack: [group_tokens[group]] int64."""
+        """Returns the indices in the pack of a heads group's tokens, [n] int64."""
         begins = self._begins
         own = [
             np.arange(begins[d] + first, begins[d] + end) for d, first, end in self.chunks[group]
@@ -174,7 +182,7 @@ class ContextShard:
 
     @cached_property
     def _begins(self) -> np.ndarray:
-        """First token of every document, and the number of tokens: [documents + 1] int64."""
+        """Index in the pack of every document's first token, then T: [documents + 1] int64."""
         return np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
 
 
@@ -195,22 +203,23 @@ def _chunks(lengths: tuple[int, ...], groups: int) -> tuple[tuple[Chunk, ...], .
                 continue
             tokens[group] += stop - start
             if chunks[group] and chunks[group][-1][::2] == (document, start):
-                start = chunks[group].pop().start  # two chunks that meet are one
+                start = chunks[group].pop().start  # two adjacent chunks become one
             chunks[group].append(Chunk(document, start, stop))
     return tuple(tuple(sorted(own)) for own in chunks)
 
 
 def choose_heads(exchange: str, size: int, key_heads: int, on_machine: int) -> int:
-    """Returns the number of ranks of a heads group.
+    """Returns the number of ranks in a heads group.
 
     Args:
-        exchange: "heads", "keys", or "auto" for as many ranks as possible: those of one machine
-            exchange heads, since an exchange of heads moves fewer bytes, and gather keys from
-            other machines.
+        exchange: "heads" puts all ranks into one heads group; "keys" makes each rank a group.
+            "auto" makes groups as large as possible within a machine: exchanging heads moves fewer
+            bytes, and machines gather keys from each other.
         size: Number of ranks of the context group.
-        key_heads: Number of key/value heads, as the attention function gets them: pairs of heads
-            in version 1 of differential attention. The greatest common divisor of all layers.
-        on_machine: Number of ranks of a machine.
+        key_heads: Greatest common divisor, over all layers, of the number of key/value heads that
+            the attention function gets. In version 1 of differential attention these are pairs of
+            heads.
+        on_machine: Number of ranks on a machine.
 
     Raises:
         ValueError: if `exchange` is unknown, or is "heads" and `size` does not divide the heads.

@@ -1,4 +1,4 @@
-"""Attention on a pack that several ranks share: ranks exchange heads, or gather keys, or both."""
+"""Context-parallel attention: the ranks of a shared pack exchange heads, gather keys, or both."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ Attention = Callable[..., Tensor]
 def exchange(
     attention: Attention, queries: Sequence[Tensor], keys: Sequence[Tensor], shared: SharedPack
 ) -> Tensor:
-    """Computes attention of this rank's queries, which needs tensors of other ranks.
+    """Computes attention for this rank's tokens, with keys and heads from other ranks.
 
-    In a heads group, ranks exchange heads (Ulysses): one all-to-all per tensor and one of the
-    output, and as many in the backward. Between heads groups, ranks gather keys: one all-gather per
-    tensor of keys, and one reduce-scatter of its gradient, in float32 or more.
+    Within a heads group (see `ContextShard`), ranks exchange heads (Ulysses): one all-to-all per
+    tensor and one of the output, and as many in the backward. Between heads groups, ranks gather
+    keys: one all-gather per tensor of keys, and one reduce-scatter of its gradient, in float32 or
+    more.
 
-    An exchange of heads gives the bits of one rank. If keys are gathered, the output and the
-    gradients of queries have the bits of one rank; gradients of keys are sums over heads groups,
-    which are rounded once more.
+    With exchanged heads, results have the same bits as on one rank. With gathered keys, so do the
+    output and the gradients of queries; the gradients of keys are sums over heads groups, which
+    adds one rounding.
 
-    The attention keeps its arguments for the backward: as many queries as this rank has, and as
-    many keys too, unless keys are gathered. It then keeps the keys of the longest chunk of every
-    document, [Tk, Hk / heads, D], up to the whole pack; activation checkpointing frees them after
-    each layer.
+    For the backward, the attention saves as many queries as this rank has, and as many keys, unless
+    keys are gathered. With gathered keys, it saves [Tk, Hk / heads, D], where Tk counts the keys
+    that this rank's queries need, up to all keys of the pack. Activation checkpointing frees them
+    after each layer.
 
     Args:
-        attention: Function of the tensors of queries and keys, on the documents of `shared.pack`
-            and a share of the heads, to the output [tokens of the heads group, H / heads, Dv].
+        attention: Function from the tensors of queries and keys, on the documents of `shared.pack`
+            and a part of the heads, to the output [tokens of the heads group, H / heads, Dv].
         queries: Tensors [tokens of this rank, H, D]. H may differ between tensors.
         keys: Tensors [tokens of this rank, Hk, D]. A tensor that occurs twice is exchanged once.
-        shared: The pack.
+        shared: The shared pack, as this rank sees it.
 
     Returns:
         Output of this rank's tokens, [tokens of this rank, H, Dv].
@@ -59,14 +60,14 @@ def exchange(
 
 
 def _all_keys(rows: Tensor, shared: SharedPack) -> Tensor:
-    """Returns the keys of all heads groups that this rank's chunks attend to."""
+    """Gathers the keys of all heads groups, and returns those that this rank's queries need."""
     if shared.selection is None:
         return rows
     return gather_rows(rows, shared.selection, shared.groups.keys)
 
 
 def _to_heads(rows: Tensor, shared: SharedPack) -> Tensor:
-    """Returns [tokens of the heads group, H / heads, D] from [tokens of this rank, H, D]."""
+    """Exchanges heads: [tokens of this rank, H, D] -> [tokens of the heads group, H / heads, D]."""
     size, (sent, received) = shared.shard.heads, _counts(shared)
     if size == 1:
         return rows
@@ -75,7 +76,7 @@ def _to_heads(rows: Tensor, shared: SharedPack) -> Tensor:
 
 
 def _to_tokens(out: Tensor, shared: SharedPack) -> Tensor:
-    """Returns [tokens of this rank, H, D] from [tokens of the heads group, H / heads, D]."""
+    """Exchanges back: [tokens of the heads group, H / heads, D] -> [tokens of this rank, H, D]."""
     size, (sent, received) = shared.shard.heads, _counts(shared)
     if size == 1:
         return out
@@ -84,7 +85,7 @@ def _to_tokens(out: Tensor, shared: SharedPack) -> Tensor:
 
 
 def _counts(shared: SharedPack) -> tuple[list[int], list[int]]:
-    """Returns the rows that _to_heads sends to and receives from each rank of the heads group."""
+    """Returns how many rows `_to_heads` sends to each rank, and how many it receives."""
     shard, first = shared.shard, shared.rank - shared.place
     own = shard.tokens[shared.rank]
     return [own] * shard.heads, list(shard.tokens[first : first + shard.heads])

@@ -1,4 +1,4 @@
-"""SharedPack: what a rank's attention knows of a pack that a context group shares."""
+"""SharedPack: a pack that the ranks of a context group share, as one rank's attention needs it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ContextGroups:
-    """Process groups of the ranks that share this rank's pack; None is the default group.
+    """Process groups of one rank for context parallelism; None stands for torch's default group.
 
     Attributes:
-        whole: All ranks of the context group.
-        heads: Ranks of this rank's heads group, which are consecutive.
-        keys: Ranks with this rank's place in every heads group.
+        whole: The context group: all ranks that share this rank's pack.
+        heads: The heads group: consecutive ranks that exchange heads with this rank.
+        keys: The ranks that gather keys from each other: those at this rank's position in every
+            heads group.
     """
 
     whole: Any = None
@@ -32,13 +33,13 @@ class ContextGroups:
 
     @classmethod
     def of(cls, size: int, heads: int, whole: Any = None) -> ContextGroups:
-        """Returns the groups of this rank, and makes those that do not exist.
+        """Returns the process groups of this rank, and creates those that do not exist.
 
-        All ranks must call it. Ranks of a context group are consecutive.
+        All ranks must call this method. The ranks of a context group are consecutive.
 
         Args:
             size: Number of ranks of a context group.
-            heads: Number of ranks of a heads group, as in ContextShard.
+            heads: Number of ranks in a heads group, as in ContextShard.
             whole: Process group of this rank's context group; None for the default one.
         """
         if heads in (1, size):
@@ -59,17 +60,18 @@ class ContextGroups:
 class SharedPack:
     """A pack that a context group shares, as one rank's attention needs it.
 
-    It is made once per batch, and serves every layer. It holds indices, no activations.
+    It is built once per batch and used by every layer. It holds indices, and no activations.
 
     Attributes:
-        shard: Division of the pack.
-        rank: This rank's number in the context group.
-        groups: Process groups.
-        pack: Documents of the kernel's call: those of the pack, or the chunks of the heads group,
-            each with the keys of its document up to the chunk's end.
-        documents: Index in the whole pack of every document of `pack`, [n] int64; None if they are
-            those of the whole pack.
-        selection: Keys of `pack` among the gathered keys; None if no keys are gathered.
+        shard: Assignment of the pack's tokens to the ranks.
+        rank: Index of this rank in the context group.
+        groups: Process groups of this rank.
+        pack: Pack that this rank passes to the kernels. Its documents are those of the shared pack;
+            or, if keys are gathered, the chunks of the heads group, each with its document's keys
+            up to the chunk's end.
+        documents: Index in the shared pack of the document of every entry of `pack`, [n] int64;
+            None if both packs have the same documents.
+        selection: Which of the gathered keys `pack` needs; None if no keys are gathered.
     """
 
     shard: ContextShard
@@ -88,16 +90,16 @@ class SharedPack:
         groups: ContextGroups | None = None,
         document_ids: Tensor | None = None,
     ) -> SharedPack:
-        """Prepares the attention of one rank. Does not synchronise with the device.
+        """Builds the shared pack for one rank, without synchronising with the device.
 
         Args:
-            shard: Division of the pack, the same on every rank.
-            rank: This rank's number in the context group.
+            shard: Assignment of the pack's tokens to the ranks, the same on every rank.
+            rank: Index of this rank in the context group.
             device: Device of the queries.
-            groups: Process groups; by default, the default group is the context group, which needs
-                shard.heads to be 1 or shard.size.
-            document_ids: Ids of the pack's documents in the dropout key, [N] int32, on any device.
-                By default, a document's index in the pack.
+            groups: Process groups; None uses torch's default group as the context group, which
+                requires that shard.heads is 1 or shard.size.
+            document_ids: Ids of the pack's documents, which key the dropout masks, [N] int32 on any
+                device. None uses each document's index in the pack.
         """
         groups = ContextGroups() if groups is None else groups
         device = torch.device(device)
@@ -132,25 +134,25 @@ class SharedPack:
 
     @property
     def place(self) -> int:
-        """This rank's number in its heads group."""
+        """Index of this rank in its heads group."""
         return self.rank % self.shard.heads
 
     def first_head(self, heads: int) -> int:
-        """Returns the first of this rank's heads during attention.
+        """Returns the index of the first head that this rank computes during attention.
 
         Args:
-            heads: Number of query heads of all ranks.
+            heads: Number of query heads before the exchange of heads.
         """
         return heads // self.shard.heads * self.place
 
     def of_heads(self, values: Tensor | None) -> Tensor | None:
-        """Returns the values of this rank's heads, from a tensor [..., H] or None."""
+        """Returns the part of a tensor [..., H] for this rank's heads; None for None."""
         if values is None or self.shard.heads == 1:
             return values
         return values.chunk(self.shard.heads, -1)[self.place]
 
     def of_documents(self, values: Tensor | None) -> Tensor | None:
-        """Returns values per document of the whole pack, [N, ...], for the documents of `pack`."""
+        """Selects from values [N, ...] of the shared pack those of the documents of `pack`."""
         if values is None or self.documents is None:
             return values
         return values.index_select(0, self.documents)
@@ -186,7 +188,7 @@ def _boundaries(lengths: list[int], device: torch.device) -> Tensor:
 
 
 def _on_device(values: Any, device: torch.device) -> Tensor:
-    """Returns int64 values on a device, copied without a synchronisation."""
+    """Copies int64 values to a device without a synchronisation."""
     tensor = torch.as_tensor(values, dtype=torch.int64)
     if device.type == "cuda":
         tensor = tensor.pin_memory()

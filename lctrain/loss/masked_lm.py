@@ -1,4 +1,4 @@
-"""The loss of a masked language model: head and logits are computed at masked positions only."""
+"""masked_lm_loss: loss of a masked language model, whose head runs at masked positions only."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _ATTRIBUTE = "_lctrain_masked_head"
 def masked_lm_loss(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """Returns the summed cross-entropy at the masked positions of a pack, and their number.
 
-    The encoder computes hidden states of all tokens. The head runs on the masked positions only,
-    and `linear_cross_entropy` computes the loss without their logits. The first call for a model
-    verifies that this gives the model's own logits. If it does not, the model computes the logits
-    of all tokens, with a warning.
+    The encoder computes the hidden states of all tokens. The head runs only on those at masked
+    positions, and `linear_cross_entropy` computes the loss without holding their logits. The first
+    call for a model verifies that this gives the logits of the model's own forward. Otherwise the
+    model computes the logits of all tokens, and there is a warning.
 
     Args:
         model: A transformers model for masked language modeling, patched by `lctrain.patch_model`
@@ -90,7 +90,7 @@ def masked_losses(
 def head_losses(
     model: Any, hidden: Tensor, targets: Tensor, reduction: str, ignore_index: int = IGNORE_INDEX
 ) -> Tensor:
-    """Returns the cross-entropy of a masked language model's head, without its logits.
+    """Returns the cross-entropy of a masked language model's head, without holding the logits.
 
     Args:
         model: A transformers model whose head is known (`has_known_head`).
@@ -116,17 +116,17 @@ def head_losses(
 
 @torch.compiler.disable
 def head_states(model: Any, hidden: Tensor) -> Tensor:
-    """Returns the input of a masked language model's output embedding.
+    """Runs a masked language model's head up to its last layer, the output embedding.
 
-    The model's own forward runs on a shallow copy of the model, in which the encoder returns
-    `hidden` and the output embedding returns its input. The copy shares all parameters.
+    The model's own forward runs on a shallow copy of the model, which shares all parameters. In the
+    copy, the encoder returns `hidden`, and the output embedding returns its input.
 
     Args:
         model: A transformers model for masked language modeling.
         hidden: [n, E], hidden states of its encoder.
 
     Returns:
-        [n, E'].
+        The input of the output embedding, [n, E'].
     """
     twin = _shallow(model)
     _replace(twin, model.base_model_prefix, _GivenStates())
@@ -153,12 +153,13 @@ def require_masked_lm(model: Any) -> None:
 
 @torch.compiler.disable
 def has_known_head(model: Any, inner: Any, device: torch.device) -> bool:
-    """Returns whether `head_states` gives a masked language model's own logits.
+    """Returns whether `head_states` and the output embedding give the model's own logits.
 
-    This is verified once per output embedding, on a few tokens. If it fails, a warning says why.
+    The first call for an output embedding verifies this on a few tokens. If the logits differ, a
+    warning says why.
 
     Args:
-        model: The model, maybe compiled or with adapters.
+        model: The model, which may be compiled or have adapters.
         inner: The model without wrappers.
         device: Device of the model.
     """
@@ -201,7 +202,7 @@ def _encoder(model: Any, inner: Any) -> Any:
 
 
 class _GivenStates(nn.Module):
-    """Encoder that returns its embeddings."""
+    """Stands for the encoder in `head_states`: returns the hidden states that it is given."""
 
     def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> Any:
         """Returns `inputs_embeds` as hidden states."""
@@ -226,7 +227,7 @@ def _shallow(module: Any) -> Any:
 
 
 def _replace(twin: Any, path: str, part: nn.Module) -> None:
-    """Puts a module in place of the one at a path, and shallow copies on the way to it."""
+    """Replaces the module at a path of a shallow copy, without changing the original model."""
     *way, last = path.split(".")
     for name in way:
         twin._modules[name] = _shallow(twin._modules[name])

@@ -1,4 +1,4 @@
-"""Counts the bytes of quantized weights, and replaces them by dense ones in a planned model."""
+"""Counts the bytes of quantized weights for the memory plan, and replaces them by dense ones."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import torch
 from torch import Tensor, nn
 
 _BLOCK = 64  # weights that share a scale in nf4
-_NESTED = 256  # scales of nf4 that share a scale of their own
-_TABLES = 4 * (16 + 256)  # bytes of the tables of values of nf4 and of its scales
-_ROW = 5  # bytes of a row's scale and zero point in int8
+_NESTED = 256  # scales of nf4 that share a second scale (double quantization)
+_TABLES = 4 * (16 + 256)  # bytes of nf4's two float32 tables: of weights, and of scales
+_ROW = 5  # bytes of a row's scale and zero point in torchao's int8
 
 
 def stored_bytes(tensor: Tensor) -> int:
-    """Returns the bytes of a weight, of its scales too if it is quantized.
+    """Returns the bytes of a weight; of a quantized weight, with its scales.
 
     Args:
         tensor: A dense tensor, a weight of bitsandbytes, or a tensor subclass such as torchao's.
     """
     state = getattr(tensor, "quant_state", None)
-    if state is not None:  # of bitsandbytes
+    if state is not None:  # quantized by bitsandbytes
         parts = [x for x in state.as_dict(packed=False).values() if isinstance(x, Tensor)]
         return tensor.numel() * tensor.element_size() + sum(map(stored_bytes, parts))
     if is_quantized(tensor):
@@ -37,7 +37,7 @@ def is_quantized(tensor: Any) -> bool:
 
 
 def dense_like(tensor: Any) -> Tensor:
-    """Returns an empty tensor on device meta with the shape and dtype that a weight computes in.
+    """Returns a meta tensor with the shape and dtype in which a weight takes part in products.
 
     Args:
         tensor: A weight, quantized or not.
@@ -48,7 +48,7 @@ def dense_like(tensor: Any) -> Tensor:
 
 
 def planned_bytes(weight: Tensor, quantize: str | None) -> int:
-    """Returns the bytes that a weight [O, I] will take once it is quantized.
+    """Returns the bytes that a weight [O, I] will take after quantization.
 
     Args:
         weight: A dense weight of a linear layer.
@@ -67,7 +67,7 @@ def planned_bytes(weight: Tensor, quantize: str | None) -> int:
 def weight_bytes(model: Any, quantize: str | None = None) -> tuple[int, int]:
     """Returns the bytes of all weights and buffers, and those of the largest dequantized weight.
 
-    A product with a quantized weight takes a dense copy of it for that time.
+    A matrix product with a quantized weight needs a dense copy of that weight while it runs.
 
     Args:
         model: A model, or a PeftModel around one.
@@ -93,10 +93,10 @@ def weight_bytes(model: Any, quantize: str | None = None) -> tuple[int, int]:
 
 
 def make_dense(model: nn.Module) -> None:
-    """Replaces the layers with quantized weights by linear layers on device meta, in place.
+    """Replaces quantized linear layers of a model by dense ones on the meta device, in place.
 
     Args:
-        model: A copy of a model, whose quantized weights are on any device.
+        model: A copy of a model. Its quantized weights may be on any device.
     """
     for module in list(model.modules()):
         for name, child in list(module.named_children()):

@@ -174,7 +174,7 @@ class HostStore:
             torch.cuda.current_stream(x.device).wait_event(event)
 
     def advance(self) -> None:
-        """Drops the oldest waiting tensor, at a layer that moves nothing to the host."""
+        """Drops the oldest tensor that waits for its copy; called at a layer that moves none."""
         if self._waiting:
             self._finish_one()
 

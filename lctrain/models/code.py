@@ -16,7 +16,7 @@ from torch import nn
 
 
 def methods(cls: type) -> Iterator[CodeType]:
-    """Yields the code of every method of a class, except those of torch.nn and PreTrainedModel.
+    """Yields the code object of every method of a class, without those of torch.nn's classes.
 
     Decorators that set `__wrapped__` are removed first.
     """

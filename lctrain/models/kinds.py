@@ -24,10 +24,11 @@ class Kind(NamedTuple):
     """The functions that patch_model calls for one kind of attention.
 
     Attributes:
-        fit: Function (model, spec) -> the spec with its None values filled in from the model. It
-            raises a ValueError with a remedy if the model does not support this attention.
-        hook: Function (model, fitted spec) -> the input hook, a forward pre-hook of a transformers
-            model.
+        fit: Function (model, spec) -> the AttentionSpec with its None values filled in from the
+            model. It raises a ValueError with a remedy if the model does not support this
+            attention.
+        hook: Function (model, filled-in AttentionSpec) -> the input hook, a forward pre-hook of a
+            transformers model.
         swap: Function that gets the attention layers by name, and changes those that need another
             forward. It returns a function that undoes the change.
     """

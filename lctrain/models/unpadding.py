@@ -1,12 +1,12 @@
-"""UnpadSwap: runs an encoder on the tokens of padded rows only, from the embeddings to the heads.
+"""UnpadSwap: makes an encoder compute nothing for padding.
 
-The input hook turns rows [B, S] with padding into one pack [1, T] before the embeddings. A forward
-hook puts the outputs back into rows, with zeros at padding. So embeddings, norms, projections, MLPs
-and heads compute nothing for padding, and no layer packs tokens by itself. A batch that comes
-packed stays packed.
+Before the embeddings, the model's input hook (a forward pre-hook) packs the tokens of padded rows
+[B, S] into one row [1, T]. After the model, a forward hook moves the outputs back into rows, with
+zeros at padding. So embeddings, norms, projections, MLPs and heads compute nothing for padding, and
+no layer has to remove padding by itself. A batch that is already packed stays packed.
 
-A model with one output per token is packed as a whole. A model whose head pools rows, as for
-sequence classification, packs its base model.
+In a model with one output per token, the whole model runs on the pack. In a model whose head pools
+over a row, as for sequence classification, only the base model does.
 """
 
 import re
@@ -33,9 +33,9 @@ _PER_TOKEN = re.compile(r"For(MaskedLM|TokenClassification)$")
 
 
 class UnpadSwap:
-    """A Swap that makes a patched encoder compute nothing for padding.
+    """A reversible change of a patched encoder, after which it computes nothing for padding.
 
-    It implements `lctrain.models.swap.Swap`, and is applied after an AttentionSwap.
+    It implements the protocol `lctrain.models.swap.Swap`, and is applied after an AttentionSwap.
 
     Args:
         model: A transformers model.
@@ -59,7 +59,7 @@ class UnpadSwap:
         self._hooks: list[Any] = []
 
     def apply(self) -> None:
-        """Turns the unpadding of the model's input hooks on, and hooks its outputs."""
+        """Makes the input hooks remove padding, and registers forward hooks on outputs."""
         for module in self._model.modules():
             for hook in module._forward_pre_hooks.values():
                 if hasattr(hook, "unpads") and (is_per_token(module) or hook.pools_rows):
@@ -69,7 +69,7 @@ class UnpadSwap:
                 self._handles.append(module.register_forward_hook(restore_rows, with_kwargs=True))
 
     def undo(self) -> None:
-        """Turns the unpadding off, and removes the hooks on outputs."""
+        """Makes the input hooks keep padding again, and removes the forward hooks."""
         for hook in self._hooks:
             hook.unpads = False
         for handle in self._handles:
@@ -77,12 +77,12 @@ class UnpadSwap:
         self._hooks, self._handles = [], []
 
     def describe(self) -> str:
-        """Returns what happens to padding, for the report of PatchHandle."""
+        """Returns what is done with padding, as text for the report of PatchHandle."""
         return "left out from the embeddings to the heads"
 
 
 def unpad_late(module: nn.Module, hook: Any) -> None:
-    """Turns the unpadding on for a model whose attention is selected by name.
+    """Removes padding in a model whose attention is selected by name, without patch_model.
 
     Args:
         module: A transformers model in an encoder for which `why_padded` returns None.
@@ -94,7 +94,7 @@ def unpad_late(module: nn.Module, hook: Any) -> None:
 
 
 def is_per_token(module: nn.Module) -> bool:
-    """Returns whether a module is a transformers model with inputs and outputs per token."""
+    """Returns whether a module is a transformers model with one output per token."""
     from transformers import PreTrainedModel
 
     return isinstance(module, PreTrainedModel) and (
@@ -103,7 +103,7 @@ def is_per_token(module: nn.Module) -> bool:
 
 
 def why_padded(model: Any) -> str | None:
-    """Returns the reason why padding cannot be left out of a model; None if it can.
+    """Returns why padding must stay in a model's inputs; None if it can be removed.
 
     Args:
         model: A transformers model that patch_model supports.
@@ -127,21 +127,23 @@ def why_padded(model: Any) -> str | None:
 @torch.compiler.disable
 @torch.inference_mode(mode=False)
 def find_unpadded(mask: Tensor, device: torch.device, windows: str | None) -> Boundaries | None:
-    """Returns the boundaries of padded rows from their mask, with at most one synchronisation.
+    """Returns the Boundaries of rows with padding, from their mask.
 
-    Lengths are counted on the CPU. A mask on the CPU costs no synchronisation.
+    Lengths are counted on the CPU. So a mask on a GPU costs one synchronisation, and a mask on the
+    CPU none.
 
     Args:
         mask: [B, S], 0 at padding and 1 elsewhere, on any device.
         device: Device of the boundaries.
-        windows: Name of the model if layers attend within windows, for the message; None if not.
+        windows: Class name of the model if layers attend within windows, for the message; None if
+            none does.
 
     Returns:
         The boundaries; None if the mask numbers documents.
 
     Raises:
-        ValueError: if the mask has other values, or if windows would have to count padding between
-            the tokens of a row.
+        ValueError: if the mask has other values, or if layers attend within windows and a row has
+            padding between its tokens.
     """
     real, numbers = read_mask(mask.to("cpu"), torch.device("cpu"))
     if windows is not None:
@@ -175,19 +177,19 @@ def _refuse_holes(real: Tensor, name: str) -> None:
 
 
 def is_padded(boundaries: Boundaries) -> bool:
-    """Returns whether rows have padding to leave out, and at least one token."""
+    """Returns whether rows have padding that can be removed, and at least one token."""
     return boundaries.indices_q is not None and boundaries.indices_q.shape[0] > 0
 
 
 def is_packable(model: Any, inputs: dict[str, Any]) -> bool:
-    """Returns whether a call can run on a pack: it has named outputs and no key/value cache."""
+    """Returns whether a call supports packing: named outputs, and no key/value cache."""
     given = inputs.get("return_dict")
     named = getattr(model.config, "return_dict", True) if given is None else given
     return bool(named) and given_cache(inputs) is None
 
 
 def row_positions(model: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> Tensor:
-    """Returns the position ids that an unpatched encoder gives rows without position ids.
+    """Returns the position ids that an encoder would use for rows if none are passed.
 
     Args:
         model: The encoder.
@@ -195,8 +197,8 @@ def row_positions(model: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> T
         tokens: Its `input_ids` [B, S] or `inputs_embeds` [B, S, E].
 
     Returns:
-        [B, S] int64. A model like RoBERTa counts tokens that are not the padding token, from
-        padding_idx + 1. Others count columns from 0.
+        [B, S] int64. Models like RoBERTa count the tokens that are not the padding token, from
+        padding_idx + 1. Other models number the columns from 0.
     """
     columns = torch.arange(tokens.shape[1], device=tokens.device)
     if not counts_positions_itself(model):
@@ -211,11 +213,11 @@ def row_positions(model: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> T
 def unpad(
     model: nn.Module, inputs: dict[str, Any], tokens: Tensor, boundaries: Boundaries
 ) -> tuple[dict[str, Any], Boundaries]:
-    """Rewrites an encoder's inputs from rows with padding to one pack.
+    """Packs the tokens of an encoder's padded rows into one row.
 
     Args:
         model: The encoder; `restore_rows` must be its forward hook.
-        inputs: Keyword arguments of its forward. Tensors [B, S, ...] are packed.
+        inputs: Keyword arguments of its forward. Tensors [B, S, ...] among them are packed.
         tokens: `input_ids` [B, S] or `inputs_embeds` [B, S, E] among the inputs.
         boundaries: Boundaries of N documents with T tokens in rows [B, S]; `indices_q` is given.
 
@@ -242,7 +244,7 @@ def unpad(
 
 
 def restore_rows(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], output: Any) -> Any:
-    """A forward hook (with_kwargs=True) that puts the outputs of an unpadded encoder into rows.
+    """A forward hook (with_kwargs=True) that moves an encoder's outputs from a pack back into rows.
 
     Args:
         model: The encoder.
@@ -251,7 +253,7 @@ def restore_rows(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], outp
         output: Output of its forward; values [1, T, ...] become [B, S, ...], zero at padding.
 
     Returns:
-        The output; None if the inputs were not unpadded for this model.
+        The output in rows; None if padding was not removed for this model.
     """
     boundaries = inputs.get(BOUNDARIES_ARGUMENT)
     padding = None if boundaries is None else boundaries.padding

@@ -88,7 +88,7 @@ def may_change(name: str) -> bool:
 
 
 def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
-    """Returns the differences of two identities, as sentences "option was x, is y".
+    """Returns how two runs' identities (see `identity_of`) differ: "option was x, is y".
 
     Options that are in only one of the identities are left out.
 

@@ -200,7 +200,7 @@ def test_a_held_out_part_without_a_usable_conversation(tokenizer_of, tmp_path, c
     module = data(good, bad)
     assert module.packing_report.documents == 1
     assert module.held_out_report.documents == 0
-    assert "1 of 1 conversations could not be used" in caplog.text
+    assert "1 of 1 conversation could not be used" in caplog.text
     with pytest.raises(ValueError, match="Nothing else could be used"):
         data(bad, good)
     with pytest.raises(ValueError, match="must have an assistant turn, got none"):
