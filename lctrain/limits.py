@@ -225,7 +225,7 @@ def why_refused(strategy: str) -> str | None:
 
 
 def check_backend(backend: str, name: str) -> None:
-    """Raises ValueError for an unknown backend."""
+    """Raises ValueError for an unknown backend of the kernels."""
     require(
         backend in BACKENDS,
         f"{name} must be one of {', '.join(BACKENDS)}, got {backend!r}. auto picks the fastest.",

@@ -32,7 +32,7 @@ class Padding(NamedTuple):
     """The padded rows that the tokens of a pack come from; see `lctrain.models.unpadding`.
 
     Attributes:
-        rows: Shape (B, S) of the rows.
+        rows: Shape (B, S) of the rows with padding.
         places: [T] int64, index of each token among the B * S flattened tokens of the rows.
         owner: Class name of the model whose outputs go back into rows.
     """

@@ -121,7 +121,7 @@ def settings_of(options: argparse.Namespace) -> list[tuple[str, str, str]]:
 
 
 def shorten(lengths: Sequence[int]) -> tuple[int, ...]:
-    """Returns about a 500th of the lengths, for a trial on a CPU."""
+    """Returns the lengths divided by 500, but at least 2, for a trial on a CPU."""
     return tuple(max(2, length // 500) for length in lengths)
 
 

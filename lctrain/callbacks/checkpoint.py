@@ -136,13 +136,13 @@ class StepCheckpoint(Checkpoint):
             trainer.save_checkpoint(path)
         except OSError as caught:
             error = caught
-            trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait
+            trainer.strategy.barrier("Trainer.save_checkpoint")  # which the other ranks wait for
         _raise_on_all_ranks(trainer, error, f"the checkpoint of step {step}", self)
         self._saved_step = step
         self._pending = path
 
     def complete(self, trainer: pl.Trainer) -> None:
-        """Gives a written checkpoint its final name, links it as last.ckpt, deletes old ones."""
+        """Gives a written checkpoint its final name, links last.ckpt to it, deletes old ones."""
         pending, self._pending = self._pending, None
         if pending is None or not Topology.of(trainer).is_first:
             return

@@ -1,4 +1,4 @@
-"""IsolationCheck: tests on the first training batch that documents in a pack do not mix."""
+"""IsolationCheck: tests on the first training batch that documents of a pack stay independent."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class IsolationCheck(pl.Callback):
         """Checks the first batch of the fit.
 
         Raises:
-            IsolationError: if documents mix.
+            IsolationError: if a document changes the outputs of another one.
             ValueError: if the batch does not say where documents end.
         """
         if self._checked:
@@ -123,7 +123,7 @@ def as_pack(view: BatchView) -> PackedBatch | None:
 
 
 def check_isolation(model: nn.Module, batch: PackedBatch, progress: bool = False) -> None:
-    """Checks that the documents of a pack do not mix in a model, as IsolationCheck does.
+    """Checks that no document of a pack changes the outputs of another one, as IsolationCheck does.
 
     Args:
         model: A causal LM that takes the arguments `batch.model_kwargs()`.

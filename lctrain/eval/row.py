@@ -14,9 +14,9 @@ class PerplexityRow:
         perplexity_high: exp(loss + stderr).
         loss: Mean negative log-likelihood over tokens, in nats per token.
         stderr: Standard error of `loss` over documents (see `token_mean`); NaN for one document.
-        gain: Loss at the shortest length minus `loss`. Both are of the same tokens, so differences
-            between documents cancel. Compare it with `gain_stderr` to tell whether more context
-            helps.
+        gain: Loss at the shortest length minus `loss`. Both losses are of the same tokens, so
+            differences between documents cancel. A `gain` well above `gain_stderr` means that more
+            context helps.
         gain_stderr: Standard error of `gain` over documents.
         mean_context: Mean number of tokens that a scored token was predicted from. It stops growing
             with `length` once the windows hold whole documents.

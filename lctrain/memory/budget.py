@@ -25,15 +25,15 @@ def free_device_bytes(device: torch.device) -> int:
 def free_host_bytes(
     cgroup: Path = CGROUP, meminfo: Path = MEMINFO, own_groups: Path = OWN_GROUPS
 ) -> int:
-    """Returns the host memory that this process may still take, in bytes.
+    """Returns the host memory in bytes that this process may still allocate.
 
-    It is the smallest of what the machine has available and what the limits of the process's
-    control group and of the groups around it leave (version 2, or version 1 in `memory/`). In a
-    container, the machine's memory says nothing about the limit.
+    The result is the smallest of these: what the machine has available, and what the limits leave
+    of the process's control group (cgroup version 2, or version 1 in `memory/`) and of every group
+    around it. In a container, the machine's memory alone does not show the limit.
 
     Args:
-        cgroup: Folder of the control groups.
-        meminfo: File of the machine's memory.
+        cgroup: Folder in which the control groups are mounted.
+        meminfo: File with the machine's memory, in the format of /proc/meminfo.
         own_groups: File that names the control groups of this process.
     """
     found = []
@@ -45,7 +45,7 @@ def free_host_bytes(
         (cgroup, newer, "memory.max", "memory.current"),
         (cgroup / "memory", older, "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        # A path of the host may be missing inside of a container; its root is the container's.
+        # Inside a container, the host's path may be missing; the root is then the container's group.
         for group in (root / path, *(root / parent for parent in path.parents)):
             limit, used = _lines(group / limit_name), _lines(group / used_name)
             if limit and used and limit[0].isdigit() and used[0].isdigit():
@@ -55,7 +55,7 @@ def free_host_bytes(
 
 
 def _own_paths(own_groups: Path) -> tuple[PurePosixPath, PurePosixPath]:
-    """Returns the relative paths of this process's groups of version 2, and of version 1's memory.
+    """Returns the paths of this process's control groups: of version 2, and of version 1's memory.
 
     Args:
         own_groups: File with lines "number:controllers:/path"; version 2 names no controllers.

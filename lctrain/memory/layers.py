@@ -158,7 +158,7 @@ class LayerCheckpoints:
 
 @torch.compiler.disable(reason="memory=offload and kept attention need a model as it is")
 def _refuse_compilation() -> None:
-    """Raises ValueError inside of torch.compile, which would trace neither copies nor reuse."""
+    """Raises ValueError inside torch.compile, which cannot trace copies and kept results."""
     raise ValueError(
         "memory must keep nothing but inputs on the GPU under torch.compile, got offloaded inputs "
         "or kept attention. Use memory=checkpoint with keep_attention=0, or do not compile."

@@ -10,14 +10,14 @@ from lctrain.models.architectures import attention_layers
 
 
 def fit_differential(model: Any, spec: DifferentialSpec) -> DifferentialSpec:
-    """Checks that a model's attention layers are differential and that the kernels serve them.
+    """Checks that a model's attention layers are differential, and of supported sizes.
 
     Args:
         model: A transformers model that attention="flash" supports.
-        spec: Options from the user.
+        spec: Options of the attention from the user.
 
     Returns:
-        The spec, unchanged.
+        The options, unchanged.
 
     Raises:
         ValueError: if a layer is not differential, or its head dim is too large for the kernels.

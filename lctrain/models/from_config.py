@@ -57,7 +57,7 @@ def describe(model: Any) -> dict[str, Any] | None:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
-        return None  # a configuration says nothing of adapters
+        return None  # a configuration does not describe adapters
     return model.config.to_dict()
 
 
