@@ -45,7 +45,7 @@ def free_host_bytes(
         (cgroup, newer, "memory.max", "memory.current"),
         (cgroup / "memory", older, "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        # Inside a container, the host's path may be missing; the root is then the container's group.
+        # In a container, the host's path may be missing; the root is then the container's group.
         for group in (root / path, *(root / parent for parent in path.parents)):
             limit, used = _lines(group / limit_name), _lines(group / used_name)
             if limit and used and limit[0].isdigit() and used[0].isdigit():

@@ -141,7 +141,7 @@ class LayerCheckpoints:
         return checkpoint(call, device, *rest, use_reentrant=False, **contexts, **options)
 
     def _require_operators(self) -> None:
-        """Raises ValueError if no attention of the model is an operator of lctrain."""
+        """Raises ValueError if the model's attention is not lctrain's, which alone can be kept."""
         if not any(map(is_patched, self._model.modules())):
             raise ValueError(
                 "memory must recompute the attention of a model that is not patched, got "

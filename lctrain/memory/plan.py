@@ -173,7 +173,7 @@ def plan_of(
         on_host = host_limit // max(aligned(layer.inputs) for layer in measured.layers)
         config = replace(config, keep_inputs=max(_kept_inputs(config, count), count - on_host))
     found = None
-    # Only lctrain's attention can be kept; it is that of all layers, or of none.
+    # Only lctrain's attention can be kept; either all layers have it, or none has.
     can_keep = any(layer.attention for layer in measured.layers)
     for candidate in _candidates(config, count if can_keep else 0):
         found = _plan(measured, candidate, device_limit, host_limit)
@@ -238,7 +238,7 @@ def policies_of(config: MemoryConfig, layers: int) -> list[LayerPolicy]:
         layers: Number of layers.
 
     Raises:
-        ValueError: if a setting counts more layers than there are.
+        ValueError: if a setting counts more layers than the model has.
     """
     if config.name == "none":
         return []
@@ -267,7 +267,7 @@ def policies_of(config: MemoryConfig, layers: int) -> list[LayerPolicy]:
 
 
 def _kept_inputs(config: MemoryConfig, layers: int) -> int:
-    """Returns the number of layers whose inputs stay on the device under the policy offload."""
+    """Returns the number of layers whose inputs stay on the GPU under the policy offload."""
     return min(DEFAULT_INPUTS, layers) if config.keep_inputs is None else config.keep_inputs
 
 

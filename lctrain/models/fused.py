@@ -247,7 +247,7 @@ def _rotates_like_llama(forward: FunctionType) -> bool:
     rotation = inner.__globals__.get(_ROTATION)
     half = inner.__globals__.get("rotate_half")
     known = [module.apply_rotary_pos_emb for module in (modeling_llama, modeling_phi3)]
-    known.append(modeling_modernbert.apply_rotary_pos_emb)  # in float32
+    known.append(modeling_modernbert.apply_rotary_pos_emb)  # computes in float32
     return same_code(half, modeling_llama.rotate_half) and any(
         same_code(rotation, function) for function in known
     )

@@ -1,8 +1,8 @@
-"""Fused forwards for encoders: LayerNorm with the addition before it, bias + GELU, gated MLPs.
+"""Fused forwards for encoders: addition with LayerNorm, bias with GELU, and gated MLPs.
 
-`fused.py` mixes each class into a subclass of the module's own class. On a CPU, under autocast and
-for tensors that kernels cannot read, each forward computes as the module's own class: PyTorch's CPU
-kernels are as fast, and autocast runs LayerNorm in float32.
+`fused.py` builds subclasses of a module's own class and one of these mixins. On a CPU, under
+autocast, and for tensors that the kernels cannot read, each forward computes in the same way as the
+module's own class: PyTorch's CPU kernels are as fast, and autocast runs LayerNorm in float32.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from lctrain_kernels.autocast import autocast_dtype
 
 
 class EncoderNorm:
-    """Mixin for nn.LayerNorm over the last dimension."""
+    """Mixin for nn.LayerNorm over the last dimension, in one kernel."""
 
     weight: Tensor
     bias: Tensor | None
     eps: float
 
     def forward(self, input: Tensor) -> Tensor:
-        """Returns the normalised input, any shape, as nn.LayerNorm does."""
+        """Returns the normalised input [..., E], as nn.LayerNorm does."""
         if not is_served(input, self.weight):
             return super().forward(input)  # type: ignore[misc]
         return layer_norm(input, self.weight, self.bias, self.eps)
 
 
 class AddedNorm:
-    """Mixin for the output layers of BERT: a projection, dropout, and LayerNorm of the sum."""
+    """Mixin for BERT's output layers: linear layer, dropout, residual addition and LayerNorm."""
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         """Returns the layer's output [..., E], as the module's own forward does."""
@@ -44,7 +44,7 @@ class AddedNorm:
 
 
 class GeluProjection:
-    """Mixin for the first half of BERT's MLP: a projection and GELU."""
+    """Mixin for the first half of BERT's MLP: a linear layer and GELU."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Returns GELU of the projected states [..., I], as the module's own forward does."""
@@ -57,7 +57,7 @@ class GeluProjection:
 
 
 class GegluMLP:
-    """Mixin for ModernBERT's MLP, whose one projection gives the gate and its factor."""
+    """Mixin for ModernBERT's MLP, whose gate and up projections are one linear layer."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Returns the MLP's output [..., E], as the module's own forward does."""
@@ -70,7 +70,7 @@ class GegluMLP:
 
 
 class AddedNormLayer:
-    """Mixin for ModernBERT's layers, which fuses the first addition with the second norm."""
+    """Mixin for ModernBERT's layers: fuses the first residual addition with the second norm."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Returns the layer's output [B, S, E], as the module's own forward does."""
@@ -87,13 +87,13 @@ class AddedNormLayer:
 
 
 def find_mixin(module: nn.Module) -> type | None:
-    """Returns the mixin of this file whose forward computes what a module's own computes.
+    """Returns the mixin of this file for a module; None if there is none.
 
     Args:
         module: A module of a transformers model.
 
     Returns:
-        The mixin; None if there is none.
+        A mixin whose forward has the same results as the module's own.
     """
     from transformers.models.bert.modeling_bert import BertIntermediate, BertSelfOutput
     from transformers.models.modernbert import modeling_modernbert
@@ -128,7 +128,7 @@ def is_gelu(function: Any) -> bool:
 
 
 def add_norm(norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the LayerNorm of x + residual, and the sum, for a `norm` that `can_add_norm`."""
+    """Returns (LayerNorm of x + residual, x + residual), both [..., E]."""
     return fused_add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
 
 
@@ -143,7 +143,7 @@ def can_add_norm(norm: Any, x: Tensor, residual: Tensor) -> bool:
 
 
 def is_served(*tensors: Tensor) -> bool:
-    """Returns whether the kernels of this file compute these tensors."""
+    """Returns whether the kernels of this file support these tensors."""
     device = tensors[0].device.type
     return device in SERVED and is_plain(*tensors) and autocast_dtype(device) is None
 

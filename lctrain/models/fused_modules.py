@@ -2,8 +2,8 @@
 
 `fused.py` builds subclasses of a module's own class and one of these mixins. Parameters, state
 dicts, hooks and isinstance work as before, and results are equal within rounding. If the kernels
-cannot read a module's tensors (a DTensor, for example), the forward calls that of the module's own
-class.
+cannot read a module's tensors (a DTensor, for example), the forward computes in the same way as the
+module's own class.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ class GatedMLP:
         """Returns the MLP's output for x [..., E], as the module's own forward does.
 
         The forward does not keep activation(gate) * up; the backward computes it again. Under
-        activation checkpointing or offloading, the forward keeps it, since the checkpoint already
+        activation checkpointing or offloading, the forward keeps it: the checkpoint already
         recomputes it.
 
         Args:
