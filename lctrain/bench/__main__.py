@@ -21,6 +21,7 @@ BENCHMARKS = {
     "scale": ("lctrain.bench.scale", "training steps and shared attention on several GPUs"),
     "shares": ("lctrain.bench.shares", "shares of a document and sharded steps, on one GPU"),
     "encoder": ("lctrain.bench.encoder", "encoders on padded rows, beside padded peers"),
+    "cost": ("lctrain.bench.cost", "computes how training scales to 1,024 GPUs"),
     "balance": ("lctrain.bench.balance", "balance of attention work over ranks, on a CPU"),
 }
 
