@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lctrain.groups import PrefixGroups, group_documents, prefix_groups
 from lctrain.limits import MIN_TOKENS
 from lctrain.pluralize import pluralize
 
@@ -45,6 +46,7 @@ class PackedBatch:
         schedule: Tile schedule of the attention kernels for these documents; None lets the kernels
             build it.
         names: Source of each document, for error messages; None if documents have no names.
+        groups: Documents that share a prefix; None if every document stands alone.
     """
 
     input_ids: Tensor
@@ -58,6 +60,7 @@ class PackedBatch:
     num_valid_tokens: int
     schedule: TileSchedule | None = None
     names: tuple[str, ...] | None = None
+    groups: PrefixGroups | None = None
 
     @classmethod
     def from_documents(
@@ -172,6 +175,43 @@ class PackedBatch:
             names=None if names is None else tuple(names),
         )
 
+    @classmethod
+    def from_groups(
+        cls,
+        groups: Sequence[tuple[IntegerSequence, Sequence[IntegerSequence]]],
+        document_ids: IntegerSequence | None = None,
+        max_tokens: int | None = None,
+    ) -> PackedBatch:
+        """Packs prompts with their completions, so that a model computes each prompt once.
+
+        Each completion attends to its prompt and to itself. In the pack, a group is the prompt
+        without its last token, followed by one document for each completion, which begins with the
+        last token of the prompt. The completions are trained on, the prompts are not. The model
+        must be patched with attention="flash".
+
+        Args:
+            groups: Pairs (prompt, completions) of integer sequences, none of them empty.
+            document_ids: Integers that key the dropout masks, one for each document of the pack;
+                None means 0..N-1.
+            max_tokens: Largest allowed number of packed tokens; None sets no limit.
+
+        Returns:
+            The batch, on the CPU. Its attribute `groups` holds the documents of each group.
+
+        Raises:
+            ValueError: if a prompt or completion is missing or empty, or a length does not fit.
+            TypeError: if tokens or identifiers are not integers.
+        """
+        documents, labels, parents, members = group_documents(groups, as_integers)
+        batch = cls.from_documents(documents, document_ids, max_tokens=max_tokens, labels=labels)
+        offsets = [0 if parent < 0 else batch.lengths[parent] for parent in parents]
+        lengths = torch.tensor(batch.lengths)
+        return dataclasses.replace(
+            batch,
+            position_ids=batch.position_ids + torch.tensor(offsets).repeat_interleave(lengths),
+            groups=prefix_groups(batch.lengths, parents, members, batch.document_ids),
+        )
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Returns the batch with its tensors on `device`.
 
@@ -193,6 +233,7 @@ class PackedBatch:
     def model_kwargs(self) -> dict[str, Any]:
         """Returns keyword arguments for a patched model, under transformers' names, no labels."""
         return {
+            **({} if self.groups is None else {"prefix_groups": self.groups}),
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
             "cu_seq_lens_q": self.cu_seqlens,
@@ -211,7 +252,15 @@ class PackedBatch:
         each position holds its own token, and the first position of a document -100. The tile
         schedule is left out, since transformers' Trainer cannot move it to the device; the kernels
         build it.
+
+        Raises:
+            ValueError: if documents share a prefix, which the Trainer cannot move either.
         """
+        if self.groups is not None:
+            raise ValueError(
+                "a batch must be without shared prefixes for a model that computes its own loss, "
+                "got groups. Call model(**batch.model_kwargs()), and compute the loss from labels."
+            )
         arguments = self.model_kwargs()
         del arguments["schedule"]
         labels = self.labels.roll(1, dims=-1)  # the last label, -100, moves to the first position
@@ -240,7 +289,7 @@ class PackedBatch:
         changes = {
             field.name: function(value)
             for field in dataclasses.fields(self)
-            if hasattr(value := getattr(self, field.name), "pin_memory")  # tensors and the schedule
+            if hasattr(value := getattr(self, field.name), "pin_memory")  # not of Python values
         }
         return dataclasses.replace(self, **changes)
 

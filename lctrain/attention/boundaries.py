@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lctrain.attention.prefixes import GROUPS_ARGUMENT, SharedPrefixes, read_groups
+
 if TYPE_CHECKING:
     from lctrain_kernels.pack import Pack
 
@@ -57,6 +59,7 @@ class Boundaries(NamedTuple):
         shared_rows: Whether a row holds several documents; None if only a synchronisation would
             tell.
         padding: The rows that the tokens come from, if an encoder's input hook has packed them.
+        prefixes: Prefixes that documents of the pack share; None without any.
     """
 
     pack: "Pack"
@@ -66,6 +69,7 @@ class Boundaries(NamedTuple):
     indices_k: Tensor | None = None
     shared_rows: bool | None = None
     padding: Padding | None = None
+    prefixes: SharedPrefixes | None = None
 
 
 def is_packed(arguments: dict[str, Any]) -> bool:
@@ -121,7 +125,8 @@ def from_cu_seqlens(
         schedule=arguments.get("schedule"),
         names=PACK_ARGUMENTS,
     )
-    return Boundaries(pack, queries, keys)
+    prefixes = read_groups(arguments.get(GROUPS_ARGUMENT), device)
+    return Boundaries(pack, queries, keys, prefixes=prefixes)
 
 
 def from_rows(batch: int, queries: int, keys: int, device: torch.device) -> Boundaries:

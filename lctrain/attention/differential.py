@@ -27,6 +27,7 @@ from lctrain.attention.forward import (
     spec_of,
     window_of,
 )
+from lctrain.attention.prefixes import refuse_groups
 from lctrain.attention.spec import DifferentialSpec
 
 
@@ -91,6 +92,7 @@ def differential_attention_forward(
     boundaries = read_documents(
         module, spec, lctrain_boundaries, query, key, attention_mask, kwargs, drop
     )
+    refuse_groups(boundaries.prefixes, "differential")
     spec = spec if spec is not None else DifferentialSpec()
     if lam.dim() > 0:
         lam = lam.flatten(0, 1)

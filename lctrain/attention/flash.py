@@ -15,6 +15,7 @@ from lctrain.attention.forward import (
     spec_of,
     window_of,
 )
+from lctrain.attention.prefixes import add_prefixes, require_whole_groups
 from lctrain.attention.spec import FlashSpec
 
 
@@ -76,21 +77,28 @@ def flash_attention_forward(
     if spec.sliding_window is not None:
         sliding_window = min(spec.sliding_window, sliding_window or spec.sliding_window)
 
+    shared = boundaries.prefixes
+    if shared is not None:
+        require_whole_groups(shared, causal, sliding_window)
+    options: dict[str, Any] = {
+        "dropout_p": dropout_of(module, spec, dropout),
+        "softmax_scale": scale_of(query, scaling),
+        "softcap": softcap or 0.0,
+        "deterministic": spec.deterministic or bool(deterministic),
+        "backend": spec.backend,
+    }
+
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, _ = flash_attn_pack_func(
+        out, lse = flash_attn_pack_func(
             q,
             k,
             v,
             boundaries.pack,
-            dropout_p=dropout_of(module, spec, dropout),
-            softmax_scale=scale_of(query, scaling),
             causal=causal,
             window_size=window_of(sliding_window, causal),
-            softcap=softcap or 0.0,
-            deterministic=spec.deterministic or bool(deterministic),
             learnable_sink=s_aux,
-            backend=spec.backend,
+            **options,
         )
-        return out
+        return out if shared is None else add_prefixes(shared, q, k, v, out, lse, **options)
 
     return attend(kernel, query, key, value, boundaries), None

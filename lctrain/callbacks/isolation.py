@@ -94,6 +94,8 @@ class IsolationCheck(pl.Callback):
 def as_pack(view: BatchView) -> PackedBatch | None:
     """Returns the documents of a batch as a pack on the batch's device.
 
+    Documents that share a prefix, which reaches them all, are returned as documents of their own.
+
     Args:
         view: The batch.
 
@@ -104,7 +106,11 @@ def as_pack(view: BatchView) -> PackedBatch | None:
         ValueError: if the batch is one row without boundaries of documents.
     """
     if isinstance(view.content, PackedBatch):
-        return view.content
+        batch = view.content
+        if batch.groups is None:
+            return batch
+        apart = batch.input_ids[0].cpu().split(batch.lengths)
+        return PackedBatch.from_documents(apart).to(batch.input_ids.device)
     rows = view.input_ids.shape[0]
     if not view.says_where_documents_end and rows == 1:
         raise ValueError(

@@ -23,6 +23,7 @@ from lctrain.attention.documents import (
 )
 from lctrain.attention.forward import BOUNDARIES_ARGUMENT
 from lctrain.attention.mask import read_mask
+from lctrain.attention.prefixes import longest_document, refuse_model
 from lctrain.attention.spec import AttentionSpec
 from lctrain.models.adapters import refuse_virtual_tokens
 from lctrain.models.architectures import (
@@ -139,8 +140,10 @@ class InputHook:
                 tokens.shape[:2], dtype=torch.int64, device=tokens.device
             )
         if self.position_limit is not None:
-            longest = boundaries.pack.max_seqlen_k
+            longest = longest_document(boundaries.prefixes, boundaries.pack)
             require_positions(model, longest, "documents", _LONGER, self.position_limit)
+        if boundaries.prefixes is not None:
+            refuse_model(model, self.implementation, bool(self.rotaries), self.pools_rows)
         several = holds_several(boundaries)
         if several:
             refuse_choices(model)

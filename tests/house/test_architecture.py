@@ -42,6 +42,7 @@ LEVELS = {
     "lctrain_kernels.bench": 2,
     "lctrain.kernels": 2,
     "lctrain.batch": 3,
+    "lctrain.groups": 2,
     "lctrain.log_steps": 3,
     "lctrain.config": 3,
     "lctrain.config_errors": 2,

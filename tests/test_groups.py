@@ -1,0 +1,241 @@
+"""Tests packs whose completions share a prompt: equal to separate documents, gradients included."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import lctrain
+from lctrain import PackedBatch
+from lctrain.callbacks import IsolationCheck
+from lctrain.loss import causal_lm_loss
+from lctrain.module import LongContextModule
+from tests.numerics import assert_equal_in_float64, assert_errors_at_most_twice
+from tests.training import loader, make_trainer
+
+GROUPS = [
+    ([5, 6, 7, 8, 9, 10, 11], [[20, 21, 22], [30], [40, 41, 42, 43, 44]]),
+    ([12], [[50, 51], [60, 61, 62]]),
+    ([13, 14, 15], [[70, 71]]),
+]
+
+
+def separate(groups):
+    """Packs every prompt with each of its completions as a document of its own."""
+    pairs = [(prompt, completion) for prompt, completions in groups for completion in completions]
+    return PackedBatch.from_documents(
+        [[*prompt, *completion] for prompt, completion in pairs],
+        labels=[[-100] * len(prompt) + list(completion) for prompt, completion in pairs],
+    )
+
+
+def completion_logits(model, batch):
+    """Returns the logits that predict the tokens of the completions, in the order of the pack."""
+    logits = model(**batch.model_kwargs()).logits[0]
+    return logits[batch.labels[0] != -100]
+
+
+def results(model, batch):
+    """Returns the logits of the completions and the gradients of their loss."""
+    model.zero_grad()
+    logits = completion_logits(model, batch)
+    loss, tokens = causal_lm_loss(model, batch)
+    loss.backward()
+    return [logits, loss, *(parameter.grad.clone() for parameter in model.parameters())], tokens
+
+
+def test_a_group_is_its_prefix_and_its_suffixes():
+    batch = PackedBatch.from_groups(GROUPS)
+    assert batch.lengths == (6, 4, 2, 6, 3, 4, 2, 3)
+    assert batch.groups.parents == (-1, 0, 0, 0, -1, -1, -1, 6)
+    assert batch.groups.members == ((1, 2, 3), (4, 5), (7,))
+    assert batch.position_ids[0].tolist() == [
+        *range(6), *range(6, 10), *range(6, 8), *range(6, 12), *range(3), *range(4), *range(2),
+        *range(2, 5),
+    ]  # fmt: skip
+    assert batch.input_ids[0, 6:12].tolist() == [11, 20, 21, 22, 11, 30]
+    assert batch.labels[0, :12].tolist() == [*[-100] * 6, 20, 21, 22, -100, 30, -100]
+    assert batch.num_valid_tokens == separate(GROUPS).num_valid_tokens == 16
+    assert batch.groups.longest == 12
+    moved = batch.to("cpu")
+    assert torch.equal(moved.groups.suffix_tokens, batch.groups.suffix_tokens)
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_outputs_and_gradients_equal_those_of_separate_documents(make_llama, checkpointing):
+    model = make_llama().double()
+    lctrain.patch_model(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    shared, tokens = results(model, PackedBatch.from_groups(GROUPS))
+    alone, expected_tokens = results(model, separate(GROUPS))
+    assert tokens == expected_tokens
+    assert_equal_in_float64(shared, alone)
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_groups_of_one_token_prompts_and_single_completions(make_llama):
+    model = make_llama().double()
+    lctrain.patch_model(model)
+    for groups in ([([5], [[6, 7], [8]])], [([5, 6, 7], [[8]])]):
+        shared, _ = results(model, PackedBatch.from_groups(groups))
+        alone, _ = results(model, separate(groups))
+        assert_equal_in_float64(shared, alone)
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_a_window_that_covers_the_group_and_sinks_change_nothing(make_llama):
+    model = make_llama().double()
+    lctrain.patch_model(model, sliding_window=12)
+    shared, _ = results(model, PackedBatch.from_groups(GROUPS))
+    alone, _ = results(model, separate(GROUPS))
+    assert_equal_in_float64(shared, alone)
+
+
+def test_nan_in_one_suffix_reaches_neither_its_siblings_nor_the_prefix(make_llama):
+    model = make_llama()
+    lctrain.patch_model(model)
+    batch = PackedBatch.from_groups(GROUPS[:1])
+    embeds = model.get_input_embeddings()(batch.input_ids).detach()
+    embeds[0, 6] = float("nan")  # in the first suffix
+    arguments = batch.model_kwargs() | {"input_ids": None, "inputs_embeds": embeds}
+    hidden = model.model(**arguments).last_hidden_state[0]
+    assert hidden[6:10].isnan().all()
+    assert not hidden[:6].isnan().any()
+    assert not hidden[10:].isnan().any()
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_a_split_of_a_group_over_packs_changes_no_loss(make_llama):
+    model = make_llama().double()
+    lctrain.patch_model(model)
+    prompt, completions = GROUPS[0]
+    whole, tokens = causal_lm_loss(model, PackedBatch.from_groups([(prompt, completions)]))
+    parts = [
+        causal_lm_loss(model, PackedBatch.from_groups([(prompt, part)]))
+        for part in (completions[:1], completions[1:])
+    ]
+    assert sum(count for _, count in parts) == tokens
+    assert_equal_in_float64(sum(loss for loss, _ in parts), whole)
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_dropout_has_one_mask_for_the_prefix_and_draws_others_for_each_suffix(make_llama):
+    """Two equal completions differ by their own masks only; eval mode has no dropout."""
+    model = make_llama(attention_dropout=0.5, num_hidden_layers=1).double()
+    lctrain.patch_model(model)
+    batch = PackedBatch.from_groups([(list(range(3, 40)), [[50, 51, 52], [50, 51, 52]])])
+    first, second = completion_logits(model.eval(), batch).split(3)
+    assert_equal_in_float64(first, second)
+    torch.manual_seed(1)
+    first, second = completion_logits(model.train(), batch).split(3)
+    assert not torch.equal(first, second)
+    torch.manual_seed(1)
+    assert torch.equal(completion_logits(model, batch)[:3], first)
+
+
+def attention_of_groups(q, k, v, backend):
+    """Attention of the pack of GROUPS[:1] with a shared prefix."""
+    from lctrain.attention.prefixes import add_prefixes, read_groups
+    from lctrain_kernels.pack import checked_pack
+    from lctrain_kernels.varlen.api import flash_attn_pack_func
+
+    batch = PackedBatch.from_groups(GROUPS[:1])
+    pack = checked_pack(
+        batch.cu_seqlens, batch.cu_seqlens, len(q), len(k), q.device, max_seqlen_q=6, max_seqlen_k=6
+    )
+    out, lse = flash_attn_pack_func(q, k, v, pack, causal=True, backend=backend)
+    shared = read_groups(batch.groups, q.device)
+    return add_prefixes(shared, q, k, v, out, lse, backend=backend)
+
+
+def plain_attention(q, k, v):
+    """The same attention in plain PyTorch: every branch on its own, the prefix repeated."""
+    parts = [torch.arange(6), torch.arange(6, 10), torch.arange(10, 12), torch.arange(12, 18)]
+    rows = []
+    for number, part in enumerate(parts):
+        branch = part if number == 0 else torch.cat([parts[0], part])
+        keys, values = (x[branch].repeat_interleave(2, 1) for x in (k, v))
+        logits = torch.einsum("qhd,khd->hqk", q[part], keys) * q.shape[-1] ** -0.5
+        hidden = torch.arange(len(branch)) > torch.arange(len(branch))[-len(part) :, None]
+        weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
+        rows.append(torch.einsum("hqk,khd->qhd", weights, values))
+    return torch.cat(rows)
+
+
+def with_gradients(function, q, k, v, dout, dtype):
+    q, k, v = (x.to(dtype).detach().requires_grad_() for x in (q, k, v))
+    out = function(q, k, v)
+    out.backward(dout.to(dtype))
+    return {"out": out.detach(), "dq": q.grad, "dk": k.grad, "dv": v.grad}
+
+
+@pytest.mark.parametrize("backend", ["triton", "pytorch"])
+def test_the_kernels_are_within_twice_the_error_of_pytorch(backend):
+    q, dout = torch.randn(2, 18, 4, 16)
+    k, v = torch.randn(2, 18, 2, 16)
+    q, k, v, dout = (x.half() for x in (q, k, v, dout))
+    assert_errors_at_most_twice(
+        with_gradients(
+            lambda *qkv: attention_of_groups(*qkv, backend), q, k, v, dout, torch.float16
+        ),
+        with_gradients(plain_attention, q, k, v, dout, torch.float16),
+        with_gradients(plain_attention, q, k, v, dout, torch.float64),
+    )
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([], "groups must hold at least one group, got none"),
+        ([([], [[1]])], r"got an empty prompt in groups\[0\]"),
+        ([([1, 2], [[3]]), ([1], [])], r"got no completion in groups\[1\]"),
+        ([([1, 2], [[3], []])], r"an empty one as groups\[0\]\[1\]\[1\]"),
+    ],
+)
+def test_faulty_groups(groups, message):
+    with pytest.raises(ValueError, match=message):
+        PackedBatch.from_groups(groups)
+
+
+def test_what_cannot_be_served_is_an_error(make_llama):
+    batch = PackedBatch.from_groups(GROUPS)
+    for options in ({"attention": "dual_chunk", "chunk_size": 16, "local_size": 4},):
+        model = make_llama()
+        lctrain.patch_model(model, **options)
+        with pytest.raises(ValueError, match="shared prefixes must be flash, got dual_chunk"):
+            model(**batch.model_kwargs())
+    model = make_llama()
+    lctrain.patch_model(model, sliding_window=11)
+    with pytest.raises(ValueError, match="sliding_window must be at least 12, the longest prompt"):
+        model(**batch.model_kwargs())
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = make_llama(rope_parameters=scaling)
+    lctrain.patch_model(model)
+    with pytest.raises(ValueError, match="with rotary frequencies that depend on the document's"):
+        model(**batch.model_kwargs())
+    with pytest.raises(ValueError, match="a batch must be without shared prefixes"):
+        batch.arguments()
+    with pytest.raises(ValueError, match="at most max_tokens = 20 tokens, got 30"):
+        PackedBatch.from_groups(GROUPS, max_tokens=20)
+
+
+def test_the_isolation_check_takes_a_batch_with_groups(make_llama, tmp_path):
+    """A prefix reaches its suffixes, which is no mixing of documents."""
+    trainer = make_trainer(tmp_path, callbacks=[IsolationCheck()], max_steps=1)
+    module = LongContextModule(make_llama())
+    trainer.fit(module, loader([PackedBatch.from_groups(GROUPS)]))
+    assert trainer.global_step == 1
+
+
+def test_a_batch_with_groups_passes_lightnings_conversion():
+    """Lightning's bf16-true sets every field of a batch to its converted value."""
+    from lightning.fabric.plugins.precision.utils import _convert_fp_tensor
+    from lightning_utilities.core.apply_func import apply_to_collection
+
+    batch = PackedBatch.from_groups(GROUPS)
+    same = apply_to_collection(batch, torch.Tensor, _convert_fp_tensor, torch.bfloat16)
+    assert torch.equal(same.groups.suffix_tokens, batch.groups.suffix_tokens)
+    assert dataclasses.is_dataclass(same)
