@@ -1,0 +1,178 @@
+"""The clipped policy loss of GRPO and its relatives on packs, as a sum and a count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lctrain.loss.log_probs import TokenLogProbs
+
+AVERAGES = ("token", "completion")
+RATIOS = ("token", "sequence")
+
+
+class PolicyLoss(NamedTuple):
+    """Sum of a policy loss over a pack.
+
+    Divide `loss` by the `divisor` of all micro-batches and ranks: return
+    `{"loss": loss, "num_tokens": divisor}` from `training_step`, with the callback TokenExactLoss.
+
+    Attributes:
+        loss: 0-dim, weighted sum over the tokens.
+        divisor: Number of tokens, or of completions with average="completion", a Python int.
+        clipped: 0-dim, number of tokens whose ratio was clipped, so that they have no gradient.
+        kl: 0-dim, sum over the tokens of the estimated divergence from the reference; 0 without.
+    """
+
+    loss: Tensor
+    divisor: int
+    clipped: Tensor
+    kl: Tensor
+
+
+def policy_loss(
+    policy: TokenLogProbs,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float | None = None,
+    reference: Tensor | None = None,
+    kl: float = 0.0,
+    token_weights: Tensor | None = None,
+    average: str = "token",
+    ratio: str = "token",
+) -> PolicyLoss:
+    """Returns the clipped policy loss of completions, as GRPO uses it (arXiv 2402.03300).
+
+    Token t of completion i has the loss -min(r A_i, clip(r, 1 - clip_low, 1 + clip_high) A_i) +
+    kl D, with r = exp(log_prob - old_log_prob) and D = exp(ref - log_prob) - (ref - log_prob) - 1.
+    The parts of a group may be in any packs: no sum depends on the pack.
+
+    Args:
+        policy: Log-probabilities of n tokens of C completions.
+        old_log_probs: [n], log-probabilities under the policy that sampled the completions, at the
+            same temperature.
+        advantages: [C], one for each completion, as `group_advantages` returns them; or [n].
+        clip_low: How far the ratio may fall below 1, above 0.
+        clip_high: How far it may rise above 1; None for clip_low.
+        reference: [n], log-probabilities of the reference model; None without a divergence.
+        kl: Factor of the divergence from the reference, at least 0.
+        token_weights: [n] constant factors of the tokens' losses, such as the ratios of a trainer
+            to its sampler, or 0 to leave a token out; None for 1.
+        average: "token" counts tokens (DAPO); "completion" averages the tokens of each completion
+            first, and counts completions (GRPO).
+        ratio: "token" for a ratio of each token; "sequence" for one ratio per completion, the mean
+            of its tokens' logarithms (GSPO, arXiv 2507.18071).
+
+    Raises:
+        ValueError: if a shape does not fit, or a number is out of range.
+    """
+    high = clip_low if clip_high is None else clip_high
+    _check(policy, old_log_probs, advantages, reference, token_weights, average, ratio)
+    _check_numbers(clip_low, high, kl, reference)
+    if policy.completions and advantages.shape == (policy.completions,):
+        advantages = advantages[policy.completion]
+    advantages = advantages.detach().to(policy.log_probs)
+    logs = policy.log_probs - old_log_probs.detach().to(policy.log_probs)
+    counts = policy.counts().clamp(min=1)
+    if ratio == "sequence":
+        logs = (policy.sums(logs) / counts)[policy.completion]
+    ratios = logs.exp()
+    clipped = ratios.clamp(1 - clip_low, 1 + high)
+    losses = -torch.minimum(ratios * advantages, clipped * advantages)
+    without_gradient = (ratios != clipped) & (clipped * advantages < ratios * advantages)
+    divergence = torch.zeros_like(losses)
+    if reference is not None:
+        difference = reference.detach().to(losses) - policy.log_probs
+        divergence = difference.exp() - difference - 1
+        losses = losses + kl * divergence
+    if token_weights is not None:
+        losses = losses * token_weights.detach().to(losses)
+    if average == "completion":
+        losses = losses / counts[policy.completion]
+    divisor = policy.completions if average == "completion" else len(losses)
+    return PolicyLoss(losses.sum(), divisor, without_gradient.sum(), divergence.sum().detach())
+
+
+def group_advantages(
+    rewards: Tensor, members: Sequence[Sequence[int]] | int, *, scale: bool = True
+) -> Tensor:
+    """Returns each completion's reward relative to the mean of its group, [C].
+
+    Compute it before a group is divided over packs, micro-batches or ranks.
+
+    Args:
+        rewards: [C], one reward for each completion, group after group.
+        members: Size of every group, or the completions of each group.
+        scale: Whether to divide by the standard deviation of the group, plus 1e-4.
+
+    Raises:
+        ValueError: if the rewards cannot be divided into the groups.
+    """
+    if isinstance(members, int):
+        if members < 1 or len(rewards) % members:
+            raise ValueError(
+                f"members must divide the {len(rewards)} rewards into groups, got {members}. Pass "
+                "the sizes of the groups."
+            )
+        sizes = [members] * (len(rewards) // members)
+    else:
+        sizes = [len(group) for group in members]
+    if sum(sizes) != len(rewards):
+        raise ValueError(
+            f"rewards must be one for each of {sum(sizes)} completions, got {len(rewards)}. Pass "
+            "them group after group."
+        )
+    found = []
+    for group in rewards.split(sizes):
+        advantage = group - group.mean()
+        if scale:
+            spread = group.std() if len(group) > 1 else group.new_zeros(())
+            advantage = advantage / (spread + 1e-4)
+        found.append(advantage)
+    return torch.cat(found) if found else rewards.clone()
+
+
+def _check(
+    policy: TokenLogProbs,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    reference: Tensor | None,
+    token_weights: Tensor | None,
+    average: str,
+    ratio: str,
+) -> None:
+    tokens = policy.log_probs.shape
+    optional = {"reference": reference, "token_weights": token_weights}
+    for name, value in {"old_log_probs": old_log_probs, **optional}.items():
+        if value is not None and value.shape != tokens:
+            raise ValueError(
+                f"{name} must be of shape {list(tokens)}, one value per trained token, got "
+                f"{list(value.shape)}. Order it as the tokens of the pack."
+            )
+    if advantages.shape not in ((policy.completions,), tokens):
+        raise ValueError(
+            f"advantages must be of shape [{policy.completions}], one per completion, or "
+            f"{list(tokens)}, one per token, got {list(advantages.shape)}. Pass group_advantages."
+        )
+    for name, given, known in (("average", average, AVERAGES), ("ratio", ratio, RATIOS)):
+        if given not in known:
+            raise ValueError(
+                f"{name} must be one of {', '.join(known)}, got {given!r}. Try {known[0]}."
+            )
+
+
+def _check_numbers(low: float, high: float, kl: float, reference: Tensor | None) -> None:
+    if not 0 < low <= 1 or not high > 0:
+        raise ValueError(
+            f"clip_low must be in (0, 1] and clip_high above 0, got {low} and {high}. Try 0.2."
+        )
+    if kl < 0 or (kl and reference is None):
+        raise ValueError(
+            f"kl must be at least 0, and 0 without a reference, got {kl}. Pass the reference's "
+            "log-probabilities."
+        )
