@@ -24,6 +24,7 @@ from lctrain.config import (
     TrainerConfig,
 )
 from lctrain.data import PackedDataModule
+from lctrain.data.mix import named_sets
 from lctrain.distributed.strategy import ShardedStrategy
 from lctrain.eval.extension import check_supported
 from lctrain.memory.plan import Plan
@@ -52,7 +53,8 @@ def build_datamodule(config: DataConfig, model: ModelConfig | None = None) -> Pa
     """
     settings = {field.name: getattr(config, field.name) for field in fields(DataSettings)}
     tokenizer = config.tokenizer if model is None else tokenizer_for(model, config.tokenizer)
-    return PackedDataModule(source_of(config), tokenizer, **settings)
+    sets = named_sets(config.held_out_sets)
+    return PackedDataModule(source_of(config), tokenizer, held_out=sets or None, **settings)
 
 
 def build_model(

@@ -67,7 +67,7 @@ def evaluate(config: EvalConfig) -> Evaluation:
             folder contains a run.
     """
     from lctrain.build import build_datamodule, instantiate_all
-    from lctrain.data.prepare import Preparation
+    from lctrain.data.given import TokenPreparation
     from lctrain.eval import longest_documents, trained_window
     from lctrain.eval.begin import begin_tokens
     from lctrain.eval.documents import evaluation_documents
@@ -95,7 +95,7 @@ def evaluate(config: EvalConfig) -> Evaluation:
         # The model is loaded before its tokenizer, so that an error about the name is the model's.
         model = load_pretrained(config.model, config.dtype)
         preparation = build_datamodule(config.data, config.model).preparation
-        assert isinstance(preparation, Preparation)  # a config names a source of texts
+        assert not isinstance(preparation, TokenPreparation)  # a config names a source of texts
         documents = evaluation_documents(preparation, config.split)
         model.to(device)
         perplexity: PerplexityTable | MethodComparison | None = None

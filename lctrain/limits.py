@@ -66,14 +66,19 @@ def check_seed(seed: int, name: str = "seed") -> None:
     )
 
 
-def check_chat(source: Any, passkey_fraction: float, prefix: str = "") -> None:
-    """Raises ValueError if conversations are to be mixed with passkey documents.
+def check_passkey_source(source: Any, passkey_fraction: float, prefix: str = "") -> None:
+    """Raises ValueError if a mix or conversations are to have passkey documents.
 
     Args:
         source: Source of documents, or the settings of one.
         passkey_fraction: Fraction of every row that belongs to passkey documents.
         prefix: Text before the names in messages.
     """
+    require(
+        not hasattr(source, "sources") or passkey_fraction == 0,
+        f"{prefix}passkey_fraction must be 0 for a mix of sources, got {passkey_fraction}. Train "
+        "on one source with passkeys.",
+    )
     require(
         not hasattr(source, "train_on") or passkey_fraction == 0,
         f"{prefix}passkey_fraction must be 0 for conversations, got {passkey_fraction}. Passkey "

@@ -27,6 +27,7 @@ from lctrain.dropout_seed import seed_micro_batch
 from lctrain.log_steps import at_log_step
 from lctrain.loss import causal_lm_loss
 from lctrain.loss.causal_lm import token_losses
+from lctrain.loss.held_out import HeldOutLoss
 from lctrain.loss.token_window import TokenWindow
 from lctrain.memory.policy import apply_config
 from lctrain.models import patch_model
@@ -95,6 +96,7 @@ class LongContextModule(pl.LightningModule):
             before the first.
         gradient_norm: Gradient norm before clipping, 0-dim float32 tensor; None without clipping.
         held_out_losses: Pairs (optimizer step, held-out loss per token), one per validation.
+        held_out_set_losses: Such pairs by the name of the set, if there are several.
         converts_progress: True: this module converts a checkpoint's batch counts if a run resumes
             with other numbers of ranks and accumulated packs. PackedDataModule reads it.
     """
@@ -134,8 +136,8 @@ class LongContextModule(pl.LightningModule):
         self.held_out_losses: list[tuple[int, float]] = []
         self._window = TokenWindow()
         self._learning_rate = 0.0
-        self._held_out_sum: Tensor | None = None
-        self._held_out_tokens = 0
+        self.held_out_set_losses: dict[str, list[tuple[int, float]]] = {}
+        self._held_out = HeldOutLoss()
 
     def setup(self, stage: str) -> None:
         """Checks the trainer's precision and strategy.
@@ -305,32 +307,37 @@ class LongContextModule(pl.LightningModule):
             self.log("train/gradient_norm", self.gradient_norm)
 
     def on_validation_epoch_start(self) -> None:
-        """Sets the sum of the held-out loss to 0."""
-        self._start_held_out()
+        """Sets the sums of the held-out losses to 0."""
+        self._held_out = HeldOutLoss()
 
-    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Adds the loss of one held-out pack to the sum."""
-        self._add_held_out(batch)
+    def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds the loss of one held-out pack to the sum of its set."""
+        self._add_held_out(batch, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs `val/loss`, the mean over the held-out tokens of all ranks, and `val/perplexity`."""
-        loss = self._log_held_out("val")
+        """Logs `val/loss`, the mean over the held-out tokens of all ranks, and `val/perplexity`.
+
+        Each of several held-out sets has `val/NAME/loss` and `val/NAME/perplexity`, too.
+        """
+        losses = self._held_out.log(self, "val")
         if not self.trainer.sanity_checking:
-            self.held_out_losses.append((self.global_step, loss.item()))
+            self.held_out_losses.append((self.global_step, losses.pop("")))
+            for name, loss in losses.items():
+                self.held_out_set_losses.setdefault(name, []).append((self.global_step, loss))
 
     def on_test_epoch_start(self) -> None:
-        """Sets the sum of the test loss to 0."""
-        self._start_held_out()
+        """Sets the sums of the test losses to 0."""
+        self._held_out = HeldOutLoss()
 
-    def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Adds the loss of one pack of test data to the sum."""
-        self._add_held_out(batch)
+    def test_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds the loss of one pack of test data to the sum of its set."""
+        self._add_held_out(batch, dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
         """Logs `test/loss`, the mean over the test tokens of all ranks, and `test/perplexity`."""
-        self._log_held_out("test")
+        self._held_out.log(self, "test")
 
-    def predict_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Returns the loss at every position of a pack, [T] float32 on the CPU.
 
         Entry t is -log p of the token after position t in the same document; 0 where position t has
@@ -349,35 +356,10 @@ class LongContextModule(pl.LightningModule):
         scores = torch.zeros(len(labels), dtype=torch.float32, device=labels.device)
         return scores.index_copy(0, positions, losses.float()).cpu()
 
-    def _start_held_out(self) -> None:
-        self._held_out_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._held_out_tokens = 0
-
-    def _add_held_out(self, batch: PackedBatch) -> None:
-        assert self._held_out_sum is not None
+    def _add_held_out(self, batch: PackedBatch, number: int) -> None:
+        """Adds the loss of a batch to the sum of a held-out set."""
         loss_sum, _ = through_root(self.trainer, causal_lm_loss, self.model, batch)
-        self._held_out_sum += loss_sum
-        self._held_out_tokens += batch.num_valid_tokens
-
-    def _log_held_out(self, stage: str) -> Tensor:
-        """Logs loss and perplexity over the tokens of all ranks.
-
-        Args:
-            stage: Prefix of the metrics, "val" or "test".
-
-        Returns:
-            The loss per token, 0-dim float64.
-        """
-        assert self._held_out_sum is not None
-        tokens = self._held_out_sum.new_full((), float(self._held_out_tokens))
-        totals = Topology.of(self.trainer).sum(torch.stack([self._held_out_sum, tokens]))
-        loss = totals[0] / totals[1].clamp(min=1.0)
-        # Every rank has the same value, and the maximum over ranks keeps its bits. Lightning warns
-        # about metrics that are logged without a reduction.
-        same: dict[str, Any] = {"batch_size": 1, "sync_dist": True, "reduce_fx": "max"}
-        self.log(f"{stage}/loss", loss.float(), prog_bar=True, **same)
-        self.log(f"{stage}/perplexity", loss.exp().float(), **same)
-        return loss
+        self._held_out.add(number, loss_sum, batch.num_valid_tokens)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Stores the module's arguments, its optimizer options, and the losses for the report.
@@ -401,6 +383,7 @@ class LongContextModule(pl.LightningModule):
             "optim": asdict(self.optim),
             "first_loss": None if self.first_loss is None else self.first_loss.item(),
             "held_out_losses": list(self.held_out_losses),
+            "held_out_set_losses": dict(self.held_out_set_losses),
             "accumulated": self.trainer.accumulate_grad_batches,
         }
 
@@ -428,6 +411,7 @@ class LongContextModule(pl.LightningModule):
         if state["first_loss"] is not None:
             self.first_loss = torch.tensor(state["first_loss"], dtype=torch.float64)
         self.held_out_losses = [tuple(pair) for pair in state["held_out_losses"]]
+        self.held_out_set_losses = dict(state.get("held_out_set_losses", {}))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Loads weights as torch does.

@@ -55,7 +55,8 @@ def evaluation_arguments(config: TrainConfig) -> list[str]:
     for field in fields(config.data):
         value = getattr(config.data, field.name)
         if field.name not in NOT_OF_TEXTS and value != _default(field):
-            new = "+" if isinstance(value, Mapping) else ""  # its keys are not in the schema
+            # The keys of a mapping are not in the schema.
+            new = "+" if isinstance(_default(field), Mapping) else ""
             arguments.append(f"{new}data.{field.name}={_hydra(value)}")
     if config.evaluation.enabled:
         for field in fields(EvalConfig):

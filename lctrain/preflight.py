@@ -76,22 +76,35 @@ def check_data_files(config: DataConfig) -> None:
     Args:
         config: Settings of the data, with any source.
     """
-    from lctrain.data.readers import match_files
+    from lctrain.data.mix import sources_of
 
-    for name in ("files", "held_out_files"):
-        patterns = getattr(config, name, ())
-        from_hub = bool(getattr(config, "dataset", ""))
-        if name == "files" and hasattr(config, "files") and not patterns and not from_hub:
-            raise ValueError(
-                "data.files must name at least one file or glob, got none. Write for example "
-                "'data.files=[books/*.txt]', with the quotes."
-            )
-        if patterns:
-            with named("data.") if name == "files" else named("data.held_out_"):
-                match_files(patterns)
+    for place, source in sources_of(config).items():
+        _check_files(source, f"{place}.")
     from_environment = config.cache_dir is None and os.environ.get("LCTRAIN_CACHE")
     name = "LCTRAIN_CACHE" if from_environment else "data.cache_dir"
     check_folder(cache_folder(config.cache_dir), name)
+
+
+def _check_files(source: Any, prefix: str) -> None:
+    """Raises ValueError if a source names no file, or a file or glob that matches nothing.
+
+    Args:
+        source: Source of documents.
+        prefix: Text before the names in messages.
+    """
+    from lctrain.data.readers import match_files
+
+    for name in ("files", "held_out_files"):
+        patterns = getattr(source, name, ())
+        from_hub = bool(getattr(source, "dataset", ""))
+        if name == "files" and hasattr(source, "files") and not patterns and not from_hub:
+            raise ValueError(
+                f"{prefix}files must name at least one file or glob, got none. Write for example "
+                "'data.files=[books/*.txt]', with the quotes."
+            )
+        if patterns:
+            with named(prefix) if name == "files" else named(f"{prefix}held_out_"):
+                match_files(patterns)
 
 
 def check_model(config: ModelConfig, tokenizer: str | None) -> None:
@@ -116,8 +129,10 @@ def check_chat_tokenizer(data: DataConfig, model: ModelConfig) -> None:
         data: Settings of the data.
         model: Settings of the model. A pretrained model has a tokenizer of its own.
     """
+    from lctrain.data.mix import sources_of
+
     require(
-        not hasattr(data, "train_on")
+        not any(hasattr(source, "train_on") for source in sources_of(data).values())
         or data.tokenizer is not None
         or isinstance(model, PretrainedModelConfig),
         "data.tokenizer must be given for conversations, got null. Name the tokenizer of an "

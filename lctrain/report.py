@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -32,6 +32,8 @@ class RunReport:
         last_loss: Training loss of the last step; None if this process took no step.
         held_out_first: Held-out loss before the first step.
         held_out_last: Held-out loss after the last step.
+        held_out_sets: Such losses before the first and after the last step by the name of the set,
+            if there are several sets.
         tokens_per_second: Tokens per second of all ranks together, without the first logging
             interval; None if it was not measured.
         peak_memory_gib: Peak memory in GiB: allocated on the GPU, or of this process without a GPU.
@@ -65,6 +67,7 @@ class RunReport:
     folder: Path
     paths: dict[str, Path]
     evaluation_arguments: tuple[str, ...] = ()
+    held_out_sets: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Returns at most ten lines for new users; report.json holds all figures."""
@@ -76,6 +79,9 @@ class RunReport:
             f"{_change(self.first_loss, self.last_loss)} in training (lower is better)",
             f"data      {self.data}",
         ]
+        if self.held_out_sets:
+            sets = [f"{name} {_change(*pair)}" for name, pair in self.held_out_sets.items()]
+            lines.insert(2, f"held out  {', '.join(sets)}")
         lines += [f"{name:<9} {sentence}" for name, sentence in self.findings.items() if sentence]
         pictures = [path for name, path in self.paths.items() if name.endswith("plot")]
         if pictures:
@@ -146,13 +152,17 @@ def summarize(
         fill=packing.fill,
         data=describe_rows(packing),
         packing=str(packing),
-        held_out_packing=str(data.held_out_report),
+        held_out_packing=describe_sets(data.held_out_reports),
         imbalance=data.imbalance if Topology.of(trainer).data_size > 1 else None,
         perplexities=closing.perplexities,
         findings=closing.findings,
         folder=folder,
         paths=found,
         evaluation_arguments=tuple(evaluation_arguments),
+        held_out_sets={
+            name: (losses[0][1], losses[-1][1])
+            for name, losses in module.held_out_set_losses.items()
+        },
     )
 
 
@@ -171,7 +181,19 @@ def describe_rows(packing: PackingReport) -> str:
         "unreadable": packing.dropped_unreadable,
     }
     found = [f"{number:,} {what}" for what, number in lost.items() if number]
-    return f"{text}; {', '.join(found)}" if found else text
+    shares = [f"{part.name} {part.tokens / packing.tokens:.1%}" for part in packing.sources]
+    return "; ".join([text, *(", ".join(words) for words in (shares, found) if words)])
+
+
+def describe_sets(reports: Mapping[str, PackingReport]) -> str:
+    """Returns the counts of the held-out rows as text, with names if there are several sets.
+
+    Args:
+        reports: Counts of the rows of every set.
+    """
+    if len(reports) == 1:
+        return "".join(map(str, reports.values()))
+    return "; ".join(f"{name}: {report}" for name, report in reports.items())
 
 
 def command(name: str) -> str:

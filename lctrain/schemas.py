@@ -12,6 +12,7 @@ from lctrain import config
 from lctrain.config import DataConfig, store_schema
 from lctrain.data.chat import ChatSource
 from lctrain.data.hub import HubSource
+from lctrain.data.mix import SourceMix
 from lctrain.data.packages import PackagesSource
 from lctrain.data.sources import JsonlSource, ParquetSource, Source, StdlibSource, TextSource
 from lctrain.run.new_folder import register_new_run_folder
@@ -52,18 +53,23 @@ class ChatData(DataConfig, ChatSource):
     """Settings of data=chat: conversations in JSON lines, Parquet files or a hub dataset."""
 
 
-def source_of(data: DataConfig) -> Source:
-    """Returns the source of documents that the settings of the data describe.
+@dataclass(frozen=True, kw_only=True)
+class MixData(DataConfig, SourceMix):
+    """Settings of data=mix: several sources, each with a weight, epochs and limits."""
+
+
+def source_of(data: DataConfig) -> Source | SourceMix:
+    """Returns the source of documents, or the mix of sources, that the settings describe.
 
     Raises:
         ValueError: if the settings have no source, or a setting of the source is out of range.
     """
     for base in type(data).__mro__:
-        if issubclass(base, Source) and not issubclass(base, DataConfig):
+        if issubclass(base, (Source, SourceMix)) and not issubclass(base, DataConfig):
             return base(**{field.name: getattr(data, field.name) for field in fields(base)})
     raise ValueError(
         f"data must name a source, got {type(data).__name__}. Choose data=stdlib, packages, "
-        "text, jsonl, parquet, hub or chat."
+        "text, jsonl, parquet, hub, chat or mix."
     )
 
 
@@ -75,6 +81,7 @@ SCHEMAS: dict[str, Any] = {
     "data/parquet": ParquetData,
     "data/hub": HubData,
     "data/chat": ChatData,
+    "data/mix": MixData,
     "model/scratch": config.ScratchModelConfig,
     "model/pretrained": config.PretrainedModelConfig,
     "adapter/adapter": config.AdapterConfig,

@@ -135,6 +135,7 @@ def test_a_data_module_takes_every_setting_of_the_data():
         assert values[field.name] == field.default
     assert {field.name for field in fields(DataConfig)} == {
         "tokenizer",
+        "held_out_sets",  # the argument held_out
         *(field.name for field in fields(DataSettings)),
     }
     with pytest.raises(TypeError, match=r"settings must be .*, got max_token. Did you mean max_t"):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from lctrain.config.paths import expand_paths
 from lctrain.limits import (
     MIN_TOKENS,
     OVERLONG,
     SPECIAL_TOKENS,
-    check_chat,
+    check_passkey_source,
     check_stream,
     named,
     require,
@@ -174,10 +174,14 @@ class DataConfig(DataSettings):
     Attributes:
         tokenizer: Name or path of the tokenizer. None takes the tokenizer of a pretrained model;
             for a model with random weights it trains a byte-level BPE on the training split.
+        held_out_sets: Further held-out sets by name, each with a loss of its own in the log: the
+            `kind` of a source (stdlib, packages, text, jsonl, parquet, hub or chat) and its
+            settings. None adds none.
     """
 
     cache_dir: str | None = None  # OmegaConf does not support os.PathLike
     tokenizer: str | None = None
+    held_out_sets: Any = None  # a mapping; Hydra would not add keys to one in the schema
 
     def __post_init__(self) -> None:
         expand_paths(self, "data.", "cache_dir")
@@ -187,4 +191,4 @@ class DataConfig(DataSettings):
             with named("data."):
                 check_source()
             check_stream(self, self.passkey_fraction, "data.")
-            check_chat(self, self.passkey_fraction, "data.")
+            check_passkey_source(self, self.passkey_fraction, "data.")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lctrain.data.dataset import pack
     from lctrain.data.documents import TokenizedDocument
     from lctrain.data.hub import HubSource
+    from lctrain.data.mix import SourceMix, SourcePart
     from lctrain.data.packages import PackagesSource
     from lctrain.data.packing import PackingPlan, PackingReport
     from lctrain.data.row_order import RowOrder
@@ -32,6 +33,8 @@ __all__ = [
     "ParquetSource",
     "RowOrder",
     "Source",
+    "SourceMix",
+    "SourcePart",
     "StdlibSource",
     "TextSource",
     "TokenizedDocument",
@@ -51,6 +54,8 @@ _HOMES = {
     "ParquetSource": "sources",
     "RowOrder": "row_order",
     "Source": "sources",
+    "SourceMix": "mix",
+    "SourcePart": "mix",
     "StdlibSource": "sources",
     "TextSource": "sources",
     "TokenizedDocument": "documents",

@@ -18,21 +18,18 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lctrain.batch import PackedBatch
 from lctrain.config import DataSettings
+from lctrain.data.choose import preparation_of
+from lctrain.data.collator import PackedRows
 from lctrain.data.documents import TokenizedDocument
-from lctrain.data.given import DatasetSource, TokenPreparation, holds_texts
+from lctrain.data.given import TokenPreparation
 from lctrain.data.loader import Cursor, PackLoader, RowStream
 from lctrain.data.order import epoch_order, imbalance, micro_batches
 from lctrain.data.own_tokenizer import require_own_tokenizer, warn_of_other_ids
-from lctrain.data.packing import PackingReport, document_limit
-from lctrain.data.prepare import (
-    Preparation,
-    PreparedData,
-    check_same_settings,
-    fingerprint_settings,
-)
+from lctrain.data.packing import PackingReport, combine_reports, document_limit
+from lctrain.data.prepared import PreparedData, check_same_settings, fingerprint_settings
 from lctrain.data.restored import restored_settings
-from lctrain.data.sources import Source, StdlibSource
 from lctrain.data.streaming import ENDLESS, StepNumbers, StreamedRows, StreamRecipe
+from lctrain.data.vocabulary import check_vocabulary
 from lctrain.distributed import Topology
 from lctrain.limits import check_seed
 
@@ -58,16 +55,18 @@ class PackedDataModule(LightningDataModule):
         """Checks the settings; nothing is read before `prepare_data` or `setup`.
 
         Args:
-            source: Documents to train on, in one of four forms: a Source, which reads files or a
-                dataset of the hub; texts, as a list or a `datasets.Dataset` with the column "text";
-                documents of token ids, as in `lctrain.data.pack`; or the rows that
-                `lctrain.data.pack` returned. None reads the Python standard library.
+            source: Documents to train on, in one of five forms: a Source, which reads files or a
+                dataset of the hub; a SourceMix, which mixes several; texts, as a list or a
+                `datasets.Dataset` with the column "text"; documents of token ids, as in
+                `lctrain.data.pack`; or the rows that `lctrain.data.pack` returned. None reads the
+                Python standard library.
             tokenizer: A tokenizer of transformers, or its name or path. None trains a byte-level
                 BPE on the training split and keeps it in the cache; a pretrained model needs the
                 tokenizer that it was trained with.
             pin_memory: Whether to copy batches to pinned memory. None does so if there is a GPU.
             held_out: Documents to hold out, in the same form as `source`; not allowed with a
-                Source.
+                Source. Or a mapping of further held-out sets by name, each a Source, or documents
+                in the same form as `source`.
             **settings: Fields of `lctrain.config.DataSettings`, such as max_tokens.
 
         Raises:
@@ -78,20 +77,7 @@ class PackedDataModule(LightningDataModule):
         _check_names(settings)
         self.options = DataSettings(**settings)
         check_seed(self.options.seed)
-        if held_out is not None and (source is None or isinstance(source, Source)):
-            raise ValueError(
-                "held_out must come with a dataset, got it with a Source. Set the source's own "
-                "held-out files, or pass a dataset."
-            )
-        self.preparation: Preparation | TokenPreparation
-        if source is None or isinstance(source, Source) or holds_texts(source):
-            self.preparation = Preparation(
-                source=_as_source(source, held_out), tokenizer=tokenizer, settings=self.options
-            )
-        else:
-            self.preparation = TokenPreparation(
-                dataset=source, held_out=held_out, tokenizer=tokenizer, settings=self.options
-            )
+        self.preparation = preparation_of(source, tokenizer, self.options, held_out)
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self._prepared: PreparedData | None = None
         self._cursor = Cursor()
@@ -110,7 +96,8 @@ class PackedDataModule(LightningDataModule):
     @property
     def trains_tokenizer(self) -> bool:
         """Whether the data module trains a tokenizer of its own."""
-        return isinstance(self.preparation, Preparation) and self.preparation.tokenizer is None
+        preparation = self.preparation
+        return not isinstance(preparation, TokenPreparation) and preparation.tokenizer is None
 
     @property
     def vocab_size(self) -> int:
@@ -143,8 +130,21 @@ class PackedDataModule(LightningDataModule):
 
     @property
     def held_out_report(self) -> PackingReport:
-        """Counts of the held-out rows. They are available after `setup()`."""
-        return self._ready.held_out_rows.plan.report
+        """Counts of all held-out rows. They are available after `setup()`."""
+        return combine_reports(list(self.held_out_reports.values()))
+
+    @property
+    def held_out_reports(self) -> dict[str, PackingReport]:
+        """Counts of the rows of every held-out set, by name. They are available after `setup()`."""
+        return {name: rows.report for name, rows in self._ready.held_out_rows.items()}
+
+    @property
+    def held_out_names(self) -> list[str]:
+        """Names of the held-out sets that have rows, in the order of their loaders.
+
+        They are available after `setup()`.
+        """
+        return [name for name, rows in self._ready.held_out_rows.items() if len(rows)]
 
     @property
     def imbalance(self) -> float:
@@ -258,17 +258,20 @@ class PackedDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> PackLoader | list[Any]:
-        """Returns the loader of this rank's held-out rows, or [] if no documents are held out.
+        """Returns the loader of this rank's held-out rows; a list for several sets, or none.
 
         The rows keep their order, and every rank has the same number of steps. If no row is left
         for a rank in the last step, it reads the first row without targets, so that sums over
         tokens stay exact.
         """
-        rows, world_size, rank = self._ready.held_out_rows, self._world_size, self._rank
-        if len(rows) == 0:
-            return []
-        steps = -(-len(rows) // world_size)
-        numbers = np.arange(steps) * world_size + rank
+        rows = self._ready.held_out_rows
+        loaders = [self._held_out_loader(rows[name]) for name in self.held_out_names]
+        return loaders[0] if len(loaders) == 1 else loaders
+
+    def _held_out_loader(self, rows: PackedRows) -> PackLoader:
+        """Returns the loader of this rank's rows of one held-out set."""
+        steps = -(-len(rows) // self._world_size)
+        numbers = np.arange(steps) * self._world_size + self._rank
         numbers = np.where(numbers < len(rows), numbers, ~0)
         return PackLoader(
             rows,
@@ -280,11 +283,12 @@ class PackedDataModule(LightningDataModule):
         )
 
     def held_out_documents(self) -> list[TokenizedDocument]:
-        """Returns the whole held-out documents, before packing splits or truncates them."""
-        store = self._ready.held_out_rows.store
+        """Returns the whole held-out documents of all sets, before packing cuts them."""
+        stores = [rows.store for rows in self._ready.held_out_rows.values()]
+        places = [(store, index) for store in stores for index in range(len(store))]
         return [
-            TokenizedDocument(store.names[i], store.tokens(i).astype(np.int64), i)
-            for i in range(len(store))
+            TokenizedDocument(store.names[index], store.tokens(index).astype(np.int64), number)
+            for number, (store, index) in enumerate(places)
         ]
 
     def transfer_batch_to_device(
@@ -419,32 +423,3 @@ def _check_names(settings: Mapping[str, Any]) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             remedy = f"Did you mean {near[0]}?" if near else "Leave it out."
             raise TypeError(f"settings must be among {', '.join(known)}, got {name}. {remedy}")
-
-
-def _as_source(source: Any, held_out: Any) -> Source:
-    if source is None:
-        return StdlibSource()
-    return (
-        source if isinstance(source, Source) else DatasetSource(dataset=source, held_out=held_out)
-    )
-
-
-def check_vocabulary(batch: PackedBatch, module: Any) -> None:
-    """Raises ValueError if a token has no embedding in the model; a GPU would abort the process.
-
-    Args:
-        batch: A batch on the CPU; a batch on a device is not checked.
-        module: The LightningModule. Its attribute `model` is checked if it is a transformers model.
-
-    Raises:
-        ValueError: if a token is outside of the vocabulary.
-    """
-    find = getattr(getattr(module, "model", None), "get_input_embeddings", None)
-    if find is None or batch.input_ids.device.type != "cpu":
-        return
-    known, largest = getattr(find(), "num_embeddings", None), int(batch.input_ids.max())
-    if known is not None and largest >= known:
-        raise ValueError(
-            f"documents must hold tokens below the model's vocabulary of {known}, got {largest}. "
-            "Tokenize them with the model's own tokenizer (data.tokenizer)."
-        )

@@ -161,6 +161,19 @@ def count_shared(held_out: Documents, train: Documents) -> int:
     return int(np.isin(held_out.digests, train.digests).sum())
 
 
+def join_documents(parts: Sequence[Documents]) -> Documents:
+    """Returns the documents of several sources one after the other; their counts are left out."""
+    from datasets import concatenate_datasets
+
+    texts = [documents.texts.select_columns("text") for documents in parts]
+    return Documents(
+        concatenate_datasets(texts),
+        [name for documents in parts for name in documents.names],
+        np.concatenate([documents.digests for documents in parts]),
+        np.concatenate([documents.sizes for documents in parts]),
+    )
+
+
 def _border(text: str, place: int) -> int:
     """Returns the position after the last line break before `place`, or else after the last space.
 

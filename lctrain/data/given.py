@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,8 +13,9 @@ import numpy as np
 from lctrain.config import DataSettings
 from lctrain.data.collator import PackedRows
 from lctrain.data.dataset import DatasetTokens, pack, pack_tokens
+from lctrain.data.mix import placed
 from lctrain.data.packing import Overlong, plan_rows
-from lctrain.data.prepare import PreparedData
+from lctrain.data.prepared import OWN_SET, PreparedData
 from lctrain.data.sources import Source
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ class TokenPreparation:
         dataset: Documents of token ids, or rows that `lctrain.data.pack` returned.
         held_out: Documents or rows to hold out, in the same form as `dataset`. None holds out a
             part of the documents in `dataset`, and none of its rows.
+        held_out_sets: Documents or rows of further held-out sets, by name.
         tokenizer: Tokenizer that made the token ids, or its name; None if it is unknown.
         settings: Settings of the data module. passkey_fraction and special_tokens must keep their
             defaults: they apply to texts.
@@ -62,6 +65,7 @@ class TokenPreparation:
     held_out: Any
     tokenizer: Any
     settings: DataSettings
+    held_out_sets: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         passkeys, special_tokens = self.settings.passkey_fraction, self.settings.special_tokens
@@ -97,7 +101,11 @@ class TokenPreparation:
             "overlong": self.settings.overlong,
             "packing_window": self.settings.packing_window,
         }
-        return PreparedData(self.tokenizer, rows, self._held_out_rows(held_out), settings)
+        sets = {OWN_SET: self._held_out_rows(held_out)}
+        for name, documents in self.held_out_sets.items():
+            with placed(f"held_out[{name!r}]"):
+                sets[name] = self._held_out_rows(documents)
+        return PreparedData(self.tokenizer, rows, sets, settings)
 
     def _held_out_rows(self, held_out: Any) -> PackedRows:
         if isinstance(held_out, PackedRows):

@@ -8,9 +8,9 @@ pieces of one length are placed together, so the time does not depend on the num
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from tqdm import tqdm
@@ -24,6 +24,36 @@ CountTrained = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 _WORD_BITS = 1024
 BAR_DELAY_S = 1.0  # seconds before a progress bar appears
+
+
+@dataclass(frozen=True)
+class SourceCounts:
+    """Counts of one source of a mix in the training rows.
+
+    Attributes:
+        name: Name of the source.
+        documents: Documents of the source, counted as often as a pass reads them.
+        tokens: Tokens of the source.
+        fill: Fraction of the rows' capacity that holds tokens of the source.
+        repeats: Times that a pass over the rows reads the source.
+        trained_tokens: Tokens of the source that are trained on, if only some are; None for all.
+    """
+
+    name: str
+    documents: int
+    tokens: int
+    fill: float
+    repeats: float
+    trained_tokens: int | None = None
+
+    def __str__(self) -> str:
+        trained = ""
+        if self.trained_tokens is not None:
+            trained = f", {self.trained_tokens:,} of them to train on"
+        return (
+            f"{self.name}: {self.tokens:,} tokens of {self.documents:,} documents{trained}, fill "
+            f"{self.fill:.4f}, read {self.repeats:.2f} times"
+        )
 
 
 @dataclass(frozen=True)
@@ -50,6 +80,7 @@ class PackingReport:
         untrained: Pieces of overlong conversations that were left out, since none of their tokens
             is trained on.
         trained_tokens: Tokens that are trained on, if only some are; None for all.
+        sources: Counts of every source of a mix; empty for a single source.
     """
 
     rows: int
@@ -70,6 +101,7 @@ class PackingReport:
     passkey_tokens: int = 0
     untrained: int = 0
     trained_tokens: int | None = None
+    sources: tuple[SourceCounts, ...] = ()
 
     @property
     def fill(self) -> float:
@@ -87,6 +119,7 @@ class PackingReport:
             f"{f', {self.repaired:,} repaired' if self.repaired else ''}"
             f"{f', {self.special_texts:,} texts of special tokens' if self.special_texts else ''}"
             f"{self._passkeys()}{self._trained()}"
+            f"{''.join(f'; {source}' for source in self.sources)}"
         )
 
     def _passkeys(self) -> str:
@@ -101,6 +134,24 @@ class PackingReport:
             f", {pluralize(self.untrained, 'piece')} without one left out" if self.untrained else ""
         )
         return f"; {pluralize(self.trained_tokens, 'token')} to train on{lost}"
+
+
+def combine_reports(reports: Sequence[PackingReport]) -> PackingReport:
+    """Returns the sums of the counts of several sets of rows, all of the same capacity.
+
+    Args:
+        reports: At least one report. The counts of sources are left out.
+    """
+    if len(reports) == 1:
+        return reports[0]
+    names = [name for name, value in vars(reports[0]).items() if isinstance(value, int)]
+    sums = {name: sum(getattr(report, name) for report in reports) for name in names}
+    trained = None
+    if any(report.trained_tokens is not None for report in reports):
+        counts = [(report.trained_tokens, report.tokens) for report in reports]
+        trained = sum(whole if part is None else part for part, whole in counts)
+    fixed: dict[str, Any] = {"max_tokens": reports[0].max_tokens, "trained_tokens": trained}
+    return PackingReport(**(sums | fixed))
 
 
 def _lost(tokens: int) -> str:

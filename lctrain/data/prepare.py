@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +21,7 @@ from lctrain.data.collator import PackedRows
 from lctrain.data.documents import Documents, TokenStore, count_shared, read_documents
 from lctrain.data.faults import on_first_rank, warn_once
 from lctrain.data.hub import HubSource
+from lctrain.data.mix import overlong_of, placed
 from lctrain.data.packing import Overlong, PackingPlan, document_limit, plan_rows
 from lctrain.data.passkey import PasskeyFormat
 from lctrain.data.passkey_rows import (
@@ -31,6 +31,7 @@ from lctrain.data.passkey_rows import (
     add_passkeys,
     passkey_lengths,
 )
+from lctrain.data.prepared import OWN_SET, PreparedData, fingerprint_settings
 from lctrain.data.sources import Source
 from lctrain.data.streaming import HeldOut, StreamRecipe
 from lctrain.data.tokenizer import (
@@ -40,7 +41,7 @@ from lctrain.data.tokenizer import (
     train_tokenizer,
 )
 from lctrain.data.tokenizing import tokenize
-from lctrain.limits import check_chat, check_stream
+from lctrain.limits import check_passkey_source, check_stream
 from lctrain.local_paths import cache_folder
 
 if TYPE_CHECKING:
@@ -56,15 +57,17 @@ class Preparation:
         tokenizer: A tokenizer of transformers, or its name or path. None trains a tokenizer on the
             training documents.
         settings: Settings of the data module.
+        held_out_sets: Sources of further held-out sets, by name.
     """
 
     source: Source
     tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None
     settings: DataSettings
+    held_out_sets: Mapping[str, Source] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_stream(self.source, self.settings.passkey_fraction)
-        check_chat(self.source, self.settings.passkey_fraction)
+        check_passkey_source(self.source, self.settings.passkey_fraction)
         if isinstance(self.source, ChatSource) and self.tokenizer is None:
             raise ValueError(
                 "tokenizer must be given for conversations, got None. Set data.tokenizer to the "
@@ -89,28 +92,11 @@ class Preparation:
 
     def _run(self) -> PreparedData:
         tokenizer = self.given_tokenizer()
-        train, held_out = self._documents()
+        train, held_out = self.documents()
         if tokenizer is None:
             tokenizer = train_tokenizer(train, self.settings.vocab_size, self.cache_dir)
-        if isinstance(self.source, ChatSource):
-            template = ChatTemplate(tokenizer, self.source.rendering)  # raises a ValueError early
-            if not template.ends_turns:
-                warn_once(
-                    "The chat template ends an assistant turn without a special token: the model "
-                    "does not learn to stop. Name another template as data.chat_template."
-                )
-            if template.written_date is not None:
-                warn_once(
-                    "The chat template writes today's date into conversations: on another day "
-                    "their tokens differ, and this run cannot be resumed. " + template.date_remedy
-                )
-        elif tokenizer.eos_token_id is None:
-            warn_once(
-                "The tokenizer has no end token: documents end without one, and the model does not "
-                "learn to stop. To change that, set tokenizer.eos_token, save the tokenizer, and "
-                "name that folder as data.tokenizer."
-            )
-        train_rows = self._pack(train, tokenizer, self.settings.passkey_fraction)
+        written_date = self.check_tokenizer(tokenizer)
+        train_rows = self.pack(train, tokenizer, self.settings.passkey_fraction)
         if len(train_rows) == 0:
             raise ValueError(
                 f"data must fill at least one row, got none: {train_rows.plan.report}. Use more "
@@ -133,15 +119,45 @@ class Preparation:
         if self.settings.passkey_fraction:
             settings["passkey_fraction"] = self.settings.passkey_fraction
         if isinstance(self.source, ChatSource):
-            settings["chat"] = self._chat(tokenizer).fingerprint
-            if template.written_date is not None:
-                settings["chat_date"] = template.written_date
+            settings["chat"] = self.chat(tokenizer).fingerprint
+            if written_date is not None:
+                settings["chat_date"] = written_date
         if getattr(self.source, "endless", False):
             settings["window_bytes"] = self.source.window_bytes  # type: ignore[attr-defined]
         stream = self._stream(tokenizer, held_out, settings)
-        return PreparedData(
-            tokenizer, train_rows, self._pack(held_out, tokenizer, held_out=True), settings, stream
-        )
+        own = {OWN_SET: self.pack(held_out, tokenizer, held_out=True)}
+        sets = own | prepare_sets(self.held_out_sets, tokenizer, self.settings, [train])
+        return PreparedData(tokenizer, train_rows, sets, settings, stream)
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
+        """Warns about what the tokenizer does not teach the model.
+
+        Returns:
+            The date that the chat template writes into conversations; None if it writes none.
+
+        Raises:
+            ValueError: if conversations have no chat template.
+        """
+        if not isinstance(self.source, ChatSource):
+            if tokenizer.eos_token_id is None:
+                warn_once(
+                    "The tokenizer has no end token: documents end without one, and the model does "
+                    "not learn to stop. To change that, set tokenizer.eos_token, save the "
+                    "tokenizer, and name that folder as data.tokenizer."
+                )
+            return None
+        template = ChatTemplate(tokenizer, self.source.rendering)
+        if not template.ends_turns:
+            warn_once(
+                "The chat template ends an assistant turn without a special token: the model "
+                "does not learn to stop. Name another template as data.chat_template."
+            )
+        if template.written_date is not None:
+            warn_once(
+                "The chat template writes today's date into conversations: on another day "
+                "their tokens differ, and this run cannot be resumed. " + template.date_remedy
+            )
+        return template.written_date
 
     def _stream(
         self, tokenizer: PreTrainedTokenizerBase, held_out: Documents, settings: dict[str, Any]
@@ -178,7 +194,12 @@ class Preparation:
             tokenizer.chat_template = self.source.rendering.template
         return tokenizer
 
-    def _documents(self) -> tuple[Documents, Documents]:
+    def documents(self) -> tuple[Documents, Documents]:
+        """Returns the documents to train on, and those to hold out.
+
+        Raises:
+            ValueError: if a document cannot be read and the source forbids it, or none has text.
+        """
         label = type(self.source).__name__
         train = read_documents(self.source.load(self.cache_dir), label)
         set_aside = self.source.load_held_out(self.cache_dir)
@@ -186,13 +207,7 @@ class Preparation:
             train, held_out = self.split(train)
         else:
             held_out = read_documents(set_aside, f"{label}.held_out")
-            shared = count_shared(held_out, train)
-            if shared:
-                warn_once(
-                    f"{shared:,} of {len(held_out):,} held-out documents are in the training data, "
-                    "too: a held-out loss says nothing about new text there. Leave them out of "
-                    "data.files."
-                )
+            warn_of_shared(held_out, [train])
         if len(train) == 0:
             raise ValueError(
                 f"data must hold at least one document with text, got none from {self.source} "
@@ -200,18 +215,40 @@ class Preparation:
             )
         return train, held_out
 
+    def read_all(self) -> Documents:
+        """Returns the documents of the source, none of them set aside.
+
+        Raises:
+            ValueError: if none has text.
+        """
+        found = read_documents(self.source.load(self.cache_dir), type(self.source).__name__)
+        if len(found) == 0:
+            raise ValueError(
+                f"a held-out set must hold at least one document with text, got none from "
+                f"{self.source}. Check the files and the field."
+            )
+        return found
+
     def split(self, documents: Documents) -> tuple[Documents, Documents]:
         """Returns the documents to train on, and those to hold out. A conversation is not cut."""
         cut = not isinstance(self.source, ChatSource)
         return documents.split(self.settings.held_out_fraction, cut)
 
-    def _pack(
+    def pack(
         self,
         documents: Documents,
         tokenizer: PreTrainedTokenizerBase,
         passkey_fraction: float = 0.0,
         held_out: bool = False,
     ) -> PackedRows:
+        """Tokenizes documents and packs them into rows.
+
+        Args:
+            documents: Texts, or conversations as JSON text.
+            tokenizer: A transformers tokenizer.
+            passkey_fraction: Fraction of the tokens of a row that belong to passkey documents.
+            held_out: Whether it is only a warning if no conversation can be used.
+        """
         store: Any = self.tokenize(documents, tokenizer, may_be_empty=held_out)
         passkey_tokens = round(self.settings.max_tokens * passkey_fraction)
         plan = plan_rows(
@@ -248,13 +285,13 @@ class Preparation:
         """
         settings = self.settings
         if isinstance(self.source, ChatSource):
-            chat = self._chat(tokenizer)
+            chat = self.chat(tokenizer)
             return chat.run(documents, self.cache_dir, settings.num_proc, may_be_empty)
         return tokenize(
             documents, tokenizer, self.cache_dir, settings.num_proc, settings.special_tokens
         )
 
-    def _chat(self, tokenizer: PreTrainedTokenizerBase) -> ChatTokenizing:
+    def chat(self, tokenizer: PreTrainedTokenizerBase) -> ChatTokenizing:
         """Returns the object that tokenizes the conversations of a ChatSource."""
         assert isinstance(self.source, ChatSource)
         return ChatTokenizing(
@@ -282,24 +319,64 @@ class Preparation:
         return PackedRows(JoinedStore(store, PasskeyStore(format, lengths, store)), mixed)
 
 
-@dataclass(frozen=True, eq=False)
-class PreparedData:
-    """Result of Preparation: packed rows, and the settings that determine them.
+def set_readers(
+    sets: Mapping[str, Source],
+    tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None,
+    settings: DataSettings,
+) -> dict[str, Preparation]:
+    """Returns what prepares held-out sets that have sources of their own, by name.
 
-    Attributes:
-        tokenizer: Tokenizer of the token ids. For documents of token ids it is the value that the
-            user gave: a tokenizer, its name, or None.
-        train_rows: The training rows. For an endless stream, they are those of its first window.
-        held_out_rows: The held-out rows; empty if no document is held out.
-        settings: Plain values that determine the rows; a resumed run compares them.
-        stream: Recipe by which training reads an endless stream; None for other sources.
+    Args:
+        sets: Sources of the sets by name.
+        tokenizer: A tokenizer of transformers, or its name or path; None for a trained one.
+        settings: Settings of the data module.
     """
+    readers = {}
+    for name, source in sets.items():
+        overlong = overlong_of(source, None, settings.overlong)
+        own = replace(settings, overlong=overlong, passkey_fraction=0.0)
+        with placed(f"held_out_sets.{name}"):
+            readers[name] = Preparation(source=source, tokenizer=tokenizer, settings=own)
+    return readers
 
-    tokenizer: PreTrainedTokenizerBase
-    train_rows: PackedRows
-    held_out_rows: PackedRows
-    settings: dict[str, Any]
-    stream: StreamRecipe | None = None
+
+def prepare_sets(
+    sets: Mapping[str, Source],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: DataSettings,
+    train: Sequence[Documents],
+) -> dict[str, PackedRows]:
+    """Returns the rows of held-out sets that have sources of their own.
+
+    Args:
+        sets: Sources of the sets by name.
+        tokenizer: A transformers tokenizer.
+        settings: Settings of the data module.
+        train: The training documents, of every source.
+    """
+    found = {}
+    for name, reader in set_readers(sets, tokenizer, settings).items():
+        with placed(f"held_out_sets.{name}"):
+            documents = reader.read_all()
+            warn_of_shared(documents, train, f"The held-out set {name}: ")
+            found[name] = reader.pack(documents, tokenizer, held_out=True)
+    return found
+
+
+def warn_of_shared(held_out: Documents, train: Sequence[Documents], place: str = "") -> None:
+    """Warns if held-out documents are in the training data, too.
+
+    Args:
+        held_out: The held-out documents.
+        train: The training documents, of every source.
+        place: Text before the message.
+    """
+    shared = sum(count_shared(held_out, documents) for documents in train)
+    if shared:
+        warn_once(
+            f"{place}{shared:,} of {len(held_out):,} held-out documents are in the training data, "
+            "too: a held-out loss says nothing about new text there. Leave them out of data.files."
+        )
 
 
 @contextmanager
@@ -337,48 +414,3 @@ def _is_damage(error: Exception) -> bool:
         or type(error).__name__ in ("ArrowInvalid", "ArrowSerializationError")
         or isinstance(error, DamagedTokenizerError)
     )
-
-
-def fingerprint_settings(settings: dict[str, Any]) -> str:
-    """Returns a hash of settings, without the description of the source."""
-    text = json.dumps(_compared(settings), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def check_same_settings(now: dict[str, Any], then: dict[str, Any]) -> None:
-    """Raises ValueError if a resumed run has other data settings than its checkpoint.
-
-    Args:
-        now: Settings of this run.
-        then: Settings in the checkpoint.
-
-    Raises:
-        ValueError: if settings differ; the message names them with both values.
-    """
-    compared_now, compared_then = _compared(now), _compared(then)
-    changes = [
-        f"{name} was {compared_then.get(name)!r}, is {compared_now.get(name)!r}"
-        for name in compared_now | compared_then
-        if compared_now.get(name) != compared_then.get(name)
-    ]
-    if not changes:
-        return
-    if now.get("training_documents") != then.get("training_documents"):
-        changes.append(f"source was {then.get('source')}, is {now.get('source')}")
-    if now.get("chat_date") != then.get("chat_date"):
-        changes.append(
-            "the chat template writes today's date (a new run with a fixed date in "
-            "data.template_arguments can be resumed on any day)"
-        )
-    raise ValueError(
-        "a resumed run must have the data and packing settings of its checkpoint, got others: "
-        f"{'; '.join(changes)}. Restore them, or start a new run without ckpt_path."
-    )
-
-
-def _compared(settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings that are compared: all but the description of the source.
-
-    The hash of the training texts is compared instead, so files may be moved.
-    """
-    return {name: value for name, value in settings.items() if name != "source"}

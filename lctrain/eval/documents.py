@@ -8,6 +8,8 @@ import numpy as np
 
 from lctrain.data import TokenizedDocument
 from lctrain.data.documents import Documents, read_documents
+from lctrain.data.mix_prepare import MixPreparation
+from lctrain.data.prepare import set_readers
 
 if TYPE_CHECKING:
     from lctrain.data.prepare import Preparation
@@ -15,7 +17,9 @@ if TYPE_CHECKING:
 SPLITS = ("held_out", "all")
 
 
-def evaluation_documents(preparation: Preparation, split: str) -> list[TokenizedDocument]:
+def evaluation_documents(
+    preparation: Preparation | MixPreparation, split: str
+) -> list[TokenizedDocument]:
     """Returns the tokenized documents of a split, from the data module's cache if they are there.
 
     Args:
@@ -34,21 +38,42 @@ def evaluation_documents(preparation: Preparation, split: str) -> list[Tokenized
             "tokenizer must be the model's, got none. Name it, or leave data.tokenizer out of "
             "lctrain-eval to take the one that is stored with the model."
         )
-    documents = _read(preparation, split)
-    if len(documents) == 0:
+    stores = [
+        part.tokenize(documents, tokenizer)
+        for part, documents in _read(preparation, split)
+        if len(documents)
+    ]
+    if not stores:
         raise ValueError(
             "data must hold out at least one document with text, got none from "
             f"{preparation.source}. Raise data.held_out_fraction, use more data, or evaluate on "
             "all of it with split=all."
         )
-    store = preparation.tokenize(documents, tokenizer)
+    places = [(store, index) for store in stores for index in range(len(store))]
     return [
-        TokenizedDocument(store.names[index], store.tokens(index).astype(np.int64), index)
-        for index in range(len(store))
+        TokenizedDocument(store.names[index], store.tokens(index).astype(np.int64), number)
+        for number, (store, index) in enumerate(places)
     ]
 
 
-def _read(preparation: Preparation, split: str) -> Documents:
+def _read(
+    preparation: Preparation | MixPreparation, split: str
+) -> list[tuple[Preparation, Documents]]:
+    """Returns the documents of a split, of every source and every further held-out set."""
+    if isinstance(preparation, MixPreparation):
+        parts = list(preparation.parts.values())
+    else:
+        parts = [preparation]
+    found = [(part, _read_source(part, split)) for part in parts]
+    if split == "held_out":
+        readers = set_readers(
+            preparation.held_out_sets, preparation.tokenizer, preparation.settings
+        )
+        found += [(reader, reader.read_all()) for reader in readers.values()]
+    return found
+
+
+def _read_source(preparation: Preparation, split: str) -> Documents:
     """Returns the documents of a split, with the same names as in the data module."""
     source = preparation.source
     label = type(source).__name__

@@ -51,6 +51,7 @@ NEEDED = {
     "data=parquet": ["data.files=[x.parquet]"],
     "data=hub": ["data.dataset=owner/name"],
     "data=chat": ["data.files=[x.jsonl]", "data.tokenizer=owner/name"],
+    "data=mix": ["data.sources=[{kind: stdlib, weight: 2}, {kind: packages, weight: 1}]"],
     "model=hf": ["model.name_or_path=owner/name"],
     "adapter=lora": ["model=hf", "model.name_or_path=owner/name"],
     "adapter=dora": ["model=hf", "model.name_or_path=owner/name"],

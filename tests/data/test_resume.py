@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lctrain.data import SourceMix
 from tests.data.train_recorded import Recorder, main, make_trainer
 
 pytestmark = [
@@ -75,6 +76,22 @@ def test_resume_is_bit_equal(run, tmp_path, dies_at, num_workers, reads_estimate
 def test_resume_with_passkeys_in_short_documents(run, tmp_path):
     data = {"max_tokens": 512, "max_document_tokens": 200, "passkey_fraction": 0.4}
     check_resume(run, tmp_path, dies_at=30, data=data | {"num_workers": 1})
+
+
+def test_resume_with_a_mix_of_sources(run, tmp_path, corpus):
+    mix = SourceMix(
+        sources=[
+            {
+                "kind": "text",
+                "name": "a",
+                "files": f"{corpus}/[0-2]*.txt",
+                "weight": 2,
+                "epochs": 2,
+            },
+            {"kind": "text", "name": "b", "files": f"{corpus}/[3-5]*.txt", "weight": 1},
+        ]
+    )
+    check_resume(run, tmp_path, dies_at=30, data={"source": mix, "num_workers": 1})
 
 
 @pytest.mark.parametrize(

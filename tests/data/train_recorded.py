@@ -37,7 +37,7 @@ class Recorder(LightningModule):
             self.die()
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Does nothing, but makes Lightning run the validation."""
 
     def die(self) -> None:
