@@ -86,6 +86,7 @@ LEVELS = {
     "lctrain.show": 9,
     "lctrain.train": 10,
     "lctrain.evaluate": 10,
+    "lctrain.push": 10,
     "lctrain.bench": 10,
     "lctrain.recipes": 11,
 }

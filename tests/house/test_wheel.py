@@ -109,6 +109,7 @@ print(lctrain.__file__)
         ("lctrain-train", "Groups, set by group=choice"),
         ("lctrain-eval", "Groups, set by group=choice"),
         ("lctrain-bench", "usage: lctrain-bench"),
+        ("lctrain-push", "usage: lctrain-push"),
     ],
 )
 def test_console_scripts_say_what_they_take(clean_bin, tmp_path, script, words):
