@@ -10,7 +10,7 @@ import torch
 
 BACKENDS = ("auto", "hopper", "triton", "pytorch")
 MAX_HEAD_DIM = 256
-"""Of the kernels; the PyTorch path takes any."""
+"""Largest head dim of the attention kernels; the PyTorch path supports any."""
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 

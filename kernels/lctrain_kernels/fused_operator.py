@@ -41,7 +41,7 @@ def define_operator(
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Returns the results of a backward, whose own backward is an error."""
+    """Autograd function that returns a backward's results; differentiating them is an error."""
 
     @staticmethod
     def forward(ctx: Any, results: list[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:

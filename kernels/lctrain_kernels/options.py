@@ -125,7 +125,11 @@ def checked_options(
 def resolve_window(
     window_size: Sequence[int] | Tensor, causal: bool
 ) -> tuple[Tensor | None, int, int]:
-    """Returns the window as (device tensor or None, left, right); a causal mask has right = 0."""
+    """Returns an attention window as (device tensor or None, left, right), in numbers of keys.
+
+    With a device tensor, left and right are -1 and not used. -1 is unbounded; a causal mask has
+    right = 0.
+    """
     if isinstance(window_size, Tensor):
         if causal:
             window_size = torch.cat([window_size[:1], window_size.new_zeros(1)])

@@ -150,9 +150,14 @@ def _key_order(queries: Tensor) -> Work:
 
 
 def _tiles(lengths: Tensor, work: Work, slots: int) -> Tensor:
-    """Returns [slots, 2] int32, the (document, block) of every tile, most work first.
+    """Returns the tiles of a pack, [slots, 2] int32 (document, index of the tile), most work first.
 
     Tiles of equal work keep their order. Empty slots come last, with document -1.
+
+    Args:
+        lengths: Number of queries or keys of each document, [N].
+        work: Function from (document, index of the tile) to the number by which tiles are ordered.
+        slots: Number of rows of the result, at least the number of tiles.
     """
     if len(lengths) == 0:
         return lengths.new_empty((0, 2), dtype=torch.int32)

@@ -104,7 +104,7 @@ def fused_matrix() -> list[tuple[str, ...]]:
 
 
 def _calls(operation: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """Yields (name, head dim, options) of each call that support_matrix lists."""
+    """Yields (name, head dim, options) of each kind of call that support_matrix lists."""
     yield from ((f"D = {head_dim}", head_dim, {}) for head_dim in HEAD_DIMS)
     yield "D = 128, dropout", 128, {"dropout_p": 0.1}
     yield from (

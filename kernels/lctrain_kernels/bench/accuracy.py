@@ -31,7 +31,7 @@ class ErrorRatio:
 
     @property
     def passes(self) -> bool:
-        """Returns whether both ratios are within the bound; NaN is not."""
+        """Returns whether both ratios are at most 2; a NaN does not pass."""
         return self.norm <= MAX_RATIO and self.maximum <= MAX_RATIO
 
 

@@ -288,8 +288,7 @@ def measure(
 def check(workload: DifferentialWorkload, device: torch.device | str) -> dict[str, ErrorRatio]:
     """Measures lctrain's error against float64 over plain PyTorch's, on shortened documents.
 
-    If lambda is one number, the gradients of its copies per token and
-    head are compared.
+    If lambda is one number, the gradients of its copies per token and head are compared.
     """
     lengths = scale_down(workload).lengths
     inputs = make_inputs(replace(workload, lengths=lengths), device)

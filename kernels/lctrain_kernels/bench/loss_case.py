@@ -68,7 +68,11 @@ class LossCase:
 
 
 def loss_functions() -> dict[str, Callable[[], Loss]]:
-    """Returns a loader per contender, which imports the library and returns its summed loss."""
+    """Returns, by contender, a function that imports the library and returns its loss function.
+
+    A loss function takes hidden states [T, E], head [V, E] and labels [T], and returns the summed
+    loss.
+    """
 
     def liger() -> Loss:
         name = "liger_kernel.ops.fused_linear_cross_entropy"

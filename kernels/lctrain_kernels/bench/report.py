@@ -30,7 +30,7 @@ SECTIONS = ("dual_chunk", "differential")
 
 
 def terminal_table(record: BenchmarkRecord, workload: str) -> str:
-    """Returns the terminal's table of one workload: times, speeds, memory, and speed-ups."""
+    """Returns the table of one workload for the terminal: times, speeds, memory and speed-ups."""
     lines = [f"{workload}: {WORKLOADS[workload].describe()}"]
     ours = record.find(workload, OURS)
     for result in record.results:
@@ -166,7 +166,7 @@ def _table(
 
 
 def newest_results(folder: Path = RESULTS) -> list[Path]:
-    """Returns the newest result file of each device, by the date in the file."""
+    """Returns, for each device, the newest record in a folder, by the date in the file."""
     newest: dict[str, tuple[str, Path]] = {}
     for path in sorted(folder.glob("*.json")):
         record = BenchmarkRecord.load(path)

@@ -15,7 +15,7 @@ Run = Mapping[str, Any]
 
 
 def newest_step_record(folder: Path = STEP_RESULTS) -> dict[str, Any]:
-    """Returns the newest record of whole steps, by the name of its file."""
+    """Returns the newest record of whole training steps in a folder, by its file name."""
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     return [record for record in records if "runs" in record][-1]
 

@@ -59,7 +59,7 @@ class Tuner:
     override: Callable[[str, str], AbstractContextManager[None]]
 
     def offered(self, operation: str, workload: Workload) -> list[str]:
-        """Returns the built-in candidates of an operation for the workload's shape, if any."""
+        """Returns the candidates that the tuner lists for an operation and the workload's shape."""
         return self.candidates[operation].get(self.shape(workload), "").split()
 
 

@@ -99,9 +99,10 @@ class _Gradients:
 
 
 def _empty_like(tensor: Tensor | None, place: int, needed: bool, dtype: torch.dtype) -> Tensor:
-    """Allocates the gradient of an input; an empty tensor if it is not needed.
+    """Allocates the gradient of input number `place`; an empty tensor if it is not needed.
 
-    Gradients per token have the dtype of the input. Sums over tokens have `dtype`.
+    Gradients per token (of hidden states) have the dtype of the input. Gradients that are sums over
+    tokens (of weights and bias) have `dtype`.
     """
     if tensor is None or not needed:
         return torch.empty(0)
@@ -122,7 +123,12 @@ def _sum_forward(
     needs: list[bool],
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    """Returns the summed loss, the logsumexp [T] and the gradients of the summed loss."""
+    """Computes the loss, summed over the tokens, and its gradients, chunk by chunk.
+
+    Returns:
+        The summed loss, 0-dim, the logsumexp [T], and the gradients of the summed loss by each
+        input.
+    """
     options = LossOptions(*rest)
     check_label_range(labels, options)
     dtype = _accumulation_dtype(options.matmul_dtype, hidden)

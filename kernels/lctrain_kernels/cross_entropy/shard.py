@@ -11,7 +11,13 @@ from lctrain_kernels.cross_entropy.rows import EXP_SUM, MAXIMUM
 
 
 def reduce_statistics(statistics: Tensor, group_name: str) -> None:
-    """Reduces the statistics [4, C] of C tokens over all shards of the vocabulary, in place."""
+    """Reduces the softmax statistics of C tokens over the ranks of a vocabulary, in place.
+
+    Args:
+        statistics: Statistics [4, C] of this rank's logits: maximum, sum of exponentials, logit of
+            the label, sum of the logits. They become those of all ranks' logits.
+        group_name: Name of the process group of the ranks.
+    """
     from torch.distributed.distributed_c10d import _resolve_process_group
 
     resolve: Any = _resolve_process_group

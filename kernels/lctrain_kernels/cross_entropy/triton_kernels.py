@@ -17,7 +17,7 @@ GROUP = tl.constexpr(8)  # words per lane: 16 bytes in half precision
 
 
 class RowPointers(NamedTuple):
-    """Tensors of row_pass_kernel, whose docstring gives their shapes."""
+    """Pointers to the tensors of row_pass_kernel; the kernel's docstring gives their shapes."""
 
     logits: Any
     bias: Any

@@ -15,11 +15,11 @@ KERNELS = {
     "diff_dkv": differential_dkv_kernel,
 }
 Shape = tuple[int, int, bool]
-"""D, Dv, and whether both branches read one k."""
+"""Head dim D, head dim Dv of the values, and whether both branches read one k."""
 VERSIONS: tuple[Shape, ...] = ((64, 128, False), (128, 128, True))
 """The published versions 1 and 2."""
 SHAPES: tuple[Shape, ...] = (*VERSIONS, (64, 64, False), (128, 128, False), (128, 256, False))
-"""What the tile tables have entries for."""
+"""All shapes that the tile tables list."""
 
 
 def _variant(

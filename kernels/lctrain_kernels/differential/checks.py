@@ -1,4 +1,4 @@
-"""Checks the arguments that only diff_attn_varlen_func has."""
+"""Checks the arguments of diff_attn_varlen_func that other attentions do not have."""
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ def check_branches(q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor, v: Tensor) ->
 
 
 def check_lam(lam: Tensor, tokens: int, heads: int, device: torch.device) -> None:
-    """Checks that lam is a floating scalar, [H] or [T, H] on q1's device."""
+    """Raises unless lam is a floating-point scalar, [H] or [T, H], on q1's device."""
     if not isinstance(lam, Tensor):
         raise TypeError(
             f"lam must be a torch.Tensor, got {type(lam).__name__}. Pass torch.tensor(lam) on "

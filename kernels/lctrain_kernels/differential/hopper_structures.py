@@ -64,7 +64,11 @@ class ForwardInputs(NamedTuple):
 
 
 class ForwardPointers(NamedTuple):
-    """Tensors of differential_fwd_hopper_kernel, whose docstring gives their shapes."""
+    """Pointers to the tensors that differential_fwd_hopper_kernel accesses without TMA.
+
+    The kernel's docstring gives the shapes of operands and results. Boundaries, tiles, document_ids
+    and query_offsets are those of TiledPack; options are those of AttentionOptions.
+    """
 
     lam: Any
     lse1: Any
@@ -80,7 +84,11 @@ class ForwardPointers(NamedTuple):
 
 
 class BackwardPointers(NamedTuple):
-    """Tensors of differential_bwd_hopper_kernel, whose docstring gives their shapes."""
+    """Pointers to the tensors that differential_bwd_hopper_kernel accesses without TMA.
+
+    The kernel's docstring gives the shapes of operands and results. Boundaries, tiles, document_ids
+    and query_offsets are those of TiledPack; options are those of AttentionOptions.
+    """
 
     stats: Any
     dk1: Any
@@ -138,7 +146,11 @@ class BackwardInputs(NamedTuple):
 
 
 class PreparePointers(NamedTuple):
-    """Tensors of differential_prepare_kernel, whose docstring gives their shapes."""
+    """Pointers to the tensors that differential_prepare_kernel accesses.
+
+    out1, out2 and dout are [T, H, Dv]; lam is [T, H]; lse1, lse2, dlse1, dlse2 and dlam are [H, T];
+    dq1 and dq2 are float32 sums [T, H, D]; stats is [4, H, T] float32.
+    """
 
     out1: Any
     out2: Any

@@ -69,9 +69,9 @@ def dense_differential(
         window: (left, right); causal is (-1, 0).
         dropout_p: Probability of dropping a weight of a branch after its softmax.
         dropout_seed: Seed of the dropout masks.
-        document_id: Id of the document in the key of the dropout masks.
-        first_query: Position of the first query in the key of the dropout masks.
-        first_head: Index of the first head in the key of the dropout masks.
+        document_id: Id of the document for the dropout RNG.
+        first_query: Position of the first query for the dropout RNG.
+        first_head: Index of the first head for the dropout RNG.
 
     Returns:
         out [Lq, H, Dv] in q1's dtype, lse1 and lse2 [H, Lq].

@@ -16,7 +16,11 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 
 class DqPointers(NamedTuple):
-    """Tensors of differential_dq_kernel, whose docstring gives their shapes."""
+    """Pointers to the tensors that differential_dq_kernel accesses.
+
+    The kernel's docstring gives the shapes of operands and results. Boundaries, tiles, document_ids
+    and query_offsets are those of TiledPack; options are those of AttentionOptions.
+    """
 
     q1: Any
     q2: Any

@@ -29,7 +29,11 @@ from lctrain_kernels.tile.structures import Flags, tile_shape
 
 
 class ForwardPointers(NamedTuple):
-    """Tensors of differential_fwd_kernel, whose docstring gives their shapes."""
+    """Pointers to the tensors that differential_fwd_kernel accesses.
+
+    The kernel's docstring gives the shapes of operands and results. Boundaries, tiles, document_ids
+    and query_offsets are those of TiledPack; options are those of AttentionOptions.
+    """
 
     q1: Any
     q2: Any

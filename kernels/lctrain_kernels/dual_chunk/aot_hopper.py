@@ -37,9 +37,9 @@ from lctrain_kernels.tile.structures import Flags
 from lctrain_kernels.tile.variant import KernelVariant, describe_variant
 
 FEATURES = ("causal", "dropout", "offset_dropout", "all")
-"""Of the features of attention; "all" adds logit_scale to dropout."""
+"""What a variant computes; "all" has dropout and a logit_scale."""
 RELATIONS = {SUCC.value: "succ", INTRA.value: "intra", INTER.value: "inter"}
-"""Launches of the backward, by the chunks that queries and keys are in."""
+"""Launches of the backward, one per range of keys; see ranges.py."""
 _SCRATCH_TYPES: dict[str, str | None] = {
     **dict.fromkeys(("sum_ptr", "inv_freq_ptr", "logit_scale_ptr"), "*fp32"),
     **dict.fromkeys(("cu_q_ptr", "cu_k_ptr", "tiles_ptr"), "*i32"),

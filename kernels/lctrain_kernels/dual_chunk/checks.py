@@ -1,4 +1,4 @@
-"""Checks the arguments that only dual_chunk_attn_varlen_func has."""
+"""Checks the arguments of dual_chunk_attn_varlen_func that other attentions do not have."""
 
 import torch
 from torch import Tensor

@@ -57,10 +57,11 @@ def keys_of_query(position, relation, c, succ_length):
 def keys_of_tile(
     first, last, relation, c, succ_length, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr
 ):
-    """Returns the keys (low, clear, high) of one range for the queries at positions first to last.
+    """Returns the key positions (low, clear, high) that split a loop over the keys of one range.
 
-    Tiles of keys start at `low`. Every query sees all tiles in [low, clear). Tiles in [clear, high)
-    need the mask of keys_of_query. The range is empty if low >= high.
+    Blocks of BLOCK_N keys start at `low`. Every query of the tile sees all keys of the blocks in
+    [low, clear). Blocks in [clear, high) need the mask of keys_of_query. The range is empty if
+    low >= high.
 
     Args:
         first: Position of the tile's first query.
@@ -68,7 +69,7 @@ def keys_of_tile(
         relation: Range of keys: INTER, SUCC or INTRA.
         c: Number of tokens of a chunk.
         succ_length: Number of queries at the start of a chunk that have SUCC keys.
-        BLOCK_N: Number of keys of a tile.
+        BLOCK_N: Number of keys of a block.
         ALIGNED: Whether to round `low` down to a multiple of 32, where a draw of the dropout mask
             begins.
     """

@@ -104,9 +104,9 @@ def dense_dual_chunk_attention(
         softmax_scale: Factor of q.k; D^-0.5 by default.
         dropout_p: Probability of dropping a weight after the softmax.
         dropout_seed: Seed of the dropout mask.
-        document_id: Id of the document in the key of the dropout mask.
-        first_query: Position of the first query in the key of the dropout mask.
-        first_head: Index of the first query head in the key of the dropout mask.
+        document_id: Id of the document for the dropout RNG.
+        first_query: Position of the first query for the dropout RNG.
+        first_head: Index of the first query head for the dropout RNG.
 
     Returns:
         out [Lq, H, D] in q's dtype and lse [H, Lq].
@@ -228,9 +228,10 @@ class DualChunkOperands(Operands):
         return scale * self.logit_scale[chunk.document].to(self.dtype)
 
     def _ranges(self, chunk: Chunk) -> Iterator[tuple[slice, Tensor]]:
-        """Yields (slice of the keys, rotation delta [M] of the queries) for each range of keys.
+        """Yields, for each range of keys, its slice of the keys and the rotation of the queries.
 
-        The ranges are the chunks before the preceding one, the preceding chunk and the own chunk.
+        The rotation is [M], in positions. The ranges are INTER (the chunks before the preceding
+        one), SUCC (the preceding chunk) and INTRA (the queries' own chunk).
         """
         c, far = self.geometry.length, self.geometry.inter_position
         position = chunk.rows + chunk.length_k - chunk.length_q
@@ -307,7 +308,10 @@ def dual_chunk_backward(
     document_ids: Tensor | None = None,
     query_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the backward of dual_chunk_forward, from the same arguments and out's gradient.
+    """Computes the backward of dual_chunk_forward.
+
+    dout [T, H, D] and dlse [H, T] (or None) are the gradients of the results, and lse [H, T] is the
+    forward's result. The other arguments are those of dual_chunk_forward.
 
     Returns:
         dq [T, H, D], dk and dv [Tk, Hk, D] in the inputs' dtype.

@@ -34,7 +34,11 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 
 class ForwardPointers(NamedTuple):
-    """Tensors of dual_chunk_fwd_kernel, whose docstring gives their shapes."""
+    """Pointers to the tensors that dual_chunk_fwd_kernel accesses.
+
+    The kernel's docstring gives the shapes of operands and results. Boundaries, tiles, document_ids
+    and query_offsets are those of TiledPack; options are those of AttentionOptions.
+    """
 
     q: Any
     k: Any

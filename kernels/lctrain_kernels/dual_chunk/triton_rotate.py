@@ -35,7 +35,11 @@ ROTATE_CONFIG = TileConfig(block_m=32, block_n=0, num_warps=4, num_stages=1)
 
 
 class RotatePointers(NamedTuple):
-    """Tensors of dual_chunk_rotate_kernel, whose docstring gives their shapes."""
+    """Pointers to the tensors that dual_chunk_rotate_kernel accesses.
+
+    The kernel's docstring gives their shapes; inv_freq is [D / 2] float32. Boundaries and tiles are
+    those of TiledPack.
+    """
 
     x: Any
     rotated: Any
@@ -126,8 +130,9 @@ def dual_chunk_rotate_kernel(
         # Dropout: ds / keep_scale = (Z / keep_scale) p dp - p delta / keep_scale; the factor goes
         # into dq and dk.
         tl.store(pointers.stats + row_lse * 4 + 1, delta / keep_scale, mask=inside)
-    # Documents of one chunk need neither. Queries before the first one with INTER keys are skipped.
-    # Keys are not, because a tile of SUCC keys may extend into the next chunk.
+    # Documents of one chunk have INTRA keys only, so nothing is rotated. Queries before the first
+    # one with INTER keys are skipped. Keys are not skipped, because a tile of SUCC keys may extend
+    # into the next chunk.
     last = tl.minimum(first + BLOCK_M, length) - 1
     if length_k <= chunk_length:
         return

@@ -71,7 +71,12 @@ def barrier_numbers(kernel: str, stages: int) -> dict[str, range]:
 
 
 def barriers_fit(kernel: str, stages: int) -> bool:
-    """Returns whether the hardware has enough named barriers for a kernel with so many stages."""
+    """Returns whether the hardware's 16 named barriers suffice for a kernel with these stages.
+
+    Args:
+        kernel: "forward", "varlen_bwd", "dual_chunk_bwd" or "differential_bwd".
+        stages: Number of pipeline stages.
+    """
     numbers = barrier_numbers(kernel, stages)
     overlap = any(set(one) & set(other) for one, other in combinations(numbers.values(), 2))
     return stages <= MOST_STAGES and max(map(max, numbers.values())) < 16 and not overlap

@@ -190,7 +190,12 @@ def backward_tile(columns: int, deterministic: bool) -> BackwardTile:
 def override_tiles(
     forward: ForwardTile | None = None, backward: BackwardTile | None = None
 ) -> Iterator[None]:
-    """Context manager that replaces tile configurations, for tuning and tests."""
+    """Context manager that replaces the Hopper kernels' tile configurations, for tuning and tests.
+
+    Args:
+        forward: Configuration of all forwards; None keeps the table's.
+        backward: Configuration of all backwards; None keeps the table's.
+    """
     global _forward_override, _backward_override
     saved = _forward_override, _backward_override
     _forward_override, _backward_override = forward, backward

@@ -45,7 +45,7 @@ def ragged_descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescript
 
 
 def padded_columns(head_dim: int) -> int:
-    """Returns the columns of a tile: the smallest power of two >= head_dim, at least 64."""
+    """Returns the columns of a Hopper kernel's tile: a power of two >= head_dim, at least 64."""
     return max(64, padded_head_dim(head_dim))
 
 

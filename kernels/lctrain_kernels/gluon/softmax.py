@@ -201,7 +201,7 @@ def split_rows(x):
 
 @gluon.jit
 def _column_block(x, INDEX: gl.constexpr):
-    """Returns x[:, INDEX] of x [64, N, 4], whose second dimension is in registers."""
+    """Returns x[:, INDEX] of x [64, N, 4], without moving data between threads."""
     for bit in gl.static_range(8):
         if x.shape[1] > 1:
             halves = gl.reshape(x, [64, x.shape[1] // 2, 2, 4])

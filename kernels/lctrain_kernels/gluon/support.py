@@ -23,7 +23,7 @@ class Call:
         q: Packed queries [T, H, D].
         k: Packed keys [Tk, Hk, D].
         v: Packed values [Tk, Hk, D].
-        dout: Gradient of out; None in the forward.
+        dout: Gradient of out, [T, H, D]; None in the forward.
         alibi: Whether ALiBi slopes are given.
         deterministic: Whether dq must have the same bits in every run.
         dropout: Whether attention weights are dropped.
@@ -104,7 +104,11 @@ def _installed_triton() -> tuple[int, int] | None:
 
 
 def knows_triton(version: tuple[int, int] | None) -> bool:
-    """Returns whether compat.py supports a Triton release; warns if it does not."""
+    """Returns whether the Hopper kernels support a Triton release; warns if they do not.
+
+    Args:
+        version: (major, minor), or None if Triton is not installed.
+    """
     if version is None:
         return False
     if OLDEST_TRITON <= version <= NEWEST_TRITON:

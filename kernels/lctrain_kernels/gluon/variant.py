@@ -26,7 +26,13 @@ _FLOATS = ("scale", "softcap", "keep_scale")
 
 
 def descriptor_type(dtype: str, rows: int, columns: int) -> str:
-    """Returns Triton's name of the type of a ragged_descriptor with tiles of rows by columns."""
+    """Returns Triton's name of the type of a TMA descriptor from ragged_descriptor.
+
+    Args:
+        dtype: Triton's name of the tensor's dtype, such as "bf16".
+        rows: Rows of a tile.
+        columns: Columns of a tile.
+    """
     rows_of_heads = torch.empty((1, 1, columns), dtype=_DTYPES[dtype])
     return mangle_type(ragged_descriptor(rows_of_heads, rows, columns))
 

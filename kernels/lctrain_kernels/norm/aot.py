@@ -83,7 +83,7 @@ def column_sum_variant(columns: int, dtype: str = "bf16") -> KernelVariant:
 
 
 def cases() -> tuple[tuple[int, str], ...]:
-    """Returns one (hidden size, norm) for each tile configuration."""
+    """Returns pairs (hidden size, kind of norm), one for each tile configuration of the tables."""
     larger = {size: "add_rms" for size in FORWARD if size > max(NORMS)}
     return tuple((NORMS | larger).items())
 

@@ -103,10 +103,11 @@ def rms_norm_residual(
     float32_product: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Returns `rms_norm(x)` and x, whose gradients the backward adds in the norm's kernel.
+    """Returns `rms_norm(x)` and x itself; the backward adds both gradients of x in one kernel.
 
-    A layer that normalises the residual stream and later adds to it uses x twice. Use the returned
-    x for the addition, and no kernel of its own has to add the two gradients.
+    A pre-norm layer uses the residual stream x twice: as the input of the norm, and in the addition
+    after the layer. Use the returned x in the addition: the norm's backward kernel then adds both
+    gradients of x, and no kernel of its own has to.
 
     Args:
         x: Residual stream [..., H], floating point.

@@ -51,5 +51,8 @@ BACKWARD = {
 
 
 def norm_config(table: dict[int, NormConfig], block: int) -> NormConfig:
-    """Returns the configuration of the smallest hidden size in `table` that is >= `block`."""
+    """Returns the launch configuration for rows of `block` columns, a power of two.
+
+    It is that of the smallest hidden size in `table` that is >= `block`.
+    """
     return next(config for size, config in table.items() if block <= size)

@@ -71,9 +71,9 @@ def dense_attention(
         learnable_sink: Logits [H] that take part in the softmax of each head and have no value.
         dropout_p: Probability of dropping a weight after the softmax.
         dropout_seed: Seed of the dropout mask.
-        document_id: Id of the document in the key of the dropout mask.
-        first_query: Position of the first query in the key of the dropout mask.
-        first_head: Index of the first query head in the key of the dropout mask.
+        document_id: Id of the document for the dropout RNG.
+        first_query: Position of the first query for the dropout RNG.
+        first_head: Index of the first query head for the dropout RNG.
 
     Returns:
         out [Lq, H, Dv] in q's dtype, lse [H, Lq], and the weights [H, Lq, Lk], which are negative

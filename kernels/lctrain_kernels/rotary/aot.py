@@ -48,13 +48,13 @@ class RotaryCase:
     published: bool = True
 
     def shape(self) -> RotaryShape:
-        """Returns the constants that the forward and the backward kernel share."""
+        """Compile-time constants of the rotary kernels for this case."""
         columns = self.rotary if self.published else self.rotary // 2
         options = RotaryOptions(not self.published, self.published, 0.0, 0.0, "triton")
         return rotary_shape(torch.empty(1, columns, device="meta"), self.head_dim, options)
 
     def others(self) -> dict[str, str | None]:
-        """Returns the Triton types of the arguments whose dtype differs from that of q."""
+        """Triton's names of the types of the arguments whose dtype differs from that of q."""
         if self.published:
             return {**_FLOATS, "positions": None}
         return {**_FLOATS, "positions": "*i64", "cos": "*fp32", "sin": "*fp32"}

@@ -174,7 +174,13 @@ def norm_rotary_bwd(
 
 
 def rotary_shape(cos: Tensor, head_dim: int, options: RotaryOptions) -> RotaryShape:
-    """Returns the constants that the forward and the backward kernel share."""
+    """Returns the compile-time constants of the rotary kernels.
+
+    Args:
+        cos: Cosines [rows, R or R / 2], for R rotated columns.
+        head_dim: Head dim D.
+        options: Layout of pairs and table.
+    """
     rotary = options.rotary_columns(cos)
     rest = head_dim - rotary
     return RotaryShape(

@@ -32,7 +32,7 @@ class RotaryShape(NamedTuple):
 
 
 class RotaryPointers(NamedTuple):
-    """Tensors of rotary_kernel, whose docstring gives their shapes."""
+    """Pointers to the tensors of rotary_kernel; the kernel's docstring gives their shapes."""
 
     q: Any
     k: Any
@@ -56,7 +56,10 @@ class RotaryStrides(NamedTuple):
 
 
 class BackwardPointers(NamedTuple):
-    """Tensors of norm_rotary_bwd_kernel, whose docstring gives their shapes."""
+    """Pointers to the tensors that norm_rotary_bwd_kernel accesses.
+
+    The kernel's docstring gives their shapes.
+    """
 
     dout: Any
     x: Any
@@ -109,9 +112,10 @@ def _columns(SHAPE: tl.constexpr):
 
 @triton.jit
 def _load_angles(pointers, tokens, num_tokens, num_rows, stride_table, SHAPE: tl.constexpr):
-    """Loads the Angles of a tile's tokens from pointers.cos and pointers.sin.
+    """Loads the cosines and sines of a tile's tokens, and returns them as Angles.
 
-    The row of a token is pointers.positions if given, else its index modulo num_rows.
+    A token reads the row `positions[token]` of cos and sin; without positions, the row of its index
+    modulo num_rows.
     """
     valid = tokens < num_tokens
     if pointers.positions is not None:
@@ -297,11 +301,17 @@ def norm_rotary_bwd_kernel(
     STAGES: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
-    """Computes the gradients of RMSNorm followed by rotation, for x [T, H, D].
+    """Computes the gradients of RMSNorm followed by rotation, for q or for k.
 
     The grid is persistent: each program loops over groups of TOKENS tokens and recomputes the
-    norm's statistics. dx is contiguous. dweight [programs, D] float32 holds each program's partial
-    sum over tokens and heads. Grid: any number of programs.
+    norm's statistics.
+
+    - dout (gradient of the rotated x), x and dx are [T, H, D]; dx is contiguous.
+    - weight is [D]; dweight [programs, D] float32 holds each program's partial sum over tokens and
+      heads.
+    - cos, sin and positions are those of rotary_kernel.
+
+    Grid: any number of programs.
     """
     # Local variables, because Triton 3.6 accepts no field of a launch constant in a shape.
     BLOCK_HALF: tl.constexpr = SHAPE.block_half

@@ -38,7 +38,12 @@ def locate_program(tiles_ptr, num_tiles, POSITIONS: tl.constexpr, HEAD_GROUPS: t
 
 @triton.jit
 def document_bounds(cu_seqlens_ptr, document):
-    """Returns the index of a document's first token in the pack (int64), and its length."""
+    """Returns (index in the pack of a document's first token, int64; number of its tokens).
+
+    Args:
+        cu_seqlens_ptr: Cumulative lengths, [N + 1] int32.
+        document: Index of the document in the pack.
+    """
     begin = tl.load(cu_seqlens_ptr + document)
     end = tl.load(cu_seqlens_ptr + document + 1)
     return begin.to(tl.int64), end - begin

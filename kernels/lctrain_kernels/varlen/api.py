@@ -255,9 +255,12 @@ def flash_attn_func(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, pack: Pack, backend: str, **arguments: Any
 ) -> tuple[Tensor, Tensor, AttentionOptions]:
-    """Returns out [T, H, D], lse [H, T] and the options of the call.
+    """Checks the options of a call, and runs the attention.
 
     The keyword arguments are those of `checked_options`.
+
+    Returns:
+        out [T, H, D], lse [H, T] float32, and the call's AttentionOptions.
     """
     head_dim = q.shape[2]
     options = checked_options(

@@ -138,7 +138,11 @@ def _load(
 
 
 class BackwardPointers(NamedTuple):
-    """Tensors of varlen_bwd_hopper_kernel, whose docstring gives their shapes."""
+    """Pointers to the tensors that varlen_bwd_hopper_kernel accesses without TMA.
+
+    The kernel's docstring gives the shapes of operands and results. Boundaries, tiles, document_ids
+    and query_offsets are those of TiledPack; options are those of AttentionOptions.
+    """
 
     lse: Any
     delta: Any

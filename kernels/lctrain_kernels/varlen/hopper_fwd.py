@@ -1,4 +1,8 @@
-"""Forward of varlen attention for Hopper, in Gluon: a persistent, warp-specialised kernel."""
+"""Forward of varlen attention for Hopper, in Gluon: a persistent, warp-specialised kernel.
+
+A producer warp loads queries, keys and values by TMA, consumer warpgroups compute, and a scheduler
+warp hands out tiles of queries.
+"""
 
 from typing import Any, NamedTuple
 
@@ -280,7 +284,11 @@ def _consume(
 
 
 class ForwardPointers(NamedTuple):
-    """Tensors that varlen_fwd_hopper_kernel accesses without TMA; lse is [H, T] float32."""
+    """Pointers to the tensors that varlen_fwd_hopper_kernel accesses without TMA.
+
+    The kernel's docstring gives the shapes of operands and results. Boundaries, tiles, document_ids
+    and query_offsets are those of TiledPack; options are those of AttentionOptions.
+    """
 
     lse: Any
     cu_seqlens_q: Any

@@ -264,7 +264,10 @@ def varlen_backward(
     document_ids: Tensor | None = None,
     query_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Computes the backward of varlen_forward, from the same arguments and out's gradient.
+    """Computes the backward of varlen_forward.
+
+    dout [T, H, Dv] and dlse [H, T] (or None) are the gradients of the results, and lse [H, T] is
+    the forward's result. The other arguments are those of varlen_forward.
 
     Returns:
         dq [T, H, D], dk [Tk, Hk, D], dv [Tk, Hk, Dv] in the inputs' dtype, and delta [H, T], which

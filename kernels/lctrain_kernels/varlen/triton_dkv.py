@@ -14,7 +14,11 @@ from lctrain_kernels.tile.seqlen import document_bounds, locate_program
 
 
 class DkvPointers(NamedTuple):
-    """Tensors of varlen_dkv_kernel, whose docstring gives their shapes."""
+    """Pointers to the tensors that varlen_dkv_kernel accesses.
+
+    The kernel's docstring gives the shapes of operands and results. Boundaries, tiles, document_ids
+    and query_offsets are those of TiledPack; options are those of AttentionOptions.
+    """
 
     q: Any
     k: Any

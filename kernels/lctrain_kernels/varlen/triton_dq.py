@@ -16,7 +16,11 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 
 class DqPointers(NamedTuple):
-    """Tensors of varlen_dq_kernel, whose docstring gives their shapes."""
+    """Pointers to the tensors that varlen_dq_kernel accesses.
+
+    The kernel's docstring gives the shapes of operands and results. Boundaries, tiles, document_ids
+    and query_offsets are those of TiledPack; options are those of AttentionOptions.
+    """
 
     q: Any
     k: Any
@@ -147,7 +151,8 @@ def varlen_dq_kernel(
     lse2 = tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)
     tl.store(pointers.stats + row_lse * 4, lse2, mask=inside)
     tl.store(pointers.delta + row_lse, delta, mask=inside)
-    # With the dropout factor Z, ds / keep_scale = (Z / keep_scale) p dp - p delta / keep_scale.
+    # With the factor Z of dropout (0 or keep_scale),
+    # ds / keep_scale = (Z / keep_scale) p dp - p delta / keep_scale.
     # The factor keep_scale is applied to dq and dk at the end.
     delta = delta / keep_scale
     tl.store(pointers.stats + row_lse * 4 + 1, delta, mask=inside)
