@@ -176,7 +176,7 @@ def report(target: str, variant: KernelVariant) -> dict:
 
 
 def main(request: dict) -> None:
-    """Prints one line per variant; computes all keys before anything is compiled."""
+    """Prints one JSON object per variant; computes all keys before anything is compiled."""
     variants = [
         (number, selection[0], variant)
         for number, selection in enumerate(request["selections"])

@@ -57,7 +57,7 @@ ones and float32's.
 
 
 def triton_folder(version: str) -> Path | None:
-    """Returns the folder of a Triton release for PYTHONPATH; None if it is installed."""
+    """Returns the folder of an unpacked Triton release, for PYTHONPATH; None if it is installed."""
     folder = Path(sys.prefix) / f"triton-{version}"
     if folder.is_dir():
         return folder
@@ -143,7 +143,7 @@ def kept_reports(version: str) -> dict[str, dict]:
 
 
 def update(version: str, known: dict[str, dict]) -> tuple[int, int]:
-    """Writes the reports of all variants on one Triton.
+    """Compiles the variants without a report on one Triton version, and writes all reports.
 
     Returns:
         The number of variants, and the number that was compiled.

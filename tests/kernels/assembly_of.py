@@ -38,7 +38,7 @@ def assembly(target: str, variant: KernelVariant) -> str:
 
 
 def main(request: dict) -> None:
-    """Prints one line per variant."""
+    """Prints one JSON object per variant of the request."""
     CUDABackend.make_cubin = lambda *_, **__: b""
     variants = {
         (selection[0], variant.name): variant

@@ -73,7 +73,10 @@ def run_script(script: Path, root: Path, version: str, request: dict) -> list[di
 
 
 def assemblies(root: Path, version: str, request: dict) -> dict[Name, dict]:
-    """Returns the lines of assembly_of.py for a tree, by target and name; see `run_script`."""
+    """Returns the output lines of assembly_of.py for a source tree, by target and name.
+
+    The arguments are those of `run_script`.
+    """
     script = Path(__file__).with_name("assembly_of.py")
     return {(r["target"], r["name"]): r for r in run_script(script, root, version, request)}
 
@@ -111,7 +114,13 @@ def differences(base: dict[Name, dict], head: dict[Name, dict]) -> dict[Name, li
 def machine_code_differences(
     trees: Sequence[Path], version: str, selections: Sequence, repeat: int
 ) -> tuple[int, dict[Name, list[str]]]:
-    """Compares the machine code of two trees; the second is the working tree.
+    """Compares the machine code of two source trees; the second is the working tree.
+
+    Args:
+        trees: Roots of both trees.
+        version: Triton version.
+        selections: Selections, as in aot_compile.py.
+        repeat: Number of further compilations of a variant that differs.
 
     Returns:
         The number of variants in the working tree, and the differences by variant.

@@ -107,7 +107,7 @@ class Result:
                 yield field.name, tensor
 
     def document(self, inputs: Inputs, index: int) -> "Result":
-        """Returns the rows of one document, without dsink, which belongs to all documents."""
+        """Returns the rows of one document, without dsink, which is a sum over all documents."""
         queries = slice(*inputs.cu_seqlens_q[index : index + 2].tolist())
         keys = slice(*inputs.cu_seqlens_k[index : index + 2].tolist())
         return Result(
@@ -353,7 +353,7 @@ def assert_matches_oracle(
 
 
 def _dsink_terms(result: Result, inputs: Inputs) -> Tensor:
-    """Returns what each query adds to dsink, [H, T]: p_sink (dlse - out . dout)."""
+    """Returns each query's term of the sum dsink, [H, T]: p_sink (dlse - out . dout)."""
     dtype = result.lse.dtype
     weights = (inputs.sink.to(dtype)[:, None] - result.lse).exp()
     delta = (result.out.to(dtype) * inputs.dout.to(dtype)).sum(-1).T

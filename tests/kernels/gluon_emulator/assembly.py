@@ -1,4 +1,4 @@
-"""Runs the PTX of the online softmax, instruction by instruction, on all lanes of a warpgroup."""
+"""Interprets the PTX of the online softmax on all lanes of a warpgroup."""
 
 import re
 from collections.abc import Sequence
@@ -114,7 +114,7 @@ def _execute(name: str, x: list[np.ndarray]) -> np.ndarray:
 
 
 def _half(x: np.ndarray, name: str) -> np.ndarray:
-    """Rounds to the precision of one element of bf16x2 or f16x2."""
+    """Rounds float32 values to the precision of bfloat16 ("bf16x2") or float16 ("f16x2")."""
     if name == "f16x2":
         return x.astype(np.float16).astype(np.float32)
     bits = x.view(np.uint32)

@@ -81,7 +81,7 @@ class NamedBarrier:
 
 
 class Program:
-    """State that all threads of one program share."""
+    """State of one emulated program (thread block) that its threads share."""
 
     def __init__(self, index: tuple[int, ...], grid: tuple[int, ...]):
         self.index = index
@@ -156,7 +156,7 @@ class Thread:
 
 
 class Machine:
-    """Runs the threads of all programs one at a time, in an order that the seed sets."""
+    """The emulated GPU: runs all threads one at a time, in an order that a seed sets."""
 
     def __init__(self, seed: int):
         self.random = random.Random(seed)
@@ -234,7 +234,10 @@ class Machine:
         return operation
 
     def look(self, until: Callable[[], bool] | None = None) -> None:
-        """Lets a pending copy complete or another thread run; waits until `until` is true."""
+        """Lets a pending copy complete or another thread run, at random.
+
+        With `until`, the running thread waits until the function returns True.
+        """
         if self.engine and self.random.random() < self.engine_pace:
             self.copy()
         if (until is None or until()) and self.random.random() >= self.switching:
@@ -274,7 +277,7 @@ def require_fenced(first: int, last: int) -> None:
 
 
 def issue_product(product: Callable[[], np.ndarray]) -> list[np.ndarray]:
-    """Starts an asynchronous product; the returned list holds its result when it is done."""
+    """Starts an asynchronous product; once it has run, the returned list holds its result."""
     thread = current()
     result: list[np.ndarray] = []
     thread.products.append(lambda: result.append(product()))

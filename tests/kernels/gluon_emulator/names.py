@@ -155,7 +155,7 @@ def inline_asm_elementwise(
 
 
 def only_value(x: Value) -> int:
-    """Returns the value of a tensor whose elements are all equal."""
+    """Returns the element of a tensor as an int; all elements must be equal."""
     assert (x.array == x.array.flat[0]).all()
     return int(x.array.flat[0])
 
