@@ -159,7 +159,7 @@ def find_keys(
     output_dir: Path,
     closing: Closing,
 ) -> Closing:
-    """Runs the passkey test on held-out text, and returns `closing` with its results added."""
+    """Runs the passkey test on held-out text; returns `closing` with the test's results added."""
     tokenizer = trainer.datamodule.tokenizer
     documents = [document.input_ids for document in held_out]
     if config.passkey_model is None:

@@ -115,7 +115,7 @@ def families() -> frozenset[str]:
 
 @cache
 def _words_of_family(model_type: str) -> frozenset[str]:
-    """Returns all words in the files that define a family's configuration; empty without files."""
+    """Returns all words in the source files of a family's configuration; {} without files."""
     folder = _transformers()
     own = None if folder is None else folder / "models" / model_type.replace("-", "_")
     if folder is None or own is None or not any(own.glob("configuration_*.py")):

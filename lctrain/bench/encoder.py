@@ -1,12 +1,14 @@
-"""Times forward and backward of encoders on padded rows: lctrain beside padded and unpadding peers.
+"""`lctrain-bench encoder`: times forward and backward of encoders on rows with padding.
 
     lctrain-bench encoder --output encoder.json
     lctrain-bench encoder --tiny --output encoder.json
 
-Lengths are spread evenly from 0.2 to 1 times the row, so they average 0.6 of it. All contenders
-have the same weights and rows. On a GPU a contender trains in bfloat16. Small batches are bound by
-launches: `graph` cases replay a CUDA graph of the step on every side, and lctrain gets a finished
-pack, as from a collator. A record is written after every case.
+lctrain is compared with encoders that compute padding, and with encoders that remove it in each
+layer. The lengths of the rows' texts rise evenly from 0.2 to 1 times the row's length, so they
+average 0.6 of it. All contenders have the same weights and rows; on a GPU they run in bfloat16.
+Small batches are limited by the time of kernel launches. So `graph` cases replay a CUDA graph of
+the step for every contender, and lctrain gets a ready pack, as from a collator. The record is
+written after every case.
 """
 
 from __future__ import annotations
@@ -43,13 +45,13 @@ TINY = {
 
 @dataclass(frozen=True)
 class EncoderCase:
-    """A model and the rows it reads.
+    """A case of the benchmark: a model family, and the size of its rows.
 
     Attributes:
-        model_type: transformers' name of the family.
-        rows: Rows B.
-        tokens: Tokens S of a row, padding included.
-        graph: Whether a CUDA graph of the step is replayed.
+        model_type: Name of the model family in transformers.
+        rows: Number of rows B.
+        tokens: Number of tokens S of a row, with padding.
+        graph: Whether the step is replayed as a CUDA graph.
     """
 
     model_type: str
@@ -63,7 +65,7 @@ class EncoderCase:
         return f"{self.model_type}_b{self.rows}_s{self.tokens}" + ("_graph" if self.graph else "")
 
     def lengths(self) -> list[int]:
-        """Returns the tokens of each row without padding: 0.6 of the row on average."""
+        """Returns the number of tokens of each row that are not padding; 0.6 S on average."""
         shares = torch.linspace(0.2, 1.0, self.rows, dtype=torch.float64)
         order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(0))
         return [max(1, round(share * self.tokens)) for share in shares[order].tolist()]
@@ -98,8 +100,8 @@ class Rows:
     Attributes:
         input_ids: [B, S] int64.
         mask: [B, S] int64, 1 at tokens and 0 at padding.
-        gradient: [B, S, E], gradient of the hidden states, 0 at padding.
-        lengths: Tokens of each row.
+        gradient: [B, S, E], gradient of the last hidden states, 0 at padding.
+        lengths: Number of tokens of each row that are not padding.
     """
 
     input_ids: Tensor
@@ -120,7 +122,7 @@ class Rows:
         return cls(ids.to(weight.device), mask.to(weight.device), gradient.to(weight), lengths)
 
     def pack(self) -> tuple[dict[str, Any], Tensor]:
-        """Returns the rows as a pack's model arguments, and the gradient [1, T, E] of the pack."""
+        """Returns the model's arguments for the rows as one pack, and its gradient [1, T, E]."""
         rows = zip(self.input_ids.cpu(), self.lengths, strict=True)
         batch = PackedBatch.from_documents([row[:length] for row, length in rows])
         arguments = batch.to(self.input_ids.device).model_kwargs()
@@ -129,19 +131,19 @@ class Rows:
 
 
 def build_ours(case: EncoderCase, device: torch.device, tiny: bool) -> Any:
-    """Returns the encoder with lctrain's attention and fused modules, without padding."""
+    """Returns the encoder with lctrain's attention and fused modules, which removes padding."""
     model = case.build("sdpa", device, tiny)
     patch_model(model, fused=True, unpad=True)
     return model
 
 
 def build_sdpa(case: EncoderCase, device: torch.device, tiny: bool) -> Any:
-    """Returns the encoder as transformers has it, on padding."""
+    """Returns transformers' own encoder with SDPA, which computes padding, too."""
     return case.build("sdpa", device, tiny)
 
 
 def build_fa4(case: EncoderCase, device: torch.device, tiny: bool) -> Any:
-    """Returns the encoder with a FlashAttention-4 that packs and pads in each layer."""
+    """Returns the encoder with FlashAttention-4, where every layer removes and restores padding."""
     import flash_attn.cute  # noqa: F401  (raises if it is not installed)
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import flash_attention_mask
@@ -161,7 +163,7 @@ def fa4_rows(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attends without padding, which each call leaves out as transformers' own functions do.
+    """Attention function for transformers: FlashAttention-4 on the tokens without padding.
 
     Args:
         module: The attention layer.
@@ -169,11 +171,12 @@ def fa4_rows(
         key: [B, H, S, D].
         value: [B, H, S, D].
         attention_mask: [B, S], 0 at padding; None without padding.
-        scaling: Factor of q.k.
-        sliding_window: Keys on each side, the query's own included; None for all.
+        scaling: Factor of q.k; None means D^-0.5.
+        sliding_window: Number of keys that a query sees on each side, its own key included; None
+            for all.
 
     Returns:
-        [B, S, H, D], 0 at padding, and None.
+        The output [B, S, H, D], 0 at padding; and None in place of attention weights.
     """
     from flash_attn.cute import flash_attn_varlen_func
 
@@ -233,9 +236,10 @@ def run_case(
     Args:
         record: Record to which the results are added.
         case: Model and rows.
-        contenders: Names in CONTENDERS; the first one that runs is the reference of differences.
+        contenders: Names in CONTENDERS. The outputs of the others are compared with those of the
+            first one that runs.
         device: Device of the runs.
-        milliseconds: Time to spend on one timing.
+        milliseconds: Time to spend on one measurement.
         tiny: Whether to run a tiny model.
     """
     record.workloads[case.name] = {**asdict(case), "tokens_of_rows": sum(case.lengths())}
@@ -251,7 +255,7 @@ def run_case(
             distance = (hidden.float() - reference.float()).norm() / reference.float().norm()
             differences[name] = round(distance.item(), 6)
             step_ms, peak = _time(name, case, model, rows, milliseconds)
-        except Exception as error:  # record the error and time the others
+        except Exception as error:  # the error is recorded; the other contenders are still timed
             text = str(error).splitlines() or [""]
             cause = f"{type(error).__name__}: {text[0]}"[:300]
             record.results.append(Result(case.name, name, "error", cause))
@@ -299,7 +303,7 @@ def step_of(model: Any, arguments: dict[str, Any], gradient: Tensor) -> Callable
 
 
 def timer_of(device: torch.device, milliseconds: int) -> Timer:
-    """Returns a timer of whole steps: the median of repeats, host time included, in milliseconds.
+    """Returns a function that times a step: the median of repeats in milliseconds, with host time.
 
     Args:
         device: Device of the steps.
