@@ -65,12 +65,23 @@ def explain(
         return f"{error.strerror} (errno {error.errno}). Check the disk and the permissions."
     if type(error).__name__ == "OutOfMemoryError":
         return (
-            f"{str(error).splitlines()[0]} Set memory=auto, or lower data.max_tokens; "
+            f"{str(error).splitlines()[0]} {_more_room(overrides)}, or lower data.max_tokens; "
             "memory.plan=true says what a step takes and what fits."
         )
     if type(error).__name__ == "MisconfigurationException":  # Lightning refuses a setting
         return f"{' '.join(str(error).split())} Check the settings of trainer."
     return None
+
+
+def _more_room(overrides: Sequence[str]) -> str:
+    """Returns the setting of memory that saves most among those that the overrides lack."""
+    if not any(text in ("memory=auto", "memory=offload") for text in overrides):
+        return "Set memory=auto"
+    if not any(text.startswith("memory.mlp_tokens=") for text in overrides):
+        return "Set memory.mlp_tokens=4096"
+    if not any(text.startswith("adapter=") for text in overrides):
+        return "Train adapters (adapter=lora)"
+    return "Set memory.device_gib below the memory of the GPU, so that memory=auto keeps less on it"
 
 
 def report_failure(

@@ -175,6 +175,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, default=2, help="timed steps; default 2")
     parser.add_argument("--warmup", type=positive, default=1, help="steps before; default 1")
     parser.add_argument("--keep-attention", type=int, default=0, help="as memory.keep_attention")
+    parser.add_argument(
+        "--segment-layers", type=positive, default=1, help="as the option of memory"
+    )
     parser.add_argument("--mlp-tokens", type=positive, help="as memory.mlp_tokens")
     parser.add_argument("--device-gib", type=float, help="as memory.device_gib")
     parser.add_argument("--host-gib", type=float, help="as memory.host_gib")
@@ -223,10 +226,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench = Bench(model, shape, precision, options.warmup, options.steps, initial)
     for tokens in options.tokens:
         for policy in options.policies:
-            kept = options.keep_attention if policy in ("checkpoint", "offload") else 0
+            chosen = policy in ("checkpoint", "offload")
             config = MemoryConfig(
                 name=policy,
-                keep_attention=kept,
+                keep_attention=options.keep_attention if chosen else 0,
+                segment_layers=options.segment_layers if chosen else 1,
                 mlp_tokens=None if policy == "none" else options.mlp_tokens,
                 host_gib=options.host_gib if policy in WITH_HOST else None,
                 device_gib=options.device_gib,

@@ -25,6 +25,9 @@ class MemoryConfig:
             to the host (offload only).
         keep_inputs: Number of layers, counted from the last, whose inputs stay on the GPU (offload
             and auto); None takes 2.
+        segment_layers: Number of layers in a segment. Only the input of a segment's first layer is
+            kept; the backward rebuilds the others by running the layers before them once more,
+            without attention where its outputs are kept (checkpoint and offload).
         mlp_tokens: Number of tokens that an MLP computes at a time in training; None computes all
             tokens at once. Results are equal within rounding (all policies but none).
         device_gib: Memory of the GPU in GiB that the plan assumes; None takes the free memory.
@@ -39,6 +42,7 @@ class MemoryConfig:
     keep_attention: int = 0
     host_attention: int = 0
     keep_inputs: int | None = None
+    segment_layers: int = 1
     mlp_tokens: int | None = None
     device_gib: float | None = None
     host_gib: float | None = None
@@ -65,6 +69,16 @@ class MemoryConfig:
         require(
             self.keep_attention == 0 or self.name in ("checkpoint", "offload"),
             f"memory.keep_attention must be 0 for memory={self.name}, got {self.keep_attention}. "
+            "Choose memory=checkpoint or memory=offload.",
+        )
+        require(
+            self.segment_layers >= 1,
+            f"memory.segment_layers must be at least 1, got {self.segment_layers}. 1 keeps the "
+            "input of every layer.",
+        )
+        require(
+            self.segment_layers == 1 or self.name in ("checkpoint", "offload"),
+            f"memory.segment_layers must be 1 for memory={self.name}, got {self.segment_layers}. "
             "Choose memory=checkpoint or memory=offload.",
         )
         for option in ("keep_inputs", "host_gib"):
@@ -94,6 +108,17 @@ class MemoryConfig:
             self.tokens is None or self.tokens >= 2,
             f"memory.tokens must be at least 2, got {self.tokens}. Use null for data.max_tokens.",
         )
+
+
+def suits_shards(memory: MemoryConfig) -> bool:
+    """Returns whether trainer.strategy=fsdp2 supports a policy: each layer runs in its turn."""
+    return memory.name in WITH_SHARDS and memory.segment_layers == 1
+
+
+def described(memory: MemoryConfig) -> str:
+    """Returns a policy in words for a message, with its segments if it has some."""
+    more = "" if memory.segment_layers == 1 else f" with segment_layers={memory.segment_layers}"
+    return memory.name + more
 
 
 def check_tiles(memory: MemoryConfig | None, precision: str) -> None:

@@ -9,7 +9,7 @@ from lctrain.config.adapter import AdapterConfig
 from lctrain.config.attention import AttentionConfig
 from lctrain.config.data import DataConfig
 from lctrain.config.evaluation import EvaluationConfig
-from lctrain.config.memory import WITH_SHARDS, MemoryConfig, check_tiles
+from lctrain.config.memory import MemoryConfig, check_tiles, described, suits_shards
 from lctrain.config.model import ModelConfig, PretrainedModelConfig
 from lctrain.config.optim import OptimConfig
 from lctrain.config.paths import PathsConfig, expand_paths
@@ -87,9 +87,9 @@ class TrainConfig:
                 "weights, got adapters. Use trainer.strategy=ddp.",
             )
             require(
-                self.memory.name in WITH_SHARDS,
+                suits_shards(self.memory),
                 "memory must be none or checkpoint with trainer.strategy=fsdp2, got "
-                f"{self.memory.name}. Choose memory=checkpoint.",
+                f"{described(self.memory)}. Choose memory=checkpoint.",
             )
             require(
                 not self.optim.matrices_only,

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from lctrain.config.memory import WITH_SHARDS, MemoryConfig
+from lctrain.config.memory import MemoryConfig, described, suits_shards
 from lctrain.distributed.sharding import ShardRoot, shard_model
 from lctrain.distributed.topology import Topology
 from lctrain.limits import why_refused
@@ -155,8 +155,8 @@ def check_strategy(strategy: Any, memory: MemoryConfig | None = None) -> None:
             f"strategy must be ShardedStrategy (trainer.strategy=fsdp2), ddp or a single device, "
             f"got {name}: {reason}. Use lctrain.distributed.strategy.ShardedStrategy()."
         )
-    if is_sharded and memory is not None and memory.name not in WITH_SHARDS:
+    if is_sharded and memory is not None and not suits_shards(memory):
         raise ValueError(
-            f"memory must be none or checkpoint with ShardedStrategy, got {memory.name}. Choose "
-            "memory=checkpoint."
+            f"memory must be none or checkpoint with ShardedStrategy, got {described(memory)}. "
+            "Choose memory=checkpoint."
         )

@@ -7,7 +7,8 @@ attentions are operators of torch.library, so a TorchDispatchMode sees their cal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +30,16 @@ class KeptResults:
     def __init__(self, keep: Keep) -> None:
         self.keep = keep
         self.calls: list[tuple[Any, ...]] = []
+        self.suspended = False
+
+    @contextmanager
+    def suspend(self) -> Iterator[None]:
+        """Lets attention compute inside of a recomputation: it is that of another layer."""
+        self.suspended = True
+        try:
+            yield
+        finally:
+            self.suspended = False
 
     def contexts(self) -> tuple[TorchDispatchMode, TorchDispatchMode]:
         """Returns (context of the forward, context of the recomputation)."""
@@ -66,7 +77,7 @@ class _Replaying(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        if not _is_attention(func):
+        if self.results.suspended or not _is_attention(func):
             return func(*args, **(kwargs or {}))
         call = self.results.calls[self.position]
         self.position += 1

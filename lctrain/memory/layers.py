@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,8 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lctrain.attention import is_patched
 from lctrain.memory.attention import KeptResults
+from lctrain.memory.segments import LayerCall, LayerInput
 from lctrain.memory.store import HostStore, OnDevice
 from lctrain.memory.tiles import TiledMLPs
+from lctrain.warn import warn_caller
 
 DEVICE, HOST, RECOMPUTE = "device", "host", "recompute"
 INPUT, ATTENTION = "input", "attention"
@@ -28,7 +32,8 @@ class LayerPolicy:
     The backward recomputes all other activations of the layer.
 
     Attributes:
-        inputs: Storage of the layer's input, its hidden states: "device" or "host".
+        inputs: Storage of the layer's input, its hidden states: "device" or "host"; or "recompute"
+            if the backward runs the layer before once more for it.
         attention: Storage of the outputs and the lse of the layer's attention: "device" or "host";
             or "recompute" if the backward computes attention again.
     """
@@ -67,14 +72,16 @@ class LayerCheckpoints:
         self._tiles = None if mlp_tokens is None else TiledMLPs(layers, mlp_tokens)
         remove_policy(model)  # the earlier policy's tiles; the tiles made above stay
         vars(model)[_HANDLE] = self
+        self._before: weakref.ref[LayerCall] | None = None  # of the layer before, in a forward
+        self._warned = False
         self._has_operators = False  # whether the model is known to have lctrain's attention
         self.policies = tuple(policies)
         self.store = store
         plain = partial(checkpoint, use_reentrant=False)
         # Unlike reentrant checkpoints, these do not require an input that needs a gradient.
         model._set_gradient_checkpointing(True, plain)
-        for layer, policy in zip(layers, self.policies, strict=True):
-            layer._gradient_checkpointing_func = partial(self.run, policy)
+        for index, layer in zip(range(len(self.policies)), layers, strict=True):
+            layer._gradient_checkpointing_func = partial(self.run, index)
 
     def remove(self) -> None:
         """Undoes checkpointing and MLP tiles, unless another policy has replaced this one."""
@@ -85,13 +92,11 @@ class LayerCheckpoints:
             self._tiles.remove()
         self._model._set_gradient_checkpointing(False)
 
-    def run(
-        self, policy: LayerPolicy, layer: Callable[..., Any], *given: Any, **options: Any
-    ) -> Any:
+    def run(self, index: int, layer: Callable[..., Any], *given: Any, **options: Any) -> Any:
         """Calls a layer, and keeps the tensors that its policy names for the backward.
 
         Args:
-            policy: The layer's policy.
+            index: Number of the layer, from 0.
             layer: The layer's forward.
             *given: Positional arguments of the layer; the first one is the hidden states [B, S, E].
             **options: Keyword arguments of the layer.
@@ -100,10 +105,13 @@ class LayerCheckpoints:
             The layer's output.
 
         Raises:
-            ValueError: if the policy keeps more than inputs on the GPU under torch.compile, or
-                attention that is not lctrain's.
+            ValueError: if the policy keeps other tensors than inputs on the GPU under
+                torch.compile, or attention that is not lctrain's.
         """
-        plain = policy == LayerPolicy()
+        policy = self.policies[index]
+        repeated = self.policies[index + 1 : index + 2]  # its output is rebuilt for the next layer
+        repeats = any(following.inputs == RECOMPUTE for following in repeated)
+        plain = policy == LayerPolicy() and not repeats
         if not plain and torch.compiler.is_compiling():
             _refuse_compilation()
         if policy.attention != RECOMPUTE and not self._has_operators:
@@ -113,24 +121,28 @@ class LayerCheckpoints:
         if self.store is not None and HOST not in (policy.inputs, policy.attention):
             self.store.advance()
         if plain or not isinstance(x, Tensor) or not torch.is_grad_enabled():
+            self._before = None
             return checkpoint(layer, *given, use_reentrant=False, **options)
         contexts: dict[str, Any] = {}
+        results = None
         if policy.attention != RECOMPUTE:
             tokens = x.shape[:-1].numel()
             results = KeptResults(partial(self._keep_result, policy.attention, group, tokens))
             contexts["context_fn"] = results.contexts
-        if policy.inputs == DEVICE:
+        if policy.inputs == DEVICE and not repeats:
+            self._before = None
             return checkpoint(layer, *given, use_reentrant=False, **contexts, **options)
-        assert self.store is not None
-        assert group is not None
-        kept, needs_gradient = (
-            self.store.put(x, INPUT, group, x.shape[:-1].numel()),
-            x.requires_grad,
-        )
+        needs_gradient = x.requires_grad
+        kept = LayerInput(self._keep_input(policy.inputs, group, x))
+        this = LayerCall(layer, x, given[1:], options, kept, results) if repeats else None
         first = [x]
 
-        def call(_: Tensor, *rest: Any, **named: Any) -> Any:
-            states = first.pop() if first else kept.get().requires_grad_(needs_gradient)
+        # `this` lives as long as the closure, and so as the layer's checkpoint.
+        def call(_: Tensor, *rest: Any, _this: LayerCall | None = this, **named: Any) -> Any:
+            if first:
+                return layer(first.pop(), *rest, **named)
+            with nullcontext() if results is None else results.suspend():
+                states = kept.get().requires_grad_(needs_gradient)
             return layer(states, *rest, **named)
 
         # From this empty tensor torch reads the device whose RNG and autocast state to restore.
@@ -138,7 +150,29 @@ class LayerCheckpoints:
         del x
         rest = given[1:]
         del given
-        return checkpoint(call, device, *rest, use_reentrant=False, **contexts, **options)
+        found = checkpoint(call, device, *rest, use_reentrant=False, **contexts, **options)
+        self._before = None
+        if this is not None:
+            this.returned(found)
+            self._before = weakref.ref(this)
+        return found
+
+    def _keep_input(self, place: str, group: Any, x: Tensor) -> Any:
+        """Returns an object whose `get` returns the hidden states [B, S, E] in the backward."""
+        if place == RECOMPUTE:
+            before = None if self._before is None else self._before()
+            if before is not None and before.made(x):
+                return before
+            if not self._warned:
+                self._warned = True
+                warn_caller(
+                    "the input of a layer stays on the GPU, since it is not the output of the "
+                    "layer before: this model changes it in between. Set memory.segment_layers=1."
+                )
+        if place != HOST:
+            return OnDevice(x)
+        assert self.store is not None
+        return self.store.put(x, INPUT, group, x.shape[:-1].numel())
 
     def _require_operators(self) -> None:
         """Raises ValueError if the model's attention is not lctrain's, which alone can be kept."""

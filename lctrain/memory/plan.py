@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from lctrain.config import MemoryConfig
 from lctrain.config.memory import WITH_HOST
-from lctrain.limits import require
 from lctrain.memory.arena import aligned
+from lctrain.memory.candidates import candidates, policies_of
 from lctrain.memory.layers import DEVICE, HOST, RECOMPUTE, LayerPolicy
 from lctrain.memory.profile import LayerBytes, Profile, profile
 from lctrain.memory.store import MOST_WAITING
-from lctrain.pluralize import pluralize
 
 GIB = 2**30
 RESERVE = GIB
 """Device bytes for CUDA's context, its libraries and what the allocator cannot use."""
 LARGEST = 2**27
 """Most tokens of a pack for which a context length is searched."""
-DEFAULT_INPUTS = 2
-"""Layers, from the last, whose inputs stay on the device unless memory.keep_inputs is set."""
 _STEP = 1024  # tokens; the longest context is given in multiples of it
 
 
@@ -94,17 +90,16 @@ class Plan:
 
 
 def _layer_lines(plan: Plan) -> list[str]:
-    """Returns a line for each range of layers with the same policy."""
+    """Returns a line for the layers of each policy."""
     lines: list[str] = []
     policies: Sequence[LayerPolicy | None] = plan.policies or (None,) * len(plan.rows)
-    for policy, group in groupby(range(len(plan.rows)), key=lambda index: policies[index]):
-        layers = list(group)
-        name = f"layer {layers[0]}"
-        if len(layers) > 1:
-            name = f"layers {layers[0]} to {layers[-1]}"
+    for policy in dict.fromkeys(policies):
+        layers = [index for index, other in enumerate(policies) if other == policy]
+        name = f"layer{'s' if len(layers) > 1 else ''} {_ranges(layers)}"
         kept = "all kept on the device"
         if policy is not None:
-            kept = f"input on {policy.inputs}, attention "
+            kept = "input rebuilt" if policy.inputs == RECOMPUTE else f"input on {policy.inputs}"
+            kept += ", attention "
             kept += "recomputed" if policy.attention == RECOMPUTE else f"on {policy.attention}"
         rows = [plan.rows[index] for index in layers]
         sizes = {
@@ -115,6 +110,17 @@ def _layer_lines(plan: Plan) -> list[str]:
         shown = ", ".join(f"{what} {size / 2**20:,.1f}" for what, size in sizes.items())
         lines.append(f"  {name}: {kept} (MiB each: {shown})")
     return lines
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Returns rising numbers as text, such as "0 to 3, 6"."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in found)
 
 
 def plan(
@@ -168,41 +174,15 @@ def plan_of(
     """
     if config.name != "auto":
         return _plan(measured, config, device_limit, host_limit)
-    count = len(measured.layers)
-    if host_limit is not None:  # inputs of layers that do not fit on the host stay on the GPU
-        on_host = host_limit // max(aligned(layer.inputs) for layer in measured.layers)
-        config = replace(config, keep_inputs=max(_kept_inputs(config, count), count - on_host))
-    found = None
-    # Only lctrain's attention can be kept; either all layers have it, or none has.
-    can_keep = any(layer.attention for layer in measured.layers)
-    for candidate in _candidates(config, count if can_keep else 0):
-        found = _plan(measured, candidate, device_limit, host_limit)
-        if found.fits is not False:
-            return found
-    assert found is not None
-    return found
-
-
-def _candidates(config: MemoryConfig, layers: int) -> list[MemoryConfig]:
-    """Returns the policies that "auto" tries in turn: the fastest first, the most frugal last.
-
-    Args:
-        config: Settings of "auto".
-        layers: Number of layers whose attention can be kept.
-    """
-
-    def make(name: str, **options: Any) -> MemoryConfig:
-        unused = {} if name in WITH_HOST else {"keep_inputs": None, "host_gib": None}
-        return replace(config, name=name, **(unused | options))
-
-    ends = [] if config.mlp_tokens else [make("none")]
-    ends += [make("checkpoint", keep_attention=layers)]
-    ends.append(make("offload", keep_attention=layers))
-    for kept in reversed(range(layers)):  # attention outputs of the other layers on the host
-        ends.append(make("offload", keep_attention=kept, host_attention=layers - kept))
-    for kept in reversed(range(layers)):
-        ends.append(make("offload", keep_attention=kept))
-    return [*ends, make("checkpoint"), make("offload", keep_inputs=0)]
+    tried = []
+    for candidate in candidates(config, measured, host_limit):
+        _, device, host = _needed(measured, policies_of(candidate, len(measured.layers)))
+        excess = 0 if host_limit is None else max(host - host_limit, 0)
+        tried.append((excess, device, candidate))
+        if excess == 0 and (device_limit is None or device <= device_limit):
+            return _plan(measured, candidate, device_limit, host_limit)
+    least = min(tried, key=lambda one: one[:2])  # on the host first, since it would be killed
+    return _plan(measured, least[-1], device_limit, host_limit)
 
 
 def _plan(
@@ -228,47 +208,6 @@ def _plan(
         device_limit=device_limit,
         host_limit=host_limit,
     )
-
-
-def policies_of(config: MemoryConfig, layers: int) -> list[LayerPolicy]:
-    """Returns the LayerPolicy of every layer; an empty list for the policy none.
-
-    Args:
-        config: Settings of the policy none, checkpoint or offload.
-        layers: Number of layers.
-
-    Raises:
-        ValueError: if a setting counts more layers than the model has.
-    """
-    if config.name == "none":
-        return []
-    counts = {
-        "keep_inputs": config.keep_inputs or 0,
-        "keep_attention": config.keep_attention,
-        "keep_attention + memory.host_attention": config.keep_attention + config.host_attention,
-    }
-    for option, count in counts.items():
-        require(
-            count <= layers,
-            f"memory.{option} must be at most the model's {pluralize(layers, 'layer')}, got "
-            f"{count}. Lower it.",
-        )
-    found = []
-    kept = _kept_inputs(config, layers)
-    for from_last in reversed(range(layers)):
-        on_host = config.name == "offload" and from_last >= kept
-        attention = RECOMPUTE
-        if from_last < config.keep_attention:
-            attention = DEVICE
-        elif from_last < config.keep_attention + config.host_attention:
-            attention = HOST
-        found.append(LayerPolicy(HOST if on_host else DEVICE, attention))
-    return found
-
-
-def _kept_inputs(config: MemoryConfig, layers: int) -> int:
-    """Returns the number of layers whose inputs stay on the GPU under the policy offload."""
-    return min(DEFAULT_INPUTS, layers) if config.keep_inputs is None else config.keep_inputs
 
 
 def _needed(
@@ -315,6 +254,7 @@ def _checkpointed(
         host.
     """
     kept, host, most = 0, 0, 0
+    rebuilt = first = 0  # bytes of a segment's rebuilt inputs, and of its first layer's input
     for layer, policy in zip(layers, policies, strict=True):
         kept += layer.inputs if policy.inputs == DEVICE else 0
         kept += layer.attention if policy.attention == DEVICE else 0
@@ -324,9 +264,15 @@ def _checkpointed(
         # Forward: two tensors wait on the GPU for their copies to the host.
         fetched = MOST_WAITING * layer.inputs if policy.inputs == HOST else 0
         fetched += MOST_WAITING * layer.attention if policy.attention == HOST else 0
+        if policy.inputs == RECOMPUTE:  # the inputs of the segment's layers up to this one
+            rebuilt += layer.inputs
+            fetched += first
+        else:
+            rebuilt = 0
+            first = MOST_WAITING * layer.inputs if policy.inputs == HOST else 0
         again = layer.attention if policy.attention != RECOMPUTE else 0
         backward = layer.backward - again + layer.inputs  # + the gradient of the layer's output
-        most = max(most, kept + fetched + max(backward, layer.forward))
+        most = max(most, kept + fetched + rebuilt + max(backward, layer.forward))
     return kept, most - kept, host
 
 

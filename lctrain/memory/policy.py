@@ -10,6 +10,7 @@ import torch
 
 from lctrain.config import MemoryConfig
 from lctrain.memory.budget import HOST_SHARE, free_device_bytes, free_host_bytes
+from lctrain.memory.candidates import policies_of
 from lctrain.memory.layers import (
     ATTENTION,
     HOST,
@@ -18,7 +19,7 @@ from lctrain.memory.layers import (
     checkpointed_layers,
     remove_policy,
 )
-from lctrain.memory.plan import GIB, Plan, plan_of, policies_of
+from lctrain.memory.plan import GIB, Plan, plan_of
 from lctrain.memory.profile import profile
 from lctrain.memory.quantized import stored_bytes
 from lctrain.memory.store import HostStore

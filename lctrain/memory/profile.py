@@ -64,6 +64,8 @@ class Profile:
             gradient of the norm's output.
         loss: Bytes of one chunk of logits, and of the float32 gradient of the output embedding if
             it is trained.
+        attention_operations: Floating-point operations of a layer's attention in the forward.
+        other_operations: Floating-point operations of a layer's matrix products in the forward.
     """
 
     tokens: int
@@ -74,6 +76,8 @@ class Profile:
     around: int
     head: int
     loss: int
+    attention_operations: float
+    other_operations: float
 
 
 def profile(
@@ -141,6 +145,9 @@ def profile(
         around=run.around,
         head=run.head,
         loss=_loss_bytes(inner, tokens, precision),
+        # q k and p v take 2 operations for each of T^2 / 2 pairs and each column.
+        attention_operations=2 * tokens * sum(x.outputs for x in run.layers) / len(layers),
+        other_operations=2 * tokens * sum(map(_matrix_elements, layers)) / len(layers),
     )
 
 
@@ -149,6 +156,7 @@ class _Layer:
 
     def __init__(self) -> None:
         self.inputs = self.attention = self.saved = self.forward = self.backward = 0
+        self.outputs = 0  # elements of its attention's outputs
 
 
 class _Run:
@@ -207,7 +215,7 @@ class _Run:
             out = found[0] if isinstance(found, tuple) else found
             measured.saved = self.tracker.live - begin - _bytes(out)
             return found
-        results = KeptResults(lambda result: _bytes(result))
+        results = KeptResults(lambda result: (_bytes(result), result.numel() * (result.dim() == 3)))
         recording, _ = results.contexts()
         calls = []
 
@@ -222,7 +230,9 @@ class _Run:
                 return layer(*args, **named)
 
         found = checkpoint(call, *given, use_reentrant=False, **options)
-        measured.attention = sum(sum(sizes) for sizes in results.calls)
+        sizes = [size for call in results.calls for size in call]
+        measured.attention = sum(size for size, _ in sizes)
+        measured.outputs = sum(elements for _, elements in sizes)
         self._open("head", index)
         return found
 
@@ -262,6 +272,11 @@ def _loss_bytes(inner: Any, tokens: int, precision: str) -> int:
     vocabulary = weight.shape[0]
     chunk = pick_chunk_tokens(tokens, vocabulary, size, weight.device, ACCELERATOR_CHUNK_BYTES)
     return chunk * vocabulary * size + (4 * weight.numel() if weight.requires_grad else 0)
+
+
+def _matrix_elements(layer: nn.Module) -> int:
+    """Returns the number of elements of all matrices of a layer."""
+    return sum(parameter.numel() for parameter in layer.parameters() if parameter.dim() == 2)
 
 
 def _bytes(x: Tensor) -> int:

@@ -206,9 +206,12 @@ class Group:
 
     def fetch(self) -> None:
         """Starts to copy all activations of the group to the GPU, except those already copied."""
-        for reference in self._members:
-            if (member := reference()) is not None:
-                member.fetch()
+        members = [member for reference in self._members if (member := reference()) is not None]
+        for member in members:
+            member.fetch()
+        before = None if self.previous is None else self.previous()
+        if not members and before is not None:  # the input of its layer is rebuilt, or stays there
+            before.fetch()
 
 
 class OnHost:

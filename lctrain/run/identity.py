@@ -42,6 +42,7 @@ MAY_CHANGE = (
     "memory.keep_attention",
     "memory.host_attention",
     "memory.keep_inputs",
+    "memory.segment_layers",
     "memory.device_gib",
     "memory.host_gib",
     "memory.tokens",

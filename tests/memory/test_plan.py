@@ -65,6 +65,15 @@ POLICIES = {
     "attention-kept": {"policy": "checkpoint", "keep_attention": LAYERS},
     "offload": {"keep_inputs": 2},
     "offload-attention": {"policy": "offload", "keep_attention": 2, "host_attention": 4},
+    "segment": {"policy": "checkpoint", "segment_layers": 3},
+    "segment-attention": {"policy": "checkpoint", "segment_layers": 2, "keep_attention": LAYERS},
+    "segment-offload": {
+        "policy": "offload",
+        "segment_layers": 3,
+        "keep_inputs": 0,
+        "keep_attention": 3,
+        "host_attention": 3,
+    },
 }
 
 
@@ -136,6 +145,24 @@ def test_auto_takes_the_first_that_fits(model):
     assert "It does not fit" in str(least)
 
 
+@pytest.mark.parametrize(
+    ("attention", "expected"), [(1e-3, "attention"), (1e3, "inputs")], ids=["short", "long"]
+)
+def test_auto_recomputes_what_takes_fewer_operations(model, attention, expected):
+    """At long contexts attention takes more operations than the products of a whole segment."""
+    bytes_of = profile(model, TOKENS)
+    bytes_of = replace(bytes_of, attention_operations=attention * bytes_of.other_operations)
+    kept = plan_of(bytes_of, MemoryConfig(name="checkpoint", keep_attention=LAYERS), None, None)
+    less = kept.device_bytes - 3 * bytes_of.layers[0].inputs
+    found = plan_of(bytes_of, MemoryConfig(name="auto"), less, 0)
+    assert found.fits
+    recomputed = {
+        "inputs": any(layer.inputs == "recompute" for layer in found.policies),
+        "attention": any(layer.attention == "recompute" for layer in found.policies),
+    }
+    assert {name for name, is_recomputed in recomputed.items() if is_recomputed} == {expected}
+
+
 def test_auto_keeps_no_attention_that_is_not_ours(model):
     bytes_of = profile(model, TOKENS)
     bare = replace(bytes_of, layers=tuple(replace(x, attention=0) for x in bytes_of.layers))
@@ -165,6 +192,9 @@ def test_the_plan_says_what_each_layer_does(model):
     assert "layer 5: input on device, attention on device" in text
     assert "longest context that fits" in text
     assert text.endswith("It fits.")
+    text = str(plan(model, TOKENS, "checkpoint", segment_layers=3))
+    assert "layers 0, 3: input on device, attention recomputed" in text
+    assert "layers 1 to 2, 4 to 5: input rebuilt, attention recomputed" in text
 
 
 def test_planning_leaves_the_model_as_it_is(model):

@@ -21,6 +21,9 @@ POLICIES = {
     "offload-last-kept": ("offload", {"keep_inputs": 1}),
     "offload-attention": ("offload", {"keep_inputs": 0, "host_attention": 2}),
     "mixed": ("offload", {"keep_inputs": 1, "keep_attention": 1, "host_attention": 1}),
+    "segment": ("checkpoint", {"segment_layers": 2}),
+    "segment-attention": ("checkpoint", {"segment_layers": 2, "keep_attention": 2}),
+    "segment-host": ("offload", {"segment_layers": 2, "keep_inputs": 0, "host_attention": 2}),
 }
 
 
@@ -112,8 +115,9 @@ def test_kept_attention_is_not_computed_again(packs):
                 model(**packs[0]).loss.backward()
             flops[name] = counter.get_flop_counts()["Global"][torch.ops.lctrain.varlen_forward]
     once = flops["plain"] / 2  # in the forward only
-    kept = {"attention-kept", "offload-attention", "mixed"}
+    kept = {name for name in flops if "attention" in name} | {"mixed", "segment-host"}
     assert {name for name, count in flops.items() if count == once} == kept
+    assert flops["segment"] == 2.5 * once  # the first of two layers runs a third time
 
 
 def test_hidden_dropout_draws_the_same_mask_again():
@@ -281,6 +285,12 @@ def test_a_model_without_such_layers_is_refused():
             r"mlp_tokens must be null with trainer\.precision=bf16-true, got 8",
         ),
         (("memory=offload", "memory.tokens=1"), r"memory\.tokens must be at least 2, got 1"),
+        (("memory=checkpoint", "memory.segment_layers=0"), r"segment_layers must be at least 1"),
+        (("memory.segment_layers=2",), r"memory\.segment_layers must be 1 for memory=none, got 2"),
+        (
+            ("trainer.strategy=fsdp2", "memory=checkpoint", "memory.segment_layers=2"),
+            r"memory must be none or checkpoint .*got checkpoint with segment_layers=2",
+        ),
         (("memory=checkpoint", "memory.keep_inputs=1"), r"keep_inputs must be null for memory=ch"),
         (("memory=checkpoint", "memory.host_gib=8"), r"host_gib must be null for memory=checkp"),
         (("memory.host_gib=8",), r"memory\.host_gib must be null for memory=none, .*got 8"),
@@ -298,6 +308,11 @@ def test_settings_that_are_refused(overrides, message):
             "checkpoint",
             {"keep_attention": 3},
             r"memory\.keep_attention must be at most .* 2 layers",
+        ),
+        (
+            "checkpoint",
+            {"segment_layers": 3},
+            r"memory\.segment_layers must be at most .* 2 layers",
         ),
         ("offload", {"keep_inputs": 3}, r"memory\.keep_inputs must be at most .* 2 layers, got 3"),
         (

@@ -1,0 +1,113 @@
+"""Policies of the layers by the settings of memory, and the ones among which "auto" chooses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from lctrain.config import MemoryConfig
+from lctrain.config.memory import WITH_HOST
+from lctrain.limits import require
+from lctrain.memory.arena import aligned
+from lctrain.memory.layers import DEVICE, HOST, RECOMPUTE, LayerPolicy
+from lctrain.memory.profile import Profile
+from lctrain.pluralize import pluralize
+
+DEFAULT_INPUTS = 2
+"""Layers, from the last, whose inputs stay on the device unless memory.keep_inputs is set."""
+LONGEST_SEGMENT = 4
+"""Most layers of a segment that "auto" tries: rebuilt inputs of a segment are on the device."""
+
+
+def candidates(
+    config: MemoryConfig, measured: Profile, host_limit: int | None
+) -> list[MemoryConfig]:
+    """Returns the policies that "auto" tries in turn, the one with the least recomputation first.
+
+    Policies with equal recomputation are in the order of what moves to the host, the least first.
+
+    Args:
+        config: Settings of "auto".
+        measured: Bytes and operations of a step.
+        host_limit: Host memory in bytes that the step may use; None for no limit.
+    """
+    count = len(measured.layers)
+    # Only lctrain's attention can be kept; it is that of all layers, or of none.
+    layers = count if any(layer.attention for layer in measured.layers) else 0
+    per_input = max(aligned(layer.inputs) for layer in measured.layers)
+    on_host = count if host_limit is None else host_limit // per_input
+    found: list[tuple[float, MemoryConfig]] = []
+
+    def add(name: str, segment: int, attention: int = 0, **options: Any) -> None:
+        unused = {} if name in WITH_HOST else {"keep_inputs": None, "host_gib": None}
+        made = replace(config, name=name, segment_layers=segment, **(unused | options))
+        rebuilt = count - -(-count // segment)
+        cost = measured.attention_operations * (count - attention)
+        found.append((cost + measured.other_operations * (count + rebuilt), made))
+
+    for segment in range(1, min(LONGEST_SEGMENT, count) + 1):
+        # Inputs of layers that do not fit on the host stay on the device.
+        least = max(_kept_inputs(config, count), count - segment * on_host)
+        for kept in reversed(range(layers + 1)):
+            add("checkpoint", segment, kept, keep_attention=kept)
+        for kept in reversed(range(layers + 1)):
+            for away in range(layers - kept + 1):
+                add(
+                    "offload",
+                    segment,
+                    kept + away,
+                    keep_inputs=least,
+                    keep_attention=kept,
+                    host_attention=away,
+                )
+        add("offload", segment, keep_inputs=max(0, count - segment * on_host))
+    found.sort(key=lambda one: one[0])
+    policies = [made for _, made in found]
+    if config.mlp_tokens is None:
+        policies.insert(0, replace(config, name="none", keep_inputs=None, host_gib=None))
+    return policies
+
+
+def policies_of(config: MemoryConfig, layers: int) -> list[LayerPolicy]:
+    """Returns the LayerPolicy of every layer; an empty list for the policy none.
+
+    Args:
+        config: Settings of the policy none, checkpoint or offload.
+        layers: Number of layers.
+
+    Raises:
+        ValueError: if a setting counts more layers than there are.
+    """
+    if config.name == "none":
+        return []
+    counts = {
+        "keep_inputs": config.keep_inputs or 0,
+        "segment_layers": config.segment_layers,
+        "keep_attention": config.keep_attention,
+        "keep_attention + memory.host_attention": config.keep_attention + config.host_attention,
+    }
+    for option, count in counts.items():
+        require(
+            count <= layers,
+            f"memory.{option} must be at most the model's {pluralize(layers, 'layer')}, got "
+            f"{count}. Lower it.",
+        )
+    found = []
+    kept = _kept_inputs(config, layers)
+    for from_last in reversed(range(layers)):
+        on_host = config.name == "offload" and from_last >= kept
+        attention = RECOMPUTE
+        if from_last < config.keep_attention:
+            attention = DEVICE
+        elif from_last < config.keep_attention + config.host_attention:
+            attention = HOST
+        place = HOST if on_host else DEVICE
+        if (layers - 1 - from_last) % config.segment_layers:
+            place = RECOMPUTE
+        found.append(LayerPolicy(place, attention))
+    return found
+
+
+def _kept_inputs(config: MemoryConfig, layers: int) -> int:
+    """Returns the number of layers whose inputs stay on the device under the policy offload."""
+    return min(DEFAULT_INPUTS, layers) if config.keep_inputs is None else config.keep_inputs
