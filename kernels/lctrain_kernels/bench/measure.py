@@ -84,7 +84,7 @@ GRAPH_REPLAYS = 5
 
 
 def measure(peer: Peer, inputs: AttentionInputs, timer: Timer, repetitions: int = 1) -> Timing:
-    """Measures the time and memory of a peer.
+    """Measures the time of a peer's forward and backward, and their peak memory.
 
     Args:
         peer: Attention to measure.

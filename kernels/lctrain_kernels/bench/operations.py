@@ -50,7 +50,7 @@ COPY_MEBIBYTES = (256, 512, 1024, 2048)
 
 
 def wall_timer(call: Callable[[], object]) -> float:
-    """Returns the milliseconds of one call on a CPU."""
+    """Runs a call on a CPU once, and returns the milliseconds that it takes."""
     import time
 
     begin = time.perf_counter()

@@ -19,7 +19,7 @@ class DifferentialCall:
         k1: Packed keys of branch 1, [Tk, Hk, D].
         k2: Packed keys of branch 2, [Tk, Hk, D]; None if both branches read k1.
         v: Packed values [Tk, Hk, Dv].
-        dout: Gradient of out; None in the forward.
+        dout: Gradient of out, [T, H, Dv]; None in the forward.
         deterministic: Whether dq1 and dq2 must have the same bits in every run.
         dropout: Whether attention weights are dropped.
     """

@@ -1,7 +1,7 @@
 """Backward of dual chunk attention for Hopper, in Gluon: one launch per range of keys.
 
-ranges.py defines the ranges. SUCC multiplies keys rotated by -c, INTRA unrotated queries and keys,
-INTER queries rotated to the inter position.
+ranges.py defines the ranges; a chunk has c tokens. SUCC multiplies keys rotated by -c, INTRA
+unrotated queries and keys, INTER queries rotated to the inter position.
 """
 
 from triton.experimental import gluon

@@ -1,8 +1,8 @@
 """Forward of dual chunk attention for Hopper, in Gluon: one loop over three ranges of keys.
 
-One softmax runs over the ranges of ranges.py: INTER with queries rotated to the inter position,
-SUCC with keys rotated by -c, INTRA with unrotated queries and keys. So a tile has its queries in
-shared memory twice.
+ranges.py defines the ranges; a chunk has c tokens. One softmax runs over INTER with queries rotated
+to the inter position, SUCC with keys rotated by -c, and INTRA with unrotated queries and keys. So a
+tile has its queries in shared memory twice.
 """
 
 from triton.experimental import gluon

@@ -159,7 +159,7 @@ def wait_bulk_writes(LATER: gl.constexpr):
 def fence_release():
     """Issues a release fence at GPU scope.
 
-    Other programs then see this warp's earlier writes before its later ones.
+    A program that sees a later write of this warp also sees the warp's writes before the fence.
     """
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     gl.inline_asm_elementwise(

@@ -260,7 +260,10 @@ def current() -> Thread:
 
 
 def note_write(first: int, last: int) -> None:
-    """Records a thread's write to shared memory, which an engine cannot see before a fence."""
+    """Records that the running thread wrote bytes [first, last) of shared memory without a fence.
+
+    An engine must not read them before the thread's next fence.
+    """
     current().program.unfenced.append((current(), first, last))
 
 
