@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-from lctrain.distributed.collectives import Selection, all_to_all, gather_rows
-from lctrain.distributed.context import ContextShard
+from lctrain.distributed.collectives import all_to_all, gather_rows
 from lctrain.distributed.shared_pack import SharedPack
 
 Attention = Callable[..., Tensor]
@@ -50,13 +47,19 @@ def exchange(
             not divide its heads.
     """
     _check(queries, keys, shared)
-    asked = [_to_heads(tensor, shared) for tensor in queries]
+    asked = [_filled(_to_heads(tensor, shared), shared) for tensor in queries]
     found: dict[int, Tensor] = {}
     for tensor in keys:
         if id(tensor) not in found:
             found[id(tensor)] = _all_keys(_to_heads(tensor, shared), shared)
     out = attention(*asked, *(found[id(tensor)] for tensor in keys))
-    return _to_tokens(out, shared)
+    return _to_tokens(out[: sum(_counts(shared)[1])], shared)
+
+
+def _filled(rows: Tensor, shared: SharedPack) -> Tensor:
+    """Returns the rows; one row of zeros if there are none, since kernels refuse empty tensors."""
+    missing = shared.pack.total_q - rows.shape[0]
+    return F.pad(rows, (0, 0, 0, 0, 0, missing)) if missing else rows
 
 
 def _all_keys(rows: Tensor, shared: SharedPack) -> Tensor:
@@ -104,93 +107,3 @@ def _check(queries: Sequence[Tensor], keys: Sequence[Tensor], shared: SharedPack
                 f"the ranks of a heads group must divide the heads, got {size} ranks and "
                 f"{tensor.shape[1]} heads. Gather keys instead (heads=1), or use fewer ranks."
             )
-
-
-def exchange_heads(
-    attention: Attention, tensors: Sequence[Tensor], shard: ContextShard, group: Any = None
-) -> Tensor:
-    """Computes attention on whole documents and a share of the heads (Ulysses).
-
-    Four all-to-all exchanges per call with queries, keys and values, and as many in the backward.
-    The result has the bits of one rank.
-
-    Args:
-        attention: Function from tensors [T, heads / size, D], in the order of the pack, to the
-            output [T, heads / size, D].
-        tensors: Queries, keys and values, or the five tensors of differential attention, each
-            [tokens of this rank, heads, D]. The number of heads may differ between tensors.
-        shard: Division of the pack over the ranks of the group.
-        group: Process group; None for the default one.
-
-    Returns:
-        Output of this rank's tokens, [tokens of this rank, heads, D].
-
-    Raises:
-        ValueError: if the size of the group does not divide the heads of a tensor.
-    """
-    for tensor in tensors:
-        if tensor.shape[1] % shard.size != 0:
-            raise ValueError(
-                f"shard.size must divide the heads, got {shard.size} ranks and "
-                f"{tensor.shape[1]} heads. Exchange keys instead, or use fewer ranks."
-            )
-    rank = dist.get_rank(group)
-    counts, own = list(shard.tokens), shard.tokens[rank]
-    order = torch.from_numpy(shard.order).to(tensors[0].device)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
-    whole = []
-    for tensor in tensors:
-        parts = tensor.unflatten(1, (shard.size, -1)).transpose(0, 1).flatten(0, 1)
-        received = all_to_all(parts, [own] * shard.size, counts, group)
-        whole.append(received.index_select(0, place))
-    out = attention(*whole).index_select(0, order)
-    returned = all_to_all(out, counts, [own] * shard.size, group)
-    return returned.unflatten(0, (shard.size, own)).transpose(0, 1).flatten(1, 2)
-
-
-def exchange_keys(
-    attention: Attention,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    shard: ContextShard,
-    group: Any = None,
-) -> Tensor:
-    """Computes causal attention of this rank's queries with the keys of all ranks.
-
-    One all-gather of keys and values, and one reduce-scatter of their gradients, in at least
-    float32. Every chunk of queries attends to its document up to the chunk's end.
-
-    Args:
-        attention: Function (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) to the
-            output [tokens, H, Dv]. It is causal, and aligns queries to the last keys, as
-            `flash_attn_varlen_func` does.
-        q: [tokens of this rank, H, D].
-        k: [tokens of this rank, Hk, D].
-        v: [tokens of this rank, Hk, Dv].
-        shard: Division of the pack over the ranks of the group.
-        group: Process group; None for the default one.
-
-    Returns:
-        Output of this rank's tokens, [tokens of this rank, H, Dv].
-    """
-    rank = dist.get_rank(group)
-    longest = max(shard.tokens)
-    found = (torch.from_numpy(part).to(q.device) for part in shard.keys(rank))
-    places, *parts = found
-    selection = Selection(longest, places, tuple(parts))
-    k, v = (gather_rows(tensor, selection, group) for tensor in (k, v))
-    chunks = shard.chunks[rank]
-    if not chunks:
-        # The gradients of other ranks pass through this rank's gather, so it stays in the graph.
-        return q.new_empty((0, q.shape[1], v.shape[2])) + 0 * (q.sum() + k.sum() + v.sum())
-    lengths_q = [chunk.stop - chunk.start for chunk in chunks]
-    lengths_k = [chunk.stop for chunk in chunks]
-    ends_q, ends_k = (_cumulative(lengths, q.device) for lengths in (lengths_q, lengths_k))
-    return attention(q, k, v, ends_q, ends_k, max(lengths_q), max(lengths_k))
-
-
-def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
-    ends = torch.tensor([0, *lengths]).cumsum(0)
-    return ends.to(device=device, dtype=torch.int32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -106,13 +107,18 @@ class SharedPack:
         if shard.groups == 1:
             lengths = list(shard.lengths)
             return cls(shard, rank, groups, _pack(lengths, lengths, device, document_ids))
-        # A rank without tokens has one empty chunk, so that it joins every collective.
-        chunks = shard.chunks[rank // shard.heads] or (Chunk(0, 0, 0),)
+        # A rank without tokens has one query of zeros, which sees the first gathered key: it joins
+        # every collective, and no kernel gets empty tensors. Its output is not used.
+        own = shard.chunks[rank // shard.heads]
+        chunks = own or (Chunk(0, 0, 1),)
         documents = _on_device([chunk.document for chunk in chunks], device)
         ids = documents.int()
         if document_ids is not None:
             ids = document_ids.to(device, non_blocking=True).index_select(0, documents)
         keys = shard.keys(rank)
+        parts = [part for part in (keys.last, keys.repeated) if len(part)]
+        if not own:
+            keys, parts = keys._replace(places=np.zeros(1)), [np.zeros(1)]
         return cls(
             shard,
             rank,
@@ -128,7 +134,7 @@ class SharedPack:
             Selection(
                 max(shard.group_tokens),
                 _on_device(keys.places, device),
-                tuple(_on_device(part, device) for part in (keys.last, keys.repeated) if len(part)),
+                tuple(_on_device(part, device) for part in parts),
             ),
         )
 

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from lctrain.distributed.attention import diff_attn_shared_func, flash_attn_shared_func
 from lctrain.distributed.context import ContextShard
@@ -100,6 +101,71 @@ def test_gradients_of_keys_are_added_in_float32(monkeypatch):
         ("all_gather", torch.bfloat16),
         ("reduce_scatter", torch.float32),
     }
+
+
+def saved_numbers(function):
+    """Calls a function, and returns how many numbers autograd saved, each tensor once."""
+    saved = {}
+
+    def pack(tensor):
+        if tensor.is_floating_point():
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = function()
+    assert out.grad_fn is not None
+    return sum(saved.values()) // out.element_size()
+
+
+@pytest.mark.parametrize(("size", "heads"), [(4, 4), (4, 1), (4, 2)])
+def test_what_is_kept_for_the_backward(size, heads, monkeypatch):
+    """Queries, keys, values, output and lse of one call, and no gathered key beside them."""
+    shard, count, dim = fine_shard(LONG, size, heads), 4, 8
+
+    def run(rank):
+        shared = SharedPack.of(shard, rank, "cpu", ContextGroups(*groups_of(rank, size, heads)))
+        rows = shard.tokens[rank]
+        q, k, v = (torch.ones(rows, count, dim).requires_grad_() for _ in range(3))
+        found = saved_numbers(lambda: flash_attn_shared_func(q, k, v, shared, causal=True))
+        share, pack = count // heads, shared.pack
+        kept = (2 * pack.total_q + 2 * pack.total_k) * dim + pack.total_q
+        return found, kept * share
+
+    for found, kept in Ranks(size).run(run, monkeypatch):
+        assert found == kept
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_recomputation_repeats_the_collectives(heads, monkeypatch):
+    """Two checkpointed layers: the gradients of plain ones, and one order of calls on all ranks."""
+    shard = fine_shard(LONG, 2, heads)
+    x = torch.randn(sum(LONG), 2, 8, generator=torch.Generator().manual_seed(0))
+
+    def run(rank, is_checkpointed):
+        shared = SharedPack.of(shard, rank, "cpu", ContextGroups(*groups_of(rank, 2, heads)))
+        own = x[torch.from_numpy(shard.indices(rank))].requires_grad_()
+
+        def layer(rows):
+            options = {"causal": True, "dropout_p": 0.1, "dropout_seed": 3}
+            return rows + flash_attn_shared_func(rows, rows, rows, shared, **options)
+
+        rows = own
+        for _ in range(2):
+            if is_checkpointed:
+                rows = checkpoint(layer, rows, use_reentrant=False, preserve_rng_state=False)
+            else:
+                rows = layer(rows)
+        rows.square().sum().backward()
+        return own.grad
+
+    plain, again = Ranks(2), Ranks(2)
+    expected = plain.run(lambda rank: run(rank, False), monkeypatch)
+    found = again.run(lambda rank: run(rank, True), monkeypatch)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    assert again.calls[0] == again.calls[1]
+    assert len(again.calls[0]) > len(plain.calls[0])
 
 
 def test_the_first_rank_draws_the_seed(monkeypatch):
