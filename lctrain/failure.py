@@ -74,7 +74,7 @@ def explain(
 
 
 def _more_room(overrides: Sequence[str]) -> str:
-    """Returns the setting of memory that saves most among those that the overrides lack."""
+    """Returns the memory setting that saves most, of those that the command does not have yet."""
     if not any(text in ("memory=auto", "memory=offload") for text in overrides):
         return "Set memory=auto"
     if not any(text.startswith("memory.mlp_tokens=") for text in overrides):

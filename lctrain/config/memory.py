@@ -25,9 +25,10 @@ class MemoryConfig:
             to the host (offload only).
         keep_inputs: Number of layers, counted from the last, whose inputs stay on the GPU (offload
             and auto); None takes 2.
-        segment_layers: Number of layers in a segment. Only the input of a segment's first layer is
-            kept; the backward rebuilds the others by running the layers before them once more,
-            without attention where its outputs are kept (checkpoint and offload).
+        segment_layers: Number of consecutive layers in a segment. Only the input of a segment's
+            first layer is kept; the backward computes the other inputs again by running the layers
+            before them once more, without attention where its outputs are kept (checkpoint and
+            offload).
         mlp_tokens: Number of tokens that an MLP computes at a time in training; None computes all
             tokens at once. Results are equal within rounding (all policies but none).
         device_gib: Memory of the GPU in GiB that the plan assumes; None takes the free memory.
@@ -111,12 +112,12 @@ class MemoryConfig:
 
 
 def suits_shards(memory: MemoryConfig) -> bool:
-    """Returns whether trainer.strategy=fsdp2 supports a policy: each layer runs in its turn."""
+    """Returns whether trainer.strategy=fsdp2 supports a policy: no layer may run out of order."""
     return memory.name in WITH_SHARDS and memory.segment_layers == 1
 
 
 def described(memory: MemoryConfig) -> str:
-    """Returns a policy in words for a message, with its segments if it has some."""
+    """Returns a policy as text for a message, with its segments if it has any."""
     more = "" if memory.segment_layers == 1 else f" with segment_layers={memory.segment_layers}"
     return memory.name + more
 

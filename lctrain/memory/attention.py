@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ATTENTION_OPERATORS = frozenset(
     f"lctrain::{name}_forward" for name in ("varlen", "dual_chunk", "differential")
 )
-Keep = Callable[[Tensor], Any]  # from a tensor to an object with `get`
+Keep = Callable[[Tensor], Any]  # from a tensor to an object whose `get` returns the tensor
 
 
 class KeptResults:
@@ -34,7 +34,7 @@ class KeptResults:
 
     @contextmanager
     def suspend(self) -> Iterator[None]:
-        """Lets attention compute inside of a recomputation: it is that of another layer."""
+        """Context manager in which attention is computed, since another layer is recomputed."""
         self.suspended = True
         try:
             yield

@@ -1,4 +1,4 @@
-"""Policies of the layers by the settings of memory, and the ones among which "auto" chooses."""
+"""Memory policies of the layers: those of given settings, and those among which "auto" chooses."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ LONGEST_SEGMENT = 4
 def candidates(
     config: MemoryConfig, measured: Profile, host_limit: int | None
 ) -> list[MemoryConfig]:
-    """Returns the policies that "auto" tries in turn, the one with the least recomputation first.
+    """Returns the policies that "auto" tries in turn, those with the least recomputation first.
 
-    Policies with equal recomputation are in the order of what moves to the host, the least first.
+    Among policies with equal recomputation, those that move the fewest bytes to the host come
+    first.
 
     Args:
         config: Settings of "auto".
-        measured: Bytes and operations of a step.
+        measured: Bytes and floating-point operations of a step, from `profile`.
         host_limit: Host memory in bytes that the step may use; None for no limit.
     """
     count = len(measured.layers)
-    # Only lctrain's attention can be kept; it is that of all layers, or of none.
+    # Only lctrain's attention can be kept; either all layers have it, or none has.
     layers = count if any(layer.attention for layer in measured.layers) else 0
     per_input = max(aligned(layer.inputs) for layer in measured.layers)
     on_host = count if host_limit is None else host_limit // per_input
@@ -76,7 +77,7 @@ def policies_of(config: MemoryConfig, layers: int) -> list[LayerPolicy]:
         layers: Number of layers.
 
     Raises:
-        ValueError: if a setting counts more layers than there are.
+        ValueError: if a setting counts more layers than the model has.
     """
     if config.name == "none":
         return []
@@ -109,5 +110,5 @@ def policies_of(config: MemoryConfig, layers: int) -> list[LayerPolicy]:
 
 
 def _kept_inputs(config: MemoryConfig, layers: int) -> int:
-    """Returns the number of layers whose inputs stay on the device under the policy offload."""
+    """Returns the number of layers whose inputs stay on the GPU under the policy offload."""
     return min(DEFAULT_INPUTS, layers) if config.keep_inputs is None else config.keep_inputs

@@ -33,7 +33,7 @@ class LayerPolicy:
 
     Attributes:
         inputs: Storage of the layer's input, its hidden states: "device" or "host"; or "recompute"
-            if the backward runs the layer before once more for it.
+            if the backward runs the layer before it once more, whose output this input is.
         attention: Storage of the outputs and the lse of the layer's attention: "device" or "host";
             or "recompute" if the backward computes attention again.
     """
@@ -72,7 +72,7 @@ class LayerCheckpoints:
         self._tiles = None if mlp_tokens is None else TiledMLPs(layers, mlp_tokens)
         remove_policy(model)  # the earlier policy's tiles; the tiles made above stay
         vars(model)[_HANDLE] = self
-        self._before: weakref.ref[LayerCall] | None = None  # of the layer before, in a forward
+        self._before: weakref.ref[LayerCall] | None = None  # call of the layer before this one
         self._warned = False
         self._has_operators = False  # whether the model is known to have lctrain's attention
         self.policies = tuple(policies)

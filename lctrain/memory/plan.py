@@ -181,7 +181,7 @@ def plan_of(
         tried.append((excess, device, candidate))
         if excess == 0 and (device_limit is None or device <= device_limit):
             return _plan(measured, candidate, device_limit, host_limit)
-    least = min(tried, key=lambda one: one[:2])  # on the host first, since it would be killed
+    least = min(tried, key=lambda one: one[:2])  # host first: a process without memory is killed
     return _plan(measured, least[-1], device_limit, host_limit)
 
 

@@ -1,8 +1,8 @@
-"""Segments: inputs of layers that are not kept are rebuilt from the layers before them.
+"""Segments: groups of consecutive layers of which only the first layer's input is kept.
 
-Only the input of a segment's first layer is kept. In the backward of the segment's last layer, the
-layers before it run once more without saving anything, and their outputs are the inputs that the
-segment's layers need. Kept attention results are reused, so that attention is not computed again.
+The backward goes through a segment from its last layer to its first. Before it starts, the
+segment's layers run once more without saving anything; their outputs are the inputs that the other
+layers need. Kept attention outputs are reused in this run, so attention is not computed again.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from lctrain.memory.attention import KeptResults
 
 
 class LayerInput:
-    """Input of a layer, [..., T, E], for the layer's backward.
+    """The hidden states [B, S, E] that enter a layer, as the layer's backward gets them.
 
     Args:
-        source: Object whose `get` returns the input: a kept tensor, or the layer before's call.
+        source: Object whose `get` returns the hidden states: a kept tensor, or the LayerCall of the
+            layer before.
     """
 
     def __init__(self, source: Any) -> None:
@@ -32,27 +33,27 @@ class LayerInput:
         self._value: Tensor | None = None
 
     def peek(self) -> Tensor:
-        """Returns the input, and keeps it on the device until `get`."""
+        """Returns the hidden states, and keeps them on the GPU until `get` is called."""
         if self._value is None:
             self._value = self._source.get()
         return self._value
 
     def get(self) -> Tensor:
-        """Returns the input, without a gradient's history, and lets go of it."""
+        """Returns the hidden states without autograd history, and drops the reference to them."""
         value, self._value = self.peek(), None
         return value.detach()
 
 
 class LayerCall:
-    """A layer's call in a forward pass, which can be repeated for its output.
+    """The call of a layer in a forward pass, which can be repeated to compute its output again.
 
     Args:
         layer: The layer's forward.
-        x: The hidden states that the layer got.
-        given: Its other arguments.
-        options: Its keyword arguments.
-        inputs: The hidden states, for the backward.
-        results: Kept results of its attention; None if they are recomputed.
+        x: Hidden states [B, S, E] that the layer got.
+        given: Further positional arguments of the layer.
+        options: Keyword arguments of the layer.
+        inputs: Object that returns the hidden states in the backward.
+        results: Kept outputs of the layer's attention; None if attention is recomputed.
     """
 
     def __init__(
@@ -75,22 +76,22 @@ class LayerCall:
         self._output: tuple[weakref.ref[Tensor], int] | None = None
 
     def returned(self, found: Any) -> None:
-        """Notes the layer's output: a tensor, or a tuple that begins with it."""
+        """Records the layer's output: a tensor, or a tuple that begins with one."""
         x = _first(found)
         self._output = weakref.ref(x), x._version
 
     def made(self, x: Tensor) -> bool:
-        """Returns whether a tensor is the layer's output, unchanged."""
+        """Returns whether a tensor is the layer's recorded output, unchanged."""
         if self._output is None:
             return False
         reference, version = self._output
         return reference() is x and version == x._version
 
     def get(self) -> Tensor:
-        """Returns the layer's output again, with the same bits."""
+        """Runs the layer again, and returns its output, with the same bits."""
         replay = nullcontext() if self._results is None else self._results.contexts()[1]
         x = self._inputs.peek().detach().requires_grad_(self._requires_grad)
-        # A graph that saves nothing: operations choose their kernels as they did in the forward.
+        # Autograd is on but saves nothing, so operations choose the kernels of the forward.
         nothing: Any = lambda saved: None  # noqa: E731
         hooks = saved_tensors_hooks(nothing, nothing)
         with self._same_random(), torch.enable_grad(), hooks, replay:
@@ -98,7 +99,7 @@ class LayerCall:
 
     @contextmanager
     def _same_random(self) -> Iterator[None]:
-        """Sets torch's generators to their states in the forward, for the time of a context."""
+        """Context manager in which torch's generators have their states of the forward."""
         state, devices, states = self._random
         with torch.random.fork_rng(devices, device_type=_fork_device(self._device)):
             torch.set_rng_state(state)
@@ -111,5 +112,5 @@ def _first(found: Any) -> Tensor:
 
 
 def _fork_device(device: str) -> str:
-    """Returns the type of device whose generators are forked; there is none beside the CPU's."""
+    """Returns the device type for torch.random.fork_rng, which accepts no "cpu"."""
     return "cuda" if device == "cpu" else device

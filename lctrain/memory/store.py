@@ -210,7 +210,7 @@ class Group:
         for member in members:
             member.fetch()
         before = None if self.previous is None else self.previous()
-        if not members and before is not None:  # the input of its layer is rebuilt, or stays there
+        if not members and before is not None:  # its layer has nothing on the host
             before.fetch()
 
 
