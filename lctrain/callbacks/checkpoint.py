@@ -117,8 +117,10 @@ class StepCheckpoint(Checkpoint):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Gives the checkpoint that is already written its final name, after an error."""
-        self.complete(trainer)
+        """Gives the checkpoint that is already written its final name, after an error of a rank."""
+        pending, self._pending = self._pending, None
+        if pending is not None and Topology.of(trainer).is_first:  # others may not come here
+            self._publish(pending)
 
     def save(self, trainer: pl.Trainer) -> None:
         """Writes a checkpoint of this optimizer step under a temporary name, unless it exists.
@@ -142,10 +144,26 @@ class StepCheckpoint(Checkpoint):
         self._pending = path
 
     def complete(self, trainer: pl.Trainer) -> None:
-        """Gives a written checkpoint its final name, links last.ckpt to it, deletes old ones."""
+        """Gives a written checkpoint its final name, links last.ckpt to it, deletes old ones.
+
+        All ranks must call this method.
+
+        Raises:
+            StorageError: on all ranks, if the first rank cannot rename or link it.
+        """
         pending, self._pending = self._pending, None
-        if pending is None or not Topology.of(trainer).is_first:
+        if pending is None:
             return
+        error: OSError | None = None
+        if Topology.of(trainer).is_first:
+            try:
+                self._publish(pending)
+            except OSError as caught:
+                error = caught
+        _raise_on_all_ranks(trainer, error, f"the checkpoint of step {_step_of(pending)}", self)
+
+    def _publish(self, pending: Path) -> None:
+        """Renames and links a written checkpoint, and deletes old ones; on the first rank."""
         path = pending.with_suffix("")
         if path.is_dir() or pending.is_dir():  # os.replace cannot replace a folder
             remove(path)

@@ -3,6 +3,7 @@
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lctrain.callbacks import AtomicCheckpointIO, StepCheckpoint
 from lctrain.callbacks.checkpoint import check_writable
 from lctrain.config import OptimConfig
+from lctrain.distributed import Topology
 from lctrain.module import LongContextModule
 from lctrain.run.resume import find_checkpoint
 from lctrain.run.storage import StorageError
@@ -163,6 +165,29 @@ def test_a_full_disk_says_so(tmp_path, make_llama):
         trainer.fit(LongContextModule(make_llama(), OptimConfig()), loader(PACKS))
     names = sorted(path.name for path in (tmp_path / "c").iterdir())
     assert names == ["last.ckpt", "step-00000002.ckpt"]
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_checkpoint_that_cannot_be_renamed_stops_every_rank(tmp_path, monkeypatch, is_first):
+    """The other ranks would wait for the first one until the time limit of their collectives."""
+    sent = []
+
+    def of_first(error):
+        sent.append(error)
+        return error if is_first else (errno.EROFS, "Read-only file system")
+
+    def refuse(old, new):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    ranks = SimpleNamespace(is_first=is_first, of_first=of_first)
+    monkeypatch.setattr(Topology, "of", lambda trainer: ranks)
+    monkeypatch.setattr(os, "replace", refuse)
+    checkpoint = StepCheckpoint(tmp_path)
+    checkpoint._pending = tmp_path / "step-00000200.ckpt.tmp"
+    with pytest.raises(StorageError, match=r"^the checkpoint of step 200 could not be written to"):
+        checkpoint.complete(make_trainer(tmp_path))
+    assert [error is not None for error in sent] == [is_first]
+    checkpoint.complete(make_trainer(tmp_path))  # there is nothing left to complete
 
 
 def test_a_file_system_without_links(tmp_path, make_llama, monkeypatch, caplog):
